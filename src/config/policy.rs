@@ -1,0 +1,112 @@
+//! The policy of a call, after inheritance: `[defaults]`, overridden by the upstream, overridden by the route.
+
+use std::{fmt, str::FromStr};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    resilience::{
+        breaker::BreakerSettings, fallback::FallbackSettings, fault::FaultSettings, hedge::HedgeSettings,
+        limit::LimitSettings, outlier::OutlierSettings, rate::RateSettings, retry::RetrySettings,
+    },
+    text_value,
+    units::{HumanDuration, Toggle},
+};
+
+/// What holds for a call. Every key may stand in `[defaults]`, `[[upstream]]` and `[[upstream.route]]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Policy {
+    /// TCP connect (and TLS handshake) of one try.
+    pub connect_timeout: HumanDuration,
+    /// All tries and waits, to response headers, from when the request's body has been sent. 0 = none.
+    pub timeout: HumanDuration,
+    /// One try, likewise.
+    pub attempt_timeout: AttemptTimeout,
+    /// A body in which nothing moves, either way. 0 = none.
+    pub idle_timeout: HumanDuration,
+    /// The same for TCP, CONNECT, upgrades and gRPC streams. 0 = none.
+    pub tunnel_idle_timeout: HumanDuration,
+    /// The whole exchange, body included. 0 = none.
+    pub max_duration: HumanDuration,
+    pub retry: Toggle<RetrySettings>,
+    pub breaker: Toggle<BreakerSettings>,
+    pub outlier: Toggle<OutlierSettings>,
+    pub limits: Toggle<LimitSettings>,
+    pub rate_limit: Toggle<RateSettings>,
+    pub hedge: Toggle<HedgeSettings>,
+    pub fault: Toggle<FaultSettings>,
+    pub fallback: Toggle<FallbackSettings>,
+    /// Whether a route (not the upstream or the defaults) set `timeout` / `attempt_timeout`: gRPC calls heed only those.
+    #[serde(skip)]
+    pub route_sets_timeout: bool,
+    #[serde(skip)]
+    pub route_sets_attempt_timeout: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            connect_timeout: HumanDuration::from_secs(1),
+            timeout: HumanDuration::from_secs(15),
+            attempt_timeout: AttemptTimeout::Auto,
+            idle_timeout: HumanDuration::from_secs(5 * 60),
+            tunnel_idle_timeout: HumanDuration::from_secs(60 * 60),
+            max_duration: HumanDuration::default(),
+            retry: Toggle::on(RetrySettings::default()),
+            breaker: Toggle::on(BreakerSettings::default()),
+            outlier: Toggle::on(OutlierSettings::default()),
+            limits: Toggle::on(LimitSettings::default()),
+            rate_limit: Toggle::off(),
+            hedge: Toggle::off(),
+            fault: Toggle::off(),
+            fallback: Toggle::off(),
+            route_sets_timeout: false,
+            route_sets_attempt_timeout: false,
+        }
+    }
+}
+
+impl Policy {
+    /// What `[inbound]` starts from: it inherits nothing; timeouts 0, retry and breaker off, no limits unless set.
+    pub fn inbound() -> Self {
+        Self {
+            timeout: HumanDuration::default(),
+            retry: Toggle::off(),
+            breaker: Toggle::off(),
+            outlier: Toggle::off(),
+            limits: Toggle::off(),
+            ..Self::default()
+        }
+    }
+}
+
+/// How long one try may take to response headers.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub enum AttemptTimeout {
+    /// Half of what is left of `timeout` while another try is possible, else all of it.
+    #[default]
+    Auto,
+    /// 0 = none.
+    Fixed(HumanDuration),
+}
+
+impl FromStr for AttemptTimeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Fixed) }
+    }
+}
+
+impl fmt::Display for AttemptTimeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Fixed(duration) => duration.fmt(f),
+        }
+    }
+}
+
+text_value!(AttemptTimeout, "AttemptTimeout", "\"auto\" or a duration");

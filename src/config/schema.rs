@@ -1,0 +1,723 @@
+//! The sections of the file, typed. Field docs become the JSON Schema that editors show.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Policy;
+use crate::{
+    text_value,
+    units::{HumanDuration, Ratio},
+};
+
+/// Everything, resolved.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Config {
+    pub service: Service,
+    pub runtime: Runtime,
+    pub inbound: Inbound,
+    pub outbound: Outbound,
+    pub admin: Admin,
+    pub telemetry: Telemetry,
+    /// `[defaults]`: the policy of hosts that no upstream names.
+    pub defaults: Policy,
+    pub upstreams: Vec<Upstream>,
+}
+
+/// `[service]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Service {
+    /// The service's name; default `OTEL_SERVICE_NAME`, then the host name.
+    pub name: String,
+}
+
+/// `[runtime]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Runtime {
+    /// Threads of the data plane, 1 to 256; default: the container's CPU limit, rounded up; 1 where there is none.
+    pub workers: Option<u16>,
+    /// After SIGTERM, listeners still accept for this long.
+    pub drain_delay: HumanDuration,
+    /// Then calls in flight may take this long.
+    pub drain_timeout: HumanDuration,
+    /// Policies that decide, count and log, but are not applied.
+    pub observe: Vec<Observed>,
+}
+
+/// A policy that `[runtime] observe` can name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Observed {
+    Allow,
+    Jwt,
+    RateLimit,
+    Limits,
+    Breaker,
+    Timeout,
+    Retry,
+    Fault,
+}
+
+/// `[inbound]`: calls that others make to this service.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Inbound {
+    pub listen: ListenAddr,
+    /// The service.
+    pub forward_to: HostPort,
+    /// What becomes of `x-forwarded-for`, `-proto` and `-host`.
+    pub forwarded: Forwarded,
+    /// Ports of the service that differ.
+    pub ports: Vec<InboundPort>,
+    pub policy: Policy,
+}
+
+/// `[[inbound.port]]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InboundPort {
+    pub port: u16,
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Forwarded {
+    #[default]
+    Replace,
+    Append,
+    Off,
+}
+
+/// `[outbound]`: calls that this service makes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Outbound {
+    pub listen: ListenAddr,
+    /// What to do with a host that no upstream names.
+    pub unknown: Unknown,
+    /// Never dialled for a forward-proxy or Host request, whatever the name resolves to.
+    pub deny_networks: Vec<Network>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Unknown {
+    #[default]
+    Forward,
+    Deny,
+}
+
+/// `[admin]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Admin {
+    pub listen: AdminListen,
+    /// Serves GET /live /ready /metrics and nothing else, for kubelet and Prometheus.
+    pub probe_listen: Option<ListenAddr>,
+    /// Holds the bearer token that changes need; unset: one is made at start.
+    pub token_file: Option<PathBuf>,
+}
+
+/// `[telemetry]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Telemetry {
+    /// The collector; unset: no export.
+    pub otlp: Option<String>,
+    pub protocol: Option<OtlpProtocol>,
+    /// Share of the traces that begin here.
+    pub sample: Ratio,
+    /// A failed or retried call is exported even where its trace was not sampled.
+    pub sample_errors: bool,
+    pub access_log: AccessLog,
+    pub access_log_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OtlpProtocol {
+    Grpc,
+    Http,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AccessLog {
+    Off,
+    #[default]
+    Errors,
+    All,
+}
+
+/// `[[upstream]]`, resolved: a service that is called.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Upstream {
+    pub name: String,
+    /// Default: `[name]`.
+    pub hosts: Vec<HostPattern>,
+    pub endpoints: Endpoints,
+    pub protocol: Protocol,
+    pub balance: Balance,
+    /// A local port of its own.
+    pub listen: Option<ListenAddr>,
+    pub health: Option<Health>,
+    pub pool_idle_timeout: PoolIdle,
+    pub header_case: HeaderCase,
+    /// With jitter; then a new one. HTTP/2 and gRPC rebalance so.
+    pub max_connection_age: HumanDuration,
+    pub policy: Policy,
+    pub routes: Vec<Route>,
+}
+
+/// `[[upstream.route]]`, resolved.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Route {
+    pub matches: Match,
+    /// Another upstream that serves what matches.
+    pub to: Option<String>,
+    /// Replaces the matched literal prefix.
+    pub path_rewrite: Option<String>,
+    pub request_headers: HeaderEdits,
+    pub response_headers: HeaderEdits,
+    pub policy: Policy,
+}
+
+/// `match = { … }`: all that is given must hold.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Match {
+    pub methods: Vec<String>,
+    /// Exact, or a prefix where it ends in `*`.
+    pub path: Option<String>,
+    /// Header names and the values they must have.
+    pub headers: std::collections::BTreeMap<String, String>,
+}
+
+/// `request_headers`, `response_headers`.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HeaderEdits {
+    pub set: std::collections::BTreeMap<String, String>,
+    pub remove: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// What the caller speaks.
+    #[default]
+    Auto,
+    Http1,
+    H2,
+    Tcp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HeaderCase {
+    #[default]
+    Lower,
+    /// HTTP/1 to HTTP/1, for services that insist.
+    Preserve,
+}
+
+/// `health = { path = …, … }`, `{ grpc = "SERVICE", … }` or `{ tcp = true, … }`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Health {
+    /// `GET path`; 2xx is healthy.
+    pub path: Option<String>,
+    /// The service name for `grpc.health.v1.Health/Check`; "" asks for the server as a whole.
+    pub grpc: Option<String>,
+    /// A connection that opens is healthy.
+    pub tcp: Option<bool>,
+    pub interval: HumanDuration,
+    pub timeout: HumanDuration,
+    pub unhealthy_after: u32,
+    pub healthy_after: u32,
+}
+
+/// Where an upstream's endpoints come from.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub enum Endpoints {
+    /// `["10.0.0.1:8080", …]`; names are resolved.
+    Fixed(Vec<HostPort>),
+    /// `dns://host:port`: A and AAAA.
+    Dns(HostPort),
+    /// `dns+srv://_http._tcp.payments.example`
+    Srv(String),
+    /// `file:///etc/endpoints.json`
+    File(PathBuf),
+    /// `k8s://namespace/service:port`
+    Kubernetes { namespace: String, service: String, port: String },
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub enum Balance {
+    /// The better of two drawn at random, by peak EWMA of latency × calls in flight.
+    #[default]
+    P2c,
+    LeastRequest,
+    RoundRobin,
+    HashHeader(String),
+    HashCookie(String),
+}
+
+/// How long an HTTP/1 connection may lie idle in the pool.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub enum PoolIdle {
+    /// What the upstream's `Keep-Alive: timeout=` says less a margin, else 4s, learned down from observed closes.
+    #[default]
+    Auto,
+    Fixed(HumanDuration),
+}
+
+/// `host:port`; the host is a name, an IPv4 address or an IPv6 address in brackets.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    pub host: String,
+    pub port: u16,
+}
+
+/// `payments`, `payments:8080`, `*.example` or `*`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct HostPattern {
+    pub host: HostMatch,
+    pub port: Option<u16>,
+}
+
+/// Lower case.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HostMatch {
+    Exact(String),
+    /// The part behind `*`, with its dot: `.example`.
+    Suffix(String),
+    Any,
+}
+
+/// An address to bind: `127.0.0.1:4140`, `[::]:4143`, or `localhost:4140` for both families of loopback.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct ListenAddr(pub HostPort);
+
+/// `localhost:4191` or `unix:/run/outrigger/admin.sock`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub enum AdminListen {
+    Tcp(ListenAddr),
+    Unix(PathBuf),
+}
+
+/// An IP network: `169.254.0.0/16`, `fe80::/10`, or a single address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Network {
+    pub address: std::net::IpAddr,
+    pub prefix: u8,
+}
+
+impl Default for Service {
+    fn default() -> Self {
+        Self { name: "unknown_service".to_owned() }
+    }
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self {
+            workers: None,
+            drain_delay: HumanDuration::default(),
+            drain_timeout: HumanDuration::from_secs(25),
+            observe: Vec::new(),
+        }
+    }
+}
+
+impl Default for Inbound {
+    fn default() -> Self {
+        Self {
+            listen: ListenAddr(HostPort::new("::", 4143)),
+            forward_to: HostPort::new("127.0.0.1", 8080),
+            forwarded: Forwarded::default(),
+            ports: Vec::new(),
+            policy: Policy::inbound(),
+        }
+    }
+}
+
+impl Default for Outbound {
+    fn default() -> Self {
+        Self {
+            listen: ListenAddr(HostPort::new("localhost", 4140)),
+            unknown: Unknown::default(),
+            deny_networks: Network::denied_by_default(),
+        }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            listen: AdminListen::Tcp(ListenAddr(HostPort::new("localhost", 4191))),
+            probe_listen: None,
+            token_file: None,
+        }
+    }
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self {
+            otlp: None,
+            protocol: None,
+            sample: Ratio::constant(0.1),
+            sample_errors: true,
+            access_log: AccessLog::default(),
+            access_log_file: None,
+        }
+    }
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            path: None,
+            grpc: None,
+            tcp: None,
+            interval: HumanDuration::from_secs(10),
+            timeout: HumanDuration::from_secs(1),
+            unhealthy_after: 3,
+            healthy_after: 2,
+        }
+    }
+}
+
+impl Upstream {
+    /// An upstream with every default, for `name` served at `endpoints`.
+    pub fn new(name: impl Into<String>, endpoints: Endpoints, policy: Policy) -> Self {
+        let name = name.into();
+        Self {
+            hosts: vec![HostPattern { host: HostMatch::Exact(name.to_ascii_lowercase()), port: None }],
+            name,
+            endpoints,
+            protocol: Protocol::default(),
+            balance: Balance::default(),
+            listen: None,
+            health: None,
+            pool_idle_timeout: PoolIdle::default(),
+            header_case: HeaderCase::default(),
+            max_connection_age: HumanDuration::from_secs(600),
+            policy,
+            routes: Vec::new(),
+        }
+    }
+}
+
+impl HostPort {
+    pub fn new(host: impl Into<String>, port: u16) -> Self {
+        Self { host: host.into(), port }
+    }
+
+    /// The socket address, where the host is a literal one.
+    pub fn literal(&self) -> Option<SocketAddr> {
+        self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
+    }
+}
+
+impl Endpoints {
+    /// `dns://`, `dns+srv://`, `file://` and `k8s://`; a fixed list is an array in the file.
+    fn parse_uri(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "`{text}` is not a source of endpoints: use [\"HOST:PORT\", …], \"dns://HOST:PORT\", \"dns+srv://NAME\", \"file:///PATH\" or \"k8s://NAMESPACE/SERVICE:PORT\""
+            )
+        };
+        match text.split_once("://").ok_or_else(wrong)? {
+            ("dns", address) => address.parse().map(Self::Dns),
+            ("dns+srv", name) if !name.is_empty() => Ok(Self::Srv(name.to_ascii_lowercase())),
+            ("file", path) if path.starts_with('/') => Ok(Self::File(path.into())),
+            ("k8s", rest) => {
+                let (namespace, service) = rest.split_once('/').ok_or_else(wrong)?;
+                let (service, port) = service.split_once(':').ok_or_else(wrong)?;
+                let (namespace, service, port) = (namespace.to_owned(), service.to_owned(), port.to_owned());
+                Ok(Self::Kubernetes { namespace, service, port })
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(list) => f.debug_list().entries(list.iter().map(ToString::to_string)).finish(),
+            Self::Dns(address) => write!(f, "dns://{address}"),
+            Self::Srv(name) => write!(f, "dns+srv://{name}"),
+            Self::File(path) => write!(f, "file://{}", path.display()),
+            Self::Kubernetes { namespace, service, port } => write!(f, "k8s://{namespace}/{service}:{port}"),
+        }
+    }
+}
+
+impl fmt::Debug for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Endpoints {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Fixed(list) => list.serialize(serializer),
+            uri => serializer.collect_str(uri),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Endpoints {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a list of HOST:PORT, or a URI such as \"dns://HOST:PORT\"")]
+        enum Written {
+            Uri(String),
+            List(Vec<HostPort>),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Uri(text) => Self::parse_uri(&text).map_err(serde::de::Error::custom),
+            Written::List(list) => Ok(Self::Fixed(list)),
+        }
+    }
+}
+
+impl JsonSchema for Endpoints {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Endpoints".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "anyOf": [
+            { "type": "string", "pattern": "^(dns|dns\\+srv|file|k8s)://" },
+            { "type": "array", "items": { "type": "string" }, "description": "HOST:PORT, …" },
+        ] })
+    }
+}
+
+impl FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong =
+            || format!("`{text}` is not HOST:PORT; an IPv6 address stands in brackets, e.g. \"[::1]:8080\"");
+        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let port = port.parse().map_err(|_| wrong())?;
+        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(v6) => v6.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?.to_string(),
+            None if host.is_empty() || host.contains([':', '/', '@', ' ', '[', ']']) => return Err(wrong()),
+            None => host.to_ascii_lowercase(),
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl FromStr for ListenAddr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address: HostPort = text.parse()?;
+        if address.host == "localhost" || address.literal().is_some() {
+            Ok(Self(address))
+        } else {
+            Err(format!(
+                "`{text}` cannot be listened on: write an IP address or localhost, e.g. \"127.0.0.1:4140\", \"[::]:4143\""
+            ))
+        }
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for AdminListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("unix:") {
+            Some("") => Err("`unix:` needs a path, e.g. \"unix:/run/outrigger/admin.sock\"".to_owned()),
+            Some(path) => Ok(Self::Unix(path.into())),
+            None => text.parse().map(Self::Tcp),
+        }
+    }
+}
+
+impl fmt::Display for AdminListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for HostPattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!("`{text}` is not a host: write \"payments\", \"payments:8080\", \"*.example\" or \"*\"")
+        };
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+                (host, Some(port.parse().map_err(|_| wrong())?))
+            }
+            _ => (text, None),
+        };
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
+        let host = match host.strip_prefix('*') {
+            Some("") => HostMatch::Any,
+            Some(suffix) if suffix.starts_with('.') && suffix.len() > 1 && !suffix.contains('*') => {
+                HostMatch::Suffix(suffix.to_owned())
+            }
+            None if !host.is_empty() && !host.contains(['*', '/', '@', ' ']) => HostMatch::Exact(host),
+            _ => return Err(wrong()),
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for HostPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            HostMatch::Exact(host) if host.contains(':') => write!(f, "[{host}]")?,
+            HostMatch::Exact(host) => f.write_str(host)?,
+            HostMatch::Suffix(suffix) => write!(f, "*{suffix}")?,
+            HostMatch::Any => f.write_str("*")?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
+}
+
+impl FromStr for Balance {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "p2c" => Ok(Self::P2c),
+            "least-request" => Ok(Self::LeastRequest),
+            "round-robin" => Ok(Self::RoundRobin),
+            _ => match text.strip_prefix("hash:").and_then(|rest| rest.split_once(':')) {
+                Some(("header", name)) if !name.is_empty() => Ok(Self::HashHeader(name.to_ascii_lowercase())),
+                Some(("cookie", name)) if !name.is_empty() => Ok(Self::HashCookie(name.to_owned())),
+                _ => Err(format!(
+                    "`{text}` is not a way to balance: use p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME"
+                )),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::P2c => f.write_str("p2c"),
+            Self::LeastRequest => f.write_str("least-request"),
+            Self::RoundRobin => f.write_str("round-robin"),
+            Self::HashHeader(name) => write!(f, "hash:header:{name}"),
+            Self::HashCookie(name) => write!(f, "hash:cookie:{name}"),
+        }
+    }
+}
+
+impl FromStr for PoolIdle {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Fixed) }
+    }
+}
+
+impl fmt::Display for PoolIdle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Fixed(duration) => duration.fmt(f),
+        }
+    }
+}
+
+impl Network {
+    /// Link-local and the metadata services of the large clouds: addresses that hand out credentials.
+    pub fn denied_by_default() -> Vec<Self> {
+        [
+            "169.254.0.0/16",
+            "fe80::/10",
+            "fd00:ec2::254/128",
+            "100.100.100.200/32",
+            "168.63.129.16/32",
+            "0.0.0.0/8",
+            "::/128",
+        ]
+        .iter()
+        .filter_map(|text| text.parse().ok())
+        .collect()
+    }
+
+    pub fn contains(&self, ip: std::net::IpAddr) -> bool {
+        use std::net::IpAddr::{V4, V6};
+        match (self.address, ip) {
+            (V4(network), V4(ip)) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
+                (network.to_bits() ^ ip.to_bits()) & mask == 0
+            }
+            (V6(network), V6(ip)) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix)).unwrap_or(0);
+                (network.to_bits() ^ ip.to_bits()) & mask == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a network: write e.g. \"169.254.0.0/16\" or \"fe80::/10\"");
+        let (address, prefix) = text.split_once('/').map_or((text, None), |(a, p)| (a, Some(p)));
+        let address: std::net::IpAddr = address.parse().map_err(|_| wrong())?;
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| wrong())?;
+        if prefix > longest { Err(wrong()) } else { Ok(Self { address, prefix }) }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+text_value!(HostPort, "HostPort", "HOST:PORT");
+text_value!(
+    ListenAddr,
+    "ListenAddr",
+    "an address to bind, e.g. \"127.0.0.1:4140\", \"[::]:4143\", \"localhost:4140\"; port 0 takes a free one"
+);
+text_value!(AdminListen, "AdminListen", "an address to bind, or unix:PATH");
+text_value!(HostPattern, "HostPattern", "a host, *.suffix or *; a port is optional");
+text_value!(Balance, "Balance", "p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME");
+text_value!(PoolIdle, "PoolIdle", "\"auto\" or a duration");
+text_value!(Network, "Network", "an IP network, e.g. \"169.254.0.0/16\"");

@@ -1,0 +1,3 @@
+//! What the proxy tells about itself and the calls it carries.
+
+pub mod metrics;

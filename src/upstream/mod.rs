@@ -1,0 +1,66 @@
+//! The services that are called: their endpoints, how one is chosen, and the connections to them.
+
+mod endpoint;
+
+pub use endpoint::{Endpoint, EndpointSet, Found, Resolution};
+
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::watch;
+
+use crate::discovery::DiscoveryError;
+
+/// An upstream as it lives: what all workers share and what outlives a reload of its settings.
+#[derive(Debug)]
+pub struct Upstream {
+    pub name: Arc<str>,
+    endpoints: ArcSwap<EndpointSet>,
+    generation: watch::Sender<u64>,
+}
+
+impl Upstream {
+    pub fn new(name: impl Into<Arc<str>>) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into(),
+            endpoints: ArcSwap::from_pointee(EndpointSet::default()),
+            generation: watch::Sender::new(0),
+        })
+    }
+
+    /// The endpoints as of now. Cheap enough for every request.
+    pub fn endpoints(&self) -> Guard<Arc<EndpointSet>> {
+        self.endpoints.load()
+    }
+
+    /// Takes what discovery found. An endpoint that was there before keeps its state; one that is gone is drained
+    /// by the workers when they see the new generation.
+    pub fn publish(&self, found: Vec<Found>) {
+        let next = self.endpoints.load().updated(found);
+        self.replace(next);
+    }
+
+    /// Tells that discovery failed. What was found before stays in use; the reason is shown where there is nothing.
+    pub fn discovery_failed(&self, error: DiscoveryError) {
+        let next = self.endpoints.load().failed(error);
+        self.replace(next);
+    }
+
+    fn replace(&self, next: EndpointSet) {
+        let generation = next.generation;
+        self.endpoints.store(Arc::new(next));
+        self.generation.send_replace(generation);
+    }
+
+    /// Waits until discovery has answered for the first time, well or not.
+    pub async fn resolved(&self) {
+        let mut changes = self.generation.subscribe();
+        // The sender lives in `self`, so this ends only by the condition.
+        let _ = changes.wait_for(|generation| *generation > 0).await;
+    }
+
+    /// Told of every new generation of the endpoints.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.generation.subscribe()
+    }
+}
