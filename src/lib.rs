@@ -4,6 +4,7 @@ pub mod config;
 pub mod discovery;
 pub mod proxy;
 pub mod resilience;
+pub mod rng;
 pub mod runtime;
 pub mod telemetry;
 pub mod units;
