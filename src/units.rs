@@ -183,7 +183,7 @@ impl fmt::Display for HumanDuration {
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let binary = SIZE_UNITS[..3].iter().rev();
-        match binary.into_iter().find(|(_, worth)| self.0 >= *worth && self.0 % worth == 0) {
+        match binary.into_iter().find(|(_, worth)| self.0 >= *worth && self.0.is_multiple_of(*worth)) {
             Some((name, worth)) => write!(f, "{}{name}", self.0 / worth),
             None => write!(f, "{}B", self.0),
         }

@@ -1,5 +1,6 @@
 //! The services that are called: their endpoints, how one is chosen, and the connections to them.
 
+pub mod balance;
 mod endpoint;
 
 pub use endpoint::{Endpoint, EndpointSet, Found, Resolution};
