@@ -1,14 +1,30 @@
 //! The configuration: what a user writes, read, merged, checked and resolved.
 //!
 //! ```text
-//! files ──parse──▶ tree with origins ──merge──▶ one tree ──inherit──▶ typed [`Config`] ──▶ snapshot
+//! files ──parse──▶ trees with origins ──merge──▶ one tree ──resolve──▶ typed [`Config`] ──validate, lint──▶ [`Loaded`]
 //! ```
 //!
 //! Inheritance (`[defaults]` → `[[upstream]]` → `[[upstream.route]]`) is the same key-by-key merge as that of
 //! several files, done on the tree, so every effective value still knows the file and line that set it.
 
+mod diagnostic;
+mod load;
+mod merge;
+mod node;
+mod parse;
 mod policy;
+mod read;
+mod resolve;
 mod schema;
+mod security;
+mod source;
+mod unbuilt;
 
+pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity};
+pub use load::{Loaded, files, load, load_sources, process_env};
+pub use node::{Entry, Node, Table, Value};
+pub use parse::Env;
 pub use policy::{AttemptTimeout, Policy};
 pub use schema::*;
+pub use security::*;
+pub use source::{MAX_FILE_BYTES, Origin, Place, Source, Sources};

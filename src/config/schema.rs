@@ -5,7 +5,10 @@ use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Policy;
+use super::{
+    Policy,
+    security::{Allow, Identity, Jwt, Mtls, Oauth2, UpstreamTls},
+};
 use crate::{
     text_value,
     units::{HumanDuration, Ratio},
@@ -18,6 +21,8 @@ pub struct Config {
     pub runtime: Runtime,
     pub inbound: Inbound,
     pub outbound: Outbound,
+    /// This service's certificate; `None`: it has none.
+    pub identity: Option<Identity>,
     pub admin: Admin,
     pub telemetry: Telemetry,
     /// `[defaults]`: the policy of hosts that no upstream names.
@@ -69,8 +74,13 @@ pub struct Inbound {
     pub forward_to: HostPort,
     /// What becomes of `x-forwarded-for`, `-proto` and `-host`.
     pub forwarded: Forwarded,
+    pub mtls: Mtls,
     /// Ports of the service that differ.
     pub ports: Vec<InboundPort>,
+    /// Who may call what; none: every authenticated peer may.
+    pub allow: Vec<Allow>,
+    /// End-user tokens, checked before the service sees them.
+    pub jwt: Option<Jwt>,
     pub policy: Policy,
 }
 
@@ -79,6 +89,10 @@ pub struct Inbound {
 #[serde(deny_unknown_fields)]
 pub struct InboundPort {
     pub port: u16,
+    /// Default: as for `[inbound]`.
+    #[serde(default)]
+    pub mtls: Option<Mtls>,
+    /// `tcp` where the service speaks first, or ends TLS itself.
     #[serde(default)]
     pub protocol: Protocol,
 }
@@ -153,6 +167,9 @@ pub enum AccessLog {
     All,
 }
 
+/// The default of `max_connection_age`.
+pub(super) const MAX_CONNECTION_AGE: HumanDuration = HumanDuration::from_secs(600);
+
 /// `[[upstream]]`, resolved: a service that is called.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Upstream {
@@ -161,6 +178,7 @@ pub struct Upstream {
     pub hosts: Vec<HostPattern>,
     pub endpoints: Endpoints,
     pub protocol: Protocol,
+    pub tls: UpstreamTls,
     pub balance: Balance,
     /// A local port of its own.
     pub listen: Option<ListenAddr>,
@@ -169,6 +187,8 @@ pub struct Upstream {
     pub header_case: HeaderCase,
     /// With jitter; then a new one. HTTP/2 and gRPC rebalance so.
     pub max_connection_age: HumanDuration,
+    /// Gets the token that every call carries.
+    pub oauth2: Option<Oauth2>,
     pub policy: Policy,
     pub routes: Vec<Route>,
 }
@@ -341,7 +361,10 @@ impl Default for Inbound {
             listen: ListenAddr(HostPort::new("::", 4143)),
             forward_to: HostPort::new("127.0.0.1", 8080),
             forwarded: Forwarded::default(),
+            mtls: Mtls::Off,
             ports: Vec::new(),
+            allow: Vec::new(),
+            jwt: None,
             policy: Policy::inbound(),
         }
     }
@@ -403,12 +426,14 @@ impl Upstream {
             name,
             endpoints,
             protocol: Protocol::default(),
+            tls: UpstreamTls::default(),
             balance: Balance::default(),
             listen: None,
             health: None,
             pool_idle_timeout: PoolIdle::default(),
             header_case: HeaderCase::default(),
-            max_connection_age: HumanDuration::from_secs(600),
+            max_connection_age: MAX_CONNECTION_AGE,
+            oauth2: None,
             policy,
             routes: Vec::new(),
         }
@@ -478,16 +503,25 @@ impl Serialize for Endpoints {
 
 impl<'de> Deserialize<'de> for Endpoints {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged, expecting = "a list of HOST:PORT, or a URI such as \"dns://HOST:PORT\"")]
-        enum Written {
-            Uri(String),
-            List(Vec<HostPort>),
+        // Not an untagged enum: that would lose the place of an address that is wrong.
+        struct UriOrList;
+        impl<'de> serde::de::Visitor<'de> for UriOrList {
+            type Value = Endpoints;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array of \"HOST:PORT\", or a URI such as \"dns://HOST:PORT\"")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Endpoints, E> {
+                Endpoints::parse_uri(text).map_err(E::custom)
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Endpoints, A::Error> {
+                let mut list = Vec::new();
+                while let Some(address) = seq.next_element()? {
+                    list.push(address);
+                }
+                Ok(Endpoints::Fixed(list))
+            }
         }
-        match Written::deserialize(deserializer)? {
-            Written::Uri(text) => Self::parse_uri(&text).map_err(serde::de::Error::custom),
-            Written::List(list) => Ok(Self::Fixed(list)),
-        }
+        deserializer.deserialize_any(UriOrList)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de};
 
 use super::{backoff::BackoffSettings, budget::BudgetSettings};
 use crate::{text_value, units::ByteSize};
@@ -126,12 +126,59 @@ text_value!(
 );
 
 /// The methods whose failed calls may be sent again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Methods {
     /// GET, HEAD, OPTIONS, TRACE, PUT, DELETE (RFC 9110 §9.2.2), and calls with an `Idempotency-Key`.
     Idempotent,
     All,
-    #[serde(untagged)]
     Listed(Vec<String>),
+}
+
+impl Serialize for Methods {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Idempotent => serializer.serialize_str("idempotent"),
+            Self::All => serializer.serialize_str("all"),
+            Self::Listed(methods) => methods.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Methods {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct WordOrList;
+        impl<'de> de::Visitor<'de> for WordOrList {
+            type Value = Methods;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"idempotent\", \"all\" or an array of methods")
+            }
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<Methods, E> {
+                match word {
+                    "idempotent" => Ok(Methods::Idempotent),
+                    "all" => Ok(Methods::All),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(word), &self)),
+                }
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Methods, A::Error> {
+                let mut methods = Vec::new();
+                while let Some(method) = seq.next_element()? {
+                    methods.push(method);
+                }
+                Ok(Methods::Listed(methods))
+            }
+        }
+        deserializer.deserialize_any(WordOrList)
+    }
+}
+
+impl JsonSchema for Methods {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "RetryMethods".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "anyOf": [
+            { "enum": ["idempotent", "all"] },
+            { "type": "array", "items": { "type": "string" }, "description": "methods" },
+        ] })
+    }
 }

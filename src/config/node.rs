@@ -1,0 +1,95 @@
+//! The tree of a configuration as written: every key and value knows the place it came from.
+
+use std::collections::BTreeMap;
+
+use super::source::Origin;
+
+/// A value and where it stands. No origin: built in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    pub origin: Option<Origin>,
+    pub value: Value,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    String {
+        text: String,
+        /// Whether `${VAR}` stood in it: such a text may also fill a number or a boolean.
+        expanded: bool,
+    },
+    Integer(i64),
+    Float(f64),
+    Bool(bool),
+    /// TOML has them, no key takes one.
+    Datetime(String),
+    Array(Vec<Node>),
+    Table(Table),
+}
+
+pub type Table = BTreeMap<String, Entry>;
+
+/// A key's place and its value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    pub key: Option<Origin>,
+    pub node: Node,
+}
+
+impl Node {
+    pub fn table(origin: Option<Origin>) -> Self {
+        Self { origin, value: Value::Table(Table::new()) }
+    }
+
+    pub fn text(text: impl Into<String>) -> Self {
+        Self { origin: None, value: Value::String { text: text.into(), expanded: false } }
+    }
+
+    pub fn bool(value: bool) -> Self {
+        Self { origin: None, value: Value::Bool(value) }
+    }
+
+    pub fn as_table(&self) -> Option<&Table> {
+        match &self.value {
+            Value::Table(table) => Some(table),
+            _ => None,
+        }
+    }
+
+    pub fn as_array(&self) -> Option<&[Self]> {
+        match &self.value {
+            Value::Array(items) => Some(items),
+            _ => None,
+        }
+    }
+
+    pub fn as_str(&self) -> Option<&str> {
+        match &self.value {
+            Value::String { text, .. } => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The value of a key, where this is a table that has it.
+    pub fn get(&self, key: &str) -> Option<&Self> {
+        self.as_table()?.get(key).map(|entry| &entry.node)
+    }
+
+    /// The item of an array.
+    pub fn item(&self, index: usize) -> Option<&Self> {
+        self.as_array()?.get(index)
+    }
+
+    /// What it is, for messages.
+    pub fn kind(&self) -> &'static str {
+        match &self.value {
+            Value::String { .. } => "a string",
+            Value::Integer(_) => "a whole number",
+            Value::Float(_) => "a number",
+            Value::Bool(_) => "a boolean",
+            Value::Datetime(_) => "a date",
+            Value::Array(_) => "an array",
+            Value::Table(_) => "a table",
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! A file's text → a tree with origins, `${VAR}` filled in.
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{
+    diagnostic::{Problem, Problems},
+    node::{Entry, Node, Table, Value},
+    source::Origin,
+};
+
+/// Looks up an environment variable.
+pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// Tables and arrays inside each other: the contract needs six, and the walk is recursive.
+const MAX_DEPTH: usize = 32;
+
+/// What can be read of a file; what cannot becomes a problem.
+pub(super) fn parse(text: &str, file: usize, env: Env<'_>, problems: &mut Problems) -> Node {
+    let (root, errors) = DeTable::parse_recoverable(text);
+    for error in errors {
+        let origin = error.span().map(|span| Origin::new(file, span));
+        problems.push(Problem::error(origin, "this is not TOML").label(error.message().trim()));
+    }
+    let mut walk = Walk { file, env, problems };
+    let span = root.span();
+    Node { origin: Some(walk.origin(span)), value: Value::Table(walk.table(root.into_inner(), MAX_DEPTH)) }
+}
+
+struct Walk<'a> {
+    file: usize,
+    env: Env<'a>,
+    problems: &'a mut Problems,
+}
+
+impl Walk<'_> {
+    fn origin(&self, span: std::ops::Range<usize>) -> Origin {
+        Origin::new(self.file, span)
+    }
+
+    fn table(&mut self, table: DeTable<'_>, depth: usize) -> Table {
+        table
+            .into_iter()
+            .map(|(key, value)| {
+                let key_origin = Some(self.origin(key.span()));
+                (key.into_inner().into_owned(), Entry { key: key_origin, node: self.node(value, depth) })
+            })
+            .collect()
+    }
+
+    fn node(&mut self, spanned: Spanned<DeValue<'_>>, depth: usize) -> Node {
+        let origin = self.origin(spanned.span());
+        let mut fail = |message: &str, help: &str| {
+            self.problems.push(Problem::error(Some(origin), message).help(help));
+            Value::Bool(false)
+        };
+        let value = match spanned.into_inner() {
+            DeValue::Array(_) | DeValue::Table(_) if depth == 0 => {
+                fail("tables and arrays are nested too deep", "no key needs more than a few levels")
+            }
+            DeValue::Array(items) => {
+                Value::Array(items.into_iter().map(|item| self.node(item, depth - 1)).collect())
+            }
+            DeValue::Table(table) => Value::Table(self.table(table, depth - 1)),
+            DeValue::Integer(number) => {
+                let digits = number.as_str().replace('_', "");
+                match i64::from_str_radix(&digits, number.radix()) {
+                    Ok(number) => Value::Integer(number),
+                    Err(_) => fail("this number is too large", "whole numbers have at most 64 bits"),
+                }
+            }
+            DeValue::Float(number) => match number.as_str().replace('_', "").parse() {
+                Ok(number) => Value::Float(number),
+                Err(_) => fail("this is not a number", "write e.g. 0.5"),
+            },
+            DeValue::Boolean(flag) => Value::Bool(flag),
+            DeValue::Datetime(date) => Value::Datetime(date.to_string()),
+            DeValue::String(text) => match expand(&text, self.env) {
+                Ok(None) => Value::String { text: text.into_owned(), expanded: false },
+                Ok(Some(text)) => Value::String { text, expanded: true },
+                Err(wrong) => {
+                    let (label, help) = wrong.explain();
+                    self.problems.push(
+                        Problem::error(Some(origin), "an environment variable cannot be filled in")
+                            .label(label)
+                            .help(help),
+                    );
+                    // Marked, so that no second problem comes of the text that stayed.
+                    Value::String { text: String::new(), expanded: true }
+                }
+            },
+        };
+        Node { origin: Some(origin), value }
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum ExpandError {
+    Unset(String),
+    NotClosed,
+    BadName(String),
+}
+
+impl ExpandError {
+    fn explain(self) -> (String, String) {
+        match self {
+            Self::Unset(name) => (
+                format!("{name} is not set"),
+                format!("set it, or give a default: ${{{name}:-DEFAULT}}; a literal ${{ is written $${{"),
+            ),
+            Self::NotClosed => {
+                ("`${` has no `}`".to_owned(), "write ${NAME}; a literal ${ is written $${".to_owned())
+            }
+            Self::BadName(name) => (
+                format!("`{name}` is not a variable's name"),
+                "names are letters, digits and _; a literal ${ is written $${".to_owned(),
+            ),
+        }
+    }
+}
+
+/// `${VAR}` and `${VAR:-default}` (used where VAR is unset or empty, as in a shell) filled in; `$${` is a literal
+/// `${`. `None` where there was nothing to fill in. Values are not expanded again.
+fn expand(text: &str, env: Env<'_>) -> Result<Option<String>, ExpandError> {
+    if !text.contains("${") {
+        return Ok(None);
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("${") {
+        if rest[..at].ends_with('$') {
+            out += &rest[..at];
+            out.push('{');
+            rest = &rest[at + 2..];
+            continue;
+        }
+        out += &rest[..at];
+        let inside = &rest[at + 2..];
+        let end = inside.find('}').ok_or(ExpandError::NotClosed)?;
+        let (name, default) = match inside[..end].split_once(":-") {
+            Some((name, default)) => (name, Some(default)),
+            None => (&inside[..end], None),
+        };
+        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+            return Err(ExpandError::BadName(name.to_owned()));
+        }
+        match (env(name), default) {
+            (Some(value), Some(default)) if value.is_empty() => out += default,
+            (Some(value), _) => out += &value,
+            (None, Some(default)) => out += default,
+            (None, None) => return Err(ExpandError::Unset(name.to_owned())),
+        }
+        rest = &inside[end + 1..];
+    }
+    out += rest;
+    Ok(Some(out))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(name: &str) -> Option<String> {
+        match name {
+            "HOST" => Some("db".to_owned()),
+            "EMPTY" => Some(String::new()),
+            "TRICK" => Some("${HOST}".to_owned()),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn variables_are_filled_in() {
+        for (text, expected) in [
+            ("${HOST}:80", "db:80"),
+            ("${NONE:-x}", "x"),
+            ("${NONE:-}", ""),
+            ("${EMPTY:-x}${EMPTY}", "x"),
+            ("$${HOST}", "${HOST}"),
+            ("a$${b${HOST}c", "a${bdbc"),
+            ("${TRICK}", "${HOST}"),
+            ("$ ${HOST} $", "$ db $"),
+        ] {
+            assert_eq!(expand(text, &env), Ok(Some(expected.to_owned())), "{text}");
+        }
+        assert_eq!(expand("plain $HOST", &env), Ok(None));
+        assert_eq!(expand("${NONE}", &env), Err(ExpandError::Unset("NONE".to_owned())));
+        assert_eq!(expand("${HOST", &env), Err(ExpandError::NotClosed));
+        assert_eq!(expand("${a b}", &env), Err(ExpandError::BadName("a b".to_owned())));
+    }
+
+    #[test]
+    fn every_value_knows_its_place() {
+        let text = "[a]\nb = [1, 'x']\n";
+        let mut problems = Problems::default();
+        let root = parse(text, 0, &env, &mut problems);
+        let item = root.get("a").and_then(|a| a.get("b")).and_then(|b| b.item(1)).unwrap();
+        assert_eq!(item.as_str(), Some("x"));
+        assert_eq!(&text[item.origin.unwrap().span()], "'x'");
+        assert_eq!(&text[root.get("a").unwrap().origin.unwrap().span()], "[a]");
+        assert!(!problems.has_errors());
+    }
+
+    #[test]
+    fn nesting_and_numbers_are_bounded() {
+        let deep = format!("a = {}{}", "[".repeat(60), "]".repeat(60));
+        for (text, message) in [
+            (deep.as_str(), "tables and arrays are nested too deep"),
+            ("a = 99999999999999999999", "this number is too large"),
+        ] {
+            let mut problems = Problems::default();
+            parse(text, 0, &env, &mut problems);
+            let found = problems.finish(Default::default());
+            assert_eq!(found.problems[0].message, message);
+        }
+        let mut problems = Problems::default();
+        parse("a = 1\nb = \nc = \n", 0, &env, &mut problems);
+        assert_eq!(problems.finish(Default::default()).count(), (2, 0), "every syntax error is reported");
+    }
+}

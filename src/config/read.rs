@@ -1,0 +1,375 @@
+//! Tree → typed value, by serde. Every problem is noted at its place, not only the first.
+//!
+//! serde stops at the first error. So what is wrong is noted and left out, and the value is read again, until all
+//! that is left fits.
+
+use std::{cell::RefCell, collections::HashSet, fmt};
+
+use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Visitor};
+
+use super::{
+    diagnostic::{Problem, Problems, did_you_mean},
+    node::{Entry, Node, Value},
+    source::Origin,
+};
+
+/// Reads a value; what does not fit becomes problems, and `None` where nothing can be made of the rest.
+///
+/// `also` names keys that are valid in this table beside those of `T`, for the sake of suggestions.
+pub(super) fn read<T: DeserializeOwned>(node: &Node, also: &[&str], problems: &mut Problems) -> Option<T> {
+    let shared =
+        Shared { left_out: RefCell::default(), problems: RefCell::new(problems), root: id(node), also };
+    loop {
+        let reader = Reader { node, shared: &shared };
+        let error = match T::deserialize(reader).map_err(|error| error.at(node)) {
+            Ok(value) => return Some(value),
+            Err(error) => error,
+        };
+        // A required key that is missing since it was left out for another problem is no further problem.
+        let at = error.id;
+        let consequence = matches!(&error.kind, Kind::Missing(key)
+            if shared.left_out_key(error.id, node, key));
+        if !consequence {
+            shared.problems.borrow_mut().push(error.problem());
+        }
+        let full = shared.problems.borrow().is_full();
+        if at == shared.root || full || !shared.left_out.borrow_mut().insert(at) {
+            return None;
+        }
+    }
+}
+
+struct Shared<'a> {
+    /// Nodes to pass over.
+    left_out: RefCell<HashSet<usize>>,
+    problems: RefCell<&'a mut Problems>,
+    root: usize,
+    also: &'a [&'a str],
+}
+
+impl Shared<'_> {
+    fn leaves_out(&self, node: &Node) -> bool {
+        self.left_out.borrow().contains(&id(node))
+    }
+
+    /// Whether the table with this id, at or below `node`, has `key` and that was left out.
+    fn left_out_key(&self, table: usize, node: &Node, key: &str) -> bool {
+        if id(node) == table {
+            return node.get(key).is_some_and(|value| self.leaves_out(value));
+        }
+        match &node.value {
+            Value::Table(entries) => entries.values().any(|entry| self.left_out_key(table, &entry.node, key)),
+            Value::Array(items) => items.iter().any(|item| self.left_out_key(table, item, key)),
+            _ => false,
+        }
+    }
+}
+
+/// A node's identity within one reading: its address, as the tree stands still meanwhile.
+fn id(node: &Node) -> usize {
+    std::ptr::from_ref(node).addr()
+}
+
+#[derive(Clone, Copy)]
+struct Reader<'a, 'p> {
+    node: &'a Node,
+    shared: &'a Shared<'p>,
+}
+
+#[derive(Debug)]
+struct Error {
+    kind: Kind,
+    /// The node it is about; 0 until known.
+    id: usize,
+    origin: Option<Origin>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Message(String),
+    WrongType { found: String, expected: String },
+    UnknownKey { key: String, valid: Vec<String> },
+    UnknownWord { word: String, valid: &'static [&'static str] },
+    Missing(&'static str),
+}
+
+impl Error {
+    fn new(kind: Kind) -> Self {
+        Self { kind, id: 0, origin: None }
+    }
+
+    /// Says where, unless that is known already: the innermost place tells the most.
+    fn at(mut self, node: &Node) -> Self {
+        if self.id == 0 {
+            self.id = id(node);
+            self.origin = node.origin;
+            if let Kind::WrongType { found, .. } = &mut self.kind
+                && found.is_empty()
+            {
+                *found = node.kind().to_owned();
+            }
+        }
+        self
+    }
+
+    fn problem(self) -> Problem {
+        let new = |message: String| Problem::error(self.origin, message);
+        match self.kind {
+            // "what is wrong: what to write", as the types in `units` and `schema` say it.
+            Kind::Message(text) => match text.split_once(": ").or_else(|| text.split_once("; ")) {
+                Some((wrong, remedy)) => new(wrong.to_owned()).help(remedy),
+                None => new(text),
+            },
+            Kind::WrongType { found, expected } => new("this value has the wrong type".to_owned())
+                .label(format!("expected {expected}, found {found}")),
+            Kind::UnknownWord { word, valid } => {
+                let problem = new(format!("`{word}` is not one of the possible values"));
+                let problem = match did_you_mean(&word, valid.iter().copied()) {
+                    Some(near) => problem.label(format!("did you mean \"{near}\"?")),
+                    None => problem,
+                };
+                problem.help(format!("possible are {}", quoted(valid)))
+            }
+            Kind::Missing(key) => new(format!("`{key}` is missing here")).help(format!("add `{key} = …`")),
+            Kind::UnknownKey { key, valid } => {
+                unknown_key(&key, self.origin, valid.iter().map(String::as_str))
+            }
+        }
+    }
+}
+
+/// The problem of a key that does not exist, with the nearest that does.
+pub(super) fn unknown_key<'a>(
+    key: &str,
+    origin: Option<Origin>,
+    valid: impl IntoIterator<Item = &'a str> + Clone,
+) -> Problem {
+    let mut names: Vec<&str> = valid.clone().into_iter().collect();
+    names.sort_unstable();
+    let problem = Problem::error(origin, format!("unknown key `{key}`"));
+    let problem = match did_you_mean(key, valid) {
+        Some(near) => problem.label(format!("did you mean `{near}`?")),
+        None => problem,
+    };
+    problem.help(format!("keys here are {}", names.join(", ")))
+}
+
+fn quoted(words: &[&str]) -> String {
+    words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(", ")
+}
+
+/// serde's word for a type, in the words of the file.
+fn in_plain_words(expected: &dyn de::Expected) -> String {
+    let text = expected.to_string();
+    match text.as_str() {
+        "u8" => "a whole number from 0 to 255".to_owned(),
+        "u16" => "a whole number from 0 to 65535".to_owned(),
+        "u32" => "a whole number from 0 to 4294967295".to_owned(),
+        "u64" => "a whole number from 0 up".to_owned(),
+        "f64" => "a number".to_owned(),
+        "a sequence" => "an array".to_owned(),
+        "a map" => "a table".to_owned(),
+        _ if text.starts_with("struct ") => "a table".to_owned(),
+        _ if text.starts_with("enum ") || text == "string or map" => "a string".to_owned(),
+        _ => text,
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.kind)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl de::Error for Error {
+    fn custom<T: fmt::Display>(message: T) -> Self {
+        Self::new(Kind::Message(message.to_string()))
+    }
+
+    fn invalid_type(_: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
+        Self::new(Kind::WrongType { found: String::new(), expected: in_plain_words(expected) })
+    }
+
+    fn invalid_value(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
+        let found = match found {
+            de::Unexpected::Signed(number) => number.to_string(),
+            de::Unexpected::Unsigned(number) => number.to_string(),
+            de::Unexpected::Bool(flag) => flag.to_string(),
+            de::Unexpected::Str(text) => format!("{text:?}"),
+            _ => String::new(),
+        };
+        Self::new(Kind::WrongType { found, expected: in_plain_words(expected) })
+    }
+
+    fn unknown_variant(word: &str, valid: &'static [&'static str]) -> Self {
+        Self::new(Kind::UnknownWord { word: word.to_owned(), valid })
+    }
+
+    fn unknown_field(key: &str, valid: &'static [&'static str]) -> Self {
+        Self::new(Kind::UnknownKey {
+            key: key.to_owned(),
+            valid: valid.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn missing_field(key: &'static str) -> Self {
+        Self::new(Kind::Missing(key))
+    }
+}
+
+impl<'de, 'a, 'p> Reader<'a, 'p> {
+    fn any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match &self.node.value {
+            Value::String { text, .. } => visitor.visit_str(text),
+            Value::Integer(number) => visitor.visit_i64(*number),
+            Value::Float(number) => visitor.visit_f64(*number),
+            Value::Bool(flag) => visitor.visit_bool(*flag),
+            Value::Datetime(_) => Err(de::Error::invalid_type(de::Unexpected::Other(""), &visitor)),
+            Value::Array(items) => visitor.visit_seq(Items { items: items.iter(), shared: self.shared }),
+            Value::Table(table) => visitor.visit_map(Entries {
+                entries: table.iter(),
+                at: None,
+                is_root: id(self.node) == self.shared.root,
+                shared: self.shared,
+            }),
+        }
+        .map_err(|error| error.at(self.node))
+    }
+
+    /// A text that came from the environment may fill what is not text.
+    fn expanded(self) -> Option<&'a str> {
+        match &self.node.value {
+            Value::String { text, expanded: true } => Some(text.trim()),
+            _ => None,
+        }
+    }
+}
+
+macro_rules! scalars {
+    ($($method:ident: $type:ty => $visit:ident),+ $(,)?) => {
+        $(fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+            match self.expanded().and_then(|text| text.parse::<$type>().ok()) {
+                Some(value) => visitor.$visit(value).map_err(|error: Error| error.at(self.node)),
+                None => self.any(visitor),
+            }
+        })+
+    };
+}
+
+impl<'de> de::Deserializer<'de> for Reader<'_, '_> {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        self.any(visitor)
+    }
+
+    scalars! {
+        deserialize_bool: bool => visit_bool,
+        deserialize_i8: i64 => visit_i64, deserialize_i16: i64 => visit_i64,
+        deserialize_i32: i64 => visit_i64, deserialize_i64: i64 => visit_i64,
+        deserialize_u8: i64 => visit_i64, deserialize_u16: i64 => visit_i64,
+        deserialize_u32: i64 => visit_i64, deserialize_u64: i64 => visit_i64,
+        deserialize_f32: f64 => visit_f64, deserialize_f64: f64 => visit_f64,
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_some(self)
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        visitor.visit_newtype_struct(self).map_err(|error: Error| error.at(self.node))
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        let result = match &self.node.value {
+            Value::String { text, .. } => visitor.visit_enum(text.as_str().into_deserializer()),
+            _ => Err(de::Error::invalid_type(de::Unexpected::Other(""), &"a string")),
+        };
+        result.map_err(|error: Error| error.at(self.node))
+    }
+
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_unit()
+    }
+
+    /// serde's derived code would also take an array, by position: nobody means that.
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        match &self.node.value {
+            Value::Table(_) => self.any(visitor),
+            _ => Err(Error::at(de::Error::invalid_type(de::Unexpected::Other(""), &"a table"), self.node)),
+        }
+    }
+
+    serde::forward_to_deserialize_any! {
+        i128 u128 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map identifier
+    }
+}
+
+struct Items<'a, 'p> {
+    items: std::slice::Iter<'a, Node>,
+    shared: &'a Shared<'p>,
+}
+
+impl<'de> de::SeqAccess<'de> for Items<'_, '_> {
+    type Error = Error;
+
+    fn next_element_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<Option<S::Value>, Error> {
+        match self.items.find(|item| !self.shared.leaves_out(item)) {
+            Some(node) => {
+                let reader = Reader { node, shared: self.shared };
+                seed.deserialize(reader).map(Some).map_err(|error| error.at(node))
+            }
+            None => Ok(None),
+        }
+    }
+}
+
+struct Entries<'a, 'p> {
+    entries: std::collections::btree_map::Iter<'a, String, Entry>,
+    at: Option<&'a Node>,
+    is_root: bool,
+    shared: &'a Shared<'p>,
+}
+
+impl<'de> de::MapAccess<'de> for Entries<'_, '_> {
+    type Error = Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
+        let Some((key, entry)) = self.entries.find(|(_, entry)| !self.shared.leaves_out(&entry.node)) else {
+            return Ok(None);
+        };
+        self.at = Some(&entry.node);
+        let key_deserializer: de::value::StrDeserializer<'_, Error> = key.as_str().into_deserializer();
+        seed.deserialize(key_deserializer).map(Some).map_err(|mut error| {
+            error.id = id(&entry.node);
+            error.origin = entry.key;
+            if let Kind::UnknownKey { valid, .. } = &mut error.kind
+                && self.is_root
+            {
+                valid.extend(self.shared.also.iter().map(ToString::to_string));
+            }
+            error
+        })
+    }
+
+    fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, Error> {
+        let node = self.at.ok_or_else(|| Error::new(Kind::Message("a value before its key".to_owned())))?;
+        seed.deserialize(Reader { node, shared: self.shared }).map_err(|error| error.at(node))
+    }
+}

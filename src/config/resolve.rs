@@ -1,0 +1,329 @@
+//! The merged tree → [`Config`]: inheritance, defaults that depend on other keys.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, de::DeserializeOwned};
+
+use super::{
+    Balance, Config, Endpoints, Forwarded, HeaderCase, HeaderEdits, Health, HostMatch, HostPattern, HostPort,
+    Inbound, InboundPort, ListenAddr, Match, Policy, PoolIdle, Protocol, Route, Upstream,
+    diagnostic::Problems,
+    merge::merge_tables,
+    node::{Entry, Node, Table, Value},
+    read::{read, unknown_key},
+    schema::MAX_CONNECTION_AGE,
+    security::{Allow, Jwt, Mtls, Oauth2, TlsMode, UpstreamTls},
+};
+use crate::units::HumanDuration;
+
+/// The tables of the file.
+pub(super) const SECTIONS: [&str; 9] =
+    ["service", "runtime", "inbound", "outbound", "identity", "admin", "telemetry", "defaults", "upstream"];
+
+/// The keys of [`Policy`].
+pub(super) const POLICY_KEYS: [&str; 14] = [
+    "connect_timeout",
+    "timeout",
+    "attempt_timeout",
+    "idle_timeout",
+    "tunnel_idle_timeout",
+    "max_duration",
+    "retry",
+    "breaker",
+    "outlier",
+    "limits",
+    "rate_limit",
+    "hedge",
+    "fault",
+    "fallback",
+];
+
+/// `[inbound]` without its policy keys, as written.
+#[derive(Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct InboundKeys {
+    /// Where calls come in.
+    listen: ListenAddr,
+    /// The service. `run --app` sets it.
+    forward_to: HostPort,
+    /// Default: strict where [identity] is set, else off.
+    mtls: Option<Mtls>,
+    /// What becomes of `x-forwarded-for`, `-proto` and `-host`.
+    forwarded: Forwarded,
+    /// Ports of the service that differ.
+    port: Vec<InboundPort>,
+    /// Who may call what. None: every authenticated peer may call.
+    allow: Vec<Allow>,
+    /// End-user tokens, checked before the service sees them.
+    jwt: Option<Jwt>,
+}
+
+impl Default for InboundKeys {
+    fn default() -> Self {
+        let Inbound { listen, forward_to, forwarded, .. } = Inbound::default();
+        Self { listen, forward_to, mtls: None, forwarded, port: Vec::new(), allow: Vec::new(), jwt: None }
+    }
+}
+
+/// `[[upstream]]` without its policy keys and routes, as written.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct UpstreamKeys {
+    /// What metrics, logs and other keys call it.
+    name: String,
+    /// The hosts that callers ask for; default: its name. `*.example` and `*` are allowed; a port is optional.
+    #[serde(default)]
+    hosts: Option<Vec<HostPattern>>,
+    /// Default: DNS of the first host, port 443 with TLS, else 80.
+    #[serde(default)]
+    endpoints: Option<Endpoints>,
+    /// `auto` is what the caller speaks.
+    #[serde(default)]
+    protocol: Protocol,
+    /// Default: mutual where [identity] is set and `identity` is, else off.
+    #[serde(default)]
+    tls: Option<TlsMode>,
+    /// SNI, and the name that must match under simple; default: the requested host.
+    #[serde(default)]
+    server_name: Option<String>,
+    /// Default: system roots for simple, [identity].ca for mutual.
+    #[serde(default)]
+    ca: Option<std::path::PathBuf>,
+    /// SPIFFE IDs of which one must answer.
+    #[serde(default)]
+    identity: Vec<String>,
+    /// How an endpoint is chosen.
+    #[serde(default)]
+    balance: Balance,
+    /// A local port of its own for this upstream.
+    #[serde(default)]
+    listen: Option<ListenAddr>,
+    /// Active checks; absent: none.
+    #[serde(default)]
+    health: Option<Health>,
+    /// How long an HTTP/1 connection may lie idle in the pool.
+    #[serde(default)]
+    pool_idle_timeout: PoolIdle,
+    /// `preserve`: header names keep their case, HTTP/1 to HTTP/1.
+    #[serde(default)]
+    header_case: HeaderCase,
+    /// Then, with jitter, a new one takes its place. 0 = none.
+    #[serde(default = "max_connection_age")]
+    max_connection_age: HumanDuration,
+    /// Gets the token that every call carries.
+    #[serde(default)]
+    oauth2: Option<Oauth2>,
+}
+
+fn max_connection_age() -> HumanDuration {
+    MAX_CONNECTION_AGE
+}
+
+/// `[[upstream.route]]` without its policy keys, as written.
+#[derive(Deserialize, JsonSchema, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct RouteKeys {
+    /// All that is given must hold; the most specific match wins.
+    #[serde(rename = "match")]
+    matches: Match,
+    /// Another upstream serves what matches.
+    to: Option<String>,
+    /// Replaces the matched literal prefix.
+    path_rewrite: Option<String>,
+    /// Done on the way to the upstream.
+    request_headers: HeaderEdits,
+    /// Done on the way to the caller.
+    response_headers: HeaderEdits,
+}
+
+/// Reads the whole tree. What could not be read is in `problems` and has its default here.
+pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems) -> Config {
+    for (key, entry) in root.as_table().into_iter().flatten() {
+        if !SECTIONS.contains(&key.as_str()) {
+            problems.push(unknown_key(key, entry.key, SECTIONS));
+        }
+    }
+    let mut service: super::Service = section(root, "service", problems);
+    if root.get("service").and_then(|service| service.get("name")).is_none() {
+        service.name = service_name;
+    }
+    let identity = root.get("identity").map(|node| read(node, &[], problems).unwrap_or_default());
+    let inbound = inbound(root.get("inbound"), identity.is_some(), problems);
+    let defaults_table = root.get("defaults").and_then(Node::as_table);
+    let defaults = section(root, "defaults", problems);
+    let upstreams = match root.get("upstream").map(|node| (node, node.as_array())) {
+        Some((_, Some(items))) => items
+            .iter()
+            .filter_map(|item| upstream(item, defaults_table, identity.is_some(), problems))
+            .collect(),
+        Some((node, None)) => {
+            problems.push(
+                super::Problem::error(node.origin, "upstreams are a list")
+                    .label(format!("expected [[upstream]], found {}", node.kind())),
+            );
+            Vec::new()
+        }
+        None => Vec::new(),
+    };
+    Config {
+        service,
+        runtime: section(root, "runtime", problems),
+        inbound,
+        outbound: section(root, "outbound", problems),
+        identity,
+        admin: section(root, "admin", problems),
+        telemetry: section(root, "telemetry", problems),
+        defaults,
+        upstreams,
+    }
+}
+
+fn section<T: DeserializeOwned + Default>(root: &Node, key: &str, problems: &mut Problems) -> T {
+    root.get(key).and_then(|node| read(node, &[], problems)).unwrap_or_default()
+}
+
+fn inbound(node: Option<&Node>, has_identity: bool, problems: &mut Problems) -> Inbound {
+    let empty = Node::table(None);
+    let node = node.unwrap_or(&empty);
+    let (policy_keys, own) = split(node);
+    let policy = policy(node, inbound_policy(&policy_keys), problems).unwrap_or_else(Policy::inbound);
+    let keys: InboundKeys = read(&own, &POLICY_KEYS, problems).unwrap_or_default();
+    let default_mtls = if has_identity { Mtls::Strict } else { Mtls::Off };
+    Inbound {
+        listen: keys.listen,
+        forward_to: keys.forward_to,
+        mtls: keys.mtls.unwrap_or(default_mtls),
+        forwarded: keys.forwarded,
+        ports: keys.port,
+        allow: keys.allow,
+        jwt: keys.jwt,
+        policy,
+    }
+}
+
+fn upstream(
+    node: &Node,
+    defaults: Option<&Table>,
+    has_identity: bool,
+    problems: &mut Problems,
+) -> Option<Upstream> {
+    let (mut policy_keys, mut own) = split(node);
+    let mut route_nodes = None;
+    if let Value::Table(table) = &mut own.value {
+        route_nodes = table.remove("route");
+    }
+    if let Some(defaults) = defaults {
+        policy_keys = inherit(defaults, policy_keys);
+    }
+    let policy = policy(node, policy_keys.clone(), problems);
+    let routes = route_nodes.map_or_else(Vec::new, |entry| routes(&entry.node, &policy_keys, problems));
+    let also: Vec<&str> = POLICY_KEYS.into_iter().chain(["route"]).collect();
+    let keys: UpstreamKeys = read(&own, &also, problems)?;
+
+    let hosts = keys.hosts.unwrap_or_else(|| {
+        vec![HostPattern { host: HostMatch::Exact(keys.name.to_ascii_lowercase()), port: None }]
+    });
+    let mutual = has_identity && !keys.identity.is_empty();
+    let mode = keys.tls.unwrap_or(if mutual { TlsMode::Mutual } else { TlsMode::Off });
+    let tls = UpstreamTls { mode, server_name: keys.server_name, ca: keys.ca, identity: keys.identity };
+    let endpoints = match keys.endpoints {
+        Some(endpoints) => endpoints,
+        None => match default_endpoints(hosts.first(), mode) {
+            Some(endpoints) => endpoints,
+            None => {
+                problems.push(
+                    super::Problem::error(
+                        own.get("hosts").map_or(node.origin, |hosts| hosts.origin),
+                        format!("upstream `{}` has no endpoints", keys.name),
+                    )
+                    .label("the first host is no name that could be looked up")
+                    .help("add e.g. `endpoints = \"dns://HOST:PORT\"`"),
+                );
+                return None;
+            }
+        },
+    };
+    Some(Upstream {
+        name: keys.name,
+        hosts,
+        endpoints,
+        protocol: keys.protocol,
+        tls,
+        balance: keys.balance,
+        listen: keys.listen,
+        health: keys.health,
+        pool_idle_timeout: keys.pool_idle_timeout,
+        header_case: keys.header_case,
+        max_connection_age: keys.max_connection_age,
+        oauth2: keys.oauth2,
+        policy: policy?,
+        routes,
+    })
+}
+
+/// Where an upstream is found that says nothing about it: its first host, looked up.
+fn default_endpoints(first: Option<&HostPattern>, tls: TlsMode) -> Option<Endpoints> {
+    let HostPattern { host: HostMatch::Exact(host), port } = first? else { return None };
+    let usual = if tls == TlsMode::Off { 80 } else { 443 };
+    let address = HostPort::new(host.clone(), port.unwrap_or(usual));
+    Some(if address.literal().is_some() { Endpoints::Fixed(vec![address]) } else { Endpoints::Dns(address) })
+}
+
+fn routes(node: &Node, inherited: &Table, problems: &mut Problems) -> Vec<Route> {
+    let Some(items) = node.as_array() else {
+        problems.push(
+            super::Problem::error(node.origin, "routes are a list")
+                .label(format!("expected [[upstream.route]], found {}", node.kind())),
+        );
+        return Vec::new();
+    };
+    items.iter().filter_map(|item| route(item, inherited, problems)).collect()
+}
+
+fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Route> {
+    let (policy_keys, own) = split(node);
+    let route_sets_timeout = policy_keys.contains_key("timeout");
+    let route_sets_attempt_timeout = policy_keys.contains_key("attempt_timeout");
+    let policy = policy(node, inherit(inherited, policy_keys), problems);
+    let keys: RouteKeys = read(&own, &POLICY_KEYS, problems)?;
+    Some(Route {
+        matches: keys.matches,
+        to: keys.to,
+        path_rewrite: keys.path_rewrite,
+        request_headers: keys.request_headers,
+        response_headers: keys.response_headers,
+        policy: Policy { route_sets_timeout, route_sets_attempt_timeout, ..policy? },
+    })
+}
+
+/// The policy keys of a table, and the rest of it.
+pub(super) fn split(node: &Node) -> (Table, Node) {
+    let Value::Table(table) = &node.value else { return (Table::new(), node.clone()) };
+    let (policy, own) = table
+        .iter()
+        .map(|(key, entry)| (key.clone(), entry.clone()))
+        .partition(|(key, _)| POLICY_KEYS.contains(&key.as_str()));
+    (policy, Node { origin: node.origin, value: Value::Table(own) })
+}
+
+/// What an upstream or a route gets: its own keys over those above it.
+pub(super) fn inherit(above: &Table, own: Table) -> Table {
+    let policy = above.iter().filter(|(key, _)| POLICY_KEYS.contains(&key.as_str()));
+    merge_tables(policy.map(|(key, entry)| (key.clone(), entry.clone())).collect(), own)
+}
+
+/// `[inbound]`'s policy keys over what it starts from: [`Policy::inbound`], as a tree.
+pub(super) fn inbound_policy(own: &Table) -> Table {
+    let base = [
+        ("timeout", Node::text("0s")),
+        ("retry", Node::bool(false)),
+        ("breaker", Node::bool(false)),
+        ("outlier", Node::bool(false)),
+        ("limits", Node::bool(false)),
+    ];
+    let base = base.map(|(key, node)| (key.to_owned(), Entry { key: None, node }));
+    merge_tables(base.into_iter().collect(), own.clone())
+}
+
+fn policy(owner: &Node, keys: Table, problems: &mut Problems) -> Option<Policy> {
+    read(&Node { origin: owner.origin, value: Value::Table(keys) }, &[], problems)
+}

@@ -1,0 +1,114 @@
+//! The settings of identity, authorization and tokens.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// `[identity]`: this service's certificate: files, or the SPIFFE Workload API.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Identity {
+    /// The certificate chain, PEM.
+    pub cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    pub key: Option<PathBuf>,
+    /// Who is trusted, PEM: one bundle, or one per trust domain.
+    pub ca: Option<Bundles>,
+    /// The oldest TLS that is spoken.
+    pub min_tls: MinTls,
+    /// Revoked certificates, PEM.
+    pub crl: Option<PathBuf>,
+    /// The SPIFFE Workload API in place of files, e.g. `unix:///run/spire/sockets/agent.sock`.
+    pub spiffe: Option<String>,
+}
+
+/// One bundle for all, or a table of trust domains.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "a path, or a table of trust domains and paths")]
+pub enum Bundles {
+    All(PathBuf),
+    ByTrustDomain(BTreeMap<String, PathBuf>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub enum MinTls {
+    #[serde(rename = "1.2")]
+    V12,
+    #[default]
+    #[serde(rename = "1.3")]
+    V13,
+}
+
+/// `inbound.mtls`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Mtls {
+    /// TLS with a trusted client certificate or nothing.
+    Strict,
+    /// Both; plaintext passes with no peer identity.
+    Permissive,
+    Off,
+}
+
+/// `[[inbound.allow]]`: what matches no entry is refused with 403.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Allow {
+    /// SPIFFE IDs; a `*` at the end stands for anything.
+    pub identity: Vec<String>,
+    /// None: all.
+    #[serde(default)]
+    pub methods: Vec<String>,
+    /// None: all. A `*` at the end stands for anything.
+    #[serde(default)]
+    pub paths: Vec<String>,
+    /// What the JWT must hold.
+    #[serde(default)]
+    pub claims: BTreeMap<String, String>,
+}
+
+/// `[inbound.jwt]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Jwt {
+    pub issuer: String,
+    pub audiences: Vec<String>,
+    /// A URL or a file path.
+    pub jwks: String,
+}
+
+/// How an upstream is spoken to and who must answer.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize)]
+pub struct UpstreamTls {
+    pub mode: TlsMode,
+    /// SNI, and the name that must match under `simple`; default: the requested host.
+    pub server_name: Option<String>,
+    /// Default: system roots for `simple`, `[identity].ca` for `mutual`.
+    pub ca: Option<PathBuf>,
+    /// SPIFFE IDs of which one must answer.
+    pub identity: Vec<String>,
+}
+
+/// `upstream.tls`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TlsMode {
+    #[default]
+    Off,
+    /// The server proves who it is.
+    Simple,
+    /// Both do.
+    Mutual,
+}
+
+/// `upstream.oauth2`: client credentials (RFC 6749 §4.4).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Oauth2 {
+    pub token_url: String,
+    pub client_id: String,
+    pub client_secret_file: PathBuf,
+    #[serde(default)]
+    pub scopes: Vec<String>,
+}

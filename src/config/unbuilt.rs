@@ -1,0 +1,147 @@
+//! Keys of the contract whose feature is not built yet: refused, never silently accepted.
+//!
+//! They are read and checked like all others, so that a feature lands by taking its line from the list.
+
+use super::{
+    diagnostic::{Problem, Problems},
+    node::{Node, Value},
+    source::Origin,
+};
+
+/// A key (`policy.` stands for every table that takes policy keys) and whether a value of it is refused.
+type Unbuilt = (&'static str, fn(&Node) -> bool);
+
+const UNBUILT: &[Unbuilt] = &[
+    ("identity", any),
+    ("inbound.mtls", on),
+    ("inbound.port.mtls", on),
+    ("inbound.allow", any),
+    ("inbound.jwt", any),
+    ("upstream.tls", on),
+    ("upstream.server_name", any),
+    ("upstream.ca", any),
+    ("upstream.identity", any),
+    ("upstream.oauth2", any),
+    ("upstream.endpoints", kubernetes),
+    ("runtime.observe", any),
+    ("telemetry.otlp", any),
+    ("telemetry.protocol", any),
+    ("telemetry.sample", any),
+    ("telemetry.sample_errors", any),
+    ("telemetry.access_log", any),
+    ("telemetry.access_log_file", any),
+    ("policy.retry.on", any),
+    ("policy.retry.methods", any),
+    ("policy.retry.backoff", any),
+    ("policy.retry.budget", any),
+    ("policy.breaker", on),
+    ("policy.outlier", on),
+    ("policy.limits", on),
+    ("policy.rate_limit", on),
+    ("policy.hedge", on),
+    ("policy.fault", on),
+    ("policy.fallback", on),
+];
+
+/// The tables that take policy keys.
+const POLICY_TABLES: [&str; 4] = ["inbound", "defaults", "upstream", "upstream.route"];
+
+fn any(_: &Node) -> bool {
+    true
+}
+
+/// Neither `false` nor `"off"`.
+fn on(node: &Node) -> bool {
+    node.value != Value::Bool(false) && node.as_str() != Some("off")
+}
+
+fn kubernetes(node: &Node) -> bool {
+    node.as_str().is_some_and(|uri| uri.starts_with("k8s://"))
+}
+
+pub(super) fn refuse(root: &Node, problems: &mut Problems) {
+    for (path, refused) in UNBUILT {
+        match path.strip_prefix("policy.") {
+            Some(rest) => {
+                for table in POLICY_TABLES {
+                    let keys: Vec<&str> = table.split('.').chain(rest.split('.')).collect();
+                    look(root, None, &keys, rest, *refused, problems);
+                }
+            }
+            None => look(root, None, &path.split('.').collect::<Vec<_>>(), path, *refused, problems),
+        }
+    }
+}
+
+/// Follows the keys, through every item of lists on the way.
+fn look(
+    node: &Node,
+    key: Option<Origin>,
+    keys: &[&str],
+    name: &str,
+    refused: fn(&Node) -> bool,
+    problems: &mut Problems,
+) {
+    match (keys.split_first(), &node.value) {
+        (None, _) if refused(node) => {
+            let what = match node.as_str() {
+                Some(uri) if uri.starts_with("k8s://") => "`k8s://`".to_owned(),
+                _ => format!("`{name}`"),
+            };
+            problems.push(
+                Problem::error(key.or(node.origin), format!("{what} is not built yet"))
+                    .label("this version cannot do it")
+                    .help("remove it; a later version will take it"),
+            );
+        }
+        (Some(_), Value::Array(items)) => {
+            for item in items {
+                look(item, item.origin, keys, name, refused, problems);
+            }
+        }
+        (Some((first, rest)), Value::Table(table)) => {
+            if let Some(entry) = table.get(*first) {
+                look(&entry.node, entry.key, rest, name, refused, problems);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse::parse;
+
+    fn refusals(text: &str) -> Vec<String> {
+        let mut problems = Problems::default();
+        let node = parse(text, 0, &|_| None, &mut problems);
+        refuse(&node, &mut problems);
+        problems.finish(Default::default()).problems.into_iter().map(|problem| problem.message).collect()
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_wherever_it_stands() {
+        let text = "[identity]\n[inbound]\nmtls = 'strict'\n[[upstream]]\nhedge = {after = 'p95'}\nendpoints = 'k8s://a/b:1'\n[[upstream.route]]\nfault = {}";
+        assert_eq!(
+            refusals(text),
+            [
+                "`identity` is not built yet",
+                "`inbound.mtls` is not built yet",
+                "`hedge` is not built yet",
+                "`k8s://` is not built yet",
+                "`fault` is not built yet"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_off_is_fine() {
+        assert_eq!(
+            refusals(
+                "[inbound]\nmtls = 'off'\n[defaults]\nhedge = false\nretry = {max = 1}\n[[upstream]]\ntls = 'off'"
+            ),
+            [""; 0]
+        );
+    }
+}
