@@ -1,16 +1,14 @@
 //! The policy of a call, after inheritance: `[defaults]`, overridden by the upstream, overridden by the route.
 
-use std::{fmt, str::FromStr};
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use crate::resilience::deadline::AttemptTimeout;
 use crate::{
     resilience::{
         breaker::BreakerSettings, fallback::FallbackSettings, fault::FaultSettings, hedge::HedgeSettings,
         limit::LimitSettings, outlier::OutlierSettings, rate::RateSettings, retry::RetrySettings,
     },
-    text_value,
     units::{HumanDuration, Toggle},
 };
 
@@ -81,32 +79,3 @@ impl Policy {
         }
     }
 }
-
-/// How long one try may take to response headers.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-pub enum AttemptTimeout {
-    /// Half of what is left of `timeout` while another try is possible, else all of it.
-    #[default]
-    Auto,
-    /// 0 = none.
-    Fixed(HumanDuration),
-}
-
-impl FromStr for AttemptTimeout {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Fixed) }
-    }
-}
-
-impl fmt::Display for AttemptTimeout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Fixed(duration) => duration.fmt(f),
-        }
-    }
-}
-
-text_value!(AttemptTimeout, "AttemptTimeout", "\"auto\" or a duration");

@@ -1,5 +1,8 @@
 //! How long to wait before a further try: full jitter, `Retry-After` obeyed.
 
+use std::time::{Duration, SystemTime};
+
+use http::{HeaderMap, header::RETRY_AFTER};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -16,5 +19,167 @@ pub struct BackoffSettings {
 impl Default for BackoffSettings {
     fn default() -> Self {
         Self { base: HumanDuration::from_millis(25), max: HumanDuration::from_secs(1) }
+    }
+}
+
+/// A server may ask for a longer wait than this only where the call has a deadline that allows it.
+const LONGEST_WAIT_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What the upstream said about when to come back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hint {
+    #[default]
+    None,
+    /// `Retry-After`: not earlier.
+    After(Duration),
+    /// `grpc-retry-pushback-ms`: exactly then.
+    Exactly(Duration),
+    /// `grpc-retry-pushback-ms`, negative or unreadable: not at all.
+    Never,
+}
+
+/// What to do before a further try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    For(Duration),
+    /// The server asked for longer than there is time.
+    TooLong,
+    /// The server asked not to try again.
+    Forbidden,
+}
+
+impl BackoffSettings {
+    /// The longest wait before the n-th further try, from 1.
+    pub fn ceiling(&self, n: u32) -> Duration {
+        // 2³¹ times a microsecond is already 36 minutes; more doublings cannot matter below any sensible `max`.
+        let factor = 1u32 << n.saturating_sub(1).min(31);
+        self.base.0.saturating_mul(factor).min(self.max.0)
+    }
+
+    /// The wait before the n-th further try, from 1. `time_left` to the deadline of the call, if it has one;
+    /// `random` from 0 to 1.
+    pub fn wait(&self, n: u32, hint: Hint, time_left: Option<Duration>, random: f64) -> Wait {
+        let jitter = self.ceiling(n).mul_f64(random.clamp(0.0, 1.0));
+        let fits = |wait: Duration| wait < time_left.unwrap_or(LONGEST_WAIT_WITHOUT_DEADLINE);
+        match hint {
+            Hint::Never => Wait::Forbidden,
+            Hint::Exactly(wait) | Hint::After(wait) if !fits(wait) => Wait::TooLong,
+            Hint::Exactly(wait) => Wait::For(wait),
+            // Upward only: all callers were told the same moment, and earlier than it is refused for sure.
+            Hint::After(wait) => {
+                let spread = wait.saturating_add(jitter);
+                Wait::For(if fits(spread) { spread } else { wait })
+            }
+            Hint::None if fits(jitter) => Wait::For(jitter),
+            Hint::None => Wait::TooLong,
+        }
+    }
+}
+
+impl Hint {
+    /// Reads `grpc-retry-pushback-ms` (gRPC A6) and `Retry-After` (RFC 9110 §10.2.3). `wall` is the time of day.
+    pub fn from_headers(headers: &HeaderMap, wall: SystemTime) -> Self {
+        if let Some(value) = headers.get("grpc-retry-pushback-ms") {
+            // A signed 32-bit number; what is no such number forbids, too.
+            let millis = value.to_str().ok().and_then(|text| text.parse::<i32>().ok());
+            return match millis.map(u64::try_from) {
+                Some(Ok(millis)) => Self::Exactly(Duration::from_millis(millis)),
+                _ => Self::Never,
+            };
+        }
+        headers
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|text| retry_after(text, wall))
+            .map_or(Self::None, Self::After)
+    }
+}
+
+/// `None` for what is neither seconds nor a date, and for a date in the past.
+fn retry_after(text: &str, wall: SystemTime) -> Option<Duration> {
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // More seconds than fit a number are surely more than fit a deadline.
+        return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
+    }
+    httpdate::parse_http_date(text).ok()?.duration_since(wall).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn hint(name: &'static str, value: &'static str, wall: SystemTime) -> Hint {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_static(value));
+        Hint::from_headers(&headers, wall)
+    }
+
+    #[test]
+    fn doubles_up_to_max() {
+        let backoff = BackoffSettings::default();
+        let ceilings: Vec<u128> = (1..=8).map(|n| backoff.ceiling(n).as_millis()).collect();
+        assert_eq!(ceilings, [25, 50, 100, 200, 400, 800, 1000, 1000]);
+        assert_eq!(backoff.ceiling(u32::MAX), MS * 1000);
+        assert_eq!(backoff.ceiling(0), MS * 25);
+    }
+
+    #[test]
+    fn retry_after_is_the_least_wait_and_jitter_only_adds() {
+        let backoff = BackoffSettings::default();
+        let after = Hint::After(MS * 2000);
+        let left = |ms| Some(MS * ms);
+        assert_eq!(backoff.wait(1, after, left(5000), 0.0), Wait::For(MS * 2000));
+        assert_eq!(backoff.wait(1, after, left(5000), 1.0), Wait::For(MS * 2025));
+        assert_eq!(backoff.wait(1, after, left(2010), 1.0), Wait::For(MS * 2000));
+        assert_eq!(backoff.wait(1, after, left(2000), 0.5), Wait::TooLong);
+        assert_eq!(backoff.wait(1, after, None, 0.0), Wait::For(MS * 2000));
+        assert_eq!(backoff.wait(1, Hint::After(Duration::from_secs(3600)), None, 0.0), Wait::TooLong);
+    }
+
+    #[test]
+    fn grpc_pushback_is_exact_and_may_forbid() {
+        let backoff = BackoffSettings::default();
+        assert_eq!(backoff.wait(1, Hint::Exactly(MS * 7), None, 1.0), Wait::For(MS * 7));
+        assert_eq!(backoff.wait(1, Hint::Never, None, 0.5), Wait::Forbidden);
+        let now = SystemTime::UNIX_EPOCH;
+        assert_eq!(hint("grpc-retry-pushback-ms", "250", now), Hint::Exactly(MS * 250));
+        assert_eq!(hint("grpc-retry-pushback-ms", "0", now), Hint::Exactly(Duration::ZERO));
+        for forbids in ["-1", "soon", "", "99999999999"] {
+            assert_eq!(hint("grpc-retry-pushback-ms", forbids, now), Hint::Never, "{forbids}");
+        }
+    }
+
+    #[test]
+    fn reads_both_forms_of_retry_after() {
+        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+        assert_eq!(hint("retry-after", "120", wall), Hint::After(MS * 120_000));
+        let date = "Sun, 06 Nov 1994 08:49:40 GMT";
+        assert_eq!(hint("retry-after", date, wall), Hint::After(MS * 3000));
+        assert_eq!(hint("retry-after", date, wall + MS * 60_000), Hint::None);
+        for nonsense in ["", "-3", "1.5", "tomorrow"] {
+            assert_eq!(hint("retry-after", nonsense, wall), Hint::None, "{nonsense}");
+        }
+        let huge = hint("retry-after", "99999999999999999999999", wall);
+        assert_eq!(BackoffSettings::default().wait(1, huge, Some(MS * 1000), 0.5), Wait::TooLong);
+    }
+
+    proptest! {
+        #[test]
+        fn a_wait_fits_its_ceiling_and_the_time_left(
+            n in 0u32..100, random in 0.0f64..1.0, left in 0u32..2000, base in 0u64..5000, max in 0u64..5000,
+        ) {
+            let backoff = BackoffSettings {
+                base: HumanDuration::from_millis(base), max: HumanDuration::from_millis(max),
+            };
+            if let Wait::For(wait) = backoff.wait(n, Hint::None, Some(MS * left), random) {
+                prop_assert!(wait <= backoff.ceiling(n) && wait <= MS * u32::try_from(max).unwrap());
+                prop_assert!(wait < MS * left);
+            }
+        }
     }
 }

@@ -7,6 +7,8 @@
 pub mod backoff;
 pub mod breaker;
 pub mod budget;
+pub mod classify;
+pub mod deadline;
 pub mod fallback;
 pub mod fault;
 pub mod hedge;

@@ -1,7 +1,14 @@
 //! When a failed try may be followed by another (RFC 9110 §9.2.2, RFC 9113 §8.7, gRPC A6).
 
+mod decide;
+#[cfg(test)]
+mod tests;
+
+pub use decide::{Body, Decision, Moment, Reason, Retry, RetryPolicy, Tried};
+
 use std::{fmt, str::FromStr};
 
+use http::Method;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de};
 
@@ -181,4 +188,25 @@ impl JsonSchema for Methods {
             { "type": "array", "items": { "type": "string" }, "description": "methods" },
         ] })
     }
+}
+
+impl Methods {
+    /// Whether a call that may have been processed may be sent again. A proxy must not do that on its own to a
+    /// method that isn't idempotent (RFC 9110 §9.2.2); `all` and a list are the operator's word that it may.
+    pub fn allow(&self, method: &Method, idempotency_key: bool) -> bool {
+        match self {
+            _ if is_idempotent(method) && !matches!(self, Self::Listed(_)) => true,
+            Self::All => true,
+            Self::Idempotent => idempotency_key,
+            Self::Listed(names) => names.iter().any(|name| name == method.as_str()),
+        }
+    }
+}
+
+/// RFC 9110 §9.2.2. Unlike `Method::is_idempotent` this is ours to keep.
+pub fn is_idempotent(method: &Method) -> bool {
+    matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
+    )
 }

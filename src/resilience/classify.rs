@@ -1,0 +1,468 @@
+//! What came of a try: one classification that retry, breaker, outlier detection, metrics and spans share.
+//!
+//! Only what the service (or the way to it) caused counts against it. What we refused ourselves, a caller that gave
+//! up, and a caller in more of a hurry than our own timeout, say nothing about the service.
+
+use std::time::Duration;
+
+use http::{HeaderMap, StatusCode};
+
+use super::retry::Condition;
+
+/// The field by which a sidecar tells the caller's sidecar whether to try again.
+pub const RETRY_ADVICE: &str = "x-outrigger-retry";
+
+/// A server whose clock started a moment after ours ends a call "at the deadline" a moment before we do.
+const DEADLINE_SLACK: Duration = Duration::from_millis(10);
+
+/// What came of a try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub ending: Ending,
+    pub advice: Advice,
+}
+
+/// How a try ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// An answer without a gRPC status.
+    Http(StatusCode),
+    /// A gRPC status, from headers (Trailers-Only) or trailers.
+    Grpc(GrpcStatus),
+    /// No connection came about, so nothing of the request was sent.
+    Connect(ConnectFailure),
+    /// HTTP/2 `REFUSED_STREAM`, or a stream above the last id of a GOAWAY: surely not processed (RFC 9113 §8.7).
+    RefusedStream,
+    /// The connection or the stream broke.
+    Reset(Reset),
+    /// `attempt_timeout` ran out.
+    AttemptTimeout,
+    /// `timeout` ran out while the try was under way.
+    Timeout,
+    /// The caller's deadline, shorter than ours, ran out.
+    CallersDeadline,
+    /// The caller went away.
+    CallerGone,
+    /// We never sent it: breaker, limits, rate limit, an injected fault, draining.
+    LocalRefusal,
+}
+
+/// Why there was no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectFailure {
+    /// Refused, unreachable, reset while connecting.
+    Refused,
+    Timeout,
+    Tls,
+    /// TLS went well but another than the expected peer answered.
+    PeerIdentity,
+}
+
+/// How far a try had come when its connection broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// The connection came idle out of the pool: the upstream may have closed it just as we sent (the stale
+    /// keep-alive race). False on an HTTP/2 connection that carried other streams at the time.
+    pub reused: bool,
+    /// At least one byte of the request was handed to the kernel.
+    pub request_sent: bool,
+    /// At least one byte of the response came.
+    pub response_begun: bool,
+}
+
+/// What the upstream's sidecar advises ([`RETRY_ADVICE`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Advice {
+    #[default]
+    None,
+    /// Tries were already spent nearer to the failure: don't multiply them.
+    No,
+    /// Refused before the service saw anything: another endpoint may be tried, whatever the method.
+    Elsewhere,
+}
+
+/// What a try says about who served it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Success,
+    Failure,
+    /// Neither counts nor breaks a row of failures.
+    Neutral,
+}
+
+/// gRPC status codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GrpcStatus {
+    Ok,
+    Cancelled,
+    Unknown,
+    InvalidArgument,
+    DeadlineExceeded,
+    NotFound,
+    AlreadyExists,
+    PermissionDenied,
+    ResourceExhausted,
+    FailedPrecondition,
+    Aborted,
+    OutOfRange,
+    Unimplemented,
+    Internal,
+    Unavailable,
+    DataLoss,
+    Unauthenticated,
+}
+
+impl Outcome {
+    pub const fn new(ending: Ending) -> Self {
+        Self { ending, advice: Advice::None }
+    }
+
+    /// An answer that carries no gRPC status, with the advice in its headers. Pass no advice of an upstream that
+    /// the configuration does not name (`Outcome::new`).
+    pub fn http(status: StatusCode, headers: &HeaderMap) -> Self {
+        Self { ending: Ending::Http(status), advice: Advice::from_headers(headers) }
+    }
+
+    /// A gRPC status. `callers_time_left`: of the caller's deadline where that is shorter than ours; a service that
+    /// gives up just then does what it was asked to.
+    pub fn grpc(status: GrpcStatus, advice: Advice, callers_time_left: Option<Duration>) -> Self {
+        let gave_up = matches!(status, GrpcStatus::DeadlineExceeded | GrpcStatus::Cancelled);
+        let ending = match callers_time_left {
+            Some(left) if gave_up && left <= DEADLINE_SLACK => Ending::CallersDeadline,
+            _ => Ending::Grpc(status),
+        };
+        Self { ending, advice }
+    }
+
+    /// What it means for the breaker of the upstream.
+    pub fn breaker_health(&self) -> Health {
+        self.ending.health()
+    }
+
+    /// What it means for the endpoint that served it: as for the breaker, but a failure from further behind
+    /// ([`Advice::No`]) would be the same at any other endpoint.
+    pub fn endpoint_health(&self) -> Health {
+        match self.advice {
+            Advice::No => Health::Neutral,
+            Advice::None | Advice::Elsewhere => self.ending.health(),
+        }
+    }
+
+    /// Whether the service surely saw nothing of the request, so that sending it again cannot do anything twice.
+    pub fn never_reached(&self) -> bool {
+        let ending = match self.ending {
+            Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
+            Ending::Reset(reset) => !reset.request_sent,
+            _ => false,
+        };
+        ending || self.advice == Advice::Elsewhere
+    }
+
+    /// Whether `retry.on` means this outcome by that word.
+    pub fn meets(&self, condition: Condition) -> bool {
+        use Condition as C;
+        match (condition, self.ending) {
+            (C::Default, _) => C::DEFAULT.iter().any(|condition| self.meets(*condition)),
+            (C::ConnectFailure, Ending::Connect(_))
+            | (C::RefusedStream, Ending::RefusedStream)
+            | (C::Reset, Ending::Reset(_))
+            | (C::AttemptTimeout, Ending::AttemptTimeout) => true,
+            (C::GatewayError, Ending::Http(status)) => matches!(status.as_u16(), 502..=504),
+            (C::ServerError, Ending::Http(status)) => status.is_server_error(),
+            (C::Status(code), Ending::Http(status)) => status.as_u16() == code,
+            (C::GrpcUnavailable, Ending::Grpc(status)) => status == GrpcStatus::Unavailable,
+            (C::GrpcResourceExhausted, Ending::Grpc(status)) => status == GrpcStatus::ResourceExhausted,
+            (C::GrpcDeadlineExceeded, Ending::Grpc(status)) => status == GrpcStatus::DeadlineExceeded,
+            (C::GrpcInternal, Ending::Grpc(status)) => status == GrpcStatus::Internal,
+            (C::GrpcCancelled, Ending::Grpc(status)) => status == GrpcStatus::Cancelled,
+            _ => false,
+        }
+    }
+
+    /// A stable word, of bounded number: for metrics, spans and logs.
+    pub fn label(&self) -> &'static str {
+        self.ending.label()
+    }
+}
+
+impl Ending {
+    fn health(self) -> Health {
+        match self {
+            Self::Http(status) => http_health(status),
+            Self::Grpc(status) => status.health(),
+            Self::Connect(_) | Self::Reset(_) | Self::AttemptTimeout | Self::Timeout => Health::Failure,
+            // "Not now, and not processed" is how a well server sheds load or leaves (GOAWAY in a rolling restart).
+            Self::RefusedStream => Health::Neutral,
+            Self::CallersDeadline | Self::CallerGone | Self::LocalRefusal => Health::Neutral,
+        }
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Http(status) => match status.as_u16() {
+                100..=199 => "1xx",
+                200..=299 => "2xx",
+                300..=399 => "3xx",
+                429 => "429",
+                400..=499 => "4xx",
+                502 => "502",
+                503 => "503",
+                504 => "504",
+                _ => "5xx",
+            },
+            Self::Grpc(status) => status.label(),
+            Self::Connect(ConnectFailure::Refused) => "connect_refused",
+            Self::Connect(ConnectFailure::Timeout) => "connect_timeout",
+            Self::Connect(ConnectFailure::Tls) => "tls_failure",
+            Self::Connect(ConnectFailure::PeerIdentity) => "peer_identity",
+            Self::RefusedStream => "refused_stream",
+            Self::Reset(_) => "reset",
+            Self::AttemptTimeout => "attempt_timeout",
+            Self::Timeout => "timeout",
+            Self::CallersDeadline => "deadline",
+            Self::CallerGone => "caller_gone",
+            Self::LocalRefusal => "local_refusal",
+        }
+    }
+}
+
+/// 5xx is the server's fault by definition (RFC 9110 §15.6), but 501 and 505 are about what was asked. 429 is a
+/// server that is well enough to say "less": opening a breaker on it would turn a slow-down into an outage.
+fn http_health(status: StatusCode) -> Health {
+    match status.as_u16() {
+        429 => Health::Neutral,
+        501 | 505 => Health::Success,
+        500.. => Health::Failure,
+        _ => Health::Success,
+    }
+}
+
+impl Advice {
+    /// Words that we don't know advise nothing.
+    pub fn from_headers(headers: &HeaderMap) -> Self {
+        match headers.get(RETRY_ADVICE).map(http::HeaderValue::as_bytes) {
+            Some(b"no") => Self::No,
+            Some(b"elsewhere") => Self::Elsewhere,
+            _ => Self::None,
+        }
+    }
+
+    /// As it is written in the field; `None` where there is nothing to write.
+    pub const fn word(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::No => Some("no"),
+            Self::Elsewhere => Some("elsewhere"),
+        }
+    }
+}
+
+impl GrpcStatus {
+    const BY_CODE: [(Self, &str); 17] = [
+        (Self::Ok, "grpc_ok"),
+        (Self::Cancelled, "grpc_cancelled"),
+        (Self::Unknown, "grpc_unknown"),
+        (Self::InvalidArgument, "grpc_invalid_argument"),
+        (Self::DeadlineExceeded, "grpc_deadline_exceeded"),
+        (Self::NotFound, "grpc_not_found"),
+        (Self::AlreadyExists, "grpc_already_exists"),
+        (Self::PermissionDenied, "grpc_permission_denied"),
+        (Self::ResourceExhausted, "grpc_resource_exhausted"),
+        (Self::FailedPrecondition, "grpc_failed_precondition"),
+        (Self::Aborted, "grpc_aborted"),
+        (Self::OutOfRange, "grpc_out_of_range"),
+        (Self::Unimplemented, "grpc_unimplemented"),
+        (Self::Internal, "grpc_internal"),
+        (Self::Unavailable, "grpc_unavailable"),
+        (Self::DataLoss, "grpc_data_loss"),
+        (Self::Unauthenticated, "grpc_unauthenticated"),
+    ];
+
+    /// A code that gRPC does not know is UNKNOWN.
+    pub fn from_code(code: u32) -> Self {
+        usize::try_from(code)
+            .ok()
+            .and_then(|code| Self::BY_CODE.get(code))
+            .map_or(Self::Unknown, |(status, _)| *status)
+    }
+
+    pub const fn code(self) -> u32 {
+        self as u32
+    }
+
+    /// `grpc-status`, from the headers of a Trailers-Only answer or from trailers. One that is no number is UNKNOWN.
+    pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
+        let value = headers.get("grpc-status")?;
+        let code = value.to_str().ok().and_then(|text| text.parse().ok());
+        Some(code.map_or(Self::Unknown, Self::from_code))
+    }
+
+    /// What a gRPC client makes of an answer without `grpc-status` ("HTTP to gRPC Status Code Mapping").
+    pub fn from_http(status: StatusCode) -> Self {
+        match status.as_u16() {
+            400 => Self::Internal,
+            401 => Self::Unauthenticated,
+            403 => Self::PermissionDenied,
+            404 => Self::Unimplemented,
+            429 | 502..=504 => Self::Unavailable,
+            _ => Self::Unknown,
+        }
+    }
+
+    pub fn label(self) -> &'static str {
+        Self::BY_CODE.iter().find(|(status, _)| *status == self).map_or("grpc_unknown", |(_, name)| name)
+    }
+
+    /// As for the HTTP statuses that Envoy maps these to; UNKNOWN is what most servers make of an exception, as
+    /// others do of 500. CANCELLED is mostly the echo of a caller that gave up.
+    fn health(self) -> Health {
+        match self {
+            Self::Unknown | Self::DeadlineExceeded | Self::Internal | Self::Unavailable | Self::DataLoss => {
+                Health::Failure
+            }
+            Self::ResourceExhausted | Self::Cancelled => Health::Neutral,
+            _ => Health::Success,
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    const LOST: Reset = Reset { reused: false, request_sent: true, response_begun: false };
+
+    /// One of everything that can happen.
+    pub fn every_ending() -> Vec<Ending> {
+        let mut all: Vec<Ending> =
+            [200, 204, 301, 400, 404, 408, 409, 425, 429, 500, 501, 502, 503, 504, 505, 599]
+                .iter()
+                .filter_map(|code| StatusCode::from_u16(*code).ok())
+                .map(Ending::Http)
+                .collect();
+        all.extend((0..=16).map(|code| Ending::Grpc(GrpcStatus::from_code(code))));
+        use ConnectFailure::{PeerIdentity, Refused, Timeout, Tls};
+        all.extend([Refused, Timeout, Tls, PeerIdentity].map(Ending::Connect));
+        for bits in 0..8 {
+            let reset =
+                Reset { reused: bits & 1 > 0, request_sent: bits & 2 > 0, response_begun: bits & 4 > 0 };
+            all.push(Ending::Reset(reset));
+        }
+        all.extend([
+            Ending::RefusedStream,
+            Ending::AttemptTimeout,
+            Ending::Timeout,
+            Ending::CallersDeadline,
+            Ending::CallerGone,
+            Ending::LocalRefusal,
+        ]);
+        all
+    }
+
+    fn http(code: u16) -> Outcome {
+        Outcome::new(Ending::Http(StatusCode::from_u16(code).unwrap()))
+    }
+
+    fn grpc(status: GrpcStatus) -> Outcome {
+        Outcome::grpc(status, Advice::None, None)
+    }
+
+    #[test]
+    fn only_what_the_server_caused_counts() {
+        for code in [500, 502, 503, 504, 507, 599] {
+            assert_eq!(http(code).breaker_health(), Health::Failure, "{code}");
+        }
+        for code in [200, 204, 301, 400, 401, 404, 408, 409, 499, 501, 505] {
+            assert_eq!(http(code).breaker_health(), Health::Success, "{code}");
+        }
+        assert_eq!(http(429).breaker_health(), Health::Neutral);
+        for ending in
+            [Ending::LocalRefusal, Ending::CallerGone, Ending::CallersDeadline, Ending::RefusedStream]
+        {
+            assert_eq!(Outcome::new(ending).breaker_health(), Health::Neutral, "{ending:?}");
+        }
+        for ending in [
+            Ending::Connect(ConnectFailure::Refused),
+            Ending::Reset(LOST),
+            Ending::AttemptTimeout,
+            Ending::Timeout,
+        ] {
+            assert_eq!(Outcome::new(ending).breaker_health(), Health::Failure, "{ending:?}");
+        }
+        use GrpcStatus as G;
+        for status in [G::Unknown, G::DeadlineExceeded, G::Internal, G::Unavailable, G::DataLoss] {
+            assert_eq!(grpc(status).breaker_health(), Health::Failure, "{status:?}");
+        }
+        for status in [G::Ok, G::NotFound, G::PermissionDenied, G::Unimplemented, G::Aborted] {
+            assert_eq!(grpc(status).breaker_health(), Health::Success, "{status:?}");
+        }
+        assert_eq!(grpc(G::ResourceExhausted).breaker_health(), Health::Neutral);
+    }
+
+    #[test]
+    fn a_failure_from_further_behind_counts_for_the_upstream_and_not_for_the_endpoint() {
+        let outcome = Outcome { advice: Advice::No, ..http(503) };
+        assert_eq!(outcome.breaker_health(), Health::Failure);
+        assert_eq!(outcome.endpoint_health(), Health::Neutral);
+        let refused = Outcome { advice: Advice::Elsewhere, ..http(503) };
+        assert_eq!(refused.endpoint_health(), Health::Failure);
+        assert!(refused.never_reached());
+        assert!(!outcome.never_reached());
+    }
+
+    #[test]
+    fn a_service_that_gives_up_at_the_callers_deadline_is_not_to_blame() {
+        let at = |left| Outcome::grpc(GrpcStatus::DeadlineExceeded, Advice::None, left).breaker_health();
+        assert_eq!(at(Some(Duration::ZERO)), Health::Neutral);
+        assert_eq!(at(Some(Duration::from_millis(4))), Health::Neutral);
+        assert_eq!(at(Some(Duration::from_secs(4))), Health::Failure);
+        assert_eq!(at(None), Health::Failure);
+    }
+
+    #[test]
+    fn surely_unprocessed_is_only_what_was_refused_or_never_sent() {
+        for ending in every_ending() {
+            let sure = match ending {
+                Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
+                Ending::Reset(reset) => !reset.request_sent,
+                _ => false,
+            };
+            assert_eq!(Outcome::new(ending).never_reached(), sure, "{ending:?}");
+        }
+    }
+
+    #[test]
+    fn conditions_mean_what_they_say() {
+        assert!(http(503).meets(Condition::GatewayError) && http(503).meets(Condition::Default));
+        assert!(!http(500).meets(Condition::GatewayError) && http(500).meets(Condition::ServerError));
+        assert!(http(429).meets(Condition::Status(429)) && !http(429).meets(Condition::Default));
+        assert!(grpc(GrpcStatus::Unavailable).meets(Condition::Default));
+        assert!(!grpc(GrpcStatus::Internal).meets(Condition::Default));
+        assert!(!Outcome::new(Ending::Timeout).meets(Condition::AttemptTimeout));
+        for ending in [Ending::CallerGone, Ending::CallersDeadline, Ending::LocalRefusal] {
+            let outcome = Outcome::new(ending);
+            assert!(!outcome.meets(Condition::Default) && !outcome.meets(Condition::ServerError));
+        }
+    }
+
+    #[test]
+    fn reads_what_the_upstream_says() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(
+            (Advice::from_headers(&headers), GrpcStatus::from_headers(&headers)),
+            (Advice::None, None)
+        );
+        headers.insert(RETRY_ADVICE, HeaderValue::from_static("no"));
+        headers.insert("grpc-status", HeaderValue::from_static("14"));
+        assert_eq!(Advice::from_headers(&headers), Advice::No);
+        assert_eq!(GrpcStatus::from_headers(&headers), Some(GrpcStatus::Unavailable));
+        headers.insert(RETRY_ADVICE, HeaderValue::from_static("perhaps"));
+        headers.insert("grpc-status", HeaderValue::from_static("99x"));
+        assert_eq!(Advice::from_headers(&headers), Advice::None);
+        assert_eq!(GrpcStatus::from_headers(&headers), Some(GrpcStatus::Unknown));
+        assert_eq!(GrpcStatus::from_code(17), GrpcStatus::Unknown);
+        assert!((0..=16).all(|code| GrpcStatus::from_code(code).code() == code));
+    }
+}

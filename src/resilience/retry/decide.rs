@@ -1,0 +1,209 @@
+//! The decision after a failed try.
+
+use std::time::{Duration, Instant};
+
+use http::Method;
+
+use super::{
+    super::{
+        backoff::{Hint, Wait},
+        budget::RetryBudget,
+        classify::{Advice, Ending, Outcome},
+    },
+    RetrySettings, is_idempotent,
+};
+
+/// What there is of the request's body to send again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// Nothing of it was taken from the caller yet, or there is none.
+    Untouched,
+    /// All that was taken so far was kept.
+    Replayable,
+    /// Some was sent and not kept: over `body_limit`.
+    Gone,
+}
+
+/// What is known when a try has failed.
+#[derive(Clone, Copy, Debug)]
+pub struct Tried<'a> {
+    pub method: &'a Method,
+    pub grpc: bool,
+    /// The request has an `Idempotency-Key`.
+    pub idempotency_key: bool,
+    /// Tries sent so far, the failed one and hedges included, free ones not.
+    pub tries: u32,
+    /// A free try ([`Retry::free`]) has been sent for this request.
+    pub free_used: bool,
+    pub body: Body,
+    /// Response headers went to the caller: nothing can be taken back.
+    pub committed: bool,
+}
+
+/// What follows a failed try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    Retry(Retry),
+    Stop(Reason),
+}
+
+/// A further try, at another endpoint where there is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// How long to wait before it.
+    pub wait: Duration,
+    /// It mends a race of our own pool, so it costs neither a try nor budget and waits for nothing. Once a request.
+    pub free: bool,
+}
+
+/// Why there is no further try: `outcome` in `outrigger_retries_total`, spans and the access log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// `retry.on` does not name what happened, or retries are off.
+    NotRetryable,
+    /// The upstream's sidecar said that tries were spent nearer to the failure.
+    Suppressed,
+    /// Response headers went out already.
+    Committed,
+    MaxTries,
+    /// It may have been processed, and the method does not allow it to be sent twice.
+    Method,
+    /// The body was too large to keep.
+    BodyGone,
+    /// No time is left for the wait and a try.
+    Deadline,
+    /// `Retry-After` or gRPC push-back is longer than the time left.
+    RetryAfter,
+    /// gRPC push-back forbids.
+    Pushback,
+    Budget,
+}
+
+impl Reason {
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::NotRetryable => "not_retryable",
+            Self::Suppressed => "suppressed",
+            Self::Committed => "committed",
+            Self::MaxTries => "max_tries",
+            Self::Method => "method",
+            Self::BodyGone => "body_gone",
+            Self::Deadline => "deadline",
+            Self::RetryAfter => "retry_after",
+            Self::Pushback => "pushback",
+            Self::Budget => "budget",
+        }
+    }
+}
+
+/// What the moment allows: the second half of the decision.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment<'a> {
+    pub now: Instant,
+    /// Of the call's deadline; `None` = it has none.
+    pub time_left: Option<Duration>,
+    pub hint: Hint,
+    /// From 0 to 1, drawn for this decision.
+    pub random: f64,
+    pub budget: &'a RetryBudget,
+}
+
+/// Retries as a route has them; `None` in place of the settings is `retry = false`.
+///
+/// With `max = 0` a request is sent at most once, always. With `retry = false` only the stale keep-alive race is
+/// mended, where the request may be sent again.
+#[derive(Clone, Debug)]
+pub struct RetryPolicy {
+    settings: Option<RetrySettings>,
+}
+
+impl RetryPolicy {
+    pub fn new(settings: Option<RetrySettings>) -> Self {
+        Self { settings }
+    }
+
+    /// Whether a copy of the request's body could be of use, and how many bytes of it are to be kept at most.
+    /// 0 = keep nothing.
+    pub fn body_limit(&self, method: &Method, idempotency_key: bool) -> u64 {
+        match &self.settings {
+            None if is_idempotent(method) || idempotency_key => *RetrySettings::default().body_limit,
+            None => 0,
+            Some(settings) if settings.max == 0 => 0,
+            // Whatever the method: a stream may be refused after some of the body was sent.
+            Some(settings) => *settings.body_limit,
+        }
+    }
+
+    /// Whether a failure of the n-th try (from 1) could be followed by another, as far as the count goes.
+    pub fn another_possible(&self, tries: u32) -> bool {
+        self.settings.as_ref().is_some_and(|settings| tries <= settings.max)
+    }
+
+    /// The whole decision. Where it says retry, the budget has been charged.
+    pub fn decide(&self, tried: &Tried<'_>, outcome: &Outcome, moment: &Moment<'_>) -> Decision {
+        let free = match self.eligible(tried, outcome) {
+            Ok(free) => free,
+            Err(reason) => return Decision::Stop(reason),
+        };
+        if free {
+            let in_time = moment.time_left.is_none_or(|left| !left.is_zero());
+            return if in_time {
+                Decision::Retry(Retry { wait: Duration::ZERO, free })
+            } else {
+                Decision::Stop(Reason::Deadline)
+            };
+        }
+        let Some(settings) = &self.settings else { return Decision::Stop(Reason::NotRetryable) };
+        match settings.backoff.wait(tried.tries, moment.hint, moment.time_left, moment.random) {
+            Wait::Forbidden => Decision::Stop(Reason::Pushback),
+            Wait::TooLong if moment.hint == Hint::None => Decision::Stop(Reason::Deadline),
+            Wait::TooLong => Decision::Stop(Reason::RetryAfter),
+            // Last, so that nothing is spent on a try that isn't sent.
+            Wait::For(_) if !moment.budget.withdraw(moment.now) => Decision::Stop(Reason::Budget),
+            Wait::For(wait) => Decision::Retry(Retry { wait, free }),
+        }
+    }
+
+    /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free try.
+    pub(super) fn eligible(&self, tried: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
+        let stale = is_stale(outcome) && !tried.free_used;
+        let named = self.settings.as_ref().is_some_and(|settings| {
+            settings.on.iter().any(|condition| outcome.meets(*condition))
+                || outcome.advice == Advice::Elsewhere
+                // gRPC's own transparent retry needs no configuration (A6).
+                || (tried.grpc && outcome.ending == Ending::RefusedStream)
+        });
+        let at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
+        let by_method = match &self.settings {
+            Some(settings) => settings.methods.allow(tried.method, tried.idempotency_key),
+            None => is_idempotent(tried.method) || tried.idempotency_key,
+        };
+        let twice_is_safe = outcome.never_reached() || by_method;
+
+        if !stale && !named {
+            return Err(Reason::NotRetryable);
+        }
+        if outcome.advice == Advice::No {
+            return Err(Reason::Suppressed);
+        }
+        if tried.committed {
+            return Err(Reason::Committed);
+        }
+        let free = stale && !at_most_once;
+        if !free && !self.another_possible(tried.tries) {
+            return Err(Reason::MaxTries);
+        }
+        if !twice_is_safe {
+            return Err(Reason::Method);
+        }
+        if tried.body == Body::Gone {
+            return Err(Reason::BodyGone);
+        }
+        Ok(free)
+    }
+}
+
+/// A pooled connection that broke before any response byte: most likely the upstream closed it just as we sent.
+fn is_stale(outcome: &Outcome) -> bool {
+    matches!(outcome.ending, Ending::Reset(reset) if reset.reused && !reset.response_begun)
+}

@@ -1,0 +1,247 @@
+use std::time::{Duration, Instant};
+
+use http::Method;
+
+use super::{
+    super::{
+        backoff::Hint,
+        budget::{BudgetSettings, RetryBudget},
+        classify::{Advice, Ending, GrpcStatus, Outcome, Reset, tests::every_ending},
+    },
+    *,
+};
+use crate::units::{HumanDuration, Ratio};
+
+const METHODS: [Method; 9] = [
+    Method::GET,
+    Method::HEAD,
+    Method::OPTIONS,
+    Method::TRACE,
+    Method::PUT,
+    Method::DELETE,
+    Method::POST,
+    Method::PATCH,
+    Method::CONNECT,
+];
+const BODIES: [Body; 3] = [Body::Untouched, Body::Replayable, Body::Gone];
+
+fn rich() -> RetryBudget {
+    let window = HumanDuration::from_secs(1);
+    RetryBudget::new(BudgetSettings { ratio: Ratio::constant(1.0), min_per_second: 1 << 20, window })
+}
+
+fn moment(budget: &RetryBudget) -> Moment<'_> {
+    Moment {
+        now: Instant::now(),
+        time_left: Some(Duration::from_secs(10)),
+        hint: Hint::None,
+        random: 0.5,
+        budget,
+    }
+}
+
+fn tried(method: &Method) -> Tried<'_> {
+    Tried {
+        method,
+        grpc: false,
+        idempotency_key: false,
+        tries: 1,
+        free_used: false,
+        body: Body::Untouched,
+        committed: false,
+    }
+}
+
+fn http(code: u16) -> Outcome {
+    Outcome::new(Ending::Http(http::StatusCode::from_u16(code).unwrap()))
+}
+
+fn every_outcome() -> impl Iterator<Item = Outcome> {
+    every_ending().into_iter().flat_map(|ending| {
+        [Advice::None, Advice::No, Advice::Elsewhere].map(|advice| Outcome { ending, advice })
+    })
+}
+
+/// The safety rule written anew, from the standards and not from the code: may this be sent again at all?
+fn may_be_sent_again(policy: &Option<RetrySettings>, tried: &Tried<'_>, outcome: &Outcome) -> bool {
+    let idempotent = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"].contains(&tried.method.as_str())
+        || tried.idempotency_key;
+    let unprocessed = match outcome.ending {
+        Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
+        Ending::Reset(reset) => !reset.request_sent,
+        _ => outcome.advice == Advice::Elsewhere,
+    } || outcome.advice == Advice::Elsewhere;
+    let stale = matches!(outcome.ending, Ending::Reset(r) if r.reused && !r.response_begun);
+    let on_request = !tried.committed && tried.body != Body::Gone && outcome.advice != Advice::No;
+    on_request
+        && match policy {
+            None => stale && !tried.free_used && (idempotent || unprocessed),
+            Some(settings) => {
+                let methods = match &settings.methods {
+                    Methods::All => true,
+                    Methods::Idempotent => idempotent,
+                    Methods::Listed(list) => list.iter().any(|m| m == tried.method.as_str()),
+                };
+                settings.max > 0
+                    && (tried.tries <= settings.max || (stale && !tried.free_used))
+                    && (methods || unprocessed)
+            }
+        }
+}
+
+#[test]
+fn never_sent_twice_unless_it_may_be() {
+    let budget = rich();
+    let with = |max, methods: Methods| Some(RetrySettings { max, methods, ..RetrySettings::default() });
+    let every_condition = RetrySettings {
+        on: (400..600).map(Condition::Status).chain(Condition::NAMED.map(|(_, c)| c)).collect(),
+        methods: Methods::All,
+        ..RetrySettings::default()
+    };
+    let policies = [
+        None,
+        with(0, Methods::All),
+        with(2, Methods::Idempotent),
+        with(2, Methods::All),
+        with(1, Methods::Listed(vec!["POST".to_owned()])),
+        Some(every_condition),
+    ];
+    let outcomes: Vec<Outcome> = every_outcome().collect();
+    let (mut sent, mut held) = (0u32, 0u32);
+    for settings in policies {
+        let policy = RetryPolicy::new(settings.clone());
+        for (method, body) in METHODS.iter().flat_map(|method| BODIES.map(|body| (method, body))) {
+            for bits in 0..16u32 {
+                let tried = Tried {
+                    method,
+                    grpc: bits & 1 > 0,
+                    idempotency_key: bits & 2 > 0,
+                    tries: 1 + (bits & 4) / 2,
+                    free_used: bits & 8 > 0,
+                    body,
+                    committed: false,
+                };
+                for outcome in &outcomes {
+                    for tried in [tried, Tried { committed: true, ..tried }] {
+                        match policy.eligible(&tried, outcome) {
+                            Ok(_) => {
+                                sent += 1;
+                                assert!(
+                                    may_be_sent_again(&settings, &tried, outcome),
+                                    "{settings:?} {tried:?} {outcome:?}"
+                                );
+                            }
+                            Err(_) => held += 1,
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(sent > 1000 && held > sent, "{sent} {held}");
+    // And the same through the whole decision, for what most need it.
+    let policy = RetryPolicy::new(Some(RetrySettings::default()));
+    for outcome in outcomes.iter().filter(|outcome| !outcome.never_reached()) {
+        let decision = policy.decide(&tried(&Method::POST), outcome, &moment(&budget));
+        assert!(matches!(decision, Decision::Stop(_)), "{outcome:?}");
+    }
+}
+
+#[test]
+fn what_should_be_retried_is() {
+    let budget = rich();
+    let policy = RetryPolicy::new(Some(RetrySettings::default()));
+    let retries = |tried: Tried<'_>, outcome| {
+        matches!(policy.decide(&tried, &outcome, &moment(&budget)), Decision::Retry(_))
+    };
+    for code in [502, 503, 504] {
+        assert!(retries(tried(&Method::GET), http(code)));
+        assert!(!retries(tried(&Method::POST), http(code)));
+        assert!(retries(Tried { idempotency_key: true, ..tried(&Method::POST) }, http(code)));
+    }
+    assert!(!retries(tried(&Method::GET), http(500)));
+    assert!(!retries(tried(&Method::GET), http(200)));
+    assert!(retries(tried(&Method::POST), Outcome::new(Ending::RefusedStream)));
+    let elsewhere = Outcome { advice: Advice::Elsewhere, ..http(503) };
+    assert!(retries(tried(&Method::POST), elsewhere));
+    let grpc = Tried { grpc: true, ..tried(&Method::POST) };
+    let unavailable = Outcome::grpc(GrpcStatus::Unavailable, Advice::None, None);
+    assert!(!retries(grpc, unavailable));
+    let all = RetrySettings { methods: Methods::All, ..RetrySettings::default() };
+    let decision = RetryPolicy::new(Some(all)).decide(&grpc, &unavailable, &moment(&budget));
+    assert!(matches!(decision, Decision::Retry(_)));
+}
+
+#[test]
+fn every_reason_is_given_where_it_holds() {
+    let budget = rich();
+    let policy = RetryPolicy::new(Some(RetrySettings::default()));
+    let get = tried(&Method::GET);
+    let reason = |tried: Tried<'_>, outcome: Outcome, moment: Moment<'_>| match policy
+        .decide(&tried, &outcome, &moment)
+    {
+        Decision::Stop(reason) => reason,
+        Decision::Retry(retry) => panic!("{retry:?}"),
+    };
+    let now = moment(&budget);
+    assert_eq!(reason(get, http(404), now), Reason::NotRetryable);
+    assert_eq!(reason(get, Outcome { advice: Advice::No, ..http(503) }, now), Reason::Suppressed);
+    assert_eq!(reason(get, Outcome { advice: Advice::No, ..http(404) }, now), Reason::NotRetryable);
+    assert_eq!(reason(Tried { committed: true, ..get }, http(503), now), Reason::Committed);
+    assert_eq!(reason(Tried { tries: 3, ..get }, http(503), now), Reason::MaxTries);
+    assert_eq!(reason(tried(&Method::POST), http(503), now), Reason::Method);
+    assert_eq!(reason(Tried { body: Body::Gone, ..get }, http(503), now), Reason::BodyGone);
+    let hurry = Moment { time_left: Some(Duration::from_millis(5)), ..now };
+    assert_eq!(reason(get, http(503), hurry), Reason::Deadline);
+    let asked = Moment { hint: Hint::After(Duration::from_secs(30)), ..now };
+    assert_eq!(reason(get, http(503), asked), Reason::RetryAfter);
+    assert_eq!(reason(get, http(503), Moment { hint: Hint::Never, ..now }), Reason::Pushback);
+    let poor = RetryBudget::new(BudgetSettings {
+        ratio: Ratio::constant(0.0),
+        min_per_second: 0,
+        window: HumanDuration::from_secs(10),
+    });
+    assert_eq!(reason(get, http(503), Moment { budget: &poor, ..now }), Reason::Budget);
+}
+
+#[test]
+fn the_stale_keep_alive_race_is_mended_once_and_free() {
+    let poor = RetryBudget::new(BudgetSettings {
+        ratio: Ratio::constant(0.0),
+        min_per_second: 0,
+        window: HumanDuration::from_secs(10),
+    });
+    let now = moment(&poor);
+    let race = |request_sent| {
+        Outcome::new(Ending::Reset(Reset { reused: true, request_sent, response_begun: false }))
+    };
+    let free = Decision::Retry(Retry { wait: Duration::ZERO, free: true });
+    for settings in [None, Some(RetrySettings::default())] {
+        let policy = RetryPolicy::new(settings);
+        assert_eq!(policy.decide(&tried(&Method::GET), &race(true), &now), free);
+        assert_eq!(policy.decide(&tried(&Method::POST), &race(false), &now), free);
+        let stop = |tried: Tried<'_>, outcome: Outcome| {
+            matches!(policy.decide(&tried, &outcome, &now), Decision::Stop(_))
+        };
+        assert!(stop(tried(&Method::POST), race(true)));
+        assert!(stop(Tried { free_used: true, ..tried(&Method::GET) }, race(true)));
+    }
+    let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
+    assert_eq!(
+        never.decide(&tried(&Method::GET), &race(false), &now),
+        Decision::Stop(Reason::MaxTries),
+        "max = 0 is at most once, always"
+    );
+}
+
+#[test]
+fn a_body_is_kept_only_where_a_copy_could_be_of_use() {
+    let limit = *RetrySettings::default().body_limit;
+    let on = RetryPolicy::new(Some(RetrySettings::default()));
+    assert_eq!(on.body_limit(&Method::POST, false), limit, "a refused stream is sent again for any method");
+    let off = RetryPolicy::new(None);
+    assert_eq!((off.body_limit(&Method::PUT, false), off.body_limit(&Method::POST, false)), (limit, 0));
+    let once = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
+    assert_eq!(once.body_limit(&Method::PUT, true), 0);
+    assert!(on.another_possible(2) && !on.another_possible(3) && !once.another_possible(1));
+}
