@@ -1,0 +1,52 @@
+//! The props: the real binary, servers to stand behind it, sockets to poke it with, and the outside tools.
+
+#![allow(dead_code, unused_imports, reason = "not every test uses every prop")]
+
+mod proxy;
+mod raw;
+pub mod strict;
+mod tools;
+mod upstream;
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    thread,
+    time::{Duration, Instant},
+};
+
+pub use proxy::{Launch, Proxy};
+pub use raw::{RawClient, RawServer};
+pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};
+pub use upstream::{Answer, Upstream, text};
+
+/// How long anything that must happen may take, on a slow and busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `condition` holds; fails the test, saying `what`, if it does not within [`PATIENCE`].
+#[track_caller]
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A port that was free a moment ago, for tools that cannot bind port 0. Taken from below the ephemeral range.
+pub fn free_port() -> u16 {
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = u16::try_from(std::process::id() % 12_000).unwrap_or(0);
+    loop {
+        let port = 16_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// Waits until something accepts connections there.
+#[track_caller]
+pub fn wait_for_port(address: SocketAddr) {
+    eventually(&format!("a listener on {address}"), || std::net::TcpStream::connect(address).is_ok());
+}
