@@ -1,1 +1,6 @@
 //! Threads, and what they share.
+
+pub mod cgroup;
+pub mod child;
+pub mod ready_file;
+pub mod signals;

@@ -1,3 +1,5 @@
 //! What the proxy tells about itself and the calls it carries.
 
+pub mod log;
 pub mod metrics;
+pub mod process;

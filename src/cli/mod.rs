@@ -1,0 +1,83 @@
+//! The command line: one file a command.
+
+mod completions;
+mod man;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+
+/// A sidecar resilience proxy: carries a service's calls, both ways.
+#[derive(Parser, Debug)]
+#[command(
+    name = "outrigger",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  outrigger run --app 8080 -- ./my-service    start a service with its sidecar
+  outrigger run -c outrigger.toml             the sidecar alone
+
+Outbound calls go to localhost:4140 (http_proxy), callers to port 4143, and http://localhost:4191 shows what happens.
+Exit codes: 0 fine, 1 failed, 2 wrong usage."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
+}
+
+/// Reads the arguments and does what they say.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to stdout, a complaint to stderr; a closed pipe is nobody's problem.
+            let _ = error.print();
+            return match error.kind() {
+                ErrorKind::DisplayHelp
+                | ErrorKind::DisplayVersion
+                | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => ExitCode::SUCCESS,
+                _ => ExitCode::from(2),
+            };
+        }
+    };
+    match cli.command {
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
+    }
+}
+
+/// The whole command line, for what is generated from it.
+fn command() -> clap::Command {
+    Cli::command()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_holds_together_and_every_command_has_an_example() {
+        command().debug_assert();
+        let mut found = Vec::new();
+        leaves(&command(), &mut found);
+        for leaf in found {
+            let help = leaf.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("outrigger "), "`{} --help` has no example", leaf.get_name());
+        }
+    }
+
+    fn leaves(command: &clap::Command, found: &mut Vec<clap::Command>) {
+        if command.has_subcommands() {
+            command.get_subcommands().for_each(|sub| leaves(sub, found));
+        } else {
+            found.push(command.clone());
+        }
+    }
+}

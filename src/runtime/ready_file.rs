@@ -1,0 +1,85 @@
+//! The file that tells scripts which addresses were bound, once everything is ready.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+/// What the ready file says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Ready {
+    pub outbound: String,
+    pub inbound: String,
+    /// `host:port`, or `unix:PATH`.
+    pub admin: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe: Option<String>,
+    /// The local ports of upstreams that have one, by name.
+    pub upstreams: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_token_file: Option<PathBuf>,
+    pub pid: u32,
+}
+
+/// A written ready file; removed when dropped.
+#[derive(Debug)]
+pub struct ReadyFile {
+    path: PathBuf,
+}
+
+impl ReadyFile {
+    /// Writes it in one step: who sees the file sees all of it.
+    pub fn write(path: &Path, ready: &Ready) -> io::Result<Self> {
+        let text = serde_json::to_string(ready)?;
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{}.tmp", std::process::id()));
+        let temporary = PathBuf::from(name);
+        let written = std::fs::File::create(&temporary)
+            .and_then(|mut file| writeln!(file, "{text}"))
+            .and_then(|()| std::fs::rename(&temporary, path));
+        if let Err(error) = written {
+            let _ = std::fs::remove_file(&temporary);
+            return Err(error);
+        }
+        Ok(Self { path: path.to_owned() })
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_appears_whole_and_goes_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ready.json");
+        std::fs::write(&path, "of an earlier run").unwrap();
+        let ready = Ready {
+            outbound: "127.0.0.1:4140".to_owned(),
+            upstreams: [("payments".to_owned(), "127.0.0.1:5001".to_owned())].into(),
+            ..Ready::default()
+        };
+        let file = ReadyFile::write(&path, &ready).unwrap();
+        let read: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(read["outbound"], "127.0.0.1:4140");
+        assert_eq!(read["upstreams"]["payments"], "127.0.0.1:5001");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+        drop(file);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(ReadyFile::write(&dir.path().join("no/ready.json"), &Ready::default()).is_err());
+    }
+}
