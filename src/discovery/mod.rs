@@ -3,6 +3,33 @@
 //! Each source is a task on the control thread that publishes what it finds to its
 //! [`Upstream`](crate::upstream::Upstream), again whenever it changes. Losing the source loses nothing: the last
 //! good set stays in use.
+//!
+//! ```text
+//! source: fixed · dns · srv · file ──targets (host:port, weight, priority)──▶ names ──addresses──▶ Upstream
+//!                                                                               ▲
+//!                                       resolver: literals, localhost, /etc/hosts, DNS
+//! ```
+
+mod file;
+mod names;
+mod resolver;
+mod source;
+mod task;
+#[cfg(test)]
+mod test_dns;
+#[cfg(test)]
+mod tests;
+
+pub use resolver::{Answer, DNS_ENV, LOOKUP_LIMIT, MAX_TTL, MIN_TTL, Resolver};
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::{sync::Notify, task::JoinHandle};
+
+use crate::{config::Endpoints, upstream::Upstream};
+
+/// Most endpoints that an upstream may have; what is found beyond them is left out, with a warning.
+pub const MAX_ENDPOINTS: usize = 4096;
 
 /// Why a source of endpoints could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -10,7 +37,50 @@ pub enum DiscoveryError {
     #[error("no such name: {name} ({reason})")]
     Dns { name: String, reason: String },
     #[error("DNS did not answer for {name} within {limit:?}")]
-    DnsTimeout { name: String, limit: std::time::Duration },
+    DnsTimeout { name: String, limit: Duration },
     #[error("{path}: {reason}")]
-    File { path: std::path::PathBuf, reason: String },
+    File { path: PathBuf, reason: String },
+    #[error("the DNS resolver could not be set up: {reason}")]
+    Setup { reason: String },
+    #[error("`{what}` is not supported as a source of endpoints")]
+    Unsupported { what: String },
+}
+
+/// Keeps the endpoints of an upstream up to date for as long as it lives; dropping it ends that at once.
+#[derive(Debug)]
+pub struct Discovery {
+    task: Option<JoinHandle<()>>,
+    refresh: Arc<Notify>,
+}
+
+impl Discovery {
+    /// Asks the source again soon, e.g. because no endpoint accepts connections: their addresses may have changed
+    /// before the TTL says so. Cheap; however often it is called, the source is asked at most every two seconds.
+    pub fn refresh(&self) {
+        self.refresh.notify_one();
+    }
+}
+
+impl Drop for Discovery {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+/// Starts to publish the endpoints of `source` to `upstream`.
+///
+/// Literal addresses of a fixed list are published before this returns; the rest follows by a task on the runtime
+/// that the resolver was made on, so this may be called from any thread.
+pub fn spawn(source: &Endpoints, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Discovery {
+    let refresh = Arc::new(Notify::new());
+    let task = match source::Source::new(source) {
+        Ok(source) => task::Task::start(source, upstream, resolver, refresh.clone()),
+        Err(error) => {
+            upstream.discovery_failed(error);
+            None
+        }
+    };
+    Discovery { task, refresh }
 }

@@ -1,6 +1,7 @@
 //! One address of an upstream, and the set of them at a time.
 
 use std::{
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{
         Arc,
@@ -50,12 +51,12 @@ pub enum Resolution {
 }
 
 impl Endpoint {
-    fn new(found: Found) -> Self {
+    fn new(found: Found, healthy: bool) -> Self {
         Self {
             address: found.address,
             host: found.host,
             weight: found.weight.max(1),
-            healthy: AtomicBool::new(true),
+            healthy: AtomicBool::new(healthy),
         }
     }
 
@@ -70,15 +71,17 @@ impl Endpoint {
 }
 
 impl EndpointSet {
-    /// The next set: endpoints that stay are the same objects, so their state stays too.
+    /// The next set: endpoints that stay are the same objects, so their state stays too. One found twice counts once.
     pub(super) fn updated(&self, found: Vec<Found>) -> Self {
+        let old: HashMap<_, _> = self.endpoints.iter().map(|e| ((e.address, e.host.clone()), e)).collect();
+        let mut seen = HashSet::with_capacity(found.len());
         let endpoints = found
             .into_iter()
-            .map(|found| {
-                let same = |e: &&Arc<Endpoint>| {
-                    e.address == found.address && e.host == found.host && e.weight == found.weight.max(1)
-                };
-                self.endpoints.iter().find(same).cloned().unwrap_or_else(|| Arc::new(Endpoint::new(found)))
+            .filter(|found| seen.insert((found.address, found.host.clone())))
+            .map(|found| match old.get(&(found.address, found.host.clone())) {
+                Some(same) if same.weight == found.weight.max(1) => Arc::clone(same),
+                Some(other_weight) => Arc::new(Endpoint::new(found, other_weight.is_healthy())),
+                None => Arc::new(Endpoint::new(found, true)),
             })
             .collect();
         Self { generation: self.generation + 1, endpoints, resolution: Resolution::Ready }
@@ -90,5 +93,36 @@ impl EndpointSet {
             endpoints: self.endpoints.clone(),
             resolution: Resolution::Failed(Arc::new(error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(port: u16, weight: u32) -> Found {
+        Found { address: SocketAddr::from(([127, 0, 0, 1], port)), host: Some("a".into()), weight }
+    }
+
+    #[test]
+    fn what_stays_keeps_its_state() {
+        let first = EndpointSet::default().updated(vec![found(1, 1), found(2, 1), found(3, 1)]);
+        first.endpoints[0].set_healthy(false);
+        first.endpoints[1].set_healthy(false);
+        let second = first.updated(vec![found(4, 1), found(2, 5), found(1, 1)]);
+        assert_eq!(second.generation, 2);
+        assert!(Arc::ptr_eq(&second.endpoints[2], &first.endpoints[0]), "the same object");
+        let reweighted = &second.endpoints[1];
+        assert!(reweighted.weight == 5 && !reweighted.is_healthy(), "a new weight does not make it well");
+        assert!(second.endpoints[0].is_healthy(), "a new one is taken for well");
+    }
+
+    #[test]
+    fn what_is_found_twice_counts_once() {
+        let set = EndpointSet::default().updated(vec![found(1, 1), found(1, 1), found(2, 0)]);
+        assert_eq!(
+            set.endpoints.iter().map(|e| (e.address.port(), e.weight)).collect::<Vec<_>>(),
+            [(1, 1), (2, 1)]
+        );
     }
 }

@@ -1,0 +1,401 @@
+//! From a host name to its addresses, the way the C library of a good citizen does it.
+//!
+//! Literals and `localhost` never leave the process; `/etc/hosts` comes before DNS; `search` and `ndots` of
+//! `/etc/resolv.conf` are heeded. A and AAAA are asked for together. hickory's cache is off: discovery itself asks
+//! again when the answer's TTL is over, and a second cache below it would only make answers older.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    pin::pin,
+    time::Duration,
+};
+
+use hickory_resolver::{
+    Hosts, TokioResolver,
+    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
+    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
+    proto::{
+        op::{Query, ResponseCode},
+        rr::{Name, RData, Record, RecordType},
+    },
+    system_conf::read_system_conf,
+};
+use tokio::{runtime::Handle, time::timeout};
+
+use super::DiscoveryError;
+
+/// Names the DNS servers to ask in place of those of `/etc/resolv.conf`: `IP` or `IP:PORT`, several with commas.
+pub const DNS_ENV: &str = "OUTRIGGER_DNS";
+/// A look-up with all its tries and search domains may take this long.
+pub const LOOKUP_LIMIT: Duration = Duration::from_secs(5);
+/// Answers are believed for at least this long, whatever their TTL,
+pub const MIN_TTL: Duration = Duration::from_secs(1);
+/// and for at most this long.
+pub const MAX_TTL: Duration = Duration::from_secs(300);
+/// When one address family has answered, the other gets this much more time.
+const SECOND_FAMILY_GRACE: Duration = Duration::from_secs(1);
+
+/// Looks names up. Made once, on the control thread's runtime, where all its work is done.
+pub struct Resolver {
+    dns: TokioResolver,
+    hosts: Hosts,
+    search: Vec<Name>,
+    /// A name with at least this many dots is asked for as it stands before the search domains are tried.
+    ndots: usize,
+    limit: Duration,
+    has_route: fn(IpAddr) -> bool,
+    pub(super) runtime: Handle,
+}
+
+/// The addresses of a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// IPv4 before IPv6, each in ascending order. Never empty.
+    pub addresses: Vec<IpAddr>,
+    /// The lowest TTL of the chain of records, between [`MIN_TTL`] and [`MAX_TTL`].
+    pub valid_for: Duration,
+    /// The family that could not be asked for (which is not: has no addresses): what was known of it still holds.
+    pub missing: Option<Family>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// A record of an SRV answer (RFC 2782).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Service {
+    pub priority: u16,
+    pub weight: u16,
+    pub target: String,
+    pub port: u16,
+    /// The target's addresses, where the answer brought them along.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Family {
+    pub fn of(ip: IpAddr) -> Self {
+        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+impl Resolver {
+    /// As `/etc/resolv.conf` and `/etc/hosts` say, or [`DNS_ENV`]. Must be called inside of a tokio runtime.
+    ///
+    /// # Errors
+    /// `DNS_ENV` is set and not a list of addresses.
+    pub fn from_system() -> Result<Self, DiscoveryError> {
+        let (mut config, options) = read_system_conf().unwrap_or_else(|error| {
+            // What the C library does without a resolv.conf, as in an image built from scratch.
+            tracing::debug!(%error, "no usable /etc/resolv.conf: asking the DNS server on 127.0.0.1");
+            let local = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
+            (ResolverConfig::from_parts(None, Vec::new(), vec![local]), ResolverOpts::default())
+        });
+        if let Ok(servers) = std::env::var(DNS_ENV) {
+            config.name_servers = servers.split(',').map(parse_server).collect::<Result<_, _>>()?;
+        }
+        let hosts = Hosts::from_system().unwrap_or_default();
+        Self::new(config, options, hosts, LOOKUP_LIMIT)
+    }
+
+    /// Asks `server` and nothing else: no search domains, no `/etc/hosts`.
+    ///
+    /// # Errors
+    /// None that is known of; hickory's constructor may fail where it is built with TLS.
+    pub fn with_name_server(server: SocketAddr, limit: Duration) -> Result<Self, DiscoveryError> {
+        let config = ResolverConfig::from_parts(None, Vec::new(), vec![name_server(server)]);
+        Self::new(config, ResolverOpts::default(), Hosts::default(), limit)
+    }
+
+    fn new(
+        config: ResolverConfig,
+        mut options: ResolverOpts,
+        hosts: Hosts,
+        limit: Duration,
+    ) -> Result<Self, DiscoveryError> {
+        let setup = |error: &dyn std::fmt::Display| DiscoveryError::Setup { reason: error.to_string() };
+        let mut search = config.search.clone();
+        if search.is_empty() {
+            search.extend(config.domain.clone());
+        }
+        let ndots = options.ndots;
+        options.cache_size = 0;
+        options.use_hosts_file = ResolveHosts::Never;
+        // One lost packet must leave time for another try.
+        options.timeout = options.timeout.min(limit / 3);
+        options.attempts = options.attempts.clamp(2, 5);
+        let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+        *builder.options_mut() = options;
+        let dns = builder.build().map_err(|error| setup(&error))?;
+        let runtime = Handle::try_current().map_err(|error| setup(&error))?;
+        Ok(Self { dns, hosts, search, ndots, limit, has_route, runtime })
+    }
+
+    /// For tests that can't rely on the machine's routes.
+    #[cfg(test)]
+    pub(super) fn routing(mut self, has_route: fn(IpAddr) -> bool) -> Self {
+        self.has_route = has_route;
+        self
+    }
+
+    /// For tests: the content of `/etc/hosts` and the search list.
+    #[cfg(test)]
+    pub(super) fn searching(mut self, hosts: &str, search: &[&str], ndots: usize) -> Self {
+        let _ = self.hosts.read_hosts_conf(hosts.as_bytes());
+        self.search = search.iter().filter_map(|name| Name::from_str_relaxed(*name).ok()).collect();
+        self.ndots = ndots;
+        self
+    }
+
+    /// The addresses of `host`: a name or a literal address.
+    ///
+    /// # Errors
+    /// [`DiscoveryError::Dns`] where the name has no addresses or DNS refuses to say, [`DiscoveryError::DnsTimeout`]
+    /// where it is silent.
+    pub async fn addresses(&self, host: &str) -> Result<Answer, DiscoveryError> {
+        let local = |addresses| Answer { addresses, valid_for: MAX_TTL, missing: None };
+        if let Ok(ip) = host.parse() {
+            return Ok(local(vec![ip]));
+        }
+        let name = parse_name(host)?;
+        if let Some(addresses) = self.without_dns(&name) {
+            return Ok(local(self.reachable(addresses)));
+        }
+        let answer = self.search(&name, |name| self.both_families(name)).await;
+        answer.map(|answer| Answer { addresses: self.reachable(answer.addresses), ..answer })
+    }
+
+    /// The SRV records of `name`, and how long they hold.
+    pub(super) async fn services(&self, name: &str) -> Result<(Vec<Service>, Duration), DiscoveryError> {
+        self.search(&parse_name(name)?, |name| self.srv(name)).await
+    }
+
+    /// `/etc/hosts`, and RFC 6761's `localhost`.
+    fn without_dns(&self, name: &Name) -> Option<Vec<IpAddr>> {
+        let listed = |kind| self.hosts.lookup_static_host(&Query::query(name.clone(), kind));
+        let mut addresses: Vec<IpAddr> = [RecordType::A, RecordType::AAAA]
+            .into_iter()
+            .filter_map(listed)
+            .flat_map(|lookup| ips(lookup.answers()).collect::<Vec<_>>())
+            .collect();
+        let is_localhost =
+            name.iter().next_back().is_some_and(|label| label.eq_ignore_ascii_case(b"localhost"));
+        if addresses.is_empty() && is_localhost {
+            addresses = vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        }
+        (!addresses.is_empty()).then_some(addresses)
+    }
+
+    /// Asks for `name` with each search domain in turn, until one has an answer.
+    async fn search<T, F>(&self, name: &Name, ask: impl Fn(Name) -> F) -> Result<T, DiscoveryError>
+    where
+        F: Future<Output = Result<T, Miss>>,
+    {
+        let text = || name.to_utf8().trim_end_matches('.').to_owned();
+        let look_up = async {
+            let mut worst = None;
+            for candidate in self.candidates(name) {
+                match ask(candidate).await {
+                    Ok(found) => return Ok(found),
+                    // That a server failed says more than that some other domain lacks the name.
+                    Err(miss) if !matches!(worst, Some(Miss::Failed(_) | Miss::Timeout)) => {
+                        worst = Some(miss)
+                    }
+                    Err(_) => {}
+                }
+            }
+            Err(worst.unwrap_or(Miss::NoRecords(ResponseCode::NXDomain)))
+        };
+        let timed_out = || DiscoveryError::DnsTimeout { name: text(), limit: self.limit };
+        let miss = match timeout(self.limit, look_up).await {
+            Ok(Ok(found)) => return Ok(found),
+            Ok(Err(miss)) => miss,
+            Err(_) => return Err(timed_out()),
+        };
+        let reason = match miss {
+            Miss::Timeout => return Err(timed_out()),
+            Miss::NoRecords(ResponseCode::NXDomain) => "NXDOMAIN".to_owned(),
+            Miss::NoRecords(ResponseCode::NoError) => "it exists, but without such records".to_owned(),
+            Miss::NoRecords(code) => code.to_string(),
+            Miss::Failed(reason) => reason,
+        };
+        Err(DiscoveryError::Dns { name: text(), reason })
+    }
+
+    fn candidates(&self, name: &Name) -> Vec<Name> {
+        let mut plain = name.clone();
+        plain.set_fqdn(true);
+        if name.is_fqdn() {
+            return vec![plain];
+        }
+        let mut names: Vec<_> =
+            self.search.iter().filter_map(|domain| name.clone().append_domain(domain).ok()).collect();
+        names.retain(|name| *name != plain);
+        let dots = usize::from(name.num_labels()).saturating_sub(1);
+        let at = if dots >= self.ndots { 0 } else { names.len() };
+        names.insert(at, plain);
+        names
+    }
+
+    async fn both_families(&self, name: Name) -> Result<Answer, Miss> {
+        let mut v4 = pin!(self.records(&name, RecordType::A));
+        let mut v6 = pin!(self.records(&name, RecordType::AAAA));
+        let (v4, v6) = tokio::select! {
+            first = &mut v4 => {
+                let second = second_family(&first, v6).await;
+                (first, second)
+            }
+            first = &mut v6 => {
+                let second = second_family(&first, v4).await;
+                (second, first)
+            }
+        };
+        let (records, missing) = match (v4, v6) {
+            (Ok(mut v4), Ok(v6)) => {
+                v4.extend(v6);
+                (v4, None)
+            }
+            (Ok(records), Err(Miss::NoRecords(_))) | (Err(Miss::NoRecords(_)), Ok(records)) => {
+                (records, None)
+            }
+            (Ok(records), Err(_)) => (records, Some(Family::V6)),
+            (Err(_), Ok(records)) => (records, Some(Family::V4)),
+            (Err(Miss::NoRecords(_)), Err(miss)) | (Err(miss), Err(_)) => return Err(miss),
+        };
+        let mut addresses: Vec<_> = ips(&records).collect();
+        addresses.sort_by_key(|ip| (ip.is_ipv6(), *ip));
+        addresses.dedup();
+        if addresses.is_empty() {
+            return Err(Miss::NoRecords(ResponseCode::NoError));
+        }
+        Ok(Answer { addresses, valid_for: valid_for(&records), missing })
+    }
+
+    async fn srv(&self, name: Name) -> Result<(Vec<Service>, Duration), Miss> {
+        let lookup = self.dns.lookup(name, RecordType::SRV).await?;
+        let mut glue: HashMap<&Name, Vec<IpAddr>> = HashMap::new();
+        for record in lookup.additionals() {
+            if let Some(ip) = record.data.ip_addr() {
+                glue.entry(&record.name).or_default().push(ip);
+            }
+        }
+        let service = |record: &Record| match &record.data {
+            // RFC 2782: the target "." says that there is decidedly no such service.
+            RData::SRV(srv) if !srv.target.is_root() => {
+                let mut addresses = glue.get(&srv.target).cloned().unwrap_or_default();
+                addresses.sort_by_key(|ip| (ip.is_ipv6(), *ip));
+                let target = srv.target.to_utf8().trim_end_matches('.').to_ascii_lowercase();
+                let (priority, weight, port) = (srv.priority, srv.weight, srv.port);
+                Some(Service { priority, weight, target, port, addresses: self.reachable(addresses) })
+            }
+            _ => None,
+        };
+        let mut services: Vec<_> = lookup.answers().iter().filter_map(service).collect();
+        services.sort_by(|a, b| (a.priority, &a.target, a.port).cmp(&(b.priority, &b.target, b.port)));
+        if services.is_empty() {
+            return Err(Miss::NoRecords(ResponseCode::NoError));
+        }
+        Ok((services, valid_for(lookup.answers().iter().chain(lookup.additionals()))))
+    }
+
+    async fn records(&self, name: &Name, kind: RecordType) -> Result<Vec<Record>, Miss> {
+        let lookup = self.dns.lookup(name.clone(), kind).await?;
+        Ok(lookup.answers().to_vec())
+    }
+
+    /// Leaves out the family that this machine has no route to (a name with AAAA records, a pod without IPv6), as
+    /// long as something is left.
+    fn reachable(&self, mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+        let mixed = addresses.windows(2).any(|pair| pair[0].is_ipv4() != pair[1].is_ipv4());
+        if mixed && addresses.iter().any(|ip| (self.has_route)(*ip)) {
+            addresses.retain(|ip| (self.has_route)(*ip));
+        }
+        addresses
+    }
+}
+
+impl std::fmt::Debug for Resolver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resolver").field("search", &self.search).field("limit", &self.limit).finish()
+    }
+}
+
+/// Why one name of the search list gave nothing.
+enum Miss {
+    NoRecords(ResponseCode),
+    Timeout,
+    Failed(String),
+}
+
+impl From<NetError> for Miss {
+    fn from(error: NetError) -> Self {
+        match error {
+            NetError::Dns(DnsError::NoRecordsFound(none)) => match none.response_code {
+                code @ (ResponseCode::NoError | ResponseCode::NXDomain) => Self::NoRecords(code),
+                code => Self::Failed(code.to_string()),
+            },
+            NetError::Timeout => Self::Timeout,
+            error => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+/// Some servers never answer for AAAA: what the first family brought must not wait for long.
+async fn second_family<T>(
+    first: &Result<T, Miss>,
+    second: impl Future<Output = Result<T, Miss>>,
+) -> Result<T, Miss> {
+    match first {
+        Ok(_) => timeout(SECOND_FAMILY_GRACE, second).await.unwrap_or(Err(Miss::Timeout)),
+        Err(_) => second.await,
+    }
+}
+
+fn ips<'a>(records: impl IntoIterator<Item = &'a Record>) -> impl Iterator<Item = IpAddr> {
+    records.into_iter().filter_map(|record| record.data.ip_addr())
+}
+
+/// CNAMEs count too: an alias with a short TTL before an address with a long one is how traffic gets moved.
+fn valid_for<'a>(records: impl IntoIterator<Item = &'a Record>) -> Duration {
+    let lowest = records.into_iter().map(|record| record.ttl).min().unwrap_or(0);
+    Duration::from_secs(lowest.into()).clamp(MIN_TTL, MAX_TTL)
+}
+
+fn parse_name(text: &str) -> Result<Name, DiscoveryError> {
+    Name::from_str_relaxed(text)
+        .map_err(|error| DiscoveryError::Dns { name: text.to_owned(), reason: error.to_string() })
+}
+
+fn parse_server(text: &str) -> Result<NameServerConfig, DiscoveryError> {
+    let text = text.trim();
+    let address = text.parse().or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)));
+    address.map(name_server).map_err(|_| DiscoveryError::Setup {
+        reason: format!("{DNS_ENV}: `{text}` is not an address, write IP or IP:PORT"),
+    })
+}
+
+fn name_server(address: SocketAddr) -> NameServerConfig {
+    let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
+        connection.port = address.port();
+        connection
+    });
+    NameServerConfig::new(address.ip(), true, connections.into())
+}
+
+/// Whether packets to `ip` have a way out of here. Connecting a UDP socket asks the routing table and sends nothing:
+/// the C library sorts its answers by the same trick.
+fn has_route(ip: IpAddr) -> bool {
+    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let unreachable = |error: &io::Error| {
+        use io::ErrorKind::{AddrNotAvailable, HostUnreachable, NetworkUnreachable, Unsupported};
+        let no_such_family = error.raw_os_error() == Some(97);
+        no_such_family
+            || matches!(error.kind(), AddrNotAvailable | HostUnreachable | NetworkUnreachable | Unsupported)
+    };
+    let probe = UdpSocket::bind((any, 0)).and_then(|socket| socket.connect((ip, 53)));
+    !probe.is_err_and(|error| unreachable(&error))
+}
