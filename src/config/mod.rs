@@ -19,6 +19,7 @@ mod schema;
 mod security;
 mod source;
 mod unbuilt;
+mod validate;
 
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity};
 pub use load::{Loaded, files, load, load_sources, process_env};

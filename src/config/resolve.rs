@@ -5,13 +5,14 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{
     Balance, Config, Endpoints, Forwarded, HeaderCase, HeaderEdits, Health, HostMatch, HostPattern, HostPort,
-    Inbound, InboundPort, ListenAddr, Match, Policy, PoolIdle, Protocol, Route, Upstream,
+    Inbound, InboundPort, ListenAddr, Match, Policy, PoolIdle, Problem, Protocol, Route, Upstream,
     diagnostic::Problems,
     merge::merge_tables,
     node::{Entry, Node, Table, Value},
     read::{read, unknown_key},
     schema::MAX_CONNECTION_AGE,
-    security::{Allow, Jwt, Mtls, Oauth2, TlsMode, UpstreamTls},
+    security::{Allow, Identity, Jwt, Mtls, Oauth2, TlsMode, UpstreamTls},
+    validate,
 };
 use crate::units::HumanDuration;
 
@@ -146,25 +147,16 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
     if root.get("service").and_then(|service| service.get("name")).is_none() {
         service.name = service_name;
     }
-    let identity = root.get("identity").map(|node| read(node, &[], problems).unwrap_or_default());
-    let inbound = inbound(root.get("inbound"), identity.is_some(), problems);
+    let identity: Option<Identity> = root.get("identity").and_then(|node| read(node, &[], problems));
+    let has_identity = root.get("identity").is_some();
+    let inbound = inbound(root.get("inbound"), has_identity, problems);
     let defaults_table = root.get("defaults").and_then(Node::as_table);
-    let defaults = section(root, "defaults", problems);
-    let upstreams = match root.get("upstream").map(|node| (node, node.as_array())) {
-        Some((_, Some(items))) => items
-            .iter()
-            .filter_map(|item| upstream(item, defaults_table, identity.is_some(), problems))
-            .collect(),
-        Some((node, None)) => {
-            problems.push(
-                super::Problem::error(node.origin, "upstreams are a list")
-                    .label(format!("expected [[upstream]], found {}", node.kind())),
-            );
-            Vec::new()
-        }
-        None => Vec::new(),
+    let defaults = match root.get("defaults") {
+        Some(node) => policy(node, None, problems).unwrap_or_default(),
+        None => Policy::default(),
     };
-    Config {
+    let upstreams = upstreams(root, defaults_table, has_identity, problems);
+    let config = Config {
         service,
         runtime: section(root, "runtime", problems),
         inbound,
@@ -174,7 +166,32 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
         telemetry: section(root, "telemetry", problems),
         defaults,
         upstreams,
+    };
+    validate::references(root, problems);
+    validate::sections(&config, root, problems);
+    config
+}
+
+fn upstreams(
+    root: &Node,
+    defaults: Option<&Table>,
+    has_identity: bool,
+    problems: &mut Problems,
+) -> Vec<Upstream> {
+    let Some(node) = root.get("upstream") else { return Vec::new() };
+    let Some(items) = node.as_array() else {
+        let found = format!("expected [[upstream]], found {}", node.kind());
+        problems.push(Problem::error(node.origin, "upstreams are a list").label(found));
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for item in items {
+        if let Some(upstream) = upstream(item, defaults, has_identity, problems) {
+            found.push((upstream, item));
+        }
     }
+    validate::between(&found, problems);
+    found.into_iter().map(|(upstream, _)| upstream).collect()
 }
 
 fn section<T: DeserializeOwned + Default>(root: &Node, key: &str, problems: &mut Problems) -> T {
@@ -185,7 +202,7 @@ fn inbound(node: Option<&Node>, has_identity: bool, problems: &mut Problems) -> 
     let empty = Node::table(None);
     let node = node.unwrap_or(&empty);
     let (policy_keys, own) = split(node);
-    let policy = policy(node, inbound_policy(&policy_keys), problems).unwrap_or_else(Policy::inbound);
+    let policy = policy(node, Some(inbound_policy(&policy_keys)), problems).unwrap_or_else(Policy::inbound);
     let keys: InboundKeys = read(&own, &POLICY_KEYS, problems).unwrap_or_default();
     let default_mtls = if has_identity { Mtls::Strict } else { Mtls::Off };
     Inbound {
@@ -214,7 +231,7 @@ fn upstream(
     if let Some(defaults) = defaults {
         policy_keys = inherit(defaults, policy_keys);
     }
-    let policy = policy(node, policy_keys.clone(), problems);
+    let policy = policy(node, Some(policy_keys.clone()), problems);
     let routes = route_nodes.map_or_else(Vec::new, |entry| routes(&entry.node, &policy_keys, problems));
     let also: Vec<&str> = POLICY_KEYS.into_iter().chain(["route"]).collect();
     let keys: UpstreamKeys = read(&own, &also, problems)?;
@@ -230,19 +247,21 @@ fn upstream(
         None => match default_endpoints(hosts.first(), mode) {
             Some(endpoints) => endpoints,
             None => {
-                problems.push(
-                    super::Problem::error(
-                        own.get("hosts").map_or(node.origin, |hosts| hosts.origin),
-                        format!("upstream `{}` has no endpoints", keys.name),
-                    )
-                    .label("the first host is no name that could be looked up")
-                    .help("add e.g. `endpoints = \"dns://HOST:PORT\"`"),
-                );
+                let origin = own.get("hosts").map_or(node.origin, |hosts| hosts.origin);
+                problems.push(match hosts.first() {
+                    Some(first) => {
+                        Problem::error(origin, format!("upstream `{}` has no endpoints", keys.name))
+                            .label(format!("`{first}` is no name that could be looked up"))
+                            .help("add e.g. `endpoints = \"dns://HOST:PORT\"`")
+                    }
+                    None => Problem::error(origin, "no host would ever lead here")
+                        .help("leave `hosts` away for the upstream's name"),
+                });
                 return None;
             }
         },
     };
-    Some(Upstream {
+    let upstream = Upstream {
         name: keys.name,
         hosts,
         endpoints,
@@ -257,7 +276,9 @@ fn upstream(
         oauth2: keys.oauth2,
         policy: policy?,
         routes,
-    })
+    };
+    validate::upstream(&upstream, node, has_identity, problems);
+    Some(upstream)
 }
 
 /// Where an upstream is found that says nothing about it: its first host, looked up.
@@ -271,7 +292,7 @@ fn default_endpoints(first: Option<&HostPattern>, tls: TlsMode) -> Option<Endpoi
 fn routes(node: &Node, inherited: &Table, problems: &mut Problems) -> Vec<Route> {
     let Some(items) = node.as_array() else {
         problems.push(
-            super::Problem::error(node.origin, "routes are a list")
+            Problem::error(node.origin, "routes are a list")
                 .label(format!("expected [[upstream.route]], found {}", node.kind())),
         );
         return Vec::new();
@@ -283,16 +304,18 @@ fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Rout
     let (policy_keys, own) = split(node);
     let route_sets_timeout = policy_keys.contains_key("timeout");
     let route_sets_attempt_timeout = policy_keys.contains_key("attempt_timeout");
-    let policy = policy(node, inherit(inherited, policy_keys), problems);
+    let policy = policy(node, Some(inherit(inherited, policy_keys)), problems);
     let keys: RouteKeys = read(&own, &POLICY_KEYS, problems)?;
-    Some(Route {
+    let route = Route {
         matches: keys.matches,
         to: keys.to,
         path_rewrite: keys.path_rewrite,
         request_headers: keys.request_headers,
         response_headers: keys.response_headers,
         policy: Policy { route_sets_timeout, route_sets_attempt_timeout, ..policy? },
-    })
+    };
+    validate::route(&route, node, problems);
+    Some(route)
 }
 
 /// The policy keys of a table, and the rest of it.
@@ -324,6 +347,11 @@ pub(super) fn inbound_policy(own: &Table) -> Table {
     merge_tables(base.into_iter().collect(), own.clone())
 }
 
-fn policy(owner: &Node, keys: Table, problems: &mut Problems) -> Option<Policy> {
-    read(&Node { origin: owner.origin, value: Value::Table(keys) }, &[], problems)
+/// The policy of a table: these effective keys, or what the table itself holds.
+fn policy(owner: &Node, keys: Option<Table>, problems: &mut Problems) -> Option<Policy> {
+    let effective = keys.map(|keys| Node { origin: owner.origin, value: Value::Table(keys) });
+    let node = effective.as_ref().unwrap_or(owner);
+    let policy = read(node, &[], problems)?;
+    validate::policy(&policy, node, problems);
+    Some(policy)
 }

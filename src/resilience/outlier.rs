@@ -12,9 +12,14 @@ use crate::units::{HumanDuration, Ratio};
 pub struct OutlierSettings {
     /// Failures in a row that eject the endpoint. 0 = off.
     pub consecutive_failures: u32,
+    #[serde(deserialize_with = "eject_for")]
     pub eject_for: Growing,
     /// Share of an upstream's endpoints that may be out at a time.
     pub max_ejected: Ratio,
+}
+
+fn eject_for<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Growing, D::Error> {
+    Growing::read(OutlierSettings::default().eject_for, deserializer)
 }
 
 impl Default for OutlierSettings {

@@ -1,0 +1,99 @@
+//! What types cannot say: ranges, names that must exist, keys that need or exclude each other.
+
+mod policy;
+mod sections;
+mod upstream;
+
+use super::{
+    diagnostic::{Problem, Problems},
+    node::Node,
+    source::Origin,
+};
+
+pub(super) use policy::policy;
+pub(super) use sections::sections;
+pub(super) use upstream::{between, references, route, upstream};
+
+/// A table being checked, and where its problems go.
+struct Check<'a> {
+    node: &'a Node,
+    problems: &'a mut Problems,
+}
+
+impl Check<'_> {
+    /// The place of a key (items of lists by their number), or of the nearest table around it.
+    fn at(&self, path: &[&str]) -> Option<Origin> {
+        let mut node = self.node;
+        for step in path {
+            let next = match step.parse() {
+                Ok(index) if node.as_array().is_some() => node.item(index),
+                _ => node.get(step),
+            };
+            match next {
+                Some(next) => node = next,
+                None => break,
+            }
+        }
+        node.origin.or(self.node.origin)
+    }
+
+    fn error(&mut self, path: &[&str], message: impl Into<String>, help: impl Into<String>) {
+        let origin = self.at(path);
+        self.problems.push(Problem::error(origin, message).help(help));
+    }
+
+    /// An error unless what is `expected` holds.
+    fn expect(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
+        if !holds {
+            self.error(path, message, help);
+        }
+    }
+
+    fn method(&mut self, path: &[&str], method: &str) {
+        let upper = method.to_ascii_uppercase();
+        if method.parse::<http::Method>().is_err() {
+            self.error(path, format!("`{method}` is not a method"), "write e.g. \"GET\"");
+        } else if upper != method && http::Method::from_bytes(upper.as_bytes()).is_ok_and(is_standard) {
+            self.error(
+                path,
+                format!("methods are case-sensitive: `{method}` is not {upper}"),
+                format!("write \"{upper}\""),
+            );
+        }
+    }
+
+    fn header_name(&mut self, path: &[&str], name: &str) {
+        if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+            self.error(
+                path,
+                format!("`{name}` is not a header name"),
+                "names are letters, digits and !#$%&'*+-.^_`|~",
+            );
+        }
+    }
+
+    fn header_value(&mut self, path: &[&str], value: &str) {
+        if http::HeaderValue::from_str(value).is_err() {
+            self.error(path, "this is not a header value", "values hold no line ends or control characters");
+        }
+    }
+}
+
+fn is_standard(method: http::Method) -> bool {
+    use http::Method;
+    const STANDARD: [Method; 9] = [
+        Method::GET,
+        Method::HEAD,
+        Method::POST,
+        Method::PUT,
+        Method::DELETE,
+        Method::OPTIONS,
+        Method::PATCH,
+        Method::TRACE,
+        Method::CONNECT,
+    ];
+    STANDARD.contains(&method)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+//! Policies.
+
+use std::time::Duration;
+
+use super::Check;
+use crate::{
+    config::{Node, Policy, diagnostic::Problems},
+    resilience::{
+        breaker::{BreakerSettings, Growing},
+        fallback::FallbackSettings,
+        hedge::HedgeAfter,
+        limit::LimitSettings,
+        rate::{RateKey, RateSettings},
+        retry::{Methods, RetrySettings},
+    },
+    units::HumanDuration,
+};
+
+/// More tries than this are no resilience but load.
+const MAX_RETRIES: u32 = 20;
+/// Kept for every call in flight.
+const MAX_BODY_LIMIT: u64 = 64 << 20;
+/// Windows are divided into slots of at least some milliseconds.
+const MIN_WINDOW: Duration = Duration::from_secs(1);
+const MAX_WINDOW: Duration = Duration::from_secs(3600);
+
+/// `node` is the table of effective policy keys.
+pub(in super::super) fn policy(policy: &Policy, node: &Node, problems: &mut Problems) {
+    let mut check = Check { node, problems };
+    if policy.connect_timeout.is_zero() {
+        check.error(&["connect_timeout"], "a connect timeout of 0 would never connect", "write e.g. \"1s\"");
+    }
+    if let Some(retry) = &policy.retry.0 {
+        check.retry(retry);
+    }
+    if let Some(breaker) = &policy.breaker.0 {
+        check.breaker(breaker);
+    }
+    if let Some(outlier) = &policy.outlier.0 {
+        check.growing(&["outlier", "eject_for"], outlier.eject_for);
+    }
+    if let Some(limits) = &policy.limits.0 {
+        check.limits(limits);
+    }
+    if let Some(rate) = &policy.rate_limit.0 {
+        check.rate(rate);
+    }
+    if let Some(hedge) = &policy.hedge.0
+        && let HedgeAfter::Fixed(after) = hedge.after
+    {
+        let help = "write a duration, e.g. \"50ms\", or a quantile, e.g. \"p95\"";
+        check.expect(!after.is_zero(), &["hedge", "after"], "a hedge after 0 would double every call", help);
+    }
+    if let Some(status) = policy.fault.0.as_ref().and_then(|fault| fault.abort) {
+        check.status(&["fault", "abort"], status);
+    }
+    if let Some(fallback) = &policy.fallback.0 {
+        check.fallback(fallback);
+    }
+}
+
+impl Check<'_> {
+    fn retry(&mut self, retry: &RetrySettings) {
+        if retry.max > MAX_RETRIES {
+            self.error(&["retry", "max"], "too many tries", format!("at most {MAX_RETRIES}"));
+        }
+        if *retry.body_limit > MAX_BODY_LIMIT {
+            let help = "at most 64MiB: this much may be kept for every call in flight";
+            self.error(&["retry", "body_limit"], "the body limit is too large", help);
+        }
+        if let Methods::Listed(methods) = &retry.methods {
+            for (at, method) in methods.iter().enumerate() {
+                self.method(&["retry", "methods", &at.to_string()], method);
+            }
+        }
+        if retry.backoff.base > retry.backoff.max {
+            let help = "make `max` at least `base`";
+            self.error(&["retry", "backoff"], "the back-off begins above its maximum", help);
+        }
+        self.window(&["retry", "budget", "window"], retry.budget.window);
+    }
+
+    fn breaker(&mut self, breaker: &BreakerSettings) {
+        self.window(&["breaker", "window"], breaker.window);
+        self.growing(&["breaker", "open_for"], breaker.open_for);
+        let help = "write at least 1; `breaker = false` switches it off";
+        let trials = &["breaker", "trial_requests"];
+        self.expect(breaker.trial_requests > 0, trials, "no trial, and it would stay open for ever", help);
+        let least = &["breaker", "min_requests"];
+        self.expect(breaker.min_requests > 0, least, "a rate needs at least one request", "write at least 1");
+    }
+
+    fn limits(&mut self, limits: &LimitSettings) {
+        let help = "write at least 1; `limits = false` switches all limits off";
+        let message = "a limit of 0 would refuse every call";
+        self.expect(limits.max_connections > 0, &["limits", "max_connections"], message, help);
+        self.expect(limits.max_requests > 0, &["limits", "max_requests"], message, help);
+    }
+
+    fn rate(&mut self, rate: &RateSettings) {
+        let help = "write at least 1; `rate_limit = false` switches it off";
+        let message = "a rate limit of 0 would refuse every call";
+        self.expect(rate.rate > 0, &["rate_limit", "rate"], message, help);
+        self.expect(rate.burst > 0, &["rate_limit", "burst"], message, help);
+        if let RateKey::Header(name) = &rate.per {
+            self.header_name(&["rate_limit", "per"], name);
+        }
+    }
+
+    fn fallback(&mut self, fallback: &FallbackSettings) {
+        self.status(&["fallback", "status"], fallback.status);
+        self.header_value(&["fallback", "content_type"], &fallback.content_type);
+        let written = self.node.get("fallback");
+        let answers = ["status", "body", "content_type"];
+        let answer = answers.into_iter().find(|key| written.is_some_and(|table| table.get(key).is_some()));
+        if let (Some(_), Some(key)) = (&fallback.upstream, answer) {
+            let message = "a fallback is an answer or another upstream, not both";
+            self.error(&["fallback", key], message, "remove `upstream`, or everything else");
+        }
+    }
+
+    fn status(&mut self, path: &[&str], status: u16) {
+        self.expect(
+            (200..=599).contains(&status),
+            path,
+            "this is not a final status code",
+            "write 200 to 599",
+        );
+    }
+
+    fn window(&mut self, path: &[&str], window: HumanDuration) {
+        let fits = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
+        self.expect(fits, path, "this window is too short or too long", "write \"1s\" to \"1h\"");
+    }
+
+    fn growing(&mut self, path: &[&str], growing: Growing) {
+        if growing.base.is_zero() {
+            self.error(path, "`base` is 0", "write e.g. `base = \"5s\"`");
+        } else if growing.base > growing.max {
+            self.error(path, "`base` is above `max`", "make `max` at least `base`");
+        }
+    }
+}

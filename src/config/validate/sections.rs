@@ -1,0 +1,177 @@
+//! The sections, and what holds between them.
+
+use std::collections::HashMap;
+
+use super::{Check, upstream::is_spiffe};
+use crate::config::{
+    AdminListen, Allow, Config, Identity, Jwt, ListenAddr, Node, Problem, diagnostic::Problems,
+};
+
+const MAX_WORKERS: u16 = 256;
+
+/// All but the upstreams.
+pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Problems) {
+    let mut check = Check { node: root, problems };
+    let name = &config.service.name;
+    let fits = !name.is_empty() && name.len() <= 255 && !name.chars().any(char::is_control);
+    check.expect(fits, &["service", "name"], "this cannot be a service's name", "write 1 to 255 characters");
+    if let Some(workers) = config.runtime.workers {
+        let help = format!("write 1 to {MAX_WORKERS}, or leave it away for the container's CPU limit");
+        check.expect(
+            (1..=MAX_WORKERS).contains(&workers),
+            &["runtime", "workers"],
+            "so many workers cannot be",
+            &help,
+        );
+    }
+    let forward_to = &config.inbound.forward_to;
+    let help = "write the address of the service, e.g. \"127.0.0.1:8080\"";
+    check.expect(forward_to.port > 0, &["inbound", "forward_to"], "nothing can be reached at port 0", help);
+    let local = forward_to.host == "localhost" || forward_to.literal().is_some_and(|a| a.ip().is_loopback());
+    if local && forward_to.port == config.inbound.listen.0.port && forward_to.port > 0 {
+        check.error(&["inbound", "forward_to"], "the proxy would call itself", help);
+    }
+    let mut ports = HashMap::new();
+    for (at, port) in config.inbound.ports.iter().enumerate() {
+        let path = ["inbound", "port", &at.to_string(), "port"];
+        check.expect(port.port > 0, &path, "no service is at port 0", "write the service's port");
+        if ports.insert(port.port, at).is_some() {
+            check.error(&path, format!("port {} is described twice", port.port), "put the two together");
+        }
+    }
+    let entries = root.get("inbound").and_then(|inbound| inbound.get("allow")).and_then(Node::as_array);
+    for (allow, node) in config.inbound.allow.iter().zip(entries.unwrap_or_default()) {
+        Check { node, problems: check.problems }.allow(allow);
+    }
+    if let Some(jwt) = &config.inbound.jwt {
+        check.jwt(jwt);
+    }
+    if let Some(identity) = &config.identity {
+        check.identity(identity);
+    }
+    if let Some(otlp) = &config.telemetry.otlp {
+        let fits = ["http://", "https://"].iter().any(|scheme| otlp.starts_with(scheme));
+        let fits = fits && otlp.parse::<http::Uri>().is_ok();
+        let help = "write e.g. \"http://127.0.0.1:4317\"";
+        check.expect(fits, &["telemetry", "otlp"], "this is not a collector's URL", help);
+    }
+    listeners(config, root, problems);
+}
+
+impl Check<'_> {
+    fn allow(&mut self, allow: &Allow) {
+        let help = "name at least one SPIFFE ID";
+        self.expect(!allow.identity.is_empty(), &["identity"], "nobody would be allowed", help);
+        for (at, id) in allow.identity.iter().enumerate() {
+            let literal = id.strip_suffix('*').unwrap_or(id);
+            let fits = is_spiffe(literal) && !literal.contains('*');
+            let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/*\"; a `*` stands only at the end";
+            self.expect(fits, &["identity", &at.to_string()], "this is not a SPIFFE ID", help);
+        }
+        for (at, method) in allow.methods.iter().enumerate() {
+            self.method(&["methods", &at.to_string()], method);
+        }
+        for (at, path) in allow.paths.iter().enumerate() {
+            self.path_pattern(&["paths", &at.to_string()], path);
+        }
+    }
+
+    fn jwt(&mut self, jwt: &Jwt) {
+        let at = |key: &'static str| ["inbound", "jwt", key];
+        self.expect(!jwt.issuer.is_empty(), &at("issuer"), "the issuer is empty", "write the token's `iss`");
+        let help = "name at least one; a token for another service must not pass here";
+        self.expect(!jwt.audiences.is_empty(), &at("audiences"), "there is no audience", help);
+        let fits =
+            jwt.jwks.starts_with('/') || jwt.jwks.starts_with("https://") || jwt.jwks.starts_with("http://");
+        self.expect(
+            fits,
+            &at("jwks"),
+            "this is neither a URL nor an absolute path",
+            "write https://… or /path",
+        );
+    }
+
+    fn identity(&mut self, identity: &Identity) {
+        let files = identity.cert.is_some() || identity.key.is_some();
+        match (&identity.spiffe, files) {
+            (Some(_), true) => {
+                let help = "keep `spiffe`, or `cert` and `key`";
+                self.error(
+                    &["identity", "spiffe"],
+                    "the certificate comes from files or the Workload API",
+                    help,
+                );
+            }
+            (Some(socket), false) => {
+                let fits = socket.starts_with("unix:") || socket.starts_with("tcp:");
+                let help = "write e.g. \"unix:///run/spire/sockets/agent.sock\"";
+                self.expect(fits, &["identity", "spiffe"], "this is not a Workload API address", help);
+            }
+            (None, _) => {
+                let help = "add `cert`, `key` and `ca`, or `spiffe`";
+                let complete = identity.cert.is_some() && identity.key.is_some() && identity.ca.is_some();
+                self.expect(complete, &["identity"], "the identity is not complete", help);
+            }
+        }
+    }
+}
+
+/// No two listeners may want one port of one address.
+fn listeners(config: &Config, root: &Node, problems: &mut Problems) {
+    let at = |path: [&str; 2]| root.get(path[0])?.get(path[1])?.origin;
+    let mut all: Vec<(String, &ListenAddr, _)> = vec![
+        ("inbound.listen".to_owned(), &config.inbound.listen, at(["inbound", "listen"])),
+        ("outbound.listen".to_owned(), &config.outbound.listen, at(["outbound", "listen"])),
+    ];
+    if let AdminListen::Tcp(address) = &config.admin.listen {
+        all.push(("admin.listen".to_owned(), address, at(["admin", "listen"])));
+    }
+    if let Some(address) = &config.admin.probe_listen {
+        all.push(("admin.probe_listen".to_owned(), address, at(["admin", "probe_listen"])));
+    }
+    let nodes: HashMap<&str, &Node> = root
+        .get("upstream")
+        .and_then(Node::as_array)
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|node| Some((node.get("name")?.as_str()?, node)))
+        .collect();
+    for upstream in &config.upstreams {
+        if let Some(address) = &upstream.listen {
+            let node = nodes.get(upstream.name.as_str()).and_then(|node| node.get("listen"));
+            let origin = node.and_then(|listen| listen.origin);
+            all.push((format!("the listener of upstream `{}`", upstream.name), address, origin));
+        }
+    }
+    let mut seen: HashMap<u16, Vec<(String, &ListenAddr, _)>> = HashMap::new();
+    for (name, address, origin) in all {
+        if address.0.port == 0 {
+            continue;
+        }
+        let others = seen.entry(address.0.port).or_default();
+        if let Some((other, other_address, other_origin)) =
+            others.iter().find(|(_, other, _)| overlap(other, address))
+        {
+            problems.push(
+                Problem::error(
+                    origin.or(*other_origin),
+                    format!("port {} is listened on twice", address.0.port),
+                )
+                .label(format!("by {other} ({other_address}) and {name} ({address})"))
+                .help("give one of them another port"),
+            );
+        }
+        others.push((name, address, origin));
+    }
+}
+
+/// Whether one of two addresses with the same port takes it from the other.
+fn overlap(a: &ListenAddr, b: &ListenAddr) -> bool {
+    let wild =
+        |address: &ListenAddr| address.0.literal().is_some_and(|address| address.ip().is_unspecified());
+    let local = |address: &ListenAddr| {
+        address.0.host == "localhost" || address.0.literal().is_some_and(|address| address.ip().is_loopback())
+    };
+    let any_local = |a: &ListenAddr, b: &ListenAddr| a.0.host == "localhost" && local(b);
+    a == b || wild(a) || wild(b) || any_local(a, b) || any_local(b, a)
+}

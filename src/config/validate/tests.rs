@@ -1,0 +1,151 @@
+use crate::config::{Source, Sources, load_sources};
+
+/// The problems of a text, as lines.
+fn problems(text: &str) -> Vec<String> {
+    let sources = Sources(vec![Source { path: "x".into(), text: text.to_owned() }]);
+    // Features that are not built are another matter.
+    match load_sources(sources, &|_| None) {
+        Ok(_) => Vec::new(),
+        Err(found) => found.lines().into_iter().filter(|line| !line.contains("not built")).collect(),
+    }
+}
+
+#[track_caller]
+fn refused(text: &str, message: &str) {
+    let found = problems(text);
+    assert!(found.iter().any(|line| line.contains(message)), "{message:?} not in {found:#?} for\n{text}");
+    assert_eq!(found.len(), 1, "{found:#?} for\n{text}");
+}
+
+#[test]
+fn what_cannot_work_is_refused() {
+    for (text, message) in [
+        ("[runtime]\nworkers = 0", "x:2:11: error: so many workers cannot be"),
+        ("[runtime]\nworkers = 257", "so many workers cannot be"),
+        ("[service]\nname = ''", "this cannot be a service's name"),
+        ("[inbound]\nforward_to = '127.0.0.1:0'", "nothing can be reached at port 0"),
+        ("[inbound]\nforward_to = '127.0.0.1:4143'", "the proxy would call itself"),
+        ("[[inbound.port]]\nport = 1\n[[inbound.port]]\nport = 1", "x:4:8: error: port 1 is described twice"),
+        ("[[inbound.allow]]\nidentity = []", "nobody would be allowed"),
+        ("[[inbound.allow]]\nidentity = ['spiffe://a/*/b']", "x:2:13: error: this is not a SPIFFE ID"),
+        ("[[inbound.allow]]\nidentity = ['spiffe://a/*']\npaths = ['x']", "a path begins with `/`"),
+        ("[inbound.jwt]\nissuer = 'i'\naudiences = []\njwks = '/j'", "there is no audience"),
+        ("[identity]\ncert = 'a'\nkey = 'b'", "the identity is not complete"),
+        ("[identity]\ncert = 'a'\nspiffe = 'unix:/x'", "from files or the Workload API"),
+        ("[telemetry]\notlp = 'collector:4317'", "this is not a collector's URL"),
+        ("[outbound]\nlisten = '127.0.0.1:4191'", "x:2:10: error: port 4191 is listened on twice"),
+        (
+            "[[upstream]]\nname='a'\nlisten = '[::1]:4143'",
+            "x:3:10: error: port 4143 is listened on twice: by inbound.listen",
+        ),
+    ] {
+        let found = problems(text);
+        assert!(found.iter().any(|line| line.contains(message)), "{message:?} not in {found:#?}");
+    }
+}
+
+#[test]
+fn policies_are_checked_wherever_they_stand() {
+    for (policy, message) in [
+        ("connect_timeout = '0s'", "would never connect"),
+        ("retry = { max = 21 }", "too many tries"),
+        ("retry = { body_limit = '65MiB' }", "the body limit is too large"),
+        ("retry = { methods = ['GET', 'a b'] }", "`a b` is not a method"),
+        ("retry = { methods = ['get'] }", "`get` is not GET"),
+        ("retry = { backoff = { base = '2s' } }", "begins above its maximum"),
+        ("retry = { budget = { window = '1ms' } }", "this window is too short"),
+        ("breaker = { window = '2h' }", "this window is too short or too long"),
+        ("breaker = { trial_requests = 0 }", "it would stay open for ever"),
+        ("breaker = { min_requests = 0 }", "at least one request"),
+        ("breaker = { open_for = { base = '0s' } }", "`base` is 0"),
+        ("outlier = { eject_for = { base = '1h' } }", "`base` is above `max`"),
+        ("limits = { max_requests = 0 }", "would refuse every call"),
+        ("rate_limit = { rate = 0 }", "would refuse every call"),
+        ("rate_limit = { rate = 1, per = 'header:a b' }", "`a b` is not a header name"),
+        ("hedge = { after = '0s' }", "would double every call"),
+        ("fault = { abort = 99 }", "not a final status code"),
+        ("fallback = { status = 600 }", "not a final status code"),
+        ("fallback = { upstream = 'nope' }", "there is no upstream `nope`"),
+    ] {
+        for table in [
+            "[inbound]",
+            "[defaults]",
+            "[[upstream]]\nname='a'",
+            "[[upstream]]\nname='a'\n[[upstream.route]]",
+        ] {
+            refused(&format!("{table}\n{policy}"), message);
+        }
+        // Inherited three times, said once.
+        refused(&format!("[defaults]\n{policy}\n[[upstream]]\nname='a'\n[[upstream.route]]"), message);
+    }
+    refused(
+        "[defaults]\nfallback = { status = 200, upstream = 'a' }\n[[upstream]]\nname='a'",
+        "an answer or another upstream",
+    );
+}
+
+#[test]
+fn upstreams_and_routes_are_checked() {
+    for (rest, message) in [
+        ("hosts = []", "no host would ever lead here"),
+        ("endpoints = []", "there is no endpoint"),
+        ("endpoints = ['a:0']", "x:3:14: error: nothing can be reached at port 0"),
+        ("health = {}", "asks exactly one thing"),
+        ("health = { path = '/', tcp = true }", "asks exactly one thing"),
+        ("health = { tcp = false }", "checks nothing"),
+        ("health = { path = 'x' }", "this is not a path"),
+        ("health = { tcp = true, interval = '0s' }", "would never end well"),
+        ("health = { tcp = true, healthy_after = 0 }", "at least one answer decides"),
+        ("balance = 'hash:header:a b'", "`a b` is not a header name"),
+        ("tls = 'mutual'", "mutual TLS needs a certificate of our own"),
+        ("identity = ['x']", "this is not a SPIFFE ID"),
+        ("route = [{ match = { path = 'x' } }]", "a path begins with `/`"),
+        ("route = [{ match = { path = '/a*b' } }]", "a `*` stands only at the end"),
+        ("route = [{ match = { path = '/a?b' } }]", "the query is not matched"),
+        ("route = [{ match = { path = '/a//b*' } }]", "paths are matched in their normal form"),
+        ("route = [{ match = { methods = ['post'] } }]", "`post` is not POST"),
+        ("route = [{ match = { headers = { 'a b' = '' } } }]", "`a b` is not a header name"),
+        ("route = [{ path_rewrite = '/x' }]", "there is no matched path to rewrite"),
+        ("route = [{ match = { path = '/a*' }, path_rewrite = 'x' }]", "this is not a path"),
+        ("route = [{ request_headers = { set = { x = \"a\\nb\" } } }]", "this is not a header value"),
+        ("route = [{ response_headers = { remove = ['TE'] } }]", "`TE` belongs to the connection"),
+        ("route = [{ to = 'uu' }]", "there is no upstream `uu`"),
+        ("route = [{ to = 'u' }]", "`to = \"u\"` leads in a circle"),
+    ] {
+        refused(&format!("[[upstream]]\nname = 'u'\n{rest}"), message);
+    }
+    refused("[[upstream]]\nname = 'a b'\nhosts = ['x']", "`a b` cannot be an upstream's name");
+}
+
+#[test]
+fn upstreams_do_not_collide() {
+    refused(
+        "[[upstream]]\nname='a'\n[[upstream]]\nname='a'\nhosts=['b']",
+        "x:4:6: error: two upstreams are called `a`",
+    );
+    refused("[[upstream]]\nname='a'\n[[upstream]]\nname='a'", "two upstreams are called `a`");
+    refused(
+        "[[upstream]]\nname='a'\n[[upstream]]\nname='b'\nhosts=['b', 'A']",
+        "x:5:13: error: host `a` is named twice",
+    );
+    refused("[[upstream]]\nname='a'\nhosts=['a', 'a']", "host `a` is named twice");
+    assert_eq!(problems("[[upstream]]\nname='a'\n[[upstream]]\nname='b'\nhosts=['b', 'a:81']"), [""; 0]);
+}
+
+#[test]
+fn circles_are_found_and_diamonds_are_fine() {
+    let upstream = |name: &str, to: &[&str]| {
+        let routes: Vec<String> = to
+            .iter()
+            .enumerate()
+            .map(|(at, to)| format!("{{ match = {{ path = '/{at}' }}, to = '{to}' }}"))
+            .collect();
+        format!("[[upstream]]\nname = '{name}'\nroute = [{}]\n", routes.join(", "))
+    };
+    let circle = [upstream("a", &["b"]), upstream("b", &["c"]), upstream("c", &["a"])].concat();
+    refused(&circle, "leads in a circle");
+    let diamond =
+        [upstream("a", &["b", "c"]), upstream("b", &["d"]), upstream("c", &["d"]), upstream("d", &[])]
+            .concat();
+    assert_eq!(problems(&diamond), [""; 0]);
+}

@@ -1,0 +1,301 @@
+//! Upstreams, their routes, and what holds between them.
+
+use std::collections::{HashMap, HashSet};
+
+use super::Check;
+use crate::{
+    config::{
+        Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream,
+        diagnostic::{Problems, did_you_mean},
+        source::Origin,
+    },
+    proxy::route::normalise,
+};
+
+const MAX_NAME: usize = 128;
+
+/// Fields that belong to one connection or to the message's framing: an edit would break them.
+const NOT_TO_EDIT: [&str; 9] = [
+    "connection",
+    "content-length",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "http2-settings",
+];
+
+/// An upstream by itself.
+pub(in super::super) fn upstream(
+    upstream: &Upstream,
+    node: &Node,
+    has_identity: bool,
+    problems: &mut Problems,
+) {
+    let mut check = Check { node, problems };
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    let name = &upstream.name;
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(fits) {
+        let help = "use 1 to 128 letters, digits, `-`, `_` and `.`; `hosts` says what callers ask for";
+        check.error(&["name"], format!("`{name}` cannot be an upstream's name"), help);
+    }
+    check.endpoints(&upstream.endpoints);
+    if let Some(health) = &upstream.health {
+        check.health(health);
+    }
+    if let Balance::HashHeader(header) = &upstream.balance {
+        check.header_name(&["balance"], header);
+    }
+    if upstream.tls.mode == TlsMode::Mutual && !has_identity {
+        let help = "add an [identity] section, or write \"simple\"";
+        check.error(&["tls"], "mutual TLS needs a certificate of our own", help);
+    }
+    for (at, id) in upstream.tls.identity.iter().enumerate() {
+        let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/payments\"";
+        let at = at.to_string();
+        check.expect(is_spiffe(id), &["identity", &at], "this is not a SPIFFE ID", help);
+    }
+    if let Some(oauth2) = &upstream.oauth2 {
+        let fits = oauth2.token_url.starts_with("https://") || oauth2.token_url.starts_with("http://");
+        let fits = fits && oauth2.token_url.parse::<http::Uri>().is_ok();
+        check.expect(fits, &["oauth2", "token_url"], "this is not a URL", "write https://…");
+    }
+}
+
+pub(super) fn is_spiffe(id: &str) -> bool {
+    id.strip_prefix("spiffe://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'))
+        && id.len() <= 2048
+}
+
+/// A route by itself.
+pub(in super::super) fn route(route: &Route, node: &Node, problems: &mut Problems) {
+    let mut check = Check { node, problems };
+    check.matches(&route.matches);
+    if let Some(to) = &route.path_rewrite {
+        if node.get("match").and_then(|matches| matches.get("path")).is_none() {
+            let help = "add `match = { path = \"/…*\" }`, whose literal prefix is replaced";
+            check.error(&["path_rewrite"], "there is no matched path to rewrite", help);
+        }
+        let fits = to.starts_with('/') && !to.contains(['?', '#', '*']);
+        let fits = fits && http::uri::PathAndQuery::try_from(to.as_str()).is_ok();
+        let help = "write e.g. \"/charge\"; what comes behind the matched prefix, and the query, stay";
+        check.expect(fits, &["path_rewrite"], "this is not a path", help);
+    }
+    check.edits("request_headers", &route.request_headers);
+    check.edits("response_headers", &route.response_headers);
+}
+
+impl Check<'_> {
+    fn endpoints(&mut self, endpoints: &Endpoints) {
+        let help = "write e.g. [\"10.0.0.1:8080\"] or \"dns://HOST:PORT\"";
+        match endpoints {
+            Endpoints::Fixed(list) => {
+                self.expect(!list.is_empty(), &["endpoints"], "there is no endpoint", help);
+                for (at, address) in list.iter().enumerate() {
+                    let path = ["endpoints", &at.to_string()];
+                    self.expect(address.port > 0, &path, "nothing can be reached at port 0", help);
+                }
+            }
+            Endpoints::Dns(address) => {
+                self.expect(address.port > 0, &["endpoints"], "nothing can be reached at port 0", help);
+            }
+            Endpoints::Kubernetes { namespace, service, port } => {
+                let fits = ![namespace, service, port].into_iter().any(|part| part.is_empty());
+                let help = "write \"k8s://NAMESPACE/SERVICE:PORT\"";
+                self.expect(fits, &["endpoints"], "a part is empty", help);
+            }
+            Endpoints::Srv(_) | Endpoints::File(_) => {}
+        }
+    }
+
+    fn health(&mut self, health: &Health) {
+        let kinds = usize::from(health.path.is_some())
+            + usize::from(health.grpc.is_some())
+            + usize::from(health.tcp.is_some());
+        let help = "write one of `path = \"/healthz\"`, `grpc = \"SERVICE\"` and `tcp = true`";
+        self.expect(kinds == 1, &["health"], "a health check asks exactly one thing", help);
+        self.expect(health.tcp != Some(false), &["health", "tcp"], "`tcp = false` checks nothing", help);
+        if let Some(path) = &health.path {
+            let fits = path.starts_with('/') && http::uri::PathAndQuery::try_from(path.as_str()).is_ok();
+            self.expect(fits, &["health", "path"], "this is not a path", "write e.g. \"/healthz\"");
+        }
+        let message = "a check without time would never end well";
+        self.expect(!health.interval.is_zero(), &["health", "interval"], message, "write e.g. \"10s\"");
+        self.expect(!health.timeout.is_zero(), &["health", "timeout"], message, "write e.g. \"1s\"");
+        for (key, count) in
+            [("unhealthy_after", health.unhealthy_after), ("healthy_after", health.healthy_after)]
+        {
+            self.expect(count > 0, &["health", key], "at least one answer decides", "write at least 1");
+        }
+    }
+
+    fn matches(&mut self, matches: &Match) {
+        for (at, method) in matches.methods.iter().enumerate() {
+            self.method(&["match", "methods", &at.to_string()], method);
+        }
+        if let Some(path) = &matches.path {
+            self.path_pattern(&["match", "path"], path);
+        }
+        for (name, value) in &matches.headers {
+            self.header_name(&["match", "headers", name], name);
+            self.header_value(&["match", "headers", name], value);
+        }
+    }
+
+    pub(super) fn path_pattern(&mut self, at: &[&str], path: &str) {
+        let literal = path.strip_suffix('*').unwrap_or(path);
+        if !path.starts_with('/') {
+            self.error(at, "a path begins with `/`", format!("write \"/{}\"", path.trim_start_matches('*')));
+        } else if literal.contains('*') {
+            self.error(
+                at,
+                "a `*` stands only at the end of a path",
+                "write a literal path, or a prefix and `*`",
+            );
+        } else if literal.contains(['?', '#']) {
+            self.error(at, "the query is not matched", "leave out what begins with `?` or `#`");
+        } else {
+            // As in the routing table: behind a prefix the path goes on.
+            let open = if literal.len() < path.len() { "x" } else { "" };
+            let written = format!("{literal}{open}");
+            let normal = normalise(&written);
+            if normal != written {
+                let star = if open.is_empty() { "" } else { "*" };
+                let normal = normal.strip_suffix(open).unwrap_or(&normal).to_owned();
+                self.error(at, "paths are matched in their normal form", format!("write \"{normal}{star}\""));
+            }
+        }
+    }
+
+    fn edits(&mut self, key: &str, edits: &HeaderEdits) {
+        for (name, value) in &edits.set {
+            self.edited(&[key, "set", name], name);
+            self.header_value(&[key, "set", name], value);
+        }
+        for (at, name) in edits.remove.iter().enumerate() {
+            self.edited(&[key, "remove", &at.to_string()], name);
+        }
+    }
+
+    fn edited(&mut self, path: &[&str], name: &str) {
+        self.header_name(path, name);
+        if NOT_TO_EDIT.contains(&name.to_ascii_lowercase().as_str()) {
+            let message = format!("`{name}` belongs to the connection and cannot be edited");
+            self.error(path, message, "the proxy sets it as each side needs");
+        }
+    }
+}
+
+/// What holds between upstreams: each with its node.
+pub(in super::super) fn between(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
+    unique_names(upstreams, problems);
+    unique_hosts(upstreams, problems);
+    let mut edges: HashMap<&str, Vec<(&str, Option<Origin>)>> = HashMap::new();
+    for (upstream, node) in upstreams {
+        for (at, route) in upstream.routes.iter().enumerate() {
+            let Some(to) = &route.to else { continue };
+            let route_node = node.get("route").and_then(|routes| routes.item(at));
+            let origin = route_node.and_then(|route| route.get("to")).and_then(|to| to.origin);
+            edges.entry(&upstream.name).or_default().push((to, origin));
+        }
+    }
+    loops(&edges, problems);
+}
+
+/// Every `to` and `fallback.upstream` anywhere names an upstream that exists. On the tree, so that what is broken
+/// in an upstream otherwise makes no further problems of the references to it.
+pub(in super::super) fn references(root: &Node, problems: &mut Problems) {
+    let upstreams = root.get("upstream").and_then(Node::as_array).unwrap_or_default();
+    let names: HashSet<&str> = upstreams.iter().filter_map(|node| node.get("name")?.as_str()).collect();
+    let routes = upstreams.iter().filter_map(|node| node.get("route")?.as_array()).flatten();
+    let tables = ["inbound", "defaults"].into_iter().filter_map(|section| root.get(section));
+    for node in tables.chain(upstreams).chain(routes.clone()) {
+        if let Some(upstream) = node.get("fallback").and_then(|fallback| fallback.get("upstream")) {
+            exists(upstream, &names, problems);
+        }
+    }
+    for to in routes.filter_map(|node| node.get("to")) {
+        exists(to, &names, problems);
+    }
+}
+
+fn exists(reference: &Node, names: &HashSet<&str>, problems: &mut Problems) {
+    let Some(name) = reference.as_str().filter(|name| !names.contains(name)) else { return };
+    let problem = Problem::error(reference.origin, format!("there is no upstream `{name}`"));
+    problems.push(match did_you_mean(name, names.iter().copied()) {
+        Some(near) => problem.label(format!("did you mean `{near}`?")),
+        None => problem.help("add an [[upstream]] of this name"),
+    });
+}
+
+fn place(node: &Node, key: &str) -> Option<Origin> {
+    node.get(key).map_or(node.origin, |value| value.origin)
+}
+
+fn unique_names(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
+    let mut seen: HashMap<&str, &Node> = HashMap::new();
+    for (upstream, node) in upstreams {
+        if let Some(first) = seen.insert(&upstream.name, node) {
+            problems.push(
+                Problem::error(place(node, "name"), format!("two upstreams are called `{}`", upstream.name))
+                    .related(place(first, "name"), "the first")
+                    .help("put them together, or give one another name"),
+            );
+        }
+    }
+}
+
+fn unique_hosts(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
+    let mut seen: HashMap<&HostPattern, (&str, Option<Origin>)> = HashMap::new();
+    for (upstream, node) in upstreams {
+        for (at, host) in upstream.hosts.iter().enumerate() {
+            let origin = match node.get("hosts").and_then(|hosts| hosts.item(at)) {
+                Some(item) => item.origin,
+                None => place(node, "name"),
+            };
+            let Some((first, first_origin)) = seen.insert(host, (&upstream.name, origin)) else { continue };
+            // That was said of the names already.
+            if first == upstream.name && (first_origin == origin || node.get("hosts").is_none()) {
+                continue;
+            }
+            problems.push(
+                Problem::error(origin, format!("host `{host}` is named twice"))
+                    .related(first_origin, format!("leads to `{first}`"))
+                    .help("a host leads to one upstream; routes with `to` can divide its paths"),
+            );
+        }
+    }
+}
+
+/// A `to` that leads back to where it came from.
+fn loops(edges: &HashMap<&str, Vec<(&str, Option<Origin>)>>, problems: &mut Problems) {
+    // 0 unseen, 1 on the way, 2 done; an explicit stack, as chains may be long.
+    let mut state: HashMap<&str, u8> = HashMap::new();
+    let mut starts: Vec<&str> = edges.keys().copied().collect();
+    starts.sort_unstable();
+    for start in starts {
+        let mut stack = vec![(start, 0)];
+        while let Some((name, next)) = stack.pop() {
+            if next == 0 && state.insert(name, 1) == Some(2) {
+                state.insert(name, 2);
+                continue;
+            }
+            let Some((to, origin)) = edges.get(name).and_then(|list| list.get(next)) else {
+                state.insert(name, 2);
+                continue;
+            };
+            stack.push((name, next + 1));
+            match state.get(to).copied().unwrap_or(0) {
+                0 => stack.push((to, 0)),
+                1 => problems.push(
+                    Problem::error(*origin, format!("`to = \"{to}\"` leads in a circle"))
+                        .label(format!("`{to}` leads back to `{name}`"))
+                        .help("let one of them end here"),
+                ),
+                _ => {}
+            }
+        }
+    }
+}
