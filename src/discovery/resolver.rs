@@ -46,7 +46,7 @@ pub struct Resolver {
     ndots: usize,
     limit: Duration,
     has_route: fn(IpAddr) -> bool,
-    pub(super) runtime: Handle,
+    runtime: Handle,
 }
 
 /// The addresses of a name.
@@ -133,6 +133,11 @@ impl Resolver {
         let dns = builder.build().map_err(|error| setup(&error))?;
         let runtime = Handle::try_current().map_err(|error| setup(&error))?;
         Ok(Self { dns, hosts, search, ndots, limit, has_route, runtime })
+    }
+
+    /// The runtime that it was made on: the control thread's.
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
     }
 
     /// For tests that can't rely on the machine's routes.

@@ -74,7 +74,7 @@ impl Task {
             published,
             resolver: resolver.clone(),
         };
-        Some(resolver.runtime.spawn(task.run()))
+        Some(resolver.runtime().spawn(task.run()))
     }
 
     async fn run(mut self) {

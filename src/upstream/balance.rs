@@ -330,5 +330,4 @@ impl PeakEwma {
 }
 
 #[cfg(test)]
-#[path = "balance_tests.rs"]
 mod tests;

@@ -2,6 +2,7 @@
 
 pub mod balance;
 mod endpoint;
+pub mod health;
 
 pub use endpoint::{Endpoint, EndpointSet, Found, Resolution};
 

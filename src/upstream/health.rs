@@ -1,0 +1,219 @@
+//! Active health checks: asks every endpoint of an upstream, again and again, whether it is well.
+//!
+//! One task per upstream on the control thread. It follows the endpoint set: a new endpoint is checked at once (and
+//! taken for healthy until it fails `unhealthy_after` checks in a row), one that is gone is forgotten.
+
+mod check;
+#[cfg(test)]
+mod tests;
+
+pub use check::CheckError;
+
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+    time::Instant,
+};
+
+use super::{Endpoint, Upstream};
+use crate::{
+    config::{Health, Protocol},
+    rng::Rng,
+};
+
+/// Checks of one upstream at a time.
+const CONCURRENT: usize = 32;
+/// Intervals vary by this much, so that the checks of a fleet don't fall in step.
+const JITTER: f64 = 0.1;
+/// However short the interval is set, an endpoint gets this much rest.
+const MIN_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Counts consecutive results and says when an endpoint changes sides.
+#[derive(Clone, Copy, Debug)]
+pub struct Threshold {
+    healthy: bool,
+    /// Results in a row that speak against `healthy`.
+    contrary: u32,
+}
+
+/// Keeps checking the endpoints of an upstream for as long as it lives. When it is dropped, all of them count as
+/// healthy again: nobody would notice their recovery any more.
+#[derive(Debug)]
+pub struct HealthChecks {
+    settings: watch::Sender<Health>,
+    task: JoinHandle<()>,
+    upstream: Arc<Upstream>,
+}
+
+impl Threshold {
+    pub const fn new(healthy: bool) -> Self {
+        Self { healthy, contrary: 0 }
+    }
+
+    pub const fn is_healthy(&self) -> bool {
+        self.healthy
+    }
+
+    /// Takes the result of a check; `true` where the endpoint has changed sides by it.
+    pub fn record(&mut self, passed: bool, settings: &Health) -> bool {
+        if passed == self.healthy {
+            self.contrary = 0;
+            return false;
+        }
+        self.contrary = self.contrary.saturating_add(1);
+        let needed = if self.healthy { settings.unhealthy_after } else { settings.healthy_after };
+        if self.contrary < needed {
+            return false;
+        }
+        *self = Self::new(passed);
+        true
+    }
+}
+
+impl HealthChecks {
+    /// Takes new settings and keeps what is known of the endpoints.
+    pub fn reconfigure(&self, settings: Health) {
+        self.settings.send_if_modified(|old| {
+            let changed = *old != settings;
+            *old = settings;
+            changed
+        });
+    }
+}
+
+impl Drop for HealthChecks {
+    fn drop(&mut self) {
+        self.task.abort();
+        for endpoint in &self.upstream.endpoints().endpoints {
+            endpoint.set_healthy(true);
+        }
+    }
+}
+
+/// Starts to check the endpoints of `upstream` on `runtime`, the control thread's. `protocol` is the upstream's: with
+/// [`Protocol::H2`], HTTP checks use HTTP/2 with prior knowledge.
+pub fn spawn(
+    settings: Health,
+    protocol: Protocol,
+    upstream: Arc<Upstream>,
+    runtime: &Handle,
+) -> HealthChecks {
+    let (settings, receiver) = watch::channel(settings);
+    let checker = Checker {
+        settings: receiver,
+        protocol,
+        upstream: upstream.clone(),
+        rng: Rng::new(),
+        endpoints: HashMap::new(),
+        running: JoinSet::new(),
+    };
+    HealthChecks { settings, task: runtime.spawn(checker.run()), upstream }
+}
+
+struct Checker {
+    settings: watch::Receiver<Health>,
+    protocol: Protocol,
+    upstream: Arc<Upstream>,
+    rng: Rng,
+    endpoints: HashMap<Key, Checked>,
+    running: JoinSet<(Key, Result<(), CheckError>)>,
+}
+
+type Key = (SocketAddr, Option<Arc<str>>);
+
+struct Checked {
+    endpoint: Arc<Endpoint>,
+    threshold: Threshold,
+    /// `None` while a check runs.
+    due: Option<Instant>,
+}
+
+impl Checker {
+    async fn run(mut self) {
+        let mut changes = self.upstream.changes();
+        self.follow();
+        loop {
+            self.start_due();
+            let next = self.endpoints.values().filter_map(|checked| checked.due).min();
+            let room = self.running.len() < CONCURRENT;
+            tokio::select! {
+                Some(done) = self.running.join_next() => {
+                    if let Ok((key, result)) = done {
+                        self.finished(&key, result);
+                    }
+                }
+                () = sleep_until(next), if room => {}
+                // The senders live in `self.upstream` and in the handle, whose end is ours too.
+                Ok(()) = changes.changed() => self.follow(),
+                Ok(()) = self.settings.changed() => self.all_due(),
+            }
+        }
+    }
+
+    /// Catches up with the endpoint set.
+    fn follow(&mut self) {
+        let mut old = std::mem::take(&mut self.endpoints);
+        for endpoint in &self.upstream.endpoints().endpoints {
+            let key = (endpoint.address, endpoint.host.clone());
+            let checked = match old.remove(&key) {
+                Some(known) => Checked { endpoint: endpoint.clone(), ..known },
+                None => Checked {
+                    endpoint: endpoint.clone(),
+                    threshold: Threshold::new(endpoint.is_healthy()),
+                    due: Some(Instant::now()),
+                },
+            };
+            self.endpoints.insert(key, checked);
+        }
+    }
+
+    fn all_due(&mut self) {
+        let now = Instant::now();
+        for checked in self.endpoints.values_mut() {
+            checked.due = checked.due.map(|due| due.min(now));
+        }
+    }
+
+    fn start_due(&mut self) {
+        let now = Instant::now();
+        let settings = self.settings.borrow_and_update();
+        for (key, checked) in &mut self.endpoints {
+            if self.running.len() >= CONCURRENT {
+                return;
+            }
+            if checked.due.is_some_and(|due| due <= now) {
+                checked.due = None;
+                let check = check::run(settings.clone(), self.protocol, checked.endpoint.clone());
+                let key = key.clone();
+                self.running.spawn(async move { (key, check.await) });
+            }
+        }
+    }
+
+    fn finished(&mut self, key: &Key, result: Result<(), CheckError>) {
+        let settings = self.settings.borrow();
+        // The endpoint may have left meanwhile.
+        let Some(checked) = self.endpoints.get_mut(key) else { return };
+        let interval = settings.interval.0.max(MIN_INTERVAL);
+        checked.due = Some(Instant::now() + self.rng.jitter(interval, JITTER));
+        if !checked.threshold.record(result.is_ok(), &settings) {
+            return;
+        }
+        checked.endpoint.set_healthy(checked.threshold.is_healthy());
+        let (upstream, endpoint) = (&*self.upstream.name, checked.endpoint.address);
+        match result {
+            Ok(()) => tracing::info!(upstream, %endpoint, "endpoint is healthy again"),
+            Err(why) => tracing::warn!(upstream, %endpoint, %why, "endpoint is unhealthy"),
+        }
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,245 @@
+//! One health check of one endpoint, on a connection of its own.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    Response,
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpStream;
+
+use crate::{
+    config::{Health, Protocol},
+    upstream::Endpoint,
+};
+
+/// Why an endpoint did not pass.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    #[error("connect: {0}")]
+    Connect(io::Error),
+    #[error("{0}")]
+    Http(#[from] hyper::Error),
+    #[error("{0}")]
+    Request(#[from] http::Error),
+    #[error("it answered {0}")]
+    Status(StatusCode),
+    #[error("grpc-status {code}: {message}")]
+    Grpc { code: String, message: String },
+    #[error("it reports {0}")]
+    NotServing(&'static str),
+    #[error("its answer is no health check response")]
+    Malformed,
+}
+
+/// A gRPC health answer is two bytes; more than this is something else.
+const MAX_ANSWER: usize = 16 * 1024;
+const USER_AGENT: &str = concat!("outrigger/", env!("CARGO_PKG_VERSION"), " (health check)");
+
+pub(super) async fn run(
+    settings: Health,
+    protocol: Protocol,
+    endpoint: Arc<Endpoint>,
+) -> Result<(), CheckError> {
+    let limit = *settings.timeout;
+    let check = async {
+        let stream = TcpStream::connect(endpoint.address).await.map_err(CheckError::Connect)?;
+        let authority = authority(endpoint.host.as_deref(), endpoint.address);
+        match (&settings.path, &settings.grpc) {
+            (Some(path), _) => http(stream, protocol, &authority, path).await,
+            (None, Some(service)) => grpc(stream, &authority, service, limit).await,
+            (None, None) => Ok(()),
+        }
+    };
+    tokio::time::timeout(limit, check).await.unwrap_or(Err(CheckError::Timeout(limit)))
+}
+
+fn authority(host: Option<&str>, address: SocketAddr) -> String {
+    host.map_or_else(|| address.to_string(), |host| format!("{host}:{}", address.port()))
+}
+
+async fn http(stream: TcpStream, protocol: Protocol, authority: &str, path: &str) -> Result<(), CheckError> {
+    let request = Request::get(path).header(header::USER_AGENT, USER_AGENT);
+    let status = if protocol == Protocol::H2 {
+        let request = request.uri(format!("http://{authority}{path}")).body(Full::<Bytes>::default())?;
+        send_h2(stream, request, async |response| Ok(response.status())).await?
+    } else {
+        let request = request
+            .header(header::HOST, authority)
+            .header(header::CONNECTION, "close")
+            .body(Full::<Bytes>::default())?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        alongside(connection, async { sender.send_request(request).await }).await?.status()
+    };
+    if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
+}
+
+/// `grpc.health.v1.Health/Check`.
+async fn grpc(stream: TcpStream, authority: &str, service: &str, limit: Duration) -> Result<(), CheckError> {
+    let request = Request::post(format!("http://{authority}/grpc.health.v1.Health/Check"))
+        .header(header::CONTENT_TYPE, "application/grpc")
+        .header(header::TE, "trailers")
+        .header(header::USER_AGENT, USER_AGENT)
+        .header("grpc-timeout", format!("{}m", limit.as_millis().clamp(1, 99_999_999)))
+        .body(Full::new(health_request(service)))?;
+    send_h2(stream, request, async |response| {
+        if response.status() != StatusCode::OK {
+            return Err(CheckError::Status(response.status()));
+        }
+        grpc_status(response.headers())?;
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+        let body = body.map_err(|_| CheckError::Malformed)?;
+        grpc_status(body.trailers().unwrap_or(&HeaderMap::new()))?;
+        match serving_status(&body.to_bytes()).ok_or(CheckError::Malformed)? {
+            1 => Ok(()),
+            2 => Err(CheckError::NotServing("NOT_SERVING")),
+            3 => Err(CheckError::NotServing("SERVICE_UNKNOWN")),
+            _ => Err(CheckError::NotServing("UNKNOWN")),
+        }
+    })
+    .await
+}
+
+/// An error where `fields` hold a `grpc-status` other than 0. It may stand in the headers or in the trailers.
+fn grpc_status(fields: &HeaderMap) -> Result<(), CheckError> {
+    let text = |name| fields.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    match text("grpc-status") {
+        None => Ok(()),
+        Some(code) if code == "0" => Ok(()),
+        Some(code) => Err(CheckError::Grpc { code, message: text("grpc-message").unwrap_or_default() }),
+    }
+}
+
+async fn send_h2<T>(
+    stream: TcpStream,
+    request: Request<Full<Bytes>>,
+    read: impl AsyncFnOnce(Response<Incoming>) -> Result<T, CheckError>,
+) -> Result<T, CheckError> {
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    alongside(connection, async { read(sender.send_request(request).await?).await }).await
+}
+
+/// Drives a connection until the exchange on it is done. How the connection itself ends doesn't matter: the exchange
+/// tells.
+async fn alongside<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
+    let connection = async {
+        connection.await;
+        std::future::pending::<std::convert::Infallible>().await
+    };
+    tokio::select! {
+        biased;
+        result = exchange => result,
+        never = connection => match never {},
+    }
+}
+
+/// A `HealthCheckRequest { string service = 1 }` in a gRPC frame.
+fn health_request(service: &str) -> Bytes {
+    let mut message = BytesMut::new();
+    if !service.is_empty() {
+        message.put_u8(1 << 3 | 2);
+        let mut length = service.len();
+        while length > 0x7f {
+            message.put_u8(length as u8 | 0x80);
+            length >>= 7;
+        }
+        message.put_u8(length as u8);
+        message.put_slice(service.as_bytes());
+    }
+    let mut frame = BytesMut::with_capacity(5 + message.len());
+    frame.put_u8(0); // not compressed
+    frame.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    frame.put(message);
+    frame.freeze()
+}
+
+/// The `status = 1` of a `HealthCheckResponse` in a gRPC frame; 0 (UNKNOWN) where it is absent.
+fn serving_status(frame: &[u8]) -> Option<u64> {
+    let (head, mut message) = frame.split_first_chunk::<5>()?;
+    let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
+    if head[0] != 0 || usize::try_from(length).ok()? != message.len() {
+        return None;
+    }
+    let mut status = 0;
+    while !message.is_empty() {
+        match varint(&mut message)? {
+            tag if tag == 1 << 3 => status = varint(&mut message)?,
+            // Fields of a later version: skipped by their wire type.
+            tag => match tag & 7 {
+                0 => drop(varint(&mut message)?),
+                1 => message = message.get(8..)?,
+                2 => {
+                    let length = usize::try_from(varint(&mut message)?).ok()?;
+                    message = message.get(length..)?;
+                }
+                5 => message = message.get(4..)?,
+                _ => return None,
+            },
+        }
+    }
+    Some(status)
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn requests_are_encoded_as_protobuf_says() {
+        assert_eq!(&health_request("")[..], [0, 0, 0, 0, 0]);
+        assert_eq!(&health_request("ab")[..], [0, 0, 0, 0, 4, 0x0a, 2, b'a', b'b']);
+        let long = health_request(&"x".repeat(300));
+        assert_eq!(&long[..8], [0, 0, 0, 1, 47, 0x0a, 0xac, 0x02]);
+    }
+
+    #[test]
+    fn answers_are_read_with_fields_of_later_versions() {
+        for (message, status) in [
+            (&[][..], Some(0)),
+            (&[0x08, 1], Some(1)),
+            (&[0x08, 2], Some(2)),
+            (
+                &[0x12, 2, 9, 9, 0x08, 1, 0x18, 0xff, 0x01, 0x25, 0, 0, 0, 0, 0x29, 0, 0, 0, 0, 0, 0, 0, 0],
+                Some(1),
+            ),
+            (&[0x08], None),
+            (&[0x12, 200, 1], None),
+            (&[0x0b], None),
+        ] {
+            let mut frame = vec![0, 0, 0, 0, message.len() as u8];
+            frame.extend_from_slice(message);
+            assert_eq!(serving_status(&frame), status, "{message:?}");
+        }
+        assert_eq!(serving_status(&[0, 0, 0, 0, 3, 8, 1]), None, "shorter than it says");
+        assert_eq!(serving_status(&[1, 0, 0, 0, 2, 8, 1]), None, "compressed, which we did not offer");
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_brings_the_reader_down(frame in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = serving_status(&frame);
+        }
+    }
+}

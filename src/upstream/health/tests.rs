@@ -1,0 +1,259 @@
+use std::{
+    convert::Infallible,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper::{body::Incoming, server::conn, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use proptest::prelude::*;
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::{units::HumanDuration, upstream::Found};
+
+fn settings() -> Health {
+    Health {
+        interval: HumanDuration::from_millis(20),
+        timeout: HumanDuration::from_millis(500),
+        unhealthy_after: 2,
+        healthy_after: 2,
+        ..Health::default()
+    }
+}
+
+/// A server that answers as it is told to, and remembers what it was asked.
+struct Server {
+    address: SocketAddr,
+    told: Arc<Mutex<Told>>,
+    task: JoinHandle<()>,
+}
+
+struct Told {
+    status: u16,
+    grpc: Option<(u8, &'static str)>,
+    silent: bool,
+    asked: Vec<(String, HeaderMap, Bytes)>,
+}
+
+impl Server {
+    async fn start(h2: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let told = Arc::new(Mutex::new(Told { status: 200, grpc: None, silent: false, asked: Vec::new() }));
+        let shared = told.clone();
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let told = shared.clone();
+                let service = service_fn(move |request| answer(told.clone(), request));
+                let io = TokioIo::new(stream);
+                connections.spawn(async move {
+                    if h2 {
+                        let _ = conn::http2::Builder::new(TokioExecutor::new())
+                            .serve_connection(io, service)
+                            .await;
+                    } else {
+                        let _ = conn::http1::Builder::new().serve_connection(io, service).await;
+                    }
+                });
+            }
+        });
+        Self { address, told, task }
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Told)) {
+        change(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn asked(&self) -> Vec<(String, HeaderMap, Bytes)> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).asked.clone()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+type Body = http_body_util::combinators::BoxBody<Bytes, Infallible>;
+
+async fn answer(told: Arc<Mutex<Told>>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    let (status, grpc, silent) = {
+        let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.asked.push((head.uri.to_string(), head.headers, body));
+        (told.status, told.grpc, told.silent)
+    };
+    if silent {
+        std::future::pending::<()>().await;
+    }
+    let response = Response::builder().status(status);
+    Ok(match grpc {
+        None => response.body(Full::default().boxed()).unwrap(),
+        Some((serving, code)) => {
+            let mut trailers = HeaderMap::new();
+            trailers.insert("grpc-status", HeaderValue::from_static(code));
+            let frame = Full::from(vec![0, 0, 0, 0, 2, 8, serving]);
+            response.body(frame.with_trailers(async { Some(Ok(trailers)) }).boxed()).unwrap()
+        }
+    })
+}
+
+fn publish(upstream: &Upstream, addresses: &[SocketAddr]) {
+    let found = |address: &SocketAddr| Found { address: *address, host: Some("svc.test".into()), weight: 1 };
+    upstream.publish(addresses.iter().map(found).collect());
+}
+
+fn healthy(upstream: &Upstream) -> Vec<bool> {
+    upstream.endpoints().endpoints.iter().map(|endpoint| endpoint.is_healthy()).collect()
+}
+
+async fn until(condition: impl Fn() -> bool) {
+    let reached = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), reached).await.unwrap();
+}
+
+fn start(settings: Health, protocol: Protocol, addresses: &[SocketAddr]) -> (Arc<Upstream>, HealthChecks) {
+    let upstream = Upstream::new("svc");
+    publish(&upstream, addresses);
+    let checks = spawn(settings, protocol, upstream.clone(), &Handle::current());
+    (upstream, checks)
+}
+
+#[tokio::test]
+async fn http_checks_ask_for_the_path_and_follow_the_status() {
+    for (protocol, h2) in [(Protocol::Auto, false), (Protocol::H2, true)] {
+        let server = Server::start(h2).await;
+        let settings = Health { path: Some("/healthz?full=1".to_owned()), ..settings() };
+        let (upstream, _checks) = start(settings, protocol, &[server.address]);
+        until(|| !server.asked().is_empty()).await;
+        let (uri, headers, _) = server.asked().remove(0);
+        let authority = format!("svc.test:{}", server.address.port());
+        if h2 {
+            assert_eq!(uri, format!("http://{authority}/healthz?full=1"));
+        } else {
+            assert_eq!((&*uri, headers["host"].as_bytes()), ("/healthz?full=1", authority.as_bytes()));
+        }
+
+        for (status, expected) in [(503, false), (204, true), (302, false), (299, true)] {
+            server.tell(|told| told.status = status);
+            until(|| healthy(&upstream) == [expected]).await;
+        }
+        server.tell(|told| told.silent = true);
+        until(|| healthy(&upstream) == [false]).await;
+    }
+}
+
+#[tokio::test]
+async fn grpc_checks_speak_the_health_protocol() {
+    let server = Server::start(true).await;
+    server.tell(|told| told.grpc = Some((1, "0")));
+    let settings = Health { grpc: Some("shop.Orders".to_owned()), ..settings() };
+    let (upstream, _checks) = start(settings, Protocol::Auto, &[server.address]);
+    until(|| server.asked().len() > 2).await;
+    assert_eq!(healthy(&upstream), [true]);
+    let (uri, headers, body) = server.asked().remove(0);
+    assert!(uri.ends_with("/grpc.health.v1.Health/Check"), "{uri}");
+    assert_eq!(
+        (&headers["content-type"], &headers["te"]),
+        (&HeaderValue::from_static("application/grpc"), &HeaderValue::from_static("trailers"))
+    );
+    assert_eq!(&body[..], b"\0\0\0\0\x0d\x0a\x0bshop.Orders");
+
+    for (reply, status, expected) in [
+        (Some((2, "0")), 200, false),
+        (Some((1, "0")), 200, true),
+        (Some((1, "14")), 200, false),
+        (Some((1, "0")), 200, true),
+        (Some((1, "0")), 503, false),
+        (Some((1, "0")), 200, true),
+        (None, 200, false),
+    ] {
+        server.tell(|told| (told.grpc, told.status) = (reply, status));
+        until(|| healthy(&upstream) == [expected]).await;
+    }
+}
+
+#[tokio::test]
+async fn tcp_checks_follow_the_listener_and_the_set() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let settings = Health { tcp: Some(true), ..settings() };
+    let (upstream, checks) = start(settings, Protocol::Tcp, &[address]);
+    tokio::time::timeout(Duration::from_secs(10), listener.accept()).await.unwrap().unwrap();
+    drop(listener);
+    until(|| healthy(&upstream) == [false]).await;
+
+    // A new endpoint is checked without waiting for anything, the old one stays as it is.
+    let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    publish(&upstream, &[address, other.local_addr().unwrap()]);
+    tokio::time::timeout(Duration::from_secs(10), other.accept()).await.unwrap().unwrap();
+    assert_eq!(healthy(&upstream), [false, true]);
+
+    drop(checks);
+    assert_eq!(healthy(&upstream), [true, true], "nobody would notice that it is well again");
+}
+
+#[tokio::test]
+async fn new_settings_take_effect_at_once_and_forget_nothing() {
+    let server = Server::start(false).await;
+    server.tell(|told| told.status = 500);
+    let first = Health { path: Some("/old".to_owned()), ..settings() };
+    let (upstream, checks) = start(first, Protocol::Auto, &[server.address]);
+    until(|| healthy(&upstream) == [false]).await;
+    let hour = HumanDuration::from_secs(3600);
+    checks.reconfigure(Health { path: Some("/new".to_owned()), interval: hour, ..settings() });
+    until(|| server.asked().iter().any(|(uri, ..)| uri == "/new")).await;
+    assert_eq!(healthy(&upstream), [false]);
+}
+
+#[test]
+fn it_takes_some_results_in_a_row_to_change_sides() {
+    let settings = Health { unhealthy_after: 3, healthy_after: 2, ..Health::default() };
+    let mut threshold = Threshold::new(true);
+    let results = [false, false, true, false, false, false, false, true, false, true, true, true];
+    let sides: Vec<_> = results
+        .iter()
+        .map(|passed| {
+            threshold.record(*passed, &settings);
+            threshold.is_healthy()
+        })
+        .collect();
+    let (t, f) = (true, false);
+    assert_eq!(sides, [t, t, t, t, t, f, f, f, f, f, t, t]);
+}
+
+proptest! {
+    #[test]
+    fn the_side_is_that_of_the_last_long_enough_run(
+        results in prop::collection::vec(any::<bool>(), 0..200),
+        unhealthy_after in 1u32..5,
+        healthy_after in 1u32..5,
+    ) {
+        let settings = Health { unhealthy_after, healthy_after, ..Health::default() };
+        let mut threshold = Threshold::new(true);
+        let (mut run, mut last, mut expected) = (0, None, true);
+        for passed in results {
+            run = if last == Some(passed) { run + 1 } else { 1 };
+            last = Some(passed);
+            if run >= if passed { healthy_after } else { unhealthy_after } {
+                expected = passed;
+            }
+            let before = threshold.is_healthy();
+            let changed = threshold.record(passed, &settings);
+            prop_assert_eq!(changed, before != threshold.is_healthy());
+            prop_assert_eq!(threshold.is_healthy(), expected);
+        }
+    }
+}
