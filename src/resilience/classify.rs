@@ -3,7 +3,10 @@
 //! Only what the service (or the way to it) caused counts against it. What we refused ourselves, a caller that gave
 //! up, and a caller in more of a hurry than our own timeout, say nothing about the service.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use http::{HeaderMap, StatusCode};
 
@@ -88,6 +91,19 @@ pub enum Health {
     Failure,
     /// Neither counts nor breaks a row of failures.
     Neutral,
+}
+
+/// Sees to it that a lost connection counts once, whatever it carried: a hundred streams that break together are
+/// one failure. One for each connection.
+#[derive(Debug, Default)]
+pub struct Loss(AtomicBool);
+
+impl Loss {
+    /// What a try that broke with this connection counts for: itself for the first, neither for the others. Ask once
+    /// a try, and tell the answer to the breaker and the outlier detector. Not for a stream that was reset alone.
+    pub fn weigh(&self, health: Health) -> Health {
+        if self.0.swap(true, Ordering::Relaxed) { Health::Neutral } else { health }
+    }
 }
 
 /// gRPC status codes.
@@ -410,6 +426,14 @@ pub(super) mod tests {
         assert_eq!(refused.endpoint_health(), Health::Failure);
         assert!(refused.never_reached());
         assert!(!outcome.never_reached());
+    }
+
+    #[test]
+    fn a_lost_connection_counts_once() {
+        let loss = Loss::default();
+        let counted: Vec<Health> = (0..100).map(|_| loss.weigh(Health::Failure)).collect();
+        assert_eq!(counted[0], Health::Failure);
+        assert!(counted[1..].iter().all(|health| *health == Health::Neutral));
     }
 
     #[test]

@@ -1,6 +1,12 @@
 //! The rate limit: GCRA, a token bucket that stores one instant per key.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    hash::{BuildHasher, RandomState},
+    str::FromStr,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -58,3 +64,187 @@ impl fmt::Display for RateKey {
 }
 
 text_value!(RateKey, "RateKey", "upstream, peer or header:NAME");
+
+/// At most so many keys are told apart; more push out who was quiet longest.
+pub const MOST_KEYS: usize = 4096;
+
+/// The places where the state of a key may be: few enough to look at all of them.
+const WAYS: usize = 8;
+
+/// The rate limit of an upstream or an inbound side, shared by all workers, without a lock.
+///
+/// GCRA: for each key the moment is kept at which its allowance is full again. A request moves it on by `1 / rate`
+/// and is refused where that would be more than `burst` requests ahead of now.
+#[derive(Debug)]
+pub struct RateLimit {
+    /// Nanoseconds that one request uses up.
+    cost: u64,
+    /// How far ahead of now the moment may be, in nanoseconds.
+    allowance: u64,
+    epoch: Instant,
+    /// Keyed, so that nobody can choose header values that share a place.
+    hasher: RandomState,
+    slots: Box<[Slot]>,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// The hash of the key; 0 = nobody's.
+    key: AtomicU64,
+    /// When the allowance is full again, in nanoseconds since the epoch.
+    full_at: AtomicU64,
+}
+
+impl RateLimit {
+    /// `hasher` is drawn by the caller, as all randomness. A rate of 0 refuses everything.
+    pub fn new(settings: &RateSettings, now: Instant, hasher: RandomState) -> Self {
+        let cost = 1_000_000_000u64.checked_div(settings.rate.into()).unwrap_or(u64::MAX);
+        let slots = if settings.per == RateKey::Upstream { 1 } else { MOST_KEYS };
+        Self {
+            cost,
+            allowance: cost.saturating_mul(settings.burst.max(1).into()),
+            epoch: now,
+            hasher,
+            slots: (0..slots).map(|_| Slot::default()).collect(),
+        }
+    }
+
+    /// Takes one request of this key, or says how long to wait for it. Under `per = "upstream"` the key is ignored.
+    pub fn take(&self, key: &[u8], now: Instant) -> Result<(), Duration> {
+        if self.cost == u64::MAX {
+            return Err(Duration::from_secs(1));
+        }
+        let now = u64::try_from(now.saturating_duration_since(self.epoch).as_nanos()).unwrap_or(u64::MAX);
+        let slot = self.slot(key);
+        let mut full_at = slot.full_at.load(Ordering::Relaxed);
+        loop {
+            let next = full_at.max(now).saturating_add(self.cost);
+            let ahead = next - now;
+            if ahead > self.allowance {
+                return Err(Duration::from_nanos(ahead - self.allowance));
+            }
+            match slot.full_at.compare_exchange_weak(full_at, next, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Ok(()),
+                Err(seen) => full_at = seen,
+            }
+        }
+    }
+
+    /// The key's own slot, or the one of the stalest in its set. A new key inherits what is left of that one's
+    /// moment, which is over unless thousands of keys are busy at once; then it errs on the strict side.
+    fn slot(&self, key: &[u8]) -> &Slot {
+        if let [only] = &*self.slots {
+            return only;
+        }
+        let hash = self.hasher.hash_one(key).max(1);
+        let sets = self.slots.len() / WAYS;
+        // The upper bits choose the set, since the lower ones tell keys of a set apart as well.
+        let first = (hash >> 32) as usize % sets * WAYS;
+        let set = &self.slots[first..first + WAYS];
+        loop {
+            if let Some(slot) = set.iter().find(|slot| slot.key.load(Ordering::Relaxed) == hash) {
+                return slot;
+            }
+            let stale = set.iter().min_by_key(|slot| slot.full_at.load(Ordering::Relaxed)).unwrap_or(&set[0]);
+            let owner = stale.key.load(Ordering::Relaxed);
+            if owner == hash
+                || stale.key.compare_exchange(owner, hash, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+            {
+                return stale;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn limit(rate: u32, burst: u32, per: RateKey) -> (RateLimit, Instant) {
+        let now = Instant::now();
+        (RateLimit::new(&RateSettings { rate, burst, per }, now, RandomState::new()), now)
+    }
+
+    #[test]
+    fn lets_a_burst_through_and_then_the_rate() {
+        let (limit, now) = limit(100, 50, RateKey::Upstream);
+        assert_eq!((0..80).filter(|_| limit.take(b"", now).is_ok()).count(), 50);
+        assert_eq!(limit.take(b"", now), Err(MS * 10));
+        assert_eq!(limit.take(b"", now + MS * 4), Err(MS * 6));
+        assert_eq!(limit.take(b"", now + MS * 10), Ok(()), "what it said was right");
+        assert!(limit.take(b"", now + MS * 10).is_err());
+        let later = now + Duration::from_secs(3600);
+        assert_eq!((0..80).filter(|_| limit.take(b"", later).is_ok()).count(), 50, "no more is saved up");
+    }
+
+    #[test]
+    fn keys_do_not_share() {
+        let (limit, now) = limit(1, 1, RateKey::Peer);
+        assert!(limit.take(b"a", now).is_ok() && limit.take(b"b", now).is_ok());
+        assert!(limit.take(b"a", now).is_err() && limit.take(b"b", now).is_err());
+        let (whole, now) = super::tests::limit(1, 1, RateKey::Upstream);
+        assert!(whole.take(b"a", now).is_ok() && whole.take(b"b", now).is_err());
+    }
+
+    #[test]
+    fn a_flood_of_keys_does_not_free_who_is_over_the_limit() {
+        let (limit, now) = limit(1, 100, RateKey::Header("x-user".to_owned()));
+        while limit.take(b"greedy", now).is_ok() {}
+        for n in 0..100_000u32 {
+            let _ = limit.take(&n.to_ne_bytes(), now);
+        }
+        assert!(limit.take(b"greedy", now).is_err());
+        assert_eq!(limit.slots.len(), MOST_KEYS);
+    }
+
+    #[test]
+    fn a_rate_of_zero_refuses() {
+        let (limit, now) = limit(0, 5, RateKey::Upstream);
+        assert!(limit.take(b"", now).is_err());
+    }
+
+    #[test]
+    fn workers_share_one_allowance() {
+        let (limit, now) = limit(1000, 500, RateKey::Peer);
+        let granted: usize = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| (0..1000).filter(|_| limit.take(b"p", now).is_ok()).count()))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert_eq!(granted, 500);
+    }
+
+    proptest! {
+        #[test]
+        fn no_window_holds_more_than_burst_and_rate(
+            rate in 1u32..2000, burst in 1u32..50, passes in prop::collection::vec(0u64..30_000, 1..300),
+        ) {
+            let (limit, start) = limit(rate, burst, RateKey::Upstream);
+            let (mut now, mut granted) = (0u64, Vec::new());
+            for pass in passes {
+                now += pass;
+                if limit.take(b"", start + Duration::from_micros(now)).is_ok() { granted.push(now); }
+            }
+            for (first, from) in granted.iter().enumerate() {
+                for (count, to) in granted[first..].iter().enumerate() {
+                    let allowed = f64::from(burst) + f64::from(rate) * (to - from) as f64 / 1e6;
+                    prop_assert!((count + 1) as f64 <= allowed + 0.01);
+                }
+            }
+        }
+
+        #[test]
+        fn waiting_as_told_is_enough(rate in 1u32..2000, burst in 1u32..50, taken in 0u32..100) {
+            let (limit, now) = limit(rate, burst, RateKey::Upstream);
+            for _ in 0..taken { let _ = limit.take(b"", now); }
+            if let Err(wait) = limit.take(b"", now) {
+                prop_assert_eq!(limit.take(b"", now + wait), Ok(()));
+            }
+        }
+    }
+}

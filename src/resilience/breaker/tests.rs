@@ -1,0 +1,295 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const S: Duration = Duration::from_secs(1);
+const MS: Duration = Duration::from_millis(1);
+
+fn fail(breaker: &Arc<Breaker>, now: Instant) -> Option<Transition> {
+    try_once(breaker, Health::Failure, now)
+}
+
+fn fail_times(times: u32, breaker: &Arc<Breaker>, now: Instant) {
+    for _ in 0..times {
+        fail(breaker, now);
+    }
+}
+
+fn try_once(breaker: &Arc<Breaker>, health: Health, now: Instant) -> Option<Transition> {
+    let admission = breaker.admit(now);
+    let told = breaker.report(admission.permit.unwrap(), health, now, 0.5);
+    told.or(admission.transition)
+}
+
+fn refused(breaker: &Arc<Breaker>, now: Instant) -> Option<Duration> {
+    breaker.admit(now).permit.err().map(|refused| refused.retry_after)
+}
+
+fn opened(now: Instant) -> Arc<Breaker> {
+    let breaker = Breaker::new(BreakerSettings::default(), now);
+    fail_times(10, &breaker, now);
+    assert_eq!(breaker.report_state().state, State::Open);
+    breaker
+}
+
+#[test]
+fn opens_after_failures_in_a_row_and_says_why() {
+    let now = Instant::now();
+    let breaker = Breaker::new(BreakerSettings::default(), now);
+    for _ in 0..9 {
+        assert_eq!(fail(&breaker, now), None);
+    }
+    try_once(&breaker, Health::Success, now);
+    for _ in 0..9 {
+        assert_eq!(fail(&breaker, now), None);
+        try_once(&breaker, Health::Neutral, now);
+    }
+    let transition = fail(&breaker, now).unwrap();
+    assert_eq!((transition.from, transition.to), (State::Closed, State::Open));
+    assert_eq!(transition.why.to_string(), "10 failures in a row");
+    assert_eq!(transition.until, Some(now + S * 5));
+    assert_eq!(refused(&breaker, now + S), Some(S * 4));
+    assert!(!breaker.is_closed());
+}
+
+#[test]
+fn opens_at_the_failure_rate_once_there_are_enough_requests() {
+    let now = Instant::now();
+    let settings = BreakerSettings { consecutive_failures: 0, ..BreakerSettings::default() };
+    let breaker = Breaker::new(settings, now);
+    for n in 0..10u32 {
+        try_once(&breaker, Health::Success, now + MS * n);
+        if n < 9 {
+            assert_eq!(fail(&breaker, now + MS * n), None);
+        }
+    }
+    let why = fail(&breaker, now + S).unwrap().why;
+    assert_eq!(why, Why::FailureRate { failures: 10, requests: 20 });
+
+    let forgetful = Breaker::new(settings, now);
+    fail_times(19, &forgetful, now);
+    assert_eq!(fail(&forgetful, now + S * 10), None, "what is older than the window is forgotten");
+
+    let off = BreakerSettings { failure_rate: Ratio::constant(0.0), ..settings };
+    let off = Breaker::new(off, now);
+    assert!((0..1000).all(|_| fail(&off, now).is_none()));
+}
+
+#[test]
+fn half_open_closes_only_when_all_trials_succeed() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    let now = start + S * 5;
+    let first = breaker.admit(now);
+    assert_eq!(first.transition.map(|t| (t.from, t.to)), Some((State::Open, State::HalfOpen)));
+    let trials =
+        [first.permit.unwrap(), breaker.admit(now).permit.unwrap(), breaker.admit(now).permit.unwrap()];
+    assert!(trials.iter().all(Permit::is_trial));
+    assert!(refused(&breaker, now).is_some());
+    let told: Vec<_> =
+        trials.into_iter().map(|trial| breaker.report(trial, Health::Success, now, 0.5)).collect();
+    assert_eq!(told[..2], [None, None]);
+    assert_eq!(told[2].map(|t| (t.to, t.why)), Some((State::Closed, Why::TrialsSucceeded)));
+    assert!(breaker.is_closed());
+}
+
+#[test]
+fn a_failed_trial_doubles_the_time() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    let mut now = start + S * 5;
+    for expected in [10u32, 20, 40, 60, 60] {
+        let permit = breaker.admit(now).permit.unwrap();
+        let transition = breaker.report(permit, Health::Failure, now, 0.0).unwrap();
+        assert_eq!(transition.until, Some(now + S * expected));
+        now += S * expected;
+    }
+    let growing = BreakerSettings::default().open_for;
+    assert_eq!(growing.nth(0, 1.0), S * 5, "the first is exact");
+    assert_eq!(growing.nth(1, 1.0), S * 8, "later ones are up to a fifth shorter");
+    assert!(growing.nth(u32::MAX, 0.3) <= S * 60);
+}
+
+#[test]
+fn a_lost_trial_frees_its_place() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    let now = start + S * 5;
+    let mut trials: Vec<Permit> = (0..3).map(|_| breaker.admit(now).permit.unwrap()).collect();
+    assert!(refused(&breaker, now).is_some());
+    drop(trials.pop());
+    let again = breaker.admit(now).permit.unwrap();
+    assert!(refused(&breaker, now).is_some());
+    assert_eq!(breaker.report(again, Health::Neutral, now, 0.5), None);
+    assert!(breaker.admit(now).permit.is_ok());
+}
+
+#[test]
+fn what_began_before_a_transition_is_ignored_after_it() {
+    let start = Instant::now();
+    let breaker = Breaker::new(BreakerSettings::default(), start);
+    let mut old: Vec<Permit> = (0..30).map(|_| breaker.admit(start).permit.unwrap()).collect();
+    fail_times(10, &breaker, start);
+    let now = start + S * 5;
+    let trial = breaker.admit(now).permit.unwrap();
+    for permit in old.drain(..10) {
+        assert_eq!(breaker.report(permit, Health::Success, now, 0.5), None);
+    }
+    for permit in old.drain(..10) {
+        assert_eq!(breaker.report(permit, Health::Failure, now, 0.5), None);
+    }
+    assert_eq!(breaker.report_state().state, State::HalfOpen);
+    breaker.report(trial, Health::Failure, now, 0.5);
+    let since = breaker.report_state().since;
+    for permit in old {
+        assert_eq!(breaker.report(permit, Health::Failure, now + S, 0.5), None);
+    }
+    assert_eq!(breaker.report_state().since, since);
+}
+
+#[test]
+fn what_is_forced_falls_back_by_itself() {
+    let now = Instant::now();
+    let breaker = Breaker::new(BreakerSettings::default(), now);
+    let transition = breaker.force(Mode::Open, Some(now + S * 60), now).unwrap();
+    assert_eq!((transition.to, transition.why), (State::Open, Why::Manual));
+    assert_eq!(refused(&breaker, now + S * 59), Some(S));
+    assert!(breaker.admit(now + S * 60).permit.is_ok());
+    assert_eq!(breaker.report_state().why, Why::ManualExpired);
+
+    breaker.force(Mode::Closed, Some(now + S * 120), now);
+    assert!((0..100).all(|_| fail(&breaker, now + S * 61).is_none()), "forced closed stays closed");
+    let expired = fail(&breaker, now + S * 120).unwrap();
+    assert_eq!(expired.why, Why::ManualExpired);
+    fail_times(10, &breaker, now + S * 121);
+    assert_eq!(breaker.report_state().state, State::Open);
+
+    breaker.force(Mode::Closed, Some(now + S * 200), now + S * 122);
+    assert_eq!(breaker.tick(now + S * 199), None);
+    assert_eq!(breaker.tick(now + S * 200).map(|t| t.to), Some(State::Closed));
+    assert_eq!(breaker.report_state().mode, Mode::Auto);
+    assert_eq!(breaker.force(Mode::Auto, None, now), None, "auto it was");
+}
+
+#[test]
+fn a_reload_keeps_the_state() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    breaker.configure(BreakerSettings { trial_requests: 1, ..BreakerSettings::default() });
+    assert!(refused(&breaker, start + S).is_some());
+    let trial = breaker.admit(start + S * 5).permit.unwrap();
+    assert!(refused(&breaker, start + S * 5).is_some());
+    breaker.report(trial, Health::Success, start + S * 5, 0.5);
+    assert!(breaker.is_closed());
+}
+
+#[test]
+fn workers_share_one_state() {
+    let now = Instant::now();
+    let breaker = Breaker::new(BreakerSettings { consecutive_failures: 1000, ..Default::default() }, now);
+    let opened: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    (0..400)
+                        .filter_map(|_| breaker.admit(now).permit.ok())
+                        .filter_map(|permit| breaker.report(permit, Health::Failure, now, 0.5))
+                        .count()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    assert_eq!(opened, 1, "it opens once, whoever tells");
+    assert_eq!(breaker.report_state().state, State::Open);
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Admit,
+    Report(usize, Health),
+    Lose(usize),
+    Pass(u16),
+    Force(Mode, Option<u16>),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let health = || prop_oneof![Just(Health::Success), Just(Health::Failure), Just(Health::Neutral)];
+    let mode = prop_oneof![Just(Mode::Auto), Just(Mode::Open), Just(Mode::Closed)];
+    prop_oneof![
+        8 => Just(Event::Admit),
+        6 => (any::<usize>(), health()).prop_map(|(which, health)| Event::Report(which, health)),
+        2 => any::<usize>().prop_map(Event::Lose),
+        3 => (0u16..8000).prop_map(Event::Pass),
+        1 => (mode, prop::option::of(0u16..8000)).prop_map(|(mode, after)| Event::Force(mode, after)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn holds_its_invariants_whatever_happens(
+        events in prop::collection::vec(event(), 1..250),
+        trial_requests in 1u32..5, consecutive_failures in 0u32..4, random in 0.0f64..1.0,
+    ) {
+        let settings = BreakerSettings {
+            trial_requests, consecutive_failures, min_requests: 4, window: HumanDuration::from_secs(2),
+            open_for: Growing { base: HumanDuration::from_secs(1), max: HumanDuration::from_secs(4) },
+            ..BreakerSettings::default()
+        };
+        let mut now = Instant::now();
+        let breaker = Breaker::new(settings, now);
+        let mut out: Vec<Permit> = Vec::new();
+        let mut state = State::Closed;
+        for event in events {
+            let transition = match event {
+                Event::Pass(ms) => { now += MS * u32::from(ms); None }
+                Event::Lose(which) => { if !out.is_empty() { out.swap_remove(which % out.len()); } None }
+                Event::Force(mode, after) => breaker.force(mode, after.map(|ms| now + MS * u32::from(ms)), now),
+                Event::Admit => {
+                    let admission = breaker.admit(now);
+                    if let Some(transition) = admission.transition { state = transition.to; }
+                    match admission.permit {
+                        Ok(permit) => {
+                            prop_assert_eq!(permit.is_trial(), state == State::HalfOpen);
+                            prop_assert!(state != State::Open);
+                            out.push(permit);
+                        }
+                        Err(_) => prop_assert!(state != State::Closed),
+                    }
+                    None
+                }
+                Event::Report(which, health) if !out.is_empty() => {
+                    let permit = out.swap_remove(which % out.len());
+                    breaker.report(permit, health, now, random)
+                }
+                Event::Report(..) => None,
+            };
+            if let Some(transition) = transition {
+                prop_assert_eq!(transition.from, state);
+                state = transition.to;
+            }
+            let report = breaker.report_state();
+            prop_assert_eq!(report.state, state, "every change is told");
+            prop_assert_eq!(breaker.is_closed(), state == State::Closed);
+            let live = report_generation(&breaker);
+            let trials = out.iter().filter(|permit| permit.is_trial() && permit.generation == live).count();
+            prop_assert!(trials <= trial_requests as usize);
+            // Open is never for ever, but by hand.
+            prop_assert!(state != State::Open || report.until.is_some() || report.mode == Mode::Open);
+        }
+        // Well again, and left alone: it closes.
+        drop(out);
+        breaker.force(Mode::Auto, None, now);
+        for _ in 0..20 {
+            now += S * 4;
+            if let Ok(permit) = breaker.admit(now).permit {
+                breaker.report(permit, Health::Success, now, random);
+            }
+        }
+        prop_assert_eq!(breaker.report_state().state, State::Closed);
+    }
+}
+
+fn report_generation(breaker: &Breaker) -> u64 {
+    breaker.lock().generation
+}
