@@ -1,0 +1,44 @@
+//! Active health checks against the health service that gRPC's own library brings.
+
+use std::net::SocketAddr;
+
+use outrigger::{
+    config::{Health, Protocol},
+    units::HumanDuration,
+    upstream::{Found, Upstream, health},
+};
+
+use crate::support::{Daemon, eventually, free_port, peer_script, python_with};
+
+#[test]
+fn grpcio_and_we_agree_on_who_is_healthy() {
+    let Some(python) = python_with("grpc_health") else { return };
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let script = peer_script("health_server.py");
+    let port = address.port().to_string();
+    let _server = Daemon::start(&python.display().to_string(), &[&script.display().to_string(), &port], &[])
+        .listening(address);
+
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    for (service, expected) in [("", true), ("good", true), ("bad", false), ("nobody", false)] {
+        let upstream = Upstream::new("grpc");
+        upstream.publish(vec![Found { address, host: None, weight: 1 }]);
+        let endpoint = upstream.endpoints().endpoints[0].clone();
+        // What it is not must be found out, so that every verdict is one that was really reached.
+        endpoint.set_healthy(!expected);
+        let settings = Health {
+            grpc: Some(service.to_owned()),
+            interval: HumanDuration::from_millis(20),
+            timeout: HumanDuration::from_secs(5),
+            unhealthy_after: 2,
+            healthy_after: 2,
+            ..Health::default()
+        };
+        let _checks = health::spawn(settings, Protocol::Auto, upstream, runtime.handle());
+        eventually(&format!("{service:?} healthy: {expected}"), || endpoint.is_healthy() == expected);
+    }
+}
