@@ -1,10 +1,17 @@
 //! A second copy of an idempotent request where the first is slow.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
 
+use http::Method;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::retry::is_idempotent;
 use crate::{text_value, units::HumanDuration};
 
 /// `[defaults.hedge]`; absent = none. Spends retry budget.
@@ -45,3 +52,241 @@ impl fmt::Display for HedgeAfter {
 }
 
 text_value!(HedgeAfter, "HedgeAfter", "a quantile of the live latency, e.g. \"p95\", or a duration");
+
+/// Eight buckets an octave: a quantile is at most an eighth too high.
+const PER_OCTAVE_BITS: u32 = 3;
+const PER_OCTAVE: usize = 1 << PER_OCTAVE_BITS;
+/// From a microsecond to over two minutes.
+const BUCKETS: usize = 28 * PER_OCTAVE;
+/// Below this many the tail says nothing.
+const LEAST_SAMPLES: u64 = 100;
+/// How often the quantile is read from the buckets,
+const REFRESH: Duration = Duration::from_millis(500);
+/// and after how many of those all counts are halved.
+const HALVE_EVERY: u64 = 20;
+
+/// The live latency of an upstream's answers, shared by all workers: counts in buckets, halved every ten seconds.
+///
+/// Recording is one atomic addition; twice a second one of the callers also reads the quantile out.
+#[derive(Debug)]
+pub struct LiveQuantile {
+    /// In percent.
+    percent: u8,
+    counts: Box<[AtomicU32]>,
+    /// The quantile in microseconds; 0 = not known yet.
+    current: AtomicU64,
+    /// Number of refreshes so far; the next is due at (this + 1) × [`REFRESH`] after the epoch.
+    refreshed: AtomicU64,
+    epoch: Instant,
+}
+
+impl LiveQuantile {
+    pub fn new(percent: u8, now: Instant) -> Self {
+        Self {
+            percent,
+            counts: (0..BUCKETS).map(|_| AtomicU32::new(0)).collect(),
+            current: AtomicU64::new(0),
+            refreshed: AtomicU64::new(0),
+            epoch: now,
+        }
+    }
+
+    /// Takes in how long an answer took, to its headers. Successes only: fast failures would make hedges early.
+    pub fn record(&self, latency: Duration, now: Instant) {
+        if let Some(count) = self.counts.get(bucket(latency)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.refresh(now);
+    }
+
+    /// `None` while there are too few samples to tell.
+    pub fn get(&self) -> Option<Duration> {
+        match self.current.load(Ordering::Relaxed) {
+            0 => None,
+            micros => Some(Duration::from_micros(micros)),
+        }
+    }
+
+    fn refresh(&self, now: Instant) {
+        let due = now.saturating_duration_since(self.epoch).as_nanos() / REFRESH.as_nanos();
+        let due = u64::try_from(due).unwrap_or(u64::MAX);
+        let seen = self.refreshed.load(Ordering::Relaxed);
+        // Whoever moves the number on does the work; the others go on.
+        if due <= seen
+            || self.refreshed.compare_exchange(seen, due, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
+            return;
+        }
+        self.current.store(self.read_out().unwrap_or(0), Ordering::Relaxed);
+        let halvings = (due / HALVE_EVERY).saturating_sub(seen / HALVE_EVERY).min(31);
+        if halvings > 0 {
+            for count in &self.counts {
+                let halved = |count: u32| Some(count >> halvings);
+                // The closure never declines.
+                let _ = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, halved);
+            }
+        }
+    }
+
+    /// The upper end, in microseconds, of the bucket that holds the quantile.
+    fn read_out(&self) -> Option<u64> {
+        let counts: Vec<u64> =
+            self.counts.iter().map(|count| u64::from(count.load(Ordering::Relaxed))).collect();
+        let total: u64 = counts.iter().sum();
+        if total < LEAST_SAMPLES {
+            return None;
+        }
+        let rank = (total * u64::from(self.percent)).div_ceil(100);
+        let mut below = 0;
+        let index = counts.iter().position(|count| {
+            below += count;
+            below >= rank
+        })?;
+        Some(upper_end(index))
+    }
+}
+
+/// Buckets of equal width within an octave (as in HDR histograms); the first octaves are single microseconds.
+fn bucket(latency: Duration) -> usize {
+    let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+    if micros < PER_OCTAVE as u64 {
+        return micros as usize;
+    }
+    let octave = micros.ilog2() - PER_OCTAVE_BITS;
+    let within = (micros >> octave) as usize - PER_OCTAVE;
+    ((octave as usize + 1) * PER_OCTAVE + within).min(BUCKETS - 1)
+}
+
+/// The first microsecond beyond a bucket.
+fn upper_end(index: usize) -> u64 {
+    let (octaves, within) = (index / PER_OCTAVE, index % PER_OCTAVE);
+    match octaves {
+        0 => within as u64 + 1,
+        _ => ((PER_OCTAVE + within + 1) as u64) << (octaves - 1),
+    }
+}
+
+/// What is known of a call when its first try goes out.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    pub method: &'a Method,
+    /// It has an `Idempotency-Key`.
+    pub idempotency_key: bool,
+    /// A whole copy of the body can be sent: there is none, or it has been read and kept.
+    pub body_ready: bool,
+    /// Tries of the call so far, the first included.
+    pub tries: u32,
+    /// `retry.max`, which counts hedges; 0 also where retries are off.
+    pub max_retries: u32,
+    pub breaker_closed: bool,
+}
+
+impl HedgeSettings {
+    /// How long after the try began a second copy is to be sent; `None` = not at all. When that moment comes, ask
+    /// [`super::budget::RetryBudget::withdraw`] before sending.
+    pub fn delay(&self, call: &Call<'_>, live: &LiveQuantile) -> Option<Duration> {
+        // `methods = "all"` allows to repeat what has failed, not to have the same thing done twice at once.
+        let idempotent = is_idempotent(call.method) || call.idempotency_key;
+        let allowed = idempotent && call.body_ready && call.breaker_closed && call.tries <= call.max_retries;
+        if !allowed {
+            return None;
+        }
+        match self.after {
+            HedgeAfter::Quantile(_) => live.get(),
+            HedgeAfter::Fixed(after) => Some(after.0),
+        }
+    }
+
+    /// The quantile to follow; where the delay is fixed any will do, and nothing need be recorded.
+    pub fn percent(&self) -> Option<u8> {
+        match self.after {
+            HedgeAfter::Quantile(percent) => Some(percent),
+            HedgeAfter::Fixed(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn p95() -> HedgeSettings {
+        HedgeSettings { after: HedgeAfter::Quantile(95) }
+    }
+
+    fn call(method: &Method) -> Call<'_> {
+        Call {
+            method,
+            idempotency_key: false,
+            body_ready: true,
+            tries: 1,
+            max_retries: 2,
+            breaker_closed: true,
+        }
+    }
+
+    #[test]
+    fn hedges_only_what_may_be_done_twice() {
+        let fixed = HedgeSettings { after: HedgeAfter::Fixed(HumanDuration::from_millis(30)) };
+        let live = LiveQuantile::new(95, Instant::now());
+        let get = call(&Method::GET);
+        assert_eq!(fixed.delay(&get, &live), Some(MS * 30));
+        let post = call(&Method::POST);
+        assert_eq!(fixed.delay(&post, &live), None);
+        assert_eq!(fixed.delay(&Call { idempotency_key: true, ..post }, &live), Some(MS * 30));
+        assert_eq!(fixed.delay(&Call { body_ready: false, ..get }, &live), None);
+        assert_eq!(fixed.delay(&Call { breaker_closed: false, ..get }, &live), None);
+        assert_eq!(fixed.delay(&Call { tries: 3, ..get }, &live), None);
+        assert_eq!(fixed.delay(&Call { max_retries: 0, ..get }, &live), None);
+        assert_eq!(p95().delay(&get, &live), None, "nothing is known yet");
+    }
+
+    #[test]
+    fn follows_the_live_latency() {
+        let start = Instant::now();
+        let live = LiveQuantile::new(95, start);
+        let feed = |latency: Duration, from: u32, to: u32| {
+            (from..to).for_each(|n| live.record(latency, start + MS * n * 10));
+        };
+        feed(MS * 10, 0, 99);
+        assert_eq!(live.get(), None, "too few");
+        feed(MS * 10, 99, 1000);
+        let known = live.get().unwrap();
+        assert!((MS * 10..=MS * 12).contains(&known), "{known:?}");
+        feed(MS * 80, 1000, 12_000);
+        let slower = live.get().unwrap();
+        assert!((MS * 80..=MS * 91).contains(&slower), "what was is forgotten: {slower:?}");
+        live.record(MS, start + Duration::from_secs(3600));
+        live.record(MS, start + Duration::from_secs(3601));
+        assert_eq!(live.get(), None, "after a quiet hour nothing is known");
+    }
+
+    #[test]
+    fn buckets_join_without_gaps() {
+        for index in 1..BUCKETS - 1 {
+            let first = Duration::from_micros(upper_end(index - 1));
+            let last = Duration::from_micros(upper_end(index) - 1);
+            assert_eq!((bucket(first), bucket(last)), (index, index));
+        }
+        assert_eq!(bucket(Duration::MAX), BUCKETS - 1);
+    }
+
+    proptest! {
+        #[test]
+        fn a_quantile_is_at_most_an_eighth_off(
+            mut micros in prop::collection::vec(1u64..60_000_000, 100..400), percent in 1u8..=99,
+        ) {
+            let start = Instant::now();
+            let live = LiveQuantile::new(percent, start);
+            for sample in &micros { live.record(Duration::from_micros(*sample), start); }
+            micros.sort_unstable();
+            let exact = micros[(micros.len() * usize::from(percent)).div_ceil(100) - 1];
+            let read = live.read_out().unwrap_or(0);
+            prop_assert!(read > exact && read as f64 <= exact as f64 * 1.125 + 1.0, "{exact} {read}");
+        }
+    }
+}
