@@ -1,6 +1,12 @@
-//! Everything that the proxy itself can answer, and how it says so.
+//! Everything that the proxy itself can answer, and how it says so: RFC 9457 problem JSON or a gRPC status, with an
+//! RFC 9209 `Proxy-Status` field.
 
 use std::time::Duration;
+
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use serde::Serialize;
+
+use super::body::ResponseBody;
 
 /// Why the proxy answered in place of the service. One stable word each: the same in `Proxy-Status`, the problem's
 /// `type`, metric labels, spans, the access log and `docs/errors.md`.
@@ -29,6 +35,8 @@ pub enum Cause {
     Loop,
     FaultInjected,
     Draining,
+    /// A bug of ours, caught.
+    Internal,
 }
 
 /// An answer of the proxy's own.
@@ -38,35 +46,451 @@ pub struct ProxyError {
     pub cause: Cause,
     /// What happened, in plain words: which upstream, which address, how long.
     pub detail: String,
+    /// Where waiting helps, how long.
     pub retry_after: Option<Duration>,
+    /// In place of the cause's own, where a more specific one fits (431, 417, an injected one).
+    pub status: Option<StatusCode>,
+}
+
+/// How a cause is told in each language.
+struct Telling {
+    word: &'static str,
+    status: StatusCode,
+    grpc: GrpcCode,
+    proxy_status: &'static str,
+    title: &'static str,
+}
+
+/// The gRPC status codes the proxy uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrpcCode {
+    InvalidArgument = 3,
+    DeadlineExceeded = 4,
+    PermissionDenied = 7,
+    ResourceExhausted = 8,
+    Internal = 13,
+    Unavailable = 14,
+    Unauthenticated = 16,
 }
 
 impl Cause {
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::DnsFailure => "dns_failure",
-            Self::DnsTimeout => "dns_timeout",
-            Self::DeniedNetwork => "denied_network",
-            Self::UnknownUpstream => "unknown_upstream",
-            Self::NotAllowed => "not_allowed",
-            Self::JwtInvalid => "jwt_invalid",
-            Self::NoEndpoint => "no_endpoint",
-            Self::BreakerOpen => "breaker_open",
-            Self::ConnectRefused => "connect_refused",
-            Self::ConnectTimeout => "connect_timeout",
-            Self::Reset => "reset",
-            Self::AttemptTimeout => "attempt_timeout",
-            Self::Timeout => "timeout",
-            Self::Deadline => "deadline",
-            Self::QueueFull => "queue_full",
-            Self::LimitFull => "limit_full",
-            Self::RateLimited => "rate_limited",
-            Self::PeerIdentity => "peer_identity",
-            Self::TlsFailure => "tls_failure",
-            Self::Malformed => "malformed",
-            Self::Loop => "loop",
-            Self::FaultInjected => "fault_injected",
-            Self::Draining => "draining",
+    pub const ALL: [Self; 24] = [
+        Self::DnsFailure,
+        Self::DnsTimeout,
+        Self::DeniedNetwork,
+        Self::UnknownUpstream,
+        Self::NotAllowed,
+        Self::JwtInvalid,
+        Self::NoEndpoint,
+        Self::BreakerOpen,
+        Self::ConnectRefused,
+        Self::ConnectTimeout,
+        Self::Reset,
+        Self::AttemptTimeout,
+        Self::Timeout,
+        Self::Deadline,
+        Self::QueueFull,
+        Self::LimitFull,
+        Self::RateLimited,
+        Self::PeerIdentity,
+        Self::TlsFailure,
+        Self::Malformed,
+        Self::Loop,
+        Self::FaultInjected,
+        Self::Draining,
+        Self::Internal,
+    ];
+
+    const fn telling(self) -> Telling {
+        use GrpcCode::{DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable};
+        const fn telling(
+            word: &'static str,
+            status: StatusCode,
+            grpc: GrpcCode,
+            proxy_status: &'static str,
+            title: &'static str,
+        ) -> Telling {
+            Telling { word, status, grpc, proxy_status, title }
         }
+        const BAD_GATEWAY: StatusCode = StatusCode::BAD_GATEWAY;
+        const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
+        const TIMEOUT: StatusCode = StatusCode::GATEWAY_TIMEOUT;
+        const FORBIDDEN: StatusCode = StatusCode::FORBIDDEN;
+        match self {
+            Self::DnsFailure => telling(
+                "dns_failure",
+                BAD_GATEWAY,
+                Unavailable,
+                "dns_error",
+                "The host name could not be resolved",
+            ),
+            Self::DnsTimeout => {
+                telling("dns_timeout", TIMEOUT, Unavailable, "dns_timeout", "DNS did not answer in time")
+            }
+            Self::DeniedNetwork => telling(
+                "denied_network",
+                BAD_GATEWAY,
+                Unavailable,
+                "destination_ip_prohibited",
+                "The address may not be called through this proxy",
+            ),
+            Self::UnknownUpstream => telling(
+                "unknown_upstream",
+                FORBIDDEN,
+                PermissionDenied,
+                "http_request_denied",
+                "No upstream has this host",
+            ),
+            Self::NotAllowed => telling(
+                "not_allowed",
+                FORBIDDEN,
+                PermissionDenied,
+                "http_request_denied",
+                "The caller may not do this",
+            ),
+            Self::JwtInvalid => telling(
+                "jwt_invalid",
+                StatusCode::UNAUTHORIZED,
+                Unauthenticated,
+                "http_request_denied",
+                "The token is missing or not valid",
+            ),
+            Self::NoEndpoint => telling(
+                "no_endpoint",
+                UNAVAILABLE,
+                Unavailable,
+                "destination_unavailable",
+                "The upstream has no healthy endpoint",
+            ),
+            Self::BreakerOpen => telling(
+                "breaker_open",
+                UNAVAILABLE,
+                Unavailable,
+                "destination_unavailable",
+                "The circuit breaker of the upstream is open",
+            ),
+            Self::ConnectRefused => telling(
+                "connect_refused",
+                BAD_GATEWAY,
+                Unavailable,
+                "connection_refused",
+                "The upstream could not be connected to",
+            ),
+            Self::ConnectTimeout => telling(
+                "connect_timeout",
+                TIMEOUT,
+                Unavailable,
+                "connection_timeout",
+                "The upstream did not accept a connection in time",
+            ),
+            Self::Reset => telling(
+                "reset",
+                BAD_GATEWAY,
+                Unavailable,
+                "connection_terminated",
+                "The upstream ended the connection before it answered",
+            ),
+            Self::AttemptTimeout => telling(
+                "attempt_timeout",
+                TIMEOUT,
+                DeadlineExceeded,
+                "http_response_timeout",
+                "The last try took too long",
+            ),
+            Self::Timeout => telling(
+                "timeout",
+                TIMEOUT,
+                DeadlineExceeded,
+                "http_response_timeout",
+                "The upstream did not answer in time",
+            ),
+            Self::Deadline => telling(
+                "deadline",
+                TIMEOUT,
+                DeadlineExceeded,
+                "http_response_timeout",
+                "The caller's deadline passed",
+            ),
+            Self::QueueFull => telling(
+                "queue_full",
+                UNAVAILABLE,
+                ResourceExhausted,
+                "connection_limit_reached",
+                "Too many calls wait for this upstream",
+            ),
+            Self::LimitFull => telling(
+                "limit_full",
+                UNAVAILABLE,
+                ResourceExhausted,
+                "connection_limit_reached",
+                "The upstream is at its limit",
+            ),
+            Self::RateLimited => telling(
+                "rate_limited",
+                StatusCode::TOO_MANY_REQUESTS,
+                ResourceExhausted,
+                "http_request_error",
+                "The rate limit is reached",
+            ),
+            Self::PeerIdentity => telling(
+                "peer_identity",
+                BAD_GATEWAY,
+                Unavailable,
+                "tls_certificate_error",
+                "The peer is not who it should be",
+            ),
+            Self::TlsFailure => telling(
+                "tls_failure",
+                BAD_GATEWAY,
+                Unavailable,
+                "tls_protocol_error",
+                "TLS with the upstream failed",
+            ),
+            Self::Malformed => telling(
+                "malformed",
+                StatusCode::BAD_REQUEST,
+                GrpcCode::InvalidArgument,
+                "http_request_error",
+                "The request is malformed",
+            ),
+            Self::Loop => telling(
+                "loop",
+                BAD_GATEWAY,
+                Unavailable,
+                "proxy_loop_detected",
+                "The request came back to this proxy",
+            ),
+            Self::FaultInjected => telling(
+                "fault_injected",
+                UNAVAILABLE,
+                Unavailable,
+                "http_request_error",
+                "A fault was injected by configuration",
+            ),
+            Self::Draining => telling(
+                "draining",
+                UNAVAILABLE,
+                Unavailable,
+                "destination_unavailable",
+                "The service is shutting down",
+            ),
+            Self::Internal => telling(
+                "internal",
+                StatusCode::INTERNAL_SERVER_ERROR,
+                GrpcCode::Internal,
+                "proxy_internal_error",
+                "The proxy failed",
+            ),
+        }
+    }
+
+    /// The stable word.
+    pub const fn word(self) -> &'static str {
+        self.telling().word
+    }
+
+    pub const fn status(self) -> StatusCode {
+        self.telling().status
+    }
+
+    pub const fn grpc_code(self) -> GrpcCode {
+        self.telling().grpc
+    }
+
+    /// The error type registered by RFC 9209 §2.3.
+    pub const fn proxy_status(self) -> &'static str {
+        self.telling().proxy_status
+    }
+
+    pub const fn title(self) -> &'static str {
+        self.telling().title
+    }
+}
+
+impl ProxyError {
+    pub fn new(cause: Cause, detail: impl Into<String>) -> Self {
+        Self { cause, detail: detail.into(), retry_after: None, status: None }
+    }
+
+    pub fn malformed(detail: impl Into<String>) -> Self {
+        Self::new(Cause::Malformed, detail)
+    }
+
+    pub fn with_status(mut self, status: StatusCode) -> Self {
+        self.status = Some(status);
+        self
+    }
+
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+}
+
+/// What an error answer says beside the error.
+#[derive(Debug, Default)]
+pub struct Context<'a> {
+    /// The deployment's name in `Proxy-Status`: `outrigger/SERVICE`.
+    pub deployment: &'a str,
+    pub request_id: &'a str,
+    pub trace_id: Option<&'a str>,
+    pub upstream: Option<&'a str>,
+    /// Tries that were made.
+    pub tries: u32,
+    /// The last address tried. Given on the loopback side only: the outside learns no inside addresses.
+    pub next_hop: Option<String>,
+    pub grpc: bool,
+}
+
+/// RFC 9457, with members of our own.
+#[derive(Serialize)]
+struct Problem<'a> {
+    r#type: String,
+    title: &'a str,
+    status: u16,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    instance: &'a str,
+    cause: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    upstream: Option<&'a str>,
+    tries: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_ms: Option<u64>,
+}
+
+/// Where `docs/errors.md` is read.
+const ERRORS_PAGE: &str = "https://outrigger.dev/errors";
+
+/// The one place where an error becomes a response.
+pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBody> {
+    let telling = error.cause.telling();
+    let status = error.status.unwrap_or(telling.status);
+    let mut headers = HeaderMap::with_capacity(6);
+    let mut proxy_status =
+        format!("{}; error={}; details=\"{}\"", context.deployment, telling.proxy_status, telling.word);
+    if let Some(next_hop) = &context.next_hop {
+        proxy_status.push_str(&format!("; next-hop=\"{next_hop}\""));
+    }
+    insert(&mut headers, "proxy-status", &proxy_status);
+    if let Some(wait) = error.retry_after {
+        // Whole seconds, never early.
+        let seconds = wait.as_millis().div_ceil(1000).max(1);
+        insert(&mut headers, "retry-after", &seconds.to_string());
+    }
+    if error.cause == Cause::JwtInvalid {
+        insert(&mut headers, "www-authenticate", "Bearer error=\"invalid_token\"");
+    }
+    let (status, body) = if context.grpc {
+        insert(&mut headers, "content-type", "application/grpc");
+        insert(&mut headers, "grpc-status", &(telling.grpc as u8).to_string());
+        insert(&mut headers, "grpc-message", &percent_encoded(&error.to_string()));
+        (StatusCode::OK, ResponseBody::Empty)
+    } else {
+        let problem = Problem {
+            r#type: format!("{ERRORS_PAGE}#{}", telling.word),
+            title: telling.title,
+            status: status.as_u16(),
+            detail: &error.detail,
+            instance: context.request_id,
+            cause: telling.word,
+            trace_id: context.trace_id,
+            upstream: context.upstream,
+            tries: context.tries,
+            retry_after_ms: error.retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+        };
+        insert(&mut headers, "content-type", "application/problem+json");
+        insert(&mut headers, "cache-control", "no-store");
+        (status, ResponseBody::whole(serde_json::to_vec(&problem).unwrap_or_default()))
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}
+
+fn insert(headers: &mut HeaderMap, name: &'static str, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(header::HeaderName::from_static(name), value);
+    }
+}
+
+/// `grpc-message`: printable ASCII as it is, all else and `%` percent-encoded.
+fn percent_encoded(text: &str) -> String {
+    text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
+        match byte {
+            b' '..=b'~' if byte != b'%' => out.push(char::from(byte)),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+        out
+    })
+}
+
+/// A deployment's name as an RFC 8941 token: `outrigger/SERVICE`.
+pub fn deployment(service: &str) -> String {
+    let token = |c: char| if c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~:/".contains(c) { c } else { '-' };
+    format!("outrigger/{}", service.chars().map(token).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_distinct_and_stable_in_form() {
+        let mut words: Vec<&str> = Cause::ALL.iter().map(|cause| cause.word()).collect();
+        words.sort_unstable();
+        words.dedup();
+        assert_eq!(words.len(), Cause::ALL.len());
+        assert!(words.iter().all(|word| word.chars().all(|c| c.is_ascii_lowercase() || c == '_')));
+    }
+
+    #[test]
+    fn every_cause_is_explained_to_the_engineer_who_is_paged() {
+        let page = include_str!("../../docs/errors.md");
+        for cause in Cause::ALL {
+            let heading = format!("## {}\n", cause.word());
+            assert!(page.contains(&heading), "docs/errors.md lacks `{}`", heading.trim());
+        }
+    }
+
+    #[test]
+    fn an_http_caller_gets_a_problem() {
+        let error = ProxyError::new(Cause::BreakerOpen, "payments: 10 failures in a row")
+            .retry_after(Duration::from_millis(1200));
+        let context =
+            Context { deployment: "outrigger/checkout", request_id: "r1", tries: 2, ..Context::default() };
+        let response = respond(&error, &context);
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()["retry-after"], "2");
+        assert_eq!(
+            response.headers()["proxy-status"],
+            "outrigger/checkout; error=destination_unavailable; details=\"breaker_open\""
+        );
+        let ResponseBody::Whole(Some(body)) = response.into_body() else {
+            unreachable!("a problem has a body")
+        };
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(problem["cause"], "breaker_open");
+        assert_eq!(problem["status"], 503);
+        assert_eq!(problem["retry_after_ms"], 1200);
+        assert_eq!(problem["detail"], "payments: 10 failures in a row");
+    }
+
+    #[test]
+    fn a_grpc_caller_gets_a_grpc_status() {
+        let error = ProxyError::new(Cause::Timeout, "no answer – 100 %");
+        let response =
+            respond(&error, &Context { deployment: "outrigger/a", grpc: true, ..Context::default() });
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["grpc-status"], "4");
+        assert_eq!(response.headers()["grpc-message"], "timeout: no answer %E2%80%93 100 %25");
+    }
+
+    #[test]
+    fn a_service_name_becomes_a_token() {
+        assert_eq!(deployment("check out/ä"), "outrigger/check-out/-");
     }
 }

@@ -1,6 +1,194 @@
 //! Threads, and what they share.
+//!
+//! N workers, each one thread with a single-threaded runtime, carry the calls. The thread that calls [`start`] is the
+//! control thread: discovery, health checks, admin, reload, signals. Nothing slow runs on a worker.
 
 pub mod cgroup;
 pub mod child;
 pub mod ready_file;
 pub mod signals;
+mod snapshot;
+mod workers;
+
+pub use snapshot::{Cluster, Snapshot};
+pub use workers::{LocalCluster, LocalExecutor, View, Worker, drain_phase};
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    config::{Config, ListenAddr},
+    discovery::Resolver,
+    proxy::{
+        accept::{Listener, Side},
+        unknown::UnknownHosts,
+    },
+    rng::Rng,
+    telemetry::metrics::Metrics,
+};
+use snapshot::Clusters;
+
+/// What every thread sees.
+#[derive(Debug)]
+pub struct Shared {
+    pub snapshot: ArcSwap<Snapshot>,
+    pub metrics: Metrics,
+    /// How far the process is on its way out.
+    pub phase: watch::Sender<Phase>,
+    /// Where it listens itself; never dialled for a forward-proxy or Host request.
+    pub own: OwnAddresses,
+    /// The hosts that no upstream names, met so far.
+    pub unknown: UnknownHosts,
+    /// Tells this process from every other in `Via`.
+    pub instance: String,
+}
+
+/// The way of a process from start to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    Running,
+    /// Not ready any more, still accepting: callers hear late that it leaves.
+    Leaving,
+    /// Inbound connections finish what is in flight; outbound goes on.
+    DrainingInbound,
+    /// Outbound connections finish too.
+    DrainingAll,
+}
+
+/// The addresses this process listens on.
+#[derive(Debug, Default)]
+pub struct OwnAddresses(ArcSwap<Vec<SocketAddr>>);
+
+impl OwnAddresses {
+    pub fn add(&self, addresses: &[SocketAddr]) {
+        self.0.rcu(|known| known.iter().chain(addresses).copied().collect::<Vec<_>>());
+    }
+
+    /// Whether a connection to `address` would come back to this process.
+    pub fn contains(&self, address: SocketAddr) -> bool {
+        let ip = address.ip().to_canonical();
+        self.0.load().iter().any(|own| {
+            let own_ip = own.ip().to_canonical();
+            own.port() == address.port()
+                && (own_ip == ip || (own_ip.is_unspecified() && ip.is_loopback()) || ip.is_unspecified())
+        })
+    }
+}
+
+/// Where the listeners are bound.
+#[derive(Clone, Debug, Default)]
+pub struct Addresses {
+    pub outbound: Vec<SocketAddr>,
+    pub inbound: Vec<SocketAddr>,
+    /// By upstream name.
+    pub upstreams: Vec<(String, Vec<SocketAddr>)>,
+}
+
+/// Why the proxy could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("cannot listen on {address} ({what}): {source}")]
+    Listen { what: String, address: ListenAddr, source: std::io::Error },
+    #[error("cannot start a worker thread: {0}")]
+    Worker(std::io::Error),
+    #[error("cannot read the system's DNS settings: {0}")]
+    Resolver(String),
+}
+
+/// A running proxy. Made and used on the control thread.
+#[derive(Debug)]
+pub struct Proxy {
+    pub shared: Arc<Shared>,
+    pub addresses: Addresses,
+    clusters: Mutex<Clusters>,
+    workers: workers::Workers,
+}
+
+/// Binds the listeners, starts the workers, discovery and health checks. Call it inside the control runtime, whose
+/// tasks keep discovery going. `worker_count` is the number of data-plane threads, at least 1.
+pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError> {
+    let resolver = Arc::new(Resolver::from_system().map_err(|e| StartError::Resolver(e.to_string()))?);
+    let (clusters, snapshot) = Clusters::build(Arc::clone(&config), Arc::clone(&resolver));
+    let shared = Arc::new(Shared {
+        snapshot: ArcSwap::from_pointee(snapshot),
+        metrics: Metrics::default(),
+        phase: watch::Sender::new(Phase::Running),
+        own: OwnAddresses::default(),
+        unknown: UnknownHosts::new(resolver),
+        instance: format!("{:08x}", Rng::new().next_u64() >> 32),
+    });
+
+    let mut listeners = Vec::new();
+    let mut addresses = Addresses::default();
+    let listener = Listener::bind(Side::Inbound, &config.inbound.listen)?;
+    addresses.inbound = listener.addresses();
+    listeners.push(listener);
+    let listener = Listener::bind(Side::Outbound, &config.outbound.listen)?;
+    addresses.outbound = listener.addresses();
+    listeners.push(listener);
+    for upstream in &config.upstreams {
+        if let Some(listen) = &upstream.listen {
+            let listener = Listener::bind(Side::Upstream(upstream.name.as_str().into()), listen)?;
+            addresses.upstreams.push((upstream.name.clone(), listener.addresses()));
+            listeners.push(listener);
+        }
+    }
+    for listener in &listeners {
+        shared.own.add(&listener.addresses());
+    }
+
+    let workers = workers::start(&shared, listeners, worker_count.max(1))?;
+    Ok(Proxy { shared, addresses, clusters: Mutex::new(clusters), workers })
+}
+
+impl Proxy {
+    /// Takes a new configuration: connections, pools, endpoints and breakers of upstreams that stay live on.
+    pub fn reload(&self, config: Arc<Config>) {
+        let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
+        let snapshot = clusters.rebuild(config);
+        self.shared.snapshot.store(Arc::new(snapshot));
+    }
+
+    pub fn set_phase(&self, phase: Phase) {
+        self.shared.phase.send_if_modified(|now| {
+            let forward = phase > *now;
+            if forward {
+                *now = phase;
+            }
+            forward
+        });
+    }
+
+    /// Waits until discovery has answered once for every configured upstream, at most `limit`.
+    pub async fn first_discovery(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        let snapshot = self.shared.snapshot.load_full();
+        for cluster in &snapshot.clusters {
+            let _ = timeout_at(until, cluster.upstream.resolved()).await;
+        }
+    }
+
+    /// Waits until no inbound connection is open; false when `limit` passed first.
+    pub async fn inbound_drained(&self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.shared.metrics.inbound.closed()).await.is_ok()
+    }
+
+    /// Waits until no outbound connection is open; false when `limit` passed first.
+    pub async fn outbound_drained(&self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.shared.metrics.outbound.closed()).await.is_ok()
+    }
+
+    /// Ends the workers; what is still in flight is cut.
+    pub fn stop(self) {
+        self.workers.stop();
+    }
+}

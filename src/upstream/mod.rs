@@ -1,17 +1,24 @@
 //! The services that are called: their endpoints, how one is chosen, and the connections to them.
 
 pub mod balance;
+pub mod connect;
 mod endpoint;
 pub mod health;
+pub mod local;
+pub mod pool;
 
 pub use endpoint::{Endpoint, EndpointSet, Found, Resolution};
+pub use pool::Lease;
 
 use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
-use crate::discovery::DiscoveryError;
+use crate::{
+    discovery::DiscoveryError,
+    resilience::budget::{BudgetSettings, RetryBudget},
+};
 
 /// An upstream as it lives: what all workers share and what outlives a reload of its settings.
 #[derive(Debug)]
@@ -19,6 +26,8 @@ pub struct Upstream {
     pub name: Arc<str>,
     endpoints: ArcSwap<EndpointSet>,
     generation: watch::Sender<u64>,
+    /// Bounds the retries of all workers together.
+    pub retry_budget: RetryBudget,
 }
 
 impl Upstream {
@@ -27,6 +36,7 @@ impl Upstream {
             name: name.into(),
             endpoints: ArcSwap::from_pointee(EndpointSet::default()),
             generation: watch::Sender::new(0),
+            retry_budget: RetryBudget::new(BudgetSettings::default()),
         })
     }
 

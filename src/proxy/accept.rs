@@ -1,0 +1,125 @@
+//! Listeners, and what becomes of a connection that comes in.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::connection;
+use crate::{
+    config::ListenAddr,
+    runtime::{StartError, Worker},
+};
+
+const BACKLOG: i32 = 4096;
+/// Out of file descriptors, say: trying again at once would only burn CPU.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Which way calls go that come in by a listener.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// To this service.
+    Inbound,
+    /// From this service, to whomever the call names.
+    Outbound,
+    /// From this service, to one upstream, by its name.
+    Upstream(Arc<str>),
+}
+
+/// One configured address, bound. `localhost` is two sockets.
+#[derive(Debug)]
+pub struct Listener {
+    pub side: Side,
+    sockets: Vec<std::net::TcpListener>,
+}
+
+impl Listener {
+    pub fn bind(side: Side, listen: &ListenAddr) -> Result<Self, StartError> {
+        let sockets = bind(listen).map_err(|source| {
+            let what = match &side {
+                Side::Inbound => "[inbound] listen".to_owned(),
+                Side::Outbound => "[outbound] listen".to_owned(),
+                Side::Upstream(name) => format!("[[upstream]] {name}, listen"),
+            };
+            StartError::Listen { what, address: listen.clone(), source }
+        })?;
+        Ok(Self { side, sockets })
+    }
+
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.sockets.iter().filter_map(|socket| socket.local_addr().ok()).collect()
+    }
+
+    /// Registers the sockets with the runtime of the calling thread.
+    pub fn into_tokio(self) -> io::Result<Vec<(Side, TcpListener)>> {
+        let side = self.side;
+        self.sockets.into_iter().map(|socket| Ok((side.clone(), TcpListener::from_std(socket)?))).collect()
+    }
+}
+
+/// Binds an address; `localhost` in both families, to the same port, as far as the machine has them.
+pub fn bind(listen: &ListenAddr) -> io::Result<Vec<std::net::TcpListener>> {
+    let port = listen.0.port;
+    if let Some(address) = listen.0.literal() {
+        return Ok(vec![bind_one(address)?]);
+    }
+    let v4 = bind_one((Ipv4Addr::LOCALHOST, port).into());
+    let port =
+        v4.as_ref().ok().and_then(|socket| socket.local_addr().ok()).map_or(port, |bound| bound.port());
+    let v6 = bind_one((Ipv6Addr::LOCALHOST, port).into());
+    match (v4, v6) {
+        (Ok(v4), Ok(v6)) => Ok(vec![v4, v6]),
+        // A port taken in one family only would send callers elsewhere, depending on what `localhost` gives them.
+        (Ok(_), Err(error)) if error.kind() == io::ErrorKind::AddrInUse && listen.0.port != 0 => Err(error),
+        (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(vec![one]),
+        (Err(error), Err(_)) => Err(error),
+    }
+}
+
+fn bind_one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        // `[::]` means both families, whatever the system's default; `[::1]` can only be one.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// Accepts until dropped. An error of one connection, or a shortage, never ends the loop.
+pub async fn accept_loop(
+    listener: TcpListener,
+    side: Side,
+    mut deliver: impl FnMut(TcpStream, SocketAddr, &Side),
+) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => deliver(stream, peer, &side),
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept connections");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+/// Serves a connection in a task of its own: whatever happens in it, even a panic, stays in it.
+pub fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side) {
+    let worker = Rc::clone(worker);
+    tokio::task::spawn_local(connection::run(worker, stream, peer, side));
+}

@@ -1,0 +1,122 @@
+//! One try: a connection, the request, the response's head.
+
+use std::{net::SocketAddr, rc::Rc};
+
+use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use hyper::{body::Incoming, ext::Protocol as ExtendedConnect};
+
+use super::{
+    body::RequestBody,
+    connect::connect_failed,
+    error::{Cause, ProxyError},
+};
+use crate::{
+    resilience::classify::{ConnectFailure, Ending, Reset},
+    upstream::{
+        Lease,
+        connect::ConnectError,
+        local::{InFlight, LocalEndpoint},
+        pool::{ConnectionSettings, Pool, SendError},
+    },
+};
+
+/// What a try sends, beside the body.
+#[derive(Debug)]
+pub struct Outgoing {
+    pub method: Method,
+    pub uri: Uri,
+    /// `HTTP_11` or `HTTP_2`.
+    pub version: Version,
+    pub headers: HeaderMap,
+    /// Keeps the caller's spelling of header names for a service that insists.
+    pub extensions: http::Extensions,
+}
+
+/// A response's head, with what is held until its body has ended.
+#[derive(Debug)]
+pub struct Answer {
+    pub response: Response<Incoming>,
+    pub lease: Lease,
+    pub in_flight: InFlight,
+}
+
+/// A try without a response.
+#[derive(Debug)]
+pub struct Failed {
+    pub ending: Ending,
+    pub error: ProxyError,
+}
+
+impl Outgoing {
+    /// The request for a try. `last`: nothing is needed for another one.
+    pub fn request(&mut self, body: RequestBody, last: bool) -> Request<RequestBody> {
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        *request.version_mut() = self.version;
+        if last {
+            *request.headers_mut() = std::mem::take(&mut self.headers);
+            *request.extensions_mut() = std::mem::take(&mut self.extensions);
+        } else {
+            *request.headers_mut() = self.headers.clone();
+            *request.extensions_mut() = self.extensions.clone();
+        }
+        request.extensions_mut().remove::<ExtendedConnect>();
+        request
+    }
+}
+
+/// Sends `make()` to an endpoint. The request is made only once there is a connection.
+pub async fn send(
+    name: &str,
+    endpoint: &Rc<LocalEndpoint>,
+    settings: &ConnectionSettings,
+    version: Version,
+    make: impl FnOnce() -> Request<RequestBody>,
+) -> Result<Answer, Failed> {
+    let in_flight = endpoint.enter();
+    let lease = match version {
+        Version::HTTP_2 => Pool::h2(endpoint, settings).await,
+        _ => Pool::h1(endpoint, settings).await,
+    };
+    let mut lease = lease.map_err(|error| {
+        let failure = match error {
+            ConnectError::Timeout { .. } => ConnectFailure::Timeout,
+            ConnectError::Refused { .. } | ConnectError::Handshake { .. } => ConnectFailure::Refused,
+        };
+        Failed { ending: Ending::Connect(failure), error: connect_failed(name, &error) }
+    })?;
+    let stale = lease.reused();
+    match lease.send(make()).await {
+        Ok(response) => Ok(Answer { response, lease, in_flight }),
+        Err(failed) => Err(classify(name, endpoint.address(), &failed, stale)),
+    }
+}
+
+/// What a broken connection means.
+fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool) -> Failed {
+    let error = &failed.error;
+    let h2 = std::error::Error::source(error).and_then(|source| source.downcast_ref::<h2::Error>());
+    let refused = h2.is_some_and(|h2| {
+        let left_gracefully = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
+        h2.reason() == Some(h2::Reason::REFUSED_STREAM) || left_gracefully
+    });
+    if refused {
+        let detail = format!("{name}: {address} refused the stream before it was processed");
+        return Failed { ending: Ending::RefusedStream, error: ProxyError::new(Cause::Reset, detail) };
+    }
+    let reset = if error.is_parse() {
+        Reset { reused: false, request_sent: true, response_begun: true }
+    } else {
+        Reset { reused: stale, request_sent: failed.unsent.is_none(), response_begun: false }
+    };
+    let what = match (error.is_parse(), h2.and_then(h2::Error::reason)) {
+        (true, _) => format!("answered with something that is not valid HTTP ({error})"),
+        (_, Some(reason)) => format!("reset the stream ({reason})"),
+        _ => "closed the connection before it answered".to_owned(),
+    };
+    Failed {
+        ending: Ending::Reset(reset),
+        error: ProxyError::new(Cause::Reset, format!("{name}: {address} {what}")),
+    }
+}

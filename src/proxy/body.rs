@@ -1,0 +1,320 @@
+//! The bodies that pass through: streamed, with what is needed to send a request again.
+
+use std::{
+    cell::RefCell,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use super::{interim::Gate, progress::Progress};
+use crate::upstream::{Lease, local::InFlight};
+
+/// Why a body ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    #[error(transparent)]
+    Peer(#[from] hyper::Error),
+    /// A newer try has taken the request's body over.
+    #[error("another try has taken this body over")]
+    TakenOver,
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Request bodies
+
+/// A request's body as one try sends it.
+#[derive(Debug)]
+pub struct RequestBody(Option<Try>);
+
+#[derive(Debug)]
+struct Try {
+    kept: Rc<RefCell<Kept>>,
+    number: u32,
+    /// How many of the kept frames this try has sent.
+    sent: usize,
+    gate: Option<Rc<Gate>>,
+}
+
+/// The caller's body, with a copy of its beginning where the policy may want to send it again.
+#[derive(Debug)]
+struct Kept {
+    source: Incoming,
+    progress: Rc<Progress>,
+    /// The try that may read. An earlier one that still runs must not take bytes away from it.
+    current: u32,
+    frames: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+    kept_bytes: u64,
+    limit: u64,
+    touched: bool,
+    overflowed: bool,
+    ended: bool,
+    caller_gone: bool,
+}
+
+/// The caller's body, from which each try gets its own view.
+#[derive(Debug)]
+pub struct Replay(Option<Rc<RefCell<Kept>>>);
+
+/// Whether a request's body can be sent once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replayable {
+    /// Nothing of it has been read, or there is none.
+    Untouched,
+    /// All that was read is kept.
+    Kept,
+    /// More than the limit was read, and let go.
+    Gone,
+}
+
+impl Replay {
+    /// `limit`: how many bytes are kept to be sent again; 0 keeps none.
+    pub fn new(source: Incoming, limit: u64, progress: &Rc<Progress>) -> Self {
+        if source.is_end_stream() {
+            progress.request_sent();
+            return Self(None);
+        }
+        Self(Some(Rc::new(RefCell::new(Kept {
+            source,
+            progress: Rc::clone(progress),
+            current: 0,
+            frames: Vec::new(),
+            trailers: None,
+            kept_bytes: 0,
+            limit,
+            touched: false,
+            overflowed: false,
+            ended: false,
+            caller_gone: false,
+        }))))
+    }
+
+    /// The body for the next try. The views of earlier tries end with an error from now on.
+    pub fn next_try(&self, gate: Option<Rc<Gate>>) -> RequestBody {
+        RequestBody(self.0.as_ref().map(|kept| {
+            let mut inner = kept.borrow_mut();
+            inner.current += 1;
+            Try { kept: Rc::clone(kept), number: inner.current, sent: 0, gate }
+        }))
+    }
+
+    pub fn replayable(&self) -> Replayable {
+        match self.0.as_ref().map(|kept| kept.borrow()) {
+            None => Replayable::Untouched,
+            Some(kept) if !kept.touched => Replayable::Untouched,
+            Some(kept) if kept.overflowed => Replayable::Gone,
+            Some(_) => Replayable::Kept,
+        }
+    }
+
+    /// Whether the caller left in the middle of its body.
+    pub fn caller_gone(&self) -> bool {
+        self.0.as_ref().is_some_and(|kept| kept.borrow().caller_gone)
+    }
+
+    /// Whether there is no body at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+impl Kept {
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.touched = true;
+        let frame = match ready!(Pin::new(&mut self.source).poll_frame(cx)) {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => {
+                self.caller_gone = true;
+                return Poll::Ready(Some(Err(error.into())));
+            }
+            None => {
+                self.ended = true;
+                self.progress.request_sent();
+                return Poll::Ready(None);
+            }
+        };
+        self.progress.moved();
+        if let Some(data) = frame.data_ref() {
+            self.kept_bytes = self.kept_bytes.saturating_add(data.len() as u64);
+            if self.kept_bytes > self.limit {
+                self.overflowed = true;
+                self.frames = Vec::new();
+            } else {
+                self.frames.push(data.clone());
+            }
+        } else if let Some(trailers) = frame.trailers_ref()
+            && !self.overflowed
+        {
+            self.trailers = Some(trailers.clone());
+        }
+        if self.source.is_end_stream() {
+            self.ended = true;
+            self.progress.request_sent();
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+}
+
+impl RequestBody {
+    pub const fn empty() -> Self {
+        Self(None)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Some(this) = &mut self.0 else { return Poll::Ready(None) };
+        if let Some(gate) = &this.gate {
+            ready!(gate.poll_open(cx));
+        }
+        let mut kept = this.kept.borrow_mut();
+        if kept.current != this.number {
+            return Poll::Ready(Some(Err(BodyError::TakenOver)));
+        }
+        if let Some(data) = kept.frames.get(this.sent) {
+            this.sent += 1;
+            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
+        }
+        if kept.ended {
+            // Frames first, trailers last; `sent` one past the frames says that the trailers went out.
+            let trailers = (this.sent == kept.frames.len()).then(|| kept.trailers.clone()).flatten();
+            this.sent += 1;
+            return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+        }
+        let frame = ready!(kept.poll_source(cx));
+        if let Some(Ok(frame)) = &frame
+            && (frame.is_trailers() || !kept.overflowed)
+        {
+            this.sent += 1;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let Some(this) = &self.0 else { return true };
+        let kept = this.kept.borrow();
+        kept.ended
+            && kept.current == this.number
+            && this.sent >= kept.frames.len() + usize::from(kept.trailers.is_some())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let Some(this) = &self.0 else { return SizeHint::with_exact(0) };
+        let kept = this.kept.borrow();
+        if kept.touched {
+            // What is left of the source, and what of the copy this try still has to send.
+            let again: u64 = kept.frames.iter().skip(this.sent).map(|data| data.len() as u64).sum();
+            return match kept.source.size_hint().exact() {
+                Some(rest) => SizeHint::with_exact(rest + again),
+                None => SizeHint::default(),
+            };
+        }
+        kept.source.size_hint()
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Response bodies
+
+/// A response's body on its way to the caller.
+#[derive(Debug)]
+pub enum ResponseBody {
+    Empty,
+    Whole(Option<Bytes>),
+    Streaming(Box<Streaming>),
+}
+
+/// An upstream's body. Holds the connection until the body has ended.
+#[derive(Debug)]
+pub struct Streaming {
+    body: Incoming,
+    lease: Option<Lease>,
+    progress: Rc<Progress>,
+    /// Counts the call at its endpoint until the body has ended.
+    _in_flight: InFlight,
+}
+
+impl ResponseBody {
+    pub fn whole(bytes: impl Into<Bytes>) -> Self {
+        Self::Whole(Some(bytes.into()))
+    }
+
+    /// A body that still comes. A connection that is through with its response goes back to its pool at once.
+    pub fn streaming(body: Incoming, lease: Lease, in_flight: InFlight, progress: Rc<Progress>) -> Self {
+        let mut streaming = Streaming { body, lease: Some(lease), progress, _in_flight: in_flight };
+        if streaming.body.is_end_stream() {
+            streaming.finished();
+            return Self::Empty;
+        }
+        Self::Streaming(Box::new(streaming))
+    }
+}
+
+impl Streaming {
+    fn finished(&mut self) {
+        self.progress.done();
+        if let Some(lease) = self.lease.take() {
+            // An answer that came before its request was read to the end leaves the connection in between.
+            lease.finished(self.progress.request_sent_at().is_some());
+        }
+    }
+}
+
+impl Drop for Streaming {
+    fn drop(&mut self) {
+        self.progress.done();
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = match &mut *self {
+            Self::Empty => return Poll::Ready(None),
+            Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Streaming(streaming) => streaming,
+        };
+        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        this.progress.moved();
+        match &frame {
+            Some(Ok(_)) if this.body.is_end_stream() => this.finished(),
+            Some(Ok(_)) => {}
+            Some(Err(_)) => this.lease = None,
+            None => this.finished(),
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Streaming(streaming) => streaming.body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Streaming(streaming) => streaming.body.size_hint(),
+        }
+    }
+}

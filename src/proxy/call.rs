@@ -1,0 +1,139 @@
+//! One call, from its request to the response the caller gets. The steps every call takes, top to bottom.
+
+use std::{
+    any::Any,
+    future::{Future, poll_fn},
+    net::SocketAddr,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    rc::Rc,
+    task::Poll,
+};
+
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
+
+use super::{
+    accept::Side,
+    body::ResponseBody,
+    connect,
+    connection::Connection,
+    error::{Cause, Context, ProxyError, respond},
+    exchange,
+    headers::{self, X_REQUEST_ID},
+    progress::Progress,
+    target,
+};
+use crate::runtime::View;
+
+/// What is noted of a call while it goes its way.
+#[derive(Debug, Default)]
+pub struct Record {
+    pub upstream: Option<String>,
+    /// Tries that were made.
+    pub tries: u32,
+    /// The address of the last try.
+    pub endpoint: Option<SocketAddr>,
+}
+
+/// Answers a call. Whatever goes wrong becomes an answer that says so; a bug of ours too.
+pub async fn answer(
+    connection: &Rc<Connection>,
+    mut request: Request<Incoming>,
+    progress: &Rc<Progress>,
+) -> Response<ResponseBody> {
+    let view = connection.worker.view();
+    let mut record = Record::default();
+    let grpc = headers::is_grpc(request.headers());
+    let trace_id = headers::trace_id(request.headers()).map(str::to_owned);
+    let request_id = request_id(connection, &mut request);
+
+    let result = catch_panic(handle(connection, &view, request, progress, &mut record)).await;
+    let response = result.and_then(|handled| handled).unwrap_or_else(|error| {
+        tracing::debug!(%error, upstream = record.upstream, tries = record.tries, "answered in place of the service");
+        let next_hop = match connection.side {
+            Side::Inbound => None,
+            Side::Outbound | Side::Upstream(_) => record.endpoint.map(|address| address.to_string()),
+        };
+        respond(
+            &error,
+            &Context {
+                deployment: &view.names.deployment,
+                request_id: request_id.to_str().unwrap_or_default(),
+                trace_id: trace_id.as_deref(),
+                upstream: record.upstream.as_deref(),
+                tries: record.tries,
+                next_hop,
+                grpc,
+            },
+        )
+    });
+    if !matches!(response.body(), ResponseBody::Streaming(_)) {
+        progress.done();
+    }
+    response
+}
+
+async fn handle(
+    connection: &Rc<Connection>,
+    view: &View,
+    request: Request<Incoming>,
+    progress: &Rc<Progress>,
+    record: &mut Record,
+) -> Result<Response<ResponseBody>, ProxyError> {
+    headers::guard(&request)?;
+    headers::check_loop(request.headers(), &view.names.via(&connection.side).pseudonym)?;
+    if request.method() == Method::CONNECT {
+        return match (&connection.side, &connection.tunnel_to) {
+            (Side::Outbound, None) => connect::open_tunnel(connection, view, request).await,
+            _ => Err(ProxyError::malformed("CONNECT is for the outbound port")
+                .with_status(StatusCode::METHOD_NOT_ALLOWED)),
+        };
+    }
+    let target = target::find(connection, view, &request)?;
+    record.upstream = Some(target.local.cluster.settings.name.clone());
+    exchange::run(connection, view, &target, request, progress, record).await
+}
+
+/// The id of the request, given one where it has none.
+fn request_id(connection: &Connection, request: &mut Request<Incoming>) -> HeaderValue {
+    if let Some(id) = request.headers().get(X_REQUEST_ID) {
+        return id.clone();
+    }
+    let random =
+        connection.worker.with_rng(|rng| (u128::from(rng.next_u64()) << 64) | u128::from(rng.next_u64()));
+    let id = HeaderValue::try_from(format!("{random:032x}")).unwrap_or(HeaderValue::from_static("0"));
+    request.headers_mut().insert(X_REQUEST_ID, id.clone());
+    id
+}
+
+/// A panic in one call hurts no other: the caller gets a 500, the log the message.
+async fn catch_panic<T>(call: impl Future<Output = T>) -> Result<T, ProxyError> {
+    let mut call = pin!(call);
+    poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(cx))) {
+        Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
+        Ok(Poll::Pending) => Poll::Pending,
+        Err(panic) => {
+            tracing::error!(message = message(&*panic), "a call panicked");
+            Poll::Ready(Err(ProxyError::new(Cause::Internal, "a bug in the proxy; its log has more")))
+        }
+    })
+    .await
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_becomes_an_error() {
+        let result: Result<(), _> = catch_panic(async { unreachable!("a bug") }).await;
+        assert_eq!(result.map_err(|error| error.cause), Err(Cause::Internal));
+        assert_eq!(catch_panic(async { 7 }).await.ok(), Some(7));
+    }
+}

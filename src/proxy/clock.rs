@@ -1,0 +1,155 @@
+//! The clocks of a call until response headers (product: `timeout`, `attempt_timeout`, the caller's deadline).
+//!
+//! They need no timer of their own: the task that runs the call wakes it when [`Progress`] says so.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::progress::Progress;
+use crate::{
+    config::AttemptTimeout,
+    resilience::deadline::{Deadline, Limit},
+};
+
+/// What ran out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RanOut {
+    Limit(Limit),
+    /// Nothing of the request's body moved for `idle_timeout`.
+    Upload,
+    /// `max_duration`.
+    Whole,
+}
+
+#[derive(Debug)]
+pub struct Clock {
+    deadline: Deadline,
+    timeout: Option<Duration>,
+    attempt_timeout: AttemptTimeout,
+    /// The limit of the try under way, once its clock runs.
+    this_try: Option<Option<(Instant, Limit)>>,
+    try_began: Instant,
+    /// Another try may follow the one under way.
+    more: bool,
+    /// When to look again whether the body has been sent.
+    look_at: Instant,
+}
+
+impl Clock {
+    pub fn new(
+        deadline: Deadline,
+        timeout: Option<Duration>,
+        attempt_timeout: AttemptTimeout,
+        now: Instant,
+    ) -> Self {
+        Self { deadline, timeout, attempt_timeout, this_try: None, try_began: now, more: false, look_at: now }
+    }
+
+    /// A try begins; `more`: another may follow it.
+    pub fn begin_try(&mut self, more: bool) {
+        self.try_began = Instant::now();
+        self.this_try = None;
+        self.more = more;
+        self.look_at = self.try_began;
+    }
+
+    /// What is left of the call, to be told to the next hop; `None` = no limit.
+    pub fn left(&self, now: Instant) -> Option<Duration> {
+        match (self.deadline.left(now.into_std()), self.timeout) {
+            // Before the body is sent our own clock stands still: all of it is left.
+            (Some(left), Some(timeout)) => Some(left.min(timeout)),
+            (left, timeout) => left.or(timeout),
+        }
+    }
+
+    pub fn deadline(&self) -> &Deadline {
+        &self.deadline
+    }
+
+    /// Starts the clock of the call where the request has been sent.
+    pub fn request_sent(&mut self, progress: &Progress) {
+        if let Some(sent) = progress.request_sent_at() {
+            self.deadline.start(sent.into_std(), self.timeout);
+        }
+    }
+
+    /// Runs `work` until it is done or a clock runs out.
+    pub async fn run<F: Future>(
+        &mut self,
+        progress: &Progress,
+        work: F,
+        mut beside: impl FnMut(&mut Context<'_>),
+    ) -> Result<F::Output, RanOut> {
+        let mut work = pin!(work);
+        let result = poll_fn(|cx| {
+            beside(cx);
+            if let Poll::Ready(output) = work.as_mut().poll(cx) {
+                return Poll::Ready(Ok(output));
+            }
+            let woken = progress.take_woken();
+            match self.due(progress) {
+                Some((due, Some(ran_out))) if woken && Instant::now() >= due => {
+                    return Poll::Ready(Err(ran_out));
+                }
+                Some((due, _)) => progress.wake_at(Some(due)),
+                None => progress.wake_at(None),
+            }
+            Poll::Pending
+        })
+        .await;
+        progress.wake_at(None);
+        result
+    }
+
+    /// What comes next: a limit, or (`None`) a moment to look again.
+    fn due(&mut self, progress: &Progress) -> Option<(Instant, Option<RanOut>)> {
+        let whole = progress.over_at().map(|at| (at, Some(RanOut::Whole)));
+        self.request_sent(progress);
+        if let Some(sent) = progress.request_sent_at() {
+            let this_try = *self.this_try.get_or_insert_with(|| {
+                let began = sent.max(self.try_began);
+                let limit = self.deadline.attempt(began.into_std(), self.attempt_timeout, self.more);
+                limit.map(|(at, limit)| (Instant::from_std(at), limit))
+            });
+            return earliest(whole, this_try.map(|(at, limit)| (at, Some(RanOut::Limit(limit)))));
+        }
+        let stalls = progress.upload_stalls_at().map(|at| (at, Some(RanOut::Upload)));
+        let callers =
+            self.deadline.at().map(|(at, limit)| (Instant::from_std(at), Some(RanOut::Limit(limit))));
+        // Whatever is to run from the end of the body on cannot run out before this.
+        let look = self.shortest().map(|shortest| {
+            let now = Instant::now();
+            if now >= self.look_at {
+                self.look_at = now + shortest;
+            }
+            (self.look_at, None)
+        });
+        earliest(earliest(whole, stalls), earliest(callers, look))
+    }
+
+    fn shortest(&self) -> Option<Duration> {
+        let attempt = match self.attempt_timeout {
+            AttemptTimeout::Auto => self.timeout.map(|timeout| timeout / 2),
+            AttemptTimeout::Fixed(limit) => limit.limit(),
+        };
+        match (attempt, self.timeout) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (one, None) | (None, one) => one,
+        }
+    }
+}
+
+type Due = Option<(Instant, Option<RanOut>)>;
+
+fn earliest(a: Due, b: Due) -> Due {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(if b.0 < a.0 { b } else { a }),
+        (one, None) | (None, one) => one,
+    }
+}

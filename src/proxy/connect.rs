@@ -1,0 +1,210 @@
+//! Connections that carry bytes rather than calls: CONNECT, and ports that are not HTTP.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
+    time::Duration,
+};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::{task::spawn_local, time::timeout};
+
+use super::{
+    body::ResponseBody,
+    connection::Connection,
+    error::{Cause, ProxyError},
+    io::SharedTcp,
+    target::{self, Target},
+};
+use crate::{
+    discovery::DiscoveryError,
+    runtime::{LocalCluster, View},
+    upstream::{
+        EndpointSet, Resolution,
+        connect::{ConnectError, connect},
+        local::{InFlight, LocalEndpoint},
+    },
+};
+
+/// Endpoints that a connection is tried to before the caller is told.
+const DIALS: usize = 3;
+/// How long a call waits for the first answer of discovery.
+const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Opens a connection to an upstream for bytes.
+pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(SharedTcp, InFlight), ProxyError> {
+    dial_allowed(connection, to, |_| Ok(())).await
+}
+
+async fn dial_allowed(
+    connection: &Connection,
+    to: &LocalCluster,
+    allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
+) -> Result<(SharedTcp, InFlight), ProxyError> {
+    let endpoints = endpoints(connection, to).await?;
+    let limit = to.cluster.settings.policy.connect_timeout.limit();
+    let mut tried = Vec::new();
+    loop {
+        let endpoint = pick(connection, to, &endpoints, &tried, None)?;
+        allowed(endpoints[endpoint].address())?;
+        match connect(endpoints[endpoint].address(), limit).await {
+            Ok(stream) => return Ok((stream, endpoints[endpoint].enter())),
+            Err(error) => {
+                tried.push(endpoint);
+                if tried.len() >= DIALS.min(endpoints.len()) {
+                    return Err(connect_failed(&to.cluster.settings.name, &error));
+                }
+            }
+        }
+    }
+}
+
+/// The endpoints of an upstream; waits where discovery has not answered yet.
+pub async fn endpoints(
+    connection: &Connection,
+    to: &LocalCluster,
+) -> Result<Rc<[Rc<LocalEndpoint>]>, ProxyError> {
+    let shared = &to.upstream.shared;
+    if shared.endpoints().generation == 0 && timeout(DISCOVERY_PATIENCE, shared.resolved()).await.is_err() {
+        return Err(ProxyError::new(
+            Cause::DnsTimeout,
+            format!("{}: its endpoints are not known yet", to.cluster.settings.name),
+        ));
+    }
+    let endpoints = connection.worker.with_rng(|rng| to.upstream.endpoints(rng));
+    if endpoints.is_empty() {
+        return Err(nothing_found(&to.cluster.settings.name, &shared.endpoints()));
+    }
+    Ok(endpoints)
+}
+
+/// The index of the endpoint for the next try.
+pub fn pick(
+    connection: &Connection,
+    to: &LocalCluster,
+    endpoints: &[Rc<LocalEndpoint>],
+    tried: &[usize],
+    hash: Option<u64>,
+) -> Result<usize, ProxyError> {
+    connection.worker.with_rng(|rng| to.upstream.pick(endpoints, rng, tried, hash)).ok_or_else(|| {
+        let unhealthy = endpoints.iter().filter(|endpoint| !endpoint.shared.is_healthy()).count();
+        let detail = format!(
+            "{}: none of its {} endpoints can be used ({unhealthy} failed their health checks)",
+            to.cluster.settings.name,
+            endpoints.len()
+        );
+        ProxyError::new(Cause::NoEndpoint, detail).retry_after(Duration::from_secs(1))
+    })
+}
+
+fn nothing_found(name: &str, set: &EndpointSet) -> ProxyError {
+    match &set.resolution {
+        Resolution::Failed(error) => {
+            let cause = match **error {
+                DiscoveryError::DnsTimeout { .. } => Cause::DnsTimeout,
+                DiscoveryError::Dns { .. } => Cause::DnsFailure,
+                _ => Cause::NoEndpoint,
+            };
+            ProxyError::new(cause, format!("{name}: {error}"))
+        }
+        _ => ProxyError::new(Cause::NoEndpoint, format!("{name} has no endpoints"))
+            .retry_after(Duration::from_secs(1)),
+    }
+}
+
+pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
+    let cause = match error {
+        ConnectError::Refused { .. } => Cause::ConnectRefused,
+        ConnectError::Timeout { .. } => Cause::ConnectTimeout,
+        ConnectError::Handshake { .. } => Cause::Reset,
+    };
+    ProxyError::new(cause, format!("{name}: {error}"))
+}
+
+/// Refuses addresses that a caller must not reach by naming them: this proxy itself, and what hands out credentials.
+pub fn check_address(
+    view: &View,
+    connection: &Connection,
+    target: &Target,
+    address: SocketAddr,
+) -> Result<(), ProxyError> {
+    if !target.chosen_by_caller {
+        return Ok(());
+    }
+    let name = &target.local.cluster.settings.name;
+    if connection.worker.shared.own.contains(address) {
+        return Err(ProxyError::new(
+            Cause::DeniedNetwork,
+            format!("{name} is {address}: a port of this proxy itself"),
+        ));
+    }
+    if target.local.cluster.looked_up {
+        let ip = unmapped(address.ip());
+        if let Some(network) =
+            view.snapshot.config.outbound.deny_networks.iter().find(|network| network.contains(ip))
+        {
+            return Err(ProxyError::new(
+                Cause::DeniedNetwork,
+                format!("{name} is {address}, in {network}, which `outbound.deny_networks` names"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The IPv4 address inside an IPv6 one: mapped (`::ffff:a.b.c.d`) or NAT64 (RFC 6052 `64:ff9b::/96`, RFC 8215).
+fn unmapped(ip: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = ip else { return ip };
+    let nat64 = |v6: Ipv6Addr| {
+        let [a, b, c, d, e, f, high, low] = v6.segments();
+        let well_known = [a, b, c, d, e, f] == [0x64, 0xff9b, 0, 0, 0, 0];
+        let local_use = [a, b, c] == [0x64, 0xff9b, 1];
+        (well_known || local_use).then(|| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))
+    };
+    v6.to_ipv4_mapped().or_else(|| nat64(v6)).map_or(ip, IpAddr::V4)
+}
+
+/// Answers CONNECT: the connection is made first, so that a failure can still be told.
+pub async fn open_tunnel(
+    connection: &Rc<Connection>,
+    view: &View,
+    mut request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, ProxyError> {
+    let authority =
+        request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
+    let to = target::host_port(authority, request.method())?;
+    let target = target::by_host(connection, view, &to, &request)?;
+    let (upstream, in_use) =
+        dial_allowed(connection, &target.local, |address| check_address(view, connection, &target, address))
+            .await?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    let inside = connection.inside_tunnel(to);
+    spawn_local(async move {
+        let _in_use = in_use;
+        let _open = inside.worker.shared.metrics.outbound.opened();
+        let Ok(upgraded) = upgrade.await else { return };
+        let ended = inside.serve_tunnel(TokioIo::new(upgraded), upstream, &target.local).await;
+        if let Err(error) = ended {
+            tracing::debug!(upstream = target.local.cluster.settings.name, %error, "tunnel ended");
+        }
+    });
+    Ok(Response::new(ResponseBody::Empty))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_addresses_are_known_in_every_disguise() {
+        for text in
+            ["169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"]
+        {
+            let ip = unmapped(text.parse().unwrap());
+            assert_eq!(ip, IpAddr::from([169, 254, 169, 254]), "{text}");
+        }
+        assert_eq!(unmapped("2001:db8::1".parse().unwrap()), "2001:db8::1".parse::<IpAddr>().unwrap());
+    }
+}

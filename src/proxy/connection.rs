@@ -1,0 +1,398 @@
+//! A caller's connection, from its first byte to its last.
+
+use std::{
+    cell::{Cell, RefCell},
+    convert::Infallible,
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use http::{HeaderValue, Request, Response};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    task::spawn_local,
+    time::{Instant, sleep},
+};
+
+use super::{
+    accept::Side,
+    body::ResponseBody,
+    call, connect,
+    detect::{Detector, Spoken},
+    error::ProxyError,
+    io::{CallerIo, SharedTcp, Wire},
+    progress::{Progress, Watchdog, poll_watched},
+    target,
+    tunnel::{self, relay},
+};
+use crate::{
+    config::{HeaderCase, HostPort, Protocol},
+    runtime::{LocalCluster, Phase, Worker, drain_phase},
+};
+
+/// From the first byte of a request's head to its last (slowloris).
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A caller's connection that carries nothing. Long: who closes first loses the race against the next request.
+const CALLER_IDLE: Duration = Duration::from_secs(3600);
+/// A caller that takes nothing of what is written to it.
+const WRITE_STALL: Duration = Duration::from_secs(300);
+/// A caller that says nothing for this long may be waiting for the other side to speak first.
+const SILENCE: Duration = Duration::from_millis(100);
+/// Limits of §4.9: header block and number of fields.
+pub const MAX_HEADER_BYTES: usize = 64 * 1024;
+pub const MAX_HEADERS: usize = 100;
+/// Streams a caller may have open on one HTTP/2 connection.
+const MAX_STREAMS: u32 = 200;
+/// Resets a caller may provoke or send before its connection is closed (rapid reset, MadeYouReset).
+const MAX_RESETS: usize = 64;
+const H2_STREAM_WINDOW: u32 = 256 * 1024;
+const H2_CONNECTION_WINDOW: u32 = 1024 * 1024;
+
+/// What all calls of a connection share.
+#[derive(Debug)]
+pub struct Connection {
+    pub worker: Rc<Worker>,
+    pub side: Side,
+    /// The peer's address, as `x-forwarded-for` has it.
+    pub peer: HeaderValue,
+    pub wire: Arc<Wire>,
+    /// Inside a CONNECT tunnel, whom it leads to.
+    pub tunnel_to: Option<HostPort>,
+    /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
+    exchange: RefCell<Option<Rc<Progress>>>,
+    /// Streams that HTTP/2 carries now.
+    streams: Cell<u32>,
+    http2: Cell<bool>,
+    /// Since when nothing is under way.
+    idle_since: Cell<Instant>,
+}
+
+/// Serves a connection to its end.
+pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side) {
+    let metrics = match &side {
+        Side::Inbound => &worker.shared.metrics.inbound,
+        Side::Outbound | Side::Upstream(_) => &worker.shared.metrics.outbound,
+    };
+    let _open = metrics.opened();
+    let _counted = Counted::new(&worker);
+    let stream = SharedTcp::new(stream);
+    let connection = Connection::new(&worker, side, peer);
+    if let Err(error) = connection.serve(stream).await {
+        tracing::debug!(%peer, %error, "connection ended");
+    }
+}
+
+/// Why a connection ended other than well.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+    #[error(transparent)]
+    Refused(#[from] ProxyError),
+    #[error("{0}")]
+    Cut(&'static str),
+}
+
+impl Connection {
+    fn new(worker: &Rc<Worker>, side: Side, peer: SocketAddr) -> Rc<Self> {
+        let peer = HeaderValue::try_from(peer.ip().to_canonical().to_string())
+            .unwrap_or(HeaderValue::from_static("unknown"));
+        Rc::new(Self {
+            worker: Rc::clone(worker),
+            side,
+            peer,
+            wire: Arc::default(),
+            tunnel_to: None,
+            exchange: RefCell::default(),
+            streams: Cell::default(),
+            http2: Cell::default(),
+            idle_since: Cell::new(Instant::now()),
+        })
+    }
+
+    /// The connection inside a CONNECT tunnel of this one.
+    pub fn inside_tunnel(&self, to: HostPort) -> Rc<Self> {
+        Rc::new(Self {
+            worker: Rc::clone(&self.worker),
+            side: self.side.clone(),
+            peer: self.peer.clone(),
+            wire: Arc::default(),
+            tunnel_to: Some(to),
+            exchange: RefCell::default(),
+            streams: Cell::default(),
+            http2: Cell::default(),
+            idle_since: Cell::new(Instant::now()),
+        })
+    }
+
+    /// Finds out what the caller speaks and serves it: HTTP call by call, anything else as bytes.
+    async fn serve(self: &Rc<Self>, mut stream: SharedTcp) -> Result<(), ConnectionError> {
+        // Whom bytes that are not HTTP go to; for the outbound port nobody.
+        let behind = target::behind(self);
+        let protocol = behind.as_ref().map_or(Protocol::Auto, |behind| behind.cluster.settings.protocol);
+        if let (Protocol::Tcp, Some(behind)) = (protocol, &behind) {
+            let (upstream, _in_use) = connect::dial(self, behind).await?;
+            return self.carry(stream, upstream, behind).await;
+        }
+        let mut detector = Detector::default();
+        let mut leaving = pin!(self.leaving());
+        let spoken = match &behind {
+            None => tokio::select! {
+                spoken = detector.spoken(&mut stream) => spoken?,
+                () = &mut leaving => return Ok(()),
+            },
+            Some(behind) => {
+                tokio::select! {
+                    spoken = detector.spoken(&mut stream) => spoken?,
+                    () = sleep(SILENCE) => {
+                        // Perhaps the service is the one to speak first. Whichever does decides.
+                        let (upstream, _in_use) = connect::dial(self, behind).await?;
+                        let spoken = tokio::select! {
+                            biased;
+                            spoken = detector.spoken(&mut stream) => Some(spoken?),
+                            ready = upstream.readable() => { ready?; None }
+                            () = &mut leaving => return Ok(()),
+                        };
+                        match spoken {
+                            Some(Spoken::Http1 | Spoken::H2) => spoken.unwrap_or(Spoken::Nothing),
+                            Some(Spoken::Nothing) => return Ok(()),
+                            Some(Spoken::Other) | None => {
+                                let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
+                                return self.carry(stream, upstream, behind).await;
+                            }
+                        }
+                    }
+                }
+            }
+        };
+        let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
+        match (spoken, behind) {
+            (Spoken::Http1, _) => self.serve_http1(stream).await,
+            (Spoken::H2, _) => self.serve_http2(stream).await,
+            (Spoken::Nothing, _) => Ok(()),
+            (Spoken::Other, Some(behind)) => {
+                let (upstream, _in_use) = connect::dial(self, &behind).await?;
+                self.carry(stream, upstream, &behind).await
+            }
+            (Spoken::Other, None) => Err(ConnectionError::Cut(
+                "the outbound port was sent bytes that are not HTTP: they name nobody to carry them to; use CONNECT, or an upstream's own `listen`",
+            )),
+        }
+    }
+
+    async fn carry<S>(&self, stream: S, upstream: SharedTcp, to: &LocalCluster) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let policy = &to.cluster.settings.policy;
+        let over_at = policy.max_duration.limit().map(|limit| Instant::now() + limit);
+        match relay(stream, upstream, policy.tunnel_idle_timeout.limit(), over_at).await {
+            tunnel::End::Closed(result) => Ok(result.map(drop)?),
+            tunnel::End::Idle => Err(ConnectionError::Cut("nothing moved for tunnel_idle_timeout")),
+            tunnel::End::Over => Err(ConnectionError::Cut("max_duration is over")),
+        }
+    }
+
+    /// Serves what came through a CONNECT tunnel; bytes go to `upstream`, which is connected already.
+    pub async fn serve_tunnel<S>(
+        self: &Rc<Self>,
+        mut stream: S,
+        upstream: SharedTcp,
+        to: &LocalCluster,
+    ) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut detector = Detector::default();
+        let spoken = tokio::select! {
+            biased;
+            spoken = detector.spoken(&mut stream) => spoken?,
+            // The server speaks first: mail, databases.
+            ready = upstream.readable() => { ready?; Spoken::Other }
+        };
+        let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
+        match spoken {
+            Spoken::Http1 => self.serve_http1(stream).await,
+            Spoken::H2 => self.serve_http2(stream).await,
+            Spoken::Other => self.carry(stream, upstream, to).await,
+            Spoken::Nothing => Ok(()),
+        }
+    }
+
+    async fn serve_http1<S>(self: &Rc<Self>, stream: S) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let preserve_case = self
+            .worker
+            .view()
+            .clusters
+            .iter()
+            .any(|local| local.cluster.settings.header_case == HeaderCase::Preserve);
+        let this = Rc::clone(self);
+        let service = service_fn(move |request| Rc::clone(&this).call(request));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            // Ours knows an idle connection from a slow head; see `cut_at`.
+            .header_read_timeout(None)
+            .max_headers(MAX_HEADERS)
+            .max_header_size(MAX_HEADER_BYTES)
+            .preserve_header_case(preserve_case)
+            .half_close(true)
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        self.drive(connection, |connection| connection.graceful_shutdown()).await
+    }
+
+    async fn serve_http2<S>(self: &Rc<Self>, stream: S) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        self.http2.set(true);
+        let this = Rc::clone(self);
+        let service = service_fn(move |request| Rc::clone(&this).call(request));
+        let connection = http2::Builder::new(StreamExecutor(Rc::clone(self)))
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_pending_accept_reset_streams(MAX_RESETS)
+            .max_local_error_reset_streams(MAX_RESETS)
+            .max_header_list_size(MAX_HEADER_BYTES as u32)
+            .initial_stream_window_size(H2_STREAM_WINDOW)
+            .initial_connection_window_size(H2_CONNECTION_WINDOW)
+            .keep_alive_interval(Duration::from_secs(60))
+            .keep_alive_timeout(Duration::from_secs(20))
+            .serve_connection(TokioIo::new(stream), service);
+        self.drive(connection, |connection| connection.graceful_shutdown()).await
+    }
+
+    /// Runs hyper's connection; asks it to leave when the process does, and ends it when it stands still.
+    async fn drive<C>(&self, connection: C, leave: impl Fn(Pin<&mut C>)) -> Result<(), ConnectionError>
+    where
+        C: Future<Output = hyper::Result<()>>,
+    {
+        let mut connection = pin!(connection);
+        let mut leaving = pin!(self.leaving());
+        let mut watchdog = Watchdog::default();
+        let mut left = false;
+        poll_fn(|cx| {
+            if !left && leaving.as_mut().poll(cx).is_ready() {
+                left = true;
+                leave(connection.as_mut());
+            }
+            let look = || (self.exchange.borrow().clone(), self.cut_at().0);
+            let polled = poll_watched(cx, &mut watchdog, |cx| connection.as_mut().poll(cx), look);
+            polled.map(|result| match result {
+                Some(result) => result.map_err(ConnectionError::from),
+                None => Err(ConnectionError::Cut(self.cut_at().1)),
+            })
+        })
+        .await
+    }
+
+    /// Waits until connections of this side are asked to leave.
+    async fn leaving(&self) {
+        let drains_at = drain_phase(&self.side);
+        let mut phase = self.worker.shared.phase.subscribe();
+        // The sender lives as long as the worker.
+        let _ = phase.wait_for(|phase: &Phase| *phase >= drains_at).await;
+    }
+
+    /// When the connection is to be cut unless something moves, and what to say then.
+    fn cut_at(&self) -> (Option<Instant>, &'static str) {
+        if let Some(blocked) = self.wire.write_blocked() {
+            return (Some(blocked + WRITE_STALL), "the caller takes nothing of what is written to it");
+        }
+        match &*self.exchange.borrow() {
+            Some(exchange) if !exchange.is_done() => {
+                return (
+                    exchange.cut_at(),
+                    "the exchange stood still for idle_timeout, or took max_duration",
+                );
+            }
+            Some(exchange) => self.idle_since.set(exchange.last_moved()),
+            // HTTP/2, whose bytes are not ours to tell apart.
+            None if self.streams.get() > 0 => return (None, ""),
+            None => {}
+        }
+        if let (Some(begun), false) = (self.wire.head_begun(), self.http2.get()) {
+            return (Some(begun + HEADER_TIMEOUT), "the request's head took too long");
+        }
+        (Some(self.idle_since.get() + CALLER_IDLE), "idle")
+    }
+
+    /// Begins a call. Not `async`: what is set here must be set before hyper hands the future on.
+    fn call(
+        self: Rc<Self>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Result<Response<ResponseBody>, Infallible>> {
+        let progress = Rc::new(Progress::new(Instant::now()));
+        self.wire.head_read();
+        self.exchange.replace(Some(Rc::clone(&progress)));
+        async move { Ok(call::answer(&self, request, &progress).await) }
+    }
+}
+
+/// Runs each HTTP/2 stream as a task, under its own watch: a stream that stands still is reset, the others go on.
+#[derive(Clone, Debug)]
+struct StreamExecutor(Rc<Connection>);
+
+impl<F> hyper::rt::Executor<F> for StreamExecutor
+where
+    F: Future + 'static,
+{
+    fn execute(&self, stream: F) {
+        let connection = Rc::clone(&self.0);
+        let exchange = connection.exchange.take();
+        connection.streams.set(connection.streams.get() + 1);
+        spawn_local(async move {
+            let open = OpenStream(connection);
+            let mut stream = pin!(stream);
+            let mut watchdog = Watchdog::default();
+            poll_fn(|cx| {
+                let look = || (exchange.clone(), exchange.as_ref().and_then(|exchange| exchange.cut_at()));
+                poll_watched(cx, &mut watchdog, |cx| stream.as_mut().poll(cx).map(drop), look).map(drop)
+            })
+            .await;
+            drop(open);
+        });
+    }
+}
+
+struct OpenStream(Rc<Connection>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get().saturating_sub(1));
+        self.0.idle_since.set(Instant::now());
+    }
+}
+
+/// Counts a connection for its worker.
+struct Counted<'a>(&'a Worker);
+
+impl<'a> Counted<'a> {
+    fn new(worker: &'a Worker) -> Self {
+        worker.connections.set(worker.connections.get() + 1);
+        Self(worker)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.connections.set(self.0.connections.get().saturating_sub(1));
+    }
+}

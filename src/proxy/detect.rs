@@ -1,0 +1,122 @@
+//! What a caller speaks, told from its first bytes.
+
+use std::{io, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    time::timeout,
+};
+
+/// The client connection preface of HTTP/2 (RFC 9113 §3.4).
+const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// The longest method that is taken for HTTP/1.
+const LONGEST_METHOD: usize = 24;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spoken {
+    Http1,
+    H2,
+    /// TLS, a database, anything: bytes.
+    Other,
+    /// The caller left without a word.
+    Nothing,
+}
+
+/// From the first byte to enough of them.
+const PATIENCE: Duration = Duration::from_secs(10);
+const FIRST_READ: usize = 1024;
+
+/// Reads as few bytes as it takes to tell. What it has read survives when it is cancelled and asked again.
+#[derive(Debug, Default)]
+pub struct Detector {
+    seen: BytesMut,
+}
+
+impl Detector {
+    pub async fn spoken(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Spoken> {
+        loop {
+            if let Some(spoken) = judge(&self.seen) {
+                return Ok(spoken);
+            }
+            let begun = !self.seen.is_empty();
+            // Held while the caller is silent; large enough for most requests.
+            self.seen.reserve(FIRST_READ);
+            let read = stream.read_buf(&mut self.seen);
+            let count = if begun { timeout(PATIENCE, read).await?? } else { read.await? };
+            if count == 0 {
+                return Ok(if self.seen.is_empty() { Spoken::Nothing } else { Spoken::Other });
+            }
+        }
+    }
+
+    /// What was read, to be read again.
+    pub fn into_bytes(self) -> Bytes {
+        self.seen.freeze()
+    }
+}
+
+/// `None`: more bytes are needed.
+fn judge(bytes: &[u8]) -> Option<Spoken> {
+    // Empty lines before a request line are tolerated (RFC 9112 §2.2).
+    let start = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n')).unwrap_or(bytes.len());
+    let bytes = if start <= 2 { &bytes[start..] } else { bytes };
+    if bytes.len() >= H2_PREFACE.len() && bytes.starts_with(H2_PREFACE) {
+        return Some(Spoken::H2);
+    }
+    if H2_PREFACE.starts_with(bytes) {
+        return None;
+    }
+    let token = bytes.iter().take(LONGEST_METHOD + 1).take_while(|b| is_method_byte(**b)).count();
+    match bytes.get(token) {
+        _ if token > LONGEST_METHOD => Some(Spoken::Other),
+        Some(b' ') if token > 0 => Some(Spoken::Http1),
+        Some(_) => Some(Spoken::Other),
+        None => None,
+    }
+}
+
+/// Methods are any token by the standard; those in use are letters, digits and `-`. Narrow on purpose: what is no
+/// HTTP must not be answered with an HTTP error.
+fn is_method_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_protocols_apart_with_the_fewest_bytes() {
+        for (bytes, expected) in [
+            (&b"GET / HTTP/1.1\r\n"[..], Some(Spoken::Http1)),
+            (b"GET ", Some(Spoken::Http1)),
+            (b"GE", None),
+            (b"", None),
+            (b"\r\nPOST /", Some(Spoken::Http1)),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Some(Spoken::H2)),
+            (b"PRI * HTTP/2.0\r\n\r\n", None),
+            (b"PRI * HTTP/1.1\r\n", Some(Spoken::Http1)),
+            (b"M-SEARCH * HTTP/1.1", Some(Spoken::Http1)),
+            (b"\x16\x03\x01\x02\x00\x01", Some(Spoken::Other)),
+            (b"*1\r\n$4\r\nPING\r\n", Some(Spoken::Other)),
+            (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Some(Spoken::Other)),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Spoken::Other)),
+            (b"ABCDEFGHIJKLMNOPQRSTUVWXYZABC", Some(Spoken::Other)),
+        ] {
+            assert_eq!(judge(bytes), expected, "{:?}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_read_comes_back() {
+        let mut stream: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+        let mut detector = Detector::default();
+        let spoken = detector.spoken(&mut stream).await.unwrap();
+        assert_eq!(
+            (spoken, &detector.into_bytes()[..]),
+            (Spoken::Http1, &b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"[..])
+        );
+    }
+}

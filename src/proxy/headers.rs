@@ -1,0 +1,412 @@
+//! What a proxy changes in the header of a message (RFC 9110 §7.6), and what it refuses to carry.
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Version,
+    header::{
+        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
+        TRANSFER_ENCODING, UPGRADE, VIA,
+    },
+};
+
+use super::error::{Cause, ProxyError};
+use crate::config::{Forwarded, HeaderEdits};
+
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const X_OUTRIGGER_ATTEMPT: HeaderName = HeaderName::from_static("x-outrigger-attempt");
+pub const X_OUTRIGGER_RETRY: HeaderName = HeaderName::from_static("x-outrigger-retry");
+const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
+/// Fields that `Connection` must not name: removing them would change what the next hop believes about the message
+/// or its sender.
+fn is_protected(name: &str) -> bool {
+    [HOST, CONTENT_LENGTH, AUTHORIZATION, COOKIE, TRACEPARENT, TRACESTATE, X_REQUEST_ID, X_FORWARDED_FOR]
+        .iter()
+        .any(|protected| protected.as_str().eq_ignore_ascii_case(name))
+        || name.as_bytes().get(..11).is_some_and(|start| start.eq_ignore_ascii_case(b"x-outrigger"))
+        || name.eq_ignore_ascii_case(X_FORWARDED_CLIENT_CERT.as_str())
+}
+
+/// What the hop-by-hop fields of a message said, once they are gone.
+#[derive(Debug, Default)]
+pub struct HopByHop {
+    /// The protocol that both ends are asked to change to.
+    pub upgrade: Option<HeaderValue>,
+}
+
+/// Removes everything that is meant for this hop only (RFC 9110 §7.6.1). `TE: trailers` stays, as we pass trailers on.
+pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Result<HopByHop, ProxyError> {
+    let mut said = HopByHop::default();
+    let mut wants_upgrade = false;
+    if headers.contains_key(CONNECTION) {
+        let named: Vec<HeaderValue> = headers.get_all(CONNECTION).iter().cloned().collect();
+        headers.remove(CONNECTION);
+        for value in &named {
+            let text =
+                value.to_str().map_err(|_| ProxyError::malformed("the Connection field is not text"))?;
+            for option in text.split(',').map(str::trim).filter(|option| !option.is_empty()) {
+                if option.eq_ignore_ascii_case("upgrade") {
+                    wants_upgrade = true;
+                } else if is_protected(option) {
+                    return Err(ProxyError::malformed(format!(
+                        "Connection names `{option}`, which is not hop-by-hop"
+                    )));
+                } else if !option.eq_ignore_ascii_case("te") {
+                    headers.remove(option);
+                }
+            }
+        }
+    }
+    if let Some(protocol) = headers.remove(UPGRADE)
+        && wants_upgrade
+        // An upgrade to h2c would carry later requests past every check (RFC 9113 §3.1 retired it).
+        && !protocol.to_str().is_ok_and(|p| p.split(',').any(|p| p.trim().eq_ignore_ascii_case("h2c")))
+    {
+        said.upgrade = Some(protocol);
+    }
+    headers.remove(HTTP2_SETTINGS);
+    headers.remove(KEEP_ALIVE);
+    headers.remove(PROXY_CONNECTION);
+    headers.remove(TRANSFER_ENCODING);
+    if let Some(te) = headers.remove(TE)
+        && te
+            .to_str()
+            .is_ok_and(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
+    {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    Ok(said)
+}
+
+/// The credentials for this proxy go no further.
+pub fn remove_proxy_credentials(headers: &mut HeaderMap) {
+    headers.remove(PROXY_AUTHORIZATION);
+    headers.remove(PROXY_AUTHENTICATE);
+}
+
+/// Removes what only a proxy may say: who the caller is, which try this is.
+pub fn remove_spoofed(headers: &mut HeaderMap) {
+    headers.remove(X_FORWARDED_CLIENT_CERT);
+    headers.remove(X_OUTRIGGER_RETRY);
+}
+
+/// Refuses what two parsers could read differently and hyper lets pass.
+pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
+    let headers = request.headers();
+    let mut hosts = headers.get_all(HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err(ProxyError::malformed("more than one Host field (RFC 9112 §3.2)"));
+    }
+    if host.is_none() && request.version() == Version::HTTP_11 {
+        return Err(ProxyError::malformed("no Host field (RFC 9112 §3.2)"));
+    }
+    if let Some(host) = host {
+        let text = host.to_str().map_err(|_| ProxyError::malformed("the Host field is not text"))?;
+        if text.is_empty() || text.parse::<http::uri::Authority>().is_err() || text.contains('@') {
+            if !(text.is_empty() && request.uri().authority().is_some()) {
+                return Err(ProxyError::malformed("the Host field is not a host"));
+            }
+        } else if request.version() == Version::HTTP_2
+            && request
+                .uri()
+                .authority()
+                .is_some_and(|authority| !authority.as_str().eq_ignore_ascii_case(text))
+        {
+            return Err(ProxyError::malformed(":authority and host differ (RFC 9113 §8.3.1)"));
+        }
+    }
+    if request.uri().authority().is_some_and(|authority| authority.as_str().contains('@')) {
+        return Err(ProxyError::malformed("the target carries user information"));
+    }
+    if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
+        return Err(ProxyError::malformed("more than one Content-Length field"));
+    }
+    if request.version() == Version::HTTP_10 && headers.contains_key(TRANSFER_ENCODING) {
+        return Err(ProxyError::malformed("Transfer-Encoding in an HTTP/1.0 request (RFC 9112 §6.1)"));
+    }
+    if let Some(expect) = headers.get(http::header::EXPECT)
+        && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
+    {
+        return Err(ProxyError::malformed("an expectation that is not 100-continue (RFC 9110 §10.1.1)")
+            .with_status(http::StatusCode::EXPECTATION_FAILED));
+    }
+    let asterisk = request.uri().path() == "*";
+    if asterisk && request.method() != Method::OPTIONS {
+        return Err(ProxyError::malformed("the target * is for OPTIONS only (RFC 9112 §3.2.4)"));
+    }
+    Ok(())
+}
+
+/// Refuses a message that has passed this proxy before.
+pub fn check_loop(headers: &HeaderMap, pseudonym: &str) -> Result<(), ProxyError> {
+    let seen = headers
+        .get_all(VIA)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|member| member.split_ascii_whitespace().nth(1) == Some(pseudonym));
+    if seen { Err(ProxyError::new(Cause::Loop, format!("Via already names {pseudonym}"))) } else { Ok(()) }
+}
+
+/// `Via` members for each version a message can have come by, made once.
+#[derive(Debug)]
+pub struct Via {
+    pub pseudonym: String,
+    http10: HeaderValue,
+    http11: HeaderValue,
+    http2: HeaderValue,
+}
+
+impl Via {
+    /// `pseudonym`: unique per instance and direction, a token.
+    pub fn new(pseudonym: String) -> Self {
+        let value = |version: &str| {
+            HeaderValue::try_from(format!("{version} {pseudonym}"))
+                .unwrap_or(HeaderValue::from_static("1.1 outrigger"))
+        };
+        Self { http10: value("1.0"), http11: value("1.1"), http2: value("2"), pseudonym }
+    }
+
+    pub fn append(&self, headers: &mut HeaderMap, version: Version) {
+        let member = match version {
+            Version::HTTP_10 => &self.http10,
+            Version::HTTP_2 => &self.http2,
+            _ => &self.http11,
+        };
+        headers.append(VIA, member.clone());
+    }
+}
+
+/// Who called, for `x-forwarded-*`.
+#[derive(Debug)]
+pub struct Caller<'a> {
+    pub address: &'a HeaderValue,
+    pub proto: &'static str,
+    pub host: Option<HeaderValue>,
+}
+
+/// Sets or extends `x-forwarded-for`, `-proto` and `-host` as the configuration says.
+pub fn set_forwarded(headers: &mut HeaderMap, how: Forwarded, caller: Caller<'_>) {
+    match how {
+        Forwarded::Off => {}
+        Forwarded::Replace => {
+            headers.insert(X_FORWARDED_FOR, caller.address.clone());
+            headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(caller.proto));
+            match caller.host {
+                Some(host) => headers.insert(X_FORWARDED_HOST, host),
+                None => headers.remove(X_FORWARDED_HOST),
+            };
+        }
+        Forwarded::Append => {
+            append_member(headers, X_FORWARDED_FOR, caller.address);
+            // These name the outermost hop: whoever set them first knows best.
+            headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(caller.proto));
+            if let Some(host) = caller.host {
+                headers.entry(X_FORWARDED_HOST).or_insert(host);
+            }
+        }
+    }
+}
+
+/// Appends to a list field, kept in one line: not every service reads the second.
+fn append_member(headers: &mut HeaderMap, name: HeaderName, member: &HeaderValue) {
+    let mut list: Vec<u8> = Vec::new();
+    for value in headers.get_all(&name) {
+        list.extend_from_slice(value.as_bytes());
+        list.extend_from_slice(b", ");
+    }
+    list.extend_from_slice(member.as_bytes());
+    if let Ok(value) = HeaderValue::from_bytes(&list) {
+        headers.insert(name, value);
+    }
+}
+
+/// Header edits of a route, parsed once.
+#[derive(Clone, Debug, Default)]
+pub struct CompiledEdits {
+    pub request: Edits,
+    pub response: Edits,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Edits {
+    set: Vec<(HeaderName, HeaderValue)>,
+    remove: Vec<HeaderName>,
+}
+
+impl CompiledEdits {
+    pub fn new(request: &HeaderEdits, response: &HeaderEdits) -> Self {
+        Self { request: Edits::new(request), response: Edits::new(response) }
+    }
+}
+
+impl Edits {
+    /// Names and values were checked when the configuration was loaded.
+    fn new(edits: &HeaderEdits) -> Self {
+        let set = edits
+            .set
+            .iter()
+            .filter_map(|(name, value)| Some((name.parse().ok()?, value.parse().ok()?)))
+            .collect();
+        Self { set, remove: edits.remove.iter().filter_map(|name| name.parse().ok()).collect() }
+    }
+
+    pub fn apply(&self, headers: &mut HeaderMap) {
+        for name in &self.remove {
+            headers.remove(name);
+        }
+        for (name, value) in &self.set {
+            headers.insert(name.clone(), value.clone());
+        }
+    }
+}
+
+/// Cookie crumbs of HTTP/2 become one field again for HTTP/1.1 (RFC 9113 §8.2.3).
+pub fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(joined) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..])) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+/// The trace id of a valid `traceparent` (W3C Trace Context §3.2).
+pub fn trace_id(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(TRACEPARENT)?.to_str().ok()?;
+    let hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let (version, rest) = value.split_once('-')?;
+    let (trace_id, _) = rest.split_once('-')?;
+    let valid = version.len() == 2
+        && hex(version)
+        && version != "ff"
+        && trace_id.len() == 32
+        && hex(trace_id)
+        && trace_id.bytes().any(|b| b != b'0');
+    valid.then_some(trace_id)
+}
+
+/// Whether a message is gRPC, which has its own clocks and its own way to fail.
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';' | b' '))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(fields: &[(&str, &str)]) -> HeaderMap {
+        fields
+            .iter()
+            .map(|(n, v)| (n.parse::<HeaderName>().unwrap(), HeaderValue::from_str(v).unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn hop_by_hop_fields_go_and_others_stay() {
+        let mut map = headers(&[
+            ("connection", "keep-alive, X-Hop, close"),
+            ("keep-alive", "timeout=5"),
+            ("x-hop", "1"),
+            ("proxy-connection", "keep-alive"),
+            ("te", "gzip, trailers"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "websocket"),
+            ("trailer", "x-sum"),
+            ("x-end", "1"),
+        ]);
+        let said = remove_hop_by_hop(&mut map).unwrap();
+        assert!(said.upgrade.is_none(), "Connection did not name it");
+        assert_eq!(map, headers(&[("trailer", "x-sum"), ("x-end", "1"), ("te", "trailers")]));
+    }
+
+    #[test]
+    fn upgrades_are_kept_apart_but_h2c_is_dropped() {
+        let mut map = headers(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
+        assert_eq!(remove_hop_by_hop(&mut map).unwrap().upgrade.unwrap(), "websocket");
+        assert!(map.is_empty());
+        let mut map = headers(&[
+            ("connection", "Upgrade, HTTP2-Settings"),
+            ("upgrade", "h2c"),
+            ("http2-settings", "AAMAAABk"),
+        ]);
+        assert!(remove_hop_by_hop(&mut map).unwrap().upgrade.is_none());
+        assert!(map.is_empty());
+    }
+
+    #[test]
+    fn connection_cannot_remove_what_identifies_a_message() {
+        for name in
+            ["Host", "content-length", "Authorization", "traceparent", "x-outrigger-retry", "X-Forwarded-For"]
+        {
+            let mut map = headers(&[("connection", name)]);
+            assert_eq!(remove_hop_by_hop(&mut map).unwrap_err().cause, Cause::Malformed, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_message_that_comes_back_is_refused() {
+        let map = headers(&[("via", "1.1 other, 1.1 outrigger-o-1"), ("via", "2 third")]);
+        assert!(check_loop(&map, "outrigger-o-1").is_err());
+        assert!(check_loop(&map, "outrigger-o-2").is_ok());
+        assert!(check_loop(&map, "third").is_err());
+    }
+
+    #[test]
+    fn forwarded_fields_are_replaced_or_appended() {
+        let address = HeaderValue::from_static("10.0.0.9");
+        let caller =
+            || Caller { address: &address, proto: "http", host: Some(HeaderValue::from_static("shop")) };
+        let mut map = headers(&[
+            ("x-forwarded-for", "1.1.1.1"),
+            ("x-forwarded-for", "2.2.2.2"),
+            ("x-forwarded-proto", "https"),
+        ]);
+        set_forwarded(&mut map, Forwarded::Append, caller());
+        assert_eq!(map[X_FORWARDED_FOR], "1.1.1.1, 2.2.2.2, 10.0.0.9");
+        assert_eq!(map[X_FORWARDED_PROTO], "https");
+        assert_eq!(map[X_FORWARDED_HOST], "shop");
+        set_forwarded(&mut map, Forwarded::Replace, caller());
+        assert_eq!(map[X_FORWARDED_FOR], "10.0.0.9");
+        assert_eq!(map[X_FORWARDED_PROTO], "http");
+    }
+
+    #[test]
+    fn trace_ids_are_read_strictly() {
+        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
+        let good = format!("00-{id}-00f067aa0ba902b7-01");
+        assert_eq!(trace_id(&headers(&[("traceparent", &good)])), Some(id));
+        for bad in [
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            "x",
+        ] {
+            assert_eq!(trace_id(&headers(&[("traceparent", bad)])), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn grpc_is_told_by_its_content_type() {
+        for (value, grpc) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
+            assert_eq!(is_grpc(&headers(&[("content-type", value)])), grpc, "{value}");
+        }
+    }
+}

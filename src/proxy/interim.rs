@@ -1,0 +1,84 @@
+//! Interim (1xx) responses: passed on as they come (RFC 9110 §15.2), and `100 Continue` lets the body go.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, StatusCode, header::CONNECTION};
+use tokio::time::{Sleep, sleep};
+
+use super::io::Wire;
+
+/// A server that doesn't know the expectation says nothing: then the body goes anyway (RFC 9110 §10.1.1).
+const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Holds a body back until the upstream has said `100 Continue`, or for a second.
+#[derive(Debug)]
+pub struct Gate(RefCell<State>);
+
+#[derive(Debug)]
+struct State {
+    open: bool,
+    patience: Pin<Box<Sleep>>,
+    waker: Option<Waker>,
+}
+
+impl Gate {
+    pub fn new() -> Rc<Self> {
+        Rc::new(Self(RefCell::new(State {
+            open: false,
+            patience: Box::pin(sleep(CONTINUE_PATIENCE)),
+            waker: None,
+        })))
+    }
+
+    pub fn open(&self) {
+        let mut state = self.0.borrow_mut();
+        state.open = true;
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+    }
+
+    pub fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.0.borrow_mut();
+        if state.open || state.patience.as_mut().poll(cx).is_ready() {
+            state.open = true;
+            return Poll::Ready(());
+        }
+        state.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+/// Has hyper tell the caller's connection of each interim response to `request`.
+pub fn pass_on<B>(request: &mut Request<B>, wire: &Arc<Wire>) {
+    let wire = Arc::clone(wire);
+    hyper::ext::on_informational(request, move |response| match response.status() {
+        // hyper's server says it to the caller when the body is asked for.
+        StatusCode::CONTINUE => wire.said_continue(),
+        StatusCode::SWITCHING_PROTOCOLS => {}
+        status => wire.push_interim(encoded(status, response.headers())),
+    });
+}
+
+fn encoded(status: StatusCode, headers: &HeaderMap) -> Bytes {
+    let mut text = Vec::with_capacity(128);
+    let reason = status.canonical_reason().unwrap_or("Interim");
+    text.extend_from_slice(format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).as_bytes());
+    for (name, value) in headers.iter().filter(|(name, _)| **name != CONNECTION) {
+        text.extend_from_slice(name.as_str().as_bytes());
+        text.extend_from_slice(b": ");
+        text.extend_from_slice(value.as_bytes());
+        text.extend_from_slice(b"\r\n");
+    }
+    text.extend_from_slice(b"\r\n");
+    text.into()
+}

@@ -1,0 +1,318 @@
+//! The byte streams that connections run on.
+
+use std::{
+    collections::VecDeque,
+    io,
+    mem::MaybeUninit,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::Instant,
+};
+
+/// A TCP stream that can be looked at while something else owns its reading and writing: the pool asks whether an
+/// idle connection is still alive.
+#[derive(Clone, Debug)]
+pub struct SharedTcp(Arc<TcpStream>);
+
+/// Interim responses held for a caller that does not take them; more are let go.
+const MAX_INTERIM: usize = 16;
+/// After this long without traffic the kernel asks whether the peer is still there.
+const TCP_KEEP_ALIVE: Duration = Duration::from_secs(60);
+
+impl SharedTcp {
+    /// Takes a connected stream: no Nagle delay, keep-alive on.
+    pub fn new(stream: TcpStream) -> Self {
+        // A socket that refuses an option is still a connection.
+        let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEP_ALIVE));
+        Self(Arc::new(stream))
+    }
+
+    /// Whether an idle connection can carry another request: not closed, and nothing unasked-for has come.
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = [MaybeUninit::uninit()];
+        matches!(SockRef::from(&*self.0).peek(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Waits until the peer has said something, or left.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await
+    }
+
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.0.peer_addr()
+    }
+}
+
+impl AsyncRead for SharedTcp {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_read_buf(buf) {
+                Ok(_) => return Poll::Ready(Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl SharedTcp {
+    fn poll_try<T>(
+        &self,
+        cx: &mut Context<'_>,
+        mut write: impl FnMut(&TcpStream) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        loop {
+            ready!(self.0.poll_write_ready(cx))?;
+            match write(&self.0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return Poll::Ready(done),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for SharedTcp {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_try(cx, |tcp| tcp.try_write(buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_try(cx, |tcp| tcp.try_write_vectored(bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match SockRef::from(&*self.0).shutdown(std::net::Shutdown::Write) {
+            // The peer was faster.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
+            done => Poll::Ready(done),
+        }
+    }
+}
+
+/// What a caller's connection tells the one who watches it, and takes from it. Shared because an upgraded connection
+/// must be `Send`; all of it stays on one worker.
+#[derive(Debug)]
+pub struct Wire {
+    epoch: Instant,
+    /// Milliseconds after `epoch`, plus one; 0 = no.
+    unanswered_since: AtomicU64,
+    write_blocked_since: AtomicU64,
+    interim: Mutex<Interim>,
+}
+
+/// Interim (1xx) responses of the call under way.
+#[derive(Debug, Default)]
+struct Interim {
+    /// To be written before the final one.
+    queue: VecDeque<Bytes>,
+    said_continue: bool,
+    /// The connection's task.
+    waker: Option<Waker>,
+}
+
+impl Default for Wire {
+    fn default() -> Self {
+        Self {
+            epoch: Instant::now(),
+            unanswered_since: AtomicU64::new(0),
+            write_blocked_since: AtomicU64::new(0),
+            interim: Mutex::default(),
+        }
+    }
+}
+
+impl Wire {
+    fn stamp(&self, cell: &AtomicU64) {
+        if cell.load(Ordering::Relaxed) == 0 {
+            let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+            cell.store(ms + 1, Ordering::Relaxed);
+        }
+    }
+
+    fn instant(&self, cell: &AtomicU64) -> Option<Instant> {
+        let ms = cell.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.epoch + Duration::from_millis(ms))
+    }
+
+    /// When the first byte came that no request has been made of yet.
+    pub fn head_begun(&self) -> Option<Instant> {
+        self.instant(&self.unanswered_since)
+    }
+
+    /// A request was read: what comes next belongs to its body or to the next one.
+    pub fn head_read(&self) {
+        self.unanswered_since.store(0, Ordering::Relaxed);
+    }
+
+    /// Since when the peer has taken nothing of what is to be written.
+    pub fn write_blocked(&self) -> Option<Instant> {
+        self.instant(&self.write_blocked_since)
+    }
+
+    fn interim(&self) -> MutexGuard<'_, Interim> {
+        self.interim.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues an interim response and wakes the connection's task to write it.
+    pub fn push_interim(&self, bytes: Bytes) {
+        let mut interim = self.interim();
+        if interim.queue.len() < MAX_INTERIM {
+            interim.queue.push_back(bytes);
+        }
+        if let Some(waker) = &interim.waker {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// The upstream said `100 Continue`.
+    pub fn said_continue(&self) {
+        let mut interim = self.interim();
+        interim.said_continue = true;
+        if let Some(waker) = &interim.waker {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Whether the upstream has said `100 Continue`; if not, the task is woken when it does. Asked whenever the call
+    /// is polled.
+    pub fn poll_continue(&self, cx: &mut Context<'_>) -> bool {
+        let mut interim = self.interim();
+        if !interim.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            interim.waker = Some(cx.waker().clone());
+        }
+        std::mem::take(&mut interim.said_continue)
+    }
+}
+
+/// A caller's connection: bytes that were read to detect the protocol come first again, and interim responses are
+/// put between hyper's own writes.
+#[derive(Debug)]
+pub struct CallerIo<S> {
+    stream: S,
+    /// Read already.
+    prefix: Bytes,
+    wire: Arc<Wire>,
+    /// Whether hyper has handed over whole messages only, so that something may be put in between.
+    between_messages: bool,
+}
+
+impl<S> CallerIo<S> {
+    pub fn new(stream: S, prefix: Bytes, wire: Arc<Wire>) -> Self {
+        if !prefix.is_empty() {
+            wire.stamp(&wire.unanswered_since);
+        }
+        Self { stream, prefix, wire, between_messages: true }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> CallerIo<S> {
+    fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.between_messages {
+            return Poll::Ready(Ok(()));
+        }
+        let queue = &mut self.wire.interim().queue;
+        while let Some(bytes) = queue.front_mut() {
+            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            bytes.advance(written);
+            if bytes.is_empty() {
+                queue.pop_front();
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn wrote(&mut self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &result {
+            Poll::Pending => self.wire.stamp(&self.wire.write_blocked_since),
+            Poll::Ready(_) => self.wire.write_blocked_since.store(0, Ordering::Relaxed),
+        }
+        if result.is_ready() {
+            self.between_messages = false;
+        }
+        result
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for CallerIo<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.prefix.is_empty() {
+            let take = self.prefix.len().min(buf.remaining());
+            let bytes = self.prefix.split_to(take);
+            buf.put_slice(&bytes);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let done = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if done.is_ready() && buf.filled().len() > before {
+            self.wire.stamp(&self.wire.unanswered_since);
+        }
+        done
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for CallerIo<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_interim(cx))?;
+        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.wrote(result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_interim(cx))?;
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.wrote(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // hyper flushes only when all that it had to write is written.
+        self.between_messages = true;
+        ready!(self.poll_interim(cx))?;
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

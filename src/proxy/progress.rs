@@ -1,0 +1,221 @@
+//! The clock of an exchange once it streams: when bytes last moved, and when it has to be over.
+
+use std::{
+    cell::Cell,
+    future::Future,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// What is known of an exchange's movement. Written by its bodies, read by the task that runs it.
+#[derive(Debug)]
+pub struct Progress {
+    started: Instant,
+    moved: Cell<Instant>,
+    idle_limit: Cell<Option<Duration>>,
+    /// When the whole exchange has to be over.
+    over_at: Cell<Option<Instant>>,
+    /// When the request's body was sent to its end.
+    request_sent: Cell<Option<Instant>>,
+    /// Whether response headers are out: from then on a standstill ends the exchange.
+    answering: Cell<bool>,
+    /// The response is out, to its last byte, or never will be.
+    done: Cell<bool>,
+    /// When the call wants to be polled though nothing moved: its nearest deadline.
+    wake_at: Cell<Option<Instant>>,
+    woken: Cell<bool>,
+}
+
+impl Progress {
+    pub fn new(now: Instant) -> Self {
+        Self {
+            started: now,
+            moved: Cell::new(now),
+            idle_limit: Cell::new(None),
+            over_at: Cell::new(None),
+            request_sent: Cell::new(None),
+            answering: Cell::new(false),
+            done: Cell::new(false),
+            wake_at: Cell::new(None),
+            woken: Cell::new(false),
+        }
+    }
+
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    pub fn set_limits(&self, idle: Option<Duration>, whole: Option<Duration>) {
+        self.idle_limit.set(idle);
+        self.over_at.set(whole.map(|whole| self.started + whole));
+    }
+
+    pub fn over_at(&self) -> Option<Instant> {
+        self.over_at.get()
+    }
+
+    /// Bytes of a body moved, either way.
+    pub fn moved(&self) {
+        self.moved.set(Instant::now());
+    }
+
+    pub fn request_sent(&self) {
+        if self.request_sent.get().is_none() {
+            let now = Instant::now();
+            self.moved.set(now);
+            self.request_sent.set(Some(now));
+        }
+    }
+
+    pub fn request_sent_at(&self) -> Option<Instant> {
+        self.request_sent.get()
+    }
+
+    pub fn answering(&self) {
+        self.moved.set(Instant::now());
+        self.answering.set(true);
+    }
+
+    pub fn done(&self) {
+        self.moved.set(Instant::now());
+        self.done.set(true);
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.done.get()
+    }
+
+    pub fn last_moved(&self) -> Instant {
+        self.moved.get()
+    }
+
+    /// When the request's body counts as stuck, while it is being sent.
+    pub fn upload_stalls_at(&self) -> Option<Instant> {
+        match self.request_sent.get() {
+            Some(_) => None,
+            None => self.idle_limit.get().map(|limit| self.moved.get() + limit),
+        }
+    }
+
+    /// Asks the task that runs this to poll it again at a moment.
+    pub fn wake_at(&self, at: Option<Instant>) {
+        self.wake_at.set(at);
+    }
+
+    /// Whether that moment has come, told once.
+    pub fn take_woken(&self) -> bool {
+        self.woken.take()
+    }
+
+    /// When the exchange is cut unless something moves. Before response headers its own deadlines hold instead.
+    pub fn cut_at(&self) -> Option<Instant> {
+        if !self.answering.get() {
+            return None;
+        }
+        let idle = self.idle_limit.get().map(|limit| self.moved.get() + limit);
+        match (idle, self.over_at.get()) {
+            (Some(idle), Some(over)) => Some(idle.min(over)),
+            (due, None) | (None, due) => due,
+        }
+    }
+}
+
+/// Polls `task` under the watch of what `look` says of it: the exchange under way, and when the task is to be cut.
+/// Ready with `None` where it was cut.
+pub fn poll_watched<T>(
+    cx: &mut Context<'_>,
+    watchdog: &mut Watchdog,
+    mut task: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    look: impl Fn() -> (Option<Rc<Progress>>, Option<Instant>),
+) -> Poll<Option<T>> {
+    loop {
+        if let Poll::Ready(output) = task(cx) {
+            return Poll::Ready(Some(output));
+        }
+        let (exchange, cut_at) = look();
+        let wake_at = exchange.as_ref().and_then(|exchange| exchange.wake_at.get());
+        let due = match (cut_at, wake_at) {
+            (Some(cut), Some(wake)) => Some(cut.min(wake)),
+            (one, None) | (None, one) => one,
+        };
+        std::task::ready!(watchdog.poll_due(cx, due));
+        if due == cut_at {
+            return Poll::Ready(None);
+        }
+        if let Some(exchange) = exchange {
+            exchange.wake_at.set(None);
+            exchange.woken.set(true);
+        }
+    }
+}
+
+/// One timer for a whole connection or stream. It is set forward lazily: when it fires early, it is set again; so a
+/// call that goes well touches no timer.
+#[derive(Debug, Default)]
+pub struct Watchdog {
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Watchdog {
+    /// Ready once `due` has passed. Call it whenever the task is polled, with what is due as of then.
+    pub fn poll_due(&mut self, cx: &mut Context<'_>, due: Option<Instant>) -> Poll<()> {
+        let Some(due) = due else { return Poll::Pending };
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
+        if timer.deadline() > due {
+            timer.as_mut().reset(due);
+        }
+        while timer.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= due {
+                return Poll::Ready(());
+            }
+            timer.as_mut().reset(due);
+        }
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_standstill_is_noticed_only_after_the_last_movement() {
+        let progress = Progress::new(Instant::now());
+        progress.set_limits(Some(Duration::from_secs(10)), None);
+        assert_eq!(progress.cut_at(), None, "before response headers the exchange's own deadlines hold");
+        progress.answering();
+        let begun = Instant::now();
+        let mut watchdog = Watchdog::default();
+        // A movement after the timer was armed sets the end forward, without arming anything.
+        let mut moved = false;
+        poll_fn(|cx| {
+            if !moved && begun.elapsed() >= Duration::from_secs(10) {
+                unreachable!("cut although something moved");
+            }
+            let due = watchdog.poll_due(cx, progress.cut_at());
+            if !moved {
+                moved = true;
+                progress.moved.set(begun + Duration::from_secs(7));
+            }
+            due
+        })
+        .await;
+        assert_eq!(begun.elapsed().as_secs(), 17);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_whole_exchange_can_be_bounded() {
+        let progress = Progress::new(Instant::now());
+        progress.set_limits(Some(Duration::from_secs(10)), Some(Duration::from_secs(3)));
+        progress.answering();
+        let mut watchdog = Watchdog::default();
+        poll_fn(|cx| watchdog.poll_due(cx, progress.cut_at())).await;
+        assert_eq!(progress.started().elapsed().as_secs(), 3);
+    }
+}

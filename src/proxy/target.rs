@@ -1,0 +1,147 @@
+//! Whom a call is for.
+
+use std::rc::Rc;
+
+use http::{Method, Request, Version, header::HOST, uri::Authority};
+
+use super::{
+    accept::Side,
+    connection::Connection,
+    error::{Cause, ProxyError},
+};
+use crate::{
+    config::{HostPort, Unknown},
+    runtime::{LocalCluster, View},
+};
+
+/// The port of `http://` without one.
+const HTTP_PORT: u16 = 80;
+
+/// An upstream, the route within it, and what the call said.
+#[derive(Debug)]
+pub struct Target {
+    /// Serves the call.
+    pub local: Rc<LocalCluster>,
+    /// Whose routes were looked at: the same, unless a route leads to another upstream.
+    pub matched: Rc<LocalCluster>,
+    /// Index in `matched`'s routes.
+    pub route: Option<usize>,
+    /// Index of `matched` in the configuration, for its routing table; none for the service itself and unknown hosts.
+    pub index: Option<usize>,
+    /// Whether the caller chose the address by a name in the request: then `deny_networks` and own ports are heeded.
+    pub chosen_by_caller: bool,
+}
+
+/// Whom bytes go to that are not HTTP. The outbound port has nobody.
+pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
+    let view = connection.worker.view();
+    match &connection.side {
+        Side::Inbound => Some(Rc::clone(&view.inbound)),
+        Side::Outbound => None,
+        Side::Upstream(name) => by_name(&view, name).map(|index| Rc::clone(&view.clusters[index])),
+    }
+}
+
+fn by_name(view: &View, name: &str) -> Option<usize> {
+    view.clusters.iter().position(|local| local.cluster.settings.name == name)
+}
+
+/// Finds the upstream and the route of a call.
+pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Result<Target, ProxyError> {
+    match &connection.side {
+        Side::Inbound => Ok(Target {
+            local: Rc::clone(&view.inbound),
+            matched: Rc::clone(&view.inbound),
+            route: None,
+            index: None,
+            chosen_by_caller: false,
+        }),
+        Side::Upstream(name) => {
+            let index = by_name(view, name).ok_or_else(|| {
+                ProxyError::new(
+                    Cause::UnknownUpstream,
+                    format!("the configuration no longer has an upstream `{name}`"),
+                )
+            })?;
+            Ok(routed(view, index, request))
+        }
+        Side::Outbound => {
+            let host = match &connection.tunnel_to {
+                Some(host) => host.clone(),
+                None => requested(request)?,
+            };
+            by_host(connection, view, &host, request)
+        }
+    }
+}
+
+/// The upstream that a host names, else the host itself.
+pub fn by_host<B>(
+    connection: &Connection,
+    view: &View,
+    host: &HostPort,
+    request: &Request<B>,
+) -> Result<Target, ProxyError> {
+    if let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port)) {
+        return Ok(Target { chosen_by_caller: true, ..routed(view, index, request) });
+    }
+    let config = &view.snapshot.config;
+    if config.outbound.unknown == Unknown::Deny {
+        return Err(ProxyError::new(
+            Cause::UnknownUpstream,
+            format!("no upstream has the host `{host}`, and `outbound.unknown` is \"deny\""),
+        ));
+    }
+    let local = connection.worker.unknown_host(host, config);
+    Ok(Target { matched: Rc::clone(&local), local, route: None, index: None, chosen_by_caller: true })
+}
+
+fn routed<B>(view: &View, index: usize, request: &Request<B>) -> Target {
+    let matched = Rc::clone(&view.clusters[index]);
+    let route = view
+        .snapshot
+        .router
+        .routes(index)
+        .and_then(|routes| routes.find(request.method(), request.uri().path(), request.headers()));
+    let to = route.and_then(|route| matched.cluster.route_to.get(route).copied().flatten());
+    let local = to.and_then(|to| view.clusters.get(to)).unwrap_or(&matched);
+    Target { local: Rc::clone(local), matched, route, index: Some(index), chosen_by_caller: false }
+}
+
+/// The host and port a request names: in its target (absolute-form, `:authority`, CONNECT), else in `Host`.
+fn requested<B>(request: &Request<B>) -> Result<HostPort, ProxyError> {
+    let uri = request.uri();
+    if uri.scheme_str() == Some("https") && request.version() != Version::HTTP_2 {
+        return Err(ProxyError::malformed(
+            "https:// in a request to the proxy: the call is not encrypted; use CONNECT for TLS of your own, or http://",
+        ));
+    }
+    if let Some(authority) = uri.authority() {
+        return host_port(authority, request.method());
+    }
+    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let authority = host.parse::<Authority>().map_err(|_| {
+        ProxyError::malformed("the request names no host: neither its target nor a Host field does")
+    })?;
+    host_port(&authority, request.method())
+}
+
+/// Splits an authority. CONNECT must name a port.
+pub fn host_port(authority: &Authority, method: &Method) -> Result<HostPort, ProxyError> {
+    let port = match authority.port() {
+        Some(_) => authority
+            .port_u16()
+            .ok_or_else(|| ProxyError::malformed(format!("`{authority}` has no valid port")))?,
+        None if method == Method::CONNECT => {
+            return Err(ProxyError::malformed(format!(
+                "CONNECT {authority}: the port is missing (RFC 9110 §9.3.6)"
+            )));
+        }
+        None => HTTP_PORT,
+    };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
+    if host.is_empty() {
+        return Err(ProxyError::malformed("the request names no host"));
+    }
+    Ok(HostPort { host: host.to_ascii_lowercase(), port })
+}

@@ -1,0 +1,102 @@
+//! Hosts that no upstream names, met at run time: each gets an upstream of its own, with the policy of `[defaults]`.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use crate::{
+    config::{self, Config, Endpoints, HostPort},
+    discovery::{self, Discovery, Resolver},
+    runtime::Cluster,
+    upstream::Upstream,
+};
+
+/// How many are known at a time; the one unused for longest makes room.
+pub const MAX_UNKNOWN_HOSTS: usize = 1024;
+
+/// The hosts met so far, shared by the workers. Looked at only when a worker meets a host for the first time.
+#[derive(Debug)]
+pub struct UnknownHosts {
+    resolver: Arc<Resolver>,
+    started: Instant,
+    hosts: Mutex<HashMap<HostPort, Arc<UnknownHost>>>,
+}
+
+/// A host that no upstream names.
+#[derive(Debug)]
+pub struct UnknownHost {
+    pub cluster: Arc<Cluster>,
+    /// The configuration it was made under; another one makes it anew.
+    config: Arc<Config>,
+    last_used: AtomicU64,
+    _discovery: Discovery,
+}
+
+impl UnknownHosts {
+    pub fn new(resolver: Arc<Resolver>) -> Self {
+        Self { resolver, started: Instant::now(), hosts: Mutex::default() }
+    }
+
+    /// The state for a host, made and looked up when it is met for the first time.
+    pub fn get(&self, host: &HostPort, config: &Arc<Config>) -> Arc<UnknownHost> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = hosts.get(host).filter(|known| Arc::ptr_eq(&known.config, config)).cloned();
+        let found = known.unwrap_or_else(|| {
+            // What is known of its endpoints outlives a reload.
+            let upstream = hosts
+                .get(host)
+                .map_or_else(|| Upstream::new(host.to_string()), |old| Arc::clone(&old.cluster.upstream));
+            if hosts.len() >= MAX_UNKNOWN_HOSTS && !hosts.contains_key(host) {
+                let oldest = hosts
+                    .iter()
+                    .min_by_key(|(_, h)| h.last_used.load(Ordering::Relaxed))
+                    .map(|(k, _)| k.clone());
+                oldest.and_then(|oldest| hosts.remove(&oldest));
+            }
+            let made = Arc::new(self.make(host, config, upstream));
+            hosts.insert(host.clone(), Arc::clone(&made));
+            made
+        });
+        found.touch(self.started);
+        found
+    }
+
+    fn make(&self, host: &HostPort, config: &Arc<Config>, upstream: Arc<Upstream>) -> UnknownHost {
+        let endpoints = Endpoints::Dns(host.clone());
+        let settings = config::Upstream::new(host.to_string(), endpoints, config.defaults.clone());
+        let discovery =
+            discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(&self.resolver));
+        let cluster = Arc::new(Cluster::new(settings, upstream, |_| None));
+        UnknownHost {
+            cluster,
+            config: Arc::clone(config),
+            last_used: AtomicU64::new(0),
+            _discovery: discovery,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl UnknownHost {
+    fn touch(&self, started: Instant) {
+        let ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_used.store(ms, Ordering::Relaxed);
+    }
+
+    /// Whether it was made under this configuration.
+    pub fn is_current(&self, config: &Arc<Config>) -> bool {
+        Arc::ptr_eq(&self.config, config)
+    }
+}

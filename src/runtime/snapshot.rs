@@ -1,0 +1,167 @@
+//! The configuration as the data path sees it: resolved once, replaced as a whole.
+
+use std::{collections::HashMap, sync::Arc};
+
+use crate::{
+    config::{self, Config, Endpoints, Policy},
+    discovery::{self, Discovery, Resolver},
+    proxy::{headers::CompiledEdits, route::Router},
+    resilience::retry::RetryPolicy,
+    upstream::{
+        Upstream,
+        health::{self, HealthChecks},
+    },
+};
+
+/// What holds for new calls. A call keeps the snapshot it began with.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub config: Arc<Config>,
+    pub router: Router,
+    /// In the order of `config.upstreams`, which is what the router's indexes mean.
+    pub clusters: Vec<Arc<Cluster>>,
+    /// The service itself, for inbound calls.
+    pub inbound: Arc<Cluster>,
+}
+
+/// An upstream with the settings that hold for it now.
+#[derive(Debug)]
+pub struct Cluster {
+    pub settings: config::Upstream,
+    pub upstream: Arc<Upstream>,
+    /// Header edits of each route, in the order of `settings.routes`.
+    pub edits: Vec<CompiledEdits>,
+    /// The retry policy of each route, likewise, and of calls that no route matches.
+    route_retries: Vec<RetryPolicy>,
+    retries: RetryPolicy,
+    /// Index of the upstream that serves each route instead, likewise.
+    pub route_to: Vec<Option<usize>>,
+    /// Whether its addresses were looked up rather than written: then `deny_networks` is heeded.
+    pub looked_up: bool,
+}
+
+impl Cluster {
+    pub fn new(
+        settings: config::Upstream,
+        upstream: Arc<Upstream>,
+        index_of: impl Fn(&str) -> Option<usize>,
+    ) -> Self {
+        let edits = settings
+            .routes
+            .iter()
+            .map(|route| CompiledEdits::new(&route.request_headers, &route.response_headers))
+            .collect();
+        let route_to = settings.routes.iter().map(|route| route.to.as_deref().and_then(&index_of)).collect();
+        let route_retries =
+            settings.routes.iter().map(|route| RetryPolicy::new(route.policy.retry.0.clone())).collect();
+        let retries = RetryPolicy::new(settings.policy.retry.0.clone());
+        let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.literal().is_some()));
+        Self { settings, upstream, edits, route_retries, retries, route_to, looked_up }
+    }
+}
+
+impl Cluster {
+    /// What holds for a call that matched `route`.
+    pub fn policy(&self, route: Option<usize>) -> (&Policy, &RetryPolicy) {
+        let of_route = route.and_then(|index| {
+            Some((&self.settings.routes.get(index)?.policy, self.route_retries.get(index)?))
+        });
+        of_route.unwrap_or((&self.settings.policy, &self.retries))
+    }
+}
+
+/// The upstreams and the tasks that keep them current. Lives on the control thread.
+#[derive(Debug)]
+pub(super) struct Clusters {
+    resolver: Arc<Resolver>,
+    live: HashMap<String, Live>,
+    inbound: Live,
+}
+
+#[derive(Debug)]
+struct Live {
+    upstream: Arc<Upstream>,
+    source: Endpoints,
+    health: Option<config::Health>,
+    _discovery: Discovery,
+    _health_checks: Option<HealthChecks>,
+}
+
+impl Live {
+    fn start(settings: &config::Upstream, resolver: &Arc<Resolver>, upstream: Arc<Upstream>) -> Self {
+        let discovery = discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(resolver));
+        let health_checks = settings.health.as_ref().map(|checks| {
+            health::spawn(checks.clone(), settings.protocol, Arc::clone(&upstream), resolver.runtime())
+        });
+        Self {
+            upstream,
+            source: settings.endpoints.clone(),
+            health: settings.health.clone(),
+            _discovery: discovery,
+            _health_checks: health_checks,
+        }
+    }
+
+    /// Keeps what runs where nothing changed for it; the state of the upstream is kept in any case.
+    fn renew(old: Option<Self>, settings: &config::Upstream, resolver: &Arc<Resolver>) -> Self {
+        match old {
+            Some(old) if old.source == settings.endpoints && old.health == settings.health => old,
+            Some(old) => Self::start(settings, resolver, old.upstream),
+            None => Self::start(settings, resolver, Upstream::new(settings.name.as_str())),
+        }
+    }
+}
+
+/// The service behind the inbound listener, as an upstream.
+fn inbound_settings(config: &Config) -> config::Upstream {
+    let service = config.inbound.forward_to.clone();
+    let protocol = config.inbound.ports.iter().find(|p| p.port == service.port).map(|p| p.protocol);
+    let mut settings = config::Upstream::new(
+        config.service.name.as_str(),
+        Endpoints::Fixed(vec![service]),
+        config.inbound.policy.clone(),
+    );
+    settings.protocol = protocol.unwrap_or_default();
+    settings
+}
+
+impl Clusters {
+    pub fn build(config: Arc<Config>, resolver: Arc<Resolver>) -> (Self, Snapshot) {
+        let settings = inbound_settings(&config);
+        let inbound = Live::start(&settings, &resolver, Upstream::new(settings.name.as_str()));
+        let mut clusters = Self { resolver, live: HashMap::new(), inbound };
+        let snapshot = clusters.rebuild(config);
+        (clusters, snapshot)
+    }
+
+    /// Starts what is new, ends what is gone, keeps the rest.
+    pub fn rebuild(&mut self, config: Arc<Config>) -> Snapshot {
+        let mut old = std::mem::take(&mut self.live);
+        for settings in &config.upstreams {
+            let live = Live::renew(old.remove(&settings.name), settings, &self.resolver);
+            self.live.insert(settings.name.clone(), live);
+        }
+        let settings = inbound_settings(&config);
+        if self.inbound.source != settings.endpoints {
+            self.inbound = Live::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream));
+        }
+
+        let names: HashMap<&str, usize> = config
+            .upstreams
+            .iter()
+            .enumerate()
+            .map(|(index, upstream)| (upstream.name.as_str(), index))
+            .collect();
+        let index_of = |name: &str| names.get(name).copied();
+        let clusters = config
+            .upstreams
+            .iter()
+            .filter_map(|settings| {
+                let live = self.live.get(&settings.name)?;
+                Some(Arc::new(Cluster::new(settings.clone(), Arc::clone(&live.upstream), index_of)))
+            })
+            .collect();
+        let inbound = Arc::new(Cluster::new(settings, Arc::clone(&self.inbound.upstream), |_| None));
+        Snapshot { router: Router::new(&config), clusters, inbound, config }
+    }
+}

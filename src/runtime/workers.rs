@@ -1,0 +1,398 @@
+//! The data plane's threads.
+//!
+//! A lone worker accepts for itself. With several, a thread of its own accepts and hands each connection to the worker
+//! that was least busy of late; there it stays.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    future::Future,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpStream,
+    runtime::{Builder, LocalOptions, LocalRuntime},
+    sync::{mpsc, watch},
+};
+
+use super::{Cluster, Phase, Shared, Snapshot, StartError};
+use crate::{
+    config::{Config, HostPort},
+    proxy::{
+        accept::{self, Listener, Side, accept_loop},
+        error::deployment,
+        headers::Via,
+        unknown::{MAX_UNKNOWN_HOSTS, UnknownHost},
+    },
+    rng::Rng,
+    upstream::local::LocalUpstream,
+};
+
+/// Connections handed over and not yet taken, per worker.
+const HAND_OVER: usize = 1024;
+/// How often idle connections are looked at.
+const SWEEP: Duration = Duration::from_secs(1);
+/// How often a worker says how busy it has been.
+const BUSY_SAMPLE: Duration = Duration::from_millis(100);
+
+/// Runs futures on the worker that made them.
+#[derive(Clone, Copy, Debug)]
+pub struct LocalExecutor;
+
+impl<F> hyper::rt::Executor<F> for LocalExecutor
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}
+
+/// What a worker knows. Lives on its thread and is shared by its tasks.
+#[derive(Debug)]
+pub struct Worker {
+    pub shared: Arc<Shared>,
+    view: RefCell<Rc<View>>,
+    unknown: RefCell<UnknownCache>,
+    rng: RefCell<Rng>,
+    pub connections: Cell<usize>,
+}
+
+type UnknownCache = HashMap<HostPort, (Arc<UnknownHost>, Rc<LocalCluster>)>;
+
+/// The snapshot, with this worker's pools and latencies beside each cluster.
+#[derive(Debug)]
+pub struct View {
+    pub snapshot: Arc<Snapshot>,
+    /// In the order of the snapshot's.
+    pub clusters: Vec<Rc<LocalCluster>>,
+    pub inbound: Rc<LocalCluster>,
+    pub names: Names,
+}
+
+/// The names under which this process passes messages on.
+#[derive(Debug)]
+pub struct Names {
+    /// In `Proxy-Status`.
+    pub deployment: String,
+    /// Two, so that a service which passes `Via` on makes no loop of its inbound and outbound calls.
+    inbound: Via,
+    outbound: Via,
+}
+
+impl Names {
+    fn new(service: &str, instance: &str) -> Self {
+        let deployment = deployment(service);
+        let name = deployment.replace('/', "-");
+        Self {
+            inbound: Via::new(format!("{name}-{instance}-in")),
+            outbound: Via::new(format!("{name}-{instance}-out")),
+            deployment,
+        }
+    }
+
+    pub fn via(&self, side: &Side) -> &Via {
+        match side {
+            Side::Inbound => &self.inbound,
+            Side::Outbound | Side::Upstream(_) => &self.outbound,
+        }
+    }
+}
+
+/// An upstream with its settings of now and what this worker knows of it.
+#[derive(Debug)]
+pub struct LocalCluster {
+    pub cluster: Arc<Cluster>,
+    pub upstream: Rc<LocalUpstream>,
+}
+
+impl LocalCluster {
+    /// Keeps what the worker knows of the same upstream.
+    fn new(cluster: &Arc<Cluster>, old: Option<&Rc<LocalUpstream>>) -> Rc<Self> {
+        let balance = &cluster.settings.balance;
+        let upstream = match old {
+            Some(old) => {
+                old.set_balance(balance);
+                Rc::clone(old)
+            }
+            None => LocalUpstream::new(Arc::clone(&cluster.upstream), balance),
+        };
+        Rc::new(Self { cluster: Arc::clone(cluster), upstream })
+    }
+}
+
+impl View {
+    fn new(snapshot: Arc<Snapshot>, instance: &str, old: Option<&Self>) -> Rc<Self> {
+        let known: HashMap<*const _, &Rc<LocalUpstream>> = old
+            .into_iter()
+            .flat_map(|old| old.clusters.iter().chain([&old.inbound]))
+            .map(|local| (Arc::as_ptr(&local.upstream.shared), &local.upstream))
+            .collect();
+        let local = |cluster: &Arc<Cluster>| {
+            LocalCluster::new(cluster, known.get(&Arc::as_ptr(&cluster.upstream)).copied())
+        };
+        let clusters = snapshot.clusters.iter().map(local).collect();
+        let inbound = local(&snapshot.inbound);
+        let names = Names::new(&snapshot.config.service.name, instance);
+        Rc::new(Self { snapshot, clusters, inbound, names })
+    }
+}
+
+impl Worker {
+    fn new(shared: Arc<Shared>) -> Rc<Self> {
+        let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
+        Rc::new(Self {
+            shared,
+            view: RefCell::new(view),
+            unknown: RefCell::default(),
+            rng: RefCell::new(Rng::new()),
+            connections: Cell::new(0),
+        })
+    }
+
+    /// The configuration as of now, with this worker's state.
+    pub fn view(&self) -> Rc<View> {
+        let now = self.shared.snapshot.load();
+        if !Arc::ptr_eq(&now, &self.view.borrow().snapshot) {
+            let next = View::new(Arc::clone(&now), &self.shared.instance, Some(&self.view.borrow()));
+            self.view.replace(next);
+        }
+        Rc::clone(&self.view.borrow())
+    }
+
+    /// The state for a host that no upstream names.
+    pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
+        let mut known = self.unknown.borrow_mut();
+        if let Some((shared, local)) = known.get(host)
+            && shared.is_current(config)
+        {
+            return Rc::clone(local);
+        }
+        if known.len() >= MAX_UNKNOWN_HOSTS {
+            // The shared table decides who stays; this is only a cache of it.
+            known.clear();
+        }
+        let shared = self.shared.unknown.get(host, config);
+        let old = known.get(host).map(|(_, local)| Rc::clone(&local.upstream));
+        let old = old.filter(|old| Arc::ptr_eq(&old.shared, &shared.cluster.upstream));
+        let local = LocalCluster::new(&shared.cluster, old.as_ref());
+        known.insert(host.clone(), (shared, Rc::clone(&local)));
+        local
+    }
+
+    pub fn with_rng<T>(&self, draw: impl FnOnce(&mut Rng) -> T) -> T {
+        draw(&mut self.rng.borrow_mut())
+    }
+
+    fn sweep(&self) {
+        let view = self.view();
+        let unknown = self.unknown.borrow();
+        let unknown = unknown.values().map(|(_, local)| local);
+        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown) {
+            for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {
+                endpoint.pool.sweep(local.cluster.settings.pool_idle_timeout);
+            }
+        }
+    }
+}
+
+/// The running threads.
+#[derive(Debug)]
+pub struct Workers {
+    stop: watch::Sender<bool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Ends the threads; what they still carry is cut.
+    pub fn stop(self) {
+        self.stop.send_replace(true);
+        for thread in self.threads {
+            // A worker that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+pub(super) fn start(
+    shared: &Arc<Shared>,
+    listeners: Vec<Listener>,
+    count: u16,
+) -> Result<Workers, StartError> {
+    let stop = watch::Sender::new(false);
+    let mut workers = Workers { stop, threads: Vec::new() };
+    if count == 1 {
+        let task = {
+            let shared = Arc::clone(shared);
+            move |stop| async move {
+                let worker = Worker::new(shared);
+                let delivering = Rc::clone(&worker);
+                accept_all(listeners, &worker.shared.phase, move |stream, peer, side| {
+                    accept::serve(&delivering, stream, peer, side.clone());
+                });
+                house_keeping(&worker, None, stop).await;
+            }
+        };
+        workers.spawn("worker-0", task)?;
+        return Ok(workers);
+    }
+    let mut seats = Vec::new();
+    for index in 0..count {
+        let (hand_over, taken) = mpsc::channel(HAND_OVER);
+        let load = Arc::new(Load::default());
+        seats.push(Seat { hand_over, load: Arc::clone(&load) });
+        let shared = Arc::clone(shared);
+        workers.spawn(&format!("worker-{index}"), move |stop| async move {
+            let worker = Worker::new(shared);
+            let serving = Rc::clone(&worker);
+            tokio::task::spawn_local(take(serving, taken));
+            house_keeping(&worker, Some(load), stop).await;
+        })?;
+    }
+    let shared = Arc::clone(shared);
+    workers.spawn("accept", move |mut stop| async move {
+        accept_all(listeners, &shared.phase, move |stream, peer, side| hand_over(&seats, stream, peer, side));
+        let _ = stop.wait_for(|stop| *stop).await;
+    })?;
+    Ok(workers)
+}
+
+impl Workers {
+    fn spawn<F, Fut>(&mut self, name: &str, task: F) -> Result<(), StartError>
+    where
+        F: FnOnce(watch::Receiver<bool>) -> Fut + Send + 'static,
+        Fut: Future<Output = ()>,
+    {
+        let stop = self.stop.subscribe();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            match runtime() {
+                Ok(runtime) => {
+                    runtime.block_on(task(stop));
+                    runtime.shutdown_background();
+                }
+                Err(error) => tracing::error!(%error, "cannot make a runtime for a worker"),
+            };
+        });
+        self.threads.push(thread.map_err(StartError::Worker)?);
+        Ok(())
+    }
+}
+
+fn runtime() -> io::Result<LocalRuntime> {
+    Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default())
+}
+
+/// Starts accepting on all listeners; each ends when its side drains.
+fn accept_all<D>(listeners: Vec<Listener>, phase: &watch::Sender<Phase>, deliver: D)
+where
+    D: FnMut(TcpStream, SocketAddr, &Side) + Clone + 'static,
+{
+    for listener in listeners {
+        let drains_at = drain_phase(&listener.side);
+        let sockets = match listener.into_tokio() {
+            Ok(sockets) => sockets,
+            Err(error) => {
+                tracing::error!(%error, "cannot register a listener");
+                continue;
+            }
+        };
+        for (side, socket) in sockets {
+            let deliver = deliver.clone();
+            let mut phase = phase.subscribe();
+            tokio::task::spawn_local(async move {
+                tokio::select! {
+                    () = accept_loop(socket, side, deliver) => {}
+                    _ = phase.wait_for(|phase| *phase >= drains_at) => {}
+                }
+            });
+        }
+    }
+}
+
+/// From which phase on connections of a side are asked to leave.
+pub fn drain_phase(side: &Side) -> Phase {
+    match side {
+        Side::Inbound => Phase::DrainingInbound,
+        Side::Outbound | Side::Upstream(_) => Phase::DrainingAll,
+    }
+}
+
+/// How busy a worker is.
+#[derive(Debug, Default)]
+struct Load {
+    /// Busy nanoseconds of the last sample, averaged.
+    busy: AtomicU64,
+    connections: AtomicUsize,
+}
+
+#[derive(Clone, Debug)]
+struct Seat {
+    hand_over: mpsc::Sender<Handed>,
+    load: Arc<Load>,
+}
+
+type Handed = (std::net::TcpStream, SocketAddr, Side);
+
+/// Gives a connection to the worker with the least recent work; fewer connections break ties.
+fn hand_over(seats: &[Seat], stream: TcpStream, peer: SocketAddr, side: &Side) {
+    let least = seats.iter().min_by_key(|seat| {
+        // Differences below a hundredth of the time are noise.
+        let busy = seat.load.busy.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
+        (busy, seat.load.connections.load(Ordering::Relaxed))
+    });
+    let (Some(seat), Ok(stream)) = (least, stream.into_std()) else { return };
+    // Counted at once, so that a burst is spread before the workers have seen any of it.
+    seat.load.connections.fetch_add(1, Ordering::Relaxed);
+    if seat.hand_over.try_send((stream, peer, side.clone())).is_err() {
+        seat.load.connections.fetch_sub(1, Ordering::Relaxed);
+        tracing::warn!(%peer, "a connection was refused: the worker is too far behind");
+    }
+}
+
+async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) {
+    while let Some((stream, peer, side)) = handed.recv().await {
+        match TcpStream::from_std(stream) {
+            Ok(stream) => accept::serve(&worker, stream, peer, side),
+            Err(error) => tracing::warn!(%error, "cannot register a connection"),
+        }
+    }
+}
+
+/// Closes what is idle, says how busy the worker is, until told to stop.
+async fn house_keeping(worker: &Rc<Worker>, load: Option<Arc<Load>>, mut stop: watch::Receiver<bool>) {
+    let sweeping = async {
+        loop {
+            tokio::time::sleep(SWEEP).await;
+            worker.sweep();
+        }
+    };
+    let sampling = async {
+        let Some(load) = load else { return std::future::pending().await };
+        let metrics = tokio::runtime::Handle::current().metrics();
+        let mut before = metrics.worker_total_busy_duration(0);
+        loop {
+            tokio::time::sleep(BUSY_SAMPLE).await;
+            let now = metrics.worker_total_busy_duration(0);
+            let busy = u64::try_from((now - before).as_nanos()).unwrap_or(u64::MAX);
+            before = now;
+            let average = load.busy.load(Ordering::Relaxed) / 2 + busy / 2;
+            load.busy.store(average, Ordering::Relaxed);
+            load.connections.store(worker.connections.get(), Ordering::Relaxed);
+        }
+    };
+    tokio::select! {
+        () = sweeping => {}
+        () = sampling => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}

@@ -1,0 +1,152 @@
+//! What one worker knows of an upstream: its endpoints with their pools and latencies, and whose turn it is.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Endpoint, Upstream,
+    balance::{Balancer, Candidate, PeakEwma, hash_key},
+    pool::Pool,
+};
+use crate::{config::Balance, rng::Rng};
+
+/// An upstream, as one worker sees it.
+#[derive(Debug)]
+pub struct LocalUpstream {
+    pub shared: Arc<Upstream>,
+    /// The generation of `endpoints`.
+    seen: Cell<u64>,
+    endpoints: RefCell<Rc<[Rc<LocalEndpoint>]>>,
+    balance: RefCell<(Balance, Balancer)>,
+}
+
+/// An endpoint, as one worker sees it.
+#[derive(Debug)]
+pub struct LocalEndpoint {
+    pub shared: Arc<Endpoint>,
+    pub pool: Pool,
+    latency: Cell<PeakEwma>,
+    in_flight: Cell<u32>,
+    key: u64,
+}
+
+/// A call in flight at an endpoint, until it is dropped.
+#[derive(Debug)]
+pub struct InFlight(Rc<LocalEndpoint>);
+
+impl LocalUpstream {
+    pub fn new(shared: Arc<Upstream>, balance: &Balance) -> Rc<Self> {
+        Rc::new(Self {
+            shared,
+            seen: Cell::new(0),
+            endpoints: RefCell::new(Rc::new([])),
+            balance: RefCell::new((balance.clone(), Balancer::new(balance))),
+        })
+    }
+
+    /// Takes a changed way to balance; pools and latencies stay.
+    pub fn set_balance(&self, balance: &Balance) {
+        let mut current = self.balance.borrow_mut();
+        if current.0 != *balance {
+            *current = (balance.clone(), Balancer::new(balance));
+        }
+    }
+
+    /// The endpoints as of now. Those that stayed keep their pools; of those that are gone, idle connections are
+    /// closed here and calls in flight go on.
+    pub fn endpoints(&self, rng: &mut Rng) -> Rc<[Rc<LocalEndpoint>]> {
+        let set = self.shared.endpoints();
+        if set.generation != self.seen.get() {
+            let old = Rc::clone(&self.endpoints.borrow());
+            let now = Instant::now();
+            let local = |endpoint: &Arc<Endpoint>| {
+                let same = old.iter().find(|local| Arc::ptr_eq(&local.shared, endpoint)).cloned();
+                same.unwrap_or_else(|| Rc::new(LocalEndpoint::new(Arc::clone(endpoint), now)))
+            };
+            let endpoints: Rc<[_]> = set.endpoints.iter().map(local).collect();
+            self.balance.borrow_mut().1.rebuild(&endpoints, rng);
+            self.endpoints.replace(endpoints);
+            self.seen.set(set.generation);
+        }
+        Rc::clone(&self.endpoints.borrow())
+    }
+
+    /// The index of the endpoint for the next try.
+    pub fn pick(
+        &self,
+        endpoints: &[Rc<LocalEndpoint>],
+        rng: &mut Rng,
+        tried: &[usize],
+        hash: Option<u64>,
+    ) -> Option<usize> {
+        // One endpoint needs no choice, and no clock.
+        if let [only] = endpoints {
+            return only.usable().then_some(0);
+        }
+        self.balance.borrow_mut().1.pick(endpoints, Instant::now(), rng, tried, hash)
+    }
+
+    /// The endpoints this worker has used, without looking for new ones.
+    pub fn known(&self) -> Rc<[Rc<LocalEndpoint>]> {
+        Rc::clone(&self.endpoints.borrow())
+    }
+}
+
+impl LocalEndpoint {
+    fn new(shared: Arc<Endpoint>, now: Instant) -> Self {
+        let key = hash_key(shared.address.to_string().as_bytes());
+        Self {
+            shared,
+            pool: Pool::default(),
+            latency: Cell::new(PeakEwma::new(now)),
+            in_flight: Cell::new(0),
+            key,
+        }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.shared.address
+    }
+
+    /// Counts a call until the guard is dropped.
+    pub fn enter(self: &Rc<Self>) -> InFlight {
+        self.in_flight.set(self.in_flight.get() + 1);
+        InFlight(Rc::clone(self))
+    }
+
+    /// A call took this long to response headers, or to fail.
+    pub fn observe(&self, latency: Duration, now: Instant) {
+        let mut average = self.latency.get();
+        average.observe(latency, now);
+        self.latency.set(average);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.set(self.0.in_flight.get().saturating_sub(1));
+    }
+}
+
+impl Candidate for Rc<LocalEndpoint> {
+    fn usable(&self) -> bool {
+        self.shared.is_healthy()
+    }
+    fn latency(&self, now: Instant) -> f64 {
+        self.latency.get().cost(now)
+    }
+    fn in_flight(&self) -> u32 {
+        self.in_flight.get()
+    }
+    fn weight(&self) -> u32 {
+        self.shared.weight
+    }
+    fn key(&self) -> u64 {
+        self.key
+    }
+}

@@ -1,0 +1,413 @@
+//! The connections of one worker to one endpoint.
+//!
+//! HTTP/1.1: idle connections on a stack, the freshest first, so that the surplus grows old and is closed.
+//! HTTP/2: a few connections that carry many streams; another is opened above [`STREAMS_PER_CONNECTION`].
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    time::Duration,
+};
+
+use http::{HeaderMap, Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::TokioIo;
+use tokio::{sync::Notify, task::spawn_local, time::Instant};
+
+use super::{
+    connect::{ConnectError, connect},
+    local::LocalEndpoint,
+};
+use crate::{
+    config::{HeaderCase, PoolIdle},
+    proxy::{body::RequestBody, io::SharedTcp},
+    runtime::LocalExecutor,
+};
+
+/// Idle HTTP/1.1 connections kept per worker and endpoint.
+const MAX_IDLE: usize = 512;
+/// Streams in flight on an HTTP/2 connection above which another connection is opened.
+const STREAMS_PER_CONNECTION: u32 = 64;
+/// How long an idle HTTP/1.1 connection is kept where nothing better is known: Node closes after 5 s.
+const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
+/// Never learned below this.
+const IDLE_FLOOR: Duration = Duration::from_millis(100);
+const H2_IDLE: Duration = Duration::from_secs(50);
+/// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
+const SURELY_FRESH: Duration = Duration::from_millis(1);
+const MAX_HEADER_BYTES: usize = 64 * 1024;
+const MAX_HEADERS: usize = 100;
+
+/// What a connection must be like.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionSettings {
+    pub connect_timeout: Option<Duration>,
+    pub pool_idle: PoolIdle,
+    pub header_case: HeaderCase,
+    /// Drawn anew for each connection, so that not all end at once.
+    pub max_age: Option<Duration>,
+}
+
+/// The connections to one endpoint.
+#[derive(Debug)]
+pub struct Pool {
+    idle: RefCell<Vec<H1>>,
+    h2: RefCell<Vec<Rc<H2>>>,
+    dialling: RefCell<Option<Rc<Dialling>>>,
+    /// What the upstream's closes have taught about its idle time.
+    learned: Cell<Option<Duration>>,
+}
+
+/// An HTTP/1.1 connection.
+#[derive(Debug)]
+pub struct H1 {
+    sender: http1::SendRequest<RequestBody>,
+    tcp: SharedTcp,
+    idle_since: Instant,
+    /// What `Keep-Alive: timeout=` said.
+    told: Option<Duration>,
+    retire_at: Option<Instant>,
+}
+
+/// An HTTP/2 connection.
+#[derive(Debug)]
+pub struct H2 {
+    sender: http2::SendRequest<RequestBody>,
+    streams: Cell<u32>,
+    idle_since: Cell<Instant>,
+    retire_at: Option<Instant>,
+}
+
+/// One dial that several calls wait for.
+#[derive(Debug, Default)]
+struct Dialling {
+    done: RefCell<Option<Result<Rc<H2>, ConnectError>>>,
+    wake: Notify,
+}
+
+/// A connection, or a stream of one, held by a call.
+#[derive(Debug)]
+pub enum Lease {
+    H1 { connection: H1, endpoint: Rc<LocalEndpoint>, reused: bool },
+    H2 { stream: Stream, reused: bool },
+}
+
+/// Counts a stream until it is dropped.
+#[derive(Debug)]
+pub struct Stream(Rc<H2>);
+
+/// Why a request got no answer. The request comes back where none of it was sent.
+#[derive(Debug)]
+pub struct SendError {
+    pub error: hyper::Error,
+    pub unsent: Option<Request<RequestBody>>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            idle: RefCell::default(),
+            h2: RefCell::default(),
+            dialling: RefCell::default(),
+            learned: Cell::new(None),
+        }
+    }
+}
+
+impl Pool {
+    /// An HTTP/1.1 connection: an idle one that is still alive, else a new one.
+    pub async fn h1(
+        endpoint: &Rc<LocalEndpoint>,
+        settings: &ConnectionSettings,
+    ) -> Result<Lease, ConnectError> {
+        while let Some(mut connection) = endpoint.pool.pop_idle(settings) {
+            // The task of the connection may not have run since its last response ended.
+            if connection.sender.ready().await.is_ok() {
+                return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
+            }
+        }
+        let connection = H1::open(endpoint, settings).await?;
+        Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
+    }
+
+    /// Takes idle connections off the stack until one can be used.
+    fn pop_idle(&self, settings: &ConnectionSettings) -> Option<H1> {
+        let now = Instant::now();
+        let mut idle = self.idle.borrow_mut();
+        while let Some(connection) = idle.pop() {
+            let age = now.saturating_duration_since(connection.idle_since);
+            if age >= self.idle_limit(&connection, settings.pool_idle) || connection.is_retired(now) {
+                // All below on the stack are older.
+                if !connection.is_retired(now) {
+                    idle.clear();
+                }
+                continue;
+            }
+            if connection.sender.is_closed() || (age >= SURELY_FRESH && !connection.tcp.is_quiet()) {
+                self.learn_close(age);
+                continue;
+            }
+            return Some(connection);
+        }
+        None
+    }
+
+    fn idle_limit(&self, connection: &H1, setting: PoolIdle) -> Duration {
+        match setting {
+            PoolIdle::Fixed(limit) => *limit,
+            PoolIdle::Auto => {
+                let told = connection.told.unwrap_or(IDLE_UNKNOWN);
+                self.learned.get().map_or(told, |learned| learned.min(told))
+            }
+        }
+    }
+
+    /// The upstream closed a connection that had been idle for `age`: the next ones are not kept that long.
+    fn learn_close(&self, age: Duration) {
+        let shorter = (age * 3 / 4).max(IDLE_FLOOR);
+        if self.learned.get().is_none_or(|learned| shorter < learned) {
+            self.learned.set(Some(shorter));
+        }
+    }
+
+    fn put_back(&self, mut connection: H1) {
+        let now = Instant::now();
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < MAX_IDLE && !connection.sender.is_closed() && !connection.is_retired(now) {
+            connection.idle_since = now;
+            idle.push(connection);
+        }
+    }
+
+    /// A stream of an HTTP/2 connection: of one that has room, else of a new one that all who wait share.
+    pub async fn h2(
+        endpoint: &Rc<LocalEndpoint>,
+        settings: &ConnectionSettings,
+    ) -> Result<Lease, ConnectError> {
+        loop {
+            if let Some(connection) = endpoint.pool.h2_with_room() {
+                return Ok(Lease::H2 { stream: Stream::new(connection), reused: true });
+            }
+            let running = endpoint.pool.dialling.borrow().clone();
+            let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, *settings));
+            let connection = dialling.finished().await?;
+            if connection.streams.get() < STREAMS_PER_CONNECTION {
+                return Ok(Lease::H2 { stream: Stream::new(connection), reused: false });
+            }
+        }
+    }
+
+    fn h2_with_room(&self) -> Option<Rc<H2>> {
+        let now = Instant::now();
+        self.retire_h2(now);
+        let connections = self.h2.borrow();
+        connections.iter().find(|c| c.streams.get() < STREAMS_PER_CONNECTION).cloned()
+    }
+
+    /// Old or closed connections get no new streams; they end when the streams they carry have.
+    fn retire_h2(&self, now: Instant) {
+        self.h2.borrow_mut().retain(|connection| {
+            let old = connection.retire_at.is_some_and(|at| now >= at);
+            let idle = connection.streams.get() == 0
+                && now.saturating_duration_since(connection.idle_since.get()) >= H2_IDLE;
+            !connection.sender.is_closed() && !old && !idle
+        });
+    }
+
+    /// Closes what has been idle for too long. Called about once a second.
+    pub fn sweep(&self, setting: PoolIdle) {
+        let now = Instant::now();
+        self.idle.borrow_mut().retain(|connection| {
+            let age = now.saturating_duration_since(connection.idle_since);
+            if connection.sender.is_closed() {
+                self.learn_close(age);
+                return false;
+            }
+            age < self.idle_limit(connection, setting) && !connection.is_retired(now)
+        });
+        self.retire_h2(now);
+    }
+
+    /// How many connections lie idle.
+    pub fn idle_connections(&self) -> usize {
+        self.idle.borrow().len() + self.h2.borrow().iter().filter(|c| c.streams.get() == 0).count()
+    }
+}
+
+impl H1 {
+    async fn open(endpoint: &LocalEndpoint, settings: &ConnectionSettings) -> Result<Self, ConnectError> {
+        let address = endpoint.shared.address;
+        let tcp = connect(address, settings.connect_timeout).await?;
+        let (sender, connection) = http1::Builder::new()
+            .max_headers(MAX_HEADERS)
+            .max_header_size(MAX_HEADER_BYTES)
+            .preserve_header_case(settings.header_case == HeaderCase::Preserve)
+            .handshake(TokioIo::new(tcp.clone()))
+            .await
+            .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
+        // Ends with the connection; its error reaches the call by the sender.
+        spawn_local(connection.with_upgrades());
+        let now = Instant::now();
+        let retire_at = settings.max_age.map(|age| now + age);
+        Ok(Self { sender, tcp, idle_since: now, told: None, retire_at })
+    }
+
+    fn is_retired(&self, now: Instant) -> bool {
+        self.retire_at.is_some_and(|at| now >= at)
+    }
+}
+
+impl H2 {
+    async fn open(endpoint: &LocalEndpoint, settings: &ConnectionSettings) -> Result<Rc<Self>, ConnectError> {
+        let address = endpoint.shared.address;
+        let tcp = connect(address, settings.connect_timeout).await?;
+        let (sender, connection) = http2::Builder::new(LocalExecutor)
+            .timer(hyper_util::rt::TokioTimer::new())
+            .max_header_list_size(MAX_HEADER_BYTES as u32)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(2 << 20)
+            .keep_alive_interval(Duration::from_secs(60))
+            .keep_alive_timeout(Duration::from_secs(20))
+            .handshake(TokioIo::new(tcp))
+            .await
+            .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
+        spawn_local(connection);
+        let now = Instant::now();
+        Ok(Rc::new(Self {
+            sender,
+            streams: Cell::new(0),
+            idle_since: Cell::new(now),
+            retire_at: settings.max_age.map(|age| now + age),
+        }))
+    }
+}
+
+impl Dialling {
+    /// Dials in a task of its own: a call that gives up must not take the others' connection with it.
+    fn start(endpoint: &Rc<LocalEndpoint>, settings: ConnectionSettings) -> Rc<Self> {
+        let dialling = Rc::new(Self::default());
+        endpoint.pool.dialling.replace(Some(Rc::clone(&dialling)));
+        let (endpoint, done) = (Rc::clone(endpoint), Rc::clone(&dialling));
+        spawn_local(async move {
+            let result = H2::open(&endpoint, &settings).await;
+            if let Ok(connection) = &result {
+                endpoint.pool.h2.borrow_mut().push(Rc::clone(connection));
+            }
+            endpoint.pool.dialling.replace(None);
+            done.done.replace(Some(result));
+            done.wake.notify_waiters();
+        });
+        dialling
+    }
+
+    async fn finished(&self) -> Result<Rc<H2>, ConnectError> {
+        loop {
+            let woken = self.wake.notified();
+            if let Some(result) = &*self.done.borrow() {
+                return result.clone();
+            }
+            woken.await;
+        }
+    }
+}
+
+impl Stream {
+    fn new(connection: Rc<H2>) -> Self {
+        connection.streams.set(connection.streams.get() + 1);
+        Self(connection)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get().saturating_sub(1));
+        self.0.idle_since.set(Instant::now());
+    }
+}
+
+impl Lease {
+    /// Whether the connection has carried a request before: then its silent end says nothing about the upstream.
+    pub fn reused(&self) -> bool {
+        match self {
+            Self::H1 { reused, .. } | Self::H2 { reused, .. } => *reused,
+        }
+    }
+
+    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
+        let sent = match self {
+            Self::H1 { connection, .. } => connection.sender.try_send_request(request).await,
+            Self::H2 { stream, .. } => stream.0.sender.clone().try_send_request(request).await,
+        };
+        sent.map_err(|mut failed| {
+            let unsent = failed.take_message();
+            SendError { error: failed.into_error(), unsent }
+        })
+    }
+
+    /// Learns from the response's `Keep-Alive: timeout=`.
+    pub fn heard(&mut self, headers: &HeaderMap) {
+        if let Self::H1 { connection, .. } = self
+            && let Some(told) =
+                headers.get("keep-alive").and_then(|value| keep_alive_timeout(value.to_str().ok()?))
+        {
+            // The upstream counts from when it wrote, we from when we read; and our next request must still arrive.
+            let margin = (told / 10).clamp(Duration::from_millis(100), Duration::from_secs(1));
+            connection.told = Some(told.saturating_sub(margin));
+        }
+    }
+
+    /// The response has been read to its end. `whole_request`: so has the request been written.
+    pub fn finished(self, whole_request: bool) {
+        if let Self::H1 { connection, endpoint, .. } = self
+            && whole_request
+        {
+            endpoint.pool.put_back(connection);
+        }
+    }
+}
+
+/// The `timeout` parameter of a `Keep-Alive` field, in seconds.
+fn keep_alive_timeout(value: &str) -> Option<Duration> {
+    let seconds = value.split(',').find_map(|part| {
+        let (name, value) = part.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("timeout").then(|| value.trim().parse::<u32>().ok())?
+    })?;
+    Some(Duration::from_secs(seconds.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keep_alive_is_read_as_servers_write_it() {
+        for (value, seconds) in [
+            ("timeout=5", Some(5)),
+            ("timeout=5, max=100", Some(5)),
+            ("max=100, Timeout = 72", Some(72)),
+            ("max=100", None),
+            ("timeout=-1", None),
+            ("timeout=x", None),
+        ] {
+            assert_eq!(keep_alive_timeout(value), seconds.map(Duration::from_secs), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_close_by_the_upstream_shortens_the_idle_time() {
+        let pool = Pool::default();
+        pool.learn_close(Duration::from_secs(2));
+        assert_eq!(pool.learned.get(), Some(Duration::from_millis(1500)));
+        pool.learn_close(Duration::from_secs(3));
+        assert_eq!(
+            pool.learned.get(),
+            Some(Duration::from_millis(1500)),
+            "a later close teaches nothing new"
+        );
+        pool.learn_close(Duration::from_millis(1));
+        assert_eq!(pool.learned.get(), Some(IDLE_FLOOR));
+    }
+}
