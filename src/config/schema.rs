@@ -178,6 +178,7 @@ pub struct Upstream {
     pub hosts: Vec<HostPattern>,
     pub endpoints: Endpoints,
     pub protocol: Protocol,
+    #[serde(flatten)]
     pub tls: UpstreamTls,
     pub balance: Balance,
     /// A local port of its own.

@@ -81,6 +81,7 @@ pub struct Jwt {
 /// How an upstream is spoken to and who must answer.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize)]
 pub struct UpstreamTls {
+    #[serde(rename = "tls")]
     pub mode: TlsMode,
     /// SNI, and the name that must match under `simple`; default: the requested host.
     pub server_name: Option<String>,

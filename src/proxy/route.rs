@@ -8,14 +8,11 @@
 //! what is forwarded stays as it came. Neither lookup grows with the number of hosts or routes: a hash per distinct
 //! prefix length, or label of the host.
 
-mod normal;
-
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
 
-pub use normal::normalise;
-
+pub use crate::config::normalise;
 use crate::config::{Config, HostMatch, HostPattern, Route};
 
 /// All hosts and routes of a configuration.

@@ -3,13 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use super::Check;
-use crate::{
-    config::{
-        Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream,
+use crate::config::{
+        Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream, normalise,
         diagnostic::{Problems, did_you_mean},
         source::Origin,
-    },
-    proxy::route::normalise,
 };
 
 const MAX_NAME: usize = 128;

@@ -1,4 +1,4 @@
-//! The one form in which paths are compared.
+//! The one form in which paths are matched.
 
 use std::borrow::Cow;
 

@@ -1,0 +1,59 @@
+//! `outrigger explain METHOD URL`
+
+mod target;
+mod verdict;
+
+use std::{io::Write, process::ExitCode};
+
+use clap::Args;
+
+use super::files::{ConfigFiles, colour};
+use target::Target;
+
+/// Tell which upstream, route and policy a request would get, and which line of which file says so.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  outrigger explain GET http://payments/v1/charges/7
+  outrigger explain -c outrigger.toml POST http://payments/v1/charge -H 'x-tenant: gold'
+  outrigger explain --inbound GET /healthz
+  outrigger explain CONNECT api.example:443")]
+pub struct ExplainArgs {
+    #[command(flatten)]
+    files: ConfigFiles,
+    /// A call that comes in, instead of one that goes out.
+    #[arg(long)]
+    inbound: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// A header of the request; may be given several times.
+    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
+    headers: Vec<String>,
+    /// The method, e.g. GET.
+    method: String,
+    /// The URL, e.g. http://payments/v1/charge, or HOST:PORT with CONNECT.
+    url: String,
+}
+
+pub fn run(args: &ExplainArgs) -> ExitCode {
+    let target = match Target::parse(&args.method, &args.url, &args.headers, args.inbound) {
+        Ok(target) => target,
+        Err(wrong) => {
+            eprintln!("error: {wrong}");
+            return ExitCode::from(2);
+        }
+    };
+    let loaded = match args.files.load() {
+        Ok(loaded) => loaded,
+        Err(problems) => {
+            eprint!("{}", problems.render(colour(&std::io::stderr())));
+            return ExitCode::FAILURE;
+        }
+    };
+    let verdict = verdict::verdict(&loaded, &target);
+    let text = if args.json { format!("{:#}\n", verdict.to_json()) } else { verdict.to_string() };
+    // A closed pipe is the reader's decision.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}

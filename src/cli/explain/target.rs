@@ -1,0 +1,72 @@
+//! The request that is asked about.
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, uri::PathAndQuery};
+
+/// A request, as far as routing looks at it.
+#[derive(Debug)]
+pub struct Target {
+    pub method: Method,
+    /// As it was asked.
+    pub url: String,
+    pub host: String,
+    pub port: Option<u16>,
+    pub path: PathAndQuery,
+    pub headers: HeaderMap,
+    pub inbound: bool,
+    /// TLS by the service itself (`https://`, CONNECT to 443): the proxy sees bytes only.
+    pub opaque: bool,
+}
+
+impl Target {
+    pub fn parse(method: &str, url: &str, headers: &[String], inbound: bool) -> Result<Self, String> {
+        let method: Method = method.parse().map_err(|_| format!("`{method}` is not a method"))?;
+        let wrong = || format!("`{url}` is not a URL: write e.g. http://payments/v1/charge, or HOST:PORT with CONNECT");
+        let connect = method == Method::CONNECT;
+        let whole = if url.starts_with('/') {
+            format!("http://localhost{url}")
+        } else if url.contains("://") {
+            url.to_owned()
+        } else {
+            format!("http://{url}")
+        };
+        let uri: Uri = whole.parse().map_err(|_| wrong())?;
+        let https = uri.scheme_str() == Some("https");
+        if !https && uri.scheme_str() != Some("http") {
+            return Err(wrong());
+        }
+        if url.starts_with('/') && !inbound {
+            return Err(format!("`{url}` names no host: write http://HOST{url}"));
+        }
+        let authority = uri.authority().ok_or_else(wrong)?;
+        let port = authority.port_u16().or(Some(if https { 443 } else { 80 }).filter(|_| !connect));
+        if connect && port.is_none() {
+            return Err("CONNECT needs HOST:PORT".to_owned());
+        }
+        Ok(Self {
+            opaque: !inbound && (https || connect && port == Some(443)),
+            host: authority.host().to_owned(),
+            port,
+            path: uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
+            headers: headers.iter().map(|text| header(text)).collect::<Result<_, _>>()?,
+            method,
+            url: url.to_owned(),
+            inbound,
+        })
+    }
+
+    pub fn is_grpc(&self) -> bool {
+        let content_type = self.headers.get(http::header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        content_type.is_some_and(|value| value.starts_with("application/grpc"))
+    }
+
+    /// RFC 9110 §9.2.2, or by the caller's word.
+    pub fn is_idempotent(&self) -> bool {
+        self.method.is_idempotent() || self.headers.contains_key("idempotency-key")
+    }
+}
+
+fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let wrong = || format!("`{text}` is not a header: write 'name: value'");
+    let (name, value) = text.split_once(':').ok_or_else(wrong)?;
+    Ok((name.trim().parse().map_err(|_| wrong())?, value.trim().parse().map_err(|_| wrong())?))
+}

@@ -1,0 +1,389 @@
+//! What would become of a request, as text and as JSON.
+
+use std::fmt;
+
+use http::Method;
+use serde_json::json;
+
+use super::target::Target;
+use crate::{
+    config::{Loaded, Place, Policy, Protocol, Scope, Setting, Unknown},
+    proxy::route::{Router, normalise},
+    resilience::retry::Methods,
+};
+
+/// The answer.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    request: String,
+    /// Upstream, route and the like: name, value, place.
+    facts: Vec<(&'static str, String, Option<Place>)>,
+    notes: Vec<String>,
+    values: Vec<Line>,
+}
+
+#[derive(Debug)]
+struct Line {
+    key: String,
+    value: String,
+    place: Option<Place>,
+    /// Why it does not act on this request.
+    inactive: Option<String>,
+}
+
+/// What of the policy can act.
+#[derive(Clone, Copy, PartialEq)]
+enum Reach {
+    Everything,
+    /// Connect, limit and idle policy.
+    BytesOnly,
+}
+
+pub fn verdict(loaded: &Loaded, target: &Target) -> Verdict {
+    let mut verdict = Verdict { request: format!("{} {}", target.method, target.url), ..Verdict::default() };
+    let (scope, reach) = if target.inbound {
+        verdict.fact("service", loaded.config.inbound.forward_to.to_string(), None);
+        (Some(Scope::Inbound), Reach::Everything)
+    } else {
+        verdict.outbound(loaded, target)
+    };
+    let Some(scope) = scope else { return verdict };
+    if let Scope::Upstream(at) | Scope::Route(at, _) = scope {
+        for setting in loaded.upstream_settings(at) {
+            if !["name", "hosts"].contains(&setting.key.as_str()) {
+                verdict.value(loaded, setting, None);
+            }
+        }
+    }
+    if let Some(policy) = loaded.policy(scope) {
+        for setting in loaded.policy_settings(scope) {
+            let inactive = inactive(&setting, policy, target, reach);
+            verdict.value(loaded, setting, inactive);
+        }
+        verdict.notes.extend(retry_note(policy, target, reach));
+    }
+    verdict
+}
+
+impl Verdict {
+    fn fact(&mut self, name: &'static str, value: String, place: Option<Place>) {
+        self.facts.push((name, value, place));
+    }
+
+    fn value(&mut self, loaded: &Loaded, setting: Setting, inactive: Option<String>) {
+        let place = setting.origin.and_then(|origin| loaded.sources.place(origin));
+        let inactive = if setting.unbuilt { Some("not built yet".to_owned()) } else { inactive };
+        self.values.push(Line { key: setting.key, value: setting.value, place, inactive });
+    }
+
+    /// Whose policy applies; `None` where the call is refused.
+    fn outbound(&mut self, loaded: &Loaded, target: &Target) -> (Option<Scope>, Reach) {
+        let router = Router::new(&loaded.config);
+        let place = |scope| loaded.scope_origin(scope).and_then(|origin| loaded.sources.place(origin));
+        let bytes = Reach::BytesOnly;
+        if target.opaque {
+            let port = target.port.filter(|port| *port != 443).map_or(String::new(), |port| format!(":{port}"));
+            let path = target.path.path();
+            let what = if target.method == Method::CONNECT { "CONNECT" } else { "https goes through CONNECT" };
+            self.notes.push(format!(
+                "{what}: bytes only, call http://{}{port}{path} to get policies",
+                target.host
+            ));
+        } else if target.method == Method::CONNECT {
+            self.notes.push(
+                "what comes inside the tunnel is looked at: plain HTTP gets the full policy, other bytes only \
+                 connect, limit and idle policy"
+                    .to_owned(),
+            );
+        }
+        let Some(at) = router.upstream(&target.host, target.port) else {
+            return (self.unnamed(loaded, target, place(Scope::Defaults)), if target.opaque { bytes } else { Reach::Everything });
+        };
+        let upstream = &loaded.config.upstreams[at];
+        self.fact("upstream", upstream.name.clone(), place(Scope::Upstream(at)));
+        let tcp = upstream.protocol == Protocol::Tcp;
+        if tcp {
+            self.notes.push("protocol = tcp: bytes only".to_owned());
+        }
+        if tcp || target.opaque {
+            return (Some(Scope::Upstream(at)), bytes);
+        }
+        let found = router.routes(at).and_then(|routes| {
+            Some((routes, routes.find(&target.method, target.path.path(), &target.headers)?))
+        });
+        let Some((routes, index)) = found.filter(|_| target.method != Method::CONNECT) else {
+            self.fact("route", "none matches: the upstream's own policy".to_owned(), None);
+            return (Some(Scope::Upstream(at)), Reach::Everything);
+        };
+        let route = &upstream.routes[index];
+        let scope = Scope::Route(at, index);
+        self.fact("route", describe(&route.matches), place(scope));
+        if let Some(to) = &route.to {
+            self.fact("to", to.clone(), place(scope));
+        }
+        let path = normalise(target.path.path());
+        if path != target.path.path() {
+            self.fact("matched as", path.into_owned(), None);
+        }
+        if let Some(path) = routes.rewrite(index, &target.path) {
+            self.fact("path", path.to_string(), place(scope));
+        }
+        for (name, edits) in [("request", &route.request_headers), ("response", &route.response_headers)] {
+            for (header, value) in &edits.set {
+                self.notes.push(format!("{name} header {header} is set to {value}"));
+            }
+            for header in &edits.remove {
+                self.notes.push(format!("{name} header {header} is removed"));
+            }
+        }
+        (Some(scope), Reach::Everything)
+    }
+
+    /// A host that no upstream names.
+    fn unnamed(&mut self, loaded: &Loaded, target: &Target, place: Option<Place>) -> Option<Scope> {
+        let outbound = &loaded.config.outbound;
+        let address: Option<std::net::IpAddr> =
+            target.host.trim_start_matches('[').trim_end_matches(']').parse().ok();
+        let denied = address.and_then(|ip| outbound.deny_networks.iter().find(|network| network.contains(ip)));
+        if outbound.unknown == Unknown::Deny {
+            self.fact("upstream", "none names this host: refused, unknown = deny (unknown_upstream)".to_owned(), None);
+            return None;
+        }
+        if let Some(network) = denied {
+            self.fact("upstream", format!("none; refused: {network} is in deny_networks (denied_network)"), None);
+            return None;
+        }
+        self.fact("upstream", "none names this host: forwarded with the policy of [defaults]".to_owned(), place);
+        Some(Scope::Defaults)
+    }
+
+    pub fn to_json(&self) -> serde_json::Value {
+        let place = |place: &Option<Place>| match place {
+            Some(place) => json!({ "file": place.file, "line": place.line }),
+            None => serde_json::Value::Null,
+        };
+        let facts: serde_json::Map<String, serde_json::Value> = self
+            .facts
+            .iter()
+            .map(|(name, value, at)| (name.replace(' ', "_"), json!({ "value": value, "set_by": place(at) })))
+            .collect();
+        let values: Vec<_> = self
+            .values
+            .iter()
+            .map(|line| {
+                json!({ "key": line.key, "value": line.value, "set_by": place(&line.place), "inactive": line.inactive })
+            })
+            .collect();
+        json!({ "request": self.request, "facts": facts, "notes": self.notes, "values": values })
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}\n", self.request)?;
+        let width = |texts: &mut dyn Iterator<Item = &str>, most: usize| {
+            texts.map(|text| text.chars().count()).filter(|width| *width <= most).max().unwrap_or(0)
+        };
+        let keys = self.values.iter().map(|line| line.key.as_str()).chain(self.facts.iter().map(|fact| fact.0));
+        let keys = width(&mut { keys }, 40);
+        // One long list shall not push all places off the screen.
+        let values = width(&mut self.values.iter().map(|line| line.value.as_str()), 24);
+        for (name, value, place) in &self.facts {
+            let place = place.as_ref().map_or(String::new(), ToString::to_string);
+            writeln!(f, "{}", format!("{name:keys$}  {value:values$}  {place}").trim_end())?;
+        }
+        for note in &self.notes {
+            writeln!(f, "{:keys$}  {note}", "note")?;
+        }
+        if !self.values.is_empty() {
+            writeln!(f)?;
+        }
+        for line in &self.values {
+            let place = line.place.as_ref().map_or("default".to_owned(), ToString::to_string);
+            write!(f, "{:keys$}  {:values$}  {place}", line.key, line.value)?;
+            match &line.inactive {
+                Some(why) => writeln!(f, "  (inactive: {why})")?,
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn describe(matches: &crate::config::Match) -> String {
+    let mut parts = Vec::new();
+    if !matches.methods.is_empty() {
+        parts.push(matches.methods.join("|"));
+    }
+    parts.extend(matches.path.clone());
+    parts.extend(matches.headers.iter().map(|(name, value)| format!("{name}: {value}")));
+    if parts.is_empty() { "any call".to_owned() } else { parts.join(" ") }
+}
+
+/// Why a value does not act on this request, if it does not.
+fn inactive(setting: &Setting, policy: &Policy, target: &Target, reach: Reach) -> Option<String> {
+    let key = setting.key.as_str();
+    let because = |why: &str| Some(why.to_owned());
+    if setting.value == "false" {
+        return None;
+    }
+    let for_bytes = ["connect_timeout", "tunnel_idle_timeout", "limits.max_connections"];
+    if reach == Reach::BytesOnly {
+        return if for_bytes.contains(&key) { None } else { because("bytes only") };
+    }
+    let retries = policy.retry.0.as_ref().filter(|retry| retry.max > 0);
+    match key {
+        "timeout" if target.is_grpc() && !policy.route_sets_timeout => {
+            because("gRPC calls have their grpc-timeout, unless a route sets one")
+        }
+        "attempt_timeout" if target.is_grpc() && !policy.route_sets_attempt_timeout => {
+            because("gRPC calls have their grpc-timeout, unless a route sets one")
+        }
+        "retry.max" => None,
+        _ if key.starts_with("retry.") && retries.is_none() => because("max = 0"),
+        "retry.on" => grpc_inactive(policy),
+        "retry.body_limit" if !may_repeat(policy, target) => because("the method is not repeated"),
+        _ if key.starts_with("hedge.") && !target.is_idempotent() => because("not idempotent"),
+        _ if key.starts_with("hedge.") && retries.is_none() => because("no retry to spend"),
+        _ => None,
+    }
+}
+
+/// gRPC calls are POST: their codes act only where POST may be repeated.
+fn grpc_inactive(policy: &Policy) -> Option<String> {
+    let retry = policy.retry.0.as_ref()?;
+    let methods = match &retry.methods {
+        Methods::All => return None,
+        Methods::Idempotent => "idempotent".to_owned(),
+        Methods::Listed(methods) if methods.iter().any(|method| method == "POST") => return None,
+        Methods::Listed(methods) => methods.join(", "),
+    };
+    let codes = retry.on.iter().map(ToString::to_string).filter(|name| name.starts_with("grpc-"));
+    let codes: Vec<String> = codes.collect();
+    (!codes.is_empty()).then(|| format!("{}: methods = {methods}", codes.join(", ")))
+}
+
+fn may_repeat(policy: &Policy, target: &Target) -> bool {
+    match policy.retry.0.as_ref().map(|retry| &retry.methods) {
+        Some(Methods::All) => true,
+        Some(Methods::Idempotent) => target.is_idempotent(),
+        Some(Methods::Listed(methods)) => methods.iter().any(|method| method == target.method.as_str()),
+        None => false,
+    }
+}
+
+fn retry_note(policy: &Policy, target: &Target, reach: Reach) -> Option<String> {
+    let retries = policy.retry.0.as_ref().is_some_and(|retry| retry.max > 0);
+    (retries && reach == Reach::Everything && target.method != Method::CONNECT && !may_repeat(policy, target))
+        .then(|| {
+            format!(
+                "{} is not repeated once it may have reached the service; a try that surely did not is",
+                target.method
+            )
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Source, Sources, load_sources};
+
+    const FILE: &str = "
+[defaults]
+timeout = '9s'
+[[upstream]]
+name = 'payments'
+hosts = ['payments', '*.pay']
+retry = { max = 1 }
+[[upstream.route]]
+match = { methods = ['POST'], path = '/v1/charge*' }
+retry = { max = 0 }
+path_rewrite = '/charge'
+request_headers = { set = { x-tier = '1' } }
+[[upstream]]
+name = 'db'
+protocol = 'tcp'
+";
+
+    fn explained(text: &str, method: &str, url: &str, headers: &[&str], inbound: bool) -> String {
+        let sources = Sources(vec![Source { path: "o.toml".into(), text: text.to_owned() }]);
+        let loaded = load_sources(sources, &|_| None).unwrap();
+        let headers: Vec<String> = headers.iter().map(ToString::to_string).collect();
+        let target = Target::parse(method, url, &headers, inbound).unwrap();
+        verdict(&loaded, &target).to_string()
+    }
+
+    /// The line of a key, its blanks made single.
+    #[track_caller]
+    fn says(text: &str, line: &str) {
+        let found = text.lines().any(|l| l.split_whitespace().collect::<Vec<_>>().join(" ") == line);
+        assert!(found, "{line:?} not in\n{text}");
+    }
+
+    #[test]
+    fn route_values_and_places_are_told() {
+        let text = explained(FILE, "POST", "http://payments/v1/charge/5?q", &[], false);
+        for line in [
+            "upstream payments o.toml:4",
+            "route POST /v1/charge* o.toml:8",
+            "path /charge/5?q o.toml:8",
+            "note request header x-tier is set to 1",
+            "timeout 9s o.toml:3",
+            "retry.max 0 o.toml:10",
+            "retry.body_limit 64KiB default (inactive: max = 0)",
+            "idle_timeout 5m default",
+            "endpoints dns://payments:80 default",
+        ] {
+            says(&text, line);
+        }
+    }
+
+    #[test]
+    fn what_cannot_act_is_said() {
+        let text = explained(FILE, "GET", "http://payments/", &[], false);
+        says(&text, "route none matches: the upstream's own policy");
+        says(&text, "retry.max 1 o.toml:7");
+        let text = explained(FILE, "POST", "http://x.pay/", &["content-type: application/grpc"], false);
+        says(&text, "timeout 9s o.toml:3 (inactive: gRPC calls have their grpc-timeout, unless a route sets one)");
+        says(&text, "note POST is not repeated once it may have reached the service; a try that surely did not is");
+        let text = explained(FILE, "CONNECT", "payments:443", &[], false);
+        says(&text, "note CONNECT: bytes only, call http://payments/ to get policies");
+        says(&text, "timeout 9s o.toml:3 (inactive: bytes only)");
+        says(&text, "connect_timeout 1s default");
+        let text = explained(FILE, "GET", "https://payments/a", &[], false);
+        says(&text, "note https goes through CONNECT: bytes only, call http://payments/a to get policies");
+        says(&explained(FILE, "GET", "http://db/", &[], false), "note protocol = tcp: bytes only");
+    }
+
+    #[test]
+    fn hosts_that_no_upstream_names_are_forwarded_or_refused() {
+        let text = explained(FILE, "GET", "http://other/", &[], false);
+        says(&text, "upstream none names this host: forwarded with the policy of [defaults] o.toml:2");
+        let text = explained("[outbound]\nunknown = 'deny'", "GET", "http://other/", &[], false);
+        assert!(text.contains("refused, unknown = deny") && !text.contains("timeout"), "{text}");
+        let text = explained("", "GET", "http://169.254.169.254/", &[], false);
+        assert!(text.contains("169.254.0.0/16 is in deny_networks"), "{text}");
+    }
+
+    #[test]
+    fn inbound_calls_have_their_own_policy() {
+        let text = explained(FILE, "GET", "/healthz", &[], true);
+        says(&text, "service 127.0.0.1:8080");
+        says(&text, "timeout 0s default");
+        says(&text, "retry false default");
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused() {
+        for (method, url, headers) in [
+            ("G T", "http://a/", vec![]),
+            ("GET", "/a", vec![]),
+            ("GET", "ftp://a/", vec![]),
+            ("GET", "http://", vec![]),
+            ("CONNECT", "a", vec![]),
+            ("GET", "http://a/", vec!["x".to_owned()]),
+        ] {
+            assert!(Target::parse(method, url, &headers, false).is_err(), "{method} {url} {headers:?}");
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! `-c FILE`, wherever a command reads the configuration.
+
+use std::{io::IsTerminal, path::PathBuf};
+
+use clap::Args;
+
+use crate::config::{self, Diagnostics, Loaded};
+
+/// Which configuration to read.
+#[derive(Args, Debug, Default, Clone)]
+pub struct ConfigFiles {
+    /// A configuration file; several merge key by key, the later one wins [default: $OUTRIGGER_CONFIG, else ./outrigger.toml]
+    #[arg(short = 'c', long = "config", value_name = "FILE")]
+    pub config: Vec<PathBuf>,
+}
+
+impl ConfigFiles {
+    /// The files that are meant: these, else those found by the usual rule.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        config::files(&self.config, std::path::Path::new("."), &config::process_env)
+    }
+
+    pub fn load(&self) -> Result<Loaded, Diagnostics> {
+        config::load(&self.paths(), &config::process_env)
+    }
+}
+
+/// Whether to colour what goes to this stream (<https://no-color.org>).
+pub fn colour(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
