@@ -35,7 +35,8 @@ pub fn run(args: &CheckArgs) -> ExitCode {
         format!("{:#}\n", found.to_json())
     } else {
         let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
-        let what = if names.is_empty() { "no file: the built-in defaults".to_owned() } else { names.join(", ") };
+        let what =
+            if names.is_empty() { "no file: the built-in defaults".to_owned() } else { names.join(", ") };
         format!("{}{what}: {}\n", found.render(colour(&out)), summary(&found))
     };
     // A closed pipe is the reader's decision.

@@ -1,6 +1,10 @@
 //! The command line: one file a command.
 
+mod check;
 mod completions;
+mod config;
+mod explain;
+pub mod files;
 mod man;
 
 use std::process::ExitCode;
@@ -28,6 +32,9 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    Check(check::CheckArgs),
+    Explain(explain::ExplainArgs),
+    Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -48,6 +55,9 @@ pub fn main() -> ExitCode {
         }
     };
     match cli.command {
+        Command::Check(args) => check::run(&args),
+        Command::Explain(args) => explain::run(&args),
+        Command::Config(args) => config::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
     }

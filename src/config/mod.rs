@@ -8,6 +8,7 @@
 //! several files, done on the tree, so every effective value still knows the file and line that set it.
 
 mod diagnostic;
+mod document;
 mod load;
 mod merge;
 mod node;
@@ -24,6 +25,7 @@ mod unbuilt;
 mod validate;
 
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity};
+pub use document::{EXAMPLE, json_schema};
 pub use load::{Loaded, files, load, load_sources, process_env};
 pub use node::{Entry, Node, Table, Value};
 pub use parse::Env;

@@ -64,7 +64,8 @@ impl Loaded {
         let Some(value) = self.config.upstreams.get(upstream) else { return Vec::new() };
         let empty = Node::table(None);
         let mut settings = settings(value, self.upstream_node(upstream).unwrap_or(&empty));
-        settings.retain(|setting| !["policy", "routes"].contains(&setting.key.split('.').next().unwrap_or("")));
+        settings
+            .retain(|setting| !["policy", "routes"].contains(&setting.key.split('.').next().unwrap_or("")));
         settings
     }
 
@@ -148,7 +149,10 @@ mod tests {
 
     fn line(loaded: &Loaded, settings: &[Setting], key: &str) -> (String, Option<usize>) {
         let setting = settings.iter().find(|setting| setting.key == key).unwrap();
-        (setting.value.clone(), setting.origin.and_then(|at| loaded.sources.place(at)).map(|place| place.line))
+        (
+            setting.value.clone(),
+            setting.origin.and_then(|at| loaded.sources.place(at)).map(|place| place.line),
+        )
     }
 
     #[test]
@@ -170,7 +174,10 @@ mod tests {
         let upstream = loaded.upstream_settings(0);
         assert_eq!(line(&loaded, &upstream, "balance"), ("round-robin".to_owned(), Some(6)));
         assert_eq!(line(&loaded, &upstream, "endpoints"), ("dns://a:80".to_owned(), None));
-        assert_eq!(line(&loaded, &loaded.policy_settings(Scope::Inbound), "timeout"), ("0s".to_owned(), None));
+        assert_eq!(
+            line(&loaded, &loaded.policy_settings(Scope::Inbound), "timeout"),
+            ("0s".to_owned(), None)
+        );
     }
 
     #[test]

@@ -110,9 +110,10 @@ fn look(
 
 /// Whether a policy key (`breaker.window`) belongs to a feature that is not built: its value acts on nothing.
 pub(super) fn is_unbuilt_policy(key: &str) -> bool {
-    UNBUILT.iter().filter_map(|(path, _)| path.strip_prefix("policy.")).any(|unbuilt| {
-        key.strip_prefix(unbuilt).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-    })
+    UNBUILT
+        .iter()
+        .filter_map(|(path, _)| path.strip_prefix("policy."))
+        .any(|unbuilt| key.strip_prefix(unbuilt).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
 #[cfg(test)]

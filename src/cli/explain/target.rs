@@ -20,7 +20,9 @@ pub struct Target {
 impl Target {
     pub fn parse(method: &str, url: &str, headers: &[String], inbound: bool) -> Result<Self, String> {
         let method: Method = method.parse().map_err(|_| format!("`{method}` is not a method"))?;
-        let wrong = || format!("`{url}` is not a URL: write e.g. http://payments/v1/charge, or HOST:PORT with CONNECT");
+        let wrong = || {
+            format!("`{url}` is not a URL: write e.g. http://payments/v1/charge, or HOST:PORT with CONNECT")
+        };
         let connect = method == Method::CONNECT;
         let whole = if url.starts_with('/') {
             format!("http://localhost{url}")

@@ -82,13 +82,13 @@ impl Verdict {
         let place = |scope| loaded.scope_origin(scope).and_then(|origin| loaded.sources.place(origin));
         let bytes = Reach::BytesOnly;
         if target.opaque {
-            let port = target.port.filter(|port| *port != 443).map_or(String::new(), |port| format!(":{port}"));
+            let port =
+                target.port.filter(|port| *port != 443).map_or(String::new(), |port| format!(":{port}"));
             let path = target.path.path();
-            let what = if target.method == Method::CONNECT { "CONNECT" } else { "https goes through CONNECT" };
-            self.notes.push(format!(
-                "{what}: bytes only, call http://{}{port}{path} to get policies",
-                target.host
-            ));
+            let what =
+                if target.method == Method::CONNECT { "CONNECT" } else { "https goes through CONNECT" };
+            self.notes
+                .push(format!("{what}: bytes only, call http://{}{port}{path} to get policies", target.host));
         } else if target.method == Method::CONNECT {
             self.notes.push(
                 "what comes inside the tunnel is looked at: plain HTTP gets the full policy, other bytes only \
@@ -97,7 +97,10 @@ impl Verdict {
             );
         }
         let Some(at) = router.upstream(&target.host, target.port) else {
-            return (self.unnamed(loaded, target, place(Scope::Defaults)), if target.opaque { bytes } else { Reach::Everything });
+            return (
+                self.unnamed(loaded, target, place(Scope::Defaults)),
+                if target.opaque { bytes } else { Reach::Everything },
+            );
         };
         let upstream = &loaded.config.upstreams[at];
         self.fact("upstream", upstream.name.clone(), place(Scope::Upstream(at)));
@@ -144,16 +147,29 @@ impl Verdict {
         let outbound = &loaded.config.outbound;
         let address: Option<std::net::IpAddr> =
             target.host.trim_start_matches('[').trim_end_matches(']').parse().ok();
-        let denied = address.and_then(|ip| outbound.deny_networks.iter().find(|network| network.contains(ip)));
+        let denied =
+            address.and_then(|ip| outbound.deny_networks.iter().find(|network| network.contains(ip)));
         if outbound.unknown == Unknown::Deny {
-            self.fact("upstream", "none names this host: refused, unknown = deny (unknown_upstream)".to_owned(), None);
+            self.fact(
+                "upstream",
+                "none names this host: refused, unknown = deny (unknown_upstream)".to_owned(),
+                None,
+            );
             return None;
         }
         if let Some(network) = denied {
-            self.fact("upstream", format!("none; refused: {network} is in deny_networks (denied_network)"), None);
+            self.fact(
+                "upstream",
+                format!("none; refused: {network} is in deny_networks (denied_network)"),
+                None,
+            );
             return None;
         }
-        self.fact("upstream", "none names this host: forwarded with the policy of [defaults]".to_owned(), place);
+        self.fact(
+            "upstream",
+            "none names this host: forwarded with the policy of [defaults]".to_owned(),
+            place,
+        );
         Some(Scope::Defaults)
     }
 
@@ -184,7 +200,8 @@ impl fmt::Display for Verdict {
         let width = |texts: &mut dyn Iterator<Item = &str>, most: usize| {
             texts.map(|text| text.chars().count()).filter(|width| *width <= most).max().unwrap_or(0)
         };
-        let keys = self.values.iter().map(|line| line.key.as_str()).chain(self.facts.iter().map(|fact| fact.0));
+        let keys =
+            self.values.iter().map(|line| line.key.as_str()).chain(self.facts.iter().map(|fact| fact.0));
         let keys = width(&mut { keys }, 40);
         // One long list shall not push all places off the screen.
         let values = width(&mut self.values.iter().map(|line| line.value.as_str()), 24);
@@ -344,8 +361,14 @@ protocol = 'tcp'
         says(&text, "route none matches: the upstream's own policy");
         says(&text, "retry.max 1 o.toml:7");
         let text = explained(FILE, "POST", "http://x.pay/", &["content-type: application/grpc"], false);
-        says(&text, "timeout 9s o.toml:3 (inactive: gRPC calls have their grpc-timeout, unless a route sets one)");
-        says(&text, "note POST is not repeated once it may have reached the service; a try that surely did not is");
+        says(
+            &text,
+            "timeout 9s o.toml:3 (inactive: gRPC calls have their grpc-timeout, unless a route sets one)",
+        );
+        says(
+            &text,
+            "note POST is not repeated once it may have reached the service; a try that surely did not is",
+        );
         let text = explained(FILE, "CONNECT", "payments:443", &[], false);
         says(&text, "note CONNECT: bytes only, call http://payments/ to get policies");
         says(&text, "timeout 9s o.toml:3 (inactive: bytes only)");

@@ -4,9 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use super::Check;
 use crate::config::{
-        Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream, normalise,
-        diagnostic::{Problems, did_you_mean},
-        source::Origin,
+    Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream,
+    diagnostic::{Problems, did_you_mean},
+    normalise,
+    source::Origin,
 };
 
 const MAX_NAME: usize = 128;

@@ -1,0 +1,131 @@
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::config::{Config, Source, Sources, load_sources, resolve::SECTIONS};
+
+fn load(text: &str) -> Result<Config, String> {
+    let sources = Sources(vec![Source { path: "f".into(), text: text.to_owned() }]);
+    load_sources(sources, &|_| None).map(|loaded| (*loaded.config).clone()).map_err(|found| found.to_string())
+}
+
+/// The example with its comments of these kinds taken away.
+fn uncommented(kinds: &[&str]) -> String {
+    let uncomment = |line: &str| {
+        // `# key = …` and `# [table]`, but not prose.
+        let code = |rest: &str| {
+            let key = rest.split(" =").next().unwrap_or("");
+            rest.starts_with('[')
+                || rest.contains(" = ")
+                    && key.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        };
+        let rest = kinds.iter().find_map(|kind| line.strip_prefix(kind)).filter(|rest| code(rest));
+        rest.unwrap_or(line).to_owned()
+    };
+    EXAMPLE.lines().map(uncomment).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_example_says_the_defaults() {
+    let example = load(EXAMPLE).unwrap();
+    let built_in = load("").unwrap();
+    assert_eq!(example, built_in);
+}
+
+#[test]
+fn the_example_works_with_everything_optional_in_it() {
+    let config = load(&uncommented(&["# "])).unwrap();
+    assert_eq!(config.upstreams.len(), 2);
+    assert_eq!(config.upstreams[0].routes.len(), 1);
+}
+
+/// What is not built is refused for that alone, and all of it is.
+#[test]
+fn what_is_marked_as_not_built_is_exactly_that() {
+    let text = uncommented(&["# ", "#! "])
+        .replace("spiffe = ", "# spiffe = ")
+        .replace("upstream = \"payments-dr\"", "");
+    let sources = Sources(vec![Source { path: "f".into(), text }]);
+    let found = load_sources(sources, &|_| None).unwrap_err();
+    for problem in &found.problems {
+        assert!(problem.message.ends_with("is not built yet"), "{found}");
+    }
+    let marked = EXAMPLE.lines().filter(|line| line.starts_with("#! ")).count();
+    assert!(marked == 0 || !found.is_empty(), "{marked} lines are marked as not built, but all is taken");
+}
+
+/// All keys of the schema, with those of the tables it refers to.
+fn keys(schema: &Json, definitions: &Json, found: &mut BTreeSet<String>) {
+    match schema {
+        Json::Object(map) => {
+            if let Some(Json::Object(properties)) = map.get("properties") {
+                found.extend(properties.keys().cloned());
+                properties.values().for_each(|schema| keys(schema, definitions, found));
+            }
+            if let Some(name) =
+                map.get("$ref").and_then(Json::as_str).and_then(|name| name.rsplit('/').next())
+            {
+                keys(&definitions[name], definitions, found);
+            }
+            for key in ["items", "anyOf", "allOf", "oneOf"] {
+                if let Some(schema) = map.get(key) {
+                    keys(schema, definitions, found);
+                }
+            }
+        }
+        Json::Array(items) => items.iter().for_each(|schema| keys(schema, definitions, found)),
+        _ => {}
+    }
+}
+
+fn all_keys() -> BTreeSet<String> {
+    let schema = json_schema();
+    let mut found = BTreeSet::new();
+    keys(&schema, &schema["definitions"], &mut found);
+    found
+}
+
+#[test]
+fn every_key_of_the_schema_stands_in_the_example_and_in_the_reference() {
+    let reference = include_str!("../../../docs/configuration.md");
+    let found = all_keys();
+    assert!(found.len() > 90, "{found:?}");
+    for key in found {
+        let written = [format!("{key} = "), format!("[{key}]"), format!("{key}]]"), format!(".{key}]")];
+        assert!(written.iter().any(|text| EXAMPLE.contains(text)), "`{key}` is not in the example");
+        let written = [format!("`{key}`"), format!(".{key}`"), format!("[{key}]`"), format!(".{key}]`")];
+        assert!(
+            written.iter().any(|text| reference.contains(text)),
+            "`{key}` is not in docs/configuration.md"
+        );
+    }
+}
+
+#[test]
+fn the_schema_knows_all_sections_and_its_references_lead_somewhere() {
+    let schema = json_schema();
+    let mut sections: Vec<&str> =
+        schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
+    let mut expected = SECTIONS.to_vec();
+    sections.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(sections, expected);
+    let text = schema.to_string();
+    for reference in text.split("\"#/definitions/").skip(1) {
+        let name = reference.split('"').next().unwrap();
+        assert!(schema["definitions"].get(name).is_some(), "{name}");
+    }
+    assert_eq!(schema["properties"]["defaults"]["properties"]["timeout"]["default"], "15s");
+    assert!(schema["properties"]["upstream"]["items"]["properties"]["timeout"].get("default").is_none());
+}
+
+#[test]
+fn the_files_for_each_use_pass_check() {
+    let mut seen = 0;
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/config")).unwrap() {
+        let path = entry.unwrap().path();
+        let loaded = crate::config::load(&[path], &|_| None).map_err(|found| found.to_string()).unwrap();
+        assert!(loaded.warnings.is_empty(), "{}", loaded.warnings);
+        seen += 1;
+    }
+    assert!(seen >= 4);
+}
