@@ -1,5 +1,6 @@
 //! Outrigger: a sidecar that carries a service's calls, both ways, with retries, breakers, timeouts, and telemetry.
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod discovery;

@@ -54,7 +54,7 @@ mod tests {
     fn there_is_a_page_for_every_command() {
         let folder = tempfile::tempdir().unwrap();
         write_all(folder.path()).unwrap();
-        for page in ["outrigger.1", "outrigger-completions.1"] {
+        for page in ["outrigger.1", "outrigger-run.1", "outrigger-completions.1"] {
             let text = std::fs::read_to_string(folder.path().join(page)).unwrap();
             assert!(text.contains(".SH NAME"), "{page}");
         }

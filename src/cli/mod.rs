@@ -1,11 +1,18 @@
 //! The command line: one file a command.
 
+mod admin_client;
 mod check;
 mod completions;
 mod config;
+mod demo;
+mod drain;
 mod explain;
 pub mod files;
 mod man;
+mod run;
+mod service_env;
+mod set;
+mod status;
 
 use std::process::ExitCode;
 
@@ -19,8 +26,10 @@ use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
     max_term_width = 100,
     after_help = "\
 Examples:
+  outrigger demo                              see it working
   outrigger run --app 8080 -- ./my-service    start a service with its sidecar
   outrigger run -c outrigger.toml             the sidecar alone
+  outrigger status --watch                    a running one
 
 Outbound calls go to localhost:4140 (http_proxy), callers to port 4143, and http://localhost:4191 shows what happens.
 Exit codes: 0 fine, 1 failed, 2 wrong usage."
@@ -32,9 +41,14 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    Run(run::RunArgs),
     Check(check::CheckArgs),
     Explain(explain::ExplainArgs),
     Config(config::ConfigArgs),
+    Status(status::StatusArgs),
+    Set(set::SetArgs),
+    Drain(drain::DrainArgs),
+    Demo(demo::DemoArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -55,9 +69,14 @@ pub fn main() -> ExitCode {
         }
     };
     match cli.command {
+        Command::Run(args) => run::run(args),
         Command::Check(args) => check::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Set(args) => set::run(args),
+        Command::Drain(args) => drain::run(&args),
+        Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
     }

@@ -5,7 +5,9 @@
 
 pub mod cgroup;
 pub mod child;
+pub mod lifecycle;
 pub mod ready_file;
+pub mod reload;
 pub mod signals;
 mod snapshot;
 mod workers;

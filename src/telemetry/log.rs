@@ -152,6 +152,13 @@ impl std::fmt::Display for LogFilter {
     }
 }
 
+/// A handle on a log that nobody writes; it works while the second part lives.
+#[cfg(test)]
+pub fn detached() -> (LogHandle, reload::Layer<EnvFilter, Registry>) {
+    let (layer, handle) = reload::Layer::new(EnvFilter::new(DEFAULT_FILTER));
+    (LogHandle { reload: handle }, layer)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,272 @@
+//! What the admin server answers.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
+    header::{
+        ACCEPT, ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, WWW_AUTHENTICATE,
+    },
+    request::Parts,
+};
+use http_body::Body;
+use http_body_util::{BodyExt, Full};
+
+use super::{guard, status::Status, token::Token};
+use crate::{
+    runtime::lifecycle::Control,
+    telemetry::{exposition, log::LogFilter},
+};
+
+/// An answer.
+pub type Answer = Response<Full<Bytes>>;
+
+/// What a listener serves, and to whom.
+#[derive(Clone, Debug)]
+pub struct Api {
+    pub control: Arc<Control>,
+    pub access: Access,
+}
+
+/// What a listener's callers may do.
+#[derive(Clone, Debug)]
+pub enum Access {
+    /// Everything: a Unix socket, whose file says who may.
+    All,
+    /// Changes need the token. Without one (none could be left) nothing can be changed.
+    Token(Option<Token>),
+    /// `/live`, `/ready` and `/metrics`, for whoever can reach the port.
+    Probe,
+}
+
+type Handler = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
+
+struct Route {
+    method: Method,
+    path: &'static str,
+    probe: bool,
+    handler: Handler,
+}
+
+const fn read(path: &'static str, probe: bool, handler: Handler) -> Route {
+    Route { method: Method::GET, path, probe, handler }
+}
+
+const ROUTES: &[Route] = &[
+    read("/", false, |_, _, _| page()),
+    read("/live", true, |_, _, _| text(StatusCode::OK, "live\n")),
+    read("/ready", true, |control, parts, _| ready(control, &parts.headers)),
+    read("/metrics", true, |control, _, _| metrics(control)),
+    read("/status", false, |control, _, _| json(StatusCode::OK, &Status::of(control))),
+    read("/config", false, |control, parts, _| config(control, &parts.headers)),
+    Route { method: Method::POST, path: "/drain", probe: false, handler: |control, _, _| drain(control) },
+    Route {
+        method: Method::PUT,
+        path: "/log",
+        probe: false,
+        handler: |control, _, body| set_log(control, body),
+    },
+];
+
+impl Api {
+    /// Answers a request. Its body must be bounded by whoever calls.
+    pub async fn answer<B>(&self, request: Request<B>) -> Answer
+    where
+        B: Body<Data: Send, Error: std::fmt::Display> + Send,
+    {
+        let (parts, body) = request.into_parts();
+        let handler = match self.admit(&parts) {
+            Ok(handler) => handler,
+            Err(refusal) => return *refusal,
+        };
+        match body.collect().await {
+            Ok(body) => handler(&self.control, &parts, &body.to_bytes()),
+            Err(error) => {
+                problem(StatusCode::PAYLOAD_TOO_LARGE, "The body could not be read", &error.to_string())
+            }
+        }
+    }
+
+    /// What serves this request, or the answer that refuses it.
+    fn admit(&self, parts: &Parts) -> Result<Handler, Box<Answer>> {
+        let probe_only = matches!(self.access, Access::Probe);
+        if matches!(self.access, Access::Token(_)) && !guard::host_is_local(&parts.uri, &parts.headers) {
+            return Err(Box::new(problem(
+                StatusCode::FORBIDDEN,
+                "Not a name of this machine",
+                "the admin server answers to localhost and literal addresses only, so that no web page can reach it under a name of its own",
+            )));
+        }
+        let path = parts.uri.path();
+        let served: Vec<&Route> = ROUTES.iter().filter(|route| route.probe || !probe_only).collect();
+        let here: Vec<&&Route> = served.iter().filter(|route| route.path == path).collect();
+        if here.is_empty() {
+            let paths: Vec<&str> = served.iter().map(|route| route.path).collect();
+            let detail = format!("there is {}", paths.join(", "));
+            return Err(Box::new(problem(StatusCode::NOT_FOUND, "No such path", &detail)));
+        }
+        let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
+        let Some(route) = here.iter().find(|route| route.method == *method) else {
+            let allowed = here.iter().map(|route| match route.method {
+                Method::GET => "GET, HEAD",
+                Method::POST => "POST",
+                _ => "PUT",
+            });
+            let allowed = allowed.collect::<Vec<_>>().join(", ");
+            let mut answer = problem(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "Another method is needed",
+                &format!("{path} takes {allowed}"),
+            );
+            if let Ok(allowed) = HeaderValue::from_str(&allowed) {
+                answer.headers_mut().insert(ALLOW, allowed);
+            }
+            return Err(Box::new(answer));
+        };
+        if route.method != Method::GET {
+            self.may_change(&parts.headers)?;
+        }
+        Ok(route.handler)
+    }
+
+    fn may_change(&self, headers: &HeaderMap) -> Result<(), Box<Answer>> {
+        let refuse = |detail: &str| {
+            let mut answer = problem(StatusCode::UNAUTHORIZED, "Changes need the admin token", detail);
+            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            Err(Box::new(answer))
+        };
+        match &self.access {
+            Access::All => Ok(()),
+            Access::Token(Some(token)) => {
+                if token.is_borne_by(headers.get(AUTHORIZATION).map(HeaderValue::as_bytes)) {
+                    Ok(())
+                } else {
+                    refuse(
+                        "send `Authorization: Bearer TOKEN`; the token's file is in the log and in the ready file",
+                    )
+                }
+            }
+            Access::Token(None) => refuse(
+                "no token could be left at start (see the log): set [admin] token_file, or listen on a Unix socket",
+            ),
+            Access::Probe => refuse("not on this port"),
+        }
+    }
+}
+
+fn ready(control: &Control, headers: &HeaderMap) -> Answer {
+    let why = control.not_ready();
+    let status = if why.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    if accepts(headers, "json") {
+        json(status, &serde_json::json!({ "ready": why.is_none(), "reason": why }))
+    } else {
+        text(status, &format!("{}\n", why.unwrap_or("ready")))
+    }
+}
+
+fn metrics(control: &Arc<Control>) -> Answer {
+    match exposition::text(control) {
+        Ok(body) => with_type(
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            StatusCode::OK,
+            body.into(),
+        ),
+        Err(error) => {
+            problem(StatusCode::INTERNAL_SERVER_ERROR, "The metrics could not be written", &error.to_string())
+        }
+    }
+}
+
+fn config(control: &Control, headers: &HeaderMap) -> Answer {
+    let config = &control.shared.snapshot.load().config;
+    let tree = super::effective::tree(config);
+    if !accepts(headers, "toml") {
+        return json(StatusCode::OK, &tree);
+    }
+    match toml::to_string(&tree) {
+        Ok(written) => with_type("application/toml", StatusCode::OK, written.into()),
+        Err(error) => problem(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "The configuration could not be written as TOML",
+            &error.to_string(),
+        ),
+    }
+}
+
+fn drain(control: &Control) -> Answer {
+    let state = if control.request_drain() {
+        tracing::info!("asked to drain by the admin server");
+        "draining inbound; the process stays until SIGTERM"
+    } else {
+        "was draining already"
+    };
+    json(StatusCode::ACCEPTED, &serde_json::json!({ "drain": state }))
+}
+
+fn set_log(control: &Control, body: &[u8]) -> Answer {
+    let filter = match std::str::from_utf8(body).map_err(|e| e.to_string()).and_then(str::parse::<LogFilter>)
+    {
+        Ok(filter) => filter,
+        Err(why) => return problem(StatusCode::BAD_REQUEST, "Not a log filter", &why),
+    };
+    match control.log.set(&filter) {
+        Ok(()) => {
+            tracing::info!(%filter, "the log's filter was changed");
+            json(StatusCode::OK, &serde_json::json!({ "log": filter.as_str() }))
+        }
+        Err(error) => problem(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "The log's filter could not be changed",
+            &error.to_string(),
+        ),
+    }
+}
+
+fn page() -> Answer {
+    let mut answer = with_type("text/html; charset=utf-8", StatusCode::OK, include_str!("page.html").into());
+    // The page brings its own script and style, and talks to nobody else.
+    answer.headers_mut().insert(
+        CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(
+            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+        ),
+    );
+    answer
+}
+
+fn accepts(headers: &HeaderMap, kind: &str) -> bool {
+    headers.get(ACCEPT).is_some_and(|field| field.to_str().is_ok_and(|field| field.contains(kind)))
+}
+
+fn text(status: StatusCode, body: &str) -> Answer {
+    with_type("text/plain; charset=utf-8", status, body.to_owned().into())
+}
+
+fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
+    match serde_json::to_vec_pretty(body) {
+        Ok(mut body) => {
+            body.push(b'\n');
+            with_type("application/json", status, body.into())
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+    }
+}
+
+/// RFC 9457.
+pub fn problem(status: StatusCode, title: &str, detail: &str) -> Answer {
+    let body = serde_json::json!({
+        "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail,
+    });
+    let mut answer = json(status, &body);
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    answer
+}
+
+fn with_type(kind: &'static str, status: StatusCode, body: Bytes) -> Answer {
+    let mut answer = Response::new(Full::new(body));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
+}

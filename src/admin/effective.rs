@@ -1,0 +1,93 @@
+//! The effective configuration as a tree, secrets left out.
+
+use serde_json::{Map, Value, json};
+
+use crate::config::Config;
+
+/// Shown in place of a secret.
+const HIDDEN: &str = "(hidden)";
+
+/// Every section with every key, defaults included; what is unset is left out.
+pub fn tree(config: &Config) -> Value {
+    let Config { service, runtime, inbound, outbound, identity, admin, telemetry, defaults, upstreams } =
+        config;
+    let mut tree = json!({
+        "service": service, "runtime": runtime, "inbound": inbound, "outbound": outbound, "identity": identity,
+        "admin": admin, "telemetry": telemetry, "defaults": defaults, "upstream": upstreams,
+    });
+    clean(&mut tree);
+    tree
+}
+
+fn clean(value: &mut Value) {
+    match value {
+        Value::Object(map) => clean_map(map),
+        Value::Array(list) => list.iter_mut().for_each(clean),
+        _ => {}
+    }
+}
+
+/// Names that differ between the file, where one table stands for one thing, and the lists that are made of them.
+const AS_WRITTEN: &[(&str, &str)] = &[("ports", "port"), ("routes", "route"), ("matches", "match")];
+
+fn clean_map(map: &mut Map<String, Value>) {
+    map.retain(|_, value| !value.is_null());
+    // Policy keys stand beside the others.
+    if let Some(Value::Object(policy)) = map.shift_remove("policy") {
+        map.extend(policy);
+        map.retain(|_, value| !value.is_null());
+    }
+    for (name, written) in AS_WRITTEN {
+        if let Some(value) = map.shift_remove(*name) {
+            map.insert((*written).to_owned(), value);
+        }
+    }
+    for (key, value) in map {
+        if value.is_string() && is_secret(key) {
+            *value = HIDDEN.into();
+        } else {
+            clean(value);
+        }
+    }
+}
+
+/// Header edits may carry credentials under any of these names. A path to a secret is none.
+fn is_secret(key: &str) -> bool {
+    let key = key.to_ascii_lowercase().replace('_', "-");
+    let telling =
+        ["authorization", "cookie", "secret", "token", "password", "api-key", "apikey", "credential"];
+    !key.ends_with("-file") && !key.ends_with("-url") && telling.iter().any(|word| key.contains(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Endpoints, HeaderEdits, Match, Policy, Route, Upstream};
+
+    #[test]
+    fn every_section_is_there_and_no_secret_is() {
+        let mut upstream = Upstream::new("payments", Endpoints::Fixed(Vec::new()), Policy::default());
+        let set = [("authorization", "Bearer abc"), ("x-api-key", "abc"), ("x-tier", "1")];
+        upstream.routes.push(Route {
+            matches: Match::default(),
+            to: None,
+            path_rewrite: None,
+            request_headers: HeaderEdits {
+                set: set.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+                remove: Vec::new(),
+            },
+            response_headers: HeaderEdits::default(),
+            policy: Policy::default(),
+        });
+        let mut config = Config { upstreams: vec![upstream], ..Config::default() };
+        config.admin.token_file = Some("/run/token".into());
+        let tree = tree(&config);
+        assert_eq!(tree["outbound"]["listen"], "localhost:4140");
+        assert_eq!(tree["defaults"]["timeout"], "15s");
+        assert_eq!(tree["upstream"][0]["timeout"], "15s", "as it is written, and inherited");
+        assert_eq!(tree["admin"]["token_file"], "/run/token");
+        assert_eq!(tree["upstream"][0]["route"][0]["request_headers"]["set"]["x-tier"], "1");
+        assert!(!tree.to_string().contains("abc"), "{tree}");
+        assert!(toml::to_string(&tree).is_ok());
+    }
+}

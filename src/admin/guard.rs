@@ -1,0 +1,64 @@
+//! Who may talk to the admin server.
+
+use http::{HeaderMap, Uri, header::HOST};
+
+/// Whether the request names a host that can only be this machine.
+///
+/// A web page can make the browser resolve its own name to 127.0.0.1 and then read the answers (DNS rebinding). The
+/// name it used stands in `Host`: so only `localhost` and literal addresses are served. Listen addresses are one or
+/// the other.
+pub fn host_is_local(uri: &Uri, headers: &HeaderMap) -> bool {
+    let mut fields = headers.get_all(HOST).iter();
+    let host = fields.next();
+    if fields.next().is_some() {
+        return false;
+    }
+    let in_field = match host {
+        Some(host) => host.to_str().is_ok_and(is_local),
+        // HTTP/1.0 has none, and no browser speaks it.
+        None => true,
+    };
+    in_field && uri.authority().is_none_or(|authority| is_local(authority.as_str()))
+}
+
+fn is_local(authority: &str) -> bool {
+    let Ok(authority) = authority.parse::<http::uri::Authority>() else { return false };
+    let host = authority.host();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost") || address.parse::<std::net::IpAddr>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn local(uri: &'static str, hosts: &[&'static str]) -> bool {
+        let mut headers = HeaderMap::new();
+        for host in hosts {
+            headers.append(HOST, http::HeaderValue::from_static(host));
+        }
+        host_is_local(&Uri::from_static(uri), &headers)
+    }
+
+    #[test]
+    fn only_names_that_cannot_be_rebound_are_served() {
+        for good in
+            ["localhost", "localhost:4191", "LOCALHOST", "127.0.0.1:4191", "[::1]:4191", "10.1.2.3:4191"]
+        {
+            assert!(local("/", &[good]), "{good}");
+        }
+        for bad in [
+            "evil.example",
+            "evil.example:4191",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "",
+            "a b",
+        ] {
+            assert!(!local("/", &[bad]), "{bad}");
+        }
+        assert!(!local("/", &["localhost", "evil.example"]));
+        assert!(!local("http://evil.example/", &["localhost"]));
+        assert!(local("/", &[]), "HTTP/1.0");
+    }
+}

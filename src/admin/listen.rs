@@ -1,0 +1,133 @@
+//! The sockets of the admin server.
+
+use std::{
+    future::Future,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+};
+
+use crate::config::ListenAddr;
+
+const BACKLOG: i32 = 128;
+
+/// Binds the address; `localhost` is both families of loopback, on one port.
+pub fn tcp(address: &ListenAddr) -> io::Result<Vec<TcpListener>> {
+    if let Some(address) = address.0.literal() {
+        return Ok(vec![bind(address)?]);
+    }
+    let port = address.0.port;
+    let mut tries = 0;
+    loop {
+        let v4 = bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))?;
+        let same_port = v4.local_addr()?.port();
+        match bind(SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), same_port)) {
+            Ok(v6) => return Ok(vec![v4, v6]),
+            // A free port that only one family had free: take another.
+            Err(error) if port == 0 && error.kind() == io::ErrorKind::AddrInUse && tries < 16 => tries += 1,
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Err(error),
+            // A machine without IPv6.
+            Err(_) => return Ok(vec![v4]),
+        }
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// A socket that connections come from.
+pub trait Accept: Send + Sync + 'static {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+/// A bound Unix socket's file; removed when dropped.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Binds a Unix socket that only this user can open. A file that a process left behind is replaced.
+pub fn unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    if let Ok(there) = std::fs::symlink_metadata(path) {
+        if !there.file_type().is_socket() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok((listener, SocketFile(path.to_owned())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn localhost_is_both_families_on_one_port() {
+        let listeners = tcp(&"localhost:0".parse().unwrap()).unwrap();
+        let ports: Vec<u16> = listeners.iter().map(|l| l.local_addr().unwrap().port()).collect();
+        assert!(ports.iter().all(|port| *port == ports[0] && *port != 0), "{ports:?}");
+        let has_v6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+        assert_eq!(listeners.len(), if has_v6 { 2 } else { 1 });
+        let taken = format!("localhost:{}", ports[0]).parse().unwrap();
+        assert!(tcp(&taken).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "a socket file outlives its process");
+        let (listener, file) = unix(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(unix(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop((listener, file));
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        assert!(unix(&path).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+}

@@ -1,0 +1,68 @@
+//! `outrigger demo`: the product on one machine, nothing else installed.
+
+mod http;
+mod services;
+mod sidecar;
+mod story;
+mod tour;
+
+use std::process::ExitCode;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Show it working: two small services, each with its sidecar, and what callers see when one of them fails.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  outrigger demo           a tour, then light traffic until Ctrl-C, with the admin page to look at
+  outrigger demo --once    the tour alone; exit 0 only if all that it shows happened")]
+pub struct DemoArgs {
+    /// End after the tour
+    #[arg(long)]
+    once: bool,
+}
+
+pub fn run(args: &DemoArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("outrigger: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(until_interrupted(args.once)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("outrigger: the demo could not go on: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all that was shown happened.
+async fn until_interrupted(once: bool) -> Result<bool, DemoError> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        outcome = tour::tour(once) => outcome,
+        _ = interrupt.recv() => Ok(!once),
+        _ = terminate.recv() => Ok(!once),
+    }
+}
+
+/// What keeps the demo itself from going on.
+#[derive(Debug, thiserror::Error)]
+pub enum DemoError {
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    #[error("a call failed: {0}")]
+    Call(#[from] hyper::Error),
+    #[error("a request could not be built: {0}")]
+    Request(#[from] ::http::Error),
+    #[error("no answer to a call within {0:?}")]
+    NoAnswer(std::time::Duration),
+    #[error("{name}'s sidecar {what}; its log:\n{log}")]
+    Sidecar { name: &'static str, what: String, log: String },
+}

@@ -1,0 +1,196 @@
+//! `outrigger run`: the proxy, alone or around a service.
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::Args;
+use tokio::sync::mpsc;
+
+use crate::{
+    admin::{Admin, AdminError},
+    config::{self, HostPort},
+    runtime::{
+        self, StartError, cgroup,
+        child::{Child, SpawnError},
+        lifecycle::{Control, Lifecycle, Load},
+        ready_file::{Ready, ReadyFile},
+        reload::Reloads,
+        signals::Signals,
+    },
+    telemetry::log::{Log, LogError, LogFilter, LogFormat},
+};
+
+use super::{files::ConfigFiles, service_env};
+
+/// How long the service's start waits for the first answers of discovery.
+const FIRST_DISCOVERY: Duration = Duration::from_secs(5);
+
+/// Run the proxy, alone or around a service.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  outrigger run                                     defaults or ./outrigger.toml, service on 127.0.0.1:8080
+  outrigger run --app 3000 -- node server.js        starts the service too, its calls going through the proxy
+  outrigger run -c base.toml -c prod.toml           two files, the later one wins key by key
+  outrigger run --ready-file /tmp/ready.json        tells the bound addresses once ready
+
+SIGTERM or SIGINT drains and stops, a second one stops at once, SIGHUP reloads.
+With CMD the exit code is CMD's; 127 where it was not found, 126 where it cannot be run.")]
+pub struct RunArgs {
+    #[command(flatten)]
+    files: ConfigFiles,
+    /// Where the service listens (sets inbound.forward_to): 8080, :8080 or host:port
+    #[arg(long, value_name = "ADDR", value_parser = parse_app)]
+    app: Option<HostPort>,
+    /// Write the bound addresses to this file as JSON once ready; removed at the end
+    #[arg(long, value_name = "PATH")]
+    ready_file: Option<PathBuf>,
+    /// What is logged: a level, or tracing-subscriber's filter syntax
+    #[arg(long, value_name = "LEVEL", env = "OUTRIGGER_LOG", default_value_t)]
+    log: LogFilter,
+    /// How the log is written to stderr
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    log_format: LogFormat,
+    /// The service to start, with its arguments
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("the configuration cannot be used:\n{0}")]
+    Config(String),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("cannot start the control runtime: {0}")]
+    Runtime(#[from] std::io::Error),
+    #[error("cannot write the ready file {}: {source}", path.display())]
+    ReadyFile { path: PathBuf, source: std::io::Error },
+    #[error("cannot start the service: {0}")]
+    Service(#[from] SpawnError),
+}
+
+pub fn run(args: RunArgs) -> ExitCode {
+    let outcome = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::from)
+        .and_then(|runtime| runtime.block_on(live(args)));
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("outrigger: {error}");
+            match error {
+                RunError::Service(error) => ExitCode::from(error.exit_code()),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+async fn live(args: RunArgs) -> Result<u8, RunError> {
+    let mut signals = Signals::new()?;
+    let log = Log::start(args.log_format, &args.log)?;
+    let files = args.files.paths();
+    let load = loader(files.clone(), args.app);
+    let config = load().map_err(RunError::Config)?;
+
+    let workers = config.runtime.workers.or_else(cgroup::cpu_limit).unwrap_or(1);
+    let proxy = runtime::start(Arc::clone(&config), workers)?;
+    let reloads = Reloads::new(files.clone(), Arc::clone(&config));
+    let control = Control::new(&proxy, log.handle(), reloads);
+    let admin = Admin::start(&config.admin, Arc::clone(&control))?;
+    let ready = ready(&control, &admin);
+    tracing::info!(
+        outbound = ready.outbound,
+        inbound = ready.inbound,
+        admin = ready.admin,
+        service = %config.inbound.forward_to,
+        workers,
+        "outrigger {} is up",
+        env!("CARGO_PKG_VERSION"),
+    );
+
+    tokio::select! {
+        () = proxy.first_discovery(FIRST_DISCOVERY) => control.set_discovered(),
+        signal = signals.stop() => {
+            tracing::info!(signal, "told to stop before it was ready");
+            proxy.stop();
+            // A job that never ran has not succeeded.
+            return Ok(u8::from(!args.command.is_empty()));
+        }
+    }
+    let _ready_file = args
+        .ready_file
+        .map(|path| ReadyFile::write(&path, &ready).map_err(|source| RunError::ReadyFile { path, source }))
+        .transpose()?;
+    let child = if args.command.is_empty() {
+        None
+    } else {
+        Some(Child::spawn(&args.command, service_env::variables(&control.addresses.outbound, &config))?)
+    };
+
+    let (_watcher, files) = watch(&files);
+    Ok(Lifecycle { proxy, control, child, signals, load, files }.run().await)
+}
+
+/// What reads the configuration, now and at each reload.
+fn loader(files: Vec<PathBuf>, app: Option<HostPort>) -> Load {
+    Box::new(move || {
+        let loaded = config::load(&files, &config::process_env)
+            .map_err(|problems| problems.render(false).trim_end().to_owned())?;
+        for warning in loaded.warnings.lines() {
+            tracing::warn!("{warning}");
+        }
+        let Some(app) = &app else { return Ok(loaded.config) };
+        let mut config = Arc::unwrap_or_clone(loaded.config);
+        config.inbound.forward_to = app.clone();
+        Ok(Arc::new(config))
+    })
+}
+
+fn watch(_files: &[PathBuf]) -> ((), mpsc::Receiver<()>) {
+    ((), mpsc::channel(1).1)
+}
+
+fn ready(control: &Control, admin: &Admin) -> Ready {
+    let first =
+        |addresses: &[std::net::SocketAddr]| addresses.first().map(ToString::to_string).unwrap_or_default();
+    Ready {
+        outbound: first(&control.addresses.outbound),
+        inbound: first(&control.addresses.inbound),
+        admin: admin.address.clone(),
+        probe: admin.probe.clone(),
+        upstreams: control.addresses.upstreams.iter().map(|(name, at)| (name.clone(), first(at))).collect(),
+        admin_token_file: admin.token_path().map(ToOwned::to_owned),
+        pid: std::process::id(),
+    }
+}
+
+/// `8080`, `:8080` or `host:port`.
+fn parse_app(text: &str) -> Result<HostPort, String> {
+    match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
+        Ok(0) => Err("port 0 is no service".to_owned()),
+        Ok(port) => Ok(HostPort::new("127.0.0.1", port)),
+        Err(_) => text.parse(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn app_may_be_a_port_alone() {
+        assert_eq!(parse_app("3000"), Ok(HostPort::new("127.0.0.1", 3000)));
+        assert_eq!(parse_app(":3000"), Ok(HostPort::new("127.0.0.1", 3000)));
+        assert_eq!(parse_app("app.local:3000"), Ok(HostPort::new("app.local", 3000)));
+        assert_eq!(parse_app("[::1]:3000"), Ok(HostPort::new("::1", 3000)));
+        for wrong in ["", "0", "70000", "app", "http://app:3000"] {
+            assert!(parse_app(wrong).is_err(), "{wrong}");
+        }
+    }
+}

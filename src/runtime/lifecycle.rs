@@ -1,0 +1,252 @@
+//! The life of the process: running, reloading, draining, gone.
+//!
+//! ```text
+//! Running ─SIGTERM─▶ Leaving ─drain_delay─▶ DrainingInbound ─▶ CMD ends ─▶ DrainingAll ─▶ stop
+//!            │ not ready, still accepting      │ calls in flight finish    │ nobody is left to call out
+//!            └────────── POST /drain goes this far, and stays ───┘
+//! ```
+//!
+//! A second SIGTERM or SIGINT stops at once, wherever this has got to.
+
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep, sleep_until, timeout_at},
+};
+
+use super::{
+    Addresses, Phase, Proxy, Shared,
+    child::Child,
+    reload::{self, Reloads},
+    signals::{Signals, Wish},
+};
+use crate::{config::Config, telemetry::log::LogHandle};
+
+/// What the service gets at least to end by itself, even where draining took all of `drain_timeout`.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// What connections get to close once nobody is left behind them.
+const CLOSING: Duration = Duration::from_millis(500);
+/// A service that has not called out by then probably does not look at `http_proxy`.
+const FIRST_CALL: Duration = Duration::from_secs(30);
+
+/// What the admin server sees and steers.
+#[derive(Debug)]
+pub struct Control {
+    pub shared: Arc<Shared>,
+    pub addresses: Addresses,
+    pub log: LogHandle,
+    pub started: Instant,
+    pub reloads: Reloads,
+    discovered: AtomicBool,
+    drain: watch::Sender<bool>,
+}
+
+impl Control {
+    pub fn new(proxy: &Proxy, log: LogHandle, reloads: Reloads) -> Arc<Self> {
+        Arc::new(Self {
+            shared: Arc::clone(&proxy.shared),
+            addresses: proxy.addresses.clone(),
+            log,
+            started: Instant::now(),
+            reloads,
+            discovered: AtomicBool::new(false),
+            drain: watch::Sender::new(false),
+        })
+    }
+
+    pub fn phase(&self) -> Phase {
+        *self.shared.phase.borrow()
+    }
+
+    /// Why no new calls should be sent here; none where they should. The service itself does not matter to it.
+    pub fn not_ready(&self) -> Option<&'static str> {
+        match self.phase() {
+            Phase::Running if self.discovered.load(Ordering::Relaxed) => None,
+            Phase::Running => Some("starting: not every upstream's endpoints have been looked up yet"),
+            Phase::Leaving => Some("leaving: calls are still accepted, send no new ones"),
+            Phase::DrainingInbound => Some("draining: inbound calls in flight are finished"),
+            Phase::DrainingAll => Some("stopping"),
+        }
+    }
+
+    /// Discovery has answered, or was waited for long enough.
+    pub fn set_discovered(&self) {
+        self.discovered.store(true, Ordering::Relaxed);
+    }
+
+    /// Starts the inbound drain; false where it had been asked for before.
+    pub fn request_drain(&self) -> bool {
+        !self.drain.send_replace(true)
+    }
+}
+
+/// A new configuration, or why there is none.
+pub type Load = Box<dyn Fn() -> Result<Arc<Config>, String> + Send>;
+
+/// Everything that is needed to live until the end.
+pub struct Lifecycle {
+    pub proxy: Proxy,
+    pub control: Arc<Control>,
+    pub child: Option<Child>,
+    pub signals: Signals,
+    /// Reads the configuration again.
+    pub load: Load,
+    /// Told when its files changed.
+    pub files: mpsc::Receiver<()>,
+}
+
+enum End {
+    Signal(&'static str),
+    Child(u8),
+}
+
+impl Lifecycle {
+    /// Lives until it is told to end or the service has ended. Returns the exit code.
+    pub async fn run(mut self) -> u8 {
+        let code = self.live().await;
+        self.proxy.stop();
+        code
+    }
+
+    async fn live(&mut self) -> u8 {
+        let Self { proxy, control, child, signals, load, files } = self;
+        let mut drain = pin!(drain_inbound(proxy, control));
+        let mut drained = false;
+        let mut first_call = pin!(sleep(FIRST_CALL));
+        let mut waits_for_call = child.is_some();
+        let end = loop {
+            tokio::select! {
+                wish = signals.next() => match wish {
+                    Wish::Stop(signal) => break End::Signal(signal),
+                    Wish::Reload => reload::apply(proxy, &control.reloads, load, "SIGHUP"),
+                },
+                Some(()) = files.recv() => reload::apply(proxy, &control.reloads, load, "its files changed"),
+                code = ended(child) => break End::Child(code),
+                () = &mut drain, if !drained => drained = true,
+                () = &mut first_call, if waits_for_call => {
+                    waits_for_call = false;
+                    warn_where_nothing_came(&control.shared);
+                }
+            }
+        };
+        match end {
+            End::Child(code) => {
+                tracing::info!(code, "the service has ended, and so does its sidecar");
+                proxy.set_phase(Phase::DrainingAll);
+                proxy.outbound_drained(CLOSING).await;
+                code
+            }
+            End::Signal(signal) => {
+                let settings = control.shared.snapshot.load().config.runtime.clone();
+                let delay = if drained { Duration::ZERO } else { *settings.drain_delay };
+                let deadline = Instant::now() + delay + *settings.drain_timeout;
+                tracing::info!(signal, "leaving: inbound drains first");
+                control.request_drain();
+                let leave = async {
+                    if !drained {
+                        tokio::select! {
+                            () = &mut drain => {}
+                            _ = ended(child) => tracing::warn!("the service ended before inbound was drained"),
+                        }
+                    }
+                    let code = end_service(child, deadline, *settings.drain_timeout).await;
+                    drain_outbound(proxy, child.is_some(), deadline).await;
+                    code
+                };
+                let finished = tokio::select! {
+                    code = leave => Some(code),
+                    signal = signals.stop() => {
+                        tracing::warn!(signal, "told twice: stopping at once");
+                        None
+                    }
+                };
+                match (finished, child.as_mut()) {
+                    (Some(code), _) => code,
+                    (None, Some(child)) => {
+                        child.kill();
+                        child.ended().await
+                    }
+                    (None, None) => 1,
+                }
+            }
+        }
+    }
+}
+
+/// Waits for the end of the service, for ever where there is none.
+async fn ended(child: &mut Option<Child>) -> u8 {
+    match child {
+        Some(child) => child.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Once asked for: stops being ready, accepts for `drain_delay`, then lets inbound calls finish.
+async fn drain_inbound(proxy: &Proxy, control: &Control) {
+    // The sender lives in `control`.
+    let _ = control.drain.subscribe().wait_for(|asked| *asked).await;
+    let settings = control.shared.snapshot.load().config.runtime.clone();
+    proxy.set_phase(Phase::Leaving);
+    sleep(*settings.drain_delay).await;
+    let open = || control.shared.metrics.inbound.open.load(Ordering::Relaxed).max(0);
+    let before = open();
+    proxy.set_phase(Phase::DrainingInbound);
+    let began = Instant::now();
+    if proxy.inbound_drained(*settings.drain_timeout).await {
+        tracing::info!(connections = before, took = ?began.elapsed(), "inbound is drained, nothing was cut");
+    } else {
+        let cut = open();
+        let drained = (before - cut).max(0);
+        let limit = settings.drain_timeout;
+        tracing::warn!(drained, cut, "inbound was not drained within drain_timeout = {limit}");
+    }
+}
+
+/// Asks the service to end, and makes it. Its exit code; 0 where there is none.
+async fn end_service(child: &mut Option<Child>, deadline: Instant, drain_timeout: Duration) -> u8 {
+    let Some(child) = child else { return 0 };
+    child.terminate();
+    let deadline = deadline.max(Instant::now() + LAST_WORDS.min(drain_timeout));
+    if let Ok(code) = timeout_at(deadline, child.ended()).await {
+        return code;
+    }
+    tracing::warn!(pid = child.pid(), "the service did not end on SIGTERM in time: killed");
+    child.kill();
+    child.ended().await
+}
+
+/// Outbound lives as long as the service: where we did not start it, as long as it keeps a connection to us.
+async fn drain_outbound(proxy: &Proxy, service_is_gone: bool, deadline: Instant) {
+    if !service_is_gone {
+        tokio::select! {
+            _ = proxy.outbound_drained(Duration::MAX) => {}
+            () = sleep_until(deadline) => {}
+        }
+    }
+    proxy.set_phase(Phase::DrainingAll);
+    let open = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
+    if proxy.outbound_drained(CLOSING).await {
+        tracing::info!("stopped: outbound is drained too");
+    } else {
+        let cut = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
+        tracing::warn!(drained = (open - cut).max(0), cut, "stopped: outbound connections were still open");
+    }
+}
+
+fn warn_where_nothing_came(shared: &Shared) {
+    if shared.metrics.outbound.total.load(Ordering::Relaxed) == 0 {
+        tracing::warn!(
+            "no outbound connection has come in {}s: the service may not look at http_proxy; \
+             let it send Host: UPSTREAM to the outbound port, or give the upstream a `listen` of its own",
+            FIRST_CALL.as_secs()
+        );
+    }
+}

@@ -1,0 +1,153 @@
+//! `/metrics`: everything that is counted, as OpenMetrics text.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text},
+    metrics::{counter::ConstCounter, gauge::ConstGauge},
+    registry::{Registry, Unit},
+};
+
+use super::{metrics::Connections, process};
+use crate::{runtime::lifecycle::Control, upstream::Upstream};
+
+/// Everything as of now, ending in `# EOF`.
+pub fn text(control: &Arc<Control>) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Now(Arc::clone(control))));
+    let mut out = String::new();
+    text::encode(&mut out, &registry)?;
+    Ok(out)
+}
+
+/// Reads the counters when asked; nothing is counted twice.
+#[derive(Debug)]
+struct Now(Arc<Control>);
+
+type Labels<const N: usize> = [(&'static str, String); N];
+
+impl Collector for Now {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        build_info(&mut encoder)?;
+        process(&mut encoder, self.0.started.elapsed())?;
+        self.connections(&mut encoder)?;
+        self.reloads(&mut encoder)?;
+        self.endpoints(&mut encoder)
+    }
+}
+
+impl Now {
+    fn connections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let metrics = &self.0.shared.metrics;
+        let directions: [(&str, &Connections); 2] =
+            [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)];
+        let open = directions.map(|(direction, connections)| {
+            let labels = [
+                ("direction", direction.to_owned()),
+                ("tls", "none".to_owned()),
+                ("state", "open".to_owned()),
+            ];
+            (labels, ConstGauge::new(connections.open.load(Ordering::Relaxed)))
+        });
+        family(encoder, "outrigger_connections", "Connections of callers", None, open)?;
+        let total = directions.map(|(direction, connections)| {
+            let labels = [("direction", direction.to_owned()), ("tls", "none".to_owned())];
+            (labels, ConstCounter::new(connections.total.load(Ordering::Relaxed)))
+        });
+        family(encoder, "outrigger_connections_accepted", "Connections accepted so far", None, total)
+    }
+
+    fn reloads(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let state = self.0.reloads.state();
+        let outcomes = [("accepted", state.accepted), ("rejected", state.refused)];
+        let outcomes =
+            outcomes.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
+        family(encoder, "outrigger_config_reloads", "Changed configurations that were read", None, outcomes)?;
+        let rejected = ConstGauge::new(i64::from(state.rejected.is_some()));
+        let help = "1 while the configuration's files are refused and an earlier one holds";
+        single(encoder, "outrigger_config_rejected", help, None, &rejected)
+    }
+
+    fn endpoints(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let snapshot = self.0.shared.snapshot.load();
+        let counts = snapshot.clusters.iter().flat_map(|cluster| states(&cluster.upstream));
+        family(encoder, "outrigger_endpoints", "Endpoints of upstreams", None, counts)
+    }
+}
+
+fn states(upstream: &Upstream) -> [(Labels<2>, ConstGauge<i64>); 2] {
+    let set = upstream.endpoints();
+    let healthy = set.endpoints.iter().filter(|endpoint| endpoint.is_healthy()).count();
+    let counts = [("healthy", healthy), ("unhealthy", set.endpoints.len() - healthy)];
+    counts.map(|(state, count)| {
+        let labels = [("upstream", upstream.name.to_string()), ("state", state.to_owned())];
+        (labels, ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX)))
+    })
+}
+
+fn build_info(encoder: &mut DescriptorEncoder) -> fmt::Result {
+    let labels = [("version", env!("CARGO_PKG_VERSION").to_owned())];
+    family(encoder, "outrigger_build_info", "What is running", None, [(labels, ConstGauge::new(1_i64))])
+}
+
+fn process(encoder: &mut DescriptorEncoder, uptime: Duration) -> fmt::Result {
+    let started = SystemTime::now()
+        .checked_sub(uptime)
+        .and_then(|start| start.duration_since(UNIX_EPOCH).ok())
+        .unwrap_or_default();
+    let started = ConstGauge::new(started.as_secs_f64());
+    single(encoder, "process_start_time", "When the process started", Some(&Unit::Seconds), &started)?;
+    let Some(usage) = process::usage() else { return Ok(()) };
+    let cpu = ConstCounter::new(usage.cpu.as_secs_f64());
+    single(encoder, "process_cpu", "CPU time used", Some(&Unit::Seconds), &cpu)?;
+    let resident = ConstGauge::new(usage.resident_bytes);
+    single(encoder, "process_resident_memory", "Memory in use", Some(&Unit::Bytes), &resident)?;
+    let open = ConstGauge::new(usage.open_fds);
+    single(encoder, "process_open_fds", "Open file descriptors", None, &open)?;
+    match usage.max_fds {
+        Some(max) => single(
+            encoder,
+            "process_max_fds",
+            "File descriptors that may be open",
+            None,
+            &ConstGauge::new(max),
+        ),
+        None => Ok(()),
+    }
+}
+
+fn single(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    unit: Option<&Unit>,
+    metric: &impl EncodeMetric,
+) -> fmt::Result {
+    let encoder = encoder.encode_descriptor(name, help, unit, metric.metric_type())?;
+    metric.encode(encoder)
+}
+
+/// One name, several sets of labels. Nothing is written where there are none.
+fn family<M: EncodeMetric, const N: usize>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    unit: Option<&Unit>,
+    members: impl IntoIterator<Item = (Labels<N>, M)>,
+) -> fmt::Result
+where
+    Labels<N>: EncodeLabelSet,
+{
+    let mut members = members.into_iter().peekable();
+    let Some((_, first)) = members.peek() else { return Ok(()) };
+    let mut encoder = encoder.encode_descriptor(name, help, unit, first.metric_type())?;
+    for (labels, metric) in members {
+        metric.encode(encoder.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
