@@ -10,6 +10,7 @@ use std::{
 
 use http::{HeaderMap, StatusCode};
 
+pub use super::grpc::GrpcStatus;
 use super::retry::Condition;
 
 /// The field by which a sidecar tells the caller's sidecar whether to try again.
@@ -104,28 +105,6 @@ impl Loss {
     pub fn weigh(&self, health: Health) -> Health {
         if self.0.swap(true, Ordering::Relaxed) { Health::Neutral } else { health }
     }
-}
-
-/// gRPC status codes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GrpcStatus {
-    Ok,
-    Cancelled,
-    Unknown,
-    InvalidArgument,
-    DeadlineExceeded,
-    NotFound,
-    AlreadyExists,
-    PermissionDenied,
-    ResourceExhausted,
-    FailedPrecondition,
-    Aborted,
-    OutOfRange,
-    Unimplemented,
-    Internal,
-    Unavailable,
-    DataLoss,
-    Unauthenticated,
 }
 
 impl Outcome {
@@ -273,75 +252,6 @@ impl Advice {
     }
 }
 
-impl GrpcStatus {
-    const BY_CODE: [(Self, &str); 17] = [
-        (Self::Ok, "grpc_ok"),
-        (Self::Cancelled, "grpc_cancelled"),
-        (Self::Unknown, "grpc_unknown"),
-        (Self::InvalidArgument, "grpc_invalid_argument"),
-        (Self::DeadlineExceeded, "grpc_deadline_exceeded"),
-        (Self::NotFound, "grpc_not_found"),
-        (Self::AlreadyExists, "grpc_already_exists"),
-        (Self::PermissionDenied, "grpc_permission_denied"),
-        (Self::ResourceExhausted, "grpc_resource_exhausted"),
-        (Self::FailedPrecondition, "grpc_failed_precondition"),
-        (Self::Aborted, "grpc_aborted"),
-        (Self::OutOfRange, "grpc_out_of_range"),
-        (Self::Unimplemented, "grpc_unimplemented"),
-        (Self::Internal, "grpc_internal"),
-        (Self::Unavailable, "grpc_unavailable"),
-        (Self::DataLoss, "grpc_data_loss"),
-        (Self::Unauthenticated, "grpc_unauthenticated"),
-    ];
-
-    /// A code that gRPC does not know is UNKNOWN.
-    pub fn from_code(code: u32) -> Self {
-        usize::try_from(code)
-            .ok()
-            .and_then(|code| Self::BY_CODE.get(code))
-            .map_or(Self::Unknown, |(status, _)| *status)
-    }
-
-    pub const fn code(self) -> u32 {
-        self as u32
-    }
-
-    /// `grpc-status`, from the headers of a Trailers-Only answer or from trailers. One that is no number is UNKNOWN.
-    pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
-        let value = headers.get("grpc-status")?;
-        let code = value.to_str().ok().and_then(|text| text.parse().ok());
-        Some(code.map_or(Self::Unknown, Self::from_code))
-    }
-
-    /// What a gRPC client makes of an answer without `grpc-status` ("HTTP to gRPC Status Code Mapping").
-    pub fn from_http(status: StatusCode) -> Self {
-        match status.as_u16() {
-            400 => Self::Internal,
-            401 => Self::Unauthenticated,
-            403 => Self::PermissionDenied,
-            404 => Self::Unimplemented,
-            429 | 502..=504 => Self::Unavailable,
-            _ => Self::Unknown,
-        }
-    }
-
-    pub fn label(self) -> &'static str {
-        Self::BY_CODE.iter().find(|(status, _)| *status == self).map_or("grpc_unknown", |(_, name)| name)
-    }
-
-    /// As for the HTTP statuses that Envoy maps these to; UNKNOWN is what most servers make of an exception, as
-    /// others do of 500. CANCELLED is mostly the echo of a caller that gave up.
-    fn health(self) -> Health {
-        match self {
-            Self::Unknown | Self::DeadlineExceeded | Self::Internal | Self::Unavailable | Self::DataLoss => {
-                Health::Failure
-            }
-            Self::ResourceExhausted | Self::Cancelled => Health::Neutral,
-            _ => Health::Success,
-        }
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use http::HeaderValue;
@@ -472,21 +382,14 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn reads_what_the_upstream_says() {
+    fn reads_what_the_upstream_advises() {
         let mut headers = HeaderMap::new();
-        assert_eq!(
-            (Advice::from_headers(&headers), GrpcStatus::from_headers(&headers)),
-            (Advice::None, None)
-        );
-        headers.insert(RETRY_ADVICE, HeaderValue::from_static("no"));
-        headers.insert("grpc-status", HeaderValue::from_static("14"));
-        assert_eq!(Advice::from_headers(&headers), Advice::No);
-        assert_eq!(GrpcStatus::from_headers(&headers), Some(GrpcStatus::Unavailable));
-        headers.insert(RETRY_ADVICE, HeaderValue::from_static("perhaps"));
-        headers.insert("grpc-status", HeaderValue::from_static("99x"));
         assert_eq!(Advice::from_headers(&headers), Advice::None);
-        assert_eq!(GrpcStatus::from_headers(&headers), Some(GrpcStatus::Unknown));
-        assert_eq!(GrpcStatus::from_code(17), GrpcStatus::Unknown);
-        assert!((0..=16).all(|code| GrpcStatus::from_code(code).code() == code));
+        for advice in [Advice::No, Advice::Elsewhere] {
+            headers.insert(RETRY_ADVICE, HeaderValue::from_static(advice.word().unwrap()));
+            assert_eq!(Advice::from_headers(&headers), advice);
+        }
+        headers.insert(RETRY_ADVICE, HeaderValue::from_static("perhaps"));
+        assert_eq!(Advice::from_headers(&headers), Advice::None);
     }
 }
