@@ -23,6 +23,7 @@ const DEADLINE_SLACK: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub ending: Ending,
+    /// As it was sent; what to heed of it says [`Outcome::advice`].
     pub advice: Advice,
 }
 
@@ -137,9 +138,17 @@ impl Outcome {
     /// What it means for the endpoint that served it: as for the breaker, but a failure from further behind
     /// ([`Advice::No`]) would be the same at any other endpoint.
     pub fn endpoint_health(&self) -> Health {
+        match (self.advice, self.ending.health()) {
+            (Advice::No, Health::Failure) => Health::Neutral,
+            (_, health) => health,
+        }
+    }
+
+    /// What to heed of the upstream's advice: what was done well cannot have been refused before it was seen.
+    pub fn advice(&self) -> Advice {
         match self.advice {
-            Advice::No => Health::Neutral,
-            Advice::None | Advice::Elsewhere => self.ending.health(),
+            Advice::Elsewhere if self.ending.health() == Health::Success => Advice::None,
+            advice => advice,
         }
     }
 
@@ -150,7 +159,7 @@ impl Outcome {
             Ending::Reset(reset) => !reset.request_sent,
             _ => false,
         };
-        ending || self.advice == Advice::Elsewhere
+        ending || self.advice() == Advice::Elsewhere
     }
 
     /// Whether `retry.on` means this outcome by that word.
@@ -335,6 +344,8 @@ pub(super) mod tests {
         let refused = Outcome { advice: Advice::Elsewhere, ..http(503) };
         assert_eq!(refused.endpoint_health(), Health::Failure);
         assert!(refused.never_reached());
+        let well = Outcome { advice: Advice::Elsewhere, ..http(200) };
+        assert!(!well.never_reached() && well.endpoint_health() == Health::Success);
         assert!(!outcome.never_reached());
     }
 

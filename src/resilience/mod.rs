@@ -24,3 +24,6 @@ pub mod outlier;
 pub mod rate;
 pub mod retry;
 mod window;
+
+#[cfg(test)]
+mod storm_tests;

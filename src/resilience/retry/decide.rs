@@ -169,7 +169,7 @@ impl RetryPolicy {
         let stale = is_stale(outcome) && !tried.free_used;
         let named = self.settings.as_ref().is_some_and(|settings| {
             settings.on.iter().any(|condition| outcome.meets(*condition))
-                || outcome.advice == Advice::Elsewhere
+                || outcome.advice() == Advice::Elsewhere
                 // gRPC's own transparent retry needs no configuration (A6).
                 || (tried.grpc && outcome.ending == Ending::RefusedStream)
         });
@@ -183,7 +183,7 @@ impl RetryPolicy {
         if !stale && !named {
             return Err(Reason::NotRetryable);
         }
-        if outcome.advice == Advice::No {
+        if outcome.advice() == Advice::No {
             return Err(Reason::Suppressed);
         }
         if tried.committed {

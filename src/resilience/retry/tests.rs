@@ -69,8 +69,10 @@ fn may_be_sent_again(policy: &Option<RetrySettings>, tried: &Tried<'_>, outcome:
     let unprocessed = match outcome.ending {
         Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
         Ending::Reset(reset) => !reset.request_sent,
+        Ending::Http(status) if status.as_u16() < 400 => false,
         _ => outcome.advice == Advice::Elsewhere,
-    } || outcome.advice == Advice::Elsewhere;
+    } || (outcome.advice == Advice::Elsewhere
+        && !matches!(outcome.ending, Ending::Http(_)));
     let stale = matches!(outcome.ending, Ending::Reset(r) if r.reused && !r.response_begun);
     let on_request = !tried.committed && tried.body != Body::Gone && outcome.advice != Advice::No;
     on_request
@@ -164,6 +166,8 @@ fn what_should_be_retried_is() {
     assert!(retries(tried(&Method::POST), Outcome::new(Ending::RefusedStream)));
     let elsewhere = Outcome { advice: Advice::Elsewhere, ..http(503) };
     assert!(retries(tried(&Method::POST), elsewhere));
+    let well = Outcome { advice: Advice::Elsewhere, ..http(200) };
+    assert!(!retries(tried(&Method::GET), well), "what went well is not done again, whatever is said");
     let grpc = Tried { grpc: true, ..tried(&Method::POST) };
     let unavailable = Outcome::grpc(GrpcStatus::Unavailable, Advice::None, None);
     assert!(!retries(grpc, unavailable));

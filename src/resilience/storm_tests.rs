@@ -1,0 +1,125 @@
+//! Three services in a row, each with its sidecar, in virtual time: what the last one gets when it fails.
+
+use std::time::{Duration, Instant};
+
+use http::{Method, StatusCode};
+
+use super::{
+    backoff::Hint,
+    breaker::{Breaker, BreakerSettings},
+    budget::RetryBudget,
+    classify::{Advice, Ending, Outcome},
+    retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+};
+
+/// The way from one service to the next: the outbound side of a sidecar.
+struct Hop {
+    retry: RetryPolicy,
+    budget: RetryBudget,
+    breaker: std::sync::Arc<Breaker>,
+}
+
+struct Row {
+    hops: Vec<Hop>,
+    use_breaker: bool,
+    pass_advice: bool,
+    /// Calls that reached the last service.
+    load: u32,
+}
+
+impl Row {
+    fn new(use_breaker: bool, pass_advice: bool, start: Instant) -> Self {
+        let settings = RetrySettings::default();
+        let hop = || Hop {
+            retry: RetryPolicy::new(Some(settings.clone())),
+            budget: RetryBudget::new(settings.budget),
+            breaker: Breaker::new(BreakerSettings::default(), start),
+        };
+        Self { hops: (0..3).map(|_| hop()).collect(), use_breaker, pass_advice, load: 0 }
+    }
+
+    /// A call made at the `index`-th hop; `well`: whether the last service answers well. What the caller sees.
+    fn call(&mut self, index: usize, now: Instant, well: bool) -> Outcome {
+        let Some(_) = self.hops.get(index) else {
+            self.load += 1;
+            let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            return Outcome::new(Ending::Http(status));
+        };
+        self.hops[index].budget.deposit();
+        let unavailable = Outcome {
+            ending: Ending::Http(StatusCode::SERVICE_UNAVAILABLE),
+            advice: if self.pass_advice { Advice::No } else { Advice::None },
+        };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let permit = match self.hops[index].breaker.admit(now).permit {
+                Ok(permit) => permit,
+                Err(_) if self.use_breaker => return unavailable,
+                Err(_) => return self.call(index + 1, now, well),
+            };
+            let outcome = self.call(index + 1, now, well);
+            let hop = &self.hops[index];
+            if self.use_breaker {
+                hop.breaker.report(permit, outcome.breaker_health(), now, 0.5);
+            }
+            let tried = Tried {
+                method: &Method::GET,
+                grpc: false,
+                idempotency_key: false,
+                tries,
+                free_used: false,
+                body: Body::Untouched,
+                committed: false,
+            };
+            let moment = Moment { now, time_left: None, hint: Hint::None, random: 0.5, budget: &hop.budget };
+            match hop.retry.decide(&tried, &outcome, &moment) {
+                Decision::Retry(_) => {}
+                Decision::Stop(_) if outcome.ending == Ending::Http(StatusCode::OK) => return outcome,
+                Decision::Stop(_) => return unavailable,
+            }
+        }
+    }
+
+    /// A hundred calls a second; how many went well.
+    fn run(&mut self, start: Instant, from: u32, seconds: u32, well: impl Fn(u32) -> bool) -> u32 {
+        let at = |n: u32| start + Duration::from_millis(10) * n;
+        let calls = from * 100..(from + seconds) * 100;
+        calls.filter(|n| self.call(0, at(*n), well(*n)).ending == Ending::Http(StatusCode::OK)).count() as u32
+    }
+}
+
+#[test]
+fn only_the_sidecar_next_to_the_failure_retries() {
+    let start = Instant::now();
+    let mut row = Row::new(false, true, start);
+    row.run(start, 0, 60, |_| false);
+    assert!(row.load <= 6000 * 13 / 10, "{} calls for a demand of 6000", row.load);
+    // The control: each hop keeps its own budget, and still they multiply.
+    let mut multiplied = Row::new(false, false, start);
+    multiplied.run(start, 0, 60, |_| false);
+    assert!(multiplied.load > 6000 * 16 / 10, "{}", multiplied.load);
+}
+
+#[test]
+fn a_service_that_is_down_is_left_alone_and_found_again_when_well() {
+    let start = Instant::now();
+    let mut row = Row::new(true, true, start);
+    assert_eq!(row.run(start, 0, 10, |_| true), 1000);
+    row.load = 0;
+    assert_eq!(row.run(start, 10, 60, |_| false), 0);
+    assert!(row.load < 300, "the breaker spares it: {} of 6000", row.load);
+    row.load = 0;
+    row.run(start, 70, 60, |_| true);
+    let well = row.run(start, 130, 10, |_| true);
+    assert_eq!(well, 1000, "all is forgotten");
+}
+
+#[test]
+fn half_failing_stays_within_its_bound() {
+    let start = Instant::now();
+    let mut row = Row::new(false, true, start);
+    let well = row.run(start, 0, 60, |n| n % 2 == 0);
+    assert!(row.load <= 6000 * 13 / 10, "{}", row.load);
+    assert!(well >= 3000);
+}
