@@ -5,7 +5,7 @@
 //! | `p2c` | two drawn at random by weight; the one with the lower latency × (calls in flight + 1) | O(1), by weight O(log n) |
 //! | `least-request` | fewest calls in flight per weight; ties at random by weight | O(n) |
 //! | `round-robin` | in turn; with weights the smooth order of nginx (`a a b a c a a`) | O(1), with weights O(n) |
-//! | `hash` | rendezvous hashing: the endpoint whose hash with the key is highest | O(n), 1–2 µs for 1,000 |
+//! | `hash` | rendezvous hashing: the endpoint whose hash with the key is highest | O(n), some 2 µs for 1,000 |
 //!
 //! Rendezvous hashing and not a ring: an endpoint that goes moves exactly its own keys, one that comes takes exactly
 //! its share, weights are exact, the next best is there for a retry, and there is no table to rebuild or keep (a ring
@@ -15,7 +15,10 @@
 //! What can't be used is never picked, even when nothing else is left: the caller answers `no_endpoint`. An endpoint
 //! that was tried already is picked again only where no other can be used.
 
-use std::time::{Duration, Instant};
+use std::{
+    cmp::Ordering,
+    time::{Duration, Instant},
+};
 
 use crate::{
     config::Balance,
@@ -32,7 +35,7 @@ pub trait Candidate {
     fn in_flight(&self) -> u32;
     /// Its share relative to the others, from 1.
     fn weight(&self) -> u32;
-    /// The same for the same endpoint in every process, e.g. of [`hash_key`] over its address.
+    /// The same for the same endpoint in every process, e.g. [`hash_key`] of its address.
     fn key(&self) -> u64;
 }
 
@@ -40,7 +43,8 @@ pub trait Candidate {
 #[derive(Debug)]
 pub struct Balancer {
     kind: Kind,
-    /// Running sums of the weights; empty where all weights are the same.
+    /// The candidates' weights and their running sums, by index; empty where all weights are the same.
+    weights: Vec<u32>,
     sums: Vec<u64>,
     /// The candidates' keys, by index (hash only).
     keys: Vec<u64>,
@@ -70,19 +74,29 @@ impl Balancer {
             Balance::RoundRobin => Kind::RoundRobin,
             Balance::HashHeader(_) | Balance::HashCookie(_) => Kind::Hash,
         };
-        Self { kind, sums: Vec::new(), keys: Vec::new(), cursor: 0, credit: Vec::new(), len: 0 }
+        Self {
+            kind,
+            weights: Vec::new(),
+            sums: Vec::new(),
+            keys: Vec::new(),
+            cursor: 0,
+            credit: Vec::new(),
+            len: 0,
+        }
     }
 
     /// Must be called with every new set of candidates, before the first pick from it. The only place that allocates.
     pub fn rebuild<C: Candidate>(&mut self, candidates: &[C], rng: &mut Rng) {
         self.len = candidates.len();
+        self.weights.clear();
         self.sums.clear();
         self.keys.clear();
         self.credit.clear();
         let weight = |c: &C| c.weight().max(1);
         if candidates.windows(2).any(|pair| weight(&pair[0]) != weight(&pair[1])) {
-            self.sums.extend(candidates.iter().scan(0u64, |sum, c| {
-                *sum += u64::from(weight(c));
+            self.weights.extend(candidates.iter().map(weight));
+            self.sums.extend(self.weights.iter().scan(0u64, |sum, weight| {
+                *sum += u64::from(*weight);
                 Some(*sum)
             }));
         }
@@ -188,18 +202,17 @@ impl Balancer {
         rng: &mut Rng,
         allowed: impl Fn(usize) -> bool,
     ) -> Option<usize> {
-        let mut best = (u64::MAX, 1);
+        let mut best = None::<(u64, u64)>;
         let mut choice = Reservoir::default();
         for index in (0..self.len).filter(|i| allowed(*i)) {
             let (calls, weight) = (u64::from(candidates[index].in_flight()), self.weight(index));
-            // calls / weight < best.0 / best.1, without the division.
-            let (mine, theirs) =
-                (u128::from(calls) * u128::from(best.1), u128::from(best.0) * u128::from(weight));
-            if mine < theirs {
-                best = (calls, weight);
+            // calls / weight against that of the best, without the division: both factors have 32 bits.
+            let order = best.map_or(Ordering::Less, |(c, w)| (calls * w).cmp(&(c * weight)));
+            if order.is_lt() {
+                best = Some((calls, weight));
                 choice = Reservoir::default();
             }
-            if mine <= theirs {
+            if order.is_le() {
                 choice.offer(index, weight, rng);
             }
         }
@@ -227,36 +240,37 @@ impl Balancer {
     }
 
     fn rendezvous(&self, hash: u64, allowed: impl Fn(usize) -> bool) -> Option<usize> {
-        let scores = self.keys.iter().map(|key| mix(hash ^ key));
         // `allowed` is asked only of those that would win, which are few (ln n).
+        let scores = self.keys.iter().map(|key| mix(hash ^ key)).enumerate();
+        let mut best = None;
         if self.sums.is_empty() {
-            let mut best = None::<(u64, usize)>;
-            for (index, score) in scores.enumerate() {
-                if best.is_none_or(|(high, _)| score > high) && allowed(index) {
-                    best = Some((score, index));
+            let mut high = 0;
+            for (index, score) in scores {
+                if score >= high && allowed(index) {
+                    (high, best) = (score, Some(index));
                 }
             }
-            return best.map(|(_, index)| index);
+            return best;
         }
         // -ln(u) / weight is exponentially distributed: the smallest of them is at i with probability weight(i) / total.
-        let mut best = None::<(f64, usize)>;
-        for (index, score) in scores.enumerate() {
+        let mut low = f64::INFINITY;
+        for (index, score) in scores {
             let unit = ((score >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-            let wait = -unit.ln() / self.weight(index) as f64;
-            if best.is_none_or(|(low, _)| wait < low) && allowed(index) {
-                best = Some((wait, index));
+            let weight = self.weight(index) as f64;
+            // -ln(u) is at least 1 - u: enough to pass over most of them without a logarithm.
+            if 1.0 - unit < low * weight {
+                let wait = -unit.ln() / weight;
+                if wait < low && allowed(index) {
+                    (low, best) = (wait, Some(index));
+                }
             }
         }
-        best.map(|(_, index)| index)
+        best
     }
 
     /// Relative: 1 where all are the same.
     fn weight(&self, index: usize) -> u64 {
-        match (self.sums.get(index), index.checked_sub(1).and_then(|before| self.sums.get(before))) {
-            (Some(sum), Some(before)) => sum - before,
-            (Some(sum), None) => *sum,
-            (None, _) => 1,
-        }
+        self.weights.get(index).map_or(1, |weight| u64::from(*weight))
     }
 }
 
