@@ -404,3 +404,30 @@ fn has_route(ip: IpAddr) -> bool {
     let probe = UdpSocket::bind((any, 0)).and_then(|socket| socket.connect((ip, 53)));
     !probe.is_err_and(|error| unreachable(&error))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_servers_are_read_as_people_write_them() {
+        for (text, ip, port) in [
+            ("10.0.0.53", "10.0.0.53", 53),
+            (" 127.0.0.1:5353 ", "127.0.0.1", 5353),
+            ("2001:db8::53", "2001:db8::53", 53),
+            ("[::1]:54", "::1", 54),
+        ] {
+            let server = parse_server(text).unwrap();
+            let ports: Vec<_> = server.connections.iter().map(|connection| connection.port).collect();
+            assert_eq!((server.ip.to_string().as_str(), &ports[..]), (ip, &[port, port][..]), "{text}");
+        }
+        assert!(parse_server("dns.google").unwrap_err().to_string().contains(DNS_ENV));
+    }
+
+    #[test]
+    fn loopback_has_a_route_and_a_network_for_documentation_does_no_harm() {
+        assert!(has_route(Ipv4Addr::LOCALHOST.into()));
+        // Whatever this machine's routes are: an answer, quickly, and no packet sent.
+        let _ = has_route("2001:db8::1".parse().unwrap());
+    }
+}

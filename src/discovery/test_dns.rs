@@ -1,4 +1,5 @@
-//! A small DNS server on loopback whose zone a test can change at any time.
+//! A small DNS server on loopback whose zone a test can change at any time. As real ones do, it cuts what is longer
+//! than 512 bytes over UDP, and gives all of it over TCP.
 
 use std::{
     collections::HashMap,
@@ -10,12 +11,16 @@ use hickory_resolver::proto::{
     op::{Message, OpCode, ResponseCode},
     rr::{Name, RData, Record, RecordType, rdata},
 };
-use tokio::{net::UdpSocket, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    task::JoinSet,
+};
 
 pub struct TestDns {
     pub address: SocketAddr,
     zone: Arc<Mutex<Zone>>,
-    task: JoinHandle<()>,
+    _tasks: JoinSet<()>,
 }
 
 #[derive(Default)]
@@ -33,11 +38,19 @@ pub enum Reply {
 
 impl TestDns {
     pub async fn start() -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = socket.local_addr().unwrap();
+        // The same port for both, which another test may take in between.
+        let (udp, tcp) = loop {
+            let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
+                break (udp, tcp);
+            }
+        };
+        let address = udp.local_addr().unwrap();
         let zone = Arc::<Mutex<Zone>>::default();
-        let task = tokio::spawn(serve(socket, zone.clone()));
-        Self { address, zone, task }
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_udp(udp, zone.clone()));
+        tasks.spawn(serve_tcp(tcp, zone.clone()));
+        Self { address, zone, _tasks: tasks }
     }
 
     pub fn set(&self, name: &str, kind: RecordType, reply: Reply) {
@@ -71,12 +84,6 @@ impl TestDns {
     }
 }
 
-impl Drop for TestDns {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 pub fn record(name: &str, ttl: u32, data: RData) -> Record {
     Record::from_rdata(fqdn(name), ttl, data)
 }
@@ -95,32 +102,58 @@ fn fqdn(name: &str) -> Name {
     name
 }
 
-async fn serve(socket: UdpSocket, zone: Arc<Mutex<Zone>>) {
+async fn serve_udp(socket: UdpSocket, zone: Arc<Mutex<Zone>>) {
     let mut buffer = [0; 4096];
     loop {
         let (length, peer) = socket.recv_from(&mut buffer).await.unwrap();
-        let query = Message::from_vec(&buffer[..length]).unwrap();
-        let question = query.queries[0].clone();
-        let name = question.name().to_utf8().trim_end_matches('.').to_ascii_lowercase();
-        let reply = {
-            let mut zone = zone.lock().unwrap_or_else(PoisonError::into_inner);
-            let key = (name, question.query_type());
-            let reply = zone.replies.get(&key).cloned();
-            zone.asked.push(key);
-            reply.unwrap_or(Reply::Code(ResponseCode::NXDomain))
-        };
-        let mut message = Message::response(query.metadata.id, OpCode::Query);
-        message.metadata.recursion_desired = true;
-        message.metadata.recursion_available = true;
-        message.add_query(question);
-        match reply {
-            Reply::Records { answers, additionals } => {
-                message.add_answers(answers);
-                message.add_additionals(additionals);
-            }
-            Reply::Code(code) => message.metadata.response_code = code,
-            Reply::Silence => continue,
+        let Some(reply) = answer(&buffer[..length], &zone) else { continue };
+        let mut bytes = reply.to_vec().unwrap();
+        if bytes.len() > 512 {
+            bytes = reply.truncate().to_vec().unwrap();
         }
-        socket.send_to(&message.to_vec().unwrap(), peer).await.unwrap();
+        socket.send_to(&bytes, peer).await.unwrap();
     }
+}
+
+async fn serve_tcp(listener: TcpListener, zone: Arc<Mutex<Zone>>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        connections.spawn(serve_connection(stream, zone.clone()));
+    }
+}
+
+async fn serve_connection(mut stream: TcpStream, zone: Arc<Mutex<Zone>>) {
+    while let Ok(length) = stream.read_u16().await {
+        let mut query = vec![0; length.into()];
+        stream.read_exact(&mut query).await.unwrap();
+        let Some(reply) = answer(&query, &zone) else { continue };
+        let bytes = reply.to_vec().unwrap();
+        stream.write_u16(bytes.len() as u16).await.unwrap();
+        stream.write_all(&bytes).await.unwrap();
+    }
+}
+
+/// `None` is silence.
+fn answer(query: &[u8], zone: &Mutex<Zone>) -> Option<Message> {
+    let query = Message::from_vec(query).unwrap();
+    let question = query.queries[0].clone();
+    let name = question.name().to_utf8().trim_end_matches('.').to_ascii_lowercase();
+    let key = (name, question.query_type());
+    let mut zone = zone.lock().unwrap_or_else(PoisonError::into_inner);
+    let reply = zone.replies.get(&key).cloned();
+    zone.asked.push(key);
+    let mut message = Message::response(query.metadata.id, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    message.metadata.recursion_available = true;
+    message.add_query(question);
+    match reply.unwrap_or(Reply::Code(ResponseCode::NXDomain)) {
+        Reply::Records { answers, additionals } => {
+            message.add_answers(answers);
+            message.add_additionals(additionals);
+        }
+        Reply::Code(code) => message.metadata.response_code = code,
+        Reply::Silence => return None,
+    }
+    Some(message)
 }

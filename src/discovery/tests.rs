@@ -27,7 +27,7 @@ fn ips(list: &[&str]) -> Vec<IpAddr> {
 
 /// `address` of each endpoint, with `*N` where it has a weight.
 fn shown(set: &EndpointSet) -> Vec<String> {
-    let show = |e: &Arc<crate::upstream::Endpoint>| match e.weight {
+    let show = |e: &Arc<crate::upstream::Endpoint>| match e.weight() {
         1 => e.address.to_string(),
         weight => format!("{}*{weight}", e.address),
     };
@@ -88,6 +88,23 @@ async fn the_lowest_ttl_of_the_chain_counts_within_bounds() {
         assert_eq!(answer.addresses, ips(&["10.0.0.1"]), "{name}");
         assert_eq!(answer.valid_for, Duration::from_secs(seconds), "{name}");
     }
+}
+
+#[tokio::test]
+async fn an_answer_too_long_for_udp_comes_over_tcp() {
+    let dns = TestDns::start().await;
+    let many: Vec<_> = (0..200).map(|i| format!("10.0.1.{i}")).collect();
+    dns.addresses("many.test", 60, &many.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(resolver(&dns).await.addresses("many.test").await.unwrap().addresses.len(), 200);
+}
+
+#[tokio::test]
+async fn a_server_that_never_answers_for_one_family_costs_a_second_and_no_more() {
+    let dns = TestDns::start().await;
+    dns.addresses("half.test", 60, &["10.0.0.1"]);
+    dns.set("half.test", RecordType::AAAA, Reply::Silence);
+    let answer = resolver(&dns).await.addresses("half.test").await.unwrap();
+    assert_eq!((answer.addresses, answer.missing), (ips(&["10.0.0.1"]), Some(Family::V6)));
 }
 
 #[tokio::test]
@@ -357,6 +374,17 @@ async fn a_file_is_followed_and_its_mistakes_change_nothing() {
     until_shown(&upstream, &["10.0.0.3:80"]).await;
     std::fs::write(&path, "[]").unwrap();
     until_shown(&upstream, &[]).await;
+}
+
+#[tokio::test]
+async fn workers_without_a_runtime_of_this_kind_may_start_it() {
+    let dns = TestDns::start().await;
+    dns.addresses("there.test", 60, &["10.0.0.1"]);
+    let (upstream, resolver) = (Upstream::new("there"), resolver(&dns).await);
+    let for_thread = upstream.clone();
+    let start = move || spawn(&dns_source("there.test:80"), for_thread, resolver);
+    let _discovery = std::thread::spawn(start).join().unwrap();
+    until_shown(&upstream, &["10.0.0.1:80"]).await;
 }
 
 #[tokio::test]

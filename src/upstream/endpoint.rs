@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -17,8 +17,7 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// The name it was resolved from, where it was.
     pub host: Option<Arc<str>>,
-    /// Its share of the traffic relative to the others, from 1.
-    pub weight: u32,
+    weight: AtomicU32,
     /// What active health checks say; true without them.
     healthy: AtomicBool,
 }
@@ -51,13 +50,18 @@ pub enum Resolution {
 }
 
 impl Endpoint {
-    fn new(found: Found, healthy: bool) -> Self {
+    fn new(found: Found) -> Self {
         Self {
             address: found.address,
             host: found.host,
-            weight: found.weight.max(1),
-            healthy: AtomicBool::new(healthy),
+            weight: AtomicU32::new(found.weight.max(1)),
+            healthy: AtomicBool::new(true),
         }
+    }
+
+    /// Its share of the traffic relative to the others, from 1. A new one comes with a new generation of the set.
+    pub fn weight(&self) -> u32 {
+        self.weight.load(Ordering::Relaxed)
     }
 
     pub fn is_healthy(&self) -> bool {
@@ -79,9 +83,11 @@ impl EndpointSet {
             .into_iter()
             .filter(|found| seen.insert((found.address, found.host.clone())))
             .map(|found| match old.get(&(found.address, found.host.clone())) {
-                Some(same) if same.weight == found.weight.max(1) => Arc::clone(same),
-                Some(other_weight) => Arc::new(Endpoint::new(found, other_weight.is_healthy())),
-                None => Arc::new(Endpoint::new(found, true)),
+                Some(same) => {
+                    same.weight.store(found.weight.max(1), Ordering::Relaxed);
+                    Arc::clone(same)
+                }
+                None => Arc::new(Endpoint::new(found)),
             })
             .collect();
         Self { generation: self.generation + 1, endpoints, resolution: Resolution::Ready }
@@ -113,7 +119,8 @@ mod tests {
         assert_eq!(second.generation, 2);
         assert!(Arc::ptr_eq(&second.endpoints[2], &first.endpoints[0]), "the same object");
         let reweighted = &second.endpoints[1];
-        assert!(reweighted.weight == 5 && !reweighted.is_healthy(), "a new weight does not make it well");
+        assert!(Arc::ptr_eq(reweighted, &first.endpoints[1]), "also with another weight");
+        assert_eq!(reweighted.weight(), 5);
         assert!(second.endpoints[0].is_healthy(), "a new one is taken for well");
     }
 
@@ -121,7 +128,7 @@ mod tests {
     fn what_is_found_twice_counts_once() {
         let set = EndpointSet::default().updated(vec![found(1, 1), found(1, 1), found(2, 0)]);
         assert_eq!(
-            set.endpoints.iter().map(|e| (e.address.port(), e.weight)).collect::<Vec<_>>(),
+            set.endpoints.iter().map(|e| (e.address.port(), e.weight())).collect::<Vec<_>>(),
             [(1, 1), (2, 1)]
         );
     }

@@ -144,7 +144,7 @@ impl Candidate for Rc<LocalEndpoint> {
         self.in_flight.get()
     }
     fn weight(&self) -> u32 {
-        self.shared.weight
+        self.shared.weight()
     }
     fn key(&self) -> u64 {
         self.key
