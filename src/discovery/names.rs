@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::IpAddr, net::SocketAddr, sync::Arc};
 use tokio::{task::JoinSet, time::Instant};
 
 use super::{
-    Answer, DiscoveryError, MAX_ENDPOINTS, Resolver,
+    Answer, DiscoveryError, LOOKUP_LIMIT, MAX_ENDPOINTS, Resolver,
     resolver::Family,
     source::{Target, retry_at},
 };
@@ -75,6 +75,10 @@ impl Names {
             while running.len() < CONCURRENT
                 && let Some(host) = waiting.pop()
             {
+                if let Some(state) = self.states.get_mut(&host) {
+                    // Should the look-up end without a result, this is when it is made again.
+                    state.due = retry_at(now, state.failures.saturating_add(1), rng).max(now + LOOKUP_LIMIT);
+                }
                 let resolver = resolver.clone();
                 running.spawn(async move {
                     let answer = resolver.addresses(&host).await;

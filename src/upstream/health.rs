@@ -9,7 +9,12 @@ mod tests;
 
 pub use check::CheckError;
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     runtime::Handle,
@@ -108,6 +113,7 @@ pub fn spawn(
         upstream: upstream.clone(),
         rng: Rng::new(),
         endpoints: HashMap::new(),
+        queue: BTreeSet::new(),
         running: JoinSet::new(),
     };
     HealthChecks { settings, task: runtime.spawn(checker.run()), upstream }
@@ -119,6 +125,8 @@ struct Checker {
     upstream: Arc<Upstream>,
     rng: Rng,
     endpoints: HashMap<Key, Checked>,
+    /// The most overdue first. An entry counts only while it is what the endpoint's `due` says.
+    queue: BTreeSet<(Instant, Key)>,
     running: JoinSet<(Key, Result<(), CheckError>)>,
 }
 
@@ -127,8 +135,7 @@ type Key = (SocketAddr, Option<Arc<str>>);
 struct Checked {
     endpoint: Arc<Endpoint>,
     threshold: Threshold,
-    /// `None` while a check runs.
-    due: Option<Instant>,
+    due: Instant,
 }
 
 impl Checker {
@@ -137,7 +144,7 @@ impl Checker {
         self.follow();
         loop {
             self.start_due();
-            let next = self.endpoints.values().filter_map(|checked| checked.due).min();
+            let next = self.queue.first().map(|(at, _)| *at);
             let room = self.running.len() < CONCURRENT;
             tokio::select! {
                 Some(done) = self.running.join_next() => {
@@ -155,41 +162,43 @@ impl Checker {
 
     /// Catches up with the endpoint set.
     fn follow(&mut self) {
+        let now = Instant::now();
         let mut old = std::mem::take(&mut self.endpoints);
         for endpoint in &self.upstream.endpoints().endpoints {
             let key = (endpoint.address, endpoint.host.clone());
-            let checked = match old.remove(&key) {
-                Some(known) => Checked { endpoint: endpoint.clone(), ..known },
-                None => Checked {
-                    endpoint: endpoint.clone(),
-                    threshold: Threshold::new(endpoint.is_healthy()),
-                    due: Some(Instant::now()),
-                },
-            };
-            self.endpoints.insert(key, checked);
+            let checked = old.remove(&key).unwrap_or_else(|| {
+                self.queue.insert((now, key.clone()));
+                let threshold = Threshold::new(endpoint.is_healthy());
+                Checked { endpoint: endpoint.clone(), threshold, due: now }
+            });
+            self.endpoints.insert(key, Checked { endpoint: endpoint.clone(), ..checked });
         }
     }
 
     fn all_due(&mut self) {
         let now = Instant::now();
-        for checked in self.endpoints.values_mut() {
-            checked.due = checked.due.map(|due| due.min(now));
+        self.queue.clear();
+        for (key, checked) in &mut self.endpoints {
+            checked.due = now;
+            self.queue.insert((now, key.clone()));
         }
     }
 
     fn start_due(&mut self) {
         let now = Instant::now();
-        let settings = self.settings.borrow_and_update();
-        for (key, checked) in &mut self.endpoints {
-            if self.running.len() >= CONCURRENT {
-                return;
-            }
-            if checked.due.is_some_and(|due| due <= now) {
-                checked.due = None;
-                let check = check::run(settings.clone(), self.protocol, checked.endpoint.clone());
-                let key = key.clone();
-                self.running.spawn(async move { (key, check.await) });
-            }
+        while self.running.len() < CONCURRENT
+            && self.queue.first().is_some_and(|(at, _)| *at <= now)
+            && let Some((at, key)) = self.queue.pop_first()
+        {
+            let Some(checked) = self.endpoints.get_mut(&key).filter(|checked| checked.due == at) else {
+                continue;
+            };
+            let settings = self.settings.borrow_and_update().clone();
+            // Should the check end without a result, this is when it is made again.
+            checked.due = now + *settings.timeout + settings.interval.0.max(MIN_INTERVAL);
+            self.queue.insert((checked.due, key.clone()));
+            let check = check::run(settings, self.protocol, checked.endpoint.clone());
+            self.running.spawn(async move { (key, check.await) });
         }
     }
 
@@ -198,7 +207,9 @@ impl Checker {
         // The endpoint may have left meanwhile.
         let Some(checked) = self.endpoints.get_mut(key) else { return };
         let interval = settings.interval.0.max(MIN_INTERVAL);
-        checked.due = Some(Instant::now() + self.rng.jitter(interval, JITTER));
+        self.queue.remove(&(checked.due, key.clone()));
+        checked.due = Instant::now() + self.rng.jitter(interval, JITTER);
+        self.queue.insert((checked.due, key.clone()));
         if !checked.threshold.record(result.is_ok(), &settings) {
             return;
         }
