@@ -155,7 +155,7 @@ impl UpstreamStatus {
                 .map(|endpoint| EndpointStatus {
                     address: endpoint.address.to_string(),
                     host: endpoint.host.as_deref().map(ToOwned::to_owned),
-                    weight: endpoint.weight,
+                    weight: endpoint.weight(),
                     state: if endpoint.is_healthy() { "healthy" } else { "unhealthy" }.to_owned(),
                 })
                 .collect(),
