@@ -8,6 +8,7 @@
 //! atomics for calls that go well and a short lock for failures and transitions (`&self`). The lock is never held
 //! across anything that waits.
 
+pub mod adaptive;
 pub mod backoff;
 pub mod breaker;
 pub mod budget;
