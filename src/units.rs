@@ -96,6 +96,9 @@ const DURATION_UNITS: [(&str, u64); 6] = [
     ("d", 86_400_000_000),
 ];
 
+/// In microseconds. Longer durations are nothing that people mean, and could overflow what is reckoned with them.
+const LONGEST: u64 = 365 * 86_400_000_000;
+
 const SIZE_UNITS: [(&str, u64); 7] = [
     ("KiB", 1 << 10),
     ("MiB", 1 << 20),
@@ -125,6 +128,11 @@ impl FromStr for HumanDuration {
             let part = scale(number, unit).ok_or_else(wrong)?;
             micros = micros.checked_add(part).ok_or_else(wrong)?;
             rest = tail;
+        }
+        if micros > LONGEST {
+            return Err(format!(
+                "`{text}` is longer than a year: write \"365d\" at most, or \"0s\" where it means none"
+            ));
         }
         Ok(Self(Duration::from_micros(micros)))
     }
@@ -342,7 +350,7 @@ mod tests {
         ] {
             assert_eq!(text.parse::<HumanDuration>().map(|d| d.0.as_millis()), Ok(ms), "{text}");
         }
-        for text in ["", "10", "ten", "1x", "-1s", "1s1", "99999999999999999999s", "s"] {
+        for text in ["", "10", "ten", "1x", "-1s", "1s1", "99999999999999999999s", "s", "366d"] {
             assert!(text.parse::<HumanDuration>().is_err(), "{text}");
         }
     }

@@ -8,6 +8,7 @@ use std::{
 use super::{
     Config, Diagnostics, Problem,
     diagnostic::Problems,
+    lint::lint,
     merge::merge,
     node::Node,
     parse::{Env, parse},
@@ -47,6 +48,11 @@ pub fn files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> 
 
 /// Reads, merges, resolves and checks. Later files win, key by key; no file is the built-in defaults.
 pub fn load(files: &[PathBuf], env: Env<'_>) -> Result<Loaded, Diagnostics> {
+    load_sources(read_sources(files)?, env)
+}
+
+/// The texts of the files, or all that cannot be read.
+pub(super) fn read_sources(files: &[PathBuf]) -> Result<Sources, Diagnostics> {
     let mut problems = Problems::default();
     let mut sources = Sources::default();
     for path in files {
@@ -57,10 +63,7 @@ pub fn load(files: &[PathBuf], env: Env<'_>) -> Result<Loaded, Diagnostics> {
             }
         }
     }
-    if problems.has_errors() {
-        return Err(problems.finish(sources));
-    }
-    load_sources(sources, env)
+    if problems.has_errors() { Err(problems.finish(sources)) } else { Ok(sources) }
 }
 
 /// The same for texts already read.
@@ -80,6 +83,7 @@ pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<Loaded, Diagnostic
     if problems.has_errors() {
         return Err(problems.finish(sources));
     }
+    lint(&config, &tree, &mut problems);
     Ok(Loaded {
         config: Arc::new(config),
         tree: Arc::new(tree),
@@ -302,6 +306,32 @@ protocol = 'htp1'
         {
             let found = try_load(&[text]).unwrap_err();
             assert_eq!(found.count(), (1, 0), "{found}");
+        }
+    }
+
+    #[test]
+    fn thousands_of_upstreams_load_in_no_time() {
+        let one = |at: usize| {
+            format!(
+                "[[upstream]]\nname = 'u{at}'\nendpoints = ['10.0.0.1:80']\ntimeout = '2s'\n[[upstream.route]]\nmatch = {{ path = '/x*' }}\nto = 'u{}'\n",
+                at + 1
+            )
+        };
+        let text = (0..10_000).map(one).collect::<String>()
+            + "[[upstream]]\nname = 'u10000'\n[defaults]\nretry = { max = 1 }";
+        let start = std::time::Instant::now();
+        assert_eq!(loaded(&[&text]).upstreams.len(), 10_001);
+        // Well under a second when optimised; this only tells linear from quadratic.
+        assert!(start.elapsed() < std::time::Duration::from_secs(30), "{:?}", start.elapsed());
+        // All of them wrong is no slower, and said in bounds.
+        let found = try_load(&[&text.replace("timeout", "timout")]).unwrap_err();
+        assert_eq!((found.count().0, found.left_out > 9_000), (100, true));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_stands_in_a_file_is_answered(text in "(\\[|\\]|\\{|\\}|=|\"|'|,|\n|\\$\\{|upstream|route|name|match|retry|hosts|a|1|\\.|-|#|é){0,60}") {
+            let _ = try_load(&[&text, &text]).map_err(|found| found.to_string());
         }
     }
 }

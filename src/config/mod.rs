@@ -9,6 +9,7 @@
 
 mod diagnostic;
 mod document;
+mod lint;
 mod load;
 mod merge;
 mod node;
@@ -18,11 +19,13 @@ mod policy;
 mod provenance;
 mod read;
 mod resolve;
+mod restart;
 mod schema;
 mod security;
 mod source;
 mod unbuilt;
 mod validate;
+mod watch;
 
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity};
 pub use document::{EXAMPLE, json_schema};
@@ -32,6 +35,8 @@ pub use parse::Env;
 pub use path::normalise;
 pub use policy::{AttemptTimeout, Policy};
 pub use provenance::{Scope, Setting};
+pub use restart::needs_restart;
 pub use schema::*;
 pub use security::*;
 pub use source::{MAX_FILE_BYTES, Origin, Place, Source, Sources};
+pub use watch::{Watcher, watch};

@@ -1,0 +1,273 @@
+//! What is allowed but hardly meant: warnings, from what can be known from the configuration alone.
+
+use std::time::Duration;
+
+use super::{
+    AdminListen, AttemptTimeout, Config, ListenAddr, Node, Policy, Protocol,
+    diagnostic::{Problem, Problems},
+    resolve::{inherit, split},
+    source::Origin,
+};
+use crate::{
+    resilience::retry::{Methods, RetrySettings},
+    units::HumanDuration,
+};
+
+/// What a pod has between SIGTERM and SIGKILL unless it says otherwise.
+const POD_GRACE: Duration = Duration::from_secs(30);
+/// Below this many requests a second the failure rate is never looked at: worth saying only far above usual traffic.
+const BUSY: f64 = 100.0;
+
+pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
+    let mut lints = Lints { root, problems };
+    lints.drain(config);
+    lints.reachable(config);
+    lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
+    lints.policy(&config.inbound.policy, root.get("inbound"), root.get("inbound"));
+    let defaults = root.get("defaults").map(|node| split(node).0).unwrap_or_default();
+    for (index, upstream) in config.upstreams.iter().enumerate() {
+        let Some(node) = root.get("upstream").and_then(|list| list.item(index)) else { continue };
+        let table = inherit(&defaults, split(node).0);
+        let effective = Node { origin: node.origin, value: super::Value::Table(table.clone()) };
+        // What is inherited was looked at above; the place of a value tells, and one place warns once.
+        lints.policy(&upstream.policy, Some(&effective), Some(node));
+        for (at, route) in upstream.routes.iter().enumerate() {
+            let Some(node) = node.get("route").and_then(|list| list.item(at)) else { continue };
+            let effective = inherit(&table, split(node).0);
+            let effective = Node { origin: node.origin, value: super::Value::Table(effective) };
+            lints.policy(&route.policy, Some(&effective), Some(node));
+            let earlier = upstream.routes[..at].iter().any(|earlier| earlier.matches == route.matches);
+            if earlier {
+                let help = "an earlier route has the same `match`; put them together";
+                lints.warn(node.origin, "this route is never taken", help);
+            }
+            let connection = upstream.protocol == Protocol::Tcp;
+            if connection {
+                lints.warn(
+                    node.origin,
+                    "this route is never taken",
+                    "protocol = \"tcp\" carries bytes, not requests",
+                );
+            }
+        }
+    }
+}
+
+struct Lints<'a> {
+    root: &'a Node,
+    problems: &'a mut Problems,
+}
+
+impl Lints<'_> {
+    /// Only what the files say: a built-in default is no mistake of theirs.
+    fn warn(&mut self, origin: Option<Origin>, message: impl Into<String>, help: impl Into<String>) {
+        if origin.is_some() {
+            self.problems.push(Problem::warning(origin, message).help(help));
+        }
+    }
+
+    fn drain(&mut self, config: &Config) {
+        let runtime = &config.runtime;
+        let whole = runtime.drain_delay.saturating_add(*runtime.drain_timeout);
+        if whole > POD_GRACE {
+            let node = self.root.get("runtime");
+            let key = |key| node.and_then(|node| node.get(key)).and_then(|value| value.origin);
+            self.warn(
+                key("drain_delay").or(key("drain_timeout")),
+                format!("draining takes up to {}, and a pod is killed after 30s", HumanDuration(whole)),
+                "shorten drain_delay or drain_timeout, or raise terminationGracePeriodSeconds above their sum",
+            );
+        }
+    }
+
+    /// Whoever reaches the outbound or the admin port can call in the service's name.
+    fn reachable(&mut self, config: &Config) {
+        let place = |section: &str, key: &str| self.root.get(section)?.get(key)?.origin;
+        let mut found = Vec::new();
+        let help = "write \"localhost:PORT\", unless a firewall keeps others away";
+        if !is_loopback(&config.outbound.listen) {
+            found.push((place("outbound", "listen"), "others can send calls in this service's name", help));
+        }
+        if let AdminListen::Tcp(address) = &config.admin.listen
+            && !is_loopback(address)
+        {
+            let help = "keep it on localhost; `probe_listen` is for kubelet and Prometheus";
+            found.push((place("admin", "listen"), "others can read the admin pages", help));
+        }
+        for (index, upstream) in config.upstreams.iter().enumerate() {
+            if upstream.listen.as_ref().is_some_and(|address| !is_loopback(address)) {
+                let node = self.root.get("upstream").and_then(|list| list.item(index));
+                let origin = node.and_then(|node| node.get("listen")).and_then(|listen| listen.origin);
+                found.push((origin, "others can send calls in this service's name", help));
+            }
+        }
+        for (origin, message, help) in found {
+            self.warn(origin, message, help);
+        }
+    }
+
+    /// `effective` has the places of what holds, `own` is the table itself.
+    fn policy(&mut self, policy: &Policy, effective: Option<&Node>, own: Option<&Node>) {
+        let at = |path: &[&str]| {
+            let mut node = effective?;
+            for key in path {
+                match node.get(key) {
+                    Some(next) => node = next,
+                    None => break,
+                }
+            }
+            // A table that says none of it is not to blame.
+            (Some(node.origin) != effective.map(|node| node.origin)).then_some(node.origin).flatten()
+        };
+        if let Some(retry) = policy.retry.0.as_ref().filter(|retry| retry.max > 0) {
+            self.retry_methods(retry, at(&["retry", "methods"]));
+            self.tries_fit(policy, retry, [at(&["attempt_timeout"]), at(&["timeout"])]);
+        }
+        if let (AttemptTimeout::Fixed(attempt), Some(timeout)) =
+            (policy.attempt_timeout, policy.timeout.limit())
+            && *attempt > timeout
+        {
+            let origin = at(&["attempt_timeout"]).or(at(&["timeout"]));
+            let message = format!("attempt_timeout {attempt} is longer than timeout {}", policy.timeout);
+            self.warn(origin, message, "it never acts; shorten it, or leave \"auto\"");
+        }
+        if let Some(breaker) = &policy.breaker.0 {
+            let off = breaker.consecutive_failures == 0 && *breaker.failure_rate <= 0.0;
+            if off {
+                self.warn(
+                    at(&["breaker"]),
+                    "this breaker never opens",
+                    "write `breaker = false`, or set a rate",
+                );
+            }
+            let needed = f64::from(breaker.min_requests) / breaker.window.as_secs_f64();
+            if *breaker.failure_rate > 0.0 && needed > BUSY {
+                let message = format!("failure_rate needs {needed:.0} requests a second to act at all");
+                self.warn(at(&["breaker", "min_requests"]), message, "lower min_requests, or widen window");
+            }
+        }
+        if let Some(fault) = policy.fault.0.as_ref() {
+            let delays = !fault.delay.is_zero() && *fault.delay_ratio > 0.0;
+            let aborts = fault.abort.is_some() && *fault.abort_ratio > 0.0;
+            if !delays && !aborts {
+                let help = "give delay and delay_ratio, or abort and abort_ratio";
+                self.warn(at(&["fault"]), "this fault never happens", help);
+            }
+        }
+        let is_inherited = own.is_none_or(|own| own.get("hedge").is_none());
+        let no_retry = policy.retry.0.as_ref().is_none_or(|retry| retry.max == 0);
+        if policy.hedge.0.is_some() && no_retry && !is_inherited {
+            let help = "a hedge is a retry that comes early: retry.max must be at least 1";
+            self.warn(at(&["hedge"]), "this hedge never happens", help);
+        }
+    }
+
+    fn retry_methods(&mut self, retry: &RetrySettings, origin: Option<Origin>) {
+        let help = "make sure that the service takes the same call twice, e.g. by an Idempotency-Key";
+        match &retry.methods {
+            Methods::Idempotent => {}
+            Methods::All => self.warn(origin, "calls that change something may be sent twice", help),
+            Methods::Listed(methods) => {
+                let risky =
+                    methods.iter().find(|m| m.parse().is_ok_and(|m: http::Method| !m.is_idempotent()));
+                if let Some(method) = risky {
+                    self.warn(origin, format!("{method} may be sent twice"), help);
+                }
+            }
+        }
+    }
+
+    /// Fixed times per try that leave no room for all tries.
+    fn tries_fit(&mut self, policy: &Policy, retry: &RetrySettings, places: [Option<Origin>; 2]) {
+        let (AttemptTimeout::Fixed(attempt), Some(timeout)) =
+            (policy.attempt_timeout, policy.timeout.limit())
+        else {
+            return;
+        };
+        if attempt.is_zero() || *attempt > timeout {
+            return;
+        }
+        let tries = retry.max + 1;
+        let waits: Duration = (0..retry.max)
+            .map(|n| retry.backoff.base.saturating_mul(1 << n.min(16)).min(*retry.backoff.max))
+            .fold(Duration::ZERO, Duration::saturating_add);
+        let needed = attempt.saturating_mul(tries).saturating_add(waits);
+        if needed > timeout {
+            self.warn(
+                places[0].or(places[1]),
+                format!(
+                    "{tries} tries of {attempt} and the waits between them take up to {}, timeout is {}",
+                    HumanDuration(needed),
+                    policy.timeout
+                ),
+                "the last tries are cut short: raise timeout, shorten attempt_timeout, or leave \"auto\"",
+            );
+        }
+    }
+}
+
+fn is_loopback(address: &ListenAddr) -> bool {
+    address.0.host == "localhost" || address.0.literal().is_some_and(|address| address.ip().is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Sources, parse::parse, resolve::resolve};
+
+    /// Past the list of what is not built: lints are ready before their features.
+    fn warnings(text: &str) -> Vec<String> {
+        let mut problems = Problems::default();
+        let tree = parse(text, 0, &|_| None, &mut problems);
+        let config = resolve(&tree, "s".to_owned(), &mut problems);
+        lint(&config, &tree, &mut problems);
+        let sources = Sources(vec![crate::config::Source { path: "x".into(), text: text.to_owned() }]);
+        problems.finish(sources).lines()
+    }
+
+    #[test]
+    fn what_is_hardly_meant_is_warned_of_once() {
+        for (text, message) in [
+            ("[runtime]\ndrain_delay = '10s'", "x:2:15: warning: draining takes up to 35s"),
+            ("[outbound]\nlisten = '0.0.0.0:4140'", "x:2:10: warning: others can send calls"),
+            ("[admin]\nlisten = '[::]:4191'", "others can read the admin pages"),
+            ("[[upstream]]\nname='a'\nlisten='0.0.0.0:1'", "x:3:8: warning: others can send calls"),
+            (
+                "[defaults]\nretry = { methods = 'all' }\n[[upstream]]\nname='a'\n[[upstream.route]]",
+                "x:2:21: warning: calls that change",
+            ),
+            ("[defaults]\nretry = { methods = ['GET', 'POST'] }", "POST may be sent twice"),
+            ("[defaults]\nattempt_timeout = '6s'\n[[upstream]]\nname='a'", "x:2:19: warning: 3 tries of 6s"),
+            ("[defaults]\nattempt_timeout = '16s'", "attempt_timeout 16s is longer than timeout 15s"),
+            ("[[upstream]]\nname='a'\ntimeout='2s'\nattempt_timeout='1s'", "x:4:17: warning: 3 tries of 1s"),
+            (
+                "[defaults]\nbreaker = { consecutive_failures = 0, failure_rate = 0 }",
+                "this breaker never opens",
+            ),
+            ("[defaults]\nbreaker = { min_requests = 2000 }", "failure_rate needs 200 requests a second"),
+            ("[defaults]\nfault = { delay = '1s' }", "this fault never happens"),
+            ("[defaults]\nretry = false\nhedge = { after = 'p95' }", "this hedge never happens"),
+            (
+                "[[upstream]]\nname='a'\nroute = [{}, {timeout='1s'}]",
+                "x:3:14: warning: this route is never taken",
+            ),
+            ("[[upstream]]\nname='a'\nprotocol='tcp'\nroute = [{}]", "this route is never taken"),
+        ] {
+            let found = warnings(text);
+            assert_eq!(found.len(), 1, "{found:#?} for\n{text}");
+            assert!(found[0].contains(message), "{message:?} not in {found:#?}");
+        }
+    }
+
+    #[test]
+    fn defaults_and_sound_settings_are_quiet() {
+        for text in [
+            "",
+            "[defaults]\nattempt_timeout = '4s'",
+            "[inbound]\nlisten = '0.0.0.0:4143'",
+            "[defaults]\nretry = false",
+        ] {
+            assert_eq!(warnings(text), [""; 0], "{text}");
+        }
+    }
+}

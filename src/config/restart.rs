@@ -1,0 +1,60 @@
+//! What a reload cannot change.
+
+use std::collections::HashMap;
+
+use super::Config;
+
+/// The keys that differ between two configurations and take effect only after a restart, e.g. `inbound.listen`.
+pub fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut differs = |key: &str, changed: bool| {
+        if changed {
+            keys.push(key.to_owned());
+        }
+    };
+    differs("service.name", old.service != new.service);
+    differs("runtime.workers", old.runtime.workers != new.runtime.workers);
+    differs("inbound.listen", old.inbound.listen != new.inbound.listen);
+    differs("outbound.listen", old.outbound.listen != new.outbound.listen);
+    differs("admin.listen", old.admin.listen != new.admin.listen);
+    differs("admin.probe_listen", old.admin.probe_listen != new.admin.probe_listen);
+    differs("admin.token_file", old.admin.token_file != new.admin.token_file);
+    let listeners = |config: &Config| -> HashMap<String, String> {
+        let of =
+            |upstream: &super::Upstream| Some((upstream.name.clone(), upstream.listen.as_ref()?.to_string()));
+        config.upstreams.iter().filter_map(of).collect()
+    };
+    let (before, after) = (listeners(old), listeners(new));
+    let mut names: Vec<&String> = before.keys().chain(after.keys()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        if before.get(name) != after.get(name) {
+            keys.push(format!("upstream.{name}.listen"));
+        }
+    }
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Endpoints, Policy, Upstream};
+
+    #[test]
+    fn only_what_cannot_change_is_named() {
+        let old = Config::default();
+        assert_eq!(needs_restart(&old, &old), [""; 0]);
+        let mut new = old.clone();
+        new.runtime.workers = Some(4);
+        new.runtime.drain_delay = crate::units::HumanDuration::from_secs(9);
+        new.defaults.timeout = crate::units::HumanDuration::from_secs(9);
+        new.admin.probe_listen = "[::]:4192".parse().ok();
+        let mut db = Upstream::new("db", Endpoints::Fixed(Vec::new()), Policy::default());
+        db.listen = "127.0.0.1:5432".parse().ok();
+        new.upstreams.push(db);
+        let expected = ["runtime.workers", "admin.probe_listen", "upstream.db.listen"];
+        assert_eq!(needs_restart(&old, &new), expected);
+        assert_eq!(needs_restart(&new, &old), expected);
+    }
+}
