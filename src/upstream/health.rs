@@ -48,7 +48,7 @@ pub struct Threshold {
 /// healthy again: nobody would notice their recovery any more.
 #[derive(Debug)]
 pub struct HealthChecks {
-    settings: watch::Sender<Health>,
+    settings: watch::Sender<(Health, Protocol)>,
     task: JoinHandle<()>,
     upstream: Arc<Upstream>,
 }
@@ -80,10 +80,11 @@ impl Threshold {
 
 impl HealthChecks {
     /// Takes new settings and keeps what is known of the endpoints.
-    pub fn reconfigure(&self, settings: Health) {
+    pub fn reconfigure(&self, settings: Health, protocol: Protocol) {
         self.settings.send_if_modified(|old| {
-            let changed = *old != settings;
-            *old = settings;
+            let new = (settings, protocol);
+            let changed = *old != new;
+            *old = new;
             changed
         });
     }
@@ -106,10 +107,9 @@ pub fn spawn(
     upstream: Arc<Upstream>,
     runtime: &Handle,
 ) -> HealthChecks {
-    let (settings, receiver) = watch::channel(settings);
+    let (settings, receiver) = watch::channel((settings, protocol));
     let checker = Checker {
         settings: receiver,
-        protocol,
         upstream: upstream.clone(),
         rng: Rng::new(),
         endpoints: HashMap::new(),
@@ -120,8 +120,7 @@ pub fn spawn(
 }
 
 struct Checker {
-    settings: watch::Receiver<Health>,
-    protocol: Protocol,
+    settings: watch::Receiver<(Health, Protocol)>,
     upstream: Arc<Upstream>,
     rng: Rng,
     endpoints: HashMap<Key, Checked>,
@@ -193,27 +192,29 @@ impl Checker {
             let Some(checked) = self.endpoints.get_mut(&key).filter(|checked| checked.due == at) else {
                 continue;
             };
-            let settings = self.settings.borrow_and_update().clone();
+            let (settings, protocol) = self.settings.borrow_and_update().clone();
             // Should the check end without a result, this is when it is made again.
             checked.due = now + *settings.timeout + settings.interval.0.max(MIN_INTERVAL);
             self.queue.insert((checked.due, key.clone()));
-            let check = check::run(settings, self.protocol, checked.endpoint.clone());
+            let check = check::run(settings, protocol, checked.endpoint.clone());
             self.running.spawn(async move { (key, check.await) });
         }
     }
 
     fn finished(&mut self, key: &Key, result: Result<(), CheckError>) {
-        let settings = self.settings.borrow();
+        let (settings, _) = &*self.settings.borrow();
         // The endpoint may have left meanwhile.
         let Some(checked) = self.endpoints.get_mut(key) else { return };
         let interval = settings.interval.0.max(MIN_INTERVAL);
         self.queue.remove(&(checked.due, key.clone()));
         checked.due = Instant::now() + self.rng.jitter(interval, JITTER);
         self.queue.insert((checked.due, key.clone()));
-        if !checked.threshold.record(result.is_ok(), &settings) {
+        let changed = checked.threshold.record(result.is_ok(), settings);
+        // Said every time: checks that were replaced by these may have said otherwise when they ended.
+        checked.endpoint.set_healthy(checked.threshold.is_healthy());
+        if !changed {
             return;
         }
-        checked.endpoint.set_healthy(checked.threshold.is_healthy());
         let (upstream, endpoint) = (&*self.upstream.name, checked.endpoint.address);
         match result {
             Ok(()) => tracing::info!(upstream, %endpoint, "endpoint is healthy again"),

@@ -213,9 +213,25 @@ async fn new_settings_take_effect_at_once_and_forget_nothing() {
     let (upstream, checks) = start(first, Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
     let hour = HumanDuration::from_secs(3600);
-    checks.reconfigure(Health { path: Some("/new".to_owned()), interval: hour, ..settings() });
+    checks
+        .reconfigure(Health { path: Some("/new".to_owned()), interval: hour, ..settings() }, Protocol::Auto);
     until(|| server.asked().iter().any(|(uri, ..)| uri == "/new")).await;
     assert_eq!(healthy(&upstream), [false]);
+}
+
+#[tokio::test]
+async fn checks_that_replace_others_have_the_last_word() {
+    let server = Server::start(false).await;
+    server.tell(|told| told.status = 500);
+    let settings = Health { path: Some("/".to_owned()), ..settings() };
+    let (upstream, first) = start(settings.clone(), Protocol::Auto, &[server.address]);
+    until(|| healthy(&upstream) == [false]).await;
+    let asked = server.asked().len();
+    let _second = spawn(settings, Protocol::Auto, upstream.clone(), &Handle::current());
+    // The second has begun, and taken the endpoint for unhealthy, before the first ends.
+    until(|| server.asked().len() > asked + 4).await;
+    drop(first);
+    until(|| healthy(&upstream) == [false]).await;
 }
 
 #[test]
