@@ -7,13 +7,13 @@ use tokio::sync::mpsc;
 
 use crate::{
     admin::{Admin, AdminError},
-    config::{self, HostPort},
+    config::{self, Diagnostics, HostPort, Loaded},
     runtime::{
         self, StartError, cgroup,
         child::{Child, SpawnError},
-        lifecycle::{Control, Lifecycle, Load},
+        lifecycle::{Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
-        reload::Reloads,
+        reload::{Read, Reloads},
         signals::Signals,
     },
     telemetry::log::{Log, LogError, LogFilter, LogFormat},
@@ -21,6 +21,8 @@ use crate::{
 
 use super::{files::ConfigFiles, service_env};
 
+/// Changes of the configuration that wait to be taken.
+const CHANGES: usize = 1;
 /// How long the service's start waits for the first answers of discovery.
 const FIRST_DISCOVERY: Duration = Duration::from_secs(5);
 
@@ -95,12 +97,18 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let mut signals = Signals::new()?;
     let log = Log::start(args.log_format, &args.log)?;
     let files = args.files.paths();
-    let load = loader(files.clone(), args.app);
-    let config = load().map_err(RunError::Config)?;
+    let loaded = config::load(&files, &config::process_env);
+    let sources = loaded.as_ref().map(|loaded| Arc::clone(&loaded.sources)).unwrap_or_default();
+    let config = with_app(loaded, args.app.as_ref()).map_err(RunError::Config)?;
 
     let workers = config.runtime.workers.or_else(cgroup::cpu_limit).unwrap_or(1);
     let proxy = runtime::start(Arc::clone(&config), workers)?;
     let reloads = Reloads::new(files.clone(), Arc::clone(&config));
+    let (tell, changes) = mpsc::channel(CHANGES);
+    let watcher = config::watch(files, Arc::unwrap_or_clone(sources), config::process_env, move |loaded| {
+        // Waits on the watcher's own thread; nobody listens any more at the end.
+        let _ = tell.blocking_send(with_app(loaded, args.app.as_ref()));
+    })?;
     let control = Control::new(&proxy, log.handle(), reloads);
     let admin = Admin::start(&config.admin, Arc::clone(&control))?;
     let ready = ready(&control, &admin);
@@ -133,27 +141,19 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
         Some(Child::spawn(&args.command, service_env::variables(&control.addresses.outbound, &config))?)
     };
 
-    let (_watcher, files) = watch(&files);
-    Ok(Lifecycle { proxy, control, child, signals, load, files }.run().await)
+    Ok(Lifecycle { proxy, control, child, signals, watcher, changes }.run().await)
 }
 
-/// What reads the configuration, now and at each reload.
-fn loader(files: Vec<PathBuf>, app: Option<HostPort>) -> Load {
-    Box::new(move || {
-        let loaded = config::load(&files, &config::process_env)
-            .map_err(|problems| problems.render(false).trim_end().to_owned())?;
-        for warning in loaded.warnings.lines() {
-            tracing::warn!("{warning}");
-        }
-        let Some(app) = &app else { return Ok(loaded.config) };
-        let mut config = Arc::unwrap_or_clone(loaded.config);
-        config.inbound.forward_to = app.clone();
-        Ok(Arc::new(config))
-    })
-}
-
-fn watch(_files: &[PathBuf]) -> ((), mpsc::Receiver<()>) {
-    ((), mpsc::channel(1).1)
+/// What was loaded, with `--app` over it, or the diagnostics as text. Warnings go to the log.
+fn with_app(loaded: Result<Loaded, Diagnostics>, app: Option<&HostPort>) -> Read {
+    let loaded = loaded.map_err(|problems| problems.render(false).trim_end().to_owned())?;
+    for warning in loaded.warnings.lines() {
+        tracing::warn!("{warning}");
+    }
+    let Some(app) = app else { return Ok(loaded.config) };
+    let mut config = Arc::unwrap_or_clone(loaded.config);
+    config.inbound.forward_to = app.clone();
+    Ok(Arc::new(config))
 }
 
 fn ready(control: &Control, admin: &Admin) -> Ready {

@@ -25,10 +25,10 @@ use tokio::{
 use super::{
     Addresses, Phase, Proxy, Shared,
     child::Child,
-    reload::{self, Reloads},
+    reload::{self, Read, Reloads},
     signals::{Signals, Wish},
 };
-use crate::{config::Config, telemetry::log::LogHandle};
+use crate::{config, telemetry::log::LogHandle};
 
 /// What the service gets at least to end by itself, even where draining took all of `drain_timeout`.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -88,19 +88,16 @@ impl Control {
     }
 }
 
-/// A new configuration, or why there is none.
-pub type Load = Box<dyn Fn() -> Result<Arc<Config>, String> + Send>;
-
 /// Everything that is needed to live until the end.
 pub struct Lifecycle {
     pub proxy: Proxy,
     pub control: Arc<Control>,
     pub child: Option<Child>,
     pub signals: Signals,
-    /// Reads the configuration again.
-    pub load: Load,
-    /// Told when its files changed.
-    pub files: mpsc::Receiver<()>,
+    /// What the configuration's files hold when they change. Goes before the watcher, which may be waiting to tell.
+    pub changes: mpsc::Receiver<Read>,
+    /// Watches the configuration's files.
+    pub watcher: config::Watcher,
 }
 
 enum End {
@@ -117,7 +114,7 @@ impl Lifecycle {
     }
 
     async fn live(&mut self) -> u8 {
-        let Self { proxy, control, child, signals, load, files } = self;
+        let Self { proxy, control, child, signals, watcher, changes } = self;
         let mut drain = pin!(drain_inbound(proxy, control));
         let mut drained = false;
         let mut first_call = pin!(sleep(FIRST_CALL));
@@ -126,9 +123,9 @@ impl Lifecycle {
             tokio::select! {
                 wish = signals.next() => match wish {
                     Wish::Stop(signal) => break End::Signal(signal),
-                    Wish::Reload => reload::apply(proxy, &control.reloads, load, "SIGHUP"),
+                    Wish::Reload => watcher.trigger(),
                 },
-                Some(()) = files.recv() => reload::apply(proxy, &control.reloads, load, "its files changed"),
+                Some(read) = changes.recv() => reload::apply(proxy, &control.reloads, read),
                 code = ended(child) => break End::Child(code),
                 () = &mut drain, if !drained => drained = true,
                 () = &mut first_call, if waits_for_call => {
@@ -194,8 +191,10 @@ async fn drain_inbound(proxy: &Proxy, control: &Control) {
     // The sender lives in `control`.
     let _ = control.drain.subscribe().wait_for(|asked| *asked).await;
     let settings = control.shared.snapshot.load().config.runtime.clone();
-    proxy.set_phase(Phase::Leaving);
-    sleep(*settings.drain_delay).await;
+    if let Some(delay) = settings.drain_delay.limit() {
+        proxy.set_phase(Phase::Leaving);
+        sleep(delay).await;
+    }
     let open = || control.shared.metrics.inbound.open.load(Ordering::Relaxed).max(0);
     let before = open();
     proxy.set_phase(Phase::DrainingInbound);

@@ -7,8 +7,8 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Proxy, lifecycle::Load};
-use crate::config::Config;
+use super::Proxy;
+use crate::config::{Config, needs_restart};
 
 /// What became of the configuration so far.
 #[derive(Debug)]
@@ -65,14 +65,15 @@ impl Reloads {
     }
 }
 
-/// Reads the configuration again; takes it where it is valid, else says why and keeps what runs.
-pub fn apply(proxy: &Proxy, reloads: &Reloads, load: &Load, why: &str) {
-    let config = match load() {
+/// What the files hold: a configuration, or the diagnostics that say why not.
+pub type Read = Result<Arc<Config>, String>;
+
+/// Takes a configuration where it is valid, else says why not and keeps what runs.
+pub fn apply(proxy: &Proxy, reloads: &Reloads, read: Read) {
+    let config = match read {
         Ok(config) => config,
         Err(problems) => {
-            tracing::error!(
-                "the configuration was read again ({why}) and is refused, the old one stays:\n{problems}"
-            );
+            tracing::error!("the configuration as it is now is refused, the old one stays:\n{problems}");
             reloads.refuse(problems);
             return;
         }
@@ -81,11 +82,11 @@ pub fn apply(proxy: &Proxy, reloads: &Reloads, load: &Load, why: &str) {
     let changes = changes(&before, &config);
     let restart = reloads.accept(&config, !changes.is_empty());
     if changes.is_empty() {
-        tracing::info!("the configuration was read again ({why}); nothing changed");
+        tracing::info!("the configuration was read again; nothing changed");
         return;
     }
     proxy.reload(config);
-    tracing::info!("the configuration was read again ({why}); changed: {}", changes.join(", "));
+    tracing::info!("the configuration was read again; changed: {}", changes.join(", "));
     if !restart.is_empty() {
         tracing::warn!("these keys act after a restart only: {}", restart.join(", "));
     }
@@ -117,28 +118,6 @@ fn changes(old: &Config, new: &Config) -> Vec<String> {
     changes
 }
 
-/// Sockets and threads are made once.
-fn needs_restart(running: &Config, new: &Config) -> Vec<String> {
-    let keys = [
-        ("runtime.workers", running.runtime.workers != new.runtime.workers),
-        ("inbound.listen", running.inbound.listen != new.inbound.listen),
-        ("outbound.listen", running.outbound.listen != new.outbound.listen),
-        ("admin", running.admin != new.admin),
-    ];
-    let mut needed: Vec<String> =
-        keys.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name.to_owned()).collect();
-    let listen_of = |config: &Config, name: &str| {
-        config.upstreams.iter().find(|u| u.name == name).and_then(|u| u.listen.clone())
-    };
-    for name in running.upstreams.iter().chain(&new.upstreams).map(|u| &u.name) {
-        let key = format!("upstream {name}: listen");
-        if listen_of(running, name) != listen_of(new, name) && !needed.contains(&key) {
-            needed.push(key);
-        }
-    }
-    needed
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,17 +135,6 @@ mod tests {
         new.service.name = "shop".to_owned();
         new.upstreams[0].balance = crate::config::Balance::RoundRobin;
         assert_eq!(changes(&old, &new), ["service", "upstream b", "upstream c added", "upstream a removed"]);
-    }
-
-    #[test]
-    fn sockets_and_threads_need_a_restart() {
-        let old = Config { upstreams: vec![upstream("a"), upstream("b")], ..Config::default() };
-        let mut new = old.clone();
-        new.defaults.timeout = crate::units::HumanDuration::from_secs(3);
-        assert!(needs_restart(&old, &new).is_empty());
-        new.runtime.workers = Some(3);
-        new.upstreams[1].listen = "127.0.0.1:5001".parse().ok();
-        assert_eq!(needs_restart(&old, &new), ["runtime.workers", "upstream b: listen"]);
     }
 
     #[test]

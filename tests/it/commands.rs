@@ -1,0 +1,102 @@
+//! The commands beside `run`, as a person types them.
+
+use std::process::{Command, Output};
+
+use crate::support::{Launch, Proxy, Upstream, eventually, text};
+
+fn outrigger(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_outrigger")).args(arguments).output().expect("it runs")
+}
+
+fn out(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn all_that_the_demo_shows_happens() {
+    let output = outrigger(&["demo", "--once"]);
+    let said = out(&output);
+    assert!(said.contains("things happened as told"), "{said}");
+    assert!(!said.contains('✗'), "{said}");
+}
+
+#[test]
+fn status_shows_a_running_sidecar() {
+    let server = Upstream::http1(|_| async { text("up") });
+    let address = server.address();
+    let proxy = Proxy::start(format!(
+        "[service]\nname = \"checkout\"\n[[upstream]]\nname = \"payments\"\nendpoints = [\"{address}\"]\n"
+    ));
+    let admin = proxy.admin().to_string();
+    let said = out(&outrigger(&["status", "--admin", &admin]));
+    for part in ["checkout: ready", "payments", &address.to_string(), &proxy.outbound().to_string()] {
+        assert!(said.contains(part), "`{part}` is not in\n{said}");
+    }
+    let said = out(&outrigger(&["status", "--admin", &admin, "--json"]));
+    let status: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(status["upstreams"][0]["endpoints"][0]["address"], address.to_string());
+    assert_eq!(status["upstreams"][0]["endpoints"][0]["state"], "healthy");
+}
+
+#[test]
+fn a_running_sidecar_is_changed_without_naming_the_token() {
+    let proxy = Proxy::start("");
+    let admin = proxy.admin().to_string();
+    out(&outrigger(&["set", "log", "debug", "--admin", &admin]));
+    eventually("the change in the log", || proxy.stderr().contains("filter was changed"));
+    out(&outrigger(&["drain", "--admin", &admin]));
+    eventually("the drain", || {
+        out(&outrigger(&["status", "--admin", &admin, "--json"])).contains("\"draining_inbound\"")
+    });
+}
+
+#[test]
+fn a_unix_socket_serves_as_well() {
+    let proxy = Launch::new("[admin]\nlisten = \"unix:admin.sock\"\n").start();
+    let socket = proxy.directory().join("admin.sock");
+    let admin = format!("unix:{}", socket.display());
+    assert!(out(&outrigger(&["status", "--admin", &admin])).contains("ready"));
+    out(&outrigger(&["set", "log", "warn", "--admin", &admin]));
+    drop(proxy);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn where_nothing_runs_it_says_so() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+    for command in [&["status"][..], &["set", "log", "debug"], &["drain"]] {
+        let admin = free.to_string();
+        let output = outrigger(&[command, &["--admin", &admin]].concat());
+        assert_eq!(output.status.code(), Some(1), "{command:?}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains("is a sidecar running"), "{said}");
+    }
+}
+
+#[test]
+fn a_taken_port_and_a_silly_filter_are_explained() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("bound");
+    let mut proxy = Launch::new(format!("[admin]\nlisten = \"{address}\"\n")).spawn();
+    assert_eq!(proxy.wait().code(), Some(1));
+    assert!(
+        proxy.stderr().contains(&format!("cannot listen on {address} ([admin] listen)")),
+        "{}",
+        proxy.stderr()
+    );
+    assert_eq!(outrigger(&["run", "--log", "loud"]).status.code(), Some(2));
+}
+
+#[test]
+fn completions_and_manual_are_made() {
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(out(&outrigger(&["completions", shell])).contains("ready-file"), "{shell}");
+    }
+    assert!(out(&outrigger(&["man"])).contains("outrigger"));
+    let folder = tempfile::tempdir().expect("a folder");
+    out(&outrigger(&["man", "--out", &folder.path().to_string_lossy()]));
+    for page in ["outrigger.1", "outrigger-run.1", "outrigger-set-log.1", "outrigger-config-schema.1"] {
+        assert!(folder.path().join(page).exists(), "{page}");
+    }
+}
