@@ -24,7 +24,7 @@ pub use resolver::{Answer, DNS_ENV, LOOKUP_LIMIT, MAX_TTL, MIN_TTL, Resolver};
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::{sync::Notify, task::JoinHandle};
+use tokio::task::JoinHandle;
 
 use crate::{config::Endpoints, upstream::Upstream};
 
@@ -50,15 +50,6 @@ pub enum DiscoveryError {
 #[derive(Debug)]
 pub struct Discovery {
     task: Option<JoinHandle<()>>,
-    refresh: Arc<Notify>,
-}
-
-impl Discovery {
-    /// Asks the source again soon, e.g. because no endpoint accepts connections: their addresses may have changed
-    /// before the TTL says so. Cheap; however often it is called, the source is asked at most every two seconds.
-    pub fn refresh(&self) {
-        self.refresh.notify_one();
-    }
 }
 
 impl Drop for Discovery {
@@ -74,13 +65,12 @@ impl Drop for Discovery {
 /// Literal addresses of a fixed list are published before this returns; the rest follows by a task on the runtime
 /// that the resolver was made on, so this may be called from any thread.
 pub fn spawn(source: &Endpoints, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Discovery {
-    let refresh = Arc::new(Notify::new());
     let task = match source::Source::new(source) {
-        Ok(source) => task::Task::start(source, upstream, resolver, refresh.clone()),
+        Ok(source) => task::Task::start(source, upstream, resolver),
         Err(error) => {
             upstream.discovery_failed(error);
             None
         }
     };
-    Discovery { task, refresh }
+    Discovery { task }
 }

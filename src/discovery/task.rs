@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::Notify, task::JoinHandle, time::Instant};
+use tokio::{task::JoinHandle, time::Instant};
 
 use super::{
     DiscoveryError, MAX_ENDPOINTS, Resolver,
@@ -25,7 +25,6 @@ pub(super) struct Task {
     source: Source,
     upstream: Arc<Upstream>,
     resolver: Arc<Resolver>,
-    refresh: Arc<Notify>,
     rng: Rng,
     targets: Vec<Target>,
     names: Names,
@@ -44,12 +43,7 @@ struct Published {
 
 impl Task {
     /// Starts the task, unless all is known for good.
-    pub fn start(
-        source: Source,
-        upstream: Arc<Upstream>,
-        resolver: Arc<Resolver>,
-        refresh: Arc<Notify>,
-    ) -> Option<JoinHandle<()>> {
+    pub fn start(source: Source, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Option<JoinHandle<()>> {
         let mut published = Published::default();
         if let Source::Fixed(targets) = &source {
             let literal = Names::default().found(targets).into_iter().filter(|found| found.host.is_none());
@@ -65,7 +59,6 @@ impl Task {
         let task = Self {
             source,
             upstream,
-            refresh,
             rng: Rng::new(),
             targets: Vec::new(),
             names: Names::default(),
@@ -88,7 +81,7 @@ impl Task {
                     tokio::time::sleep(SETTLE).await;
                     self.source_due = Some(Instant::now());
                 }
-                () = self.refresh.notified() => {
+                () = self.upstream.refresh_wanted() => {
                     tokio::time::sleep_until(asked_at + REFRESH_PAUSE).await;
                     let now = Instant::now();
                     self.source_due = self.source_due.map(|due| due.min(now));

@@ -285,11 +285,11 @@ async fn a_refresh_does_not_wait_for_the_ttl() {
     let dns = TestDns::start().await;
     dns.addresses("moved.test", 300, &["10.0.0.1"]);
     let upstream = Upstream::new("moved");
-    let discovery = spawn(&dns_source("moved.test:80"), upstream.clone(), resolver(&dns).await);
+    let _discovery = spawn(&dns_source("moved.test:80"), upstream.clone(), resolver(&dns).await);
     until_shown(&upstream, &["10.0.0.1:80"]).await;
     dns.addresses("moved.test", 300, &["10.0.0.2"]);
     for _ in 0..100 {
-        discovery.refresh();
+        upstream.refresh();
     }
     until_shown(&upstream, &["10.0.0.2:80"]).await;
     assert_eq!(dns.asked("moved.test"), 4, "A and AAAA, twice: a hundred wishes are one look-up");

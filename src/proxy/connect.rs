@@ -54,6 +54,7 @@ async fn dial_allowed(
             Err(error) => {
                 tried.push(endpoint);
                 if tried.len() >= DIALS.min(endpoints.len()) {
+                    to.upstream.shared.refresh();
                     return Err(connect_failed(&to.cluster.settings.name, &error));
                 }
             }

@@ -13,7 +13,7 @@ pub use pool::Lease;
 use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::{
     discovery::DiscoveryError,
@@ -26,6 +26,7 @@ pub struct Upstream {
     pub name: Arc<str>,
     endpoints: ArcSwap<EndpointSet>,
     generation: watch::Sender<u64>,
+    refresh: Notify,
     /// Bounds the retries of all workers together.
     pub retry_budget: RetryBudget,
 }
@@ -36,6 +37,7 @@ impl Upstream {
             name: name.into(),
             endpoints: ArcSwap::from_pointee(EndpointSet::default()),
             generation: watch::Sender::new(0),
+            refresh: Notify::new(),
             retry_budget: RetryBudget::new(BudgetSettings::default()),
         })
     }
@@ -69,6 +71,16 @@ impl Upstream {
         let mut changes = self.generation.subscribe();
         // The sender lives in `self`, so this ends only by the condition.
         let _ = changes.wait_for(|generation| *generation > 0).await;
+    }
+
+    /// Asks discovery to look again soon, e.g. because no endpoint accepts connections: their addresses may have
+    /// changed before the TTL says so. Cheap; however often it is called, the source is asked at most every 2 s.
+    pub fn refresh(&self) {
+        self.refresh.notify_one();
+    }
+
+    pub(crate) async fn refresh_wanted(&self) {
+        self.refresh.notified().await;
     }
 
     /// Told of every new generation of the endpoints.
