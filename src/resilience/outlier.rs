@@ -302,6 +302,16 @@ mod tests {
     }
 
     #[test]
+    fn what_was_under_way_when_it_was_taken_out_adds_nothing() {
+        let now = Instant::now();
+        let fleet = Fleet::new(6, OutlierSettings::default(), now);
+        let until = fleet.fail(0, 5, now).unwrap().until;
+        assert_eq!(fleet.fail(0, 100, now + S), None);
+        assert_eq!(fleet.out(until + S), 0);
+        assert_eq!(fleet.fail(0, 4, until + S), None, "the row begins anew");
+    }
+
+    #[test]
     fn a_relapse_doubles_and_a_good_while_forgives() {
         let mut now = Instant::now();
         let fleet = Fleet::new(3, OutlierSettings::default(), now);

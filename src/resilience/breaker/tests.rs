@@ -148,6 +148,34 @@ fn what_began_before_a_transition_is_ignored_after_it() {
 }
 
 #[test]
+fn a_success_from_before_ends_no_row_of_failures() {
+    let start = Instant::now();
+    let breaker = Breaker::new(BreakerSettings::default(), start);
+    let old = breaker.admit(start).permit.unwrap();
+    fail_times(10, &breaker, start);
+    let now = start + S * 5;
+    for _ in 0..3 {
+        try_once(&breaker, Health::Success, now);
+    }
+    fail_times(9, &breaker, now);
+    assert_eq!(breaker.report(old, Health::Success, now, 0.5), None);
+    assert_eq!(fail(&breaker, now).map(|t| t.to), Some(State::Open));
+}
+
+#[test]
+fn a_trial_of_an_earlier_round_frees_no_place_in_this_one() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    let now = start + S * 5;
+    let late = breaker.admit(now).permit.unwrap();
+    fail(&breaker, now);
+    let now = now + S * 10;
+    let _trials: Vec<Permit> = (0..3).map(|_| breaker.admit(now).permit.unwrap()).collect();
+    drop(late);
+    assert!(refused(&breaker, now).is_some());
+}
+
+#[test]
 fn what_is_forced_falls_back_by_itself() {
     let now = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), now);
