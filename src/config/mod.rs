@@ -7,6 +7,7 @@
 //! Inheritance (`[defaults]` → `[[upstream]]` → `[[upstream.route]]`) is the same key-by-key merge as that of
 //! several files, done on the tree, so every effective value still knows the file and line that set it.
 
+mod address;
 mod diagnostic;
 mod document;
 mod lint;
@@ -27,6 +28,7 @@ mod unbuilt;
 mod validate;
 mod watch;
 
+pub use address::{AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network};
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity};
 pub use document::{EXAMPLE, json_schema};
 pub use load::{Loaded, files, load, load_sources, process_env};

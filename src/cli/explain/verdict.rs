@@ -48,7 +48,7 @@ pub fn verdict(loaded: &Loaded, target: &Target) -> Verdict {
         verdict.outbound(loaded, target)
     };
     let Some(scope) = scope else { return verdict };
-    if let Scope::Upstream(at) | Scope::Route(at, _) = scope {
+    if let Some(at) = serving(loaded, scope) {
         for setting in loaded.upstream_settings(at) {
             if !["name", "hosts"].contains(&setting.key.as_str()) {
                 verdict.value(loaded, setting, None);
@@ -237,6 +237,19 @@ fn describe(matches: &crate::config::Match) -> String {
     if parts.is_empty() { "any call".to_owned() } else { parts.join(" ") }
 }
 
+/// The upstream whose endpoints answer: that of a route's `to`, else its own.
+fn serving(loaded: &Loaded, scope: Scope) -> Option<usize> {
+    let upstreams = &loaded.config.upstreams;
+    match scope {
+        Scope::Inbound | Scope::Defaults => None,
+        Scope::Upstream(at) => Some(at),
+        Scope::Route(at, route) => match &upstreams.get(at)?.routes.get(route)?.to {
+            Some(to) => upstreams.iter().position(|upstream| upstream.name == *to),
+            None => Some(at),
+        },
+    }
+}
+
 /// Why a value does not act on this request, if it does not.
 fn inactive(setting: &Setting, policy: &Policy, target: &Target, reach: Reach) -> Option<String> {
     let key = setting.key.as_str();
@@ -301,112 +314,4 @@ fn retry_note(policy: &Policy, target: &Target, reach: Reach) -> Option<String> 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::{Source, Sources, load_sources};
-
-    const FILE: &str = "
-[defaults]
-timeout = '9s'
-[[upstream]]
-name = 'payments'
-hosts = ['payments', '*.pay']
-retry = { max = 1 }
-[[upstream.route]]
-match = { methods = ['POST'], path = '/v1/charge*' }
-retry = { max = 0 }
-path_rewrite = '/charge'
-request_headers = { set = { x-tier = '1' } }
-[[upstream]]
-name = 'db'
-protocol = 'tcp'
-";
-
-    fn explained(text: &str, method: &str, url: &str, headers: &[&str], inbound: bool) -> String {
-        let sources = Sources(vec![Source { path: "o.toml".into(), text: text.to_owned() }]);
-        let loaded = load_sources(sources, &|_| None).unwrap();
-        let headers: Vec<String> = headers.iter().map(ToString::to_string).collect();
-        let target = Target::parse(method, url, &headers, inbound).unwrap();
-        verdict(&loaded, &target).to_string()
-    }
-
-    /// The line of a key, its blanks made single.
-    #[track_caller]
-    fn says(text: &str, line: &str) {
-        let found = text.lines().any(|l| l.split_whitespace().collect::<Vec<_>>().join(" ") == line);
-        assert!(found, "{line:?} not in\n{text}");
-    }
-
-    #[test]
-    fn route_values_and_places_are_told() {
-        let text = explained(FILE, "POST", "http://payments/v1/charge/5?q", &[], false);
-        for line in [
-            "upstream payments o.toml:4",
-            "route POST /v1/charge* o.toml:8",
-            "path /charge/5?q o.toml:8",
-            "note request header x-tier is set to 1",
-            "timeout 9s o.toml:3",
-            "retry.max 0 o.toml:10",
-            "retry.body_limit 64KiB default (inactive: max = 0)",
-            "idle_timeout 5m default",
-            "endpoints dns://payments:80 default",
-        ] {
-            says(&text, line);
-        }
-    }
-
-    #[test]
-    fn what_cannot_act_is_said() {
-        let text = explained(FILE, "GET", "http://payments/", &[], false);
-        says(&text, "route none matches: the upstream's own policy");
-        says(&text, "retry.max 1 o.toml:7");
-        let text = explained(FILE, "POST", "http://x.pay/", &["content-type: application/grpc"], false);
-        says(
-            &text,
-            "timeout 9s o.toml:3 (inactive: gRPC calls have their grpc-timeout, unless a route sets one)",
-        );
-        says(
-            &text,
-            "note POST is not repeated once it may have reached the service; a try that surely did not is",
-        );
-        let text = explained(FILE, "CONNECT", "payments:443", &[], false);
-        says(&text, "note CONNECT: bytes only, call http://payments/ to get policies");
-        says(&text, "timeout 9s o.toml:3 (inactive: bytes only)");
-        says(&text, "connect_timeout 1s default");
-        let text = explained(FILE, "GET", "https://payments/a", &[], false);
-        says(&text, "note https goes through CONNECT: bytes only, call http://payments/a to get policies");
-        says(&explained(FILE, "GET", "http://db/", &[], false), "note protocol = tcp: bytes only");
-    }
-
-    #[test]
-    fn hosts_that_no_upstream_names_are_forwarded_or_refused() {
-        let text = explained(FILE, "GET", "http://other/", &[], false);
-        says(&text, "upstream none names this host: forwarded with the policy of [defaults] o.toml:2");
-        let text = explained("[outbound]\nunknown = 'deny'", "GET", "http://other/", &[], false);
-        assert!(text.contains("refused, unknown = deny") && !text.contains("timeout"), "{text}");
-        let text = explained("", "GET", "http://169.254.169.254/", &[], false);
-        assert!(text.contains("169.254.0.0/16 is in deny_networks"), "{text}");
-    }
-
-    #[test]
-    fn inbound_calls_have_their_own_policy() {
-        let text = explained(FILE, "GET", "/healthz", &[], true);
-        says(&text, "service 127.0.0.1:8080");
-        says(&text, "timeout 0s default");
-        says(&text, "retry false default");
-    }
-
-    #[test]
-    fn what_is_no_request_is_refused() {
-        for (method, url, headers) in [
-            ("G T", "http://a/", vec![]),
-            ("GET", "/a", vec![]),
-            ("GET", "ftp://a/", vec![]),
-            ("GET", "http://", vec![]),
-            ("CONNECT", "a", vec![]),
-            ("GET", "http://a/", vec!["x".to_owned()]),
-        ] {
-            assert!(Target::parse(method, url, &headers, false).is_err(), "{method} {url} {headers:?}");
-        }
-    }
-}
+mod tests;

@@ -1,0 +1,226 @@
+//! Hosts, ports, networks and addresses to listen on, as they are written.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use crate::text_value;
+
+/// `host:port`; the host is a name, an IPv4 address or an IPv6 address in brackets.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    pub host: String,
+    pub port: u16,
+}
+
+/// `payments`, `payments:8080`, `*.example` or `*`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct HostPattern {
+    pub host: HostMatch,
+    pub port: Option<u16>,
+}
+
+/// Lower case.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HostMatch {
+    Exact(String),
+    /// The part behind `*`, with its dot: `.example`.
+    Suffix(String),
+    Any,
+}
+
+/// An address to bind: `127.0.0.1:4140`, `[::]:4143`, or `localhost:4140` for both families of loopback.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct ListenAddr(pub HostPort);
+
+/// `localhost:4191` or `unix:/run/outrigger/admin.sock`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub enum AdminListen {
+    Tcp(ListenAddr),
+    Unix(PathBuf),
+}
+
+/// An IP network: `169.254.0.0/16`, `fe80::/10`, or a single address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Network {
+    pub address: std::net::IpAddr,
+    pub prefix: u8,
+}
+
+impl HostPort {
+    pub fn new(host: impl Into<String>, port: u16) -> Self {
+        Self { host: host.into(), port }
+    }
+
+    /// The socket address, where the host is a literal one.
+    pub fn literal(&self) -> Option<SocketAddr> {
+        self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
+    }
+}
+
+impl FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong =
+            || format!("`{text}` is not HOST:PORT; an IPv6 address stands in brackets, e.g. \"[::1]:8080\"");
+        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let port = port.parse().map_err(|_| wrong())?;
+        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(v6) => v6.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?.to_string(),
+            None if host.is_empty() || host.contains([':', '/', '@', ' ', '[', ']']) => return Err(wrong()),
+            None => host.to_ascii_lowercase(),
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl FromStr for ListenAddr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address: HostPort = text.parse()?;
+        if address.host == "localhost" || address.literal().is_some() {
+            Ok(Self(address))
+        } else {
+            Err(format!(
+                "`{text}` cannot be listened on: write an IP address or localhost, e.g. \"127.0.0.1:4140\", \"[::]:4143\""
+            ))
+        }
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for AdminListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("unix:") {
+            Some("") => Err("`unix:` needs a path, e.g. \"unix:/run/outrigger/admin.sock\"".to_owned()),
+            Some(path) => Ok(Self::Unix(path.into())),
+            None => text.parse().map(Self::Tcp),
+        }
+    }
+}
+
+impl fmt::Display for AdminListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for HostPattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!("`{text}` is not a host: write \"payments\", \"payments:8080\", \"*.example\" or \"*\"")
+        };
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+                (host, Some(port.parse().map_err(|_| wrong())?))
+            }
+            _ => (text, None),
+        };
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
+        let host = match host.strip_prefix('*') {
+            Some("") => HostMatch::Any,
+            Some(suffix) if suffix.starts_with('.') && suffix.len() > 1 && !suffix.contains('*') => {
+                HostMatch::Suffix(suffix.to_owned())
+            }
+            None if !host.is_empty() && !host.contains(['*', '/', '@', ' ']) => HostMatch::Exact(host),
+            _ => return Err(wrong()),
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for HostPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            HostMatch::Exact(host) if host.contains(':') => write!(f, "[{host}]")?,
+            HostMatch::Exact(host) => f.write_str(host)?,
+            HostMatch::Suffix(suffix) => write!(f, "*{suffix}")?,
+            HostMatch::Any => f.write_str("*")?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
+}
+
+impl Network {
+    /// Link-local and the metadata services of the large clouds: addresses that hand out credentials.
+    pub fn denied_by_default() -> Vec<Self> {
+        [
+            "169.254.0.0/16",
+            "fe80::/10",
+            "fd00:ec2::254/128",
+            "100.100.100.200/32",
+            "168.63.129.16/32",
+            "0.0.0.0/8",
+            "::/128",
+        ]
+        .iter()
+        .filter_map(|text| text.parse().ok())
+        .collect()
+    }
+
+    pub fn contains(&self, ip: std::net::IpAddr) -> bool {
+        use std::net::IpAddr::{V4, V6};
+        match (self.address, ip) {
+            (V4(network), V4(ip)) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
+                (network.to_bits() ^ ip.to_bits()) & mask == 0
+            }
+            (V6(network), V6(ip)) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix)).unwrap_or(0);
+                (network.to_bits() ^ ip.to_bits()) & mask == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a network: write e.g. \"169.254.0.0/16\" or \"fe80::/10\"");
+        let (address, prefix) = text.split_once('/').map_or((text, None), |(a, p)| (a, Some(p)));
+        let address: std::net::IpAddr = address.parse().map_err(|_| wrong())?;
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| wrong())?;
+        if prefix > longest { Err(wrong()) } else { Ok(Self { address, prefix }) }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+text_value!(HostPort, "HostPort", "HOST:PORT");
+text_value!(
+    ListenAddr,
+    "ListenAddr",
+    "an address to bind, e.g. \"127.0.0.1:4140\", \"[::]:4143\", \"localhost:4140\"; port 0 takes a free one"
+);
+text_value!(AdminListen, "AdminListen", "an address to bind, or unix:PATH");
+text_value!(HostPattern, "HostPattern", "a host, *.suffix or *; a port is optional");
+text_value!(Network, "Network", "an IP network, e.g. \"169.254.0.0/16\"");
