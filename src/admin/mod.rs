@@ -30,7 +30,10 @@ use tokio::{
 use tower::{ServiceBuilder, service_fn};
 use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, timeout::TimeoutLayer};
 
-use crate::{config, runtime::lifecycle::Control};
+use crate::{
+    config,
+    runtime::lifecycle::{AdminAddresses, Control},
+};
 use api::{Access, Api};
 use token::{Token, TokenError, TokenFile};
 
@@ -111,8 +114,11 @@ impl Admin {
             let bound: Vec<_> = listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
             control.shared.own.add(&bound);
             admin.probe = bound.first().map(ToString::to_string);
-            serve_tcp(tasks, listeners, &Api { control, access: Access::Probe });
+            serve_tcp(tasks, listeners, &Api { control: Arc::clone(&control), access: Access::Probe });
         }
+        // Set once: there is one admin server to a control.
+        let _ =
+            control.admin.set(AdminAddresses { admin: admin.address.clone(), probe: admin.probe.clone() });
         Ok(admin)
     }
 

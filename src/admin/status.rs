@@ -54,6 +54,9 @@ pub struct Listeners {
     pub outbound: Vec<String>,
     pub inbound: Vec<String>,
     pub upstreams: BTreeMap<String, Vec<String>>,
+    pub admin: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +91,7 @@ impl Status {
         let snapshot = control.shared.snapshot.load();
         let reloads = control.reloads.state();
         let not_ready = control.not_ready();
+        let admin = control.admin.get();
         let metrics = &control.shared.metrics;
         let all = |addresses: &[std::net::SocketAddr]| addresses.iter().map(ToString::to_string).collect();
         Self {
@@ -115,6 +119,8 @@ impl Status {
                     .iter()
                     .map(|(name, addresses)| (name.clone(), all(addresses)))
                     .collect(),
+                admin: admin.map(|at| at.admin.clone()).unwrap_or_default(),
+                probe: admin.and_then(|at| at.probe.clone()),
             },
             connections: [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)]
                 .map(|(direction, connections)| (direction.to_owned(), ConnectionCounts::of(connections)))

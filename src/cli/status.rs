@@ -108,6 +108,10 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     for (name, addresses) in &status.listeners.upstreams {
         rows.push(row([name, &addresses.join(" "), "", ""]));
     }
+    rows.push(row(["admin", &status.listeners.admin, "", ""]));
+    if let Some(probe) = &status.listeners.probe {
+        rows.push(row(["probe", probe, "", ""]));
+    }
     table(out, &rows)?;
 
     writeln!(out)?;
@@ -162,7 +166,7 @@ mod tests {
             "phase": "running", "ready": true,
             "config": {"files": ["a.toml"], "loaded_seconds_ago": 5, "reloads": 1, "refused": 2,
                        "rejected": "a.toml:3: no such key", "restart_needed": ["inbound.listen"]},
-            "listeners": {"outbound": ["127.0.0.1:4140", "[::1]:4140"], "inbound": ["[::]:4143"], "upstreams": {}},
+            "listeners": {"outbound": ["127.0.0.1:4140", "[::1]:4140"], "inbound": ["[::]:4143"], "upstreams": {}, "admin": "127.0.0.1:4191"},
             "connections": {"inbound": {"open": 1, "total": 2}, "outbound": {"open": 3, "total": 4}},
             "inbound": {"name": "checkout", "source": "[127.0.0.1:8080]", "discovery": "ready",
                         "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}]},
@@ -176,6 +180,7 @@ mod tests {
             "inbound.listen",
             "127.0.0.1:4140 [::1]:4140",
             "dns://payments:80 (failed: no such name)",
+            "admin     127.0.0.1:4191",
             "(the service)",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");

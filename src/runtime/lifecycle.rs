@@ -11,7 +11,7 @@
 use std::{
     pin::pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -42,6 +42,8 @@ const FIRST_CALL: Duration = Duration::from_secs(30);
 pub struct Control {
     pub shared: Arc<Shared>,
     pub addresses: Addresses,
+    /// Where the admin server is bound, once it is.
+    pub admin: OnceLock<AdminAddresses>,
     pub log: LogHandle,
     pub started: Instant,
     pub reloads: Reloads,
@@ -49,11 +51,19 @@ pub struct Control {
     drain: watch::Sender<bool>,
 }
 
+/// `host:port`, or `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminAddresses {
+    pub admin: String,
+    pub probe: Option<String>,
+}
+
 impl Control {
     pub fn new(proxy: &Proxy, log: LogHandle, reloads: Reloads) -> Arc<Self> {
         Arc::new(Self {
             shared: Arc::clone(&proxy.shared),
             addresses: proxy.addresses.clone(),
+            admin: OnceLock::new(),
             log,
             started: Instant::now(),
             reloads,
