@@ -8,6 +8,18 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod basics;
+mod bodies;
 mod commands;
+mod curl;
+mod exchange;
+mod floods;
+mod grpc;
+mod h2spec;
 mod health;
 mod house;
+mod lifecycle;
+mod load;
+mod servers;
+mod smuggling;
+mod websocket;

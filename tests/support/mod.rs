@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unused_imports, reason = "not every test uses every prop")]
 
+pub mod h2;
 mod proxy;
 mod raw;
 pub mod strict;
@@ -14,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use proxy::{Launch, Proxy};
+pub use proxy::{Launch, Proxy, binary};
 pub use raw::{RawClient, RawServer};
 pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};
 pub use upstream::{Answer, Upstream, text};

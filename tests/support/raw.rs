@@ -39,9 +39,9 @@ impl RawClient {
         self
     }
 
-    /// Sends; a peer that has hung up is not an error here, it shows when reading.
-    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        let _ = self.stream.write_all(bytes.as_ref());
+    /// Sends; a peer that has hung up is not an error here, it shows when reading. False: it has, or takes no more.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
+        self.stream.write_all(bytes.as_ref()).is_ok()
     }
 
     pub fn finish(&self) {
@@ -81,6 +81,20 @@ impl RawClient {
                 Err(_) => return Ok(None),
             }
         }
+    }
+
+    /// The next bytes, this many, left in the buffer.
+    pub fn peek(&mut self, count: usize) -> Result<&[u8], super::h2::End> {
+        while self.buffer.len() < count {
+            match self.fill() {
+                Ok(1..) => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    return Err(super::h2::End::Silent);
+                }
+                Ok(0) | Err(_) => return Err(super::h2::End::Closed),
+            }
+        }
+        Ok(&self.buffer[..count])
     }
 
     /// Sends a request and returns the response, which must come.

@@ -191,7 +191,7 @@ fn framing(message: &Message, is_request: bool) -> Result<Framing, String> {
         ([length], []) if !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit()) => {
             length.parse().map(Framing::Length).map_err(|error| error.to_string())
         }
-        ([], ["chunked"]) => Ok(Framing::Chunked),
+        ([], [coding]) if coding.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
         _ => Err(format!("Content-Length {lengths:?} with Transfer-Encoding {codings:?}")),
     }
 }

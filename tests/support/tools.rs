@@ -22,6 +22,9 @@ fn installed() -> PathBuf {
 
 /// Where the program is, in PATH or among what `.ci/tools` installs.
 pub fn tool(name: &str) -> Option<PathBuf> {
+    if Path::new(name).is_absolute() {
+        return Some(name.into());
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut places: Vec<PathBuf> = std::env::split_paths(&path).collect();
     places.extend([

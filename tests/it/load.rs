@@ -1,0 +1,153 @@
+//! Under load, on the release build: `OUTRIGGER_BIN=target/release/outrigger cargo test --test it -- --ignored`.
+
+use std::{
+    io::Write,
+    net::SocketAddr,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::support::{Proxy, RawClient, Upstream, has_tool, text, tool};
+
+const ROUNDS: usize = 20;
+
+fn config(upstream: &Upstream, more: &str) -> String {
+    format!(
+        "[inbound]\nforward_to = \"{0}\"\n{more}\n[[upstream]]\nname = \"up\"\nhosts = [\"*\"]\nprotocol = \"http1\"\nendpoints = [\"{0}\"]\n",
+        upstream.address()
+    )
+}
+
+/// Says it past the harness's capture: figures are for people.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+#[test]
+#[ignore = "10,000 connections; for the release build"]
+fn ten_thousand_idle_connections() {
+    const COUNT: u64 = 10_000;
+    let upstream = Upstream::http1(|_| async { text("ok") });
+    let proxy = Proxy::start(config(&upstream, ""));
+    for (name, address) in [("outbound", proxy.outbound()), ("inbound", proxy.inbound())] {
+        RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        let before = proxy.resident_kib();
+        let mut clients = Vec::new();
+        for _ in 0..COUNT {
+            let mut client = RawClient::connect(address);
+            assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200);
+            clients.push(client);
+        }
+        let bytes = (proxy.resident_kib() - before) * 1024 / COUNT;
+        say(&format!("{COUNT} idle connections to {name}: {bytes} bytes each"));
+        assert!(bytes < 32 * 1024, "{bytes} bytes for an idle connection");
+        assert_eq!(clients[0].ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200);
+    }
+}
+
+#[test]
+#[ignore = "20 rounds; for the release build"]
+fn reloads_under_load_fail_no_request() {
+    if !has_tool(&["h2load"]) {
+        return;
+    }
+    let upstream = Upstream::http1(|_| async { text("ok") });
+    let proxy = Proxy::start(config(&upstream, ""));
+    for round in 0..ROUNDS {
+        for version in [&["--h1"][..], &[]] {
+            let mut load = Command::new(tool("h2load").expect("checked before"));
+            // 4 connections, 250 requests a second each, for a second and a half.
+            load.args(version).args(["-c", "4", "--rps", "250", "-n", "1500"]);
+            load.arg(format!("http://{}/", proxy.outbound()));
+            let mut load = load.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("h2load runs");
+            let mut reloads = 0;
+            while load.try_wait().expect("wait").is_none() {
+                reloads += 1;
+                proxy.reconfigure(&config(&upstream, &format!("timeout = \"{}s\"", 10 + reloads % 5)));
+                proxy.signal("HUP");
+                thread::sleep(Duration::from_millis(100));
+            }
+            let output = load.wait_with_output().expect("output");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(
+                said.contains("1500 succeeded, 0 failed, 0 errored") && said.contains("1500 2xx"),
+                "round {round}, {version:?}, after {reloads} reloads:\n{said}"
+            );
+        }
+    }
+}
+
+/// Callers at a fixed rate with two proxies to choose from, as a Service gives them: one is told to end, and no call
+/// may fail. A caller does what HTTP clients do: it leaves a connection that says `close`, and asks again where a
+/// connection that lay idle was closed before a byte of the answer (RFC 9112 §9.3.1).
+#[test]
+#[ignore = "20 rounds; for the release build"]
+fn a_rolling_restart_fails_no_request() {
+    let upstream = Upstream::http1(|_| async { text("ok") });
+    let mut proxy = Proxy::start(config(&upstream, ""));
+    let mut total = 0;
+    for round in 0..ROUNDS {
+        let next = Proxy::start(config(&upstream, ""));
+        let addresses = [proxy.inbound(), next.inbound()];
+        let (stop, failed, done) =
+            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let callers: Vec<_> = (0..8)
+            .map(|_| {
+                let (stop, failed, done) = (stop.clone(), failed.clone(), done.clone());
+                thread::spawn(move || call(addresses, &stop, &failed, &done))
+            })
+            .collect();
+        crate::support::eventually("traffic", || done.load(Ordering::Relaxed) > 200);
+        proxy.signal("TERM");
+        assert_eq!(proxy.wait().code(), Some(0), "round {round}");
+        let ended = done.load(Ordering::Relaxed);
+        crate::support::eventually("traffic after the end", || done.load(Ordering::Relaxed) > ended + 200);
+        stop.store(true, Ordering::Relaxed);
+        for caller in callers {
+            caller.join().expect("a caller");
+        }
+        assert_eq!(failed.load(Ordering::Relaxed), 0, "failed calls in round {round}");
+        total += done.load(Ordering::Relaxed);
+        proxy = next;
+    }
+    say(&format!("{total} calls over {ROUNDS} restarts, none failed"));
+}
+
+/// One caller, 200 calls a second.
+fn call(addresses: [SocketAddr; 2], stop: &AtomicBool, failed: &AtomicUsize, done: &AtomicUsize) {
+    let connect = || addresses.iter().find_map(|address| std::net::TcpStream::connect(address).ok());
+    let mut connection: Option<RawClient> = None;
+    let mut next = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
+        next += Duration::from_millis(5);
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+        let mut fresh = connection.is_none();
+        let answer = loop {
+            let Some(stream) = connection.take().map(|client| client.stream).or_else(connect) else {
+                break None;
+            };
+            let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+            let mut client = RawClient { stream, buffer: Vec::new() };
+            client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+            match client.response() {
+                Ok(Some(answer)) => {
+                    if answer.field("connection") != Some("close") {
+                        connection = Some(client);
+                    }
+                    break Some(answer);
+                }
+                Ok(None) if client.buffer.is_empty() && !fresh => fresh = true,
+                _ => break None,
+            }
+        };
+        if answer.is_none_or(|answer| answer.status() != 200) {
+            failed.fetch_add(1, Ordering::Relaxed);
+        }
+        done.fetch_add(1, Ordering::Relaxed);
+    }
+}
