@@ -1,12 +1,12 @@
 //! One try: a connection, the request, the response's head.
 
-use std::{net::SocketAddr, rc::Rc};
+use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
 use http::{HeaderMap, Method, Request, Response, Uri, Version};
 use hyper::{body::Incoming, ext::Protocol as ExtendedConnect};
 
 use super::{
-    body::RequestBody,
+    body::{Held, RequestBody},
     connect::connect_failed,
     error::{Cause, ProxyError},
 };
@@ -15,7 +15,8 @@ use crate::{
     upstream::{
         Lease,
         connect::ConnectError,
-        local::{InFlight, LocalEndpoint},
+        guards::Guards,
+        local::LocalEndpoint,
         pool::{ConnectionSettings, Pool, SendError},
     },
 };
@@ -30,6 +31,8 @@ pub struct Outgoing {
     pub headers: HeaderMap,
     /// Keeps the caller's spelling of header names for a service that insists.
     pub extensions: http::Extensions,
+    /// Another upstream may have to be asked after all tries.
+    pub keep: bool,
 }
 
 /// A response's head, with what is held until its body has ended.
@@ -37,7 +40,7 @@ pub struct Outgoing {
 pub struct Answer {
     pub response: Response<Incoming>,
     pub lease: Lease,
-    pub in_flight: InFlight,
+    pub held: Held,
 }
 
 /// A try without a response.
@@ -48,9 +51,9 @@ pub struct Failed {
 }
 
 impl Outgoing {
-    /// The request for a try. `last`: nothing is needed for another one.
-    pub fn request(&mut self, body: RequestBody, last: bool) -> Request<RequestBody> {
-        let mut request = Request::new(body);
+    /// The head for a try. `last`: nothing is needed for another one.
+    pub fn for_try(&mut self, last: bool) -> Request<()> {
+        let mut request = Request::new(());
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = self.version;
@@ -71,16 +74,21 @@ pub async fn send(
     name: &str,
     endpoint: &Rc<LocalEndpoint>,
     settings: &ConnectionSettings,
+    guards: &Arc<Guards>,
     version: Version,
     make: impl FnOnce() -> Request<RequestBody>,
 ) -> Result<Answer, Failed> {
     let in_flight = endpoint.enter();
     let lease = match version {
-        Version::HTTP_2 => Pool::h2(endpoint, settings).await,
-        _ => Pool::h1(endpoint, settings).await,
+        Version::HTTP_2 => Pool::h2(endpoint, settings, guards).await,
+        _ => Pool::h1(endpoint, settings, guards).await,
     };
     let mut lease = lease.map_err(|error| {
         let failure = match error {
+            // Our own limit says nothing about the upstream.
+            ConnectError::Limit { .. } => {
+                return Failed { ending: Ending::LocalRefusal, error: connect_failed(name, &error) };
+            }
             ConnectError::Timeout { .. } => ConnectFailure::Timeout,
             ConnectError::Refused { .. } | ConnectError::Handshake { .. } => ConnectFailure::Refused,
         };
@@ -88,7 +96,7 @@ pub async fn send(
     })?;
     let stale = lease.reused();
     match lease.send(make()).await {
-        Ok(response) => Ok(Answer { response, lease, in_flight }),
+        Ok(response) => Ok(Answer { response, lease, held: Held { in_flight, place: None, grpc: None } }),
         Err(failed) => Err(classify(name, endpoint.address(), &failed, stale)),
     }
 }

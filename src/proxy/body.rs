@@ -4,7 +4,9 @@ use std::{
     cell::RefCell,
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -13,7 +15,17 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::{interim::Gate, progress::Progress};
-use crate::upstream::{Lease, local::InFlight};
+use crate::{
+    resilience::{
+        breaker::Permit,
+        classify::{Advice, GrpcStatus, Outcome},
+    },
+    upstream::{
+        Lease,
+        guards::{Guards, Place},
+        local::{InFlight, LocalEndpoint},
+    },
+};
 
 /// Why a body ended early.
 #[derive(Debug, thiserror::Error)]
@@ -242,8 +254,45 @@ pub struct Streaming {
     body: Incoming,
     lease: Option<Lease>,
     progress: Rc<Progress>,
-    /// Counts the call at its endpoint until the body has ended.
-    _in_flight: InFlight,
+    held: Held,
+}
+
+/// What a call holds until its response has ended.
+#[derive(Debug)]
+pub struct Held {
+    /// Counts it at its endpoint.
+    pub in_flight: InFlight,
+    /// Its place among the requests in flight.
+    pub place: Option<Place>,
+    /// Who is to be told of the gRPC status that comes in the trailers.
+    pub grpc: Option<GrpcEnd>,
+}
+
+/// A gRPC call whose outcome its trailers tell.
+#[derive(Debug)]
+pub struct GrpcEnd {
+    pub upstream: Arc<str>,
+    pub guards: Arc<Guards>,
+    pub endpoint: Rc<LocalEndpoint>,
+    pub permit: Option<Permit>,
+    /// Drawn for the decision, from 0 to 1.
+    pub random: f64,
+}
+
+impl GrpcEnd {
+    fn ended(self, trailers: &HeaderMap) {
+        let Some(status) = GrpcStatus::from_headers(trailers) else { return };
+        let outcome = Outcome::grpc(status, Advice::None, None);
+        let now = Instant::now();
+        if let Some(ejection) = self.endpoint.ejection() {
+            let address = self.endpoint.address();
+            self.guards.outliers.report(&address, ejection, outcome.endpoint_health(), now, self.random);
+        }
+        if let Some(permit) = self.permit {
+            let transition = self.guards.breaker.report(permit, outcome.breaker_health(), now, self.random);
+            self.guards.note(&self.upstream, transition);
+        }
+    }
 }
 
 impl ResponseBody {
@@ -252,8 +301,8 @@ impl ResponseBody {
     }
 
     /// A body that still comes. A connection that is through with its response goes back to its pool at once.
-    pub fn streaming(body: Incoming, lease: Lease, in_flight: InFlight, progress: Rc<Progress>) -> Self {
-        let mut streaming = Streaming { body, lease: Some(lease), progress, _in_flight: in_flight };
+    pub fn streaming(body: Incoming, lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
+        let mut streaming = Streaming { body, lease: Some(lease), progress, held };
         if streaming.body.is_end_stream() {
             streaming.finished();
             return Self::Empty;
@@ -293,6 +342,12 @@ impl Body for ResponseBody {
         };
         let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
         this.progress.moved();
+        if let Some(Ok(frame)) = &frame
+            && let Some(trailers) = frame.trailers_ref()
+            && let Some(grpc) = this.held.grpc.take()
+        {
+            grpc.ended(trailers);
+        }
         match &frame {
             Some(Ok(_)) if this.body.is_end_stream() => this.finished(),
             Some(Ok(_)) => {}

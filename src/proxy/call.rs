@@ -20,11 +20,11 @@ use super::{
     connection::Connection,
     error::{Cause, Context, ProxyError, respond},
     exchange,
-    headers::{self, X_REQUEST_ID},
+    headers::{self, X_OUTRIGGER_RETRY, X_REQUEST_ID},
     progress::Progress,
     target,
 };
-use crate::runtime::View;
+use crate::{resilience::classify::Advice, runtime::View};
 
 /// What is noted of a call while it goes its way.
 #[derive(Debug, Default)]
@@ -34,6 +34,10 @@ pub struct Record {
     pub tries: u32,
     /// The address of the last try.
     pub endpoint: Option<SocketAddr>,
+    /// The trace it belongs to.
+    pub trace: Option<u128>,
+    /// Why no further try followed a failure.
+    pub stopped: Option<&'static str>,
 }
 
 /// Answers a call. Whatever goes wrong becomes an answer that says so; a bug of ours too.
@@ -43,9 +47,10 @@ pub async fn answer(
     progress: &Rc<Progress>,
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
-    let mut record = Record::default();
     let grpc = headers::is_grpc(request.headers());
     let trace_id = headers::trace_id(request.headers()).map(str::to_owned);
+    let trace = trace_id.as_deref().and_then(|id| u128::from_str_radix(id, 16).ok());
+    let mut record = Record { trace, ..Record::default() };
     let request_id = request_id(connection, &mut request);
 
     let result = catch_panic(handle(connection, &view, request, progress, &mut record)).await;
@@ -55,7 +60,7 @@ pub async fn answer(
             Side::Inbound => None,
             Side::Outbound | Side::Upstream(_) => record.endpoint.map(|address| address.to_string()),
         };
-        respond(
+        let mut response = respond(
             &error,
             &Context {
                 deployment: &view.names.deployment,
@@ -66,7 +71,14 @@ pub async fn answer(
                 next_hop,
                 grpc,
             },
-        )
+        );
+        if connection.side == Side::Inbound
+            && error.cause.is_elsewhere()
+            && let Some(word) = Advice::Elsewhere.word()
+        {
+            response.headers_mut().insert(X_OUTRIGGER_RETRY, HeaderValue::from_static(word));
+        }
+        response
     });
     if !matches!(response.body(), ResponseBody::Streaming(_)) {
         progress.done();

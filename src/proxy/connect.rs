@@ -24,6 +24,7 @@ use crate::{
     upstream::{
         EndpointSet, Resolution,
         connect::{ConnectError, connect},
+        guards::ConnectionSlot,
         local::{InFlight, LocalEndpoint},
     },
 };
@@ -33,8 +34,15 @@ const DIALS: usize = 3;
 /// How long a call waits for the first answer of discovery.
 const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
 
+/// What a connection for bytes holds.
+#[derive(Debug)]
+pub struct Dialled {
+    _in_flight: InFlight,
+    _slot: ConnectionSlot,
+}
+
 /// Opens a connection to an upstream for bytes.
-pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(SharedTcp, InFlight), ProxyError> {
+pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(SharedTcp, Dialled), ProxyError> {
     dial_allowed(connection, to, |_| Ok(())).await
 }
 
@@ -42,15 +50,19 @@ async fn dial_allowed(
     connection: &Connection,
     to: &LocalCluster,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
-) -> Result<(SharedTcp, InFlight), ProxyError> {
+) -> Result<(SharedTcp, Dialled), ProxyError> {
     let endpoints = endpoints(connection, to).await?;
     let limit = to.cluster.settings.policy.connect_timeout.limit();
+    let slot = ConnectionSlot::take(&to.upstream.shared.guards)
+        .map_err(|error| connect_failed(&to.cluster.settings.name, &error))?;
     let mut tried = Vec::new();
     loop {
         let endpoint = pick(connection, to, &endpoints, &tried, None)?;
         allowed(endpoints[endpoint].address())?;
         match connect(endpoints[endpoint].address(), limit).await {
-            Ok(stream) => return Ok((stream, endpoints[endpoint].enter())),
+            Ok(stream) => {
+                return Ok((stream, Dialled { _in_flight: endpoints[endpoint].enter(), _slot: slot }));
+            }
             Err(error) => {
                 tried.push(endpoint);
                 if tried.len() >= DIALS.min(endpoints.len()) {
@@ -120,6 +132,10 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
         ConnectError::Refused { .. } => Cause::ConnectRefused,
         ConnectError::Timeout { .. } => Cause::ConnectTimeout,
         ConnectError::Handshake { .. } => Cause::Reset,
+        ConnectError::Limit { .. } => {
+            return ProxyError::new(Cause::LimitFull, format!("{name}: {error}"))
+                .retry_after(Duration::from_secs(1));
+        }
     };
     ProxyError::new(cause, format!("{name}: {error}"))
 }

@@ -302,6 +302,39 @@ impl Cause {
         self.telling().proxy_status
     }
 
+    /// Whether the upstream was tried in vain, or kept from being tried: a fallback may answer.
+    pub const fn is_exhaustion(self) -> bool {
+        matches!(
+            self,
+            Self::DnsFailure
+                | Self::DnsTimeout
+                | Self::NoEndpoint
+                | Self::BreakerOpen
+                | Self::ConnectRefused
+                | Self::ConnectTimeout
+                | Self::Reset
+                | Self::AttemptTimeout
+                | Self::Timeout
+                | Self::QueueFull
+                | Self::LimitFull
+                | Self::TlsFailure
+                | Self::FaultInjected
+        )
+    }
+
+    /// Whether inbound refused before the service saw anything: another endpoint may be tried.
+    pub const fn is_elsewhere(self) -> bool {
+        matches!(
+            self,
+            Self::ConnectRefused
+                | Self::ConnectTimeout
+                | Self::NoEndpoint
+                | Self::QueueFull
+                | Self::LimitFull
+                | Self::Draining
+        )
+    }
+
     pub const fn title(self) -> &'static str {
         self.telling().title
     }

@@ -1,74 +1,90 @@
-//! A call to an upstream: its tries, and the one response that comes of them.
+//! A call to an upstream: admission, its tries, and the one response that comes of them.
+//!
+//! ```text
+//! run: clocks ─▶ head ─▶ serve ─────────────────────────────────────▶ deliver
+//!                          │ admission: rate · place · fault             ▲
+//!                          └ tries: breaker · balance · attempt ─ judge ─┘
+//!                               ▲                                  │
+//!                               └────── wait ◀── retry? ◀──────────┘
+//! ```
 
 use std::{
     rc::Rc,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
-    header::{CONNECTION, COOKIE, EXPECT, HOST, UPGRADE},
-    request, uri,
+    HeaderMap, HeaderName, HeaderValue, Request, Response, Version,
+    header::{COOKIE, EXPECT, UPGRADE},
 };
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::body::Incoming;
 use tokio::time::{Instant, sleep};
 
 use super::{
     accept::Side,
+    admission,
     attempt::{self, Answer, Failed, Outgoing},
-    body::{Replay, Replayable, ResponseBody},
+    body::{GrpcEnd, Replay, Replayable, ResponseBody},
     call::Record,
     clock::{Clock, RanOut},
     connect,
     connection::Connection,
+    deliver::{self, may_be_failure},
     error::{Cause, ProxyError},
-    headers::{self, Caller, X_OUTRIGGER_ATTEMPT, X_OUTRIGGER_RETRY},
+    head,
+    headers::{self, X_OUTRIGGER_ATTEMPT},
     interim::{self, Gate},
     progress::Progress,
-    target::Target,
-    upgrade,
+    target::{self, Target},
 };
 use crate::{
-    config::{AttemptTimeout, Balance, Policy, Protocol},
+    config::{AttemptTimeout, Balance, Observed, Policy, Protocol},
     resilience::{
         backoff::Hint,
-        classify::{Advice, Ending, GrpcStatus, Outcome},
+        breaker::Permit,
+        classify::{Advice, Ending, GrpcStatus, Health, Outcome},
         deadline::{self, Deadline, GRPC_TIMEOUT, Limit, REQUEST_TIMEOUT},
+        hedge,
         retry::{Body as ReplayState, Decision, Moment, RetryPolicy, Tried},
     },
     runtime::View,
-    upstream::{balance::hash_key, local::LocalEndpoint, pool::ConnectionSettings},
+    upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
 };
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
-/// What holds for all tries of a call.
-struct Exchange<'a> {
-    connection: &'a Rc<Connection>,
-    view: &'a View,
-    target: &'a Target,
-    policy: &'a Policy,
-    retries: &'a RetryPolicy,
-    progress: &'a Rc<Progress>,
-    endpoints: Rc<[Rc<LocalEndpoint>]>,
-    connection_settings: ConnectionSettings,
+/// What holds for a call, whichever upstream serves it in the end.
+pub struct Call<'a> {
+    pub connection: &'a Rc<Connection>,
+    pub view: &'a View,
+    pub progress: &'a Rc<Progress>,
     grpc: bool,
     idempotency_key: bool,
     /// The body waits for the upstream's `100 Continue`.
     expects_continue: bool,
     /// The caller can be told of interim responses: HTTP/1.1 on both sides.
     interim: bool,
+}
+
+/// A call to one upstream.
+pub struct Exchange<'a> {
+    pub call: &'a Call<'a>,
+    pub target: &'a Target,
+    pub policy: &'a Policy,
+    retries: &'a RetryPolicy,
+    endpoints: Rc<[Rc<LocalEndpoint>]>,
+    connections: ConnectionSettings,
     hash: Option<u64>,
 }
 
-/// How a try ended, and what there is to show for it.
-enum Tries {
+/// How the tries ended, and what there is to show for it.
+pub enum Ended {
     Answered(Box<Answer>, Outcome),
     Failed(Failed),
 }
 
-/// Carries a call: prepares its head, tries until there is an answer or no try is left, and hands the answer on.
+/// Carries a call: prepares its head, has it served, and hands the answer on, or the fallback.
 pub async fn run(
     connection: &Rc<Connection>,
     view: &View,
@@ -81,62 +97,133 @@ pub async fn run(
     let (policy, retries) = target.matched.cluster.policy(target.route);
     let grpc = headers::is_grpc(request.headers());
     let callers_upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
-    let (mut head, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
+    let callers_version = parts.version;
     let version = match cluster.settings.protocol {
         Protocol::H2 => Version::HTTP_2,
         Protocol::Http1 => Version::HTTP_11,
-        Protocol::Auto | Protocol::Tcp if head.version == Version::HTTP_2 => Version::HTTP_2,
+        Protocol::Auto | Protocol::Tcp if callers_version == Version::HTTP_2 => Version::HTTP_2,
         Protocol::Auto | Protocol::Tcp => Version::HTTP_11,
     };
-    let http1 = head.version != Version::HTTP_2 && version == Version::HTTP_11;
+    let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
 
-    let mut clock = clock(policy, grpc, &head.headers, progress.started());
+    let observed_timeout = view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
+    let mut clock = clock(policy, grpc, observed_timeout, &parts.headers, progress.started());
     let idle = if grpc { policy.tunnel_idle_timeout } else { policy.idle_timeout };
     progress.set_limits(idle.limit(), policy.max_duration.limit());
 
-    let upgrade = prepare_head(connection, view, target, &mut head, version)?;
-    let upgrade = upgrade.filter(|_| http1 && head.version == Version::HTTP_11);
-    let idempotency_key = head.headers.contains_key(IDEMPOTENCY_KEY);
-    let exchange = Exchange {
-        endpoints: connect::endpoints(connection, &target.local).await?,
-        connection_settings: ConnectionSettings {
-            connect_timeout: policy.connect_timeout.limit(),
-            pool_idle: cluster.settings.pool_idle_timeout,
-            header_case: cluster.settings.header_case,
-            max_age: cluster.settings.max_connection_age.limit(),
-        },
-        expects_continue: http1 && head.headers.contains_key(EXPECT),
-        interim: http1 && head.version == Version::HTTP_11,
-        hash: hash(&cluster.settings.balance, &head.headers),
+    let upgrade = head::prepare(connection, view, target, &mut parts, version)?;
+    let upgrade = upgrade.filter(|_| http1 && callers_version == Version::HTTP_11);
+    let call = Call {
         connection,
         view,
-        target,
-        policy,
-        retries,
         progress,
         grpc,
-        idempotency_key,
+        idempotency_key: parts.headers.contains_key(IDEMPOTENCY_KEY),
+        expects_continue: http1 && parts.headers.contains_key(EXPECT),
+        interim: http1 && callers_version == Version::HTTP_11,
     };
-    let replay = Replay::new(body, retries.body_limit(&head.method, idempotency_key), progress);
-    let callers_version = head.version;
-    let mut outgoing = outgoing(head, version, cluster.settings.name.as_str(), upgrade.as_ref())?;
+    let replay = Replay::new(body, retries.body_limit(&parts.method, call.idempotency_key), progress);
+    let mut outgoing = head::outgoing(parts, version, &cluster.settings.name, upgrade.as_ref())?;
+    outgoing.keep = policy.fallback.is_some();
 
-    target.local.upstream.shared.retry_budget.deposit();
-    match exchange.tries(&mut clock, &mut outgoing, &replay, record).await? {
-        Tries::Failed(failed) => Err(failed.error),
-        Tries::Answered(answer, outcome) => {
-            let callers_upgrade = callers_upgrade.filter(|_| upgrade.is_some());
-            exchange.hand_on(*answer, &outcome, callers_version, callers_upgrade, record)
+    let ended = serve(&call, target, policy, retries, &mut clock, &mut outgoing, &replay, record).await;
+    if observed_timeout && policy.timeout.limit().is_some_and(|limit| progress.started().elapsed() > limit) {
+        tracing::info!(
+            upstream = cluster.settings.name,
+            "`timeout` would have ended this call (observed only)"
+        );
+    }
+    let callers_upgrade = callers_upgrade.filter(|_| upgrade.is_some());
+    let failure = match &ended {
+        Ok((_, Ended::Answered(_, outcome))) if outcome.breaker_health() != Health::Failure => None,
+        Ok((_, Ended::Answered(_, outcome))) => Some(outcome.label()),
+        Ok((_, Ended::Failed(failed))) => {
+            failed.error.cause.is_exhaustion().then(|| failed.error.cause.word())
+        }
+        Err(error) => error.cause.is_exhaustion().then(|| error.cause.word()),
+    };
+    if let (Some(why), Some(fallback)) = (failure, &policy.fallback.0) {
+        let Some(other) = &fallback.upstream else {
+            return Ok(deliver::fallback(fallback, &view.names.deployment, why));
+        };
+        if let Some(other) = target::named(view, other)
+            && replay.replayable() != Replayable::Gone
+        {
+            let (policy, retries) = other.matched.cluster.policy(None);
+            record.upstream = Some(other.local.cluster.settings.name.clone());
+            let ended =
+                serve(&call, &other, policy, retries, &mut clock, &mut outgoing, &replay, record).await;
+            return finish(ended?, callers_version, callers_upgrade, record);
+        }
+    }
+    finish(ended?, callers_version, callers_upgrade, record)
+}
+
+fn finish(
+    (exchange, ended): (Exchange<'_>, Ended),
+    callers_version: Version,
+    callers_upgrade: Option<hyper::upgrade::OnUpgrade>,
+    record: &Record,
+) -> Result<Response<ResponseBody>, ProxyError> {
+    match ended {
+        Ended::Failed(failed) => Err(failed.error),
+        Ended::Answered(answer, outcome) => {
+            deliver::hand_on(&exchange, *answer, &outcome, callers_version, callers_upgrade, record)
         }
     }
 }
 
+/// Has an upstream serve the call, if its guards let it in.
+#[allow(clippy::too_many_arguments, reason = "the two upstreams of a call share all but the first three")]
+async fn serve<'a>(
+    call: &'a Call<'a>,
+    target: &'a Target,
+    policy: &'a Policy,
+    retries: &'a RetryPolicy,
+    clock: &mut Clock,
+    outgoing: &mut Outgoing,
+    replay: &Replay,
+    record: &mut Record,
+) -> Result<(Exchange<'a>, Ended), ProxyError> {
+    let local = &target.local;
+    let settings = &local.cluster.settings;
+    clock.request_sent(call.progress);
+    let deadline = clock.deadline().at().map(|(at, _)| at);
+    let rate = target.matched.cluster.rate_limit(target.route);
+    let place =
+        admission::admit(call.connection, call.view, local, policy, rate, &outgoing.headers, deadline)
+            .await?;
+    let max_age = settings.max_connection_age.limit();
+    let exchange = Exchange {
+        endpoints: connect::endpoints(call.connection, local).await?,
+        connections: ConnectionSettings {
+            connect_timeout: policy.connect_timeout.limit(),
+            pool_idle: settings.pool_idle_timeout,
+            header_case: settings.header_case,
+            // Drawn anew, so that not all connections end at once.
+            max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
+        },
+        hash: hash(&settings.balance, &outgoing.headers),
+        call,
+        target,
+        policy,
+        retries,
+    };
+    exchange.guards().budget.deposit();
+    let mut ended = exchange.tries(clock, outgoing, replay, record).await?;
+    exchange.note_spent(&ended, record);
+    if let Ended::Answered(answer, _) = &mut ended {
+        answer.held.place = place;
+    }
+    Ok((exchange, ended))
+}
+
 /// The clocks of a call. gRPC has none but its own, unless a route sets them.
-fn clock(policy: &Policy, grpc: bool, headers: &HeaderMap, started: Instant) -> Clock {
+fn clock(policy: &Policy, grpc: bool, observed: bool, headers: &HeaderMap, started: Instant) -> Clock {
     let callers = if grpc { deadline::grpc_timeout(headers) } else { deadline::request_timeout(headers) };
-    let timeout = policy.timeout.limit().filter(|_| !grpc || policy.route_sets_timeout);
-    let attempt = if grpc && !policy.route_sets_attempt_timeout {
-        // Without a timeout of its own there is nothing to halve.
+    let timeout = policy.timeout.limit().filter(|_| !observed && (!grpc || policy.route_sets_timeout));
+    let attempt = if observed || (grpc && !policy.route_sets_attempt_timeout) {
         AttemptTimeout::Fixed(Default::default())
     } else {
         policy.attempt_timeout
@@ -160,83 +247,39 @@ fn hash(balance: &Balance, headers: &HeaderMap) -> Option<u64> {
     }
 }
 
-/// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
-fn prepare_head(
-    connection: &Connection,
-    view: &View,
-    target: &Target,
-    head: &mut request::Parts,
-    version: Version,
-) -> Result<Option<HeaderValue>, ProxyError> {
-    let headers = &mut head.headers;
-    let said = headers::remove_hop_by_hop(headers)?;
-    headers::remove_proxy_credentials(headers);
-    headers::remove_spoofed(headers);
-    view.names.via(&connection.side).append(headers, head.version);
-    if connection.side == Side::Inbound {
-        let host = headers.get(HOST).cloned().or_else(|| {
-            head.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
-        });
-        let caller = Caller { address: &connection.peer, proto: "http", host };
-        headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, caller);
-    }
-    if version == Version::HTTP_11 && head.version == Version::HTTP_2 {
-        headers::join_cookies(headers);
-    }
-    if let Some(route) = target.route {
-        if let Some(edits) = target.matched.cluster.edits.get(route) {
-            edits.request.apply(headers);
-        }
-        if let Some(routes) = target.index.and_then(|index| view.snapshot.router.routes(index))
-            && let Some(path) = head.uri.path_and_query()
-            && let Some(rewritten) = routes.rewrite(route, path)
-        {
-            let mut parts = std::mem::take(&mut head.uri).into_parts();
-            parts.path_and_query = Some(rewritten);
-            head.uri = Uri::from_parts(parts).map_err(|error| ProxyError::malformed(error.to_string()))?;
-        }
-    }
-    Ok(said.upgrade)
+/// One try to be made.
+struct Asked {
+    index: usize,
+    permit: Option<Permit>,
+    /// No other can follow: the head need not be kept.
+    last: bool,
 }
 
-/// The head as the upstream's protocol has it.
-fn outgoing(
-    mut head: request::Parts,
-    version: Version,
-    name: &str,
-    upgrade: Option<&HeaderValue>,
-) -> Result<Outgoing, ProxyError> {
-    let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
-    let path = head.uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
-    let uri = if version == Version::HTTP_2 {
-        let authority = match head.uri.authority() {
-            Some(authority) => authority.as_str().to_owned(),
-            None => head.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(name).to_owned(),
-        };
-        head.headers.remove(HOST);
-        Uri::builder().scheme("http").authority(authority).path_and_query(path).build().map_err(malformed)?
-    } else {
-        // The authority of an absolute target, or of HTTP/2, is the Host; it replaces another one (RFC 9112 §3.2.2).
-        if let Some(authority) = head.uri.authority() {
-            let host = HeaderValue::from_str(authority.as_str()).map_err(|error| malformed(error.into()))?;
-            head.headers.insert(HOST, host);
-        } else if !head.headers.contains_key(HOST) {
-            let host = HeaderValue::from_str(name).map_err(|error| malformed(error.into()))?;
-            head.headers.insert(HOST, host);
-        }
-        Uri::from(path)
-    };
-    if let Some(protocol) = upgrade {
-        head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        head.headers.insert(UPGRADE, protocol.clone());
-    }
-    head.extensions.remove::<OnUpgrade>();
-    Ok(Outgoing { method: head.method, uri, version, headers: head.headers, extensions: head.extensions })
+/// One try that is over.
+struct Over {
+    result: Result<Result<Answer, Failed>, RanOut>,
+    /// Whose result it is, which with a hedge may be another than was asked first.
+    index: usize,
+    took: Duration,
+    permit: Option<Permit>,
 }
 
-impl Exchange<'_> {
-    fn name(&self) -> &str {
+/// Whether a copy's answer ends the race with the other copy.
+fn succeeded(result: &Result<Answer, Failed>) -> bool {
+    result.as_ref().is_ok_and(|answer| !may_be_failure(&answer.response))
+}
+
+impl<'a> Exchange<'a> {
+    pub fn name(&self) -> &'a str {
         &self.target.local.cluster.settings.name
+    }
+
+    fn guards(&self) -> &'a Arc<Guards> {
+        &self.target.local.upstream.shared.guards
+    }
+
+    fn observing(&self, policy: Observed) -> bool {
+        self.call.view.snapshot.config.runtime.observe.contains(&policy)
     }
 
     /// Tries until there is an answer to give, or no further try may follow.
@@ -246,39 +289,43 @@ impl Exchange<'_> {
         outgoing: &mut Outgoing,
         replay: &Replay,
         record: &mut Record,
-    ) -> Result<Tries, ProxyError> {
+    ) -> Result<Ended, ProxyError> {
+        let (connection, progress) = (self.call.connection, self.call.progress);
         let mut tried = Vec::new();
         // Tries that count, and whether the one that mends a race of our own pool was used up.
         let (mut counted, mut free_used) = (1, false);
+        let mut last_end: Option<Ended> = None;
         loop {
-            let local = &self.target.local;
-            let index = connect::pick(self.connection, local, &self.endpoints, &tried, self.hash)?;
-            let endpoint = &self.endpoints[index];
-            connect::check_address(self.view, self.connection, self.target, endpoint.address())?;
-            record.tries += 1;
-            record.endpoint = Some(endpoint.address());
+            let permit = match self.permit() {
+                Ok(permit) => permit,
+                // The failure that opened it says more than that it is open.
+                Err(error) => return last_end.ok_or(error),
+            };
+            let index = connect::pick(connection, &self.target.local, &self.endpoints, &tried, self.hash)?;
+            connect::check_address(self.call.view, connection, self.target, self.endpoints[index].address())?;
+            drop(last_end.take());
 
             let more = self.retries.another_possible(counted);
             clock.begin_try(more);
-            let last = !more && free_used;
-            let began = Instant::now();
-            let result = self.attempt(clock, endpoint, outgoing, replay, record.tries, last).await;
-            let now = Instant::now();
-            let tries = self.judge(result, replay, clock, endpoint, now - began);
-            let (outcome, hint) = match &tries {
+            let first = Asked { index, permit, last: !more && free_used && !outgoing.keep };
+            let over = self.attempt(first, clock, outgoing, replay, &mut counted, &mut tried, record).await;
+            let index = over.index;
+            let ended = self.judge(over, replay, clock);
+            let (outcome, hint) = match &ended {
                 // What went well is the rule, and needs no decision.
-                Tries::Answered(answer, _) if !may_be_failure(&answer.response) => return Ok(tries),
-                Tries::Answered(answer, outcome) => {
+                Ended::Answered(answer, _) if !may_be_failure(&answer.response) => return Ok(ended),
+                Ended::Answered(answer, outcome) => {
                     (*outcome, Hint::from_headers(answer.response.headers(), SystemTime::now()))
                 }
-                Tries::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
+                Ended::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
             };
 
-            clock.request_sent(self.progress);
+            clock.request_sent(progress);
+            let now = Instant::now().into_std();
             let asked = Tried {
                 method: &outgoing.method,
-                grpc: self.grpc,
-                idempotency_key: self.idempotency_key,
+                grpc: self.call.grpc,
+                idempotency_key: self.call.idempotency_key,
                 tries: counted,
                 free_used,
                 body: match replay.replayable() {
@@ -289,80 +336,216 @@ impl Exchange<'_> {
                 committed: false,
             };
             let moment = Moment {
-                now: now.into_std(),
-                time_left: clock.deadline().left(now.into_std()),
+                now,
+                time_left: clock.deadline().left(now),
                 hint,
-                random: self.connection.worker.with_rng(|rng| rng.unit_f64()),
-                budget: &local.upstream.shared.retry_budget,
+                random: connection.worker.with_rng(|rng| rng.unit_f64()),
+                budget: &self.guards().budget,
             };
+            let counts = &self.guards().counts.retries;
             let retry = match self.retries.decide(&asked, &outcome, &moment) {
-                Decision::Retry(retry) if !last => retry,
-                Decision::Retry(_) => return Ok(tries),
+                Decision::Retry(retry) if retry.free || !self.observing(Observed::Retry) => retry,
+                Decision::Retry(_) => {
+                    counts.add("observed");
+                    return Ok(ended);
+                }
                 Decision::Stop(reason) => {
-                    tracing::debug!(
-                        upstream = self.name(),
-                        outcome = outcome.label(),
-                        reason = reason.word(),
-                        "no further try"
-                    );
-                    return Ok(tries);
+                    if outcome.breaker_health() == Health::Failure || outcome.advice == Advice::No {
+                        counts.add(reason.word());
+                        record.stopped = Some(reason.word());
+                        tracing::debug!(
+                            upstream = self.name(),
+                            outcome = outcome.label(),
+                            reason = reason.word(),
+                            "no further try"
+                        );
+                    }
+                    return Ok(ended);
                 }
             };
+            counts.add(if retry.free { "reconnect" } else { "sent" });
             if retry.free {
                 free_used = true;
             } else {
                 counted += 1;
                 tried.push(index);
             }
-            drop(tries);
+            last_end = Some(ended);
             if !retry.wait.is_zero() {
                 sleep(retry.wait).await;
             }
         }
     }
 
-    /// One try, under the clock.
+    /// The breaker's leave for one try.
+    fn permit(&self) -> Result<Option<Permit>, ProxyError> {
+        if self.policy.breaker.is_none() {
+            return Ok(None);
+        }
+        let guards = self.guards();
+        let admission = guards.breaker.admit(Instant::now().into_std());
+        guards.note(self.name(), admission.transition);
+        match admission.permit {
+            Ok(permit) => Ok(Some(permit)),
+            Err(refused) => {
+                guards.counts.rejected.add(Cause::BreakerOpen.word());
+                if self.observing(Observed::Breaker) {
+                    tracing::debug!(
+                        upstream = self.name(),
+                        "the breaker would have refused this call (observed only)"
+                    );
+                    return Ok(None);
+                }
+                Err(admission::breaker_open(self.name(), guards, refused.retry_after))
+            }
+        }
+    }
+
+    /// One try, under the clock; with a hedge, a second copy where the first is slow.
+    #[allow(clippy::too_many_arguments, reason = "the state of the loop it is a step of")]
     async fn attempt(
         &self,
+        first: Asked,
         clock: &mut Clock,
-        endpoint: &Rc<LocalEndpoint>,
         outgoing: &mut Outgoing,
         replay: &Replay,
-        number: u32,
-        last: bool,
-    ) -> Result<Result<Answer, Failed>, RanOut> {
-        self.tell_next_hop(clock, outgoing, number);
-        let gate = (self.expects_continue && !replay.is_empty()).then(Gate::new);
-        let version = outgoing.version;
-        let wire = &self.connection.wire;
-        let make = || {
-            let mut request = outgoing.request(replay.next_try(gate.clone()), last);
-            if self.interim {
-                interim::pass_on(&mut request, wire);
+        counted: &mut u32,
+        tried: &mut Vec<usize>,
+        record: &mut Record,
+    ) -> Over {
+        let began = Instant::now();
+        record.tries += 1;
+        record.endpoint = Some(self.endpoints[first.index].address());
+        let delay = self.hedge_delay(outgoing, replay, *counted);
+        let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
+        let wire = &self.call.connection.wire;
+        let beside = |cx: &mut std::task::Context<'_>| {
+            if self.call.interim
+                && wire.poll_continue(cx)
+                && let Some(gate) = &gate
+            {
+                gate.open();
+            }
+        };
+        self.tell_next_hop(clock, outgoing, record.tries);
+        let request = outgoing.for_try(first.last && delay.is_none());
+        let send = self.send(&self.endpoints[first.index], request, replay, gate.clone());
+        let Some(delay) = delay else {
+            let result = clock.run(self.call.progress, send, beside).await;
+            return Over { result, index: first.index, took: began.elapsed(), permit: first.permit };
+        };
+
+        let (mut first, mut second) = (Some(first), None);
+        let work = async {
+            let mut send = std::pin::pin!(send);
+            tokio::select! {
+                biased;
+                result = &mut send => return (result, began),
+                () = sleep(delay) => {}
+            }
+            let other = self.hedge(first.as_ref().map_or(0, |asked| asked.index), replay, tried);
+            let Some(other) = other else { return (send.await, began) };
+            *counted += 1;
+            record.tries += 1;
+            let sent = Instant::now();
+            let endpoint = &self.endpoints[other.index];
+            tried.push(other.index);
+            let mut copy = std::pin::pin!(self.send(endpoint, outgoing.for_try(false), replay, None));
+            second = Some(other);
+            // Whichever answers well first; a failure waits for the other one.
+            tokio::select! {
+                result = &mut send => {
+                    if succeeded(&result) { second = None; return (result, began) }
+                    first = None;
+                    (copy.await, sent)
+                }
+                result = &mut copy => {
+                    if succeeded(&result) { first = None; return (result, sent) }
+                    second = None;
+                    (send.await, began)
+                }
+            }
+        };
+        let result = clock.run(self.call.progress, work, beside).await;
+        let (result, began) = match result {
+            Ok((result, began)) => (Ok(result), began),
+            Err(ran_out) => (Err(ran_out), began),
+        };
+        // The loser is cancelled and counts nowhere: its permit is dropped.
+        if first.is_none() && second.is_some() {
+            self.guards().counts.retries.add("hedge_won");
+        }
+        let winner = first.or(second);
+        let index = winner.as_ref().map_or(0, |asked| asked.index);
+        record.endpoint = Some(self.endpoints[index].address());
+        Over { result, index, took: began.elapsed(), permit: winner.and_then(|asked| asked.permit) }
+    }
+
+    fn send<'s>(
+        &'s self,
+        endpoint: &'s Rc<LocalEndpoint>,
+        request: Request<()>,
+        replay: &'s Replay,
+        gate: Option<Rc<Gate>>,
+    ) -> impl Future<Output = Result<Answer, Failed>> + 's {
+        let version = request.version();
+        let make = move || {
+            let mut request = request.map(|()| replay.next_try(gate));
+            if self.call.interim {
+                interim::pass_on(&mut request, &self.call.connection.wire);
             }
             request
         };
-        let work = attempt::send(self.name(), endpoint, &self.connection_settings, version, make);
-        clock
-            .run(self.progress, work, |cx| {
-                if self.interim
-                    && wire.poll_continue(cx)
-                    && let Some(gate) = &gate
-                {
-                    gate.open();
-                }
-            })
-            .await
+        attempt::send(self.name(), endpoint, &self.connections, self.guards(), version, make)
+    }
+
+    /// How long after the first copy a second one is to be sent.
+    fn hedge_delay(&self, outgoing: &Outgoing, replay: &Replay, tries: u32) -> Option<Duration> {
+        let settings = self.policy.hedge.0?;
+        let now = Instant::now().into_std();
+        let live = self.guards().quantile(settings.percent().unwrap_or(95), now);
+        let call = hedge::Call {
+            method: &outgoing.method,
+            idempotency_key: self.call.idempotency_key,
+            body_ready: replay.is_empty(),
+            tries,
+            max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
+            breaker_closed: self.guards().breaker.is_closed(),
+        };
+        settings.delay(&call, &live)
+    }
+
+    /// Where the second copy goes, if it may be sent.
+    fn hedge(&self, first: usize, replay: &Replay, tried: &[usize]) -> Option<Asked> {
+        let guards = self.guards();
+        let avoid: Vec<usize> = tried.iter().copied().chain([first]).collect();
+        let index =
+            connect::pick(self.call.connection, &self.target.local, &self.endpoints, &avoid, None).ok()?;
+        let allowed = replay.is_empty()
+            && guards.breaker.is_closed()
+            && connect::check_address(
+                self.call.view,
+                self.call.connection,
+                self.target,
+                self.endpoints[index].address(),
+            )
+            .is_ok();
+        if !allowed || !guards.budget.withdraw(Instant::now().into_std()) {
+            return None;
+        }
+        guards.counts.retries.add("hedge");
+        let permit = self.permit().ok()?;
+        Some(Asked { index, permit, last: false })
     }
 
     /// Which try this is, and how much time is left (product: deadlines travel).
     fn tell_next_hop(&self, clock: &Clock, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
-        if self.connection.side != Side::Inbound {
+        if self.call.connection.side != Side::Inbound {
             headers.insert(X_OUTRIGGER_ATTEMPT, HeaderValue::from(number));
         }
         let left = clock.left(Instant::now());
-        if self.grpc {
+        if self.call.grpc {
             // Only shortened, never made from `timeout`.
             if let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT)) {
                 headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
@@ -372,44 +555,95 @@ impl Exchange<'_> {
         }
     }
 
-    /// What a try's end means.
-    fn judge(
-        &self,
-        result: Result<Result<Answer, Failed>, RanOut>,
-        replay: &Replay,
-        clock: &Clock,
-        endpoint: &LocalEndpoint,
-        took: Duration,
-    ) -> Tries {
-        let now = Instant::now();
-        match result {
+    /// What a try's end means, told to breaker, outlier detection and balancer.
+    fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
+        let now = Instant::now().into_std();
+        let endpoint = &self.endpoints[over.index];
+        let ended = match over.result {
             Ok(Ok(answer)) => {
-                endpoint.observe(took, now.into_std());
                 let response = &answer.response;
-                let advice = if self.target.index.is_some() {
-                    Advice::from_headers(response.headers())
-                } else {
-                    Advice::None
-                };
-                let outcome = match GrpcStatus::from_headers(response.headers()).filter(|_| self.grpc) {
-                    Some(status) => {
-                        Outcome::grpc(status, advice, clock.deadline().callers_time_left(now.into_std()))
-                    }
+                // Advice counts from upstreams that the configuration names.
+                let named = self.target.index.is_some();
+                let advice = if named { Advice::from_headers(response.headers()) } else { Advice::None };
+                let outcome = match GrpcStatus::from_headers(response.headers()).filter(|_| self.call.grpc) {
+                    Some(status) => Outcome::grpc(status, advice, clock.deadline().callers_time_left(now)),
                     None => Outcome { ending: Ending::Http(response.status()), advice },
                 };
-                Tries::Answered(Box::new(answer), outcome)
+                Ended::Answered(Box::new(answer), outcome)
             }
             Ok(Err(mut failed)) => {
                 if replay.caller_gone() {
                     failed.ending = Ending::CallerGone;
                 }
-                Tries::Failed(failed)
+                Ended::Failed(failed)
             }
-            Err(ran_out) => {
-                endpoint.observe(took, now.into_std());
-                Tries::Failed(self.timed_out(ran_out, endpoint, took))
+            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, over.took)),
+        };
+        let outcome = match &ended {
+            Ended::Answered(_, outcome) => *outcome,
+            Ended::Failed(failed) => Outcome::new(failed.ending),
+        };
+        if !matches!(outcome.ending, Ending::Connect(_)) {
+            endpoint.observe(over.took, now);
+        }
+        if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.breaker_health())
+            && let Some(percent) = hedge.percent()
+        {
+            self.guards().quantile(percent, now).record(over.took, now);
+        }
+        self.report(ended, &outcome, endpoint, over.permit)
+    }
+
+    /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
+    fn report(
+        &self,
+        mut ended: Ended,
+        outcome: &Outcome,
+        endpoint: &Rc<LocalEndpoint>,
+        permit: Option<Permit>,
+    ) -> Ended {
+        let now = Instant::now().into_std();
+        let guards = self.guards();
+        let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
+        if let Ended::Answered(answer, _) = &mut ended
+            && self.call.grpc
+            && matches!(outcome.ending, Ending::Http(status) if status.is_success())
+            && !permit.as_ref().is_some_and(Permit::is_trial)
+        {
+            let named = self.target.local.upstream.shared.name.clone();
+            answer.held.grpc = Some(GrpcEnd {
+                upstream: named,
+                guards: Arc::clone(guards),
+                endpoint: Rc::clone(endpoint),
+                permit,
+                random: random(),
+            });
+            return ended;
+        }
+        if let Some(ejection) = endpoint.ejection() {
+            let health = outcome.endpoint_health();
+            let ejected = guards.outliers.report(
+                &endpoint.address(),
+                ejection,
+                health,
+                now,
+                if health == Health::Failure { random() } else { 0.0 },
+            );
+            if let Some(ejected) = ejected {
+                tracing::warn!(upstream = self.name(), endpoint = %ejected.address, failures = ejected.failures_in_a_row, "endpoint ejected");
             }
         }
+        if let Some(permit) = permit {
+            let health = outcome.breaker_health();
+            let transition = guards.breaker.report(
+                permit,
+                health,
+                now,
+                if health == Health::Failure { random() } else { 0.0 },
+            );
+            guards.note(self.name(), transition);
+        }
+        ended
     }
 
     fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, took: Duration) -> Failed {
@@ -432,83 +666,17 @@ impl Exchange<'_> {
         Failed { ending, error: ProxyError::new(cause, detail) }
     }
 
-    /// Hands an upstream's answer on to the caller.
-    fn hand_on(
-        &self,
-        answer: Answer,
-        outcome: &Outcome,
-        callers_version: Version,
-        callers_upgrade: Option<OnUpgrade>,
-        record: &Record,
-    ) -> Result<Response<ResponseBody>, ProxyError> {
-        let Answer { mut response, mut lease, in_flight } = answer;
-        let status = response.status();
-        lease.heard(response.headers());
-        let broken = |error: ProxyError| {
-            ProxyError::new(
-                Cause::Reset,
-                format!("{}: its response cannot be passed on: {}", self.name(), error.detail),
-            )
+    /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
+    fn note_spent(&self, ended: &Ended, record: &Record) {
+        let failed = match ended {
+            Ended::Answered(_, outcome) => outcome.breaker_health() == Health::Failure,
+            Ended::Failed(failed) => failed.error.cause.is_exhaustion(),
         };
-        let said = headers::remove_hop_by_hop(response.headers_mut()).map_err(broken)?;
-        response.headers_mut().remove(X_OUTRIGGER_RETRY);
-        if self.connection.side != Side::Inbound {
-            let received = response.version();
-            self.view.names.via(&self.connection.side).append(response.headers_mut(), received);
-        }
-        if let Some(edits) = self.target.route.and_then(|route| self.target.matched.cluster.edits.get(route))
+        if failed
+            && self.call.connection.side != Side::Inbound
+            && let Some(trace) = record.trace
         {
-            edits.response.apply(response.headers_mut());
-        }
-        if record.tries > 1 && may_be_failure(&response) {
-            self.append_proxy_status(response.headers_mut(), status, outcome, record);
-        }
-        if status == StatusCode::SWITCHING_PROTOCOLS {
-            let (Some(callers), Some(protocol)) = (callers_upgrade, said.upgrade) else {
-                return Err(broken(ProxyError::malformed("101 to a request that asked for no upgrade")));
-            };
-            let idle = self.policy.tunnel_idle_timeout.limit();
-            upgrade::join(
-                self.connection,
-                callers,
-                &mut response,
-                (lease, in_flight),
-                idle,
-                self.progress.over_at(),
-            );
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
-            response.headers_mut().insert(UPGRADE, protocol);
-            return Ok(response.map(|_| ResponseBody::Empty));
-        }
-        // hyper writes the version the caller came by.
-        *response.version_mut() = callers_version;
-        self.progress.answering();
-        let progress = Rc::clone(self.progress);
-        Ok(response.map(|body| ResponseBody::streaming(body, lease, in_flight, progress)))
-    }
-
-    /// Tells that tries were spent on a failure that is passed on.
-    fn append_proxy_status(
-        &self,
-        headers: &mut HeaderMap,
-        status: StatusCode,
-        outcome: &Outcome,
-        record: &Record,
-    ) {
-        let member = format!(
-            "{}; received-status={}; details=\"{}, {} tries\"",
-            self.view.names.deployment,
-            status.as_u16(),
-            outcome.label(),
-            record.tries
-        );
-        if let Ok(member) = HeaderValue::try_from(member) {
-            headers.append(PROXY_STATUS, member);
+            self.call.connection.worker.shared.spent.note(trace, Instant::now().into_std());
         }
     }
-}
-
-/// Whether a response needs a second look: everything else is success.
-fn may_be_failure(response: &Response<Incoming>) -> bool {
-    response.status().as_u16() >= 400 || response.headers().contains_key("grpc-status")
 }

@@ -46,6 +46,19 @@ fn by_name(view: &View, name: &str) -> Option<usize> {
     view.clusters.iter().position(|local| local.cluster.settings.name == name)
 }
 
+/// An upstream by its name in the configuration, for a fallback.
+pub fn named(view: &View, name: &str) -> Option<Target> {
+    let index = by_name(view, name)?;
+    let local = Rc::clone(&view.clusters[index]);
+    Some(Target {
+        matched: Rc::clone(&local),
+        local,
+        route: None,
+        index: Some(index),
+        chosen_by_caller: false,
+    })
+}
+
 /// Finds the upstream and the route of a call.
 pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Result<Target, ProxyError> {
     match &connection.side {

@@ -7,15 +7,15 @@ use hyper::{body::Incoming, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
 use tokio::{task::spawn_local, time::Instant};
 
-use super::{accept::Side, connection::Connection, tunnel::relay};
-use crate::upstream::{Lease, local::InFlight};
+use super::{accept::Side, body::Held, connection::Connection, tunnel::relay};
+use crate::upstream::Lease;
 
 /// Joins the two sides once both have changed protocol.
 pub fn join(
     connection: &Rc<Connection>,
     callers: OnUpgrade,
     response: &mut Response<Incoming>,
-    held: (Lease, InFlight),
+    held: (Lease, Held),
     idle: Option<Duration>,
     over_at: Option<Instant>,
 ) {

@@ -113,6 +113,13 @@ pub struct Ticket {
     pub gives_up: Instant,
 }
 
+impl Ticket {
+    /// Whether a place has come; [`RequestLimit::settle`] takes it.
+    pub fn is_granted(&self) -> bool {
+        self.granted.load(Ordering::Relaxed)
+    }
+}
+
 /// The pure queue: bounded, first come first served.
 #[derive(Debug)]
 struct Queue<B> {

@@ -32,6 +32,7 @@ use crate::{
     discovery::Resolver,
     proxy::{
         accept::{Listener, Side},
+        spent::SpentTraces,
         unknown::UnknownHosts,
     },
     rng::Rng,
@@ -50,6 +51,8 @@ pub struct Shared {
     pub own: OwnAddresses,
     /// The hosts that no upstream names, met so far.
     pub unknown: UnknownHosts,
+    /// Traces whose tries were spent by calls of this service.
+    pub spent: SpentTraces,
     /// Tells this process from every other in `Via`.
     pub instance: String,
 }
@@ -126,6 +129,7 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
         phase: watch::Sender::new(Phase::Running),
         own: OwnAddresses::default(),
         unknown: UnknownHosts::new(resolver),
+        spent: SpentTraces::default(),
         instance: format!("{:08x}", Rng::new().next_u64() >> 32),
     });
 

@@ -1,12 +1,12 @@
 //! The configuration as the data path sees it: resolved once, replaced as a whole.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use crate::{
     config::{self, Config, Endpoints, Policy},
     discovery::{self, Discovery, Resolver},
     proxy::{headers::CompiledEdits, route::Router},
-    resilience::retry::RetryPolicy,
+    resilience::{rate::RateLimit, retry::RetryPolicy},
     upstream::{
         Upstream,
         health::{self, HealthChecks},
@@ -34,6 +34,9 @@ pub struct Cluster {
     /// The retry policy of each route, likewise, and of calls that no route matches.
     route_retries: Vec<RetryPolicy>,
     retries: RetryPolicy,
+    /// The rate limit of each route, likewise; shared by all that inherit the same.
+    route_rates: Vec<Option<Arc<RateLimit>>>,
+    rate: Option<Arc<RateLimit>>,
     /// Index of the upstream that serves each route instead, likewise.
     pub route_to: Vec<Option<usize>>,
     /// Whether its addresses were looked up rather than written: then `deny_networks` is heeded.
@@ -55,8 +58,15 @@ impl Cluster {
         let route_retries =
             settings.routes.iter().map(|route| RetryPolicy::new(route.policy.retry.0.clone())).collect();
         let retries = RetryPolicy::new(settings.policy.retry.0.clone());
+        let now = Instant::now();
+        let rate_of = |policy: &Policy| {
+            policy.rate_limit.as_ref().map(|settings| upstream.guards.rate_limit(settings, now))
+        };
+        let route_rates = settings.routes.iter().map(|route| rate_of(&route.policy)).collect();
+        let rate = rate_of(&settings.policy);
+        upstream.guards.configure(&settings.policy, now);
         let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.literal().is_some()));
-        Self { settings, upstream, edits, route_retries, retries, route_to, looked_up }
+        Self { settings, upstream, edits, route_retries, retries, route_rates, rate, route_to, looked_up }
     }
 }
 
@@ -67,6 +77,13 @@ impl Cluster {
             Some((&self.settings.routes.get(index)?.policy, self.route_retries.get(index)?))
         });
         of_route.unwrap_or((&self.settings.policy, &self.retries))
+    }
+}
+
+impl Cluster {
+    /// The rate limit of a call that matched `route`.
+    pub fn rate_limit(&self, route: Option<usize>) -> Option<&Arc<RateLimit>> {
+        route.and_then(|route| self.route_rates.get(route)).unwrap_or(&self.rate).as_ref()
     }
 }
 

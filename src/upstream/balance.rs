@@ -28,7 +28,7 @@ use crate::{
 /// What the balancer needs to know about an endpoint.
 pub trait Candidate {
     /// Healthy and not ejected.
-    fn usable(&self) -> bool;
+    fn usable(&self, now: Instant) -> bool;
     /// The latency to expect, e.g. of [`PeakEwma::cost`]; any unit, the same for all.
     fn latency(&self, now: Instant) -> f64;
     /// Calls that it has not answered yet.
@@ -126,12 +126,12 @@ impl Balancer {
         if self.len != candidates.len() {
             self.rebuild(candidates, rng);
         }
-        let fresh = |i: usize| candidates[i].usable() && !tried.contains(&i);
+        let fresh = |i: usize| candidates[i].usable(now) && !tried.contains(&i);
         let picked = self.pick_where(candidates, now, rng, hash, fresh);
         if picked.is_some() || tried.is_empty() {
             return picked;
         }
-        self.pick_where(candidates, now, rng, hash, |i| candidates[i].usable())
+        self.pick_where(candidates, now, rng, hash, |i| candidates[i].usable(now))
     }
 
     fn pick_where<C: Candidate>(

@@ -13,6 +13,8 @@ pub enum ConnectError {
     Refused { address: SocketAddr, source: Rc<io::Error> },
     #[error("{address} did not accept a connection within {limit:?}")]
     Timeout { address: SocketAddr, limit: Duration },
+    #[error("{limit} connections to this upstream are open already (`limits.max_connections`)")]
+    Limit { limit: u32 },
     #[error("HTTP/2 handshake with {address} failed ({reason})")]
     Handshake { address: SocketAddr, reason: String },
 }

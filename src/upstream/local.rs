@@ -13,7 +13,7 @@ use super::{
     balance::{Balancer, Candidate, PeakEwma, hash_key},
     pool::Pool,
 };
-use crate::{config::Balance, rng::Rng};
+use crate::{config::Balance, resilience::outlier::EndpointHealth, rng::Rng};
 
 /// An upstream, as one worker sees it.
 #[derive(Debug)]
@@ -30,6 +30,8 @@ pub struct LocalUpstream {
 pub struct LocalEndpoint {
     pub shared: Arc<Endpoint>,
     pub pool: Pool,
+    /// Whether outlier detection has taken it out.
+    ejection: Option<Arc<EndpointHealth>>,
     latency: Cell<PeakEwma>,
     in_flight: Cell<u32>,
     key: u64,
@@ -66,7 +68,10 @@ impl LocalUpstream {
             let now = Instant::now();
             let local = |endpoint: &Arc<Endpoint>| {
                 let same = old.iter().find(|local| Arc::ptr_eq(&local.shared, endpoint)).cloned();
-                same.unwrap_or_else(|| Rc::new(LocalEndpoint::new(Arc::clone(endpoint), now)))
+                same.unwrap_or_else(|| {
+                    let ejection = self.shared.guards.outliers.endpoint(&endpoint.address);
+                    Rc::new(LocalEndpoint::new(Arc::clone(endpoint), ejection, now))
+                })
             };
             let endpoints: Rc<[_]> = set.endpoints.iter().map(local).collect();
             self.balance.borrow_mut().1.rebuild(&endpoints, rng);
@@ -86,9 +91,19 @@ impl LocalUpstream {
     ) -> Option<usize> {
         // One endpoint needs no choice, and no clock.
         if let [only] = endpoints {
-            return only.usable().then_some(0);
+            return only.shared.is_healthy().then_some(0);
         }
-        self.balance.borrow_mut().1.pick(endpoints, Instant::now(), rng, tried, hash)
+        let now = Instant::now();
+        let picked = self.balance.borrow_mut().1.pick(endpoints, now, rng, tried, hash);
+        // Ejection is a hint. Where health checks have taken out the rest, an ejected endpoint is better than none.
+        let healthy = |index: &usize| endpoints[*index].shared.is_healthy();
+        picked.or_else(|| {
+            let all = 0..endpoints.len();
+            all.clone()
+                .filter(|index| !tried.contains(index))
+                .find(healthy)
+                .or_else(|| all.into_iter().find(healthy))
+        })
     }
 
     /// The endpoints this worker has used, without looking for new ones.
@@ -98,11 +113,12 @@ impl LocalUpstream {
 }
 
 impl LocalEndpoint {
-    fn new(shared: Arc<Endpoint>, now: Instant) -> Self {
+    fn new(shared: Arc<Endpoint>, ejection: Option<Arc<EndpointHealth>>, now: Instant) -> Self {
         let key = hash_key(shared.address.to_string().as_bytes());
         Self {
             shared,
             pool: Pool::default(),
+            ejection,
             latency: Cell::new(PeakEwma::new(now)),
             in_flight: Cell::new(0),
             key,
@@ -111,6 +127,11 @@ impl LocalEndpoint {
 
     pub fn address(&self) -> SocketAddr {
         self.shared.address
+    }
+
+    /// What outlier detection knows of it.
+    pub fn ejection(&self) -> Option<&Arc<EndpointHealth>> {
+        self.ejection.as_ref()
     }
 
     /// Counts a call until the guard is dropped.
@@ -134,8 +155,8 @@ impl Drop for InFlight {
 }
 
 impl Candidate for Rc<LocalEndpoint> {
-    fn usable(&self) -> bool {
-        self.shared.is_healthy()
+    fn usable(&self, now: Instant) -> bool {
+        self.shared.is_healthy() && !self.ejection.as_ref().is_some_and(|ejection| ejection.is_ejected(now))
     }
     fn latency(&self, now: Instant) -> f64 {
         self.latency.get().cost(now)

@@ -3,6 +3,7 @@
 pub mod balance;
 pub mod connect;
 mod endpoint;
+pub mod guards;
 pub mod health;
 pub mod local;
 pub mod pool;
@@ -10,15 +11,13 @@ pub mod pool;
 pub use endpoint::{Endpoint, EndpointSet, Found, Resolution};
 pub use pool::Lease;
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{Notify, watch};
 
-use crate::{
-    discovery::DiscoveryError,
-    resilience::budget::{BudgetSettings, RetryBudget},
-};
+use crate::discovery::DiscoveryError;
+use guards::Guards;
 
 /// An upstream as it lives: what all workers share and what outlives a reload of its settings.
 #[derive(Debug)]
@@ -27,8 +26,7 @@ pub struct Upstream {
     endpoints: ArcSwap<EndpointSet>,
     generation: watch::Sender<u64>,
     refresh: Notify,
-    /// Bounds the retries of all workers together.
-    pub retry_budget: RetryBudget,
+    pub guards: Arc<Guards>,
 }
 
 impl Upstream {
@@ -38,7 +36,7 @@ impl Upstream {
             endpoints: ArcSwap::from_pointee(EndpointSet::default()),
             generation: watch::Sender::new(0),
             refresh: Notify::new(),
-            retry_budget: RetryBudget::new(BudgetSettings::default()),
+            guards: Guards::new(Instant::now()),
         })
     }
 
@@ -51,6 +49,8 @@ impl Upstream {
     /// by the workers when they see the new generation.
     pub fn publish(&self, found: Vec<Found>) {
         let next = self.endpoints.load().updated(found);
+        let addresses: Vec<SocketAddr> = next.endpoints.iter().map(|endpoint| endpoint.address).collect();
+        self.guards.outliers.update(&addresses, Instant::now());
         self.replace(next);
     }
 

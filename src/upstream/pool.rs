@@ -6,6 +6,7 @@
 use std::{
     cell::{Cell, RefCell},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ use tokio::{sync::Notify, task::spawn_local, time::Instant};
 
 use super::{
     connect::{ConnectError, connect},
+    guards::{ConnectionSlot, Guards},
     local::LocalEndpoint,
 };
 use crate::{
@@ -35,6 +37,8 @@ const STREAMS_PER_CONNECTION: u32 = 64;
 const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
 /// Never learned below this.
 const IDLE_FLOOR: Duration = Duration::from_millis(100);
+/// Turns of the scheduler that a closed connection is given to be gone.
+const YIELDS: usize = 8;
 const H2_IDLE: Duration = Duration::from_secs(50);
 /// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
 const SURELY_FRESH: Duration = Duration::from_millis(1);
@@ -122,6 +126,7 @@ impl Pool {
     pub async fn h1(
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
+        guards: &Arc<Guards>,
     ) -> Result<Lease, ConnectError> {
         while let Some(mut connection) = endpoint.pool.pop_idle(settings) {
             // The task of the connection may not have run since its last response ended.
@@ -129,7 +134,7 @@ impl Pool {
                 return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
             }
         }
-        let connection = H1::open(endpoint, settings).await?;
+        let connection = H1::open(endpoint, settings, guards).await?;
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
     }
 
@@ -186,18 +191,38 @@ impl Pool {
     pub async fn h2(
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
+        guards: &Arc<Guards>,
     ) -> Result<Lease, ConnectError> {
         loop {
             if let Some(connection) = endpoint.pool.h2_with_room() {
                 return Ok(Lease::H2 { stream: Stream::new(connection), reused: true });
             }
             let running = endpoint.pool.dialling.borrow().clone();
-            let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, *settings));
+            let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, *settings, guards));
             let connection = dialling.finished().await?;
             if connection.streams.get() < STREAMS_PER_CONNECTION {
                 return Ok(Lease::H2 { stream: Stream::new(connection), reused: false });
             }
         }
+    }
+
+    /// Leave for one more connection; at the limit an idle one is closed for it.
+    async fn slot(&self, guards: &Arc<Guards>) -> Result<ConnectionSlot, ConnectError> {
+        let refused = match ConnectionSlot::take(guards) {
+            Ok(slot) => return Ok(slot),
+            Err(refused) => refused,
+        };
+        if self.idle.borrow_mut().pop().is_none() {
+            return Err(refused);
+        }
+        // Its task gives the slot back when it runs next.
+        for _ in 0..YIELDS {
+            tokio::task::yield_now().await;
+            if let Ok(slot) = ConnectionSlot::take(guards) {
+                return Ok(slot);
+            }
+        }
+        Err(refused)
     }
 
     fn h2_with_room(&self) -> Option<Rc<H2>> {
@@ -238,8 +263,13 @@ impl Pool {
 }
 
 impl H1 {
-    async fn open(endpoint: &LocalEndpoint, settings: &ConnectionSettings) -> Result<Self, ConnectError> {
+    async fn open(
+        endpoint: &LocalEndpoint,
+        settings: &ConnectionSettings,
+        guards: &Arc<Guards>,
+    ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
+        let slot = endpoint.pool.slot(guards).await?;
         let tcp = connect(address, settings.connect_timeout).await?;
         let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
@@ -249,7 +279,10 @@ impl H1 {
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         // Ends with the connection; its error reaches the call by the sender.
-        spawn_local(connection.with_upgrades());
+        spawn_local(async move {
+            let _slot = slot;
+            let _ = connection.with_upgrades().await;
+        });
         let now = Instant::now();
         let retire_at = settings.max_age.map(|age| now + age);
         Ok(Self { sender, tcp, idle_since: now, told: None, retire_at })
@@ -261,8 +294,13 @@ impl H1 {
 }
 
 impl H2 {
-    async fn open(endpoint: &LocalEndpoint, settings: &ConnectionSettings) -> Result<Rc<Self>, ConnectError> {
+    async fn open(
+        endpoint: &LocalEndpoint,
+        settings: &ConnectionSettings,
+        guards: &Arc<Guards>,
+    ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
+        let slot = endpoint.pool.slot(guards).await?;
         let tcp = connect(address, settings.connect_timeout).await?;
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(hyper_util::rt::TokioTimer::new())
@@ -274,7 +312,10 @@ impl H2 {
             .handshake(TokioIo::new(tcp))
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
-        spawn_local(connection);
+        spawn_local(async move {
+            let _slot = slot;
+            let _ = connection.await;
+        });
         let now = Instant::now();
         Ok(Rc::new(Self {
             sender,
@@ -287,12 +328,12 @@ impl H2 {
 
 impl Dialling {
     /// Dials in a task of its own: a call that gives up must not take the others' connection with it.
-    fn start(endpoint: &Rc<LocalEndpoint>, settings: ConnectionSettings) -> Rc<Self> {
+    fn start(endpoint: &Rc<LocalEndpoint>, settings: ConnectionSettings, guards: &Arc<Guards>) -> Rc<Self> {
         let dialling = Rc::new(Self::default());
         endpoint.pool.dialling.replace(Some(Rc::clone(&dialling)));
-        let (endpoint, done) = (Rc::clone(endpoint), Rc::clone(&dialling));
+        let (endpoint, done, guards) = (Rc::clone(endpoint), Rc::clone(&dialling), Arc::clone(guards));
         spawn_local(async move {
-            let result = H2::open(&endpoint, &settings).await;
+            let result = H2::open(&endpoint, &settings, &guards).await;
             if let Ok(connection) = &result {
                 endpoint.pool.h2.borrow_mut().push(Rc::clone(connection));
             }

@@ -13,7 +13,7 @@ struct Fake {
 }
 
 impl Candidate for Fake {
-    fn usable(&self) -> bool {
+    fn usable(&self, _: Instant) -> bool {
         self.usable
     }
     fn latency(&self, _: Instant) -> f64 {

@@ -1,0 +1,186 @@
+//! Whether a call may go to its upstream at all: rate limit, places in flight, injected faults.
+
+use std::{
+    future::{Future, poll_fn},
+    sync::Arc,
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use http::{HeaderMap, StatusCode};
+use tokio::time::{sleep, sleep_until};
+
+use super::{
+    connection::Connection,
+    error::{Cause, ProxyError},
+};
+use crate::{
+    config::{Observed, Policy},
+    resilience::{
+        limit::{Full, LimitSettings},
+        observe::enforce,
+        rate::{RateKey, RateLimit, RateSettings},
+    },
+    runtime::{LocalCluster, View},
+    upstream::guards::{Guards, Place, Woken},
+};
+
+/// Lets a call in, or says why not. `deadline`: until when the call may wait at all.
+pub async fn admit(
+    connection: &Connection,
+    view: &View,
+    local: &LocalCluster,
+    policy: &Policy,
+    rate: Option<&Arc<RateLimit>>,
+    headers: &HeaderMap,
+    deadline: Option<Instant>,
+) -> Result<Option<Place>, ProxyError> {
+    let guards = &local.upstream.shared.guards;
+    let name = &local.cluster.settings.name;
+    let observing = |policy| view.snapshot.config.runtime.observe.contains(&policy);
+    let note = |error: &ProxyError| {
+        guards.counts.rejected.add(error.cause.word());
+        tracing::debug!(upstream = name, %error, "refused");
+    };
+    if let (Some(settings), Some(rate)) = (&policy.rate_limit.0, rate) {
+        let taken = take_rate(settings, rate, connection, headers, name);
+        enforce(taken, observing(Observed::RateLimit), note)?;
+    }
+    let mut place = None;
+    if let Some(settings) = &policy.limits.0 {
+        let taken = take_place(guards, settings, deadline, name).await;
+        place = enforce(taken, observing(Observed::Limits), note)?;
+    }
+    if policy.fault.0.is_some() {
+        enforce(
+            inject(connection, policy, name, observing(Observed::Fault)).await,
+            observing(Observed::Fault),
+            note,
+        )?;
+    }
+    Ok(place)
+}
+
+fn take_rate(
+    settings: &RateSettings,
+    rate: &RateLimit,
+    connection: &Connection,
+    headers: &HeaderMap,
+    name: &str,
+) -> Result<(), ProxyError> {
+    let key = match &settings.per {
+        RateKey::Upstream => &b""[..],
+        RateKey::Peer => connection.peer.as_bytes(),
+        RateKey::Header(header) => headers.get(header).map_or(&b""[..], |value| value.as_bytes()),
+    };
+    rate.take(key, Instant::now()).map_err(|wait| {
+        let detail = format!("{name}: over {} requests a second per {}", settings.rate, settings.per);
+        ProxyError::new(Cause::RateLimited, detail).retry_after(wait)
+    })
+}
+
+/// Takes a place among the requests in flight; waits for one where there is none.
+async fn take_place(
+    guards: &Arc<Guards>,
+    settings: &LimitSettings,
+    deadline: Option<Instant>,
+    name: &str,
+) -> Result<Place, ProxyError> {
+    if guards.requests.try_acquire() {
+        return Ok(Place(Arc::clone(guards)));
+    }
+    let waited = wait_for_place(guards, deadline).await;
+    waited.map_err(|full| {
+        let (cause, what) = match full {
+            Full::Limit => (Cause::LimitFull, format!("{} requests are in flight", settings.max_requests)),
+            Full::Queue => (Cause::QueueFull, format!("{} requests wait already", settings.max_pending)),
+            Full::Deadline => (Cause::Deadline, "its deadline passed while it waited for a place".to_owned()),
+        };
+        ProxyError::new(cause, format!("{name}: {what}")).retry_after(settings.retry_after())
+    })
+}
+
+async fn wait_for_place(guards: &Arc<Guards>, deadline: Option<Instant>) -> Result<Place, Full> {
+    let mut waiting = None;
+    let mut patience = None;
+    poll_fn(|cx| {
+        let Some(ticket) = &mut waiting else {
+            let bell = Woken(cx.waker().clone());
+            let ticket = match guards.requests.wait(Instant::now(), deadline, bell) {
+                Ok(ticket) => ticket,
+                Err(full) => return Poll::Ready(Err(full)),
+            };
+            let timer = patience.insert(Box::pin(sleep_until(ticket.gives_up.into())));
+            // Registers the timer; a place may have come already.
+            let _ = timer.as_mut().poll(cx);
+            let settled = ticket.is_granted();
+            waiting = Some(Queued { guards, ticket: Some(ticket) });
+            if settled {
+                cx.waker().wake_by_ref();
+            }
+            return Poll::Pending;
+        };
+        let over = patience.as_mut().is_none_or(|timer| timer.as_mut().poll(cx).is_ready());
+        if !over && !ticket.is_granted() {
+            return Poll::Pending;
+        }
+        let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        Poll::Ready(ticket.settle().ok_or(if late { Full::Deadline } else { Full::Limit }))
+    })
+    .await
+}
+
+/// A ticket that is settled however the wait ends, so that no place is lost with a caller who left.
+struct Queued<'a> {
+    guards: &'a Arc<Guards>,
+    ticket: Option<crate::resilience::limit::Ticket>,
+}
+
+impl Queued<'_> {
+    fn is_granted(&self) -> bool {
+        self.ticket.as_ref().is_some_and(|ticket| ticket.is_granted())
+    }
+
+    fn settle(&mut self) -> Option<Place> {
+        let granted = self.guards.requests.settle(self.ticket.take()?);
+        granted.then(|| Place(Arc::clone(self.guards)))
+    }
+}
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        // A place that was granted in the meantime goes back at once.
+        drop(self.settle());
+    }
+}
+
+/// Rehearses failures: delays the call, refuses it, or both.
+async fn inject(
+    connection: &Connection,
+    policy: &Policy,
+    name: &str,
+    observing: bool,
+) -> Result<(), ProxyError> {
+    let Some(settings) = &policy.fault.0 else { return Ok(()) };
+    let fault = connection.worker.with_rng(|rng| settings.decide(rng.unit_f64(), rng.unit_f64()));
+    if let Some(delay) = fault.delay.filter(|_| !observing) {
+        sleep(delay).await;
+    }
+    match fault.abort.and_then(|status| StatusCode::from_u16(status).ok()) {
+        Some(status) => {
+            let detail = format!("{name}: `fault.abort` is set");
+            Err(ProxyError::new(Cause::FaultInjected, detail).with_status(status))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A breaker that is open.
+pub fn breaker_open(name: &str, guards: &Guards, retry_after: Duration) -> ProxyError {
+    let report = guards.breaker.report_state();
+    ProxyError::new(
+        Cause::BreakerOpen,
+        format!("{name}: its circuit breaker is {} ({})", report.state.word(), report.why),
+    )
+    .retry_after(retry_after)
+}

@@ -1,0 +1,133 @@
+//! The answer of an upstream, handed on to the caller.
+
+use std::rc::Rc;
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version,
+    header::{CONNECTION, CONTENT_TYPE, UPGRADE},
+};
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+
+use super::{
+    accept::Side,
+    attempt::Answer,
+    body::{Held, ResponseBody},
+    call::Record,
+    error::{Cause, ProxyError},
+    exchange::Exchange,
+    headers::{self, X_OUTRIGGER_RETRY},
+    upgrade,
+};
+use crate::resilience::{
+    classify::{Advice, Outcome},
+    fallback::FallbackSettings,
+};
+
+const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+
+/// Hands an upstream's answer on.
+pub fn hand_on(
+    exchange: &Exchange<'_>,
+    answer: Answer,
+    outcome: &Outcome,
+    callers_version: Version,
+    callers_upgrade: Option<OnUpgrade>,
+    record: &Record,
+) -> Result<Response<ResponseBody>, ProxyError> {
+    let Answer { mut response, mut lease, held } = answer;
+    let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
+    let status = response.status();
+    lease.heard(response.headers());
+    let broken = |error: ProxyError| {
+        let detail = format!("{}: its response cannot be passed on: {}", exchange.name(), error.detail);
+        ProxyError::new(Cause::Reset, detail)
+    };
+    let said = headers::remove_hop_by_hop(response.headers_mut()).map_err(broken)?;
+    response.headers_mut().remove(X_OUTRIGGER_RETRY);
+    if connection.side == Side::Inbound {
+        advise(exchange, &mut response, record);
+    } else {
+        let received = response.version();
+        view.names.via(&connection.side).append(response.headers_mut(), received);
+    }
+    if let Some(edits) = target.route.and_then(|route| target.matched.cluster.edits.get(route)) {
+        edits.response.apply(response.headers_mut());
+    }
+    if record.tries > 1 && may_be_failure(&response) {
+        append_proxy_status(exchange, response.headers_mut(), status, outcome, record);
+    }
+    if status == StatusCode::SWITCHING_PROTOCOLS {
+        let (Some(callers), Some(protocol)) = (callers_upgrade, said.upgrade) else {
+            return Err(broken(ProxyError::malformed("101 to a request that asked for no upgrade")));
+        };
+        let idle = exchange.policy.tunnel_idle_timeout.limit();
+        // A tunnel counts among the connections only.
+        let held = Held { place: None, ..held };
+        upgrade::join(
+            connection,
+            callers,
+            &mut response,
+            (lease, held),
+            idle,
+            exchange.call.progress.over_at(),
+        );
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(UPGRADE, protocol);
+        return Ok(response.map(|_| ResponseBody::Empty));
+    }
+    // hyper writes the version the caller came by.
+    *response.version_mut() = callers_version;
+    exchange.call.progress.answering();
+    let progress = Rc::clone(exchange.call.progress);
+    Ok(response.map(|body| ResponseBody::streaming(body, lease, held, progress)))
+}
+
+/// Tells that tries were spent on a failure that is passed on.
+fn append_proxy_status(
+    exchange: &Exchange<'_>,
+    headers: &mut HeaderMap,
+    status: StatusCode,
+    outcome: &Outcome,
+    record: &Record,
+) {
+    let member = format!(
+        "{}; received-status={}; details=\"{}, {} tries\"",
+        exchange.call.view.names.deployment,
+        status.as_u16(),
+        outcome.label(),
+        record.tries
+    );
+    if let Ok(member) = HeaderValue::try_from(member) {
+        headers.append(PROXY_STATUS, member);
+    }
+}
+
+/// Tells the caller's sidecar not to try again what this service's own calls have tried enough.
+fn advise(exchange: &Exchange<'_>, response: &mut Response<Incoming>, record: &Record) {
+    let failed = response.status().is_server_error() || response.headers().contains_key("grpc-status");
+    let spent = &exchange.call.connection.worker.shared.spent;
+    if failed
+        && record.trace.is_some_and(|trace| spent.contains(trace, std::time::Instant::now()))
+        && let Some(word) = Advice::No.word()
+    {
+        response.headers_mut().insert(X_OUTRIGGER_RETRY, HeaderValue::from_static(word));
+    }
+}
+
+/// The configured answer in place of a failure. It says that it is one.
+pub fn fallback(settings: &FallbackSettings, deployment: &str, why: &str) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::whole(settings.body.clone()));
+    *response.status_mut() = StatusCode::from_u16(settings.status).unwrap_or(StatusCode::OK);
+    if let Ok(value) = HeaderValue::try_from(settings.content_type.as_str()) {
+        response.headers_mut().insert(CONTENT_TYPE, value);
+    }
+    if let Ok(member) = HeaderValue::try_from(format!("{deployment}; fallback; details=\"{why}\"")) {
+        response.headers_mut().insert(PROXY_STATUS, member);
+    }
+    response
+}
+
+/// Whether a response needs a second look: everything else is success.
+pub fn may_be_failure<B>(response: &Response<B>) -> bool {
+    response.status().as_u16() >= 400 || response.headers().contains_key("grpc-status")
+}

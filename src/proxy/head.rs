@@ -1,0 +1,99 @@
+//! The head of a request, from what the caller sent to what the upstream gets.
+
+use http::{
+    HeaderValue, Uri, Version,
+    header::{CONNECTION, HOST, UPGRADE},
+    request, uri,
+};
+use hyper::upgrade::OnUpgrade;
+
+use super::{
+    accept::Side,
+    attempt::Outgoing,
+    connection::Connection,
+    error::ProxyError,
+    headers::{self, Caller},
+    target::Target,
+};
+use crate::runtime::View;
+
+/// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
+pub fn prepare(
+    connection: &Connection,
+    view: &View,
+    target: &Target,
+    head: &mut request::Parts,
+    version: Version,
+) -> Result<Option<HeaderValue>, ProxyError> {
+    let headers = &mut head.headers;
+    let said = headers::remove_hop_by_hop(headers)?;
+    headers::remove_proxy_credentials(headers);
+    headers::remove_spoofed(headers);
+    view.names.via(&connection.side).append(headers, head.version);
+    if connection.side == Side::Inbound {
+        let host = headers.get(HOST).cloned().or_else(|| {
+            head.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
+        });
+        let caller = Caller { address: &connection.peer, proto: "http", host };
+        headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, caller);
+    }
+    if version == Version::HTTP_11 && head.version == Version::HTTP_2 {
+        headers::join_cookies(headers);
+    }
+    if let Some(route) = target.route {
+        if let Some(edits) = target.matched.cluster.edits.get(route) {
+            edits.request.apply(headers);
+        }
+        if let Some(routes) = target.index.and_then(|index| view.snapshot.router.routes(index))
+            && let Some(path) = head.uri.path_and_query()
+            && let Some(rewritten) = routes.rewrite(route, path)
+        {
+            let mut parts = std::mem::take(&mut head.uri).into_parts();
+            parts.path_and_query = Some(rewritten);
+            head.uri = Uri::from_parts(parts).map_err(|error| ProxyError::malformed(error.to_string()))?;
+        }
+    }
+    Ok(said.upgrade)
+}
+
+/// The head as the upstream's protocol has it.
+pub fn outgoing(
+    mut head: request::Parts,
+    version: Version,
+    name: &str,
+    upgrade: Option<&HeaderValue>,
+) -> Result<Outgoing, ProxyError> {
+    let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
+    let path = head.uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
+    let uri = if version == Version::HTTP_2 {
+        let authority = match head.uri.authority() {
+            Some(authority) => authority.as_str().to_owned(),
+            None => head.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(name).to_owned(),
+        };
+        head.headers.remove(HOST);
+        Uri::builder().scheme("http").authority(authority).path_and_query(path).build().map_err(malformed)?
+    } else {
+        // The authority of an absolute target, or of HTTP/2, is the Host; it replaces another one (RFC 9112 §3.2.2).
+        if let Some(authority) = head.uri.authority() {
+            let host = HeaderValue::from_str(authority.as_str()).map_err(|error| malformed(error.into()))?;
+            head.headers.insert(HOST, host);
+        } else if !head.headers.contains_key(HOST) {
+            let host = HeaderValue::from_str(name).map_err(|error| malformed(error.into()))?;
+            head.headers.insert(HOST, host);
+        }
+        Uri::from(path)
+    };
+    if let Some(protocol) = upgrade {
+        head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        head.headers.insert(UPGRADE, protocol.clone());
+    }
+    head.extensions.remove::<OnUpgrade>();
+    Ok(Outgoing {
+        method: head.method,
+        uri,
+        version,
+        headers: head.headers,
+        extensions: head.extensions,
+        keep: false,
+    })
+}

@@ -1,0 +1,217 @@
+//! The policy state of an upstream that all workers share and that outlives a reload: breaker, ejections, budget,
+//! limits, rates. The machines are in [`crate::resilience`]; here they stand beside the upstream they guard.
+
+use std::{
+    collections::hash_map::RandomState,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Waker,
+    time::Instant,
+};
+
+use super::connect::ConnectError;
+use crate::{
+    config::Policy,
+    resilience::{
+        breaker::{Breaker, BreakerSettings, Transition},
+        budget::{BudgetSettings, RetryBudget},
+        hedge::LiveQuantile,
+        limit::{Bell, Counter, LimitSettings, RequestLimit},
+        outlier::{OutlierSettings, Outliers},
+        rate::{RateLimit, RateSettings},
+    },
+};
+
+/// What guards an upstream.
+#[derive(Debug)]
+pub struct Guards {
+    pub breaker: Arc<Breaker>,
+    pub outliers: Outliers,
+    pub budget: RetryBudget,
+    pub requests: RequestLimit<Woken>,
+    pub connections: Counter,
+    rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
+    quantiles: Mutex<Vec<(u8, Arc<LiveQuantile>)>>,
+    pub counts: Counts,
+}
+
+/// Wakes a call that waits for a place.
+#[derive(Debug)]
+pub struct Woken(pub Waker);
+
+impl Bell for Woken {
+    fn ring(self) {
+        self.0.wake();
+    }
+}
+
+/// A place among the requests in flight, until it is dropped.
+#[derive(Debug)]
+pub struct Place(pub Arc<Guards>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.requests.release(Instant::now());
+    }
+}
+
+/// One of the connections to an upstream, until it is dropped.
+#[derive(Debug)]
+pub struct ConnectionSlot(Arc<Guards>);
+
+impl ConnectionSlot {
+    pub fn take(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
+        let taken = guards.connections.try_take();
+        if taken {
+            Ok(Self(Arc::clone(guards)))
+        } else {
+            Err(ConnectError::Limit { limit: guards.connections.limit() })
+        }
+    }
+}
+
+impl Drop for ConnectionSlot {
+    fn drop(&mut self) {
+        self.0.connections.give_back();
+    }
+}
+
+/// What the guards have done, for metrics.
+#[derive(Debug)]
+pub struct Counts {
+    /// By what followed a failed try.
+    pub retries: Tally,
+    /// By the reason a call was refused here.
+    pub rejected: Tally,
+    /// By the state the breaker went to.
+    pub transitions: Tally,
+}
+
+/// Counters for a fixed set of words. Stepped where something failed, so a short search is cheap enough.
+#[derive(Debug)]
+pub struct Tally(Vec<(&'static str, AtomicU64)>);
+
+impl Tally {
+    pub fn new(words: &[&'static str]) -> Self {
+        Self(words.iter().map(|word| (*word, AtomicU64::new(0))).collect())
+    }
+
+    /// Counts a word; one that is not in the set is let go.
+    pub fn add(&self, word: &str) {
+        if let Some((_, count)) = self.0.iter().find(|(known, _)| *known == word) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// All words with their counts.
+    pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.0.iter().map(|(word, count)| (*word, count.load(Ordering::Relaxed)))
+    }
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self {
+            retries: Tally::new(&[
+                "sent",
+                "hedge",
+                "hedge_won",
+                "reconnect",
+                "observed",
+                "not_retryable",
+                "suppressed",
+                "committed",
+                "max_tries",
+                "method",
+                "body_gone",
+                "deadline",
+                "retry_after",
+                "pushback",
+                "budget",
+                "breaker_open",
+            ]),
+            rejected: Tally::new(&[
+                "breaker_open",
+                "queue_full",
+                "limit_full",
+                "rate_limited",
+                "fault_injected",
+                "no_endpoint",
+            ]),
+            transitions: Tally::new(&["closed", "half_open", "open"]),
+        }
+    }
+}
+
+impl Guards {
+    pub fn new(now: Instant) -> Arc<Self> {
+        Arc::new(Self {
+            breaker: Breaker::new(BreakerSettings::default(), now),
+            outliers: Outliers::new(OutlierSettings::default(), now),
+            budget: RetryBudget::new(BudgetSettings::default()),
+            requests: RequestLimit::new(LimitSettings::default()),
+            connections: Counter::new(LimitSettings::default().max_connections),
+            rates: Mutex::default(),
+            quantiles: Mutex::default(),
+            counts: Counts::default(),
+        })
+    }
+
+    /// Takes the settings of an upstream. Routes may only switch these off: the state is the upstream's.
+    pub fn configure(&self, policy: &Policy, now: Instant) {
+        if let Some(settings) = policy.breaker.0 {
+            self.breaker.configure(settings);
+        }
+        // Switched off, it still counts, but ejects nobody.
+        let off = OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() };
+        self.outliers.configure(policy.outlier.0.unwrap_or(off));
+        if let Some(retry) = &policy.retry.0 {
+            self.budget.configure(retry.budget, now);
+        }
+        if let Some(limits) = policy.limits.0 {
+            self.requests.configure(limits, now);
+        }
+        let connections = policy.limits.0.map_or(u32::MAX, |limits| limits.max_connections);
+        self.connections.set_limit(connections);
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.retain(|(_, limit)| Arc::strong_count(limit) > 1);
+    }
+
+    /// The limiter with these settings: the same one after a reload, and for all routes that inherit it.
+    pub fn rate_limit(&self, settings: &RateSettings, now: Instant) -> Arc<RateLimit> {
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, limit)) = rates.iter().find(|(known, _)| known == settings) {
+            return Arc::clone(limit);
+        }
+        let limit = Arc::new(RateLimit::new(settings, now, RandomState::new()));
+        rates.push((settings.clone(), Arc::clone(&limit)));
+        limit
+    }
+
+    /// The live latency at a quantile, in percent.
+    pub fn quantile(&self, percent: u8, now: Instant) -> Arc<LiveQuantile> {
+        let mut quantiles = self.quantiles.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, live)) = quantiles.iter().find(|(known, _)| *known == percent) {
+            return Arc::clone(live);
+        }
+        let live = Arc::new(LiveQuantile::new(percent, now));
+        quantiles.push((percent, Arc::clone(&live)));
+        live
+    }
+
+    /// Counts and tells a change of the breaker.
+    pub fn note(&self, upstream: &str, transition: Option<Transition>) {
+        if let Some(transition) = transition {
+            self.counts.transitions.add(transition.to.word());
+            tracing::warn!(
+                upstream,
+                from = transition.from.word(),
+                to = transition.to.word(),
+                why = %transition.why,
+                "circuit breaker"
+            );
+        }
+    }
+}
