@@ -8,7 +8,6 @@ use super::{
     node::{Node, Table, Value},
     resolve::{inbound_policy, inherit, split},
     source::Origin,
-    unbuilt,
 };
 
 /// Whose values.
@@ -31,8 +30,6 @@ pub struct Setting {
     pub value: String,
     /// Where it was set; `None`: built in.
     pub origin: Option<Origin>,
-    /// Its feature is not built yet, so it acts on nothing.
-    pub unbuilt: bool,
 }
 
 impl Loaded {
@@ -52,11 +49,7 @@ impl Loaded {
         let Some(policy) = self.policy(scope) else { return Vec::new() };
         let table = self.policy_table(scope);
         let tree = Node { origin: None, value: Value::Table(table) };
-        let mut settings = settings(policy, &tree);
-        for setting in &mut settings {
-            setting.unbuilt = setting.value != "false" && unbuilt::is_unbuilt_policy(&setting.key);
-        }
-        settings
+        settings(policy, &tree)
     }
 
     /// The keys of an upstream that are no policy, likewise.
@@ -120,12 +113,7 @@ fn flatten(key: String, json: &Json, node: Option<&Node>, found: &mut Vec<Settin
         // What is absent.
         Json::Null => {}
         Json::Object(_) => {}
-        leaf => found.push(Setting {
-            key,
-            value: plain(leaf),
-            origin: node.and_then(|node| node.origin),
-            unbuilt: false,
-        }),
+        leaf => found.push(Setting { key, value: plain(leaf), origin: node.and_then(|node| node.origin) }),
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
     source::Origin,
 };
 
-/// A key (`policy.` stands for every table that takes policy keys) and whether a value of it is refused.
+/// A key and whether a value of it is refused.
 type Unbuilt = (&'static str, fn(&Node) -> bool);
 
 const UNBUILT: &[Unbuilt] = &[
@@ -23,28 +23,14 @@ const UNBUILT: &[Unbuilt] = &[
     ("upstream.identity", any),
     ("upstream.oauth2", any),
     ("upstream.endpoints", kubernetes),
-    ("runtime.observe", any),
+    ("runtime.observe", names_authorization),
     ("telemetry.otlp", any),
     ("telemetry.protocol", any),
     ("telemetry.sample", any),
     ("telemetry.sample_errors", any),
     ("telemetry.access_log", any),
     ("telemetry.access_log_file", any),
-    ("policy.retry.on", any),
-    ("policy.retry.methods", any),
-    ("policy.retry.backoff", any),
-    ("policy.retry.budget", any),
-    ("policy.breaker", on),
-    ("policy.outlier", on),
-    ("policy.limits", on),
-    ("policy.rate_limit", on),
-    ("policy.hedge", on),
-    ("policy.fault", on),
-    ("policy.fallback", on),
 ];
-
-/// The tables that take policy keys.
-const POLICY_TABLES: [&str; 4] = ["inbound", "defaults", "upstream", "upstream.route"];
 
 fn any(_: &Node) -> bool {
     true
@@ -55,21 +41,18 @@ fn on(node: &Node) -> bool {
     node.value != Value::Bool(false) && node.as_str() != Some("off")
 }
 
+/// The policies that come with identities.
+fn names_authorization(node: &Node) -> bool {
+    matches!(&node.value, Value::Array(list) if list.iter().any(|item| matches!(item.as_str(), Some("allow" | "jwt"))))
+}
+
 fn kubernetes(node: &Node) -> bool {
     node.as_str().is_some_and(|uri| uri.starts_with("k8s://"))
 }
 
 pub(super) fn refuse(root: &Node, problems: &mut Problems) {
     for (path, refused) in UNBUILT {
-        match path.strip_prefix("policy.") {
-            Some(rest) => {
-                for table in POLICY_TABLES {
-                    let keys: Vec<&str> = table.split('.').chain(rest.split('.')).collect();
-                    look(root, None, &keys, rest, *refused, problems);
-                }
-            }
-            None => look(root, None, &path.split('.').collect::<Vec<_>>(), path, *refused, problems),
-        }
+        look(root, None, &path.split('.').collect::<Vec<_>>(), path, *refused, problems);
     }
 }
 
@@ -108,14 +91,6 @@ fn look(
     }
 }
 
-/// Whether a policy key (`breaker.window`) belongs to a feature that is not built: its value acts on nothing.
-pub(super) fn is_unbuilt_policy(key: &str) -> bool {
-    UNBUILT
-        .iter()
-        .filter_map(|(path, _)| path.strip_prefix("policy."))
-        .any(|unbuilt| key.strip_prefix(unbuilt).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,15 +105,15 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_wherever_it_stands() {
-        let text = "[identity]\n[inbound]\nmtls = 'strict'\n[[upstream]]\nhedge = {after = 'p95'}\nendpoints = 'k8s://a/b:1'\n[[upstream.route]]\nfault = {}";
+        let text =
+            "[identity]\n[inbound]\nmtls = 'strict'\n[[upstream]]\ntls = 'simple'\nendpoints = 'k8s://a/b:1'";
         assert_eq!(
             refusals(text),
             [
                 "`identity` is not built yet",
                 "`inbound.mtls` is not built yet",
-                "`hedge` is not built yet",
+                "`upstream.tls` is not built yet",
                 "`k8s://` is not built yet",
-                "`fault` is not built yet"
             ]
         );
     }

@@ -72,7 +72,6 @@ impl Verdict {
 
     fn value(&mut self, loaded: &Loaded, setting: Setting, inactive: Option<String>) {
         let place = setting.origin.and_then(|origin| loaded.sources.place(origin));
-        let inactive = if setting.unbuilt { Some("not built yet".to_owned()) } else { inactive };
         self.values.push(Line { key: setting.key, value: setting.value, place, inactive });
     }
 
