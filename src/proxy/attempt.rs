@@ -11,7 +11,7 @@ use super::{
     error::{Cause, ProxyError},
 };
 use crate::{
-    resilience::classify::{ConnectFailure, Ending, Reset},
+    resilience::classify::{ConnectFailure, Ending, Health, Reset},
     upstream::{
         Lease,
         connect::ConnectError,
@@ -48,6 +48,14 @@ pub struct Answer {
 pub struct Failed {
     pub ending: Ending,
     pub error: ProxyError,
+    /// Its connection was lost with others on it, and one of those has been counted already.
+    pub counted: bool,
+}
+
+impl Failed {
+    pub fn new(ending: Ending, error: ProxyError) -> Self {
+        Self { ending, error, counted: false }
+    }
 }
 
 impl Outgoing {
@@ -87,22 +95,22 @@ pub async fn send(
         let failure = match error {
             // Our own limit says nothing about the upstream.
             ConnectError::Limit { .. } => {
-                return Failed { ending: Ending::LocalRefusal, error: connect_failed(name, &error) };
+                return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
             }
             ConnectError::Timeout { .. } => ConnectFailure::Timeout,
             ConnectError::Refused { .. } | ConnectError::Handshake { .. } => ConnectFailure::Refused,
         };
-        Failed { ending: Ending::Connect(failure), error: connect_failed(name, &error) }
+        Failed::new(Ending::Connect(failure), connect_failed(name, &error))
     })?;
     let stale = lease.reused();
     match lease.send(make()).await {
         Ok(response) => Ok(Answer { response, lease, held: Held { in_flight, place: None, grpc: None } }),
-        Err(failed) => Err(classify(name, endpoint.address(), &failed, stale)),
+        Err(failed) => Err(classify(name, endpoint.address(), &failed, stale, &lease)),
     }
 }
 
 /// What a broken connection means.
-fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool) -> Failed {
+fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, lease: &Lease) -> Failed {
     let error = &failed.error;
     let h2 = std::error::Error::source(error).and_then(|source| source.downcast_ref::<h2::Error>());
     let refused = h2.is_some_and(|h2| {
@@ -111,7 +119,7 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool) ->
     });
     if refused {
         let detail = format!("{name}: {address} refused the stream before it was processed");
-        return Failed { ending: Ending::RefusedStream, error: ProxyError::new(Cause::Reset, detail) };
+        return Failed::new(Ending::RefusedStream, ProxyError::new(Cause::Reset, detail));
     }
     let reset = if error.is_parse() {
         Reset { reused: false, request_sent: true, response_begun: true }
@@ -123,8 +131,9 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool) ->
         (_, Some(reason)) => format!("reset the stream ({reason})"),
         _ => "closed the connection before it answered".to_owned(),
     };
-    Failed {
-        ending: Ending::Reset(reset),
-        error: ProxyError::new(Cause::Reset, format!("{name}: {address} {what}")),
-    }
+    let error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}"));
+    let one_stream_only = h2.is_some_and(h2::Error::is_reset);
+    let counted =
+        !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral);
+    Failed { counted, ..Failed::new(Ending::Reset(reset), error) }
 }

@@ -278,6 +278,17 @@ impl<'a> Exchange<'a> {
         &self.target.local.upstream.shared.guards
     }
 
+    /// Whether the endpoint is one of the two addresses of `localhost` and the other one has not been tried. A service
+    /// listens on one of them as a rule; finding out which is no retry.
+    fn has_sibling(&self, index: usize, tried: &[usize]) -> bool {
+        let failed = &self.endpoints[index].shared;
+        failed.host.is_some()
+            && failed.address.ip().is_loopback()
+            && self.endpoints.iter().enumerate().any(|(other, endpoint)| {
+                other != index && !tried.contains(&other) && endpoint.shared.host == failed.host
+            })
+    }
+
     fn observing(&self, policy: Observed) -> bool {
         self.call.view.snapshot.config.runtime.observe.contains(&policy)
     }
@@ -320,6 +331,14 @@ impl<'a> Exchange<'a> {
                 Ended::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
             };
 
+            if matches!(outcome.ending, Ending::Connect(_)) {
+                // Its addresses may have changed before their TTL says so.
+                self.target.local.upstream.shared.refresh();
+                if self.has_sibling(index, &tried) {
+                    tried.push(index);
+                    continue;
+                }
+            }
             clock.request_sent(progress);
             let now = Instant::now().into_std();
             let asked = Tried {
@@ -350,7 +369,7 @@ impl<'a> Exchange<'a> {
                     return Ok(ended);
                 }
                 Decision::Stop(reason) => {
-                    if outcome.breaker_health() == Health::Failure || outcome.advice == Advice::No {
+                    if outcome.breaker_health() == Health::Failure || outcome.advice() == Advice::No {
                         counts.add(reason.word());
                         record.stopped = Some(reason.word());
                         tracing::debug!(
@@ -586,6 +605,11 @@ impl<'a> Exchange<'a> {
         if !matches!(outcome.ending, Ending::Connect(_)) {
             endpoint.observe(over.took, now);
         }
+        if self.policy.limits.is_some_and(|limits| limits.adaptive)
+            && let Some(adaptive) = &*self.guards().adaptive.load()
+        {
+            adaptive.record(over.took, outcome.breaker_health(), &self.guards().requests, now);
+        }
         if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.breaker_health())
             && let Some(percent) = hedge.percent()
         {
@@ -604,6 +628,9 @@ impl<'a> Exchange<'a> {
     ) -> Ended {
         let now = Instant::now().into_std();
         let guards = self.guards();
+        // A connection that was lost with many calls on it counts once.
+        let counted = matches!(&ended, Ended::Failed(failed) if failed.counted);
+        let weighed = |health| if counted { Health::Neutral } else { health };
         let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
         if let Ended::Answered(answer, _) = &mut ended
             && self.call.grpc
@@ -621,7 +648,7 @@ impl<'a> Exchange<'a> {
             return ended;
         }
         if let Some(ejection) = endpoint.ejection() {
-            let health = outcome.endpoint_health();
+            let health = weighed(outcome.endpoint_health());
             let ejected = guards.outliers.report(
                 &endpoint.address(),
                 ejection,
@@ -634,7 +661,7 @@ impl<'a> Exchange<'a> {
             }
         }
         if let Some(permit) = permit {
-            let health = outcome.breaker_health();
+            let health = weighed(outcome.breaker_health());
             let transition = guards.breaker.report(
                 permit,
                 health,
@@ -663,7 +690,7 @@ impl<'a> Exchange<'a> {
             RanOut::Whole => (Ending::CallersDeadline, Cause::Timeout, "`max_duration`"),
         };
         let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
-        Failed { ending, error: ProxyError::new(cause, detail) }
+        Failed::new(ending, ProxyError::new(cause, detail))
     }
 
     /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.

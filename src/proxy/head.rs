@@ -43,6 +43,17 @@ pub fn prepare(
     if let Some(route) = target.route {
         if let Some(edits) = target.matched.cluster.edits.get(route) {
             edits.request.apply(headers);
+            if edits.request.sets(&HOST)
+                && let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok())
+            {
+                let mut parts = std::mem::take(&mut head.uri).into_parts();
+                parts.authority =
+                    Some(host.parse().map_err(|_| ProxyError::malformed("`host` is set to no host"))?);
+                parts.scheme.get_or_insert(http::uri::Scheme::HTTP);
+                parts.path_and_query.get_or_insert(uri::PathAndQuery::from_static("/"));
+                head.uri =
+                    Uri::from_parts(parts).map_err(|error| ProxyError::malformed(error.to_string()))?;
+            }
         }
         if let Some(routes) = target.index.and_then(|index| view.snapshot.router.routes(index))
             && let Some(path) = head.uri.path_and_query()

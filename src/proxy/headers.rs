@@ -259,6 +259,10 @@ impl Edits {
         Self { set, remove: edits.remove.iter().filter_map(|name| name.parse().ok()).collect() }
     }
 
+    pub fn sets(&self, name: &HeaderName) -> bool {
+        self.set.iter().any(|(set, _)| set == name)
+    }
+
     pub fn apply(&self, headers: &mut HeaderMap) {
         for name in &self.remove {
             headers.remove(name);

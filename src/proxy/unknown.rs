@@ -19,6 +19,9 @@ use crate::{
 /// How many are known at a time; the one unused for longest makes room.
 pub const MAX_UNKNOWN_HOSTS: usize = 1024;
 
+/// A host nobody has asked for in so many milliseconds is forgotten, and not looked up any more.
+const IDLE_MS: u64 = 5 * 60 * 1000;
+
 /// The hosts met so far, shared by the workers. Looked at only when a worker meets a host for the first time.
 #[derive(Debug)]
 pub struct UnknownHosts {
@@ -62,7 +65,7 @@ impl UnknownHosts {
             hosts.insert(host.clone(), Arc::clone(&made));
             made
         });
-        found.touch(self.started);
+        found.last_used.store(self.now(), Ordering::Relaxed);
         found
     }
 
@@ -75,9 +78,34 @@ impl UnknownHosts {
         UnknownHost {
             cluster,
             config: Arc::clone(config),
-            last_used: AtomicU64::new(0),
+            last_used: AtomicU64::new(self.now()),
             _discovery: discovery,
         }
+    }
+
+    /// Ends the look-ups of hosts that nobody has asked for in a while.
+    pub fn forget_idle(&self) {
+        let now = self.now();
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        hosts.retain(|_, host| !host.is_idle(now));
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a host is still of interest.
+    pub fn is_kept(&self, host: &UnknownHost) -> bool {
+        !host.is_idle(self.now())
+    }
+
+    /// Notes that a host was asked for, by who holds it already. False: it was forgotten meanwhile.
+    pub fn touch(&self, host: &UnknownHost) -> bool {
+        let kept = self.is_kept(host);
+        if kept {
+            host.last_used.store(self.now(), Ordering::Relaxed);
+        }
+        kept
     }
 
     pub fn len(&self) -> usize {
@@ -90,9 +118,8 @@ impl UnknownHosts {
 }
 
 impl UnknownHost {
-    fn touch(&self, started: Instant) {
-        let ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last_used.store(ms, Ordering::Relaxed);
+    fn is_idle(&self, now: u64) -> bool {
+        now.saturating_sub(self.last_used.load(Ordering::Relaxed)) > IDLE_MS
     }
 
     /// Whether it was made under this configuration.

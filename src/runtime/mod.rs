@@ -57,6 +57,8 @@ pub struct Shared {
     pub instance: String,
 }
 
+const TICK: Duration = Duration::from_secs(1);
+
 /// The way of a process from start to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
@@ -116,6 +118,7 @@ pub struct Proxy {
     pub addresses: Addresses,
     clusters: Mutex<Clusters>,
     workers: workers::Workers,
+    ticking: tokio::task::JoinHandle<()>,
 }
 
 /// Binds the listeners, starts the workers, discovery and health checks. Call it inside the control runtime, whose
@@ -153,7 +156,22 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
     }
 
     let workers = workers::start(&shared, listeners, worker_count.max(1))?;
-    Ok(Proxy { shared, addresses, clusters: Mutex::new(clusters), workers })
+    let ticking = tokio::spawn(tick(Arc::clone(&shared)));
+    Ok(Proxy { shared, addresses, clusters: Mutex::new(clusters), workers, ticking })
+}
+
+/// Lets time pass for what must change without a call: a breaker that was forced for an hour falls back in a quiet
+/// one, too; hosts that nobody asks for are forgotten.
+async fn tick(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(TICK).await;
+        let snapshot = shared.snapshot.load_full();
+        for cluster in &snapshot.clusters {
+            let guards = &cluster.upstream.guards;
+            guards.note(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
+        }
+        shared.unknown.forget_idle();
+    }
 }
 
 impl Proxy {
@@ -195,6 +213,7 @@ impl Proxy {
 
     /// Ends the workers; what is still in flight is cut.
     pub fn stop(self) {
+        self.ticking.abort();
         self.workers.stop();
     }
 }

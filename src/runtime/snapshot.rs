@@ -99,30 +99,36 @@ pub(super) struct Clusters {
 struct Live {
     upstream: Arc<Upstream>,
     source: Endpoints,
-    health: Option<config::Health>,
     _discovery: Discovery,
-    _health_checks: Option<HealthChecks>,
+    health_checks: Option<HealthChecks>,
 }
 
 impl Live {
     fn start(settings: &config::Upstream, resolver: &Arc<Resolver>, upstream: Arc<Upstream>) -> Self {
         let discovery = discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(resolver));
-        let health_checks = settings.health.as_ref().map(|checks| {
-            health::spawn(checks.clone(), settings.protocol, Arc::clone(&upstream), resolver.runtime())
-        });
-        Self {
-            upstream,
-            source: settings.endpoints.clone(),
-            health: settings.health.clone(),
-            _discovery: discovery,
-            _health_checks: health_checks,
-        }
+        let health_checks = Self::check(settings, resolver, &upstream);
+        Self { upstream, source: settings.endpoints.clone(), _discovery: discovery, health_checks }
+    }
+
+    fn check(
+        settings: &config::Upstream,
+        resolver: &Arc<Resolver>,
+        upstream: &Arc<Upstream>,
+    ) -> Option<HealthChecks> {
+        let health = settings.health.clone()?;
+        Some(health::spawn(health, settings.protocol, Arc::clone(upstream), resolver.runtime()))
     }
 
     /// Keeps what runs where nothing changed for it; the state of the upstream is kept in any case.
     fn renew(old: Option<Self>, settings: &config::Upstream, resolver: &Arc<Resolver>) -> Self {
         match old {
-            Some(old) if old.source == settings.endpoints && old.health == settings.health => old,
+            Some(mut old) if old.source == settings.endpoints => {
+                match (&settings.health, &old.health_checks) {
+                    (Some(health), Some(checks)) => checks.reconfigure(health.clone(), settings.protocol),
+                    _ => old.health_checks = Self::check(settings, resolver, &old.upstream),
+                }
+                old
+            }
             Some(old) => Self::start(settings, resolver, old.upstream),
             None => Self::start(settings, resolver, Upstream::new(settings.name.as_str())),
         }

@@ -175,6 +175,7 @@ impl Worker {
         let mut known = self.unknown.borrow_mut();
         if let Some((shared, local)) = known.get(host)
             && shared.is_current(config)
+            && self.shared.unknown.touch(shared)
         {
             return Rc::clone(local);
         }
@@ -196,7 +197,9 @@ impl Worker {
 
     fn sweep(&self) {
         let view = self.view();
-        let unknown = self.unknown.borrow();
+        let mut unknown = self.unknown.borrow_mut();
+        // Whoever is forgotten by all workers stops being looked up.
+        unknown.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
         let unknown = unknown.values().map(|(_, local)| local);
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown) {
             for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {

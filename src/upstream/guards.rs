@@ -11,10 +11,13 @@ use std::{
     time::Instant,
 };
 
+use arc_swap::ArcSwapOption;
+
 use super::connect::ConnectError;
 use crate::{
     config::Policy,
     resilience::{
+        adaptive::Adaptive,
         breaker::{Breaker, BreakerSettings, Transition},
         budget::{BudgetSettings, RetryBudget},
         hedge::LiveQuantile,
@@ -24,6 +27,9 @@ use crate::{
     },
 };
 
+/// Where the adaptive limit starts: enough for most services, little for one that is not well.
+const ADAPTIVE_START: u32 = 32;
+
 /// What guards an upstream.
 #[derive(Debug)]
 pub struct Guards {
@@ -32,6 +38,8 @@ pub struct Guards {
     pub budget: RetryBudget,
     pub requests: RequestLimit<Woken>,
     pub connections: Counter,
+    /// Moves the request limit by latency, where that is switched on.
+    pub adaptive: ArcSwapOption<Adaptive>,
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
     quantiles: Mutex<Vec<(u8, Arc<LiveQuantile>)>>,
     pub counts: Counts,
@@ -153,6 +161,7 @@ impl Guards {
             budget: RetryBudget::new(BudgetSettings::default()),
             requests: RequestLimit::new(LimitSettings::default()),
             connections: Counter::new(LimitSettings::default().max_connections),
+            adaptive: ArcSwapOption::empty(),
             rates: Mutex::default(),
             quantiles: Mutex::default(),
             counts: Counts::default(),
@@ -172,6 +181,13 @@ impl Guards {
         }
         if let Some(limits) = policy.limits.0 {
             self.requests.configure(limits, now);
+            let adaptive = self.adaptive.load_full().filter(|_| limits.adaptive);
+            if limits.adaptive && adaptive.is_none() {
+                self.requests.adapt(ADAPTIVE_START, now);
+                self.adaptive.store(Some(Arc::new(Adaptive::new(limits.max_requests, now))));
+            } else if adaptive.is_none() {
+                self.adaptive.store(None);
+            }
         }
         let connections = policy.limits.0.map_or(u32::MAX, |limits| limits.max_connections);
         self.connections.set_limit(connections);

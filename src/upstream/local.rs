@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::HashMap,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -66,8 +67,9 @@ impl LocalUpstream {
         if set.generation != self.seen.get() {
             let old = Rc::clone(&self.endpoints.borrow());
             let now = Instant::now();
+            let known: HashMap<_, _> = old.iter().map(|local| (Arc::as_ptr(&local.shared), local)).collect();
             let local = |endpoint: &Arc<Endpoint>| {
-                let same = old.iter().find(|local| Arc::ptr_eq(&local.shared, endpoint)).cloned();
+                let same = known.get(&Arc::as_ptr(endpoint)).map(|local| Rc::clone(local));
                 same.unwrap_or_else(|| {
                     let ejection = self.shared.guards.outliers.endpoint(&endpoint.address);
                     Rc::new(LocalEndpoint::new(Arc::clone(endpoint), ejection, now))

@@ -26,6 +26,7 @@ use super::{
 use crate::{
     config::{HeaderCase, PoolIdle},
     proxy::{body::RequestBody, io::SharedTcp},
+    resilience::classify::Loss,
     runtime::LocalExecutor,
 };
 
@@ -83,6 +84,7 @@ pub struct H2 {
     streams: Cell<u32>,
     idle_since: Cell<Instant>,
     retire_at: Option<Instant>,
+    loss: Loss,
 }
 
 /// One dial that several calls wait for.
@@ -322,6 +324,7 @@ impl H2 {
             streams: Cell::new(0),
             idle_since: Cell::new(now),
             retire_at: settings.max_age.map(|age| now + age),
+            loss: Loss::default(),
         }))
     }
 }
@@ -373,7 +376,17 @@ impl Lease {
     /// Whether the connection has carried a request before: then its silent end says nothing about the upstream.
     pub fn reused(&self) -> bool {
         match self {
-            Self::H1 { reused, .. } | Self::H2 { reused, .. } => *reused,
+            Self::H1 { reused, .. } => *reused,
+            // With other streams on it, it did not lie idle.
+            Self::H2 { stream, reused } => *reused && stream.0.streams.get() == 1,
+        }
+    }
+
+    /// What sees to it that the loss of a connection with many calls on it counts once.
+    pub fn loss(&self) -> Option<&Loss> {
+        match self {
+            Self::H1 { .. } => None,
+            Self::H2 { stream, .. } => Some(&stream.0.loss),
         }
     }
 
