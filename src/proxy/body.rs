@@ -156,6 +156,7 @@ impl Kept {
             self.kept_bytes = self.kept_bytes.saturating_add(data.len() as u64);
             if self.kept_bytes > self.limit {
                 self.overflowed = true;
+                self.progress.unrepeatable();
                 self.frames = Vec::new();
             } else {
                 self.frames.push(data.clone());

@@ -112,9 +112,10 @@ impl Clock {
         let whole = progress.over_at().map(|at| (at, Some(RanOut::Whole)));
         self.request_sent(progress);
         if let Some(sent) = progress.request_sent_at() {
+            let more = self.more && progress.is_repeatable();
             let this_try = *self.this_try.get_or_insert_with(|| {
                 let began = sent.max(self.try_began);
-                let limit = self.deadline.attempt(began.into_std(), self.attempt_timeout, self.more);
+                let limit = self.deadline.attempt(began.into_std(), self.attempt_timeout, more);
                 limit.map(|(at, limit)| (Instant::from_std(at), limit))
             });
             return earliest(whole, this_try.map(|(at, limit)| (at, Some(RanOut::Limit(limit)))));

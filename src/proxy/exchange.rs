@@ -317,7 +317,8 @@ impl<'a> Exchange<'a> {
             drop(last_end.take());
 
             let more = self.retries.another_possible(counted);
-            clock.begin_try(more);
+            // A try that ran out of time may have been processed: only what may be done twice can follow it.
+            clock.begin_try(more && self.retries.may_repeat(&outgoing.method, self.call.idempotency_key));
             let first = Asked { index, permit, last: !more && free_used && !outgoing.keep };
             let over = self.attempt(first, clock, outgoing, replay, &mut counted, &mut tried, record).await;
             let index = over.index;

@@ -25,6 +25,8 @@ pub struct Progress {
     answering: Cell<bool>,
     /// The response is out, to its last byte, or never will be.
     done: Cell<bool>,
+    /// Whether the request could be sent once more, as far as its body goes.
+    repeatable: Cell<bool>,
     /// When the call wants to be polled though nothing moved: its nearest deadline.
     wake_at: Cell<Option<Instant>>,
     woken: Cell<bool>,
@@ -40,6 +42,7 @@ impl Progress {
             request_sent: Cell::new(None),
             answering: Cell::new(false),
             done: Cell::new(false),
+            repeatable: Cell::new(true),
             wake_at: Cell::new(None),
             woken: Cell::new(false),
         }
@@ -69,6 +72,15 @@ impl Progress {
             self.moved.set(now);
             self.request_sent.set(Some(now));
         }
+    }
+
+    /// The body is larger than what is kept: there will be no other try once it is sent.
+    pub fn unrepeatable(&self) {
+        self.repeatable.set(false);
+    }
+
+    pub fn is_repeatable(&self) -> bool {
+        self.repeatable.get()
     }
 
     pub fn request_sent_at(&self) -> Option<Instant> {

@@ -139,6 +139,11 @@ impl RetryPolicy {
         self.settings.as_ref().is_some_and(|settings| tries <= settings.max)
     }
 
+    /// Whether a request that may have been processed may be sent again. Then half of the time is kept for that.
+    pub fn may_repeat(&self, method: &Method, idempotency_key: bool) -> bool {
+        self.settings.as_ref().is_some_and(|settings| settings.methods.allow(method, idempotency_key))
+    }
+
     /// The whole decision. Where it says retry, the budget has been charged.
     pub fn decide(&self, tried: &Tried<'_>, outcome: &Outcome, moment: &Moment<'_>) -> Decision {
         let free = match self.eligible(tried, outcome) {
