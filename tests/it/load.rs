@@ -33,8 +33,10 @@ fn say(line: &str) {
 fn ten_thousand_idle_connections() {
     const COUNT: u64 = 10_000;
     let upstream = Upstream::http1(|_| async { text("ok") });
-    let proxy = Proxy::start(config(&upstream, ""));
-    for (name, address) in [("outbound", proxy.outbound()), ("inbound", proxy.inbound())] {
+    for name in ["outbound", "inbound"] {
+        // One of its own for each, since freed memory would be used again.
+        let proxy = Proxy::start(config(&upstream, ""));
+        let address = if name == "outbound" { proxy.outbound() } else { proxy.inbound() };
         RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
         let before = proxy.resident_kib();
         let mut clients = Vec::new();
@@ -142,7 +144,10 @@ fn call(addresses: [SocketAddr; 2], stop: &AtomicBool, failed: &AtomicUsize, don
                     break Some(answer);
                 }
                 Ok(None) if client.buffer.is_empty() && !fresh => fresh = true,
-                _ => break None,
+                other => {
+                    say(&format!("failed on a {} connection: {other:?}", if fresh { "new" } else { "used" }));
+                    break None;
+                }
             }
         };
         if answer.is_none_or(|answer| answer.status() != 200) {
