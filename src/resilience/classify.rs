@@ -75,6 +75,13 @@ pub struct Reset {
     pub response_begun: bool,
 }
 
+impl Reset {
+    /// A pooled connection that broke before any response byte: most likely the upstream closed it just as we sent.
+    pub const fn is_stale(self) -> bool {
+        self.reused && !self.response_begun
+    }
+}
+
 /// What the upstream's sidecar advises ([`RETRY_ADVICE`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Advice {
@@ -194,6 +201,8 @@ impl Ending {
         match self {
             Self::Http(status) => http_health(status),
             Self::Grpc(status) => status.health(),
+            // The race of our own pool; a service that breaks connections breaks fresh ones as well.
+            Self::Reset(reset) if reset.is_stale() => Health::Neutral,
             Self::Connect(_) | Self::Reset(_) | Self::AttemptTimeout | Self::Timeout => Health::Failure,
             // "Not now, and not processed" is how a well server sheds load or leaves (GOAWAY in a rolling restart).
             Self::RefusedStream => Health::Neutral,

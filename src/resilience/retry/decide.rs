@@ -210,5 +210,5 @@ impl RetryPolicy {
 
 /// A pooled connection that broke before any response byte: most likely the upstream closed it just as we sent.
 fn is_stale(outcome: &Outcome) -> bool {
-    matches!(outcome.ending, Ending::Reset(reset) if reset.reused && !reset.response_begun)
+    matches!(outcome.ending, Ending::Reset(reset) if reset.is_stale())
 }
