@@ -1,10 +1,12 @@
 //! Listeners, and what becomes of a connection that comes in.
 
 use std::{
+    future::poll_fn,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -97,13 +99,13 @@ fn bind_one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 
 /// Accepts until dropped. An error of one connection, or a shortage, never ends the loop.
 pub async fn accept_loop(
-    listener: TcpListener,
-    side: Side,
-    mut deliver: impl FnMut(TcpStream, SocketAddr, &Side),
+    listener: &TcpListener,
+    side: &Side,
+    deliver: &mut impl FnMut(TcpStream, SocketAddr, &Side),
 ) {
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => deliver(stream, peer, &side),
+            Ok((stream, peer)) => deliver(stream, peer, side),
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot accept connections");
@@ -111,6 +113,21 @@ pub async fn accept_loop(
             }
         }
     }
+}
+
+/// Accepts what is waiting and nothing more.
+pub async fn accept_waiting(
+    listener: &TcpListener,
+    side: &Side,
+    deliver: &mut impl FnMut(TcpStream, SocketAddr, &Side),
+) {
+    poll_fn(|cx| {
+        while let Poll::Ready(Ok((stream, peer))) = listener.poll_accept(cx) {
+            deliver(stream, peer, side);
+        }
+        Poll::Ready(())
+    })
+    .await;
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

@@ -131,7 +131,13 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
         (_, Some(reason)) => format!("reset the stream ({reason})"),
         _ => "closed the connection before it answered".to_owned(),
     };
-    let error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}"));
+    let hint = match lease {
+        Lease::H2 { reused: false, .. } if !h2.is_some_and(h2::Error::is_reset) => {
+            "; it was called by HTTP/2 as its caller came by that: if it speaks HTTP/1.1 only, say so by `protocol = \"http1\"`"
+        }
+        _ => "",
+    };
+    let error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
     let one_stream_only = h2.is_some_and(h2::Error::is_reset);
     let counted =
         !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral);

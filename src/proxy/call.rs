@@ -10,7 +10,7 @@ use std::{
     task::Poll,
 };
 
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header::CONNECTION};
 use hyper::body::Incoming;
 
 use super::{
@@ -47,6 +47,7 @@ pub async fn answer(
     progress: &Rc<Progress>,
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
+    let http1 = request.version() != Version::HTTP_2;
     let grpc = headers::is_grpc(request.headers());
     let trace_id = headers::trace_id(request.headers()).map(str::to_owned);
     let trace = trace_id.as_deref().and_then(|id| u128::from_str_radix(id, 16).ok());
@@ -54,7 +55,7 @@ pub async fn answer(
     let request_id = request_id(connection, &mut request);
 
     let result = catch_panic(handle(connection, &view, request, progress, &mut record)).await;
-    let response = result.and_then(|handled| handled).unwrap_or_else(|error| {
+    let mut response = result.and_then(|handled| handled).unwrap_or_else(|error| {
         tracing::debug!(%error, upstream = record.upstream, tries = record.tries, "answered in place of the service");
         let next_hop = match connection.side {
             Side::Inbound => None,
@@ -72,6 +73,10 @@ pub async fn answer(
                 grpc,
             },
         );
+        if http1 && error.cause == Cause::Malformed {
+            // What was not understood may have more behind it that would not be, either.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         if connection.side == Side::Inbound
             && error.cause.is_elsewhere()
             && let Some(word) = Advice::Elsewhere.word()
@@ -80,6 +85,10 @@ pub async fn answer(
         }
         response
     });
+    if connection.is_leaving() && http1 {
+        // Before the connection is closed the caller is told, so that it sends nothing that would be lost.
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     if !matches!(response.body(), ResponseBody::Streaming(_)) {
         progress.done();
     }

@@ -46,6 +46,8 @@ use crate::{
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A caller's connection that carries nothing. Long: who closes first loses the race against the next request.
 const CALLER_IDLE: Duration = Duration::from_secs(3600);
+/// How long an idle HTTP/1 connection is kept after it was asked to leave.
+const LAST_CALL: Duration = Duration::from_secs(1);
 /// A caller that takes nothing of what is written to it.
 const WRITE_STALL: Duration = Duration::from_secs(300);
 /// A caller that says nothing for this long may be waiting for the other side to speak first.
@@ -75,6 +77,8 @@ pub struct Connection {
     /// Streams that HTTP/2 carries now.
     streams: Cell<u32>,
     http2: Cell<bool>,
+    /// Asked to leave: answers tell the caller so.
+    leaving: Cell<bool>,
     /// Since when nothing is under way.
     idle_since: Cell<Instant>,
 }
@@ -120,6 +124,7 @@ impl Connection {
             exchange: RefCell::default(),
             streams: Cell::default(),
             http2: Cell::default(),
+            leaving: Cell::default(),
             idle_since: Cell::new(Instant::now()),
         })
     }
@@ -135,6 +140,7 @@ impl Connection {
             exchange: RefCell::default(),
             streams: Cell::default(),
             http2: Cell::default(),
+            leaving: Cell::default(),
             idle_since: Cell::new(Instant::now()),
         })
     }
@@ -149,7 +155,7 @@ impl Connection {
             return self.carry(stream, upstream, behind).await;
         }
         let mut detector = Detector::default();
-        let mut leaving = pin!(self.leaving());
+        let mut leaving = pin!(self.closing());
         let spoken = match &behind {
             None => tokio::select! {
                 spoken = detector.spoken(&mut stream) => spoken?,
@@ -285,7 +291,7 @@ impl Connection {
         C: Future<Output = hyper::Result<()>>,
     {
         let mut connection = pin!(connection);
-        let mut leaving = pin!(self.leaving());
+        let mut leaving = pin!(self.closing());
         let mut watchdog = Watchdog::default();
         let mut left = false;
         poll_fn(|cx| {
@@ -303,8 +309,24 @@ impl Connection {
         .await
     }
 
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.get()
+    }
+
+    /// Waits until this connection is to be closed where nothing is under way on it.
+    ///
+    /// HTTP/2 says GOAWAY and loses nothing. On HTTP/1 a request may be on its way just now: for a while it is still
+    /// answered, with `Connection: close`.
+    async fn closing(&self) {
+        self.asked_to_leave().await;
+        self.leaving.set(true);
+        if !self.http2.get() {
+            sleep(LAST_CALL).await;
+        }
+    }
+
     /// Waits until connections of this side are asked to leave.
-    async fn leaving(&self) {
+    async fn asked_to_leave(&self) {
         let drains_at = drain_phase(&self.side);
         let mut phase = self.worker.shared.phase.subscribe();
         // The sender lives as long as the worker.

@@ -42,6 +42,7 @@ pub fn hand_on(
         let detail = format!("{}: its response cannot be passed on: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)
     };
+    headers::only_chunked(response.headers()).map_err(broken)?;
     let said = headers::remove_hop_by_hop(response.headers_mut()).map_err(broken)?;
     response.headers_mut().remove(X_OUTRIGGER_RETRY);
     if connection.side == Side::Inbound {

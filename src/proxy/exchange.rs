@@ -124,7 +124,8 @@ pub async fn run(
         interim: http1 && callers_version == Version::HTTP_11,
     };
     let replay = Replay::new(body, retries.body_limit(&parts.method, call.idempotency_key), progress);
-    let mut outgoing = head::outgoing(parts, version, &cluster.settings.name, upgrade.as_ref())?;
+    let mut outgoing =
+        head::outgoing(parts, version, &cluster.settings.name, upgrade.as_ref(), !replay.is_empty())?;
     outgoing.keep = policy.fallback.is_some();
 
     let ended = serve(&call, target, policy, retries, &mut clock, &mut outgoing, &replay, record).await;

@@ -2,7 +2,7 @@
 
 use http::{
     HeaderValue, Uri, Version,
-    header::{CONNECTION, HOST, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE},
     request, uri,
 };
 use hyper::upgrade::OnUpgrade;
@@ -73,6 +73,7 @@ pub fn outgoing(
     version: Version,
     name: &str,
     upgrade: Option<&HeaderValue>,
+    has_body: bool,
 ) -> Result<Outgoing, ProxyError> {
     let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
     let path = head.uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
@@ -91,6 +92,10 @@ pub fn outgoing(
         } else if !head.headers.contains_key(HOST) {
             let host = HeaderValue::from_str(name).map_err(|error| malformed(error.into()))?;
             head.headers.insert(HOST, host);
+        }
+        if has_body && !head.headers.contains_key(CONTENT_LENGTH) {
+            // Said aloud, since hyper sends no body with GET and its like unless told to.
+            head.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
         Uri::from(path)
     };

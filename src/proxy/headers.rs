@@ -74,7 +74,10 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Result<HopByHop, ProxyError
     headers.remove(HTTP2_SETTINGS);
     headers.remove(KEEP_ALIVE);
     headers.remove(PROXY_CONNECTION);
-    headers.remove(TRANSFER_ENCODING);
+    if headers.remove(TRANSFER_ENCODING).is_some() {
+        // The coding decides where the body ends; a length beside it is a lie (RFC 9112 §6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
     if let Some(te) = headers.remove(TE)
         && te
             .to_str()
@@ -95,11 +98,20 @@ pub fn remove_proxy_credentials(headers: &mut HeaderMap) {
 pub fn remove_spoofed(headers: &mut HeaderMap) {
     headers.remove(X_FORWARDED_CLIENT_CERT);
     headers.remove(X_OUTRIGGER_RETRY);
+    // Many services read `_` and `-` as the same (CGI and its heirs).
+    let disguised =
+        |name: &HeaderName| name.as_str().contains('_') && is_protected(&name.as_str().replace('_', "-"));
+    let disguised: Vec<HeaderName> = headers.keys().filter(|name| disguised(name)).cloned().collect();
+    for name in disguised {
+        headers.remove(name);
+    }
 }
 
 /// Refuses what two parsers could read differently and hyper lets pass.
 pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
     let headers = request.headers();
+    let target = request.uri();
+    let by_http2 = request.version() == Version::HTTP_2;
     let mut hosts = headers.get_all(HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
@@ -110,11 +122,12 @@ pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
     }
     if let Some(host) = host {
         let text = host.to_str().map_err(|_| ProxyError::malformed("the Host field is not text"))?;
-        if text.is_empty() || text.parse::<http::uri::Authority>().is_err() || text.contains('@') {
+        let authority = text.parse::<http::uri::Authority>();
+        if text.contains('@') || !authority.is_ok_and(|authority| has_valid_port(&authority)) {
             if !(text.is_empty() && request.uri().authority().is_some()) {
                 return Err(ProxyError::malformed("the Host field is not a host"));
             }
-        } else if request.version() == Version::HTTP_2
+        } else if by_http2
             && request
                 .uri()
                 .authority()
@@ -138,11 +151,42 @@ pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
         return Err(ProxyError::malformed("an expectation that is not 100-continue (RFC 9110 §10.1.1)")
             .with_status(http::StatusCode::EXPECTATION_FAILED));
     }
+    if !by_http2
+        && request.method() != Method::CONNECT
+        && target.authority().is_some()
+        && target.scheme().is_none()
+    {
+        return Err(ProxyError::malformed("the target is neither a path nor a URI (RFC 9112 §3.2)"));
+    }
+    if target.scheme_str().is_some_and(|scheme| scheme != "http" && scheme != "https") {
+        return Err(ProxyError::malformed("the target's scheme is not http"));
+    }
+    if target.authority().is_some_and(|authority| !has_valid_port(authority)) {
+        return Err(ProxyError::malformed("the target's port is not a number up to 65535"));
+    }
+    only_chunked(headers)?;
     let asterisk = request.uri().path() == "*";
     if asterisk && request.method() != Method::OPTIONS {
         return Err(ProxyError::malformed("the target * is for OPTIONS only (RFC 9112 §3.2.4)"));
     }
     Ok(())
+}
+
+/// Whether what stands behind the host is nothing, or a port.
+fn has_valid_port(authority: &http::uri::Authority) -> bool {
+    let behind_host = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
+    behind_host.is_empty() || (behind_host.len() > 1 && authority.port_u16().is_some())
+}
+
+/// Refuses transfer codings other than exactly `chunked`: hyper undoes that one and lets the others pass unnoticed,
+/// so that the body would arrive coded and not say so (RFC 9112 §6.1).
+pub fn only_chunked(headers: &HeaderMap) -> Result<(), ProxyError> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
+        _ => Err(ProxyError::malformed("a transfer coding that is not just `chunked` (RFC 9112 §6.1)")),
+    }
 }
 
 /// Refuses a message that has passed this proxy before.

@@ -28,7 +28,7 @@ use super::{Cluster, Phase, Shared, Snapshot, StartError};
 use crate::{
     config::{Config, HostPort},
     proxy::{
-        accept::{self, Listener, Side, accept_loop},
+        accept::{self, Listener, Side, accept_loop, accept_waiting},
         error::deployment,
         headers::Via,
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost},
@@ -310,13 +310,15 @@ where
             }
         };
         for (side, socket) in sockets {
-            let deliver = deliver.clone();
             let mut phase = phase.subscribe();
+            let mut deliver = deliver.clone();
             tokio::task::spawn_local(async move {
                 tokio::select! {
-                    () = accept_loop(socket, side, deliver) => {}
+                    () = accept_loop(&socket, &side, &mut deliver) => {}
                     _ = phase.wait_for(|phase| *phase >= drains_at) => {}
                 }
+                // Who is in the backlog has been told by the kernel that we are here.
+                accept_waiting(&socket, &side, &mut deliver).await;
             });
         }
     }
