@@ -13,7 +13,7 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{guard, status::Status, token::Token};
+use super::{breaker, guard, status::Status, token::Token};
 use crate::{
     runtime::lifecycle::Control,
     telemetry::{exposition, log::LogFilter},
@@ -44,9 +44,21 @@ type Handler = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
 
 struct Route {
     method: Method,
+    /// A part `NAME` stands for anything.
     path: &'static str,
     probe: bool,
     handler: Handler,
+}
+
+impl Route {
+    fn is_at(&self, path: &str) -> bool {
+        let mut parts = path.split('/');
+        let fits = |(pattern, part): (&str, Option<&str>)| match part {
+            Some(part) => pattern == part || (pattern == "NAME" && !part.is_empty()),
+            None => false,
+        };
+        self.path.split('/').map(|pattern| (pattern, parts.next())).all(fits) && parts.next().is_none()
+    }
 }
 
 const fn read(path: &'static str, probe: bool, handler: Handler) -> Route {
@@ -60,6 +72,14 @@ const ROUTES: &[Route] = &[
     read("/metrics", true, |control, _, _| metrics(control)),
     read("/status", false, |control, _, _| json(StatusCode::OK, &Status::of(control))),
     read("/config", false, |control, parts, _| config(control, &parts.headers)),
+    Route {
+        method: Method::POST,
+        path: "/upstreams/NAME/breaker",
+        probe: false,
+        handler: |control, parts, body| {
+            breaker::force(control, breaker::upstream_in(parts.uri.path()).unwrap_or_default(), body)
+        },
+    },
     Route { method: Method::POST, path: "/drain", probe: false, handler: |control, _, _| drain(control) },
     Route {
         method: Method::PUT,
@@ -100,7 +120,7 @@ impl Api {
         }
         let path = parts.uri.path();
         let served: Vec<&Route> = ROUTES.iter().filter(|route| route.probe || !probe_only).collect();
-        let here: Vec<&&Route> = served.iter().filter(|route| route.path == path).collect();
+        let here: Vec<&&Route> = served.iter().filter(|route| route.is_at(path)).collect();
         if here.is_empty() {
             let paths: Vec<&str> = served.iter().map(|route| route.path).collect();
             let detail = format!("there is {}", paths.join(", "));
@@ -243,7 +263,7 @@ fn text(status: StatusCode, body: &str) -> Answer {
     with_type("text/plain; charset=utf-8", status, body.to_owned().into())
 }
 
-fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
+pub fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
     match serde_json::to_vec_pretty(body) {
         Ok(mut body) => {
             body.push(b'\n');

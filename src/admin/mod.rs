@@ -4,6 +4,7 @@
 //! the size of a body.
 
 mod api;
+pub mod breaker;
 pub mod client;
 mod effective;
 mod guard;
@@ -12,6 +13,7 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 pub mod token;
+pub mod upstreams;
 
 use std::{convert::Infallible, future::Future, io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -117,8 +119,11 @@ impl Admin {
             serve_tcp(tasks, listeners, &Api { control: Arc::clone(&control), access: Access::Probe });
         }
         // Set once: there is one admin server to a control.
-        let _ =
-            control.admin.set(AdminAddresses { admin: admin.address.clone(), probe: admin.probe.clone() });
+        let _ = control.admin.set(AdminAddresses {
+            admin: admin.address.clone(),
+            probe: admin.probe.clone(),
+            token_file: admin.token_file.clone(),
+        });
         Ok(admin)
     }
 

@@ -1,14 +1,18 @@
 //! What `GET /status` says and `outrigger status` shows.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::atomic::Ordering};
+use std::{collections::BTreeMap, path::PathBuf, sync::atomic::Ordering, time::Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::upstreams::UpstreamStatus;
 use crate::{
+    proxy::unknown::UnknownHosts,
     runtime::{Phase, lifecycle::Control},
-    telemetry::metrics::Connections,
-    upstream::{Resolution, Upstream},
+    telemetry::metrics::{Connections, Way, Ways},
 };
+
+/// Unknown hosts that are shown in full.
+const SHOWN_HOSTS: usize = 50;
 
 /// The state of a running sidecar.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +30,12 @@ pub struct Status {
     pub config: ConfigStatus,
     pub listeners: Listeners,
     pub connections: BTreeMap<String, ConnectionCounts>,
+    /// What went through, by way in: `inbound`, `proxy`, `host`, `redirect`, `listen`.
+    pub ways: BTreeMap<String, WayStatus>,
     /// Where inbound calls go.
     pub inbound: UpstreamStatus,
     pub upstreams: Vec<UpstreamStatus>,
+    pub unknown: UnknownStatus,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +64,9 @@ pub struct Listeners {
     pub admin: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<String>,
+    /// Where the token is that changes need.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin_token_file: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,29 +75,26 @@ pub struct ConnectionCounts {
     pub total: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UpstreamStatus {
-    pub name: String,
-    /// Where its endpoints come from.
-    pub source: String,
-    /// `pending`, `ready`, or `failed: WHY`; what was found before a failure stays in use.
-    pub discovery: String,
-    pub endpoints: Vec<EndpointStatus>,
+/// What came in by one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayStatus {
+    /// Calls; and connections that carried bytes.
+    pub count: u64,
+    pub last_seconds_ago: Option<u64>,
 }
 
+/// Hosts that no upstream names, met since the start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EndpointStatus {
-    pub address: String,
-    /// The name it was resolved from.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub host: Option<String>,
-    pub weight: u32,
-    /// `healthy` or `unhealthy`, by active checks.
-    pub state: String,
+pub struct UnknownStatus {
+    /// How many are known now.
+    pub known: usize,
+    /// Those that were used last.
+    pub hosts: Vec<UpstreamStatus>,
 }
 
 impl Status {
     pub fn of(control: &Control) -> Self {
+        let now = Instant::now();
         let snapshot = control.shared.snapshot.load();
         let reloads = control.reloads.state();
         let not_ready = control.not_ready();
@@ -121,16 +128,15 @@ impl Status {
                     .collect(),
                 admin: admin.map(|at| at.admin.clone()).unwrap_or_default(),
                 probe: admin.and_then(|at| at.probe.clone()),
+                admin_token_file: admin.and_then(|at| at.token_file.clone()),
             },
             connections: [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)]
                 .map(|(direction, connections)| (direction.to_owned(), ConnectionCounts::of(connections)))
                 .into(),
-            inbound: UpstreamStatus::of(&snapshot.inbound.upstream, &snapshot.inbound.settings.endpoints),
-            upstreams: snapshot
-                .clusters
-                .iter()
-                .map(|cluster| UpstreamStatus::of(&cluster.upstream, &cluster.settings.endpoints))
-                .collect(),
+            ways: Way::ALL.map(|way| (way.word().to_owned(), WayStatus::of(&metrics.ways, way, now))).into(),
+            inbound: UpstreamStatus::of(&snapshot.inbound, now),
+            upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
+            unknown: UnknownStatus::of(&control.shared.unknown, now),
         }
     }
 }
@@ -144,28 +150,18 @@ impl ConnectionCounts {
     }
 }
 
-impl UpstreamStatus {
-    fn of(upstream: &Upstream, source: &crate::config::Endpoints) -> Self {
-        let set = upstream.endpoints();
-        Self {
-            name: upstream.name.to_string(),
-            source: source.to_string(),
-            discovery: match &set.resolution {
-                Resolution::Pending => "pending".to_owned(),
-                Resolution::Ready => "ready".to_owned(),
-                Resolution::Failed(why) => format!("failed: {why}"),
-            },
-            endpoints: set
-                .endpoints
-                .iter()
-                .map(|endpoint| EndpointStatus {
-                    address: endpoint.address.to_string(),
-                    host: endpoint.host.as_deref().map(ToOwned::to_owned),
-                    weight: endpoint.weight(),
-                    state: if endpoint.is_healthy() { "healthy" } else { "unhealthy" }.to_owned(),
-                })
-                .collect(),
-        }
+impl WayStatus {
+    fn of(ways: &Ways, way: Way, now: Instant) -> Self {
+        let (count, last) = ways.read(way, now);
+        Self { count, last_seconds_ago: last.map(|ago| ago.as_secs()) }
+    }
+}
+
+impl UnknownStatus {
+    fn of(hosts: &UnknownHosts, now: Instant) -> Self {
+        let (known, _) = hosts.read();
+        let shown = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
+        Self { known: known.len(), hosts: shown.collect() }
     }
 }
 

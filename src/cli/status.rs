@@ -1,6 +1,7 @@
 //! `outrigger status`
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     io::{IsTerminal, Write},
     process::ExitCode,
@@ -13,14 +14,15 @@ use super::admin_client::{AdminArgs, finish};
 use crate::{
     admin::{
         client::{Client, ClientError},
-        status::{Status, UpstreamStatus},
+        status::{Status, UnknownStatus},
+        upstreams::{BreakerStatus, UpstreamStatus},
     },
     units::HumanDuration,
 };
 
 const REFRESH: Duration = Duration::from_secs(2);
 
-/// Show a running sidecar: its upstreams, their endpoints, what it listens on.
+/// Show a running sidecar: what went through it, its upstreams, their endpoints, breakers and budgets.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -95,7 +97,11 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         writeln!(out, "  act after a restart only: {}", config.restart_needed.join(", "))?;
     }
 
-    writeln!(out)?;
+    write_ways_in(out, status)?;
+    write_upstreams(out, status)
+}
+
+fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
     let mut rows = vec![row(["LISTENER", "ADDRESS", "OPEN", "SINCE START"])];
     for (name, addresses) in
         [("outbound", &status.listeners.outbound), ("inbound", &status.listeners.inbound)]
@@ -114,16 +120,37 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     }
     table(out, &rows)?;
 
-    writeln!(out)?;
-    let mut rows = vec![row(["UPSTREAM", "ENDPOINT", "STATE", "FROM"])];
-    for upstream in &status.upstreams {
-        upstream_rows(&mut rows, &upstream.name, upstream);
+    let mut rows = vec![row(["WAY IN", "CALLS", "LAST"])];
+    for (name, way) in &status.ways {
+        let last =
+            way.last_seconds_ago.map_or_else(|| "never".to_owned(), |ago| format!("{} ago", seconds(ago)));
+        rows.push(row([name, &way.count.to_string(), &last]));
     }
-    upstream_rows(&mut rows, "(the service)", &status.inbound);
     table(out, &rows)
 }
 
-fn upstream_rows(rows: &mut Vec<[String; 4]>, name: &str, upstream: &UpstreamStatus) {
+fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
+    let UnknownStatus { known, hosts } = &status.unknown;
+    let all = || {
+        let named = status.upstreams.iter().map(|upstream| (upstream.name.as_str(), upstream));
+        let met = hosts.iter().map(|upstream| (upstream.name.as_str(), upstream));
+        named.chain(met).chain([("(the service)", &status.inbound)])
+    };
+    let mut rows = vec![row(["UPSTREAM", "ENDPOINT", "STATE", "FROM"])];
+    all().for_each(|(name, upstream)| endpoint_rows(&mut rows, name, upstream));
+    table(out, &rows)?;
+    if *known > hosts.len() {
+        writeln!(out, "and {} more hosts that no upstream names", known - hosts.len())?;
+    }
+
+    let titles =
+        ["UPSTREAM", "BREAKER", "RETRIES LEFT", "IN FLIGHT", "WAITING", "CONNECTIONS", "RETRIES", "REFUSED"];
+    let mut rows = vec![row(titles)];
+    all().for_each(|(name, upstream)| rows.push(guard_row(name, upstream)));
+    table(out, &rows)
+}
+
+fn endpoint_rows(rows: &mut Vec<Row>, name: &str, upstream: &UpstreamStatus) {
     let mut from = upstream.source.clone();
     if upstream.discovery != "ready" {
         let _ = write!(from, " ({})", upstream.discovery);
@@ -133,20 +160,73 @@ fn upstream_rows(rows: &mut Vec<[String; 4]>, name: &str, upstream: &UpstreamSta
     }
     for (index, endpoint) in upstream.endpoints.iter().enumerate() {
         let (name, from) = if index == 0 { (name, from.as_str()) } else { ("", "") };
-        rows.push(row([name, &endpoint.address, &endpoint.state, from]));
+        let mut state = endpoint.state.clone();
+        if let Some(left) = endpoint.until_in_seconds {
+            let _ = write!(state, ", back in {}", seconds(left));
+        }
+        rows.push(row([name, &endpoint.address, &state, from]));
     }
 }
 
-fn row(cells: [&str; 4]) -> [String; 4] {
-    cells.map(ToOwned::to_owned)
+fn guard_row(name: &str, upstream: &UpstreamStatus) -> Row {
+    let of = |count: u32, limit: u32| match limit {
+        u32::MAX => count.to_string(),
+        limit => format!("{count} of {limit}"),
+    };
+    let off = || "off".to_owned();
+    let budget = upstream.budget.as_ref().map_or_else(off, |budget| budget.available.to_string());
+    let [in_flight, pending, connections] = match &upstream.limits {
+        None => [off(), off(), off()],
+        Some(limits) => [
+            of(limits.in_flight, limits.max_requests),
+            limits.pending.to_string(),
+            of(limits.connections, limits.max_connections),
+        ],
+    };
+    let breaker = breaker(&upstream.breaker);
+    let (retries, rejected) = (counts(&upstream.retries), counts(&upstream.rejected));
+    row([name, &breaker, &budget, &in_flight, &pending, &connections, &retries, &rejected])
 }
 
-fn table(out: &mut String, rows: &[[String; 4]]) -> std::fmt::Result {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let (a, b, c) = (width(0), width(1), width(2));
-    for [name, address, state, rest] in rows {
-        let line = format!("{name:a$}  {address:b$}  {state:c$}  {rest}");
-        writeln!(out, "{}", line.trim_end())?;
+fn breaker(breaker: &BreakerStatus) -> String {
+    let BreakerStatus { state, mode, since_seconds_ago, why, until_in_seconds } = breaker;
+    if mode == "off" {
+        return mode.clone();
+    }
+    let mut text = state.replace('_', " ");
+    // One that has never moved needs no explanation.
+    if why != "start" {
+        let _ = write!(text, " for {} ({why})", seconds(*since_seconds_ago));
+    }
+    if let Some(left) = until_in_seconds {
+        let _ = write!(text, ", {} left", seconds(*left));
+    }
+    text
+}
+
+fn counts(counts: &BTreeMap<String, u64>) -> String {
+    let each: Vec<String> = counts.iter().map(|(word, count)| format!("{word} {count}")).collect();
+    each.join(", ")
+}
+
+type Row = Vec<String>;
+
+fn row<const N: usize>(cells: [&str; N]) -> Row {
+    cells.map(ToOwned::to_owned).into()
+}
+
+/// After an empty line; all but the last column are as wide as their widest cell.
+fn table(out: &mut String, rows: &[Row]) -> std::fmt::Result {
+    writeln!(out)?;
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        writeln!(out, "{}", cells.join("  ").trim_end())?;
     }
     Ok(())
 }
@@ -168,9 +248,18 @@ mod tests {
                        "rejected": "a.toml:3: no such key", "restart_needed": ["inbound.listen"]},
             "listeners": {"outbound": ["127.0.0.1:4140", "[::1]:4140"], "inbound": ["[::]:4143"], "upstreams": {}, "admin": "127.0.0.1:4191"},
             "connections": {"inbound": {"open": 1, "total": 2}, "outbound": {"open": 3, "total": 4}},
+            "ways": {"inbound": {"count": 3, "last_seconds_ago": 61}, "proxy": {"count": 0, "last_seconds_ago": null}},
             "inbound": {"name": "checkout", "source": "[127.0.0.1:8080]", "discovery": "ready",
-                        "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}]},
-            "upstreams": [{"name": "payments", "source": "dns://payments:80", "discovery": "failed: no such name", "endpoints": []}],
+                        "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}],
+                        "breaker": {"state": "closed", "mode": "off", "since_seconds_ago": 61, "why": "start", "until_in_seconds": null},
+                        "budget": null, "limits": null, "retries": {}, "rejected": {}},
+            "upstreams": [{"name": "payments", "source": "dns://payments:80", "discovery": "failed: no such name",
+                           "endpoints": [{"address": "10.0.0.1:80", "weight": 1, "state": "ejected", "until_in_seconds": 8}],
+                           "breaker": {"state": "half_open", "mode": "auto", "since_seconds_ago": 2, "why": "time to try again", "until_in_seconds": null},
+                           "budget": {"available": 7},
+                           "limits": {"in_flight": 1, "pending": 0, "max_requests": 1024, "connections": 2, "max_connections": 4294967295_u32},
+                           "retries": {"sent": 12, "budget": 3}, "rejected": {"breaker_open": 90}}],
+            "unknown": {"known": 7, "hosts": []},
         }))
         .unwrap();
         let text = show(&status);
@@ -182,6 +271,11 @@ mod tests {
             "dns://payments:80 (failed: no such name)",
             "admin     127.0.0.1:4191",
             "(the service)",
+            "inbound  3      1m1s ago\nproxy    0      never",
+            "ejected, back in 8s",
+            "half open for 2s (time to try again)  7             1 of 1024  0        2            budget 3, sent 12  breaker_open 90",
+            "(the service)  off",
+            "and 7 more hosts that no upstream names",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
         }

@@ -48,6 +48,8 @@ pub async fn answer(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
+    let way = target::way(connection, &request);
+    connection.worker.shared.metrics.ways.note(way, progress.started().into_std());
     let grpc = headers::is_grpc(request.headers());
     let trace_id = headers::trace_id(request.headers()).map(str::to_owned);
     let trace = trace_id.as_deref().and_then(|id| u128::from_str_radix(id, 16).ok());

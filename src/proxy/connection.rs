@@ -40,6 +40,7 @@ use super::{
 use crate::{
     config::{HeaderCase, HostPort, Protocol},
     runtime::{LocalCluster, Phase, Worker, drain_phase},
+    telemetry::metrics::Way,
 };
 
 /// From the first byte of a request's head to its last (slowloris).
@@ -204,6 +205,15 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        // What a CONNECT led to has been counted with it.
+        let way = match &self.side {
+            Side::Inbound => Some(Way::Inbound),
+            Side::Upstream(_) => Some(Way::Listen),
+            Side::Outbound => None,
+        };
+        if let Some(way) = way {
+            self.worker.shared.metrics.ways.note(way, Instant::now().into_std());
+        }
         let policy = &to.cluster.settings.policy;
         let over_at = policy.max_duration.limit().map(|limit| Instant::now() + limit);
         match relay(stream, upstream, policy.tunnel_idle_timeout.limit(), over_at).await {

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     config::{HostPort, Unknown},
     runtime::{LocalCluster, View},
+    telemetry::metrics::Way,
 };
 
 /// The port of `http://` without one.
@@ -30,6 +31,18 @@ pub struct Target {
     pub index: Option<usize>,
     /// Whether the caller chose the address by a name in the request: then `deny_networks` and own ports are heeded.
     pub chosen_by_caller: bool,
+}
+
+/// By which way a call came in.
+pub fn way<B>(connection: &Connection, request: &Request<B>) -> Way {
+    // Every HTTP/2 request has an `:authority`; with HTTP/1 it is what a proxy is sent.
+    let named = request.uri().authority().is_some() && request.version() != Version::HTTP_2;
+    match &connection.side {
+        Side::Inbound => Way::Inbound,
+        Side::Upstream(_) => Way::Listen,
+        Side::Outbound if named || connection.tunnel_to.is_some() => Way::Proxy,
+        Side::Outbound => Way::Host,
+    }
 }
 
 /// Whom bytes go to that are not HTTP. The outbound port has nobody.

@@ -13,7 +13,7 @@ use crate::{
     config::{self, Config, Endpoints, HostPort},
     discovery::{self, Discovery, Resolver},
     runtime::Cluster,
-    upstream::Upstream,
+    upstream::{Upstream, guards::Counts},
 };
 
 /// How many are known at a time; the one unused for longest makes room.
@@ -28,6 +28,8 @@ pub struct UnknownHosts {
     resolver: Arc<Resolver>,
     started: Instant,
     hosts: Mutex<HashMap<HostPort, Arc<UnknownHost>>>,
+    /// What those that are forgotten had counted: counters must not go back. Changed under the lock of `hosts`.
+    forgotten: Counts,
 }
 
 /// A host that no upstream names.
@@ -42,7 +44,7 @@ pub struct UnknownHost {
 
 impl UnknownHosts {
     pub fn new(resolver: Arc<Resolver>) -> Self {
-        Self { resolver, started: Instant::now(), hosts: Mutex::default() }
+        Self { resolver, started: Instant::now(), hosts: Mutex::default(), forgotten: Counts::default() }
     }
 
     /// The state for a host, made and looked up when it is met for the first time.
@@ -59,7 +61,9 @@ impl UnknownHosts {
                     .iter()
                     .min_by_key(|(_, h)| h.last_used.load(Ordering::Relaxed))
                     .map(|(k, _)| k.clone());
-                oldest.and_then(|oldest| hosts.remove(&oldest));
+                if let Some(host) = oldest.and_then(|oldest| hosts.remove(&oldest)) {
+                    self.forgotten.absorb(host.counts());
+                }
             }
             let made = Arc::new(self.make(host, config, upstream));
             hosts.insert(host.clone(), Arc::clone(&made));
@@ -87,7 +91,24 @@ impl UnknownHosts {
     pub fn forget_idle(&self) {
         let now = self.now();
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        hosts.retain(|_, host| !host.is_idle(now));
+        hosts.retain(|_, host| {
+            let keep = !host.is_idle(now);
+            if !keep {
+                self.forgotten.absorb(host.counts());
+            }
+            keep
+        });
+    }
+
+    /// Those that are known now, the last used first, and what all the others had counted.
+    pub fn read(&self) -> (Vec<Arc<Cluster>>, Counts) {
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let forgotten = Counts::default();
+        forgotten.absorb(&self.forgotten);
+        let mut known: Vec<_> = hosts.values().cloned().collect();
+        drop(hosts);
+        known.sort_by_key(|host| std::cmp::Reverse(host.last_used.load(Ordering::Relaxed)));
+        (known.iter().map(|host| Arc::clone(&host.cluster)).collect(), forgotten)
     }
 
     fn now(&self) -> u64 {
@@ -118,6 +139,10 @@ impl UnknownHosts {
 }
 
 impl UnknownHost {
+    fn counts(&self) -> &Counts {
+        &self.cluster.upstream.guards.counts
+    }
+
     fn is_idle(&self, now: u64) -> bool {
         now.saturating_sub(self.last_used.load(Ordering::Relaxed)) > IDLE_MS
     }

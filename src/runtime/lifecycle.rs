@@ -56,6 +56,8 @@ pub struct Control {
 pub struct AdminAddresses {
     pub admin: String,
     pub probe: Option<String>,
+    /// Where the token is that changes need.
+    pub token_file: Option<std::path::PathBuf>,
 }
 
 impl Control {

@@ -81,6 +81,12 @@ impl Cluster {
 }
 
 impl Cluster {
+    /// Whether any call asks its breaker.
+    pub fn has_breaker(&self) -> bool {
+        let mut routes = self.settings.routes.iter();
+        self.settings.policy.breaker.is_some() || routes.any(|route| route.policy.breaker.is_some())
+    }
+
     /// The rate limit of a call that matched `route`.
     pub fn rate_limit(&self, route: Option<usize>) -> Option<&Arc<RateLimit>> {
         route.and_then(|route| self.route_rates.get(route)).unwrap_or(&self.rate).as_ref()

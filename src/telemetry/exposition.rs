@@ -1,9 +1,11 @@
 //! `/metrics`: everything that is counted, as OpenMetrics text.
 
+mod upstreams;
+
 use std::{
     fmt,
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use prometheus_client::{
@@ -13,8 +15,11 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{metrics::Connections, process};
-use crate::{runtime::lifecycle::Control, upstream::Upstream};
+use super::{
+    metrics::{Connections, Way},
+    process,
+};
+use crate::runtime::lifecycle::Control;
 
 /// Everything as of now, ending in `# EOF`.
 pub fn text(control: &Arc<Control>) -> Result<String, fmt::Error> {
@@ -36,8 +41,11 @@ impl Collector for Now {
         build_info(&mut encoder)?;
         process(&mut encoder, self.0.started.elapsed())?;
         self.connections(&mut encoder)?;
+        self.ways(&mut encoder)?;
         self.reloads(&mut encoder)?;
-        self.endpoints(&mut encoder)
+        let control = &self.0;
+        let upstreams = upstreams::Rows::of(&control.shared.snapshot.load(), &control.shared.unknown);
+        upstreams.encode(&mut encoder)
     }
 }
 
@@ -62,6 +70,13 @@ impl Now {
         family(encoder, "outrigger_connections_accepted", "Connections accepted so far", None, total)
     }
 
+    fn ways(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let (ways, now) = (&self.0.shared.metrics.ways, Instant::now());
+        let counts =
+            Way::ALL.map(|way| ([("way", way.word().to_owned())], ConstCounter::new(ways.read(way, now).0)));
+        family(encoder, "outrigger_calls", "Calls, and connections of bytes, by way in", None, counts)
+    }
+
     fn reloads(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let state = self.0.reloads.state();
         let outcomes = [("accepted", state.accepted), ("rejected", state.refused)];
@@ -72,22 +87,6 @@ impl Now {
         let help = "1 while the configuration's files are refused and an earlier one holds";
         single(encoder, "outrigger_config_rejected", help, None, &rejected)
     }
-
-    fn endpoints(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let snapshot = self.0.shared.snapshot.load();
-        let counts = snapshot.clusters.iter().flat_map(|cluster| states(&cluster.upstream));
-        family(encoder, "outrigger_endpoints", "Endpoints of upstreams", None, counts)
-    }
-}
-
-fn states(upstream: &Upstream) -> [(Labels<2>, ConstGauge<i64>); 2] {
-    let set = upstream.endpoints();
-    let healthy = set.endpoints.iter().filter(|endpoint| endpoint.is_healthy()).count();
-    let counts = [("healthy", healthy), ("unhealthy", set.endpoints.len() - healthy)];
-    counts.map(|(state, count)| {
-        let labels = [("upstream", upstream.name.to_string()), ("state", state.to_owned())];
-        (labels, ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX)))
-    })
 }
 
 fn build_info(encoder: &mut DescriptorEncoder) -> fmt::Result {

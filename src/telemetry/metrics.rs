@@ -1,6 +1,9 @@
 //! Counters that the data path holds by handle and `/metrics` reads.
 
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicI64, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
 
 use tokio::sync::Notify;
 
@@ -9,6 +12,74 @@ use tokio::sync::Notify;
 pub struct Metrics {
     pub inbound: Connections,
     pub outbound: Connections,
+    pub ways: Ways,
+}
+
+/// How a call, or a connection of bytes, came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From a caller, for the service.
+    Inbound,
+    /// From the service, as to a forward proxy: absolute-form, CONNECT and what came through it.
+    Proxy,
+    /// From the service, with the upstream's name in `Host` or `:authority`.
+    Host,
+    /// From the service, led here by the kernel.
+    Redirect,
+    /// From the service, by an upstream's own `listen`.
+    Listen,
+}
+
+impl Way {
+    pub const ALL: [Self; 5] = [Self::Inbound, Self::Proxy, Self::Host, Self::Redirect, Self::Listen];
+
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Proxy => "proxy",
+            Self::Host => "host",
+            Self::Redirect => "redirect",
+            Self::Listen => "listen",
+        }
+    }
+}
+
+/// What went through by which way, and when last.
+#[derive(Debug)]
+pub struct Ways {
+    epoch: Instant,
+    passed: [Passed; Way::ALL.len()],
+}
+
+#[derive(Debug, Default)]
+struct Passed {
+    count: AtomicU64,
+    /// Whole seconds since the epoch; means something where something was counted.
+    last: AtomicU64,
+}
+
+impl Default for Ways {
+    fn default() -> Self {
+        Self { epoch: Instant::now(), passed: Default::default() }
+    }
+}
+
+impl Ways {
+    /// Counts one that came in at `now`. Two relaxed atomic steps.
+    pub fn note(&self, way: Way, now: Instant) {
+        let passed = &self.passed[way as usize];
+        passed.count.fetch_add(1, Ordering::Relaxed);
+        passed.last.store(now.saturating_duration_since(self.epoch).as_secs(), Ordering::Relaxed);
+    }
+
+    /// How many came so, and how long ago the last one did.
+    pub fn read(&self, way: Way, now: Instant) -> (u64, Option<Duration>) {
+        let passed = &self.passed[way as usize];
+        let count = passed.count.load(Ordering::Relaxed);
+        let last = Duration::from_secs(passed.last.load(Ordering::Relaxed));
+        let ago = now.saturating_duration_since(self.epoch).saturating_sub(last);
+        (count, (count > 0).then_some(ago))
+    }
 }
 
 /// The callers' connections of one direction.
@@ -47,5 +118,20 @@ impl Drop for OpenConnection<'_> {
         if self.0.open.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.all_closed.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_way_has_its_own_count_and_time() {
+        let ways = Ways::default();
+        let at = |seconds| ways.epoch + Duration::from_secs(seconds);
+        ways.note(Way::Host, at(3));
+        ways.note(Way::Host, at(5));
+        assert_eq!(ways.read(Way::Host, at(9)), (2, Some(Duration::from_secs(4))));
+        assert_eq!(ways.read(Way::Proxy, at(9)), (0, None));
     }
 }

@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    time::Instant,
 };
 
 use crate::discovery::DiscoveryError;
@@ -20,6 +21,31 @@ pub struct Endpoint {
     weight: AtomicU32,
     /// What active health checks say; true without them.
     healthy: AtomicBool,
+}
+
+/// Whether the balancer may choose an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndpointState {
+    Healthy,
+    /// By active health checks.
+    Unhealthy,
+    /// For what calls saw of it; back at `until`.
+    Ejected {
+        until: Instant,
+    },
+}
+
+impl EndpointState {
+    /// All its words.
+    pub const WORDS: [&str; 3] = ["healthy", "unhealthy", "ejected"];
+
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Healthy => Self::WORDS[0],
+            Self::Unhealthy => Self::WORDS[1],
+            Self::Ejected { .. } => Self::WORDS[2],
+        }
+    }
 }
 
 /// An address as discovery found it.

@@ -113,9 +113,33 @@ impl Tally {
         }
     }
 
+    fn is_zero(&self) -> bool {
+        self.read().all(|(_, count)| count == 0)
+    }
+
+    /// Takes over what another one has counted; it has the same words.
+    fn absorb(&self, other: &Self) {
+        for ((_, count), (_, more)) in self.0.iter().zip(other.read()) {
+            count.fetch_add(more, Ordering::Relaxed);
+        }
+    }
+
     /// All words with their counts.
     pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
         self.0.iter().map(|(word, count)| (*word, count.load(Ordering::Relaxed)))
+    }
+}
+
+impl Counts {
+    pub fn is_zero(&self) -> bool {
+        self.retries.is_zero() && self.rejected.is_zero() && self.transitions.is_zero()
+    }
+
+    /// Takes over what another upstream has counted, for one that is forgotten.
+    pub fn absorb(&self, other: &Self) {
+        self.retries.absorb(&other.retries);
+        self.rejected.absorb(&other.rejected);
+        self.transitions.absorb(&other.transitions);
     }
 }
 

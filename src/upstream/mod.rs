@@ -8,7 +8,7 @@ pub mod health;
 pub mod local;
 pub mod pool;
 
-pub use endpoint::{Endpoint, EndpointSet, Found, Resolution};
+pub use endpoint::{Endpoint, EndpointSet, EndpointState, Found, Resolution};
 pub use pool::Lease;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
@@ -43,6 +43,16 @@ impl Upstream {
     /// The endpoints as of now. Cheap enough for every request.
     pub fn endpoints(&self) -> Guard<Arc<EndpointSet>> {
         self.endpoints.load()
+    }
+
+    /// What active checks and calls say of an endpoint.
+    pub fn state_of(&self, endpoint: &Endpoint, now: Instant) -> EndpointState {
+        if !endpoint.is_healthy() {
+            return EndpointState::Unhealthy;
+        }
+        let health = self.guards.outliers.endpoint(&endpoint.address);
+        let until = health.and_then(|health| health.ejected_until(now));
+        until.map_or(EndpointState::Healthy, |until| EndpointState::Ejected { until })
     }
 
     /// Takes what discovery found. An endpoint that was there before keeps its state; one that is gone is drained

@@ -1,0 +1,151 @@
+//! The series of upstreams: a fixed number for each that the configuration names, one set for all other hosts.
+
+use std::{collections::BTreeMap, fmt, time::Instant};
+
+use prometheus_client::{
+    encoding::DescriptorEncoder,
+    metrics::{counter::ConstCounter, gauge::ConstGauge},
+};
+
+use super::{Labels, family};
+use crate::{
+    proxy::unknown::UnknownHosts,
+    runtime::{Cluster, Snapshot},
+    upstream::{
+        EndpointState,
+        guards::{Counts, Tally},
+    },
+};
+
+/// All hosts that no upstream names.
+const OTHER: &str = "other";
+/// The service itself, behind the inbound listener.
+const INBOUND: &str = "inbound";
+
+/// What is written, by the label `upstream`. Upstreams that chance to have one of our own names are summed with what
+/// that means: a series must not come twice.
+#[derive(Debug)]
+pub struct Rows(BTreeMap<String, Row>);
+
+#[derive(Debug, Default)]
+struct Row {
+    counts: Counts,
+    /// The least of all.
+    budget: Option<usize>,
+    /// The most open of all; none where there is no breaker.
+    breaker: Option<i64>,
+    /// None where limits are off.
+    in_flight: Option<u64>,
+    /// In the order of [`EndpointState::WORDS`].
+    endpoints: [u64; EndpointState::WORDS.len()],
+}
+
+impl Rows {
+    pub fn of(snapshot: &Snapshot, unknown: &UnknownHosts) -> Self {
+        let now = Instant::now();
+        let mut rows = Self(BTreeMap::new());
+        for cluster in &snapshot.clusters {
+            rows.row(&cluster.upstream.name).add(cluster, now);
+        }
+        rows.row(INBOUND).add(&snapshot.inbound, now);
+        let (hosts, forgotten) = unknown.read();
+        if !hosts.is_empty() || !forgotten.is_zero() {
+            let row = rows.row(OTHER);
+            row.counts.absorb(&forgotten);
+            hosts.iter().for_each(|cluster| row.add(cluster, now));
+        }
+        rows
+    }
+
+    fn row(&mut self, upstream: &str) -> &mut Row {
+        self.0.entry(upstream.to_owned()).or_default()
+    }
+
+    pub fn encode(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        self.tally(encoder, "outrigger_retries", "Failed tries, by what followed", "outcome", |c| {
+            &c.retries
+        })?;
+        let help = "Retries that would be granted now";
+        self.gauge(encoder, "outrigger_retry_budget_available", help, |row| row.budget.map(of_usize))?;
+        let help = "Circuit breaker: 0 closed, 1 half open, 2 open";
+        self.gauge(encoder, "outrigger_breaker_state", help, |row| row.breaker)?;
+        let help = "Changes of circuit breakers";
+        self.tally(encoder, "outrigger_breaker_transitions", help, "to", |c| &c.transitions)?;
+        let endpoints = self.0.iter().flat_map(|(upstream, row)| {
+            EndpointState::WORDS
+                .iter()
+                .zip(row.endpoints)
+                .map(|(state, count)| (labels(upstream, "state", state), ConstGauge::new(count)))
+        });
+        family(encoder, "outrigger_endpoints", "Endpoints of upstreams", None, endpoints)?;
+        let help = "Requests in flight";
+        self.gauge(encoder, "outrigger_requests_in_flight", help, |row| row.in_flight.map(of_u64))?;
+        self.tally(encoder, "outrigger_rejected", "Calls refused here", "reason", |c| &c.rejected)
+    }
+
+    fn tally(
+        &self,
+        encoder: &mut DescriptorEncoder,
+        name: &str,
+        help: &str,
+        key: &'static str,
+        of: impl Fn(&Counts) -> &Tally,
+    ) -> fmt::Result {
+        let members = self.0.iter().flat_map(|(upstream, row)| {
+            of(&row.counts)
+                .read()
+                .map(move |(word, count)| (labels(upstream, key, word), ConstCounter::new(count)))
+        });
+        family(encoder, name, help, None, members)
+    }
+
+    fn gauge(
+        &self,
+        encoder: &mut DescriptorEncoder,
+        name: &str,
+        help: &str,
+        of: impl Fn(&Row) -> Option<i64>,
+    ) -> fmt::Result {
+        let members = self.0.iter().filter_map(|(upstream, row)| {
+            Some(([("upstream", upstream.clone())], ConstGauge::new(of(row)?)))
+        });
+        family(encoder, name, help, None, members)
+    }
+}
+
+impl Row {
+    fn add(&mut self, cluster: &Cluster, now: Instant) {
+        let (upstream, policy) = (&cluster.upstream, &cluster.settings.policy);
+        let guards = &upstream.guards;
+        self.counts.absorb(&guards.counts);
+        if policy.retry.is_some() {
+            let available = guards.budget.available(now);
+            self.budget = Some(self.budget.map_or(available, |least| least.min(available)));
+        }
+        if cluster.has_breaker() {
+            self.breaker = self.breaker.max(Some(guards.breaker.report_state().state.gauge()));
+        }
+        if policy.limits.is_some() {
+            let in_flight = u64::from(guards.requests.in_flight());
+            self.in_flight = Some(self.in_flight.unwrap_or(0) + in_flight);
+        }
+        for endpoint in &upstream.endpoints().endpoints {
+            let word = upstream.state_of(endpoint, now).word();
+            if let Some(at) = EndpointState::WORDS.iter().position(|known| *known == word) {
+                self.endpoints[at] += 1;
+            }
+        }
+    }
+}
+
+fn labels(upstream: &str, key: &'static str, value: &str) -> Labels<2> {
+    [("upstream", upstream.to_owned()), (key, value.to_owned())]
+}
+
+fn of_usize(value: usize) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn of_u64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,245 @@
+//! What an operator sees and sets: `/status`, `/metrics`, circuit breakers by hand.
+
+use std::{
+    io::Write,
+    process::{Command, Output, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use http::StatusCode;
+use serde_json::Value;
+
+use crate::support::{Proxy, RawClient, Upstream, binary, eventually, peer_script, python_with, text};
+
+const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
+
+/// An upstream with two endpoints; the second fails while it is told to.
+struct Pair {
+    proxy: Proxy,
+    ill: Arc<AtomicBool>,
+    calls: Arc<AtomicUsize>,
+    _servers: [Upstream; 2],
+}
+
+fn pair() -> Pair {
+    let (ill, calls) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (fails, count) = (Arc::clone(&ill), Arc::clone(&calls));
+    let well = Upstream::http1(move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+        async { text("well") }
+    });
+    let other = Upstream::http1(move |_| {
+        let fails = fails.load(Ordering::Relaxed);
+        async move {
+            let mut answer = text("other");
+            if fails {
+                *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            }
+            answer
+        }
+    });
+    let config = format!(
+        "[[upstream]]\nname = \"up\"\nendpoints = [\"{}\", \"{}\"]\nlisten = \"127.0.0.1:0\"\n\
+         outlier = {{ consecutive_failures = 3, eject_for = {{ base = \"10m\", max = \"10m\" }} }}\n\
+         [[upstream]]\nname = \"bare\"\nendpoints = [\"{}\"]\nbreaker = false\n",
+        well.address(),
+        other.address(),
+        well.address(),
+    );
+    Pair { proxy: Proxy::start(config), ill, calls, _servers: [well, other] }
+}
+
+fn read(proxy: &Proxy, path: &str) -> String {
+    let mut client = RawClient::connect(proxy.admin());
+    let answer = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
+    assert_eq!(answer.status(), 200, "{answer:?}");
+    answer.text()
+}
+
+fn status(proxy: &Proxy) -> Value {
+    serde_json::from_str(&read(proxy, "/status")).expect("JSON")
+}
+
+/// `outrigger …` against the proxy's admin server.
+fn command(proxy: &Proxy, words: &[&str]) -> Output {
+    let mut command = Command::new(binary());
+    command.args(words).arg("--admin").arg(proxy.admin().to_string());
+    command.env_remove("OUTRIGGER_ADMIN_TOKEN_FILE").output().expect("it runs")
+}
+
+fn said(output: &Output) -> String {
+    let streams = [&output.stdout, &output.stderr];
+    streams.map(|stream| String::from_utf8_lossy(stream).into_owned()).concat()
+}
+
+#[test]
+fn a_failing_endpoint_shows_as_ejected_and_its_retries_are_counted() {
+    let pair = pair();
+    pair.ill.store(true, Ordering::Relaxed);
+    let mut client = RawClient::connect(pair.proxy.outbound());
+    eventually("the ejection", || {
+        assert_eq!(client.ask(GET).text(), "well", "a failure reached the caller");
+        let up = &status(&pair.proxy)["upstreams"][0];
+        up["endpoints"]
+            .as_array()
+            .is_some_and(|all| all.iter().any(|endpoint| endpoint["state"] == "ejected"))
+    });
+    let status = status(&pair.proxy);
+    let up = &status["upstreams"][0];
+    let ejected = up["endpoints"].as_array().and_then(|all| all.iter().find(|e| e["state"] == "ejected"));
+    assert!(ejected.and_then(|e| e["until_in_seconds"].as_u64()).is_some_and(|left| left > 60), "{up}");
+    assert!(up["retries"]["sent"].as_u64() >= Some(3), "{up}");
+    assert!(up["budget"]["available"].as_u64() < Some(10), "{up}");
+    assert_eq!(up["limits"]["max_requests"], 1024, "{up}");
+    assert!(up["limits"]["connections"].as_u64() >= Some(1), "{up}");
+    assert_eq!(up["breaker"]["state"], "closed", "{up}");
+    let shown = said(&command(&pair.proxy, &["status"]));
+    for part in ["ejected, back in ", "WAY IN", "sent "] {
+        assert!(shown.contains(part), "{part} is not in\n{shown}");
+    }
+    let metrics = read(&pair.proxy, "/metrics");
+    assert!(metrics.contains("outrigger_endpoints{upstream=\"up\",state=\"ejected\"} 1"), "{metrics}");
+}
+
+#[test]
+fn a_breaker_is_set_by_hand_and_falls_back_by_itself() {
+    let pair = pair();
+    let mut client = RawClient::connect(pair.proxy.outbound());
+    assert_eq!(client.ask(GET).status(), 200);
+    let set = command(&pair.proxy, &["set", "breaker", "up", "open"]);
+    assert!(set.status.success() && said(&set).contains("up: open for 1h"), "{}", said(&set));
+    let before = pair.calls.load(Ordering::Relaxed);
+    let refused = client.ask(GET);
+    assert_eq!(refused.status(), 503, "{refused:?}");
+    assert!(refused.text().contains("set by hand"), "{refused:?}");
+    assert_eq!(pair.calls.load(Ordering::Relaxed), before, "nothing is sent");
+    let breaker = &status(&pair.proxy)["upstreams"][0]["breaker"];
+    assert_eq!((&breaker["state"], &breaker["mode"]), (&"open".into(), &"open".into()), "{breaker}");
+    assert!(breaker["until_in_seconds"].as_u64().is_some_and(|left| left > 3000), "{breaker}");
+    assert!(read(&pair.proxy, "/metrics").contains("outrigger_breaker_state{upstream=\"up\"} 2"));
+
+    assert!(command(&pair.proxy, &["set", "breaker", "up", "auto"]).status.success());
+    assert_eq!(client.ask(GET).status(), 200);
+    assert!(command(&pair.proxy, &["set", "breaker", "up", "open", "--for", "1s"]).status.success());
+    // No call asks: time alone brings it back.
+    eventually("the fall-back", || status(&pair.proxy)["upstreams"][0]["breaker"]["mode"] == "auto");
+    assert_eq!(client.ask(GET).status(), 200);
+    let metrics = read(&pair.proxy, "/metrics");
+    let opened = "outrigger_breaker_transitions_total{upstream=\"up\",to=\"open\"} 2";
+    assert!(metrics.contains(opened), "{metrics}");
+}
+
+#[test]
+fn a_wrong_wish_says_what_would_be_right() {
+    let pair = pair();
+    for (words, remedy) in [
+        (&["set", "breaker", "down", "open"][..], "there is: up, bare"),
+        (&["set", "breaker", "bare", "open"], "breaker = false"),
+        (&["set", "breaker", "up", "open", "--for", "0s"], "more than 0"),
+        (&["set", "breaker", "up", "auto", "--for", "1h"], "leave `for` out"),
+        (&["set", "breaker", "up/../down", "open"], "outrigger status"),
+    ] {
+        let output = command(&pair.proxy, words);
+        assert!(!output.status.success() && said(&output).contains(remedy), "{words:?}: {}", said(&output));
+    }
+    let file = pair.proxy.ready()["admin_token_file"].as_str().expect("a token file").to_owned();
+    let token = std::fs::read_to_string(file).expect("readable");
+    let post = |token: &str, body: &str| {
+        let request = format!(
+            "POST /upstreams/up/breaker HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\r\n{body}",
+            token.trim(),
+            body.len()
+        );
+        RawClient::connect(pair.proxy.admin()).ask(request)
+    };
+    assert_eq!(post("wrong", r#"{"state":"open"}"#).status(), 401);
+    for body in ["", "open", r#"{"state":"ajar"}"#, r#"{"state":"open","untill":"1h"}"#, r#"{"for":"1h"}"#] {
+        let answer = post(&token, body);
+        assert_eq!(answer.status(), 400, "{body}: {answer:?}");
+        assert!(answer.text().contains("send e.g."), "{body}: {answer:?}");
+    }
+    assert_eq!(post(&token, r#"{"state":"closed","for":"90s"}"#).status(), 200);
+}
+
+#[test]
+fn every_way_in_is_counted_and_unknown_hosts_are_shown() {
+    let pair = pair();
+    let Pair { proxy, _servers: [server, _], .. } = &pair;
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(GET).status(), 200);
+    assert_eq!(RawClient::connect(proxy.upstream("up")).ask(GET).status(), 200);
+    let by_name = format!("GET http://localhost:{}/ HTTP/1.1\r\nHost: x\r\n\r\n", server.address().port());
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(&by_name).status(), 200);
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(&by_name).status(), 200);
+    let status = status(proxy);
+    for (way, count) in [("host", 1), ("listen", 1), ("proxy", 2), ("redirect", 0), ("inbound", 0)] {
+        assert_eq!(status["ways"][way]["count"], count, "{way}: {}", status["ways"]);
+        assert_eq!(
+            status["ways"][way]["last_seconds_ago"].is_null(),
+            count == 0,
+            "{way}: {}",
+            status["ways"]
+        );
+    }
+    let name = format!("localhost:{}", server.address().port());
+    let hosts = status["unknown"]["hosts"].as_array().expect("a list");
+    assert!(hosts.iter().any(|host| host["name"] == name.as_str()), "{}", status["unknown"]);
+    let metrics = read(proxy, "/metrics");
+    assert!(metrics.contains("outrigger_breaker_state{upstream=\"other\"} 0"), "{metrics}");
+    assert!(!metrics.contains(&name), "an unknown host is a label\n{metrics}");
+    assert!(command(proxy, &["set", "breaker", &name, "open", "--for", "5m"]).status.success());
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(&by_name).status(), 503);
+}
+
+#[test]
+fn every_metric_is_documented() {
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/telemetry.md");
+    let docs = std::fs::read_to_string(docs).expect("docs/telemetry.md");
+    let pair = pair();
+    RawClient::connect(pair.proxy.outbound()).ask(GET);
+    let metrics = read(&pair.proxy, "/metrics");
+    let mut exposed = 0;
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        let name = line.split(['{', ' ']).next().unwrap_or_default();
+        assert!(docs.contains(&format!("`{name}`")), "{name} is not in docs/telemetry.md");
+        let labels =
+            line.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map_or("", |(labels, _)| labels);
+        let row = docs.lines().find(|row| row.contains(&format!("`{name}`"))).unwrap_or_default();
+        for label in labels.split("\",").filter_map(|label| label.split_once('=')) {
+            assert!(row.contains(&format!("`{}`", label.0)), "label {} of {name} is not in its row", label.0);
+        }
+        exposed += 1;
+    }
+    assert!(exposed > 40, "{metrics}");
+}
+
+/// The reader that Prometheus' authors wrote takes every line.
+#[test]
+fn metrics_are_strict_openmetrics() {
+    let Some(python) = python_with("prometheus_client.openmetrics.parser") else { return };
+    let pair = pair();
+    pair.ill.store(true, Ordering::Relaxed);
+    let mut client = RawClient::connect(pair.proxy.outbound());
+    for _ in 0..20 {
+        client.ask(GET);
+    }
+    let metrics = read(&pair.proxy, "/metrics");
+    let mut reader = Command::new(python);
+    reader
+        .arg(peer_script("openmetrics.py"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut reader = reader.spawn().expect("it runs");
+    reader.stdin.take().expect("piped").write_all(metrics.as_bytes()).expect("it reads");
+    let output = reader.wait_with_output().expect("it ends");
+    let read = said(&output);
+    assert!(output.status.success(), "{read}\n{metrics}");
+    for sample in
+        ["outrigger_calls_total{way=\"host\"} 20", "outrigger_endpoints{upstream=\"up\",state=\"healthy\"} "]
+    {
+        assert!(read.contains(sample), "{sample} is not in\n{read}");
+    }
+}
