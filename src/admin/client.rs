@@ -66,20 +66,24 @@ impl Client {
     pub async fn change(&self, method: Method, path: &str, body: String) -> Result<Bytes, ClientError> {
         let token = match &self.address {
             AdminListen::Unix(_) => None,
-            AdminListen::Tcp(address) => Some(self.token(address.0.port)),
+            AdminListen::Tcp(address) => self.token(address.0.port).await?,
         };
-        match token.transpose() {
-            Ok(token) => self.exchange(method, path, body, token).await,
-            // Where nothing runs, that is what matters, not that it left no token.
-            Err(source) => match self.exchange(Method::GET, "/live", String::new(), None).await {
-                Ok(_) => Err(ClientError::NoToken { source }),
-                Err(error) => Err(error),
-            },
-        }
+        self.exchange(method, path, body, token).await
     }
 
-    fn token(&self, port: u16) -> Result<Token, TokenError> {
-        self.token_file.as_deref().map_or_else(|| token::find(port), |path: &Path| Token::read(path))
+    /// The token in the file that was named, else in the one that the sidecar has left; none where it has left none.
+    async fn token(&self, port: u16) -> Result<Option<Token>, ClientError> {
+        let found = match &self.token_file {
+            Some(path) => Token::read(path),
+            None => {
+                let status = self.get("/status").await?;
+                let status: serde_json::Value =
+                    serde_json::from_slice(&status).map_err(|error| self.strange(&error))?;
+                let Some(path) = status["listeners"]["admin_token_file"].as_str() else { return Ok(None) };
+                token::told(Path::new(path), port)
+            }
+        };
+        found.map(Some).map_err(|source| ClientError::NoToken { source })
     }
 
     async fn exchange(

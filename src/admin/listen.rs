@@ -3,52 +3,20 @@
 use std::{
     future::Future,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
 };
 
-use crate::config::ListenAddr;
-
-const BACKLOG: i32 = 128;
+use crate::{config::ListenAddr, proxy::accept};
 
 /// Binds the address; `localhost` is both families of loopback, on one port.
 pub fn tcp(address: &ListenAddr) -> io::Result<Vec<TcpListener>> {
-    if let Some(address) = address.0.literal() {
-        return Ok(vec![bind(address)?]);
-    }
-    let port = address.0.port;
-    let mut tries = 0;
-    loop {
-        let v4 = bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))?;
-        let same_port = v4.local_addr()?.port();
-        match bind(SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), same_port)) {
-            Ok(v6) => return Ok(vec![v4, v6]),
-            // A free port that only one family had free: take another.
-            Err(error) if port == 0 && error.kind() == io::ErrorKind::AddrInUse && tries < 16 => tries += 1,
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Err(error),
-            // A machine without IPv6.
-            Err(_) => return Ok(vec![v4]),
-        }
-    }
-}
-
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    accept::bind(address)?.into_iter().map(TcpListener::from_std).collect()
 }
 
 /// A socket that connections come from.

@@ -1,11 +1,12 @@
 //! The token that every change over TCP must bear.
 //!
 //! Where the configuration names no file, a token is made at start and left where only the same user can read it:
-//! `$XDG_RUNTIME_DIR/outrigger/admin-PORT.token`, or `outrigger-UID/admin-PORT.token` in the temporary directory.
-//! So `outrigger set` and `outrigger drain` find it by the port alone.
+//! `$XDG_RUNTIME_DIR/outrigger/admin-PORT-….token`, or in `outrigger-UID` in the temporary directory. Its name is new
+//! with every start, since processes in other network namespaces may have the same port and the same directory.
+//! `/status` tells where it is; so `outrigger set` and `outrigger drain` find it.
 
 use std::{
-    fs::{self, DirBuilder, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
@@ -29,6 +30,8 @@ pub enum TokenError {
     Read { path: PathBuf, source: io::Error },
     #[error("the admin token in {path} is empty or holds characters that a header cannot")]
     Unfit { path: PathBuf },
+    #[error("its admin token is in {path}, not where one is left by itself")]
+    Elsewhere { path: PathBuf },
     #[error("cannot leave the admin token at {path}: {source}")]
     Write { path: PathBuf, source: io::Error },
     #[error("no randomness for the admin token: {0}")]
@@ -40,6 +43,8 @@ pub enum TokenError {
 pub struct TokenFile {
     pub path: PathBuf,
     token: Token,
+    /// Locked as long as the process lives: so it is told from one that was left behind.
+    _lock: File,
 }
 
 impl Token {
@@ -76,16 +81,20 @@ impl Token {
 }
 
 impl TokenFile {
-    /// Makes a token for the admin server on `port` and leaves it where [`find`] looks.
+    /// Makes a token for the admin server on `port` and leaves it where [`told`] takes it from.
     pub fn make(port: u16) -> Result<Self, TokenError> {
-        Self::make_at(&well_known(port))
+        Self::make_in(&folder(), port)
     }
 
-    fn make_at(path: &Path) -> Result<Self, TokenError> {
+    fn make_in(folder: &Path, port: u16) -> Result<Self, TokenError> {
         let token = Token::random()?;
-        write_private(path, &token.0)
-            .map_err(|source| TokenError::Write { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), token })
+        let mut name = [0_u8; 4];
+        getrandom::fill(&mut name)?;
+        let path = folder.join(format!("{}{:08x}{SUFFIX}", prefix(port), u32::from_be_bytes(name)));
+        match write_private(&path, &token.0) {
+            Ok(lock) => Ok(Self { path, token, _lock: lock }),
+            Err(source) => Err(TokenError::Write { path, source }),
+        }
     }
 
     pub fn token(&self) -> Token {
@@ -95,54 +104,74 @@ impl TokenFile {
 
 impl Drop for TokenFile {
     fn drop(&mut self) {
-        // Unless another process on the same port has left its own meanwhile.
-        if Token::read(&self.path).is_ok_and(|there| there.0 == self.token.0) {
-            let _ = fs::remove_file(&self.path);
-        }
+        let _ = fs::remove_file(&self.path);
     }
 }
 
-/// The token of the admin server on `port`, where one was left for this user.
-pub fn find(port: u16) -> Result<Token, TokenError> {
-    Token::read(&well_known(port))
+/// The token that the admin server on `port` says it has left at `path`. Read only where such a server would have left
+/// it: who else listens there must not be sent what it names.
+pub fn told(path: &Path, port: u16) -> Result<Token, TokenError> {
+    told_in(&folder(), path, port)
 }
 
-fn well_known(port: u16) -> PathBuf {
-    let folder = match std::env::var_os("XDG_RUNTIME_DIR") {
+fn told_in(folder: &Path, path: &Path, port: u16) -> Result<Token, TokenError> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if path.parent() == Some(folder) && name.starts_with(&prefix(port)) && name.ends_with(SUFFIX) {
+        Token::read(path)
+    } else {
+        Err(TokenError::Elsewhere { path: path.to_owned() })
+    }
+}
+
+const SUFFIX: &str = ".token";
+
+fn prefix(port: u16) -> String {
+    format!("admin-{port}-")
+}
+
+fn folder() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(dir) if !dir.is_empty() => PathBuf::from(dir).join("outrigger"),
         _ => std::env::temp_dir().join(format!("outrigger-{}", rustix::process::getuid().as_raw())),
-    };
-    folder.join(format!("admin-{port}.token"))
+    }
 }
 
-fn write_private(path: &Path, text: &str) -> io::Result<()> {
+/// Writes a file that only this user can read, and locks it. It appears whole and locked.
+fn write_private(path: &Path, text: &str) -> io::Result<File> {
     if let Some(folder) = path.parent() {
         match DirBuilder::new().mode(0o700).create(folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
         // The temporary directory is everybody's: somebody else may have been there first.
-        let folder = fs::symlink_metadata(folder)?;
-        if !folder.is_dir()
-            || folder.uid() != rustix::process::geteuid().as_raw()
-            || folder.mode() & 0o022 != 0
+        let owner = fs::symlink_metadata(folder)?;
+        if !owner.is_dir() || owner.uid() != rustix::process::geteuid().as_raw() || owner.mode() & 0o022 != 0
         {
             return Err(io::Error::other("its folder belongs to somebody else"));
         }
+        sweep(folder);
     }
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let _ = fs::remove_file(&temporary);
-    let written = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)
-        .and_then(|mut file| writeln!(file, "{text}"))
-        .and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+    // A file system without locks has no sweeping either.
+    let _ = file.try_lock();
+    if let Err(error) = writeln!(file, "{text}").and_then(|()| fs::rename(&temporary, path)) {
         let _ = fs::remove_file(&temporary);
+        return Err(error);
     }
-    written
+    Ok(file)
+}
+
+/// Removes tokens that processes which were killed have left: nobody holds their locks.
+fn sweep(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with("admin-") && name.ends_with(SUFFIX))
+            && File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok())
+        {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -153,19 +182,45 @@ mod tests {
     #[test]
     fn a_made_token_is_private_unique_and_goes_away() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("outrigger/admin-1.token");
-        let file = TokenFile::make_at(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(fs::metadata(path.parent().unwrap()).unwrap().mode() & 0o777, 0o700);
-        let found = Token::read(&path).unwrap();
+        let folder = dir.path().join("outrigger");
+        let file = TokenFile::make_in(&folder, 1).unwrap();
+        assert_eq!(fs::metadata(&file.path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(fs::metadata(&folder).unwrap().mode() & 0o777, 0o700);
+        let found = told_in(&folder, &file.path, 1).unwrap();
         assert_eq!(found.0, file.token.0);
         assert_eq!(found.0.len(), 64);
-        let later = TokenFile::make_at(&path).unwrap();
+        let later = TokenFile::make_in(&folder, 1).unwrap();
         assert_ne!(later.token.0, found.0);
+        assert!(file.path.exists(), "one on the same port in another network namespace");
         drop(file);
-        assert!(path.exists(), "the other process's file stays");
+        assert!(later.path.exists());
         drop(later);
-        assert!(!path.exists());
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("outrigger");
+        let live = TokenFile::make_in(&folder, 1).unwrap();
+        let left = folder.join("admin-1-0000.token");
+        fs::write(&left, "old").unwrap();
+        fs::write(folder.join("mine"), "precious").unwrap();
+        let _new = TokenFile::make_in(&folder, 2).unwrap();
+        assert!(live.path.exists() && !left.exists() && folder.join("mine").exists());
+    }
+
+    #[test]
+    fn nothing_else_is_read_for_a_server_that_asks() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("outrigger");
+        let file = TokenFile::make_in(&folder, 1).unwrap();
+        assert!(told_in(&folder, &file.path, 2).is_err(), "another server's");
+        fs::write(dir.path().join("id_rsa"), "secret").unwrap();
+        for elsewhere in ["id_rsa", "outrigger/../id_rsa", "outrigger/admin-1-x.token/../../id_rsa"] {
+            let error = told_in(&folder, &dir.path().join(elsewhere), 1).unwrap_err();
+            assert!(matches!(error, TokenError::Elsewhere { .. }), "{elsewhere}: {error}");
+        }
     }
 
     #[test]
@@ -174,7 +229,7 @@ mod tests {
         let folder = dir.path().join("outrigger");
         fs::create_dir(&folder).unwrap();
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(TokenFile::make_at(&folder.join("admin-1.token")).is_err());
+        assert!(TokenFile::make_in(&folder, 1).is_err());
     }
 
     #[test]

@@ -125,7 +125,7 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     tokio::select! {
         () = proxy.first_discovery(FIRST_DISCOVERY) => control.set_discovered(),
         signal = signals.stop() => {
-            tracing::info!(signal, "told to stop before it was ready");
+            tracing::info!(%signal, "told to stop before it was ready");
             proxy.stop();
             // A job that never ran has not succeeded.
             return Ok(u8::from(!args.command.is_empty()));

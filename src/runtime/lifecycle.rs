@@ -6,7 +6,8 @@
 //!            └────────── POST /drain goes this far, and stays ───┘
 //! ```
 //!
-//! A second SIGTERM or SIGINT stops at once, wherever this has got to.
+//! A second SIGTERM or SIGINT stops at once, wherever this has got to. After a SIGINT without CMD nobody waits for the
+//! service to leave: outbound drains right after inbound.
 
 use std::{
     pin::pin,
@@ -26,7 +27,7 @@ use super::{
     Addresses, Phase, Proxy, Shared,
     child::Child,
     reload::{self, Read, Reloads},
-    signals::{Signals, Wish},
+    signals::{Signals, Stop, Wish},
 };
 use crate::{config, telemetry::log::LogHandle};
 
@@ -113,7 +114,7 @@ pub struct Lifecycle {
 }
 
 enum End {
-    Signal(&'static str),
+    Signal(Stop),
     Child(u8),
 }
 
@@ -157,7 +158,7 @@ impl Lifecycle {
                 let settings = control.shared.snapshot.load().config.runtime.clone();
                 let delay = if drained { Duration::ZERO } else { *settings.drain_delay };
                 let deadline = Instant::now() + delay + *settings.drain_timeout;
-                tracing::info!(signal, "leaving: inbound drains first");
+                tracing::info!(%signal, "leaving: inbound drains first");
                 control.request_drain();
                 let leave = async {
                     if !drained {
@@ -167,13 +168,18 @@ impl Lifecycle {
                         }
                     }
                     let code = end_service(child, deadline, *settings.drain_timeout).await;
-                    drain_outbound(proxy, child.is_some(), deadline).await;
+                    let service = match (&child, signal) {
+                        (Some(_), _) => Service::Gone,
+                        (None, Stop::Terminate) => Service::Elsewhere,
+                        (None, Stop::Interrupt) => Service::NotWaitedFor,
+                    };
+                    drain_outbound(proxy, service, deadline).await;
                     code
                 };
                 let finished = tokio::select! {
                     code = leave => Some(code),
                     signal = signals.stop() => {
-                        tracing::warn!(signal, "told twice: stopping at once");
+                        tracing::warn!(%signal, "told twice: stopping at once");
                         None
                     }
                 };
@@ -234,17 +240,31 @@ async fn end_service(child: &mut Option<Child>, deadline: Instant, drain_timeout
     child.ended().await
 }
 
-/// Outbound lives as long as the service: where we did not start it, as long as it keeps a connection to us.
-async fn drain_outbound(proxy: &Proxy, service_is_gone: bool, deadline: Instant) {
-    if !service_is_gone {
+/// Who may still call out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Service {
+    /// It was ours, and has ended.
+    Gone,
+    /// Somebody else ends it: it lives as long as it keeps a connection to us.
+    Elsewhere,
+    /// It may live on; only its calls in flight are finished.
+    NotWaitedFor,
+}
+
+async fn drain_outbound(proxy: &Proxy, service: Service, deadline: Instant) {
+    if service == Service::Elsewhere {
         tokio::select! {
             _ = proxy.outbound_drained(Duration::MAX) => {}
             () = sleep_until(deadline) => {}
         }
     }
+    let patience = match service {
+        Service::NotWaitedFor => deadline.saturating_duration_since(Instant::now()).max(CLOSING),
+        Service::Gone | Service::Elsewhere => CLOSING,
+    };
     proxy.set_phase(Phase::DrainingAll);
     let open = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
-    if proxy.outbound_drained(CLOSING).await {
+    if proxy.outbound_drained(patience).await {
         tracing::info!("stopped: outbound is drained too");
     } else {
         let cut = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);

@@ -22,11 +22,11 @@ impl Signals {
         })
     }
 
-    /// The next wish to end: its name. May be cancelled.
-    pub async fn stop(&mut self) -> &'static str {
+    /// The next wish to end. May be cancelled.
+    pub async fn stop(&mut self) -> Stop {
         tokio::select! {
-            Some(()) = self.terminate.recv() => "SIGTERM",
-            Some(()) = self.interrupt.recv() => "SIGINT",
+            Some(()) = self.terminate.recv() => Stop::Terminate,
+            Some(()) = self.interrupt.recv() => Stop::Interrupt,
             else => std::future::pending().await,
         }
     }
@@ -34,8 +34,8 @@ impl Signals {
     /// The next SIGHUP or wish to end. May be cancelled.
     pub async fn next(&mut self) -> Wish {
         tokio::select! {
-            Some(()) = self.terminate.recv() => Wish::Stop("SIGTERM"),
-            Some(()) = self.interrupt.recv() => Wish::Stop("SIGINT"),
+            Some(()) = self.terminate.recv() => Wish::Stop(Stop::Terminate),
+            Some(()) = self.interrupt.recv() => Wish::Stop(Stop::Interrupt),
             Some(()) = self.hangup.recv() => Wish::Reload,
             else => std::future::pending().await,
         }
@@ -45,7 +45,24 @@ impl Signals {
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wish {
-    /// By the signal of this name.
-    Stop(&'static str),
+    Stop(Stop),
     Reload,
+}
+
+/// Which signal asks for the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// SIGTERM: whoever runs us ends the service too, in its own time.
+    Terminate,
+    /// SIGINT: a person at a terminal, who waits.
+    Interrupt,
+}
+
+impl std::fmt::Display for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Terminate => "SIGTERM",
+            Self::Interrupt => "SIGINT",
+        })
+    }
 }

@@ -243,3 +243,17 @@ fn metrics_are_strict_openmetrics() {
         assert!(read.contains(sample), "{sample} is not in\n{read}");
     }
 }
+
+#[test]
+fn the_token_is_found_new_with_every_start_and_gone_at_the_end() {
+    let mut one = Proxy::start("");
+    let file = one.ready()["admin_token_file"].as_str().expect("a token file").to_owned();
+    assert_eq!(status(&one)["listeners"]["admin_token_file"], file.as_str());
+    assert!(command(&one, &["set", "log", "debug"]).status.success(), "found by itself");
+    let port = one.admin().port();
+    one.signal("TERM");
+    one.wait();
+    assert!(!std::path::Path::new(&file).exists(), "it stays behind");
+    let again = Proxy::start(format!("[admin]\nlisten = \"127.0.0.1:{port}\"\n"));
+    assert_ne!(again.ready()["admin_token_file"], file.as_str());
+}

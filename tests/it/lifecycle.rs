@@ -207,3 +207,24 @@ fn the_admin_port_is_not_for_everybody() {
     assert!((200..300).contains(&answer.status()), "{answer:?}");
     eventually("/ready to fail", || ready(&proxy) == 503);
 }
+
+/// Ctrl-C: the service's idle connections do not hold the end for `drain_timeout`; SIGTERM waits for the service.
+#[test]
+fn ctrl_c_does_not_wait_for_kept_alive_connections() {
+    let server = Upstream::http1(|_| async { text("up") });
+    let config = format!("[runtime]\ndrain_timeout = \"10m\"\n{}", upstream("up", &server));
+    let mut proxy = Proxy::start(config.clone());
+    let mut client = RawClient::connect(proxy.outbound());
+    assert_eq!(client.ask(GET).text(), "up");
+    proxy.signal("INT");
+    assert_eq!(proxy.wait().code(), Some(0));
+
+    let mut proxy = Proxy::start(config);
+    let mut client = RawClient::connect(proxy.outbound());
+    assert_eq!(client.ask(GET).text(), "up");
+    proxy.signal("TERM");
+    eventually("inbound to be drained", || proxy.stderr().contains("inbound is drained"));
+    assert_eq!(client.ask(GET).text(), "up", "the service may still call out");
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
+}
