@@ -3,6 +3,7 @@
 mod http;
 mod services;
 mod sidecar;
+mod stage;
 mod story;
 mod tour;
 
@@ -11,7 +12,7 @@ use std::process::ExitCode;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Show it working: two small services, each with its sidecar, and what callers see when one of them fails.
+/// Show it working: two small services with their sidecars, and what callers see when one of them fails.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:

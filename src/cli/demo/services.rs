@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -43,17 +43,20 @@ impl Drop for Service {
     }
 }
 
-/// What is wrong with `payments`, and what came of it. Shared with its connections.
+/// What is wrong with an instance of `payments`, and what came of it. Shared with its connections.
 #[derive(Debug, Default)]
 pub struct Trouble {
     /// Resets the connection after every so many answers; 0 = never.
     pub reset_every: AtomicU32,
     pub slow_ms: AtomicU64,
+    /// Answers everything with 503.
+    pub fails: AtomicBool,
+    pub arrived: AtomicU32,
     pub answers: AtomicU32,
     pub resets: AtomicU32,
 }
 
-/// `payments`: `GET /price`, `POST /charge`.
+/// An instance of `payments`: `GET /price`, `GET /report`, `POST /charge`.
 pub async fn payments(at: SocketAddr, trouble: Arc<Trouble>) -> io::Result<Service> {
     serve(at, move |stream| payments_connection(stream, Arc::clone(&trouble))).await
 }
@@ -65,13 +68,18 @@ async fn payments_connection(stream: TcpStream, trouble: Arc<Trouble>) {
     let served = hyper::server::conn::http1::Builder::new().serve_connection(
         TokioIo::new(stream),
         service_fn(|_: Request<Incoming>| async {
+            trouble.arrived.fetch_add(1, Ordering::Relaxed);
             sleep(Duration::from_millis(trouble.slow_ms.load(Ordering::Relaxed))).await;
             let answers = trouble.answers.fetch_add(1, Ordering::Relaxed) + 1;
             let every = trouble.reset_every.load(Ordering::Relaxed);
             if may_reset && every > 0 && answers.is_multiple_of(every) {
                 reset.notify_one();
             }
-            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"{\"paid\":true}\n"))))
+            Ok::<_, Infallible>(if trouble.fails.load(Ordering::Relaxed) {
+                answer(StatusCode::SERVICE_UNAVAILABLE, Bytes::from_static(b"{\"paid\":false}\n"))
+            } else {
+                answer(StatusCode::OK, Bytes::from_static(b"{\"paid\":true}\n"))
+            })
         }),
     );
     tokio::select! {
@@ -82,17 +90,18 @@ async fn payments_connection(stream: TcpStream, trouble: Arc<Trouble>) {
     }
 }
 
-/// `shop`: `GET /price` and `POST /checkout`, each one call to `payments` by way of the proxy in `proxy`, as a library
+/// `shop`: `GET /price`, `GET /report` and `POST /checkout`, each one call to `payments` by way of the proxy in `proxy`, as a library
 /// that reads `http_proxy` would make it. What it gets it passes on, so that the visitor sees it too.
 pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Service> {
     serve_on(listener, move |stream| async move {
         let service = service_fn(|request: Request<Incoming>| async move {
-            let target = match (request.method(), request.uri().path()) {
-                (&Method::GET, "/price") => "http://payments/price",
-                (&Method::POST, "/checkout") => "http://payments/charge",
+            let (host, target) = match (request.method(), request.uri().path()) {
+                (&Method::GET, "/price") => ("payments", "http://payments/price"),
+                (&Method::GET, "/report") => ("reports", "http://reports/report"),
+                (&Method::POST, "/checkout") => ("payments", "http://payments/charge"),
                 _ => return Ok::<_, Infallible>(answer(StatusCode::NOT_FOUND, Bytes::new())),
             };
-            Ok(match call(proxy, request.method().clone(), target, "payments").await {
+            Ok(match call(proxy, request.method().clone(), target, host).await {
                 Ok(reply) => {
                     let mut passed_on = answer(reply.status, reply.body);
                     for name in ["content-type", "proxy-status"] {

@@ -51,6 +51,11 @@ impl Story {
         }
     }
 
+    /// What `outrigger status` shows of it.
+    pub fn show_status(&self, text: impl Display) {
+        println!("     {}", self.paint("2", format!("outrigger status: {text}")));
+    }
+
     /// The end: whether all that was shown happened.
     pub fn summary(&self) -> bool {
         let held = self.checks - self.failed;

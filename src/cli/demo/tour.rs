@@ -1,50 +1,33 @@
 //! The scenes, in order.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::atomic::Ordering, time::Duration};
 
 use http::Method;
-use tokio::{
-    net::TcpListener,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 
 use super::{
     DemoError,
-    http::{Reply, call},
-    services::{self, Service, Trouble},
-    sidecar::{Folder, Sidecar},
-    story::{Story, cause},
+    stage::{SLOW, Stage, well},
+    story::cause,
 };
 
-/// How slow `payments` is when it is slow.
-const SLOW: Duration = Duration::from_millis(900);
 /// Between calls of the traffic that follows the tour.
 const PACE: Duration = Duration::from_millis(500);
-
-/// The whole stage.
-struct Stage {
-    story: Story,
-    trouble: Arc<Trouble>,
-    payments: Option<Service>,
-    payments_at: SocketAddr,
-    payments_sidecar: Sidecar,
-    shop_sidecar: Sidecar,
-    _shop: Service,
-    _folder: Folder,
-}
+/// For what must happen by itself, on a slow machine too.
+const PATIENCE: Duration = Duration::from_secs(15);
+const POLL: Duration = Duration::from_millis(50);
 
 /// Plays; true where all that it shows happened. Without `once` traffic goes on until it is dropped.
 pub async fn tour(once: bool) -> Result<bool, DemoError> {
     let mut stage = Stage::set().await?;
     stage.all_is_well().await?;
     stage.kept_alive_connections_are_reset().await?;
+    stage.one_instance_fails().await?;
+    stage.all_fail_without_a_breaker().await?;
+    stage.all_fail_behind_a_breaker().await?;
     stage.slow().await?;
     stage.reload().await?;
-    stage.refused().await?;
+    stage.gone().await?;
     if once {
         stage.leave().await?;
         return Ok(stage.story.summary());
@@ -53,88 +36,7 @@ pub async fn tour(once: bool) -> Result<bool, DemoError> {
     stage.traffic().await
 }
 
-fn shop_config(service: SocketAddr, payments: SocketAddr, timeout: &str) -> String {
-    format!(
-        r#"
-[service]
-name = "shop"
-[runtime]
-drain_timeout = "2s"
-[inbound]
-listen = "127.0.0.1:0"
-forward_to = "{service}"
-[outbound]
-listen = "127.0.0.1:0"
-[admin]
-listen = "localhost:0"
-[[upstream]]
-name = "payments"
-endpoints = ["{payments}"]
-timeout = "{timeout}"
-"#
-    )
-}
-
-fn payments_config(service: SocketAddr) -> String {
-    format!(
-        r#"
-[service]
-name = "payments"
-[runtime]
-drain_timeout = "2s"
-[inbound]
-listen = "127.0.0.1:0"
-forward_to = "{service}"
-[outbound]
-listen = "127.0.0.1:0"
-[admin]
-listen = "localhost:0"
-"#
-    )
-}
-
 impl Stage {
-    async fn set() -> Result<Self, DemoError> {
-        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
-        let folder = Folder::new()?;
-        let trouble = Arc::new(Trouble::default());
-        let payments = services::payments(any, Arc::clone(&trouble)).await?;
-        let payments_at = payments.address;
-        let payments_sidecar =
-            Sidecar::start(folder.path(), "payments", &payments_config(payments_at)).await?;
-        let shop_socket = TcpListener::bind(any).await?;
-        let config = shop_config(shop_socket.local_addr()?, payments_sidecar.inbound, "500ms");
-        let shop_sidecar = Sidecar::start(folder.path(), "shop", &config).await?;
-        let shop = services::shop(shop_sidecar.outbound, shop_socket).await?;
-
-        println!("visitor ─▶ [sidecar] ─▶ shop ─▶ [sidecar] ─▶ [sidecar] ─▶ payments");
-        println!("the admin page of shop's sidecar:     http://{}/", shop_sidecar.admin);
-        println!("the admin page of payments' sidecar:  http://{}/", payments_sidecar.admin);
-        Ok(Self {
-            story: Story::new(),
-            trouble,
-            payments: Some(payments),
-            payments_at,
-            payments_sidecar,
-            shop_sidecar,
-            _shop: shop,
-            _folder: folder,
-        })
-    }
-
-    /// A visitor's call, through everything.
-    async fn visit(&self, method: Method, path: &str) -> Result<Reply, DemoError> {
-        call(self.shop_sidecar.inbound, method, path, "shop").await
-    }
-
-    async fn visits(&self, count: usize, method: &Method, path: &str) -> Result<Vec<Reply>, DemoError> {
-        let mut replies = Vec::with_capacity(count);
-        for _ in 0..count {
-            replies.push(self.visit(method.clone(), path).await?);
-        }
-        Ok(replies)
-    }
-
     async fn all_is_well(&mut self) -> Result<(), DemoError> {
         self.story.scene("All is well");
         let began = Instant::now();
@@ -142,18 +44,17 @@ impl Stage {
         let good = well(&replies);
         let each = began.elapsed() / 20;
         self.story.check(good == 20, format!("{good} of 20 calls were answered 200, {each:.0?} each"));
-        let reached = self.trouble.answers.load(Ordering::Relaxed);
+        let reached = self.reached();
         self.story.check(reached == 20, format!("payments was called {reached} times, once for each"));
         Ok(())
     }
 
     async fn kept_alive_connections_are_reset(&mut self) -> Result<(), DemoError> {
         self.story.scene("payments resets its kept-alive connections, after every 3rd answer");
-        self.trouble.reset_every.store(3, Ordering::Relaxed);
-        let before = self.trouble.resets.load(Ordering::Relaxed);
+        self.trouble(|trouble| trouble.reset_every.store(3, Ordering::Relaxed));
         let replies = self.visits(60, &Method::GET, "/price").await?;
-        self.trouble.reset_every.store(0, Ordering::Relaxed);
-        let resets = self.trouble.resets.load(Ordering::Relaxed) - before;
+        self.trouble(|trouble| trouble.reset_every.store(0, Ordering::Relaxed));
+        let resets: u32 = self.instances.iter().map(|one| one.trouble.resets.load(Ordering::Relaxed)).sum();
         let good = well(&replies);
         if let Some(failed) = replies.iter().find(|reply| !reply.status.is_success()) {
             self.story.show(failed);
@@ -163,8 +64,105 @@ impl Stage {
         Ok(())
     }
 
+    async fn one_instance_fails(&mut self) -> Result<(), DemoError> {
+        self.story.scene("One of payments' two instances answers 503 to everything");
+        self.budget_is_back().await?;
+        let before = self.count("payments", "retries", "sent").await?;
+        self.instances[1].trouble.fails.store(true, Ordering::Relaxed);
+        let (mut replies, mut ejected) = (Vec::new(), None);
+        while ejected.is_none() && replies.len() < 200 {
+            replies.extend(self.visits(1, &Method::GET, "/price").await?);
+            let endpoints = self.status("payments").await?["endpoints"].clone();
+            let out = endpoints.as_array().and_then(|all| all.iter().find(|e| e["state"] == "ejected"));
+            ejected = out.and_then(|endpoint| endpoint["address"].as_str()).map(ToOwned::to_owned);
+        }
+        let (good, calls) = (well(&replies), replies.len());
+        let retried = self.count("payments", "retries", "sent").await? - before;
+        self.story.check(good == calls, format!("{good} of {calls} callers saw nothing of it"));
+        self.story.check(
+            retried > 0,
+            format!("{retried} tries that failed were sent again, to the other instance"),
+        );
+        match &ejected {
+            Some(address) => self.story.show_status(format!("{address} ejected")),
+            None => self.story.tell("no endpoint was taken out"),
+        }
+        let bad = self.instances[1].sidecar.inbound.to_string();
+        self.story.check(ejected == Some(bad), "after 5 failures in a row it was taken out for a while");
+        self.instances[1].trouble.fails.store(false, Ordering::Relaxed);
+        let back = self.endpoints_are_back().await?;
+        self.story.check(back, "it is well again, and back");
+        Ok(())
+    }
+
+    async fn all_fail_without_a_breaker(&mut self) -> Result<(), DemoError> {
+        self.story.scene(
+            "Both answer 503; the calls go by an upstream that has no breaker: its retry budget alone",
+        );
+        self.set_failing(true);
+        let (began, before) = (Instant::now(), self.reached());
+        let replies = self.visits(40, &Method::GET, "/report").await?;
+        let (took, tries) = (began.elapsed(), self.reached() - before);
+        self.set_failing(false);
+        let told = replies.iter().filter(|reply| reply.status == 503).count();
+        self.story.check(told == 40, format!("{told} of 40 callers were told what payments says: 503"));
+        // A fifth of the calls, and ten more in any 10 s; without a budget, two retries for each call.
+        let bound = 40 + 8 + 10 * (1 + took.as_secs() / 10);
+        let held = u64::from(tries) > 40 && u64::from(tries) <= bound;
+        self.story.check(
+            held,
+            format!("payments was sent {tries} tries, not the 120 that 2 retries each would be"),
+        );
+        let spent = self.count("reports", "retries", "budget").await?;
+        let left = self.status("reports").await?["budget"]["available"].clone();
+        self.story.show_status(format!("retries left {left}, {spent} not sent for want of budget"));
+        self.story.check(spent > 0, "so retries do not make an outage worse");
+        Ok(())
+    }
+
+    async fn all_fail_behind_a_breaker(&mut self) -> Result<(), DemoError> {
+        self.story.scene("Both answer 503, with a circuit breaker before them");
+        self.set_failing(true);
+        let before = self.reached();
+        let (mut refused, mut seen) = (0, None);
+        for _ in 0..100 {
+            let reply = self.visit(Method::GET, "/price").await?;
+            if cause(&reply).as_deref() == Some("breaker_open") {
+                refused += 1;
+                if seen.is_none() {
+                    self.story.tell("what the caller is told then:");
+                    self.story.show(&reply);
+                    seen = Some(self.status("payments").await?["breaker"].clone());
+                }
+            }
+        }
+        let tries = self.reached() - before;
+        let breaker = seen.unwrap_or_default();
+        self.story.show_status(format!("breaker {} ({})", breaker["state"], breaker["why"]));
+        let open = breaker["state"] == "open" || breaker["state"] == "half_open";
+        self.story.check(open, "the breaker opened");
+        self.story.check(refused >= 50, format!("{refused} of 100 callers were refused at once"));
+        self.story.check(tries < 50, format!("payments was left alone but for {tries} tries"));
+        self.set_failing(false);
+        let began = Instant::now();
+        let mut closed = false;
+        while !closed && began.elapsed() < PATIENCE {
+            self.visit(Method::GET, "/price").await?;
+            closed = self.status("payments").await?["breaker"]["state"] == "closed";
+            sleep(POLL).await;
+        }
+        let took = began.elapsed();
+        self.story.check(
+            closed,
+            format!("payments is well; {took:.1?} later, three trials having succeeded, it closed"),
+        );
+        let good = well(&self.visits(5, &Method::GET, "/price").await?);
+        self.story.check(good == 5, format!("{good} of 5 callers got their answer"));
+        Ok(())
+    }
+
     async fn slow(&mut self) -> Result<(), DemoError> {
-        self.story.scene(&format!("payments takes {SLOW:?}; shop.toml says timeout = \"500ms\""));
+        self.story.scene(&format!("payments takes {SLOW:?}; shop.toml says timeout = \"1s\""));
         self.set_slow(SLOW);
         let began = Instant::now();
         let replies = self.visits(3, &Method::POST, "/checkout").await?;
@@ -173,19 +171,14 @@ impl Stage {
             self.story.tell("what the caller is told:");
             self.story.show(first);
         }
-        let told = replies.iter().filter(|reply| {
-            reply.status == 504 && cause(reply).is_some_and(|cause| cause.ends_with("timeout"))
-        });
-        let told = told.count();
+        let told = replies.iter().filter(|reply| reply.status == 504 && cause(reply).is_some()).count();
         self.story.check(told == 3, format!("{told} of 3 callers were told so, after {each:.0?}"));
         Ok(())
     }
 
     async fn reload(&mut self) -> Result<(), DemoError> {
-        self.story.scene("shop.toml is edited while all runs: timeout = \"3s\"");
-        let service = self._shop.address;
-        self.shop_sidecar.reconfigure(&shop_config(service, self.payments_sidecar.inbound, "3s"))?;
-        let taken = self.reloaded().await?;
+        self.story.scene("shop.toml is edited while all runs: timeout = \"20s\"");
+        let taken = self.set_timeout("20s").await?;
         self.story.check(taken, "the sidecar took the change without a restart");
         let good = well(&self.visits(2, &Method::POST, "/checkout").await?);
         self.story.check(good == 2, format!("{good} of 2 callers waited {SLOW:?} and got their answer"));
@@ -193,52 +186,56 @@ impl Stage {
         Ok(())
     }
 
-    async fn reloaded(&self) -> Result<bool, DemoError> {
-        for _ in 0..100 {
-            let reply = call(self.shop_sidecar.admin, Method::GET, "/status", "localhost").await?;
-            let status: serde_json::Value = serde_json::from_slice(&reply.body).unwrap_or_default();
-            if status["config"]["reloads"].as_u64().is_some_and(|count| count > 0) {
-                return Ok(true);
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
-        Ok(false)
-    }
-
-    async fn refused(&mut self) -> Result<(), DemoError> {
-        self.story.scene("payments is gone, then comes back");
-        self.payments = None;
-        let replies = self.visits(3, &Method::POST, "/checkout").await?;
+    async fn gone(&mut self) -> Result<(), DemoError> {
+        self.story.scene("One instance of payments is gone, then the other too");
+        self.budget_is_back().await?;
+        self.stop_instance(0);
+        let good = well(&self.visits(10, &Method::POST, "/checkout").await?);
+        let told =
+            format!("{good} of 10 callers saw nothing: what never arrived may go elsewhere, a POST too");
+        self.story.check(good == 10, told);
+        self.stop_instance(1);
+        let replies = self.visits(2, &Method::POST, "/checkout").await?;
         if let Some(first) = replies.first() {
-            self.story.tell("what the caller is told, by the sidecar next to the failure:");
+            self.story.tell("with both gone, what the caller is told, by the sidecar next to the failure:");
             self.story.show(first);
         }
-        let told = replies.iter().filter(|reply| reply.status == 502 && cause(reply).is_some()).count();
-        self.story.check(told == 3, format!("{told} of 3 callers were told at once"));
-        self.payments = Some(services::payments(self.payments_at, Arc::clone(&self.trouble)).await?);
+        let told = replies.iter().filter(|reply| reply.status.is_server_error() && cause(reply).is_some());
+        let told = told.count();
+        self.story.check(told == 2, format!("{told} of 2 callers were told at once"));
+        self.start_instances().await?;
+        self.budget_is_back().await?;
         let good = well(&self.visits(5, &Method::POST, "/checkout").await?);
-        self.story.check(good == 5, format!("{good} of 5 callers got their answer as soon as it was back"));
+        self.story
+            .check(good == 5, format!("{good} of 5 callers got their answer as soon as they were back"));
         Ok(())
     }
 
     async fn leave(&mut self) -> Result<(), DemoError> {
-        self.story.scene("payments' sidecar gets SIGTERM while a call is under way");
+        self.story.scene("The sidecar of an instance gets SIGTERM while a call is under way");
         self.set_slow(SLOW);
-        let answered = self.trouble.answers.load(Ordering::Relaxed);
-        let visit = call(self.shop_sidecar.inbound, Method::POST, "/checkout", "shop");
-        let sidecar = &mut self.payments_sidecar;
-        let (reply, ended) = tokio::join!(visit, async {
-            // Half of the time that payments takes: the call is certainly there.
-            sleep(SLOW / 2).await;
-            sidecar.terminate();
-            sidecar.ended().await
-        });
-        let (reply, ended) = (reply?, ended?);
-        let answered = self.trouble.answers.load(Ordering::Relaxed) - answered;
+        let answered = self.reached();
+        let arrived =
+            |stage: &Self| stage.instances.each_ref().map(|one| one.trouble.arrived.load(Ordering::Relaxed));
+        let before = arrived(self);
+        let visit = tokio::spawn(self.visit(Method::POST, "/checkout"));
+        let mut there = None;
+        eventually(async || {
+            let now = arrived(self);
+            there = (0..now.len()).find(|index| now[*index] > before[*index]);
+            Ok(there.is_some())
+        })
+        .await?;
+        let sidecar = &mut self.instances[there.unwrap_or(0)].sidecar;
+        sidecar.terminate();
+        let ended = sidecar.ended().await?;
+        let log = sidecar.log();
+        let reply = visit.await.map_err(std::io::Error::other)??;
+        let answered = self.reached() - answered;
         self.story.check(reply.status == 200 && answered == 1, "the call was finished first");
         self.story.check(ended.success(), format!("then the sidecar ended ({ended})"));
         if !ended.success() {
-            self.story.tell(self.payments_sidecar.log());
+            self.story.tell(log);
         }
         Ok(())
     }
@@ -255,11 +252,29 @@ impl Stage {
         }
     }
 
-    fn set_slow(&self, slow: Duration) {
-        self.trouble.slow_ms.store(u64::try_from(slow.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    /// Lets the budget recover from the scene before: each is to show its own.
+    async fn budget_is_back(&self) -> Result<bool, DemoError> {
+        eventually(async || Ok(self.status("payments").await?["budget"]["available"].as_u64() >= Some(10)))
+            .await
+    }
+
+    async fn endpoints_are_back(&self) -> Result<bool, DemoError> {
+        eventually(async || {
+            let status = self.status("payments").await?;
+            Ok(status["endpoints"].as_array().is_some_and(|all| all.iter().all(|e| e["state"] == "healthy")))
+        })
+        .await
     }
 }
 
-fn well(replies: &[Reply]) -> usize {
-    replies.iter().filter(|reply| reply.status == 200).count()
+/// Waits until it holds; false where it does not within [`PATIENCE`].
+async fn eventually(mut holds: impl AsyncFnMut() -> Result<bool, DemoError>) -> Result<bool, DemoError> {
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        if holds().await? {
+            return Ok(true);
+        }
+        sleep(POLL).await;
+    }
+    Ok(false)
 }

@@ -1,0 +1,203 @@
+//! The stage: two services with their sidecars, and the hands behind it.
+
+use std::{
+    fmt::Write as _,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use http::Method;
+use tokio::{net::TcpListener, time::sleep};
+
+use super::{
+    DemoError,
+    http::{Reply, call},
+    services::{self, Service, Trouble},
+    sidecar::{Folder, Sidecar},
+    story::Story,
+};
+
+/// How slow `payments` is when it is slow.
+pub const SLOW: Duration = Duration::from_millis(1500);
+/// `timeout` of shop's calls at first.
+const TIMEOUT: &str = "1s";
+
+const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// One instance of `payments`.
+pub struct Instance {
+    pub trouble: Arc<Trouble>,
+    pub sidecar: Sidecar,
+    service: Option<Service>,
+    at: SocketAddr,
+}
+
+/// The whole stage.
+pub struct Stage {
+    pub story: Story,
+    pub instances: [Instance; 2],
+    pub shop_sidecar: Sidecar,
+    shop: Service,
+    _folder: Folder,
+}
+
+impl Instance {
+    async fn start(folder: &Folder, name: &'static str) -> Result<Self, DemoError> {
+        let trouble = Arc::new(Trouble::default());
+        let service = services::payments(ANY, Arc::clone(&trouble)).await?;
+        let at = service.address;
+        let sidecar = Sidecar::start(folder.path(), name, &common("payments", at)).await?;
+        Ok(Self { trouble, sidecar, service: Some(service), at })
+    }
+}
+
+fn common(name: &str, service: SocketAddr) -> String {
+    format!(
+        r#"
+[service]
+name = "{name}"
+[runtime]
+drain_timeout = "10s"
+[inbound]
+listen = "127.0.0.1:0"
+forward_to = "{service}"
+[outbound]
+listen = "127.0.0.1:0"
+[admin]
+listen = "localhost:0"
+"#
+    )
+}
+
+/// Times are shorter than the defaults, for nobody wants to wait long for a show.
+fn shop_config(service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) -> String {
+    let [one, two] = payments;
+    let mut config = common("shop", service);
+    // Writing to a string cannot fail.
+    let _ = write!(
+        config,
+        r#"
+[[upstream]]
+name = "payments"
+endpoints = ["{one}", "{two}"]
+timeout = "{timeout}"
+retry = {{ budget = {{ min_per_second = 5, window = "2s" }} }}
+breaker = {{ failure_rate = 0.0, open_for = {{ base = "1s", max = "2s" }} }}
+outlier = {{ eject_for = {{ base = "1s", max = "2s" }} }}
+[[upstream]]
+name = "reports"
+endpoints = ["{one}", "{two}"]
+breaker = false
+outlier = false
+"#
+    );
+    config
+}
+
+impl Stage {
+    pub async fn set() -> Result<Self, DemoError> {
+        let folder = Folder::new()?;
+        let one = Instance::start(&folder, "payments-1").await?;
+        let two = Instance::start(&folder, "payments-2").await?;
+        let shop_socket = TcpListener::bind(ANY).await?;
+        let payments = [one.sidecar.inbound, two.sidecar.inbound];
+        let config = shop_config(shop_socket.local_addr()?, payments, TIMEOUT);
+        let shop_sidecar = Sidecar::start(folder.path(), "shop", &config).await?;
+        let shop = services::shop(shop_sidecar.outbound, shop_socket).await?;
+
+        println!("visitor ─▶ [sidecar] ─▶ shop ─▶ [sidecar] ─┬▶ [sidecar] ─▶ payments 1");
+        println!("                                           └▶ [sidecar] ─▶ payments 2");
+        println!("the admin page of shop's sidecar:       http://{}/", shop_sidecar.admin);
+        println!("the admin pages of payments' sidecars:  http://{}/", one.sidecar.admin);
+        println!("                                        http://{}/", two.sidecar.admin);
+        Ok(Self { story: Story::new(), instances: [one, two], shop_sidecar, shop, _folder: folder })
+    }
+
+    /// A visitor's call, through everything.
+    pub fn visit(
+        &self,
+        method: Method,
+        path: &'static str,
+    ) -> impl Future<Output = Result<Reply, DemoError>> + Send + use<> {
+        call(self.shop_sidecar.inbound, method, path, "shop")
+    }
+
+    pub async fn visits(
+        &self,
+        count: usize,
+        method: &Method,
+        path: &'static str,
+    ) -> Result<Vec<Reply>, DemoError> {
+        let mut replies = Vec::with_capacity(count);
+        for _ in 0..count {
+            replies.push(self.visit(method.clone(), path).await?);
+        }
+        Ok(replies)
+    }
+
+    /// What shop's sidecar says of an upstream.
+    pub async fn status(&self, upstream: &str) -> Result<serde_json::Value, DemoError> {
+        let status = self.whole_status().await?;
+        let upstreams = status["upstreams"].as_array();
+        let found = upstreams.and_then(|all| all.iter().find(|one| one["name"] == upstream));
+        Ok(found.cloned().unwrap_or_default())
+    }
+
+    async fn whole_status(&self) -> Result<serde_json::Value, DemoError> {
+        let reply = call(self.shop_sidecar.admin, Method::GET, "/status", "localhost").await?;
+        Ok(serde_json::from_slice(&reply.body).unwrap_or_default())
+    }
+
+    /// One of the counts in it.
+    pub async fn count(&self, upstream: &str, of: &str, word: &str) -> Result<u64, DemoError> {
+        Ok(self.status(upstream).await?[of][word].as_u64().unwrap_or(0))
+    }
+
+    /// How many calls the instances have answered so far.
+    pub fn reached(&self) -> u32 {
+        self.instances.iter().map(|one| one.trouble.answers.load(Ordering::Relaxed)).sum()
+    }
+
+    pub fn trouble(&self, make: impl Fn(&Trouble)) {
+        self.instances.iter().for_each(|one| make(&one.trouble));
+    }
+
+    pub fn set_slow(&self, slow: Duration) {
+        let slow = u64::try_from(slow.as_millis()).unwrap_or(u64::MAX);
+        self.trouble(|trouble| trouble.slow_ms.store(slow, Ordering::Relaxed));
+    }
+
+    pub fn set_failing(&self, fails: bool) {
+        self.trouble(|trouble| trouble.fails.store(fails, Ordering::Relaxed));
+    }
+
+    pub fn stop_instance(&mut self, index: usize) {
+        self.instances[index].service = None;
+    }
+
+    /// Those that were stopped come back to where they were.
+    pub async fn start_instances(&mut self) -> Result<(), DemoError> {
+        for one in self.instances.iter_mut().filter(|one| one.service.is_none()) {
+            one.service = Some(services::payments(one.at, Arc::clone(&one.trouble)).await?);
+        }
+        Ok(())
+    }
+
+    /// Edits shop's configuration; whether that took effect.
+    pub async fn set_timeout(&self, timeout: &str) -> Result<bool, DemoError> {
+        let payments = self.instances.each_ref().map(|one| one.sidecar.inbound);
+        self.shop_sidecar.reconfigure(&shop_config(self.shop.address, payments, timeout))?;
+        for _ in 0..500 {
+            if self.whole_status().await?["config"]["reloads"].as_u64().is_some_and(|count| count > 0) {
+                return Ok(true);
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(false)
+    }
+}
+
+pub fn well(replies: &[Reply]) -> usize {
+    replies.iter().filter(|reply| reply.status == 200).count()
+}
