@@ -89,7 +89,10 @@ impl UnknownHosts {
 
     /// Ends the look-ups of hosts that nobody has asked for in a while.
     pub fn forget_idle(&self) {
-        let now = self.now();
+        self.forget_idle_at(self.now());
+    }
+
+    fn forget_idle_at(&self, now: u64) {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         hosts.retain(|_, host| {
             let keep = !host.is_idle(now);
@@ -150,5 +153,26 @@ impl UnknownHost {
     /// Whether it was made under this configuration.
     pub fn is_current(&self, config: &Arc<Config>) -> bool {
         Arc::ptr_eq(&self.config, config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_forgotten_host_had_counted_stays_counted() {
+        let hosts = UnknownHosts::new(Arc::new(Resolver::from_system().unwrap()));
+        let config = Arc::new(Config::default());
+        let host = hosts.get(&HostPort::new("127.0.0.1", 9), &config);
+        host.counts().retries.add("sent");
+        let sent =
+            |counts: &Counts| counts.retries.read().find(|(word, _)| *word == "sent").map(|(_, count)| count);
+        let (known, forgotten) = hosts.read();
+        assert_eq!((known.len(), sent(&forgotten)), (1, Some(0)));
+
+        hosts.forget_idle_at(hosts.now() + IDLE_MS + 1000);
+        let (known, forgotten) = hosts.read();
+        assert_eq!((known.len(), sent(&forgotten)), (0, Some(1)));
     }
 }
