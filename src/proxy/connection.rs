@@ -268,7 +268,6 @@ impl Connection {
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEADER_BYTES)
             .preserve_header_case(preserve_case)
-            .half_close(true)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         self.drive(connection, |connection| connection.graceful_shutdown()).await

@@ -212,8 +212,9 @@ async fn serve<'a>(
         retries,
     };
     exchange.guards().budget.deposit();
-    let mut ended = exchange.tries(clock, outgoing, replay, record).await?;
+    let ended = exchange.tries(clock, outgoing, replay, record).await;
     exchange.note_spent(&ended, record);
+    let mut ended = ended?;
     if let Ended::Answered(answer, _) = &mut ended {
         answer.held.place = place;
     }
@@ -307,12 +308,23 @@ impl<'a> Exchange<'a> {
         // Tries that count, and whether the one that mends a race of our own pool was used up.
         let (mut counted, mut free_used) = (1, false);
         let mut last_end: Option<Ended> = None;
+        // Another try was decided; whether it is the free one.
+        let mut again: Option<bool> = None;
         loop {
             let permit = match self.permit() {
                 Ok(permit) => permit,
                 // The failure that opened it says more than that it is open.
-                Err(error) => return last_end.ok_or(error),
+                Err(error) => {
+                    if last_end.is_some() {
+                        self.guards().counts.retries.add(error.cause.word());
+                        record.stopped = Some(error.cause.word());
+                    }
+                    return last_end.ok_or(error);
+                }
             };
+            if let Some(free) = again.take() {
+                self.guards().counts.retries.add(if free { "reconnect" } else { "sent" });
+            }
             let index = connect::pick(connection, &self.target.local, &self.endpoints, &tried, self.hash)?;
             connect::check_address(self.call.view, connection, self.target, self.endpoints[index].address())?;
             drop(last_end.take());
@@ -384,7 +396,7 @@ impl<'a> Exchange<'a> {
                     return Ok(ended);
                 }
             };
-            counts.add(if retry.free { "reconnect" } else { "sent" });
+            again = Some(retry.free);
             if retry.free {
                 free_used = true;
             } else {
@@ -448,7 +460,8 @@ impl<'a> Exchange<'a> {
                 gate.open();
             }
         };
-        self.tell_next_hop(clock, outgoing, record.tries);
+        let left = clock.left(began);
+        self.tell_next_hop(left, outgoing, record.tries);
         let request = outgoing.for_try(first.last && delay.is_none());
         let send = self.send(&self.endpoints[first.index], request, replay, gate.clone());
         let Some(delay) = delay else {
@@ -457,6 +470,14 @@ impl<'a> Exchange<'a> {
         };
 
         let (mut first, mut second) = (Some(first), None);
+        // The copy that failed while the other one was still under way.
+        let mut lost = None;
+        let over = |result, asked: Asked, began: Instant| Over {
+            result: Ok(result),
+            index: asked.index,
+            took: began.elapsed(),
+            permit: asked.permit,
+        };
         let work = async {
             let mut send = std::pin::pin!(send);
             tokio::select! {
@@ -471,18 +492,19 @@ impl<'a> Exchange<'a> {
             let sent = Instant::now();
             let endpoint = &self.endpoints[other.index];
             tried.push(other.index);
+            self.tell_next_hop(left.map(|left| left.saturating_sub(sent - began)), outgoing, record.tries);
             let mut copy = std::pin::pin!(self.send(endpoint, outgoing.for_try(false), replay, None));
             second = Some(other);
             // Whichever answers well first; a failure waits for the other one.
             tokio::select! {
                 result = &mut send => {
                     if succeeded(&result) { second = None; return (result, began) }
-                    first = None;
+                    lost = first.take().map(|asked| over(result, asked, began));
                     (copy.await, sent)
                 }
                 result = &mut copy => {
                     if succeeded(&result) { first = None; return (result, sent) }
-                    second = None;
+                    lost = second.take().map(|asked| over(result, asked, sent));
                     (send.await, began)
                 }
             }
@@ -492,8 +514,11 @@ impl<'a> Exchange<'a> {
             Ok((result, began)) => (Ok(result), began),
             Err(ran_out) => (Err(ran_out), began),
         };
+        if let Some(lost) = lost {
+            self.judge(lost, replay, clock);
+        }
         // The loser is cancelled and counts nowhere: its permit is dropped.
-        if first.is_none() && second.is_some() {
+        if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
             self.guards().counts.retries.add("hedge_won");
         }
         let winner = first.or(second);
@@ -560,12 +585,11 @@ impl<'a> Exchange<'a> {
     }
 
     /// Which try this is, and how much time is left (product: deadlines travel).
-    fn tell_next_hop(&self, clock: &Clock, outgoing: &mut Outgoing, number: u32) {
+    fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
         if self.call.connection.side != Side::Inbound {
             headers.insert(X_OUTRIGGER_ATTEMPT, HeaderValue::from(number));
         }
-        let left = clock.left(Instant::now());
         if self.call.grpc {
             // Only shortened, never made from `timeout`.
             if let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT)) {
@@ -696,10 +720,11 @@ impl<'a> Exchange<'a> {
     }
 
     /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
-    fn note_spent(&self, ended: &Ended, record: &Record) {
+    fn note_spent(&self, ended: &Result<Ended, ProxyError>, record: &Record) {
         let failed = match ended {
-            Ended::Answered(_, outcome) => outcome.breaker_health() == Health::Failure,
-            Ended::Failed(failed) => failed.error.cause.is_exhaustion(),
+            Ok(Ended::Answered(_, outcome)) => outcome.breaker_health() == Health::Failure,
+            Ok(Ended::Failed(failed)) => failed.error.cause.is_exhaustion(),
+            Err(error) => error.cause.is_exhaustion(),
         };
         if failed
             && self.call.connection.side != Side::Inbound

@@ -21,6 +21,7 @@ mod health;
 mod house;
 mod lifecycle;
 mod load;
+mod resilience;
 mod servers;
 mod smuggling;
 mod websocket;

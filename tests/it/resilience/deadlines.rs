@@ -1,0 +1,123 @@
+//! One moment at which a call must be over: shrinking with each try and hop.
+
+use std::time::{Duration, Instant};
+
+use super::{Reply, Service, ask, assert_cause, get, proxy, request, upstream};
+use crate::support::{Proxy, RawClient, eventually};
+
+#[test]
+fn what_is_left_is_told_to_each_try() {
+    let service = Service::new(|_, number| if number < 3 { 503 } else { 200 });
+    let proxy = proxy(
+        &[service.address()],
+        "timeout = \"5s\"\nretry = { backoff = { base = \"50ms\", max = \"1s\" } }",
+    );
+    assert_eq!(ask(&proxy, request("GET", "x-request-timeout-ms: 3000\r\n")).status(), 200);
+    let left: Vec<u64> =
+        service.seen().iter().filter_map(|seen| seen.number("x-request-timeout-ms")).collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+    assert!(left[0] <= 3000 && left.windows(2).all(|pair| pair[1] <= pair[0]), "{left:?}");
+    // The route's own is sent where the caller has none, and a longer one of the caller's does not prolong it.
+    for field in ["", "x-request-timeout-ms: 60000\r\n", "x-request-timeout-ms: soon\r\n"] {
+        ask(&proxy, request("GET", field));
+        let last = service.seen().last().and_then(|seen| seen.number("x-request-timeout-ms"));
+        assert!(last.is_some_and(|left| (1..=5000).contains(&left)), "{field:?}: {last:?}");
+    }
+}
+
+#[test]
+fn it_shrinks_from_hop_to_hop() {
+    let service = Service::new(|_, _| 200);
+    let inner = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", service.address()));
+    let outer = proxy(&[inner.inbound()], "timeout = \"4s\"");
+    assert_eq!(ask(&outer, request("GET", "x-request-timeout-ms: 2000\r\n")).status(), 200);
+    let seen = service.seen();
+    assert!(
+        seen[0].number("x-request-timeout-ms").is_some_and(|left| (1..=2000).contains(&left)),
+        "{seen:?}"
+    );
+}
+
+#[test]
+fn a_callers_shorter_deadline_ends_the_call() {
+    let service =
+        Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
+    let proxy =
+        proxy(&[service.address()], "breaker = { consecutive_failures = 1 }\nattempt_timeout = \"0s\"");
+    let began = Instant::now();
+    let answer = ask(&proxy, request("GET", "x-hang: 1\r\nx-request-timeout-ms: 200\r\n"));
+    assert_cause(&answer, 504, "deadline");
+    assert!((200..5000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    // Which says nothing about the service: its breaker stays closed.
+    assert_eq!(get(&proxy).status(), 200);
+}
+
+#[test]
+fn a_grpc_deadline_is_shortened_and_never_made() {
+    let service = Service::h2(|seen, _| match seen.header("x-hang") {
+        Some(_) => Reply::Never,
+        None => Reply::from((200, "grpc-status", "0")),
+    });
+    let proxy = proxy(&[service.address()], "protocol = \"h2\"\ntimeout = \"100ms\"");
+    let call = |more: &str| super::post(&format!("Content-Type: application/grpc\r\n{more}"), "\0\0\0\0\0");
+    ask(&proxy, call(""));
+    ask(&proxy, call("grpc-timeout: 2S\r\n"));
+    let seen = service.seen();
+    assert_eq!(seen[0].header("grpc-timeout"), None);
+    assert_eq!(seen[0].header("x-request-timeout-ms"), None);
+    let sent = seen[1].header("grpc-timeout").expect("a grpc-timeout").to_owned();
+    let (number, unit) = sent.split_at(sent.len() - 1);
+    let nanos = match unit {
+        "n" => 1,
+        "u" => 1_000,
+        "m" => 1_000_000,
+        _ => 1_000_000_000,
+    };
+    let left = Duration::from_nanos(number.parse::<u64>().expect("digits") * nanos);
+    assert!(left < Duration::from_secs(2) && left > Duration::from_millis(100), "{sent}");
+    // `timeout` ends no gRPC call; its own deadline does.
+    let began = Instant::now();
+    let answer = ask(&proxy, call("x-hang: 1\r\ngrpc-timeout: 300m\r\n"));
+    assert_eq!(answer.field("grpc-status"), Some("4"), "{answer:?}");
+    assert!(began.elapsed() >= Duration::from_millis(300));
+}
+
+/// `auto`: half of what is left for the first try, so that another fits.
+#[test]
+fn an_attempt_that_hangs_leaves_time_for_another() {
+    for attempt in ["", "attempt_timeout = \"200ms\""] {
+        let service = Service::new(|_, number| if number == 1 { Reply::Never } else { Reply::from(200) });
+        let proxy = proxy(&[service.address()], &format!("timeout = \"3s\"\n{attempt}"));
+        assert_eq!(get(&proxy).status(), 200, "{attempt:?}");
+        assert_eq!(service.calls(), 2);
+        eventually("the first to be cancelled", || service.left() == 1);
+    }
+}
+
+/// A POST cannot be tried again: all of the time is its own.
+#[test]
+fn what_cannot_be_repeated_has_all_the_time() {
+    let service = Service::new(|_, _| Reply::Never);
+    let proxy = proxy(&[service.address()], "timeout = \"400ms\"");
+    let began = Instant::now();
+    assert_cause(&ask(&proxy, super::post("", "pay")), 504, "timeout");
+    assert!(began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
+    assert_eq!(service.calls(), 1);
+}
+
+/// `timeout` begins when the body has been sent: a slow upload is not cut off by it.
+#[test]
+fn the_timeout_begins_after_the_body() {
+    let service = Service::new(|_, _| 200);
+    let proxy = Proxy::start(upstream("up", &[service.address()], "timeout = \"300ms\""));
+    let mut client = RawClient::connect(proxy.outbound());
+    client.send("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: 10\r\n\r\n");
+    let began = Instant::now();
+    for _ in 0..10 {
+        let next = began.elapsed() + Duration::from_millis(50);
+        eventually("the time of a slow upload", || began.elapsed() >= next);
+        client.send("x");
+    }
+    let answer = client.response().expect("well-formed").expect("an answer");
+    assert_eq!(answer.status(), 200, "{answer:?}");
+}

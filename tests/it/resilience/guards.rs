@@ -1,0 +1,211 @@
+//! What keeps a failing or full upstream from more: breaker, ejection, limits, rates.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{Reply, Service, ask, assert_cause, get, proxy, request};
+use crate::support::{RawClient, eventually};
+
+/// A service that can be switched between well and failing.
+fn switchable() -> (Service, Arc<AtomicBool>) {
+    let well = Arc::new(AtomicBool::new(false));
+    let state = well.clone();
+    (Service::new(move |_, _| if state.load(Ordering::Relaxed) { 200 } else { 500 }), well)
+}
+
+#[test]
+fn the_breaker_opens_tries_and_closes() {
+    let (service, well) = switchable();
+    let proxy = proxy(
+        &[service.address()],
+        "breaker = { consecutive_failures = 4, open_for = { base = \"300ms\", max = \"600ms\" }, trial_requests = 1 }",
+    );
+    for _ in 0..4 {
+        assert_eq!(get(&proxy).status(), 500);
+    }
+    let refused = get(&proxy);
+    assert_cause(&refused, 503, "breaker_open");
+    assert!(refused.field("retry-after").is_some(), "{refused:?}");
+    assert_eq!(service.calls(), 4, "open: nobody comes through");
+    // A trial that fails opens it again, so a failing service sees one call each time.
+    let mut fives = 0;
+    eventually("two failed trials", || {
+        fives += u32::from(get(&proxy).status() == 500);
+        fives == 2
+    });
+    assert_eq!(service.calls(), 6);
+    well.store(true, Ordering::Relaxed);
+    eventually("the breaker to close", || get(&proxy).status() == 200);
+    for _ in 0..10 {
+        assert_eq!(get(&proxy).status(), 200, "closed");
+    }
+}
+
+/// What the caller did wrong is no failure of the upstream.
+#[test]
+fn a_breaker_does_not_count_the_callers_faults() {
+    let service = Service::new(|_, _| 404);
+    let proxy = proxy(&[service.address()], "breaker = { consecutive_failures = 2 }");
+    for _ in 0..10 {
+        assert_eq!(get(&proxy).status(), 404);
+    }
+}
+
+/// One trial at a time; one that its caller gave up frees its place.
+#[test]
+fn a_trial_whose_caller_leaves_frees_its_place() {
+    let service = Service::new(|seen, _| match seen.header("x-want") {
+        Some("fail") => Reply::from(500),
+        Some("hang") => Reply::Never,
+        _ => Reply::from(200),
+    });
+    let proxy = proxy(
+        &[service.address()],
+        "retry = false\ntimeout = \"60s\"\nbreaker = { consecutive_failures = 2, open_for = { base = \"100ms\", max = \"100ms\" }, trial_requests = 1 }",
+    );
+    for _ in 0..2 {
+        assert_eq!(ask(&proxy, request("GET", "x-want: fail\r\n")).status(), 500);
+    }
+    let mut hanging = None;
+    eventually("a trial that hangs", || {
+        let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(200));
+        client.send(request("GET", "x-want: hang\r\n"));
+        let silent = matches!(client.response(), Ok(None));
+        hanging = Some(client);
+        silent
+    });
+    assert_cause(&get(&proxy), 503, "breaker_open");
+    // Long before `timeout` would end the trial.
+    let left = Instant::now();
+    drop(hanging);
+    eventually("its place", || get(&proxy).status() == 200);
+    assert!(left.elapsed() < Duration::from_secs(10), "{:?}", left.elapsed());
+}
+
+#[test]
+fn an_endpoint_that_fails_gets_no_more_traffic() {
+    let (bad, good, other) = (Service::new(|_, _| 503), Service::new(|_, _| 200), Service::new(|_, _| 200));
+    let endpoints = [bad.address(), good.address(), other.address()];
+    let proxy = proxy(
+        &endpoints,
+        "outlier = { consecutive_failures = 5, eject_for = { base = \"60s\", max = \"60s\" } }",
+    );
+    for _ in 0..60 {
+        assert_eq!(get(&proxy).status(), 200);
+    }
+    assert_eq!(bad.calls(), 5, "five failures, then out");
+    assert_eq!(good.calls() + other.calls(), 60);
+}
+
+/// With all of them failing, no more than `max_ejected` are out: the rest goes on being asked.
+#[test]
+fn never_all_endpoints_are_ejected() {
+    let services: Vec<Service> = (0..3).map(|_| Service::new(|_, _| 500)).collect();
+    let endpoints: Vec<_> = services.iter().map(Service::address).collect();
+    let proxy = proxy(
+        &endpoints,
+        "breaker = false\noutlier = { consecutive_failures = 2, eject_for = { base = \"60s\", max = \"60s\" } }",
+    );
+    for _ in 0..30 {
+        assert_eq!(get(&proxy).status(), 500, "answered by an endpoint, not by `no_endpoint`");
+    }
+    let mut calls: Vec<_> = services.iter().map(Service::calls).collect();
+    calls.sort_unstable();
+    assert!(calls[0] == 2 && calls[1] > 5, "one of three is out: {calls:?}");
+}
+
+/// A place, a queue of one, and a third that is refused. Who leaves makes room.
+#[test]
+fn more_than_the_limits_wait_and_more_than_that_are_refused() {
+    let service =
+        Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
+    let proxy = proxy(
+        &[service.address()],
+        "limits = { max_requests = 1, max_pending = 1, pending_timeout = \"15s\" }\nretry = false",
+    );
+    let mut first = RawClient::connect(proxy.outbound());
+    first.send(request("GET", "x-hang: 1\r\n"));
+    eventually("the first to have the place", || service.calls() == 1);
+    thread::scope(|scope| {
+        let second = scope.spawn(|| get(&proxy));
+        // The second may not wait yet when the next comes; whoever comes while one waits is refused.
+        let mut patient = Vec::new();
+        eventually("a third to be refused", || {
+            let mut third = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(100));
+            third.send(request("GET", "x-hang: 1\r\n"));
+            let answer = third.response();
+            let Ok(Some(answer)) = answer else {
+                patient.push(third);
+                return false;
+            };
+            assert_cause(&answer, 503, "queue_full");
+            assert!(answer.field("retry-after").is_some(), "{answer:?}");
+            true
+        });
+        assert_eq!(service.calls(), 1);
+        drop(patient);
+        drop(first);
+        let answer = second.join().expect("no panic");
+        // Refused only if one of the others was quicker to wait than it.
+        assert!(matches!(answer.status(), 200 | 503), "{answer:?}");
+    });
+    eventually("the place to be free", || get(&proxy).status() == 200);
+}
+
+#[test]
+fn who_waits_too_long_is_told_so() {
+    let service = Service::new(|_, _| Reply::Never);
+    let proxy = proxy(&[service.address()], "limits = { max_requests = 1, pending_timeout = \"50ms\" }");
+    let mut first = RawClient::connect(proxy.outbound());
+    first.send(request("GET", ""));
+    eventually("the first to have the place", || service.calls() == 1);
+    assert_cause(&get(&proxy), 503, "limit_full");
+    // Nor is one waited for longer than the caller has time.
+    let answer = ask(&proxy, request("GET", "x-request-timeout-ms: 5\r\n"));
+    assert_cause(&answer, 504, "deadline");
+    assert_eq!(service.calls(), 1);
+}
+
+#[test]
+fn connections_are_limited() {
+    let service = Service::new(|_, _| Reply::Never);
+    let proxy = proxy(&[service.address()], "limits = { max_connections = 1, pending_timeout = \"50ms\" }");
+    let mut first = RawClient::connect(proxy.outbound());
+    first.send(request("GET", ""));
+    eventually("the first to have the connection", || service.calls() == 1);
+    assert_cause(&get(&proxy), 503, "limit_full");
+    assert_eq!(service.calls(), 1);
+}
+
+#[test]
+fn a_rate_limit_is_kept() {
+    let service = Service::new(|_, _| 200);
+    let limited = proxy(&[service.address()], "rate_limit = { rate = 1, burst = 3 }");
+    let began = Instant::now();
+    let mut served = 0;
+    // The burst and one a second, however slow the machine.
+    let refused = loop {
+        let answer = get(&limited);
+        if answer.status() != 200 {
+            break answer;
+        }
+        served += 1;
+        assert!(served <= 4 + began.elapsed().as_secs(), "{served} in {:?}", began.elapsed());
+    };
+    assert!(served >= 3, "{served} of the burst");
+    assert_cause(&refused, 429, "rate_limited");
+    assert_eq!(refused.field("retry-after"), Some("1"));
+    assert_eq!(service.calls() as u64, served);
+
+    let limited =
+        proxy(&[service.address()], "rate_limit = { rate = 1, burst = 1, per = \"header:x-tenant\" }");
+    let call = |tenant: &str| ask(&limited, request("GET", &format!("x-tenant: {tenant}\r\n"))).status();
+    eventually("a tenant over its limit", || call("a") == 429);
+    assert_eq!(call("b"), 200, "another one is not");
+}

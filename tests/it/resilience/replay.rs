@@ -1,0 +1,173 @@
+//! The bytes that a service gets are the bytes that the caller sent, whatever happened to earlier tries.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::{Arc, Mutex},
+};
+
+use super::proxy;
+use crate::support::{
+    RawClient, RawServer, eventually,
+    strict::{self, Message, Progress},
+};
+
+/// How the first try ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// A TCP reset.
+    Reset,
+    /// An orderly end.
+    Close,
+    /// 503 and an end, with the body not yet read.
+    EarlyAnswer,
+    /// 503 with the connection left open.
+    Answer,
+}
+
+const FAILURES: [Failure; 4] = [Failure::Reset, Failure::Close, Failure::EarlyAnswer, Failure::Answer];
+
+/// What the service got in all: of the failed try, and the request it answered with 200.
+#[derive(Default)]
+struct Got {
+    failed: Option<Vec<u8>>,
+    whole: Vec<Message>,
+}
+
+/// Fails the first request after `after` bytes of its body, answers the next.
+fn server(failure: Failure, after: usize, got: &Arc<Mutex<Got>>) -> RawServer {
+    let got = got.clone();
+    RawServer::start(move |mut stream| {
+        let (mut bytes, mut chunk) = (Vec::new(), [0; 777]);
+        loop {
+            if let Progress::Complete(message, used) = strict::request(&bytes) {
+                bytes.drain(..used);
+                if got.lock().expect("no panic").failed.is_some() {
+                    got.lock().expect("no panic").whole.push(message);
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+                    continue;
+                }
+                fail(&mut stream, failure, message.body, &got);
+                if failure == Failure::Answer {
+                    continue;
+                }
+                return;
+            }
+            let body = bytes.windows(4).position(|four| four == b"\r\n\r\n").map(|at| bytes.len() - at - 4);
+            // In the middle of its body: framing is of no interest, only how much has come.
+            if body.is_some_and(|count| count >= after)
+                && failure != Failure::Answer
+                && got.lock().expect("no panic").failed.is_none()
+            {
+                fail(&mut stream, failure, Vec::new(), &got);
+                return;
+            }
+            match stream.read(&mut chunk) {
+                Ok(0) | Err(_) => return,
+                Ok(count) => bytes.extend_from_slice(&chunk[..count]),
+            }
+        }
+    })
+}
+
+fn fail(stream: &mut TcpStream, failure: Failure, body: Vec<u8>, got: &Mutex<Got>) {
+    got.lock().expect("no panic").failed = Some(body);
+    match failure {
+        // Closed with bytes unread, the kernel resets; `Close` reads none either, but says FIN first.
+        Failure::Reset => {}
+        Failure::Close => {
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        Failure::EarlyAnswer | Failure::Answer => {
+            let _ = stream.write_all(b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy");
+        }
+    }
+}
+
+/// Numbers that look random and are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(self.0 >> 33).expect("31 bits") % end.max(1)
+    }
+}
+
+/// One call: a body of `size` in pieces; the failure comes after `after` bytes, in the middle of what is being sent.
+fn one(dice: &mut Dice, failure: Failure, size: usize, after: usize, chunked: bool, limit: usize) {
+    let what = format!("{failure:?} after {after} of {size} bytes, chunked: {chunked}, kept up to {limit}");
+    let body: Vec<u8> = (0..size).map(|_| u8::try_from(dice.below(256)).expect("a byte")).collect();
+    let got = Arc::<Mutex<Got>>::default();
+    let server = server(failure, after, &got);
+    let proxy = proxy(&[server.address()], &format!("retry = {{ body_limit = \"{limit}B\" }}"));
+    let mut client = RawClient::connect(proxy.outbound());
+    let framing =
+        if chunked { "Transfer-Encoding: chunked".to_owned() } else { format!("Content-Length: {size}") };
+    client.send(format!("PUT / HTTP/1.1\r\nHost: up\r\n{framing}\r\n\r\n"));
+    let mut sent = 0;
+    let mut send = |client: &mut RawClient, dice: &mut Dice, until: usize| {
+        while sent < until {
+            let piece = &body[sent..until.min(sent + 1 + dice.below(9000))];
+            sent += piece.len();
+            if chunked {
+                client.send([format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat());
+            } else {
+                client.send(piece);
+            }
+        }
+    };
+    if failure != Failure::Answer {
+        // The rest follows only once the first try has failed: a new try gets the copy first, then what comes live.
+        send(&mut client, dice, after);
+        eventually(&what, || got.lock().expect("no panic").failed.is_some());
+    }
+    send(&mut client, dice, size);
+    if chunked {
+        client.send("0\r\n\r\n");
+    }
+    let answer = client.response().expect("well-formed").unwrap_or_else(|| panic!("no answer: {what}"));
+    let got = got.lock().expect("no panic");
+    if size <= limit {
+        assert_eq!(answer.status(), 200, "{what}: {answer:?}");
+        assert_eq!(got.whole.len(), 1, "{what}");
+        assert!(got.whole[0].body == body, "{what}: {} bytes came", got.whole[0].body.len());
+    } else if answer.status() == 200 {
+        // It failed before more was read than may be kept, so nothing was lost.
+        assert!(
+            got.whole.len() == 1 && got.whole[0].body == body,
+            "{what}: {} bytes",
+            got.whole[0].body.len()
+        );
+    } else {
+        assert!(got.whole.is_empty() && matches!(answer.status(), 502 | 503), "{what}: {answer:?}");
+    }
+}
+
+#[test]
+fn bytes_received_are_bytes_sent() {
+    let mut dice = Dice(2026);
+    for failure in FAILURES {
+        for chunked in [false, true] {
+            for size in [1, 2, 4096, 30_000] {
+                for after in [0, 1, size / 2, size] {
+                    one(&mut dice, failure, size, after.min(size), chunked, 64 * 1024);
+                }
+            }
+            one(&mut dice, failure, 64 * 1024, 20_000, chunked, 64 * 1024);
+        }
+    }
+}
+
+/// More than is kept: given up where bytes are gone, never sent with a hole.
+#[test]
+fn what_is_not_kept_is_not_sent_again() {
+    let mut dice = Dice(7);
+    for failure in FAILURES {
+        for chunked in [false, true] {
+            for after in [0, 500, 1000, 1001, 5000, 20_000] {
+                one(&mut dice, failure, 20_000, after, chunked, 1000);
+            }
+        }
+    }
+}
