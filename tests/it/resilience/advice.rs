@@ -5,8 +5,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use super::{Service, ask, assert_cause, get, nobody, post, proxy, request, upstream};
-use crate::support::{Answer, Proxy, RawClient, Upstream, text};
+use super::{Service, ask, assert_cause, get, nobody, post, proxy, request, storm::between, upstream};
+use crate::support::{Proxy, RawClient};
 
 /// The trace context of a call.
 fn trace(number: usize) -> String {
@@ -70,26 +70,6 @@ fn the_advice_stays_between_sidecars() {
     let answer = RawClient::connect(sidecar.inbound()).ask(request("GET", "x-outrigger-retry: no\r\n"));
     assert_eq!((answer.status(), answer.field("x-outrigger-retry")), (503, None), "{answer:?}");
     assert_eq!(service.seen()[0].header("x-outrigger-retry"), None);
-}
-
-/// A service that answers what its own call by its sidecar's outbound port came to. `forward`: with the trace context.
-fn between(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
-    Upstream::http1(move |request| {
-        let outbound = outbound.clone();
-        async move {
-            let trace = request.headers().get("traceparent").filter(|_| forward).cloned();
-            let trace = trace.map_or(String::new(), |trace| {
-                format!("traceparent: {}\r\n", trace.to_str().unwrap_or_default())
-            });
-            let status = match outbound.get() {
-                Some(address) => super::storm::call(*address, "up", &trace).await,
-                None => 500,
-            };
-            let mut answer: Answer = text("between");
-            *answer.status_mut() = status.try_into().expect("a status");
-            answer
-        }
-    })
 }
 
 /// What the sidecar of a service in between says of its 5xx: `no` where its own call of that trace was spent.

@@ -1,10 +1,29 @@
-//! The storm.
-use std::net::SocketAddr;
+//! The storm: a caller and three services in a row, each with its sidecar, and the last one fails. What reaches it?
+//!
+//! `just storm` runs the same longer, with budgets and advice on and off, and draws it for docs/resilience.md.
+
+use std::{
+    fmt::Write as _,
+    net::SocketAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+
+use super::{Service, upstream};
+use crate::support::{Answer, Proxy, RawClient, Upstream, text};
+
+/// Calls a second.
+const DEMAND: u32 = 100;
+const CALLERS: u32 = 8;
 
 /// One GET by a sidecar's outbound port; the status it came to, 0 where the sidecar is not there.
 pub async fn call(outbound: SocketAddr, host: &str, more: &str) -> u16 {
@@ -18,4 +37,227 @@ pub async fn call(outbound: SocketAddr, host: &str, more: &str) -> u16 {
     };
     let answer = exchange.await.unwrap_or_default();
     answer.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse().ok()).unwrap_or(0)
+}
+
+/// A service that answers what its own call by its sidecar's outbound port came to. `forward`: the trace context too.
+pub fn between(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
+    Upstream::http1(move |request| {
+        let outbound = outbound.clone();
+        async move {
+            let trace = request.headers().get("traceparent").filter(|_| forward).cloned();
+            let trace = trace.map_or(String::new(), |trace| {
+                format!("traceparent: {}\r\n", trace.to_str().unwrap_or_default())
+            });
+            let status = match outbound.get() {
+                Some(address) => call(*address, "up", &trace).await,
+                None => 500,
+            };
+            let mut answer: Answer = text("between");
+            *answer.status_mut() = status.try_into().unwrap_or(hyper::StatusCode::BAD_GATEWAY);
+            answer
+        }
+    })
+}
+
+/// caller ─▶ sidecar ─▶ (sidecar ─ service ─ sidecar) ─▶ (…) ─▶ sidecar ─ the last service
+struct Chain {
+    last: Service,
+    /// Of a hundred calls of the last service, how many fail.
+    failing: Arc<AtomicUsize>,
+    caller: Proxy,
+    _between: Vec<(Upstream, Proxy)>,
+}
+
+impl Chain {
+    /// `keys`: policies of every outbound side. `forward`: services pass the trace context on.
+    fn start(keys: &str, forward: bool) -> (Self, Proxy) {
+        let failing = Arc::new(AtomicUsize::new(0));
+        let share = failing.clone();
+        // Spread evenly: 37 and 100 have no common divisor.
+        let last = Service::new(
+            move |_, number| if number * 37 % 100 < share.load(Ordering::Relaxed) { 503 } else { 200 },
+        );
+        let last_sidecar = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", last.address()));
+        let mut next = last_sidecar.inbound();
+        let mut row = Vec::new();
+        for _ in 0..2 {
+            let outbound = Arc::<OnceLock<SocketAddr>>::default();
+            let service = between(outbound.clone(), forward);
+            let inbound = format!("[inbound]\nforward_to = \"{}\"\n", service.address());
+            let sidecar = Proxy::start(inbound + &upstream("up", &[next], keys));
+            outbound.set(sidecar.outbound()).expect("once");
+            next = sidecar.inbound();
+            row.push((service, sidecar));
+        }
+        let caller = Proxy::start(upstream("up", &[next], keys));
+        (Self { last, failing, caller, _between: row }, last_sidecar)
+    }
+
+    /// The demand for this long, whether or not it is answered. `each` gets the moment, status and duration of a call.
+    fn load(&self, length: Duration, each: impl Fn(Duration, u16, Duration) + Sync) {
+        let (number, begin) = (AtomicUsize::new(0), Instant::now());
+        let outbound = self.caller.outbound();
+        thread::scope(|scope| {
+            for _ in 0..CALLERS {
+                scope.spawn(|| {
+                    let mut client = RawClient::connect(outbound);
+                    loop {
+                        let turn = number.fetch_add(1, Ordering::Relaxed);
+                        let due = begin + Duration::from_secs(1) / DEMAND * u32::try_from(turn).expect("few");
+                        if due - begin >= length {
+                            return;
+                        }
+                        thread::sleep(due.saturating_duration_since(Instant::now()));
+                        let id = (begin.elapsed().as_nanos() << 20) | turn as u128;
+                        let trace = format!("traceparent: 00-{id:032x}-00000000000000ab-01\r\n");
+                        let sent = Instant::now();
+                        let answer = client.ask(super::request("GET", &trace));
+                        each(due - begin, answer.status(), sent.elapsed());
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// What came of one phase.
+struct Phase {
+    calls: usize,
+    failed: usize,
+    /// Requests that reached the last service.
+    reached: usize,
+    slowest: Duration,
+}
+
+fn phase(chain: &Chain, failing: usize, length: Duration) -> Phase {
+    chain.failing.store(failing, Ordering::Relaxed);
+    let before = chain.last.calls();
+    let (calls, failed, slowest) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    chain.load(length, |_, status, took| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        failed.fetch_add(usize::from(status != 200), Ordering::Relaxed);
+        slowest.fetch_max(usize::try_from(took.as_millis()).unwrap_or(usize::MAX), Ordering::Relaxed);
+    });
+    Phase {
+        calls: calls.into_inner(),
+        failed: failed.into_inner(),
+        reached: chain.last.calls() - before,
+        slowest: Duration::from_millis(slowest.into_inner() as u64),
+    }
+}
+
+/// Open for short spells, so that the test need not last long.
+const BREAKER: &str = "breaker = { open_for = { base = \"500ms\", max = \"2s\" } }";
+
+#[test]
+fn a_storm_is_not_amplified() {
+    let (chain, _last) = Chain::start(BREAKER, true);
+    let well = phase(&chain, 0, Duration::from_secs(2));
+    assert_eq!((well.failed, well.reached), (0, well.calls));
+    // 1.3 × the demand at the last service, while all of its calls fail and while half of them do.
+    for failing in [100, 50] {
+        let bad = phase(&chain, failing, Duration::from_secs(6));
+        let most = bad.calls * 13 / 10;
+        assert!(
+            bad.reached <= most,
+            "{} of {} calls reached it, failing {failing} %",
+            bad.reached,
+            bad.calls
+        );
+        assert!(bad.slowest < Duration::from_secs(5), "callers are told fast, not after {:?}", bad.slowest);
+    }
+    // Well again: a bounded time, then all is as before.
+    let healed = Instant::now();
+    loop {
+        let again = phase(&chain, 0, Duration::from_secs(1));
+        if again.failed == 0 {
+            break;
+        }
+        assert!(healed.elapsed() < Duration::from_secs(15), "{} of {} still fail", again.failed, again.calls);
+    }
+    let after = phase(&chain, 0, Duration::from_secs(2));
+    assert!(after.failed * 100 < after.calls, "{} of {} failed", after.failed, after.calls);
+}
+
+/// Without the guards the same row would multiply: three hops of three tries each.
+const NO_GUARDS: &str = "breaker = false\noutlier = false\n\
+    retry = { budget = { ratio = 1.0, min_per_second = 1000 }, backoff = { base = \"5ms\", max = \"20ms\" } }";
+const NO_BREAKER: &str = "breaker = false\noutlier = false\n\
+    retry = { backoff = { base = \"5ms\", max = \"20ms\" } }";
+
+/// Writes a table and, second by second, what reached the last service, to `target/storm.csv`.
+#[test]
+#[ignore = "an experiment of two minutes: just storm"]
+fn experiment() {
+    let sets = [
+        ("no budgets, no advice, no breakers", NO_GUARDS, false),
+        ("advice only", NO_GUARDS, true),
+        ("budgets only", NO_BREAKER, false),
+        ("budgets and advice", NO_BREAKER, true),
+        ("all, as by default", BREAKER, true),
+    ];
+    let phases = [(0, 3), (100, 8), (50, 8), (0, 6)];
+    let seconds: u64 = phases.iter().map(|(_, length)| length).sum();
+    let mut table = String::from(
+        "| retry budgets, advice, breakers | load while all fails | while half fails | callers' success while half fails | slowest caller | well again: < 1 % errors after |\n\
+         | --- | --- | --- | --- | --- | --- |\n",
+    );
+    let mut csv = String::from("set,second,demand,reached,failed\n");
+    for (name, keys, forward) in sets {
+        let (chain, _last) = Chain::start(keys, forward);
+        let cells = || (0..seconds).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>();
+        let (failed, reached) = (cells(), cells());
+        let (mut results, mut at) = (Vec::new(), 0);
+        for (failing, length) in phases {
+            chain.failing.store(failing, Ordering::Relaxed);
+            let (offset, before) = (at, chain.last.calls());
+            let slowest = AtomicUsize::new(0);
+            let bad = AtomicUsize::new(0);
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let (begin, mut seen) = (Instant::now(), before);
+                    for second in 0..length {
+                        let next = begin + Duration::from_secs(second + 1);
+                        thread::sleep(next.saturating_duration_since(Instant::now()));
+                        let now = chain.last.calls();
+                        reached[(offset + second) as usize].store(now - seen, Ordering::Relaxed);
+                        seen = now;
+                    }
+                });
+                chain.load(Duration::from_secs(length), |due, status, took| {
+                    slowest.fetch_max(took.as_millis() as usize, Ordering::Relaxed);
+                    if status != 200 {
+                        bad.fetch_add(1, Ordering::Relaxed);
+                        failed[(offset + due.as_secs()) as usize].fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            });
+            at += length;
+            let demand = length * u64::from(DEMAND);
+            let load = (chain.last.calls() - before) as f64 / demand as f64;
+            let success = 100.0 - bad.load(Ordering::Relaxed) as f64 * 100.0 / demand as f64;
+            results.push((load, success, slowest.into_inner()));
+        }
+        let healed = (seconds - phases[3].1) as usize;
+        let again =
+            (healed..seconds as usize).rev().find(|second| failed[*second].load(Ordering::Relaxed) > 0);
+        let again = again.map_or("at once".to_owned(), |second| format!("{} s", second + 1 - healed));
+        let slowest = results.iter().map(|(_, _, slowest)| *slowest).max().unwrap_or(0);
+        let _ = writeln!(
+            table,
+            "| {name} | {:.2} × | {:.2} × | {:.0} % | {slowest} ms | {again} |",
+            results[1].0, results[2].0, results[2].1
+        );
+        for second in 0..seconds as usize {
+            let _ = writeln!(
+                csv,
+                "\"{name}\",{second},{DEMAND},{},{}",
+                reached[second].load(Ordering::Relaxed),
+                failed[second].load(Ordering::Relaxed)
+            );
+        }
+    }
+    println!("{table}");
+    std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/target/storm.csv"), csv)
+        .expect("target/ is writable");
 }
