@@ -70,7 +70,8 @@ listen = "localhost:0"
     )
 }
 
-/// Times are shorter than the defaults, for nobody wants to wait long for a show.
+/// Times are shorter than the defaults, for nobody wants to wait long for a show. Turn by turn, since callers come one
+/// at a time: by latency all of them might go to the instance that is well, and there would be nothing to see.
 fn shop_config(service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) -> String {
     let [one, two] = payments;
     let mut config = common("shop", service);
@@ -81,6 +82,7 @@ fn shop_config(service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) ->
 [[upstream]]
 name = "payments"
 endpoints = ["{one}", "{two}"]
+balance = "round-robin"
 timeout = "{timeout}"
 retry = {{ budget = {{ min_per_second = 5, window = "2s" }} }}
 breaker = {{ failure_rate = 0.0, open_for = {{ base = "1s", max = "2s" }} }}
