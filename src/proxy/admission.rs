@@ -89,7 +89,7 @@ async fn take_place(
     if guards.requests.try_acquire() {
         return Ok(Place(Arc::clone(guards)));
     }
-    let waited = wait_for_place(guards, deadline).await;
+    let waited = Box::pin(wait_for_place(guards, deadline)).await;
     waited.map_err(|full| {
         let (cause, what) = match full {
             Full::Limit => (Cause::LimitFull, format!("{} requests are in flight", settings.max_requests)),

@@ -5,7 +5,7 @@ use std::{
     future::{Future, poll_fn},
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::Pin,
     rc::Rc,
     task::Poll,
 };
@@ -56,7 +56,10 @@ pub async fn answer(
     let mut record = Record { trace, ..Record::default() };
     let request_id = request_id(connection, &mut request);
 
-    let result = catch_panic(handle(connection, &view, request, progress, &mut record)).await;
+    // Boxed: hyper keeps room for the future in every connection, idle ones too.
+    let mut handling = Box::pin(handle(connection, &view, request, progress, &mut record));
+    let result = catch_panic(handling.as_mut()).await;
+    drop(handling);
     let mut response = result.and_then(|handled| handled).unwrap_or_else(|error| {
         tracing::debug!(%error, upstream = record.upstream, tries = record.tries, "answered in place of the service");
         let next_hop = match connection.side {
@@ -108,7 +111,7 @@ async fn handle(
     headers::check_loop(request.headers(), &view.names.via(&connection.side).pseudonym)?;
     if request.method() == Method::CONNECT {
         return match (&connection.side, &connection.tunnel_to) {
-            (Side::Outbound, None) => connect::open_tunnel(connection, view, request).await,
+            (Side::Outbound, None) => Box::pin(connect::open_tunnel(connection, view, request)).await,
             _ => Err(ProxyError::malformed("CONNECT is for the outbound port")
                 .with_status(StatusCode::METHOD_NOT_ALLOWED)),
         };
@@ -131,8 +134,7 @@ fn request_id(connection: &Connection, request: &mut Request<Incoming>) -> Heade
 }
 
 /// A panic in one call hurts no other: the caller gets a 500, the log the message.
-async fn catch_panic<T>(call: impl Future<Output = T>) -> Result<T, ProxyError> {
-    let mut call = pin!(call);
+async fn catch_panic<F: Future>(mut call: Pin<&mut F>) -> Result<F::Output, ProxyError> {
     poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(cx))) {
         Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
         Ok(Poll::Pending) => Poll::Pending,
@@ -151,12 +153,28 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
+
+    /// Each connection and each HTTP/2 stream holds one, and it is moved: its size is paid for by every call.
+    #[test]
+    fn a_call_is_small() {
+        fn size<'a, F: Future>(
+            _: impl Fn(&'a Rc<Connection>, Request<Incoming>, &'a Rc<Progress>) -> F,
+        ) -> usize {
+            size_of::<F>()
+        }
+        let size = size(answer);
+        assert!(size <= MOST_BYTES, "{size} bytes");
+    }
+
+    const MOST_BYTES: usize = 1000;
 
     #[tokio::test]
     async fn a_panic_becomes_an_error() {
-        let result: Result<(), _> = catch_panic(async { unreachable!("a bug") }).await;
+        let result: Result<(), _> = catch_panic(pin!(async { unreachable!("a bug") })).await;
         assert_eq!(result.map_err(|error| error.cause), Err(Cause::Internal));
-        assert_eq!(catch_panic(async { 7 }).await.ok(), Some(7));
+        assert_eq!(catch_panic(pin!(async { 7 })).await.ok(), Some(7));
     }
 }

@@ -4,7 +4,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::pin,
+    pin::Pin,
     task::{Context, Poll},
     time::Duration,
 };
@@ -83,10 +83,9 @@ impl Clock {
     pub async fn run<F: Future>(
         &mut self,
         progress: &Progress,
-        work: F,
+        mut work: Pin<&mut F>,
         mut beside: impl FnMut(&mut Context<'_>),
     ) -> Result<F::Output, RanOut> {
-        let mut work = pin!(work);
         let result = poll_fn(|cx| {
             beside(cx);
             if let Poll::Ready(output) = work.as_mut().poll(cx) {

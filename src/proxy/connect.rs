@@ -80,7 +80,8 @@ pub async fn endpoints(
     to: &LocalCluster,
 ) -> Result<Rc<[Rc<LocalEndpoint>]>, ProxyError> {
     let shared = &to.upstream.shared;
-    if shared.endpoints().generation == 0 && timeout(DISCOVERY_PATIENCE, shared.resolved()).await.is_err() {
+    let first = shared.endpoints().generation == 0;
+    if first && Box::pin(timeout(DISCOVERY_PATIENCE, shared.resolved())).await.is_err() {
         return Err(ProxyError::new(
             Cause::DnsTimeout,
             format!("{}: its endpoints are not known yet", to.cluster.settings.name),

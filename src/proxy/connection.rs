@@ -84,7 +84,7 @@ pub struct Connection {
     idle_since: Cell<Instant>,
 }
 
-/// Serves a connection to its end.
+/// Serves a connection to its end. What few connections need is boxed: each holds room for all the rest.
 pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side) {
     let metrics = match &side {
         Side::Inbound => &worker.shared.metrics.inbound,
@@ -152,8 +152,8 @@ impl Connection {
         let behind = target::behind(self);
         let protocol = behind.as_ref().map_or(Protocol::Auto, |behind| behind.cluster.settings.protocol);
         if let (Protocol::Tcp, Some(behind)) = (protocol, &behind) {
-            let (upstream, _in_use) = connect::dial(self, behind).await?;
-            return self.carry(stream, upstream, behind).await;
+            let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
+            return Box::pin(self.carry(stream, upstream, behind)).await;
         }
         let mut detector = Detector::default();
         let mut leaving = pin!(self.closing());
@@ -167,7 +167,7 @@ impl Connection {
                     spoken = detector.spoken(&mut stream) => spoken?,
                     () = sleep(SILENCE) => {
                         // Perhaps the service is the one to speak first. Whichever does decides.
-                        let (upstream, _in_use) = connect::dial(self, behind).await?;
+                        let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
                         let spoken = tokio::select! {
                             biased;
                             spoken = detector.spoken(&mut stream) => Some(spoken?),
@@ -179,7 +179,7 @@ impl Connection {
                             Some(Spoken::Nothing) => return Ok(()),
                             Some(Spoken::Other) | None => {
                                 let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
-                                return self.carry(stream, upstream, behind).await;
+                                return Box::pin(self.carry(stream, upstream, behind)).await;
                             }
                         }
                     }
@@ -189,11 +189,11 @@ impl Connection {
         let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
         match (spoken, behind) {
             (Spoken::Http1, _) => self.serve_http1(stream).await,
-            (Spoken::H2, _) => self.serve_http2(stream).await,
+            (Spoken::H2, _) => Box::pin(self.serve_http2(stream)).await,
             (Spoken::Nothing, _) => Ok(()),
             (Spoken::Other, Some(behind)) => {
-                let (upstream, _in_use) = connect::dial(self, &behind).await?;
-                self.carry(stream, upstream, &behind).await
+                let (upstream, _in_use) = Box::pin(connect::dial(self, &behind)).await?;
+                Box::pin(self.carry(stream, upstream, &behind)).await
             }
             (Spoken::Other, None) => Err(ConnectionError::Cut(
                 "the outbound port was sent bytes that are not HTTP: they name nobody to carry them to; use CONNECT, or an upstream's own `listen`",
@@ -243,8 +243,8 @@ impl Connection {
         let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
         match spoken {
             Spoken::Http1 => self.serve_http1(stream).await,
-            Spoken::H2 => self.serve_http2(stream).await,
-            Spoken::Other => self.carry(stream, upstream, to).await,
+            Spoken::H2 => Box::pin(self.serve_http2(stream)).await,
+            Spoken::Other => Box::pin(self.carry(stream, upstream, to)).await,
             Spoken::Nothing => Ok(()),
         }
     }
@@ -425,5 +425,20 @@ impl<'a> Counted<'a> {
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.0.connections.set(self.0.connections.get().saturating_sub(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ten thousand idle callers hold one each.
+    #[test]
+    fn a_connection_is_small() {
+        fn size<F: Future>(_: impl Fn(Rc<Worker>, TcpStream, SocketAddr, Side) -> F) -> usize {
+            size_of::<F>()
+        }
+        let size = size(run);
+        assert!(size <= 3000, "{size} bytes");
     }
 }

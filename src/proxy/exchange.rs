@@ -9,8 +9,10 @@
 //! ```
 
 use std::{
+    pin::pin,
     rc::Rc,
     sync::Arc,
+    task::Context,
     time::{Duration, SystemTime},
 };
 
@@ -45,7 +47,6 @@ use crate::{
         breaker::Permit,
         classify::{Advice, Ending, GrpcStatus, Health, Outcome},
         deadline::{self, Deadline, GRPC_TIMEOUT, Limit, REQUEST_TIMEOUT},
-        hedge,
         retry::{Body as ReplayState, Decision, Moment, RetryPolicy, Tried},
     },
     runtime::View,
@@ -60,7 +61,7 @@ pub struct Call<'a> {
     pub view: &'a View,
     pub progress: &'a Rc<Progress>,
     grpc: bool,
-    idempotency_key: bool,
+    pub(super) idempotency_key: bool,
     /// The body waits for the upstream's `100 Continue`.
     expects_continue: bool,
     /// The caller can be told of interim responses: HTTP/1.1 on both sides.
@@ -73,7 +74,7 @@ pub struct Exchange<'a> {
     pub target: &'a Target,
     pub policy: &'a Policy,
     retries: &'a RetryPolicy,
-    endpoints: Rc<[Rc<LocalEndpoint>]>,
+    pub(super) endpoints: Rc<[Rc<LocalEndpoint>]>,
     connections: ConnectionSettings,
     hash: Option<u64>,
 }
@@ -250,25 +251,20 @@ fn hash(balance: &Balance, headers: &HeaderMap) -> Option<u64> {
 }
 
 /// One try to be made.
-struct Asked {
-    index: usize,
-    permit: Option<Permit>,
+pub(super) struct Asked {
+    pub index: usize,
+    pub permit: Option<Permit>,
     /// No other can follow: the head need not be kept.
-    last: bool,
+    pub last: bool,
 }
 
 /// One try that is over.
-struct Over {
-    result: Result<Result<Answer, Failed>, RanOut>,
+pub(super) struct Over {
+    pub result: Result<Result<Answer, Failed>, RanOut>,
     /// Whose result it is, which with a hedge may be another than was asked first.
-    index: usize,
-    took: Duration,
-    permit: Option<Permit>,
-}
-
-/// Whether a copy's answer ends the race with the other copy.
-fn succeeded(result: &Result<Answer, Failed>) -> bool {
-    result.as_ref().is_ok_and(|answer| !may_be_failure(&answer.response))
+    pub index: usize,
+    pub took: Duration,
+    pub permit: Option<Permit>,
 }
 
 impl<'a> Exchange<'a> {
@@ -276,7 +272,7 @@ impl<'a> Exchange<'a> {
         &self.target.local.cluster.settings.name
     }
 
-    fn guards(&self) -> &'a Arc<Guards> {
+    pub(super) fn guards(&self) -> &'a Arc<Guards> {
         &self.target.local.upstream.shared.guards
     }
 
@@ -411,7 +407,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// The breaker's leave for one try.
-    fn permit(&self) -> Result<Option<Permit>, ProxyError> {
+    pub(super) fn permit(&self) -> Result<Option<Permit>, ProxyError> {
         if self.policy.breaker.is_none() {
             return Ok(None);
         }
@@ -434,11 +430,11 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// One try, under the clock; with a hedge, a second copy where the first is slow.
+    /// One try, under the clock.
     #[allow(clippy::too_many_arguments, reason = "the state of the loop it is a step of")]
     async fn attempt(
         &self,
-        first: Asked,
+        asked: Asked,
         clock: &mut Clock,
         outgoing: &mut Outgoing,
         replay: &Replay,
@@ -446,88 +442,33 @@ impl<'a> Exchange<'a> {
         tried: &mut Vec<usize>,
         record: &mut Record,
     ) -> Over {
-        let began = Instant::now();
         record.tries += 1;
-        record.endpoint = Some(self.endpoints[first.index].address());
-        let delay = self.hedge_delay(outgoing, replay, *counted);
+        record.endpoint = Some(self.endpoints[asked.index].address());
+        self.tell_next_hop(clock.left(Instant::now()), outgoing, record.tries);
+        if let Some(delay) = self.hedge_delay(outgoing, replay, *counted) {
+            // Boxed, as every path that few calls take: else its size would be every call's.
+            return Box::pin(self.hedged(asked, delay, clock, outgoing, replay, counted, tried, record))
+                .await;
+        }
+        let began = Instant::now();
         let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
-        let wire = &self.call.connection.wire;
-        let beside = |cx: &mut std::task::Context<'_>| {
-            if self.call.interim
-                && wire.poll_continue(cx)
-                && let Some(gate) = &gate
-            {
-                gate.open();
-            }
-        };
-        let left = clock.left(began);
-        self.tell_next_hop(left, outgoing, record.tries);
-        let request = outgoing.for_try(first.last && delay.is_none());
-        let send = self.send(&self.endpoints[first.index], request, replay, gate.clone());
-        let Some(delay) = delay else {
-            let result = clock.run(self.call.progress, send, beside).await;
-            return Over { result, index: first.index, took: began.elapsed(), permit: first.permit };
-        };
-
-        let (mut first, mut second) = (Some(first), None);
-        // The copy that failed while the other one was still under way.
-        let mut lost = None;
-        let over = |result, asked: Asked, began: Instant| Over {
-            result: Ok(result),
-            index: asked.index,
-            took: began.elapsed(),
-            permit: asked.permit,
-        };
-        let work = async {
-            let mut send = std::pin::pin!(send);
-            tokio::select! {
-                biased;
-                result = &mut send => return (result, began),
-                () = sleep(delay) => {}
-            }
-            let other = self.hedge(first.as_ref().map_or(0, |asked| asked.index), replay, tried);
-            let Some(other) = other else { return (send.await, began) };
-            *counted += 1;
-            record.tries += 1;
-            let sent = Instant::now();
-            let endpoint = &self.endpoints[other.index];
-            tried.push(other.index);
-            self.tell_next_hop(left.map(|left| left.saturating_sub(sent - began)), outgoing, record.tries);
-            let mut copy = std::pin::pin!(self.send(endpoint, outgoing.for_try(false), replay, None));
-            second = Some(other);
-            // Whichever answers well first; a failure waits for the other one.
-            tokio::select! {
-                result = &mut send => {
-                    if succeeded(&result) { second = None; return (result, began) }
-                    lost = first.take().map(|asked| over(result, asked, began));
-                    (copy.await, sent)
-                }
-                result = &mut copy => {
-                    if succeeded(&result) { first = None; return (result, sent) }
-                    lost = second.take().map(|asked| over(result, asked, sent));
-                    (send.await, began)
-                }
-            }
-        };
-        let result = clock.run(self.call.progress, work, beside).await;
-        let (result, began) = match result {
-            Ok((result, began)) => (Ok(result), began),
-            Err(ran_out) => (Err(ran_out), began),
-        };
-        if let Some(lost) = lost {
-            self.judge(lost, replay, clock);
-        }
-        // The loser is cancelled and counts nowhere: its permit is dropped.
-        if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
-            self.guards().counts.retries.add("hedge_won");
-        }
-        let winner = first.or(second);
-        let index = winner.as_ref().map_or(0, |asked| asked.index);
-        record.endpoint = Some(self.endpoints[index].address());
-        Over { result, index, took: began.elapsed(), permit: winner.and_then(|asked| asked.permit) }
+        let endpoint = &self.endpoints[asked.index];
+        let send = pin!(self.send(endpoint, outgoing.for_try(asked.last), replay, gate.clone()));
+        let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
+        Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit }
     }
 
-    fn send<'s>(
+    /// Lets a body that was held back go once the upstream has said `100 Continue`.
+    pub(super) fn pass_continue(&self, cx: &mut Context<'_>, gate: Option<&Rc<Gate>>) {
+        if self.call.interim
+            && self.call.connection.wire.poll_continue(cx)
+            && let Some(gate) = gate
+        {
+            gate.open();
+        }
+    }
+
+    pub(super) fn send<'s>(
         &'s self,
         endpoint: &'s Rc<LocalEndpoint>,
         request: Request<()>,
@@ -545,47 +486,8 @@ impl<'a> Exchange<'a> {
         attempt::send(self.name(), endpoint, &self.connections, self.guards(), version, make)
     }
 
-    /// How long after the first copy a second one is to be sent.
-    fn hedge_delay(&self, outgoing: &Outgoing, replay: &Replay, tries: u32) -> Option<Duration> {
-        let settings = self.policy.hedge.0?;
-        let now = Instant::now().into_std();
-        let live = self.guards().quantile(settings.percent().unwrap_or(95), now);
-        let call = hedge::Call {
-            method: &outgoing.method,
-            idempotency_key: self.call.idempotency_key,
-            body_ready: replay.is_empty(),
-            tries,
-            max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
-            breaker_closed: self.guards().breaker.is_closed(),
-        };
-        settings.delay(&call, &live)
-    }
-
-    /// Where the second copy goes, if it may be sent.
-    fn hedge(&self, first: usize, replay: &Replay, tried: &[usize]) -> Option<Asked> {
-        let guards = self.guards();
-        let avoid: Vec<usize> = tried.iter().copied().chain([first]).collect();
-        let index =
-            connect::pick(self.call.connection, &self.target.local, &self.endpoints, &avoid, None).ok()?;
-        let allowed = replay.is_empty()
-            && guards.breaker.is_closed()
-            && connect::check_address(
-                self.call.view,
-                self.call.connection,
-                self.target,
-                self.endpoints[index].address(),
-            )
-            .is_ok();
-        if !allowed || !guards.budget.withdraw(Instant::now().into_std()) {
-            return None;
-        }
-        guards.counts.retries.add("hedge");
-        let permit = self.permit().ok()?;
-        Some(Asked { index, permit, last: false })
-    }
-
     /// Which try this is, and how much time is left (product: deadlines travel).
-    fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
+    pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
         if self.call.connection.side != Side::Inbound {
             headers.insert(X_OUTRIGGER_ATTEMPT, HeaderValue::from(number));
@@ -601,7 +503,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// What a try's end means, told to breaker, outlier detection and balancer.
-    fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
+    pub(super) fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
         let now = Instant::now().into_std();
         let endpoint = &self.endpoints[over.index];
         let ended = match over.result {

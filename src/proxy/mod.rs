@@ -21,6 +21,7 @@ pub mod error;
 pub mod exchange;
 mod head;
 pub mod headers;
+mod hedged;
 mod interim;
 pub mod io;
 pub mod progress;

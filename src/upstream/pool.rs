@@ -136,7 +136,7 @@ impl Pool {
                 return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
             }
         }
-        let connection = H1::open(endpoint, settings, guards).await?;
+        let connection = Box::pin(H1::open(endpoint, settings, guards)).await?;
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
     }
 

@@ -1,0 +1,137 @@
+//! Hedging: a second copy of an idempotent request where the first is slow.
+
+use std::{pin::pin, time::Duration};
+
+use tokio::time::{Instant, sleep};
+
+use super::{
+    attempt::{Answer, Failed, Outgoing},
+    body::Replay,
+    call::Record,
+    clock::Clock,
+    connect,
+    deliver::may_be_failure,
+    exchange::{Asked, Exchange, Over},
+};
+use crate::resilience::hedge;
+
+impl Exchange<'_> {
+    /// One try under the clock, and a second copy at another endpoint if no answer has come after `delay`.
+    #[allow(clippy::too_many_arguments, reason = "the state of the loop it is a step of")]
+    pub(super) async fn hedged(
+        &self,
+        asked: Asked,
+        delay: Duration,
+        clock: &mut Clock,
+        outgoing: &mut Outgoing,
+        replay: &Replay,
+        counted: &mut u32,
+        tried: &mut Vec<usize>,
+        record: &mut Record,
+    ) -> Over {
+        let began = Instant::now();
+        let left = clock.left(began);
+        let send = self.send(&self.endpoints[asked.index], outgoing.for_try(false), replay, None);
+        let (mut first, mut second) = (Some(asked), None);
+        // The copy that failed while the other one was still under way.
+        let mut lost = None;
+        let over = |result, asked: Asked, began: Instant| Over {
+            result: Ok(result),
+            index: asked.index,
+            took: began.elapsed(),
+            permit: asked.permit,
+        };
+        let mut work = Box::pin(async {
+            let mut send = pin!(send);
+            tokio::select! {
+                biased;
+                result = &mut send => return (result, began),
+                () = sleep(delay) => {}
+            }
+            let other = self.hedge(first.as_ref().map_or(0, |asked| asked.index), replay, tried);
+            let Some(other) = other else { return (send.await, began) };
+            *counted += 1;
+            record.tries += 1;
+            let sent = Instant::now();
+            tried.push(other.index);
+            self.tell_next_hop(left.map(|left| left.saturating_sub(sent - began)), outgoing, record.tries);
+            let mut copy =
+                pin!(self.send(&self.endpoints[other.index], outgoing.for_try(false), replay, None));
+            second = Some(other);
+            // Whichever answers well first; a failure waits for the other one.
+            tokio::select! {
+                result = &mut send => {
+                    if succeeded(&result) { second = None; return (result, began) }
+                    lost = first.take().map(|asked| over(result, asked, began));
+                    (copy.await, sent)
+                }
+                result = &mut copy => {
+                    if succeeded(&result) { first = None; return (result, sent) }
+                    lost = second.take().map(|asked| over(result, asked, sent));
+                    (send.await, began)
+                }
+            }
+        });
+        let result = clock.run(self.call.progress, work.as_mut(), |_| {}).await;
+        // The loser is cancelled here and counts nowhere: its permit is dropped.
+        drop(work);
+        let (result, began) = match result {
+            Ok((result, began)) => (Ok(result), began),
+            Err(ran_out) => (Err(ran_out), began),
+        };
+        if let Some(lost) = lost {
+            self.judge(lost, replay, clock);
+        }
+        if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
+            self.guards().counts.retries.add("hedge_won");
+        }
+        let winner = first.or(second);
+        let index = winner.as_ref().map_or(0, |asked| asked.index);
+        record.endpoint = Some(self.endpoints[index].address());
+        Over { result, index, took: began.elapsed(), permit: winner.and_then(|asked| asked.permit) }
+    }
+
+    /// How long after the first copy a second one is to be sent.
+    pub(super) fn hedge_delay(&self, outgoing: &Outgoing, replay: &Replay, tries: u32) -> Option<Duration> {
+        let settings = self.policy.hedge.0?;
+        let now = Instant::now().into_std();
+        let live = self.guards().quantile(settings.percent().unwrap_or(95), now);
+        let call = hedge::Call {
+            method: &outgoing.method,
+            idempotency_key: self.call.idempotency_key,
+            body_ready: replay.is_empty(),
+            tries,
+            max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
+            breaker_closed: self.guards().breaker.is_closed(),
+        };
+        settings.delay(&call, &live)
+    }
+
+    /// Where the second copy goes, if it may be sent.
+    fn hedge(&self, first: usize, replay: &Replay, tried: &[usize]) -> Option<Asked> {
+        let guards = self.guards();
+        let avoid: Vec<usize> = tried.iter().copied().chain([first]).collect();
+        let index =
+            connect::pick(self.call.connection, &self.target.local, &self.endpoints, &avoid, None).ok()?;
+        let allowed = replay.is_empty()
+            && guards.breaker.is_closed()
+            && connect::check_address(
+                self.call.view,
+                self.call.connection,
+                self.target,
+                self.endpoints[index].address(),
+            )
+            .is_ok();
+        if !allowed || !guards.budget.withdraw(Instant::now().into_std()) {
+            return None;
+        }
+        guards.counts.retries.add("hedge");
+        let permit = self.permit().ok()?;
+        Some(Asked { index, permit, last: false })
+    }
+}
+
+/// Whether a copy's answer ends the race with the other copy.
+fn succeeded(result: &Result<Answer, Failed>) -> bool {
+    result.as_ref().is_ok_and(|answer| !may_be_failure(&answer.response))
+}
