@@ -53,6 +53,8 @@ use crate::{
     upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
 };
 
+/// What a failed try weighs in the balancer, as latency. It is forgotten like any other.
+const COST_OF_FAILURE: Duration = Duration::from_secs(1);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What holds for a call, whichever upstream serves it in the end.
@@ -321,7 +323,11 @@ impl<'a> Exchange<'a> {
             if let Some(free) = again.take() {
                 self.guards().counts.retries.add(if free { "reconnect" } else { "sent" });
             }
-            let index = connect::pick(connection, &self.target.local, &self.endpoints, &tried, self.hash)?;
+            let index =
+                match connect::pick(connection, &self.target.local, &self.endpoints, &tried, self.hash) {
+                    Ok(index) => index,
+                    Err(error) => return last_end.ok_or(error),
+                };
             connect::check_address(self.call.view, connection, self.target, self.endpoints[index].address())?;
             drop(last_end.take());
 
@@ -530,8 +536,11 @@ impl<'a> Exchange<'a> {
             Ended::Answered(_, outcome) => *outcome,
             Ended::Failed(failed) => Outcome::new(failed.ending),
         };
-        if !matches!(outcome.ending, Ending::Connect(_)) {
-            endpoint.observe(over.took, now);
+        match outcome.endpoint_health() {
+            Health::Success => endpoint.observe(over.took, now),
+            // Failing fast must not look like answering fast.
+            Health::Failure => endpoint.observe(over.took.max(COST_OF_FAILURE), now),
+            Health::Neutral => {}
         }
         if self.policy.limits.is_some_and(|limits| limits.adaptive)
             && let Some(adaptive) = &*self.guards().adaptive.load()

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Instructions per request, with the policies and without, counted by valgrind's callgrind.
+
+    cargo build --release && python3 benches/instructions.py
+
+Counts, unlike times, repeat on a busy machine. HTTP/1.1 with keep-alive, 8 connections, answers of 1 KiB, one worker,
+by an upstream's own port. Needs valgrind, nginx and h2load (apt: valgrind nginx nghttp2-client).
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+BINARY = os.environ.get("OUTRIGGER_BIN", "target/release/outrigger")
+REQUESTS = 4000
+OFF = "[defaults]\nretry = false\nbreaker = false\noutlier = false\nlimits = false\n"
+CASES = {
+    "shipped defaults (retry, budget, breaker, ejection, limits)": "",
+    "all of them off": OFF,
+    "defaults, and rate limit, hedge, fault (ratio 0), fallback": (
+        "[defaults.rate_limit]\nrate = 1000000\nburst = 1000000\n"
+        '[defaults.hedge]\nafter = "p99"\n'
+        "[defaults.fault]\nabort = 503\nabort_ratio = 0.0\n"
+        "[defaults.fallback]\nstatus = 200\n"
+    ),
+}
+NGINX = """
+daemon off; pid {d}/pid; error_log {d}/error.log; worker_processes 1;
+events {{ worker_connections 512; }}
+http {{
+  access_log off; keepalive_requests 1000000;
+  client_body_temp_path {d}/b; proxy_temp_path {d}/p; fastcgi_temp_path {d}/f; uwsgi_temp_path {d}/u; scgi_temp_path {d}/s;
+  server {{ listen 127.0.0.1:{port}; root {d}; }}
+}}
+"""
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def load(port, requests):
+    command = ["h2load", "--h1", "-n", str(requests), "-c", "8", f"http://127.0.0.1:{port}/k"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if f"{requests} succeeded" not in said:
+        sys.exit(f"the load did not go well:\n{said}")
+
+
+def count(folder, upstream, policies):
+    ready = folder / "ready.json"
+    ready.unlink(missing_ok=True)
+    config = folder / "outrigger.toml"
+    config.write_text(
+        '[inbound]\nlisten = "127.0.0.1:0"\n[outbound]\nlisten = "127.0.0.1:0"\n[admin]\nlisten = "127.0.0.1:0"\n'
+        f'{policies}[[upstream]]\nname = "up"\nendpoints = ["127.0.0.1:{upstream}"]\nlisten = "127.0.0.1:0"\n'
+    )
+    out = folder / "callgrind.out"
+    command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--instr-atstart=no"]
+    command += [BINARY, "run", "-c", str(config), "--ready-file", str(ready), "--log", "error"]
+    proxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            if time.monotonic() > deadline or proxy.poll() is not None:
+                sys.exit("the proxy did not start under valgrind")
+            time.sleep(0.05)
+        port = json.loads(ready.read_text())["upstreams"]["up"].rsplit(":", 1)[1]
+        load(port, 500)
+        subprocess.run(["callgrind_control", "-i", "on", str(proxy.pid)], capture_output=True, check=True)
+        load(port, REQUESTS)
+        subprocess.run(["callgrind_control", "-i", "off", str(proxy.pid)], capture_output=True, check=True)
+    finally:
+        proxy.terminate()
+        proxy.wait(60)
+    total = next(line for line in out.read_text().splitlines() if line.startswith(("summary:", "totals:")))
+    return int(total.split()[1]) / REQUESTS
+
+
+def main():
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "k").write_bytes(b"x" * 1024)
+        port = free_port()
+        (folder / "nginx.conf").write_text(NGINX.format(d=folder, port=port))
+        nginx = subprocess.Popen(["nginx", "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
+        try:
+            print("| policies | instructions per request |\n| --- | --- |")
+            for title, policies in CASES.items():
+                print(f"| {title} | {count(folder, port, policies):,.0f} |", flush=True)
+        finally:
+            nginx.terminate()
+            nginx.wait(10)
+
+
+main()
