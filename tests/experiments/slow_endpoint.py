@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One slow endpoint of five: what share of the calls it still gets, and what the callers feel of it.
 
-    cargo build --release && python3 tests/experiments/slow_endpoint.py [--rate 200] [--seconds 10]
+    cargo build --release && python3 tests/experiments/slow_endpoint.py [--rate 200] [--seconds 6]
 
 Four endpoints answer after 5 ms, one after a second. The first two seconds are not counted: nobody knows it yet.
 """
@@ -19,7 +19,7 @@ SETS = [
      'balance = "round-robin"\nattempt_timeout = "250ms"\nbreaker = false\noutlier = false'),
     ("least-request", 'balance = "least-request"'),
     ("p2c (default)", ""),
-    ("p2c, hedge after p95", "hedge = {}"),
+    ("p2c, hedge after p95", 'hedge = { after = "p95" }'),
     ("round-robin, hedge after 50 ms", 'balance = "round-robin"\nhedge = { after = "50ms" }'),
 ]
 
@@ -40,7 +40,7 @@ async def measure(keys, rate, seconds):
 async def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rate", type=int, default=200)
-    options.add_argument("--seconds", type=int, default=10)
+    options.add_argument("--seconds", type=int, default=6)
     options = options.parse_args()
     print(f"{options.rate} calls a second for {options.seconds} s; 5 endpoints, one answers after 1 s instead of 5 ms\n")
     print("| balance, policies | calls sent to the slow one | extra load | p50 | p95 | p99 | success |")
