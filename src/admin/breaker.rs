@@ -112,7 +112,9 @@ pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
     let until = if mode == Mode::Auto { None } else { now.checked_add(duration) };
     let transition = guards.breaker.force(mode, until, now);
     guards.note(name, transition);
-    tracing::info!(upstream = name, state = mode_word(mode), ?duration, "a circuit breaker was set by hand");
+    // Nothing ends what is not forced.
+    let forced_for = until.map(|_| tracing::field::debug(duration));
+    tracing::info!(upstream = name, state = mode_word(mode), forced_for, "a circuit breaker was set by hand");
     json(StatusCode::OK, &BreakerStatus::of(&cluster, now))
 }
 

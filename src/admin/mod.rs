@@ -140,7 +140,7 @@ fn token(configured: Option<&PathBuf>, port: u16) -> Result<(Option<Token>, Opti
     }
     match TokenFile::make(port) {
         Ok(file) => {
-            tracing::info!(path = %file.path.display(), "the admin token was left for this user");
+            tracing::info!(path = %file.path.display(), "changes need the token in this file, which this user alone can read");
             Ok((Some(file.token()), Some(file)))
         }
         Err(error) => {

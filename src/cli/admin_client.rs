@@ -14,7 +14,7 @@ pub struct AdminArgs {
     /// The sidecar's admin address: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR", env = "OUTRIGGER_ADMIN", default_value = "localhost:4191")]
     admin: AdminListen,
-    /// The file with the admin token [default: found by the port]
+    /// The file with the admin token [default: the one that the sidecar names]
     #[arg(long, value_name = "FILE", env = "OUTRIGGER_ADMIN_TOKEN_FILE")]
     token_file: Option<PathBuf>,
 }

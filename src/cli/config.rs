@@ -8,6 +8,10 @@ use crate::config;
 
 /// Print an example of the configuration, or its JSON Schema.
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  outrigger config example > outrigger.toml
+  outrigger config schema > outrigger.schema.json")]
 pub struct ConfigArgs {
     #[command(subcommand)]
     what: What,

@@ -94,19 +94,12 @@ mod tests {
     #[test]
     fn the_command_line_holds_together_and_every_command_has_an_example() {
         command().debug_assert();
-        let mut found = Vec::new();
-        leaves(&command(), &mut found);
-        for leaf in found {
-            let help = leaf.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(help.contains("outrigger "), "`{} --help` has no example", leaf.get_name());
-        }
+        has_example(&command());
     }
 
-    fn leaves(command: &clap::Command, found: &mut Vec<clap::Command>) {
-        if command.has_subcommands() {
-            command.get_subcommands().for_each(|sub| leaves(sub, found));
-        } else {
-            found.push(command.clone());
-        }
+    fn has_example(command: &clap::Command) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        assert!(help.contains("outrigger "), "`{} --help` has no example", command.get_name());
+        command.get_subcommands().for_each(has_example);
     }
 }

@@ -120,6 +120,7 @@ fn flatten(key: String, json: &Json, node: Option<&Node>, found: &mut Vec<Settin
 fn plain(json: &Json) -> String {
     match json {
         Json::String(text) => text.clone(),
+        Json::Array(items) if items.is_empty() => "none".to_owned(),
         Json::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
     }

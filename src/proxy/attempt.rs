@@ -133,7 +133,7 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
     };
     let hint = match lease {
         Lease::H2 { reused: false, .. } if !h2.is_some_and(h2::Error::is_reset) => {
-            "; it was called by HTTP/2 as its caller came by that: if it speaks HTTP/1.1 only, say so by `protocol = \"http1\"`"
+            "; it was called by HTTP/2 as its caller came by that: if it speaks HTTP/1.1 only, say so by `protocol = \"http1\"` (of the upstream; for the service itself, of an `[[inbound.port]]`)"
         }
         _ => "",
     };

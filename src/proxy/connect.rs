@@ -155,7 +155,9 @@ pub fn check_address(
     if connection.worker.shared.own.contains(address) {
         return Err(ProxyError::new(
             Cause::DeniedNetwork,
-            format!("{name} is {address}: a port of this proxy itself"),
+            format!(
+                "{name} is {address}: a port of this proxy itself; use it as `http_proxy`, or send the `Host` of an upstream"
+            ),
         ));
     }
     if target.local.cluster.looked_up {

@@ -256,7 +256,7 @@ fn inactive(setting: &Setting, policy: &Policy, target: &Target, reach: Reach) -
     if setting.value == "false" {
         return None;
     }
-    let for_bytes = ["connect_timeout", "tunnel_idle_timeout", "limits.max_connections"];
+    let for_bytes = ["connect_timeout", "tunnel_idle_timeout", "max_duration", "limits.max_connections"];
     if reach == Reach::BytesOnly {
         return if for_bytes.contains(&key) { None } else { because("bytes only") };
     }

@@ -49,6 +49,7 @@ fn route_values_and_places_are_told() {
         "retry.body_limit 64KiB default (inactive: max = 0)",
         "idle_timeout 5m default",
         "endpoints dns://payments:80 default",
+        "identity none default",
     ] {
         says(&text, line);
     }
@@ -82,6 +83,7 @@ fn what_cannot_act_is_said() {
     says(&text, "note CONNECT: bytes only, call http://payments/ to get policies");
     says(&text, "timeout 9s o.toml:3 (inactive: bytes only)");
     says(&text, "connect_timeout 1s default");
+    says(&text, "max_duration 0s default");
     let text = explained(FILE, "GET", "https://payments/a", &[], false);
     says(&text, "note https goes through CONNECT: bytes only, call http://payments/a to get policies");
     says(&explained(FILE, "GET", "http://db/", &[], false), "note protocol = tcp: bytes only");
