@@ -1,4 +1,35 @@
 //! Outrigger: a sidecar that carries a service's calls, both ways, with retries, breakers, timeouts, and telemetry.
+//!
+//! # The house
+//!
+//! ```text
+//! cli ─▶ runtime ─▶ proxy ─────▶ upstream ◀── discovery
+//!           │         │             │
+//!         admin    telemetry     resilience ◀── config
+//! ```
+//!
+//! | room | what is in it |
+//! | --- | --- |
+//! | [`cli`] | the command line, one file a command |
+//! | [`runtime`] | threads and what they share; reload; start, drain and stop |
+//! | [`proxy`] | the data path, in the order in which a call meets it |
+//! | [`upstream`] | endpoints, which one is taken, their connections, what guards them |
+//! | [`discovery`] | where endpoints come from: a list, DNS, a file |
+//! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
+//! | [`config`] | from text to a checked configuration that knows who set what |
+//! | [`admin`], [`telemetry`] | what a sidecar says about itself, and the few things that can be changed |
+//!
+//! # The life of a request
+//!
+//! A worker accepts a connection ([`proxy::accept`]), finds out what it speaks ([`proxy::detect`]) and hands each request to
+//! [`proxy::call`], which refuses what could be read in two ways. [`proxy::target`] finds upstream and route,
+//! [`proxy::exchange`] asks the upstream's guards for leave and makes tries until one is good enough or no further one may
+//! follow: the breaker's leave, an endpoint, a connection, the request, the answer's head. What came of a try is classified
+//! once ([`resilience::classify`]) and told to all policies. Then the body streams. Whatever goes wrong on the way becomes
+//! an answer that says what and why, in [`proxy::error`] alone.
+//!
+//! Everything slow lives on the control thread ([`runtime`]); workers see the configuration as a snapshot that is swapped
+//! whole. `ARCHITECTURE.md` has the mechanisms and the reasons.
 
 pub mod admin;
 pub mod cli;

@@ -41,6 +41,33 @@ fn decisions_read_no_clock_and_draw_no_lots() {
     }
 }
 
+/// A map that names rooms which are not there misleads.
+#[test]
+fn what_the_documentation_names_is_there() {
+    let root = source().parent().expect("the project").to_path_buf();
+    let pages = fs::read_dir(root.join("docs")).expect("docs").flatten().map(|entry| entry.path());
+    let pages = pages.chain(["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(|name| root.join(name)));
+    let mut named = 0;
+    for page in pages.filter(|page| page.extension().is_some_and(|extension| extension == "md")) {
+        let text = fs::read_to_string(&page).expect("readable");
+        let folder = page.parent().expect("a folder");
+        // Links, which are read from where the page is, and paths in back-ticks, which are the project's.
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        let links =
+            links.filter(|link| !link.is_empty() && !link.contains("://")).map(|link| folder.join(link));
+        let quoted = text.split('`').filter(|quoted| {
+            let rooms = ["src/", "docs/", "tests/", "config/", "benches/", "k8s/", ".ci/"];
+            let path = quoted.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b));
+            path && rooms.iter().any(|room| quoted.starts_with(room))
+        });
+        for path in links.chain(quoted.map(|quoted| root.join(quoted))) {
+            assert!(path.exists(), "{} names {}, which is not there", page.display(), path.display());
+            named += 1;
+        }
+    }
+    assert!(named > 80, "only {named} were found: is the test looking right?");
+}
+
 /// The manifests are what `kubectl apply -k` takes.
 #[test]
 fn the_manifests_build() {
