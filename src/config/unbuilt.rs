@@ -119,6 +119,19 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_tells_which_keys_are_not_built() {
+        let page = include_str!("../../docs/configuration.md");
+        let section =
+            page.split("## Not built yet").nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap();
+        let mut told: Vec<&str> =
+            section.split('`').skip(1).step_by(2).filter(|key| *key != "false").collect();
+        let mut refused: Vec<&str> = UNBUILT.iter().map(|(key, _)| *key).collect();
+        told.sort_unstable();
+        refused.sort_unstable();
+        assert_eq!(told, refused);
+    }
+
+    #[test]
     fn what_is_off_is_fine() {
         assert_eq!(
             refusals(
