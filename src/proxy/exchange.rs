@@ -11,7 +11,7 @@
 use std::{
     pin::pin,
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::Context,
     time::{Duration, SystemTime},
 };
@@ -44,7 +44,7 @@ use crate::{
     config::{AttemptTimeout, Balance, Observed, Policy, Protocol},
     resilience::{
         backoff::Hint,
-        breaker::Permit,
+        breaker::{Permit, State},
         classify::{Advice, Ending, GrpcStatus, Health, Outcome},
         deadline::{self, Deadline, GRPC_TIMEOUT, Limit, REQUEST_TIMEOUT},
         retry::{Body as ReplayState, Decision, Moment, RetryPolicy, Tried},
@@ -605,6 +605,9 @@ impl<'a> Exchange<'a> {
                 now,
                 if health == Health::Failure { random() } else { 0.0 },
             );
+            if transition.is_some_and(|transition| transition.to == State::Open) {
+                guards.unreachable.store(matches!(outcome.ending, Ending::Connect(_)), Ordering::Relaxed);
+            }
             guards.note(self.name(), transition);
         }
         ended

@@ -83,8 +83,13 @@ pub enum Mode {
 pub enum Why {
     Start,
     ConsecutiveFailures(u32),
-    FailureRate { failures: u64, requests: u64 },
+    FailureRate {
+        failures: u64,
+        requests: u64,
+    },
     OpenTimeOver,
+    /// It takes connections again, which it had not.
+    Reachable,
     TrialFailed,
     TrialsSucceeded,
     Manual,
@@ -217,6 +222,14 @@ impl Breaker {
     pub fn force(&self, mode: Mode, until: Option<Instant>, now: Instant) -> Option<Transition> {
         let mut machine = self.lock();
         let transition = machine.force(mode, until, now, Why::Manual);
+        self.publish(&machine, transition);
+        transition
+    }
+
+    /// Tells that the upstream takes connections again, where it took none when this opened: half open at once.
+    pub fn reachable(&self, now: Instant) -> Option<Transition> {
+        let mut machine = self.lock();
+        let transition = machine.reachable(now);
         self.publish(&machine, transition);
         transition
     }
@@ -357,6 +370,7 @@ impl std::fmt::Display for Why {
             Self::ConsecutiveFailures(count) => write!(f, "{count} failures in a row"),
             Self::FailureRate { failures, requests } => write!(f, "{failures} of {requests} tries failed"),
             Self::OpenTimeOver => f.write_str("time to try again"),
+            Self::Reachable => f.write_str("it takes connections again"),
             Self::TrialFailed => f.write_str("a trial failed"),
             Self::TrialsSucceeded => f.write_str("all trials succeeded"),
             Self::Manual => f.write_str("set by hand"),

@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod child;
 pub mod lifecycle;
+mod probe;
 pub mod ready_file;
 pub mod reload;
 pub mod signals;
@@ -57,7 +58,7 @@ pub struct Shared {
     pub instance: String,
 }
 
-const TICK: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(500);
 
 /// The way of a process from start to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -161,7 +162,7 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
 }
 
 /// Lets time pass for what must change without a call: a breaker that was forced for an hour falls back in a quiet
-/// one, too; hosts that nobody asks for are forgotten.
+/// one, too; an upstream that nobody could connect to is asked whether it is back; idle hosts are forgotten.
 async fn tick(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(TICK).await;
@@ -169,6 +170,7 @@ async fn tick(shared: Arc<Shared>) {
         for cluster in &snapshot.clusters {
             let guards = &cluster.upstream.guards;
             guards.note(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
+            probe::look(&cluster.upstream);
         }
         shared.unknown.forget_idle();
     }

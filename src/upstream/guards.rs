@@ -5,7 +5,7 @@ use std::{
     collections::hash_map::RandomState,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::Waker,
     time::Instant,
@@ -34,6 +34,8 @@ const ADAPTIVE_START: u32 = 32;
 #[derive(Debug)]
 pub struct Guards {
     pub breaker: Arc<Breaker>,
+    /// The breaker opened because no connection came about: as soon as one does, it need not stay open.
+    pub unreachable: AtomicBool,
     pub outliers: Outliers,
     pub budget: RetryBudget,
     pub requests: RequestLimit<Woken>,
@@ -181,6 +183,7 @@ impl Guards {
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self {
             breaker: Breaker::new(BreakerSettings::default(), now),
+            unreachable: AtomicBool::new(false),
             outliers: Outliers::new(OutlierSettings::default(), now),
             budget: RetryBudget::new(BudgetSettings::default()),
             requests: RequestLimit::new(LimitSettings::default()),

@@ -145,7 +145,12 @@ pub struct RawServer {
 
 impl RawServer {
     pub fn start(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("bind");
+        Self::start_at(([127, 0, 0, 1], 0).into(), serve)
+    }
+
+    /// The same at a given address, for a server that comes back.
+    pub fn start_at(address: SocketAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(address).expect("bind");
         let address = listener.local_addr().expect("an address");
         let stop = Arc::new(AtomicBool::new(false));
         let connections = Arc::new(AtomicUsize::new(0));

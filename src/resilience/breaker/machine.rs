@@ -102,6 +102,16 @@ impl Machine {
         }
     }
 
+    /// The upstream takes connections again, and that it took none was why this opened: trials need not wait.
+    pub fn reachable(&mut self, now: Instant) -> Option<Transition> {
+        match (self.mode, self.phase) {
+            (Mode::Auto, Phase::Open { .. }) => {
+                Some(self.enter(Phase::HalfOpen { out: 0, succeeded: 0 }, Why::Reachable, now))
+            }
+            _ => None,
+        }
+    }
+
     /// Whether a try may go now. Call [`Self::settle`] first.
     pub fn admit(&mut self, now: Instant) -> Admitted {
         let wait = |until: Instant| until.saturating_duration_since(now);

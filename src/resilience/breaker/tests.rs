@@ -321,3 +321,19 @@ proptest! {
 fn report_generation(breaker: &Breaker) -> u64 {
     breaker.lock().generation
 }
+
+#[test]
+fn an_upstream_that_takes_connections_again_is_tried_at_once() {
+    let now = Instant::now();
+    let breaker =
+        Breaker::new(BreakerSettings { consecutive_failures: 1, ..BreakerSettings::default() }, now);
+    assert_eq!(breaker.reachable(now), None, "closed: nothing to do");
+    let permit = breaker.admit(now).permit.unwrap();
+    breaker.report(permit, Health::Failure, now, 0.5);
+    assert!(breaker.admit(now).permit.is_err());
+    let transition = breaker.reachable(now).unwrap();
+    assert_eq!((transition.to, transition.why), (State::HalfOpen, Why::Reachable));
+    assert!(breaker.admit(now).permit.unwrap().is_trial(), "trials decide, as always");
+    breaker.force(Mode::Open, None, now);
+    assert_eq!(breaker.reachable(now), None, "forced is forced");
+}

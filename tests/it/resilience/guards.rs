@@ -47,6 +47,29 @@ fn the_breaker_opens_tries_and_closes() {
     }
 }
 
+/// A breaker that opened because nobody listened does not wait out its time once somebody does.
+#[test]
+fn an_upstream_that_is_back_is_noticed_by_its_port() {
+    let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = place.local_addr().expect("bound");
+    drop(place);
+    let proxy = proxy(
+        &[address],
+        "retry = false\nbreaker = { consecutive_failures = 2, open_for = { base = \"10m\", max = \"10m\" }, trial_requests = 1 }",
+    );
+    assert_cause(&get(&proxy), 502, "connect_refused");
+    assert_cause(&get(&proxy), 502, "connect_refused");
+    assert_cause(&get(&proxy), 503, "breaker_open");
+    let _back = crate::support::RawServer::start_at(address, |mut stream| {
+        use std::io::{Read, Write};
+        let mut seen = [0; 4096];
+        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok");
+        }
+    });
+    eventually("the breaker to let a trial through", || get(&proxy).status() == 200);
+}
+
 /// What the caller did wrong is no failure of the upstream.
 #[test]
 fn a_breaker_does_not_count_the_callers_faults() {
