@@ -19,16 +19,16 @@ use crate::{
 const MOST: usize = 3;
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Asks, where the breaker is open for that reason and nobody is asking already.
-pub fn look(upstream: &Arc<Upstream>) {
+/// Asks, where the breaker is open for that reason and nobody is asking already. Whether it did.
+pub fn look(upstream: &Arc<Upstream>) -> bool {
     let guards = &upstream.guards;
     // Taken while one is under way; whoever finds nobody there gives it back.
     if !guards.unreachable.load(Ordering::Relaxed) || !guards.unreachable.swap(false, Ordering::Relaxed) {
-        return;
+        return false;
     }
     let report = guards.breaker.report_state();
     if report.mode != Mode::Auto || report.state != State::Open {
-        return;
+        return false;
     }
     let upstream = Arc::clone(upstream);
     tokio::spawn(async move {
@@ -43,4 +43,5 @@ pub fn look(upstream: &Arc<Upstream>) {
         }
         upstream.guards.unreachable.store(true, Ordering::Relaxed);
     });
+    true
 }
