@@ -116,6 +116,15 @@ impl Replay {
         }))
     }
 
+    /// Ends the views of earlier tries. False, with nothing changed, where one of them has read past what is kept:
+    /// a try that was answered early goes on reading.
+    pub fn take_over(&self) -> bool {
+        let Some(kept) = &self.0 else { return true };
+        let mut kept = kept.borrow_mut();
+        kept.current += u32::from(!kept.overflowed);
+        !kept.overflowed
+    }
+
     pub fn replayable(&self) -> Replayable {
         match self.0.as_ref().map(|kept| kept.borrow()) {
             None => Replayable::Untouched,

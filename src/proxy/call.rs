@@ -90,7 +90,7 @@ pub async fn answer(
         }
         response
     });
-    if connection.is_leaving() && http1 {
+    if connection.is_leaving() && http1 && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         // Before the connection is closed the caller is told, so that it sends nothing that would be lost.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }

@@ -51,6 +51,20 @@ impl Clock {
         Self { deadline, timeout, attempt_timeout, this_try: None, try_began: now, more: false, look_at: now }
     }
 
+    /// For another upstream that is asked after the first one: a time of its own; the caller's deadline stays.
+    pub fn afresh(
+        &self,
+        (timeout, attempt): (Option<Duration>, AttemptTimeout),
+        progress: &Progress,
+    ) -> Self {
+        let now = Instant::now();
+        let mut deadline = self.deadline.callers_only();
+        if progress.request_sent_at().is_some() {
+            deadline.start(now.into_std(), timeout);
+        }
+        Self::new(deadline, timeout, attempt, now)
+    }
+
     /// A try begins; `more`: another may follow it.
     pub fn begin_try(&mut self, more: bool) {
         self.try_began = Instant::now();

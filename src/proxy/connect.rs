@@ -196,16 +196,15 @@ pub async fn open_tunnel(
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
     let to = target::host_port(authority, request.method())?;
     let target = target::by_host(connection, view, &to, &request)?;
-    let (upstream, in_use) =
+    let dialled =
         dial_allowed(connection, &target.local, |address| check_address(view, connection, &target, address))
             .await?;
     let upgrade = hyper::upgrade::on(&mut request);
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {
-        let _in_use = in_use;
         let _open = inside.worker.shared.metrics.outbound.opened();
         let Ok(upgraded) = upgrade.await else { return };
-        let ended = inside.serve_tunnel(TokioIo::new(upgraded), upstream, &target.local).await;
+        let ended = inside.serve_tunnel(TokioIo::new(upgraded), dialled, &target.local).await;
         if let Err(error) = ended {
             tracing::debug!(upstream = target.local.cluster.settings.name, %error, "tunnel ended");
         }

@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     convert::Infallible,
-    future::{Future, poll_fn},
+    future::{Future, pending, poll_fn},
     io,
     net::SocketAddr,
     pin::{Pin, pin},
@@ -23,13 +23,14 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     task::spawn_local,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
     accept::Side,
     body::ResponseBody,
-    call, connect,
+    call,
+    connect::{self, Dialled},
     detect::{Detector, Spoken},
     error::ProxyError,
     io::{CallerIo, SharedTcp, Wire},
@@ -112,6 +113,17 @@ pub enum ConnectionError {
     Cut(&'static str),
 }
 
+const SILENT: ConnectionError =
+    ConnectionError::Cut("neither side has said anything for tunnel_idle_timeout");
+
+/// Whoever might speak first has not done so for as long as a tunnel may stand still.
+async fn silent_for_too_long(to: &LocalCluster) {
+    match to.cluster.settings.policy.tunnel_idle_timeout.limit() {
+        Some(limit) => sleep(limit).await,
+        None => pending().await,
+    }
+}
+
 impl Connection {
     fn new(worker: &Rc<Worker>, side: Side, peer: SocketAddr) -> Rc<Self> {
         let peer = HeaderValue::try_from(peer.ip().to_canonical().to_string())
@@ -161,26 +173,40 @@ impl Connection {
             None => tokio::select! {
                 spoken = detector.spoken(&mut stream) => spoken?,
                 () = &mut leaving => return Ok(()),
+                () = sleep(CALLER_IDLE) => return Err(ConnectionError::Cut("idle")),
             },
             Some(behind) => {
                 tokio::select! {
                     spoken = detector.spoken(&mut stream) => spoken?,
                     () = sleep(SILENCE) => {
                         // Perhaps the service is the one to speak first. Whichever does decides.
-                        let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
-                        let spoken = tokio::select! {
-                            biased;
-                            spoken = detector.spoken(&mut stream) => Some(spoken?),
-                            ready = upstream.readable() => { ready?; None }
-                            () = &mut leaving => return Ok(()),
-                        };
-                        match spoken {
-                            Some(Spoken::Http1 | Spoken::H2) => spoken.unwrap_or(Spoken::Nothing),
-                            Some(Spoken::Nothing) => return Ok(()),
-                            Some(Spoken::Other) | None => {
-                                let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
-                                return Box::pin(self.carry(stream, upstream, behind)).await;
+                        match Box::pin(connect::dial(self, behind)).await {
+                            Ok((upstream, _in_use)) => {
+                                let spoken = tokio::select! {
+                                    biased;
+                                    spoken = detector.spoken(&mut stream) => Some(spoken?),
+                                    ready = upstream.readable() => { ready?; None }
+                                    () = &mut leaving => return Ok(()),
+                                    () = silent_for_too_long(behind) => return Err(SILENT),
+                                };
+                                match spoken {
+                                    Some(Spoken::Http1 | Spoken::H2) => spoken.unwrap_or(Spoken::Nothing),
+                                    Some(Spoken::Nothing) => return Ok(()),
+                                    Some(Spoken::Other) | None => {
+                                        let stream = CallerIo::new(
+                                            stream,
+                                            detector.into_bytes(),
+                                            Arc::clone(&self.wire),
+                                        );
+                                        return Box::pin(self.carry(stream, upstream, behind)).await;
+                                    }
+                                }
                             }
+                            // A caller that speaks HTTP, if a little late, is told in an answer.
+                            Err(error) => match timeout(HEADER_TIMEOUT, detector.spoken(&mut stream)).await {
+                                Ok(Ok(spoken @ (Spoken::Http1 | Spoken::H2))) => spoken,
+                                _ => return Err(error.into()),
+                            },
                         }
                     }
                 }
@@ -223,11 +249,12 @@ impl Connection {
         }
     }
 
-    /// Serves what came through a CONNECT tunnel; bytes go to `upstream`, which is connected already.
+    /// Serves what came through a CONNECT tunnel; bytes go to `upstream`, which is connected already. Calls have
+    /// connections of their own.
     pub async fn serve_tunnel<S>(
         self: &Rc<Self>,
         mut stream: S,
-        upstream: SharedTcp,
+        (upstream, in_use): (SharedTcp, Dialled),
         to: &LocalCluster,
     ) -> Result<(), ConnectionError>
     where
@@ -239,13 +266,19 @@ impl Connection {
             spoken = detector.spoken(&mut stream) => spoken?,
             // The server speaks first: mail, databases.
             ready = upstream.readable() => { ready?; Spoken::Other }
+            () = silent_for_too_long(to) => return Err(SILENT),
         };
         let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
+        if matches!(spoken, Spoken::Http1 | Spoken::H2) {
+            drop((upstream, in_use));
+            return match spoken {
+                Spoken::H2 => Box::pin(self.serve_http2(stream)).await,
+                _ => self.serve_http1(stream).await,
+            };
+        }
         match spoken {
-            Spoken::Http1 => self.serve_http1(stream).await,
-            Spoken::H2 => Box::pin(self.serve_http2(stream)).await,
             Spoken::Other => Box::pin(self.carry(stream, upstream, to)).await,
-            Spoken::Nothing => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -354,7 +387,10 @@ impl Connection {
                     "the exchange stood still for idle_timeout, or took max_duration",
                 );
             }
-            Some(exchange) => self.idle_since.set(exchange.last_moved()),
+            Some(exchange) => {
+                self.idle_since.set(exchange.last_moved());
+                self.wire.call_over(exchange.last_moved());
+            }
             // HTTP/2, whose bytes are not ours to tell apart.
             None if self.streams.get() > 0 => return (None, ""),
             None => {}

@@ -47,7 +47,7 @@ use crate::{
         breaker::{Permit, State},
         classify::{Advice, Ending, GrpcStatus, Health, Outcome},
         deadline::{self, Deadline, GRPC_TIMEOUT, Limit, REQUEST_TIMEOUT},
-        retry::{Body as ReplayState, Decision, Moment, RetryPolicy, Tried},
+        retry::{Body as ReplayState, Decision, Moment, Reason, RetryPolicy, Tried},
     },
     runtime::View,
     upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
@@ -152,10 +152,13 @@ pub async fn run(
             return Ok(deliver::fallback(fallback, &view.names.deployment, why));
         };
         if let Some(other) = target::named(view, other)
-            && replay.replayable() != Replayable::Gone
+            && replay.take_over()
         {
+            // Its connection and its place are not needed any more.
+            drop(ended);
             let (policy, retries) = other.matched.cluster.policy(None);
             record.upstream = Some(other.local.cluster.settings.name.clone());
+            let mut clock = clock.afresh(timeouts(policy, grpc, observed_timeout), progress);
             let ended =
                 serve(&call, &other, policy, retries, &mut clock, &mut outgoing, &replay, record).await;
             return finish(ended?, callers_version, callers_upgrade, record);
@@ -227,13 +230,18 @@ async fn serve<'a>(
 /// The clocks of a call. gRPC has none but its own, unless a route sets them.
 fn clock(policy: &Policy, grpc: bool, observed: bool, headers: &HeaderMap, started: Instant) -> Clock {
     let callers = if grpc { deadline::grpc_timeout(headers) } else { deadline::request_timeout(headers) };
+    let (timeout, attempt) = timeouts(policy, grpc, observed);
+    Clock::new(Deadline::from_caller(started.into_std(), callers), timeout, attempt, started)
+}
+
+fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, AttemptTimeout) {
     let timeout = policy.timeout.limit().filter(|_| !observed && (!grpc || policy.route_sets_timeout));
     let attempt = if observed || (grpc && !policy.route_sets_attempt_timeout) {
         AttemptTimeout::Fixed(Default::default())
     } else {
         policy.attempt_timeout
     };
-    Clock::new(Deadline::from_caller(started.into_std(), callers), timeout, attempt, started)
+    (timeout, attempt)
 }
 
 /// What balances by hash.
@@ -320,16 +328,23 @@ impl<'a> Exchange<'a> {
                     return last_end.ok_or(error);
                 }
             };
-            if let Some(free) = again.take() {
-                self.guards().counts.retries.add(if free { "reconnect" } else { "sent" });
-            }
             let index =
                 match connect::pick(connection, &self.target.local, &self.endpoints, &tried, self.hash) {
                     Ok(index) => index,
                     Err(error) => return last_end.ok_or(error),
                 };
             connect::check_address(self.call.view, connection, self.target, self.endpoints[index].address())?;
-            drop(last_end.take());
+            // An early answer leaves its try reading: during the wait it may have read more than is kept.
+            if let Some(ended) = last_end.take()
+                && !replay.take_over()
+            {
+                self.guards().counts.retries.add(Reason::BodyGone.word());
+                record.stopped = Some(Reason::BodyGone.word());
+                return Ok(ended);
+            }
+            if let Some(free) = again.take() {
+                self.guards().counts.retries.add(if free { "reconnect" } else { "sent" });
+            }
 
             let more = self.retries.another_possible(counted);
             // A try that ran out of time may have been processed: only what may be done twice can follow it.

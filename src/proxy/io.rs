@@ -171,6 +171,13 @@ impl Wire {
         self.unanswered_since.store(0, Ordering::Relaxed);
     }
 
+    /// A call is over since `at`: what had come until then was its body.
+    pub fn call_over(&self, at: Instant) {
+        if self.head_begun().is_some_and(|begun| begun <= at) {
+            self.head_read();
+        }
+    }
+
     /// Since when the peer has taken nothing of what is to be written.
     pub fn write_blocked(&self) -> Option<Instant> {
         self.instant(&self.write_blocked_since)

@@ -71,6 +71,12 @@ impl Deadline {
         Self { callers: left.and_then(|left| arrived.checked_add(left)), ours: None }
     }
 
+    /// Without our own clock.
+    #[must_use]
+    pub fn callers_only(&self) -> Self {
+        Self { callers: self.callers, ours: None }
+    }
+
     /// Starts our own clock, once; `None` or zero = no limit of our own. A second call changes nothing.
     pub fn start(&mut self, now: Instant, timeout: Option<Duration>) {
         if self.ours.is_none() {

@@ -75,6 +75,8 @@ pub struct H1 {
     /// What `Keep-Alive: timeout=` said.
     told: Option<Duration>,
     retire_at: Option<Instant>,
+    /// Held here, too: an upgrade ends hyper's task, but not the connection.
+    _slot: Rc<ConnectionSlot>,
 }
 
 /// An HTTP/2 connection.
@@ -271,7 +273,7 @@ impl H1 {
         guards: &Arc<Guards>,
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
-        let slot = endpoint.pool.slot(guards).await?;
+        let slot = Rc::new(endpoint.pool.slot(guards).await?);
         let tcp = connect(address, settings.connect_timeout).await?;
         let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
@@ -281,13 +283,14 @@ impl H1 {
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         // Ends with the connection; its error reaches the call by the sender.
+        let held = Rc::clone(&slot);
         spawn_local(async move {
-            let _slot = slot;
+            let _held = held;
             let _ = connection.with_upgrades().await;
         });
         let now = Instant::now();
         let retire_at = settings.max_age.map(|age| now + age);
-        Ok(Self { sender, tcp, idle_since: now, told: None, retire_at })
+        Ok(Self { sender, tcp, idle_since: now, told: None, retire_at, _slot: slot })
     }
 
     fn is_retired(&self, now: Instant) -> bool {

@@ -13,6 +13,7 @@ mod basics;
 mod bodies;
 mod commands;
 mod curl;
+mod edges;
 mod exchange;
 mod floods;
 mod grpc;
