@@ -122,11 +122,15 @@ impl Exchange<'_> {
                 self.endpoints[index].address(),
             )
             .is_ok();
-        if !allowed || !guards.budget.withdraw(Instant::now().into_std()) {
+        if !allowed {
+            return None;
+        }
+        let permit = self.permit().ok()?;
+        // Last, so that nothing is spent on a copy that isn't sent.
+        if !guards.budget.withdraw(Instant::now().into_std()) {
             return None;
         }
         guards.counts.retries.add("hedge");
-        let permit = self.permit().ok()?;
         Some(Asked { index, permit, last: false })
     }
 }

@@ -17,7 +17,7 @@ pub use snapshot::{Cluster, Snapshot};
 pub use workers::{LocalCluster, LocalExecutor, View, Worker, drain_phase};
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -89,9 +89,16 @@ impl OwnAddresses {
         self.0.load().iter().any(|own| {
             let own_ip = own.ip().to_canonical();
             own.port() == address.port()
-                && (own_ip == ip || (own_ip.is_unspecified() && ip.is_loopback()) || ip.is_unspecified())
+                && (own_ip == ip
+                    || ip.is_unspecified()
+                    || (own_ip.is_unspecified() && is_of_this_machine(ip)))
         })
     }
+}
+
+/// Whether an address is one of this machine's (or pod's): only those can be bound. Asked only where the port is ours.
+fn is_of_this_machine(ip: IpAddr) -> bool {
+    ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
 }
 
 /// Where the listeners are bound.
@@ -223,5 +230,22 @@ impl Proxy {
     pub fn stop(self) {
         self.ticking.abort();
         self.workers.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_ports_are_known_by_every_address_of_the_machine() {
+        let own = OwnAddresses::default();
+        own.add(&["[::]:4143".parse().unwrap(), "127.0.0.1:4140".parse().unwrap()]);
+        for mine in ["127.0.0.1:4143", "[::1]:4143", "127.0.0.9:4143", "127.0.0.1:4140", "0.0.0.0:4140"] {
+            assert!(own.contains(mine.parse().unwrap()), "{mine}");
+        }
+        for other in ["192.0.2.1:4143", "127.0.0.1:8080", "127.0.0.2:4140"] {
+            assert!(!own.contains(other.parse().unwrap()), "{other}");
+        }
     }
 }

@@ -43,7 +43,7 @@ fn pair() -> Pair {
     });
     let config = format!(
         "[[upstream]]\nname = \"up\"\nendpoints = [\"{}\", \"{}\"]\nlisten = \"127.0.0.1:0\"\n\
-         outlier = {{ consecutive_failures = 3, eject_for = {{ base = \"10m\", max = \"10m\" }} }}\n\
+         balance = \"round-robin\"\noutlier = {{ consecutive_failures = 3, eject_for = {{ base = \"10m\", max = \"10m\" }} }}\n\
          [[upstream]]\nname = \"bare\"\nendpoints = [\"{}\"]\nbreaker = false\n",
         well.address(),
         other.address(),
