@@ -207,11 +207,15 @@ impl Guards {
             self.budget.configure(retry.budget, now);
         }
         if let Some(limits) = policy.limits.0 {
+            let learned = self.requests.limit();
             self.requests.configure(limits, now);
             let adaptive = self.adaptive.load_full().filter(|_| limits.adaptive);
             if limits.adaptive && adaptive.is_none() {
                 self.requests.adapt(ADAPTIVE_START, now);
                 self.adaptive.store(Some(Arc::new(Adaptive::new(limits.max_requests, now))));
+            } else if limits.adaptive {
+                // What was learned outlives a reload; `adapt` keeps it below the new `max_requests`.
+                self.requests.adapt(learned, now);
             } else if adaptive.is_none() {
                 self.adaptive.store(None);
             }
@@ -256,5 +260,28 @@ impl Guards {
                 "circuit breaker"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Toggle;
+
+    #[test]
+    fn a_reload_keeps_what_the_adaptive_limit_has_learned() {
+        let (guards, now) = (Guards::new(Instant::now()), Instant::now());
+        let limits = LimitSettings { adaptive: true, ..LimitSettings::default() };
+        let policy = Policy { limits: Toggle::on(limits), ..Policy::default() };
+        guards.configure(&policy, now);
+        assert_eq!(guards.requests.limit(), ADAPTIVE_START);
+        guards.requests.adapt(77, now);
+        guards.configure(&policy, now);
+        assert_eq!(guards.requests.limit(), 77);
+        let smaller = LimitSettings { max_requests: 50, ..limits };
+        guards.configure(&Policy { limits: Toggle::on(smaller), ..Policy::default() }, now);
+        assert_eq!(guards.requests.limit(), 50, "never above what is configured");
+        guards.configure(&Policy::default(), now);
+        assert_eq!(guards.requests.limit(), LimitSettings::default().max_requests, "switched off");
     }
 }
