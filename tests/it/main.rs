@@ -20,6 +20,7 @@ mod grpc;
 mod h2spec;
 mod health;
 mod house;
+mod keys;
 mod lifecycle;
 mod load;
 mod resilience;
