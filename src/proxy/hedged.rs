@@ -7,28 +7,25 @@ use tokio::time::{Instant, sleep};
 use super::{
     attempt::{Answer, Failed, Outgoing},
     body::Replay,
-    call::Record,
-    clock::Clock,
     connect,
     deliver::may_be_failure,
-    exchange::{Asked, Exchange, Over},
+    exchange::{Carried, Exchange},
+    tries::{Asked, Over, SoFar},
 };
 use crate::resilience::hedge;
 
 impl Exchange<'_> {
     /// One try under the clock, and a second copy at another endpoint if no answer has come after `delay`.
-    #[allow(clippy::too_many_arguments, reason = "the state of the loop it is a step of")]
     pub(super) async fn hedged(
         &self,
         asked: Asked,
         delay: Duration,
-        clock: &mut Clock,
-        outgoing: &mut Outgoing,
-        replay: &Replay,
-        counted: &mut u32,
-        tried: &mut Vec<usize>,
-        record: &mut Record,
+        carried: &mut Carried<'_>,
+        so_far: &mut SoFar,
     ) -> Over {
+        let Carried { clock, outgoing, replay, record } = carried;
+        let replay = &*replay;
+        let SoFar { counted, tried, .. } = so_far;
         let began = Instant::now();
         let left = clock.left(began);
         let send = self.send(&self.endpoints[asked.index], outgoing.for_try(false), replay, None);

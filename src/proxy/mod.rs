@@ -1,10 +1,10 @@
 //! The data path, in the order in which a call meets it.
 //!
 //! ```text
-//! accept ─▶ connection ─▶ call ─▶ target ─▶ exchange ─▶ attempt ─▶ (upstream::pool)
-//!              │            │                  │
-//!           detect        guard              body, headers, interim
-//!           tunnel        error
+//! accept ─▶ connection ─▶ call ─▶ target ─▶ exchange ─▶ tries ─▶ attempt ─▶ (upstream::pool)
+//!              │            │                  │          │
+//!           detect        guard            admission    judge, hedged
+//!           tunnel        error            deliver      body, headers, interim
 //! ```
 
 pub mod accept;
@@ -24,10 +24,12 @@ pub mod headers;
 mod hedged;
 mod interim;
 pub mod io;
+mod judge;
 pub mod progress;
 pub mod route;
 pub mod spent;
 pub mod target;
+mod tries;
 pub mod tunnel;
 pub mod unknown;
 mod upgrade;

@@ -1,0 +1,173 @@
+//! What came of a try, told once to everyone who acts on it: breaker, outlier detection, balancer, hedge, adaptive limit.
+
+use std::{
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    accept::Side,
+    attempt::Failed,
+    body::{GrpcEnd, Replay},
+    call::Record,
+    clock::{Clock, RanOut},
+    error::{Cause, ProxyError},
+    exchange::{Ended, Exchange},
+    tries::Over,
+};
+use crate::{
+    resilience::{
+        breaker::{Permit, State},
+        classify::{Advice, Ending, GrpcStatus, Health, Outcome},
+        deadline::Limit,
+    },
+    upstream::local::LocalEndpoint,
+};
+
+/// What a failed try weighs in the balancer, as latency. It is forgotten like any other.
+const COST_OF_FAILURE: Duration = Duration::from_secs(1);
+
+impl Exchange<'_> {
+    /// What a try's end means, told to breaker, outlier detection and balancer.
+    pub(super) fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
+        let now = Instant::now().into_std();
+        let endpoint = &self.endpoints[over.index];
+        let ended = match over.result {
+            Ok(Ok(answer)) => {
+                let response = &answer.response;
+                // Advice counts from upstreams that the configuration names.
+                let named = self.target.index.is_some();
+                let advice = if named { Advice::from_headers(response.headers()) } else { Advice::None };
+                let outcome = match GrpcStatus::from_headers(response.headers()).filter(|_| self.call.grpc) {
+                    Some(status) => Outcome::grpc(status, advice, clock.deadline().callers_time_left(now)),
+                    None => Outcome { ending: Ending::Http(response.status()), advice },
+                };
+                Ended::Answered(Box::new(answer), outcome)
+            }
+            Ok(Err(mut failed)) => {
+                if replay.caller_gone() {
+                    failed.ending = Ending::CallerGone;
+                }
+                Ended::Failed(failed)
+            }
+            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, over.took)),
+        };
+        let outcome = match &ended {
+            Ended::Answered(_, outcome) => *outcome,
+            Ended::Failed(failed) => Outcome::new(failed.ending),
+        };
+        match outcome.endpoint_health() {
+            Health::Success => endpoint.observe(over.took, now),
+            // Failing fast must not look like answering fast.
+            Health::Failure => endpoint.observe(over.took.max(COST_OF_FAILURE), now),
+            Health::Neutral => {}
+        }
+        if self.policy.limits.is_some_and(|limits| limits.adaptive)
+            && let Some(adaptive) = &*self.guards().adaptive.load()
+        {
+            adaptive.record(over.took, outcome.breaker_health(), &self.guards().requests, now);
+        }
+        if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.breaker_health())
+            && let Some(percent) = hedge.percent()
+        {
+            self.guards().quantile(percent, now).record(over.took, now);
+        }
+        self.report(ended, &outcome, endpoint, over.permit)
+    }
+
+    /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
+    fn report(
+        &self,
+        mut ended: Ended,
+        outcome: &Outcome,
+        endpoint: &Rc<LocalEndpoint>,
+        permit: Option<Permit>,
+    ) -> Ended {
+        let now = Instant::now().into_std();
+        let guards = self.guards();
+        // A connection that was lost with many calls on it counts once.
+        let counted = matches!(&ended, Ended::Failed(failed) if failed.counted);
+        let weighed = |health| if counted { Health::Neutral } else { health };
+        let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
+        if let Ended::Answered(answer, _) = &mut ended
+            && self.call.grpc
+            && matches!(outcome.ending, Ending::Http(status) if status.is_success())
+            && !permit.as_ref().is_some_and(Permit::is_trial)
+        {
+            let named = self.target.local.upstream.shared.name.clone();
+            answer.held.grpc = Some(GrpcEnd {
+                upstream: named,
+                guards: Arc::clone(guards),
+                endpoint: Rc::clone(endpoint),
+                permit,
+                random: random(),
+            });
+            return ended;
+        }
+        if let Some(ejection) = endpoint.ejection() {
+            let health = weighed(outcome.endpoint_health());
+            let ejected = guards.outliers.report(
+                &endpoint.address(),
+                ejection,
+                health,
+                now,
+                if health == Health::Failure { random() } else { 0.0 },
+            );
+            if let Some(ejected) = ejected {
+                tracing::warn!(upstream = self.name(), endpoint = %ejected.address, failures = ejected.failures_in_a_row, "endpoint ejected");
+            }
+        }
+        if let Some(permit) = permit {
+            let health = weighed(outcome.breaker_health());
+            let transition = guards.breaker.report(
+                permit,
+                health,
+                now,
+                if health == Health::Failure { random() } else { 0.0 },
+            );
+            if transition.is_some_and(|transition| transition.to == State::Open) {
+                guards.unreachable.store(matches!(outcome.ending, Ending::Connect(_)), Ordering::Relaxed);
+            }
+            guards.note(self.name(), transition);
+        }
+        ended
+    }
+
+    fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, took: Duration) -> Failed {
+        let name = self.name();
+        let address = endpoint.address();
+        let (ending, cause, what) = match ran_out {
+            RanOut::Limit(Limit::Attempt) => {
+                (Ending::AttemptTimeout, Cause::AttemptTimeout, "`attempt_timeout`")
+            }
+            RanOut::Limit(Limit::Timeout) => (Ending::Timeout, Cause::Timeout, "`timeout`"),
+            RanOut::Limit(Limit::Caller) => {
+                (Ending::CallersDeadline, Cause::Deadline, "the caller's deadline")
+            }
+            RanOut::Upload => {
+                (Ending::CallerGone, Cause::Timeout, "`idle_timeout`: the request's body stood still")
+            }
+            RanOut::Whole => (Ending::CallersDeadline, Cause::Timeout, "`max_duration`"),
+        };
+        let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
+        Failed::new(ending, ProxyError::new(cause, detail))
+    }
+
+    /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
+    pub(super) fn note_spent(&self, ended: &Result<Ended, ProxyError>, record: &Record) {
+        let failed = match ended {
+            Ok(Ended::Answered(_, outcome)) => outcome.breaker_health() == Health::Failure,
+            Ok(Ended::Failed(failed)) => failed.error.cause.is_exhaustion(),
+            Err(error) => error.cause.is_exhaustion(),
+        };
+        if failed
+            && self.call.connection.side != Side::Inbound
+            && let Some(trace) = record.trace
+        {
+            self.call.connection.worker.shared.spent.note(trace, Instant::now().into_std());
+        }
+    }
+}

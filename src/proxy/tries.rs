@@ -1,0 +1,287 @@
+//! The tries of a call at one upstream, until one of them has an answer to give or none may follow.
+
+use std::{
+    pin::pin,
+    rc::Rc,
+    task::Context,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderValue, Request};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    accept::Side,
+    admission,
+    attempt::{self, Answer, Failed, Outgoing},
+    body::{Replay, Replayable},
+    clock::RanOut,
+    connect,
+    deliver::may_be_failure,
+    error::{Cause, ProxyError},
+    exchange::{Carried, Ended, Exchange},
+    headers::X_OUTRIGGER_ATTEMPT,
+    interim::{self, Gate},
+};
+use crate::{
+    config::Observed,
+    resilience::{
+        backoff::Hint,
+        breaker::Permit,
+        classify::{Advice, Ending, Health, Outcome},
+        deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
+        retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
+    },
+    upstream::local::LocalEndpoint,
+};
+
+/// One try to be made.
+pub(super) struct Asked {
+    pub index: usize,
+    pub permit: Option<Permit>,
+    /// No other can follow: the head need not be kept.
+    pub last: bool,
+}
+
+/// One try that is over.
+pub(super) struct Over {
+    pub result: Result<Result<Answer, Failed>, RanOut>,
+    /// Whose result it is, which with a hedge may be another than was asked first.
+    pub index: usize,
+    pub took: Duration,
+    pub permit: Option<Permit>,
+}
+
+/// The tries so far.
+pub(super) struct SoFar {
+    /// Those that count.
+    pub counted: u32,
+    /// The one that mends a race of our own pool was used up.
+    pub free_used: bool,
+    /// The endpoints that failed.
+    pub tried: Vec<usize>,
+}
+
+impl Exchange<'_> {
+    /// Whether the endpoint is one of the two addresses of `localhost` and the other one has not been tried. A service
+    /// listens on one of them as a rule; finding out which is no retry.
+    fn has_sibling(&self, index: usize, tried: &[usize]) -> bool {
+        let failed = &self.endpoints[index].shared;
+        failed.host.is_some()
+            && failed.address.ip().is_loopback()
+            && self.endpoints.iter().enumerate().any(|(other, endpoint)| {
+                other != index && !tried.contains(&other) && endpoint.shared.host == failed.host
+            })
+    }
+
+    /// Tries until there is an answer to give, or no further try may follow.
+    pub(super) async fn tries(&self, carried: &mut Carried<'_>) -> Result<Ended, ProxyError> {
+        let (connection, progress) = (self.call.connection, self.call.progress);
+        let mut so_far = SoFar { counted: 1, free_used: false, tried: Vec::new() };
+        let mut last_end: Option<Ended> = None;
+        // Another try was decided; whether it is the free one.
+        let mut again: Option<bool> = None;
+        loop {
+            let permit = match self.permit() {
+                Ok(permit) => permit,
+                // The failure that opened it says more than that it is open.
+                Err(error) => {
+                    if last_end.is_some() {
+                        self.guards().counts.retries.add(error.cause.word());
+                        carried.record.stopped = Some(error.cause.word());
+                    }
+                    return last_end.ok_or(error);
+                }
+            };
+            let index = match connect::pick(
+                connection,
+                &self.target.local,
+                &self.endpoints,
+                &so_far.tried,
+                self.hash,
+            ) {
+                Ok(index) => index,
+                Err(error) => return last_end.ok_or(error),
+            };
+            connect::check_address(self.call.view, connection, self.target, self.endpoints[index].address())?;
+            // An early answer leaves its try reading: during the wait it may have read more than is kept.
+            if let Some(ended) = last_end.take()
+                && !carried.replay.take_over()
+            {
+                self.guards().counts.retries.add(Reason::BodyGone.word());
+                carried.record.stopped = Some(Reason::BodyGone.word());
+                return Ok(ended);
+            }
+            if let Some(free) = again.take() {
+                self.guards().counts.retries.add(if free { "reconnect" } else { "sent" });
+            }
+
+            let more = self.retries.another_possible(so_far.counted);
+            // A try that ran out of time may have been processed: only what may be done twice can follow it.
+            let may_repeat = self.retries.may_repeat(&carried.outgoing.method, self.call.idempotency_key);
+            carried.clock.begin_try(more && may_repeat);
+            let last = !more && so_far.free_used && !carried.outgoing.keep;
+            let over = self.attempt(Asked { index, permit, last }, carried, &mut so_far).await;
+            let index = over.index;
+            let ended = self.judge(over, &carried.replay, &carried.clock);
+            let (outcome, hint) = match &ended {
+                // What went well is the rule, and needs no decision.
+                Ended::Answered(answer, _) if !may_be_failure(&answer.response) => return Ok(ended),
+                Ended::Answered(answer, outcome) => {
+                    (*outcome, Hint::from_headers(answer.response.headers(), SystemTime::now()))
+                }
+                Ended::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
+            };
+
+            if matches!(outcome.ending, Ending::Connect(_)) {
+                // Its addresses may have changed before their TTL says so.
+                self.target.local.upstream.shared.refresh();
+                if self.has_sibling(index, &so_far.tried) {
+                    so_far.tried.push(index);
+                    continue;
+                }
+            }
+            carried.clock.request_sent(progress);
+            let now = Instant::now().into_std();
+            let asked = Tried {
+                method: &carried.outgoing.method,
+                grpc: self.call.grpc,
+                idempotency_key: self.call.idempotency_key,
+                tries: so_far.counted,
+                free_used: so_far.free_used,
+                body: match carried.replay.replayable() {
+                    Replayable::Untouched => ReplayState::Untouched,
+                    Replayable::Kept => ReplayState::Replayable,
+                    Replayable::Gone => ReplayState::Gone,
+                },
+                committed: false,
+            };
+            let moment = Moment {
+                now,
+                time_left: carried.clock.deadline().left(now),
+                hint,
+                random: connection.worker.with_rng(|rng| rng.unit_f64()),
+                budget: &self.guards().budget,
+            };
+            let counts = &self.guards().counts.retries;
+            let retry = match self.retries.decide(&asked, &outcome, &moment) {
+                Decision::Retry(retry) if retry.free || !self.observing(Observed::Retry) => retry,
+                Decision::Retry(_) => {
+                    counts.add("observed");
+                    return Ok(ended);
+                }
+                Decision::Stop(reason) => {
+                    if outcome.breaker_health() == Health::Failure || outcome.advice() == Advice::No {
+                        counts.add(reason.word());
+                        carried.record.stopped = Some(reason.word());
+                        tracing::debug!(
+                            upstream = self.name(),
+                            outcome = outcome.label(),
+                            reason = reason.word(),
+                            "no further try"
+                        );
+                    }
+                    return Ok(ended);
+                }
+            };
+            again = Some(retry.free);
+            if retry.free {
+                so_far.free_used = true;
+            } else {
+                so_far.counted += 1;
+                so_far.tried.push(index);
+            }
+            last_end = Some(ended);
+            if !retry.wait.is_zero() {
+                sleep(retry.wait).await;
+            }
+        }
+    }
+
+    /// The breaker's leave for one try.
+    pub(super) fn permit(&self) -> Result<Option<Permit>, ProxyError> {
+        if self.policy.breaker.is_none() {
+            return Ok(None);
+        }
+        let guards = self.guards();
+        let admission = guards.breaker.admit(Instant::now().into_std());
+        guards.note(self.name(), admission.transition);
+        match admission.permit {
+            Ok(permit) => Ok(Some(permit)),
+            Err(refused) => {
+                guards.counts.rejected.add(Cause::BreakerOpen.word());
+                if self.observing(Observed::Breaker) {
+                    tracing::debug!(
+                        upstream = self.name(),
+                        "the breaker would have refused this call (observed only)"
+                    );
+                    return Ok(None);
+                }
+                Err(admission::breaker_open(self.name(), guards, refused.retry_after))
+            }
+        }
+    }
+
+    /// One try, under the clock.
+    async fn attempt(&self, asked: Asked, carried: &mut Carried<'_>, so_far: &mut SoFar) -> Over {
+        carried.record.tries += 1;
+        carried.record.endpoint = Some(self.endpoints[asked.index].address());
+        let left = carried.clock.left(Instant::now());
+        self.tell_next_hop(left, &mut carried.outgoing, carried.record.tries);
+        if let Some(delay) = self.hedge_delay(&carried.outgoing, &carried.replay, so_far.counted) {
+            // Boxed, as every path that few calls take: else its size would be every call's.
+            return Box::pin(self.hedged(asked, delay, carried, so_far)).await;
+        }
+        let Carried { clock, outgoing, replay, .. } = carried;
+        let began = Instant::now();
+        let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
+        let endpoint = &self.endpoints[asked.index];
+        let send = pin!(self.send(endpoint, outgoing.for_try(asked.last), replay, gate.clone()));
+        let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
+        Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit }
+    }
+
+    /// Lets a body that was held back go once the upstream has said `100 Continue`.
+    pub(super) fn pass_continue(&self, cx: &mut Context<'_>, gate: Option<&Rc<Gate>>) {
+        if self.call.interim
+            && self.call.connection.wire.poll_continue(cx)
+            && let Some(gate) = gate
+        {
+            gate.open();
+        }
+    }
+
+    pub(super) fn send<'s>(
+        &'s self,
+        endpoint: &'s Rc<LocalEndpoint>,
+        request: Request<()>,
+        replay: &'s Replay,
+        gate: Option<Rc<Gate>>,
+    ) -> impl Future<Output = Result<Answer, Failed>> + 's {
+        let version = request.version();
+        let make = move || {
+            let mut request = request.map(|()| replay.next_try(gate));
+            if self.call.interim {
+                interim::pass_on(&mut request, &self.call.connection.wire);
+            }
+            request
+        };
+        attempt::send(self.name(), endpoint, &self.connections, self.guards(), version, make)
+    }
+
+    /// Which try this is, and how much time is left (product: deadlines travel).
+    pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
+        let headers = &mut outgoing.headers;
+        if self.call.connection.side != Side::Inbound {
+            headers.insert(X_OUTRIGGER_ATTEMPT, HeaderValue::from(number));
+        }
+        if self.call.grpc {
+            // Only shortened, never made from `timeout`.
+            if let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT)) {
+                headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
+            }
+        } else if let Some(value) = left.and_then(deadline::request_timeout_value) {
+            headers.insert(REQUEST_TIMEOUT, value);
+        }
+    }
+}
