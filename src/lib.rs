@@ -16,6 +16,7 @@
 //! | [`upstream`] | endpoints, which one is taken, their connections, what guards them |
 //! | [`discovery`] | where endpoints come from: a list, DNS, a file |
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
+//! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`config`] | from text to a checked configuration that knows who set what |
 //! | [`admin`], [`telemetry`] | what a sidecar says about itself, and the few things that can be changed |
 //!
@@ -35,6 +36,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod discovery;
+pub mod fetch;
 pub mod proxy;
 pub mod resilience;
 pub mod rng;

@@ -129,7 +129,7 @@ impl Check<'_> {
     }
 
     fn window(&mut self, path: &[&str], window: HumanDuration) {
-        let fits = (MIN_WINDOW..=MAX_WINDOW).contains(&window);
+        let fits = (MIN_WINDOW..=MAX_WINDOW).contains(&*window);
         self.expect(fits, path, "this window is too short or too long", "write \"1s\" to \"1h\"");
     }
 

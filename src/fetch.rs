@@ -1,0 +1,368 @@
+//! Calls that the proxy makes for itself: keys that sign tokens, tokens of its own, spans on their way out.
+//!
+//! HTTP/1.1, plain or over TLS, a connection each, on the control thread; never through this proxy's own ports.
+//! Redirects are answers like any other: what a configuration names is what is asked.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderValue, Request, Response, Uri,
+    header::HOST,
+    uri::{Authority, PathAndQuery, Scheme},
+};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
+use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+
+use crate::discovery::{DiscoveryError, Resolver};
+
+/// Makes calls; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Fetcher {
+    resolver: Arc<Resolver>,
+    /// Made when it is first needed: reading the system's roots takes milliseconds that a start without TLS saves.
+    tls: Arc<OnceLock<Arc<ClientConfig>>>,
+}
+
+/// What an answer may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For the whole exchange: looking the name up, connecting, and reading the answer to its end.
+    pub patience: Duration,
+    /// Bytes of the answer's body.
+    pub answer: usize,
+}
+
+/// Why there is no answer. An answer that reports an error is an answer.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    #[error("`{uri}` is no http:// or https:// URL with a host")]
+    Url { uri: Uri },
+    #[error(transparent)]
+    Name(#[from] DiscoveryError),
+    #[error("{authority} cannot be reached: {source}")]
+    Connect { authority: Authority, source: io::Error },
+    #[error("no TLS with {authority}: {source}")]
+    Tls { authority: Authority, source: io::Error },
+    #[error("{authority} gave no usable answer: {source}")]
+    Http { authority: Authority, source: hyper::Error },
+    #[error("{authority} did not answer within {patience:?}")]
+    Slow { authority: Authority, patience: Duration },
+    #[error("the answer of {authority} is longer than {limit} bytes")]
+    TooLong { authority: Authority, limit: usize },
+    #[error("{path}: {reason}")]
+    Roots { path: PathBuf, reason: String },
+}
+
+impl Fetcher {
+    /// Trusts the system's roots.
+    pub fn new(resolver: Arc<Resolver>) -> Self {
+        Self { resolver, tls: Arc::default() }
+    }
+
+    /// Trusts the certificates in a PEM file and nothing else.
+    ///
+    /// # Errors
+    /// [`FetchError::Roots`] where the file cannot be read or holds no certificate.
+    pub fn trusting(&self, path: &Path) -> Result<Self, FetchError> {
+        let bad = |reason: String| FetchError::Roots { path: path.to_owned(), reason };
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_file_iter(path).map_err(|error| bad(error.to_string()))? {
+            let certificate = certificate.map_err(|error| bad(error.to_string()))?;
+            roots.add(certificate).map_err(|error| bad(error.to_string()))?;
+        }
+        if roots.is_empty() {
+            return Err(bad("no certificate in it".to_owned()));
+        }
+        let tls = OnceLock::from(Arc::new(client_config(roots)));
+        Ok(Self { resolver: Arc::clone(&self.resolver), tls: Arc::new(tls) })
+    }
+
+    /// Sends a request, with an absolute URL, and reads the whole answer.
+    ///
+    /// # Errors
+    /// See [`FetchError`]; whether anything was sent is not told.
+    pub async fn fetch(
+        &self,
+        request: Request<Bytes>,
+        limits: Limits,
+    ) -> Result<Response<Bytes>, FetchError> {
+        let (mut head, body) = request.into_parts();
+        let destination = Destination::of(&head.uri)?;
+        // Origin-form, as for a server and not for a proxy (RFC 9112 §3.2.1).
+        let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        head.uri = Uri::from(path);
+        if !head.headers.contains_key(HOST)
+            && let Ok(host) = HeaderValue::from_str(destination.authority.as_str())
+        {
+            head.headers.insert(HOST, host);
+        }
+        let request = Request::from_parts(head, Full::new(body));
+        let exchange = async {
+            let tcp = self.connect(&destination).await?;
+            if !destination.tls {
+                return destination.exchange(tcp, request, limits.answer).await;
+            }
+            let refused = |source| FetchError::Tls { authority: destination.authority.clone(), source };
+            let name = ServerName::try_from(destination.host.clone())
+                .map_err(|error| refused(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+            let tls = TlsConnector::from(self.tls()).connect(name, tcp).await.map_err(refused)?;
+            destination.exchange(tls, request, limits.answer).await
+        };
+        let slow = FetchError::Slow { authority: destination.authority.clone(), patience: limits.patience };
+        timeout(limits.patience, exchange).await.unwrap_or(Err(slow))
+    }
+
+    /// The first address that takes a connection.
+    async fn connect(&self, to: &Destination) -> Result<TcpStream, FetchError> {
+        let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for ip in self.resolver.addresses(&to.host).await?.addresses {
+            match TcpStream::connect(SocketAddr::new(ip, to.port)).await {
+                Ok(stream) => {
+                    // A socket that refuses the option is still a connection.
+                    let _ = stream.set_nodelay(true);
+                    return Ok(stream);
+                }
+                Err(error) => refused = error,
+            }
+        }
+        Err(FetchError::Connect { authority: to.authority.clone(), source: refused })
+    }
+
+    fn tls(&self) -> Arc<ClientConfig> {
+        Arc::clone(self.tls.get_or_init(|| Arc::new(client_config(system_roots()))))
+    }
+}
+
+/// The system's roots; what of them cannot be read is left out with a warning, and is missed when it is needed.
+fn system_roots() -> RootCertStore {
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        tracing::warn!(%error, "a part of the system's certificates cannot be read");
+    }
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(found.certs);
+    roots
+}
+
+fn client_config(roots: RootCertStore) -> ClientConfig {
+    let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()));
+    let mut config = match builder.with_safe_default_protocol_versions() {
+        Ok(builder) => builder.with_root_certificates(roots).with_no_client_auth(),
+        // The provider has suites for every version that is spoken.
+        Err(_) => ClientConfig::builder().with_root_certificates(roots).with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config
+}
+
+/// Whom a URL names.
+#[derive(Debug)]
+struct Destination {
+    authority: Authority,
+    /// Without the brackets of an IPv6 address.
+    host: String,
+    port: u16,
+    tls: bool,
+}
+
+impl Destination {
+    fn of(uri: &Uri) -> Result<Self, FetchError> {
+        let bad = || FetchError::Url { uri: uri.clone() };
+        let tls = match uri.scheme() {
+            Some(scheme) if *scheme == Scheme::HTTP => false,
+            Some(scheme) if *scheme == Scheme::HTTPS => true,
+            _ => return Err(bad()),
+        };
+        let authority = uri.authority().filter(|authority| !authority.host().is_empty()).ok_or_else(bad)?;
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
+        Ok(Self { authority: authority.clone(), host, port, tls })
+    }
+
+    async fn exchange<S>(
+        &self,
+        stream: S,
+        request: Request<Full<Bytes>>,
+        limit: usize,
+    ) -> Result<Response<Bytes>, FetchError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let http = |source| FetchError::Http { authority: self.authority.clone(), source };
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
+        let exchange = async {
+            let (head, body) = sender.send_request(request).await.map_err(http)?.into_parts();
+            let body = Limited::new(body, limit).collect().await.map_err(|error| {
+                match error.downcast::<hyper::Error>() {
+                    Ok(source) => http(*source),
+                    Err(error) => {
+                        debug_assert!(error.is::<LengthLimitError>());
+                        FetchError::TooLong { authority: self.authority.clone(), limit }
+                    }
+                }
+            })?;
+            Ok(Response::from_parts(head, body.to_bytes()))
+        };
+        let (mut connection, mut exchange) = (pin!(connection), pin!(exchange));
+        tokio::select! {
+            biased;
+            answer = &mut exchange => answer,
+            // What came before the connection ended is still to be had.
+            _ = &mut connection => exchange.await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::Future, net::Ipv4Addr};
+
+    use rustls::{ServerConfig, ServerConnection};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+
+    const LIMITS: Limits = Limits { patience: Duration::from_secs(20), answer: 1024 };
+
+    fn fetcher() -> Fetcher {
+        Fetcher::new(Arc::new(Resolver::from_system().unwrap()))
+    }
+
+    fn get(url: &str) -> Request<Bytes> {
+        Request::get(url).body(Bytes::new()).unwrap()
+    }
+
+    /// Reads a request's head and answers with what it was, and `extra` bytes more.
+    async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, extra: usize) {
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"\r\n\r\n") {
+            let read = stream.read_buf(&mut seen).await.unwrap_or(0);
+            if read == 0 {
+                return;
+            }
+        }
+        let head = format!("HTTP/1.1 418 teapot\r\ncontent-length: {}\r\n\r\n", seen.len() + extra);
+        seen.resize(seen.len() + extra, b'.');
+        let _ = stream.write_all(head.as_bytes()).await;
+        let _ = stream.write_all(&seen).await;
+        let _ = stream.shutdown().await;
+    }
+
+    async fn plain_server(extra: usize) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { answer(listener.accept().await.unwrap().0, extra).await });
+        address
+    }
+
+    /// A server with a certificate for `localhost`, and the PEM file of who signed it.
+    async fn tls_server(directory: &Path) -> (SocketAddr, PathBuf) {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let ca = directory.join("ca.pem");
+        std::fs::write(&ca, made.cert.pem()).unwrap();
+        let key = rustls_pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (tcp, _) = listener.accept().await.unwrap();
+                if let Ok(stream) = acceptor.accept_with(tcp, |_: &mut ServerConnection| ()).await {
+                    answer(stream, 0).await;
+                }
+            }
+        });
+        (address, ca)
+    }
+
+    #[tokio::test]
+    async fn the_answer_comes_whole_whatever_its_status() {
+        let address = plain_server(0).await;
+        let answer = fetcher().fetch(get(&format!("http://{address}/keys?a=b")), LIMITS).await.unwrap();
+        assert_eq!(answer.status(), 418);
+        let seen = String::from_utf8(answer.into_body().to_vec()).unwrap();
+        assert!(seen.starts_with("GET /keys?a=b HTTP/1.1\r\n"), "{seen}");
+        assert!(seen.contains(&format!("host: {address}\r\n")), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_end_is_not_read_to_it() {
+        let address = plain_server(4096).await;
+        let error = fetcher().fetch(get(&format!("http://{address}/")), LIMITS).await.unwrap_err();
+        assert_eq!(error.to_string(), format!("the answer of {address} is longer than 1024 bytes"));
+    }
+
+    #[tokio::test]
+    async fn only_who_is_trusted_is_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let (address, ca) = tls_server(directory.path()).await;
+        let url = format!("https://localhost:{}/", address.port());
+        let strange = fetcher().fetch(get(&url), LIMITS).await.unwrap_err();
+        assert!(strange.to_string().contains("UnknownIssuer"), "{strange}");
+        let trusting = fetcher().trusting(&ca).unwrap();
+        assert_eq!(trusting.fetch(get(&url), LIMITS).await.unwrap().status(), 418);
+        let by_address = trusting.fetch(get(&format!("https://{address}/")), LIMITS).await.unwrap_err();
+        assert!(by_address.to_string().contains("not valid for name"), "{by_address}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_ends() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let error = fetcher().fetch(get(&format!("http://{address}/")), LIMITS).await.unwrap_err();
+        assert_eq!(error.to_string(), format!("{address} did not answer within 20s"));
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_is_named() {
+        for (url, told) in [
+            ("/keys", "`/keys` is no http:// or https:// URL with a host"),
+            ("ftp://a/", "`ftp://a/` is no http:// or https:// URL with a host"),
+            ("http://127.0.0.1:1/", "127.0.0.1:1 cannot be reached"),
+        ] {
+            let error = fetcher().fetch(get(url), LIMITS).await.unwrap_err();
+            assert!(error.to_string().contains(told), "{error}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let empty = directory.path().join("empty.pem");
+        std::fs::write(&empty, "").unwrap();
+        let error = fetcher().trusting(&empty).unwrap_err();
+        assert_eq!(error.to_string(), format!("{}: no certificate in it", empty.display()));
+    }
+
+    #[tokio::test]
+    async fn a_call_may_be_made_on_any_thread() {
+        fn is_send<F: Future + Send>(future: F) -> F {
+            future
+        }
+        let address = plain_server(0).await;
+        is_send(fetcher().fetch(get(&format!("http://{address}/")), LIMITS)).await.unwrap();
+    }
+}
