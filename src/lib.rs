@@ -15,6 +15,7 @@
 //! | [`proxy`] | the data path, in the order in which a call meets it |
 //! | [`upstream`] | endpoints, which one is taken, their connections, what guards them |
 //! | [`discovery`] | where endpoints come from: a list, DNS, a file |
+//! | [`identity`] | certificates, whom they prove, TLS |
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
 //! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`config`] | from text to a checked configuration that knows who set what |
@@ -37,6 +38,7 @@ pub mod cli;
 pub mod config;
 pub mod discovery;
 pub mod fetch;
+pub mod identity;
 pub mod proxy;
 pub mod resilience;
 pub mod rng;
@@ -44,3 +46,4 @@ pub mod runtime;
 pub mod telemetry;
 pub mod units;
 pub mod upstream;
+pub mod watch;

@@ -40,6 +40,7 @@ use super::{
 };
 use crate::{
     config::{HeaderCase, HostPort, Protocol},
+    identity::Peer,
     runtime::{LocalCluster, Phase, Worker, drain_phase},
     telemetry::metrics::Way,
 };
@@ -72,6 +73,8 @@ pub struct Connection {
     /// The peer's address, as `x-forwarded-for` has it.
     pub peer: HeaderValue,
     pub wire: Arc<Wire>,
+    /// Whom the caller's certificate proved to be; `None`: plaintext.
+    pub peer_identity: Option<Arc<Peer>>,
     /// Inside a CONNECT tunnel, whom it leads to.
     pub tunnel_to: Option<HostPort>,
     /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
@@ -133,6 +136,7 @@ impl Connection {
             side,
             peer,
             wire: Arc::default(),
+            peer_identity: None,
             tunnel_to: None,
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -149,6 +153,7 @@ impl Connection {
             side: self.side.clone(),
             peer: self.peer.clone(),
             wire: Arc::default(),
+            peer_identity: self.peer_identity.clone(),
             tunnel_to: Some(to),
             exchange: RefCell::default(),
             streams: Cell::default(),

@@ -1,0 +1,280 @@
+//! What is known of the verified other side of a connection: the names its certificate proves.
+//!
+//! Reading a certificate here proves nothing by itself; a [`Peer`] is only made of one whose chain was verified.
+
+use std::{
+    fmt::{self, Write as _},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rustls_pki_types::CertificateDer;
+use x509_parser::{
+    certificate::X509Certificate,
+    extensions::GeneralName,
+    oid_registry::{self, Oid, OidRegistry},
+    prelude::FromDer,
+    x509::X509Name,
+};
+
+use super::{InvalidId, SpiffeId};
+
+/// SAN entries that are read; a certificate with more is refused.
+const MAX_NAMES: usize = 128;
+
+/// The verified other side of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its SPIFFE ID. Where it has one, this alone says who it is.
+    pub spiffe: Option<SpiffeId>,
+    /// DNS names of its certificate, which say who it is only where there is no SPIFFE ID.
+    pub dns: Vec<Box<str>>,
+    /// The subject as RFC 2253 writes it; often empty.
+    pub subject: Box<str>,
+    /// SHA-256 of the leaf certificate (DER).
+    pub sha256: [u8; 32],
+    /// When its certificate expires.
+    pub not_after: SystemTime,
+}
+
+/// Why a certificate cannot say who its bearer is.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    #[error("it cannot be read ({0})")]
+    Unreadable(String),
+    #[error("it is a CA's (CA:TRUE), which signs and never speaks for itself")]
+    Ca,
+    #[error("its key may sign certificates or revocation lists (key usage), so it must not speak for itself")]
+    SigningKey,
+    #[error("its key usage does not allow digital signatures")]
+    NoSignature,
+    #[error("it has {0} URI names; with a SPIFFE ID there must be exactly one")]
+    ManyUris(usize),
+    #[error("its URI name `{id}` is not a SPIFFE ID: {reason}")]
+    NotAnId { id: Box<str>, reason: InvalidId },
+    #[error("its SPIFFE ID `{0}` names a whole trust domain and nobody in it")]
+    NoPath(SpiffeId),
+    #[error("it has more than {MAX_NAMES} names")]
+    ManyNames,
+}
+
+impl Peer {
+    /// Reads a leaf certificate by the rules of X.509-SVID (§4, §5.2) where it holds a SPIFFE ID.
+    ///
+    /// # Errors
+    ///
+    /// If it must not speak for a workload: a CA's, or its SPIFFE ID is not the only URI or malformed.
+    pub fn of(leaf: &CertificateDer<'_>) -> Result<Self, PeerError> {
+        let unreadable = |error: &dyn fmt::Display| PeerError::Unreadable(error.to_string());
+        let (rest, certificate) = X509Certificate::from_der(leaf).map_err(|error| unreadable(&error))?;
+        if !rest.is_empty() {
+            return Err(unreadable(&"bytes follow it"));
+        }
+        let constraints = certificate.basic_constraints().map_err(|error| unreadable(&error))?;
+        if constraints.is_some_and(|constraints| constraints.value.ca) {
+            return Err(PeerError::Ca);
+        }
+        let mut dns = Vec::new();
+        let mut uris = Vec::new();
+        if let Some(names) = certificate.subject_alternative_name().map_err(|error| unreadable(&error))? {
+            if names.value.general_names.len() > MAX_NAMES {
+                return Err(PeerError::ManyNames);
+            }
+            for name in &names.value.general_names {
+                match name {
+                    GeneralName::DNSName(name) => dns.push((*name).into()),
+                    GeneralName::URI(uri) => uris.push(*uri),
+                    GeneralName::Invalid(tag, _) => {
+                        return Err(unreadable(&format_args!("a name of kind {} is malformed", tag.0)));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let spiffe = spiffe_id(&uris)?;
+        if spiffe.is_some()
+            && let Some(usage) = certificate.key_usage().map_err(|error| unreadable(&error))?
+        {
+            if usage.value.key_cert_sign() || usage.value.crl_sign() {
+                return Err(PeerError::SigningKey);
+            }
+            if !usage.value.digital_signature() {
+                return Err(PeerError::NoSignature);
+            }
+        }
+        Ok(Self {
+            spiffe,
+            dns,
+            subject: rfc2253(certificate.subject()).into(),
+            sha256: sha256(leaf),
+            not_after: time(certificate.validity().not_after.timestamp()),
+        })
+    }
+}
+
+/// The name by which logs call it: SPIFFE ID, else DNS name, else subject.
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.spiffe, self.dns.first()) {
+            (Some(id), _) => write!(f, "{id}"),
+            (None, Some(name)) => write!(f, "dns:{name}"),
+            (None, None) => write!(f, "subject {:?}", &*self.subject),
+        }
+    }
+}
+
+/// Any URI of the SPIFFE scheme makes the certificate an SVID, of which it must be the only one.
+fn spiffe_id(uris: &[&str]) -> Result<Option<SpiffeId>, PeerError> {
+    let claims = |uri: &&&str| uri.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe:"));
+    let Some(uri) = uris.iter().find(claims) else { return Ok(None) };
+    if uris.len() > 1 {
+        return Err(PeerError::ManyUris(uris.len()));
+    }
+    let id: SpiffeId = uri.parse().map_err(|reason| PeerError::NotAnId { id: (*uri).into(), reason })?;
+    if id.path().is_empty() { Err(PeerError::NoPath(id)) } else { Ok(Some(id)) }
+}
+
+/// SHA-256 of a certificate.
+pub fn sha256(der: &[u8]) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, der).as_ref());
+    bytes
+}
+
+/// Seconds since 1970, as certificates have them.
+pub(super) fn time(seconds: i64) -> SystemTime {
+    match u64::try_from(seconds) {
+        Ok(after) => UNIX_EPOCH + Duration::from_secs(after),
+        Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()),
+    }
+}
+
+/// A name as RFC 2253 writes it: the last part first, `,` between, special characters escaped.
+pub(super) fn rfc2253(name: &X509Name<'_>) -> String {
+    let registry = oid_registry::OidRegistry::default().with_all_crypto().with_x509();
+    let mut text = String::new();
+    let parts: Vec<_> = name.iter_rdn().collect();
+    for (at, part) in parts.into_iter().rev().enumerate() {
+        if at > 0 {
+            text.push(',');
+        }
+        for (at, attribute) in part.iter().enumerate() {
+            if at > 0 {
+                text.push('+');
+            }
+            text.push_str(&attribute_name(attribute.attr_type(), &registry));
+            text.push('=');
+            match attribute.as_str() {
+                Ok(value) => escape(value, &mut text),
+                Err(_) => {
+                    text.push('#');
+                    for byte in attribute.as_slice() {
+                        let _ = write!(text, "{byte:02x}");
+                    }
+                }
+            }
+        }
+    }
+    text
+}
+
+fn attribute_name(oid: &Oid<'_>, registry: &OidRegistry<'_>) -> String {
+    x509_parser::objects::oid2abbrev(oid, registry).map_or_else(|_| oid.to_id_string(), str::to_owned)
+}
+
+fn escape(value: &str, text: &mut String) {
+    let last = value.chars().count().saturating_sub(1);
+    for (at, c) in value.chars().enumerate() {
+        let edge = (at == 0 && matches!(c, ' ' | '#')) || (at == last && c == ' ');
+        if c.is_control() {
+            let mut bytes = [0; 4];
+            for byte in c.encode_utf8(&mut bytes).bytes() {
+                let _ = write!(text, "\\{byte:02X}");
+            }
+            continue;
+        }
+        if edge || matches!(c, ',' | '+' | '"' | '\\' | '<' | '>' | ';') {
+            text.push('\\');
+        }
+        text.push(c);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose, SanType};
+
+    use super::*;
+
+    fn certificate(change: impl FnOnce(&mut CertificateParams)) -> CertificateDer<'static> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        params.self_signed(&key).unwrap().der().clone()
+    }
+
+    fn uri(text: &str) -> SanType {
+        SanType::URI(text.try_into().unwrap())
+    }
+
+    const ID: &str = "spiffe://shop.example/ns/shop/sa/payments";
+
+    #[test]
+    fn a_workloads_certificate_says_who_it_is() {
+        let leaf = certificate(|params| {
+            params.subject_alt_names = vec![uri(ID), SanType::DnsName("payments".try_into().unwrap())];
+            params.distinguished_name.push(DnType::OrganizationName, "Shop, Inc.");
+            params.distinguished_name.push(DnType::CommonName, "payments");
+            params.not_after = rcgen::date_time_ymd(2031, 1, 2);
+        });
+        let peer = Peer::of(&leaf).unwrap();
+        assert_eq!(peer.spiffe.as_ref().map(SpiffeId::as_str), Some(ID));
+        assert_eq!(peer.dns, ["payments".into()]);
+        assert_eq!(&*peer.subject, "CN=payments,O=Shop\\, Inc.");
+        assert_eq!(peer.not_after, UNIX_EPOCH + Duration::from_secs(1_925_078_400));
+        assert_eq!(peer.to_string(), ID);
+    }
+
+    #[test]
+    fn who_must_not_speak_is_not_heard() {
+        let with = |change: &dyn Fn(&mut CertificateParams)| {
+            Peer::of(&certificate(|params| {
+                params.subject_alt_names = vec![uri(ID)];
+                change(params);
+            }))
+            .unwrap_err()
+        };
+        let two = with(&|params| params.subject_alt_names.push(uri("https://elsewhere.example")));
+        assert_eq!(two, PeerError::ManyUris(2));
+        let ca = with(&|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
+        assert_eq!(ca, PeerError::Ca);
+        let signs = with(&|params| params.key_usages = vec![KeyUsagePurpose::KeyCertSign]);
+        assert_eq!(signs, PeerError::SigningKey);
+        let agrees = with(&|params| params.key_usages = vec![KeyUsagePurpose::KeyAgreement]);
+        assert_eq!(agrees, PeerError::NoSignature);
+        let domain = with(&|params| params.subject_alt_names = vec![uri("spiffe://shop.example")]);
+        assert!(matches!(domain, PeerError::NoPath(_)));
+        let shouted = with(&|params| params.subject_alt_names = vec![uri("SPIFFE://shop.example/a")]);
+        assert!(matches!(shouted, PeerError::NotAnId { .. }));
+    }
+
+    #[test]
+    fn without_a_spiffe_id_the_dns_names_count() {
+        let leaf = certificate(|params| {
+            params.subject_alt_names =
+                vec![SanType::DnsName("orders.example".try_into().unwrap()), uri("https://a.example")];
+        });
+        let peer = Peer::of(&leaf).unwrap();
+        assert_eq!((peer.spiffe.as_ref(), peer.to_string()), (None, "dns:orders.example".to_owned()));
+    }
+
+    #[test]
+    fn what_is_no_certificate_is_told() {
+        let mut bytes = certificate(|_| {}).to_vec();
+        bytes.push(0);
+        for bytes in [&b"nonsense"[..], &bytes] {
+            let error = Peer::of(&CertificateDer::from(bytes)).unwrap_err();
+            assert!(matches!(error, PeerError::Unreadable(_)), "{error}");
+        }
+    }
+}
