@@ -11,6 +11,7 @@ use http::{HeaderMap, StatusCode};
 use tokio::time::{sleep, sleep_until};
 
 use super::{
+    clock::Until,
     connection::Connection,
     error::{Cause, ProxyError},
 };
@@ -25,7 +26,7 @@ use crate::{
     upstream::guards::{Guards, Place, Woken},
 };
 
-/// Lets a call in, or says why not. `deadline`: until when the call may wait at all.
+/// Lets a call in, or says why not. `until`: how long the call may wait at all.
 pub async fn admit(
     connection: &Connection,
     view: &View,
@@ -33,7 +34,7 @@ pub async fn admit(
     policy: &Policy,
     rate: Option<&Arc<RateLimit>>,
     headers: &HeaderMap,
-    deadline: Option<Instant>,
+    until: Until,
 ) -> Result<Option<Place>, ProxyError> {
     let guards = &local.upstream.shared.guards;
     let name = &local.cluster.settings.name;
@@ -48,12 +49,12 @@ pub async fn admit(
     }
     let mut place = None;
     if let Some(settings) = &policy.limits.0 {
-        let taken = take_place(guards, settings, deadline, name).await;
+        let taken = take_place(guards, settings, until.at(), name).await;
         place = enforce(taken, observing(Observed::Limits), note)?;
     }
     if policy.fault.0.is_some() {
         enforce(
-            inject(connection, policy, name, observing(Observed::Fault)).await,
+            inject(connection, policy, name, observing(Observed::Fault), until).await,
             observing(Observed::Fault),
             note,
         )?;
@@ -160,11 +161,13 @@ async fn inject(
     policy: &Policy,
     name: &str,
     observing: bool,
+    until: Until,
 ) -> Result<(), ProxyError> {
     let Some(settings) = &policy.fault.0 else { return Ok(()) };
     let fault = connection.worker.with_rng(|rng| settings.decide(rng.unit_f64(), rng.unit_f64()));
     if let Some(delay) = fault.delay.filter(|_| !observing) {
-        sleep(delay).await;
+        let waited = Box::pin(until.wait(sleep(delay))).await;
+        waited.map_err(|ran_out| ran_out.unsent(name, "the delay that `fault` injects"))?;
     }
     match fault.abort.and_then(|status| StatusCode::from_u16(status).ok()) {
         Some(status) => {

@@ -103,8 +103,12 @@ pub async fn send(
         Failed::new(Ending::Connect(failure), connect_failed(name, &error))
     })?;
     let stale = lease.reused();
-    match lease.send(make()).await {
-        Ok(response) => Ok(Answer { response, lease, held: Held { in_flight, place: None, grpc: None } }),
+    let request = make();
+    let sent = request.body().sent();
+    match lease.send(request).await {
+        Ok(response) => {
+            Ok(Answer { response, lease, held: Held { in_flight, sent, place: None, grpc: None } })
+        }
         Err(failed) => Err(classify(name, endpoint.address(), &failed, stale, &lease)),
     }
 }

@@ -1,7 +1,7 @@
 //! The bodies that pass through: streamed, with what is needed to send a request again.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -51,6 +51,17 @@ struct Try {
     /// How many of the kept frames this try has sent.
     sent: usize,
     gate: Option<Rc<Gate>>,
+    whole: Rc<Cell<bool>>,
+}
+
+/// Whether one try has sent its request to the end. Another try of the same call says nothing about its connection.
+#[derive(Clone, Debug)]
+pub struct Sent(Option<Rc<Cell<bool>>>);
+
+impl Sent {
+    pub fn is_whole(&self) -> bool {
+        self.0.as_ref().is_none_or(|whole| whole.get())
+    }
 }
 
 /// The caller's body, with a copy of its beginning where the policy may want to send it again.
@@ -112,7 +123,7 @@ impl Replay {
         RequestBody(self.0.as_ref().map(|kept| {
             let mut inner = kept.borrow_mut();
             inner.current += 1;
-            Try { kept: Rc::clone(kept), number: inner.current, sent: 0, gate }
+            Try { kept: Rc::clone(kept), number: inner.current, sent: 0, gate, whole: Rc::default() }
         }))
     }
 
@@ -187,6 +198,48 @@ impl RequestBody {
     pub const fn empty() -> Self {
         Self(None)
     }
+
+    /// Tells, once the body is with its connection, whether all of it has been sent.
+    pub fn sent(&self) -> Sent {
+        Sent(self.0.as_ref().map(|this| Rc::clone(&this.whole)))
+    }
+}
+
+impl Try {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(gate) = &self.gate {
+            ready!(gate.poll_open(cx));
+        }
+        let mut kept = self.kept.borrow_mut();
+        if kept.current != self.number {
+            return Poll::Ready(Some(Err(BodyError::TakenOver)));
+        }
+        if let Some(data) = kept.frames.get(self.sent) {
+            self.sent += 1;
+            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
+        }
+        if kept.ended {
+            // Frames first, trailers last; `sent` one past the frames says that the trailers went out.
+            let trailers = (self.sent == kept.frames.len()).then(|| kept.trailers.clone()).flatten();
+            self.sent += 1;
+            return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+        }
+        let frame = ready!(kept.poll_source(cx));
+        if let Some(Ok(frame)) = &frame
+            && (frame.is_trailers() || !kept.overflowed)
+        {
+            self.sent += 1;
+        }
+        Poll::Ready(frame)
+    }
+
+    /// Whether there is nothing more to send.
+    fn is_at_end(&self) -> bool {
+        let kept = self.kept.borrow();
+        kept.ended
+            && kept.current == self.number
+            && self.sent >= kept.frames.len() + usize::from(kept.trailers.is_some())
+    }
 }
 
 impl Body for RequestBody {
@@ -198,38 +251,15 @@ impl Body for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(this) = &mut self.0 else { return Poll::Ready(None) };
-        if let Some(gate) = &this.gate {
-            ready!(gate.poll_open(cx));
-        }
-        let mut kept = this.kept.borrow_mut();
-        if kept.current != this.number {
-            return Poll::Ready(Some(Err(BodyError::TakenOver)));
-        }
-        if let Some(data) = kept.frames.get(this.sent) {
-            this.sent += 1;
-            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
-        }
-        if kept.ended {
-            // Frames first, trailers last; `sent` one past the frames says that the trailers went out.
-            let trailers = (this.sent == kept.frames.len()).then(|| kept.trailers.clone()).flatten();
-            this.sent += 1;
-            return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
-        }
-        let frame = ready!(kept.poll_source(cx));
-        if let Some(Ok(frame)) = &frame
-            && (frame.is_trailers() || !kept.overflowed)
-        {
-            this.sent += 1;
+        let frame = ready!(this.poll_next(cx));
+        if this.is_at_end() {
+            this.whole.set(true);
         }
         Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
-        let Some(this) = &self.0 else { return true };
-        let kept = this.kept.borrow();
-        kept.ended
-            && kept.current == this.number
-            && this.sent >= kept.frames.len() + usize::from(kept.trailers.is_some())
+        self.0.as_ref().is_none_or(Try::is_at_end)
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -272,6 +302,8 @@ pub struct Streaming {
 pub struct Held {
     /// Counts it at its endpoint.
     pub in_flight: InFlight,
+    /// Whether its try's request was sent to the end.
+    pub sent: Sent,
     /// Its place among the requests in flight.
     pub place: Option<Place>,
     /// Who is to be told of the gRPC status that comes in the trailers.
@@ -326,7 +358,7 @@ impl Streaming {
         self.progress.done();
         if let Some(lease) = self.lease.take() {
             // An answer that came before its request was read to the end leaves the connection in between.
-            lease.finished(self.progress.request_sent_at().is_some());
+            lease.finished(self.held.sent.is_whole());
         }
     }
 }

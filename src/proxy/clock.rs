@@ -9,12 +9,18 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
-use super::progress::Progress;
+use super::{
+    error::{Cause, ProxyError},
+    progress::Progress,
+};
 use crate::{
     config::AttemptTimeout,
-    resilience::deadline::{Deadline, Limit},
+    resilience::{
+        classify::Ending,
+        deadline::{self, Deadline, Limit},
+    },
 };
 
 /// What ran out.
@@ -25,6 +31,47 @@ pub enum RanOut {
     Upload,
     /// `max_duration`.
     Whole,
+}
+
+impl RanOut {
+    /// What it means for the one who was waited for, what the caller is told, and whose limit it was.
+    pub fn meaning(self) -> (Ending, Cause, &'static str) {
+        match self {
+            Self::Limit(Limit::Attempt) => {
+                (Ending::AttemptTimeout, Cause::AttemptTimeout, "`attempt_timeout`")
+            }
+            Self::Limit(Limit::Timeout) => (Ending::Timeout, Cause::Timeout, "`timeout`"),
+            Self::Limit(Limit::Caller) => (Ending::CallersDeadline, Cause::Deadline, "the caller's deadline"),
+            Self::Upload => {
+                (Ending::CallerGone, Cause::Timeout, "`idle_timeout`: the request's body stood still")
+            }
+            Self::Whole => (Ending::CallersDeadline, Cause::Timeout, "`max_duration`"),
+        }
+    }
+
+    /// The error of a call that ran out of time before anything was sent.
+    pub fn unsent(self, name: &str, waited_for: &str) -> ProxyError {
+        let (_, cause, limit) = self.meaning();
+        ProxyError::new(cause, format!("{name}: {limit} passed while it waited for {waited_for}"))
+    }
+}
+
+/// Until when a call may wait for what comes before its tries, and what ends it then.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Until(Option<(Instant, RanOut)>);
+
+impl Until {
+    pub fn at(self) -> Option<std::time::Instant> {
+        self.0.map(|(at, _)| at.into_std())
+    }
+
+    /// Waits for `work`, but no longer. It has a timer of its own: for what few calls wait for.
+    pub async fn wait<F: Future>(self, work: F) -> Result<F::Output, RanOut> {
+        match self.0 {
+            None => Ok(work.await),
+            Some((at, ran_out)) => timeout_at(at, work).await.map_err(|_| ran_out),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -84,6 +131,20 @@ impl Clock {
 
     pub fn deadline(&self) -> &Deadline {
         &self.deadline
+    }
+
+    /// Until when the call may wait before its first try.
+    pub fn until(&self, progress: &Progress) -> Until {
+        let limit = self.deadline.at().map(|(at, limit)| (Instant::from_std(at), RanOut::Limit(limit)));
+        let whole = progress.over_at().map(|at| (at, RanOut::Whole));
+        Until(limit.into_iter().chain(whole).min_by_key(|(at, _)| *at))
+    }
+
+    /// Whether less is left than the next hop can be told of: then a try is not worth sending.
+    pub fn spent(&self, now: Instant) -> Option<RanOut> {
+        let (at, limit) = self.deadline.at()?;
+        let left = at.saturating_duration_since(now.into_std());
+        deadline::request_timeout_value(left).is_none().then_some(RanOut::Limit(limit))
     }
 
     /// Starts the clock of the call where the request has been sent.

@@ -13,6 +13,7 @@ use tokio::{task::spawn_local, time::timeout};
 
 use super::{
     body::ResponseBody,
+    clock::Until,
     connection::Connection,
     error::{Cause, ProxyError},
     io::SharedTcp,
@@ -51,7 +52,7 @@ async fn dial_allowed(
     to: &LocalCluster,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
 ) -> Result<(SharedTcp, Dialled), ProxyError> {
-    let endpoints = endpoints(connection, to).await?;
+    let endpoints = endpoints(connection, to, Until::default()).await?;
     let limit = to.cluster.settings.policy.connect_timeout.limit();
     let slot = ConnectionSlot::take(&to.upstream.shared.guards)
         .map_err(|error| connect_failed(&to.cluster.settings.name, &error))?;
@@ -74,18 +75,19 @@ async fn dial_allowed(
     }
 }
 
-/// The endpoints of an upstream; waits where discovery has not answered yet.
+/// The endpoints of an upstream; waits where discovery has not answered yet, as long as the call may.
 pub async fn endpoints(
     connection: &Connection,
     to: &LocalCluster,
+    until: Until,
 ) -> Result<Rc<[Rc<LocalEndpoint>]>, ProxyError> {
     let shared = &to.upstream.shared;
-    let first = shared.endpoints().generation == 0;
-    if first && Box::pin(timeout(DISCOVERY_PATIENCE, shared.resolved())).await.is_err() {
-        return Err(ProxyError::new(
-            Cause::DnsTimeout,
-            format!("{}: its endpoints are not known yet", to.cluster.settings.name),
-        ));
+    if shared.endpoints().generation == 0 {
+        let name = &to.cluster.settings.name;
+        let answered = Box::pin(until.wait(timeout(DISCOVERY_PATIENCE, shared.resolved()))).await;
+        answered.map_err(|ran_out| ran_out.unsent(name, "its endpoints to be known"))?.map_err(|_| {
+            ProxyError::new(Cause::DnsTimeout, format!("{name}: its endpoints are not known yet"))
+        })?;
     }
     let endpoints = connection.worker.with_rng(|rng| to.upstream.endpoints(rng));
     if endpoints.is_empty() {

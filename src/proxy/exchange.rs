@@ -190,12 +190,12 @@ async fn serve<'a>(
     let settings = &local.cluster.settings;
     carried.clock.request_sent(call.progress);
     let headers = &carried.outgoing.headers;
-    let deadline = carried.clock.deadline().at().map(|(at, _)| at);
+    let until = carried.clock.until(call.progress);
     let rate = target.matched.cluster.rate_limit(target.route);
-    let place = admission::admit(call.connection, call.view, local, policy, rate, headers, deadline).await?;
+    let place = admission::admit(call.connection, call.view, local, policy, rate, headers, until).await?;
     let max_age = settings.max_connection_age.limit();
     let exchange = Exchange {
-        endpoints: connect::endpoints(call.connection, local).await?,
+        endpoints: connect::endpoints(call.connection, local, until).await?,
         connections: ConnectionSettings {
             connect_timeout: policy.connect_timeout.limit(),
             pool_idle: settings.pool_idle_timeout,

@@ -12,7 +12,7 @@ use super::{
     exchange::{Carried, Exchange},
     tries::{Asked, Over, SoFar},
 };
-use crate::resilience::hedge;
+use crate::resilience::{deadline::request_timeout_value, hedge};
 
 impl Exchange<'_> {
     /// One try under the clock, and a second copy at another endpoint if no answer has come after `delay`.
@@ -45,13 +45,16 @@ impl Exchange<'_> {
                 result = &mut send => return (result, began),
                 () = sleep(delay) => {}
             }
-            let other = self.hedge(first.as_ref().map_or(0, |asked| asked.index), replay, tried);
+            let left = left.map(|left| left.saturating_sub(began.elapsed()));
+            let in_time = left.is_none_or(|left| request_timeout_value(left).is_some());
+            let asked = first.as_ref().map_or(0, |asked| asked.index);
+            let other = if in_time { self.hedge(asked, replay, tried) } else { None };
             let Some(other) = other else { return (send.await, began) };
             *counted += 1;
             record.tries += 1;
             let sent = Instant::now();
             tried.push(other.index);
-            self.tell_next_hop(left.map(|left| left.saturating_sub(sent - began)), outgoing, record.tries);
+            self.tell_next_hop(left, outgoing, record.tries);
             let mut copy =
                 pin!(self.send(&self.endpoints[other.index], outgoing.for_try(false), replay, None));
             second = Some(other);

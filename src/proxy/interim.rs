@@ -11,10 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, StatusCode, header::CONNECTION};
+use http::{HeaderMap, Request, StatusCode, header::CONTENT_LENGTH};
 use tokio::time::{Sleep, sleep};
 
-use super::io::Wire;
+use super::{headers, io::Wire};
 
 /// A server that doesn't know the expectation says nothing: then the body goes anyway (RFC 9110 §10.1.1).
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
@@ -65,7 +65,14 @@ pub fn pass_on<B>(request: &mut Request<B>, wire: &Arc<Wire>) {
         // hyper's server says it to the caller when the body is asked for.
         StatusCode::CONTINUE => wire.said_continue(),
         StatusCode::SWITCHING_PROTOCOLS => {}
-        status => wire.push_interim(encoded(status, response.headers())),
+        status => {
+            let mut headers = response.headers().clone();
+            // One that names what is not hop-by-hop is let go: nobody waits for it.
+            if headers::remove_hop_by_hop(&mut headers).is_ok() {
+                headers.remove(CONTENT_LENGTH);
+                wire.push_interim(encoded(status, &headers));
+            }
+        }
     });
 }
 
@@ -73,7 +80,7 @@ fn encoded(status: StatusCode, headers: &HeaderMap) -> Bytes {
     let mut text = Vec::with_capacity(128);
     let reason = status.canonical_reason().unwrap_or("Interim");
     text.extend_from_slice(format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).as_bytes());
-    for (name, value) in headers.iter().filter(|(name, _)| **name != CONNECTION) {
+    for (name, value) in headers {
         text.extend_from_slice(name.as_str().as_bytes());
         text.extend_from_slice(b": ");
         text.extend_from_slice(value.as_bytes());

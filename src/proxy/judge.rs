@@ -14,7 +14,7 @@ use super::{
     body::{GrpcEnd, Replay},
     call::Record,
     clock::{Clock, RanOut},
-    error::{Cause, ProxyError},
+    error::ProxyError,
     exchange::{Ended, Exchange},
     tries::Over,
 };
@@ -22,7 +22,6 @@ use crate::{
     resilience::{
         breaker::{Permit, State},
         classify::{Advice, Ending, GrpcStatus, Health, Outcome},
-        deadline::Limit,
     },
     upstream::local::LocalEndpoint,
 };
@@ -139,19 +138,7 @@ impl Exchange<'_> {
     fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, took: Duration) -> Failed {
         let name = self.name();
         let address = endpoint.address();
-        let (ending, cause, what) = match ran_out {
-            RanOut::Limit(Limit::Attempt) => {
-                (Ending::AttemptTimeout, Cause::AttemptTimeout, "`attempt_timeout`")
-            }
-            RanOut::Limit(Limit::Timeout) => (Ending::Timeout, Cause::Timeout, "`timeout`"),
-            RanOut::Limit(Limit::Caller) => {
-                (Ending::CallersDeadline, Cause::Deadline, "the caller's deadline")
-            }
-            RanOut::Upload => {
-                (Ending::CallerGone, Cause::Timeout, "`idle_timeout`: the request's body stood still")
-            }
-            RanOut::Whole => (Ending::CallersDeadline, Cause::Timeout, "`max_duration`"),
-        };
+        let (ending, cause, what) = ran_out.meaning();
         let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
         Failed::new(ending, ProxyError::new(cause, detail))
     }

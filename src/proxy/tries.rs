@@ -82,6 +82,9 @@ impl Exchange<'_> {
         // Another try was decided; whether it is the free one.
         let mut again: Option<bool> = None;
         loop {
+            if let Some(ran_out) = carried.clock.spent(Instant::now()) {
+                return last_end.ok_or_else(|| ran_out.unsent(self.name(), "its turn"));
+            }
             let permit = match self.permit() {
                 Ok(permit) => permit,
                 // The failure that opened it says more than that it is open.
@@ -280,7 +283,9 @@ impl Exchange<'_> {
             if let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT)) {
                 headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
             }
-        } else if let Some(value) = left.and_then(deadline::request_timeout_value) {
+        } else if let Some(left) = left {
+            // No try begins with less than can be told; what the caller said must not go on unchanged in any case.
+            let value = deadline::request_timeout_value(left).unwrap_or(HeaderValue::from_static("1"));
             headers.insert(REQUEST_TIMEOUT, value);
         }
     }

@@ -87,7 +87,9 @@ fn expect_100_continue_may_be_refused() {
 #[test]
 fn early_hints_pass() {
     let server = RawServer::scripted(
-        "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\nConnection: x-hop\r\nX-Hop: 1\r\n\
+         Keep-Alive: timeout=5\r\nProxy-Connection: close\r\nUpgrade: x\r\n\r\n\
+         HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
     );
     let proxy = Proxy::start(config(&server));
     for address in [proxy.outbound(), proxy.inbound()] {
@@ -95,6 +97,10 @@ fn early_hints_pass() {
         client.send(GET);
         let got = lower(&client.read_until(b"\r\n\r\nok"));
         assert!(got.starts_with("http/1.1 103 ") && got.contains("link: </a.css>; rel=preload"), "{got}");
+        let hints = got.split("\r\n\r\n").next().expect("a first head");
+        for hop_by_hop in ["x-hop", "connection", "keep-alive", "upgrade"] {
+            assert!(!hints.contains(hop_by_hop), "{hop_by_hop} is for one hop only: {hints}");
+        }
         // HTTP/1.0 knows no interim answers.
         let mut client = RawClient::connect(address);
         client.send("GET / HTTP/1.0\r\nHost: up\r\n\r\n");

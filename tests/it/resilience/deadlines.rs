@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Reply, Service, ask, assert_cause, get, proxy, request, upstream};
-use crate::support::{Proxy, RawClient, eventually};
+use crate::support::{Launch, Proxy, RawClient, eventually};
 
 #[test]
 fn what_is_left_is_told_to_each_try() {
@@ -120,4 +120,35 @@ fn the_timeout_begins_after_the_body() {
     }
     let answer = client.response().expect("well-formed").expect("an answer");
     assert_eq!(answer.status(), 200, "{answer:?}");
+}
+
+/// What the next hop cannot be told of is not sent: what the caller said a millisecond ago is no longer true.
+#[test]
+fn less_than_a_millisecond_is_not_worth_a_try() {
+    let service = Service::new(|_, _| 200);
+    let proxy = proxy(&[service.address()], "");
+    assert_cause(&ask(&proxy, request("GET", "x-request-timeout-ms: 1\r\n")), 504, "deadline");
+    assert_eq!(service.calls(), 0);
+}
+
+/// Neither a slow DNS server nor an injected delay keeps a call beyond its time.
+#[test]
+fn what_comes_before_the_first_try_takes_from_the_same_time() {
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+    let dns = silent.local_addr().expect("an address").to_string();
+    let proxy = Launch::new("[defaults]\ntimeout = \"400ms\"\n").env("OUTRIGGER_DNS", &dns).start();
+    let began = Instant::now();
+    for (fields, cause) in [("x-request-timeout-ms: 200\r\n", "deadline"), ("", "timeout")] {
+        let request = format!("GET http://nowhere.test/ HTTP/1.1\r\nHost: nowhere.test\r\n{fields}\r\n");
+        assert_cause(&ask(&proxy, request), 504, cause);
+    }
+    assert!((600..4500).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+
+    let service = Service::new(|_, _| 200);
+    let fault = "timeout = \"300ms\"\nfault = { delay = \"10s\", delay_ratio = 1 }";
+    let proxy = super::proxy(&[service.address()], fault);
+    let began = Instant::now();
+    assert_cause(&get(&proxy), 504, "timeout");
+    assert!((300..9000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    assert_eq!(service.calls(), 0);
 }

@@ -3,7 +3,10 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use super::proxy;
@@ -170,4 +173,56 @@ fn what_is_not_kept_is_not_sent_again() {
             }
         }
     }
+}
+
+/// Whether a connection may carry another request is for its own try to say. Here the first try sends the whole body
+/// and the second is answered while it is still sending: its connection is in the middle of a request.
+#[test]
+fn a_connection_that_is_still_being_written_to_is_not_used_again() {
+    const SIZE: usize = 24 << 20;
+    let server = RawServer::start({
+        let connections = AtomicUsize::new(0);
+        move |mut stream| {
+            let number = connections.fetch_add(1, Ordering::Relaxed);
+            let (mut got, mut chunk) = (Vec::new(), vec![0; 64 * 1024]);
+            let head = loop {
+                match stream.read(&mut chunk) {
+                    Ok(0) | Err(_) => return,
+                    Ok(count) => got.extend_from_slice(&chunk[..count]),
+                }
+                if let Some(at) = got.windows(4).position(|four| four == b"\r\n\r\n") {
+                    break at + 4;
+                }
+            };
+            match number {
+                0 => {
+                    let mut body = got.len() - head;
+                    while body < SIZE {
+                        match stream.read(&mut chunk) {
+                            Ok(0) | Err(_) => return,
+                            Ok(count) => body += count,
+                        }
+                    }
+                    let _ = stream.write_all(
+                        b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy",
+                    );
+                }
+                _ => {
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+                    // Reads no more, and stays, until the proxy gives up or the test ends.
+                    let _ = stream.set_read_timeout(Some(crate::support::PATIENCE));
+                    std::thread::park_timeout(crate::support::PATIENCE);
+                }
+            }
+        }
+    });
+    let proxy = proxy(&[server.address()], "retry = { body_limit = \"32MiB\" }\ntimeout = \"10s\"");
+    let mut client = RawClient::connect(proxy.outbound());
+    client.send(format!("PUT / HTTP/1.1\r\nHost: up\r\nContent-Length: {SIZE}\r\n\r\n"));
+    client.send(vec![b'x'; SIZE]);
+    let answer = client.response().expect("well-formed").expect("an answer");
+    assert_eq!(answer.status(), 200, "{answer:?}");
+    assert_eq!(server.connections(), 2);
+    let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+    assert_eq!((answer.status(), server.connections()), (200, 3), "{answer:?}");
 }
