@@ -32,6 +32,8 @@ pub struct Problem {
     pub help: Option<String>,
     /// Another place that has to do with it.
     pub related: Option<(Origin, String)>,
+    /// Something is missing, which may stand in what could not be read.
+    of_absence: bool,
 }
 
 impl Problem {
@@ -43,6 +45,7 @@ impl Problem {
             label: String::new(),
             help: None,
             related: None,
+            of_absence: false,
         }
     }
 
@@ -58,6 +61,11 @@ impl Problem {
         Self { help: Some(help.into()), ..self }
     }
 
+    /// Of something that is missing: told only where all that is written could be read.
+    pub(super) fn of_absence(self) -> Self {
+        Self { of_absence: true, ..self }
+    }
+
     pub fn related(self, origin: Option<Origin>, text: impl Into<String>) -> Self {
         Self { related: origin.map(|origin| (origin, text.into())), ..self }
     }
@@ -68,10 +76,36 @@ impl Problem {
 pub(super) struct Problems {
     list: Vec<Problem>,
     left_out: usize,
+    /// Something that is written could not be read.
+    incomplete: bool,
+    /// Where the syntax of a file was first left, by the file's index.
+    broken: Vec<(usize, usize)>,
 }
 
 impl Problems {
+    /// Something could not be read, which is told of as a problem of its own: what seems to be missing from now on
+    /// may stand there.
+    pub fn incomplete(&mut self) {
+        self.incomplete = true;
+    }
+
+    /// The syntax of a file holds up to this byte only: what it seems to say behind it is not judged.
+    pub fn broken_at(&mut self, file: usize, byte: usize) {
+        self.incomplete = true;
+        self.broken.push((file, byte));
+    }
+
+    fn is_consequence(&self, problem: &Problem) -> bool {
+        let behind = |origin: Origin| {
+            self.broken.iter().any(|(file, byte)| *file == origin.file() && *byte <= origin.span().start)
+        };
+        (problem.of_absence && self.incomplete) || problem.origin.is_some_and(behind)
+    }
+
     pub fn push(&mut self, problem: Problem) {
+        if self.is_consequence(&problem) {
+            return;
+        }
         let known = |other: &Problem| other.origin == problem.origin && other.message == problem.message;
         if self.list.iter().any(known) {
             return;
@@ -174,14 +208,15 @@ impl Diagnostics {
             Severity::Error => Level::ERROR,
             Severity::Warning => Level::WARNING,
         };
-        let mut group = level.primary_title(normalize_untrusted_str(&problem.message)).elements(
+        // With no line to show it at, the label ends the title.
+        let placed = problem.origin.is_some() || problem.label.is_empty();
+        let title =
+            if placed { problem.message.clone() } else { format!("{}: {}", problem.message, problem.label) };
+        let mut group = level.primary_title(normalize_untrusted_str(&title)).elements(
             problem.origin.and_then(|at| self.snippet(at, &problem.label, AnnotationKind::Primary)),
         );
         if let Some((at, label)) = &problem.related {
             group = group.elements(self.snippet(*at, label, AnnotationKind::Context));
-        }
-        if problem.origin.is_none() && !problem.label.is_empty() {
-            group = group.element(Level::NOTE.message(normalize_untrusted_str(&problem.label)));
         }
         if let Some(help) = &problem.help {
             group = group.element(Level::HELP.message(normalize_untrusted_str(help)));

@@ -48,35 +48,44 @@ pub fn files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> 
 
 /// Reads, merges, resolves and checks. Later files win, key by key; no file is the built-in defaults.
 pub fn load(files: &[PathBuf], env: Env<'_>) -> Result<Loaded, Diagnostics> {
-    load_sources(read_sources(files)?, env)
+    let mut problems = Problems::default();
+    let sources = read_all(files, &mut problems);
+    check(sources, env, problems)
 }
 
 /// The texts of the files, or all that cannot be read.
 pub(super) fn read_sources(files: &[PathBuf]) -> Result<Sources, Diagnostics> {
     let mut problems = Problems::default();
+    let sources = read_all(files, &mut problems);
+    if problems.has_errors() { Err(problems.finish(sources)) } else { Ok(sources) }
+}
+
+/// The texts of the files that can be read.
+fn read_all(files: &[PathBuf], problems: &mut Problems) -> Sources {
     let mut sources = Sources::default();
     for path in files {
         match source::read(path) {
             Ok(text) => sources.0.push(Source { path: path.clone(), text }),
             Err(reason) => {
-                problems.push(Problem::error(None, format!("cannot read {}", path.display())).label(reason))
+                problems.push(Problem::error(None, format!("cannot read {}", path.display())).label(reason));
+                problems.incomplete();
             }
         }
     }
-    if problems.has_errors() { Err(problems.finish(sources)) } else { Ok(sources) }
+    sources
 }
 
 /// The same for texts already read.
 pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<Loaded, Diagnostics> {
-    let mut problems = Problems::default();
+    check(sources, env, Problems::default())
+}
+
+/// Tells of all that is wrong at once, as far as it can be known: what could not be read makes no further problems.
+fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loaded, Diagnostics> {
     let mut tree = Node::table(None);
     for (index, source) in sources.0.iter().enumerate() {
         let over = parse(&source.text, index, env, &mut problems);
         tree = merge(tree, over);
-    }
-    // A file that is no TOML would only yield consequences from here on.
-    if problems.has_errors() {
-        return Err(problems.finish(sources));
     }
     unbuilt::refuse(&tree, &mut problems);
     let config = resolve(&tree, default_service_name(env), &mut problems);

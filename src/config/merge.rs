@@ -63,7 +63,8 @@ fn merge_tables_as(key: &str, mut base: Table, over: Table) -> Table {
 fn merge_lists(by: &str, mut base: Vec<Node>, over: Vec<Node>) -> Vec<Node> {
     // What cannot be told apart (no such key) is never merged; two equal ones in one file stay two, and are
     // reported where that is wrong.
-    let identity = |node: &Node| node.get(by).map(|value| value.identity());
+    let readable = |value: &&Node| value.value != Value::Unknown;
+    let identity = |node: &Node| node.get(by).filter(readable).map(|value| value.identity());
     let known: HashMap<String, usize> =
         base.iter().enumerate().filter_map(|(at, node)| Some((identity(node)?, at))).collect();
     for node in over {
@@ -87,6 +88,7 @@ impl Node {
             Value::Float(number) => number.to_string(),
             Value::Bool(flag) => flag.to_string(),
             Value::Datetime(text) => text.clone(),
+            Value::Unknown => "?".to_owned(),
             Value::Array(items) => {
                 format!("[{}]", items.iter().map(Self::identity).collect::<Vec<_>>().join(","))
             }

@@ -25,6 +25,8 @@ pub enum Value {
     Datetime(String),
     Array(Vec<Node>),
     Table(Table),
+    /// Something stands there that could not be read. Why has been told; nothing more follows from it.
+    Unknown,
 }
 
 pub type Table = BTreeMap<String, Entry>;
@@ -70,6 +72,11 @@ impl Node {
         }
     }
 
+    /// A list that holds something, readable or not.
+    pub fn is_filled_list(&self) -> bool {
+        self.as_array().is_some_and(|items| !items.is_empty())
+    }
+
     /// The value of a key, where this is a table that has it.
     pub fn get(&self, key: &str) -> Option<&Self> {
         self.as_table()?.get(key).map(|entry| &entry.node)
@@ -90,6 +97,7 @@ impl Node {
             Value::Datetime(_) => "a date",
             Value::Array(_) => "an array",
             Value::Table(_) => "a table",
+            Value::Unknown => "something unknown",
         }
     }
 }

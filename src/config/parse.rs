@@ -20,13 +20,33 @@ const MAX_DEPTH: usize = 32;
 /// What can be read of a file; what cannot becomes a problem.
 pub(super) fn parse(text: &str, file: usize, env: Env<'_>, problems: &mut Problems) -> Node {
     let (root, errors) = DeTable::parse_recoverable(text);
-    for error in errors {
-        let origin = error.span().map(|span| Origin::new(file, span));
-        problems.push(Problem::error(origin, "this is not TOML").label(error.message().trim()));
-    }
+    syntax(text, file, &errors, problems);
     let mut walk = Walk { file, env, problems };
     let span = root.span();
     Node { origin: Some(walk.origin(span)), value: Value::Table(walk.table(root.into_inner(), MAX_DEPTH)) }
+}
+
+/// Tells of the first error of a line only: the rest of it makes little sense to a parser.
+fn syntax(text: &str, file: usize, errors: &[toml::de::Error], problems: &mut Problems) {
+    let start = |error: &toml::de::Error| error.span().map_or(0, |span| span.start);
+    let mut errors: Vec<_> = errors.iter().collect();
+    errors.sort_by_key(|error| start(error));
+    let first = errors.first().map(|error| start(error));
+    let mut last = None;
+    for error in errors {
+        let at = start(error);
+        let same_line = last.is_some_and(|last| {
+            text.as_bytes().get(last..at).is_some_and(|between| !between.contains(&b'\n'))
+        });
+        last = Some(at);
+        if !same_line {
+            let origin = error.span().map(|span| Origin::new(file, span));
+            problems.push(Problem::error(origin, "this is not TOML").label(error.message().trim()));
+        }
+    }
+    if let Some(first) = first {
+        problems.broken_at(file, first);
+    }
 }
 
 struct Walk<'a> {
@@ -54,7 +74,8 @@ impl Walk<'_> {
         let origin = self.origin(spanned.span());
         let mut fail = |message: &str, help: &str| {
             self.problems.push(Problem::error(Some(origin), message).help(help));
-            Value::Bool(false)
+            self.problems.incomplete();
+            Value::Unknown
         };
         let value = match spanned.into_inner() {
             DeValue::Array(_) | DeValue::Table(_) if depth == 0 => {
@@ -87,8 +108,8 @@ impl Walk<'_> {
                             .label(label)
                             .help(help),
                     );
-                    // Marked, so that no second problem comes of the text that stayed.
-                    Value::String { text: String::new(), expanded: true }
+                    self.problems.incomplete();
+                    Value::Unknown
                 }
             },
         };

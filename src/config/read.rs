@@ -17,6 +17,9 @@ use super::{
 ///
 /// `also` names keys that are valid in this table beside those of `T`, for the sake of suggestions.
 pub(super) fn read<T: DeserializeOwned>(node: &Node, also: &[&str], problems: &mut Problems) -> Option<T> {
+    if node.value == Value::Unknown {
+        return None;
+    }
     let shared =
         Shared { left_out: RefCell::default(), problems: RefCell::new(problems), root: id(node), also };
     loop {
@@ -25,10 +28,13 @@ pub(super) fn read<T: DeserializeOwned>(node: &Node, also: &[&str], problems: &m
             Ok(value) => return Some(value),
             Err(error) => error,
         };
-        // A required key that is missing since it was left out for another problem is no further problem.
+        // What a table lacks since it was left out for another problem is no further problem.
         let at = error.id;
-        let consequence = matches!(&error.kind, Kind::Missing(key)
-            if shared.left_out_key(error.id, node, key));
+        let consequence = match &error.kind {
+            Kind::Missing(key) => shared.left_out_of(at, node, |name| name == *key),
+            Kind::Message(_) => shared.left_out_of(at, node, |_| true),
+            _ => false,
+        };
         if !consequence {
             shared.problems.borrow_mut().push(error.problem());
         }
@@ -49,17 +55,17 @@ struct Shared<'a> {
 
 impl Shared<'_> {
     fn leaves_out(&self, node: &Node) -> bool {
-        self.left_out.borrow().contains(&id(node))
+        node.value == Value::Unknown || self.left_out.borrow().contains(&id(node))
     }
 
-    /// Whether the table with this id, at or below `node`, has `key` and that was left out.
-    fn left_out_key(&self, table: usize, node: &Node, key: &str) -> bool {
-        if id(node) == table {
-            return node.get(key).is_some_and(|value| self.leaves_out(value));
-        }
+    /// Whether the table with this id, at or below `node`, has such a key and that was left out.
+    fn left_out_of(&self, table: usize, node: &Node, such: impl Fn(&str) -> bool + Copy) -> bool {
         match &node.value {
-            Value::Table(entries) => entries.values().any(|entry| self.left_out_key(table, &entry.node, key)),
-            Value::Array(items) => items.iter().any(|item| self.left_out_key(table, item, key)),
+            Value::Table(entries) if id(node) == table => {
+                entries.iter().any(|(key, entry)| such(key) && self.leaves_out(&entry.node))
+            }
+            Value::Table(entries) => entries.values().any(|entry| self.left_out_of(table, &entry.node, such)),
+            Value::Array(items) => items.iter().any(|item| self.left_out_of(table, item, such)),
             _ => false,
         }
     }
@@ -130,7 +136,9 @@ impl Error {
                 };
                 problem.help(format!("possible are {}", quoted(valid)))
             }
-            Kind::Missing(key) => new(format!("`{key}` is missing here")).help(format!("add `{key} = …`")),
+            Kind::Missing(key) => {
+                new(format!("`{key}` is missing here")).help(format!("add `{key} = …`")).of_absence()
+            }
             Kind::UnknownKey { key, valid } => {
                 unknown_key(&key, self.origin, valid.iter().map(String::as_str))
             }
@@ -226,7 +234,9 @@ impl<'de, 'a, 'p> Reader<'a, 'p> {
             Value::Integer(number) => visitor.visit_i64(*number),
             Value::Float(number) => visitor.visit_f64(*number),
             Value::Bool(flag) => visitor.visit_bool(*flag),
-            Value::Datetime(_) => Err(de::Error::invalid_type(de::Unexpected::Other(""), &visitor)),
+            Value::Datetime(_) | Value::Unknown => {
+                Err(de::Error::invalid_type(de::Unexpected::Other(""), &visitor))
+            }
             Value::Array(items) => visitor.visit_seq(Items { items: items.iter(), shared: self.shared }),
             Value::Table(table) => visitor.visit_map(Entries {
                 entries: table.iter(),

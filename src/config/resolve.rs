@@ -247,12 +247,17 @@ fn upstream(
         None => match default_endpoints(hosts.first(), mode) {
             Some(endpoints) => endpoints,
             None => {
+                // Hosts that are no hosts have been told of.
+                if hosts.is_empty() && own.get("hosts").is_some_and(Node::is_filled_list) {
+                    return None;
+                }
                 let origin = own.get("hosts").map_or(node.origin, |hosts| hosts.origin);
                 problems.push(match hosts.first() {
                     Some(first) => {
                         Problem::error(origin, format!("upstream `{}` has no endpoints", keys.name))
                             .label(format!("`{first}` is no name that could be looked up"))
                             .help("add e.g. `endpoints = \"dns://HOST:PORT\"`")
+                            .of_absence()
                     }
                     None => Problem::error(origin, "no host would ever lead here")
                         .help("leave `hosts` away for the upstream's name"),

@@ -167,6 +167,52 @@ fn later_files_win_and_places_name_the_right_one() {
     assert!(text.contains("1.toml:2:11"), "{text}");
 }
 
+/// What could not be read hides nothing, and nothing is made up from it.
+#[test]
+fn what_cannot_be_read_hides_no_other_problem() {
+    let told = |texts: &[&str]| try_load(texts).unwrap_err().lines();
+    // An unset variable: wherever it stands, it is one problem.
+    for text in [
+        "[service]\nname = '${NONE}'\n[runtime]\nworker = 1",
+        "[[upstream]]\nname = '${NONE}'\n[runtime]\nworker = 1\n[defaults.fallback]\nupstream = 'dr'",
+        "[[upstream]]\nname = 'a'\nhosts = ['*']\nendpoints = '${NONE}'\n[runtime]\nworker = 1",
+        "[[upstream]]\nname = 'a'\nendpoints = ['${NONE}']\n[runtime]\nworker = 1",
+        "[[upstream]]\nname = 'a'\nhealth = { path = '${NONE}' }\n[runtime]\nworker = 1",
+        "defaults = '${NONE}'\n[runtime]\nworker = 1",
+    ] {
+        let lines = told(&[text]);
+        assert_eq!(lines.len(), 2, "{lines:#?}");
+        assert!(lines.iter().any(|line| line.contains("NONE is not set")), "{lines:#?}");
+        assert!(lines.iter().any(|line| line.contains("unknown key `worker`")), "{lines:#?}");
+    }
+    // A syntax error: what comes before it in its file, and all of the other files.
+    let broken =
+        "[defaults]\ntimout = '1s'\n[[upstream]]\nname = \nhosts = ['x'\nfoo = 1\n[runtime]\nworker = 1";
+    let lines = told(&[broken, "[admin]\nlisten = 1\n[defaults.fallback]\nupstream = 'x'"]);
+    let syntax = lines.iter().filter(|line| line.contains("this is not TOML")).count();
+    assert!(
+        lines.iter().any(|line| line.starts_with("0.toml:2:1: error: unknown key `timout`")),
+        "{lines:#?}"
+    );
+    assert!(lines.iter().any(|line| line.starts_with("1.toml:2:10: ")), "{lines:#?}");
+    assert_eq!(lines.len(), syntax + 2, "{lines:#?}");
+    assert!((2..=5).contains(&syntax), "one a line at most: {lines:#?}");
+    // A file that is not there.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.toml"), "[runtime]\nworker = 1\n[defaults.fallback]\nupstream = 'x'")
+        .unwrap();
+    let found = load(&[dir.path().join("none.toml"), dir.path().join("a.toml")], &env).unwrap_err();
+    assert_eq!(found.count(), (2, 0), "{found}");
+}
+
+#[test]
+fn each_problem_is_told_once() {
+    for text in ["endpoints = ['nohost']", "hosts = ['a b']", "endpoints = [1]"] {
+        let found = try_load(&[&format!("[[upstream]]\nname = 'a'\n{text}")]).unwrap_err();
+        assert_eq!(found.count(), (1, 0), "{found}");
+    }
+}
+
 #[test]
 fn files_are_found() {
     let dir = tempfile::tempdir().unwrap();
@@ -177,7 +223,7 @@ fn files_are_found() {
     assert_eq!(files(&[], dir.path(), &env), [PathBuf::from("/e.toml")]);
     assert_eq!(files(&["x.toml".into()], dir.path(), &env), [PathBuf::from("x.toml")]);
     let text = load(&["/none/x.toml".into()], &env).unwrap_err().to_string();
-    assert!(text.contains("cannot read /none/x.toml") && text.contains("there is no such file"), "{text}");
+    assert_eq!(text, "error: cannot read /none/x.toml: there is no such file\n\n");
 }
 
 #[test]

@@ -42,6 +42,22 @@ impl Check<'_> {
         self.problems.push(Problem::error(origin, message).help(help));
     }
 
+    /// An error where a list is empty, unless what is written in it could only not be read.
+    fn filled<T>(&mut self, list: &[T], path: &[&str], message: &str, help: &str) {
+        let written = path.iter().try_fold(self.node, |node, step| node.get(step));
+        if list.is_empty() && !written.is_some_and(Node::is_filled_list) {
+            self.error(path, message, help);
+        }
+    }
+
+    /// An error of something that is missing, unless what is `expected` holds.
+    fn need(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
+        if !holds {
+            let origin = self.at(path);
+            self.problems.push(Problem::error(origin, message).help(help).of_absence());
+        }
+    }
+
     /// An error unless what is `expected` holds.
     fn expect(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
         if !holds {

@@ -61,7 +61,7 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
 impl Check<'_> {
     fn allow(&mut self, allow: &Allow) {
         let help = "name at least one SPIFFE ID";
-        self.expect(!allow.identity.is_empty(), &["identity"], "nobody would be allowed", help);
+        self.filled(&allow.identity, &["identity"], "nobody would be allowed", help);
         for (at, id) in allow.identity.iter().enumerate() {
             let literal = id.strip_suffix('*').unwrap_or(id);
             let fits = is_spiffe(literal) && !literal.contains('*');
@@ -80,7 +80,7 @@ impl Check<'_> {
         let at = |key: &'static str| ["inbound", "jwt", key];
         self.expect(!jwt.issuer.is_empty(), &at("issuer"), "the issuer is empty", "write the token's `iss`");
         let help = "name at least one; a token for another service must not pass here";
-        self.expect(!jwt.audiences.is_empty(), &at("audiences"), "there is no audience", help);
+        self.filled(&jwt.audiences, &at("audiences"), "there is no audience", help);
         let fits =
             jwt.jwks.starts_with('/') || jwt.jwks.starts_with("https://") || jwt.jwks.starts_with("http://");
         self.expect(
@@ -110,7 +110,7 @@ impl Check<'_> {
             (None, _) => {
                 let help = "add `cert`, `key` and `ca`, or `spiffe`";
                 let complete = identity.cert.is_some() && identity.key.is_some() && identity.ca.is_some();
-                self.expect(complete, &["identity"], "the identity is not complete", help);
+                self.need(complete, &["identity"], "the identity is not complete", help);
             }
         }
     }

@@ -46,10 +46,9 @@ pub(in super::super) fn upstream(
     if let Balance::HashHeader(header) = &upstream.balance {
         check.header_name(&["balance"], header);
     }
-    if upstream.tls.mode == TlsMode::Mutual && !has_identity {
-        let help = "add an [identity] section, or write \"simple\"";
-        check.error(&["tls"], "mutual TLS needs a certificate of our own", help);
-    }
+    let has_certificate = upstream.tls.mode != TlsMode::Mutual || has_identity;
+    let help = "add an [identity] section, or write \"simple\"";
+    check.need(has_certificate, &["tls"], "mutual TLS needs a certificate of our own", help);
     for (at, id) in upstream.tls.identity.iter().enumerate() {
         let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/payments\"";
         let at = at.to_string();
@@ -72,10 +71,9 @@ pub(in super::super) fn route(route: &Route, node: &Node, problems: &mut Problem
     let mut check = Check { node, problems };
     check.matches(&route.matches);
     if let Some(to) = &route.path_rewrite {
-        if node.get("match").and_then(|matches| matches.get("path")).is_none() {
-            let help = "add `match = { path = \"/…*\" }`, whose literal prefix is replaced";
-            check.error(&["path_rewrite"], "there is no matched path to rewrite", help);
-        }
+        let matched = node.get("match").and_then(|matches| matches.get("path")).is_some();
+        let help = "add `match = { path = \"/…*\" }`, whose literal prefix is replaced";
+        check.need(matched, &["path_rewrite"], "there is no matched path to rewrite", help);
         let fits = to.starts_with('/') && !to.contains(['?', '#', '*']);
         let fits = fits && http::uri::PathAndQuery::try_from(to.as_str()).is_ok();
         let help = "write e.g. \"/charge\"; what comes behind the matched prefix, and the query, stay";
@@ -90,7 +88,7 @@ impl Check<'_> {
         let help = "write e.g. [\"10.0.0.1:8080\"] or \"dns://HOST:PORT\"";
         match endpoints {
             Endpoints::Fixed(list) => {
-                self.expect(!list.is_empty(), &["endpoints"], "there is no endpoint", help);
+                self.filled(list, &["endpoints"], "there is no endpoint", help);
                 for (at, address) in list.iter().enumerate() {
                     let path = ["endpoints", &at.to_string()];
                     self.expect(address.port > 0, &path, "nothing can be reached at port 0", help);
@@ -113,7 +111,9 @@ impl Check<'_> {
             + usize::from(health.grpc.is_some())
             + usize::from(health.tcp.is_some());
         let help = "write one of `path = \"/healthz\"`, `grpc = \"SERVICE\"` and `tcp = true`";
-        self.expect(kinds == 1, &["health"], "a health check asks exactly one thing", help);
+        let message = "a health check asks exactly one thing";
+        self.need(kinds > 0, &["health"], message, help);
+        self.expect(kinds < 2, &["health"], message, help);
         self.expect(health.tcp != Some(false), &["health", "tcp"], "`tcp = false` checks nothing", help);
         if let Some(path) = &health.path {
             let fits = path.starts_with('/') && http::uri::PathAndQuery::try_from(path.as_str()).is_ok();
@@ -221,7 +221,7 @@ pub(in super::super) fn references(root: &Node, problems: &mut Problems) {
 
 fn exists(reference: &Node, names: &HashSet<&str>, problems: &mut Problems) {
     let Some(name) = reference.as_str().filter(|name| !names.contains(name)) else { return };
-    let problem = Problem::error(reference.origin, format!("there is no upstream `{name}`"));
+    let problem = Problem::error(reference.origin, format!("there is no upstream `{name}`")).of_absence();
     problems.push(match did_you_mean(name, names.iter().copied()) {
         Some(near) => problem.label(format!("did you mean `{near}`?")),
         None => problem.help("add an [[upstream]] of this name"),
