@@ -21,6 +21,10 @@ test NAME:
 ci:
     bash .ci/run
 
+# The image, built and run where no registry can be reached (needs root, podman, buildah, runc, debootstrap)
+image:
+    tests/image/build
+
 # CPU per request beside nginx and HAProxy
 bench:
     cargo build --release
