@@ -5,6 +5,7 @@ pub mod connect;
 mod endpoint;
 pub mod guards;
 pub mod health;
+mod idle;
 pub mod local;
 pub mod pool;
 

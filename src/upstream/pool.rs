@@ -21,6 +21,7 @@ use tokio::{sync::Notify, task::spawn_local, time::Instant};
 use super::{
     connect::{ConnectError, connect},
     guards::{ConnectionSlot, Guards},
+    idle::{Learned, keep_alive_timeout},
     local::LocalEndpoint,
 };
 use crate::{
@@ -36,8 +37,6 @@ const MAX_IDLE: usize = 512;
 const STREAMS_PER_CONNECTION: u32 = 64;
 /// How long an idle HTTP/1.1 connection is kept where nothing better is known: Node closes after 5 s.
 const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
-/// Never learned below this.
-const IDLE_FLOOR: Duration = Duration::from_millis(100);
 /// Turns of the scheduler that a closed connection is given to be gone.
 const YIELDS: usize = 8;
 const H2_IDLE: Duration = Duration::from_secs(50);
@@ -57,13 +56,13 @@ pub struct ConnectionSettings {
 }
 
 /// The connections to one endpoint.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Pool {
     idle: RefCell<Vec<H1>>,
     h2: RefCell<Vec<Rc<H2>>>,
     dialling: RefCell<Option<Rc<Dialling>>>,
     /// What the upstream's closes have taught about its idle time.
-    learned: Cell<Option<Duration>>,
+    learned: Cell<Learned>,
 }
 
 /// An HTTP/1.1 connection.
@@ -114,17 +113,6 @@ pub struct SendError {
     pub unsent: Option<Request<RequestBody>>,
 }
 
-impl Default for Pool {
-    fn default() -> Self {
-        Self {
-            idle: RefCell::default(),
-            h2: RefCell::default(),
-            dialling: RefCell::default(),
-            learned: Cell::new(None),
-        }
-    }
-}
-
 impl Pool {
     /// An HTTP/1.1 connection: an idle one that is still alive, else a new one.
     pub async fn h1(
@@ -148,7 +136,7 @@ impl Pool {
         let mut idle = self.idle.borrow_mut();
         while let Some(connection) = idle.pop() {
             let age = now.saturating_duration_since(connection.idle_since);
-            if age >= self.idle_limit(&connection, settings.pool_idle) || connection.is_retired(now) {
+            if age >= self.idle_limit(&connection, settings.pool_idle, now) || connection.is_retired(now) {
                 // All below on the stack are older.
                 if !connection.is_retired(now) {
                     idle.clear();
@@ -156,7 +144,7 @@ impl Pool {
                 continue;
             }
             if connection.sender.is_closed() || (age >= SURELY_FRESH && !connection.tcp.is_quiet()) {
-                self.learn_close(age);
+                self.learn_close(age, now);
                 continue;
             }
             return Some(connection);
@@ -164,22 +152,20 @@ impl Pool {
         None
     }
 
-    fn idle_limit(&self, connection: &H1, setting: PoolIdle) -> Duration {
+    fn idle_limit(&self, connection: &H1, setting: PoolIdle, now: Instant) -> Duration {
         match setting {
             PoolIdle::Fixed(limit) => *limit,
             PoolIdle::Auto => {
                 let told = connection.told.unwrap_or(IDLE_UNKNOWN);
-                self.learned.get().map_or(told, |learned| learned.min(told))
+                self.learned.get().limit(now).map_or(told, |learned| learned.min(told))
             }
         }
     }
 
-    /// The upstream closed a connection that had been idle for `age`: the next ones are not kept that long.
-    fn learn_close(&self, age: Duration) {
-        let shorter = (age * 3 / 4).max(IDLE_FLOOR);
-        if self.learned.get().is_none_or(|learned| shorter < learned) {
-            self.learned.set(Some(shorter));
-        }
+    fn learn_close(&self, age: Duration, now: Instant) {
+        let mut learned = self.learned.get();
+        learned.closed(age, now);
+        self.learned.set(learned);
     }
 
     fn put_back(&self, mut connection: H1) {
@@ -252,10 +238,10 @@ impl Pool {
         self.idle.borrow_mut().retain(|connection| {
             let age = now.saturating_duration_since(connection.idle_since);
             if connection.sender.is_closed() {
-                self.learn_close(age);
+                self.learn_close(age, now);
                 return false;
             }
-            age < self.idle_limit(connection, setting) && !connection.is_retired(now)
+            age < self.idle_limit(connection, setting, now) && !connection.is_retired(now)
         });
         self.retire_h2(now);
     }
@@ -423,48 +409,5 @@ impl Lease {
         {
             endpoint.pool.put_back(connection);
         }
-    }
-}
-
-/// The `timeout` parameter of a `Keep-Alive` field, in seconds.
-fn keep_alive_timeout(value: &str) -> Option<Duration> {
-    let seconds = value.split(',').find_map(|part| {
-        let (name, value) = part.split_once('=')?;
-        name.trim().eq_ignore_ascii_case("timeout").then(|| value.trim().parse::<u32>().ok())?
-    })?;
-    Some(Duration::from_secs(seconds.into()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keep_alive_is_read_as_servers_write_it() {
-        for (value, seconds) in [
-            ("timeout=5", Some(5)),
-            ("timeout=5, max=100", Some(5)),
-            ("max=100, Timeout = 72", Some(72)),
-            ("max=100", None),
-            ("timeout=-1", None),
-            ("timeout=x", None),
-        ] {
-            assert_eq!(keep_alive_timeout(value), seconds.map(Duration::from_secs), "{value}");
-        }
-    }
-
-    #[test]
-    fn a_close_by_the_upstream_shortens_the_idle_time() {
-        let pool = Pool::default();
-        pool.learn_close(Duration::from_secs(2));
-        assert_eq!(pool.learned.get(), Some(Duration::from_millis(1500)));
-        pool.learn_close(Duration::from_secs(3));
-        assert_eq!(
-            pool.learned.get(),
-            Some(Duration::from_millis(1500)),
-            "a later close teaches nothing new"
-        );
-        pool.learn_close(Duration::from_millis(1));
-        assert_eq!(pool.learned.get(), Some(IDLE_FLOOR));
     }
 }
