@@ -172,9 +172,11 @@ fn ready(control: &Control, admin: &Admin) -> Ready {
 
 /// `8080`, `:8080` or `host:port`.
 fn parse_app(text: &str) -> Result<HostPort, String> {
-    match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
+    let port = text.strip_prefix(':').unwrap_or(text);
+    match port.parse::<u16>() {
         Ok(0) => Err("port 0 is no service".to_owned()),
         Ok(port) => Ok(HostPort::new("127.0.0.1", port)),
+        Err(_) if port.bytes().all(|byte| byte.is_ascii_digit()) => format!("127.0.0.1:{port}").parse(),
         Err(_) => text.parse(),
     }
 }
@@ -189,7 +191,8 @@ mod tests {
         assert_eq!(parse_app(":3000"), Ok(HostPort::new("127.0.0.1", 3000)));
         assert_eq!(parse_app("app.local:3000"), Ok(HostPort::new("app.local", 3000)));
         assert_eq!(parse_app("[::1]:3000"), Ok(HostPort::new("::1", 3000)));
-        for wrong in ["", "0", "70000", "app", "http://app:3000"] {
+        assert_eq!(parse_app("70000"), Err("`70000` is not a port; ports go up to 65535".to_owned()));
+        for wrong in ["", "0", "app", "http://app:3000"] {
             assert!(parse_app(wrong).is_err(), "{wrong}");
         }
     }

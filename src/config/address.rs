@@ -63,7 +63,10 @@ impl FromStr for HostPort {
         let wrong =
             || format!("`{text}` is not HOST:PORT; an IPv6 address stands in brackets, e.g. \"[::1]:8080\"");
         let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
-        let port = port.parse().map_err(|_| wrong())?;
+        let port = port.parse().map_err(|_| match port.bytes().all(|byte| byte.is_ascii_digit()) {
+            true if !port.is_empty() => format!("`{port}` is not a port; ports go up to 65535"),
+            _ => wrong(),
+        })?;
         let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
             Some(v6) => v6.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?.to_string(),
             None if host.is_empty() || host.contains([':', '/', '@', ' ', '[', ']']) => return Err(wrong()),
