@@ -1,14 +1,19 @@
 //! What `GET /status` says and `outrigger status` shows.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::atomic::Ordering, time::Instant};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::upstreams::UpstreamStatus;
 use crate::{
-    proxy::unknown::UnknownHosts,
-    runtime::{Phase, lifecycle::Control},
-    telemetry::metrics::{Connections, Way, Ways},
+    proxy::connect::may_be_reached,
+    runtime::{Cluster, Phase, Shared, Snapshot, lifecycle::Control},
+    telemetry::metrics::{Connections, Way, Ways, WorkerLoad},
 };
 
 /// Unknown hosts that are shown in full.
@@ -30,6 +35,9 @@ pub struct Status {
     pub config: ConfigStatus,
     pub listeners: Listeners,
     pub connections: BTreeMap<String, ConnectionCounts>,
+    /// In the order of their threads. A new connection goes to the one that was least busy of late.
+    #[serde(default)]
+    pub workers: Vec<WorkerStatus>,
     /// What went through, by way in: `inbound`, `proxy`, `host`, `redirect`, `listen`.
     pub ways: BTreeMap<String, WayStatus>,
     /// Where inbound calls go.
@@ -73,6 +81,15 @@ pub struct Listeners {
 pub struct ConnectionCounts {
     pub open: u64,
     pub total: u64,
+}
+
+/// What one worker has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Callers' connections that it serves now.
+    pub connections: usize,
+    /// Milliseconds that it was busy since the start.
+    pub busy_ms: u64,
 }
 
 /// What came in by one way.
@@ -133,10 +150,11 @@ impl Status {
             connections: [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)]
                 .map(|(direction, connections)| (direction.to_owned(), ConnectionCounts::of(connections)))
                 .into(),
+            workers: metrics.workers.iter().map(WorkerStatus::of).collect(),
             ways: Way::ALL.map(|way| (way.word().to_owned(), WayStatus::of(&metrics.ways, way, now))).into(),
             inbound: UpstreamStatus::of(&snapshot.inbound, now),
             upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
-            unknown: UnknownStatus::of(&control.shared.unknown, now),
+            unknown: UnknownStatus::of(&control.shared, &snapshot, now),
         }
     }
 }
@@ -150,6 +168,15 @@ impl ConnectionCounts {
     }
 }
 
+impl WorkerStatus {
+    fn of(load: &WorkerLoad) -> Self {
+        Self {
+            connections: load.connections.load(Ordering::Relaxed),
+            busy_ms: u64::try_from(load.busy().as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
 impl WayStatus {
     fn of(ways: &Ways, way: Way, now: Instant) -> Self {
         let (count, last) = ways.read(way, now);
@@ -158,8 +185,13 @@ impl WayStatus {
 }
 
 impl UnknownStatus {
-    fn of(hosts: &UnknownHosts, now: Instant) -> Self {
-        let (known, _) = hosts.read();
+    /// Those that a call can have reached: a name that leads nowhere, or where none may go, leaves no trace here.
+    fn of(shared: &Shared, snapshot: &Snapshot, now: Instant) -> Self {
+        let reached = |cluster: &Arc<Cluster>| {
+            let set = cluster.upstream.endpoints();
+            set.endpoints.iter().any(|endpoint| may_be_reached(shared, snapshot, cluster, endpoint.address))
+        };
+        let known: Vec<_> = shared.unknown.read().0.into_iter().filter(reached).collect();
         let shown = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
         Self { known: known.len(), hosts: shown.collect() }
     }

@@ -86,8 +86,10 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     let age = seconds(config.loaded_seconds_ago);
     writeln!(
         out,
-        "config: {files}, loaded {age} ago, {} reloads, {} refused",
-        config.reloads, config.refused
+        "config: {files}, loaded {age} ago, {} reload{}, {} refused",
+        config.reloads,
+        if config.reloads == 1 { "" } else { "s" },
+        config.refused
     )?;
     if let Some(rejected) = &config.rejected {
         writeln!(out, "  REFUSED as it is now, an earlier one holds:")?;
@@ -119,6 +121,16 @@ fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
         rows.push(row(["probe", probe, "", ""]));
     }
     table(out, &rows)?;
+
+    // One worker has all of it.
+    if status.workers.len() > 1 {
+        let mut rows = vec![row(["WORKER", "OPEN", "BUSY SINCE START"])];
+        for (index, worker) in status.workers.iter().enumerate() {
+            let busy = seconds(worker.busy_ms / 1000).to_string();
+            rows.push(row([&index.to_string(), &worker.connections.to_string(), &busy]));
+        }
+        table(out, &rows)?;
+    }
 
     let mut rows = vec![row(["WAY IN", "CALLS", "LAST"])];
     for (name, way) in &status.ways {
@@ -248,6 +260,7 @@ mod tests {
                        "rejected": "a.toml:3: no such key", "restart_needed": ["inbound.listen"]},
             "listeners": {"outbound": ["127.0.0.1:4140", "[::1]:4140"], "inbound": ["[::]:4143"], "upstreams": {}, "admin": "127.0.0.1:4191"},
             "connections": {"inbound": {"open": 1, "total": 2}, "outbound": {"open": 3, "total": 4}},
+            "workers": [{"connections": 3, "busy_ms": 61000}, {"connections": 1, "busy_ms": 999}],
             "ways": {"inbound": {"count": 3, "last_seconds_ago": 61}, "proxy": {"count": 0, "last_seconds_ago": null}},
             "inbound": {"name": "checkout", "source": "[127.0.0.1:8080]", "discovery": "ready",
                         "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}],
@@ -267,6 +280,8 @@ mod tests {
             "checkout: ready, up 1m1s",
             "a.toml:3: no such key",
             "inbound.listen",
+            "loaded 5s ago, 1 reload, 2 refused",
+            "0       3     1m1s\n1       1     0s",
             "127.0.0.1:4140 [::1]:4140",
             "dns://payments:80 (failed: no such name)",
             "admin     127.0.0.1:4191",

@@ -20,8 +20,9 @@ use super::{
     target::{self, Target},
 };
 use crate::{
+    config::Network,
     discovery::DiscoveryError,
-    runtime::{LocalCluster, View},
+    runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
     upstream::{
         EndpointSet, Resolution,
         connect::{ConnectError, connect},
@@ -153,27 +154,40 @@ pub fn check_address(
     if !target.chosen_by_caller {
         return Ok(());
     }
-    let name = &target.local.cluster.settings.name;
-    if connection.worker.shared.own.contains(address) {
-        return Err(ProxyError::new(
-            Cause::DeniedNetwork,
-            format!(
-                "{name} is {address}: a port of this proxy itself; use it as `http_proxy`, or send the `Host` of an upstream"
-            ),
-        ));
+    let cluster = &target.local.cluster;
+    let name = &cluster.settings.name;
+    denial(&connection.worker.shared, &view.snapshot, cluster, address).map_or(Ok(()), |denial| {
+        let why = match denial {
+            Denial::Own => {
+                "a port of this proxy itself; use it as `http_proxy`, or send the `Host` of an upstream"
+                    .to_owned()
+            }
+            Denial::Network(network) => format!("in {network}, which `outbound.deny_networks` names"),
+        };
+        Err(ProxyError::new(Cause::DeniedNetwork, format!("{name} is {address}: {why}")))
+    })
+}
+
+/// Whether a caller may reach an address of this upstream by naming it.
+pub fn may_be_reached(shared: &Shared, snapshot: &Snapshot, cluster: &Cluster, address: SocketAddr) -> bool {
+    denial(shared, snapshot, cluster, address).is_none()
+}
+
+enum Denial {
+    Own,
+    Network(Network),
+}
+
+fn denial(shared: &Shared, snapshot: &Snapshot, cluster: &Cluster, address: SocketAddr) -> Option<Denial> {
+    if shared.own.contains(address) {
+        return Some(Denial::Own);
     }
-    if target.local.cluster.looked_up {
-        let ip = unmapped(address.ip());
-        if let Some(network) =
-            view.snapshot.config.outbound.deny_networks.iter().find(|network| network.contains(ip))
-        {
-            return Err(ProxyError::new(
-                Cause::DeniedNetwork,
-                format!("{name} is {address}, in {network}, which `outbound.deny_networks` names"),
-            ));
-        }
+    if !cluster.looked_up {
+        return None;
     }
-    Ok(())
+    let ip = unmapped(address.ip());
+    let denied = &snapshot.config.outbound.deny_networks;
+    denied.iter().find(|network| network.contains(ip)).copied().map(Denial::Network)
 }
 
 /// The IPv4 address inside an IPv6 one: mapped (`::ffff:a.b.c.d`) or NAT64 (RFC 6052 `64:ff9b::/96`, RFC 8215).

@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     pin::{Pin, pin},
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -458,14 +458,18 @@ struct Counted<'a>(&'a Worker);
 
 impl<'a> Counted<'a> {
     fn new(worker: &'a Worker) -> Self {
-        worker.connections.set(worker.connections.get() + 1);
+        if let Some(load) = worker.load() {
+            load.connections.fetch_add(1, Ordering::Relaxed);
+        }
         Self(worker)
     }
 }
 
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.0.connections.set(self.0.connections.get().saturating_sub(1));
+        if let Some(load) = self.0.load() {
+            load.connections.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ mod attempt;
 pub mod body;
 pub mod call;
 mod clock;
-mod connect;
+pub mod connect;
 pub mod connection;
 mod deliver;
 pub mod detect;

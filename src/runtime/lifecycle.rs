@@ -29,7 +29,10 @@ use super::{
     reload::{self, Read, Reloads},
     signals::{Signals, Stop, Wish},
 };
-use crate::{config, telemetry::log::LogHandle};
+use crate::{
+    config,
+    telemetry::{log::LogHandle, metrics::Connections},
+};
 
 /// What the service gets at least to end by itself, even where draining took all of `drain_timeout`.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -130,7 +133,7 @@ impl Lifecycle {
         let Self { proxy, control, child, signals, watcher, changes } = self;
         let mut drain = pin!(drain_inbound(proxy, control));
         let mut drained = false;
-        let mut first_call = pin!(sleep(FIRST_CALL));
+        let mut first_call = pin!(nothing_came(&control.shared.metrics.outbound));
         let mut waits_for_call = child.is_some();
         let end = loop {
             tokio::select! {
@@ -141,9 +144,15 @@ impl Lifecycle {
                 Some(read) = changes.recv() => reload::apply(proxy, &control.reloads, read),
                 code = ended(child) => break End::Child(code),
                 () = &mut drain, if !drained => drained = true,
-                () = &mut first_call, if waits_for_call => {
+                nothing_came = &mut first_call, if waits_for_call => {
                     waits_for_call = false;
-                    warn_where_nothing_came(&control.shared);
+                    if nothing_came {
+                        tracing::warn!(
+                            "no outbound connection has come in {}s: the service may not look at http_proxy; let it \
+                             send Host: UPSTREAM to the outbound port, or give the upstream a `listen` of its own",
+                            FIRST_CALL.as_secs()
+                        );
+                    }
                 }
             }
         };
@@ -272,12 +281,22 @@ async fn drain_outbound(proxy: &Proxy, service: Service, deadline: Instant) {
     }
 }
 
-fn warn_where_nothing_came(shared: &Shared) {
-    if shared.metrics.outbound.total.load(Ordering::Relaxed) == 0 {
-        tracing::warn!(
-            "no outbound connection has come in {}s: the service may not look at http_proxy; \
-             let it send Host: UPSTREAM to the outbound port, or give the upstream a `listen` of its own",
-            FIRST_CALL.as_secs()
-        );
+/// Waits as long as a service may take for its first call; whether none came.
+async fn nothing_came(outbound: &Connections) -> bool {
+    sleep(FIRST_CALL).await;
+    outbound.total.load(Ordering::Relaxed) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_gets_its_time_before_it_is_told_of() {
+        let (outbound, began) = (Connections::default(), Instant::now());
+        assert!(nothing_came(&outbound).await);
+        assert_eq!(began.elapsed(), FIRST_CALL);
+        drop(outbound.opened());
+        assert!(!nothing_came(&outbound).await, "one that has ended came, too");
     }
 }

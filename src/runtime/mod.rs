@@ -135,10 +135,11 @@ pub struct Proxy {
 /// tasks keep discovery going. `worker_count` is the number of data-plane threads, at least 1.
 pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError> {
     let resolver = Arc::new(Resolver::from_system().map_err(|e| StartError::Resolver(e.to_string()))?);
+    let worker_count = worker_count.max(1);
     let (clusters, snapshot) = Clusters::build(Arc::clone(&config), Arc::clone(&resolver));
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
-        metrics: Metrics::default(),
+        metrics: Metrics::new(worker_count),
         phase: watch::Sender::new(Phase::Running),
         own: OwnAddresses::default(),
         unknown: UnknownHosts::new(resolver),
@@ -165,7 +166,7 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
         shared.own.add(&listener.addresses());
     }
 
-    let workers = workers::start(&shared, listeners, worker_count.max(1))?;
+    let workers = workers::start(&shared, listeners, worker_count)?;
     let ticking = tokio::spawn(tick(Arc::clone(&shared)));
     Ok(Proxy { shared, addresses, clusters: Mutex::new(clusters), workers, ticking })
 }

@@ -4,16 +4,13 @@
 //! that was least busy of late; there it stays.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::HashMap,
     future::Future,
     io,
     net::SocketAddr,
     rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
     time::Duration,
 };
@@ -34,6 +31,7 @@ use crate::{
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost},
     },
     rng::Rng,
+    telemetry::metrics::WorkerLoad,
     upstream::local::LocalUpstream,
 };
 
@@ -65,7 +63,8 @@ pub struct Worker {
     view: RefCell<Rc<View>>,
     unknown: RefCell<UnknownCache>,
     rng: RefCell<Rng>,
-    pub connections: Cell<usize>,
+    /// Which of them it is.
+    index: usize,
 }
 
 type UnknownCache = HashMap<HostPort, (Arc<UnknownHost>, Rc<LocalCluster>)>;
@@ -149,15 +148,20 @@ impl View {
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>) -> Rc<Self> {
+    fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
         Rc::new(Self {
             shared,
             view: RefCell::new(view),
             unknown: RefCell::default(),
             rng: RefCell::new(Rng::new()),
-            connections: Cell::new(0),
+            index,
         })
+    }
+
+    /// How much it has to do, for all to see.
+    pub fn load(&self) -> Option<&WorkerLoad> {
+        self.shared.metrics.workers.get(self.index)
     }
 
     /// The configuration as of now, with this worker's state.
@@ -238,33 +242,35 @@ pub(super) fn start(
         let task = {
             let shared = Arc::clone(shared);
             move |stop| async move {
-                let worker = Worker::new(shared);
+                let worker = Worker::new(shared, 0);
                 let delivering = Rc::clone(&worker);
                 accept_all(listeners, &worker.shared.phase, move |stream, peer, side| {
                     accept::serve(&delivering, stream, peer, side.clone());
                 });
-                house_keeping(&worker, None, stop).await;
+                house_keeping(&worker, false, stop).await;
             }
         };
         workers.spawn("worker-0", task)?;
         return Ok(workers);
     }
     let mut seats = Vec::new();
-    for index in 0..count {
+    for index in 0..usize::from(count) {
         let (hand_over, taken) = mpsc::channel(HAND_OVER);
-        let load = Arc::new(Load::default());
-        seats.push(Seat { hand_over, load: Arc::clone(&load) });
+        seats.push(hand_over);
         let shared = Arc::clone(shared);
         workers.spawn(&format!("worker-{index}"), move |stop| async move {
-            let worker = Worker::new(shared);
+            let worker = Worker::new(shared, index);
             let serving = Rc::clone(&worker);
             tokio::task::spawn_local(take(serving, taken));
-            house_keeping(&worker, Some(load), stop).await;
+            house_keeping(&worker, true, stop).await;
         })?;
     }
     let shared = Arc::clone(shared);
     workers.spawn("accept", move |mut stop| async move {
-        accept_all(listeners, &shared.phase, move |stream, peer, side| hand_over(&seats, stream, peer, side));
+        let loads = Arc::clone(&shared);
+        accept_all(listeners, &shared.phase, move |stream, peer, side| {
+            hand_over(&seats, &loads.metrics.workers, stream, peer, side);
+        });
         let _ = stop.wait_for(|stop| *stop).await;
     })?;
     Ok(workers)
@@ -332,34 +338,20 @@ pub fn drain_phase(side: &Side) -> Phase {
     }
 }
 
-/// How busy a worker is.
-#[derive(Debug, Default)]
-struct Load {
-    /// Busy nanoseconds of the last sample, averaged.
-    busy: AtomicU64,
-    connections: AtomicUsize,
-}
-
-#[derive(Clone, Debug)]
-struct Seat {
-    hand_over: mpsc::Sender<Handed>,
-    load: Arc<Load>,
-}
-
 type Handed = (std::net::TcpStream, SocketAddr, Side);
+type Seat = mpsc::Sender<Handed>;
 
 /// Gives a connection to the worker with the least recent work; fewer connections break ties.
-fn hand_over(seats: &[Seat], stream: TcpStream, peer: SocketAddr, side: &Side) {
-    let least = seats.iter().min_by_key(|seat| {
+fn hand_over(seats: &[Seat], loads: &[WorkerLoad], stream: TcpStream, peer: SocketAddr, side: &Side) {
+    let least = seats.iter().zip(loads).min_by_key(|(seat, load)| {
         // Differences below a hundredth of the time are noise.
-        let busy = seat.load.busy.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
-        (busy, seat.load.connections.load(Ordering::Relaxed))
+        let busy = load.recent.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
+        // With those on their way, so that a burst is spread before the workers have seen any of it.
+        let on_their_way = seat.max_capacity() - seat.capacity();
+        (busy, load.connections.load(Ordering::Relaxed) + on_their_way)
     });
-    let (Some(seat), Ok(stream)) = (least, stream.into_std()) else { return };
-    // Counted at once, so that a burst is spread before the workers have seen any of it.
-    seat.load.connections.fetch_add(1, Ordering::Relaxed);
-    if seat.hand_over.try_send((stream, peer, side.clone())).is_err() {
-        seat.load.connections.fetch_sub(1, Ordering::Relaxed);
+    let (Some((seat, _)), Ok(stream)) = (least, stream.into_std()) else { return };
+    if seat.try_send((stream, peer, side.clone())).is_err() {
         tracing::warn!(%peer, "a connection was refused: the worker is too far behind");
     }
 }
@@ -374,7 +366,11 @@ async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) {
 }
 
 /// Closes what is idle, says how busy the worker is, until told to stop.
-async fn house_keeping(worker: &Rc<Worker>, load: Option<Arc<Load>>, mut stop: watch::Receiver<bool>) {
+async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Receiver<bool>) {
+    let metrics = tokio::runtime::Handle::current().metrics();
+    if let Some(load) = worker.load() {
+        let _ = load.runtime.set(metrics);
+    }
     let sweeping = async {
         loop {
             tokio::time::sleep(SWEEP).await;
@@ -382,17 +378,15 @@ async fn house_keeping(worker: &Rc<Worker>, load: Option<Arc<Load>>, mut stop: w
         }
     };
     let sampling = async {
-        let Some(load) = load else { return std::future::pending().await };
-        let metrics = tokio::runtime::Handle::current().metrics();
-        let mut before = metrics.worker_total_busy_duration(0);
+        let Some(load) = worker.load().filter(|_| has_peers) else { return std::future::pending().await };
+        let mut before = load.busy();
         loop {
             tokio::time::sleep(BUSY_SAMPLE).await;
-            let now = metrics.worker_total_busy_duration(0);
+            let now = load.busy();
             let busy = u64::try_from((now - before).as_nanos()).unwrap_or(u64::MAX);
             before = now;
-            let average = load.busy.load(Ordering::Relaxed) / 2 + busy / 2;
-            load.busy.store(average, Ordering::Relaxed);
-            load.connections.store(worker.connections.get(), Ordering::Relaxed);
+            let average = load.recent.load(Ordering::Relaxed) / 2 + busy / 2;
+            load.recent.store(average, Ordering::Relaxed);
         }
     };
     tokio::select! {

@@ -41,6 +41,7 @@ impl Collector for Now {
         build_info(&mut encoder)?;
         process(&mut encoder, self.0.started.elapsed())?;
         self.connections(&mut encoder)?;
+        self.workers(&mut encoder)?;
         self.ways(&mut encoder)?;
         self.reloads(&mut encoder)?;
         let control = &self.0;
@@ -68,6 +69,22 @@ impl Now {
             (labels, ConstCounter::new(connections.total.load(Ordering::Relaxed)))
         });
         family(encoder, "outrigger_connections_accepted", "Connections accepted so far", None, total)
+    }
+
+    fn workers(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let workers = || {
+            let loads = self.0.shared.metrics.workers.iter().enumerate();
+            loads.map(|(index, load)| ([("worker", index.to_string())], load))
+        };
+        let open = workers().map(|(labels, load)| {
+            let open = i64::try_from(load.connections.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+            (labels, ConstGauge::new(open))
+        });
+        let help = "Connections of callers, by the worker that serves them";
+        family(encoder, "outrigger_worker_connections", help, None, open)?;
+        let busy = workers().map(|(labels, load)| (labels, ConstCounter::new(load.busy().as_secs_f64())));
+        let help = "Time that a worker was busy";
+        family(encoder, "outrigger_worker_busy", help, Some(&Unit::Seconds), busy)
     }
 
     fn ways(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

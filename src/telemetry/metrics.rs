@@ -1,11 +1,14 @@
 //! Counters that the data path holds by handle and `/metrics` reads.
 
 use std::{
-    sync::atomic::{AtomicI64, AtomicU64, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use tokio::sync::Notify;
+use tokio::{runtime::RuntimeMetrics, sync::Notify};
 
 /// Everything that is counted.
 #[derive(Debug, Default)]
@@ -13,6 +16,33 @@ pub struct Metrics {
     pub inbound: Connections,
     pub outbound: Connections,
     pub ways: Ways,
+    /// In the order of their threads.
+    pub workers: Vec<WorkerLoad>,
+}
+
+impl Metrics {
+    pub fn new(workers: u16) -> Self {
+        let workers = (0..workers).map(|_| WorkerLoad::default()).collect();
+        Self { workers, ..Self::default() }
+    }
+}
+
+/// How much a worker has to do.
+#[derive(Debug, Default)]
+pub struct WorkerLoad {
+    /// Callers' connections that it serves.
+    pub connections: AtomicUsize,
+    /// Busy nanoseconds of the last samples, averaged. Sampled only where there are several workers.
+    pub recent: AtomicU64,
+    /// Set when its thread has started.
+    pub runtime: OnceLock<RuntimeMetrics>,
+}
+
+impl WorkerLoad {
+    /// How long it has been busy since the start.
+    pub fn busy(&self) -> Duration {
+        self.runtime.get().map_or(Duration::ZERO, |runtime| runtime.worker_total_busy_duration(0))
+    }
 }
 
 /// How a call, or a connection of bytes, came in.
