@@ -257,3 +257,64 @@ fn the_token_is_found_new_with_every_start_and_gone_at_the_end() {
     let again = Proxy::start(format!("[admin]\nlisten = \"127.0.0.1:{port}\"\n"));
     assert_ne!(again.ready()["admin_token_file"], file.as_str());
 }
+
+/// For kubelet and Prometheus, who come by the pod's address: three pages, to be read, and nothing else.
+#[test]
+fn the_probe_port_has_three_pages_and_nothing_else() {
+    let proxy = Proxy::start("[admin]\nprobe_listen = \"127.0.0.1:0\"\n");
+    let probe: std::net::SocketAddr =
+        status(&proxy)["listeners"]["probe"].as_str().expect("bound").parse().expect("an address");
+    let ask = |method: &str, path: &str| {
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: 10.1.2.3:4192\r\nContent-Length: 0\r\n\r\n");
+        RawClient::connect(probe).ask(request)
+    };
+    assert_eq!(ask("GET", "/live").status(), 200);
+    eventually("/ready", || ask("GET", "/ready").status() == 200);
+    let metrics = ask("GET", "/metrics");
+    assert!(metrics.status() == 200 && metrics.text().contains("outrigger_build_info"), "{metrics:?}");
+    for path in
+        ["/", "/status", "/config", "/requests", "/log", "/drain", "/live/", "//live", "/metrics/../status"]
+    {
+        assert_eq!(ask("GET", path).status(), 404, "{path}");
+    }
+    for (method, path) in [
+        ("POST", "/drain"),
+        ("PUT", "/log"),
+        ("POST", "/upstreams/up/breaker"),
+        ("POST", "/live"),
+        ("DELETE", "/metrics"),
+    ] {
+        let answer = ask(method, path);
+        assert!(matches!(answer.status(), 404 | 405), "{method} {path}: {answer:?}");
+    }
+    assert_eq!(ask("GET", "/ready").status(), 200, "nothing of that drained it");
+}
+
+/// Who asks for what cannot be, or must not be reached, leaves no trace among the upstreams.
+#[test]
+fn only_hosts_that_were_reached_are_shown() {
+    let server = Upstream::http1(|_| async { text("ok") });
+    let proxy = Proxy::start("");
+    let ask = |host: &str| {
+        RawClient::connect(proxy.outbound())
+            .ask(format!("GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\n\r\n"))
+    };
+    let own = format!("localhost:{}", proxy.admin().port());
+    for host in ["169.254.169.254", "[fe80::1]:80", &own, "no-such-host.invalid"] {
+        assert_eq!(ask(host).status(), 502, "{host}");
+    }
+    let unknown = &status(&proxy)["unknown"];
+    assert_eq!(
+        (unknown["known"].as_u64(), unknown["hosts"].as_array().map(Vec::len)),
+        (Some(0), Some(0)),
+        "{unknown}"
+    );
+    let host = server.address().to_string();
+    assert_eq!(ask(&host).status(), 200);
+    let unknown = &status(&proxy)["unknown"];
+    assert_eq!(
+        (unknown["known"].as_u64(), unknown["hosts"][0]["name"].as_str()),
+        (Some(1), Some(&*host)),
+        "{unknown}"
+    );
+}

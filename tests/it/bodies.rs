@@ -1,18 +1,26 @@
 //! Bodies stream: memory does not grow with their size, and a reader that stops stops the sender.
 
 use std::{
+    convert::Infallible,
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    task::{Context, Poll},
     thread,
     time::Duration,
 };
 
-use crate::support::{Proxy, RawClient, RawServer};
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use http_body_util::BodyExt;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+
+use crate::support::{Proxy, RawClient, RawServer, Upstream, text};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -142,4 +150,85 @@ fn a_reader_that_stops_stops_the_sender() {
     assert!(last < 64 * MIB, "{} MiB were sent to nobody", last / MIB);
     let grown = peak_kib(&proxy).saturating_sub(before);
     assert!(grown < 16 * 1024, "{grown} KiB");
+}
+
+/// As many bytes as are asked for.
+struct Zeros(u64);
+
+impl Body for Zeros {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        const PART: &[u8] = &[0; 64 * 1024];
+        let part = self.0.min(PART.len() as u64);
+        self.0 -= part;
+        let part = Bytes::from_static(&PART[..usize::try_from(part).expect("small")]);
+        Poll::Ready((!part.is_empty()).then(|| Ok(Frame::data(part))))
+    }
+}
+
+/// GET: as many bytes as the path says. POST: how many came.
+fn http2_server() -> Upstream {
+    Upstream::h2c(|request| async move {
+        if request.method() == http::Method::GET {
+            let size = request.uri().path().trim_start_matches('/').parse().unwrap_or(0);
+            return http::Response::new(Zeros(size).boxed_unsync());
+        }
+        let (mut body, mut got) = (request.into_body(), 0);
+        while let Some(Ok(frame)) = body.frame().await {
+            got += frame.data_ref().map_or(0, Bytes::len);
+        }
+        text(format!("got {got}"))
+    })
+}
+
+/// A request with a body of this size, by HTTP/2; the size of the answer and its first bytes.
+fn by_http2(address: SocketAddr, path: &str, size: u64) -> (u64, String) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+                .await
+                .expect("HTTP/2");
+        tokio::spawn(connection);
+        let method = if size > 0 { "POST" } else { "GET" };
+        let request = http::Request::builder().method(method).uri(format!("http://up{path}"));
+        let answer =
+            sender.send_request(request.body(Zeros(size)).expect("a request")).await.expect("an answer");
+        assert_eq!(answer.status(), 200);
+        let (mut body, mut got, mut first) = (answer.into_body(), 0, String::new());
+        while let Some(frame) = body.frame().await {
+            let data = frame.expect("the whole body").into_data().unwrap_or_default();
+            if got == 0 {
+                first = String::from_utf8_lossy(&data[..data.len().min(40)]).into_owned();
+            }
+            got += data.len() as u64;
+        }
+        (got, first)
+    })
+}
+
+#[test]
+fn memory_stays_flat_over_http2() {
+    let server = http2_server();
+    let proxy = Proxy::start(format!(
+        "[inbound]\nforward_to = \"{0}\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{0}\"]\n",
+        server.address()
+    ));
+    for address in [proxy.outbound(), proxy.inbound()] {
+        let both = |size: u64| {
+            assert_eq!(by_http2(address, &format!("/{size}"), 0).0, size);
+            assert_eq!(by_http2(address, "/", size).1, format!("got {size}"));
+        };
+        both(MIB);
+        let before = peak_kib(&proxy);
+        both(size());
+        let grown = peak_kib(&proxy).saturating_sub(before);
+        assert!(grown < 16 * 1024, "{} MiB each way cost {grown} KiB of memory", size() / MIB);
+    }
 }

@@ -6,7 +6,11 @@ use std::{
     sync::mpsc,
 };
 
-use crate::support::{Launch, Proxy, RawClient, RawServer, Upstream, binary, eventually, text};
+use crate::support::{
+    Launch, Proxy, RawClient, RawServer, Upstream, binary, eventually,
+    h2::{self, H2Client},
+    text,
+};
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
 
@@ -124,6 +128,49 @@ fn calls_in_flight_finish() {
     let answer = client.response().expect("well-formed").expect("an answer");
     assert_eq!(answer.text(), "late");
     assert_eq!(answer.field("connection"), Some("close"), "{answer:?}");
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+/// The same over HTTP/2: the caller is told by GOAWAY; streams in flight finish, and so does one that crosses it.
+#[test]
+fn streams_in_flight_finish() {
+    let (arrived, arrival) = mpsc::channel();
+    let may_answer = std::sync::Arc::new(tokio::sync::Notify::new());
+    let go = may_answer.clone();
+    let server = Upstream::h2c(move |request| {
+        let (arrived, may_answer) = (arrived.clone(), may_answer.clone());
+        async move {
+            if request.uri().path() == "/slow" {
+                let _ = arrived.send(());
+                may_answer.notified().await;
+            }
+            text("done")
+        }
+    });
+    let mut proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
+    let mut client = H2Client::connect(proxy.inbound());
+    client.must_get(1, "/");
+    client.headers(3, &h2::get("/slow"), true);
+    arrival.recv().expect("the call reaches the service");
+    proxy.signal("TERM");
+    let told = |client: &mut H2Client| loop {
+        let frame = client.next().expect("a frame");
+        if frame.kind == h2::GOAWAY {
+            let number =
+                |at: usize| u32::from_be_bytes(frame.payload[at..at + 4].try_into().expect("four bytes"));
+            return (number(0) & 0x7fff_ffff, number(4));
+        }
+    };
+    let (last, code) = told(&mut client);
+    assert_eq!(code, 0, "it is no error");
+    assert!(last >= 5, "what crosses the GOAWAY is still taken: {last}");
+    // Sent before the caller could know: not lost.
+    client.headers(5, &h2::get("/"), true);
+    assert_eq!(client.end_of(5), h2::End::Answer(Some(200)));
+    eventually("the listener to close", || std::net::TcpStream::connect(proxy.inbound()).is_err());
+    assert!(proxy.is_running(), "a stream is in flight");
+    go.notify_one();
+    assert_eq!(client.end_of(3), h2::End::Answer(Some(200)));
     assert_eq!(proxy.wait().code(), Some(0));
 }
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{Proxy, RawClient, Upstream, has_tool, text, tool};
+use crate::support::{Launch, Proxy, RawClient, Upstream, free_port, has_tool, text, tool};
 
 const ROUNDS: usize = 20;
 
@@ -118,6 +118,74 @@ fn a_rolling_restart_fails_no_request() {
         proxy = next;
     }
     say(&format!("{total} calls over {ROUNDS} restarts, none failed"));
+}
+
+/// The same as a deployment sees it: load of a fixed rate goes through a sidecar that stays to two replicas of a service,
+/// whose sidecars are restarted one after the other all the while. The load generator forgives nothing.
+#[test]
+#[ignore = "20 rounds; for the release build"]
+fn replicas_that_restart_fail_no_request_of_h2load() {
+    if !has_tool(&["h2load"]) {
+        return;
+    }
+    let services = [Upstream::http1(|_| async { text("ok") }), Upstream::h2c(|_| async { text("ok") })];
+    for (version, service) in [&["--h1"][..], &[]].into_iter().zip(&services) {
+        let places = [free_port(), free_port()];
+        let replica = |port: u16| {
+            Proxy::start(format!(
+                "[runtime]\ndrain_delay = \"200ms\"\n[inbound]\nlisten = \"127.0.0.1:{port}\"\nforward_to = \"{}\"\n",
+                service.address()
+            ))
+        };
+        let mut replicas = places.map(replica);
+        let endpoints = format!("[\"127.0.0.1:{}\", \"127.0.0.1:{}\"]", places[0], places[1]);
+        let front =
+            Proxy::start(format!("[[upstream]]\nname = \"up\"\nhosts = [\"*\"]\nendpoints = {endpoints}\n"));
+        let (mut total, mut restarts) = (0, 0);
+        for round in 0..ROUNDS {
+            let mut load = Command::new(tool("h2load").expect("checked before"));
+            // 4 connections, 150 requests a second each, for two seconds and a half.
+            load.args(version).args(["-c", "4", "--rps", "150", "-n", "1500"]);
+            load.arg(format!("http://{}/", front.outbound()));
+            let mut load = load.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("h2load runs");
+            for turn in (0..replicas.len()).cycle() {
+                let old = &mut replicas[turn];
+                old.signal("TERM");
+                assert_eq!(old.wait().code(), Some(0), "round {round}, {version:?}\n{}", old.stderr());
+                *old = replica(places[turn]);
+                restarts += 1;
+                if load.try_wait().expect("wait").is_some() {
+                    break;
+                }
+            }
+            let output = load.wait_with_output().expect("output");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(
+                said.contains("1500 succeeded, 0 failed, 0 errored") && said.contains("1500 2xx"),
+                "round {round}, {version:?}:\n{said}\n{}",
+                front.stderr()
+            );
+            total += 1500;
+        }
+        say(&format!("{version:?}: {total} requests of h2load over {restarts} restarts, none failed"));
+    }
+}
+
+/// In real time what a unit test has in virtual time.
+#[test]
+#[ignore = "takes half a minute"]
+fn a_service_that_never_calls_out_is_told_of() {
+    let quiet = Launch::new("").service(["sleep", "60"]).start();
+    let busy = Launch::new("").service(["sleep", "60"]).start();
+    RawClient::connect(busy.outbound()).ask("GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: x\r\n\r\n");
+    let (began, notice) = (Instant::now(), "no outbound connection has come in 30s");
+    while !quiet.stderr().contains(notice) {
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing was said:\n{}", quiet.stderr());
+        thread::sleep(Duration::from_millis(100));
+    }
+    // They were started together.
+    thread::sleep(Duration::from_secs(2));
+    assert!(!busy.stderr().contains(notice), "{}", busy.stderr());
 }
 
 /// One caller, 200 calls a second.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unused_imports, reason = "not every test uses every prop")]
 
+mod dns;
 pub mod h2;
 mod proxy;
 mod raw;
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use dns::Dns;
 pub use proxy::{Launch, Proxy, binary};
 pub use raw::{RawClient, RawServer};
 pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};

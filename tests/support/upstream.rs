@@ -45,6 +45,15 @@ impl Upstream {
         F: Fn(Request<Incoming>) -> R + Send + 'static,
         R: Future<Output = Answer> + 'static,
     {
+        Self::with_peer(h2, move |_, request| handle(request))
+    }
+
+    /// The same, told from which address each request came.
+    pub fn with_peer<F, R>(h2: bool, handle: F) -> Self
+    where
+        F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("bind");
         listener.set_nonblocking(true).expect("non-blocking");
         let address = listener.local_addr().expect("an address");
@@ -69,15 +78,15 @@ impl Upstream {
 
 async fn accept<F, R>(listener: TcpListener, handle: Rc<F>, h2: bool)
 where
-    F: Fn(Request<Incoming>) -> R + 'static,
+    F: Fn(SocketAddr, Request<Incoming>) -> R + 'static,
     R: Future<Output = Answer> + 'static,
 {
-    while let Ok((stream, _)) = listener.accept().await {
+    while let Ok((stream, peer)) = listener.accept().await {
         let _ = stream.set_nodelay(true);
         let (io, handle) = (TokioIo::new(stream), handle.clone());
         tokio::task::spawn_local(async move {
             let service = service_fn(move |request| {
-                let answer = handle(request);
+                let answer = handle(peer, request);
                 async move { Ok::<_, Infallible>(answer.await) }
             });
             // A connection that ends badly is the test's business, not the server's.

@@ -1,0 +1,100 @@
+//! A DNS server on loopback whose zone a test can change at any time. The proxy asks it by `OUTRIGGER_DNS`.
+
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+const A: u16 = 1;
+const SRV: u16 = 33;
+const TTL: u32 = 1;
+const NO_SUCH_NAME: u8 = 3;
+
+/// Priority, weight, port, target.
+pub type Srv<'a> = (u16, u16, u16, &'a str);
+
+type Zone = HashMap<(String, u16), Vec<Vec<u8>>>;
+
+/// Dropping it ends it.
+pub struct Dns {
+    address: SocketAddr,
+    zone: Arc<Mutex<Zone>>,
+    alive: Arc<()>,
+}
+
+impl Dns {
+    pub fn start() -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
+        let address = socket.local_addr().expect("an address");
+        let (zone, alive) = (Arc::<Mutex<Zone>>::default(), Arc::new(()));
+        let (records, owner) = (zone.clone(), Arc::downgrade(&alive));
+        thread::spawn(move || {
+            let mut query = [0; 2048];
+            while owner.upgrade().is_some() {
+                let Ok((count, peer)) = socket.recv_from(&mut query) else { continue };
+                if let Some(answer) = answer(&query[..count], &records.lock().expect("no panic")) {
+                    let _ = socket.send_to(&answer, peer);
+                }
+            }
+        });
+        Self { address, zone, alive }
+    }
+
+    /// For `OUTRIGGER_DNS`.
+    pub fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// The IPv4 addresses of a name; it has no others.
+    pub fn addresses(&self, name: &str, addresses: &[Ipv4Addr]) {
+        let records = addresses.iter().map(|address| address.octets().to_vec()).collect();
+        self.zone.lock().expect("no panic").insert((name.to_owned(), A), records);
+    }
+
+    pub fn services(&self, name: &str, records: &[Srv<'_>]) {
+        let record = |(priority, weight, port, target): &Srv<'_>| {
+            let mut data: Vec<u8> =
+                [priority, weight, port].into_iter().flat_map(|n| n.to_be_bytes()).collect();
+            for label in target.split('.') {
+                data.push(u8::try_from(label.len()).expect("a label"));
+                data.extend(label.as_bytes());
+            }
+            data.push(0);
+            data
+        };
+        let records = records.iter().map(record).collect();
+        self.zone.lock().expect("no panic").insert((name.to_owned(), SRV), records);
+    }
+}
+
+fn answer(query: &[u8], zone: &Zone) -> Option<Vec<u8>> {
+    let (mut at, mut labels) = (12, Vec::new());
+    while let length @ 1.. = usize::from(*query.get(at)?) {
+        labels.push(String::from_utf8_lossy(query.get(at + 1..at + 1 + length)?).to_ascii_lowercase());
+        at += 1 + length;
+    }
+    let name = labels.join(".");
+    let kind = u16::from_be_bytes([*query.get(at + 1)?, *query.get(at + 2)?]);
+    let question = query.get(12..at + 5)?;
+    let records = zone.get(&(name.clone(), kind)).map(Vec::as_slice).unwrap_or_default();
+    let known = zone.keys().any(|(known, _)| *known == name);
+    let mut answer = query[..2].to_vec();
+    answer.extend([0x81, 0x80 | if known { 0 } else { NO_SUCH_NAME }, 0, 1]);
+    answer.extend(u16::try_from(records.len()).ok()?.to_be_bytes());
+    answer.extend([0; 4]);
+    answer.extend(question);
+    for data in records {
+        // The name of the question, class IN.
+        answer.extend([0xc0, 12]);
+        answer.extend(kind.to_be_bytes());
+        answer.extend([0, 1]);
+        answer.extend(TTL.to_be_bytes());
+        answer.extend(u16::try_from(data.len()).ok()?.to_be_bytes());
+        answer.extend(data);
+    }
+    Some(answer)
+}
