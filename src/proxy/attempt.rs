@@ -77,14 +77,14 @@ impl Outgoing {
     }
 }
 
-/// Sends `make()` to an endpoint. The request is made only once there is a connection.
+/// Sends what `make` makes to an endpoint: once there is a connection, and told whether it has been used before.
 pub async fn send(
     name: &str,
     endpoint: &Rc<LocalEndpoint>,
     settings: &ConnectionSettings,
     guards: &Arc<Guards>,
     version: Version,
-    make: impl FnOnce() -> Request<RequestBody>,
+    make: impl FnOnce(bool) -> Request<RequestBody>,
 ) -> Result<Answer, Failed> {
     let in_flight = endpoint.enter();
     let lease = match version {
@@ -103,7 +103,7 @@ pub async fn send(
         Failed::new(Ending::Connect(failure), connect_failed(name, &error))
     })?;
     let stale = lease.reused();
-    let request = make();
+    let request = make(stale);
     let sent = request.body().sent();
     match lease.send(request).await {
         Ok(response) => {

@@ -20,6 +20,7 @@ use crate::{
         breaker::Permit,
         classify::{Advice, GrpcStatus, Outcome},
     },
+    telemetry::record::End,
     upstream::{
         Lease,
         guards::{Guards, Place},
@@ -174,6 +175,7 @@ impl Kept {
         self.progress.moved();
         if let Some(data) = frame.data_ref() {
             self.kept_bytes = self.kept_bytes.saturating_add(data.len() as u64);
+            self.progress.note(|record| record.bytes_in += data.len() as u64);
             if self.kept_bytes > self.limit {
                 self.overflowed = true;
                 self.progress.unrepeatable();
@@ -344,18 +346,17 @@ impl ResponseBody {
 
     /// A body that still comes. A connection that is through with its response goes back to its pool at once.
     pub fn streaming(body: Incoming, lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
-        let mut streaming = Streaming { body, lease: Some(lease), progress, held };
-        if streaming.body.is_end_stream() {
-            streaming.finished();
+        if body.is_end_stream() {
+            lease.finished(held.sent.is_whole());
             return Self::Empty;
         }
-        Self::Streaming(Box::new(streaming))
+        Self::Streaming(Box::new(Streaming { body, lease: Some(lease), progress, held }))
     }
 }
 
 impl Streaming {
     fn finished(&mut self) {
-        self.progress.done();
+        self.progress.done(End::Complete);
         if let Some(lease) = self.lease.take() {
             // An answer that came before its request was read to the end leaves the connection in between.
             lease.finished(self.held.sent.is_whole());
@@ -365,7 +366,9 @@ impl Streaming {
 
 impl Drop for Streaming {
     fn drop(&mut self) {
-        self.progress.done();
+        if !self.progress.is_done() {
+            self.progress.done(self.progress.left());
+        }
     }
 }
 
@@ -386,14 +389,24 @@ impl Body for ResponseBody {
         this.progress.moved();
         if let Some(Ok(frame)) = &frame
             && let Some(trailers) = frame.trailers_ref()
-            && let Some(grpc) = this.held.grpc.take()
         {
-            grpc.ended(trailers);
+            this.progress.note(|record| record.trailers(trailers));
+            if let Some(grpc) = this.held.grpc.take() {
+                grpc.ended(trailers);
+            }
+        }
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            this.progress.note(|record| record.bytes_out += data.len() as u64);
         }
         match &frame {
             Some(Ok(_)) if this.body.is_end_stream() => this.finished(),
             Some(Ok(_)) => {}
-            Some(Err(_)) => this.lease = None,
+            Some(Err(_)) => {
+                this.lease = None;
+                this.progress.done(End::Broken);
+            }
             None => this.finished(),
         }
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))

@@ -3,15 +3,16 @@
 use std::{
     any::Any,
     future::{Future, poll_fn},
-    net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::Poll,
 };
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header::CONNECTION};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
+use tokio::time::Instant;
 
 use super::{
     accept::Side,
@@ -24,21 +25,14 @@ use super::{
     progress::Progress,
     target,
 };
-use crate::{resilience::classify::Advice, runtime::View};
-
-/// What is noted of a call while it goes its way.
-#[derive(Debug, Default)]
-pub struct Record {
-    pub upstream: Option<String>,
-    /// Tries that were made.
-    pub tries: u32,
-    /// The address of the last try.
-    pub endpoint: Option<SocketAddr>,
-    /// The trace it belongs to.
-    pub trace: Option<u128>,
-    /// Why no further try followed a failure.
-    pub stopped: Option<&'static str>,
-}
+use crate::{
+    resilience::classify::Advice,
+    runtime::View,
+    telemetry::{
+        propagation,
+        record::{End, Record, Refusal},
+    },
+};
 
 /// Answers a call. Whatever goes wrong becomes an answer that says so; a bug of ours too.
 pub async fn answer(
@@ -48,36 +42,35 @@ pub async fn answer(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
-    let way = target::way(connection, &request);
-    connection.worker.shared.metrics.ways.note(way, progress.started().into_std());
-    let grpc = headers::is_grpc(request.headers());
-    let trace_id = headers::trace_id(request.headers()).map(str::to_owned);
-    let trace = trace_id.as_deref().and_then(|id| u128::from_str_radix(id, 16).ok());
-    let mut record = Record { trace, ..Record::default() };
+    let grpc = open(connection, &request, progress);
+    let _unanswered = Unanswered(progress);
     let request_id = request_id(connection, &mut request);
 
     // Boxed: hyper keeps room for the future in every connection, idle ones too.
-    let mut handling = Box::pin(handle(connection, &view, request, progress, &mut record));
+    let mut handling = Box::pin(handle(connection, &view, request, progress));
     let result = catch_panic(handling.as_mut()).await;
     drop(handling);
     let mut response = result.and_then(|handled| handled).unwrap_or_else(|error| {
-        tracing::debug!(%error, upstream = record.upstream, tries = record.tries, "answered in place of the service");
-        let next_hop = match connection.side {
-            Side::Inbound => None,
-            Side::Outbound | Side::Upstream(_) => record.endpoint.map(|address| address.to_string()),
-        };
-        let mut response = respond(
-            &error,
-            &Context {
+        let request_id = request_id.to_str().unwrap_or_default();
+        let told = progress.note(|record| {
+            let next_hop = match connection.side {
+                Side::Inbound => None,
+                Side::Outbound | Side::Upstream(_) => record.endpoint().map(|address| address.to_string()),
+            };
+            let context = Context {
                 deployment: &view.names.deployment,
-                request_id: request_id.to_str().unwrap_or_default(),
-                trace_id: trace_id.as_deref(),
-                upstream: record.upstream.as_deref(),
-                tries: record.tries,
+                request_id,
+                trace_id: Some(&record.context.trace.to_string()),
+                upstream: record.upstream(),
+                tries: record.tries.made(),
                 next_hop,
                 grpc,
-            },
-        );
+            };
+            let response = respond(&error, &context);
+            record.refused = Some(Refusal { cause: error.cause, detail: error.detail.clone() });
+            response
+        });
+        let mut response = told.unwrap_or_else(|| Response::new(ResponseBody::Empty));
         if http1 && error.cause == Cause::Malformed {
             // What was not understood may have more behind it that would not be, either.
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -94,10 +87,46 @@ pub async fn answer(
         // Before the connection is closed the caller is told, so that it sends nothing that would be lost.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
-    if !matches!(response.body(), ResponseBody::Streaming(_)) {
-        progress.done();
+    let status = response.status();
+    progress.note(|record| {
+        record.status = Some(status);
+        // An answer of the service has just noted the time.
+        let now = if record.refused.is_some() { Instant::now() } else { progress.last_moved() };
+        record.answered = Some(now);
+    });
+    match response.body() {
+        ResponseBody::Streaming(_) => {}
+        body => {
+            let bytes = body.size_hint().exact().unwrap_or(0);
+            progress.note(|record| record.bytes_out = bytes);
+            progress.done(End::Complete);
+        }
     }
     response
+}
+
+/// Notes that a call was given up by its caller, where it ends before there is an answer.
+struct Unanswered<'a>(&'a Progress);
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if self.0.note(|record| record.status.is_none()) == Some(true) {
+            self.0.done(End::CallerGone);
+        }
+    }
+}
+
+/// Begins to note what the call does. Says whether it is gRPC.
+fn open(connection: &Connection, request: &Request<Incoming>, progress: &Progress) -> bool {
+    let (way, started) = (target::way(connection, request), progress.started());
+    connection.worker.shared.metrics.ways.note(way, started.into_std());
+    let grpc = headers::is_grpc(request.headers());
+    let said = propagation::read(request.headers());
+    let context = connection.worker.with_rng(|rng| propagation::Context::new(&said, rng, |_| false));
+    let (method, version) = (request.method().clone(), request.version());
+    let record = Record::new(way, connection.address, method, version, context, started);
+    progress.open(Record { grpc, ..record });
+    grpc
 }
 
 async fn handle(
@@ -105,7 +134,6 @@ async fn handle(
     view: &View,
     request: Request<Incoming>,
     progress: &Rc<Progress>,
-    record: &mut Record,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     headers::guard(&request)?;
     headers::check_loop(request.headers(), &view.names.via(&connection.side).pseudonym)?;
@@ -117,8 +145,12 @@ async fn handle(
         };
     }
     let target = target::find(connection, view, &request)?;
-    record.upstream = Some(target.local.cluster.settings.name.clone());
-    exchange::run(connection, view, &target, request, progress, record).await
+    progress.note(|record| {
+        record.served = Some(Arc::clone(&target.local.whom));
+        record.matched = Some(Arc::clone(&target.matched.whom));
+        record.route = target.route;
+    });
+    exchange::run(connection, view, &target, request, progress).await
 }
 
 /// The id of the request, given one where it has none.

@@ -72,6 +72,7 @@ pub struct Connection {
     pub side: Side,
     /// The peer's address, as `x-forwarded-for` has it.
     pub peer: HeaderValue,
+    pub address: SocketAddr,
     pub wire: Arc<Wire>,
     /// Whom the caller's certificate proved to be; `None`: plaintext.
     pub peer_identity: Option<Arc<Peer>>,
@@ -128,13 +129,15 @@ async fn silent_for_too_long(to: &LocalCluster) {
 }
 
 impl Connection {
-    fn new(worker: &Rc<Worker>, side: Side, peer: SocketAddr) -> Rc<Self> {
-        let peer = HeaderValue::try_from(peer.ip().to_canonical().to_string())
-            .unwrap_or(HeaderValue::from_static("unknown"));
+    fn new(worker: &Rc<Worker>, side: Side, address: SocketAddr) -> Rc<Self> {
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        let peer =
+            HeaderValue::try_from(address.ip().to_string()).unwrap_or(HeaderValue::from_static("unknown"));
         Rc::new(Self {
             worker: Rc::clone(worker),
             side,
             peer,
+            address,
             wire: Arc::default(),
             peer_identity: None,
             tunnel_to: None,
@@ -152,6 +155,7 @@ impl Connection {
             worker: Rc::clone(&self.worker),
             side: self.side.clone(),
             peer: self.peer.clone(),
+            address: self.address,
             wire: Arc::default(),
             peer_identity: self.peer_identity.clone(),
             tunnel_to: Some(to),

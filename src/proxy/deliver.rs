@@ -12,7 +12,6 @@ use super::{
     accept::Side,
     attempt::Answer,
     body::{Held, ResponseBody},
-    call::Record,
     error::{Cause, ProxyError},
     exchange::Exchange,
     headers::{self, X_OUTRIGGER_RETRY},
@@ -32,7 +31,6 @@ pub fn hand_on(
     outcome: &Outcome,
     callers_version: Version,
     callers_upgrade: Option<OnUpgrade>,
-    record: &Record,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let Answer { mut response, mut lease, held } = answer;
     let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
@@ -46,7 +44,7 @@ pub fn hand_on(
     let said = headers::remove_hop_by_hop(response.headers_mut()).map_err(broken)?;
     response.headers_mut().remove(X_OUTRIGGER_RETRY);
     if connection.side == Side::Inbound {
-        advise(exchange, &mut response, record);
+        advise(exchange, &mut response);
     } else {
         let received = response.version();
         view.names.via(&connection.side).append(response.headers_mut(), received);
@@ -54,8 +52,9 @@ pub fn hand_on(
     if let Some(edits) = target.route.and_then(|route| target.matched.cluster.edits.get(route)) {
         edits.response.apply(response.headers_mut());
     }
-    if record.tries > 1 && may_be_failure(&response) {
-        append_proxy_status(exchange, response.headers_mut(), status, outcome, record);
+    let tries = exchange.call.progress.note(|record| record.tries.made()).unwrap_or(0);
+    if tries > 1 && may_be_failure(&response) {
+        append_proxy_status(exchange, response.headers_mut(), status, outcome, tries);
     }
     if status == StatusCode::SWITCHING_PROTOCOLS {
         let (Some(callers), Some(protocol)) = (callers_upgrade, said.upgrade) else {
@@ -89,14 +88,13 @@ fn append_proxy_status(
     headers: &mut HeaderMap,
     status: StatusCode,
     outcome: &Outcome,
-    record: &Record,
+    tries: u32,
 ) {
     let member = format!(
-        "{}; received-status={}; details=\"{}, {} tries\"",
+        "{}; received-status={}; details=\"{}, {tries} tries\"",
         exchange.call.view.names.deployment,
         status.as_u16(),
         outcome.label(),
-        record.tries
     );
     if let Ok(member) = HeaderValue::try_from(member) {
         headers.append(PROXY_STATUS, member);
@@ -104,11 +102,12 @@ fn append_proxy_status(
 }
 
 /// Tells the caller's sidecar not to try again what this service's own calls have tried enough.
-fn advise(exchange: &Exchange<'_>, response: &mut Response<Incoming>, record: &Record) {
+fn advise(exchange: &Exchange<'_>, response: &mut Response<Incoming>) {
     let failed = response.status().is_server_error() || response.headers().contains_key("grpc-status");
     let spent = &exchange.call.connection.worker.shared.spent;
     if failed
-        && record.trace.is_some_and(|trace| spent.contains(trace, std::time::Instant::now()))
+        && let Some(trace) = exchange.call.progress.note(|record| record.context.trace.get())
+        && spent.contains(trace, std::time::Instant::now())
         && let Some(word) = Advice::No.word()
     {
         response.headers_mut().insert(X_OUTRIGGER_RETRY, HeaderValue::from_static(word));

@@ -23,7 +23,6 @@ use super::{
     admission,
     attempt::{Answer, Failed, Outgoing},
     body::{Replay, ResponseBody},
-    call::Record,
     clock::Clock,
     connect,
     connection::Connection,
@@ -41,6 +40,7 @@ use crate::{
         retry::RetryPolicy,
     },
     runtime::View,
+    telemetry::record::Why,
     upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
 };
 
@@ -60,11 +60,12 @@ pub struct Call<'a> {
 }
 
 /// What a call takes along from try to try, and to the upstream that is asked in place of the first one.
-pub(super) struct Carried<'a> {
+pub(super) struct Carried {
     pub clock: Clock,
     pub outgoing: Outgoing,
     pub replay: Replay,
-    pub record: &'a mut Record,
+    /// What the next try is for, and how long it was waited for.
+    pub next: (Why, Duration),
 }
 
 /// A call to one upstream.
@@ -91,7 +92,6 @@ pub async fn run(
     target: &Target,
     mut request: Request<Incoming>,
     progress: &Rc<Progress>,
-    record: &mut Record,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
@@ -128,7 +128,7 @@ pub async fn run(
         head::outgoing(parts, version, &cluster.settings.name, upgrade.as_ref(), !replay.is_empty())?;
     outgoing.keep = policy.fallback.is_some();
 
-    let mut carried = Carried { clock, outgoing, replay, record };
+    let mut carried = Carried { clock, outgoing, replay, next: (Why::First, Duration::ZERO) };
     let ended = serve(&call, target, policy, retries, &mut carried).await;
     if observed_timeout && policy.timeout.limit().is_some_and(|limit| progress.started().elapsed() > limit) {
         tracing::info!(
@@ -147,6 +147,7 @@ pub async fn run(
     };
     if let (Some(why), Some(fallback)) = (failure, &policy.fallback.0) {
         let Some(other) = &fallback.upstream else {
+            progress.note(|record| record.fell_back = Some(why));
             return Ok(deliver::fallback(fallback, &view.names.deployment, why));
         };
         if let Some(other) = target::named(view, other)
@@ -155,25 +156,28 @@ pub async fn run(
             // Its connection and its place are not needed any more.
             drop(ended);
             let (policy, retries) = other.matched.cluster.policy(None);
-            carried.record.upstream = Some(other.local.cluster.settings.name.clone());
+            progress.note(|record| {
+                record.fell_back = Some(why);
+                record.served = Some(Arc::clone(&other.local.whom));
+            });
+            carried.next = (Why::Fallback, Duration::ZERO);
             carried.clock = carried.clock.afresh(timeouts(policy, grpc, observed_timeout), progress);
             let ended = serve(&call, &other, policy, retries, &mut carried).await;
-            return finish(ended?, callers_version, callers_upgrade, carried.record);
+            return finish(ended?, callers_version, callers_upgrade);
         }
     }
-    finish(ended?, callers_version, callers_upgrade, carried.record)
+    finish(ended?, callers_version, callers_upgrade)
 }
 
 fn finish(
     (exchange, ended): (Exchange<'_>, Ended),
     callers_version: Version,
     callers_upgrade: Option<hyper::upgrade::OnUpgrade>,
-    record: &Record,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     match ended {
         Ended::Failed(failed) => Err(failed.error),
         Ended::Answered(answer, outcome) => {
-            deliver::hand_on(&exchange, *answer, &outcome, callers_version, callers_upgrade, record)
+            deliver::hand_on(&exchange, *answer, &outcome, callers_version, callers_upgrade)
         }
     }
 }
@@ -184,7 +188,7 @@ async fn serve<'a>(
     target: &'a Target,
     policy: &'a Policy,
     retries: &'a RetryPolicy,
-    carried: &mut Carried<'_>,
+    carried: &mut Carried,
 ) -> Result<(Exchange<'a>, Ended), ProxyError> {
     let local = &target.local;
     let settings = &local.cluster.settings;
@@ -211,7 +215,7 @@ async fn serve<'a>(
     };
     exchange.guards().budget.deposit();
     let ended = exchange.tries(carried).await;
-    exchange.note_spent(&ended, carried.record);
+    exchange.note_spent(&ended);
     let mut ended = ended?;
     if let Ended::Answered(answer, _) = &mut ended {
         answer.held.place = place;

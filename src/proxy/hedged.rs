@@ -10,33 +10,37 @@ use super::{
     connect,
     deliver::may_be_failure,
     exchange::{Carried, Exchange},
-    tries::{Asked, Over, SoFar},
+    tries::{Asked, Number, Over, SoFar},
 };
-use crate::resilience::{deadline::request_timeout_value, hedge};
+use crate::{
+    resilience::{deadline::request_timeout_value, hedge},
+    telemetry::record::Why,
+};
 
 impl Exchange<'_> {
     /// One try under the clock, and a second copy at another endpoint if no answer has come after `delay`.
     pub(super) async fn hedged(
         &self,
-        asked: Asked,
+        asked: (Asked, Number),
         delay: Duration,
-        carried: &mut Carried<'_>,
+        carried: &mut Carried,
         so_far: &mut SoFar,
     ) -> Over {
-        let Carried { clock, outgoing, replay, record } = carried;
+        let Carried { clock, outgoing, replay, .. } = carried;
         let replay = &*replay;
         let SoFar { counted, tried, .. } = so_far;
         let began = Instant::now();
         let left = clock.left(began);
-        let send = self.send(&self.endpoints[asked.index], outgoing.for_try(false), replay, None);
+        let send = self.send(&self.endpoints[asked.0.index], outgoing.for_try(false), replay, None, asked.1);
         let (mut first, mut second) = (Some(asked), None);
         // The copy that failed while the other one was still under way.
         let mut lost = None;
-        let over = |result, asked: Asked, began: Instant| Over {
+        let over = |result, (asked, number): (Asked, Number), began: Instant| Over {
             result: Ok(result),
             index: asked.index,
             took: began.elapsed(),
             permit: asked.permit,
+            number,
         };
         let mut work = Box::pin(async {
             let mut send = pin!(send);
@@ -47,17 +51,17 @@ impl Exchange<'_> {
             }
             let left = left.map(|left| left.saturating_sub(began.elapsed()));
             let in_time = left.is_none_or(|left| request_timeout_value(left).is_some());
-            let asked = first.as_ref().map_or(0, |asked| asked.index);
+            let asked = first.as_ref().map_or(0, |(asked, _)| asked.index);
             let other = if in_time { self.hedge(asked, replay, tried) } else { None };
             let Some(other) = other else { return (send.await, began) };
             *counted += 1;
-            record.tries += 1;
             let sent = Instant::now();
+            let (number, made) = self.begin(&other, (Why::Hedge, Duration::ZERO), sent);
             tried.push(other.index);
-            self.tell_next_hop(left, outgoing, record.tries);
+            self.tell_next_hop(left, outgoing, made);
             let mut copy =
-                pin!(self.send(&self.endpoints[other.index], outgoing.for_try(false), replay, None));
-            second = Some(other);
+                pin!(self.send(&self.endpoints[other.index], outgoing.for_try(false), replay, None, number));
+            second = Some((other, number));
             // Whichever answers well first; a failure waits for the other one.
             tokio::select! {
                 result = &mut send => {
@@ -85,10 +89,10 @@ impl Exchange<'_> {
         if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
             self.guards().counts.retries.add("hedge_won");
         }
-        let winner = first.or(second);
-        let index = winner.as_ref().map_or(0, |asked| asked.index);
-        record.endpoint = Some(self.endpoints[index].address());
-        Over { result, index, took: began.elapsed(), permit: winner.and_then(|asked| asked.permit) }
+        let (index, permit, number) = first
+            .or(second)
+            .map_or((0, None, Number::MAX), |(asked, number)| (asked.index, asked.permit, number));
+        Over { result, index, took: began.elapsed(), permit, number }
     }
 
     /// How long after the first copy a second one is to be sent.

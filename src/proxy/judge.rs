@@ -12,17 +12,17 @@ use super::{
     accept::Side,
     attempt::Failed,
     body::{GrpcEnd, Replay},
-    call::Record,
     clock::{Clock, RanOut},
     error::ProxyError,
     exchange::{Ended, Exchange},
-    tries::Over,
+    tries::{Number, Over},
 };
 use crate::{
     resilience::{
         breaker::{Permit, State},
         classify::{Advice, Ending, GrpcStatus, Health, Outcome},
     },
+    telemetry::record::Try,
     upstream::local::LocalEndpoint,
 };
 
@@ -74,7 +74,19 @@ impl Exchange<'_> {
         {
             self.guards().quantile(percent, now).record(over.took, now);
         }
-        self.report(ended, &outcome, endpoint, over.permit)
+        self.call.progress.note(|record| {
+            if let Ending::Grpc(status) = outcome.ending {
+                record.grpc_status = Some(status);
+            }
+            if let Some(one) = record.tries.get_mut(over.number) {
+                one.ended = Some(Instant::from_std(now));
+                one.outcome = Some(outcome);
+                if let Ended::Failed(failed) = &ended {
+                    one.error = Some(failed.error.detail.clone());
+                }
+            }
+        });
+        self.report(ended, &outcome, endpoint, over.permit, over.number)
     }
 
     /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
@@ -84,6 +96,7 @@ impl Exchange<'_> {
         outcome: &Outcome,
         endpoint: &Rc<LocalEndpoint>,
         permit: Option<Permit>,
+        number: Number,
     ) -> Ended {
         let now = Instant::now().into_std();
         let guards = self.guards();
@@ -117,6 +130,7 @@ impl Exchange<'_> {
             );
             if let Some(ejected) = ejected {
                 tracing::warn!(upstream = self.name(), endpoint = %ejected.address, failures = ejected.failures_in_a_row, "endpoint ejected");
+                self.note_try(number, |one| one.ejected = true);
             }
         }
         if let Some(permit) = permit {
@@ -130,9 +144,16 @@ impl Exchange<'_> {
             if transition.is_some_and(|transition| transition.to == State::Open) {
                 guards.unreachable.store(matches!(outcome.ending, Ending::Connect(_)), Ordering::Relaxed);
             }
+            if let Some(transition) = &transition {
+                self.note_try(number, |one| one.breaker = Some(transition.to));
+            }
             guards.note(self.name(), transition);
         }
         ended
+    }
+
+    fn note_try(&self, number: Number, note: impl FnOnce(&mut Try)) {
+        self.call.progress.note(|record| record.tries.get_mut(number).map(note));
     }
 
     fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, took: Duration) -> Failed {
@@ -144,7 +165,7 @@ impl Exchange<'_> {
     }
 
     /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
-    pub(super) fn note_spent(&self, ended: &Result<Ended, ProxyError>, record: &Record) {
+    pub(super) fn note_spent(&self, ended: &Result<Ended, ProxyError>) {
         let failed = match ended {
             Ok(Ended::Answered(_, outcome)) => outcome.breaker_health() == Health::Failure,
             Ok(Ended::Failed(failed)) => failed.error.cause.is_exhaustion(),
@@ -152,7 +173,7 @@ impl Exchange<'_> {
         };
         if failed
             && self.call.connection.side != Side::Inbound
-            && let Some(trace) = record.trace
+            && let Some(trace) = self.call.progress.note(|record| record.context.trace.get())
         {
             self.call.connection.worker.shared.spent.note(trace, Instant::now().into_std());
         }

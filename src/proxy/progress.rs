@@ -1,7 +1,7 @@
 //! The clock of an exchange once it streams: when bytes last moved, and when it has to be over.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     future::Future,
     pin::Pin,
     rc::Rc,
@@ -10,6 +10,11 @@ use std::{
 };
 
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::telemetry::{
+    self,
+    record::{End, Record},
+};
 
 /// What is known of an exchange's movement. Written by its bodies, read by the task that runs it.
 #[derive(Debug)]
@@ -30,6 +35,8 @@ pub struct Progress {
     /// When the call wants to be polled though nothing moved: its nearest deadline.
     wake_at: Cell<Option<Instant>>,
     woken: Cell<bool>,
+    /// What is noted of the call, until it is over.
+    record: RefCell<Option<Record>>,
 }
 
 impl Progress {
@@ -45,7 +52,18 @@ impl Progress {
             repeatable: Cell::new(true),
             wake_at: Cell::new(None),
             woken: Cell::new(false),
+            record: RefCell::new(None),
         }
+    }
+
+    /// From here on is noted what the call does.
+    pub fn open(&self, record: Record) {
+        self.record.replace(Some(record));
+    }
+
+    /// Notes something of the call; `None` where it is over.
+    pub fn note<T>(&self, note: impl FnOnce(&mut Record) -> T) -> Option<T> {
+        self.record.borrow_mut().as_mut().map(note)
     }
 
     pub fn started(&self) -> Instant {
@@ -92,9 +110,22 @@ impl Progress {
         self.answering.set(true);
     }
 
-    pub fn done(&self) {
-        self.moved.set(Instant::now());
+    /// The exchange is over. What comes first counts.
+    pub fn done(&self, end: End) {
+        let now = Instant::now();
+        self.moved.set(now);
         self.done.set(true);
+        if let Some(mut record) = self.record.take() {
+            record.end = end;
+            record.ended = Some(now);
+            telemetry::finished(&record);
+        }
+    }
+
+    /// How an exchange ended of which no more is wanted.
+    pub fn left(&self) -> End {
+        let cut = self.cut_at().is_some_and(|at| Instant::now() >= at);
+        if cut { End::Cut } else { End::CallerGone }
     }
 
     pub fn is_done(&self) -> bool {

@@ -32,6 +32,7 @@ use crate::{
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
         retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
     },
+    telemetry::record::{Try, Why},
     upstream::local::LocalEndpoint,
 };
 
@@ -43,6 +44,9 @@ pub(super) struct Asked {
     pub last: bool,
 }
 
+/// Where a try is noted.
+pub(super) type Number = usize;
+
 /// One try that is over.
 pub(super) struct Over {
     pub result: Result<Result<Answer, Failed>, RanOut>,
@@ -50,6 +54,7 @@ pub(super) struct Over {
     pub index: usize,
     pub took: Duration,
     pub permit: Option<Permit>,
+    pub number: Number,
 }
 
 /// The tries so far.
@@ -75,7 +80,7 @@ impl Exchange<'_> {
     }
 
     /// Tries until there is an answer to give, or no further try may follow.
-    pub(super) async fn tries(&self, carried: &mut Carried<'_>) -> Result<Ended, ProxyError> {
+    pub(super) async fn tries(&self, carried: &mut Carried) -> Result<Ended, ProxyError> {
         let (connection, progress) = (self.call.connection, self.call.progress);
         let mut so_far = SoFar { counted: 1, free_used: false, tried: Vec::new() };
         let mut last_end: Option<Ended> = None;
@@ -90,8 +95,7 @@ impl Exchange<'_> {
                 // The failure that opened it says more than that it is open.
                 Err(error) => {
                     if last_end.is_some() {
-                        self.guards().counts.retries.add(error.cause.word());
-                        carried.record.stopped = Some(error.cause.word());
+                        self.stopped(error.cause.word());
                     }
                     return last_end.ok_or(error);
                 }
@@ -111,8 +115,7 @@ impl Exchange<'_> {
             if let Some(ended) = last_end.take()
                 && !carried.replay.take_over()
             {
-                self.guards().counts.retries.add(Reason::BodyGone.word());
-                carried.record.stopped = Some(Reason::BodyGone.word());
+                self.stopped(Reason::BodyGone.word());
                 return Ok(ended);
             }
             if let Some(free) = again.take() {
@@ -141,6 +144,7 @@ impl Exchange<'_> {
                 self.target.local.upstream.shared.refresh();
                 if self.has_sibling(index, &so_far.tried) {
                     so_far.tried.push(index);
+                    carried.next = (Why::Sibling, Duration::ZERO);
                     continue;
                 }
             }
@@ -166,17 +170,15 @@ impl Exchange<'_> {
                 random: connection.worker.with_rng(|rng| rng.unit_f64()),
                 budget: &self.guards().budget,
             };
-            let counts = &self.guards().counts.retries;
             let retry = match self.retries.decide(&asked, &outcome, &moment) {
                 Decision::Retry(retry) if retry.free || !self.observing(Observed::Retry) => retry,
                 Decision::Retry(_) => {
-                    counts.add("observed");
+                    self.guards().counts.retries.add("observed");
                     return Ok(ended);
                 }
                 Decision::Stop(reason) => {
                     if outcome.breaker_health() == Health::Failure || outcome.advice() == Advice::No {
-                        counts.add(reason.word());
-                        carried.record.stopped = Some(reason.word());
+                        self.stopped(reason.word());
                         tracing::debug!(
                             upstream = self.name(),
                             outcome = outcome.label(),
@@ -194,11 +196,26 @@ impl Exchange<'_> {
                 so_far.counted += 1;
                 so_far.tried.push(index);
             }
+            let why = if retry.free { Why::Reconnect } else { Why::Retry };
+            carried.next = (why, retry.wait);
             last_end = Some(ended);
             if !retry.wait.is_zero() {
                 sleep(retry.wait).await;
             }
         }
+    }
+
+    /// No further try follows a failure.
+    fn stopped(&self, why: &'static str) {
+        self.guards().counts.retries.add(why);
+        self.call.progress.note(|record| record.stopped = Some(why));
+    }
+
+    /// Notes that a try begins; returns where, and how many there are with it.
+    pub(super) fn begin(&self, asked: &Asked, (why, waited): (Why, Duration), now: Instant) -> (Number, u32) {
+        let mut one = Try::new(why, self.endpoints[asked.index].address(), now, waited);
+        one.trial = asked.permit.as_ref().is_some_and(Permit::is_trial);
+        self.call.progress.note(|record| (record.tries.push(one), record.tries.made())).unwrap_or_default()
     }
 
     /// The breaker's leave for one try.
@@ -226,22 +243,20 @@ impl Exchange<'_> {
     }
 
     /// One try, under the clock.
-    async fn attempt(&self, asked: Asked, carried: &mut Carried<'_>, so_far: &mut SoFar) -> Over {
-        carried.record.tries += 1;
-        carried.record.endpoint = Some(self.endpoints[asked.index].address());
-        let left = carried.clock.left(Instant::now());
-        self.tell_next_hop(left, &mut carried.outgoing, carried.record.tries);
+    async fn attempt(&self, asked: Asked, carried: &mut Carried, so_far: &mut SoFar) -> Over {
+        let began = Instant::now();
+        let (number, made) = self.begin(&asked, carried.next, began);
+        self.tell_next_hop(carried.clock.left(began), &mut carried.outgoing, made);
         if let Some(delay) = self.hedge_delay(&carried.outgoing, &carried.replay, so_far.counted) {
             // Boxed, as every path that few calls take: else its size would be every call's.
-            return Box::pin(self.hedged(asked, delay, carried, so_far)).await;
+            return Box::pin(self.hedged((asked, number), delay, carried, so_far)).await;
         }
         let Carried { clock, outgoing, replay, .. } = carried;
-        let began = Instant::now();
         let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
         let endpoint = &self.endpoints[asked.index];
-        let send = pin!(self.send(endpoint, outgoing.for_try(asked.last), replay, gate.clone()));
+        let send = pin!(self.send(endpoint, outgoing.for_try(asked.last), replay, gate.clone(), number));
         let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
-        Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit }
+        Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit, number }
     }
 
     /// Lets a body that was held back go once the upstream has said `100 Continue`.
@@ -260,9 +275,16 @@ impl Exchange<'_> {
         request: Request<()>,
         replay: &'s Replay,
         gate: Option<Rc<Gate>>,
+        number: Number,
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
         let version = request.version();
-        let make = move || {
+        let make = move |reused: bool| {
+            if !reused {
+                let connected = Some(Instant::now());
+                self.call
+                    .progress
+                    .note(|record| record.tries.get_mut(number).map(|one| one.connected = connected));
+            }
             let mut request = request.map(|()| replay.next_try(gate));
             if self.call.interim {
                 interim::pass_on(&mut request, &self.call.connection.wire);

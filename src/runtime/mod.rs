@@ -14,7 +14,7 @@ mod snapshot;
 mod workers;
 
 pub use snapshot::{Cluster, Snapshot};
-pub use workers::{LocalCluster, LocalExecutor, View, Worker, drain_phase};
+pub use workers::{LocalCluster, LocalExecutor, View, Whom, Worker, drain_phase};
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},

@@ -113,6 +113,15 @@ impl Names {
 pub struct LocalCluster {
     pub cluster: Arc<Cluster>,
     pub upstream: Rc<LocalUpstream>,
+    /// Who this is, for what is told of calls.
+    pub whom: Arc<Whom>,
+}
+
+/// An upstream as the records of calls name it. Each worker has its own, so that no two count references to the same
+/// at the same time, for every call.
+#[derive(Debug)]
+pub struct Whom {
+    pub cluster: Arc<Cluster>,
 }
 
 impl LocalCluster {
@@ -126,7 +135,8 @@ impl LocalCluster {
             }
             None => LocalUpstream::new(Arc::clone(&cluster.upstream), balance),
         };
-        Rc::new(Self { cluster: Arc::clone(cluster), upstream })
+        let whom = Arc::new(Whom { cluster: Arc::clone(cluster) });
+        Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom })
     }
 }
 

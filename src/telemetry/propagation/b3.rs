@@ -1,0 +1,184 @@
+//! B3, in one field and in several, <https://github.com/openzipkin/b3-propagation>.
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::{
+    Caller, Context, Forms,
+    ids::{self, Span, Trace},
+};
+
+const B3: HeaderName = HeaderName::from_static("b3");
+const TRACE_ID: HeaderName = HeaderName::from_static("x-b3-traceid");
+const SPAN_ID: HeaderName = HeaderName::from_static("x-b3-spanid");
+const PARENT_ID: HeaderName = HeaderName::from_static("x-b3-parentspanid");
+const SAMPLED: HeaderName = HeaderName::from_static("x-b3-sampled");
+const FLAGS: HeaderName = HeaderName::from_static("x-b3-flags");
+
+/// What B3 fields say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum B3 {
+    Caller(Caller),
+    /// No trace, but whether there is to be one.
+    Decision(bool),
+}
+
+/// Reads B3; notes in `forms` by which fields it came, for the answer.
+pub fn read(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
+    if let Some(value) = text(headers, &B3) {
+        forms.b3_single = true;
+        if let Some(said) = single(value, forms) {
+            return Some(said);
+        }
+    }
+    if headers.contains_key(TRACE_ID) || headers.contains_key(SAMPLED) {
+        forms.b3_multi = true;
+        return multi(headers, forms);
+    }
+    None
+}
+
+/// `trace-span[-sampled[-parent]]`, or a decision alone.
+fn single(value: &str, forms: &mut Forms) -> Option<B3> {
+    if let Some(sampled) = decision(value, forms) {
+        return Some(B3::Decision(sampled));
+    }
+    let mut parts = value.split('-');
+    let (trace, span) = (trace(parts.next()?)?, span(parts.next()?)?);
+    let sampled = match parts.next() {
+        Some(word) => Some(decision(word, forms)?),
+        None => None,
+    };
+    if let Some(parent) = parts.next() {
+        self::span(parent)?;
+    }
+    let caller = Caller { trace, span, sampled, random: false };
+    parts.next().is_none().then_some(B3::Caller(caller))
+}
+
+fn decision(word: &str, forms: &mut Forms) -> Option<bool> {
+    match word {
+        "0" => Some(false),
+        "1" => Some(true),
+        "d" => {
+            forms.debug = true;
+            Some(true)
+        }
+        _ => None,
+    }
+}
+
+fn multi(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
+    let sampled = match (text(headers, &FLAGS), text(headers, &SAMPLED)) {
+        (Some("1"), _) => {
+            forms.debug = true;
+            Some(true)
+        }
+        // Old tracers wrote words.
+        (_, Some("1" | "true")) => Some(true),
+        (_, Some("0" | "false")) => Some(false),
+        _ => None,
+    };
+    let ids = text(headers, &TRACE_ID).and_then(trace).zip(text(headers, &SPAN_ID).and_then(span));
+    match ids {
+        Some((trace, span)) => Some(B3::Caller(Caller { trace, span, sampled, random: false })),
+        None => sampled.map(B3::Decision),
+    }
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+/// 64 bits are the lower half of 128.
+fn trace(text: &str) -> Option<Trace> {
+    if !matches!(text.len(), 16 | 32) {
+        return None;
+    }
+    Trace::new(ids::any(text, 32)?)
+}
+
+fn span(text: &str) -> Option<Span> {
+    if text.len() != 16 {
+        return None;
+    }
+    Span::new(ids::any(text, 16)? as u64)
+}
+
+/// Answers in kind.
+pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
+    let forms = context.forms;
+    if !forms.b3_single && !forms.b3_multi {
+        return;
+    }
+    // Whoever sent 64 bits may not be able to read more.
+    let trace = match u64::try_from(context.trace.get()) {
+        Ok(short) => format!("{short:016x}"),
+        Err(_) => context.trace.to_string(),
+    };
+    let parent = if span == context.span { context.parent } else { Some(context.span) };
+    let value = |text: String| HeaderValue::try_from(text).ok();
+    if forms.b3_single {
+        let sampled = match (forms.debug, context.sampled) {
+            (true, _) => 'd',
+            (false, true) => '1',
+            (false, false) => '0',
+        };
+        let behind = parent.map(|parent| format!("-{parent}")).unwrap_or_default();
+        set(headers, B3, value(format!("{trace}-{span}-{sampled}{behind}")));
+    }
+    if forms.b3_multi {
+        set(headers, TRACE_ID, value(trace));
+        set(headers, SPAN_ID, value(span.to_string()));
+        set(headers, PARENT_ID, parent.and_then(|parent| value(parent.to_string())));
+        let bit = HeaderValue::from_static(if context.sampled { "1" } else { "0" });
+        set(headers, SAMPLED, (!forms.debug).then_some(bit));
+        set(headers, FLAGS, forms.debug.then_some(HeaderValue::from_static("1")));
+    }
+}
+
+fn set(headers: &mut HeaderMap, name: HeaderName, value: Option<HeaderValue>) {
+    match value {
+        Some(value) => headers.insert(name, value),
+        None => headers.remove(name),
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::tests::headers, *};
+
+    fn reads(fields: &[(&str, &str)]) -> Option<B3> {
+        read(&headers(fields), &mut Forms::default())
+    }
+
+    #[test]
+    fn what_is_not_valid_is_as_if_it_were_not_there() {
+        const TRACE: &str = "80f198ee56343ba864fe8b2a57d3eff7";
+        const SPAN: &str = "e457b5a2e4d86bd1";
+        for bad in [
+            String::new(),
+            TRACE.to_owned(),
+            format!("{TRACE}-"),
+            format!("{TRACE}-{SPAN}-2"),
+            format!("{TRACE}-{SPAN}-1-05e3ac9a4f6e3b90-more"),
+            format!("{TRACE}-{SPAN}-1-short"),
+            format!("{}-{SPAN}-1", &TRACE[1..]),
+            format!("{TRACE}-{}-1", &SPAN[1..]),
+            format!("{}-{SPAN}-1", "0".repeat(32)),
+            format!("{TRACE}-{}-1", "0".repeat(16)),
+            format!("+{}-{SPAN}-1", &TRACE[1..]),
+        ] {
+            assert_eq!(reads(&[("b3", &bad)]), None, "{bad}");
+        }
+        assert_eq!(reads(&[("x-b3-traceid", "xyz"), ("x-b3-spanid", SPAN)]), None);
+        assert_eq!(reads(&[("x-b3-traceid", TRACE)]), None, "no span");
+        assert_eq!(reads(&[("x-b3-sampled", "false")]), Some(B3::Decision(false)));
+        let caller = |sampled| {
+            let (trace, span) = (trace(TRACE).unwrap(), span(SPAN).unwrap());
+            Some(B3::Caller(Caller { trace, span, sampled, random: false }))
+        };
+        // A single field that cannot be read leaves the word to the others.
+        let both = [("b3", "nonsense"), ("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN)];
+        assert_eq!(reads(&both), caller(None));
+    }
+}

@@ -1,0 +1,103 @@
+//! Ids, and their spelling.
+
+use std::fmt;
+
+use crate::rng::Rng;
+
+/// The id of a trace; never zero.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Trace(u128);
+
+/// The id of a span; never zero.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Span(u64);
+
+impl Trace {
+    pub fn new(id: u128) -> Option<Self> {
+        (id != 0).then_some(Self(id))
+    }
+
+    pub fn random(rng: &mut Rng) -> Self {
+        Self(((u128::from(rng.next_u64()) << 64) | u128::from(rng.next_u64())).max(1))
+    }
+
+    pub const fn get(self) -> u128 {
+        self.0
+    }
+
+    pub(super) fn encode(self, out: &mut [u8]) {
+        encode(self.0, out);
+    }
+}
+
+impl Span {
+    pub fn new(id: u64) -> Option<Self> {
+        (id != 0).then_some(Self(id))
+    }
+
+    pub fn random(rng: &mut Rng) -> Self {
+        Self(rng.next_u64().max(1))
+    }
+
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    pub(super) fn encode(self, out: &mut [u8]) {
+        encode(u128::from(self.0), out);
+    }
+}
+
+impl fmt::Display for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl fmt::Debug for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+
+/// Fills `out` with the lowest digits of a number.
+fn encode(mut number: u128, out: &mut [u8]) {
+    for digit in out.iter_mut().rev() {
+        *digit = DIGITS[(number & 15) as usize];
+        number >>= 4;
+    }
+}
+
+/// Reads lower-case digits, all of them.
+pub(super) fn lower(text: &[u8]) -> Option<u128> {
+    text.iter().try_fold(0u128, |number, byte| {
+        let digit = match byte {
+            b'0'..=b'9' => byte - b'0',
+            b'a'..=b'f' => byte - b'a' + 10,
+            _ => return None,
+        };
+        number.checked_mul(16).map(|number| number | u128::from(digit))
+    })
+}
+
+/// Reads digits of either case, 1 to `most` of them.
+pub(super) fn any(text: &str, most: usize) -> Option<u128> {
+    if text.is_empty() || text.len() > most || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    u128::from_str_radix(text, 16).ok()
+}

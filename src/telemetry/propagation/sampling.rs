@@ -1,0 +1,84 @@
+//! Which of the traces that begin here are kept.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Instant,
+};
+
+use super::Trace;
+
+/// Bits of a trace id that are surely random (W3C Trace Context, level 2, §4.1).
+const RANDOM_BITS: u32 = 56;
+
+/// Keeps a share of the traces, by their ids, so that everybody who samples the same share keeps the same ones; and
+/// at least one a second, so that a quiet service is seen, too.
+#[derive(Debug)]
+pub struct Sampler {
+    epoch: Instant,
+    /// The second after the one in which a trace was kept last.
+    kept: AtomicU64,
+}
+
+impl Sampler {
+    pub fn new(now: Instant) -> Self {
+        Self { epoch: now, kept: AtomicU64::new(0) }
+    }
+
+    /// Whether to keep a trace that begins now. `share`: 0 (none at all) to 1.
+    pub fn keeps(&self, trace: Trace, share: f64, now: Instant) -> bool {
+        if share <= 0.0 {
+            return false;
+        }
+        let second = now.saturating_duration_since(self.epoch).as_secs() + 1;
+        if in_share(trace, share) {
+            self.kept.fetch_max(second, Ordering::Relaxed);
+            return true;
+        }
+        // Looked at first: most calls are not the first of their second, and then nothing is written.
+        self.kept.load(Ordering::Relaxed) < second && self.kept.fetch_max(second, Ordering::Relaxed) < second
+    }
+}
+
+/// The threshold of OpenTelemetry's consistent probability sampling: kept are the largest numbers.
+fn in_share(trace: Trace, share: f64) -> bool {
+    let all = 1u64 << RANDOM_BITS;
+    let number = trace.get() as u64 & (all - 1);
+    number >= ((1.0 - share.min(1.0)) * all as f64) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::rng::Rng;
+
+    #[test]
+    fn keeps_the_share_it_was_told_and_the_same_ones_everywhere() {
+        let mut rng = Rng::from_seed(3);
+        let traces: Vec<Trace> = (0..100_000).map(|_| Trace::random(&mut rng)).collect();
+        for share in [0.01, 0.1, 0.5, 1.0] {
+            let (a, b) = (Sampler::new(Instant::now()), Sampler::new(Instant::now()));
+            let now = a.epoch;
+            a.keeps(traces[0], share, now);
+            let kept = traces.iter().skip(1).filter(|trace| a.keeps(**trace, share, now)).count() as f64;
+            assert!((kept / 1e5 - share).abs() < 0.005, "{share}: {kept}");
+            // Whoever keeps more keeps all that the other one keeps.
+            b.keeps(traces[0], share, now);
+            assert!(traces.iter().all(|trace| !in_share(*trace, share / 2.0) || b.keeps(*trace, share, now)));
+        }
+    }
+
+    #[test]
+    fn one_a_second_at_least_and_none_at_zero() {
+        let sampler = Sampler::new(Instant::now());
+        // Far below any share.
+        let trace = Trace::new(1).unwrap();
+        let at = |millis| sampler.epoch + Duration::from_millis(millis);
+        let kept: Vec<bool> = [0, 500, 999, 1000, 1999, 5000, 5001]
+            .map(|millis| sampler.keeps(trace, 0.000_1, at(millis)))
+            .to_vec();
+        assert_eq!(kept, [true, false, false, true, false, true, false]);
+        assert!(!sampler.keeps(trace, 0.0, at(9000)));
+    }
+}

@@ -1,0 +1,103 @@
+//! W3C Trace Context, <https://www.w3.org/TR/trace-context-2/>.
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::{
+    Caller, Context,
+    ids::{self, Span, Trace},
+};
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
+/// `00-` trace id `-` span id `-` flags.
+const LENGTH: usize = 55;
+const SAMPLED: u128 = 1;
+const RANDOM: u128 = 2;
+
+/// Reads `traceparent` (§3.2). One of a later version is read as far as this one goes.
+pub fn read(headers: &HeaderMap) -> Option<Caller> {
+    let mut fields = headers.get_all(TRACEPARENT).iter();
+    let text = fields.next()?.as_bytes();
+    if fields.next().is_some() || text.len() < LENGTH {
+        return None;
+    }
+    let version = ids::lower(&text[..2])?;
+    let ends_well = match version {
+        0 => text.len() == LENGTH,
+        0xff => false,
+        _ => matches!(text.get(LENGTH), None | Some(b'-')),
+    };
+    if !ends_well || [text[2], text[35], text[52]] != *b"---" {
+        return None;
+    }
+    let flags = ids::lower(&text[53..LENGTH])?;
+    Some(Caller {
+        trace: Trace::new(ids::lower(&text[3..35])?)?,
+        span: Span::new(ids::lower(&text[36..52])? as u64)?,
+        sampled: Some(flags & SAMPLED != 0),
+        random: flags & RANDOM != 0,
+    })
+}
+
+pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
+    let mut text = *b"00-................................-................-00";
+    context.trace.encode(&mut text[3..35]);
+    span.encode(&mut text[36..52]);
+    text[54] += u8::from(context.sampled) + 2 * u8::from(context.random);
+    if let Ok(value) = HeaderValue::from_bytes(&text) {
+        headers.insert(TRACEPARENT, value);
+    }
+    if !context.keeps_state {
+        headers.remove(TRACESTATE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::tests::headers, *};
+
+    const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+    const SPAN: &str = "b7ad6b7169203331";
+
+    #[test]
+    fn what_is_valid_is_read() {
+        for (good, sampled, random) in [
+            (format!("00-{TRACE}-{SPAN}-01"), true, false),
+            (format!("00-{TRACE}-{SPAN}-00"), false, false),
+            (format!("00-{TRACE}-{SPAN}-03"), true, true),
+            (format!("00-{TRACE}-{SPAN}-ff"), true, true),
+            (format!("cc-{TRACE}-{SPAN}-01"), true, false),
+            (format!("cc-{TRACE}-{SPAN}-01-what-the-future-brings"), true, false),
+        ] {
+            let caller = read(&headers(&[("traceparent", &good)])).expect(&good);
+            assert_eq!((caller.sampled, caller.random), (Some(sampled), random), "{good}");
+            assert_eq!((caller.trace.to_string(), caller.span.to_string()), (TRACE.into(), SPAN.into()));
+        }
+    }
+
+    /// The cases of the specification's own test suite.
+    #[test]
+    fn what_is_not_valid_is_as_if_it_were_not_there() {
+        for bad in [
+            String::new(),
+            format!("ff-{TRACE}-{SPAN}-01"),
+            format!("00-{TRACE}-{SPAN}-01-more"),
+            format!("00-{TRACE}-{SPAN}-01."),
+            format!("cc-{TRACE}-{SPAN}-01."),
+            format!("0.-{TRACE}-{SPAN}-01"),
+            format!("00-{}-{SPAN}-01", TRACE.to_uppercase()),
+            format!("00-{TRACE}-{}-01", SPAN.to_uppercase()),
+            format!("00-{TRACE}-{SPAN}-0X"),
+            format!("00-{TRACE}-{SPAN}-1"),
+            format!("00-{}-{SPAN}-01", "0".repeat(32)),
+            format!("00-{TRACE}-{}-01", "0".repeat(16)),
+            format!("00-{TRACE}_{SPAN}-01"),
+            format!("00-{}-{SPAN}-01", &TRACE[1..]),
+        ] {
+            assert_eq!(read(&headers(&[("traceparent", &bad)])), None, "{bad}");
+        }
+        let good = format!("00-{TRACE}-{SPAN}-01");
+        assert_eq!(read(&headers(&[("traceparent", &good), ("traceparent", &good)])), None, "two of them");
+    }
+}

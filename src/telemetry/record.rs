@@ -1,0 +1,300 @@
+//! What is known of a call when it is over: small, of fixed size, written as the call goes its way.
+//!
+//! It lies beside the call's [`Progress`](crate::proxy::progress::Progress), so that whoever carries a part of the
+//! call can note it, and a call that goes well allocates nothing for it. Spans, metrics, access log and `/requests`
+//! are all made of it, in [`finished`](super::finished).
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use http::{HeaderMap, Method, StatusCode, Version};
+use tokio::time::Instant;
+
+use super::{metrics::Way, propagation::Context};
+use crate::{
+    proxy::error::Cause,
+    resilience::{
+        breaker::State,
+        classify::{GrpcStatus, Outcome},
+    },
+    runtime::Whom,
+};
+
+/// Tries of a call that are told one by one; further ones are only counted.
+pub const MOST_TRIES: usize = 16;
+
+/// A call, from its head to the last byte of its answer.
+#[derive(Debug)]
+pub struct Record {
+    pub way: Way,
+    /// The caller's end of its connection.
+    pub peer: SocketAddr,
+    pub method: Method,
+    /// By which the caller came.
+    pub version: Version,
+    pub grpc: bool,
+    /// Where it stands in its trace.
+    pub context: Context,
+    /// Whose routes were looked at. None: the call never got that far.
+    pub matched: Option<Arc<Whom>>,
+    /// Index in `matched`'s routes.
+    pub route: Option<usize>,
+    /// Who was asked: the same, unless a route or a fallback leads to another upstream.
+    pub served: Option<Arc<Whom>>,
+    pub tries: Tries,
+    /// Why no further try followed a failure.
+    pub stopped: Option<&'static str>,
+    /// Where the proxy answered in place of the service: why.
+    pub refused: Option<Refusal>,
+    /// What failed, where the configured fallback was the answer.
+    pub fell_back: Option<&'static str>,
+    /// What the caller was told.
+    pub status: Option<StatusCode>,
+    /// The status of a gRPC call, from headers or trailers.
+    pub grpc_status: Option<GrpcStatus>,
+    pub started: Instant,
+    /// When the answer's head went out.
+    pub answered: Option<Instant>,
+    /// When the answer's body was out, or the call was cut.
+    pub ended: Option<Instant>,
+    pub end: End,
+    /// Of the request's body.
+    pub bytes_in: u64,
+    /// Of the answer's body.
+    pub bytes_out: u64,
+}
+
+/// An answer of the proxy's own.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    pub cause: Cause,
+    /// In plain words.
+    pub detail: String,
+}
+
+/// How an exchange ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum End {
+    /// The answer went out to its last byte.
+    #[default]
+    Complete,
+    /// The caller left, or took no more, before it had all of it.
+    CallerGone,
+    /// The upstream broke off in the middle of its answer.
+    Broken,
+    /// Nothing moved for `idle_timeout`, or `max_duration` was over.
+    Cut,
+}
+
+impl End {
+    /// A stable word, for spans and logs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::CallerGone => "caller_gone",
+            Self::Broken => "broken",
+            Self::Cut => "cut",
+        }
+    }
+}
+
+/// One try of a call.
+#[derive(Clone, Debug)]
+pub struct Try {
+    pub why: Why,
+    pub endpoint: SocketAddr,
+    pub began: Instant,
+    /// The back-off before it.
+    pub waited: Duration,
+    /// When a new connection was there; none where one of the pool was used.
+    pub connected: Option<Instant>,
+    /// When its answer's head came, or it had failed. None: it was given up, as its caller left or another copy won.
+    pub ended: Option<Instant>,
+    pub outcome: Option<Outcome>,
+    /// Why it has no answer, in plain words.
+    pub error: Option<String>,
+    /// It was the half-open breaker's trial.
+    pub trial: bool,
+    /// What the breaker changed to by its outcome.
+    pub breaker: Option<State>,
+    /// Its endpoint was ejected by its outcome.
+    pub ejected: bool,
+}
+
+/// What a try is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    First,
+    /// The one before failed.
+    Retry,
+    /// Mends a race of our own pool; costs no try.
+    Reconnect,
+    /// The other address of `localhost`.
+    Sibling,
+    /// A second copy beside a slow one.
+    Hedge,
+    /// At the upstream that is asked in place of the first one.
+    Fallback,
+}
+
+impl Why {
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Retry => "retry",
+            Self::Reconnect => "reconnect",
+            Self::Sibling => "sibling",
+            Self::Hedge => "hedge",
+            Self::Fallback => "fallback",
+        }
+    }
+}
+
+/// The tries of a call. The first needs no room of its own: most calls have no other.
+#[derive(Debug, Default)]
+pub struct Tries {
+    first: Option<Try>,
+    more: Vec<Try>,
+    /// All that were made, told or not.
+    made: u32,
+}
+
+impl Tries {
+    /// Adds one; returns by which number to find it.
+    pub fn push(&mut self, new: Try) -> usize {
+        let number = self.made as usize;
+        self.made = self.made.saturating_add(1);
+        if self.first.is_none() {
+            self.first = Some(new);
+        } else if number < MOST_TRIES {
+            self.more.push(new);
+        }
+        number
+    }
+
+    pub fn get_mut(&mut self, number: usize) -> Option<&mut Try> {
+        match number.checked_sub(1) {
+            None => self.first.as_mut(),
+            Some(index) => self.more.get_mut(index),
+        }
+    }
+
+    /// How many were made.
+    pub const fn made(&self) -> u32 {
+        self.made
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Try> {
+        self.first.iter().chain(&self.more)
+    }
+
+    /// The last one that is told.
+    pub fn last(&self) -> Option<&Try> {
+        self.more.last().or(self.first.as_ref())
+    }
+}
+
+impl Try {
+    pub fn new(why: Why, endpoint: SocketAddr, began: Instant, waited: Duration) -> Self {
+        Self {
+            why,
+            endpoint,
+            began,
+            waited,
+            connected: None,
+            ended: None,
+            outcome: None,
+            error: None,
+            trial: false,
+            breaker: None,
+            ejected: false,
+        }
+    }
+}
+
+impl Record {
+    pub fn new(
+        way: Way,
+        peer: SocketAddr,
+        method: Method,
+        version: Version,
+        context: Context,
+        started: Instant,
+    ) -> Self {
+        Self {
+            way,
+            peer,
+            method,
+            version,
+            grpc: false,
+            context,
+            matched: None,
+            route: None,
+            served: None,
+            tries: Tries::default(),
+            stopped: None,
+            refused: None,
+            fell_back: None,
+            status: None,
+            grpc_status: None,
+            started,
+            answered: None,
+            ended: None,
+            end: End::default(),
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
+    /// Whether others call this service, as opposed to its own calls.
+    pub fn is_inbound(&self) -> bool {
+        self.way == Way::Inbound
+    }
+
+    /// Reads what a gRPC call ended with.
+    pub fn trailers(&mut self, trailers: &HeaderMap) {
+        if self.grpc {
+            self.grpc_status = GrpcStatus::from_headers(trailers).or(self.grpc_status);
+        }
+    }
+
+    /// The name of the upstream that was asked.
+    pub fn upstream(&self) -> Option<&str> {
+        self.served.as_ref().map(|whom| whom.cluster.settings.name.as_str())
+    }
+
+    /// The address of the last try.
+    pub fn endpoint(&self) -> Option<SocketAddr> {
+        self.tries.last().map(|one| one.endpoint)
+    }
+
+    /// From its head to the last byte of its answer.
+    pub fn took(&self) -> Duration {
+        self.ended.map_or(Duration::ZERO, |ended| ended.saturating_duration_since(self.started))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every call in flight holds one.
+    #[test]
+    fn a_record_is_small() {
+        assert!(size_of::<Record>() <= 640, "{} bytes", size_of::<Record>());
+    }
+
+    #[test]
+    fn tries_are_told_up_to_a_bound_and_counted_beyond() {
+        let mut tries = Tries::default();
+        assert!(tries.last().is_none() && tries.get_mut(0).is_none());
+        let began = Instant::now();
+        for port in 0..100 {
+            let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
+            let number = tries.push(Try::new(Why::Retry, endpoint, began, Duration::ZERO));
+            assert_eq!(number, usize::from(port));
+            assert_eq!(tries.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
+        }
+        assert_eq!((tries.made(), tries.iter().count()), (100, MOST_TRIES));
+        assert_eq!(tries.last().map(|one| one.endpoint.port()), Some(15));
+    }
+}
