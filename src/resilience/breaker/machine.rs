@@ -98,8 +98,21 @@ impl Machine {
             (Mode::Auto, Phase::Open { until }) if until <= now => {
                 Some(self.enter(Phase::HalfOpen { out: 0, succeeded: 0 }, Why::OpenTimeOver, now))
             }
+            // A reload asks for fewer trials than have succeeded already.
+            (Mode::Auto, Phase::HalfOpen { succeeded, .. }) if succeeded >= self.trials() => {
+                Some(self.close(now))
+            }
             _ => None,
         }
+    }
+
+    fn trials(&self) -> u32 {
+        self.settings.trial_requests.max(1)
+    }
+
+    fn close(&mut self, now: Instant) -> Transition {
+        self.openings = 0;
+        self.enter(Phase::Closed, Why::TrialsSucceeded, now)
     }
 
     /// The upstream takes connections again, and that it took none was why this opened: trials need not wait.
@@ -150,11 +163,8 @@ impl Machine {
         }
         *out = out.saturating_sub(1);
         *succeeded += 1;
-        if *succeeded < self.settings.trial_requests.max(1) {
-            return None;
-        }
-        self.openings = 0;
-        Some(self.enter(Phase::Closed, Why::TrialsSucceeded, now))
+        let enough = *succeeded >= self.settings.trial_requests.max(1);
+        enough.then(|| self.close(now))
     }
 
     /// A trial that says nothing: lost, cancelled, or its answer counts for neither. Another may take its place.

@@ -212,6 +212,19 @@ fn a_reload_keeps_the_state() {
 }
 
 #[test]
+fn a_reload_that_asks_for_fewer_trials_leaves_nobody_half_open() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    for _ in 0..2 {
+        try_once(&breaker, Health::Success, start + S * 5);
+    }
+    assert_eq!(breaker.report_state().state, State::HalfOpen);
+    breaker.configure(BreakerSettings { trial_requests: 1, ..BreakerSettings::default() });
+    assert!(breaker.admit(start + S * 6).permit.is_ok(), "two have succeeded, one is asked for");
+    assert!(breaker.is_closed());
+}
+
+#[test]
 fn workers_share_one_state() {
     let now = Instant::now();
     let breaker = Breaker::new(BreakerSettings { consecutive_failures: 1000, ..Default::default() }, now);
