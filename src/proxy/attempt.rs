@@ -59,19 +59,25 @@ impl Failed {
 }
 
 impl Outgoing {
-    /// The head for a try. `last`: nothing is needed for another one.
-    pub fn for_try(&mut self, last: bool) -> Request<()> {
+    /// The head for a try after which none can follow: nothing of it is left. Only for a connection that there is, as
+    /// nobody who cannot be reached is ever the last to be tried.
+    pub fn take(&mut self) -> Request<()> {
+        let (headers, extensions) = (std::mem::take(&mut self.headers), std::mem::take(&mut self.extensions));
+        self.request(headers, extensions)
+    }
+
+    /// The head for a try that another one may follow.
+    pub fn copy(&self) -> Request<()> {
+        self.request(self.headers.clone(), self.extensions.clone())
+    }
+
+    fn request(&self, headers: HeaderMap, extensions: http::Extensions) -> Request<()> {
         let mut request = Request::new(());
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = self.version;
-        if last {
-            *request.headers_mut() = std::mem::take(&mut self.headers);
-            *request.extensions_mut() = std::mem::take(&mut self.extensions);
-        } else {
-            *request.headers_mut() = self.headers.clone();
-            *request.extensions_mut() = self.extensions.clone();
-        }
+        *request.headers_mut() = headers;
+        *request.extensions_mut() = extensions;
         request.extensions_mut().remove::<ExtendedConnect>();
         request
     }
@@ -116,7 +122,7 @@ pub async fn send(
 /// What a broken connection means.
 fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, lease: &Lease) -> Failed {
     let error = &failed.error;
-    let h2 = std::error::Error::source(error).and_then(|source| source.downcast_ref::<h2::Error>());
+    let h2 = h2_error(error);
     let refused = h2.is_some_and(|h2| {
         let left_gracefully = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
         h2.reason() == Some(h2::Reason::REFUSED_STREAM) || left_gracefully
@@ -142,8 +148,16 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
         _ => "",
     };
     let error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
-    let one_stream_only = h2.is_some_and(h2::Error::is_reset);
-    let counted =
-        !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral);
-    Failed { counted, ..Failed::new(Ending::Reset(reset), error) }
+    Failed { counted: is_counted(&failed.error, lease), ..Failed::new(Ending::Reset(reset), error) }
+}
+
+/// What HTTP/2 says of an error.
+pub fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
+    std::error::Error::source(error).and_then(|source| source.downcast_ref::<h2::Error>())
+}
+
+/// Whether an error is the loss of a connection that another call on it has told of. Ask once a try.
+pub fn is_counted(error: &hyper::Error, lease: &Lease) -> bool {
+    let one_stream_only = h2_error(error).is_some_and(h2::Error::is_reset);
+    !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral)
 }

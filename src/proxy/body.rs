@@ -4,9 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
-    sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
 };
 
 use bytes::Bytes;
@@ -14,18 +12,10 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::{interim::Gate, progress::Progress};
+use super::{grpc::GrpcEnd, interim::Gate, progress::Progress};
 use crate::{
-    resilience::{
-        breaker::Permit,
-        classify::{Advice, GrpcStatus, Outcome},
-    },
     telemetry::record::End,
-    upstream::{
-        Lease,
-        guards::{Guards, Place},
-        local::{InFlight, LocalEndpoint},
-    },
+    upstream::{Lease, guards::Place, local::InFlight},
 };
 
 /// Why a body ended early.
@@ -309,34 +299,7 @@ pub struct Held {
     /// Its place among the requests in flight.
     pub place: Option<Place>,
     /// Who is to be told of the gRPC status that comes in the trailers.
-    pub grpc: Option<GrpcEnd>,
-}
-
-/// A gRPC call whose outcome its trailers tell.
-#[derive(Debug)]
-pub struct GrpcEnd {
-    pub upstream: Arc<str>,
-    pub guards: Arc<Guards>,
-    pub endpoint: Rc<LocalEndpoint>,
-    pub permit: Option<Permit>,
-    /// Drawn for the decision, from 0 to 1.
-    pub random: f64,
-}
-
-impl GrpcEnd {
-    fn ended(self, trailers: &HeaderMap) {
-        let Some(status) = GrpcStatus::from_headers(trailers) else { return };
-        let outcome = Outcome::grpc(status, Advice::None, None);
-        let now = Instant::now();
-        if let Some(ejection) = self.endpoint.ejection() {
-            let address = self.endpoint.address();
-            self.guards.outliers.report(&address, ejection, outcome.endpoint_health(), now, self.random);
-        }
-        if let Some(permit) = self.permit {
-            let transition = self.guards.breaker.report(permit, outcome.breaker_health(), now, self.random);
-            self.guards.note(&self.upstream, transition);
-        }
-    }
+    pub grpc: Option<Box<GrpcEnd>>,
 }
 
 impl ResponseBody {
@@ -355,8 +318,24 @@ impl ResponseBody {
 }
 
 impl Streaming {
+    /// Tells of a gRPC call whose outcome shows only now. One that its caller leaves is told of by nobody.
+    fn grpc_goes_on(&mut self, frame: &Option<Result<Frame<Bytes>, hyper::Error>>) {
+        let Some(grpc) = self.held.grpc.take() else { return };
+        match frame {
+            Some(Ok(frame)) => match frame.trailers_ref() {
+                Some(trailers) => grpc.ended(trailers),
+                None => self.held.grpc = Some(grpc),
+            },
+            Some(Err(error)) => grpc.broke(error, self.lease.as_ref()),
+            None => grpc.ended(&HeaderMap::new()),
+        }
+    }
+
     fn finished(&mut self) {
         self.progress.done(End::Complete);
+        if let Some(grpc) = self.held.grpc.take() {
+            grpc.ended(&HeaderMap::new());
+        }
         if let Some(lease) = self.lease.take() {
             // An answer that came before its request was read to the end leaves the connection in between.
             lease.finished(self.held.sent.is_whole());
@@ -387,18 +366,15 @@ impl Body for ResponseBody {
         };
         let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
         this.progress.moved();
-        if let Some(Ok(frame)) = &frame
-            && let Some(trailers) = frame.trailers_ref()
-        {
-            this.progress.note(|record| record.trailers(trailers));
-            if let Some(grpc) = this.held.grpc.take() {
-                grpc.ended(trailers);
+        if let Some(Ok(frame)) = &frame {
+            if let Some(trailers) = frame.trailers_ref() {
+                this.progress.note(|record| record.trailers(trailers));
+            } else if let Some(data) = frame.data_ref() {
+                this.progress.note(|record| record.bytes_out += data.len() as u64);
             }
         }
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            this.progress.note(|record| record.bytes_out += data.len() as u64);
+        if this.held.grpc.is_some() {
+            this.grpc_goes_on(&frame);
         }
         match &frame {
             Some(Ok(_)) if this.body.is_end_stream() => this.finished(),

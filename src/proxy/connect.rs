@@ -56,6 +56,7 @@ async fn dial_allowed(
     let endpoints = endpoints(connection, to, Until::default()).await?;
     let limit = to.cluster.settings.policy.connect_timeout.limit();
     let slot = ConnectionSlot::take(&to.upstream.shared.guards)
+        .await
         .map_err(|error| connect_failed(&to.cluster.settings.name, &error))?;
     let mut tried = Vec::new();
     loop {

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     config::{AttemptTimeout, Balance, Observed, Policy, Protocol},
     resilience::{
-        classify::{Health, Outcome},
+        classify::Outcome,
         deadline::{self, Deadline},
         retry::RetryPolicy,
     },
@@ -99,12 +99,7 @@ pub async fn run(
     let callers_upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (mut parts, body) = request.into_parts();
     let callers_version = parts.version;
-    let version = match cluster.settings.protocol {
-        Protocol::H2 => Version::HTTP_2,
-        Protocol::Http1 => Version::HTTP_11,
-        Protocol::Auto | Protocol::Tcp if callers_version == Version::HTTP_2 => Version::HTTP_2,
-        Protocol::Auto | Protocol::Tcp => Version::HTTP_11,
-    };
+    let version = version_for(cluster.settings.protocol, callers_version);
     let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
 
     let observed_timeout = view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
@@ -138,7 +133,7 @@ pub async fn run(
     }
     let callers_upgrade = callers_upgrade.filter(|_| upgrade.is_some());
     let failure = match &ended {
-        Ok((_, Ended::Answered(_, outcome))) if outcome.breaker_health() != Health::Failure => None,
+        Ok((_, Ended::Answered(_, outcome))) if !outcome.is_failure() => None,
         Ok((_, Ended::Answered(_, outcome))) => Some(outcome.label()),
         Ok((_, Ended::Failed(failed))) => {
             failed.error.cause.is_exhaustion().then(|| failed.error.cause.word())
@@ -155,6 +150,16 @@ pub async fn run(
         {
             // Its connection and its place are not needed any more.
             drop(ended);
+            let settings = &other.local.cluster.settings;
+            let version = version_for(settings.protocol, callers_version);
+            head::respell(&mut carried.outgoing, version, &settings.name, !carried.replay.is_empty())?;
+            let http1 = http1 && version == Version::HTTP_11;
+            let call = Call {
+                interim: call.interim && http1,
+                expects_continue: call.expects_continue && http1,
+                ..call
+            };
+            let callers_upgrade = callers_upgrade.filter(|_| http1);
             let (policy, retries) = other.matched.cluster.policy(None);
             progress.note(|record| {
                 record.fell_back = Some(why);
@@ -179,6 +184,16 @@ fn finish(
         Ended::Answered(answer, outcome) => {
             deliver::hand_on(&exchange, *answer, &outcome, callers_version, callers_upgrade)
         }
+    }
+}
+
+/// What an upstream is called by.
+fn version_for(protocol: Protocol, callers: Version) -> Version {
+    match protocol {
+        Protocol::H2 => Version::HTTP_2,
+        Protocol::Http1 => Version::HTTP_11,
+        Protocol::Auto | Protocol::Tcp if callers == Version::HTTP_2 => Version::HTTP_2,
+        Protocol::Auto | Protocol::Tcp => Version::HTTP_11,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The head of a request, from what the caller sent to what the upstream gets.
 
 use http::{
-    HeaderValue, Uri, Version,
+    HeaderMap, HeaderValue, Uri, Version,
     header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE},
     request, uri,
 };
@@ -75,30 +75,7 @@ pub fn outgoing(
     upgrade: Option<&HeaderValue>,
     has_body: bool,
 ) -> Result<Outgoing, ProxyError> {
-    let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
-    let path = head.uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
-    let uri = if version == Version::HTTP_2 {
-        let authority = match head.uri.authority() {
-            Some(authority) => authority.as_str().to_owned(),
-            None => head.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(name).to_owned(),
-        };
-        head.headers.remove(HOST);
-        Uri::builder().scheme("http").authority(authority).path_and_query(path).build().map_err(malformed)?
-    } else {
-        // The authority of an absolute target, or of HTTP/2, is the Host; it replaces another one (RFC 9112 §3.2.2).
-        if let Some(authority) = head.uri.authority() {
-            let host = HeaderValue::from_str(authority.as_str()).map_err(|error| malformed(error.into()))?;
-            head.headers.insert(HOST, host);
-        } else if !head.headers.contains_key(HOST) {
-            let host = HeaderValue::from_str(name).map_err(|error| malformed(error.into()))?;
-            head.headers.insert(HOST, host);
-        }
-        if has_body && !head.headers.contains_key(CONTENT_LENGTH) {
-            // Said aloud, since hyper sends no body with GET and its like unless told to.
-            head.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        }
-        Uri::from(path)
-    };
+    let uri = spell(&head.uri, &mut head.headers, version, name, has_body)?;
     if let Some(protocol) = upgrade {
         head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.insert(UPGRADE, protocol.clone());
@@ -112,4 +89,65 @@ pub fn outgoing(
         extensions: head.extensions,
         keep: false,
     })
+}
+
+/// The same for another upstream, which may be called by another protocol.
+pub fn respell(
+    outgoing: &mut Outgoing,
+    version: Version,
+    name: &str,
+    has_body: bool,
+) -> Result<(), ProxyError> {
+    if outgoing.version == version {
+        return Ok(());
+    }
+    let headers = &mut outgoing.headers;
+    if version == Version::HTTP_2 {
+        for of_this_hop in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
+            headers.remove(of_this_hop);
+        }
+    } else {
+        headers::join_cookies(headers);
+    }
+    outgoing.uri = spell(&outgoing.uri, headers, version, name, has_body)?;
+    outgoing.version = version;
+    Ok(())
+}
+
+/// Where the host stands, and how a body is announced: what the two protocols do not have in common.
+fn spell(
+    uri: &Uri,
+    headers: &mut HeaderMap,
+    version: Version,
+    name: &str,
+    has_body: bool,
+) -> Result<Uri, ProxyError> {
+    let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
+    let path = uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
+    if version == Version::HTTP_2 {
+        let authority = match uri.authority() {
+            Some(authority) => authority.as_str().to_owned(),
+            None => headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(name).to_owned(),
+        };
+        headers.remove(HOST);
+        return Uri::builder()
+            .scheme("http")
+            .authority(authority)
+            .path_and_query(path)
+            .build()
+            .map_err(malformed);
+    }
+    // The authority of an absolute target, or of HTTP/2, is the Host; it replaces another one (RFC 9112 §3.2.2).
+    if let Some(authority) = uri.authority() {
+        let host = HeaderValue::from_str(authority.as_str()).map_err(|error| malformed(error.into()))?;
+        headers.insert(HOST, host);
+    } else if !headers.contains_key(HOST) {
+        let host = HeaderValue::from_str(name).map_err(|error| malformed(error.into()))?;
+        headers.insert(HOST, host);
+    }
+    if has_body && !headers.contains_key(CONTENT_LENGTH) {
+        // Said aloud, since hyper sends no body with GET and its like unless told to.
+        headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+    Ok(Uri::from(path))
 }

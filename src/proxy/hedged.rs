@@ -31,7 +31,8 @@ impl Exchange<'_> {
         let SoFar { counted, tried, .. } = so_far;
         let began = Instant::now();
         let left = clock.left(began);
-        let send = self.send(&self.endpoints[asked.0.index], outgoing.for_try(false), replay, None, asked.1);
+        let (version, head) = (outgoing.version, outgoing.copy());
+        let send = self.send(&self.endpoints[asked.0.index], version, || head, replay, None, asked.1);
         let (mut first, mut second) = (Some(asked), None);
         // The copy that failed while the other one was still under way.
         let mut lost = None;
@@ -59,8 +60,8 @@ impl Exchange<'_> {
             let (number, made) = self.begin(&other, (Why::Hedge, Duration::ZERO), sent);
             tried.push(other.index);
             self.tell_next_hop(left, outgoing, made);
-            let mut copy =
-                pin!(self.send(&self.endpoints[other.index], outgoing.for_try(false), replay, None, number));
+            let endpoint = &self.endpoints[other.index];
+            let mut copy = pin!(self.send(endpoint, version, || outgoing.copy(), replay, None, number));
             second = Some((other, number));
             // Whichever answers well first; a failure waits for the other one.
             tokio::select! {

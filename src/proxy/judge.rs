@@ -1,29 +1,26 @@
 //! What came of a try, told once to everyone who acts on it: breaker, outlier detection, balancer, hedge, adaptive limit.
 
-use std::{
-    rc::Rc,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{rc::Rc, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{
     accept::Side,
     attempt::Failed,
-    body::{GrpcEnd, Replay},
+    body::Replay,
     clock::{Clock, RanOut},
     error::ProxyError,
     exchange::{Ended, Exchange},
+    grpc::GrpcEnd,
     tries::{Number, Over},
 };
 use crate::{
     resilience::{
-        breaker::{Permit, State},
+        breaker::Permit,
         classify::{Advice, Ending, GrpcStatus, Health, Outcome},
     },
     telemetry::record::Try,
-    upstream::local::LocalEndpoint,
+    upstream::{comeback, local::LocalEndpoint},
 };
 
 /// What a failed try weighs in the balancer, as latency. It is forgotten like any other.
@@ -58,7 +55,7 @@ impl Exchange<'_> {
             Ended::Answered(_, outcome) => *outcome,
             Ended::Failed(failed) => Outcome::new(failed.ending),
         };
-        match outcome.endpoint_health() {
+        match outcome.health() {
             Health::Success => endpoint.observe(over.took, now),
             // Failing fast must not look like answering fast.
             Health::Failure => endpoint.observe(over.took.max(COST_OF_FAILURE), now),
@@ -67,9 +64,9 @@ impl Exchange<'_> {
         if self.policy.limits.is_some_and(|limits| limits.adaptive)
             && let Some(adaptive) = &*self.guards().adaptive.load()
         {
-            adaptive.record(over.took, outcome.breaker_health(), &self.guards().requests, now);
+            adaptive.record(over.took, outcome.health(), &self.guards().requests, now);
         }
-        if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.breaker_health())
+        if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.health())
             && let Some(percent) = hedge.percent()
         {
             self.guards().quantile(percent, now).record(over.took, now);
@@ -86,7 +83,7 @@ impl Exchange<'_> {
                 }
             }
         });
-        self.report(ended, &outcome, endpoint, over.permit, over.number)
+        self.report(ended, &outcome, endpoint, (over.permit, over.number), clock)
     }
 
     /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
@@ -95,8 +92,8 @@ impl Exchange<'_> {
         mut ended: Ended,
         outcome: &Outcome,
         endpoint: &Rc<LocalEndpoint>,
-        permit: Option<Permit>,
-        number: Number,
+        (permit, number): (Option<Permit>, Number),
+        clock: &Clock,
     ) -> Ended {
         let now = Instant::now().into_std();
         let guards = self.guards();
@@ -109,45 +106,30 @@ impl Exchange<'_> {
             && matches!(outcome.ending, Ending::Http(status) if status.is_success())
             && !permit.as_ref().is_some_and(Permit::is_trial)
         {
-            let named = self.target.local.upstream.shared.name.clone();
-            answer.held.grpc = Some(GrpcEnd {
-                upstream: named,
-                guards: Arc::clone(guards),
+            answer.held.grpc = Some(Box::new(GrpcEnd {
+                local: Rc::clone(&self.target.local),
+                matched: Rc::clone(&self.target.matched),
+                route: self.target.route,
                 endpoint: Rc::clone(endpoint),
                 permit,
+                callers_deadline: clock.deadline().callers(),
                 random: random(),
-            });
+            }));
             return ended;
         }
-        if let Some(ejection) = endpoint.ejection() {
-            let health = weighed(outcome.endpoint_health());
-            let ejected = guards.outliers.report(
-                &endpoint.address(),
-                ejection,
-                health,
-                now,
-                if health == Health::Failure { random() } else { 0.0 },
-            );
-            if let Some(ejected) = ejected {
-                tracing::warn!(upstream = self.name(), endpoint = %ejected.address, failures = ejected.failures_in_a_row, "endpoint ejected");
-                self.note_try(number, |one| one.ejected = true);
-            }
+        if endpoint.report(guards, self.name(), weighed(outcome.health()), now, random) {
+            self.note_try(number, |one| one.ejected = true);
         }
         if let Some(permit) = permit {
-            let health = weighed(outcome.breaker_health());
-            let transition = guards.breaker.report(
-                permit,
-                health,
-                now,
-                if health == Health::Failure { random() } else { 0.0 },
-            );
-            if transition.is_some_and(|transition| transition.to == State::Open) {
-                guards.unreachable.store(matches!(outcome.ending, Ending::Connect(_)), Ordering::Relaxed);
+            let health = weighed(outcome.health());
+            let random = if health == Health::Failure { random() } else { 0.0 };
+            let transition = guards.report(self.name(), permit, (outcome.ending, health), now, random);
+            if transition.is_some() && guards.absence.is_absent() {
+                comeback::watch(&self.target.local.upstream.shared);
             }
             if let Some(transition) = &transition {
                 self.note_try(number, |one| one.breaker = Some(transition.to));
             }
-            guards.note(self.name(), transition);
         }
         ended
     }
@@ -167,7 +149,7 @@ impl Exchange<'_> {
     /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
     pub(super) fn note_spent(&self, ended: &Result<Ended, ProxyError>) {
         let failed = match ended {
-            Ok(Ended::Answered(_, outcome)) => outcome.breaker_health() == Health::Failure,
+            Ok(Ended::Answered(_, outcome)) => outcome.is_failure(),
             Ok(Ended::Failed(failed)) => failed.error.cause.is_exhaustion(),
             Err(error) => error.cause.is_exhaustion(),
         };

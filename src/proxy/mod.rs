@@ -19,6 +19,7 @@ mod deliver;
 pub mod detect;
 pub mod error;
 pub mod exchange;
+mod grpc;
 mod head;
 pub mod headers;
 mod hedged;

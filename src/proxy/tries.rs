@@ -7,8 +7,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderValue, Request};
-use tokio::time::{Instant, sleep};
+use http::{HeaderValue, Request, Version};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
     accept::Side,
@@ -27,8 +27,8 @@ use crate::{
     config::Observed,
     resilience::{
         backoff::Hint,
-        breaker::Permit,
-        classify::{Advice, Ending, Health, Outcome},
+        breaker::{Permit, Refused},
+        classify::{Advice, Ending, Outcome},
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
         retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
     },
@@ -65,6 +65,8 @@ pub(super) struct SoFar {
     pub free_used: bool,
     /// The endpoints that failed.
     pub tried: Vec<usize>,
+    /// Until when it waits for an upstream that is not there, once it has begun to.
+    pub patience: Option<Instant>,
 }
 
 impl Exchange<'_> {
@@ -82,7 +84,7 @@ impl Exchange<'_> {
     /// Tries until there is an answer to give, or no further try may follow.
     pub(super) async fn tries(&self, carried: &mut Carried) -> Result<Ended, ProxyError> {
         let (connection, progress) = (self.call.connection, self.call.progress);
-        let mut so_far = SoFar { counted: 1, free_used: false, tried: Vec::new() };
+        let mut so_far = SoFar { counted: 1, free_used: false, tried: Vec::new(), patience: None };
         let mut last_end: Option<Ended> = None;
         // Another try was decided; whether it is the free one.
         let mut again: Option<bool> = None;
@@ -91,6 +93,10 @@ impl Exchange<'_> {
                 return last_end.ok_or_else(|| ran_out.unsent(self.name(), "its turn"));
             }
             let permit = match self.permit() {
+                Ok(permit) => Ok(permit),
+                Err(refused) => Box::pin(self.wait_for_comeback(refused, carried, &mut so_far)).await,
+            };
+            let permit = match permit {
                 Ok(permit) => permit,
                 // The failure that opened it says more than that it is open.
                 Err(error) => {
@@ -110,7 +116,10 @@ impl Exchange<'_> {
                 Ok(index) => index,
                 Err(error) => return last_end.ok_or(error),
             };
-            connect::check_address(self.call.view, connection, self.target, self.endpoints[index].address())?;
+            let address = self.endpoints[index].address();
+            if let Err(error) = connect::check_address(self.call.view, connection, self.target, address) {
+                return last_end.ok_or(error);
+            }
             // An early answer leaves its try reading: during the wait it may have read more than is kept.
             if let Some(ended) = last_end.take()
                 && !carried.replay.take_over()
@@ -177,7 +186,7 @@ impl Exchange<'_> {
                     return Ok(ended);
                 }
                 Decision::Stop(reason) => {
-                    if outcome.breaker_health() == Health::Failure || outcome.advice() == Advice::No {
+                    if outcome.is_failure() || outcome.advice() == Advice::No {
                         self.stopped(reason.word());
                         tracing::debug!(
                             upstream = self.name(),
@@ -219,27 +228,51 @@ impl Exchange<'_> {
     }
 
     /// The breaker's leave for one try.
-    pub(super) fn permit(&self) -> Result<Option<Permit>, ProxyError> {
+    pub(super) fn permit(&self) -> Result<Option<Permit>, Refused> {
         if self.policy.breaker.is_none() {
             return Ok(None);
         }
+        let admission = self.guards().breaker.admit(Instant::now().into_std());
+        self.guards().note(self.name(), admission.transition);
+        admission.permit.map(Some)
+    }
+
+    /// What becomes of a try that the breaker refused. Where nobody could connect and the upstream may be back any
+    /// moment, it waits for that: at most as long as it would have waited between tries that were refused.
+    async fn wait_for_comeback(
+        &self,
+        mut refused: Refused,
+        carried: &Carried,
+        so_far: &mut SoFar,
+    ) -> Result<Option<Permit>, ProxyError> {
         let guards = self.guards();
-        let admission = guards.breaker.admit(Instant::now().into_std());
-        guards.note(self.name(), admission.transition);
-        match admission.permit {
-            Ok(permit) => Ok(Some(permit)),
-            Err(refused) => {
-                guards.counts.rejected.add(Cause::BreakerOpen.word());
-                if self.observing(Observed::Breaker) {
-                    tracing::debug!(
-                        upstream = self.name(),
-                        "the breaker would have refused this call (observed only)"
-                    );
-                    return Ok(None);
+        if self.observing(Observed::Breaker) {
+            guards.counts.rejected.add(Cause::BreakerOpen.word());
+            tracing::debug!(
+                upstream = self.name(),
+                "the breaker would have refused this call (observed only)"
+            );
+            return Ok(None);
+        }
+        let patience = *so_far.patience.get_or_insert_with(|| Instant::now() + self.retries.patience());
+        let until = match carried.clock.deadline().at() {
+            Some((deadline, _)) => patience.min(deadline.into()),
+            None => patience,
+        };
+        if let Some(_waiting) = guards.absence.wait() {
+            loop {
+                let changed = guards.absence.changed();
+                match self.permit() {
+                    Ok(permit) => return Ok(permit),
+                    Err(again) => refused = again,
                 }
-                Err(admission::breaker_open(self.name(), guards, refused.retry_after))
+                if !guards.absence.is_absent() || timeout_at(until, changed).await.is_err() {
+                    break;
+                }
             }
         }
+        guards.counts.rejected.add(Cause::BreakerOpen.word());
+        Err(admission::breaker_open(self.name(), guards, refused.retry_after))
     }
 
     /// One try, under the clock.
@@ -254,7 +287,9 @@ impl Exchange<'_> {
         let Carried { clock, outgoing, replay, .. } = carried;
         let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
         let endpoint = &self.endpoints[asked.index];
-        let send = pin!(self.send(endpoint, outgoing.for_try(asked.last), replay, gate.clone(), number));
+        let version = outgoing.version;
+        let head = || if asked.last { outgoing.take() } else { outgoing.copy() };
+        let send = pin!(self.send(endpoint, version, head, replay, gate.clone(), number));
         let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
         Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit, number }
     }
@@ -272,12 +307,12 @@ impl Exchange<'_> {
     pub(super) fn send<'s>(
         &'s self,
         endpoint: &'s Rc<LocalEndpoint>,
-        request: Request<()>,
+        version: Version,
+        head: impl FnOnce() -> Request<()> + 's,
         replay: &'s Replay,
         gate: Option<Rc<Gate>>,
         number: Number,
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
-        let version = request.version();
         let make = move |reused: bool| {
             if !reused {
                 let connected = Some(Instant::now());
@@ -285,7 +320,7 @@ impl Exchange<'_> {
                     .progress
                     .note(|record| record.tries.get_mut(number).map(|one| one.connected = connected));
             }
-            let mut request = request.map(|()| replay.next_try(gate));
+            let mut request = head().map(|()| replay.next_try(gate));
             if self.call.interim {
                 interim::pass_on(&mut request, &self.call.connection.wire);
             }

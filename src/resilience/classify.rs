@@ -137,14 +137,16 @@ impl Outcome {
         Self { ending, advice }
     }
 
-    /// What it means for the breaker of the upstream.
-    pub fn breaker_health(&self) -> Health {
-        self.ending.health()
+    /// Whether the try failed, as far as the caller is concerned.
+    pub fn is_failure(&self) -> bool {
+        self.ending.health() == Health::Failure
     }
 
-    /// What it means for the endpoint that served it: as for the breaker, but a failure from further behind
-    /// ([`Advice::No`]) would be the same at any other endpoint.
-    pub fn endpoint_health(&self) -> Health {
+    /// What it means for who served it: the endpoint, and the upstream with its breaker. A failure from further behind
+    /// ([`Advice::No`]) is none of theirs: it would be the same at any other endpoint, and the breaker next to it sheds
+    /// load already. One more breaker on the way would refuse what does not need the failing service at all, and keep
+    /// that one's trials from it.
+    pub fn health(&self) -> Health {
         match (self.advice, self.ending.health()) {
             (Advice::No, Health::Failure) => Health::Neutral,
             (_, health) => health,
@@ -316,16 +318,16 @@ pub(super) mod tests {
     #[test]
     fn only_what_the_server_caused_counts() {
         for code in [500, 502, 503, 504, 507, 599] {
-            assert_eq!(http(code).breaker_health(), Health::Failure, "{code}");
+            assert_eq!(http(code).health(), Health::Failure, "{code}");
         }
         for code in [200, 204, 301, 400, 401, 404, 408, 409, 499, 501, 505] {
-            assert_eq!(http(code).breaker_health(), Health::Success, "{code}");
+            assert_eq!(http(code).health(), Health::Success, "{code}");
         }
-        assert_eq!(http(429).breaker_health(), Health::Neutral);
+        assert_eq!(http(429).health(), Health::Neutral);
         for ending in
             [Ending::LocalRefusal, Ending::CallerGone, Ending::CallersDeadline, Ending::RefusedStream]
         {
-            assert_eq!(Outcome::new(ending).breaker_health(), Health::Neutral, "{ending:?}");
+            assert_eq!(Outcome::new(ending).health(), Health::Neutral, "{ending:?}");
         }
         for ending in [
             Ending::Connect(ConnectFailure::Refused),
@@ -333,28 +335,28 @@ pub(super) mod tests {
             Ending::AttemptTimeout,
             Ending::Timeout,
         ] {
-            assert_eq!(Outcome::new(ending).breaker_health(), Health::Failure, "{ending:?}");
+            assert_eq!(Outcome::new(ending).health(), Health::Failure, "{ending:?}");
         }
         use GrpcStatus as G;
         for status in [G::Unknown, G::DeadlineExceeded, G::Internal, G::Unavailable, G::DataLoss] {
-            assert_eq!(grpc(status).breaker_health(), Health::Failure, "{status:?}");
+            assert_eq!(grpc(status).health(), Health::Failure, "{status:?}");
         }
         for status in [G::Ok, G::NotFound, G::PermissionDenied, G::Unimplemented, G::Aborted] {
-            assert_eq!(grpc(status).breaker_health(), Health::Success, "{status:?}");
+            assert_eq!(grpc(status).health(), Health::Success, "{status:?}");
         }
-        assert_eq!(grpc(G::ResourceExhausted).breaker_health(), Health::Neutral);
+        assert_eq!(grpc(G::ResourceExhausted).health(), Health::Neutral);
     }
 
     #[test]
-    fn a_failure_from_further_behind_counts_for_the_upstream_and_not_for_the_endpoint() {
+    fn a_failure_from_further_behind_is_one_but_not_of_who_passed_it_on() {
         let outcome = Outcome { advice: Advice::No, ..http(503) };
-        assert_eq!(outcome.breaker_health(), Health::Failure);
-        assert_eq!(outcome.endpoint_health(), Health::Neutral);
+        assert!(outcome.is_failure());
+        assert_eq!(outcome.health(), Health::Neutral);
         let refused = Outcome { advice: Advice::Elsewhere, ..http(503) };
-        assert_eq!(refused.endpoint_health(), Health::Failure);
+        assert_eq!(refused.health(), Health::Failure);
         assert!(refused.never_reached());
         let well = Outcome { advice: Advice::Elsewhere, ..http(200) };
-        assert!(!well.never_reached() && well.endpoint_health() == Health::Success);
+        assert!(!well.never_reached() && well.health() == Health::Success);
         assert!(!outcome.never_reached());
     }
 
@@ -368,7 +370,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_service_that_gives_up_at_the_callers_deadline_is_not_to_blame() {
-        let at = |left| Outcome::grpc(GrpcStatus::DeadlineExceeded, Advice::None, left).breaker_health();
+        let at = |left| Outcome::grpc(GrpcStatus::DeadlineExceeded, Advice::None, left).health();
         assert_eq!(at(Some(Duration::ZERO)), Health::Neutral);
         assert_eq!(at(Some(Duration::from_millis(4))), Health::Neutral);
         assert_eq!(at(Some(Duration::from_secs(4))), Health::Failure);

@@ -101,10 +101,12 @@ impl Deadline {
 
     /// What is left of the caller's own deadline where it is the one that will end the call.
     pub fn callers_time_left(&self, now: Instant) -> Option<Duration> {
-        match self.at() {
-            Some((at, Limit::Caller)) => Some(at.saturating_duration_since(now)),
-            _ => None,
-        }
+        self.callers().map(|at| at.saturating_duration_since(now))
+    }
+
+    /// The caller's own deadline where it is the one that will end the call.
+    pub fn callers(&self) -> Option<Instant> {
+        self.at().and_then(|(at, limit)| (limit == Limit::Caller).then_some(at))
     }
 
     pub fn expired(&self, now: Instant) -> bool {

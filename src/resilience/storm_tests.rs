@@ -8,7 +8,7 @@ use super::{
     backoff::Hint,
     breaker::{Breaker, BreakerSettings},
     budget::RetryBudget,
-    classify::{Advice, Ending, Outcome},
+    classify::{Advice, Ending, Health, Outcome},
     retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
 };
 
@@ -23,9 +23,15 @@ struct Row {
     hops: Vec<Hop>,
     use_breaker: bool,
     pass_advice: bool,
+    /// The control: breakers further up count what comes from further behind.
+    count_no: bool,
     /// Calls that reached the last service.
     load: u32,
 }
+
+/// Services that a call goes through: all three, or the first two.
+const ALL: usize = 3;
+const BUT_THE_LAST: usize = 2;
 
 impl Row {
     fn new(use_breaker: bool, pass_advice: bool, start: Instant) -> Self {
@@ -35,16 +41,17 @@ impl Row {
             budget: RetryBudget::new(settings.budget),
             breaker: Breaker::new(BreakerSettings::default(), start),
         };
-        Self { hops: (0..3).map(|_| hop()).collect(), use_breaker, pass_advice, load: 0 }
+        Self { hops: (0..ALL).map(|_| hop()).collect(), use_breaker, pass_advice, count_no: false, load: 0 }
     }
 
     /// A call made at the `index`-th hop; `well`: whether the last service answers well. What the caller sees.
-    fn call(&mut self, index: usize, now: Instant, well: bool) -> Outcome {
-        let Some(_) = self.hops.get(index) else {
-            self.load += 1;
-            let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    fn call(&mut self, index: usize, now: Instant, well: bool, needs: usize) -> Outcome {
+        if index == needs {
+            self.load += u32::from(needs == ALL);
+            let served = well || needs < ALL;
+            let status = if served { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             return Outcome::new(Ending::Http(status));
-        };
+        }
         self.hops[index].budget.deposit();
         let unavailable = Outcome {
             ending: Ending::Http(StatusCode::SERVICE_UNAVAILABLE),
@@ -56,12 +63,14 @@ impl Row {
             let permit = match self.hops[index].breaker.admit(now).permit {
                 Ok(permit) => permit,
                 Err(_) if self.use_breaker => return unavailable,
-                Err(_) => return self.call(index + 1, now, well),
+                Err(_) => return self.call(index + 1, now, well, needs),
             };
-            let outcome = self.call(index + 1, now, well);
+            let outcome = self.call(index + 1, now, well, needs);
             let hop = &self.hops[index];
             if self.use_breaker {
-                hop.breaker.report(permit, outcome.breaker_health(), now, 0.5);
+                let control = self.count_no && outcome.is_failure();
+                let health = if control { Health::Failure } else { outcome.health() };
+                hop.breaker.report(permit, health, now, index as f64 / 3.0);
             }
             let tried = Tried {
                 method: &Method::GET,
@@ -85,7 +94,24 @@ impl Row {
     fn run(&mut self, start: Instant, from: u32, seconds: u32, well: impl Fn(u32) -> bool) -> u32 {
         let at = |n: u32| start + Duration::from_millis(10) * n;
         let calls = from * 100..(from + seconds) * 100;
-        calls.filter(|n| self.call(0, at(*n), well(*n)).ending == Ending::Http(StatusCode::OK)).count() as u32
+        calls.filter(|n| self.call(0, at(*n), well(*n), ALL).ending == Ending::Http(StatusCode::OK)).count()
+            as u32
+    }
+
+    /// Every fourth call needs the first two services only. What share of those is served while the last one fails
+    /// for `seconds`, and how long after it is well the last call fails.
+    fn outage(&mut self, start: Instant, seconds: u32, well: impl Fn(u32) -> bool) -> (f64, Duration) {
+        let at = |n: u32| start + Duration::from_millis(10) * n;
+        let mut served = 0;
+        for n in 0..seconds * 100 {
+            let needs = if n % 4 == 0 { BUT_THE_LAST } else { ALL };
+            let outcome = self.call(0, at(n), well(n), needs);
+            served += u32::from(needs == BUT_THE_LAST && !outcome.is_failure());
+        }
+        let healed = seconds * 100;
+        let failed = |n: &u32| self.call(0, at(*n), true, ALL).is_failure();
+        let last = (healed..healed + 20_000).filter(failed).last().unwrap_or(healed);
+        (f64::from(served) / f64::from(seconds * 25), at(last) - at(healed))
     }
 }
 
@@ -122,4 +148,28 @@ fn half_failing_stays_within_its_bound() {
     let well = row.run(start, 0, 60, |n| n % 2 == 0);
     assert!(row.load <= 6000 * 13 / 10, "{}", row.load);
     assert!(well >= 3000);
+}
+
+/// Why a failure from further behind opens no breaker on the way: one there would cut off what does not need the failing
+/// service at all.
+#[test]
+fn only_the_breaker_next_to_the_failure_opens() {
+    for (what, of_ten) in [("all", 10), ("half", 5)] {
+        let outages = |count_no| -> (f64, Duration) {
+            let each = (60..70).map(|seconds| {
+                let start = Instant::now();
+                let mut row = Row { count_no, ..Row::new(true, true, start) };
+                let outage = row.outage(start, seconds, |n| n * 7 % 10 >= of_ten);
+                assert!(row.load <= (seconds + 200) * 100 * 13 / 10);
+                outage
+            });
+            let (shares, times): (Vec<_>, Vec<_>) = each.unzip();
+            println!("{what} fail, counted further up: {count_no}: {shares:.2?} {times:?}");
+            (shares.into_iter().fold(1.0, f64::min), times.into_iter().max().unwrap_or_default())
+        };
+        let ((served, healed), (cut_off, _)) = (outages(false), outages(true));
+        assert!(served > 0.999 && cut_off < 0.5, "{what}: {served} beside {cut_off}");
+        // No longer than the nearest one may be open.
+        assert!(healed <= Duration::from_secs(60), "{what}: {healed:?}");
+    }
 }

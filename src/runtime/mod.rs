@@ -6,7 +6,6 @@
 pub mod cgroup;
 pub mod child;
 pub mod lifecycle;
-mod probe;
 pub mod ready_file;
 pub mod reload;
 pub mod signals;
@@ -59,8 +58,6 @@ pub struct Shared {
 }
 
 const TICK: Duration = Duration::from_millis(500);
-/// The same while an upstream takes no connections.
-const PROBE: Duration = Duration::from_millis(100);
 
 /// The way of a process from start to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -172,19 +169,14 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
 }
 
 /// Lets time pass for what must change without a call: a breaker that was forced for an hour falls back in a quiet
-/// one, too; an upstream that nobody could connect to is asked whether it is back; idle hosts are forgotten.
+/// one, too; idle hosts are forgotten.
 async fn tick(shared: Arc<Shared>) {
-    let mut pause = TICK;
     loop {
-        tokio::time::sleep(pause).await;
-        pause = TICK;
+        tokio::time::sleep(TICK).await;
         let snapshot = shared.snapshot.load_full();
         for cluster in &snapshot.clusters {
             let guards = &cluster.upstream.guards;
             guards.note(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
-            if probe::look(&cluster.upstream) {
-                pause = PROBE;
-            }
         }
         shared.unknown.forget_idle();
     }

@@ -32,7 +32,7 @@ use crate::{
     },
     rng::Rng,
     telemetry::metrics::WorkerLoad,
-    upstream::local::LocalUpstream,
+    upstream::{local::LocalUpstream, squeeze},
 };
 
 /// Connections handed over and not yet taken, per worker.
@@ -221,6 +221,23 @@ impl Worker {
             }
         }
     }
+
+    /// Closes an idle connection for each that is wanted elsewhere (`max_connections`).
+    fn squeeze(&self) {
+        let view = self.view();
+        let unknown = self.unknown.borrow();
+        let unknown = unknown.values().map(|(_, local)| local);
+        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown) {
+            let squeeze = &local.upstream.shared.guards.squeeze;
+            while squeeze.is_wanted() {
+                let known = local.upstream.known();
+                let Some(endpoint) = known.iter().find(|it| it.pool.idle_connections() > 0) else { break };
+                if squeeze.claim() {
+                    endpoint.pool.close_idle();
+                }
+            }
+        }
+    }
 }
 
 /// The running threads.
@@ -387,6 +404,13 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
             worker.sweep();
         }
     };
+    let squeezing = async {
+        loop {
+            let wanted = squeeze::wanted();
+            worker.squeeze();
+            wanted.await;
+        }
+    };
     let sampling = async {
         let Some(load) = worker.load().filter(|_| has_peers) else { return std::future::pending().await };
         let mut before = load.busy();
@@ -402,6 +426,7 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
     tokio::select! {
         () = sweeping => {}
         () = sampling => {}
+        () = squeezing => {}
         _ = stop.wait_for(|stop| *stop) => {}
     }
 }

@@ -5,21 +5,27 @@ use std::{
     collections::hash_map::RandomState,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     task::Waker,
     time::Instant,
 };
 
 use arc_swap::ArcSwapOption;
+use tokio::time::timeout;
 
-use super::connect::ConnectError;
+use super::{
+    comeback::Absence,
+    connect::ConnectError,
+    squeeze::{self, Squeeze},
+};
 use crate::{
     config::Policy,
     resilience::{
         adaptive::Adaptive,
-        breaker::{Breaker, BreakerSettings, Transition},
+        breaker::{Breaker, BreakerSettings, Permit, Transition},
         budget::{BudgetSettings, RetryBudget},
+        classify::{Ending, Health},
         hedge::LiveQuantile,
         limit::{Bell, Counter, LimitSettings, RequestLimit},
         outlier::{OutlierSettings, Outliers},
@@ -34,12 +40,14 @@ const ADAPTIVE_START: u32 = 32;
 #[derive(Debug)]
 pub struct Guards {
     pub breaker: Arc<Breaker>,
-    /// The breaker opened because no connection came about: as soon as one does, it need not stay open.
-    pub unreachable: AtomicBool,
+    /// Whether the breaker is open because no connection came about: then it need not wait out its time.
+    pub absence: Absence,
     pub outliers: Outliers,
     pub budget: RetryBudget,
     pub requests: RequestLimit<Woken>,
     pub connections: Counter,
+    /// Makes room for one more connection.
+    pub squeeze: Squeeze,
     /// Moves the request limit by latency, where that is switched on.
     pub adaptive: ArcSwapOption<Adaptive>,
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
@@ -72,19 +80,38 @@ impl Drop for Place {
 pub struct ConnectionSlot(Arc<Guards>);
 
 impl ConnectionSlot {
-    pub fn take(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
-        let taken = guards.connections.try_take();
-        if taken {
-            Ok(Self(Arc::clone(guards)))
-        } else {
-            Err(ConnectError::Limit { limit: guards.connections.limit() })
+    /// Leave for one more connection. At the limit an idle one is closed for it, where there is one.
+    pub async fn take(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
+        if let Some(slot) = Self::try_take(guards) {
+            return Ok(slot);
         }
+        let want = guards.squeeze.want();
+        let made = timeout(squeeze::PATIENCE, async {
+            loop {
+                let freed = want.freed();
+                if let Some(slot) = Self::try_take(guards) {
+                    return slot;
+                }
+                freed.await;
+            }
+        });
+        Box::pin(made).await.map_err(|_| ConnectError::Limit { limit: guards.connections.limit() })
+    }
+
+    /// Whether a call wants its room, and no other connection gives way to it.
+    pub fn is_claimed(&self) -> bool {
+        self.0.squeeze.claim()
+    }
+
+    fn try_take(guards: &Arc<Guards>) -> Option<Self> {
+        guards.connections.try_take().then(|| Self(Arc::clone(guards)))
     }
 }
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.0.connections.give_back();
+        self.0.squeeze.freed();
     }
 }
 
@@ -183,11 +210,12 @@ impl Guards {
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self {
             breaker: Breaker::new(BreakerSettings::default(), now),
-            unreachable: AtomicBool::new(false),
+            absence: Absence::new(LimitSettings::default().max_pending),
             outliers: Outliers::new(OutlierSettings::default(), now),
             budget: RetryBudget::new(BudgetSettings::default()),
             requests: RequestLimit::new(LimitSettings::default()),
             connections: Counter::new(LimitSettings::default().max_connections),
+            squeeze: Squeeze::default(),
             adaptive: ArcSwapOption::empty(),
             rates: Mutex::default(),
             quantiles: Mutex::default(),
@@ -222,6 +250,7 @@ impl Guards {
         }
         let connections = policy.limits.0.map_or(u32::MAX, |limits| limits.max_connections);
         self.connections.set_limit(connections);
+        self.absence.set_most_waiting(policy.limits.0.unwrap_or_default().max_pending);
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         rates.retain(|(_, limit)| Arc::strong_count(limit) > 1);
     }
@@ -248,9 +277,28 @@ impl Guards {
         live
     }
 
+    /// Tells the breaker what came of a try. `random` from 0 to 1.
+    pub fn report(
+        &self,
+        upstream: &str,
+        permit: Permit,
+        (ending, health): (Ending, Health),
+        now: Instant,
+        random: f64,
+    ) -> Option<Transition> {
+        let transition = self.breaker.report(permit, health, now, random);
+        self.change(upstream, transition, matches!(ending, Ending::Connect(_)));
+        transition
+    }
+
     /// Counts and tells a change of the breaker.
     pub fn note(&self, upstream: &str, transition: Option<Transition>) {
+        self.change(upstream, transition, false);
+    }
+
+    fn change(&self, upstream: &str, transition: Option<Transition>, unreachable: bool) {
         if let Some(transition) = transition {
+            self.absence.note(&transition, unreachable);
             self.counts.transitions.add(transition.to.word());
             tracing::warn!(
                 upstream,

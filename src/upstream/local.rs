@@ -12,9 +12,14 @@ use std::{
 use super::{
     Endpoint, Upstream,
     balance::{Balancer, Candidate, PeakEwma, hash_key},
+    guards::Guards,
     pool::Pool,
 };
-use crate::{config::Balance, resilience::outlier::EndpointHealth, rng::Rng};
+use crate::{
+    config::Balance,
+    resilience::{classify::Health, outlier::EndpointHealth},
+    rng::Rng,
+};
 
 /// An upstream, as one worker sees it.
 #[derive(Debug)]
@@ -131,15 +136,33 @@ impl LocalEndpoint {
         self.shared.address
     }
 
-    /// What outlier detection knows of it.
-    pub fn ejection(&self) -> Option<&Arc<EndpointHealth>> {
-        self.ejection.as_ref()
-    }
-
     /// Counts a call until the guard is dropped.
     pub fn enter(self: &Rc<Self>) -> InFlight {
         self.in_flight.set(self.in_flight.get() + 1);
         InFlight(Rc::clone(self))
+    }
+
+    /// Tells outlier detection what came of a try here; whether it is out now. `random` draws from 0 to 1.
+    pub fn report(
+        &self,
+        guards: &Guards,
+        upstream: &str,
+        health: Health,
+        now: Instant,
+        random: impl FnOnce() -> f64,
+    ) -> bool {
+        let Some(ejection) = &self.ejection else { return false };
+        let random = if health == Health::Failure { random() } else { 0.0 };
+        let ejected = guards.outliers.report(&self.address(), ejection, health, now, random);
+        if let Some(ejected) = &ejected {
+            tracing::warn!(
+                upstream,
+                endpoint = %ejected.address,
+                failures = ejected.failures_in_a_row,
+                "endpoint ejected"
+            );
+        }
+        ejected.is_some()
     }
 
     /// A call took this long to response headers, or to fail.

@@ -1,6 +1,7 @@
 //! The services that are called: their endpoints, how one is chosen, and the connections to them.
 
 pub mod balance;
+pub mod comeback;
 pub mod connect;
 mod endpoint;
 pub mod guards;
@@ -8,6 +9,7 @@ pub mod health;
 mod idle;
 pub mod local;
 pub mod pool;
+pub mod squeeze;
 
 pub use endpoint::{Endpoint, EndpointSet, EndpointState, Found, Resolution};
 pub use pool::Lease;

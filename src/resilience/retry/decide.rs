@@ -108,6 +108,11 @@ pub struct Moment<'a> {
     pub budget: &'a RetryBudget,
 }
 
+/// However patient the back-off is: who calls an upstream that is not there is to hear of it soon.
+const LONGEST_PATIENCE: Duration = Duration::from_millis(250);
+/// Further ones would pass it for any back-off of a millisecond or more.
+const MOST_WAITS: u32 = 8;
+
 /// Retries as a route has them; `None` in place of the settings is `retry = false`.
 ///
 /// With `max = 0` a request is sent at most once, always. With `retry = false` only the stale keep-alive race is
@@ -139,9 +144,25 @@ impl RetryPolicy {
         self.settings.as_ref().is_some_and(|settings| tries <= settings.max)
     }
 
+    /// How long all waits before further tries can take together: so long a call may wait for an upstream that is
+    /// not there.
+    pub fn patience(&self) -> Duration {
+        let Some(settings) = &self.settings else { return Duration::ZERO };
+        let waits = (1..=settings.max.min(MOST_WAITS)).map(|n| settings.backoff.ceiling(n));
+        waits.fold(Duration::ZERO, Duration::saturating_add).min(LONGEST_PATIENCE)
+    }
+
     /// Whether a request that may have been processed may be sent again. Then half of the time is kept for that.
     pub fn may_repeat(&self, method: &Method, idempotency_key: bool) -> bool {
         self.settings.as_ref().is_some_and(|settings| settings.methods.allow(method, idempotency_key))
+    }
+
+    /// Whether what happened is something to try again at all.
+    pub fn names(&self, outcome: &Outcome) -> bool {
+        self.settings.as_ref().is_some_and(|settings| {
+            settings.on.iter().any(|condition| outcome.meets(*condition))
+                || outcome.advice() == Advice::Elsewhere
+        })
     }
 
     /// The whole decision. Where it says retry, the budget has been charged.
@@ -172,12 +193,9 @@ impl RetryPolicy {
     /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free try.
     pub(super) fn eligible(&self, tried: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
         let stale = is_stale(outcome) && !tried.free_used;
-        let named = self.settings.as_ref().is_some_and(|settings| {
-            settings.on.iter().any(|condition| outcome.meets(*condition))
-                || outcome.advice() == Advice::Elsewhere
-                // gRPC's own transparent retry needs no configuration (A6).
-                || (tried.grpc && outcome.ending == Ending::RefusedStream)
-        });
+        let named = self.names(outcome)
+            // gRPC's own transparent retry needs no configuration (A6).
+            || (self.settings.is_some() && tried.grpc && outcome.ending == Ending::RefusedStream);
         let at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
         let by_method = match &self.settings {
             Some(settings) => settings.methods.allow(tried.method, tried.idempotency_key),

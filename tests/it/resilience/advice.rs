@@ -23,16 +23,33 @@ fn no_ends_the_tries_and_goes_no_further() {
     assert_eq!(service.calls(), 1);
 }
 
-/// A failure from further behind would have come from any endpoint: it ejects none, but the breaker counts it.
+/// A failure from further behind would have come from any endpoint, and a breaker next to it sheds load already: it
+/// ejects none and opens no breaker on the way.
 #[test]
-fn no_ejects_nobody() {
+fn no_ejects_nobody_and_opens_nothing() {
     let bad = Service::new(|_, _| (503, "x-outrigger-retry", "no"));
     let good = Service::new(|_, _| 200);
-    let proxy = proxy(&[bad.address(), good.address()], "outlier = { consecutive_failures = 1 }");
+    let keys =
+        "outlier = { consecutive_failures = 1 }\nbreaker = { consecutive_failures = 1, min_requests = 2 }";
+    let two = proxy(&[bad.address(), good.address()], keys);
     for _ in 0..10 {
-        get(&proxy);
+        get(&two);
     }
     assert_eq!((bad.calls(), good.calls()), (5, 5));
+    let alone = Service::new(|seen, _| match seen.header("x-needs") {
+        Some(_) => (503, "x-outrigger-retry", "no"),
+        None => (200, "x-a", "b"),
+    });
+    let proxy = proxy(&[alone.address()], keys);
+    for _ in 0..10 {
+        let answer = ask(&proxy, request("GET", "x-needs: the service behind\r\n"));
+        assert_eq!(
+            (answer.status(), answer.field("proxy-status")),
+            (503, None),
+            "its own answer: {answer:?}"
+        );
+    }
+    assert_eq!(get(&proxy).status(), 200, "what does not need the failing service is served");
 }
 
 /// Whoever is not named by the configuration cannot say how often it is called.
@@ -95,6 +112,8 @@ fn a_spent_call_of_the_same_trace_says_no() {
     let failing = Service::new(|_, _| 503);
     assert_eq!(said(failing.address(), "", true, 1).as_deref(), Some("no"));
     assert_eq!(said(nobody(), "", true, 1).as_deref(), Some("no"));
+    // What may be sent once has been tried enough when it was sent once.
+    assert_eq!(said(failing.address(), "retry = { max = 0 }", true, 1).as_deref(), Some("no"));
     // Never by guess: without the trace context nothing connects the two.
     assert_eq!(said(failing.address(), "", false, 1), None);
 }

@@ -1,6 +1,6 @@
 //! What stands around a call: hedges, rehearsed faults, fallbacks, and policies that only watch.
 
-use super::{Reply, Service, ask, assert_cause, get, nobody, post, proxy, upstream};
+use super::{Reply, Seen, Service, ask, assert_cause, get, nobody, post, proxy, request, upstream};
 use crate::support::{Proxy, eventually};
 
 #[test]
@@ -93,6 +93,32 @@ fn another_upstream_steps_in() {
     assert_eq!(ask(&proxy, post("", "pay")).status(), 200);
     let seen = standby.seen();
     assert_eq!((seen.len(), &seen[1].body[..]), (2, &b"pay"[..]), "the body was not touched before");
+}
+
+/// Each upstream is called by its own protocol, whichever the first one had.
+#[test]
+fn another_upstream_is_called_by_its_own_protocol() {
+    for (first, second) in [("http1", "h2"), ("h2", "http1")] {
+        let answer = |_: &Seen, _: usize| 200;
+        let standby = if second == "h2" { Service::h2(answer) } else { Service::new(answer) };
+        let config = upstream(
+            "up",
+            &[nobody()],
+            &format!("protocol = \"{first}\"\nfallback = {{ upstream = \"dr\" }}"),
+        ) + &upstream("dr", &[standby.address()], &format!("protocol = \"{second}\""));
+        let proxy = Proxy::start(config);
+        assert_eq!(ask(&proxy, request("GET", "x-mark: 1\r\n")).status(), 200, "{first} to {second}");
+        assert_eq!(ask(&proxy, post("", "pay")).status(), 200, "{first} to {second}");
+        let chunked =
+            "POST / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n3\r\npay\r\n0\r\n\r\n";
+        assert_eq!(ask(&proxy, chunked).status(), 200, "{first} to {second}");
+        let seen = standby.seen();
+        assert_eq!(seen[0].header("x-mark"), Some("1"));
+        assert!(seen[1..].iter().all(|seen| seen.body[..] == b"pay"[..]), "{seen:?}");
+        if second == "http1" {
+            assert_eq!(seen[0].header("host"), Some("up"));
+        }
+    }
 }
 
 /// Everything is decided, nothing is refused.

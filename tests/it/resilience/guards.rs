@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Reply, Service, ask, assert_cause, get, proxy, request};
-use crate::support::{RawClient, eventually};
+use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, upstream};
+use crate::support::{Proxy, RawClient, eventually};
 
 /// A service that can be switched between well and failing.
 fn switchable() -> (Service, Arc<AtomicBool>) {
@@ -68,6 +68,31 @@ fn an_upstream_that_is_back_is_noticed_by_its_port() {
         }
     });
     eventually("the breaker to let a trial through", || get(&proxy).status() == 200);
+}
+
+/// Until then a call waits as long as it would have between tries that are refused; where none are allowed, not at all.
+#[test]
+fn a_call_waits_a_moment_for_an_upstream_that_is_not_there() {
+    let most = Duration::from_millis(250);
+    let keys = "breaker = { consecutive_failures = 1, open_for = { base = \"10m\", max = \"10m\" } }";
+    let patient = proxy(
+        &[nobody()],
+        &format!("retry = {{ backoff = {{ base = \"10s\", max = \"10s\" }} }}\ntimeout = \"5s\"\n{keys}"),
+    );
+    // Its first try opens the breaker.
+    let _ = ask(&patient, request("GET", "x-request-timeout-ms: 100\r\n"));
+    let began = Instant::now();
+    assert_cause(&get(&patient), 503, "breaker_open");
+    assert!(began.elapsed() >= most, "{:?}", began.elapsed());
+    let failing = Service::new(|_, _| 500);
+    let proxy = proxy(&[failing.address()], keys);
+    assert_eq!(get(&proxy).status(), 500);
+    let quickest = (0..20).map(|_| {
+        let began = Instant::now();
+        assert_cause(&get(&proxy), 503, "breaker_open");
+        began.elapsed()
+    });
+    assert!(quickest.min() < Some(most), "one that is there and fails is not waited for");
 }
 
 /// What the caller did wrong is no failure of the upstream.
@@ -204,6 +229,26 @@ fn connections_are_limited() {
     eventually("the first to have the connection", || service.calls() == 1);
     assert_cause(&get(&proxy), 503, "limit_full");
     assert_eq!(service.calls(), 1);
+}
+
+/// At the limit, a connection that lies idle makes room: at another endpoint, and on another worker.
+#[test]
+fn an_idle_connection_makes_room_for_a_call() {
+    let services: Vec<Service> = (0..2).map(|_| Service::new(|_, _| 200)).collect();
+    let endpoints: Vec<_> = services.iter().map(Service::address).collect();
+    for workers in [1, 3] {
+        let keys = "balance = \"round-robin\"\nretry = false\npool_idle_timeout = \"10m\"\nlimits = { max_connections = 1 }";
+        let proxy =
+            Proxy::start(format!("[runtime]\nworkers = {workers}\n") + &upstream("up", &endpoints, keys));
+        // Each comes by a connection of its own, so that with several workers each of them has calls.
+        let mut callers: Vec<_> = (0..6).map(|_| RawClient::connect(proxy.outbound())).collect();
+        for round in 0..4 {
+            for (number, caller) in callers.iter_mut().enumerate() {
+                let answer = caller.ask(request("GET", ""));
+                assert_eq!(answer.status(), 200, "{workers} workers, {round}/{number}: {answer:?}");
+            }
+        }
+    }
 }
 
 #[test]

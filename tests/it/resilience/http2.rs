@@ -10,7 +10,7 @@ use std::{
 
 use super::{Service, ask, post, proxy};
 use crate::support::{
-    RawClient, RawServer,
+    RawClient, RawServer, eventually,
     h2::{DATA, END_STREAM, Frame, GOAWAY, H2Client, HEADERS, RST_STREAM, SETTINGS, block, frame},
 };
 
@@ -121,6 +121,37 @@ fn a_grpc_failure_counts() {
     let call = post("Content-Type: application/grpc\r\n", "\0\0\0\0\0");
     for _ in 0..5 {
         assert_eq!(ask(&proxy, &call).field("grpc-status"), Some("14"));
+    }
+    assert_eq!(service.calls(), 3, "then the breaker answers");
+}
+
+/// A stream that breaks after its headers has failed, too: it counts for breaker and metrics as a status would.
+#[test]
+fn a_grpc_stream_that_breaks_after_its_headers_counts() {
+    const INTERNAL_ERROR: u32 = 2;
+    let head = || block(&[(":status", "200"), ("content-type", "application/grpc")]);
+    let (server, requests) = server(usize::MAX, move |peer, stream| {
+        peer.headers(stream, &head(), false);
+        reset(INTERNAL_ERROR)(peer, stream);
+    });
+    let proxy = proxy(&[server.address()], "protocol = \"h2\"\nbreaker = { consecutive_failures = 3 }");
+    let call = post("Content-Type: application/grpc\r\nConnection: close\r\n", "\0\0\0\0\0");
+    eventually("the breaker to open", || {
+        let mut client = RawClient::connect(proxy.outbound());
+        client.send(&call);
+        String::from_utf8_lossy(&client.read_to_close().0).contains("breaker_open")
+    });
+    assert_eq!(requests.load(Ordering::Relaxed), 3, "three broke");
+}
+
+/// One that ends without a status is UNKNOWN to every gRPC library, which is a failure.
+#[test]
+fn a_grpc_call_that_ends_without_a_status_counts() {
+    let service = Service::h2(|_, _| 200);
+    let proxy = proxy(&[service.address()], "protocol = \"h2\"\nbreaker = { consecutive_failures = 3 }");
+    let call = post("Content-Type: application/grpc\r\n", "\0\0\0\0\0");
+    for _ in 0..6 {
+        ask(&proxy, &call);
     }
     assert_eq!(service.calls(), 3, "then the breaker answers");
 }

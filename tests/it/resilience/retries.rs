@@ -1,6 +1,12 @@
 //! Which failures are tried again, where, and how often.
 
+use std::{
+    io::{Read, Write},
+    sync::{Arc, Mutex},
+};
+
 use super::{Seen, Service, ask, assert_cause, get, nobody, post, proxy, request};
+use crate::support::{Proxy, RawServer};
 
 fn failing() -> Service {
     Service::new(|_, _| 503)
@@ -155,4 +161,59 @@ fn no_try_begins_after_the_timeout() {
     let calls = service.calls();
     assert!((2..=3).contains(&calls), "{calls} tries of 250 ms in 600 ms");
     crate::support::eventually("all tries to be cancelled", || service.left() == calls);
+}
+
+/// A service on one of the two addresses of `localhost`, whose pooled connection has gone stale: whichever address the
+/// request is sent to in its place, it is the whole request, and with `retry = false` the service gets it once.
+#[test]
+fn a_request_is_whole_at_whichever_address_of_localhost_it_arrives() {
+    // Answers the first request of a connection and closes when the second comes.
+    let heads = Arc::<Mutex<Vec<String>>>::default();
+    let log = heads.clone();
+    let server = RawServer::start(move |mut stream| {
+        let mut head = [0; 4096];
+        if let Ok(count @ 1..) = stream.read(&mut head) {
+            log.lock().expect("no panic").push(String::from_utf8_lossy(&head[..count]).into_owned());
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok");
+            let _ = stream.read(&mut head[..1]);
+        }
+    });
+    for method in ["GET", "OPTIONS", "DELETE"] {
+        let port = server.address().port();
+        let config = format!(
+            "[[upstream]]\nname = \"up\"\nendpoints = [\"localhost:{port}\"]\nbalance = \"round-robin\"\nretry = false\nbreaker = false\n"
+        );
+        let proxy = Proxy::start(config);
+        for number in 0..40 {
+            let before = heads.lock().expect("no panic").len();
+            let answer = ask(&proxy, request(method, &format!("x-mark: {number}\r\nConnection: close\r\n")));
+            assert_eq!(answer.status(), 200, "{method} {number}: {answer:?}");
+            let heads = heads.lock().expect("no panic");
+            assert_eq!(heads.len(), before + 1, "{method} {number}: {heads:?}");
+            let head = heads[before].to_ascii_lowercase();
+            assert!(
+                head.contains(&format!("x-mark: {number}\r\n")) && head.contains("host: up\r\n"),
+                "{head}"
+            );
+        }
+    }
+}
+
+/// What the service answered says more than that its other address may not be called.
+#[test]
+fn an_address_that_is_denied_takes_no_answer_away() {
+    let service = failing();
+    let port = service.address().port();
+    let proxy = Proxy::start(format!("[inbound]\nlisten = \"[::1]:{port}\"\n[defaults]\nbreaker = false\n"));
+    for _ in 0..20 {
+        let before = service.calls();
+        let answer =
+            ask(&proxy, format!("GET http://localhost:{port}/ HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"));
+        if service.calls() > before {
+            assert_eq!(answer.status(), 503, "{answer:?}");
+        } else {
+            assert_cause(&answer, 502, "denied_network");
+        }
+    }
+    assert!(service.calls() > 0);
 }

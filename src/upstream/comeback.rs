@@ -1,0 +1,186 @@
+//! Waiting for an upstream that takes no connections.
+//!
+//! A breaker that opened because nobody listened need not wait out its time: a connection costs the upstream next to
+//! nothing, and says at once that it is back. Trials then decide, as always. Until then a call may wait for a moment,
+//! too: no longer than it would have waited between tries that are refused, and without sending anything.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, futures::Notified},
+    task::spawn_local,
+    time::{Instant, sleep, timeout},
+};
+
+use super::Upstream;
+use crate::resilience::{
+    breaker::{State, Transition, Why},
+    limit::Counter,
+};
+
+/// Endpoints of an upstream that are asked at a time.
+const MOST: usize = 3;
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How often is asked: in proportion to how long it has been gone, so that a short outage is not made a long one.
+const SHARE: u32 = 100;
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Whether nobody could connect to an upstream, and who waits for it.
+#[derive(Debug)]
+pub struct Absence {
+    /// The breaker opened because no connection came about, and has not closed since.
+    absent: AtomicBool,
+    watched: AtomicBool,
+    changed: Notify,
+    waiting: Counter,
+}
+
+/// A call that waits, until it is dropped.
+#[derive(Debug)]
+pub struct Waiting<'a>(&'a Absence);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.give_back();
+    }
+}
+
+impl Absence {
+    /// `most`: how many calls may wait.
+    pub fn new(most: u32) -> Self {
+        Self {
+            absent: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
+            changed: Notify::new(),
+            waiting: Counter::new(most),
+        }
+    }
+
+    pub fn set_most_waiting(&self, most: u32) {
+        self.waiting.set_limit(most);
+    }
+
+    pub fn is_absent(&self) -> bool {
+        self.absent.load(Ordering::Relaxed)
+    }
+
+    /// Takes in a change of the breaker. `unreachable`: the try that caused it found no connection.
+    pub fn note(&self, transition: &Transition, unreachable: bool) {
+        match (transition.to, transition.why) {
+            (State::Closed, _) | (_, Why::Manual | Why::ManualExpired) => {
+                self.absent.store(false, Ordering::Relaxed);
+            }
+            (State::Open, _) => self.absent.store(unreachable, Ordering::Relaxed),
+            (State::HalfOpen, _) => {}
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// A place among those who wait; `None` where all are taken.
+    pub fn wait(&self) -> Option<Waiting<'_>> {
+        self.waiting.try_take().then_some(Waiting(self))
+    }
+
+    /// Ends with the next change of the breaker. Ask for it before looking at the breaker, so that none is missed.
+    pub fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
+    }
+}
+
+/// Asks from now on, until it is back, unless somebody asks already.
+pub fn watch(upstream: &Arc<Upstream>) {
+    if upstream.guards.absence.watched.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
+    spawn_local(async move {
+        let absence = &guards.absence;
+        let began = Instant::now();
+        loop {
+            // One that the configuration does not have any more is not waited for.
+            while let Some(upstream) = upstream.upgrade()
+                && absence.is_absent()
+            {
+                if guards.breaker.report_state().state == State::Open && answers(&upstream).await {
+                    let transition = guards.breaker.reachable(Instant::now().into_std());
+                    guards.note(&upstream.name, transition);
+                }
+                drop(upstream);
+                sleep(pause(began.elapsed())).await;
+            }
+            absence.watched.store(false, Ordering::Relaxed);
+            // It may have gone again in between, when it still seemed to be watched.
+            let gone_again = upstream.strong_count() > 0 && absence.is_absent();
+            if !gone_again || absence.watched.swap(true, Ordering::Relaxed) {
+                return;
+            }
+        }
+    });
+}
+
+fn pause(gone_for: Duration) -> Duration {
+    (gone_for / SHARE).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+}
+
+async fn answers(upstream: &Upstream) -> bool {
+    let addresses: Vec<_> =
+        upstream.endpoints().endpoints.iter().map(|endpoint| endpoint.address).take(MOST).collect();
+    for address in addresses {
+        if matches!(timeout(PATIENCE, TcpStream::connect(address)).await, Ok(Ok(_))) {
+            return true;
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn transition(to: State, why: Why) -> Transition {
+        Transition { from: State::Closed, to, why, until: None }
+    }
+
+    #[test]
+    fn it_is_absent_from_the_opening_that_found_nobody_until_it_has_closed() {
+        let absence = Absence::new(1);
+        let open = |why| transition(State::Open, why);
+        for (step, unreachable, absent) in [
+            (open(Why::ConsecutiveFailures(10)), false, false),
+            (open(Why::TrialFailed), true, true),
+            (transition(State::HalfOpen, Why::Reachable), false, true),
+            (open(Why::TrialFailed), false, false),
+            (open(Why::TrialFailed), true, true),
+            (transition(State::Closed, Why::TrialsSucceeded), false, false),
+            (open(Why::ConsecutiveFailures(10)), true, true),
+            (open(Why::Manual), false, false),
+        ] {
+            absence.note(&step, unreachable);
+            assert_eq!(absence.is_absent(), absent, "{step:?}");
+        }
+    }
+
+    #[test]
+    fn only_so_many_wait() {
+        let absence = Absence::new(1);
+        let one = absence.wait();
+        assert!(one.is_some() && absence.wait().is_none());
+        drop(one);
+        assert!(absence.wait().is_some());
+    }
+
+    #[test]
+    fn a_short_outage_is_looked_at_more_often() {
+        assert_eq!(pause(Duration::ZERO), SHORTEST_PAUSE);
+        assert_eq!(pause(Duration::from_secs(2)), Duration::from_millis(20));
+        assert_eq!(pause(Duration::from_secs(3600)), LONGEST_PAUSE);
+    }
+}
