@@ -102,15 +102,17 @@ impl LocalUpstream {
         }
         let now = Instant::now();
         let picked = self.balance.borrow_mut().1.pick(endpoints, now, rng, tried, hash);
-        // Ejection is a hint. Where health checks have taken out the rest, an ejected endpoint is better than none.
+        // Ejection is a hint. An ejected endpoint is better than one that has failed this very call, as when instances
+        // restart in turn and the first is back before its ejection ends; and better than none, where health checks
+        // have taken out the rest.
+        let untried = |index: &usize| !tried.contains(index);
         let healthy = |index: &usize| endpoints[*index].shared.is_healthy();
-        picked.or_else(|| {
-            let all = 0..endpoints.len();
-            all.clone()
-                .filter(|index| !tried.contains(index))
-                .find(healthy)
-                .or_else(|| all.into_iter().find(healthy))
-        })
+        let all = 0..endpoints.len();
+        picked
+            .filter(untried)
+            .or_else(|| all.clone().filter(untried).find(healthy))
+            .or(picked)
+            .or_else(|| all.into_iter().find(healthy))
     }
 
     /// The endpoints this worker has used, without looking for new ones.

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{Launch, Proxy, RawClient, Upstream, free_port, has_tool, text, tool};
+use crate::support::{Launch, Proxy, RawClient, Upstream, has_tool, text, tool};
 
 const ROUNDS: usize = 20;
 
@@ -121,7 +121,7 @@ fn a_rolling_restart_fails_no_request() {
 }
 
 /// The same as a deployment sees it: load of a fixed rate goes through a sidecar that stays to two replicas of a service,
-/// whose sidecars are restarted one after the other all the while. The load generator forgives nothing.
+/// whose sidecars are replaced one after the other all the while. The load generator forgives nothing.
 #[test]
 #[ignore = "20 rounds; for the release build"]
 fn replicas_that_restart_fail_no_request_of_h2load() {
@@ -130,17 +130,28 @@ fn replicas_that_restart_fail_no_request_of_h2load() {
     }
     let services = [Upstream::http1(|_| async { text("ok") }), Upstream::h2c(|_| async { text("ok") })];
     for (version, service) in [&["--h1"][..], &[]].into_iter().zip(&services) {
-        let places = [free_port(), free_port()];
-        let replica = |port: u16| {
+        // As in a cluster, one that comes back has another address, and the list of them is told in between.
+        let replica = || {
             Proxy::start(format!(
-                "[runtime]\ndrain_delay = \"200ms\"\n[inbound]\nlisten = \"127.0.0.1:{port}\"\nforward_to = \"{}\"\n",
+                "[runtime]\ndrain_delay = \"500ms\"\n[inbound]\nforward_to = \"{}\"\n",
                 service.address()
             ))
         };
-        let mut replicas = places.map(replica);
-        let endpoints = format!("[\"127.0.0.1:{}\", \"127.0.0.1:{}\"]", places[0], places[1]);
-        let front =
-            Proxy::start(format!("[[upstream]]\nname = \"up\"\nhosts = [\"*\"]\nendpoints = {endpoints}\n"));
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let list = directory.path().join("endpoints.json");
+        let publish = |replicas: &[&Proxy]| {
+            let addresses: Vec<String> =
+                replicas.iter().map(|replica| replica.inbound().to_string()).collect();
+            let next = directory.path().join("next");
+            std::fs::write(&next, serde_json::to_vec(&addresses).expect("JSON")).expect("write");
+            std::fs::rename(next, &list).expect("rename");
+        };
+        let mut replicas = [replica(), replica()];
+        publish(&replicas.each_ref());
+        let front = Proxy::start(format!(
+            "[[upstream]]\nname = \"up\"\nhosts = [\"*\"]\nendpoints = \"file://{}\"\n",
+            list.display()
+        ));
         let (mut total, mut restarts) = (0, 0);
         for round in 0..ROUNDS {
             let mut load = Command::new(tool("h2load").expect("checked before"));
@@ -149,10 +160,10 @@ fn replicas_that_restart_fail_no_request_of_h2load() {
             load.arg(format!("http://{}/", front.outbound()));
             let mut load = load.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("h2load runs");
             for turn in (0..replicas.len()).cycle() {
-                let old = &mut replicas[turn];
+                let mut old = std::mem::replace(&mut replicas[turn], replica());
+                publish(&replicas.each_ref());
                 old.signal("TERM");
                 assert_eq!(old.wait().code(), Some(0), "round {round}, {version:?}\n{}", old.stderr());
-                *old = replica(places[turn]);
                 restarts += 1;
                 if load.try_wait().expect("wait").is_some() {
                     break;

@@ -277,3 +277,23 @@ fn a_rate_limit_is_kept() {
     eventually("a tenant over its limit", || call("a") == 429);
     assert_eq!(call("b"), 200, "another one is not");
 }
+
+/// Ejection is a hint: where the rest has failed the very call, an instance that is out may still be asked.
+#[test]
+fn an_ejected_endpoint_is_better_than_one_that_just_refused() {
+    let well_again = Service::new(|_, number| if number == 1 { 503 } else { 200 });
+    let goes = Service::new(|_, _| 200);
+    let proxy = proxy(
+        &[well_again.address(), goes.address()],
+        "outlier = { consecutive_failures = 1, eject_for = { base = \"10m\", max = \"10m\" } }",
+    );
+    eventually("the first to be called, and ejected for its answer", || {
+        assert_eq!(get(&proxy).status(), 200);
+        well_again.calls() == 1
+    });
+    assert_eq!(get(&proxy).status(), 200);
+    assert_eq!(well_again.calls(), 1, "it is out");
+    drop(goes);
+    assert_eq!(get(&proxy).status(), 200);
+    assert_eq!(well_again.calls(), 2);
+}
