@@ -1,5 +1,6 @@
 //! `outrigger explain METHOD URL`
 
+mod inbound;
 mod target;
 mod verdict;
 
@@ -17,6 +18,7 @@ Examples:
   outrigger explain GET http://payments/v1/charges/7
   outrigger explain -c outrigger.toml POST http://payments/v1/charge -H 'x-tenant: gold'
   outrigger explain --inbound GET /healthz
+  outrigger explain --inbound GET /v1/orders --peer spiffe://shop.example/ns/shop/sa/cart
   outrigger explain CONNECT api.example:443")]
 pub struct ExplainArgs {
     #[command(flatten)]
@@ -24,6 +26,9 @@ pub struct ExplainArgs {
     /// A call that comes in, instead of one that goes out.
     #[arg(long)]
     inbound: bool,
+    /// With --inbound: the caller's SPIFFE ID (or dns:NAME), to tell which allow entry lets it in.
+    #[arg(long, value_name = "ID", requires = "inbound")]
+    peer: Option<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -37,7 +42,8 @@ pub struct ExplainArgs {
 }
 
 pub fn run(args: &ExplainArgs) -> ExitCode {
-    let target = match Target::parse(&args.method, &args.url, &args.headers, args.inbound) {
+    let parsed = Target::parse(&args.method, &args.url, &args.headers, args.inbound);
+    let target = match parsed.and_then(|target| target.called_by(args.peer.as_deref())) {
         Ok(target) => target,
         Err(wrong) => {
             eprintln!("error: {wrong}");

@@ -1,5 +1,7 @@
 //! What is allowed but hardly meant: warnings, from what can be known from the configuration alone.
 
+mod authorization;
+
 use std::time::Duration;
 
 use super::{
@@ -22,6 +24,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
     let mut lints = Lints { root, problems };
     lints.drain(config);
     lints.reachable(config);
+    lints.authorization(config);
     lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
     lints.policy(&config.inbound.policy, root.get("inbound"), root.get("inbound"));
     let defaults = root.get("defaults").map(|node| split(node).0).unwrap_or_default();
@@ -206,6 +209,11 @@ impl Lints<'_> {
     }
 }
 
+fn is_loopback_host(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare == "localhost" || bare.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback())
+}
+
 fn is_loopback(address: &ListenAddr) -> bool {
     address.0.host == "localhost" || address.0.literal().is_some_and(|address| address.ip().is_loopback())
 }
@@ -252,6 +260,26 @@ mod tests {
                 "x:3:14: warning: this route is never taken",
             ),
             ("[[upstream]]\nname='a'\nprotocol='tcp'\nroute = [{}]", "this route is never taken"),
+            (
+                "[[inbound.allow]]\nidentity = ['spiffe://a/b']",
+                "x:1:1: warning: this allow list matches nobody",
+            ),
+            (
+                "[inbound]\nmtls='permissive'\nallow=[{identity=['spiffe://a/*']},{identity=['spiffe://a/b'],methods=['GET']}]",
+                "x:3:36: warning: entry 2 lets in nobody that entry 1 does not",
+            ),
+            (
+                "[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='http://id.example/k'",
+                "x:4:6: warning: the keys that prove tokens come over plain HTTP",
+            ),
+            (
+                "[[upstream]]\nname='a'\nendpoints=['127.0.0.1:1']\noauth2={token_url='http://i/t',client_id='c',client_secret_file='/s'}",
+                "x:4:19: warning: the client's secret goes over plain HTTP",
+            ),
+            (
+                "[[upstream]]\nname='a'\noauth2={token_url='https://i/t',client_id='c',client_secret_file='/s'}",
+                "warning: the upstream's token goes over plain HTTP",
+            ),
         ] {
             let found = warnings(text);
             assert_eq!(found.len(), 1, "{found:#?} for\n{text}");

@@ -72,6 +72,11 @@ impl Loaded {
         }
     }
 
+    /// The place of an `[[inbound.allow]]` entry, counted from 0.
+    pub fn allow_origin(&self, at: usize) -> Option<Origin> {
+        self.tree.get("inbound")?.get("allow")?.item(at)?.origin
+    }
+
     fn upstream_node(&self, at: usize) -> Option<&Node> {
         // A configuration that loaded has every upstream and route of the tree, in its order.
         self.tree.get("upstream")?.item(at)

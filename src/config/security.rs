@@ -76,6 +76,15 @@ pub struct Jwt {
     pub audiences: Vec<String>,
     /// A URL or a file path.
     pub jwks: String,
+    /// Whom to trust for an `https://` URL, PEM; default: the system's roots.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
+    /// Paths that need no token. A `*` at the end stands for anything.
+    #[serde(default)]
+    pub except: Vec<String>,
+    /// Header fields and the claims that the service gets in them; whatever callers sent by these names is removed.
+    #[serde(default)]
+    pub claim_headers: BTreeMap<String, String>,
 }
 
 /// How an upstream is spoken to and who must answer.
@@ -112,4 +121,7 @@ pub struct Oauth2 {
     pub client_secret_file: PathBuf,
     #[serde(default)]
     pub scopes: Vec<String>,
+    /// Whom to trust for an `https://` URL, PEM; default: the system's roots.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
 }

@@ -15,15 +15,11 @@ const UNBUILT: &[Unbuilt] = &[
     ("identity", any),
     ("inbound.mtls", on),
     ("inbound.port.mtls", on),
-    ("inbound.allow", any),
-    ("inbound.jwt", any),
     ("upstream.tls", on),
     ("upstream.server_name", any),
     ("upstream.ca", any),
     ("upstream.identity", any),
-    ("upstream.oauth2", any),
     ("upstream.endpoints", kubernetes),
-    ("runtime.observe", names_authorization),
     ("telemetry.otlp", any),
     ("telemetry.protocol", any),
     ("telemetry.sample", any),
@@ -39,11 +35,6 @@ fn any(_: &Node) -> bool {
 /// Neither `false` nor `"off"`.
 fn on(node: &Node) -> bool {
     node.value != Value::Bool(false) && node.as_str() != Some("off")
-}
-
-/// The policies that come with identities.
-fn names_authorization(node: &Node) -> bool {
-    matches!(&node.value, Value::Array(list) if list.iter().any(|item| matches!(item.as_str(), Some("allow" | "jwt"))))
 }
 
 fn kubernetes(node: &Node) -> bool {

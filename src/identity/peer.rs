@@ -58,6 +58,12 @@ pub enum PeerError {
 }
 
 impl Peer {
+    /// One by these names, with no certificate behind it: to ask what it would be let do.
+    pub fn named(spiffe: Option<SpiffeId>, dns: &[&str]) -> Self {
+        let dns = dns.iter().map(|name| (*name).into()).collect();
+        Self { spiffe, dns, subject: "".into(), sha256: [0; 32], not_after: UNIX_EPOCH }
+    }
+
     /// Reads a leaf certificate by the rules of X.509-SVID (§4, §5.2) where it holds a SPIFFE ID.
     ///
     /// # Errors

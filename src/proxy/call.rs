@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::{
     accept::Side,
+    authorize,
     body::ResponseBody,
     connect,
     connection::Connection,
@@ -132,11 +133,14 @@ fn open(connection: &Connection, request: &Request<Incoming>, progress: &Progres
 async fn handle(
     connection: &Rc<Connection>,
     view: &View,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     headers::guard(&request)?;
     headers::check_loop(request.headers(), &view.names.via(&connection.side).pseudonym)?;
+    if connection.side == Side::Inbound {
+        authorize::call(connection, view, &mut request).await?;
+    }
     if request.method() == Method::CONNECT {
         return match (&connection.side, &connection.tunnel_to) {
             (Side::Outbound, None) => Box::pin(connect::open_tunnel(connection, view, request)).await,

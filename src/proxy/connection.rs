@@ -1,7 +1,7 @@
 //! A caller's connection, from its first byte to its last.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     convert::Infallible,
     future::{Future, pending, poll_fn},
     io,
@@ -28,6 +28,7 @@ use tokio::{
 
 use super::{
     accept::Side,
+    authorize,
     body::ResponseBody,
     call,
     connect::{self, Dialled},
@@ -40,7 +41,7 @@ use super::{
 };
 use crate::{
     config::{HeaderCase, HostPort, Protocol},
-    identity::Peer,
+    identity::{Peer, xfcc},
     runtime::{LocalCluster, Phase, Worker, drain_phase},
     telemetry::metrics::Way,
 };
@@ -76,6 +77,8 @@ pub struct Connection {
     pub wire: Arc<Wire>,
     /// Whom the caller's certificate proved to be; `None`: plaintext.
     pub peer_identity: Option<Arc<Peer>>,
+    /// The same as `x-forwarded-client-cert` has it, made when it is first needed.
+    client_cert: OnceCell<Option<HeaderValue>>,
     /// Inside a CONNECT tunnel, whom it leads to.
     pub tunnel_to: Option<HostPort>,
     /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
@@ -140,6 +143,7 @@ impl Connection {
             address,
             wire: Arc::default(),
             peer_identity: None,
+            client_cert: OnceCell::new(),
             tunnel_to: None,
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -158,6 +162,7 @@ impl Connection {
             address: self.address,
             wire: Arc::default(),
             peer_identity: self.peer_identity.clone(),
+            client_cert: OnceCell::new(),
             tunnel_to: Some(to),
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -240,6 +245,9 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        if self.side == Side::Inbound {
+            authorize::bytes(self, &self.worker.view(), to)?;
+        }
         // What a CONNECT led to has been counted with it.
         let way = match &self.side {
             Side::Inbound => Some(Way::Inbound),
@@ -358,6 +366,12 @@ impl Connection {
             })
         })
         .await
+    }
+
+    /// Who calls, for the service.
+    pub fn client_cert(&self) -> Option<&HeaderValue> {
+        let peer = self.peer_identity.as_deref()?;
+        self.client_cert.get_or_init(|| xfcc::value(peer, None)).as_ref()
     }
 
     pub fn is_leaving(&self) -> bool {

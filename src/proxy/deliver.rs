@@ -12,6 +12,7 @@ use super::{
     accept::Side,
     attempt::Answer,
     body::{Held, ResponseBody},
+    credentials,
     error::{Cause, ProxyError},
     exchange::Exchange,
     headers::{self, X_OUTRIGGER_RETRY},
@@ -36,6 +37,7 @@ pub fn hand_on(
     let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
     let status = response.status();
     lease.heard(response.headers());
+    credentials::note(&target.local, status);
     let broken = |error: ProxyError| {
         let detail = format!("{}: its response cannot be passed on: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)

@@ -18,6 +18,8 @@ pub enum Cause {
     UnknownUpstream,
     NotAllowed,
     JwtInvalid,
+    /// Tokens cannot be checked, or none can be had: who could say is away.
+    AuthUnavailable,
     NoEndpoint,
     BreakerOpen,
     ConnectRefused,
@@ -50,6 +52,18 @@ pub struct ProxyError {
     pub retry_after: Option<Duration>,
     /// In place of the cause's own, where a more specific one fits (431, 417, an injected one).
     pub status: Option<StatusCode>,
+    /// How the caller can prove more than it did.
+    pub challenge: Option<Challenge>,
+}
+
+/// What `WWW-Authenticate` asks for (RFC 6750 §3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Challenge {
+    /// There was no token at all.
+    Bearer,
+    InvalidRequest,
+    InvalidToken,
+    InsufficientScope,
 }
 
 /// How a cause is told in each language.
@@ -74,13 +88,14 @@ pub enum GrpcCode {
 }
 
 impl Cause {
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::DnsFailure,
         Self::DnsTimeout,
         Self::DeniedNetwork,
         Self::UnknownUpstream,
         Self::NotAllowed,
         Self::JwtInvalid,
+        Self::AuthUnavailable,
         Self::NoEndpoint,
         Self::BreakerOpen,
         Self::ConnectRefused,
@@ -154,6 +169,13 @@ impl Cause {
                 Unauthenticated,
                 "http_request_denied",
                 "The token is missing or not valid",
+            ),
+            Self::AuthUnavailable => telling(
+                "auth_unavailable",
+                UNAVAILABLE,
+                Unavailable,
+                "destination_unavailable",
+                "Who issues tokens cannot be asked",
             ),
             Self::NoEndpoint => telling(
                 "no_endpoint",
@@ -308,6 +330,7 @@ impl Cause {
             self,
             Self::DnsFailure
                 | Self::DnsTimeout
+                | Self::AuthUnavailable
                 | Self::NoEndpoint
                 | Self::BreakerOpen
                 | Self::ConnectRefused
@@ -328,6 +351,7 @@ impl Cause {
             self,
             Self::ConnectRefused
                 | Self::ConnectTimeout
+                | Self::AuthUnavailable
                 | Self::NoEndpoint
                 | Self::QueueFull
                 | Self::LimitFull
@@ -342,7 +366,7 @@ impl Cause {
 
 impl ProxyError {
     pub fn new(cause: Cause, detail: impl Into<String>) -> Self {
-        Self { cause, detail: detail.into(), retry_after: None, status: None }
+        Self { cause, detail: detail.into(), retry_after: None, status: None, challenge: None }
     }
 
     pub fn malformed(detail: impl Into<String>) -> Self {
@@ -413,8 +437,14 @@ pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBo
         let seconds = wait.as_millis().div_ceil(1000).max(1);
         insert(&mut headers, "retry-after", &seconds.to_string());
     }
-    if error.cause == Cause::JwtInvalid {
-        insert(&mut headers, "www-authenticate", "Bearer error=\"invalid_token\"");
+    if let Some(challenge) = error.challenge {
+        let error = match challenge {
+            Challenge::Bearer => "",
+            Challenge::InvalidRequest => ", error=\"invalid_request\"",
+            Challenge::InvalidToken => ", error=\"invalid_token\"",
+            Challenge::InsufficientScope => ", error=\"insufficient_scope\"",
+        };
+        insert(&mut headers, "www-authenticate", &format!("Bearer realm=\"{}\"{error}", context.deployment));
     }
     let (status, body) = if context.grpc {
         insert(&mut headers, "content-type", "application/grpc");

@@ -26,6 +26,7 @@ use super::{
     clock::Clock,
     connect,
     connection::Connection,
+    credentials::{self, SetAside},
     deliver,
     error::ProxyError,
     head, headers,
@@ -66,6 +67,8 @@ pub(super) struct Carried {
     pub replay: Replay,
     /// What the next try is for, and how long it was waited for.
     pub next: (Why, Duration),
+    /// The caller's own credentials, while a token of ours stands in their place.
+    pub(super) set_aside: Option<SetAside>,
 }
 
 /// A call to one upstream.
@@ -123,7 +126,8 @@ pub async fn run(
         head::outgoing(parts, version, &cluster.settings.name, upgrade.as_ref(), !replay.is_empty())?;
     outgoing.keep = policy.fallback.is_some();
 
-    let mut carried = Carried { clock, outgoing, replay, next: (Why::First, Duration::ZERO) };
+    let mut carried =
+        Carried { clock, outgoing, replay, next: (Why::First, Duration::ZERO), set_aside: None };
     let ended = serve(&call, target, policy, retries, &mut carried).await;
     if observed_timeout && policy.timeout.limit().is_some_and(|limit| progress.started().elapsed() > limit) {
         tracing::info!(
@@ -212,6 +216,8 @@ async fn serve<'a>(
     let until = carried.clock.until(call.progress);
     let rate = target.matched.cluster.rate_limit(target.route);
     let place = admission::admit(call.connection, call.view, local, policy, rate, headers, until).await?;
+    let hash = hash(&settings.balance, headers);
+    credentials::attach(local, carried, until).await?;
     let max_age = settings.max_connection_age.limit();
     let exchange = Exchange {
         endpoints: connect::endpoints(call.connection, local, until).await?,
@@ -222,7 +228,7 @@ async fn serve<'a>(
             // Drawn anew, so that not all connections end at once.
             max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
         },
-        hash: hash(&settings.balance, headers),
+        hash,
         call,
         target,
         policy,

@@ -12,7 +12,7 @@ use super::{
     attempt::Outgoing,
     connection::Connection,
     error::ProxyError,
-    headers::{self, Caller},
+    headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
     target::Target,
 };
 use crate::runtime::View;
@@ -35,6 +35,9 @@ pub fn prepare(
             head.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
         let caller = Caller { address: &connection.peer, proto: "http", host };
+        if let Some(value) = connection.client_cert() {
+            headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
+        }
         headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, caller);
     }
     if version == Version::HTTP_11 && head.version == Version::HTTP_2 {

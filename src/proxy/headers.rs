@@ -17,7 +17,7 @@ pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-ho
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub const X_OUTRIGGER_ATTEMPT: HeaderName = HeaderName::from_static("x-outrigger-attempt");
 pub const X_OUTRIGGER_RETRY: HeaderName = HeaderName::from_static("x-outrigger-retry");
-const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+pub const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -102,6 +102,18 @@ pub fn remove_spoofed(headers: &mut HeaderMap) {
     let disguised =
         |name: &HeaderName| name.as_str().contains('_') && is_protected(&name.as_str().replace('_', "-"));
     let disguised: Vec<HeaderName> = headers.keys().filter(|name| disguised(name)).cloned().collect();
+    for name in disguised {
+        headers.remove(name);
+    }
+}
+
+/// Removes a field, also where `_` stands in its name for `-`.
+pub fn remove_spellings(headers: &mut HeaderMap, name: &HeaderName) {
+    headers.remove(name);
+    let disguised = |other: &&HeaderName| {
+        other.as_str().contains('_') && other.as_str().replace('_', "-") == name.as_str().replace('_', "-")
+    };
+    let disguised: Vec<HeaderName> = headers.keys().filter(disguised).cloned().collect();
     for name in disguised {
         headers.remove(name);
     }

@@ -4,17 +4,20 @@
 //! accept ─▶ connection ─▶ call ─▶ target ─▶ exchange ─▶ tries ─▶ attempt ─▶ (upstream::pool)
 //!              │            │                  │          │
 //!           detect        guard            admission    judge, hedged
-//!           tunnel        error            deliver      body, headers, interim
+//!           tunnel        authorize        credentials  body, headers, interim
+//!                         error            deliver
 //! ```
 
 pub mod accept;
 mod admission;
 mod attempt;
+mod authorize;
 pub mod body;
 pub mod call;
 mod clock;
 pub mod connect;
 pub mod connection;
+mod credentials;
 mod deliver;
 pub mod detect;
 pub mod error;

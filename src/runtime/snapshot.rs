@@ -2,9 +2,17 @@
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
+use tokio::runtime::Handle;
+
 use crate::{
     config::{self, Config, Endpoints, Policy},
     discovery::{self, Discovery, Resolver},
+    fetch::Fetcher,
+    identity::{
+        gate::Gate,
+        jwt,
+        oauth2::{Keeper, OwnToken},
+    },
     proxy::{headers::CompiledEdits, route::Router},
     resilience::{rate::RateLimit, retry::RetryPolicy},
     upstream::{
@@ -22,6 +30,8 @@ pub struct Snapshot {
     pub clusters: Vec<Arc<Cluster>>,
     /// The service itself, for inbound calls.
     pub inbound: Arc<Cluster>,
+    /// What an inbound call must show; `None`: nothing.
+    pub gate: Option<Gate>,
 }
 
 /// An upstream with the settings that hold for it now.
@@ -41,6 +51,8 @@ pub struct Cluster {
     pub route_to: Vec<Option<usize>>,
     /// Whether its addresses were looked up rather than written: then `deny_networks` is heeded.
     pub looked_up: bool,
+    /// What every call to it carries.
+    pub token: Option<Arc<OwnToken>>,
 }
 
 impl Cluster {
@@ -66,7 +78,18 @@ impl Cluster {
         let rate = rate_of(&settings.policy);
         upstream.guards.configure(&settings.policy, now);
         let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.literal().is_some()));
-        Self { settings, upstream, edits, route_retries, retries, route_rates, rate, route_to, looked_up }
+        Self {
+            settings,
+            upstream,
+            edits,
+            route_retries,
+            retries,
+            route_rates,
+            rate,
+            route_to,
+            looked_up,
+            token: None,
+        }
     }
 }
 
@@ -97,8 +120,11 @@ impl Cluster {
 #[derive(Debug)]
 pub(super) struct Clusters {
     resolver: Arc<Resolver>,
+    fetcher: Fetcher,
     live: HashMap<String, Live>,
     inbound: Live,
+    /// The keys of `[inbound.jwt]`.
+    issuer: Option<jwt::issuer::Watch>,
 }
 
 #[derive(Debug)]
@@ -107,13 +133,27 @@ struct Live {
     source: Endpoints,
     _discovery: Discovery,
     health_checks: Option<HealthChecks>,
+    token: Option<Keeper>,
 }
 
 impl Live {
     fn start(settings: &config::Upstream, resolver: &Arc<Resolver>, upstream: Arc<Upstream>) -> Self {
         let discovery = discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(resolver));
         let health_checks = Self::check(settings, resolver, &upstream);
-        Self { upstream, source: settings.endpoints.clone(), _discovery: discovery, health_checks }
+        Self {
+            upstream,
+            source: settings.endpoints.clone(),
+            _discovery: discovery,
+            health_checks,
+            token: None,
+        }
+    }
+
+    /// Keeps the token where nothing changed for it.
+    fn keep_token(&mut self, settings: &config::Upstream, fetcher: &Fetcher, runtime: &Handle) {
+        let known = self.token.take().filter(|token| Some(&token.settings) == settings.oauth2.as_ref());
+        self.token = known
+            .or_else(|| Some(Keeper::start(&settings.name, settings.oauth2.as_ref()?, fetcher, runtime)));
     }
 
     fn check(
@@ -135,7 +175,10 @@ impl Live {
                 }
                 old
             }
-            Some(old) => Self::start(settings, resolver, old.upstream),
+            Some(old) => {
+                let token = old.token;
+                Self { token, ..Self::start(settings, resolver, old.upstream) }
+            }
             None => Self::start(settings, resolver, Upstream::new(settings.name.as_str())),
         }
     }
@@ -158,7 +201,8 @@ impl Clusters {
     pub fn build(config: Arc<Config>, resolver: Arc<Resolver>) -> (Self, Snapshot) {
         let settings = inbound_settings(&config);
         let inbound = Live::start(&settings, &resolver, Upstream::new(settings.name.as_str()));
-        let mut clusters = Self { resolver, live: HashMap::new(), inbound };
+        let fetcher = Fetcher::new(Arc::clone(&resolver));
+        let mut clusters = Self { resolver, fetcher, live: HashMap::new(), inbound, issuer: None };
         let snapshot = clusters.rebuild(config);
         (clusters, snapshot)
     }
@@ -167,7 +211,8 @@ impl Clusters {
     pub fn rebuild(&mut self, config: Arc<Config>) -> Snapshot {
         let mut old = std::mem::take(&mut self.live);
         for settings in &config.upstreams {
-            let live = Live::renew(old.remove(&settings.name), settings, &self.resolver);
+            let mut live = Live::renew(old.remove(&settings.name), settings, &self.resolver);
+            live.keep_token(settings, &self.fetcher, self.resolver.runtime());
             self.live.insert(settings.name.clone(), live);
         }
         let settings = inbound_settings(&config);
@@ -187,10 +232,23 @@ impl Clusters {
             .iter()
             .filter_map(|settings| {
                 let live = self.live.get(&settings.name)?;
-                Some(Arc::new(Cluster::new(settings.clone(), Arc::clone(&live.upstream), index_of)))
+                let mut cluster = Cluster::new(settings.clone(), Arc::clone(&live.upstream), index_of);
+                cluster.token = live.token.as_ref().map(|keeper| Arc::clone(&keeper.token));
+                Some(Arc::new(cluster))
             })
             .collect();
         let inbound = Arc::new(Cluster::new(settings, Arc::clone(&self.inbound.upstream), |_| None));
-        Snapshot { router: Router::new(&config), clusters, inbound, config }
+        let gate = self.gate(&config);
+        Snapshot { router: Router::new(&config), clusters, inbound, gate, config }
+    }
+
+    /// Keeps the issuer's keys where they come from the same place as before.
+    fn gate(&mut self, config: &Config) -> Option<Gate> {
+        let settings = config.inbound.jwt.as_ref();
+        let known =
+            self.issuer.take().filter(|known| settings.is_some_and(|settings| known.serves(settings)));
+        let start = |settings| jwt::issuer::Watch::start(settings, &self.fetcher, self.resolver.runtime());
+        self.issuer = known.or_else(|| settings.map(start));
+        Gate::new(config, self.issuer.as_ref().map(|watch| Arc::clone(&watch.issuer)))
     }
 }

@@ -24,6 +24,7 @@ use tokio::{
 use super::{Cluster, Phase, Shared, Snapshot, StartError};
 use crate::{
     config::{Config, HostPort},
+    identity::jwt::TokenCache,
     proxy::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
         error::deployment,
@@ -65,6 +66,8 @@ pub struct Worker {
     rng: RefCell<Rng>,
     /// Which of them it is.
     index: usize,
+    /// Tokens of end users that were found good.
+    pub tokens: RefCell<TokenCache>,
 }
 
 type UnknownCache = HashMap<HostPort, (Arc<UnknownHost>, Rc<LocalCluster>)>;
@@ -166,6 +169,7 @@ impl Worker {
             unknown: RefCell::default(),
             rng: RefCell::new(Rng::new()),
             index,
+            tokens: RefCell::default(),
         })
     }
 

@@ -200,6 +200,10 @@ impl Default for Counts {
                 "rate_limited",
                 "fault_injected",
                 "no_endpoint",
+                "not_allowed",
+                "jwt_invalid",
+                "auth_unavailable",
+                "malformed",
             ]),
             transitions: Tally::new(&["closed", "half_open", "open"]),
         }

@@ -9,6 +9,7 @@
 mod support;
 
 mod admin;
+mod authorize;
 mod basics;
 mod bodies;
 mod commands;

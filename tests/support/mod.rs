@@ -4,9 +4,11 @@
 
 mod dns;
 pub mod h2;
+pub mod issuer;
 mod proxy;
 mod raw;
 pub mod strict;
+pub mod tokens;
 mod tools;
 mod upstream;
 

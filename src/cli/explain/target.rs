@@ -1,5 +1,6 @@
 //! The request that is asked about.
 
+use crate::identity::{InvalidId, Peer};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, uri::PathAndQuery};
 
 /// A request, as far as routing looks at it.
@@ -15,6 +16,8 @@ pub struct Target {
     pub inbound: bool,
     /// TLS by the service itself (`https://`, CONNECT to 443): the proxy sees bytes only.
     pub opaque: bool,
+    /// Who calls, where that was told.
+    pub peer: Option<Peer>,
 }
 
 impl Target {
@@ -53,7 +56,19 @@ impl Target {
             method,
             url: url.to_owned(),
             inbound,
+            peer: None,
         })
+    }
+
+    /// By a peer that its SPIFFE ID names, or `dns:NAME`.
+    pub fn called_by(mut self, peer: Option<&str>) -> Result<Self, String> {
+        let Some(text) = peer else { return Ok(self) };
+        let wrong = |why: InvalidId| format!("`{text}` is not a SPIFFE ID: {why}");
+        self.peer = Some(match text.strip_prefix("dns:") {
+            Some(name) => Peer::named(None, &[name]),
+            None => Peer::named(Some(text.parse().map_err(wrong)?), &[]),
+        });
+        Ok(self)
     }
 
     pub fn is_grpc(&self) -> bool {

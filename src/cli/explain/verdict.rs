@@ -5,7 +5,7 @@ use std::fmt;
 use http::Method;
 use serde_json::json;
 
-use super::target::Target;
+use super::{inbound, target::Target};
 use crate::{
     config::{Loaded, Place, Policy, Protocol, Scope, Setting, Unknown},
     proxy::route::{Router, normalise},
@@ -43,6 +43,7 @@ pub fn verdict(loaded: &Loaded, target: &Target) -> Verdict {
     let mut verdict = Verdict { request: format!("{} {}", target.method, target.url), ..Verdict::default() };
     let (scope, reach) = if target.inbound {
         verdict.fact("service", loaded.config.inbound.forward_to.to_string(), None);
+        inbound::authorization(&mut verdict, loaded, target);
         (Some(Scope::Inbound), Reach::Everything)
     } else {
         verdict.outbound(loaded, target)
@@ -66,7 +67,11 @@ pub fn verdict(loaded: &Loaded, target: &Target) -> Verdict {
 }
 
 impl Verdict {
-    fn fact(&mut self, name: &'static str, value: String, place: Option<Place>) {
+    pub(super) fn note(&mut self, note: String) {
+        self.notes.push(note);
+    }
+
+    pub(super) fn fact(&mut self, name: &'static str, value: String, place: Option<Place>) {
         self.facts.push((name, value, place));
     }
 

@@ -2,9 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::{Check, upstream::is_spiffe};
-use crate::config::{
-    AdminListen, Allow, Config, Identity, Jwt, ListenAddr, Node, Problem, diagnostic::Problems,
+use http::HeaderName;
+
+use super::Check;
+use crate::{
+    config::{AdminListen, Allow, Config, Identity, Jwt, ListenAddr, Node, Problem, diagnostic::Problems},
+    identity::Pattern,
 };
 
 const MAX_WORKERS: u16 = 256;
@@ -41,7 +44,7 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
     }
     let entries = root.get("inbound").and_then(|inbound| inbound.get("allow")).and_then(Node::as_array);
     for (allow, node) in config.inbound.allow.iter().zip(entries.unwrap_or_default()) {
-        Check { node, problems: check.problems }.allow(allow);
+        Check { node, problems: check.problems }.allow(allow, config.inbound.jwt.is_some());
     }
     if let Some(jwt) = &config.inbound.jwt {
         check.jwt(jwt);
@@ -59,14 +62,14 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
 }
 
 impl Check<'_> {
-    fn allow(&mut self, allow: &Allow) {
+    fn allow(&mut self, allow: &Allow, has_jwt: bool) {
         let help = "name at least one SPIFFE ID";
         self.filled(&allow.identity, &["identity"], "nobody would be allowed", help);
         for (at, id) in allow.identity.iter().enumerate() {
-            let literal = id.strip_suffix('*').unwrap_or(id);
-            let fits = is_spiffe(literal) && !literal.contains('*');
-            let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/*\"; a `*` stands only at the end";
-            self.expect(fits, &["identity", &at.to_string()], "this is not a SPIFFE ID", help);
+            if let Err(why) = id.parse::<Pattern>() {
+                let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/*\", or \"dns:NAME\"";
+                self.error(&["identity", &at.to_string()], format!("this is not a SPIFFE ID: {why}"), help);
+            }
         }
         for (at, method) in allow.methods.iter().enumerate() {
             self.method(&["methods", &at.to_string()], method);
@@ -74,6 +77,13 @@ impl Check<'_> {
         for (at, path) in allow.paths.iter().enumerate() {
             self.path_pattern(&["paths", &at.to_string()], path);
         }
+        let help = "add [inbound.jwt], or leave `claims` away";
+        self.expect(
+            has_jwt || allow.claims.is_empty(),
+            &["claims"],
+            "no token is read that could hold them",
+            help,
+        );
     }
 
     fn jwt(&mut self, jwt: &Jwt) {
@@ -81,14 +91,26 @@ impl Check<'_> {
         self.expect(!jwt.issuer.is_empty(), &at("issuer"), "the issuer is empty", "write the token's `iss`");
         let help = "name at least one; a token for another service must not pass here";
         self.filled(&jwt.audiences, &at("audiences"), "there is no audience", help);
-        let fits =
-            jwt.jwks.starts_with('/') || jwt.jwks.starts_with("https://") || jwt.jwks.starts_with("http://");
+        let fits = jwt.jwks.starts_with('/') || is_url(&jwt.jwks);
         self.expect(
             fits,
             &at("jwks"),
             "this is neither a URL nor an absolute path",
             "write https://… or /path",
         );
+        for (index, path) in jwt.except.iter().enumerate() {
+            self.path_pattern(&["inbound", "jwt", "except", &index.to_string()], path);
+        }
+        for name in jwt.claim_headers.keys() {
+            let place = ["inbound", "jwt", "claim_headers", name];
+            match name.parse::<HeaderName>() {
+                Err(_) => self.error(&place, "this is not a header's name", "write e.g. x-user-id"),
+                Ok(name) if is_taken(&name) => {
+                    self.error(&place, "this header has a meaning of its own", "write a name like x-user-id");
+                }
+                Ok(_) => {}
+            }
+        }
     }
 
     fn identity(&mut self, identity: &Identity) {
@@ -114,6 +136,36 @@ impl Check<'_> {
             }
         }
     }
+}
+
+/// An absolute URL of http or https.
+pub(super) fn is_url(text: &str) -> bool {
+    ["https://", "http://"].iter().any(|scheme| text.starts_with(scheme))
+        && text.parse::<http::Uri>().is_ok_and(|uri| uri.host().is_some_and(|host| !host.is_empty()))
+}
+
+/// What frames a message, says who sent it, or is the token itself.
+fn is_taken(name: &HeaderName) -> bool {
+    let name = name.as_str().replace('_', "-");
+    let taken = [
+        "authorization",
+        "connection",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "via",
+    ];
+    taken.contains(&name.as_str())
+        || ["x-forwarded-", "x-outrigger-", "grpc-"].iter().any(|start| name.starts_with(start))
 }
 
 /// No two listeners may want one port of one address.

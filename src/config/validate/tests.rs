@@ -29,7 +29,22 @@ fn what_cannot_work_is_refused() {
         ("[[inbound.allow]]\nidentity = []", "nobody would be allowed"),
         ("[[inbound.allow]]\nidentity = ['spiffe://a/*/b']", "x:2:13: error: this is not a SPIFFE ID"),
         ("[[inbound.allow]]\nidentity = ['spiffe://a/*']\npaths = ['x']", "a path begins with `/`"),
+        ("[[inbound.allow]]\nidentity = ['spiffe://a/b']\nclaims = { a = 'b' }", "no token is read"),
         ("[inbound.jwt]\nissuer = 'i'\naudiences = []\njwks = '/j'", "there is no audience"),
+        ("[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='http://'", "neither a URL nor an absolute path"),
+        ("[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\nexcept=['//']", "in their normal form"),
+        (
+            "[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\nclaim_headers={ x_forwarded_for = 'a' }",
+            "this header has a meaning of its own",
+        ),
+        (
+            "[[upstream]]\nname='a'\noauth2={ token_url='http://i/t', client_id='', client_secret_file='/s' }",
+            "the client has no id",
+        ),
+        (
+            "[[upstream]]\nname='a'\noauth2={token_url='http://i/t',client_id='c',client_secret_file='/s',scopes=['a b']}",
+            "this is not one scope",
+        ),
         ("[identity]\ncert = 'a'\nkey = 'b'", "the identity is not complete"),
         ("[identity]\ncert = 'a'\nspiffe = 'unix:/x'", "from files or the Workload API"),
         ("[telemetry]\notlp = 'collector:4317'", "this is not a collector's URL"),

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::Check;
+use super::{Check, sections::is_url};
 use crate::config::{
     Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream,
     diagnostic::{Problems, did_you_mean},
@@ -55,9 +55,29 @@ pub(in super::super) fn upstream(
         check.expect(is_spiffe(id), &["identity", &at], "this is not a SPIFFE ID", help);
     }
     if let Some(oauth2) = &upstream.oauth2 {
-        let fits = oauth2.token_url.starts_with("https://") || oauth2.token_url.starts_with("http://");
-        let fits = fits && oauth2.token_url.parse::<http::Uri>().is_ok();
-        check.expect(fits, &["oauth2", "token_url"], "this is not a URL", "write https://…");
+        check.expect(
+            is_url(&oauth2.token_url),
+            &["oauth2", "token_url"],
+            "this is not a URL",
+            "write https://…",
+        );
+        let id = &oauth2.client_id;
+        check.expect(
+            !id.is_empty(),
+            &["oauth2", "client_id"],
+            "the client has no id",
+            "write the one it is registered by",
+        );
+        for (at, scope) in oauth2.scopes.iter().enumerate() {
+            let fits =
+                !scope.is_empty() && scope.bytes().all(|b| matches!(b, 0x21 | 0x23..=0x5b | 0x5d..=0x7e));
+            check.expect(
+                fits,
+                &["oauth2", "scopes", &at.to_string()],
+                "this is not one scope",
+                "write one word each",
+            );
+        }
     }
 }
 

@@ -1,0 +1,95 @@
+//! Paths in rules: how they match, and which ones could be read in two ways.
+
+/// A path of a rule: exact, or a prefix where it ends in `*`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PathPattern {
+    Exactly(Box<str>),
+    Prefix(Box<str>),
+}
+
+impl PathPattern {
+    /// The text is in normal form; the configuration was refused otherwise.
+    pub fn new(text: &str) -> Self {
+        match text.strip_suffix('*') {
+            Some(prefix) => Self::Prefix(prefix.into()),
+            None => Self::Exactly(text.into()),
+        }
+    }
+
+    /// `path`: in normal form.
+    pub fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Exactly(exact) => **exact == *path,
+            Self::Prefix(prefix) => path.starts_with(&**prefix),
+        }
+    }
+
+    pub(super) fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Prefix(prefix), Self::Prefix(text) | Self::Exactly(text)) => text.starts_with(&**prefix),
+            _ => self == other,
+        }
+    }
+}
+
+/// Why a path could be read in two ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the path has {0}: two servers could read it differently, and allow rules look at paths")]
+pub struct Ambiguous(pub &'static str);
+
+/// Refuses a path that the service could take for another one than the rules did: where slashes are encoded, doubled
+/// or turned round, segments are dots or have parameters (`;`), a triplet is broken, hides another one or a control
+/// character, or is no UTF-8.
+///
+/// # Errors
+/// [`Ambiguous`]
+pub fn unambiguous(path: &str) -> Result<(), Ambiguous> {
+    let bytes = path.as_bytes();
+    // Segments as decoded: `.` may be written as `%2e`.
+    let mut segment = Vec::new();
+    let mut at = 0;
+    let mut after_slash = false;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'/' if after_slash => return Err(Ambiguous("`//`")),
+            b'/' => {
+                check_segment(&segment)?;
+                segment.clear();
+            }
+            b'\\' => return Err(Ambiguous("a backslash")),
+            b';' => return Err(Ambiguous("`;`")),
+            b'%' => {
+                let decoded = decode(&bytes[at + 1..]).ok_or(Ambiguous("a `%` without two digits"))?;
+                match decoded {
+                    b'/' => return Err(Ambiguous("an encoded slash")),
+                    b'\\' => return Err(Ambiguous("an encoded backslash")),
+                    b';' => return Err(Ambiguous("an encoded `;`")),
+                    b'%' if decode(&bytes[at + 3..]).is_some() => {
+                        return Err(Ambiguous("a triplet in a triplet"));
+                    }
+                    0..=0x1f | 0x7f => return Err(Ambiguous("an encoded control character")),
+                    _ => segment.push(decoded),
+                }
+                at += 2;
+            }
+            byte => segment.push(*byte),
+        }
+        after_slash = *byte == b'/';
+        at += 1;
+    }
+    check_segment(&segment)
+}
+
+fn check_segment(segment: &[u8]) -> Result<(), Ambiguous> {
+    match segment {
+        b"." | b".." => Err(Ambiguous("a dot segment")),
+        _ if std::str::from_utf8(segment).is_err() => Err(Ambiguous("bytes that are not UTF-8")),
+        _ => Ok(()),
+    }
+}
+
+/// The byte that two hexadecimal digits stand for.
+fn decode(digits: &[u8]) -> Option<u8> {
+    let digit = |at: usize| digits.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+    u8::try_from(digit(0)? << 4 | digit(1)?).ok()
+}

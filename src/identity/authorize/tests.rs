@@ -1,0 +1,314 @@
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+fn peer(name: &str) -> Peer {
+    match name.strip_prefix("dns:") {
+        Some(name) => Peer::named(None, &[name]),
+        None => Peer::named(Some(name.parse().unwrap()), &[]),
+    }
+}
+
+fn rules(text: &str) -> Rules {
+    #[derive(serde::Deserialize)]
+    struct File {
+        allow: Vec<Allow>,
+    }
+    Rules::new(&toml::from_str::<File>(text).unwrap().allow)
+}
+
+const SHOP: &str = "spiffe://shop.example/ns/shop/sa/cart";
+const EVIL: &str = "spiffe://evil.example/ns/shop/sa/cart";
+
+fn orders() -> Rules {
+    rules(
+        r#"
+        [[allow]]
+        identity = ["spiffe://shop.example/ns/shop/sa/*"]
+        methods = ["GET", "HEAD"]
+        paths = ["/v1/orders/*", "/v1/orders"]
+        [[allow]]
+        identity = ["spiffe://shop.example/ns/admin/sa/root"]
+        [[allow]]
+        identity = ["spiffe://shop.example/ns/shop/sa/cart", "dns:cron.example"]
+        methods = ["POST"]
+        claims = { scope = "orders:write" }
+        "#,
+    )
+}
+
+fn ask(rules: &Rules, who: Option<&str>, method: &str, path: &str) -> Result<Option<usize>, String> {
+    let (peer, method) = (who.map(peer), method.parse().unwrap());
+    let what = What::Call { method: &method, path };
+    rules
+        .decide(&Asked { peer: peer.as_ref(), what, token: Token::None })
+        .map_err(|refusal| refusal.to_string())
+}
+
+#[test]
+fn an_entry_lets_in_what_fits_all_of_it() {
+    let rules = orders();
+    for path in ["/v1/orders", "/v1/orders/7", "/v1/orders/", "/v1/%6frders/7"] {
+        assert_eq!(ask(&rules, Some(SHOP), "GET", path), Ok(Some(0)), "{path}");
+    }
+    let root = Some("spiffe://shop.example/ns/admin/sa/root");
+    assert_eq!(ask(&rules, root, "DELETE", "/anything"), Ok(Some(1)));
+    assert_eq!(ask(&Rules::default(), None, "GET", "/"), Ok(None), "without entries all may");
+}
+
+#[test]
+fn a_refusal_names_who_and_what_came_nearest() {
+    let rules = orders();
+    for (who, method, path, told) in [
+        (None, "GET", "/v1/orders", "no allow entry names a caller without a certificate".to_owned()),
+        (Some(EVIL), "GET", "/v1/orders", format!("no allow entry names {EVIL}")),
+        (
+            Some(SHOP),
+            "DELETE",
+            "/v1/orders",
+            format!(
+                "no allow entry lets {SHOP} do DELETE /v1/orders; nearest: entry 1 has the identity but not the method"
+            ),
+        ),
+        (
+            Some(SHOP),
+            "GET",
+            "/v1/users",
+            format!(
+                "no allow entry lets {SHOP} do GET /v1/users; nearest: entry 1 has the identity and the method but \
+                 not the path"
+            ),
+        ),
+        (
+            Some("dns:cron.example"),
+            "POST",
+            "/",
+            "no allow entry lets dns:cron.example do POST /; nearest: entry 3 has all but the claim \
+             scope = \"orders:write\", which the token must hold"
+                .to_owned(),
+        ),
+        (Some(SHOP), "GET", "/v1/ordersX", String::new()),
+        (Some(SHOP), "get", "/v1/orders", String::new()),
+        (Some(SHOP), "GET", "*", String::new()),
+        (Some("dns:shop.example"), "GET", "/v1/orders", "no allow entry names dns:shop.example".to_owned()),
+    ] {
+        let refusal = ask(&rules, who, method, path).unwrap_err();
+        assert!(told.is_empty() || refusal == told, "{refusal}");
+    }
+}
+
+#[test]
+fn claims_are_asked_for_once_the_token_is_read() {
+    let rules = orders();
+    let peer = peer(SHOP);
+    let what = What::Call { method: &Method::POST, path: "/v1/orders" };
+    let claims = |scope: &str| Claims::for_test(json!({ "scope": scope, "exp": 1 }));
+    let (more, less) = (claims("orders:read orders:write"), claims("orders:read"));
+    let decide = |token| rules.decide(&Asked { peer: Some(&peer), what, token });
+    assert_eq!(decide(Token::Unread), Ok(Some(2)), "it may turn out to be there");
+    assert!(decide(Token::None).unwrap_err().is_for_claims());
+    assert_eq!(decide(Token::Good(&more)), Ok(Some(2)));
+    assert!(decide(Token::Good(&less)).unwrap_err().is_for_claims());
+}
+
+#[test]
+fn bytes_have_neither_method_nor_path_nor_token() {
+    let rules = rules(
+        r#"
+        [[allow]]
+        identity = ["spiffe://shop.example/a"]
+        methods = ["GET"]
+        [[allow]]
+        identity = ["spiffe://shop.example/b"]
+        paths = ["/*"]
+        [[allow]]
+        identity = ["spiffe://shop.example/c"]
+        claims = { scope = "x" }
+        [[allow]]
+        identity = ["spiffe://shop.example/d"]
+        "#,
+    );
+    for (name, token, fits) in [
+        ("a", Token::None, false),
+        ("b", Token::None, false),
+        ("c", Token::Unread, false),
+        ("d", Token::None, true),
+    ] {
+        let peer = peer(&format!("spiffe://shop.example/{name}"));
+        let asked = Asked { peer: Some(&peer), what: What::Bytes, token };
+        assert_eq!(rules.decide(&asked).is_ok(), fits, "{name}");
+    }
+}
+
+#[test]
+fn an_entry_that_adds_nothing_is_known() {
+    let rules = rules(
+        r#"
+        [[allow]]
+        identity = ["spiffe://shop.example/ns/*"]
+        methods = ["GET", "POST"]
+        paths = ["/v1/*"]
+        [[allow]]
+        identity = ["spiffe://shop.example/ns/a", "spiffe://shop.example/ns/b/*"]
+        methods = ["GET"]
+        paths = ["/v1/orders", "/v1/x/*"]
+        claims = { scope = "x" }
+        [[allow]]
+        identity = ["spiffe://shop.example/ns/a"]
+        methods = ["GET"]
+        [[allow]]
+        identity = ["spiffe://shop.example/*"]
+        methods = ["GET"]
+        paths = ["/v1/*"]
+        "#,
+    );
+    let [wide, narrow, any_path, more] = rules.entries() else { unreachable!("four entries") };
+    assert!(wide.covers(narrow) && wide.covers(wide));
+    assert!(!wide.covers(any_path) && !wide.covers(more) && !narrow.covers(wide));
+}
+
+#[test]
+fn paths_that_can_be_read_in_two_ways_are_known() {
+    for path in [
+        "/a/../b",
+        "/a/..",
+        "/..",
+        "/./a",
+        "/a/.",
+        "/a/%2e%2e/b",
+        "/a/%2E./b",
+        "/a/.%2e",
+        "/%2e",
+        "//a",
+        "/a//b",
+        "/a//",
+        "/a%2fb",
+        "/a%2Fb",
+        "/a%5cb",
+        "/a%5Cb",
+        "/a\\b",
+        "/a;b",
+        "/a;x=1/b",
+        "/a%3bb",
+        "/a/..;/b",
+        "/%",
+        "/a%2",
+        "/a%zz",
+        "/%252e%252e/",
+        "/a%252fb",
+        "/a%00",
+        "/a%0d%0aX",
+        "/a%7f",
+        "/%c0%ae%c0%ae/",
+        "/%c0%af",
+        "/%ff",
+    ] {
+        assert!(unambiguous(path).is_err(), "{path}");
+    }
+    for path in [
+        "/",
+        "/a",
+        "/a/",
+        "/a.b/..c/...",
+        "/.well-known/x",
+        "/a%20b",
+        "/%C3%A4",
+        "/100%25",
+        "/a:b@c",
+        "/a,b=c!d'e",
+        "/%41",
+        "/pkg.Service/Method",
+        "*",
+        "",
+    ] {
+        assert_eq!(unambiguous(path), Ok(()), "{path}");
+    }
+}
+
+/// How careless servers read a path: each in its own way, all of them seen in the wild.
+fn readings(path: &str) -> Vec<String> {
+    let decode = |text: &str| {
+        let (mut out, bytes) = (Vec::new(), text.as_bytes());
+        let mut at = 0;
+        while at < bytes.len() {
+            let digit = |at: usize| bytes.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+            match (bytes[at], digit(at + 1), digit(at + 2)) {
+                (b'%', Some(high), Some(low)) => {
+                    out.push(u8::try_from(high << 4 | low).unwrap());
+                    at += 3;
+                }
+                (byte, ..) => {
+                    out.push(byte);
+                    at += 1;
+                }
+            }
+        }
+        String::from_utf8_lossy(&out).into_owned()
+    };
+    let without_parameters = |text: &str| {
+        text.split('/').map(|part| part.split(';').next().unwrap_or_default()).collect::<Vec<_>>().join("/")
+    };
+    let without_dots = |text: &str| {
+        let mut parts: Vec<&str> = Vec::new();
+        for part in text.split('/').skip(1) {
+            match part {
+                "." => {}
+                ".." => drop(parts.pop()),
+                part => parts.push(part),
+            }
+        }
+        format!("/{}", parts.join("/"))
+    };
+    let merged = |text: &str| {
+        let parts: Vec<&str> = text.split('/').filter(|part| !part.is_empty()).collect();
+        format!("/{}{}", parts.join("/"), if text.ends_with('/') && !parts.is_empty() { "/" } else { "" })
+    };
+    let once = decode(path);
+    let twice = decode(&once);
+    let turned = once.replace('\\', "/");
+    [&once, &twice, &turned, &without_parameters(&once), &without_parameters(path)]
+        .into_iter()
+        .flat_map(|text| [text.clone(), without_dots(text), merged(text), without_dots(&merged(text))])
+        .collect()
+}
+
+fn paths() -> impl Strategy<Value = String> {
+    let parts = [
+        "/", "/", "a", "admin", ".", "..", "%2e", "%2E", "%2f", "%5c", "\\", ";", "%3b", "%25", "2e", "2f",
+        "%61", "%", "x", "%00",
+    ];
+    proptest::collection::vec(proptest::sample::select(parts.to_vec()), 0..10)
+        .prop_map(|parts| format!("/public/{}", parts.concat()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    /// What passes is under the rule's prefix for every reader, so that no spelling leads out of what was allowed.
+    #[test]
+    fn what_passes_is_read_alike_by_all(path in paths()) {
+        if unambiguous(&path).is_ok() {
+            let ours = PathPattern::new("/public/*").matches(&normalise(&path));
+            for reading in readings(&path) {
+                prop_assert_eq!(reading.starts_with("/public/") || reading == "/public", ours, "{} as {}", path, reading);
+            }
+        }
+    }
+
+    /// Whoever is let in is let in by an entry that fits; who is refused is let in by no entry alone either.
+    #[test]
+    fn an_allow_list_is_the_union_of_its_entries(
+        who in proptest::sample::select(vec![Some(SHOP), Some(EVIL), None, Some("dns:cron.example")]),
+        method in proptest::sample::select(vec!["GET", "POST", "DELETE"]),
+        path in proptest::sample::select(vec!["/v1/orders", "/v1/orders/1", "/", "/v1"]),
+    ) {
+        let all = orders();
+        let by_one = all.entries().iter().position(|entry| {
+            let (peer, method) = (who.map(peer), method.parse().unwrap());
+            let what = What::Call { method: &method, path };
+            entry.lacks(&Asked { peer: peer.as_ref(), what, token: Token::None }, path).is_none()
+        });
+        prop_assert_eq!(ask(&all, who, method, path).ok(), by_one.map(Some));
+    }
+}

@@ -1,0 +1,126 @@
+//! Tokens that were found good, so that a caller's next call costs no signature.
+//!
+//! One per worker: no lock. The whole token is the key, so nothing but the very same text hits. Two generations of
+//! bounded size: when the young one is full it becomes the old one, and what is asked for in the old one is young
+//! again. That keeps what is in use, without a list to maintain.
+
+use std::{collections::HashMap, mem, rc::Rc};
+
+use super::{
+    KeySet,
+    token::{Claims, Expected, Invalid, MAX_TOKEN, verify},
+};
+
+/// Tokens in each generation, and their bytes.
+const MAX_TOKENS: usize = 1024;
+const MAX_BYTES: usize = 128 * MAX_TOKEN;
+
+/// What a verdict rests on: tokens found good under other settings or other keys are forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+struct Basis {
+    settings: u64,
+    keys: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct TokenCache {
+    basis: Basis,
+    young: HashMap<Box<str>, Rc<Claims>>,
+    old: HashMap<Box<str>, Rc<Claims>>,
+    bytes: usize,
+}
+
+impl TokenCache {
+    /// As [`verify`], and remembers what was good. `settings`: tells these expectations from all others.
+    ///
+    /// # Errors
+    /// As [`verify`]; nothing of what is refused is kept.
+    pub fn verify(
+        &mut self,
+        token: &str,
+        (settings, expected): (u64, &Expected),
+        keys: &KeySet,
+        now: u64,
+    ) -> Result<Rc<Claims>, Invalid> {
+        let basis = Basis { settings, keys: keys.generation };
+        if basis != self.basis {
+            *self = Self { basis, ..Self::default() };
+        }
+        if let Some(claims) = self.young.get(token) {
+            return claims.check_time(now).map(|()| Rc::clone(claims));
+        }
+        let claims = match self.old.remove(token) {
+            Some(claims) => claims.check_time(now).map(|()| claims)?,
+            None => Rc::new(verify(token, expected, keys, now)?),
+        };
+        if self.young.len() >= MAX_TOKENS || self.bytes + token.len() > MAX_BYTES {
+            self.old = mem::take(&mut self.young);
+            self.bytes = 0;
+        }
+        self.bytes += token.len();
+        self.young.insert(token.into(), Rc::clone(&claims));
+        Ok(claims)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::identity::jwt::test_keys::{Signer, jwks};
+
+    const NOW: u64 = 1_800_000_000;
+
+    fn expected() -> Expected {
+        Expected { issuer: "i".to_owned(), audiences: vec!["a".to_owned()] }
+    }
+
+    fn keys(signer: &Signer) -> KeySet {
+        KeySet::parse(jwks(&[signer]).as_bytes()).unwrap()
+    }
+
+    fn token(signer: &Signer, number: usize) -> String {
+        signer.token(&json!({ "iss": "i", "aud": "a", "exp": NOW + 60, "n": number }))
+    }
+
+    #[test]
+    fn what_is_remembered_is_the_same_and_expires() {
+        let signer = Signer::ed("d");
+        let (keys, expected, token) = (keys(&signer), expected(), token(&signer, 0));
+        let mut cache = TokenCache::default();
+        let first = cache.verify(&token, (1, &expected), &keys, NOW).unwrap();
+        let second = cache.verify(&token, (1, &expected), &keys, NOW).unwrap();
+        assert!(Rc::ptr_eq(&first, &second));
+        assert_eq!(cache.verify(&token, (1, &expected), &keys, NOW + 90), Err(Invalid::Expired(30)));
+        assert!(cache.verify(&format!("{token}A"), (1, &expected), &keys, NOW).is_err());
+    }
+
+    #[test]
+    fn other_keys_or_settings_forget_everything() {
+        let signer = Signer::ed("d");
+        let (old, expected, token) = (keys(&signer), expected(), token(&signer, 0));
+        let new = keys(&Signer::ed("d"));
+        let mut cache = TokenCache::default();
+        assert!(cache.verify(&token, (1, &expected), &old, NOW).is_ok());
+        assert_eq!(cache.verify(&token, (1, &expected), &new, NOW), Err(Invalid::Signature));
+        assert!(cache.verify(&token, (1, &expected), &old, NOW).is_ok());
+        let stricter = Expected { audiences: vec!["b".to_owned()], ..expected };
+        assert!(cache.verify(&token, (2, &stricter), &old, NOW).is_err());
+    }
+
+    #[test]
+    fn its_size_is_bounded_and_what_is_in_use_stays() {
+        let signer = Signer::ed("d");
+        let (keys, expected) = (keys(&signer), expected());
+        let mut cache = TokenCache::default();
+        let favourite = token(&signer, usize::MAX);
+        let first = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
+        for number in 0..3 * MAX_TOKENS {
+            cache.verify(&token(&signer, number), (1, &expected), &keys, NOW).unwrap();
+            let again = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
+            assert!(Rc::ptr_eq(&first, &again));
+            assert!(cache.young.len() <= MAX_TOKENS && cache.old.len() <= MAX_TOKENS);
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! Whether a token is good, as of a given moment: RFC 7519 under the rules of RFC 8725. No clock, no I/O.
+
+use std::{borrow::Cow, fmt};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, IgnoredAny, MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
+
+use super::keys::{Algorithm, KeySet};
+
+/// A longer token is refused before anything of it is looked at.
+pub const MAX_TOKEN: usize = 8 * 1024;
+/// How far the clocks of issuer and proxy may be apart, in seconds.
+pub const LEEWAY: u64 = 30;
+/// Keys that are tried for a token which names none.
+const MAX_TRIED: usize = 4;
+
+/// What a token must say to be meant for this service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expected {
+    pub issuer: String,
+    /// One of them.
+    pub audiences: Vec<String>,
+}
+
+/// What a good token says.
+#[derive(Debug, PartialEq)]
+pub struct Claims {
+    all: Map<String, Value>,
+    /// Seconds since 1970 (a NumericDate, RFC 7519 §2).
+    expires: f64,
+    not_before: Option<f64>,
+}
+
+/// Why a token is not good.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    #[error("the call has no bearer token")]
+    Missing,
+    #[error("more than one Authorization field")]
+    Several,
+    #[error("the token is longer than {MAX_TOKEN} bytes")]
+    TooLong,
+    #[error("this is no JWT: {0}")]
+    Malformed(&'static str),
+    #[error("the token is signed with `{0}`; RS256, ES256 and EdDSA are accepted")]
+    Algorithm(String),
+    #[error("the token's header has `crit`: extensions that must be understood are not")]
+    Critical,
+    #[error("the token is a `{0}`, not an access token")]
+    Type(String),
+    #[error("the token has no `{0}`, or it is not what RFC 7519 says it is")]
+    Claim(&'static str),
+    #[error("the token is from another issuer than `{0}`")]
+    Issuer(String),
+    #[error("the token is for another audience than {0}")]
+    Audience(String),
+    #[error("the token expired {0} s ago")]
+    Expired(u64),
+    #[error("the token holds only in {0} s")]
+    Early(u64),
+    /// The only one that newer keys may mend.
+    #[error("the issuer has no key {0}")]
+    UnknownKey(KeyName),
+    #[error("the token's key is for {key}, and the token says {token}")]
+    OtherAlgorithm { key: Algorithm, token: Algorithm },
+    #[error("the token's signature is not the issuer's")]
+    Signature,
+}
+
+/// The id of a key that a token names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyName(pub Option<String>);
+
+impl fmt::Display for KeyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            // Whatever a stranger writes is told shortened, without control characters.
+            Some(id) => write!(f, "`{}`", id.chars().take(80).map(printable).collect::<String>()),
+            None => f.write_str("for this algorithm"),
+        }
+    }
+}
+
+fn printable(c: char) -> char {
+    if c.is_control() { '?' } else { c }
+}
+
+/// What of the header is looked at. Keys that a token brings along (`jwk`, `jku`, `x5c`, `x5u`) are not.
+#[derive(Deserialize)]
+struct Header<'a> {
+    #[serde(borrow)]
+    alg: Cow<'a, str>,
+    #[serde(borrow, default)]
+    kid: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    typ: Option<Cow<'a, str>>,
+    #[serde(default)]
+    crit: Option<IgnoredAny>,
+}
+
+/// The claims, none of them twice: two readers could heed different ones (RFC 7519 §4).
+struct Unique(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+        impl<'de> Visitor<'de> for Members {
+            type Value = Map<String, Value>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Self::Value, A::Error> {
+                let mut all = Map::new();
+                while let Some((name, value)) = members.next_entry::<String, Value>()? {
+                    if all.insert(name, value).is_some() {
+                        return Err(A::Error::custom("a claim stands twice"));
+                    }
+                }
+                Ok(all)
+            }
+        }
+        deserializer.deserialize_map(Members).map(Self)
+    }
+}
+
+/// Checks a token in its compact form (RFC 7515 §7.1). `now`: seconds since 1970.
+///
+/// Everything that costs little is checked before the signature, which is the last; nothing of the token is used for
+/// anything before that.
+///
+/// # Errors
+/// See [`Invalid`].
+pub fn verify(token: &str, expected: &Expected, keys: &KeySet, now: u64) -> Result<Claims, Invalid> {
+    if token.len() > MAX_TOKEN {
+        return Err(Invalid::TooLong);
+    }
+    let mut parts = token.split('.');
+    let (Some(header), Some(payload), Some(signature), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err(Invalid::Malformed("it has not three parts"));
+    };
+    let header_json = decode(header, "its header is not base64url")?;
+    let header: Header<'_> = serde_json::from_slice(&header_json)
+        .map_err(|_| Invalid::Malformed("its header is not a JWS header"))?;
+    let algorithm = check_header(&header)?;
+    let payload = decode(payload, "its claims are not base64url")?;
+    let Unique(all) =
+        serde_json::from_slice(&payload).map_err(|_| Invalid::Malformed("its claims are not an object"))?;
+    let claims = Claims::new(all)?;
+    claims.check(expected)?;
+    claims.check_time(now)?;
+
+    let id = header.kid.as_deref();
+    let unknown = || Invalid::UnknownKey(KeyName(id.map(str::to_owned)));
+    let mut other = None;
+    let mut tried = 0;
+    let message = &token.as_bytes()[..token.len() - signature.len() - 1];
+    for key in keys.candidates(id) {
+        if key.algorithm != algorithm {
+            other = Some(key.algorithm);
+            continue;
+        }
+        tried += 1;
+        if tried > MAX_TRIED {
+            break;
+        }
+        if key.verifies(message, signature) {
+            return Ok(claims);
+        }
+    }
+    Err(match (tried, other.filter(|_| id.is_some())) {
+        (0, Some(key)) => Invalid::OtherAlgorithm { key, token: algorithm },
+        (0, None) => unknown(),
+        _ => Invalid::Signature,
+    })
+}
+
+fn decode(part: &str, what: &'static str) -> Result<Vec<u8>, Invalid> {
+    URL_SAFE_NO_PAD.decode(part).map_err(|_| Invalid::Malformed(what))
+}
+
+fn check_header(header: &Header<'_>) -> Result<Algorithm, Invalid> {
+    if header.crit.is_some() {
+        return Err(Invalid::Critical);
+    }
+    let algorithm = Algorithm::named(&header.alg)
+        .ok_or_else(|| Invalid::Algorithm(header.alg.chars().take(20).map(printable).collect()))?;
+    if let Some(typ) = &header.typ {
+        // RFC 8725 §3.11: tokens of another kind (`dpop+jwt`, `logout+jwt`) may be signed by the same key.
+        let kind = typ.to_ascii_lowercase();
+        let kind = kind.strip_prefix("application/").unwrap_or(&kind);
+        if !matches!(kind, "jwt" | "at+jwt") {
+            return Err(Invalid::Type(typ.chars().take(40).map(printable).collect()));
+        }
+    }
+    Ok(algorithm)
+}
+
+impl Claims {
+    fn new(all: Map<String, Value>) -> Result<Self, Invalid> {
+        let time = |name: &'static str| match all.get(name) {
+            None => Ok(None),
+            Some(value) => value.as_f64().filter(|at| *at >= 0.0).map(Some).ok_or(Invalid::Claim(name)),
+        };
+        let expires = time("exp")?.ok_or(Invalid::Claim("exp"))?;
+        let not_before = time("nbf")?;
+        Ok(Self { all, expires, not_before })
+    }
+
+    fn check(&self, expected: &Expected) -> Result<(), Invalid> {
+        let issuer = self.all.get("iss").and_then(Value::as_str).ok_or(Invalid::Claim("iss"))?;
+        if issuer != expected.issuer {
+            return Err(Invalid::Issuer(expected.issuer.clone()));
+        }
+        let meant = |audience: &Value| {
+            audience.as_str().is_some_and(|audience| expected.audiences.iter().any(|ours| ours == audience))
+        };
+        let ours = match self.all.get("aud") {
+            Some(Value::Array(audiences)) => audiences.iter().any(meant),
+            Some(audience @ Value::String(_)) => meant(audience),
+            _ => return Err(Invalid::Claim("aud")),
+        };
+        let names = || expected.audiences.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>();
+        if ours { Ok(()) } else { Err(Invalid::Audience(names().join(", "))) }
+    }
+
+    /// Whether they hold at `now`, in seconds since 1970.
+    ///
+    /// # Errors
+    /// [`Invalid::Expired`], [`Invalid::Early`].
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "seconds since 1970 are small, and what is told is a length of time"
+    )]
+    pub fn check_time(&self, now: u64) -> Result<(), Invalid> {
+        let (now, leeway) = (now as f64, LEEWAY as f64);
+        if now >= self.expires + leeway {
+            return Err(Invalid::Expired((now - self.expires) as u64));
+        }
+        match self.not_before {
+            Some(from) if from > now + leeway => Err(Invalid::Early((from - now) as u64)),
+            _ => Ok(()),
+        }
+    }
+
+    #[cfg(test)]
+    pub fn for_test(claims: Value) -> Self {
+        let Value::Object(all) = claims else { unreachable!("claims are an object") };
+        Self::new(all).unwrap_or_else(|error| unreachable!("{error}"))
+    }
+
+    /// A claim by its name.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.all.get(name)
+    }
+
+    /// Whether a claim is `wanted`, or a list that holds it: an array, or words with spaces between them as in
+    /// `scope` (RFC 8693 §4.2). Numbers and booleans count as they are written.
+    pub fn has(&self, name: &str, wanted: &str) -> bool {
+        let is = |value: &Value| match value {
+            Value::String(text) => text == wanted,
+            Value::Number(number) => number.to_string() == wanted,
+            Value::Bool(yes) => wanted == if *yes { "true" } else { "false" },
+            _ => false,
+        };
+        match self.all.get(name) {
+            Some(Value::Array(list)) => list.iter().any(is),
+            Some(Value::String(text)) => text == wanted || text.split(' ').any(|word| word == wanted),
+            Some(value) => is(value),
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::identity::jwt::test_keys::{Signer, encode, jwks};
+
+    const NOW: u64 = 1_800_000_000;
+
+    fn expected() -> Expected {
+        Expected { issuer: "https://id.example".to_owned(), audiences: vec!["checkout".to_owned()] }
+    }
+
+    fn good() -> Value {
+        json!({ "iss": "https://id.example", "aud": "checkout", "exp": NOW + 60, "sub": "ann" })
+    }
+
+    fn with(name: &str, value: Value) -> Value {
+        let mut claims = good();
+        claims[name] = value;
+        claims
+    }
+
+    fn keys(signers: &[&Signer]) -> KeySet {
+        KeySet::parse(jwks(signers).as_bytes()).unwrap()
+    }
+
+    fn refused(token: &str, keys: &KeySet) -> Invalid {
+        verify(token, &expected(), keys, NOW).unwrap_err()
+    }
+
+    #[test]
+    fn each_kind_of_signature_is_verified_by_its_own_key_only() {
+        let signers = [Signer::rsa("r"), Signer::ec("e"), Signer::ed("d")];
+        let all = keys(&signers.each_ref());
+        for signer in &signers {
+            let claims = verify(&signer.token(&good()), &expected(), &all, NOW).unwrap();
+            assert_eq!(claims.get("sub"), Some(&json!("ann")));
+            // Nothing but the signature differs.
+            let stranger = Signer::ec(&signer.kid);
+            assert!(verify(&stranger.token(&good()), &expected(), &all, NOW).is_err());
+        }
+        let other = Signer::ec("e");
+        assert_eq!(refused(&other.token(&good()), &all), Invalid::Signature);
+        let anonymous = signers[2].token_with(&json!({ "kid": null }), &good());
+        assert!(verify(&anonymous, &expected(), &all, NOW).is_ok(), "all keys of its algorithm are tried");
+    }
+
+    #[test]
+    fn algorithms_are_not_confused() {
+        let rsa = Signer::rsa("r");
+        let keys = keys(&[&rsa, &Signer::ec("e")]);
+        assert_eq!(refused(&rsa.confused(&good()), &keys), Invalid::Algorithm("HS256".to_owned()));
+        for none in ["none", "None", "NONE", "nOnE", "", "RS512", "PS256", "HS256", "ES384"] {
+            let token = rsa.token_with(&json!({ "alg": none }), &good());
+            assert_eq!(refused(&token, &keys), Invalid::Algorithm(none.to_owned()), "{none}");
+            let unsigned = format!("{}.", token.rsplit_once('.').unwrap().0);
+            assert_eq!(refused(&unsigned, &keys), Invalid::Algorithm(none.to_owned()), "{none}");
+        }
+        // An RSA key is never asked about an ECDSA signature, whatever the token says.
+        let token = rsa.token_with(&json!({ "alg": "ES256" }), &good());
+        let (key, token_says) = (Algorithm::Rs256, Algorithm::Es256);
+        assert_eq!(refused(&token, &keys), Invalid::OtherAlgorithm { key, token: token_says });
+        let unsigned = format!("{}.", rsa.token(&good()).rsplit_once('.').unwrap().0);
+        assert_eq!(refused(&unsigned, &keys), Invalid::Signature);
+    }
+
+    #[test]
+    fn keys_that_the_token_brings_along_are_not_looked_at() {
+        let (ours, theirs) = (Signer::ec("e"), Signer::ec("mine"));
+        let keys = keys(&[&ours]);
+        let brought =
+            json!({ "jwk": theirs.jwk(), "jku": "https://evil.example", "x5u": "https://evil.example" });
+        let unknown = Invalid::UnknownKey(KeyName(Some("mine".to_owned())));
+        assert_eq!(refused(&theirs.token_with(&brought, &good()), &keys), unknown);
+        let mut brought = brought;
+        brought["kid"] = json!("e");
+        assert_eq!(refused(&theirs.token_with(&brought, &good()), &keys), Invalid::Signature);
+        assert!(verify(&ours.token_with(&brought, &good()), &expected(), &keys, NOW).is_ok());
+    }
+
+    #[test]
+    fn the_header_is_held_to_what_is_understood() {
+        let signer = Signer::ec("e");
+        let keys = keys(&[&signer]);
+        let token = signer.token_with(&json!({ "crit": ["b64"], "b64": false }), &good());
+        assert_eq!(refused(&token, &keys), Invalid::Critical);
+        for (typ, fine) in
+            [("JWT", true), ("at+jwt", true), ("application/at+JWT", true), ("dpop+jwt", false)]
+        {
+            let token = signer.token_with(&json!({ "typ": typ }), &good());
+            assert_eq!(verify(&token, &expected(), &keys, NOW).is_ok(), fine, "{typ}");
+        }
+    }
+
+    #[test]
+    fn who_issued_it_for_whom_and_when() {
+        let signer = Signer::ec("e");
+        let keys = keys(&[&signer]);
+        let at = |claims: Value| verify(&signer.token(&claims), &expected(), &keys, NOW).map(drop);
+        let audience = || Invalid::Audience("`checkout`".to_owned());
+        for (claims, outcome) in [
+            (
+                with("iss", json!("https://evil.example")),
+                Err(Invalid::Issuer("https://id.example".to_owned())),
+            ),
+            (with("iss", json!(["https://id.example", "https://evil.example"])), Err(Invalid::Claim("iss"))),
+            (with("iss", Value::Null), Err(Invalid::Claim("iss"))),
+            (with("aud", json!("billing")), Err(audience())),
+            (with("aud", json!(["billing", "checkout"])), Ok(())),
+            (with("aud", json!([])), Err(audience())),
+            (with("aud", Value::Null), Err(Invalid::Claim("aud"))),
+            (with("aud", json!("checkout billing")), Err(audience())),
+            (with("exp", json!(NOW - LEEWAY + 1)), Ok(())),
+            (with("exp", json!(NOW - LEEWAY)), Err(Invalid::Expired(LEEWAY))),
+            (with("exp", json!(0)), Err(Invalid::Expired(NOW))),
+            (with("exp", json!("soon")), Err(Invalid::Claim("exp"))),
+            (with("exp", json!(-1)), Err(Invalid::Claim("exp"))),
+            (with("exp", Value::Null), Err(Invalid::Claim("exp"))),
+            (with("exp", json!(NOW as f64 + 0.5)), Ok(())),
+            (with("nbf", json!(NOW + LEEWAY)), Ok(())),
+            (with("nbf", json!(NOW + LEEWAY + 1)), Err(Invalid::Early(LEEWAY + 1))),
+            (with("nbf", json!(true)), Err(Invalid::Claim("nbf"))),
+        ] {
+            assert_eq!(at(claims.clone()), outcome, "{claims}");
+        }
+        let mut endless = good();
+        endless.as_object_mut().unwrap().remove("exp");
+        assert_eq!(at(endless), Err(Invalid::Claim("exp")));
+    }
+
+    #[test]
+    fn a_claim_that_stands_twice_is_refused() {
+        let signer = Signer::ec("e");
+        let keys = keys(&[&signer]);
+        let text = good().to_string().replacen('{', r#"{"sub":"root","#, 1);
+        let token = format!("{}.{}.AAAA", encode(r#"{"alg":"ES256","kid":"e"}"#), encode(text));
+        assert_eq!(refused(&token, &keys), Invalid::Malformed("its claims are not an object"));
+        let token =
+            format!("{}.{}.AAAA", encode(r#"{"alg":"none","alg":"ES256"}"#), encode(good().to_string()));
+        assert_eq!(refused(&token, &keys), Invalid::Malformed("its header is not a JWS header"));
+    }
+
+    #[test]
+    fn claims_are_compared_as_texts_and_lists() {
+        let mut claims = good();
+        claims["scope"] = json!("orders:read orders:write");
+        claims["groups"] = json!(["a", "b c", 7]);
+        claims["admin"] = json!(true);
+        claims["nested"] = json!({ "a": "b" });
+        let claims = Claims::new(claims.as_object().unwrap().clone()).unwrap();
+        for (name, wanted, holds) in [
+            ("scope", "orders:read", true),
+            ("scope", "orders", false),
+            ("scope", "orders:read orders:write", true),
+            ("scope", "", false),
+            ("groups", "b c", true),
+            ("groups", "b", false),
+            ("groups", "7", true),
+            ("admin", "true", true),
+            ("admin", "false", false),
+            ("nested", "b", false),
+            ("missing", "", false),
+        ] {
+            assert_eq!(claims.has(name, wanted), holds, "{name} = {wanted}");
+        }
+    }
+
+    #[test]
+    fn what_strangers_write_is_told_short_and_clean() {
+        let signer = Signer::ec(&format!("\n\u{7f}{}", "k".repeat(500)));
+        let error = refused(&signer.token(&good()), &keys(&[&Signer::ec("e")])).to_string();
+        assert!(error.len() < 150 && !error.contains('\n'), "{error}");
+        assert_eq!(refused(&"a".repeat(MAX_TOKEN + 1), &keys(&[&Signer::ec("e")])), Invalid::TooLong);
+    }
+
+    proptest! {
+        /// No change of any byte of a good token leaves it good, and no text is too strange to be looked at.
+        #[test]
+        fn no_other_text_than_the_signed_one_passes(at in 0_usize..400, byte in 0_u8..128, noise in ".{0,80}") {
+            thread_local! {
+                static SIGNED: (KeySet, String) = {
+                    let signer = Signer::ed("d");
+                    (keys(&[&signer]), signer.token(&good()))
+                };
+            }
+            SIGNED.with(|(keys, token)| {
+                let mut bytes = token.clone().into_bytes();
+                let at = at % bytes.len();
+                let differs = bytes[at] != byte;
+                bytes[at] = byte;
+                let changed = String::from_utf8(bytes).unwrap();
+                prop_assert_eq!(verify(&changed, &expected(), keys, NOW).is_err(), differs);
+                prop_assert!(verify(&noise, &expected(), keys, NOW).is_err());
+                Ok(())
+            })?;
+        }
+    }
+}

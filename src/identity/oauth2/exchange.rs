@@ -1,0 +1,201 @@
+//! One request to a token endpoint: client credentials (RFC 6749 §4.4) for an access token (§5.1).
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use http::{
+    HeaderValue, Request, Response,
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE},
+};
+use serde::Deserialize;
+
+use crate::{
+    config::Oauth2,
+    fetch::{FetchError, Fetcher, Limits},
+};
+
+const LIMITS: Limits = Limits { patience: Duration::from_secs(5), answer: 64 * 1024 };
+/// A larger file holds no secret.
+const MAX_SECRET: usize = 64 * 1024;
+
+/// An access token as the field that carries it.
+pub struct Granted {
+    /// `Bearer …`, marked as sensitive: no log shows it, no header compression keeps it.
+    pub field: HeaderValue,
+    pub expires_in: Option<Duration>,
+}
+
+impl fmt::Debug for Granted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Granted").field("expires_in", &self.expires_in).finish_non_exhaustive()
+    }
+}
+
+/// Why there is no token. Neither the secret nor what the endpoint sent as a token is in any of it.
+#[derive(Debug, thiserror::Error)]
+pub enum NoToken {
+    #[error("{path}: {reason}")]
+    Secret { path: PathBuf, reason: String },
+    #[error("`{0}` is not a URL")]
+    Url(String),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error("the token endpoint refuses: {0}")]
+    Refused(String),
+    #[error("the token endpoint answered with {0}")]
+    Status(http::StatusCode),
+    #[error("the token endpoint's answer is not understood: {0}")]
+    Answer(&'static str),
+}
+
+/// Asks for a token. The secret is read anew each time: it may have been rotated.
+pub async fn ask(settings: &Oauth2, fetcher: &Fetcher) -> Result<Granted, NoToken> {
+    let path = &settings.client_secret_file;
+    let bad = |reason: String| NoToken::Secret { path: path.clone(), reason };
+    let secret = tokio::fs::read(path).await.map_err(|error| bad(error.to_string()))?;
+    if secret.len() > MAX_SECRET {
+        return Err(bad(format!("longer than {MAX_SECRET} bytes")));
+    }
+    let secret = String::from_utf8(secret).map_err(|_| bad("not text".to_owned()))?;
+    let secret = secret.trim_end_matches(['\r', '\n']);
+    if secret.is_empty() {
+        return Err(bad("empty".to_owned()));
+    }
+    let trusting = settings.ca.as_deref().map(|ca| fetcher.trusting(ca)).transpose()?;
+    let request = request(settings, secret)?;
+    read(trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?)
+}
+
+/// The client says who it is by HTTP Basic, which every server must take (§2.3.1).
+fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, NoToken> {
+    let credentials = format!("{}:{}", encoded(&settings.client_id), encoded(secret));
+    let mut body = "grant_type=client_credentials".to_owned();
+    if !settings.scopes.is_empty() {
+        body.push_str("&scope=");
+        body.push_str(&encoded(&settings.scopes.join(" ")));
+    }
+    Request::post(&settings.token_url)
+        .header(AUTHORIZATION, format!("Basic {}", STANDARD.encode(credentials)))
+        .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+        .header(http::header::CONTENT_LENGTH, body.len())
+        .header(ACCEPT, "application/json")
+        .body(Bytes::from(body))
+        .map_err(|_| NoToken::Url(settings.token_url.clone()))
+}
+
+/// `application/x-www-form-urlencoded` (RFC 6749 appendix B).
+fn encoded(text: &str) -> String {
+    text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
+        match byte {
+            b' ' => out.push('+'),
+            b'-' | b'.' | b'_' | b'*' => out.push(char::from(byte)),
+            byte if byte.is_ascii_alphanumeric() => out.push(char::from(byte)),
+            byte => out.push_str(&format!("%{byte:02X}")),
+        }
+        out
+    })
+}
+
+fn read(answer: Response<Bytes>) -> Result<Granted, NoToken> {
+    #[derive(Deserialize)]
+    struct Failure {
+        error: String,
+        error_description: Option<String>,
+    }
+    #[derive(Deserialize)]
+    struct Success {
+        access_token: String,
+        token_type: String,
+        expires_in: Option<f64>,
+    }
+    let status = answer.status();
+    if !status.is_success() {
+        let failure: Failure = serde_json::from_slice(answer.body()).map_err(|_| NoToken::Status(status))?;
+        let why = match failure.error_description {
+            Some(description) => format!("{} ({description})", failure.error),
+            None => failure.error,
+        };
+        return Err(NoToken::Refused(why.chars().filter(|c| !c.is_control()).take(300).collect()));
+    }
+    let success: Success = serde_json::from_slice(answer.body()).map_err(|_| {
+        NoToken::Answer("it is no JSON object with `access_token` and `token_type` (RFC 6749 §5.1)")
+    })?;
+    if !success.token_type.eq_ignore_ascii_case("bearer") {
+        return Err(NoToken::Answer("its `token_type` is not Bearer"));
+    }
+    let visible = |byte: u8| (0x21..=0x7e).contains(&byte);
+    if success.access_token.is_empty() || !success.access_token.bytes().all(visible) {
+        return Err(NoToken::Answer("its `access_token` cannot stand in a header"));
+    }
+    let expires_in = match success.expires_in {
+        Some(seconds) if seconds < 1.0 => return Err(NoToken::Answer("its token has expired already")),
+        other => other.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+    };
+    let mut field = HeaderValue::try_from(format!("Bearer {}", success.access_token))
+        .map_err(|_| NoToken::Answer("its `access_token` cannot stand in a header"))?;
+    field.set_sensitive(true);
+    Ok(Granted { field, expires_in })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> Oauth2 {
+        Oauth2 {
+            token_url: "https://id.example/token?tenant=1".to_owned(),
+            client_id: "check out:1".to_owned(),
+            client_secret_file: "/run/secret".into(),
+            scopes: vec!["pay".to_owned(), "read:all".to_owned()],
+            ca: None,
+        }
+    }
+
+    fn answer(status: u16, body: &str) -> Result<Granted, String> {
+        let response = Response::builder().status(status).body(Bytes::from(body.to_owned())).unwrap();
+        read(response).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_request_is_as_the_standard_has_it() {
+        let request = request(&settings(), "s%c:r€t").unwrap();
+        assert_eq!(request.method(), "POST");
+        let basic = request.headers()[AUTHORIZATION].to_str().unwrap().strip_prefix("Basic ").unwrap();
+        assert_eq!(STANDARD.decode(basic).unwrap(), b"check+out%3A1:s%25c%3Ar%E2%82%ACt");
+        assert_eq!(&request.body()[..], b"grant_type=client_credentials&scope=pay+read%3Aall");
+    }
+
+    #[test]
+    fn a_token_is_read_and_not_shown() {
+        let granted =
+            answer(200, r#"{"access_token":"abc.DEF","token_type":"bearer","expires_in":60}"#).unwrap();
+        assert_eq!(granted.field, "Bearer abc.DEF");
+        assert_eq!(granted.expires_in, Some(Duration::from_secs(60)));
+        assert!(!format!("{granted:?} {:?}", granted.field).contains("abc"));
+        let endless = answer(200, r#"{"access_token":"abc","token_type":"Bearer"}"#).unwrap();
+        assert_eq!(endless.expires_in, None);
+    }
+
+    #[test]
+    fn what_is_no_token_is_told_without_it() {
+        for (status, body, told) in [
+            (
+                401,
+                r#"{"error":"invalid_client","error_description":"no\nsuch"}"#,
+                "refuses: invalid_client (nosuch)",
+            ),
+            (400, r#"{"error":"invalid_scope"}"#, "refuses: invalid_scope"),
+            (503, "busy", "answered with 503"),
+            (302, "", "answered with 302"),
+            (200, "<html>", "is no JSON object"),
+            (200, r#"{"access_token":"secret","token_type":"mac"}"#, "`token_type` is not Bearer"),
+            (200, r#"{"access_token":"secret","token_type":"Bearer","expires_in":0}"#, "expired already"),
+            (200, r#"{"access_token":"sec\nret","token_type":"Bearer"}"#, "cannot stand in a header"),
+            (200, r#"{"access_token":"","token_type":"Bearer"}"#, "cannot stand in a header"),
+        ] {
+            let error = answer(status, body).unwrap_err();
+            assert!(error.contains(told) && !error.contains("sec"), "{error}");
+        }
+    }
+}

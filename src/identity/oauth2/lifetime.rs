@@ -1,0 +1,129 @@
+//! When a token is fetched, and until when one is handed out. A machine: time and an event in, the next moment out.
+
+use std::time::Duration;
+
+/// Of a token whose issuer does not say how long it holds (RFC 6749 §5.1 only recommends that it does).
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(5 * 60);
+/// Longer is not believed.
+const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+/// A token is not handed out for the last part of its life, as it must still be good where it arrives: a tenth,
+/// at most this.
+const MARGIN: Duration = Duration::from_secs(5);
+/// It is fetched anew when between these shares of its life are over: jitter, so that a fleet does not ask in step.
+const RENEW_FROM: f64 = 0.7;
+const RENEW_TO: f64 = 0.85;
+/// After a failure: doubled from the first to the second.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+/// A token that the upstream refuses is replaced at most this often.
+const MIN_AGE: Duration = Duration::from_secs(10);
+
+/// Times are counted from any fixed moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lifetime {
+    fetched: Option<Duration>,
+    usable_until: Duration,
+    due: Duration,
+    failures: u32,
+}
+
+impl Lifetime {
+    /// When the next fetch is due, if the token is in use; at first at once.
+    pub const fn due(&self) -> Duration {
+        self.due
+    }
+
+    pub const fn usable_until(&self) -> Duration {
+        self.usable_until
+    }
+
+    /// A token came at `now`, asked for at `asked` and good for `expires_in` from then on. `random`: 0..1.
+    pub fn succeeded(&mut self, asked: Duration, now: Duration, expires_in: Option<Duration>, random: f64) {
+        let lifetime = expires_in.unwrap_or(DEFAULT_LIFETIME).min(MAX_LIFETIME);
+        let share = RENEW_FROM + (RENEW_TO - RENEW_FROM) * random.clamp(0.0, 1.0);
+        self.failures = 0;
+        self.fetched = Some(now);
+        self.usable_until = asked + lifetime - MARGIN.min(lifetime / 10);
+        // However short it lives: not twice at once.
+        self.due = (asked + lifetime.mul_f64(share)).max(now + FIRST_RETRY);
+    }
+
+    /// No token came.
+    pub fn failed(&mut self, now: Duration, random: f64) {
+        let wait = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
+        self.failures += 1;
+        self.due = now + wait.mul_f64(1.0 - 0.2 * random.clamp(0.0, 1.0));
+    }
+
+    /// The upstream does not take the token; a new one is due, if this one is not new itself.
+    pub fn refused(&mut self, now: Duration) {
+        if self.failures == 0 && self.fetched.is_some_and(|fetched| now >= fetched + MIN_AGE) {
+            self.due = self.due.min(now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const S: fn(u64) -> Duration = Duration::from_secs;
+
+    #[test]
+    fn a_token_is_renewed_ahead_of_its_end() {
+        for (says, until, from, to) in [
+            (Some(3600), 3595, 2520, 3060),
+            (None, 295, 210, 255),
+            (Some(10), 9, 7, 9),
+            (Some(1 << 40), 86_395, 60_480, 73_440),
+        ] {
+            for (random, due) in [(0.0, from), (1.0, to)] {
+                let mut lifetime = Lifetime::default();
+                assert_eq!(lifetime.due(), S(0));
+                lifetime.succeeded(S(100), S(100), says.map(S), random);
+                assert_eq!(lifetime.usable_until(), S(100 + until));
+                assert!(lifetime.due().abs_diff(S(100 + due)) <= S(1), "{:?}", lifetime.due());
+            }
+        }
+    }
+
+    #[test]
+    fn failures_are_repeated_ever_more_rarely_and_take_no_token_away() {
+        let mut lifetime = Lifetime::default();
+        lifetime.succeeded(S(0), S(0), Some(S(100)), 0.0);
+        let (mut now, mut waits) = (lifetime.due(), Vec::new());
+        for _ in 0..9 {
+            lifetime.failed(now, 0.0);
+            waits.push((lifetime.due() - now).as_millis());
+            now = lifetime.due();
+        }
+        assert_eq!(waits, [500, 1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000]);
+        assert_eq!(lifetime.usable_until(), S(95));
+    }
+
+    #[test]
+    fn a_refused_token_is_replaced_unless_it_is_new() {
+        let mut lifetime = Lifetime::default();
+        lifetime.succeeded(S(0), S(0), Some(S(3600)), 0.0);
+        let due = lifetime.due();
+        lifetime.refused(S(9));
+        assert_eq!(lifetime.due(), due);
+        lifetime.refused(S(10));
+        assert_eq!(lifetime.due(), S(10));
+    }
+
+    proptest! {
+        /// Whatever the issuer says, a token is renewed while it can still be used, if it lives long enough for that.
+        #[test]
+        fn renewing_comes_first(says in 2_u64..1_000_000, took in 0_u64..2, random in 0.0..1.0_f64) {
+            let mut lifetime = Lifetime::default();
+            lifetime.succeeded(S(5), S(5 + took), Some(S(says)), random);
+            prop_assert!(lifetime.due() > S(5));
+            if says >= 20 {
+                prop_assert!(lifetime.due() < lifetime.usable_until());
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! `x-forwarded-client-cert`: how the service learns who calls. The form is Envoy's: one element with `By`, `Hash`,
+//! `Subject`, `URI` and `DNS`, always of the verified peer.
+
+use std::fmt::Write as _;
+
+use http::HeaderValue;
+
+use super::Peer;
+
+/// The value for a peer. `by`: the SPIFFE ID of this side, where it has one.
+///
+/// `Hash` is the SHA-256 of the peer's certificate in hexadecimal. `Subject` is always quoted, as Envoy does; other
+/// values are where `,`, `;` or `=` stand in them. What cannot stand in a field is left out.
+pub fn value(peer: &Peer, by: Option<&str>) -> Option<HeaderValue> {
+    let mut text = String::with_capacity(256);
+    if let Some(by) = by {
+        pair(&mut text, "By", by, false);
+    }
+    let hash = peer.sha256.iter().fold(String::with_capacity(64), |mut hash, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(hash, "{byte:02x}");
+        hash
+    });
+    pair(&mut text, "Hash", &hash, false);
+    // Readers differ in what a backslash before a quote means. RFC 2253 has another way to write both.
+    let subject = peer.subject.replace("\\\\", "\\5C").replace("\\\"", "\\22").replace('"', "\\22");
+    pair(&mut text, "Subject", &subject, true);
+    if let Some(id) = &peer.spiffe {
+        pair(&mut text, "URI", id.as_str(), false);
+    }
+    for name in &peer.dns {
+        pair(&mut text, "DNS", name, false);
+    }
+    HeaderValue::from_bytes(text.as_bytes()).ok()
+}
+
+fn pair(text: &mut String, key: &str, value: &str, quoted: bool) {
+    let ends_open = value.ends_with('\\');
+    if value.contains('"') || ends_open || value.chars().any(char::is_control) {
+        return;
+    }
+    if !text.is_empty() {
+        text.push(';');
+    }
+    let quote = if quoted || value.is_empty() || value.contains([',', ';', '=']) { "\"" } else { "" };
+    for part in [key, "=", quote, value, quote] {
+        text.push_str(part);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    fn peer() -> Peer {
+        Peer {
+            spiffe: Some("spiffe://shop.example/ns/shop/sa/cart".parse().unwrap()),
+            dns: vec!["cart".into(), "cart.shop.svc".into()],
+            subject: "CN=cart,O=Shop".into(),
+            sha256: [0xab; 32],
+            not_after: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn it_reads_as_envoys() {
+        let hash = "ab".repeat(32);
+        assert_eq!(
+            value(&peer(), Some("spiffe://shop.example/ns/shop/sa/orders")).unwrap(),
+            format!(
+                "By=spiffe://shop.example/ns/shop/sa/orders;Hash={hash};Subject=\"CN=cart,O=Shop\";\
+                 URI=spiffe://shop.example/ns/shop/sa/cart;DNS=cart;DNS=cart.shop.svc"
+            )
+        );
+        let nameless = Peer { spiffe: None, dns: Vec::new(), subject: "".into(), ..peer() };
+        assert_eq!(value(&nameless, None).unwrap(), format!("Hash={hash};Subject=\"\""));
+    }
+
+    /// A subject is whatever its owner got signed: it must not be able to say more than a subject.
+    #[test]
+    fn nobody_says_more_than_a_name() {
+        // As RFC 2253 writes them, and as it would not.
+        for (subject, told) in [
+            (
+                r#"CN=x\";URI=spiffe://shop.example/root;By=\""#,
+                r"CN=x\22;URI=spiffe://shop.example/root;By=\22",
+            ),
+            (r#"CN=x";URI=b,Hash=c"#, r"CN=x\22;URI=b,Hash=c"),
+            (r#"CN=\\\";URI=b"#, r"CN=\5C\22;URI=b"),
+            (r"CN=\\", r"CN=\5C"),
+            (r"O=Shop\, Inc.", r"O=Shop\, Inc."),
+        ] {
+            let text = value(&Peer { subject: subject.into(), ..peer() }, None).unwrap();
+            let text = text.to_str().unwrap();
+            for escapes in [true, false] {
+                let read = read(text, escapes);
+                let keys: Vec<&str> = read.iter().map(|(key, _)| key.as_str()).collect();
+                assert_eq!(keys, ["Hash", "Subject", "URI", "DNS", "DNS"], "{text}");
+            }
+            assert_eq!(read(text, false)[1].1, told);
+        }
+        let odd = Peer {
+            subject: "CN=a\r\nb".into(),
+            dns: vec!["a,b".into(), "a\"".into(), "a\\".into()],
+            ..peer()
+        };
+        let text = value(&odd, None).unwrap();
+        let text = text.to_str().unwrap();
+        assert!(!text.contains("Subject") && text.ends_with(";DNS=\"a,b\""), "{text}");
+    }
+
+    /// A reader by Envoy's rules: `;` between pairs, `"` around values. `escapes`: it takes `\` for an escape.
+    fn read(text: &str, escapes: bool) -> Vec<(String, String)> {
+        let (mut pairs, mut part, mut quoted, mut escaped) = (Vec::new(), String::new(), false, false);
+        for c in text.chars().chain([';']) {
+            match c {
+                _ if escaped => {
+                    part.push(c);
+                    escaped = false;
+                }
+                '\\' if quoted && escapes => escaped = true,
+                '"' => quoted = !quoted,
+                ';' if !quoted => {
+                    let (key, value) = part.split_once('=').unwrap();
+                    pairs.push((key.to_owned(), value.to_owned()));
+                    part.clear();
+                }
+                c => part.push(c),
+            }
+        }
+        assert!(!quoted && part.is_empty(), "{text}");
+        pairs
+    }
+}

@@ -1,0 +1,166 @@
+//! Tokens of this service's own, for its upstreams.
+
+use std::{fs, net::SocketAddr, thread};
+
+use super::Echo;
+use crate::support::{Launch, Proxy, RawClient, RawServer, eventually, issuer::Issuer, strict::Message};
+
+const SECRET: &str = "s3cr3t/with:specials";
+
+/// An upstream `up` that gets tokens, and its client's secret in a file.
+struct Client {
+    directory: tempfile::TempDir,
+    issuer: Issuer,
+    echo: Echo,
+}
+
+impl Client {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        fs::write(directory.path().join("secret"), format!("{SECRET}\n")).expect("write");
+        Self { directory, issuer: Issuer::start(), echo: Echo::start() }
+    }
+
+    fn upstream(&self, name: &str, more: &str) -> String {
+        format!(
+            "[[upstream]]\nname = \"{name}\"\nendpoints = [\"{}\"]\noauth2 = {{ token_url = \"{}\", client_id = \
+             \"check out\", client_secret_file = \"{}\", scopes = [\"pay\", \"read\"] }}\n{more}\n",
+            self.echo.server.address(),
+            self.issuer.token_url(),
+            self.directory.path().join("secret").display(),
+        )
+    }
+
+    fn start(&self) -> Proxy {
+        Launch::new(self.upstream("up", "")).arg("--log").arg("trace").start()
+    }
+}
+
+fn ask(proxy: SocketAddr, head: &str) -> Message {
+    RawClient::connect(proxy).ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{head}\r\n"))
+}
+
+fn seen(answer: Message) -> String {
+    assert_eq!(answer.status(), 200, "{}", String::from_utf8_lossy(&answer.body));
+    String::from_utf8(answer.body).expect("text")
+}
+
+#[test]
+fn every_call_carries_the_token_in_place_of_the_callers() {
+    let client = Client::new();
+    let proxy = client.start();
+    for _ in 0..3 {
+        let seen = seen(ask(proxy.outbound(), "Authorization: Basic bWU6bWU=\r\n"));
+        assert_eq!(seen.matches("authorization:").count(), 1, "{seen}");
+        assert!(seen.contains("authorization: Bearer granted-1\n"), "{seen}");
+    }
+    assert_eq!(client.issuer.token_requests(), 1);
+    let (field, body) = client.issuer.last_request();
+    // base64 of `check+out:s3cr3t%2Fwith%3Aspecials` (RFC 6749 §2.3.1).
+    assert_eq!(field, "Basic Y2hlY2srb3V0OnMzY3IzdCUyRndpdGglM0FzcGVjaWFscw==");
+    assert_eq!(body, "grant_type=client_credentials&scope=pay+read");
+    for page in ["/config", "/status", "/metrics"] {
+        let answer =
+            RawClient::connect(proxy.admin()).ask(format!("GET {page} HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+        assert_eq!(answer.status(), 200);
+        let text = String::from_utf8_lossy(&answer.body).into_owned();
+        assert!(!text.contains("granted-") && !text.contains("s3cr3t"), "{page}: {text}");
+    }
+    let log = proxy.stderr();
+    assert!(!log.contains("granted-") && !log.contains("s3cr3t") && !log.contains("Y2hlY2s"), "{log}");
+}
+
+#[test]
+fn calls_that_come_before_there_is_a_token_wait_for_one_request() {
+    let client = Client::new();
+    client.issuer.set_delay(300);
+    let proxy = client.start();
+    thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| assert!(seen(ask(proxy.outbound(), "")).contains("Bearer granted-1\n")));
+        }
+    });
+    assert_eq!(client.issuer.token_requests(), 1);
+    // Nobody waits for longer than its deadline.
+    client.issuer.set_delay(60_000);
+    let slow = client.start();
+    let answer = ask(slow.outbound(), "X-Request-Timeout-Ms: 200\r\n");
+    assert!([503, 504].contains(&answer.status()), "{}", answer.status());
+}
+
+#[test]
+fn tokens_are_renewed_while_they_are_used_and_with_the_secret_of_the_day() {
+    let client = Client::new();
+    client.issuer.set_lifetime(3);
+    let proxy = client.start();
+    let mut used = Vec::new();
+    eventually("a third token", || {
+        let seen = seen(ask(proxy.outbound(), ""));
+        let token =
+            seen.split("Bearer ").nth(1).and_then(|rest| rest.lines().next()).expect("a token").to_owned();
+        if used.last() != Some(&token) {
+            used.push(token);
+            fs::write(client.directory.path().join("secret"), format!("rotated-{}", used.len()))
+                .expect("write");
+        }
+        used.len() == 3
+    });
+    let (field, _) = client.issuer.last_request();
+    // base64 of `check+out:rotated-2`
+    assert_eq!(field, "Basic Y2hlY2srb3V0OnJvdGF0ZWQtMg==");
+}
+
+#[test]
+fn a_token_is_used_to_its_end_while_the_endpoint_is_away() {
+    let client = Client::new();
+    client.issuer.set_lifetime(4);
+    let proxy = client.start();
+    assert!(seen(ask(proxy.outbound(), "")).contains("granted-1"));
+    client.issuer.set_away(true);
+    let asked = client.issuer.token_requests();
+    eventually("a renewal in vain", || {
+        assert!(seen(ask(proxy.outbound(), "")).contains("granted-1"));
+        client.issuer.token_requests() > asked
+    });
+    let mut refused = None;
+    eventually("the token's end", || {
+        let answer = ask(proxy.outbound(), "");
+        let over = answer.status() != 200;
+        refused = Some(answer);
+        over
+    });
+    let refused = refused.expect("an answer");
+    assert_eq!(refused.status(), 503);
+    assert!(refused.field("retry-after").is_some());
+    let text = String::from_utf8_lossy(&refused.body).into_owned();
+    assert!(text.contains("auth_unavailable") && text.contains("token endpoint answered with 503"), "{text}");
+    client.issuer.set_away(false);
+    eventually("a new token", || ask(proxy.outbound(), "").status() == 200);
+}
+
+#[test]
+fn what_is_wrong_with_the_secret_is_told() {
+    let client = Client::new();
+    fs::remove_file(client.directory.path().join("secret")).expect("remove");
+    let proxy = client.start();
+    let answer = ask(proxy.outbound(), "");
+    assert_eq!(answer.status(), 503);
+    let text = String::from_utf8_lossy(&answer.body).into_owned();
+    assert!(text.contains("/secret: No such file"), "{text}");
+    assert_eq!(client.echo.calls(), 0, "nothing goes out without its token");
+}
+
+#[test]
+fn no_other_upstream_gets_the_token() {
+    let client = Client::new();
+    let other = Echo::start();
+    // A service that is not there, so that another one answers.
+    let gone = RawServer::scripted(b"");
+    let mut text = client.upstream("up", "retry = false\nfallback = { upstream = \"other\" }");
+    text = text.replace(&client.echo.server.address().to_string(), &gone.address().to_string());
+    text += &format!("[[upstream]]\nname = \"other\"\nendpoints = [\"{}\"]\n", other.server.address());
+    let proxy = Proxy::start(text);
+    let seen = seen(ask(proxy.outbound(), "Authorization: Basic bWU6bWU=\r\n"));
+    assert!(seen.contains("authorization: Basic bWU6bWU=\n") && !seen.contains("granted"), "{seen}");
+    assert_eq!(client.issuer.token_requests(), 1);
+}
