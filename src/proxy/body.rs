@@ -12,7 +12,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::{grpc::GrpcEnd, interim::Gate, progress::Progress};
+use super::{grpc::GrpcEnd, headers, interim::Gate, progress::Progress};
 use crate::{
     telemetry::record::End,
     upstream::{Lease, guards::Place, local::InFlight},
@@ -151,7 +151,7 @@ impl Kept {
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.touched = true;
         let frame = match ready!(Pin::new(&mut self.source).poll_frame(cx)) {
-            Some(Ok(frame)) => frame,
+            Some(Ok(frame)) => without_spoofed(frame),
             Some(Err(error)) => {
                 self.caller_gone = true;
                 return Poll::Ready(Some(Err(error.into())));
@@ -183,6 +183,17 @@ impl Kept {
             self.progress.request_sent();
         }
         Poll::Ready(Some(Ok(frame)))
+    }
+}
+
+/// Some services read trailers as if they were headers: what a caller may not say in the one, it may not in the other.
+fn without_spoofed(frame: Frame<Bytes>) -> Frame<Bytes> {
+    match frame.into_trailers() {
+        Ok(mut trailers) => {
+            headers::remove_spoofed(&mut trailers);
+            Frame::trailers(trailers)
+        }
+        Err(data) => data,
     }
 }
 

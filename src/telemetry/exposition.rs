@@ -19,7 +19,7 @@ use super::{
     metrics::{Connections, Way},
     process,
 };
-use crate::runtime::lifecycle::Control;
+use crate::runtime::{Snapshot, lifecycle::Control};
 
 /// Everything as of now, ending in `# EOF`.
 pub fn text(control: &Arc<Control>) -> Result<String, fmt::Error> {
@@ -44,6 +44,7 @@ impl Collector for Now {
         self.workers(&mut encoder)?;
         self.ways(&mut encoder)?;
         self.reloads(&mut encoder)?;
+        fetches(&mut encoder, &self.0.shared.snapshot.load())?;
         let control = &self.0;
         let upstreams = upstreams::Rows::of(&control.shared.snapshot.load(), &control.shared.unknown);
         upstreams.encode(&mut encoder)
@@ -104,6 +105,26 @@ impl Now {
         let help = "1 while the configuration's files are refused and an earlier one holds";
         single(encoder, "outrigger_config_rejected", help, None, &rejected)
     }
+}
+
+/// The keys that tokens are checked by, and the tokens of upstreams: fetches by outcome.
+fn fetches(encoder: &mut DescriptorEncoder, snapshot: &Snapshot) -> fmt::Result {
+    let outcomes = |fetched, failed| [("ok", fetched), ("failed", failed)];
+    let keys = snapshot.gate.iter().filter_map(|gate| gate.users.as_ref()).flat_map(|users| {
+        let told = users.issuer.told();
+        outcomes(told.fetched, told.failed)
+    });
+    let keys = keys.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
+    family(encoder, "outrigger_jwks_fetches", "Fetches of the keys that sign tokens", None, keys)?;
+    let tokens = snapshot.clusters.iter().filter_map(|cluster| {
+        let told = cluster.token.as_ref()?.told();
+        let labels =
+            |outcome: &str| [("upstream", cluster.settings.name.clone()), ("outcome", outcome.to_owned())];
+        let outcomes = outcomes(told.fetched, told.failed);
+        Some(outcomes.map(|(outcome, count)| (labels(outcome), ConstCounter::new(count))))
+    });
+    let help = "Requests for tokens that upstreams are shown";
+    family(encoder, "outrigger_oauth2_requests", help, None, tokens.flatten())
 }
 
 fn build_info(encoder: &mut DescriptorEncoder) -> fmt::Result {

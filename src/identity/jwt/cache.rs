@@ -109,6 +109,24 @@ mod tests {
         assert!(cache.verify(&token, (2, &stricter), &old, NOW).is_err());
     }
 
+    /// `cargo test --lib -- --ignored --nocapture a_hit_saves_a_signature`
+    #[test]
+    #[ignore = "a measurement"]
+    fn a_hit_saves_a_signature() {
+        for signer in [Signer::rsa("r"), Signer::ec("e"), Signer::ed("d")] {
+            let (keys, expected, token) = (keys(&signer), expected(), token(&signer, 0));
+            let time = |what: &mut dyn FnMut()| {
+                let begin = std::time::Instant::now();
+                (0..2_000).for_each(|_| what());
+                begin.elapsed().as_nanos() / 2_000
+            };
+            let anew = time(&mut || drop(verify(&token, &expected, &keys, NOW).unwrap()));
+            let mut cache = TokenCache::default();
+            let again = time(&mut || drop(cache.verify(&token, (1, &expected), &keys, NOW).unwrap()));
+            println!("{:?}: {anew} ns anew, {again} ns again", signer.algorithm);
+        }
+    }
+
     #[test]
     fn its_size_is_bounded_and_what_is_in_use_stays() {
         let signer = Signer::ed("d");

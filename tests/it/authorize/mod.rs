@@ -1,5 +1,6 @@
 //! Who may call: tokens of end users, the allow list, and what the service learns of its callers.
 
+mod allow;
 mod oauth2;
 mod tokens;
 
