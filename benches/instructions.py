@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Instructions per request, with the policies and without, counted by valgrind's callgrind.
+"""Instructions per request, with the policies and without, or with traces, counted by valgrind's callgrind.
 
-    cargo build --release && python3 benches/instructions.py
+    cargo build --release && python3 benches/instructions.py [policies|traces]
 
 Counts, unlike times, repeat on a busy machine. HTTP/1.1 with keep-alive, 8 connections, answers of 1 KiB, one worker,
 by an upstream's own port. Needs valgrind, nginx and h2load (apt: valgrind nginx nghttp2-client).
@@ -28,6 +28,15 @@ CASES = {
         "[defaults.fallback]\nstatus = 200\n"
     ),
 }
+# Exported to rotel (pip install rotel), by gRPC; the thread that does it is counted, too.
+TRACED = '[telemetry]\notlp = "http://127.0.0.1:{port}"\nprotocol = "grpc"\nsample = '
+TRACES = {
+    "no traces": "",
+    "traces, 1 % sampled": TRACED + "0.01\n",
+    "traces, 10 % sampled": TRACED + "0.1\n",
+    "traces, all sampled": TRACED + "1.0\n",
+}
+ROTEL = os.environ.get("ROTEL", os.path.expanduser("~/.cache/outrigger/bin/rotel-agent"))
 NGINX = """
 daemon off; pid {d}/pid; error_log {d}/error.log; worker_processes 1;
 events {{ worker_connections 512; }}
@@ -94,13 +103,21 @@ def main():
         port = free_port()
         (folder / "nginx.conf").write_text(NGINX.format(d=folder, port=port))
         nginx = subprocess.Popen(["nginx", "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
+        collector, rotel = None, free_port()
+        if sys.argv[1:] == ["traces"]:
+            ports = ["--otlp-grpc-endpoint", f"127.0.0.1:{rotel}", "--otlp-http-endpoint", f"127.0.0.1:{free_port()}"]
+            collector = subprocess.Popen([ROTEL, "start", *ports, "--exporter", "blackhole"], stdout=subprocess.DEVNULL)
         try:
-            print("| policies | instructions per request |\n| --- | --- |")
-            for title, policies in CASES.items():
-                print(f"| {title} | {count(folder, port, policies):,.0f} |", flush=True)
+            cases = TRACES if sys.argv[1:] == ["traces"] else CASES
+            print("| | instructions per request |\n| --- | --- |")
+            for title, policies in cases.items():
+                print(f"| {title} | {count(folder, port, policies.replace('{port}', str(rotel))):,.0f} |", flush=True)
         finally:
             nginx.terminate()
             nginx.wait(10)
+            if collector:
+                collector.terminate()
+                collector.wait(10)
 
 
 main()

@@ -11,16 +11,20 @@ use serde::{Deserialize, Serialize};
 
 use super::upstreams::UpstreamStatus;
 use crate::{
+    config::Telemetry,
     proxy::connect::may_be_reached,
     runtime::{Cluster, Phase, Shared, Snapshot, lifecycle::Control},
-    telemetry::metrics::{Connections, Way, Ways, WorkerLoad},
+    telemetry::{
+        metrics::{Connections, Way, Ways, WorkerLoad},
+        traces::Traces,
+    },
 };
 
 /// Unknown hosts that are shown in full.
 const SHOWN_HOSTS: usize = 50;
 
 /// The state of a running sidecar.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub service: String,
     pub build: Build,
@@ -40,6 +44,9 @@ pub struct Status {
     pub workers: Vec<WorkerStatus>,
     /// What went through, by way in: `inbound`, `proxy`, `host`, `redirect`, `listen`.
     pub ways: BTreeMap<String, WayStatus>,
+    /// Where spans go; none where nothing is exported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traces: Option<TracesStatus>,
     /// Where inbound calls go.
     pub inbound: UpstreamStatus,
     pub upstreams: Vec<UpstreamStatus>,
@@ -90,6 +97,26 @@ pub struct WorkerStatus {
     pub connections: usize,
     /// Milliseconds that it was busy since the start.
     pub busy_ms: u64,
+}
+
+/// The way of spans to the collector.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TracesStatus {
+    /// The collector's URL, and the protocol.
+    pub to: String,
+    /// Share of the traces that begin here.
+    pub sample: f64,
+    pub sample_errors: bool,
+    /// Calls that wait to be sent, and how many may.
+    pub waiting: usize,
+    pub queue: usize,
+    /// Spans by what became of them: `exported`, `queue_full`, `failed`.
+    pub spans: BTreeMap<String, u64>,
+    /// Why the last batch was not taken, and when; none where it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed_seconds_ago: Option<u64>,
 }
 
 /// What came in by one way.
@@ -152,6 +179,7 @@ impl Status {
                 .into(),
             workers: metrics.workers.iter().map(WorkerStatus::of).collect(),
             ways: Way::ALL.map(|way| (way.word().to_owned(), WayStatus::of(&metrics.ways, way, now))).into(),
+            traces: TracesStatus::of(&control.shared.traces, &snapshot.config.telemetry),
             inbound: UpstreamStatus::of(&snapshot.inbound, now),
             upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
             unknown: UnknownStatus::of(&control.shared, &snapshot, now),
@@ -174,6 +202,24 @@ impl WorkerStatus {
             connections: load.connections.load(Ordering::Relaxed),
             busy_ms: u64::try_from(load.busy().as_millis()).unwrap_or(u64::MAX),
         }
+    }
+}
+
+impl TracesStatus {
+    fn of(traces: &Traces, telemetry: &Telemetry) -> Option<Self> {
+        let export = traces.export()?;
+        let (waiting, queue) = export.waiting();
+        let failed = export.state.last_error();
+        Some(Self {
+            to: export.destination.to_string(),
+            sample: *telemetry.sample,
+            sample_errors: telemetry.sample_errors,
+            waiting,
+            queue,
+            spans: export.state.counts.read().map(|(word, count)| (word.to_owned(), count)).into(),
+            failed_seconds_ago: failed.as_ref().map(|(_, ago)| ago.as_secs()),
+            last_error: failed.map(|(error, _)| error),
+        })
     }
 }
 

@@ -141,7 +141,7 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
         Some(Child::spawn(&args.command, service_env::variables(&control.addresses.outbound, &config))?)
     };
 
-    Ok(Lifecycle { proxy, control, child, signals, watcher, changes }.run().await)
+    Ok(Lifecycle { proxy, control, child, signals, watcher, changes, at_once: false }.run().await)
 }
 
 /// What was loaded, with `--app` over it, or the diagnostics as text. Warnings go to the log.

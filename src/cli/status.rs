@@ -14,7 +14,7 @@ use super::admin_client::{AdminArgs, finish};
 use crate::{
     admin::{
         client::{Client, ClientError},
-        status::{Status, UnknownStatus},
+        status::{Status, TracesStatus, UnknownStatus},
         upstreams::{BreakerStatus, UpstreamStatus},
     },
     units::HumanDuration,
@@ -99,8 +99,31 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         writeln!(out, "  act after a restart only: {}", config.restart_needed.join(", "))?;
     }
 
+    if let Some(traces) = &status.traces {
+        write_traces(out, traces)?;
+    }
     write_ways_in(out, status)?;
     write_upstreams(out, status)
+}
+
+fn write_traces(out: &mut String, traces: &TracesStatus) -> std::fmt::Result {
+    let count = |word: &str| traces.spans.get(word).copied().unwrap_or(0);
+    writeln!(
+        out,
+        "traces: to {}, {} of those that begin here{}; {} spans exported, {} dropped, {} failed; {} of {} calls wait",
+        traces.to,
+        traces.sample,
+        if traces.sample_errors { " and all that fail" } else { "" },
+        count("exported"),
+        count("queue_full"),
+        count("failed"),
+        traces.waiting,
+        traces.queue
+    )?;
+    match (&traces.last_error, traces.failed_seconds_ago) {
+        (Some(error), Some(ago)) => writeln!(out, "  FAILING, {} ago: {error}", seconds(ago)),
+        _ => Ok(()),
+    }
 }
 
 fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
@@ -262,6 +285,8 @@ mod tests {
             "connections": {"inbound": {"open": 1, "total": 2}, "outbound": {"open": 3, "total": 4}},
             "workers": [{"connections": 3, "busy_ms": 61000}, {"connections": 1, "busy_ms": 999}],
             "ways": {"inbound": {"count": 3, "last_seconds_ago": 61}, "proxy": {"count": 0, "last_seconds_ago": null}},
+            "traces": {"to": "http://c:4317 (OTLP over gRPC)", "sample": 0.1, "sample_errors": true, "waiting": 3, "queue": 2048,
+                       "spans": {"exported": 11, "queue_full": 5, "failed": 6}, "last_error": "refused", "failed_seconds_ago": 61},
             "inbound": {"name": "checkout", "source": "[127.0.0.1:8080]", "discovery": "ready",
                         "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}],
                         "breaker": {"state": "closed", "mode": "off", "since_seconds_ago": 61, "why": "start", "until_in_seconds": null},
@@ -278,6 +303,9 @@ mod tests {
         let text = show(&status);
         for part in [
             "checkout: ready, up 1m1s",
+            "traces: to http://c:4317 (OTLP over gRPC), 0.1 of those that begin here and all that fail",
+            "11 spans exported, 5 dropped, 6 failed; 3 of 2048 calls wait",
+            "FAILING, 1m1s ago: refused",
             "a.toml:3: no such key",
             "inbound.listen",
             "loaded 5s ago, 1 reload, 2 refused",

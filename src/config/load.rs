@@ -8,6 +8,7 @@ use std::{
 use super::{
     Config, Diagnostics, Problem,
     diagnostic::Problems,
+    environment,
     lint::lint,
     merge::merge,
     node::Node,
@@ -82,13 +83,16 @@ pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<Loaded, Diagnostic
 
 /// Tells of all that is wrong at once, as far as it can be known: what could not be read makes no further problems.
 fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loaded, Diagnostics> {
-    let mut tree = Node::table(None);
+    let mut tree = environment::telemetry(env);
     for (index, source) in sources.0.iter().enumerate() {
         let over = parse(&source.text, index, env, &mut problems);
         tree = merge(tree, over);
     }
     unbuilt::refuse(&tree, &mut problems);
-    let config = resolve(&tree, default_service_name(env), &mut problems);
+    let mut config = resolve(&tree, default_service_name(env), &mut problems);
+    if environment::no_traces(env) {
+        config.telemetry.otlp = None;
+    }
     if problems.has_errors() {
         return Err(problems.finish(sources));
     }

@@ -10,6 +10,7 @@
 mod address;
 mod diagnostic;
 mod document;
+mod environment;
 mod lint;
 mod load;
 mod merge;

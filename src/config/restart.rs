@@ -19,6 +19,8 @@ pub fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     differs("admin.listen", old.admin.listen != new.admin.listen);
     differs("admin.probe_listen", old.admin.probe_listen != new.admin.probe_listen);
     differs("admin.token_file", old.admin.token_file != new.admin.token_file);
+    differs("telemetry.otlp", old.telemetry.otlp != new.telemetry.otlp);
+    differs("telemetry.protocol", old.telemetry.protocol != new.telemetry.protocol);
     let listeners = |config: &Config| -> HashMap<String, String> {
         let of =
             |upstream: &super::Upstream| Some((upstream.name.clone(), upstream.listen.as_ref()?.to_string()));

@@ -20,10 +20,6 @@ const UNBUILT: &[Unbuilt] = &[
     ("upstream.ca", any),
     ("upstream.identity", any),
     ("upstream.endpoints", kubernetes),
-    ("telemetry.otlp", any),
-    ("telemetry.protocol", any),
-    ("telemetry.sample", any),
-    ("telemetry.sample_errors", any),
     ("telemetry.access_log", any),
     ("telemetry.access_log_file", any),
 ];

@@ -30,8 +30,10 @@ use crate::{
     resilience::classify::Advice,
     runtime::View,
     telemetry::{
+        metrics::Way,
         propagation,
         record::{End, Record, Refusal},
+        spans::Asked,
     },
 };
 
@@ -43,7 +45,7 @@ pub async fn answer(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
-    let grpc = open(connection, &request, progress);
+    let grpc = open(connection, &view, &request, progress);
     let _unanswered = Unanswered(progress);
     let request_id = request_id(connection, &mut request);
 
@@ -118,15 +120,25 @@ impl Drop for Unanswered<'_> {
 }
 
 /// Begins to note what the call does. Says whether it is gRPC.
-fn open(connection: &Connection, request: &Request<Incoming>, progress: &Progress) -> bool {
+fn open(connection: &Connection, view: &View, request: &Request<Incoming>, progress: &Progress) -> bool {
     let (way, started) = (target::way(connection, request), progress.started());
     connection.worker.shared.metrics.ways.note(way, started.into_std());
     let grpc = headers::is_grpc(request.headers());
+    let worker = &connection.worker;
+    let (traces, inbound) = (&worker.shared.traces, way == Way::Inbound);
     let said = propagation::read(request.headers());
-    let context = connection.worker.with_rng(|rng| propagation::Context::new(&said, rng, |_| false));
+    let telemetry = &view.snapshot.config.telemetry;
+    let context = worker.with_rng(|rng| traces.context(&said, inbound, telemetry, rng, started.into_std()));
     let (method, version) = (request.method().clone(), request.version());
-    let record = Record::new(way, connection.address, method, version, context, started);
-    progress.open(Record { grpc, ..record });
+    let mut record = Record::new(way, connection.address, method, version, context, started);
+    record.grpc = grpc;
+    if traces.is_on() {
+        record.asked = Some(Asked::of(request));
+        if inbound {
+            worker.in_flight.enter(&context);
+        }
+    }
+    progress.open(worker, record);
     grpc
 }
 

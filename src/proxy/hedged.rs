@@ -57,7 +57,7 @@ impl Exchange<'_> {
             let Some(other) = other else { return (send.await, began) };
             *counted += 1;
             let sent = Instant::now();
-            let (number, made) = self.begin(&other, (Why::Hedge, Duration::ZERO), sent);
+            let (number, made) = self.begin(&other, (Why::Hedge, Duration::ZERO), sent, outgoing);
             tried.push(other.index);
             self.tell_next_hop(left, outgoing, made);
             let endpoint = &self.endpoints[other.index];

@@ -11,9 +11,12 @@ use std::{
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use crate::telemetry::{
-    self,
-    record::{End, Record},
+use crate::{
+    runtime::Worker,
+    telemetry::{
+        self,
+        record::{End, Record},
+    },
 };
 
 /// What is known of an exchange's movement. Written by its bodies, read by the task that runs it.
@@ -36,7 +39,7 @@ pub struct Progress {
     wake_at: Cell<Option<Instant>>,
     woken: Cell<bool>,
     /// What is noted of the call, until it is over.
-    record: RefCell<Option<Record>>,
+    record: RefCell<Option<(Rc<Worker>, Record)>>,
 }
 
 impl Progress {
@@ -57,13 +60,13 @@ impl Progress {
     }
 
     /// From here on is noted what the call does.
-    pub fn open(&self, record: Record) {
-        self.record.replace(Some(record));
+    pub fn open(&self, worker: &Rc<Worker>, record: Record) {
+        self.record.replace(Some((Rc::clone(worker), record)));
     }
 
     /// Notes something of the call; `None` where it is over.
     pub fn note<T>(&self, note: impl FnOnce(&mut Record) -> T) -> Option<T> {
-        self.record.borrow_mut().as_mut().map(note)
+        self.record.borrow_mut().as_mut().map(|(_, record)| note(record))
     }
 
     pub fn started(&self) -> Instant {
@@ -115,10 +118,10 @@ impl Progress {
         let now = Instant::now();
         self.moved.set(now);
         self.done.set(true);
-        if let Some(mut record) = self.record.take() {
+        if let Some((worker, mut record)) = self.record.take() {
             record.end = end;
             record.ended = Some(now);
-            telemetry::finished(&record);
+            telemetry::finished(&worker, record);
         }
     }
 

@@ -32,7 +32,10 @@ use crate::{
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
         retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
     },
-    telemetry::record::{Try, Why},
+    telemetry::{
+        propagation::Span,
+        record::{Try, Why},
+    },
     upstream::local::LocalEndpoint,
 };
 
@@ -220,11 +223,32 @@ impl Exchange<'_> {
         self.call.progress.note(|record| record.stopped = Some(why));
     }
 
-    /// Notes that a try begins; returns where, and how many there are with it.
-    pub(super) fn begin(&self, asked: &Asked, (why, waited): (Why, Duration), now: Instant) -> (Number, u32) {
-        let mut one = Try::new(why, self.endpoints[asked.index].address(), now, waited);
-        one.trial = asked.permit.as_ref().is_some_and(Permit::is_trial);
-        self.call.progress.note(|record| (record.tries.push(one), record.tries.made())).unwrap_or_default()
+    /// Notes that a try begins, and tells the next hop whose it is. Returns where it is noted, and how many there are
+    /// with it.
+    pub(super) fn begin(
+        &self,
+        asked: &Asked,
+        (why, waited): (Why, Duration),
+        now: Instant,
+        outgoing: &mut Outgoing,
+    ) -> (Number, u32) {
+        let worker = &self.call.connection.worker;
+        let begun = self.call.progress.note(|record| {
+            // A call to the service is one span, whatever it takes to reach it.
+            let span = match record.is_inbound() {
+                true => record.context.span,
+                false => worker.with_rng(Span::random),
+            };
+            if worker.shared.traces.is_on() {
+                record.context.write(span, &mut outgoing.headers);
+            }
+            let address = self.endpoints[asked.index].address();
+            let mut one = Try::new(why, span, address, outgoing.version, now);
+            one.waited = waited;
+            one.trial = asked.permit.as_ref().is_some_and(Permit::is_trial);
+            (record.tries.push(one), record.tries.made())
+        });
+        begun.unwrap_or_default()
     }
 
     /// The breaker's leave for one try.
@@ -278,7 +302,7 @@ impl Exchange<'_> {
     /// One try, under the clock.
     async fn attempt(&self, asked: Asked, carried: &mut Carried, so_far: &mut SoFar) -> Over {
         let began = Instant::now();
-        let (number, made) = self.begin(&asked, carried.next, began);
+        let (number, made) = self.begin(&asked, carried.next, began, &mut carried.outgoing);
         self.tell_next_hop(carried.clock.left(began), &mut carried.outgoing, made);
         if let Some(delay) = self.hedge_delay(&carried.outgoing, &carried.replay, so_far.counted) {
             // Boxed, as every path that few calls take: else its size would be every call's.

@@ -82,6 +82,24 @@ impl GrpcStatus {
         Self::BY_CODE.iter().find(|(status, _)| *status == self).map_or("grpc_unknown", |(_, name)| name)
     }
 
+    /// What gRPC calls it, e.g. `UNAVAILABLE`.
+    pub fn name(self) -> String {
+        self.label().trim_start_matches("grpc_").to_ascii_uppercase()
+    }
+
+    /// Whether the server is to blame, as OpenTelemetry's conventions have it.
+    pub const fn is_failure(self) -> bool {
+        matches!(
+            self,
+            Self::Unknown
+                | Self::DeadlineExceeded
+                | Self::Unimplemented
+                | Self::Internal
+                | Self::Unavailable
+                | Self::DataLoss
+        )
+    }
+
     /// As for the HTTP statuses that Envoy maps these to; UNKNOWN is what most servers make of an exception, as
     /// others do of 500. CANCELLED is mostly the echo of a caller that gave up.
     pub(super) fn health(self) -> Health {

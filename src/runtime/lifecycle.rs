@@ -38,6 +38,8 @@ use crate::{
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// What connections get to close once nobody is left behind them.
 const CLOSING: Duration = Duration::from_millis(500);
+/// What the collector gets to take the last spans.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 /// A service that has not called out by then probably does not look at `http_proxy`.
 const FIRST_CALL: Duration = Duration::from_secs(30);
 
@@ -114,6 +116,8 @@ pub struct Lifecycle {
     pub changes: mpsc::Receiver<Read>,
     /// Watches the configuration's files.
     pub watcher: config::Watcher,
+    /// Told twice to stop: nothing is waited for any more.
+    pub at_once: bool,
 }
 
 enum End {
@@ -125,12 +129,19 @@ impl Lifecycle {
     /// Lives until it is told to end or the service has ended. Returns the exit code.
     pub async fn run(mut self) -> u8 {
         let code = self.live().await;
+        let shared = Arc::clone(&self.proxy.shared);
         self.proxy.stop();
+        if !self.at_once {
+            tokio::select! {
+                () = shared.traces.flush(LAST_SPANS) => {}
+                _ = self.signals.stop() => {}
+            }
+        }
         code
     }
 
     async fn live(&mut self) -> u8 {
-        let Self { proxy, control, child, signals, watcher, changes } = self;
+        let Self { proxy, control, child, signals, watcher, changes, at_once } = self;
         let mut drain = pin!(drain_inbound(proxy, control));
         let mut drained = false;
         let mut first_call = pin!(nothing_came(&control.shared.metrics.outbound));
@@ -189,6 +200,7 @@ impl Lifecycle {
                     code = leave => Some(code),
                     signal = signals.stop() => {
                         tracing::warn!(%signal, "told twice: stopping at once");
+                        *at_once = true;
                         None
                     }
                 };

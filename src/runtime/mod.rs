@@ -36,7 +36,7 @@ use crate::{
         unknown::UnknownHosts,
     },
     rng::Rng,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, traces::Traces},
 };
 use snapshot::Clusters;
 
@@ -53,6 +53,7 @@ pub struct Shared {
     pub unknown: UnknownHosts,
     /// Traces whose tries were spent by calls of this service.
     pub spent: SpentTraces,
+    pub traces: Traces,
     /// Tells this process from every other in `Via`.
     pub instance: String,
 }
@@ -134,6 +135,7 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
     let resolver = Arc::new(Resolver::from_system().map_err(|e| StartError::Resolver(e.to_string()))?);
     let worker_count = worker_count.max(1);
     let (clusters, snapshot) = Clusters::build(Arc::clone(&config), Arc::clone(&resolver));
+    let instance = format!("{:08x}", Rng::new().next_u64() >> 32);
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
         metrics: Metrics::new(worker_count),
@@ -141,7 +143,8 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
         own: OwnAddresses::default(),
         unknown: UnknownHosts::new(resolver),
         spent: SpentTraces::default(),
-        instance: format!("{:08x}", Rng::new().next_u64() >> 32),
+        traces: Traces::start(&config, &instance),
+        instance,
     });
 
     let mut listeners = Vec::new();

@@ -32,7 +32,7 @@ use crate::{
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost},
     },
     rng::Rng,
-    telemetry::metrics::WorkerLoad,
+    telemetry::{metrics::WorkerLoad, traces::InFlight},
     upstream::{local::LocalUpstream, squeeze},
 };
 
@@ -64,6 +64,8 @@ pub struct Worker {
     view: RefCell<Rc<View>>,
     unknown: RefCell<UnknownCache>,
     rng: RefCell<Rng>,
+    /// The calls to the service that it carries, for traces.
+    pub in_flight: Arc<InFlight>,
     /// Which of them it is.
     index: usize,
     /// Tokens of end users that were found good.
@@ -163,8 +165,10 @@ impl View {
 impl Worker {
     fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
+        let in_flight = shared.traces.of_worker();
         Rc::new(Self {
             shared,
+            in_flight,
             view: RefCell::new(view),
             unknown: RefCell::default(),
             rng: RefCell::new(Rng::new()),

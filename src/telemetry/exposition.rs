@@ -45,6 +45,7 @@ impl Collector for Now {
         self.ways(&mut encoder)?;
         self.reloads(&mut encoder)?;
         fetches(&mut encoder, &self.0.shared.snapshot.load())?;
+        self.spans(&mut encoder)?;
         let control = &self.0;
         let upstreams = upstreams::Rows::of(&control.shared.snapshot.load(), &control.shared.unknown);
         upstreams.encode(&mut encoder)
@@ -93,6 +94,21 @@ impl Now {
         let counts =
             Way::ALL.map(|way| ([("way", way.word().to_owned())], ConstCounter::new(ways.read(way, now).0)));
         family(encoder, "outrigger_calls", "Calls, and connections of bytes, by way in", None, counts)
+    }
+
+    fn spans(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let Some(export) = self.0.shared.traces.export() else { return Ok(()) };
+        let counts = export.state.counts.read();
+        let counts = counts.map(|(word, count)| ([("outcome", word.to_owned())], ConstCounter::new(count)));
+        family(encoder, "outrigger_spans", "Spans by what became of them", None, counts)?;
+        let waiting = ConstGauge::new(i64::try_from(export.waiting().0).unwrap_or(i64::MAX));
+        single(
+            encoder,
+            "outrigger_spans_waiting_calls",
+            "Calls that wait to be sent as spans",
+            None,
+            &waiting,
+        )
     }
 
     fn reloads(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

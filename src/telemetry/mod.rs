@@ -1,16 +1,20 @@
 //! What the proxy tells about itself and the calls it carries.
 
+pub mod export;
 pub mod exposition;
 pub mod log;
 pub mod metrics;
 pub mod process;
 pub mod propagation;
 pub mod record;
+pub mod spans;
+pub mod traces;
 
-use record::{End, Record};
+use self::record::{End, Record};
+use crate::runtime::Worker;
 
 /// The one place where a call ends: whatever is told of calls is told here, on the worker that carried it.
-pub fn finished(record: &Record) {
+pub fn finished(worker: &Worker, record: Record) {
     if let Some(refusal) = &record.refused {
         tracing::debug!(
             upstream = record.upstream(),
@@ -25,5 +29,12 @@ pub fn finished(record: &Record) {
             end = record.end.word(),
             "a call was not carried to its end"
         );
+    }
+    let shared = &worker.shared;
+    if shared.traces.is_on() {
+        if record.is_inbound() {
+            worker.in_flight.leave(&record.context);
+        }
+        shared.traces.finished(record, || shared.snapshot.load().config.telemetry.sample_errors);
     }
 }

@@ -9,7 +9,11 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use http::{HeaderMap, Method, StatusCode, Version};
 use tokio::time::Instant;
 
-use super::{metrics::Way, propagation::Context};
+use super::{
+    metrics::Way,
+    propagation::{Context, Span},
+    spans::Asked,
+};
 use crate::{
     proxy::error::Cause,
     resilience::{
@@ -34,6 +38,8 @@ pub struct Record {
     pub grpc: bool,
     /// Where it stands in its trace.
     pub context: Context,
+    /// What was asked, where spans may be made of this.
+    pub asked: Option<Asked>,
     /// Whose routes were looked at. None: the call never got that far.
     pub matched: Option<Arc<Whom>>,
     /// Index in `matched`'s routes.
@@ -101,7 +107,10 @@ impl End {
 #[derive(Clone, Debug)]
 pub struct Try {
     pub why: Why,
+    pub span: Span,
     pub endpoint: SocketAddr,
+    /// By which it was sent.
+    pub version: Version,
     pub began: Instant,
     /// The back-off before it.
     pub waited: Duration,
@@ -194,12 +203,14 @@ impl Tries {
 }
 
 impl Try {
-    pub fn new(why: Why, endpoint: SocketAddr, began: Instant, waited: Duration) -> Self {
+    pub fn new(why: Why, span: Span, endpoint: SocketAddr, version: Version, began: Instant) -> Self {
         Self {
             why,
+            span,
             endpoint,
+            version,
             began,
-            waited,
+            waited: Duration::ZERO,
             connected: None,
             ended: None,
             outcome: None,
@@ -227,6 +238,7 @@ impl Record {
             version,
             grpc: false,
             context,
+            asked: None,
             matched: None,
             route: None,
             served: None,
@@ -267,6 +279,23 @@ impl Record {
         self.tries.last().map(|one| one.endpoint)
     }
 
+    /// Whether it failed or was retried: worth telling even where its trace was not sampled.
+    pub fn is_notable(&self) -> bool {
+        let failed = match self.grpc_status {
+            Some(status) => status.is_failure(),
+            None => self.status.is_some_and(|status| status.is_server_error()),
+        };
+        failed
+            || self.tries.made() > 1
+            || self.fell_back.is_some()
+            || matches!(self.end, End::Broken | End::Cut)
+    }
+
+    /// How many spans it makes.
+    pub fn spans(&self) -> u64 {
+        if self.is_inbound() { 1 } else { 1 + self.tries.iter().count() as u64 }
+    }
+
     /// From its head to the last byte of its answer.
     pub fn took(&self) -> Duration {
         self.ended.map_or(Duration::ZERO, |ended| ended.saturating_duration_since(self.started))
@@ -280,17 +309,17 @@ mod tests {
     /// Every call in flight holds one.
     #[test]
     fn a_record_is_small() {
-        assert!(size_of::<Record>() <= 640, "{} bytes", size_of::<Record>());
+        assert!(size_of::<Record>() <= 700, "{} bytes", size_of::<Record>());
     }
 
     #[test]
     fn tries_are_told_up_to_a_bound_and_counted_beyond() {
         let mut tries = Tries::default();
         assert!(tries.last().is_none() && tries.get_mut(0).is_none());
-        let began = Instant::now();
+        let (began, span) = (Instant::now(), Span::new(1).unwrap());
         for port in 0..100 {
             let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
-            let number = tries.push(Try::new(Why::Retry, endpoint, began, Duration::ZERO));
+            let number = tries.push(Try::new(Why::Retry, span, endpoint, Version::HTTP_11, began));
             assert_eq!(number, usize::from(port));
             assert_eq!(tries.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
         }

@@ -29,4 +29,5 @@ mod load;
 mod resilience;
 mod servers;
 mod smuggling;
+mod telemetry;
 mod websocket;

@@ -7,6 +7,7 @@ pub mod h2;
 pub mod issuer;
 mod proxy;
 mod raw;
+pub mod rotel;
 pub mod strict;
 pub mod tokens;
 mod tools;

@@ -10,6 +10,7 @@ use crate::{
     config::{Loaded, Place, Policy, Protocol, Scope, Setting, Unknown},
     proxy::route::{Router, normalise},
     resilience::retry::Methods,
+    telemetry::export::Destination,
 };
 
 /// The answer.
@@ -48,6 +49,7 @@ pub fn verdict(loaded: &Loaded, target: &Target) -> Verdict {
     } else {
         verdict.outbound(loaded, target)
     };
+    verdict.traces(loaded, target);
     let Some(scope) = scope else { return verdict };
     if let Some(at) = serving(loaded, scope) {
         for setting in loaded.upstream_settings(at) {
@@ -78,6 +80,21 @@ impl Verdict {
     fn value(&mut self, loaded: &Loaded, setting: Setting, inactive: Option<String>) {
         let place = setting.origin.and_then(|origin| loaded.sources.place(origin));
         self.values.push(Line { key: setting.key, value: setting.value, place, inactive });
+    }
+
+    /// Where the call's spans go.
+    fn traces(&mut self, loaded: &Loaded, target: &Target) {
+        let telemetry = &loaded.config.telemetry;
+        let Some(to) = Destination::of(telemetry).filter(|_| !target.opaque) else { return };
+        let place = loaded.tree.get("telemetry").and_then(|node| node.get("otlp")?.origin);
+        let errors = if telemetry.sample_errors { ", and where it fails" } else { "" };
+        let which =
+            format!("{} where it begins a trace, as its caller says where not{errors}", telemetry.sample);
+        self.fact(
+            "traces",
+            format!("to {to}: {which}"),
+            place.and_then(|origin| loaded.sources.place(origin)),
+        );
     }
 
     /// Whose policy applies; `None` where the call is refused.

@@ -1,0 +1,120 @@
+//! What the environment says of telemetry, by OpenTelemetry's names: beneath every file.
+//!
+//! <https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/>. As prescribed there, a value
+//! that means nothing is passed over. What only the exporter needs is read in `src/telemetry/export`.
+
+use super::{
+    node::{Entry, Node, Table, Value},
+    parse::Env,
+};
+
+/// `[telemetry]` as the environment has it.
+pub(super) fn telemetry(env: Env<'_>) -> Node {
+    let get = |names: &[&str]| {
+        let set =
+            |name: &&str| env(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
+        names.iter().find_map(set)
+    };
+    let mut table = Table::new();
+    let mut set = |key: &str, node: Node| table.insert(key.to_owned(), Entry { key: None, node });
+
+    let protocol =
+        match get(&["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"]).as_deref() {
+            Some("grpc") => Some("grpc"),
+            Some("http/protobuf") => Some("http"),
+            _ => None,
+        };
+    if let Some(protocol) = protocol {
+        set("protocol", Node::text(protocol));
+    }
+    let whole = get(&["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]);
+    // The path of the signal is added to what holds for all signals.
+    let base = get(&["OTEL_EXPORTER_OTLP_ENDPOINT"]).map(|base| {
+        let by_http =
+            protocol == Some("http") || (protocol.is_none() && base.trim_end_matches('/').ends_with(":4318"));
+        if by_http { format!("{}/v1/traces", base.trim_end_matches('/')) } else { base }
+    });
+    let is_url = |url: &String| ["http://", "https://"].iter().any(|scheme| url.starts_with(scheme));
+    if let Some(url) = whole.or(base).filter(is_url) {
+        set("otlp", Node::text(url));
+    }
+    let argument = get(&["OTEL_TRACES_SAMPLER_ARG"]).and_then(|text| text.parse::<f64>().ok());
+    let share = match get(&["OTEL_TRACES_SAMPLER"]).as_deref() {
+        // A sampled caller is always followed here, so with and without `parentbased_` are the same.
+        Some("always_on" | "parentbased_always_on") => Some(1.0),
+        Some("always_off" | "parentbased_always_off") => Some(0.0),
+        Some("traceidratio" | "parentbased_traceidratio") => {
+            Some(argument.filter(|share| (0.0..=1.0).contains(share)).unwrap_or(1.0))
+        }
+        _ => None,
+    };
+    if let Some(share) = share {
+        set("sample", Node { origin: None, value: Value::Float(share) });
+    }
+
+    let mut root = Table::new();
+    if !table.is_empty() {
+        let node = Node { origin: None, value: Value::Table(table) };
+        root.insert("telemetry".to_owned(), Entry { key: None, node });
+    }
+    Node { origin: None, value: Value::Table(root) }
+}
+
+/// Whether the environment turns traces off, whatever the files say.
+pub(super) fn no_traces(env: Env<'_>) -> bool {
+    let is = |name: &str, word: &str| env(name).is_some_and(|value| value.trim().eq_ignore_ascii_case(word));
+    is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none")
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::{OtlpProtocol, Sources, Telemetry, load_sources, source::Source};
+
+    fn loaded(file: &str, env: &[(&str, &str)]) -> Telemetry {
+        let sources = Sources(vec![Source { path: "a.toml".into(), text: file.to_owned() }]);
+        let get = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        load_sources(sources, &get).expect("valid").config.telemetry.clone()
+    }
+
+    #[test]
+    fn the_environment_is_beneath_the_files() {
+        let env = [
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317"),
+            ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
+            ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+        ];
+        let telemetry = loaded("", &env);
+        assert_eq!(telemetry.otlp.as_deref(), Some("http://collector:4317"));
+        assert_eq!((telemetry.protocol, *telemetry.sample), (None, 0.25));
+        let telemetry = loaded("[telemetry]\notlp = 'http://other:4317'\nsample = 1", &env);
+        assert_eq!(telemetry.otlp.as_deref(), Some("http://other:4317"));
+        assert_eq!(*telemetry.sample, 1.0);
+        assert_eq!(loaded("", &[]), Telemetry::default());
+    }
+
+    #[test]
+    fn what_holds_for_all_signals_gets_the_path_of_traces() {
+        let otlp = |env: &[(&str, &str)]| loaded("", env).otlp;
+        let base = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318/");
+        assert_eq!(otlp(&[base]).as_deref(), Some("http://c:4318/v1/traces"));
+        let protocol = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
+        let base = ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://c/otlp");
+        assert_eq!(otlp(&[base, protocol]).as_deref(), Some("https://c/otlp/v1/traces"));
+        let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://c/exactly");
+        assert_eq!(otlp(&[base, protocol, traces]).as_deref(), Some("https://c/exactly"));
+        assert_eq!(loaded("", &[base, protocol]).protocol, Some(OtlpProtocol::Http));
+    }
+
+    #[test]
+    fn nonsense_is_passed_over_and_off_is_off() {
+        let bad = [
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+            ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
+        ];
+        assert_eq!(loaded("", &bad), Telemetry::default());
+        for off in [("OTEL_SDK_DISABLED", "TRUE"), ("OTEL_TRACES_EXPORTER", "none")] {
+            assert_eq!(loaded("[telemetry]\notlp = 'http://c:4317'", &[off]).otlp, None, "{off:?}");
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Where spans go, and by which protocol.
+
+use std::fmt;
+
+use http::Uri;
+
+use crate::config::{OtlpProtocol, Telemetry};
+
+const HTTP_PORT: u16 = 4318;
+/// The path of traces, added where a URL names no path.
+const TRACES: &str = "/v1/traces";
+
+/// A collector.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// With the path, where there is one.
+    pub url: String,
+    pub protocol: OtlpProtocol,
+}
+
+impl Destination {
+    /// As configured; none where nothing is exported.
+    pub fn of(telemetry: &Telemetry) -> Option<Self> {
+        let url = telemetry.otlp.as_deref()?.trim_end_matches('/');
+        let uri: Uri = url.parse().ok()?;
+        let by_port = if uri.port_u16() == Some(HTTP_PORT) { OtlpProtocol::Http } else { OtlpProtocol::Grpc };
+        let protocol = telemetry.protocol.unwrap_or(by_port);
+        let bare = matches!(uri.path(), "" | "/");
+        let url =
+            if protocol == OtlpProtocol::Http && bare { format!("{url}{TRACES}") } else { url.to_owned() };
+        Some(Self { url, protocol })
+    }
+
+    pub fn is_secure(&self) -> bool {
+        self.url.starts_with("https://")
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            OtlpProtocol::Grpc => "gRPC",
+            OtlpProtocol::Http => "HTTP",
+        };
+        write!(f, "{} (OTLP over {protocol})", self.url)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_tells_the_protocol_and_a_bare_address_gets_the_path() {
+        let of = |otlp: &str, protocol| {
+            let telemetry = Telemetry { otlp: Some(otlp.to_owned()), protocol, ..Telemetry::default() };
+            Destination::of(&telemetry).map(|to| (to.url, to.protocol))
+        };
+        let (grpc, http) = (OtlpProtocol::Grpc, OtlpProtocol::Http);
+        for (otlp, protocol, expected) in [
+            ("http://c:4317", None, ("http://c:4317", grpc)),
+            ("http://c:4318", None, ("http://c:4318/v1/traces", http)),
+            ("http://c:4318/", None, ("http://c:4318/v1/traces", http)),
+            ("http://c:4318/otlp/v1/traces", None, ("http://c:4318/otlp/v1/traces", http)),
+            ("https://c", Some(http), ("https://c/v1/traces", http)),
+            ("http://c:4318", Some(grpc), ("http://c:4318", grpc)),
+        ] {
+            assert_eq!(of(otlp, protocol), Some((expected.0.to_owned(), expected.1)), "{otlp}");
+        }
+        assert_eq!(Destination::of(&Telemetry::default()), None);
+    }
+}

@@ -1,0 +1,191 @@
+//! Which calls are told as traces.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+
+use super::{
+    export::{Batching, Destination, Export},
+    propagation::{Context, Link, Said, Sampler, Span, Trace},
+    record::Record,
+};
+use crate::{
+    config::{Config, Telemetry, process_env},
+    rng::{Rng, mix},
+};
+
+/// Sampling, and the way to the collector. Without one nothing is sampled, and what callers said of their traces goes on
+/// as it came: a decision of ours would keep an instrumented service from making its own.
+#[derive(Debug)]
+pub struct Traces {
+    sampler: Sampler,
+    export: Option<Export>,
+    /// Of each worker.
+    inbound: ArcSwap<Vec<Arc<InFlight>>>,
+}
+
+impl Traces {
+    /// `instance` tells this process from others of the same service.
+    pub fn start(config: &Config, instance: &str) -> Self {
+        let export = Destination::of(&config.telemetry).and_then(|destination| {
+            let batching = Batching::from_env(process_env);
+            let started = Export::start(destination, batching, &config.service.name, instance);
+            started.inspect_err(|error| tracing::error!(%error, "spans are not exported")).ok()
+        });
+        Self { sampler: Sampler::new(Instant::now()), export, inbound: ArcSwap::default() }
+    }
+
+    /// Whether this process has a part in traces.
+    pub const fn is_on(&self) -> bool {
+        self.export.is_some()
+    }
+
+    pub const fn export(&self) -> Option<&Export> {
+        self.export.as_ref()
+    }
+
+    /// A worker's count of the calls to the service.
+    pub fn of_worker(&self) -> Arc<InFlight> {
+        let mine = Arc::<InFlight>::default();
+        self.inbound.rcu(|known| known.iter().chain([&mine]).cloned().collect::<Vec<_>>());
+        mine
+    }
+
+    /// Where a call stands in its trace.
+    pub fn context(
+        &self,
+        said: &Said,
+        inbound: bool,
+        telemetry: &Telemetry,
+        rng: &mut Rng,
+        now: Instant,
+    ) -> Context {
+        if !self.is_on() {
+            return Context::new(said, rng, |_| false);
+        }
+        // The service did not say for whom it calls. A guess is never a parent.
+        let link = if inbound || said.caller.is_some() { None } else { only(&self.inbound.load()) };
+        let decide = |trace| {
+            // What is linked to is there to be looked at.
+            link.is_some_and(|link| link.sampled) || self.sampler.keeps(trace, *telemetry.sample, now)
+        };
+        Context { link, ..Context::new(said, rng, decide) }
+    }
+
+    /// Sends what is to be told of a call.
+    pub fn finished(&self, record: Record, telemetry: impl FnOnce() -> bool) {
+        let Some(export) = &self.export else { return };
+        if record.context.sampled || (record.is_notable() && telemetry()) {
+            export.send(record);
+        }
+    }
+
+    /// Sends what waits; for the end of the process.
+    pub async fn flush(&self, limit: Duration) {
+        if let Some(export) = &self.export
+            && !export.flush(limit).await
+        {
+            let (waiting, _) = export.waiting();
+            tracing::warn!(destination = %export.destination, waiting, "not all spans were sent before the end");
+        }
+    }
+}
+
+/// The calls to the service that one worker carries just now: how many, and whose if it is one.
+///
+/// Written by its worker only, read by all. Sums and exclusive ors, so that whichever calls have ended, what is left is
+/// the one that has not; the check tells a reader who came in the middle of a change.
+#[derive(Debug, Default)]
+pub struct InFlight {
+    count: AtomicU32,
+    sampled: AtomicU32,
+    trace_high: AtomicU64,
+    trace_low: AtomicU64,
+    span: AtomicU64,
+    check: AtomicU64,
+}
+
+impl InFlight {
+    pub fn enter(&self, context: &Context) {
+        self.change(context, |count| count.wrapping_add(1));
+    }
+
+    pub fn leave(&self, context: &Context) {
+        self.change(context, |count| count.wrapping_sub(1));
+    }
+
+    fn change(&self, context: &Context, step: impl Fn(u32) -> u32) {
+        let (trace, span) = (context.trace.get(), context.span.get());
+        let (high, low) = ((trace >> 64) as u64, trace as u64);
+        // Nobody else writes, so a load and a store are enough.
+        let flip =
+            |word: &AtomicU64, by: u64| word.store(word.load(Ordering::Relaxed) ^ by, Ordering::Relaxed);
+        let count = |word: &AtomicU32| word.store(step(word.load(Ordering::Relaxed)), Ordering::Relaxed);
+        count(&self.count);
+        if context.sampled {
+            count(&self.sampled);
+        }
+        flip(&self.trace_high, high);
+        flip(&self.trace_low, low);
+        flip(&self.span, span);
+        flip(&self.check, checksum(high, low, span));
+    }
+}
+
+fn checksum(high: u64, low: u64, span: u64) -> u64 {
+    mix(high ^ mix(low ^ mix(span)))
+}
+
+/// The only call in flight, where there is exactly one.
+fn only(workers: &[Arc<InFlight>]) -> Option<Link> {
+    let count = |of: fn(&InFlight) -> &AtomicU32| {
+        workers.iter().fold(0u32, |sum, one| sum.wrapping_add(of(one).load(Ordering::Relaxed)))
+    };
+    if count(|one| &one.count) != 1 {
+        return None;
+    }
+    let word = |of: fn(&InFlight) -> &AtomicU64| {
+        workers.iter().fold(0u64, |all, one| all ^ of(one).load(Ordering::Relaxed))
+    };
+    let (high, low, span) = (word(|one| &one.trace_high), word(|one| &one.trace_low), word(|one| &one.span));
+    if word(|one| &one.check) != checksum(high, low, span) {
+        return None;
+    }
+    Some(Link {
+        trace: Trace::new((u128::from(high) << 64) | u128::from(low))?,
+        span: Span::new(span)?,
+        sampled: count(|one| &one.sampled) == 1,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lone_call_is_linked_to() {
+        let mut rng = Rng::from_seed(5);
+        let mut context = |sampled| Context::new(&Said::default(), &mut rng, |_| sampled);
+        let workers = [Arc::<InFlight>::default(), Arc::default()];
+        assert_eq!(only(&workers), None);
+        let (a, b) = (context(true), context(false));
+        workers[0].enter(&a);
+        assert_eq!(only(&workers), Some(Link { trace: a.trace, span: a.span, sampled: true }));
+        workers[1].enter(&b);
+        assert_eq!(only(&workers), None, "either could be meant");
+        workers[0].leave(&a);
+        assert_eq!(only(&workers), Some(Link { trace: b.trace, span: b.span, sampled: false }));
+        workers[1].leave(&b);
+        assert_eq!(only(&workers), None);
+        // Somebody reads in the middle of a change.
+        workers[0].count.store(1, Ordering::Relaxed);
+        workers[0].trace_low.store(7, Ordering::Relaxed);
+        assert_eq!(only(&workers), None);
+    }
+}

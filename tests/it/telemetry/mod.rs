@@ -1,0 +1,98 @@
+//! Traces, seen by collectors of others.
+
+mod collector;
+mod interop;
+mod jaeger;
+mod traces;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper::{Request, body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
+
+use crate::support::{Answer, Launch, Proxy, RawClient, Upstream, text};
+
+/// Two services with a sidecar each: a caller asks the first, whose answer is what the second one says.
+pub struct Pair {
+    pub first: Proxy,
+    pub second: Proxy,
+    _services: [Upstream; 2],
+}
+
+/// The fields by which a service passes its trace on.
+const CONTEXT: [&str; 3] = ["traceparent", "tracestate", "b3"];
+
+impl Pair {
+    /// `telemetry`: that table of both configurations. `forwards`: the first service passes on whose call it serves.
+    /// `serve`: the second service.
+    pub fn start<F, R>(telemetry: &str, forwards: bool, serve: F) -> Self
+    where
+        F: Fn(Request<Incoming>) -> R + Send + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
+        let back = Upstream::http1(serve);
+        let second = Proxy::start(format!(
+            "[service]\nname = \"second\"\n[inbound]\nforward_to = \"{}\"\n[telemetry]\n{telemetry}",
+            back.address()
+        ));
+        let outbound = Arc::<OnceLock<SocketAddr>>::default();
+        let out = Arc::clone(&outbound);
+        let front = Upstream::http1(move |request| {
+            let to = *out.get().expect("the sidecar is up");
+            async move {
+                let mut call = Request::get(request.uri().path()).header("host", "second");
+                for name in CONTEXT.iter().filter(|_| forwards) {
+                    if let Some(value) = request.headers().get(*name) {
+                        call = call.header(*name, value);
+                    }
+                }
+                call_out(to, call.body(Empty::new()).expect("a request")).await
+            }
+        });
+        let first = Proxy::start(format!(
+            "[service]\nname = \"first\"\n[inbound]\nforward_to = \"{}\"\n[telemetry]\n{telemetry}\n\
+             [[upstream]]\nname = \"second\"\nendpoints = [\"{}\"]\n",
+            front.address(),
+            second.inbound()
+        ));
+        outbound.set(first.outbound()).expect("set once");
+        Self { first, second, _services: [back, front] }
+    }
+
+    /// Calls the first service with these fields; returns the status.
+    pub fn call(&self, path: &str, fields: &[(&str, &str)]) -> u16 {
+        get(self.first.inbound(), path, fields)
+    }
+}
+
+async fn call_out(to: SocketAddr, request: Request<Empty<Bytes>>) -> Answer {
+    let stream = tokio::net::TcpStream::connect(to).await.expect("the sidecar accepts");
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("a connection");
+    tokio::task::spawn_local(async move { drop(connection.await) });
+    let answer = sender.send_request(request).await.expect("an answer");
+    let status = answer.status();
+    let body = answer.into_body().collect().await.expect("a body").to_bytes();
+    let mut answer = text(body);
+    *answer.status_mut() = status;
+    answer
+}
+
+/// GET; the answer's status.
+pub fn get(to: SocketAddr, path: &str, fields: &[(&str, &str)]) -> u16 {
+    let fields: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let mut client = RawClient::connect(to);
+    client.ask(format!("GET {path} HTTP/1.1\r\nHost: second\r\nConnection: close\r\n{fields}\r\n")).status()
+}
+
+/// A sidecar before `service`, with an upstream `up` at the same place.
+pub fn sidecar(service: SocketAddr, telemetry: &str) -> Launch {
+    Launch::new(format!(
+        "[service]\nname = \"lone\"\n[inbound]\nforward_to = \"{service}\"\n[telemetry]\n{telemetry}\n\
+         [[upstream]]\nname = \"up\"\nhosts = [\"up\", \"second\"]\nendpoints = [\"{service}\"]\n"
+    ))
+}

@@ -1,0 +1,144 @@
+//! rotel, an OTLP collector of another make: it prints the spans it gets, and these are read here.
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use super::{Daemon, eventually, free_port, has_tool};
+
+/// A running collector.
+pub struct Rotel {
+    daemon: Daemon,
+    pub grpc: SocketAddr,
+    pub http: SocketAddr,
+}
+
+/// A span as it arrived.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    pub service: String,
+    pub name: String,
+    /// `SERVER`, `CLIENT`, `INTERNAL`.
+    pub kind: String,
+    pub trace: String,
+    pub id: String,
+    /// Empty: a root.
+    pub parent: String,
+    /// `UNSET`, `ERROR`.
+    pub status: String,
+    pub attributes: BTreeMap<String, String>,
+    pub events: Vec<String>,
+    /// Trace and span.
+    pub links: Vec<(String, String)>,
+}
+
+impl Seen {
+    pub fn attribute(&self, key: &str) -> &str {
+        self.attributes.get(key).map_or("", String::as_str)
+    }
+}
+
+impl Rotel {
+    /// Starts one; none where it is not installed, which is said.
+    pub fn start() -> Option<Self> {
+        if !has_tool(&["rotel-agent"]) {
+            return None;
+        }
+        let [grpc, http] =
+            [free_port(), free_port()].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        let (grpc_text, http_text) = (grpc.to_string(), http.to_string());
+        let arguments = [
+            "start",
+            "--otlp-grpc-endpoint",
+            &grpc_text,
+            "--otlp-http-endpoint",
+            &http_text,
+            "--debug-log",
+            "traces",
+            "--debug-log-verbosity",
+            "detailed",
+            "--exporter",
+            "blackhole",
+        ];
+        let daemon = Daemon::start("rotel-agent", &arguments, &[]).listening(grpc).listening(http);
+        Some(Self { daemon, grpc, http })
+    }
+
+    /// All spans so far.
+    pub fn spans(&self) -> Vec<Seen> {
+        parse(&self.daemon.output())
+    }
+
+    /// Waits for at least `count` spans, and a moment longer for none too many.
+    #[track_caller]
+    pub fn wait_for(&self, count: usize) -> Vec<Seen> {
+        let mut spans = Vec::new();
+        eventually(&format!("{count} spans at the collector"), || {
+            spans = self.spans();
+            spans.len() >= count
+        });
+        spans
+    }
+
+    pub fn output(&self) -> String {
+        self.daemon.output()
+    }
+}
+
+/// What the printed lines that follow belong to.
+#[derive(PartialEq)]
+enum Place {
+    Resource,
+    Span,
+    Event,
+    Link,
+}
+
+fn parse(text: &str) -> Vec<Seen> {
+    let (mut spans, mut service, mut place) = (Vec::<Seen>::new(), String::new(), Place::Resource);
+    for line in text.lines() {
+        let line = line.trim();
+        if line.starts_with("ResourceSpans #") {
+            place = Place::Resource;
+        } else if line.starts_with("Span #") {
+            place = Place::Span;
+            spans.push(Seen { service: service.clone(), ..Seen::default() });
+        } else if line.starts_with("SpanEvent #") {
+            place = Place::Event;
+        } else if line.starts_with("SpanLink #") {
+            place = Place::Link;
+            if let Some(span) = spans.last_mut() {
+                span.links.push(Default::default());
+            }
+        }
+        let Some((key, value)) = line.trim_start_matches("-> ").split_once(':') else { continue };
+        let (key, value) = (key.trim(), value.trim());
+        let plain = value.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(value);
+        if place == Place::Resource {
+            if key == "service.name" {
+                service = plain.to_owned();
+            }
+            continue;
+        }
+        let Some(span) = spans.last_mut() else { continue };
+        match (&place, key) {
+            (Place::Event, "Name") => span.events.push(value.to_owned()),
+            (Place::Link, "Trace ID") => {
+                span.links.iter_mut().next_back().expect("a link").0 = value.to_owned()
+            }
+            (Place::Link, "ID") => span.links.iter_mut().next_back().expect("a link").1 = value.to_owned(),
+            (Place::Span, "Trace ID") => span.trace = value.to_owned(),
+            (Place::Span, "Parent ID") => span.parent = value.to_owned(),
+            (Place::Span, "ID") => span.id = value.to_owned(),
+            (Place::Span, "Name") => span.name = value.to_owned(),
+            (Place::Span, "Kind") => span.kind = value.trim_start_matches("SPAN_KIND_").to_owned(),
+            (Place::Span, "Status code") => span.status = value.trim_start_matches("STATUS_CODE_").to_owned(),
+            (Place::Span, key) if line.starts_with("-> ") => {
+                span.attributes.insert(key.to_owned(), plain.to_owned());
+            }
+            _ => {}
+        }
+    }
+    spans
+}
