@@ -1,5 +1,8 @@
 //! The bodies that pass through: streamed, with what is needed to send a request again.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     cell::{Cell, RefCell},
     pin::Pin,

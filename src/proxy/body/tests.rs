@@ -1,0 +1,246 @@
+//! Whatever comes when, and however many tries there are: each gets the caller's bytes from the first one on.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    pin::{Pin, pin},
+    task::Waker,
+};
+
+use http::{Request, Response};
+use http_body_util::Empty;
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use proptest::prelude::*;
+use tokio::{
+    io::{AsyncWrite, DuplexStream, duplex},
+    time::Instant,
+};
+
+use super::*;
+
+/// What happens next.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// The caller sends so many more bytes.
+    Come(usize),
+    /// The newest try reads so often.
+    Read(usize),
+    /// It has failed, and another one begins where it may.
+    Retry,
+    /// An older one, whose connection does not know yet, reads on.
+    OldReads,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        3 => (1usize..60).prop_map(Event::Come),
+        3 => (1usize..5).prop_map(Event::Read),
+        2 => Just(Event::Retry),
+        1 => Just(Event::OldReads),
+    ]
+}
+
+/// A caller's end of a connection, and the body that comes of it. Nothing moves but when it is asked to.
+struct Caller<C> {
+    wire: DuplexStream,
+    connection: Pin<Box<C>>,
+}
+
+impl<C: Future> Caller<C> {
+    fn send(&mut self, bytes: &[u8]) {
+        let mut cx = Context::from_waker(Waker::noop());
+        let sent = Pin::new(&mut self.wire).poll_write(&mut cx, bytes);
+        assert!(matches!(sent, Poll::Ready(Ok(count)) if count == bytes.len()), "the pipe is large enough");
+        self.go_on();
+    }
+
+    /// Lets the connection hand on what has come.
+    fn go_on(&mut self) {
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(self.connection.as_mut().poll(&mut cx).is_pending(), "the connection lives on");
+    }
+}
+
+/// A connection that has got a request's head, and the body of that.
+fn caller(framing: &str) -> (Caller<impl Future>, Incoming) {
+    let (wire, end) = duplex(1 << 16);
+    let got = Rc::<RefCell<Option<Incoming>>>::default();
+    let into = Rc::clone(&got);
+    let service = service_fn(move |request: Request<Incoming>| {
+        into.replace(Some(request.into_body()));
+        // The exchange goes on for as long as the test does.
+        std::future::pending::<Result<Response<Empty<Bytes>>, std::io::Error>>()
+    });
+    let connection =
+        http1::Builder::new().header_read_timeout(None).serve_connection(TokioIo::new(end), service);
+    let mut caller = Caller { wire, connection: Box::pin(connection) };
+    caller.send(format!("PUT / HTTP/1.1\r\nhost: up\r\n{framing}\r\n\r\n").as_bytes());
+    let body = got.take().expect("a request");
+    (caller, body)
+}
+
+/// A try, and what its service got of it.
+struct Reader {
+    body: RequestBody,
+    got: Vec<u8>,
+    trailers: Option<HeaderMap>,
+    ended: bool,
+}
+
+impl Reader {
+    fn new(body: RequestBody) -> Self {
+        Self { body, got: Vec::new(), trailers: None, ended: false }
+    }
+
+    /// One read; false where there is nothing yet.
+    fn read(&mut self) -> Result<bool, BodyError> {
+        let mut cx = Context::from_waker(Waker::noop());
+        match pin!(&mut self.body).poll_frame(&mut cx) {
+            Poll::Pending => return Ok(false),
+            Poll::Ready(None) => self.ended = true,
+            Poll::Ready(Some(frame)) => match frame?.into_data() {
+                Ok(data) => self.got.extend_from_slice(&data),
+                Err(frame) => self.trailers = frame.into_trailers().ok(),
+            },
+        }
+        Ok(true)
+    }
+}
+
+/// What is known of one run, for the assertions at its end.
+struct Run {
+    caller_sent: Vec<u8>,
+    tries: usize,
+}
+
+/// Plays `events` over a body, and then lets all of it come and be read.
+fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run, TestCaseError> {
+    let framing = match chunked {
+        true => "transfer-encoding: chunked".to_owned(),
+        false => format!("content-length: {}", body.len()),
+    };
+    let (mut caller, source) = caller(&framing);
+    let progress = Rc::new(Progress::new(Instant::now()));
+    let replay = Replay::new(source, limit, &progress);
+    let mut tries = vec![Reader::new(replay.next_try(None))];
+    let mut come = 0;
+    let mut send = |caller: &mut Caller<_>, count: usize| {
+        let piece = &body[come..body.len().min(come + count)];
+        come += piece.len();
+        match (piece.is_empty(), chunked) {
+            (true, _) => {}
+            (false, false) => caller.send(piece),
+            (false, true) => {
+                caller.send(&[format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat());
+            }
+        }
+    };
+    for event in events {
+        match *event {
+            Event::Come(count) => send(&mut caller, count),
+            Event::Read(times) => {
+                for _ in 0..times {
+                    let newest = tries.last_mut().expect("there is one");
+                    let moved = !newest.ended && newest.read().map_err(|error| fail(&error))?;
+                    caller.go_on();
+                    if !moved {
+                        break;
+                    }
+                }
+            }
+            Event::Retry => {
+                let gone = replay.replayable() == Replayable::Gone;
+                prop_assert_eq!(replay.take_over(), !gone);
+                if !gone {
+                    tries.push(Reader::new(replay.next_try(None)));
+                }
+            }
+            Event::OldReads => {
+                let last = tries.len() - 1;
+                for old in &mut tries[..last] {
+                    let had = old.got.len();
+                    // A body that there is not has nothing to take over.
+                    prop_assert!(body.is_empty() || old.ended || old.read().is_err(), "it takes bytes away");
+                    prop_assert_eq!(old.got.len(), had);
+                }
+            }
+        }
+        for one in &tries {
+            prop_assert!(body.starts_with(&one.got), "a try got what is not the beginning");
+        }
+    }
+    // No try begins after the body was given up, so the last one has all of it before it.
+    send(&mut caller, body.len());
+    if chunked {
+        caller.send(b"0\r\nx-sum: 1\r\n\r\n");
+    }
+    let newest = tries.last_mut().expect("there is one");
+    let sent = newest.body.sent();
+    while !newest.ended {
+        let moved = newest.read().map_err(|error| fail(&error))?;
+        caller.go_on();
+        prop_assert!(moved || !newest.body.is_end_stream(), "it ends and says nothing of it");
+    }
+    prop_assert_eq!(&newest.got, body);
+    prop_assert!(sent.is_whole() && newest.body.is_end_stream());
+    let trailers = newest.trailers.as_ref().and_then(|trailers| trailers.get("x-sum"));
+    prop_assert_eq!(trailers.is_some(), chunked, "trailers are sent as well");
+    let kept = body.len() as u64 <= limit;
+    prop_assert_eq!(replay.replayable() != Replayable::Gone, kept, "kept up to the limit, and no further");
+    Ok(Run { caller_sent: newest.got.clone(), tries: tries.len() })
+}
+
+fn fail(error: &BodyError) -> TestCaseError {
+    TestCaseError::fail(error.to_string())
+}
+
+proptest! {
+    /// Every interleaving of what comes, what is read and what fails.
+    #[test]
+    fn each_try_gets_the_callers_bytes_from_the_first_one_on(
+        body in prop::collection::vec(any::<u8>(), 0..400),
+        chunked: bool,
+        limit in 0u64..500,
+        events in prop::collection::vec(event(), 0..60),
+    ) {
+        play(&body, chunked, limit, &events)?;
+    }
+}
+
+/// The same, exhaustively: every order of a few events, with the limit below, at and above the body's size.
+#[test]
+fn every_short_story_ends_well() {
+    let all = [Event::Come(2), Event::Read(1), Event::Retry, Event::OldReads];
+    let mut tries = 0;
+    for length in 0..=5u32 {
+        for number in 0..4usize.pow(length) {
+            let events: Vec<Event> = (0..length).map(|at| all[number / 4usize.pow(at) % 4]).collect();
+            for (chunked, limit) in [(false, 3), (false, 4), (true, 0), (true, 4), (true, 9)] {
+                let run = play(b"body", chunked, limit, &events);
+                let run = run.unwrap_or_else(|error| panic!("{events:?}, kept {limit}: {error}"));
+                assert_eq!(run.caller_sent, b"body");
+                tries += run.tries;
+            }
+        }
+    }
+    assert!(tries > 5 * 1365, "some were sent more than once");
+}
+
+/// What is known of the length is the whole of it for every try, so that each is framed as the first was.
+#[test]
+fn a_later_try_is_as_long_as_the_first() {
+    let (mut caller, source) = caller("content-length: 10");
+    let progress = Rc::new(Progress::new(Instant::now()));
+    let replay = Replay::new(source, 100, &progress);
+    for come in [b"0123", b"4567"] {
+        let mut reader = Reader::new(replay.next_try(None));
+        assert_eq!(reader.body.size_hint().exact(), Some(10));
+        caller.send(come);
+        while reader.read().expect("no error") {
+            caller.go_on();
+            assert_eq!(reader.body.size_hint().exact(), Some(10 - reader.got.len() as u64));
+        }
+    }
+    assert_eq!(replay.next_try(None).size_hint().exact(), Some(10));
+}
