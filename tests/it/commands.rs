@@ -21,6 +21,40 @@ fn all_that_the_demo_shows_happens() {
     assert!(!said.contains('✗'), "{said}");
 }
 
+/// What can be known from a file alone is said before it runs, with its place and a remedy.
+#[test]
+fn check_warns_and_explain_shows_each_value_and_its_place() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("outrigger.toml");
+    let file = path.to_string_lossy();
+    let config = "[runtime]\ndrain_delay = \"10s\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"127.0.0.1:1\"]\n\
+        timeout = \"2s\"\nattempt_timeout = \"1s\"\nretry = { methods = [\"POST\"] }\nbreaker = { min_requests = 5000 }\n";
+    std::fs::write(&path, config).expect("write");
+    let said = out(&outrigger(&["check", "-c", &file]));
+    for warning in [
+        "draining takes up to 35s",
+        "3 tries of 1s and the waits between them",
+        "POST may be sent twice",
+        "failure_rate needs 500 requests a second",
+        "4 warnings",
+    ] {
+        assert!(said.contains(warning), "{warning} is not in\n{said}");
+    }
+    let said = out(&outrigger(&["explain", "-c", &file, "GET", "http://up/"]));
+    for (key, value, place) in [
+        ("timeout", "2s", "outrigger.toml:6"),
+        ("breaker.min_requests", "5000", "outrigger.toml:9"),
+        ("breaker.open_for.max", "", ""),
+        ("retry.budget.ratio", "0.2", ""),
+        ("limits.max_pending", "", ""),
+        ("outlier.max_ejected", "0.5", ""),
+    ] {
+        let line = said.lines().find(|line| line.split_whitespace().next() == Some(key));
+        let shown = line.is_some_and(|line| line.contains(value) && line.contains(place));
+        assert!(shown, "{key} {value} {place} is not in\n{said}");
+    }
+}
+
 #[test]
 fn status_shows_a_running_sidecar() {
     let server = Upstream::http1(|_| async { text("up") });

@@ -114,6 +114,11 @@ fn a_spent_call_of_the_same_trace_says_no() {
     assert_eq!(said(nobody(), "", true, 1).as_deref(), Some("no"));
     // What may be sent once has been tried enough when it was sent once.
     assert_eq!(said(failing.address(), "retry = { max = 0 }", true, 1).as_deref(), Some("no"));
+    // Nor is it for somebody further up to repeat what may not be repeated here, or is no failure to repeat.
+    assert_eq!(said(failing.address(), "retry = { methods = [\"PUT\"] }", true, 1).as_deref(), Some("no"));
+    let broken = Service::new(|_, _| 500);
+    assert_eq!(said(broken.address(), "", true, 1).as_deref(), Some("no"));
+    assert_eq!(broken.calls(), 1);
     // Never by guess: without the trace context nothing connects the two.
     assert_eq!(said(failing.address(), "", false, 1), None);
 }

@@ -1,7 +1,9 @@
 //! What stands around a call: hedges, rehearsed faults, fallbacks, and policies that only watch.
 
-use super::{Reply, Seen, Service, ask, assert_cause, get, nobody, post, proxy, request, upstream};
-use crate::support::{Proxy, eventually};
+use super::{
+    Reply, Seen, Service, ask, assert_cause, get, nobody, post, proxy, refused, request, retries, upstream,
+};
+use crate::support::{Proxy, RawClient, eventually};
 
 #[test]
 fn a_slow_answer_is_overtaken_by_a_second_copy() {
@@ -142,4 +144,24 @@ fn observed_policies_refuse_nothing() {
         assert_eq!((answer.status(), service.calls()), (expected, number), "one call, one try: {answer:?}");
         assert!(answer.field("proxy-status").is_none(), "the service's own answer: {answer:?}");
     }
+    // But it is counted.
+    assert_eq!((refused(&proxy, "fault_injected"), retries(&proxy, "observed")), (20, 6));
+    assert!(refused(&proxy, "rate_limited") > 0 && refused(&proxy, "breaker_open") > 0);
+    let said = proxy.stderr();
+    assert!(said.contains("observed only"), "{said}");
+}
+
+#[test]
+fn an_observed_limit_holds_nobody_back() {
+    let service =
+        Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
+    let keys = "limits = { max_requests = 1, max_pending = 0 }";
+    let config =
+        "[runtime]\nobserve = [\"limits\"]\n".to_owned() + &upstream("up", &[service.address()], keys);
+    let proxy = Proxy::start(config);
+    let mut first = RawClient::connect(proxy.outbound());
+    first.send(request("GET", "x-hang: 1\r\n"));
+    eventually("the first to have the place", || service.calls() == 1);
+    assert_eq!(get(&proxy).status(), 200);
+    assert_eq!(refused(&proxy, "limit_full"), 1);
 }

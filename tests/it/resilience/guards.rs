@@ -95,6 +95,32 @@ fn a_call_waits_a_moment_for_an_upstream_that_is_not_there() {
     assert!(quickest.min() < Some(most), "one that is there and fails is not waited for");
 }
 
+/// A change of the configuration is no amnesty: what is known of an upstream outlives it.
+#[test]
+fn a_reload_keeps_what_the_breaker_knows() {
+    let (service, _) = switchable();
+    let standby = Service::new(|_, _| 200);
+    let config = |timeout: &str, other: &str| {
+        let breaker = "breaker = { consecutive_failures = 3, open_for = { base = \"10m\", max = \"10m\" } }";
+        upstream("up", &[service.address()], &format!("timeout = \"{timeout}\"\n{breaker}"))
+            + &upstream(other, &[standby.address()], "")
+    };
+    let proxy = Proxy::start(config("5s", "before"));
+    // Half-way is remembered, too.
+    for _ in 0..2 {
+        assert_eq!(get(&proxy).status(), 500);
+    }
+    for (timeout, other) in [("6s", "between"), ("7s", "after")] {
+        proxy.reconfigure(&config(timeout, other));
+        proxy.signal("HUP");
+        let call = format!("GET / HTTP/1.1\r\nHost: {other}\r\n\r\n");
+        eventually("the change to take effect", || ask(&proxy, &call).status() == 200);
+        let _third = get(&proxy);
+        assert_cause(&get(&proxy), 503, "breaker_open");
+        assert_eq!(service.calls(), 3);
+    }
+}
+
 /// What the caller did wrong is no failure of the upstream.
 #[test]
 fn a_breaker_does_not_count_the_callers_faults() {

@@ -6,9 +6,10 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use super::{Service, ask, post, proxy};
+use super::{Reply, Service, ask, post, proxy, retries};
 use crate::support::{
     RawClient, RawServer, eventually,
     h2::{DATA, END_STREAM, Frame, GOAWAY, H2Client, HEADERS, RST_STREAM, SETTINGS, block, frame},
@@ -110,6 +111,36 @@ fn grpc_unavailable_is_tried_again_where_the_route_says_all() {
         let answer = ask(&proxy, post("Content-Type: application/grpc\r\n", "\0\0\0\0\0"));
         assert_eq!((answer.status(), answer.field("grpc-status")), (200, Some(status)), "{answer:?}");
         assert_eq!(service.calls(), tries);
+    }
+}
+
+/// A server that says when to come back is obeyed to the millisecond; by a negative number it says not to (gRPC A6).
+#[test]
+fn grpc_push_back_is_obeyed() {
+    const CALL: &str = "Content-Type: application/grpc\r\ngrpc-timeout: 5S\r\n";
+    for (value, calls, reason) in
+        [("400", 2, None), ("-1", 1, Some("pushback")), ("60000", 1, Some("retry_after"))]
+    {
+        let service = Service::h2(move |_, number| {
+            let mut answer = crate::support::text("");
+            let fields = answer.headers_mut();
+            fields.insert("grpc-status", if number == 1 { "14" } else { "0" }.parse().expect("a value"));
+            fields.insert("grpc-retry-pushback-ms", value.parse().expect("a value"));
+            Reply::Now(answer)
+        });
+        let keys =
+            "protocol = \"h2\"\nretry = { methods = \"all\", backoff = { base = \"1ms\", max = \"1ms\" } }";
+        let proxy = proxy(&[service.address()], keys);
+        let began = Instant::now();
+        let answer = ask(&proxy, post(CALL, "\0\0\0\0\0"));
+        let status = if calls == 2 { "0" } else { "14" };
+        assert_eq!(
+            (answer.field("grpc-status"), service.calls()),
+            (Some(status), calls),
+            "{value}: {answer:?}"
+        );
+        assert!(calls == 1 || began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
+        assert_eq!(reason.map(|reason| retries(&proxy, reason)), reason.map(|_| 1), "{value}");
     }
 }
 

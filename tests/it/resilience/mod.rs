@@ -5,8 +5,10 @@ mod around;
 mod deadlines;
 mod guards;
 mod http2;
+mod limits;
 mod replay;
 mod retries;
+mod slow;
 mod storm;
 
 use std::{
@@ -176,6 +178,38 @@ fn assert_cause(answer: &Message, status: u16, word: &str) {
         answer.status() == status && said.contains(&format!("details=\"{word}")),
         "{status} {word}: {answer:?}"
     );
+}
+
+/// A page of the admin server.
+#[track_caller]
+fn page(proxy: &Proxy, path: &str) -> String {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    RawClient::connect(proxy.admin()).ask(request).text()
+}
+
+#[track_caller]
+fn status(proxy: &Proxy) -> serde_json::Value {
+    serde_json::from_str(&page(proxy, "/status")).expect("JSON")
+}
+
+/// The value of a series in `/metrics`; 0 where it is not there.
+#[track_caller]
+fn metric(proxy: &Proxy, series: &str) -> u64 {
+    let page = page(proxy, "/metrics");
+    let value = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value.map_or(0, |value| value.parse().expect("a whole number"))
+}
+
+/// How often `outcome` followed a failed try.
+#[track_caller]
+fn retries(proxy: &Proxy, outcome: &str) -> u64 {
+    metric(proxy, &format!("outrigger_retries_total{{upstream=\"up\",outcome=\"{outcome}\"}}"))
+}
+
+/// How often a call was, or would have been, refused for `reason`.
+#[track_caller]
+fn refused(proxy: &Proxy, reason: &str) -> u64 {
+    metric(proxy, &format!("outrigger_rejected_total{{upstream=\"up\",reason=\"{reason}\"}}"))
 }
 
 /// An address that refuses connections.

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Seen, Service, ask, assert_cause, get, nobody, post, proxy, request};
+use super::{Seen, Service, ask, assert_cause, get, nobody, post, proxy, request, retries};
 use crate::support::{Proxy, RawServer};
 
 fn failing() -> Service {
@@ -124,6 +124,8 @@ fn a_kept_body_is_sent_again_and_a_larger_one_is_not() {
         assert_eq!(ask(&proxy, post("", &body)).status(), 503);
         let seen = service.seen();
         assert_eq!(seen.len(), expected, "{length} bytes");
+        let gone = u64::from(length > limit);
+        assert_eq!(retries(&proxy, "body_gone"), gone, "the reason can be seen");
         assert!(
             seen.iter().all(|Seen { body: got, .. }| got == body.as_bytes()),
             "each try is the whole body"
