@@ -28,6 +28,7 @@ use crate::{
     resilience::{
         backoff::Hint,
         breaker::{Permit, Refused},
+        budget::Unsent,
         classify::{Advice, Ending, Outcome},
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
         retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
@@ -89,8 +90,8 @@ impl Exchange<'_> {
         let (connection, progress) = (self.call.connection, self.call.progress);
         let mut so_far = SoFar { counted: 1, free_used: false, tried: Vec::new(), patience: None };
         let mut last_end: Option<Ended> = None;
-        // Another try was decided; whether it is the free one.
-        let mut again: Option<bool> = None;
+        // Another try was decided, and what it takes from the budget, if it is not the free one. Not sent, it goes back.
+        let mut again: Option<Option<Unsent<'_>>> = None;
         loop {
             if let Some(ran_out) = carried.clock.spent(Instant::now()) {
                 return last_end.ok_or_else(|| ran_out.unsent(self.name(), "its turn"));
@@ -130,8 +131,15 @@ impl Exchange<'_> {
                 self.stopped(Reason::BodyGone.word());
                 return Ok(ended);
             }
-            if let Some(free) = again.take() {
-                self.guards().counts.retries.add(if free { "reconnect" } else { "sent" });
+            if let Some(lent) = again.take() {
+                let word = match lent {
+                    None => "reconnect",
+                    Some(lent) => {
+                        lent.sent();
+                        "sent"
+                    }
+                };
+                self.guards().counts.retries.add(word);
             }
 
             let more = self.retries.another_possible(so_far.counted);
@@ -201,7 +209,7 @@ impl Exchange<'_> {
                     return Ok(ended);
                 }
             };
-            again = Some(retry.free);
+            again = Some((!retry.free).then(|| self.guards().budget.hold(now)));
             if retry.free {
                 so_far.free_used = true;
             } else {
@@ -266,7 +274,7 @@ impl Exchange<'_> {
     async fn wait_for_comeback(
         &self,
         mut refused: Refused,
-        carried: &Carried,
+        carried: &mut Carried,
         so_far: &mut SoFar,
     ) -> Result<Option<Permit>, ProxyError> {
         let guards = self.guards();
@@ -278,7 +286,8 @@ impl Exchange<'_> {
             );
             return Ok(None);
         }
-        let patience = *so_far.patience.get_or_insert_with(|| Instant::now() + self.retries.patience());
+        let began = Instant::now();
+        let patience = *so_far.patience.get_or_insert_with(|| began + self.retries.patience());
         let until = match carried.clock.deadline().at() {
             Some((deadline, _)) => patience.min(deadline.into()),
             None => patience,
@@ -287,7 +296,10 @@ impl Exchange<'_> {
             loop {
                 let changed = guards.absence.changed();
                 match self.permit() {
-                    Ok(permit) => return Ok(permit),
+                    Ok(permit) => {
+                        carried.next.1 += began.elapsed();
+                        return Ok(permit);
+                    }
                     Err(again) => refused = again,
                 }
                 if !guards.absence.is_absent() || timeout_at(until, changed).await.is_err() {

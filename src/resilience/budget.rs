@@ -93,6 +93,14 @@ impl Loans {
         }
         free
     }
+
+    /// Takes back a loan that was not used. What was paid for it in the meantime is not handed on; where all of it was
+    /// paid, or a window has passed, there is nothing to take back.
+    fn cancel(&mut self, taken: Instant) {
+        if let Some(index) = self.open.iter().rposition(|loan| loan.taken == taken) {
+            self.open.remove(index);
+        }
+    }
 }
 
 /// The budget of an upstream, shared by all workers, by retries and hedges. Outlives a reload.
@@ -103,6 +111,28 @@ pub struct RetryBudget {
     lent: AtomicBool,
     /// Requests since the loans were last settled.
     requests: AtomicU64,
+}
+
+/// A retry that was granted and waits for its turn. Dropped before it is [sent](Self::sent), it goes back: its caller
+/// left, its time ran out, or the breaker opened meanwhile.
+#[derive(Debug)]
+pub struct Unsent<'a> {
+    budget: &'a RetryBudget,
+    taken: Option<Instant>,
+}
+
+impl Unsent<'_> {
+    pub fn sent(mut self) {
+        self.taken = None;
+    }
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        if let Some(taken) = self.taken {
+            self.budget.settled(taken, |loans| loans.cancel(taken));
+        }
+    }
 }
 
 impl RetryBudget {
@@ -124,6 +154,11 @@ impl RetryBudget {
     /// Asks for one retry or hedge; what is granted is spent. Ask last, when nothing else stands against the try.
     pub fn withdraw(&self, now: Instant) -> bool {
         self.settled(now, |loans| loans.take(now))
+    }
+
+    /// Holds what was granted at `taken` until it is sent.
+    pub fn hold(&self, taken: Instant) -> Unsent<'_> {
+        Unsent { budget: self, taken: Some(taken) }
     }
 
     /// How many retries would be granted now.
@@ -207,6 +242,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_sent_goes_back() {
+        let (budget, now) = (RetryBudget::new(BudgetSettings::default()), Instant::now());
+        assert!(budget.withdraw(now) && budget.withdraw(now + MS));
+        drop(budget.hold(now + MS));
+        assert_eq!(budget.available(now + MS), 9);
+        budget.hold(now).sent();
+        assert_eq!(budget.available(now + MS), 9);
+        // Paid by requests meanwhile: there is nothing to give back twice.
+        (0..5).for_each(|_| budget.deposit());
+        drop(budget.hold(now));
+        assert_eq!(budget.available(now + MS), 10);
+    }
+
+    #[test]
     fn zero_is_zero() {
         let budget = RetryBudget::new(settings(0.0, 0, 10_000));
         budget.deposit();
@@ -251,6 +300,8 @@ mod tests {
     enum Event {
         Requests(u8),
         Retries(u8),
+        /// The latest retry was not sent after all.
+        NotSent,
         Pass(u16),
     }
 
@@ -258,6 +309,7 @@ mod tests {
         prop_oneof![
             3 => (1u8..20).prop_map(Event::Requests),
             3 => (1u8..20).prop_map(Event::Retries),
+            1 => Just(Event::NotSent),
             2 => (0u16..50).prop_map(Event::Pass),
             1 => (0u16..1500).prop_map(Event::Pass),
         ]
@@ -281,6 +333,10 @@ mod tests {
                     Event::Requests(count) => for _ in 0..count {
                         budget.deposit();
                         log.push((now, false));
+                    },
+                    Event::NotSent => if let Some(index) = log.iter().rposition(|(_, retry)| *retry) {
+                        let (at, _) = log.remove(index);
+                        drop(budget.hold(start + Duration::from_millis(at)));
                     },
                     Event::Retries(count) => for _ in 0..count {
                         if budget.withdraw(start + Duration::from_millis(now)) {

@@ -112,7 +112,7 @@ pub struct Try {
     /// By which it was sent.
     pub version: Version,
     pub began: Instant,
-    /// The back-off before it.
+    /// For how long it was held back: the back-off, and the wait for an upstream that nobody could connect to.
     pub waited: Duration,
     /// When a new connection was there; none where one of the pool was used.
     pub connected: Option<Instant>,
