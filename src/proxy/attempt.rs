@@ -131,11 +131,9 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
         let detail = format!("{name}: {address} refused the stream before it was processed");
         return Failed::new(Ending::RefusedStream, ProxyError::new(Cause::Reset, detail));
     }
-    let reset = if error.is_parse() {
-        Reset { reused: false, request_sent: true, response_begun: true }
-    } else {
-        Reset { reused: stale, request_sent: failed.unsent.is_none(), response_begun: false }
-    };
+    let response_begun = error.is_parse() || lease.heard_anything();
+    let request_sent = response_begun || failed.unsent.is_none();
+    let reset = Reset { reused: stale && !response_begun, request_sent, response_begun };
     let what = match (error.is_parse(), h2.and_then(h2::Error::reason)) {
         (true, _) => format!("answered with something that is not valid HTTP ({error})"),
         (_, Some(reason)) => format!("reset the stream ({reason})"),

@@ -6,6 +6,7 @@ pub mod connect;
 mod endpoint;
 pub mod guards;
 pub mod health;
+mod heard;
 mod idle;
 pub mod local;
 pub mod pool;

@@ -21,6 +21,7 @@ use tokio::{sync::Notify, task::spawn_local, time::Instant};
 use super::{
     connect::{ConnectError, connect},
     guards::{ConnectionSlot, Guards},
+    heard::{Ear, Heard},
     idle::{Learned, keep_alive_timeout},
     local::LocalEndpoint,
 };
@@ -68,6 +69,8 @@ pub struct Pool {
 pub struct H1 {
     sender: http1::SendRequest<RequestBody>,
     tcp: SharedTcp,
+    /// Whether a byte of an answer has come.
+    ear: Ear,
     idle_since: Instant,
     /// What `Keep-Alive: timeout=` said.
     told: Option<Duration>,
@@ -258,11 +261,12 @@ impl H1 {
         let address = endpoint.shared.address;
         let slot = Rc::new(ConnectionSlot::take(guards).await?);
         let tcp = connect(address, settings.connect_timeout).await?;
+        let ear = Ear::default();
         let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEADER_BYTES)
             .preserve_header_case(settings.header_case == HeaderCase::Preserve)
-            .handshake(TokioIo::new(tcp.clone()))
+            .handshake(TokioIo::new(Heard::new(tcp.clone(), ear.clone())))
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         // Ends with the connection; its error reaches the call by the sender.
@@ -273,7 +277,7 @@ impl H1 {
         });
         let now = Instant::now();
         let retire_at = settings.max_age.map(|age| now + age);
-        Ok(Self { sender, tcp, idle_since: now, told: None, retire_at, slot })
+        Ok(Self { sender, tcp, ear, idle_since: now, told: None, retire_at, slot })
     }
 
     fn is_retired(&self, now: Instant) -> bool {
@@ -376,9 +380,17 @@ impl Lease {
         }
     }
 
+    /// Whether a byte of an answer came, where that can be told: what an HTTP/2 connection says may be for any stream.
+    pub fn heard_anything(&self) -> bool {
+        matches!(self, Self::H1 { connection, .. } if connection.ear.heard())
+    }
+
     pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
         let sent = match self {
-            Self::H1 { connection, .. } => connection.sender.try_send_request(request).await,
+            Self::H1 { connection, .. } => {
+                connection.ear.listen();
+                connection.sender.try_send_request(request).await
+            }
             Self::H2 { stream, .. } => stream.0.sender.clone().try_send_request(request).await,
         };
         sent.map_err(|mut failed| {

@@ -10,6 +10,7 @@ mod replay;
 mod retries;
 mod slow;
 mod storm;
+mod twice;
 
 use std::{
     net::SocketAddr,
