@@ -173,3 +173,24 @@ fn only_the_breaker_next_to_the_failure_opens() {
         assert!(healed <= Duration::from_secs(60), "{what}: {healed:?}");
     }
 }
+
+/// How long callers go on failing once the service is well: the breaker next to it waits out its time, which has grown
+/// with the outage. The table in docs/resilience.md is what this prints.
+#[test]
+fn recovery_is_bounded_by_the_length_of_the_outage() {
+    for (what, of_ten) in [("all", 10), ("half", 5)] {
+        for seconds in [2, 5, 10, 30, 60, 120, 300] {
+            let each = (0..10).map(|more| {
+                let start = Instant::now();
+                Row::new(true, true, start).outage(start, seconds + more, |n| n * 7 % 10 >= of_ten).1
+            });
+            let mut each: Vec<_> = each.collect();
+            each.sort_unstable();
+            println!("{what} fail for {seconds} s and up to 9 s more: {:.1?} to {:.1?}", each[0], each[9]);
+            // The open times of an outage double from 5 s, a fifth shorter at most: the last one is no longer than
+            // `open_for.base` and all earlier ones together. A second for the trials.
+            let bound = (5.0 + 1.25 * f64::from(seconds + 9)).min(60.0) + 1.0;
+            assert!(each[9].as_secs_f64() <= bound, "{what} for {seconds} s: {each:?}");
+        }
+    }
+}
