@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::upstreams::UpstreamStatus;
 use crate::{
     config::Telemetry,
+    identity::{Date, material::Kind, store::Report},
     proxy::connect::may_be_reached,
     runtime::{Cluster, Phase, Shared, Snapshot, lifecycle::Control},
     telemetry::{
@@ -38,6 +39,9 @@ pub struct Status {
     pub not_ready: Option<String>,
     pub config: ConfigStatus,
     pub listeners: Listeners,
+    /// Who this service is; none where it has no certificate to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<IdentityStatus>,
     pub connections: BTreeMap<String, ConnectionCounts>,
     /// In the order of their threads. A new connection goes to the one that was least busy of late.
     #[serde(default)]
@@ -82,6 +86,37 @@ pub struct Listeners {
     /// Where the token is that changes need.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
+}
+
+/// The certificate of this service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityStatus {
+    /// Its SPIFFE ID, or DNS name; none while there is no valid certificate.
+    pub id: Option<String>,
+    /// What expires first, of each kind: leaf, intermediate, root, crl.
+    pub expires: BTreeMap<String, String>,
+    /// New certificates and roots that were taken since the start, and that were refused.
+    pub accepted: u64,
+    pub refused: u64,
+    /// Why the newest files are refused; what was valid before holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl IdentityStatus {
+    fn of(report: Report) -> Option<Self> {
+        let soonest = |kind: Kind| {
+            let of_kind = report.expiries.iter().filter(|expiry| expiry.kind == kind);
+            Some((kind.word().to_owned(), Date(of_kind.map(|expiry| expiry.at).min()?).to_string()))
+        };
+        report.configured.then(|| Self {
+            expires: Kind::ALL.into_iter().filter_map(soonest).collect(),
+            id: report.id,
+            accepted: report.accepted,
+            refused: report.refusals,
+            error: report.refused,
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -174,6 +209,7 @@ impl Status {
                 probe: admin.and_then(|at| at.probe.clone()),
                 admin_token_file: admin.and_then(|at| at.token_file.clone()),
             },
+            identity: IdentityStatus::of(control.shared.identity.report()),
             connections: [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)]
                 .map(|(direction, connections)| (direction.to_owned(), ConnectionCounts::of(connections)))
                 .into(),

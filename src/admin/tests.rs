@@ -28,7 +28,7 @@ fn start(change: impl FnOnce(&mut Config)) -> Running {
     config.admin.listen = "127.0.0.1:0".parse().unwrap();
     change(&mut config);
     let config = Arc::new(config);
-    let proxy = runtime::start(Arc::clone(&config), 1).unwrap();
+    let proxy = runtime::start(Arc::clone(&config), Arc::default(), 1).unwrap();
     let (log, layer): (LogHandle, _) = log::detached();
     let control = Control::new(&proxy, log, Reloads::new(Vec::new(), Arc::clone(&config)));
     control.set_discovered();

@@ -1,11 +1,14 @@
 //! `outrigger check [-c FILE]…`
 
-use std::{io::Write, process::ExitCode};
+use std::{io::Write, process::ExitCode, time::SystemTime};
 
 use clap::Args;
 
 use super::files::{ConfigFiles, colour};
-use crate::config::Diagnostics;
+use crate::{
+    config::{Diagnostics, Loaded, Problem},
+    identity::files,
+};
 
 /// Check the configuration: every problem with its place and what to write instead.
 ///
@@ -27,7 +30,13 @@ pub struct CheckArgs {
 pub fn run(args: &CheckArgs) -> ExitCode {
     let files = args.files.paths();
     let (found, ok) = match args.files.load() {
-        Ok(loaded) => (loaded.warnings, true),
+        Ok(loaded) => {
+            let wrong = certificates(&loaded);
+            let ok = wrong.is_empty();
+            let mut found = loaded.warnings;
+            found.problems.extend(wrong);
+            (found, ok)
+        }
         Err(problems) => (problems, false),
     };
     let mut out = std::io::stdout().lock();
@@ -42,6 +51,21 @@ pub fn run(args: &CheckArgs) -> ExitCode {
     // A closed pipe is the reader's decision.
     let _ = out.write_all(text.as_bytes());
     if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What is wrong with the files of certificates.
+fn certificates(loaded: &Loaded) -> Vec<Problem> {
+    let place = |upstream: Option<usize>| match upstream {
+        None => loaded.tree.get("identity"),
+        Some(at) => loaded.tree.get("upstream")?.item(at)?.get("ca"),
+    };
+    files::check(&loaded.config, SystemTime::now())
+        .into_iter()
+        .map(|(upstream, error)| {
+            Problem::error(place(upstream).and_then(|node| node.origin), error.to_string())
+                .label("the file is named here")
+        })
+        .collect()
 }
 
 fn summary(found: &Diagnostics) -> String {

@@ -64,6 +64,8 @@ pub enum DemoError {
     Request(#[from] ::http::Error),
     #[error("no answer to a call within {0:?}")]
     NoAnswer(std::time::Duration),
+    #[error(transparent)]
+    Certificates(#[from] crate::identity::issue::IssueError),
     #[error("{name}'s sidecar {what}; its log:\n{log}")]
     Sidecar { name: &'static str, what: String, log: String },
 }

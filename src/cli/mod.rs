@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod admin_client;
+mod certs;
 mod check;
 mod completions;
 mod config;
@@ -45,6 +46,7 @@ enum Command {
     Check(check::CheckArgs),
     Explain(explain::ExplainArgs),
     Config(config::ConfigArgs),
+    Certs(certs::CertsArgs),
     Status(status::StatusArgs),
     Set(set::SetArgs),
     Drain(drain::DrainArgs),
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Certs(args) => certs::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Set(args) => set::run(args),
         Command::Drain(args) => drain::run(&args),

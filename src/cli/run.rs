@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use crate::{
     admin::{Admin, AdminError},
     config::{self, Diagnostics, HostPort, Loaded},
+    identity::{material::MaterialError, store::Store},
     runtime::{
         self, StartError, cgroup,
         child::{Child, SpawnError},
@@ -61,6 +62,8 @@ pub struct RunArgs {
 enum RunError {
     #[error("the configuration cannot be used:\n{0}")]
     Config(String),
+    #[error("there is no identity to run with: {0}")]
+    Identity(#[from] MaterialError),
     #[error(transparent)]
     Start(#[from] StartError),
     #[error(transparent)]
@@ -102,7 +105,9 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let config = with_app(loaded, args.app.as_ref()).map_err(RunError::Config)?;
 
     let workers = config.runtime.workers.or_else(cgroup::cpu_limit).unwrap_or(1);
-    let proxy = runtime::start(Arc::clone(&config), workers)?;
+    let identity = Arc::new(Store::default());
+    identity.start(&config).await?;
+    let proxy = runtime::start(Arc::clone(&config), identity, workers)?;
     let reloads = Reloads::new(files.clone(), Arc::clone(&config));
     let (tell, changes) = mpsc::channel(CHANGES);
     let watcher = config::watch(files, Arc::unwrap_or_clone(sources), config::process_env, move |loaded| {

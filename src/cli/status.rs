@@ -102,6 +102,16 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     if let Some(traces) = &status.traces {
         write_traces(out, traces)?;
     }
+    if let Some(identity) = &status.identity {
+        let expires: Vec<String> =
+            identity.expires.iter().map(|(kind, date)| format!("{kind} expires {date}")).collect();
+        let id = identity.id.as_deref().unwrap_or("none yet");
+        writeln!(out, "identity: {id}, {}", expires.join(", "))?;
+        if let Some(error) = &identity.error {
+            writeln!(out, "  REFUSED as the files are now: {error}")?;
+        }
+    }
+
     write_ways_in(out, status)?;
     write_upstreams(out, status)
 }

@@ -45,6 +45,17 @@ pub struct Network {
     pub prefix: u8,
 }
 
+impl HostMatch {
+    /// Whether `host`, in lower case, is meant.
+    pub fn matches(&self, host: &str) -> bool {
+        match self {
+            Self::Exact(named) => named == host,
+            Self::Suffix(suffix) => host.len() > suffix.len() && host.ends_with(suffix.as_str()),
+            Self::Any => true,
+        }
+    }
+}
+
 impl HostPort {
     pub fn new(host: impl Into<String>, port: u16) -> Self {
         Self { host: host.into(), port }

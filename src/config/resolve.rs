@@ -169,6 +169,7 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
     };
     validate::references(root, problems);
     validate::sections(&config, root, problems);
+    validate::identity(&config, root, problems);
     config
 }
 

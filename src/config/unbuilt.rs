@@ -11,26 +11,11 @@ use super::{
 /// A key and whether a value of it is refused.
 type Unbuilt = (&'static str, fn(&Node) -> bool);
 
-const UNBUILT: &[Unbuilt] = &[
-    ("identity", any),
-    ("inbound.mtls", on),
-    ("inbound.port.mtls", on),
-    ("upstream.tls", on),
-    ("upstream.server_name", any),
-    ("upstream.ca", any),
-    ("upstream.identity", any),
-    ("upstream.endpoints", kubernetes),
-    ("telemetry.access_log", any),
-    ("telemetry.access_log_file", any),
-];
+const UNBUILT: &[Unbuilt] =
+    &[("upstream.endpoints", kubernetes), ("telemetry.access_log", any), ("telemetry.access_log_file", any)];
 
 fn any(_: &Node) -> bool {
     true
-}
-
-/// Neither `false` nor `"off"`.
-fn on(node: &Node) -> bool {
-    node.value != Value::Bool(false) && node.as_str() != Some("off")
 }
 
 fn kubernetes(node: &Node) -> bool {
@@ -92,17 +77,8 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_wherever_it_stands() {
-        let text =
-            "[identity]\n[inbound]\nmtls = 'strict'\n[[upstream]]\ntls = 'simple'\nendpoints = 'k8s://a/b:1'";
-        assert_eq!(
-            refusals(text),
-            [
-                "`identity` is not built yet",
-                "`inbound.mtls` is not built yet",
-                "`upstream.tls` is not built yet",
-                "`k8s://` is not built yet",
-            ]
-        );
+        let text = "[telemetry]\naccess_log = 'all'\n[[upstream]]\nendpoints = 'k8s://a/b:1'";
+        assert_eq!(refusals(text), ["`k8s://` is not built yet", "`telemetry.access_log` is not built yet",]);
     }
 
     #[test]

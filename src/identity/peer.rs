@@ -19,7 +19,7 @@ use x509_parser::{
 use super::{InvalidId, SpiffeId};
 
 /// SAN entries that are read; a certificate with more is refused.
-const MAX_NAMES: usize = 128;
+const MAX_NAMES: usize = 1024;
 
 /// The verified other side of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
-use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, Method, Request, Response, Uri, Version, header::HOST, uri::Authority};
 use hyper::{body::Incoming, ext::Protocol as ExtendedConnect};
 
 use super::{
@@ -11,6 +11,7 @@ use super::{
     error::{Cause, ProxyError},
 };
 use crate::{
+    identity::handshake::refused_after,
     resilience::classify::{ConnectFailure, Ending, Health, Reset},
     upstream::{
         Lease,
@@ -59,6 +60,12 @@ impl Failed {
 }
 
 impl Outgoing {
+    /// The host that the caller asked for.
+    pub fn host(&self) -> Option<&str> {
+        let of_uri = self.uri.authority().map(Authority::as_str);
+        of_uri.or_else(|| self.headers.get(HOST)?.to_str().ok())
+    }
+
     /// The head for a try after which none can follow: nothing of it is left. Only for a connection that there is, as
     /// nobody who cannot be reached is ever the last to be tried.
     pub fn take(&mut self) -> Request<()> {
@@ -104,7 +111,9 @@ pub async fn send(
                 return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
             }
             ConnectError::Timeout { .. } => ConnectFailure::Timeout,
-            ConnectError::Refused { .. } | ConnectError::Handshake { .. } => ConnectFailure::Refused,
+            ConnectError::Refused { .. } | ConnectError::Handshake { .. } | ConnectError::Tls { .. } => {
+                ConnectFailure::Refused
+            }
         };
         Failed::new(Ending::Connect(failure), connect_failed(name, &error))
     })?;
@@ -122,6 +131,13 @@ pub async fn send(
 /// What a broken connection means.
 fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, lease: &Lease) -> Failed {
     let error = &failed.error;
+    if let Some(failure) = refused_after(error) {
+        let detail = format!("{name}: {address}: {failure}");
+        return Failed::new(
+            Ending::Connect(ConnectFailure::Refused),
+            ProxyError::new(Cause::TlsFailure, detail),
+        );
+    }
     let h2 = h2_error(error);
     let refused = h2.is_some_and(|h2| {
         let left_gracefully = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);

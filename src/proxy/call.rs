@@ -149,6 +149,12 @@ async fn handle(
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     headers::guard(&request)?;
+    if connection.refused_plaintext() {
+        return Err(ProxyError::new(
+            Cause::NotAllowed,
+            "plaintext: calls to this service must come by mutual TLS (`inbound.mtls` is \"strict\"); call it through a sidecar, or let both in by \"permissive\"",
+        ));
+    }
     headers::check_loop(request.headers(), &view.names.via(&connection.side).pseudonym)?;
     if connection.side == Side::Inbound {
         authorize::call(connection, view, &mut request).await?;

@@ -16,18 +16,19 @@ use super::{
     clock::Until,
     connection::Connection,
     error::{Cause, ProxyError},
-    io::SharedTcp,
     target::{self, Target},
 };
 use crate::{
     config::Network,
     discovery::DiscoveryError,
+    identity::handshake::{FailureKind, Speaks},
     runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
     upstream::{
         EndpointSet, Resolution,
         connect::{ConnectError, connect},
         guards::ConnectionSlot,
         local::{InFlight, LocalEndpoint},
+        stream::UpstreamIo,
     },
 };
 
@@ -44,7 +45,7 @@ pub struct Dialled {
 }
 
 /// Opens a connection to an upstream for bytes.
-pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(SharedTcp, Dialled), ProxyError> {
+pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(UpstreamIo, Dialled), ProxyError> {
     dial_allowed(connection, to, |_| Ok(())).await
 }
 
@@ -52,8 +53,9 @@ async fn dial_allowed(
     connection: &Connection,
     to: &LocalCluster,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
-) -> Result<(SharedTcp, Dialled), ProxyError> {
+) -> Result<(UpstreamIo, Dialled), ProxyError> {
     let endpoints = endpoints(connection, to, Until::default()).await?;
+    let tls = to.cluster.tls_target(None);
     let limit = to.cluster.settings.policy.connect_timeout.limit();
     let slot = ConnectionSlot::take(&to.upstream.shared.guards)
         .await
@@ -62,9 +64,11 @@ async fn dial_allowed(
     loop {
         let endpoint = pick(connection, to, &endpoints, &tried, None)?;
         allowed(endpoints[endpoint].address())?;
-        match connect(endpoints[endpoint].address(), limit).await {
-            Ok(stream) => {
-                return Ok((stream, Dialled { _in_flight: endpoints[endpoint].enter(), _slot: slot }));
+        let connected = connect(endpoints[endpoint].address(), limit, tls.as_ref(), Speaks::Bytes).await;
+        match connected {
+            Ok(connected) => {
+                let dialled = Dialled { _in_flight: endpoints[endpoint].enter(), _slot: slot };
+                return Ok((connected.io, dialled));
             }
             Err(error) => {
                 tried.push(endpoint);
@@ -137,6 +141,10 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
         ConnectError::Refused { .. } => Cause::ConnectRefused,
         ConnectError::Timeout { .. } => Cause::ConnectTimeout,
         ConnectError::Handshake { .. } => Cause::Reset,
+        ConnectError::Tls { failure, .. } => match failure.kind {
+            FailureKind::PeerIdentity | FailureKind::NoCertificate => Cause::PeerIdentity,
+            _ => Cause::TlsFailure,
+        },
         ConnectError::Limit { .. } => {
             return ProxyError::new(Cause::LimitFull, format!("{name}: {error}"))
                 .retry_after(Duration::from_secs(1));

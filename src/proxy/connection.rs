@@ -9,9 +9,10 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
+use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
 use hyper::{
     body::Incoming,
@@ -19,6 +20,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -34,16 +36,23 @@ use super::{
     connect::{self, Dialled},
     detect::{Detector, Spoken},
     error::ProxyError,
-    io::{CallerIo, SharedTcp, Wire},
+    io::{CallerIo, Prefixed, SharedTcp, Wire},
     progress::{Progress, Watchdog, poll_watched},
     target,
     tunnel::{self, relay},
 };
 use crate::{
-    config::{HeaderCase, HostPort, Protocol},
-    identity::{Peer, xfcc},
+    config::{HeaderCase, HostPort, Mtls, Protocol},
+    identity::{
+        Peer,
+        handshake::{self, FailureKind, Met, Proven, Speaks, TlsFailure},
+        tls::Offer,
+        trust::Role,
+        xfcc,
+    },
     runtime::{LocalCluster, Phase, Worker, drain_phase},
-    telemetry::metrics::Way,
+    telemetry::metrics::{Tls, Way},
+    upstream::stream::UpstreamIo,
 };
 
 /// From the first byte of a request's head to its last (slowloris).
@@ -63,6 +72,8 @@ pub const MAX_HEADERS: usize = 100;
 const MAX_STREAMS: u32 = 200;
 /// Resets a caller may provoke or send before its connection is closed (rapid reset, MadeYouReset).
 const MAX_RESETS: usize = 64;
+/// How often a caller's certificate is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(600);
 const H2_STREAM_WINDOW: u32 = 256 * 1024;
 const H2_CONNECTION_WINDOW: u32 = 1024 * 1024;
 
@@ -75,10 +86,14 @@ pub struct Connection {
     pub peer: HeaderValue,
     pub address: SocketAddr,
     pub wire: Arc<Wire>,
-    /// Whom the caller's certificate proved to be; `None`: plaintext.
+    /// Whom the caller's certificate proved to be; `None`: plaintext, or TLS without a certificate.
     pub peer_identity: Option<Arc<Peer>>,
     /// The same as `x-forwarded-client-cert` has it, made when it is first needed.
     client_cert: OnceCell<Option<HeaderValue>>,
+    /// The chain it showed.
+    presented: Option<Box<[CertificateDer<'static>]>>,
+    /// Came without TLS where only TLS is taken: its calls hear so, and nothing else becomes of them.
+    refused_plaintext: Cell<bool>,
     /// Inside a CONNECT tunnel, whom it leads to.
     pub tunnel_to: Option<HostPort>,
     /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
@@ -123,6 +138,16 @@ pub enum ConnectionError {
 const SILENT: ConnectionError =
     ConnectionError::Cut("neither side has said anything for tunnel_idle_timeout");
 
+fn not_ready() -> TlsFailure {
+    let reason = "there is no valid certificate to show it yet".to_owned();
+    TlsFailure { kind: FailureKind::NotReady, reason }
+}
+
+fn too_slow() -> TlsFailure {
+    let reason = format!("its TLS handshake took longer than {HEADER_TIMEOUT:?}");
+    TlsFailure { kind: FailureKind::Broken, reason }
+}
+
 /// Whoever might speak first has not done so for as long as a tunnel may stand still.
 async fn silent_for_too_long(to: &LocalCluster) {
     match to.cluster.settings.policy.tunnel_idle_timeout.limit() {
@@ -144,6 +169,8 @@ impl Connection {
             wire: Arc::default(),
             peer_identity: None,
             client_cert: OnceCell::new(),
+            presented: None,
+            refused_plaintext: Cell::default(),
             tunnel_to: None,
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -163,6 +190,8 @@ impl Connection {
             wire: Arc::default(),
             peer_identity: self.peer_identity.clone(),
             client_cert: OnceCell::new(),
+            presented: None,
+            refused_plaintext: Cell::default(),
             tunnel_to: Some(to),
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -172,21 +201,142 @@ impl Connection {
         })
     }
 
-    /// Finds out what the caller speaks and serves it: HTTP call by call, anything else as bytes.
-    async fn serve(self: &Rc<Self>, mut stream: SharedTcp) -> Result<(), ConnectionError> {
+    /// The connection inside of TLS, which this one has turned out to be.
+    fn inside_tls(&self, proven: Option<Proven>) -> Rc<Self> {
+        let (peer, presented) = match proven {
+            Some(Proven { peer, chain }) => (Some(Arc::new(peer)), Some(chain.into())),
+            None => (None, None),
+        };
+        Rc::new(Self {
+            worker: Rc::clone(&self.worker),
+            side: self.side.clone(),
+            address: self.address,
+            peer: self.peer.clone(),
+            wire: Arc::default(),
+            peer_identity: peer,
+            client_cert: OnceCell::new(),
+            presented,
+            refused_plaintext: Cell::default(),
+            tunnel_to: None,
+            exchange: RefCell::default(),
+            streams: Cell::default(),
+            http2: Cell::default(),
+            leaving: Cell::default(),
+            idle_since: Cell::new(Instant::now()),
+        })
+    }
+
+    /// Serves the connection: what is TLS, and meant for us, from the inside.
+    async fn serve(self: &Rc<Self>, stream: SharedTcp) -> Result<(), ConnectionError> {
         // Whom bytes that are not HTTP go to; for the outbound port nobody.
         let behind = target::behind(self);
+        let mtls = target::mtls(self);
         let protocol = behind.as_ref().map_or(Protocol::Auto, |behind| behind.cluster.settings.protocol);
         if let (Protocol::Tcp, Some(behind)) = (protocol, &behind) {
+            if mtls == Mtls::Strict {
+                return Box::pin(self.serve_tls(stream, Bytes::new(), mtls, behind)).await;
+            }
+            // No wait for the caller, who may be waiting for the service: so it cannot be seen whether it speaks TLS.
             let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
             return Box::pin(self.carry(stream, upstream, behind)).await;
         }
+        match (self.serve_plain(stream, behind.as_ref(), mtls).await?, &behind) {
+            (Some((stream, begun)), Some(behind)) => {
+                Box::pin(self.serve_tls(stream, begun, mtls, behind)).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Meets a caller by TLS and serves what comes inside of it.
+    async fn serve_tls(
+        &self,
+        stream: SharedTcp,
+        begun: Bytes,
+        mtls: Mtls,
+        behind: &Rc<LocalCluster>,
+    ) -> Result<(), ConnectionError> {
+        let worker = &self.worker;
+        let counts = &worker.shared.identity.handshakes.inbound;
+        let offer = match behind.cluster.settings.protocol {
+            Protocol::Auto | Protocol::Http1 => Offer::Http1First,
+            Protocol::H2 => Offer::H2First,
+            Protocol::Tcp => Offer::Nothing,
+        };
+        let handshake = async {
+            let Ok(_leave) = worker.handshakes.acquire().await else { return Err(not_ready()) };
+            let server = worker.shared.identity.server().clone().ok_or_else(not_ready)?;
+            handshake::accept(&server, mtls == Mtls::Strict, offer, Prefixed::new(begun, stream)).await
+        };
+        let met = timeout(HEADER_TIMEOUT, handshake).await.unwrap_or_else(|_| Err(too_slow()));
+        let Met { stream, proven, speaks, resumed } = met.map_err(|failure| {
+            counts.failed(failure.kind);
+            // Repetitions are held back by the log.
+            tracing::warn!(peer = ?self.peer, "a caller was refused: {failure}");
+            ConnectionError::Cut("no TLS")
+        })?;
+        counts.done(resumed);
+        let by = if proven.is_some() { Tls::Mutual } else { Tls::Server };
+        let _protected = worker.shared.metrics.inbound.protected(by);
+        let inside = self.inside_tls(proven);
+        let http = |stream| CallerIo::new(stream, Bytes::new(), Arc::clone(&inside.wire));
+        match speaks {
+            _ if offer == Offer::Nothing => {
+                let (upstream, _in_use) = connect::dial(&inside, behind).await?;
+                inside.carry(stream, upstream, behind).await
+            }
+            Some(Speaks::H2) => inside.serve_http2(http(stream)).await,
+            Some(Speaks::Http1) => inside.serve_http1(http(stream)).await,
+            Some(Speaks::Bytes) | None => inside.serve_plain(stream, Some(behind), Mtls::Off).await.map(drop),
+        }
+    }
+
+    /// Tells a caller who came without TLS that only TLS is taken; in HTTP, if that is what it speaks.
+    async fn refuse_plaintext<S>(
+        self: &Rc<Self>,
+        spoken: Spoken,
+        stream: CallerIo<S>,
+    ) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        self.worker.shared.identity.handshakes.plaintext_refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(peer = ?self.peer, "a caller was refused: it came without TLS, and `inbound.mtls` is \"strict\"");
+        self.refused_plaintext.set(true);
+        match spoken {
+            Spoken::Http1 => self.serve_http1(stream).await,
+            Spoken::H2 => self.serve_http2(stream).await,
+            _ => Err(ConnectionError::Cut("plaintext")),
+        }
+    }
+
+    /// Whether calls are refused because they came without TLS.
+    pub fn refused_plaintext(&self) -> bool {
+        self.refused_plaintext.get()
+    }
+
+    /// Finds out what the caller speaks and serves it: HTTP call by call, anything else as bytes. TLS that is meant for
+    /// us is given back, with what has been read of it.
+    async fn serve_plain<S>(
+        self: &Rc<Self>,
+        mut stream: S,
+        behind: Option<&Rc<LocalCluster>>,
+        mtls: Mtls,
+    ) -> Result<Option<(S, Bytes)>, ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let mut detector = Detector::default();
         let mut leaving = pin!(self.closing());
-        let spoken = match &behind {
+        let spoken = match behind {
+            Some(_) if mtls == Mtls::Strict => tokio::select! {
+                spoken = detector.spoken(&mut stream) => spoken?,
+                () = &mut leaving => return Ok(None),
+                () = sleep(HEADER_TIMEOUT) => return Err(ConnectionError::Cut("the TLS handshake did not begin")),
+            },
             None => tokio::select! {
                 spoken = detector.spoken(&mut stream) => spoken?,
-                () = &mut leaving => return Ok(()),
+                () = &mut leaving => return Ok(None),
                 () = sleep(CALLER_IDLE) => return Err(ConnectionError::Cut("idle")),
             },
             Some(behind) => {
@@ -195,30 +345,33 @@ impl Connection {
                     () = sleep(SILENCE) => {
                         // Perhaps the service is the one to speak first. Whichever does decides.
                         match Box::pin(connect::dial(self, behind)).await {
-                            Ok((upstream, _in_use)) => {
+                            Ok((mut upstream, _in_use)) => {
                                 let spoken = tokio::select! {
                                     biased;
                                     spoken = detector.spoken(&mut stream) => Some(spoken?),
                                     ready = upstream.readable() => { ready?; None }
-                                    () = &mut leaving => return Ok(()),
+                                    () = &mut leaving => return Ok(None),
                                     () = silent_for_too_long(behind) => return Err(SILENT),
                                 };
                                 match spoken {
+                                    Some(Spoken::Tls) if mtls != Mtls::Off => Spoken::Tls,
                                     Some(Spoken::Http1 | Spoken::H2) => spoken.unwrap_or(Spoken::Nothing),
-                                    Some(Spoken::Nothing) => return Ok(()),
-                                    Some(Spoken::Other) | None => {
+                                    Some(Spoken::Nothing) => return Ok(None),
+                                    Some(Spoken::Other | Spoken::Tls) | None => {
                                         let stream = CallerIo::new(
                                             stream,
                                             detector.into_bytes(),
                                             Arc::clone(&self.wire),
                                         );
-                                        return Box::pin(self.carry(stream, upstream, behind)).await;
+                                        let carried = Box::pin(self.carry(stream, upstream, behind)).await;
+                                        return carried.map(|()| None);
                                     }
                                 }
                             }
                             // A caller that speaks HTTP, if a little late, is told in an answer.
                             Err(error) => match timeout(HEADER_TIMEOUT, detector.spoken(&mut stream)).await {
                                 Ok(Ok(spoken @ (Spoken::Http1 | Spoken::H2))) => spoken,
+                                Ok(Ok(Spoken::Tls)) if mtls != Mtls::Off => Spoken::Tls,
                                 _ => return Err(error.into()),
                             },
                         }
@@ -226,22 +379,32 @@ impl Connection {
                 }
             }
         };
+        if spoken == Spoken::Tls && mtls != Mtls::Off {
+            return Ok(Some((stream, detector.into_bytes())));
+        }
         let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
-        match (spoken, behind) {
+        let served = match (spoken, behind) {
+            (Spoken::Nothing, _) => Ok(()),
+            _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(spoken, stream)).await,
             (Spoken::Http1, _) => self.serve_http1(stream).await,
             (Spoken::H2, _) => Box::pin(self.serve_http2(stream)).await,
-            (Spoken::Nothing, _) => Ok(()),
-            (Spoken::Other, Some(behind)) => {
-                let (upstream, _in_use) = Box::pin(connect::dial(self, &behind)).await?;
-                Box::pin(self.carry(stream, upstream, &behind)).await
+            (Spoken::Other | Spoken::Tls, Some(behind)) => {
+                let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
+                Box::pin(self.carry(stream, upstream, behind)).await
             }
-            (Spoken::Other, None) => Err(ConnectionError::Cut(
+            (Spoken::Other | Spoken::Tls, None) => Err(ConnectionError::Cut(
                 "the outbound port was sent bytes that are not HTTP: they name nobody to carry them to; use CONNECT, or an upstream's own `listen`",
             )),
-        }
+        };
+        served.map(|()| None)
     }
 
-    async fn carry<S>(&self, stream: S, upstream: SharedTcp, to: &LocalCluster) -> Result<(), ConnectionError>
+    async fn carry<S>(
+        &self,
+        stream: S,
+        upstream: UpstreamIo,
+        to: &LocalCluster,
+    ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -271,7 +434,7 @@ impl Connection {
     pub async fn serve_tunnel<S>(
         self: &Rc<Self>,
         mut stream: S,
-        (upstream, in_use): (SharedTcp, Dialled),
+        (mut upstream, in_use): (UpstreamIo, Dialled),
         to: &LocalCluster,
     ) -> Result<(), ConnectionError>
     where
@@ -294,7 +457,7 @@ impl Connection {
             };
         }
         match spoken {
-            Spoken::Other => Box::pin(self.carry(stream, upstream, to)).await,
+            Spoken::Other | Spoken::Tls => Box::pin(self.carry(stream, upstream, to)).await,
             _ => Ok(()),
         }
     }
@@ -392,10 +555,46 @@ impl Connection {
 
     /// Waits until connections of this side are asked to leave.
     async fn asked_to_leave(&self) {
+        if self.refused_plaintext.get() {
+            return;
+        }
         let drains_at = drain_phase(&self.side);
         let mut phase = self.worker.shared.phase.subscribe();
         // The sender lives as long as the worker.
-        let _ = phase.wait_for(|phase: &Phase| *phase >= drains_at).await;
+        let drained = phase.wait_for(|phase: &Phase| *phase >= drains_at);
+        match &self.presented {
+            None => drop(drained.await),
+            Some(chain) => tokio::select! {
+                _ = drained => {}
+                () = Box::pin(self.distrusted(chain)) => {}
+            },
+        }
+    }
+
+    /// Waits until the caller's certificate has expired, or is not trusted any more.
+    async fn distrusted(&self, chain: &[CertificateDer<'static>]) {
+        let store = &self.worker.shared.identity;
+        let mut changes = store.changes();
+        let Some((peer, (leaf, intermediates))) = self.peer_identity.as_ref().zip(chain.split_first()) else {
+            return pending().await;
+        };
+        loop {
+            let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+            let refusal = match &*store.server() {
+                // Without an identity of our own nothing can be said of others.
+                None => None,
+                Some(server) => server.trust.verify(leaf, intermediates, UnixTime::now(), Role::Client).err(),
+            };
+            if let Some(refusal) = refusal {
+                tracing::info!(%peer, "a caller is asked to leave: {refusal}");
+                return;
+            }
+            tokio::select! {
+                _ = changes.changed() => {}
+                // Clocks are set and machines sleep: so not for all that is left.
+                () = sleep(left.clamp(Duration::from_secs(1), LOOK_AGAIN)) => {}
+            }
+        }
     }
 
     /// When the connection is to be cut unless something moves, and what to say then.

@@ -18,7 +18,9 @@ const LONGEST_METHOD: usize = 24;
 pub enum Spoken {
     Http1,
     H2,
-    /// TLS, a database, anything: bytes.
+    /// The first record of a TLS handshake.
+    Tls,
+    /// A database, anything: bytes.
     Other,
     /// The caller left without a word.
     Nothing,
@@ -68,6 +70,12 @@ fn judge(bytes: &[u8]) -> Option<Spoken> {
     if H2_PREFACE.starts_with(bytes) {
         return None;
     }
+    match bytes {
+        // A handshake record of SSL 3.0 or later (RFC 8446 §5.1).
+        [0x16, 0x03, minor, ..] if *minor <= 4 => return Some(Spoken::Tls),
+        [0x16] | [0x16, 0x03] => return None,
+        _ => {}
+    }
     let token = bytes.iter().take(LONGEST_METHOD + 1).take_while(|b| is_method_byte(**b)).count();
     match bytes.get(token) {
         _ if token > LONGEST_METHOD => Some(Spoken::Other),
@@ -99,7 +107,9 @@ mod tests {
             (b"PRI * HTTP/2.0\r\n\r\n", None),
             (b"PRI * HTTP/1.1\r\n", Some(Spoken::Http1)),
             (b"M-SEARCH * HTTP/1.1", Some(Spoken::Http1)),
-            (b"\x16\x03\x01\x02\x00\x01", Some(Spoken::Other)),
+            (b"\x16\x03\x01\x02\x00\x01", Some(Spoken::Tls)),
+            (b"\x16\x03", None),
+            (b"\x16\x04\x01", Some(Spoken::Other)),
             (b"*1\r\n$4\r\nPING\r\n", Some(Spoken::Other)),
             (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Some(Spoken::Other)),
             (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Spoken::Other)),

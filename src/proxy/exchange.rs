@@ -122,8 +122,14 @@ pub async fn run(
         interim: http1 && callers_version == Version::HTTP_11,
     };
     let replay = Replay::new(body, retries.body_limit(&parts.method, call.idempotency_key), progress);
-    let mut outgoing =
-        head::outgoing(parts, version, &cluster.settings.name, upgrade.as_ref(), !replay.is_empty())?;
+    let mut outgoing = head::outgoing(
+        parts,
+        version,
+        &cluster.settings.name,
+        upgrade.as_ref(),
+        !replay.is_empty(),
+        cluster.tls.is_some(),
+    )?;
     outgoing.keep = policy.fallback.is_some();
 
     let mut carried =
@@ -156,7 +162,8 @@ pub async fn run(
             drop(ended);
             let settings = &other.local.cluster.settings;
             let version = version_for(settings.protocol, callers_version);
-            head::respell(&mut carried.outgoing, version, &settings.name, !carried.replay.is_empty())?;
+            let tls = other.local.cluster.tls.is_some();
+            head::respell(&mut carried.outgoing, version, &settings.name, !carried.replay.is_empty(), tls)?;
             let http1 = http1 && version == Version::HTTP_11;
             let call = Call {
                 interim: call.interim && http1,
@@ -227,6 +234,7 @@ async fn serve<'a>(
             header_case: settings.header_case,
             // Drawn anew, so that not all connections end at once.
             max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
+            tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(carried.outgoing.host())),
         },
         hash,
         call,

@@ -77,8 +77,9 @@ pub fn outgoing(
     name: &str,
     upgrade: Option<&HeaderValue>,
     has_body: bool,
+    tls: bool,
 ) -> Result<Outgoing, ProxyError> {
-    let uri = spell(&head.uri, &mut head.headers, version, name, has_body)?;
+    let uri = spell(&head.uri, &mut head.headers, version, name, has_body, tls)?;
     if let Some(protocol) = upgrade {
         head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.insert(UPGRADE, protocol.clone());
@@ -100,8 +101,9 @@ pub fn respell(
     version: Version,
     name: &str,
     has_body: bool,
+    tls: bool,
 ) -> Result<(), ProxyError> {
-    if outgoing.version == version {
+    if outgoing.version == version && version == Version::HTTP_11 {
         return Ok(());
     }
     let headers = &mut outgoing.headers;
@@ -112,7 +114,7 @@ pub fn respell(
     } else {
         headers::join_cookies(headers);
     }
-    outgoing.uri = spell(&outgoing.uri, headers, version, name, has_body)?;
+    outgoing.uri = spell(&outgoing.uri, headers, version, name, has_body, tls)?;
     outgoing.version = version;
     Ok(())
 }
@@ -124,6 +126,7 @@ fn spell(
     version: Version,
     name: &str,
     has_body: bool,
+    tls: bool,
 ) -> Result<Uri, ProxyError> {
     let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
     let path = uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
@@ -134,7 +137,7 @@ fn spell(
         };
         headers.remove(HOST);
         return Uri::builder()
-            .scheme("http")
+            .scheme(if tls { "https" } else { "http" })
             .authority(authority)
             .path_and_query(path)
             .build()

@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use rustix::net::RecvFlags;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -45,6 +46,28 @@ impl SharedTcp {
     pub fn is_quiet(&self) -> bool {
         let mut byte = [MaybeUninit::uninit()];
         matches!(SockRef::from(&*self.0).peek(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// The same for TLS, where new tickets may come unasked. Told by length, as their type is hidden: an alert is the
+    /// shortest of records, a ticket a long one.
+    pub fn is_quiet_tls(&self) -> bool {
+        const SHORTEST: usize = 48;
+        let mut bytes = [0_u8; 2048];
+        let count = match rustix::net::recv(&*self.0, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Err(error) => return error == rustix::io::Errno::WOULDBLOCK,
+            // Gone.
+            Ok((_, 0)) => return false,
+            Ok((_, count)) => count.min(2048),
+        };
+        let mut records = &bytes[..count];
+        while let [0x17, _, _, high, low, rest @ ..] = records {
+            let length = usize::from(*high) << 8 | usize::from(*low);
+            if length < SHORTEST {
+                return false;
+            }
+            records = rest.get(length..).unwrap_or_default();
+        }
+        records.is_empty()
     }
 
     /// Waits until the peer has said something, or left.
@@ -215,6 +238,64 @@ impl Wire {
             interim.waker = Some(cx.waker().clone());
         }
         std::mem::take(&mut interim.said_continue)
+    }
+}
+
+/// A stream of which the beginning has been read already.
+#[derive(Debug)]
+pub struct Prefixed<S> {
+    prefix: Bytes,
+    stream: S,
+}
+
+impl<S> Prefixed<S> {
+    pub fn new(prefix: Bytes, stream: S) -> Self {
+        Self { prefix, stream }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.prefix.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buf);
+        }
+        let take = self.prefix.len().min(buf.remaining());
+        buf.put_slice(&self.prefix.split_to(take));
+        if self.prefix.is_empty() {
+            // What it was cut from is not held any longer.
+            self.prefix = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

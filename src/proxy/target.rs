@@ -10,7 +10,7 @@ use super::{
     error::{Cause, ProxyError},
 };
 use crate::{
-    config::{HostPort, Unknown},
+    config::{HostPort, Mtls, Unknown},
     runtime::{LocalCluster, View},
     telemetry::metrics::Way,
 };
@@ -53,6 +53,19 @@ pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
         Side::Outbound => None,
         Side::Upstream(name) => by_name(&view, name).map(|index| Rc::clone(&view.clusters[index])),
     }
+}
+
+/// How a caller must come: by TLS or not.
+pub fn mtls(connection: &Connection) -> Mtls {
+    if connection.side != Side::Inbound {
+        return Mtls::Off;
+    }
+    let view = connection.worker.view();
+    let inbound = &view.snapshot.config.inbound;
+    let port = inbound.ports.iter().find(|port| port.port == inbound.forward_to.port);
+    let mtls = port.and_then(|port| port.mtls).unwrap_or(inbound.mtls);
+    // Without a certificate of our own TLS cannot be met: it is the service's.
+    if mtls == Mtls::Permissive && view.snapshot.config.identity.is_none() { Mtls::Off } else { mtls }
 }
 
 fn by_name(view: &View, name: &str) -> Option<usize> {

@@ -78,7 +78,7 @@ impl UnknownHosts {
         let settings = config::Upstream::new(host.to_string(), endpoints, config.defaults.clone());
         let discovery =
             discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(&self.resolver));
-        let cluster = Arc::new(Cluster::new(settings, upstream, |_| None));
+        let cluster = Arc::new(Cluster::new(settings, upstream, None, |_| None));
         UnknownHost {
             cluster,
             config: Arc::clone(config),

@@ -15,7 +15,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{
@@ -87,7 +87,9 @@ impl Control {
     /// Why no new calls should be sent here; none where they should. The service itself does not matter to it.
     pub fn not_ready(&self) -> Option<&'static str> {
         match self.phase() {
-            Phase::Running if self.discovered.load(Ordering::Relaxed) => None,
+            Phase::Running if self.discovered.load(Ordering::Relaxed) => {
+                self.shared.identity.not_ready(SystemTime::now())
+            }
             Phase::Running => Some("starting: not every upstream's endpoints have been looked up yet"),
             Phase::Leaving => Some("leaving: calls are still accepted, send no new ones"),
             Phase::DrainingInbound => Some("draining: inbound calls in flight are finished"),

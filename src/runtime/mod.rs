@@ -17,6 +17,7 @@ pub use workers::{LocalCluster, LocalExecutor, View, Whom, Worker, drain_phase};
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -30,6 +31,7 @@ use tokio::{
 use crate::{
     config::{Config, ListenAddr},
     discovery::Resolver,
+    identity::{store::Store, workload},
     proxy::{
         accept::{Listener, Side},
         spent::SpentTraces,
@@ -37,6 +39,7 @@ use crate::{
     },
     rng::Rng,
     telemetry::{metrics::Metrics, traces::Traces},
+    watch::{Watcher, watch},
 };
 use snapshot::Clusters;
 
@@ -54,6 +57,8 @@ pub struct Shared {
     /// Traces whose tries were spent by calls of this service.
     pub spent: SpentTraces,
     pub traces: Traces,
+    /// Who this service is, and who is trusted.
+    pub identity: Arc<Store>,
     /// Tells this process from every other in `Via`.
     pub instance: String,
 }
@@ -125,16 +130,31 @@ pub struct Proxy {
     pub shared: Arc<Shared>,
     pub addresses: Addresses,
     clusters: Mutex<Clusters>,
+    /// Watches the files of certificates; none where there are none.
+    certificates: Mutex<Option<(Vec<PathBuf>, Watcher)>>,
+    /// Listens to the agent of the Workload API.
+    agent: Mutex<Option<(String, AbortOnDrop)>>,
     workers: workers::Workers,
     ticking: tokio::task::JoinHandle<()>,
 }
 
+/// A task that ends when this is dropped.
+#[derive(Debug)]
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// Binds the listeners, starts the workers, discovery and health checks. Call it inside the control runtime, whose
 /// tasks keep discovery going. `worker_count` is the number of data-plane threads, at least 1.
-pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError> {
+pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Result<Proxy, StartError> {
     let resolver = Arc::new(Resolver::from_system().map_err(|e| StartError::Resolver(e.to_string()))?);
     let worker_count = worker_count.max(1);
-    let (clusters, snapshot) = Clusters::build(Arc::clone(&config), Arc::clone(&resolver));
+    let (clusters, snapshot) =
+        Clusters::build(Arc::clone(&config), Arc::clone(&resolver), Arc::clone(&identity));
     let instance = format!("{:08x}", Rng::new().next_u64() >> 32);
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
@@ -144,6 +164,7 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
         unknown: UnknownHosts::new(resolver),
         spent: SpentTraces::default(),
         traces: Traces::start(&config, &instance),
+        identity,
         instance,
     });
 
@@ -168,7 +189,17 @@ pub fn start(config: Arc<Config>, worker_count: u16) -> Result<Proxy, StartError
 
     let workers = workers::start(&shared, listeners, worker_count)?;
     let ticking = tokio::spawn(tick(Arc::clone(&shared)));
-    Ok(Proxy { shared, addresses, clusters: Mutex::new(clusters), workers, ticking })
+    let proxy = Proxy {
+        shared,
+        addresses,
+        clusters: Mutex::new(clusters),
+        certificates: Mutex::default(),
+        agent: Mutex::default(),
+        workers,
+        ticking,
+    };
+    proxy.watch_certificates();
+    Ok(proxy)
 }
 
 /// Lets time pass for what must change without a call: a breaker that was forced for an hour falls back in a quiet
@@ -188,9 +219,45 @@ async fn tick(shared: Arc<Shared>) {
 impl Proxy {
     /// Takes a new configuration: connections, pools, endpoints and breakers of upstreams that stay live on.
     pub fn reload(&self, config: Arc<Config>) {
+        // What is wrong with certificates has been said, and the status shows it; all else takes effect.
+        let _ = self.shared.identity.configure(&config);
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
         let snapshot = clusters.rebuild(config);
         self.shared.snapshot.store(Arc::new(snapshot));
+        self.watch_certificates();
+    }
+
+    /// Follows the files that the configuration of now names.
+    fn watch_certificates(&self) {
+        self.follow_agent();
+        let mut watched = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = &self.shared.identity;
+        let paths = store.paths();
+        if watched.as_ref().map_or(&[][..], |(paths, _)| paths) == paths {
+            return;
+        }
+        *watched = None;
+        if paths.is_empty() {
+            return;
+        }
+        let looking = Arc::clone(store);
+        match watch("identity-watch", &paths, move |_| drop(looking.look())) {
+            Ok(watcher) => *watched = Some((paths, watcher)),
+            Err(error) => tracing::error!(%error, "certificates are not watched: changes need a restart"),
+        }
+    }
+
+    fn follow_agent(&self) {
+        let mut agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = &self.shared.identity;
+        let socket = store.agent();
+        if agent.as_ref().map(|(socket, _)| socket) == socket.as_ref() {
+            return;
+        }
+        *agent = socket.map(|socket| {
+            let following = tokio::spawn(workload::follow(Arc::clone(store), socket.clone()));
+            (socket, AbortOnDrop(following))
+        });
     }
 
     pub fn set_phase(&self, phase: Phase) {

@@ -82,6 +82,7 @@ pub fn apply(proxy: &Proxy, reloads: &Reloads, read: Read) {
     let changes = changes(&before, &config);
     let restart = reloads.accept(&config, !changes.is_empty());
     if changes.is_empty() {
+        let _ = proxy.shared.identity.look();
         tracing::info!("the configuration was read again; nothing changed");
         return;
     }
@@ -98,6 +99,7 @@ fn changes(old: &Config, new: &Config) -> Vec<String> {
         ("service", old.service != new.service),
         ("runtime", old.runtime != new.runtime),
         ("inbound", old.inbound != new.inbound),
+        ("identity", old.identity != new.identity),
         ("outbound", old.outbound != new.outbound),
         ("admin", old.admin != new.admin),
         ("telemetry", old.telemetry != new.telemetry),

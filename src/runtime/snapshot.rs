@@ -1,23 +1,28 @@
 //! The configuration as the data path sees it: resolved once, replaced as a whole.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Instant};
+
+use rustls_pki_types::ServerName;
 
 use tokio::runtime::Handle;
 
 use crate::{
-    config::{self, Config, Endpoints, Policy},
+    config::{self, Config, Endpoints, HostMatch, Policy},
     discovery::{self, Discovery, Resolver},
     fetch::Fetcher,
     identity::{
         gate::Gate,
         jwt,
         oauth2::{Keeper, OwnToken},
+        store::Store,
+        tls::ClientTls,
     },
     proxy::{headers::CompiledEdits, route::Router},
     resilience::{rate::RateLimit, retry::RetryPolicy},
     upstream::{
         Upstream,
-        health::{self, HealthChecks},
+        connect::TlsTarget,
+        health::{self, CheckSettings, HealthChecks},
     },
 };
 
@@ -53,12 +58,55 @@ pub struct Cluster {
     pub looked_up: bool,
     /// What every call to it carries.
     pub token: Option<Arc<OwnToken>>,
+    /// How it is met by TLS.
+    pub tls: Option<ClusterTls>,
+}
+
+/// TLS with an upstream.
+#[derive(Debug)]
+pub struct ClusterTls {
+    pub target: TlsTarget,
+    /// Nothing says which name must match, so it is the one that the caller asked for.
+    by_host: bool,
+}
+
+impl ClusterTls {
+    fn new(settings: &config::Upstream, client: Arc<ClientTls>) -> Self {
+        let exact = settings.hosts.iter().find_map(|host| match &host.host {
+            HostMatch::Exact(name) => Some(name.as_str()),
+            _ => None,
+        });
+        let name = settings.tls.server_name.as_deref().or(exact).unwrap_or(&settings.name);
+        // The configuration was checked: the last resort is for a name of an upstream that is no host's.
+        let name = server_name(name).unwrap_or_else(|| ServerName::from(IpAddr::from([0, 0, 0, 0])));
+        let by_host = settings.tls.server_name.is_none() && settings.tls.identity.is_empty();
+        Self { target: TlsTarget { client, name: Arc::new(name) }, by_host }
+    }
+}
+
+fn server_name(name: &str) -> Option<ServerName<'static>> {
+    ServerName::try_from(name.trim_start_matches('[').trim_end_matches(']').to_owned()).ok()
 }
 
 impl Cluster {
+    /// TLS with whom: `host` is what the caller asked for, where that decides.
+    pub fn tls_target(&self, host: Option<&str>) -> Option<TlsTarget> {
+        let tls = self.tls.as_ref()?;
+        let Some(host) = host.filter(|_| tls.by_host) else { return Some(tls.target.clone()) };
+        let host =
+            host.parse::<http::uri::Authority>().ok().map(|authority| authority.host().to_ascii_lowercase());
+        let named = host.filter(|host| self.settings.hosts.iter().any(|pattern| pattern.host.matches(host)));
+        let Some(name) = named.as_deref().and_then(server_name) else { return Some(tls.target.clone()) };
+        if name == *tls.target.name {
+            return Some(tls.target.clone());
+        }
+        Some(TlsTarget { client: Arc::clone(&tls.target.client), name: Arc::new(name) })
+    }
+
     pub fn new(
         settings: config::Upstream,
         upstream: Arc<Upstream>,
+        client: Option<Arc<ClientTls>>,
         index_of: impl Fn(&str) -> Option<usize>,
     ) -> Self {
         let edits = settings
@@ -78,6 +126,7 @@ impl Cluster {
         let rate = rate_of(&settings.policy);
         upstream.guards.configure(&settings.policy, now);
         let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.literal().is_some()));
+        let tls = client.map(|client| ClusterTls::new(&settings, client));
         Self {
             settings,
             upstream,
@@ -89,6 +138,7 @@ impl Cluster {
             route_to,
             looked_up,
             token: None,
+            tls,
         }
     }
 }
@@ -121,6 +171,7 @@ impl Cluster {
 pub(super) struct Clusters {
     resolver: Arc<Resolver>,
     fetcher: Fetcher,
+    identity: Arc<Store>,
     live: HashMap<String, Live>,
     inbound: Live,
     /// The keys of `[inbound.jwt]`.
@@ -134,18 +185,25 @@ struct Live {
     _discovery: Discovery,
     health_checks: Option<HealthChecks>,
     token: Option<Keeper>,
+    client: Option<Arc<ClientTls>>,
 }
 
 impl Live {
-    fn start(settings: &config::Upstream, resolver: &Arc<Resolver>, upstream: Arc<Upstream>) -> Self {
+    fn start(
+        settings: &config::Upstream,
+        resolver: &Arc<Resolver>,
+        upstream: Arc<Upstream>,
+        client: Option<Arc<ClientTls>>,
+    ) -> Self {
         let discovery = discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(resolver));
-        let health_checks = Self::check(settings, resolver, &upstream);
+        let health_checks = Self::check(settings, resolver, &upstream, client.as_ref());
         Self {
             upstream,
             source: settings.endpoints.clone(),
             _discovery: discovery,
             health_checks,
             token: None,
+            client,
         }
     }
 
@@ -160,26 +218,38 @@ impl Live {
         settings: &config::Upstream,
         resolver: &Arc<Resolver>,
         upstream: &Arc<Upstream>,
+        client: Option<&Arc<ClientTls>>,
     ) -> Option<HealthChecks> {
-        let health = settings.health.clone()?;
-        Some(health::spawn(health, settings.protocol, Arc::clone(upstream), resolver.runtime()))
+        let check = Self::how_to_check(settings, client)?;
+        Some(health::spawn(check, Arc::clone(upstream), resolver.runtime()))
+    }
+
+    fn how_to_check(settings: &config::Upstream, client: Option<&Arc<ClientTls>>) -> Option<CheckSettings> {
+        let tls = client.map(|client| ClusterTls::new(settings, Arc::clone(client)).target);
+        Some(CheckSettings { health: settings.health.clone()?, protocol: settings.protocol, tls })
     }
 
     /// Keeps what runs where nothing changed for it; the state of the upstream is kept in any case.
-    fn renew(old: Option<Self>, settings: &config::Upstream, resolver: &Arc<Resolver>) -> Self {
+    fn renew(
+        old: Option<Self>,
+        settings: &config::Upstream,
+        resolver: &Arc<Resolver>,
+        client: Option<Arc<ClientTls>>,
+    ) -> Self {
         match old {
             Some(mut old) if old.source == settings.endpoints => {
-                match (&settings.health, &old.health_checks) {
-                    (Some(health), Some(checks)) => checks.reconfigure(health.clone(), settings.protocol),
-                    _ => old.health_checks = Self::check(settings, resolver, &old.upstream),
+                match (Self::how_to_check(settings, client.as_ref()), &old.health_checks) {
+                    (Some(check), Some(checks)) => checks.reconfigure(check),
+                    _ => old.health_checks = Self::check(settings, resolver, &old.upstream, client.as_ref()),
                 }
+                old.client = client;
                 old
             }
             Some(old) => {
                 let token = old.token;
-                Self { token, ..Self::start(settings, resolver, old.upstream) }
+                Self { token, ..Self::start(settings, resolver, old.upstream, client) }
             }
-            None => Self::start(settings, resolver, Upstream::new(settings.name.as_str())),
+            None => Self::start(settings, resolver, Upstream::new(settings.name.as_str()), client),
         }
     }
 }
@@ -198,11 +268,11 @@ fn inbound_settings(config: &Config) -> config::Upstream {
 }
 
 impl Clusters {
-    pub fn build(config: Arc<Config>, resolver: Arc<Resolver>) -> (Self, Snapshot) {
+    pub fn build(config: Arc<Config>, resolver: Arc<Resolver>, identity: Arc<Store>) -> (Self, Snapshot) {
         let settings = inbound_settings(&config);
-        let inbound = Live::start(&settings, &resolver, Upstream::new(settings.name.as_str()));
+        let inbound = Live::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
         let fetcher = Fetcher::new(Arc::clone(&resolver));
-        let mut clusters = Self { resolver, fetcher, live: HashMap::new(), inbound, issuer: None };
+        let mut clusters = Self { resolver, fetcher, identity, live: HashMap::new(), inbound, issuer: None };
         let snapshot = clusters.rebuild(config);
         (clusters, snapshot)
     }
@@ -210,14 +280,16 @@ impl Clusters {
     /// Starts what is new, ends what is gone, keeps the rest.
     pub fn rebuild(&mut self, config: Arc<Config>) -> Snapshot {
         let mut old = std::mem::take(&mut self.live);
+        let min = config.identity.as_ref().map(|identity| identity.min_tls).unwrap_or_default();
         for settings in &config.upstreams {
-            let mut live = Live::renew(old.remove(&settings.name), settings, &self.resolver);
+            let client = self.identity.client(&settings.name, &settings.tls, min);
+            let mut live = Live::renew(old.remove(&settings.name), settings, &self.resolver, client);
             live.keep_token(settings, &self.fetcher, self.resolver.runtime());
             self.live.insert(settings.name.clone(), live);
         }
         let settings = inbound_settings(&config);
         if self.inbound.source != settings.endpoints {
-            self.inbound = Live::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream));
+            self.inbound = Live::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream), None);
         }
 
         let names: HashMap<&str, usize> = config
@@ -232,12 +304,13 @@ impl Clusters {
             .iter()
             .filter_map(|settings| {
                 let live = self.live.get(&settings.name)?;
-                let mut cluster = Cluster::new(settings.clone(), Arc::clone(&live.upstream), index_of);
+                let (upstream, client) = (Arc::clone(&live.upstream), live.client.clone());
+                let mut cluster = Cluster::new(settings.clone(), upstream, client, index_of);
                 cluster.token = live.token.as_ref().map(|keeper| Arc::clone(&keeper.token));
                 Some(Arc::new(cluster))
             })
             .collect();
-        let inbound = Arc::new(Cluster::new(settings, Arc::clone(&self.inbound.upstream), |_| None));
+        let inbound = Arc::new(Cluster::new(settings, Arc::clone(&self.inbound.upstream), None, |_| None));
         let gate = self.gate(&config);
         Snapshot { router: Router::new(&config), clusters, inbound, gate, config }
     }

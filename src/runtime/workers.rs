@@ -18,13 +18,13 @@ use std::{
 use tokio::{
     net::TcpStream,
     runtime::{Builder, LocalOptions, LocalRuntime},
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
 };
 
 use super::{Cluster, Phase, Shared, Snapshot, StartError};
 use crate::{
     config::{Config, HostPort},
-    identity::jwt::TokenCache,
+    identity::{jwt::TokenCache, trust::provider},
     proxy::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
         error::deployment,
@@ -38,6 +38,8 @@ use crate::{
 
 /// Connections handed over and not yet taken, per worker.
 const HAND_OVER: usize = 1024;
+/// TLS handshakes with callers at a time, per worker; more wait.
+const HANDSHAKES: usize = 512;
 /// How often idle connections are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
 /// How often a worker says how busy it has been.
@@ -70,6 +72,8 @@ pub struct Worker {
     index: usize,
     /// Tokens of end users that were found good.
     pub tokens: RefCell<TokenCache>,
+    /// Leave for a TLS handshake with a caller.
+    pub handshakes: Semaphore,
 }
 
 type UnknownCache = HashMap<HostPort, (Arc<UnknownHost>, Rc<LocalCluster>)>;
@@ -164,6 +168,10 @@ impl View {
 
 impl Worker {
     fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
+        if shared.snapshot.load().config.identity.is_some() {
+            // The first random bytes take the library tens of milliseconds: not those of the first caller.
+            let _ = provider().secure_random.fill(&mut [0]);
+        }
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
         let in_flight = shared.traces.of_worker();
         Rc::new(Self {
@@ -174,6 +182,7 @@ impl Worker {
             rng: RefCell::new(Rng::new()),
             index,
             tokens: RefCell::default(),
+            handshakes: Semaphore::new(HANDSHAKES),
         })
     }
 
@@ -225,7 +234,8 @@ impl Worker {
         let unknown = unknown.values().map(|(_, local)| local);
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown) {
             for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {
-                endpoint.pool.sweep(local.cluster.settings.pool_idle_timeout);
+                let tls = local.cluster.tls.as_ref().map(|tls| &tls.target.client);
+                endpoint.pool.sweep(local.cluster.settings.pool_idle_timeout, tls);
             }
         }
     }

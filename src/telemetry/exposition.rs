@@ -19,7 +19,10 @@ use super::{
     metrics::{Connections, Way},
     process,
 };
-use crate::runtime::{Snapshot, lifecycle::Control};
+use crate::{
+    identity::material::Kind,
+    runtime::{Snapshot, lifecycle::Control},
+};
 
 /// Everything as of now, ending in `# EOF`.
 pub fn text(control: &Arc<Control>) -> Result<String, fmt::Error> {
@@ -43,6 +46,7 @@ impl Collector for Now {
         self.connections(&mut encoder)?;
         self.workers(&mut encoder)?;
         self.ways(&mut encoder)?;
+        self.identity(&mut encoder)?;
         self.reloads(&mut encoder)?;
         fetches(&mut encoder, &self.0.shared.snapshot.load())?;
         self.spans(&mut encoder)?;
@@ -57,17 +61,19 @@ impl Now {
         let metrics = &self.0.shared.metrics;
         let directions: [(&str, &Connections); 2] =
             [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)];
-        let open = directions.map(|(direction, connections)| {
-            let labels = [
-                ("direction", direction.to_owned()),
-                ("tls", "none".to_owned()),
-                ("state", "open".to_owned()),
-            ];
-            (labels, ConstGauge::new(connections.open.load(Ordering::Relaxed)))
+        let open = directions.iter().flat_map(|(direction, connections)| {
+            connections.open_by().map(|(tls, count)| {
+                let labels = [
+                    ("direction", (*direction).to_owned()),
+                    ("tls", tls.word().to_owned()),
+                    ("state", "open".to_owned()),
+                ];
+                (labels, ConstGauge::new(count))
+            })
         });
         family(encoder, "outrigger_connections", "Connections of callers", None, open)?;
         let total = directions.map(|(direction, connections)| {
-            let labels = [("direction", direction.to_owned()), ("tls", "none".to_owned())];
+            let labels = [("direction", direction.to_owned())];
             (labels, ConstCounter::new(connections.total.load(Ordering::Relaxed)))
         });
         family(encoder, "outrigger_connections_accepted", "Connections accepted so far", None, total)
@@ -87,6 +93,45 @@ impl Now {
         let busy = workers().map(|(labels, load)| (labels, ConstCounter::new(load.busy().as_secs_f64())));
         let help = "Time that a worker was busy";
         family(encoder, "outrigger_worker_busy", help, Some(&Unit::Seconds), busy)
+    }
+
+    fn identity(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let handshakes = &self.0.shared.identity.handshakes;
+        let directions = [("inbound", &handshakes.inbound), ("outbound", &handshakes.outbound)];
+        let counts = directions.iter().flat_map(|(direction, counts)| {
+            counts.read().map(|(outcome, count)| {
+                let labels = [("direction", (*direction).to_owned()), ("outcome", outcome.to_owned())];
+                (labels, ConstCounter::new(count))
+            })
+        });
+        family(encoder, "outrigger_tls_handshakes", "TLS handshakes, by how they ended", None, counts)?;
+        let refused = ConstCounter::new(handshakes.plaintext_refused.load(Ordering::Relaxed));
+        let help = "Connections that were refused as they came without TLS";
+        single(encoder, "outrigger_plaintext_refused", help, None, &refused)?;
+        let report = self.0.shared.identity.report();
+        let soonest = Kind::ALL.into_iter().filter_map(|kind| {
+            let of_kind = report.expiries.iter().filter(|expiry| expiry.kind == kind);
+            let at = of_kind.map(|expiry| expiry.at).min()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+            Some(([("kind", kind.word().to_owned())], ConstGauge::new(at.as_secs_f64())))
+        });
+        let help = "When the first certificate of each kind expires";
+        family(encoder, "outrigger_certificate_expiry_timestamp", help, Some(&Unit::Seconds), soonest)?;
+        if report.configured {
+            let loads = [("accepted", report.accepted), ("refused", report.refusals)];
+            let loads =
+                loads.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
+            family(
+                encoder,
+                "outrigger_certificate_loads",
+                "New certificates and roots that were read",
+                None,
+                loads,
+            )?;
+            let refused = ConstGauge::new(i64::from(report.refused.is_some()));
+            let help = "1 while the newest certificates are refused and earlier ones hold";
+            single(encoder, "outrigger_certificate_refused", help, None, &refused)?;
+        }
+        Ok(())
     }
 
     fn ways(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

@@ -45,6 +45,27 @@ impl WorkerLoad {
     }
 }
 
+/// What protects a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tls {
+    None,
+    /// The server alone proved who it is.
+    Server,
+    Mutual,
+}
+
+impl Tls {
+    pub const ALL: [Self; 3] = [Self::None, Self::Server, Self::Mutual];
+
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Server => "server",
+            Self::Mutual => "mutual",
+        }
+    }
+}
+
 /// How a call, or a connection of bytes, came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -117,6 +138,8 @@ impl Ways {
 pub struct Connections {
     pub open: AtomicI64,
     pub total: AtomicU64,
+    /// Of those open, how many are protected how; the rest is not.
+    protected: [AtomicI64; Tls::ALL.len()],
     all_closed: Notify,
 }
 
@@ -124,11 +147,35 @@ pub struct Connections {
 #[derive(Debug)]
 pub struct OpenConnection<'a>(&'a Connections);
 
+/// Counts one connection as protected until it is dropped.
+#[derive(Debug)]
+pub struct Protected<'a>(&'a AtomicI64);
+
+impl Drop for Protected<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Connections {
     pub fn opened(&self) -> OpenConnection<'_> {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.total.fetch_add(1, Ordering::Relaxed);
         OpenConnection(self)
+    }
+
+    /// An open connection turned out to be protected.
+    pub fn protected(&self, by: Tls) -> Protected<'_> {
+        let count = &self.protected[by as usize];
+        count.fetch_add(1, Ordering::Relaxed);
+        Protected(count)
+    }
+
+    /// How many are open now, by what protects them.
+    pub fn open_by(&self) -> [(Tls, i64); Tls::ALL.len()] {
+        let [_, server, mutual] = self.protected.each_ref().map(|count| count.load(Ordering::Relaxed));
+        let none = (self.open.load(Ordering::Relaxed) - server - mutual).max(0);
+        [(Tls::None, none), (Tls::Server, server), (Tls::Mutual, mutual)]
     }
 
     /// Waits until none is open.

@@ -1,10 +1,26 @@
 //! Opening a connection to an endpoint.
 
-use std::{io, net::SocketAddr, rc::Rc, time::Duration};
+use std::{
+    cell::Cell,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 
-use crate::proxy::io::SharedTcp;
+use super::stream::UpstreamIo;
+use crate::{
+    identity::{
+        Peer,
+        handshake::{self, Proven, Speaks, TlsFailure},
+        tls::ClientTls,
+    },
+    proxy::io::SharedTcp,
+};
 
 /// Why there is no connection.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -17,16 +33,122 @@ pub enum ConnectError {
     Limit { limit: u32 },
     #[error("HTTP/2 handshake with {address} failed ({reason})")]
     Handshake { address: SocketAddr, reason: String },
+    #[error("{address}: {failure}")]
+    Tls { address: SocketAddr, failure: Rc<TlsFailure> },
 }
 
-/// Opens a TCP connection within `limit`.
-pub async fn connect(address: SocketAddr, limit: Option<Duration>) -> Result<SharedTcp, ConnectError> {
-    let connecting = TcpStream::connect(address);
-    let connected = match limit {
+/// TLS with whom.
+#[derive(Clone, Debug)]
+pub struct TlsTarget {
+    pub client: Arc<ClientTls>,
+    /// SNI; and the name that must match where no identity is expected.
+    pub name: Arc<ServerName<'static>>,
+}
+
+impl PartialEq for TlsTarget {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.client, &other.client) && self.name == other.name
+    }
+}
+
+/// An open connection.
+#[derive(Debug)]
+pub struct Connected {
+    pub io: UpstreamIo,
+    pub tcp: SharedTcp,
+    /// Who answered; none without TLS.
+    pub proof: Option<Box<Proof>>,
+}
+
+/// Who answered, by which settings that was believed, and by which certificates of our own last.
+#[derive(Debug)]
+pub struct Proof {
+    pub peer: Peer,
+    chain: Vec<CertificateDer<'static>>,
+    client: Arc<ClientTls>,
+    name: Arc<ServerName<'static>>,
+    believed: Cell<u64>,
+}
+
+impl Proof {
+    /// Whether a connection that was made so may carry a call that wants `target`. Who was believed under other roots
+    /// is looked at again, once.
+    pub fn fits(&self, target: &TlsTarget) -> bool {
+        if !Arc::ptr_eq(&self.client, &target.client) || *self.name != *target.name {
+            return false;
+        }
+        self.is_believed()
+    }
+
+    /// Whether its settings are those of now. The name does not matter.
+    pub fn is_of(&self, client: &Arc<ClientTls>) -> bool {
+        Arc::ptr_eq(&self.client, client) && self.is_believed()
+    }
+
+    fn is_believed(&self) -> bool {
+        let generation = self.client.generation();
+        if self.believed.get() == generation {
+            return true;
+        }
+        let verdict = match &**self.client.now() {
+            Ok(now) => now.still_believes(&self.chain).map(drop).map_err(|refusal| refusal.to_string()),
+            Err(reason) => Err(reason.clone()),
+        };
+        match verdict {
+            Ok(()) => self.believed.set(generation),
+            Err(reason) => tracing::info!(peer = %self.peer, %reason, "a connection is not used again"),
+        }
+        self.believed.get() == generation
+    }
+
+    /// How long its certificate is good for.
+    pub fn expires_in(&self) -> Duration {
+        self.peer.not_after.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+}
+
+/// Opens a connection, with TLS where there is a target for it, within `limit`.
+pub async fn connect(
+    address: SocketAddr,
+    limit: Option<Duration>,
+    tls: Option<&TlsTarget>,
+    speaks: Speaks,
+) -> Result<Connected, ConnectError> {
+    let connecting = async {
+        let stream = TcpStream::connect(address).await;
+        let tcp = stream
+            .map(SharedTcp::new)
+            .map_err(|source| ConnectError::Refused { address, source: Rc::new(source) })?;
+        match tls {
+            None => Ok(Connected { io: UpstreamIo::Plain(tcp.clone()), tcp, proof: None }),
+            Some(target) => Box::pin(secure(address, tcp, target, speaks)).await,
+        }
+    };
+    match limit {
         Some(limit) => tokio::time::timeout(limit, connecting)
             .await
-            .map_err(|_| ConnectError::Timeout { address, limit })?,
+            .unwrap_or(Err(ConnectError::Timeout { address, limit })),
         None => connecting.await,
-    };
-    connected.map(SharedTcp::new).map_err(|source| ConnectError::Refused { address, source: Rc::new(source) })
+    }
+}
+
+async fn secure(
+    address: SocketAddr,
+    tcp: SharedTcp,
+    target: &TlsTarget,
+    speaks: Speaks,
+) -> Result<Connected, ConnectError> {
+    // Before the handshake: what changes meanwhile is looked at again.
+    let generation = target.client.generation();
+    let connecting = handshake::connect(&target.client, &target.name, speaks, tcp.clone());
+    let (stream, Proven { peer, chain }) =
+        connecting.await.map_err(|failure| ConnectError::Tls { address, failure: Rc::new(failure) })?;
+    let proof = Box::new(Proof {
+        peer,
+        chain,
+        client: Arc::clone(&target.client),
+        name: Arc::clone(&target.name),
+        believed: Cell::new(generation),
+    });
+    Ok(Connected { io: UpstreamIo::Tls(Box::new(stream)), tcp, proof: Some(proof) })
 }

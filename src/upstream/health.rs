@@ -23,7 +23,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Endpoint, Upstream};
+use super::{Endpoint, Upstream, connect::TlsTarget};
 use crate::{
     config::{Health, Protocol},
     rng::Rng,
@@ -35,6 +35,15 @@ const CONCURRENT: usize = 32;
 const JITTER: f64 = 0.1;
 /// However short the interval is set, an endpoint gets this much rest.
 const MIN_INTERVAL: Duration = Duration::from_millis(10);
+
+/// What is asked, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckSettings {
+    pub health: Health,
+    /// The upstream's: with [`Protocol::H2`], HTTP checks use HTTP/2 with prior knowledge.
+    pub protocol: Protocol,
+    pub tls: Option<TlsTarget>,
+}
 
 /// Counts consecutive results and says when an endpoint changes sides.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +57,7 @@ pub struct Threshold {
 /// healthy again: nobody would notice their recovery any more.
 #[derive(Debug)]
 pub struct HealthChecks {
-    settings: watch::Sender<(Health, Protocol)>,
+    settings: watch::Sender<CheckSettings>,
     task: JoinHandle<()>,
     upstream: Arc<Upstream>,
 }
@@ -80,9 +89,8 @@ impl Threshold {
 
 impl HealthChecks {
     /// Takes new settings and keeps what is known of the endpoints.
-    pub fn reconfigure(&self, settings: Health, protocol: Protocol) {
+    pub fn reconfigure(&self, new: CheckSettings) {
         self.settings.send_if_modified(|old| {
-            let new = (settings, protocol);
             let changed = *old != new;
             *old = new;
             changed
@@ -99,15 +107,9 @@ impl Drop for HealthChecks {
     }
 }
 
-/// Starts to check the endpoints of `upstream` on `runtime`, the control thread's. `protocol` is the upstream's: with
-/// [`Protocol::H2`], HTTP checks use HTTP/2 with prior knowledge.
-pub fn spawn(
-    settings: Health,
-    protocol: Protocol,
-    upstream: Arc<Upstream>,
-    runtime: &Handle,
-) -> HealthChecks {
-    let (settings, receiver) = watch::channel((settings, protocol));
+/// Starts to check the endpoints of `upstream` on `runtime`, the control thread's.
+pub fn spawn(settings: CheckSettings, upstream: Arc<Upstream>, runtime: &Handle) -> HealthChecks {
+    let (settings, receiver) = watch::channel(settings);
     let checker = Checker {
         settings: receiver,
         upstream: upstream.clone(),
@@ -120,7 +122,7 @@ pub fn spawn(
 }
 
 struct Checker {
-    settings: watch::Receiver<(Health, Protocol)>,
+    settings: watch::Receiver<CheckSettings>,
     upstream: Arc<Upstream>,
     rng: Rng,
     endpoints: HashMap<Key, Checked>,
@@ -192,17 +194,17 @@ impl Checker {
             let Some(checked) = self.endpoints.get_mut(&key).filter(|checked| checked.due == at) else {
                 continue;
             };
-            let (settings, protocol) = self.settings.borrow_and_update().clone();
+            let settings = self.settings.borrow_and_update().clone();
             // Should the check end without a result, this is when it is made again.
-            checked.due = now + *settings.timeout + settings.interval.0.max(MIN_INTERVAL);
+            checked.due = now + *settings.health.timeout + settings.health.interval.0.max(MIN_INTERVAL);
             self.queue.insert((checked.due, key.clone()));
-            let check = check::run(settings, protocol, checked.endpoint.clone());
+            let check = check::run(settings, checked.endpoint.clone());
             self.running.spawn(async move { (key, check.await) });
         }
     }
 
     fn finished(&mut self, key: &Key, result: Result<(), CheckError>) {
-        let (settings, _) = &*self.settings.borrow();
+        let settings = &self.settings.borrow().health;
         // The endpoint may have left meanwhile.
         let Some(checked) = self.endpoints.get_mut(key) else { return };
         let interval = settings.interval.0.max(MIN_INTERVAL);

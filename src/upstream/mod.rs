@@ -11,6 +11,7 @@ mod idle;
 pub mod local;
 pub mod pool;
 pub mod squeeze;
+pub mod stream;
 
 pub use endpoint::{Endpoint, EndpointSet, EndpointState, Found, Resolution};
 pub use pool::Lease;

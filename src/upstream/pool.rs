@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{sync::Notify, task::spawn_local, time::Instant};
 
 use super::{
-    connect::{ConnectError, connect},
+    connect::{ConnectError, Connected, Proof, TlsTarget, connect},
     guards::{ConnectionSlot, Guards},
     heard::{Ear, Heard},
     idle::{Learned, keep_alive_timeout},
@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     config::{HeaderCase, PoolIdle},
+    identity::{handshake::Speaks, tls::ClientTls},
     proxy::{body::RequestBody, io::SharedTcp},
     resilience::classify::Loss,
     runtime::LocalExecutor,
@@ -45,13 +46,15 @@ const MAX_HEADER_BYTES: usize = 64 * 1024;
 const MAX_HEADERS: usize = 100;
 
 /// What a connection must be like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ConnectionSettings {
     pub connect_timeout: Option<Duration>,
     pub pool_idle: PoolIdle,
     pub header_case: HeaderCase,
     /// Drawn anew for each connection, so that not all end at once.
     pub max_age: Option<Duration>,
+    /// None: plain.
+    pub tls: Option<TlsTarget>,
 }
 
 /// The connections to one endpoint.
@@ -75,6 +78,8 @@ pub struct H1 {
     /// What `Keep-Alive: timeout=` said.
     told: Option<Duration>,
     retire_at: Option<Instant>,
+    /// Who answered, where it is TLS.
+    proof: Option<Box<Proof>>,
     /// Held here, too: an upgrade ends hyper's task, but not the connection.
     slot: Rc<ConnectionSlot>,
 }
@@ -86,6 +91,7 @@ pub struct H2 {
     streams: Cell<u32>,
     idle_since: Cell<Instant>,
     retire_at: Option<Instant>,
+    proof: Option<Box<Proof>>,
     loss: Loss,
 }
 
@@ -135,7 +141,9 @@ impl Pool {
     fn pop_idle(&self, settings: &ConnectionSettings) -> Option<H1> {
         let now = Instant::now();
         let mut idle = self.idle.borrow_mut();
-        while let Some(connection) = idle.pop() {
+        // One that leads to another name, by TLS, is left for calls to that.
+        while let Some(at) = idle.iter().rposition(|connection| fits(connection.proof.as_deref(), settings)) {
+            let connection = idle.remove(at);
             let age = now.saturating_duration_since(connection.idle_since);
             if age >= self.idle_limit(&connection, settings.pool_idle, now) || connection.is_retired(now) {
                 // All below on the stack are older.
@@ -144,7 +152,7 @@ impl Pool {
                 }
                 continue;
             }
-            if connection.sender.is_closed() || (age >= SURELY_FRESH && !connection.tcp.is_quiet()) {
+            if connection.sender.is_closed() || (age >= SURELY_FRESH && !connection.is_quiet()) {
                 self.learn_close(age, now);
                 continue;
             }
@@ -189,13 +197,15 @@ impl Pool {
         guards: &Arc<Guards>,
     ) -> Result<Lease, ConnectError> {
         loop {
-            if let Some(connection) = endpoint.pool.h2_with_room() {
+            if let Some(connection) = endpoint.pool.h2_with_room(settings) {
                 return Ok(Lease::H2 { stream: Stream::new(connection), reused: true });
             }
             let running = endpoint.pool.dialling.borrow().clone();
-            let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, *settings, guards));
+            let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, settings.clone(), guards));
             let connection = dialling.finished().await?;
-            if connection.streams.get() < STREAMS_PER_CONNECTION {
+            if connection.streams.get() < STREAMS_PER_CONNECTION
+                && fits(connection.proof.as_deref(), settings)
+            {
                 return Ok(Lease::H2 { stream: Stream::new(connection), reused: false });
             }
         }
@@ -215,11 +225,14 @@ impl Pool {
         }
     }
 
-    fn h2_with_room(&self) -> Option<Rc<H2>> {
+    fn h2_with_room(&self, settings: &ConnectionSettings) -> Option<Rc<H2>> {
         let now = Instant::now();
         self.retire_h2(now);
         let connections = self.h2.borrow();
-        connections.iter().find(|c| c.streams.get() < STREAMS_PER_CONNECTION).cloned()
+        let usable = |connection: &&Rc<H2>| {
+            connection.streams.get() < STREAMS_PER_CONNECTION && fits(connection.proof.as_deref(), settings)
+        };
+        connections.iter().find(usable).cloned()
     }
 
     /// Old or closed connections get no new streams; they end when the streams they carry have.
@@ -233,8 +246,10 @@ impl Pool {
     }
 
     /// Closes what has been idle for too long. Called about once a second.
-    pub fn sweep(&self, setting: PoolIdle) {
+    pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>) {
         let now = Instant::now();
+        self.idle.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
+        self.h2.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
         self.idle.borrow_mut().retain(|connection| {
             let age = now.saturating_duration_since(connection.idle_since);
             if connection.sender.is_closed() {
@@ -260,13 +275,14 @@ impl H1 {
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
         let slot = Rc::new(ConnectionSlot::take(guards).await?);
-        let tcp = connect(address, settings.connect_timeout).await?;
+        let Connected { io, tcp, proof } =
+            connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::Http1).await?;
         let ear = Ear::default();
         let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEADER_BYTES)
             .preserve_header_case(settings.header_case == HeaderCase::Preserve)
-            .handshake(TokioIo::new(Heard::new(tcp.clone(), ear.clone())))
+            .handshake(TokioIo::new(Heard::new(io, ear.clone())))
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         // Ends with the connection; its error reaches the call by the sender.
@@ -276,8 +292,13 @@ impl H1 {
             let _ = connection.with_upgrades().await;
         });
         let now = Instant::now();
-        let retire_at = settings.max_age.map(|age| now + age);
-        Ok(Self { sender, tcp, ear, idle_since: now, told: None, retire_at, slot })
+        let retire_at = retire_at(settings, proof.as_deref(), now);
+        Ok(Self { sender, tcp, ear, idle_since: now, told: None, retire_at, proof, slot })
+    }
+
+    /// Whether it can carry another request: not closed, and nothing unasked-for has come.
+    fn is_quiet(&self) -> bool {
+        if self.proof.is_some() { self.tcp.is_quiet_tls() } else { self.tcp.is_quiet() }
     }
 
     fn is_retired(&self, now: Instant) -> bool {
@@ -293,7 +314,8 @@ impl H2 {
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
         let slot = ConnectionSlot::take(guards).await?;
-        let tcp = connect(address, settings.connect_timeout).await?;
+        let Connected { io, proof, .. } =
+            connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::H2).await?;
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(hyper_util::rt::TokioTimer::new())
             .max_header_list_size(MAX_HEADER_BYTES as u32)
@@ -301,7 +323,7 @@ impl H2 {
             .initial_connection_window_size(2 << 20)
             .keep_alive_interval(Duration::from_secs(60))
             .keep_alive_timeout(Duration::from_secs(20))
-            .handshake(TokioIo::new(tcp))
+            .handshake(TokioIo::new(io))
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         spawn_local(async move {
@@ -313,9 +335,38 @@ impl H2 {
             sender,
             streams: Cell::new(0),
             idle_since: Cell::new(now),
-            retire_at: settings.max_age.map(|age| now + age),
+            retire_at: retire_at(settings, proof.as_deref(), now),
+            proof,
             loss: Loss::default(),
         }))
+    }
+}
+
+/// Whether a connection leads to whom a call wants.
+fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool {
+    match (proof, &settings.tls) {
+        (None, None) => true,
+        (Some(proof), Some(target)) => proof.fits(target),
+        _ => false,
+    }
+}
+
+/// Whether a connection was made by the settings of now.
+fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool {
+    match (proof, tls) {
+        (None, None) => true,
+        (Some(proof), Some(client)) => proof.is_of(client),
+        _ => false,
+    }
+}
+
+/// No connection is used for longer than the certificate of who answered is good for.
+fn retire_at(settings: &ConnectionSettings, proof: Option<&Proof>, now: Instant) -> Option<Instant> {
+    let proven = proof.and_then(|proof| now.checked_add(proof.expires_in()));
+    let aged = settings.max_age.map(|age| now + age);
+    match (proven, aged) {
+        (Some(proven), Some(aged)) => Some(proven.min(aged)),
+        (at, None) | (None, at) => at,
     }
 }
 

@@ -5,7 +5,10 @@ use std::net::SocketAddr;
 use outrigger::{
     config::{Health, Protocol},
     units::HumanDuration,
-    upstream::{Found, Upstream, health},
+    upstream::{
+        Found, Upstream,
+        health::{self, CheckSettings},
+    },
 };
 
 use crate::support::{Daemon, eventually, free_port, peer_script, python_with};
@@ -38,7 +41,11 @@ fn grpcio_and_we_agree_on_who_is_healthy() {
             healthy_after: 2,
             ..Health::default()
         };
-        let _checks = health::spawn(settings, Protocol::Auto, upstream, runtime.handle());
+        let _checks = health::spawn(
+            CheckSettings { health: settings, protocol: Protocol::Auto, tls: None },
+            upstream,
+            runtime.handle(),
+        );
         eventually(&format!("{service:?} healthy: {expected}"), || endpoint.is_healthy() == expected);
     }
 }

@@ -23,6 +23,7 @@ mod grpc;
 mod h2spec;
 mod health;
 mod house;
+mod identity;
 mod keys;
 mod lifecycle;
 mod load;

@@ -17,11 +17,15 @@ use super::{
     sidecar::{Folder, Sidecar},
     story::Story,
 };
+use crate::identity::issue::{Ca, IssueError, write_key};
 
 /// How slow `payments` is when it is slow.
 pub const SLOW: Duration = Duration::from_millis(1500);
 /// `timeout` of shop's calls at first.
 const TIMEOUT: &str = "1s";
+
+/// Whose certificates the services have.
+const TRUST_DOMAIN: &str = "demo.example";
 
 const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
@@ -39,7 +43,7 @@ pub struct Stage {
     pub instances: [Instance; 2],
     pub shop_sidecar: Sidecar,
     shop: Service,
-    _folder: Folder,
+    folder: Folder,
 }
 
 impl Instance {
@@ -47,12 +51,30 @@ impl Instance {
         let trouble = Arc::new(Trouble::default());
         let service = services::payments(ANY, Arc::clone(&trouble)).await?;
         let at = service.address;
-        let sidecar = Sidecar::start(folder.path(), name, &common("payments", at)).await?;
+        let config = common(folder, "payments", at, "strict");
+        let sidecar = Sidecar::start(folder.path(), name, &config).await?;
         Ok(Self { trouble, sidecar, service: Some(service), at })
     }
 }
 
-fn common(name: &str, service: SocketAddr) -> String {
+/// A CA, and a certificate for each service, as `outrigger certs` makes them.
+fn certificates(folder: &Folder) -> Result<(), DemoError> {
+    let ca = Ca::new(
+        TRUST_DOMAIN.parse().map_err(|reason| IssueError::Name { name: TRUST_DOMAIN.to_owned(), reason })?,
+    )?;
+    std::fs::write(folder.path().join("ca.crt"), ca.certificate())?;
+    for name in ["shop", "payments"] {
+        let issued = ca.issue(name)?;
+        std::fs::write(folder.path().join(format!("{name}.crt")), issued.certificate)?;
+        write_key(&folder.path().join(format!("{name}.key")), &issued.key)?;
+    }
+    Ok(())
+}
+
+fn common(folder: &Folder, name: &str, service: SocketAddr, mtls: &str) -> String {
+    let path = |file: String| folder.path().join(file).display().to_string();
+    let (cert, key, ca) =
+        (path(format!("{name}.crt")), path(format!("{name}.key")), path("ca.crt".to_owned()));
     format!(
         r#"
 [service]
@@ -62,6 +84,11 @@ drain_timeout = "10s"
 [inbound]
 listen = "127.0.0.1:0"
 forward_to = "{service}"
+mtls = "{mtls}"
+[identity]
+cert = "{cert}"
+key = "{key}"
+ca = "{ca}"
 [outbound]
 listen = "127.0.0.1:0"
 [admin]
@@ -72,9 +99,11 @@ listen = "localhost:0"
 
 /// Times are shorter than the defaults, for nobody wants to wait long for a show. Turn by turn, since callers come one
 /// at a time: by latency all of them might go to the instance that is well, and there would be nothing to see.
-fn shop_config(service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) -> String {
+fn shop_config(folder: &Folder, service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) -> String {
     let [one, two] = payments;
-    let mut config = common("shop", service);
+    // Visitors have no certificate.
+    let mut config = common(folder, "shop", service, "permissive");
+    let who = format!("spiffe://{TRUST_DOMAIN}/ns/default/sa/payments");
     // Writing to a string cannot fail.
     let _ = write!(
         config,
@@ -82,6 +111,7 @@ fn shop_config(service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) ->
 [[upstream]]
 name = "payments"
 endpoints = ["{one}", "{two}"]
+identity = ["{who}"]
 balance = "round-robin"
 timeout = "{timeout}"
 retry = {{ budget = {{ min_per_second = 5, window = "2s" }} }}
@@ -90,6 +120,7 @@ outlier = {{ eject_for = {{ base = "1s", max = "2s" }} }}
 [[upstream]]
 name = "reports"
 endpoints = ["{one}", "{two}"]
+identity = ["{who}"]
 breaker = false
 outlier = false
 "#
@@ -100,20 +131,21 @@ outlier = false
 impl Stage {
     pub async fn set() -> Result<Self, DemoError> {
         let folder = Folder::new()?;
+        certificates(&folder)?;
         let one = Instance::start(&folder, "payments-1").await?;
         let two = Instance::start(&folder, "payments-2").await?;
         let shop_socket = TcpListener::bind(ANY).await?;
         let payments = [one.sidecar.inbound, two.sidecar.inbound];
-        let config = shop_config(shop_socket.local_addr()?, payments, TIMEOUT);
+        let config = shop_config(&folder, shop_socket.local_addr()?, payments, TIMEOUT);
         let shop_sidecar = Sidecar::start(folder.path(), "shop", &config).await?;
         let shop = services::shop(shop_sidecar.outbound, shop_socket).await?;
 
-        println!("visitor ─▶ [sidecar] ─▶ shop ─▶ [sidecar] ─┬▶ [sidecar] ─▶ payments 1");
-        println!("                                           └▶ [sidecar] ─▶ payments 2");
+        println!("visitor ─▶ [sidecar] ─▶ shop ─▶ [sidecar] ═╦▶ [sidecar] ─▶ payments 1");
+        println!("                                           ╚▶ [sidecar] ─▶ payments 2    ═ mutual TLS");
         println!("the admin page of shop's sidecar:       http://{}/", shop_sidecar.admin);
         println!("the admin pages of payments' sidecars:  http://{}/", one.sidecar.admin);
         println!("                                        http://{}/", two.sidecar.admin);
-        Ok(Self { story: Story::new(), instances: [one, two], shop_sidecar, shop, _folder: folder })
+        Ok(Self { story: Story::new(), instances: [one, two], shop_sidecar, shop, folder })
     }
 
     /// A visitor's call, through everything.
@@ -189,7 +221,7 @@ impl Stage {
     /// Edits shop's configuration; whether that took effect.
     pub async fn set_timeout(&self, timeout: &str) -> Result<bool, DemoError> {
         let payments = self.instances.each_ref().map(|one| one.sidecar.inbound);
-        self.shop_sidecar.reconfigure(&shop_config(self.shop.address, payments, timeout))?;
+        self.shop_sidecar.reconfigure(&shop_config(&self.folder, self.shop.address, payments, timeout))?;
         for _ in 0..500 {
             if self.whole_status().await?["config"]["reloads"].as_u64().is_some_and(|count| count > 0) {
                 return Ok(true);

@@ -7,6 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     DemoError,
+    http::call,
     stage::{SLOW, Stage, well},
     story::cause,
 };
@@ -46,6 +47,9 @@ impl Stage {
         self.story.check(good == 20, format!("{good} of 20 calls were answered 200, {each:.0?} each"));
         let reached = self.reached();
         self.story.check(reached == 20, format!("payments was called {reached} times, once for each"));
+        let plain = call(self.instances[0].sidecar.inbound, Method::GET, "/price", "payments").await?;
+        let refused = plain.status == 403 && cause(&plain).as_deref() == Some("not_allowed");
+        self.story.check(refused, "all by mutual TLS: without a certificate payments is not reached");
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! What types cannot say: ranges, names that must exist, keys that need or exclude each other.
 
+mod identity;
 mod policy;
 mod sections;
 mod upstream;
@@ -10,6 +11,7 @@ use super::{
     source::Origin,
 };
 
+pub(super) use identity::identity;
 pub(super) use policy::policy;
 pub(super) use sections::sections;
 pub(super) use upstream::{between, references, route, upstream};

@@ -2,9 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Check, sections::is_url};
+use super::{Check, identity, sections::is_url};
 use crate::config::{
-    Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, TlsMode, Upstream,
+    Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, Upstream,
     diagnostic::{Problems, did_you_mean},
     normalise,
     source::Origin,
@@ -46,14 +46,7 @@ pub(in super::super) fn upstream(
     if let Balance::HashHeader(header) = &upstream.balance {
         check.header_name(&["balance"], header);
     }
-    let has_certificate = upstream.tls.mode != TlsMode::Mutual || has_identity;
-    let help = "add an [identity] section, or write \"simple\"";
-    check.need(has_certificate, &["tls"], "mutual TLS needs a certificate of our own", help);
-    for (at, id) in upstream.tls.identity.iter().enumerate() {
-        let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/payments\"";
-        let at = at.to_string();
-        check.expect(is_spiffe(id), &["identity", &at], "this is not a SPIFFE ID", help);
-    }
+    identity::upstream(&mut check, upstream, has_identity);
     if let Some(oauth2) = &upstream.oauth2 {
         check.expect(
             is_url(&oauth2.token_url),
@@ -79,11 +72,6 @@ pub(in super::super) fn upstream(
             );
         }
     }
-}
-
-pub(super) fn is_spiffe(id: &str) -> bool {
-    id.strip_prefix("spiffe://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'))
-        && id.len() <= 2048
 }
 
 /// A route by itself.

@@ -11,11 +11,15 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
 
 use crate::{
     config::{Health, Protocol},
-    upstream::Endpoint,
+    identity::handshake::{self, Speaks, TlsFailure},
+    upstream::{Endpoint, health::CheckSettings},
 };
 
 /// Why an endpoint did not pass.
@@ -25,6 +29,8 @@ pub enum CheckError {
     Timeout(Duration),
     #[error("connect: {0}")]
     Connect(io::Error),
+    #[error("TLS: {0}")]
+    Tls(#[from] TlsFailure),
     #[error("{0}")]
     Http(#[from] hyper::Error),
     #[error("{0}")]
@@ -44,28 +50,53 @@ const MAX_ANSWER: usize = 16 * 1024;
 const USER_AGENT: &str = concat!("outrigger/", env!("CARGO_PKG_VERSION"), " (health check)");
 
 pub(super) async fn run(
-    settings: Health,
-    protocol: Protocol,
+    CheckSettings { health, protocol, tls }: CheckSettings,
     endpoint: Arc<Endpoint>,
 ) -> Result<(), CheckError> {
-    let limit = *settings.timeout;
+    let limit = *health.timeout;
     let check = async {
         let stream = TcpStream::connect(endpoint.address).await.map_err(CheckError::Connect)?;
-        let authority = authority(endpoint.host.as_deref(), endpoint.address);
-        match (&settings.path, &settings.grpc) {
-            (Some(path), _) => http(stream, protocol, &authority, path).await,
-            (None, Some(service)) => grpc(stream, &authority, service, limit).await,
-            (None, None) => Ok(()),
-        }
+        let Some(target) = tls else { return ask(stream, &health, protocol, &endpoint, limit).await };
+        let speaks = match (&health.path, &health.grpc, protocol) {
+            (None, None, _) => Speaks::Bytes,
+            (Some(_), _, Protocol::Auto | Protocol::Http1 | Protocol::Tcp) => Speaks::Http1,
+            _ => Speaks::H2,
+        };
+        let (stream, _) = handshake::connect(&target.client, &target.name, speaks, stream).await?;
+        ask(stream, &health, protocol, &endpoint, limit).await
     };
     tokio::time::timeout(limit, check).await.unwrap_or(Err(CheckError::Timeout(limit)))
 }
+
+async fn ask<S: Stream>(
+    stream: S,
+    health: &Health,
+    protocol: Protocol,
+    endpoint: &Endpoint,
+    limit: Duration,
+) -> Result<(), CheckError> {
+    let authority = authority(endpoint.host.as_deref(), endpoint.address);
+    match (&health.path, &health.grpc) {
+        (Some(path), _) => http(stream, protocol, &authority, path).await,
+        (None, Some(service)) => grpc(stream, &authority, service, limit).await,
+        (None, None) => Ok(()),
+    }
+}
+
+/// TCP, or TLS over it.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 
 fn authority(host: Option<&str>, address: SocketAddr) -> String {
     host.map_or_else(|| address.to_string(), |host| format!("{host}:{}", address.port()))
 }
 
-async fn http(stream: TcpStream, protocol: Protocol, authority: &str, path: &str) -> Result<(), CheckError> {
+async fn http(
+    stream: impl Stream,
+    protocol: Protocol,
+    authority: &str,
+    path: &str,
+) -> Result<(), CheckError> {
     let request = Request::get(path).header(header::USER_AGENT, USER_AGENT);
     let status = if protocol == Protocol::H2 {
         let request = request.uri(format!("http://{authority}{path}")).body(Full::<Bytes>::default())?;
@@ -82,7 +113,12 @@ async fn http(stream: TcpStream, protocol: Protocol, authority: &str, path: &str
 }
 
 /// `grpc.health.v1.Health/Check`.
-async fn grpc(stream: TcpStream, authority: &str, service: &str, limit: Duration) -> Result<(), CheckError> {
+async fn grpc(
+    stream: impl Stream,
+    authority: &str,
+    service: &str,
+    limit: Duration,
+) -> Result<(), CheckError> {
     let request = Request::post(format!("http://{authority}/grpc.health.v1.Health/Check"))
         .header(header::CONTENT_TYPE, "application/grpc")
         .header(header::TE, "trailers")
@@ -118,7 +154,7 @@ fn grpc_status(fields: &HeaderMap) -> Result<(), CheckError> {
 }
 
 async fn send_h2<T>(
-    stream: TcpStream,
+    stream: impl Stream,
     request: Request<Full<Bytes>>,
     read: impl AsyncFnOnce(Response<Incoming>) -> Result<T, CheckError>,
 ) -> Result<T, CheckError> {

@@ -127,7 +127,7 @@ async fn until(condition: impl Fn() -> bool) {
 fn start(settings: Health, protocol: Protocol, addresses: &[SocketAddr]) -> (Arc<Upstream>, HealthChecks) {
     let upstream = Upstream::new("svc");
     publish(&upstream, addresses);
-    let checks = spawn(settings, protocol, upstream.clone(), &Handle::current());
+    let checks = spawn(plain(settings, protocol), upstream.clone(), &Handle::current());
     (upstream, checks)
 }
 
@@ -213,8 +213,10 @@ async fn new_settings_take_effect_at_once_and_forget_nothing() {
     let (upstream, checks) = start(first, Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
     let hour = HumanDuration::from_secs(3600);
-    checks
-        .reconfigure(Health { path: Some("/new".to_owned()), interval: hour, ..settings() }, Protocol::Auto);
+    checks.reconfigure(plain(
+        Health { path: Some("/new".to_owned()), interval: hour, ..settings() },
+        Protocol::Auto,
+    ));
     until(|| server.asked().iter().any(|(uri, ..)| uri == "/new")).await;
     assert_eq!(healthy(&upstream), [false]);
 }
@@ -227,11 +229,15 @@ async fn checks_that_replace_others_have_the_last_word() {
     let (upstream, first) = start(settings.clone(), Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
     let asked = server.asked().len();
-    let _second = spawn(settings, Protocol::Auto, upstream.clone(), &Handle::current());
+    let _second = spawn(plain(settings, Protocol::Auto), upstream.clone(), &Handle::current());
     // The second has begun, and taken the endpoint for unhealthy, before the first ends.
     until(|| server.asked().len() > asked + 4).await;
     drop(first);
     until(|| healthy(&upstream) == [false]).await;
+}
+
+fn plain(health: Health, protocol: Protocol) -> CheckSettings {
+    CheckSettings { health, protocol, tls: None }
 }
 
 #[test]

@@ -1,0 +1,290 @@
+//! Handshakes, and what went wrong in them, in plain words.
+
+use std::{io, sync::Arc, time::SystemTime};
+
+use rustls::{AlertDescription, HandshakeKind, server::Acceptor};
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
+
+use super::{
+    Peer,
+    tls::{ALPN_H2, ALPN_HTTP1, ClientNow, ClientTls, Offer, ServerTls},
+    trust::{Refusal, Role, Trust, refused},
+};
+
+/// Why there is no TLS connection.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct TlsFailure {
+    pub kind: FailureKind,
+    /// What happened, of whom it is told that something happened to: "its certificate expired on …".
+    pub reason: String,
+}
+
+/// What went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// The other side is not who it should be, or cannot prove it.
+    PeerIdentity,
+    /// It showed no certificate.
+    NoCertificate,
+    /// It does not believe us, or does not speak our TLS.
+    Refused,
+    /// It speaks something else.
+    NotTls,
+    /// The connection broke.
+    Broken,
+    /// There is nothing to prove ourselves with, or to check the other side by.
+    NotReady,
+}
+
+impl FailureKind {
+    pub const ALL: [Self; 6] =
+        [Self::PeerIdentity, Self::NoCertificate, Self::Refused, Self::NotTls, Self::Broken, Self::NotReady];
+
+    /// As metrics say it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::PeerIdentity => "peer_identity",
+            Self::NoCertificate => "no_certificate",
+            Self::Refused => "refused",
+            Self::NotTls => "not_tls",
+            Self::Broken => "broken",
+            Self::NotReady => "not_ready",
+        }
+    }
+}
+
+/// What ALPN is offered, which is what will be spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speaks {
+    Http1,
+    H2,
+    /// No HTTP: nothing is offered.
+    Bytes,
+}
+
+/// A server that was believed.
+#[derive(Debug)]
+pub struct Proven {
+    pub peer: Peer,
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+/// Connects by TLS over a connection that is open already.
+///
+/// # Errors
+///
+/// Says in plain words what was wrong with whom.
+pub async fn connect<IO>(
+    client: &ClientTls,
+    name: &ServerName<'static>,
+    speaks: Speaks,
+    io: IO,
+) -> Result<(client::TlsStream<IO>, Proven), TlsFailure>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let counts = &client.handshakes.outbound;
+    let connected = try_connect(client, name, speaks, io).await;
+    match &connected {
+        Ok((stream, _)) => counts.done(stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed)),
+        Err(failure) => counts.failed(failure.kind),
+    }
+    connected
+}
+
+async fn try_connect<IO>(
+    client: &ClientTls,
+    name: &ServerName<'static>,
+    speaks: Speaks,
+    io: IO,
+) -> Result<(client::TlsStream<IO>, Proven), TlsFailure>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let now: ClientNow = match &**client.now() {
+        Ok(now) => now.clone(),
+        Err(reason) => return Err(TlsFailure { kind: FailureKind::NotReady, reason: reason.clone() }),
+    };
+    let connector = TlsConnector::from(Arc::clone(&now.config));
+    let connecting = match speaks {
+        Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
+        Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
+        Speaks::Bytes => connector.connect(name.clone(), io),
+    };
+    let stream = connecting.await.map_err(|error| explain(&error, &now.trust, Role::Server))?;
+    let (_, tls) = stream.get_ref();
+    if speaks == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
+        let reason =
+            "it does not offer HTTP/2 over TLS (ALPN h2): say so by `protocol = \"http1\"`".to_owned();
+        return Err(TlsFailure { kind: FailureKind::Refused, reason });
+    }
+    let chain: Vec<_> =
+        tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
+    let peer = chain.first().ok_or(Refusal::Unknown).and_then(|leaf| Ok(Peer::of(leaf)?));
+    let peer = peer.map_err(|refusal| of_certificate(&refusal))?;
+    if peer.not_after <= SystemTime::now() {
+        return Err(of_certificate(&Refusal::Expired(peer.not_after)));
+    }
+    Ok((stream, Proven { peer, chain }))
+}
+
+/// A caller that was met by TLS.
+#[derive(Debug)]
+pub struct Met<IO> {
+    pub stream: server::TlsStream<IO>,
+    /// None: it showed no certificate, and needed none.
+    pub proven: Option<Proven>,
+    pub speaks: Option<Speaks>,
+    /// It had been met before, and no certificate was shown anew.
+    pub resumed: bool,
+}
+
+/// Meets a caller that has begun to speak TLS.
+///
+/// # Errors
+///
+/// Says in plain words what was wrong with the caller.
+pub async fn accept<IO>(
+    server: &ServerTls,
+    mandatory: bool,
+    offer: Offer,
+    io: IO,
+) -> Result<Met<IO>, TlsFailure>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let explain = |error: &io::Error| explain(error, &server.trust, Role::Client);
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await.map_err(|error| explain(&error))?;
+    let is_http = |name: &[u8]| name == ALPN_H2 || name == ALPN_HTTP1;
+    // Another protocol is for the service to understand, and must not end the handshake.
+    let foreign = hello.client_hello().alpn().is_some_and(|mut offered| !offered.any(is_http));
+    let offer = if foreign { Offer::Nothing } else { offer };
+    let stream = hello.into_stream(server.config(mandatory, offer)).await.map_err(|error| explain(&error))?;
+    let (_, tls) = stream.get_ref();
+    let speaks = match tls.alpn_protocol() {
+        Some(ALPN_H2) => Some(Speaks::H2),
+        Some(ALPN_HTTP1) => Some(Speaks::Http1),
+        _ => None,
+    };
+    let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
+    let chain =
+        tls.peer_certificates().map(|chain| chain.iter().map(|c| c.clone().into_owned()).collect::<Vec<_>>());
+    let proven = match chain {
+        None if mandatory => return Err(of_certificate(&Refusal::Unknown)),
+        None => None,
+        Some(chain) => {
+            let peer = chain.first().ok_or(Refusal::Unknown).and_then(|leaf| Ok(Peer::of(leaf)?));
+            let peer = peer.map_err(|refusal| of_certificate(&refusal))?;
+            // A resumed session shows the certificate of its first handshake.
+            if peer.not_after <= SystemTime::now() {
+                return Err(of_certificate(&Refusal::Expired(peer.not_after)));
+            }
+            Some(Proven { peer, chain })
+        }
+    };
+    Ok(Met { stream, proven, speaks, resumed })
+}
+
+fn of_certificate(refusal: &Refusal) -> TlsFailure {
+    let kind = match refusal {
+        Refusal::Unknown => FailureKind::NoCertificate,
+        _ => FailureKind::PeerIdentity,
+    };
+    TlsFailure { kind, reason: refusal.to_string() }
+}
+
+/// What an error of a handshake, or of a connection after it, means. `role`: what the other side is.
+pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
+    let Some(tls) = tls_error(error) else {
+        let reason = match error.kind() {
+            io::ErrorKind::UnexpectedEof => "it closed the connection during the TLS handshake".to_owned(),
+            _ => format!("the connection broke during the TLS handshake ({error})"),
+        };
+        return TlsFailure { kind: FailureKind::Broken, reason };
+    };
+    if let Some(refusal) = refused(tls, trust, role) {
+        return of_certificate(&refusal);
+    }
+    let failure = |kind, reason: String| TlsFailure { kind, reason };
+    match tls {
+        rustls::Error::AlertReceived(alert) => failure(FailureKind::Refused, alert_in_words(*alert)),
+        rustls::Error::NoCertificatesPresented => {
+            failure(FailureKind::NoCertificate, Refusal::Unknown.to_string())
+        }
+        rustls::Error::InvalidMessage(_) => {
+            failure(FailureKind::NotTls, "what it speaks on this port is not TLS".to_owned())
+        }
+        rustls::Error::InvalidCertificate(error) => {
+            failure(FailureKind::PeerIdentity, format!("its certificate is not valid ({error})"))
+        }
+        rustls::Error::PeerIncompatible(why) => {
+            let reason =
+                format!("it speaks no TLS that is spoken here ({why:?}); `identity.min_tls` sets the oldest");
+            failure(FailureKind::Refused, reason)
+        }
+        rustls::Error::NoApplicationProtocol => {
+            failure(FailureKind::Refused, "it and we have no protocol in common (ALPN)".to_owned())
+        }
+        other => failure(FailureKind::Refused, format!("the TLS handshake failed: {other}")),
+    }
+}
+
+/// The alert by which the other side ended a connection that was open already: with TLS 1.3 a server looks at our
+/// certificate when we believe to be done. None of what was sent then has reached a service.
+pub fn refused_after(error: &(dyn std::error::Error + 'static)) -> Option<TlsFailure> {
+    let mut error = Some(error);
+    while let Some(this) = error {
+        if let Some(rustls::Error::AlertReceived(alert)) =
+            this.downcast_ref::<io::Error>().and_then(tls_error)
+            && is_about_certificates(*alert)
+        {
+            return Some(TlsFailure { kind: FailureKind::Refused, reason: alert_in_words(*alert) });
+        }
+        error = this.source();
+    }
+    None
+}
+
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+const fn is_about_certificates(alert: AlertDescription) -> bool {
+    use AlertDescription as A;
+    matches!(
+        alert,
+        A::NoCertificate
+            | A::BadCertificate
+            | A::UnsupportedCertificate
+            | A::CertificateRevoked
+            | A::CertificateExpired
+            | A::CertificateUnknown
+            | A::UnknownCA
+            | A::AccessDenied
+            | A::CertificateRequired
+            | A::DecryptError
+            | A::HandshakeFailure
+    )
+}
+
+fn alert_in_words(alert: AlertDescription) -> String {
+    use AlertDescription as A;
+    match alert {
+        A::CertificateRequired | A::NoCertificate => {
+            "it wants a client certificate, and was shown none: `tls = \"mutual\"` shows ours".to_owned()
+        }
+        A::UnknownCA => "it does not trust who issued our certificate (alert unknown_ca)".to_owned(),
+        A::CertificateExpired => "it says that our certificate has expired or is not valid yet: is its clock right?".to_owned(),
+        A::CertificateRevoked => "it says that our certificate has been revoked".to_owned(),
+        A::ProtocolVersion => "it speaks no TLS that is spoken here (alert protocol_version); `identity.min_tls` sets the oldest".to_owned(),
+        A::UnrecognisedName => "it does not know the name it was asked for (alert unrecognized_name): `server_name` sets it".to_owned(),
+        A::NoApplicationProtocol => "it does not speak the protocol we offered (alert no_application_protocol): set `protocol`".to_owned(),
+        alert if is_about_certificates(alert) => {
+            format!("it does not accept our certificate (alert {alert:?}); its own log says why")
+        }
+        alert => format!("it ended the handshake (alert {alert:?})"),
+    }
+}

@@ -1,0 +1,147 @@
+//! A throw-away CA and certificates, for development, the demo and tests. Nobody runs a CA of ours in production.
+
+use std::{
+    io::{self, Write},
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    IsCa, KeyPair, KeyUsagePurpose, SanType,
+};
+
+use super::{InvalidId, SpiffeId, TrustDomain};
+
+/// How long certificates are good for.
+const VALID: Duration = Duration::from_secs(365 * 86_400);
+/// Clocks differ.
+const BACKDATED: Duration = Duration::from_secs(3600);
+
+/// A CA that lives in memory.
+pub struct Ca {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    trust_domain: TrustDomain,
+}
+
+/// A certificate and its key, PEM.
+pub struct Issued {
+    pub certificate: String,
+    pub key: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum IssueError {
+    #[error("`{name}` cannot be a workload's name: {reason}")]
+    Name { name: String, reason: InvalidId },
+    #[error("cannot issue a certificate: {0}")]
+    Issue(#[from] rcgen::Error),
+}
+
+impl Ca {
+    /// # Errors
+    ///
+    /// If no key can be made.
+    pub fn new(trust_domain: TrustDomain) -> Result<Self, IssueError> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, format!("{trust_domain} development CA"));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
+        dated(&mut params);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+        Ok(Self { issuer, trust_domain })
+    }
+
+    pub fn certificate(&self) -> String {
+        self.issuer.pem()
+    }
+
+    /// A certificate for `spiffe://TRUST-DOMAIN/ns/default/sa/NAME`, which is also NAME and localhost in DNS.
+    ///
+    /// # Errors
+    ///
+    /// If the name cannot stand in a SPIFFE ID and in DNS.
+    pub fn issue(&self, name: &str) -> Result<Issued, IssueError> {
+        let id = format!("spiffe://{}/ns/default/sa/{name}", self.trust_domain);
+        let wrong = |reason| IssueError::Name { name: name.to_owned(), reason };
+        if name.contains('/') {
+            return Err(wrong(InvalidId::PathByte('/')));
+        }
+        let id: SpiffeId = id.parse().map_err(wrong)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.subject_alt_names = vec![
+            SanType::URI(id.as_str().try_into()?),
+            SanType::DnsName(name.try_into()?),
+            SanType::DnsName("localhost".try_into()?),
+        ];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        dated(&mut params);
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        Ok(Issued { certificate: certificate.pem(), key: key.serialize_pem() })
+    }
+}
+
+fn dated(params: &mut CertificateParams) {
+    let now = SystemTime::now();
+    params.not_before = (now - BACKDATED).into();
+    params.not_after = (now + VALID).into();
+}
+
+/// Writes a key so that this user alone can read it.
+///
+/// # Errors
+///
+/// If it cannot be written.
+pub fn write_key(path: &Path, key: &str) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    // A file that is there already may be open to others: a new one takes its place.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    options.write(true).create_new(true).mode(0o600).open(path)?.write_all(key.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::material::{Content, Material, Pem, Text};
+
+    fn text(name: &str, content: &str) -> Text {
+        Text { path: name.into(), content: Content::Pem(content.as_bytes().to_vec()) }
+    }
+
+    #[test]
+    fn what_is_issued_can_be_used() {
+        let ca = Ca::new("shop.example".parse().unwrap()).unwrap();
+        let issued = ca.issue("payments").unwrap();
+        let pem = Pem {
+            cert: text("crt", &issued.certificate),
+            key: text("key", &issued.key),
+            ca: vec![(Some("shop.example".parse().unwrap()), text("ca", &ca.certificate()))],
+            crl: None,
+        };
+        let material = Material::check(&pem, SystemTime::now()).unwrap();
+        assert_eq!(material.own.to_string(), "spiffe://shop.example/ns/default/sa/payments");
+        assert_eq!(material.own.dns, ["payments".into(), "localhost".into()]);
+        let late = SystemTime::now() + VALID;
+        assert!(Material::check(&pem, late).unwrap_err().to_string().contains("expired"), "roots too");
+    }
+
+    #[test]
+    fn names_that_no_workload_can_have_are_refused() {
+        let ca = Ca::new("shop.example".parse().unwrap()).unwrap();
+        for name in ["", "a/b", "a b", "..", "ü"] {
+            assert!(ca.issue(name).is_err(), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! What an identity is made of: a certificate chain, its key, and who is trusted. Checked whole before it is taken.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime,
+    pem::{self, PemObject},
+};
+use webpki::{CertRevocationList, OwnedCertRevocationList};
+use x509_parser::{
+    certificate::X509Certificate, prelude::FromDer, revocation_list::CertificateRevocationList,
+};
+
+use super::{
+    Peer, PeerError, TrustDomain, peer,
+    time::Date,
+    trust::{Bundle, Refusal, Role, Trust, provider},
+};
+
+/// Certificates in a chain file.
+const MAX_CHAIN: usize = 16;
+/// Roots in one bundle.
+const MAX_ROOTS: usize = 1024;
+
+/// The parts of an identity as they were read, to tell whether anything changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pem {
+    pub cert: Text,
+    pub key: Text,
+    pub ca: Vec<(Option<TrustDomain>, Text)>,
+    pub crl: Option<Text>,
+}
+
+/// What was read, and where it came from.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Text {
+    /// A file, or what stands for one where the Workload API told it.
+    pub path: PathBuf,
+    pub content: Content,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub enum Content {
+    /// A file's.
+    Pem(Vec<u8>),
+    /// The Workload API's: certificates, keys or lists, DER.
+    Der(Vec<Vec<u8>>),
+}
+
+/// Keys are never shown.
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())
+    }
+}
+
+/// A verified identity.
+#[derive(Debug)]
+pub struct Material {
+    /// Who it proves this service to be.
+    pub own: Peer,
+    pub key: Arc<CertifiedKey>,
+    pub trust: Arc<Trust>,
+    /// What will expire.
+    pub expiries: Vec<Expiry>,
+}
+
+/// When a part expires.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expiry {
+    pub kind: Kind,
+    /// Whose it is, for people.
+    pub what: String,
+    /// Since when it is valid.
+    pub from: SystemTime,
+    pub at: SystemTime,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    Leaf,
+    Intermediate,
+    Root,
+    Crl,
+}
+
+impl Expiry {
+    /// How pressing it is: 0 not at all, then a quarter, a tenth and a twentieth of its life left (but no sooner than 30, 7
+    /// and 1 days before its end), 4 expired. A workload's certificate is renewed before the first of these.
+    pub fn urgency(&self, now: SystemTime) -> u8 {
+        const DAY: Duration = Duration::from_secs(86_400);
+        let Ok(left) = self.at.duration_since(now) else { return 4 };
+        let life = self.at.duration_since(self.from).unwrap_or_default();
+        let steps = [(life / 4).min(DAY * 30), (life / 10).min(DAY * 7), (life / 20).min(DAY)];
+        steps.into_iter().map(|step| u8::from(left < step)).sum()
+    }
+}
+
+impl Kind {
+    pub const ALL: [Self; 4] = [Self::Leaf, Self::Intermediate, Self::Root, Self::Crl];
+
+    /// As metrics and `/status` say it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Leaf => "leaf",
+            Self::Intermediate => "intermediate",
+            Self::Root => "root",
+            Self::Crl => "crl",
+        }
+    }
+}
+
+/// Why an identity cannot be taken. Names the file and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum MaterialError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{} is larger than {limit} bytes: is it the right file?", path.display())]
+    TooLarge { path: PathBuf, limit: u64 },
+    #[error("{} is no PEM file ({reason}): it must hold text between `-----BEGIN …-----` and `-----END …-----`", path.display())]
+    Pem { path: PathBuf, reason: String },
+    #[error("{} holds no certificate", .0.display())]
+    NoCertificate(PathBuf),
+    #[error("{} holds more than {limit} certificates", path.display())]
+    ManyCertificates { path: PathBuf, limit: usize },
+    #[error("{} holds no private key that can be used: PKCS #8, PKCS #1 or SEC 1 in PEM, not encrypted ({reason})", path.display())]
+    Key { path: PathBuf, reason: String },
+    #[error("the key in {} is not that of the first certificate in {}: both must be of the same issue", key.display(), cert.display())]
+    Mismatch { cert: PathBuf, key: PathBuf },
+    #[error("the certificate in {} cannot be this service's: {reason}", path.display())]
+    Leaf { path: PathBuf, reason: PeerError },
+    #[error("the certificate in {} expired on {}: renew it", path.display(), Date(*.at))]
+    Expired { path: PathBuf, at: SystemTime },
+    #[error("the certificate in {} is not valid before {}: is this machine's clock right?", path.display(), Date(*.at))]
+    NotYet { path: PathBuf, at: SystemTime },
+    #[error("the certificate in {} leads to none of the roots in {trust}, so that peers with the same roots would refuse it: append its intermediates to the file, or add its root to `ca`", path.display())]
+    NoRoot { path: PathBuf, trust: String },
+    #[error("the certificate in {} is not good for a workload that calls and is called: {reason}", path.display())]
+    Chain { path: PathBuf, reason: Refusal },
+    #[error("a certificate in {} is not a CA's that can be trusted: {reason}", path.display())]
+    Root { path: PathBuf, reason: String },
+    #[error("every root in {} has expired: renew them", .0.display())]
+    RootsExpired(PathBuf),
+    #[error("{} holds no revocation list that can be used ({reason})", path.display())]
+    Crl { path: PathBuf, reason: String },
+    #[error("`{0}` in `ca` is no trust domain: {1}")]
+    TrustDomain(String, super::InvalidId),
+}
+
+impl MaterialError {
+    /// Whether a file is not there yet, as before a volume is filled.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
+impl Material {
+    /// Reads and checks: the key fits, the chain holds, leads to a root, and is valid now, for both roles.
+    ///
+    /// # Errors
+    ///
+    /// Names the file that is wrong, and what to do.
+    pub fn check(pem: &Pem, now: SystemTime) -> Result<Self, MaterialError> {
+        let trust = Arc::new(trust(&pem.ca, pem.crl.as_ref(), now)?);
+        let path = || pem.cert.path.clone();
+        let chain = certificates(&pem.cert, MAX_CHAIN)?;
+        let (leaf, intermediates) =
+            chain.split_first().ok_or_else(|| MaterialError::NoCertificate(path()))?;
+        let own = Peer::of(leaf).map_err(|reason| MaterialError::Leaf { path: path(), reason })?;
+        let unix = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+        for role in [Role::Server, Role::Client] {
+            trust.verify(leaf, intermediates, unix, role).map_err(|reason| match reason {
+                Refusal::Expired(at) => MaterialError::Expired { path: path(), at },
+                Refusal::NotYet(at) => MaterialError::NotYet { path: path(), at },
+                Refusal::UnknownIssuer(trust) => MaterialError::NoRoot { path: path(), trust },
+                reason => MaterialError::Chain { path: path(), reason },
+            })?;
+        }
+        let mut expiries: Vec<_> =
+            expiry(leaf, Kind::Leaf).map(|of| Expiry { what: own.to_string(), ..of }).into_iter().collect();
+        for certificate in intermediates {
+            expiries.extend(expiry(certificate, Kind::Intermediate));
+        }
+        expiries.extend(trust_expiries(&pem.ca, pem.crl.as_ref()));
+        let key = private_key(&pem.key)?;
+        let key = CertifiedKey::new(chain, key);
+        match key.keys_match() {
+            Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
+            Err(_) => {
+                return Err(MaterialError::Mismatch { cert: path(), key: pem.key.path.clone() });
+            }
+        }
+        Ok(Self { own, key: Arc::new(key), trust, expiries })
+    }
+}
+
+/// Reads roots and revocation lists.
+///
+/// # Errors
+///
+/// If a file holds none, or one that cannot be used; if all the roots of a file have expired.
+pub fn trust(
+    ca: &[(Option<TrustDomain>, Text)],
+    crl: Option<&Text>,
+    now: SystemTime,
+) -> Result<Trust, MaterialError> {
+    let bundles =
+        ca.iter().map(|(domain, text)| bundle(domain.clone(), text, now)).collect::<Result<_, _>>()?;
+    Ok(Trust::new(bundles, crl.map_or(Ok(Vec::new()), revocations)?))
+}
+
+fn bundle(trust_domain: Option<TrustDomain>, text: &Text, now: SystemTime) -> Result<Bundle, MaterialError> {
+    let certificates = certificates(text, MAX_ROOTS)?;
+    let wrong = |reason: String| MaterialError::Root { path: text.path.clone(), reason };
+    let mut anchors = Vec::new();
+    let mut living = false;
+    for certificate in &certificates {
+        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| wrong(error.to_string()))?;
+        // Version 1 has no extensions; those with them must say that they are a CA's.
+        if parsed.version().0 == 2 && !parsed.is_ca() {
+            return Err(wrong(format!(
+                "{} is a leaf (CA:FALSE); give the certificate of who issued it",
+                peer::rfc2253(parsed.subject())
+            )));
+        }
+        living |= peer::time(parsed.validity().not_after.timestamp()) > now;
+        let anchor =
+            webpki::anchor_from_trusted_cert(certificate).map_err(|error| wrong(format!("{error:?}")))?;
+        anchors.push(anchor.to_owned());
+    }
+    if !living {
+        return Err(MaterialError::RootsExpired(text.path.clone()));
+    }
+    Ok(Bundle { trust_domain, source: text.path.display().to_string().into(), anchors })
+}
+
+fn revocations(text: &Text) -> Result<Vec<CertRevocationList<'static>>, MaterialError> {
+    let wrong = |reason: String| MaterialError::Crl { path: text.path.clone(), reason };
+    let lists = lists(text).map_err(|error| wrong(error.to_string()))?;
+    if lists.is_empty() {
+        return Err(wrong("it is empty".to_owned()));
+    }
+    let owned = |list: &CertificateRevocationListDer<'_>| {
+        let list = OwnedCertRevocationList::from_der(list).map_err(|error| wrong(format!("{error:?}")))?;
+        Ok(CertRevocationList::Owned(list))
+    };
+    lists.iter().map(owned).collect()
+}
+
+fn lists(text: &Text) -> Result<Vec<CertificateRevocationListDer<'static>>, pem::Error> {
+    match &text.content {
+        Content::Pem(bytes) => CertificateRevocationListDer::pem_slice_iter(bytes).collect(),
+        Content::Der(lists) => Ok(lists.iter().map(|list| list.clone().into()).collect()),
+    }
+}
+
+fn certificates(text: &Text, limit: usize) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
+    let path = || text.path.clone();
+    let found = match &text.content {
+        Content::Pem(bytes) => CertificateDer::pem_slice_iter(bytes).take(limit + 1).collect(),
+        Content::Der(list) => Ok(list.iter().take(limit + 1).map(|one| one.clone().into()).collect()),
+    };
+    let found: Vec<_> =
+        found.map_err(|error| MaterialError::Pem { path: path(), reason: error.to_string() })?;
+    match found.len() {
+        0 => Err(MaterialError::NoCertificate(path())),
+        count if count > limit => Err(MaterialError::ManyCertificates { path: path(), limit }),
+        _ => Ok(found),
+    }
+}
+
+fn private_key(text: &Text) -> Result<Arc<dyn rustls::sign::SigningKey>, MaterialError> {
+    let wrong = |reason: String| MaterialError::Key { path: text.path.clone(), reason };
+    let key = match &text.content {
+        Content::Pem(bytes) => PrivateKeyDer::from_pem_slice(bytes).map_err(|error| wrong(error.to_string())),
+        Content::Der(keys) => keys
+            .first()
+            .ok_or_else(|| wrong("it is empty".to_owned()))
+            .and_then(|key| PrivateKeyDer::try_from(key.clone()).map_err(|error| wrong(error.to_owned()))),
+    }?;
+    provider().key_provider.load_private_key(key).map_err(|error| wrong(error.to_string()))
+}
+
+fn expiry(certificate: &[u8], kind: Kind) -> Option<Expiry> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    let at = peer::time(parsed.validity().not_after.timestamp());
+    let from = peer::time(parsed.validity().not_before.timestamp());
+    Some(Expiry { kind, what: peer::rfc2253(parsed.subject()), from, at })
+}
+
+/// When roots and revocation lists expire.
+pub fn trust_expiries(ca: &[(Option<TrustDomain>, Text)], crl: Option<&Text>) -> Vec<Expiry> {
+    let roots = ca.iter().flat_map(|(_, text)| certificates(text, MAX_ROOTS).unwrap_or_default());
+    let mut expiries: Vec<_> = roots.filter_map(|root| expiry(&root, Kind::Root)).collect();
+    for list in crl.and_then(|text| lists(text).ok()).unwrap_or_default() {
+        if let Ok((_, parsed)) = CertificateRevocationList::from_der(&list)
+            && let Some(next) = parsed.next_update()
+        {
+            let what = peer::rfc2253(parsed.issuer());
+            let from = peer::time(parsed.last_update().timestamp());
+            expiries.push(Expiry { kind: Kind::Crl, what, from, at: peer::time(next.timestamp()) });
+        }
+    }
+    expiries
+}
+
+impl Text {
+    /// Reads a file of at most `limit` bytes.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read, or is larger.
+    pub fn read(path: &Path, limit: u64) -> Result<Self, MaterialError> {
+        use std::io::Read;
+        let wrong = |source| MaterialError::Read { path: path.to_owned(), source };
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path).map_err(wrong)?;
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(wrong)?;
+        if bytes.len() as u64 > limit {
+            return Err(MaterialError::TooLarge { path: path.to_owned(), limit });
+        }
+        Ok(Self { path: path.to_owned(), content: Content::Pem(bytes) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearer_the_end_the_more_pressing() {
+        let start = SystemTime::UNIX_EPOCH;
+        let hours = |count: u64| Duration::from_secs(count * 3600);
+        let of = |life: u64| Expiry {
+            kind: Kind::Leaf,
+            what: String::new(),
+            from: start,
+            at: start + hours(life),
+        };
+        let day = of(24);
+        let urgency = |left: u64| day.urgency(start + hours(24) - hours(left));
+        assert_eq!([urgency(24), urgency(7), urgency(5), urgency(2), urgency(1)], [0, 0, 1, 2, 3]);
+        assert_eq!(day.urgency(start + hours(25)), 4);
+        // Ten years: a month before the end, not two and a half years.
+        let root = of(87_600);
+        assert_eq!(root.urgency(start + hours(87_600 - 24 * 31)), 0);
+        assert_eq!(root.urgency(start + hours(87_600 - 24 * 29)), 1);
+    }
+}

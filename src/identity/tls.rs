@@ -1,0 +1,209 @@
+//! rustls, set up: what is spoken to callers and to upstreams.
+//!
+//! TLS 1.3 unless `min_tls` lets 1.2 in, X25519MLKEM768 preferred, no early data. Sessions are resumed, by tickets all
+//! workers can read; tickets are thrown away with the trust they were given under, as a resumed session shows the
+//! certificate of its first handshake and nobody verifies that again.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    ClientConfig, ServerConfig, SupportedProtocolVersion,
+    client::Resumption,
+    server::{NoServerSessionStorage, ProducesTickets},
+    sign::SingleCertAndKey,
+    version::{TLS12, TLS13},
+};
+use rustls_pki_types::CertificateDer;
+
+use super::{
+    Pattern, Peer,
+    counts::Handshakes,
+    material::Material,
+    trust::{Refusal, Role, Trust, expect, provider},
+    verify::{Callers, Servers},
+};
+use crate::config::{MinTls, TlsMode, UpstreamTls};
+
+/// What HTTP is called in ALPN.
+pub const ALPN_H2: &[u8] = b"h2";
+pub const ALPN_HTTP1: &[u8] = b"http/1.1";
+/// Servers whose sessions an upstream's configuration keeps.
+const SESSIONS: usize = 64;
+
+const BOTH: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
+const NEWEST: &[&SupportedProtocolVersion] = &[&TLS13];
+
+fn versions(min: MinTls) -> &'static [&'static SupportedProtocolVersion] {
+    match min {
+        MinTls::V12 => BOTH,
+        MinTls::V13 => NEWEST,
+    }
+}
+
+/// What makes and reads tickets. A caller that proved nothing must not come back as one that did: so there are two.
+#[derive(Clone, Debug)]
+pub struct Tickets {
+    strict: Arc<dyn ProducesTickets>,
+    permissive: Arc<dyn ProducesTickets>,
+}
+
+impl Tickets {
+    /// # Errors
+    ///
+    /// If the system gives no random bytes.
+    pub fn new() -> Result<Self, rustls::Error> {
+        let ticketer = rustls::crypto::aws_lc_rs::Ticketer::new;
+        Ok(Self { strict: ticketer()?, permissive: ticketer()? })
+    }
+}
+
+/// What a caller is offered by ALPN, if it asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// HTTP/2 only where the caller insists: a service that speaks nothing else says so by its `protocol`.
+    Http1First,
+    H2First,
+    /// Nothing of ours: the service understands what the caller wants, or nobody does.
+    Nothing,
+}
+
+#[derive(Debug)]
+struct Configs {
+    http1_first: Arc<ServerConfig>,
+    h2_first: Arc<ServerConfig>,
+    nothing: Arc<ServerConfig>,
+}
+
+/// How callers are met.
+#[derive(Debug)]
+pub struct ServerTls {
+    strict: Configs,
+    permissive: Configs,
+    pub trust: Arc<Trust>,
+}
+
+impl ServerTls {
+    /// # Errors
+    ///
+    /// If rustls cannot be set up so, which would be a bug.
+    pub fn new(material: &Material, min: MinTls, tickets: &Tickets) -> Result<Self, rustls::Error> {
+        let config = |mandatory, alpn: &[&[u8]]| {
+            let callers = Callers::new(Arc::clone(&material.trust), mandatory);
+            let mut config = ServerConfig::builder_with_provider(Arc::clone(provider()))
+                .with_protocol_versions(versions(min))?
+                .with_client_cert_verifier(Arc::new(callers))
+                .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&material.key))));
+            config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+            config.ticketer = Arc::clone(if mandatory { &tickets.strict } else { &tickets.permissive });
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            // Each is some kilobytes that hold the caller's chain; pools open several connections only under load.
+            config.send_tls13_tickets = 1;
+            Ok::<_, rustls::Error>(Arc::new(config))
+        };
+        let configs = |mandatory| {
+            Ok::<_, rustls::Error>(Configs {
+                http1_first: config(mandatory, &[ALPN_HTTP1, ALPN_H2])?,
+                h2_first: config(mandatory, &[ALPN_H2, ALPN_HTTP1])?,
+                nothing: config(mandatory, &[])?,
+            })
+        };
+        Ok(Self { strict: configs(true)?, permissive: configs(false)?, trust: Arc::clone(&material.trust) })
+    }
+
+    pub fn config(&self, mandatory: bool, offer: Offer) -> Arc<ServerConfig> {
+        let configs = if mandatory { &self.strict } else { &self.permissive };
+        Arc::clone(match offer {
+            Offer::Http1First => &configs.http1_first,
+            Offer::H2First => &configs.h2_first,
+            Offer::Nothing => &configs.nothing,
+        })
+    }
+}
+
+/// How one upstream is met. Lives as long as its settings; what is in it changes with certificates.
+#[derive(Debug)]
+pub struct ClientTls {
+    pub settings: UpstreamTls,
+    pub min: MinTls,
+    now: ArcSwap<Result<ClientNow, String>>,
+    pub(super) handshakes: Arc<Handshakes>,
+    /// Counts the changes of `now`.
+    generation: AtomicU64,
+}
+
+/// What holds for new connections to an upstream.
+#[derive(Clone, Debug)]
+pub struct ClientNow {
+    pub config: Arc<ClientConfig>,
+    pub trust: Arc<Trust>,
+    /// Who must answer; none: whoever has the host's name.
+    pub expected: Arc<[Pattern]>,
+}
+
+impl ClientNow {
+    /// Whether a server that was believed still would be.
+    ///
+    /// # Errors
+    ///
+    /// Says why not.
+    pub fn still_believes(&self, chain: &[CertificateDer<'_>]) -> Result<Peer, Refusal> {
+        let (leaf, intermediates) = chain.split_first().ok_or(Refusal::Unknown)?;
+        let peer = self.trust.verify(leaf, intermediates, rustls_pki_types::UnixTime::now(), Role::Server)?;
+        if !self.expected.is_empty() {
+            expect(&peer, leaf, &self.expected)?;
+        }
+        Ok(peer)
+    }
+}
+
+impl ClientTls {
+    pub fn new(settings: UpstreamTls, min: MinTls, handshakes: Arc<Handshakes>) -> Self {
+        let none = Err("its certificates are not there yet".to_owned());
+        Self { settings, min, now: ArcSwap::from_pointee(none), handshakes, generation: AtomicU64::new(0) }
+    }
+
+    /// What holds for new connections, or why there can be none.
+    pub fn now(&self) -> arc_swap::Guard<Arc<Result<ClientNow, String>>> {
+        self.now.load()
+    }
+
+    /// Takes another certificate or other roots. `own`: for mutual TLS.
+    pub fn renew(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) {
+        self.now.store(Arc::new(self.build(trust, own)));
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Changes with every certificate of ours and every root.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    fn build(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) -> Result<ClientNow, String> {
+        let trust = trust?;
+        let wrong = |error: rustls::Error| format!("TLS cannot be set up: {error}");
+        let patterns = self.settings.identity.iter().map(|text| {
+            text.parse::<Pattern>().map_err(|error| format!("`identity` holds `{text}`: {error}"))
+        });
+        let expected: Vec<Pattern> = patterns.collect::<Result<_, _>>()?;
+        let verifier = Servers { trust: Arc::clone(&trust), expected: expected.clone() };
+        let builder = ClientConfig::builder_with_provider(Arc::clone(provider()))
+            .with_protocol_versions(versions(self.min))
+            .map_err(wrong)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier));
+        let mut config = match (self.settings.mode, own) {
+            (TlsMode::Mutual, Some(own)) => {
+                builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&own.key))))
+            }
+            (TlsMode::Mutual, None) => return Err("this service has no valid certificate yet".to_owned()),
+            (TlsMode::Simple | TlsMode::Off, _) => builder.with_no_client_auth(),
+        };
+        // Anew with each change: a resumed session would show the old certificate.
+        config.resumption = Resumption::in_memory_sessions(SESSIONS);
+        Ok(ClientNow { config: Arc::new(config), trust, expected: expected.into() })
+    }
+}

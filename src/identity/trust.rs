@@ -1,0 +1,243 @@
+//! Who is trusted: roots, a bundle for all or one per trust domain, and what they have revoked.
+
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::SystemTime,
+};
+
+use rustls::{CertificateError, OtherError, crypto::CryptoProvider};
+use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
+use webpki::{CertRevocationList, EndEntityCert, KeyUsage, RevocationOptionsBuilder, UnknownStatusPolicy};
+
+use super::{Pattern, Peer, PeerError, SpiffeId, TrustDomain, time::Date};
+
+/// The cryptography that everything here uses: aws-lc-rs, X25519MLKEM768 first.
+pub fn provider() -> &'static Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    PROVIDER.get_or_init(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+}
+
+/// What the other side is, which decides what its certificate must be good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Server,
+    Client,
+}
+
+impl Role {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Client => "client",
+        }
+    }
+}
+
+/// The roots of one trust domain, or of all.
+#[derive(Clone, Debug)]
+pub struct Bundle {
+    /// `None`: of whoever these roots vouch for.
+    pub trust_domain: Option<TrustDomain>,
+    /// Where it came from, for people.
+    pub source: Box<str>,
+    pub anchors: Vec<TrustAnchor<'static>>,
+}
+
+/// Everything a certificate is checked against.
+#[derive(Debug, Default)]
+pub struct Trust {
+    bundles: Vec<Bundle>,
+    crls: Vec<CertRevocationList<'static>>,
+}
+
+/// Why a certificate is not accepted.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error("its certificate does not count: {0}")]
+    Peer(#[from] PeerError),
+    #[error("its certificate expired on {}", Date(*.0))]
+    Expired(SystemTime),
+    #[error("its certificate is not valid before {}", Date(*.0))]
+    NotYet(SystemTime),
+    #[error("its certificate was issued by nobody who is trusted here (looked at: {0})")]
+    UnknownIssuer(String),
+    #[error("its certificate has been revoked")]
+    Revoked,
+    #[error("its certificate may not be used by a {0} (extended key usage)")]
+    Purpose(&'static str),
+    #[error("it is {id}, of a trust domain that is not trusted here (trusted: {known})")]
+    TrustDomain { id: SpiffeId, known: String },
+    #[error("it is {is}; expected {expected}")]
+    NotExpected { is: String, expected: String },
+    #[error("its certificate names {presented}; expected {expected}")]
+    Name { presented: String, expected: String },
+    #[error("it showed no certificate")]
+    Unknown,
+    #[error("its certificate is not valid ({0:?})")]
+    Invalid(webpki::Error),
+}
+
+impl Trust {
+    /// # Errors
+    ///
+    /// Nothing is checked: bundles and lists come from [`super::material`], which has.
+    pub fn new(bundles: Vec<Bundle>, crls: Vec<CertRevocationList<'static>>) -> Self {
+        Self { bundles, crls }
+    }
+
+    pub fn bundles(&self) -> &[Bundle] {
+        &self.bundles
+    }
+
+    /// Checks a chain: its names, and that it leads to a root that vouches for them, today, unrevoked.
+    ///
+    /// # Errors
+    ///
+    /// Says in plain words why the bearer of the leaf is not believed.
+    pub fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        role: Role,
+    ) -> Result<Peer, Refusal> {
+        let peer = Peer::of(leaf)?;
+        let anchors = self.anchors(&peer)?;
+        let parsed = EndEntityCert::try_from(leaf).map_err(|error| self.refusal(error, role))?;
+        let crls: Vec<&CertRevocationList<'_>> = self.crls.iter().collect();
+        // A list covers its own issuer alone; and an old one is still better than none.
+        let revocation = RevocationOptionsBuilder::new(&crls)
+            .ok()
+            .map(|options| options.with_status_policy(UnknownStatusPolicy::Allow).build());
+        let usage = match role {
+            Role::Server => KeyUsage::server_auth(),
+            Role::Client => KeyUsage::client_auth(),
+        };
+        let algorithms = provider().signature_verification_algorithms.all;
+        parsed
+            .verify_for_usage(algorithms, &anchors, intermediates, now, usage, revocation, None)
+            .map_err(|error| self.refusal(error, role))?;
+        Ok(peer)
+    }
+
+    /// A SPIFFE ID is vouched for by its own trust domain's roots alone.
+    fn anchors(&self, peer: &Peer) -> Result<Vec<TrustAnchor<'_>>, Refusal> {
+        let vouches = |bundle: &&Bundle| match (&bundle.trust_domain, &peer.spiffe) {
+            (Some(domain), Some(id)) => domain.as_str() == id.trust_domain(),
+            _ => true,
+        };
+        let mut fitting = self.bundles.iter().filter(vouches).peekable();
+        match (fitting.peek(), &peer.spiffe) {
+            (None, Some(id)) => {
+                let known = self.bundles.iter().filter_map(|bundle| bundle.trust_domain.as_ref());
+                let known: Vec<&str> = known.map(TrustDomain::as_str).collect();
+                Err(Refusal::TrustDomain { id: id.clone(), known: known.join(", ") })
+            }
+            _ => Ok(fitting.flat_map(|bundle| bundle.anchors.iter().cloned()).collect()),
+        }
+    }
+
+    fn refusal(&self, error: webpki::Error, role: Role) -> Refusal {
+        use webpki::Error as E;
+        let time = |time: UnixTime| super::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX));
+        match error {
+            E::CertExpired { not_after, .. } => Refusal::Expired(time(not_after)),
+            E::CertNotValidYet { not_before, .. } => Refusal::NotYet(time(not_before)),
+            // A root of the same name with another key is another issuer.
+            E::UnknownIssuer | E::InvalidSignatureForPublicKey => Refusal::UnknownIssuer(self.to_string()),
+            E::CertRevoked => Refusal::Revoked,
+            E::CaUsedAsEndEntity => Refusal::Peer(PeerError::Ca),
+            E::RequiredEkuNotFoundContext(_) => Refusal::Purpose(role.word()),
+            error => Refusal::Invalid(error),
+        }
+    }
+}
+
+/// Where the roots came from.
+impl fmt::Display for Trust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, bundle) in self.bundles.iter().enumerate() {
+            let comma = if at > 0 { ", " } else { "" };
+            match &bundle.trust_domain {
+                Some(domain) => write!(f, "{comma}{} for {domain}", bundle.source)?,
+                None => write!(f, "{comma}{}", bundle.source)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `peer` is one of those who must answer.
+///
+/// # Errors
+///
+/// Names who answered and who was expected.
+pub fn expect(peer: &Peer, leaf: &CertificateDer<'_>, expected: &[Pattern]) -> Result<(), Refusal> {
+    let named = |pattern: &Pattern| match (&peer.spiffe, pattern) {
+        (Some(id), pattern) => pattern.matches(id),
+        (None, Pattern::Dns(name)) => is_valid_for(leaf, name),
+        (None, _) => false,
+    };
+    if expected.iter().any(named) {
+        return Ok(());
+    }
+    let expected: Vec<String> = expected.iter().map(ToString::to_string).collect();
+    Err(Refusal::NotExpected { is: peer.to_string(), expected: expected.join(" or ") })
+}
+
+/// Whether the certificate is good for a server's name.
+///
+/// # Errors
+///
+/// Names what the certificate says and what was expected.
+pub fn expect_name(peer: &Peer, leaf: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Refusal> {
+    let valid = EndEntityCert::try_from(leaf).and_then(|leaf| leaf.verify_is_valid_for_subject_name(name));
+    valid.map_err(|_| Refusal::Name {
+        presented: match (&peer.spiffe, &peer.dns[..]) {
+            (Some(id), []) => format!("{id} (say so by `identity`)"),
+            (None, []) => "no host".to_owned(),
+            (_, names) => names.join(", "),
+        },
+        expected: name.to_str().into_owned(),
+    })
+}
+
+fn is_valid_for(leaf: &CertificateDer<'_>, name: &str) -> bool {
+    let Ok(name) = ServerName::try_from(name) else { return false };
+    EndEntityCert::try_from(leaf).is_ok_and(|leaf| leaf.verify_is_valid_for_subject_name(&name).is_ok())
+}
+
+/// As rustls carries it, with the alert that fits for the other side. What rustls has no word for goes along whole.
+impl From<Refusal> for rustls::Error {
+    fn from(refusal: Refusal) -> Self {
+        let now = UnixTime::now();
+        let unix = |time: SystemTime| {
+            let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            UnixTime::since_unix_epoch(since)
+        };
+        Self::InvalidCertificate(match refusal {
+            Refusal::Expired(at) => CertificateError::ExpiredContext { time: now, not_after: unix(at) },
+            Refusal::NotYet(at) => CertificateError::NotValidYetContext { time: now, not_before: unix(at) },
+            Refusal::UnknownIssuer(_) => CertificateError::UnknownIssuer,
+            Refusal::Revoked => CertificateError::Revoked,
+            Refusal::Purpose(_) => CertificateError::InvalidPurpose,
+            other => CertificateError::Other(OtherError(Arc::new(other))),
+        })
+    }
+}
+
+/// What became of a certificate in a handshake, in words; none where the error is of another kind.
+pub fn refused(error: &rustls::Error, trust: &Trust, role: Role) -> Option<Refusal> {
+    let rustls::Error::InvalidCertificate(error) = error else { return None };
+    let time = |time: &UnixTime| super::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX));
+    Some(match error {
+        CertificateError::ExpiredContext { not_after, .. } => Refusal::Expired(time(not_after)),
+        CertificateError::NotValidYetContext { not_before, .. } => Refusal::NotYet(time(not_before)),
+        CertificateError::UnknownIssuer => Refusal::UnknownIssuer(trust.to_string()),
+        CertificateError::Revoked => Refusal::Revoked,
+        CertificateError::InvalidPurpose => Refusal::Purpose(role.word()),
+        CertificateError::Other(OtherError(other)) => other.downcast_ref::<Refusal>()?.clone(),
+        _ => return None,
+    })
+}

@@ -1,0 +1,127 @@
+//! The two verifiers that rustls asks: who calls, and who answers.
+
+use std::sync::Arc;
+
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{verify_tls12_signature, verify_tls13_signature},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+
+use super::{
+    Pattern,
+    trust::{Role, Trust, expect, expect_name, provider},
+};
+
+/// With more roots than this, clients are not told which ones: the list would fill their first flight.
+const MAX_HINTS: usize = 16;
+
+/// Believes callers whose chain leads to a root.
+#[derive(Debug)]
+pub struct Callers {
+    trust: Arc<Trust>,
+    /// Without a certificate there is no connection.
+    mandatory: bool,
+    hints: Vec<DistinguishedName>,
+}
+
+impl Callers {
+    pub fn new(trust: Arc<Trust>, mandatory: bool) -> Self {
+        let roots = trust.bundles().iter().flat_map(|bundle| &bundle.anchors);
+        let hints: Vec<_> = roots.map(|root| DistinguishedName::in_sequence(&root.subject)).collect();
+        let hints = if hints.len() > MAX_HINTS { Vec::new() } else { hints };
+        Self { trust, mandatory, hints }
+    }
+}
+
+impl ClientCertVerifier for Callers {
+    fn client_auth_mandatory(&self) -> bool {
+        self.mandatory
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &self.hints
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.trust.verify(leaf, intermediates, now, Role::Client)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, leaf, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, leaf, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Believes a server that is one of those expected; where nobody is named, one whose certificate has its host name.
+#[derive(Debug)]
+pub struct Servers {
+    pub trust: Arc<Trust>,
+    pub expected: Vec<Pattern>,
+}
+
+impl ServerCertVerifier for Servers {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let peer = self.trust.verify(leaf, intermediates, now, Role::Server)?;
+        if self.expected.is_empty() {
+            expect_name(&peer, leaf, name)?;
+        } else {
+            expect(&peer, leaf, &self.expected)?;
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, leaf, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, leaf, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,207 @@
+//! The TLS of others, as caller and as server.
+
+use std::{net::SocketAddr, process::Command};
+
+use super::{GET, call, callee};
+use crate::support::{
+    Daemon, Proxy, RawClient, Upstream, free_port, has_tool,
+    pki::{Pki, TlsCaller},
+    text, tool,
+};
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+fn service() -> Upstream {
+    Upstream::http1(|_| async { text("hello") })
+}
+
+/// A sidecar that calls `address` by mutual TLS as `payments`.
+fn calling(pki: &Pki, address: SocketAddr) -> Proxy {
+    super::caller(pki, address, "")
+}
+
+#[test]
+fn curl_and_openssl_as_callers() {
+    if !has_tool(&["curl", "openssl"]) {
+        return;
+    }
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    pki.write_leaf("checkout", |_| {});
+    let (ca, cert, key) = (pki.path("ca.crt"), pki.path("checkout.crt"), pki.path("checkout.key"));
+    let port = callee.inbound().port();
+    for version in ["--http1.1", "--http2"] {
+        let output = Command::new(tool("curl").expect("checked before"))
+            .args(["-s", "-S", version, "-w", " %{http_version}", "--cacert"])
+            .arg(&ca)
+            .arg("--cert")
+            .arg(&cert)
+            .arg("--key")
+            .arg(&key)
+            .arg(format!("https://localhost:{port}/"))
+            .args(["--connect-to", &format!("localhost:{port}:127.0.0.1:{port}")])
+            .output()
+            .expect("curl runs");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        // Both offer HTTP/1.1, which every service speaks.
+        assert_eq!(said, "hello 1.1", "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let s_client = |more: &[&str]| {
+        let output = Command::new(tool("openssl").expect("checked before"))
+            .args(["s_client", "-brief", "-connect", &callee.inbound().to_string(), "-CAfile"])
+            .arg(&ca)
+            .arg("-cert")
+            .arg(&cert)
+            .arg("-key")
+            .arg(&key)
+            .args(more)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .expect("openssl runs");
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    };
+    let said = s_client(&[]);
+    assert!(said.contains("TLSv1.3") && said.contains("Verification: OK"), "{said}");
+    let said = s_client(&["-tls1_2"]);
+    assert!(!said.contains("Verification: OK"), "1.2 is not spoken unless allowed: {said}");
+}
+
+#[test]
+fn tls_1_2_where_it_is_allowed() {
+    if !has_tool(&["openssl"]) {
+        return;
+    }
+    let (pki, service) = (Pki::new(), service());
+    let identity = pki.identity("payments");
+    let address = service.address();
+    let callee =
+        Proxy::start(format!("{identity}min_tls = \"1.2\"\n[inbound]\nforward_to = \"{address}\"\n"));
+    let port = callee.inbound();
+    let output = Command::new(tool("openssl").expect("checked before"))
+        .args(["s_client", "-brief", "-tls1_2", "-connect", &port.to_string(), "-CAfile"])
+        .arg(pki.path("ca.crt"))
+        .arg("-cert")
+        .arg(pki.path("payments.crt"))
+        .arg("-key")
+        .arg(pki.path("payments.key"))
+        .stdin(std::process::Stdio::null())
+        .output()
+        .expect("openssl runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("TLSv1.2") && said.contains("Verification: OK"), "{said}");
+}
+
+#[test]
+fn nginx_as_server_and_as_caller() {
+    if !has_tool(&["nginx"]) {
+        return;
+    }
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    pki.write_leaf("checkout", |_| {});
+    let (port, front) = (free_port(), free_port());
+    let dir = pki.path("");
+    let dir = dir.display();
+    let config = format!(
+        "daemon off; pid @DIR@/pid; error_log stderr; worker_processes 1; events {{}}\n\
+         http {{ access_log off; client_body_temp_path @DIR@/a; proxy_temp_path @DIR@/b; fastcgi_temp_path @DIR@/c;\n\
+         uwsgi_temp_path @DIR@/d; scgi_temp_path @DIR@/e;\n\
+         server {{ listen 127.0.0.1:{port} ssl; ssl_protocols TLSv1.3; ssl_certificate {dir}payments.crt; ssl_certificate_key {dir}payments.key;\n\
+         ssl_client_certificate {dir}ca.crt; ssl_verify_client on; location / {{ return 200 \"$ssl_client_verify $ssl_protocol\"; }} }}\n\
+         server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass https://{}; proxy_ssl_protocols TLSv1.3;\n\
+         proxy_ssl_certificate {dir}checkout.crt; proxy_ssl_certificate_key {dir}checkout.key;\n\
+         proxy_ssl_trusted_certificate {dir}ca.crt; proxy_ssl_verify on; proxy_ssl_name payments; }} }} }}\n",
+        callee.inbound()
+    );
+    let _nginx = Daemon::start("nginx", &["-c", "@DIR@/conf", "-p", "@DIR@"], &[("conf", &config)])
+        .listening(local(port));
+    let caller = calling(&pki, local(port));
+    let mut client = RawClient::connect(caller.outbound());
+    for _ in 0..20 {
+        let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+        assert_eq!((answer.status(), answer.text().as_str()), (200, "SUCCESS TLSv1.3"));
+    }
+    let answer =
+        RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+}
+
+#[test]
+fn haproxy_as_server_and_as_caller() {
+    if !has_tool(&["haproxy"]) {
+        return;
+    }
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    pki.write_leaf("checkout", |_| {});
+    for name in ["payments", "checkout"] {
+        let both = ["crt", "key"]
+            .map(|kind| std::fs::read_to_string(pki.path(&format!("{name}.{kind}"))).expect("a file"));
+        pki.write(&format!("{name}.pem"), &both.concat());
+    }
+    let (port, front) = (free_port(), free_port());
+    let dir = pki.path("");
+    let dir = dir.display();
+    let config = format!(
+        "defaults\n mode http\n timeout connect 5s\n timeout client 10s\n timeout server 10s\n\
+         frontend tls\n bind 127.0.0.1:{port} ssl crt {dir}payments.pem ca-file {dir}ca.crt verify required alpn h2,http/1.1\n\
+         default_backend plain\nbackend plain\n server s {}\n\
+         frontend front\n bind 127.0.0.1:{front}\n default_backend mtls\n\
+         backend mtls\n server s {} ssl crt {dir}checkout.pem ca-file {dir}ca.crt verify required verifyhost payments alpn h2,http/1.1\n",
+        service.address(),
+        callee.inbound()
+    );
+    let _haproxy =
+        Daemon::start("haproxy", &["-db", "-f", "@DIR@/conf"], &[("conf", &config)]).listening(local(port));
+    let caller = calling(&pki, local(port));
+    for _ in 0..5 {
+        assert_eq!(call(&caller), (200, "hello".to_owned()));
+    }
+    let answer =
+        RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+}
+
+/// As `outrigger certs` makes them.
+#[test]
+fn certificates_of_our_own_making() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let made = Command::new(crate::support::binary())
+        .args(["certs", "--trust-domain", "shop.example", "checkout", "payments", "--out"])
+        .arg(directory.path())
+        .output()
+        .expect("it runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let identity = |name: &str| {
+        let path = |file: String| directory.path().join(file);
+        format!(
+            "[identity]\ncert = {:?}\nkey = {:?}\nca = {{ \"shop.example\" = {:?} }}\n",
+            path(format!("{name}.crt")),
+            path(format!("{name}.key")),
+            path("ca.crt".to_owned())
+        )
+    };
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::metadata(directory.path().join("checkout.key")).expect("a key").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let service = service();
+    let callee =
+        Proxy::start(format!("{}[inbound]\nforward_to = \"{}\"\n", identity("payments"), service.address()));
+    let caller = Proxy::start(format!(
+        "{}[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\nidentity = [\"spiffe://shop.example/ns/default/sa/payments\"]\n",
+        identity("checkout"),
+        callee.inbound()
+    ));
+    assert_eq!(call(&caller), (200, "hello".to_owned()));
+    // Of another trust domain, though the root is the same file's.
+    let pki = Pki::new();
+    let stranger =
+        pki.issue("x", |p| p.subject_alt_names = vec![crate::support::pki::uri("spiffe://else.example/x")]);
+    let said = TlsCaller::new(Some(&stranger), &[]).say(callee.inbound(), GET);
+    assert!(!said.as_ref().is_ok_and(|text| text.contains("hello")), "{said:?}");
+    crate::support::eventually("the reason", || {
+        callee.stderr().contains("of a trust domain that is not trusted here")
+    });
+}

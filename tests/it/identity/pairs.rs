@@ -1,0 +1,219 @@
+//! Two sidecars, mutual TLS between them, and whatever their services speak.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use super::{call, callee, caller, metric};
+use crate::support::{
+    Daemon, Proxy, RawClient, RawServer, Upstream, eventually, has_tool, peer_script,
+    pki::{Pki, TlsCaller, id},
+    python_with, text, tool,
+};
+
+fn service() -> Upstream {
+    Upstream::http1(|_| async { text("hello") })
+}
+
+#[test]
+fn http1_on_connections_that_are_used_again() {
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    let caller = caller(&pki, callee.inbound(), "");
+    let mut client = RawClient::connect(caller.outbound());
+    for _ in 0..50 {
+        let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+        assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+    }
+    let handshakes =
+        metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"full\"}");
+    assert_eq!(handshakes, 1.0);
+    let open = "outrigger_connections{direction=\"inbound\",tls=\"mutual\",state=\"open\"}";
+    assert_eq!(metric(&callee, open), 1.0);
+    assert!(metric(&callee, "outrigger_certificate_expiry_timestamp_seconds{kind=\"leaf\"}") > 1e9);
+}
+
+#[test]
+fn http2_and_large_bodies() {
+    if !has_tool(&["curl"]) {
+        return;
+    }
+    let pki = Pki::new();
+    let service = Upstream::h2c(|request| async {
+        use http_body_util::BodyExt;
+        let body = request.into_body().collect().await.expect("a body").to_bytes();
+        text(body)
+    });
+    let callee = callee(&pki, service.address(), "");
+    let caller = caller(&pki, callee.inbound(), "protocol = \"h2\"\n");
+    let file = pki.write("large", &"0123456789abcdef".repeat(256 * 1024));
+    let output = Command::new(tool("curl").expect("checked before"))
+        .args(["-s", "--http2-prior-knowledge", "-H", "Host: payments", "--data-binary"])
+        .arg(format!("@{}", file.display()))
+        .arg(format!("http://{}/", caller.outbound()))
+        .output()
+        .expect("curl runs");
+    assert_eq!(output.stdout.len(), 4 << 20, "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn every_kind_of_grpc_call() {
+    let Some(python) = python_with("grpc") else { return };
+    let script = peer_script("grpc_server.py").display().to_string();
+    let server = Daemon::start(&python.display().to_string(), &[&script], &[]);
+    let output = server.wait_for_output("port ");
+    let port: u16 = output.split("port ").nth(1).and_then(|rest| rest.trim().parse().ok()).expect("a port");
+    let pki = Pki::new();
+    let callee = callee(&pki, SocketAddr::from(([127, 0, 0, 1], port)), "");
+    let caller = caller(&pki, callee.inbound(), "");
+    let output = Command::new(python)
+        .arg(peer_script("grpc_client.py"))
+        .args([&caller.outbound().to_string(), "payments"])
+        .output()
+        .expect("Python runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn an_upgraded_connection() {
+    let server = RawServer::start(|mut stream| {
+        let mut seen = [0; 4096];
+        let _ = stream.read(&mut seen);
+        let _ = stream
+            .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n");
+        while let Ok(count @ 1..) = stream.read(&mut seen) {
+            let _ = stream.write_all(&seen[..count]);
+        }
+    });
+    let pki = Pki::new();
+    let callee = callee(&pki, server.address(), "");
+    let caller = caller(&pki, callee.inbound(), "");
+    let mut client = RawClient::connect(caller.outbound());
+    client.send("GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n");
+    let head = client.read_until(b"\r\n\r\n");
+    assert!(head.starts_with(b"HTTP/1.1 101 "));
+    for word in ["one", "two"] {
+        client.send(word);
+        client.read_until(word.as_bytes());
+    }
+}
+
+/// A service that speaks first, behind ports that are declared `tcp`: nobody waits for bytes of the caller.
+#[test]
+fn a_server_that_speaks_first() {
+    let server = RawServer::start(|mut stream| {
+        let _ = stream.write_all(b"220 ready\r\n");
+        let mut seen = [0; 64];
+        while let Ok(count @ 1..) = stream.read(&mut seen) {
+            let _ = stream.write_all(&seen[..count]);
+        }
+    });
+    let pki = Pki::new();
+    let port = server.address().port();
+    let tcp = format!("[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n");
+    let strict = callee(&pki, server.address(), &tcp);
+    let caller = caller(&pki, strict.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
+    let greets = |address| {
+        let mut client = RawClient::connect(address);
+        client.read_until(b"220 ready\r\n");
+        client.send("back");
+        client.read_until(b"back");
+    };
+    greets(caller.upstream("payments"));
+    // Permissive cannot wait and see: it carries bytes.
+    let permissive = callee(&pki, server.address(), &format!("mtls = \"permissive\"\n{tcp}"));
+    greets(permissive.inbound());
+    // A port that is not declared: it takes a moment, but works, in TLS too.
+    let undeclared = callee(&pki, server.address(), "");
+    let mine = pki.issue("checkout", |_| {});
+    let mut stream = TlsCaller::new(Some(&mine), &[]).connect(undeclared.inbound());
+    let mut greeting = [0; 11];
+    stream.read_exact(&mut greeting).expect("a greeting");
+    assert_eq!(&greeting, b"220 ready\r\n");
+}
+
+/// No delay of our own on a port that is declared `tcp`: far less than the wait on one that is not.
+#[test]
+fn a_declared_port_is_not_waited_on() {
+    let server = RawServer::start(|mut stream| drop(stream.write_all(b"220 ready\r\n")));
+    let pki = Pki::new();
+    let port = server.address().port();
+    let tcp = format!("mtls = \"permissive\"\n[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n");
+    let callee = callee(&pki, server.address(), &tcp);
+    let fastest = (0..10).map(|_| {
+        let begun = Instant::now();
+        RawClient::connect(callee.inbound()).read_until(b"220");
+        begun.elapsed()
+    });
+    let fastest = fastest.min().unwrap_or_default();
+    assert!(fastest < Duration::from_millis(90), "{fastest:?}");
+}
+
+#[test]
+fn permissive_takes_both_and_off_takes_plaintext() {
+    let (pki, service) = (Pki::new(), service());
+    let permissive = callee(&pki, service.address(), "mtls = \"permissive\"\n");
+    let plain = |proxy: &Proxy| {
+        RawClient::connect(proxy.inbound())
+            .ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            .status()
+    };
+    assert_eq!(plain(&permissive), 200);
+    assert_eq!(call(&caller(&pki, permissive.inbound(), "")).0, 200);
+    // TLS without a certificate is as good as plaintext, and no better.
+    let anonymous = TlsCaller::new(None, &["http/1.1"]).say(permissive.inbound(), super::GET);
+    assert!(anonymous.expect("an answer").contains("hello"));
+    let off = callee(&pki, service.address(), "mtls = \"off\"\n");
+    assert_eq!(plain(&off), 200);
+    let port = service.address().port();
+    let one_port = format!("[[inbound.port]]\nport = {port}\nmtls = \"off\"\n");
+    assert_eq!(plain(&callee(&pki, service.address(), &one_port)), 200);
+}
+
+#[test]
+fn health_checks_speak_tls_too() {
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    let health = "health = { path = \"/\", interval = \"50ms\", unhealthy_after = 1 }\n";
+    let good = caller(&pki, callee.inbound(), health);
+    let checks = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"full\"}";
+    let resumed = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"resumed\"}";
+    eventually("some checks", || metric(&good, checks) + metric(&good, resumed) >= 3.0);
+    assert_eq!(call(&good).0, 200);
+    // Checked by who is somebody else, it is unhealthy, and the log says why.
+    let stranger = id("stranger");
+    let identity = pki.identity("checkout");
+    let address = callee.inbound();
+    let wrong = Proxy::start(format!(
+        "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{address}\"]\nidentity = [\"{stranger}\"]\n{health}"
+    ));
+    eventually("a failed check", || {
+        wrong.stderr().contains("expected spiffe://shop.example/ns/shop/sa/stranger")
+    });
+}
+
+/// A connection is not opened in vain for a caller who has gone.
+#[test]
+fn sessions_are_resumed() {
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    let mine = pki.issue("checkout", |_| {});
+    let caller = TlsCaller::new(Some(&mine), &["http/1.1"]);
+    for _ in 0..5 {
+        assert!(caller.say(callee.inbound(), super::GET).expect("an answer").contains("hello"));
+    }
+    let resumed =
+        metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}");
+    assert_eq!(resumed, 4.0);
+}
+
+#[test]
+fn a_caller_that_only_connects_holds_nothing_up() {
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    let _idle: Vec<_> = (0..20).map(|_| TcpStream::connect(callee.inbound()).expect("connects")).collect();
+    assert_eq!(call(&caller(&pki, callee.inbound(), "")).0, 200);
+}

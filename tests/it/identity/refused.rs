@@ -1,0 +1,212 @@
+//! Who is not believed, and what each side is told.
+
+use std::process::Command;
+
+use super::{GET, admin, call, callee, caller, metric};
+use crate::support::{
+    Launch, Proxy, RawClient, Upstream, binary, eventually,
+    pki::{Pki, TlsCaller, TlsServer, dns, id, uri},
+    text,
+};
+use rcgen::{BasicConstraints, ExtendedKeyUsagePurpose, IsCa};
+
+fn service() -> Upstream {
+    Upstream::http1(|_| async { text("reached the service") })
+}
+
+type Pair = (String, String);
+
+/// Certificates that must not be believed, with what is said of each.
+fn bad(pki: &Pki) -> Vec<(&'static str, Pair, &'static str)> {
+    let other = Pki::new();
+    let past = rcgen::date_time_ymd(2020, 1, 1);
+    let future = rcgen::date_time_ymd(2090, 1, 1);
+    vec![
+        ("wrong CA", other.issue("payments", |_| {}), "issued by nobody who is trusted here"),
+        ("expired", pki.issue("payments", |p| p.not_after = past), "expired on 2020-01-01 00:00:00 UTC"),
+        ("not yet", pki.issue("payments", |p| p.not_before = future), "not valid before 2090-01-01"),
+        (
+            "two URI SANs",
+            pki.issue("payments", |p| p.subject_alt_names.push(uri(&id("other")))),
+            "exactly one",
+        ),
+        (
+            "CA:TRUE",
+            pki.issue("payments", |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
+            "it is a CA's (CA:TRUE)",
+        ),
+        (
+            "malformed id",
+            pki.issue("payments", |p| p.subject_alt_names = vec![uri("spiffe://shop.example/a/../b")]),
+            "is not a SPIFFE ID",
+        ),
+        (
+            "other use",
+            pki.issue("payments", |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning]),
+            "extended key usage",
+        ),
+    ]
+}
+
+#[test]
+fn callers_with_bad_certificates_reach_nothing() {
+    let (pki, service) = (Pki::new(), service());
+    let crl = pki.revoke(&[4711]);
+    let identity = pki.identity("payments");
+    let address = service.address();
+    let callee = Proxy::start(format!("{identity}crl = {crl:?}\n[inbound]\nforward_to = \"{address}\"\n"));
+    let mut cases = bad(&pki);
+    let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
+    cases.push(("revoked", revoked, "has been revoked"));
+    for (what, certificate, says) in &cases {
+        let answer = TlsCaller::new(Some(certificate), &["http/1.1"]).say(callee.inbound(), GET);
+        assert!(!answer.as_ref().is_ok_and(|text| text.contains("reached")), "{what}: {answer:?}");
+        eventually(what, || callee.stderr().contains(says));
+    }
+    let nobody = TlsCaller::new(None, &["http/1.1"]).say(callee.inbound(), GET);
+    assert!(!nobody.as_ref().is_ok_and(|text| text.contains("reached")), "{nobody:?}");
+    eventually("no certificate", || callee.stderr().contains("it showed no certificate"));
+    let failed = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"peer_identity\"}";
+    assert_eq!(metric(&callee, failed), cases.len() as f64);
+    let none = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_certificate\"}";
+    assert_eq!(metric(&callee, none), 1.0);
+    // And who is good still gets in.
+    let good = pki.issue("checkout", |_| {});
+    assert!(
+        TlsCaller::new(Some(&good), &[]).say(callee.inbound(), GET).expect("an answer").contains("reached")
+    );
+}
+
+#[test]
+fn servers_with_bad_certificates_are_not_called() {
+    let pki = Pki::new();
+    let mut cases = bad(&pki);
+    cases.push((
+        "wrong SPIFFE ID",
+        pki.issue("intruder", |_| {}),
+        "expected spiffe://shop.example/ns/shop/sa/payments",
+    ));
+    cases.push((
+        "DNS alone",
+        pki.issue("payments", |p| p.subject_alt_names = vec![dns("payments")]),
+        "expected spiffe://",
+    ));
+    for (what, certificate, says) in cases {
+        let server = TlsServer::start(&certificate, Some(&pki.ca_pem()), &["http/1.1"]);
+        let caller = caller(&pki, server.address(), "");
+        let answer = RawClient::connect(caller.outbound()).ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+        let body = answer.text();
+        assert_eq!(answer.status(), 502, "{what}: {body}");
+        assert!(body.contains("peer_identity") && body.contains(says), "{what}: {body}");
+        let told = answer.field("proxy-status").unwrap_or_default().to_owned();
+        assert!(told.contains("error=tls_certificate_error"), "{what}: {told}");
+    }
+}
+
+/// What the other side says of us is told in words, and nothing was processed, so that a POST may be tried elsewhere.
+#[test]
+fn a_server_that_does_not_believe_us() {
+    let (pki, other) = (Pki::new(), Pki::new());
+    let server = TlsServer::start(&pki.issue("payments", |_| {}), Some(&other.ca_pem()), &["http/1.1"]);
+    let good = TlsServer::start(&pki.issue("payments", |_| {}), Some(&pki.ca_pem()), &["http/1.1"]);
+    let one = caller(&pki, server.address(), "");
+    let (status, body) = call(&one);
+    assert_eq!(status, 502, "{body}");
+    assert!(body.contains("tls_failure") && body.contains("our certificate"), "{body}");
+
+    let identity = pki.identity("checkout");
+    let (bad, good, payments) = (server.address(), good.address(), id("payments"));
+    let two = Proxy::start(format!(
+        "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{bad}\", \"{good}\"]\nidentity = [\"{payments}\"]\nbalance = \"round-robin\"\n[upstream.outlier]\nconsecutive_failures = 0\n"
+    ));
+    for _ in 0..6 {
+        let answer = RawClient::connect(two.outbound())
+            .ask("POST / HTTP/1.1\r\nHost: payments\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi");
+        assert_eq!(answer.status(), 200, "{}", answer.text());
+    }
+}
+
+#[test]
+fn a_server_without_tls() {
+    let (pki, service) = (Pki::new(), service());
+    let (status, body) = call(&caller(&pki, service.address(), ""));
+    assert_eq!(status, 502, "{body}");
+    assert!(body.contains("tls_failure") && body.contains("is not TLS"), "{body}");
+}
+
+#[test]
+fn plaintext_to_strict_is_told_why_and_reaches_nothing() {
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    let mut client = RawClient::connect(callee.inbound());
+    let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+    let body = answer.text();
+    assert_eq!(answer.status(), 403, "{body}");
+    assert!(body.contains("not_allowed") && body.contains("mutual TLS"), "{body}");
+    assert_eq!(answer.field("connection"), Some("close"));
+    // Bytes that are no HTTP are closed on.
+    let mut client = RawClient::connect(callee.inbound());
+    client.send(b"\0\x01\x02 this is nothing that HTTP begins with\r\n");
+    assert!(matches!(client.response(), Ok(None)));
+    assert_eq!(metric(&callee, "outrigger_plaintext_refused_total"), 2.0);
+    assert!(callee.stderr().contains("came without TLS"), "{}", callee.stderr());
+}
+
+#[test]
+fn simple_tls_checks_the_name() {
+    let pki = Pki::new();
+    let server = TlsServer::start(
+        &pki.issue("partner", |p| p.subject_alt_names = vec![dns("partner.example")]),
+        None,
+        &["http/1.1"],
+    );
+    let (ca, address) = (pki.write_ca(), server.address());
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"partner\"\nhosts = [\"partner.example\", \"other.example\"]\nendpoints = [\"{address}\"]\ntls = \"simple\"\nca = {ca:?}\n"
+    ));
+    let ask = |host: &str| {
+        RawClient::connect(proxy.outbound())
+            .ask(format!("GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"))
+    };
+    assert_eq!(ask("partner.example").status(), 200);
+    let wrong = ask("other.example").text();
+    assert!(wrong.contains("names partner.example; expected other.example"), "{wrong}");
+}
+
+/// The start and `check` say which file is wrong and what to do.
+#[test]
+fn an_identity_that_cannot_be_used_ends_the_start() {
+    let pki = Pki::new();
+    let config = pki.identity("payments");
+    let (_, other_key) = pki.issue("payments", |_| {});
+    pki.write("payments.key", &other_key);
+    let mut proxy = Launch::new(config.clone()).spawn();
+    assert_eq!(proxy.wait().code(), Some(1));
+    assert!(
+        proxy.stderr().contains("payments.key is not that of the first certificate"),
+        "{}",
+        proxy.stderr()
+    );
+    let file = pki.write("outrigger.toml", &config);
+    let check = Command::new(binary()).arg("check").arg("-c").arg(file).output().expect("it runs");
+    assert_eq!(check.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&check.stdout).into_owned();
+    assert!(said.contains("payments.key is not that of the first certificate"), "{said}");
+}
+
+/// As where a csi driver is late.
+#[test]
+fn files_that_come_late_are_waited_for() {
+    let (pki, service) = (Pki::new(), service());
+    let identity = pki.section("payments");
+    let address = service.address();
+    let launch = Launch::new(format!("{identity}[inbound]\nforward_to = \"{address}\"\n"));
+    std::thread::scope(|scope| {
+        let started = scope.spawn(|| launch.start());
+        pki.write_ca();
+        pki.write_leaf("payments", |_| {});
+        let callee = started.join().expect("it starts");
+        assert_eq!(admin(&callee, "/ready").0, 200);
+        assert_eq!(call(&caller(&pki, callee.inbound(), "")).0, 200);
+    });
+}
