@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use crate::support::{Launch, Proxy, Upstream, eventually, text};
+use crate::support::{Launch, Proxy, Upstream, eventually, free_port, text};
 
 fn outrigger(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_outrigger")).args(arguments).output().expect("it runs")
@@ -98,7 +98,8 @@ fn a_unix_socket_serves_as_well() {
 
 #[test]
 fn where_nothing_runs_it_says_so() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+    // None that another test could be given in the meantime.
+    let free = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
     for command in [&["status"][..], &["set", "log", "debug"], &["drain"]] {
         let admin = free.to_string();
         let output = outrigger(&[command, &["--admin", &admin]].concat());
