@@ -73,15 +73,10 @@ impl GrpcEnd {
                 "a gRPC call failed after it had begun to answer"
             );
         }
-        self.endpoint.report(guards, &self.local.cluster.settings.name, health, now, || self.random);
+        let end = (outcome.ending, health);
+        self.endpoint.report(guards, &self.local.cluster.settings.name, end, now, || self.random);
         if let Some(permit) = self.permit {
-            guards.report(
-                &self.local.cluster.settings.name,
-                permit,
-                (outcome.ending, health),
-                now,
-                self.random,
-            );
+            guards.report(&self.local.cluster.settings.name, permit, end, now, self.random);
         }
     }
 }

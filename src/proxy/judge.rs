@@ -117,15 +117,20 @@ impl Exchange<'_> {
             }));
             return ended;
         }
-        if endpoint.report(guards, self.name(), weighed(outcome.health()), now, random) {
+        let upstream = &self.target.local.upstream.shared;
+        let control = &self.call.connection.worker.shared.control;
+        let end = (outcome.ending, weighed(outcome.health()));
+        if let Some(ejection) = endpoint.report(guards, self.name(), end, now, random) {
             self.note_try(number, |one| one.ejected = true);
+            if ejection.found_nobody {
+                comeback::recall(upstream, control);
+            }
         }
         if let Some(permit) = permit {
-            let health = weighed(outcome.health());
-            let random = if health == Health::Failure { random() } else { 0.0 };
-            let transition = guards.report(self.name(), permit, (outcome.ending, health), now, random);
+            let random = if end.1 == Health::Failure { random() } else { 0.0 };
+            let transition = guards.report(self.name(), permit, end, now, random);
             if transition.is_some() && guards.absence.is_absent() {
-                comeback::watch(&self.target.local.upstream.shared);
+                comeback::watch(upstream, control);
             }
             if let Some(transition) = &transition {
                 self.note_try(number, |one| one.breaker = Some(transition.to));

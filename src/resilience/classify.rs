@@ -115,6 +115,18 @@ impl Loss {
     }
 }
 
+impl Ending {
+    /// Nobody was there, as far as a connection can tell: asking for one again says whether that has changed.
+    pub const fn found_nobody(self) -> bool {
+        matches!(self, Self::Connect(ConnectFailure::Refused | ConnectFailure::Timeout))
+    }
+
+    /// Somebody was there and said something.
+    pub const fn is_answer(self) -> bool {
+        matches!(self, Self::Http(_) | Self::Grpc(_) | Self::RefusedStream)
+    }
+}
+
 impl Outcome {
     pub const fn new(ending: Ending) -> Self {
         Self { ending, advice: Advice::None }

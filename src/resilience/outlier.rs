@@ -4,6 +4,10 @@
 //! | --- | --- |
 //! | 1 | none: the breaker is there for an upstream that fails as a whole |
 //! | 2 or more | `max_ejected` of them, rounded down, but at least one and never the last |
+//!
+//! One that is out because nobody was there to connect to, as while it restarts, is asked whether it accepts connections
+//! again, and comes back as soon as it does. When to ask is decided here; who asks is `src/upstream/comeback.rs`. One that
+//! gave bad answers stays out for its time, as accepting connections says nothing about those.
 
 use std::{
     collections::HashMap,
@@ -18,8 +22,18 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{breaker::Growing, classify::Health};
+use super::{
+    breaker::Growing,
+    classify::{Ending, Health},
+};
 use crate::units::{HumanDuration, Ratio};
+
+/// How soon one that nobody could connect to is asked again: in proportion to how long it has been out, so that a short
+/// absence is not made a long one; twice as long after each time it accepted connections and still no call went well.
+const SHARE: u32 = 100;
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+const MOST_DOUBLINGS: u32 = 10;
 
 /// `[defaults.outlier]`, per endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -93,6 +107,8 @@ pub struct Ejection {
     pub address: SocketAddr,
     pub failures_in_a_row: u32,
     pub until: Instant,
+    /// Nobody was there to connect to: it is to be asked, and may come back before `until`.
+    pub found_nobody: bool,
 }
 
 /// The outlier detector of an upstream, shared by all workers. Outlives a reload.
@@ -116,6 +132,18 @@ struct Member {
     /// Ejections in a row.
     times: u32,
     last: Option<(Instant, Duration)>,
+    /// Something in the present row of failures was an answer.
+    answered: bool,
+    /// It came back as it accepts connections, and no call has gone well since.
+    unproven: bool,
+    asking: Option<Asking>,
+}
+
+/// It is out, and asked whether it accepts connections.
+#[derive(Clone, Copy, Debug)]
+struct Asking {
+    since: Instant,
+    next: Instant,
 }
 
 impl Outliers {
@@ -135,6 +163,9 @@ impl Outliers {
                 present: true,
                 times: 0,
                 last: None,
+                answered: false,
+                unproven: false,
+                asking: None,
             };
             group.members.entry(*address).or_insert_with(new).present = true;
         }
@@ -151,7 +182,7 @@ impl Outliers {
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
-        health: Health,
+        (ending, health): (Ending, Health),
         now: Instant,
         random: f64,
     ) -> Option<Ejection> {
@@ -163,7 +194,7 @@ impl Outliers {
                 }
                 None
             }
-            Health::Failure => self.failed(address, endpoint, now, random),
+            Health::Failure => self.failed(address, endpoint, ending, now, random),
         }
     }
 
@@ -176,6 +207,7 @@ impl Outliers {
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
+        ending: Ending,
         now: Instant,
         random: f64,
     ) -> Option<Ejection> {
@@ -185,6 +217,12 @@ impl Outliers {
             return None;
         }
         let failures_in_a_row = endpoint.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        if let Some(member) = group.members.get_mut(address) {
+            if failures_in_a_row == 1 {
+                (member.answered, member.unproven) = (false, false);
+            }
+            member.answered |= ending.is_answer();
+        }
         let settings = group.settings;
         if settings.consecutive_failures == 0 || failures_in_a_row < settings.consecutive_failures {
             return None;
@@ -199,10 +237,53 @@ impl Outliers {
         }
         let member = group.members.get_mut(address).filter(|member| member.present)?;
         let ejected_for = member.next_ejection(&settings, now, random);
+        let found_nobody = ending.found_nobody() && !member.answered;
+        member.asking = found_nobody.then(|| Asking { since: now, next: now + member.pause(Duration::ZERO) });
         endpoint.in_a_row.store(0, Ordering::Relaxed);
         let until = now.saturating_duration_since(self.epoch).saturating_add(ejected_for);
         endpoint.out_until.store(millis(until).saturating_add(1), Ordering::Relaxed);
-        Some(Ejection { address: *address, failures_in_a_row, until: now.checked_add(ejected_for)? })
+        Some(Ejection {
+            address: *address,
+            failures_in_a_row,
+            until: now.checked_add(ejected_for)?,
+            found_nobody,
+        })
+    }
+
+    /// When an endpoint is to be asked next whether it accepts connections; `None` where none is.
+    pub fn next_question(&self, now: Instant) -> Option<Instant> {
+        let group = self.lock();
+        group.members.values().filter_map(|member| member.to_ask(now)).map(|asking| asking.next).min()
+    }
+
+    /// Those to be asked now, at most so many. Each is asked again after a pause.
+    pub fn questions(&self, most: usize, now: Instant) -> Vec<SocketAddr> {
+        let mut due = Vec::new();
+        for (address, member) in &mut self.lock().members {
+            if due.len() < most
+                && let Some(asking) = member.to_ask(now).filter(|asking| asking.next <= now)
+            {
+                let next = now + member.pause(now.saturating_duration_since(asking.since));
+                member.asking = Some(Asking { next, ..asking });
+                due.push(*address);
+            }
+        }
+        due
+    }
+
+    /// An endpoint accepts connections. True if it was out for want of that: then it is back.
+    pub fn recall(&self, address: &SocketAddr, now: Instant) -> bool {
+        let mut group = self.lock();
+        let Some(member) = group.members.get_mut(address).filter(|member| member.to_ask(now).is_some())
+        else {
+            return false;
+        };
+        (member.asking, member.last) = (None, None);
+        (member.answered, member.unproven) = (false, true);
+        // Stands until a call goes well: that is how the next failure knows whether one has.
+        member.health.in_a_row.store(1, Ordering::Relaxed);
+        member.health.out_until.store(0, Ordering::Relaxed);
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, Group> {
@@ -211,10 +292,21 @@ impl Outliers {
 }
 
 impl Member {
-    /// Doubles, unless it has been back for longer than it was out.
+    fn to_ask(&self, now: Instant) -> Option<Asking> {
+        self.asking.filter(|_| self.present && self.health.is_ejected(now))
+    }
+
+    fn pause(&self, out_for: Duration) -> Duration {
+        let pause = (out_for / SHARE).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        pause.saturating_mul(1 << self.times.min(MOST_DOUBLINGS))
+    }
+
+    /// Doubles, unless it has been back for longer than it was out, or was called back and calls went well.
     fn next_ejection(&mut self, settings: &OutlierSettings, now: Instant, random: f64) -> Duration {
-        let relapse =
-            self.last.is_some_and(|(until, duration)| now.saturating_duration_since(until) <= duration);
+        let relapse = match self.last {
+            Some((until, duration)) => now.saturating_duration_since(until) <= duration,
+            None => self.unproven,
+        };
         self.times = if relapse { self.times.saturating_add(1) } else { 0 };
         let duration = settings.eject_for.nth(self.times, random);
         self.last = now.checked_add(duration).map(|until| (until, duration));
@@ -227,144 +319,4 @@ fn millis(duration: Duration) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::units::HumanDuration;
-
-    const S: Duration = Duration::from_secs(1);
-
-    struct Fleet {
-        outliers: Outliers,
-        addresses: Vec<SocketAddr>,
-    }
-
-    impl Fleet {
-        fn new(count: u16, settings: OutlierSettings, now: Instant) -> Self {
-            let addresses: Vec<_> = (1..=count).map(|port| SocketAddr::from(([10, 0, 0, 1], port))).collect();
-            let outliers = Outliers::new(settings, now);
-            outliers.update(&addresses, now);
-            Self { outliers, addresses }
-        }
-
-        fn tell(&self, index: usize, health: Health, now: Instant) -> Option<Ejection> {
-            let address = &self.addresses[index];
-            let endpoint = self.outliers.endpoint(address)?;
-            self.outliers.report(address, &endpoint, health, now, 0.0)
-        }
-
-        fn fail(&self, index: usize, times: u32, now: Instant) -> Option<Ejection> {
-            (0..times).filter_map(|_| self.tell(index, Health::Failure, now)).last()
-        }
-
-        fn out(&self, now: Instant) -> usize {
-            let out = |address| self.outliers.endpoint(address).is_some_and(|e| e.is_ejected(now));
-            self.addresses.iter().filter(|address| out(address)).count()
-        }
-    }
-
-    #[test]
-    fn how_many_may_be_out_for_every_size() {
-        let most = |ratio: f64, endpoints| {
-            let settings = OutlierSettings { max_ejected: Ratio::constant(ratio), ..Default::default() };
-            settings.most_ejected(endpoints)
-        };
-        assert_eq!((0..=6).map(|n| most(0.5, n)).collect::<Vec<_>>(), [0, 0, 1, 1, 2, 2, 3]);
-        assert_eq!((0..=4).map(|n| most(1.0, n)).collect::<Vec<_>>(), [0, 0, 1, 2, 3]);
-        assert_eq!((0..=4).map(|n| most(0.1, n)).collect::<Vec<_>>(), [0, 0, 1, 1, 1]);
-        assert_eq!((most(0.3, 10), most(0.5, 1000), most(0.0, 10)), (3, 500, 0));
-    }
-
-    #[test]
-    fn the_only_one_stays() {
-        let now = Instant::now();
-        let fleet = Fleet::new(1, OutlierSettings::default(), now);
-        assert_eq!(fleet.fail(0, 1000, now), None);
-        assert_eq!(fleet.out(now), 0);
-    }
-
-    #[test]
-    fn of_two_and_of_three_one_may_go() {
-        let now = Instant::now();
-        for count in [2, 3] {
-            let fleet = Fleet::new(count, OutlierSettings::default(), now);
-            assert_eq!(fleet.fail(0, 4, now), None);
-            assert_eq!(fleet.tell(0, Health::Success, now), None);
-            assert_eq!(fleet.fail(0, 4, now), None, "a success ends the row");
-            let ejection = fleet.fail(0, 1, now).unwrap();
-            assert_eq!((ejection.failures_in_a_row, ejection.until), (5, now + S * 10));
-            assert_eq!(fleet.fail(1, 100, now), None, "no room");
-            assert_eq!(fleet.out(now + S * 9), 1);
-            assert_eq!(fleet.out(now + S * 11), 0);
-            assert!(fleet.fail(1, 1, now + S * 11).is_some(), "there is room now");
-        }
-    }
-
-    #[test]
-    fn what_was_under_way_when_it_was_taken_out_adds_nothing() {
-        let now = Instant::now();
-        let fleet = Fleet::new(6, OutlierSettings::default(), now);
-        let until = fleet.fail(0, 5, now).unwrap().until;
-        assert_eq!(fleet.fail(0, 100, now + S), None);
-        assert_eq!(fleet.out(until + S), 0);
-        assert_eq!(fleet.fail(0, 4, until + S), None, "the row begins anew");
-    }
-
-    #[test]
-    fn a_relapse_doubles_and_a_good_while_forgives() {
-        let mut now = Instant::now();
-        let fleet = Fleet::new(3, OutlierSettings::default(), now);
-        for expected in [10u32, 20, 40, 80, 160, 300, 300] {
-            let ejection = fleet.fail(0, 5, now).unwrap();
-            assert_eq!(ejection.until, now + S * expected);
-            now = ejection.until + S;
-        }
-        now += S * 301;
-        assert_eq!(fleet.fail(0, 5, now).unwrap().until, now + S * 10);
-    }
-
-    #[test]
-    fn state_is_kept_by_address_over_updates() {
-        let now = Instant::now();
-        let fleet = Fleet::new(4, OutlierSettings::default(), now);
-        fleet.fail(0, 5, now).unwrap();
-        fleet.fail(1, 4, now);
-        fleet.outliers.update(&fleet.addresses[1..], now);
-        fleet.outliers.update(&fleet.addresses, now + S);
-        assert_eq!(fleet.out(now + S), 1, "who left while out is still out when back");
-        assert!(fleet.fail(1, 1, now + S).is_some(), "who stayed keeps the row");
-        fleet.outliers.update(&fleet.addresses[2..], now + S * 60);
-        assert!(fleet.outliers.endpoint(&fleet.addresses[0]).is_none(), "and who is gone is forgotten");
-    }
-
-    #[test]
-    fn off_ejects_nobody() {
-        let now = Instant::now();
-        let off = OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() };
-        assert_eq!(Fleet::new(5, off, now).fail(0, 1000, now), None);
-    }
-
-    proptest! {
-        #[test]
-        fn never_more_are_out_than_may_be(
-            count in 1u16..12, ratio in 0.0f64..=1.0,
-            events in prop::collection::vec((any::<prop::sample::Index>(), 0u8..4, 0u64..4000), 1..300),
-        ) {
-            let settings = OutlierSettings {
-                max_ejected: Ratio::constant(ratio), consecutive_failures: 2,
-                eject_for: Growing { base: HumanDuration::from_secs(5), max: HumanDuration::from_secs(60) },
-            };
-            let mut now = Instant::now();
-            let fleet = Fleet::new(count, settings, now);
-            for (index, kind, pass) in events {
-                let health = if kind == 0 { Health::Success } else { Health::Failure };
-                fleet.tell(index.index(fleet.addresses.len()), health, now);
-                prop_assert!(fleet.out(now) <= settings.most_ejected(count.into()));
-                prop_assert!(fleet.out(now) < usize::from(count));
-                if kind == 3 { now += Duration::from_millis(pass); }
-            }
-            prop_assert_eq!(fleet.out(now + S * 61), 0, "nobody is out for ever");
-        }
-    }
-}
+mod tests;

@@ -24,6 +24,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tokio::{
+    runtime::Handle,
     sync::watch,
     time::{Instant, timeout_at},
 };
@@ -59,6 +60,8 @@ pub struct Shared {
     pub traces: Traces,
     /// Who this service is, and who is trusted.
     pub identity: Arc<Store>,
+    /// Where workers have done what is not a call's own work.
+    pub control: Handle,
     /// Tells this process from every other in `Via`.
     pub instance: String,
 }
@@ -166,6 +169,7 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         traces: Traces::start(&config, &instance),
         identity,
         instance,
+        control: Handle::current(),
     });
 
     let mut listeners = Vec::new();

@@ -1,10 +1,14 @@
-//! Waiting for an upstream that takes no connections.
+//! Waiting for an upstream, or for some of its endpoints, that takes no connections.
+//!
+//! Whoever asks does so on the control thread. An endpoint that was ejected because nobody could connect to it is back as
+//! soon as somebody can: in instances that restart in turn the next one goes as soon as the first is back.
 //!
 //! A breaker that opened because nobody listened need not wait out its time: a connection costs the upstream next to
 //! nothing, and says at once that it is back. Trials then decide, as always. Until then a call may wait for a moment,
 //! too: no longer than it would have waited between tries that are refused, and without sending anything.
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,9 +18,10 @@ use std::{
 
 use tokio::{
     net::TcpStream,
+    runtime::Handle,
     sync::{Notify, futures::Notified},
-    task::spawn_local,
-    time::{Instant, sleep, timeout},
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::Upstream;
@@ -27,6 +32,8 @@ use crate::resilience::{
 
 /// Endpoints of an upstream that are asked at a time.
 const MOST: usize = 3;
+/// Likewise, of those that were ejected.
+const MOST_EJECTED: usize = 16;
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How often is asked: in proportion to how long it has been gone, so that a short outage is not made a long one.
 const SHARE: u32 = 100;
@@ -39,6 +46,8 @@ pub struct Absence {
     /// The breaker opened because no connection came about, and has not closed since.
     absent: AtomicBool,
     watched: AtomicBool,
+    /// Endpoints that were ejected are being asked.
+    recalling: AtomicBool,
     changed: Notify,
     waiting: Counter,
 }
@@ -59,6 +68,7 @@ impl Absence {
         Self {
             absent: AtomicBool::new(false),
             watched: AtomicBool::new(false),
+            recalling: AtomicBool::new(false),
             changed: Notify::new(),
             waiting: Counter::new(most),
         }
@@ -96,12 +106,12 @@ impl Absence {
 }
 
 /// Asks from now on, until it is back, unless somebody asks already.
-pub fn watch(upstream: &Arc<Upstream>) {
+pub fn watch(upstream: &Arc<Upstream>, control: &Handle) {
     if upstream.guards.absence.watched.swap(true, Ordering::Relaxed) {
         return;
     }
     let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
-    spawn_local(async move {
+    control.spawn(async move {
         let absence = &guards.absence;
         let began = Instant::now();
         loop {
@@ -126,6 +136,59 @@ pub fn watch(upstream: &Arc<Upstream>) {
     });
 }
 
+/// Asks the endpoints that were ejected because nobody could connect to them, until all of them are back in one way or
+/// another. Calls them back as they accept connections.
+pub fn recall(upstream: &Arc<Upstream>, control: &Handle) {
+    if upstream.guards.absence.recalling.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
+    control.spawn(async move {
+        let next = || guards.outliers.next_question(Instant::now().into_std());
+        let recalling = &guards.absence.recalling;
+        loop {
+            while let Some(at) = next()
+                && upstream.strong_count() > 0
+            {
+                sleep_until(at.into()).await;
+                if let Some(upstream) = upstream.upgrade() {
+                    ask_ejected(&upstream).await;
+                }
+            }
+            recalling.swap(false, Ordering::AcqRel);
+            // One more may have been ejected in between, when all were still being asked.
+            let more = upstream.strong_count() > 0 && next().is_some();
+            if !more || recalling.swap(true, Ordering::AcqRel) {
+                return;
+            }
+        }
+    });
+}
+
+async fn ask_ejected(upstream: &Upstream) {
+    let outliers = &upstream.guards.outliers;
+    let mut asked = JoinSet::new();
+    for address in outliers.questions(MOST_EJECTED, Instant::now().into_std()) {
+        asked.spawn(async move { (address, accepts(address).await) });
+    }
+    while let Some(answer) = asked.join_next().await {
+        if let Ok((address, true)) = answer {
+            back(upstream, address);
+        }
+    }
+}
+
+/// An endpoint accepts connections: if that was why it is out, it is out no more.
+fn back(upstream: &Upstream, address: SocketAddr) {
+    if upstream.guards.outliers.recall(&address, Instant::now().into_std()) {
+        tracing::info!(upstream = &*upstream.name, endpoint = %address, "endpoint accepts connections again");
+    }
+}
+
+async fn accepts(address: SocketAddr) -> bool {
+    matches!(timeout(PATIENCE, TcpStream::connect(address)).await, Ok(Ok(_)))
+}
+
 fn pause(gone_for: Duration) -> Duration {
     (gone_for / SHARE).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }
@@ -134,7 +197,8 @@ async fn answers(upstream: &Upstream) -> bool {
     let addresses: Vec<_> =
         upstream.endpoints().endpoints.iter().map(|endpoint| endpoint.address).take(MOST).collect();
     for address in addresses {
-        if matches!(timeout(PATIENCE, TcpStream::connect(address)).await, Ok(Ok(_))) {
+        if accepts(address).await {
+            back(upstream, address);
             return true;
         }
     }

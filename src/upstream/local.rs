@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     config::Balance,
-    resilience::{classify::Health, outlier::EndpointHealth},
+    resilience::{
+        classify::{Ending, Health},
+        outlier::{Ejection, EndpointHealth},
+    },
     rng::Rng,
 };
 
@@ -144,18 +147,18 @@ impl LocalEndpoint {
         InFlight(Rc::clone(self))
     }
 
-    /// Tells outlier detection what came of a try here; whether it is out now. `random` draws from 0 to 1.
+    /// Tells outlier detection what came of a try here, and says if that took it out. `random` draws from 0 to 1.
     pub fn report(
         &self,
         guards: &Guards,
         upstream: &str,
-        health: Health,
+        (ending, health): (Ending, Health),
         now: Instant,
         random: impl FnOnce() -> f64,
-    ) -> bool {
-        let Some(ejection) = &self.ejection else { return false };
+    ) -> Option<Ejection> {
+        let ejection = self.ejection.as_ref()?;
         let random = if health == Health::Failure { random() } else { 0.0 };
-        let ejected = guards.outliers.report(&self.address(), ejection, health, now, random);
+        let ejected = guards.outliers.report(&self.address(), ejection, (ending, health), now, random);
         if let Some(ejected) = &ejected {
             tracing::warn!(
                 upstream,
@@ -164,7 +167,7 @@ impl LocalEndpoint {
                 "endpoint ejected"
             );
         }
-        ejected.is_some()
+        ejected
     }
 
     /// A call took this long to response headers, or to fail.

@@ -12,9 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{Launch, Proxy, RawClient, Upstream, has_tool, text, tool};
+use crate::support::{Launch, Proxy, RawClient, Upstream, free_port, has_tool, text, tool};
 
-const ROUNDS: usize = 20;
+/// Of each kind; `OUTRIGGER_ROUNDS` for fewer.
+fn rounds() -> usize {
+    std::env::var("OUTRIGGER_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(20)
+}
 
 fn config(upstream: &Upstream, more: &str) -> String {
     format!(
@@ -60,7 +63,7 @@ fn reloads_under_load_fail_no_request() {
     }
     let upstream = Upstream::http1(|_| async { text("ok") });
     let proxy = Proxy::start(config(&upstream, ""));
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         for version in [&["--h1"][..], &[]] {
             let mut load = Command::new(tool("h2load").expect("checked before"));
             // 4 connections, 250 requests a second each, for a second and a half.
@@ -93,7 +96,7 @@ fn a_rolling_restart_fails_no_request() {
     let upstream = Upstream::http1(|_| async { text("ok") });
     let mut proxy = Proxy::start(config(&upstream, ""));
     let mut total = 0;
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         let next = Proxy::start(config(&upstream, ""));
         let addresses = [proxy.inbound(), next.inbound()];
         let (stop, failed, done) =
@@ -117,23 +120,34 @@ fn a_rolling_restart_fails_no_request() {
         total += done.load(Ordering::Relaxed);
         proxy = next;
     }
-    say(&format!("{total} calls over {ROUNDS} restarts, none failed"));
+    say(&format!("{total} calls over {} restarts, none failed", rounds()));
 }
 
 /// The same as a deployment sees it: load of a fixed rate goes through a sidecar that stays to two replicas of a service,
-/// whose sidecars are replaced one after the other all the while. The load generator forgives nothing.
+/// whose sidecars are replaced one after the other all the while. The load generator forgives nothing. As in a cluster,
+/// one that comes back has another address, and the list of them is told in between.
 #[test]
 #[ignore = "20 rounds; for the release build"]
 fn replicas_that_restart_fail_no_request_of_h2load() {
+    roll_replicas(false);
+}
+
+/// As on a machine, or in a stateful set: each comes back on its own address, and nobody tells of it.
+#[test]
+#[ignore = "20 rounds; for the release build"]
+fn replicas_that_restart_in_place_fail_no_request_of_h2load() {
+    roll_replicas(true);
+}
+
+fn roll_replicas(in_place: bool) {
     if !has_tool(&["h2load"]) {
         return;
     }
     let services = [Upstream::http1(|_| async { text("ok") }), Upstream::h2c(|_| async { text("ok") })];
     for (version, service) in [&["--h1"][..], &[]].into_iter().zip(&services) {
-        // As in a cluster, one that comes back has another address, and the list of them is told in between.
-        let replica = || {
+        let replica = |port: u16| {
             Proxy::start(format!(
-                "[runtime]\ndrain_delay = \"500ms\"\n[inbound]\nforward_to = \"{}\"\n",
+                "[runtime]\ndrain_delay = \"500ms\"\n[inbound]\nlisten = \"127.0.0.1:{port}\"\nforward_to = \"{}\"\n",
                 service.address()
             ))
         };
@@ -146,24 +160,33 @@ fn replicas_that_restart_fail_no_request_of_h2load() {
             std::fs::write(&next, serde_json::to_vec(&addresses).expect("JSON")).expect("write");
             std::fs::rename(next, &list).expect("rename");
         };
-        let mut replicas = [replica(), replica()];
+        let stop = |old: &mut Proxy, round| {
+            old.signal("TERM");
+            assert_eq!(old.wait().code(), Some(0), "round {round}, {version:?}\n{}", old.stderr());
+        };
+        let mut replicas = [0, 0].map(|_| replica(if in_place { free_port() } else { 0 }));
         publish(&replicas.each_ref());
         let front = Proxy::start(format!(
             "[[upstream]]\nname = \"up\"\nhosts = [\"*\"]\nendpoints = \"file://{}\"\n",
             list.display()
         ));
         let (mut total, mut restarts) = (0, 0);
-        for round in 0..ROUNDS {
+        for round in 0..rounds() {
             let mut load = Command::new(tool("h2load").expect("checked before"));
             // 4 connections, 150 requests a second each, for two seconds and a half.
             load.args(version).args(["-c", "4", "--rps", "150", "-n", "1500"]);
             load.arg(format!("http://{}/", front.outbound()));
             let mut load = load.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("h2load runs");
             for turn in (0..replicas.len()).cycle() {
-                let mut old = std::mem::replace(&mut replicas[turn], replica());
-                publish(&replicas.each_ref());
-                old.signal("TERM");
-                assert_eq!(old.wait().code(), Some(0), "round {round}, {version:?}\n{}", old.stderr());
+                if in_place {
+                    let old = &mut replicas[turn];
+                    stop(old, round);
+                    *old = replica(old.inbound().port());
+                } else {
+                    let mut old = std::mem::replace(&mut replicas[turn], replica(0));
+                    publish(&replicas.each_ref());
+                    stop(&mut old, round);
+                }
                 restarts += 1;
                 if load.try_wait().expect("wait").is_some() {
                     break;
@@ -178,7 +201,10 @@ fn replicas_that_restart_fail_no_request_of_h2load() {
             );
             total += 1500;
         }
-        say(&format!("{version:?}: {total} requests of h2load over {restarts} restarts, none failed"));
+        let place = if in_place { "in place" } else { "elsewhere" };
+        say(&format!(
+            "{version:?}: {total} requests of h2load over {restarts} restarts {place}, none failed"
+        ));
     }
 }
 

@@ -323,3 +323,38 @@ fn an_ejected_endpoint_is_better_than_one_that_just_refused() {
     assert_eq!(get(&proxy).status(), 200);
     assert_eq!(well_again.calls(), 2);
 }
+
+/// An instance that restarts is back as soon as it listens, however long it was to be out; one that answered badly is not.
+#[test]
+fn an_ejected_endpoint_is_back_when_its_port_is() {
+    let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = place.local_addr().expect("bound");
+    drop(place);
+    let (bad, well) = (Service::new(|_, _| 500), Service::new(|_, _| 200));
+    let proxy = proxy(
+        &[address, bad.address(), well.address()],
+        "retry = false\nbreaker = false\n\
+         outlier = { consecutive_failures = 2, max_ejected = 0.9, eject_for = { base = \"10m\", max = \"10m\" } }",
+    );
+    eventually("both to be ejected", || {
+        let _ = get(&proxy);
+        proxy.stderr().matches("endpoint ejected").count() == 2
+    });
+    let calls = bad.calls();
+    for _ in 0..10 {
+        assert_eq!(get(&proxy).status(), 200, "nobody listens at {address} yet");
+    }
+    let _back = crate::support::RawServer::start_at(address, |mut stream| {
+        use std::io::{Read, Write};
+        let mut seen = [0; 4096];
+        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let _ =
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\nback");
+        }
+    });
+    eventually("it to be called again", || get(&proxy).text() == "back");
+    for _ in 0..10 {
+        assert_eq!(get(&proxy).status(), 200);
+    }
+    assert_eq!(bad.calls(), calls, "that it accepts connections is no better answer");
+}
