@@ -19,10 +19,13 @@ use crate::{
         metrics::{Connections, Way, Ways, WorkerLoad},
         traces::Traces,
     },
+    upstream::Resolution,
 };
 
 /// Unknown hosts that are shown in full.
 const SHOWN_HOSTS: usize = 50;
+/// Names that lead nowhere: enough to see a misspelt one, too few to fill a screen with what callers make up.
+const SHOWN_NOT_FOUND: usize = 5;
 
 /// The state of a running sidecar.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -169,6 +172,18 @@ pub struct UnknownStatus {
     pub known: usize,
     /// Those that were used last.
     pub hosts: Vec<UpstreamStatus>,
+    /// Names that calls asked for and that lead nowhere.
+    #[serde(default)]
+    pub not_found: NotFound,
+}
+
+/// Names without an address: asked for in the last five minutes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotFound {
+    /// How many there are.
+    pub count: usize,
+    /// Why, for each of those that were asked for last.
+    pub last: Vec<String>,
 }
 
 impl Status {
@@ -267,15 +282,30 @@ impl WayStatus {
 }
 
 impl UnknownStatus {
-    /// Those that a call can have reached: a name that leads nowhere, or where none may go, leaves no trace here.
+    /// Hosts are those that a call can have reached; names that lead nowhere are told apart from them.
     fn of(shared: &Shared, snapshot: &Snapshot, now: Instant) -> Self {
         let reached = |cluster: &Arc<Cluster>| {
             let set = cluster.upstream.endpoints();
             set.endpoints.iter().any(|endpoint| may_be_reached(shared, snapshot, cluster, endpoint.address))
         };
-        let known: Vec<_> = shared.unknown.read().0.into_iter().filter(reached).collect();
+        let (known, others): (Vec<_>, Vec<_>) = shared.unknown.read().0.into_iter().partition(reached);
         let shown = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
-        Self { known: known.len(), hosts: shown.collect() }
+        Self { known: known.len(), hosts: shown.collect(), not_found: NotFound::of(&others) }
+    }
+}
+
+impl NotFound {
+    fn of(clusters: &[Arc<Cluster>]) -> Self {
+        let why = |cluster: &Arc<Cluster>| {
+            let set = cluster.upstream.endpoints();
+            match &set.resolution {
+                Resolution::Failed(error) if set.endpoints.is_empty() => Some(error.to_string()),
+                _ => None,
+            }
+        };
+        let mut all = clusters.iter().filter_map(why);
+        let last: Vec<_> = all.by_ref().take(SHOWN_NOT_FOUND).collect();
+        Self { count: last.len() + all.count(), last }
     }
 }
 

@@ -17,7 +17,10 @@ mod status;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use clap::{
+    CommandFactory, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 
 /// A sidecar resilience proxy: carries a service's calls, both ways.
 #[derive(Parser, Debug)]
@@ -59,7 +62,8 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(mut error) => {
+            suggest(&mut error);
             // Help goes to stdout, a complaint to stderr; a closed pipe is nobody's problem.
             let _ = error.print();
             return match error.kind() {
@@ -85,6 +89,23 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Names the command that was meant where letters changed places (`rnu`): to clap that is not like it.
+fn suggest(error: &mut clap::Error) {
+    if error.kind() != ErrorKind::InvalidSubcommand || error.get(ContextKind::SuggestedSubcommand).is_some() {
+        return;
+    }
+    let Some(ContextValue::String(written)) = error.get(ContextKind::InvalidSubcommand) else { return };
+    let likeness = |name: &str| strsim::normalized_damerau_levenshtein(written, name);
+    let nearest = command()
+        .get_subcommands()
+        .map(|command| command.get_name().to_owned())
+        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
+        .filter(|name| likeness(name) > 0.6);
+    if let Some(name) = nearest {
+        error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(vec![name]));
+    }
+}
+
 /// The whole command line, for what is generated from it.
 fn command() -> clap::Command {
     Cli::command()
@@ -98,6 +119,18 @@ mod tests {
     fn the_command_line_holds_together_and_every_command_has_an_example() {
         command().debug_assert();
         has_example(&command());
+    }
+
+    #[test]
+    fn a_command_that_was_meant_is_named() {
+        for (written, meant) in [("rnu", "'run'"), ("chekc", "'check'"), ("statsu", "'status'")] {
+            let mut error = Cli::try_parse_from(["outrigger", written]).unwrap_err();
+            suggest(&mut error);
+            assert!(error.to_string().contains(meant), "{error}");
+        }
+        let mut error = Cli::try_parse_from(["outrigger", "fly"]).unwrap_err();
+        suggest(&mut error);
+        assert!(!error.to_string().contains("similar"), "{error}");
     }
 
     fn has_example(command: &clap::Command) {

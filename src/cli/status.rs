@@ -175,7 +175,7 @@ fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
 }
 
 fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
-    let UnknownStatus { known, hosts } = &status.unknown;
+    let UnknownStatus { known, hosts, not_found } = &status.unknown;
     let all = || {
         let named = status.upstreams.iter().map(|upstream| (upstream.name.as_str(), upstream));
         let met = hosts.iter().map(|upstream| (upstream.name.as_str(), upstream));
@@ -186,6 +186,15 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
     table(out, &rows)?;
     if *known > hosts.len() {
         writeln!(out, "and {} more hosts that no upstream names", known - hosts.len())?;
+    }
+    if not_found.count > 0 {
+        writeln!(out, "\nAsked for in the last five minutes and not found:")?;
+        for why in &not_found.last {
+            writeln!(out, "  {why}")?;
+        }
+        if not_found.count > not_found.last.len() {
+            writeln!(out, "  and {} more", not_found.count - not_found.last.len())?;
+        }
     }
 
     let titles =
@@ -307,7 +316,7 @@ mod tests {
                            "budget": {"available": 7},
                            "limits": {"in_flight": 1, "pending": 0, "max_requests": 1024, "connections": 2, "max_connections": 4294967295_u32},
                            "retries": {"sent": 12, "budget": 3}, "rejected": {"breaker_open": 90}}],
-            "unknown": {"known": 7, "hosts": []},
+            "unknown": {"known": 7, "hosts": [], "not_found": {"count": 3, "last": ["no such name: paymets (NXDOMAIN)"]}},
         }))
         .unwrap();
         let text = show(&status);
@@ -329,6 +338,7 @@ mod tests {
             "half open for 2s (time to try again)  7             1 of 1024  0        2            budget 3, sent 12  breaker_open 90",
             "(the service)  off",
             "and 7 more hosts that no upstream names",
+            "not found:\n  no such name: paymets (NXDOMAIN)\n  and 2 more",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
         }

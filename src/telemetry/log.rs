@@ -140,6 +140,10 @@ impl FromStr for LogFilter {
         }) {
             return Err(format!("`{word}` is not a log level: use off, error, warn, info, debug or trace"));
         }
+        // It would be taken for `trace`.
+        if let Some(part) = text.split(',').map(str::trim).find(|part| part.ends_with('=')) {
+            return Err(format!("`{part}` has no log level: write e.g. \"{part}debug\""));
+        }
         EnvFilter::try_new(text).map(|_| Self(text.to_owned())).map_err(|error| {
             format!("`{text}` is not a log filter ({error}): write e.g. \"info\" or \"warn,outrigger=debug\"")
         })
@@ -168,7 +172,7 @@ mod tests {
         for good in ["info", "warn,outrigger::upstream=debug", "OFF", " debug ", "outrigger=trace"] {
             assert!(good.parse::<LogFilter>().is_ok(), "{good}");
         }
-        for bad in ["", "inf", "verbose", "outrigger=loud", "info,,[["] {
+        for bad in ["", "inf", "verbose", "outrigger=loud", "outrigger=", "warn, h2= ,info", "info,,[["] {
             assert!(bad.parse::<LogFilter>().is_err(), "{bad}");
         }
     }

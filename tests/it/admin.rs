@@ -290,7 +290,8 @@ fn the_probe_port_has_three_pages_and_nothing_else() {
     assert_eq!(ask("GET", "/ready").status(), 200, "nothing of that drained it");
 }
 
-/// Who asks for what cannot be, or must not be reached, leaves no trace among the upstreams.
+/// Who asks for what cannot be, or must not be reached, leaves no trace among the upstreams; a name that does not exist is
+/// told of beside them.
 #[test]
 fn only_hosts_that_were_reached_are_shown() {
     let server = Upstream::http1(|_| async { text("ok") });
@@ -309,6 +310,14 @@ fn only_hosts_that_were_reached_are_shown() {
         (Some(0), Some(0)),
         "{unknown}"
     );
+    // But an operator sees that calls ask for a name that does not exist.
+    let lost = &unknown["not_found"];
+    assert_eq!(
+        (lost["count"].as_u64(), lost["last"].as_array().map(Vec::len)),
+        (Some(1), Some(1)),
+        "{unknown}"
+    );
+    assert!(lost["last"][0].as_str().is_some_and(|why| why.contains("no-such-host.invalid")), "{unknown}");
     let host = server.address().to_string();
     assert_eq!(ask(&host).status(), 200);
     let unknown = &status(&proxy)["unknown"];

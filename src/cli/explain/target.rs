@@ -3,6 +3,10 @@
 use crate::identity::{InvalidId, Peer};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, uri::PathAndQuery};
 
+/// RFC 9110 §9.3 and RFC 5789.
+const STANDARD_METHODS: [&str; 9] =
+    ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
+
 /// A request, as far as routing looks at it.
 #[derive(Debug)]
 pub struct Target {
@@ -23,6 +27,11 @@ pub struct Target {
 impl Target {
     pub fn parse(method: &str, url: &str, headers: &[String], inbound: bool) -> Result<Self, String> {
         let method: Method = method.parse().map_err(|_| format!("`{method}` is not a method"))?;
+        // Methods are case-sensitive (RFC 9110 §9.1): a service knows no `get`, and no route matches it.
+        let upper = method.as_str().to_ascii_uppercase();
+        if upper != method.as_str() && STANDARD_METHODS.contains(&&*upper) {
+            return Err(format!("`{method}` is not `{upper}`: methods are written in capitals"));
+        }
         let wrong = || {
             format!("`{url}` is not a URL: write e.g. http://payments/v1/charge, or HOST:PORT with CONNECT")
         };
@@ -86,4 +95,18 @@ fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     let wrong = || format!("`{text}` is not a header: write 'name: value'");
     let (name, value) = text.split_once(':').ok_or_else(wrong)?;
     Ok((name.trim().parse().map_err(|_| wrong())?, value.trim().parse().map_err(|_| wrong())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_are_written_as_they_are_sent() {
+        let parse = |method| Target::parse(method, "http://up/", &[], false).map(|target| target.method);
+        assert_eq!(parse("GET"), Ok(Method::GET));
+        assert_eq!(parse("get"), Err("`get` is not `GET`: methods are written in capitals".to_owned()));
+        assert!(parse("purge").is_ok(), "a method of somebody's own");
+        assert!(parse("a b").is_err());
+    }
 }
