@@ -17,11 +17,15 @@ use tokio::signal::unix::{SignalKind, signal};
 #[command(after_help = "\
 Examples:
   outrigger demo           a tour, then light traffic until Ctrl-C, with the admin page to look at
-  outrigger demo --once    the tour alone; exit 0 only if all that it shows happened")]
+  outrigger demo --once    the tour alone; exit 0 only if all that it shows happened
+  outrigger demo --otlp http://127.0.0.1:4317    the same, and every call a trace in Jaeger")]
 pub struct DemoArgs {
     /// End after the tour
     #[arg(long)]
     once: bool,
+    /// Send every call as a trace to this collector, e.g. a Jaeger started beside it
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp: Option<String>,
 }
 
 pub fn run(args: &DemoArgs) -> ExitCode {
@@ -32,7 +36,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(until_interrupted(args.once)) {
+    match runtime.block_on(until_interrupted(args.once, args.otlp.as_deref())) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -43,11 +47,11 @@ pub fn run(args: &DemoArgs) -> ExitCode {
 }
 
 /// Whether all that was shown happened.
-async fn until_interrupted(once: bool) -> Result<bool, DemoError> {
+async fn until_interrupted(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
-        outcome = tour::tour(once) => outcome,
+        outcome = tour::tour(once, otlp) => outcome,
         _ = interrupt.recv() => Ok(!once),
         _ = terminate.recv() => Ok(!once),
     }

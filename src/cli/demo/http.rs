@@ -22,8 +22,24 @@ pub struct Reply {
 
 /// Sends `target` (absolute for a proxy, else a path) to `to`.
 pub async fn call(to: SocketAddr, method: Method, target: &str, host: &str) -> Result<Reply, DemoError> {
-    let request =
+    call_for(&HeaderMap::new(), to, method, target, host).await
+}
+
+/// The same in the course of another call, whose trace is passed on: the only thing that a service has to do for one.
+pub async fn call_for(
+    served: &HeaderMap,
+    to: SocketAddr,
+    method: Method,
+    target: &str,
+    host: &str,
+) -> Result<Reply, DemoError> {
+    let mut request =
         Request::builder().method(method).uri(target).header(HOST, host).body(Empty::<Bytes>::new())?;
+    for name in ["traceparent", "tracestate", "baggage"] {
+        if let Some(value) = served.get(name) {
+            request.headers_mut().insert(name, value.clone());
+        }
+    }
     let exchange = async {
         let stream = TcpStream::connect(to).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;

@@ -25,7 +25,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::http::call;
+use super::http::call_for;
 
 /// After an answer, before its connection is reset: so that the answer has left.
 const BEFORE_RESET: Duration = Duration::from_millis(5);
@@ -101,7 +101,7 @@ pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Servic
                 (&Method::POST, "/checkout") => ("payments", "http://payments/charge"),
                 _ => return Ok::<_, Infallible>(answer(StatusCode::NOT_FOUND, Bytes::new())),
             };
-            Ok(match call(proxy, request.method().clone(), target, host).await {
+            Ok(match call_for(request.headers(), proxy, request.method().clone(), target, host).await {
                 Ok(reply) => {
                     let mut passed_on = answer(reply.status, reply.body);
                     for name in ["content-type", "proxy-status"] {

@@ -58,7 +58,12 @@ pub struct Sidecar {
 
 impl Sidecar {
     /// Starts it and waits until it is ready.
-    pub async fn start(folder: &Path, name: &'static str, config: &str) -> Result<Self, DemoError> {
+    pub async fn start(
+        folder: &Path,
+        name: &'static str,
+        config: &str,
+        otlp: Option<&str>,
+    ) -> Result<Self, DemoError> {
         let path = |kind: &str| folder.join(format!("{name}.{kind}"));
         let (config_file, log, ready) = (path("toml"), path("log"), path("ready"));
         fs::write(&config_file, config)?;
@@ -68,6 +73,8 @@ impl Sidecar {
             .arg("--ready-file")
             .arg(&ready)
             .env_remove("OUTRIGGER_LOG")
+            .envs(otlp.map(|url| ("OTEL_EXPORTER_OTLP_ENDPOINT", url)))
+            .envs(otlp.map(|_| ("OTEL_TRACES_SAMPLER", "always_on")))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log)?)

@@ -47,12 +47,12 @@ pub struct Stage {
 }
 
 impl Instance {
-    async fn start(folder: &Folder, name: &'static str) -> Result<Self, DemoError> {
+    async fn start(folder: &Folder, name: &'static str, otlp: Option<&str>) -> Result<Self, DemoError> {
         let trouble = Arc::new(Trouble::default());
         let service = services::payments(ANY, Arc::clone(&trouble)).await?;
         let at = service.address;
         let config = common(folder, "payments", at, "strict");
-        let sidecar = Sidecar::start(folder.path(), name, &config).await?;
+        let sidecar = Sidecar::start(folder.path(), name, &config, otlp).await?;
         Ok(Self { trouble, sidecar, service: Some(service), at })
     }
 }
@@ -129,15 +129,15 @@ outlier = false
 }
 
 impl Stage {
-    pub async fn set() -> Result<Self, DemoError> {
+    pub async fn set(otlp: Option<&str>) -> Result<Self, DemoError> {
         let folder = Folder::new()?;
         certificates(&folder)?;
-        let one = Instance::start(&folder, "payments-1").await?;
-        let two = Instance::start(&folder, "payments-2").await?;
+        let one = Instance::start(&folder, "payments-1", otlp).await?;
+        let two = Instance::start(&folder, "payments-2", otlp).await?;
         let shop_socket = TcpListener::bind(ANY).await?;
         let payments = [one.sidecar.inbound, two.sidecar.inbound];
         let config = shop_config(&folder, shop_socket.local_addr()?, payments, TIMEOUT);
-        let shop_sidecar = Sidecar::start(folder.path(), "shop", &config).await?;
+        let shop_sidecar = Sidecar::start(folder.path(), "shop", &config, otlp).await?;
         let shop = services::shop(shop_sidecar.outbound, shop_socket).await?;
 
         println!("visitor ─▶ [sidecar] ─▶ shop ─▶ [sidecar] ═╦▶ [sidecar] ─▶ payments 1");
@@ -145,6 +145,10 @@ impl Stage {
         println!("the admin page of shop's sidecar:       http://{}/", shop_sidecar.admin);
         println!("the admin pages of payments' sidecars:  http://{}/", one.sidecar.admin);
         println!("                                        http://{}/", two.sidecar.admin);
+        if let Some(otlp) = otlp {
+            println!("every call is a trace at                {otlp}");
+            println!("in Jaeger, if that is one:              http://localhost:16686/search?service=shop");
+        }
         Ok(Self { story: Story::new(), instances: [one, two], shop_sidecar, shop, folder })
     }
 

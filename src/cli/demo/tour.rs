@@ -19,8 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const POLL: Duration = Duration::from_millis(50);
 
 /// Plays; true where all that it shows happened. Without `once` traffic goes on until it is dropped.
-pub async fn tour(once: bool) -> Result<bool, DemoError> {
-    let mut stage = Stage::set().await?;
+pub async fn tour(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
+    let mut stage = Stage::set(otlp).await?;
     stage.all_is_well().await?;
     stage.kept_alive_connections_are_reset().await?;
     stage.one_instance_fails().await?;
