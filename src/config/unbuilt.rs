@@ -78,7 +78,7 @@ mod tests {
     #[test]
     fn what_is_not_built_is_refused_wherever_it_stands() {
         let text = "[telemetry]\naccess_log = 'all'\n[[upstream]]\nendpoints = 'k8s://a/b:1'";
-        assert_eq!(refusals(text), ["`k8s://` is not built yet", "`telemetry.access_log` is not built yet",]);
+        assert_eq!(refusals(text), ["`telemetry.access_log` is not built yet", "`k8s://` is not built yet"]);
     }
 
     #[test]

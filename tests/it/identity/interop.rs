@@ -2,10 +2,12 @@
 
 use std::{net::SocketAddr, process::Command};
 
+use serde_json::json;
+
 use super::{GET, call, callee};
 use crate::support::{
     Daemon, Proxy, RawClient, Upstream, free_port, has_tool,
-    pki::{Pki, TlsCaller},
+    pki::{Pki, TlsCaller, id},
     text, tool,
 };
 
@@ -162,6 +164,96 @@ fn haproxy_as_server_and_as_caller() {
     let answer =
         RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
     assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+}
+
+/// Envoy, with its SPIFFE validator, as server; and as caller.
+#[test]
+fn envoy_as_server_and_as_caller() {
+    if !has_tool(&["envoy"]) {
+        return;
+    }
+    let (pki, service) = (Pki::new(), service());
+    let callee = callee(&pki, service.address(), "");
+    pki.write_leaf("checkout", |_| {});
+    let (port, front) = (free_port(), free_port());
+    let file = |name: &str| json!({"filename": pki.path(name)});
+    let common = |name: &str, peer: &str| {
+        json!({
+            "tls_certificates": [{
+                "certificate_chain": file(&format!("{name}.crt")), "private_key": file(&format!("{name}.key")),
+            }],
+            "tls_params": {
+                // As a client it would speak 1.2 at the most.
+                "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3",
+            },
+            "alpn_protocols": ["http/1.1"],
+            "validation_context": {
+                "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": {"exact": id(peer)}}],
+                "custom_validator_config": {"name": "envoy.tls.cert_validator.spiffe", "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig",
+                    "trust_domains": [{"name": "shop.example", "trust_bundle": file("ca.crt")}],
+                }},
+            },
+        })
+    };
+    let socket = |kind: &str, common: serde_json::Value, more: serde_json::Value| {
+        let kind = format!("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{kind}TlsContext");
+        let mut config = json!({"@type": kind, "common_tls_context": common});
+        config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        json!({"name": "envoy.transport_sockets.tls", "typed_config": config})
+    };
+    let address =
+        |at: SocketAddr| json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}});
+    let listener = |port: u16, cluster: &str, tls: Option<serde_json::Value>| {
+        let manager = json!({
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": cluster,
+            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [
+                {"match": {"prefix": "/"}, "route": {"cluster": cluster}}]}]},
+            "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
+        });
+        let mut chain = json!({"filters": [
+            {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]});
+        if let Some(tls) = tls {
+            chain["transport_socket"] = tls;
+        }
+        json!({"address": address(local(port)), "filter_chains": [chain]})
+    };
+    let cluster = |name: &str, at: SocketAddr, tls: Option<serde_json::Value>| {
+        let endpoint = json!({"endpoint": {"address": address(at)}});
+        let mut cluster = json!({"name": name, "load_assignment": {
+            "cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]}});
+        if let Some(tls) = tls {
+            cluster["transport_socket"] = tls;
+        }
+        cluster
+    };
+    let downstream =
+        socket("Downstream", common("payments", "checkout"), json!({"require_client_certificate": true}));
+    let upstream = socket("Upstream", common("checkout", "payments"), json!({"sni": "payments"}));
+    let config = json!({"static_resources": {
+        "listeners": [listener(port, "plain", Some(downstream)), listener(front, "mtls", None)],
+        "clusters": [cluster("plain", service.address(), None), cluster("mtls", callee.inbound(), Some(upstream))],
+    }});
+    let arguments = ["-c", "@DIR@/conf.json", "--concurrency", "1", "-l", "warn", "--use-dynamic-base-id"];
+    let _envoy =
+        Daemon::start("envoy", &arguments, &[("conf.json", &config.to_string())]).listening(local(port));
+    let caller = calling(&pki, local(port));
+    for _ in 0..5 {
+        assert_eq!(call(&caller), (200, "hello".to_owned()));
+    }
+    let answer =
+        RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+    // Somebody else is not believed, by either side.
+    let stranger = super::caller(&pki, local(port), "");
+    pki.write_leaf("checkout", |p| p.subject_alt_names = vec![crate::support::pki::uri(&id("stranger"))]);
+    let refused = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
+    crate::support::eventually("the stranger's certificate", || super::metric(&stranger, refused) > 1.0);
+    let (status, body) = call(&stranger);
+    assert_eq!(status, 502, "{body}");
+    assert!(body.contains("our certificate"), "{body}");
 }
 
 /// As `outrigger certs` makes them.
