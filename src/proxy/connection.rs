@@ -44,7 +44,7 @@ use super::{
 use crate::{
     config::{HeaderCase, HostPort, Mtls, Protocol},
     identity::{
-        Peer,
+        Peer, SpiffeId,
         handshake::{self, FailureKind, Met, Proven, Speaks, TlsFailure},
         tls::Offer,
         trust::Role,
@@ -534,7 +534,12 @@ impl Connection {
     /// Who calls, for the service.
     pub fn client_cert(&self) -> Option<&HeaderValue> {
         let peer = self.peer_identity.as_deref()?;
-        self.client_cert.get_or_init(|| xfcc::value(peer, None)).as_ref()
+        let value = || {
+            let own = self.worker.shared.identity.own();
+            let by = own.as_ref().and_then(|material| material.own.spiffe.as_ref());
+            xfcc::value(peer, by.map(SpiffeId::as_str))
+        };
+        self.client_cert.get_or_init(value).as_ref()
     }
 
     pub fn is_leaving(&self) -> bool {

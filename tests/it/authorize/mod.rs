@@ -1,6 +1,7 @@
 //! Who may call: tokens of end users, the allow list, and what the service learns of its callers.
 
 mod allow;
+mod mtls;
 mod oauth2;
 mod tokens;
 
