@@ -27,6 +27,7 @@ CASES = {
         "[defaults.fault]\nabort = 503\nabort_ratio = 0.0\n"
         "[defaults.fallback]\nstatus = 200\n"
     ),
+    'defaults, and `access_log = "all"`, the thread that writes it included': '[telemetry]\naccess_log = "all"\n',
 }
 # Exported to rotel (pip install rotel), by gRPC; the thread that does it is counted, too.
 TRACED = '[telemetry]\notlp = "http://127.0.0.1:{port}"\nprotocol = "grpc"\nsample = '
@@ -74,7 +75,7 @@ def count(folder, upstream, policies):
     out = folder / "callgrind.out"
     command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--instr-atstart=no"]
     command += [BINARY, "run", "-c", str(config), "--ready-file", str(ready), "--log", "error"]
-    proxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    proxy = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while not ready.exists():

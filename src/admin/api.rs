@@ -6,7 +6,8 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
     header::{
-        ACCEPT, ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, WWW_AUTHENTICATE,
+        ACCEPT, ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, VARY,
+        WWW_AUTHENTICATE,
     },
     request::Parts,
 };
@@ -16,7 +17,11 @@ use http_body_util::{BodyExt, Full};
 use super::{breaker, guard, status::Status, token::Token};
 use crate::{
     runtime::lifecycle::Control,
-    telemetry::{exposition, log::LogFilter},
+    telemetry::{
+        exposition::{self, Format},
+        log::LogFilter,
+        requests::Told,
+    },
 };
 
 /// An answer.
@@ -69,8 +74,9 @@ const ROUTES: &[Route] = &[
     read("/", false, |_, _, _| page()),
     read("/live", true, |_, _, _| text(StatusCode::OK, "live\n")),
     read("/ready", true, |control, parts, _| ready(control, &parts.headers)),
-    read("/metrics", true, |control, _, _| metrics(control)),
+    read("/metrics", true, |control, parts, _| metrics(control, &parts.headers)),
     read("/status", false, |control, _, _| json(StatusCode::OK, &Status::of(control))),
+    read("/requests", false, |control, _, _| requests(control)),
     read("/config", false, |control, parts, _| config(control, &parts.headers)),
     Route {
         method: Method::POST,
@@ -185,17 +191,24 @@ fn ready(control: &Control, headers: &HeaderMap) -> Answer {
     }
 }
 
-fn metrics(control: &Arc<Control>) -> Answer {
-    match exposition::text(control) {
-        Ok(body) => with_type(
-            "application/openmetrics-text; version=1.0.0; charset=utf-8",
-            StatusCode::OK,
-            body.into(),
-        ),
+fn metrics(control: &Arc<Control>, headers: &HeaderMap) -> Answer {
+    let format = Format::wanted(headers);
+    match exposition::text(control, format) {
+        Ok(body) => {
+            let mut answer = with_type(format.content_type(), StatusCode::OK, body.into());
+            answer.headers_mut().insert(VARY, HeaderValue::from_static("Accept"));
+            answer
+        }
         Err(error) => {
             problem(StatusCode::INTERNAL_SERVER_ERROR, "The metrics could not be written", &error.to_string())
         }
     }
+}
+
+fn requests(control: &Control) -> Answer {
+    let calls = control.shared.calls.requests.read();
+    let told: Vec<Told> = calls.iter().map(|record| Told::of(record)).collect();
+    json(StatusCode::OK, &serde_json::json!({ "requests": told }))
 }
 
 fn config(control: &Control, headers: &HeaderMap) -> Answer {

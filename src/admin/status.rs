@@ -11,17 +11,22 @@ use serde::{Deserialize, Serialize};
 
 use super::upstreams::UpstreamStatus;
 use crate::{
-    config::Telemetry,
-    identity::{Date, material::Kind, store::Report},
+    config::{AccessLog, Telemetry},
+    identity::{Date, material, store::Report},
     proxy::connect::may_be_reached,
     runtime::{Cluster, Phase, Shared, Snapshot, lifecycle::Control},
     telemetry::{
+        calls::Calls,
         metrics::{Connections, Way, Ways, WorkerLoad},
+        record::Record,
         traces::Traces,
+        verdict::Kind,
     },
     upstream::Resolution,
 };
 
+/// Calls that are shown of those that did not go well.
+const SHOWN_CALLS: usize = 5;
 /// Unknown hosts that are shown in full.
 const SHOWN_HOSTS: usize = 50;
 /// Names that lead nowhere: enough to see a misspelt one, too few to fill a screen with what callers make up.
@@ -58,6 +63,37 @@ pub struct Status {
     pub inbound: UpstreamStatus,
     pub upstreams: Vec<UpstreamStatus>,
     pub unknown: UnknownStatus,
+    #[serde(default)]
+    pub access_log: AccessLogStatus,
+    /// The last calls that failed or took more than one try, the latest first; `GET /requests` has more of them.
+    #[serde(default)]
+    pub trouble: Vec<Trouble>,
+}
+
+/// Lines of the access log since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccessLogStatus {
+    /// `off`, `errors` or `all`.
+    pub mode: String,
+    pub written: u64,
+    /// Lost, as they were not read fast enough.
+    pub dropped: u64,
+    /// Lost, as they could not be written.
+    pub failed: u64,
+}
+
+/// A call that did not go well.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    pub ended_seconds_ago: u64,
+    pub direction: String,
+    pub method: String,
+    pub upstream: Option<String>,
+    /// None: there was no answer.
+    pub status: Option<u16>,
+    pub tries: u32,
+    pub trace_id: String,
+    pub why: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,12 +144,12 @@ pub struct IdentityStatus {
 
 impl IdentityStatus {
     fn of(report: Report) -> Option<Self> {
-        let soonest = |kind: Kind| {
+        let soonest = |kind: material::Kind| {
             let of_kind = report.expiries.iter().filter(|expiry| expiry.kind == kind);
             Some((kind.word().to_owned(), Date(of_kind.map(|expiry| expiry.at).min()?).to_string()))
         };
         report.configured.then(|| Self {
-            expires: Kind::ALL.into_iter().filter_map(soonest).collect(),
+            expires: material::Kind::ALL.into_iter().filter_map(soonest).collect(),
             id: report.id,
             accepted: report.accepted,
             refused: report.refusals,
@@ -234,6 +270,8 @@ impl Status {
             inbound: UpstreamStatus::of(&snapshot.inbound, now),
             upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
             unknown: UnknownStatus::of(&control.shared, &snapshot, now),
+            access_log: AccessLogStatus::of(&control.shared.calls, snapshot.config.telemetry.access_log),
+            trouble: Trouble::last(&control.shared.calls),
         }
     }
 }
@@ -271,6 +309,43 @@ impl TracesStatus {
             failed_seconds_ago: failed.as_ref().map(|(_, ago)| ago.as_secs()),
             last_error: failed.map(|(error, _)| error),
         })
+    }
+}
+
+impl AccessLogStatus {
+    fn of(calls: &Calls, mode: AccessLog) -> Self {
+        let lines = calls.access_log.lines();
+        Self {
+            mode: mode.word().to_owned(),
+            written: lines.written.load(Ordering::Relaxed),
+            dropped: lines.dropped.load(Ordering::Relaxed),
+            failed: lines.failed.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Trouble {
+    fn last(calls: &Calls) -> Vec<Self> {
+        let calls = calls.requests.read();
+        calls
+            .iter()
+            .filter(|record| record.kind() != Kind::Slow)
+            .take(SHOWN_CALLS)
+            .map(|r| Self::of(r))
+            .collect()
+    }
+
+    fn of(record: &Record) -> Self {
+        Self {
+            ended_seconds_ago: record.ended.map_or(0, |ended| ended.elapsed().as_secs()),
+            direction: record.direction().to_owned(),
+            method: record.method.to_string(),
+            upstream: record.upstream().map(ToOwned::to_owned),
+            status: record.status.map(|status| status.as_u16()),
+            tries: record.tries.made(),
+            trace_id: record.context.trace.to_string(),
+            why: record.why(),
+        }
     }
 }
 

@@ -17,7 +17,10 @@ use crate::{
         reload::{Read, Reloads},
         signals::Signals,
     },
-    telemetry::log::{Log, LogError, LogFilter, LogFormat},
+    telemetry::{
+        access_log::{AccessLogError, Target},
+        log::{Log, LogError, LogFilter, LogFormat},
+    },
 };
 
 use super::{files::ConfigFiles, service_env};
@@ -70,6 +73,8 @@ enum RunError {
     Admin(#[from] AdminError),
     #[error(transparent)]
     Log(#[from] LogError),
+    #[error(transparent)]
+    AccessLog(#[from] AccessLogError),
     #[error("cannot start the control runtime: {0}")]
     Runtime(#[from] std::io::Error),
     #[error("cannot write the ready file {}: {source}", path.display())]
@@ -108,6 +113,10 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let identity = Arc::new(Store::default());
     identity.start(&config).await?;
     let proxy = runtime::start(Arc::clone(&config), identity, workers)?;
+    // Stdout is the service's, where there is one.
+    let elsewhere = if args.command.is_empty() { Target::Stdout } else { Target::Stderr };
+    proxy.shared.calls.write_to(elsewhere);
+    proxy.shared.calls.configure(&config.telemetry)?;
     let reloads = Reloads::new(files.clone(), Arc::clone(&config));
     let (tell, changes) = mpsc::channel(CHANGES);
     let watcher = config::watch(files, Arc::unwrap_or_clone(sources), config::process_env, move |loaded| {

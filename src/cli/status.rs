@@ -14,7 +14,7 @@ use super::admin_client::{AdminArgs, finish};
 use crate::{
     admin::{
         client::{Client, ClientError},
-        status::{Status, TracesStatus, UnknownStatus},
+        status::{AccessLogStatus, Status, TracesStatus, UnknownStatus},
         upstreams::{BreakerStatus, UpstreamStatus},
     },
     units::HumanDuration,
@@ -113,7 +113,8 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     }
 
     write_ways_in(out, status)?;
-    write_upstreams(out, status)
+    write_upstreams(out, status)?;
+    write_trouble(out, status)
 }
 
 fn write_traces(out: &mut String, traces: &TracesStatus) -> std::fmt::Result {
@@ -201,6 +202,26 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
         ["UPSTREAM", "BREAKER", "RETRIES LEFT", "IN FLIGHT", "WAITING", "CONNECTIONS", "RETRIES", "REFUSED"];
     let mut rows = vec![row(titles)];
     all().for_each(|(name, upstream)| rows.push(guard_row(name, upstream)));
+    table(out, &rows)
+}
+
+fn write_trouble(out: &mut String, status: &Status) -> std::fmt::Result {
+    let AccessLogStatus { dropped, failed, .. } = status.access_log;
+    if dropped + failed > 0 {
+        writeln!(out, "\naccess log: {dropped} lines were not read in time, {failed} could not be written")?;
+    }
+    if status.trouble.is_empty() {
+        return Ok(());
+    }
+    let mut rows = vec![row(["LAST TROUBLE", "CALL", "UPSTREAM", "ANSWER", "TRIES", "WHY"])];
+    for call in &status.trouble {
+        let ago = format!("{} ago", seconds(call.ended_seconds_ago));
+        let what = format!("{} {}", call.direction, call.method);
+        let answer = call.status.map_or_else(|| "none".to_owned(), |status| status.to_string());
+        let (upstream, why) =
+            (call.upstream.as_deref().unwrap_or_default(), call.why.as_deref().unwrap_or_default());
+        rows.push(row([&ago, &what, upstream, &answer, &call.tries.to_string(), why]));
+    }
     table(out, &rows)
 }
 
@@ -317,6 +338,9 @@ mod tests {
                            "limits": {"in_flight": 1, "pending": 0, "max_requests": 1024, "connections": 2, "max_connections": 4294967295_u32},
                            "retries": {"sent": 12, "budget": 3}, "rejected": {"breaker_open": 90}}],
             "unknown": {"known": 7, "hosts": [], "not_found": {"count": 3, "last": ["no such name: paymets (NXDOMAIN)"]}},
+            "access_log": {"mode": "errors", "written": 1, "dropped": 2, "failed": 0},
+            "trouble": [{"ended_seconds_ago": 61, "direction": "outbound", "method": "GET", "upstream": "payments",
+                         "status": 200, "tries": 2, "trace_id": "0af7", "why": "10.0.0.1:80 answered 503, second try answered 200"}],
         }))
         .unwrap();
         let text = show(&status);
@@ -339,6 +363,8 @@ mod tests {
             "(the service)  off",
             "and 7 more hosts that no upstream names",
             "not found:\n  no such name: paymets (NXDOMAIN)\n  and 2 more",
+            "access log: 2 lines were not read in time, 0 could not be written",
+            "1m1s ago      outbound GET  payments  200     2      10.0.0.1:80 answered 503, second try answered 200",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
         }

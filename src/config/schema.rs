@@ -218,6 +218,28 @@ pub struct Match {
     pub headers: std::collections::BTreeMap<String, String>,
 }
 
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if !self.methods.is_empty() {
+            parts.push(self.methods.join("|"));
+        }
+        parts.extend(self.path.clone());
+        parts.extend(self.headers.iter().map(|(name, value)| format!("{name}: {value}")));
+        f.write_str(&if parts.is_empty() { "any call".to_owned() } else { parts.join(" ") })
+    }
+}
+
+impl AccessLog {
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Errors => "errors",
+            Self::All => "all",
+        }
+    }
+}
+
 /// `request_headers`, `response_headers`.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]

@@ -11,12 +11,7 @@ use super::{
 /// A key and whether a value of it is refused.
 type Unbuilt = (&'static str, fn(&Node) -> bool);
 
-const UNBUILT: &[Unbuilt] =
-    &[("upstream.endpoints", kubernetes), ("telemetry.access_log", any), ("telemetry.access_log_file", any)];
-
-fn any(_: &Node) -> bool {
-    true
-}
+const UNBUILT: &[Unbuilt] = &[("upstream.endpoints", kubernetes)];
 
 fn kubernetes(node: &Node) -> bool {
     node.as_str().is_some_and(|uri| uri.starts_with("k8s://"))
@@ -77,8 +72,8 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_wherever_it_stands() {
-        let text = "[telemetry]\naccess_log = 'all'\n[[upstream]]\nendpoints = 'k8s://a/b:1'";
-        assert_eq!(refusals(text), ["`telemetry.access_log` is not built yet", "`k8s://` is not built yet"]);
+        let text = "[[upstream]]\nname = 'a'\n[[upstream]]\nendpoints = 'k8s://a/b:1'";
+        assert_eq!(refusals(text), ["`k8s://` is not built yet"]);
     }
 
     #[test]

@@ -132,6 +132,9 @@ impl Exchange<'_> {
             if transition.is_some() && guards.absence.is_absent() {
                 comeback::watch(upstream, control);
             }
+            if end.1 == Health::Failure {
+                self.call.progress.note(|record| record.window = Some(guards.breaker.in_window(now)));
+            }
             if let Some(transition) = &transition {
                 self.note_try(number, |one| one.breaker = Some(transition.to));
             }

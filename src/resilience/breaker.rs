@@ -263,6 +263,13 @@ impl Breaker {
         }
     }
 
+    /// Failures and tries of the window that ends now; both 0 where the failure rate is off.
+    pub fn in_window(&self, now: Instant) -> (u32, u32) {
+        let Some(slice) = self.slice_at(now) else { return (0, 0) };
+        let (failures, successes) = (self.failures.sum(slice), self.successes.sum(slice));
+        (failures as u32, (failures + successes) as u32)
+    }
+
     /// Whether tries need no trial: hedges are sent only then. One load.
     pub fn is_closed(&self) -> bool {
         self.gate.load(Ordering::Relaxed) & 1 == 0

@@ -133,6 +133,8 @@ impl Lifecycle {
         let code = self.live().await;
         let shared = Arc::clone(&self.proxy.shared);
         self.proxy.stop();
+        // Behind the calls that were cut.
+        shared.calls.access_log.finish();
         if !self.at_once {
             tokio::select! {
                 () = shared.traces.flush(LAST_SPANS) => {}
@@ -152,7 +154,10 @@ impl Lifecycle {
             tokio::select! {
                 wish = signals.next() => match wish {
                     Wish::Stop(signal) => break End::Signal(signal),
-                    Wish::Reload => watcher.trigger(),
+                    Wish::Reload => {
+                        control.shared.calls.access_log.reopen();
+                        watcher.trigger();
+                    }
                 },
                 Some(read) = changes.recv() => reload::apply(proxy, &control.reloads, read),
                 code = ended(child) => break End::Child(code),

@@ -39,7 +39,7 @@ use crate::{
         unknown::UnknownHosts,
     },
     rng::Rng,
-    telemetry::{metrics::Metrics, traces::Traces},
+    telemetry::{calls::Calls, metrics::Metrics, traces::Traces},
     watch::{Watcher, watch},
 };
 use snapshot::Clusters;
@@ -49,6 +49,8 @@ use snapshot::Clusters;
 pub struct Shared {
     pub snapshot: ArcSwap<Snapshot>,
     pub metrics: Metrics,
+    /// What is told of calls when they are over.
+    pub calls: Arc<Calls>,
     /// How far the process is on its way out.
     pub phase: watch::Sender<Phase>,
     /// Where it listens itself; never dialled for a forward-proxy or Host request.
@@ -162,6 +164,7 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
         metrics: Metrics::new(worker_count),
+        calls: Arc::default(),
         phase: watch::Sender::new(Phase::Running),
         own: OwnAddresses::default(),
         unknown: UnknownHosts::new(resolver),

@@ -80,6 +80,11 @@ pub fn apply(proxy: &Proxy, reloads: &Reloads, read: Read) {
     };
     let before = Arc::clone(&proxy.shared.snapshot.load().config);
     let changes = changes(&before, &config);
+    if let Err(error) = proxy.shared.calls.configure(&config.telemetry) {
+        tracing::error!("the configuration as it is now is refused, the old one stays: {error}");
+        reloads.refuse(error.to_string());
+        return;
+    }
     let restart = reloads.accept(&config, !changes.is_empty());
     if changes.is_empty() {
         let _ = proxy.shared.identity.look();

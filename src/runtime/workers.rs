@@ -32,7 +32,7 @@ use crate::{
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost},
     },
     rng::Rng,
-    telemetry::{metrics::WorkerLoad, traces::InFlight},
+    telemetry::{calls::Teller, durations::Cell, metrics::WorkerLoad, traces::InFlight},
     upstream::{local::LocalUpstream, squeeze},
 };
 
@@ -68,6 +68,8 @@ pub struct Worker {
     rng: RefCell<Rng>,
     /// The calls to the service that it carries, for traces.
     pub in_flight: Arc<InFlight>,
+    /// Whom calls are told of.
+    pub teller: Rc<Teller>,
     /// Which of them it is.
     index: usize,
     /// Tokens of end users that were found good.
@@ -131,33 +133,41 @@ pub struct LocalCluster {
 #[derive(Debug)]
 pub struct Whom {
     pub cluster: Arc<Cluster>,
+    /// Where this worker counts how long its calls took.
+    pub durations: Arc<Cell>,
 }
 
 impl LocalCluster {
     /// Keeps what the worker knows of the same upstream.
-    fn new(cluster: &Arc<Cluster>, old: Option<&Rc<LocalUpstream>>) -> Rc<Self> {
+    fn new(
+        cluster: &Arc<Cluster>,
+        old: Option<&Rc<Self>>,
+        durations: impl FnOnce() -> Arc<Cell>,
+    ) -> Rc<Self> {
         let balance = &cluster.settings.balance;
-        let upstream = match old {
+        let (upstream, durations) = match old {
             Some(old) => {
-                old.set_balance(balance);
-                Rc::clone(old)
+                old.upstream.set_balance(balance);
+                (Rc::clone(&old.upstream), Arc::clone(&old.whom.durations))
             }
-            None => LocalUpstream::new(Arc::clone(&cluster.upstream), balance),
+            None => (LocalUpstream::new(Arc::clone(&cluster.upstream), balance), durations()),
         };
-        let whom = Arc::new(Whom { cluster: Arc::clone(cluster) });
+        let whom = Arc::new(Whom { cluster: Arc::clone(cluster), durations });
         Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom })
     }
 }
 
 impl View {
     fn new(snapshot: Arc<Snapshot>, instance: &str, old: Option<&Self>) -> Rc<Self> {
-        let known: HashMap<*const _, &Rc<LocalUpstream>> = old
+        let known: HashMap<*const _, &Rc<LocalCluster>> = old
             .into_iter()
             .flat_map(|old| old.clusters.iter().chain([&old.inbound]))
-            .map(|local| (Arc::as_ptr(&local.upstream.shared), &local.upstream))
+            .map(|local| (Arc::as_ptr(&local.upstream.shared), local))
             .collect();
         let local = |cluster: &Arc<Cluster>| {
-            LocalCluster::new(cluster, known.get(&Arc::as_ptr(&cluster.upstream)).copied())
+            let upstream = &cluster.upstream;
+            let old = known.get(&Arc::as_ptr(upstream)).copied();
+            LocalCluster::new(cluster, old, || upstream.guards.durations.cell())
         };
         let clusters = snapshot.clusters.iter().map(local).collect();
         let inbound = local(&snapshot.inbound);
@@ -174,7 +184,9 @@ impl Worker {
         }
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
         let in_flight = shared.traces.of_worker();
+        let teller = Rc::new(Teller::new(&shared.calls));
         Rc::new(Self {
+            teller,
             shared,
             in_flight,
             view: RefCell::new(view),
@@ -215,9 +227,9 @@ impl Worker {
             known.clear();
         }
         let shared = self.shared.unknown.get(host, config);
-        let old = known.get(host).map(|(_, local)| Rc::clone(&local.upstream));
-        let old = old.filter(|old| Arc::ptr_eq(&old.shared, &shared.cluster.upstream));
-        let local = LocalCluster::new(&shared.cluster, old.as_ref());
+        let old = known.get(host).map(|(_, local)| Rc::clone(local));
+        let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
+        let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(&self.teller.other));
         known.insert(host.clone(), (shared, Rc::clone(&local)));
         local
     }

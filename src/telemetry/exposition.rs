@@ -1,6 +1,10 @@
 //! `/metrics`: everything that is counted, as OpenMetrics text.
 
+mod durations;
+mod plain;
 mod upstreams;
+
+pub use plain::Format;
 
 use std::{
     fmt,
@@ -24,13 +28,18 @@ use crate::{
     runtime::{Snapshot, lifecycle::Control},
 };
 
-/// Everything as of now, ending in `# EOF`.
-pub fn text(control: &Arc<Control>) -> Result<String, fmt::Error> {
+/// Everything as of now.
+pub fn text(control: &Arc<Control>, format: Format) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Now(Arc::clone(control))));
     let mut out = String::new();
-    text::encode(&mut out, &registry)?;
-    Ok(out)
+    text::encode_registry(&mut out, &registry)?;
+    durations::Rows::of(&control.shared).write(&mut out)?;
+    text::encode_eof(&mut out)?;
+    Ok(match format {
+        Format::OpenMetrics => out,
+        Format::Prometheus => plain::prometheus(&out),
+    })
 }
 
 /// Reads the counters when asked; nothing is counted twice.
@@ -50,6 +59,7 @@ impl Collector for Now {
         self.reloads(&mut encoder)?;
         fetches(&mut encoder, &self.0.shared.snapshot.load())?;
         self.spans(&mut encoder)?;
+        self.access_log(&mut encoder)?;
         let control = &self.0;
         let upstreams = upstreams::Rows::of(&control.shared.snapshot.load(), &control.shared.unknown);
         upstreams.encode(&mut encoder)
@@ -154,6 +164,15 @@ impl Now {
             None,
             &waiting,
         )
+    }
+
+    fn access_log(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let lines = self.0.shared.calls.access_log.lines();
+        let outcomes = [("written", &lines.written), ("dropped", &lines.dropped), ("failed", &lines.failed)];
+        let outcomes = outcomes.map(|(outcome, count)| {
+            ([("outcome", outcome.to_owned())], ConstCounter::new(count.load(Ordering::Relaxed)))
+        });
+        family(encoder, "outrigger_access_log_lines", "Lines of the access log", None, outcomes)
     }
 
     fn reloads(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

@@ -1,5 +1,8 @@
 //! What the proxy tells about itself and the calls it carries.
 
+pub mod access_log;
+pub mod calls;
+pub mod durations;
 pub mod export;
 pub mod exposition;
 pub mod log;
@@ -7,8 +10,13 @@ pub mod metrics;
 pub mod process;
 pub mod propagation;
 pub mod record;
+pub mod requests;
 pub mod spans;
+mod timestamp;
 pub mod traces;
+pub mod verdict;
+
+use std::sync::Arc;
 
 use self::record::{End, Record};
 use crate::runtime::Worker;
@@ -31,10 +39,17 @@ pub fn finished(worker: &Worker, record: Record) {
         );
     }
     let shared = &worker.shared;
-    if shared.traces.is_on() {
-        if record.is_inbound() {
-            worker.in_flight.leave(&record.context);
-        }
-        shared.traces.finished(record, || shared.snapshot.load().config.telemetry.sample_errors);
+    if shared.traces.is_on() && record.is_inbound() {
+        worker.in_flight.leave(&record.context);
     }
+    let exported = shared.traces.wants(&record, || shared.snapshot.load().config.telemetry.sample_errors);
+    let wanted = worker.teller.count(&record, exported);
+    if !exported && wanted.is_nothing() {
+        return;
+    }
+    let record = Arc::new(record);
+    if exported {
+        shared.traces.send(Arc::clone(&record));
+    }
+    worker.teller.tell(wanted, record);
 }

@@ -49,6 +49,8 @@ pub struct Record {
     pub tries: Tries,
     /// Why no further try followed a failure.
     pub stopped: Option<&'static str>,
+    /// Failures and tries in the breaker's window, as of the last try that failed.
+    pub window: Option<(u32, u32)>,
     /// Where the proxy answered in place of the service: why.
     pub refused: Option<Refusal>,
     /// What failed, where the configured fallback was the answer.
@@ -244,6 +246,7 @@ impl Record {
             served: None,
             tries: Tries::default(),
             stopped: None,
+            window: None,
             refused: None,
             fell_back: None,
             status: None,
@@ -260,6 +263,17 @@ impl Record {
     /// Whether others call this service, as opposed to its own calls.
     pub fn is_inbound(&self) -> bool {
         self.way == Way::Inbound
+    }
+
+    /// `inbound` or `outbound`.
+    pub fn direction(&self) -> &'static str {
+        if self.is_inbound() { "inbound" } else { "outbound" }
+    }
+
+    /// What its route matches, as it is configured: `POST /v1/charge*`.
+    pub fn route_name(&self) -> Option<String> {
+        let routes = &self.matched.as_ref()?.cluster.settings.routes;
+        Some(routes.get(self.route?)?.matches.to_string())
     }
 
     /// Reads what a gRPC call ended with.

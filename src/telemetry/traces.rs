@@ -78,10 +78,14 @@ impl Traces {
         Context { link, ..Context::new(said, rng, decide) }
     }
 
-    /// Sends what is to be told of a call.
-    pub fn finished(&self, record: Record, telemetry: impl FnOnce() -> bool) {
-        let Some(export) = &self.export else { return };
-        if record.context.sampled || (record.is_notable() && telemetry()) {
+    /// Whether a call is to be told of. `sample_errors`: where its trace was not sampled, if it did not go well.
+    pub fn wants(&self, record: &Record, sample_errors: impl FnOnce() -> bool) -> bool {
+        self.is_on() && (record.context.sampled || (record.is_notable() && sample_errors()))
+    }
+
+    /// Sends what is told of a call.
+    pub fn send(&self, record: Arc<Record>) {
+        if let Some(export) = &self.export {
             export.send(record);
         }
     }

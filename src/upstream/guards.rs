@@ -31,6 +31,7 @@ use crate::{
         outlier::{OutlierSettings, Outliers},
         rate::{RateLimit, RateSettings},
     },
+    telemetry::durations::Durations,
 };
 
 /// Where the adaptive limit starts: enough for most services, little for one that is not well.
@@ -53,6 +54,8 @@ pub struct Guards {
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
     quantiles: Mutex<Vec<(u8, Arc<LiveQuantile>)>>,
     pub counts: Counts,
+    /// How long its calls took.
+    pub durations: Durations,
 }
 
 /// Wakes a call that waits for a place.
@@ -224,6 +227,7 @@ impl Guards {
             rates: Mutex::default(),
             quantiles: Mutex::default(),
             counts: Counts::default(),
+            durations: Durations::default(),
         })
     }
 

@@ -8,6 +8,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod access_log;
 mod admin;
 mod authorize;
 mod basics;
@@ -27,6 +28,7 @@ mod identity;
 mod keys;
 mod lifecycle;
 mod load;
+mod metrics;
 mod resilience;
 mod servers;
 mod smuggling;

@@ -141,7 +141,7 @@ impl Verdict {
         };
         let route = &upstream.routes[index];
         let scope = Scope::Route(at, index);
-        self.fact("route", describe(&route.matches), place(scope));
+        self.fact("route", route.matches.to_string(), place(scope));
         if let Some(to) = &route.to {
             self.fact("to", to.clone(), place(scope));
         }
@@ -246,16 +246,6 @@ impl fmt::Display for Verdict {
         }
         Ok(())
     }
-}
-
-fn describe(matches: &crate::config::Match) -> String {
-    let mut parts = Vec::new();
-    if !matches.methods.is_empty() {
-        parts.push(matches.methods.join("|"));
-    }
-    parts.extend(matches.path.clone());
-    parts.extend(matches.headers.iter().map(|(name, value)| format!("{name}: {value}")));
-    if parts.is_empty() { "any call".to_owned() } else { parts.join(" ") }
 }
 
 /// The upstream whose endpoints answer: that of a route's `to`, else its own.

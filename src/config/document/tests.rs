@@ -124,6 +124,10 @@ fn the_files_for_each_use_pass_check() {
     let mut seen = 0;
     for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/config")).unwrap() {
         let path = entry.unwrap().path();
+        // The folders are for others: Grafana, Prometheus.
+        if path.is_dir() {
+            continue;
+        }
         let loaded = crate::config::load(&[path], &|_| None).map_err(|found| found.to_string()).unwrap();
         assert!(loaded.warnings.is_empty(), "{}", loaded.warnings);
         seen += 1;

@@ -13,7 +13,7 @@ pub use destination::Destination;
 use std::{
     io,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -78,7 +78,7 @@ impl Counts {
 /// The worker's end of the way to the collector.
 #[derive(Debug)]
 pub struct Export {
-    queue: mpsc::Sender<Record>,
+    queue: mpsc::Sender<Arc<Record>>,
     most: usize,
     pub destination: Destination,
     pub state: std::sync::Arc<State>,
@@ -153,7 +153,7 @@ impl Export {
     }
 
     /// Hands a record over; never waits.
-    pub fn send(&self, record: Record) {
+    pub fn send(&self, record: Arc<Record>) {
         if let Err(mpsc::error::TrySendError::Full(record) | mpsc::error::TrySendError::Closed(record)) =
             self.queue.try_send(record)
         {

@@ -35,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the thread works with.
 pub struct Sending {
-    pub records: mpsc::Receiver<Record>,
+    pub records: mpsc::Receiver<Arc<Record>>,
     /// Asked to send what there is and end.
     pub asked: oneshot::Receiver<()>,
     pub batching: Batching,
@@ -81,7 +81,7 @@ impl Sending {
     }
 
     /// Gathers a batch. False: nothing more will come.
-    async fn gather(&mut self, records: &mut Vec<Record>) -> bool {
+    async fn gather(&mut self, records: &mut Vec<Arc<Record>>) -> bool {
         let most = self.batching.batch;
         let Self { records: queue, asked, .. } = self;
         // Already asked to end: what waits is sent without waiting for more.

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// All hosts that no upstream names.
-const OTHER: &str = "other";
+pub(super) const OTHER: &str = "other";
 /// The service itself, behind the inbound listener.
 const INBOUND: &str = "inbound";
 

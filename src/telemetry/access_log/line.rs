@@ -1,0 +1,52 @@
+//! A line of the access log.
+
+use serde::Serialize;
+
+use crate::telemetry::{record::Record, requests::milliseconds, timestamp::Timestamp};
+
+/// The fields, in their order. No path and no query: they hold what is nobody's business, and the trace has them.
+#[derive(Serialize)]
+struct Line<'a> {
+    time: String,
+    direction: &'a str,
+    method: &'a str,
+    status: Option<u16>,
+    trace_id: String,
+    peer: String,
+    upstream: Option<&'a str>,
+    endpoint: Option<String>,
+    route: Option<String>,
+    tries: u32,
+    reason: Option<&'a str>,
+    why: Option<String>,
+    bytes_in: u64,
+    bytes_out: u64,
+    duration_ms: f64,
+}
+
+/// Appends the line of a call, with its end.
+pub fn write(out: &mut Vec<u8>, record: &Record) {
+    let line = Line {
+        time: Timestamp::of(record.started).to_string(),
+        direction: record.direction(),
+        method: record.method.as_str(),
+        status: record.status.map(|status| status.as_u16()),
+        trace_id: record.context.trace.to_string(),
+        peer: record.peer.ip().to_string(),
+        upstream: record.upstream(),
+        endpoint: record.endpoint().map(|address| address.to_string()),
+        route: record.route_name(),
+        tries: record.tries.made(),
+        reason: record.reason(),
+        why: record.why(),
+        bytes_in: record.bytes_in,
+        bytes_out: record.bytes_out,
+        duration_ms: milliseconds(record.ended.unwrap_or(record.started), record.started),
+    };
+    let before = out.len();
+    match serde_json::to_writer(&mut *out, &line) {
+        Ok(()) => out.push(b'\n'),
+        // Not half a line.
+        Err(_) => out.truncate(before),
+    }
+}

@@ -1,0 +1,149 @@
+//! How long calls took, as histograms with exemplars.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write},
+    time::UNIX_EPOCH,
+};
+
+use super::upstreams::OTHER;
+use crate::{
+    config::{HostMatch, Upstream},
+    runtime::Shared,
+    telemetry::durations::{BOUNDS, Histogram, Key, Read},
+};
+
+/// Calls that were refused before they had an upstream.
+const NONE: &str = "none";
+
+const SERVER: &str = "http_server_request_duration_seconds";
+const CLIENT: &str = "http_client_request_duration_seconds";
+
+/// What is written: the service's calls, and those that it makes by upstream and its address.
+#[derive(Debug)]
+pub struct Rows {
+    server: Read,
+    client: BTreeMap<(String, Option<String>), Read>,
+}
+
+impl Rows {
+    pub fn of(shared: &Shared) -> Self {
+        let snapshot = shared.snapshot.load();
+        let mut rows = Self { server: Read::new(), client: BTreeMap::new() };
+        snapshot.inbound.upstream.guards.durations.add_to(&mut rows.server);
+        shared.calls.refused_inbound.add_to(&mut rows.server);
+        for cluster in &snapshot.clusters {
+            let row = rows.client.entry((cluster.upstream.name.to_string(), address(&cluster.settings)));
+            cluster.upstream.guards.durations.add_to(row.or_default());
+        }
+        for (name, durations) in [(OTHER, &shared.calls.other), (NONE, &shared.calls.refused_outbound)] {
+            durations.add_to(rows.client.entry((name.to_owned(), None)).or_default());
+        }
+        rows
+    }
+
+    /// Appends them as OpenMetrics text.
+    pub fn write(&self, out: &mut String) -> fmt::Result {
+        let help = "Calls to the service, to the last byte of the answer.";
+        begin(out, SERVER, help)?;
+        for (key, histogram) in &self.server {
+            write(out, SERVER, &labels(key, true, None), histogram)?;
+        }
+        let help = "Calls of the service, all tries together, to the last byte of the answer.";
+        begin(out, CLIENT, help)?;
+        for (upstream, read) in &self.client {
+            for (key, histogram) in read {
+                write(out, CLIENT, &labels(key, false, Some(upstream)), histogram)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The upstream's name towards its callers: the first of its hosts that is one.
+fn address(settings: &Upstream) -> Option<String> {
+    settings.hosts.iter().find_map(|pattern| match &pattern.host {
+        HostMatch::Exact(host) => Some(host.clone()),
+        HostMatch::Suffix(_) | HostMatch::Any => None,
+    })
+}
+
+/// As they are written, without the braces.
+fn labels(key: &Key, inbound: bool, upstream: Option<&(String, Option<String>)>) -> String {
+    let mut labels = format!("http_request_method=\"{}\"", key.method());
+    let mut add = |name: &str, value: Option<&str>| {
+        if let Some(value) = value {
+            let value = value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            // Writing to a string cannot fail.
+            let _ = write!(labels, ",{name}=\"{value}\"");
+        }
+    };
+    add("http_response_status_code", key.status().as_deref());
+    add("error_type", key.error(inbound).as_deref());
+    if let Some((upstream, address)) = upstream {
+        add("upstream", Some(upstream));
+        add("server_address", address.as_deref());
+    }
+    labels
+}
+
+fn begin(out: &mut String, name: &str, help: &str) -> fmt::Result {
+    writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram\n# UNIT {name} seconds")
+}
+
+/// One series, its buckets first. The library that writes everything else has no way to give it exemplars.
+fn write(out: &mut String, name: &str, labels: &str, histogram: &Histogram) -> fmt::Result {
+    let mut so_far = 0;
+    for (bucket, count) in histogram.counts.iter().enumerate() {
+        so_far += count;
+        let bound = BOUNDS.get(bucket).map_or_else(|| "+Inf".to_owned(), |bound| format!("{bound:?}"));
+        write!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {so_far}")?;
+        if let Some(call) = histogram.exemplars.get(&bucket) {
+            let at = call.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+            let (trace, span, seconds) = (call.trace, call.span, call.seconds);
+            write!(out, " # {{trace_id=\"{trace}\",span_id=\"{span}\"}} {seconds} {at:.3}")?;
+        }
+        out.push('\n');
+    }
+    writeln!(out, "{name}_count{{{labels}}} {so_far}\n{name}_sum{{{labels}}} {}", histogram.sum_seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::telemetry::{
+        durations::{Cell, Durations},
+        propagation::{Span, Trace},
+        verdict::tests::record,
+    };
+
+    #[test]
+    fn a_histogram_is_written_with_its_exemplars() {
+        let durations = Durations::default();
+        let cell: &Cell = &durations.cell();
+        let ids = Trace::new(0xab).zip(Span::new(0xcd));
+        let key = Key::of(&record(404));
+        cell.observe(key, Duration::from_millis(20), ids);
+        cell.observe(key, Duration::from_secs(20), None);
+        let mut client = Read::new();
+        durations.add_to(&mut client);
+        let upstream = ("a \"b\"".to_owned(), Some("b.example".to_owned()));
+        let rows = Rows { server: Read::new(), client: [(upstream, client)].into() };
+        let mut out = String::new();
+        rows.write(&mut out).unwrap();
+        let labels = r#"http_request_method="GET",http_response_status_code="404",error_type="404",upstream="a \"b\"",server_address="b.example""#;
+        for line in [
+            format!("{CLIENT}_bucket{{{labels},le=\"0.01\"}} 0\n"),
+            format!(
+                "{CLIENT}_bucket{{{labels},le=\"0.025\"}} 1 # {{trace_id=\"{:032x}\",span_id=\"{:016x}\"}} 0.02 ",
+                0xab, 0xcd
+            ),
+            format!("{CLIENT}_bucket{{{labels},le=\"10.0\"}} 1\n{CLIENT}_bucket{{{labels},le=\"+Inf\"}} 2\n"),
+            format!("{CLIENT}_count{{{labels}}} 2\n{CLIENT}_sum{{{labels}}} 20.02\n"),
+        ] {
+            assert!(out.contains(&line), "{line}\nis not in\n{out}");
+        }
+    }
+}
