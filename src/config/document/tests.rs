@@ -39,21 +39,6 @@ fn the_example_works_with_everything_optional_in_it() {
     assert_eq!(config.upstreams[0].routes.len(), 1);
 }
 
-/// What is not built is refused for that alone, and all of it is.
-#[test]
-fn what_is_marked_as_not_built_is_exactly_that() {
-    let text = uncommented(&["# ", "#! "])
-        .replace("spiffe = ", "# spiffe = ")
-        .replace("upstream = \"payments-dr\"", "");
-    let sources = Sources(vec![Source { path: "f".into(), text }]);
-    let found = load_sources(sources, &|_| None).unwrap_err();
-    for problem in &found.problems {
-        assert!(problem.message.ends_with("is not built yet"), "{found}");
-    }
-    let marked = EXAMPLE.lines().filter(|line| line.starts_with("#! ")).count();
-    assert!(marked == 0 || !found.is_empty(), "{marked} lines are marked as not built, but all is taken");
-}
-
 /// All keys of the schema, with those of the tables it refers to.
 fn keys(schema: &Json, definitions: &Json, found: &mut BTreeSet<String>) {
     match schema {
