@@ -301,7 +301,7 @@ impl TracesStatus {
         let failed = export.state.last_error();
         Some(Self {
             to: export.destination.to_string(),
-            sample: *telemetry.sample,
+            sample: telemetry.share(true),
             sample_errors: telemetry.sample_errors,
             waiting,
             queue,

@@ -247,7 +247,7 @@ impl Exchange<'_> {
                 true => record.context.span,
                 false => worker.with_rng(Span::random),
             };
-            if worker.shared.traces.is_on() {
+            if worker.shared.traces.tells(&record.context) {
                 record.context.write(span, &mut outgoing.headers);
             }
             let address = self.endpoints[asked.index].address();

@@ -1,5 +1,6 @@
 //! Traces, seen by collectors of others.
 
+mod alone;
 mod collector;
 mod interop;
 mod jaeger;

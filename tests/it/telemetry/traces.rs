@@ -194,21 +194,6 @@ fn a_refusal_names_its_cause() {
     assert!(of(&spans, "lone", "CLIENT").iter().all(|one| one.attribute("error.type") == "connect_refused"));
 }
 
-/// Without a collector traces are none of our business: what came goes on, and nothing is made up.
-#[test]
-fn without_a_collector_everything_goes_on_as_it_came() {
-    let service = Upstream::http1(|request: http::Request<_>| {
-        let said = format!("{:?}", request.headers().get("traceparent"));
-        async move { text(said) }
-    });
-    let proxy = sidecar(service.address(), "").start();
-    let mut client = crate::support::RawClient::connect(proxy.inbound());
-    let given = format!("00-{TRACE}-{CALLER}-01");
-    let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: a\r\ntraceparent: {given}\r\n\r\n"));
-    assert_eq!(answer.text(), format!("Some({given:?})"));
-    assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: a\r\n\r\n").text(), "None");
-}
-
 /// The last spans are sent before the process is gone.
 #[test]
 fn the_last_spans_are_sent_at_the_end() {

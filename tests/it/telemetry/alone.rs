@@ -1,0 +1,110 @@
+//! Without a collector: no spans, but every call is in a trace that all logs on its way name.
+
+use serde_json::Value;
+
+use super::{Pair, get, sidecar};
+use crate::support::{Proxy, RawClient, Upstream, eventually, text};
+
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const CALLER: &str = "00f067aa0ba902b7";
+
+/// A service that answers with the fields of its trace context.
+fn echo() -> Upstream {
+    Upstream::http1(|request: http::Request<_>| {
+        let field =
+            |name: &str| request.headers().get(name).and_then(|field| field.to_str().ok()).unwrap_or("-");
+        let said = ["traceparent", "tracestate", "b3"].map(field).join(" ");
+        async move { text(said) }
+    })
+}
+
+/// The trace ids in an access log, once it has `count` lines.
+fn logged(proxy: &Proxy, count: usize) -> Vec<String> {
+    let mut ids = Vec::new();
+    eventually(&format!("{count} lines of the access log"), || {
+        let id =
+            |line: &str| serde_json::from_str::<Value>(line).ok()?["trace_id"].as_str().map(str::to_owned);
+        ids = proxy.stdout().lines().filter_map(id).collect();
+        ids.len() >= count
+    });
+    assert_eq!(ids.len(), count);
+    ids
+}
+
+#[test]
+fn what_a_caller_said_goes_on_as_it_came() {
+    let service = echo();
+    let proxy = sidecar(service.address(), "").start();
+    let mut client = RawClient::connect(proxy.inbound());
+    let w3c = format!("00-{TRACE}-{CALLER}-01");
+    let b3 = format!("{TRACE}-{CALLER}-1");
+    for (fields, seen) in [
+        (format!("traceparent: {w3c}\r\ntracestate: a=1\r\n"), format!("{w3c} a=1 -")),
+        (format!("b3: {b3}\r\n"), format!("- - {b3}")),
+    ] {
+        let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: a\r\n{fields}\r\n"));
+        assert_eq!(answer.text(), seen);
+    }
+}
+
+#[test]
+fn a_call_without_a_trace_is_given_one_that_nobody_need_sample() {
+    let service = echo();
+    let proxy = sidecar(service.address(), "access_log = \"all\"\n").start();
+    let mut given = Vec::new();
+    // What is not valid is as if it were not there, and its state with it.
+    for fields in ["", "traceparent: 00-zz\r\ntracestate: a=1\r\n"] {
+        for port in [proxy.inbound(), proxy.outbound()] {
+            let mut client = RawClient::connect(port);
+            let said = client.ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{fields}\r\n")).text();
+            let parts: Vec<&str> = said.split([' ', '-']).filter(|part| !part.is_empty()).collect();
+            let [version, trace, span, flags] = parts[..] else { panic!("{said}") };
+            assert_eq!((version, span.len(), flags), ("00", 16, "02"), "random, not sampled: {said}");
+            given.push(trace.to_owned());
+        }
+    }
+    assert_eq!(logged(&proxy, 4), given);
+}
+
+/// So services that export spans of their own are not kept from it.
+#[test]
+fn the_share_that_is_asked_for_holds_without_a_collector() {
+    let service = echo();
+    let proxy = sidecar(service.address(), "sample = 1.0\n").start();
+    let answer = RawClient::connect(proxy.inbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+    assert!(answer.text().starts_with("00-") && answer.text().contains("-03 "), "{answer:?}");
+}
+
+/// So sidecars in a row know whose tries were spent, though nobody began a trace.
+#[test]
+fn a_trace_that_is_passed_on_tells_whose_tries_were_spent() {
+    let pair = Pair::start("", true, |_| async {
+        let mut answer = text("ill");
+        *answer.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+        answer
+    });
+    let answer = RawClient::connect(pair.first.inbound()).ask("GET / HTTP/1.1\r\nHost: first\r\n\r\n");
+    assert_eq!((answer.status(), answer.field("x-outrigger-retry")), (503, Some("no")), "{answer:?}");
+}
+
+/// Two sidecars on the way of a call name it alike, and so does an answer of a sidecar's own.
+#[test]
+fn logs_of_all_sidecars_on_the_way_name_the_same_trace() {
+    let pair = Pair::start("access_log = \"all\"\n", true, |_| async { text("well") });
+    assert_eq!(pair.call("/", &[]), 200);
+    let first = logged(&pair.first, 2);
+    assert_eq!(first[0], first[1], "the service passed it on");
+    assert_eq!(logged(&pair.second, 1), first[..1]);
+
+    // A service that passes nothing on: its call is another trace, in both logs.
+    let pair = Pair::start("access_log = \"all\"\n", false, |_| async { text("well") });
+    assert_eq!(get(pair.first.outbound(), "/", &[]), 200);
+    assert_eq!(logged(&pair.first, 1), logged(&pair.second, 1));
+
+    let nobody =
+        std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
+    let proxy = sidecar(nobody, "").start();
+    let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+    let problem: Value = serde_json::from_str(&answer.text()).expect("JSON");
+    assert_eq!(problem["trace_id"].as_str(), Some(logged(&proxy, 1)[0].as_str()));
+}
