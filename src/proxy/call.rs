@@ -132,6 +132,8 @@ fn open(connection: &Connection, view: &View, request: &Request<Incoming>, progr
     let (method, version) = (request.method().clone(), request.version());
     let mut record = Record::new(way, connection.address, method, version, context, started);
     record.grpc = grpc;
+    record.tls = connection.tls;
+    record.identity.clone_from(&connection.peer_identity);
     if traces.is_on() {
         record.asked = Some(Asked::of(request));
         if inbound {

@@ -85,6 +85,8 @@ pub struct Connection {
     /// The peer's address, as `x-forwarded-for` has it.
     pub peer: HeaderValue,
     pub address: SocketAddr,
+    /// Came by TLS that ended here.
+    pub tls: bool,
     pub wire: Arc<Wire>,
     /// Whom the caller's certificate proved to be; `None`: plaintext, or TLS without a certificate.
     pub peer_identity: Option<Arc<Peer>>,
@@ -166,6 +168,7 @@ impl Connection {
             side,
             peer,
             address,
+            tls: false,
             wire: Arc::default(),
             peer_identity: None,
             client_cert: OnceCell::new(),
@@ -187,6 +190,7 @@ impl Connection {
             side: self.side.clone(),
             peer: self.peer.clone(),
             address: self.address,
+            tls: self.tls,
             wire: Arc::default(),
             peer_identity: self.peer_identity.clone(),
             client_cert: OnceCell::new(),
@@ -212,6 +216,7 @@ impl Connection {
             side: self.side.clone(),
             address: self.address,
             peer: self.peer.clone(),
+            tls: true,
             wire: Arc::default(),
             peer_identity: peer,
             client_cert: OnceCell::new(),

@@ -34,7 +34,8 @@ pub fn prepare(
         let host = headers.get(HOST).cloned().or_else(|| {
             head.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
-        let caller = Caller { address: &connection.peer, proto: "http", host };
+        let caller =
+            Caller { address: &connection.peer, proto: if connection.tls { "https" } else { "http" }, host };
         if let Some(value) = connection.client_cert() {
             headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
         }

@@ -252,6 +252,7 @@ impl Exchange<'_> {
             }
             let address = self.endpoints[asked.index].address();
             let mut one = Try::new(why, span, address, outgoing.version, now);
+            one.tls = self.connections.tls.is_some();
             one.waited = waited;
             one.trial = asked.permit.as_ref().is_some_and(Permit::is_trial);
             (record.tries.push(one), record.tries.made())

@@ -15,6 +15,7 @@ use super::{
     spans::Asked,
 };
 use crate::{
+    identity::Peer,
     proxy::error::Cause,
     resilience::{
         breaker::State,
@@ -32,6 +33,10 @@ pub struct Record {
     pub way: Way,
     /// The caller's end of its connection.
     pub peer: SocketAddr,
+    /// The caller came by TLS.
+    pub tls: bool,
+    /// Whom its certificate proved it to be.
+    pub identity: Option<Arc<Peer>>,
     pub method: Method,
     /// By which the caller came.
     pub version: Version,
@@ -113,6 +118,8 @@ pub struct Try {
     pub endpoint: SocketAddr,
     /// By which it was sent.
     pub version: Version,
+    /// Over TLS.
+    pub tls: bool,
     pub began: Instant,
     /// For how long it was held back: the back-off, and the wait for an upstream that nobody could connect to.
     pub waited: Duration,
@@ -211,6 +218,7 @@ impl Try {
             span,
             endpoint,
             version,
+            tls: false,
             began,
             waited: Duration::ZERO,
             connected: None,
@@ -236,6 +244,8 @@ impl Record {
         Self {
             way,
             peer,
+            tls: false,
+            identity: None,
             method,
             version,
             grpc: false,
@@ -268,6 +278,11 @@ impl Record {
     /// `inbound` or `outbound`.
     pub fn direction(&self) -> &'static str {
         if self.is_inbound() { "inbound" } else { "outbound" }
+    }
+
+    /// Who called: the name that its certificate proved, else its address.
+    pub fn caller(&self) -> String {
+        self.identity.as_ref().map_or_else(|| self.peer.ip().to_string(), |peer| peer.to_string())
     }
 
     /// What its route matches, as it is configured: `POST /v1/charge*`.

@@ -143,7 +143,7 @@ impl Told {
             trace_id: record.context.trace.to_string(),
             span_id: record.context.span.to_string(),
             sampled: record.context.sampled,
-            peer: record.peer.ip().to_string(),
+            peer: record.caller(),
             upstream: record.upstream().map(ToOwned::to_owned),
             route: record.route_name(),
             reason: record.reason().map(ToOwned::to_owned),

@@ -32,7 +32,7 @@ pub fn write(out: &mut Vec<u8>, record: &Record) {
         method: record.method.as_str(),
         status: record.status.map(|status| status.as_u16()),
         trace_id: record.context.trace.to_string(),
-        peer: record.peer.ip().to_string(),
+        peer: record.caller(),
         upstream: record.upstream(),
         endpoint: record.endpoint().map(|address| address.to_string()),
         route: record.route_name(),

@@ -4,6 +4,7 @@ mod alone;
 mod collector;
 mod interop;
 mod jaeger;
+mod tls;
 mod traces;
 
 use std::{
