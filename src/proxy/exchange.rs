@@ -28,7 +28,7 @@ use super::{
     connection::Connection,
     credentials::{self, SetAside},
     deliver,
-    error::ProxyError,
+    error::{Cause, ProxyError},
     head, headers,
     progress::Progress,
     target::{self, Target},
@@ -41,7 +41,7 @@ use crate::{
         retry::RetryPolicy,
     },
     runtime::View,
-    telemetry::record::Why,
+    telemetry::record::{Try, Why},
     upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
 };
 
@@ -135,11 +135,8 @@ pub async fn run(
     let mut carried =
         Carried { clock, outgoing, replay, next: (Why::First, Duration::ZERO), set_aside: None };
     let ended = serve(&call, target, policy, retries, &mut carried).await;
-    if observed_timeout && policy.timeout.limit().is_some_and(|limit| progress.started().elapsed() > limit) {
-        tracing::info!(
-            upstream = cluster.settings.name,
-            "`timeout` would have ended this call (observed only)"
-        );
+    if observed_timeout {
+        note_overrun(target, timeouts(policy, grpc, false), progress);
     }
     let callers_upgrade = callers_upgrade.filter(|_| upgrade.is_some());
     let failure = match &ended {
@@ -267,6 +264,33 @@ fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, A
         policy.attempt_timeout
     };
     (timeout, attempt)
+}
+
+/// Counts a call that `timeout`, or a fixed `attempt_timeout`, would have ended.
+fn note_overrun(
+    target: &Target,
+    (timeout, attempt): (Option<Duration>, AttemptTimeout),
+    progress: &Progress,
+) {
+    let waited = |limit: &Duration| progress.request_sent_at().is_some_and(|sent| sent.elapsed() > *limit);
+    let tried = |limit: &Duration| {
+        let sent = progress.request_sent_at();
+        let too_long = |one: &Try| {
+            let began = sent.map_or(one.began, |sent| sent.max(one.began));
+            one.ended.is_some_and(|ended| ended.duration_since(began) > *limit)
+        };
+        progress.note(|record| record.tries.iter().any(too_long)).unwrap_or_default()
+    };
+    let cause = if timeout.filter(waited).is_some() {
+        Cause::Timeout
+    } else if matches!(attempt, AttemptTimeout::Fixed(limit) if limit.limit().filter(tried).is_some()) {
+        Cause::AttemptTimeout
+    } else {
+        return;
+    };
+    target.local.upstream.shared.guards.counts.rejected.add(cause.word());
+    let upstream = &target.local.cluster.settings.name;
+    tracing::info!(upstream, "`{}` would have ended this call (observed only)", cause.word());
 }
 
 /// What balances by hash.

@@ -207,6 +207,9 @@ impl Default for Counts {
                 "jwt_invalid",
                 "auth_unavailable",
                 "malformed",
+                // Where timeouts are only observed.
+                "timeout",
+                "attempt_timeout",
             ]),
             transitions: Tally::new(&["closed", "half_open", "open"]),
         }

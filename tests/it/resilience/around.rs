@@ -1,9 +1,11 @@
 //! What stands around a call: hedges, rehearsed faults, fallbacks, and policies that only watch.
 
+use std::time::Duration;
+
 use super::{
     Reply, Seen, Service, ask, assert_cause, get, nobody, post, proxy, refused, request, retries, upstream,
 };
-use crate::support::{Proxy, RawClient, eventually};
+use crate::support::{Proxy, RawClient, Upstream, eventually, text};
 
 #[test]
 fn a_slow_answer_is_overtaken_by_a_second_copy() {
@@ -149,6 +151,29 @@ fn observed_policies_refuse_nothing() {
     assert!(refused(&proxy, "rate_limited") > 0 && refused(&proxy, "breaker_open") > 0);
     let said = proxy.stderr();
     assert!(said.contains("observed only"), "{said}");
+}
+
+/// What a timeout would have ended goes on, and is counted.
+#[test]
+fn an_observed_timeout_ends_nothing() {
+    for (keys, reason) in [
+        ("timeout = \"20ms\"", "timeout"),
+        ("attempt_timeout = \"20ms\"", "attempt_timeout"),
+        ("timeout = \"20ms\"\nattempt_timeout = \"10ms\"", "timeout"),
+    ] {
+        let service = Upstream::http1(|_| async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            text("well")
+        });
+        let config =
+            "[runtime]\nobserve = [\"timeout\"]\n".to_owned() + &upstream("up", &[service.address()], keys);
+        let proxy = Proxy::start(config);
+        for number in 1..=3 {
+            assert_eq!(get(&proxy).status(), 200, "{keys}");
+            assert_eq!(refused(&proxy, reason), number, "{keys}");
+        }
+        assert!(proxy.stderr().contains(&format!("`{reason}` would have ended this call")), "{keys}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use http::StatusCode;
 
 use super::{Pair, get, sidecar};
 use crate::support::{
-    Upstream, eventually,
+    Proxy, RawClient, Upstream, eventually,
     rotel::{Rotel, Seen},
     text,
 };
@@ -192,6 +192,30 @@ fn a_refusal_names_its_cause() {
     assert_eq!(call.attribute("outrigger.retry.stopped"), "max_tries");
     assert_eq!(of(&spans, "lone", "CLIENT").len(), 3);
     assert!(of(&spans, "lone", "CLIENT").iter().all(|one| one.attribute("error.type") == "connect_refused"));
+}
+
+/// A body larger than what is kept is why there was no other try: spans, access log and `/requests` say so.
+#[test]
+fn a_body_that_was_not_kept_is_told_of() {
+    let Some(rotel) = Rotel::start() else { return };
+    let service = Upstream::http1(fails_once());
+    let proxy = Proxy::start(format!(
+        "[service]\nname = \"lone\"\n[telemetry]\n{}sample = 0\n[[upstream]]\nname = \"up\"\n\
+         endpoints = [\"{}\"]\nretry = {{ methods = \"all\", body_limit = \"4B\" }}\n",
+        otlp(&rotel),
+        service.address()
+    ));
+    let request = "POST / HTTP/1.1\r\nHost: up\r\nConnection: close\r\nContent-Length: 5\r\n\r\nlarge";
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(request).status(), 503);
+    let spans = rotel.wait_for(2);
+    let call = of(&spans, "lone", "INTERNAL")[0];
+    assert_eq!(call.attribute("outrigger.retry.stopped"), "body_gone", "{spans:#?}");
+    let why = "the request's body is larger than `retry.body_limit`";
+    eventually("a line", || proxy.stdout().contains("\"why\""));
+    assert!(proxy.stdout().contains(why), "{}", proxy.stdout());
+    let mut client = RawClient::connect(proxy.admin());
+    let told = client.ask("GET /requests HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").text();
+    assert!(told.contains(why), "{told}");
 }
 
 /// The last spans are sent before the process is gone.
