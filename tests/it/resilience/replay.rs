@@ -216,7 +216,7 @@ fn a_connection_that_is_still_being_written_to_is_not_used_again() {
             }
         }
     });
-    let proxy = proxy(&[server.address()], "retry = { body_limit = \"32MiB\" }\ntimeout = \"10s\"");
+    let proxy = proxy(&[server.address()], "retry = { body_limit = \"32MiB\" }\nidle_timeout = \"5s\"");
     let mut client = RawClient::connect(proxy.outbound());
     client.send(format!("PUT / HTTP/1.1\r\nHost: up\r\nContent-Length: {SIZE}\r\n\r\n"));
     client.send(vec![b'x'; SIZE]);
