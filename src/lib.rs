@@ -19,6 +19,7 @@
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
 //! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`config`] | from text to a checked configuration that knows who set what |
+//! | [`kubernetes`] | how a pod's traffic comes to pass through the proxy |
 //! | [`admin`], [`telemetry`] | what a sidecar says about itself, and the few things that can be changed |
 //!
 //! # The life of a request
@@ -39,6 +40,7 @@ pub mod config;
 pub mod discovery;
 pub mod fetch;
 pub mod identity;
+pub mod kubernetes;
 pub mod proxy;
 pub mod resilience;
 pub mod rng;

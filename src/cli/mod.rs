@@ -10,6 +10,7 @@ mod drain;
 mod explain;
 pub mod files;
 mod man;
+mod redirect;
 mod run;
 mod service_env;
 mod set;
@@ -53,6 +54,7 @@ enum Command {
     Status(status::StatusArgs),
     Set(set::SetArgs),
     Drain(drain::DrainArgs),
+    Redirect(redirect::RedirectArgs),
     Demo(demo::DemoArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -83,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Set(args) => set::run(args),
         Command::Drain(args) => drain::run(&args),
+        Command::Redirect(args) => redirect::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),

@@ -29,6 +29,7 @@ mod keys;
 mod lifecycle;
 mod load;
 mod metrics;
+mod redirect;
 mod resilience;
 mod servers;
 mod smuggling;

@@ -5,6 +5,7 @@
 mod dns;
 pub mod h2;
 pub mod issuer;
+pub mod netns;
 pub mod pki;
 mod proxy;
 mod raw;

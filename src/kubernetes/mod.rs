@@ -1,0 +1,3 @@
+//! What makes a pod's traffic pass through the proxy.
+
+pub mod redirect;

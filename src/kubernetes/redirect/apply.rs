@@ -1,0 +1,134 @@
+//! Puts the rules in, takes them out, prints them.
+
+use std::{io, net::SocketAddr};
+
+use clap::ValueEnum;
+
+use super::{
+    Plan,
+    iptables::{self, Family},
+    text, verify,
+};
+
+/// Who is told the rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// nftables; iptables where the kernel has no nf_tables and the program is there
+    #[default]
+    Auto,
+    /// The kernel itself, by netlink: no program is needed
+    Nftables,
+    /// The programs iptables-restore and ip6tables-restore
+    Iptables,
+}
+
+/// Why the traffic is not led through the proxy.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    #[error(
+        "the kernel lets nobody but an administrator of this network change its rules: run as root with the capability NET_ADMIN (in a pod: the init container, with `capabilities.add: [NET_ADMIN]` and `runAsUser: 0`)"
+    )]
+    NotAllowed,
+    #[error(
+        "the kernel took no rules: {0}. It needs nf_tables with nat in the family `inet` (Linux 5.2 or later); use --backend iptables in an image that has iptables, or `outrigger.dev/mode: env`, which needs no rules"
+    )]
+    Kernel(io::Error),
+    #[error("{0}. Is iptables in this image, and may it change rules (NET_ADMIN)?")]
+    Iptables(io::Error),
+    #[error(
+        "the rules are there, but a connection to {probe} did not arrive at port {port}: {source}. Does another program's rule come first (`nft list ruleset`)?"
+    )]
+    NotIntercepted { probe: SocketAddr, port: u16, source: io::Error },
+    #[error("this system has no such rules: redirection is for Linux")]
+    #[cfg(not(target_os = "linux"))]
+    Unsupported,
+}
+
+/// Installs the rules, in the place of earlier ones, and sees them work. Says by whom.
+///
+/// # Errors
+/// See [`RedirectError`]. Where the rules were refused, nothing has changed.
+pub fn apply(plan: &Plan, backend: Backend) -> Result<Backend, RedirectError> {
+    let by = choose(backend, || nftables(plan), || iptables::apply(plan))?;
+    for probe in verify::targets() {
+        verify::arrives(probe, plan.outbound_port).map_err(|source| RedirectError::NotIntercepted {
+            probe,
+            port: plan.outbound_port,
+            source,
+        })?;
+    }
+    Ok(by)
+}
+
+/// Removes the rules; fine where there are none.
+///
+/// # Errors
+/// See [`RedirectError`].
+pub fn clear(backend: Backend) -> Result<Backend, RedirectError> {
+    let by = choose(backend, nftables_clear, iptables::clear)?;
+    if backend == Backend::Auto && by == Backend::Nftables && iptables::is_installed() {
+        // An earlier version, or an image of one's own, may have gone that way.
+        iptables::clear().map_err(RedirectError::Iptables)?;
+    }
+    Ok(by)
+}
+
+/// The rules as text: for `nft -f -`, or for `iptables-restore --noflush` and `ip6tables-restore --noflush`.
+pub fn print(plan: &Plan, backend: Backend) -> String {
+    match backend {
+        Backend::Auto | Backend::Nftables => text::nft(plan),
+        Backend::Iptables => {
+            let of = |family| iptables::restore(plan, family, |_| false);
+            format!(
+                "# iptables-restore --noflush\n{}\n# ip6tables-restore --noflush\n{}",
+                of(Family::V4),
+                of(Family::V6)
+            )
+        }
+    }
+}
+
+fn choose(
+    backend: Backend,
+    nftables: impl FnOnce() -> Result<(), RedirectError>,
+    iptables: impl FnOnce() -> io::Result<()>,
+) -> Result<Backend, RedirectError> {
+    let by_iptables = || iptables().map(|()| Backend::Iptables).map_err(RedirectError::Iptables);
+    match backend {
+        Backend::Nftables => nftables().map(|()| Backend::Nftables),
+        Backend::Iptables => by_iptables(),
+        Backend::Auto => match nftables() {
+            Ok(()) => Ok(Backend::Nftables),
+            Err(RedirectError::Kernel(_)) if iptables::is_installed() => by_iptables(),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn nftables(plan: &Plan) -> Result<(), RedirectError> {
+    super::nf_tables::apply(plan).map_err(refused)
+}
+
+#[cfg(target_os = "linux")]
+fn nftables_clear() -> Result<(), RedirectError> {
+    super::nf_tables::clear().map_err(refused)
+}
+
+#[cfg(target_os = "linux")]
+fn refused(error: io::Error) -> RedirectError {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => RedirectError::NotAllowed,
+        _ => RedirectError::Kernel(error),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn nftables(_: &Plan) -> Result<(), RedirectError> {
+    Err(RedirectError::Unsupported)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn nftables_clear() -> Result<(), RedirectError> {
+    Err(RedirectError::Unsupported)
+}

@@ -1,0 +1,164 @@
+//! The rules by `iptables-restore` and `ip6tables-restore`, where the kernel has no nf_tables.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    net::IpAddr,
+    process::{Command, Stdio},
+};
+
+use super::plan::{Hook, Match, Plan, Rule, Verdict};
+
+/// How long another program that changes rules is waited for, in seconds.
+const WAIT: &str = "5";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    fn program(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables",
+            Self::V6 => "ip6tables",
+        }
+    }
+
+    fn has(self, address: IpAddr) -> bool {
+        address.is_ipv4() == (self == Self::V4)
+    }
+}
+
+fn chain(hook: Hook) -> (&'static str, &'static str) {
+    match hook {
+        Hook::Inbound => ("PREROUTING", "OUTRIGGER_IN"),
+        Hook::Outbound => ("OUTPUT", "OUTRIGGER_OUT"),
+    }
+}
+
+/// What `iptables-restore --noflush` is fed. A chain that is declared is emptied; it is jumped to where it is not yet.
+pub(super) fn restore(plan: &Plan, family: Family, jumps: impl Fn(Hook) -> bool) -> String {
+    let mut text = "*nat\n".to_owned();
+    for hook in Hook::ALL {
+        let _ = writeln!(text, ":{} - [0:0]", chain(hook).1);
+    }
+    for hook in Hook::ALL {
+        let (at, own) = chain(hook);
+        for rule in plan.rules(hook) {
+            if let Some(words) = in_words(hook, &rule, family) {
+                let _ = writeln!(text, "-A {own} {words}");
+            }
+        }
+        if !jumps(hook) {
+            let _ = writeln!(text, "-A {at} -p tcp -j {own}");
+        }
+    }
+    text.push_str("COMMIT\n");
+    text
+}
+
+/// `None`: the rule is for the other family.
+fn in_words(hook: Hook, rule: &Rule, family: Family) -> Option<String> {
+    let mut words = "-p tcp".to_owned();
+    for what in &rule.matches {
+        let _ = match what {
+            Match::Loopback if hook == Hook::Inbound => write!(words, " -i lo"),
+            Match::Loopback => write!(words, " -o lo"),
+            Match::User(user) => write!(words, " -m owner --uid-owner {user}"),
+            Match::Ports(ports) => write!(words, " --dport {}:{}", ports.first, ports.last),
+            Match::To(network) if family.has(network.address) => {
+                write!(words, " -d {}/{}", network.address, network.prefix)
+            }
+            Match::To(_) => return None,
+        };
+    }
+    let _ = match rule.verdict {
+        Verdict::LeaveAlone => write!(words, " -j RETURN"),
+        Verdict::LeadTo(port) => write!(words, " -j REDIRECT --to-ports {port}"),
+    };
+    Some(words)
+}
+
+pub(super) fn apply(plan: &Plan) -> io::Result<()> {
+    for family in Family::ALL {
+        let text = restore(plan, family, |hook| jumps(family, hook));
+        run(&format!("{}-restore", family.program()), &["--noflush", "-w", WAIT], Some(&text))?;
+    }
+    Ok(())
+}
+
+/// Removes our chains; fine where there are none.
+pub(super) fn clear() -> io::Result<()> {
+    for family in Family::ALL {
+        for hook in Hook::ALL {
+            let (at, own) = chain(hook);
+            let run = |arguments: &[&str]| {
+                let all = ["-w", WAIT, "-t", "nat"].iter().chain(arguments).copied().collect::<Vec<_>>();
+                run(family.program(), &all, None)
+            };
+            while jumps(family, hook) {
+                run(&["-D", at, "-p", "tcp", "-j", own])?;
+            }
+            if run(&["-S", own]).is_ok() {
+                run(&["-F", own])?;
+                run(&["-X", own])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn jumps(family: Family, hook: Hook) -> bool {
+    let (at, own) = chain(hook);
+    run(family.program(), &["-w", WAIT, "-t", "nat", "-C", at, "-p", "tcp", "-j", own], None).is_ok()
+}
+
+/// Whether there is anything to run.
+pub(super) fn is_installed() -> bool {
+    let mut asking = Command::new(Family::V4.program());
+    asking.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    asking.status().is_ok_and(|status| status.success())
+}
+
+fn run(program: &str, arguments: &[&str], input: Option<&str>) -> io::Result<()> {
+    let failed = |kind, reason: &str| io::Error::new(kind, format!("{program}: {reason}"));
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed(error.kind(), &error.to_string()))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(input.unwrap_or_default().as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(failed(io::ErrorKind::Other, String::from_utf8_lossy(&output.stderr).trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::plan::example, *};
+
+    #[test]
+    fn each_family_gets_its_own_and_a_jump_once() {
+        let text = restore(&example(), Family::V6, |hook| hook == Hook::Inbound);
+        assert!(text.starts_with("*nat\n:OUTRIGGER_IN - [0:0]\n:OUTRIGGER_OUT - [0:0]\n"), "{text}");
+        assert!(text.contains("-A OUTRIGGER_OUT -p tcp -d fd00::/8 -j RETURN\n"), "{text}");
+        assert!(
+            text.contains(
+                "-A OUTRIGGER_OUT -p tcp -d ::1/128 --dport 4144:4144 -j REDIRECT --to-ports 4140\n"
+            )
+        );
+        assert!(!text.contains("10.1.0.0"), "{text}");
+        assert!(!text.contains("-A PREROUTING"), "{text}");
+        assert!(text.contains("-A OUTPUT -p tcp -j OUTRIGGER_OUT\n"), "{text}");
+    }
+}

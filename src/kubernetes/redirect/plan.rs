@@ -1,0 +1,174 @@
+//! What is led through the proxy and what is not, as a list of rules of which the first that fits decides.
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+use super::PROBE_PORT;
+use crate::config::Network;
+
+/// What `redirect apply` is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Where connections from outside are led.
+    pub inbound_port: u16,
+    /// Where connections of the pod are led.
+    pub outbound_port: u16,
+    /// Whose connections are left alone: the proxy's own.
+    pub users: Vec<u32>,
+    pub skip_inbound: Vec<PortRange>,
+    pub skip_outbound: Vec<PortRange>,
+    pub skip_networks: Vec<Network>,
+}
+
+/// One port, or `9000-9010`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    pub first: u16,
+    pub last: u16,
+}
+
+impl From<u16> for PortRange {
+    fn from(port: u16) -> Self {
+        Self { first: port, last: port }
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no port (1-65535) and no range of ports like 9000-9010");
+        let port = |text: &str| match text.trim().parse::<u16>() {
+            Ok(0) | Err(_) => Err(wrong()),
+            Ok(port) => Ok(port),
+        };
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let range = Self { first: port(first)?, last: port(last)? };
+        if range.first > range.last { Err(wrong()) } else { Ok(range) }
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last {
+            write!(f, "{}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+/// Where the kernel looks at a connection's first packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hook {
+    /// From outside of the pod.
+    Inbound,
+    /// From a process of the pod.
+    Outbound,
+}
+
+impl Hook {
+    pub const ALL: [Self; 2] = [Self::Inbound, Self::Outbound];
+}
+
+/// What must hold of a TCP connection; all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Match {
+    /// Comes, or goes, by the loopback device.
+    Loopback,
+    User(u32),
+    Ports(PortRange),
+    To(Network),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    LeaveAlone,
+    LeadTo(u16),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub matches: Vec<Match>,
+    pub verdict: Verdict,
+    /// Stands beside the rule, for who lists them.
+    pub why: &'static str,
+}
+
+impl Plan {
+    /// The rules for TCP connections at a hook, in order.
+    pub(super) fn rules(&self, hook: Hook) -> Vec<Rule> {
+        let leave = |matches: Match, why| Rule { matches: vec![matches], verdict: Verdict::LeaveAlone, why };
+        let mut rules = Vec::new();
+        match hook {
+            Hook::Inbound => {
+                rules.push(leave(Match::Loopback, "stays in the pod"));
+                rules.push(leave(Match::Ports(self.inbound_port.into()), "meant for the proxy"));
+                rules.extend(self.skip_inbound.iter().map(|ports| leave(Match::Ports(*ports), "skipped")));
+            }
+            Hook::Outbound => {
+                rules.extend(probe_networks().map(|network| Rule {
+                    matches: vec![Match::To(network), Match::Ports(PROBE_PORT.into())],
+                    verdict: Verdict::LeadTo(self.outbound_port),
+                    why: "shows that the rules work",
+                }));
+                rules.extend(self.users.iter().map(|user| leave(Match::User(*user), "the proxy's own")));
+                rules.push(leave(Match::Loopback, "stays in the pod"));
+                rules.extend(self.skip_outbound.iter().map(|ports| leave(Match::Ports(*ports), "skipped")));
+                rules.extend(self.skip_networks.iter().map(|network| leave(Match::To(*network), "skipped")));
+            }
+        }
+        let to = match hook {
+            Hook::Inbound => self.inbound_port,
+            Hook::Outbound => self.outbound_port,
+        };
+        rules.push(Rule { matches: Vec::new(), verdict: Verdict::LeadTo(to), why: "all else" });
+        rules
+    }
+}
+
+fn probe_networks() -> impl Iterator<Item = Network> {
+    [(IpAddr::from([127, 0, 0, 1]), 32), (IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]), 128)]
+        .into_iter()
+        .map(|(address, prefix)| Network { address, prefix })
+}
+
+#[cfg(test)]
+pub(super) fn example() -> Plan {
+    Plan {
+        inbound_port: 4143,
+        outbound_port: 4140,
+        users: vec![4140],
+        skip_inbound: vec![4191.into(), "9000-9010".parse().unwrap()],
+        skip_outbound: vec![25.into()],
+        skip_networks: vec!["10.1.0.0/16".parse().unwrap(), "fd00::/8".parse().unwrap()],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_read_and_what_is_none_is_named() {
+        assert_eq!("22".parse(), Ok(PortRange { first: 22, last: 22 }));
+        assert_eq!("9000-9010".parse(), Ok(PortRange { first: 9000, last: 9010 }));
+        for wrong in ["", "0", "70000", "9010-9000", "http", "1-", "-1", "1,2"] {
+            assert!(wrong.parse::<PortRange>().unwrap_err().contains(wrong), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_proxys_own_connections_are_left_alone_before_anything_is_led_to_it() {
+        let rules = example().rules(Hook::Outbound);
+        let at = |verdict: Verdict, matches: &[Match]| {
+            rules.iter().position(|rule| rule.verdict == verdict && rule.matches == matches).unwrap()
+        };
+        let own = at(Verdict::LeaveAlone, &[Match::User(4140)]);
+        let all = at(Verdict::LeadTo(4140), &[]);
+        assert!(own < all);
+        assert_eq!(all, rules.len() - 1);
+        let (probes, rest) = rules.split_at(own);
+        assert!(probes.iter().all(|rule| rule.matches.contains(&Match::Ports(PROBE_PORT.into()))));
+        assert_eq!(rest.iter().filter(|rule| rule.verdict != Verdict::LeaveAlone).count(), 1);
+    }
+}

@@ -1,0 +1,66 @@
+//! The rules in the words of `nft`, for people, and for `nft -f -`.
+
+use std::{fmt::Write as _, net::IpAddr};
+
+use super::{
+    NAME,
+    plan::{Hook, Match, Plan, Rule, Verdict},
+};
+
+/// The whole table. Loading it replaces an earlier one.
+pub(super) fn nft(plan: &Plan) -> String {
+    let mut text = format!("table inet {NAME}\ndelete table inet {NAME}\n\ntable inet {NAME} {{\n");
+    for hook in Hook::ALL {
+        let (chain, at) = match hook {
+            Hook::Inbound => ("inbound", "prerouting"),
+            Hook::Outbound => ("outbound", "output"),
+        };
+        let _ = writeln!(text, "\tchain {chain} {{");
+        let _ = writeln!(text, "\t\ttype nat hook {at} priority -100; policy accept;");
+        for rule in plan.rules(hook) {
+            let _ = writeln!(text, "\t\t{} comment \"{}\"", in_words(hook, &rule), rule.why);
+        }
+        text.push_str("\t}\n");
+    }
+    text.push_str("}\n");
+    text
+}
+
+fn in_words(hook: Hook, rule: &Rule) -> String {
+    let mut words = vec!["meta l4proto tcp".to_owned()];
+    words.extend(rule.matches.iter().map(|what| match what {
+        Match::Loopback if hook == Hook::Inbound => "iifname \"lo\"".to_owned(),
+        Match::Loopback => "oifname \"lo\"".to_owned(),
+        Match::User(user) => format!("meta skuid {user}"),
+        Match::Ports(ports) => format!("tcp dport {ports}"),
+        Match::To(network) => {
+            let family = if matches!(network.address, IpAddr::V4(_)) { "ip" } else { "ip6" };
+            format!("{family} daddr {}/{}", network.address, network.prefix)
+        }
+    }));
+    words.push(match rule.verdict {
+        Verdict::LeaveAlone => "accept".to_owned(),
+        Verdict::LeadTo(port) => format!("redirect to :{port}"),
+    });
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::plan::example, *};
+
+    #[test]
+    fn it_reads_as_nft_writes_it() {
+        let text = nft(&example());
+        for line in [
+            "meta l4proto tcp iifname \"lo\" accept comment \"stays in the pod\"",
+            "meta l4proto tcp tcp dport 9000-9010 accept comment \"skipped\"",
+            "meta l4proto tcp ip daddr 127.0.0.1/32 tcp dport 4144 redirect to :4140 comment \"shows that the rules work\"",
+            "meta l4proto tcp ip6 daddr fd00::/8 accept comment \"skipped\"",
+            "meta l4proto tcp meta skuid 4140 accept comment \"the proxy's own\"",
+            "meta l4proto tcp redirect to :4143 comment \"all else\"",
+        ] {
+            assert!(text.contains(&format!("\t\t{line}\n")), "no {line:?} in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! `outrigger redirect` and what goes by it, in network namespaces that stand for pods.
+
+mod rules;

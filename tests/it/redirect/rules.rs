@@ -1,0 +1,179 @@
+//! The rules in the kernel: there, once, gone again; and who is led by them.
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    process::Output,
+    time::Duration,
+};
+
+use crate::support::{
+    RawServer, eventually, has_tool,
+    netns::{Lan, PROXY_USER, Pod},
+};
+
+const MORE: [&str; 6] = [
+    "--skip-inbound-ports",
+    "22,9000-9010",
+    "--skip-outbound-ports",
+    "25",
+    "--skip-outbound-cidrs",
+    "10.77.0.99/32,fd77::99/128",
+];
+
+fn told(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn applied_twice_is_applied_once_and_cleared_is_as_before() {
+    let Some(lan) = Lan::new() else { return };
+    let pod = lan.pod();
+    pod.command(0, &["nft", "add table inet others { chain c { type nat hook output priority 50; } ; }"]);
+    let before = pod.rules();
+    assert!(before.contains("others"), "{before}");
+    pod.redirected(&["apply", "--skip-outbound-ports", "1-65535"]);
+    let apply: Vec<&str> = ["apply"].into_iter().chain(MORE).collect();
+    pod.redirected(&apply);
+    let once = pod.rules();
+    pod.redirected(&apply);
+    assert_eq!(pod.rules(), once);
+    assert!(once.contains("tcp dport 9000-9010 accept") && !once.contains("65535"), "{once}");
+    pod.redirected(&["clear"]);
+    assert_eq!(pod.rules(), before);
+    pod.redirected(&["clear"]);
+}
+
+/// What is written by netlink is what `nft` makes of what is printed.
+#[test]
+fn what_is_printed_is_what_is_applied() {
+    let Some(lan) = Lan::new() else { return };
+    let pod = lan.pod();
+    pod.redirected(&["apply"].into_iter().chain(MORE).collect::<Vec<_>>());
+    let applied = pod.rules();
+    let printed = pod.redirect(&["print"].into_iter().chain(MORE).collect::<Vec<_>>());
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("rules.nft");
+    std::fs::write(&file, &printed.stdout).expect("write");
+    // Twice: it replaces what is there.
+    for _ in 0..2 {
+        let loaded = pod.command(0, &["nft", "-f", file.to_str().expect("a path")]);
+        assert!(loaded.status.success(), "{}", told(&loaded));
+        assert_eq!(pod.rules(), applied);
+    }
+}
+
+#[test]
+fn iptables_does_it_where_it_must() {
+    let Some(lan) = Lan::new() else { return };
+    if !has_tool(&["iptables", "ip6tables-restore"]) {
+        return;
+    }
+    let pod = lan.pod();
+    let saved =
+        |program| String::from_utf8(pod.command(0, &[program, "-t", "nat", "-S"]).stdout).expect("text");
+    let before = [saved("iptables"), saved("ip6tables")];
+    let apply: Vec<&str> = ["apply", "--backend", "iptables"].into_iter().chain(MORE).collect();
+    pod.redirected(&apply);
+    let once = [saved("iptables"), saved("ip6tables")];
+    pod.redirected(&apply);
+    assert_eq!([saved("iptables"), saved("ip6tables")], once);
+    assert!(once[0].contains("-d 10.77.0.99/32") && once[1].contains("-d fd77::99/128"), "{once:?}");
+    follows(&lan, &pod);
+    pod.redirected(&["clear"]);
+    assert_eq!([saved("iptables"), saved("ip6tables")], before);
+}
+
+#[test]
+fn connections_are_led_both_ways_and_the_proxys_own_are_not() {
+    let Some(lan) = Lan::new() else { return };
+    let pod = lan.pod();
+    follows(&lan, &pod);
+}
+
+/// Two servers in the place of the proxy's two ports, which say which one they are.
+fn follows(lan: &Lan, pod: &Pod) {
+    let by_iptables = pod.rules().contains("OUTRIGGER");
+    if !by_iptables {
+        pod.redirected(&["apply"].into_iter().chain(MORE).collect::<Vec<_>>());
+    }
+    let other = lan.pod();
+    let say = |word: &'static str| {
+        move |mut stream: TcpStream| {
+            use std::io::Write;
+            let _ = stream.write_all(word.as_bytes());
+        }
+    };
+    let at = |address: &str| -> SocketAddr { address.parse().expect("an address") };
+    let servers = pod.run(|| {
+        [
+            RawServer::start_at(at("127.0.0.1:4140"), say("outbound")),
+            RawServer::start_at(at("[::1]:4140"), say("outbound")),
+            RawServer::start_at(at("[::]:4143"), say("inbound")),
+            RawServer::start_at(at("[::]:8080"), say("service")),
+            RawServer::start_at(at("[::]:9005"), say("skipped")),
+        ]
+    });
+    let others = other.run(|| {
+        [RawServer::start_at(at("[::]:80"), say("other")), RawServer::start_at(at("[::]:25"), say("mail"))]
+    });
+    let ask = |address: SocketAddr| {
+        use std::io::Read;
+        let mut said = String::new();
+        let stream = TcpStream::connect_timeout(&address, Duration::from_secs(10));
+        stream
+            .and_then(|mut stream| stream.read_to_string(&mut said))
+            .map(|_| said)
+            .map_err(|error| error.kind())
+    };
+    for family in 0..2 {
+        let there = |port| other.addresses(port)[family];
+        let here = |port| pod.addresses(port)[family];
+        // From the pod.
+        assert_eq!(pod.run(|| ask(there(80))).as_deref(), Ok("outbound"));
+        assert_eq!(pod.run(|| ask(there(25))).as_deref(), Ok("mail"), "a port that is skipped");
+        assert_eq!(pod.run(|| ask(here(8080))).as_deref(), Ok("service"), "what stays in the pod");
+        // To the pod.
+        assert_eq!(other.run(|| ask(here(8080))).as_deref(), Ok("inbound"));
+        assert_eq!(other.run(|| ask(here(9005))).as_deref(), Ok("skipped"));
+        // By the proxy's user.
+        let target = there(80).to_string().replace("[", "").replace("]", "");
+        let (ip, port) = target.rsplit_once(':').expect("a port");
+        let own = pod.command(PROXY_USER, &["ncat", "--recv-only", ip, port]);
+        assert_eq!(String::from_utf8_lossy(&own.stdout), "other", "{}", told(&own));
+    }
+    // Nobody there: refused, not let through.
+    pod.run(|| drop(servers));
+    let refused = |answer| answer == Err(std::io::ErrorKind::ConnectionRefused);
+    for family in 0..2 {
+        eventually("a refusal of the pod's", || refused(pod.run(|| ask(other.addresses(80)[family]))));
+        eventually("a refusal of others", || refused(other.run(|| ask(pod.addresses(8080)[family]))));
+    }
+    other.run(|| drop(others));
+}
+
+#[test]
+fn who_may_not_is_told_what_is_missing() {
+    let Some(lan) = Lan::new() else { return };
+    let pod = lan.pod();
+    let binary = crate::support::binary();
+    let output = pod.command(1000, &[binary.to_str().expect("a path"), "redirect", "apply"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told(&output).contains("NET_ADMIN"), "{}", told(&output));
+    let output = pod.redirect(&["apply", "--skip-inbound-ports", "http"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(told(&output).contains("`http` is no port"), "{}", told(&output));
+    assert_eq!(pod.rules(), "");
+}
+
+/// A rule of somebody else that comes first: that it does not work is seen at once.
+#[test]
+fn what_does_not_work_is_seen() {
+    let Some(lan) = Lan::new() else { return };
+    let pod = lan.pod();
+    let first = "add table ip first { chain c { type filter hook output priority -300; tcp dport 4144 reject with tcp reset; } ; }";
+    let output = pod.command(0, &["nft", first]);
+    assert!(output.status.success(), "{}", told(&output));
+    let output = pod.redirect(&["apply"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told(&output).contains("did not arrive at port 4140"), "{}", told(&output));
+}
