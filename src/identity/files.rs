@@ -26,8 +26,17 @@ pub fn read(settings: &Identity) -> Result<Option<Pem>, MaterialError> {
         cert: Text::read(cert, MAX_PEM)?,
         key: Text::read(key, MAX_PEM)?,
         ca: bundles(ca)?,
-        crl: settings.crl.as_ref().map(|path| Text::read(path, MAX_CRL)).transpose()?,
+        crl: crl(settings)?.into_iter().collect(),
     }))
+}
+
+/// Reads the file of revocation lists. The Workload API may tell others beside it.
+///
+/// # Errors
+///
+/// If it cannot be read.
+pub fn crl(settings: &Identity) -> Result<Option<Text>, MaterialError> {
+    settings.crl.as_ref().map(|path| Text::read(path, MAX_CRL)).transpose()
 }
 
 fn bundles(ca: &Bundles) -> Result<Vec<(Option<TrustDomain>, Text)>, MaterialError> {
@@ -73,7 +82,7 @@ pub fn check(config: &Config, now: SystemTime) -> Vec<(Option<usize>, MaterialEr
     });
     let upstreams = config.upstreams.iter().enumerate().filter_map(|(at, upstream)| {
         let path = upstream.tls.ca.as_ref().filter(|_| upstream.tls.mode != TlsMode::Off)?;
-        let checked = read_ca(path).and_then(|text| material::trust(&[(None, text)], None, now));
+        let checked = read_ca(path).and_then(|text| material::trust(&[(None, text)], &[], now));
         Some((Some(at), checked.err()?))
     });
     own.into_iter().chain(upstreams).collect()

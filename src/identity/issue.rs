@@ -128,7 +128,7 @@ mod tests {
             cert: text("crt", &issued.certificate),
             key: text("key", &issued.key),
             ca: vec![(Some("shop.example".parse().unwrap()), text("ca", &ca.certificate()))],
-            crl: None,
+            crl: Vec::new(),
         };
         let material = Material::check(&pem, SystemTime::now()).unwrap();
         assert_eq!(material.own.to_string(), "spiffe://shop.example/ns/default/sa/payments");

@@ -34,7 +34,7 @@ pub struct Pem {
     pub cert: Text,
     pub key: Text,
     pub ca: Vec<(Option<TrustDomain>, Text)>,
-    pub crl: Option<Text>,
+    pub crl: Vec<Text>,
 }
 
 /// What was read, and where it came from.
@@ -167,7 +167,7 @@ impl Material {
     ///
     /// Names the file that is wrong, and what to do.
     pub fn check(pem: &Pem, now: SystemTime) -> Result<Self, MaterialError> {
-        let trust = Arc::new(trust(&pem.ca, pem.crl.as_ref(), now)?);
+        let trust = Arc::new(trust(&pem.ca, &pem.crl, now)?);
         let path = || pem.cert.path.clone();
         let chain = certificates(&pem.cert, MAX_CHAIN)?;
         let (leaf, intermediates) =
@@ -187,7 +187,7 @@ impl Material {
         for certificate in intermediates {
             expiries.extend(expiry(certificate, Kind::Intermediate));
         }
-        expiries.extend(trust_expiries(&pem.ca, pem.crl.as_ref()));
+        expiries.extend(trust_expiries(&pem.ca, &pem.crl));
         let key = private_key(&pem.key)?;
         let key = CertifiedKey::new(chain, key);
         match key.keys_match() {
@@ -207,12 +207,13 @@ impl Material {
 /// If a file holds none, or one that cannot be used; if all the roots of a file have expired.
 pub fn trust(
     ca: &[(Option<TrustDomain>, Text)],
-    crl: Option<&Text>,
+    crl: &[Text],
     now: SystemTime,
 ) -> Result<Trust, MaterialError> {
     let bundles =
         ca.iter().map(|(domain, text)| bundle(domain.clone(), text, now)).collect::<Result<_, _>>()?;
-    Ok(Trust::new(bundles, crl.map_or(Ok(Vec::new()), revocations)?))
+    let lists = crl.iter().map(revocations).collect::<Result<Vec<_>, _>>()?;
+    Ok(Trust::new(bundles, lists.into_iter().flatten().collect()))
 }
 
 fn bundle(trust_domain: Option<TrustDomain>, text: &Text, now: SystemTime) -> Result<Bundle, MaterialError> {
@@ -295,10 +296,10 @@ fn expiry(certificate: &[u8], kind: Kind) -> Option<Expiry> {
 }
 
 /// When roots and revocation lists expire.
-pub fn trust_expiries(ca: &[(Option<TrustDomain>, Text)], crl: Option<&Text>) -> Vec<Expiry> {
+pub fn trust_expiries(ca: &[(Option<TrustDomain>, Text)], crl: &[Text]) -> Vec<Expiry> {
     let roots = ca.iter().flat_map(|(_, text)| certificates(text, MAX_ROOTS).unwrap_or_default());
     let mut expiries: Vec<_> = roots.filter_map(|root| expiry(&root, Kind::Root)).collect();
-    for list in crl.and_then(|text| lists(text).ok()).unwrap_or_default() {
+    for list in crl.iter().flat_map(|text| lists(text).unwrap_or_default()) {
         if let Ok((_, parsed)) = CertificateRevocationList::from_der(&list)
             && let Some(next) = parsed.next_update()
         {

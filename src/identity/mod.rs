@@ -29,6 +29,10 @@ pub mod oauth2;
 pub mod peer;
 pub mod spiffe;
 pub mod store;
+#[cfg(test)]
+#[path = "../../tests/support/pki.rs"]
+#[allow(dead_code, reason = "not every test uses every prop")]
+mod test_pki;
 mod time;
 pub mod tls;
 pub mod trust;

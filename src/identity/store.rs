@@ -3,8 +3,12 @@
 //! New material is checked whole before it is taken; what is wrong changes nothing but the status, which says why.
 //! Workers read by pointer and never wait.
 
+mod report;
+mod roots;
+#[cfg(test)]
+mod tests;
+
 use std::{
-    collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant, SystemTime},
@@ -16,11 +20,12 @@ use tokio::sync::watch;
 use super::{
     counts::Handshakes,
     files,
-    material::{self, Expiry, Kind, Material, MaterialError, Pem, Text},
+    material::{Expiry, Material, MaterialError, Pem},
     time::Date,
     tls::{ClientTls, ServerTls, Tickets},
-    trust::{Bundle, Trust},
 };
+pub use report::Report;
+
 use crate::config::{self, Config, MinTls, TlsMode, UpstreamTls};
 
 /// How long the start waits for files that are not there.
@@ -54,33 +59,8 @@ struct State {
     refusals: u64,
     tickets: Option<Tickets>,
     clients: Vec<(Arc<str>, Weak<ClientTls>)>,
-    /// Roots of upstreams by file: what was read, and what came of it.
-    roots: HashMap<PathBuf, Roots>,
-    system: Option<Result<Arc<Trust>, String>>,
-    /// The warning about each expiry that was given last.
-    warned: HashMap<(Kind, String), u8>,
-}
-
-#[derive(Debug)]
-struct Roots {
-    text: Option<Text>,
-    trust: Result<Arc<Trust>, String>,
-    expiries: Vec<Expiry>,
-    /// Why the newest file was refused, where an earlier one holds.
-    refused: Option<String>,
-}
-
-/// For `/status` and metrics.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
-    /// Whether this service is to have an identity.
-    pub configured: bool,
-    pub id: Option<String>,
-    pub expiries: Vec<Expiry>,
-    /// Why the newest material was refused.
-    pub refused: Option<String>,
-    pub accepted: u64,
-    pub refusals: u64,
+    roots: roots::Roots,
+    warned: report::Warned,
 }
 
 impl Default for Store {
@@ -171,7 +151,8 @@ impl Store {
     pub fn look(&self) -> Result<(), MaterialError> {
         let mut state = self.state();
         let now = SystemTime::now();
-        let mut changed = state.look_at_roots(now);
+        let wanted = state.wanted_roots();
+        let mut changed = state.roots.look(&wanted, now);
         let result = match state.settings.clone() {
             None => Ok(false),
             Some(settings) => self.look_at_own(&mut state, &settings, now),
@@ -181,7 +162,8 @@ impl Store {
             self.renew_clients(&mut state);
             self.generation.send_modify(|generation| *generation += 1);
         }
-        state.warn(self.own.load().as_deref(), now);
+        let expiries = state.expiries(self.own.load().as_deref());
+        state.warned.warn(expiries, now);
         result.map(drop)
     }
 
@@ -195,7 +177,7 @@ impl Store {
         let pem = match files::read(settings) {
             Ok(Some(pem)) => pem,
             Ok(None) => match state.delivered.clone() {
-                Some(pem) => pem,
+                Some(pem) => with_crl(pem, settings).map_err(|error| state.refuse(error, None))?,
                 None => return Ok(false),
             },
             Err(error) => return Err(state.refuse(error, None)),
@@ -248,7 +230,7 @@ impl Store {
         state.clients.retain(|(_, client)| client.strong_count() > 0);
         let clients: Vec<_> = state.clients.iter().filter_map(|(_, client)| client.upgrade()).collect();
         for client in clients {
-            let trust = state.trust_of(&client.settings, own.as_deref());
+            let trust = state.roots.of(&client.settings, own.as_deref());
             client.renew(trust, own.as_deref());
         }
     }
@@ -269,7 +251,7 @@ impl Store {
         state.clients.retain(|(_, client)| client.strong_count() > 0);
         let client = Arc::new(ClientTls::new(settings.clone(), min, Arc::clone(&self.handshakes)));
         let own = self.own.load();
-        let trust = state.trust_of(settings, own.as_deref());
+        let trust = state.roots.of(settings, own.as_deref());
         client.renew(trust, own.as_deref());
         state.clients.push((upstream.into(), Arc::downgrade(&client)));
         Some(client)
@@ -294,36 +276,10 @@ impl Store {
     pub fn paths(&self) -> Vec<PathBuf> {
         let state = self.state();
         let own = state.settings.as_ref().map(files::paths).unwrap_or_default();
-        let mut paths: Vec<_> = own.into_iter().chain(state.roots.keys().cloned()).collect();
+        let mut paths: Vec<_> = own.into_iter().chain(state.roots.paths().cloned()).collect();
         paths.sort_unstable();
         paths.dedup();
         paths
-    }
-
-    /// Why no calls can be carried for want of a certificate: nothing valid is left.
-    pub fn not_ready(&self, now: SystemTime) -> Option<&'static str> {
-        self.state().settings.as_ref()?;
-        match &*self.own.load() {
-            None => Some("there is no valid certificate yet; the log and /status say why"),
-            Some(own) if own.own.not_after <= now => {
-                Some("the certificate has expired; the log and /status say why there is no newer one")
-            }
-            Some(_) => None,
-        }
-    }
-
-    pub fn report(&self) -> Report {
-        let own = self.own.load();
-        let state = self.state();
-        let roots_refused = state.roots.values().find_map(|roots| roots.refused.clone());
-        Report {
-            configured: state.settings.is_some(),
-            id: own.as_ref().map(|own| own.own.to_string()),
-            expiries: state.expiries(own.as_deref()),
-            refused: state.refused.clone().or(roots_refused),
-            accepted: state.accepted,
-            refusals: state.refusals,
-        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -346,106 +302,19 @@ impl State {
         error
     }
 
-    /// The roots against which an upstream is checked.
-    fn trust_of(&mut self, settings: &UpstreamTls, own: Option<&Material>) -> Result<Arc<Trust>, String> {
-        match (&settings.ca, settings.mode) {
-            (Some(path), _) => {
-                if !self.roots.contains_key(path) {
-                    self.roots.insert(path.clone(), Roots::new());
-                    self.look_at_roots(SystemTime::now());
-                }
-                self.roots.get(path).map_or(Err("not read yet".to_owned()), |roots| roots.trust.clone())
-            }
-            (None, TlsMode::Mutual) => own
-                .map(|own| Arc::clone(&own.trust))
-                .ok_or_else(|| "this service has no valid certificate yet".to_owned()),
-            (None, _) => self.system.get_or_insert_with(system_roots).clone(),
-        }
-    }
-
-    /// Reads the files of upstreams' roots. Whether any changed.
-    fn look_at_roots(&mut self, now: SystemTime) -> bool {
-        let wanted: Vec<_> =
-            self.clients.iter().filter_map(|(_, client)| client.upgrade()?.settings.ca.clone()).collect();
-        // One that is being made is not in the list of clients yet.
-        self.roots.retain(|path, roots| roots.text.is_none() || wanted.contains(path));
-        let mut changed = false;
-        for (path, roots) in &mut self.roots {
-            let read = files::read_ca(path);
-            if let (Ok(text), Some(known)) = (&read, &roots.text)
-                && text == known
-            {
-                roots.refused = None;
-                continue;
-            }
-            let checked = read.and_then(|text| {
-                let ca = [(None, text)];
-                let trust = material::trust(&ca, None, now)?;
-                let expiries = material::trust_expiries(&ca, None);
-                let [(_, text)] = ca;
-                Ok((text, trust, expiries))
-            });
-            match checked {
-                Ok((text, trust, expiries)) => {
-                    *roots = Roots { text: Some(text), trust: Ok(Arc::new(trust)), expiries, refused: None };
-                    changed = true;
-                }
-                Err(error) => {
-                    let why = error.to_string();
-                    if roots.refused.as_ref() != Some(&why) {
-                        tracing::error!("the roots of an upstream are refused: {why}");
-                    }
-                    roots.refused = Some(why.clone());
-                    if roots.text.is_none() {
-                        changed |= roots.trust.as_ref().err() != Some(&why);
-                        roots.trust = Err(why);
-                    }
-                }
-            }
-        }
-        changed
+    /// The files of upstreams' roots.
+    fn wanted_roots(&self) -> Vec<PathBuf> {
+        self.clients.iter().filter_map(|(_, client)| client.upgrade()?.settings.ca.clone()).collect()
     }
 
     fn expiries(&self, own: Option<&Material>) -> Vec<Expiry> {
         let own = own.into_iter().flat_map(|own| own.expiries.iter().cloned());
-        own.chain(self.roots.values().flat_map(|roots| roots.expiries.iter().cloned())).collect()
-    }
-
-    /// Warns of what will expire, at each step once.
-    fn warn(&mut self, own: Option<&Material>, now: SystemTime) {
-        for expiry in self.expiries(own) {
-            let urgency = expiry.urgency(now);
-            let Expiry { kind, what, at, .. } = expiry;
-            let known = self.warned.entry((kind, what.clone())).or_default();
-            if urgency > *known {
-                *known = urgency;
-                match urgency {
-                    4 => tracing::error!("the {} {what} expired on {}", kind.word(), Date(at)),
-                    _ => tracing::warn!("the {} {what} expires on {}: renew it", kind.word(), Date(at)),
-                }
-            }
-        }
+        own.chain(self.roots.expiries().cloned()).collect()
     }
 }
 
-impl Roots {
-    fn new() -> Self {
-        Self { text: None, trust: Err("not read yet".to_owned()), expiries: Vec::new(), refused: None }
-    }
-}
-
-fn system_roots() -> Result<Arc<Trust>, String> {
-    let found = rustls_native_certs::load_native_certs();
-    let anchors: Vec<_> = found
-        .certs
-        .iter()
-        .filter_map(|certificate| webpki::anchor_from_trusted_cert(certificate).ok().map(|a| a.to_owned()))
-        .collect();
-    if anchors.is_empty() {
-        return Err(
-            "this system has no root certificates (package ca-certificates); name a file by `ca`".to_owned()
-        );
-    }
-    let bundle = Bundle { trust_domain: None, source: "the system's roots".into(), anchors };
-    Ok(Arc::new(Trust::new(vec![bundle], Vec::new())))
+/// What the agent told, and the revocation lists of a file beside it.
+fn with_crl(mut pem: Pem, settings: &config::Identity) -> Result<Pem, MaterialError> {
+    pem.crl.extend(files::crl(settings)?);
+    Ok(pem)
 }

@@ -1,6 +1,10 @@
 //! Who is trusted: roots, a bundle for all or one per trust domain, and what they have revoked.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
+    borrow::Cow,
     fmt,
     sync::{Arc, OnceLock},
     time::SystemTime,
@@ -45,10 +49,10 @@ pub struct Bundle {
 }
 
 /// Everything a certificate is checked against.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Trust {
-    bundles: Vec<Bundle>,
-    crls: Vec<CertRevocationList<'static>>,
+    bundles: Arc<[Bundle]>,
+    crls: Arc<[CertRevocationList<'static>]>,
 }
 
 /// Why a certificate is not accepted.
@@ -79,11 +83,15 @@ pub enum Refusal {
 }
 
 impl Trust {
-    /// # Errors
-    ///
     /// Nothing is checked: bundles and lists come from [`super::material`], which has.
     pub fn new(bundles: Vec<Bundle>, crls: Vec<CertRevocationList<'static>>) -> Self {
-        Self { bundles, crls }
+        Self { bundles: bundles.into(), crls: crls.into() }
+    }
+
+    /// These roots, with what `other` knows to be revoked. A list covers its own issuer alone, so that of a stranger
+    /// revokes nothing here.
+    pub fn revoked_as_in(&self, other: &Self) -> Self {
+        Self { bundles: Arc::clone(&self.bundles), crls: Arc::clone(&other.crls) }
     }
 
     pub fn bundles(&self) -> &[Bundle] {
@@ -122,19 +130,20 @@ impl Trust {
     }
 
     /// A SPIFFE ID is vouched for by its own trust domain's roots alone.
-    fn anchors(&self, peer: &Peer) -> Result<Vec<TrustAnchor<'_>>, Refusal> {
+    fn anchors(&self, peer: &Peer) -> Result<Cow<'_, [TrustAnchor<'static>]>, Refusal> {
         let vouches = |bundle: &&Bundle| match (&bundle.trust_domain, &peer.spiffe) {
             (Some(domain), Some(id)) => domain.as_str() == id.trust_domain(),
             _ => true,
         };
-        let mut fitting = self.bundles.iter().filter(vouches).peekable();
-        match (fitting.peek(), &peer.spiffe) {
-            (None, Some(id)) => {
+        let fitting: Vec<&Bundle> = self.bundles.iter().filter(vouches).collect();
+        match (&fitting[..], &peer.spiffe) {
+            ([], Some(id)) => {
                 let known = self.bundles.iter().filter_map(|bundle| bundle.trust_domain.as_ref());
                 let known: Vec<&str> = known.map(TrustDomain::as_str).collect();
                 Err(Refusal::TrustDomain { id: id.clone(), known: known.join(", ") })
             }
-            _ => Ok(fitting.flat_map(|bundle| bundle.anchors.iter().cloned()).collect()),
+            ([one], _) => Ok(Cow::Borrowed(&one.anchors)),
+            _ => Ok(fitting.iter().flat_map(|bundle| bundle.anchors.iter().cloned()).collect()),
         }
     }
 

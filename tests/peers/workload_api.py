@@ -1,6 +1,6 @@
 """A SPIFFE Workload API, by the published workload.proto: tells what the files in a directory hold, again when they change.
 
-usage: workload_api.py SOCKET DIRECTORY TRUST_DOMAIN    (svid.crt, svid.key, ca.crt; NAME.federated for others)
+usage: workload_api.py SOCKET DIRECTORY TRUST_DOMAIN    (svid.crt, svid.key, ca.crt; NAME.federated for others; crl.pem)
 """
 import base64
 import os
@@ -44,6 +44,9 @@ def response():
             domain = name.removesuffix(".federated")
             entry = field(1, f"spiffe://{domain}".encode()) + field(2, b"".join(ders(read(name))))
             message += field(3, entry)
+    if os.path.exists(os.path.join(directory, "crl.pem")):
+        for revoked in ders(read("crl.pem")):
+            message += field(2, revoked)
     return message
 
 

@@ -11,6 +11,7 @@ mod proxy;
 mod raw;
 pub mod rotel;
 pub mod strict;
+pub mod tls;
 pub mod tokens;
 mod tools;
 mod upstream;

@@ -1,16 +1,9 @@
-//! Certificates, good and bad, and TLS from the outside.
+//! Certificates, good and bad.
 
 use std::{
     fs,
-    io::{self, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    thread,
-    time::Duration,
+    path::PathBuf,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use rcgen::{
@@ -18,15 +11,7 @@ use rcgen::{
     DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
     SerialNumber,
 };
-use rustls::{
-    ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::CryptoProvider,
-};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
 use tempfile::TempDir;
-
-use super::PATIENCE;
 
 /// A CA in a directory of its own, and what it issues.
 pub struct Pki {
@@ -47,10 +32,6 @@ pub fn dns(name: &str) -> SanType {
 
 pub fn id(name: &str) -> String {
     format!("spiffe://shop.example/ns/shop/sa/{name}")
-}
-
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
 impl Pki {
@@ -151,140 +132,4 @@ fn ca(name: &str) -> CertifiedIssuer<'static, KeyPair> {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a CA")
-}
-
-fn parsed(pair: &(String, String)) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
-    let chain = CertificateDer::pem_slice_iter(pair.0.as_bytes()).collect::<Result<_, _>>().expect("PEM");
-    (chain, PrivateKeyDer::from_pem_slice(pair.1.as_bytes()).expect("a key"))
-}
-
-/// Believes everybody: the test looks at what the proxy does.
-#[derive(Debug)]
-struct Gullible(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Gullible {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// A caller by TLS that can show any certificate.
-pub struct TlsCaller {
-    config: Arc<ClientConfig>,
-}
-
-pub type TlsSocket = StreamOwned<ClientConnection, TcpStream>;
-
-impl TlsCaller {
-    pub fn new(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
-        let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
-        let builder = builder.expect("versions").dangerous();
-        let builder = builder.with_custom_certificate_verifier(Arc::new(Gullible(provider())));
-        let mut config = match certificate.map(parsed) {
-            Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("a certificate"),
-            None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        Self { config: Arc::new(config) }
-    }
-
-    #[track_caller]
-    pub fn connect(&self, address: SocketAddr) -> TlsSocket {
-        let stream = TcpStream::connect(address).expect("connect");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let name = ServerName::try_from("localhost").expect("a name");
-        let connection = ClientConnection::new(Arc::clone(&self.config), name).expect("a connection");
-        StreamOwned::new(connection, stream)
-    }
-
-    /// What comes back for some bytes, until the other side closes; or how that failed.
-    pub fn say(&self, address: SocketAddr, bytes: &str) -> io::Result<String> {
-        let mut stream = self.connect(address);
-        stream.write_all(bytes.as_bytes())?;
-        let mut answer = Vec::new();
-        match stream.read_to_end(&mut answer) {
-            // Closed without a farewell.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
-            done => drop(done?),
-        }
-        Ok(String::from_utf8_lossy(&answer).into_owned())
-    }
-}
-
-/// A server by TLS that answers each connection's first request with 200 and closes.
-pub struct TlsServer {
-    address: SocketAddr,
-}
-
-impl TlsServer {
-    /// `client_ca`: whom client certificates must be from; none: no certificate is asked for.
-    pub fn start(certificate: &(String, String), client_ca: Option<&str>, alpn: &[&str]) -> Self {
-        let (chain, key) = parsed(certificate);
-        let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
-        let builder = builder.expect("versions");
-        let builder = match client_ca {
-            None => builder.with_no_client_auth(),
-            Some(ca) => {
-                let mut roots = rustls::RootCertStore::empty();
-                let ca = CertificateDer::from_pem_slice(ca.as_bytes()).expect("PEM");
-                roots.add(ca).expect("a root");
-                let verifier =
-                    rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
-                builder.with_client_cert_verifier(verifier.build().expect("a verifier"))
-            }
-        };
-        let mut config = builder.with_single_cert(chain, key).expect("a certificate");
-        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        let config = Arc::new(config);
-        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let address = listener.local_addr().expect("an address");
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let config = Arc::clone(&config);
-                thread::spawn(move || {
-                    let connection = ServerConnection::new(config).expect("a connection");
-                    let mut stream = StreamOwned::new(connection, stream);
-                    let mut seen = [0; 4096];
-                    if stream.read(&mut seen).is_ok_and(|count| count > 0) {
-                        let _ = stream.write_all(
-                            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello",
-                        );
-                        stream.conn.send_close_notify();
-                        let _ = stream.flush();
-                    }
-                });
-            }
-        });
-        Self { address }
-    }
-
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
 }

@@ -7,7 +7,7 @@ use http::HeaderName;
 use super::Check;
 use crate::{
     config::{AdminListen, Allow, Config, Identity, Jwt, ListenAddr, Node, Problem, diagnostic::Problems},
-    identity::Pattern,
+    identity::{Pattern, workload::api::Socket},
 };
 
 const MAX_WORKERS: u16 = 256;
@@ -114,18 +114,18 @@ impl Check<'_> {
     }
 
     fn identity(&mut self, identity: &Identity) {
-        let files = identity.cert.is_some() || identity.key.is_some();
+        let files = identity.cert.is_some() || identity.key.is_some() || identity.ca.is_some();
         match (&identity.spiffe, files) {
             (Some(_), true) => {
-                let help = "keep `spiffe`, or `cert` and `key`";
+                let help = "keep `spiffe`, or `cert`, `key` and `ca`";
                 self.error(
                     &["identity", "spiffe"],
-                    "the certificate comes from files or the Workload API",
+                    "certificate and roots come from files or the Workload API",
                     help,
                 );
             }
             (Some(socket), false) => {
-                let fits = socket.starts_with("unix:") || socket.starts_with("tcp:");
+                let fits = socket.parse::<Socket>().is_ok();
                 let help = "write e.g. \"unix:///run/spire/sockets/agent.sock\"";
                 self.expect(fits, &["identity", "spiffe"], "this is not a Workload API address", help);
             }

@@ -47,6 +47,8 @@ fn what_cannot_work_is_refused() {
         ),
         ("[identity]\ncert = 'a'\nkey = 'b'", "the identity is not complete"),
         ("[identity]\ncert = 'a'\nspiffe = 'unix:/x'", "from files or the Workload API"),
+        ("[identity]\nca = 'a'\nspiffe = 'unix:/x'", "from files or the Workload API"),
+        ("[identity]\nspiffe = 'unix:x'", "not a Workload API address"),
         ("[inbound]\nmtls = 'strict'", "x:2:8: error: mutual TLS needs a certificate of our own"),
         ("[[inbound.port]]\nport = 1\nmtls = 'strict'", "x:3:8: error: mutual TLS needs a certificate"),
         ("[identity]\ncert = 'a'\nkey = 'b'\nca = { 'A' = 'c' }", "`A` is not a trust domain"),

@@ -6,7 +6,8 @@ use super::Echo;
 use crate::support::{
     Proxy, RawClient, RawServer,
     issuer::{ISSUER, Issuer, good_claims},
-    pki::{Pki, TlsCaller, dns, id, uri},
+    pki::{Pki, dns, id, uri},
+    tls::TlsCaller,
     tokens::Signer,
 };
 

@@ -7,8 +7,10 @@ use serde_json::json;
 use super::{GET, call, callee};
 use crate::support::{
     Daemon, Proxy, RawClient, Upstream, free_port, has_tool,
-    pki::{Pki, TlsCaller, id},
-    text, tool,
+    pki::{Pki, id},
+    text,
+    tls::TlsCaller,
+    tool,
 };
 
 fn local(port: u16) -> SocketAddr {

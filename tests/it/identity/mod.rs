@@ -4,6 +4,7 @@ mod interop;
 mod pairs;
 mod refused;
 mod rotation;
+mod scans;
 mod workload;
 
 use std::net::SocketAddr;

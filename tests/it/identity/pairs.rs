@@ -10,8 +10,10 @@ use std::{
 use super::{call, callee, caller, metric};
 use crate::support::{
     Daemon, Proxy, RawClient, RawServer, Upstream, eventually, has_tool, peer_script,
-    pki::{Pki, TlsCaller, id},
-    python_with, text, tool,
+    pki::{Pki, id},
+    python_with, text,
+    tls::TlsCaller,
+    tool,
 };
 
 fn service() -> Upstream {

@@ -5,8 +5,9 @@ use std::process::Command;
 use super::{GET, admin, call, callee, caller, metric};
 use crate::support::{
     Launch, Proxy, RawClient, Upstream, binary, eventually,
-    pki::{Pki, TlsCaller, TlsServer, dns, id, uri},
+    pki::{Pki, dns, id, uri},
     text,
+    tls::{TlsCaller, TlsServer},
 };
 use rcgen::{BasicConstraints, ExtendedKeyUsagePurpose, IsCa};
 

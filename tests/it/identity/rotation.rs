@@ -8,11 +8,7 @@ use std::{
 };
 
 use super::{GET, admin, call, callee, caller, metric};
-use crate::support::{
-    Proxy, RawClient, RawServer, Upstream, eventually,
-    pki::{Pki, TlsCaller},
-    text,
-};
+use crate::support::{Proxy, RawClient, RawServer, Upstream, eventually, pki::Pki, text, tls::TlsCaller};
 
 const ACCEPTED: &str = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
 const REFUSED: &str = "outrigger_certificate_loads_total{outcome=\"refused\"}";

@@ -5,6 +5,7 @@ use crate::support::{
     Daemon, Proxy, Upstream, eventually, peer_script,
     pki::{Pki, id, uri},
     python_with, text,
+    tls::TlsCaller,
 };
 
 const ACCEPTED: &str = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
@@ -119,8 +120,7 @@ fn federated_trust_domains_are_known_by_their_own_roots() {
     eventually("an identity", || admin(&callee, "/ready").0 == 200);
     let ask = |pki: &Pki, id: &str| {
         let certificate = pki.issue("x", |p| p.subject_alt_names = vec![uri(id)]);
-        let said =
-            crate::support::pki::TlsCaller::new(Some(&certificate), &[]).say(callee.inbound(), super::GET);
+        let said = TlsCaller::new(Some(&certificate), &[]).say(callee.inbound(), super::GET);
         said.is_ok_and(|said| said.contains("hello"))
     };
     assert!(ask(&ca, "spiffe://shop.example/a"));
@@ -129,4 +129,35 @@ fn federated_trust_domains_are_known_by_their_own_roots() {
     assert!(!ask(&foreign, "spiffe://shop.example/a"));
     assert!(!ask(&ca, "spiffe://else.example/a"));
     assert!(!ask(&ca, "spiffe://third.example/a"));
+}
+
+#[test]
+fn what_the_agent_tells_to_be_revoked_is_refused() {
+    if python_with("grpc").is_none() {
+        return;
+    }
+    let ca = Pki::new();
+    let service = Upstream::http1(|_| async { text("hello") });
+    let mut agent = agent();
+    agent.tell(&ca, "payments");
+    agent.start();
+    let address = service.address();
+    let callee = Proxy::start(format!("{}[inbound]\nforward_to = \"{address}\"\n", agent.section()));
+    eventually("an identity", || admin(&callee, "/ready").0 == 200);
+    let caller = |serial: u64| {
+        let certificate = ca.issue("checkout", |p| p.serial_number = Some(serial.into()));
+        TlsCaller::new(Some(&certificate), &[])
+    };
+    let (good, revoked) = (caller(1001), caller(1002));
+    let is_served = |caller: &TlsCaller| {
+        caller.say(callee.inbound(), super::GET).is_ok_and(|said| said.contains("hello"))
+    };
+    assert!(is_served(&good) && is_served(&revoked));
+    let before = metric(&callee, ACCEPTED);
+    let list = std::fs::read_to_string(ca.revoke(&[1002])).expect("a list");
+    agent.pki.write("crl.pem", &list);
+    eventually("the list", || metric(&callee, ACCEPTED) > before);
+    assert!(is_served(&good));
+    assert!(!is_served(&revoked));
+    eventually("the reason", || callee.stderr().contains("its certificate has been revoked"));
 }

@@ -1,0 +1,75 @@
+//! What is told of certificates: on `/status`, `/ready` and `/metrics`, and warnings in the log.
+
+use std::{collections::HashMap, time::SystemTime};
+
+use super::super::{
+    material::{Expiry, Kind},
+    time::Date,
+};
+use super::Store;
+
+/// For `/status` and metrics.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Whether this service is to have an identity.
+    pub configured: bool,
+    pub id: Option<String>,
+    pub expiries: Vec<Expiry>,
+    /// Why the newest material was refused.
+    pub refused: Option<String>,
+    pub accepted: u64,
+    pub refusals: u64,
+}
+
+impl Store {
+    pub fn report(&self) -> Report {
+        let own = self.own();
+        let state = self.state();
+        Report {
+            configured: state.settings.is_some(),
+            id: own.as_ref().map(|own| own.own.to_string()),
+            expiries: state.expiries(own.as_deref()),
+            refused: state.refused.as_ref().or_else(|| state.roots.refused()).cloned(),
+            accepted: state.accepted,
+            refusals: state.refusals,
+        }
+    }
+
+    /// Why no calls can be carried for want of a certificate: nothing valid is left.
+    pub fn not_ready(&self, now: SystemTime) -> Option<&'static str> {
+        self.state().settings.as_ref()?;
+        match &*self.own() {
+            None => Some("there is no valid certificate yet; the log and /status say why"),
+            Some(own) if own.own.not_after <= now => {
+                Some("the certificate has expired; the log and /status say why there is no newer one")
+            }
+            Some(_) => None,
+        }
+    }
+}
+
+/// How urgent the warning about each expiry was that was given last.
+#[derive(Debug, Default)]
+pub struct Warned(HashMap<(Kind, String), u8>);
+
+impl Warned {
+    /// Warns of what will expire, at each step once.
+    pub fn warn(&mut self, expiries: Vec<Expiry>, now: SystemTime) {
+        for expiry in expiries {
+            let urgency = expiry.urgency(now);
+            let Expiry { kind, what, at, .. } = expiry;
+            let known = self.0.entry((kind, what.clone())).or_default();
+            if urgency > *known {
+                *known = urgency;
+                match urgency {
+                    4 => tracing::error!("the {} {what} expired on {}", kind.word(), Date(at)),
+                    _ => tracing::warn!("the {} {what} expires on {}: renew it", kind.word(), Date(at)),
+                }
+            }
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}

@@ -1,0 +1,132 @@
+//! The roots that upstreams are checked against: files of their own, those of `[identity]`, or the system's.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use super::super::{
+    files,
+    material::{self, Expiry, Material, MaterialError, Text},
+    trust::{Bundle, Trust},
+};
+use crate::config::{TlsMode, UpstreamTls};
+
+/// Roots by file, and those of the system once they have been asked for.
+#[derive(Debug, Default)]
+pub struct Roots {
+    files: HashMap<PathBuf, File>,
+    system: Option<Result<Arc<Trust>, String>>,
+}
+
+/// A file of roots: what was read, and what came of it.
+#[derive(Debug)]
+struct File {
+    text: Option<Text>,
+    trust: Result<Arc<Trust>, String>,
+    expiries: Vec<Expiry>,
+    /// Why the newest was refused, where an earlier one holds.
+    refused: Option<String>,
+}
+
+impl Roots {
+    /// The roots for an upstream. What `[identity]` knows to be revoked is revoked for upstreams with `ca` too.
+    pub fn of(&mut self, settings: &UpstreamTls, own: Option<&Material>) -> Result<Arc<Trust>, String> {
+        match (&settings.ca, settings.mode) {
+            (Some(path), _) => {
+                let file = self.files.entry(path.clone()).or_insert_with(|| {
+                    let mut file = File::unread();
+                    file.look(path, SystemTime::now());
+                    file
+                });
+                let trust = file.trust.clone()?;
+                Ok(own.map_or(trust.clone(), |own| Arc::new(trust.revoked_as_in(&own.trust))))
+            }
+            (None, TlsMode::Mutual) => own
+                .map(|own| Arc::clone(&own.trust))
+                .ok_or_else(|| "this service has no valid certificate yet".to_owned()),
+            (None, _) => self.system.get_or_insert_with(of_system).clone(),
+        }
+    }
+
+    /// Reads the files again, and forgets those that nobody wants any more. Whether any changed.
+    pub fn look(&mut self, wanted: &[PathBuf], now: SystemTime) -> bool {
+        self.files.retain(|path, _| wanted.contains(path));
+        self.files.iter_mut().fold(false, |changed, (path, file)| file.look(path, now) | changed)
+    }
+
+    pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.files.keys()
+    }
+
+    pub fn expiries(&self) -> impl Iterator<Item = &Expiry> {
+        self.files.values().flat_map(|file| &file.expiries)
+    }
+
+    /// Why the newest of some file was refused.
+    pub fn refused(&self) -> Option<&String> {
+        self.files.values().find_map(|file| file.refused.as_ref())
+    }
+}
+
+impl File {
+    fn unread() -> Self {
+        Self { text: None, trust: Err("not read yet".to_owned()), expiries: Vec::new(), refused: None }
+    }
+
+    /// Takes what is new and good. Whether what holds has changed.
+    fn look(&mut self, path: &Path, now: SystemTime) -> bool {
+        let read = files::read_ca(path);
+        if let (Ok(text), Some(known)) = (&read, &self.text)
+            && text == known
+        {
+            self.refused = None;
+            return false;
+        }
+        match read.and_then(|text| Self::checked(text, now)) {
+            Ok(file) => {
+                *self = file;
+                true
+            }
+            Err(error) => self.refuse(error.to_string()),
+        }
+    }
+
+    fn checked(text: Text, now: SystemTime) -> Result<Self, MaterialError> {
+        let ca = [(None, text)];
+        let trust = Arc::new(material::trust(&ca, &[], now)?);
+        let expiries = material::trust_expiries(&ca, &[]);
+        let [(_, text)] = ca;
+        Ok(Self { text: Some(text), trust: Ok(trust), expiries, refused: None })
+    }
+
+    fn refuse(&mut self, why: String) -> bool {
+        if self.refused.as_ref() != Some(&why) {
+            tracing::error!("the roots of an upstream are refused: {why}");
+        }
+        self.refused = Some(why.clone());
+        let news = self.text.is_none() && self.trust.as_ref().err() != Some(&why);
+        if news {
+            self.trust = Err(why);
+        }
+        news
+    }
+}
+
+fn of_system() -> Result<Arc<Trust>, String> {
+    let found = rustls_native_certs::load_native_certs();
+    let anchors: Vec<_> = found
+        .certs
+        .iter()
+        .filter_map(|certificate| webpki::anchor_from_trusted_cert(certificate).ok().map(|a| a.to_owned()))
+        .collect();
+    if anchors.is_empty() {
+        return Err(
+            "this system has no root certificates (package ca-certificates); name a file by `ca`".to_owned()
+        );
+    }
+    let bundle = Bundle { trust_domain: None, source: "the system's roots".into(), anchors };
+    Ok(Arc::new(Trust::new(vec![bundle], Vec::new())))
+}

@@ -1,0 +1,196 @@
+use std::path::Path;
+
+use rustls_pki_types::{CertificateDer, UnixTime, pem::PemObject};
+
+use super::*;
+use crate::{
+    config::{Bundles, Identity},
+    identity::{
+        test_pki::{Pki, id},
+        tls::Offer,
+        trust::{Refusal, Role},
+    },
+};
+
+/// A configuration whose `[identity]` are the files of `name`.
+fn config(pki: &Pki, name: &str) -> Config {
+    let identity = Identity {
+        cert: Some(pki.path(&format!("{name}.crt"))),
+        key: Some(pki.path(&format!("{name}.key"))),
+        ca: Some(Bundles::All(pki.path("ca.crt"))),
+        ..Identity::default()
+    };
+    Config { identity: Some(identity), ..Config::default() }
+}
+
+fn started(pki: &Pki) -> Store {
+    pki.identity("checkout");
+    let store = Store::default();
+    store.configure(&config(pki, "checkout")).unwrap();
+    store
+}
+
+/// As an agent would tell it.
+fn delivered(pki: &Pki, name: &str) -> Pem {
+    pki.identity(name);
+    let text = |file: String| crate::identity::material::Text::read(&pki.path(&file), 1 << 20).unwrap();
+    Pem {
+        cert: text(format!("{name}.crt")),
+        key: text(format!("{name}.key")),
+        ca: vec![(Some("shop.example".parse().unwrap()), text("ca.crt".to_owned()))],
+        crl: Vec::new(),
+    }
+}
+
+fn upstream(ca: Option<&Path>) -> UpstreamTls {
+    UpstreamTls { mode: TlsMode::Mutual, ca: ca.map(Path::to_owned), ..UpstreamTls::default() }
+}
+
+#[test]
+fn what_is_wrong_changes_nothing_but_the_report() {
+    let pki = Pki::new();
+    let store = started(&pki);
+    let (taken, generation) = (store.own().clone().unwrap(), *store.changes().borrow());
+    assert_eq!(store.report().id.as_deref(), Some(&*id("checkout")));
+    // The key of another certificate.
+    pki.write("checkout.key", &pki.issue("checkout", |_| {}).1);
+    for _ in 0..2 {
+        assert!(matches!(store.look(), Err(MaterialError::Mismatch { .. })));
+    }
+    let report = store.report();
+    assert!(report.refused.unwrap().contains("checkout.key"));
+    assert_eq!((report.accepted, report.refusals), (1, 1), "counted once, however often it is looked at");
+    assert!(Arc::ptr_eq(&taken, &store.own().clone().unwrap()));
+    assert_eq!(*store.changes().borrow(), generation);
+    assert!(store.not_ready(SystemTime::now()).is_none());
+    let late = taken.own.not_after;
+    assert!(store.not_ready(late).unwrap().contains("has expired"));
+    pki.write_leaf("checkout", |_| {});
+    store.look().unwrap();
+    assert_eq!((store.report().refused, store.report().accepted), (None, 2));
+    assert_eq!(*store.changes().borrow(), generation + 1);
+}
+
+#[test]
+fn the_same_files_are_taken_once() {
+    let pki = Pki::new();
+    let store = started(&pki);
+    store.look().unwrap();
+    store.configure(&config(&pki, "checkout")).unwrap();
+    assert_eq!((store.report().accepted, *store.changes().borrow()), (1, 1));
+    // With other settings they are taken anew.
+    let mut config = config(&pki, "checkout");
+    config.identity.as_mut().unwrap().min_tls = MinTls::V12;
+    store.configure(&config).unwrap();
+    assert_eq!(store.report().accepted, 2);
+    store.configure(&Config::default()).unwrap();
+    assert!(store.own().is_none() && store.server().is_none());
+    assert!(store.not_ready(SystemTime::now()).is_none(), "nothing is missing where nothing is wanted");
+}
+
+#[test]
+fn tickets_last_as_long_as_the_roots() {
+    let pki = Pki::new();
+    let store = started(&pki);
+    let tickets = || format!("{:p}", store.server().as_ref().unwrap().config(true, Offer::Nothing).ticketer);
+    let first = tickets();
+    pki.write_leaf("checkout", |_| {});
+    store.look().unwrap();
+    assert_eq!(tickets(), first, "a new leaf alone: sessions are still good");
+    pki.write("ca.crt", &format!("{}{}", pki.ca_pem(), Pki::new().ca_pem()));
+    store.look().unwrap();
+    assert_ne!(tickets(), first);
+}
+
+#[test]
+fn an_upstreams_settings_live_as_long_as_they_are_the_same() {
+    let pki = Pki::new();
+    let store = started(&pki);
+    let client = store.client("payments", &upstream(None), MinTls::V13).unwrap();
+    assert!(Arc::ptr_eq(&client, &store.client("payments", &upstream(None), MinTls::V13).unwrap()));
+    assert!(!Arc::ptr_eq(&client, &store.client("payments", &upstream(None), MinTls::V12).unwrap()));
+    assert!(!Arc::ptr_eq(&client, &store.client("orders", &upstream(None), MinTls::V13).unwrap()));
+    assert!(store.client("plain", &UpstreamTls::default(), MinTls::V13).is_none());
+    let generation = client.generation();
+    pki.write_leaf("checkout", |_| {});
+    store.look().unwrap();
+    assert!(client.generation() > generation, "it shows the new certificate");
+    // Without an identity there is nothing to show.
+    store.configure(&Config::default()).unwrap();
+    store.look().unwrap();
+    let other = store.client("late", &upstream(None), MinTls::V13).unwrap();
+    assert!(other.now().as_ref().as_ref().is_err_and(|why| why.contains("no valid certificate yet")));
+}
+
+#[test]
+fn roots_of_an_upstream_are_followed_and_forgotten() {
+    let (pki, partner) = (Pki::new(), Pki::new());
+    let store = started(&pki);
+    let path = partner.path("ca.crt");
+    let client = store.client("partner", &upstream(Some(&path)), MinTls::V13).unwrap();
+    let why = |client: &ClientTls| client.now().as_ref().as_ref().err().cloned();
+    assert!(why(&client).unwrap().contains("cannot read"), "not there yet");
+    assert!(store.paths().contains(&path));
+    partner.write_ca();
+    store.look().unwrap();
+    assert_eq!(why(&client), None);
+    partner.write("ca.crt", "no certificate");
+    store.look().unwrap();
+    assert_eq!(why(&client), None, "the last good ones hold");
+    assert!(store.report().refused.unwrap().contains("holds no certificate"));
+    partner.write_ca();
+    store.look().unwrap();
+    assert_eq!(store.report().refused, None);
+    drop(client);
+    store.look().unwrap();
+    assert!(!store.paths().contains(&path));
+}
+
+/// One file of revocation lists may hold a partner's too.
+#[test]
+fn what_is_revoked_is_revoked_for_upstreams_with_roots_of_their_own() {
+    let (pki, mut partner) = (Pki::new(), Pki::new());
+    partner.renew_ca("the partner's CA");
+    pki.identity("checkout");
+    let list = |pki: &Pki, serials: &[u64]| std::fs::read_to_string(pki.revoke(serials)).unwrap();
+    let (ours, theirs) = (list(&pki, &[]), list(&partner, &[7]));
+    pki.write("crl.pem", &ours);
+    let mut config = config(&pki, "checkout");
+    config.identity.as_mut().unwrap().crl = Some(pki.path("crl.pem"));
+    let store = Store::default();
+    store.configure(&config).unwrap();
+    let client = store.client("partner", &upstream(Some(&partner.write_ca())), MinTls::V13).unwrap();
+    let leaf = partner.issue("payments", |p| p.serial_number = Some(7_u64.into())).0;
+    let chain = [CertificateDer::from_pem_slice(leaf.as_bytes()).unwrap()];
+    let verdict = || client.now().as_ref().as_ref().unwrap().still_believes(&chain).map(drop);
+    assert!(verdict().is_ok());
+    pki.write("crl.pem", &format!("{ours}{theirs}"));
+    store.look().unwrap();
+    assert!(matches!(verdict(), Err(Refusal::Revoked)), "{:?}", verdict());
+}
+
+#[test]
+fn an_agent_tells_goes_away_and_comes_back() {
+    let (pki, store) = (Pki::new(), Store::default());
+    let identity = Identity { spiffe: Some("unix:///agent.sock".to_owned()), ..Identity::default() };
+    let mut config = Config { identity: Some(identity), ..Config::default() };
+    store.configure(&config).unwrap();
+    assert_eq!(store.agent().as_deref(), Some("unix:///agent.sock"));
+    assert!(store.not_ready(SystemTime::now()).unwrap().contains("no valid certificate yet"));
+    store.agent_is_away("it is away".to_owned());
+    assert_eq!(store.report().refused.as_deref(), Some("it is away"));
+    store.deliver(delivered(&pki, "checkout"));
+    assert_eq!((store.report().refused, store.report().id), (None, Some(id("checkout"))));
+    store.agent_is_away("it is away".to_owned());
+    store.look().unwrap();
+    assert_eq!(store.report().refused.as_deref(), Some("it is away"), "though what it told last holds");
+    assert!(store.not_ready(SystemTime::now()).is_none());
+    // A file of revocation lists holds beside what the agent tells.
+    let (certificate, _) = pki.issue("stranger", |p| p.serial_number = Some(9_u64.into()));
+    config.identity.as_mut().unwrap().crl = Some(pki.revoke(&[9]));
+    store.configure(&config).unwrap();
+    store.deliver(delivered(&pki, "checkout"));
+    let stranger = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+    let trust = Arc::clone(&store.own().as_ref().unwrap().trust);
+    assert!(matches!(trust.verify(&stranger, &[], UnixTime::now(), Role::Client), Err(Refusal::Revoked)));
+}

@@ -1,0 +1,145 @@
+//! The part of the SPIFFE Workload API that is used here, by its published `workload.proto`: one call, which tells
+//! certificates, roots and revocation lists, and again whenever they change.
+
+use std::{collections::HashMap, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use bytes::Bytes;
+use http::uri::PathAndQuery;
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use tokio::net::UnixStream;
+use tonic::{
+    Request, Streaming,
+    client::Grpc,
+    metadata::MetadataValue,
+    transport::{Channel, Endpoint, Uri},
+};
+use tonic_prost::ProstCodec;
+
+/// Every call must carry it, so that nobody is tricked into making one (SPIFFE Workload Endpoint §3).
+const SECURITY_HEADER: &str = "workload.spiffe.io";
+const METHOD: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
+/// The largest answer: revocation lists may be long.
+const MAX_ANSWER: usize = 32 << 20;
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct X509SvidRequest {}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct X509SvidResponse {
+    /// The first one is the default.
+    #[prost(message, repeated, tag = "1")]
+    pub svids: Vec<X509Svid>,
+    /// Revocation lists, DER.
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub crl: Vec<Bytes>,
+    /// Roots of foreign trust domains, by the domain's SPIFFE ID.
+    #[prost(map = "string, bytes", tag = "3")]
+    pub federated_bundles: HashMap<String, Bytes>,
+}
+
+/// Lists of certificates are DER, one behind the other.
+#[derive(Clone, PartialEq, Message)]
+pub struct X509Svid {
+    #[prost(string, tag = "1")]
+    pub spiffe_id: String,
+    /// The certificate, then its intermediates.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub x509_svid: Bytes,
+    /// PKCS #8.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub x509_svid_key: Bytes,
+    /// The roots of its trust domain.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub bundle: Bytes,
+}
+
+/// Where the agent listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Socket {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
+
+/// It is neither `unix:///PATH` nor `tcp://IP:PORT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this is not a Workload API address")]
+pub struct InvalidSocket;
+
+/// SPIFFE Workload Endpoint §4: `unix:///path` or `tcp://ip:port`, with or without the slashes.
+impl FromStr for Socket {
+    type Err = InvalidSocket;
+
+    fn from_str(text: &str) -> Result<Self, InvalidSocket> {
+        let (scheme, rest) = text.split_once(':').ok_or(InvalidSocket)?;
+        let rest = rest.strip_prefix("//").unwrap_or(rest);
+        match scheme {
+            "unix" if rest.starts_with('/') => Ok(Self::Unix(rest.into())),
+            "tcp" => rest.parse().map(Self::Tcp).map_err(|_| InvalidSocket),
+            _ => Err(InvalidSocket),
+        }
+    }
+}
+
+/// Why the agent tells nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error("{}", in_words(.0))]
+    Connect(#[from] tonic::transport::Error),
+    #[error("{}", if .0.message().is_empty() { .0.code().description() } else { .0.message() })]
+    Status(#[from] tonic::Status),
+}
+
+/// What tonic wraps as "transport error" says the rest by its sources.
+fn in_words(error: &tonic::transport::Error) -> String {
+    let mut innermost: &dyn std::error::Error = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}
+
+/// Asks to be told. What comes first says what is there now.
+///
+/// # Errors
+///
+/// If nobody listens there, or the call is refused.
+pub async fn subscribe(socket: &Socket) -> Result<Streaming<X509SvidResponse>, ApiError> {
+    let channel = match socket.clone() {
+        Socket::Tcp(address) => Endpoint::try_from(format!("http://{address}"))?.connect().await?,
+        Socket::Unix(path) => connect_unix(path).await?,
+    };
+    let mut grpc = Grpc::new(channel).max_decoding_message_size(MAX_ANSWER);
+    grpc.ready().await?;
+    let mut request = Request::new(X509SvidRequest {});
+    request.metadata_mut().insert(SECURITY_HEADER, MetadataValue::from_static("true"));
+    let codec = ProstCodec::<X509SvidRequest, X509SvidResponse>::default();
+    let answer = grpc.server_streaming(request, PathAndQuery::from_static(METHOD), codec).await?;
+    Ok(answer.into_inner())
+}
+
+async fn connect_unix(path: PathBuf) -> Result<Channel, tonic::transport::Error> {
+    let connector = tower::service_fn(move |_: Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    Endpoint::from_static("http://localhost").connect_with_connector(connector).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_agents() {
+        let unix = Ok(Socket::Unix("/run/agent.sock".into()));
+        assert_eq!("unix:///run/agent.sock".parse(), unix);
+        assert_eq!("unix:/run/agent.sock".parse(), unix);
+        let tcp = Ok(Socket::Tcp(([127, 0, 0, 1], 8081).into()));
+        assert_eq!("tcp://127.0.0.1:8081".parse(), tcp);
+        assert_eq!("tcp:127.0.0.1:8081".parse(), tcp);
+        for wrong in ["", "/run/agent.sock", "unix:agent.sock", "unix://", "tcp://agent:8081", "http://a"] {
+            assert_eq!(wrong.parse::<Socket>(), Err(InvalidSocket), "{wrong}");
+        }
+    }
+}
