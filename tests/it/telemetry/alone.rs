@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Pair, get, sidecar};
+use super::{NONE, Pair, W3C, get, sidecar};
 use crate::support::{Proxy, RawClient, Upstream, eventually, text};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -78,7 +78,7 @@ fn the_share_that_is_asked_for_holds_without_a_collector() {
 /// So sidecars in a row know whose tries were spent, though nobody began a trace.
 #[test]
 fn a_trace_that_is_passed_on_tells_whose_tries_were_spent() {
-    let pair = Pair::start("", true, |_| async {
+    let pair = Pair::start("", W3C, |_| async {
         let mut answer = text("ill");
         *answer.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
         answer
@@ -90,14 +90,14 @@ fn a_trace_that_is_passed_on_tells_whose_tries_were_spent() {
 /// Two sidecars on the way of a call name it alike, and so does an answer of a sidecar's own.
 #[test]
 fn logs_of_all_sidecars_on_the_way_name_the_same_trace() {
-    let pair = Pair::start("access_log = \"all\"\n", true, |_| async { text("well") });
+    let pair = Pair::start("access_log = \"all\"\n", W3C, |_| async { text("well") });
     assert_eq!(pair.call("/", &[]), 200);
     let first = logged(&pair.first, 2);
     assert_eq!(first[0], first[1], "the service passed it on");
     assert_eq!(logged(&pair.second, 1), first[..1]);
 
     // A service that passes nothing on: its call is another trace, in both logs.
-    let pair = Pair::start("access_log = \"all\"\n", false, |_| async { text("well") });
+    let pair = Pair::start("access_log = \"all\"\n", NONE, |_| async { text("well") });
     assert_eq!(get(pair.first.outbound(), "/", &[]), 200);
     assert_eq!(logged(&pair.first, 1), logged(&pair.second, 1));
 

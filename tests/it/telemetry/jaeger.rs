@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use serde_json::Value;
 
-use super::{Pair, traces::fails_once};
+use super::{Pair, W3C, traces::fails_once};
 use crate::support::{Daemon, RawClient, eventually, free_port, has_tool};
 
 struct Jaeger {
@@ -68,7 +68,7 @@ fn tag<'s>(span: &'s Value, key: &str) -> &'s Value {
 fn jaeger_shows_one_request_as_one_trace() {
     let Some(jaeger) = start() else { return };
     let telemetry = format!("otlp = \"http://{}\"\nprotocol = \"grpc\"\nsample = 1.0\n", jaeger.grpc);
-    let pair = Pair::start(&telemetry, true, fails_once());
+    let pair = Pair::start(&telemetry, W3C, fails_once());
     assert_eq!(pair.call("/cart/7", &[]), 200);
     let mut trace = Value::Null;
     eventually("six spans of one trace", || {

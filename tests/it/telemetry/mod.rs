@@ -2,6 +2,7 @@
 
 mod alone;
 mod collector;
+mod envoy;
 mod interop;
 mod jaeger;
 mod tls;
@@ -27,12 +28,30 @@ pub struct Pair {
 }
 
 /// The fields by which a service passes its trace on.
-const CONTEXT: [&str; 3] = ["traceparent", "tracestate", "b3"];
+pub const W3C: &[&str] = &["traceparent", "tracestate"];
+pub const B3: &[&str] =
+    &["b3", "x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "x-b3-sampled", "x-b3-flags"];
+/// A service that knows nothing of traces.
+pub const NONE: &[&str] = &[];
 
 impl Pair {
-    /// `telemetry`: that table of both configurations. `forwards`: the first service passes on whose call it serves.
+    /// `telemetry`: that table of both configurations. `forwards`: the fields that the first service passes on.
     /// `serve`: the second service.
-    pub fn start<F, R>(telemetry: &str, forwards: bool, serve: F) -> Self
+    pub fn start<F, R>(telemetry: &str, forwards: &'static [&'static str], serve: F) -> Self
+    where
+        F: Fn(Request<Incoming>) -> R + Send + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
+        Self::start_around(telemetry, forwards, serve, |second| second)
+    }
+
+    /// The same, with something `between` the two: it is told where the second one is and says where to call.
+    pub fn start_around<F, R>(
+        telemetry: &str,
+        forwards: &'static [&'static str],
+        serve: F,
+        between: impl FnOnce(SocketAddr) -> SocketAddr,
+    ) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Send + 'static,
         R: Future<Output = Answer> + 'static,
@@ -48,7 +67,7 @@ impl Pair {
             let to = *out.get().expect("the sidecar is up");
             async move {
                 let mut call = Request::get(request.uri().path()).header("host", "second");
-                for name in CONTEXT.iter().filter(|_| forwards) {
+                for name in forwards {
                     if let Some(value) = request.headers().get(*name) {
                         call = call.header(*name, value);
                     }
@@ -60,7 +79,7 @@ impl Pair {
             "[service]\nname = \"first\"\n[inbound]\nforward_to = \"{}\"\n[telemetry]\n{telemetry}\n\
              [[upstream]]\nname = \"second\"\nendpoints = [\"{}\"]\n",
             front.address(),
-            second.inbound()
+            between(second.inbound())
         ));
         outbound.set(first.outbound()).expect("set once");
         Self { first, second, _services: [back, front] }

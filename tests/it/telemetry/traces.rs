@@ -7,7 +7,7 @@ use std::sync::{
 
 use http::StatusCode;
 
-use super::{Pair, get, sidecar};
+use super::{B3, NONE, Pair, W3C, get, sidecar};
 use crate::support::{
     Proxy, RawClient, Upstream, eventually,
     rotel::{Rotel, Seen},
@@ -45,7 +45,7 @@ fn of<'s>(spans: &'s [Seen], service: &str, kind: &str) -> Vec<&'s Seen> {
 /// One request over two services, and a retried try: one trace.
 #[track_caller]
 fn one_trace(telemetry: &str, rotel: &Rotel) {
-    let pair = Pair::start(&format!("{telemetry}{ALL}"), true, fails_once());
+    let pair = Pair::start(&format!("{telemetry}{ALL}"), W3C, fails_once());
     assert_eq!(pair.call("/cart/7?secret=1", &[("traceparent", &format!("00-{TRACE}-{CALLER}-01"))]), 200);
     let spans = rotel.wait_for(6);
     assert!(spans.iter().all(|span| span.trace == TRACE), "{spans:#?}");
@@ -109,7 +109,7 @@ fn one_request_is_one_trace_by_http() {
 #[test]
 fn a_guess_is_a_link_and_never_a_parent() {
     let Some(rotel) = Rotel::start() else { return };
-    let pair = Pair::start(&format!("{}{ALL}", otlp(&rotel)), false, |_| async { text("well") });
+    let pair = Pair::start(&format!("{}{ALL}", otlp(&rotel)), NONE, |_| async { text("well") });
     assert_eq!(pair.call("/", &[("traceparent", &format!("00-{TRACE}-{CALLER}-01"))]), 200);
     let spans = rotel.wait_for(4);
     let server = of(&spans, "first", "SERVER")[0];
@@ -166,7 +166,7 @@ fn errors_are_told_even_where_nothing_is_sampled() {
 #[test]
 fn a_caller_with_b3_is_in_the_same_trace() {
     let Some(rotel) = Rotel::start() else { return };
-    let pair = Pair::start(&format!("{}sample = 0\n", otlp(&rotel)), true, |request: http::Request<_>| {
+    let pair = Pair::start(&format!("{}sample = 0\n", otlp(&rotel)), B3, |request: http::Request<_>| {
         let field = request.headers().get("b3").and_then(|field| field.to_str().ok()).unwrap_or_default();
         let field = field.to_owned();
         async move { text(field) }
