@@ -1,6 +1,11 @@
 //! OTLP over HTTP by the proxy's own small client: never through the proxy, so never traced either.
 
-use std::{future::Future, pin::Pin, time::Duration};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -17,6 +22,21 @@ pub struct Client {
     pub fetcher: Fetcher,
     /// For one try.
     pub patience: Duration,
+    pub failure: Failure,
+}
+
+/// Why there was no answer last: the exporter itself says no more than "network error".
+#[derive(Clone, Debug, Default)]
+pub struct Failure(Arc<Mutex<Option<String>>>);
+
+impl Failure {
+    fn set(&self, why: Option<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    pub fn take(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl HttpClient for Client {
@@ -29,6 +49,10 @@ impl HttpClient for Client {
         Self: 'sending,
     {
         let limits = Limits { patience: self.patience, answer: MOST_ANSWER };
-        Box::pin(async move { Ok(self.fetcher.fetch(request, limits).await?) })
+        Box::pin(async move {
+            let answer = self.fetcher.fetch(request, limits).await;
+            self.failure.set(answer.as_ref().err().map(ToString::to_string));
+            Ok(answer?)
+        })
     }
 }

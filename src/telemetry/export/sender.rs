@@ -19,7 +19,10 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Batching, Destination, State, client::Client};
+use super::{
+    Batching, Destination, State,
+    client::{Client, Failure},
+};
 use crate::{
     config::OtlpProtocol,
     discovery::Resolver,
@@ -44,6 +47,13 @@ pub struct Sending {
     pub state: Arc<State>,
 }
 
+/// What became of a batch.
+struct Sent {
+    spans: u64,
+    /// Why it was not taken.
+    failed: Option<String>,
+}
+
 pub fn run(sending: Sending) {
     match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(sending.run()),
@@ -53,7 +63,8 @@ pub fn run(sending: Sending) {
 
 impl Sending {
     async fn run(mut self) {
-        let mut exporter = match exporter(&self.destination) {
+        let failure = Failure::default();
+        let mut exporter = match exporter(&self.destination, &failure) {
             Ok(exporter) => exporter,
             Err(error) => {
                 tracing::error!(destination = %self.destination, error, "spans are not exported");
@@ -73,7 +84,9 @@ impl Sending {
                 for record in records.drain(..) {
                     spans::add(&record, &wall, &scope, &mut batch);
                 }
-                failing = self.send(&exporter, batch, failing).await;
+                let mut sent = self.send(&exporter, batch).await;
+                sent.failed = sent.failed.map(|error| failure.take().unwrap_or(error));
+                failing = self.tell(sent, failing);
             } else if !more {
                 return;
             }
@@ -107,31 +120,36 @@ impl Sending {
         true
     }
 
-    async fn send(&self, exporter: &SpanExporter, batch: Vec<SpanData>, was_failing: bool) -> bool {
-        let (spans, counts) = (batch.len() as u64, &self.state.counts);
-        let limit = self.batching.timeout;
-        let result = match timeout(limit, exporter.export(batch)).await {
-            Ok(result) => result.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("no answer within {limit:?}")),
+    /// Sends a batch; returns how many spans, and what became of them.
+    async fn send(&self, exporter: &SpanExporter, batch: Vec<SpanData>) -> Sent {
+        let (spans, limit) = (batch.len() as u64, self.batching.timeout);
+        let failed = match timeout(limit, exporter.export(batch)).await {
+            Ok(result) => result.err().map(|error| error.to_string()),
+            Err(_) => Some(format!("no answer within {limit:?}")),
         };
-        match result {
-            Ok(()) => {
+        Sent { spans, failed }
+    }
+
+    /// Counts, and says so where it has changed. Returns whether it has failed.
+    fn tell(&self, Sent { spans, failed }: Sent, was_failing: bool) -> bool {
+        let (counts, destination) = (&self.state.counts, &self.destination);
+        match &failed {
+            None => {
                 counts.exported.fetch_add(spans, Ordering::Relaxed);
-                self.state.note(None);
                 if was_failing {
-                    tracing::info!(destination = %self.destination, "spans are exported again");
+                    tracing::info!(%destination, "spans are exported again");
                 }
-                false
             }
-            Err(error) => {
+            Some(error) => {
                 counts.failed.fetch_add(spans, Ordering::Relaxed);
                 if !was_failing {
-                    tracing::warn!(destination = %self.destination, spans, error, "spans could not be exported; calls go on");
+                    tracing::warn!(%destination, spans, error, "spans could not be exported; calls go on");
                 }
-                self.state.note(Some(error));
-                true
             }
         }
+        let failing = failed.is_some();
+        self.state.note(failed);
+        failing
     }
 
     /// Counts what comes, until asked to end.
@@ -149,7 +167,7 @@ impl Sending {
 }
 
 /// Headers, compression and the limit of time are read from `OTEL_EXPORTER_OTLP_…` by the exporter itself.
-fn exporter(to: &Destination) -> Result<SpanExporter, String> {
+fn exporter(to: &Destination, failure: &Failure) -> Result<SpanExporter, String> {
     let roots = certificate();
     let built = match to.protocol {
         OtlpProtocol::Grpc => {
@@ -177,7 +195,7 @@ fn exporter(to: &Destination) -> Result<SpanExporter, String> {
                 .with_http()
                 .with_protocol(Protocol::HttpBinary)
                 .with_endpoint(&to.url)
-                .with_http_client(Client { fetcher, patience: patience() })
+                .with_http_client(Client { fetcher, patience: patience(), failure: failure.clone() })
                 .build()
         }
     };
