@@ -6,6 +6,7 @@ mod dns;
 pub mod h2;
 pub mod issuer;
 pub mod netns;
+pub mod otlp;
 pub mod pki;
 mod proxy;
 mod raw;

@@ -104,30 +104,36 @@ impl TlsCaller {
     }
 }
 
+/// How a server meets its callers. `client_ca`: whom client certificates must be from; none: no certificate is asked for.
+pub fn server_config(certificate: &(String, String), client_ca: Option<&str>, alpn: &[&str]) -> ServerConfig {
+    let (chain, key) = parsed(certificate);
+    let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+    let builder = builder.expect("versions");
+    let builder = match client_ca {
+        None => builder.with_no_client_auth(),
+        Some(ca) => {
+            let mut roots = rustls::RootCertStore::empty();
+            let ca = CertificateDer::from_pem_slice(ca.as_bytes()).expect("PEM");
+            roots.add(ca).expect("a root");
+            let verifier =
+                rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+            builder.with_client_cert_verifier(verifier.build().expect("a verifier"))
+        }
+    };
+    let mut config = builder.with_single_cert(chain, key).expect("a certificate");
+    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+    config
+}
+
 /// A server by TLS that answers each connection's first request with 200 and closes.
 pub struct TlsServer {
     address: SocketAddr,
 }
 
 impl TlsServer {
-    /// `client_ca`: whom client certificates must be from; none: no certificate is asked for.
+    /// See [`server_config`].
     pub fn start(certificate: &(String, String), client_ca: Option<&str>, alpn: &[&str]) -> Self {
-        let (chain, key) = parsed(certificate);
-        let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
-        let builder = builder.expect("versions");
-        let builder = match client_ca {
-            None => builder.with_no_client_auth(),
-            Some(ca) => {
-                let mut roots = rustls::RootCertStore::empty();
-                let ca = CertificateDer::from_pem_slice(ca.as_bytes()).expect("PEM");
-                roots.add(ca).expect("a root");
-                let verifier =
-                    rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
-                builder.with_client_cert_verifier(verifier.build().expect("a verifier"))
-            }
-        };
-        let mut config = builder.with_single_cert(chain, key).expect("a certificate");
-        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let config = server_config(certificate, client_ca, alpn);
         let config = Arc::new(config);
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("an address");

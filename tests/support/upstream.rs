@@ -102,7 +102,7 @@ where
 
 /// Spawns on the thread's own set.
 #[derive(Clone, Copy)]
-struct LocalExec;
+pub struct LocalExec;
 
 impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExec {
     fn execute(&self, future: F) {

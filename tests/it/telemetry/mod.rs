@@ -3,8 +3,10 @@
 mod alone;
 mod collector;
 mod envoy;
+mod grpc;
 mod interop;
 mod jaeger;
+mod otlp;
 mod tls;
 mod traces;
 
