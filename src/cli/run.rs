@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
-use clap::Args;
+use clap::{Args, builder::BoolishValueParser};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
     runtime::{
         self, StartError, cgroup,
         child::{Child, SpawnError},
+        interception,
         lifecycle::{Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
         reload::{Read, Reloads},
@@ -47,6 +48,9 @@ pub struct RunArgs {
     /// Where the service listens (sets inbound.forward_to): 8080, :8080 or host:port
     #[arg(long, value_name = "ADDR", value_parser = parse_app)]
     app: Option<HostPort>,
+    /// The kernel leads the pod's traffic here: be ready only once a probe has shown that it does
+    #[arg(long, env = "OUTRIGGER_REDIRECTED", value_parser = BoolishValueParser::new())]
+    redirected: bool,
     /// Write the bound addresses to this file as JSON once ready; removed at the end
     #[arg(long, value_name = "PATH")]
     ready_file: Option<PathBuf>,
@@ -123,6 +127,9 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
         // Waits on the watcher's own thread; nobody listens any more at the end.
         let _ = tell.blocking_send(with_app(loaded, args.app.as_ref()));
     })?;
+    if args.redirected {
+        interception::watch_over(Arc::clone(&proxy.shared), &proxy.addresses.outbound);
+    }
     let control = Control::new(&proxy, log.handle(), reloads);
     let admin = Admin::start(&config.admin, Arc::clone(&control))?;
     let ready = ready(&control, &admin);

@@ -163,6 +163,10 @@ async fn handle(
     }
     if request.method() == Method::CONNECT {
         return match (&connection.side, &connection.tunnel_to) {
+            (Side::Outbound, None) if connection.redirected_to.is_some() => Err(ProxyError::malformed(
+                "CONNECT on a redirected connection: the service uses a proxy of its own; leave that proxy's port alone (`outrigger redirect apply --skip-outbound-ports PORT`)",
+            )
+            .with_status(StatusCode::METHOD_NOT_ALLOWED)),
             (Side::Outbound, None) => Box::pin(connect::open_tunnel(connection, view, request)).await,
             _ => Err(ProxyError::malformed("CONNECT is for the outbound port")
                 .with_status(StatusCode::METHOD_NOT_ALLOWED)),

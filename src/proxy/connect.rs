@@ -25,7 +25,7 @@ use crate::{
     runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
     upstream::{
         EndpointSet, Resolution,
-        connect::{ConnectError, connect},
+        connect::{ConnectError, TlsTarget, connect},
         guards::ConnectionSlot,
         local::{InFlight, LocalEndpoint},
         stream::UpstreamIo,
@@ -46,16 +46,28 @@ pub struct Dialled {
 
 /// Opens a connection to an upstream for bytes.
 pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(UpstreamIo, Dialled), ProxyError> {
-    dial_allowed(connection, to, |_| Ok(())).await
+    dial_allowed(connection, to, to.cluster.tls_target(None), |_| Ok(())).await
+}
+
+/// Opens one for a service that speaks TLS by itself.
+pub async fn dial_bare(
+    connection: &Connection,
+    to: &LocalCluster,
+) -> Result<(UpstreamIo, Dialled), ProxyError> {
+    dial_allowed(connection, to, None, |_| Ok(())).await
 }
 
 async fn dial_allowed(
     connection: &Connection,
     to: &LocalCluster,
+    tls: Option<TlsTarget>,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
 ) -> Result<(UpstreamIo, Dialled), ProxyError> {
-    let endpoints = endpoints(connection, to, Until::default()).await?;
-    let tls = to.cluster.tls_target(None);
+    let mut endpoints = endpoints(connection, to, Until::default()).await?;
+    if let Some(dialled) = connection.outward() {
+        // Whoever dialled one of several meant that one.
+        endpoints = only(dialled, &endpoints).unwrap_or(endpoints);
+    }
     let limit = to.cluster.settings.policy.connect_timeout.limit();
     let slot = ConnectionSlot::take(&to.upstream.shared.guards)
         .await
@@ -79,6 +91,12 @@ async fn dial_allowed(
             }
         }
     }
+}
+
+/// Of these endpoints the one with the address.
+pub fn only(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Option<Rc<[Rc<LocalEndpoint>]>> {
+    let one = endpoints.iter().find(|endpoint| endpoint.address() == address)?;
+    Some(Rc::new([Rc::clone(one)]))
 }
 
 /// The endpoints of an upstream; waits where discovery has not answered yet, as long as the call may.
@@ -221,9 +239,9 @@ pub async fn open_tunnel(
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
     let to = target::host_port(authority, request.method())?;
     let target = target::by_host(connection, view, &to, &request)?;
-    let dialled =
-        dial_allowed(connection, &target.local, |address| check_address(view, connection, &target, address))
-            .await?;
+    let tls = target.local.cluster.tls_target(None);
+    let allowed = |address| check_address(view, connection, &target, address);
+    let dialled = dial_allowed(connection, &target.local, tls, allowed).await?;
     let upgrade = hyper::upgrade::on(&mut request);
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {

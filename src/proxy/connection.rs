@@ -38,7 +38,7 @@ use super::{
     error::ProxyError,
     io::{CallerIo, Prefixed, SharedTcp, Wire},
     progress::{Progress, Watchdog, poll_watched},
-    target,
+    redirected, target,
     tunnel::{self, relay},
 };
 use crate::{
@@ -51,7 +51,7 @@ use crate::{
         xfcc,
     },
     runtime::{LocalCluster, Phase, Worker, drain_phase},
-    telemetry::metrics::{Tls, Way},
+    telemetry::metrics::{Detected, Tls, Way},
     upstream::stream::UpstreamIo,
 };
 
@@ -96,6 +96,8 @@ pub struct Connection {
     presented: Option<Box<[CertificateDer<'static>]>>,
     /// Came without TLS where only TLS is taken: its calls hear so, and nothing else becomes of them.
     refused_plaintext: Cell<bool>,
+    /// Where it was going when the kernel led it here.
+    pub redirected_to: Option<SocketAddr>,
     /// Inside a CONNECT tunnel, whom it leads to.
     pub tunnel_to: Option<HostPort>,
     /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
@@ -111,6 +113,10 @@ pub struct Connection {
 
 /// Serves a connection to its end. What few connections need is boxed: each holds room for all the rest.
 pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side) {
+    let redirected_to = redirected::destination(&stream, &side);
+    if side == Side::Outbound && redirected_to.is_some_and(redirected::is_probe) {
+        return worker.shared.interception.probe_arrived();
+    }
     let metrics = match &side {
         Side::Inbound => &worker.shared.metrics.inbound,
         Side::Outbound | Side::Upstream(_) => &worker.shared.metrics.outbound,
@@ -118,7 +124,7 @@ pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: 
     let _open = metrics.opened();
     let _counted = Counted::new(&worker);
     let stream = SharedTcp::new(stream);
-    let connection = Connection::new(&worker, side, peer);
+    let connection = Connection::new(&worker, side, peer, redirected_to);
     if let Err(error) = connection.serve(stream).await {
         tracing::debug!(%peer, %error, "connection ended");
     }
@@ -159,7 +165,12 @@ async fn silent_for_too_long(to: &LocalCluster) {
 }
 
 impl Connection {
-    fn new(worker: &Rc<Worker>, side: Side, address: SocketAddr) -> Rc<Self> {
+    fn new(
+        worker: &Rc<Worker>,
+        side: Side,
+        address: SocketAddr,
+        redirected_to: Option<SocketAddr>,
+    ) -> Rc<Self> {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         let peer =
             HeaderValue::try_from(address.ip().to_string()).unwrap_or(HeaderValue::from_static("unknown"));
@@ -174,6 +185,7 @@ impl Connection {
             client_cert: OnceCell::new(),
             presented: None,
             refused_plaintext: Cell::default(),
+            redirected_to,
             tunnel_to: None,
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -196,6 +208,7 @@ impl Connection {
             client_cert: OnceCell::new(),
             presented: None,
             refused_plaintext: Cell::default(),
+            redirected_to: None,
             tunnel_to: Some(to),
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -222,6 +235,7 @@ impl Connection {
             client_cert: OnceCell::new(),
             presented,
             refused_plaintext: Cell::default(),
+            redirected_to: self.redirected_to,
             tunnel_to: None,
             exchange: RefCell::default(),
             streams: Cell::default(),
@@ -233,7 +247,8 @@ impl Connection {
 
     /// Serves the connection: what is TLS, and meant for us, from the inside.
     async fn serve(self: &Rc<Self>, stream: SharedTcp) -> Result<(), ConnectionError> {
-        // Whom bytes that are not HTTP go to; for the outbound port nobody.
+        self.check_no_loop()?;
+        // Whom bytes that are not HTTP go to; for the outbound port nobody, unless they were redirected.
         let behind = target::behind(self);
         let mtls = target::mtls(self);
         let protocol = behind.as_ref().map_or(Protocol::Auto, |behind| behind.cluster.settings.protocol);
@@ -241,6 +256,7 @@ impl Connection {
             if mtls == Mtls::Strict {
                 return Box::pin(self.serve_tls(stream, Bytes::new(), mtls, behind)).await;
             }
+            self.note_detected(Detected::Declared);
             // No wait for the caller, who may be waiting for the service: so it cannot be seen whether it speaks TLS.
             let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
             return Box::pin(self.carry(stream, upstream, behind)).await;
@@ -345,9 +361,14 @@ impl Connection {
                 () = sleep(CALLER_IDLE) => return Err(ConnectionError::Cut("idle")),
             },
             Some(behind) => {
+                let silence = if self.redirected_to.is_some() { redirected::SILENCE } else { SILENCE };
+                let protocol = behind.cluster.settings.protocol;
+                let declared = matches!(protocol, Protocol::Http1 | Protocol::H2);
                 tokio::select! {
                     spoken = detector.spoken(&mut stream) => spoken?,
-                    () = sleep(SILENCE) => {
+                    // What is declared need not be found out.
+                    () = sleep(CALLER_IDLE), if declared => return Err(ConnectionError::Cut("idle")),
+                    () = sleep(silence), if !declared => {
                         // Perhaps the service is the one to speak first. Whichever does decides.
                         match Box::pin(connect::dial(self, behind)).await {
                             Ok((mut upstream, _in_use)) => {
@@ -359,10 +380,18 @@ impl Connection {
                                     () = silent_for_too_long(behind) => return Err(SILENT),
                                 };
                                 match spoken {
-                                    Some(Spoken::Tls) if mtls != Mtls::Off => Spoken::Tls,
+                                    // Whom the greeting names may be another.
+                                    Some(Spoken::Tls) if mtls != Mtls::Off || self.outward().is_some() => {
+                                        Spoken::Tls
+                                    }
                                     Some(Spoken::Http1 | Spoken::H2) => spoken.unwrap_or(Spoken::Nothing),
                                     Some(Spoken::Nothing) => return Ok(None),
                                     Some(Spoken::Other | Spoken::Tls) | None => {
+                                        self.note_detected(match spoken {
+                                            Some(Spoken::Tls) => Detected::Tls,
+                                            Some(_) => Detected::Bytes,
+                                            None => Detected::ServerFirst,
+                                        });
                                         let stream = CallerIo::new(
                                             stream,
                                             detector.into_bytes(),
@@ -376,7 +405,7 @@ impl Connection {
                             // A caller that speaks HTTP, if a little late, is told in an answer.
                             Err(error) => match timeout(HEADER_TIMEOUT, detector.spoken(&mut stream)).await {
                                 Ok(Ok(spoken @ (Spoken::Http1 | Spoken::H2))) => spoken,
-                                Ok(Ok(Spoken::Tls)) if mtls != Mtls::Off => Spoken::Tls,
+                                Ok(Ok(Spoken::Tls)) if mtls != Mtls::Off || self.outward().is_some() => Spoken::Tls,
                                 _ => return Err(error.into()),
                             },
                         }
@@ -387,19 +416,28 @@ impl Connection {
         if spoken == Spoken::Tls && mtls != Mtls::Off {
             return Ok(Some((stream, detector.into_bytes())));
         }
+        self.note_spoken(spoken);
+        let named = match self.outward() {
+            Some(original) if spoken == Spoken::Tls => {
+                Box::pin(self.by_server_name(&mut detector, &mut stream, original, behind)).await?
+            }
+            _ => None,
+        };
         let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
-        let served = match (spoken, behind) {
+        let served = match (spoken, named.as_ref().or(behind)) {
             (Spoken::Nothing, _) => Ok(()),
             _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(spoken, stream)).await,
             (Spoken::Http1, _) => self.serve_http1(stream).await,
             (Spoken::H2, _) => Box::pin(self.serve_http2(stream)).await,
             (Spoken::Other | Spoken::Tls, Some(behind)) => {
-                let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
+                let bare = self.outward().is_some() && spoken == Spoken::Tls && redirected::is_simple(behind);
+                let (upstream, _in_use) = match bare {
+                    true => Box::pin(connect::dial_bare(self, behind)).await?,
+                    false => Box::pin(connect::dial(self, behind)).await?,
+                };
                 Box::pin(self.carry(stream, upstream, behind)).await
             }
-            (Spoken::Other | Spoken::Tls, None) => Err(ConnectionError::Cut(
-                "the outbound port was sent bytes that are not HTTP: they name nobody to carry them to; use CONNECT, or an upstream's own `listen`",
-            )),
+            (Spoken::Other | Spoken::Tls, None) => Err(self.nowhere()),
         };
         served.map(|()| None)
     }
@@ -420,7 +458,7 @@ impl Connection {
         let way = match &self.side {
             Side::Inbound => Some(Way::Inbound),
             Side::Upstream(_) => Some(Way::Listen),
-            Side::Outbound => None,
+            Side::Outbound => self.redirected_to.map(|_| Way::Redirect),
         };
         if let Some(way) = way {
             self.worker.shared.metrics.ways.note(way, Instant::now().into_std());

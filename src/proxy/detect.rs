@@ -3,6 +3,7 @@
 use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
+use rustls::server::Acceptor;
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     time::timeout,
@@ -29,6 +30,8 @@ pub enum Spoken {
 /// From the first byte to enough of them.
 const PATIENCE: Duration = Duration::from_secs(10);
 const FIRST_READ: usize = 1024;
+/// Greetings are a few kilobytes, with post-quantum keys.
+const LONGEST_GREETING: usize = 64 * 1024;
 
 /// Reads as few bytes as it takes to tell. What it has read survives when it is cancelled and asked again.
 #[derive(Debug, Default)]
@@ -49,6 +52,34 @@ impl Detector {
             let count = if begun { timeout(PATIENCE, read).await?? } else { read.await? };
             if count == 0 {
                 return Ok(if self.seen.is_empty() { Spoken::Nothing } else { Spoken::Other });
+            }
+        }
+    }
+
+    /// The host that a TLS greeting, which has begun, is for; none where it names none or is none.
+    pub async fn server_name(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<String>> {
+        let mut acceptor = Acceptor::default();
+        let mut told = 0;
+        loop {
+            while told < self.seen.len() {
+                match acceptor.read_tls(&mut &self.seen[told..]) {
+                    Ok(0) | Err(_) => return Ok(None),
+                    Ok(count) => told += count,
+                }
+                match acceptor.accept() {
+                    Ok(Some(accepted)) => {
+                        return Ok(accepted.client_hello().server_name().map(str::to_owned));
+                    }
+                    Ok(None) => {}
+                    Err(_) => return Ok(None),
+                }
+            }
+            if self.seen.len() > LONGEST_GREETING {
+                return Ok(None);
+            }
+            self.seen.reserve(FIRST_READ);
+            if timeout(PATIENCE, stream.read_buf(&mut self.seen)).await?? == 0 {
+                return Ok(None);
             }
         }
     }

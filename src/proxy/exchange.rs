@@ -223,8 +223,12 @@ async fn serve<'a>(
     let hash = hash(&settings.balance, headers);
     credentials::attach(local, carried, until).await?;
     let max_age = settings.max_connection_age.limit();
+    let mut endpoints = connect::endpoints(call.connection, local, until).await?;
+    if let Some(pinned) = target.pinned {
+        endpoints = connect::only(pinned, &endpoints).unwrap_or(endpoints);
+    }
     let exchange = Exchange {
-        endpoints: connect::endpoints(call.connection, local, until).await?,
+        endpoints,
         connections: ConnectionSettings {
             connect_timeout: policy.connect_timeout.limit(),
             pool_idle: settings.pool_idle_timeout,

@@ -30,6 +30,7 @@ mod interim;
 pub mod io;
 mod judge;
 pub mod progress;
+pub mod redirected;
 pub mod route;
 pub mod spent;
 pub mod target;

@@ -1,6 +1,6 @@
 //! Whom a call is for.
 
-use std::rc::Rc;
+use std::{net::SocketAddr, rc::Rc};
 
 use http::{Method, Request, Version, header::HOST, uri::Authority};
 
@@ -8,6 +8,7 @@ use super::{
     accept::Side,
     connection::Connection,
     error::{Cause, ProxyError},
+    redirected,
 };
 use crate::{
     config::{HostPort, Mtls, Unknown},
@@ -29,6 +30,8 @@ pub struct Target {
     pub route: Option<usize>,
     /// Index of `matched` in the configuration, for its routing table; none for the service itself and unknown hosts.
     pub index: Option<usize>,
+    /// The one endpoint that the caller dialled, where it dialled that and no name of the upstream's.
+    pub pinned: Option<SocketAddr>,
     /// Whether the caller chose the address by a name in the request: then `deny_networks` and own ports are heeded.
     pub chosen_by_caller: bool,
 }
@@ -40,6 +43,7 @@ pub fn way<B>(connection: &Connection, request: &Request<B>) -> Way {
     match &connection.side {
         Side::Inbound => Way::Inbound,
         Side::Upstream(_) => Way::Listen,
+        Side::Outbound if connection.redirected_to.is_some() => Way::Redirect,
         Side::Outbound if named || connection.tunnel_to.is_some() => Way::Proxy,
         Side::Outbound => Way::Host,
     }
@@ -49,9 +53,19 @@ pub fn way<B>(connection: &Connection, request: &Request<B>) -> Way {
 pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
     let view = connection.worker.view();
     match &connection.side {
-        Side::Inbound => Some(Rc::clone(&view.inbound)),
-        Side::Outbound => None,
+        Side::Inbound => Some(service(connection, &view)),
+        Side::Outbound => {
+            connection.redirected_to.and_then(|original| redirected::behind(connection, &view, original))
+        }
         Side::Upstream(name) => by_name(&view, name).map(|index| Rc::clone(&view.clusters[index])),
+    }
+}
+
+/// The service: at `forward_to`, or where a redirected caller was going.
+fn service(connection: &Connection, view: &View) -> Rc<LocalCluster> {
+    match connection.redirected_to {
+        Some(address) => connection.worker.service_at(address, view),
+        None => Rc::clone(&view.inbound),
     }
 }
 
@@ -62,7 +76,8 @@ pub fn mtls(connection: &Connection) -> Mtls {
     }
     let view = connection.worker.view();
     let inbound = &view.snapshot.config.inbound;
-    let port = inbound.ports.iter().find(|port| port.port == inbound.forward_to.port);
+    let called = connection.redirected_to.map_or(inbound.forward_to.port, |original| original.port());
+    let port = inbound.ports.iter().find(|port| port.port == called);
     let mtls = port.and_then(|port| port.mtls).unwrap_or(inbound.mtls);
     // Without a certificate of our own TLS cannot be met: it is the service's.
     if mtls == Mtls::Permissive && view.snapshot.config.identity.is_none() { Mtls::Off } else { mtls }
@@ -81,6 +96,7 @@ pub fn named(view: &View, name: &str) -> Option<Target> {
         local,
         route: None,
         index: Some(index),
+        pinned: None,
         chosen_by_caller: false,
     })
 }
@@ -88,13 +104,7 @@ pub fn named(view: &View, name: &str) -> Option<Target> {
 /// Finds the upstream and the route of a call.
 pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Result<Target, ProxyError> {
     match &connection.side {
-        Side::Inbound => Ok(Target {
-            local: Rc::clone(&view.inbound),
-            matched: Rc::clone(&view.inbound),
-            route: None,
-            index: None,
-            chosen_by_caller: false,
-        }),
+        Side::Inbound => Ok(alone(service(connection, view))),
         Side::Upstream(name) => {
             let index = by_name(view, name).ok_or_else(|| {
                 ProxyError::new(
@@ -103,6 +113,9 @@ pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Re
                 )
             })?;
             Ok(routed(view, index, request))
+        }
+        Side::Outbound if let Some(original) = connection.redirected_to => {
+            by_destination(connection, view, original, request)
         }
         Side::Outbound => {
             let host = match &connection.tunnel_to {
@@ -132,7 +145,43 @@ pub fn by_host<B>(
         ));
     }
     let local = connection.worker.unknown_host(host, config);
-    Ok(Target { matched: Rc::clone(&local), local, route: None, index: None, chosen_by_caller: true })
+    Ok(Target { chosen_by_caller: true, ..alone(local) })
+}
+
+/// The upstream that a redirected call's host names, else the one whose address it was going to, else that address.
+fn by_destination<B>(
+    connection: &Connection,
+    view: &View,
+    original: SocketAddr,
+    request: &Request<B>,
+) -> Result<Target, ProxyError> {
+    let host = requested_at(request, original.port()).ok();
+    if let Some(host) = &host
+        && let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port))
+    {
+        return Ok(Target { chosen_by_caller: true, ..routed(view, index, request) });
+    }
+    if let Some(index) = redirected::by_address(view, original) {
+        let target = routed(view, index, request);
+        // A route may lead to another upstream, whose address this is not.
+        let pinned = Rc::ptr_eq(&target.local, &target.matched).then_some(original);
+        return Ok(Target { pinned, ..target });
+    }
+    let config = &view.snapshot.config;
+    if config.outbound.unknown == Unknown::Deny {
+        let host = host.map_or_else(String::new, |host| format!("the host `{host}` or "));
+        return Err(ProxyError::new(
+            Cause::UnknownUpstream,
+            format!("no upstream has {host}the address {original}, and `outbound.unknown` is \"deny\""),
+        ));
+    }
+    Ok(alone(connection.worker.address(original, config)))
+}
+
+/// What is no upstream of the configuration.
+fn alone(local: Rc<LocalCluster>) -> Target {
+    let matched = Rc::clone(&local);
+    Target { local, matched, route: None, index: None, pinned: None, chosen_by_caller: false }
 }
 
 fn routed<B>(view: &View, index: usize, request: &Request<B>) -> Target {
@@ -144,11 +193,22 @@ fn routed<B>(view: &View, index: usize, request: &Request<B>) -> Target {
         .and_then(|routes| routes.find(request.method(), request.uri().path(), request.headers()));
     let to = route.and_then(|route| matched.cluster.route_to.get(route).copied().flatten());
     let local = to.and_then(|to| view.clusters.get(to)).unwrap_or(&matched);
-    Target { local: Rc::clone(local), matched, route, index: Some(index), chosen_by_caller: false }
+    Target {
+        local: Rc::clone(local),
+        matched,
+        route,
+        index: Some(index),
+        pinned: None,
+        chosen_by_caller: false,
+    }
 }
 
 /// The host and port a request names: in its target (absolute-form, `:authority`, CONNECT), else in `Host`.
 fn requested<B>(request: &Request<B>) -> Result<HostPort, ProxyError> {
+    requested_at(request, HTTP_PORT)
+}
+
+fn requested_at<B>(request: &Request<B>, default: u16) -> Result<HostPort, ProxyError> {
     let uri = request.uri();
     if uri.scheme_str() == Some("https") && request.version() != Version::HTTP_2 {
         return Err(ProxyError::malformed(
@@ -156,17 +216,21 @@ fn requested<B>(request: &Request<B>) -> Result<HostPort, ProxyError> {
         ));
     }
     if let Some(authority) = uri.authority() {
-        return host_port(authority, request.method());
+        return host_port_or(authority, request.method(), default);
     }
     let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let authority = host.parse::<Authority>().map_err(|_| {
         ProxyError::malformed("the request names no host: neither its target nor a Host field does")
     })?;
-    host_port(&authority, request.method())
+    host_port_or(&authority, request.method(), default)
 }
 
 /// Splits an authority. CONNECT must name a port.
 pub fn host_port(authority: &Authority, method: &Method) -> Result<HostPort, ProxyError> {
+    host_port_or(authority, method, HTTP_PORT)
+}
+
+fn host_port_or(authority: &Authority, method: &Method, default: u16) -> Result<HostPort, ProxyError> {
     let port = match authority.port() {
         Some(_) => authority
             .port_u16()
@@ -176,7 +240,7 @@ pub fn host_port(authority: &Authority, method: &Method) -> Result<HostPort, Pro
                 "CONNECT {authority}: the port is missing (RFC 9110 §9.3.6)"
             )));
         }
-        None => HTTP_PORT,
+        None => default,
     };
     let host = authority.host().trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
     if host.is_empty() {

@@ -1,4 +1,5 @@
 //! Hosts that no upstream names, met at run time: each gets an upstream of its own, with the policy of `[defaults]`.
+//! Likewise addresses of the service that redirected calls go to, with the policy of `[inbound]`.
 
 use std::{
     collections::HashMap,
@@ -12,7 +13,7 @@ use std::{
 use crate::{
     config::{self, Config, Endpoints, HostPort},
     discovery::{self, Discovery, Resolver},
-    runtime::Cluster,
+    runtime::{Cluster, inbound_settings},
     upstream::{Upstream, guards::Counts},
 };
 
@@ -25,11 +26,21 @@ const IDLE_MS: u64 = 5 * 60 * 1000;
 /// The hosts met so far, shared by the workers. Looked at only when a worker meets a host for the first time.
 #[derive(Debug)]
 pub struct UnknownHosts {
+    met: Met,
     resolver: Arc<Resolver>,
     started: Instant,
     hosts: Mutex<HashMap<HostPort, Arc<UnknownHost>>>,
     /// What those that are forgotten had counted: counters must not go back. Changed under the lock of `hosts`.
     forgotten: Counts,
+}
+
+/// Who led to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Met {
+    /// The service called it.
+    ByService,
+    /// It is the service, by a port or address beside `forward_to`.
+    ByCallers,
 }
 
 /// A host that no upstream names.
@@ -43,8 +54,8 @@ pub struct UnknownHost {
 }
 
 impl UnknownHosts {
-    pub fn new(resolver: Arc<Resolver>) -> Self {
-        Self { resolver, started: Instant::now(), hosts: Mutex::default(), forgotten: Counts::default() }
+    pub fn new(resolver: Arc<Resolver>, met: Met) -> Self {
+        Self { met, resolver, started: Instant::now(), hosts: Mutex::default(), forgotten: Counts::default() }
     }
 
     /// The state for a host, made and looked up when it is met for the first time.
@@ -74,8 +85,13 @@ impl UnknownHosts {
     }
 
     fn make(&self, host: &HostPort, config: &Arc<Config>, upstream: Arc<Upstream>) -> UnknownHost {
-        let endpoints = Endpoints::Dns(host.clone());
-        let settings = config::Upstream::new(host.to_string(), endpoints, config.defaults.clone());
+        let settings = match self.met {
+            Met::ByService => {
+                let endpoints = Endpoints::Dns(host.clone());
+                config::Upstream::new(host.to_string(), endpoints, config.defaults.clone())
+            }
+            Met::ByCallers => inbound_settings(config, host.clone()),
+        };
         let discovery =
             discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(&self.resolver));
         let cluster = Arc::new(Cluster::new(settings, upstream, None, |_| None));
@@ -162,7 +178,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_forgotten_host_had_counted_stays_counted() {
-        let hosts = UnknownHosts::new(Arc::new(Resolver::from_system().unwrap()));
+        let hosts = UnknownHosts::new(Arc::new(Resolver::from_system().unwrap()), Met::ByService);
         let config = Arc::new(Config::default());
         let host = hosts.get(&HostPort::new("127.0.0.1", 9), &config);
         host.counts().retries.add("sent");

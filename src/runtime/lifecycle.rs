@@ -88,7 +88,8 @@ impl Control {
     pub fn not_ready(&self) -> Option<&'static str> {
         match self.phase() {
             Phase::Running if self.discovered.load(Ordering::Relaxed) => {
-                self.shared.identity.not_ready(SystemTime::now())
+                let identity = self.shared.identity.not_ready(SystemTime::now());
+                identity.or_else(|| self.shared.interception.not_ready())
             }
             Phase::Running => Some("starting: not every upstream's endpoints have been looked up yet"),
             Phase::Leaving => Some("leaving: calls are still accepted, send no new ones"),

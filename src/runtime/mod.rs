@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod child;
+pub mod interception;
 pub mod lifecycle;
 pub mod ready_file;
 pub mod reload;
@@ -12,7 +13,7 @@ pub mod signals;
 mod snapshot;
 mod workers;
 
-pub use snapshot::{Cluster, Snapshot};
+pub use snapshot::{Cluster, Snapshot, inbound_settings};
 pub use workers::{LocalCluster, LocalExecutor, View, Whom, Worker, drain_phase};
 
 use std::{
@@ -36,12 +37,13 @@ use crate::{
     proxy::{
         accept::{Listener, Side},
         spent::SpentTraces,
-        unknown::UnknownHosts,
+        unknown::{Met, UnknownHosts},
     },
     rng::Rng,
     telemetry::{calls::Calls, metrics::Metrics, traces::Traces},
     watch::{Watcher, watch},
 };
+use interception::Interception;
 use snapshot::Clusters;
 
 /// What every thread sees.
@@ -57,6 +59,10 @@ pub struct Shared {
     pub own: OwnAddresses,
     /// The hosts that no upstream names, met so far.
     pub unknown: UnknownHosts,
+    /// The addresses of the service that redirected calls were going to, met so far.
+    pub inbound_addresses: UnknownHosts,
+    /// Whether the kernel leads traffic here.
+    pub interception: Interception,
     /// Traces whose tries were spent by calls of this service.
     pub spent: SpentTraces,
     pub traces: Traces,
@@ -105,7 +111,7 @@ impl OwnAddresses {
 }
 
 /// Whether an address is one of this machine's (or pod's): only those can be bound. Asked only where the port is ours.
-fn is_of_this_machine(ip: IpAddr) -> bool {
+pub fn is_of_this_machine(ip: IpAddr) -> bool {
     ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
 }
 
@@ -167,7 +173,9 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         calls: Arc::default(),
         phase: watch::Sender::new(Phase::Running),
         own: OwnAddresses::default(),
-        unknown: UnknownHosts::new(resolver),
+        unknown: UnknownHosts::new(Arc::clone(&resolver), Met::ByService),
+        inbound_addresses: UnknownHosts::new(resolver, Met::ByCallers),
+        interception: Interception::default(),
         spent: SpentTraces::default(),
         traces: Traces::start(&config, &instance),
         identity,
@@ -220,6 +228,7 @@ async fn tick(shared: Arc<Shared>) {
             guards.note(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
         }
         shared.unknown.forget_idle();
+        shared.inbound_addresses.forget_idle();
     }
 }
 

@@ -7,7 +7,7 @@ use rustls_pki_types::ServerName;
 use tokio::runtime::Handle;
 
 use crate::{
-    config::{self, Config, Endpoints, HostMatch, Policy},
+    config::{self, Config, Endpoints, HostMatch, HostPort, Policy},
     discovery::{self, Discovery, Resolver},
     fetch::Fetcher,
     identity::{
@@ -254,9 +254,8 @@ impl Live {
     }
 }
 
-/// The service behind the inbound listener, as an upstream.
-fn inbound_settings(config: &Config) -> config::Upstream {
-    let service = config.inbound.forward_to.clone();
+/// The service behind the inbound listener, at one of its addresses, as an upstream.
+pub fn inbound_settings(config: &Config, service: HostPort) -> config::Upstream {
     let protocol = config.inbound.ports.iter().find(|p| p.port == service.port).map(|p| p.protocol);
     let mut settings = config::Upstream::new(
         config.service.name.as_str(),
@@ -269,7 +268,7 @@ fn inbound_settings(config: &Config) -> config::Upstream {
 
 impl Clusters {
     pub fn build(config: Arc<Config>, resolver: Arc<Resolver>, identity: Arc<Store>) -> (Self, Snapshot) {
-        let settings = inbound_settings(&config);
+        let settings = inbound_settings(&config, config.inbound.forward_to.clone());
         let inbound = Live::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
         let fetcher = Fetcher::new(Arc::clone(&resolver));
         let mut clusters = Self { resolver, fetcher, identity, live: HashMap::new(), inbound, issuer: None };
@@ -287,7 +286,7 @@ impl Clusters {
             live.keep_token(settings, &self.fetcher, self.resolver.runtime());
             self.live.insert(settings.name.clone(), live);
         }
-        let settings = inbound_settings(&config);
+        let settings = inbound_settings(&config, config.inbound.forward_to.clone());
         if self.inbound.source != settings.endpoints {
             self.inbound = Live::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream), None);
         }

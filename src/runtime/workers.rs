@@ -7,6 +7,7 @@ use std::{
     cell::RefCell,
     collections::HashMap,
     future::Future,
+    hash::Hash,
     io,
     net::SocketAddr,
     rc::Rc,
@@ -29,7 +30,7 @@ use crate::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
         error::deployment,
         headers::Via,
-        unknown::{MAX_UNKNOWN_HOSTS, UnknownHost},
+        unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
     rng::Rng,
     telemetry::{calls::Teller, durations::Cell, metrics::WorkerLoad, traces::InFlight},
@@ -78,7 +79,50 @@ pub struct Worker {
     pub handshakes: Semaphore,
 }
 
-type UnknownCache = HashMap<HostPort, (Arc<UnknownHost>, Rc<LocalCluster>)>;
+type Known<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
+
+/// What is no upstream of the configuration, as far as this worker has met it.
+#[derive(Debug, Default)]
+struct UnknownCache {
+    hosts: Known<HostPort>,
+    /// Where the service's redirected connections were going.
+    outward: Known<SocketAddr>,
+    /// Where callers' redirected connections were going: addresses of the service.
+    inward: Known<SocketAddr>,
+}
+
+impl UnknownCache {
+    fn all(&self) -> impl Iterator<Item = &Rc<LocalCluster>> {
+        let addresses = self.outward.values().chain(self.inward.values());
+        self.hosts.values().chain(addresses).map(|(_, local)| local)
+    }
+}
+
+/// The state for a key, from this worker's cache or from the table of all workers, which decides who stays.
+fn met<K: Clone + Eq + Hash>(
+    known: &mut Known<K>,
+    table: &UnknownHosts,
+    (key, host): (&K, impl FnOnce() -> HostPort),
+    config: &Arc<Config>,
+    durations: &Arc<Cell>,
+) -> Rc<LocalCluster> {
+    if let Some((shared, local)) = known.get(key)
+        && shared.is_current(config)
+        && table.touch(shared)
+    {
+        return Rc::clone(local);
+    }
+    if known.len() >= MAX_UNKNOWN_HOSTS {
+        // The shared table decides who stays; this is only a cache of it.
+        known.clear();
+    }
+    let shared = table.get(&host(), config);
+    let old = known.get(key).map(|(_, local)| Rc::clone(local));
+    let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
+    let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
+    known.insert(key.clone(), (shared, Rc::clone(&local)));
+    local
+}
 
 /// The snapshot, with this worker's pools and latencies beside each cluster.
 #[derive(Debug)]
@@ -215,23 +259,23 @@ impl Worker {
 
     /// The state for a host that no upstream names.
     pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let mut known = self.unknown.borrow_mut();
-        if let Some((shared, local)) = known.get(host)
-            && shared.is_current(config)
-            && self.shared.unknown.touch(shared)
-        {
-            return Rc::clone(local);
-        }
-        if known.len() >= MAX_UNKNOWN_HOSTS {
-            // The shared table decides who stays; this is only a cache of it.
-            known.clear();
-        }
-        let shared = self.shared.unknown.get(host, config);
-        let old = known.get(host).map(|(_, local)| Rc::clone(local));
-        let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
-        let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(&self.teller.other));
-        known.insert(host.clone(), (shared, Rc::clone(&local)));
-        local
+        let known = &mut self.unknown.borrow_mut().hosts;
+        met(known, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
+    }
+
+    /// The state for an address that the service called and no upstream has.
+    pub fn address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
+        let known = &mut self.unknown.borrow_mut().outward;
+        let host = || HostPort::new(address.ip().to_string(), address.port());
+        met(known, &self.shared.unknown, (&address, host), config, &self.teller.other)
+    }
+
+    /// The service at an address that callers called.
+    pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<LocalCluster> {
+        let known = &mut self.unknown.borrow_mut().inward;
+        let host = || HostPort::new(address.ip().to_string(), address.port());
+        let durations = &view.inbound.whom.durations;
+        met(known, &self.shared.inbound_addresses, (&address, host), &view.snapshot.config, durations)
     }
 
     pub fn with_rng<T>(&self, draw: impl FnOnce(&mut Rng) -> T) -> T {
@@ -242,9 +286,11 @@ impl Worker {
         let view = self.view();
         let mut unknown = self.unknown.borrow_mut();
         // Whoever is forgotten by all workers stops being looked up.
-        unknown.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        let unknown = unknown.values().map(|(_, local)| local);
-        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown) {
+        let UnknownCache { hosts, outward, inward } = &mut *unknown;
+        hosts.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
+        outward.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
+        inward.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
+        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
             for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {
                 let tls = local.cluster.tls.as_ref().map(|tls| &tls.target.client);
                 endpoint.pool.sweep(local.cluster.settings.pool_idle_timeout, tls);
@@ -256,8 +302,7 @@ impl Worker {
     fn squeeze(&self) {
         let view = self.view();
         let unknown = self.unknown.borrow();
-        let unknown = unknown.values().map(|(_, local)| local);
-        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown) {
+        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
             let squeeze = &local.upstream.shared.guards.squeeze;
             while squeeze.is_wanted() {
                 let known = local.upstream.known();

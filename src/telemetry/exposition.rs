@@ -55,13 +55,14 @@ impl Collector for Now {
         self.connections(&mut encoder)?;
         self.workers(&mut encoder)?;
         self.ways(&mut encoder)?;
+        self.detections(&mut encoder)?;
         self.identity(&mut encoder)?;
         self.reloads(&mut encoder)?;
         fetches(&mut encoder, &self.0.shared.snapshot.load())?;
         self.spans(&mut encoder)?;
         self.access_log(&mut encoder)?;
         let control = &self.0;
-        let upstreams = upstreams::Rows::of(&control.shared.snapshot.load(), &control.shared.unknown);
+        let upstreams = upstreams::Rows::of(&control.shared);
         upstreams.encode(&mut encoder)
     }
 }
@@ -87,6 +88,17 @@ impl Now {
             (labels, ConstCounter::new(connections.total.load(Ordering::Relaxed)))
         });
         family(encoder, "outrigger_connections_accepted", "Connections accepted so far", None, total)
+    }
+
+    fn detections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let found = self.0.shared.metrics.detections.read().map(|(direction, port, what, count)| {
+            let port = port.map_or_else(|| "other".to_owned(), |port| port.to_string());
+            let labels =
+                [("direction", direction.to_owned()), ("port", port), ("protocol", what.word().to_owned())];
+            (labels, ConstCounter::new(count))
+        });
+        let help = "What redirected connections were found to speak";
+        family(encoder, "outrigger_detected", help, None, found)
     }
 
     fn workers(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

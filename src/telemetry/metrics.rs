@@ -3,7 +3,7 @@
 use std::{
     sync::{
         OnceLock,
-        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,6 +18,8 @@ pub struct Metrics {
     pub ways: Ways,
     /// In the order of their threads.
     pub workers: Vec<WorkerLoad>,
+    /// What redirected connections were found to speak.
+    pub detections: Detections,
 }
 
 impl Metrics {
@@ -92,6 +94,97 @@ impl Way {
             Self::Redirect => "redirect",
             Self::Listen => "listen",
         }
+    }
+}
+
+/// What a redirected connection was found to speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detected {
+    Http1,
+    Http2,
+    /// TLS that is not the proxy's to end.
+    Tls,
+    /// The caller spoke first, something else.
+    Bytes,
+    /// The server did.
+    ServerFirst,
+    /// Nobody looked: the configuration says that it is bytes.
+    Declared,
+}
+
+impl Detected {
+    pub const ALL: [Self; 6] =
+        [Self::Http1, Self::Http2, Self::Tls, Self::Bytes, Self::ServerFirst, Self::Declared];
+
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Http1 => "http1",
+            Self::Http2 => "http2",
+            Self::Tls => "tls",
+            Self::Bytes => "bytes",
+            Self::ServerFirst => "server_first",
+            Self::Declared => "declared",
+        }
+    }
+}
+
+/// What redirected connections were found to speak, by direction and port. Of the ports that come first; callers choose
+/// ports, so there is an end to them.
+#[derive(Debug)]
+pub struct Detections([Ported; MAX_PORTS]);
+
+const MAX_PORTS: usize = 64;
+
+#[derive(Debug, Default)]
+struct Ported {
+    /// 0: free; else the port, and the direction above it. The last one stands for all other ports.
+    key: AtomicU32,
+    counts: [AtomicU64; Detected::ALL.len()],
+}
+
+impl Default for Detections {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Ported::default()))
+    }
+}
+
+const TAKEN: u32 = 1 << 17;
+const INBOUND: u32 = 1 << 16;
+
+impl Detections {
+    /// Counts one; whether it was the first of its kind on that port.
+    pub fn note(&self, inbound: bool, port: u16, what: Detected) -> bool {
+        let key = TAKEN | if inbound { INBOUND } else { 0 } | u32::from(port);
+        let (others, ports) = match self.0.split_last() {
+            Some(split) => split,
+            None => return false,
+        };
+        let take =
+            |slot: &&Ported| match slot.key.compare_exchange(0, key, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => true,
+                Err(known) => known == key,
+            };
+        let slot = ports.iter().find(take);
+        let before = slot.unwrap_or(others).counts[what as usize].fetch_add(1, Ordering::Relaxed);
+        slot.is_some() && before == 0
+    }
+
+    /// Direction, port (none: all others), what, and how often.
+    pub fn read(&self) -> impl Iterator<Item = (&'static str, Option<u16>, Detected, u64)> {
+        self.0
+            .iter()
+            .flat_map(|slot| {
+                let key = slot.key.load(Ordering::Relaxed);
+                let direction = match key {
+                    0 => "other",
+                    key if key & INBOUND != 0 => "inbound",
+                    _ => "outbound",
+                };
+                let port = u16::try_from(key & 0xffff).ok().filter(|_| key != 0);
+                let counts = Detected::ALL.into_iter().zip(&slot.counts);
+                counts.map(move |(what, count)| (direction, port, what, count.load(Ordering::Relaxed)))
+            })
+            .filter(|(.., count)| *count > 0)
     }
 }
 
@@ -201,6 +294,21 @@ impl Drop for OpenConnection<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_are_counted_up_to_a_number_of_them() {
+        let detections = Detections::default();
+        assert!(detections.note(false, 6379, Detected::ServerFirst), "the first is told of");
+        assert!(!detections.note(false, 6379, Detected::ServerFirst));
+        assert!(detections.note(true, 6379, Detected::ServerFirst), "the other direction is another");
+        for port in 1..200 {
+            detections.note(true, port, Detected::Http1);
+        }
+        let read: Vec<_> = detections.read().collect();
+        assert_eq!(read[0], ("outbound", Some(6379), Detected::ServerFirst, 2));
+        assert_eq!(read.len(), MAX_PORTS);
+        assert_eq!(read[MAX_PORTS - 1], ("other", None, Detected::Http1, 199 - 61));
+    }
 
     #[test]
     fn each_way_has_its_own_count_and_time() {

@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     fs,
     net::SocketAddr,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -13,7 +14,10 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{PATIENCE, eventually};
+use super::{
+    PATIENCE, eventually,
+    netns::{PROXY_USER, Pod},
+};
 
 /// All listeners on ports of the system's choice; a test's own configuration is merged over it.
 const BASE: &str = r#"
@@ -25,6 +29,19 @@ listen = "127.0.0.1:0"
 listen = "127.0.0.1:0"
 [admin]
 listen = "127.0.0.1:0"
+"#;
+
+/// As a pod has them: the ports that redirection leads to.
+const POD: &str = r#"
+[runtime]
+drain_timeout = "5s"
+[inbound]
+listen = "[::]:4143"
+[outbound]
+listen = "localhost:4140"
+[admin]
+listen = "localhost:4191"
+probe_listen = "[::]:4192"
 "#;
 
 /// The binary under test; `OUTRIGGER_BIN` names another build of it (CI measures the release build).
@@ -41,6 +58,7 @@ pub struct Launch {
     /// Put before the binary: `unshare --pid …`.
     wrapper: Vec<OsString>,
     service: Vec<OsString>,
+    in_pod: bool,
 }
 
 /// A running proxy. Dropping it ends it.
@@ -72,6 +90,12 @@ impl Launch {
         self
     }
 
+    /// Runs it as the sidecar of a pod.
+    pub fn in_pod(mut self, pod: &Pod) -> Self {
+        self.in_pod = true;
+        self.wrapped(pod.as_user(PROXY_USER)).arg("--redirected")
+    }
+
     /// `run … -- COMMAND`.
     pub fn service<I: Into<OsString>>(mut self, command: impl IntoIterator<Item = I>) -> Self {
         self.service = command.into_iter().map(Into::into).collect();
@@ -101,7 +125,11 @@ impl Launch {
     pub fn spawn(self) -> Proxy {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = |name| directory.path().join(name);
-        fs::write(path("base.toml"), BASE).expect("write");
+        fs::write(path("base.toml"), if self.in_pod { POD } else { BASE }).expect("write");
+        if self.in_pod {
+            // Its user is not ours.
+            fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).expect("chmod");
+        }
         fs::write(path("outrigger.toml"), &self.config).expect("write");
         let mut words = self.wrapper;
         words.push(binary().into());

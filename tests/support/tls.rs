@@ -133,9 +133,18 @@ pub struct TlsServer {
 impl TlsServer {
     /// See [`server_config`].
     pub fn start(certificate: &(String, String), client_ca: Option<&str>, alpn: &[&str]) -> Self {
+        Self::start_at(([127, 0, 0, 1], 0).into(), certificate, client_ca, alpn)
+    }
+
+    pub fn start_at(
+        address: SocketAddr,
+        certificate: &(String, String),
+        client_ca: Option<&str>,
+        alpn: &[&str],
+    ) -> Self {
         let config = server_config(certificate, client_ca, alpn);
         let config = Arc::new(config);
-        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let listener = TcpListener::bind(address).expect("bind");
         let address = listener.local_addr().expect("an address");
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {

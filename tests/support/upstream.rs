@@ -54,7 +54,16 @@ impl Upstream {
         F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
         R: Future<Output = Answer> + 'static,
     {
-        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("bind");
+        Self::at(([127, 0, 0, 1], 0).into(), h2, handle)
+    }
+
+    /// The same at an address, in the network of the thread that calls.
+    pub fn at<F, R>(address: SocketAddr, h2: bool, handle: F) -> Self
+    where
+        F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
+        let listener = std::net::TcpListener::bind(address).expect("bind");
         listener.set_nonblocking(true).expect("non-blocking");
         let address = listener.local_addr().expect("an address");
         let (stop, stopped) = oneshot::channel();

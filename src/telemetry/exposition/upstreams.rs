@@ -9,8 +9,7 @@ use prometheus_client::{
 
 use super::{Labels, family};
 use crate::{
-    proxy::unknown::UnknownHosts,
-    runtime::{Cluster, Snapshot},
+    runtime::{Cluster, Shared},
     upstream::{
         EndpointState,
         guards::{Counts, Tally},
@@ -41,14 +40,18 @@ struct Row {
 }
 
 impl Rows {
-    pub fn of(snapshot: &Snapshot, unknown: &UnknownHosts) -> Self {
+    pub fn of(shared: &Shared) -> Self {
         let now = Instant::now();
+        let snapshot = shared.snapshot.load();
         let mut rows = Self(BTreeMap::new());
         for cluster in &snapshot.clusters {
             rows.row(&cluster.upstream.name).add(cluster, now);
         }
-        rows.row(INBOUND).add(&snapshot.inbound, now);
-        let (hosts, forgotten) = unknown.read();
+        let (addresses, forgotten) = shared.inbound_addresses.read();
+        let service = rows.row(INBOUND);
+        service.counts.absorb(&forgotten);
+        addresses.iter().chain([&snapshot.inbound]).for_each(|cluster| service.add(cluster, now));
+        let (hosts, forgotten) = shared.unknown.read();
         if !hosts.is_empty() || !forgotten.is_zero() {
             let row = rows.row(OTHER);
             row.counts.absorb(&forgotten);

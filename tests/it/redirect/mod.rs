@@ -1,3 +1,4 @@
 //! `outrigger redirect` and what goes by it, in network namespaces that stand for pods.
 
+mod pods;
 mod rules;
