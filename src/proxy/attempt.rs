@@ -9,6 +9,7 @@ use super::{
     body::{Held, RequestBody},
     connect::connect_failed,
     error::{Cause, ProxyError},
+    present::Present,
 };
 use crate::{
     identity::handshake::refused_after,
@@ -40,6 +41,8 @@ pub struct Outgoing {
 #[derive(Debug)]
 pub struct Answer {
     pub response: Response<Incoming>,
+    /// What its head has.
+    pub present: Present,
     pub lease: Lease,
     pub held: Held,
 }
@@ -122,7 +125,8 @@ pub async fn send(
     let sent = request.body().sent();
     match lease.send(request).await {
         Ok(response) => {
-            Ok(Answer { response, lease, held: Held { in_flight, sent, place: None, grpc: None } })
+            let present = Present::of(response.headers());
+            Ok(Answer { response, present, lease, held: Held { in_flight, sent, place: None, grpc: None } })
         }
         Err(failed) => Err(classify(name, endpoint.address(), &failed, stale, &lease)),
     }

@@ -15,7 +15,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::{grpc::GrpcEnd, headers, interim::Gate, progress::Progress};
+use super::{grpc::GrpcEnd, headers, interim::Gate, present::Present, progress::Progress};
 use crate::{
     telemetry::record::End,
     upstream::{Lease, guards::Place, local::InFlight},
@@ -193,7 +193,8 @@ impl Kept {
 fn without_spoofed(frame: Frame<Bytes>) -> Frame<Bytes> {
     match frame.into_trailers() {
         Ok(mut trailers) => {
-            headers::remove_spoofed(&mut trailers);
+            let present = Present::of(&trailers);
+            headers::remove_spoofed(&mut trailers, present);
             Frame::trailers(trailers)
         }
         Err(data) => data,

@@ -23,6 +23,7 @@ use super::{
     error::{Cause, Context, ProxyError, respond},
     exchange,
     headers::{self, X_OUTRIGGER_RETRY, X_REQUEST_ID},
+    present::{Field, Present},
     progress::Progress,
     target,
 };
@@ -45,12 +46,13 @@ pub async fn answer(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
-    let grpc = open(connection, &view, &request, progress);
+    let present = Present::of(request.headers());
+    let grpc = open(connection, &view, &request, present, progress);
     let _unanswered = Unanswered(progress);
-    let request_id = request_id(connection, &mut request);
+    let request_id = request_id(connection, &mut request, present);
 
     // Boxed: hyper keeps room for the future in every connection, idle ones too.
-    let mut handling = Box::pin(handle(connection, &view, request, progress));
+    let mut handling = Box::pin(handle(connection, &view, request, present, progress));
     let result = catch_panic(handling.as_mut()).await;
     drop(handling);
     let mut response = result.and_then(|handled| handled).unwrap_or_else(|error| {
@@ -120,13 +122,22 @@ impl Drop for Unanswered<'_> {
 }
 
 /// Begins to note what the call does. Says whether it is gRPC.
-fn open(connection: &Connection, view: &View, request: &Request<Incoming>, progress: &Progress) -> bool {
+fn open(
+    connection: &Connection,
+    view: &View,
+    request: &Request<Incoming>,
+    present: Present,
+    progress: &Progress,
+) -> bool {
     let (way, started) = (target::way(connection, request), progress.started());
     connection.worker.shared.metrics.ways.note(way, started.into_std());
     let grpc = headers::is_grpc(request.headers());
     let worker = &connection.worker;
     let (traces, inbound) = (&worker.shared.traces, way == Way::Inbound);
-    let said = propagation::read(request.headers());
+    let said = match present.has_any(Present::TRACE) {
+        true => propagation::read(request.headers()),
+        false => propagation::Said::default(),
+    };
     let telemetry = &view.snapshot.config.telemetry;
     let context = worker.with_rng(|rng| traces.context(&said, inbound, telemetry, rng, started.into_std()));
     let (method, version) = (request.method().clone(), request.version());
@@ -148,16 +159,17 @@ async fn handle(
     connection: &Rc<Connection>,
     view: &View,
     mut request: Request<Incoming>,
+    present: Present,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    headers::guard(&request)?;
+    headers::guard(&request, present)?;
     if connection.refused_plaintext() {
         return Err(ProxyError::new(
             Cause::NotAllowed,
             "plaintext: calls to this service must come by mutual TLS (`inbound.mtls` is \"strict\"); call it through a sidecar, or let both in by \"permissive\"",
         ));
     }
-    headers::check_loop(request.headers(), &view.names.via(&connection.side).pseudonym)?;
+    headers::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;
     if connection.side == Side::Inbound {
         authorize::call(connection, view, &mut request).await?;
     }
@@ -178,17 +190,19 @@ async fn handle(
         record.matched = Some(Arc::clone(&target.matched.whom));
         record.route = target.route;
     });
-    exchange::run(connection, view, &target, request, progress).await
+    exchange::run(connection, view, &target, request, present, progress).await
 }
 
 /// The id of the request, given one where it has none.
-fn request_id(connection: &Connection, request: &mut Request<Incoming>) -> HeaderValue {
-    if let Some(id) = request.headers().get(X_REQUEST_ID) {
+fn request_id(connection: &Connection, request: &mut Request<Incoming>, present: Present) -> HeaderValue {
+    if present.has(Field::RequestId)
+        && let Some(id) = request.headers().get(X_REQUEST_ID)
+    {
         return id.clone();
     }
-    let random =
-        connection.worker.with_rng(|rng| (u128::from(rng.next_u64()) << 64) | u128::from(rng.next_u64()));
-    let id = HeaderValue::try_from(format!("{random:032x}")).unwrap_or(HeaderValue::from_static("0"));
+    let mut text = [0; 32];
+    connection.worker.with_rng(propagation::Trace::random).encode(&mut text);
+    let id = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0"));
     request.headers_mut().insert(X_REQUEST_ID, id.clone());
     id
 }

@@ -16,6 +16,7 @@ use super::{
     error::{Cause, ProxyError},
     exchange::Exchange,
     headers::{self, X_OUTRIGGER_RETRY},
+    present::{Field, Present},
     upgrade,
 };
 use crate::resilience::{
@@ -33,20 +34,24 @@ pub fn hand_on(
     callers_version: Version,
     callers_upgrade: Option<OnUpgrade>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    let Answer { mut response, mut lease, held } = answer;
+    let Answer { mut response, present, mut lease, held } = answer;
     let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
     let status = response.status();
-    lease.heard(response.headers());
+    if present.has(Field::KeepAlive) {
+        lease.heard(response.headers());
+    }
     credentials::note(&target.local, status);
     let broken = |error: ProxyError| {
         let detail = format!("{}: its response cannot be passed on: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)
     };
-    headers::only_chunked(response.headers()).map_err(broken)?;
-    let said = headers::remove_hop_by_hop(response.headers_mut()).map_err(broken)?;
-    response.headers_mut().remove(X_OUTRIGGER_RETRY);
+    headers::only_chunked(response.headers(), present).map_err(broken)?;
+    let said = headers::remove_hop_by_hop(response.headers_mut(), present).map_err(broken)?;
+    if present.has(Field::Retry) {
+        response.headers_mut().remove(X_OUTRIGGER_RETRY);
+    }
     if connection.side == Side::Inbound {
-        advise(exchange, &mut response);
+        advise(exchange, &mut response, present);
     } else {
         let received = response.version();
         view.names.via(&connection.side).append(response.headers_mut(), received);
@@ -55,7 +60,7 @@ pub fn hand_on(
         edits.response.apply(response.headers_mut());
     }
     let tries = exchange.call.progress.note(|record| record.tries.made()).unwrap_or(0);
-    if tries > 1 && may_be_failure(&response) {
+    if tries > 1 && may_be_failure(status, present) {
         append_proxy_status(exchange, response.headers_mut(), status, outcome, tries);
     }
     if status == StatusCode::SWITCHING_PROTOCOLS {
@@ -104,8 +109,8 @@ fn append_proxy_status(
 }
 
 /// Tells the caller's sidecar not to try again what this service's own calls have tried enough.
-fn advise(exchange: &Exchange<'_>, response: &mut Response<Incoming>) {
-    let failed = response.status().is_server_error() || response.headers().contains_key("grpc-status");
+fn advise(exchange: &Exchange<'_>, response: &mut Response<Incoming>, present: Present) {
+    let failed = response.status().is_server_error() || present.has(Field::GrpcStatus);
     let spent = &exchange.call.connection.worker.shared.spent;
     if failed
         && let Some(trace) = exchange.call.progress.note(|record| record.context.trace.get())
@@ -130,6 +135,6 @@ pub fn fallback(settings: &FallbackSettings, deployment: &str, why: &str) -> Res
 }
 
 /// Whether a response needs a second look: everything else is success.
-pub fn may_be_failure<B>(response: &Response<B>) -> bool {
-    response.status().as_u16() >= 400 || response.headers().contains_key("grpc-status")
+pub fn may_be_failure(status: StatusCode, present: Present) -> bool {
+    status.as_u16() >= 400 || present.has(Field::GrpcStatus)
 }

@@ -12,12 +12,8 @@
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
-use http::{
-    HeaderMap, HeaderName, Request, Response, Version,
-    header::{COOKIE, EXPECT, UPGRADE},
-};
+use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 use hyper::body::Incoming;
-use tokio::time::Instant;
 
 use super::{
     admission,
@@ -29,7 +25,8 @@ use super::{
     credentials::{self, SetAside},
     deliver,
     error::{Cause, ProxyError},
-    head, headers,
+    head,
+    present::{Field, Present},
     progress::Progress,
     target::{self, Target},
 };
@@ -44,8 +41,6 @@ use crate::{
     telemetry::record::{Try, Why},
     upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
 };
-
-const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What holds for a call, whichever upstream serves it in the end.
 pub struct Call<'a> {
@@ -94,31 +89,35 @@ pub async fn run(
     view: &View,
     target: &Target,
     mut request: Request<Incoming>,
+    present: Present,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
-    let grpc = headers::is_grpc(request.headers());
-    let callers_upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
+    let grpc = progress.note(|record| record.grpc).unwrap_or_default();
+    let callers_upgrade = present.has(Field::Upgrade).then(|| hyper::upgrade::on(&mut request));
     let (mut parts, body) = request.into_parts();
     let callers_version = parts.version;
     let version = version_for(cluster.settings.protocol, callers_version);
     let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
 
     let observed_timeout = view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
-    let clock = clock(policy, grpc, observed_timeout, &parts.headers, progress.started());
+    let callers = callers_time(grpc, present, &parts.headers);
+    let deadline = Deadline::from_caller(progress.started().into_std(), callers);
+    let (timeout, attempt) = timeouts(policy, grpc, observed_timeout);
+    let clock = Clock::new(deadline, timeout, attempt, progress.started());
     let idle = if grpc { policy.tunnel_idle_timeout } else { policy.idle_timeout };
     progress.set_limits(idle.limit(), policy.max_duration.limit());
 
-    let upgrade = head::prepare(connection, view, target, &mut parts, version)?;
+    let upgrade = head::prepare(connection, view, target, &mut parts, present, version)?;
     let upgrade = upgrade.filter(|_| http1 && callers_version == Version::HTTP_11);
     let call = Call {
         connection,
         view,
         progress,
         grpc,
-        idempotency_key: parts.headers.contains_key(IDEMPOTENCY_KEY),
-        expects_continue: http1 && parts.headers.contains_key(EXPECT),
+        idempotency_key: present.has(Field::IdempotencyKey),
+        expects_continue: http1 && present.has(Field::Expect),
         interim: http1 && callers_version == Version::HTTP_11,
     };
     let replay = Replay::new(body, retries.body_limit(&parts.method, call.idempotency_key), progress);
@@ -253,13 +252,18 @@ async fn serve<'a>(
     Ok((exchange, ended))
 }
 
-/// The clocks of a call. gRPC has none but its own, unless a route sets them.
-fn clock(policy: &Policy, grpc: bool, observed: bool, headers: &HeaderMap, started: Instant) -> Clock {
-    let callers = if grpc { deadline::grpc_timeout(headers) } else { deadline::request_timeout(headers) };
-    let (timeout, attempt) = timeouts(policy, grpc, observed);
-    Clock::new(Deadline::from_caller(started.into_std(), callers), timeout, attempt, started)
+/// How much time the caller has.
+fn callers_time(grpc: bool, present: Present, headers: &HeaderMap) -> Option<Duration> {
+    if grpc && present.has(Field::GrpcTimeout) {
+        deadline::grpc_timeout(headers)
+    } else if !grpc && present.has(Field::RequestTimeout) {
+        deadline::request_timeout(headers)
+    } else {
+        None
+    }
 }
 
+/// The limits of a call. gRPC has none but its own, unless a route sets them.
 fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, AttemptTimeout) {
     let timeout = policy.timeout.limit().filter(|_| !observed && (!grpc || policy.route_sets_timeout));
     let attempt = if observed || (grpc && !policy.route_sets_attempt_timeout) {

@@ -13,6 +13,7 @@ use super::{
     connection::Connection,
     error::ProxyError,
     headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
+    present::Present,
     target::Target,
 };
 use crate::runtime::View;
@@ -23,12 +24,13 @@ pub fn prepare(
     view: &View,
     target: &Target,
     head: &mut request::Parts,
+    present: Present,
     version: Version,
 ) -> Result<Option<HeaderValue>, ProxyError> {
     let headers = &mut head.headers;
-    let said = headers::remove_hop_by_hop(headers)?;
-    headers::remove_proxy_credentials(headers);
-    headers::remove_spoofed(headers);
+    let said = headers::remove_hop_by_hop(headers, present)?;
+    headers::remove_proxy_credentials(headers, present);
+    headers::remove_spoofed(headers, present);
     view.names.via(&connection.side).append(headers, head.version);
     if connection.side == Side::Inbound {
         let host = headers.get(HOST).cloned().or_else(|| {

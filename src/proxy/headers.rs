@@ -8,7 +8,10 @@ use http::{
     },
 };
 
-use super::error::{Cause, ProxyError};
+use super::{
+    error::{Cause, ProxyError},
+    present::{Field, Present},
+};
 use crate::config::{Forwarded, HeaderEdits};
 
 pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -42,8 +45,11 @@ pub struct HopByHop {
 }
 
 /// Removes everything that is meant for this hop only (RFC 9110 §7.6.1). `TE: trailers` stays, as we pass trailers on.
-pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Result<HopByHop, ProxyError> {
+pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<HopByHop, ProxyError> {
     let mut said = HopByHop::default();
+    if !present.has_any(Present::HOP_BY_HOP) {
+        return Ok(said);
+    }
     let mut wants_upgrade = false;
     if headers.contains_key(CONNECTION) {
         let named: Vec<HeaderValue> = headers.get_all(CONNECTION).iter().cloned().collect();
@@ -89,15 +95,26 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Result<HopByHop, ProxyError
 }
 
 /// The credentials for this proxy go no further.
-pub fn remove_proxy_credentials(headers: &mut HeaderMap) {
-    headers.remove(PROXY_AUTHORIZATION);
-    headers.remove(PROXY_AUTHENTICATE);
+pub fn remove_proxy_credentials(headers: &mut HeaderMap, present: Present) {
+    if present.has(Field::ProxyAuthorization) {
+        headers.remove(PROXY_AUTHORIZATION);
+    }
+    if present.has(Field::ProxyAuthenticate) {
+        headers.remove(PROXY_AUTHENTICATE);
+    }
 }
 
 /// Removes what only a proxy may say: who the caller is, which try this is.
-pub fn remove_spoofed(headers: &mut HeaderMap) {
-    headers.remove(X_FORWARDED_CLIENT_CERT);
-    headers.remove(X_OUTRIGGER_RETRY);
+pub fn remove_spoofed(headers: &mut HeaderMap, present: Present) {
+    if present.has(Field::ForwardedClientCert) {
+        headers.remove(X_FORWARDED_CLIENT_CERT);
+    }
+    if present.has(Field::Retry) {
+        headers.remove(X_OUTRIGGER_RETRY);
+    }
+    if !present.has_underscore() {
+        return;
+    }
     // Many services read `_` and `-` as the same (CGI and its heirs).
     let disguised =
         |name: &HeaderName| name.as_str().contains('_') && is_protected(&name.as_str().replace('_', "-"));
@@ -120,7 +137,7 @@ pub fn remove_spellings(headers: &mut HeaderMap, name: &HeaderName) {
 }
 
 /// Refuses what two parsers could read differently and hyper lets pass.
-pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
+pub fn guard<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError> {
     let headers = request.headers();
     let target = request.uri();
     let by_http2 = request.version() == Version::HTTP_2;
@@ -134,8 +151,7 @@ pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
     }
     if let Some(host) = host {
         let text = host.to_str().map_err(|_| ProxyError::malformed("the Host field is not text"))?;
-        let authority = text.parse::<http::uri::Authority>();
-        if text.contains('@') || !authority.is_ok_and(|authority| has_valid_port(&authority)) {
+        if !is_host(text) {
             if !(text.is_empty() && request.uri().authority().is_some()) {
                 return Err(ProxyError::malformed("the Host field is not a host"));
             }
@@ -151,13 +167,14 @@ pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
     if request.uri().authority().is_some_and(|authority| authority.as_str().contains('@')) {
         return Err(ProxyError::malformed("the target carries user information"));
     }
-    if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
+    if present.has(Field::ContentLength) && headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
         return Err(ProxyError::malformed("more than one Content-Length field"));
     }
-    if request.version() == Version::HTTP_10 && headers.contains_key(TRANSFER_ENCODING) {
+    if request.version() == Version::HTTP_10 && present.has(Field::TransferEncoding) {
         return Err(ProxyError::malformed("Transfer-Encoding in an HTTP/1.0 request (RFC 9112 §6.1)"));
     }
-    if let Some(expect) = headers.get(http::header::EXPECT)
+    if present.has(Field::Expect)
+        && let Some(expect) = headers.get(http::header::EXPECT)
         && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
     {
         return Err(ProxyError::malformed("an expectation that is not 100-continue (RFC 9110 §10.1.1)")
@@ -176,12 +193,23 @@ pub fn guard<B>(request: &Request<B>) -> Result<(), ProxyError> {
     if target.authority().is_some_and(|authority| !has_valid_port(authority)) {
         return Err(ProxyError::malformed("the target's port is not a number up to 65535"));
     }
-    only_chunked(headers)?;
+    only_chunked(headers, present)?;
     let asterisk = request.uri().path() == "*";
     if asterisk && request.method() != Method::OPTIONS {
         return Err(ProxyError::malformed("the target * is for OPTIONS only (RFC 9112 §3.2.4)"));
     }
     Ok(())
+}
+
+/// Whether a text is `host[:port]`. What most hosts look like is told without taking it apart.
+fn is_host(text: &str) -> bool {
+    let (name, port) = text.split_once(':').unwrap_or((text, "80"));
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
+    if !name.is_empty() && name.bytes().all(plain) && (1..=4).contains(&port.len()) {
+        return port.bytes().all(|byte| byte.is_ascii_digit());
+    }
+    let authority = text.parse::<http::uri::Authority>();
+    !text.contains('@') && authority.is_ok_and(|authority| has_valid_port(&authority))
 }
 
 /// Whether what stands behind the host is nothing, or a port.
@@ -192,7 +220,10 @@ fn has_valid_port(authority: &http::uri::Authority) -> bool {
 
 /// Refuses transfer codings other than exactly `chunked`: hyper undoes that one and lets the others pass unnoticed,
 /// so that the body would arrive coded and not say so (RFC 9112 §6.1).
-pub fn only_chunked(headers: &HeaderMap) -> Result<(), ProxyError> {
+pub fn only_chunked(headers: &HeaderMap, present: Present) -> Result<(), ProxyError> {
+    if !present.has(Field::TransferEncoding) {
+        return Ok(());
+    }
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     match (codings.next(), codings.next()) {
         (None, _) => Ok(()),
@@ -202,7 +233,10 @@ pub fn only_chunked(headers: &HeaderMap) -> Result<(), ProxyError> {
 }
 
 /// Refuses a message that has passed this proxy before.
-pub fn check_loop(headers: &HeaderMap, pseudonym: &str) -> Result<(), ProxyError> {
+pub fn check_loop(headers: &HeaderMap, present: Present, pseudonym: &str) -> Result<(), ProxyError> {
+    if !present.has(Field::Via) {
+        return Ok(());
+    }
     let seen = headers
         .get_all(VIA)
         .iter()
@@ -359,6 +393,11 @@ mod tests {
             .collect()
     }
 
+    fn removed(map: &mut HeaderMap) -> Result<HopByHop, ProxyError> {
+        let present = Present::of(map);
+        remove_hop_by_hop(map, present)
+    }
+
     #[test]
     fn hop_by_hop_fields_go_and_others_stay() {
         let mut map = headers(&[
@@ -372,7 +411,7 @@ mod tests {
             ("trailer", "x-sum"),
             ("x-end", "1"),
         ]);
-        let said = remove_hop_by_hop(&mut map).unwrap();
+        let said = removed(&mut map).unwrap();
         assert!(said.upgrade.is_none(), "Connection did not name it");
         assert_eq!(map, headers(&[("trailer", "x-sum"), ("x-end", "1"), ("te", "trailers")]));
     }
@@ -380,14 +419,14 @@ mod tests {
     #[test]
     fn upgrades_are_kept_apart_but_h2c_is_dropped() {
         let mut map = headers(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
-        assert_eq!(remove_hop_by_hop(&mut map).unwrap().upgrade.unwrap(), "websocket");
+        assert_eq!(removed(&mut map).unwrap().upgrade.unwrap(), "websocket");
         assert!(map.is_empty());
         let mut map = headers(&[
             ("connection", "Upgrade, HTTP2-Settings"),
             ("upgrade", "h2c"),
             ("http2-settings", "AAMAAABk"),
         ]);
-        assert!(remove_hop_by_hop(&mut map).unwrap().upgrade.is_none());
+        assert!(removed(&mut map).unwrap().upgrade.is_none());
         assert!(map.is_empty());
     }
 
@@ -397,16 +436,26 @@ mod tests {
             ["Host", "content-length", "Authorization", "traceparent", "x-outrigger-retry", "X-Forwarded-For"]
         {
             let mut map = headers(&[("connection", name)]);
-            assert_eq!(remove_hop_by_hop(&mut map).unwrap_err().cause, Cause::Malformed, "{name}");
+            assert_eq!(removed(&mut map).unwrap_err().cause, Cause::Malformed, "{name}");
         }
     }
 
     #[test]
     fn a_message_that_comes_back_is_refused() {
         let map = headers(&[("via", "1.1 other, 1.1 outrigger-o-1"), ("via", "2 third")]);
-        assert!(check_loop(&map, "outrigger-o-1").is_err());
-        assert!(check_loop(&map, "outrigger-o-2").is_ok());
-        assert!(check_loop(&map, "third").is_err());
+        assert!(check_loop(&map, Present::of(&map), "outrigger-o-1").is_err());
+        assert!(check_loop(&map, Present::of(&map), "outrigger-o-2").is_ok());
+        assert!(check_loop(&map, Present::of(&map), "third").is_err());
+    }
+
+    #[test]
+    fn a_host_is_a_name_and_a_port() {
+        for good in ["a", "a.b-c:1", "10.0.0.1:8080", "a:65535", "[::1]", "[::1]:80", "a_b", "a:0001"] {
+            assert!(is_host(good), "{good}");
+        }
+        for bad in ["", "a:", "a:b", "a:65536", "a:8o", "a@b", "a b", "a/b", "[::1", "a:80:80", "a:+1"] {
+            assert!(!is_host(bad), "{bad}");
+        }
     }
 
     #[test]

@@ -142,5 +142,5 @@ impl Exchange<'_> {
 
 /// Whether a copy's answer ends the race with the other copy.
 fn succeeded(result: &Result<Answer, Failed>) -> bool {
-    result.as_ref().is_ok_and(|answer| !may_be_failure(&answer.response))
+    result.as_ref().is_ok_and(|answer| !may_be_failure(answer.response.status(), answer.present))
 }

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, header::CONTENT_LENGTH};
 use tokio::time::{Sleep, sleep};
 
-use super::{headers, io::Wire};
+use super::{headers, io::Wire, present::Present};
 
 /// A server that doesn't know the expectation says nothing: then the body goes anyway (RFC 9110 §10.1.1).
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
@@ -68,7 +68,7 @@ pub fn pass_on<B>(request: &mut Request<B>, wire: &Arc<Wire>) {
         status => {
             let mut headers = response.headers().clone();
             // One that names what is not hop-by-hop is let go: nobody waits for it.
-            if headers::remove_hop_by_hop(&mut headers).is_ok() {
+            if headers::remove_hop_by_hop(&mut headers, Present::of(response.headers())).is_ok() {
                 headers.remove(CONTENT_LENGTH);
                 wire.push_interim(encoded(status, &headers));
             }

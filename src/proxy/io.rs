@@ -18,7 +18,7 @@ use bytes::{Buf, Bytes};
 use rustix::net::RecvFlags;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
     time::Instant,
 };
@@ -70,6 +70,12 @@ impl SharedTcp {
         records.is_empty()
     }
 
+    /// Less came than there was room for: nothing is left to read, and the next edge will tell when there is. Saves the
+    /// system call that would say so. (tokio does the same for a stream that is not shared.)
+    fn drained(&self) {
+        let _ = self.0.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+    }
+
     /// Waits until the peer has said something, or left.
     pub async fn readable(&self) -> io::Result<()> {
         self.0.readable().await
@@ -84,8 +90,14 @@ impl AsyncRead for SharedTcp {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.0.poll_read_ready(cx))?;
+            let room = buf.remaining();
             match self.0.try_read_buf(buf) {
-                Ok(_) => return Poll::Ready(Ok(())),
+                Ok(count) => {
+                    if (1..room).contains(&count) {
+                        self.drained();
+                    }
+                    return Poll::Ready(Ok(()));
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }

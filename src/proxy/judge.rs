@@ -12,6 +12,7 @@ use super::{
     error::ProxyError,
     exchange::{Ended, Exchange},
     grpc::GrpcEnd,
+    present::Field,
     tries::{Number, Over},
 };
 use crate::{
@@ -35,9 +36,10 @@ impl Exchange<'_> {
             Ok(Ok(answer)) => {
                 let response = &answer.response;
                 // Advice counts from upstreams that the configuration names.
-                let named = self.target.index.is_some();
+                let named = self.target.index.is_some() && answer.present.has(Field::Retry);
                 let advice = if named { Advice::from_headers(response.headers()) } else { Advice::None };
-                let outcome = match GrpcStatus::from_headers(response.headers()).filter(|_| self.call.grpc) {
+                let told = self.call.grpc && answer.present.has(Field::GrpcStatus);
+                let outcome = match told.then(|| GrpcStatus::from_headers(response.headers())).flatten() {
                     Some(status) => Outcome::grpc(status, advice, clock.deadline().callers_time_left(now)),
                     None => Outcome { ending: Ending::Http(response.status()), advice },
                 };

@@ -29,6 +29,7 @@ mod hedged;
 mod interim;
 pub mod io;
 mod judge;
+pub mod present;
 pub mod progress;
 pub mod redirected;
 pub mod route;

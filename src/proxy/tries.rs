@@ -152,7 +152,9 @@ impl Exchange<'_> {
             let ended = self.judge(over, &carried.replay, &carried.clock);
             let (outcome, hint) = match &ended {
                 // What went well is the rule, and needs no decision.
-                Ended::Answered(answer, _) if !may_be_failure(&answer.response) => return Ok(ended),
+                Ended::Answered(answer, _) if !may_be_failure(answer.response.status(), answer.present) => {
+                    return Ok(ended);
+                }
                 Ended::Answered(answer, outcome) => {
                     (*outcome, Hint::from_headers(answer.response.headers(), SystemTime::now()))
                 }
@@ -370,7 +372,8 @@ impl Exchange<'_> {
     pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
         if self.call.connection.side != Side::Inbound {
-            headers.insert(X_OUTRIGGER_ATTEMPT, HeaderValue::from(number));
+            let value = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
+            headers.insert(X_OUTRIGGER_ATTEMPT, value);
         }
         if self.call.grpc {
             // Only shortened, never made from `timeout`.

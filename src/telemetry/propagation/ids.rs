@@ -25,7 +25,8 @@ impl Trace {
         self.0
     }
 
-    pub(super) fn encode(self, out: &mut [u8]) {
+    /// Writes it into 32 bytes.
+    pub fn encode(self, out: &mut [u8]) {
         encode(self.0, out);
     }
 }

@@ -1,0 +1,157 @@
+//! Which of the fields that a proxy acts on are in a message, found by one pass over the names.
+//!
+//! A call asks some forty times for a field that is hardly ever there. Each question to the map hashes a name; this one
+//! is a bit.
+
+use http::HeaderMap;
+
+macro_rules! fields {
+    ($($field:ident = $name:literal),+ $(,)?) => {
+        /// A field that the proxy acts on.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Field { $($field),+ }
+
+        const NAMES: &[&str] = &[$($name),+];
+    };
+}
+
+fields! {
+    // Of this hop only.
+    Connection = "connection",
+    Upgrade = "upgrade",
+    Http2Settings = "http2-settings",
+    KeepAlive = "keep-alive",
+    ProxyConnection = "proxy-connection",
+    TransferEncoding = "transfer-encoding",
+    Te = "te",
+    // Framing, and who is meant.
+    ContentLength = "content-length",
+    Expect = "expect",
+    Host = "host",
+    Via = "via",
+    // For the proxy, or by a proxy only.
+    ProxyAuthorization = "proxy-authorization",
+    ProxyAuthenticate = "proxy-authenticate",
+    ForwardedClientCert = "x-forwarded-client-cert",
+    Retry = "x-outrigger-retry",
+    RequestId = "x-request-id",
+    IdempotencyKey = "idempotency-key",
+    RequestTimeout = "x-request-timeout-ms",
+    GrpcTimeout = "grpc-timeout",
+    GrpcStatus = "grpc-status",
+    Cookie = "cookie",
+    // Traces.
+    Traceparent = "traceparent",
+    Tracestate = "tracestate",
+    B3 = "b3",
+    B3TraceId = "x-b3-traceid",
+    B3Sampled = "x-b3-sampled",
+    UberTraceId = "uber-trace-id",
+}
+
+const LONGEST: usize = 24;
+
+/// For each length, the fields whose names have it.
+const BY_LENGTH: [u64; LONGEST] = {
+    let mut table = [0; LONGEST];
+    let mut at = 0;
+    while at < NAMES.len() {
+        table[NAMES[at].len()] |= 1 << at;
+        at += 1;
+    }
+    table
+};
+
+/// A set of fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Present(u64);
+
+impl Present {
+    /// What a connection adds for itself, and the credentials for its proxy.
+    pub const HOP_BY_HOP: Self = Self::set(&[
+        Field::Connection,
+        Field::Upgrade,
+        Field::Http2Settings,
+        Field::KeepAlive,
+        Field::ProxyConnection,
+        Field::TransferEncoding,
+        Field::Te,
+    ]);
+    /// What a caller may say of the trace that it belongs to.
+    pub const TRACE: Self =
+        Self::set(&[Field::Traceparent, Field::B3, Field::B3TraceId, Field::B3Sampled, Field::UberTraceId]);
+    /// A name with `_`, which some services read as `-`.
+    const UNDERSCORE: u64 = 1 << 63;
+
+    const fn set(fields: &[Field]) -> Self {
+        let (mut bits, mut at) = (0, 0);
+        while at < fields.len() {
+            bits |= 1 << fields[at] as u64;
+            at += 1;
+        }
+        Self(bits)
+    }
+
+    pub fn of(headers: &HeaderMap) -> Self {
+        let mut found = 0;
+        for name in headers.keys() {
+            let name = name.as_str();
+            let mut candidates = BY_LENGTH.get(name.len()).copied().unwrap_or(0);
+            while candidates != 0 {
+                let at = candidates.trailing_zeros() as usize;
+                if NAMES[at] == name {
+                    found |= 1 << at;
+                    break;
+                }
+                candidates &= candidates - 1;
+            }
+            if name.as_bytes().contains(&b'_') {
+                found |= Self::UNDERSCORE;
+            }
+        }
+        Self(found)
+    }
+
+    pub const fn has(self, field: Field) -> bool {
+        self.0 & (1 << field as u64) != 0
+    }
+
+    pub const fn has_any(self, of: Self) -> bool {
+        self.0 & of.0 != 0
+    }
+
+    /// Whether a name could be read as another one.
+    pub const fn has_underscore(self) -> bool {
+        self.0 & Self::UNDERSCORE != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderName, HeaderValue};
+
+    use super::*;
+
+    fn map(names: &[&str]) -> HeaderMap {
+        let field = |name: &&str| (name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("x"));
+        names.iter().map(field).collect()
+    }
+
+    #[test]
+    fn each_field_is_found_by_its_own_name_alone() {
+        for (at, name) in NAMES.iter().enumerate() {
+            assert_eq!(Present::of(&map(&[name])).0, 1 << at, "{name}");
+            let longer = format!("{name}s");
+            assert_eq!(Present::of(&map(&[&longer])).0 & (1 << at), 0, "{longer}");
+        }
+        assert!(NAMES.len() < 63, "one bit is for `_`");
+    }
+
+    #[test]
+    fn what_is_not_acted_on_is_not_there() {
+        let present = Present::of(&map(&["accept", "host", "user-agent", &"x".repeat(40)]));
+        assert_eq!(present, Present::set(&[Field::Host]));
+        assert!(!present.has_any(Present::HOP_BY_HOP) && !present.has_underscore());
+        assert!(Present::of(&map(&["x_request_id"])).has_underscore());
+    }
+}
