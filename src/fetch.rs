@@ -19,18 +19,24 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::client::conn::http1;
+use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
+    task::JoinHandle,
     time::timeout,
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::discovery::{DiscoveryError, Resolver};
+
+/// When a connection that only reads is asked whether it still has another end, and how often.
+const ALIVE_AFTER: Duration = Duration::from_secs(30);
+const ALIVE_EVERY: Duration = Duration::from_secs(10);
 
 /// Makes calls; cheap to clone.
 #[derive(Clone, Debug)]
@@ -103,30 +109,49 @@ impl Fetcher {
         request: Request<Bytes>,
         limits: Limits,
     ) -> Result<Response<Bytes>, FetchError> {
-        let (mut head, body) = request.into_parts();
-        let destination = Destination::of(&head.uri)?;
-        // Origin-form, as for a server and not for a proxy (RFC 9112 §3.2.1).
-        let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-        head.uri = Uri::from(path);
-        if !head.headers.contains_key(HOST)
-            && let Ok(host) = HeaderValue::from_str(destination.authority.as_str())
-        {
-            head.headers.insert(HOST, host);
-        }
-        let request = Request::from_parts(head, Full::new(body));
+        let (destination, request) = prepare(request)?;
         let exchange = async {
             let tcp = self.connect(&destination).await?;
             if !destination.tls {
                 return destination.exchange(tcp, request, limits.answer).await;
             }
-            let refused = |source| FetchError::Tls { authority: destination.authority.clone(), source };
-            let name = ServerName::try_from(destination.host.clone())
-                .map_err(|error| refused(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
-            let tls = TlsConnector::from(self.tls()).connect(name, tcp).await.map_err(refused)?;
+            let tls = self.secure(&destination, tcp).await?;
             destination.exchange(tls, request, limits.answer).await
         };
         let slow = FetchError::Slow { authority: destination.authority.clone(), patience: limits.patience };
         timeout(limits.patience, exchange).await.unwrap_or(Err(slow))
+    }
+
+    /// Sends a request whose answer goes on for as long as it likes, and reads its head within `patience`.
+    ///
+    /// # Errors
+    /// See [`FetchError`].
+    pub async fn stream(
+        &self,
+        request: Request<Bytes>,
+        patience: Duration,
+    ) -> Result<Response<Streaming>, FetchError> {
+        let (destination, request) = prepare(request)?;
+        let exchange = async {
+            let tcp = self.connect(&destination).await?;
+            // A server that is gone without a word is noticed even where nothing is ever sent to it.
+            let keepalive = TcpKeepalive::new().with_time(ALIVE_AFTER).with_interval(ALIVE_EVERY);
+            let _ = SockRef::from(&tcp).set_tcp_keepalive(&keepalive);
+            if !destination.tls {
+                return destination.begin(tcp, request).await;
+            }
+            let tls = self.secure(&destination, tcp).await?;
+            destination.begin(tls, request).await
+        };
+        let slow = FetchError::Slow { authority: destination.authority.clone(), patience };
+        timeout(patience, exchange).await.unwrap_or(Err(slow))
+    }
+
+    async fn secure(&self, to: &Destination, tcp: TcpStream) -> Result<TlsStream<TcpStream>, FetchError> {
+        let refused = |source| FetchError::Tls { authority: to.authority.clone(), source };
+        let name = ServerName::try_from(to.host.clone())
+            .map_err(|error| refused(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+        TlsConnector::from(self.tls()).connect(name, tcp).await.map_err(refused)
     }
 
     /// The first address that takes a connection.
@@ -147,6 +172,49 @@ impl Fetcher {
 
     fn tls(&self) -> Arc<ClientConfig> {
         Arc::clone(self.tls.get_or_init(|| Arc::new(client_config(system_roots()))))
+    }
+}
+
+/// Whom a request is for, and how it is written to them.
+fn prepare(request: Request<Bytes>) -> Result<(Destination, Request<Full<Bytes>>), FetchError> {
+    let (mut head, body) = request.into_parts();
+    let destination = Destination::of(&head.uri)?;
+    // Origin-form, as for a server and not for a proxy (RFC 9112 §3.2.1).
+    let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+    head.uri = Uri::from(path);
+    if !head.headers.contains_key(HOST)
+        && let Ok(host) = HeaderValue::from_str(destination.authority.as_str())
+    {
+        head.headers.insert(HOST, host);
+    }
+    Ok((destination, Request::from_parts(head, Full::new(body))))
+}
+
+/// An answer that goes on.
+#[derive(Debug)]
+pub struct Streaming {
+    body: Incoming,
+    connection: JoinHandle<()>,
+}
+
+impl Streaming {
+    /// What comes next; none at the end. Loses nothing when waiting is given up.
+    ///
+    /// # Errors
+    /// Where the connection broke.
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, hyper::Error> {
+        while let Some(frame) = self.body.frame().await {
+            if let Ok(bytes) = frame?.into_data() {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Drop for Streaming {
+    fn drop(&mut self) {
+        self.connection.abort();
     }
 }
 
@@ -194,6 +262,27 @@ impl Destination {
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
         Ok(Self { authority: authority.clone(), host, port, tls })
+    }
+
+    async fn begin<S>(
+        &self,
+        stream: S,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Streaming>, FetchError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let http = |source| FetchError::Http { authority: self.authority.clone(), source };
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
+        let connection = tokio::spawn(async move { drop(connection.await) });
+        let answer = sender.send_request(request).await;
+        match answer {
+            Ok(answer) => Ok(answer.map(|body| Streaming { body, connection })),
+            Err(error) => {
+                connection.abort();
+                Err(http(error))
+            }
+        }
     }
 
     async fn exchange<S>(

@@ -15,7 +15,6 @@ use super::{
     parse::{Env, parse},
     resolve::resolve,
     source::{self, Source, Sources},
-    unbuilt,
 };
 
 /// A configuration that may be used.
@@ -88,7 +87,6 @@ fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loade
         let over = parse(&source.text, index, env, &mut problems);
         tree = merge(tree, over);
     }
-    unbuilt::refuse(&tree, &mut problems);
     let mut config = resolve(&tree, default_service_name(env), &mut problems);
     if environment::no_traces(env) {
         config.telemetry.otlp = None;

@@ -25,7 +25,6 @@ mod restart;
 mod schema;
 mod security;
 mod source;
-mod unbuilt;
 mod validate;
 mod watch;
 

@@ -1,16 +1,17 @@
-//! Where the endpoints of an upstream come from: a fixed list, DNS, a file.
+//! Where the endpoints of an upstream come from: a fixed list, DNS, a file, a Kubernetes API server.
 //!
 //! Each source is a task on the control thread that publishes what it finds to its
 //! [`Upstream`](crate::upstream::Upstream), again whenever it changes. Losing the source loses nothing: the last
 //! good set stays in use.
 //!
 //! ```text
-//! source: fixed · dns · srv · file ──targets (host:port, weight, priority)──▶ names ──addresses──▶ Upstream
-//!                                                                               ▲
-//!                                       resolver: literals, localhost, /etc/hosts, DNS
+//! source: fixed · dns · srv · file · kubernetes ──targets (host:port, weight, priority)──▶ names ──addresses──▶ Upstream
+//!                                                                                           ▲
+//!                                                   resolver: literals, localhost, /etc/hosts, DNS
 //! ```
 
 mod file;
+mod kubernetes;
 mod names;
 mod resolver;
 mod source;
@@ -42,8 +43,8 @@ pub enum DiscoveryError {
     File { path: PathBuf, reason: String },
     #[error("the DNS resolver could not be set up: {reason}")]
     Setup { reason: String },
-    #[error("`{what}` is not supported as a source of endpoints")]
-    Unsupported { what: String },
+    #[error("endpoints of the service {service} in Kubernetes: {reason}")]
+    Kubernetes { service: String, reason: String },
 }
 
 /// Keeps the endpoints of an upstream up to date for as long as it lives; dropping it ends that at once.
@@ -65,12 +66,6 @@ impl Drop for Discovery {
 /// Literal addresses of a fixed list are published before this returns; the rest follows by a task on the runtime
 /// that the resolver was made on, so this may be called from any thread.
 pub fn spawn(source: &Endpoints, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Discovery {
-    let task = match source::Source::new(source) {
-        Ok(source) => task::Task::start(source, upstream, resolver),
-        Err(error) => {
-            upstream.discovery_failed(error);
-            None
-        }
-    };
-    Discovery { task }
+    let source = source::Source::new(source, &resolver);
+    Discovery { task: task::Task::start(source, upstream, resolver) }
 }

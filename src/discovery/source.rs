@@ -1,11 +1,14 @@
 //! What an upstream consists of, before names are resolved.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{DiscoveryError, Resolver, file::File};
-use crate::config::{Endpoints, HostPort};
+use super::{DiscoveryError, Resolver, file::File, kubernetes::Kubernetes};
+use crate::{
+    config::{Endpoints, HostPort},
+    fetch::Fetcher,
+};
 
 /// A place where an upstream is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +27,7 @@ pub(super) enum Source {
     Fixed(Vec<Target>),
     Srv(String),
     File(File),
+    Kubernetes(Box<Kubernetes>),
 }
 
 /// What a source says, and when to ask it again.
@@ -40,18 +44,20 @@ impl Target {
 }
 
 impl Source {
-    pub fn new(endpoints: &Endpoints) -> Result<Self, DiscoveryError> {
-        Ok(match endpoints {
+    pub fn new(endpoints: &Endpoints, resolver: &Arc<Resolver>) -> Self {
+        match endpoints {
             Endpoints::Fixed(list) => {
                 Self::Fixed(list.iter().map(|address| Target::new(address.clone(), 1)).collect())
             }
             Endpoints::Dns(address) => Self::Fixed(vec![Target::new(address.clone(), 1)]),
             Endpoints::Srv(name) => Self::Srv(name.clone()),
             Endpoints::File(path) => Self::File(File::new(path.clone())),
-            Endpoints::Kubernetes { .. } => {
-                return Err(DiscoveryError::Unsupported { what: endpoints.to_string() });
+            Endpoints::Kubernetes { namespace, service, port } => {
+                let fetcher = Fetcher::new(Arc::clone(resolver));
+                let (namespace, service, port) = (namespace.clone(), service.clone(), port.clone());
+                Self::Kubernetes(Box::new(Kubernetes::new(fetcher, namespace, service, port)))
             }
-        })
+        }
     }
 
     pub async fn read(&mut self, resolver: &Resolver) -> Result<Reading, DiscoveryError> {
@@ -71,6 +77,7 @@ impl Source {
                 let targets = file.read().await?;
                 Ok(Reading { targets, valid_for: Some(File::POLL) })
             }
+            Self::Kubernetes(service) => Ok(Reading { targets: service.read().await?, valid_for: None }),
         }
     }
 
@@ -78,6 +85,7 @@ impl Source {
     pub async fn changed(&mut self) {
         match self {
             Self::File(file) => file.changed().await,
+            Self::Kubernetes(service) => service.changed().await,
             Self::Fixed(_) | Self::Srv(_) => std::future::pending().await,
         }
     }

@@ -399,13 +399,3 @@ async fn dropping_the_handle_ends_the_task() {
         tokio::task::yield_now().await;
     }
 }
-
-#[tokio::test]
-async fn what_is_not_built_says_so() {
-    let dns = TestDns::start().await;
-    let upstream = Upstream::new("k8s");
-    let (namespace, service, port) = ("shop".to_owned(), "pay".to_owned(), "80".to_owned());
-    let source = Endpoints::Kubernetes { namespace, service, port };
-    let _discovery = spawn(&source, upstream.clone(), resolver(&dns).await);
-    assert!(until_failed(&upstream).await.to_string().contains("k8s://shop/pay:80"));
-}

@@ -1,0 +1,192 @@
+//! A small API server: HTTPS, a token, EndpointSlices as a real one told them. It goes away and forgets when told to.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Condvar, Mutex},
+    thread,
+    time::Duration,
+};
+
+use rustls::{ServerConnection, StreamOwned};
+use serde_json::Value;
+
+use crate::support::{pki::Pki, tls::server_config};
+
+/// What the real server said.
+pub fn recorded(name: &str) -> Value {
+    let path = format!("{}/tests/it/kubernetes_discovery/recorded/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_slice(&std::fs::read(path).expect("a recording")).expect("JSON")
+}
+
+pub struct Api {
+    address: SocketAddr,
+    state: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    list: Value,
+    events: Vec<Value>,
+    token: String,
+    /// Takes connections and drops them.
+    away: bool,
+    /// Answers watches with 410.
+    forgetful: bool,
+    /// Watches of an earlier one end.
+    generation: u64,
+    /// Request lines, with the token's last word.
+    asked: Vec<String>,
+}
+
+impl Api {
+    pub fn start(pki: &Pki, token: &str) -> Self {
+        let config = Arc::new(server_config(&pki.issue("kubernetes", |_| {}), None, &["http/1.1"]));
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("an address");
+        let state = Arc::<Shared>::default();
+        state.with(|state| {
+            state.token = token.to_owned();
+            state.list = recorded("list")["body"].clone();
+        });
+        let serving = Arc::clone(&state);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (config, state) = (Arc::clone(&config), Arc::clone(&serving));
+                thread::spawn(move || {
+                    if !state.with(|state| state.away) {
+                        let connection = ServerConnection::new(config).expect("a connection");
+                        // A caller that leaves is no matter.
+                        let _ = state.serve(StreamOwned::new(connection, stream));
+                    }
+                });
+            }
+        });
+        Self { address, state }
+    }
+
+    pub fn url(&self) -> String {
+        format!("https://localhost:{}", self.address.port())
+    }
+
+    /// What a list tells from now on.
+    pub fn list(&self, list: Value) {
+        self.state.with(|state| state.list = list);
+    }
+
+    pub fn happens(&self, event: Value) {
+        self.state.with(|state| state.events.push(event));
+    }
+
+    pub fn token(&self, token: &str) {
+        self.state.with(|state| state.token = token.to_owned());
+    }
+
+    pub fn ends_watches(&self) {
+        self.state.with(|state| state.generation += 1);
+    }
+
+    pub fn goes_away(&self, away: bool) {
+        self.state.with(|state| {
+            state.away = away;
+            state.generation += 1;
+        });
+    }
+
+    pub fn forgets(&self, forgetful: bool) {
+        self.state.with(|state| state.forgetful = forgetful);
+    }
+
+    /// What was asked, lists and watches.
+    pub fn asked(&self) -> (Vec<String>, Vec<String>) {
+        let asked = self.state.with(|state| state.asked.clone());
+        asked.into_iter().partition(|line| !line.contains("watch=1"))
+    }
+}
+
+impl Shared {
+    fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.state.lock().expect("a lock"));
+        self.changed.notify_all();
+        result
+    }
+
+    fn serve(&self, mut stream: StreamOwned<ServerConnection, TcpStream>) -> std::io::Result<()> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte)?;
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8_lossy(&head).into_owned();
+        let line = head.lines().next().unwrap_or_default().to_owned();
+        let (token, list, forgetful) = self.with(|state| {
+            state.asked.push(line.clone());
+            (state.token.clone(), state.list.clone(), state.forgetful)
+        });
+        let mut answer = |status: &str, body: &Value| {
+            let body = body.to_string();
+            write!(
+                stream,
+                "HTTP/1.1 {status}\r\nContent-Length: {}\r\nContent-Type: application/json\r\n\r\n{body}",
+                body.len()
+            )?;
+            stream.flush()
+        };
+        if !head.to_ascii_lowercase().contains(&format!("authorization: bearer {token}\r\n")) {
+            return answer("401 Unauthorized", &recorded("unauthorized")["body"]);
+        }
+        let expected = "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dpayments";
+        if !line.contains(expected) {
+            return answer("404 Not Found", &Value::Null);
+        }
+        if !line.contains("watch=1") {
+            return answer("200 OK", &list);
+        }
+        if forgetful {
+            return answer("410 Gone", &recorded("gone")["events"][0]["object"]);
+        }
+        let version = line.split("resourceVersion=").nth(1).and_then(|rest| rest.split(['&', ' ']).next());
+        self.watch(&mut stream, version.and_then(|version| version.parse().ok()).unwrap_or(0))
+    }
+
+    fn watch(&self, stream: &mut impl Write, version: u64) -> std::io::Result<()> {
+        write!(stream, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+        stream.flush()?;
+        let generation = self.with(|state| state.generation);
+        let mut told = 0;
+        loop {
+            let state = self.state.lock().expect("a lock");
+            let news = |state: &mut State| state.generation == generation && state.events.len() == told;
+            let (state, _) =
+                self.changed.wait_timeout_while(state, Duration::from_secs(30), news).expect("a lock");
+            if state.generation != generation {
+                // Without the last chunk, as a server that dies does.
+                return Ok(());
+            }
+            let news: Vec<Value> = state.events[told..].to_vec();
+            told = state.events.len();
+            drop(state);
+            for event in news {
+                let of_object = event["object"]["metadata"]["resourceVersion"]
+                    .as_str()
+                    .and_then(|v| v.parse::<u64>().ok());
+                if of_object.is_none_or(|of_object| of_object > version) {
+                    let line = format!("{event}\n");
+                    // In pieces, as they may come.
+                    let (one, two) = line.split_at(line.len() / 2);
+                    for piece in [one, two] {
+                        write!(stream, "{:x}\r\n{piece}\r\n", piece.len())?;
+                        stream.flush()?;
+                    }
+                }
+            }
+        }
+    }
+}

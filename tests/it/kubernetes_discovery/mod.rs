@@ -1,0 +1,181 @@
+//! `k8s://NAMESPACE/SERVICE:PORT`, by what a real API server said.
+
+mod api;
+
+use api::{Api, recorded};
+use serde_json::{Value, json};
+
+use crate::support::{Launch, Proxy, RawClient, Upstream, eventually, pki::Pki, text};
+
+const CONFIG: &str = r#"
+[[upstream]]
+name = "payments"
+endpoints = "k8s://shop/payments:http"
+[[upstream]]
+name = "payments-grpc"
+endpoints = "k8s://shop/payments:9090"
+"#;
+
+fn start(pki: &Pki, api: &Api, token: &str, zone: &str) -> Proxy {
+    pki.write_ca();
+    pki.write("token", token);
+    Launch::new(CONFIG)
+        .env("OUTRIGGER_KUBERNETES_API", &api.url())
+        .env("OUTRIGGER_SERVICE_ACCOUNT", pki.path("").to_str().expect("a path"))
+        .env("OUTRIGGER_ZONE", zone)
+        .start()
+}
+
+fn status(proxy: &Proxy, upstream: usize) -> Value {
+    let answer = RawClient::connect(proxy.admin()).ask("GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let status: Value = serde_json::from_slice(&answer.body).expect("JSON");
+    status["upstreams"][upstream].clone()
+}
+
+fn endpoints(proxy: &Proxy, upstream: usize) -> Vec<String> {
+    let status = status(proxy, upstream);
+    let listed = status["endpoints"].as_array().cloned().unwrap_or_default();
+    let mut addresses: Vec<String> =
+        listed.iter().filter_map(|endpoint| endpoint["address"].as_str().map(str::to_owned)).collect();
+    addresses.sort();
+    addresses
+}
+
+#[track_caller]
+fn become_those(proxy: &Proxy, expected: &[&str]) {
+    let mut now = Vec::new();
+    let mut look = || {
+        now = endpoints(proxy, 0);
+        now == expected
+    };
+    let began = std::time::Instant::now();
+    while !look() {
+        assert!(
+            began.elapsed() < crate::support::PATIENCE,
+            "expected {expected:?}, have {:?}: {}",
+            endpoints(proxy, 0),
+            status(proxy, 0)
+        );
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    drop(now);
+}
+
+const LISTED: [&str; 3] = ["10.244.0.11:8080", "10.244.1.12:8080", "[fd00:10:244::11]:8080"];
+
+#[test]
+fn endpoints_follow_what_the_server_tells() {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "good");
+    let proxy = start(&pki, &api, "good", "");
+    become_those(&proxy, &LISTED);
+    assert_eq!(endpoints(&proxy, 1), LISTED.map(|address| address.replace("8080", "9090")));
+
+    let events = recorded("watch")["events"].as_array().cloned().expect("events");
+    let mut events = events.into_iter();
+    let mut next = || api.happens(events.next().expect("another event"));
+    next();
+    become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
+    // All of a slice leave: who is ready is called, in the other slice.
+    next();
+    become_those(&proxy, &[LISTED[2]]);
+    next();
+    become_those(&proxy, &["10.244.2.21:8080", LISTED[2]]);
+    // The slice of those that have left goes, and a bookmark says up to where that was all.
+    next();
+    next();
+    eventually("the bookmark to be read, and the watch resumed there", || {
+        api.ends_watches();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        api.asked().1.iter().filter(|line| line.contains("resourceVersion=251&")).count() >= 2
+    });
+    assert_eq!(endpoints(&proxy, 0), ["10.244.2.21:8080", LISTED[2]]);
+    assert_eq!(api.asked().0.len(), 2, "each upstream listed once: {:?}", api.asked());
+}
+
+#[test]
+fn what_is_too_old_is_listed_anew() {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "good");
+    let proxy = start(&pki, &api, "good", "");
+    become_those(&proxy, &LISTED);
+    let mut list = recorded("list")["body"].clone();
+    list["metadata"]["resourceVersion"] = json!("300");
+    list["items"].as_array_mut().expect("items").truncate(1);
+    api.list(list.clone());
+    // In the stream, as recorded.
+    api.happens(recorded("gone")["events"][0].clone());
+    become_those(&proxy, &LISTED[..2]);
+    // As the answer to a watch: listing is of no use for as long as that lasts, and nothing is lost.
+    api.forgets(true);
+    api.ends_watches();
+    eventually("it is said", || status(&proxy, 0).to_string().contains("too old to be watched"));
+    assert_eq!(endpoints(&proxy, 0), LISTED[..2]);
+    list["items"][0]["endpoints"].as_array_mut().expect("endpoints").truncate(1);
+    api.list(list);
+    api.forgets(false);
+    become_those(&proxy, &LISTED[..1]);
+}
+
+#[test]
+fn the_last_good_set_outlives_the_server() {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "good");
+    let proxy = start(&pki, &api, "good", "");
+    become_those(&proxy, &LISTED);
+    api.goes_away(true);
+    eventually("it is said", || status(&proxy, 0)["discovery"].to_string().contains("failed"));
+    assert_eq!(endpoints(&proxy, 0), LISTED);
+    api.happens(recorded("watch")["events"][0].clone());
+    api.goes_away(false);
+    become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
+    eventually("it is well again", || status(&proxy, 0)["discovery"] == "ready");
+    assert_eq!(api.asked().0.len(), 2, "resumed, not listed: {:?}", api.asked());
+}
+
+#[test]
+fn a_token_that_is_renewed_is_read_again() {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "new");
+    let proxy = start(&pki, &api, "old", "");
+    eventually("it is said", || {
+        status(&proxy, 0).to_string().contains("answered 401: Unauthorized; is the service account's token")
+    });
+    assert!(endpoints(&proxy, 0).is_empty());
+    pki.write("token", "new\n");
+    become_those(&proxy, &LISTED);
+    api.token("newest");
+    pki.write("token", "newest\n");
+    api.ends_watches();
+    api.happens(recorded("watch")["events"][0].clone());
+    become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
+}
+
+/// Calls reach them, those of this zone first.
+#[test]
+fn calls_go_to_endpoints_of_this_zone() {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "good");
+    let near = Upstream::http1(|_| async { text("near") });
+    let far = Upstream::http1(|_| async { text("far") });
+    let slice = |name: &str, server: &Upstream, zone: &str| {
+        json!({
+            "metadata": {"name": name, "resourceVersion": "2"}, "addressType": "IPv4",
+            "endpoints": [{"addresses": ["127.0.0.1"], "hints": {"forZones": [{"name": zone}]}}],
+            "ports": [{"name": "http", "protocol": "TCP", "port": server.address().port()}],
+        })
+    };
+    api.list(json!({"metadata": {"resourceVersion": "2"}, "items": [slice("a", &near, "zone-a"), slice("b", &far, "zone-b")]}));
+    let proxy = start(&pki, &api, "good", "zone-a");
+    let mut client = RawClient::connect(proxy.outbound());
+    let answers: Vec<String> =
+        (0..200).map(|_| client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text()).collect();
+    let near = answers.iter().filter(|answer| *answer == "near").count();
+    assert!(near > 150, "{near} of 200");
+    // Gone from the list of those that are called.
+    let mut gone = slice("a", &far, "zone-a");
+    gone["metadata"]["resourceVersion"] = json!("3");
+    api.happens(json!({"type": "DELETED", "object": gone}));
+    eventually("the other one alone", || endpoints(&proxy, 0).len() == 1);
+    assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text(), "far");
+}
