@@ -4,6 +4,7 @@ use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
 use http::{HeaderMap, Method, Request, Response, Uri, Version, header::HOST, uri::Authority};
 use hyper::{body::Incoming, ext::Protocol as ExtendedConnect};
+use tokio::time::Instant;
 
 use super::{
     body::{Held, RequestBody},
@@ -100,9 +101,10 @@ pub async fn send(
     settings: &ConnectionSettings,
     guards: &Arc<Guards>,
     version: Version,
+    began: Instant,
     make: impl FnOnce(bool) -> Request<RequestBody>,
 ) -> Result<Answer, Failed> {
-    let in_flight = endpoint.enter();
+    let in_flight = endpoint.ask(began.into_std());
     let lease = match version {
         Version::HTTP_2 => Pool::h2(endpoint, settings, guards).await,
         _ => Pool::h1(endpoint, settings, guards).await,
@@ -125,6 +127,7 @@ pub async fn send(
     let sent = request.body().sent();
     match lease.send(request).await {
         Ok(response) => {
+            in_flight.answered();
             let present = Present::of(response.headers());
             Ok(Answer { response, present, lease, held: Held { in_flight, sent, place: None, grpc: None } })
         }

@@ -32,7 +32,8 @@ impl Exchange<'_> {
         let began = Instant::now();
         let left = clock.left(began);
         let (version, head) = (outgoing.version, outgoing.copy());
-        let send = self.send(&self.endpoints[asked.0.index], version, || head, replay, None, asked.1);
+        let send =
+            self.send(&self.endpoints[asked.0.index], version, || head, replay, None, (asked.1, began));
         let (mut first, mut second) = (Some(asked), None);
         // The copy that failed while the other one was still under way.
         let mut lost = None;
@@ -61,7 +62,8 @@ impl Exchange<'_> {
             tried.push(other.index);
             self.tell_next_hop(left, outgoing, made);
             let endpoint = &self.endpoints[other.index];
-            let mut copy = pin!(self.send(endpoint, version, || outgoing.copy(), replay, None, number));
+            let mut copy =
+                pin!(self.send(endpoint, version, || outgoing.copy(), replay, None, (number, sent)));
             second = Some((other, number));
             // Whichever answers well first; a failure waits for the other one.
             tokio::select! {

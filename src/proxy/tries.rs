@@ -328,7 +328,7 @@ impl Exchange<'_> {
         let endpoint = &self.endpoints[asked.index];
         let version = outgoing.version;
         let head = || if asked.last { outgoing.take() } else { outgoing.copy() };
-        let send = pin!(self.send(endpoint, version, head, replay, gate.clone(), number));
+        let send = pin!(self.send(endpoint, version, head, replay, gate.clone(), (number, began)));
         let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
         Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit, number }
     }
@@ -350,7 +350,7 @@ impl Exchange<'_> {
         head: impl FnOnce() -> Request<()> + 's,
         replay: &'s Replay,
         gate: Option<Rc<Gate>>,
-        number: Number,
+        (number, began): (Number, Instant),
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
         let make = move |reused: bool| {
             if !reused {
@@ -365,7 +365,7 @@ impl Exchange<'_> {
             }
             request
         };
-        attempt::send(self.name(), endpoint, &self.connections, self.guards(), version, make)
+        attempt::send(self.name(), endpoint, &self.connections, self.guards(), version, began, make)
     }
 
     /// Which try this is, and how much time is left (product: deadlines travel).

@@ -76,7 +76,7 @@ pub enum Resolution {
 }
 
 impl Endpoint {
-    fn new(found: Found) -> Self {
+    pub(super) fn new(found: Found) -> Self {
         Self {
             address: found.address,
             host: found.host,

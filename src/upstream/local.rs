@@ -43,12 +43,26 @@ pub struct LocalEndpoint {
     ejection: Option<Arc<EndpointHealth>>,
     latency: Cell<PeakEwma>,
     in_flight: Cell<u32>,
+    waiting: Cell<Waiting>,
     key: u64,
+}
+
+/// Calls that an endpoint has not answered yet. An average learns from answers only: of one that gives none it would
+/// go on to expect the best.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    calls: u32,
+    /// When the first of them was sent, or anything was answered.
+    since: Instant,
 }
 
 /// A call in flight at an endpoint, until it is dropped.
 #[derive(Debug)]
-pub struct InFlight(Rc<LocalEndpoint>);
+pub struct InFlight {
+    endpoint: Rc<LocalEndpoint>,
+    /// It waits for its answer's head.
+    waits: Cell<bool>,
+}
 
 impl LocalUpstream {
     pub fn new(shared: Arc<Upstream>, balance: &Balance) -> Rc<Self> {
@@ -133,6 +147,7 @@ impl LocalEndpoint {
             ejection,
             latency: Cell::new(PeakEwma::new(now)),
             in_flight: Cell::new(0),
+            waiting: Cell::new(Waiting { calls: 0, since: now }),
             key,
         }
     }
@@ -141,10 +156,20 @@ impl LocalEndpoint {
         self.shared.address
     }
 
-    /// Counts a call until the guard is dropped.
+    /// Counts something that gets no answer of its own, a tunnel, until the guard is dropped.
     pub fn enter(self: &Rc<Self>) -> InFlight {
         self.in_flight.set(self.in_flight.get() + 1);
-        InFlight(Rc::clone(self))
+        InFlight { endpoint: Rc::clone(self), waits: Cell::new(false) }
+    }
+
+    /// Counts a call until the guard is dropped. Its answer is waited for from `now` on.
+    pub fn ask(self: &Rc<Self>, now: Instant) -> InFlight {
+        let waiting = self.waiting.get();
+        let since = if waiting.calls == 0 { now } else { waiting.since };
+        self.waiting.set(Waiting { calls: waiting.calls + 1, since });
+        let in_flight = self.enter();
+        in_flight.waits.set(true);
+        in_flight
     }
 
     /// Tells outlier detection what came of a try here, and says if that took it out. `random` draws from 0 to 1.
@@ -175,12 +200,25 @@ impl LocalEndpoint {
         let mut average = self.latency.get();
         average.observe(latency, now);
         self.latency.set(average);
+        self.waiting.set(Waiting { since: now, ..self.waiting.get() });
+    }
+}
+
+impl InFlight {
+    /// Its answer's head is there.
+    pub fn answered(&self) {
+        if self.waits.take() {
+            let waiting = self.endpoint.waiting.get();
+            let calls = waiting.calls.saturating_sub(1);
+            self.endpoint.waiting.set(Waiting { calls, ..waiting });
+        }
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.set(self.0.in_flight.get().saturating_sub(1));
+        self.answered();
+        self.endpoint.in_flight.set(self.endpoint.in_flight.get().saturating_sub(1));
     }
 }
 
@@ -189,7 +227,11 @@ impl Candidate for Rc<LocalEndpoint> {
         self.shared.is_healthy() && !self.ejection.as_ref().is_some_and(|ejection| ejection.is_ejected(now))
     }
     fn latency(&self, now: Instant) -> f64 {
-        self.latency.get().cost(now)
+        let expected = self.latency.get().cost(now);
+        match self.waiting.get() {
+            Waiting { calls: 0, .. } => expected,
+            Waiting { since, .. } => expected.max(now.saturating_duration_since(since).as_secs_f64()),
+        }
     }
     fn in_flight(&self) -> u32 {
         self.in_flight.get()
@@ -199,5 +241,42 @@ impl Candidate for Rc<LocalEndpoint> {
     }
     fn key(&self) -> u64 {
         self.key
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream::endpoint::Found;
+
+    /// An endpoint that takes calls and never answers is seen to be slow while they wait, not only once they have
+    /// failed; a long answer that has begun is no wait.
+    #[test]
+    fn an_endpoint_is_as_slow_as_it_has_been_silent() {
+        let start = Instant::now();
+        let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
+        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let shared = Arc::new(Endpoint::new(found));
+        let endpoint = Rc::new(LocalEndpoint::new(shared, None, start));
+        endpoint.observe(Duration::from_millis(50), at(0.0));
+        assert!(endpoint.latency(at(5.0)) < 0.05, "nobody waits");
+
+        let first = endpoint.ask(at(5.0));
+        assert!(endpoint.latency(at(5.01)) < 0.05);
+        assert!((endpoint.latency(at(7.0)) - 2.0).abs() < 1e-6, "silent for two seconds");
+        let second = endpoint.ask(at(8.0));
+        assert!((endpoint.latency(at(8.0)) - 3.0).abs() < 1e-6, "a new call is no sign of life");
+
+        second.answered();
+        endpoint.observe(Duration::from_millis(50), at(8.05));
+        assert!(endpoint.latency(at(8.06)) < 0.06, "an answer is");
+        drop(first);
+        assert!(
+            endpoint.latency(at(60.0)) < 0.05,
+            "the answer of the second is still coming, but it has begun"
+        );
+        assert_eq!(endpoint.in_flight(), 1);
+        let _tunnel = endpoint.enter();
+        assert!(endpoint.latency(at(90.0)) < 0.05);
     }
 }
