@@ -17,6 +17,7 @@
 //! | [`discovery`] | where endpoints come from: a list, DNS, a file |
 //! | [`identity`] | certificates, whom they prove, TLS |
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
+//! | [`kubernetes`] | the sidecar put into pods, by a command or a webhook |
 //! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`config`] | from text to a checked configuration that knows who set what |
 //! | [`kubernetes`] | how a pod's traffic comes to pass through the proxy |

@@ -1,6 +1,6 @@
 //! What the admin server answers.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -14,7 +14,7 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{breaker, guard, status::Status, token::Token};
+use super::{breaker, guard, probes::Probes, status::Status, token::Token};
 use crate::{
     runtime::lifecycle::Control,
     telemetry::{
@@ -41,8 +41,8 @@ pub enum Access {
     All,
     /// Changes need the token. Without one (none could be left) nothing can be changed.
     Token(Option<Token>),
-    /// `/live`, `/ready` and `/metrics`, for whoever can reach the port.
-    Probe,
+    /// `/live`, `/ready`, `/metrics` and the probes of the containers beside, for whoever can reach the port.
+    Probe(Arc<Probes>),
 }
 
 type Handler = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
@@ -96,12 +96,26 @@ const ROUTES: &[Route] = &[
 ];
 
 impl Api {
+    /// What an answer may take longer than usual: a probe has its own time.
+    pub fn patience(&self) -> Duration {
+        match &self.access {
+            Access::Probe(probes) => probes.patience(),
+            Access::All | Access::Token(_) => Duration::ZERO,
+        }
+    }
+
     /// Answers a request. Its body must be bounded by whoever calls.
     pub async fn answer<B>(&self, request: Request<B>) -> Answer
     where
         B: Body<Data: Send, Error: std::fmt::Display> + Send,
     {
         let (parts, body) = request.into_parts();
+        if let (Access::Probe(probes), Some(name)) = (&self.access, parts.uri.path().strip_prefix("/probe/"))
+            && parts.method == Method::GET
+            && let Some((status, why)) = probes.ask(name).await
+        {
+            return text(status, &why);
+        }
         let handler = match self.admit(&parts) {
             Ok(handler) => handler,
             Err(refusal) => return *refusal,
@@ -116,7 +130,7 @@ impl Api {
 
     /// What serves this request, or the answer that refuses it.
     fn admit(&self, parts: &Parts) -> Result<Handler, Box<Answer>> {
-        let probe_only = matches!(self.access, Access::Probe);
+        let probe_only = matches!(self.access, Access::Probe(_));
         if matches!(self.access, Access::Token(_)) && !guard::host_is_local(&parts.uri, &parts.headers) {
             return Err(Box::new(problem(
                 StatusCode::FORBIDDEN,
@@ -176,7 +190,7 @@ impl Api {
             Access::Token(None) => refuse(
                 "no token could be left at start (see the log): set [admin] token_file, or listen on a Unix socket",
             ),
-            Access::Probe => refuse("not on this port"),
+            Access::Probe(_) => refuse("not on this port"),
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod client;
 mod effective;
 mod guard;
 mod listen;
+mod probes;
 pub mod status;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ use crate::{
     runtime::lifecycle::{AdminAddresses, Control},
 };
 use api::{Access, Api};
+use probes::Probes;
 use token::{Token, TokenError, TokenFile};
 
 /// Connections at a time per listener; more wait to be accepted.
@@ -71,6 +73,8 @@ pub enum AdminError {
     Listen { what: &'static str, address: String, source: io::Error },
     #[error(transparent)]
     Token(#[from] TokenError),
+    #[error("OUTRIGGER_PROBES cannot be used: {0}")]
+    Probes(String),
 }
 
 impl Admin {
@@ -116,7 +120,8 @@ impl Admin {
             let bound: Vec<_> = listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
             control.shared.own.add(&bound);
             admin.probe = bound.first().map(ToString::to_string);
-            serve_tcp(tasks, listeners, &Api { control: Arc::clone(&control), access: Access::Probe });
+            let access = Access::Probe(Probes::from_env(config::process_env)?);
+            serve_tcp(tasks, listeners, &Api { control: Arc::clone(&control), access });
         }
         // Set once: there is one admin server to a control.
         let _ = control.admin.set(AdminAddresses {
@@ -188,7 +193,7 @@ where
 {
     let service = ServiceBuilder::new()
         .layer(CatchPanicLayer::new())
-        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_TIMEOUT))
+        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_TIMEOUT + api.patience()))
         .layer(RequestBodyLimitLayer::new(BODY))
         .service(service_fn(move |request: Request<tower_http::body::Limited<Incoming>>| {
             let api = api.clone();

@@ -9,7 +9,8 @@ use crate::config::{self, Diagnostics, Loaded};
 /// Which configuration to read.
 #[derive(Args, Debug, Default, Clone)]
 pub struct ConfigFiles {
-    /// A configuration file; several merge key by key, the later one wins [default: $OUTRIGGER_CONFIG, else ./outrigger.toml]
+    /// A configuration file; several merge key by key, the later one wins. `optional:FILE` may be missing, `env:NAME` is a
+    /// variable that holds one [default: $OUTRIGGER_CONFIG, else ./outrigger.toml]
     #[arg(short = 'c', long = "config", value_name = "FILE")]
     pub config: Vec<PathBuf>,
 }

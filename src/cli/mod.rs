@@ -9,12 +9,13 @@ mod demo;
 mod drain;
 mod explain;
 pub mod files;
+mod inject;
 mod man;
 mod redirect;
 mod run;
-mod service_env;
 mod set;
 mod status;
+mod webhook;
 
 use std::process::ExitCode;
 
@@ -55,6 +56,8 @@ enum Command {
     Set(set::SetArgs),
     Drain(drain::DrainArgs),
     Redirect(redirect::RedirectArgs),
+    Inject(inject::InjectArgs),
+    Webhook(webhook::WebhookArgs),
     Demo(demo::DemoArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -86,6 +89,8 @@ pub fn main() -> ExitCode {
         Command::Set(args) => set::run(args),
         Command::Drain(args) => drain::run(&args),
         Command::Redirect(args) => redirect::run(&args),
+        Command::Inject(args) => inject::run(&args),
+        Command::Webhook(args) => webhook::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),

@@ -16,6 +16,7 @@ use crate::{
         lifecycle::{Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
         reload::{Read, Reloads},
+        service_env,
         signals::Signals,
     },
     telemetry::{
@@ -24,7 +25,7 @@ use crate::{
     },
 };
 
-use super::{files::ConfigFiles, service_env};
+use super::files::ConfigFiles;
 
 /// Changes of the configuration that wait to be taken.
 const CHANGES: usize = 1;

@@ -21,6 +21,7 @@ use crate::{
 };
 
 const REFRESH: Duration = Duration::from_secs(2);
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Show a running sidecar: what went through it, its upstreams, their endpoints, breakers and budgets.
 #[derive(Args, Debug)]
@@ -28,6 +29,7 @@ const REFRESH: Duration = Duration::from_secs(2);
 Examples:
   outrigger status
   outrigger status --watch
+  outrigger status --wait 60s
   outrigger status --admin localhost:4291 --json | jq .upstreams")]
 pub struct StatusArgs {
     #[command(flatten)]
@@ -38,11 +40,17 @@ pub struct StatusArgs {
     /// Show it again every two seconds, until Ctrl-C
     #[arg(long)]
     watch: bool,
+    /// Wait until it is ready, at most this long, and show nothing; exits with 1 where it is not
+    #[arg(long, value_name = "DURATION", conflicts_with_all = ["json", "watch"])]
+    wait: Option<HumanDuration>,
 }
 
 pub fn run(args: &StatusArgs) -> ExitCode {
     let client = args.admin.client();
     finish(async {
+        if let Some(patience) = args.wait {
+            return ready(&client, patience.0).await;
+        }
         loop {
             let text = fetch(&client, args.json).await?;
             let clear = if args.watch && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
@@ -53,6 +61,18 @@ pub fn run(args: &StatusArgs) -> ExitCode {
             tokio::time::sleep(REFRESH).await;
         }
     })
+}
+
+/// Asks until it is ready; at last, why it is not.
+async fn ready(client: &Client, patience: Duration) -> Result<(), ClientError> {
+    let deadline = tokio::time::Instant::now() + patience;
+    loop {
+        match client.get("/ready").await {
+            Ok(_) => return Ok(()),
+            Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
+            Err(_) => tokio::time::sleep(ASK_AGAIN).await,
+        }
+    }
 }
 
 async fn fetch(client: &Client, json: bool) -> Result<String, ClientError> {

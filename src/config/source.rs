@@ -74,8 +74,35 @@ impl Sources {
     }
 }
 
-/// Reads a file, at most [`MAX_FILE_BYTES`] of UTF-8. The error is a sentence without the path.
+/// Before the name of an environment variable that holds a configuration.
+const ENV: &str = "env:";
+/// Before a path where there may be no file.
+const OPTIONAL: &str = "optional:";
+
+/// The file that is to be watched; none where it cannot change.
+pub(super) fn file(path: &Path) -> Option<&Path> {
+    match path.to_str() {
+        Some(text) if text.starts_with(ENV) => None,
+        Some(text) => Some(text.strip_prefix(OPTIONAL).map_or(path, Path::new)),
+        None => Some(path),
+    }
+}
+
+/// Reads what `-c` names: a file, `optional:FILE`, which is empty where there is none, or `env:NAME`, a variable.
 pub(super) fn read(path: &Path) -> Result<String, String> {
+    let text = path.to_str().unwrap_or_default();
+    if let Some(name) = text.strip_prefix(ENV) {
+        return std::env::var(name).map_err(|_| "there is no such variable, or it is not UTF-8".to_owned());
+    }
+    match text.strip_prefix(OPTIONAL).map(Path::new) {
+        Some(file) if !file.exists() => Ok(String::new()),
+        Some(file) => read_file(file),
+        None => read_file(path),
+    }
+}
+
+/// Reads a file, at most [`MAX_FILE_BYTES`] of UTF-8. The error is a sentence without the path.
+fn read_file(path: &Path) -> Result<String, String> {
     let file = fs::File::open(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
         _ => error.to_string(),
@@ -103,6 +130,20 @@ mod tests {
         let place = sources.place(Origin::new(0, 9..10)).unwrap();
         assert_eq!((place.line, place.column), (2, 3));
         assert_eq!(place.to_string(), "a.toml:2");
+    }
+
+    #[test]
+    fn a_configuration_may_be_a_variable_or_may_not_be_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o.toml");
+        let optional = PathBuf::from(format!("optional:{}", path.display()));
+        assert_eq!(read(&optional), Ok(String::new()));
+        fs::write(&path, "a = 1").unwrap();
+        assert_eq!(read(&optional), Ok("a = 1".to_owned()));
+        assert_eq!(file(&optional), Some(&*path));
+        assert_eq!(read(Path::new("env:CARGO_PKG_NAME")), Ok("outrigger".to_owned()));
+        assert!(read(Path::new("env:NO_SUCH_VARIABLE")).unwrap_err().contains("no such variable"));
+        assert_eq!(file(Path::new("env:X")), None);
     }
 
     #[test]

@@ -2,7 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::{Diagnostics, Loaded, load::read_sources, load_sources, source::Sources};
+use super::{
+    Diagnostics, Loaded,
+    load::read_sources,
+    load_sources,
+    source::{self, Sources},
+};
 use crate::watch;
 pub use crate::watch::Watcher;
 
@@ -19,7 +24,7 @@ where
 {
     // What was read last; of what could not be read, the complaint.
     let mut known = Ok(known);
-    let watched = files.clone();
+    let watched: Vec<PathBuf> = files.iter().filter_map(|path| source::file(path)).map(Into::into).collect();
     watch::watch("config-watch", &watched, move |forced| {
         let read = read_sources(&files);
         let now = match &read {

@@ -9,6 +9,7 @@ pub mod interception;
 pub mod lifecycle;
 pub mod ready_file;
 pub mod reload;
+pub mod service_env;
 pub mod signals;
 mod snapshot;
 mod workers;

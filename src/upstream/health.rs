@@ -7,7 +7,7 @@ mod check;
 #[cfg(test)]
 mod tests;
 
-pub use check::CheckError;
+pub use check::{CheckError, Stream, alongside, grpc as ask_grpc};
 
 use std::{
     collections::{BTreeSet, HashMap},

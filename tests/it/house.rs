@@ -68,25 +68,6 @@ fn what_the_documentation_names_is_there() {
     assert!(named > 80, "only {named} were found: is the test looking right?");
 }
 
-/// The manifests are what `kubectl apply -k` takes.
-#[test]
-fn the_manifests_build() {
-    use crate::support::has_tool;
-    if !has_tool(&["kubectl"]) {
-        return;
-    }
-    let folder = source().with_file_name("k8s");
-    let output =
-        std::process::Command::new("kubectl").arg("kustomize").arg(folder).output().expect("kubectl runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8_lossy(&output.stdout);
-    for needle in
-        ["kind: Deployment", "runAsUser: 4140", "restartPolicy: Always", "readOnlyRootFilesystem: true"]
-    {
-        assert!(text.contains(needle), "no {needle:?} in\n{text}");
-    }
-}
-
 /// The props by which the corpus judges are themselves strict.
 #[test]
 fn the_strict_reader_takes_nothing_ambiguous() {

@@ -26,6 +26,7 @@ mod health;
 mod house;
 mod identity;
 mod keys;
+mod kubernetes;
 mod kubernetes_discovery;
 mod lifecycle;
 mod load;

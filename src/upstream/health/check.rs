@@ -84,7 +84,7 @@ async fn ask<S: Stream>(
 }
 
 /// TCP, or TLS over it.
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 
 fn authority(host: Option<&str>, address: SocketAddr) -> String {
@@ -113,7 +113,11 @@ async fn http(
 }
 
 /// `grpc.health.v1.Health/Check`.
-async fn grpc(
+///
+/// # Errors
+///
+/// Where the answer is not that it serves.
+pub async fn grpc(
     stream: impl Stream,
     authority: &str,
     service: &str,
@@ -164,7 +168,7 @@ async fn send_h2<T>(
 
 /// Drives a connection until the exchange on it is done. How the connection itself ends doesn't matter: the exchange
 /// tells.
-async fn alongside<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
+pub async fn alongside<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
     let connection = async {
         connection.await;
         std::future::pending::<std::convert::Infallible>().await

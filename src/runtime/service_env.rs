@@ -15,7 +15,12 @@ pub fn variables(outbound: &[SocketAddr], config: &Config) -> Vec<(&'static str,
     build(outbound, existing.as_deref(), config.telemetry.otlp.as_deref())
 }
 
-fn build(outbound: &[SocketAddr], no_proxy: Option<&str>, otlp: Option<&str>) -> Vec<(&'static str, String)> {
+/// The same for a service whose own `no_proxy` is known.
+pub fn build(
+    outbound: &[SocketAddr],
+    no_proxy: Option<&str>,
+    otlp: Option<&str>,
+) -> Vec<(&'static str, String)> {
     let Some(outbound) = outbound.first() else { return Vec::new() };
     let host = match outbound {
         address if !address.ip().is_unspecified() => *address,

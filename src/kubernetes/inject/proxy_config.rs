@@ -1,0 +1,125 @@
+//! What a sidecar's configuration is put together from, and whether one can be used at all.
+//!
+//! ```text
+//! env:OUTRIGGER_BASE        what the pod's spec tells
+//! env:OUTRIGGER_DEFAULTS    [proxy] of `--defaults`
+//! outrigger.toml            the ConfigMap
+//! env:OUTRIGGER_POD         annotations, and the ports that rules, probes and Services rely on
+//! ```
+//!
+//! The later one wins.
+
+use serde_json::Value;
+
+use super::{
+    IDENTITY_DIRECTORY, SPIRE_SOCKET,
+    settings::{Identity, Settings},
+};
+use crate::config::{self, Source, Sources};
+
+/// Where callers are met.
+pub const INBOUND: u16 = 4143;
+/// Where the service's calls go.
+pub const OUTBOUND: u16 = 4140;
+/// For kubelet and Prometheus.
+pub const PROBE: u16 = 4192;
+/// Draining must be over before the kubelet's patience is.
+const MARGIN: u64 = 1;
+/// As without Kubernetes.
+const MAX_DRAIN: u64 = 25;
+const GRACE: u64 = 30;
+
+/// What the pod's spec tells: where the service listens, and how much time there is at the end.
+pub fn base(spec: &Value, settings: &Settings) -> String {
+    let grace = spec["terminationGracePeriodSeconds"].as_u64().unwrap_or(GRACE);
+    let drain = grace.saturating_sub(settings.drain_delay + MARGIN).clamp(1, MAX_DRAIN);
+    let mut text = format!("[runtime]\ndrain_timeout = \"{drain}s\"\n");
+    if let Some(port) = first_port(spec) {
+        text += &format!("\n[inbound]\nforward_to = \"127.0.0.1:{port}\"\n");
+    }
+    text
+}
+
+fn first_port(spec: &Value) -> Option<u64> {
+    let containers = spec["containers"].as_array().into_iter().flatten();
+    let mut ports = containers.flat_map(|container| container["ports"].as_array().into_iter().flatten());
+    let tcp = |port: &&Value| port["protocol"].as_str().is_none_or(|protocol| protocol == "TCP");
+    ports.find(tcp)?["containerPort"].as_u64()
+}
+
+/// What stands above the ConfigMap.
+pub fn pinned(settings: &Settings) -> String {
+    let mut text = format!(
+        "[runtime]\ndrain_delay = \"{}s\"\n\n[inbound]\nlisten = \"[::]:{INBOUND}\"\n",
+        settings.drain_delay
+    );
+    if let Some(port) = settings.app_port {
+        text += &format!("forward_to = \"127.0.0.1:{port}\"\n");
+    }
+    text += &format!(
+        "\n[outbound]\nlisten = \"localhost:{OUTBOUND}\"\n\n[admin]\nprobe_listen = \"[::]:{PROBE}\"\n"
+    );
+    text + &match &settings.identity {
+        Identity::None => String::new(),
+        Identity::CsiSpiffe | Identity::Secret(_) => format!(
+            "\n[identity]\ncert = \"{IDENTITY_DIRECTORY}/tls.crt\"\nkey = \"{IDENTITY_DIRECTORY}/tls.key\"\nca = \"{IDENTITY_DIRECTORY}/ca.crt\"\n"
+        ),
+        Identity::Spire => format!("\n[identity]\nspiffe = \"unix://{SPIRE_SOCKET}\"\n"),
+    }
+}
+
+/// Stands for the certificate that an annotation will bring, so that `mtls = "strict"` may stand in a ConfigMap.
+const SOME_IDENTITY: &str = "[identity]\nspiffe = \"unix:///annotation\"\n";
+
+/// Whether a pod could use this, and what is hardly meant; the environment it will find is not known here.
+///
+/// # Errors
+///
+/// All that is wrong, with places, as `outrigger check` says it.
+pub fn check(name: &str, text: &str) -> Result<Vec<String>, String> {
+    let own = text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("identity"));
+    let identity = (!own).then(|| Source { path: "identity".into(), text: SOME_IDENTITY.to_owned() });
+    let own = Source { path: name.into(), text: text.to_owned() };
+    let sources = Sources(identity.into_iter().chain([own]).collect());
+    // Fits names as well as numbers.
+    config::load_sources(sources, &|name| (!name.starts_with("OTEL_")).then(|| "1".to_owned()))
+        .map(|loaded| loaded.warnings.lines())
+        .map_err(|problems| problems.render(false).trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{super::settings::Defaults, *};
+
+    #[test]
+    fn what_is_written_can_be_used() {
+        for identity in ["none", "csi-spiffe", "spire", "secret/x"] {
+            let annotations = json!({"outrigger.dev/identity": identity, "outrigger.dev/app-port": "3000"});
+            let settings = Defaults::default().read(&annotations).unwrap();
+            check("pod", &pinned(&settings)).unwrap();
+            let spec = json!({"containers": [{"ports": [{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 80}]}]});
+            assert!(base(&spec, &settings).contains("127.0.0.1:80\""));
+            check("base", &base(&spec, &settings)).unwrap();
+        }
+    }
+
+    #[test]
+    fn leaving_fits_the_time_that_the_pod_has() {
+        let settings = Defaults::default().read(&Value::Null).unwrap();
+        for (grace, expected) in [(None, "24s"), (Some(120), "25s"), (Some(10), "4s"), (Some(0), "1s")] {
+            let spec = json!({"terminationGracePeriodSeconds": grace});
+            assert!(base(&spec, &settings).contains(expected), "{grace:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_broken_is_told_with_its_place() {
+        assert_eq!(check("x", "[inbound]\nmtls = \"strict\"\n"), Ok(Vec::new()));
+        assert_eq!(check("x", "[identity]\ncert = \"a\"\nkey = \"b\"\nca = \"c\"\n"), Ok(Vec::new()));
+        let error = check("shop/outrigger", "[inbound]\nforward_too = \"${APP}:1\"\n").unwrap_err();
+        assert!(error.contains("shop/outrigger:2") && error.contains("forward_to"), "{error}");
+        assert_eq!(check("x", "[inbound]\nforward_to = \"127.0.0.1:${PORT}\"\n"), Ok(Vec::new()));
+    }
+}

@@ -1,0 +1,212 @@
+//! The containers and volumes that a pod gets.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    IDENTITY_DIRECTORY, REDIRECT, SIDECAR, SPIRE_SOCKET,
+    proxy_config::{self, INBOUND, OUTBOUND, PROBE},
+    settings::{Identity, Mode, Settings},
+};
+
+/// The user that the proxy runs as: the rules leave its traffic alone.
+pub const UID: u16 = 4140;
+/// Where the ConfigMap is.
+const CONFIG_DIRECTORY: &str = "/etc/outrigger";
+/// The ConfigMap that is used if there is one.
+pub const CONFIG_MAP: &str = "outrigger";
+/// Its key.
+pub const CONFIG_KEY: &str = "outrigger.toml";
+/// Far above what was measured under load; what is beyond is a leak.
+const MEMORY_LIMIT: &str = "256Mi";
+/// To start, in seconds.
+const START: u64 = 60;
+
+const CONFIG_VOLUME: &str = "outrigger-config";
+const RUN_VOLUME: &str = "outrigger-run";
+const IDENTITY_VOLUME: &str = "outrigger-identity";
+
+/// The init container that steers the pod's traffic: the one thing that needs a privilege.
+pub fn redirect(settings: &Settings) -> Value {
+    let mut args = vec!["redirect".to_owned(), "apply".to_owned()];
+    for (option, value) in [
+        ("--inbound-port", INBOUND.to_string()),
+        ("--outbound-port", OUTBOUND.to_string()),
+        ("--uid", UID.to_string()),
+        ("--skip-inbound-ports", compact(&settings.skip_inbound_ports)),
+        ("--skip-outbound-ports", compact(&settings.skip_outbound_ports)),
+    ] {
+        if !value.is_empty() {
+            args.push(format!("{option}={value}"));
+        }
+    }
+    json!({
+        "name": REDIRECT,
+        "image": settings.image,
+        "args": args,
+        "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}, "limits": {"memory": "64Mi"}},
+        "securityContext": {
+            "runAsUser": 0,
+            "runAsGroup": 0,
+            "runAsNonRoot": false,
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]},
+            "seccompProfile": {"type": "RuntimeDefault"}
+        }
+    })
+}
+
+fn compact(list: &str) -> String {
+    list.split(',').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(",")
+}
+
+/// The proxy. `probes`: what it asks for the kubelet.
+pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<String, Value>) -> Value {
+    let mut args = vec!["run".to_owned()];
+    let mut config = |from: String| args.extend(["-c".to_owned(), from]);
+    config("env:OUTRIGGER_BASE".to_owned());
+    if settings.proxy.is_some() {
+        config("env:OUTRIGGER_DEFAULTS".to_owned());
+    }
+    let optional = if settings.config.is_none() { "optional:" } else { "" };
+    config(format!("{optional}{CONFIG_DIRECTORY}/{CONFIG_KEY}"));
+    config("env:OUTRIGGER_POD".to_owned());
+
+    let mut env = vec![
+        variable("OTEL_SERVICE_NAME", service),
+        variable("OUTRIGGER_BASE", &proxy_config::base(spec, settings)),
+        variable("OUTRIGGER_POD", &proxy_config::pinned(settings)),
+    ];
+    if let Some(text) = &settings.proxy {
+        env.push(variable("OUTRIGGER_DEFAULTS", text));
+    }
+    if let Some(filter) = &settings.log {
+        env.push(variable("OUTRIGGER_LOG", filter));
+    }
+    if settings.mode == Mode::Redirect {
+        env.push(variable("OUTRIGGER_REDIRECTED", "true"));
+    }
+    if !probes.is_empty() {
+        env.push(variable("OUTRIGGER_PROBES", &Value::Object(probes.clone()).to_string()));
+        env.push(
+            json!({"name": "OUTRIGGER_POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}),
+        );
+    }
+
+    let ask = |path: &str| json!({"path": path, "port": PROBE});
+    let mut lifecycle = json!({"preStop": {"exec": {"command": ["/outrigger", "drain"]}}});
+    let mut container = json!({"name": SIDECAR, "image": settings.image});
+    if settings.native_sidecar {
+        container["restartPolicy"] = "Always".into();
+    } else {
+        // Containers start one after another, and each waits for the hook of the one before.
+        let wait = ["/outrigger", "status", "--wait", &format!("{START}s")].map(ToOwned::to_owned);
+        lifecycle["postStart"] = json!({"exec": {"command": wait}});
+    }
+    container["args"] = args.into();
+    container["env"] = env.into();
+    container["ports"] = json!([
+        {"name": "outrigger-in", "containerPort": INBOUND},
+        {"name": "outrigger-probe", "containerPort": PROBE}
+    ]);
+    container["startupProbe"] =
+        json!({"httpGet": ask("/ready"), "periodSeconds": 1, "failureThreshold": START});
+    container["livenessProbe"] = json!({"httpGet": ask("/live"), "periodSeconds": 10});
+    container["readinessProbe"] = json!({"httpGet": ask("/ready"), "periodSeconds": 5});
+    container["lifecycle"] = lifecycle;
+    container["resources"] = json!({
+        "requests": {"cpu": settings.cpu, "memory": settings.memory},
+        "limits": {"memory": limit(&settings.memory)}
+    });
+    container["securityContext"] = json!({
+        "runAsUser": UID,
+        "runAsGroup": UID,
+        "runAsNonRoot": true,
+        "allowPrivilegeEscalation": false,
+        "readOnlyRootFilesystem": true,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"}
+    });
+    let mut mounts = vec![
+        // The directory, not the file: a subPath mount would never see a change.
+        json!({"name": CONFIG_VOLUME, "mountPath": CONFIG_DIRECTORY, "readOnly": true}),
+        // For the token by which `outrigger drain` may act.
+        json!({"name": RUN_VOLUME, "mountPath": "/tmp"}),
+    ];
+    if settings.identity != Identity::None {
+        let directory = match settings.identity {
+            Identity::Spire => SPIRE_SOCKET.rsplit_once('/').map_or(SPIRE_SOCKET, |(directory, _)| directory),
+            _ => IDENTITY_DIRECTORY,
+        };
+        mounts.push(json!({"name": IDENTITY_VOLUME, "mountPath": directory, "readOnly": true}));
+    }
+    container["volumeMounts"] = mounts.into();
+    container
+}
+
+fn variable(name: &str, value: &str) -> Value {
+    json!({"name": name, "value": literal(value)})
+}
+
+/// Kubernetes puts variables in place of `$(NAME)`; `$$(` is what it leaves alone.
+fn literal(value: &str) -> String {
+    value.replace("$(", "$$(")
+}
+
+/// At least what is asked for.
+fn limit(request: &str) -> String {
+    let bytes = |text: &str| {
+        let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+        let unit = match &text[digits.len()..] {
+            "m" => 1e-3,
+            "k" => 1e3,
+            "M" => 1e6,
+            "G" => 1e9,
+            "Ki" => 1024.0,
+            "Mi" => 1_048_576.0,
+            "Gi" => 1_073_741_824.0,
+            _ => 1.0,
+        };
+        digits.parse::<f64>().unwrap_or(0.0) * unit
+    };
+    if bytes(request) > bytes(MEMORY_LIMIT) { request.to_owned() } else { MEMORY_LIMIT.to_owned() }
+}
+
+/// What the sidecar mounts.
+pub fn volumes(settings: &Settings) -> Vec<Value> {
+    let mut config = json!({"name": settings.config.as_deref().unwrap_or(CONFIG_MAP)});
+    if settings.config.is_none() {
+        config["optional"] = true.into();
+    }
+    let mut volumes = vec![
+        json!({"name": CONFIG_VOLUME, "configMap": config}),
+        json!({"name": RUN_VOLUME, "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}),
+    ];
+    let source = match &settings.identity {
+        Identity::None => return volumes,
+        Identity::CsiSpiffe => ("csi", json!({"driver": "spiffe.csi.cert-manager.io", "readOnly": true})),
+        Identity::Spire => ("csi", json!({"driver": "csi.spiffe.io", "readOnly": true})),
+        Identity::Secret(name) => ("secret", json!({"secretName": name})),
+    };
+    volumes.push(json!({"name": IDENTITY_VOLUME, (source.0): source.1}));
+    volumes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_is_never_below_the_request() {
+        for (request, expected) in
+            [("32Mi", "256Mi"), ("300000k", "300000k"), ("1Gi", "1Gi"), ("256Mi", "256Mi")]
+        {
+            assert_eq!(limit(request), expected);
+        }
+    }
+
+    #[test]
+    fn kubernetes_puts_nothing_in_place_of_what_was_written() {
+        assert_eq!(variable("X", "a = \"$(B) ${C}\"")["value"], "a = \"$$(B) ${C}\"");
+    }
+}

@@ -1,0 +1,233 @@
+//! Pods of many shapes.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+const DEPLOYMENT: Owner<'_> = Owner { kind: "Deployment", name: "checkout" };
+
+fn operations(pod: &Value, owner: Owner<'_>) -> (Vec<Operation>, Vec<Note>) {
+    match inject(pod, owner, &Defaults::default(), &|_| None).unwrap() {
+        Outcome::Patch { operations, notes } => (operations, notes),
+        Outcome::Leave(reason) => panic!("left as it is: {reason:?}"),
+    }
+}
+
+/// The injected pod; makes sure of the way back.
+fn injected(pod: &Value) -> Value {
+    let mut after = pod.clone();
+    for operation in operations(pod, DEPLOYMENT).0 {
+        operation.apply(&mut after).unwrap();
+    }
+    let mut back = after.clone();
+    for step in undo(&after).unwrap() {
+        step.operation.apply(&mut back).unwrap();
+    }
+    assert_eq!(back.to_string(), pod.to_string());
+    assert!(is_injected(&after) && !is_injected(pod));
+    after
+}
+
+fn refused(pod: &Value) -> String {
+    inject(pod, DEPLOYMENT, &Defaults::default(), &|_| None).unwrap_err().to_string()
+}
+
+fn names<'v>(pod: &'v Value, list: &str) -> Vec<&'v str> {
+    pod["spec"][list].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect()
+}
+
+fn variable<'v>(container: &'v Value, name: &str) -> &'v str {
+    let list = container["env"].as_array().unwrap();
+    list.iter().find(|one| one["name"] == name).unwrap_or_else(|| panic!("no {name}"))["value"]
+        .as_str()
+        .unwrap()
+}
+
+#[test]
+fn the_sidecar_starts_between_the_rules_and_the_pods_own_init_containers() {
+    let pod = json!({"metadata": {}, "spec": {
+        "initContainers": [{"name": "migrate"}, {"name": "logs", "restartPolicy": "Always"}],
+        "containers": [{"name": "app", "ports": [{"containerPort": 9000}]}]
+    }});
+    let after = injected(&pod);
+    assert_eq!(names(&after, "initContainers"), ["outrigger-redirect", "outrigger", "migrate", "logs"]);
+    let sidecar = &after["spec"]["initContainers"][1];
+    assert_eq!(sidecar["restartPolicy"], "Always");
+    assert_eq!(variable(sidecar, "OUTRIGGER_REDIRECTED"), "true");
+    assert!(variable(sidecar, "OUTRIGGER_BASE").contains("127.0.0.1:9000"));
+    assert_eq!(after["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"], 5);
+    assert_eq!(after["metadata"]["annotations"]["prometheus.io/port"], "4192");
+}
+
+#[test]
+fn before_native_sidecars_the_rules_come_last_and_the_sidecar_first() {
+    let pod = json!({"metadata": {"annotations": {"outrigger.dev/native-sidecar": "false"}}, "spec": {
+        "initContainers": [{"name": "migrate"}], "containers": [{"name": "app"}]
+    }});
+    let after = injected(&pod);
+    assert_eq!(names(&after, "initContainers"), ["migrate", "outrigger-redirect"]);
+    assert_eq!(names(&after, "containers"), ["outrigger", "app"]);
+    let (sidecar, app) = (&after["spec"]["containers"][0], &after["spec"]["containers"][1]);
+    assert_eq!(sidecar.get("restartPolicy"), None);
+    assert_eq!(sidecar["lifecycle"]["postStart"]["exec"]["command"][1], "status");
+    assert_eq!(app["lifecycle"]["preStop"]["exec"]["command"], json!(["sleep", "5"]));
+    assert_eq!(after["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"], "app");
+    let job = Owner { kind: "Job", name: "j" };
+    let Outcome::Leave(Some(reason)) = inject(&pod, job, &Defaults::default(), &|_| None).unwrap() else {
+        panic!()
+    };
+    assert!(reason.contains("neither would the Job"), "{reason}");
+}
+
+#[test]
+fn probes_over_the_network_ask_the_sidecar_and_all_others_stay() {
+    let exec = json!({"exec": {"command": ["true"]}});
+    let pod = json!({"metadata": {"annotations": {"outrigger.dev/skip-inbound-ports": "9100-9200"}}, "spec": {
+        "initContainers": [{"name": "logs", "restartPolicy": "Always", "startupProbe": {"tcpSocket": {"port": 24224}}}],
+        "containers": [
+            {"name": "app", "ports": [{"name": "web", "containerPort": 8080}],
+             "livenessProbe": {"httpGet": {"path": "/h?a=b", "port": "web", "scheme": "HTTPS",
+                "httpHeaders": [{"name": "X-A", "value": "1"}]}, "periodSeconds": 3, "timeoutSeconds": 7},
+             "readinessProbe": {"grpc": {"port": 9090, "service": "s"}},
+             "startupProbe": exec,
+             "lifecycle": {"postStart": {"httpGet": {"path": "/warm", "port": 8080}}, "preStop": exec}},
+            {"name": "metrics", "livenessProbe": {"httpGet": {"port": 9101}},
+             "readinessProbe": {"httpGet": {"host": "elsewhere.example", "port": 80}},
+             "startupProbe": {"httpGet": {"port": "nowhere"}}}
+        ]
+    }});
+    let after = injected(&pod);
+    let asked: Value =
+        serde_json::from_str(variable(&after["spec"]["initContainers"][1], "OUTRIGGER_PROBES")).unwrap();
+    assert_eq!(
+        asked,
+        json!({
+            "logs/startup": {"port": 24224, "tcp": true, "timeout": 1},
+            "app/readiness": {"port": 9090, "grpc": "s", "timeout": 1},
+            "app/liveness": {"port": 8080, "http": "/h?a=b", "tls": true, "headers": [["X-A", "1"]], "timeout": 7},
+            "app/post-start": {"port": 8080, "http": "/warm", "timeout": 30}
+        })
+    );
+    let (app, metrics) = (&after["spec"]["containers"][0], &after["spec"]["containers"][1]);
+    assert_eq!(
+        app["livenessProbe"].to_string(),
+        r#"{"httpGet":{"path":"/probe/app/liveness","port":4192},"periodSeconds":3,"timeoutSeconds":7}"#
+    );
+    assert_eq!(app["lifecycle"]["postStart"]["httpGet"]["path"], "/probe/app/post-start");
+    assert_eq!((&app["startupProbe"], &app["lifecycle"]["preStop"]), (&exec, &exec));
+    for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        assert_eq!(metrics[probe], pod["spec"]["containers"][1][probe]);
+    }
+    let notes = operations(&pod, DEPLOYMENT).1;
+    assert!(notes[0].0.contains("startupProbe of container `metrics` names a port"), "{notes:?}");
+}
+
+#[test]
+fn by_variables_there_is_no_privilege() {
+    let pod = json!({"metadata": {"annotations": {"outrigger.dev/mode": "env"}}, "spec": {
+        "initContainers": [{"name": "migrate"}],
+        "containers": [{"name": "app", "livenessProbe": {"tcpSocket": {"port": 1}},
+            "env": [{"name": "NO_PROXY", "value": "db.corp"}, {"name": "http_proxy", "value": "http://proxy.corp:1"}]}]
+    }});
+    let after = injected(&pod);
+    assert_eq!(names(&after, "initContainers"), ["outrigger", "migrate"]);
+    assert!(!after.to_string().contains("NET_ADMIN"));
+    let app = &after["spec"]["containers"][0];
+    assert_eq!(app["livenessProbe"], pod["spec"]["containers"][0]["livenessProbe"]);
+    assert_eq!(variable(app, "http_proxy"), "http://proxy.corp:1");
+    assert_eq!(variable(app, "HTTPS_PROXY"), "http://127.0.0.1:4140");
+    assert!(variable(app, "NO_PROXY").starts_with("db.corp,localhost,"));
+    assert!(variable(app, "no_proxy").starts_with("db.corp,localhost,"));
+    assert_eq!(variable(&after["spec"]["initContainers"][1], "http_proxy"), "http://127.0.0.1:4140");
+    assert!(!after["spec"]["initContainers"][0]["env"].to_string().contains("OUTRIGGER_REDIRECTED"));
+    assert!(operations(&pod, DEPLOYMENT).1[0].0.contains("http_proxy of its own"));
+}
+
+#[test]
+fn every_way_to_an_identity_is_mounted_where_the_configuration_looks() {
+    for (identity, volume, path) in [
+        (
+            "csi-spiffe",
+            json!({"csi": {"driver": "spiffe.csi.cert-manager.io", "readOnly": true}}),
+            IDENTITY_DIRECTORY,
+        ),
+        ("spire", json!({"csi": {"driver": "csi.spiffe.io", "readOnly": true}}), "/spiffe-workload-api"),
+        ("secret/tls", json!({"secret": {"secretName": "tls"}}), IDENTITY_DIRECTORY),
+    ] {
+        let pod = json!({"metadata": {"annotations": {"outrigger.dev/identity": identity}},
+            "spec": {"containers": [{"name": "app"}], "volumes": []}});
+        let after = injected(&pod);
+        let mut expected = json!({"name": "outrigger-identity"});
+        expected.as_object_mut().unwrap().extend(volume.as_object().unwrap().clone());
+        assert_eq!(after["spec"]["volumes"][2], expected);
+        let sidecar = &after["spec"]["initContainers"][1];
+        assert_eq!(sidecar["volumeMounts"][2]["mountPath"], path);
+        assert!(variable(sidecar, "OUTRIGGER_POD").contains(path));
+    }
+}
+
+#[test]
+fn the_service_is_named_by_its_label_else_by_what_owns_the_pod() {
+    let named =
+        |metadata: Value, kind, name| service_name(&json!({"metadata": metadata}), Owner { kind, name });
+    assert_eq!(named(json!({"labels": {"app.kubernetes.io/name": "cart"}}), "Deployment", "x"), "cart");
+    assert_eq!(named(json!({"labels": {"pod-template-hash": "7d9"}}), "ReplicaSet", "a-b-7d9"), "a-b");
+    assert_eq!(named(json!({}), "Job", "nightly-report-28712345"), "nightly-report");
+    assert_eq!(named(json!({}), "Job", "import-2024"), "import-2024");
+    assert_eq!(named(json!({}), "StatefulSet", "db"), "db");
+}
+
+#[test]
+fn what_would_go_past_the_proxy_in_silence_is_refused() {
+    let with =
+        |spec: Value, annotations: Value| json!({"metadata": {"annotations": annotations}, "spec": spec});
+    let none = || json!({});
+    for (pod, expected) in [
+        (with(json!({"containers": [{"name": "outrigger"}]}), none()), "a container `outrigger`"),
+        (
+            with(json!({"containers": [{"name": "a"}], "volumes": [{"name": "outrigger-run"}]}), none()),
+            "a volume",
+        ),
+        (
+            with(json!({"containers": [{"name": "a", "securityContext": {"runAsUser": 4140}}]}), none()),
+            "`a` runs as user 4140",
+        ),
+        (
+            with(json!({"containers": [{"name": "a"}], "securityContext": {"runAsUser": 4140}}), none()),
+            "the pod runs as",
+        ),
+        (with(json!({"containers": []}), none()), "spec.containers is not"),
+        (
+            with(json!({"containers": [{"name": "a"}]}), json!({"outrigger.dev/mode": "x"})),
+            "outrigger.dev/mode",
+        ),
+        (with(json!({"containers": [{"name": "a"}]}), json!({"outrigger.dev/injected": "x"})), ""),
+    ] {
+        if !expected.is_empty() {
+            assert!(refused(&pod).contains(expected), "{}", refused(&pod));
+        } else {
+            assert!(undo(&pod).unwrap_err().to_string().contains("by hand"));
+        }
+    }
+}
+
+#[test]
+fn what_cannot_or_will_not_have_one_is_left_alone() {
+    let leave = |pod: Value| match inject(&pod, DEPLOYMENT, &Defaults::default(), &|_| None).unwrap() {
+        Outcome::Leave(reason) => reason,
+        Outcome::Patch { .. } => panic!("patched"),
+    };
+    assert!(
+        leave(json!({"spec": {"hostNetwork": true, "containers": [{"name": "a"}]}}))
+            .unwrap()
+            .contains("hostNetwork")
+    );
+    assert!(
+        leave(json!({"spec": {"os": {"name": "windows"}, "containers": []}})).unwrap().contains("Windows")
+    );
+    for kind in ["labels", "annotations"] {
+        let pod =
+            json!({"metadata": {kind: {"outrigger.dev/inject": "disabled"}}, "spec": {"containers": []}});
+        assert_eq!(leave(pod), None);
+    }
+}

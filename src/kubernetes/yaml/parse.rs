@@ -1,0 +1,367 @@
+//! From text to a tree that knows where everything stands.
+
+use std::{collections::HashMap, rc::Rc};
+
+use saphyr_parser::{Event, Parser, ScalarStyle, Span, Tag};
+use serde_json::{Map, Number, Value};
+
+/// Deeper than any manifest, and shallow enough for a stack.
+const MAX_DEPTH: usize = 100;
+/// Of all values of a document, those included that aliases stand for: `&a [*b, *b]` must not grow for ever.
+const MAX_VALUES: usize = 500_000;
+
+/// Why a text is no YAML that Kubernetes would take.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("line {line}: {reason}")]
+pub struct YamlError {
+    /// From 1, in the text that was parsed.
+    pub line: usize,
+    pub reason: String,
+}
+
+/// A document of a stream.
+#[derive(Debug)]
+pub struct Document {
+    /// None where there are only comments.
+    pub root: Option<Node>,
+}
+
+/// A value and where it stands, in bytes.
+#[derive(Clone, Debug)]
+pub struct Node {
+    pub kind: Kind,
+    pub start: usize,
+    /// Behind its last character; comments and blank lines that follow are not part of it.
+    pub end: usize,
+    /// An alias, or what has an anchor or a tag: to be looked at, not to be edited.
+    pub shared: bool,
+}
+
+#[derive(Clone, Debug)]
+pub enum Kind {
+    Scalar(Value),
+    Map {
+        flow: bool,
+        entries: Vec<Entry>,
+    },
+    Seq {
+        flow: bool,
+        items: Vec<Node>,
+    },
+    /// What another place holds.
+    Alias(Rc<Value>),
+}
+
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub key: String,
+    pub key_start: usize,
+    pub key_end: usize,
+    pub node: Node,
+}
+
+impl Document {
+    /// Reads one document, as [`super::documents`] cuts them.
+    ///
+    /// # Errors
+    ///
+    /// Where it is no YAML, or holds what JSON has no word for.
+    pub fn parse(text: &str) -> Result<Self, YamlError> {
+        let mut reader = Reader {
+            text,
+            bytes: text.char_indices().map(|(at, _)| at).chain([text.len()]).collect(),
+            events: Parser::new_from_str(text),
+            anchors: HashMap::new(),
+            values: 0,
+        };
+        let mut root = None;
+        loop {
+            match reader.next()? {
+                None | Some((Event::StreamEnd, _)) => return Ok(Self { root }),
+                Some((
+                    Event::StreamStart | Event::DocumentStart(_) | Event::DocumentEnd | Event::Nothing,
+                    _,
+                )) => {}
+                Some((event, span)) => {
+                    let node = reader.node(event, span, 0)?;
+                    // What stands only for a document that is not there.
+                    let nothing = matches!(node.kind, Kind::Scalar(Value::Null)) && node.start == node.end;
+                    if !nothing && root.replace(node).is_some() {
+                        return Err(YamlError { line: 1, reason: "a second document".to_owned() });
+                    }
+                }
+            }
+        }
+    }
+
+    /// What it says.
+    pub fn value(&self) -> Value {
+        self.root.as_ref().map_or(Value::Null, Node::value)
+    }
+}
+
+impl Node {
+    /// What it says; merge keys (`<<`) are followed.
+    pub fn value(&self) -> Value {
+        match &self.kind {
+            Kind::Scalar(value) => value.clone(),
+            Kind::Alias(value) => Value::clone(value),
+            Kind::Seq { items, .. } => items.iter().map(Self::value).collect(),
+            Kind::Map { entries, .. } => {
+                let mut map = Map::new();
+                for entry in entries.iter().filter(|entry| entry.key != "<<") {
+                    map.insert(entry.key.clone(), entry.node.value());
+                }
+                for entry in entries.iter().filter(|entry| entry.key == "<<") {
+                    let merged = match entry.node.value() {
+                        Value::Array(several) => several,
+                        one => vec![one],
+                    };
+                    for (key, value) in merged
+                        .into_iter()
+                        .filter_map(|one| match one {
+                            Value::Object(map) => Some(map),
+                            _ => None,
+                        })
+                        .flatten()
+                    {
+                        map.entry(key).or_insert(value);
+                    }
+                }
+                Value::Object(map)
+            }
+        }
+    }
+}
+
+struct Reader<'t> {
+    text: &'t str,
+    /// The byte at which each character begins: the parser counts characters.
+    bytes: Vec<usize>,
+    events: Parser<'t, saphyr_parser::StrInput<'t>>,
+    anchors: HashMap<usize, Rc<Value>>,
+    values: usize,
+}
+
+impl<'t> Reader<'t> {
+    fn next(&mut self) -> Result<Option<(Event<'t>, Span)>, YamlError> {
+        let wrong = |error: saphyr_parser::ScanError| YamlError {
+            line: error.marker().line(),
+            reason: error.info().to_owned(),
+        };
+        self.events.next().transpose().map_err(wrong)
+    }
+
+    fn more(&mut self, line: usize) -> Result<(Event<'t>, Span), YamlError> {
+        self.next()?.ok_or_else(|| YamlError { line, reason: "it ends too early".to_owned() })
+    }
+
+    fn at(&self, index: usize) -> usize {
+        self.bytes.get(index).copied().unwrap_or(self.text.len())
+    }
+
+    fn node(&mut self, event: Event<'t>, span: Span, depth: usize) -> Result<Node, YamlError> {
+        let (start, line) = (self.at(span.start.index()), span.start.line());
+        let refuse = |reason: &str| YamlError { line, reason: reason.to_owned() };
+        self.values += 1;
+        if depth > MAX_DEPTH || self.values > MAX_VALUES {
+            return Err(refuse("it is nested too deeply, or its aliases stand for too much"));
+        }
+        let end = self.at(span.end.index());
+        let flow = self.text[start..].starts_with(['[', '{']);
+        let (node, anchor) = match event {
+            Event::Alias(anchor) => {
+                let value = self.anchors.get(&anchor).ok_or_else(|| refuse("an alias of nothing"))?.clone();
+                self.values += size(&value);
+                (Node { kind: Kind::Alias(value), start, end, shared: true }, 0)
+            }
+            Event::Scalar(text, style, anchor, tag) => {
+                let value = scalar(&text, style, tag.as_deref());
+                let end = match style {
+                    // The parser goes on to the next token.
+                    ScalarStyle::SingleQuoted => start + quoted(&self.text[start..], '\''),
+                    ScalarStyle::DoubleQuoted => start + quoted(&self.text[start..], '"'),
+                    _ => start + self.text[start..end].trim_end().len(),
+                };
+                (Node { kind: Kind::Scalar(value), start, end, shared: anchor != 0 || tag.is_some() }, anchor)
+            }
+            Event::SequenceStart(anchor, tag) => {
+                let (mut items, mut end) = (Vec::new(), start);
+                loop {
+                    let (event, span) = self.more(line)?;
+                    if event == Event::SequenceEnd {
+                        let end = if flow { self.at(span.end.index()) } else { end };
+                        let shared = anchor != 0 || tag.is_some();
+                        break (Node { kind: Kind::Seq { flow, items }, start, end, shared }, anchor);
+                    }
+                    let item = self.node(event, span, depth + 1)?;
+                    end = end.max(item.end);
+                    items.push(item);
+                }
+            }
+            Event::MappingStart(anchor, tag) => {
+                let (mut entries, mut end) = (Vec::new(), start);
+                loop {
+                    let (event, span) = self.more(line)?;
+                    if event == Event::MappingEnd {
+                        let end = if flow { self.at(span.end.index()) } else { end };
+                        let shared = anchor != 0 || tag.is_some();
+                        break (Node { kind: Kind::Map { flow, entries }, start, end, shared }, anchor);
+                    }
+                    let entry = self.entry(event, span, depth)?;
+                    end = end.max(entry.node.end);
+                    entries.push(entry);
+                }
+            }
+            _ => return Err(refuse("this is no value")),
+        };
+        if anchor != 0 {
+            self.anchors.insert(anchor, Rc::new(node.value()));
+        }
+        Ok(node)
+    }
+
+    fn entry(&mut self, event: Event<'t>, span: Span, depth: usize) -> Result<Entry, YamlError> {
+        let line = span.start.line();
+        let (key_start, key_end) = (self.at(span.start.index()), self.at(span.end.index()));
+        let key = match event {
+            // `on: 1` and `8080: x` are keys by their letters, as kubectl takes them.
+            Event::Scalar(text, ..) => text.into_owned(),
+            _ => return Err(YamlError { line, reason: "a key that is not a string".to_owned() }),
+        };
+        let (event, span) = self.more(line)?;
+        let mut node = self.node(event, span, depth + 1)?;
+        if node.start == node.end {
+            // No value at all: the place behind the colon.
+            let colon = self.text[key_end..].find(':').map_or(key_end, |at| key_end + at + 1);
+            (node.start, node.end) = (colon, colon);
+        }
+        Ok(Entry { key, key_start, key_end, node })
+    }
+}
+
+/// The length of a string with its quotes, which is known to end.
+fn quoted(text: &str, quote: char) -> usize {
+    let mut letters = text.char_indices().skip(1).peekable();
+    while let Some((at, letter)) = letters.next() {
+        if letter == '\\' && quote == '"' {
+            letters.next();
+        } else if letter == quote {
+            // Two of them are one of the string's letters, between single ones.
+            if quote == '"' || letters.next_if(|(_, next)| *next == quote).is_none() {
+                return at + 1;
+            }
+        }
+    }
+    text.len()
+}
+
+fn size(value: &Value) -> usize {
+    1 + match value {
+        Value::Array(items) => items.iter().map(size).sum(),
+        Value::Object(map) => map.values().map(size).sum(),
+        _ => 0,
+    }
+}
+
+/// What kubectl takes a scalar for: YAML 1.1 with its `yes` and its octal numbers.
+fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>) -> Value {
+    let is_tag = |suffix: &str| tag.is_some_and(|tag| tag.is_yaml_core_schema() && tag.suffix == suffix);
+    if style != ScalarStyle::Plain || is_tag("str") {
+        return text.into();
+    }
+    plain(text)
+}
+
+/// What these letters mean without quotes.
+pub(super) fn plain(text: &str) -> Value {
+    match text {
+        "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
+        "true" | "True" | "TRUE" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" | "y" | "Y" => {
+            return true.into();
+        }
+        "false" | "False" | "FALSE" | "no" | "No" | "NO" | "off" | "Off" | "OFF" | "n" | "N" => {
+            return false.into();
+        }
+        _ => {}
+    }
+    let (sign, digits) = match text.strip_prefix('-') {
+        Some(rest) => (-1, rest),
+        None => (1, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let radix = |digits: &str, radix| i64::from_str_radix(&digits.replace('_', ""), radix).ok();
+    let whole = match digits.as_bytes() {
+        [b'0', b'x', ..] => radix(&digits[2..], 16),
+        [b'0', b'o', ..] => radix(&digits[2..], 8),
+        [b'0', b'b', ..] => radix(&digits[2..], 2),
+        [b'0', _, ..] if digits.bytes().all(|byte| byte.is_ascii_digit()) => radix(digits, 8),
+        [b'0'..=b'9', ..] => radix(digits, 10),
+        _ => None,
+    };
+    if let Some(whole) = whole {
+        return (sign * whole).into();
+    }
+    let number = digits.starts_with(|first: char| first.is_ascii_digit() || first == '.')
+        && digits.contains(|digit: char| digit.is_ascii_digit())
+        && digits.bytes().all(|byte| byte.is_ascii_digit() || b".eE+-".contains(&byte));
+    let float = number.then(|| text.parse::<f64>().ok()).flatten();
+    float.and_then(Number::from_f64).map_or_else(|| text.into(), Value::Number)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(text: &str) -> Value {
+        Document::parse(text).unwrap().value()
+    }
+
+    #[test]
+    fn scalars_are_what_kubectl_takes_them_for() {
+        assert_eq!(
+            read(
+                "[yes, off, 0644, 0x1f, 0b11, 1_000, -3, 1.5, 1e3, 1.2.3, 08, 12:30, ~, '1', 100m, !!str 1]"
+            ),
+            json!([
+                true, false, 420, 31, 3, 1000, -3, 1.5, 1000.0, "1.2.3", 8.0, "12:30", null, "1", "100m", "1"
+            ])
+        );
+        assert_eq!(read("a: |\n  x\n  y\nb: >-\n  x\n  y\n"), json!({"a": "x\ny\n", "b": "x y"}));
+    }
+
+    #[test]
+    fn anchors_and_merges_are_followed() {
+        let text = "base: &b {x: 1, y: 2}\nof: {<<: *b, y: 3}\nlist: [*b]\n";
+        assert_eq!(
+            read(text),
+            json!({"base": {"x": 1, "y": 2}, "of": {"y": 3, "x": 1}, "list": [{"x": 1, "y": 2}]})
+        );
+    }
+
+    #[test]
+    fn the_end_of_a_value_is_its_last_character() {
+        for (quoted, end) in [("a: 'it''s' # x\n", 10), ("a: \"\\\"\\\\\" # x\n", 9)] {
+            let document = Document::parse(quoted).unwrap();
+            assert_eq!(document.root.unwrap().end, end, "{quoted}");
+        }
+        let text = "a:\n  - b: c # of c\n\n# of d\nd:\n";
+        let document = Document::parse(text).unwrap();
+        let Kind::Map { entries, .. } = &document.root.as_ref().unwrap().kind else { panic!() };
+        assert_eq!(&text[entries[0].node.start..entries[0].node.end], "- b: c");
+        assert_eq!(entries[1].node.end, text.len() - 1);
+    }
+
+    #[test]
+    fn what_would_never_end_is_refused() {
+        let mut bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for (of, by) in ["ab", "bc", "cd", "de", "ef", "fg", "gh"].iter().map(|pair| pair.split_at(1)) {
+            bomb += &format!("{by}: &{by} [{}]\n", vec![format!("*{of}"); 10].join(", "));
+        }
+        assert!(Document::parse(&bomb).unwrap_err().reason.contains("too much"));
+        assert!(Document::parse(&"[".repeat(5000)).is_err());
+        assert!(Document::parse("a: [1\nb: {{ .Values.x }}\n").is_err());
+        assert_eq!(Document::parse("# only a comment\n---\n").unwrap().value(), Value::Null);
+    }
+}

@@ -1,0 +1,191 @@
+//! `outrigger inject` over the corpus: valid, repeatable, and all taken back.
+
+use std::{fs, process::Output};
+
+use serde_json::Value;
+
+use super::{corpus, outrigger, validate, values};
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+#[track_caller]
+fn done(output: &Output) -> String {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The pods of all workloads in a document.
+fn pods(value: &Value) -> Vec<&Value> {
+    match value["kind"].as_str() {
+        Some("List") => value["items"].as_array().into_iter().flatten().flat_map(pods).collect(),
+        Some("Pod") => vec![value],
+        Some("CronJob") => vec![&value["spec"]["jobTemplate"]["spec"]["template"]],
+        _ if value["apiVersion"] == "example.dev/v1" => Vec::new(),
+        _ => value["spec"].get("template").into_iter().collect(),
+    }
+}
+
+fn has_sidecar(pod: &Value) -> bool {
+    let lists = ["initContainers", "containers"];
+    lists
+        .iter()
+        .flat_map(|list| pod["spec"][list].as_array().into_iter().flatten())
+        .any(|one| one["name"] == "outrigger")
+}
+
+/// In `tests/it/kubernetes/corpus`, the first line says what is expected where it is not a sidecar in every workload.
+#[test]
+fn every_workload_of_the_corpus_gets_the_sidecar_once_and_loses_it_without_a_trace() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (mut valid, mut sidecars) = (Vec::new(), 0);
+    let files = corpus();
+    assert!(files.len() >= 30, "only {} files", files.len());
+    for file in files {
+        let name = file.file_name().expect("a name").to_string_lossy().into_owned();
+        let before = fs::read_to_string(&file).expect("readable");
+        let first = outrigger(&["inject"], &before);
+        let (after, told) = (done(&first), text(&first.stderr));
+        let expected = before.lines().next().and_then(|line| line.strip_prefix("# expect: ")).unwrap_or("");
+        match expected {
+            "untouched" => assert_eq!((&*after, &*told), (&*before, ""), "{name}"),
+            "left" => {
+                assert_eq!(after, before, "{name}");
+                assert!(told.contains("left as it is: "), "{name}: {told}");
+            }
+            _ => {
+                let documents = values(&after);
+                for pod in documents.iter().flat_map(pods) {
+                    let out = pod["metadata"]["annotations"]["outrigger.dev/inject"] == "disabled";
+                    assert_eq!(has_sidecar(pod), !out, "{name}\n{after}");
+                    sidecars += usize::from(!out);
+                }
+                let is_told = ["rewritten", "noted"].contains(&expected)
+                    || name.starts_with("28")
+                    || name.starts_with("04");
+                assert_eq!(!told.is_empty(), is_told, "{name}: {told}");
+                let path = folder.path().join(&name);
+                // What stands in a list is looked at by itself.
+                let each: Vec<String> = documents
+                    .into_iter()
+                    .flat_map(|mut value| match value["kind"].as_str() {
+                        Some("List") => value["items"].as_array_mut().map(std::mem::take).unwrap_or_default(),
+                        _ => vec![value],
+                    })
+                    .map(|value| value.to_string())
+                    .collect();
+                fs::write(&path, each.join("\n---\n")).expect("write");
+                valid.push(path);
+            }
+        }
+        assert_eq!(
+            done(&outrigger(&["inject"], &after)),
+            after,
+            "{name}: injected twice is not injected once"
+        );
+        let back = done(&outrigger(&["inject", "--remove"], &after));
+        if expected == "rewritten" {
+            assert!(told.contains("written anew"), "{told}");
+            assert_eq!(values(&back), values(&before), "{name}");
+        } else {
+            assert_eq!(back, before, "{name}: not taken back to the byte");
+        }
+    }
+    assert!(sidecars >= 25, "only {sidecars} sidecars");
+    validate(&valid);
+}
+
+#[test]
+fn what_others_added_to_an_injected_workload_stays() {
+    let before = fs::read_to_string(&corpus()[0]).expect("readable");
+    let after = done(&outrigger(&["inject"], &before));
+    let changed = after
+        .replace("      annotations:\n", "      annotations:\n        mine: \"1\"\n")
+        .replace(
+            "      initContainers:\n",
+            "      initContainers:\n        - name: mine\n          image: x\n",
+        )
+        .replace("      volumes:\n", "      volumes:\n        - {name: mine, emptyDir: {}}\n");
+    assert_eq!(changed.matches("mine").count(), 3);
+    let back = done(&outrigger(&["inject", "--remove"], &changed));
+    assert_eq!(back.matches("mine").count(), 3, "{back}");
+    assert!(!back.contains("outrigger"), "{back}");
+}
+
+/// The configuration that a sidecar is started with is one that it takes.
+#[test]
+fn the_sidecar_can_use_what_it_is_given() {
+    for file in corpus() {
+        let injected = done(&outrigger(&["inject"], &fs::read_to_string(&file).expect("readable")));
+        for pod in values(&injected).iter().flat_map(pods).filter(|pod| has_sidecar(pod)) {
+            let lists = ["initContainers", "containers"];
+            let all = lists.iter().flat_map(|list| pod["spec"][list].as_array().into_iter().flatten());
+            let sidecar = all.into_iter().find(|one| one["name"] == "outrigger").expect("it has one");
+            // What is named by annotation must be there; here it is not.
+            let args =
+                sidecar["args"].as_array().expect("arguments").iter().map(|arg| arg.as_str().expect("text"));
+            let args: Vec<&str> =
+                args.skip(1).map(|arg| if arg.starts_with("/etc/") { "/dev/null" } else { arg }).collect();
+            let variables = sidecar["env"].as_array().expect("variables").iter();
+            let output = std::process::Command::new(crate::support::binary())
+                .arg("check")
+                .args(args)
+                .envs(variables.filter_map(|one| Some((one["name"].as_str()?, one["value"].as_str()?))))
+                .output()
+                .expect("it runs");
+            let said = text(&output.stdout);
+            // The certificate is the one thing that a cluster brings.
+            let only_certificates = said.contains("/var/run/secrets/outrigger") || said.contains("spiffe");
+            assert!(output.status.success() || only_certificates, "{}: {said}", file.display());
+            assert!(
+                !said.contains("warning") && !said.contains("draining takes"),
+                "{}: {said}",
+                file.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_told_and_nothing_is_written() {
+    let pod = |annotation: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations: {{{annotation}}}\nspec:\n  containers: [{{name: a, image: b}}]\n"
+        )
+    };
+    for (input, expected) in [
+        (pod("outrigger.dev/mdoe: env"), "Pod p: outrigger.dev/mdoe: there is no `mdoe`; `mode` is meant?"),
+        (pod("outrigger.dev/app-port: 80"), "an annotation is a string: write \"80\""),
+        (
+            pod("outrigger.dev/identity: vault"),
+            "`vault` is not `csi-spiffe`, `spire`, `secret/NAME` or `none`",
+        ),
+        ("a: 1\n---\nb: {{ .Values.x }}\n".to_owned(), "line 3: this is no YAML"),
+        ("a: {{ .Values.x }}\n".to_owned(), "helm template"),
+    ] {
+        let output = outrigger(&["inject"], &(pod("") + "---\n" + &input));
+        let told = text(&output.stderr);
+        assert!(!output.status.success() && output.stdout.is_empty(), "{input}");
+        assert!(
+            told.contains(expected) || (expected.starts_with("line 3") && told.contains("this is no YAML")),
+            "{told}"
+        );
+    }
+    let output = outrigger(&["inject", "-f", "/nowhere.yaml"], "");
+    assert!(text(&output.stderr).contains("cannot read /nowhere.yaml"));
+    assert_eq!(outrigger(&["inject", "--remove", "--image", "x"], "").status.code(), Some(2));
+}
+
+#[test]
+fn defaults_are_for_the_pods_that_say_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("defaults.toml");
+    fs::write(&file, "image = \"r.example/o:1\"\nmode = \"env\"\n[proxy.telemetry]\nsample = 0.5\n")
+        .expect("write");
+    let file = file.to_string_lossy();
+    let before = fs::read_to_string(&corpus()[0]).expect("readable");
+    let after = done(&outrigger(&["inject", "--defaults", &file, "--image", "r.example/o:2"], &before));
+    assert!(after.contains("image: r.example/o:2") && !after.contains("NET_ADMIN"), "{after}");
+    assert!(after.contains("sample = 0.5") && after.contains("env:OUTRIGGER_DEFAULTS"), "{after}");
+}

@@ -1,0 +1,213 @@
+//! `k8s/` is what `kubectl apply -k k8s` takes, and what the code knows.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use outrigger::kubernetes::inject::{CONFIG_KEY, Defaults, Outcome, Owner, inject, proxy_config};
+use serde_json::Value;
+
+use super::{outrigger, validate, values};
+use crate::support::has_tool;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("k8s")
+}
+
+fn build(folder: &Path) -> String {
+    let output = Command::new("kubectl").arg("kustomize").arg(folder).output().expect("kubectl runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// The manifests, and the same with each way to an identity.
+fn variants() -> Vec<(&'static str, String)> {
+    let mut variants = vec![("none", build(&folder()))];
+    for identity in ["csi-spiffe", "spire"] {
+        let copy = tempfile::tempdir().expect("a folder");
+        let copied = Command::new("cp").arg("-r").arg(folder()).arg(copy.path()).status().expect("cp runs");
+        assert!(copied.success());
+        let file = copy.path().join("k8s/kustomization.yaml");
+        // As the file says that it is done.
+        let text = fs::read_to_string(&file).expect("readable").replace("# components:", "components:");
+        fs::write(
+            &file,
+            text.replace(&format!("#   - identity/{identity}"), &format!("  - identity/{identity}")),
+        )
+        .expect("write");
+        variants.push((identity, build(&copy.path().join("k8s"))));
+    }
+    variants
+}
+
+fn of_kind<'v>(objects: &'v [Value], kind: &str) -> Vec<&'v Value> {
+    objects.iter().filter(|object| object["kind"] == kind).collect()
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_else(|| panic!("no text: {value}"))
+}
+
+#[test]
+fn the_manifests_are_valid_and_so_is_what_becomes_of_their_pods() {
+    if !has_tool(&["kubectl"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut files = Vec::new();
+    for (identity, manifests) in variants() {
+        let injected = outrigger(&["inject"], &manifests);
+        assert!(injected.status.success(), "{}", String::from_utf8_lossy(&injected.stderr));
+        let injected = String::from_utf8(injected.stdout).expect("UTF-8");
+        for (what, text) in [("plain", &manifests), ("injected", &injected)] {
+            let file = folder.path().join(format!("{identity}-{what}.yaml"));
+            fs::write(&file, text).expect("write");
+            files.push(file);
+        }
+        let deployments = values(&injected);
+        for name in ["hello", "caller"] {
+            let of = |object: &&&Value| object["metadata"]["name"] == name;
+            let object = *of_kind(&deployments, "Deployment").iter().find(of).expect("the example");
+            let said =
+                object["spec"]["template"]["metadata"]["annotations"]["outrigger.dev/identity"].as_str();
+            assert_eq!(said.unwrap_or("none"), identity, "{name}");
+        }
+    }
+    validate(&files);
+}
+
+#[test]
+fn the_manifests_say_what_the_code_knows() {
+    if !has_tool(&["kubectl"]) {
+        return;
+    }
+    let objects = values(&build(&folder()));
+    let deployments = of_kind(&objects, "Deployment");
+    let named = |name: &str| *deployments.iter().find(|one| one["metadata"]["name"] == name).expect(name);
+
+    // The webhook is started by words that it understands, from files that are mounted there.
+    let webhook = &named("outrigger-webhook")["spec"]["template"]["spec"];
+    let container = &webhook["containers"][0];
+    let args: Vec<&str> = container["args"].as_array().expect("arguments").iter().map(text).collect();
+    let started = outrigger(&args, "");
+    let said = String::from_utf8_lossy(&started.stderr);
+    assert_eq!(started.status.code(), Some(1), "{said}");
+    assert!(said.contains("/certs/tls.crt"), "it misses its certificate and nothing else: {said}");
+    assert_eq!(container["image"], concat!("outrigger:", env!("CARGO_PKG_VERSION")));
+    assert_eq!(container["ports"][0]["containerPort"], 8443);
+
+    // The API server finds it, with the paths that are served.
+    let service =
+        of_kind(&objects, "Service").into_iter().find(|one| one["metadata"]["name"] == "outrigger-webhook");
+    assert_eq!(
+        service.expect("its Service")["spec"]["ports"][0]["targetPort"],
+        container["ports"][0]["name"]
+    );
+    let configurations = ["MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"];
+    let hooks: Vec<&Value> = configurations
+        .iter()
+        .flat_map(|kind| of_kind(&objects, kind))
+        .flat_map(|one| one["webhooks"].as_array().expect("webhooks"))
+        .collect();
+    let paths: BTreeSet<&str> =
+        hooks.iter().map(|hook| text(&hook["clientConfig"]["service"]["path"])).collect();
+    assert_eq!(paths, BTreeSet::from(["/mutate", "/validate"]));
+    for hook in &hooks {
+        assert_eq!(hook["clientConfig"]["service"]["name"], "outrigger-webhook");
+        let selector = hook["namespaceSelector"].to_string();
+        // Whoever cannot make a pod while it is down has asked for it.
+        let opted_in = selector.contains("outrigger.dev/inject")
+            && !selector.contains(r#""NotIn","values":["enabled"]"#);
+        assert_eq!(hook["failurePolicy"] == "Fail", opted_in, "{hook}");
+        if hook["clientConfig"]["service"]["path"] == "/mutate" {
+            assert!(selector.contains("kube-system") && selector.contains("outrigger-system"), "{selector}");
+        }
+    }
+
+    // Configurations and defaults can be used.
+    let (mut configurations, mut defaults) = (0, None);
+    for map in of_kind(&objects, "ConfigMap") {
+        for (key, value) in map["data"].as_object().expect("data") {
+            match &**key {
+                CONFIG_KEY => {
+                    assert_eq!(proxy_config::check(key, text(value)), Ok(Vec::new()));
+                    configurations += 1;
+                }
+                "defaults.toml" => defaults = Some(Defaults::parse(text(value)).expect("defaults")),
+                other => panic!("{other} is nothing that anybody reads"),
+            }
+        }
+    }
+    assert_eq!(configurations, 2);
+    let defaults = defaults.expect("defaults");
+
+    // What pods get: the webhook's own image, and privileges where the namespace allows them and nowhere else.
+    for (name, privileged) in [("hello", true), ("caller", false)] {
+        let owner = Owner { kind: "Deployment", name };
+        let template = &named(name)["spec"]["template"];
+        let outcome = inject(template, owner, &defaults, &|_| None).expect("it can be injected");
+        let Outcome::Patch { operations, notes } = outcome else { panic!("{name} gets nothing") };
+        assert_eq!(notes, []);
+        let patch = serde_json::to_string(&operations).expect("JSON");
+        assert_eq!(patch.contains("NET_ADMIN"), privileged, "{name}");
+        assert!(patch.contains(&format!("\"image\":{}", container["image"])), "{patch}");
+        let namespace = of_kind(&objects, "Namespace")
+            .into_iter()
+            .find(|one| one["metadata"]["name"] == named(name)["metadata"]["namespace"])
+            .expect("its namespace");
+        let labels = &namespace["metadata"]["labels"];
+        assert_eq!(labels["outrigger.dev/inject"], "enabled");
+        let enforced = if privileged { "privileged" } else { "restricted" };
+        assert_eq!(labels["pod-security.kubernetes.io/enforce"], enforced);
+    }
+
+    // Every container but the one that sets rules is as `restricted` demands, and says what it needs.
+    let all = values(&String::from_utf8(outrigger(&["inject"], &build(&folder())).stdout).expect("UTF-8"));
+    for deployment in of_kind(&all, "Deployment") {
+        let spec = &deployment["spec"]["template"]["spec"];
+        for container in ["initContainers", "containers"]
+            .iter()
+            .flat_map(|list| spec[list].as_array().into_iter().flatten())
+        {
+            let (context, pod) = (&container["securityContext"], &spec["securityContext"]);
+            assert!(container["resources"]["requests"]["memory"].is_string(), "{container}");
+            assert_eq!(context["allowPrivilegeEscalation"], false, "{container}");
+            assert_eq!(context["capabilities"]["drop"][0], "ALL", "{container}");
+            assert_eq!(context["readOnlyRootFilesystem"], true, "{container}");
+            if container["name"] != "outrigger-redirect" {
+                assert_eq!(context["capabilities"].get("add"), None, "{container}");
+                assert!(context["runAsNonRoot"] == true || pod["runAsNonRoot"] == true, "{container}");
+                assert!(context["runAsUser"].is_u64() || pod["runAsUser"].is_u64(), "{container}");
+            }
+        }
+    }
+}
+
+/// The example without a cluster has the same parts.
+#[test]
+fn the_compose_example_fits_together() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/compose");
+    let file = fs::read_to_string(folder.join("compose.yaml")).expect("readable");
+    let services = &values(&file)[0]["services"];
+    let manifests = ["jaeger/jaeger.yaml", "example/hello.yaml", "example/caller.yaml"];
+    let manifests: String = manifests
+        .iter()
+        .map(|name| fs::read_to_string(self::folder().join(name)).expect("readable"))
+        .collect();
+    for (name, service) in services.as_object().expect("services") {
+        let image = text(&service["image"]);
+        if image == concat!("outrigger:", env!("CARGO_PKG_VERSION")) {
+            let config = service["command"][2].as_str().and_then(|path| path.strip_prefix("/etc/outrigger/"));
+            let config = fs::read_to_string(folder.join(config.expect("a file"))).expect("its configuration");
+            assert_eq!(proxy_config::check(name, &config), Ok(Vec::new()));
+            let beside = text(&service["network_mode"]).strip_prefix("service:").expect("a service");
+            assert!(services.get(beside).is_some() && name.starts_with(beside), "{name}");
+            assert_eq!(service["environment"]["OTEL_SERVICE_NAME"], *beside);
+        } else {
+            assert!(manifests.contains(image), "{image} is not what k8s/ has");
+        }
+    }
+}

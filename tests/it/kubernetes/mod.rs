@@ -1,0 +1,64 @@
+//! Kubernetes without a cluster: what the files, the API server and the kubelet say is said by the tests.
+
+mod inject;
+mod manifests;
+mod probes;
+mod webhook;
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use outrigger::kubernetes::yaml;
+use serde_json::Value;
+
+use crate::support::{binary, python_with};
+
+/// The workloads that the tests inject.
+pub fn corpus() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/kubernetes/corpus");
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(folder).expect("the corpus").flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    files
+}
+
+/// Runs the binary with this on its stdin.
+pub fn outrigger(arguments: &[&str], input: &str) -> Output {
+    let mut child = Command::new(binary())
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    // It may have refused its arguments and gone.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    child.wait_with_output().expect("it ends")
+}
+
+/// What the documents of a stream say.
+pub fn values(text: &str) -> Vec<Value> {
+    let read = |part: &str| yaml::Document::parse(part).expect("YAML").value();
+    yaml::documents(text).into_iter().map(read).filter(|value| !value.is_null()).collect()
+}
+
+/// Has the files checked against the API's schemas, strictly; false where there is no checker.
+#[track_caller]
+pub fn validate(files: &[PathBuf]) -> bool {
+    let Some(python) = python_with("kubernetes_validate") else { return false };
+    let output = Command::new(python)
+        .args(["-m", "kubernetes_validate", "-k", "1.32", "--strict", "--quiet"])
+        .args(files)
+        .output()
+        .expect("python runs");
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    true
+}

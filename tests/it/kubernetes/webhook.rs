@@ -1,0 +1,284 @@
+//! `outrigger webhook`: what a real API server asked (1.36, recorded in `tests/it/kubernetes/admission`), asked again over
+//! HTTPS.
+
+use std::{fs, io::Write, net::SocketAddr, path::Path};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use outrigger::kubernetes::patch::Operation;
+use serde_json::{Value, json};
+
+use super::{outrigger, validate, values};
+use crate::support::{Daemon, binary, eventually, has_tool, pki::Pki, signal, tls::TlsCaller, tool};
+
+struct Webhook {
+    daemon: Daemon,
+    address: SocketAddr,
+}
+
+impl Webhook {
+    fn start(pki: &Pki, more: &[&str]) -> Self {
+        let (certificate, key) = (pki.path("webhook.crt"), pki.path("webhook.key"));
+        let (certificate, key) = (certificate.display().to_string(), key.display().to_string());
+        let mut arguments = vec![
+            "webhook",
+            "--listen",
+            "127.0.0.1:0",
+            "--tls-cert",
+            &certificate,
+            "--tls-key",
+            &key,
+            "--own-namespace",
+            "outrigger-system",
+        ];
+        arguments.extend(more);
+        let daemon = Daemon::start(&binary().display().to_string(), &arguments, &[]);
+        let output = daemon.wait_for_output("the webhook is up");
+        let listen = output.split("listen=").nth(1).expect("it says where");
+        let address: String = listen
+            .chars()
+            .take_while(|letter| !letter.is_whitespace())
+            .filter(|letter| *letter != '"')
+            .collect();
+        Self { daemon, address: address.parse().expect("an address") }
+    }
+
+    fn say(&self, head: &str, body: &str) -> (u16, String) {
+        let request = format!(
+            "{head} HTTP/1.1\r\nhost: outrigger.outrigger-system.svc\r\nconnection: close\r\ncontent-length: {}\r\ncontent-type: application/json\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = TlsCaller::new(None, &["http/1.1"]).say(self.address, &request).expect("an answer");
+        let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+        (status, answer.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
+    }
+
+    fn ask(&self, path: &str, review: &Value) -> Value {
+        let (status, body) = self.say(&format!("POST {path}"), &review.to_string());
+        assert_eq!(status, 200, "{body}");
+        let answer: Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!((&answer["apiVersion"], &answer["kind"]), (&review["apiVersion"], &review["kind"]));
+        assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
+        answer["response"].clone()
+    }
+}
+
+fn pki() -> Pki {
+    let pki = Pki::new();
+    pki.write_leaf("webhook", |_| {});
+    pki
+}
+
+fn recordings() -> Vec<(String, Value)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/kubernetes/admission");
+    let read = |entry: fs::DirEntry| {
+        let text = fs::read_to_string(entry.path()).expect("readable");
+        (entry.file_name().to_string_lossy().into_owned(), serde_json::from_str(&text).expect("JSON"))
+    };
+    fs::read_dir(folder).expect("the recordings").flatten().map(read).collect()
+}
+
+fn patched(object: &Value, response: &Value) -> Value {
+    assert_eq!(response["patchType"], "JSONPatch");
+    let patch = STANDARD.decode(response["patch"].as_str().expect("a patch")).expect("base64");
+    let patch: Vec<Operation> = serde_json::from_slice(&patch).expect("a JSON Patch");
+    let mut object = object.clone();
+    patch.iter().for_each(|operation| operation.apply(&mut object).expect("it fits"));
+    object
+}
+
+/// Without what only a file needs, and the name that only the API server knows.
+fn comparable(mut pod: Value) -> Value {
+    pod["metadata"]["annotations"]["outrigger.dev/injected"] = Value::Null;
+    for one in pod["spec"]["initContainers"].as_array_mut().into_iter().flatten() {
+        for variable in one["env"].as_array_mut().into_iter().flatten() {
+            if variable["name"] == "OTEL_SERVICE_NAME" {
+                variable["value"] = Value::Null;
+            }
+        }
+    }
+    pod
+}
+
+#[test]
+fn what_an_api_server_asked_is_answered_as_inject_would() {
+    let (pki, folder) = (pki(), tempfile::tempdir().expect("a folder"));
+    let webhook = Webhook::start(&pki, &[]);
+    let (mut files, mut names) = (Vec::new(), Vec::new());
+    for (name, recording) in recordings() {
+        let (path, review) = (recording["path"].as_str().expect("a path"), &recording["review"]);
+        let object = &review["request"]["object"];
+        let response = webhook.ask(path, review);
+        assert_eq!(response["allowed"], true, "{name}: {response}");
+        match &*name {
+            "opted-out.json" => assert_eq!((response.get("patch"), response.get("warnings")), (None, None)),
+            "hostnetwork.json" => {
+                assert_eq!(response.get("patch"), None);
+                assert!(response["warnings"][0].as_str().expect("a warning").contains("hostNetwork"));
+            }
+            _ => {
+                let pod = patched(object, &response);
+                let file = outrigger(&["inject"], &object.to_string());
+                let by_file = values(&String::from_utf8_lossy(&file.stdout)).remove(0);
+                assert_eq!(comparable(pod.clone()), comparable(by_file), "{name}");
+                // Asked again of what it has made, it has nothing to add.
+                let mut again = review.clone();
+                again["request"]["object"] = pod.clone();
+                assert_eq!(webhook.ask(path, &again).get("patch"), None, "{name}");
+                let sidecar = pod["spec"]["initContainers"].as_array().expect("init containers")[1].clone();
+                assert_eq!(sidecar["name"], "outrigger", "{name}");
+                names.push((name.clone(), sidecar["env"][0]["value"].as_str().unwrap_or("").to_owned()));
+                files.push(folder.path().join(&name));
+                let mut pod = pod;
+                pod.as_object_mut().expect("a pod").shift_remove("status");
+                pod["metadata"].as_object_mut().expect("metadata").shift_remove("managedFields");
+                fs::write(files.last().expect("one"), pod.to_string()).expect("write");
+            }
+        }
+    }
+    assert_eq!(files.len(), 6);
+    let of =
+        |file: &str| names.iter().find(|(name, _)| name.starts_with(file)).map(|(_, service)| &**service);
+    assert_eq!(of("nightly-report"), Some("nightly-report"), "not a name for every minute");
+    assert_eq!(of("plain"), Some("plain"));
+    validate(&files);
+}
+
+#[test]
+fn a_broken_config_map_is_refused_when_it_is_applied() {
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let ask = |operation: &str, text: &str| {
+        let review = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
+            "uid": "1", "kind": {"group": "", "version": "v1", "kind": "ConfigMap"}, "name": "outrigger",
+            "namespace": "shop", "operation": operation, "object": {"data": {"outrigger.toml": text}}
+        }});
+        webhook.ask("/validate?timeout=5s", &review)
+    };
+    let refused = ask("CREATE", "[defaults]\ntimeout = \"15\"\n");
+    assert_eq!(refused["allowed"], false);
+    let message = refused["status"]["message"].as_str().expect("a message");
+    assert!(message.contains("outrigger.toml:2") && message.contains("ConfigMap outrigger"), "{message}");
+    assert_eq!(ask("UPDATE", "[inbound]\nforward_to = \"127.0.0.1:${PORT}\"\n")["allowed"], true);
+    assert_eq!(ask("DELETE", "= =")["allowed"], true);
+    let warned = ask("UPDATE", "[runtime]\ndrain_delay = \"10s\"\n");
+    assert!(warned["warnings"][0].as_str().is_some_and(|text| text.contains("drain")), "{warned}");
+}
+
+#[test]
+fn hostile_input_is_refused_and_the_next_question_answered() {
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let deep = "[".repeat(200_000);
+    for (head, body, expected) in [
+        ("POST /mutate", "", 400),
+        ("POST /mutate", "{\"kind\":\"AdmissionReview\"", 400),
+        ("POST /mutate", &*deep, 400),
+        ("GET /mutate", "", 405),
+        ("POST /other", "{}", 404),
+        ("GET /healthz", "", 200),
+    ] {
+        assert_eq!(webhook.say(head, body).0, expected, "{head} with {} bytes", body.len());
+    }
+    // Refused by its head; nobody waits for the rest.
+    let long = format!(
+        "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        (8 << 20) + 1
+    );
+    let answer = TlsCaller::new(None, &["http/1.1"]).say(webhook.address, &long).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    // Not TLS at all, and TLS that says nothing.
+    let mut plain = std::net::TcpStream::connect(webhook.address).expect("connect");
+    plain.write_all(b"POST /mutate HTTP/1.1\r\n\r\n").expect("write");
+    let _silent = TlsCaller::new(None, &[]).connect(webhook.address);
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
+}
+
+#[test]
+fn an_api_server_may_speak_http_2() {
+    if !has_tool(&["curl"]) {
+        return;
+    }
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    let body = pki.write("review.json", &recording["review"].to_string());
+    let output = std::process::Command::new(tool("curl").expect("curl"))
+        .args([
+            "-sk",
+            "--http2",
+            "-w",
+            "\n%{http_version} %{http_code}",
+            "-H",
+            "content-type: application/json",
+            "--data-binary",
+        ])
+        .arg(format!("@{}", body.display()))
+        .arg(format!("https://{}/mutate", webhook.address))
+        .output()
+        .expect("curl runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.ends_with("\n2 200") && said.contains("JSONPatch"), "{said}");
+}
+
+#[test]
+fn new_certificates_and_defaults_are_used_and_broken_ones_are_not() {
+    let pki = pki();
+    let defaults = pki.write("defaults.toml", "image = \"r.example/o:1\"\n");
+    let webhook = Webhook::start(&pki, &["--defaults", &defaults.display().to_string()]);
+    let shown = || {
+        let mut stream = TlsCaller::new(None, &["http/1.1"]).connect(webhook.address);
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").expect("write");
+        std::io::Read::read(&mut stream, &mut [0; 64]).expect("an answer");
+        stream.conn.peer_certificates().expect("a certificate")[0].to_vec()
+    };
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    let review = &recording["review"];
+    let image = || {
+        let pod = patched(&review["request"]["object"], &webhook.ask("/mutate", review));
+        pod["spec"]["initContainers"][0]["image"].as_str().expect("an image").to_owned()
+    };
+    let first = shown();
+    assert_eq!(image(), "r.example/o:1");
+    pki.write("webhook.crt", "-----BEGIN CERTIFICATE-----\n");
+    pki.write("defaults.toml", "imgae = \"r.example/o:2\"\n");
+    webhook.daemon.wait_for_output("the new certificate is not used");
+    webhook.daemon.wait_for_output("the new defaults are not used");
+    assert_eq!((shown() == first, &*image()), (true, "r.example/o:1"));
+    pki.write_leaf("webhook", |_| {});
+    pki.write("defaults.toml", "image = \"r.example/o:3\"\n");
+    eventually("the new certificate is shown", || shown() != first);
+    eventually("the new image is used", || image() == "r.example/o:3");
+    // The kubelet says that it is to go; API servers may hear of it later.
+    signal(webhook.daemon.pid(), "TERM");
+    webhook.daemon.wait_for_output("leaving");
+    assert_eq!(image(), "r.example/o:3");
+}
+
+#[test]
+fn what_it_cannot_begin_with_is_named() {
+    let pki = pki();
+    let run = |certificate: &str, key: &str, defaults: &str| {
+        let (certificate, key) = (pki.path(certificate), pki.path(key));
+        let mut arguments = vec![
+            "webhook",
+            "--listen",
+            "127.0.0.1:0",
+            "--tls-cert",
+            certificate.to_str().expect("text"),
+            "--tls-key",
+            key.to_str().expect("text"),
+        ];
+        let defaults = pki.path(defaults);
+        arguments.extend(["--defaults", defaults.to_str().expect("text")]);
+        let output = outrigger(&arguments, "");
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    pki.write("good.toml", "");
+    pki.write("bad.toml", "memory = \"much\"\n");
+    pki.write_leaf("another", |_| {});
+    assert!(run("none.crt", "webhook.key", "good.toml").contains("none.crt"));
+    assert!(run("webhook.crt", "another.key", "good.toml").contains("do not belong together"));
+    assert!(run("webhook.crt", "webhook.key", "bad.toml").contains("`much` is not a quantity"));
+}
