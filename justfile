@@ -28,7 +28,7 @@ image:
 # CPU per request beside nginx and HAProxy
 bench:
     cargo build --release
-    python3 benches/peers/first.py
+    python3 benches/peers/run.py
 
 # Services in a row while the last one fails: load with and without budgets and advice (needs matplotlib for the plot)
 storm:
