@@ -14,6 +14,7 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 pub mod token;
+pub mod tokens;
 pub mod upstreams;
 
 use std::{convert::Infallible, future::Future, io, path::PathBuf, sync::Arc, time::Duration};

@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::upstreams::UpstreamStatus;
+use super::{tokens::KeysStatus, upstreams::UpstreamStatus};
 use crate::{
     config::{AccessLog, Telemetry},
     identity::{Date, material, store::Report},
@@ -50,6 +50,10 @@ pub struct Status {
     /// Who this service is; none where it has no certificate to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<IdentityStatus>,
+    /// What tokens of callers are checked by; none where none are asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwt: Option<KeysStatus>,
+    /// Of callers, and of the service itself.
     pub connections: BTreeMap<String, ConnectionCounts>,
     /// In the order of their threads. A new connection goes to the one that was least busy of late.
     #[serde(default)]
@@ -261,6 +265,7 @@ impl Status {
                 admin_token_file: admin.and_then(|at| at.token_file.clone()),
             },
             identity: IdentityStatus::of(control.shared.identity.report()),
+            jwt: KeysStatus::of(&snapshot),
             connections: [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)]
                 .map(|(direction, connections)| (direction.to_owned(), ConnectionCounts::of(connections)))
                 .into(),

@@ -7,6 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::tokens::TokenStatus;
 use crate::{
     resilience::breaker::Mode,
     runtime::Cluster,
@@ -31,6 +32,9 @@ pub struct UpstreamStatus {
     pub retries: BTreeMap<String, u64>,
     /// Calls refused here, by reason; only what happened.
     pub rejected: BTreeMap<String, u64>,
+    /// The token that its calls carry, where it has `oauth2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<TokenStatus>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +122,7 @@ impl UpstreamStatus {
             }),
             retries: happened(&guards.counts.retries),
             rejected: happened(&guards.counts.rejected),
+            token: cluster.token.as_deref().map(TokenStatus::of),
         }
     }
 }

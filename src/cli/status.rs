@@ -132,6 +132,14 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         }
     }
 
+    if let Some(keys) = &status.jwt {
+        let last = keys.last_seconds_ago.map(|ago| format!(", fetched {} ago", seconds(ago)));
+        writeln!(out, "tokens: {} keys known of {}{}", keys.known, keys.source, last.unwrap_or_default())?;
+        if let Some(error) = &keys.error {
+            writeln!(out, "  FAILING: {error}")?;
+        }
+    }
+
     write_ways_in(out, status)?;
     write_upstreams(out, status)?;
     write_trouble(out, status)
@@ -222,7 +230,15 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
         ["UPSTREAM", "BREAKER", "RETRIES LEFT", "IN FLIGHT", "WAITING", "CONNECTIONS", "RETRIES", "REFUSED"];
     let mut rows = vec![row(titles)];
     all().for_each(|(name, upstream)| rows.push(guard_row(name, upstream)));
-    table(out, &rows)
+    table(out, &rows)?;
+
+    let mut rows = vec![row(["UPSTREAM", "ITS TOKEN", "LAST ERROR"])];
+    for (name, token) in all().filter_map(|(name, upstream)| Some((name, upstream.token.as_ref()?))) {
+        let good = token.good_for_seconds.map(|left| format!("good for {}", seconds(left)));
+        let error = token.error.as_deref().unwrap_or_default();
+        rows.push(row([name, good.as_deref().unwrap_or("none"), error]));
+    }
+    if rows.len() > 1 { table(out, &rows) } else { Ok(()) }
 }
 
 fn write_trouble(out: &mut String, status: &Status) -> std::fmt::Result {
@@ -342,6 +358,7 @@ mod tests {
             "config": {"files": ["a.toml"], "loaded_seconds_ago": 5, "reloads": 1, "refused": 2,
                        "rejected": "a.toml:3: no such key", "restart_needed": ["inbound.listen"]},
             "listeners": {"outbound": ["127.0.0.1:4140", "[::1]:4140"], "inbound": ["[::]:4143"], "upstreams": {}, "admin": "127.0.0.1:4191"},
+            "jwt": {"source": "https://id.example/jwks", "known": 2, "fetched": 1, "failed": 1, "last_seconds_ago": 61, "error": "refused"},
             "connections": {"inbound": {"open": 1, "total": 2}, "outbound": {"open": 3, "total": 4}},
             "workers": [{"connections": 3, "busy_ms": 61000}, {"connections": 1, "busy_ms": 999}],
             "ways": {"inbound": {"count": 3, "last_seconds_ago": 61}, "proxy": {"count": 0, "last_seconds_ago": null}},
@@ -356,7 +373,8 @@ mod tests {
                            "breaker": {"state": "half_open", "mode": "auto", "since_seconds_ago": 2, "why": "time to try again", "until_in_seconds": null},
                            "budget": {"available": 7},
                            "limits": {"in_flight": 1, "pending": 0, "max_requests": 1024, "connections": 2, "max_connections": 4294967295_u32},
-                           "retries": {"sent": 12, "budget": 3}, "rejected": {"breaker_open": 90}}],
+                           "retries": {"sent": 12, "budget": 3}, "rejected": {"breaker_open": 90},
+                           "token": {"good_for_seconds": 61, "fetched": 2, "failed": 1, "error": "the token endpoint answered with 503"}}],
             "unknown": {"known": 7, "hosts": [], "not_found": {"count": 3, "last": ["no such name: paymets (NXDOMAIN)"]}},
             "access_log": {"mode": "errors", "written": 1, "dropped": 2, "failed": 0},
             "trouble": [{"ended_seconds_ago": 61, "direction": "outbound", "method": "GET", "upstream": "payments",
@@ -371,6 +389,8 @@ mod tests {
             "FAILING, 1m1s ago: refused",
             "a.toml:3: no such key",
             "inbound.listen",
+            "tokens: 2 keys known of https://id.example/jwks, fetched 1m1s ago\n  FAILING: refused",
+            "payments  good for 1m1s  the token endpoint answered with 503",
             "loaded 5s ago, 1 reload, 2 refused",
             "0       3     1m1s\n1       1     0s",
             "127.0.0.1:4140 [::1]:4140",

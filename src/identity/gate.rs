@@ -34,7 +34,7 @@ pub struct Users {
     /// Paths that need no token.
     except: Vec<PathPattern>,
     /// Header fields and the claims they get.
-    pub claim_headers: Vec<(HeaderName, String)>,
+    pub claim_headers: Arc<[(HeaderName, String)]>,
 }
 
 impl Gate {

@@ -86,8 +86,29 @@ pub async fn connect<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
+    let connected = async {
+        let now: ClientNow = match &**client.now() {
+            Ok(now) => now.clone(),
+            Err(reason) => return Err(TlsFailure { kind: FailureKind::NotReady, reason: reason.clone() }),
+        };
+        let connector = TlsConnector::from(Arc::clone(&now.config));
+        let connecting = match speaks {
+            Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
+            Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
+            Speaks::Bytes => connector.connect(name.clone(), io),
+        };
+        let stream = connecting.await.map_err(|error| explain(&error, &now.trust, Role::Server))?;
+        let (_, tls) = stream.get_ref();
+        if speaks == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
+            let reason =
+                "it does not offer HTTP/2 over TLS (ALPN h2): say so by `protocol = \"http1\"`".to_owned();
+            return Err(TlsFailure { kind: FailureKind::Refused, reason });
+        }
+        let proven = proven(tls.peer_certificates())?.ok_or_else(|| of_certificate(&Refusal::Unknown))?;
+        Ok((stream, proven))
+    };
+    let connected = connected.await;
     let counts = &client.handshakes.outbound;
-    let connected = try_connect(client, name, speaks, io).await;
     match &connected {
         Ok((stream, _)) => counts.done(stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed)),
         Err(failure) => counts.failed(failure.kind),
@@ -95,40 +116,17 @@ where
     connected
 }
 
-async fn try_connect<IO>(
-    client: &ClientTls,
-    name: &ServerName<'static>,
-    speaks: Speaks,
-    io: IO,
-) -> Result<(client::TlsStream<IO>, Proven), TlsFailure>
-where
-    IO: AsyncRead + AsyncWrite + Unpin,
-{
-    let now: ClientNow = match &**client.now() {
-        Ok(now) => now.clone(),
-        Err(reason) => return Err(TlsFailure { kind: FailureKind::NotReady, reason: reason.clone() }),
-    };
-    let connector = TlsConnector::from(Arc::clone(&now.config));
-    let connecting = match speaks {
-        Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
-        Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
-        Speaks::Bytes => connector.connect(name.clone(), io),
-    };
-    let stream = connecting.await.map_err(|error| explain(&error, &now.trust, Role::Server))?;
-    let (_, tls) = stream.get_ref();
-    if speaks == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
-        let reason =
-            "it does not offer HTTP/2 over TLS (ALPN h2): say so by `protocol = \"http1\"`".to_owned();
-        return Err(TlsFailure { kind: FailureKind::Refused, reason });
-    }
-    let chain: Vec<_> =
-        tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
+/// Who the other side proved to be, by the chain that it showed. A resumed session shows that of its first handshake,
+/// which may have expired since.
+fn proven(chain: Option<&[CertificateDer<'_>]>) -> Result<Option<Proven>, TlsFailure> {
+    let Some(chain) = chain else { return Ok(None) };
+    let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
     let peer = chain.first().ok_or(Refusal::Unknown).and_then(|leaf| Ok(Peer::of(leaf)?));
     let peer = peer.map_err(|refusal| of_certificate(&refusal))?;
     if peer.not_after <= SystemTime::now() {
         return Err(of_certificate(&Refusal::Expired(peer.not_after)));
     }
-    Ok((stream, Proven { peer, chain }))
+    Ok(Some(Proven { peer, chain }))
 }
 
 /// A caller that was met by TLS.
@@ -170,21 +168,10 @@ where
         _ => None,
     };
     let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
-    let chain =
-        tls.peer_certificates().map(|chain| chain.iter().map(|c| c.clone().into_owned()).collect::<Vec<_>>());
-    let proven = match chain {
-        None if mandatory => return Err(of_certificate(&Refusal::Unknown)),
-        None => None,
-        Some(chain) => {
-            let peer = chain.first().ok_or(Refusal::Unknown).and_then(|leaf| Ok(Peer::of(leaf)?));
-            let peer = peer.map_err(|refusal| of_certificate(&refusal))?;
-            // A resumed session shows the certificate of its first handshake.
-            if peer.not_after <= SystemTime::now() {
-                return Err(of_certificate(&Refusal::Expired(peer.not_after)));
-            }
-            Some(Proven { peer, chain })
-        }
-    };
+    let proven = proven(tls.peer_certificates())?;
+    if mandatory && proven.is_none() {
+        return Err(of_certificate(&Refusal::Unknown));
+    }
     Ok(Met { stream, proven, speaks, resumed })
 }
 

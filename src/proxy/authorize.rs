@@ -6,13 +6,16 @@
 
 use std::{
     rc::Rc,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use http::{HeaderMap, HeaderValue, Request, header::AUTHORIZATION};
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::{
+    clock::Until,
     connection::Connection,
     error::{Cause, Challenge, ProxyError},
     headers,
@@ -22,9 +25,12 @@ use crate::{
     identity::{
         authorize::{Asked, Refusal, Token, What, unambiguous},
         gate::{Gate, Users},
-        jwt::{Claims, Invalid},
+        jwt::{Claims, Invalid, KeySet},
     },
-    resilience::observe::enforce,
+    resilience::{
+        deadline::{Deadline, grpc_timeout, request_timeout},
+        observe::enforce,
+    },
     runtime::{LocalCluster, View},
 };
 
@@ -40,6 +46,7 @@ pub async fn call<B>(
     connection: &Connection,
     view: &View,
     request: &mut Request<B>,
+    started: Instant,
 ) -> Result<(), ProxyError> {
     let Some(gate) = &view.snapshot.gate else { return Ok(()) };
     let note = |error: &ProxyError, observed: bool| {
@@ -67,7 +74,7 @@ pub async fn call<B>(
     enforce(decided, gate.observe_allow, allow)?;
     let mut claims = None;
     if users.are_asked(&normalise(path)) {
-        let read = end_user(connection, users, request.headers()).await;
+        let read = end_user(connection, users, request.headers(), started).await;
         claims = enforce(read, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
     }
     if gate.rules.look_at_claims() {
@@ -140,11 +147,12 @@ async fn end_user(
     connection: &Connection,
     users: &Users,
     headers: &HeaderMap,
+    started: Instant,
 ) -> Result<Rc<Claims>, ProxyError> {
     let token = bearer(headers).map_err(unauthenticated)?;
     let mut keys = users.issuer.keys();
     if keys.is_none() {
-        keys = Box::pin(users.issuer.newer(0)).await;
+        keys = newer(users, 0, headers, started).await?;
     }
     let Some(keys) = keys else {
         let error = users.issuer.told().error.unwrap_or_else(|| "they have not been fetched yet".to_owned());
@@ -158,13 +166,26 @@ async fn end_user(
     };
     let verified = match verify(&keys) {
         // It may be signed by a key that is new.
-        Err(error @ Invalid::UnknownKey(_)) => match Box::pin(users.issuer.newer(keys.generation)).await {
+        Err(error @ Invalid::UnknownKey(_)) => match newer(users, keys.generation, headers, started).await? {
             Some(keys) => verify(&keys),
             None => Err(error),
         },
         verified => verified,
     };
     verified.map_err(unauthenticated)
+}
+
+/// Waits for newer keys, no longer than the caller waits for an answer.
+async fn newer(
+    users: &Users,
+    generation: u64,
+    headers: &HeaderMap,
+    started: Instant,
+) -> Result<Option<Arc<KeySet>>, ProxyError> {
+    let left = if headers::is_grpc(headers) { grpc_timeout(headers) } else { request_timeout(headers) };
+    let deadline = Deadline::from_caller(started.into_std(), left);
+    let waited = Box::pin(Until::callers(deadline).wait(users.issuer.newer(generation))).await;
+    waited.map_err(|ran_out| ran_out.unsent(&users.expected.issuer, "the keys that tokens are checked by"))
 }
 
 fn unauthenticated(invalid: Invalid) -> ProxyError {
@@ -190,7 +211,7 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Invalid> {
 
 /// Tells the service what it was promised to learn, and lets nobody else tell it.
 fn pass_on(users: &Users, claims: Option<&Claims>, headers: &mut HeaderMap) {
-    for (name, claim) in &users.claim_headers {
+    for (name, claim) in &*users.claim_headers {
         headers::remove_spellings(headers, name);
         if let Some(value) = claims.and_then(|claims| claims.get(claim)).and_then(field_value) {
             headers.insert(name.clone(), value);

@@ -7,11 +7,12 @@ use std::{
     cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
@@ -73,7 +74,12 @@ struct Kept {
     overflowed: bool,
     ended: bool,
     caller_gone: bool,
+    /// Fields by which the service learns claims of the caller's token: a trailer must not say them either.
+    claims: Option<ClaimFields>,
 }
+
+/// See [`crate::identity::gate::Users::claim_headers`].
+pub type ClaimFields = Arc<[(HeaderName, String)]>;
 
 /// The caller's body, from which each try gets its own view.
 #[derive(Debug)]
@@ -92,7 +98,7 @@ pub enum Replayable {
 
 impl Replay {
     /// `limit`: how many bytes are kept to be sent again; 0 keeps none.
-    pub fn new(source: Incoming, limit: u64, progress: &Rc<Progress>) -> Self {
+    pub fn new(source: Incoming, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
         if source.is_end_stream() {
             progress.request_sent();
             return Self(None);
@@ -109,6 +115,7 @@ impl Replay {
             overflowed: false,
             ended: false,
             caller_gone: false,
+            claims,
         }))))
     }
 
@@ -154,7 +161,7 @@ impl Kept {
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.touched = true;
         let frame = match ready!(Pin::new(&mut self.source).poll_frame(cx)) {
-            Some(Ok(frame)) => without_spoofed(frame),
+            Some(Ok(frame)) => without_spoofed(frame, self.claims.as_deref()),
             Some(Err(error)) => {
                 self.caller_gone = true;
                 return Poll::Ready(Some(Err(error.into())));
@@ -190,11 +197,14 @@ impl Kept {
 }
 
 /// Some services read trailers as if they were headers: what a caller may not say in the one, it may not in the other.
-fn without_spoofed(frame: Frame<Bytes>) -> Frame<Bytes> {
+fn without_spoofed(frame: Frame<Bytes>, claims: Option<&[(HeaderName, String)]>) -> Frame<Bytes> {
     match frame.into_trailers() {
         Ok(mut trailers) => {
             let present = Present::of(&trailers);
             headers::remove_spoofed(&mut trailers, present);
+            for (name, _) in claims.into_iter().flatten() {
+                headers::remove_spellings(&mut trailers, name);
+            }
             Frame::trailers(trailers)
         }
         Err(data) => data,

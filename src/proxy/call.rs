@@ -171,7 +171,7 @@ async fn handle(
     }
     headers::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;
     if connection.side == Side::Inbound {
-        authorize::call(connection, view, &mut request).await?;
+        authorize::call(connection, view, &mut request, progress.started()).await?;
     }
     if request.method() == Method::CONNECT {
         return match (&connection.side, &connection.tunnel_to) {

@@ -61,6 +61,12 @@ impl RanOut {
 pub struct Until(Option<(Instant, RanOut)>);
 
 impl Until {
+    /// As long as the caller waits for an answer.
+    pub fn callers(deadline: Deadline) -> Self {
+        let at = deadline.at().map(|(at, limit)| (at.into(), RanOut::Limit(limit)));
+        Self(at)
+    }
+
     pub fn at(self) -> Option<std::time::Instant> {
         self.0.map(|(at, _)| at.into_std())
     }

@@ -79,6 +79,7 @@ async fn dial_allowed(
         let connected = connect(endpoints[endpoint].address(), limit, tls.as_ref(), Speaks::Bytes).await;
         match connected {
             Ok(connected) => {
+                let slot = slot.opened(connected.protection());
                 let dialled = Dialled { _in_flight: endpoints[endpoint].enter(), _slot: slot };
                 return Ok((connected.io, dialled));
             }
@@ -239,7 +240,8 @@ pub async fn open_tunnel(
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
     let to = target::host_port(authority, request.method())?;
     let target = target::by_host(connection, view, &to, &request)?;
-    let tls = target.local.cluster.tls_target(None);
+    // Whom the caller named is who must answer, where nothing else says.
+    let tls = target.local.cluster.tls_target(Some(authority.as_str()));
     let allowed = |address| check_address(view, connection, &target, address);
     let dialled = dial_allowed(connection, &target.local, tls, allowed).await?;
     let upgrade = hyper::upgrade::on(&mut request);

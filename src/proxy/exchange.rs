@@ -16,6 +16,7 @@ use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 use hyper::body::Incoming;
 
 use super::{
+    accept::Side,
     admission,
     attempt::{Answer, Failed, Outgoing},
     body::{Replay, ResponseBody},
@@ -120,7 +121,11 @@ pub async fn run(
         expects_continue: http1 && present.has(Field::Expect),
         interim: http1 && callers_version == Version::HTTP_11,
     };
-    let replay = Replay::new(body, retries.body_limit(&parts.method, call.idempotency_key), progress);
+    let users = view.snapshot.gate.as_ref().and_then(|gate| gate.users.as_ref());
+    let users = users.filter(|users| connection.side == Side::Inbound && !users.claim_headers.is_empty());
+    let claims = users.map(|users| Arc::clone(&users.claim_headers));
+    let limit = retries.body_limit(&parts.method, call.idempotency_key);
+    let replay = Replay::new(body, limit, claims, progress);
     let mut outgoing = head::outgoing(
         parts,
         version,

@@ -20,12 +20,13 @@ use prometheus_client::{
 };
 
 use super::{
-    metrics::{Connections, Way},
+    metrics::{Connections, Tls, Way},
     process,
 };
 use crate::{
     identity::material::Kind,
-    runtime::{Snapshot, lifecycle::Control},
+    proxy::unknown::UnknownHosts,
+    runtime::{Cluster, Snapshot, lifecycle::Control},
 };
 
 /// Everything as of now.
@@ -69,11 +70,17 @@ impl Collector for Now {
 
 impl Now {
     fn connections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let metrics = &self.0.shared.metrics;
+        let shared = &self.0.shared;
+        let metrics = &shared.metrics;
         let directions: [(&str, &Connections); 2] =
             [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)];
-        let open = directions.iter().flat_map(|(direction, connections)| {
-            connections.open_by().map(|(tls, count)| {
+        // What matters of either side is what crosses the network.
+        let open = [
+            ("inbound", metrics.inbound.open_by()),
+            ("outbound", to_upstreams(&shared.snapshot.load(), &shared.unknown)),
+        ];
+        let open = open.iter().flat_map(|(direction, counts)| {
+            counts.map(|(tls, count)| {
                 let labels = [
                     ("direction", (*direction).to_owned()),
                     ("tls", tls.word().to_owned()),
@@ -82,7 +89,8 @@ impl Now {
                 (labels, ConstGauge::new(count))
             })
         });
-        family(encoder, "outrigger_connections", "Connections of callers", None, open)?;
+        let help = "Open connections of callers (inbound) and to upstreams (outbound)";
+        family(encoder, "outrigger_connections", help, None, open)?;
         let total = directions.map(|(direction, connections)| {
             let labels = [("direction", direction.to_owned())];
             (labels, ConstCounter::new(connections.total.load(Ordering::Relaxed)))
@@ -217,6 +225,16 @@ fn fetches(encoder: &mut DescriptorEncoder, snapshot: &Snapshot) -> fmt::Result 
     });
     let help = "Requests for tokens that upstreams are shown";
     family(encoder, "outrigger_oauth2_requests", help, None, tokens.flatten())
+}
+
+/// Connections to all upstreams, by what protects them.
+fn to_upstreams(snapshot: &Snapshot, unknown: &UnknownHosts) -> [(Tls, i64); Tls::ALL.len()] {
+    let (hosts, _) = unknown.read();
+    let clusters = || snapshot.clusters.iter().chain(&hosts);
+    Tls::ALL.map(|tls| {
+        let of = |cluster: &Arc<Cluster>| cluster.upstream.guards.open_by()[tls as usize].1;
+        (tls, clusters().map(of).sum())
+    })
 }
 
 fn build_info(encoder: &mut DescriptorEncoder) -> fmt::Result {

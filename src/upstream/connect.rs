@@ -14,12 +14,14 @@ use tokio::net::TcpStream;
 
 use super::stream::UpstreamIo;
 use crate::{
+    config::TlsMode,
     identity::{
         Peer,
         handshake::{self, Proven, Speaks, TlsFailure},
         tls::ClientTls,
     },
     proxy::io::SharedTcp,
+    telemetry::metrics::Tls,
 };
 
 /// Why there is no connection.
@@ -58,6 +60,16 @@ pub struct Connected {
     pub tcp: SharedTcp,
     /// Who answered; none without TLS.
     pub proof: Option<Box<Proof>>,
+}
+
+impl Connected {
+    pub fn protection(&self) -> Tls {
+        match &self.proof {
+            None => Tls::None,
+            Some(proof) if proof.client.settings.mode == TlsMode::Mutual => Tls::Mutual,
+            Some(_) => Tls::Server,
+        }
+    }
 }
 
 /// Who answered, by which settings that was believed, and by which certificates of our own last.

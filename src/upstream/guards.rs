@@ -5,7 +5,7 @@ use std::{
     collections::hash_map::RandomState,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     task::Waker,
     time::Instant,
@@ -31,7 +31,7 @@ use crate::{
         outlier::{OutlierSettings, Outliers},
         rate::{RateLimit, RateSettings},
     },
-    telemetry::durations::Durations,
+    telemetry::{durations::Durations, metrics::Tls},
 };
 
 /// Where the adaptive limit starts: enough for most services, little for one that is not well.
@@ -47,6 +47,8 @@ pub struct Guards {
     pub budget: RetryBudget,
     pub requests: RequestLimit<Woken>,
     pub connections: Counter,
+    /// Those that have come about, by how they are protected.
+    open: [AtomicI64; Tls::ALL.len()],
     /// Makes room for one more connection.
     pub squeeze: Squeeze,
     /// Moves the request limit by latency, where that is switched on.
@@ -80,7 +82,11 @@ impl Drop for Place {
 
 /// One of the connections to an upstream, until it is dropped.
 #[derive(Debug)]
-pub struct ConnectionSlot(Arc<Guards>);
+pub struct ConnectionSlot {
+    guards: Arc<Guards>,
+    /// How it is protected, once it is open.
+    opened: Option<Tls>,
+}
 
 impl ConnectionSlot {
     /// Leave for one more connection. At the limit an idle one is closed for it, where there is one.
@@ -103,18 +109,29 @@ impl ConnectionSlot {
 
     /// Whether a call wants its room, and no other connection gives way to it.
     pub fn is_claimed(&self) -> bool {
-        self.0.squeeze.claim()
+        self.guards.squeeze.claim()
     }
 
     fn try_take(guards: &Arc<Guards>) -> Option<Self> {
-        guards.connections.try_take().then(|| Self(Arc::clone(guards)))
+        guards.connections.try_take().then(|| Self { guards: Arc::clone(guards), opened: None })
+    }
+
+    /// The connection has come about.
+    #[must_use]
+    pub fn opened(mut self, protection: Tls) -> Self {
+        self.guards.open[protection as usize].fetch_add(1, Ordering::Relaxed);
+        self.opened = Some(protection);
+        self
     }
 }
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        self.0.connections.give_back();
-        self.0.squeeze.freed();
+        if let Some(protection) = self.opened {
+            self.guards.open[protection as usize].fetch_sub(1, Ordering::Relaxed);
+        }
+        self.guards.connections.give_back();
+        self.guards.squeeze.freed();
     }
 }
 
@@ -217,6 +234,11 @@ impl Default for Counts {
 }
 
 impl Guards {
+    /// How many connections are open, by what protects them.
+    pub fn open_by(&self) -> [(Tls, i64); Tls::ALL.len()] {
+        Tls::ALL.map(|tls| (tls, self.open[tls as usize].load(Ordering::Relaxed)))
+    }
+
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self {
             breaker: Breaker::new(BreakerSettings::default(), now),
@@ -225,6 +247,7 @@ impl Guards {
             budget: RetryBudget::new(BudgetSettings::default()),
             requests: RequestLimit::new(LimitSettings::default()),
             connections: Counter::new(LimitSettings::default().max_connections),
+            open: Default::default(),
             squeeze: Squeeze::default(),
             adaptive: ArcSwapOption::empty(),
             rates: Mutex::default(),

@@ -274,9 +274,11 @@ impl H1 {
         guards: &Arc<Guards>,
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
-        let slot = Rc::new(ConnectionSlot::take(guards).await?);
-        let Connected { io, tcp, proof } =
+        let slot = ConnectionSlot::take(guards).await?;
+        let connected =
             connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::Http1).await?;
+        let slot = Rc::new(slot.opened(connected.protection()));
+        let Connected { io, tcp, proof } = connected;
         let ear = Ear::default();
         let (sender, connection) = http1::Builder::new()
             .max_headers(MAX_HEADERS)
@@ -314,8 +316,9 @@ impl H2 {
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
         let slot = ConnectionSlot::take(guards).await?;
-        let Connected { io, proof, .. } =
-            connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::H2).await?;
+        let connected = connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::H2).await?;
+        let slot = slot.opened(connected.protection());
+        let Connected { io, proof, .. } = connected;
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(hyper_util::rt::TokioTimer::new())
             .max_header_list_size(MAX_HEADER_BYTES as u32)

@@ -125,6 +125,12 @@ impl OwnToken {
         Some(current.field.clone())
     }
 
+    /// For how long the token there is will still be used.
+    pub fn good_for(&self, now: Instant) -> Option<Duration> {
+        let usable_until = self.current.load().as_ref()?.usable_until;
+        usable_until.checked_duration_since(now).filter(|left| !left.is_zero())
+    }
+
     /// The field to send; waits for the fetch that is under way or due, at most [`PATIENCE`].
     ///
     /// # Errors

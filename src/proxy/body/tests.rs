@@ -122,7 +122,7 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
     };
     let (mut caller, source) = caller(&framing);
     let progress = Rc::new(Progress::new(Instant::now()));
-    let replay = Replay::new(source, limit, &progress);
+    let replay = Replay::new(source, limit, None, &progress);
     let mut tries = vec![Reader::new(replay.next_try(None))];
     let mut come = 0;
     let mut send = |caller: &mut Caller<_>, count: usize| {
@@ -232,7 +232,7 @@ fn every_short_story_ends_well() {
 fn a_later_try_is_as_long_as_the_first() {
     let (mut caller, source) = caller("content-length: 10");
     let progress = Rc::new(Progress::new(Instant::now()));
-    let replay = Replay::new(source, 100, &progress);
+    let replay = Replay::new(source, 100, None, &progress);
     for come in [b"0123", b"4567"] {
         let mut reader = Reader::new(replay.next_try(None));
         assert_eq!(reader.body.size_hint().exact(), Some(10));

@@ -3,6 +3,7 @@
 mod allow;
 mod mtls;
 mod oauth2;
+mod provider;
 mod tokens;
 
 use std::sync::{

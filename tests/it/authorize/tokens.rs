@@ -203,6 +203,44 @@ fn the_service_gets_claims_in_headers_and_nobody_else_sets_them() {
 }
 
 #[test]
+fn trailers_set_no_claim_either() {
+    let (issuer, signer) = (Issuer::start(), Signer::ec("ec"));
+    issuer.publish(&[&signer]);
+    let service = RawServer::scripted(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let more = "claim_headers = { x-user-id = \"sub\" }";
+    let proxy = Proxy::start(config(&issuer.keys_url(), service.address(), more));
+    let token = signer.token(&good_claims());
+    let head = format!(
+        "Authorization: Bearer {token}\r\nTrailer: x-sum, x-user-id\r\nTE: trailers\r\nTransfer-Encoding: chunked\r\n"
+    );
+    let trailers = "x-sum: 1\r\nx-user-id: root\r\nx_user_id: root\r\n";
+    let answer = RawClient::connect(proxy.inbound())
+        .ask(format!("POST / HTTP/1.1\r\nHost: a\r\n{head}\r\n1\r\na\r\n0\r\n{trailers}\r\n"));
+    assert_eq!(answer.status(), 200);
+    eventually("the trailers", || String::from_utf8_lossy(&service.received()).contains("x-sum: 1"));
+    let received = String::from_utf8_lossy(&service.received()).into_owned();
+    assert!(received.contains("x-user-id: ann") && !received.contains("root"), "{received}");
+}
+
+#[test]
+fn nobody_waits_for_keys_longer_than_its_deadline() {
+    let echo = Echo::start();
+    // It takes connections, and says nothing.
+    let silent =
+        RawServer::start(|mut stream| while stream.read(&mut [0; 100]).is_ok_and(|read| read > 0) {});
+    let keys = format!("http://{}/jwks", silent.address());
+    let proxy = Proxy::start(config(&keys, echo.server.address(), ""));
+    let token = Signer::ed("ed").token(&good_claims());
+    let begin = Instant::now();
+    let answer =
+        ask(proxy.inbound(), &format!("Authorization: Bearer {token}\r\nX-Request-Timeout-Ms: 300\r\n"));
+    assert_eq!(answer.status(), 504);
+    assert_eq!(problem(&answer)["cause"], "deadline");
+    assert!(begin.elapsed() < Duration::from_secs(4), "not as long as the fetch takes");
+    assert_eq!(echo.calls(), 0);
+}
+
+#[test]
 fn a_storm_of_unknown_keys_costs_few_fetches() {
     let (issuer, echo, signer) = (Issuer::start(), Echo::start(), Signer::ed("ed"));
     issuer.publish(&[&signer]);

@@ -10,9 +10,9 @@ use std::{
 use super::{call, callee, caller, metric};
 use crate::support::{
     Daemon, Proxy, RawClient, RawServer, Upstream, eventually, has_tool, peer_script,
-    pki::{Pki, id},
+    pki::{Pki, dns, id},
     python_with, text,
-    tls::TlsCaller,
+    tls::{TlsCaller, TlsServer},
     tool,
 };
 
@@ -35,6 +35,11 @@ fn http1_on_connections_that_are_used_again() {
     assert_eq!(handshakes, 1.0);
     let open = "outrigger_connections{direction=\"inbound\",tls=\"mutual\",state=\"open\"}";
     assert_eq!(metric(&callee, open), 1.0);
+    assert_eq!(metric(&caller, &open.replace("inbound", "outbound")), 1.0);
+    assert_eq!(
+        metric(&caller, "outrigger_connections{direction=\"outbound\",tls=\"none\",state=\"open\"}"),
+        0.0
+    );
     assert!(metric(&callee, "outrigger_certificate_expiry_timestamp_seconds{kind=\"leaf\"}") > 1e9);
 }
 
@@ -218,4 +223,59 @@ fn a_caller_that_only_connects_holds_nothing_up() {
     let callee = callee(&pki, service.address(), "");
     let _idle: Vec<_> = (0..20).map(|_| TcpStream::connect(callee.inbound()).expect("connects")).collect();
     assert_eq!(call(&caller(&pki, callee.inbound(), "")).0, 200);
+}
+
+/// Which host was asked for says what name the server must have, in a tunnel too.
+#[test]
+fn a_tunnel_leads_to_the_host_that_was_asked_for() {
+    let pki = Pki::new();
+    let named =
+        |name: &str| pki.issue(name, |p| p.subject_alt_names = vec![dns(&format!("{name}.shop.example"))]);
+    let server = TlsServer::start(&named("a"), None, &[]);
+    let (address, ca) = (server.address(), pki.write_ca());
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"shop\"\nhosts = [\"*.shop.example\"]\nendpoints = [\"{address}\"]\ntls = \"simple\"\nca = {ca:?}\n"
+    ));
+    let connect = |host: &str| {
+        let mut client = RawClient::connect(proxy.outbound());
+        client.send(format!("CONNECT {host}:25 HTTP/1.1\r\nHost: {host}:25\r\n\r\n"));
+        let head = client.read_until(b"\r\n\r\n");
+        (client, String::from_utf8_lossy(&head).into_owned())
+    };
+    let (mut client, head) = connect("a.shop.example");
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    // Bytes that are no HTTP.
+    client.send("\x01\x02\x03");
+    client.read_until(b"hello");
+    let (_, head) = connect("b.shop.example");
+    assert!(head.starts_with("HTTP/1.1 502") && head.contains("peer_identity"), "{head}");
+}
+
+#[test]
+fn websockets_by_a_library_on_either_end() {
+    let Some(python) = python_with("websockets.asyncio.server") else { return };
+    let python = python.display().to_string();
+    let script = |name: &str| peer_script(name).display().to_string();
+    let server = Daemon::start(&python, &[&script("websocket_echo.py")], &[]);
+    let output = server.wait_for_output("port ");
+    let port: u16 = output.split("port ").nth(1).and_then(|rest| rest.trim().parse().ok()).expect("a port");
+    let pki = Pki::new();
+    let callee = callee(&pki, ([127, 0, 0, 1], port).into(), "");
+    let local = crate::support::free_port();
+    let caller = caller(&pki, callee.inbound(), &format!("listen = \"127.0.0.1:{local}\"\n"));
+    for _ in 0..3 {
+        let url = format!("ws://127.0.0.1:{local}/chat");
+        let ran =
+            Command::new(&python).args([&script("websocket_client.py"), &url]).output().expect("it runs");
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+        assert_eq!(said.trim(), "closed with 1000", "{}", caller.stderr());
+    }
+    assert_eq!(
+        metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_certificate\"}"),
+        0.0
+    );
+    let resumed =
+        metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}");
+    assert_eq!(resumed, 2.0, "each connection after the first one resumes a session");
 }

@@ -1,0 +1,155 @@
+//! Callers that speak TLS to us: meeting them, and asking those to leave who are no longer believed.
+
+use std::{
+    future::pending,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use rustls_pki_types::{CertificateDer, UnixTime};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{sleep, timeout},
+};
+
+use super::{Connection, ConnectionError, Found, HEADER_TIMEOUT};
+use crate::{
+    config::{Mtls, Protocol},
+    identity::{
+        handshake::{self, FailureKind, Met, Proven, Speaks, TlsFailure},
+        tls::Offer,
+        trust::Role,
+    },
+    proxy::{
+        connect,
+        detect::Spoken,
+        io::{CallerIo, Prefixed, SharedTcp},
+    },
+    runtime::LocalCluster,
+    telemetry::metrics::Tls,
+};
+
+/// How often a caller's certificate is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(600);
+
+fn not_ready() -> TlsFailure {
+    let reason = "there is no valid certificate to show it yet".to_owned();
+    TlsFailure { kind: FailureKind::NotReady, reason }
+}
+
+fn too_slow() -> TlsFailure {
+    let reason = format!("its TLS handshake took longer than {HEADER_TIMEOUT:?}");
+    TlsFailure { kind: FailureKind::Broken, reason }
+}
+
+impl Connection {
+    /// The connection inside of TLS, which this one has turned out to be.
+    fn inside_tls(&self, proven: Option<Proven>) -> Rc<Self> {
+        let (peer_identity, presented) = match proven {
+            Some(Proven { peer, chain }) => (Some(Arc::new(peer)), Some(chain.into())),
+            None => (None, None),
+        };
+        self.inside(Found {
+            tls: true,
+            peer_identity,
+            presented,
+            redirected_to: self.redirected_to,
+            tunnel_to: None,
+        })
+    }
+
+    /// Meets a caller by TLS and serves what comes inside of it.
+    pub(super) async fn serve_tls(
+        &self,
+        stream: SharedTcp,
+        begun: Bytes,
+        mtls: Mtls,
+        behind: &Rc<LocalCluster>,
+    ) -> Result<(), ConnectionError> {
+        let worker = &self.worker;
+        let counts = &worker.shared.identity.handshakes.inbound;
+        let offer = match behind.cluster.settings.protocol {
+            Protocol::Auto | Protocol::Http1 => Offer::Http1First,
+            Protocol::H2 => Offer::H2First,
+            Protocol::Tcp => Offer::Nothing,
+        };
+        let handshake = async {
+            let Ok(_leave) = worker.handshakes.acquire().await else { return Err(not_ready()) };
+            let server = worker.shared.identity.server().clone().ok_or_else(not_ready)?;
+            handshake::accept(&server, mtls == Mtls::Strict, offer, Prefixed::new(begun, stream)).await
+        };
+        // Kilobytes that are free again when it is over, and so lie apart from what an idle connection holds.
+        let met = Box::pin(timeout(HEADER_TIMEOUT, handshake)).await.unwrap_or_else(|_| Err(too_slow()));
+        let Met { stream, proven, speaks, resumed } = met.map_err(|failure| {
+            counts.failed(failure.kind);
+            // Repetitions are held back by the log.
+            tracing::warn!(peer = ?self.peer, "a caller was refused: {failure}");
+            ConnectionError::Cut("no TLS")
+        })?;
+        counts.done(resumed);
+        let by = if proven.is_some() { Tls::Mutual } else { Tls::Server };
+        let _protected = worker.shared.metrics.inbound.protected(by);
+        let inside = self.inside_tls(proven);
+        // Futures hold what they are given more than once: a pointer, rather than all the state of TLS.
+        let stream = Box::new(stream);
+        let http = |stream| CallerIo::new(stream, Bytes::new(), Arc::clone(&inside.wire));
+        match speaks {
+            _ if offer == Offer::Nothing => {
+                let (upstream, _in_use) = Box::pin(connect::dial(&inside, behind)).await?;
+                Box::pin(inside.carry(stream, upstream, behind)).await
+            }
+            Some(Speaks::H2) => Box::pin(inside.serve_http2(http(stream))).await,
+            Some(Speaks::Http1) => inside.serve_http1(http(stream)).await,
+            Some(Speaks::Bytes) | None => {
+                Box::pin(inside.serve_plain(stream, Some(behind), Mtls::Off)).await.map(drop)
+            }
+        }
+    }
+
+    /// Tells a caller who came without TLS that only TLS is taken; in HTTP, if that is what it speaks.
+    pub(super) async fn refuse_plaintext<S>(
+        self: &Rc<Self>,
+        spoken: Spoken,
+        stream: CallerIo<S>,
+    ) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        self.worker.shared.identity.handshakes.plaintext_refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(peer = ?self.peer, "a caller was refused: it came without TLS, and `inbound.mtls` is \"strict\"");
+        self.refused_plaintext.set(true);
+        match spoken {
+            Spoken::Http1 => self.serve_http1(stream).await,
+            Spoken::H2 => self.serve_http2(stream).await,
+            _ => Err(ConnectionError::Cut("plaintext")),
+        }
+    }
+
+    /// Waits until the caller's certificate has expired, or is not trusted any more.
+    pub(super) async fn distrusted(&self, chain: &[CertificateDer<'static>]) {
+        let store = &self.worker.shared.identity;
+        let mut changes = store.changes();
+        let Some((peer, (leaf, intermediates))) = self.peer_identity.as_ref().zip(chain.split_first()) else {
+            return pending().await;
+        };
+        loop {
+            let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+            let refusal = match &*store.server() {
+                // Without an identity of our own nothing can be said of others.
+                None => None,
+                Some(server) => server.trust.verify(leaf, intermediates, UnixTime::now(), Role::Client).err(),
+            };
+            if let Some(refusal) = refusal {
+                tracing::info!(%peer, "a caller is asked to leave: {refusal}");
+                return;
+            }
+            tokio::select! {
+                _ = changes.changed() => {}
+                // Clocks are set and machines sleep: so not for all that is left.
+                () = sleep(left.clamp(Duration::from_secs(1), LOOK_AGAIN)) => {}
+            }
+        }
+    }
+}
