@@ -1,6 +1,7 @@
 //! What is allowed but hardly meant: warnings, from what can be known from the configuration alone.
 
 mod authorization;
+mod telemetry;
 
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
     lints.drain(config);
     lints.reachable(config);
     lints.authorization(config);
+    lints.telemetry(config);
     lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
     lints.policy(&config.inbound.policy, root.get("inbound"), root.get("inbound"));
     let defaults = root.get("defaults").map(|node| split(node).0).unwrap_or_default();
@@ -280,6 +282,17 @@ mod tests {
                 "[[upstream]]\nname='a'\noauth2={token_url='https://i/t',client_id='c',client_secret_file='/s'}",
                 "warning: the upstream's token goes over plain HTTP",
             ),
+            (
+                "[telemetry]\naccess_log='off'\naccess_log_file='/l'",
+                "x:3:17: warning: this file is never written",
+            ),
+            ("[telemetry]\nprotocol='grpc'", "x:2:10: warning: nothing is exported"),
+            (
+                "[telemetry]\notlp='http://c:4318'\nprotocol='grpc'",
+                "x:2:6: warning: protocol is \"grpc\", and 4318",
+            ),
+            ("[telemetry]\notlp='http://c:4317'\nprotocol='http'", "4317 is the port for gRPC"),
+            ("[telemetry]\notlp='http://c:4317/v1/traces'", "x:2:6: warning: gRPC has no use for the path"),
         ] {
             let found = warnings(text);
             assert_eq!(found.len(), 1, "{found:#?} for\n{text}");
@@ -294,6 +307,9 @@ mod tests {
             "[defaults]\nattempt_timeout = '4s'",
             "[inbound]\nlisten = '0.0.0.0:4143'",
             "[defaults]\nretry = false",
+            "[telemetry]\nsample = 1.0\naccess_log = 'off'",
+            "[telemetry]\notlp = 'http://c:4318/v1/traces'",
+            "[telemetry]\notlp = 'https://c/v1/traces'\nprotocol = 'http'",
         ] {
             assert_eq!(warnings(text), [""; 0], "{text}");
         }
