@@ -42,27 +42,31 @@ impl Seen {
 impl Rotel {
     /// Starts one; none where it is not installed, which is said.
     pub fn start() -> Option<Self> {
+        Self::start_with(&["--debug-log", "traces", "--debug-log-verbosity", "detailed"])
+    }
+
+    /// The same for load: it prints nothing.
+    pub fn start_quiet() -> Option<Self> {
+        Self::start_with(&[])
+    }
+
+    fn start_with(more: &[&str]) -> Option<Self> {
         if !has_tool(&["rotel-agent"]) {
             return None;
         }
         let [grpc, http] =
             [free_port(), free_port()].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
         let (grpc_text, http_text) = (grpc.to_string(), http.to_string());
-        let arguments = [
-            "start",
-            "--otlp-grpc-endpoint",
-            &grpc_text,
-            "--otlp-http-endpoint",
-            &http_text,
-            "--debug-log",
-            "traces",
-            "--debug-log-verbosity",
-            "detailed",
-            "--exporter",
-            "blackhole",
-        ];
+        let mut arguments =
+            vec!["start", "--otlp-grpc-endpoint", &grpc_text, "--otlp-http-endpoint", &http_text];
+        arguments.extend(more.iter().chain(&["--exporter", "blackhole"]));
         let daemon = Daemon::start("rotel-agent", &arguments, &[]).listening(grpc).listening(http);
         Some(Self { daemon, grpc, http })
+    }
+
+    /// Ends it at once.
+    pub fn kill(self) {
+        super::proxy::signal(self.daemon.pid(), "KILL");
     }
 
     /// All spans so far.

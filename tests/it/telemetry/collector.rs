@@ -15,7 +15,8 @@ fn read(proxy: &Proxy, path: &str) -> String {
     client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")).text()
 }
 
-fn traces(proxy: &Proxy) -> Value {
+/// What `/status` says of traces.
+pub fn traces(proxy: &Proxy) -> Value {
     serde_json::from_str::<Value>(&read(proxy, "/status")).expect("JSON")["traces"].clone()
 }
 

@@ -6,6 +6,7 @@ mod envoy;
 mod grpc;
 mod interop;
 mod jaeger;
+mod load;
 mod otlp;
 mod tls;
 mod traces;
