@@ -78,8 +78,14 @@ impl Present {
         Field::Te,
     ]);
     /// What a caller may say of the trace that it belongs to.
-    pub const TRACE: Self =
-        Self::set(&[Field::Traceparent, Field::B3, Field::B3TraceId, Field::B3Sampled, Field::UberTraceId]);
+    pub const TRACE: Self = Self::set(&[
+        Field::Traceparent,
+        Field::Tracestate,
+        Field::B3,
+        Field::B3TraceId,
+        Field::B3Sampled,
+        Field::UberTraceId,
+    ]);
     /// A name with `_`, which some services read as `-`.
     const UNDERSCORE: u64 = 1 << 63;
 

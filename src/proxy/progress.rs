@@ -61,7 +61,7 @@ impl Progress {
 
     /// From here on is noted what the call does.
     pub fn open(&self, worker: &Rc<Worker>, record: Record) {
-        self.record.replace(Some((Rc::clone(worker), record)));
+        *self.record.borrow_mut() = Some((Rc::clone(worker), record));
     }
 
     /// Notes something of the call; `None` where it is over.
@@ -118,10 +118,17 @@ impl Progress {
         let now = Instant::now();
         self.moved.set(now);
         self.done.set(true);
-        if let Some((worker, mut record)) = self.record.take() {
-            record.end = end;
-            record.ended = Some(now);
-            telemetry::finished(&worker, record);
+        let mut open = self.record.borrow_mut();
+        let Some((worker, record)) = &mut *open else { return };
+        record.end = end;
+        record.ended = Some(now);
+        let wanted = telemetry::finished(worker, record);
+        if wanted.is_nothing() {
+            // As most are: a record is large, so it ends where it lies.
+            *open = None;
+        } else if let Some((worker, record)) = open.take() {
+            drop(open);
+            telemetry::tell(&worker, wanted, record);
         }
     }
 

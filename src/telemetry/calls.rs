@@ -69,7 +69,7 @@ impl Teller {
         let traced = (context.sampled || exported).then_some((context.trace, context.span));
         cell.observe(Key::of(record), record.took(), traced);
         let kind = record.kind();
-        Wanted { kind, logged: self.calls.access_log.wants(kind) }
+        Wanted { kind, logged: self.calls.access_log.wants(kind), exported }
     }
 
     /// Tells what is wanted.
@@ -86,10 +86,11 @@ impl Teller {
 pub struct Wanted {
     kind: Kind,
     logged: bool,
+    pub exported: bool,
 }
 
 impl Wanted {
     pub fn is_nothing(self) -> bool {
-        self.kind == Kind::Plain && !self.logged
+        self.kind == Kind::Plain && !self.logged && !self.exported
     }
 }

@@ -18,11 +18,15 @@ pub mod verdict;
 
 use std::sync::Arc;
 
-use self::record::{End, Record};
+use self::{
+    calls::Wanted,
+    record::{End, Record},
+};
 use crate::runtime::Worker;
 
-/// The one place where a call ends: whatever is told of calls is told here, on the worker that carried it.
-pub fn finished(worker: &Worker, record: Record) {
+/// The one place where a call ends: whatever is told of calls is told here, on the worker that carried it. Returns what
+/// else is to be told, by [`tell`].
+pub fn finished(worker: &Worker, record: &Record) -> Wanted {
     if let Some(refusal) = &record.refused {
         tracing::debug!(
             upstream = record.upstream(),
@@ -42,14 +46,15 @@ pub fn finished(worker: &Worker, record: Record) {
     if shared.traces.is_on() && record.is_inbound() {
         worker.in_flight.leave(&record.context);
     }
-    let exported = shared.traces.wants(&record, || shared.snapshot.load().config.telemetry.sample_errors);
-    let wanted = worker.teller.count(&record, exported);
-    if !exported && wanted.is_nothing() {
-        return;
-    }
+    let exported = shared.traces.wants(record, || shared.snapshot.load().config.telemetry.sample_errors);
+    worker.teller.count(record, exported)
+}
+
+/// Tells what is wanted to who puts it into words.
+pub fn tell(worker: &Worker, wanted: Wanted, record: Record) {
     let record = Arc::new(record);
-    if exported {
-        shared.traces.send(Arc::clone(&record));
+    if wanted.exported {
+        worker.shared.traces.send(Arc::clone(&record));
     }
     worker.teller.tell(wanted, record);
 }

@@ -27,7 +27,7 @@ impl Trace {
 
     /// Writes it into 32 bytes.
     pub fn encode(self, out: &mut [u8]) {
-        encode(self.0, out);
+        encode(self.0.to_be_bytes(), out);
     }
 }
 
@@ -45,7 +45,7 @@ impl Span {
     }
 
     pub(super) fn encode(self, out: &mut [u8]) {
-        encode(u128::from(self.0), out);
+        encode(self.0.to_be_bytes(), out);
     }
 }
 
@@ -75,11 +75,11 @@ impl fmt::Debug for Span {
 
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
-/// Fills `out` with the lowest digits of a number.
-fn encode(mut number: u128, out: &mut [u8]) {
-    for digit in out.iter_mut().rev() {
-        *digit = DIGITS[(number & 15) as usize];
-        number >>= 4;
+/// Fills `out` with the digits of a number, two a byte.
+fn encode<const N: usize>(number: [u8; N], out: &mut [u8]) {
+    for (digits, byte) in out.chunks_exact_mut(2).zip(number) {
+        digits[0] = DIGITS[usize::from(byte >> 4)];
+        digits[1] = DIGITS[usize::from(byte & 15)];
     }
 }
 

@@ -45,8 +45,8 @@ pub struct Said {
     /// A decision without a trace (`b3: 0`).
     pub sampled: Option<bool>,
     pub forms: Forms,
-    /// `caller` came by `traceparent`: only then is `tracestate` worth anything.
-    pub w3c: bool,
+    /// There is a `tracestate`, and no `traceparent` without which it is worth nothing.
+    pub stale_state: bool,
 }
 
 /// Reads a request's head.
@@ -55,8 +55,9 @@ pub fn read(headers: &HeaderMap) -> Said {
     // Read even where W3C decides, since it is answered in kind.
     let b3 = b3::read(headers, &mut said.forms);
     if let Some(caller) = w3c::read(headers) {
-        return Said { caller: Some(caller), w3c: true, ..said };
+        return Said { caller: Some(caller), ..said };
     }
+    said.stale_state = headers.contains_key(w3c::TRACESTATE);
     match b3 {
         Some(b3::B3::Caller(caller)) => Said { caller: Some(caller), ..said },
         Some(b3::B3::Decision(sampled)) => Said { sampled: Some(sampled), ..said },
@@ -75,8 +76,8 @@ pub struct Context {
     pub sampled: bool,
     pub random: bool,
     pub forms: Forms,
-    /// `tracestate` belongs to the trace.
-    pub keeps_state: bool,
+    /// `tracestate` does not belong to the trace.
+    pub stale_state: bool,
     /// Another trace that this call probably belongs to.
     pub link: Option<Link>,
 }
@@ -103,7 +104,7 @@ impl Context {
                 sampled: caller.sampled.unwrap_or_else(|| decide(caller.trace)),
                 random: caller.random,
                 forms,
-                keeps_state: said.w3c,
+                stale_state: said.stale_state,
                 link: None,
             },
             None => {
@@ -116,7 +117,7 @@ impl Context {
                     sampled,
                     random: true,
                     forms,
-                    keeps_state: false,
+                    stale_state: said.stale_state,
                     link: None,
                 }
             }

@@ -8,7 +8,7 @@ use super::{
 };
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// `00-` trace id `-` span id `-` flags.
 const LENGTH: usize = 55;
@@ -48,7 +48,7 @@ pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
     if let Ok(value) = HeaderValue::from_bytes(&text) {
         headers.insert(TRACEPARENT, value);
     }
-    if !context.keeps_state {
+    if context.stale_state {
         headers.remove(TRACESTATE);
     }
 }

@@ -53,7 +53,7 @@ fn a_call_without_a_trace_is_given_one_that_nobody_need_sample() {
     let proxy = sidecar(service.address(), "access_log = \"all\"\n").start();
     let mut given = Vec::new();
     // What is not valid is as if it were not there, and its state with it.
-    for fields in ["", "traceparent: 00-zz\r\ntracestate: a=1\r\n"] {
+    for fields in ["", "tracestate: a=1\r\n", "traceparent: 00-zz\r\ntracestate: a=1\r\n"] {
         for port in [proxy.inbound(), proxy.outbound()] {
             let mut client = RawClient::connect(port);
             let said = client.ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{fields}\r\n")).text();
@@ -63,7 +63,7 @@ fn a_call_without_a_trace_is_given_one_that_nobody_need_sample() {
             given.push(trace.to_owned());
         }
     }
-    assert_eq!(logged(&proxy, 4), given);
+    assert_eq!(logged(&proxy, 6), given);
 }
 
 /// So services that export spans of their own are not kept from it.
