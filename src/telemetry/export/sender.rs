@@ -132,23 +132,19 @@ impl Sending {
 
     /// Counts, and says so where it has changed. Returns whether it has failed.
     fn tell(&self, Sent { spans, failed }: Sent, was_failing: bool) -> bool {
-        let (counts, destination) = (&self.state.counts, &self.destination);
-        match &failed {
-            None => {
-                counts.exported.fetch_add(spans, Ordering::Relaxed);
-                if was_failing {
-                    tracing::info!(%destination, "spans are exported again");
-                }
-            }
-            Some(error) => {
-                counts.failed.fetch_add(spans, Ordering::Relaxed);
-                if !was_failing {
-                    tracing::warn!(%destination, spans, error, "spans could not be exported; calls go on");
-                }
-            }
-        }
+        let destination = &self.destination;
         let failing = failed.is_some();
+        let count = if failing { &self.state.counts.failed } else { &self.state.counts.exported };
+        match &failed {
+            None if was_failing => tracing::info!(%destination, "spans are exported again"),
+            Some(error) if !was_failing => {
+                tracing::warn!(%destination, spans, error, "spans could not be exported; calls go on");
+            }
+            _ => {}
+        }
         self.state.note(failed);
+        // Last: whoever sees the count finds the reason, too.
+        count.fetch_add(spans, Ordering::Relaxed);
         failing
     }
 
