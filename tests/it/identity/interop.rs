@@ -26,6 +26,33 @@ fn calling(pki: &Pki, address: SocketAddr) -> Proxy {
     super::caller(pki, address, "")
 }
 
+/// Another proxy between two of ours: certificates for both sides, a callee of ours, and two ports for it.
+struct Between {
+    pki: Pki,
+    service: Upstream,
+    callee: Proxy,
+    /// Where it is called by mutual TLS, as `payments`.
+    port: u16,
+    /// Where it takes plaintext, to call ours by mutual TLS as `checkout`.
+    front: u16,
+}
+
+impl Between {
+    fn new() -> Self {
+        let (pki, service) = (Pki::new(), service());
+        let callee = callee(&pki, service.address(), "");
+        pki.write_leaf("checkout", |_| {});
+        Self { pki, service, callee, port: free_port(), front: free_port() }
+    }
+}
+
+/// Who calls at its front reaches our service.
+#[track_caller]
+fn is_let_in(front: SocketAddr, callee: &Proxy) {
+    let answer = RawClient::connect(front).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+}
+
 #[test]
 fn curl_and_openssl_as_callers() {
     if !has_tool(&["curl", "openssl"]) {
@@ -102,10 +129,7 @@ fn nginx_as_server_and_as_caller() {
     if !has_tool(&["nginx"]) {
         return;
     }
-    let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
-    pki.write_leaf("checkout", |_| {});
-    let (port, front) = (free_port(), free_port());
+    let Between { pki, service: _service, callee, port, front } = Between::new();
     let dir = pki.path("");
     let dir = dir.display();
     let config = format!(
@@ -127,9 +151,7 @@ fn nginx_as_server_and_as_caller() {
         let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
         assert_eq!((answer.status(), answer.text().as_str()), (200, "SUCCESS TLSv1.3"));
     }
-    let answer =
-        RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
-    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+    is_let_in(local(front), &callee);
 }
 
 #[test]
@@ -163,9 +185,7 @@ fn haproxy_as_server_and_as_caller() {
     for _ in 0..5 {
         assert_eq!(call(&caller), (200, "hello".to_owned()));
     }
-    let answer =
-        RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
-    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+    is_let_in(local(front), &callee);
 }
 
 /// Envoy, with its SPIFFE validator, as server; and as caller.
@@ -174,10 +194,7 @@ fn envoy_as_server_and_as_caller() {
     if !has_tool(&["envoy"]) {
         return;
     }
-    let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
-    pki.write_leaf("checkout", |_| {});
-    let (port, front) = (free_port(), free_port());
+    let Between { pki, service, callee, port, front } = Between::new();
     let file = |name: &str| json!({"filename": pki.path(name)});
     let common = |name: &str, peer: &str| {
         json!({
@@ -245,9 +262,7 @@ fn envoy_as_server_and_as_caller() {
     for _ in 0..5 {
         assert_eq!(call(&caller), (200, "hello".to_owned()));
     }
-    let answer =
-        RawClient::connect(local(front)).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
-    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+    is_let_in(local(front), &callee);
     // Somebody else is not believed, by either side.
     let stranger = super::caller(&pki, local(port), "");
     pki.write_leaf("checkout", |p| p.subject_alt_names = vec![crate::support::pki::uri(&id("stranger"))]);
