@@ -24,6 +24,7 @@ ci:
 # The image, built and run where no registry can be reached (needs root, podman, buildah, runc, debootstrap)
 image:
     tests/image/build
+    tests/image/kube
 
 # CPU per request beside nginx and HAProxy
 bench:

@@ -103,7 +103,7 @@ pub fn inject(
     if let Some(reason) = cannot_take_one(spec) {
         return Ok(Outcome::Leave(Some(reason.to_owned())));
     }
-    let settings = defaults.read(annotations)?;
+    let mut settings = defaults.read(annotations)?;
     let ends = ["Job", "CronJob"].contains(&owner.kind);
     if ends && !settings.native_sidecar {
         let reason = "a sidecar that is no native one never ends, and neither would the Job: take outrigger.dev/native-sidecar away, or start the command with `outrigger run -- CMD`";
@@ -112,6 +112,14 @@ pub fn inject(
     check(pod, &settings)?;
 
     let mut notes = Vec::new();
+    // A sleep longer than the pod's grace period makes the pod invalid, and calls in flight need time too.
+    let most = proxy_config::grace(spec) / 2;
+    if settings.drain_delay > most {
+        notes.extend(annotations.get("outrigger.dev/drain-delay").map(|_| {
+            Note::new(format!("drain-delay is shortened to {most}s, half of terminationGracePeriodSeconds"))
+        }));
+        settings.drain_delay = most;
+    }
     let mut editor = Editor::new(pod.clone(), written);
     let probes = match settings.mode {
         Mode::Redirect => probes::rewrite(&mut editor, &settings, &mut notes)?,

@@ -29,10 +29,14 @@ const MARGIN: u64 = 1;
 const MAX_DRAIN: u64 = 25;
 const GRACE: u64 = 30;
 
+/// What the pod has to end, in seconds.
+pub fn grace(spec: &Value) -> u64 {
+    spec["terminationGracePeriodSeconds"].as_u64().unwrap_or(GRACE)
+}
+
 /// What the pod's spec tells: where the service listens, and how much time there is at the end.
 pub fn base(spec: &Value, settings: &Settings) -> String {
-    let grace = spec["terminationGracePeriodSeconds"].as_u64().unwrap_or(GRACE);
-    let drain = grace.saturating_sub(settings.drain_delay + MARGIN).clamp(1, MAX_DRAIN);
+    let drain = grace(spec).saturating_sub(settings.drain_delay + MARGIN).clamp(1, MAX_DRAIN);
     let mut text = format!("[runtime]\ndrain_timeout = \"{drain}s\"\n");
     if let Some(port) = first_port(spec) {
         text += &format!("\n[inbound]\nforward_to = \"127.0.0.1:{port}\"\n");

@@ -178,6 +178,26 @@ fn the_service_is_named_by_its_label_else_by_what_owns_the_pod() {
 }
 
 #[test]
+fn a_pod_with_little_time_lingers_less() {
+    let pod = |grace: u64| {
+        json!({"metadata": {"annotations": {"outrigger.dev/drain-delay": "20s"}}, "spec": {
+            "terminationGracePeriodSeconds": grace, "containers": [{"name": "app"}]
+        }})
+    };
+    for (grace, expected) in
+        [(60, json!(20)), (30, json!(15)), (5, json!(2)), (1, Value::Null), (0, Value::Null)]
+    {
+        let after = injected(&pod(grace));
+        assert_eq!(
+            after["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"], expected,
+            "{grace}"
+        );
+        let notes = operations(&pod(grace), DEPLOYMENT).1;
+        assert_eq!(notes.iter().any(|note| note.0.contains("shortened")), grace < 40, "{grace}");
+    }
+}
+
+#[test]
 fn what_would_go_past_the_proxy_in_silence_is_refused() {
     let with =
         |spec: Value, annotations: Value| json!({"metadata": {"annotations": annotations}, "spec": spec});
