@@ -150,6 +150,47 @@ mod tests {
         }
     }
 
+    /// What a client says first, for `name`.
+    fn greeting(name: &str) -> Vec<u8> {
+        let config =
+            rustls::ClientConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_root_certificates(rustls::RootCertStore::empty())
+                .with_no_client_auth();
+        let name = rustls_pki_types::ServerName::try_from(name.to_owned()).unwrap();
+        let mut client = rustls::ClientConnection::new(config.into(), name).unwrap();
+        let mut said = Vec::new();
+        client.write_tls(&mut said).unwrap();
+        said
+    }
+
+    #[tokio::test]
+    async fn the_name_in_a_greeting_is_found_however_it_comes() {
+        for (name, expected) in [("db.example", Some("db.example")), ("192.0.2.1", None)] {
+            let said = greeting(name);
+            let mut stream = tokio::io::BufReader::with_capacity(100, &said[..]);
+            let mut detector = Detector::default();
+            assert_eq!(detector.spoken(&mut stream).await.unwrap(), Spoken::Tls);
+            assert_eq!(detector.server_name(&mut stream).await.unwrap().as_deref(), expected);
+            assert_eq!(detector.into_bytes(), said, "nothing is lost");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_only_begins_like_a_greeting_names_nobody() {
+        let mut other = greeting("db.example");
+        other[5] = 0xff;
+        let short = greeting("db.example")[..40].to_vec();
+        let endless = [&[0x16, 3, 1, 0x40, 0, 1, 0, 0xff, 0xff][..], &[0; 200_000]].concat();
+        for said in [other, short, endless, b"\x16\x03\x01\xff\xff".to_vec()] {
+            let (mut stream, mut detector) = (&said[..], Detector::default());
+            assert_eq!(detector.spoken(&mut stream).await.unwrap(), Spoken::Tls);
+            assert_eq!(detector.server_name(&mut stream).await.unwrap(), None);
+            assert!(detector.into_bytes().len() <= LONGEST_GREETING * 2);
+        }
+    }
+
     #[tokio::test]
     async fn what_was_read_comes_back() {
         let mut stream: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";

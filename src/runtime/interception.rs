@@ -4,7 +4,7 @@
 //! them to the outbound port, where they are noticed. No rules, no arrival, not ready.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -67,8 +67,12 @@ pub fn watch_over(shared: Arc<Shared>, outbound: &[SocketAddr]) {
     shared.interception.wanted.store(true, Ordering::Relaxed);
     let probes: Vec<SocketAddr> = outbound
         .iter()
-        .filter(|address| address.ip().is_loopback())
-        .map(|address| SocketAddr::new(address.ip(), PROBE_PORT))
+        .map(|address| match address.ip() {
+            // Which takes IPv4 too.
+            ip if ip.is_unspecified() => IpAddr::from(Ipv4Addr::LOCALHOST),
+            ip => ip,
+        })
+        .map(|ip| SocketAddr::new(ip, PROBE_PORT))
         .collect();
     tokio::spawn(async move {
         let interception = &shared.interception;

@@ -24,7 +24,7 @@ use std::{
 };
 
 pub use dns::Dns;
-pub use proxy::{Launch, Proxy, binary, signal};
+pub use proxy::{Launch, Proxy, binary, binary_for_all, signal};
 pub use raw::{RawClient, RawServer};
 pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};
 pub use upstream::{Answer, Upstream, text};

@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -47,6 +48,22 @@ probe_listen = "[::]:4192"
 /// The binary under test; `OUTRIGGER_BIN` names another build of it (CI measures the release build).
 pub fn binary() -> PathBuf {
     std::env::var_os("OUTRIGGER_BIN").map_or_else(|| env!("CARGO_BIN_EXE_outrigger").into(), PathBuf::from)
+}
+
+/// The same where every user can run it: a checkout may lie in a directory that only its owner may enter.
+pub fn binary_for_all() -> PathBuf {
+    static COPY: OnceLock<PathBuf> = OnceLock::new();
+    let open = |path: &Path| fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o001 != 0);
+    let binary = binary();
+    if binary.ancestors().all(open) {
+        return binary;
+    }
+    let copied = || {
+        let copy = std::env::temp_dir().join(format!("outrigger-under-test-{}", std::process::id()));
+        fs::copy(&binary, &copy).expect("a copy of the binary");
+        copy
+    };
+    COPY.get_or_init(copied).clone()
 }
 
 /// What to start and how.
@@ -132,7 +149,7 @@ impl Launch {
         }
         fs::write(path("outrigger.toml"), &self.config).expect("write");
         let mut words = self.wrapper;
-        words.push(binary().into());
+        words.push(if self.in_pod { binary_for_all() } else { binary() }.into());
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).arg("run").arg("-c").arg(path("base.toml"));
         command.arg("-c").arg(path("outrigger.toml")).arg("--ready-file").arg(path("ready.json"));

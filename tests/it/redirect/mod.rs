@@ -1,4 +1,5 @@
 //! `outrigger redirect` and what goes by it, in network namespaces that stand for pods.
 
 mod pods;
+mod rolling;
 mod rules;

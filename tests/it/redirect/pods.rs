@@ -11,19 +11,19 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Answer, Launch, Proxy, RawClient, RawServer, Upstream, eventually,
+    Answer, Daemon, Launch, Proxy, RawClient, RawServer, Upstream, eventually, has_tool,
     netns::{Lan, Pod},
     pki::{Pki, id},
     text,
     tls::{TlsCaller, TlsServer},
 };
 
-fn at(port: u16) -> SocketAddr {
+pub fn at(port: u16) -> SocketAddr {
     format!("[::]:{port}").parse().expect("an address")
 }
 
 /// A service that says who called it, and by which way in.
-fn service(pod: &Pod, port: u16, word: &'static str) -> Upstream {
+pub fn service(pod: &Pod, port: u16, word: &'static str) -> Upstream {
     pod.run(|| {
         Upstream::at(at(port), false, move |_, request| async move {
             let field = |name| request.headers().get(name).map_or("-", |value| value.to_str().unwrap_or("?"));
@@ -34,13 +34,13 @@ fn service(pod: &Pod, port: u16, word: &'static str) -> Upstream {
 }
 
 /// Every user may read its certificates.
-fn pki() -> Pki {
+pub fn pki() -> Pki {
     let pki = Pki::new();
     fs::set_permissions(pki.path(""), fs::Permissions::from_mode(0o755)).expect("chmod");
     pki
 }
 
-fn sidecar(pod: &Pod, config: &str) -> Proxy {
+pub fn sidecar(pod: &Pod, config: &str) -> Proxy {
     pod.redirected(&["apply"]);
     Launch::new(config).in_pod(pod).start()
 }
@@ -172,6 +172,42 @@ fn who_waits_for_the_server_to_speak_is_not_kept_waiting() {
     );
     counted(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"full\"} 1");
     eventually("a hint", || here.stderr().contains("connections to port 2525 wait for their server"));
+}
+
+/// A real database and its real client; and one that connects and is silent, as pools are.
+#[test]
+fn redis_is_carried_between_sidecars() {
+    let Some(lan) = Lan::new() else { return };
+    if !has_tool(&["redis-server", "redis-cli"]) {
+        return;
+    }
+    let (caller, callee, pki) = (lan.pod(), lan.pod(), pki());
+    let mut start = callee.as_user(0);
+    start.extend(
+        ["redis-server", "--bind", "*", "-::*", "--protected-mode", "no", "--save", ""].map(str::to_owned),
+    );
+    let words: Vec<&str> = start.iter().map(String::as_str).collect();
+    let redis = Daemon::start(words[0], &words[1..], &[]);
+    redis.wait_for_output("Ready to accept connections");
+    let strict = format!("{}[inbound]\nmtls = \"strict\"\n", pki.identity("payments"));
+    let _there = sidecar(&callee, &strict);
+    let addresses = callee.addresses(6379);
+    let endpoints = addresses.map(|address| format!("\"{address}\"")).join(", ");
+    let upstream = format!(
+        "[[upstream]]\nname = \"redis\"\nendpoints = [{endpoints}]\ntls = \"mutual\"\nidentity = [\"{}\"]\n",
+        id("payments")
+    );
+    let _here = sidecar(&caller, &(pki.identity("checkout") + &upstream));
+    for address in addresses {
+        let mut silent = caller.run(|| RawClient::connect(address));
+        counted(&callee, "outrigger_connections{direction=\"inbound\",tls=\"mutual\",state=\"open\"} 1");
+        let ip = address.ip().to_string();
+        let set = caller.command(0, &["redis-cli", "-h", &ip, "set", "outrigger", "afloat"]);
+        assert_eq!(String::from_utf8_lossy(&set.stdout).trim(), "OK");
+        silent.send("GET outrigger\r\n");
+        assert_eq!(String::from_utf8_lossy(&silent.read_until(b"afloat\r\n")), "$6\r\nafloat\r\n");
+    }
+    counted(&caller, "outrigger_detected_total{direction=\"outbound\",port=\"6379\",protocol=\"bytes\"} 4");
 }
 
 /// A caller that connects ahead of its first request is taken for no mail client.

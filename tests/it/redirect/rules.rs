@@ -155,7 +155,7 @@ fn follows(lan: &Lan, pod: &Pod) {
 fn who_may_not_is_told_what_is_missing() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
-    let binary = crate::support::binary();
+    let binary = crate::support::binary_for_all();
     let output = pod.command(1000, &[binary.to_str().expect("a path"), "redirect", "apply"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(told(&output).contains("NET_ADMIN"), "{}", told(&output));
