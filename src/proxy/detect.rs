@@ -12,6 +12,9 @@ use tokio::{
 /// The client connection preface of HTTP/2 (RFC 9113 §3.4).
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// What else begins with a word has its whole first line within so many bytes.
+const LONGEST_LINE: usize = 4096;
+
 /// The longest method that is taken for HTTP/1.
 const LONGEST_METHOD: usize = 24;
 
@@ -110,9 +113,25 @@ fn judge(bytes: &[u8]) -> Option<Spoken> {
     let token = bytes.iter().take(LONGEST_METHOD + 1).take_while(|b| is_method_byte(**b)).count();
     match bytes.get(token) {
         _ if token > LONGEST_METHOD => Some(Spoken::Other),
-        Some(b' ') if token > 0 => Some(Spoken::Http1),
+        Some(b' ') if token > 0 => is_request_line(&bytes[..token], &bytes[token + 1..])
+            .map(|is_one| if is_one { Spoken::Http1 } else { Spoken::Other }),
         Some(_) => Some(Spoken::Other),
         None => None,
+    }
+}
+
+/// Whether a word and a space are how HTTP begins, or how memcached, a shell of Redis or a mail client does: the target is
+/// written as HTTP writes it, or else the line says which version of HTTP it is.
+fn is_request_line(method: &[u8], rest: &[u8]) -> Option<bool> {
+    let shouted = !method.iter().any(u8::is_ascii_lowercase);
+    let target = |begin: &[u8]| rest.starts_with(begin);
+    if shouted && (method == b"CONNECT" || target(b"/") || target(b"http://") || target(b"https://")) {
+        return Some(true);
+    }
+    match rest.iter().position(|byte| *byte == b'\n') {
+        Some(end) => Some(rest[..end].windows(6).any(|six| six == b" HTTP/")),
+        // Whoever reads HTTP will say that it is too long.
+        None => (rest.len() > LONGEST_LINE).then_some(true),
     }
 }
 
@@ -130,14 +149,25 @@ mod tests {
     fn tells_protocols_apart_with_the_fewest_bytes() {
         for (bytes, expected) in [
             (&b"GET / HTTP/1.1\r\n"[..], Some(Spoken::Http1)),
-            (b"GET ", Some(Spoken::Http1)),
+            (b"GET /", Some(Spoken::Http1)),
+            (b"GET ", None),
+            (b"GET http:/", None),
+            (b"GET http://a", Some(Spoken::Http1)),
+            (b"CONNECT ", Some(Spoken::Http1)),
+            (b"GET a HTTP/1.1\r\n", Some(Spoken::Http1)),
+            (b"get / HTTP/1.1\r\n", Some(Spoken::Http1)),
+            (b"get /key\r\n", Some(Spoken::Other)),
+            (b"set key 0 0 5\r\n", Some(Spoken::Other)),
+            (b"KEYS *\r\n", Some(Spoken::Other)),
+            (b"GET key\n", Some(Spoken::Other)),
+            (b"NICK outrigger\r\n", Some(Spoken::Other)),
             (b"GE", None),
             (b"", None),
             (b"\r\nPOST /", Some(Spoken::Http1)),
             (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Some(Spoken::H2)),
             (b"PRI * HTTP/2.0\r\n\r\n", None),
             (b"PRI * HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"M-SEARCH * HTTP/1.1", Some(Spoken::Http1)),
+            (b"M-SEARCH * HTTP/1.1\r\n", Some(Spoken::Http1)),
             (b"\x16\x03\x01\x02\x00\x01", Some(Spoken::Tls)),
             (b"\x16\x03", None),
             (b"\x16\x04\x01", Some(Spoken::Other)),

@@ -204,6 +204,7 @@ fn redis_is_carried_between_sidecars() {
         let ip = address.ip().to_string();
         let set = caller.command(0, &["redis-cli", "-h", &ip, "set", "outrigger", "afloat"]);
         assert_eq!(String::from_utf8_lossy(&set.stdout).trim(), "OK");
+        // As by hand; it begins as HTTP does.
         silent.send("GET outrigger\r\n");
         assert_eq!(String::from_utf8_lossy(&silent.read_until(b"afloat\r\n")), "$6\r\nafloat\r\n");
     }
