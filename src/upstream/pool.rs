@@ -42,8 +42,8 @@ const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
 const H2_IDLE: Duration = Duration::from_secs(50);
 /// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
 const SURELY_FRESH: Duration = Duration::from_millis(1);
+/// Of a response. Fields: 100, which is hyper's own limit; told again it would cost a slower way to parse.
 const MAX_HEADER_BYTES: usize = 64 * 1024;
-const MAX_HEADERS: usize = 100;
 
 /// What a connection must be like.
 #[derive(Clone, Debug)]
@@ -281,7 +281,6 @@ impl H1 {
         let Connected { io, tcp, proof } = connected;
         let ear = Ear::default();
         let (sender, connection) = http1::Builder::new()
-            .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEADER_BYTES)
             .preserve_header_case(settings.header_case == HeaderCase::Preserve)
             .handshake(TokioIo::new(Heard::new(io, ear.clone())))

@@ -192,3 +192,25 @@ fn a_fallback_upstream_has_time_after_a_timeout() {
         .ask("GET / HTTP/1.1\r\nHost: up\r\nx-request-timeout-ms: 50\r\n\r\n");
     assert_eq!(hurried.status(), 504);
 }
+
+/// A hundred fields are carried, one more is refused, of a request as of an answer.
+#[test]
+fn a_head_has_a_hundred_fields_at_most() {
+    let fields = |count: usize| (0..count).map(|at| format!("x-{at}: 1\r\n")).collect::<String>();
+    let server = RawServer::start(move |mut stream: TcpStream| {
+        let mut got = Vec::new();
+        let mut byte = [0];
+        while !got.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
+            got.push(byte[0]);
+        }
+        let more = usize::from(got.windows(5).any(|five| five == b"/more"));
+        let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n{}\r\n", fields(99 + more));
+    });
+    let proxy = Proxy::start(config(server.address(), "", "retry = false\nbreaker = false\n"));
+    let ask = |path: &str, count: usize| {
+        let head = format!("GET {path} HTTP/1.1\r\nHost: up\r\n{}\r\n", fields(count));
+        RawClient::connect(proxy.outbound()).ask(head).status()
+    };
+    assert_eq!((ask("/", 99), ask("/", 100)), (200, 431), "Host is one of them");
+    assert_eq!(ask("/more", 0), 502);
+}

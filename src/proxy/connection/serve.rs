@@ -18,7 +18,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{CALLER_IDLE, Connection, ConnectionError, HEADER_TIMEOUT, MAX_HEADER_BYTES, MAX_HEADERS};
+use super::{CALLER_IDLE, Connection, ConnectionError, HEADER_TIMEOUT, MAX_HEADER_BYTES};
 use crate::{
     config::HeaderCase,
     proxy::progress::{Watchdog, poll_watched},
@@ -50,7 +50,6 @@ impl Connection {
             .timer(TokioTimer::new())
             // Ours knows an idle connection from a slow head; see `cut_at`.
             .header_read_timeout(None)
-            .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEADER_BYTES)
             .preserve_header_case(preserve_case)
             .serve_connection(TokioIo::new(stream), service)
