@@ -306,7 +306,7 @@ impl TracesStatus {
         let failed = export.state.last_error();
         Some(Self {
             to: export.destination.to_string(),
-            sample: telemetry.share(true),
+            sample: *telemetry.sample,
             sample_errors: telemetry.sample_errors,
             waiting,
             queue,

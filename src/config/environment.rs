@@ -85,10 +85,10 @@ mod tests {
         ];
         let telemetry = loaded("", &env);
         assert_eq!(telemetry.otlp.as_deref(), Some("http://collector:4317"));
-        assert_eq!((telemetry.protocol, telemetry.share(true)), (None, 0.25));
+        assert_eq!((telemetry.protocol, *telemetry.sample), (None, 0.25));
         let telemetry = loaded("[telemetry]\notlp = 'http://other:4317'\nsample = 1", &env);
         assert_eq!(telemetry.otlp.as_deref(), Some("http://other:4317"));
-        assert_eq!(telemetry.share(true), 1.0);
+        assert_eq!(*telemetry.sample, 1.0);
         assert_eq!(loaded("", &[]), Telemetry::default());
     }
 

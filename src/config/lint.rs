@@ -307,7 +307,7 @@ mod tests {
             "[defaults]\nattempt_timeout = '4s'",
             "[inbound]\nlisten = '0.0.0.0:4143'",
             "[defaults]\nretry = false",
-            "[telemetry]\nsample = 1.0\naccess_log = 'off'",
+            "[telemetry]\naccess_log = 'off'",
             "[telemetry]\notlp = 'http://c:4318/v1/traces'",
             "[telemetry]\notlp = 'https://c/v1/traces'\nprotocol = 'http'",
         ] {

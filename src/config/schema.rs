@@ -143,8 +143,8 @@ pub struct Telemetry {
     /// The collector; unset: no export.
     pub otlp: Option<String>,
     pub protocol: Option<OtlpProtocol>,
-    /// Share of the traces that begin here. Default: 0.1 where they are exported, else 0.
-    pub sample: Option<Ratio>,
+    /// Share of the traces that begin here.
+    pub sample: Ratio,
     /// A failed or retried call is exported even where its trace was not sampled.
     pub sample_errors: bool,
     pub access_log: AccessLog,
@@ -166,9 +166,6 @@ pub enum AccessLog {
     Errors,
     All,
 }
-
-/// The default of `sample`, where traces are exported.
-const DEFAULT_SHARE: f64 = 0.1;
 
 /// The default of `max_connection_age`.
 pub(super) const MAX_CONNECTION_AGE: HumanDuration = HumanDuration::from_secs(600);
@@ -380,19 +377,11 @@ impl Default for Telemetry {
         Self {
             otlp: None,
             protocol: None,
-            sample: None,
+            sample: Ratio::constant(0.1),
             sample_errors: true,
             access_log: AccessLog::default(),
             access_log_file: None,
         }
-    }
-}
-
-impl Telemetry {
-    /// The share of the traces that begin here which is sampled. `exported`: by this process.
-    pub fn share(&self, exported: bool) -> f64 {
-        let default = if exported { DEFAULT_SHARE } else { 0.0 };
-        self.sample.map_or(default, |share| *share)
     }
 }
 

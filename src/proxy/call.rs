@@ -47,9 +47,9 @@ pub async fn answer(
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
     let present = Present::of(request.headers());
-    let grpc = open(connection, &view, &request, present, progress);
-    let _unanswered = Unanswered(progress);
     let request_id = request_id(connection, &mut request, present);
+    let grpc = open(connection, &view, &request, (present, &request_id), progress);
+    let _unanswered = Unanswered(progress);
 
     // Boxed: hyper keeps room for the future in every connection, idle ones too.
     let mut handling = Box::pin(handle(connection, &view, request, present, progress));
@@ -126,7 +126,7 @@ fn open(
     connection: &Connection,
     view: &View,
     request: &Request<Incoming>,
-    present: Present,
+    (present, request_id): (Present, &HeaderValue),
     progress: &Progress,
 ) -> bool {
     let (way, started) = (target::way(connection, request), progress.started());
@@ -134,10 +134,14 @@ fn open(
     let grpc = headers::is_grpc(request.headers());
     let worker = &connection.worker;
     let (traces, inbound) = (&worker.shared.traces, way == Way::Inbound);
-    let said = match present.has_any(Present::TRACE) {
+    let mut said = match present.has_any(Present::TRACE) {
         true => propagation::read(request.headers()),
         false => propagation::Said::default(),
     };
+    if !traces.is_on() {
+        // No trace is begun, but all sidecars on the way of a call name it alike.
+        said.request = propagation::Trace::parse(request_id.as_bytes());
+    }
     let telemetry = &view.snapshot.config.telemetry;
     let context = worker.with_rng(|rng| traces.context(&said, inbound, telemetry, rng, started.into_std()));
     let (method, version) = (request.method().clone(), request.version());

@@ -249,7 +249,7 @@ impl Exchange<'_> {
                 true => record.context.span,
                 false => worker.with_rng(Span::random),
             };
-            if worker.shared.traces.tells(&record.context) {
+            if worker.shared.traces.is_on() {
                 record.context.write(span, &mut outgoing.headers);
             }
             let address = self.endpoints[asked.index].address();

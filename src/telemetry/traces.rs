@@ -20,8 +20,8 @@ use crate::{
     rng::{Rng, mix},
 };
 
-/// Sampling, and the way to the collector. Without one, what callers said of their traces goes on as it came; a call
-/// without any is given a trace, so that the logs of all that it passes name the same one.
+/// Sampling, and the way to the collector. Without one nothing is sampled, and what callers said of their traces goes on
+/// as it came: a decision of ours would keep an instrumented service from making its own.
 #[derive(Debug)]
 pub struct Traces {
     sampler: Sampler,
@@ -66,23 +66,16 @@ impl Traces {
         rng: &mut Rng,
         now: Instant,
     ) -> Context {
-        let share = telemetry.share(self.is_on());
         if !self.is_on() {
-            return Context::new(said, rng, |trace| self.sampler.keeps(trace, share, now));
+            return Context::new(said, rng, |_| false);
         }
         // The service did not say for whom it calls. A guess is never a parent.
         let link = if inbound || said.caller.is_some() { None } else { only(&self.inbound.load()) };
         let decide = |trace| {
             // What is linked to is there to be looked at.
-            link.is_some_and(|link| link.sampled) || self.sampler.keeps(trace, share, now)
+            link.is_some_and(|link| link.sampled) || self.sampler.keeps(trace, *telemetry.sample, now)
         };
         Context { link, ..Context::new(said, rng, decide) }
-    }
-
-    /// Whether the next hop is told of our spans. Without them its parent is whoever was there before; where nobody was,
-    /// it is told of the trace that the call was given.
-    pub const fn tells(&self, context: &Context) -> bool {
-        self.is_on() || context.parent.is_none()
     }
 
     /// Whether a call is to be told of. `sample_errors`: where its trace was not sampled, if it did not go well.

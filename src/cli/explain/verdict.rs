@@ -88,8 +88,8 @@ impl Verdict {
         let Some(to) = Destination::of(telemetry).filter(|_| !target.opaque) else { return };
         let place = loaded.tree.get("telemetry").and_then(|node| node.get("otlp")?.origin);
         let errors = if telemetry.sample_errors { ", and where it fails" } else { "" };
-        let share = telemetry.share(true);
-        let which = format!("{share} where it begins a trace, as its caller says where not{errors}");
+        let which =
+            format!("{} where it begins a trace, as its caller says where not{errors}", telemetry.sample);
         self.fact(
             "traces",
             format!("to {to}: {which}"),

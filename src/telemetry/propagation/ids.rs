@@ -25,6 +25,11 @@ impl Trace {
         self.0
     }
 
+    /// Reads 32 lower-case digits.
+    pub fn parse(text: &[u8]) -> Option<Self> {
+        Self::new(lower(text).filter(|_| text.len() == 32)?)
+    }
+
     /// Writes it into 32 bytes.
     pub fn encode(self, out: &mut [u8]) {
         encode(self.0.to_be_bytes(), out);

@@ -47,6 +47,8 @@ pub struct Said {
     pub forms: Forms,
     /// There is a `tracestate`, and no `traceparent` without which it is worth nothing.
     pub stale_state: bool,
+    /// The id of the request, which is that of the trace where nobody says another.
+    pub request: Option<Trace>,
 }
 
 /// Reads a request's head.
@@ -108,7 +110,7 @@ impl Context {
                 link: None,
             },
             None => {
-                let trace = Trace::random(rng);
+                let trace = said.request.unwrap_or_else(|| Trace::random(rng));
                 let sampled = said.sampled.unwrap_or_else(|| decide(trace));
                 Self {
                     trace,
