@@ -65,9 +65,12 @@ def load(port, requests):
 
 
 def count(folder, upstream, policies):
-    ready = folder / "ready.json"
+    # A folder of its own: it is watched for changes, and nginx opens its file for each answer.
+    own = folder / "own"
+    own.mkdir(exist_ok=True)
+    ready = own / "ready.json"
     ready.unlink(missing_ok=True)
-    config = folder / "outrigger.toml"
+    config = own / "outrigger.toml"
     config.write_text(
         '[inbound]\nlisten = "127.0.0.1:0"\n[outbound]\nlisten = "127.0.0.1:0"\n[admin]\nlisten = "127.0.0.1:0"\n'
         f'{policies}[[upstream]]\nname = "up"\nendpoints = ["127.0.0.1:{upstream}"]\nlisten = "127.0.0.1:0"\n'

@@ -1,9 +1,11 @@
 """Who calls: wrk for requests, and connections that stay open and idle."""
 
+import collections
 import re
 import socket
 import ssl
 import subprocess
+import urllib.request
 
 
 def wrk(port, seconds, connections):
@@ -37,3 +39,12 @@ def idle(port, count, certs=None):
             seen += chunk
         connections.append(connection)
     return connections
+
+
+def handshakes(admin):
+    """How often Outrigger shook hands, by outcome."""
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=10).read().decode()
+    counts = collections.Counter()
+    for outcome, count in re.findall(r'outrigger_tls_handshakes_total\{.*outcome="(\w+)".*\} (\d+)', metrics):
+        counts[outcome] += int(count)
+    return {outcome: count for outcome, count in counts.items() if count}

@@ -101,7 +101,10 @@ def outrigger(run, name, hop, to):
     identity = "".join(f'{key} = "{run.certs}/{file}"\n' for key, file in
                        (("cert", f"{who}.crt"), ("key", f"{who}.key"), ("ca", "ca.crt")))
     expected = 'identity = ["spiffe://shop.example/ns/default/sa/payments"]\n' if hop.tls_out else ""
-    config, ready = run.folder / f"{name}.toml", run.folder / f"{name}.ready"
+    # A folder of its own: it is watched for changes, and the others' files are opened all the time.
+    own = run.folder / name
+    own.mkdir()
+    config, ready = own / "outrigger.toml", own / "ready.json"
     config.write_text(
         "[runtime]\nworkers = 1\n" + (f"[identity]\n{identity}" if hop.tls_in or hop.tls_out else "")
         + f'[inbound]\nlisten = "127.0.0.1:0"\nforward_to = "127.0.0.1:{to}"\n'
@@ -116,6 +119,7 @@ def outrigger(run, name, hop, to):
     bound = json.loads(ready.read_text())
     # A sidecar has a way in for each direction.
     way = "inbound" if hop.tls_in else "outbound"
+    process.admin = int(bound["admin"].rsplit(":", 1)[1])
     return process, int(bound[way].rsplit(":", 1)[1])
 
 

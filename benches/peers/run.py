@@ -63,11 +63,12 @@ class Proxy:
     def __init__(self, run, kind, scenario, servers):
         slug = kind.lower()
         to = servers.ports[scenario.hops[-1].tls_out, scenario.serving]
-        self.pids = []
+        self.pids, self.admin = [], None
         for number, hop in reversed(list(enumerate(scenario.hops))):
             process, to = PROXIES[kind](run, f"{slug}-{number}", hop, to)
             run.wait_for(to)
             self.pids.append(process.pid)
+            self.admin = getattr(process, "admin", None)
         # Where connections lead that are TLS's own business, and where wrk calls.
         self.port = self.way_in = to
         if scenario.hops[0].tls_in and not scenario.idle:
@@ -86,7 +87,12 @@ def micros(proxies, scenario, options):
             cpu[kind].append((machine.cpu_seconds(proxy.pids) - before) / requests * 1e6)
             rates[kind].append(requests / options.seconds)
     return {
-        kind: {"cpu_us": cpu[kind], "per_second": rates[kind], "resident_kib": machine.resident_kib(proxy.pids)}
+        kind: {
+            "cpu_us": cpu[kind],
+            "per_second": rates[kind],
+            "resident_kib": machine.resident_kib(proxy.pids),
+            "handshakes": load.handshakes(proxy.admin) if proxy.admin else {},
+        }
         for kind, proxy in proxies.items()
     }
 
@@ -121,6 +127,11 @@ def table(scenario, found):
             f"| {kind} | {median[kind]:.1f} ({min(spread):.1f}–{max(spread):.1f}) | {median[kind] / best:.2f} | "
             f"{statistics.median(of['per_second']):,.0f} | {of['resident_kib'] / 1024:.1f} |"
         )
+    for kind, of in found.items():
+        if counts := of["handshakes"]:
+            share = counts.get("resumed", 0) / max(sum(counts.values()), 1)
+            said = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+            lines.append(f"\n{kind}'s handshakes: {said}; {share:.2%} resumed")
     return "\n".join(lines)
 
 

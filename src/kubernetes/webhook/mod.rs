@@ -1,4 +1,4 @@
-//! The admission webhook: HTTPS, answered in well under a millisecond, everything about it bounded.
+//! The admission webhook: HTTPS, everything about it bounded.
 //!
 //! It asks no API server anything and needs no right in the cluster: all that it knows comes with the question. It says
 //! nothing about pods that it cannot do at all; whether the API server then lets them in is the `failurePolicy` of its
