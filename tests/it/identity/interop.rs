@@ -188,6 +188,44 @@ fn haproxy_as_server_and_as_caller() {
     is_let_in(local(front), &callee);
 }
 
+/// OpenSSL's own server, which insists on a client's certificate and tells by a page of its own what was agreed.
+#[test]
+fn openssl_as_server() {
+    if !has_tool(&["openssl"]) {
+        return;
+    }
+    let pki = Pki::new();
+    let port = free_port();
+    let caller = calling(&pki, local(port));
+    let accept = format!("127.0.0.1:{port}");
+    let file = |name: &str| pki.path(name).display().to_string();
+    pki.write_leaf("payments", |_| {});
+    let (cert, key, ca) = (file("payments.crt"), file("payments.key"), file("ca.crt"));
+    let args = [
+        "s_server",
+        "-accept",
+        &accept,
+        "-cert",
+        &cert,
+        "-key",
+        &key,
+        "-CAfile",
+        &ca,
+        "-Verify",
+        "2",
+        "-verify_return_error",
+        "-tls1_3",
+        "-www",
+        "-quiet",
+    ];
+    let _server = Daemon::start("openssl", &args, &[]).listening(local(port));
+    for _ in 0..3 {
+        let (status, page) = call(&caller);
+        assert_eq!(status, 200, "{page}");
+        assert!(page.contains("TLSv1.3") && page.contains("Client certificate"), "{page}");
+    }
+}
+
 /// Envoy, with its SPIFFE validator, as server; and as caller.
 #[test]
 fn envoy_as_server_and_as_caller() {
