@@ -31,6 +31,11 @@ bench:
     cargo build --release
     python3 benches/peers/run.py
 
+# Instructions per request against the reference (needs valgrind); `--store` writes a new one: just instructions --store
+instructions *ARGS:
+    cargo build --release
+    python3 benches/instructions.py check {{ARGS}}
+
 # Services in a row while the last one fails: load with and without budgets and advice (needs matplotlib for the plot)
 storm:
     cargo build --release

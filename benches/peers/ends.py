@@ -1,4 +1,8 @@
-"""The two ends that are not measured: servers with answers of 1 KiB, and callers by mutual TLS for wrk, which has none."""
+"""What is not measured: servers with answers of 1 KiB, callers by mutual TLS for wrk, which has none, a gRPC-like server, a
+collector of traces."""
+
+import os
+import shutil
 
 ANSWER = "x" * 1024
 CIPHER = "ssl_conf_command Ciphersuites TLS_AES_256_GCM_SHA384; ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;"
@@ -79,3 +83,33 @@ def caller(run, name, target, calling):
     )
     run.wait_for(port)
     return port
+
+
+# A message of 5 + 95 bytes each way.
+MESSAGE = bytes([0, 0, 0, 0, 95]) + b"x" * 95
+GRPC_CALL = ["-d", "{message}", "-H", "content-type: application/grpc", "-H", "te: trailers"]
+
+
+def grpc_server(run):
+    """HTTP/2 without TLS, answers like a unary gRPC service at /call.grpc; and what h2load is told to call it so."""
+    folder, port = run.folder / "grpc", run.free_port()
+    folder.mkdir()
+    (folder / "call.grpc").write_bytes(MESSAGE)
+    (folder / "types").write_text("application/grpc grpc\n")
+    run.start(
+        "nghttpd", "--no-tls", "--no-content-length", "-a", "127.0.0.1", "-d", str(folder), "-m", "1024",
+        "--mime-types-file", str(folder / "types"), "--trailer", "grpc-status: 0", str(port),
+    )
+    run.wait_for(port)
+    return port, [part.format(message=folder / "call.grpc") for part in GRPC_CALL]
+
+
+def collector(run):
+    """Takes traces by OTLP and forgets them; the port for gRPC."""
+    tools = os.environ.get("OUTRIGGER_TOOLS", os.path.expanduser("~/.cache/outrigger"))
+    rotel = shutil.which("rotel-agent") or f"{tools}/bin/rotel-agent"
+    grpc, http = run.free_port(), run.free_port()
+    ports = ["--otlp-grpc-endpoint", f"127.0.0.1:{grpc}", "--otlp-http-endpoint", f"127.0.0.1:{http}"]
+    run.start(rotel, "start", *ports, "--exporter", "blackhole")
+    run.wait_for(grpc)
+    return grpc

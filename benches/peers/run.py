@@ -15,46 +15,15 @@ import os
 import pathlib
 import shutil
 import statistics
-import subprocess
-import tempfile
 
 import ends
 import load
 import machine
 from proxies import PROXIES
 from scenarios import SCENARIOS
+from stage import Stage
 
 HERE = pathlib.Path(__file__).resolve().parents[2]
-
-
-class Run:
-    """The processes of one scenario, ended with it, and the files they need."""
-
-    free_port, wait_for = staticmethod(machine.free_port), staticmethod(machine.wait_for)
-
-    def __init__(self, folder, binary):
-        self.folder, self.binary, self.certs, self.started = folder, binary, folder / "certs", []
-        names = ["payments", "checkout"]
-        subprocess.run(
-            [binary, "certs", "--out", self.certs, "--trust-domain", "shop.example", *names],
-            check=True, capture_output=True,
-        )
-
-    def start(self, *command):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=self.folder, **quiet)
-        self.started.append(process)
-        return process
-
-    def end(self):
-        for process in self.started:
-            process.terminate()
-        for process in self.started:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 class Proxy:
@@ -158,17 +127,13 @@ def main():
     everything = {}
     for name in options.scenarios or SCENARIOS:
         scenario = SCENARIOS[name]
-        with tempfile.TemporaryDirectory() as directory:
-            run = Run(pathlib.Path(directory), options.binary)
-            try:
-                servers = ends.Servers(run)
-                proxies = {kind: Proxy(run, kind, scenario, servers) for kind in kinds}
-                if scenario.idle:
-                    found = kibibytes(proxies, scenario, run.certs)
-                else:
-                    found = micros(proxies, scenario, options)
-            finally:
-                run.end()
+        with Stage(options.binary) as stage:
+            servers = ends.Servers(stage)
+            proxies = {kind: Proxy(stage, kind, scenario, servers) for kind in kinds}
+            if scenario.idle:
+                found = kibibytes(proxies, scenario, stage.certs)
+            else:
+                found = micros(proxies, scenario, options)
         everything[name] = found
         print(table(scenario, found), flush=True)
     if options.json:
