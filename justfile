@@ -26,10 +26,10 @@ image:
     tests/image/build
     tests/image/kube
 
-# CPU per request beside nginx and HAProxy
-bench:
+# CPU, latency, memory, start beside nginx, HAProxy and Envoy, onto docs/performance.md; parts: just bench --only S5,S6
+bench *ARGS:
     cargo build --release
-    python3 benches/peers/run.py
+    python3 benches/peers/run.py --page docs/performance.md --plots docs/plots {{ARGS}}
 
 # Instructions per request against the reference (needs valgrind); `--store` writes a new one: just instructions --store
 instructions *ARGS:

@@ -1,29 +1,43 @@
-"""What is not measured: servers with answers of 1 KiB, callers by mutual TLS for wrk, which has none, a gRPC-like server, a
-collector of traces."""
+"""What is not measured: servers with answers of 1 KiB and larger ones, callers by mutual TLS for wrk, which has none, a gRPC-like
+server, a collector of traces."""
 
 import os
 import shutil
 
 ANSWER = "x" * 1024
+# By path.
+BODIES = {"0b": 0, "1k": 1 << 10, "16k": 16 << 10, "64k": 64 << 10, "256k": 256 << 10, "1m": 1 << 20, "4m": 4 << 20, "16m": 16 << 20}
 CIPHER = "ssl_conf_command Ciphersuites TLS_AES_256_GCM_SHA384; ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;"
 
 NGINX = """
+{module}
 daemon off; master_process off; pid {dir}/{name}.pid; error_log {dir}/{name}.log; worker_processes 1;
-events {{ worker_connections 8192; }}
-http {{
-  access_log off; keepalive_requests 1000000000; keepalive_timeout 1h;
-  client_body_temp_path {dir}/a; proxy_temp_path {dir}/b; fastcgi_temp_path {dir}/c; uwsgi_temp_path {dir}/d;
-  scgi_temp_path {dir}/e;
+events {{ worker_connections {connections}; }}
+{section} {{
+  {kept}
   {body}
 }}
 """
+KEPT = """
+  access_log off; keepalive_requests 1000000000; keepalive_timeout 1h; tcp_nopush on; sendfile on;
+  client_body_temp_path {dir}/a; proxy_temp_path {dir}/b; fastcgi_temp_path {dir}/c; uwsgi_temp_path {dir}/d;
+  scgi_temp_path {dir}/e;
+"""
+STREAM = "load_module /usr/lib/nginx/modules/ngx_stream_module.so;"
 
 
-def nginx(run, name, body):
-    """An nginx of one process, with this in its http section."""
-    (run.folder / f"{name}.conf").write_text(NGINX.format(dir=run.folder, name=name, body=body))
-    conf, log = str(run.folder / f"{name}.conf"), str(run.folder / f"{name}.log")
-    return run.start("nginx", "-c", conf, "-p", str(run.folder), "-e", log)
+def nginx_command(run, name, body, section="http", connections=8192):
+    """Of an nginx of one process, with this in its http or stream section."""
+    conf, log = run.folder / f"{name}.conf", run.folder / f"{name}.log"
+    module, kept = (STREAM, "") if section == "stream" else ("", KEPT.format(dir=run.folder))
+    conf.write_text(NGINX.format(
+        dir=run.folder, name=name, body=body, section=section, kept=kept, module=module, connections=connections
+    ))
+    return ["nginx", "-c", str(conf), "-p", str(run.folder), "-e", str(log)]
+
+
+def nginx(run, name, body, **more):
+    return run.start(*nginx_command(run, name, body, **more))
 
 
 def server_tls(certs):
@@ -54,14 +68,18 @@ class Servers:
             (True, "resumed"): closing,
         }
         self.ports = {kind: run.free_port() for kind in kinds}
-        blocks = []
+        bodies = run.folder / "bodies"
+        bodies.mkdir()
+        for name, size in BODIES.items():
+            (bodies / name).write_bytes(b"x" * size)
+        blocks = ["open_file_cache max=100;"]
         for (tls, reuse), more in kinds.items():
             listen = f"listen 127.0.0.1:{self.ports[tls, reuse]}{' ssl' if tls else ''} backlog=4096;"
             blocks.append(
                 f"server {{ {listen} {server_tls(run.certs) if tls else ''} {more} "
-                f'location / {{ return 200 "{ANSWER}"; }} }}'
+                f'location / {{ return 200 "{ANSWER}"; }} location ~ ^/[0-9]+[kmb]$ {{ root {bodies}; }} }}'
             )
-        self.process = nginx(run, "servers", "\n".join(blocks))
+        nginx(run, "servers", "\n".join(blocks), connections=65536)
         for port in self.ports.values():
             run.wait_for(port)
 

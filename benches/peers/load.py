@@ -1,44 +1,96 @@
-"""Who calls: wrk for requests, and connections that stay open and idle."""
+"""Who calls: wrk and h2load for requests, connections that stay open and idle, and one that waits for a first answer."""
 
 import collections
+import json
 import re
 import socket
 import ssl
 import subprocess
+import time
 import urllib.request
 
+# Of h2load, which lets all of them call at once: at a fixed rate, few.
+CLIENTS = 16
+# wrk's own words are rounded.
+SCRIPT = """
+done = function(summary)
+  local e = summary.errors
+  io.write(string.format('{"requests": %d, "bytes": %d, "errors": %d}',
+    summary.requests, summary.bytes, e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
 
-def wrk(port, seconds, connections):
-    """Requests that were answered."""
-    said = subprocess.run(
-        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"http://127.0.0.1:{port}/"],
-        check=True, capture_output=True, text=True,
-    ).stdout
-    if "Non-2xx" in said or "Socket errors" in said:
+
+def wrk(stage, port, scenario, seconds):
+    """Requests answered, and bytes."""
+    script = stage.folder / "wrk.lua"
+    script.write_text(SCRIPT)
+    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "-s", script, f"http://127.0.0.1:{port}{scenario.path}"]
+    command += ["-H", f"Host: {scenario.host}"] if scenario.host else []
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads(said[said.rindex("{") :])
+    if found["errors"]:
         raise SystemExit(f"not all answers were well:\n{said}")
-    return int(re.search(r"(\d+) requests in", said)[1])
+    return found["requests"], found["bytes"]
+
+
+def h2load(stage, port, scenario, call, seconds, rate=0):
+    """Requests answered and, at a fixed rate, their microseconds, sorted."""
+    http2 = scenario.load == "h2load"
+    command = ["h2load", f"-c{CLIENTS}", f"-D{seconds}", *(["-m32", *call] if http2 else ["--h1"])]
+    log = stage.folder / "h2load.log"
+    log.unlink(missing_ok=True)
+    if rate:
+        command += [f"--rps={rate // CLIENTS}", f"--log-file={log}"]
+    path = "/call.grpc" if http2 else scenario.path
+    said = subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], check=True, capture_output=True, text=True).stdout
+    counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", said)
+    good, *bad = (int(count) for count in counts.groups())
+    if any(bad) or ", 0 3xx, 0 4xx, 0 5xx" not in said:
+        raise SystemExit(f"not all answers were well:\n{said}")
+    micros = [int(line.split("\t")[2]) for line in log.read_text().splitlines()] if rate else []
+    return good, sorted(micros)
+
+
+def context(certs):
+    made = ssl.create_default_context(cafile=str(certs / "ca.crt"))
+    made.load_cert_chain(certs / "checkout.crt", certs / "checkout.key")
+    return made
+
+
+def answered(port, tls, host):
+    """A connection that has carried a request, and is kept."""
+    connection = socket.create_connection(("127.0.0.1", port), 10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls:
+        connection = tls.wrap_socket(connection, server_hostname="payments")
+    connection.sendall(f"GET / HTTP/1.1\r\nHost: {host or 'payments'}\r\n\r\n".encode())
+    seen = b""
+    while not seen.endswith(b"x" * 1024):
+        chunk = connection.recv(65536)
+        if not chunk:
+            raise ConnectionError(f"closed after {seen[:200]!r}")
+        seen += chunk
+    return connection
 
 
 def idle(port, count, certs=None):
-    """Connections that have carried a request each and are kept."""
-    context = None
-    if certs:
-        context = ssl.create_default_context(cafile=str(certs / "ca.crt"))
-        context.load_cert_chain(certs / "checkout.crt", certs / "checkout.key")
-    connections = []
-    for _ in range(count):
-        connection = socket.create_connection(("127.0.0.1", port), 10)
-        if context:
-            connection = context.wrap_socket(connection, server_hostname="payments")
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: payments\r\n\r\n")
-        seen = b""
-        while not seen.endswith(b"x" * 1024):
-            chunk = connection.recv(65536)
-            if not chunk:
-                raise SystemExit(f"closed after {seen[:200]!r}")
-            seen += chunk
-        connections.append(connection)
-    return connections
+    tls = context(certs) if certs else None
+    return [answered(port, tls, "") for _ in range(count)]
+
+
+def first_answer(begin, port, certs=None, host=""):
+    """Starts what is to answer; the milliseconds until it has."""
+    tls = context(certs) if certs else None
+    began = time.perf_counter()
+    begin()
+    while time.perf_counter() - began < 30:
+        try:
+            answered(port, tls, host).close()
+            return (time.perf_counter() - began) * 1000
+        except OSError:
+            time.sleep(0.0002)
+    raise SystemExit("no answer within 30 s of the start")
 
 
 def handshakes(admin):

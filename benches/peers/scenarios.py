@@ -7,13 +7,21 @@ nginx each, insist.
 
 from dataclasses import dataclass
 
+HOSTS = 1000
+
 
 @dataclass(frozen=True)
 class Hop:
-    """Whether TLS is spoken to the caller, and to the next one."""
+    """What is spoken to the caller and to the next one, and what a proxy is told to do."""
 
     tls_in: bool = False
     tls_out: bool = False
+    # "http1", "grpc" (HTTP/2 without TLS) or "tcp", opaque.
+    protocol: str = "http1"
+    # Retries, ejection, limits, access log to a file, metrics, and 1 % traces where the proxy has such.
+    everything: bool = False
+    # As many upstreams, each by its own host; 0: one for all.
+    hosts: int = 0
 
 
 @dataclass(frozen=True)
@@ -21,29 +29,46 @@ class Scenario:
     name: str
     title: str
     hops: tuple
+    # "wrk": requests over kept connections; "h2load": gRPC-like calls in streams; "bytes": bodies, counted in MB;
+    # "idle": connections that stay open, memory is measured; "start": until the first answer.
+    load: str = "wrk"
+    path: str = "/"
+    host: str = ""
+    connections: int = 64
+    # Also at a fixed rate, for CPU and latency.
+    rate: bool = False
     # Of connections into the first hop, and from the last one to the server: "kept", or made anew for each request,
     # with a "full" or a "resumed" handshake.
     calling: str = "kept"
     serving: str = "kept"
-    connections: int = 64
-    # Connections that stay open and idle: memory is measured, not CPU.
-    idle: int = 0
+    # Outrigger a second time in the same run, by these hops.
+    beside: tuple = ()
 
 
 PLAIN, OUT, IN = Hop(), Hop(tls_out=True), Hop(tls_in=True)
+BY_HOST = Hop(hosts=HOSTS)
+ONCE = {"connections": 16}
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("S1", "HTTP/1.1, 1 KiB, plaintext", (PLAIN,)),
-        Scenario("S2", "plain in, mTLS out", (OUT,)),
+        Scenario("S1", "HTTP/1.1, 1 KiB, plaintext, 64 connections", (PLAIN,), rate=True),
+        Scenario("S2", "plain in, mTLS out", (OUT,), rate=True),
         Scenario("S3", "mTLS in, plain out", (IN,)),
         Scenario("S4", "both hops, mTLS between", (OUT, IN)),
-        Scenario("in-full", "a connection with one request, mTLS in, full handshake", (IN,), calling="full", connections=16),
-        Scenario("in-resumed", "the same, resumed", (IN,), calling="resumed", connections=16),
-        Scenario("out-full", "a connection with one request, mTLS out, full handshake", (OUT,), serving="full", connections=16),
-        Scenario("out-resumed", "the same, resumed", (OUT,), serving="resumed", connections=16),
-        Scenario("idle", "idle plaintext connections", (PLAIN,), idle=1000),
-        Scenario("idle-mtls", "idle mTLS connections", (IN,), idle=1000),
+        Scenario("S5", "h2c, gRPC-like, 16 connections with 32 streams", (Hop(protocol="grpc"),), "h2load", rate=True),
+        Scenario("S6", "answers of 1 MiB, 16 connections", (PLAIN,), "bytes", "/1m", connections=16),
+        Scenario("TCP", "opaque TCP, 8 connections", (Hop(protocol="tcp"),), "bytes", "/16m", connections=8),
+        Scenario("S7", "S1 with everything on", (Hop(everything=True),), rate=True),
+        Scenario("S8", f"S1 by one of {HOSTS:,} hosts, each with an upstream", (BY_HOST,), host=f"svc-{HOSTS - 1}", beside=(PLAIN,)),
+        Scenario("in-full", "a connection with one request, mTLS in, full handshake", (IN,), calling="full", **ONCE),
+        Scenario("in-resumed", "the same, resumed", (IN,), calling="resumed", **ONCE),
+        Scenario("out-full", "a connection with one request, mTLS out, full handshake", (OUT,), serving="full", **ONCE),
+        Scenario("out-resumed", "the same, resumed", (OUT,), serving="resumed", **ONCE),
+        Scenario("idle", "idle plaintext connections", (PLAIN,), "idle", connections=1000),
+        Scenario("idle-mtls", "idle mTLS connections", (IN,), "idle", connections=1000),
+        Scenario("start", "start to the first answer", (PLAIN,), "start"),
+        Scenario("start-mtls", "the same by mTLS", (IN,), "start"),
+        Scenario("start-hosts", f"the same with {HOSTS:,} upstreams", (BY_HOST,), "start", host=f"svc-{HOSTS - 1}"),
     )
 }

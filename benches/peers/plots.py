@@ -1,0 +1,54 @@
+"""Plots, as small SVGs with text as text."""
+
+import statistics
+
+import matplotlib
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "outrigger", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False})
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLOURS = {"nginx": "#8fb996", "HAProxy": "#7d9fc0", "Envoy": "#c9a3c4", "Outrigger": "#d1603d"}
+
+
+def save(figure, folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def bars(found, metric, title, folder, name):
+    """A group of bars for each scenario that has the metric, to HAProxy's as 1."""
+    scenarios = [key for key, kinds in found.items() if all(metric in kinds.get(kind, {}) for kind in COLOURS)]
+    if not scenarios:
+        return
+    figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(scenarios), 2.6))
+    for offset, (kind, colour) in enumerate(COLOURS.items()):
+        heights = [statistics.median(found[key][kind][metric]) / statistics.median(found[key]["HAProxy"][metric]) for key in scenarios]
+        axes.bar([place + offset * 0.2 for place in range(len(scenarios))], heights, 0.18, color=colour, label=kind)
+    axes.axhline(1, color="#888", linewidth=0.6)
+    axes.set_xticks([place + 0.3 for place in range(len(scenarios))], scenarios)
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False, ncols=4, fontsize=8)
+    save(figure, folder, name)
+
+
+def peers(found, folder):
+    bars(found, "cpu_us", "CPU a request, HAProxy = 1 (less is better)", folder, "cpu")
+    bars(found, "mb_per_cpu_second", "MB a CPU second, HAProxy = 1 (more is better)", folder, "bytes")
+    bars(found, "p99_us", "p99 at 2,000 requests a second, HAProxy = 1 (less is better)", folder, "p99")
+
+
+def curve(points, title, across, up, folder, name):
+    """`points`: pairs of lists of rounds by what grew; the line is the median, the band all rounds."""
+    xs = [size for size, _ in points]
+    figure, axes = plt.subplots(figsize=(4.2, 2.4))
+    axes.fill_between(xs, [min(rounds) for _, rounds in points], [max(rounds) for _, rounds in points], color="#d1603d", alpha=0.2)
+    axes.plot(xs, [statistics.median(rounds) for _, rounds in points], "o-", color="#d1603d", markersize=3)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    save(figure, folder, name)
