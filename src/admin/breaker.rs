@@ -73,7 +73,7 @@ pub fn upstream_in(path: &str) -> Option<&str> {
     (!name.is_empty() && !name.contains('/')).then_some(name)
 }
 
-/// Forces the breaker of the upstream `name`, or of a host met at run time.
+/// Forces the breaker of the upstream `name`, or of a host or an address of the service met at run time.
 pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
     let Some(cluster) = find(control, name) else {
         let snapshot = control.shared.snapshot.load();
@@ -122,8 +122,8 @@ fn find(control: &Control, name: &str) -> Option<Arc<Cluster>> {
     let snapshot = control.shared.snapshot.load();
     let configured = snapshot.clusters.iter().find(|cluster| &*cluster.upstream.name == name).cloned();
     configured.or_else(|| {
-        let (unknown, _) = control.shared.unknown.read();
-        unknown.into_iter().find(|cluster| &*cluster.upstream.name == name)
+        let met = [&control.shared.unknown, &control.shared.inbound_addresses];
+        met.into_iter().flat_map(|hosts| hosts.read().0).find(|cluster| &*cluster.upstream.name == name)
     })
 }
 

@@ -27,7 +27,7 @@ use crate::{
 
 /// Calls that are shown of those that did not go well.
 const SHOWN_CALLS: usize = 5;
-/// Unknown hosts that are shown in full.
+/// Unknown hosts that are shown in full, and addresses of the service.
 const SHOWN_HOSTS: usize = 50;
 /// Names that lead nowhere: enough to see a misspelt one, too few to fill a screen with what callers make up.
 const SHOWN_NOT_FOUND: usize = 5;
@@ -65,6 +65,9 @@ pub struct Status {
     pub traces: Option<TracesStatus>,
     /// Where inbound calls go.
     pub inbound: UpstreamStatus,
+    /// Where redirected ones go: each address that they called has limits and a breaker of its own.
+    #[serde(default)]
+    pub inbound_addresses: AddressesStatus,
     pub upstreams: Vec<UpstreamStatus>,
     pub unknown: UnknownStatus,
     #[serde(default)]
@@ -205,6 +208,15 @@ pub struct WayStatus {
     pub last_seconds_ago: Option<u64>,
 }
 
+/// Addresses of the service that redirected calls went to of late.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressesStatus {
+    /// How many are known now.
+    pub known: usize,
+    /// Those that were called last.
+    pub addresses: Vec<UpstreamStatus>,
+}
+
 /// Hosts that no upstream names, met since the start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnknownStatus {
@@ -273,6 +285,7 @@ impl Status {
             ways: Way::ALL.map(|way| (way.word().to_owned(), WayStatus::of(&metrics.ways, way, now))).into(),
             traces: TracesStatus::of(&control.shared.traces, &snapshot.config.telemetry),
             inbound: UpstreamStatus::of(&snapshot.inbound, now),
+            inbound_addresses: AddressesStatus::of(&control.shared, now),
             upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
             unknown: UnknownStatus::of(&control.shared, &snapshot, now),
             access_log: AccessLogStatus::of(&control.shared.calls, snapshot.config.telemetry.access_log),
@@ -358,6 +371,14 @@ impl WayStatus {
     fn of(ways: &Ways, way: Way, now: Instant) -> Self {
         let (count, last) = ways.read(way, now);
         Self { count, last_seconds_ago: last.map(|ago| ago.as_secs()) }
+    }
+}
+
+impl AddressesStatus {
+    fn of(shared: &Shared, now: Instant) -> Self {
+        let known = shared.inbound_addresses.read().0;
+        let shown = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
+        Self { known: known.len(), addresses: shown.collect() }
     }
 }
 

@@ -14,7 +14,7 @@ use super::admin_client::{AdminArgs, finish};
 use crate::{
     admin::{
         client::{Client, ClientError},
-        status::{AccessLogStatus, Status, TracesStatus, UnknownStatus},
+        status::{AccessLogStatus, AddressesStatus, Status, TracesStatus, UnknownStatus},
         upstreams::{BreakerStatus, UpstreamStatus},
     },
     units::HumanDuration,
@@ -205,16 +205,23 @@ fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
 
 fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
     let UnknownStatus { known, hosts, not_found } = &status.unknown;
+    let AddressesStatus { known: known_addresses, addresses } = &status.inbound_addresses;
+    let titles: Vec<String> =
+        addresses.iter().map(|upstream| format!("(the service at {})", upstream.name)).collect();
     let all = || {
         let named = status.upstreams.iter().map(|upstream| (upstream.name.as_str(), upstream));
         let met = hosts.iter().map(|upstream| (upstream.name.as_str(), upstream));
-        named.chain(met).chain([("(the service)", &status.inbound)])
+        let own = addresses.iter().zip(&titles).map(|(upstream, title)| (title.as_str(), upstream));
+        named.chain(met).chain([("(the service)", &status.inbound)]).chain(own)
     };
     let mut rows = vec![row(["UPSTREAM", "ENDPOINT", "STATE", "FROM"])];
     all().for_each(|(name, upstream)| endpoint_rows(&mut rows, name, upstream));
     table(out, &rows)?;
     if *known > hosts.len() {
         writeln!(out, "and {} more hosts that no upstream names", known - hosts.len())?;
+    }
+    if *known_addresses > addresses.len() {
+        writeln!(out, "and {} more addresses of the service", known_addresses - addresses.len())?;
     }
     if not_found.count > 0 {
         writeln!(out, "\nAsked for in the last five minutes and not found:")?;
@@ -368,6 +375,11 @@ mod tests {
                         "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}],
                         "breaker": {"state": "closed", "mode": "off", "since_seconds_ago": 61, "why": "start", "until_in_seconds": null},
                         "budget": null, "limits": null, "retries": {}, "rejected": {}},
+            "inbound_addresses": {"known": 3, "addresses": [{"name": "10.0.0.7:9090", "source": "[10.0.0.7:9090]", "discovery": "ready",
+                        "endpoints": [{"address": "10.0.0.7:9090", "weight": 1, "state": "healthy"}],
+                        "breaker": {"state": "open", "mode": "open", "since_seconds_ago": 1, "why": "by hand", "until_in_seconds": 8},
+                        "budget": null, "limits": {"in_flight": 3, "pending": 0, "max_requests": 8, "connections": 2, "max_connections": 8},
+                        "retries": {}, "rejected": {"limit_full": 4}}]},
             "upstreams": [{"name": "payments", "source": "dns://payments:80", "discovery": "failed: no such name",
                            "endpoints": [{"address": "10.0.0.1:80", "weight": 1, "state": "ejected", "until_in_seconds": 8}],
                            "breaker": {"state": "half_open", "mode": "auto", "since_seconds_ago": 2, "why": "time to try again", "until_in_seconds": null},
@@ -400,7 +412,10 @@ mod tests {
             "inbound  3      1m1s ago\nproxy    0      never",
             "ejected, back in 8s",
             "half open for 2s (time to try again)  7             1 of 1024  0        2            budget 3, sent 12  breaker_open 90",
-            "(the service)  off",
+            "(the service)                   off",
+            "(the service at 10.0.0.7:9090)  open for 1s (by hand), 8s left        off           3 of 8     0        2 of 8       ",
+            "limit_full 4",
+            "and 2 more addresses of the service",
             "and 7 more hosts that no upstream names",
             "not found:\n  no such name: paymets (NXDOMAIN)\n  and 2 more",
             "access log: 2 lines were not read in time, 0 could not be written",

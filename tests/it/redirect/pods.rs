@@ -11,7 +11,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Answer, Daemon, Launch, Proxy, RawClient, RawServer, Upstream, eventually, has_tool,
+    Answer, Daemon, Launch, Proxy, RawClient, RawServer, Upstream, binary_for_all, eventually, has_tool,
     netns::{Lan, Pod},
     pki::{Pki, id},
     text,
@@ -45,8 +45,12 @@ pub fn sidecar(pod: &Pod, config: &str) -> Proxy {
     Launch::new(config).in_pod(pod).start()
 }
 
-fn ask(pod: &Pod, address: SocketAddr, host: &str) -> (u16, String) {
-    let request = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+pub fn ask(pod: &Pod, address: SocketAddr, host: &str) -> (u16, String) {
+    ask_for(pod, address, "/", host)
+}
+
+pub fn ask_for(pod: &Pod, address: SocketAddr, path: &str, host: &str) -> (u16, String) {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n");
     let answer = pod.run(|| RawClient::connect(address).ask(&request));
     (answer.status(), answer.text())
 }
@@ -263,7 +267,7 @@ fn each_port_of_the_service_is_reached_and_may_differ() {
     let (callee, stranger, pki) = (lan.pod(), lan.pod(), pki());
     let services = [service(&callee, 8080, "calls"), service(&callee, 9090, "metrics")];
     let config = format!(
-        "{}[inbound]\nmtls = \"strict\"\nforward_to = \"127.0.0.1:8080\"\n[[inbound.port]]\nport = 9090\nmtls = \"off\"\n",
+        "{}[inbound]\nmtls = \"strict\"\nforward_to = \"127.0.0.1:8080\"\n[inbound.limits]\nmax_requests = 7\n[[inbound.port]]\nport = 9090\nmtls = \"off\"\n",
         pki.identity("payments")
     );
     let proxy = sidecar(&callee, &config);
@@ -283,6 +287,50 @@ fn each_port_of_the_service_is_reached_and_may_differ() {
     let (status, body) = ask(&stranger, callee.addresses(4143)[0], "a");
     assert_eq!((status, body.starts_with("calls ")), (200, true), "{body}");
     drop(services);
+
+    // Each address that was called has limits of its own, and is shown.
+    let status: Value = serde_json::from_str(&admin(&callee, "/status").1).expect("JSON");
+    let called = status["inbound_addresses"]["addresses"].as_array().expect("addresses");
+    let limit = |address: SocketAddr| {
+        called.iter().find(|one| one["name"] == address.to_string()).map(|one| &one["limits"]["max_requests"])
+    };
+    for port in [8080, 9090] {
+        for address in callee.addresses(port) {
+            assert_eq!(limit(address), Some(&7.into()), "{address} in {status:#}");
+        }
+    }
+    let shown = callee.command(0, &[binary_for_all().to_str().expect("a path"), "status"]);
+    let row = format!("(the service at {})", callee.addresses(8080)[1]);
+    assert!(String::from_utf8_lossy(&shown.stdout).contains(&row), "{shown:?}");
+}
+
+/// Rules of others lead connections here too: a port of the node that is published. Those were not redirected.
+#[test]
+fn what_others_led_here_is_not_taken_for_our_own() {
+    let Some(lan) = Lan::new() else { return };
+    let (pod, stranger) = (lan.pod(), lan.pod());
+    let _services = [service(&pod, 8080, "calls"), service(&pod, 80, "wrong")];
+    let published = format!(
+        "add table ip other {{ chain c {{ type nat hook prerouting priority -110; ip daddr 10.99.0.1 tcp dport 80 dnat to {0}:4143; ip daddr 10.99.0.1 tcp dport 81 dnat to {0}:4140; }} ; }}",
+        pod.v4
+    );
+    let done = pod.command(0, &["nft", &published]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    stranger.command(0, &["ip", "route", "add", "10.99.0.1/32", "via", &pod.v4.to_string()]);
+    let config = "[inbound]\nforward_to = \"127.0.0.1:8080\"\n[outbound]\nlisten = \"0.0.0.0:4140\"\n[[upstream]]\nname = \"named\"\nendpoints = [\"127.0.0.1:8080\"]\n";
+    let _proxy = sidecar(&pod, config);
+    // To the inbound port: for the service at `forward_to`, not for port 80 of an address that is not the pod's.
+    let address = |port| SocketAddr::from(([10, 99, 0, 1], port));
+    let (status, body) = ask(&stranger, address(80), "a");
+    assert_eq!((status, body.starts_with("calls host=a")), (200, true), "{body}");
+    // To the outbound port: whom the request names, with `deny_networks` in force.
+    let (status, body) = ask(&stranger, address(81), "named");
+    assert_eq!((status, body.starts_with("calls host=named")), (200, true), "{body}");
+    let (status, body) = ask(&stranger, address(81), "169.254.169.254");
+    assert_eq!((status, body.contains("denied_network")), (502, true), "{body}");
+    let status: Value = serde_json::from_str(&admin(&pod, "/status").1).expect("JSON");
+    assert_eq!(status["ways"]["redirect"]["count"], 0, "{status}");
+    assert_eq!(status["inbound_addresses"]["known"], 0, "{status}");
 }
 
 #[test]
