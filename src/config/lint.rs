@@ -6,7 +6,7 @@ mod telemetry;
 use std::time::Duration;
 
 use super::{
-    AdminListen, AttemptTimeout, Config, ListenAddr, Node, Policy, Protocol,
+    AdminListen, AttemptTimeout, Config, Endpoints, ListenAddr, Node, Policy, Protocol,
     diagnostic::{Problem, Problems},
     resolve::{inherit, split},
     source::Origin,
@@ -21,10 +21,14 @@ const POD_GRACE: Duration = Duration::from_secs(30);
 /// Below this many requests a second the failure rate is never looked at: worth saying only far above usual traffic.
 const BUSY: f64 = 100.0;
 
+/// Below it, containers without privileges could not listen for long.
+const FIRST_UNPRIVILEGED: u16 = 1024;
+
 pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
     let mut lints = Lints { root, problems };
     lints.drain(config);
     lints.reachable(config);
+    lints.service_ports(config);
     lints.authorization(config);
     lints.telemetry(config);
     lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
@@ -112,6 +116,21 @@ impl Lints<'_> {
     }
 
     /// `effective` has the places of what holds, `own` is the table itself.
+    /// Pods seldom listen on such a port: the Service's own number is meant, which endpoints do not tell.
+    fn service_ports(&mut self, config: &Config) {
+        for (index, upstream) in config.upstreams.iter().enumerate() {
+            let Endpoints::Kubernetes { port, .. } = &upstream.endpoints else { continue };
+            if port.parse::<u16>().is_ok_and(|number| number < FIRST_UNPRIVILEGED) {
+                let node = self.root.get("upstream").and_then(|list| list.item(index));
+                self.warn(
+                    node.and_then(|node| node.get("endpoints")).and_then(|endpoints| endpoints.origin),
+                    format!("{port} is looked for among the ports where the pods listen; of a Service's own numbers only that of its only port is known"),
+                    "write the port's name, as in \"k8s://NAMESPACE/SERVICE:http\"",
+                );
+            }
+        }
+    }
+
     fn policy(&mut self, policy: &Policy, effective: Option<&Node>, own: Option<&Node>) {
         let at = |path: &[&str]| {
             let mut node = effective?;
@@ -241,6 +260,7 @@ mod tests {
             ("[runtime]\ndrain_delay = '10s'", "x:2:15: warning: draining takes up to 35s"),
             ("[outbound]\nlisten = '0.0.0.0:4140'", "x:2:10: warning: others can send calls"),
             ("[admin]\nlisten = '[::]:4191'", "others can read the admin pages"),
+            ("[[upstream]]\nname='a'\nendpoints='k8s://n/a:80'", "x:3:11: warning: 80 is looked for among"),
             ("[[upstream]]\nname='a'\nlisten='0.0.0.0:1'", "x:3:8: warning: others can send calls"),
             (
                 "[defaults]\nretry = { methods = 'all' }\n[[upstream]]\nname='a'\n[[upstream.route]]",

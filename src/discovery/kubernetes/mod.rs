@@ -53,7 +53,9 @@ impl Kubernetes {
         // Too old at most once: a version that was just told.
         for _ in 0..2 {
             match self.catch_up().await {
-                Ok(()) => return Ok(self.slices.targets()),
+                Ok(()) => {
+                    return self.slices.targets().map_err(|error| self.api.failed(error.to_string()));
+                }
                 Err(Refused::TooOld) => self.version = None,
                 Err(Refused::Failed(reason)) => return Err(self.api.failed(reason)),
             }

@@ -112,17 +112,35 @@ pub struct Slices {
     port: String,
     /// Where this proxy runs.
     zone: Option<String>,
-    targets: BTreeMap<String, Vec<Target>>,
+    found: BTreeMap<String, Found>,
+}
+
+/// What a slice has.
+#[derive(Debug, Default, PartialEq)]
+struct Found {
+    targets: Vec<Target>,
+    /// Its ports, where the one that is asked for is not among them.
+    other_ports: Option<String>,
+}
+
+/// Endpoints that would be called, were it not for the port.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no port `{port}` over TCP; its endpoints have {there}. Slices do not tell a Service's own numbers: write the port's name, or the number where the pods listen"
+)]
+pub struct NoSuchPort {
+    port: String,
+    there: String,
 }
 
 impl Slices {
     pub fn new(port: String, zone: Option<String>) -> Self {
-        Self { port, zone, targets: BTreeMap::new() }
+        Self { port, zone, found: BTreeMap::new() }
     }
 
     /// Takes a whole list in the place of what was known.
     pub fn replace(&mut self, slices: &[Slice]) {
-        self.targets.clear();
+        self.found.clear();
         for slice in slices {
             self.update(slice);
         }
@@ -130,23 +148,43 @@ impl Slices {
 
     /// Takes one slice; whether that changed anything.
     pub fn update(&mut self, slice: &Slice) -> bool {
-        let targets = self.of(slice);
-        self.targets.insert(slice.metadata.name.clone(), targets.clone()) != Some(targets)
+        let found = self.of(slice);
+        let changed = self.found.get(&slice.metadata.name) != Some(&found);
+        self.found.insert(slice.metadata.name.clone(), found);
+        changed
     }
 
     /// Forgets one; whether that changed anything.
     pub fn remove(&mut self, name: &str) -> bool {
-        self.targets.remove(name).is_some_and(|targets| !targets.is_empty())
+        self.found.remove(name).is_some_and(|found| found != Found::default())
     }
 
-    pub fn targets(&self) -> Vec<Target> {
-        self.targets.values().flatten().cloned().collect()
+    /// All that may be called.
+    ///
+    /// # Errors
+    ///
+    /// Where there are endpoints, and none has the port.
+    pub fn targets(&self) -> Result<Vec<Target>, NoSuchPort> {
+        let targets: Vec<Target> = self.found.values().flat_map(|found| &found.targets).cloned().collect();
+        match self.found.values().find_map(|found| found.other_ports.clone()) {
+            Some(there) if targets.is_empty() => Err(NoSuchPort { port: self.port.clone(), there }),
+            _ => Ok(targets),
+        }
     }
 
-    fn of(&self, slice: &Slice) -> Vec<Target> {
-        let Some(port) = self.port(slice.ports.as_deref().unwrap_or_default()) else { return Vec::new() };
-        let endpoints = slice.endpoints.iter().flatten();
-        endpoints.filter_map(|endpoint| self.target(endpoint, port)).collect()
+    fn of(&self, slice: &Slice) -> Found {
+        let ports = slice.ports.as_deref().unwrap_or_default();
+        let endpoints = || slice.endpoints.iter().flatten();
+        match self.port(ports) {
+            Some(port) => {
+                let targets = endpoints().filter_map(|endpoint| self.target(endpoint, port)).collect();
+                Found { targets, other_ports: None }
+            }
+            None if endpoints().next().is_some() => {
+                Found { other_ports: Some(told(ports)), ..Found::default() }
+            }
+            None => Found::default(),
+        }
     }
 
     /// By its name, else by its number; the number of a service with one port may be the service's own.
@@ -178,6 +216,19 @@ impl Slices {
     }
 }
 
+/// Most ports that are named in an error; a service has one or two.
+const TOLD_PORTS: usize = 8;
+
+fn told(ports: &[Port]) -> String {
+    let each = ports.iter().take(TOLD_PORTS).map(|port| {
+        let name = port.name.as_deref().filter(|name| !name.is_empty()).map(|name| format!("`{name}` "));
+        let number = port.port.map_or_else(|| "any".to_owned(), |number| number.to_string());
+        format!("{}{number}/{}", name.unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP"))
+    });
+    let all: Vec<String> = each.collect();
+    if all.is_empty() { "none".to_owned() } else { all.join(", ") }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -191,7 +242,7 @@ mod tests {
 
     fn told(slices: &Slices) -> Vec<String> {
         let told = |target: Target| format!("{}*{}@{}", target.address, target.weight, target.priority);
-        slices.targets().into_iter().map(told).collect()
+        slices.targets().into_iter().flatten().map(told).collect()
     }
 
     #[test]
@@ -235,6 +286,32 @@ mod tests {
             slices.update(&slice("a", json!([{"addresses": ["10.0.0.1"]}]), ports.clone()));
             assert_eq!(told(&slices).first().map(String::as_str), expected, "{asked} of {ports}");
         }
+    }
+
+    #[test]
+    fn a_port_that_nobody_has_is_told_with_those_there_are() {
+        let ports = json!([{"name": "http", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 53}]);
+        let endpoints = json!([{"addresses": ["10.0.0.1"]}]);
+        let mut slices = Slices::new("80".to_owned(), None);
+        assert_eq!(slices.targets().ok(), Some(Vec::new()), "nobody is there yet");
+        slices.update(&slice("a", json!(null), ports.clone()));
+        assert_eq!(slices.targets().ok(), Some(Vec::new()), "nobody is there now");
+        slices.update(&slice(
+            "a",
+            endpoints.clone(),
+            json!([{"name": "a", "port": 1}, {"name": "b", "port": 2}]),
+        ));
+        assert!(slices.update(&slice(
+            "a",
+            endpoints.clone(),
+            json!([{"name": "http", "port": 8080}, {"name": "b", "port": 2}])
+        )));
+        let error = slices.targets().unwrap_err().to_string();
+        assert!(error.contains("no port `80`") && error.contains("`http` 8080/TCP, `b` 2/TCP"), "{error}");
+        // Another slice has it: one rollout may change a port.
+        slices.update(&slice("b", endpoints, json!([{"name": "x", "port": 80}, {"name": "y", "port": 81}])));
+        assert_eq!(told(&slices), ["10.0.0.1:80*1@0"]);
+        assert!(slices.remove("b") && slices.targets().is_err() && slices.remove("a"));
     }
 
     #[test]
