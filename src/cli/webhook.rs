@@ -24,7 +24,9 @@ Examples:
   defaults.toml says what holds where a pod's annotations say nothing:
   image = \"registry.example/outrigger:0.1.0\"
   memory = \"48Mi\"
-  [proxy.telemetry]                # of the proxy's configuration, beneath every pod's ConfigMap
+  [proxy.outbound]                 # of the proxy's configuration: holds whatever a pod's ConfigMap says
+  unknown = \"deny\"
+  [proxy-defaults.telemetry]       # the same, where the ConfigMap says nothing
   otlp = \"http://jaeger.outrigger-system:4317\"")]
 pub struct WebhookArgs {
     /// Where the API server calls

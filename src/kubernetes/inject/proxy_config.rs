@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! env:OUTRIGGER_BASE        what the pod's spec tells
-//! env:OUTRIGGER_DEFAULTS    [proxy] of `--defaults`
+//! env:OUTRIGGER_DEFAULTS    [proxy-defaults] of `--defaults`
 //! outrigger.toml            the ConfigMap
+//! env:OUTRIGGER_PROXY       [proxy] of `--defaults`
 //! env:OUTRIGGER_POD         annotations, and the ports that rules, probes and Services rely on
 //! ```
 //!

@@ -70,20 +70,29 @@ pub struct Settings {
     /// Seconds.
     pub drain_delay: u64,
     pub native_sidecar: bool,
-    /// A configuration beneath the ConfigMap, as TOML.
-    pub proxy: Option<String>,
+    /// A configuration above the ConfigMap, and one beneath it, as TOML.
+    pub proxy: Layers,
+}
+
+/// What a platform says of the configuration of all proxies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layers {
+    /// Holds whatever a ConfigMap says.
+    pub above: Option<String>,
+    /// Holds where a ConfigMap says nothing.
+    pub beneath: Option<String>,
 }
 
 /// What holds where a pod says nothing; `--defaults FILE`.
 #[derive(Clone, Debug, Default)]
 pub struct Defaults {
     values: BTreeMap<String, String>,
-    proxy: Option<String>,
+    proxy: Layers,
 }
 
 impl Defaults {
-    /// A file that holds annotations' values, without `outrigger.dev/`, and a table `[proxy]`: a configuration of the
-    /// proxy that lies beneath every pod's own.
+    /// A file that holds annotations' values, without `outrigger.dev/`, and two tables of the proxy's configuration:
+    /// `[proxy]` lies above every pod's ConfigMap, `[proxy-defaults]` beneath it.
     ///
     /// # Errors
     ///
@@ -95,12 +104,15 @@ impl Defaults {
         let mut defaults = Self::default();
         for (key, value) in table {
             match (&*key, value) {
-                ("proxy", toml::Value::Table(proxy)) => {
+                ("proxy" | "proxy-defaults", toml::Value::Table(proxy)) => {
                     let text = toml::to_string(&proxy).map_err(|error| wrong(error.to_string()))?;
-                    super::proxy_config::check("[proxy]", &text).map_err(wrong)?;
-                    defaults.proxy = Some(text);
+                    super::proxy_config::check(&format!("[{key}]"), &text).map_err(wrong)?;
+                    let Layers { above, beneath } = &mut defaults.proxy;
+                    *if key == "proxy" { above } else { beneath } = Some(text);
                 }
-                ("proxy", _) => return Err(wrong("`proxy` is a table, [proxy]".to_owned())),
+                ("proxy" | "proxy-defaults", _) => {
+                    return Err(wrong(format!("`{key}` is a table, [{key}]")));
+                }
                 (key, value) if KEYS.contains(&key) => {
                     let text = match value {
                         toml::Value::String(text) => text,
@@ -302,17 +314,20 @@ mod tests {
 
     #[test]
     fn defaults_hold_where_a_pod_says_nothing() {
-        let text = "image = \"r.example/o:1\"\nmemory = \"48Mi\"\napp-port = 9000\n[proxy.telemetry]\nsample = 0.5\n";
+        let text = "image = \"r.example/o:1\"\nmemory = \"48Mi\"\napp-port = 9000\n[proxy.inbound]\nmtls = \"off\"\n[proxy-defaults.telemetry]\nsample = 0.5\n";
         let defaults = Defaults::parse(text).unwrap();
         let settings = defaults.read(&json!({"outrigger.dev/memory": "64Mi"})).unwrap();
         assert_eq!((&*settings.image, &*settings.memory), ("r.example/o:1", "64Mi"));
         assert_eq!(settings.app_port, Some(9000));
-        assert_eq!(settings.proxy.as_deref(), Some("[telemetry]\nsample = 0.5\n"));
+        assert_eq!(settings.proxy.above.as_deref(), Some("[inbound]\nmtls = \"off\"\n"));
+        assert_eq!(settings.proxy.beneath.as_deref(), Some("[telemetry]\nsample = 0.5\n"));
         for (text, expected) in [
             ("imaeg = \"x\"", "`image` is meant?"),
             ("mode = \"x\"", "`x` is not `redirect` or `env`"),
             ("[proxy.inbuond]", "inbound"),
+            ("[proxy-defaults.inbuond]", "inbound"),
             ("proxy = 1", "[proxy]"),
+            ("proxy-defaults = 1", "[proxy-defaults]"),
             ("= 1", "line 1"),
         ] {
             let error = Defaults::parse(text).unwrap_err().to_string();

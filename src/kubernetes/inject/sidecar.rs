@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     IDENTITY_DIRECTORY, REDIRECT, SIDECAR, SPIRE_SOCKET,
     proxy_config::{self, INBOUND, OUTBOUND, PROBE},
-    settings::{Identity, Mode, Settings},
+    settings::{Identity, Layers, Mode, Settings},
 };
 
 /// The user that the proxy runs as: the rules leave its traffic alone.
@@ -65,11 +65,14 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
     let mut args = vec!["run".to_owned()];
     let mut config = |from: String| args.extend(["-c".to_owned(), from]);
     config("env:OUTRIGGER_BASE".to_owned());
-    if settings.proxy.is_some() {
+    if settings.proxy.beneath.is_some() {
         config("env:OUTRIGGER_DEFAULTS".to_owned());
     }
     let optional = if settings.config.is_none() { "optional:" } else { "" };
     config(format!("{optional}{CONFIG_DIRECTORY}/{CONFIG_KEY}"));
+    if settings.proxy.above.is_some() {
+        config("env:OUTRIGGER_PROXY".to_owned());
+    }
     config("env:OUTRIGGER_POD".to_owned());
 
     let mut env = vec![
@@ -77,8 +80,9 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
         variable("OUTRIGGER_BASE", &proxy_config::base(spec, settings)),
         variable("OUTRIGGER_POD", &proxy_config::pinned(settings)),
     ];
-    if let Some(text) = &settings.proxy {
-        env.push(variable("OUTRIGGER_DEFAULTS", text));
+    let Layers { above, beneath } = &settings.proxy;
+    for (name, text) in [("OUTRIGGER_DEFAULTS", beneath), ("OUTRIGGER_PROXY", above)] {
+        env.extend(text.as_deref().map(|text| variable(name, text)));
     }
     if let Some(filter) = &settings.log {
         env.push(variable("OUTRIGGER_LOG", filter));

@@ -113,25 +113,31 @@ fn what_others_added_to_an_injected_workload_stays() {
     assert!(!back.contains("outrigger"), "{back}");
 }
 
+/// The arguments after `run` and the variables of a pod's sidecar, its ConfigMap in another place.
+pub fn started_with(pod: &Value, config_map: &str) -> (Vec<String>, Vec<(String, String)>) {
+    let lists = ["initContainers", "containers"];
+    let all = lists.iter().flat_map(|list| pod["spec"][list].as_array().into_iter().flatten());
+    let sidecar = all.into_iter().find(|one| one["name"] == "outrigger").expect("it has one");
+    let args = sidecar["args"].as_array().expect("arguments").iter().map(|arg| arg.as_str().expect("text"));
+    let placed =
+        |arg: &str| if arg.contains("/etc/outrigger/") { config_map.to_owned() } else { arg.to_owned() };
+    let variables = sidecar["env"].as_array().expect("variables").iter();
+    let variable = |one: &Value| Some((one["name"].as_str()?.to_owned(), one["value"].as_str()?.to_owned()));
+    (args.skip(1).map(placed).collect(), variables.filter_map(variable).collect())
+}
+
 /// The configuration that a sidecar is started with is one that it takes.
 #[test]
 fn the_sidecar_can_use_what_it_is_given() {
     for file in corpus() {
         let injected = done(&outrigger(&["inject"], &fs::read_to_string(&file).expect("readable")));
         for pod in values(&injected).iter().flat_map(pods).filter(|pod| has_sidecar(pod)) {
-            let lists = ["initContainers", "containers"];
-            let all = lists.iter().flat_map(|list| pod["spec"][list].as_array().into_iter().flatten());
-            let sidecar = all.into_iter().find(|one| one["name"] == "outrigger").expect("it has one");
             // What is named by annotation must be there; here it is not.
-            let args =
-                sidecar["args"].as_array().expect("arguments").iter().map(|arg| arg.as_str().expect("text"));
-            let args: Vec<&str> =
-                args.skip(1).map(|arg| if arg.starts_with("/etc/") { "/dev/null" } else { arg }).collect();
-            let variables = sidecar["env"].as_array().expect("variables").iter();
+            let (args, variables) = started_with(pod, "/dev/null");
             let output = std::process::Command::new(crate::support::binary())
                 .arg("check")
                 .args(args)
-                .envs(variables.filter_map(|one| Some((one["name"].as_str()?, one["value"].as_str()?))))
+                .envs(variables)
                 .output()
                 .expect("it runs");
             let said = text(&output.stdout);
@@ -181,11 +187,32 @@ fn what_is_wrong_is_told_and_nothing_is_written() {
 fn defaults_are_for_the_pods_that_say_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("defaults.toml");
-    fs::write(&file, "image = \"r.example/o:1\"\nmode = \"env\"\n[proxy.telemetry]\nsample = 0.5\n")
-        .expect("write");
+    let defaults = "image = \"r.example/o:1\"\nmode = \"env\"\n[proxy.defaults]\ntimeout = \"4s\"\n\
+         [proxy-defaults.defaults]\ntimeout = \"9s\"\nconnect_timeout = \"3s\"\nidle_timeout = \"8s\"\n";
+    fs::write(&file, defaults).expect("write");
     let file = file.to_string_lossy();
     let before = fs::read_to_string(&corpus()[0]).expect("readable");
     let after = done(&outrigger(&["inject", "--defaults", &file, "--image", "r.example/o:2"], &before));
     assert!(after.contains("image: r.example/o:2") && !after.contains("NET_ADMIN"), "{after}");
-    assert!(after.contains("sample = 0.5") && after.contains("env:OUTRIGGER_DEFAULTS"), "{after}");
+
+    // The ConfigMap lies between: what it says holds over one, beneath the other.
+    let config_map = folder.path().join("outrigger.toml");
+    fs::write(&config_map, "[defaults]\ntimeout = \"7s\"\nconnect_timeout = \"2s\"\n").expect("write");
+    let pod = values(&after).iter().flat_map(pods).next().expect("a pod").clone();
+    let (args, variables) = started_with(&pod, &config_map.to_string_lossy());
+    let output = std::process::Command::new(crate::support::binary())
+        .args(["explain", "GET", "http://nobody.example/"])
+        .args(args)
+        .envs(variables)
+        .output()
+        .expect("it runs");
+    let told = text(&output.stdout);
+    let row = |key: &str| told.lines().find(|line| line.starts_with(key)).unwrap_or_default().to_owned();
+    for (key, value, from) in [
+        ("timeout ", "4s", "env:OUTRIGGER_PROXY"),
+        ("connect_timeout ", "2s", "outrigger.toml"),
+        ("idle_timeout ", "8s", "env:OUTRIGGER_DEFAULTS"),
+    ] {
+        assert!(row(key).contains(value) && row(key).contains(from), "{told}{}", text(&output.stderr));
+    }
 }

@@ -15,6 +15,8 @@ use std::{
 use outrigger::kubernetes::yaml;
 use serde_json::Value;
 
+pub use inject::started_with;
+
 use crate::support::{binary, python_with};
 
 /// The workloads that the tests inject.
