@@ -1,5 +1,6 @@
 //! `outrigger redirect` and what goes by it, in network namespaces that stand for pods.
 
+mod injected;
 mod pods;
 mod rolling;
 mod rules;
