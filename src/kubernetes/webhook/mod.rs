@@ -48,6 +48,11 @@ use crate::{config::ListenAddr, identity::tls::ALPN_H2, proxy::accept};
 
 /// More than an API server's objects can be, which etcd holds to 1.5 MiB; an UPDATE comes with the old one too.
 const BODY: usize = 8 << 20;
+/// Bodies up to this size, and larger ones, that are held at a time: others wait, so that memory has a bound, and a few
+/// large or slow ones are in nobody's way.
+const SMALL_BODY: u64 = 64 << 10;
+const SMALL_BODIES: usize = 256;
+const LARGE_BODIES: usize = 2;
 /// An API server has a few to each webhook; more wait to be accepted.
 const CONNECTIONS: usize = 256;
 /// Calls at a time on one of them.
@@ -96,6 +101,8 @@ pub enum DefaultsError {
 struct Known {
     defaults: ArcSwap<Defaults>,
     own_namespace: Option<String>,
+    small: Semaphore,
+    large: Semaphore,
 }
 
 /// Serves until `stop` says so, and then for as long as callers may still come.
@@ -106,8 +113,12 @@ struct Known {
 pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), WebhookError> {
     let certificate = Certificate::read(&settings.certificate, &settings.key)?;
     let defaults = settings.defaults.as_deref().map_or(Ok(Defaults::default()), read_defaults)?;
-    let known =
-        Arc::new(Known { defaults: ArcSwap::from_pointee(defaults), own_namespace: settings.own_namespace });
+    let known = Arc::new(Known {
+        defaults: ArcSwap::from_pointee(defaults),
+        own_namespace: settings.own_namespace,
+        small: Semaphore::new(SMALL_BODIES),
+        large: Semaphore::new(LARGE_BODIES),
+    });
     let wrong = |source| WebhookError::Listen { address: settings.listen.to_string(), source };
     let listeners = accept::bind(&settings.listen).map_err(wrong)?;
     let listeners: Vec<TcpListener> =
@@ -274,6 +285,12 @@ where
     if !request.headers().get(header::CONTENT_TYPE).is_some_and(json) {
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE, "application/json is needed\n");
     }
+    // What does not say how long it is counts as long.
+    let small = request.body().size_hint().exact().is_some_and(|size| size <= SMALL_BODY);
+    let room = if small { &known.small } else { &known.large };
+    let Ok(_held) = room.acquire().await else {
+        return plain(StatusCode::SERVICE_UNAVAILABLE, "the webhook ends\n");
+    };
     let body = match request.into_body().collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) => return plain(StatusCode::PAYLOAD_TOO_LARGE, &format!("{error}\n")),

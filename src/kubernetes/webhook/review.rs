@@ -12,6 +12,8 @@ use crate::kubernetes::{
 const VERSION: &str = "admission.k8s.io/v1";
 /// Where pods are that a cluster cannot do without. The webhook's own namespace comes to these.
 const NEVER: &[&str] = &["kube-system", "kube-public", "kube-node-lease"];
+/// Lists, objects and what is in them. A pod has hundreds; each takes many times the memory of its two or three letters.
+const MAX_PARTS: usize = 100_000;
 /// What an API server shows of a warning.
 const WARNING: usize = 256;
 
@@ -24,6 +26,8 @@ pub enum ReviewError {
     Version(String),
     #[error("the review has no request")]
     Empty,
+    #[error("the body has more than {MAX_PARTS} parts: that is no pod")]
+    Parts,
 }
 
 /// What a webhook is asked.
@@ -93,6 +97,9 @@ pub fn answer(
     defaults: &Defaults,
     own: Option<&str>,
 ) -> Result<Value, ReviewError> {
+    if parts(body) > MAX_PARTS {
+        return Err(ReviewError::Parts);
+    }
     let review: Review = serde_json::from_slice(body)?;
     if review.kind != "AdmissionReview" || review.api_version != VERSION {
         return Err(ReviewError::Version(format!("{} of {}", review.kind, review.api_version)));
@@ -117,6 +124,21 @@ pub fn answer(
             verdict.warnings.iter().map(|text| shorten(&format!("outrigger: {text}"))).collect();
     }
     Ok(json!({"apiVersion": VERSION, "kind": "AdmissionReview", "response": response}))
+}
+
+/// At least as many as there are values in a JSON text, but for those that stand alone in what holds them.
+fn parts(json: &[u8]) -> usize {
+    let (mut count, mut in_string, mut escaped) = (0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => count += 1,
+            _ => {}
+        }
+    }
+    count
 }
 
 fn shorten(text: &str) -> String {
@@ -269,6 +291,25 @@ mod tests {
             assert_eq!(ask(fine)["allowed"], true);
         }
         assert_eq!(ask(json!({"outrigger.toml": 1}))["allowed"], false);
+    }
+
+    #[test]
+    fn parts_are_counted_outside_of_strings() {
+        for (json, expected) in [("", 0), ("[]", 1), ("[1,2,{\"a\":[]}]", 5), (r#"{"a,[{\",":",\\",0:0}"#, 2)]
+        {
+            assert_eq!(parts(json.as_bytes()), expected, "{json}");
+        }
+        let args = |count: usize| json!({"spec": {"containers": [{"name": "a", "args": vec![""; count]}]}});
+        let answer = |count: usize| {
+            let body = review("Pod", "shop", "CREATE", &args(count));
+            answer(Question::Mutate, &body, &Defaults::default(), None).map(|_| ())
+        };
+        assert!(answer(1000).is_ok());
+        assert!(matches!(answer(MAX_PARTS), Err(ReviewError::Parts)));
+        // A long text is one part.
+        let text = "a = [1, 2]\n".repeat(MAX_PARTS);
+        let body = review("ConfigMap", "shop", "CREATE", &json!({"data": {"other": text}}));
+        assert!(super::answer(Question::Validate, &body, &Defaults::default(), None).is_ok());
     }
 
     #[test]

@@ -179,6 +179,18 @@ fn hostile_input_is_refused_and_the_next_question_answered() {
     ] {
         assert_eq!(webhook.say(head, body).0, expected, "{head} with {} bytes", body.len());
     }
+    // Small for who sends it, large for who takes it apart.
+    let many = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
+        "uid": "1", "kind": {"group": "", "version": "v1", "kind": "Pod"}, "operation": "CREATE",
+        "object": {"spec": {"containers": [{"name": "a", "args": "MANY"}]}}
+    }});
+    let many = many.to_string().replace("\"MANY\"", &format!("[{}\"\"]", "\"\",".repeat(2 << 20)));
+    let (status, body) = webhook.say("POST /mutate", &many);
+    assert_eq!((status, body.contains("100000 parts")), (400, true), "{body}");
+    let memory = fs::read_to_string(format!("/proc/{}/status", webhook.daemon.pid())).expect("it runs");
+    let peak = memory.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+    let peak: u64 = peak.and_then(|peak| peak.parse().ok()).expect("a number");
+    assert!(peak < 64 << 10, "it took {peak} KiB; its pod has 128 MiB");
     // Refused by its head; nobody waits for the rest.
     let long = format!(
         "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
