@@ -1,6 +1,11 @@
 //! What a caller speaks, told from its first bytes.
 
-use std::{io, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    pin::pin,
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use rustls::server::Acceptor;
@@ -49,9 +54,15 @@ impl Detector {
                 return Ok(spoken);
             }
             let begun = !self.seen.is_empty();
-            // Held while the caller is silent; large enough for most requests.
-            self.seen.reserve(FIRST_READ);
-            let read = stream.read_buf(&mut self.seen);
+            let read = poll_fn(|cx| {
+                // Large enough for most requests; not held while the caller is silent.
+                self.seen.reserve(FIRST_READ);
+                let read = pin!(stream.read_buf(&mut self.seen)).poll(cx);
+                if self.seen.is_empty() {
+                    self.seen = BytesMut::new();
+                }
+                read
+            });
             let count = if begun { timeout(PATIENCE, read).await?? } else { read.await? };
             if count == 0 {
                 return Ok(if self.seen.is_empty() { Spoken::Nothing } else { Spoken::Other });

@@ -8,7 +8,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -30,6 +30,8 @@ pub struct SharedTcp(Arc<TcpStream>);
 
 /// Interim responses held for a caller that does not take them; more are let go.
 const MAX_INTERIM: usize = 16;
+/// What most requests' heads fit into.
+const MOST_OF_A_HEAD: usize = 2048;
 /// After this long without traffic the kernel asks whether the peer is still there.
 const TCP_KEEP_ALIVE: Duration = Duration::from_secs(60);
 
@@ -159,6 +161,8 @@ pub struct Wire {
     /// Milliseconds after `epoch`, plus one; 0 = no.
     unanswered_since: AtomicU64,
     write_blocked_since: AtomicU64,
+    /// Whether a shutdown by hyper leaves the stream open.
+    kept_open: AtomicBool,
     interim: Mutex<Interim>,
 }
 
@@ -178,6 +182,7 @@ impl Default for Wire {
             epoch: Instant::now(),
             unanswered_since: AtomicU64::new(0),
             write_blocked_since: AtomicU64::new(0),
+            kept_open: AtomicBool::new(false),
             interim: Mutex::default(),
         }
     }
@@ -216,6 +221,11 @@ impl Wire {
     /// Since when the peer has taken nothing of what is to be written.
     pub fn write_blocked(&self) -> Option<Instant> {
         self.instant(&self.write_blocked_since)
+    }
+
+    /// Whether hyper is to end without the stream.
+    pub fn keep_open(&self, kept: bool) {
+        self.kept_open.store(kept, Ordering::Relaxed);
     }
 
     fn interim(&self) -> MutexGuard<'_, Interim> {
@@ -342,6 +352,27 @@ impl<S> CallerIo<S> {
         }
         Self { stream, prefix, wire, between_messages: true }
     }
+
+    /// Takes back what was read and not used, to be read again. False: there is nothing to read.
+    pub fn unread(&mut self, bytes: Bytes) -> bool {
+        if !bytes.is_empty() {
+            self.wire.stamp(&self.wire.unanswered_since);
+            self.prefix =
+                if self.prefix.is_empty() { bytes } else { [&bytes[..], &self.prefix].concat().into() };
+        }
+        !self.prefix.is_empty()
+    }
+}
+
+impl<S: AsyncRead + Unpin> CallerIo<S> {
+    /// Waits without a buffer; what has come then is read as usual. False: nothing will.
+    pub fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let mut room = [MaybeUninit::uninit(); MOST_OF_A_HEAD];
+        let mut read = ReadBuf::uninit(&mut room);
+        ready!(Pin::new(&mut *self).poll_read(cx, &mut read))?;
+        self.prefix = Bytes::copy_from_slice(read.filled());
+        Poll::Ready(Ok(!self.prefix.is_empty()))
+    }
 }
 
 impl<S: AsyncWrite + Unpin> CallerIo<S> {
@@ -425,6 +456,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for CallerIo<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.wire.kept_open.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     identity::{jwt::TokenCache, trust::provider},
     proxy::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
+        connection::Warm,
         error::deployment,
         headers::Via,
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
@@ -77,6 +78,8 @@ pub struct Worker {
     pub tokens: RefCell<TokenCache>,
     /// Leave for a TLS handshake with a caller.
     pub handshakes: Semaphore,
+    /// Callers' connections that idle, but are not parked yet.
+    pub warm: Warm,
 }
 
 type Known<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
@@ -239,6 +242,7 @@ impl Worker {
             index,
             tokens: RefCell::default(),
             handshakes: Semaphore::new(HANDSHAKES),
+            warm: Warm::default(),
         })
     }
 

@@ -31,6 +31,7 @@ mod kubernetes_discovery;
 mod lifecycle;
 mod load;
 mod metrics;
+mod parked;
 mod redirect;
 mod resilience;
 mod servers;

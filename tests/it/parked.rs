@@ -1,0 +1,230 @@
+//! HTTP/1 connections that idle are taken apart, which nobody may notice but the one who looks at the memory.
+
+use std::io::{Read, Write};
+
+use http_body_util::BodyExt;
+
+use crate::{
+    identity::callee,
+    support::{
+        Proxy, RawClient, Upstream, eventually,
+        pki::{Pki, id, uri},
+        strict::{self, Message, Progress},
+        text,
+        tls::TlsCaller,
+    },
+};
+
+const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
+/// With so many, a connection is parked as soon as it idles; with fewer, after a second.
+const CROWD: usize = 300;
+
+trait Socket: Read + Write {}
+impl<S: Read + Write> Socket for S {}
+
+struct Caller {
+    stream: Box<dyn Socket>,
+    buffer: Vec<u8>,
+}
+
+impl Caller {
+    fn new(stream: impl Socket + 'static) -> Self {
+        Self { stream: Box::new(stream), buffer: Vec::new() }
+    }
+
+    #[track_caller]
+    fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).expect("it takes it");
+        self.stream.flush().expect("it takes it");
+    }
+
+    #[track_caller]
+    fn response(&mut self) -> Message {
+        let mut chunk = [0; 4096];
+        loop {
+            match strict::response(&self.buffer, false) {
+                Progress::Complete(message, used) => {
+                    self.buffer.drain(..used);
+                    return message;
+                }
+                Progress::Wrong(why) => panic!("{why} in {:?}", String::from_utf8_lossy(&self.buffer)),
+                Progress::Partial => {
+                    let count = self.stream.read(&mut chunk).expect("an answer");
+                    assert_ne!(count, 0, "hung up after {:?}", String::from_utf8_lossy(&self.buffer));
+                    self.buffer.extend_from_slice(&chunk[..count]);
+                }
+            }
+        }
+    }
+
+    #[track_caller]
+    fn ask(&mut self, request: impl AsRef<[u8]>) -> String {
+        self.send(request);
+        self.response().text()
+    }
+
+    /// Whether the other side closes, saying nothing more.
+    fn is_closed(&mut self) -> bool {
+        let mut rest = Vec::new();
+        let _ = self.stream.read_to_end(&mut rest);
+        rest.is_empty() && self.buffer.is_empty()
+    }
+}
+
+/// Says what it was asked for, and what was sent with that.
+fn echo() -> Upstream {
+    Upstream::http1(|request| async {
+        let path = request.uri().path().to_owned();
+        let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+        text([path.as_bytes(), &body].concat())
+    })
+}
+
+fn proxy(upstream: &Upstream) -> Proxy {
+    Proxy::start(format!(
+        "[[upstream]]\nname = \"up\"\nhosts = [\"*\"]\nendpoints = [\"{}\"]\n",
+        upstream.address()
+    ))
+}
+
+fn crowd(connect: impl Fn() -> Caller) -> Vec<Caller> {
+    let met = |_| {
+        let mut caller = connect();
+        assert_eq!(caller.ask(GET), "/");
+        caller
+    };
+    (0..CROWD).map(met).collect()
+}
+
+/// Every way in which a request can come, on connections of which most are parked.
+fn is_served_as_ever(mut callers: Vec<Caller>) {
+    for caller in &mut callers {
+        assert_eq!(caller.ask(GET), "/");
+    }
+    // From here on each that is used is parked again before the next is.
+    let mut last = callers.split_off(CROWD - 20).into_iter();
+    let mut next = || last.next().expect("there are more");
+    for _ in 0..3 {
+        let mut caller = next();
+        assert_eq!(caller.ask("POST /a HTTP/1.1\r\nHost: up\r\nContent-Length: 4\r\n\r\nbody"), "/abody");
+        // One behind the other, and half of a third.
+        caller.send("GET /1 HTTP/1.1\r\nHost: up\r\n\r\nGET /2 HTTP/1.1\r\nHost: up\r\n\r\nGET /3 HT");
+        assert_eq!([caller.response().text(), caller.response().text()], ["/1", "/2"]);
+        assert_eq!(caller.ask("TP/1.1\r\nHost: up\r\n\r\n"), "/3");
+        // A head that is too long for one read.
+        let long = format!("GET /long HTTP/1.1\r\nHost: up\r\nX-Long: {}\r\n\r\n", "x".repeat(20_000));
+        assert_eq!(caller.ask(long), "/long");
+        // Byte by byte, with empty lines before it.
+        for byte in
+            "\r\n\r\nPUT /b HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+                .chars()
+        {
+            caller.send(byte.to_string());
+        }
+        assert_eq!(caller.response().text(), "/babc");
+        assert_eq!(caller.ask(GET), "/");
+        assert!(
+            caller.ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: close\r\n\r\n") == "/"
+                && caller.is_closed()
+        );
+    }
+    // What is no HTTP.
+    let mut caller = next();
+    caller.send("\0\0\0\0\r\n\r\n");
+    assert_eq!(caller.response().status(), 400);
+    assert!(caller.is_closed());
+}
+
+#[test]
+fn a_parked_connection_is_served_as_ever() {
+    let upstream = echo();
+    let proxy = proxy(&upstream);
+    is_served_as_ever(crowd(|| Caller::new(RawClient::connect(proxy.outbound()).stream)));
+}
+
+#[test]
+fn so_it_is_by_mutual_tls() {
+    let (pki, service) = (Pki::new(), echo());
+    let callee = callee(&pki, service.address(), "");
+    let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
+    for alpn in [&["http/1.1"][..], &[]] {
+        let caller = TlsCaller::new(Some(&certificate), alpn);
+        is_served_as_ever(crowd(|| Caller::new(caller.connect(callee.inbound()))));
+    }
+}
+
+/// An answer that comes before its request has ended leaves nothing behind that could be parked.
+#[test]
+fn the_rest_of_a_body_is_no_request() {
+    let upstream = Upstream::http1(|_| async { text("early") });
+    let proxy = proxy(&upstream);
+    let _crowd = crowd_of(&proxy, "early");
+    let mut caller = Caller::new(RawClient::connect(proxy.outbound()).stream);
+    let smuggled = "GET /smuggled HTTP/1.1\r\nHost: up\r\n\r\n";
+    caller.send(format!("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: {}\r\n\r\n", smuggled.len()));
+    assert_eq!(caller.response().text(), "early");
+    let _ = caller.stream.write_all(smuggled.as_bytes());
+    assert!(caller.is_closed(), "a body was answered");
+}
+
+fn crowd_of(proxy: &Proxy, answer: &str) -> Vec<RawClient> {
+    let met = |_| {
+        let mut client = RawClient::connect(proxy.outbound());
+        assert_eq!(client.ask(GET).text(), answer);
+        client
+    };
+    (0..CROWD).map(met).collect()
+}
+
+#[test]
+fn half_a_request_on_a_parked_connection_is_not_waited_for() {
+    let upstream = echo();
+    let proxy = proxy(&upstream);
+    let mut crowd = crowd_of(&proxy, "/");
+    let mut slow = crowd.pop().expect("a crowd");
+    slow.send("GET / HTTP/1.1\r\nHo");
+    let (got, closed) = slow.read_to_close();
+    assert!(closed && got.is_empty(), "{:?}", String::from_utf8_lossy(&got));
+    assert_eq!(crowd.pop().expect("a crowd").ask(GET).status(), 200, "another waits as before");
+}
+
+#[test]
+fn parked_connections_end_with_their_callers_and_with_the_process() {
+    let upstream = echo();
+    let mut proxy = proxy(&upstream);
+    let open = |proxy: &Proxy| {
+        let page =
+            RawClient::connect(proxy.admin()).ask("GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").text();
+        let line = page.lines().find(|line| line.starts_with("outrigger_worker_connections{"));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<usize>().ok())
+            .unwrap_or_else(|| panic!("{page}"))
+    };
+    let mut crowd = crowd_of(&proxy, "/");
+    assert_eq!(open(&proxy), CROWD);
+    crowd.truncate(CROWD / 2);
+    eventually("the others' ends to be seen", || open(&proxy) == CROWD / 2);
+    proxy.signal("TERM");
+    for mut client in crowd {
+        assert_eq!(client.read_to_close(), (Vec::new(), true));
+    }
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+/// Most of what an idle connection holds is there while it is used, and no longer.
+#[test]
+fn idle_connections_hold_little() {
+    const COUNT: u64 = 1500;
+    let upstream = echo();
+    let proxy = proxy(&upstream);
+    let ask = |_| {
+        let mut client = RawClient::connect(proxy.outbound());
+        assert_eq!(client.ask(GET).status(), 200);
+        client
+    };
+    // What is there once, and those that are not parked at once.
+    let _warm: Vec<_> = (0..CROWD).map(ask).collect();
+    let before = proxy.resident_kib();
+    let idle: Vec<_> = (0..COUNT as usize).map(ask).collect();
+    let bytes = (proxy.resident_kib() - before) * 1024 / COUNT;
+    assert!(bytes < 6 * 1024, "{bytes} bytes for each of {} idle connections", idle.len());
+}
