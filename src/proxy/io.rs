@@ -161,6 +161,8 @@ pub struct Wire {
     /// Milliseconds after `epoch`, plus one; 0 = no.
     unanswered_since: AtomicU64,
     write_blocked_since: AtomicU64,
+    /// What was written is not with the system yet.
+    flushing: AtomicBool,
     /// Whether a shutdown by hyper leaves the stream open.
     kept_open: AtomicBool,
     interim: Mutex<Interim>,
@@ -182,6 +184,7 @@ impl Default for Wire {
             epoch: Instant::now(),
             unanswered_since: AtomicU64::new(0),
             write_blocked_since: AtomicU64::new(0),
+            flushing: AtomicBool::new(false),
             kept_open: AtomicBool::new(false),
             interim: Mutex::default(),
         }
@@ -221,6 +224,11 @@ impl Wire {
     /// Since when the peer has taken nothing of what is to be written.
     pub fn write_blocked(&self) -> Option<Instant> {
         self.instant(&self.write_blocked_since)
+    }
+
+    /// Whether something that was written is still on its way out.
+    pub fn is_flushing(&self) -> bool {
+        self.flushing.load(Ordering::Relaxed)
     }
 
     /// Whether hyper is to end without the stream.
@@ -452,7 +460,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for CallerIo<S> {
         // hyper flushes only when all that it had to write is written.
         self.between_messages = true;
         ready!(self.poll_interim(cx))?;
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.wire.flushing.store(flushed.is_pending(), Ordering::Relaxed);
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -460,5 +470,29 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for CallerIo<S> {
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter, duplex};
+
+    use super::*;
+
+    /// TLS takes more than it can write, as a `BufWriter` does.
+    #[tokio::test]
+    async fn what_is_not_with_the_system_yet_is_known() {
+        let (mut caller, stream) = duplex(10);
+        let wire = Arc::<Wire>::default();
+        let mut io = CallerIo::new(BufWriter::new(stream), Bytes::new(), Arc::clone(&wire));
+        io.write_all(&[0; 20]).await.unwrap();
+        assert!(wire.write_blocked().is_none() && !wire.is_flushing());
+        let (flushed, read) = tokio::join!(biased; io.flush(), async {
+            assert!(wire.is_flushing());
+            caller.read_exact(&mut [0; 20]).await
+        });
+        flushed.unwrap();
+        assert_eq!(read.unwrap(), 20);
+        assert!(!wire.is_flushing());
     }
 }

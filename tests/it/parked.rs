@@ -1,6 +1,9 @@
 //! HTTP/1 connections that idle are taken apart, which nobody may notice but the one who looks at the memory.
 
-use std::io::{Read, Write};
+use std::{
+    io::{Read, Write},
+    thread,
+};
 
 use http_body_util::BodyExt;
 
@@ -150,6 +153,34 @@ fn so_it_is_by_mutual_tls() {
     for alpn in [&["http/1.1"][..], &[]] {
         let caller = TlsCaller::new(Some(&certificate), alpn);
         is_served_as_ever(crowd(|| Caller::new(caller.connect(callee.inbound()))));
+    }
+}
+
+/// An answer that the caller has not taken yet is nothing to park on, though all of it has been handed over.
+#[test]
+fn a_slow_reader_is_no_idle_one() {
+    const LARGE: usize = 6 << 20;
+    let service = Upstream::http1(|request| async move {
+        text(if request.uri().path() == "/large" { vec![b'x'; LARGE] } else { b"/".to_vec() })
+    });
+    let pki = Pki::new();
+    let callee = callee(&pki, service.address(), "");
+    let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
+    let caller = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let mut callers = crowd(|| Caller::new(caller.connect(callee.inbound())));
+    let mut slow = callers.pop().expect("a crowd");
+    for _ in 0..3 {
+        slow.send("GET /large HTTP/1.1\r\nHost: up\r\n\r\n");
+        let (mut got, mut whole, mut chunk) = (0, None, [0; 8 * 1024]);
+        while whole.is_none_or(|whole| got < whole) {
+            let count = slow.stream.read(&mut chunk).expect("more");
+            assert_ne!(count, 0, "hung up after {got} bytes");
+            got += count;
+            let head = || chunk.windows(4).position(|four| four == b"\r\n\r\n").expect("a head");
+            whole = whole.or_else(|| Some(head() + 4 + LARGE));
+            thread::yield_now();
+        }
+        assert_eq!(slow.ask(GET), "/");
     }
 }
 

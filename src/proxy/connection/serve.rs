@@ -159,7 +159,7 @@ impl Connection {
                     Standstill::Cut(why) => return Poll::Ready(Err(ConnectionError::Cut(why))),
                     Standstill::Park => {}
                 },
-                Poll::Pending if idles.get() && !left => {
+                Poll::Pending if idles.get() => {
                     seat = seat.take().or_else(|| self.worker.warm.sit());
                     if seat.is_some() {
                         return Poll::Pending;
@@ -211,7 +211,7 @@ impl Connection {
             Some(begun) if !http2 => {
                 (Some(begun + HEADER_TIMEOUT), Standstill::Cut("the request's head took too long"))
             }
-            _ if http2 || !body_read || self.stays.get() => {
+            _ if http2 || !body_read || self.wire.is_flushing() || self.is_leaving() || self.stays.get() => {
                 (Some(self.idle_since.get() + CALLER_IDLE), Standstill::Cut("idle"))
             }
             _ => (Some(self.idle_since.get() + WARM_FOR), Standstill::Park),
