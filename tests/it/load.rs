@@ -1,7 +1,7 @@
 //! Under load, on the release build: `OUTRIGGER_BIN=target/release/outrigger cargo test --test it -- --ignored`.
 
 use std::{
-    io::Write,
+    io::{Read, Write},
     net::SocketAddr,
     process::{Command, Stdio},
     sync::{
@@ -12,7 +12,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{Launch, Proxy, RawClient, Upstream, free_port, has_tool, text, tool};
+use crate::{
+    identity::callee,
+    support::{
+        Launch, Proxy, RawClient, Upstream, free_port, has_tool,
+        pki::{Pki, id, uri},
+        text,
+        tls::TlsCaller,
+        tool,
+    },
+};
 
 /// Of each kind; `OUTRIGGER_ROUNDS` for fewer.
 fn rounds() -> usize {
@@ -31,28 +40,56 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
+const CALL: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
+
+/// What each of `count` connections holds that idle after a call; `call` opens one and calls.
+fn bytes_of_idle<C>(proxy: &Proxy, count: u64, name: &str, mut call: impl FnMut() -> C) -> u64 {
+    // What is there once.
+    let _first = call();
+    let before = proxy.resident_kib();
+    let idle: Vec<C> = (0..count).map(|_| call()).collect();
+    let bytes = (proxy.resident_kib() - before) * 1024 / count;
+    say(&format!("{} idle connections to {name}: {bytes} bytes each", idle.len()));
+    bytes
+}
+
 #[test]
 #[ignore = "10,000 connections; for the release build"]
 fn ten_thousand_idle_connections() {
-    const COUNT: u64 = 10_000;
     let upstream = Upstream::http1(|_| async { text("ok") });
     for name in ["outbound", "inbound"] {
         // One of its own for each, since freed memory would be used again.
         let proxy = Proxy::start(config(&upstream, ""));
         let address = if name == "outbound" { proxy.outbound() } else { proxy.inbound() };
-        RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-        let before = proxy.resident_kib();
-        let mut clients = Vec::new();
-        for _ in 0..COUNT {
+        let bytes = bytes_of_idle(&proxy, 10_000, name, || {
             let mut client = RawClient::connect(address);
-            assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200);
-            clients.push(client);
-        }
-        let bytes = (proxy.resident_kib() - before) * 1024 / COUNT;
-        say(&format!("{COUNT} idle connections to {name}: {bytes} bytes each"));
-        assert!(bytes < 32 * 1024, "{bytes} bytes for an idle connection");
-        assert_eq!(clients[0].ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200);
+            assert_eq!(client.ask(CALL).status(), 200);
+            client
+        });
+        assert!(bytes < 5 * 1024, "{bytes} bytes for an idle connection");
+        assert_eq!(RawClient::connect(address).ask(CALL).status(), 200);
     }
+}
+
+#[test]
+#[ignore = "2,000 connections; for the release build"]
+fn two_thousand_idle_connections_by_mutual_tls() {
+    let (pki, upstream) = (Pki::new(), Upstream::http1(|_| async { text("ok") }));
+    let callee = callee(&pki, upstream.address(), "");
+    let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
+    let caller = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let bytes = bytes_of_idle(&callee, 2000, "inbound by mutual TLS", || {
+        let mut socket = caller.connect(callee.inbound());
+        socket.write_all(CALL.as_bytes()).expect("a request");
+        let (mut got, mut chunk) = (Vec::new(), [0; 1024]);
+        while !got.ends_with(b"ok") {
+            let count = socket.read(&mut chunk).expect("an answer");
+            assert_ne!(count, 0, "hung up after {:?}", String::from_utf8_lossy(&got));
+            got.extend_from_slice(&chunk[..count]);
+        }
+        socket
+    });
+    assert!(bytes < 20 * 1024, "{bytes} bytes for an idle connection");
 }
 
 #[test]
