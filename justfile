@@ -31,10 +31,19 @@ bench *ARGS:
     cargo build --release
     python3 benches/peers/run.py --page docs/performance.md --plots docs/plots {{ARGS}}
 
+# What a request costs as connections, endpoints, routes, upstreams and bodies grow, onto docs/performance.md
+growth *ARGS:
+    cargo build --release
+    python3 benches/peers/growth.py --page docs/performance.md --plots docs/plots {{ARGS}}
+
 # Instructions per request against the reference (needs valgrind); `--store` writes a new one: just instructions --store
 instructions *ARGS:
     cargo build --release
     python3 benches/instructions.py check {{ARGS}}
+
+# What each decision, routing and header rewriting cost, in nanoseconds; parts: just nanoseconds routing
+nanoseconds *ARGS:
+    cargo bench -- {{ARGS}}
 
 # Services in a row while the last one fails: load with and without budgets and advice (needs matplotlib for the plot)
 storm:

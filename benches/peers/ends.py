@@ -55,6 +55,15 @@ def client_tls(certs):
     )
 
 
+def bodies(run):
+    """The locations that have answers of 1 KiB, and of other sizes by path."""
+    folder = run.folder / "bodies"
+    folder.mkdir()
+    for name, size in BODIES.items():
+        (folder / name).write_bytes(b"x" * size)
+    return f'location / {{ return 200 "{ANSWER}"; }} location ~ ^/[0-9]+[kmb]$ {{ root {folder}; }}'
+
+
 class Servers:
     """By whether TLS is spoken, and what becomes of connections."""
 
@@ -68,16 +77,13 @@ class Servers:
             (True, "resumed"): closing,
         }
         self.ports = {kind: run.free_port() for kind in kinds}
-        bodies = run.folder / "bodies"
-        bodies.mkdir()
-        for name, size in BODIES.items():
-            (bodies / name).write_bytes(b"x" * size)
+        locations = bodies(run)
         blocks = ["open_file_cache max=100;"]
         for (tls, reuse), more in kinds.items():
             listen = f"listen 127.0.0.1:{self.ports[tls, reuse]}{' ssl' if tls else ''} backlog=4096;"
             blocks.append(
                 f"server {{ {listen} {server_tls(run.certs) if tls else ''} {more} "
-                f'location / {{ return 200 "{ANSWER}"; }} location ~ ^/[0-9]+[kmb]$ {{ root {bodies}; }} }}'
+                f"{locations} }}"
             )
         nginx(run, "servers", "\n".join(blocks), connections=65536)
         for port in self.ports.values():

@@ -1,6 +1,7 @@
 """Who calls: wrk and h2load for requests, connections that stay open and idle, and one that waits for a first answer."""
 
 import collections
+import http.client
 import json
 import re
 import socket
@@ -25,7 +26,7 @@ def wrk(stage, port, scenario, seconds):
     """Requests answered, and bytes."""
     script = stage.folder / "wrk.lua"
     script.write_text(SCRIPT)
-    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "-s", script, f"http://127.0.0.1:{port}{scenario.path}"]
+    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, f"http://127.0.0.1:{port}{scenario.path}"]
     command += ["-H", f"Host: {scenario.host}"] if scenario.host else []
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads(said[said.rindex("{") :])
@@ -93,10 +94,35 @@ def first_answer(begin, port, certs=None, host=""):
     raise SystemExit("no answer within 30 s of the start")
 
 
+def until(port, host, status):
+    """Calls all the time until the answer has this status: the milliseconds until then, and the longest of the calls."""
+    connection, longest, began = http.client.HTTPConnection("127.0.0.1", port, timeout=60), 0, time.perf_counter()
+    while True:
+        sent = time.perf_counter()
+        connection.request("GET", "/", headers={"Host": host})
+        answer = connection.getresponse()
+        answer.read()
+        now = time.perf_counter()
+        longest = max(longest, now - sent)
+        if answer.status == status:
+            return (now - began) * 1000, longest * 1000
+        if now - began > 60:
+            raise SystemExit(f"no {status} within a minute")
+        time.sleep(0.0005)
+
+
+def metrics(admin):
+    return urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=10).read().decode()
+
+
+def counted(admin, pattern):
+    """The sum of Outrigger's counters that fit."""
+    return sum(int(count) for count in re.findall(pattern, metrics(admin)))
+
+
 def handshakes(admin):
     """How often Outrigger shook hands, by outcome."""
-    metrics = urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=10).read().decode()
     counts = collections.Counter()
-    for outcome, count in re.findall(r'outrigger_tls_handshakes_total\{.*outcome="(\w+)".*\} (\d+)', metrics):
+    for outcome, count in re.findall(r'outrigger_tls_handshakes_total\{.*outcome="(\w+)".*\} (\d+)', metrics(admin)):
         counts[outcome] += int(count)
     return {outcome: count for outcome, count in counts.items() if count}

@@ -27,12 +27,14 @@ def tree(pid):
     return [pid, *(below for child in children for below in tree(int(child)))]
 
 
-def cpu_seconds(pids):
-    """User and system time of all threads, to the nanosecond, where utime and stime go by hundredths of a second."""
+def cpu_seconds(pids, thread=""):
+    """User and system time of all threads whose name begins so: to the nanosecond, where utime and stime have hundredths
+    of a second."""
     total = 0
     for member in (member for pid in pids for member in tree(pid)):
         for task in pathlib.Path(f"/proc/{member}/task").iterdir():
-            total += int((task / "schedstat").read_text().split()[0])
+            if (task / "comm").read_text().startswith(thread):
+                total += int((task / "schedstat").read_text().split()[0])
     return total / 1e9
 
 

@@ -40,15 +40,20 @@ def peers(found, folder):
     bars(found, "p99_us", "p99 at 2,000 requests a second, HAProxy = 1 (less is better)", folder, "p99")
 
 
-def curve(points, title, across, up, folder, name):
-    """`points`: pairs of lists of rounds by what grew; the line is the median, the band all rounds."""
-    xs = [size for size, _ in points]
+def curve(sizes, up, across, folder, name, log):
+    """All rounds by what grew: the line is the median, the band all of them."""
+    rounds = list(sizes.values())
+    # Nothing has a place on the axis of a logarithm, too.
+    places = [max(int(size), 1) for size in sizes]
     figure, axes = plt.subplots(figsize=(4.2, 2.4))
-    axes.fill_between(xs, [min(rounds) for _, rounds in points], [max(rounds) for _, rounds in points], color="#d1603d", alpha=0.2)
-    axes.plot(xs, [statistics.median(rounds) for _, rounds in points], "o-", color="#d1603d", markersize=3)
+    axes.fill_between(places, [min(of) for of in rounds], [max(of) for of in rounds], color=COLOURS["Outrigger"], alpha=0.2)
+    axes.plot(places, [statistics.median(of) for of in rounds], "o-", color=COLOURS["Outrigger"], markersize=3)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left")
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.minorticks_off()
+    axes.set_title(up, loc="left")
     axes.set_xlabel(across)
-    axes.set_ylabel(up)
     save(figure, folder, name)

@@ -1,0 +1,266 @@
+//! What each decision of a call costs, in nanoseconds: `cargo bench`, or `cargo bench -- routing`.
+//!
+//! Each bench is what a call does that goes well, and the retry, the breaker, the budget and the ejection also what one
+//! does that does not. Time and dice come in, as in the proxy; none of it waits.
+
+use std::{
+    hash::RandomState,
+    hint::black_box,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Version};
+use outrigger::{
+    config::{Balance, Forwarded, HeaderEdits, Source, Sources, load_sources},
+    proxy::{
+        headers::{self, Caller, CompiledEdits, Via},
+        present::Present,
+        route::Router,
+    },
+    resilience::{
+        backoff::Hint,
+        breaker::{Breaker, BreakerSettings},
+        budget::{BudgetSettings, RetryBudget},
+        classify::{Ending, Health, Outcome},
+        limit::{Bell, LimitSettings, RequestLimit},
+        outlier::{OutlierSettings, Outliers},
+        rate::{RateKey, RateLimit, RateSettings},
+        retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+    },
+    rng::Rng,
+    units::Ratio,
+    upstream::balance::{Balancer, Candidate, PeakEwma, hash_key},
+};
+
+const SIZES: [usize; 3] = [1, 100, 10_000];
+
+fn retry(c: &mut Criterion) {
+    let policy = RetryPolicy::new(Some(RetrySettings::default()));
+    // One that never runs dry, so that every round decides the same.
+    let settings =
+        BudgetSettings { ratio: Ratio::constant(1.0), min_per_second: 1000, ..BudgetSettings::default() };
+    let (budget, method, begin) = (RetryBudget::new(settings), Method::GET, Instant::now());
+    let tried = Tried {
+        method: &method,
+        grpc: false,
+        idempotency_key: false,
+        tries: 1,
+        free_used: false,
+        body: Body::Untouched,
+        committed: false,
+    };
+    let mut group = c.benchmark_group("retry");
+    for (name, status) in [("a good answer", StatusCode::OK), ("a 503", StatusCode::SERVICE_UNAVAILABLE)] {
+        let mut now = begin;
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let outcome = Outcome::http(black_box(status), &HeaderMap::new());
+                now += Duration::from_millis(10);
+                budget.deposit();
+                let time_left = Some(Duration::from_secs(10));
+                let moment = Moment { now, time_left, hint: Hint::None, random: 0.5, budget: &budget };
+                let decision = policy.decide(&tried, &outcome, &moment);
+                assert_eq!(matches!(decision, Decision::Retry(_)), status != StatusCode::OK, "{decision:?}");
+            });
+        });
+    }
+    group.bench_function("a request in the budget", |b| b.iter(|| budget.deposit()));
+}
+
+fn guards(c: &mut Criterion) {
+    let now = Instant::now();
+    let mut group = c.benchmark_group("guards");
+    for (name, health) in [("success", Health::Success), ("failure", Health::Failure)] {
+        // It stays closed, whatever is told to it.
+        let settings =
+            BreakerSettings { consecutive_failures: 0, min_requests: u32::MAX, ..BreakerSettings::default() };
+        let breaker = Breaker::new(settings, now);
+        group.bench_function(format!("breaker, a {name}"), |b| {
+            b.iter(|| {
+                let Ok(permit) = breaker.admit(now).permit else { panic!("the breaker is open") };
+                breaker.report(permit, health, now, 0.5)
+            });
+        });
+        let outliers =
+            Outliers::new(OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() }, now);
+        let address = SocketAddr::from(([10, 0, 0, 1], 80));
+        outliers.update(&[address], now);
+        let Some(endpoint) = outliers.endpoint(&address) else { panic!("it was just put there") };
+        group.bench_function(format!("ejection, a {name}"), |b| {
+            let ending = Ending::Http(StatusCode::SERVICE_UNAVAILABLE);
+            b.iter(|| outliers.report(&address, &endpoint, (ending, health), now, 0.5));
+        });
+    }
+    let limit = RequestLimit::<Silent>::new(LimitSettings::default());
+    group.bench_function("limit, a place taken and given back", |b| {
+        b.iter(|| {
+            assert!(limit.try_acquire());
+            limit.release(now);
+        });
+    });
+    for per in [RateKey::Upstream, RateKey::Peer] {
+        let name = format!("rate limit, {per:?}");
+        let settings = RateSettings { rate: 1_000_000, burst: 1_000_000, per };
+        let (rate, mut later) = (RateLimit::new(&settings, now, RandomState::new()), now);
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                later += Duration::from_micros(1);
+                rate.take(black_box(b"10.0.0.1"), later)
+            });
+        });
+    }
+}
+
+/// Nobody waits for it.
+struct Silent;
+
+impl Bell for Silent {
+    fn ring(self) {}
+}
+
+struct Endpoint {
+    latency: PeakEwma,
+    key: u64,
+}
+
+impl Candidate for Endpoint {
+    fn usable(&self, _: Instant) -> bool {
+        true
+    }
+    fn latency(&self, now: Instant) -> f64 {
+        self.latency.cost(now)
+    }
+    fn in_flight(&self) -> u32 {
+        1
+    }
+    fn weight(&self) -> u32 {
+        1
+    }
+    fn key(&self) -> u64 {
+        self.key
+    }
+}
+
+fn balance(c: &mut Criterion) {
+    let mut group = c.benchmark_group("balance");
+    let begin = Instant::now();
+    for balance in
+        [Balance::P2c, Balance::LeastRequest, Balance::RoundRobin, Balance::HashHeader("x-user".to_owned())]
+    {
+        for size in [3usize, 1000] {
+            let endpoint = |number: usize| Endpoint {
+                latency: PeakEwma::new(begin),
+                key: hash_key(&number.to_le_bytes()),
+            };
+            let endpoints: Vec<Endpoint> = (0..size).map(endpoint).collect();
+            let (mut balancer, mut rng) = (Balancer::new(&balance), Rng::from_seed(7));
+            balancer.rebuild(&endpoints, &mut rng);
+            let (now, hash) = (begin + Duration::from_secs(1), Some(hash_key(b"somebody")));
+            group.bench_function(BenchmarkId::new(format!("{balance:?}"), size), |b| {
+                b.iter(|| balancer.pick(&endpoints, now, &mut rng, &[], hash));
+            });
+        }
+    }
+}
+
+/// The router of a configuration with so many upstreams, the first of which has so many routes.
+fn router(size: usize) -> Router {
+    let upstream = |number| format!("[[upstream]]\nname = 'svc-{number}'\nendpoints = ['127.0.0.1:80']\n");
+    let route =
+        |number| format!("[[upstream.route]]\nmatch = {{ path = '/v1/r{number}/*' }}\ntimeout = '9s'\n");
+    let text =
+        std::iter::once(upstream(0)).chain((0..size).map(route)).chain((1..size).map(upstream)).collect();
+    let sources = Sources(vec![Source { path: "bench.toml".into(), text }]);
+    match load_sources(sources, &|_| None) {
+        Ok(loaded) => Router::new(&loaded.config),
+        Err(problems) => panic!("{problems}"),
+    }
+}
+
+fn routing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("routing");
+    for size in SIZES {
+        let router = router(size);
+        let (host, path) = (format!("svc-{}", size - 1), format!("/v1/r{}/orders?page=2", size - 1));
+        let path = path.split('?').next().unwrap_or_default();
+        assert_eq!(router.upstream(&host, None), Some(size - 1));
+        group.bench_function(BenchmarkId::new("host", size), |b| {
+            b.iter(|| router.upstream(black_box(&host), Some(80)));
+        });
+        let Some(routes) = router.routes(0) else { panic!("the first upstream has routes") };
+        let fields = request_headers();
+        assert_eq!(routes.find(&Method::GET, path, &fields), Some(size - 1));
+        group.bench_function(BenchmarkId::new("path", size), |b| {
+            b.iter(|| routes.find(&Method::GET, black_box(path), &fields));
+        });
+    }
+}
+
+/// What a service's client sends.
+fn request_headers() -> HeaderMap {
+    [
+        ("host", "svc-0"),
+        ("user-agent", "grpc-node-js/1.9.5"),
+        ("accept", "application/json"),
+        ("accept-encoding", "gzip, br"),
+        ("content-type", "application/json"),
+        ("content-length", "120"),
+        ("authorization", "Bearer 0123456789abcdef"),
+        ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ("connection", "keep-alive"),
+    ]
+    .into_iter()
+    .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+    .collect()
+}
+
+fn rewriting(c: &mut Criterion) {
+    let mut group = c.benchmark_group("headers");
+    let (via, address) = (Via::new("outrigger-1a2b".to_owned()), HeaderValue::from_static("10.0.0.1"));
+    let mut request = Request::new(());
+    *request.headers_mut() = request_headers();
+    group.bench_function("which fields there are", |b| b.iter(|| Present::of(black_box(request.headers()))));
+    let present = Present::of(request.headers());
+    group.bench_function("guard", |b| b.iter(|| headers::guard(black_box(&request), present).is_ok()));
+    let setup = request_headers;
+    let small = criterion::BatchSize::SmallInput;
+    group.bench_function("rewrite", |b| {
+        b.iter_batched(
+            setup,
+            |mut map| {
+                let said = headers::remove_hop_by_hop(&mut map, present).is_ok();
+                headers::remove_proxy_credentials(&mut map, present);
+                headers::remove_spoofed(&mut map, present);
+                let host = Some(HeaderValue::from_static("svc-0"));
+                headers::set_forwarded(
+                    &mut map,
+                    Forwarded::Replace,
+                    Caller { address: &address, proto: "http", host },
+                );
+                via.append(&mut map, Version::HTTP_11);
+                (map, said)
+            },
+            small,
+        );
+    });
+    let edit = HeaderEdits {
+        set: [("x-team".to_owned(), "shop".to_owned())].into_iter().collect(),
+        remove: vec!["user-agent".to_owned()],
+    };
+    let edits = CompiledEdits::new(&edit, &HeaderEdits::default());
+    group.bench_function("edits of a route", |b| {
+        b.iter_batched(
+            setup,
+            |mut map| {
+                edits.request.apply(&mut map);
+                map
+            },
+            small,
+        );
+    });
+}
+
+criterion_group!(benches, retry, guards, balance, routing, rewriting);
+criterion_main!(benches);
