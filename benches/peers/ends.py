@@ -6,7 +6,8 @@ import shutil
 
 ANSWER = "x" * 1024
 # By path.
-BODIES = {"0b": 0, "1k": 1 << 10, "16k": 16 << 10, "64k": 64 << 10, "256k": 256 << 10, "1m": 1 << 20, "4m": 4 << 20, "16m": 16 << 20}
+BODIES = {"0b": 0, "1k": 1 << 10, "16k": 16 << 10, "64k": 64 << 10, "256k": 256 << 10}
+BODIES |= {"1m": 1 << 20, "4m": 4 << 20, "16m": 16 << 20}
 CIPHER = "ssl_conf_command Ciphersuites TLS_AES_256_GCM_SHA384; ssl_protocols TLSv1.3; ssl_ecdh_curve X25519;"
 
 NGINX = """

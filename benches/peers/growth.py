@@ -203,11 +203,14 @@ def table(found):
             one, all_of_them = sizes.values()
             lines += [f"| {title} | {one[key]:,.1f} | {all_of_them[key]:,.1f} |" for key, title in MANY.items()]
             continue
-        lines += ["", f"| {GROWING[name][1]} | {' | '.join(f'{int(size):,}' for size in sizes)} |", "|" + " --- |" * (len(sizes) + 1)]
-        lines.append(f"| CPU µs a request | {' | '.join(report.number(statistics.median(rounds)) for rounds in sizes.values())} |")
+        medians = {int(size): statistics.median(rounds) for size, rounds in sizes.items()}
+        row = lambda title, cells: f"| {' | '.join([title, *cells])} |"
+        lines += ["", row(GROWING[name][1], [f"{size:,}" for size in medians]), row("---", ["---"] * len(medians))]
+        lines.append(row("CPU µs a request", [report.number(micros) for micros in medians.values()]))
         if name == "bodies":
-            each = [f"{statistics.median(rounds) / int(size) * 1e6:,.0f}" if int(size) >= 1 << 16 else "" for size, rounds in sizes.items()]
-            lines.append(f"| CPU µs a MB | {' | '.join(each)} |")
+            # Of small ones it says nothing.
+            each = [f"{micros / size * 1e6:,.0f}" if size >= 1 << 16 else "" for size, micros in medians.items()]
+            lines.append(row("CPU µs a MB", each))
     return "\n".join(lines[1:])
 
 

@@ -26,7 +26,8 @@ def wrk(stage, port, scenario, seconds):
     """Requests answered, and bytes."""
     script = stage.folder / "wrk.lua"
     script.write_text(SCRIPT)
-    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, f"http://127.0.0.1:{port}{scenario.path}"]
+    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script]
+    command += [f"http://127.0.0.1:{port}{scenario.path}"]
     command += ["-H", f"Host: {scenario.host}"] if scenario.host else []
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads(said[said.rindex("{") :])

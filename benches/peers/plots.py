@@ -25,7 +25,8 @@ def bars(found, metric, title, folder, name):
         return
     figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(scenarios), 2.6))
     for offset, (kind, colour) in enumerate(COLOURS.items()):
-        heights = [statistics.median(found[key][kind][metric]) / statistics.median(found[key]["HAProxy"][metric]) for key in scenarios]
+        median = lambda key, kind: statistics.median(found[key][kind][metric])
+        heights = [median(key, kind) / median(key, "HAProxy") for key in scenarios]
         axes.bar([place + offset * 0.2 for place in range(len(scenarios))], heights, 0.18, color=colour, label=kind)
     axes.axhline(1, color="#888", linewidth=0.6)
     axes.set_xticks([place + 0.3 for place in range(len(scenarios))], scenarios)

@@ -55,8 +55,8 @@ def main():
     if options.earlier:
         found = json.loads(options.earlier.read_text())
     else:
-        needed = ["nginx", "wrk", "h2load", "nghttpd", "rotel-agent", *map(str.lower, options.proxies), str(options.binary)]
-        needed.remove("outrigger") if "outrigger" in needed else None
+        needed = ["nginx", "wrk", "h2load", "nghttpd", "rotel-agent", str(options.binary)]
+        needed += [proxy.lower() for proxy in options.proxies if proxy != "Outrigger"]
         if missing := [tool for tool in needed if not shutil.which(tool)]:
             raise SystemExit(f"not there: {', '.join(missing)}; `bash .ci/tools` installs what is not ours")
         found, began = {}, time.monotonic()

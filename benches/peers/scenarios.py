@@ -8,6 +8,7 @@ nginx each, insist.
 from dataclasses import dataclass
 
 HOSTS = 1000
+LAST = f"svc-{HOSTS - 1}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ SCENARIOS = {
         Scenario("S6", "answers of 1 MiB, 16 connections", (PLAIN,), "bytes", "/1m", connections=16),
         Scenario("TCP", "opaque TCP, 8 connections", (Hop(protocol="tcp"),), "bytes", "/16m", connections=8),
         Scenario("S7", "S1 with everything on", (Hop(everything=True),), rate=True),
-        Scenario("S8", f"S1 by one of {HOSTS:,} hosts, each with an upstream", (BY_HOST,), host=f"svc-{HOSTS - 1}", beside=(PLAIN,)),
+        Scenario("S8", f"S1 by one of {HOSTS:,} hosts, each with an upstream", (BY_HOST,), host=LAST, beside=(PLAIN,)),
         Scenario("in-full", "a connection with one request, mTLS in, full handshake", (IN,), calling="full", **ONCE),
         Scenario("in-resumed", "the same, resumed", (IN,), calling="resumed", **ONCE),
         Scenario("out-full", "a connection with one request, mTLS out, full handshake", (OUT,), serving="full", **ONCE),
@@ -69,6 +70,6 @@ SCENARIOS = {
         Scenario("idle-mtls", "idle mTLS connections", (IN,), "idle", connections=1000),
         Scenario("start", "start to the first answer", (PLAIN,), "start"),
         Scenario("start-mtls", "the same by mTLS", (IN,), "start"),
-        Scenario("start-hosts", f"the same with {HOSTS:,} upstreams", (BY_HOST,), "start", host=f"svc-{HOSTS - 1}"),
+        Scenario("start-hosts", f"the same with {HOSTS:,} upstreams", (BY_HOST,), "start", host=LAST),
     )
 }

@@ -16,8 +16,9 @@ def prepare(stage, name, hop, to, collector):
     if hop.protocol == "tcp":
         return Prepared(ends.nginx_command(stage, name, f"server {{ {listen}; proxy_pass 127.0.0.1:{to}; }}", "stream"), port)
     if hop.protocol == "grpc":
-        body = f"upstream up {{ server 127.0.0.1:{to}; {POOL} }} server {{ {listen} http2; location / {{ grpc_pass grpc://up; }} }}"
-        return Prepared(ends.nginx_command(stage, name, f"http2_max_concurrent_streams 1024; {body}"), port)
+        body = f"http2_max_concurrent_streams 1024; upstream up {{ server 127.0.0.1:{to}; {POOL} }} "
+        body += f"server {{ {listen} http2; location / {{ grpc_pass grpc://up; }} }}"
+        return Prepared(ends.nginx_command(stage, name, body), port)
     more = EVERYTHING.format(log=stage.folder / f"{name}-access.log") if hop.everything else ""
     tls_in = ends.server_tls(stage.certs) if hop.tls_in else ""
     tls_out = ends.client_tls(stage.certs) if hop.tls_out else ""
@@ -27,7 +28,9 @@ def prepare(stage, name, hop, to, collector):
         return (
             f"upstream {upstream} {{ server 127.0.0.1:{to} max_fails=5 fail_timeout=10s; {POOL} }} "
             f"server {{ {listen}{' ssl' if hop.tls_in else ''}; {names} {tls_in} location / {{ {more} "
-            f'proxy_max_temp_file_size 0; proxy_pass {scheme}://{upstream}; proxy_http_version 1.1; proxy_set_header Connection ""; {tls_out} }} '
+            # Large answers would else be written to disk on their way.
+            f"proxy_max_temp_file_size 0; proxy_pass {scheme}://{upstream}; proxy_http_version 1.1; "
+            f'proxy_set_header Connection ""; {tls_out} }} '
             f"location = /nginx-status {{ stub_status; }} }}"
         )
 
