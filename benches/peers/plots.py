@@ -16,29 +16,34 @@ def save(figure, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
+    return folder / f"{name}.svg"
 
 
 def bars(found, metric, title, folder, name):
     """A group of bars for each scenario that has the metric, to HAProxy's as 1."""
     scenarios = [key for key, kinds in found.items() if all(metric in kinds.get(kind, {}) for kind in COLOURS)]
     if not scenarios:
-        return
-    figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(scenarios), 2.6))
+        return None
+    figure, axes = plt.subplots(figsize=(2.6 + 0.6 * len(scenarios), 2.6))
     for offset, (kind, colour) in enumerate(COLOURS.items()):
         median = lambda key, kind: statistics.median(found[key][kind][metric])
         heights = [median(key, kind) / median(key, "HAProxy") for key in scenarios]
         axes.bar([place + offset * 0.2 for place in range(len(scenarios))], heights, 0.18, color=colour, label=kind)
     axes.axhline(1, color="#888", linewidth=0.6)
-    axes.set_xticks([place + 0.3 for place in range(len(scenarios))], scenarios)
+    axes.set_xticks([place + 0.3 for place in range(len(scenarios))], [name.replace("-", "\n") for name in scenarios])
     axes.set_title(title, loc="left")
-    axes.legend(frameon=False, ncols=4, fontsize=8)
-    save(figure, folder, name)
+    axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    return save(figure, folder, name)
 
 
 def peers(found, folder):
-    bars(found, "cpu_us", "CPU a request, HAProxy = 1 (less is better)", folder, "cpu")
-    bars(found, "mb_per_cpu_second", "MB a CPU second, HAProxy = 1 (more is better)", folder, "bytes")
-    bars(found, "p99_us", "p99 at 2,000 requests a second, HAProxy = 1 (less is better)", folder, "p99")
+    """The files drawn."""
+    drawn = (
+        bars(found, "cpu_us", "CPU a request, HAProxy = 1 (less is better)", folder, "cpu"),
+        bars(found, "mb_per_cpu_second", "MB a CPU second, HAProxy = 1 (more is better)", folder, "bytes"),
+        bars(found, "p99_us", "p99 at 2,000 requests a second, HAProxy = 1 (less is better)", folder, "p99"),
+    )
+    return [file for file in drawn if file]
 
 
 def curve(sizes, up, across, folder, name, log):

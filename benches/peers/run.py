@@ -66,12 +66,15 @@ def main():
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table := report.table(found, SCENARIOS))
-    if options.page:
-        report.paste(options.page, "peers", table)
     if options.plots:
         import plots
 
-        plots.peers(found, options.plots)
+        drawn = plots.peers(found, options.plots)
+        if options.page:
+            shown = (f"![{file.stem}]({os.path.relpath(file, options.page.parent)})" for file in drawn)
+            table += "\n\n" + "\n".join(shown)
+    if options.page:
+        report.paste(options.page, "peers", table)
 
 
 if __name__ == "__main__":
