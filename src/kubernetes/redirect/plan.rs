@@ -113,6 +113,7 @@ impl Plan {
                 }));
                 rules.extend(self.users.iter().map(|user| leave(Match::User(*user), "the proxy's own")));
                 rules.push(leave(Match::Loopback, "stays in the pod"));
+                rules.push(leave(Match::To(link_local()), "link-local"));
                 rules.extend(self.skip_outbound.iter().map(|ports| leave(Match::Ports(*ports), "skipped")));
                 rules.extend(self.skip_networks.iter().map(|network| leave(Match::To(*network), "skipped")));
             }
@@ -124,6 +125,11 @@ impl Plan {
         rules.push(Rule { matches: Vec::new(), verdict: Verdict::LeadTo(to), why: "all else" });
         rules
     }
+}
+
+/// What comes from such an address would not arrive at the loopback address: the kernel drops it, and the caller waits.
+fn link_local() -> Network {
+    Network { address: IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 0]), prefix: 10 }
 }
 
 fn probe_networks() -> impl Iterator<Item = Network> {

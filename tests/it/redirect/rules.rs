@@ -141,6 +141,15 @@ fn follows(lan: &Lan, pod: &Pod) {
         let own = pod.command(PROXY_USER, &["ncat", "--recv-only", ip, port]);
         assert_eq!(String::from_utf8_lossy(&own.stdout), "other", "{}", told(&own));
     }
+    // Link-local: led to the loopback address it would never arrive.
+    let device = other.command(0, &["ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]);
+    let device = String::from_utf8_lossy(&device.stdout).into_owned();
+    let link_local = device.split_whitespace().find(|word| word.starts_with("fe80:")).expect("an address");
+    let link_local = format!("{}%eth0", link_local.split('/').next().expect("an address"));
+    eventually("the link-local address can be called", || {
+        let said = pod.command(0, &["ncat", "-w", "5", "--recv-only", &link_local, "80"]);
+        String::from_utf8_lossy(&said.stdout) == "other"
+    });
     // Nobody there: refused, not let through.
     pod.run(|| drop(servers));
     let refused = |answer| answer == Err(std::io::ErrorKind::ConnectionRefused);
