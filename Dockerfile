@@ -1,20 +1,41 @@
 # One static binary on nothing: no shell, no libc, no package to patch.
-FROM rust:1-slim-bookworm AS build
+#
+#     docker build .                            for this machine's processor
+#     docker build --platform linux/arm64 .     for another one, compiled here: amd64 or arm64
+FROM --platform=$BUILDPLATFORM rust:1-slim-bookworm AS build
+ARG TARGETARCH
+# For another processor than that of the machine which builds: its linker, its libc, and Rust's library for it.
+RUN case "${TARGETARCH:=$(dpkg --print-architecture)}" in \
+      amd64) machine=x86_64 compiler=gcc-x86-64-linux-gnu ;; \
+      arm64) machine=aarch64 compiler=gcc-aarch64-linux-gnu ;; \
+      *) echo "TARGETARCH is amd64 or arm64, not '$TARGETARCH'" >&2; exit 1 ;; \
+    esac \
+    && target="$machine-unknown-linux-gnu" \
+    && echo "$target" >/target \
+    && if ! command -v "$machine-linux-gnu-gcc"; then \
+         apt-get update && apt-get install -y --no-install-recommends "$compiler" "libc6-dev-$TARGETARCH-cross"; \
+       fi \
+    && if [ ! -d "$(rustc --print target-libdir --target "$target")" ]; then rustup target add "$target"; fi
+ENV CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=x86_64-linux-gnu-gcc \
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 WORKDIR /build
 COPY . .
-# glibc linked in; the target is named so that the flag does not reach build scripts and macros.
+# The time that all files of the image bear, so that what is built twice is the same twice.
+ARG SOURCE_DATE_EPOCH=0
+# glibc linked in; the target is named so that the flag does not reach build scripts and macros. What the cache holds of
+# this crate may be younger than the sources and yet made from others.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/build/target \
-    target="$(uname -m)-unknown-linux-gnu" \
+    target="$(cat /target)" \
+    && touch src/lib.rs src/main.rs \
     && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin outrigger --target "$target" \
-    && cp "target/$target/release/outrigger" /outrigger \
     && mkdir -p /rootfs/tmp /rootfs/etc \
     && chmod 1777 /rootfs/tmp \
-    && echo 'outrigger:x:4140:4140::/:/sbin/nologin' >/rootfs/etc/passwd
+    && echo 'outrigger:x:4140:4140::/:/sbin/nologin' >/rootfs/etc/passwd \
+    && cp "target/$target/release/outrigger" LICENSE /rootfs/ \
+    && find /rootfs -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 
 FROM scratch
 COPY --from=build /rootfs /
-COPY --from=build /outrigger /outrigger
-COPY LICENSE /LICENSE
 USER 4140:4140
 # Outbound, inbound, admin, probes.
 EXPOSE 4140 4143 4191 4192
