@@ -119,8 +119,8 @@ impl Clock {
     }
 
     /// A try begins; `more`: another may follow it.
-    pub fn begin_try(&mut self, more: bool) {
-        self.try_began = Instant::now();
+    pub fn begin_try(&mut self, now: Instant, more: bool) {
+        self.try_began = now;
         self.this_try = None;
         self.more = more;
         self.look_at = self.try_began;
@@ -150,7 +150,7 @@ impl Clock {
     pub fn spent(&self, now: Instant) -> Option<RanOut> {
         let (at, limit) = self.deadline.at()?;
         let left = at.saturating_duration_since(now.into_std());
-        deadline::request_timeout_value(left).is_none().then_some(RanOut::Limit(limit))
+        deadline::millis_to_tell(left).is_none().then_some(RanOut::Limit(limit))
     }
 
     /// Starts the clock of the call where the request has been sent.

@@ -1,10 +1,12 @@
 //! What a proxy changes in the header of a message (RFC 9110 §7.6), and what it refuses to carry.
 
+use std::{cell::RefCell, num::NonZeroU64};
+
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Version,
     header::{
-        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
-        TRANSFER_ENCODING, UPGRADE, VIA,
+        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, Entry, HOST, PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
     },
 };
 
@@ -50,41 +52,23 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<Ho
     if !present.has_any(Present::HOP_BY_HOP) {
         return Ok(said);
     }
-    let mut wants_upgrade = false;
-    if headers.contains_key(CONNECTION) {
-        let named: Vec<HeaderValue> = headers.get_all(CONNECTION).iter().cloned().collect();
-        headers.remove(CONNECTION);
-        for value in &named {
-            let text =
-                value.to_str().map_err(|_| ProxyError::malformed("the Connection field is not text"))?;
-            for option in text.split(',').map(str::trim).filter(|option| !option.is_empty()) {
-                if option.eq_ignore_ascii_case("upgrade") {
-                    wants_upgrade = true;
-                } else if is_protected(option) {
-                    return Err(ProxyError::malformed(format!(
-                        "Connection names `{option}`, which is not hop-by-hop"
-                    )));
-                } else if !option.eq_ignore_ascii_case("te") {
-                    headers.remove(option);
-                }
-            }
-        }
-    }
-    if let Some(protocol) = headers.remove(UPGRADE)
+    let wants_upgrade = present.has(Field::Connection) && remove_connection(headers)?;
+    let mut remove = |field, name| present.has(field).then(|| headers.remove(name)).flatten();
+    if let Some(protocol) = remove(Field::Upgrade, UPGRADE)
         && wants_upgrade
         // An upgrade to h2c would carry later requests past every check (RFC 9113 §3.1 retired it).
         && !protocol.to_str().is_ok_and(|p| p.split(',').any(|p| p.trim().eq_ignore_ascii_case("h2c")))
     {
         said.upgrade = Some(protocol);
     }
-    headers.remove(HTTP2_SETTINGS);
-    headers.remove(KEEP_ALIVE);
-    headers.remove(PROXY_CONNECTION);
-    if headers.remove(TRANSFER_ENCODING).is_some() {
+    remove(Field::Http2Settings, HTTP2_SETTINGS);
+    remove(Field::KeepAlive, KEEP_ALIVE);
+    remove(Field::ProxyConnection, PROXY_CONNECTION);
+    if remove(Field::TransferEncoding, TRANSFER_ENCODING).is_some() {
         // The coding decides where the body ends; a length beside it is a lie (RFC 9112 §6.3).
-        headers.remove(CONTENT_LENGTH);
+        remove(Field::ContentLength, CONTENT_LENGTH);
     }
-    if let Some(te) = headers.remove(TE)
+    if let Some(te) = remove(Field::Te, TE)
         && te
             .to_str()
             .is_ok_and(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
@@ -92,6 +76,37 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<Ho
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
     Ok(said)
+}
+
+/// Removes `Connection` and what it names. Says whether it asks for an upgrade.
+fn remove_connection(headers: &mut HeaderMap) -> Result<bool, ProxyError> {
+    let (first, more) = match headers.try_entry(CONNECTION) {
+        Ok(Entry::Occupied(entry)) => {
+            let (_, mut values) = entry.remove_entry_mult();
+            (values.next(), values.collect())
+        }
+        _ => (None, Vec::new()),
+    };
+    let mut wants_upgrade = false;
+    for value in first.iter().chain(&more) {
+        // What most servers say names nothing.
+        if matches!(value.as_bytes(), b"keep-alive" | b"close") {
+            continue;
+        }
+        let text = value.to_str().map_err(|_| ProxyError::malformed("the Connection field is not text"))?;
+        for option in text.split(',').map(str::trim).filter(|option| !option.is_empty()) {
+            if option.eq_ignore_ascii_case("upgrade") {
+                wants_upgrade = true;
+            } else if is_protected(option) {
+                return Err(ProxyError::malformed(format!(
+                    "Connection names `{option}`, which is not hop-by-hop"
+                )));
+            } else if !option.eq_ignore_ascii_case("te") {
+                headers.remove(option);
+            }
+        }
+    }
+    Ok(wants_upgrade)
 }
 
 /// The credentials for this proxy go no further.
@@ -201,12 +216,28 @@ pub fn guard<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
     Ok(())
 }
 
+/// What the names of most hosts are made of.
+const IN_PLAIN_NAME: [bool; 256] = {
+    let (mut table, mut byte) = ([false; 256], 0);
+    while byte < 256 {
+        let ascii = byte as u8;
+        table[byte] = ascii.is_ascii_alphanumeric() || ascii == b'-' || ascii == b'.';
+        byte += 1;
+    }
+    table
+};
+
 /// Whether a text is `host[:port]`. What most hosts look like is told without taking it apart.
 fn is_host(text: &str) -> bool {
-    let (name, port) = text.split_once(':').unwrap_or((text, "80"));
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
-    if !name.is_empty() && name.bytes().all(plain) && (1..=4).contains(&port.len()) {
-        return port.bytes().all(|byte| byte.is_ascii_digit());
+    let bytes = text.as_bytes();
+    let name = bytes.iter().position(|byte| !IN_PLAIN_NAME[usize::from(*byte)]).unwrap_or(bytes.len());
+    let plain = match &bytes[name..] {
+        [] => true,
+        [b':', port @ ..] => (1..=4).contains(&port.len()) && port.iter().all(u8::is_ascii_digit),
+        _ => false,
+    };
+    if plain && name > 0 {
+        return true;
     }
     let authority = text.parse::<http::uri::Authority>();
     !text.contains('@') && authority.is_ok_and(|authority| has_valid_port(&authority))
@@ -215,7 +246,9 @@ fn is_host(text: &str) -> bool {
 /// Whether what stands behind the host is nothing, or a port.
 fn has_valid_port(authority: &http::uri::Authority) -> bool {
     let behind_host = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
-    behind_host.is_empty() || (behind_host.len() > 1 && authority.port_u16().is_some())
+    // A number as Rust reads it may have a sign.
+    let digits = || behind_host.bytes().skip(1).all(|byte| byte.is_ascii_digit());
+    behind_host.is_empty() || (digits() && authority.port_u16().is_some())
 }
 
 /// Refuses transfer codings other than exactly `chunked`: hyper undoes that one and lets the others pass unnoticed,
@@ -272,6 +305,26 @@ impl Via {
             _ => &self.http11,
         };
         headers.append(VIA, member.clone());
+    }
+}
+
+/// A number as a field's value, kept for the next message: most calls are told of as much time as the one before.
+#[derive(Debug)]
+pub struct LastNumber(RefCell<(NonZeroU64, HeaderValue)>);
+
+impl Default for LastNumber {
+    fn default() -> Self {
+        Self(RefCell::new((NonZeroU64::MIN, HeaderValue::from_static("1"))))
+    }
+}
+
+impl LastNumber {
+    pub fn value(&self, number: NonZeroU64) -> HeaderValue {
+        let mut last = self.0.borrow_mut();
+        if last.0 != number {
+            *last = (number, HeaderValue::from(number.get()));
+        }
+        last.1.clone()
     }
 }
 
@@ -453,7 +506,10 @@ mod tests {
         for good in ["a", "a.b-c:1", "10.0.0.1:8080", "a:65535", "[::1]", "[::1]:80", "a_b", "a:0001"] {
             assert!(is_host(good), "{good}");
         }
-        for bad in ["", "a:", "a:b", "a:65536", "a:8o", "a@b", "a b", "a/b", "[::1", "a:80:80", "a:+1"] {
+        for bad in [
+            "", "a:", "a:b", "a:65536", "a:8o", "a@b", "a b", "a/b", "[::1", "a:80:80", "a:+1", "a_b:+1",
+            "[::1]:+1",
+        ] {
             assert!(!is_host(bad), "{bad}");
         }
     }

@@ -13,7 +13,7 @@ use super::{
     tries::{Asked, Number, Over, SoFar},
 };
 use crate::{
-    resilience::{deadline::request_timeout_value, hedge},
+    resilience::{deadline::millis_to_tell, hedge},
     telemetry::record::Why,
 };
 
@@ -22,6 +22,7 @@ impl Exchange<'_> {
     pub(super) async fn hedged(
         &self,
         asked: (Asked, Number),
+        began: Instant,
         delay: Duration,
         carried: &mut Carried,
         so_far: &mut SoFar,
@@ -29,7 +30,6 @@ impl Exchange<'_> {
         let Carried { clock, outgoing, replay, .. } = carried;
         let replay = &*replay;
         let SoFar { counted, tried, .. } = so_far;
-        let began = Instant::now();
         let left = clock.left(began);
         let (version, head) = (outgoing.version, outgoing.copy());
         let send =
@@ -37,12 +37,8 @@ impl Exchange<'_> {
         let (mut first, mut second) = (Some(asked), None);
         // The copy that failed while the other one was still under way.
         let mut lost = None;
-        let over = |result, (asked, number): (Asked, Number), began: Instant| Over {
-            result: Ok(result),
-            index: asked.index,
-            took: began.elapsed(),
-            permit: asked.permit,
-            number,
+        let over = |result, (asked, number): (Asked, Number), began| {
+            Over::new(Ok(result), (asked.index, asked.permit), number, began)
         };
         let mut work = Box::pin(async {
             let mut send = pin!(send);
@@ -52,7 +48,7 @@ impl Exchange<'_> {
                 () = sleep(delay) => {}
             }
             let left = left.map(|left| left.saturating_sub(began.elapsed()));
-            let in_time = left.is_none_or(|left| request_timeout_value(left).is_some());
+            let in_time = left.is_none_or(|left| millis_to_tell(left).is_some());
             let asked = first.as_ref().map_or(0, |(asked, _)| asked.index);
             let other = if in_time { self.hedge(asked, replay, tried) } else { None };
             let Some(other) = other else { return (send.await, began) };
@@ -95,7 +91,7 @@ impl Exchange<'_> {
         let (index, permit, number) = first
             .or(second)
             .map_or((0, None, Number::MAX), |(asked, number)| (asked.index, asked.permit, number));
-        Over { result, index, took: began.elapsed(), permit, number }
+        Over::new(result, (index, permit), number, began)
     }
 
     /// How long after the first copy a second one is to be sent.
@@ -132,7 +128,7 @@ impl Exchange<'_> {
         if !allowed {
             return None;
         }
-        let permit = self.permit().ok()?;
+        let permit = self.permit(Instant::now()).ok()?;
         // Last, so that nothing is spent on a copy that isn't sent.
         if !guards.budget.withdraw(Instant::now().into_std()) {
             return None;

@@ -30,7 +30,7 @@ const COST_OF_FAILURE: Duration = Duration::from_secs(1);
 impl Exchange<'_> {
     /// What a try's end means, told to breaker, outlier detection and balancer.
     pub(super) fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
-        let now = Instant::now().into_std();
+        let (now, took) = (over.ended.into_std(), over.ended - over.began);
         let endpoint = &self.endpoints[over.index];
         let ended = match over.result {
             Ok(Ok(answer)) => {
@@ -51,41 +51,41 @@ impl Exchange<'_> {
                 }
                 Ended::Failed(failed)
             }
-            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, over.took)),
+            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, took)),
         };
         let outcome = match &ended {
             Ended::Answered(_, outcome) => *outcome,
             Ended::Failed(failed) => Outcome::new(failed.ending),
         };
         match outcome.health() {
-            Health::Success => endpoint.observe(over.took, now),
+            Health::Success => endpoint.observe(took, now),
             // Failing fast must not look like answering fast.
-            Health::Failure => endpoint.observe(over.took.max(COST_OF_FAILURE), now),
+            Health::Failure => endpoint.observe(took.max(COST_OF_FAILURE), now),
             Health::Neutral => {}
         }
         if self.policy.limits.is_some_and(|limits| limits.adaptive)
             && let Some(adaptive) = &*self.guards().adaptive.load()
         {
-            adaptive.record(over.took, outcome.health(), &self.guards().requests, now);
+            adaptive.record(took, outcome.health(), &self.guards().requests, now);
         }
         if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.health())
             && let Some(percent) = hedge.percent()
         {
-            self.guards().quantile(percent, now).record(over.took, now);
+            self.guards().quantile(percent, now).record(took, now);
         }
         self.call.progress.note(|record| {
             if let Ending::Grpc(status) = outcome.ending {
                 record.grpc_status = Some(status);
             }
             if let Some(one) = record.tries.get_mut(over.number) {
-                one.ended = Some(Instant::from_std(now));
+                one.ended = Some(over.ended);
                 one.outcome = Some(outcome);
                 if let Ended::Failed(failed) = &ended {
                     one.error = Some(failed.error.detail.clone());
                 }
             }
         });
-        self.report(ended, &outcome, endpoint, (over.permit, over.number), clock)
+        self.report(ended, &outcome, endpoint, (over.permit, over.number), (now, clock))
     }
 
     /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
@@ -95,9 +95,8 @@ impl Exchange<'_> {
         outcome: &Outcome,
         endpoint: &Rc<LocalEndpoint>,
         (permit, number): (Option<Permit>, Number),
-        clock: &Clock,
+        (now, clock): (std::time::Instant, &Clock),
     ) -> Ended {
-        let now = Instant::now().into_std();
         let guards = self.guards();
         // A connection that was lost with many calls on it counts once.
         let counted = matches!(&ended, Ended::Failed(failed) if failed.counted);

@@ -62,6 +62,29 @@ const BY_LENGTH: [u64; LONGEST] = {
     table
 };
 
+/// For each letter, the fields whose names begin with it.
+const BY_FIRST: [u64; 256] = {
+    let mut table = [0; 256];
+    let mut at = 0;
+    while at < NAMES.len() {
+        table[NAMES[at].as_bytes()[0] as usize] |= 1 << at;
+        at += 1;
+    }
+    table
+};
+
+/// Eight bytes at a time, as every name of every message is asked.
+fn has_underscore(name: &[u8]) -> bool {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    const HIGH: u64 = ONES << 7;
+    let (eights, rest) = name.as_chunks::<8>();
+    let hit = |eight: &[u8; 8]| {
+        let differs = u64::from_ne_bytes(*eight) ^ (ONES * b'_' as u64);
+        differs.wrapping_sub(ONES) & !differs & HIGH != 0
+    };
+    eights.iter().any(hit) || rest.contains(&b'_')
+}
+
 /// A set of fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Present(u64);
@@ -101,17 +124,20 @@ impl Present {
     pub fn of(headers: &HeaderMap) -> Self {
         let mut found = 0;
         for name in headers.keys() {
-            let name = name.as_str();
-            let mut candidates = BY_LENGTH.get(name.len()).copied().unwrap_or(0);
+            let name = name.as_str().as_bytes();
+            // A name is never empty.
+            let first = name.first().copied().unwrap_or_default();
+            let mut candidates =
+                BY_LENGTH.get(name.len()).copied().unwrap_or(0) & BY_FIRST[usize::from(first)];
             while candidates != 0 {
                 let at = candidates.trailing_zeros() as usize;
-                if NAMES[at] == name {
+                if NAMES[at].as_bytes() == name {
                     found |= 1 << at;
                     break;
                 }
                 candidates &= candidates - 1;
             }
-            if name.as_bytes().contains(&b'_') {
+            if has_underscore(name) {
                 found |= Self::UNDERSCORE;
             }
         }
@@ -158,6 +184,9 @@ mod tests {
         let present = Present::of(&map(&["accept", "host", "user-agent", &"x".repeat(40)]));
         assert_eq!(present, Present::set(&[Field::Host]));
         assert!(!present.has_any(Present::HOP_BY_HOP) && !present.has_underscore());
-        assert!(Present::of(&map(&["x_request_id"])).has_underscore());
+        assert!(!Present::of(&map(&["x-request-id-of-another"])).has_underscore());
+        for disguised in ["x_request_id", "_", "a_", "_aaaaaaaa", "aaaaaaa_aaaaaaaa", "aaaaaaaaaaaa_"] {
+            assert!(Present::of(&map(&[disguised])).has_underscore(), "{disguised}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     future::Future,
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -211,6 +211,8 @@ pub fn poll_watched<T>(
 #[derive(Debug, Default)]
 pub struct Watchdog {
     timer: Option<Pin<Box<Sleep>>>,
+    /// Whom the timer wakes.
+    wakes: Option<Waker>,
 }
 
 impl Watchdog {
@@ -218,8 +220,15 @@ impl Watchdog {
     pub fn poll_due(&mut self, cx: &mut Context<'_>, due: Option<Instant>) -> Poll<()> {
         let Some(due) = due else { return Poll::Pending };
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
+        let armed = self.wakes.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
         if timer.deadline() > due {
             timer.as_mut().reset(due);
+        } else if armed && !timer.is_elapsed() {
+            // As most often: it has been asked before, and would say the same.
+            return Poll::Pending;
+        }
+        if !armed {
+            self.wakes = Some(cx.waker().clone());
         }
         while timer.as_mut().poll(cx).is_ready() {
             if Instant::now() >= due {

@@ -1,6 +1,7 @@
 //! The tries of a call at one upstream, until one of them has an answer to give or none may follow.
 
 use std::{
+    num::NonZeroU64,
     pin::pin,
     rc::Rc,
     task::Context,
@@ -56,9 +57,22 @@ pub(super) struct Over {
     pub result: Result<Result<Answer, Failed>, RanOut>,
     /// Whose result it is, which with a hedge may be another than was asked first.
     pub index: usize,
-    pub took: Duration,
+    pub began: Instant,
+    pub ended: Instant,
     pub permit: Option<Permit>,
     pub number: Number,
+}
+
+impl Over {
+    /// It is over now.
+    pub(super) fn new(
+        result: Result<Result<Answer, Failed>, RanOut>,
+        (index, permit): (usize, Option<Permit>),
+        number: Number,
+        began: Instant,
+    ) -> Self {
+        Self { result, index, began, ended: Instant::now(), permit, number }
+    }
 }
 
 /// The tries so far.
@@ -93,12 +107,17 @@ impl Exchange<'_> {
         // Another try was decided, and what it takes from the budget, if it is not the free one. Not sent, it goes back.
         let mut again: Option<Option<Unsent<'_>>> = None;
         loop {
-            if let Some(ran_out) = carried.clock.spent(Instant::now()) {
+            let mut now = Instant::now();
+            if let Some(ran_out) = carried.clock.spent(now) {
                 return last_end.ok_or_else(|| ran_out.unsent(self.name(), "its turn"));
             }
-            let permit = match self.permit() {
+            let permit = match self.permit(now) {
                 Ok(permit) => Ok(permit),
-                Err(refused) => Box::pin(self.wait_for_comeback(refused, carried, &mut so_far)).await,
+                Err(refused) => {
+                    let waited = Box::pin(self.wait_for_comeback(refused, carried, &mut so_far)).await;
+                    now = Instant::now();
+                    waited
+                }
             };
             let permit = match permit {
                 Ok(permit) => permit,
@@ -145,9 +164,9 @@ impl Exchange<'_> {
             let more = self.retries.another_possible(so_far.counted);
             // A try that ran out of time may have been processed: only what may be done twice can follow it.
             let may_repeat = self.retries.may_repeat(&carried.outgoing.method, self.call.idempotency_key);
-            carried.clock.begin_try(more && may_repeat);
+            carried.clock.begin_try(now, more && may_repeat);
             let last = !more && so_far.free_used && !carried.outgoing.keep;
-            let over = self.attempt(Asked { index, permit, last }, carried, &mut so_far).await;
+            let over = self.attempt(Asked { index, permit, last }, now, carried, &mut so_far).await;
             let index = over.index;
             let ended = self.judge(over, &carried.replay, &carried.clock);
             let (outcome, hint) = match &ended {
@@ -263,11 +282,11 @@ impl Exchange<'_> {
     }
 
     /// The breaker's leave for one try.
-    pub(super) fn permit(&self) -> Result<Option<Permit>, Refused> {
+    pub(super) fn permit(&self, now: Instant) -> Result<Option<Permit>, Refused> {
         if self.policy.breaker.is_none() {
             return Ok(None);
         }
-        let admission = self.guards().breaker.admit(Instant::now().into_std());
+        let admission = self.guards().breaker.admit(now.into_std());
         self.guards().note(self.name(), admission.transition);
         admission.permit.map(Some)
     }
@@ -298,7 +317,7 @@ impl Exchange<'_> {
         if let Some(_waiting) = guards.absence.wait() {
             loop {
                 let changed = guards.absence.changed();
-                match self.permit() {
+                match self.permit(Instant::now()) {
                     Ok(permit) => {
                         carried.next.1 += began.elapsed();
                         return Ok(permit);
@@ -315,13 +334,12 @@ impl Exchange<'_> {
     }
 
     /// One try, under the clock.
-    async fn attempt(&self, asked: Asked, carried: &mut Carried, so_far: &mut SoFar) -> Over {
-        let began = Instant::now();
+    async fn attempt(&self, asked: Asked, began: Instant, carried: &mut Carried, so_far: &mut SoFar) -> Over {
         let (number, made) = self.begin(&asked, carried.next, began, &mut carried.outgoing);
         self.tell_next_hop(carried.clock.left(began), &mut carried.outgoing, made);
         if let Some(delay) = self.hedge_delay(&carried.outgoing, &carried.replay, so_far.counted) {
             // Boxed, as every path that few calls take: else its size would be every call's.
-            return Box::pin(self.hedged((asked, number), delay, carried, so_far)).await;
+            return Box::pin(self.hedged((asked, number), began, delay, carried, so_far)).await;
         }
         let Carried { clock, outgoing, replay, .. } = carried;
         let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
@@ -330,7 +348,7 @@ impl Exchange<'_> {
         let head = || if asked.last { outgoing.take() } else { outgoing.copy() };
         let send = pin!(self.send(endpoint, version, head, replay, gate.clone(), (number, began)));
         let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
-        Over { result, index: asked.index, took: began.elapsed(), permit: asked.permit, number }
+        Over::new(result, (asked.index, asked.permit), number, began)
     }
 
     /// Lets a body that was held back go once the upstream has said `100 Continue`.
@@ -382,8 +400,8 @@ impl Exchange<'_> {
             }
         } else if let Some(left) = left {
             // No try begins with less than can be told; what the caller said must not go on unchanged in any case.
-            let value = deadline::request_timeout_value(left).unwrap_or(HeaderValue::from_static("1"));
-            headers.insert(REQUEST_TIMEOUT, value);
+            let millis = deadline::millis_to_tell(left).unwrap_or(NonZeroU64::MIN);
+            headers.insert(REQUEST_TIMEOUT, self.call.connection.worker.time_told.value(millis));
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::{
     fmt,
+    num::NonZeroU64,
     str::FromStr,
     time::{Duration, Instant},
 };
@@ -144,9 +145,8 @@ pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
 
 /// What to send as `x-request-timeout-ms`: rounded down, since a later hop must not believe in time that we don't
 /// have. `None` with less than a millisecond left: the try is not worth sending.
-pub fn request_timeout_value(left: Duration) -> Option<HeaderValue> {
-    let millis = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
-    (millis > 0).then(|| HeaderValue::from(millis))
+pub fn millis_to_tell(left: Duration) -> Option<NonZeroU64> {
+    NonZeroU64::new(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// What to send as `grpc-timeout`.
@@ -267,8 +267,8 @@ mod tests {
         }
         assert_eq!(read(&["100", "200"]), None, "two of them mean nothing");
         assert_eq!(read(&[]), None);
-        assert_eq!(request_timeout_value(Duration::from_micros(1999)).unwrap(), "1");
-        assert_eq!(request_timeout_value(Duration::from_micros(999)), None);
+        assert_eq!(millis_to_tell(Duration::from_micros(1999)), NonZeroU64::new(1));
+        assert_eq!(millis_to_tell(Duration::from_micros(999)), None);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
         connection::Warm,
         error::deployment,
-        headers::Via,
+        headers::{LastNumber, Via},
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
     rng::Rng,
@@ -80,6 +80,8 @@ pub struct Worker {
     pub handshakes: Semaphore,
     /// Callers' connections that idle, but are not parked yet.
     pub warm: Warm,
+    /// The time that the last call's next hop was told it has.
+    pub time_told: LastNumber,
 }
 
 type Known<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
@@ -243,6 +245,7 @@ impl Worker {
             tokens: RefCell::default(),
             handshakes: Semaphore::new(HANDSHAKES),
             warm: Warm::default(),
+            time_told: LastNumber::default(),
         })
     }
 
