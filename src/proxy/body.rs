@@ -389,7 +389,11 @@ impl Body for ResponseBody {
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Streaming(streaming) => streaming,
         };
-        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        let mut body = Pin::new(&mut this.body);
+        let frame = ready!(match &mut this.lease {
+            Some(lease) => lease.poll_part(cx, |cx| body.as_mut().poll_frame(cx)),
+            None => body.poll_frame(cx),
+        });
         this.progress.moved();
         if let Some(Ok(frame)) = &frame {
             if let Some(trailers) = frame.trailers_ref() {

@@ -7,6 +7,7 @@ mod endpoint;
 pub mod guards;
 pub mod health;
 mod heard;
+mod http1;
 mod idle;
 pub mod local;
 pub mod pool;

@@ -7,28 +7,26 @@ use std::{
     cell::{Cell, RefCell},
     rc::Rc,
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
 use http::{HeaderMap, Request, Response};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
+use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::TokioIo;
 use tokio::{sync::Notify, task::spawn_local, time::Instant};
 
 use super::{
     connect::{ConnectError, Connected, Proof, TlsTarget, connect},
     guards::{ConnectionSlot, Guards},
-    heard::{Ear, Heard},
+    http1::Http1,
     idle::{Learned, keep_alive_timeout},
     local::LocalEndpoint,
 };
 use crate::{
     config::{HeaderCase, PoolIdle},
     identity::{handshake::Speaks, tls::ClientTls},
-    proxy::{body::RequestBody, io::SharedTcp},
+    proxy::body::RequestBody,
     resilience::classify::Loss,
     runtime::LocalExecutor,
 };
@@ -43,7 +41,7 @@ const H2_IDLE: Duration = Duration::from_secs(50);
 /// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
 const SURELY_FRESH: Duration = Duration::from_millis(1);
 /// Of a response. Fields: 100, which is hyper's own limit; told again it would cost a slower way to parse.
-const MAX_HEADER_BYTES: usize = 64 * 1024;
+pub(super) const MAX_HEADER_BYTES: usize = 64 * 1024;
 
 /// What a connection must be like.
 #[derive(Clone, Debug)]
@@ -60,28 +58,11 @@ pub struct ConnectionSettings {
 /// The connections to one endpoint.
 #[derive(Debug, Default)]
 pub struct Pool {
-    idle: RefCell<Vec<H1>>,
+    idle: RefCell<Vec<Http1>>,
     h2: RefCell<Vec<Rc<H2>>>,
     dialling: RefCell<Option<Rc<Dialling>>>,
     /// What the upstream's closes have taught about its idle time.
     learned: Cell<Learned>,
-}
-
-/// An HTTP/1.1 connection.
-#[derive(Debug)]
-pub struct H1 {
-    sender: http1::SendRequest<RequestBody>,
-    tcp: SharedTcp,
-    /// Whether a byte of an answer has come.
-    ear: Ear,
-    idle_since: Instant,
-    /// What `Keep-Alive: timeout=` said.
-    told: Option<Duration>,
-    retire_at: Option<Instant>,
-    /// Who answered, where it is TLS.
-    proof: Option<Box<Proof>>,
-    /// Held here, too: an upgrade ends hyper's task, but not the connection.
-    slot: Rc<ConnectionSlot>,
 }
 
 /// An HTTP/2 connection.
@@ -105,7 +86,7 @@ struct Dialling {
 /// A connection, or a stream of one, held by a call.
 #[derive(Debug)]
 pub enum Lease {
-    H1 { connection: H1, endpoint: Rc<LocalEndpoint>, reused: bool },
+    H1 { connection: Http1, endpoint: Rc<LocalEndpoint>, reused: bool },
     H2 { stream: Stream, reused: bool },
 }
 
@@ -128,17 +109,16 @@ impl Pool {
         guards: &Arc<Guards>,
     ) -> Result<Lease, ConnectError> {
         while let Some(mut connection) = endpoint.pool.pop_idle(settings) {
-            // The task of the connection may not have run since its last response ended.
-            if connection.sender.ready().await.is_ok() {
+            if connection.ready().await {
                 return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
             }
         }
-        let connection = Box::pin(H1::open(endpoint, settings, guards)).await?;
+        let connection = Box::pin(Http1::open(endpoint, settings, guards)).await?;
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
     }
 
     /// Takes idle connections off the stack until one can be used.
-    fn pop_idle(&self, settings: &ConnectionSettings) -> Option<H1> {
+    fn pop_idle(&self, settings: &ConnectionSettings) -> Option<Http1> {
         let now = Instant::now();
         let mut idle = self.idle.borrow_mut();
         // One that leads to another name, by TLS, is left for calls to that.
@@ -152,7 +132,7 @@ impl Pool {
                 }
                 continue;
             }
-            if connection.sender.is_closed() || (age >= SURELY_FRESH && !connection.is_quiet()) {
+            if connection.is_closed() || (age >= SURELY_FRESH && !connection.is_quiet()) {
                 self.learn_close(age, now);
                 continue;
             }
@@ -161,7 +141,7 @@ impl Pool {
         None
     }
 
-    fn idle_limit(&self, connection: &H1, setting: PoolIdle, now: Instant) -> Duration {
+    fn idle_limit(&self, connection: &Http1, setting: PoolIdle, now: Instant) -> Duration {
         match setting {
             PoolIdle::Fixed(limit) => *limit,
             PoolIdle::Auto => {
@@ -177,15 +157,10 @@ impl Pool {
         self.learned.set(learned);
     }
 
-    fn put_back(&self, mut connection: H1) {
-        // Somebody waits for the room that it takes.
-        if connection.slot.is_claimed() {
-            return;
-        }
-        let now = Instant::now();
+    fn put_back(&self, mut connection: Http1) {
+        let usable = connection.rest(Instant::now());
         let mut idle = self.idle.borrow_mut();
-        if idle.len() < MAX_IDLE && !connection.sender.is_closed() && !connection.is_retired(now) {
-            connection.idle_since = now;
+        if usable && idle.len() < MAX_IDLE {
             idle.push(connection);
         }
     }
@@ -250,9 +225,10 @@ impl Pool {
         let now = Instant::now();
         self.idle.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
         self.h2.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
-        self.idle.borrow_mut().retain(|connection| {
+        self.idle.borrow_mut().retain_mut(|connection| {
             let age = now.saturating_duration_since(connection.idle_since);
-            if connection.sender.is_closed() {
+            connection.listen();
+            if connection.is_closed() {
                 self.learn_close(age, now);
                 return false;
             }
@@ -264,46 +240,6 @@ impl Pool {
     /// How many connections lie idle.
     pub fn idle_connections(&self) -> usize {
         self.idle.borrow().len() + self.h2.borrow().iter().filter(|c| c.streams.get() == 0).count()
-    }
-}
-
-impl H1 {
-    async fn open(
-        endpoint: &LocalEndpoint,
-        settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
-    ) -> Result<Self, ConnectError> {
-        let address = endpoint.shared.address;
-        let slot = ConnectionSlot::take(guards).await?;
-        let connected =
-            connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::Http1).await?;
-        let slot = Rc::new(slot.opened(connected.protection()));
-        let Connected { io, tcp, proof } = connected;
-        let ear = Ear::default();
-        let (sender, connection) = http1::Builder::new()
-            .max_header_size(MAX_HEADER_BYTES)
-            .preserve_header_case(settings.header_case == HeaderCase::Preserve)
-            .handshake(TokioIo::new(Heard::new(io, ear.clone())))
-            .await
-            .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
-        // Ends with the connection; its error reaches the call by the sender.
-        let held = Rc::clone(&slot);
-        spawn_local(async move {
-            let _held = held;
-            let _ = connection.with_upgrades().await;
-        });
-        let now = Instant::now();
-        let retire_at = retire_at(settings, proof.as_deref(), now);
-        Ok(Self { sender, tcp, ear, idle_since: now, told: None, retire_at, proof, slot })
-    }
-
-    /// Whether it can carry another request: not closed, and nothing unasked-for has come.
-    fn is_quiet(&self) -> bool {
-        if self.proof.is_some() { self.tcp.is_quiet_tls() } else { self.tcp.is_quiet() }
-    }
-
-    fn is_retired(&self, now: Instant) -> bool {
-        self.retire_at.is_some_and(|at| now >= at)
     }
 }
 
@@ -363,7 +299,11 @@ fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool {
 }
 
 /// No connection is used for longer than the certificate of who answered is good for.
-fn retire_at(settings: &ConnectionSettings, proof: Option<&Proof>, now: Instant) -> Option<Instant> {
+pub(super) fn retire_at(
+    settings: &ConnectionSettings,
+    proof: Option<&Proof>,
+    now: Instant,
+) -> Option<Instant> {
     let proven = proof.and_then(|proof| now.checked_add(proof.expires_in()));
     let aged = settings.max_age.map(|age| now + age);
     match (proven, aged) {
@@ -435,21 +375,30 @@ impl Lease {
 
     /// Whether a byte of an answer came, where that can be told: what an HTTP/2 connection says may be for any stream.
     pub fn heard_anything(&self) -> bool {
-        matches!(self, Self::H1 { connection, .. } if connection.ear.heard())
+        matches!(self, Self::H1 { connection, .. } if connection.heard_anything())
     }
 
     pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
         let sent = match self {
-            Self::H1 { connection, .. } => {
-                connection.ear.listen();
-                connection.sender.try_send_request(request).await
-            }
+            Self::H1 { connection, .. } => connection.send(request).await,
             Self::H2 { stream, .. } => stream.0.sender.clone().try_send_request(request).await,
         };
         sent.map_err(|mut failed| {
             let unsent = failed.take_message();
             SendError { error: failed.into_error(), unsent }
         })
+    }
+
+    /// Polls a part of the answer's body, which comes by this connection.
+    pub fn poll_part<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut part: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        match self {
+            Self::H1 { connection, .. } => connection.poll_part(cx, part),
+            Self::H2 { .. } => part(cx),
+        }
     }
 
     /// Learns from the response's `Keep-Alive: timeout=`.
