@@ -233,7 +233,10 @@ fn is_host(text: &str) -> bool {
     let name = bytes.iter().position(|byte| !IN_PLAIN_NAME[usize::from(*byte)]).unwrap_or(bytes.len());
     let plain = match &bytes[name..] {
         [] => true,
-        [b':', port @ ..] => (1..=4).contains(&port.len()) && port.iter().all(u8::is_ascii_digit),
+        [b':', port @ ..] => {
+            let fits = (1..=4).contains(&port.len()) || (port.len() == 5 && port <= b"65535".as_slice());
+            fits && port.iter().all(u8::is_ascii_digit)
+        }
         _ => false,
     };
     if plain && name > 0 {

@@ -57,7 +57,7 @@ pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
         Side::Outbound => {
             connection.redirected_to.and_then(|original| redirected::behind(connection, &view, original))
         }
-        Side::Upstream(name) => by_name(&view, name).map(|index| Rc::clone(&view.clusters[index])),
+        Side::Upstream(name) => view.by_name(name).map(|index| Rc::clone(&view.clusters[index])),
     }
 }
 
@@ -83,13 +83,9 @@ pub fn mtls(connection: &Connection) -> Mtls {
     if mtls == Mtls::Permissive && view.snapshot.config.identity.is_none() { Mtls::Off } else { mtls }
 }
 
-fn by_name(view: &View, name: &str) -> Option<usize> {
-    view.clusters.iter().position(|local| local.cluster.settings.name == name)
-}
-
 /// An upstream by its name in the configuration, for a fallback.
 pub fn named(view: &View, name: &str) -> Option<Target> {
-    let index = by_name(view, name)?;
+    let index = view.by_name(name)?;
     let local = Rc::clone(&view.clusters[index]);
     Some(Target {
         matched: Rc::clone(&local),
@@ -106,7 +102,7 @@ pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Re
     match &connection.side {
         Side::Inbound => Ok(alone(service(connection, view))),
         Side::Upstream(name) => {
-            let index = by_name(view, name).ok_or_else(|| {
+            let index = view.by_name(name).ok_or_else(|| {
                 ProxyError::new(
                     Cause::UnknownUpstream,
                     format!("the configuration no longer has an upstream `{name}`"),

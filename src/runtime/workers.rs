@@ -135,6 +135,8 @@ pub struct View {
     pub snapshot: Arc<Snapshot>,
     /// In the order of the snapshot's.
     pub clusters: Vec<Rc<LocalCluster>>,
+    /// Their indices, in the order of their names.
+    names_in_order: Vec<usize>,
     pub inbound: Rc<LocalCluster>,
     pub names: Names,
 }
@@ -204,6 +206,10 @@ impl LocalCluster {
         let whom = Arc::new(Whom { cluster: Arc::clone(cluster), durations });
         Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom })
     }
+
+    fn name(&self) -> &str {
+        &self.cluster.settings.name
+    }
 }
 
 impl View {
@@ -218,10 +224,19 @@ impl View {
             let old = known.get(&Arc::as_ptr(upstream)).copied();
             LocalCluster::new(cluster, old, || upstream.guards.durations.cell())
         };
-        let clusters = snapshot.clusters.iter().map(local).collect();
+        let clusters: Vec<_> = snapshot.clusters.iter().map(local).collect();
+        let mut names_in_order: Vec<_> = (0..clusters.len()).collect();
+        names_in_order.sort_unstable_by_key(|index| clusters[*index].name());
         let inbound = local(&snapshot.inbound);
         let names = Names::new(&snapshot.config.service.name, instance);
-        Rc::new(Self { snapshot, clusters, inbound, names })
+        Rc::new(Self { snapshot, clusters, names_in_order, inbound, names })
+    }
+
+    /// The index of an upstream of the configuration.
+    pub fn by_name(&self, name: &str) -> Option<usize> {
+        let order = &self.names_in_order;
+        let at = order.binary_search_by(|index| self.clusters[*index].name().cmp(name)).ok()?;
+        Some(order[at])
     }
 }
 
@@ -298,6 +313,10 @@ impl Worker {
         outward.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
         inward.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
+            // One that was never called has nothing to be looked after.
+            if local.upstream.known().is_empty() {
+                continue;
+            }
             for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {
                 let tls = local.cluster.tls.as_ref().map(|tls| &tls.target.client);
                 endpoint.pool.sweep(local.cluster.settings.pool_idle_timeout, tls);

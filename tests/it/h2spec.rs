@@ -48,10 +48,17 @@ fn both_listeners_conform() {
     for (name, address) in [("outbound", proxy.outbound()), ("inbound", proxy.inbound())] {
         let (count, failed) = failures(address, &proxy.directory().join(name));
         assert!(count > 130, "only {count} cases ran");
-        let unknown: Vec<_> = failed
+        let mut unknown: Vec<_> = failed
             .iter()
             .filter(|case| !known.contains(case.split(' ').next().unwrap_or_default()))
             .collect();
+        // It waits for each answer a while only, and the machine may be busy: what is wrong is wrong each time.
+        for _ in 0..2 {
+            if !unknown.is_empty() {
+                let (_, again) = failures(address, &proxy.directory().join(name));
+                unknown.retain(|case| again.contains(*case));
+            }
+        }
         assert!(unknown.is_empty(), "{name}: {} of {count} cases fail: {unknown:#?}", unknown.len());
     }
 }
