@@ -10,6 +10,7 @@ use super::{
     body::{Held, RequestBody},
     connect::connect_failed,
     error::{Cause, ProxyError},
+    headers,
     present::Present,
 };
 use crate::{
@@ -82,7 +83,10 @@ impl Outgoing {
         self.request(self.headers.clone(), self.extensions.clone())
     }
 
-    fn request(&self, headers: HeaderMap, extensions: http::Extensions) -> Request<()> {
+    fn request(&self, mut headers: HeaderMap, extensions: http::Extensions) -> Request<()> {
+        if self.version == Version::HTTP_2 {
+            headers::keep_unindexed(&mut headers);
+        }
         let mut request = Request::new(());
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();

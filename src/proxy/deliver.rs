@@ -82,6 +82,9 @@ pub fn hand_on(
         response.headers_mut().insert(UPGRADE, protocol);
         return Ok(response.map(|_| ResponseBody::Empty));
     }
+    if callers_version == Version::HTTP_2 && present.has(Field::RequestId) {
+        headers::keep_unindexed(response.headers_mut());
+    }
     // hyper writes the version the caller came by.
     *response.version_mut() = callers_version;
     exchange.call.progress.answering();

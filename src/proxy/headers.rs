@@ -14,7 +14,10 @@ use super::{
     error::{Cause, ProxyError},
     present::{Field, Present},
 };
-use crate::config::{Forwarded, HeaderEdits};
+use crate::{
+    config::{Forwarded, HeaderEdits},
+    resilience::deadline::{GRPC_TIMEOUT, REQUEST_TIMEOUT},
+};
 
 pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -308,6 +311,16 @@ impl Via {
             _ => &self.http11,
         };
         headers.append(VIA, member.clone());
+    }
+}
+
+/// Keeps what is another for each call out of HTTP/2's table of known fields (RFC 7541 §6.2.3): there it would never be
+/// met again, would push out what is, and each call would be compared with all those before it.
+pub fn keep_unindexed(headers: &mut HeaderMap) {
+    for name in [X_REQUEST_ID, TRACEPARENT, GRPC_TIMEOUT, REQUEST_TIMEOUT] {
+        if let Some(value) = headers.get_mut(name) {
+            value.set_sensitive(true);
+        }
     }
 }
 
