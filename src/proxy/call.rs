@@ -21,7 +21,7 @@ use super::{
     connect,
     connection::Connection,
     error::{Cause, Context, ProxyError, respond},
-    exchange,
+    exchange, guard,
     headers::{self, X_OUTRIGGER_RETRY, X_REQUEST_ID},
     present::{Field, Present},
     progress::Progress,
@@ -166,14 +166,14 @@ async fn handle(
     present: Present,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    headers::guard(&request, present)?;
+    guard::check(&request, present)?;
     if connection.refused_plaintext() {
         return Err(ProxyError::new(
             Cause::NotAllowed,
             "plaintext: calls to this service must come by mutual TLS (`inbound.mtls` is \"strict\"); call it through a sidecar, or let both in by \"permissive\"",
         ));
     }
-    headers::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;
+    guard::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;
     if connection.side == Side::Inbound {
         authorize::call(connection, view, &mut request, progress.started()).await?;
     }

@@ -15,6 +15,7 @@ use super::{
     credentials,
     error::{Cause, ProxyError},
     exchange::Exchange,
+    guard,
     headers::{self, X_OUTRIGGER_RETRY},
     present::{Field, Present},
     upgrade,
@@ -45,7 +46,7 @@ pub fn hand_on(
         let detail = format!("{}: its response cannot be passed on: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)
     };
-    headers::only_chunked(response.headers(), present).map_err(broken)?;
+    guard::only_chunked(response.headers(), present).map_err(broken)?;
     let said = headers::remove_hop_by_hop(response.headers_mut(), present).map_err(broken)?;
     if present.has(Field::Retry) {
         response.headers_mut().remove(X_OUTRIGGER_RETRY);
