@@ -9,8 +9,8 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     rc::Rc,
-    sync::Arc,
-    task::{Context, Poll, Waker},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -55,12 +55,51 @@ pub struct Http1 {
 }
 
 /// The half that moves bytes.
-#[derive(Default)]
 struct Bytes {
     /// None: it has ended, or a task of its own polls it.
     mover: Option<Pin<Box<dyn Future<Output = hyper::Result<()>>>>>,
+    bell: Arc<Bell>,
+    /// Rings the bell.
+    waker: Waker,
     /// A call is on it.
     in_use: bool,
+}
+
+/// Wakes the call that uses a connection, and nobody between calls.
+///
+/// What goes from one half to the other wakes the other, which here is the one that runs: that is left out, as it looks
+/// there anyway.
+#[derive(Default)]
+struct Bell(Mutex<Rings>);
+
+#[derive(Default)]
+struct Rings {
+    whom: Option<Waker>,
+    muted: bool,
+    /// It was rung while muted.
+    missed: bool,
+}
+
+impl Bell {
+    fn rings(&self) -> MutexGuard<'_, Rings> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        let mut rings = self.rings();
+        if rings.muted {
+            rings.missed = true;
+        } else if let Some(task) = rings.whom.take() {
+            drop(rings);
+            task.wake();
+        }
+    }
 }
 
 impl Http1 {
@@ -82,7 +121,7 @@ impl Http1 {
             .handshake(TokioIo::new(Heard::new(io, ear.clone())))
             .await
             .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
-        let bytes = Bytes { mover: Some(Box::pin(connection.with_upgrades())), in_use: false };
+        let bytes = Bytes::new(Box::pin(connection.with_upgrades()));
         let now = Instant::now();
         let retire_at = retire_at(settings, proof.as_deref(), now);
         Ok(Self { sender, bytes, tcp, ear, idle_since: now, told: None, retire_at, proof, slot })
@@ -96,7 +135,9 @@ impl Http1 {
         self.ear.listen();
         self.bytes.in_use = true;
         let sent = request.body().sent();
+        self.bytes.mute();
         let mut answer = pin!(self.sender.try_send_request(request));
+        self.bytes.unmute();
         let answer = poll_fn(|cx| {
             self.bytes.move_on(cx);
             self.bytes.poll_what_came(cx, |cx| answer.as_mut().poll(cx))
@@ -114,11 +155,11 @@ impl Http1 {
         cx: &mut Context<'_>,
         mut part: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        if let Poll::Ready(part) = self.bytes.poll_what_came(cx, &mut part) {
+        // It may have come with the part before.
+        if self.bytes.mover.is_some()
+            && let (Poll::Ready(part), _) = self.bytes.take(&mut part)
+        {
             return Poll::Ready(part);
-        }
-        if self.bytes.mover.is_none() {
-            return Poll::Pending;
         }
         self.bytes.move_on(cx);
         self.bytes.poll_what_came(cx, part)
@@ -160,7 +201,7 @@ impl Http1 {
 
     /// Takes note of what has come while it lay idle: tickets, or its end.
     pub fn listen(&mut self) {
-        self.bytes.move_on(&mut Context::from_waker(Waker::noop()));
+        self.bytes.move_alone();
     }
 
     /// Whether it was closed, as far as has been noted.
@@ -184,27 +225,70 @@ impl Http1 {
 }
 
 impl Bytes {
-    /// Moves what can be moved.
+    fn new(mover: Pin<Box<dyn Future<Output = hyper::Result<()>>>>) -> Self {
+        let bell = Arc::<Bell>::default();
+        Self { mover: Some(mover), waker: Waker::from(Arc::clone(&bell)), bell, in_use: false }
+    }
+
+    /// Moves what can be moved; for more, the bell wakes the caller of this.
     fn move_on(&mut self, cx: &mut Context<'_>) {
+        let mut rings = self.bell.rings();
+        if !rings.whom.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
+            rings.whom = Some(cx.waker().clone());
+        }
+        drop(rings);
+        self.poll_mover();
+    }
+
+    /// Moves what can be moved; for more, nobody is woken.
+    fn move_alone(&mut self) {
+        self.bell.rings().whom = None;
+        self.poll_mover();
+    }
+
+    fn poll_mover(&mut self) {
         if let Some(mover) = &mut self.mover
-            && mover.as_mut().poll(cx).is_ready()
+            && mover.as_mut().poll(&mut Context::from_waker(&self.waker)).is_ready()
         {
             // Its error reaches the call by the sender.
             self.mover = None;
         }
     }
 
-    /// Polls what only the mover can bring. It has just been polled for the caller of this and will wake it: what it
-    /// brings wakes nobody once more.
+    /// Polls what the mover brings, which has just moved what it could. Where taking it made room for more, or the time
+    /// that a task may take is over, that is told.
     fn poll_what_came<T>(
         &self,
         cx: &mut Context<'_>,
         mut what: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        match self.mover {
-            Some(_) => what(&mut Context::from_waker(Waker::noop())),
-            None => what(cx),
+        if self.mover.is_none() {
+            return what(cx);
         }
+        let (polled, missed) = self.take(&mut what);
+        if missed && polled.is_pending() {
+            cx.waker().wake_by_ref();
+        }
+        polled
+    }
+
+    /// Polls what the mover brings; says whether the bell rang.
+    fn take<T>(&self, what: &mut impl FnMut(&mut Context<'_>) -> Poll<T>) -> (Poll<T>, bool) {
+        self.mute();
+        let polled = what(&mut Context::from_waker(&self.waker));
+        (polled, self.unmute())
+    }
+
+    fn mute(&self) {
+        let mut rings = self.bell.rings();
+        (rings.muted, rings.missed) = (true, false);
+    }
+
+    /// Whether it was rung meanwhile.
+    fn unmute(&self) -> bool {
+        let mut rings = self.bell.rings();
+        rings.muted = false;
+        rings.missed
     }
 }
 
@@ -212,7 +296,7 @@ impl Drop for Bytes {
     fn drop(&mut self) {
         // With a call on it, there is no good end; and its body must not be read by nobody.
         if !self.in_use {
-            self.move_on(&mut Context::from_waker(Waker::noop()));
+            self.move_alone();
         }
     }
 }

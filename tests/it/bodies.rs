@@ -232,3 +232,95 @@ fn memory_stays_flat_over_http2() {
         assert!(grown < 16 * 1024, "{} MiB each way cost {grown} KiB of memory", size() / MIB);
     }
 }
+
+/// A connection that is always ready must not keep its worker to itself, and is looked at again when it gives way.
+#[test]
+fn thousands_of_parts_that_come_at_once_are_all_passed_on() {
+    const PARTS: usize = 5000;
+    let server = RawServer::start(|mut stream| {
+        let mut answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
+        for _ in 0..PARTS {
+            answer.extend_from_slice(b"3\r\nabc\r\n");
+        }
+        answer.extend_from_slice(b"0\r\n\r\n");
+        let mut asked = Vec::new();
+        let mut chunk = [0; 4096];
+        while let Ok(count @ 1..) = stream.read(&mut chunk) {
+            asked.extend_from_slice(&chunk[..count]);
+            while let Some(end) = asked.windows(4).position(|window| window == b"\r\n\r\n") {
+                asked.drain(..end + 4);
+                if stream.write_all(&answer).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{}\"]\n",
+        server.address()
+    ));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut client = RawClient::connect(proxy.upstream("up"));
+                for _ in 0..10 {
+                    let answer = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+                    assert_eq!(answer.body.len(), 3 * PARTS);
+                }
+            });
+        }
+    });
+    assert!(server.connections() <= 4, "{} connections for 4 callers", server.connections());
+}
+
+/// Neither side may have to read before it has sent all: the proxy must not make them wait for each other.
+#[test]
+fn an_upload_goes_on_while_its_answer_is_not_read() {
+    const LENGTH: u64 = 32 * MIB;
+    let server = RawServer::start(|mut stream| {
+        let (mut chunk, mut head) = (vec![b'y'; 64 * 1024], Vec::new());
+        while !head.windows(4).any(|window| window == b"\r\n\r\n") {
+            match stream.read(&mut chunk) {
+                Ok(0) | Err(_) => return,
+                Ok(count) => head.extend_from_slice(&chunk[..count]),
+            }
+        }
+        let end = head.windows(4).position(|window| window == b"\r\n\r\n").map_or(0, |at| at + 4);
+        let mut got = (head.len() - end) as u64;
+        let mut writing = stream.try_clone().expect("a handle");
+        let writer = thread::spawn(move || {
+            let _ =
+                write!(writing, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {LENGTH}\r\n\r\n");
+            let part = vec![b'x'; 64 * 1024];
+            for _ in 0..LENGTH / part.len() as u64 {
+                if writing.write_all(&part).is_err() {
+                    return;
+                }
+            }
+        });
+        while got < LENGTH {
+            match stream.read(&mut chunk) {
+                Ok(0) | Err(_) => return,
+                Ok(count) => got += count as u64,
+            }
+        }
+        let _ = writer.join();
+    });
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{}\"]\n",
+        server.address()
+    ));
+    let mut client = RawClient::connect(proxy.upstream("up"));
+    assert!(client.send(format!("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: {LENGTH}\r\n\r\n")));
+    let part = vec![b'z'; 64 * 1024];
+    for sent in 0..LENGTH / part.len() as u64 {
+        assert!(client.send(&part), "stuck after {sent} parts");
+    }
+    let (mut got, mut chunk) = (0_u64, vec![0; 64 * 1024]);
+    while got < LENGTH {
+        match client.stream.read(&mut chunk) {
+            Ok(0) | Err(_) => panic!("the answer broke off after {got} bytes"),
+            Ok(count) => got += count as u64,
+        }
+    }
+}
