@@ -15,6 +15,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Vers
 use outrigger::{
     config::{Balance, Forwarded, HeaderEdits, Source, Sources, load_sources},
     proxy::{
+        guard,
         headers::{self, Caller, CompiledEdits, Via},
         present::Present,
         route::Router,
@@ -223,7 +224,7 @@ fn rewriting(c: &mut Criterion) {
     *request.headers_mut() = request_headers();
     group.bench_function("which fields there are", |b| b.iter(|| Present::of(black_box(request.headers()))));
     let present = Present::of(request.headers());
-    group.bench_function("guard", |b| b.iter(|| headers::guard(black_box(&request), present).is_ok()));
+    group.bench_function("guard", |b| b.iter(|| guard::check(black_box(&request), present).is_ok()));
     let setup = request_headers;
     let small = criterion::BatchSize::SmallInput;
     group.bench_function("rewrite", |b| {

@@ -23,7 +23,7 @@ pub mod detect;
 pub mod error;
 pub mod exchange;
 mod grpc;
-mod guard;
+pub mod guard;
 mod head;
 pub mod headers;
 mod hedged;
