@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::{
     Answer, Daemon, Launch, Proxy, RawClient, RawServer, Upstream, binary_for_all, eventually, has_tool,
-    netns::{Lan, Pod},
+    netns::{Lan, PROXY_USER, Pod},
     pki::{Pki, id},
     text,
     tls::{TlsCaller, TlsServer},
@@ -267,7 +267,7 @@ fn each_port_of_the_service_is_reached_and_may_differ() {
     let (callee, stranger, pki) = (lan.pod(), lan.pod(), pki());
     let services = [service(&callee, 8080, "calls"), service(&callee, 9090, "metrics")];
     let config = format!(
-        "{}[inbound]\nmtls = \"strict\"\nforward_to = \"127.0.0.1:8080\"\n[inbound.limits]\nmax_requests = 7\n[[inbound.port]]\nport = 9090\nmtls = \"off\"\n",
+        "{}[inbound]\nmtls = \"strict\"\nforward_to = \"127.0.0.1:8080\"\n[inbound.limits]\nmax_requests = 7\n[inbound.breaker]\nconsecutive_failures = 10\n[[inbound.port]]\nport = 9090\nmtls = \"off\"\n",
         pki.identity("payments")
     );
     let proxy = sidecar(&callee, &config);
@@ -286,7 +286,6 @@ fn each_port_of_the_service_is_reached_and_may_differ() {
     // Who names the proxy's own port is led nowhere: it is for the service.
     let (status, body) = ask(&stranger, callee.addresses(4143)[0], "a");
     assert_eq!((status, body.starts_with("calls ")), (200, true), "{body}");
-    drop(services);
 
     // Each address that was called has limits of its own, and is shown.
     let status: Value = serde_json::from_str(&admin(&callee, "/status").1).expect("JSON");
@@ -302,6 +301,18 @@ fn each_port_of_the_service_is_reached_and_may_differ() {
     let shown = callee.command(0, &[binary_for_all().to_str().expect("a path"), "status"]);
     let row = format!("(the service at {})", callee.addresses(8080)[1]);
     assert!(String::from_utf8_lossy(&shown.stdout).contains(&row), "{shown:?}");
+
+    // And a breaker, that can be set.
+    for address in callee.addresses(8080) {
+        let (binary, name) = (binary_for_all(), address.to_string());
+        let words = [binary.to_str().expect("a path"), "set", "breaker", &name, "open"];
+        let set = callee.command(PROXY_USER, &words);
+        assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
+        let (status, body) = ask(&stranger, address, "a");
+        assert_eq!((status, body.contains("breaker_open")), (503, true), "{body}");
+    }
+    assert_eq!(ask(&stranger, callee.addresses(9090)[0], "a").0, 200);
+    drop(services);
 }
 
 /// Rules of others lead connections here too: a port of the node that is published. Those were not redirected.
