@@ -24,7 +24,7 @@ use tokio::{
 
 use super::{Cluster, Phase, Shared, Snapshot, StartError};
 use crate::{
-    config::{Config, HostPort},
+    config::{Config, HeaderCase, HostPort},
     identity::{jwt::TokenCache, trust::provider},
     proxy::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
@@ -139,6 +139,8 @@ pub struct View {
     names_in_order: Vec<usize>,
     pub inbound: Rc<LocalCluster>,
     pub names: Names,
+    /// Whether any upstream wants field names as the caller spelled them.
+    pub preserves_case: bool,
 }
 
 /// The names under which this process passes messages on.
@@ -229,7 +231,9 @@ impl View {
         names_in_order.sort_unstable_by_key(|index| clusters[*index].name());
         let inbound = local(&snapshot.inbound);
         let names = Names::new(&snapshot.config.service.name, instance);
-        Rc::new(Self { snapshot, clusters, names_in_order, inbound, names })
+        let preserve = |cluster: &Arc<Cluster>| cluster.settings.header_case == HeaderCase::Preserve;
+        let preserves_case = snapshot.clusters.iter().any(preserve);
+        Rc::new(Self { snapshot, clusters, names_in_order, inbound, names, preserves_case })
     }
 
     /// The index of an upstream of the configuration.

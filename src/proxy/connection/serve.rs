@@ -29,12 +29,9 @@ use super::{
     CALLER_IDLE, Connection, ConnectionError, HEADER_TIMEOUT, MAX_HEADER_BYTES,
     park::{Left, WARM_FOR, parked},
 };
-use crate::{
-    config::HeaderCase,
-    proxy::{
-        io::CallerIo,
-        progress::{Watchdog, poll_watched},
-    },
+use crate::proxy::{
+    io::CallerIo,
+    progress::{Watchdog, poll_watched},
 };
 
 /// A caller that takes nothing of what is written to it.
@@ -80,19 +77,13 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let preserve_case = self
-            .worker
-            .view()
-            .clusters
-            .iter()
-            .any(|local| local.cluster.settings.header_case == HeaderCase::Preserve);
         let this = Rc::clone(self);
         let service = service_fn(move |request| Rc::clone(&this).call(request));
         let mut connection = http1::Builder::new()
             // Ours knows an idle connection from a slow head; see `standstill`.
             .header_read_timeout(None)
             .max_header_size(MAX_HEADER_BYTES)
-            .preserve_header_case(preserve_case)
+            .preserve_header_case(self.worker.view().preserves_case)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         let leave = |connection: Pin<&mut UpgradeableConnection<_, _>>| connection.graceful_shutdown();
