@@ -101,6 +101,7 @@ impl ConnectionSlot {
                 if let Some(slot) = Self::try_take(guards) {
                     return slot;
                 }
+                want.again();
                 freed.await;
             }
         });

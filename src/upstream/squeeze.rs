@@ -64,6 +64,15 @@ impl Want<'_> {
     pub fn freed(&self) -> Notified<'_> {
         self.0.freed.notified()
     }
+
+    /// Somebody else took what was freed: another is to be closed, unless one is for each that waits.
+    pub fn again(&self) {
+        let waiting = self.0.waiting.load(Ordering::SeqCst);
+        let more = |wanted| (wanted < waiting).then_some(wanted + 1);
+        if self.0.wanted.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok() {
+            WANTED.notify_waiters();
+        }
+    }
 }
 
 impl Drop for Want<'_> {
@@ -89,6 +98,12 @@ mod tests {
         assert!(!squeeze.claim(), "nobody wants any");
         let (one, two) = (squeeze.want(), squeeze.want());
         assert!(squeeze.claim() && squeeze.claim() && !squeeze.claim());
+        one.again();
+        assert!(squeeze.claim(), "somebody was quicker than the one that it was closed for");
+        for _ in 0..5 {
+            two.again();
+        }
+        assert!(squeeze.claim() && squeeze.claim() && !squeeze.claim(), "no more than wait");
         drop((one, two));
         let three = squeeze.want();
         assert!(squeeze.is_wanted());
