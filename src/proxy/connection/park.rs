@@ -20,7 +20,7 @@ use crate::proxy::{io::CallerIo, progress::Watchdog};
 pub(super) const WARM_FOR: Duration = Duration::from_secs(1);
 /// Idle connections of a worker that stay for that long. With more of them each is rarely used, and is parked at once;
 /// else all would hold their kilobytes at one time, and what is freed piecemeal goes back to the system badly.
-const MAX_WARM: u32 = 256;
+const MAX_WARM: u32 = 128;
 
 /// Counts a worker's idle connections that hyper still has.
 #[derive(Debug, Default)]
