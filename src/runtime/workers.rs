@@ -247,7 +247,8 @@ impl View {
 impl Worker {
     fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
         if shared.snapshot.load().config.identity.is_some() {
-            // The first random bytes take the library tens of milliseconds: not those of the first caller.
+            // The first random bytes take the library some time, tens of milliseconds unless it was built as
+            // `.cargo/config.toml` says: not that of the first caller.
             let _ = provider().secure_random.fill(&mut [0]);
         }
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);

@@ -92,6 +92,44 @@ fn two_thousand_idle_connections_by_mutual_tls() {
     assert!(bytes < 20 * 1024, "{bytes} bytes for an idle connection");
 }
 
+/// CPU time, which other work on the machine does not change: up to the first answer.
+#[test]
+#[ignore = "for the release build"]
+fn it_answers_soon_after_its_start() {
+    let (pki, upstream) = (Pki::new(), Upstream::http1(|_| async { text("ok") }));
+    let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
+    let tls = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let many: String = (0..1000)
+        .map(|n| {
+            format!(
+                "[[upstream]]\nname = \"u{n}\"\nhosts = [\"h{n}\"]\nendpoints = [\"{}\"]\n",
+                upstream.address()
+            )
+        })
+        .collect();
+    let plain = |config: &str| {
+        let proxy = Proxy::start(config);
+        assert_eq!(RawClient::connect(proxy.outbound()).ask(CALL.replace("up", "h7")).status(), 200);
+        proxy
+    };
+    let ask_by_tls = || {
+        let proxy = callee(&pki, upstream.address(), "");
+        let said = tls.say(proxy.inbound(), &CALL.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
+        assert!(said.expect("an answer").starts_with("HTTP/1.1 200"));
+        proxy
+    };
+    let starts: [(&str, u128, &dyn Fn() -> Proxy); 3] = [
+        ("plain", 15, &|| plain(&config(&upstream, ""))),
+        ("mutual TLS", 30, &ask_by_tls),
+        ("1,000 upstreams", 40, &|| plain(&many)),
+    ];
+    for (name, limit, start) in starts {
+        let least = (0..5).map(|_| start().cpu_time()).min().expect("some");
+        say(&format!("{name}: {least:?} of CPU to the first answer"));
+        assert!(least.as_millis() < limit, "{name}: {least:?}");
+    }
+}
+
 #[test]
 #[ignore = "20 rounds; for the release build"]
 fn reloads_under_load_fail_no_request() {

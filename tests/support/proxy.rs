@@ -256,6 +256,17 @@ impl Proxy {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// CPU time of its threads that still run.
+    #[track_caller]
+    pub fn cpu_time(&self) -> Duration {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("/proc");
+        let nanoseconds = threads.map(|thread| {
+            let spent = fs::read_to_string(thread.expect("/proc").path().join("schedstat")).expect("/proc");
+            spent.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0)
+        });
+        Duration::from_nanos(nanoseconds.sum())
+    }
+
     /// Resident memory, KiB.
     #[track_caller]
     pub fn resident_kib(&self) -> u64 {
