@@ -17,6 +17,7 @@ use super::connection;
 use crate::{
     config::ListenAddr,
     runtime::{StartError, Worker},
+    telemetry::metrics::Awaited,
 };
 
 const BACKLOG: i32 = 4096;
@@ -136,7 +137,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Serves a connection in a task of its own: whatever happens in it, even a panic, stays in it.
-pub fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side) {
+pub fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: Awaited) {
     let worker = Rc::clone(worker);
-    tokio::task::spawn_local(connection::run(worker, stream, peer, side));
+    tokio::task::spawn_local(connection::run(worker, stream, peer, side, coming));
 }

@@ -406,7 +406,8 @@ impl Body for ResponseBody {
             this.grpc_goes_on(&frame);
         }
         match &frame {
-            Some(Ok(_)) if this.body.is_end_stream() => this.finished(),
+            // Behind trailers nobody asks for more.
+            Some(Ok(frame)) if frame.is_trailers() || this.body.is_end_stream() => this.finished(),
             Some(Ok(_)) => {}
             Some(Err(_)) => {
                 this.lease = None;

@@ -37,8 +37,8 @@ use super::{
 use crate::{
     config::{HostPort, Mtls, Protocol},
     identity::{Peer, SpiffeId, xfcc},
-    runtime::{Phase, Worker, drain_phase},
-    telemetry::metrics::Detected,
+    runtime::{Phase, Worker, connections, drain_phase},
+    telemetry::metrics::{Awaited, Detected},
 };
 
 pub use park::Warm;
@@ -102,16 +102,13 @@ struct Found {
 }
 
 /// Serves a connection to its end. What few connections need is boxed: each holds room for all the rest.
-pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side) {
+pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: Awaited) {
     let redirected_to = redirected::destination(&stream, &side);
     if side == Side::Outbound && redirected_to.is_some_and(redirected::is_probe) {
         return worker.shared.interception.probe_arrived();
     }
-    let metrics = match &side {
-        Side::Inbound => &worker.shared.metrics.inbound,
-        Side::Outbound | Side::Upstream(_) => &worker.shared.metrics.outbound,
-    };
-    let _open = metrics.opened();
+    let _open = connections(&worker.shared, &side).opened();
+    drop(coming);
     let _counted = Counted::new(&worker);
     let stream = SharedTcp::new(stream);
     let connection = Connection::new(&worker, side, peer, redirected_to);
@@ -305,7 +302,7 @@ mod tests {
     /// Ten thousand idle callers hold one each.
     #[test]
     fn a_connection_is_small() {
-        fn size<F: Future>(_: impl Fn(Rc<Worker>, TcpStream, SocketAddr, Side) -> F) -> usize {
+        fn size<F: Future>(_: impl Fn(Rc<Worker>, TcpStream, SocketAddr, Side, Awaited) -> F) -> usize {
             size_of::<F>()
         }
         let size = size(run);

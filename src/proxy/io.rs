@@ -390,7 +390,12 @@ impl<S: AsyncWrite + Unpin> CallerIo<S> {
         }
         let queue = &mut self.wire.interim().queue;
         while let Some(bytes) = queue.front_mut() {
-            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
+            let Poll::Ready(written) = Pin::new(&mut self.stream).poll_write(cx, bytes) else {
+                self.wire.stamp(&self.wire.write_blocked_since);
+                return Poll::Pending;
+            };
+            self.wire.write_blocked_since.store(0, Ordering::Relaxed);
+            let written = written?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -469,7 +474,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for CallerIo<S> {
         if self.wire.kept_open.load(Ordering::Relaxed) {
             return Poll::Ready(Ok(()));
         }
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let closed = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.wire.flushing.store(closed.is_pending(), Ordering::Relaxed);
+        if closed.is_pending() {
+            self.wire.stamp(&self.wire.write_blocked_since);
+        }
+        closed
     }
 }
 

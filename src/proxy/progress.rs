@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    task::coop::has_budget_remaining,
+    time::{Instant, Sleep, sleep_until},
+};
 
 use crate::{
     runtime::Worker,
@@ -227,15 +230,14 @@ impl Watchdog {
             // As most often: it has been asked before, and would say the same.
             return Poll::Pending;
         }
-        if !armed {
-            self.wakes = Some(cx.waker().clone());
-        }
         while timer.as_mut().poll(cx).is_ready() {
             if Instant::now() >= due {
                 return Poll::Ready(());
             }
             timer.as_mut().reset(due);
         }
+        // A task that has had its turn is polled again at once; the timer has not noted it.
+        self.wakes = has_budget_remaining().then(|| cx.waker().clone());
         Poll::Pending
     }
 }

@@ -283,7 +283,7 @@ enum Service {
 async fn drain_outbound(proxy: &Proxy, service: Service, deadline: Instant) {
     if service == Service::Elsewhere {
         tokio::select! {
-            _ = proxy.outbound_drained(Duration::MAX) => {}
+            () = proxy.outbound_quiet() => {}
             () = sleep_until(deadline) => {}
         }
     }

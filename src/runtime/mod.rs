@@ -15,7 +15,7 @@ mod snapshot;
 mod workers;
 
 pub use snapshot::{Cluster, Snapshot, inbound_settings};
-pub use workers::{LocalCluster, LocalExecutor, View, Whom, Worker, drain_phase};
+pub use workers::{LocalCluster, LocalExecutor, View, Whom, Worker, connections, drain_phase};
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -296,12 +296,17 @@ impl Proxy {
         }
     }
 
-    /// Waits until no inbound connection is open; false when `limit` passed first.
+    /// Waits until no inbound connection is open, and none comes; false when `limit` passed first.
     pub async fn inbound_drained(&self, limit: Duration) -> bool {
         tokio::time::timeout(limit, self.shared.metrics.inbound.closed()).await.is_ok()
     }
 
-    /// Waits until no outbound connection is open; false when `limit` passed first.
+    /// Waits until no outbound connection is open, though more may come.
+    pub async fn outbound_quiet(&self) {
+        self.shared.metrics.outbound.quiet().await;
+    }
+
+    /// Waits until no outbound connection is open, and none comes; false when `limit` passed first.
     pub async fn outbound_drained(&self, limit: Duration) -> bool {
         tokio::time::timeout(limit, self.shared.metrics.outbound.closed()).await.is_ok()
     }

@@ -34,7 +34,12 @@ use crate::{
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
     rng::Rng,
-    telemetry::{calls::Teller, durations::Cell, metrics::WorkerLoad, traces::InFlight},
+    telemetry::{
+        calls::Teller,
+        durations::Cell,
+        metrics::{Awaited, Connections, WorkerLoad},
+        traces::InFlight,
+    },
     upstream::{local::LocalUpstream, squeeze},
 };
 
@@ -377,8 +382,8 @@ pub(super) fn start(
             move |stop| async move {
                 let worker = Worker::new(shared, 0);
                 let delivering = Rc::clone(&worker);
-                accept_all(listeners, &worker.shared.phase, move |stream, peer, side| {
-                    accept::serve(&delivering, stream, peer, side.clone());
+                accept_all(listeners, &worker.shared, move |stream, peer, side, coming| {
+                    accept::serve(&delivering, stream, peer, side.clone(), coming);
                 });
                 house_keeping(&worker, false, stop).await;
             }
@@ -401,8 +406,8 @@ pub(super) fn start(
     let shared = Arc::clone(shared);
     workers.spawn("accept", move |mut stop| async move {
         let loads = Arc::clone(&shared);
-        accept_all(listeners, &shared.phase, move |stream, peer, side| {
-            hand_over(&seats, &loads.metrics.workers, stream, peer, side);
+        accept_all(listeners, &shared, move |stream, peer, side, coming| {
+            hand_over(&seats, &loads.metrics.workers, stream, (peer, side.clone(), coming));
         });
         let _ = stop.wait_for(|stop| *stop).await;
     })?;
@@ -435,9 +440,9 @@ fn runtime() -> io::Result<LocalRuntime> {
 }
 
 /// Starts accepting on all listeners; each ends when its side drains.
-fn accept_all<D>(listeners: Vec<Listener>, phase: &watch::Sender<Phase>, deliver: D)
+fn accept_all<D>(listeners: Vec<Listener>, shared: &Shared, deliver: D)
 where
-    D: FnMut(TcpStream, SocketAddr, &Side) + Clone + 'static,
+    D: FnMut(TcpStream, SocketAddr, &Side, Awaited) + Clone + 'static,
 {
     for listener in listeners {
         let drains_at = drain_phase(&listener.side);
@@ -449,15 +454,19 @@ where
             }
         };
         for (side, socket) in sockets {
-            let mut phase = phase.subscribe();
+            let mut phase = shared.phase.subscribe();
             let mut deliver = deliver.clone();
+            let counts = Arc::clone(connections(shared, &side));
+            let listening = counts.listening();
             tokio::task::spawn_local(async move {
+                let mut deliver = |stream, peer, side: &_| deliver(stream, peer, side, counts.coming());
                 tokio::select! {
                     () = accept_loop(&socket, &side, &mut deliver) => {}
                     _ = phase.wait_for(|phase| *phase >= drains_at) => {}
                 }
                 // Who is in the backlog has been told by the kernel that we are here.
                 accept_waiting(&socket, &side, &mut deliver).await;
+                drop((socket, listening));
             });
         }
     }
@@ -471,11 +480,24 @@ pub fn drain_phase(side: &Side) -> Phase {
     }
 }
 
-type Handed = (std::net::TcpStream, SocketAddr, Side);
+/// What counts the connections of a side.
+pub fn connections<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<Connections> {
+    match side {
+        Side::Inbound => &shared.metrics.inbound,
+        Side::Outbound | Side::Upstream(_) => &shared.metrics.outbound,
+    }
+}
+
+type Handed = (std::net::TcpStream, (SocketAddr, Side, Awaited));
 type Seat = mpsc::Sender<Handed>;
 
 /// Gives a connection to the worker with the least recent work; fewer connections break ties.
-fn hand_over(seats: &[Seat], loads: &[WorkerLoad], stream: TcpStream, peer: SocketAddr, side: &Side) {
+fn hand_over(
+    seats: &[Seat],
+    loads: &[WorkerLoad],
+    stream: TcpStream,
+    (peer, side, coming): (SocketAddr, Side, Awaited),
+) {
     let least = seats.iter().zip(loads).min_by_key(|(seat, load)| {
         // Differences below a hundredth of the time are noise.
         let busy = load.recent.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
@@ -484,15 +506,15 @@ fn hand_over(seats: &[Seat], loads: &[WorkerLoad], stream: TcpStream, peer: Sock
         (busy, load.connections.load(Ordering::Relaxed) + on_their_way)
     });
     let (Some((seat, _)), Ok(stream)) = (least, stream.into_std()) else { return };
-    if seat.try_send((stream, peer, side.clone())).is_err() {
+    if seat.try_send((stream, (peer, side, coming))).is_err() {
         tracing::warn!(%peer, "a connection was refused: the worker is too far behind");
     }
 }
 
 async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) {
-    while let Some((stream, peer, side)) = handed.recv().await {
+    while let Some((stream, (peer, side, coming))) = handed.recv().await {
         match TcpStream::from_std(stream) {
-            Ok(stream) => accept::serve(&worker, stream, peer, side),
+            Ok(stream) => accept::serve(&worker, stream, peer, side, coming),
             Err(error) => tracing::warn!(%error, "cannot register a connection"),
         }
     }

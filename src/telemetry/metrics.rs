@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -13,8 +13,8 @@ use tokio::{runtime::RuntimeMetrics, sync::Notify};
 /// Everything that is counted.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    pub inbound: Connections,
-    pub outbound: Connections,
+    pub inbound: Arc<Connections>,
+    pub outbound: Arc<Connections>,
     pub ways: Ways,
     /// In the order of their threads.
     pub workers: Vec<WorkerLoad>,
@@ -233,7 +233,23 @@ pub struct Connections {
     pub total: AtomicU64,
     /// Of those open, how many are protected how; the rest is not.
     protected: [AtomicI64; Tls::ALL.len()],
+    /// Accepted, and on their way to who serves them.
+    coming: AtomicI64,
+    /// Listeners that may still accept some.
+    listening: AtomicI64,
     all_closed: Notify,
+}
+
+/// Counts what may become open connections, until it is dropped.
+#[derive(Debug)]
+pub struct Awaited(Arc<Connections>, fn(&Connections) -> &AtomicI64);
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        if self.1(&self.0).fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.all_closed.notify_waiters();
+        }
+    }
 }
 
 /// Counts one connection as open until it is dropped.
@@ -271,14 +287,41 @@ impl Connections {
         [(Tls::None, none), (Tls::Server, server), (Tls::Mutual, mutual)]
     }
 
-    /// Waits until none is open.
+    fn awaited(self: &Arc<Self>, count: fn(&Self) -> &AtomicI64) -> Awaited {
+        count(self).fetch_add(1, Ordering::AcqRel);
+        Awaited(Arc::clone(self), count)
+    }
+
+    /// A connection was accepted, and is not open yet.
+    pub fn coming(self: &Arc<Self>) -> Awaited {
+        self.awaited(|this| &this.coming)
+    }
+
+    /// A listener accepts.
+    pub fn listening(self: &Arc<Self>) -> Awaited {
+        self.awaited(|this| &this.listening)
+    }
+
+    /// Waits until none is open, or will be unless another is accepted.
+    pub async fn quiet(&self) {
+        // In this order: a connection that comes is open before it is no longer counted as coming.
+        self.until(|| self.coming.load(Ordering::Acquire) <= 0 && self.open.load(Ordering::Acquire) <= 0)
+            .await;
+    }
+
+    /// Waits until none is open, and nobody listens.
     pub async fn closed(&self) {
+        self.until(|| self.listening.load(Ordering::Acquire) <= 0).await;
+        self.quiet().await;
+    }
+
+    async fn until(&self, reached: impl Fn() -> bool) {
         loop {
-            let closed = self.all_closed.notified();
-            if self.open.load(Ordering::Acquire) <= 0 {
+            let changed = self.all_closed.notified();
+            if reached() {
                 return;
             }
-            closed.await;
+            changed.await;
         }
     }
 }

@@ -59,8 +59,10 @@ struct Bytes {
     /// None: it has ended, or a task of its own polls it.
     mover: Option<Pin<Box<dyn Future<Output = hyper::Result<()>>>>>,
     bell: Arc<Bell>,
-    /// Rings the bell.
+    /// Rings the bell: the mover's.
     waker: Waker,
+    /// The other half's.
+    quiet: Waker,
     /// A call is on it.
     in_use: bool,
 }
@@ -99,6 +101,21 @@ impl Wake for Bell {
             drop(rings);
             task.wake();
         }
+    }
+}
+
+/// Wakes nobody: what comes while the mover is polled is taken right after. But what is polled may have to give way
+/// to other tasks, and says so at once; that is a ring that was missed.
+struct Quiet(Arc<Bell>);
+
+impl Wake for Quiet {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        let mut rings = self.0.rings();
+        rings.missed |= rings.muted;
     }
 }
 
@@ -196,6 +213,11 @@ impl Http1 {
         self.idle_since = now;
         // Somebody may wait for the room that it takes.
         self.listen();
+        if !self.sender.is_ready() {
+            // What is left of its request is still to be written, or it closes.
+            self.set_free();
+            return false;
+        }
         !self.slot.is_claimed() && !self.is_closed() && !self.is_retired(now)
     }
 
@@ -227,7 +249,9 @@ impl Http1 {
 impl Bytes {
     fn new(mover: Pin<Box<dyn Future<Output = hyper::Result<()>>>>) -> Self {
         let bell = Arc::<Bell>::default();
-        Self { mover: Some(mover), waker: Waker::from(Arc::clone(&bell)), bell, in_use: false }
+        let waker = Waker::from(Arc::clone(&bell));
+        let quiet = Waker::from(Arc::new(Quiet(Arc::clone(&bell))));
+        Self { mover: Some(mover), bell, waker, quiet, in_use: false }
     }
 
     /// Moves what can be moved; for more, the bell wakes the caller of this.
@@ -275,7 +299,7 @@ impl Bytes {
     /// Polls what the mover brings; says whether the bell rang.
     fn take<T>(&self, what: &mut impl FnMut(&mut Context<'_>) -> Poll<T>) -> (Poll<T>, bool) {
         self.mute();
-        let polled = what(&mut Context::from_waker(&self.waker));
+        let polled = what(&mut Context::from_waker(&self.quiet));
         (polled, self.unmute())
     }
 

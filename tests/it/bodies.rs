@@ -324,3 +324,29 @@ fn an_upload_goes_on_while_its_answer_is_not_read() {
         }
     }
 }
+
+/// Nobody asks for more behind trailers; the connection is free for the next call all the same.
+#[test]
+fn an_answer_with_trailers_ends_and_leaves_its_connection_to_the_next() {
+    let server = RawServer::start(|mut stream| {
+        let mut chunk = [0; 4096];
+        while let Ok(1..) = stream.read(&mut chunk) {
+            let answer = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x-sum\r\n\r\n\
+                          3\r\nabc\r\n0\r\nx-sum: 7\r\n\r\n";
+            if stream.write_all(answer.as_bytes()).is_err() {
+                return;
+            }
+        }
+    });
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{}\"]\n",
+        server.address()
+    ));
+    let mut client = RawClient::connect(proxy.upstream("up"));
+    for _ in 0..5 {
+        let answer = client.ask("GET / HTTP/1.1\r\nHost: up\r\nTE: trailers\r\n\r\n");
+        assert_eq!(answer.body, b"abc");
+        assert_eq!(answer.trailers, [("x-sum".to_owned(), "7".to_owned())]);
+    }
+    assert_eq!(server.connections(), 1);
+}
