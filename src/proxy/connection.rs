@@ -306,6 +306,6 @@ mod tests {
             size_of::<F>()
         }
         let size = size(run);
-        assert!(size <= 1600, "{size} bytes");
+        assert!(size <= 1510, "{size} bytes");
     }
 }

@@ -240,13 +240,25 @@ pub struct Connections {
     all_closed: Notify,
 }
 
-/// Counts what may become open connections, until it is dropped.
+/// Counts what may become open connections, until it is dropped: one that was accepted, or a listener.
 #[derive(Debug)]
-pub struct Awaited(Arc<Connections>, fn(&Connections) -> &AtomicI64);
+pub struct Awaited<const LISTENER: bool = false>(Arc<Connections>);
 
-impl Drop for Awaited {
+impl<const LISTENER: bool> Awaited<LISTENER> {
+    fn new(of: &Arc<Connections>) -> Self {
+        let this = Self(Arc::clone(of));
+        this.count().fetch_add(1, Ordering::AcqRel);
+        this
+    }
+
+    fn count(&self) -> &AtomicI64 {
+        if LISTENER { &self.0.listening } else { &self.0.coming }
+    }
+}
+
+impl<const LISTENER: bool> Drop for Awaited<LISTENER> {
     fn drop(&mut self) {
-        if self.1(&self.0).fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.count().fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.all_closed.notify_waiters();
         }
     }
@@ -287,19 +299,14 @@ impl Connections {
         [(Tls::None, none), (Tls::Server, server), (Tls::Mutual, mutual)]
     }
 
-    fn awaited(self: &Arc<Self>, count: fn(&Self) -> &AtomicI64) -> Awaited {
-        count(self).fetch_add(1, Ordering::AcqRel);
-        Awaited(Arc::clone(self), count)
-    }
-
     /// A connection was accepted, and is not open yet.
     pub fn coming(self: &Arc<Self>) -> Awaited {
-        self.awaited(|this| &this.coming)
+        Awaited::new(self)
     }
 
     /// A listener accepts.
-    pub fn listening(self: &Arc<Self>) -> Awaited {
-        self.awaited(|this| &this.listening)
+    pub fn listening(self: &Arc<Self>) -> Awaited<true> {
+        Awaited::new(self)
     }
 
     /// Waits until none is open, or will be unless another is accepted.
