@@ -4,6 +4,7 @@
 //! nothing about pods that it cannot do at all; whether the API server then lets them in is the `failurePolicy` of its
 //! configuration.
 
+mod arrivals;
 mod certificate;
 pub mod review;
 
@@ -20,7 +21,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body;
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
@@ -39,6 +40,7 @@ use tokio_rustls::TlsAcceptor;
 use tower::{ServiceBuilder, service_fn};
 use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, timeout::TimeoutLayer};
 
+use arrivals::{Arrivals, Failure};
 use certificate::Certificate;
 pub use certificate::CertificateError;
 use review::{Question, answer};
@@ -48,11 +50,14 @@ use crate::{config::ListenAddr, identity::tls::ALPN_H2, proxy::accept};
 
 /// More than an API server's objects can be, which etcd holds to 1.5 MiB; an UPDATE comes with the old one too.
 const BODY: usize = 8 << 20;
-/// Bodies up to this size, and larger ones, that are held at a time: others wait, so that memory has a bound, and a few
-/// large or slow ones are in nobody's way.
+/// Bodies up to this size have a room of their own, so that large ones are not in their way.
 const SMALL_BODY: u64 = 64 << 10;
-const SMALL_BODIES: usize = 256;
-const LARGE_BODIES: usize = 2;
+/// What is held of bodies at a time.
+const SMALL_BODIES: usize = 8 << 20;
+const LARGE_BODIES: usize = 20 << 20;
+/// What may wait to be read of one body over HTTP/2, and of all on a connection.
+const STREAM_WINDOW: u32 = 64 << 10;
+const WINDOW: u32 = 2 * STREAM_WINDOW;
 /// An API server has a few to each webhook; more wait to be accepted.
 const CONNECTIONS: usize = 256;
 /// Calls at a time on one of them.
@@ -101,8 +106,8 @@ pub enum DefaultsError {
 struct Known {
     defaults: ArcSwap<Defaults>,
     own_namespace: Option<String>,
-    small: Semaphore,
-    large: Semaphore,
+    small: Arrivals,
+    large: Arrivals,
 }
 
 /// Serves until `stop` says so, and then for as long as callers may still come.
@@ -116,8 +121,8 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     let known = Arc::new(Known {
         defaults: ArcSwap::from_pointee(defaults),
         own_namespace: settings.own_namespace,
-        small: Semaphore::new(SMALL_BODIES),
-        large: Semaphore::new(LARGE_BODIES),
+        small: Arrivals::new(SMALL_BODIES),
+        large: Arrivals::new(LARGE_BODIES),
     });
     let wrong = |source| WebhookError::Listen { address: settings.listen.to_string(), source };
     let listeners = accept::bind(&settings.listen).map_err(wrong)?;
@@ -251,6 +256,8 @@ async fn connection(
             http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(STREAMS)
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(WINDOW)
                 .max_header_list_size(16 << 10)
                 .serve_connection(io, service)
         )
@@ -288,14 +295,17 @@ where
     // What does not say how long it is counts as long.
     let small = request.body().size_hint().exact().is_some_and(|size| size <= SMALL_BODY);
     let room = if small { &known.small } else { &known.large };
-    let Ok(_held) = room.acquire().await else {
-        return plain(StatusCode::SERVICE_UNAVAILABLE, "the webhook ends\n");
+    let body = match room.read(request.into_body()).await {
+        Ok(body) => body,
+        Err(error) => {
+            let status = match error {
+                Failure::Broken(_) => StatusCode::PAYLOAD_TOO_LARGE,
+                Failure::GaveWay => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            return plain(status, &format!("{error}\n"));
+        }
     };
-    let body = match request.into_body().collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => return plain(StatusCode::PAYLOAD_TOO_LARGE, &format!("{error}\n")),
-    };
-    match answer(question, &body, &known.defaults.load(), known.own_namespace.as_deref()) {
+    match answer(question, &body.bytes, &known.defaults.load(), known.own_namespace.as_deref()) {
         Ok(review) => {
             let mut answer = plain(StatusCode::OK, &review.to_string());
             answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -1,14 +1,29 @@
 //! `outrigger webhook`: what a real API server asked (1.36, recorded in `tests/it/kubernetes/admission`), asked again over
 //! HTTPS.
 
-use std::{fs, io::Write, net::SocketAddr, path::Path};
+use std::{
+    fs,
+    io::{Read, Write},
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use outrigger::kubernetes::patch::Operation;
 use serde_json::{Value, json};
 
 use super::{outrigger, validate, values};
-use crate::support::{Daemon, binary, eventually, has_tool, pki::Pki, signal, tls::TlsCaller, tool};
+use crate::support::{
+    Daemon, binary, eventually, has_tool,
+    pki::Pki,
+    signal,
+    tls::{TlsCaller, TlsSocket},
+    tool,
+};
+
+/// `timeoutSeconds` of k8s/webhook/admission.yaml. Who sends slowly may take 10 s.
+const API_SERVER_WAITS: Duration = Duration::from_secs(5);
 
 struct Webhook {
     daemon: Daemon,
@@ -59,6 +74,24 @@ impl Webhook {
         assert_eq!((&answer["apiVersion"], &answer["kind"]), (&review["apiVersion"], &review["kind"]));
         assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
         answer["response"].clone()
+    }
+
+    /// Begins to say something and leaves it at that.
+    fn begin(&self, length: usize, sent: usize) -> TlsSocket {
+        let mut caller = TlsCaller::new(None, &["http/1.1"]).connect(self.address);
+        let head = format!(
+            "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+        );
+        // It may be told to go before it has sent all that.
+        let _ = caller.write_all(head.as_bytes()).and_then(|()| caller.write_all(&vec![b' '; sent]));
+        caller
+    }
+
+    /// The most memory that it has had.
+    fn peak_kib(&self) -> u64 {
+        let memory = fs::read_to_string(format!("/proc/{}/status", self.daemon.pid())).expect("it runs");
+        let peak = memory.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak.and_then(|peak| peak.parse().ok()).expect("a number")
     }
 }
 
@@ -187,9 +220,7 @@ fn hostile_input_is_refused_and_the_next_question_answered() {
     let many = many.to_string().replace("\"MANY\"", &format!("[{}\"\"]", "\"\",".repeat(2 << 20)));
     let (status, body) = webhook.say("POST /mutate", &many);
     assert_eq!((status, body.contains("100000 parts")), (400, true), "{body}");
-    let memory = fs::read_to_string(format!("/proc/{}/status", webhook.daemon.pid())).expect("it runs");
-    let peak = memory.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
-    let peak: u64 = peak.and_then(|peak| peak.parse().ok()).expect("a number");
+    let peak = webhook.peak_kib();
     assert!(peak < 64 << 10, "it took {peak} KiB; its pod has 128 MiB");
     // Refused by its head; nobody waits for the rest.
     let long = format!(
@@ -204,6 +235,31 @@ fn hostile_input_is_refused_and_the_next_question_answered() {
     let _silent = TlsCaller::new(None, &[]).connect(webhook.address);
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
     assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
+}
+
+/// More of them than there is room for, whether their bodies are short or long.
+#[test]
+fn senders_that_do_not_come_to_an_end_hold_up_nobody() {
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    let short = recording["review"].clone();
+    let mut long = short.clone();
+    long["request"]["object"]["metadata"]["annotations"]["example.com/notes"] = "x".repeat(1 << 20).into();
+    let mut slow: Vec<TlsSocket> = (0..30).map(|_| webhook.begin(1_000_000, 999_000)).collect();
+    slow.extend((0..140).map(|_| webhook.begin(65_000, 64_000)));
+    for review in [&short, &long, &short, &long] {
+        let began = Instant::now();
+        assert!(webhook.ask("/mutate", review).get("patch").is_some());
+        assert!(began.elapsed() < API_SERVER_WAITS, "after {:?}", began.elapsed());
+    }
+    let mut told = String::new();
+    let first = &mut slow[0];
+    // Closed without a farewell.
+    let _ = first.read_to_string(&mut told);
+    assert!(told.starts_with("HTTP/1.1 503 ") && told.contains("others need the room"), "{told}");
+    let peak = webhook.peak_kib();
+    assert!(peak < 96 << 10, "it took {peak} KiB; its pod has 128 MiB");
 }
 
 #[test]
@@ -241,7 +297,7 @@ fn new_certificates_and_defaults_are_used_and_broken_ones_are_not() {
     let shown = || {
         let mut stream = TlsCaller::new(None, &["http/1.1"]).connect(webhook.address);
         stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").expect("write");
-        std::io::Read::read(&mut stream, &mut [0; 64]).expect("an answer");
+        Read::read(&mut stream, &mut [0; 64]).expect("an answer");
         stream.conn.peer_certificates().expect("a certificate")[0].to_vec()
     };
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
