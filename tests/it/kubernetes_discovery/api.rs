@@ -142,21 +142,32 @@ impl Shared {
         if !head.to_ascii_lowercase().contains(&format!("authorization: bearer {token}\r\n")) {
             return answer("401 Unauthorized", &recorded("unauthorized")["body"]);
         }
-        let expected = "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dpayments";
-        if !line.contains(expected) {
+        let expected = "GET /apis/discovery.k8s.io/v1/namespaces/shop/endpointslices?";
+        let Some(query) = line.strip_prefix(expected) else {
             return answer("404 Not Found", &Value::Null);
-        }
-        if !line.contains("watch=1") {
+        };
+        let field = |name: &str| {
+            let fields = query.split([' ', '&']);
+            fields.filter_map(|field| field.strip_prefix(name)?.strip_prefix('=')).next()
+        };
+        // Who does not say of which service, is told of all.
+        let service = field("labelSelector").map(|label| {
+            label.strip_prefix("kubernetes.io%2Fservice-name%3D").expect("by the service").to_owned()
+        });
+        if field("watch").is_none() {
+            let mut list = list;
+            let items = list["items"].as_array_mut().expect("items");
+            items.retain(|slice| is_of(slice, service.as_deref()));
             return answer("200 OK", &list);
         }
         if forgetful {
             return answer("410 Gone", &recorded("gone")["events"][0]["object"]);
         }
-        let version = line.split("resourceVersion=").nth(1).and_then(|rest| rest.split(['&', ' ']).next());
-        self.watch(&mut stream, version.and_then(|version| version.parse().ok()).unwrap_or(0))
+        let version = field("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
+        self.watch(&mut stream, version, service.as_deref())
     }
 
-    fn watch(&self, stream: &mut impl Write, version: u64) -> std::io::Result<()> {
+    fn watch(&self, stream: &mut impl Write, version: u64, service: Option<&str>) -> std::io::Result<()> {
         write!(stream, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
         stream.flush()?;
         let generation = self.with(|state| state.generation);
@@ -177,7 +188,12 @@ impl Shared {
                 let of_object = event["object"]["metadata"]["resourceVersion"]
                     .as_str()
                     .and_then(|v| v.parse::<u64>().ok());
-                if of_object.is_none_or(|of_object| of_object > version) {
+                let new = of_object.is_none_or(|of_object| of_object > version);
+                if new
+                    && (event["type"] == "BOOKMARK"
+                        || event["type"] == "ERROR"
+                        || is_of(&event["object"], service))
+                {
                     let line = format!("{event}\n");
                     // In pieces, as they may come.
                     let (one, two) = line.split_at(line.len() / 2);
@@ -189,4 +205,9 @@ impl Shared {
             }
         }
     }
+}
+
+/// Whether a slice is of this service; without one, all are.
+fn is_of(slice: &Value, service: Option<&str>) -> bool {
+    service.is_none_or(|service| slice["metadata"]["labels"]["kubernetes.io/service-name"] == service)
 }

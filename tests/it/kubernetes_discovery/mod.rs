@@ -16,14 +16,51 @@ name = "payments-grpc"
 endpoints = "k8s://shop/payments:9090"
 "#;
 
-fn start(pki: &Pki, api: &Api, token: &str, zone: &str) -> Proxy {
+fn start(config: &str, pki: &Pki, api: &Api, token: &str, zone: &str) -> Proxy {
     pki.write_ca();
     pki.write("token", token);
-    Launch::new(CONFIG)
+    Launch::new(config)
         .env("OUTRIGGER_KUBERNETES_API", &api.url())
         .env("OUTRIGGER_SERVICE_ACCOUNT", pki.path("").to_str().expect("a path"))
         .env("OUTRIGGER_ZONE", zone)
         .start()
+}
+
+/// As the endpoint slice controller writes them, with what only it needs.
+fn metadata(name: &str, service: &str, version: &str) -> Value {
+    json!({
+        "name": name, "namespace": "shop", "resourceVersion": version, "generateName": format!("{service}-"),
+        "uid": "7554f1c2-6cfb-4cbc-a8db-adc14234b3ba", "creationTimestamp": "2026-11-22T00:39:33Z",
+        "labels": {
+            "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+            "kubernetes.io/service-name": service,
+        },
+        "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": service, "controller": true}],
+    })
+}
+
+/// The slices of a service with so many endpoints, a hundred in each.
+fn slices(service: &str, number: usize, endpoints: usize) -> Vec<Value> {
+    let endpoint = |index: usize| {
+        json!({
+            "addresses": [format!("10.{}.{}.{}", number % 250, index / 250, index % 250)],
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+            "targetRef": {
+                "kind": "Pod", "namespace": "shop", "name": format!("{service}-5d9c7b6f4-{index:05}"),
+                "uid": "00000000-0000-4000-8000-000000000000",
+            },
+            "nodeName": format!("node-{}", index % 50), "zone": "zone-a",
+        })
+    };
+    let all: Vec<usize> = (0..endpoints).collect();
+    let slice = |(at, part): (usize, &[usize])| {
+        json!({
+            "metadata": metadata(&format!("{service}-{at}"), service, "2"), "addressType": "IPv4",
+            "endpoints": part.iter().map(|index| endpoint(*index)).collect::<Vec<_>>(),
+            "ports": [{"name": "http", "protocol": "TCP", "port": 8080}],
+        })
+    };
+    all.chunks(100).enumerate().map(slice).collect()
 }
 
 fn status(proxy: &Proxy, upstream: usize) -> Value {
@@ -67,7 +104,7 @@ const LISTED: [&str; 3] = ["10.244.0.11:8080", "10.244.1.12:8080", "[fd00:10:244
 fn endpoints_follow_what_the_server_tells() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
-    let proxy = start(&pki, &api, "good", "");
+    let proxy = start(CONFIG, &pki, &api, "good", "");
     become_those(&proxy, &LISTED);
     assert_eq!(endpoints(&proxy, 1), LISTED.map(|address| address.replace("8080", "9090")));
 
@@ -97,7 +134,7 @@ fn endpoints_follow_what_the_server_tells() {
 fn what_is_too_old_is_listed_anew() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
-    let proxy = start(&pki, &api, "good", "");
+    let proxy = start(CONFIG, &pki, &api, "good", "");
     become_those(&proxy, &LISTED);
     let mut list = recorded("list")["body"].clone();
     list["metadata"]["resourceVersion"] = json!("300");
@@ -121,7 +158,7 @@ fn what_is_too_old_is_listed_anew() {
 fn the_last_good_set_outlives_the_server() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
-    let proxy = start(&pki, &api, "good", "");
+    let proxy = start(CONFIG, &pki, &api, "good", "");
     become_those(&proxy, &LISTED);
     api.goes_away(true);
     eventually("it is said", || status(&proxy, 0)["discovery"].to_string().contains("failed"));
@@ -137,7 +174,7 @@ fn the_last_good_set_outlives_the_server() {
 fn a_token_that_is_renewed_is_read_again() {
     let pki = Pki::new();
     let api = Api::start(&pki, "new");
-    let proxy = start(&pki, &api, "old", "");
+    let proxy = start(CONFIG, &pki, &api, "old", "");
     eventually("it is said", || {
         status(&proxy, 0).to_string().contains("answered 401: Unauthorized; is the service account's token")
     });
@@ -151,6 +188,58 @@ fn a_token_that_is_renewed_is_read_again() {
     become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
 }
 
+const TWO_SERVICES: &str = r#"
+[[upstream]]
+name = "service-0"
+endpoints = "k8s://shop/service-0:http"
+[[upstream]]
+name = "service-1"
+endpoints = "k8s://shop/service-1:http"
+"#;
+
+/// What a sidecar with two services holds, KiB, where the namespace has so many, after all of them have changed.
+fn held(services: usize, each: usize) -> u64 {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "good");
+    let all: Vec<Value> =
+        (0..services).flat_map(|number| slices(&format!("service-{number}"), number, each)).collect();
+    api.list(json!({"metadata": {"resourceVersion": "2"}, "items": all}));
+    let proxy = start(TWO_SERVICES, &pki, &api, "good", "");
+    let have = |count| (0..2).all(|upstream| endpoints(&proxy, upstream).len() == count);
+    eventually("both to be known", || have(each));
+    let slices_each = all.len() / services;
+    // Those of others first, so that they have been told, if they are, by the time that ours have changed.
+    for mut slice in all.into_iter().rev() {
+        slice["metadata"]["resourceVersion"] = json!("3");
+        slice["endpoints"].as_array_mut().expect("endpoints").pop();
+        api.happens(json!({"type": "MODIFIED", "object": slice}));
+    }
+    eventually("the changes to be known", || have(each - slices_each));
+    let (lists, watches) = api.asked();
+    assert_eq!(lists.len(), 2, "{lists:?}");
+    for asked in lists.iter().chain(&watches) {
+        let ours =
+            ["service-0", "service-1"].map(|service| format!("=kubernetes.io%2Fservice-name%3D{service}"));
+        let ends = |ours: &String| asked.contains(&format!("{ours}&")) || asked.contains(&format!("{ours} "));
+        assert!(ours.iter().any(ends), "{asked}");
+    }
+    proxy.resident_kib()
+}
+
+#[test]
+fn what_is_not_in_use_is_neither_asked_for_nor_held() {
+    let (two, thousands) = (held(2, 10), held(2_000, 10));
+    assert!(thousands < two + 2048, "{thousands} KiB with 2,000 services there, {two} KiB with 2");
+}
+
+/// `--nocapture` shows what docs/kubernetes.md says.
+#[test]
+fn thousands_of_endpoints_take_a_few_megabytes() {
+    let (few, many) = (held(2, 10), held(2, 1_000));
+    println!("2 services with 10 endpoints each: {few} KiB; with 1,000 each: {many} KiB");
+    assert!(many < few + 8 * 1024, "{many} KiB with 2,000 endpoints, {few} KiB with 20");
+}
+
 /// Calls reach them, those of this zone first.
 #[test]
 fn calls_go_to_endpoints_of_this_zone() {
@@ -160,13 +249,13 @@ fn calls_go_to_endpoints_of_this_zone() {
     let far = Upstream::http1(|_| async { text("far") });
     let slice = |name: &str, server: &Upstream, zone: &str| {
         json!({
-            "metadata": {"name": name, "resourceVersion": "2"}, "addressType": "IPv4",
+            "metadata": metadata(name, "payments", "2"), "addressType": "IPv4",
             "endpoints": [{"addresses": ["127.0.0.1"], "hints": {"forZones": [{"name": zone}]}}],
             "ports": [{"name": "http", "protocol": "TCP", "port": server.address().port()}],
         })
     };
     api.list(json!({"metadata": {"resourceVersion": "2"}, "items": [slice("a", &near, "zone-a"), slice("b", &far, "zone-b")]}));
-    let proxy = start(&pki, &api, "good", "zone-a");
+    let proxy = start(CONFIG, &pki, &api, "good", "zone-a");
     let mut client = RawClient::connect(proxy.outbound());
     let answers: Vec<String> =
         (0..200).map(|_| client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text()).collect();
