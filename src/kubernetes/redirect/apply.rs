@@ -132,3 +132,33 @@ fn nftables(_: &Plan) -> Result<(), RedirectError> {
 fn nftables_clear() -> Result<(), RedirectError> {
     Err(RedirectError::Unsupported)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel without nf_tables, or without its nat.
+    fn lacks() -> Result<(), RedirectError> {
+        Err(RedirectError::Kernel(io::ErrorKind::Unsupported.into()))
+    }
+
+    #[test]
+    fn iptables_is_used_where_the_kernel_lacks_nf_tables_and_the_program_is_there() {
+        let chosen = |backend, nftables: fn() -> Result<(), RedirectError>| {
+            choose(backend, nftables, || Ok(())).map_err(|error| error.to_string())
+        };
+        assert_eq!(chosen(Backend::Auto, || Ok(())), Ok(Backend::Nftables));
+        match iptables::is_installed() {
+            true => assert_eq!(chosen(Backend::Auto, lacks), Ok(Backend::Iptables)),
+            false => {
+                assert!(chosen(Backend::Auto, lacks).is_err_and(|told| told.contains("--backend iptables")))
+            }
+        }
+        assert!(chosen(Backend::Nftables, lacks).is_err());
+        // Who may not is told so, and does not try another way.
+        assert!(
+            chosen(Backend::Auto, || Err(RedirectError::NotAllowed))
+                .is_err_and(|told| told.contains("NET_ADMIN"))
+        );
+    }
+}

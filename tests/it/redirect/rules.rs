@@ -161,6 +161,29 @@ fn follows(lan: &Lan, pod: &Pod) {
 }
 
 #[test]
+fn networks_that_are_skipped_are_reached_past_the_proxy() {
+    let Some(lan) = Lan::new() else { return };
+    if !has_tool(&["iptables", "ip6tables-restore"]) {
+        return;
+    }
+    let (pod, skipped, other) = (lan.pod(), lan.pod(), lan.pod());
+    let [v4, v6] = skipped.addresses(80).map(|address| address.ip());
+    let networks = format!("{v4}/32,{v6}/128");
+    let there = |pod: &Pod| pod.run(|| RawServer::start_at("[::]:80".parse().expect("an address"), |_| {}));
+    let _servers = [there(&skipped), there(&other)];
+    for backend in ["nftables", "iptables"] {
+        pod.redirected(&["apply", "--backend", backend, "--skip-outbound-cidrs", &networks]);
+        for family in 0..2 {
+            let call = |to: &Pod| pod.run(|| TcpStream::connect(to.addresses(80)[family]).map(drop));
+            call(&skipped).expect("past the proxy, which does not run");
+            let led = call(&other).map_err(|error| error.kind());
+            assert_eq!(led, Err(std::io::ErrorKind::ConnectionRefused), "by {backend}");
+        }
+        pod.redirected(&["clear", "--backend", backend]);
+    }
+}
+
+#[test]
 fn who_may_not_is_told_what_is_missing() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
