@@ -6,6 +6,7 @@
 
 mod arrivals;
 mod certificate;
+mod places;
 pub mod review;
 
 use std::{
@@ -32,7 +33,7 @@ use hyper_util::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -43,6 +44,7 @@ use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, tim
 use arrivals::{Arrivals, Failure};
 use certificate::Certificate;
 pub use certificate::CertificateError;
+use places::Places;
 use review::{Question, answer};
 
 use super::inject::{Defaults, InjectError};
@@ -58,8 +60,10 @@ const LARGE_BODIES: usize = 20 << 20;
 /// What may wait to be read of one body over HTTP/2, and of all on a connection.
 const STREAM_WINDOW: u32 = 64 << 10;
 const WINDOW: u32 = 2 * STREAM_WINDOW;
-/// An API server has a few to each webhook; more wait to be accepted.
+/// More wait to be accepted.
 const CONNECTIONS: usize = 256;
+/// Of one address; more are closed. An API server has a few to each webhook.
+const CONNECTIONS_EACH: usize = 32;
 /// Calls at a time on one of them.
 const STREAMS: u32 = 64;
 /// To shake hands, to send a header, to answer: the API server waits 10 s unless told otherwise.
@@ -181,19 +185,23 @@ type Tls = Arc<ArcSwap<rustls::ServerConfig>>;
 
 /// Accepts until it is time to leave, and then waits for what it has accepted.
 async fn accept_all(listener: TcpListener, tls: Tls, known: Arc<Known>, mut leaving: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Places::new(CONNECTIONS, CONNECTIONS_EACH);
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             accepted = async {
-                let place = Arc::clone(&places).acquire_owned().await;
-                listener.accept().await.map(|(stream, _)| (stream, place))
+                let free = places.free().await;
+                listener.accept().await.map(|(stream, peer)| (stream, peer.ip(), free))
             } => accepted,
             _ = leaving.wait_for(|leaving| *leaving) => break,
         };
         match accepted {
-            Ok((stream, place)) => {
+            Ok((stream, address, free)) => {
+                let Some(place) = free.and_then(|free| places.take(free, address)) else {
+                    tracing::warn!(%address, "has as many connections as anybody may have: another one is closed");
+                    continue;
+                };
                 let acceptor = TlsAcceptor::from(tls.load_full());
                 let (known, leaving) = (Arc::clone(&known), leaving.clone());
                 connections.spawn(async move {

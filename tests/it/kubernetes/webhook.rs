@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     path::Path,
     time::{Duration, Instant},
 };
@@ -12,6 +12,7 @@ use std::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use outrigger::kubernetes::patch::Operation;
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 use super::{outrigger, validate, values};
 use crate::support::{
@@ -76,9 +77,17 @@ impl Webhook {
         answer["response"].clone()
     }
 
+    /// A connection of somebody else: of an address of its own, by this last part of it.
+    fn connect_from(&self, last: u8) -> TcpStream {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from(([127, 0, 0, last], 0)).into()).expect("bind");
+        socket.connect(&self.address.into()).expect("connect");
+        socket.into()
+    }
+
     /// Begins to say something and leaves it at that.
-    fn begin(&self, length: usize, sent: usize) -> TlsSocket {
-        let mut caller = TlsCaller::new(None, &["http/1.1"]).connect(self.address);
+    fn begin(&self, from: u8, length: usize, sent: usize) -> TlsSocket {
+        let mut caller = TlsCaller::new(None, &["http/1.1"]).begin(self.connect_from(from));
         let head = format!(
             "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
         );
@@ -230,7 +239,7 @@ fn hostile_input_is_refused_and_the_next_question_answered() {
     let answer = TlsCaller::new(None, &["http/1.1"]).say(webhook.address, &long).expect("an answer");
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     // Not TLS at all, and TLS that says nothing.
-    let mut plain = std::net::TcpStream::connect(webhook.address).expect("connect");
+    let mut plain = TcpStream::connect(webhook.address).expect("connect");
     plain.write_all(b"POST /mutate HTTP/1.1\r\n\r\n").expect("write");
     let _silent = TlsCaller::new(None, &[]).connect(webhook.address);
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
@@ -246,8 +255,8 @@ fn senders_that_do_not_come_to_an_end_hold_up_nobody() {
     let short = recording["review"].clone();
     let mut long = short.clone();
     long["request"]["object"]["metadata"]["annotations"]["example.com/notes"] = "x".repeat(1 << 20).into();
-    let mut slow: Vec<TlsSocket> = (0..30).map(|_| webhook.begin(1_000_000, 999_000)).collect();
-    slow.extend((0..140).map(|_| webhook.begin(65_000, 64_000)));
+    let mut slow: Vec<TlsSocket> = (0..30).map(|_| webhook.begin(2, 1_000_000, 999_000)).collect();
+    slow.extend((0..140).map(|index| webhook.begin(3 + index / 30, 65_000, 64_000)));
     for review in [&short, &long, &short, &long] {
         let began = Instant::now();
         assert!(webhook.ask("/mutate", review).get("patch").is_some());
@@ -260,6 +269,19 @@ fn senders_that_do_not_come_to_an_end_hold_up_nobody() {
     assert!(told.starts_with("HTTP/1.1 503 ") && told.contains("others need the room"), "{told}");
     let peak = webhook.peak_kib();
     assert!(peak < 96 << 10, "it took {peak} KiB; its pod has 128 MiB");
+}
+
+#[test]
+fn connections_that_say_nothing_take_no_place_of_others() {
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let hoarded: Vec<TcpStream> = (0..300).map(|_| webhook.connect_from(2)).collect();
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    let began = Instant::now();
+    assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
+    assert!(began.elapsed() < API_SERVER_WAITS, "after {:?}", began.elapsed());
+    webhook.daemon.wait_for_output("as many connections as anybody may have");
+    drop(hoarded);
 }
 
 #[test]
