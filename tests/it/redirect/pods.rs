@@ -178,6 +178,23 @@ fn who_waits_for_the_server_to_speak_is_not_kept_waiting() {
     eventually("a hint", || here.stderr().contains("connections to port 2525 wait for their server"));
 }
 
+/// Whatever the caller says first: HTTP passes as bytes, to which else each sidecar would put its name.
+#[test]
+fn what_is_declared_is_not_detected() {
+    let Some(lan) = Lan::new() else { return };
+    let (caller, callee) = (lan.pod(), lan.pod());
+    let _services = [service(&callee, 8080, "declared"), service(&callee, 8081, "detected")];
+    let _there = sidecar(&callee, "[[inbound.port]]\nport = 8080\nprotocol = \"tcp\"\n");
+    let [v4, v6] = callee.addresses(8080);
+    let raw = format!("[[upstream]]\nname = \"raw\"\nendpoints = [\"{v4}\", \"{v6}\"]\nprotocol = \"tcp\"\n");
+    let _here = sidecar(&caller, &raw);
+    for family in 0..2 {
+        let named = |port| ask(&caller, callee.addresses(port)[family], "any.example").1;
+        assert!(named(8080).ends_with("via=-"), "{}", named(8080));
+        assert!(named(8081).contains("via=1.1 outrigger"), "{}", named(8081));
+    }
+}
+
 /// A real database and its real client; and one that connects and is silent, as pools are.
 #[test]
 fn redis_is_carried_between_sidecars() {
