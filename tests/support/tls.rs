@@ -83,11 +83,7 @@ impl TlsCaller {
 
     #[track_caller]
     pub fn connect(&self, address: SocketAddr) -> TlsSocket {
-        self.begin(TcpStream::connect(address).expect("connect"))
-    }
-
-    #[track_caller]
-    pub fn begin(&self, stream: TcpStream) -> TlsSocket {
+        let stream = TcpStream::connect(address).expect("connect");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let name = ServerName::try_from("localhost").expect("a name");
         let connection = ClientConnection::new(Arc::clone(&self.config), name).expect("a connection");

@@ -44,7 +44,7 @@ use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, tim
 use arrivals::{Arrivals, Failure};
 use certificate::Certificate;
 pub use certificate::CertificateError;
-use places::Places;
+use places::{Place, Places};
 use review::{Question, answer};
 
 use super::inject::{Defaults, InjectError};
@@ -55,17 +55,14 @@ const BODY: usize = 8 << 20;
 /// Bodies up to this size have a room of their own, so that large ones are not in their way.
 const SMALL_BODY: u64 = 64 << 10;
 /// What is held of bodies at a time.
-const SMALL_BODIES: usize = 8 << 20;
+const SMALL_BODIES: usize = 4 << 20;
 const LARGE_BODIES: usize = 20 << 20;
-/// What may wait to be read of one body over HTTP/2, and of all on a connection.
-const STREAM_WINDOW: u32 = 64 << 10;
-const WINDOW: u32 = 2 * STREAM_WINDOW;
-/// More wait to be accepted.
-const CONNECTIONS: usize = 256;
-/// Of one address; more are closed. An API server has a few to each webhook.
-const CONNECTIONS_EACH: usize = 32;
-/// Calls at a time on one of them.
-const STREAMS: u32 = 64;
+/// What may wait to be read on a connection, over HTTP/2.
+const WINDOW: u32 = 64 << 10;
+/// An API server speaks HTTP/1.1 with webhooks, and opens one for each call that it makes at a time.
+const CONNECTIONS: usize = 128;
+/// Calls at a time on one of them, over HTTP/2; the answers to callers that do not read are held.
+const STREAMS: u32 = 4;
 /// To shake hands, to send a header, to answer: the API server waits 10 s unless told otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Then a connection is asked to end, so that after a scale-up all replicas get their share.
@@ -185,28 +182,26 @@ type Tls = Arc<ArcSwap<rustls::ServerConfig>>;
 
 /// Accepts until it is time to leave, and then waits for what it has accepted.
 async fn accept_all(listener: TcpListener, tls: Tls, known: Arc<Known>, mut leaving: watch::Receiver<bool>) {
-    let places = Places::new(CONNECTIONS, CONNECTIONS_EACH);
+    let places = Arc::new(Places::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             accepted = async {
-                let free = places.free().await;
-                listener.accept().await.map(|(stream, peer)| (stream, peer.ip(), free))
+                let (stream, _) = listener.accept().await?;
+                Ok::<_, io::Error>((stream, places.enter().await))
             } => accepted,
             _ = leaving.wait_for(|leaving| *leaving) => break,
         };
         match accepted {
-            Ok((stream, address, free)) => {
-                let Some(place) = free.and_then(|free| places.take(free, address)) else {
-                    tracing::warn!(%address, "has as many connections as anybody may have: another one is closed");
-                    continue;
-                };
+            Ok((stream, place)) => {
                 let acceptor = TlsAcceptor::from(tls.load_full());
-                let (known, leaving) = (Arc::clone(&known), leaving.clone());
+                let (known, leaving, place) = (Arc::clone(&known), leaving.clone(), Arc::new(place));
                 connections.spawn(async move {
-                    connection(stream, acceptor, known, leaving).await;
-                    drop(place);
+                    tokio::select! {
+                        () = connection(stream, acceptor, known, Arc::clone(&place), leaving) => {}
+                        () = place.lost() => tracing::debug!("a connection that asked nothing gave way"),
+                    }
                 });
             }
             Err(error) => {
@@ -223,6 +218,7 @@ async fn connection(
     stream: TcpStream,
     acceptor: TlsAcceptor,
     known: Arc<Known>,
+    place: Arc<Place>,
     mut leaving: watch::Receiver<bool>,
 ) {
     let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
@@ -236,8 +232,8 @@ async fn connection(
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, PATIENCE))
         .layer(RequestBodyLimitLayer::new(BODY))
         .service(service_fn(move |request: Request<tower_http::body::Limited<Incoming>>| {
-            let known = Arc::clone(&known);
-            async move { Ok::<_, Infallible>(reply(request, &known).await) }
+            let (known, place) = (Arc::clone(&known), Arc::clone(&place));
+            async move { Ok::<_, Infallible>(reply(request, &known, &place).await) }
         }));
     let (service, io) = (TowerToHyperService::new(service), TokioIo::new(stream));
     let ends = async {
@@ -264,7 +260,7 @@ async fn connection(
             http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(STREAMS)
-                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_stream_window_size(WINDOW)
                 .initial_connection_window_size(WINDOW)
                 .max_header_list_size(16 << 10)
                 .serve_connection(io, service)
@@ -285,7 +281,7 @@ async fn connection(
 
 type Answer = Response<Full<Bytes>>;
 
-async fn reply<B>(request: Request<B>, known: &Known) -> Answer
+async fn reply<B>(request: Request<B>, known: &Known, place: &Place) -> Answer
 where
     B: Body<Data: Send, Error: std::fmt::Display>,
 {
@@ -313,9 +309,10 @@ where
             return plain(status, &format!("{error}\n"));
         }
     };
+    place.used();
     match answer(question, &body.bytes, &known.defaults.load(), known.own_namespace.as_deref()) {
         Ok(review) => {
-            let mut answer = plain(StatusCode::OK, &review.to_string());
+            let mut answer = plain(StatusCode::OK, &review);
             answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
             answer
         }

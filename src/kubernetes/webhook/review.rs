@@ -16,6 +16,10 @@ const NEVER: &[&str] = &["kube-system", "kube-public", "kube-node-lease"];
 const MAX_PARTS: usize = 100_000;
 /// What an API server shows of a warning.
 const WARNING: usize = 256;
+/// What is told of a refusal; a configuration may have an error on each line.
+const MESSAGE: usize = 8 << 10;
+/// The longest answer: that to a pod with 50 containers by `mode: env`, or 200 by `redirect`.
+const ANSWER: usize = 64 << 10;
 
 /// What nobody but an attacker, or a bug, would send.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,8 @@ pub enum ReviewError {
     Empty,
     #[error("the body has more than {MAX_PARTS} parts: that is no pod")]
     Parts,
+    #[error("the answer would be longer than {} KiB: that is no pod", ANSWER >> 10)]
+    Long,
 }
 
 /// What a webhook is asked.
@@ -86,17 +92,17 @@ impl Verdict {
     }
 }
 
-/// Answers a review. `own`: the namespace that the webhook itself is in.
+/// Answers a review, in JSON. `own`: the namespace that the webhook itself is in.
 ///
 /// # Errors
 ///
-/// Where the body is none.
+/// Where the body is none, or one that nobody would send.
 pub fn answer(
     question: Question,
     body: &[u8],
     defaults: &Defaults,
     own: Option<&str>,
-) -> Result<Value, ReviewError> {
+) -> Result<String, ReviewError> {
     if parts(body) > MAX_PARTS {
         return Err(ReviewError::Parts);
     }
@@ -112,18 +118,18 @@ pub fn answer(
     tell(&request, &verdict);
     let mut response = json!({"uid": request.uid, "allowed": verdict.refused.is_none()});
     if let Some(message) = verdict.refused {
-        response["status"] =
-            json!({"code": 422, "reason": "Invalid", "message": format!("outrigger: {message}")});
+        response["status"] = json!({"code": 422, "reason": "Invalid", "message": shorten(&format!("outrigger: {message}"), MESSAGE)});
     }
     if !verdict.patch.is_empty() {
         response["patchType"] = "JSONPatch".into();
         response["patch"] = STANDARD.encode(serde_json::to_vec(&verdict.patch)?).into();
     }
     if !verdict.warnings.is_empty() {
-        response["warnings"] =
-            verdict.warnings.iter().map(|text| shorten(&format!("outrigger: {text}"))).collect();
+        let warning = |text: &String| shorten(&format!("outrigger: {text}"), WARNING);
+        response["warnings"] = verdict.warnings.iter().map(warning).collect();
     }
-    Ok(json!({"apiVersion": VERSION, "kind": "AdmissionReview", "response": response}))
+    let answer = json!({"apiVersion": VERSION, "kind": "AdmissionReview", "response": response}).to_string();
+    if answer.len() > ANSWER { Err(ReviewError::Long) } else { Ok(answer) }
 }
 
 /// At least as many as there are values in a JSON text, but for those that stand alone in what holds them.
@@ -141,8 +147,8 @@ fn parts(json: &[u8]) -> usize {
     count
 }
 
-fn shorten(text: &str) -> String {
-    text.chars().take(WARNING).collect()
+fn shorten(text: &str, length: usize) -> String {
+    text.chars().take(length).collect()
 }
 
 fn tell(request: &Request, verdict: &Verdict) {
@@ -232,6 +238,7 @@ mod tests {
 
     fn ask(question: Question, body: &[u8]) -> Value {
         let answer = answer(question, body, &Defaults::default(), Some("outrigger-system")).unwrap();
+        let answer: Value = serde_json::from_str(&answer).unwrap();
         assert_eq!(answer["response"]["uid"], "u-1");
         answer["response"].clone()
     }
@@ -338,5 +345,25 @@ mod tests {
             let response = ask(Question::Mutate, &review("Pod", "shop", "CREATE", &object));
             assert!(response["allowed"] == false, "{object} {response}");
         }
+    }
+
+    #[test]
+    fn answers_have_a_bound_that_no_pod_comes_near() {
+        let with = |count: usize, mode: &str| {
+            let containers: Vec<Value> = (0..count)
+                .map(|number| json!({"name": format!("container-{number}"), "image": "b"}))
+                .collect();
+            let annotations = json!({"outrigger.dev/mode": mode});
+            let pod = json!({"metadata": {"annotations": annotations}, "spec": {"containers": containers}});
+            let body = review("Pod", "shop", "CREATE", &pod);
+            answer(Question::Mutate, &body, &Defaults::default(), None)
+        };
+        for mode in ["redirect", "env"] {
+            assert!(with(40, mode).is_ok());
+            assert!(matches!(with(3_000, mode), Err(ReviewError::Long)));
+        }
+        let broken = "= 1\n".repeat(100_000);
+        let broken = review("ConfigMap", "shop", "CREATE", &json!({"data": {CONFIG_KEY: broken}}));
+        assert_eq!(ask(Question::Validate, &broken)["allowed"], false);
     }
 }
