@@ -232,6 +232,31 @@ fn what_is_not_in_use_is_neither_asked_for_nor_held() {
     assert!(thousands < two + 2048, "{thousands} KiB with 2,000 services there, {two} KiB with 2");
 }
 
+#[test]
+fn what_is_no_longer_in_use_is_no_longer_watched() {
+    let pki = Pki::new();
+    let api = Api::start(&pki, "good");
+    let all: Vec<Value> =
+        (0..2).flat_map(|number| slices(&format!("service-{number}"), number, 10)).collect();
+    api.list(json!({"metadata": {"resourceVersion": "2"}, "items": all}));
+    let proxy = start(TWO_SERVICES, &pki, &api, "good", "");
+    let watches = |service: &str| {
+        let of = format!("%3D{service}&");
+        api.asked().1.iter().filter(|line| line.contains(&of)).count()
+    };
+    eventually("both to be watched", || watches("service-0") > 0 && watches("service-1") > 0);
+    let (one, _) = TWO_SERVICES.rsplit_once("[[upstream]]").expect("two");
+    proxy.reconfigure(one);
+    eventually("one to be left", || status(&proxy, 1).is_null());
+    let before = watches("service-1");
+    for _ in 0..2 {
+        let again = watches("service-0") + 1;
+        api.ends_watches();
+        eventually("the other one to be watched again", || watches("service-0") >= again);
+    }
+    assert_eq!(watches("service-1"), before, "{:?}", api.asked());
+}
+
 /// `--nocapture` shows what docs/kubernetes.md says.
 #[test]
 fn thousands_of_endpoints_take_a_few_megabytes() {
