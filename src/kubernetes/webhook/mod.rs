@@ -189,6 +189,8 @@ async fn accept_all(listener: TcpListener, tls: Tls, known: Arc<Known>, mut leav
         let accepted = tokio::select! {
             accepted = async {
                 let (stream, _) = listener.accept().await?;
+                // Else an answer waits for the acknowledgement of what the handshake said last: 40 ms.
+                let _ = stream.set_nodelay(true);
                 Ok::<_, io::Error>((stream, places.enter().await))
             } => accepted,
             _ = leaving.wait_for(|leaving| *leaving) => break,
