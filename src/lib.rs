@@ -18,6 +18,7 @@
 //! | [`identity`] | certificates, whom they prove, TLS |
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
 //! | [`kubernetes`] | the sidecar put into pods, by a command or a webhook |
+//! | [`http1`] | HTTP/1.1 on the wire: heads, bodies, the bytes on their way |
 //! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`config`] | from text to a checked configuration that knows who set what |
 //! | [`kubernetes`] | how a pod's traffic comes to pass through the proxy |
@@ -40,6 +41,7 @@ pub mod cli;
 pub mod config;
 pub mod discovery;
 pub mod fetch;
+pub mod http1;
 pub mod identity;
 pub mod kubernetes;
 pub mod proxy;

@@ -1,0 +1,220 @@
+//! The heads of messages, read and written (RFC 9112 §2 to §5).
+
+use std::mem::MaybeUninit;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header::CONNECTION};
+
+/// Fields that a head may have.
+pub const MAX_FIELDS: usize = 100;
+/// Room for the fields that a proxy adds to a request.
+const ADDED: usize = 8;
+
+/// What is wrong with a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeadError {
+    #[error("its first line is not of HTTP")]
+    FirstLine,
+    #[error("its HTTP version is neither 1.0 nor 1.1")]
+    Version,
+    #[error("its target is not a URI")]
+    Target,
+    #[error("a field of its header is malformed")]
+    Field,
+    #[error("it has more than {MAX_FIELDS} fields")]
+    TooManyFields,
+    #[error("it has more than {} bytes", super::MAX_HEAD_BYTES)]
+    TooLarge,
+}
+
+impl From<httparse::Error> for HeadError {
+    fn from(error: httparse::Error) -> Self {
+        match error {
+            httparse::Error::TooManyHeaders => Self::TooManyFields,
+            httparse::Error::Version => Self::Version,
+            httparse::Error::HeaderName | httparse::Error::HeaderValue => Self::Field,
+            _ => Self::FirstLine,
+        }
+    }
+}
+
+/// What a request begins with.
+#[derive(Debug)]
+pub struct RequestHead {
+    pub method: Method,
+    pub target: Uri,
+    pub version: Version,
+    pub fields: HeaderMap,
+    pub spelling: Option<Spelling>,
+}
+
+/// What a response begins with.
+#[derive(Debug)]
+pub struct ResponseHead {
+    pub status: StatusCode,
+    pub version: Version,
+    pub fields: HeaderMap,
+    pub spelling: Option<Spelling>,
+}
+
+/// How the names of fields were spelt, for those who insist on it.
+#[derive(Clone, Debug, Default)]
+pub struct Spelling(HeaderMap<Bytes>);
+
+/// Reads the head of a request, and how many bytes it takes. `None`: there is more to come.
+///
+/// # Errors
+///
+/// Says what is wrong with it. Nothing that comes behind it can be told apart then.
+pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize, RequestHead)>, HeadError> {
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_FIELDS];
+    let mut request = httparse::Request::new(&mut []);
+    let length = match request.parse_with_uninit_headers(input, &mut fields)? {
+        httparse::Status::Complete(length) => length,
+        httparse::Status::Partial => return Ok(None),
+    };
+    let head = Head::new(input, length)?;
+    let method = request.method.unwrap_or_default();
+    let method = Method::from_bytes(method.as_bytes()).map_err(|_| HeadError::FirstLine)?;
+    let target = request.path.map(|path| head.part(path.as_bytes())).unwrap_or_default();
+    let target = Uri::from_maybe_shared(target).map_err(|_| HeadError::Target)?;
+    let version = version(request.version);
+    let (fields, spelling) = head.fields(request.headers, ADDED, keep_spelling)?;
+    Ok(Some((length, RequestHead { method, target, version, fields, spelling })))
+}
+
+/// Reads the head of a response, and how many bytes it takes. `None`: there is more to come.
+///
+/// # Errors
+///
+/// Says what is wrong with it. Nothing that comes behind it can be told apart then.
+pub fn parse_response(input: &[u8], keep_spelling: bool) -> Result<Option<(usize, ResponseHead)>, HeadError> {
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_FIELDS];
+    let mut response = httparse::Response::new(&mut []);
+    // Whitespace behind a field's name: a proxy takes it away (RFC 9112 §5.1), as parsing does.
+    let mut parser = httparse::ParserConfig::default();
+    parser.allow_spaces_after_header_name_in_responses(true);
+    let length = match parser.parse_response_with_uninit_headers(&mut response, input, &mut fields)? {
+        httparse::Status::Complete(length) => length,
+        httparse::Status::Partial => return Ok(None),
+    };
+    let head = Head::new(input, length)?;
+    let status = response.code.unwrap_or_default();
+    let status = StatusCode::from_u16(status).map_err(|_| HeadError::FirstLine)?;
+    let version = version(response.version);
+    let (fields, spelling) = head.fields(response.headers, 2, keep_spelling)?;
+    Ok(Some((length, ResponseHead { status, version, fields, spelling })))
+}
+
+fn version(minor: Option<u8>) -> Version {
+    if minor == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 }
+}
+
+/// A head that was found in what came, and a copy of it that its parts share.
+struct Head<'a> {
+    found: &'a [u8],
+    copy: Bytes,
+}
+
+impl<'a> Head<'a> {
+    fn new(input: &'a [u8], length: usize) -> Result<Self, HeadError> {
+        let found = input.get(..length).filter(|head| head.len() <= super::MAX_HEAD_BYTES);
+        let found = found.ok_or(HeadError::TooLarge)?;
+        Ok(Self { found, copy: Bytes::copy_from_slice(found) })
+    }
+
+    /// A part of what was found, in the copy.
+    fn part(&self, part: &[u8]) -> Bytes {
+        let begin = part.as_ptr().addr().wrapping_sub(self.found.as_ptr().addr());
+        match begin.checked_add(part.len()) {
+            Some(end) if end <= self.copy.len() => self.copy.slice(begin..end),
+            // It lies elsewhere.
+            _ => Bytes::copy_from_slice(part),
+        }
+    }
+
+    fn fields(
+        &self,
+        parsed: &[httparse::Header<'_>],
+        more: usize,
+        keep_spelling: bool,
+    ) -> Result<(HeaderMap, Option<Spelling>), HeadError> {
+        let mut fields = HeaderMap::with_capacity(parsed.len() + more);
+        let mut spelling = keep_spelling.then(Spelling::default);
+        for field in parsed {
+            let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| HeadError::Field)?;
+            let value =
+                HeaderValue::from_maybe_shared(self.part(field.value)).map_err(|_| HeadError::Field)?;
+            if let Some(Spelling(spelt)) = &mut spelling {
+                spelt.append(&name, self.part(field.name.as_bytes()));
+            }
+            fields.append(name, value);
+        }
+        Ok((fields, spelling))
+    }
+}
+
+/// Writes the first line of a request.
+pub fn write_request_line(out: &mut Vec<u8>, method: &Method, target: &Uri) {
+    out.extend_from_slice(method.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(target.path_and_query().map_or("/", |path| path.as_str()).as_bytes());
+    out.extend_from_slice(b" HTTP/1.1\r\n");
+}
+
+/// Writes the first line of a response.
+pub fn write_status_line(out: &mut Vec<u8>, status: StatusCode, version: Version) {
+    // What nearly all are.
+    if status == StatusCode::OK && version == Version::HTTP_11 {
+        return out.extend_from_slice(b"HTTP/1.1 200 OK\r\n");
+    }
+    out.extend_from_slice(if version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
+    out.extend_from_slice(status.as_str().as_bytes());
+    out.push(b' ');
+    // A reason phrase means nothing (RFC 9112 §4), but the blank before it must be there.
+    out.extend_from_slice(status.canonical_reason().unwrap_or_default().as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Writes one field.
+pub fn write_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+    out.extend_from_slice(name);
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Writes fields, without the empty line behind them.
+pub fn write_fields(out: &mut Vec<u8>, fields: &HeaderMap, spelling: Option<&Spelling>) {
+    let Some(Spelling(spelt)) = spelling else {
+        for (name, value) in fields {
+            write_field(out, name.as_str().as_bytes(), value.as_bytes());
+        }
+        return;
+    };
+    for name in fields.keys() {
+        let mut spellings = spelt.get_all(name).iter();
+        for value in fields.get_all(name) {
+            let name = spellings.next().map_or(name.as_str().as_bytes(), |spelling| &spelling[..]);
+            write_field(out, name, value.as_bytes());
+        }
+    }
+}
+
+/// What a message says of its connection (RFC 9112 §9.3).
+pub fn persists(version: Version, fields: &HeaderMap) -> bool {
+    let (mut close, mut keep) = (false, false);
+    for value in fields.get_all(CONNECTION) {
+        // What nearly all say.
+        if value == "keep-alive" {
+            keep = true;
+            continue;
+        }
+        for option in value.as_bytes().split(|byte| *byte == b',') {
+            let option = option.trim_ascii();
+            close |= option.eq_ignore_ascii_case(b"close");
+            keep |= option.eq_ignore_ascii_case(b"keep-alive");
+        }
+    }
+    !close && (keep || version == Version::HTTP_11)
+}
