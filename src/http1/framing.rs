@@ -177,6 +177,14 @@ impl Decoder {
         matches!(self.0, State::UntilClose)
     }
 
+    /// How much of the body is still to come, where that was told.
+    pub const fn length(&self) -> Option<u64> {
+        match self.0 {
+            State::Length(left) => Some(left),
+            _ => None,
+        }
+    }
+
     /// How many bytes still come, as far as that is known.
     pub const fn expects(&self) -> u64 {
         match self.0 {

@@ -3,7 +3,10 @@
 use std::mem::MaybeUninit;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header::CONNECTION};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, Version, header::CONNECTION,
+};
+use hyper::ext::ReasonPhrase;
 
 /// Fields that a head may have.
 pub const MAX_FIELDS: usize = 100;
@@ -52,9 +55,28 @@ pub struct RequestHead {
 #[derive(Debug)]
 pub struct ResponseHead {
     pub status: StatusCode,
+    /// Where it is another than the status is known by.
+    pub reason: Option<ReasonPhrase>,
     pub version: Version,
     pub fields: HeaderMap,
     pub spelling: Option<Spelling>,
+}
+
+impl ResponseHead {
+    /// With reason and spelling among its extensions.
+    pub fn into_response(self) -> Response<()> {
+        let mut response = Response::new(());
+        *response.status_mut() = self.status;
+        *response.version_mut() = self.version;
+        *response.headers_mut() = self.fields;
+        if let Some(reason) = self.reason {
+            response.extensions_mut().insert(reason);
+        }
+        if let Some(spelling) = self.spelling {
+            response.extensions_mut().insert(spelling);
+        }
+        response
+    }
 }
 
 /// How the names of fields were spelt, for those who insist on it.
@@ -101,9 +123,11 @@ pub fn parse_response(input: &[u8], keep_spelling: bool) -> Result<Option<(usize
     let head = Head::new(input, length)?;
     let status = response.code.unwrap_or_default();
     let status = StatusCode::from_u16(status).map_err(|_| HeadError::FirstLine)?;
+    let reason = response.reason.filter(|reason| status.canonical_reason() != Some(reason));
+    let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
     let version = version(response.version);
     let (fields, spelling) = head.fields(response.headers, 2, keep_spelling)?;
-    Ok(Some((length, ResponseHead { status, version, fields, spelling })))
+    Ok(Some((length, ResponseHead { status, reason, version, fields, spelling })))
 }
 
 fn version(minor: Option<u8>) -> Version {
@@ -158,21 +182,32 @@ impl<'a> Head<'a> {
 pub fn write_request_line(out: &mut Vec<u8>, method: &Method, target: &Uri) {
     out.extend_from_slice(method.as_str().as_bytes());
     out.push(b' ');
-    out.extend_from_slice(target.path_and_query().map_or("/", |path| path.as_str()).as_bytes());
+    let path = target.path_and_query().map_or("/", |path| path.as_str());
+    if path.starts_with('?') {
+        // Of a URI with an empty path (RFC 9112 §3.2.1).
+        out.push(b'/');
+    }
+    out.extend_from_slice(path.as_bytes());
     out.extend_from_slice(b" HTTP/1.1\r\n");
 }
 
-/// Writes the first line of a response.
-pub fn write_status_line(out: &mut Vec<u8>, status: StatusCode, version: Version) {
+/// Writes the first line of a response. Without a `reason`, with that which the status is known by.
+pub fn write_status_line(
+    out: &mut Vec<u8>,
+    status: StatusCode,
+    version: Version,
+    reason: Option<&ReasonPhrase>,
+) {
     // What nearly all are.
-    if status == StatusCode::OK && version == Version::HTTP_11 {
+    if status == StatusCode::OK && version == Version::HTTP_11 && reason.is_none() {
         return out.extend_from_slice(b"HTTP/1.1 200 OK\r\n");
     }
     out.extend_from_slice(if version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
     out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    // A reason phrase means nothing (RFC 9112 §4), but the blank before it must be there.
-    out.extend_from_slice(status.canonical_reason().unwrap_or_default().as_bytes());
+    // It means nothing (RFC 9112 §4), but the blank before it must be there.
+    let known = || status.canonical_reason().unwrap_or_default().as_bytes();
+    out.extend_from_slice(reason.map_or_else(known, ReasonPhrase::as_bytes));
     out.extend_from_slice(b"\r\n");
 }
 

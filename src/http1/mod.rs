@@ -6,6 +6,8 @@ pub mod framing;
 pub mod head;
 pub mod intake;
 pub mod outlet;
+#[cfg(test)]
+mod tests;
 
 use framing::FramingError;
 use head::HeadError;

@@ -3,46 +3,48 @@
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
 use http::{HeaderMap, Method, Request, Response, Uri, Version, header::HOST, uri::Authority};
-use hyper::{body::Incoming, ext::Protocol as ExtendedConnect};
 use tokio::time::Instant;
 
 use super::{
     body::{Held, RequestBody},
     connect::connect_failed,
     error::{Cause, ProxyError},
-    headers,
+    headers, interim,
+    io::Wire,
     present::Present,
 };
 use crate::{
+    http1::head::ResponseHead,
     identity::handshake::refused_after,
     resilience::classify::{ConnectFailure, Ending, Health, Reset},
     upstream::{
         Lease,
         connect::ConnectError,
         guards::Guards,
+        http1::Head,
         local::LocalEndpoint,
-        pool::{ConnectionSettings, Pool, SendError},
+        pool::{AnswerError, ConnectionSettings, Pool},
     },
 };
 
 /// What a try sends, beside the body.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Outgoing {
     pub method: Method,
     pub uri: Uri,
     /// `HTTP_11` or `HTTP_2`.
     pub version: Version,
     pub headers: HeaderMap,
-    /// Keeps the caller's spelling of header names for a service that insists.
+    /// Has the caller's spelling of header names for a service that insists.
     pub extensions: http::Extensions,
     /// Another upstream may have to be asked after all tries.
     pub keep: bool,
 }
 
-/// A response's head, with what is held until its body has ended.
+/// A response's head, with what is held until its body, which comes by the lease, has ended.
 #[derive(Debug)]
 pub struct Answer {
-    pub response: Response<Incoming>,
+    pub response: Response<()>,
     /// What its head has.
     pub present: Present,
     pub lease: Lease,
@@ -71,45 +73,48 @@ impl Outgoing {
         of_uri.or_else(|| self.headers.get(HOST)?.to_str().ok())
     }
 
-    /// The head for a try after which none can follow: nothing of it is left. Only for a connection that there is, as
-    /// nobody who cannot be reached is ever the last to be tried.
-    pub fn take(&mut self) -> Request<()> {
-        let (headers, extensions) = (std::mem::take(&mut self.headers), std::mem::take(&mut self.extensions));
-        self.request(headers, extensions)
+    /// As HTTP/1.1 sends it.
+    fn borrow(&self) -> Head<'_> {
+        let (spelling, fields) = (self.extensions.get(), &self.headers);
+        Head { method: &self.method, target: &self.uri, fields, spelling }
     }
 
-    /// The head for a try that another one may follow.
-    pub fn copy(&self) -> Request<()> {
-        self.request(self.headers.clone(), self.extensions.clone())
-    }
-
-    fn request(&self, mut headers: HeaderMap, extensions: http::Extensions) -> Request<()> {
-        if self.version == Version::HTTP_2 {
-            headers::keep_unindexed(&mut headers);
-        }
+    /// As HTTP/2 sends it. `last`: no try can follow this one, and nothing is left of it.
+    fn request(&mut self, last: bool) -> Request<()> {
+        let headers = if last { std::mem::take(&mut self.headers) } else { self.headers.clone() };
         let mut request = Request::new(());
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = self.version;
         *request.headers_mut() = headers;
-        *request.extensions_mut() = extensions;
-        request.extensions_mut().remove::<ExtendedConnect>();
+        headers::keep_unindexed(request.headers_mut());
         request
     }
 }
 
-/// Sends what `make` makes to an endpoint: once there is a connection, and told whether it has been used before.
+/// What a try is made with.
+pub struct Means<'a> {
+    pub name: &'a str,
+    pub endpoint: &'a Rc<LocalEndpoint>,
+    pub settings: &'a ConnectionSettings,
+    pub guards: &'a Arc<Guards>,
+    /// Who is told of interim answers.
+    pub interim: Option<&'a Arc<Wire>>,
+}
+
+/// Sends a request to an endpoint. `body` makes its body once there is a connection, and is told whether that has been
+/// used before. `last`: no try can follow this one. Only said to a connection that there is, as nobody who cannot be
+/// reached is ever the last to be tried.
 pub async fn send(
-    name: &str,
-    endpoint: &Rc<LocalEndpoint>,
-    settings: &ConnectionSettings,
-    guards: &Arc<Guards>,
-    version: Version,
+    means: Means<'_>,
+    outgoing: &mut Outgoing,
+    last: bool,
     began: Instant,
-    make: impl FnOnce(bool) -> Request<RequestBody>,
+    body: impl FnOnce(bool) -> RequestBody,
 ) -> Result<Answer, Failed> {
+    let Means { name, endpoint, settings, guards, interim } = means;
     let in_flight = endpoint.ask(began.into_std());
-    let lease = match version {
+    let lease = match outgoing.version {
         Version::HTTP_2 => Pool::h2(endpoint, settings, guards).await,
         _ => Pool::h1(endpoint, settings, guards).await,
     };
@@ -127,21 +132,46 @@ pub async fn send(
         Failed::new(Ending::Connect(failure), connect_failed(name, &error))
     })?;
     let stale = lease.reused();
-    let request = make(stale);
-    let sent = request.body().sent();
-    match lease.send(request).await {
+    let body = body(stale);
+    let sent = body.sent();
+    let answered = match &mut lease {
+        Lease::H1 { connection, .. } => {
+            let interim = |status, fields| {
+                if let Some(wire) = interim {
+                    interim::pass_on(wire, status, fields);
+                }
+            };
+            let answered = connection.send(outgoing.borrow(), body, interim).await;
+            answered.map(ResponseHead::into_response).map_err(|error| (error.into(), !lease.sent_anything()))
+        }
+        Lease::H2 { stream, body: coming, .. } => {
+            let request = outgoing.request(last).map(|()| body);
+            let answered = stream.sender().try_send_request(request).await;
+            answered.map(|response| response.map(|body| *coming = Some(body))).map_err(|mut failed| {
+                let unsent = failed.take_message().is_some();
+                (AnswerError::from(failed.into_error()), unsent)
+            })
+        }
+    };
+    match answered {
         Ok(response) => {
             in_flight.answered();
             let present = Present::of(response.headers());
             Ok(Answer { response, present, lease, held: Held { in_flight, sent, place: None, grpc: None } })
         }
-        Err(failed) => Err(classify(name, endpoint.address(), &failed, stale, &lease)),
+        Err((error, unsent)) => Err(classify(name, endpoint.address(), &error, unsent, stale, &lease)),
     }
 }
 
 /// What a broken connection means.
-fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, lease: &Lease) -> Failed {
-    let error = &failed.error;
+fn classify(
+    name: &str,
+    address: SocketAddr,
+    error: &AnswerError,
+    unsent: bool,
+    stale: bool,
+    lease: &Lease,
+) -> Failed {
     if let Some(failure) = refused_after(error) {
         let detail = format!("{name}: {address}: {failure}");
         return Failed::new(
@@ -149,7 +179,7 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
             ProxyError::new(Cause::TlsFailure, detail),
         );
     }
-    let h2 = h2_error(error);
+    let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {
         let left_gracefully = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
         h2.reason() == Some(h2::Reason::REFUSED_STREAM) || left_gracefully
@@ -158,10 +188,10 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
         let detail = format!("{name}: {address} refused the stream before it was processed");
         return Failed::new(Ending::RefusedStream, ProxyError::new(Cause::Reset, detail));
     }
-    let response_begun = error.is_parse() || lease.heard_anything();
-    let request_sent = response_begun || failed.unsent.is_none();
+    let response_begun = error.is_malformed() || lease.heard_anything();
+    let request_sent = response_begun || !unsent;
     let reset = Reset { reused: stale && !response_begun, request_sent, response_begun };
-    let what = match (error.is_parse(), h2.and_then(h2::Error::reason)) {
+    let what = match (error.is_malformed(), h2.and_then(h2::Error::reason)) {
         (true, _) => format!("answered with something that is not valid HTTP ({error})"),
         (_, Some(reason)) => format!("reset the stream ({reason})"),
         _ => "closed the connection before it answered".to_owned(),
@@ -172,17 +202,12 @@ fn classify(name: &str, address: SocketAddr, failed: &SendError, stale: bool, le
         }
         _ => "",
     };
-    let error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
-    Failed { counted: is_counted(&failed.error, lease), ..Failed::new(Ending::Reset(reset), error) }
-}
-
-/// What HTTP/2 says of an error.
-pub fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
-    std::error::Error::source(error).and_then(|source| source.downcast_ref::<h2::Error>())
+    let told = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
+    Failed { counted: is_counted(error, lease), ..Failed::new(Ending::Reset(reset), told) }
 }
 
 /// Whether an error is the loss of a connection that another call on it has told of. Ask once a try.
-pub fn is_counted(error: &hyper::Error, lease: &Lease) -> bool {
-    let one_stream_only = h2_error(error).is_some_and(h2::Error::is_reset);
+pub fn is_counted(error: &AnswerError, lease: &Lease) -> bool {
+    let one_stream_only = error.h2().is_some_and(h2::Error::is_reset);
     !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral)
 }

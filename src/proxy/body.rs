@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 use super::{grpc::GrpcEnd, headers, interim::Gate, present::Present, progress::Progress};
 use crate::{
     telemetry::record::End,
-    upstream::{Lease, guards::Place, local::InFlight},
+    upstream::{Lease, guards::Place, local::InFlight, pool::AnswerError},
 };
 
 /// Why a body ended early.
@@ -27,6 +27,8 @@ use crate::{
 pub enum BodyError {
     #[error(transparent)]
     Peer(#[from] hyper::Error),
+    #[error(transparent)]
+    Answer(#[from] AnswerError),
     /// A newer try has taken the request's body over.
     #[error("another try has taken this body over")]
     TakenOver,
@@ -308,7 +310,7 @@ pub enum ResponseBody {
 /// An upstream's body. Holds the connection until the body has ended.
 #[derive(Debug)]
 pub struct Streaming {
-    body: Incoming,
+    /// What it comes by.
     lease: Option<Lease>,
     progress: Rc<Progress>,
     held: Held,
@@ -333,18 +335,18 @@ impl ResponseBody {
     }
 
     /// A body that still comes. A connection that is through with its response goes back to its pool at once.
-    pub fn streaming(body: Incoming, lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
-        if body.is_end_stream() {
+    pub fn streaming(lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
+        if lease.is_end_stream() {
             lease.finished(held.sent.is_whole());
             return Self::Empty;
         }
-        Self::Streaming(Box::new(Streaming { body, lease: Some(lease), progress, held }))
+        Self::Streaming(Box::new(Streaming { lease: Some(lease), progress, held }))
     }
 }
 
 impl Streaming {
     /// Tells of a gRPC call whose outcome shows only now. One that its caller leaves is told of by nobody.
-    fn grpc_goes_on(&mut self, frame: &Option<Result<Frame<Bytes>, hyper::Error>>) {
+    fn grpc_goes_on(&mut self, frame: &Option<Result<Frame<Bytes>, AnswerError>>) {
         let Some(grpc) = self.held.grpc.take() else { return };
         match frame {
             Some(Ok(frame)) => match frame.trailers_ref() {
@@ -389,11 +391,9 @@ impl Body for ResponseBody {
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Streaming(streaming) => streaming,
         };
-        let mut body = Pin::new(&mut this.body);
-        let frame = ready!(match &mut this.lease {
-            Some(lease) => lease.poll_part(cx, |cx| body.as_mut().poll_frame(cx)),
-            None => body.poll_frame(cx),
-        });
+        let Some(lease) = &mut this.lease else { return Poll::Ready(None) };
+        let frame = ready!(lease.poll_frame(cx));
+        let over = lease.is_end_stream();
         this.progress.moved();
         if let Some(Ok(frame)) = &frame {
             if let Some(trailers) = frame.trailers_ref() {
@@ -407,7 +407,7 @@ impl Body for ResponseBody {
         }
         match &frame {
             // Behind trailers nobody asks for more.
-            Some(Ok(frame)) if frame.is_trailers() || this.body.is_end_stream() => this.finished(),
+            Some(Ok(frame)) if frame.is_trailers() || over => this.finished(),
             Some(Ok(_)) => {}
             Some(Err(_)) => {
                 this.lease = None;
@@ -422,7 +422,7 @@ impl Body for ResponseBody {
         match self {
             Self::Empty => true,
             Self::Whole(bytes) => bytes.is_none(),
-            Self::Streaming(streaming) => streaming.body.is_end_stream(),
+            Self::Streaming(streaming) => streaming.lease.as_ref().is_none_or(Lease::is_end_stream),
         }
     }
 
@@ -430,7 +430,10 @@ impl Body for ResponseBody {
         match self {
             Self::Empty => SizeHint::with_exact(0),
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Self::Streaming(streaming) => streaming.body.size_hint(),
+            Self::Streaming(streaming) => {
+                let length = streaming.lease.as_ref().map_or(Some(0), Lease::length);
+                length.map_or_else(SizeHint::default, SizeHint::with_exact)
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version,
     header::{CONNECTION, CONTENT_TYPE, UPGRADE},
 };
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::upgrade::OnUpgrade;
 
 use super::{
     accept::Side,
@@ -71,14 +71,7 @@ pub fn hand_on(
         let idle = exchange.policy.tunnel_idle_timeout.limit();
         // A tunnel counts among the connections only.
         let held = Held { place: None, ..held };
-        upgrade::join(
-            connection,
-            callers,
-            &mut response,
-            (lease, held),
-            idle,
-            exchange.call.progress.over_at(),
-        );
+        upgrade::join(connection, callers, (lease, held), idle, exchange.call.progress.over_at());
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(UPGRADE, protocol);
         return Ok(response.map(|_| ResponseBody::Empty));
@@ -90,7 +83,7 @@ pub fn hand_on(
     *response.version_mut() = callers_version;
     exchange.call.progress.answering();
     let progress = Rc::clone(exchange.call.progress);
-    Ok(response.map(|body| ResponseBody::streaming(body, lease, held, progress)))
+    Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))
 }
 
 /// Tells that tries were spent on a failure that is passed on.
@@ -113,7 +106,7 @@ fn append_proxy_status(
 }
 
 /// Tells the caller's sidecar not to try again what this service's own calls have tried enough.
-fn advise(exchange: &Exchange<'_>, response: &mut Response<Incoming>, present: Present) {
+fn advise(exchange: &Exchange<'_>, response: &mut Response<()>, present: Present) {
     let failed = response.status().is_server_error() || present.has(Field::GrpcStatus);
     let spent = &exchange.call.connection.worker.shared.spent;
     if failed

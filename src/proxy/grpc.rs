@@ -12,7 +12,7 @@ use crate::{
         retry::Reason,
     },
     runtime::LocalCluster,
-    upstream::{Lease, local::LocalEndpoint},
+    upstream::{Lease, local::LocalEndpoint, pool::AnswerError},
 };
 
 /// Who is to be told, and what is needed for that. Dropped, it tells nobody: the caller left.
@@ -39,9 +39,9 @@ impl GrpcEnd {
     }
 
     /// The stream was reset, or its connection was lost.
-    pub fn broke(self, error: &hyper::Error, lease: Option<&Lease>) {
+    pub fn broke(self, error: &AnswerError, lease: Option<&Lease>) {
         let counted = lease.is_some_and(|lease| attempt::is_counted(error, lease));
-        match attempt::h2_error(error).and_then(h2::Error::reason) {
+        match error.h2().and_then(h2::Error::reason) {
             // What these mean is told by the specification (PROTOCOL-HTTP2).
             Some(h2::Reason::CANCEL) => self.tell(GrpcStatus::Cancelled, counted),
             Some(h2::Reason::ENHANCE_YOUR_CALM) => self.tell(GrpcStatus::ResourceExhausted, counted),

@@ -31,9 +31,9 @@ impl Exchange<'_> {
         let replay = &*replay;
         let SoFar { counted, tried, .. } = so_far;
         let left = clock.left(began);
-        let (version, head) = (outgoing.version, outgoing.copy());
+        let mut head = outgoing.clone();
         let send =
-            self.send(&self.endpoints[asked.0.index], version, || head, replay, None, (asked.1, began));
+            self.send(&self.endpoints[asked.0.index], (&mut head, true), replay, None, (asked.1, began));
         let (mut first, mut second) = (Some(asked), None);
         // The copy that failed while the other one was still under way.
         let mut lost = None;
@@ -58,8 +58,7 @@ impl Exchange<'_> {
             tried.push(other.index);
             self.tell_next_hop(left, outgoing, made);
             let endpoint = &self.endpoints[other.index];
-            let mut copy =
-                pin!(self.send(endpoint, version, || outgoing.copy(), replay, None, (number, sent)));
+            let mut copy = pin!(self.send(endpoint, (outgoing, false), replay, None, (number, sent)));
             second = Some((other, number));
             // Whichever answers well first; a failure waits for the other one.
             tokio::select! {

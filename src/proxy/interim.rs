@@ -5,13 +5,12 @@ use std::{
     future::Future,
     pin::Pin,
     rc::Rc,
-    sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, StatusCode, header::CONTENT_LENGTH};
+use http::{HeaderMap, StatusCode, header::CONTENT_LENGTH};
 use tokio::time::{Sleep, sleep};
 
 use super::{headers, io::Wire, present::Present};
@@ -58,22 +57,18 @@ impl Gate {
     }
 }
 
-/// Has hyper tell the caller's connection of each interim response to `request`.
-pub fn pass_on<B>(request: &mut Request<B>, wire: &Arc<Wire>) {
-    let wire = Arc::clone(wire);
-    hyper::ext::on_informational(request, move |response| match response.status() {
-        // hyper's server says it to the caller when the body is asked for.
-        StatusCode::CONTINUE => wire.said_continue(),
-        StatusCode::SWITCHING_PROTOCOLS => {}
-        status => {
-            let mut headers = response.headers().clone();
-            // One that names what is not hop-by-hop is let go: nobody waits for it.
-            if headers::remove_hop_by_hop(&mut headers, Present::of(response.headers())).is_ok() {
-                headers.remove(CONTENT_LENGTH);
-                wire.push_interim(encoded(status, &headers));
-            }
-        }
-    });
+/// Tells the caller's connection of an interim response.
+pub fn pass_on(wire: &Wire, status: StatusCode, mut headers: HeaderMap) {
+    if status == StatusCode::CONTINUE {
+        // It is said to the caller when the body is asked for.
+        return wire.said_continue();
+    }
+    let present = Present::of(&headers);
+    // One that names what is not hop-by-hop is let go: nobody waits for it.
+    if headers::remove_hop_by_hop(&mut headers, present).is_ok() {
+        headers.remove(CONTENT_LENGTH);
+        wire.push_interim(encoded(status, &headers));
+    }
 }
 
 fn encoded(status: StatusCode, headers: &HeaderMap) -> Bytes {

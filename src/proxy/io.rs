@@ -305,7 +305,6 @@ macro_rules! writes_pass_through {
         }
     };
 }
-pub(crate) use writes_pass_through;
 
 /// A stream of which the beginning has been read already.
 #[derive(Debug)]

@@ -8,13 +8,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderValue, Request, Version};
+use http::HeaderValue;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
     accept::Side,
     admission,
-    attempt::{self, Answer, Failed, Outgoing},
+    attempt::{self, Answer, Failed, Means, Outgoing},
     body::{Replay, Replayable},
     clock::RanOut,
     connect,
@@ -22,7 +22,7 @@ use super::{
     error::{Cause, ProxyError},
     exchange::{Carried, Ended, Exchange},
     headers::X_OUTRIGGER_ATTEMPT,
-    interim::{self, Gate},
+    interim::Gate,
 };
 use crate::{
     config::Observed,
@@ -344,9 +344,7 @@ impl Exchange<'_> {
         let Carried { clock, outgoing, replay, .. } = carried;
         let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
         let endpoint = &self.endpoints[asked.index];
-        let version = outgoing.version;
-        let head = || if asked.last { outgoing.take() } else { outgoing.copy() };
-        let send = pin!(self.send(endpoint, version, head, replay, gate.clone(), (number, began)));
+        let send = pin!(self.send(endpoint, (outgoing, asked.last), replay, gate.clone(), (number, began)));
         let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
         Over::new(result, (asked.index, asked.permit), number, began)
     }
@@ -364,26 +362,28 @@ impl Exchange<'_> {
     pub(super) fn send<'s>(
         &'s self,
         endpoint: &'s Rc<LocalEndpoint>,
-        version: Version,
-        head: impl FnOnce() -> Request<()> + 's,
+        (outgoing, last): (&'s mut Outgoing, bool),
         replay: &'s Replay,
         gate: Option<Rc<Gate>>,
         (number, began): (Number, Instant),
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
-        let make = move |reused: bool| {
+        let body = move |reused: bool| {
             if !reused {
                 let connected = Some(Instant::now());
                 self.call
                     .progress
                     .note(|record| record.tries.get_mut(number).map(|one| one.connected = connected));
             }
-            let mut request = head().map(|()| replay.next_try(gate));
-            if self.call.interim {
-                interim::pass_on(&mut request, &self.call.connection.wire);
-            }
-            request
+            replay.next_try(gate)
         };
-        attempt::send(self.name(), endpoint, &self.connections, self.guards(), version, began, make)
+        let means = Means {
+            name: self.name(),
+            endpoint,
+            settings: &self.connections,
+            guards: self.guards(),
+            interim: self.call.interim.then_some(&self.call.connection.wire),
+        };
+        attempt::send(means, outgoing, last, began, body)
     }
 
     /// Which try this is, and how much time is left (product: deadlines travel).

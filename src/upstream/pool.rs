@@ -5,13 +5,16 @@
 
 use std::{
     cell::{Cell, RefCell},
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use http::{HeaderMap, Request, Response};
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::TokioIo;
 use tokio::{sync::Notify, task::spawn_local, time::Instant};
@@ -22,9 +25,11 @@ use super::{
     http1::Http1,
     idle::{Learned, keep_alive_timeout},
     local::LocalEndpoint,
+    stream::UpstreamIo,
 };
 use crate::{
     config::{HeaderCase, PoolIdle},
+    http1,
     identity::{handshake::Speaks, tls::ClientTls},
     proxy::body::RequestBody,
     resilience::classify::Loss,
@@ -40,8 +45,6 @@ const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
 const H2_IDLE: Duration = Duration::from_secs(50);
 /// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
 const SURELY_FRESH: Duration = Duration::from_millis(1);
-/// Of a response. Fields: 100, which is hyper's own limit; told again it would cost a slower way to parse.
-pub(super) const MAX_HEADER_BYTES: usize = 64 * 1024;
 
 /// What a connection must be like.
 #[derive(Clone, Debug)]
@@ -86,19 +89,54 @@ struct Dialling {
 /// A connection, or a stream of one, held by a call.
 #[derive(Debug)]
 pub enum Lease {
-    H1 { connection: Http1, endpoint: Rc<LocalEndpoint>, reused: bool },
-    H2 { stream: Stream, reused: bool },
+    H1 {
+        connection: Http1,
+        endpoint: Rc<LocalEndpoint>,
+        reused: bool,
+    },
+    /// `body`: of its answer, once that has begun.
+    H2 {
+        stream: Stream,
+        reused: bool,
+        body: Option<Incoming>,
+    },
 }
 
 /// Counts a stream until it is dropped.
 #[derive(Debug)]
 pub struct Stream(Rc<H2>);
 
-/// Why a request got no answer. The request comes back where none of it was sent.
-#[derive(Debug)]
-pub struct SendError {
-    pub error: hyper::Error,
-    pub unsent: Option<Request<RequestBody>>,
+impl Stream {
+    pub fn sender(&self) -> http2::SendRequest<RequestBody> {
+        self.0.sender.clone()
+    }
+}
+
+/// Why there is no answer, or no more of it.
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerError {
+    #[error(transparent)]
+    Http1(#[from] http1::Error),
+    #[error(transparent)]
+    Http2(#[from] hyper::Error),
+}
+
+impl AnswerError {
+    /// Whether what came is not HTTP.
+    pub fn is_malformed(&self) -> bool {
+        match self {
+            Self::Http1(error) => error.is_malformed(),
+            Self::Http2(error) => error.is_parse(),
+        }
+    }
+
+    /// What HTTP/2 says of it.
+    pub fn h2(&self) -> Option<&h2::Error> {
+        match self {
+            Self::Http1(_) => None,
+            Self::Http2(error) => std::error::Error::source(error)?.downcast_ref(),
+        }
+    }
 }
 
 impl Pool {
@@ -108,10 +146,8 @@ impl Pool {
         settings: &ConnectionSettings,
         guards: &Arc<Guards>,
     ) -> Result<Lease, ConnectError> {
-        while let Some(mut connection) = endpoint.pool.pop_idle(settings) {
-            if connection.ready().await {
-                return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
-            }
+        if let Some(connection) = endpoint.pool.pop_idle(settings) {
+            return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
         }
         let connection = Box::pin(Http1::open(endpoint, settings, guards)).await?;
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
@@ -122,7 +158,7 @@ impl Pool {
         let now = Instant::now();
         let mut idle = self.idle.borrow_mut();
         // One that leads to another name, by TLS, is left for calls to that.
-        while let Some(at) = idle.iter().rposition(|connection| fits(connection.proof.as_deref(), settings)) {
+        while let Some(at) = idle.iter().rposition(|connection| fits(connection.proof(), settings)) {
             let connection = idle.remove(at);
             let age = now.saturating_duration_since(connection.idle_since);
             if age >= self.idle_limit(&connection, settings.pool_idle, now) || connection.is_retired(now) {
@@ -173,7 +209,7 @@ impl Pool {
     ) -> Result<Lease, ConnectError> {
         loop {
             if let Some(connection) = endpoint.pool.h2_with_room(settings) {
-                return Ok(Lease::H2 { stream: Stream::new(connection), reused: true });
+                return Ok(Lease::H2 { stream: Stream::new(connection), reused: true, body: None });
             }
             let running = endpoint.pool.dialling.borrow().clone();
             let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, settings.clone(), guards));
@@ -181,7 +217,7 @@ impl Pool {
             if connection.streams.get() < STREAMS_PER_CONNECTION
                 && fits(connection.proof.as_deref(), settings)
             {
-                return Ok(Lease::H2 { stream: Stream::new(connection), reused: false });
+                return Ok(Lease::H2 { stream: Stream::new(connection), reused: false, body: None });
             }
         }
     }
@@ -223,7 +259,7 @@ impl Pool {
     /// Closes what has been idle for too long. Called about once a second.
     pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>) {
         let now = Instant::now();
-        self.idle.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
+        self.idle.borrow_mut().retain(|connection| is_of(connection.proof(), tls));
         self.h2.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
         self.idle.borrow_mut().retain_mut(|connection| {
             let age = now.saturating_duration_since(connection.idle_since);
@@ -256,7 +292,7 @@ impl H2 {
         let Connected { io, proof, .. } = connected;
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(hyper_util::rt::TokioTimer::new())
-            .max_header_list_size(MAX_HEADER_BYTES as u32)
+            .max_header_list_size(http1::MAX_HEAD_BYTES as u32)
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(2 << 20)
             .keep_alive_interval(Duration::from_secs(60))
@@ -361,7 +397,7 @@ impl Lease {
         match self {
             Self::H1 { reused, .. } => *reused,
             // With other streams on it, it did not lie idle.
-            Self::H2 { stream, reused } => *reused && stream.0.streams.get() == 1,
+            Self::H2 { stream, reused, .. } => *reused && stream.0.streams.get() == 1,
         }
     }
 
@@ -378,26 +414,41 @@ impl Lease {
         matches!(self, Self::H1 { connection, .. } if connection.heard_anything())
     }
 
-    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
-        let sent = match self {
-            Self::H1 { connection, .. } => connection.send(request).await,
-            Self::H2 { stream, .. } => stream.0.sender.clone().try_send_request(request).await,
-        };
-        sent.map_err(|mut failed| {
-            let unsent = failed.take_message();
-            SendError { error: failed.into_error(), unsent }
-        })
+    /// Whether any of the request may have reached the endpoint, where HTTP/1.1 carries it.
+    pub fn sent_anything(&self) -> bool {
+        matches!(self, Self::H1 { connection, .. } if connection.sent_anything())
     }
 
-    /// Polls a part of the answer's body, which comes by this connection.
-    pub fn poll_part<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        mut part: impl FnMut(&mut Context<'_>) -> Poll<T>,
-    ) -> Poll<T> {
+    /// Polls the next part of the answer's body.
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
         match self {
-            Self::H1 { connection, .. } => connection.poll_part(cx, part),
-            Self::H2 { .. } => part(cx),
+            Self::H1 { connection, .. } => connection.poll_frame(cx).map_err(AnswerError::from),
+            Self::H2 { body: Some(body), .. } => Pin::new(body).poll_frame(cx).map_err(AnswerError::from),
+            Self::H2 { body: None, .. } => Poll::Ready(None),
+        }
+    }
+
+    /// Whether the answer's body is over, as far as can be told without reading on.
+    pub fn is_end_stream(&self) -> bool {
+        match self {
+            Self::H1 { connection, .. } => connection.is_end_stream(),
+            Self::H2 { body, .. } => body.as_ref().is_none_or(Body::is_end_stream),
+        }
+    }
+
+    /// How long the rest of the answer's body is, where that was told.
+    pub fn length(&self) -> Option<u64> {
+        match self {
+            Self::H1 { connection, .. } => connection.length(),
+            Self::H2 { body, .. } => body.as_ref().map_or(Some(0), |body| body.size_hint().exact()),
+        }
+    }
+
+    /// What the connection is once it was upgraded, and what has come on it already. HTTP/2 has no such thing.
+    pub fn take_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
+        match self {
+            Self::H1 { connection, .. } => connection.take_stream(),
+            Self::H2 { .. } => None,
         }
     }
 

@@ -1,0 +1,397 @@
+use std::{
+    pin::Pin,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Method, StatusCode, Uri, Version};
+use proptest::prelude::*;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    Error,
+    framing::{Decoded, Decoder, Framing, FramingError, announced, content_length},
+    head::{
+        HeadError, parse_request, parse_response, persists, write_fields, write_request_line,
+        write_status_line,
+    },
+    intake::{Intake, Part},
+    outlet::Outlet,
+};
+
+fn fields(text: &str) -> HeaderMap {
+    let head = format!("GET / HTTP/1.1\r\n{text}\r\n");
+    parse_request(head.as_bytes(), false).unwrap().unwrap().1.fields
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Heads
+
+#[test]
+fn a_request_is_read_as_far_as_its_head_goes() {
+    let came = b"POST /a?b HTTP/1.1\r\nHost: up\r\nX-A: 1\r\nx-a:  two words \r\n\r\nbody";
+    let (length, head) = parse_request(came, false).unwrap().unwrap();
+    assert_eq!(&came[length..], b"body");
+    assert_eq!(
+        (head.method, head.target, head.version),
+        (Method::POST, "/a?b".parse().unwrap(), Version::HTTP_11)
+    );
+    assert_eq!(head.fields["host"], "up");
+    assert_eq!(head.fields.get_all("x-a").iter().collect::<Vec<_>>(), ["1", "two words"]);
+    for end in 0..length {
+        assert!(parse_request(&came[..end], false).unwrap().is_none(), "{end} bytes are not a head");
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_head_is_said() {
+    let request = |head: &str| parse_request(head.as_bytes(), false).map(drop).unwrap_err();
+    assert_eq!(request("GET / HTTP/2.0\r\n\r\n"), HeadError::Version);
+    assert_eq!(request("GET / HTTP/1.1\r\nHost : up\r\n\r\n"), HeadError::Field);
+    assert_eq!(request("GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n"), HeadError::Field);
+    assert_eq!(request("GET / HTTP/1.1\r\nA: b\0\r\n\r\n"), HeadError::Field);
+    assert_eq!(request("GET http://[ HTTP/1.1\r\n\r\n"), HeadError::Target);
+    assert_eq!(request("G(T / HTTP/1.1\r\n\r\n"), HeadError::FirstLine);
+    let many = "a: b\r\n".repeat(101);
+    assert_eq!(request(&format!("GET / HTTP/1.1\r\n{many}\r\n")), HeadError::TooManyFields);
+    let long = "a".repeat(super::MAX_HEAD_BYTES);
+    assert_eq!(request(&format!("GET / HTTP/1.1\r\na: {long}\r\n\r\n")), HeadError::TooLarge);
+}
+
+#[test]
+fn a_response_keeps_its_reason_where_that_is_its_own() {
+    let reason = |line: &str| {
+        let head = format!("HTTP/1.1 {line}\r\n\r\n");
+        parse_response(head.as_bytes(), false).unwrap().unwrap().1.reason
+    };
+    assert!(reason("200 OK").is_none());
+    assert_eq!(reason("200 Fine").unwrap().as_bytes(), b"Fine");
+    let mut out = Vec::new();
+    write_status_line(&mut out, StatusCode::OK, Version::HTTP_11, reason("200 Fine").as_ref());
+    write_status_line(&mut out, StatusCode::OK, Version::HTTP_11, None);
+    write_status_line(&mut out, StatusCode::NOT_FOUND, Version::HTTP_10, None);
+    assert_eq!(out, b"HTTP/1.1 200 Fine\r\nHTTP/1.1 200 OK\r\nHTTP/1.0 404 Not Found\r\n");
+}
+
+#[test]
+fn a_field_of_a_response_may_have_blanks_behind_its_name() {
+    let (_, head) = parse_response(b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n", false).unwrap().unwrap();
+    assert_eq!(head.fields["a"], "b");
+}
+
+#[test]
+fn names_are_spelt_as_they_came_where_that_matters() {
+    let came = b"GET / HTTP/1.1\r\nX-CasE: 1\r\nB: 2\r\nx-cASe: 3\r\n\r\n";
+    let (_, mut head) = parse_request(came, true).unwrap().unwrap();
+    head.fields.append("x-case", "4".parse().unwrap());
+    let mut out = Vec::new();
+    write_fields(&mut out, &head.fields, head.spelling.as_ref());
+    assert_eq!(out, b"X-CasE: 1\r\nx-cASe: 3\r\nx-case: 4\r\nB: 2\r\n");
+    out.clear();
+    write_fields(&mut out, &head.fields, None);
+    assert!(out.starts_with(b"x-case: 1\r\n"));
+}
+
+#[test]
+fn a_target_without_a_path_gets_one() {
+    let line = |uri: &str| {
+        let mut out = Vec::new();
+        let path = uri.parse::<Uri>().unwrap().into_parts().path_and_query.unwrap();
+        write_request_line(&mut out, &Method::GET, &Uri::from(path));
+        String::from_utf8(out).unwrap()
+    };
+    assert_eq!(line("http://up?q"), "GET /?q HTTP/1.1\r\n");
+    assert_eq!(line("http://up"), "GET / HTTP/1.1\r\n");
+    assert_eq!(line("*"), "GET * HTTP/1.1\r\n");
+    assert_eq!(line("/a/b?c=d"), "GET /a/b?c=d HTTP/1.1\r\n");
+}
+
+#[test]
+fn a_connection_persists_unless_one_side_says_otherwise() {
+    let persists = |version, text| persists(version, &fields(text));
+    assert!(persists(Version::HTTP_11, ""));
+    assert!(!persists(Version::HTTP_10, ""));
+    assert!(persists(Version::HTTP_10, "Connection: Keep-Alive\r\n"));
+    assert!(!persists(Version::HTTP_11, "Connection: upgrade, Close\r\n"));
+    assert!(!persists(Version::HTTP_11, "Connection: close\r\nConnection: keep-alive\r\n"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Framing
+
+#[test]
+fn where_a_body_ends_is_told_by_its_head() {
+    use Framing::{Chunked, Length, UntilClose};
+    let request = |version, text| Framing::of_request(version, &fields(text));
+    assert_eq!(request(Version::HTTP_11, ""), Ok(Framing::EMPTY));
+    assert_eq!(request(Version::HTTP_11, "Content-Length: 5\r\n"), Ok(Length(5)));
+    assert_eq!(request(Version::HTTP_11, "Transfer-Encoding: Chunked\r\n"), Ok(Chunked));
+    assert_eq!(request(Version::HTTP_11, "Transfer-Encoding: chunked, gzip\r\n"), Err(FramingError::Coding));
+    assert_eq!(request(Version::HTTP_10, "Transfer-Encoding: chunked\r\n"), Err(FramingError::CodingOf10));
+    let response = |method: &Method, status: u16, text| {
+        let status = StatusCode::from_u16(status).unwrap();
+        Framing::of_response(method, status, Version::HTTP_11, &fields(text))
+    };
+    let five = "Content-Length: 5\r\n";
+    assert_eq!(response(&Method::GET, 200, five), Ok(Length(5)));
+    assert_eq!(response(&Method::GET, 200, ""), Ok(UntilClose));
+    assert_eq!(response(&Method::GET, 200, "Transfer-Encoding: gzip\r\n"), Ok(UntilClose));
+    assert_eq!(response(&Method::GET, 200, "Transfer-Encoding: gzip, chunked\r\n"), Ok(Chunked));
+    assert_eq!(response(&Method::HEAD, 200, five), Ok(Framing::EMPTY));
+    for status in [204, 304, 101] {
+        assert_eq!(response(&Method::GET, status, five), Ok(Framing::EMPTY));
+    }
+}
+
+#[test]
+fn a_length_is_one_number() {
+    let length = |text: &str| content_length(&fields(text));
+    assert_eq!(length(""), Ok(None));
+    assert_eq!(length("Content-Length: 18446744073709551615\r\n"), Ok(Some(u64::MAX)));
+    assert_eq!(length("Content-Length: 5, 5\r\nContent-Length: 5\r\n"), Ok(Some(5)));
+    for wrong in ["", "+5", "-5", "0x5", "5 5", "5,", "5, 6", "18446744073709551616", "５"] {
+        assert_eq!(length(&format!("Content-Length: {wrong}\r\n")), Err(FramingError::Length), "{wrong}");
+    }
+}
+
+/// All of a body, from bytes that come in such pieces; and what is left behind it.
+fn decode(framing: Framing, pieces: &[&[u8]]) -> Result<(Vec<u8>, Option<HeaderMap>, Bytes), FramingError> {
+    let (mut decoder, mut came) = (Decoder::new(framing), Bytes::new());
+    let (mut data, mut trailers, mut pieces) = (Vec::new(), None, pieces.iter());
+    loop {
+        match decoder.decode(&mut came)? {
+            Decoded::Data(part) => data.extend_from_slice(&part),
+            Decoded::Trailers(found) => trailers = Some(found),
+            Decoded::End => break,
+            Decoded::More => match pieces.next() {
+                Some(piece) => came = [&came[..], piece].concat().into(),
+                None => break,
+            },
+        }
+    }
+    let rest = pieces.fold(BytesMut::from(came), |mut rest, piece| {
+        rest.extend_from_slice(piece);
+        rest
+    });
+    Ok((data, trailers, rest.freeze()))
+}
+
+#[test]
+fn malformed_chunks_are_refused() {
+    for (wrong, why) in [
+        ("\r\n", FramingError::ChunkSize),
+        ("g\r\n", FramingError::ChunkSize),
+        ("-1\r\n", FramingError::ChunkSize),
+        ("0x1\r\na\r\n", FramingError::ChunkSize),
+        ("1\na\r\n", FramingError::ChunkSize),
+        ("1 1\r\na\r\n", FramingError::ChunkSize),
+        ("1;a\rb\r\na\r\n", FramingError::ChunkSize),
+        ("1\r\nab\r\n", FramingError::ChunkEnd),
+        ("1\r\na\n", FramingError::ChunkEnd),
+        ("10000000000000000\r\n", FramingError::ChunkSize),
+        ("0\r\nno field\r\n\r\n", FramingError::Trailers),
+    ] {
+        assert_eq!(decode(Framing::Chunked, &[wrong.as_bytes()]).unwrap_err(), why, "{wrong:?}");
+    }
+    let long = format!("1;{}", "a".repeat(2000));
+    assert_eq!(decode(Framing::Chunked, &[long.as_bytes()]).unwrap_err(), FramingError::ChunkSize);
+    let many = format!("1;{}\r\na\r\n", "a".repeat(1000)).repeat(20);
+    assert_eq!(decode(Framing::Chunked, &[many.as_bytes()]).unwrap_err(), FramingError::Extensions);
+    let endless = format!("0\r\n{}", "a: b\r\n".repeat(5000));
+    assert_eq!(decode(Framing::Chunked, &[endless.as_bytes()]).unwrap_err(), FramingError::Trailers);
+}
+
+#[test]
+fn only_trailers_that_were_announced_are_sent() {
+    let trailers = fields("a: 1\r\nb: 2\r\nc: 3\r\n");
+    let left = announced(&fields("Trailer: C, a\r\n"), trailers);
+    assert_eq!(left.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+}
+
+proptest! {
+    /// However the bytes of a chunked body come, it is what was sent, and nothing behind it is touched.
+    #[test]
+    fn what_was_cut_into_chunks_is_whole_again(
+        parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..3000), 0..8),
+        cuts in prop::collection::vec(1_usize..5000, 0..40),
+        with_trailers in any::<bool>(),
+        last_is_known in any::<bool>(),
+    ) {
+        let trailers = fields("a: 1\r\n");
+        let mut sent = Sink::default();
+        for (index, part) in parts.iter().enumerate() {
+            let last = last_is_known && !with_trailers && index + 1 == parts.len();
+            sent.outlet.data(Framing::Chunked, Bytes::copy_from_slice(part), last);
+            sent.write();
+        }
+        if with_trailers {
+            sent.outlet.trailers(Framing::Chunked, &trailers);
+        } else if !last_is_known || parts.is_empty() {
+            sent.outlet.end(Framing::Chunked);
+        }
+        sent.write();
+        let mut bytes = sent.written;
+        bytes.extend_from_slice(b"GET next");
+        let mut pieces = Vec::new();
+        let mut left = &bytes[..];
+        for cut in cuts {
+            let (piece, rest) = left.split_at(cut.min(left.len()));
+            pieces.push(piece);
+            left = rest;
+        }
+        pieces.push(left);
+        let (data, found, rest) = decode(Framing::Chunked, &pieces).unwrap();
+        prop_assert_eq!(data, parts.concat());
+        prop_assert_eq!(found, with_trailers.then_some(trailers));
+        prop_assert_eq!(&rest[..], b"GET next");
+    }
+
+    /// Whatever comes, nothing panics, and what is read is no longer than what came.
+    #[test]
+    fn nothing_that_comes_is_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        let _ = parse_request(&bytes, true);
+        let _ = parse_response(&bytes, true);
+        if let Ok((data, _, rest)) = decode(Framing::Chunked, &[&bytes]) {
+            prop_assert!(data.len() + rest.len() <= bytes.len());
+        }
+    }
+
+    #[test]
+    fn a_chunk_says_its_length(length in any::<usize>()) {
+        let mut line = Vec::new();
+        super::framing::write_chunk_line(&mut line, length);
+        prop_assert_eq!(line, format!("{length:x}\r\n").into_bytes());
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// In and out
+
+/// Takes a few bytes at a time.
+#[derive(Default)]
+struct Sink {
+    outlet: Outlet,
+    written: Vec<u8>,
+}
+
+impl Sink {
+    fn write(&mut self) {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut narrow = Narrow(std::mem::take(&mut self.written), 1);
+        let Poll::Ready(Ok(())) = self.outlet.poll_write(&mut narrow, &mut cx) else { panic!("not written") };
+        self.written = narrow.0;
+        assert!(self.outlet.is_empty());
+    }
+}
+
+struct Narrow(Vec<u8>, usize);
+
+impl AsyncWrite for Narrow {
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        // Of any length, so that pieces are cut everywhere.
+        self.1 = self.1 % 611 + 7;
+        let count = buf.len().min(self.1);
+        self.0.extend_from_slice(&buf[..count]);
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        let all: Vec<u8> = bufs.iter().flat_map(|buf| buf.iter().copied()).collect();
+        self.poll_write(cx, &all)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Gives such pieces, then the end.
+struct Source(Vec<Vec<u8>>);
+
+impl AsyncRead for Source {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let Some(first) = self.0.first_mut() else { return Poll::Ready(Ok(())) };
+        let count = first.len().min(buf.remaining());
+        buf.put_slice(&first[..count]);
+        first.drain(..count);
+        if first.is_empty() {
+            self.0.remove(0);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Two requests, the first with a body of this length, in pieces of this length.
+fn two_requests(body: usize, piece: usize) -> Source {
+    let head = format!("POST / HTTP/1.1\r\nContent-Length: {body}\r\n\r\n");
+    let bytes = [head.as_bytes(), &vec![b'x'; body], b"GET /next HTTP/1.1\r\n\r\n"].concat();
+    Source(bytes.chunks(piece).map(<[u8]>::to_vec).collect())
+}
+
+fn ready<T>(polled: Poll<T>) -> T {
+    match polled {
+        Poll::Ready(polled) => polled,
+        Poll::Pending => panic!("it waits"),
+    }
+}
+
+#[test]
+fn messages_are_told_apart_whatever_pieces_they_come_in() {
+    for (body, piece) in
+        [(0, 1), (10, 1), (10, 7), (100, 10_000), (100_000, 50), (100_000, 200_000), (70_000, 16_384)]
+    {
+        let (mut source, mut intake) = (two_requests(body, piece), Intake::default());
+        let mut cx = Context::from_waker(Waker::noop());
+        let parse = |came: &[u8]| parse_request(came, false);
+        let head = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap();
+        let mut decoder = Decoder::new(Framing::of_request(head.version, &head.fields).unwrap());
+        let mut came = 0;
+        while let Some(part) = ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap() {
+            let Part::Data(data) = part else { panic!("{part:?}") };
+            came += data.len();
+        }
+        assert_eq!(came, body, "in pieces of {piece}");
+        let head = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap();
+        assert_eq!(head.target.path(), "/next");
+        assert!(intake.is_empty());
+        let end = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap_err();
+        assert!(matches!(end, Error::Closed), "{end}");
+    }
+}
+
+#[test]
+fn an_end_in_the_middle_is_told_from_one_between_messages() {
+    let mut cx = Context::from_waker(Waker::noop());
+    let parse = |came: &[u8]| parse_request(came, false);
+    let mut cut = Source(vec![b"GET / HTTP".to_vec()]);
+    let end = ready(Intake::default().poll_head(&mut cut, &mut cx, parse)).unwrap_err();
+    assert!(matches!(end, Error::CutOff), "{end}");
+    let mut intake = Intake::default();
+    let mut decoder = Decoder::new(Framing::Length(5));
+    let mut cut = Source(vec![b"abc".to_vec()]);
+    assert!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)).is_ok());
+    assert!(matches!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)), Err(Error::CutOff)));
+    let mut decoder = Decoder::new(Framing::UntilClose);
+    assert!(matches!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)), Ok(None)));
+}
+
+#[test]
+fn a_head_that_never_ends_is_refused() {
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut endless = Source(vec![b"GET / HTTP/1.1\r\na: ".to_vec(), vec![b'a'; 200_000]]);
+    let parse = |came: &[u8]| parse_request(came, false);
+    let refused = ready(Intake::default().poll_head(&mut endless, &mut cx, parse)).unwrap_err();
+    assert!(matches!(refused, Error::Head(HeadError::TooLarge)), "{refused}");
+}
