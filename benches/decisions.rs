@@ -98,7 +98,7 @@ fn guards(c: &mut Criterion) {
     group.bench_function("limit, a place taken and given back", |b| {
         b.iter(|| {
             assert!(limit.try_acquire());
-            limit.release(now);
+            limit.release(|| now);
         });
     });
     for per in [RateKey::Upstream, RateKey::Peer] {

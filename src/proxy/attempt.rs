@@ -116,7 +116,7 @@ pub async fn send(
     let in_flight = endpoint.ask(began.into_std());
     let lease = match outgoing.version {
         Version::HTTP_2 => Pool::h2(endpoint, settings, guards).await,
-        _ => Pool::h1(endpoint, settings, guards).await,
+        _ => Pool::h1(endpoint, settings, guards, began).await,
     };
     let mut lease = lease.map_err(|error| {
         let failure = match error {

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::Instant;
 
 use super::{grpc::GrpcEnd, headers, interim::Gate, present::Present, progress::Progress};
 use crate::{
@@ -102,7 +103,8 @@ impl Replay {
     /// `limit`: how many bytes are kept to be sent again; 0 keeps none.
     pub fn new(source: Incoming, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
         if source.is_end_stream() {
-            progress.request_sent();
+            // With its head.
+            progress.request_sent(progress.started());
             return Self(None);
         }
         Self(Some(Rc::new(RefCell::new(Kept {
@@ -170,11 +172,11 @@ impl Kept {
             }
             None => {
                 self.ended = true;
-                self.progress.request_sent();
+                self.progress.request_sent(Instant::now());
                 return Poll::Ready(None);
             }
         };
-        self.progress.moved();
+        let now = self.progress.moved();
         if let Some(data) = frame.data_ref() {
             self.kept_bytes = self.kept_bytes.saturating_add(data.len() as u64);
             self.progress.note(|record| record.bytes_in += data.len() as u64);
@@ -192,7 +194,7 @@ impl Kept {
         }
         if self.source.is_end_stream() {
             self.ended = true;
-            self.progress.request_sent();
+            self.progress.request_sent(now);
         }
         Poll::Ready(Some(Ok(frame)))
     }
@@ -337,7 +339,7 @@ impl ResponseBody {
     /// A body that still comes. A connection that is through with its response goes back to its pool at once.
     pub fn streaming(lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
         if lease.is_end_stream() {
-            lease.finished(held.sent.is_whole());
+            lease.finished(held.sent.is_whole(), progress.last_moved());
             return Self::Empty;
         }
         Self::Streaming(Box::new(Streaming { lease: Some(lease), progress, held }))
@@ -358,14 +360,14 @@ impl Streaming {
         }
     }
 
-    fn finished(&mut self) {
-        self.progress.done(End::Complete);
+    fn finished(&mut self, now: Instant) {
+        self.progress.done(End::Complete, now);
         if let Some(grpc) = self.held.grpc.take() {
             grpc.ended(&HeaderMap::new());
         }
         if let Some(lease) = self.lease.take() {
             // An answer that came before its request was read to the end leaves the connection in between.
-            lease.finished(self.held.sent.is_whole());
+            lease.finished(self.held.sent.is_whole(), now);
         }
     }
 }
@@ -373,7 +375,8 @@ impl Streaming {
 impl Drop for Streaming {
     fn drop(&mut self) {
         if !self.progress.is_done() {
-            self.progress.done(self.progress.left());
+            let now = Instant::now();
+            self.progress.done(self.progress.left(now), now);
         }
     }
 }
@@ -394,7 +397,7 @@ impl Body for ResponseBody {
         let Some(lease) = &mut this.lease else { return Poll::Ready(None) };
         let frame = ready!(lease.poll_frame(cx));
         let over = lease.is_end_stream();
-        this.progress.moved();
+        let now = this.progress.moved();
         if let Some(Ok(frame)) = &frame {
             if let Some(trailers) = frame.trailers_ref() {
                 this.progress.note(|record| record.trailers(trailers));
@@ -407,13 +410,13 @@ impl Body for ResponseBody {
         }
         match &frame {
             // Behind trailers nobody asks for more.
-            Some(Ok(frame)) if frame.is_trailers() || over => this.finished(),
+            Some(Ok(frame)) if frame.is_trailers() || over => this.finished(now),
             Some(Ok(_)) => {}
             Some(Err(_)) => {
                 this.lease = None;
-                this.progress.done(End::Broken);
+                this.progress.done(End::Broken, now);
             }
-            None => this.finished(),
+            None => this.finished(now),
         }
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
     }

@@ -104,7 +104,7 @@ pub async fn answer(
         body => {
             let bytes = body.size_hint().exact().unwrap_or(0);
             progress.note(|record| record.bytes_out = bytes);
-            progress.done(End::Complete);
+            progress.done(End::Complete, Instant::now());
         }
     }
     response
@@ -116,7 +116,7 @@ struct Unanswered<'a>(&'a Progress);
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if self.0.note(|record| record.status.is_none()) == Some(true) {
-            self.0.done(End::CallerGone);
+            self.0.done(End::CallerGone, Instant::now());
         }
     }
 }

@@ -85,14 +85,15 @@ impl Progress {
         self.over_at.get()
     }
 
-    /// Bytes of a body moved, either way.
-    pub fn moved(&self) {
-        self.moved.set(Instant::now());
+    /// Bytes of a body moved, either way. Returns when: now.
+    pub fn moved(&self) -> Instant {
+        let now = Instant::now();
+        self.moved.set(now);
+        now
     }
 
-    pub fn request_sent(&self) {
+    pub fn request_sent(&self, now: Instant) {
         if self.request_sent.get().is_none() {
-            let now = Instant::now();
             self.moved.set(now);
             self.request_sent.set(Some(now));
         }
@@ -117,8 +118,7 @@ impl Progress {
     }
 
     /// The exchange is over. What comes first counts.
-    pub fn done(&self, end: End) {
-        let now = Instant::now();
+    pub fn done(&self, end: End, now: Instant) {
         self.moved.set(now);
         self.done.set(true);
         let mut open = self.record.borrow_mut();
@@ -136,8 +136,8 @@ impl Progress {
     }
 
     /// How an exchange ended of which no more is wanted.
-    pub fn left(&self) -> End {
-        let cut = self.cut_at().is_some_and(|at| Instant::now() >= at);
+    pub fn left(&self, now: Instant) -> End {
+        let cut = self.cut_at().is_some_and(|at| now >= at);
         if cut { End::Cut } else { End::CallerGone }
     }
 

@@ -227,11 +227,11 @@ impl<B: Bell> RequestLimit<B> {
         !waited && ticket.granted.load(Ordering::Relaxed)
     }
 
-    /// Gives a place back; the first who waits gets it.
-    pub fn release(&self, now: Instant) {
+    /// Gives a place back; the first who waits gets it. The time is asked for only then.
+    pub fn release(&self, now: impl FnOnce() -> Instant) {
         self.places.give_back();
         if self.pending.load(Ordering::SeqCst) > 0 {
-            self.hand_out(&mut self.lock(), now);
+            self.hand_out(&mut self.lock(), now());
         }
     }
 

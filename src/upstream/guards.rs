@@ -76,7 +76,7 @@ pub struct Place(pub Arc<Guards>);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.requests.release(Instant::now());
+        self.0.requests.release(Instant::now);
     }
 }
 

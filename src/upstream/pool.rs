@@ -145,8 +145,9 @@ impl Pool {
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
         guards: &Arc<Guards>,
+        now: Instant,
     ) -> Result<Lease, ConnectError> {
-        if let Some(connection) = endpoint.pool.pop_idle(settings) {
+        if let Some(connection) = endpoint.pool.pop_idle(settings, now) {
             return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
         }
         let connection = Box::pin(Http1::open(endpoint, settings, guards)).await?;
@@ -154,8 +155,7 @@ impl Pool {
     }
 
     /// Takes idle connections off the stack until one can be used.
-    fn pop_idle(&self, settings: &ConnectionSettings) -> Option<Http1> {
-        let now = Instant::now();
+    fn pop_idle(&self, settings: &ConnectionSettings, now: Instant) -> Option<Http1> {
         let mut idle = self.idle.borrow_mut();
         // One that leads to another name, by TLS, is left for calls to that.
         while let Some(at) = idle.iter().rposition(|connection| fits(connection.proof(), settings)) {
@@ -193,8 +193,8 @@ impl Pool {
         self.learned.set(learned);
     }
 
-    fn put_back(&self, mut connection: Http1) {
-        let usable = connection.rest(Instant::now());
+    fn put_back(&self, mut connection: Http1, now: Instant) {
+        let usable = connection.rest(now);
         let mut idle = self.idle.borrow_mut();
         if usable && idle.len() < MAX_IDLE {
             idle.push(connection);
@@ -465,11 +465,11 @@ impl Lease {
     }
 
     /// The response has been read to its end. `whole_request`: so has the request been written.
-    pub fn finished(self, whole_request: bool) {
+    pub fn finished(self, whole_request: bool, now: Instant) {
         if let Self::H1 { connection, endpoint, .. } = self
             && whole_request
         {
-            endpoint.pool.put_back(connection);
+            endpoint.pool.put_back(connection, now);
         }
     }
 }

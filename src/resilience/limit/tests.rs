@@ -31,13 +31,13 @@ fn who_came_first_is_served_first_and_nobody_overtakes() {
     let bells = [Rung::default(), Rung::default()];
     let [first, second] = bells.clone().map(|bell| limit.wait(now, None, bell).unwrap());
     assert_eq!((limit.in_flight(), limit.pending()), (1, 2));
-    limit.release(now);
+    limit.release(|| now);
     assert!(bells[0].has_rung() && !bells[1].has_rung());
     assert!(!limit.try_acquire(), "the second is before");
     assert!(limit.settle(first));
-    limit.release(now);
+    limit.release(|| now);
     assert!(bells[1].has_rung() && limit.settle(second));
-    limit.release(now);
+    limit.release(|| now);
     assert_eq!((limit.in_flight(), limit.pending()), (0, 0));
 }
 
@@ -68,9 +68,9 @@ fn what_can_no_longer_meet_its_deadline_is_dropped() {
     assert_eq!((hurried.gives_up, patient.gives_up), (now + MS * 10, now + MS * 1000));
     let third = limit.wait(now + MS * 20, None, bells[2].clone()).unwrap();
     assert!(bells[0].has_rung() && !limit.settle(hurried), "it made room, and is told");
-    limit.release(now + MS * 30);
+    limit.release(|| now + MS * 30);
     assert!(limit.settle(patient));
-    limit.release(now + MS * 2000);
+    limit.release(|| now + MS * 2000);
     assert!(!limit.settle(third), "a place is not spent on who has given up");
     assert_eq!(limit.in_flight(), 0);
 }
@@ -99,7 +99,7 @@ fn workers_never_pass_the_limit_and_lose_no_place() {
             most.fetch_max(busy.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             std::thread::yield_now();
             busy.fetch_sub(1, Ordering::SeqCst);
-            limit.release(now);
+            limit.release(|| now);
         }
     };
     std::thread::scope(|scope| {
@@ -141,7 +141,7 @@ proptest! {
                     let deadline = (pass % 2 == 0).then(|| now + MS * pass);
                     if let Ok(ticket) = limit.wait(now, deadline, Rung::default()) { tickets.push(ticket); }
                 }
-                2 if held > 0 => { held -= 1; limit.release(now); }
+                2 if held > 0 => { held -= 1; limit.release(|| now); }
                 3 if !tickets.is_empty() => {
                     let ticket = tickets.swap_remove(which % tickets.len());
                     held += u32::from(limit.settle(ticket));
@@ -155,7 +155,7 @@ proptest! {
             prop_assert!(limit.pending() == 0 || limit.in_flight() == max_requests);
         }
         for ticket in tickets { held += u32::from(limit.settle(ticket)); }
-        for _ in 0..held { limit.release(now); }
+        for _ in 0..held { limit.release(|| now); }
         prop_assert_eq!((limit.in_flight(), limit.pending()), (0, 0));
     }
 
