@@ -103,7 +103,13 @@ fn coded(version: Version, fields: &HeaderMap) -> Result<Option<bool>, FramingEr
 ///
 /// Where it says no number, or two.
 pub fn content_length(fields: &HeaderMap) -> Result<Option<u64>, FramingError> {
-    let mut found = None;
+    let mut values = fields.get_all(CONTENT_LENGTH).iter();
+    let Some(first) = values.next() else { return Ok(None) };
+    let mut found = number(first.as_bytes());
+    if found.is_some() && values.next().is_none() {
+        // As nearly all say it.
+        return Ok(found);
+    }
     for value in fields.get_all(CONTENT_LENGTH) {
         for length in value.as_bytes().split(|byte| *byte == b',') {
             let length = number(length.trim_ascii()).ok_or(FramingError::Length)?;

@@ -10,8 +10,8 @@ use hyper::ext::ReasonPhrase;
 
 /// Fields that a head may have.
 pub const MAX_FIELDS: usize = 100;
-/// Room for the fields that a proxy adds to a request.
-const ADDED: usize = 8;
+/// Room for the fields that a proxy adds to a request. More than that is found where it is needed.
+const ADDED: usize = 5;
 
 /// What is wrong with a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -126,7 +126,7 @@ pub fn parse_response(input: &[u8], keep_spelling: bool) -> Result<Option<(usize
     let reason = response.reason.filter(|reason| status.canonical_reason() != Some(reason));
     let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
     let version = version(response.version);
-    let (fields, spelling) = head.fields(response.headers, 2, keep_spelling)?;
+    let (fields, spelling) = head.fields(response.headers, 0, keep_spelling)?;
     Ok(Some((length, ResponseHead { status, reason, version, fields, spelling })))
 }
 

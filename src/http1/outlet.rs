@@ -1,6 +1,7 @@
 //! What goes out: heads and chunks, and the data of bodies, which is not copied.
 
 use std::{
+    cell::Cell,
     io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
@@ -16,9 +17,14 @@ use super::{
 };
 
 /// Data that is shorter is copied behind what goes before it: one more piece to write costs more.
-const SHORT: usize = 512;
+const SHORT: usize = 2048;
 /// With this much there is no wait for more to write at once.
 const ENOUGH: usize = 16 * 1024;
+
+thread_local! {
+    /// Room that whoever has nothing to write leaves to the next one.
+    static SPARE: Cell<Vec<u8>> = Cell::default();
+}
 
 /// What is to be written: at most one part of a body at a time, with what stands around it.
 #[derive(Debug, Default)]
@@ -43,6 +49,9 @@ impl Outlet {
 
     /// Where a head is written to. Only when nothing of a body is there.
     pub fn head(&mut self) -> &mut Vec<u8> {
+        if self.before.capacity() == 0 {
+            self.before = SPARE.take();
+        }
         &mut self.before
     }
 
@@ -56,12 +65,14 @@ impl Outlet {
                 }
                 return;
             }
-            write_chunk_line(&mut self.before, data.len());
+            write_chunk_line(self.head(), data.len());
             self.after = if last { b"\r\n0\r\n\r\n" } else { b"\r\n" };
         }
         if data.len() < SHORT {
-            self.before.extend_from_slice(&data);
-            self.before.extend_from_slice(std::mem::take(&mut self.after));
+            let after = std::mem::take(&mut self.after);
+            let before = self.head();
+            before.extend_from_slice(&data);
+            before.extend_from_slice(after);
         } else {
             self.data = data;
         }
@@ -70,16 +81,17 @@ impl Outlet {
     /// Adds the trailers, and with them the end.
     pub fn trailers(&mut self, framing: Framing, trailers: &HeaderMap) {
         if framing == Framing::Chunked {
-            self.before.extend_from_slice(b"0\r\n");
-            write_fields(&mut self.before, trailers, None);
-            self.before.extend_from_slice(b"\r\n");
+            let before = self.head();
+            before.extend_from_slice(b"0\r\n");
+            write_fields(before, trailers, None);
+            before.extend_from_slice(b"\r\n");
         }
     }
 
     /// Adds the end of a body of which it was not known that it would be.
     pub fn end(&mut self, framing: Framing) {
         if framing == Framing::Chunked {
-            self.before.extend_from_slice(b"0\r\n\r\n");
+            self.head().extend_from_slice(b"0\r\n\r\n");
         }
     }
 
@@ -104,8 +116,12 @@ impl Outlet {
             self.advance(count);
         }
         // An idle connection holds no room.
-        self.before = Vec::new();
+        let mut room = std::mem::take(&mut self.before);
         self.written = 0;
+        if (1..=2 * ENOUGH).contains(&room.capacity()) {
+            room.clear();
+            SPARE.set(room);
+        }
         Poll::Ready(Ok(()))
     }
 

@@ -44,10 +44,12 @@ impl SharedTcp {
         Self(Arc::new(stream))
     }
 
-    /// Whether an idle connection can carry another request: not closed, and nothing unasked-for has come.
+    /// Whether an idle connection can carry another request: not closed, and nothing unasked-for has come. The system
+    /// is asked only where it has told that there is something.
     pub fn is_quiet(&self) -> bool {
         let mut byte = [MaybeUninit::uninit()];
-        matches!(SockRef::from(&*self.0).peek(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+        let peeked = self.0.try_io(Interest::READABLE, || SockRef::from(&*self.0).peek(&mut byte));
+        matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// The same for TLS, where new tickets may come unasked. Told by length, as their type is hidden: an alert is the
@@ -55,8 +57,11 @@ impl SharedTcp {
     pub fn is_quiet_tls(&self) -> bool {
         const SHORTEST: usize = 48;
         let mut bytes = [0_u8; 2048];
-        let count = match rustix::net::recv(&*self.0, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Err(error) => return error == rustix::io::Errno::WOULDBLOCK,
+        let peeked = self.0.try_io(Interest::READABLE, || {
+            Ok(rustix::net::recv(&*self.0, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT)?)
+        });
+        let count = match peeked {
+            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
             // Gone.
             Ok((_, 0)) => return false,
             Ok((_, count)) => count.min(2048),
