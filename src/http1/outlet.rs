@@ -42,6 +42,11 @@ impl Outlet {
         self.written == self.before.len() && self.data.is_empty() && self.after.is_empty()
     }
 
+    /// How many bytes are still to be written.
+    pub fn left(&self) -> usize {
+        self.before.len() - self.written + self.data.len() + self.after.len()
+    }
+
     /// Whether more may be added before anything is written.
     pub fn has_room(&self) -> bool {
         self.data.is_empty() && self.after.is_empty() && self.before.len() < ENOUGH

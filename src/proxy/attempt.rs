@@ -9,8 +9,8 @@ use super::{
     body::{Held, RequestBody},
     connect::connect_failed,
     error::{Cause, ProxyError},
-    headers, interim,
-    io::Wire,
+    headers,
+    interim::{self, Gate, Interim},
     present::Present,
 };
 use crate::{
@@ -99,7 +99,9 @@ pub struct Means<'a> {
     pub settings: &'a ConnectionSettings,
     pub guards: &'a Arc<Guards>,
     /// Who is told of interim answers.
-    pub interim: Option<&'a Arc<Wire>>,
+    pub interim: Option<&'a Interim>,
+    /// Holds the body back until the endpoint has said `100 Continue`.
+    pub gate: Option<Rc<Gate>>,
 }
 
 /// Sends a request to an endpoint. `body` makes its body once there is a connection, and is told whether that has been
@@ -112,7 +114,7 @@ pub async fn send(
     began: Instant,
     body: impl FnOnce(bool) -> RequestBody,
 ) -> Result<Answer, Failed> {
-    let Means { name, endpoint, settings, guards, interim } = means;
+    let Means { name, endpoint, settings, guards, interim, gate } = means;
     let in_flight = endpoint.ask(began.into_std());
     let lease = match outgoing.version {
         Version::HTTP_2 => Pool::h2(endpoint, settings, guards).await,
@@ -137,8 +139,8 @@ pub async fn send(
     let answered = match &mut lease {
         Lease::H1 { connection, .. } => {
             let interim = |status, fields| {
-                if let Some(wire) = interim {
-                    interim::pass_on(wire, status, fields);
+                if let Some(to) = interim {
+                    interim::pass_on(to, gate.as_deref(), status, fields);
                 }
             };
             let answered = connection.send(outgoing.borrow(), body, interim).await;

@@ -17,8 +17,9 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::{grpc::GrpcEnd, headers, interim::Gate, present::Present, progress::Progress};
+use super::{connection, grpc::GrpcEnd, headers, interim::Gate, present::Present, progress::Progress};
 use crate::{
+    http1,
     telemetry::record::End,
     upstream::{Lease, guards::Place, local::InFlight, pool::AnswerError},
 };
@@ -30,6 +31,8 @@ pub enum BodyError {
     Peer(#[from] hyper::Error),
     #[error(transparent)]
     Answer(#[from] AnswerError),
+    #[error(transparent)]
+    Caller(#[from] http1::Error),
     /// A newer try has taken the request's body over.
     #[error("another try has taken this body over")]
     TakenOver,
@@ -37,6 +40,42 @@ pub enum BodyError {
 
 // ---------------------------------------------------------------------------------------------------------------
 // Request bodies
+
+/// A request's body as it comes from its caller.
+#[derive(Debug)]
+pub enum CallerBody {
+    Http1(connection::Body),
+    Http2(Incoming),
+}
+
+impl Body for CallerBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::from),
+            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::from),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Http1(body) => body.size_hint(),
+            Self::Http2(body) => body.size_hint(),
+        }
+    }
+}
 
 /// A request's body as one try sends it.
 #[derive(Debug)]
@@ -65,7 +104,7 @@ impl Sent {
 /// The caller's body, with a copy of its beginning where the policy may want to send it again.
 #[derive(Debug)]
 struct Kept {
-    source: Incoming,
+    source: CallerBody,
     progress: Rc<Progress>,
     /// The try that may read. An earlier one that still runs must not take bytes away from it.
     current: u32,
@@ -101,7 +140,7 @@ pub enum Replayable {
 
 impl Replay {
     /// `limit`: how many bytes are kept to be sent again; 0 keeps none.
-    pub fn new(source: Incoming, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
+    pub fn new(source: CallerBody, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
         if source.is_end_stream() {
             // With its head.
             progress.request_sent(progress.started());
@@ -168,7 +207,7 @@ impl Kept {
             Some(Ok(frame)) => without_spoofed(frame, self.claims.as_deref()),
             Some(Err(error)) => {
                 self.caller_gone = true;
-                return Poll::Ready(Some(Err(error.into())));
+                return Poll::Ready(Some(Err(error)));
             }
             None => {
                 self.ended = true;

@@ -5,7 +5,7 @@
 use std::{
     future::{Future, poll_fn},
     pin::Pin,
-    task::{Context, Poll},
+    task::Poll,
     time::Duration,
 };
 
@@ -165,10 +165,8 @@ impl Clock {
         &mut self,
         progress: &Progress,
         mut work: Pin<&mut F>,
-        mut beside: impl FnMut(&mut Context<'_>),
     ) -> Result<F::Output, RanOut> {
         let result = poll_fn(|cx| {
-            beside(cx);
             if let Poll::Ready(output) = work.as_mut().poll(cx) {
                 return Poll::Ready(Ok(output));
             }

@@ -7,12 +7,10 @@ use std::{
 };
 
 use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
 use tokio::{task::spawn_local, time::timeout};
 
 use super::{
-    body::ResponseBody,
+    body::{CallerBody, ResponseBody},
     clock::Until,
     connection::Connection,
     error::{Cause, ProxyError},
@@ -234,7 +232,7 @@ fn unmapped(ip: IpAddr) -> IpAddr {
 pub async fn open_tunnel(
     connection: &Rc<Connection>,
     view: &View,
-    mut request: Request<Incoming>,
+    mut request: Request<CallerBody>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let authority =
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
@@ -244,12 +242,12 @@ pub async fn open_tunnel(
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
     let allowed = |address| check_address(view, connection, &target, address);
     let dialled = dial_allowed(connection, &target.local, tls, allowed).await?;
-    let upgrade = hyper::upgrade::on(&mut request);
+    let upgrade = connection.upgrade(&mut request);
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {
         let _open = inside.worker.shared.metrics.outbound.opened();
-        let Ok(upgraded) = upgrade.await else { return };
-        let ended = inside.serve_tunnel(TokioIo::new(upgraded), dialled, &target.local).await;
+        let Some(stream) = upgrade.stream().await else { return };
+        let ended = inside.serve_tunnel(stream, dialled, &target.local).await;
         if let Err(error) = ended {
             tracing::debug!(upstream = target.local.cluster.settings.name, %error, "tunnel ended");
         }

@@ -1,7 +1,7 @@
 //! A caller's connection, from its first byte to its last.
 
-mod park;
-mod serve;
+mod http1;
+mod http2;
 mod spoken;
 mod tls;
 
@@ -18,19 +18,23 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
-use hyper::body::{Body, Incoming};
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper_util::rt::TokioIo;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
+    sync::oneshot,
     time::{Instant, sleep},
 };
 
 use super::{
     accept::Side,
-    body::ResponseBody,
+    body::{CallerBody, ResponseBody},
     call, connect,
     error::ProxyError,
-    io::{SharedTcp, Wire},
+    interim::Interim,
+    io::{Io, SharedTcp},
+    present::Present,
     progress::Progress,
     redirected, target,
 };
@@ -41,17 +45,18 @@ use crate::{
     telemetry::metrics::{Awaited, Detected},
 };
 
-pub use park::Warm;
+pub use http1::body::Body;
+#[cfg(test)]
+pub use http1::link::Link;
 
 /// From the first byte of a request's head to its last (slowloris).
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A caller's connection that carries nothing. Long: who closes first loses the race against the next request.
 const CALLER_IDLE: Duration = Duration::from_secs(3600);
+/// A caller that takes nothing of what is written to it.
+const WRITE_STALL: Duration = Duration::from_secs(300);
 /// How long an idle HTTP/1 connection is kept after it was asked to leave.
 const LAST_CALL: Duration = Duration::from_secs(1);
-/// Limit of §4.9 for the header block. That for the number of fields, 100, is hyper's own: told again it would cost a
-/// slower way to parse.
-pub const MAX_HEADER_BYTES: usize = 64 * 1024;
 
 /// What all calls of a connection share.
 #[derive(Debug)]
@@ -63,7 +68,8 @@ pub struct Connection {
     pub address: SocketAddr,
     /// Came by TLS that ended here.
     pub tls: bool,
-    pub wire: Arc<Wire>,
+    /// Of the call that HTTP/1 carries now.
+    pub interim: Interim,
     /// Whom the caller's certificate proved to be; `None`: plaintext, or TLS without a certificate.
     pub peer_identity: Option<Arc<Peer>>,
     /// The same as `x-forwarded-client-cert` has it, made when it is first needed.
@@ -78,10 +84,8 @@ pub struct Connection {
     pub tunnel_to: Option<HostPort>,
     /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
     exchange: RefCell<Option<Rc<Progress>>>,
-    /// Whether its request has no body.
-    bodiless: Cell<bool>,
-    /// Once hyper would not give it back though it seemed to idle.
-    stays: Cell<bool>,
+    /// Takes the stream, once the answer to the call under way has changed the protocol.
+    handover: RefCell<Option<oneshot::Sender<Box<dyn Io>>>>,
     /// Streams that HTTP/2 carries now.
     streams: Cell<u32>,
     http2: Cell<bool>,
@@ -155,7 +159,7 @@ impl Connection {
             peer,
             address,
             tls: found.tls,
-            wire: Arc::default(),
+            interim: Interim::default(),
             peer_identity: found.peer_identity,
             client_cert: OnceCell::new(),
             presented: found.presented,
@@ -163,8 +167,7 @@ impl Connection {
             redirected_to: found.redirected_to,
             tunnel_to: found.tunnel_to,
             exchange: RefCell::default(),
-            bodiless: Cell::default(),
-            stays: Cell::default(),
+            handover: RefCell::default(),
             streams: Cell::default(),
             http2: Cell::default(),
             leaving: Cell::default(),
@@ -262,16 +265,44 @@ impl Connection {
         }
     }
 
-    /// Begins a call. Not `async`: what is set here must be set before hyper hands the future on.
+    /// Begins a call that came by HTTP/2. Not `async`: what is set here must be set before hyper hands the future on.
     fn call(
         self: Rc<Self>,
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<ResponseBody>, Infallible>> {
         let progress = Rc::new(Progress::new(Instant::now()));
-        self.wire.head_read();
-        self.bodiless.set(request.body().is_end_stream());
         self.exchange.replace(Some(Rc::clone(&progress)));
-        async move { Ok(call::answer(&self, request, &progress).await) }
+        let present = Present::of(request.headers());
+        let request = request.map(CallerBody::Http2);
+        // Boxed: hyper moves it about.
+        Box::pin(async move { Ok(call::answer(&self, request, present, &progress).await) })
+    }
+
+    /// The stream of a call, for when its answer changes the protocol.
+    pub fn upgrade<B>(&self, request: &mut Request<B>) -> Upgrade {
+        if self.http2.get() {
+            return Upgrade::Http2(hyper::upgrade::on(request));
+        }
+        let (handover, stream) = oneshot::channel();
+        self.handover.replace(Some(handover));
+        Upgrade::Http1(stream)
+    }
+}
+
+/// A stream that changes its protocol.
+#[derive(Debug)]
+pub enum Upgrade {
+    Http1(oneshot::Receiver<Box<dyn Io>>),
+    Http2(OnUpgrade),
+}
+
+impl Upgrade {
+    /// The stream, from where the new protocol begins. `None`: it did not come about.
+    pub async fn stream(self) -> Option<Box<dyn Io>> {
+        match self {
+            Self::Http1(stream) => stream.await.ok(),
+            Self::Http2(upgrade) => Some(Box::new(TokioIo::new(upgrade.await.ok()?))),
+        }
     }
 }
 
@@ -306,6 +337,6 @@ mod tests {
             size_of::<F>()
         }
         let size = size(run);
-        assert!(size <= 1510, "{size} bytes");
+        assert!(size <= 1450, "{size} bytes");
     }
 }

@@ -6,12 +6,12 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version,
     header::{CONNECTION, CONTENT_TYPE, UPGRADE},
 };
-use hyper::upgrade::OnUpgrade;
 
 use super::{
     accept::Side,
     attempt::Answer,
     body::{Held, ResponseBody},
+    connection::Upgrade,
     credentials,
     error::{Cause, ProxyError},
     exchange::Exchange,
@@ -33,7 +33,7 @@ pub fn hand_on(
     answer: Answer,
     outcome: &Outcome,
     callers_version: Version,
-    callers_upgrade: Option<OnUpgrade>,
+    callers_upgrade: Option<Upgrade>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let Answer { mut response, present, mut lease, held } = answer;
     let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);

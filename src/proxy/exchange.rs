@@ -13,16 +13,15 @@
 use std::{rc::Rc, sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response, Version, header::COOKIE};
-use hyper::body::Incoming;
 
 use super::{
     accept::Side,
     admission,
     attempt::{Answer, Failed, Outgoing},
-    body::{Replay, ResponseBody},
+    body::{CallerBody, Replay, ResponseBody},
     clock::Clock,
     connect,
-    connection::Connection,
+    connection::{Connection, Upgrade},
     credentials::{self, SetAside},
     deliver,
     error::{Cause, ProxyError},
@@ -89,14 +88,14 @@ pub async fn run(
     connection: &Rc<Connection>,
     view: &View,
     target: &Target,
-    mut request: Request<Incoming>,
+    mut request: Request<CallerBody>,
     present: Present,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
     let grpc = progress.note(|record| record.grpc).unwrap_or_default();
-    let callers_upgrade = present.has(Field::Upgrade).then(|| hyper::upgrade::on(&mut request));
+    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(&mut request));
     let (mut parts, body) = request.into_parts();
     let callers_version = parts.version;
     let version = version_for(cluster.settings.protocol, callers_version);
@@ -189,7 +188,7 @@ pub async fn run(
 fn finish(
     (exchange, ended): (Exchange<'_>, Ended),
     callers_version: Version,
-    callers_upgrade: Option<hyper::upgrade::OnUpgrade>,
+    callers_upgrade: Option<Upgrade>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     match ended {
         Ended::Failed(failed) => Err(failed.error),

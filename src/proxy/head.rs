@@ -5,7 +5,6 @@ use http::{
     header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE},
     request, uri,
 };
-use hyper::upgrade::OnUpgrade;
 
 use super::{
     accept::Side,
@@ -87,7 +86,6 @@ pub fn outgoing(
         head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.insert(UPGRADE, protocol.clone());
     }
-    head.extensions.remove::<OnUpgrade>();
     Ok(Outgoing {
         method: head.method,
         uri,

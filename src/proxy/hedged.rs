@@ -74,7 +74,7 @@ impl Exchange<'_> {
                 }
             }
         });
-        let result = clock.run(self.call.progress, work.as_mut(), |_| {}).await;
+        let result = clock.run(self.call.progress, work.as_mut()).await;
         // The loser is cancelled here and counts nowhere: its permit is dropped.
         drop(work);
         let (result, began) = match result {

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    collections::VecDeque,
     future::Future,
     pin::Pin,
     rc::Rc,
@@ -13,7 +14,7 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header::CONTENT_LENGTH};
 use tokio::time::{Sleep, sleep};
 
-use super::{headers, io::Wire, present::Present};
+use super::{headers, present::Present};
 
 /// A server that doesn't know the expectation says nothing: then the body goes anyway (RFC 9110 §10.1.1).
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
@@ -57,17 +58,40 @@ impl Gate {
     }
 }
 
-/// Tells the caller's connection of an interim response.
-pub fn pass_on(wire: &Wire, status: StatusCode, mut headers: HeaderMap) {
+/// Interim responses on their way to a caller, to be written before the final one.
+#[derive(Debug, Default)]
+pub struct Interim(RefCell<VecDeque<Bytes>>);
+
+/// Held for a caller that does not take them; more are let go.
+const MAX_INTERIM: usize = 16;
+
+impl Interim {
+    /// For whoever polls the call, which is where they come from.
+    fn push(&self, response: Bytes) {
+        let mut queue = self.0.borrow_mut();
+        if queue.len() < MAX_INTERIM {
+            queue.push_back(response);
+        }
+    }
+
+    /// The next one to be written.
+    pub fn pop(&self) -> Option<Bytes> {
+        self.0.borrow_mut().pop_front()
+    }
+}
+
+/// Passes an interim response on, or lets the body go.
+pub fn pass_on(to: &Interim, gate: Option<&Gate>, status: StatusCode, mut headers: HeaderMap) {
     if status == StatusCode::CONTINUE {
         // It is said to the caller when the body is asked for.
-        return wire.said_continue();
+        gate.into_iter().for_each(Gate::open);
+        return;
     }
     let present = Present::of(&headers);
     // One that names what is not hop-by-hop is let go: nobody waits for it.
     if headers::remove_hop_by_hop(&mut headers, present).is_ok() {
         headers.remove(CONTENT_LENGTH);
-        wire.push_interim(encoded(status, &headers));
+        to.push(encoded(status, &headers));
     }
 }
 

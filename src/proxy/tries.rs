@@ -4,7 +4,6 @@ use std::{
     num::NonZeroU64,
     pin::pin,
     rc::Rc,
-    task::Context,
     time::{Duration, SystemTime},
 };
 
@@ -344,19 +343,9 @@ impl Exchange<'_> {
         let Carried { clock, outgoing, replay, .. } = carried;
         let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
         let endpoint = &self.endpoints[asked.index];
-        let send = pin!(self.send(endpoint, (outgoing, asked.last), replay, gate.clone(), (number, began)));
-        let result = clock.run(self.call.progress, send, |cx| self.pass_continue(cx, gate.as_ref())).await;
+        let send = pin!(self.send(endpoint, (outgoing, asked.last), replay, gate, (number, began)));
+        let result = clock.run(self.call.progress, send).await;
         Over::new(result, (asked.index, asked.permit), number, began)
-    }
-
-    /// Lets a body that was held back go once the upstream has said `100 Continue`.
-    pub(super) fn pass_continue(&self, cx: &mut Context<'_>, gate: Option<&Rc<Gate>>) {
-        if self.call.interim
-            && self.call.connection.wire.poll_continue(cx)
-            && let Some(gate) = gate
-        {
-            gate.open();
-        }
     }
 
     pub(super) fn send<'s>(
@@ -367,6 +356,7 @@ impl Exchange<'_> {
         gate: Option<Rc<Gate>>,
         (number, began): (Number, Instant),
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
+        let opened_by = gate.clone();
         let body = move |reused: bool| {
             if !reused {
                 let connected = Some(Instant::now());
@@ -381,7 +371,8 @@ impl Exchange<'_> {
             endpoint,
             settings: &self.connections,
             guards: self.guards(),
-            interim: self.call.interim.then_some(&self.call.connection.wire),
+            interim: self.call.interim.then_some(&self.call.connection.interim),
+            gate: opened_by,
         };
         attempt::send(means, outgoing, last, began, body)
     }

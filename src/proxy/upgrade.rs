@@ -2,17 +2,21 @@
 
 use std::{rc::Rc, time::Duration};
 
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
 use tokio::{task::spawn_local, time::Instant};
 
-use super::{accept::Side, body::Held, connection::Connection, io::Prefixed, tunnel::relay};
+use super::{
+    accept::Side,
+    body::Held,
+    connection::{Connection, Upgrade},
+    io::Prefixed,
+    tunnel::relay,
+};
 use crate::upstream::Lease;
 
 /// Joins the two sides once the caller's has changed protocol, too.
 pub fn join(
     connection: &Rc<Connection>,
-    callers: OnUpgrade,
+    callers: Upgrade,
     (mut lease, held): (Lease, Held),
     idle: Option<Duration>,
     over_at: Option<Instant>,
@@ -24,13 +28,10 @@ pub fn join(
         let _held = (lease, held);
         let metrics = &worker.shared.metrics;
         let _open = if inbound { metrics.inbound.opened() } else { metrics.outbound.opened() };
-        match callers.await {
-            Ok(caller) => {
-                let service = Prefixed::new(unread, service);
-                let ended = relay(TokioIo::new(caller), service, idle, over_at).await;
-                tracing::debug!(?ended, "upgraded connection ended");
-            }
-            Err(error) => tracing::debug!(%error, "an upgrade did not come about"),
-        }
+        let Some(caller) = callers.stream().await else {
+            return tracing::debug!("an upgrade did not come about");
+        };
+        let ended = relay(caller, Prefixed::new(unread, service), idle, over_at).await;
+        tracing::debug!(?ended, "upgraded connection ended");
     });
 }

@@ -28,7 +28,6 @@ use crate::{
     identity::{jwt::TokenCache, trust::provider},
     proxy::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
-        connection::Warm,
         error::deployment,
         headers::{LastNumber, Via},
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
@@ -83,8 +82,6 @@ pub struct Worker {
     pub tokens: RefCell<TokenCache>,
     /// Leave for a TLS handshake with a caller.
     pub handshakes: Semaphore,
-    /// Callers' connections that idle, but are not parked yet.
-    pub warm: Warm,
     /// The time that the last call's next hop was told it has.
     pub time_told: LastNumber,
 }
@@ -250,7 +247,7 @@ impl View {
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
+    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
         if shared.snapshot.load().config.identity.is_some() {
             // The first random bytes take the library some time, tens of milliseconds unless it was built as
             // `.cargo/config.toml` says: not that of the first caller.
@@ -269,7 +266,6 @@ impl Worker {
             index,
             tokens: RefCell::default(),
             handshakes: Semaphore::new(HANDSHAKES),
-            warm: Warm::default(),
             time_told: LastNumber::default(),
         })
     }

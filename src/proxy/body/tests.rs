@@ -1,16 +1,7 @@
 //! Whatever comes when, and however many tries there are: each gets the caller's bytes from the first one on.
 
-use std::{
-    cell::RefCell,
-    future::Future,
-    pin::{Pin, pin},
-    task::Waker,
-};
+use std::{pin::pin, task::Waker};
 
-use http::{Request, Response};
-use http_body_util::Empty;
-use hyper::{server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
 use proptest::prelude::*;
 use tokio::{
     io::{AsyncWrite, DuplexStream, duplex},
@@ -18,6 +9,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::{http1::framing::Framing, proxy::connection::Link};
 
 /// What happens next.
 #[derive(Clone, Copy, Debug)]
@@ -41,43 +33,22 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// A caller's end of a connection, and the body that comes of it. Nothing moves but when it is asked to.
-struct Caller<C> {
-    wire: DuplexStream,
-    connection: Pin<Box<C>>,
-}
+/// A caller's end of a connection.
+struct Caller(DuplexStream);
 
-impl<C: Future> Caller<C> {
+impl Caller {
     fn send(&mut self, bytes: &[u8]) {
         let mut cx = Context::from_waker(Waker::noop());
-        let sent = Pin::new(&mut self.wire).poll_write(&mut cx, bytes);
+        let sent = Pin::new(&mut self.0).poll_write(&mut cx, bytes);
         assert!(matches!(sent, Poll::Ready(Ok(count)) if count == bytes.len()), "the pipe is large enough");
-        self.go_on();
-    }
-
-    /// Lets the connection hand on what has come.
-    fn go_on(&mut self) {
-        let mut cx = Context::from_waker(Waker::noop());
-        assert!(self.connection.as_mut().poll(&mut cx).is_pending(), "the connection lives on");
     }
 }
 
 /// A connection that has got a request's head, and the body of that.
-fn caller(framing: &str) -> (Caller<impl Future>, Incoming) {
-    let (wire, end) = duplex(1 << 16);
-    let got = Rc::<RefCell<Option<Incoming>>>::default();
-    let into = Rc::clone(&got);
-    let service = service_fn(move |request: Request<Incoming>| {
-        into.replace(Some(request.into_body()));
-        // The exchange goes on for as long as the test does.
-        std::future::pending::<Result<Response<Empty<Bytes>>, std::io::Error>>()
-    });
-    let connection =
-        http1::Builder::new().header_read_timeout(None).serve_connection(TokioIo::new(end), service);
-    let mut caller = Caller { wire, connection: Box::pin(connection) };
-    caller.send(format!("PUT / HTTP/1.1\r\nhost: up\r\n{framing}\r\n\r\n").as_bytes());
-    let body = got.take().expect("a request");
-    (caller, body)
+fn caller(framing: Framing) -> (Caller, CallerBody) {
+    let (caller, end) = duplex(1 << 16);
+    let body = Link::begin(&Link::new(Box::new(end), Bytes::new()), framing, false);
+    (Caller(caller), CallerBody::Http1(body))
 }
 
 /// A try, and what its service got of it.
@@ -116,16 +87,13 @@ struct Run {
 
 /// Plays `events` over a body, and then lets all of it come and be read.
 fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run, TestCaseError> {
-    let framing = match chunked {
-        true => "transfer-encoding: chunked".to_owned(),
-        false => format!("content-length: {}", body.len()),
-    };
-    let (mut caller, source) = caller(&framing);
+    let framing = if chunked { Framing::Chunked } else { Framing::Length(body.len() as u64) };
+    let (mut caller, source) = caller(framing);
     let progress = Rc::new(Progress::new(Instant::now()));
     let replay = Replay::new(source, limit, None, &progress);
     let mut tries = vec![Reader::new(replay.next_try(None))];
     let mut come = 0;
-    let mut send = |caller: &mut Caller<_>, count: usize| {
+    let mut send = |caller: &mut Caller, count: usize| {
         let piece = &body[come..body.len().min(come + count)];
         come += piece.len();
         match (piece.is_empty(), chunked) {
@@ -143,7 +111,6 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
                 for _ in 0..times {
                     let newest = tries.last_mut().expect("there is one");
                     let moved = !newest.ended && newest.read().map_err(|error| fail(&error))?;
-                    caller.go_on();
                     if !moved {
                         break;
                     }
@@ -179,7 +146,6 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
     let sent = newest.body.sent();
     while !newest.ended {
         let moved = newest.read().map_err(|error| fail(&error))?;
-        caller.go_on();
         prop_assert!(moved || !newest.body.is_end_stream(), "it ends and says nothing of it");
     }
     prop_assert_eq!(&newest.got, body);
@@ -230,7 +196,7 @@ fn every_short_story_ends_well() {
 /// What is known of the length is the whole of it for every try, so that each is framed as the first was.
 #[test]
 fn a_later_try_is_as_long_as_the_first() {
-    let (mut caller, source) = caller("content-length: 10");
+    let (mut caller, source) = caller(Framing::Length(10));
     let progress = Rc::new(Progress::new(Instant::now()));
     let replay = Replay::new(source, 100, None, &progress);
     for come in [b"0123", b"4567"] {
@@ -238,7 +204,6 @@ fn a_later_try_is_as_long_as_the_first() {
         assert_eq!(reader.body.size_hint().exact(), Some(10));
         caller.send(come);
         while reader.read().expect("no error") {
-            caller.go_on();
             assert_eq!(reader.body.size_hint().exact(), Some(10 - reader.got.len() as u64));
         }
     }

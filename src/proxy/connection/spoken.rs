@@ -1,6 +1,6 @@
 //! What a caller speaks decides how it is served: HTTP call by call, anything else as bytes.
 
-use std::{future::pending, pin::pin, rc::Rc, sync::Arc, time::Duration};
+use std::{future::pending, rc::Rc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -16,7 +16,7 @@ use crate::{
         authorize,
         connect::{self, Dialled},
         detect::{Detector, Spoken},
-        io::CallerIo,
+        io::{Io, Prefixed},
         redirected,
         tunnel::{self, relay},
     },
@@ -49,10 +49,11 @@ impl Connection {
         mtls: Mtls,
     ) -> Result<Option<(S, Bytes)>, ConnectionError>
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         let mut detector = Detector::default();
-        let mut leaving = pin!(self.closing());
+        // Boxed, since what comes after it needs no room for it.
+        let mut leaving = Box::pin(self.closing());
         let spoken = match behind {
             Some(_) if mtls == Mtls::Strict => tokio::select! {
                 spoken = detector.spoken(&mut stream) => spoken?,
@@ -96,11 +97,7 @@ impl Connection {
                                             Some(_) => Detected::Bytes,
                                             None => Detected::ServerFirst,
                                         });
-                                        let stream = CallerIo::new(
-                                            stream,
-                                            detector.into_bytes(),
-                                            Arc::clone(&self.wire),
-                                        );
+                                        let stream = Prefixed::new(detector.into_bytes(), stream);
                                         let carried = Box::pin(self.carry(stream, upstream, behind)).await;
                                         return carried.map(|()| None);
                                     }
@@ -117,6 +114,7 @@ impl Connection {
                 }
             }
         };
+        drop(leaving);
         if spoken == Spoken::Tls && mtls != Mtls::Off {
             return Ok(Some((stream, detector.into_bytes())));
         }
@@ -127,19 +125,19 @@ impl Connection {
             }
             _ => None,
         };
-        let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
+        let begun = detector.into_bytes();
         let served = match (spoken, named.as_ref().or(behind)) {
             (Spoken::Nothing, _) => Ok(()),
-            _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(spoken, stream)).await,
-            (Spoken::Http1, _) => self.serve_http1(stream).await,
-            (Spoken::H2, _) => Box::pin(self.serve_http2(stream)).await,
+            _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(spoken, stream, begun)).await,
+            (Spoken::Http1, _) => self.serve_http1(Box::new(stream), begun).await,
+            (Spoken::H2, _) => Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await,
             (Spoken::Other | Spoken::Tls, Some(behind)) => {
                 let bare = self.outward().is_some() && spoken == Spoken::Tls && redirected::is_simple(behind);
                 let (upstream, _in_use) = match bare {
                     true => Box::pin(connect::dial_bare(self, behind)).await?,
                     false => Box::pin(connect::dial(self, behind)).await?,
                 };
-                Box::pin(self.carry(stream, upstream, behind)).await
+                Box::pin(self.carry(Prefixed::new(begun, stream), upstream, behind)).await
             }
             (Spoken::Other | Spoken::Tls, None) => Err(self.nowhere()),
         };
@@ -178,15 +176,12 @@ impl Connection {
 
     /// Serves what came through a CONNECT tunnel; bytes go to `upstream`, which is connected already. Calls have
     /// connections of their own.
-    pub async fn serve_tunnel<S>(
+    pub async fn serve_tunnel(
         self: &Rc<Self>,
-        mut stream: S,
+        mut stream: Box<dyn Io>,
         (mut upstream, in_use): (UpstreamIo, Dialled),
         to: &LocalCluster,
-    ) -> Result<(), ConnectionError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+    ) -> Result<(), ConnectionError> {
         let mut detector = Detector::default();
         let spoken = tokio::select! {
             biased;
@@ -195,17 +190,20 @@ impl Connection {
             ready = upstream.readable() => { ready?; Spoken::Other }
             () = silent_for_too_long(to) => return Err(SILENT),
         };
-        let stream = CallerIo::new(stream, detector.into_bytes(), Arc::clone(&self.wire));
-        if matches!(spoken, Spoken::Http1 | Spoken::H2) {
-            drop((upstream, in_use));
-            return match spoken {
-                Spoken::H2 => Box::pin(self.serve_http2(stream)).await,
-                _ => self.serve_http1(stream).await,
-            };
-        }
+        let begun = detector.into_bytes();
         match spoken {
-            Spoken::Other | Spoken::Tls => Box::pin(self.carry(stream, upstream, to)).await,
-            _ => Ok(()),
+            Spoken::Http1 => {
+                drop((upstream, in_use));
+                self.serve_http1(stream, begun).await
+            }
+            Spoken::H2 => {
+                drop((upstream, in_use));
+                Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await
+            }
+            Spoken::Other | Spoken::Tls => {
+                Box::pin(self.carry(Prefixed::new(begun, stream), upstream, to)).await
+            }
+            Spoken::Nothing => Ok(()),
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     proxy::{
         connect,
         detect::Spoken,
-        io::{CallerIo, Prefixed, SharedTcp},
+        io::{Prefixed, SharedTcp},
     },
     runtime::LocalCluster,
     telemetry::metrics::Tls,
@@ -94,14 +94,13 @@ impl Connection {
         let inside = self.inside_tls(proven);
         // Futures hold what they are given more than once: a pointer, rather than all the state of TLS.
         let stream = Box::new(stream);
-        let http = |stream| CallerIo::new(stream, Bytes::new(), Arc::clone(&inside.wire));
         match speaks {
             _ if offer == Offer::Nothing => {
                 let (upstream, _in_use) = Box::pin(connect::dial(&inside, behind)).await?;
                 Box::pin(inside.carry(stream, upstream, behind)).await
             }
-            Some(Speaks::H2) => Box::pin(inside.serve_http2(http(stream))).await,
-            Some(Speaks::Http1) => inside.serve_http1(http(stream)).await,
+            Some(Speaks::H2) => Box::pin(inside.serve_http2(stream)).await,
+            Some(Speaks::Http1) => inside.serve_http1(stream, Bytes::new()).await,
             Some(Speaks::Bytes) | None => {
                 Box::pin(inside.serve_plain(stream, Some(behind), Mtls::Off)).await.map(drop)
             }
@@ -112,17 +111,18 @@ impl Connection {
     pub(super) async fn refuse_plaintext<S>(
         self: &Rc<Self>,
         spoken: Spoken,
-        stream: CallerIo<S>,
+        stream: S,
+        begun: Bytes,
     ) -> Result<(), ConnectionError>
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         self.worker.shared.identity.handshakes.plaintext_refused.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(peer = ?self.peer, "a caller was refused: it came without TLS, and `inbound.mtls` is \"strict\"");
         self.refused_plaintext.set(true);
         match spoken {
-            Spoken::Http1 => self.serve_http1(stream).await,
-            Spoken::H2 => self.serve_http2(stream).await,
+            Spoken::Http1 => self.serve_http1(Box::new(stream), begun).await,
+            Spoken::H2 => self.serve_http2(Prefixed::new(begun, stream)).await,
             _ => Err(ConnectionError::Cut("plaintext")),
         }
     }

@@ -1,0 +1,287 @@
+//! HTTP/1.1 towards a caller: request by request, in one task. The bytes are in [`link`], the head of an answer in
+//! [`answer`].
+
+mod answer;
+pub mod body;
+pub mod link;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    cell::RefCell,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, Version, header::CONTENT_LENGTH};
+use http_body::Body as _;
+use tokio::time::Instant;
+
+use self::{
+    answer::{Asked, Plan, write_head, write_refusal},
+    body::Body,
+    link::Link,
+};
+use super::{Connection, ConnectionError};
+use crate::{
+    http1::{
+        Error,
+        framing::{Framing, FramingError},
+        head::{HeadError, RequestHead},
+    },
+    proxy::{
+        body::{CallerBody, ResponseBody},
+        call,
+        io::Io,
+        present::{Field, Present},
+        progress::{Progress, Watchdog, poll_watched},
+    },
+};
+
+type Shared = Rc<RefCell<Link>>;
+
+/// A connection for as long as it is served.
+struct Served(Shared);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.borrow_mut().end();
+    }
+}
+
+/// What becomes of a connection after a request.
+enum After {
+    /// It serves the next one.
+    Next,
+    /// It ends; the caller may still be sending.
+    Close { lingers: bool },
+    /// It carries another protocol now, elsewhere.
+    HandedOver,
+}
+
+impl Connection {
+    /// Serves requests, until the caller or the process leaves, or the connection stands still. `begun` is what was read
+    /// already.
+    pub(super) async fn serve_http1(
+        self: &Rc<Self>,
+        stream: Box<dyn Io>,
+        begun: Bytes,
+    ) -> Result<(), ConnectionError> {
+        let served = Served(Link::new(stream, begun));
+        let link = &served.0;
+        let mut requests = pin!(self.requests(link));
+        let (mut leaving, mut left, mut watchdog) = (pin!(self.closing()), false, Watchdog::default());
+        poll_fn(|cx| {
+            if !left && leaving.as_mut().poll(cx).is_ready() {
+                left = true;
+                link.borrow_mut().leave();
+            }
+            let look = || {
+                let exchange = self.exchange.borrow().clone();
+                let (due, _) = link.borrow().due(exchange.as_deref());
+                (exchange, due)
+            };
+            let served = ready!(poll_watched(cx, &mut watchdog, |cx| requests.as_mut().poll(cx), look));
+            let cut = || ConnectionError::Cut(link.borrow().due(self.exchange.borrow().as_deref()).1);
+            Poll::Ready(served.unwrap_or_else(|| Err(cut())))
+        })
+        .await
+    }
+
+    async fn requests(self: &Rc<Self>, link: &Shared) -> Result<(), ConnectionError> {
+        let keeps_spelling = || self.worker.view().preserves_case;
+        let lingers = loop {
+            let head = match poll_fn(|cx| link.borrow_mut().poll_head(cx, keeps_spelling)).await {
+                Ok(Some(head)) => head,
+                Ok(None) | Err(Error::CutOff) => break false,
+                Err(error) => {
+                    refuse(link, error).await?;
+                    break true;
+                }
+            };
+            // Boxed: an idle connection holds no room for it.
+            match Box::pin(self.exchange(link, head)).await? {
+                After::Next => {}
+                After::Close { lingers } => break lingers,
+                After::HandedOver => return Ok(()),
+            }
+        };
+        poll_fn(|cx| link.borrow_mut().poll_close(cx)).await?;
+        if lingers {
+            let mut read = 0;
+            poll_fn(|cx| link.borrow_mut().poll_linger(cx, &mut read)).await;
+        }
+        Ok(())
+    }
+
+    /// One request, from its head to the last byte of its answer.
+    async fn exchange(
+        self: &Rc<Self>,
+        link: &Shared,
+        mut head: RequestHead,
+    ) -> Result<After, ConnectionError> {
+        let mut present = Present::of(&head.fields);
+        let mut asked = Asked::of(&head, present);
+        if present.has(Field::ContentLength) && present.has(Field::TransferEncoding) {
+            // It goes on as `chunked` alone, and nothing comes behind it (RFC 9112 §6.3).
+            head.fields.remove(CONTENT_LENGTH);
+            present = Present::of(&head.fields);
+            asked.persists = false;
+        }
+        let framing = match framing(&head, present) {
+            Ok(framing) => framing,
+            Err(error) => {
+                refuse(link, error.into()).await?;
+                return Ok(After::Close { lingers: true });
+            }
+        };
+        let expects_continue = present.has(Field::Expect) && head.version == Version::HTTP_11;
+        let body = Link::begin(link, framing, expects_continue);
+        let progress = Rc::new(Progress::new(Instant::now()));
+        self.exchange.replace(Some(Rc::clone(&progress)));
+        let mut response = self.answered(link, request(head, body), present, &progress).await?;
+
+        let over = poll_fn(|cx| Poll::Ready(link.borrow_mut().is_request_over(cx))).await;
+        // A body that somebody still reads will come to its end.
+        let may_persist = !matches!(over, Poll::Ready(false)) && !self.is_leaving();
+        let switched = asked.is_switched_by(response.status());
+        let mut plan =
+            write_head(link.borrow_mut().answer(&self.interim), &mut response, &asked, may_persist);
+        let (_, body) = response.into_parts();
+        send(link, body, &mut plan).await?;
+
+        let handover = self.handover.take();
+        if switched {
+            if let Some(handover) = handover
+                && over == Poll::Ready(true)
+            {
+                // Nobody may want it any more.
+                let _ = handover.send(link.borrow_mut().hand_over());
+                return Ok(After::HandedOver);
+            }
+            return Ok(After::Close { lingers: true });
+        }
+        let over = poll_fn(|cx| {
+            let mut link = link.borrow_mut();
+            match link.is_request_over(cx) {
+                Poll::Ready(over) => Poll::Ready(Ok(over)),
+                Poll::Pending => link.poll_gone(cx).map(Err),
+            }
+        })
+        .await?;
+        if !over || !plan.persists {
+            return Ok(After::Close { lingers: !over || link.borrow().has_more() });
+        }
+        link.borrow_mut().rest(progress.last_moved());
+        self.exchange.take();
+        Ok(After::Next)
+    }
+
+    /// Has a call answered, and passes on meanwhile what comes before its answer; until the caller leaves.
+    async fn answered(
+        self: &Rc<Self>,
+        link: &Shared,
+        request: Request<CallerBody>,
+        present: Present,
+        progress: &Rc<Progress>,
+    ) -> Result<Response<ResponseBody>, ConnectionError> {
+        let mut call = pin!(call::answer(self, request, present, progress));
+        poll_fn(|cx| {
+            if let Poll::Ready(response) = call.as_mut().poll(cx) {
+                return Poll::Ready(Ok(response));
+            }
+            let mut link = link.borrow_mut();
+            link.poll_interim(cx, &self.interim)?;
+            link.poll_gone(cx).map(|error| Err(error.into()))
+        })
+        .await
+    }
+}
+
+/// A request as calls know it.
+fn request(head: RequestHead, body: Body) -> Request<CallerBody> {
+    let mut request = Request::new(CallerBody::Http1(body));
+    *request.method_mut() = head.method;
+    *request.uri_mut() = head.target;
+    *request.version_mut() = head.version;
+    *request.headers_mut() = head.fields;
+    if let Some(spelling) = head.spelling {
+        request.extensions_mut().insert(spelling);
+    }
+    request
+}
+
+/// Where a request's body ends. A length is digits, once: two readers must not differ.
+fn framing(head: &RequestHead, present: Present) -> Result<Framing, FramingError> {
+    let (length, coding) = (present.has(Field::ContentLength), present.has(Field::TransferEncoding));
+    if !length && !coding {
+        return Ok(Framing::EMPTY);
+    }
+    let mut said = head.fields.get_all(CONTENT_LENGTH).iter();
+    if said.any(|said| !said.as_bytes().iter().all(u8::is_ascii_digit)) {
+        return Err(FramingError::Length);
+    }
+    Framing::of_request(head.version, &head.fields)
+}
+
+/// Answers what is no request.
+async fn refuse(link: &Shared, error: Error) -> Result<(), ConnectionError> {
+    let status = match error {
+        Error::Io(error) => return Err(error.into()),
+        Error::Head(HeadError::TooManyFields | HeadError::TooLarge) => {
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+        }
+        _ => StatusCode::BAD_REQUEST,
+    };
+    tracing::debug!(%error, "no request");
+    write_refusal(link.borrow_mut().outlet.head(), status);
+    Ok(poll_fn(|cx| link.borrow_mut().poll_flush(cx)).await?)
+}
+
+/// Writes what there is, and the body behind it, part by part: more is asked for when there is room for it.
+async fn send(link: &Shared, mut body: ResponseBody, plan: &mut Plan) -> Result<(), ConnectionError> {
+    let mut ended = plan.bodiless || body.is_end_stream();
+    while !ended {
+        if !link.borrow().outlet.has_room() {
+            flush(link).await?;
+        }
+        let part = poll_fn(|cx| {
+            if let Poll::Ready(part) = Pin::new(&mut body).poll_frame(cx) {
+                return Poll::Ready(Ok(part));
+            }
+            // What there is goes out meanwhile.
+            let mut link = link.borrow_mut();
+            match link.poll_flush(cx) {
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                _ => link.poll_gone(cx).map(Err),
+            }
+        })
+        .await?;
+        let last = body.is_end_stream();
+        let put = plan.put(&mut link.borrow_mut().outlet, part, last);
+        match put {
+            Ok(last) => ended = last,
+            Err(error) => {
+                tracing::debug!(%error, "an answer breaks off");
+                flush(link).await?;
+                return Err(ConnectionError::Cut("the answer broke off"));
+            }
+        }
+    }
+    flush(link).await
+}
+
+/// Writes all that there is, unless the caller leaves.
+async fn flush(link: &Shared) -> Result<(), ConnectionError> {
+    let flushed = poll_fn(|cx| {
+        let mut link = link.borrow_mut();
+        match link.poll_flush(cx) {
+            Poll::Ready(flushed) => Poll::Ready(flushed),
+            Poll::Pending => link.poll_gone(cx).map(Err),
+        }
+    });
+    Ok(flushed.await?)
+}

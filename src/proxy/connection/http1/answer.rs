@@ -1,0 +1,294 @@
+//! The head of an answer, and how its body goes out (RFC 9112 §6 and §9).
+
+use std::{cell::Cell, io::Write, time::SystemTime};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version,
+    header::{
+        AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
+        CONTENT_TYPE, DATE, HOST, MAX_FORWARDS, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING,
+    },
+};
+use http_body::{Body, Frame};
+
+use crate::{
+    http1::{
+        Error,
+        framing::{Framing, announced, content_length, has_no_body},
+        head::{RequestHead, Spelling, persists, write_field, write_fields, write_status_line},
+        outlet::Outlet,
+    },
+    proxy::{
+        body::{BodyError, ResponseBody},
+        present::{Field, Present},
+    },
+};
+
+/// What of a request its answer depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    version: Version,
+    head: bool,
+    connect: bool,
+    /// The connection may serve another request.
+    pub persists: bool,
+    trailers: bool,
+}
+
+impl Asked {
+    pub fn of(head: &RequestHead, present: Present) -> Self {
+        let takes_trailers = || head.fields.get_all(TE).iter().any(|te| te == "trailers");
+        Self {
+            version: head.version,
+            head: head.method == Method::HEAD,
+            connect: head.method == Method::CONNECT,
+            persists: if present.has(Field::Connection) {
+                persists(head.version, &head.fields)
+            } else {
+                head.version == Version::HTTP_11
+            },
+            trailers: present.has(Field::Te) && takes_trailers(),
+        }
+    }
+
+    /// Whether what follows an answer is another protocol.
+    pub fn is_switched_by(&self, status: StatusCode) -> bool {
+        status == StatusCode::SWITCHING_PROTOCOLS || (self.connect && status.is_success())
+    }
+}
+
+/// How an answer goes out.
+#[derive(Debug)]
+pub struct Plan {
+    framing: Framing,
+    /// There is no body, whatever there seems to be.
+    pub bodiless: bool,
+    /// The connection may serve another request.
+    pub persists: bool,
+    /// The `Trailer` fields of an answer whose trailers are passed on.
+    trailer: Option<Box<HeaderMap>>,
+}
+
+/// What matters of an answer's fields.
+#[derive(Default)]
+struct Found {
+    date: bool,
+    length: Option<HeaderValue>,
+    several_lengths: bool,
+    coding: bool,
+    connection: bool,
+    trailer: bool,
+}
+
+impl Found {
+    fn of(fields: &HeaderMap) -> Self {
+        let mut found = Self::default();
+        for (name, value) in fields {
+            match *name {
+                DATE => found.date = true,
+                CONTENT_LENGTH => found.several_lengths = found.length.replace(value.clone()).is_some(),
+                TRANSFER_ENCODING => found.coding = true,
+                CONNECTION => found.connection = true,
+                TRAILER => found.trailer = true,
+                _ => {}
+            }
+        }
+        found
+    }
+}
+
+/// Writes the head of an answer. `may_persist`: the request has come to its end, or will.
+pub fn write_head(
+    out: &mut Vec<u8>,
+    response: &mut Response<ResponseBody>,
+    asked: &Asked,
+    may_persist: bool,
+) -> Plan {
+    let (status, http10) = (response.status(), asked.version == Version::HTTP_10);
+    let switched = asked.is_switched_by(status);
+    let bodiless = asked.head || switched || has_no_body(status);
+    let (ended, exact) = (response.body().is_end_stream(), response.body().size_hint().exact());
+    let fields = response.headers_mut();
+    let found = Found::of(fields);
+    let length = match (bodiless, ended) {
+        (true, _) => None,
+        (false, true) => Some(0),
+        (false, false) => exact.or_else(|| content_length(fields).ok().flatten()),
+    };
+    let framing = match length {
+        _ if bodiless => Framing::EMPTY,
+        Some(length) => Framing::Length(length),
+        None if http10 => Framing::UntilClose,
+        None => Framing::Chunked,
+    };
+    let mut digits = [0; 20];
+    let length = if asked.head && found.length.is_none() { exact.filter(|exact| *exact > 0) } else { length };
+    let length = length.map(|length| decimal(&mut digits, length));
+
+    // What is said of the body, and isn't so.
+    let keeps_length = match (&found.length, length) {
+        _ if found.several_lengths => false,
+        (Some(said), Some(length)) => said.as_bytes() == length,
+        (Some(_), None) => asked.head || status == StatusCode::NOT_MODIFIED,
+        (None, _) => false,
+    };
+    if found.length.is_some() && !keeps_length {
+        fields.remove(CONTENT_LENGTH);
+    }
+    if found.coding {
+        fields.remove(TRANSFER_ENCODING);
+    }
+    let mut trailer = None;
+    if found.trailer && framing == Framing::Chunked {
+        let copy = || fields.get_all(TRAILER).iter().map(|value| (TRAILER, value.clone())).collect();
+        trailer = asked.trailers.then(|| Box::new(copy()));
+    } else if found.trailer {
+        fields.remove(TRAILER);
+    }
+
+    let says_close = found.connection && !persists(Version::HTTP_11, fields);
+    let persists = may_persist && asked.persists && framing != Framing::UntilClose && !says_close;
+    out.reserve(128 + fields.len() * 48);
+    let extensions = response.extensions();
+    write_status_line(out, status, asked.version, extensions.get());
+    write_fields(out, response.headers(), extensions.get::<Spelling>());
+    if let Some(length) = length.filter(|_| !keeps_length) {
+        write_field(out, b"content-length", length);
+    }
+    if framing == Framing::Chunked {
+        write_field(out, b"transfer-encoding", b"chunked");
+    }
+    if !found.date {
+        write_date(out);
+    }
+    match (persists, http10) {
+        _ if switched || says_close => {}
+        (true, true) => write_field(out, b"connection", b"keep-alive"),
+        (false, false) => write_field(out, b"connection", b"close"),
+        (true, false) | (false, true) => {}
+    }
+    out.extend_from_slice(b"\r\n");
+    Plan { framing, bodiless, persists, trailer }
+}
+
+/// Writes an answer to what is no request, after which the connection ends.
+pub fn write_refusal(out: &mut Vec<u8>, status: StatusCode) {
+    write_status_line(out, status, Version::HTTP_11, None);
+    write_field(out, b"content-length", b"0");
+    write_field(out, b"connection", b"close");
+    write_date(out);
+    out.extend_from_slice(b"\r\n");
+}
+
+impl Plan {
+    /// Puts the next part of the body into the outlet. Says whether it was the last one.
+    pub fn put(
+        &mut self,
+        outlet: &mut Outlet,
+        part: Option<Result<Frame<Bytes>, BodyError>>,
+        last: bool,
+    ) -> Result<bool, Error> {
+        let part = part.transpose().map_err(|_| Error::BrokenOff)?;
+        match part.map(Frame::into_data) {
+            Some(Ok(data)) => {
+                if let Framing::Length(left) = &mut self.framing {
+                    *left = left.checked_sub(data.len() as u64).ok_or(Error::WrongLength)?;
+                }
+                outlet.data(self.framing, data, last);
+                if !last {
+                    return Ok(false);
+                }
+            }
+            Some(Err(frame)) => match frame.into_trailers().ok().and_then(|trailers| self.trailers(trailers))
+            {
+                Some(trailers) => outlet.trailers(self.framing, &trailers),
+                None => outlet.end(self.framing),
+            },
+            None => outlet.end(self.framing),
+        }
+        if matches!(self.framing, Framing::Length(1..)) { Err(Error::WrongLength) } else { Ok(true) }
+    }
+
+    /// Those trailers that the head has announced to a caller that takes them, and that change nothing of what the head
+    /// has said (RFC 9110 §6.5.1).
+    fn trailers(&self, trailers: HeaderMap) -> Option<HeaderMap> {
+        const NEVER: [HeaderName; 12] = [
+            AUTHORIZATION,
+            CACHE_CONTROL,
+            CONTENT_ENCODING,
+            CONTENT_LENGTH,
+            CONTENT_RANGE,
+            CONTENT_TYPE,
+            HOST,
+            MAX_FORWARDS,
+            SET_COOKIE,
+            TE,
+            TRAILER,
+            TRANSFER_ENCODING,
+        ];
+        let mut trailers = announced(self.trailer.as_deref()?, trailers);
+        for name in NEVER {
+            trailers.remove(name);
+        }
+        (!trailers.is_empty()).then_some(trailers)
+    }
+}
+
+/// A number in digits.
+fn decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            return &digits[at..];
+        }
+    }
+}
+
+/// As `Date` has it.
+const DATE_LENGTH: usize = "Sun, 06 Nov 1994 08:49:37 GMT".len();
+
+thread_local! {
+    /// The second since 1970, and what it is called.
+    static NOW: Cell<(u64, [u8; DATE_LENGTH])> = const { Cell::new((0, [0; DATE_LENGTH])) };
+}
+
+/// Put into words once a second.
+fn write_date(out: &mut Vec<u8>) {
+    let now = SystemTime::now();
+    let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (known, mut text) = NOW.get();
+    if known != second {
+        // It has this length until the year 10000.
+        let _ = write!(&mut text[..], "{}", httpdate::HttpDate::from(now));
+        NOW.set((second, text));
+    }
+    write_field(out, b"date", &text);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_as_everybody_does() {
+        for number in [0, 7, 10, 1024, u64::MAX] {
+            assert_eq!(decimal(&mut [0; 20], number), number.to_string().as_bytes());
+        }
+    }
+
+    #[test]
+    fn a_date_is_one() {
+        for _ in 0..2 {
+            let mut out = Vec::new();
+            write_date(&mut out);
+            let text = String::from_utf8(out).unwrap();
+            let date = text.strip_prefix("date: ").and_then(|text| text.strip_suffix("\r\n")).unwrap();
+            let told = httpdate::parse_http_date(date).unwrap();
+            assert!(told.elapsed().unwrap().as_secs() < 5, "{text}");
+        }
+    }
+}
