@@ -161,14 +161,20 @@ fn poll_read_shared<S: AsyncRead + Unpin, T>(
     cx: &mut Context<'_>,
     show: impl FnOnce(&[u8]) -> T,
 ) -> Poll<io::Result<T>> {
+    with_room(|room| {
+        let mut read = ReadBuf::new(room);
+        Pin::new(stream).poll_read(cx, &mut read).map_ok(|()| show(read.filled()))
+    })
+}
+
+/// Lends the thread's room.
+pub fn with_room<T>(what: impl FnOnce(&mut [u8]) -> T) -> T {
     // Taken out for that time: a stream may run inside of another one.
     let mut room = SHARED.take();
     if room.is_empty() {
         room = vec![0; ROOM].into();
     }
-    let mut read = ReadBuf::new(&mut room);
-    let polled = Pin::new(stream).poll_read(cx, &mut read);
-    let shown = polled.map_ok(|()| show(read.filled()));
+    let done = what(&mut room);
     SHARED.set(room);
-    shown
+    done
 }

@@ -77,6 +77,30 @@ impl SharedTcp {
         let _ = self.0.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 
+    /// Does what reads from it as soon as there is something to read.
+    pub fn poll_reading<T>(
+        &self,
+        cx: &mut Context<'_>,
+        mut read: impl FnMut(&TcpStream) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        loop {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_io(Interest::READABLE, || read(&self.0)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return Poll::Ready(done),
+            }
+        }
+    }
+
+    /// Does what writes to it as soon as there is room.
+    pub fn poll_writing<T>(
+        &self,
+        cx: &mut Context<'_>,
+        mut write: impl FnMut(&TcpStream) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        self.poll_try(cx, |tcp| tcp.try_io(Interest::WRITABLE, || write(tcp)))
+    }
+
     /// Waits until the peer has said something, or left.
     pub async fn readable(&self) -> io::Result<()> {
         self.0.readable().await
@@ -171,6 +195,10 @@ pub struct Prefixed<S> {
 }
 
 impl<S> Prefixed<S> {
+    pub const fn stream(&self) -> &S {
+        &self.stream
+    }
+
     pub fn new(prefix: Bytes, stream: S) -> Self {
         Self { prefix, stream }
     }

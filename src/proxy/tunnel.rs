@@ -1,22 +1,35 @@
 //! Bytes both ways: CONNECT, upgrades, and every protocol that is not HTTP.
 
+mod splice;
+#[cfg(test)]
+mod tests;
+
 use std::{
+    any::Any,
     cell::Cell,
     future::poll_fn,
     io,
-    pin::{Pin, pin},
-    task::{Context, Poll},
+    pin::Pin,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
+use bytes::{Buf, Bytes};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional_with_sizes},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
 };
 
-use super::progress::Watchdog;
+use super::{
+    io::{Prefixed, SharedTcp},
+    progress::Watchdog,
+};
+use crate::{http1::intake::with_room, upstream::stream::UpstreamIo};
+use splice::Pipe;
 
-const BUFFER: usize = 16 * 1024;
+/// A direction that has carried this much is left to the system, where that can do it alone: it copies nothing then,
+/// but for little it takes more calls and two descriptors.
+const BULK: u64 = 256 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug)]
@@ -32,17 +45,26 @@ pub enum End {
 /// said all is passed on as such; the other may go on speaking.
 pub async fn relay<A, B>(mut a: A, mut b: B, idle: Option<Duration>, over_at: Option<Instant>) -> End
 where
-    A: AsyncRead + AsyncWrite + Unpin,
-    B: AsyncRead + AsyncWrite + Unpin,
+    A: AsyncRead + AsyncWrite + Unpin + 'static,
+    B: AsyncRead + AsyncWrite + Unpin + 'static,
 {
     let moved = Cell::new(Instant::now());
-    let (mut a, mut b) =
-        (Watched { stream: &mut a, moved: &moved }, Watched { stream: &mut b, moved: &moved });
-    let mut copy = pin!(copy_bidirectional_with_sizes(&mut a, &mut b, BUFFER, BUFFER));
+    let bare = bare_tcp(&a).zip(bare_tcp(&b));
+    let there = bare.as_ref().map(|(a, b)| (a, b));
+    let back = bare.as_ref().map(|(a, b)| (b, a));
+    let (mut to_b, mut to_a) = (Flow::default(), Flow::default());
     let mut watchdog = Watchdog::default();
     poll_fn(|cx| {
-        if let Poll::Ready(result) = copy.as_mut().poll(cx) {
-            return Poll::Ready(End::Closed(result));
+        let said =
+            (to_b.poll(cx, &mut a, &mut b, there, &moved), to_a.poll(cx, &mut b, &mut a, back, &moved));
+        match said {
+            (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
+                return Poll::Ready(End::Closed(Err(error)));
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
+                return Poll::Ready(End::Closed(Ok((to_b.carried, to_a.carried))));
+            }
+            _ => {}
         }
         let idle_at = idle.map(|idle| moved.get() + idle);
         let due = match (idle_at, over_at) {
@@ -54,90 +76,114 @@ where
     .await
 }
 
-/// Notes when bytes move.
-struct Watched<'a, S> {
-    stream: &'a mut S,
-    moved: &'a Cell<Instant>,
+/// One direction.
+#[derive(Debug, Default)]
+struct Flow {
+    /// Was read and not written yet.
+    kept: Bytes,
+    carried: u64,
+    carries: Carries,
 }
 
-impl<S> Watched<'_, S> {
-    fn note<T>(&self, result: Poll<T>) -> Poll<T> {
-        if result.is_ready() {
-            self.moved.set(Instant::now());
-        }
-        result
-    }
+#[derive(Debug, Default)]
+enum Carries {
+    /// By room that the thread's tunnels share: one that waits holds none.
+    #[default]
+    Copies,
+    /// By the system.
+    Pipe(Pipe),
+    /// The one side has said all, and the other is to be told.
+    End,
+    Nothing,
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<'_, S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
+impl Flow {
+    /// Carries what there is. Ready when one side has said all and the other has it.
+    fn poll<A, B>(
+        &mut self,
         cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut *self.stream).poll_read(cx, buf);
-        self.note(result)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<'_, S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut *self.stream).poll_write(cx, buf);
-        self.note(result)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
-
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_quiet_tunnel_ends_and_a_busy_one_does_not() {
-        let (mut left, a) = duplex(64);
-        let (b, mut right) = duplex(64);
-        let relay = relay(a, b, Some(Duration::from_secs(10)), None);
-        let talk = async {
-            for _ in 0..5 {
-                tokio::time::sleep(Duration::from_secs(8)).await;
-                left.write_all(b"x").await.unwrap();
-                let mut byte = [0];
-                right.read_exact(&mut byte).await.unwrap();
+        from: &mut A,
+        to: &mut B,
+        bare: Option<(&SharedTcp, &SharedTcp)>,
+        moved: &Cell<Instant>,
+    ) -> Poll<io::Result<()>>
+    where
+        A: AsyncRead + Unpin,
+        B: AsyncWrite + Unpin,
+    {
+        loop {
+            match (&mut self.carries, bare) {
+                (Carries::Nothing, _) => return Poll::Ready(Ok(())),
+                (Carries::Pipe(pipe), Some((from, to))) => {
+                    let count = ready!(pipe.poll_carry(cx, from, to))?;
+                    moved.set(Instant::now());
+                    if count == 0 {
+                        self.carries = Carries::End;
+                    }
+                    self.carried += count;
+                    continue;
+                }
+                _ => {}
             }
-            Instant::now()
-        };
-        let (end, last) = tokio::join!(relay, talk);
-        assert!(matches!(end, End::Idle));
-        assert_eq!(last.elapsed().as_secs(), 10);
+            while !self.kept.is_empty() {
+                let count = written(ready!(Pin::new(&mut *to).poll_write(cx, &self.kept))?)?;
+                self.kept.advance(count);
+                moved.set(Instant::now());
+            }
+            if let Carries::End = self.carries {
+                ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                self.carries = Carries::Nothing;
+                continue;
+            }
+            let Poll::Ready(count) = self.poll_copy(cx, from, to)? else {
+                // TLS may hold some of it back, for more.
+                ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                return Poll::Pending;
+            };
+            moved.set(Instant::now());
+            self.carried += count;
+            if count == 0 {
+                self.carries = Carries::End;
+            } else if self.carried >= BULK && self.kept.is_empty() && bare.is_some() {
+                // Without descriptors left it goes on as it is.
+                self.carries = Pipe::new().map_or(Carries::Copies, Carries::Pipe);
+            }
+        }
     }
 
-    #[tokio::test]
-    async fn half_a_close_is_passed_on() {
-        let (mut left, a) = duplex(64);
-        let (b, mut right) = duplex(64);
-        let relay = relay(a, b, None, None);
-        let talk = async {
-            left.write_all(b"question").await.unwrap();
-            left.shutdown().await.unwrap();
-            let mut text = String::new();
-            right.read_to_string(&mut text).await.unwrap();
-            right.write_all(b"answer").await.unwrap();
-            drop(right);
-            let mut answer = String::new();
-            left.read_to_string(&mut answer).await.unwrap();
-            (text, answer)
-        };
-        let (end, said) = tokio::join!(relay, talk);
-        assert_eq!(said, ("question".to_owned(), "answer".to_owned()));
-        assert!(matches!(end, End::Closed(Ok((8, 6)))));
+    /// Reads, and writes of it what can be written at once. 0: nothing comes any more.
+    fn poll_copy<A, B>(&mut self, cx: &mut Context<'_>, from: &mut A, to: &mut B) -> Poll<io::Result<u64>>
+    where
+        A: AsyncRead + Unpin,
+        B: AsyncWrite + Unpin,
+    {
+        with_room(|room| {
+            let mut read = ReadBuf::new(room);
+            ready!(Pin::new(from).poll_read(cx, &mut read))?;
+            let came = read.filled();
+            let at_once = match came {
+                [] => 0,
+                came => match Pin::new(to).poll_write(cx, came) {
+                    Poll::Ready(count) => written(count?)?,
+                    Poll::Pending => 0,
+                },
+            };
+            self.kept = Bytes::copy_from_slice(came.get(at_once..).unwrap_or_default());
+            Poll::Ready(Ok(came.len() as u64))
+        })
     }
+}
+
+fn written(count: usize) -> io::Result<usize> {
+    if count == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(count) }
+}
+
+/// The TCP stream that this is, where it is nothing else.
+fn bare_tcp(stream: &dyn Any) -> Option<SharedTcp> {
+    if let Some(UpstreamIo::Plain(tcp)) = stream.downcast_ref() {
+        return Some(tcp.clone());
+    }
+    // What comes first there has gone before there is much.
+    let prefixed = stream.downcast_ref::<Prefixed<SharedTcp>>().map(Prefixed::stream);
+    prefixed.or_else(|| stream.downcast_ref()).cloned()
 }

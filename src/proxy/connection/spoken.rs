@@ -151,7 +151,7 @@ impl Connection {
         to: &LocalCluster,
     ) -> Result<(), ConnectionError>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         if self.side == Side::Inbound {
             authorize::bytes(self, &self.worker.view(), to)?;

@@ -1,0 +1,122 @@
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    net::{TcpListener, TcpStream},
+};
+
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn a_quiet_tunnel_ends_and_a_busy_one_does_not() {
+    let (mut left, a) = duplex(64);
+    let (b, mut right) = duplex(64);
+    let relay = relay(a, b, Some(Duration::from_secs(10)), None);
+    let talk = async {
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_secs(8)).await;
+            left.write_all(b"x").await.unwrap();
+            let mut byte = [0];
+            right.read_exact(&mut byte).await.unwrap();
+        }
+        Instant::now()
+    };
+    let (end, last) = tokio::join!(relay, talk);
+    assert!(matches!(end, End::Idle));
+    assert_eq!(last.elapsed().as_secs(), 10);
+}
+
+#[tokio::test]
+async fn half_a_close_is_passed_on() {
+    let (mut left, a) = duplex(64);
+    let (b, mut right) = duplex(64);
+    let relay = relay(a, b, None, None);
+    let talk = async {
+        left.write_all(b"question").await.unwrap();
+        left.shutdown().await.unwrap();
+        let mut text = String::new();
+        right.read_to_string(&mut text).await.unwrap();
+        right.write_all(b"answer").await.unwrap();
+        drop(right);
+        let mut answer = String::new();
+        left.read_to_string(&mut answer).await.unwrap();
+        (text, answer)
+    };
+    let (end, said) = tokio::join!(relay, talk);
+    assert_eq!(said, ("question".to_owned(), "answer".to_owned()));
+    assert!(matches!(end, End::Closed(Ok((8, 6)))));
+}
+
+/// Both ends of a connection.
+async fn connected() -> (TcpStream, SharedTcp) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (theirs, ours) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (theirs.unwrap(), SharedTcp::new(ours.unwrap().0))
+}
+
+/// Bytes of which each place tells.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|place| (place ^ (place >> 8) ^ (place >> 16)) as u8).collect()
+}
+
+#[tokio::test]
+async fn much_is_carried_by_the_system_alone_and_is_whole() {
+    let ((mut left, a), (mut right, b)) = (connected().await, connected().await);
+    let there =
+        bare_tcp(&Prefixed::new(Bytes::new(), a.clone())).zip(bare_tcp(&UpstreamIo::Plain(b.clone())));
+    assert!(there.is_some(), "both are bare");
+    let relay = relay(Prefixed::new(Bytes::from_static(b"first "), a), UpstreamIo::Plain(b), None, None);
+    let (upload, download) = (pattern(5_000_000), pattern(3_000_001));
+    let talk = async {
+        let (mut left_read, mut left_write) = left.split();
+        let (mut right_read, mut right_write) = right.split();
+        let (mut got_right, mut got_left) = (Vec::new(), Vec::new());
+        let sends = async {
+            left_write.write_all(&upload).await.unwrap();
+            left_write.shutdown().await.unwrap();
+        };
+        let answers = async {
+            right_read.read_to_end(&mut got_right).await.unwrap();
+            right_write.write_all(&download).await.unwrap();
+            right_write.shutdown().await.unwrap();
+        };
+        let reads = async { left_read.read_to_end(&mut got_left).await.unwrap() };
+        tokio::join!(sends, answers, reads);
+        assert!(got_right.strip_prefix(b"first ") == Some(&upload[..]));
+        assert!(got_left == download);
+    };
+    let (end, ()) = tokio::join!(relay, talk);
+    assert!(matches!(end, End::Closed(Ok((5_000_006, 3_000_001)))), "{end:?}");
+}
+
+#[tokio::test]
+async fn only_much_takes_a_pipe() {
+    let ((mut left, a), (mut right, b)) = (connected().await, connected().await);
+    let (mut from, mut to) = (a.clone(), b.clone());
+    let (mut flow, moved) = (Flow::default(), Cell::new(Instant::now()));
+    let carry = async {
+        poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &moved)).await.unwrap();
+    };
+    let talk = async {
+        left.write_all(b"a little").await.unwrap();
+        left.shutdown().await.unwrap();
+        right.read_to_end(&mut Vec::new()).await.unwrap();
+    };
+    tokio::join!(carry, talk);
+    assert!(matches!(flow.carries, Carries::Nothing) && flow.carried == 8);
+
+    let (mut left, a) = connected().await;
+    let (mut right, b) = connected().await;
+    let (mut from, mut to) = (a.clone(), b.clone());
+    let mut flow = Flow::default();
+    let size = BULK as usize * 4;
+    let reads = async {
+        left.write_all(&pattern(size)).await.unwrap();
+        let mut got = vec![0; size];
+        right.read_exact(&mut got).await.unwrap();
+        assert!(got == pattern(size));
+    };
+    tokio::select! {
+        _ = poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &moved)) => unreachable!("nobody left"),
+        () = reads => {}
+    }
+    assert!(matches!(flow.carries, Carries::Pipe(_)), "{flow:?}");
+}
