@@ -78,6 +78,25 @@ fn a_connection_is_kept_after_a_body_that_came_late() {
     assert_eq!(client.ask(GET).text(), "ok");
 }
 
+/// A caller that reads only when it has sent all must not lose its answer to a reset.
+#[test]
+fn an_answer_to_a_body_that_nobody_wants_arrives() {
+    let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let proxy = Proxy::start(config(nobody, "", "retry = false"));
+    const LENGTH: usize = 900 * 1024;
+    let head = |host: &str| format!("POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: {LENGTH}\r\n\r\n");
+    for (head, status) in [(head("up"), 502), (head("a@b"), 400)] {
+        let mut client = RawClient::connect(proxy.outbound());
+        assert!(client.send(head));
+        let part = vec![b'x'; 9 * 1024];
+        for sent in 0..LENGTH / part.len() {
+            assert!(client.send(&part), "hung up on after {sent} parts");
+        }
+        let answer = client.response().expect("a well-formed response").expect("a response");
+        assert_eq!((answer.status(), answer.field("connection")), (status, Some("close")));
+    }
+}
+
 fn upgrading() -> RawServer {
     RawServer::start(|mut stream| {
         let mut got = Vec::new();

@@ -262,6 +262,28 @@ async fn a_connection_that_is_asked_to_leave_hears_the_last_request() {
     ended.unwrap();
 }
 
+/// Who reads a body may be another task than the one that serves the connection.
+#[tokio::test(start_paused = true)]
+async fn a_body_breaks_off_when_its_connection_is_cut() {
+    let (mut near, far) = duplex(1 << 16);
+    let served = Served(Link::new(Box::new(far), Bytes::new()));
+    let mut body = Link::begin(&served.0, Framing::Length(10), false);
+    near.write_all(b"half").await.unwrap();
+    let reads = async {
+        let first = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+        assert_eq!(first.unwrap().unwrap().into_data().unwrap(), "half");
+        poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await
+    };
+    let cut = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        drop(served);
+    };
+    let (second, ()) = tokio::join!(reads, cut);
+    assert!(matches!(second, Some(Err(Error::CutOff))), "{second:?}");
+    assert!(!body.is_end_stream(), "half a body is none that has ended");
+    assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "the stream is closed, whoever still holds the body");
+}
+
 fn asked(method: Method, version: Version, fields: HeaderMap) -> Asked {
     let present = Present::of(&fields);
     let head = RequestHead { method, target: Uri::from_static("/"), version, fields, spelling: None };

@@ -1,4 +1,4 @@
-//! HTTP/1 connections that idle are taken apart, which nobody may notice but the one who looks at the memory.
+//! HTTP/1 connections that idle hold no buffers, which nobody may notice but the one who looks at the memory.
 
 use std::{
     io::{Read, Write},
@@ -19,7 +19,6 @@ use crate::{
 };
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
-/// With so many, a connection is parked as soon as it idles; with fewer, after a second.
 const CROWD: usize = 300;
 
 trait Socket: Read + Write {}
@@ -99,12 +98,11 @@ fn crowd(connect: impl Fn() -> Caller) -> Vec<Caller> {
     (0..CROWD).map(met).collect()
 }
 
-/// Every way in which a request can come, on connections of which most are parked.
+/// Every way in which a request can come, on connections that have idled.
 fn is_served_as_ever(mut callers: Vec<Caller>) {
     for caller in &mut callers {
         assert_eq!(caller.ask(GET), "/");
     }
-    // From here on each that is used is parked again before the next is.
     let mut last = callers.split_off(CROWD - 20).into_iter();
     let mut next = || last.next().expect("there are more");
     for _ in 0..3 {
@@ -139,7 +137,7 @@ fn is_served_as_ever(mut callers: Vec<Caller>) {
 }
 
 #[test]
-fn a_parked_connection_is_served_as_ever() {
+fn an_idle_connection_is_served_as_ever() {
     let upstream = echo();
     let proxy = proxy(&upstream);
     is_served_as_ever(crowd(|| Caller::new(RawClient::connect(proxy.outbound()).stream)));
@@ -156,7 +154,7 @@ fn so_it_is_by_mutual_tls() {
     }
 }
 
-/// An answer that the caller has not taken yet is nothing to park on, though all of it has been handed over.
+/// An answer that the caller has not taken yet keeps its connection from idling, though all of it has been handed over.
 #[test]
 fn a_slow_reader_is_no_idle_one() {
     const LARGE: usize = 6 << 20;
@@ -184,7 +182,7 @@ fn a_slow_reader_is_no_idle_one() {
     }
 }
 
-/// An answer that comes before its request has ended leaves nothing behind that could be parked.
+/// An answer that comes before its request has ended leaves nothing behind that could be a request.
 #[test]
 fn the_rest_of_a_body_is_no_request() {
     let upstream = Upstream::http1(|_| async { text("early") });
@@ -208,7 +206,7 @@ fn crowd_of(proxy: &Proxy, answer: &str) -> Vec<RawClient> {
 }
 
 #[test]
-fn half_a_request_on_a_parked_connection_is_not_waited_for() {
+fn half_a_request_on_an_idle_connection_is_not_waited_for() {
     let upstream = echo();
     let proxy = proxy(&upstream);
     let mut crowd = crowd_of(&proxy, "/");
@@ -220,7 +218,7 @@ fn half_a_request_on_a_parked_connection_is_not_waited_for() {
 }
 
 #[test]
-fn parked_connections_end_with_their_callers_and_with_the_process() {
+fn idle_connections_end_with_their_callers_and_with_the_process() {
     let upstream = echo();
     let mut proxy = proxy(&upstream);
     let open = |proxy: &Proxy| {
@@ -252,7 +250,7 @@ fn idle_connections_hold_little() {
         assert_eq!(client.ask(GET).status(), 200);
         client
     };
-    // What is there once, and those that are not parked at once.
+    // What is there once.
     let _warm: Vec<_> = (0..CROWD).map(ask).collect();
     let before = proxy.resident_kib();
     let idle: Vec<_> = (0..COUNT as usize).map(ask).collect();
