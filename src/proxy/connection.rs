@@ -11,8 +11,10 @@ use std::{
     future::Future,
     io,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
     sync::{Arc, atomic::Ordering},
+    task,
     time::Duration,
 };
 
@@ -23,7 +25,7 @@ use hyper_util::rt::TokioIo;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
-    sync::oneshot,
+    sync::{oneshot, watch},
     time::{Instant, sleep},
 };
 
@@ -306,6 +308,35 @@ impl Upgrade {
     }
 }
 
+/// Watches for a connection's being asked to leave. It is asked whenever the connection is polled, which takes a lock
+/// that others take too; so it is only asked again where there may be something new.
+#[derive(Debug)]
+struct Leaving {
+    phase: watch::Receiver<Phase>,
+    /// Nothing but a change of phase can make it leave, and wakes the task then.
+    settled: bool,
+    by_phase_alone: bool,
+    left: bool,
+}
+
+impl Leaving {
+    fn new(connection: &Connection) -> Self {
+        let phase = connection.worker.shared.phase.subscribe();
+        let by_phase_alone = connection.presented.is_none() && !connection.refused_plaintext.get();
+        Self { phase, settled: false, by_phase_alone, left: false }
+    }
+
+    /// True once, when it has to leave. `closing` is always polled by the same task.
+    fn poll(&mut self, cx: &mut task::Context<'_>, closing: Pin<&mut impl Future<Output = ()>>) -> bool {
+        if self.left || (self.settled && !self.phase.has_changed().unwrap_or(true)) {
+            return false;
+        }
+        self.left = closing.poll(cx).is_ready();
+        self.settled = self.by_phase_alone && !self.phase.has_changed().unwrap_or(true);
+        self.left
+    }
+}
+
 /// Counts a connection for its worker.
 struct Counted<'a>(&'a Worker);
 
@@ -337,6 +368,6 @@ mod tests {
             size_of::<F>()
         }
         let size = size(run);
-        assert!(size <= 1450, "{size} bytes");
+        assert!(size <= 1470, "{size} bytes");
     }
 }

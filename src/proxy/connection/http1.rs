@@ -25,7 +25,7 @@ use self::{
     body::Body,
     link::Link,
 };
-use super::{Connection, ConnectionError};
+use super::{Connection, ConnectionError, Leaving};
 use crate::{
     http1::{
         Error,
@@ -73,10 +73,10 @@ impl Connection {
         let served = Served(Link::new(stream, begun));
         let link = &served.0;
         let mut requests = pin!(self.requests(link));
-        let (mut leaving, mut left, mut watchdog) = (pin!(self.closing()), false, Watchdog::default());
+        let (mut leaving, mut watchdog) = (Leaving::new(self), Watchdog::default());
+        let mut closing = pin!(self.closing());
         poll_fn(|cx| {
-            if !left && leaving.as_mut().poll(cx).is_ready() {
-                left = true;
+            if leaving.poll(cx, closing.as_mut()) {
                 link.borrow_mut().leave();
             }
             let look = || {
@@ -142,7 +142,8 @@ impl Connection {
         let body = Link::begin(link, framing, expects_continue);
         let progress = Rc::new(Progress::new(Instant::now()));
         self.exchange.replace(Some(Rc::clone(&progress)));
-        let mut response = self.answered(link, request(head, body), present, &progress).await?;
+        let call = pin!(call::answer(self, request(head, body), present, &progress));
+        let mut response = self.answered(link, call).await?;
 
         let over = poll_fn(|cx| Poll::Ready(link.borrow_mut().is_request_over(cx))).await;
         // A body that somebody still reads will come to its end.
@@ -150,8 +151,7 @@ impl Connection {
         let switched = asked.is_switched_by(response.status());
         let mut plan =
             write_head(link.borrow_mut().answer(&self.interim), &mut response, &asked, may_persist);
-        let (_, body) = response.into_parts();
-        send(link, body, &mut plan).await?;
+        send(link, response.into_body(), &mut plan).await?;
 
         let handover = self.handover.take();
         if switched {
@@ -184,11 +184,8 @@ impl Connection {
     async fn answered(
         self: &Rc<Self>,
         link: &Shared,
-        request: Request<CallerBody>,
-        present: Present,
-        progress: &Rc<Progress>,
+        mut call: Pin<&mut impl Future<Output = Response<ResponseBody>>>,
     ) -> Result<Response<ResponseBody>, ConnectionError> {
-        let mut call = pin!(call::answer(self, request, present, progress));
         poll_fn(|cx| {
             if let Poll::Ready(response) = call.as_mut().poll(cx) {
                 return Poll::Ready(Ok(response));

@@ -16,7 +16,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{CALLER_IDLE, Connection, ConnectionError, WRITE_STALL};
+use super::{CALLER_IDLE, Connection, ConnectionError, Leaving, WRITE_STALL};
 use crate::{
     http1::MAX_HEAD_BYTES,
     proxy::{
@@ -54,10 +54,10 @@ impl Connection {
                 .keep_alive_timeout(Duration::from_secs(20))
                 .serve_connection(TokioIo::new(Noted::new(stream, &blocked)), service)
         );
-        let (mut leaving, mut left, mut watchdog) = (pin!(self.closing()), false, Watchdog::default());
+        let (mut leaving, mut watchdog) = (Leaving::new(self), Watchdog::default());
+        let mut closing = pin!(self.closing());
         poll_fn(|cx| {
-            if !left && leaving.as_mut().poll(cx).is_ready() {
-                left = true;
+            if leaving.poll(cx, closing.as_mut()) {
                 connection.as_mut().graceful_shutdown();
             }
             // Streams have tasks, and watches, of their own.

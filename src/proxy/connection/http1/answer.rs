@@ -4,7 +4,7 @@ use std::{cell::Cell, io::Write, time::SystemTime};
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version,
+    HeaderMap, HeaderName, Method, Response, StatusCode, Version,
     header::{
         AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
         CONTENT_TYPE, DATE, HOST, MAX_FORWARDS, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING,
@@ -74,20 +74,24 @@ pub struct Plan {
 #[derive(Default)]
 struct Found {
     date: bool,
-    length: Option<HeaderValue>,
-    several_lengths: bool,
+    lengths: u8,
+    /// One of those is what is so.
+    right_length: bool,
     coding: bool,
     connection: bool,
     trailer: bool,
 }
 
 impl Found {
-    fn of(fields: &HeaderMap) -> Self {
+    fn of(fields: &HeaderMap, length: Option<&[u8]>) -> Self {
         let mut found = Self::default();
         for (name, value) in fields {
             match *name {
                 DATE => found.date = true,
-                CONTENT_LENGTH => found.several_lengths = found.length.replace(value.clone()).is_some(),
+                CONTENT_LENGTH => {
+                    found.lengths = found.lengths.saturating_add(1);
+                    found.right_length = length == Some(value.as_bytes());
+                }
                 TRANSFER_ENCODING => found.coding = true,
                 CONNECTION => found.connection = true,
                 TRAILER => found.trailer = true,
@@ -110,7 +114,6 @@ pub fn write_head(
     let bodiless = asked.head || switched || has_no_body(status);
     let (ended, exact) = (response.body().is_end_stream(), response.body().size_hint().exact());
     let fields = response.headers_mut();
-    let found = Found::of(fields);
     let length = match (bodiless, ended) {
         (true, _) => None,
         (false, true) => Some(0),
@@ -123,17 +126,19 @@ pub fn write_head(
         None => Framing::Chunked,
     };
     let mut digits = [0; 20];
-    let length = if asked.head && found.length.is_none() { exact.filter(|exact| *exact > 0) } else { length };
     let length = length.map(|length| decimal(&mut digits, length));
-
-    // What is said of the body, and isn't so.
-    let keeps_length = match (&found.length, length) {
-        _ if found.several_lengths => false,
-        (Some(said), Some(length)) => said.as_bytes() == length,
-        (Some(_), None) => asked.head || status == StatusCode::NOT_MODIFIED,
-        (None, _) => false,
+    let found = Found::of(fields, length);
+    // That of a body that is not sent.
+    let of_other = bodiless && (asked.head || status == StatusCode::NOT_MODIFIED);
+    let keeps_length = found.lengths == 1 && (found.right_length || of_other);
+    let length = match length {
+        None if asked.head && found.lengths == 0 => {
+            exact.filter(|exact| *exact > 0).map(|exact| decimal(&mut digits, exact))
+        }
+        length => length,
     };
-    if found.length.is_some() && !keeps_length {
+    // What is said of the body, and isn't so.
+    if found.lengths > 0 && !keeps_length {
         fields.remove(CONTENT_LENGTH);
     }
     if found.coding {
