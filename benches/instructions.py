@@ -42,6 +42,8 @@ class Case:
     config: str = ""
     # To the upstream: "plain", "mtls" or "grpc" (HTTP/2 both ways, 16 connections with 32 streams each).
     upstream: str = "plain"
+    # Called from outside by mutual TLS, in place of from beside.
+    inbound: bool = False
 
 
 POLICIES = [
@@ -63,6 +65,7 @@ TRACES = [Case("none")] + [
 CHECKS = {
     "S1": Case("HTTP/1.1, 1 KiB"),
     "S2": Case("the same, mutual TLS to the upstream", upstream="mtls"),
+    "S3": Case("the same, mutual TLS from the caller", inbound=True),
     "S5": Case("HTTP/2 without TLS, gRPC-like", upstream="grpc"),
     "S7": Case("S1 with access log to a file and 1 % traces", f"{LOGGED}{TRACED}sample = 0.01\n"),
 }
@@ -84,13 +87,14 @@ class Bench:
         port, upstream = self.servers[case.upstream == "mtls", "kept"], ""
         if case.upstream == "grpc":
             port, self.call = ends.grpc_server(self.stage)
+        if case.inbound or case.upstream == "mtls":
+            own = f"{self.stage.certs}/{'payments' if case.inbound else 'checkout'}"
+            more += f'[identity]\ncert = "{own}.crt"\nkey = "{own}.key"\nca = "{self.stage.certs}/ca.crt"\n'
         if case.upstream == "mtls":
-            certs = self.stage.certs
-            more += f'[identity]\ncert = "{certs}/checkout.crt"\nkey = "{certs}/checkout.key"\nca = "{certs}/ca.crt"\n'
             upstream = 'identity = ["spiffe://shop.example/ns/default/sa/payments"]\n'
         any_port = 'listen = "127.0.0.1:0"\n'
         return (
-            f"[runtime]\nworkers = 1\n[inbound]\n{any_port}[outbound]\n{any_port}[admin]\n{any_port}{more}"
+            f"[runtime]\nworkers = 1\n[inbound]\n{any_port}forward_to = \"127.0.0.1:{port}\"\n[outbound]\n{any_port}[admin]\n{any_port}{more}"
             f'[[upstream]]\nname = "up"\nendpoints = ["127.0.0.1:{port}"]\n{any_port}{upstream}'
         )
 
@@ -122,7 +126,10 @@ class Bench:
             if time.monotonic() > deadline or proxy.poll() is not None:
                 sys.exit("the proxy did not start under valgrind")
             time.sleep(0.05)
-        port = json.loads(ready.read_text())["upstreams"]["up"].rsplit(":", 1)[1]
+        said = json.loads(ready.read_text())
+        port = (said["inbound"] if case.inbound else said["upstreams"]["up"]).rsplit(":", 1)[1]
+        if case.inbound:
+            port = ends.caller(self.stage, f"caller-{self.number}", port, "kept")
         self.load(case, port, WARM)
         control("on")
         self.load(case, port, REQUESTS)
