@@ -1,6 +1,6 @@
 //! The heads of messages, read and written (RFC 9112 §2 to §5).
 
-use std::mem::MaybeUninit;
+use std::{cell::RefCell, mem::MaybeUninit};
 
 use bytes::Bytes;
 use http::{
@@ -76,6 +76,26 @@ impl ResponseHead {
             response.extensions_mut().insert(spelling);
         }
         response
+    }
+}
+
+/// Maps whose room was used, for the next heads of a thread; and of how many fields they are at most.
+const MOST_SPARE: usize = 8;
+const LARGEST_SPARE: usize = 48;
+
+thread_local! {
+    static SPARE: RefCell<Vec<HeaderMap>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Leaves the room of fields that are not needed any more to the next head.
+pub fn leave(mut fields: HeaderMap) {
+    if (1..=LARGEST_SPARE).contains(&fields.capacity()) {
+        fields.clear();
+        SPARE.with_borrow_mut(|spare| {
+            if spare.len() < MOST_SPARE {
+                spare.push(fields);
+            }
+        });
     }
 }
 
@@ -163,7 +183,8 @@ impl<'a> Head<'a> {
         more: usize,
         keep_spelling: bool,
     ) -> Result<(HeaderMap, Option<Spelling>), HeadError> {
-        let mut fields = HeaderMap::with_capacity(parsed.len() + more);
+        let mut fields = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        fields.reserve(parsed.len() + more);
         let mut spelling = keep_spelling.then(Spelling::default);
         for field in parsed {
             let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| HeadError::Field)?;

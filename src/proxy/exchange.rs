@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     config::{AttemptTimeout, Balance, Observed, Policy, Protocol},
+    http1::head::leave,
     resilience::{
         classify::Outcome,
         deadline::{self, Deadline},
@@ -182,6 +183,7 @@ pub async fn run(
             return finish(ended?, callers_version, callers_upgrade);
         }
     }
+    leave(carried.outgoing.headers);
     finish(ended?, callers_version, callers_upgrade)
 }
 

@@ -30,7 +30,7 @@ use crate::{
     http1::{
         Error,
         framing::{Framing, FramingError},
-        head::{HeadError, RequestHead},
+        head::{HeadError, RequestHead, leave},
     },
     proxy::{
         body::{CallerBody, ResponseBody},
@@ -151,7 +151,9 @@ impl Connection {
         let switched = asked.is_switched_by(response.status());
         let mut plan =
             write_head(link.borrow_mut().answer(&self.interim), &mut response, &asked, may_persist);
-        send(link, response.into_body(), &mut plan).await?;
+        let (parts, body) = response.into_parts();
+        leave(parts.headers);
+        send(link, body, &mut plan).await?;
 
         let handover = self.handover.take();
         if switched {
