@@ -4,7 +4,11 @@
 //! call can note it, and a call that goes well allocates nothing for it. Spans, metrics, access log and `/requests`
 //! are all made of it, in [`finished`](super::finished).
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderMap, Method, StatusCode, Version};
 use tokio::time::Instant;
@@ -282,7 +286,7 @@ impl Record {
 
     /// Who called: the name that its certificate proved, else its address.
     pub fn caller(&self) -> String {
-        self.identity.as_ref().map_or_else(|| self.peer.ip().to_string(), |peer| peer.to_string())
+        self.identity.as_ref().map_or_else(|| dotted(self.peer.ip()), |peer| peer.to_string())
     }
 
     /// What its route matches, as it is configured: `POST /v1/charge*`.
@@ -331,6 +335,37 @@ impl Record {
     }
 }
 
+/// An address in words, as `Display` has it, in a fifth of the time.
+pub(super) fn dotted(ip: IpAddr) -> String {
+    let IpAddr::V4(ip) = ip else { return ip.to_string() };
+    let mut text = String::with_capacity("255.255.255.255:65535".len());
+    for (place, octet) in ip.octets().into_iter().enumerate() {
+        if place > 0 {
+            text.push('.');
+        }
+        push(&mut text, octet.into());
+    }
+    text
+}
+
+/// The same with its port.
+pub(super) fn dotted_with_port(address: SocketAddr) -> String {
+    if address.is_ipv6() {
+        return address.to_string();
+    }
+    let mut text = dotted(address.ip());
+    text.push(':');
+    push(&mut text, address.port());
+    text
+}
+
+fn push(text: &mut String, number: u16) {
+    if number > 9 {
+        push(text, number / 10);
+    }
+    text.push(char::from(b'0' + (number % 10) as u8));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -339,6 +374,21 @@ mod tests {
     #[test]
     fn a_record_is_small() {
         assert!(size_of::<Record>() <= 700, "{} bytes", size_of::<Record>());
+    }
+
+    #[test]
+    fn addresses_are_written_as_everywhere() {
+        for address in [
+            "127.0.0.1:0",
+            "10.200.0.99:65535",
+            "255.255.255.255:80",
+            "[2001:db8::1]:443",
+            "[::ffff:1.2.3.4]:9",
+        ] {
+            let address: SocketAddr = address.parse().unwrap();
+            assert_eq!(dotted_with_port(address), address.to_string());
+            assert_eq!(dotted(address.ip()), address.ip().to_string());
+        }
     }
 
     #[test]

@@ -27,8 +27,24 @@ impl fmt::Display for Timestamp {
         let (days, second) = (since.as_secs() / DAY, since.as_secs() % DAY);
         let (year, month, day) = date(days);
         let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-        let ms = since.subsec_millis();
-        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+        let ms = u64::from(since.subsec_millis());
+        // Digit by digit: each line of the access log has one, and formatting seven numbers takes a sixth of it.
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        for (at, number) in
+            [(3, year), (6, month), (9, day), (12, hour), (15, minute), (18, second), (22, ms)]
+        {
+            put(&mut text, at, number);
+        }
+        f.write_str(str::from_utf8(&text).unwrap_or_default())
+    }
+}
+
+/// Writes a number over the zeros that end at a place.
+fn put(text: &mut [u8], mut at: usize, mut number: u64) {
+    while number > 0 {
+        text[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        at = at.saturating_sub(1);
     }
 }
 

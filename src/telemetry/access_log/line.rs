@@ -2,7 +2,14 @@
 
 use serde::Serialize;
 
-use crate::telemetry::{record::Record, requests::milliseconds, timestamp::Timestamp};
+use crate::telemetry::{
+    record::{Record, dotted_with_port},
+    requests::milliseconds,
+    timestamp::Timestamp,
+};
+
+/// Room for most lines.
+const LINE: usize = 512;
 
 /// The fields, in their order. No path and no query: they hold what is nobody's business, and the trace has them.
 #[derive(Serialize)]
@@ -34,7 +41,7 @@ pub fn write(out: &mut Vec<u8>, record: &Record) {
         trace_id: record.context.trace.to_string(),
         peer: record.caller(),
         upstream: record.upstream(),
-        endpoint: record.endpoint().map(|address| address.to_string()),
+        endpoint: record.endpoint().map(dotted_with_port),
         route: record.route_name(),
         tries: record.tries.made(),
         reason: record.reason(),
@@ -44,6 +51,7 @@ pub fn write(out: &mut Vec<u8>, record: &Record) {
         duration_ms: milliseconds(record.ended.unwrap_or(record.started), record.started),
     };
     let before = out.len();
+    out.reserve(LINE);
     match serde_json::to_writer(&mut *out, &line) {
         Ok(()) => out.push(b'\n'),
         // Not half a line.

@@ -56,13 +56,17 @@ impl Span {
 
 impl fmt::Display for Trace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
+        let mut text = [0; 32];
+        self.encode(&mut text);
+        f.write_str(str::from_utf8(&text).unwrap_or_default())
     }
 }
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
+        let mut text = [0; 16];
+        self.encode(&mut text);
+        f.write_str(str::from_utf8(&text).unwrap_or_default())
     }
 }
 
