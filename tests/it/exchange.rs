@@ -6,7 +6,7 @@ use std::{
     sync::mpsc,
 };
 
-use crate::support::{Proxy, RawClient, RawServer, strict::Message};
+use crate::support::{Proxy, RawClient, RawServer, nobody, strict::Message};
 
 /// Reads until `needle` has come.
 fn read_until(stream: &mut TcpStream, needle: &[u8]) -> Vec<u8> {
@@ -170,7 +170,7 @@ fn inbound_says_who_called() {
 /// A refused connection is a 502 with everything that §4.6 promises.
 #[test]
 fn an_error_of_the_proxys_own_says_so() {
-    let refused = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
+    let refused = nobody();
     let proxy = Proxy::start(format!(
         "[service]\nname = \"shop\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{refused}\"]\n"
     ));

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use crate::support::{Daemon, Proxy, peer_script, python_with};
+use crate::support::{Daemon, Proxy, nobody, peer_script, python_with};
 
 fn server(python: &Path) -> (Daemon, SocketAddr) {
     let script = peer_script("grpc_server.py").display().to_string();
@@ -52,7 +52,7 @@ fn every_kind_of_call() {
 #[test]
 fn a_refused_call_is_unavailable() {
     let Some(python) = python() else { return };
-    let refused = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
+    let refused = nobody();
     let proxy = Proxy::start(format!("[[upstream]]\nname = \"up\"\nendpoints = [\"{refused}\"]\n"));
     client(&python, &[&proxy.outbound().to_string(), "up", "refused"], None);
 }

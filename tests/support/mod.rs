@@ -23,6 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use socket2::{Domain, Socket, Type};
+
 pub use dns::Dns;
 pub use proxy::{Launch, Proxy, binary, binary_for_all, signal};
 pub use raw::{RawClient, RawServer};
@@ -40,6 +42,16 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for: {what}");
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// An address that refuses connections: held to the end of the process and never listened to, so that nobody else gets
+/// it.
+pub fn nobody() -> SocketAddr {
+    let kept = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    kept.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
+    let address = kept.local_addr().ok().and_then(|address| address.as_socket()).expect("its address");
+    std::mem::forget(kept);
+    address
 }
 
 /// A port that was free a moment ago, for tools that cannot bind port 0. Taken from below the ephemeral range.

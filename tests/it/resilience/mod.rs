@@ -24,7 +24,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::{HeaderMap, Request, body::Incoming};
 
-use crate::support::{Answer, Proxy, RawClient, Upstream, strict::Message, text};
+use crate::support::{Answer, Proxy, RawClient, Upstream, nobody, strict::Message, text};
 
 /// A request as a service got it.
 #[derive(Clone, Debug)]
@@ -211,9 +211,4 @@ fn retries(proxy: &Proxy, outcome: &str) -> u64 {
 #[track_caller]
 fn refused(proxy: &Proxy, reason: &str) -> u64 {
     metric(proxy, &format!("outrigger_rejected_total{{upstream=\"up\",reason=\"{reason}\"}}"))
-}
-
-/// An address that refuses connections.
-fn nobody() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port")
 }

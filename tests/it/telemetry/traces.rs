@@ -9,7 +9,7 @@ use http::StatusCode;
 
 use super::{B3, NONE, Pair, W3C, get, sidecar};
 use crate::support::{
-    Proxy, RawClient, Upstream, eventually,
+    Proxy, RawClient, Upstream, eventually, nobody,
     rotel::{Rotel, Seen},
     text,
 };
@@ -181,9 +181,7 @@ fn a_caller_with_b3_is_in_the_same_trace() {
 #[test]
 fn a_refusal_names_its_cause() {
     let Some(rotel) = Rotel::start() else { return };
-    let nobody =
-        std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
-    let proxy = sidecar(nobody, &format!("{}sample = 0\n", otlp(&rotel))).start();
+    let proxy = sidecar(nobody(), &format!("{}sample = 0\n", otlp(&rotel))).start();
     assert_eq!(get(proxy.outbound(), "/", &[]), 502);
     let spans = rotel.wait_for(4);
     let call = of(&spans, "lone", "INTERNAL")[0];
