@@ -244,7 +244,7 @@ impl Watchdog {
 
 #[cfg(test)]
 mod tests {
-    use std::future::poll_fn;
+    use std::{future::poll_fn, pin::pin};
 
     use super::*;
 
@@ -281,5 +281,25 @@ mod tests {
         let mut watchdog = Watchdog::default();
         poll_fn(|cx| watchdog.poll_due(cx, progress.cut_at())).await;
         assert_eq!(progress.started().elapsed().as_secs(), 3);
+    }
+
+    /// A timer that is asked by a task that has had its turn does not note whom to wake.
+    #[tokio::test(start_paused = true)]
+    async fn a_timer_set_at_the_end_of_a_tasks_turn_still_fires() {
+        let task = tokio::spawn(async {
+            let (begun, mut spent) = (Instant::now(), false);
+            let mut watchdog = Watchdog::default();
+            poll_fn(|cx| {
+                while !spent && has_budget_remaining() {
+                    let _ = pin!(tokio::task::coop::consume_budget()).poll(cx);
+                }
+                spent = true;
+                watchdog.poll_due(cx, Some(begun + Duration::from_secs(10)))
+            })
+            .await;
+            begun.elapsed().as_secs()
+        });
+        let fired = tokio::time::timeout(Duration::from_secs(60), task).await;
+        assert_eq!(fired.expect("it fires").expect("it does not panic"), 10);
     }
 }
