@@ -53,15 +53,20 @@ impl Caller {
         self.0.write_all(bytes.as_bytes()).await.unwrap();
     }
 
-    /// The head of the next answer.
-    async fn answer(&mut self) -> String {
+    /// The head of the next answer, which has no body.
+    async fn head(&mut self) -> String {
         let end = loop {
             if let Some(at) = self.1.windows(4).position(|four| four == b"\r\n\r\n") {
                 break at + 4;
             }
             assert_ne!(self.0.read_buf(&mut self.1).await.unwrap(), 0, "hung up after {:?}", self.1);
         };
-        let head = String::from_utf8(self.1.drain(..end).collect()).unwrap();
+        String::from_utf8(self.1.drain(..end).collect()).unwrap()
+    }
+
+    /// The head of the next answer.
+    async fn answer(&mut self) -> String {
+        let head = self.head().await;
         let length = head.split("content-length: ").nth(1).and_then(|rest| rest.split('\r').next());
         let length: usize = length.map_or(0, |length| length.parse().unwrap());
         while self.1.len() < length {
@@ -99,6 +104,33 @@ async fn requests_are_answered_in_order_however_they_come() {
         caller.send("GET / HTTP/1.1\r\nhost: fast\r\nconnection: close\r\n\r\n").await;
         assert!(caller.answer().await.contains("connection: close"));
         assert!(caller.is_closed().await);
+    })
+    .await;
+    ended.unwrap();
+}
+
+/// Wherever what is sent is cut in two, it is the same to us.
+#[tokio::test(start_paused = true)]
+async fn what_comes_in_pieces_is_what_was_sent() {
+    const STORY: &str = concat!(
+        "\r\nGET / HTTP/1.1\r\nhost: slow\r\n\r\n",
+        "POST / HTTP/1.1\r\nhost: slow\r\ncontent-length: 4\r\n\r\nbody",
+        "POST / HTTP/1.1\r\nhost: slow\r\ntransfer-encoding: chunked\r\n\r\n",
+        "3;x=y\r\nabc\r\n1\r\nd\r\n0\r\nx-sum: 1\r\n\r\n",
+        "HEAD / HTTP/1.0\r\nhost: slow\r\nconnection: keep-alive\r\n\r\n",
+    );
+    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
+        for at in 1..STORY.len() {
+            caller.send(&STORY[..at]).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            caller.send(&STORY[at..]).await;
+            for kept in ["HTTP/1.1 503 ", "HTTP/1.1 503 ", "HTTP/1.1 503 "] {
+                let answer = caller.answer().await;
+                assert!(answer.starts_with(kept) && !answer.contains("connection:"), "cut at {at}: {answer}");
+            }
+            let last = caller.head().await;
+            assert!(last.starts_with("HTTP/1.0 503 ") && last.contains("connection: keep-alive"), "{last}");
+        }
     })
     .await;
     ended.unwrap();
