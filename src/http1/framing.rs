@@ -3,7 +3,10 @@
 use bytes::{Buf, Bytes};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
-    header::{CONTENT_LENGTH, TRAILER, TRANSFER_ENCODING},
+    header::{
+        AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HOST,
+        MAX_FORWARDS, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING,
+    },
 };
 
 /// A chunk's first line: its size, and what else is said there, which is let go.
@@ -311,8 +314,28 @@ pub fn write_chunk_line(out: &mut Vec<u8>, length: usize) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Leaves the trailers that the head has announced (RFC 9110 §6.6.2): who reads a message that way may rely on it.
+/// What changes the meaning of what went before it (RFC 9110 §6.5.1).
+const NEVER_TRAILERS: [HeaderName; 12] = [
+    AUTHORIZATION,
+    CACHE_CONTROL,
+    CONTENT_ENCODING,
+    CONTENT_LENGTH,
+    CONTENT_RANGE,
+    CONTENT_TYPE,
+    HOST,
+    MAX_FORWARDS,
+    SET_COOKIE,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+];
+
+/// Leaves the trailers that the head has announced (RFC 9110 §6.6.2): who reads a message that way may rely on it; and
+/// none that changes what the head has said.
 pub fn announced(head: &HeaderMap, mut trailers: HeaderMap) -> HeaderMap {
+    for name in NEVER_TRAILERS {
+        trailers.remove(name);
+    }
     let names = head.get_all(TRAILER);
     let is_announced = |name: &HeaderName| {
         let lists = names.iter().flat_map(|list| list.as_bytes().split(|byte| *byte == b','));

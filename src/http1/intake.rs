@@ -127,7 +127,8 @@ impl Intake {
         let mut own = BytesMut::with_capacity(usize::try_from(expected).unwrap_or(MOST).min(MOST));
         // Holds nothing between two polls but the room.
         let count = ready!(pin!(stream.read_buf(&mut own)).poll(cx))?;
-        self.unread = own.freeze();
+        // Whoever keeps a part keeps the room that it lies in.
+        self.unread = if count < own.capacity() / 4 { Bytes::copy_from_slice(&own) } else { own.freeze() };
         Poll::Ready(Ok(count))
     }
 

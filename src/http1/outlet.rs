@@ -35,6 +35,8 @@ pub struct Outlet {
     written: usize,
     data: Bytes,
     after: &'static [u8],
+    /// Of all that was ever here.
+    so_far: u64,
 }
 
 impl Outlet {
@@ -130,7 +132,13 @@ impl Outlet {
         Poll::Ready(Ok(()))
     }
 
+    /// How many bytes have been written by this, ever.
+    pub const fn written_so_far(&self) -> u64 {
+        self.so_far
+    }
+
     fn advance(&mut self, mut count: usize) {
+        self.so_far += count as u64;
         let of_before = count.min(self.before.len() - self.written);
         self.written += of_before;
         count -= of_before;

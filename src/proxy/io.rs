@@ -13,7 +13,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use rustix::net::RecvFlags;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
@@ -44,31 +43,6 @@ impl SharedTcp {
         let mut byte = [MaybeUninit::uninit()];
         let peeked = self.0.try_io(Interest::READABLE, || SockRef::from(&*self.0).peek(&mut byte));
         matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
-    }
-
-    /// The same for TLS, where new tickets may come unasked. Told by length, as their type is hidden: an alert is the
-    /// shortest of records, a ticket a long one.
-    pub fn is_quiet_tls(&self) -> bool {
-        const SHORTEST: usize = 48;
-        let mut bytes = [0_u8; 2048];
-        let peeked = self.0.try_io(Interest::READABLE, || {
-            Ok(rustix::net::recv(&*self.0, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT)?)
-        });
-        let count = match peeked {
-            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
-            // Gone.
-            Ok((_, 0)) => return false,
-            Ok((_, count)) => count.min(2048),
-        };
-        let mut records = &bytes[..count];
-        while let [0x17, _, _, high, low, rest @ ..] = records {
-            let length = usize::from(*high) << 8 | usize::from(*low);
-            if length < SHORTEST {
-                return false;
-            }
-            records = rest.get(length..).unwrap_or_default();
-        }
-        records.is_empty()
     }
 
     /// Less came than there was room for: nothing is left to read, and the next edge will tell when there is. Saves the

@@ -8,8 +8,8 @@ mod tests;
 
 use std::{
     cell::RefCell,
-    future::poll_fn,
-    pin::Pin,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
@@ -17,9 +17,16 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, Uri};
+use http::{
+    HeaderMap, Method, StatusCode, Uri,
+    header::{CONTENT_LENGTH, TRAILER, TRANSFER_ENCODING},
+};
 use http_body::{Body, Frame};
-use tokio::{io::AsyncWrite, task::spawn_local, time::Instant};
+use tokio::{
+    io::AsyncWrite,
+    task::{coop::unconstrained, spawn_local},
+    time::{Instant, timeout},
+};
 
 use super::{
     connect::{ConnectError, Connected, Proof, connect},
@@ -40,6 +47,9 @@ use crate::{
     identity::handshake::Speaks,
     proxy::{body::RequestBody, io::SharedTcp},
 };
+
+/// An upload that goes on behind its answer, and of which the endpoint takes nothing.
+const UPLOAD_STALL: Duration = Duration::from_secs(300);
 
 /// An HTTP/1.1 connection. Dropped while it lies idle it says goodbye, as far as that needs no waiting.
 #[derive(Debug)]
@@ -78,8 +88,12 @@ struct Line {
     heard: bool,
     /// A byte of the request may have gone.
     sent: bool,
+    /// What was written may not be with the system yet.
+    unflushed: bool,
     /// Both sides would use it again, so far.
     persists: bool,
+    /// The task that sends what an early answer left to be sent.
+    uploader: Option<Waker>,
 }
 
 /// A body on its way out.
@@ -150,9 +164,7 @@ impl Http1 {
         })
         .await?;
         if !line.borrow().is_sent() {
-            let opened = Rc::clone(&self.opened);
-            // If it fails, whoever reads the answer sees it, too.
-            spawn_local(poll_fn(move |cx| opened.line.borrow_mut().poll_request(cx).map(drop)));
+            spawn_local(upload(Rc::clone(&self.opened)));
         }
         Ok(answer)
     }
@@ -176,6 +188,10 @@ impl Http1 {
     pub fn take_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
         let mut line = self.opened.line.borrow_mut();
         line.persists = false;
+        if !line.is_sent() {
+            // What is left of the request would be taken for the new protocol.
+            return None;
+        }
         let unread = std::mem::take(&mut line.intake).into_unread();
         line.io.take().map(|io| (io, unread))
     }
@@ -198,9 +214,14 @@ impl Http1 {
         !self.opened.line.borrow().persists
     }
 
-    /// Whether it can carry another request: not closed, and nothing unasked-for has come.
-    pub fn is_quiet(&self) -> bool {
-        if self.proof().is_some() { self.opened.tcp.is_quiet_tls() } else { self.opened.tcp.is_quiet() }
+    /// Whether it can carry another request: not closed, and nothing unasked-for has come. By TLS something may come that
+    /// is nothing: that has to be read.
+    pub fn is_quiet(&mut self) -> bool {
+        if self.proof().is_some() {
+            self.listen();
+            return !self.is_closed();
+        }
+        self.opened.tcp.is_quiet()
     }
 
     pub fn is_retired(&self, now: Instant) -> bool {
@@ -222,6 +243,35 @@ impl Http1 {
     }
 }
 
+/// Sends what an early answer has left to be sent, for as long as it is taken.
+async fn upload(opened: Rc<Opened>) {
+    loop {
+        let before = opened.line.borrow().outlet.written_so_far();
+        let sent = poll_fn(|cx| {
+            let mut line = opened.line.borrow_mut();
+            line.uploader = Some(cx.waker().clone());
+            line.poll_request(cx).map(drop)
+        });
+        if timeout(UPLOAD_STALL, sent).await.is_ok() {
+            return;
+        }
+        let mut line = opened.line.borrow_mut();
+        if line.outlet.written_so_far() == before {
+            return line.give_up();
+        }
+    }
+}
+
+impl Drop for Http1 {
+    fn drop(&mut self) {
+        let mut line = self.opened.line.borrow_mut();
+        if !line.decoder.is_over() {
+            // Nobody waits for the answer any more: neither is the request sent to its end.
+            line.give_up();
+        }
+    }
+}
+
 impl Line {
     fn new(io: UpstreamIo) -> Self {
         Self {
@@ -232,7 +282,9 @@ impl Line {
             decoder: Decoder::new(Framing::EMPTY),
             heard: false,
             sent: false,
+            unflushed: false,
             persists: true,
+            uploader: None,
         }
     }
 
@@ -241,7 +293,8 @@ impl Line {
         let empty = body.is_end_stream();
         let framing = match content_length(head.fields)? {
             Some(length) => Framing::Length(length),
-            None if empty => Framing::EMPTY,
+            // One that has turned out to be empty may have been announced.
+            None if empty && !head.fields.contains_key(TRANSFER_ENCODING) => Framing::EMPTY,
             None => Framing::Chunked,
         };
         let out = self.outlet.head();
@@ -249,9 +302,11 @@ impl Line {
         write_request_line(out, head.method, head.target);
         write_fields(out, head.fields, head.spelling);
         out.extend_from_slice(b"\r\n");
-        let trailers = || head.fields.contains_key(http::header::TRAILER).then(|| head.fields.clone());
+        let trailers = || head.fields.contains_key(TRAILER).then(|| head.fields.clone());
         if !empty {
             self.request = Some(Sending { body, framing, trailers: trailers() });
+        } else if framing == Framing::Chunked {
+            self.outlet.end(framing);
         } else if framing != Framing::EMPTY {
             return Err(Error::WrongLength);
         }
@@ -260,7 +315,16 @@ impl Line {
 
     /// Whether all of the request was written.
     fn is_sent(&self) -> bool {
-        self.request.is_none() && self.outlet.is_empty()
+        self.request.is_none() && self.outlet.is_empty() && !self.unflushed
+    }
+
+    /// Nothing more comes of it, either way.
+    fn give_up(&mut self) {
+        (self.io, self.request, self.persists) = (None, None, false);
+        self.outlet = Outlet::default();
+        if let Some(task) = self.uploader.take() {
+            task.wake();
+        }
     }
 
     fn is_usable(&self) -> bool {
@@ -291,10 +355,15 @@ impl Line {
             }
             if self.outlet.is_empty() {
                 ready!(Pin::new(&mut *io).poll_flush(cx))?;
+                self.unflushed = false;
                 return if self.request.is_none() { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
-            ready!(self.outlet.poll_write(io, cx))?;
-            self.sent = true;
+            let left = self.outlet.left();
+            let written = self.outlet.poll_write(io, cx);
+            if self.outlet.left() < left {
+                (self.sent, self.unflushed) = (true, true);
+            }
+            ready!(written)?;
         }
     }
 
@@ -320,7 +389,10 @@ impl Line {
             let framing = Framing::of_response(method, head.status, head.version, &head.fields)
                 .inspect_err(|_| self.persists = false)?;
             self.decoder = Decoder::new(framing);
-            self.persists &= persists(head.version, &head.fields) && framing != Framing::UntilClose;
+            // Where its end is told twice, others may have taken it for another one (RFC 9112 §6.3).
+            let unclear = framing == Framing::Chunked && head.fields.contains_key(CONTENT_LENGTH);
+            self.persists &=
+                persists(head.version, &head.fields) && framing != Framing::UntilClose && !unclear;
             return Poll::Ready(Ok(head));
         }
     }
@@ -342,8 +414,9 @@ impl Line {
     /// Takes note of what comes without being asked for: its end, or what makes it useless. Tickets are neither.
     fn listen(&mut self) {
         if let Some(io) = &mut self.io {
-            let mut cx = Context::from_waker(Waker::noop());
-            self.persists &= self.intake.poll_more(io, &mut cx, 0).is_pending();
+            // Not to wait for the task's next turn, which says nothing of what has come.
+            let more = unconstrained(poll_fn(|cx| self.intake.poll_more(io, cx, 0)));
+            self.persists &= pin!(more).poll(&mut Context::from_waker(Waker::noop())).is_pending();
         }
     }
 }

@@ -159,7 +159,7 @@ impl Pool {
         let mut idle = self.idle.borrow_mut();
         // One that leads to another name, by TLS, is left for calls to that.
         while let Some(at) = idle.iter().rposition(|connection| fits(connection.proof(), settings)) {
-            let connection = idle.remove(at);
+            let mut connection = idle.remove(at);
             let age = now.saturating_duration_since(connection.idle_since);
             if age >= self.idle_limit(&connection, settings.pool_idle, now) || connection.is_retired(now) {
                 // All below on the stack are older.

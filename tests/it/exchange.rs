@@ -6,7 +6,10 @@ use std::{
     sync::mpsc,
 };
 
-use crate::support::{Proxy, RawClient, RawServer, nobody, strict::Message};
+use crate::{
+    identity::metric,
+    support::{Proxy, RawClient, RawServer, eventually, nobody, strict::Message},
+};
 
 /// Reads until `needle` has come.
 fn read_until(stream: &mut TcpStream, needle: &[u8]) -> Vec<u8> {
@@ -77,11 +80,83 @@ fn expect_100_continue_is_the_services_to_answer() {
 /// A final answer in place of 100 ends it: no body is asked for.
 #[test]
 fn expect_100_continue_may_be_refused() {
-    through(
-        "HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno",
-        "POST / HTTP/1.1\r\nHost: up\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n",
-        |_, response| assert_eq!((response.status(), response.text().as_str()), (403, "no")),
-    );
+    let server = RawServer::scripted("HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno");
+    let proxy = Proxy::start(config(&server));
+    for address in [proxy.outbound(), proxy.inbound()] {
+        let mut client = RawClient::connect(address);
+        let response =
+            client.ask("POST / HTTP/1.1\r\nHost: up\r\nExpect: 100-continue\r\nContent-Length: 90\r\n\r\n");
+        assert_eq!((response.status(), response.text().as_str()), (403, "no"));
+        // Whether the body comes or another request is for the caller to choose: so nothing behind it is read.
+        assert_eq!(response.field("connection"), Some("close"));
+        client.send("GET /victim HTTP/1.1\r\nHost: up\r\nCookie: secret\r\n\r\n");
+        client.finish();
+        assert_eq!(client.read_to_close(), (Vec::new(), true));
+    }
+    assert!(!lower(&server.received()).contains("victim"), "{}", lower(&server.received()));
+}
+
+/// Its answer has begun while it still sends: that it leaves is noticed, and told to the service.
+#[test]
+fn a_caller_that_leaves_in_the_middle_of_an_early_answer_is_missed() {
+    let (saw_end, end_seen) = mpsc::channel();
+    let server = RawServer::start(move |mut stream| {
+        read_until(&mut stream, b"\r\n\r\n");
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nearly\r\n");
+        while matches!(stream.read(&mut [0; 1000]), Ok(1..)) {}
+        let _ = saw_end.send(());
+    });
+    let proxy = Proxy::start(config(&server));
+    for address in [proxy.outbound(), proxy.inbound()] {
+        let mut client = RawClient::connect(address);
+        client.send("POST / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n");
+        assert!(!client.read_until(b"early").is_empty());
+        drop(client);
+        end_seen.recv_timeout(crate::support::PATIENCE).expect("the service is told");
+    }
+}
+
+/// A service that answers early and reads no further must not hold what carries the request once the call is over.
+#[test]
+fn an_upload_that_nobody_takes_ends_with_its_call() {
+    let (go, may_go) = mpsc::channel::<()>();
+    let may_go = std::sync::Mutex::new(may_go);
+    let server = RawServer::start(move |mut stream| {
+        read_until(&mut stream, b"\r\n\r\n");
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nearly");
+        // Neither reads nor hangs up.
+        let _ = may_go.lock().expect("no panic").recv();
+    });
+    let proxy = Proxy::start(format!("{}[defaults]\nidle_timeout = \"1s\"\n", config(&server)));
+    let open = || metric(&proxy, "outrigger_connections{direction=\"outbound\",tls=\"none\",state=\"open\"}");
+    let mut caller = TcpStream::connect(proxy.outbound()).expect("it connects");
+    let mut writes = caller.try_clone().expect("a second handle");
+    let sends = std::thread::spawn(move || {
+        let _ = writes.write_all(b"POST / HTTP/1.1\r\nHost: up\r\nContent-Length: 100000000\r\n\r\n");
+        while writes.write_all(&[b'x'; 100_000]).is_ok() {}
+    });
+    assert!(!read_until(&mut caller, b"early").is_empty());
+    assert!(open() > 0.0);
+    eventually("the connection to the service is closed", || open() == 0.0);
+    sends.join().expect("no panic");
+    drop((go, caller));
+}
+
+/// A body that was announced and turned out to be empty is announced, and ended, again with each try.
+#[test]
+fn a_chunked_body_of_nothing_can_be_sent_again() {
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let server = RawServer::start(move |mut stream| {
+        let got = lower(&read_until(&mut stream, b"\r\n0\r\n\r\n"));
+        let whole = got.contains("transfer-encoding: chunked") && got.ends_with("\r\n0\r\n\r\n");
+        let first = asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed).is_multiple_of(2);
+        let status = if whole && !first { "200 OK" } else { "503 Service Unavailable" };
+        let _ = write!(stream, "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    });
+    let proxy = Proxy::start(config(&server));
+    let put = "PUT / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    assert_eq!(RawClient::connect(proxy.outbound()).ask(put).status(), 200);
+    assert_eq!(server.connections(), 2);
 }
 
 #[test]

@@ -96,7 +96,9 @@ impl Connection {
         let lingers = loop {
             let head = match poll_fn(|cx| link.borrow_mut().poll_head(cx, keeps_spelling)).await {
                 Ok(Some(head)) => head,
-                Ok(None) | Err(Error::CutOff) => break false,
+                // A request that came just now must not take the last answer with it.
+                Ok(None) => break link.borrow().is_leaving(),
+                Err(Error::CutOff) => break false,
                 Err(error) => {
                     refuse(link, error).await?;
                     break true;
@@ -145,6 +147,7 @@ impl Connection {
         let call = pin!(call::answer(self, request(head, body), present, &progress));
         let mut response = self.answered(link, call).await?;
 
+        link.borrow_mut().give_up_unasked();
         let over = poll_fn(|cx| Poll::Ready(link.borrow_mut().is_request_over(cx))).await;
         // A body that somebody still reads will come to its end.
         let may_persist = !matches!(over, Poll::Ready(false)) && !self.is_leaving();

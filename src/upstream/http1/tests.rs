@@ -71,6 +71,10 @@ async fn a_connection_that_is_not_clean_is_not_used_again() {
     for (answer, why) in [
         ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n\r\n", "more than was asked for"),
         ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", "it says so"),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+            "its end is told twice",
+        ),
         ("HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", "its version says so"),
     ] {
         let (mut connection, mut peer) = connection().await;

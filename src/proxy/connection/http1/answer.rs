@@ -4,11 +4,8 @@ use std::{cell::Cell, io::Write, time::SystemTime};
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, Method, Response, StatusCode, Version,
-    header::{
-        AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
-        CONTENT_TYPE, DATE, HOST, MAX_FORWARDS, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING,
-    },
+    HeaderMap, Method, Response, StatusCode, Version,
+    header::{CONNECTION, CONTENT_LENGTH, DATE, TE, TRAILER, TRANSFER_ENCODING},
 };
 use http_body::{Body, Frame};
 
@@ -215,27 +212,9 @@ impl Plan {
         if matches!(self.framing, Framing::Length(1..)) { Err(Error::WrongLength) } else { Ok(true) }
     }
 
-    /// Those trailers that the head has announced to a caller that takes them, and that change nothing of what the head
-    /// has said (RFC 9110 §6.5.1).
+    /// Those trailers that the head has announced to a caller that takes them.
     fn trailers(&self, trailers: HeaderMap) -> Option<HeaderMap> {
-        const NEVER: [HeaderName; 12] = [
-            AUTHORIZATION,
-            CACHE_CONTROL,
-            CONTENT_ENCODING,
-            CONTENT_LENGTH,
-            CONTENT_RANGE,
-            CONTENT_TYPE,
-            HOST,
-            MAX_FORWARDS,
-            SET_COOKIE,
-            TE,
-            TRAILER,
-            TRANSFER_ENCODING,
-        ];
-        let mut trailers = announced(self.trailer.as_deref()?, trailers);
-        for name in NEVER {
-            trailers.remove(name);
-        }
+        let trailers = announced(self.trailer.as_deref()?, trailers);
         (!trailers.is_empty()).then_some(trailers)
     }
 }

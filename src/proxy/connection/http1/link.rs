@@ -136,6 +136,10 @@ impl Link {
         self.leaving = true;
     }
 
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
     // -----------------------------------------------------------------------------------------------------------
     // What comes
 
@@ -225,12 +229,20 @@ impl Link {
         }
     }
 
+    /// The answer is there, and the caller was never asked for the body that it holds back: it may send another request in
+    /// its place, so nobody may read on (RFC 9110 §10.1.1).
+    pub fn give_up_unasked(&mut self) {
+        if let Coming::Body { expects_continue: true, .. } = self.coming {
+            self.body_over(Coming::Broken);
+        }
+    }
+
     fn body_over(&mut self, coming: Coming) {
+        // Where it broke off the caller may have left, which is for the task to see.
+        let wakes = mem::take(&mut self.awaits_body) || matches!(coming, Coming::Broken);
         self.coming = coming;
         self.reader_waits = false;
-        if mem::take(&mut self.awaits_body)
-            && let Some(task) = &self.task
-        {
+        if wakes && let Some(task) = &self.task {
             task.wake_by_ref();
         }
     }
@@ -260,7 +272,7 @@ impl Link {
     /// Ready once the caller has left, as far as can be told without reading more than is wanted.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.woken_here(cx);
-        if self.reader_waits || matches!(self.coming, Coming::Broken) || !self.intake.is_empty() {
+        if self.reader_waits || !self.intake.is_empty() {
             return Poll::Pending;
         }
         match ready!(self.intake.poll_more(&mut self.stream, cx, 0)) {
