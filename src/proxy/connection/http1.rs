@@ -97,7 +97,7 @@ impl Connection {
             let head = match poll_fn(|cx| link.borrow_mut().poll_head(cx, keeps_spelling)).await {
                 Ok(Some(head)) => head,
                 // A request that came just now must not take the last answer with it.
-                Ok(None) => break link.borrow().is_leaving(),
+                Ok(None) => break link.borrow_mut().has_more(),
                 Err(Error::CutOff) => break false,
                 Err(error) => {
                     refuse(link, error).await?;
@@ -178,7 +178,7 @@ impl Connection {
         })
         .await?;
         if !over || !plan.persists {
-            return Ok(After::Close { lingers: !over || link.borrow().has_more() });
+            return Ok(After::Close { lingers: !over || link.borrow_mut().has_more() });
         }
         link.borrow_mut().rest(progress.last_moved());
         self.exchange.take();

@@ -136,10 +136,6 @@ impl Link {
         self.leaving = true;
     }
 
-    pub fn is_leaving(&self) -> bool {
-        self.leaving
-    }
-
     // -----------------------------------------------------------------------------------------------------------
     // What comes
 
@@ -362,7 +358,12 @@ impl Link {
     }
 
     /// Whether more has come than was asked for.
-    pub fn has_more(&self) -> bool {
+    pub fn has_more(&mut self) -> bool {
+        if self.intake.is_empty() {
+            // What the system has of it; the end, or trouble, is not more.
+            let mut cx = Context::from_waker(Waker::noop());
+            let _ = self.intake.poll_more(&mut self.stream, &mut cx, 0);
+        }
         !self.intake.is_empty()
     }
 

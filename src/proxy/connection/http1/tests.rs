@@ -274,11 +274,12 @@ async fn http_1_0_is_kept_where_it_asks_for_that() {
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_is_asked_to_leave_hears_the_last_request() {
     let begun = Instant::now();
-    let (ended, ()) = serve(1 << 16, |mut caller, shared| async move {
+    let (ended, _stays) = serve(1 << 16, |mut caller, shared| async move {
         caller.send(GET).await;
         caller.answer().await;
         shared.phase.send_replace(Phase::DrainingAll);
         assert!(caller.is_closed().await, "idle");
+        caller
     })
     .await;
     ended.unwrap();
