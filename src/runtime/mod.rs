@@ -12,10 +12,12 @@ pub mod reload;
 pub mod service_env;
 pub mod signals;
 mod snapshot;
+mod view;
 mod workers;
 
 pub use snapshot::{Cluster, Snapshot, inbound_settings};
-pub use workers::{LocalCluster, LocalExecutor, View, Whom, Worker, connections, drain_phase};
+pub use view::{LocalCluster, View, Whom};
+pub use workers::{LocalExecutor, Worker, connections, drain_phase};
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},

@@ -22,14 +22,13 @@ use tokio::{
     sync::{Semaphore, mpsc, watch},
 };
 
-use super::{Cluster, Phase, Shared, Snapshot, StartError};
+use super::{LocalCluster, Phase, Shared, StartError, View};
 use crate::{
-    config::{Config, HeaderCase, HostPort},
+    config::{Config, HostPort},
     identity::{jwt::TokenCache, trust::provider},
     proxy::{
         accept::{self, Listener, Side, accept_loop, accept_waiting},
-        error::deployment,
-        headers::{LastNumber, Via},
+        headers::LastNumber,
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
     rng::Rng,
@@ -39,7 +38,7 @@ use crate::{
         metrics::{Awaited, Connections, WorkerLoad},
         traces::InFlight,
     },
-    upstream::{local::LocalUpstream, squeeze},
+    upstream::squeeze,
 };
 
 /// Connections handed over and not yet taken, per worker.
@@ -129,121 +128,6 @@ fn met<K: Clone + Eq + Hash>(
     let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
     known.insert(key.clone(), (shared, Rc::clone(&local)));
     local
-}
-
-/// The snapshot, with this worker's pools and latencies beside each cluster.
-#[derive(Debug)]
-pub struct View {
-    pub snapshot: Arc<Snapshot>,
-    /// In the order of the snapshot's.
-    pub clusters: Vec<Rc<LocalCluster>>,
-    /// Their indices, in the order of their names.
-    names_in_order: Vec<usize>,
-    pub inbound: Rc<LocalCluster>,
-    pub names: Names,
-    /// Whether any upstream wants field names as the caller spelled them.
-    pub preserves_case: bool,
-}
-
-/// The names under which this process passes messages on.
-#[derive(Debug)]
-pub struct Names {
-    /// In `Proxy-Status`.
-    pub deployment: String,
-    /// Two, so that a service which passes `Via` on makes no loop of its inbound and outbound calls.
-    inbound: Via,
-    outbound: Via,
-}
-
-impl Names {
-    fn new(service: &str, instance: &str) -> Self {
-        let deployment = deployment(service);
-        let name = deployment.replace('/', "-");
-        Self {
-            inbound: Via::new(format!("{name}-{instance}-in")),
-            outbound: Via::new(format!("{name}-{instance}-out")),
-            deployment,
-        }
-    }
-
-    pub fn via(&self, side: &Side) -> &Via {
-        match side {
-            Side::Inbound => &self.inbound,
-            Side::Outbound | Side::Upstream(_) => &self.outbound,
-        }
-    }
-}
-
-/// An upstream with its settings of now and what this worker knows of it.
-#[derive(Debug)]
-pub struct LocalCluster {
-    pub cluster: Arc<Cluster>,
-    pub upstream: Rc<LocalUpstream>,
-    /// Who this is, for what is told of calls.
-    pub whom: Arc<Whom>,
-}
-
-/// An upstream as the records of calls name it. Each worker has its own, so that no two count references to the same
-/// at the same time, for every call.
-#[derive(Debug)]
-pub struct Whom {
-    pub cluster: Arc<Cluster>,
-    /// Where this worker counts how long its calls took.
-    pub durations: Arc<Cell>,
-}
-
-impl LocalCluster {
-    /// Keeps what the worker knows of the same upstream.
-    fn new(
-        cluster: &Arc<Cluster>,
-        old: Option<&Rc<Self>>,
-        durations: impl FnOnce() -> Arc<Cell>,
-    ) -> Rc<Self> {
-        let balance = &cluster.settings.balance;
-        let (upstream, durations) = match old {
-            Some(old) => {
-                old.upstream.set_balance(balance);
-                (Rc::clone(&old.upstream), Arc::clone(&old.whom.durations))
-            }
-            None => (LocalUpstream::new(Arc::clone(&cluster.upstream), balance), durations()),
-        };
-        let whom = Arc::new(Whom { cluster: Arc::clone(cluster), durations });
-        Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom })
-    }
-
-    fn name(&self) -> &str {
-        &self.cluster.settings.name
-    }
-}
-
-impl View {
-    fn new(snapshot: Arc<Snapshot>, instance: &str, old: Option<&Self>) -> Rc<Self> {
-        let known: HashMap<*const _, &Rc<LocalCluster>> = old
-            .into_iter()
-            .flat_map(|old| old.clusters.iter().chain([&old.inbound]))
-            .map(|local| (Arc::as_ptr(&local.upstream.shared), local))
-            .collect();
-        let local = |cluster: &Arc<Cluster>| {
-            let upstream = &cluster.upstream;
-            let old = known.get(&Arc::as_ptr(upstream)).copied();
-            LocalCluster::new(cluster, old, || upstream.guards.durations.cell())
-        };
-        let clusters: Vec<_> = snapshot.clusters.iter().map(local).collect();
-        let mut names_in_order: Vec<_> = (0..clusters.len()).collect();
-        names_in_order.sort_unstable_by_key(|index| clusters[*index].name());
-        let inbound = local(&snapshot.inbound);
-        let names = Names::new(&snapshot.config.service.name, instance);
-        let preserve = |cluster: &Arc<Cluster>| cluster.settings.header_case == HeaderCase::Preserve;
-        let preserves_case = snapshot.clusters.iter().any(preserve);
-        Rc::new(Self { snapshot, clusters, names_in_order, inbound, names, preserves_case })
-    }
-
-    /// The index of an upstream of the configuration.
-    pub fn by_name(&self, name: &str) -> Option<usize> {
-        let order = &self.names_in_order;
-        let at = order.binary_search_by(|index| self.clusters[*index].name().cmp(name)).ok()?;
-        Some(order[at])
-    }
 }
 
 impl Worker {
