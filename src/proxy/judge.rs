@@ -9,7 +9,7 @@ use super::{
     attempt::Failed,
     body::Replay,
     clock::{Clock, RanOut},
-    error::ProxyError,
+    error::{Cause, ProxyError},
     exchange::{Ended, Exchange},
     grpc::GrpcEnd,
     present::Field,
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     resilience::{
         breaker::Permit,
-        classify::{Advice, Ending, GrpcStatus, Health, Outcome},
+        classify::{Advice, ConnectFailure, Ending, GrpcStatus, Health, Outcome},
     },
     telemetry::record::Try,
     upstream::{comeback, local::LocalEndpoint},
@@ -51,7 +51,7 @@ impl Exchange<'_> {
                 }
                 Ended::Failed(failed)
             }
-            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, took)),
+            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, over.number, took)),
         };
         let outcome = match &ended {
             Ended::Answered(_, outcome) => *outcome,
@@ -143,14 +143,28 @@ impl Exchange<'_> {
         ended
     }
 
-    fn note_try(&self, number: Number, note: impl FnOnce(&mut Try)) {
+    pub(super) fn note_try(&self, number: Number, note: impl FnOnce(&mut Try)) {
         self.call.progress.note(|record| record.tries.get_mut(number).map(note));
     }
 
-    fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, took: Duration) -> Failed {
+    fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, number: Number, took: Duration) -> Failed {
         let name = self.name();
         let address = endpoint.address();
-        let (ending, cause, what) = ran_out.meaning();
+        let (mut ending, mut cause, what) = ran_out.meaning();
+        let carried =
+            self.call.progress.note(|record| record.tries.get_mut(number).is_none_or(|one| one.carried));
+        if carried == Some(false) {
+            // Nobody has seen anything of it, whichever clock was the shorter one.
+            match ending {
+                Ending::AttemptTimeout => {
+                    (ending, cause) = (Ending::Connect(ConnectFailure::Timeout), Cause::ConnectTimeout);
+                }
+                Ending::Timeout => ending = Ending::Connect(ConnectFailure::Timeout),
+                _ => {}
+            }
+            let detail = format!("{name}: no connection to {address} after {took:.1?}, within {what}");
+            return Failed::new(ending, ProxyError::new(cause, detail));
+        }
         let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
         Failed::new(ending, ProxyError::new(cause, detail))
     }

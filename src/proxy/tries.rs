@@ -358,12 +358,8 @@ impl Exchange<'_> {
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
         let opened_by = gate.clone();
         let body = move |reused: bool| {
-            if !reused {
-                let connected = Some(Instant::now());
-                self.call
-                    .progress
-                    .note(|record| record.tries.get_mut(number).map(|one| one.connected = connected));
-            }
+            let connected = (!reused).then(Instant::now);
+            self.note_try(number, |one| (one.carried, one.connected) = (true, connected));
             replay.next_try(gate)
         };
         let means = Means {

@@ -127,6 +127,8 @@ pub struct Try {
     pub began: Instant,
     /// For how long it was held back: the back-off, and the wait for an upstream that nobody could connect to.
     pub waited: Duration,
+    /// There was a connection to carry it.
+    pub carried: bool,
     /// When a new connection was there; none where one of the pool was used.
     pub connected: Option<Instant>,
     /// When its answer's head came, or it had failed. None: it was given up, as its caller left or another copy won.
@@ -225,6 +227,7 @@ impl Try {
             tls: false,
             began,
             waited: Duration::ZERO,
+            carried: false,
             connected: None,
             ended: None,
             outcome: None,

@@ -150,7 +150,11 @@ impl RawServer {
 
     /// The same at a given address, for a server that comes back.
     pub fn start_at(address: SocketAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind(address).expect("bind");
+        Self::start_on(TcpListener::bind(address).expect("bind"), serve)
+    }
+
+    /// The same on a socket that listens already.
+    pub fn start_on(listener: TcpListener, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
         let address = listener.local_addr().expect("an address");
         let stop = Arc::new(AtomicBool::new(false));
         let connections = Arc::new(AtomicUsize::new(0));

@@ -88,7 +88,7 @@ impl Spans<'_> {
         if !one.waited.is_zero() {
             attributes.set("outrigger.try.backoff_ms", one.waited.as_secs_f64() * 1e3);
         }
-        attributes.set("outrigger.connection.reused", one.connected.is_none() && one.reached());
+        attributes.set("outrigger.connection.reused", one.carried && one.connected.is_none());
         if one.trial {
             attributes.set("outrigger.breaker.trial", true);
         }
@@ -189,13 +189,6 @@ impl Spans<'_> {
             }
             (End::Complete, None, None) => Status::Unset,
         }
-    }
-}
-
-impl Try {
-    /// A connection was there.
-    fn reached(&self) -> bool {
-        !matches!(self.outcome.map(|outcome| outcome.ending), Some(Ending::Connect(_) | Ending::LocalRefusal))
     }
 }
 

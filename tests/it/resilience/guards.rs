@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use socket2::{Domain, Socket, Type};
+
 use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, upstream};
 use crate::support::{Proxy, RawClient, eventually};
 
@@ -67,6 +69,42 @@ fn an_upstream_that_is_back_is_noticed_by_its_port() {
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok");
         }
     });
+    eventually("the breaker to let a trial through", || get(&proxy).status() == 200);
+}
+
+/// Nor does one that opened as nobody took the connections, whichever of our clocks ended the wait for them.
+#[test]
+fn an_upstream_that_takes_connections_again_is_noticed() {
+    let place = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    place.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
+    place.listen(0).expect("a listener");
+    let address = place.local_addr().ok().and_then(|address| address.as_socket()).expect("its address");
+    // The kernel answers until the queue is full, then no longer.
+    let soon = Duration::from_millis(100);
+    let mut filling = Vec::new();
+    while let Ok(one) = std::net::TcpStream::connect_timeout(&address, soon) {
+        filling.push(one);
+    }
+    let proxy = proxy(
+        &[address],
+        "retry = false\nconnect_timeout = \"60s\"\ntimeout = \"20s\"\nattempt_timeout = \"300ms\"\n\
+         breaker = { consecutive_failures = 2, open_for = { base = \"10m\", max = \"10m\" }, trial_requests = 1 }",
+    );
+    for _ in 0..2 {
+        let failed = get(&proxy);
+        assert_cause(&failed, 504, "connect_timeout");
+        assert!(String::from_utf8_lossy(&failed.body).contains("no connection to"), "{failed:?}");
+    }
+    assert_cause(&get(&proxy), 503, "breaker_open");
+    let place = std::net::TcpListener::from(place);
+    let _back = crate::support::RawServer::start_on(place, |mut stream| {
+        use std::io::{Read, Write};
+        let mut seen = [0; 4096];
+        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok");
+        }
+    });
+    drop(filling);
     eventually("the breaker to let a trial through", || get(&proxy).status() == 200);
 }
 
