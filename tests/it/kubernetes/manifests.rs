@@ -8,7 +8,7 @@ use std::{
 };
 
 use outrigger::kubernetes::inject::{CONFIG_KEY, Defaults, Outcome, Owner, inject, proxy_config};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{outrigger, validate, values};
 use crate::support::has_tool;
@@ -126,6 +126,13 @@ fn the_manifests_say_what_the_code_knows() {
             assert!(selector.contains("kube-system") && selector.contains("outrigger-system"), "{selector}");
         }
     }
+
+    // Nobody has more rights than discovery uses (kubernetes_discovery has what it asks), in more places than are named.
+    let roles = of_kind(&objects, "ClusterRole");
+    let rules = json!([{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}]);
+    assert_eq!(roles.iter().map(|role| &role["rules"]).collect::<Vec<_>>(), [&rules]);
+    assert!(of_kind(&objects, "ClusterRoleBinding").is_empty() && of_kind(&objects, "Role").is_empty());
+    assert_eq!(webhook["automountServiceAccountToken"], false, "it asks the API server for nothing");
 
     // Configurations and defaults can be used.
     let (mut configurations, mut defaults) = (0, None);

@@ -276,6 +276,21 @@ fn many_pods_are_made_at_a_time() {
     });
 }
 
+/// Whoever makes a pod waits for it. Handshake, connection and a debug build included, on a machine that others use.
+#[test]
+fn a_review_takes_milliseconds() {
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    let quickest = (0..20).map(|_| {
+        let began = Instant::now();
+        assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
+        began.elapsed()
+    });
+    let quickest = quickest.min().expect("one");
+    assert!(quickest < Duration::from_millis(100), "{quickest:?}");
+}
+
 #[test]
 fn connections_that_ask_nothing_give_way() {
     let pki = pki();
