@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Method, Uri};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter, DuplexStream, duplex};
 
 use super::{super::HEADER_TIMEOUT, *};
 use crate::{
@@ -315,6 +315,32 @@ async fn a_body_breaks_off_when_its_connection_is_cut() {
     assert!(matches!(second, Some(Err(Error::CutOff))), "{second:?}");
     assert!(!body.is_end_stream(), "half a body is none that has ended");
     assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "the stream is closed, whoever still holds the body");
+}
+
+/// TLS takes more than the system does: all is written when its last record is with the system.
+#[tokio::test(start_paused = true)]
+async fn an_answer_is_out_when_its_last_record_is() {
+    let (mut near, far) = duplex(64);
+    // As TLS does, it takes what it is given, and hands it on when it is flushed.
+    let link = Link::new(Box::new(BufWriter::new(far)), Bytes::new());
+    link.borrow_mut().outlet.head().extend_from_slice(&[b'x'; 1000]);
+    let first = poll_fn(|cx| Poll::Ready(link.borrow_mut().poll_flush(cx))).await;
+    assert!(first.is_pending() && link.borrow().outlet.is_empty());
+    let is_blocked = || link.borrow().due(None).1.contains("takes nothing");
+    assert!(is_blocked());
+    let mut got = Vec::new();
+    let reads = async {
+        while got.len() < 1000 {
+            assert_ne!(near.read_buf(&mut got).await.unwrap(), 0, "cut after {} bytes", got.len());
+        }
+    };
+    let flushes = async {
+        poll_fn(|cx| link.borrow_mut().poll_flush(cx)).await.unwrap();
+        // What is not with the system by now is lost.
+        link.borrow_mut().end();
+    };
+    tokio::join!(flushes, reads);
+    assert!(!is_blocked());
 }
 
 fn asked(method: Method, version: Version, fields: HeaderMap) -> Asked {
