@@ -68,10 +68,13 @@ pub fn hand_on(
         let (Some(callers), Some(protocol)) = (callers_upgrade, said.upgrade) else {
             return Err(broken(ProxyError::malformed("101 to a request that asked for no upgrade")));
         };
+        let Some(stream) = lease.take_stream() else {
+            return Err(broken(ProxyError::malformed("101 before all of the request was sent")));
+        };
         let idle = exchange.policy.tunnel_idle_timeout.limit();
         // A tunnel counts among the connections only.
         let held = Held { place: None, ..held };
-        upgrade::join(connection, callers, (lease, held), idle, exchange.call.progress.over_at());
+        upgrade::join(connection, callers, stream, (lease, held), idle, exchange.call.progress.over_at());
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(UPGRADE, protocol);
         return Ok(response.map(|_| ResponseBody::Empty));

@@ -2,6 +2,7 @@
 
 use std::{rc::Rc, time::Duration};
 
+use bytes::Bytes;
 use tokio::{task::spawn_local, time::Instant};
 
 use super::{
@@ -11,21 +12,22 @@ use super::{
     io::Prefixed,
     tunnel::relay,
 };
-use crate::upstream::Lease;
+use crate::upstream::{Lease, stream::UpstreamIo};
 
-/// Joins the two sides once the caller's has changed protocol, too.
+/// Joins the two sides once the caller's has changed protocol, too. `service` is its side, and what has come by it
+/// already.
 pub fn join(
     connection: &Rc<Connection>,
     callers: Upgrade,
-    (mut lease, held): (Lease, Held),
+    (service, unread): (UpstreamIo, Bytes),
+    held: (Lease, Held),
     idle: Option<Duration>,
     over_at: Option<Instant>,
 ) {
-    let Some((service, unread)) = lease.take_stream() else { return };
     let worker = Rc::clone(&connection.worker);
     let inbound = connection.side == Side::Inbound;
     spawn_local(async move {
-        let _held = (lease, held);
+        let _held = held;
         let metrics = &worker.shared.metrics;
         let _open = if inbound { metrics.inbound.opened() } else { metrics.outbound.opened() };
         let Some(caller) = callers.stream().await else {

@@ -155,6 +155,21 @@ fn an_upgrade_while_leaving_is_still_one() {
     assert!(head.starts_with("http/1.1 101 ") && head.contains("connection: upgrade"), "{head}");
 }
 
+/// What a service says before it has got the whole request cannot change the protocol: the rest would be taken for it.
+#[test]
+fn an_upgrade_amid_a_request_is_refused() {
+    let server = upgrading();
+    let proxy = Proxy::start(config(server.address(), "", ""));
+    for address in [proxy.outbound(), proxy.inbound()] {
+        let mut client = RawClient::connect(address);
+        client.send(UPGRADE.replace("\r\n\r\n", "\r\nContent-Length: 4\r\n\r\n"));
+        let answer = client.response().expect("a well-formed response").expect("a response");
+        assert_eq!(answer.status(), 502, "{answer:?}");
+        assert!(answer.text().contains("101 before all of the request was sent"), "{answer:?}");
+        client.send("body");
+    }
+}
+
 /// A caller that connects first and speaks later is told what is wrong like any other.
 #[test]
 fn a_late_speaker_is_answered_though_the_service_is_down() {
