@@ -57,13 +57,7 @@ impl SharedTcp {
         cx: &mut Context<'_>,
         mut read: impl FnMut(&TcpStream) -> io::Result<T>,
     ) -> Poll<io::Result<T>> {
-        loop {
-            ready!(self.0.poll_read_ready(cx))?;
-            match self.0.try_io(Interest::READABLE, || read(&self.0)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                done => return Poll::Ready(done),
-            }
-        }
+        self.poll_try(|tcp| tcp.poll_read_ready(cx), |tcp| tcp.try_io(Interest::READABLE, || read(tcp)))
     }
 
     /// Does what writes to it as soon as there is room.
@@ -72,7 +66,23 @@ impl SharedTcp {
         cx: &mut Context<'_>,
         mut write: impl FnMut(&TcpStream) -> io::Result<T>,
     ) -> Poll<io::Result<T>> {
-        self.poll_try(cx, |tcp| tcp.try_io(Interest::WRITABLE, || write(tcp)))
+        self.poll_try(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_io(Interest::WRITABLE, || write(tcp)))
+    }
+
+    /// Tries whenever the stream may be ready, until it is. An attempt goes by one of tokio's own, which notes where
+    /// it is not.
+    fn poll_try<T>(
+        &self,
+        mut may_be_ready: impl FnMut(&TcpStream) -> Poll<io::Result<()>>,
+        mut attempt: impl FnMut(&TcpStream) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        loop {
+            ready!(may_be_ready(&self.0))?;
+            match attempt(&self.0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return Poll::Ready(done),
+            }
+        }
     }
 
     /// Waits until the peer has said something, or left.
@@ -87,42 +97,18 @@ impl SharedTcp {
 
 impl AsyncRead for SharedTcp {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        loop {
-            ready!(self.0.poll_read_ready(cx))?;
-            let room = buf.remaining();
-            match self.0.try_read_buf(buf) {
-                Ok(count) => {
-                    if (1..room).contains(&count) {
-                        self.drained();
-                    }
-                    return Poll::Ready(Ok(()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+        let room = buf.remaining();
+        let count = ready!(self.poll_try(|tcp| tcp.poll_read_ready(cx), |tcp| tcp.try_read_buf(buf)))?;
+        if (1..room).contains(&count) {
+            self.drained();
         }
-    }
-}
-
-impl SharedTcp {
-    fn poll_try<T>(
-        &self,
-        cx: &mut Context<'_>,
-        mut write: impl FnMut(&TcpStream) -> io::Result<T>,
-    ) -> Poll<io::Result<T>> {
-        loop {
-            ready!(self.0.poll_write_ready(cx))?;
-            match write(&self.0) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                done => return Poll::Ready(done),
-            }
-        }
+        Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for SharedTcp {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_try(cx, |tcp| tcp.try_write(buf))
+        self.poll_try(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_write(buf))
     }
 
     fn poll_write_vectored(
@@ -130,7 +116,7 @@ impl AsyncWrite for SharedTcp {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_try(cx, |tcp| tcp.try_write_vectored(bufs))
+        self.poll_try(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_write_vectored(bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
