@@ -48,6 +48,12 @@ pub enum CallerBody {
     Http2(Incoming),
 }
 
+impl Default for CallerBody {
+    fn default() -> Self {
+        Self::Http1(connection::Body::default())
+    }
+}
+
 impl Body for CallerBody {
     type Data = Bytes;
     type Error = BodyError;

@@ -39,16 +39,18 @@ use crate::{
 };
 
 /// Answers a call. Whatever goes wrong becomes an answer that says so; a bug of ours too.
+///
+/// What the call needs is taken out of `request`: a future that was given it would have room for it twice.
 pub async fn answer(
     connection: &Rc<Connection>,
-    mut request: Request<CallerBody>,
+    request: &mut Request<CallerBody>,
     present: Present,
     progress: &Rc<Progress>,
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
-    let request_id = request_id(connection, &mut request, present);
-    let grpc = open(connection, &view, &request, (present, &request_id), progress);
+    let request_id = request_id(connection, request, present);
+    let grpc = open(connection, &view, request, (present, &request_id), progress);
     let _unanswered = Unanswered(progress);
 
     let result = catch_panic(pin!(handle(connection, &view, request, present, progress))).await;
@@ -159,11 +161,11 @@ fn open(
 async fn handle(
     connection: &Rc<Connection>,
     view: &View,
-    mut request: Request<CallerBody>,
+    request: &mut Request<CallerBody>,
     present: Present,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    guard::check(&request, present)?;
+    guard::check(request, present)?;
     if connection.refused_plaintext() {
         return Err(ProxyError::new(
             Cause::NotAllowed,
@@ -172,7 +174,7 @@ async fn handle(
     }
     guard::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;
     if connection.side == Side::Inbound {
-        authorize::call(connection, view, &mut request, progress.started()).await?;
+        authorize::call(connection, view, request, progress.started()).await?;
     }
     if request.method() == Method::CONNECT {
         return match (&connection.side, &connection.tunnel_to) {
@@ -185,7 +187,7 @@ async fn handle(
                 .with_status(StatusCode::METHOD_NOT_ALLOWED)),
         };
     }
-    let target = target::find(connection, view, &request)?;
+    let target = target::find(connection, view, request)?;
     progress.note(|record| {
         record.served = Some(Arc::clone(&target.local.whom));
         record.matched = Some(Arc::clone(&target.matched.whom));
@@ -236,7 +238,7 @@ mod tests {
     #[test]
     fn a_call_is_small() {
         fn size<'a, F: Future>(
-            _: impl Fn(&'a Rc<Connection>, Request<CallerBody>, Present, &'a Rc<Progress>) -> F,
+            _: impl Fn(&'a Rc<Connection>, &'a mut Request<CallerBody>, Present, &'a Rc<Progress>) -> F,
         ) -> usize {
             size_of::<F>()
         }
@@ -244,7 +246,7 @@ mod tests {
         assert!(size <= MOST_BYTES, "{size} bytes");
     }
 
-    const MOST_BYTES: usize = 4600;
+    const MOST_BYTES: usize = 2700;
 
     #[tokio::test]
     async fn a_panic_becomes_an_error() {

@@ -232,17 +232,17 @@ fn unmapped(ip: IpAddr) -> IpAddr {
 pub async fn open_tunnel(
     connection: &Rc<Connection>,
     view: &View,
-    mut request: Request<CallerBody>,
+    request: &mut Request<CallerBody>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let authority =
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
     let to = target::host_port(authority, request.method())?;
-    let target = target::by_host(connection, view, &to, &request)?;
+    let target = target::by_host(connection, view, &to, request)?;
     // Whom the caller named is who must answer, where nothing else says.
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
     let allowed = |address| check_address(view, connection, &target, address);
     let dialled = dial_allowed(connection, &target.local, tls, allowed).await?;
-    let upgrade = connection.upgrade(&mut request);
+    let upgrade = connection.upgrade(request);
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {
         let _open = inside.worker.shared.metrics.outbound.opened();

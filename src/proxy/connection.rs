@@ -275,9 +275,9 @@ impl Connection {
         let progress = Rc::new(Progress::new(Instant::now()));
         self.exchange.replace(Some(Rc::clone(&progress)));
         let present = Present::of(request.headers());
-        let request = request.map(CallerBody::Http2);
+        let mut request = request.map(CallerBody::Http2);
         // Boxed: hyper moves it about.
-        Box::pin(async move { Ok(call::answer(&self, request, present, &progress).await) })
+        Box::pin(async move { Ok(call::answer(&self, &mut request, present, &progress).await) })
     }
 
     /// The stream of a call, for when its answer changes the protocol.

@@ -10,7 +10,7 @@
 //!
 //! The second line is in [`super::admission`], the third and the fourth are in [`super::tries`] and [`super::judge`].
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{mem::take, rc::Rc, sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 
@@ -44,6 +44,7 @@ use crate::{
 };
 
 /// What holds for a call, whichever upstream serves it in the end.
+#[derive(Clone, Copy)]
 pub struct Call<'a> {
     pub connection: &'a Rc<Connection>,
     pub view: &'a View,
@@ -54,6 +55,12 @@ pub struct Call<'a> {
     pub(super) expects_continue: bool,
     /// The caller can be told of interim responses: HTTP/1.1 on both sides.
     pub(super) interim: bool,
+}
+
+/// How the caller came, and its stream, where it asks to change the protocol.
+struct Callers {
+    version: Version,
+    upgrade: Option<Upgrade>,
 }
 
 /// What a call takes along from try to try, and to the upstream that is asked in place of the first one.
@@ -89,28 +96,27 @@ pub async fn run(
     connection: &Rc<Connection>,
     view: &View,
     target: &Target,
-    mut request: Request<CallerBody>,
+    request: &mut Request<CallerBody>,
     present: Present,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
     let grpc = progress.note(|record| record.grpc).unwrap_or_default();
-    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(&mut request));
-    let (mut parts, body) = request.into_parts();
-    let callers_version = parts.version;
+    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(request));
+    let callers_version = request.version();
     let version = version_for(cluster.settings.protocol, callers_version);
     let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
 
     let observed_timeout = view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
-    let callers = callers_time(grpc, present, &parts.headers);
+    let callers = callers_time(grpc, present, request.headers());
     let deadline = Deadline::from_caller(progress.started().into_std(), callers);
     let (timeout, attempt) = timeouts(policy, grpc, observed_timeout);
     let clock = Clock::new(deadline, timeout, attempt, progress.started());
     let idle = if grpc { policy.tunnel_idle_timeout } else { policy.idle_timeout };
     progress.set_limits(idle.limit(), policy.max_duration.limit());
 
-    let upgrade = head::prepare(connection, view, target, &mut parts, present, version)?;
+    let upgrade = head::prepare(connection, view, target, request, present, version)?;
     let upgrade = upgrade.filter(|_| http1 && callers_version == Version::HTTP_11);
     let call = Call {
         connection,
@@ -124,10 +130,10 @@ pub async fn run(
     let users = view.snapshot.gate.as_ref().and_then(|gate| gate.users.as_ref());
     let users = users.filter(|users| connection.side == Side::Inbound && !users.claim_headers.is_empty());
     let claims = users.map(|users| Arc::clone(&users.claim_headers));
-    let limit = retries.body_limit(&parts.method, call.idempotency_key);
-    let replay = Replay::new(body, limit, claims, progress);
+    let limit = retries.body_limit(request.method(), call.idempotency_key);
+    let replay = Replay::new(take(request.body_mut()), limit, claims, progress);
     let mut outgoing = head::outgoing(
-        parts,
+        request,
         version,
         &cluster.settings.name,
         upgrade.as_ref(),
@@ -138,20 +144,16 @@ pub async fn run(
 
     let mut carried =
         Carried { clock, outgoing, replay, next: (Why::First, Duration::ZERO), set_aside: None };
+    let callers =
+        Callers { version: callers_version, upgrade: callers_upgrade.filter(|_| upgrade.is_some()) };
+    drop(upgrade);
     let ended = serve(&call, target, policy, retries, &mut carried).await;
     if observed_timeout {
         note_overrun(target, timeouts(policy, grpc, false), progress);
     }
-    let callers_upgrade = callers_upgrade.filter(|_| upgrade.is_some());
-    let failure = match &ended {
-        Ok((_, Ended::Answered(_, outcome))) if !outcome.is_failure() => None,
-        Ok((_, Ended::Answered(_, outcome))) => Some(outcome.label()),
-        Ok((_, Ended::Failed(failed))) => {
-            failed.error.cause.is_exhaustion().then(|| failed.error.cause.word())
-        }
-        Err(error) => error.cause.is_exhaustion().then(|| error.cause.word()),
-    };
-    if let (Some(why), Some(fallback)) = (failure, &policy.fallback.0) {
+    if let Some(fallback) = &policy.fallback.0
+        && let Some(why) = failure(&ended)
+    {
         let Some(other) = &fallback.upstream else {
             progress.note(|record| record.fell_back = Some(why));
             return Ok(deliver::fallback(fallback, &view.names.deployment, why));
@@ -161,41 +163,58 @@ pub async fn run(
         {
             // Its connection and its place are not needed any more.
             drop(ended);
-            let settings = &other.local.cluster.settings;
-            let version = version_for(settings.protocol, callers_version);
-            let tls = other.local.cluster.tls.is_some();
-            head::respell(&mut carried.outgoing, version, &settings.name, !carried.replay.is_empty(), tls)?;
-            let http1 = http1 && version == Version::HTTP_11;
-            let call = Call {
-                interim: call.interim && http1,
-                expects_continue: call.expects_continue && http1,
-                ..call
-            };
-            let callers_upgrade = callers_upgrade.filter(|_| http1);
-            let (policy, retries) = other.matched.cluster.policy(None);
-            progress.note(|record| {
-                record.fell_back = Some(why);
-                record.served = Some(Arc::clone(&other.local.whom));
-            });
-            carried.next = (Why::Fallback, Duration::ZERO);
-            carried.clock = carried.clock.afresh(timeouts(policy, grpc, observed_timeout), progress);
-            let ended = serve(&call, &other, policy, retries, &mut carried).await;
-            return finish(ended?, callers_version, callers_upgrade);
+            return Box::pin(fall_back(call, other, why, carried, callers)).await;
         }
     }
     leave(carried.outgoing.headers);
-    finish(ended?, callers_version, callers_upgrade)
+    finish(ended?, callers)
+}
+
+/// Why there may be need of a fallback.
+fn failure(ended: &Result<(Exchange<'_>, Ended), ProxyError>) -> Option<&'static str> {
+    let error = match ended {
+        Ok((_, Ended::Answered(_, outcome))) => return outcome.is_failure().then(|| outcome.label()),
+        Ok((_, Ended::Failed(failed))) => &failed.error,
+        Err(error) => error,
+    };
+    error.cause.is_exhaustion().then(|| error.cause.word())
+}
+
+/// Has another upstream serve a call.
+async fn fall_back(
+    mut call: Call<'_>,
+    other: Target,
+    why: &'static str,
+    mut carried: Carried,
+    mut callers: Callers,
+) -> Result<Response<ResponseBody>, ProxyError> {
+    let cluster = &other.local.cluster;
+    let version = version_for(cluster.settings.protocol, callers.version);
+    let has_body = !carried.replay.is_empty();
+    head::respell(&mut carried.outgoing, version, &cluster.settings.name, has_body, cluster.tls.is_some())?;
+    if version != Version::HTTP_11 {
+        (call.interim, call.expects_continue, callers.upgrade) = (false, false, None);
+    }
+    let (policy, retries) = other.matched.cluster.policy(None);
+    call.progress.note(|record| {
+        record.fell_back = Some(why);
+        record.served = Some(Arc::clone(&other.local.whom));
+    });
+    carried.next = (Why::Fallback, Duration::ZERO);
+    let observed = call.view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
+    carried.clock = carried.clock.afresh(timeouts(policy, call.grpc, observed), call.progress);
+    let ended = serve(&call, &other, policy, retries, &mut carried).await;
+    finish(ended?, callers)
 }
 
 fn finish(
     (exchange, ended): (Exchange<'_>, Ended),
-    callers_version: Version,
-    callers_upgrade: Option<Upgrade>,
+    callers: Callers,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     match ended {
         Ended::Failed(failed) => Err(failed.error),
         Ended::Answered(answer, outcome) => {
-            deliver::hand_on(&exchange, *answer, &outcome, callers_version, callers_upgrade)
+            deliver::hand_on(&exchange, *answer, &outcome, callers.version, callers.upgrade)
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The head of a request, from what the caller sent to what the upstream gets.
 
+use std::mem::take;
+
 use http::{
-    HeaderMap, HeaderValue, Uri, Version,
+    HeaderMap, HeaderValue, Request, Uri, Version,
     header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE},
-    request, uri,
+    uri,
 };
 
 use super::{
@@ -18,82 +20,87 @@ use super::{
 use crate::runtime::View;
 
 /// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
-pub fn prepare(
+pub fn prepare<B>(
     connection: &Connection,
     view: &View,
     target: &Target,
-    head: &mut request::Parts,
+    request: &mut Request<B>,
     present: Present,
     version: Version,
 ) -> Result<Option<HeaderValue>, ProxyError> {
-    let headers = &mut head.headers;
+    let (callers_version, side) = (request.version(), &connection.side);
+    let headers = request.headers_mut();
     let said = headers::remove_hop_by_hop(headers, present)?;
     headers::remove_proxy_credentials(headers, present);
     headers::remove_spoofed(headers, present);
-    view.names.via(&connection.side).append(headers, head.version);
-    if connection.side == Side::Inbound {
-        let host = headers.get(HOST).cloned().or_else(|| {
-            head.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
+    view.names.via(side).append(headers, callers_version);
+    if *side == Side::Inbound {
+        let host = request.headers().get(HOST).cloned().or_else(|| {
+            let authority = request.uri().authority();
+            authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
         let caller =
             Caller { address: &connection.peer, proto: if connection.tls { "https" } else { "http" }, host };
+        let headers = request.headers_mut();
         if let Some(value) = connection.client_cert() {
             headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
         }
         headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, caller);
     }
-    if version == Version::HTTP_11 && head.version == Version::HTTP_2 {
-        headers::join_cookies(headers);
+    if version == Version::HTTP_11 && callers_version == Version::HTTP_2 {
+        headers::join_cookies(request.headers_mut());
     }
     if let Some(route) = target.route {
-        if let Some(edits) = target.matched.cluster.edits.get(route) {
-            edits.request.apply(headers);
-            if edits.request.sets(&HOST)
-                && let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok())
-            {
-                let mut parts = std::mem::take(&mut head.uri).into_parts();
-                parts.authority =
-                    Some(host.parse().map_err(|_| ProxyError::malformed("`host` is set to no host"))?);
-                parts.scheme.get_or_insert(http::uri::Scheme::HTTP);
-                parts.path_and_query.get_or_insert(uri::PathAndQuery::from_static("/"));
-                head.uri =
-                    Uri::from_parts(parts).map_err(|error| ProxyError::malformed(error.to_string()))?;
-            }
-        }
-        if let Some(routes) = target.index.and_then(|index| view.snapshot.router.routes(index))
-            && let Some(path) = head.uri.path_and_query()
-            && let Some(rewritten) = routes.rewrite(route, path)
-        {
-            let mut parts = std::mem::take(&mut head.uri).into_parts();
-            parts.path_and_query = Some(rewritten);
-            head.uri = Uri::from_parts(parts).map_err(|error| ProxyError::malformed(error.to_string()))?;
-        }
+        edit(view, target, route, request)?;
     }
     Ok(said.upgrade)
 }
 
-/// The head as the upstream's protocol has it.
-pub fn outgoing(
-    mut head: request::Parts,
+/// Makes of the head what its route wants.
+fn edit<B>(view: &View, target: &Target, route: usize, request: &mut Request<B>) -> Result<(), ProxyError> {
+    let malformed = |error: uri::InvalidUriParts| ProxyError::malformed(error.to_string());
+    if let Some(edits) = target.matched.cluster.edits.get(route) {
+        let headers = request.headers_mut();
+        edits.request.apply(headers);
+        if edits.request.sets(&HOST)
+            && let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok())
+        {
+            let host = host.parse().map_err(|_| ProxyError::malformed("`host` is set to no host"))?;
+            let mut parts = take(request.uri_mut()).into_parts();
+            parts.authority = Some(host);
+            parts.scheme.get_or_insert(http::uri::Scheme::HTTP);
+            parts.path_and_query.get_or_insert(uri::PathAndQuery::from_static("/"));
+            *request.uri_mut() = Uri::from_parts(parts).map_err(malformed)?;
+        }
+    }
+    if let Some(routes) = target.index.and_then(|index| view.snapshot.router.routes(index))
+        && let Some(path) = request.uri().path_and_query()
+        && let Some(rewritten) = routes.rewrite(route, path)
+    {
+        let mut parts = take(request.uri_mut()).into_parts();
+        parts.path_and_query = Some(rewritten);
+        *request.uri_mut() = Uri::from_parts(parts).map_err(malformed)?;
+    }
+    Ok(())
+}
+
+/// Takes the head out of a request, as the upstream's protocol has it.
+pub fn outgoing<B>(
+    request: &mut Request<B>,
     version: Version,
     name: &str,
     upgrade: Option<&HeaderValue>,
     has_body: bool,
     tls: bool,
 ) -> Result<Outgoing, ProxyError> {
-    let uri = spell(&head.uri, &mut head.headers, version, name, has_body, tls)?;
+    let mut headers = take(request.headers_mut());
+    let uri = spell(request.uri(), &mut headers, version, name, has_body, tls)?;
     if let Some(protocol) = upgrade {
-        head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        head.headers.insert(UPGRADE, protocol.clone());
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, protocol.clone());
     }
-    Ok(Outgoing {
-        method: head.method,
-        uri,
-        version,
-        headers: head.headers,
-        extensions: head.extensions,
-        keep: false,
-    })
+    let (method, extensions) = (take(request.method_mut()), take(request.extensions_mut()));
+    Ok(Outgoing { method, uri, version, headers, extensions, keep: false })
 }
 
 /// The same for another upstream, which may be called by another protocol.

@@ -52,6 +52,14 @@ impl Drop for Served {
     }
 }
 
+/// A request that is to be answered.
+struct Begun {
+    request: Request<CallerBody>,
+    present: Present,
+    asked: Asked,
+    progress: Rc<Progress>,
+}
+
 /// What becomes of a connection after a request.
 enum After {
     /// It serves the next one.
@@ -105,7 +113,15 @@ impl Connection {
                 }
             };
             // Boxed: an idle connection holds no room for it.
-            match Box::pin(self.exchange(link, head)).await? {
+            let exchange = self.begin_exchange(link, head).map(|begun| Box::pin(self.exchange(link, begun)));
+            let after = match exchange {
+                Ok(exchange) => exchange.await?,
+                Err(error) => {
+                    refuse(link, error.into()).await?;
+                    break true;
+                }
+            };
+            match after {
                 After::Next => {}
                 After::Close { lingers } => break lingers,
                 After::HandedOver => return Ok(()),
@@ -119,12 +135,8 @@ impl Connection {
         Ok(())
     }
 
-    /// One request, from its head to the last byte of its answer.
-    async fn exchange(
-        self: &Rc<Self>,
-        link: &Shared,
-        mut head: RequestHead,
-    ) -> Result<After, ConnectionError> {
+    /// Makes a request of a head, and says what becomes of the connection as far as that hangs on it.
+    fn begin_exchange(self: &Rc<Self>, link: &Shared, mut head: RequestHead) -> Result<Begun, FramingError> {
         let mut present = Present::of(&head.fields);
         let mut asked = Asked::of(&head, present);
         if present.has(Field::ContentLength) && present.has(Field::TransferEncoding) {
@@ -133,27 +145,44 @@ impl Connection {
             present = Present::of(&head.fields);
             asked.persists = false;
         }
-        let framing = match framing(&head, present) {
-            Ok(framing) => framing,
-            Err(error) => {
-                refuse(link, error.into()).await?;
-                return Ok(After::Close { lingers: true });
-            }
-        };
+        let framing = framing(&head, present)?;
         let expects_continue = present.has(Field::Expect) && head.version == Version::HTTP_11;
         let body = Link::begin(link, framing, expects_continue);
         let progress = Rc::new(Progress::new(Instant::now()));
         self.exchange.replace(Some(Rc::clone(&progress)));
-        let call = pin!(call::answer(self, request(head, body), present, &progress));
-        let mut response = self.answered(link, call).await?;
+        Ok(Begun { request: request(head, body), present, asked, progress })
+    }
 
+    /// One request, from its head to the last byte of its answer.
+    // No `async fn`, as that has room for what it is given twice.
+    fn exchange(
+        self: &Rc<Self>,
+        link: &Shared,
+        mut begun: Begun,
+    ) -> impl Future<Output = Result<After, ConnectionError>> {
+        async move {
+            let response = {
+                let Begun { request, present, progress, .. } = &mut begun;
+                let call = pin!(call::answer(self, request, *present, progress));
+                self.answered(link, call).await?
+            };
+            self.pass_on(link, response, &begun).await
+        }
+    }
+
+    /// Writes an answer, and sees what becomes of the connection.
+    async fn pass_on(
+        self: &Rc<Self>,
+        link: &Shared,
+        mut response: Response<ResponseBody>,
+        Begun { asked, progress, .. }: &Begun,
+    ) -> Result<After, ConnectionError> {
         link.borrow_mut().give_up_unasked();
         let over = poll_fn(|cx| Poll::Ready(link.borrow_mut().is_request_over(cx))).await;
         // A body that somebody still reads will come to its end.
         let may_persist = !matches!(over, Poll::Ready(false)) && !self.is_leaving();
         let switched = asked.is_switched_by(response.status());
-        let mut plan =
-            write_head(link.borrow_mut().answer(&self.interim), &mut response, &asked, may_persist);
+        let mut plan = write_head(link.borrow_mut().answer(&self.interim), &mut response, asked, may_persist);
         let (parts, body) = response.into_parts();
         leave(parts.headers);
         send(link, body, &mut plan).await?;
