@@ -19,6 +19,7 @@
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
 //! | [`kubernetes`] | the sidecar put into pods, by a command or a webhook |
 //! | [`http1`] | HTTP/1.1 on the wire: heads, bodies, the bytes on their way |
+//! | [`present`] | which fields a head has that the proxy acts on |
 //! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`config`] | from text to a checked configuration that knows who set what |
 //! | [`kubernetes`] | how a pod's traffic comes to pass through the proxy |
@@ -44,6 +45,7 @@ pub mod fetch;
 pub mod http1;
 pub mod identity;
 pub mod kubernetes;
+pub mod present;
 pub mod proxy;
 pub mod resilience;
 pub mod rng;

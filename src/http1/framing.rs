@@ -9,6 +9,8 @@ use http::{
     },
 };
 
+use crate::present::{Field, Present};
+
 /// A chunk's first line: its size, and what else is said there, which is let go.
 const MAX_CHUNK_LINE: usize = 1024;
 /// Of such lines' further sayings, in one body.
@@ -55,11 +57,11 @@ impl Framing {
     /// # Errors
     ///
     /// Where its end can't be told.
-    pub fn of_request(version: Version, fields: &HeaderMap) -> Result<Self, FramingError> {
-        match coded(version, fields)? {
+    pub fn of_request(version: Version, fields: &HeaderMap, present: Present) -> Result<Self, FramingError> {
+        match coded(version, fields, present)? {
             Some(true) => Ok(Self::Chunked),
             Some(false) => Err(FramingError::Coding),
-            None => Ok(Self::Length(content_length(fields)?.unwrap_or(0))),
+            None => Ok(Self::Length(length(fields, present)?.unwrap_or(0))),
         }
     }
 
@@ -73,14 +75,15 @@ impl Framing {
         status: StatusCode,
         version: Version,
         fields: &HeaderMap,
+        present: Present,
     ) -> Result<Self, FramingError> {
         if *method == Method::HEAD || has_no_body(status) {
             return Ok(Self::EMPTY);
         }
-        match coded(version, fields)? {
+        match coded(version, fields, present)? {
             Some(true) => Ok(Self::Chunked),
             Some(false) => Ok(Self::UntilClose),
-            None => Ok(content_length(fields)?.map_or(Self::UntilClose, Self::Length)),
+            None => Ok(length(fields, present)?.map_or(Self::UntilClose, Self::Length)),
         }
     }
 }
@@ -91,13 +94,20 @@ pub fn has_no_body(status: StatusCode) -> bool {
 }
 
 /// Whether a body is coded for its transfer, and `chunked` at last.
-fn coded(version: Version, fields: &HeaderMap) -> Result<Option<bool>, FramingError> {
+fn coded(version: Version, fields: &HeaderMap, present: Present) -> Result<Option<bool>, FramingError> {
+    if !present.has(Field::TransferEncoding) {
+        return Ok(None);
+    }
     let Some(last) = fields.get_all(TRANSFER_ENCODING).iter().next_back() else { return Ok(None) };
     if version == Version::HTTP_10 {
         return Err(FramingError::CodingOf10);
     }
     let last = last.as_bytes().rsplit(|byte| *byte == b',').next().unwrap_or_default();
     Ok(Some(last.trim_ascii().eq_ignore_ascii_case(b"chunked")))
+}
+
+fn length(fields: &HeaderMap, present: Present) -> Result<Option<u64>, FramingError> {
+    if present.has(Field::ContentLength) { content_length(fields) } else { Ok(None) }
 }
 
 /// What `Content-Length` says; it may be said more than once, but only the same (RFC 9110 §8.6).

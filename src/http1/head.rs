@@ -8,6 +8,8 @@ use http::{
 };
 use hyper::ext::ReasonPhrase;
 
+use crate::present::{Field, Present};
+
 /// Fields that a head may have.
 pub const MAX_FIELDS: usize = 100;
 /// Room for the fields that a proxy adds to a request. More than that is found where it is needed.
@@ -48,6 +50,9 @@ pub struct RequestHead {
     pub target: Uri,
     pub version: Version,
     pub fields: HeaderMap,
+    /// Which of the fields are there that a proxy acts on.
+    pub present: Present,
+    pub connection: Wish,
     pub spelling: Option<Spelling>,
 }
 
@@ -59,6 +64,9 @@ pub struct ResponseHead {
     pub reason: Option<ReasonPhrase>,
     pub version: Version,
     pub fields: HeaderMap,
+    /// Which of the fields are there that a proxy acts on.
+    pub present: Present,
+    pub connection: Wish,
     pub spelling: Option<Spelling>,
 }
 
@@ -99,6 +107,29 @@ pub fn leave(mut fields: HeaderMap) {
     }
 }
 
+/// What a `Connection` field says that has one word only, as nearly all have. It is of this hop, and not kept among the
+/// fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    close: bool,
+    keep_alive: bool,
+}
+
+impl Wish {
+    /// Takes note of a field. Says whether there is no more to it.
+    fn takes(&mut self, name: &str, value: &[u8]) -> bool {
+        const NAME: &str = "connection";
+        if name.len() != NAME.len() || !name.eq_ignore_ascii_case(NAME) {
+            return false;
+        }
+        let (close, keep_alive) =
+            (value.eq_ignore_ascii_case(b"close"), value.eq_ignore_ascii_case(b"keep-alive"));
+        self.close |= close;
+        self.keep_alive |= keep_alive;
+        close || keep_alive
+    }
+}
+
 /// How the names of fields were spelt, for those who insist on it.
 #[derive(Clone, Debug, Default)]
 pub struct Spelling(HeaderMap<Bytes>);
@@ -121,8 +152,9 @@ pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize,
     let target = request.path.map(|path| head.part(path.as_bytes())).unwrap_or_default();
     let target = Uri::from_maybe_shared(target).map_err(|_| HeadError::Target)?;
     let version = version(request.version);
-    let (fields, spelling) = head.fields(request.headers, ADDED, keep_spelling)?;
-    Ok(Some((length, RequestHead { method, target, version, fields, spelling })))
+    let Fields { fields, present, connection, spelling } =
+        head.fields(request.headers, ADDED, keep_spelling)?;
+    Ok(Some((length, RequestHead { method, target, version, fields, present, connection, spelling })))
 }
 
 /// Reads the head of a response, and how many bytes it takes. `None`: there is more to come.
@@ -146,12 +178,20 @@ pub fn parse_response(input: &[u8], keep_spelling: bool) -> Result<Option<(usize
     let reason = response.reason.filter(|reason| status.canonical_reason() != Some(reason));
     let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
     let version = version(response.version);
-    let (fields, spelling) = head.fields(response.headers, 0, keep_spelling)?;
-    Ok(Some((length, ResponseHead { status, reason, version, fields, spelling })))
+    let Fields { fields, present, connection, spelling } = head.fields(response.headers, 0, keep_spelling)?;
+    Ok(Some((length, ResponseHead { status, reason, version, fields, present, connection, spelling })))
 }
 
 fn version(minor: Option<u8>) -> Version {
     if minor == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 }
+}
+
+/// What the fields of a head are read as.
+struct Fields {
+    fields: HeaderMap,
+    present: Present,
+    connection: Wish,
+    spelling: Option<Spelling>,
 }
 
 /// A head that was found in what came, and a copy of it that its parts share.
@@ -182,20 +222,25 @@ impl<'a> Head<'a> {
         parsed: &[httparse::Header<'_>],
         more: usize,
         keep_spelling: bool,
-    ) -> Result<(HeaderMap, Option<Spelling>), HeadError> {
+    ) -> Result<Fields, HeadError> {
         let mut fields = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
         fields.reserve(parsed.len() + more);
         let mut spelling = keep_spelling.then(Spelling::default);
+        let (mut present, mut connection) = (Present::default(), Wish::default());
         for field in parsed {
+            if connection.takes(field.name, field.value) {
+                continue;
+            }
             let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| HeadError::Field)?;
             let value =
                 HeaderValue::from_maybe_shared(self.part(field.value)).map_err(|_| HeadError::Field)?;
             if let Some(Spelling(spelt)) = &mut spelling {
                 spelt.append(&name, self.part(field.name.as_bytes()));
             }
+            present.add(&name);
             fields.append(name, value);
         }
-        Ok((fields, spelling))
+        Ok(Fields { fields, present, connection, spelling })
     }
 }
 
@@ -240,6 +285,19 @@ pub fn write_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
+/// A number in digits.
+pub fn decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            return &digits[at..];
+        }
+    }
+}
+
 /// Writes fields, without the empty line behind them.
 pub fn write_fields(out: &mut Vec<u8>, fields: &HeaderMap, spelling: Option<&Spelling>) {
     let Some(Spelling(spelt)) = spelling else {
@@ -257,15 +315,11 @@ pub fn write_fields(out: &mut Vec<u8>, fields: &HeaderMap, spelling: Option<&Spe
     }
 }
 
-/// What a message says of its connection (RFC 9112 §9.3).
-pub fn persists(version: Version, fields: &HeaderMap) -> bool {
-    let (mut close, mut keep) = (false, false);
-    for value in fields.get_all(CONNECTION) {
-        // What nearly all say.
-        if value == "keep-alive" {
-            keep = true;
-            continue;
-        }
+/// What a message says of its connection (RFC 9112 §9.3): in a word, and in the fields that say more.
+pub fn persists(version: Version, said: Wish, fields: &HeaderMap, present: Present) -> bool {
+    let Wish { mut close, keep_alive: mut keep } = said;
+    let more = present.has(Field::Connection).then(|| fields.get_all(CONNECTION));
+    for value in more.iter().flatten() {
         for option in value.as_bytes().split(|byte| *byte == b',') {
             let option = option.trim_ascii();
             close |= option.eq_ignore_ascii_case(b"close");

@@ -4,7 +4,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode, Uri, Version};
+use http::{HeaderMap, Method, StatusCode, Uri, Version, header::CONNECTION};
 use proptest::prelude::*;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -12,12 +12,13 @@ use super::{
     Error,
     framing::{Decoded, Decoder, Framing, FramingError, announced, content_length},
     head::{
-        HeadError, parse_request, parse_response, persists, write_fields, write_request_line,
+        HeadError, RequestHead, parse_request, parse_response, persists, write_fields, write_request_line,
         write_status_line,
     },
     intake::{Intake, Part},
     outlet::Outlet,
 };
+use crate::present::Present;
 
 fn fields(text: &str) -> HeaderMap {
     let head = format!("GET / HTTP/1.1\r\n{text}\r\n");
@@ -108,12 +109,27 @@ fn a_target_without_a_path_gets_one() {
 
 #[test]
 fn a_connection_persists_unless_one_side_says_otherwise() {
-    let persists = |version, text| persists(version, &fields(text));
-    assert!(persists(Version::HTTP_11, ""));
-    assert!(!persists(Version::HTTP_10, ""));
-    assert!(persists(Version::HTTP_10, "Connection: Keep-Alive\r\n"));
-    assert!(!persists(Version::HTTP_11, "Connection: upgrade, Close\r\n"));
-    assert!(!persists(Version::HTTP_11, "Connection: close\r\nConnection: keep-alive\r\n"));
+    let head = |minor: u8, text: &str| {
+        let head = format!("GET / HTTP/1.{minor}\r\n{text}\r\n");
+        parse_request(head.as_bytes(), true).unwrap().unwrap().1
+    };
+    let persists = |minor, text: &str| {
+        let RequestHead { version, connection, fields, present, .. } = head(minor, text);
+        persists(version, connection, &fields, present)
+    };
+    assert!(persists(1, ""));
+    assert!(!persists(0, ""));
+    assert!(persists(0, "Connection: Keep-Alive\r\n"));
+    assert!(!persists(1, "connection: Close\r\n"));
+    assert!(!persists(1, "Connection: upgrade, Close\r\n"));
+    for (one, other) in [("close", "keep-alive"), ("keep-alive", "close"), ("keep-alive", "te, close")] {
+        let said = format!("Connection: {one}\r\nConnection: {other}\r\n");
+        assert!(!persists(1, &said), "{said}");
+    }
+    // What says more than that is for others to read, and one word is for nobody.
+    let kept = |text| head(1, text).fields.get_all(CONNECTION).iter().count();
+    assert_eq!(kept("Connection: keep-alive\r\nCONNECTION: CLOSE\r\n"), 0);
+    assert_eq!(kept("Connection: keep-alive\r\nConnection: keep-alive, x\r\nConnection: upgrade\r\n"), 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +138,10 @@ fn a_connection_persists_unless_one_side_says_otherwise() {
 #[test]
 fn where_a_body_ends_is_told_by_its_head() {
     use Framing::{Chunked, Length, UntilClose};
-    let request = |version, text| Framing::of_request(version, &fields(text));
+    let request = |version, text| {
+        let fields = fields(text);
+        Framing::of_request(version, &fields, Present::of(&fields))
+    };
     assert_eq!(request(Version::HTTP_11, ""), Ok(Framing::EMPTY));
     assert_eq!(request(Version::HTTP_11, "Content-Length: 5\r\n"), Ok(Length(5)));
     assert_eq!(request(Version::HTTP_11, "Transfer-Encoding: Chunked\r\n"), Ok(Chunked));
@@ -130,7 +149,8 @@ fn where_a_body_ends_is_told_by_its_head() {
     assert_eq!(request(Version::HTTP_10, "Transfer-Encoding: chunked\r\n"), Err(FramingError::CodingOf10));
     let response = |method: &Method, status: u16, text| {
         let status = StatusCode::from_u16(status).unwrap();
-        Framing::of_response(method, status, Version::HTTP_11, &fields(text))
+        let fields = fields(text);
+        Framing::of_response(method, status, Version::HTTP_11, &fields, Present::of(&fields))
     };
     let five = "Content-Length: 5\r\n";
     assert_eq!(response(&Method::GET, 200, five), Ok(Length(5)));
@@ -356,7 +376,8 @@ fn messages_are_told_apart_whatever_pieces_they_come_in() {
         let mut cx = Context::from_waker(Waker::noop());
         let parse = |came: &[u8]| parse_request(came, false);
         let head = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap();
-        let mut decoder = Decoder::new(Framing::of_request(head.version, &head.fields).unwrap());
+        let mut decoder =
+            Decoder::new(Framing::of_request(head.version, &head.fields, head.present).unwrap());
         let mut came = 0;
         while let Some(part) = ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap() {
             let Part::Data(data) = part else { panic!("{part:?}") };

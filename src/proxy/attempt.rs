@@ -11,17 +11,16 @@ use super::{
     error::{Cause, ProxyError},
     headers,
     interim::{self, Gate, Interim},
-    present::Present,
 };
 use crate::{
-    http1::head::ResponseHead,
     identity::handshake::refused_after,
+    present::Present,
     resilience::classify::{ConnectFailure, Ending, Health, Reset},
     upstream::{
         Lease,
         connect::ConnectError,
         guards::Guards,
-        http1::Head,
+        http1::{Head, Told},
         local::LocalEndpoint,
         pool::{AnswerError, ConnectionSettings, Pool},
     },
@@ -39,6 +38,7 @@ pub struct Outgoing {
     pub extensions: http::Extensions,
     /// Another upstream may have to be asked after all tries.
     pub keep: bool,
+    pub told: Told,
 }
 
 /// A response's head, with what is held until its body, which comes by the lease, has ended.
@@ -76,7 +76,7 @@ impl Outgoing {
     /// As HTTP/1.1 sends it.
     fn borrow(&self) -> Head<'_> {
         let (spelling, fields) = (self.extensions.get(), &self.headers);
-        Head { method: &self.method, target: &self.uri, fields, spelling }
+        Head { method: &self.method, target: &self.uri, fields, spelling, told: self.told }
     }
 
     /// As HTTP/2 sends it. `last`: no try can follow this one, and nothing is left of it.
@@ -144,21 +144,22 @@ pub async fn send(
                 }
             };
             let answered = connection.send(outgoing.borrow(), body, interim).await;
-            answered.map(ResponseHead::into_response).map_err(|error| (error.into(), !lease.sent_anything()))
+            let answered = answered.map(|head| (head.present, head.into_response()));
+            answered.map_err(|error| (error.into(), !lease.sent_anything()))
         }
         Lease::H2 { stream, body: coming, .. } => {
             let request = outgoing.request(last).map(|()| body);
             let answered = stream.sender().try_send_request(request).await;
-            answered.map(|response| response.map(|body| *coming = Some(body))).map_err(|mut failed| {
+            let answered = answered.map(|response| response.map(|body| *coming = Some(body)));
+            answered.map(|response| (Present::of(response.headers()), response)).map_err(|mut failed| {
                 let unsent = failed.take_message().is_some();
                 (AnswerError::from(failed.into_error()), unsent)
             })
         }
     };
     match answered {
-        Ok(response) => {
+        Ok((present, response)) => {
             in_flight.answered();
-            let present = Present::of(response.headers());
             Ok(Answer { response, present, lease, held: Held { in_flight, sent, place: None, grpc: None } })
         }
         Err((error, unsent)) => Err(classify(name, endpoint.address(), &error, unsent, stale, &lease)),

@@ -17,9 +17,10 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::{connection, grpc::GrpcEnd, headers, interim::Gate, present::Present, progress::Progress};
+use super::{connection, grpc::GrpcEnd, headers, interim::Gate, progress::Progress};
 use crate::{
     http1,
+    present::Present,
     telemetry::record::End,
     upstream::{Lease, guards::Place, local::InFlight, pool::AnswerError},
 };

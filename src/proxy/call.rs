@@ -23,16 +23,16 @@ use super::{
     error::{Cause, Context, ProxyError, respond},
     exchange, guard,
     headers::{self, X_OUTRIGGER_RETRY, X_REQUEST_ID},
-    present::{Field, Present},
     progress::Progress,
     target,
 };
 use crate::{
+    present::{Field, Present},
     resilience::classify::Advice,
     runtime::View,
     telemetry::{
         metrics::Way,
-        propagation,
+        propagation::{self, Trace},
         record::{End, Record, Refusal},
         spans::Asked,
     },
@@ -49,13 +49,13 @@ pub async fn answer(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
-    let request_id = request_id(connection, request, present);
+    let request_id = RequestId::of(connection, request, present);
     let grpc = open(connection, &view, request, (present, &request_id), progress);
     let _unanswered = Unanswered(progress);
 
     let result = catch_panic(pin!(handle(connection, &view, request, present, progress))).await;
     let mut response = result.and_then(|handled| handled).unwrap_or_else(|error| {
-        let request_id = request_id.to_str().unwrap_or_default();
+        let request_id = request_id.text();
         let told = progress.note(|record| {
             let next_hop = match connection.side {
                 Side::Inbound => None,
@@ -63,7 +63,7 @@ pub async fn answer(
             };
             let context = Context {
                 deployment: &view.names.deployment,
-                request_id,
+                request_id: &request_id,
                 trace_id: Some(&record.context.trace.to_string()),
                 upstream: record.upstream(),
                 tries: record.tries.made(),
@@ -125,7 +125,7 @@ fn open(
     connection: &Connection,
     view: &View,
     request: &Request<CallerBody>,
-    (present, request_id): (Present, &HeaderValue),
+    (present, request_id): (Present, &RequestId),
     progress: &Progress,
 ) -> bool {
     let (way, started) = (target::way(connection, request), progress.started());
@@ -139,7 +139,7 @@ fn open(
     };
     if !traces.is_on() {
         // No trace is begun, but all sidecars on the way of a call name it alike.
-        said.request = propagation::Trace::parse(request_id.as_bytes());
+        said.request = request_id.trace();
     }
     let telemetry = &view.snapshot.config.telemetry;
     let context = worker.with_rng(|rng| traces.context(&said, inbound, telemetry, rng, started.into_std()));
@@ -196,18 +196,41 @@ async fn handle(
     exchange::run(connection, view, &target, request, present, progress).await
 }
 
-/// The id of the request, given one where it has none.
-fn request_id(connection: &Connection, request: &mut Request<CallerBody>, present: Present) -> HeaderValue {
-    if present.has(Field::RequestId)
-        && let Some(id) = request.headers().get(X_REQUEST_ID)
-    {
-        return id.clone();
+/// The id of a request.
+enum RequestId {
+    Callers(HeaderValue),
+    Ours(Trace),
+}
+
+impl RequestId {
+    /// That of the request, which is given one where it has none.
+    fn of(connection: &Connection, request: &mut Request<CallerBody>, present: Present) -> Self {
+        if present.has(Field::RequestId)
+            && let Some(id) = request.headers().get(X_REQUEST_ID)
+        {
+            return Self::Callers(id.clone());
+        }
+        let (id, mut text) = (connection.worker.with_rng(Trace::random), [0; 32]);
+        id.encode(&mut text);
+        let value = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0"));
+        request.headers_mut().insert(X_REQUEST_ID, value);
+        Self::Ours(id)
     }
-    let mut text = [0; 32];
-    connection.worker.with_rng(propagation::Trace::random).encode(&mut text);
-    let id = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0"));
-    request.headers_mut().insert(X_REQUEST_ID, id.clone());
-    id
+
+    /// The trace that it would be, if it were one.
+    fn trace(&self) -> Option<Trace> {
+        match self {
+            Self::Callers(id) => Trace::parse(id.as_bytes()),
+            Self::Ours(id) => Some(*id),
+        }
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Callers(id) => id.to_str().unwrap_or_default().to_owned(),
+            Self::Ours(id) => id.to_string(),
+        }
+    }
 }
 
 /// A panic in one call hurts no other: the caller gets a 500, the log the message.

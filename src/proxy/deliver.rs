@@ -17,12 +17,14 @@ use super::{
     exchange::Exchange,
     guard,
     headers::{self, X_OUTRIGGER_RETRY},
-    present::{Field, Present},
     upgrade,
 };
-use crate::resilience::{
-    classify::{Advice, Outcome},
-    fallback::FallbackSettings,
+use crate::{
+    present::{Field, Present},
+    resilience::{
+        classify::{Advice, Outcome},
+        fallback::FallbackSettings,
+    },
 };
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");

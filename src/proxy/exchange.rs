@@ -26,13 +26,13 @@ use super::{
     deliver,
     error::{Cause, ProxyError},
     head,
-    present::{Field, Present},
     progress::Progress,
     target::{self, Target},
 };
 use crate::{
     config::{AttemptTimeout, Balance, Observed, Policy, Protocol},
     http1::head::leave,
+    present::{Field, Present},
     resilience::{
         classify::Outcome,
         deadline::{self, Deadline},
@@ -51,6 +51,8 @@ pub struct Call<'a> {
     pub progress: &'a Rc<Progress>,
     pub(super) grpc: bool,
     pub(super) idempotency_key: bool,
+    /// What the next hop is told of a try may be among the fields already.
+    pub(super) tells: bool,
     /// The body waits for the upstream's `100 Continue`.
     pub(super) expects_continue: bool,
     /// The caller can be told of interim responses: HTTP/1.1 on both sides.
@@ -118,12 +120,14 @@ pub async fn run(
 
     let upgrade = head::prepare(connection, view, target, request, present, version)?;
     let upgrade = upgrade.filter(|_| http1 && callers_version == Version::HTTP_11);
+    let edited = target.route.is_some_and(|route| target.matched.cluster.edits.get(route).is_some());
     let call = Call {
         connection,
         view,
         progress,
         grpc,
         idempotency_key: present.has(Field::IdempotencyKey),
+        tells: edited || present.has(Field::RequestTimeout) || present.has(Field::Attempt),
         expects_continue: http1 && present.has(Field::Expect),
         interim: http1 && callers_version == Version::HTTP_11,
     };

@@ -5,10 +5,8 @@ use http::{
     header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING, VIA},
 };
 
-use super::{
-    error::{Cause, ProxyError},
-    present::{Field, Present},
-};
+use super::error::{Cause, ProxyError};
+use crate::present::{Field, Present};
 
 /// Refuses what two parsers could read differently and hyper lets pass.
 pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError> {

@@ -13,11 +13,10 @@ use super::{
     attempt::Outgoing,
     connection::Connection,
     error::ProxyError,
-    headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
-    present::Present,
+    headers::{self, Caller, X_FORWARDED_CLIENT_CERT, X_OUTRIGGER_ATTEMPT},
     target::Target,
 };
-use crate::runtime::View;
+use crate::{present::Present, resilience::deadline::REQUEST_TIMEOUT, runtime::View, upstream::http1::Told};
 
 /// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
 pub fn prepare<B>(
@@ -94,13 +93,13 @@ pub fn outgoing<B>(
     tls: bool,
 ) -> Result<Outgoing, ProxyError> {
     let mut headers = take(request.headers_mut());
-    let uri = spell(request.uri(), &mut headers, version, name, has_body, tls)?;
+    let uri = spell(take(request.uri_mut()), &mut headers, version, name, has_body, tls)?;
     if let Some(protocol) = upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(UPGRADE, protocol.clone());
     }
     let (method, extensions) = (take(request.method_mut()), take(request.extensions_mut()));
-    Ok(Outgoing { method, uri, version, headers, extensions, keep: false })
+    Ok(Outgoing { method, uri, version, headers, extensions, keep: false, told: Told::default() })
 }
 
 /// The same for another upstream, which may be called by another protocol.
@@ -115,6 +114,11 @@ pub fn respell(
         return Ok(());
     }
     let headers = &mut outgoing.headers;
+    // What the next hop was told so far.
+    outgoing.told = Told::default();
+    for of_a_try in [X_OUTRIGGER_ATTEMPT, REQUEST_TIMEOUT] {
+        headers.remove(of_a_try);
+    }
     if version == Version::HTTP_2 {
         for of_this_hop in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
             headers.remove(of_this_hop);
@@ -122,14 +126,14 @@ pub fn respell(
     } else {
         headers::join_cookies(headers);
     }
-    outgoing.uri = spell(&outgoing.uri, headers, version, name, has_body, tls)?;
+    outgoing.uri = spell(take(&mut outgoing.uri), headers, version, name, has_body, tls)?;
     outgoing.version = version;
     Ok(())
 }
 
 /// Where the host stands, and how a body is announced: what the two protocols do not have in common.
 fn spell(
-    uri: &Uri,
+    uri: Uri,
     headers: &mut HeaderMap,
     version: Version,
     name: &str,
@@ -137,8 +141,8 @@ fn spell(
     tls: bool,
 ) -> Result<Uri, ProxyError> {
     let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
-    let path = uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
     if version == Version::HTTP_2 {
+        let path = uri.path_and_query().cloned().unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
         let authority = match uri.authority() {
             Some(authority) => authority.as_str().to_owned(),
             None => headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(name).to_owned(),
@@ -163,5 +167,6 @@ fn spell(
         // Said aloud, since hyper sends no body with GET and its like unless told to.
         headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    Ok(Uri::from(path))
+    // Of which HTTP/1.1 sends path and query.
+    Ok(uri)
 }

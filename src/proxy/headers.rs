@@ -10,12 +10,10 @@ use http::{
     },
 };
 
-use super::{
-    error::ProxyError,
-    present::{Field, Present},
-};
+use super::error::ProxyError;
 use crate::{
     config::{Forwarded, HeaderEdits},
+    present::{Field, Present},
     resilience::deadline::{GRPC_TIMEOUT, REQUEST_TIMEOUT},
 };
 

@@ -14,7 +14,8 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header::CONTENT_LENGTH};
 use tokio::time::{Sleep, sleep};
 
-use super::{headers, present::Present};
+use super::headers;
+use crate::present::Present;
 
 /// A server that doesn't know the expectation says nothing: then the body goes anyway (RFC 9110 §10.1.1).
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);

@@ -12,10 +12,10 @@ use super::{
     error::{Cause, ProxyError},
     exchange::{Ended, Exchange},
     grpc::GrpcEnd,
-    present::Field,
     tries::{Number, Over},
 };
 use crate::{
+    present::Field,
     resilience::{
         breaker::Permit,
         classify::{Advice, ConnectFailure, Ending, GrpcStatus, Health, Outcome},
@@ -34,6 +34,7 @@ impl Exchange<'_> {
         let endpoint = &self.endpoints[over.index];
         let ended = match over.result {
             Ok(Ok(answer)) => {
+                self.call.progress.heard(over.ended);
                 let response = &answer.response;
                 // Advice counts from upstreams that the configuration names.
                 let named = self.target.index.is_some() && answer.present.has(Field::Retry);

@@ -112,8 +112,13 @@ impl Progress {
         self.request_sent.get()
     }
 
+    /// Response headers came.
+    pub fn heard(&self, now: Instant) {
+        self.moved.set(now);
+    }
+
+    /// They go out.
     pub fn answering(&self) {
-        self.moved.set(Instant::now());
         self.answering.set(true);
     }
 

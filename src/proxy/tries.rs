@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::HeaderValue;
+use http::Version;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
@@ -37,7 +37,7 @@ use crate::{
         propagation::Span,
         record::{Try, Why},
     },
-    upstream::local::LocalEndpoint,
+    upstream::{http1::Told, local::LocalEndpoint},
 };
 
 /// One try to be made.
@@ -376,19 +376,32 @@ impl Exchange<'_> {
     /// Which try this is, and how much time is left (product: deadlines travel).
     pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
-        if self.call.connection.side != Side::Inbound {
-            let value = if number == 1 { HeaderValue::from_static("1") } else { HeaderValue::from(number) };
-            headers.insert(X_OUTRIGGER_ATTEMPT, value);
-        }
-        if self.call.grpc {
+        // The service hears what its caller's sidecar said.
+        let attempt = (self.call.connection.side != Side::Inbound).then_some(number);
+        if self.call.grpc
+            && let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT))
+        {
             // Only shortened, never made from `timeout`.
-            if let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT)) {
-                headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
+            headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
+        }
+        // No try begins with less than can be told; what the caller said must not go on unchanged in any case.
+        let millis = |left| deadline::millis_to_tell(left).unwrap_or(NonZeroU64::MIN);
+        let millis_left = left.filter(|_| !self.call.grpc).map(millis);
+        if outgoing.version == Version::HTTP_2 {
+            if let Some(attempt) = attempt {
+                headers.insert(X_OUTRIGGER_ATTEMPT, attempt.into());
             }
-        } else if let Some(left) = left {
-            // No try begins with less than can be told; what the caller said must not go on unchanged in any case.
-            let millis = deadline::millis_to_tell(left).unwrap_or(NonZeroU64::MIN);
-            headers.insert(REQUEST_TIMEOUT, self.call.connection.worker.time_told.value(millis));
+            if let Some(millis) = millis_left {
+                headers.insert(REQUEST_TIMEOUT, self.call.connection.worker.time_told.value(millis));
+            }
+            return;
+        }
+        outgoing.told = Told { attempt, millis_left };
+        if self.call.tells {
+            let said = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
+            for name in said.into_iter().flatten() {
+                headers.remove(name);
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ mod tests;
 use std::{
     cell::RefCell,
     future::poll_fn,
+    num::NonZeroU64,
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
@@ -17,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, Uri};
+use http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
 use http_body::Frame;
 use tokio::{
     task::spawn_local,
@@ -37,10 +38,11 @@ use crate::{
     config::HeaderCase,
     http1::{
         Error,
-        head::{ResponseHead, Spelling},
+        head::{ResponseHead, Spelling, decimal, write_field},
     },
     identity::handshake::Speaks,
-    proxy::{body::RequestBody, io::SharedTcp},
+    proxy::{body::RequestBody, headers::X_OUTRIGGER_ATTEMPT, io::SharedTcp},
+    resilience::deadline::REQUEST_TIMEOUT,
 };
 
 /// An upload that goes on behind its answer, and of which the endpoint takes nothing.
@@ -75,6 +77,30 @@ pub struct Head<'a> {
     pub target: &'a Uri,
     pub fields: &'a HeaderMap,
     pub spelling: Option<&'a Spelling>,
+    pub told: Told,
+}
+
+/// What the next hop is told of a try, beside the fields, where it goes by HTTP/1.1.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Told {
+    /// Which try of its call it is.
+    pub attempt: Option<u32>,
+    pub millis_left: Option<NonZeroU64>,
+}
+
+impl Told {
+    /// Writes the fields that say so.
+    pub fn write(self, out: &mut Vec<u8>) {
+        let mut write = |name: &HeaderName, number: u64| {
+            write_field(out, name.as_str().as_bytes(), decimal(&mut [0; 20], number));
+        };
+        if let Some(attempt) = self.attempt {
+            write(&X_OUTRIGGER_ATTEMPT, attempt.into());
+        }
+        if let Some(millis) = self.millis_left {
+            write(&REQUEST_TIMEOUT, millis.get());
+        }
+    }
 }
 
 impl Http1 {

@@ -32,12 +32,13 @@ use crate::{
         framing::{Framing, FramingError},
         head::{HeadError, RequestHead, leave},
     },
+    present::{Field, Present},
     proxy::{
         body::{CallerBody, ResponseBody},
         call,
         io::Io,
-        present::{Field, Present},
         progress::{Progress, Watchdog, poll_watched},
+        room::Room,
     },
 };
 
@@ -112,8 +113,8 @@ impl Connection {
                     break true;
                 }
             };
-            // Boxed: an idle connection holds no room for it.
-            let exchange = self.begin_exchange(link, head).map(|begun| Box::pin(self.exchange(link, begun)));
+            // An idle connection holds no room for it.
+            let exchange = self.begin_exchange(link, head).map(|begun| Room::new(self.exchange(link, begun)));
             let after = match exchange {
                 Ok(exchange) => exchange.await?,
                 Err(error) => {
@@ -137,12 +138,12 @@ impl Connection {
 
     /// Makes a request of a head, and says what becomes of the connection as far as that hangs on it.
     fn begin_exchange(self: &Rc<Self>, link: &Shared, mut head: RequestHead) -> Result<Begun, FramingError> {
-        let mut present = Present::of(&head.fields);
-        let mut asked = Asked::of(&head, present);
+        let mut present = head.present;
+        let mut asked = Asked::of(&head);
         if present.has(Field::ContentLength) && present.has(Field::TransferEncoding) {
             // It goes on as `chunked` alone, and nothing comes behind it (RFC 9112 §6.3).
             head.fields.remove(CONTENT_LENGTH);
-            present = Present::of(&head.fields);
+            present.remove(Field::ContentLength);
             asked.persists = false;
         }
         let framing = framing(&head, present)?;
@@ -159,14 +160,15 @@ impl Connection {
         self: &Rc<Self>,
         link: &Shared,
         mut begun: Begun,
-    ) -> impl Future<Output = Result<After, ConnectionError>> {
+    ) -> impl Future<Output = Result<After, ConnectionError>> + use<> {
+        let (this, link) = (Rc::clone(self), Rc::clone(link));
         async move {
             let response = {
                 let Begun { request, present, progress, .. } = &mut begun;
-                let call = pin!(call::answer(self, request, *present, progress));
-                self.answered(link, call).await?
+                let call = pin!(call::answer(&this, request, *present, progress));
+                this.answered(&link, call).await?
             };
-            self.pass_on(link, response, &begun).await
+            this.pass_on(&link, response, &begun).await
         }
     }
 
@@ -255,7 +257,7 @@ fn framing(head: &RequestHead, present: Present) -> Result<Framing, FramingError
     if said.any(|said| !said.as_bytes().iter().all(u8::is_ascii_digit)) {
         return Err(FramingError::Length);
     }
-    Framing::of_request(head.version, &head.fields)
+    Framing::of_request(head.version, &head.fields, present)
 }
 
 /// Answers what is no request.

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, Method, StatusCode,
-    header::{CONTENT_LENGTH, TRAILER, TRANSFER_ENCODING},
+    header::{TRAILER, TRANSFER_ENCODING},
 };
 use http_body::{Body, Frame};
 use tokio::{io::AsyncWrite, task::coop::unconstrained};
@@ -23,6 +23,7 @@ use crate::{
         intake::{Intake, Part},
         outlet::Outlet,
     },
+    present::Field,
     proxy::body::{BodyError, RequestBody},
     upstream::stream::UpstreamIo,
 };
@@ -88,6 +89,7 @@ impl Line {
         out.reserve(64 + 40 * head.fields.len());
         write_request_line(out, head.method, head.target);
         write_fields(out, head.fields, head.spelling);
+        head.told.write(out);
         out.extend_from_slice(b"\r\n");
         let trailers = || head.fields.contains_key(TRAILER).then(|| head.fields.clone());
         if !empty {
@@ -173,13 +175,14 @@ impl Line {
                 interim(head.status, head.fields);
                 continue;
             }
-            let framing = Framing::of_response(method, head.status, head.version, &head.fields)
+            let framing = Framing::of_response(method, head.status, head.version, &head.fields, head.present)
                 .inspect_err(|_| self.persists = false)?;
             self.decoder = Decoder::new(framing);
             // Where its end is told twice, others may have taken it for another one (RFC 9112 §6.3).
-            let unclear = framing == Framing::Chunked && head.fields.contains_key(CONTENT_LENGTH);
-            self.persists &=
-                persists(head.version, &head.fields) && framing != Framing::UntilClose && !unclear;
+            let unclear = framing == Framing::Chunked && head.present.has(Field::ContentLength);
+            self.persists &= persists(head.version, head.connection, &head.fields, head.present)
+                && framing != Framing::UntilClose
+                && !unclear;
             return Poll::Ready(Ok(head));
         }
     }

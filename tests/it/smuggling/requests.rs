@@ -466,9 +466,14 @@ fn identity() -> Vec<Case> {
         refused_or_one("x_outrigger_retry goes", get("x_outrigger_retry: no\r\n"), |request| {
             request.field("x_outrigger_retry").is_none()
         }),
-        one("x-outrigger-attempt is ours", get("x-outrigger-attempt: 7\r\n"), |request| {
-            !request.all("x-outrigger-attempt").any(|value| value == "7")
-        })
+        one(
+            "x-outrigger-attempt is ours",
+            get("x-outrigger-attempt: 7\r\nx-request-timeout-ms: 3000\r\n"),
+            |request| {
+                request.all("x-outrigger-attempt").collect::<Vec<_>>() == ["1"]
+                    && request.all("x-request-timeout-ms").count() == 1
+            },
+        )
         .only(Listener::Outbound),
         one(
             "a forged client certificate goes",

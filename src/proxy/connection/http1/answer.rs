@@ -13,13 +13,13 @@ use crate::{
     http1::{
         Error,
         framing::{Framing, announced, content_length, has_no_body},
-        head::{RequestHead, Spelling, persists, write_field, write_fields, write_status_line},
+        head::{
+            RequestHead, Spelling, Wish, decimal, persists, write_field, write_fields, write_status_line,
+        },
         outlet::Outlet,
     },
-    proxy::{
-        body::{BodyError, ResponseBody},
-        present::{Field, Present},
-    },
+    present::{Field, Present},
+    proxy::body::{BodyError, ResponseBody},
 };
 
 /// What of a request its answer depends on.
@@ -34,17 +34,14 @@ pub struct Asked {
 }
 
 impl Asked {
-    pub fn of(head: &RequestHead, present: Present) -> Self {
+    pub fn of(head: &RequestHead) -> Self {
+        let present = head.present;
         let takes_trailers = || head.fields.get_all(TE).iter().any(|te| te == "trailers");
         Self {
             version: head.version,
             head: head.method == Method::HEAD,
             connect: head.method == Method::CONNECT,
-            persists: if present.has(Field::Connection) {
-                persists(head.version, &head.fields)
-            } else {
-                head.version == Version::HTTP_11
-            },
+            persists: persists(head.version, head.connection, &head.fields, present),
             trailers: present.has(Field::Te) && takes_trailers(),
         }
     }
@@ -149,7 +146,8 @@ pub fn write_head(
         fields.remove(TRAILER);
     }
 
-    let says_close = found.connection && !persists(Version::HTTP_11, fields);
+    let says_close =
+        found.connection && !persists(Version::HTTP_11, Wish::default(), fields, Present::of(fields));
     let persists = may_persist && asked.persists && framing != Framing::UntilClose && !says_close;
     out.reserve(128 + fields.len() * 48);
     let extensions = response.extensions();
@@ -216,19 +214,6 @@ impl Plan {
     fn trailers(&self, trailers: HeaderMap) -> Option<HeaderMap> {
         let trailers = announced(self.trailer.as_deref()?, trailers);
         (!trailers.is_empty()).then_some(trailers)
-    }
-}
-
-/// A number in digits.
-fn decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
-    let mut at = digits.len();
-    loop {
-        at -= 1;
-        digits[at] = b'0' + (number % 10) as u8;
-        number /= 10;
-        if number == 0 {
-            return &digits[at..];
-        }
     }
 }
 

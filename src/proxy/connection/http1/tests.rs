@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter, DuplexStream, duplex};
 use super::{super::HEADER_TIMEOUT, *};
 use crate::{
     config::{Source, Sources, load_sources},
+    http1::head::Wish,
     proxy::accept::Side,
     runtime::{self, Phase, Proxy, Worker},
 };
@@ -345,8 +346,8 @@ async fn an_answer_is_out_when_its_last_record_is() {
 
 fn asked(method: Method, version: Version, fields: HeaderMap) -> Asked {
     let present = Present::of(&fields);
-    let head = RequestHead { method, target: Uri::from_static("/"), version, fields, spelling: None };
-    Asked::of(&head, present)
+    let (target, connection) = (Uri::from_static("/"), Wish::default());
+    Asked::of(&RequestHead { method, target, version, fields, present, connection, spelling: None })
 }
 
 /// A head as it is written, and how the body goes out behind it.

@@ -3,7 +3,7 @@
 //! A call asks some forty times for a field that is hardly ever there. Each question to the map hashes a name; this one
 //! is a bit.
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 
 macro_rules! fields {
     ($($field:ident = $name:literal),+ $(,)?) => {
@@ -34,6 +34,7 @@ fields! {
     ProxyAuthenticate = "proxy-authenticate",
     ForwardedClientCert = "x-forwarded-client-cert",
     Retry = "x-outrigger-retry",
+    Attempt = "x-outrigger-attempt",
     RequestId = "x-request-id",
     IdempotencyKey = "idempotency-key",
     RequestTimeout = "x-request-timeout-ms",
@@ -122,26 +123,33 @@ impl Present {
     }
 
     pub fn of(headers: &HeaderMap) -> Self {
-        let mut found = 0;
-        for name in headers.keys() {
-            let name = name.as_str().as_bytes();
-            // A name is never empty.
-            let first = name.first().copied().unwrap_or_default();
-            let mut candidates =
-                BY_LENGTH.get(name.len()).copied().unwrap_or(0) & BY_FIRST[usize::from(first)];
-            while candidates != 0 {
-                let at = candidates.trailing_zeros() as usize;
-                if NAMES[at].as_bytes() == name {
-                    found |= 1 << at;
-                    break;
-                }
-                candidates &= candidates - 1;
+        let mut found = Self::default();
+        headers.keys().for_each(|name| found.add(name));
+        found
+    }
+
+    /// One more field is there.
+    pub fn add(&mut self, name: &HeaderName) {
+        let name = name.as_str().as_bytes();
+        // A name is never empty.
+        let first = name.first().copied().unwrap_or_default();
+        let mut candidates = BY_LENGTH.get(name.len()).copied().unwrap_or(0) & BY_FIRST[usize::from(first)];
+        while candidates != 0 {
+            let at = candidates.trailing_zeros() as usize;
+            if NAMES[at].as_bytes() == name {
+                self.0 |= 1 << at;
+                break;
             }
-            if has_underscore(name) {
-                found |= Self::UNDERSCORE;
-            }
+            candidates &= candidates - 1;
         }
-        Self(found)
+        if has_underscore(name) {
+            self.0 |= Self::UNDERSCORE;
+        }
+    }
+
+    /// A field was removed.
+    pub const fn remove(&mut self, field: Field) {
+        self.0 &= !(1 << field as u64);
     }
 
     pub const fn has(self, field: Field) -> bool {
@@ -160,7 +168,7 @@ impl Present {
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderName, HeaderValue};
+    use http::HeaderValue;
 
     use super::*;
 
