@@ -14,10 +14,10 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use outrigger::{
     config::{Balance, Forwarded, HeaderEdits, Source, Sources, load_sources},
+    present::Present,
     proxy::{
         guard,
         headers::{self, Caller, CompiledEdits, Via},
-        present::Present,
         route::Router,
     },
     resilience::{
