@@ -72,9 +72,7 @@ pub fn main() -> ExitCode {
             // Help goes to stdout, a complaint to stderr; a closed pipe is nobody's problem.
             let _ = error.print();
             return match error.kind() {
-                ErrorKind::DisplayHelp
-                | ErrorKind::DisplayVersion
-                | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => ExitCode::SUCCESS,
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
                 _ => ExitCode::from(2),
             };
         }

@@ -10,6 +10,7 @@ mod tests;
 use std::{
     cell::RefCell,
     future::{Future, poll_fn},
+    mem::take,
     pin::{Pin, pin},
     rc::Rc,
     task::{Poll, ready},
@@ -168,6 +169,8 @@ impl Connection {
                 let call = pin!(call::answer(&this, request, *present, progress));
                 this.answered(&link, call).await?
             };
+            // What nobody took of it nobody will read.
+            drop(take(begun.request.body_mut()));
             this.pass_on(&link, response, &begun).await
         }
     }
