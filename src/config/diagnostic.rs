@@ -255,7 +255,7 @@ fn severity_name(severity: Severity) -> &'static str {
 }
 
 /// The nearest of what could have been meant, where one is near enough.
-pub(super) fn did_you_mean<'a>(written: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn did_you_mean<'a>(written: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     valid
         .into_iter()
         .map(|name| (strsim::jaro_winkler(written, name), name))

@@ -29,7 +29,7 @@ mod validate;
 mod watch;
 
 pub use address::{AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network};
-pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity};
+pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity, did_you_mean};
 pub use document::{EXAMPLE, json_schema};
 pub use load::{Loaded, files, load, load_sources, process_env};
 pub use node::{Entry, Node, Table, Value};

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{inbound, target::Target};
 use crate::{
-    config::{Loaded, Place, Policy, Protocol, Scope, Setting, Unknown},
+    config::{HostMatch, Loaded, Place, Policy, Protocol, Scope, Setting, Unknown, did_you_mean},
     proxy::route::{Router, normalise},
     resilience::retry::Methods,
     telemetry::export::Destination,
@@ -166,6 +166,14 @@ impl Verdict {
     /// A host that no upstream names.
     fn unnamed(&mut self, loaded: &Loaded, target: &Target, place: Option<Place>) -> Option<Scope> {
         let outbound = &loaded.config.outbound;
+        let hosts = loaded.config.upstreams.iter().flat_map(|upstream| &upstream.hosts);
+        let named = hosts.filter_map(|pattern| match &pattern.host {
+            HostMatch::Exact(host) => Some(host.as_str()),
+            _ => None,
+        });
+        if let Some(near) = did_you_mean(&target.host, named) {
+            self.notes.push(format!("did you mean `{near}`?"));
+        }
         let address: Option<std::net::IpAddr> =
             target.host.trim_start_matches('[').trim_end_matches(']').parse().ok();
         let denied =

@@ -93,6 +93,7 @@ fn what_cannot_act_is_said() {
 fn hosts_that_no_upstream_names_are_forwarded_or_refused() {
     let text = explained(FILE, "GET", "http://other/", &[], false);
     says(&text, "upstream none names this host: forwarded with the policy of [defaults] o.toml:2");
+    says(&explained(FILE, "GET", "http://paiments/", &[], false), "note did you mean `payments`?");
     let text = explained("[outbound]\nunknown = 'deny'", "GET", "http://other/", &[], false);
     assert!(text.contains("refused, unknown = deny") && !text.contains("timeout"), "{text}");
     let text = explained("", "GET", "http://169.254.169.254/", &[], false);
