@@ -84,8 +84,11 @@ pub fn hand_on(
     if callers_version == Version::HTTP_2 && present.has(Field::RequestId) {
         headers::keep_unindexed(response.headers_mut());
     }
-    // hyper writes the version the caller came by.
     *response.version_mut() = callers_version;
+    if tries > 1 {
+        // It may have come before a wait for another try that was never made.
+        exchange.call.progress.moved();
+    }
     exchange.call.progress.answering();
     let progress = Rc::clone(exchange.call.progress);
     Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))

@@ -195,6 +195,8 @@ async fn fall_back(
     let cluster = &other.local.cluster;
     let version = version_for(cluster.settings.protocol, callers.version);
     let has_body = !carried.replay.is_empty();
+    // By HTTP/2 it was told among the fields.
+    call.tells |= carried.outgoing.version == Version::HTTP_2;
     head::respell(&mut carried.outgoing, version, &cluster.settings.name, has_body, cluster.tls.is_some())?;
     if version != Version::HTTP_11 {
         (call.interim, call.expects_continue, callers.upgrade) = (false, false, None);

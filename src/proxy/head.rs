@@ -13,10 +13,10 @@ use super::{
     attempt::Outgoing,
     connection::Connection,
     error::ProxyError,
-    headers::{self, Caller, X_FORWARDED_CLIENT_CERT, X_OUTRIGGER_ATTEMPT},
+    headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
     target::Target,
 };
-use crate::{present::Present, resilience::deadline::REQUEST_TIMEOUT, runtime::View, upstream::http1::Told};
+use crate::{present::Present, runtime::View, upstream::http1::Told};
 
 /// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
 pub fn prepare<B>(
@@ -114,11 +114,6 @@ pub fn respell(
         return Ok(());
     }
     let headers = &mut outgoing.headers;
-    // What the next hop was told so far.
-    outgoing.told = Told::default();
-    for of_a_try in [X_OUTRIGGER_ATTEMPT, REQUEST_TIMEOUT] {
-        headers.remove(of_a_try);
-    }
     if version == Version::HTTP_2 {
         for of_this_hop in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
             headers.remove(of_this_hop);
@@ -164,7 +159,7 @@ fn spell(
         headers.insert(HOST, host);
     }
     if has_body && !headers.contains_key(CONTENT_LENGTH) {
-        // Said aloud, since hyper sends no body with GET and its like unless told to.
+        // Nobody else says it.
         headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     // Of which HTTP/1.1 sends path and query.

@@ -90,10 +90,6 @@ fn remove_connection(headers: &mut HeaderMap) -> Result<bool, ProxyError> {
     };
     let mut wants_upgrade = false;
     for value in first.iter().chain(&more) {
-        // What most servers say names nothing.
-        if matches!(value.as_bytes(), b"keep-alive" | b"close") {
-            continue;
-        }
         let text = value.to_str().map_err(|_| ProxyError::malformed("the Connection field is not text"))?;
         for option in text.split(',').map(str::trim).filter(|option| !option.is_empty()) {
             if option.eq_ignore_ascii_case("upgrade") {

@@ -152,9 +152,12 @@ impl Exchange<'_> {
         let name = self.name();
         let address = endpoint.address();
         let (mut ending, mut cause, what) = ran_out.meaning();
-        let carried =
-            self.call.progress.note(|record| record.tries.get_mut(number).is_none_or(|one| one.carried));
-        if carried == Some(false) {
+        let unseen = self.call.progress.note(|record| {
+            let is_told = record.tries.get_mut(number).is_some();
+            // Of a hedge both are under way.
+            is_told && !record.tries.iter().any(|one| one.ended.is_none() && one.carried)
+        });
+        if unseen == Some(true) {
             // Nobody has seen anything of it, whichever clock was the shorter one.
             match ending {
                 Ending::AttemptTimeout => {

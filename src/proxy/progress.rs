@@ -117,7 +117,7 @@ impl Progress {
         self.moved.set(now);
     }
 
-    /// They go out.
+    /// They go out. From here on a standstill ends the exchange.
     pub fn answering(&self) {
         self.answering.set(true);
     }

@@ -182,7 +182,8 @@ impl Exchange<'_> {
             if matches!(outcome.ending, Ending::Connect(_)) {
                 // Its addresses may have changed before their TTL says so.
                 self.target.local.upstream.shared.refresh();
-                if self.has_sibling(index, &so_far.tried) {
+                let in_time = carried.clock.spent(Instant::now()).is_none();
+                if in_time && self.has_sibling(index, &so_far.tried) {
                     so_far.tried.push(index);
                     carried.next = (Why::Sibling, Duration::ZERO);
                     continue;

@@ -179,6 +179,7 @@ impl Http1 {
         line.persists = false;
         if !line.is_sent() {
             // What is left of the request would be taken for the new protocol.
+            line.give_up();
             return None;
         }
         let unread = std::mem::take(&mut line.intake).into_unread();

@@ -163,6 +163,7 @@ fn is_taken(name: &HeaderName) -> bool {
         "transfer-encoding",
         "upgrade",
         "via",
+        "x-request-timeout-ms",
     ];
     taken.contains(&name.as_str())
         || ["x-forwarded-", "x-outrigger-", "grpc-"].iter().any(|start| name.starts_with(start))

@@ -297,6 +297,12 @@ async fn there_is_no_upgrade_before_its_request_is_sent() {
         let answered = connection.send(head(&target, &fields), replay.next_try(None), |_, _| ()).await;
         assert_eq!(answered.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
         assert!(connection.take_stream().is_none() && connection.is_closed());
+        // Nor does the rest of it go where another protocol is spoken now.
+        drop(connection);
+        caller.write_all(b"dy").await.unwrap();
+        let mut seen = Vec::new();
+        peer.read_to_end(&mut seen).await.unwrap();
+        assert!(seen.ends_with(b"\r\n\r\nbo"), "{:?}", seen.escape_ascii().to_string());
     };
     LocalSet::new().run_until(exchange).await;
 }

@@ -3,6 +3,8 @@
 use std::{
     io::{Read, Write},
     sync::{Arc, Mutex},
+    thread,
+    time::Duration,
 };
 
 use super::{Seen, Service, ask, assert_cause, get, nobody, post, proxy, request, retries};
@@ -23,6 +25,27 @@ fn tries(status: u16, keys: &str, call: &str) -> usize {
     let proxy = proxy(&[service.address()], keys);
     assert_eq!(ask(&proxy, call).status(), status);
     service.calls()
+}
+
+/// The answer that is handed on after all has as much time as any other: it does not stand still while nobody takes it.
+#[test]
+fn an_answer_that_waited_for_another_try_is_whole() {
+    let service = RawServer::start(|mut stream| {
+        let head = "HTTP/1.1 503 Busy\r\nretry-after: 3\r\ncontent-length: 10\r\n\r\n12345";
+        if stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0)
+            && stream.write_all(head.as_bytes()).is_ok()
+        {
+            thread::sleep(Duration::from_millis(4500));
+            let _ = stream.write_all(b"67890");
+        }
+    });
+    let proxy = proxy(
+        &[service.address()],
+        "idle_timeout = \"2s\"\nretry = { on = [\"503\"] }\n\
+         breaker = { consecutive_failures = 1, open_for = { base = \"10m\", max = \"10m\" } }",
+    );
+    let answer = get(&proxy);
+    assert_eq!((answer.status(), answer.text()), (503, "1234567890".to_owned()), "{answer:?}");
 }
 
 #[test]
