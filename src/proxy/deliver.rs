@@ -85,10 +85,6 @@ pub fn hand_on(
         headers::keep_unindexed(response.headers_mut());
     }
     *response.version_mut() = callers_version;
-    if tries > 1 {
-        // It may have come before a wait for another try that was never made.
-        exchange.call.progress.moved();
-    }
     exchange.call.progress.answering();
     let progress = Rc::clone(exchange.call.progress);
     Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))

@@ -277,6 +277,10 @@ async fn serve<'a>(
     let ended = exchange.tries(carried).await;
     exchange.note_spent(&ended);
     let mut ended = ended?;
+    if carried.next.0 != Why::First {
+        // It may have come before a wait for another try that was then not made.
+        call.progress.moved();
+    }
     if let Ended::Answered(answer, _) = &mut ended {
         answer.held.place = place;
     }
