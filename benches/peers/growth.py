@@ -5,7 +5,7 @@
 
 One sidecar for each size, all of them up together, rounds alternate. A cost that grows with the work would bend the curve
 up. Then a sidecar with 10,000 upstreams of 10 endpoints each: memory, start, and how long a change of its file takes and
-keeps calls waiting. Loopback only, some minutes. Needs nginx, wrk.
+keeps calls waiting. Loopback only, some minutes. Needs nginx, wrk, HAProxy.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
+import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -77,6 +79,33 @@ class Sidecar:
         return self
 
 
+class HaProxy:
+    """For the comparison: with as many connections to the server as a sidecar makes."""
+
+    def __init__(self, stage, name, target):
+        self.stage, self.port = stage, stage.free_port()
+        self.socket, self.file = (stage.folder / f"haproxy-{name}.{kind}" for kind in ("socket", "cfg"))
+        self.file.write_text(
+            f"global\n nbthread 1\n no strict-limits\n maxconn 12000\n stats socket {self.socket}\ndefaults\n mode http\n maxconn 12000\n"
+            " http-reuse always\n timeout connect 1m\n timeout client 1m\n timeout server 1m\n timeout queue 1m\n"
+            f"frontend calls\n bind 127.0.0.1:{self.port} backlog 4096\n default_backend server\n"
+            f"backend server\n server one {target} maxconn 1024\n"
+        )
+
+    def spent(self):
+        """CPU seconds and requests so far."""
+        with socket.socket(socket.AF_UNIX) as asks:
+            asks.connect(str(self.socket))
+            asks.sendall(b"show info\n")
+            said = b"".join(iter(lambda: asks.recv(65536), b"")).decode()
+        return machine.cpu_seconds(self.pids), int(re.search(r"^CumReq: (\d+)", said, re.M)[1])
+
+    def up(self):
+        self.pids = [self.stage.start("haproxy", "-f", str(self.file)).pid]
+        self.stage.wait_for(self.port)
+        return self
+
+
 def upstream(name, endpoints, more=""):
     return f'[[upstream]]\nname = "{name}"\nendpoints = {json.dumps(endpoints)}\n{more}'
 
@@ -103,6 +132,11 @@ def connections(stage, port):
     config = upstream("svc-0", addresses(port, 1), queue)
     # One each: closing thousands is not to be counted with the next.
     return {size: (Sidecar(stage, f"connections-{size}", config).up(), Call(size)) for size in (10, 100, 1000, 10_000)}
+
+
+def haproxy(stage, port):
+    target = addresses(port, 1)[0]
+    return {size: (HaProxy(stage, size, target).up(), Call(size)) for size in (10, 100, 1000, 10_000)}
 
 
 def endpoints(stage, port):
@@ -139,6 +173,7 @@ def bodies(stage, port):
 
 GROWING = {
     "connections": (connections, "callers' connections, all calling"),
+    "haproxy": (haproxy, "the same, through HAProxy"),
     "endpoints": (endpoints, "endpoints of the upstream"),
     "routes": (routes, "routes of the upstream, the last one called"),
     "upstreams": (upstreams, f"upstreams of {EACH} endpoints, one called"),
