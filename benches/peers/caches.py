@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""What a request costs the caches: instructions, and lines of code and data that a processor's first cache does not hold.
+
+    cargo build --release && python3 benches/peers/caches.py [--only S1] [--proxies nginx,HAProxy,Outrigger]
+
+Counted by valgrind's cachegrind, which simulates caches (32 KiB each for code and data, 1 MiB behind them) and branches of
+user code alone; the difference of two runs, of the same proxies under the same load of 64 connections. Where two proxies
+take as many instructions and not as much time, this tells them apart. Loopback only, a minute. Needs valgrind.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import subprocess
+import time
+
+from measure import Bench
+from proxies import PROXIES
+from scenarios import SCENARIOS
+from stage import Stage
+
+HERE = pathlib.Path(__file__).resolve().parents[2]
+FEW, MANY = 2000, 8000
+SIMULATED = ["--cache-sim=yes", "--branch-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64"]
+COUNTED = {
+    "instructions": r"I\s+refs",
+    "lines of code missed": r"I1\s+misses",
+    "lines of data missed": r"D1\s+misses",
+    "branches": r"Branches",
+    "guessed wrong": r"Mispredicts",
+}
+
+
+def counts(scenario, options, kind, requests):
+    """Of a proxy from its start to its end, with this many requests in between."""
+    with Stage(options.binary) as stage:
+        bench = Bench(scenario, options, stage)
+        prepared = PROXIES[kind].prepare(stage, "counted", scenario.hops[0], bench.server(scenario.hops[-1]), bench.collector)
+        command = ["valgrind", "--tool=cachegrind", "--cachegrind-out-file=/dev/null", *SIMULATED, *prepared.command]
+        process = stage.start(*command)
+        said = stage.folder / f"said-{len(stage.started) - 1}"
+        time.sleep(2)  # valgrind starts slowly
+        stage.wait_for(prepared.port)
+        load = ["h2load", "--h1", "-c64", f"-n{requests}", f"http://127.0.0.1:{prepared.port}/"]
+        answered = subprocess.run(load, check=True, capture_output=True, text=True).stdout
+        if f" {requests} 2xx" not in answered:
+            raise SystemExit(f"not all answers were well:\n{answered}")
+        stage.end(process)
+        text = said.read_text()
+    number = lambda found: int(found.replace(",", ""))
+    return {name: sum(map(number, re.findall(rf"\b{what}:\s+([\d,]+)", text))) for name, what in COUNTED.items()}
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = [name for name, scenario in SCENARIOS.items() if scenario.load == "wrk" and len(scenario.hops) == 1 and not scenario.hops[0].tls_in]
+    options.add_argument("--only", choices=plain, default="S1")
+    options.add_argument("--proxies", type=lambda text: text.split(","), default=["nginx", "HAProxy", "Outrigger"], metavar=",".join(PROXIES))
+    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/release/outrigger"))
+    options = options.parse_args()
+    os.environ["PATH"] += ":/usr/sbin"
+    print(f"| {options.only} | {' | '.join(COUNTED)} |\n| {' | '.join(['---'] * (len(COUNTED) + 1))} |")
+    for kind in options.proxies:
+        few, many = (counts(SCENARIOS[options.only], options, kind, requests) for requests in (FEW, MANY))
+        cells = (f"{(many[name] - few[name]) / (MANY - FEW):,.0f}" for name in COUNTED)
+        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
