@@ -22,12 +22,15 @@ WORKDIR /build
 COPY . .
 # The time that all files of the image bear, so that what is built twice is the same twice.
 ARG SOURCE_DATE_EPOCH=0
-# glibc linked in; the target is named so that the flag does not reach build scripts and macros. What the cache holds of
-# this crate may be younger than the sources and yet made from others.
+# glibc linked in, and compiled by what is known of which code is hot (benches/release), where this compiler can read that; the
+# target is named so that the flags do not reach build scripts and macros. What the cache holds of this crate may be younger
+# than the sources and yet made from others.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/build/target \
     target="$(cat /target)" \
     && touch src/lib.rs src/main.rs \
-    && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin outrigger --target "$target" \
+    && hot="-C profile-use=/build/benches/hot.profdata" \
+    && if ! echo 'fn main() {}' | rustc $hot --emit obj -o /tmp/hot.o -; then hot=; fi \
+    && RUSTFLAGS="-C target-feature=+crt-static $hot" cargo build --release --locked --bin outrigger --target "$target" \
     && mkdir -p /rootfs/tmp /rootfs/etc \
     && chmod 1777 /rootfs/tmp \
     && echo 'outrigger:x:4140:4140::/:/sbin/nologin' >/rootfs/etc/passwd \

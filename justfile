@@ -28,18 +28,27 @@ image:
 
 # CPU, latency, memory, start beside nginx, HAProxy and Envoy, onto docs/performance.md; parts: just bench --only S5,S6
 bench *ARGS:
-    cargo build --release
+    benches/release
     python3 benches/peers/run.py --page docs/performance.md --plots docs/plots {{ARGS}}
 
 # What a request costs as connections, endpoints, routes, upstreams and bodies grow, onto docs/performance.md
 growth *ARGS:
-    cargo build --release
+    benches/release
     python3 benches/peers/growth.py --page docs/performance.md --plots docs/plots {{ARGS}}
 
 # Instructions per request against the reference (needs valgrind); `--store` writes a new one: just instructions --store
 instructions *ARGS:
-    cargo build --release
+    benches/release
     python3 benches/instructions.py check {{ARGS}}
+
+# What a request costs the caches, beside nginx and HAProxy (needs valgrind)
+caches *ARGS:
+    benches/release
+    python3 benches/peers/caches.py {{ARGS}}
+
+# Learn anew which code is hot, for the release (needs llvm-profdata; half an hour)
+learn:
+    benches/release learn
 
 # What each decision, routing and header rewriting cost, in nanoseconds; parts: just nanoseconds routing
 nanoseconds *ARGS:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Instructions per request, counted by valgrind's callgrind: unlike times, they repeat on a busy machine.
 
-    cargo build --release
+    benches/release
     python3 benches/instructions.py policies         what the policies cost when nothing fails
     python3 benches/instructions.py traces           what traces cost
     python3 benches/instructions.py check            against benches/instructions.json; exit 1 where a request became dearer
@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE / "peers"))
 import ends  # noqa: E402
 from stage import Stage  # noqa: E402
 
-BINARY = os.environ.get("OUTRIGGER_BIN", str(HERE.parent / "target/release/outrigger"))
+BINARY = os.environ.get("OUTRIGGER_BIN", str(HERE.parent / "target/measured/outrigger"))
 REFERENCE = HERE / "instructions.json"
 TOLERANCE = 0.03
 WARM, REQUESTS = 500, 4000

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a request costs the caches: instructions, and lines of code and data that a processor's first cache does not hold.
 
-    cargo build --release && python3 benches/peers/caches.py [--only S1] [--proxies nginx,HAProxy,Outrigger]
+    benches/release && python3 benches/peers/caches.py [--only S1] [--proxies nginx,HAProxy,Outrigger]
 
 Counted by valgrind's cachegrind, which simulates caches (32 KiB each for code and data, 1 MiB behind them) and branches of
 user code alone; the difference of two runs, of the same proxies under the same load of 64 connections. Where two proxies
@@ -57,7 +57,7 @@ def main():
     plain = [name for name, scenario in SCENARIOS.items() if scenario.load == "wrk" and len(scenario.hops) == 1 and not scenario.hops[0].tls_in]
     options.add_argument("--only", choices=plain, default="S1")
     options.add_argument("--proxies", type=lambda text: text.split(","), default=["nginx", "HAProxy", "Outrigger"], metavar=",".join(PROXIES))
-    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/release/outrigger"))
+    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/measured/outrigger"))
     options = options.parse_args()
     os.environ["PATH"] += ":/usr/sbin"
     print(f"| {options.only} | {' | '.join(COUNTED)} |\n| {' | '.join(['---'] * (len(COUNTED) + 1))} |")

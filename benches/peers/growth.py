@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a request costs Outrigger as its work grows: connections, endpoints, routes, upstreams, bodies.
 
-    cargo build --release && python3 benches/peers/growth.py [--only routes] [--rounds 3] [--seconds 1] [--json FILE]
+    benches/release && python3 benches/peers/growth.py [--only routes] [--rounds 3] [--seconds 1] [--json FILE]
 
 One sidecar for each size, all of them up together, rounds alternate. A cost that grows with the work would bend the curve
 up. Then a sidecar with 10,000 upstreams of 10 endpoints each: memory, start, and how long a change of its file takes and
@@ -255,7 +255,7 @@ def main():
     options.add_argument("--only", type=lambda text: text.split(","), default=known, metavar=",".join(known))
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=1, help="of each round")
-    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/release/outrigger"))
+    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/measured/outrigger"))
     options.add_argument("--json", type=pathlib.Path, help="every round of every number")
     options.add_argument("--plots", type=pathlib.Path, help="a folder for an SVG of each")
     options.add_argument("--page", type=pathlib.Path, help="a page whose tables between the markers of `growth` are replaced")

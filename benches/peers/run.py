@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """CPU, latency, memory and start of Outrigger beside nginx, HAProxy and Envoy, in one run.
 
-    cargo build --release && python3 benches/peers/run.py [--only S1,S5] [--rounds 3] [--seconds 2] [--json FILE]
+    benches/release && python3 benches/peers/run.py [--only S1,S5] [--rounds 3] [--seconds 2] [--json FILE]
 
 All proxies of a scenario are up together, each on one thread, in front of the same server. Rounds are short and
 alternate, so that a slow spell of the machine hits all of them; what counts is the CPU time of the process tree over
@@ -40,7 +40,7 @@ def arguments():
     options.add_argument("--proxies", type=names(PROXIES), default=list(PROXIES), metavar="PROXY,…")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=2, help="of each round")
-    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/release/outrigger"))
+    options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/measured/outrigger"))
     options.add_argument("--json", type=pathlib.Path, help="every round of every number")
     options.add_argument("--plots", type=pathlib.Path, help="a folder for an SVG of the ratios")
     options.add_argument("--page", type=pathlib.Path, help="a page whose table between the markers of `peers` is replaced")
