@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a request costs the caches: instructions, and lines of code and data that a processor's first cache does not hold.
 
-    benches/release && python3 benches/peers/caches.py [--only S1] [--proxies nginx,HAProxy,Outrigger]
+    benches/release && python3 benches/peers/caches.py [--only S1] [--page docs/performance.md]
 
 Counted by valgrind's cachegrind, which simulates caches (32 KiB each for code and data, 1 MiB behind them) and branches of
 user code alone; the difference of two runs, of the same proxies under the same load of 64 connections. Where two proxies
@@ -15,6 +15,7 @@ import re
 import subprocess
 import time
 
+import report
 from measure import Bench
 from proxies import PROXIES
 from scenarios import SCENARIOS
@@ -58,13 +59,17 @@ def main():
     options.add_argument("--only", choices=plain, default="S1")
     options.add_argument("--proxies", type=lambda text: text.split(","), default=["nginx", "HAProxy", "Outrigger"], metavar=",".join(PROXIES))
     options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/measured/outrigger"))
+    options.add_argument("--page", type=pathlib.Path, help="a page whose table between the markers of `caches` is replaced")
     options = options.parse_args()
     os.environ["PATH"] += ":/usr/sbin"
-    print(f"| {options.only} | {' | '.join(COUNTED)} |\n| {' | '.join(['---'] * (len(COUNTED) + 1))} |")
+    rows = [f"| {options.only} | {' | '.join(COUNTED)} |", f"| {' | '.join(['---'] * (len(COUNTED) + 1))} |"]
     for kind in options.proxies:
         few, many = (counts(SCENARIOS[options.only], options, kind, requests) for requests in (FEW, MANY))
         cells = (f"{(many[name] - few[name]) / (MANY - FEW):,.0f}" for name in COUNTED)
-        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+        rows.append(f"| {kind} | {' | '.join(cells)} |")
+    print(table := "\n".join(rows))
+    if options.page:
+        report.paste(options.page, "caches", table)
 
 
 if __name__ == "__main__":
