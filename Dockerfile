@@ -24,11 +24,13 @@ COPY . .
 ARG SOURCE_DATE_EPOCH=0
 # glibc linked in, and compiled by what is known of which code is hot (benches/release), where this compiler can read that; the
 # target is named so that the flags do not reach build scripts and macros. What the cache holds of this crate may be younger
-# than the sources and yet made from others.
+# than the sources and yet made from others; what it holds of dependencies may be made by another profile, so its name says which.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/build/target \
     target="$(cat /target)" \
     && touch src/lib.rs src/main.rs \
-    && hot="-C profile-use=/build/benches/hot.profdata" \
+    && profile="/tmp/hot-$(cksum <benches/hot.profdata | tr ' ' -).profdata" \
+    && cp benches/hot.profdata "$profile" \
+    && hot="-C profile-use=$profile" \
     && if ! echo 'fn main() {}' | rustc $hot --emit obj -o /tmp/hot.o -; then hot=; fi \
     && RUSTFLAGS="-C target-feature=+crt-static $hot" cargo build --release --locked --bin outrigger --target "$target" \
     && mkdir -p /rootfs/tmp /rootfs/etc \
