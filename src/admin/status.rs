@@ -98,7 +98,7 @@ pub struct Trouble {
     pub upstream: Option<String>,
     /// None: there was no answer.
     pub status: Option<u16>,
-    pub tries: u32,
+    pub attempts: u32,
     pub trace_id: String,
     pub why: Option<String>,
 }
@@ -360,7 +360,7 @@ impl Trouble {
             method: record.method.to_string(),
             upstream: record.upstream().map(ToOwned::to_owned),
             status: record.status.map(|status| status.as_u16()),
-            tries: record.tries.made(),
+            attempts: record.tries.made(),
             trace_id: record.context.trace.to_string(),
             why: record.why(),
         }

@@ -263,7 +263,7 @@ fn write_trouble(out: &mut String, status: &Status) -> std::fmt::Result {
         let answer = call.status.map_or_else(|| "none".to_owned(), |status| status.to_string());
         let (upstream, why) =
             (call.upstream.as_deref().unwrap_or_default(), call.why.as_deref().unwrap_or_default());
-        rows.push(row([&ago, &what, upstream, &answer, &call.tries.to_string(), why]));
+        rows.push(row([&ago, &what, upstream, &answer, &call.attempts.to_string(), why]));
     }
     table(out, &rows)
 }
@@ -390,7 +390,7 @@ mod tests {
             "unknown": {"known": 7, "hosts": [], "not_found": {"count": 3, "last": ["no such name: paymets (NXDOMAIN)"]}},
             "access_log": {"mode": "errors", "written": 1, "dropped": 2, "failed": 0},
             "trouble": [{"ended_seconds_ago": 61, "direction": "outbound", "method": "GET", "upstream": "payments",
-                         "status": 200, "tries": 2, "trace_id": "0af7", "why": "10.0.0.1:80 answered 503, second try answered 200"}],
+                         "status": 200, "attempts": 2, "trace_id": "0af7", "why": "10.0.0.1:80 answered 503, second try answered 200"}],
         }))
         .unwrap();
         let text = show(&status);

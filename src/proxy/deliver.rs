@@ -99,7 +99,7 @@ fn append_proxy_status(
     tries: u32,
 ) {
     let member = format!(
-        "{}; received-status={}; details=\"{}, {tries} tries\"",
+        "{}; received-status={}; details=\"{}, {tries} attempts\"",
         exchange.call.view.names.deployment,
         status.as_u16(),
         outcome.label(),

@@ -413,7 +413,7 @@ struct Problem<'a> {
     trace_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     upstream: Option<&'a str>,
-    tries: u32,
+    attempts: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     retry_after_ms: Option<u64>,
 }
@@ -461,7 +461,7 @@ pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBo
             cause: telling.word,
             trace_id: context.trace_id,
             upstream: context.upstream,
-            tries: context.tries,
+            attempts: context.tries,
             retry_after_ms: error.retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
         };
         insert(&mut headers, "content-type", "application/problem+json");

@@ -95,9 +95,9 @@ pub struct Told {
     /// What failed where a fallback answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fell_back: Option<String>,
-    /// All that were made; `tries` has the first of them.
-    pub tries_made: u32,
-    pub tries: Vec<ToldTry>,
+    /// All that were made; `attempts` has the first of them.
+    pub attempts_made: u32,
+    pub attempts: Vec<ToldTry>,
 }
 
 /// A try. Times are from the call's beginning.
@@ -155,8 +155,8 @@ impl Told {
             end: record.end.word().to_owned(),
             stopped: record.stopped.map(ToOwned::to_owned),
             fell_back: record.fell_back.map(ToOwned::to_owned),
-            tries_made: record.tries.made(),
-            tries: record.tries.iter().map(|one| ToldTry::of(one, record.started)).collect(),
+            attempts_made: record.tries.made(),
+            attempts: record.tries.iter().map(|one| ToldTry::of(one, record.started)).collect(),
         }
     }
 }

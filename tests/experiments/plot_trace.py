@@ -25,7 +25,7 @@ def tag(span, key):
 def fetch():
     url = f"{QUERY}/api/traces?service=shop&limit=1000&lookback=1h"
     traces = json.load(urllib.request.urlopen(url, timeout=10))["data"]
-    retried = [t for t in traces if [tag(s, "outrigger.tries") for s in t["spans"]].count(2) and len(t["spans"]) == 6]
+    retried = [t for t in traces if [tag(s, "outrigger.attempts") for s in t["spans"]].count(2) and len(t["spans"]) == 6]
     if not retried:
         sys.exit(f"no trace with a retried call among {len(traces)}")
     return retried[0]
@@ -39,7 +39,7 @@ def told(span, service):
         "internal": f"calls {tag(span, 'outrigger.upstream')}",
         "client": f"try {(tag(span, 'http.request.resend_count') or 0) + 1}",
     }[kind]
-    wait = tag(span, "outrigger.try.backoff_ms")
+    wait = tag(span, "outrigger.attempt.backoff_ms")
     behind = f", after {wait:.0f} ms" if wait else ""
     return f"{service}: {what}", f"{kind} · {status or tag(span, 'error.type')}{behind}"
 

@@ -29,7 +29,7 @@ const FIELDS: [&str; 15] = [
     "upstream",
     "endpoint",
     "route",
-    "tries",
+    "attempts",
     "reason",
     "why",
     "bytes_in",
@@ -127,7 +127,7 @@ fn what_did_not_go_well_is_told_in_plain_words() {
         assert_eq!(line[field], value, "{field} of {line}");
     }
     assert_eq!(
-        (&line["status"], &line["tries"], &line["bytes_out"]),
+        (&line["status"], &line["attempts"], &line["bytes_out"]),
         (&200.into(), &2.into(), &5.into()),
         "{line}"
     );
@@ -176,7 +176,7 @@ fn all_means_all_and_a_reload_changes_it() {
         (&Value::Null, &Value::Null, &Value::Null)
     );
     assert_eq!(plain["trace_id"], "0af7651916cd43dd8448eb211c80319c");
-    assert_eq!((&plain["bytes_in"], &plain["tries"]), (&3.into(), &1.into()), "{plain}");
+    assert_eq!((&plain["bytes_in"], &plain["attempts"]), (&3.into(), &1.into()), "{plain}");
     let refused = &both[1];
     assert_eq!((&refused["reason"], &refused["upstream"]), (&"malformed".into(), &Value::Null), "{refused}");
     assert!(refused["why"].as_str().is_some_and(|why| why.contains("not a host")), "{refused}");
@@ -328,8 +328,8 @@ fn the_last_calls_are_told_with_every_decision() {
 
     let retried = of("retried");
     let retried = retried.last().expect("a retried call");
-    let tries = retried["tries"].as_array().expect("tries");
-    assert_eq!((&retried["tries_made"], tries.len()), (&2.into(), 2), "{retried}");
+    let tries = retried["attempts"].as_array().expect("tries");
+    assert_eq!((&retried["attempts_made"], tries.len()), (&2.into(), 2), "{retried}");
     assert_eq!(tries[0]["endpoint"], other.address().to_string(), "{retried}");
     assert_eq!((&tries[0]["outcome"], &tries[1]["outcome"]), (&"503".into(), &"2xx".into()), "{retried}");
     assert_eq!((&tries[0]["what"], &tries[1]["what"]), (&"first".into(), &"retry".into()), "{retried}");
@@ -339,7 +339,7 @@ fn the_last_calls_are_told_with_every_decision() {
     let [dead] = failed.as_slice() else { panic!("{told}") };
     assert_eq!((&dead["upstream"], &dead["status"]), (&"dead".into(), &502.into()), "{dead}");
     assert_eq!(dead["reason"], "connect_refused", "{dead}");
-    let tries = dead["tries"].as_array().expect("tries");
+    let tries = dead["attempts"].as_array().expect("tries");
     assert!(
         tries.iter().any(|one| one["breaker"] == "open"),
         "the try that opened the breaker is told: {dead}"

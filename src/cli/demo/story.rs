@@ -44,7 +44,7 @@ impl Story {
             println!("     {}", self.paint("2", format!("proxy-status: {field}")));
         }
         let problem: serde_json::Value = serde_json::from_slice(&reply.body).unwrap_or_default();
-        for member in ["title", "cause", "detail", "upstream", "tries"] {
+        for member in ["title", "cause", "detail", "upstream", "attempts"] {
             if let Some(value) = problem.get(member) {
                 println!("     {}", self.paint("2", format!("{member}: {value}")));
             }

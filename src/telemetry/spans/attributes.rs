@@ -84,9 +84,9 @@ impl Spans<'_> {
         if number > 0 {
             attributes.set(HTTP_REQUEST_RESEND_COUNT, number as i64);
         }
-        attributes.set("outrigger.try.why", one.why.word());
+        attributes.set("outrigger.attempt.why", one.why.word());
         if !one.waited.is_zero() {
-            attributes.set("outrigger.try.backoff_ms", one.waited.as_secs_f64() * 1e3);
+            attributes.set("outrigger.attempt.backoff_ms", one.waited.as_secs_f64() * 1e3);
         }
         attributes.set("outrigger.connection.reused", one.carried && one.connected.is_none());
         if one.trial {
@@ -100,10 +100,10 @@ impl Spans<'_> {
     /// one's.
     fn outcome(&self, last: bool, one: &Try, attributes: &mut Attributes) -> Status {
         let Some(outcome) = one.outcome else {
-            attributes.set("outrigger.try.outcome", "cancelled");
+            attributes.set("outrigger.attempt.outcome", "cancelled");
             return Status::Unset;
         };
-        attributes.set("outrigger.try.outcome", outcome.label());
+        attributes.set("outrigger.attempt.outcome", outcome.label());
         attributes.set_if("outrigger.advice", outcome.advice().word());
         match (outcome.ending, self.record.grpc_status.filter(|_| last)) {
             (Ending::Grpc(status), _) | (Ending::Http(_), Some(status)) => rpc(status, false, attributes),
@@ -162,7 +162,7 @@ impl Spans<'_> {
         attributes.set_if(HTTP_RESPONSE_STATUS_CODE, record.status.map(|status| i64::from(status.as_u16())));
         attributes.set(HTTP_REQUEST_BODY_SIZE, size(record.bytes_in));
         attributes.set(HTTP_RESPONSE_BODY_SIZE, size(record.bytes_out));
-        attributes.set("outrigger.tries", i64::from(record.tries.made()));
+        attributes.set("outrigger.attempts", i64::from(record.tries.made()));
         attributes.set_if("outrigger.retry.stopped", record.stopped);
         attributes.set_if("outrigger.fallback", record.fell_back);
         if record.end != End::Complete {

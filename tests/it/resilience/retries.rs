@@ -132,7 +132,7 @@ fn the_last_failure_is_passed_on() {
     let answer = get(&proxy);
     assert_eq!((answer.status(), answer.text().as_str()), (503, "503"));
     let said = answer.field("proxy-status").unwrap_or_default();
-    assert!(said.contains("received-status=503") && said.contains("3 tries"), "{said}");
+    assert!(said.contains("received-status=503") && said.contains("3 attempts"), "{said}");
 }
 
 #[test]

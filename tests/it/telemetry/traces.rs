@@ -71,7 +71,7 @@ fn one_trace(telemetry: &str, rotel: &Rotel) {
     let [call] = of(&spans, "first", "INTERNAL")[..] else { panic!("{spans:#?}") };
     assert_eq!((&call.parent, call.status.as_str()), (&server.id, "UNSET"), "the service passed its span on");
     assert_eq!(call.attribute("outrigger.upstream"), "second");
-    assert_eq!(call.attribute("outrigger.tries"), "2");
+    assert_eq!(call.attribute("outrigger.attempts"), "2");
     assert!(call.events.contains(&"retry".to_owned()), "{call:#?}");
 
     let [failed, retried] = of(&spans, "first", "CLIENT")[..] else { panic!("{spans:#?}") };
@@ -82,7 +82,7 @@ fn one_trace(telemetry: &str, rotel: &Rotel) {
         ("503", "503")
     );
     assert_eq!(retried.attribute("http.request.resend_count"), "1");
-    assert_eq!(retried.attribute("outrigger.try.why"), "retry");
+    assert_eq!(retried.attribute("outrigger.attempt.why"), "retry");
     assert!(!failed.attributes.contains_key("http.request.resend_count"));
     assert_eq!(retried.attribute("url.full"), "http://second/cart/7");
     assert_eq!(retried.attribute("network.peer.port"), pair.second.inbound().port().to_string());
