@@ -1,9 +1,10 @@
 //! The bodies that pass through: streamed, with what is needed to send a request again.
 
+mod kept;
 mod request;
 mod response;
 
-pub use request::{CallerBody, ClaimFields, Replay, Replayable, RequestBody, Sent};
+pub use request::{CallerBody, ClaimFields, Replay, Replayable, RequestBody, Sent, SourceFailure};
 pub use response::{Held, ResponseBody, Streaming};
 
 use crate::{http1, upstream::pool::AnswerError};

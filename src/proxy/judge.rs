@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{
     accept::Side,
     attempt::Failed,
-    body::Replay,
+    body::{Replay, SourceFailure},
     clock::{Clock, RanOut},
     error::{Cause, ProxyError},
     exchange::{Ended, Exchange},
@@ -47,8 +47,13 @@ impl Exchange<'_> {
                 Ended::Answered(Box::new(answer), outcome)
             }
             Ok(Err(mut failed)) => {
-                if replay.caller_gone() {
-                    failed.ending = Ending::CallerGone;
+                match replay.failure() {
+                    None => {}
+                    Some(SourceFailure::ClientGone) => failed.ending = Ending::CallerGone,
+                    Some(SourceFailure::Malformed(error)) => {
+                        let error = ProxyError::malformed(format!("the request's body: {error}"));
+                        failed = Failed::new(Ending::ClientError, error);
+                    }
                 }
                 Ended::Failed(failed)
             }

@@ -358,9 +358,15 @@ impl Exchange<'_> {
         (number, began): (Number, Instant),
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
         let opened_by = gate.clone();
+        // A stream may be refused after some of the body was sent, and a fallback may take the body over.
+        let (by_http1, keep) = (outgoing.version == Version::HTTP_11, outgoing.keep);
+        let nothing_follows = move |reused| by_http1 && !keep && !self.retries.may_follow(reused);
         let body = move |reused: bool| {
             let connected = (!reused).then(Instant::now);
             self.note_try(number, |one| (one.carried, one.connected) = (true, connected));
+            if nothing_follows(reused) {
+                replay.keep_nothing();
+            }
             replay.next_try(gate)
         };
         let means = Means {

@@ -48,6 +48,8 @@ pub enum Ending {
     CallersDeadline,
     /// The caller went away.
     CallerGone,
+    /// What the client sent of its body is malformed, so the attempt was broken off.
+    ClientError,
     /// We never sent it: breaker, limits, rate limit, an injected fault, draining.
     LocalRefusal,
 }
@@ -220,7 +222,9 @@ impl Ending {
             Self::Connect(_) | Self::Reset(_) | Self::AttemptTimeout | Self::Timeout => Health::Failure,
             // "Not now, and not processed" is how a well server sheds load or leaves (GOAWAY in a rolling restart).
             Self::RefusedStream => Health::Neutral,
-            Self::CallersDeadline | Self::CallerGone | Self::LocalRefusal => Health::Neutral,
+            Self::CallersDeadline | Self::CallerGone | Self::ClientError | Self::LocalRefusal => {
+                Health::Neutral
+            }
         }
     }
 
@@ -248,6 +252,7 @@ impl Ending {
             Self::Timeout => "timeout",
             Self::CallersDeadline => "deadline",
             Self::CallerGone => "caller_gone",
+            Self::ClientError => "client_error",
             Self::LocalRefusal => "local_refusal",
         }
     }

@@ -250,6 +250,7 @@ fn in_words(one: &Try) -> String {
         Some(Ending::Timeout) => format!("no answer from {at} within timeout"),
         Some(Ending::CallersDeadline) => format!("no answer from {at} within the caller's deadline"),
         Some(Ending::CallerGone) => format!("the caller left while {at} was asked"),
+        Some(Ending::ClientError) => format!("the request to {at} was broken off: its body is malformed"),
         Some(Ending::LocalRefusal) => format!("a connection to {at} was not allowed"),
     }
 }

@@ -5,6 +5,7 @@ mod tests;
 
 use std::{
     cell::{Cell, RefCell},
+    mem,
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -20,8 +21,12 @@ use tokio::time::Instant;
 use super::{
     super::{connection, headers, interim::Gate, progress::Progress},
     BodyError,
+    kept::Kept,
 };
-use crate::present::Present;
+use crate::{
+    http1::{self, framing::FramingError},
+    present::Present,
+};
 
 /// A request's body as it comes from its caller.
 #[derive(Debug)]
@@ -71,10 +76,11 @@ pub struct RequestBody(Option<Try>);
 
 #[derive(Debug)]
 struct Try {
-    kept: Rc<RefCell<Kept>>,
+    source: Rc<RefCell<Source>>,
     number: u32,
-    /// How many of the kept frames this try has sent.
-    sent: usize,
+    /// How many of the kept bytes this try has sent.
+    sent: u64,
+    trailers_sent: bool,
     gate: Option<Rc<Gate>>,
     whole: Rc<Cell<bool>>,
 }
@@ -91,21 +97,29 @@ impl Sent {
 
 /// The caller's body, with a copy of its beginning where the policy may want to send it again.
 #[derive(Debug)]
-struct Kept {
-    source: CallerBody,
+struct Source {
+    body: CallerBody,
     progress: Rc<Progress>,
     /// The try that may read. An earlier one that still runs must not take bytes away from it.
     current: u32,
-    frames: Vec<Bytes>,
+    kept: Kept,
     trailers: Option<HeaderMap>,
-    kept_bytes: u64,
+    /// Of what may be kept, in bytes.
     limit: u64,
     touched: bool,
     overflowed: bool,
     ended: bool,
-    caller_gone: bool,
+    failure: Option<SourceFailure>,
     /// Fields by which the service learns claims of the caller's token: a trailer must not say them either.
     claims: Option<ClaimFields>,
+}
+
+/// Why a request's body breaks off, where its client is the cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceFailure {
+    ClientGone,
+    /// What the client sent is no body.
+    Malformed(FramingError),
 }
 
 /// See [`crate::identity::gate::Users::claim_headers`].
@@ -113,7 +127,7 @@ pub type ClaimFields = Arc<[(HeaderName, String)]>;
 
 /// The caller's body, from which each try gets its own view.
 #[derive(Debug)]
-pub struct Replay(Option<Rc<RefCell<Kept>>>);
+pub struct Replay(Option<Rc<RefCell<Source>>>);
 
 /// Whether a request's body can be sent once more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,18 +148,17 @@ impl Replay {
             progress.request_sent(progress.started());
             return Self(None);
         }
-        Self(Some(Rc::new(RefCell::new(Kept {
-            source,
+        Self(Some(Rc::new(RefCell::new(Source {
+            body: source,
             progress: Rc::clone(progress),
             current: 0,
-            frames: Vec::new(),
+            kept: Kept::default(),
             trailers: None,
-            kept_bytes: 0,
             limit,
             touched: false,
             overflowed: false,
             ended: false,
-            caller_gone: false,
+            failure: None,
             claims,
         }))))
     }
@@ -155,8 +168,17 @@ impl Replay {
         RequestBody(self.0.as_ref().map(|kept| {
             let mut inner = kept.borrow_mut();
             inner.current += 1;
-            Try { kept: Rc::clone(kept), number: inner.current, sent: 0, gate, whole: Rc::default() }
+            let source = Rc::clone(kept);
+            let (number, whole) = (inner.current, Rc::default());
+            Try { source, number, sent: 0, trailers_sent: false, gate, whole }
         }))
+    }
+
+    /// From here on nothing is kept that is not kept already: no other try can follow.
+    pub fn keep_nothing(&self) {
+        if let Some(source) = &self.0 {
+            source.borrow_mut().limit = 0;
+        }
     }
 
     /// Ends the views of earlier tries. False, with nothing changed, where one of them has read past what is kept:
@@ -177,9 +199,9 @@ impl Replay {
         }
     }
 
-    /// Whether the caller left in the middle of its body.
-    pub fn caller_gone(&self) -> bool {
-        self.0.as_ref().is_some_and(|kept| kept.borrow().caller_gone)
+    /// Why the body broke off, where its client was the cause.
+    pub fn failure(&self) -> Option<SourceFailure> {
+        self.0.as_ref().and_then(|source| source.borrow().failure)
     }
 
     /// Whether there is no body at all.
@@ -188,13 +210,17 @@ impl Replay {
     }
 }
 
-impl Kept {
+impl Source {
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.touched = true;
-        let frame = match ready!(Pin::new(&mut self.source).poll_frame(cx)) {
+        let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
             Some(Ok(frame)) => without_spoofed(frame, self.claims.as_deref()),
             Some(Err(error)) => {
-                self.caller_gone = true;
+                // What comes first is the cause.
+                self.failure.get_or_insert(match &error {
+                    BodyError::Caller(http1::Error::Framing(error)) => SourceFailure::Malformed(*error),
+                    _ => SourceFailure::ClientGone,
+                });
                 return Poll::Ready(Some(Err(error)));
             }
             None => {
@@ -205,21 +231,20 @@ impl Kept {
         };
         let now = self.progress.moved();
         if let Some(data) = frame.data_ref() {
-            self.kept_bytes = self.kept_bytes.saturating_add(data.len() as u64);
             self.progress.note(|record| record.bytes_in += data.len() as u64);
-            if self.kept_bytes > self.limit {
+            if self.overflowed || self.kept.length().saturating_add(data.len() as u64) > self.limit {
                 self.overflowed = true;
                 self.progress.unrepeatable();
-                self.frames = Vec::new();
+                self.kept = Kept::default();
             } else {
-                self.frames.push(data.clone());
+                self.kept.push(data);
             }
         } else if let Some(trailers) = frame.trailers_ref()
             && !self.overflowed
         {
             self.trailers = Some(trailers.clone());
         }
-        if self.source.is_end_stream() {
+        if self.body.is_end_stream() {
             self.ended = true;
             self.progress.request_sent(now);
         }
@@ -258,35 +283,33 @@ impl Try {
         if let Some(gate) = &self.gate {
             ready!(gate.poll_open(cx));
         }
-        let mut kept = self.kept.borrow_mut();
-        if kept.current != self.number {
+        let mut source = self.source.borrow_mut();
+        if source.current != self.number {
             return Poll::Ready(Some(Err(BodyError::TakenOver)));
         }
-        if let Some(data) = kept.frames.get(self.sent) {
-            self.sent += 1;
-            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
+        if let Some(data) = source.kept.part_at(self.sent) {
+            self.sent += data.len() as u64;
+            return Poll::Ready(Some(Ok(Frame::data(data))));
         }
-        if kept.ended {
-            // Frames first, trailers last; `sent` one past the frames says that the trailers went out.
-            let trailers = (self.sent == kept.frames.len()).then(|| kept.trailers.clone()).flatten();
-            self.sent += 1;
+        if source.ended {
+            let trailers = source.trailers.clone().filter(|_| !mem::replace(&mut self.trailers_sent, true));
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
         }
-        let frame = ready!(kept.poll_source(cx));
-        if let Some(Ok(frame)) = &frame
-            && (frame.is_trailers() || !kept.overflowed)
-        {
-            self.sent += 1;
+        let frame = ready!(source.poll_source(cx));
+        if let Some(Ok(frame)) = &frame {
+            self.sent += frame.data_ref().map_or(0, |data| data.len() as u64);
+            self.trailers_sent |= frame.is_trailers();
         }
         Poll::Ready(frame)
     }
 
     /// Whether there is nothing more to send.
     fn is_at_end(&self) -> bool {
-        let kept = self.kept.borrow();
-        kept.ended
-            && kept.current == self.number
-            && self.sent >= kept.frames.len() + usize::from(kept.trailers.is_some())
+        let source = self.source.borrow();
+        source.ended
+            && source.current == self.number
+            && self.sent >= source.kept.length()
+            && (self.trailers_sent || source.trailers.is_none())
     }
 }
 
@@ -312,15 +335,15 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         let Some(this) = &self.0 else { return SizeHint::with_exact(0) };
-        let kept = this.kept.borrow();
-        if kept.touched {
+        let source = this.source.borrow();
+        if source.touched {
             // What is left of the source, and what of the copy this try still has to send.
-            let again: u64 = kept.frames.iter().skip(this.sent).map(|data| data.len() as u64).sum();
-            return match kept.source.size_hint().exact() {
+            let again = source.kept.length().saturating_sub(this.sent);
+            return match source.body.size_hint().exact() {
                 Some(rest) => SizeHint::with_exact(rest + again),
                 None => SizeHint::default(),
             };
         }
-        kept.source.size_hint()
+        source.body.size_hint()
     }
 }

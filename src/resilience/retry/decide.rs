@@ -139,6 +139,16 @@ impl RetryPolicy {
         }
     }
 
+    /// Whether any try could follow one whose request has begun to be sent by HTTP/1.1. `reused`: its connection has
+    /// carried a request before.
+    pub fn may_follow(&self, reused: bool) -> bool {
+        match &self.settings {
+            // Of its own accord only the race of a kept connection is mended.
+            None => reused,
+            Some(settings) => settings.max > 0,
+        }
+    }
+
     /// Whether a failure of the n-th try (from 1) could be followed by another, as far as the count goes.
     pub fn another_possible(&self, tries: u32) -> bool {
         self.settings.as_ref().is_some_and(|settings| tries <= settings.max)

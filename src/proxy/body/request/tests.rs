@@ -51,6 +51,54 @@ fn caller(framing: Framing) -> (Caller, CallerBody) {
     (Caller(caller), CallerBody::Http1(body))
 }
 
+/// What a body costs is told by its bytes, not by how its client cuts it.
+#[tokio::test]
+async fn a_body_in_one_byte_chunks_is_kept_in_little_more_than_its_bytes() {
+    const LENGTH: usize = 64 * 1024;
+    let keeps = |limit: u64, nothing: bool| {
+        let (mut client, source) = caller(Framing::Chunked);
+        let progress = Rc::new(Progress::new(Instant::now()));
+        let replay = Replay::new(source, limit, None, &progress);
+        let mut reader = Reader::new(replay.next_try(None));
+        if nothing {
+            replay.keep_nothing();
+        }
+        // Each chunk in a segment of its own is the worst there is.
+        for _ in 0..LENGTH {
+            client.send(b"1\r\nx\r\n");
+            assert!(reader.read().unwrap());
+        }
+        assert_eq!(reader.got.len(), LENGTH);
+        let held = replay.0.as_ref().unwrap().borrow().kept.held();
+        (held, replay.replayable())
+    };
+    let (held, replayable) = keeps(LENGTH as u64, false);
+    assert!(held <= 2 * LENGTH + 1024 && replayable == Replayable::Kept, "{held} bytes");
+    assert_eq!(keeps(LENGTH as u64 - 1, false), (0, Replayable::Gone));
+    assert_eq!(keeps(LENGTH as u64, true), (0, Replayable::Gone));
+    assert_eq!(keeps(0, false), (0, Replayable::Gone));
+}
+
+/// What is malformed stays the cause, though no more can be read afterwards.
+#[tokio::test]
+async fn a_malformed_body_is_told_from_a_client_that_left() {
+    let progress = Rc::new(Progress::new(Instant::now()));
+    let replay = |source| Replay::new(source, 100, None, &progress);
+    let (mut client, source) = caller(Framing::Chunked);
+    let malformed = replay(source);
+    client.send(b"5\r\nhello\r\nzz\r\n");
+    for _ in 0..2 {
+        let mut reader = Reader::new(malformed.next_try(None));
+        while reader.read().is_ok() {}
+        assert_eq!(malformed.failure(), Some(SourceFailure::Malformed(FramingError::ChunkSize)));
+    }
+    let (client, source) = caller(Framing::Chunked);
+    drop(client);
+    let gone = replay(source);
+    assert!(Reader::new(gone.next_try(None)).read().is_err());
+    assert_eq!(gone.failure(), Some(SourceFailure::ClientGone));
+}
+
 /// A try, and what its service got of it.
 struct Reader {
     body: RequestBody,

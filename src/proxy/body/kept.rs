@@ -1,0 +1,96 @@
+//! The beginning of a request's body, kept to be sent again.
+
+use bytes::{Bytes, BytesMut};
+
+/// A part that is shorter is copied: one that is not holds the buffer that it was read into.
+const SMALL: usize = 8 * 1024;
+/// Copied parts are joined up to this length.
+const JOINED: usize = 16 * 1024;
+
+/// What was kept. It holds about twice its bytes at most, however the client has cut them.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    parts: Vec<Bytes>,
+    /// Small parts behind those, joined.
+    tail: BytesMut,
+    length: u64,
+}
+
+impl Kept {
+    /// In bytes.
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+
+    pub(super) fn push(&mut self, data: &Bytes) {
+        self.length += data.len() as u64;
+        if data.len() < SMALL && self.tail.len() + data.len() <= JOINED {
+            return self.tail.extend_from_slice(data);
+        }
+        if !self.tail.is_empty() {
+            self.parts.push(std::mem::take(&mut self.tail).freeze());
+        }
+        if data.len() < SMALL { self.tail.extend_from_slice(data) } else { self.parts.push(data.clone()) }
+    }
+
+    /// A part from `offset` on. `None`: that is the end.
+    pub(super) fn part_at(&self, mut offset: u64) -> Option<Bytes> {
+        for part in &self.parts {
+            match usize::try_from(offset) {
+                Ok(offset) if offset < part.len() => return Some(part.slice(offset..)),
+                _ => offset -= part.len() as u64,
+            }
+        }
+        let rest = self.tail.get(usize::try_from(offset).ok()?..)?;
+        (!rest.is_empty()).then(|| Bytes::copy_from_slice(rest))
+    }
+
+    /// How much memory is held, as far as that can be told.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        let parts: usize = self.parts.iter().map(Bytes::len).sum();
+        parts + self.tail.capacity() + self.parts.capacity() * size_of::<Bytes>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever parts it came in, and from wherever it is read: it is what came.
+        #[test]
+        fn what_was_kept_is_read_from_any_offset(
+            lengths in prop::collection::vec(1_usize..20_000, 0..12),
+            from in 0_usize..100_000,
+        ) {
+            let mut kept = Kept::default();
+            let mut all = Vec::new();
+            for (number, length) in lengths.into_iter().enumerate() {
+                let part: Vec<u8> = (0..length).map(|at| (at * 7 + number) as u8).collect();
+                all.extend_from_slice(&part);
+                kept.push(&part.into());
+            }
+            prop_assert_eq!(kept.length(), all.len() as u64);
+            let from = from.min(all.len());
+            let (mut read, mut offset) = (Vec::new(), from as u64);
+            while let Some(part) = kept.part_at(offset) {
+                prop_assert!(!part.is_empty());
+                offset += part.len() as u64;
+                read.extend_from_slice(&part);
+            }
+            prop_assert_eq!(&read[..], &all[from..]);
+        }
+    }
+
+    #[test]
+    fn a_body_in_drops_costs_little_more_than_its_bytes() {
+        let mut kept = Kept::default();
+        for byte in 0..64 * 1024 {
+            kept.push(&Bytes::copy_from_slice(&[byte as u8]));
+        }
+        assert!(kept.held() <= 2 * 64 * 1024 + 1024, "{} bytes", kept.held());
+    }
+}
