@@ -1,8 +1,7 @@
 //! Where a body ends, and its chunks (RFC 9112 §6 and §7).
 
-use bytes::{Buf, Bytes};
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
+    HeaderMap, HeaderName, Method, StatusCode, Version,
     header::{
         AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HOST,
         MAX_FORWARDS, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING,
@@ -11,13 +10,12 @@ use http::{
 
 use crate::present::{Field, Present};
 
-/// A chunk's first line: its size, and what else is said there, which is let go.
-const MAX_CHUNK_LINE: usize = 1024;
-/// Of such lines' further sayings, in one body.
-const MAX_EXTENSIONS: usize = 16 * 1024;
-const MAX_TRAILERS: usize = 16 * 1024;
+/// Bytes of chunk extensions in one body: more is an attack, as nobody uses them.
+pub const MAX_EXTENSIONS: usize = 16 * 1024;
+/// Bytes of a trailer section, as of a head.
+pub const MAX_TRAILERS: usize = super::MAX_HEAD_BYTES;
 /// Fields of a trailer section.
-const MAX_TRAILER_FIELDS: usize = 100;
+pub const MAX_TRAILER_FIELDS: usize = 100;
 
 /// How it is told where a body ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,14 +36,20 @@ pub enum FramingError {
     Coding,
     #[error("it has a Transfer-Encoding, and is of HTTP/1.0")]
     CodingOf10,
-    #[error("a chunk's size is malformed")]
+    #[error("a chunk size is not a hexadecimal number followed by CR LF")]
     ChunkSize,
-    #[error("a chunk does not end where it should")]
+    #[error("a chunk does not end with CR LF where its size says")]
     ChunkEnd,
-    #[error("its chunks say more than {MAX_EXTENSIONS} bytes beside their sizes")]
+    #[error("a chunk extension has a control character")]
+    ExtensionByte,
+    #[error("its chunk extensions have more than {MAX_EXTENSIONS} bytes")]
     Extensions,
-    #[error("its trailers are malformed, or too many")]
+    #[error("its trailers are malformed")]
     Trailers,
+    #[error("a line of its trailers ends with LF without CR")]
+    TrailerLineEnd,
+    #[error("its trailers have more than {MAX_TRAILERS} bytes or {MAX_TRAILER_FIELDS} fields")]
+    TooManyTrailers,
 }
 
 impl Framing {
@@ -78,6 +82,8 @@ impl Framing {
         present: Present,
     ) -> Result<Self, FramingError> {
         if *method == Method::HEAD || has_no_body(status) {
+            // No body follows, but the length may be passed on.
+            length(fields, present)?;
             return Ok(Self::EMPTY);
         }
         match coded(version, fields, present)? {
@@ -141,179 +147,6 @@ fn number(digits: &[u8]) -> Option<u64> {
         sum.checked_mul(10)?.checked_add(digit)
     };
     if digits.is_empty() { None } else { digits.iter().try_fold(0, add) }
-}
-
-/// What comes of a body.
-#[derive(Debug)]
-pub enum Decoded {
-    Data(Bytes),
-    Trailers(HeaderMap),
-    /// It is over, and stays so.
-    End,
-    /// What there is does not suffice.
-    More,
-}
-
-/// Takes a body out of the bytes it came in.
-#[derive(Debug)]
-pub struct Decoder(State);
-
-#[derive(Debug)]
-enum State {
-    Length(u64),
-    UntilClose,
-    /// A chunk's first line comes.
-    ChunkLine {
-        extensions: usize,
-    },
-    ChunkData {
-        left: u64,
-        extensions: usize,
-    },
-    /// What closes a chunk comes.
-    ChunkEnd {
-        extensions: usize,
-    },
-    Trailers,
-}
-
-impl Decoder {
-    pub const fn new(framing: Framing) -> Self {
-        Self(match framing {
-            Framing::Length(length) => State::Length(length),
-            Framing::Chunked => State::ChunkLine { extensions: 0 },
-            Framing::UntilClose => State::UntilClose,
-        })
-    }
-
-    /// Whether it is known that nothing more comes.
-    pub const fn is_over(&self) -> bool {
-        matches!(self.0, State::Length(0))
-    }
-
-    /// Whether the end of the connection is the body's.
-    pub const fn ends_by_close(&self) -> bool {
-        matches!(self.0, State::UntilClose)
-    }
-
-    /// How much of the body is still to come, where that was told.
-    pub const fn length(&self) -> Option<u64> {
-        match self.0 {
-            State::Length(left) => Some(left),
-            _ => None,
-        }
-    }
-
-    /// How many bytes still come, as far as that is known.
-    pub const fn expects(&self) -> u64 {
-        match self.0 {
-            State::Length(left) => left,
-            // With what closes it.
-            State::ChunkData { left, .. } => left.saturating_add(2),
-            State::UntilClose => u64::MAX,
-            State::ChunkLine { .. } | State::ChunkEnd { .. } | State::Trailers => 0,
-        }
-    }
-
-    /// Takes the next part out of what came. What is left of that belongs behind it.
-    ///
-    /// # Errors
-    ///
-    /// Where the chunks are malformed. Nothing that comes behind can be told apart then.
-    pub fn decode(&mut self, came: &mut Bytes) -> Result<Decoded, FramingError> {
-        loop {
-            match &mut self.0 {
-                State::Length(0) => return Ok(Decoded::End),
-                _ if came.is_empty() => return Ok(Decoded::More),
-                State::Length(left) => {
-                    let data = take(came, *left);
-                    *left -= data.len() as u64;
-                    return Ok(Decoded::Data(data));
-                }
-                State::UntilClose => return Ok(Decoded::Data(std::mem::take(came))),
-                State::ChunkLine { extensions } => {
-                    let Some((size, line, more)) = chunk_line(came)? else { return Ok(Decoded::More) };
-                    let extensions = *extensions + more;
-                    if extensions > MAX_EXTENSIONS {
-                        return Err(FramingError::Extensions);
-                    }
-                    came.advance(line);
-                    self.0 = match size {
-                        0 => State::Trailers,
-                        left => State::ChunkData { left, extensions },
-                    };
-                }
-                State::ChunkData { left, extensions } => {
-                    let data = take(came, *left);
-                    *left -= data.len() as u64;
-                    if *left == 0 {
-                        self.0 = State::ChunkEnd { extensions: *extensions };
-                    }
-                    return Ok(Decoded::Data(data));
-                }
-                State::ChunkEnd { extensions } => match &came[..] {
-                    [b'\r', b'\n', ..] => {
-                        came.advance(2);
-                        self.0 = State::ChunkLine { extensions: *extensions };
-                    }
-                    [b'\r'] => return Ok(Decoded::More),
-                    _ => return Err(FramingError::ChunkEnd),
-                },
-                State::Trailers => {
-                    let Some((trailers, length)) = trailers(came)? else { return Ok(Decoded::More) };
-                    came.advance(length);
-                    self.0 = State::Length(0);
-                    return Ok(if trailers.is_empty() { Decoded::End } else { Decoded::Trailers(trailers) });
-                }
-            }
-        }
-    }
-}
-
-fn take(came: &mut Bytes, most: u64) -> Bytes {
-    if came.len() as u64 <= most {
-        std::mem::take(came)
-    } else {
-        came.split_to(usize::try_from(most).unwrap_or(usize::MAX))
-    }
-}
-
-/// A chunk's size, the length of the line that says so, and how much of that is something else. `None`: there is more
-/// to come.
-fn chunk_line(came: &[u8]) -> Result<Option<(u64, usize, usize)>, FramingError> {
-    let Some(end) = came.iter().take(MAX_CHUNK_LINE).position(|byte| *byte == b'\n') else {
-        return if came.len() < MAX_CHUNK_LINE { Ok(None) } else { Err(FramingError::ChunkSize) };
-    };
-    let line = came[..end].strip_suffix(b"\r").ok_or(FramingError::ChunkSize)?;
-    let digits = line.iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
-    let (size, rest) = line.split_at(digits);
-    let add = |sum: u64, digit: &u8| {
-        let digit = char::from(*digit).to_digit(16)?;
-        sum.checked_mul(16)?.checked_add(u64::from(digit))
-    };
-    let size = size.iter().try_fold(0, add).filter(|_| digits > 0).ok_or(FramingError::ChunkSize)?;
-    let fits = matches!(rest.trim_ascii_start(), [] | [b';', ..]);
-    if !fits || rest.iter().any(|byte| byte.is_ascii_control() && *byte != b'\t') {
-        return Err(FramingError::ChunkSize);
-    }
-    Ok(Some((size, end + 1, rest.len())))
-}
-
-/// The trailers, and the length of what they are written in. `None`: there is more to come.
-fn trailers(came: &[u8]) -> Result<Option<(HeaderMap, usize)>, FramingError> {
-    let mut parsed = [httparse::EMPTY_HEADER; MAX_TRAILER_FIELDS];
-    let (length, parsed) = match httparse::parse_headers(came, &mut parsed) {
-        Ok(httparse::Status::Complete(found)) => found,
-        Ok(httparse::Status::Partial) if came.len() < MAX_TRAILERS => return Ok(None),
-        _ => return Err(FramingError::Trailers),
-    };
-    let mut trailers = HeaderMap::with_capacity(parsed.len());
-    for field in parsed {
-        let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| FramingError::Trailers)?;
-        let value = HeaderValue::from_bytes(field.value).map_err(|_| FramingError::Trailers)?;
-        trailers.append(name, value);
-    }
-    Ok(Some((trailers, length)))
 }
 
 /// Writes a chunk's first line.

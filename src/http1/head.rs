@@ -8,6 +8,7 @@ use http::{
 };
 use hyper::ext::ReasonPhrase;
 
+use super::target::{RawTarget, Target, diagnose, masked};
 use crate::present::{Field, Present};
 
 /// Fields that a head may have.
@@ -24,6 +25,12 @@ pub enum HeadError {
     Version,
     #[error("its target is not a URI")]
     Target,
+    #[error("its target has a fragment, which is for clients only (RFC 9110 §7.1)")]
+    Fragment,
+    #[error("its target has a space")]
+    SpaceInTarget,
+    #[error("its target has the control byte {0:#04x}")]
+    TargetByte(u8),
     #[error("a field of its header is malformed")]
     Field,
     #[error("it has more than {MAX_FIELDS} fields")]
@@ -48,6 +55,7 @@ impl From<httparse::Error> for HeadError {
 pub struct RequestHead {
     pub method: Method,
     pub target: Uri,
+    pub raw_target: Option<RawTarget>,
     pub version: Version,
     pub fields: HeaderMap,
     /// Which of the fields are there that a proxy acts on.
@@ -140,6 +148,22 @@ pub struct Spelling(HeaderMap<Bytes>);
 ///
 /// Says what is wrong with it. Nothing that comes behind it can be told apart then.
 pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize, RequestHead)>, HeadError> {
+    match parse_with_target(input, None, keep_spelling) {
+        Err(HeadError::FirstLine) => {
+            let (masked, target) = masked(input).ok_or_else(|| diagnose(input, HeadError::FirstLine))?;
+            parse_with_target(&masked, Some(&target), keep_spelling)
+        }
+        Err(error) => Err(diagnose(input, error)),
+        parsed => parsed,
+    }
+}
+
+/// The same. `target`: in place of the one that stands in the input.
+fn parse_with_target(
+    input: &[u8],
+    target: Option<&Bytes>,
+    keep_spelling: bool,
+) -> Result<Option<(usize, RequestHead)>, HeadError> {
     let mut fields = [const { MaybeUninit::uninit() }; MAX_FIELDS];
     let mut request = httparse::Request::new(&mut []);
     let length = match request.parse_with_uninit_headers(input, &mut fields)? {
@@ -149,12 +173,16 @@ pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize,
     let head = Head::new(input, length)?;
     let method = request.method.unwrap_or_default();
     let method = Method::from_bytes(method.as_bytes()).map_err(|_| HeadError::FirstLine)?;
-    let target = request.path.map(|path| head.part(path.as_bytes())).unwrap_or_default();
-    let target = Uri::from_maybe_shared(target).map_err(|_| HeadError::Target)?;
+    let found = request.path.unwrap_or_default().as_bytes();
+    let Target { uri: target, raw: raw_target } = match target {
+        Some(target) => Target::parse(&method, target.clone(), target)?,
+        None => Target::parse(&method, head.part(found), found)?,
+    };
     let version = version(request.version);
     let Fields { fields, present, connection, spelling } =
         head.fields(request.headers, ADDED, keep_spelling)?;
-    Ok(Some((length, RequestHead { method, target, version, fields, present, connection, spelling })))
+    let head = RequestHead { method, target, raw_target, version, fields, present, connection, spelling };
+    Ok(Some((length, head)))
 }
 
 /// Reads the head of a response, and how many bytes it takes. `None`: there is more to come.
@@ -244,10 +272,14 @@ impl<'a> Head<'a> {
     }
 }
 
-/// Writes the first line of a request.
-pub fn write_request_line(out: &mut Vec<u8>, method: &Method, target: &Uri) {
+/// Writes the first line of a request. `raw`: path and query where they are to go out as they came.
+pub fn write_request_line(out: &mut Vec<u8>, method: &Method, target: &Uri, raw: Option<&RawTarget>) {
     out.extend_from_slice(method.as_str().as_bytes());
     out.push(b' ');
+    if let Some(raw) = raw {
+        out.extend_from_slice(raw.as_bytes());
+        return out.extend_from_slice(b" HTTP/1.1\r\n");
+    }
     let path = target.path_and_query().map_or("/", |path| path.as_str());
     if path.starts_with('?') {
         // Of a URI with an empty path (RFC 9112 §3.2.1).

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
 use super::{
     Error, MAX_HEAD_BYTES,
-    framing::{Decoded, Decoder},
+    decoder::{Decoded, Decoder},
     head::HeadError,
 };
 
@@ -31,12 +31,14 @@ thread_local! {
 /// What was read and is not used yet.
 #[derive(Debug, Default)]
 pub struct Intake {
-    unread: Bytes,
+    unread: BytesMut,
+    /// How many bytes of a head there were when it was last parsed in vain.
+    parsed: usize,
 }
 
 impl Intake {
-    pub const fn new(unread: Bytes) -> Self {
-        Self { unread }
+    pub fn new(unread: Bytes) -> Self {
+        Self { unread: unread.into(), parsed: 0 }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -44,20 +46,42 @@ impl Intake {
     }
 
     pub fn into_unread(self) -> Bytes {
-        self.unread
+        self.unread.freeze()
     }
 
-    /// Reads a head: `parse` finds it, and how many bytes it takes.
+    /// What has come of a message that was not understood.
+    pub fn unread(&self) -> &[u8] {
+        &self.unread
+    }
+
+    /// Whether a message has begun: empty lines before it do not count.
+    pub fn has_begun(&self) -> bool {
+        !matches!(&self.unread[..], [] | [b'\r'])
+    }
+
+    /// Drops empty lines, as some clients send them behind a body (RFC 9112 §2.2).
+    pub fn skip_empty_lines(&mut self) {
+        let blank = empty_lines(&self.unread);
+        if blank > 0 {
+            self.advance(blank);
+        }
+    }
+
+    /// Reads a head: `parse` finds it, and how many bytes it takes. Empty lines before it are dropped.
+    ///
+    /// What `parse` looks at in all is no more than a few times what arrives, however that is cut into reads.
     pub fn poll_head<S: AsyncRead + Unpin, T>(
         &mut self,
         stream: &mut S,
         cx: &mut Context<'_>,
         mut parse: impl FnMut(&[u8]) -> Result<Option<(usize, T)>, HeadError>,
     ) -> Poll<Result<T, Error>> {
-        if !self.unread.is_empty()
-            && let Some((length, head)) = parse(&self.unread)?
+        self.skip_empty_lines();
+        // Whatever a message before it has left.
+        if self.parsed == 0
+            && !self.unread.is_empty()
+            && let Some(head) = self.parse(&mut parse)?
         {
-            self.advance(length);
             return Poll::Ready(Ok(head));
         }
         loop {
@@ -66,21 +90,24 @@ impl Intake {
                     return Err(if self.unread.is_empty() { Error::Closed } else { Error::CutOff });
                 }
                 // As a rule it comes whole, and need not be kept.
-                if self.unread.is_empty()
-                    && let Some((length, head)) = parse(came)?
-                {
-                    self.unread = Bytes::copy_from_slice(came.get(length..).unwrap_or_default());
-                    return Ok(Some(head));
+                if self.unread.is_empty() {
+                    let came = &came[empty_lines(came)..];
+                    // What is refused is kept, to be told of.
+                    let found = if came.is_empty() { Ok(None) } else { parse(came) };
+                    if let Some((length, head)) =
+                        found.inspect_err(|_| self.unread.extend_from_slice(came))?
+                    {
+                        self.unread = BytesMut::from(came.get(length..).unwrap_or_default());
+                        return Ok(Some(head));
+                    }
+                    self.append(came);
+                    self.parsed = came.len();
+                    return Ok(None);
                 }
+                let before = self.unread.len();
                 self.append(came);
-                // Looked at once a line, not once a byte.
-                if came.contains(&b'\n')
-                    && let Some((length, head)) = parse(&self.unread)?
-                {
-                    self.advance(length);
-                    return Ok(Some(head));
-                }
-                Ok(None)
+                self.skip_empty_lines();
+                if self.is_worth_parsing(before) { self.parse(&mut parse) } else { Ok(None) }
             });
             if let Some(head) = ready!(found)?? {
                 return Poll::Ready(Ok(head));
@@ -128,25 +155,65 @@ impl Intake {
         // Holds nothing between two polls but the room.
         let count = ready!(pin!(stream.read_buf(&mut own)).poll(cx))?;
         // Whoever keeps a part keeps the room that it lies in.
-        self.unread = if count < own.capacity() / 4 { Bytes::copy_from_slice(&own) } else { own.freeze() };
+        self.unread = if count < own.capacity() / 2 { BytesMut::from(&own[..]) } else { own };
         Poll::Ready(Ok(count))
     }
 
+    /// Parses what there is of a head.
+    fn parse<T>(
+        &mut self,
+        parse: &mut impl FnMut(&[u8]) -> Result<Option<(usize, T)>, HeadError>,
+    ) -> Result<Option<T>, Error> {
+        self.parsed = self.unread.len();
+        let Some((length, head)) = parse(&self.unread)? else { return Ok(None) };
+        self.advance(length);
+        Ok(Some(head))
+    }
+
+    /// Whether what has been appended, from `from` on, may end a head; or there is so much of it that it is looked at in
+    /// order to refuse early what is none.
+    fn is_worth_parsing(&self, from: usize) -> bool {
+        let appended = self.unread.get(from..).unwrap_or_default();
+        // The line may have begun before.
+        let tail = self.unread.get(from.saturating_sub(2)..).unwrap_or_default();
+        appended.contains(&b'\n') && (self.unread.len() >= 2 * self.parsed || has_empty_line(tail))
+    }
+
     fn append(&mut self, came: &[u8]) {
-        self.unread = if self.unread.is_empty() {
-            Bytes::copy_from_slice(came)
-        } else {
-            [&self.unread[..], came].concat().into()
-        };
+        self.unread.extend_from_slice(came);
     }
 
     fn advance(&mut self, length: usize) {
+        self.parsed = 0;
         self.unread.advance(length);
         if self.unread.is_empty() {
             // What it was cut from is not held any longer.
-            self.unread = Bytes::new();
+            self.unread = BytesMut::new();
         }
     }
+}
+
+/// How many bytes of empty lines stand in front.
+fn empty_lines(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    loop {
+        match &bytes[at..] {
+            [b'\r', b'\n', ..] => at += 2,
+            [b'\n', ..] => at += 1,
+            _ => return at,
+        }
+    }
+}
+
+/// Whether a line ends and an empty one follows.
+fn has_empty_line(bytes: &[u8]) -> bool {
+    let mut lines = bytes.split(|byte| *byte == b'\n').skip(1).peekable();
+    while let Some(line) = lines.next() {
+        if matches!(line, [] | [b'\r']) && lines.peek().is_some() {
+            return true;
+        }
+    }
+    false
 }
 
 /// A part of a body.
@@ -179,3 +246,6 @@ pub fn with_room<T>(what: impl FnOnce(&mut [u8]) -> T) -> T {
     SHARED.set(room);
     done
 }
+
+#[cfg(test)]
+mod tests;

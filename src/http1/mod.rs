@@ -2,10 +2,12 @@
 //! are sent, and what becomes of a connection, is decided by those who use it: `proxy::connection` towards callers,
 //! `upstream::http1` towards endpoints.
 
+pub mod decoder;
 pub mod framing;
 pub mod head;
 pub mod intake;
 pub mod outlet;
+pub mod target;
 #[cfg(test)]
 mod tests;
 

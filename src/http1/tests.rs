@@ -10,7 +10,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     Error,
-    framing::{Decoded, Decoder, Framing, FramingError, announced, content_length},
+    decoder::{Decoded, Decoder},
+    framing::{Framing, FramingError, announced, content_length},
     head::{
         HeadError, RequestHead, parse_request, parse_response, persists, write_fields, write_request_line,
         write_status_line,
@@ -53,6 +54,10 @@ fn what_is_wrong_with_a_head_is_said() {
     assert_eq!(request("GET / HTTP/1.1\r\nA: b\0\r\n\r\n"), HeadError::Field);
     assert_eq!(request("GET http://[ HTTP/1.1\r\n\r\n"), HeadError::Target);
     assert_eq!(request("G(T / HTTP/1.1\r\n\r\n"), HeadError::FirstLine);
+    assert_eq!(request("GET /a#b HTTP/1.1\r\n\r\n"), HeadError::Fragment);
+    assert_eq!(request("GET /a b HTTP/1.1\r\n\r\n"), HeadError::SpaceInTarget);
+    assert_eq!(request("GET /a\u{7f} HTTP/1.1\r\n\r\n"), HeadError::TargetByte(0x7f));
+    assert_eq!(request("GET /\0 HTTP/1.1\r\n\r\n"), HeadError::TargetByte(0));
     let many = "a: b\r\n".repeat(101);
     assert_eq!(request(&format!("GET / HTTP/1.1\r\n{many}\r\n")), HeadError::TooManyFields);
     let long = "a".repeat(super::MAX_HEAD_BYTES);
@@ -98,7 +103,7 @@ fn a_target_without_a_path_gets_one() {
     let line = |uri: &str| {
         let mut out = Vec::new();
         let path = uri.parse::<Uri>().unwrap().into_parts().path_and_query.unwrap();
-        write_request_line(&mut out, &Method::GET, &Uri::from(path));
+        write_request_line(&mut out, &Method::GET, &Uri::from(path), None);
         String::from_utf8(out).unwrap()
     };
     assert_eq!(line("http://up?q"), "GET /?q HTTP/1.1\r\n");
@@ -161,6 +166,11 @@ fn where_a_body_ends_is_told_by_its_head() {
     for status in [204, 304, 101] {
         assert_eq!(response(&Method::GET, status, five), Ok(Framing::EMPTY));
     }
+    // No body follows, but the length is passed on.
+    for (method, status) in [(&Method::HEAD, 200), (&Method::GET, 304), (&Method::GET, 204)] {
+        let wrong = "Content-Length: 5 GET /x\r\n";
+        assert_eq!(response(method, status, wrong), Err(FramingError::Length), "{method} {status}");
+    }
 }
 
 #[test]
@@ -176,7 +186,7 @@ fn a_length_is_one_number() {
 
 /// All of a body, from bytes that come in such pieces; and what is left behind it.
 fn decode(framing: Framing, pieces: &[&[u8]]) -> Result<(Vec<u8>, Option<HeaderMap>, Bytes), FramingError> {
-    let (mut decoder, mut came) = (Decoder::new(framing), Bytes::new());
+    let (mut decoder, mut came) = (Decoder::new(framing), BytesMut::new());
     let (mut data, mut trailers, mut pieces) = (Vec::new(), None, pieces.iter());
     loop {
         match decoder.decode(&mut came)? {
@@ -184,12 +194,12 @@ fn decode(framing: Framing, pieces: &[&[u8]]) -> Result<(Vec<u8>, Option<HeaderM
             Decoded::Trailers(found) => trailers = Some(found),
             Decoded::End => break,
             Decoded::More => match pieces.next() {
-                Some(piece) => came = [&came[..], piece].concat().into(),
+                Some(piece) => came.extend_from_slice(piece),
                 None => break,
             },
         }
     }
-    let rest = pieces.fold(BytesMut::from(came), |mut rest, piece| {
+    let rest = pieces.fold(came, |mut rest, piece| {
         rest.extend_from_slice(piece);
         rest
     });
@@ -206,6 +216,7 @@ fn malformed_chunks_are_refused() {
         ("1\na\r\n", FramingError::ChunkSize),
         ("1 1\r\na\r\n", FramingError::ChunkSize),
         ("1;a\rb\r\na\r\n", FramingError::ChunkSize),
+        ("1;a\x01b\r\na\r\n", FramingError::ExtensionByte),
         ("1\r\nab\r\n", FramingError::ChunkEnd),
         ("1\r\na\n", FramingError::ChunkEnd),
         ("10000000000000000\r\n", FramingError::ChunkSize),
@@ -213,12 +224,6 @@ fn malformed_chunks_are_refused() {
     ] {
         assert_eq!(decode(Framing::Chunked, &[wrong.as_bytes()]).unwrap_err(), why, "{wrong:?}");
     }
-    let long = format!("1;{}", "a".repeat(2000));
-    assert_eq!(decode(Framing::Chunked, &[long.as_bytes()]).unwrap_err(), FramingError::ChunkSize);
-    let many = format!("1;{}\r\na\r\n", "a".repeat(1000)).repeat(20);
-    assert_eq!(decode(Framing::Chunked, &[many.as_bytes()]).unwrap_err(), FramingError::Extensions);
-    let endless = format!("0\r\n{}", "a: b\r\n".repeat(5000));
-    assert_eq!(decode(Framing::Chunked, &[endless.as_bytes()]).unwrap_err(), FramingError::Trailers);
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub struct Outgoing {
     /// `HTTP_11` or `HTTP_2`.
     pub version: Version,
     pub headers: HeaderMap,
-    /// Has the caller's spelling of header names for a service that insists.
+    /// Has the caller's spelling of header names for a service that insists, and a target that `uri` cannot hold.
     pub extensions: http::Extensions,
     /// Another upstream may have to be asked after all tries.
     pub keep: bool,
@@ -75,8 +75,9 @@ impl Outgoing {
 
     /// As HTTP/1.1 sends it.
     fn borrow(&self) -> Head<'_> {
-        let (spelling, fields) = (self.extensions.get(), &self.headers);
-        Head { method: &self.method, target: &self.uri, fields, spelling, told: self.told }
+        let (spelling, raw_target) = (self.extensions.get(), self.extensions.get());
+        let (method, target, fields) = (&self.method, &self.uri, &self.headers);
+        Head { method, target, raw_target, fields, spelling, told: self.told }
     }
 
     /// As HTTP/2 sends it. `last`: no try can follow this one, and nothing is left of it.

@@ -50,7 +50,10 @@ pub async fn call<B>(
 ) -> Result<(), ProxyError> {
     let Some(gate) = &view.snapshot.gate else { return Ok(()) };
     let note = |error: &ProxyError, observed: bool| {
-        view.inbound.upstream.shared.guards.counts.rejected.add(error.cause.word());
+        // What is malformed is counted where it is answered.
+        if observed || error.cause != Cause::Malformed {
+            view.inbound.upstream.shared.guards.counts.rejected.add(error.cause.word());
+        }
         let method = request.method().as_str();
         if observed {
             tracing::info!(method, %error, "would be refused (observed only)");

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     present::{Field, Present},
     resilience::classify::Advice,
-    runtime::View,
+    runtime::{LocalCluster, View},
     telemetry::{
         metrics::Way,
         propagation::{self, Trace},
@@ -54,39 +54,91 @@ pub async fn answer(
     let _unanswered = Unanswered(progress);
 
     let result = catch_panic(pin!(handle(connection, &view, request, present, progress))).await;
-    let mut response = result.and_then(|handled| handled).unwrap_or_else(|error| {
-        let request_id = request_id.text();
-        let told = progress.note(|record| {
-            let next_hop = match connection.side {
-                Side::Inbound => None,
-                Side::Outbound | Side::Upstream(_) => record.endpoint().map(|address| address.to_string()),
-            };
-            let context = Context {
-                deployment: &view.names.deployment,
-                request_id: &request_id,
-                trace_id: Some(&record.context.trace.to_string()),
-                upstream: record.upstream(),
-                tries: record.tries.made(),
-                next_hop,
-                grpc,
-            };
-            let response = respond(&error, &context);
-            record.refused = Some(Refusal { cause: error.cause, detail: error.detail.clone() });
-            response
-        });
-        let mut response = told.unwrap_or_else(|| Response::new(ResponseBody::Empty));
-        if http1 && error.cause == Cause::Malformed {
-            // What was not understood may have more behind it that would not be, either.
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    let response = result
+        .and_then(|handled| handled)
+        .unwrap_or_else(|error| error_response(connection, &view, &error, (&request_id, grpc), progress));
+    conclude(connection, response, http1, progress)
+}
+
+/// Answers what could not be read as a request. It is logged and counted as any other request that is refused.
+pub fn refuse(
+    connection: &Connection,
+    request: &mut Request<CallerBody>,
+    present: Present,
+    error: &ProxyError,
+    progress: &Progress,
+) -> Response<ResponseBody> {
+    let view = connection.worker.view();
+    let request_id = RequestId::of(connection, request, present);
+    let grpc = open(connection, &view, request, (present, &request_id), progress);
+    let response = error_response(connection, &view, error, (&request_id, grpc), progress);
+    conclude(connection, response, true, progress)
+}
+
+/// What the client is told of an error, noted in the record of the request.
+fn error_response(
+    connection: &Connection,
+    view: &View,
+    error: &ProxyError,
+    (request_id, grpc): (&RequestId, bool),
+    progress: &Progress,
+) -> Response<ResponseBody> {
+    let request_id = request_id.text();
+    let noted = progress.note(|record| {
+        let next_hop = match connection.side {
+            Side::Inbound => None,
+            Side::Outbound | Side::Upstream(_) => record.endpoint().map(|address| address.to_string()),
+        };
+        let context = Context {
+            deployment: &view.names.deployment,
+            request_id: &request_id,
+            trace_id: Some(&record.context.trace.to_string()),
+            upstream: record.upstream(),
+            tries: record.tries.made(),
+            next_hop,
+            grpc,
+        };
+        let response = respond(error, &context);
+        record.refused = Some(Refusal { cause: error.cause, detail: error.detail.clone() });
+        if error.cause == Cause::Malformed && record.served.is_none() {
+            count_malformed(connection, view);
         }
-        if connection.side == Side::Inbound
-            && error.cause.is_elsewhere()
-            && let Some(word) = Advice::Elsewhere.word()
-        {
-            response.headers_mut().insert(X_OUTRIGGER_RETRY, HeaderValue::from_static(word));
-        }
-        response
+        (response, record.version != Version::HTTP_2)
     });
+    let (mut response, http1) = noted.unwrap_or_else(|| (Response::new(ResponseBody::Empty), true));
+    if http1 && error.cause == Cause::Malformed {
+        // What was not understood may have more behind it that would not be, either.
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    if connection.side == Side::Inbound
+        && error.cause.is_elsewhere()
+        && let Some(word) = Advice::Elsewhere.word()
+    {
+        response.headers_mut().insert(X_OUTRIGGER_RETRY, HeaderValue::from_static(word));
+    }
+    response
+}
+
+/// Counts a request that was refused as malformed before it had an upstream.
+fn count_malformed(connection: &Connection, view: &View) {
+    let word = Cause::Malformed.word();
+    let counts = |cluster: &LocalCluster| cluster.upstream.shared.guards.counts.rejected.add(word);
+    match &connection.side {
+        Side::Inbound => counts(&view.inbound),
+        Side::Upstream(name) => {
+            view.by_name(name).into_iter().for_each(|index| counts(&view.clusters[index]));
+        }
+        Side::Outbound => connection.worker.shared.unknown.count_rejected(word),
+    }
+}
+
+/// Notes how a request is answered, and whether that is all.
+fn conclude(
+    connection: &Connection,
+    mut response: Response<ResponseBody>,
+    http1: bool,
+    progress: &Progress,
+) -> Response<ResponseBody> {
     if connection.is_leaving() && http1 && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         // Before the connection is closed the caller is told, so that it sends nothing that would be lost.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -193,7 +245,13 @@ async fn handle(
         record.matched = Some(Arc::clone(&target.matched.whom));
         record.route = target.route;
     });
-    exchange::run(connection, view, &target, request, present, progress).await
+    let response = exchange::run(connection, view, &target, request, present, progress).await;
+    if let Err(error) = &response
+        && error.cause == Cause::Malformed
+    {
+        target.local.upstream.shared.guards.counts.rejected.add(error.cause.word());
+    }
+    response
 }
 
 /// The id of a request.

@@ -128,7 +128,7 @@ pub async fn run(
         grpc,
         idempotency_key: present.has(Field::IdempotencyKey),
         tells: edited || present.has(Field::RequestTimeout) || present.has(Field::Attempt),
-        expects_continue: http1 && present.has(Field::Expect),
+        expects_continue: http1 && callers_version == Version::HTTP_11 && present.has(Field::Expect),
         interim: http1 && callers_version == Version::HTTP_11,
     };
     let users = view.snapshot.gate.as_ref().and_then(|gate| gate.users.as_ref());

@@ -1,5 +1,7 @@
 //! What a proxy refuses to carry: what two parsers could read differently, and what has passed it before.
 
+use std::net::Ipv6Addr;
+
 use http::{
     HeaderMap, Method, Request, Version,
     header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING, VIA},
@@ -46,6 +48,7 @@ pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
         return Err(ProxyError::malformed("Transfer-Encoding in an HTTP/1.0 request (RFC 9112 §6.1)"));
     }
     if present.has(Field::Expect)
+        && request.version() != Version::HTTP_10
         && let Some(expect) = headers.get(http::header::EXPECT)
         && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
     {
@@ -64,6 +67,11 @@ pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
     }
     if target.authority().is_some_and(|authority| !has_valid_port(authority)) {
         return Err(ProxyError::malformed("the target's port is not a number up to 65535"));
+    }
+    if target.authority().is_some_and(|authority| !has_valid_host(authority)) {
+        return Err(ProxyError::malformed(
+            "the target's host is empty, or has something in brackets that is not an IPv6 address without a zone",
+        ));
     }
     only_chunked(headers, present)?;
     let asterisk = request.uri().path() == "*";
@@ -91,7 +99,7 @@ fn is_host(text: &str) -> bool {
     let plain = match &bytes[name..] {
         [] => true,
         [b':', port @ ..] => {
-            let fits = (1..=4).contains(&port.len()) || (port.len() == 5 && port <= b"65535".as_slice());
+            let fits = port.len() <= 4 || (port.len() == 5 && port <= b"65535".as_slice());
             fits && port.iter().all(u8::is_ascii_digit)
         }
         _ => false,
@@ -100,15 +108,24 @@ fn is_host(text: &str) -> bool {
         return true;
     }
     let authority = text.parse::<http::uri::Authority>();
-    !text.contains('@') && authority.is_ok_and(|authority| has_valid_port(&authority))
+    !text.contains('@')
+        && authority.is_ok_and(|authority| has_valid_port(&authority) && has_valid_host(&authority))
 }
 
-/// Whether what stands behind the host is nothing, or a port.
+/// Whether there is a host, and what stands in brackets, if anything does, is an IPv6 address. A zone (RFC 6874) means
+/// something to the client's machine only.
+fn has_valid_host(authority: &http::uri::Authority) -> bool {
+    let host = authority.host();
+    let Some(literal) = host.strip_prefix('[') else { return !host.is_empty() };
+    literal.strip_suffix(']').is_some_and(|literal| literal.parse::<Ipv6Addr>().is_ok())
+}
+
+/// Whether what stands behind the host is nothing, or a port. An empty port is the default one (RFC 3986 §3.2.3).
 fn has_valid_port(authority: &http::uri::Authority) -> bool {
     let behind_host = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
     // A number as Rust reads it may have a sign.
     let digits = || behind_host.bytes().skip(1).all(|byte| byte.is_ascii_digit());
-    behind_host.is_empty() || (digits() && authority.port_u16().is_some())
+    matches!(behind_host, "" | ":") || (digits() && authority.port_u16().is_some())
 }
 
 /// Refuses transfer codings other than exactly `chunked`: hyper undoes that one and lets the others pass unnoticed,
@@ -156,12 +173,39 @@ mod tests {
 
     #[test]
     fn a_host_is_a_name_and_a_port() {
-        for good in ["a", "a.b-c:1", "10.0.0.1:8080", "a:65535", "[::1]", "[::1]:80", "a_b", "a:0001"] {
+        for good in [
+            "a",
+            "a.b-c:1",
+            "10.0.0.1:8080",
+            "a:65535",
+            "[::1]",
+            "[::1]:80",
+            "a_b",
+            "a:0001",
+            "a:",
+            "[::1]:",
+            "a_b:",
+        ] {
             assert!(is_host(good), "{good}");
         }
         for bad in [
-            "", "a:", "a:b", "a:65536", "a:8o", "a@b", "a b", "a/b", "[::1", "a:80:80", "a:+1", "a_b:+1",
+            "",
+            ":",
+            "a:b",
+            "a:65536",
+            "a:8o",
+            "a@b",
+            "a b",
+            "a/b",
+            "[::1",
+            "a:80:80",
+            "a:+1",
+            "a_b:+1",
             "[::1]:+1",
+            "[::1%zone]",
+            "[fe80::1%25eth0]:80",
+            "[v1.a]",
+            "[a]",
         ] {
             assert!(!is_host(bad), "{bad}");
         }

@@ -4,7 +4,7 @@ use std::mem::take;
 
 use http::{
     HeaderMap, HeaderValue, Request, Uri, Version,
-    header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     uri,
 };
 
@@ -16,7 +16,12 @@ use super::{
     headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
     target::Target,
 };
-use crate::{present::Present, runtime::View, upstream::http1::Told};
+use crate::{
+    http1::target::RawTarget,
+    present::{Field, Present},
+    runtime::View,
+    upstream::http1::Told,
+};
 
 /// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
 pub fn prepare<B>(
@@ -30,6 +35,13 @@ pub fn prepare<B>(
     let (callers_version, side) = (request.version(), &connection.side);
     let headers = request.headers_mut();
     let said = headers::remove_hop_by_hop(headers, present)?;
+    if present.has(Field::Te) && version == Version::HTTP_11 {
+        announce_te(headers);
+    }
+    if present.has(Field::Expect) && callers_version == Version::HTTP_10 {
+        // HTTP/1.0 has no expectations (RFC 9110 §10.1.1).
+        headers.remove(EXPECT);
+    }
     headers::remove_proxy_credentials(headers, present);
     headers::remove_spoofed(headers, present);
     view.names.via(side).append(headers, callers_version);
@@ -53,6 +65,13 @@ pub fn prepare<B>(
         edit(view, target, route, request)?;
     }
     Ok(said.upgrade)
+}
+
+/// `TE` is for the next hop only, which `Connection` has to say (RFC 9110 §10.1.4).
+fn announce_te(headers: &mut HeaderMap) {
+    if headers.contains_key(TE) {
+        headers.insert(CONNECTION, HeaderValue::from_static("te"));
+    }
 }
 
 /// Makes of the head what its route wants.
@@ -79,6 +98,8 @@ fn edit<B>(view: &View, target: &Target, route: usize, request: &mut Request<B>)
         let mut parts = take(request.uri_mut()).into_parts();
         parts.path_and_query = Some(rewritten);
         *request.uri_mut() = Uri::from_parts(parts).map_err(malformed)?;
+        // The rewritten path has what the client sent percent-encoded.
+        request.extensions_mut().remove::<RawTarget>();
     }
     Ok(())
 }
@@ -95,7 +116,8 @@ pub fn outgoing<B>(
     let mut headers = take(request.headers_mut());
     let uri = spell(take(request.uri_mut()), &mut headers, version, name, has_body, tls)?;
     if let Some(protocol) = upgrade {
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        let options = if headers.contains_key(CONNECTION) { "upgrade, te" } else { "upgrade" };
+        headers.insert(CONNECTION, HeaderValue::from_static(options));
         headers.insert(UPGRADE, protocol.clone());
     }
     let (method, extensions) = (take(request.method_mut()), take(request.extensions_mut()));
@@ -120,6 +142,7 @@ pub fn respell(
         }
     } else {
         headers::join_cookies(headers);
+        announce_te(headers);
     }
     outgoing.uri = spell(take(&mut outgoing.uri), headers, version, name, has_body, tls)?;
     outgoing.version = version;

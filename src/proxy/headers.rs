@@ -47,6 +47,13 @@ pub struct HopByHop {
     pub upgrade: Option<HeaderValue>,
 }
 
+/// Whether the sender of a message takes trailers: `TE` is a list, in any case and in any number of fields (RFC 9110
+/// §10.1.4).
+pub fn accepts_trailers(headers: &HeaderMap) -> bool {
+    let codings = headers.get_all(TE).iter().flat_map(|te| te.as_bytes().split(|byte| *byte == b','));
+    codings.into_iter().any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
+}
+
 /// Removes everything that is meant for this hop only (RFC 9110 §7.6.1). `TE: trailers` stays, as we pass trailers on.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<HopByHop, ProxyError> {
     let mut said = HopByHop::default();
@@ -54,6 +61,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<Ho
         return Ok(said);
     }
     let wants_upgrade = present.has(Field::Connection) && remove_connection(headers)?;
+    let trailers = present.has(Field::Te) && accepts_trailers(headers);
     let mut remove = |field, name| present.has(field).then(|| headers.remove(name)).flatten();
     if let Some(protocol) = remove(Field::Upgrade, UPGRADE)
         && wants_upgrade
@@ -69,11 +77,8 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<Ho
         // The coding decides where the body ends; a length beside it is a lie (RFC 9112 §6.3).
         remove(Field::ContentLength, CONTENT_LENGTH);
     }
-    if let Some(te) = remove(Field::Te, TE)
-        && te
-            .to_str()
-            .is_ok_and(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
-    {
+    remove(Field::Te, TE);
+    if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
     Ok(said)

@@ -30,7 +30,7 @@ pub struct UnknownHosts {
     resolver: Arc<Resolver>,
     started: Instant,
     hosts: Mutex<HashMap<HostPort, Arc<UnknownHost>>>,
-    /// What those that are forgotten had counted: counters must not go back. Changed under the lock of `hosts`.
+    /// What those that are forgotten had counted: counters must not go back. Moved here under the lock of `hosts`.
     forgotten: Counts,
 }
 
@@ -128,6 +128,11 @@ impl UnknownHosts {
         drop(hosts);
         known.sort_by_key(|host| std::cmp::Reverse(host.last_used.load(Ordering::Relaxed)));
         (known.iter().map(|host| Arc::clone(&host.cluster)).collect(), forgotten)
+    }
+
+    /// Counts a request that was refused before it was known which host it is for.
+    pub fn count_rejected(&self, reason: &str) {
+        self.forgotten.rejected.add(reason);
     }
 
     fn now(&self) -> u64 {

@@ -39,6 +39,7 @@ use crate::{
     http1::{
         Error,
         head::{ResponseHead, Spelling, decimal, write_field},
+        target::RawTarget,
     },
     identity::handshake::Speaks,
     proxy::{body::RequestBody, headers::X_OUTRIGGER_ATTEMPT, io::SharedTcp},
@@ -75,6 +76,8 @@ struct Opened {
 pub struct Head<'a> {
     pub method: &'a Method,
     pub target: &'a Uri,
+    /// Path and query as the client sent them, where `target` has another form of them.
+    pub raw_target: Option<&'a RawTarget>,
     pub fields: &'a HeaderMap,
     pub spelling: Option<&'a Spelling>,
     pub told: Told,

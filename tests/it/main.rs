@@ -38,3 +38,4 @@ mod servers;
 mod smuggling;
 mod telemetry;
 mod websocket;
+mod wire;

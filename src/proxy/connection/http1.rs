@@ -17,12 +17,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, Version, header::CONTENT_LENGTH};
+use http::{Method, Request, Response, Version, header::CONTENT_LENGTH};
 use http_body::Body as _;
 use tokio::time::Instant;
 
 use self::{
-    answer::{Asked, Plan, write_head, write_refusal},
+    answer::{Asked, Plan, write_head},
     body::Body,
     link::Link,
 };
@@ -31,7 +31,7 @@ use crate::{
     http1::{
         Error,
         framing::{Framing, FramingError},
-        head::{HeadError, RequestHead, leave},
+        head::{RequestHead, leave},
     },
     present::{Field, Present},
     proxy::{
@@ -60,6 +60,13 @@ struct Begun {
     present: Present,
     asked: Asked,
     progress: Rc<Progress>,
+}
+
+/// What is no request, and why.
+struct RefusedRequest {
+    /// As far as it was understood.
+    request: Request<CallerBody>,
+    error: Error,
 }
 
 /// What becomes of a connection after a request.
@@ -109,8 +116,9 @@ impl Connection {
                 // A request that came just now must not take the last answer with it.
                 Ok(None) => break link.borrow_mut().has_more(),
                 Err(Error::CutOff) => break false,
+                Err(Error::Io(error)) => return Err(error.into()),
                 Err(error) => {
-                    refuse(link, error).await?;
+                    self.refuse(link, unread_request(link, error)).await?;
                     break true;
                 }
             };
@@ -118,8 +126,8 @@ impl Connection {
             let exchange = self.begin_exchange(link, head).map(|begun| Room::new(self.exchange(link, begun)));
             let after = match exchange {
                 Ok(exchange) => exchange.await?,
-                Err(error) => {
-                    refuse(link, error.into()).await?;
+                Err(refused) => {
+                    self.refuse(link, refused).await?;
                     break true;
                 }
             };
@@ -137,8 +145,13 @@ impl Connection {
         Ok(())
     }
 
-    /// Makes a request of a head, and says what becomes of the connection as far as that hangs on it.
-    fn begin_exchange(self: &Rc<Self>, link: &Shared, mut head: RequestHead) -> Result<Begun, FramingError> {
+    /// Makes a request of a head, and says what becomes of the connection as far as that hangs on it. The error has the
+    /// request whose body cannot be found.
+    fn begin_exchange(
+        self: &Rc<Self>,
+        link: &Shared,
+        mut head: RequestHead,
+    ) -> Result<Begun, Box<RefusedRequest>> {
         let mut present = head.present;
         let mut asked = Asked::of(&head);
         if present.has(Field::ContentLength) && present.has(Field::TransferEncoding) {
@@ -147,12 +160,38 @@ impl Connection {
             present.remove(Field::ContentLength);
             asked.persists = false;
         }
-        let framing = framing(&head, present)?;
+        let framing = match framing(&head, present) {
+            Ok(framing) => framing,
+            Err(error) => {
+                let request = request(head, Body::default());
+                return Err(Box::new(RefusedRequest { request, error: error.into() }));
+            }
+        };
         let expects_continue = present.has(Field::Expect) && head.version == Version::HTTP_11;
         let body = Link::begin(link, framing, expects_continue);
         let progress = Rc::new(Progress::new(Instant::now()));
         self.exchange.replace(Some(Rc::clone(&progress)));
         Ok(Begun { request: request(head, body), present, asked, progress })
+    }
+
+    /// Answers what is no request, after which the connection ends. Boxed, as few connections come to this.
+    fn refuse(
+        self: &Rc<Self>,
+        link: &Shared,
+        refused: Box<RefusedRequest>,
+    ) -> Pin<Box<dyn Future<Output = Result<(), ConnectionError>>>> {
+        let (this, link) = (Rc::clone(self), Rc::clone(link));
+        Box::pin(async move {
+            let RefusedRequest { mut request, error } = *refused;
+            let error = link.borrow().explain(&error, request.uri().path());
+            let present = Present::of(request.headers());
+            let progress = Rc::new(Progress::new(Instant::now()));
+            let mut response = call::refuse(&this, &mut request, present, &error, &progress);
+            let asked = Asked::closing(request.version(), request.method());
+            let mut plan = write_head(link.borrow_mut().outlet.head(), &mut response, &asked, false);
+            // All of it is there.
+            send(&link, response.into_body(), &mut plan).await.map(drop)
+        })
     }
 
     /// One request, from its head to the last byte of its answer.
@@ -190,7 +229,15 @@ impl Connection {
         let mut plan = write_head(link.borrow_mut().answer(&self.interim), &mut response, asked, may_persist);
         let (parts, body) = response.into_parts();
         leave(parts.headers);
-        send(link, body, &mut plan).await?;
+        if let Err(error) = send(link, body, &mut plan).await? {
+            tracing::debug!(%error, "a response broke off");
+            // Its framing says that it is incomplete. Responses before it, which are complete, must still arrive.
+            return if plan.ends_by_close() {
+                Err(ConnectionError::Cut("the answer broke off"))
+            } else {
+                Ok(After::Close { lingers: true })
+            };
+        }
 
         let handover = self.handover.take();
         if switched {
@@ -212,7 +259,8 @@ impl Connection {
         })
         .await?;
         if !over || !plan.persists {
-            return Ok(After::Close { lingers: !over || link.borrow_mut().has_more() });
+            let more = |link: &Shared| link.borrow_mut().has_more();
+            return Ok(After::Close { lingers: !over || asked.may_switch() || more(link) });
         }
         link.borrow_mut().rest(progress.last_moved());
         self.exchange.take();
@@ -247,6 +295,9 @@ fn request(head: RequestHead, body: Body) -> Request<CallerBody> {
     if let Some(spelling) = head.spelling {
         request.extensions_mut().insert(spelling);
     }
+    if let Some(raw_target) = head.raw_target {
+        request.extensions_mut().insert(raw_target);
+    }
     request
 }
 
@@ -263,22 +314,24 @@ fn framing(head: &RequestHead, present: Present) -> Result<Framing, FramingError
     Framing::of_request(head.version, &head.fields, present)
 }
 
-/// Answers what is no request.
-async fn refuse(link: &Shared, error: Error) -> Result<(), ConnectionError> {
-    let status = match error {
-        Error::Io(error) => return Err(error.into()),
-        Error::Head(HeadError::TooManyFields | HeadError::TooLarge) => {
-            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
-        }
-        _ => StatusCode::BAD_REQUEST,
-    };
-    tracing::debug!(%error, "no request");
-    write_refusal(link.borrow_mut().outlet.head(), status);
-    Ok(poll_fn(|cx| link.borrow_mut().poll_flush(cx)).await?)
+/// What can be told of a request whose head could not be read.
+fn unread_request(link: &Shared, error: Error) -> Box<RefusedRequest> {
+    let line = link.borrow().refused_line();
+    let mut request = Request::new(CallerBody::default());
+    // A token that no method has, in logs.
+    let unknown = || Method::from_bytes(b"-").unwrap_or_default();
+    *request.method_mut() = line.method.unwrap_or_else(unknown);
+    *request.version_mut() = if line.http10 { Version::HTTP_10 } else { Version::HTTP_11 };
+    Box::new(RefusedRequest { request, error })
 }
 
-/// Writes what there is, and the body behind it, part by part: more is asked for when there is room for it.
-async fn send(link: &Shared, mut body: ResponseBody, plan: &mut Plan) -> Result<(), ConnectionError> {
+/// Writes what there is, and the body behind it, part by part: more is asked for when there is room for it. Says why the
+/// body is incomplete, if it is.
+async fn send(
+    link: &Shared,
+    mut body: ResponseBody,
+    plan: &mut Plan,
+) -> Result<Result<(), Error>, ConnectionError> {
     let mut ended = plan.bodiless || body.is_end_stream();
     while !ended {
         if !link.borrow().outlet.has_room() {
@@ -300,14 +353,10 @@ async fn send(link: &Shared, mut body: ResponseBody, plan: &mut Plan) -> Result<
         let put = plan.put(&mut link.borrow_mut().outlet, part, last);
         match put {
             Ok(last) => ended = last,
-            Err(error) => {
-                tracing::debug!(%error, "an answer breaks off");
-                flush(link).await?;
-                return Err(ConnectionError::Cut("the answer broke off"));
-            }
+            Err(error) => return flush(link).await.map(|()| Err(error)),
         }
     }
-    flush(link).await
+    flush(link).await.map(Ok)
 }
 
 /// Writes all that there is, unless the caller leaves.

@@ -18,7 +18,8 @@ use super::Head;
 use crate::{
     http1::{
         Error,
-        framing::{Decoder, Framing, announced, content_length},
+        decoder::Decoder,
+        framing::{Framing, announced, content_length},
         head::{ResponseHead, parse_response, persists, write_fields, write_request_line},
         intake::{Intake, Part},
         outlet::Outlet,
@@ -87,7 +88,7 @@ impl Line {
         };
         let out = self.outlet.head();
         out.reserve(64 + 40 * head.fields.len());
-        write_request_line(out, head.method, head.target);
+        write_request_line(out, head.method, head.target, head.raw_target);
         write_fields(out, head.fields, head.spelling);
         head.told.write(out);
         out.extend_from_slice(b"\r\n");

@@ -95,7 +95,7 @@ async fn get(connection: &mut Http1) -> (Result<ResponseHead, Error>, Vec<u16>) 
 }
 
 fn head<'a>(target: &'a Uri, fields: &'a HeaderMap) -> Head<'a> {
-    Head { method: &Method::GET, target, fields, spelling: None, told: Told::default() }
+    Head { method: &Method::GET, target, raw_target: None, fields, spelling: None, told: Told::default() }
 }
 
 /// Fields that make a head as long as is said there.

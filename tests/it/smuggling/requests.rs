@@ -238,6 +238,17 @@ fn chunks() -> Vec<Case> {
             "64 KiB of trailers",
             chunked(&format!("0\r\n{}\r\n", format!("t: {}\r\n", "a".repeat(1000)).repeat(66))),
         ),
+        refused("trailers that end by a bare LF", chunked(&format!("0\r\n\n{SMUGGLED}"))),
+        refused("a trailer that ends by a bare LF", chunked(&format!("0\r\nX-T: 1\n\r\n{SMUGGLED}"))),
+        refused(
+            "17 KiB of chunk extension",
+            chunked(&format!("5;{}\r\nhello\r\n0\r\n\r\n", "a".repeat(17 << 10))),
+        ),
+        one(
+            "15 KiB of chunk extension",
+            chunked(&format!("5;{}\r\nhello\r\n0\r\n\r\n", "a".repeat(15 << 10))),
+            hello,
+        ),
         refused("200 trailers", chunked(&format!("0\r\n{}\r\n", "t: a\r\n".repeat(200)))),
         refused_or_one(
             "framing fields as trailers",
@@ -312,13 +323,13 @@ fn request_lines() -> Vec<Case> {
         denied("a target without a slash", line("GET foo HTTP/1.1")),
         denied("* with GET", line("GET * HTTP/1.1")),
         denied("PRI outside of HTTP/2", line("PRI * HTTP/1.1")),
-        denied("CONNECT with a path", line("CONNECT /path HTTP/1.1")),
-        denied("CONNECT without a port", line("CONNECT up HTTP/1.1")),
+        refused("CONNECT with a path", line("CONNECT /path HTTP/1.1")),
+        refused("CONNECT without a port", line("CONNECT up HTTP/1.1")),
         refused_or_one("* with OPTIONS", line("OPTIONS * HTTP/1.1"), |request| request.target() == "*"),
         refused_or_one("an unknown method", line("BREW / HTTP/1.1"), |request| {
             request.start.starts_with("BREW /")
         }),
-        refused_or_one("a fragment", line("GET /a#b HTTP/1.1"), |request| request.target() == "/a"),
+        refused("a fragment", line("GET /a#b HTTP/1.1")),
         denied(
             "an unknown expectation",
             "POST / HTTP/1.1\r\nHost: up\r\nExpect: wonders\r\nContent-Length: 5\r\n\r\nhello",
@@ -339,6 +350,9 @@ fn hosts() -> Vec<Case> {
         denied("a host with a port past 65535", host("up:99999")),
         denied("a host with a port that is a word", host("up:http")),
         denied("a host with an open bracket", host("[::1")),
+        denied("an address with a zone", host("[fe80::1%eth0]")),
+        denied("an address with an encoded zone", host("[fe80::1%25eth0]:80")),
+        one("an empty port", host("up:"), |request| request.field("host") == Some("up:")),
         denied("a host with a question mark", host("up?x")),
         denied("a host with a backslash", host("up\\evil")),
         refused_or_one("an empty Host", host(""), any),
@@ -525,6 +539,9 @@ fn paths() -> Vec<Case> {
         one("two slashes", target("//a//b"), |request| request.target() == "//a//b"),
         one("a parameter", target("/a;x=1/b"), |request| request.target() == "/a;x=1/b"),
         one("an empty query", target("/a?"), |request| request.target() == "/a?"),
+        one("quotes and brackets", target("/a\"b?<c>={\"d\":1}"), |request| {
+            request.target() == "/a\"b?<c>={\"d\":1}"
+        }),
         refused_or_one("a backslash", target("/a\\b"), |request| request.target() == "/a\\b"),
         refused_or_one("bad encoding", target("/%zz"), |request| request.target() == "/%zz"),
     ]

@@ -52,8 +52,8 @@ fn caller(framing: Framing) -> (Caller, CallerBody) {
 }
 
 /// What a body costs is told by its bytes, not by how its client cuts it.
-#[tokio::test]
-async fn a_body_in_one_byte_chunks_is_kept_in_little_more_than_its_bytes() {
+#[test]
+fn a_body_in_one_byte_chunks_is_kept_in_little_more_than_its_bytes() {
     const LENGTH: usize = 64 * 1024;
     let keeps = |limit: u64, nothing: bool| {
         let (mut client, source) = caller(Framing::Chunked);
@@ -80,8 +80,8 @@ async fn a_body_in_one_byte_chunks_is_kept_in_little_more_than_its_bytes() {
 }
 
 /// What is malformed stays the cause, though no more can be read afterwards.
-#[tokio::test]
-async fn a_malformed_body_is_told_from_a_client_that_left() {
+#[test]
+fn a_malformed_body_is_told_from_a_client_that_left() {
     let progress = Rc::new(Progress::new(Instant::now()));
     let replay = |source| Replay::new(source, 100, None, &progress);
     let (mut client, source) = caller(Framing::Chunked);

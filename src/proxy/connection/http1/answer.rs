@@ -5,7 +5,7 @@ use std::{cell::Cell, io::Write, time::SystemTime};
 use bytes::Bytes;
 use http::{
     HeaderMap, Method, Response, StatusCode, Version,
-    header::{CONNECTION, CONTENT_LENGTH, DATE, TE, TRAILER, TRANSFER_ENCODING},
+    header::{CONNECTION, CONTENT_LENGTH, DATE, TRAILER, TRANSFER_ENCODING},
 };
 use http_body::{Body, Frame};
 
@@ -19,7 +19,10 @@ use crate::{
         outlet::Outlet,
     },
     present::{Field, Present},
-    proxy::body::{BodyError, ResponseBody},
+    proxy::{
+        body::{BodyError, ResponseBody},
+        headers::accepts_trailers,
+    },
 };
 
 /// What of a request its answer depends on.
@@ -36,14 +39,24 @@ pub struct Asked {
 impl Asked {
     pub fn of(head: &RequestHead) -> Self {
         let present = head.present;
-        let takes_trailers = || head.fields.get_all(TE).iter().any(|te| te == "trailers");
         Self {
             version: head.version,
             head: head.method == Method::HEAD,
             connect: head.method == Method::CONNECT,
             persists: persists(head.version, head.connection, &head.fields, present),
-            trailers: present.has(Field::Te) && takes_trailers(),
+            trailers: present.has(Field::Te) && accepts_trailers(&head.fields),
         }
+    }
+
+    /// Of a request after which the connection ends.
+    pub fn closing(version: Version, method: &Method) -> Self {
+        let (head, connect) = (*method == Method::HEAD, *method == Method::CONNECT);
+        Self { version, head, connect, persists: false, trailers: false }
+    }
+
+    /// Whether bytes meant for another protocol may follow the request, whatever the answer says.
+    pub const fn may_switch(&self) -> bool {
+        self.connect
     }
 
     /// Whether what follows an answer is another protocol.
@@ -71,6 +84,8 @@ struct Found {
     lengths: u8,
     /// One of those is what is so.
     right_length: bool,
+    /// One of those is a number and nothing else.
+    number: bool,
     coding: bool,
     connection: bool,
     trailer: bool,
@@ -85,6 +100,7 @@ impl Found {
                 CONTENT_LENGTH => {
                     found.lengths = found.lengths.saturating_add(1);
                     found.right_length = length == Some(value.as_bytes());
+                    found.number = !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
                 }
                 TRANSFER_ENCODING => found.coding = true,
                 CONNECTION => found.connection = true,
@@ -124,7 +140,7 @@ pub fn write_head(
     let found = Found::of(fields, length);
     // That of a body that is not sent.
     let of_other = bodiless && (asked.head || status == StatusCode::NOT_MODIFIED);
-    let keeps_length = found.lengths == 1 && (found.right_length || of_other);
+    let keeps_length = found.lengths == 1 && (found.right_length || of_other && found.number);
     let length = match length {
         None if asked.head && found.lengths == 0 => {
             exact.filter(|exact| *exact > 0).map(|exact| decimal(&mut digits, exact))
@@ -148,7 +164,9 @@ pub fn write_head(
 
     let says_close =
         found.connection && !persists(Version::HTTP_11, Wish::default(), fields, Present::of(fields));
-    let persists = may_persist && asked.persists && framing != Framing::UntilClose && !says_close;
+    // Behind a refused CONNECT may come what was meant for its tunnel: that is no request.
+    let persists =
+        may_persist && asked.persists && !asked.connect && framing != Framing::UntilClose && !says_close;
     out.reserve(128 + fields.len() * 48);
     let extensions = response.extensions();
     write_status_line(out, status, asked.version, extensions.get());
@@ -172,16 +190,12 @@ pub fn write_head(
     Plan { framing, bodiless, persists, trailer }
 }
 
-/// Writes an answer to what is no request, after which the connection ends.
-pub fn write_refusal(out: &mut Vec<u8>, status: StatusCode) {
-    write_status_line(out, status, Version::HTTP_11, None);
-    write_field(out, b"content-length", b"0");
-    write_field(out, b"connection", b"close");
-    write_date(out);
-    out.extend_from_slice(b"\r\n");
-}
-
 impl Plan {
+    /// Whether only the end of the connection tells where the body ends.
+    pub const fn ends_by_close(&self) -> bool {
+        matches!(self.framing, Framing::UntilClose)
+    }
+
     /// Puts the next part of the body into the outlet. Says whether it was the last one.
     pub fn put(
         &mut self,

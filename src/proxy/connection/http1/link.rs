@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::StatusCode;
 use http_body::Frame;
 use tokio::{
     io::{AsyncWrite, empty},
@@ -25,12 +26,15 @@ use super::{
 use crate::{
     http1::{
         Error,
-        framing::{Decoder, Framing},
-        head::{RequestHead, parse_request},
+        decoder::Decoder,
+        framing::Framing,
+        head::{HeadError, RequestHead, parse_request},
         intake::{Intake, Part},
         outlet::Outlet,
+        target::RefusedLine,
     },
     proxy::{
+        error::ProxyError,
         interim::Interim,
         io::{Io, Prefixed},
         progress::Progress,
@@ -154,7 +158,7 @@ impl Link {
             Poll::Ready(Err(Error::Closed)) => Poll::Ready(Ok(None)),
             Poll::Ready(head) => Poll::Ready(head.map(Some)),
             Poll::Pending => {
-                if let (At::Idle(_), false) = (self.at, self.intake.is_empty()) {
+                if let (At::Idle(_), true) = (self.at, self.intake.has_begun()) {
                     self.at = At::Head(Instant::now());
                 }
                 Poll::Pending
@@ -268,6 +272,10 @@ impl Link {
     /// Ready once the caller has left, as far as can be told without reading more than is wanted.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.woken_here(cx);
+        if let Coming::Nothing = self.coming {
+            // An empty line behind the body is no further request.
+            self.intake.skip_empty_lines();
+        }
         if self.reader_waits || !self.intake.is_empty() {
             return Poll::Pending;
         }
@@ -355,6 +363,27 @@ impl Link {
             self.blocked = Some(Instant::now());
         }
         flushed
+    }
+
+    /// What a client is told of a request that could not be read. `path`: of the request, where its head was read.
+    pub fn explain(&self, error: &Error, path: &str) -> ProxyError {
+        let line = matches!(error, Error::Head(_)).then(|| self.refused_line());
+        let target = match line {
+            Some(line) => line.target.map_or_else(String::new, |target| format!(" (target `{target}`)")),
+            None => format!(" (target `{path}`)"),
+        };
+        let refusal = ProxyError::malformed(format!("the request cannot be read: {error}{target}"));
+        match error {
+            Error::Head(HeadError::TooManyFields | HeadError::TooLarge) => {
+                refusal.with_status(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)
+            }
+            _ => refusal,
+        }
+    }
+
+    /// The first line of a request that is refused.
+    pub fn refused_line(&self) -> RefusedLine {
+        RefusedLine::of(self.intake.unread())
     }
 
     /// Whether more has come than was asked for.

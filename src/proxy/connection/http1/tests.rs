@@ -3,7 +3,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use http::{HeaderMap, HeaderValue, Method, Uri};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter, DuplexStream, duplex};
 
 use super::{super::HEADER_TIMEOUT, *};
@@ -151,6 +151,47 @@ async fn a_head_that_does_not_end_is_not_waited_for() {
     assert_eq!(begun.elapsed(), HEADER_TIMEOUT);
 }
 
+/// Some clients send an empty line behind a body, as RFC 9112 §2.2 has it.
+#[tokio::test(start_paused = true)]
+async fn an_empty_line_behind_a_body_begins_no_head() {
+    for blank in ["\r\n", "\r", "\r\n\r\n"] {
+        let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
+            caller
+                .send(&format!("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 4\r\n\r\nbody{blank}"))
+                .await;
+            caller.answer().await;
+            tokio::time::sleep(2 * HEADER_TIMEOUT).await;
+            caller.send(if blank == "\r" { "\n" } else { "" }).await;
+            caller.send(GET).await;
+            assert!(caller.answer().await.starts_with("HTTP/1.1 503 "), "{blank:?}");
+        })
+        .await;
+        ended.unwrap();
+    }
+    // Nor does it hide that its client has left.
+    let begun = Instant::now();
+    let slow = format!("{GET_SLOW}\r\n");
+    let (ended, ()) = serve(1 << 16, |mut caller, _| async move { caller.send(&slow).await }).await;
+    assert!(ended.is_err());
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+}
+
+/// What follows a CONNECT is meant for its tunnel, whether or not there is one.
+#[tokio::test(start_paused = true)]
+async fn a_connection_ends_after_a_refused_connect() {
+    for host in ["nobody", "nobody:80", "/path", "127.0.0.1:1"] {
+        let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
+            caller.send(&format!("CONNECT {host} HTTP/1.1\r\nhost: fast\r\n\r\n{GET}")).await;
+            let answer = caller.answer().await;
+            assert!(answer.contains("connection: close"), "{host}: {answer}");
+            caller.0.shutdown().await.unwrap();
+            assert!(caller.is_closed().await, "{host}: {:?}", caller.1);
+        })
+        .await;
+        ended.unwrap();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_idle_connection_ends_after_an_hour() {
     let begun = Instant::now();
@@ -238,6 +279,10 @@ async fn what_is_no_request_is_refused() {
     for (bytes, status) in [
         ("GET / HTTP/1.1\r\nhost: fast\r\na b: 1\r\n\r\n", 400),
         ("GET / HTTP/3.0\r\n\r\n", 400),
+        ("GET /a#b HTTP/1.1\r\nhost: fast\r\n\r\n", 400),
+        ("GET /a b HTTP/1.1\r\nhost: fast\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nhost: [::1%zone]\r\n\r\n", 400),
+        ("GET http://[::1%25zone]/ HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         ("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 1x\r\n\r\n", 400),
         ("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 1, 1\r\n\r\n", 400),
         ("POST / HTTP/1.1\r\nhost: fast\r\ntransfer-encoding: gzip\r\n\r\n", 400),
@@ -255,6 +300,7 @@ async fn what_is_no_request_is_refused() {
         ended.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes:.40?}: {answer}");
         assert!(answer.contains("connection: close"), "{answer}");
+        assert!(answer.contains("application/problem+json") && answer.contains("malformed"), "{answer}");
     }
 }
 
@@ -347,7 +393,8 @@ async fn an_answer_is_out_when_its_last_record_is() {
 fn asked(method: Method, version: Version, fields: HeaderMap) -> Asked {
     let present = Present::of(&fields);
     let (target, connection) = (Uri::from_static("/"), Wish::default());
-    Asked::of(&RequestHead { method, target, version, fields, present, connection, spelling: None })
+    let (raw_target, spelling) = (None, None);
+    Asked::of(&RequestHead { method, target, raw_target, version, fields, present, connection, spelling })
 }
 
 /// A head as it is written, and how the body goes out behind it.
@@ -374,6 +421,9 @@ fn a_length_is_said_where_it_is_known_and_means_something() {
         (&get, 204, Some("0"), ResponseBody::Empty, None, true),
         (&get, 304, Some("9"), ResponseBody::Empty, Some("9"), true),
         (&head, 200, Some("9"), ResponseBody::Empty, Some("9"), true),
+        (&head, 200, Some("5 GET /x"), ResponseBody::Empty, None, true),
+        (&head, 200, Some("5, 5"), ResponseBody::Empty, None, true),
+        (&get, 304, Some("+5"), ResponseBody::Empty, None, true),
         (&head, 200, None, body(), Some("4"), true),
         (&Method::CONNECT, 200, None, ResponseBody::Empty, None, true),
         (&get, 101, None, ResponseBody::Empty, None, true),

@@ -1,0 +1,87 @@
+//! What reading costs, told by what is looked at and not by time.
+
+use std::task::Waker;
+
+use super::{super::head::parse_request, *};
+
+/// Gives so many bytes at a time, and is not ready after each.
+struct Drops<'a> {
+    left: &'a [u8],
+    size: usize,
+    paused: bool,
+}
+
+impl AsyncRead for Drops<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.paused = !self.paused;
+        if self.paused {
+            return Poll::Pending;
+        }
+        let (now, later) = self.left.split_at(self.size.min(self.left.len()));
+        buf.put_slice(now);
+        self.left = later;
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Reads a head in drops; how many bytes were parsed in all, and what became of it.
+fn parsed(head: &[u8], size: usize) -> (usize, Result<usize, Error>) {
+    let (mut drops, mut intake) = (Drops { left: head, size, paused: false }, Intake::default());
+    let (mut cx, mut parsed) = (Context::from_waker(Waker::noop()), 0);
+    let found = loop {
+        let polled = intake.poll_head(&mut drops, &mut cx, |came| {
+            parsed += came.len();
+            parse_request(came, false)
+        });
+        if let Poll::Ready(found) = polled {
+            break found;
+        }
+    };
+    (parsed, found.map(|head| head.fields.len()))
+}
+
+#[test]
+fn a_head_in_one_byte_segments_is_parsed_in_linear_time() {
+    let one = format!("GET / HTTP/1.1\r\nhost: up\r\na: {}\r\n\r\n", "x".repeat(60_000));
+    let many = format!("GET / HTTP/1.1\r\n{}\r\n", format!("a: {}\r\n", "x".repeat(600)).repeat(99));
+    let blank = format!("{}GET / HTTP/1.1\r\nhost: up\r\n\r\n", "\r\n".repeat(30_000));
+    for (head, fields) in [(&one, 2), (&many, 99), (&blank, 1)] {
+        for size in [1, 2, 3, 100] {
+            let (parsed, found) = parsed(head.as_bytes(), size);
+            assert_eq!(found.unwrap(), fields);
+            assert!(parsed <= 4 * head.len(), "{parsed} bytes parsed of {}, in {size}s", head.len());
+        }
+    }
+}
+
+#[test]
+fn what_is_no_head_is_refused_before_its_end() {
+    for (head, fits) in [("GET / HTTP/3.0\r\n", 0), ("G(T / HTTP/1.1\r\n", 0), ("GET /\u{1} HTTP/1.1\r\n", 0)]
+    {
+        let endless = format!("{head}{}", "a: b\r\n".repeat(50));
+        assert!(matches!(parsed(endless.as_bytes(), 1).1, Err(Error::Head(_))), "{head} {fits}");
+    }
+}
+
+#[test]
+fn the_end_of_a_head_is_found_however_it_is_cut() {
+    for head in ["GET / HTTP/1.1\r\nhost: up\r\n\r\n", "GET / HTTP/1.1\nhost: up\n\n"] {
+        for size in 1..head.len() {
+            assert_eq!(parsed(head.as_bytes(), size).1.unwrap(), 1, "{head:?} in {size}s");
+        }
+    }
+}
+
+#[test]
+fn empty_lines_before_a_request_do_not_begin_one() {
+    for (came, begun) in [("", false), ("\r", false), ("\r\n", false), ("\r\n\r\n\r", false), ("\r\nG", true)]
+    {
+        let mut intake = Intake::new(Bytes::copy_from_slice(came.as_bytes()));
+        intake.skip_empty_lines();
+        assert_eq!(intake.has_begun(), begun, "{came:?}");
+    }
+}
