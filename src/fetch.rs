@@ -32,7 +32,10 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::discovery::{DiscoveryError, Resolver};
+use crate::{
+    descriptors,
+    discovery::{DiscoveryError, Resolver},
+};
 
 /// When a connection that only reads is asked whether it still has another end, and how often.
 const ALIVE_AFTER: Duration = Duration::from_secs(30);
@@ -158,7 +161,7 @@ impl Fetcher {
     async fn connect(&self, to: &Destination) -> Result<TcpStream, FetchError> {
         let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for ip in self.resolver.addresses(&to.host).await?.addresses {
-            match TcpStream::connect(SocketAddr::new(ip, to.port)).await {
+            match descriptors::connect(SocketAddr::new(ip, to.port)).await {
                 Ok(stream) => {
                     // A socket that refuses the option is still a connection.
                     let _ = stream.set_nodelay(true);

@@ -21,6 +21,7 @@
 //! | [`http1`] | HTTP/1.1 on the wire: heads, bodies, the bytes on their way |
 //! | [`present`] | which fields a head has that the proxy acts on |
 //! | [`fetch`] | calls that the proxy makes for itself |
+//! | [`descriptors`] | what a connection needs of this process: descriptors, ports |
 //! | [`config`] | from text to a checked configuration that knows who set what |
 //! | [`kubernetes`] | how a pod's traffic comes to pass through the proxy |
 //! | [`admin`], [`telemetry`] | what a sidecar says about itself, and the few things that can be changed |
@@ -40,6 +41,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod descriptors;
 pub mod discovery;
 pub mod fetch;
 pub mod http1;

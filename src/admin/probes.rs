@@ -23,11 +23,14 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use serde::Deserialize;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::AdminError;
-use crate::upstream::health::{CheckError, Stream, alongside, ask_grpc};
+use crate::{
+    descriptors,
+    upstream::health::{CheckError, Stream, alongside, ask_grpc},
+};
 
 /// A pod has a handful of containers with three probes each.
 const MAX_PROBES: usize = 256;
@@ -112,7 +115,7 @@ impl Probes {
 
     async fn make(&self, probe: &Probe, limit: Duration) -> Result<(), CheckError> {
         let address = SocketAddr::new(self.host, probe.port);
-        let stream = TcpStream::connect(address).await.map_err(CheckError::Connect)?;
+        let stream = descriptors::connect(address).await.map_err(CheckError::Connect)?;
         match (&probe.http, &probe.grpc, &self.tls) {
             (Some(path), _, Some(tls)) if probe.tls => {
                 let name = ServerName::from(self.host);

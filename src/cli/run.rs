@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use crate::{
     admin::{Admin, AdminError},
     config::{self, Diagnostics, HostPort, Loaded},
+    descriptors,
     identity::{material::MaterialError, store::Store},
     runtime::{
         self, StartError, cgroup,
@@ -109,6 +110,10 @@ pub fn run(args: RunArgs) -> ExitCode {
 async fn live(args: RunArgs) -> Result<u8, RunError> {
     let mut signals = Signals::new()?;
     let log = Log::start(args.log_format, &args.log)?;
+    match descriptors::raise_limit() {
+        Some((from, to)) => tracing::debug!(from, to, "limit of open files raised"),
+        None => tracing::debug!(limit = descriptors::limit(), "limit of open files"),
+    }
     let files = args.files.paths();
     let loaded = config::load(&files, &config::process_env);
     let sources = loaded.as_ref().map(|loaded| Arc::clone(&loaded.sources)).unwrap_or_default();

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::descriptors;
+
 /// A configuration file may be this large: far above what people write, far below what would hurt.
 pub const MAX_FILE_BYTES: u64 = 8 << 20;
 
@@ -105,7 +107,10 @@ pub(super) fn read(path: &Path) -> Result<String, String> {
 fn read_file(path: &Path) -> Result<String, String> {
     let file = fs::File::open(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
-        _ => error.to_string(),
+        _ => match descriptors::missing(&error) {
+            Some(missing) => format!("local_resource: {missing} ({error})"),
+            None => error.to_string(),
+        },
     })?;
     let mut bytes = Vec::new();
     // One byte more than allowed tells a file that is too large, even where its length is unknown (a pipe).

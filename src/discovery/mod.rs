@@ -37,6 +37,10 @@ pub const MAX_ENDPOINTS: usize = 4096;
 pub enum DiscoveryError {
     #[error("no such name: {name} ({reason})")]
     Dns { name: String, reason: String },
+    #[error("the DNS server could not say where {name} is ({reason})")]
+    DnsServer { name: String, reason: String },
+    #[error("{name} could not be looked up: {reason}")]
+    LocalResource { name: String, reason: String },
     #[error("DNS did not answer for {name} within {limit:?}")]
     DnsTimeout { name: String, limit: Duration },
     #[error("{path}: {reason}")]

@@ -25,6 +25,7 @@ use hickory_resolver::{
 use tokio::{runtime::Handle, time::timeout};
 
 use super::DiscoveryError;
+use crate::descriptors;
 
 /// Names the DNS servers to ask in place of those of `/etc/resolv.conf`: `IP` or `IP:PORT`, several with commas.
 pub const DNS_ENV: &str = "OUTRIGGER_DNS";
@@ -45,6 +46,7 @@ pub struct Resolver {
     /// A name with at least this many dots is asked for as it stands before the search domains are tried.
     ndots: usize,
     limit: Duration,
+    servers: Vec<SocketAddr>,
     has_route: fn(IpAddr) -> bool,
     runtime: Handle,
 }
@@ -128,11 +130,16 @@ impl Resolver {
         // One lost packet must leave time for another try.
         options.timeout = options.timeout.min(limit / 3);
         options.attempts = options.attempts.clamp(2, 5);
+        let servers = config
+            .name_servers
+            .iter()
+            .filter_map(|server| Some(SocketAddr::new(server.ip, server.connections.first()?.port)));
+        let servers = servers.collect();
         let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
         *builder.options_mut() = options;
         let dns = builder.build().map_err(|error| setup(&error))?;
         let runtime = Handle::try_current().map_err(|error| setup(&error))?;
-        Ok(Self { dns, hosts, search, ndots, limit, has_route, runtime })
+        Ok(Self { dns, hosts, search, ndots, limit, servers, has_route, runtime })
     }
 
     /// The runtime that it was made on: the control thread's.
@@ -207,7 +214,14 @@ impl Resolver {
                 match ask(candidate).await {
                     Ok(found) => return Ok(found),
                     // That a server failed says more than that some other domain lacks the name.
-                    Err(miss) if !matches!(worst, Some(Miss::Failed(_) | Miss::Timeout)) => {
+                    Err(miss)
+                        if !matches!(
+                            worst,
+                            Some(
+                                Miss::Failed(_) | Miss::NoServer(_) | Miss::LocalResource(_) | Miss::Timeout
+                            )
+                        ) =>
+                    {
                         worst = Some(miss)
                     }
                     Err(_) => {}
@@ -221,14 +235,34 @@ impl Resolver {
             Ok(Err(miss)) => miss,
             Err(_) => return Err(timed_out()),
         };
+        let miss = self.local_cause().filter(|_| matches!(miss, Miss::NoServer(_))).unwrap_or(miss);
         let reason = match miss {
             Miss::Timeout => return Err(timed_out()),
+            Miss::Failed(reason) | Miss::NoServer(reason) => {
+                return Err(DiscoveryError::DnsServer { name: text(), reason });
+            }
+            Miss::LocalResource(reason) => {
+                return Err(DiscoveryError::LocalResource { name: text(), reason });
+            }
             Miss::NoRecords(ResponseCode::NXDomain) => "NXDOMAIN".to_owned(),
             Miss::NoRecords(ResponseCode::NoError) => "it exists, but without such records".to_owned(),
             Miss::NoRecords(code) => code.to_string(),
-            Miss::Failed(reason) => reason,
         };
         Err(DiscoveryError::Dns { name: text(), reason })
+    }
+
+    /// Why this machine cannot ask any of the servers, if that is so. Connecting a UDP socket sends nothing.
+    fn local_cause(&self) -> Option<Miss> {
+        let mut last = None;
+        for server in &self.servers {
+            let any: IpAddr =
+                if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            match UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(server)) {
+                Ok(()) => return None,
+                Err(error) => last = Some(error),
+            }
+        }
+        Miss::from_io(&last?)
     }
 
     fn candidates(&self, name: &Name) -> Vec<Name> {
@@ -333,7 +367,12 @@ impl std::fmt::Debug for Resolver {
 enum Miss {
     NoRecords(ResponseCode),
     Timeout,
+    /// The server refused or failed to say.
     Failed(String),
+    /// No server could be connected to; hickory does not tell why.
+    NoServer(String),
+    /// None could be asked, for want of something of this machine's own.
+    LocalResource(String),
 }
 
 impl From<NetError> for Miss {
@@ -344,8 +383,17 @@ impl From<NetError> for Miss {
                 code => Self::Failed(code.to_string()),
             },
             NetError::Timeout => Self::Timeout,
+            NetError::Io(error) => Self::from_io(&error).unwrap_or_else(|| Self::Failed(error.to_string())),
+            NetError::NoConnections => Self::NoServer("no DNS server can be connected to".to_owned()),
             error => Self::Failed(error.to_string()),
         }
+    }
+}
+
+impl Miss {
+    fn from_io(error: &io::Error) -> Option<Self> {
+        let missing = descriptors::missing(error)?;
+        Some(Self::LocalResource(format!("{missing} ({error})")))
     }
 }
 

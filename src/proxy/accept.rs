@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::connection;
 use crate::{
     config::ListenAddr,
+    descriptors::{self, Purpose},
     runtime::{StartError, Worker},
     telemetry::metrics::Awaited,
 };
@@ -106,12 +107,37 @@ pub async fn accept_loop(
 ) {
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => deliver(stream, peer, side),
+            Ok((stream, peer)) => match below_reserve(stream).await {
+                Ok(stream) => deliver(stream, peer, side),
+                Err(error) => tracing::warn!(%error, %peer, "a connection was closed before it was served"),
+            },
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot accept connections");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
+        }
+    }
+}
+
+/// The connection as it is, or, where its descriptor is one of the reserve, once a lower number is free for it. Until
+/// then nothing more is accepted: clients wait in the backlog of the kernel.
+async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
+    if Purpose::Accept.allows(&stream) {
+        return Ok(stream);
+    }
+    tracing::warn!(
+        cause = "local_resource",
+        limit = descriptors::limit(),
+        "connections are not accepted: no file descriptor is left for them (raise the hard `nofile` limit)"
+    );
+    let stream = stream.into_std()?;
+    loop {
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+        if let Ok(lower) = stream.try_clone()
+            && Purpose::Accept.allows(&lower)
+        {
+            return TcpStream::from_std(lower);
         }
     }
 }

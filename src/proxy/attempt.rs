@@ -128,6 +128,10 @@ pub async fn send(
                 return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
             }
             ConnectError::Timeout { .. } => ConnectFailure::Timeout,
+            ConnectError::LocalResource { .. } => {
+                guards.counts.rejected.add(Cause::LocalResource.word());
+                ConnectFailure::LocalResource
+            }
             ConnectError::Refused { .. } | ConnectError::Handshake { .. } | ConnectError::Tls { .. } => {
                 ConnectFailure::Refused
             }

@@ -143,10 +143,12 @@ fn nothing_found(name: &str, set: &EndpointSet) -> ProxyError {
         Resolution::Failed(error) => {
             let cause = match **error {
                 DiscoveryError::DnsTimeout { .. } => Cause::DnsTimeout,
-                DiscoveryError::Dns { .. } => Cause::DnsFailure,
+                DiscoveryError::Dns { .. } | DiscoveryError::DnsServer { .. } => Cause::DnsFailure,
+                DiscoveryError::LocalResource { .. } => Cause::LocalResource,
                 _ => Cause::NoEndpoint,
             };
-            ProxyError::new(cause, format!("{name}: {error}"))
+            let answer = ProxyError::new(cause, format!("{name}: {error}"));
+            if cause == Cause::LocalResource { answer.retry_after(Duration::from_secs(1)) } else { answer }
         }
         _ => ProxyError::new(Cause::NoEndpoint, format!("{name} has no endpoints"))
             .retry_after(Duration::from_secs(1)),
@@ -157,6 +159,10 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
     let cause = match error {
         ConnectError::Refused { .. } => Cause::ConnectRefused,
         ConnectError::Timeout { .. } => Cause::ConnectTimeout,
+        ConnectError::LocalResource { .. } => {
+            return ProxyError::new(Cause::LocalResource, format!("{name}: {error}"))
+                .retry_after(Duration::from_secs(1));
+        }
         ConnectError::Handshake { .. } => Cause::Reset,
         ConnectError::Tls { failure, .. } => match failure.kind {
             FailureKind::PeerIdentity | FailureKind::NoCertificate => Cause::PeerIdentity,

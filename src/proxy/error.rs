@@ -37,6 +37,8 @@ pub enum Cause {
     Loop,
     FaultInjected,
     Draining,
+    /// No port, descriptor, buffer or route of this machine's own.
+    LocalResource,
     /// A bug of ours, caught.
     Internal,
 }
@@ -88,7 +90,7 @@ pub enum GrpcCode {
 }
 
 impl Cause {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::DnsFailure,
         Self::DnsTimeout,
         Self::DeniedNetwork,
@@ -113,6 +115,7 @@ impl Cause {
         Self::Loop,
         Self::FaultInjected,
         Self::Draining,
+        Self::LocalResource,
         Self::Internal,
     ];
 
@@ -296,6 +299,13 @@ impl Cause {
                 "destination_unavailable",
                 "The service is shutting down",
             ),
+            Self::LocalResource => telling(
+                "local_resource",
+                UNAVAILABLE,
+                ResourceExhausted,
+                "proxy_internal_error",
+                "The proxy has no port, descriptor or route left",
+            ),
             Self::Internal => telling(
                 "internal",
                 StatusCode::INTERNAL_SERVER_ERROR,
@@ -342,6 +352,7 @@ impl Cause {
                 | Self::LimitFull
                 | Self::TlsFailure
                 | Self::FaultInjected
+                | Self::LocalResource
         )
     }
 
@@ -355,6 +366,7 @@ impl Cause {
                 | Self::NoEndpoint
                 | Self::QueueFull
                 | Self::LimitFull
+                | Self::LocalResource
                 | Self::Draining
         )
     }

@@ -63,6 +63,8 @@ pub enum ConnectFailure {
     Tls,
     /// TLS went well but another than the expected peer answered.
     PeerIdentity,
+    /// No port, descriptor, buffer or route of this machine's own: the endpoint was not even asked.
+    LocalResource,
 }
 
 /// How far a try had come when its connection broke.
@@ -219,6 +221,7 @@ impl Ending {
             Self::Grpc(status) => status.health(),
             // The race of our own pool; a service that breaks connections breaks fresh ones as well.
             Self::Reset(reset) if reset.is_stale() => Health::Neutral,
+            Self::Connect(ConnectFailure::LocalResource) => Health::Neutral,
             Self::Connect(_) | Self::Reset(_) | Self::AttemptTimeout | Self::Timeout => Health::Failure,
             // "Not now, and not processed" is how a well server sheds load or leaves (GOAWAY in a rolling restart).
             Self::RefusedStream => Health::Neutral,
@@ -246,6 +249,7 @@ impl Ending {
             Self::Connect(ConnectFailure::Timeout) => "connect_timeout",
             Self::Connect(ConnectFailure::Tls) => "tls_failure",
             Self::Connect(ConnectFailure::PeerIdentity) => "peer_identity",
+            Self::Connect(ConnectFailure::LocalResource) => "local_resource",
             Self::RefusedStream => "refused_stream",
             Self::Reset(_) => "reset",
             Self::AttemptTimeout => "attempt_timeout",
@@ -306,8 +310,8 @@ pub(super) mod tests {
                 .map(Ending::Http)
                 .collect();
         all.extend((0..=16).map(|code| Ending::Grpc(GrpcStatus::from_code(code))));
-        use ConnectFailure::{PeerIdentity, Refused, Timeout, Tls};
-        all.extend([Refused, Timeout, Tls, PeerIdentity].map(Ending::Connect));
+        use ConnectFailure::{LocalResource, PeerIdentity, Refused, Timeout, Tls};
+        all.extend([Refused, Timeout, Tls, PeerIdentity, LocalResource].map(Ending::Connect));
         for bits in 0..8 {
             let reset =
                 Reset { reused: bits & 1 > 0, request_sent: bits & 2 > 0, response_begun: bits & 4 > 0 };
@@ -341,9 +345,13 @@ pub(super) mod tests {
             assert_eq!(http(code).health(), Health::Success, "{code}");
         }
         assert_eq!(http(429).health(), Health::Neutral);
-        for ending in
-            [Ending::LocalRefusal, Ending::CallerGone, Ending::CallersDeadline, Ending::RefusedStream]
-        {
+        for ending in [
+            Ending::LocalRefusal,
+            Ending::CallerGone,
+            Ending::CallersDeadline,
+            Ending::RefusedStream,
+            Ending::Connect(ConnectFailure::LocalResource),
+        ] {
             assert_eq!(Outcome::new(ending).health(), Health::Neutral, "{ending:?}");
         }
         for ending in [

@@ -16,6 +16,8 @@ use tokio::{
     sync::watch,
 };
 
+use crate::descriptors;
+
 /// A running service.
 #[derive(Debug)]
 pub struct Child {
@@ -70,7 +72,7 @@ impl Child {
         }
         // Listening comes first: a service that ends at once must not be missed.
         let mut signals = signal(SignalKind::child()).map_err(failed)?;
-        let child = command.spawn().map_err(failed)?;
+        let child = descriptors::with_inherited_limit(|| command.spawn()).map_err(failed)?;
         let pid = Pid::from_child(&child);
         let (tell, ended) = watch::channel(None);
         tokio::spawn(async move {

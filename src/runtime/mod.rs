@@ -35,6 +35,7 @@ use tokio::{
 
 use crate::{
     config::{Config, ListenAddr},
+    descriptors,
     discovery::Resolver,
     identity::{store::Store, workload},
     proxy::{
@@ -225,6 +226,7 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
 async fn tick(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(TICK).await;
+        descriptors::refresh_limit();
         let snapshot = shared.snapshot.load_full();
         for cluster in &snapshot.clusters {
             let guards = &cluster.upstream.guards;

@@ -240,6 +240,9 @@ fn in_words(one: &Try) -> String {
             ConnectFailure::Timeout => format!("connect to {at} timed out"),
             ConnectFailure::Tls => format!("TLS with {at} failed"),
             ConnectFailure::PeerIdentity => format!("{at} is not who it should be"),
+            ConnectFailure::LocalResource => {
+                format!("no connection to {at}: no port, descriptor or route left on this side")
+            }
         },
         Some(Ending::RefusedStream) => format!("{at} refused the stream"),
         Some(Ending::Reset(reset)) if reset.is_stale() => {

@@ -17,7 +17,6 @@ use std::{
 };
 
 use tokio::{
-    net::TcpStream,
     runtime::Handle,
     sync::{Notify, futures::Notified},
     task::JoinSet,
@@ -25,9 +24,12 @@ use tokio::{
 };
 
 use super::Upstream;
-use crate::resilience::{
-    breaker::{State, Transition, Why},
-    limit::Counter,
+use crate::{
+    descriptors,
+    resilience::{
+        breaker::{State, Transition, Why},
+        limit::Counter,
+    },
 };
 
 /// Endpoints of an upstream that are asked at a time.
@@ -186,7 +188,7 @@ fn back(upstream: &Upstream, address: SocketAddr) {
 }
 
 async fn accepts(address: SocketAddr) -> bool {
-    matches!(timeout(PATIENCE, TcpStream::connect(address)).await, Ok(Ok(_)))
+    matches!(timeout(PATIENCE, descriptors::connect(address)).await, Ok(Ok(_)))
 }
 
 fn pause(gone_for: Duration) -> Duration {

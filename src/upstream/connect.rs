@@ -9,12 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls_pki_types::{CertificateDer, ServerName};
-use tokio::net::TcpStream;
-
 use super::stream::UpstreamIo;
 use crate::{
     config::TlsMode,
+    descriptors,
     identity::{
         Peer,
         handshake::{self, Proven, Speaks, TlsFailure},
@@ -23,12 +21,16 @@ use crate::{
     proxy::io::SharedTcp,
     telemetry::metrics::Tls,
 };
+use rustls_pki_types::{CertificateDer, ServerName};
 
 /// Why there is no connection.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("{address} refused the connection ({source})")]
     Refused { address: SocketAddr, source: Rc<io::Error> },
+    /// Nothing is known of the endpoint: this process or machine could not even ask.
+    #[error("no connection to {address}: {} ({source})", descriptors::missing(source).unwrap_or("a local error"))]
+    LocalResource { address: SocketAddr, source: Rc<io::Error> },
     #[error("{address} did not accept a connection within {limit:?}")]
     Timeout { address: SocketAddr, limit: Duration },
     #[error("{limit} connections to this upstream are open already (`limits.max_connections`)")]
@@ -37,6 +39,14 @@ pub enum ConnectError {
     Handshake { address: SocketAddr, reason: String },
     #[error("{address}: {failure}")]
     Tls { address: SocketAddr, failure: Rc<TlsFailure> },
+}
+
+impl ConnectError {
+    fn from_io(address: SocketAddr, error: io::Error) -> Self {
+        let is_local = descriptors::is_local_resource(&error);
+        let source = Rc::new(error);
+        if is_local { Self::LocalResource { address, source } } else { Self::Refused { address, source } }
+    }
 }
 
 /// TLS with whom.
@@ -127,10 +137,8 @@ pub async fn connect(
     speaks: Speaks,
 ) -> Result<Connected, ConnectError> {
     let connecting = async {
-        let stream = TcpStream::connect(address).await;
-        let tcp = stream
-            .map(SharedTcp::new)
-            .map_err(|source| ConnectError::Refused { address, source: Rc::new(source) })?;
+        let stream = descriptors::connect(address).await;
+        let tcp = stream.map(SharedTcp::new).map_err(|error| ConnectError::from_io(address, error))?;
         match tls {
             None => Ok(Connected { io: UpstreamIo::Plain(tcp.clone()), tcp, proof: None }),
             Some(target) => Box::pin(secure(address, tcp, target, speaks)).await,

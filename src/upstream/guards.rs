@@ -218,6 +218,7 @@ impl Default for Counts {
                 "breaker_open",
                 "queue_full",
                 "limit_full",
+                "local_resource",
                 "rate_limited",
                 "fault_injected",
                 "no_endpoint",

@@ -211,6 +211,13 @@ impl Checker {
         self.queue.remove(&(checked.due, key.clone()));
         checked.due = Instant::now() + self.rng.jitter(interval, JITTER);
         self.queue.insert((checked.due, key.clone()));
+        if let Err(error) = &result
+            && error.is_local_resource()
+        {
+            let (upstream, endpoint) = (&*self.upstream.name, checked.endpoint.address);
+            tracing::warn!(upstream, %endpoint, %error, cause = "local_resource", "health check not made");
+            return;
+        }
         let changed = checked.threshold.record(result.is_ok(), settings);
         // Said every time: checks that were replaced by these may have said otherwise when they ended.
         checked.endpoint.set_healthy(checked.threshold.is_healthy());

@@ -8,7 +8,7 @@ use std::{
 
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use crate::proxy::io::SharedTcp;
+use crate::{descriptors::Purpose, proxy::io::SharedTcp};
 
 /// As much as a pipe holds, unless it was told otherwise.
 const MOST: usize = 64 * 1024;
@@ -25,6 +25,9 @@ pub struct Pipe {
 impl Pipe {
     pub fn new() -> io::Result<Self> {
         let (exit, entrance) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        if !Purpose::Dial.allows(&entrance) {
+            return Err(rustix::io::Errno::MFILE.into());
+        }
         Ok(Self { entrance, exit, holds: 0 })
     }
 

@@ -11,13 +11,11 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{
     config::{Health, Protocol},
+    descriptors,
     identity::handshake::{self, Speaks, TlsFailure},
     upstream::{Endpoint, health::CheckSettings},
 };
@@ -45,6 +43,13 @@ pub enum CheckError {
     Malformed,
 }
 
+impl CheckError {
+    /// The check could not be made, for want of something of this machine's own.
+    pub fn is_local_resource(&self) -> bool {
+        matches!(self, Self::Connect(error) if descriptors::is_local_resource(error))
+    }
+}
+
 /// A gRPC health answer is two bytes; more than this is something else.
 const MAX_ANSWER: usize = 16 * 1024;
 const USER_AGENT: &str = concat!("outrigger/", env!("CARGO_PKG_VERSION"), " (health check)");
@@ -55,7 +60,7 @@ pub(super) async fn run(
 ) -> Result<(), CheckError> {
     let limit = *health.timeout;
     let check = async {
-        let stream = TcpStream::connect(endpoint.address).await.map_err(CheckError::Connect)?;
+        let stream = descriptors::connect(endpoint.address).await.map_err(CheckError::Connect)?;
         let Some(target) = tls else { return ask(stream, &health, protocol, &endpoint, limit).await };
         let speaks = match (&health.path, &health.grpc, protocol) {
             (None, None, _) => Speaks::Bytes,

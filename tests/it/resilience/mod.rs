@@ -3,6 +3,7 @@
 mod advice;
 mod around;
 mod deadlines;
+mod exhaustion;
 mod guards;
 mod http2;
 mod limits;
