@@ -24,7 +24,7 @@ use outrigger::{
         backoff::Hint,
         breaker::{Breaker, BreakerSettings},
         budget::{BudgetSettings, RetryBudget},
-        classify::{Ending, Health, Outcome},
+        classify::{Advice, Ending, Health, Outcome},
         limit::{Bell, LimitSettings, RequestLimit},
         outlier::{OutlierSettings, Outliers},
         rate::{RateKey, RateLimit, RateSettings},
@@ -57,7 +57,7 @@ fn retry(c: &mut Criterion) {
         let mut now = begin;
         group.bench_function(name, |b| {
             b.iter(|| {
-                let outcome = Outcome::http(black_box(status), &HeaderMap::new());
+                let outcome = Outcome::http(black_box(status), Advice::None, None);
                 now += Duration::from_millis(10);
                 budget.deposit();
                 let time_left = Some(Duration::from_secs(10));

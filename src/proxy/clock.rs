@@ -40,6 +40,9 @@ impl RanOut {
             Self::Limit(Limit::Attempt) => {
                 (Ending::AttemptTimeout, Cause::AttemptTimeout, "`attempt_timeout`")
             }
+            Self::Limit(Limit::ClientShare) => {
+                (Ending::ClientShare, Cause::AttemptTimeout, "half of what was left of the client's deadline")
+            }
             Self::Limit(Limit::Timeout) => (Ending::Timeout, Cause::Timeout, "`timeout`"),
             Self::Limit(Limit::Caller) => (Ending::CallersDeadline, Cause::Deadline, "the caller's deadline"),
             Self::Upload => {
@@ -90,6 +93,9 @@ pub struct Clock {
     try_began: Instant,
     /// Another try may follow the one under way.
     more: bool,
+    /// The latency that the upstream's responses rarely exceed, in microseconds; 0 where it is not known. Small, as every
+    /// request has room for it.
+    usual_micros: u32,
     /// When to look again whether the body has been sent.
     look_at: Instant,
 }
@@ -101,7 +107,16 @@ impl Clock {
         attempt_timeout: AttemptTimeout,
         now: Instant,
     ) -> Self {
-        Self { deadline, timeout, attempt_timeout, this_try: None, try_began: now, more: false, look_at: now }
+        Self {
+            deadline,
+            timeout,
+            attempt_timeout,
+            this_try: None,
+            try_began: now,
+            more: false,
+            usual_micros: 0,
+            look_at: now,
+        }
     }
 
     /// For another upstream that is asked after the first one: a time of its own; the caller's deadline stays.
@@ -118,9 +133,16 @@ impl Clock {
         Self::new(deadline, timeout, attempt, now)
     }
 
-    /// A try begins; `more`: another may follow it.
-    pub fn begin_try(&mut self, now: Instant, more: bool) {
+    /// Whether the upstream's usual latency matters: the client's own deadline could be divided.
+    pub fn divides_clients_deadline(&self) -> bool {
+        self.attempt_timeout == AttemptTimeout::Auto && self.deadline.callers().is_some()
+    }
+
+    /// A try begins; `more`: another may follow it. `usual`: see [`Deadline::attempt`].
+    pub fn begin_try(&mut self, now: Instant, more: bool, usual: Option<Duration>) {
         self.try_began = now;
+        self.usual_micros =
+            usual.map_or(0, |usual| u32::try_from(usual.as_micros()).unwrap_or(u32::MAX).max(1));
         self.this_try = None;
         self.more = more;
         self.look_at = self.try_began;
@@ -146,11 +168,16 @@ impl Clock {
         Until(limit.into_iter().chain(whole).min_by_key(|(at, _)| *at))
     }
 
+    /// How long the exchange may still take: to the deadline, or to the end of `max_duration`.
+    pub fn time_left(&self, progress: &Progress, now: Instant) -> Option<Duration> {
+        self.until(progress).0.map(|(at, _)| at.saturating_duration_since(now))
+    }
+
     /// Whether less is left than the next hop can be told of: then a try is not worth sending.
-    pub fn spent(&self, now: Instant) -> Option<RanOut> {
-        let (at, limit) = self.deadline.at()?;
-        let left = at.saturating_duration_since(now.into_std());
-        deadline::millis_to_tell(left).is_none().then_some(RanOut::Limit(limit))
+    pub fn spent(&self, progress: &Progress, now: Instant) -> Option<RanOut> {
+        let (at, ran_out) = self.until(progress).0?;
+        let left = at.saturating_duration_since(now);
+        deadline::millis_to_tell(left).is_none().then_some(ran_out)
     }
 
     /// Starts the clock of the call where the request has been sent.
@@ -193,7 +220,8 @@ impl Clock {
             let more = self.more && progress.is_repeatable();
             let this_try = *self.this_try.get_or_insert_with(|| {
                 let began = sent.max(self.try_began);
-                let limit = self.deadline.attempt(began.into_std(), self.attempt_timeout, more);
+                let usual = (self.usual_micros != 0).then(|| Duration::from_micros(self.usual_micros.into()));
+                let limit = self.deadline.attempt(began.into_std(), self.attempt_timeout, more, usual);
                 limit.map(|(at, limit)| (Instant::from_std(at), limit))
             });
             return earliest(whole, this_try.map(|(at, limit)| (at, Some(RanOut::Limit(limit)))));

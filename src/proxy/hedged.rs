@@ -96,8 +96,6 @@ impl Exchange<'_> {
     /// How long after the first copy a second one is to be sent.
     pub(super) fn hedge_delay(&self, outgoing: &Outgoing, replay: &Replay, tries: u32) -> Option<Duration> {
         let settings = self.policy.hedge.0?;
-        let now = Instant::now().into_std();
-        let live = self.guards().quantile(settings.percent().unwrap_or(95), now);
         let call = hedge::Call {
             method: &outgoing.method,
             idempotency_key: self.call.idempotency_key,
@@ -106,7 +104,8 @@ impl Exchange<'_> {
             max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
             breaker_closed: self.guards().breaker.is_closed(),
         };
-        settings.delay(&call, &live)
+        let now = Instant::now().into_std();
+        settings.delay(&call, |percent| self.guards().quantile(percent, now).get())
     }
 
     /// Where the second copy goes, if it may be sent.

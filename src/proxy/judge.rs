@@ -42,7 +42,10 @@ impl Exchange<'_> {
                 let told = self.call.grpc && answer.present.has(Field::GrpcStatus);
                 let outcome = match told.then(|| GrpcStatus::from_headers(response.headers())).flatten() {
                     Some(status) => Outcome::grpc(status, advice, clock.deadline().callers_time_left(now)),
-                    None => Outcome { ending: Ending::Http(response.status()), advice },
+                    None => {
+                        let left = clock.deadline().callers_time_left(now);
+                        Outcome::http(response.status(), advice, left)
+                    }
                 };
                 Ended::Answered(Box::new(answer), outcome)
             }
@@ -67,7 +70,21 @@ impl Exchange<'_> {
             Health::Success => endpoint.observe(took, now),
             // Failing fast must not look like answering fast.
             Health::Failure => endpoint.observe(took.max(COST_OF_FAILURE), now),
-            Health::Neutral => {}
+            Health::Neutral => match outcome.ending {
+                Ending::ClientShare => endpoint.observe(took, now),
+                // Other endpoints may have a route, or ports left for them.
+                Ending::Connect(ConnectFailure::LocalResource) => {
+                    endpoint.observe(took.max(COST_OF_FAILURE), now);
+                }
+                _ => {}
+            },
+        }
+        if let Some(usual) = self.guards().usual_latency()
+            && (outcome.health() == Health::Success
+                // It took at least so long: else what is cut would never be known to be slow.
+                || matches!(outcome.ending, Ending::ClientShare | Ending::AttemptTimeout))
+        {
+            usual.record(took, now);
         }
         if self.policy.limits.is_some_and(|limits| limits.adaptive)
             && let Some(adaptive) = &*self.guards().adaptive.load()

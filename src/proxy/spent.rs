@@ -5,7 +5,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -15,16 +18,38 @@ const MOST: usize = 4096;
 const KEPT: Duration = Duration::from_secs(60);
 
 /// Stepped only where something failed.
-#[derive(Debug, Default)]
-pub struct SpentTraces(Mutex<HashMap<u128, Instant>>);
+#[derive(Debug)]
+pub struct SpentTraces {
+    traces: Mutex<HashMap<u128, Instant>>,
+    /// When one was noted last, in milliseconds after the epoch; 0 = never.
+    last: AtomicU64,
+    epoch: Instant,
+}
+
+impl Default for SpentTraces {
+    fn default() -> Self {
+        Self { traces: Mutex::default(), last: AtomicU64::new(0), epoch: Instant::now() }
+    }
+}
 
 impl SpentTraces {
     fn lock(&self) -> MutexGuard<'_, HashMap<u128, Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.traces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether any trace is remembered. One load while nothing fails.
+    pub fn is_in_use(&self, now: Instant) -> bool {
+        let last = self.last.load(Ordering::Relaxed);
+        last != 0 && self.millis(now).saturating_sub(last) < KEPT.as_millis() as u64
+    }
+
+    fn millis(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.epoch).as_millis() as u64
     }
 
     /// An outbound call of this trace failed after its tries, budget or breaker were spent.
     pub fn note(&self, trace: u128, now: Instant) {
+        self.last.store(self.millis(now).max(1), Ordering::Relaxed);
         let mut traces = self.lock();
         if traces.len() >= MOST {
             traces.retain(|_, at| now.saturating_duration_since(*at) < KEPT);
@@ -47,7 +72,9 @@ mod tests {
     #[test]
     fn remembers_for_a_while_and_never_too_many() {
         let (spent, now) = (SpentTraces::default(), Instant::now());
+        assert!(!spent.is_in_use(now));
         spent.note(1, now);
+        assert!(spent.is_in_use(now) && !spent.is_in_use(now + KEPT + Duration::from_millis(2)));
         assert!(spent.contains(1, now) && !spent.contains(2, now));
         assert!(!spent.contains(1, now + KEPT));
         for trace in 0..10_000 {

@@ -34,7 +34,7 @@ use crate::{
         retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
     },
     telemetry::{
-        propagation::Span,
+        propagation::{Context, Span},
         record::{Try, Why},
     },
     upstream::{http1::Told, local::LocalEndpoint},
@@ -107,7 +107,7 @@ impl Exchange<'_> {
         let mut again: Option<Option<Unsent<'_>>> = None;
         loop {
             let mut now = Instant::now();
-            if let Some(ran_out) = carried.clock.spent(now) {
+            if let Some(ran_out) = carried.clock.spent(progress, now) {
                 return last_end.ok_or_else(|| ran_out.unsent(self.name(), "its turn"));
             }
             let permit = match self.permit(now) {
@@ -163,7 +163,11 @@ impl Exchange<'_> {
             let more = self.retries.another_possible(so_far.counted);
             // A try that ran out of time may have been processed: only what may be done twice can follow it.
             let may_repeat = self.retries.may_repeat(&carried.outgoing.method, self.call.idempotency_key);
-            carried.clock.begin_try(now, more && may_repeat);
+            let usual = carried
+                .clock
+                .divides_clients_deadline()
+                .then(|| self.guards().watch_usual_latency(now.into_std()).get());
+            carried.clock.begin_try(now, more && may_repeat, usual.flatten());
             let last = !more && so_far.free_used && !carried.outgoing.keep;
             let over = self.attempt(Asked { index, permit, last }, now, carried, &mut so_far).await;
             let index = over.index;
@@ -182,7 +186,7 @@ impl Exchange<'_> {
             if matches!(outcome.ending, Ending::Connect(_)) {
                 // Its addresses may have changed before their TTL says so.
                 self.target.local.upstream.shared.refresh();
-                let in_time = carried.clock.spent(Instant::now()).is_none();
+                let in_time = carried.clock.spent(progress, Instant::now()).is_none();
                 if in_time && self.has_sibling(index, &so_far.tried) {
                     so_far.tried.push(index);
                     carried.next = (Why::Sibling, Duration::ZERO);
@@ -190,6 +194,7 @@ impl Exchange<'_> {
                 }
             }
             carried.clock.request_sent(progress);
+            let time_left = carried.clock.time_left(progress, Instant::now());
             let now = Instant::now().into_std();
             let asked = Tried {
                 method: &carried.outgoing.method,
@@ -206,7 +211,7 @@ impl Exchange<'_> {
             };
             let moment = Moment {
                 now,
-                time_left: carried.clock.deadline().left(now),
+                time_left,
                 hint,
                 random: connection.worker.with_rng(|rng| rng.unit_f64()),
                 budget: &self.guards().budget,
@@ -268,8 +273,16 @@ impl Exchange<'_> {
                 true => record.context.span,
                 false => worker.with_rng(Span::random),
             };
-            if worker.shared.traces.is_on() {
+            let shared = &worker.shared;
+            if shared.traces.is_on() {
                 record.context.write(span, &mut outgoing.headers);
+            } else if record.is_inbound()
+                && record.context.parent.is_none()
+                && shared.spent.is_in_use(now.into_std())
+            {
+                // Nobody has named the trace, and the service may pass on no other field: by this its own failing
+                // requests are known to be part of this one. "Not sampled" would silence a service that exports spans.
+                Context { sampled: true, ..record.context }.write(span, &mut outgoing.headers);
             }
             let address = self.endpoints[asked.index].address();
             let mut one = Try::new(why, span, address, outgoing.version, now);
@@ -310,8 +323,8 @@ impl Exchange<'_> {
         }
         let began = Instant::now();
         let patience = *so_far.patience.get_or_insert_with(|| began + self.retries.patience());
-        let until = match carried.clock.deadline().at() {
-            Some((deadline, _)) => patience.min(deadline.into()),
+        let until = match carried.clock.until(self.call.progress).at() {
+            Some(end) => patience.min(end.into()),
             None => patience,
         };
         if let Some(_waiting) = guards.absence.wait() {

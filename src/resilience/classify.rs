@@ -42,6 +42,8 @@ pub enum Ending {
     Reset(Reset),
     /// `attempt_timeout` ran out.
     AttemptTimeout,
+    /// The attempt's share of the client's short deadline ran out: another may follow, and nobody is to blame.
+    ClientShare,
     /// `timeout` ran out while the try was under way.
     Timeout,
     /// The caller's deadline, shorter than ours, ran out.
@@ -138,8 +140,16 @@ impl Outcome {
 
     /// An answer that carries no gRPC status, with the advice in its headers. Pass no advice of an upstream that
     /// the configuration does not name (`Outcome::new`).
-    pub fn http(status: StatusCode, headers: &HeaderMap) -> Self {
-        Self { ending: Ending::Http(status), advice: Advice::from_headers(headers) }
+    /// `clients_time_left`: of the client's deadline where that is shorter than ours. The upstream's sidecar was told of
+    /// it, and its 504 may be a moment ahead of our own clock.
+    pub fn http(status: StatusCode, advice: Advice, clients_time_left: Option<Duration>) -> Self {
+        let ending = match clients_time_left {
+            Some(left) if status == StatusCode::GATEWAY_TIMEOUT && left <= DEADLINE_SLACK => {
+                Ending::CallersDeadline
+            }
+            _ => Ending::Http(status),
+        };
+        Self { ending, advice }
     }
 
     /// A gRPC status. `callers_time_left`: of the caller's deadline where that is shorter than ours; a service that
@@ -195,7 +205,7 @@ impl Outcome {
             (C::ConnectFailure, Ending::Connect(_))
             | (C::RefusedStream, Ending::RefusedStream)
             | (C::Reset, Ending::Reset(_))
-            | (C::AttemptTimeout, Ending::AttemptTimeout) => true,
+            | (C::AttemptTimeout, Ending::AttemptTimeout | Ending::ClientShare) => true,
             (C::GatewayError, Ending::Http(status)) => matches!(status.as_u16(), 502..=504),
             (C::ServerError, Ending::Http(status)) => status.is_server_error(),
             (C::Status(code), Ending::Http(status)) => status.as_u16() == code,
@@ -225,9 +235,11 @@ impl Ending {
             Self::Connect(_) | Self::Reset(_) | Self::AttemptTimeout | Self::Timeout => Health::Failure,
             // "Not now, and not processed" is how a well server sheds load or leaves (GOAWAY in a rolling restart).
             Self::RefusedStream => Health::Neutral,
-            Self::CallersDeadline | Self::CallerGone | Self::ClientError | Self::LocalRefusal => {
-                Health::Neutral
-            }
+            Self::ClientShare
+            | Self::CallersDeadline
+            | Self::CallerGone
+            | Self::ClientError
+            | Self::LocalRefusal => Health::Neutral,
         }
     }
 
@@ -252,7 +264,7 @@ impl Ending {
             Self::Connect(ConnectFailure::LocalResource) => "local_resource",
             Self::RefusedStream => "refused_stream",
             Self::Reset(_) => "reset",
-            Self::AttemptTimeout => "attempt_timeout",
+            Self::AttemptTimeout | Self::ClientShare => "attempt_timeout",
             Self::Timeout => "timeout",
             Self::CallersDeadline => "deadline",
             Self::CallerGone => "caller_gone",
@@ -320,6 +332,7 @@ pub(super) mod tests {
         all.extend([
             Ending::RefusedStream,
             Ending::AttemptTimeout,
+            Ending::ClientShare,
             Ending::Timeout,
             Ending::CallersDeadline,
             Ending::CallerGone,
@@ -350,6 +363,7 @@ pub(super) mod tests {
             Ending::CallerGone,
             Ending::CallersDeadline,
             Ending::RefusedStream,
+            Ending::ClientShare,
             Ending::Connect(ConnectFailure::LocalResource),
         ] {
             assert_eq!(Outcome::new(ending).health(), Health::Neutral, "{ending:?}");
@@ -400,6 +414,17 @@ pub(super) mod tests {
         assert_eq!(at(Some(Duration::from_millis(4))), Health::Neutral);
         assert_eq!(at(Some(Duration::from_secs(4))), Health::Failure);
         assert_eq!(at(None), Health::Failure);
+    }
+
+    /// Its sidecar was told of the client's deadline, and says 504 a moment before our own clock does.
+    #[test]
+    fn a_504_at_the_clients_deadline_is_nobodys_fault() {
+        let at = |status, left| Outcome::http(status, Advice::None, left).health();
+        let ms = Duration::from_millis;
+        assert_eq!(at(StatusCode::GATEWAY_TIMEOUT, Some(ms(1))), Health::Neutral);
+        assert_eq!(at(StatusCode::GATEWAY_TIMEOUT, Some(ms(100))), Health::Failure);
+        assert_eq!(at(StatusCode::GATEWAY_TIMEOUT, None), Health::Failure);
+        assert_eq!(at(StatusCode::SERVICE_UNAVAILABLE, Some(ms(1))), Health::Failure);
     }
 
     #[test]

@@ -21,7 +21,8 @@ pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// How long one try may take to response headers.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub enum AttemptTimeout {
-    /// Half of what is left of `timeout` while another try is possible, else all of it.
+    /// Half of what is left of `timeout` while another attempt is possible, else all of it. A client's shorter deadline is
+    /// halved only where the upstream's usual latency fits into the half.
     #[default]
     Auto,
     /// 0 = none.
@@ -59,6 +60,8 @@ pub struct Deadline {
 pub enum Limit {
     /// `attempt_timeout`: another try may follow.
     Attempt,
+    /// The half of what is left of the client's deadline: another attempt may follow, and the endpoint is not to blame.
+    ClientShare,
     /// `timeout`: the call is over.
     Timeout,
     /// The caller's deadline, shorter than ours: the call is over and the service is not to blame.
@@ -114,20 +117,32 @@ impl Deadline {
         self.at().is_some_and(|(at, _)| at <= now)
     }
 
-    /// When a try that begins now must be over, and by which limit. `more`: another try is possible after it.
-    pub fn attempt(&self, now: Instant, timeout: AttemptTimeout, more: bool) -> Option<(Instant, Limit)> {
-        let whole = self.at();
+    /// When an attempt that begins now must be over, and by which limit. `more`: another one is possible after it.
+    /// `usual`: the latency that the upstream's responses rarely exceed, where it is known.
+    pub fn attempt(
+        &self,
+        now: Instant,
+        timeout: AttemptTimeout,
+        more: bool,
+        usual: Option<Duration>,
+    ) -> Option<(Instant, Limit)> {
+        let half_to = |at: Instant| now.checked_add(at.saturating_duration_since(now) / 2);
         let own = match timeout {
-            AttemptTimeout::Auto if more => self.left(now).map(|left| left / 2),
+            AttemptTimeout::Auto if more => self.ours.and_then(half_to),
             AttemptTimeout::Auto => None,
-            AttemptTimeout::Fixed(timeout) => timeout.limit(),
+            AttemptTimeout::Fixed(timeout) => timeout.limit().and_then(|own| now.checked_add(own)),
         };
-        let own = own.and_then(|own| now.checked_add(own));
-        match (own, whole) {
-            (Some(own), Some((at, _))) if own < at => Some((own, Limit::Attempt)),
-            (Some(own), None) => Some((own, Limit::Attempt)),
-            _ => whole,
-        }
+        let own = own.map(|at| (at, Limit::Attempt));
+        let share = match (timeout, self.callers()) {
+            (AttemptTimeout::Auto, Some(callers)) if more => half_to(callers)
+                .filter(|half| {
+                    usual.is_some_and(|usual| now.checked_add(usual).is_some_and(|at| at <= *half))
+                })
+                .map(|half| (half, Limit::ClientShare)),
+            _ => None,
+        };
+        // Of limits at the same moment the later in this order holds.
+        own.into_iter().chain(share).chain(self.at()).rev().min_by_key(|(at, _)| *at)
     }
 }
 
@@ -240,16 +255,48 @@ mod tests {
         let now = Instant::now();
         let mut call = Deadline::default();
         call.start(now, Some(S * 8));
-        assert_eq!(call.attempt(now, AttemptTimeout::Auto, true), Some((now + S * 4, Limit::Attempt)));
+        assert_eq!(call.attempt(now, AttemptTimeout::Auto, true, None), Some((now + S * 4, Limit::Attempt)));
         let later = now + S * 4;
-        assert_eq!(call.attempt(later, AttemptTimeout::Auto, true), Some((now + S * 6, Limit::Attempt)));
-        assert_eq!(call.attempt(later, AttemptTimeout::Auto, false), Some((now + S * 8, Limit::Timeout)));
-        assert_eq!(call.attempt(now, fixed(S), true), Some((now + S, Limit::Attempt)));
-        assert_eq!(call.attempt(now, fixed(S * 20), true), Some((now + S * 8, Limit::Timeout)));
-        assert_eq!(call.attempt(now, fixed(Duration::ZERO), true), Some((now + S * 8, Limit::Timeout)));
+        assert_eq!(
+            call.attempt(later, AttemptTimeout::Auto, true, None),
+            Some((now + S * 6, Limit::Attempt))
+        );
+        assert_eq!(
+            call.attempt(later, AttemptTimeout::Auto, false, None),
+            Some((now + S * 8, Limit::Timeout))
+        );
+        assert_eq!(call.attempt(now, fixed(S), true, None), Some((now + S, Limit::Attempt)));
+        assert_eq!(call.attempt(now, fixed(S * 20), true, None), Some((now + S * 8, Limit::Timeout)));
+        assert_eq!(call.attempt(now, fixed(Duration::ZERO), true, None), Some((now + S * 8, Limit::Timeout)));
         let endless = Deadline::default();
-        assert_eq!(endless.attempt(now, AttemptTimeout::Auto, true), None);
-        assert_eq!(endless.attempt(now, fixed(S), false), Some((now + S, Limit::Attempt)));
+        assert_eq!(endless.attempt(now, AttemptTimeout::Auto, true, None), None);
+        assert_eq!(endless.attempt(now, fixed(S), false, None), Some((now + S, Limit::Attempt)));
+    }
+
+    /// A client that allows 400 ms of a service that takes 300 ms is served; one whose half is enough for what is usual
+    /// keeps time for another attempt.
+    #[test]
+    fn a_clients_short_deadline_is_halved_only_where_the_usual_latency_fits() {
+        let now = Instant::now();
+        let ms = Duration::from_millis;
+        let mut call = Deadline::from_caller(now, Some(ms(400)));
+        call.start(now, Some(S * 15));
+        let attempt = |usual: Option<Duration>, more| call.attempt(now, AttemptTimeout::Auto, more, usual);
+        let whole = Some((now + ms(400), Limit::Caller));
+        assert_eq!(attempt(None, true), whole, "nothing is known yet");
+        assert_eq!(attempt(Some(ms(300)), true), whole);
+        assert_eq!(attempt(Some(ms(201)), true), whole);
+        assert_eq!(attempt(Some(ms(200)), true), Some((now + ms(200), Limit::ClientShare)));
+        assert_eq!(attempt(Some(ms(50)), false), whole, "no other attempt can follow");
+        // Our own half is the shorter one: what is divided is `timeout`.
+        let mut call = Deadline::from_caller(now, Some(ms(900)));
+        call.start(now, Some(S));
+        let half = call.attempt(now, AttemptTimeout::Auto, true, None);
+        assert_eq!(half, Some((now + ms(500), Limit::Attempt)));
+        // Without a `timeout` of ours the client's deadline is all there is.
+        let call = Deadline::from_caller(now, Some(ms(400)));
+        assert_eq!(call.attempt(now, AttemptTimeout::Auto, true, None), Some((now + ms(400), Limit::Caller)));
+        assert_eq!(call.attempt(now, fixed(ms(100)), true, None), Some((now + ms(100), Limit::Attempt)));
     }
 
     #[test]
@@ -328,14 +375,14 @@ mod tests {
         #[test]
         fn a_try_never_outlasts_the_call(
             callers in prop::option::of(0u64..5000), timeout in 0u64..5000, begun in 0u64..6000,
-            attempt in 0u64..5000, auto: bool, more: bool,
+            attempt in 0u64..5000, auto: bool, more: bool, usual in prop::option::of(0u64..5000),
         ) {
             let arrived = Instant::now();
             let ms = Duration::from_millis;
             let mut call = Deadline::from_caller(arrived, callers.map(ms));
             call.start(arrived, Some(ms(timeout)));
             let attempt = if auto { AttemptTimeout::Auto } else { fixed(ms(attempt)) };
-            let end = call.attempt(arrived + ms(begun), attempt, more);
+            let end = call.attempt(arrived + ms(begun), attempt, more, usual.map(ms));
             if let Some((at, _)) = call.at() {
                 prop_assert!(end.is_some_and(|(end, _)| end <= at));
             }

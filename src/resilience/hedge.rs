@@ -184,7 +184,8 @@ pub struct Call<'a> {
 impl HedgeSettings {
     /// How long after the try began a second copy is to be sent; `None` = not at all. When that moment comes, ask
     /// [`super::budget::RetryBudget::withdraw`] before sending.
-    pub fn delay(&self, call: &Call<'_>, live: &LiveQuantile) -> Option<Duration> {
+    /// `live` tells the latency at a quantile, in percent, where it is known.
+    pub fn delay(&self, call: &Call<'_>, live: impl FnOnce(u8) -> Option<Duration>) -> Option<Duration> {
         // `methods = "all"` allows to repeat what has failed, not to have the same thing done twice at once.
         let idempotent = is_idempotent(call.method) || call.idempotency_key;
         let allowed = idempotent && call.body_ready && call.breaker_closed && call.tries <= call.max_retries;
@@ -192,7 +193,7 @@ impl HedgeSettings {
             return None;
         }
         match self.after {
-            HedgeAfter::Quantile(_) => live.get(),
+            HedgeAfter::Quantile(percent) => live(percent),
             HedgeAfter::Fixed(after) => Some(after.0),
         }
     }
@@ -232,17 +233,17 @@ mod tests {
     #[test]
     fn hedges_only_what_may_be_done_twice() {
         let fixed = HedgeSettings { after: HedgeAfter::Fixed(HumanDuration::from_millis(30)) };
-        let live = LiveQuantile::new(95, Instant::now());
+        let live = |_| None;
         let get = call(&Method::GET);
-        assert_eq!(fixed.delay(&get, &live), Some(MS * 30));
+        assert_eq!(fixed.delay(&get, live), Some(MS * 30));
         let post = call(&Method::POST);
-        assert_eq!(fixed.delay(&post, &live), None);
-        assert_eq!(fixed.delay(&Call { idempotency_key: true, ..post }, &live), Some(MS * 30));
-        assert_eq!(fixed.delay(&Call { body_ready: false, ..get }, &live), None);
-        assert_eq!(fixed.delay(&Call { breaker_closed: false, ..get }, &live), None);
-        assert_eq!(fixed.delay(&Call { tries: 3, ..get }, &live), None);
-        assert_eq!(fixed.delay(&Call { max_retries: 0, ..get }, &live), None);
-        assert_eq!(p95().delay(&get, &live), None, "nothing is known yet");
+        assert_eq!(fixed.delay(&post, live), None);
+        assert_eq!(fixed.delay(&Call { idempotency_key: true, ..post }, live), Some(MS * 30));
+        assert_eq!(fixed.delay(&Call { body_ready: false, ..get }, live), None);
+        assert_eq!(fixed.delay(&Call { breaker_closed: false, ..get }, live), None);
+        assert_eq!(fixed.delay(&Call { tries: 3, ..get }, live), None);
+        assert_eq!(fixed.delay(&Call { max_retries: 0, ..get }, live), None);
+        assert_eq!(p95().delay(&get, live), None, "nothing is known yet");
     }
 
     #[test]

@@ -4,14 +4,14 @@
 use std::{
     collections::hash_map::RandomState,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
     task::Waker,
     time::Instant,
 };
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::time::timeout;
 
 use super::{
@@ -36,6 +36,8 @@ use crate::{
 
 /// Where the adaptive limit starts: enough for most services, little for one that is not well.
 const ADAPTIVE_START: u32 = 32;
+/// In percent: how much of what an upstream answers is taken for usual.
+const USUAL: u8 = 95;
 
 /// What guards an upstream.
 #[derive(Debug)]
@@ -54,7 +56,10 @@ pub struct Guards {
     /// Moves the request limit by latency, where that is switched on.
     pub adaptive: ArcSwapOption<Adaptive>,
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
-    quantiles: Mutex<Vec<(u8, Arc<LiveQuantile>)>>,
+    /// By percent. Replaced as a whole when one is added, so that nobody who looks one up waits.
+    quantiles: ArcSwap<Vec<(u8, Arc<LiveQuantile>)>>,
+    /// The 95th percentile of all latencies, from when somebody first asked for it.
+    usual: OnceLock<LiveQuantile>,
     pub counts: Counts,
     /// How long its calls took.
     pub durations: Durations,
@@ -253,7 +258,8 @@ impl Guards {
             squeeze: Squeeze::default(),
             adaptive: ArcSwapOption::empty(),
             rates: Mutex::default(),
-            quantiles: Mutex::default(),
+            quantiles: ArcSwap::default(),
+            usual: OnceLock::new(),
             counts: Counts::default(),
             durations: Durations::default(),
         })
@@ -277,10 +283,11 @@ impl Guards {
             if limits.adaptive && adaptive.is_none() {
                 self.requests.adapt(ADAPTIVE_START, now);
                 self.adaptive.store(Some(Arc::new(Adaptive::new(limits.max_requests, now))));
-            } else if limits.adaptive {
+            } else if let Some(adaptive) = adaptive {
                 // What was learned outlives a reload; `adapt` keeps it below the new `max_requests`.
+                adaptive.configure(limits.max_requests);
                 self.requests.adapt(learned, now);
-            } else if adaptive.is_none() {
+            } else {
                 self.adaptive.store(None);
             }
         }
@@ -302,15 +309,32 @@ impl Guards {
         limit
     }
 
-    /// The live latency at a quantile, in percent.
+    /// The live latency at a quantile, in percent. Takes no lock.
     pub fn quantile(&self, percent: u8, now: Instant) -> Arc<LiveQuantile> {
-        let mut quantiles = self.quantiles.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, live)) = quantiles.iter().find(|(known, _)| *known == percent) {
-            return Arc::clone(live);
+        let find = |known: &[(u8, Arc<LiveQuantile>)]| {
+            known.iter().find(|(of, _)| *of == percent).map(|(_, live)| Arc::clone(live))
+        };
+        if let Some(live) = find(&self.quantiles.load()) {
+            return live;
         }
-        let live = Arc::new(LiveQuantile::new(percent, now));
-        quantiles.push((percent, Arc::clone(&live)));
-        live
+        let new = Arc::new(LiveQuantile::new(percent, now));
+        self.quantiles.rcu(|known| {
+            let added = (percent, Arc::clone(&new));
+            // Another worker may have been first.
+            let missing = find(known).is_none().then_some(added);
+            known.iter().cloned().chain(missing).collect::<Vec<_>>()
+        });
+        find(&self.quantiles.load()).unwrap_or(new)
+    }
+
+    /// The latency that responses rarely exceed. Recorded from the first call on, so not known at once.
+    pub fn watch_usual_latency(&self, now: Instant) -> &LiveQuantile {
+        self.usual.get_or_init(|| LiveQuantile::new(USUAL, now))
+    }
+
+    /// The same, where somebody has asked for it.
+    pub fn usual_latency(&self) -> Option<&LiveQuantile> {
+        self.usual.get()
     }
 
     /// Tells the breaker what came of a try. `random` from 0 to 1.
@@ -348,9 +372,53 @@ impl Guards {
 }
 
 #[cfg(test)]
+mod reload_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::units::Toggle;
+
+    /// The ceiling follows `max_requests`, up as well as down.
+    #[test]
+    fn a_reload_moves_the_ceiling_of_the_adaptive_limit() {
+        use crate::resilience::classify::Health;
+        let (guards, start) = (Guards::new(Instant::now()), Instant::now());
+        let limits = LimitSettings { adaptive: true, max_requests: 40, ..LimitSettings::default() };
+        let configure = |max_requests| {
+            let limits = LimitSettings { max_requests, ..limits };
+            guards.configure(&Policy { limits: Toggle::on(limits), ..Policy::default() }, start);
+        };
+        let mut now = start;
+        // Constant latency, every place taken: the limit grows as far as it may.
+        let mut grow = || {
+            while guards.requests.try_acquire() {}
+            for _ in 0..500 {
+                now += std::time::Duration::from_millis(20);
+                let adaptive = guards.adaptive.load_full().expect("it is on");
+                adaptive.record(std::time::Duration::from_millis(5), Health::Success, &guards.requests, now);
+                while guards.requests.try_acquire() {}
+            }
+            guards.requests.limit()
+        };
+        configure(40);
+        assert_eq!(grow(), 40);
+        configure(60);
+        assert_eq!(grow(), 60, "raised");
+        configure(20);
+        assert_eq!(grow(), 20, "lowered");
+    }
+
+    #[test]
+    fn every_worker_finds_the_same_quantile() {
+        let (guards, now) = (Guards::new(Instant::now()), Instant::now());
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..8).map(|_| scope.spawn(|| guards.quantile(95, now))).collect();
+            workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+        });
+        assert!(found.iter().all(|live| Arc::ptr_eq(live, &guards.quantile(95, now))));
+        assert!(!Arc::ptr_eq(&found[0], &guards.quantile(50, now)));
+    }
 
     #[test]
     fn a_reload_keeps_what_the_adaptive_limit_has_learned() {

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Reply, Service, ask, assert_cause, get, proxy, request, upstream};
-use crate::support::{Launch, Proxy, RawClient, eventually};
+use super::{Reply, Service, ask, assert_cause, get, proxy, request, retries, status, upstream};
+use crate::support::{Launch, Proxy, RawClient, Upstream, eventually, text};
 
 #[test]
 fn what_is_left_is_told_to_each_try() {
@@ -151,4 +151,86 @@ fn what_comes_before_the_first_try_takes_from_the_same_time() {
     assert_cause(&get(&proxy), 504, "timeout");
     assert!((300..9000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
     assert_eq!(service.calls(), 0);
+}
+
+/// A service that takes its time, and tells how many requests reached it.
+fn slow(delay: Duration) -> Upstream {
+    Upstream::http1(move |_| async move {
+        tokio::time::sleep(delay).await;
+        text("late")
+    })
+}
+
+/// A client that allows 1 s of a service that takes 600 ms is served: its deadline is not divided while nothing says that
+/// half of it is enough.
+#[test]
+fn a_clients_short_deadline_is_not_halved() {
+    let service = slow(Duration::from_millis(600));
+    let proxy = proxy(&[service.address()], "");
+    for _ in 0..4 {
+        let answer = ask(&proxy, request("GET", "x-request-timeout-ms: 1000\r\n"));
+        assert_eq!(answer.status(), 200, "{answer:?}");
+    }
+}
+
+/// A client that is short of time moves neither breaker nor outlier detection, and a patient one is served.
+#[test]
+fn a_client_that_is_short_of_time_blames_nobody() {
+    let service = slow(Duration::from_millis(400));
+    let other = slow(Duration::from_millis(400));
+    let keys =
+        "breaker = { consecutive_failures = 2, min_requests = 2 }\noutlier = { consecutive_failures = 1 }";
+    let proxy = proxy(&[service.address(), other.address()], keys);
+    for _ in 0..8 {
+        assert_cause(&ask(&proxy, request("GET", "x-request-timeout-ms: 100\r\n")), 504, "deadline");
+    }
+    let up = status(&proxy)["upstreams"][0].clone();
+    assert_eq!(up["breaker"]["state"], "closed", "{up}");
+    assert!(
+        up["endpoints"].as_array().expect("endpoints").iter().all(|one| one["state"] == "healthy"),
+        "{up}"
+    );
+    assert_eq!(get(&proxy).status(), 200);
+}
+
+/// Where half of a client's deadline is enough for what is usual, the other half is kept for another attempt. The cut one
+/// counts for nothing.
+#[test]
+fn a_clients_deadline_is_divided_where_the_usual_latency_fits() {
+    let service = Service::new(|seen, _| match (seen.path.as_str(), seen.header("x-outrigger-attempt")) {
+        ("/hang", Some("1")) => Reply::Never,
+        _ => 200.into(),
+    });
+    let proxy = proxy(&[service.address()], "breaker = { consecutive_failures = 1 }");
+    let deadline = "x-request-timeout-ms: 4000\r\n";
+    let mut client = RawClient::connect(proxy.outbound());
+    let hang = format!("GET /hang HTTP/1.1\r\nHost: up\r\n{deadline}\r\n");
+    // Enough of them, for long enough, that the usual latency is known.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(1200) || service.calls() < 150 {
+        assert_eq!(client.ask(request("GET", deadline)).status(), 200);
+    }
+    let began = Instant::now();
+    assert_eq!(client.ask(hang).status(), 200);
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(1900) && took < Duration::from_millis(3900), "{took:?}");
+    assert_eq!(retries(&proxy, "sent"), 1);
+    assert_eq!(status(&proxy)["upstreams"][0]["breaker"]["state"], "closed");
+}
+
+/// `max_duration` ends waits between attempts, too: a wait that it does not leave time for is not begun.
+#[test]
+fn max_duration_holds_during_back_off_and_retry_after() {
+    let asks_for_more = Service::new(|_, _| (503, "retry-after", "4"));
+    let plain = Service::new(|_, _| 503);
+    let patient =
+        "retry = { backoff = { base = \"20s\", max = \"20s\" } }\nmax_duration = \"1s\"\nbreaker = false";
+    for service in [&asks_for_more, &plain] {
+        let proxy = proxy(&[service.address()], patient);
+        for _ in 0..3 {
+            let began = Instant::now();
+            assert_eq!(get(&proxy).status(), 503);
+            assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        }
+    }
 }

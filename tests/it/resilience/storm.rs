@@ -93,8 +93,8 @@ impl Chain {
         (Self { last, failing, caller, _between: row }, last_sidecar)
     }
 
-    /// The demand for this long, whether or not it is answered. `each` gets the moment, status and duration of a call.
-    fn load(&self, length: Duration, each: impl Fn(Duration, u16, Duration) + Sync) {
+    /// The demand for this long, whether or not it is answered. `traced`: clients begin a trace. `each` gets the moment, status and duration of a call.
+    fn load(&self, length: Duration, traced: bool, each: impl Fn(Duration, u16, Duration) + Sync) {
         let (number, begin) = (AtomicUsize::new(0), Instant::now());
         let outbound = self.caller.outbound();
         thread::scope(|scope| {
@@ -109,7 +109,10 @@ impl Chain {
                         }
                         thread::sleep(due.saturating_duration_since(Instant::now()));
                         let id = (begin.elapsed().as_nanos() << 20) | turn as u128;
-                        let trace = format!("traceparent: 00-{id:032x}-00000000000000ab-01\r\n");
+                        let trace = match traced {
+                            true => format!("traceparent: 00-{id:032x}-00000000000000ab-01\r\n"),
+                            false => String::new(),
+                        };
                         let sent = Instant::now();
                         let answer = client.ask(super::request("GET", &trace));
                         each(due - begin, answer.status(), sent.elapsed());
@@ -130,10 +133,14 @@ struct Phase {
 }
 
 fn phase(chain: &Chain, failing: usize, length: Duration) -> Phase {
+    phase_of(chain, failing, length, true)
+}
+
+fn phase_of(chain: &Chain, failing: usize, length: Duration, traced: bool) -> Phase {
     chain.failing.store(failing, Ordering::Relaxed);
     let before = chain.last.calls();
     let (calls, failed, slowest) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
-    chain.load(length, |_, status, took| {
+    chain.load(length, traced, |_, status, took| {
         calls.fetch_add(1, Ordering::Relaxed);
         failed.fetch_add(usize::from(status != 200), Ordering::Relaxed);
         slowest.fetch_max(usize::try_from(took.as_millis()).unwrap_or(usize::MAX), Ordering::Relaxed);
@@ -177,6 +184,15 @@ fn a_storm_is_not_amplified() {
     }
     let after = phase(&chain, 0, Duration::from_secs(2));
     assert!(after.failed * 100 < after.calls, "{} of {} failed", after.failed, after.calls);
+}
+
+/// No client begins a trace, no sidecar has a collector, and services pass on `traceparent` and nothing else.
+#[test]
+fn a_storm_is_not_amplified_where_nobody_begins_a_trace() {
+    let (chain, _last) = Chain::start(NO_BREAKER, true);
+    let bad = phase_of(&chain, 50, Duration::from_secs(8), false);
+    let most = bad.calls * 13 / 10;
+    assert!(bad.reached <= most, "{} of {} calls reached it", bad.reached, bad.calls);
 }
 
 /// Without the guards the same row would multiply: three hops of three tries each.
@@ -224,7 +240,7 @@ fn experiment() {
                         seen = now;
                     }
                 });
-                chain.load(Duration::from_secs(length), |due, status, took| {
+                chain.load(Duration::from_secs(length), true, |due, status, took| {
                     slowest.fetch_max(took.as_millis() as usize, Ordering::Relaxed);
                     if status != 200 {
                         bad.fetch_add(1, Ordering::Relaxed);

@@ -1,0 +1,199 @@
+//! Every key that a guard keeps beyond a reload, changed while the guard is in use. `tests/it/reload.rs` names these
+//! tests for their keys.
+
+use std::{net::SocketAddr, time::Duration};
+
+use super::*;
+use crate::{
+    resilience::{breaker::State, classify::Reset, limit::Full, retry::RetrySettings},
+    units::Toggle,
+};
+
+const S: Duration = Duration::from_secs(1);
+
+/// Reloads: a policy with these tables, in TOML.
+fn reload(guards: &Guards, tables: &str, now: Instant) {
+    #[derive(Default, serde::Deserialize)]
+    #[serde(default)]
+    struct Tables {
+        breaker: BreakerSettings,
+        outlier: OutlierSettings,
+        retry: RetrySettings,
+        limits: LimitSettings,
+    }
+    let tables: Tables = toml::from_str(tables).expect("valid tables");
+    let policy = Policy {
+        breaker: Toggle::on(tables.breaker),
+        outlier: Toggle::on(tables.outlier),
+        retry: Toggle::on(tables.retry),
+        limits: Toggle::on(tables.limits),
+        ..Policy::default()
+    };
+    guards.configure(&policy, now);
+}
+
+/// Fails this often. Says whether the breaker is open then, and until when.
+fn fail(guards: &Guards, times: u32, now: Instant) -> (bool, Option<Instant>) {
+    for _ in 0..times {
+        if let Ok(permit) = guards.breaker.admit(now).permit {
+            guards.breaker.report(permit, Health::Failure, now, 0.0);
+        }
+    }
+    let report = guards.breaker.report_state();
+    (report.state == State::Open, report.until)
+}
+
+#[test]
+fn breaker_consecutive_failures() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    reload(&guards, "breaker = { consecutive_failures = 2, failure_rate = 0.0 }", now);
+    assert!(!fail(&guards, 1, now).0);
+    reload(&guards, "breaker = { consecutive_failures = 4, failure_rate = 0.0 }", now);
+    assert!(!fail(&guards, 2, now).0, "three in a row");
+    assert!(fail(&guards, 1, now).0, "four");
+}
+
+#[test]
+fn breaker_failure_rate_and_min_requests() {
+    let now = Instant::now();
+    for (before, after) in [
+        ("failure_rate = 0.0, min_requests = 4", "failure_rate = 0.5, min_requests = 4"),
+        ("failure_rate = 0.5, min_requests = 100", "failure_rate = 0.5, min_requests = 4"),
+    ] {
+        let guards = Guards::new(now);
+        reload(&guards, &format!("breaker = {{ consecutive_failures = 0, {before} }}"), now);
+        assert!(!fail(&guards, 10, now).0, "{before}");
+        reload(&guards, &format!("breaker = {{ consecutive_failures = 0, {after} }}"), now);
+        assert!(fail(&guards, 4, now).0, "{after}");
+    }
+}
+
+#[test]
+fn breaker_window() {
+    let start = Instant::now();
+    let guards = Guards::new(start);
+    let table =
+        |window| format!("breaker = {{ consecutive_failures = 0, min_requests = 4, window = \"{window}\" }}");
+    reload(&guards, &table("1s"), start);
+    fail(&guards, 2, start);
+    assert!(!fail(&guards, 2, start + S * 5).0, "the first two are forgotten");
+    reload(&guards, &table("60s"), start + S * 6);
+    fail(&guards, 2, start + S * 7);
+    assert!(fail(&guards, 2, start + S * 12).0, "all four are in the window");
+}
+
+#[test]
+fn breaker_open_for_and_trial_requests() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    let table = |open_for: &str, trials: u32| {
+        format!(
+            "breaker = {{ consecutive_failures = 1, open_for = {{ {open_for} }}, trial_requests = {trials} }}"
+        )
+    };
+    reload(&guards, &table("base = \"5s\", max = \"5s\"", 3), now);
+    reload(&guards, &table("base = \"30s\", max = \"30s\"", 3), now);
+    assert_eq!(fail(&guards, 1, now).1, Some(now + S * 30), "base");
+    reload(&guards, &table("base = \"30s\", max = \"300s\"", 3), now);
+    // A trial fails: it doubles, up to the new limit.
+    let half_open = now + S * 30;
+    let (_, until) = fail(&guards, 1, half_open);
+    assert!(until > Some(half_open + S * 40), "max: {until:?}");
+    reload(&guards, &table("base = \"30s\", max = \"300s\"", 1), now);
+    let half_open = half_open + S * 300;
+    let permit = guards.breaker.admit(half_open).permit.expect("a trial");
+    guards.breaker.report(permit, Health::Success, half_open, 0.0);
+    assert_eq!(guards.breaker.report_state().state, State::Closed, "one trial is enough");
+}
+
+fn addresses(count: u16) -> Vec<SocketAddr> {
+    (1..=count).map(|port| SocketAddr::from(([127, 0, 0, 1], port))).collect()
+}
+
+/// One failure at an endpoint; until when it is out then.
+fn fail_at(guards: &Guards, address: SocketAddr, now: Instant) -> Option<Instant> {
+    let health = guards.outliers.endpoint(&address).expect("it is there");
+    let lost = Reset { reused: false, request_sent: true, response_begun: false };
+    let end = (Ending::Reset(lost), Health::Failure);
+    guards.outliers.report(&address, &health, end, now, 0.0).map(|ejection| ejection.until)
+}
+
+#[test]
+fn outlier_keys() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    let all = addresses(4);
+    guards.outliers.update(&all, now);
+    reload(&guards, "outlier = { consecutive_failures = 5 }", now);
+    assert_eq!(fail_at(&guards, all[0], now), None);
+    let table = |keys: &str| format!("outlier = {{ consecutive_failures = 1, {keys} }}");
+    reload(&guards, &table("eject_for = { base = \"30s\", max = \"30s\" }, max_ejected = 0.25"), now);
+    assert_eq!(fail_at(&guards, all[0], now), Some(now + S * 30), "consecutive_failures and eject_for.base");
+    assert_eq!(fail_at(&guards, all[1], now), None, "one of four is the most");
+    reload(&guards, &table("eject_for = { base = \"30s\", max = \"600s\" }, max_ejected = 0.5"), now);
+    assert!(fail_at(&guards, all[1], now).is_some(), "max_ejected");
+    // A relapse: it doubles, up to the new limit.
+    let later = now + S * 31;
+    assert!(fail_at(&guards, all[0], later) > Some(later + S * 35), "eject_for.max");
+}
+
+#[test]
+fn retry_budget_keys() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    let budget = |ratio: f64, min: u32, window: &str| {
+        let table = format!(
+            "retry = {{ budget = {{ ratio = {ratio:?}, min_per_second = {min}, window = \"{window}\" }} }}"
+        );
+        reload(&guards, &table, now);
+        guards.budget.available(now)
+    };
+    assert_eq!(budget(0.2, 1, "10s"), 10);
+    assert_eq!(budget(0.2, 3, "10s"), 30, "min_per_second");
+    assert_eq!(budget(0.2, 3, "20s"), 60, "window");
+    assert!((0..60).all(|_| guards.budget.withdraw(now)));
+    // What so many requests pay back.
+    let paid_back = |ratio| {
+        let before = budget(ratio, 3, "20s");
+        for _ in 0..10 {
+            guards.budget.deposit();
+        }
+        guards.budget.available(now) - before
+    };
+    assert!(paid_back(0.2) <= 3);
+    assert!(paid_back(1.0) >= 9, "ratio");
+}
+
+#[test]
+fn limits_keys() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    let waits = || guards.requests.wait(now, None, Woken(Waker::noop().clone()));
+    reload(&guards, "limits = { max_requests = 1, max_pending = 0, max_connections = 1 }", now);
+    assert!(guards.requests.try_acquire() && !guards.requests.try_acquire());
+    assert!(guards.connections.try_take() && !guards.connections.try_take());
+    assert!(matches!(waits(), Err(Full::Limit | Full::Queue)));
+    reload(&guards, "limits = { max_requests = 2, max_pending = 0, max_connections = 2 }", now);
+    assert!(guards.requests.try_acquire() && !guards.requests.try_acquire(), "max_requests");
+    assert!(guards.connections.try_take() && !guards.connections.try_take(), "max_connections");
+    reload(&guards, "limits = { max_requests = 2, max_pending = 2, pending_timeout = \"3s\" }", now);
+    let first = waits().expect("max_pending");
+    reload(&guards, "limits = { max_requests = 2, max_pending = 2, pending_timeout = \"7s\" }", now);
+    let second = waits().expect("max_pending");
+    assert_eq!((first.gives_up, second.gives_up), (now + S * 3, now + S * 7), "pending_timeout");
+    assert!(!guards.requests.settle(first) && !guards.requests.settle(second));
+    reload(&guards, "limits = { adaptive = true }", now);
+    assert_eq!(guards.requests.limit(), ADAPTIVE_START, "adaptive");
+}
+
+/// Nothing that a guard was told of before counts against the new settings of another table.
+#[test]
+fn a_reload_keeps_the_state() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    reload(&guards, "breaker = { consecutive_failures = 2 }", now);
+    assert!(fail(&guards, 2, now).0);
+    reload(&guards, "breaker = { consecutive_failures = 50 }\nlimits = { max_requests = 3 }", now);
+    assert!(guards.breaker.report_state().state == State::Open);
+}
