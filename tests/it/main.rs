@@ -33,6 +33,7 @@ mod lifecycle;
 mod load;
 mod metrics;
 mod redirect;
+mod reload;
 mod resilience;
 mod servers;
 mod smuggling;
