@@ -209,7 +209,7 @@ pub struct WayStatus {
 }
 
 /// Addresses of the service that redirected calls went to of late.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AddressesStatus {
     /// How many are known now.
     pub known: usize,
@@ -218,7 +218,7 @@ pub struct AddressesStatus {
 }
 
 /// Hosts that no upstream names, met since the start.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UnknownStatus {
     /// How many are known now.
     pub known: usize,

@@ -11,11 +11,11 @@ use super::tokens::TokenStatus;
 use crate::{
     resilience::breaker::Mode,
     runtime::Cluster,
-    upstream::{EndpointState, Resolution, guards::Tally},
+    upstream::{Endpoint, EndpointState, Resolution, guards::Tally},
 };
 
 /// An upstream, or the service itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UpstreamStatus {
     pub name: String,
     /// Where its endpoints come from.
@@ -37,7 +37,7 @@ pub struct UpstreamStatus {
     pub token: Option<TokenStatus>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndpointStatus {
     pub address: String,
     /// The name it was resolved from.
@@ -49,6 +49,14 @@ pub struct EndpointStatus {
     /// When an ejected one comes back, in whole seconds, rounded up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until_in_seconds: Option<u64>,
+    /// The share of its attempts in the last ten seconds that went well, from 0 to 1; none where there were none.
+    #[serde(default)]
+    pub success: Option<f64>,
+    /// The last failure: a cause of `docs/errors.md`, or the status that it answered.
+    #[serde(default)]
+    pub last_error: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error_seconds_ago: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,19 +105,7 @@ impl UpstreamStatus {
             endpoints: set
                 .endpoints
                 .iter()
-                .map(|endpoint| {
-                    let state = upstream.state_of(endpoint, now);
-                    EndpointStatus {
-                        address: endpoint.address.to_string(),
-                        host: endpoint.host.as_deref().map(ToOwned::to_owned),
-                        weight: endpoint.weight(),
-                        state: state.word().to_owned(),
-                        until_in_seconds: match state {
-                            EndpointState::Ejected { until } => Some(seconds_to(until, now)),
-                            _ => None,
-                        },
-                    }
-                })
+                .map(|endpoint| EndpointStatus::of(endpoint, upstream.state_of(endpoint, now), now))
                 .collect(),
             breaker: BreakerStatus::of(cluster, now),
             budget: policy.retry.as_ref().map(|_| BudgetStatus { available: guards.budget.available(now) }),
@@ -124,6 +120,39 @@ impl UpstreamStatus {
             rejected: happened(&guards.counts.rejected),
             token: cluster.token.as_deref().map(TokenStatus::of),
         }
+    }
+}
+
+impl EndpointStatus {
+    fn of(endpoint: &Endpoint, state: EndpointState, now: Instant) -> Self {
+        let last_error = endpoint.outcomes.last_error();
+        let ago = last_error.as_ref().map(|error| now.saturating_duration_since(error.at).as_secs());
+        Self {
+            address: endpoint.address.to_string(),
+            host: endpoint.host.as_deref().map(ToOwned::to_owned),
+            weight: endpoint.weight(),
+            state: state.word().to_owned(),
+            until_in_seconds: match state {
+                EndpointState::Ejected { until } => Some(seconds_to(until, now)),
+                _ => None,
+            },
+            success: endpoint.outcomes.success_share(now).map(|share| (share * 1000.0).round() / 1000.0),
+            last_error: last_error.map(|error| error.word),
+            last_error_seconds_ago: ago,
+        }
+    }
+
+    /// How requests fare, in words, where some fail; else empty.
+    pub fn failures_in_words(&self) -> String {
+        let mut text = String::new();
+        if let Some(success) = self.success.filter(|success| *success < 1.0) {
+            // Rounded down, so that only what never fails shows 100 %.
+            text.push_str(&format!(", {:.0} % succeed", (success * 100.0).floor()));
+            if let Some(error) = &self.last_error {
+                text.push_str(&format!(", last error {error}"));
+            }
+        }
+        text
     }
 }
 

@@ -18,12 +18,12 @@ use tokio::signal::unix::{SignalKind, signal};
 Examples:
   outrigger demo           a tour, then light traffic until Ctrl-C, with the admin page to look at
   outrigger demo --once    the tour alone; exit 0 only if all that it shows happened
-  outrigger demo --otlp http://127.0.0.1:4317    the same, and every call a trace in Jaeger")]
+  outrigger demo --otlp http://127.0.0.1:4317    the same, and traces of all requests in Jaeger")]
 pub struct DemoArgs {
     /// End after the tour
     #[arg(long)]
     once: bool,
-    /// Send every call as a trace to this collector, e.g. a Jaeger started beside it
+    /// Send traces of all requests to this collector, e.g. a Jaeger started beside it
     #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     otlp: Option<String>,
 }

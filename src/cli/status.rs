@@ -282,6 +282,7 @@ fn endpoint_rows(rows: &mut Vec<Row>, name: &str, upstream: &UpstreamStatus) {
         if let Some(left) = endpoint.until_in_seconds {
             let _ = write!(state, ", back in {}", seconds(left));
         }
+        state.push_str(&endpoint.failures_in_words());
         rows.push(row([name, &endpoint.address, &state, from]));
     }
 }
@@ -372,7 +373,8 @@ mod tests {
             "traces": {"to": "http://c:4317 (OTLP over gRPC)", "sample": 0.1, "sample_errors": true, "waiting": 3, "queue": 2048,
                        "spans": {"exported": 11, "queue_full": 5, "failed": 6}, "last_error": "refused", "failed_seconds_ago": 61},
             "inbound": {"name": "checkout", "source": "[127.0.0.1:8080]", "discovery": "ready",
-                        "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy"}],
+                        "endpoints": [{"address": "127.0.0.1:8080", "weight": 1, "state": "healthy", "success": 0.987,
+                                       "last_error": "503"}],
                         "breaker": {"state": "closed", "mode": "off", "since_seconds_ago": 61, "why": "start", "until_in_seconds": null},
                         "budget": null, "limits": null, "retries": {}, "rejected": {}},
             "inbound_addresses": {"known": 3, "addresses": [{"name": "10.0.0.7:9090", "source": "[10.0.0.7:9090]", "discovery": "ready",
@@ -411,6 +413,7 @@ mod tests {
             "(the service)",
             "inbound  3      1m1s ago\nproxy    0      never",
             "ejected, back in 8s",
+            "healthy, 98 % succeed, last error 503",
             "half open for 2s (time to try again)  7             1 of 1024  0        2            budget 3, sent 12  breaker_open 90",
             "(the service)                   off",
             "(the service at 10.0.0.7:9090)  open for 1s (by hand), 8s left        off           3 of 8     0        2 of 8       ",

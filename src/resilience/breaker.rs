@@ -94,6 +94,8 @@ pub enum Why {
     TrialsSucceeded,
     Manual,
     ManualExpired,
+    /// What was forced was given back before its time.
+    ManualEnded,
 }
 
 /// A change of state, for the log, metrics and traces. `from` may equal `to` where only the mode changed.
@@ -381,6 +383,7 @@ impl std::fmt::Display for Why {
             Self::TrialFailed => f.write_str("a trial failed"),
             Self::TrialsSucceeded => f.write_str("all trials succeeded"),
             Self::Manual => f.write_str("set by hand"),
+            Self::ManualEnded => f.write_str("set back to auto"),
             Self::ManualExpired => f.write_str("what was set by hand has expired"),
         }
     }

@@ -24,7 +24,7 @@ pub mod observe;
 pub mod outlier;
 pub mod rate;
 pub mod retry;
-mod window;
+pub mod window;
 
 #[cfg(test)]
 mod storm_tests;

@@ -95,7 +95,12 @@ impl Record {
         self.reason()?;
         let mut clauses = Vec::new();
         clauses.extend(self.tries_in_words());
-        if let Some(stopped) = self.stopped {
+        let lone = self.refused.is_none() && self.fell_back.is_none() && self.tries.made() <= 1;
+        if lone && clauses.is_empty() && self.end == End::Complete {
+            clauses.push(self.answer_in_words());
+        }
+        // Nobody expects a retry where a request is handed to its service.
+        if let Some(stopped) = self.stopped.filter(|word| *word != "not_retryable" || !self.is_inbound()) {
             clauses.push(format!("no further try: {}", stop_in_words(stopped)));
         }
         if let Some(refusal) = &self.refused {
@@ -178,14 +183,20 @@ impl Record {
     }
 
     fn answer_in_words(&self) -> String {
+        let is_response = |one: &Try| {
+            one.outcome.is_none_or(|outcome| matches!(outcome.ending, Ending::Http(_) | Ending::Grpc(_)))
+        };
         match (self.tries.last(), self.status) {
-            (Some(one), _) if one.outcome.is_some_and(|outcome| !is_good(&outcome)) => in_words(one),
-            (Some(one), Some(status)) => {
+            (Some(one), Some(status)) if is_response(one) => {
                 let grpc = self.grpc_status.filter(|status| *status != GrpcStatus::Ok);
                 let what =
                     grpc.map_or_else(|| status.as_u16().to_string(), |status| status.label().to_owned());
-                format!("{} answered {what}", one.endpoint)
+                match self.is_inbound() {
+                    true => format!("the service answered {what}"),
+                    false => format!("{} answered {what}", one.endpoint),
+                }
             }
+            (Some(one), _) => in_words(one),
             (None, Some(status)) => format!("answered {}", status.as_u16()),
             (_, None) => "there was no answer".to_owned(),
         }
@@ -250,6 +261,9 @@ fn in_words(one: &Try) -> String {
         }
         Some(Ending::Reset(_)) => format!("{at} broke the connection"),
         Some(Ending::AttemptTimeout) => format!("no answer from {at} within attempt_timeout"),
+        Some(Ending::ClientShare) => {
+            format!("no answer from {at} within half of what was left of the client's deadline")
+        }
         Some(Ending::Timeout) => format!("no answer from {at} within timeout"),
         Some(Ending::CallersDeadline) => format!("no answer from {at} within the caller's deadline"),
         Some(Ending::CallerGone) => format!("the caller left while {at} was asked"),

@@ -87,7 +87,7 @@ impl Absence {
     /// Takes in a change of the breaker. `unreachable`: the try that caused it found no connection.
     pub fn note(&self, transition: &Transition, unreachable: bool) {
         match (transition.to, transition.why) {
-            (State::Closed, _) | (_, Why::Manual | Why::ManualExpired) => {
+            (State::Closed, _) | (_, Why::Manual | Why::ManualExpired | Why::ManualEnded) => {
                 self.absent.store(false, Ordering::Relaxed);
             }
             (State::Open, _) => self.absent.store(unreachable, Ordering::Relaxed),

@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 
+use super::outcomes::RecentOutcomes;
 use crate::discovery::DiscoveryError;
 
 /// One address of an upstream, with what all workers share about it.
@@ -21,6 +22,8 @@ pub struct Endpoint {
     weight: AtomicU32,
     /// What active health checks say; true without them.
     healthy: AtomicBool,
+    /// What requests saw of it.
+    pub outcomes: RecentOutcomes,
 }
 
 /// Whether the balancer may choose an endpoint.
@@ -82,6 +85,7 @@ impl Endpoint {
             host: found.host,
             weight: AtomicU32::new(found.weight.max(1)),
             healthy: AtomicBool::new(true),
+            outcomes: RecentOutcomes::default(),
         }
     }
 

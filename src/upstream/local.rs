@@ -172,7 +172,7 @@ impl LocalEndpoint {
         in_flight
     }
 
-    /// Tells outlier detection what came of a try here, and says if that took it out. `random` draws from 0 to 1.
+    /// Tells the status and outlier detection what came of a try here, and says if that took it out. `random` draws from 0 to 1.
     pub fn report(
         &self,
         guards: &Guards,
@@ -181,6 +181,7 @@ impl LocalEndpoint {
         now: Instant,
         random: impl FnOnce() -> f64,
     ) -> Option<Ejection> {
+        self.shared.outcomes.record(ending, now);
         let ejection = self.ejection.as_ref()?;
         let random = if health == Health::Failure { random() } else { 0.0 };
         let ejected = guards.outliers.report(&self.address(), ejection, (ending, health), now, random);

@@ -9,6 +9,7 @@ pub mod health;
 pub mod http1;
 mod idle;
 pub mod local;
+pub mod outcomes;
 pub mod pool;
 pub mod squeeze;
 pub mod stream;

@@ -123,6 +123,8 @@ fn a_breaker_is_set_by_hand_and_falls_back_by_itself() {
 
     assert!(command(&pair.proxy, &["set", "breaker", "up", "auto"]).status.success());
     assert_eq!(client.ask(GET).status(), 200);
+    let breaker = &status(&pair.proxy)["upstreams"][0]["breaker"];
+    assert_eq!(breaker["why"], "set back to auto", "{breaker}");
     assert!(command(&pair.proxy, &["set", "breaker", "up", "open", "--for", "1s"]).status.success());
     // No call asks: time alone brings it back.
     eventually("the fall-back", || status(&pair.proxy)["upstreams"][0]["breaker"]["mode"] == "auto");

@@ -8,7 +8,10 @@ use std::{
 };
 
 use http::Method;
-use tokio::{net::TcpListener, time::sleep};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{sleep, timeout},
+};
 
 use super::{
     DemoError,
@@ -23,6 +26,9 @@ use crate::identity::issue::{Ca, IssueError, write_key};
 pub const SLOW: Duration = Duration::from_millis(1500);
 /// `timeout` of shop's calls at first.
 const TIMEOUT: &str = "1s";
+
+/// What a collector gets to accept a connection.
+const COLLECTOR_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whose certificates the services have.
 const TRUST_DOMAIN: &str = "demo.example";
@@ -54,6 +60,17 @@ impl Instance {
         let config = common(folder, "payments", at, "strict");
         let sidecar = Sidecar::start(folder.path(), name, &config, otlp).await?;
         Ok(Self { trouble, sidecar, service: Some(service), at })
+    }
+}
+
+/// Whether something accepts connections where traces are to go.
+async fn collector_accepts(otlp: &str) -> Result<(), String> {
+    let url: http::Uri = otlp.parse().map_err(|_| "it is not a URL".to_owned())?;
+    let host = url.host().ok_or("it names no host")?.trim_start_matches('[').trim_end_matches(']');
+    let port = url.port_u16().unwrap_or(if url.scheme_str() == Some("https") { 443 } else { 80 });
+    match timeout(COLLECTOR_PATIENCE, TcpStream::connect((host, port))).await {
+        Ok(connected) => connected.map(drop).map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no connection within {COLLECTOR_PATIENCE:?}")),
     }
 }
 
@@ -146,8 +163,17 @@ impl Stage {
         println!("the admin pages of payments' sidecars:  http://{}/", one.sidecar.admin);
         println!("                                        http://{}/", two.sidecar.admin);
         if let Some(otlp) = otlp {
-            println!("every call is a trace at                {otlp}");
-            println!("in Jaeger, if that is one:              http://localhost:16686/search?service=shop");
+            match collector_accepts(otlp).await {
+                Ok(()) => {
+                    println!("traces of all requests are sent to:     {otlp}");
+                    println!(
+                        "in Jaeger, if that is one:              http://localhost:16686/search?service=shop"
+                    );
+                }
+                Err(reason) => {
+                    println!("no traces: {otlp} cannot be reached ({reason}); start a collector there");
+                }
+            }
         }
         Ok(Self { story: Story::new(), instances: [one, two], shop_sidecar, shop, folder })
     }
@@ -185,6 +211,23 @@ impl Stage {
     async fn whole_status(&self) -> Result<serde_json::Value, DemoError> {
         let reply = call(self.shop_sidecar.admin, Method::GET, "/status", "localhost").await?;
         Ok(serde_json::from_slice(&reply.body).unwrap_or_default())
+    }
+
+    /// What became of the traces, in words; none where none are sent.
+    pub async fn traces(&self) -> Result<Option<String>, DemoError> {
+        let status = self.whole_status().await?;
+        let traces = &status["traces"];
+        if traces.is_null() {
+            return Ok(None);
+        }
+        let count = |word: &str| traces["spans"][word].as_u64().unwrap_or(0);
+        let (exported, lost) = (count("exported"), count("failed") + count("queue_full"));
+        Ok(Some(match traces["last_error"].as_str() {
+            Some(error) => {
+                format!("traces: {exported} spans of shop's sidecar were exported, {lost} lost: {error}")
+            }
+            None => format!("traces: {exported} spans of shop's sidecar were exported so far, {lost} lost"),
+        }))
     }
 
     /// One of the counts in it.
@@ -238,4 +281,20 @@ impl Stage {
 
 pub fn well(replies: &[Reply]) -> usize {
     replies.iter().filter(|reply| reply.status == 200).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is printed of traces is true: a collector that is not there is told.
+    #[tokio::test]
+    async fn a_collector_that_is_not_there_is_told() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        assert_eq!(collector_accepts(&url).await, Ok(()));
+        drop(listener);
+        assert!(collector_accepts(&url).await.unwrap_err().contains("refused"));
+        assert!(collector_accepts("not a url").await.is_err());
+    }
 }

@@ -29,6 +29,10 @@ pub async fn tour(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
     stage.slow().await?;
     stage.reload().await?;
     stage.gone().await?;
+    if let Some(traces) = stage.traces().await? {
+        println!();
+        stage.story.tell(traces);
+    }
     if once {
         stage.leave().await?;
         return Ok(stage.story.summary());

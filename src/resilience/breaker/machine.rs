@@ -185,6 +185,7 @@ impl Machine {
         if mode == Mode::Auto && self.mode == Mode::Auto {
             return None;
         }
+        let why = if mode == Mode::Auto && why == Why::Manual { Why::ManualEnded } else { why };
         let from = self.state();
         self.mode = mode;
         self.mode_until = until.filter(|_| mode != Mode::Auto);

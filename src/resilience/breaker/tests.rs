@@ -192,6 +192,11 @@ fn what_is_forced_falls_back_by_itself() {
     fail_times(10, &breaker, now + S * 121);
     assert_eq!(breaker.report_state().state, State::Open);
 
+    breaker.force(Mode::Open, Some(now + S * 200), now + S * 122);
+    let given_back = breaker.force(Mode::Auto, None, now + S * 122).unwrap();
+    assert_eq!((given_back.to, given_back.why), (State::Closed, Why::ManualEnded));
+    assert!(!breaker.report_state().why.to_string().contains("by hand"));
+
     breaker.force(Mode::Closed, Some(now + S * 200), now + S * 122);
     assert_eq!(breaker.tick(now + S * 199), None);
     assert_eq!(breaker.tick(now + S * 200).map(|t| t.to), Some(State::Closed));

@@ -108,6 +108,26 @@ fn a_refusal_says_its_detail_once() {
     check(&twice, Kind::Failed, "connect_refused", why);
 }
 
+/// The service's own failure is told as what it is, not as a retry that nobody expects.
+#[test]
+fn what_the_service_answered_comes_first() {
+    let inbound = |mut record: Record| {
+        record.way = Way::Inbound;
+        record.stopped = Some("not_retryable");
+        record
+    };
+    let failed = inbound(with(record(502), &[(A, http(502))]));
+    check(&failed, Kind::Failed, "502", "the service answered 502");
+    let mut grpc = inbound(with(record(200), &[(A, Ending::Grpc(GrpcStatus::Unavailable))]));
+    grpc.grpc_status = Some(GrpcStatus::Unavailable);
+    check(&grpc, Kind::Failed, "grpc_unavailable", "the service answered grpc_unavailable");
+
+    let mut outbound = with(record(500), &[(A, http(500))]);
+    outbound.stopped = Some("not_retryable");
+    let why = "10.0.0.3:8080 answered 500; no further try: `retry.on` does not name this";
+    check(&outbound, Kind::Failed, "5xx", why);
+}
+
 #[test]
 fn ends_and_statuses_have_their_words() {
     check(&with(record(500), &[(A, http(500))]), Kind::Failed, "5xx", "10.0.0.3:8080 answered 500");

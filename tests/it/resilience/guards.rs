@@ -11,7 +11,7 @@ use std::{
 
 use socket2::{Domain, Socket, Type};
 
-use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, upstream};
+use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, status, upstream};
 use crate::support::{Proxy, RawClient, eventually};
 
 /// A service that can be switched between well and failing.
@@ -395,4 +395,30 @@ fn an_ejected_endpoint_is_back_when_its_port_is() {
         assert_eq!(get(&proxy).status(), 200);
     }
     assert_eq!(bad.calls(), calls, "that it accepts connections is no better answer");
+}
+
+/// An endpoint that fails everything is still `healthy` where nothing takes it out, so the status says how requests fare.
+#[test]
+fn the_status_tells_the_success_and_the_last_error_of_each_endpoint() {
+    let (good, bad) = (Service::new(|_, _| 200), Service::new(|_, _| 500));
+    let down = nobody();
+    let keys = "balance = \"round-robin\"\nretry = false\nbreaker = false\noutlier = false";
+    let proxy = Proxy::start(upstream("up", &[good.address(), bad.address(), down], keys));
+    for _ in 0..6 {
+        get(&proxy);
+    }
+    let endpoints = status(&proxy)["upstreams"][0]["endpoints"].clone();
+    let of = |address: std::net::SocketAddr| {
+        let address = address.to_string();
+        let all = endpoints.as_array().expect("endpoints");
+        all.iter().find(|one| one["address"] == address).expect("the endpoint").clone()
+    };
+    for (address, success, last_error) in
+        [(good.address(), 1.0, None), (bad.address(), 0.0, Some("500")), (down, 0.0, Some("connect_refused"))]
+    {
+        let endpoint = of(address);
+        assert_eq!(endpoint["state"], "healthy", "{endpoint}");
+        assert_eq!(endpoint["success"], success, "{endpoint}");
+        assert_eq!(endpoint["last_error"].as_str(), last_error, "{endpoint}");
+    }
 }
