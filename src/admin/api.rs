@@ -14,7 +14,7 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{breaker, guard, probes::Probes, status::Status, token::Token};
+use super::{breaker, guard, probes::Probes, reload, status::Status, token::Token};
 use crate::{
     runtime::lifecycle::Control,
     telemetry::{
@@ -45,7 +45,14 @@ pub enum Access {
     Probe(Arc<Probes>),
 }
 
-type Handler = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
+type Immediate = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
+
+#[derive(Clone, Copy)]
+enum Handler {
+    Immediate(Immediate),
+    /// Waits until the files have been read.
+    Reload,
+}
 
 struct Route {
     method: Method,
@@ -66,8 +73,12 @@ impl Route {
     }
 }
 
-const fn read(path: &'static str, probe: bool, handler: Handler) -> Route {
-    Route { method: Method::GET, path, probe, handler }
+const fn read(path: &'static str, probe: bool, handler: Immediate) -> Route {
+    Route { method: Method::GET, path, probe, handler: Handler::Immediate(handler) }
+}
+
+const fn change(method: Method, path: &'static str, handler: Immediate) -> Route {
+    Route { method, path, probe: false, handler: Handler::Immediate(handler) }
 }
 
 const ROUTES: &[Route] = &[
@@ -78,21 +89,12 @@ const ROUTES: &[Route] = &[
     read("/status", false, |control, _, _| json(StatusCode::OK, &Status::of(control))),
     read("/requests", false, |control, _, _| requests(control)),
     read("/config", false, |control, parts, _| config(control, &parts.headers)),
-    Route {
-        method: Method::POST,
-        path: "/upstreams/NAME/breaker",
-        probe: false,
-        handler: |control, parts, body| {
-            breaker::force(control, breaker::upstream_in(parts.uri.path()).unwrap_or_default(), body)
-        },
-    },
-    Route { method: Method::POST, path: "/drain", probe: false, handler: |control, _, _| drain(control) },
-    Route {
-        method: Method::PUT,
-        path: "/log",
-        probe: false,
-        handler: |control, _, body| set_log(control, body),
-    },
+    change(Method::POST, "/upstreams/NAME/breaker", |control, parts, body| {
+        breaker::force(control, breaker::upstream_in(parts.uri.path()).unwrap_or_default(), body)
+    }),
+    change(Method::POST, "/drain", |control, _, _| drain(control)),
+    change(Method::PUT, "/log", |control, _, body| set_log(control, body)),
+    Route { method: Method::POST, path: reload::PATH, probe: false, handler: Handler::Reload },
 ];
 
 impl Api {
@@ -121,7 +123,10 @@ impl Api {
             Err(refusal) => return *refusal,
         };
         match body.collect().await {
-            Ok(body) => handler(&self.control, &parts, &body.to_bytes()),
+            Ok(body) => match handler {
+                Handler::Immediate(handler) => handler(&self.control, &parts, &body.to_bytes()),
+                Handler::Reload => reload::reload(&self.control, &body.to_bytes()).await,
+            },
             Err(error) => {
                 problem(StatusCode::PAYLOAD_TOO_LARGE, "The body could not be read", &error.to_string())
             }

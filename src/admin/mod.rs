@@ -10,6 +10,7 @@ mod effective;
 mod guard;
 mod listen;
 mod probes;
+pub mod reload;
 pub mod status;
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,11 @@ use tokio::{
 use super::{Admin, client::Client};
 use crate::{
     config::{AdminListen, Config},
-    runtime::{self, Proxy, lifecycle::Control, reload::Reloads},
+    runtime::{
+        self, Proxy,
+        lifecycle::Control,
+        reload::{Candidate, Reloads},
+    },
     telemetry::log::{self, LogHandle},
 };
 
@@ -30,7 +34,8 @@ fn start(change: impl FnOnce(&mut Config)) -> Running {
     let config = Arc::new(config);
     let proxy = runtime::start(Arc::clone(&config), Arc::default(), 1).unwrap();
     let (log, layer): (LogHandle, _) = log::detached();
-    let control = Control::new(&proxy, log, Reloads::new(Vec::new(), Arc::clone(&config)));
+    let candidate = Candidate { config: Arc::clone(&config), sources: Arc::default() };
+    let control = Control::new(&proxy, log, Reloads::new(Vec::new(), &candidate));
     control.set_discovered();
     let admin = Admin::start(&config.admin, Arc::clone(&control)).unwrap();
     Running { admin, control, _proxy: proxy, _log: Box::new(layer) }

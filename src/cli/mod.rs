@@ -12,6 +12,7 @@ pub mod files;
 mod inject;
 mod man;
 mod redirect;
+mod reload;
 mod run;
 mod set;
 mod status;
@@ -55,6 +56,7 @@ enum Command {
     Status(status::StatusArgs),
     Set(set::SetArgs),
     Drain(drain::DrainArgs),
+    Reload(reload::ReloadArgs),
     Redirect(redirect::RedirectArgs),
     Inject(inject::InjectArgs),
     Webhook(webhook::WebhookArgs),
@@ -86,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Set(args) => set::run(args),
         Command::Drain(args) => drain::run(&args),
+        Command::Reload(args) => reload::run(&args),
         Command::Redirect(args) => redirect::run(&args),
         Command::Inject(args) => inject::run(&args),
         Command::Webhook(args) => webhook::run(args),

@@ -16,7 +16,7 @@ use crate::{
         interception,
         lifecycle::{Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
-        reload::{Read, Reloads},
+        reload::{Candidate, Change, Read, Reloads},
         service_env,
         signals::Signals,
     },
@@ -117,7 +117,8 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let files = args.files.paths();
     let loaded = config::load(&files, &config::process_env);
     let sources = loaded.as_ref().map(|loaded| Arc::clone(&loaded.sources)).unwrap_or_default();
-    let config = with_app(loaded, args.app.as_ref()).map_err(RunError::Config)?;
+    let candidate = with_app(loaded, args.app.as_ref()).map_err(RunError::Config)?;
+    let config = Arc::clone(&candidate.config);
 
     let workers = config.runtime.workers.or_else(cgroup::cpu_limit).unwrap_or(1);
     let identity = Arc::new(Store::default());
@@ -127,11 +128,13 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let elsewhere = if args.command.is_empty() { Target::Stdout } else { Target::Stderr };
     proxy.shared.calls.write_to(elsewhere);
     proxy.shared.calls.configure(&config.telemetry)?;
-    let reloads = Reloads::new(files.clone(), Arc::clone(&config));
+    let reloads = Reloads::new(files.clone(), &candidate);
     let (tell, changes) = mpsc::channel(CHANGES);
-    let watcher = config::watch(files, Arc::unwrap_or_clone(sources), config::process_env, move |loaded| {
+    let known = Arc::unwrap_or_clone(sources);
+    let watcher = config::watch(files, known, config::process_env, move |loaded, reason| {
+        let change = Change { read: with_app(loaded, args.app.as_ref()), reason };
         // Waits on the watcher's own thread; nobody listens any more at the end.
-        let _ = tell.blocking_send(with_app(loaded, args.app.as_ref()));
+        let _ = tell.blocking_send(change);
     })?;
     if args.redirected {
         interception::watch_over(Arc::clone(&proxy.shared), &proxy.addresses.outbound);
@@ -177,10 +180,11 @@ fn with_app(loaded: Result<Loaded, Diagnostics>, app: Option<&HostPort>) -> Read
     for warning in loaded.warnings.lines() {
         tracing::warn!("{warning}");
     }
-    let Some(app) = app else { return Ok(loaded.config) };
-    let mut config = Arc::unwrap_or_clone(loaded.config);
-    config.inbound.forward_to = app.clone();
-    Ok(Arc::new(config))
+    let Loaded { mut config, sources, .. } = loaded;
+    if let Some(app) = app {
+        Arc::make_mut(&mut config).inbound.forward_to = app.clone();
+    }
+    Ok(Candidate { config, sources })
 }
 
 fn ready(control: &Control, admin: &Admin) -> Ready {

@@ -8,6 +8,7 @@
 //! several files, done on the tree, so every effective value still knows the file and line that set it.
 
 mod address;
+mod confirm;
 mod diagnostic;
 mod document;
 mod environment;
@@ -29,6 +30,7 @@ mod validate;
 mod watch;
 
 pub use address::{AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network};
+pub use confirm::needs_confirmation;
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity, did_you_mean};
 pub use document::{EXAMPLE, json_schema};
 pub use load::{Loaded, files, load, load_sources, process_env};

@@ -8,11 +8,12 @@ use super::{
     load_sources,
     source::{self, Sources},
 };
-use crate::watch;
 pub use crate::watch::Watcher;
+use crate::watch::{self, Reason};
 
 /// Calls `on_change`, on a thread of its own, with what the files hold whenever it differs from before, which at
-/// first is `known` (what was loaded), and whenever [`Watcher::trigger`] asks. The environment is read anew.
+/// first is `known` (what was loaded), and whenever [`Watcher::trigger`] asks, with the reason. The environment is
+/// read anew.
 ///
 /// # Errors
 ///
@@ -20,20 +21,20 @@ pub use crate::watch::Watcher;
 pub fn watch<E, F>(files: Vec<PathBuf>, known: Sources, env: E, mut on_change: F) -> std::io::Result<Watcher>
 where
     E: Fn(&str) -> Option<String> + Send + 'static,
-    F: FnMut(Result<Loaded, Diagnostics>) + Send + 'static,
+    F: FnMut(Result<Loaded, Diagnostics>, Reason) + Send + 'static,
 {
     // What was read last; of what could not be read, the complaint.
     let mut known = Ok(known);
     let watched: Vec<PathBuf> = files.iter().filter_map(|path| source::file(path)).map(Into::into).collect();
-    watch::watch("config-watch", &watched, move |forced| {
+    watch::watch("config-watch", &watched, move |reason| {
         let read = read_sources(&files);
         let now = match &read {
             Ok(sources) => Ok(sources.clone()),
             Err(problems) => Err(problems.to_string()),
         };
-        if now != known || forced {
+        if now != known || reason != Reason::Change {
             known = now;
-            on_change(read.and_then(|sources| load_sources(sources, &env)));
+            on_change(read.and_then(|sources| load_sources(sources, &env)), reason);
         }
     })
 }
@@ -52,7 +53,7 @@ mod tests {
         let files = vec![file.to_owned()];
         let known = read_sources(&files).unwrap();
         let (tell, told) = mpsc::channel();
-        let watcher = watch(files, known, |_| None, move |outcome| tell.send(outcome).unwrap()).unwrap();
+        let watcher = watch(files, known, |_| None, move |outcome, _| tell.send(outcome).unwrap()).unwrap();
         (watcher, told)
     }
 
@@ -79,10 +80,43 @@ mod tests {
         assert_eq!(workers(&told), Some(3));
         // The same content is no news; asked, it is told.
         replace("[runtime]\nworkers = 3");
-        watcher.trigger();
+        watcher.trigger(Reason::Asked);
         assert_eq!(workers(&told), Some(3));
         drop(watcher);
         assert!(told.try_recv().is_err(), "nothing was told twice");
+    }
+
+    #[test]
+    fn a_file_is_read_when_its_writer_has_closed_it() {
+        use std::io::Write;
+
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("o.toml");
+        fs::write(&file, "[runtime]\nworkers = 1").unwrap();
+        let (_watcher, told) = watching(&file);
+        let mut writer = fs::File::create(&file).unwrap();
+        writer.write_all(b"[runtime]\n").unwrap();
+        writer.flush().unwrap();
+        // Longer than anything waits for a further event.
+        let early = told.recv_timeout(Duration::from_millis(300));
+        assert!(early.is_err(), "it was read half written: {early:?}");
+        writer.write_all(b"workers = 2").unwrap();
+        drop(writer);
+        assert_eq!(workers(&told), Some(2));
+    }
+
+    #[test]
+    fn a_file_behind_a_link_into_another_directory_is_watched_too() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let real = elsewhere.path().join("real.toml");
+        fs::write(&real, "[runtime]\nworkers = 1").unwrap();
+        let link = dir.path().join("o.toml");
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let (_watcher, told) = watching(&link);
+        fs::write(&real, "[runtime]\nworkers = 2").unwrap();
+        let began = std::time::Instant::now();
+        assert_eq!(workers(&told), Some(2));
+        assert!(began.elapsed() < Duration::from_secs(4), "an event told, no poll");
     }
 
     #[test]

@@ -1,25 +1,23 @@
 //! A file that lists endpoints, kept by something else: a JSON array of `"HOST:PORT"` or
 //! `{"address": "HOST:PORT", "weight": N}`.
 //!
-//! Noticed within moments where the system reports changes, else within [`File::POLL`]. The directory is watched and
-//! not the file: editors and ConfigMaps replace the file (or a link on the way to it) instead of writing to it.
+//! Noticed within moments where the system reports changes, else within [`File::POLL`]. While somebody writes to the file,
+//! what it held before stays in use.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, slice, sync::Arc, time::Duration};
 
-use notify::{
-    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher,
-    event::{AccessKind, AccessMode},
-};
 use serde::Deserialize;
 use tokio::{io::AsyncReadExt, sync::Notify};
 
 use super::{DiscoveryError, source::Target};
-use crate::config::HostPort;
+use crate::{config::HostPort, watch::Observer};
 
 pub(super) struct File {
     path: PathBuf,
     changed: Arc<Notify>,
-    watcher: Option<RecommendedWatcher>,
+    observer: Option<Observer>,
+    /// What was read last.
+    last: Option<Vec<Target>>,
 }
 
 #[derive(Deserialize)]
@@ -51,12 +49,15 @@ impl File {
     pub const MAX_SIZE: u64 = 4 << 20;
 
     pub fn new(path: PathBuf) -> Self {
-        Self { path, changed: Arc::default(), watcher: None }
+        Self { path, changed: Arc::default(), observer: None, last: None }
     }
 
     pub async fn read(&mut self) -> Result<Vec<Target>, DiscoveryError> {
-        self.watch();
-        let failed = |reason: String| DiscoveryError::File { path: self.path.clone(), reason };
+        if let (true, Some(last)) = (self.is_being_written(), &self.last) {
+            return Ok(last.clone());
+        }
+        let path = self.path.clone();
+        let failed = |reason: String| DiscoveryError::File { path: path.clone(), reason };
         let mut content = Vec::new();
         let file = tokio::fs::File::open(&self.path).await.map_err(|error| failed(error.to_string()))?;
         // One byte more than allowed tells a file of just that size from a larger one.
@@ -65,7 +66,12 @@ impl File {
         if content.len() as u64 > Self::MAX_SIZE {
             return Err(failed(format!("larger than {} bytes", Self::MAX_SIZE)));
         }
-        parse(&content).map_err(failed)
+        if content.trim_ascii().is_empty() {
+            return Err(failed("the file is empty; a list without endpoints is `[]`".to_owned()));
+        }
+        let targets = parse(&content).map_err(failed)?;
+        self.last = Some(targets.clone());
+        Ok(targets)
     }
 
     /// Waits until something happens in the file's directory.
@@ -73,29 +79,16 @@ impl File {
         self.changed.notified().await;
     }
 
-    /// Begins to watch the directory. Tried before every reading, since the directory may come later than we do.
-    fn watch(&mut self) {
-        let Some(directory) = self.path.parent().filter(|_| self.watcher.is_none()) else { return };
-        let changed = self.changed.clone();
-        let tell = move |event: notify::Result<Event>| {
-            // Our own reading is an event too.
-            if !event.is_ok_and(|event| is_reading(event.kind)) {
-                changed.notify_one();
-            }
-        };
-        let watcher = notify::recommended_watcher(tell).and_then(|mut watcher| {
-            watcher.watch(directory, RecursiveMode::NonRecursive)?;
-            Ok(watcher)
+    fn is_being_written(&mut self) -> bool {
+        let (path, changed) = (&self.path, &self.changed);
+        let observer = self.observer.get_or_insert_with(|| {
+            let changed = Arc::clone(changed);
+            Observer::new(slice::from_ref(path), move || changed.notify_one())
         });
-        match watcher {
-            Ok(watcher) => self.watcher = Some(watcher),
-            Err(error) => tracing::debug!(path = %directory.display(), %error, "not watched, only polled"),
-        }
+        // The directory may come later than we do, and links may lead elsewhere now.
+        observer.refresh();
+        observer.being_written().is_some()
     }
-}
-
-fn is_reading(kind: EventKind) -> bool {
-    kind.is_access() && kind != EventKind::Access(AccessKind::Close(AccessMode::Write))
 }
 
 fn parse(content: &[u8]) -> Result<Vec<Target>, String> {

@@ -218,10 +218,11 @@ async fn handle(
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     guard::check(request, present)?;
-    if connection.refused_plaintext() {
+    if connection.refused_plaintext() || target::lacks_identity(connection) {
+        connection.refuse_further_requests();
         return Err(ProxyError::new(
             Cause::NotAllowed,
-            "plaintext: calls to this service must come by mutual TLS (`inbound.mtls` is \"strict\"); call it through a sidecar, or let both in by \"permissive\"",
+            "plaintext, or no client certificate: calls to this service must come by mutual TLS (`inbound.mtls` is \"strict\"); call it through a sidecar, or let both in by \"permissive\"",
         ));
     }
     guard::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;

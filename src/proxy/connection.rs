@@ -26,7 +26,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
     sync::{oneshot, watch},
-    time::{Instant, sleep},
+    time::{Instant, Sleep, sleep},
 };
 
 use super::{
@@ -124,6 +124,9 @@ pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: 
         tracing::debug!(%peer, %error, "connection ended");
     }
 }
+
+const NO_CLIENT_CERTIFICATE: ConnectionError =
+    ConnectionError::Cut("it shows no client certificate, which `inbound.mtls` asks for by now");
 
 /// Why a connection ended other than well.
 #[derive(Debug, thiserror::Error)]
@@ -239,6 +242,11 @@ impl Connection {
         self.leaving.get()
     }
 
+    /// The connection ends with the response that is being made.
+    pub fn refuse_further_requests(&self) {
+        self.leaving.set(true);
+    }
+
     /// Waits until this connection is to be closed where nothing is under way on it.
     ///
     /// HTTP/2 says GOAWAY and loses nothing. On HTTP/1 a request may be on its way just now: for a while it is still
@@ -261,11 +269,23 @@ impl Connection {
         // The sender lives as long as the worker.
         let drained = phase.wait_for(|phase: &Phase| *phase >= drains_at);
         match &self.presented {
+            None if self.side == Side::Inbound => tokio::select! {
+                _ = drained => {}
+                () = Box::pin(self.identity_required()) => {}
+            },
             None => drop(drained.await),
             Some(chain) => tokio::select! {
                 _ = drained => {}
                 () = Box::pin(self.distrusted(chain)) => {}
             },
+        }
+    }
+
+    /// Waits until an upgraded connection lacks a client certificate that is asked for by then.
+    pub async fn upgrade_revoked(&self) {
+        match self.side {
+            Side::Inbound if self.peer_identity.is_none() => Box::pin(self.identity_required()).await,
+            _ => std::future::pending().await,
         }
     }
 
@@ -315,27 +335,47 @@ impl Upgrade {
 #[derive(Debug)]
 struct Leaving {
     phase: watch::Receiver<Phase>,
-    /// Nothing but a change of phase can make it leave, and wakes the task then.
+    /// Nothing but a change of phase or configuration can make it leave, and wakes the task then.
     settled: bool,
-    by_phase_alone: bool,
+    can_settle: bool,
     left: bool,
+    /// Cuts what is still under way on a connection that lacks a client certificate by now.
+    cut: Option<Pin<Box<Sleep>>>,
 }
 
 impl Leaving {
     fn new(connection: &Connection) -> Self {
         let phase = connection.worker.shared.phase.subscribe();
-        let by_phase_alone = connection.presented.is_none() && !connection.refused_plaintext.get();
-        Self { phase, settled: false, by_phase_alone, left: false }
+        let can_settle = connection.presented.is_none() && !connection.refused_plaintext.get();
+        Self { phase, settled: false, can_settle, left: false, cut: None }
     }
 
     /// True once, when it has to leave. `closing` is always polled by the same task.
-    fn poll(&mut self, cx: &mut task::Context<'_>, closing: Pin<&mut impl Future<Output = ()>>) -> bool {
+    fn poll(
+        &mut self,
+        cx: &mut task::Context<'_>,
+        connection: &Connection,
+        closing: Pin<&mut impl Future<Output = ()>>,
+    ) -> bool {
         if self.left || (self.settled && !self.phase.has_changed().unwrap_or(true)) {
             return false;
         }
+        self.phase.mark_unchanged();
         self.left = closing.poll(cx).is_ready();
-        self.settled = self.by_phase_alone && !self.phase.has_changed().unwrap_or(true);
+        self.settled = self.can_settle && !self.phase.has_changed().unwrap_or(true);
+        if self.left && target::lacks_identity(connection) {
+            let limit = connection.worker.view().snapshot.config.runtime.drain_timeout;
+            self.cut = Some(Box::pin(sleep(*limit)));
+        }
         self.left
+    }
+
+    /// Ready when what is still under way has had its time.
+    fn poll_cut(&mut self, cx: &mut task::Context<'_>) -> task::Poll<ConnectionError> {
+        match &mut self.cut {
+            Some(cut) => cut.as_mut().poll(cx).map(|()| NO_CLIENT_CERTIFICATE),
+            None => task::Poll::Pending,
+        }
     }
 }
 
@@ -370,6 +410,6 @@ mod tests {
             size_of::<F>()
         }
         let size = size(run);
-        assert!(size <= 1490, "{size} bytes");
+        assert!(size <= 1500, "{size} bytes");
     }
 }

@@ -83,6 +83,12 @@ pub fn mtls(connection: &Connection) -> Mtls {
     if mtls == Mtls::Permissive && view.snapshot.config.identity.is_none() { Mtls::Off } else { mtls }
 }
 
+/// Whether the configuration of now asks for a client certificate that this connection has not shown. It may have been
+/// made when none was asked for.
+pub fn lacks_identity(connection: &Connection) -> bool {
+    connection.peer_identity.is_none() && mtls(connection) == Mtls::Strict
+}
+
 /// An upstream by its name in the configuration, for a fallback.
 pub fn named(view: &View, name: &str) -> Option<Target> {
     let index = view.by_name(name)?;

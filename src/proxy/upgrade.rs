@@ -24,16 +24,20 @@ pub fn join(
     idle: Option<Duration>,
     over_at: Option<Instant>,
 ) {
-    let worker = Rc::clone(&connection.worker);
+    let connection = Rc::clone(connection);
     let inbound = connection.side == Side::Inbound;
     spawn_local(async move {
         let _held = held;
-        let metrics = &worker.shared.metrics;
+        let metrics = &connection.worker.shared.metrics;
         let _open = if inbound { metrics.inbound.opened() } else { metrics.outbound.opened() };
         let Some(caller) = callers.stream().await else {
             return tracing::debug!("an upgrade did not come about");
         };
-        let ended = relay(caller, Prefixed::new(unread, service), idle, over_at).await;
-        tracing::debug!(?ended, "upgraded connection ended");
+        tokio::select! {
+            ended = relay(caller, Prefixed::new(unread, service), idle, over_at) => {
+                tracing::debug!(?ended, "upgraded connection ended");
+            }
+            () = connection.upgrade_revoked() => {}
+        }
     });
 }

@@ -26,12 +26,13 @@ use tokio::{
 use super::{
     Addresses, Phase, Proxy, Shared,
     child::Child,
-    reload::{self, Read, Reloads},
+    reload::{self, Change, ReloadRequests, Reloads},
     signals::{Signals, Stop, Wish},
 };
 use crate::{
     config,
     telemetry::{log::LogHandle, metrics::Connections},
+    watch::Reason,
 };
 
 /// What the service gets at least to end by itself, even where draining took all of `drain_timeout`.
@@ -53,6 +54,7 @@ pub struct Control {
     pub log: LogHandle,
     pub started: Instant,
     pub reloads: Reloads,
+    pub reload_requests: ReloadRequests,
     discovered: AtomicBool,
     drain: watch::Sender<bool>,
 }
@@ -75,6 +77,7 @@ impl Control {
             log,
             started: Instant::now(),
             reloads,
+            reload_requests: ReloadRequests::default(),
             discovered: AtomicBool::new(false),
             drain: watch::Sender::new(false),
         })
@@ -116,7 +119,7 @@ pub struct Lifecycle {
     pub child: Option<Child>,
     pub signals: Signals,
     /// What the configuration's files hold when they change. Goes before the watcher, which may be waiting to tell.
-    pub changes: mpsc::Receiver<Read>,
+    pub changes: mpsc::Receiver<Change>,
     /// Watches the configuration's files.
     pub watcher: config::Watcher,
     /// Told twice to stop: nothing is waited for any more.
@@ -157,10 +160,16 @@ impl Lifecycle {
                     Wish::Stop(signal) => break End::Signal(signal),
                     Wish::Reload => {
                         control.shared.calls.access_log.reopen();
-                        watcher.trigger();
+                        // Whoever sends a signal means it, whatever the files hold.
+                        watcher.trigger(Reason::Confirmed);
                     }
                 },
-                Some(read) = changes.recv() => reload::apply(proxy, &control.reloads, read),
+                reason = control.reload_requests.next() => watcher.trigger(reason),
+                Some(change) = changes.recv() => {
+                    let reason = change.reason;
+                    let outcome = reload::apply(proxy, &control.reloads, change);
+                    control.reload_requests.answer(reason, &outcome);
+                }
                 code = ended(child) => break End::Child(code),
                 () = &mut drain, if !drained => drained = true,
                 nothing_came = &mut first_call, if waits_for_call => {

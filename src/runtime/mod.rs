@@ -57,7 +57,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What is told of calls when they are over.
     pub calls: Arc<Calls>,
-    /// How far the process is on its way out.
+    /// How far the process is on its way out. Marked as changed when a configuration is applied, too: connections look
+    /// whether they are still allowed.
     pub phase: watch::Sender<Phase>,
     /// Where it listens itself; never dialled for a forward-proxy or Host request.
     pub own: OwnAddresses,
@@ -245,6 +246,7 @@ impl Proxy {
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
         let snapshot = clusters.rebuild(config);
         self.shared.snapshot.store(Arc::new(snapshot));
+        self.shared.phase.send_modify(|_| {});
         self.watch_certificates();
     }
 

@@ -5,10 +5,19 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::time::Instant;
+use tokio::{
+    sync::{Notify, oneshot},
+    time::Instant,
+};
 
 use super::Proxy;
-use crate::config::{Config, needs_restart};
+use crate::{
+    config::{Config, Sources, needs_confirmation, needs_restart},
+    watch::Reason,
+};
+
+/// Requests to reload that wait for an answer.
+const MAX_REQUESTS: usize = 16;
 
 /// What became of the configuration so far.
 #[derive(Debug)]
@@ -28,10 +37,12 @@ pub struct ReloadState {
     pub restart_needed: Vec<String>,
     /// What the process started with: the measure of `restart_needed`.
     started_with: Arc<Config>,
+    /// The files of what holds now: the measure of what a file has lost.
+    sources: Arc<Sources>,
 }
 
 impl Reloads {
-    pub fn new(files: Vec<PathBuf>, config: Arc<Config>) -> Self {
+    pub fn new(files: Vec<PathBuf>, candidate: &Candidate) -> Self {
         Self(Mutex::new(ReloadState {
             files,
             loaded: Instant::now(),
@@ -39,7 +50,8 @@ impl Reloads {
             refused: 0,
             rejected: None,
             restart_needed: Vec::new(),
-            started_with: config,
+            started_with: Arc::clone(&candidate.config),
+            sources: Arc::clone(&candidate.sources),
         }))
     }
 
@@ -47,10 +59,11 @@ impl Reloads {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn accept(&self, config: &Config, changed: bool) -> Vec<String> {
+    fn accept(&self, candidate: &Candidate, changed: bool) -> Vec<String> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.rejected = None;
-        state.restart_needed = needs_restart(&state.started_with, config);
+        state.restart_needed = needs_restart(&state.started_with, &candidate.config);
+        state.sources = Arc::clone(&candidate.sources);
         if changed {
             state.accepted += 1;
             state.loaded = Instant::now();
@@ -65,36 +78,128 @@ impl Reloads {
     }
 }
 
-/// What the files hold: a configuration, or the diagnostics that say why not.
-pub type Read = Result<Arc<Config>, String>;
+/// A configuration that could be applied, and the files it was read from.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    pub config: Arc<Config>,
+    pub sources: Arc<Sources>,
+}
 
-/// Takes a configuration where it is valid, else says why not and keeps what runs.
-pub fn apply(proxy: &Proxy, reloads: &Reloads, read: Read) {
-    let config = match read {
-        Ok(config) => config,
-        Err(problems) => {
-            tracing::error!("the configuration as it is now is refused, the old one stays:\n{problems}");
-            reloads.refuse(problems);
-            return;
-        }
+/// What the files hold: a configuration, or the diagnostics that say why not.
+pub type Read = Result<Candidate, String>;
+
+/// What the files hold, and why they were read.
+#[derive(Debug)]
+pub struct Change {
+    pub read: Read,
+    pub reason: Reason,
+}
+
+/// What became of a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The sections and upstreams that changed.
+    Applied(Vec<String>),
+    /// Valid, but it needs to be confirmed; why.
+    Held(String),
+    /// Not valid; why.
+    Rejected(String),
+}
+
+/// Applies a configuration where it is valid and needs no confirmation, else says why not and keeps what runs.
+pub fn apply(proxy: &Proxy, reloads: &Reloads, change: Change) -> Outcome {
+    let candidate = match change.read {
+        Ok(candidate) => candidate,
+        Err(problems) => return reject(reloads, problems),
     };
+    let config = &candidate.config;
     let before = Arc::clone(&proxy.shared.snapshot.load().config);
-    let changes = changes(&before, &config);
-    if let Err(error) = proxy.shared.calls.configure(&config.telemetry) {
-        tracing::error!("the configuration as it is now is refused, the old one stays: {error}");
-        reloads.refuse(error.to_string());
-        return;
+    if change.reason != Reason::Confirmed {
+        let sources = reloads.state().sources;
+        let reasons = needs_confirmation((&before, &sources), (config, &candidate.sources));
+        if !reasons.is_empty() {
+            return hold(reloads, &reasons);
+        }
     }
-    let restart = reloads.accept(&config, !changes.is_empty());
+    let changes = changes(&before, config);
+    if let Err(error) = proxy.shared.calls.configure(&config.telemetry) {
+        return reject(reloads, error.to_string());
+    }
+    let restart = reloads.accept(&candidate, !changes.is_empty());
     if changes.is_empty() {
         let _ = proxy.shared.identity.look();
         tracing::info!("the configuration was read again; nothing changed");
-        return;
+        return Outcome::Applied(changes);
     }
-    proxy.reload(config);
+    proxy.reload(candidate.config);
     tracing::info!("the configuration was read again; changed: {}", changes.join(", "));
     if !restart.is_empty() {
         tracing::warn!("these keys act after a restart only: {}", restart.join(", "));
+    }
+    Outcome::Applied(changes)
+}
+
+fn reject(reloads: &Reloads, problems: String) -> Outcome {
+    tracing::error!("the configuration as it is now is refused, the old one stays:\n{problems}");
+    reloads.refuse(problems.clone());
+    Outcome::Rejected(problems)
+}
+
+fn hold(reloads: &Reloads, reasons: &[String]) -> Outcome {
+    let why = format!(
+        "held back, as it protects the service less: {}; if that is meant, confirm it by `outrigger reload --accept-less-security`, SIGHUP or a restart",
+        reasons.join(", ")
+    );
+    tracing::error!("the configuration as it is now is {why}; the old one stays");
+    reloads.refuse(why.clone());
+    Outcome::Held(why)
+}
+
+/// Requests to read the configuration again, and who waits for what becomes of them.
+#[derive(Debug, Default)]
+pub struct ReloadRequests {
+    waiting: Mutex<Vec<ReloadRequest>>,
+    arrived: Notify,
+}
+
+#[derive(Debug)]
+struct ReloadRequest {
+    reason: Reason,
+    reply: oneshot::Sender<Outcome>,
+}
+
+impl ReloadRequests {
+    /// Asks for the files to be read now. `None`: too many ask already.
+    pub fn ask(&self, reason: Reason) -> Option<oneshot::Receiver<Outcome>> {
+        let (reply, outcome) = oneshot::channel();
+        let mut waiting = self.waiting();
+        waiting.retain(|request| !request.reply.is_closed());
+        if waiting.len() >= MAX_REQUESTS {
+            return None;
+        }
+        waiting.push(ReloadRequest { reason, reply });
+        drop(waiting);
+        self.arrived.notify_one();
+        Some(outcome)
+    }
+
+    /// Waits for a request; the strongest reason of all that wait. May be cancelled.
+    pub async fn next(&self) -> Reason {
+        self.arrived.notified().await;
+        self.waiting().iter().map(|request| request.reason).max().unwrap_or(Reason::Asked)
+    }
+
+    /// Tells those who wait for it what became of files that were read for `reason`.
+    pub fn answer(&self, reason: Reason, outcome: &Outcome) {
+        let mut waiting = self.waiting();
+        for request in waiting.extract_if(.., |request| request.reason <= reason) {
+            // It may have stopped waiting.
+            let _ = request.reply.send(outcome.clone());
+        }
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, Vec<ReloadRequest>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -144,10 +249,35 @@ mod tests {
         assert_eq!(changes(&old, &new), ["service", "upstream b", "upstream c added", "upstream a removed"]);
     }
 
+    #[tokio::test]
+    async fn who_asks_is_told_of_a_reading_that_was_at_least_as_sure() {
+        let requests = ReloadRequests::default();
+        let mut plain = requests.ask(Reason::Asked).unwrap();
+        let mut sure = requests.ask(Reason::Confirmed).unwrap();
+        assert_eq!(requests.next().await, Reason::Confirmed);
+        requests.answer(Reason::Change, &Outcome::Held(String::new()));
+        assert!(plain.try_recv().is_err());
+        let held = Outcome::Held("why".to_owned());
+        requests.answer(Reason::Asked, &held);
+        assert_eq!(plain.try_recv(), Ok(held));
+        assert!(sure.try_recv().is_err(), "its confirmation has not been seen yet");
+        requests.answer(Reason::Confirmed, &Outcome::Applied(Vec::new()));
+        assert_eq!(sure.try_recv(), Ok(Outcome::Applied(Vec::new())));
+    }
+
+    #[tokio::test]
+    async fn requests_are_bounded() {
+        let requests = ReloadRequests::default();
+        let waiting: Vec<_> = (0..MAX_REQUESTS).map(|_| requests.ask(Reason::Asked).unwrap()).collect();
+        assert!(requests.ask(Reason::Asked).is_none());
+        drop(waiting);
+        assert!(requests.ask(Reason::Asked).is_some());
+    }
+
     #[test]
     fn a_refused_file_is_remembered_until_a_valid_one_comes() {
-        let config = Arc::new(Config::default());
-        let reloads = Reloads::new(Vec::new(), Arc::clone(&config));
+        let config = Candidate { config: Arc::default(), sources: Arc::default() };
+        let reloads = Reloads::new(Vec::new(), &config);
         reloads.refuse("line 3: no".to_owned());
         assert_eq!(reloads.state().rejected.as_deref(), Some("line 3: no"));
         assert_eq!(reloads.state().refused, 1);

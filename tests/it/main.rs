@@ -14,6 +14,7 @@ mod authorize;
 mod basics;
 mod bodies;
 mod commands;
+mod config_changes;
 mod connections;
 mod curl;
 mod edges;

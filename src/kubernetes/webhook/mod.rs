@@ -168,7 +168,12 @@ fn watch_defaults(path: PathBuf, known: Arc<Known>) -> io::Result<crate::watch::
             return;
         }
         last = now;
+        let emptied = last.as_ref().is_none_or(|text| text.trim_ascii().is_empty());
         match read_defaults(&path) {
+            Ok(_) if emptied => {
+                let path = path.display();
+                tracing::error!("{path} is empty now: what it held before is used until a restart");
+            }
             Ok(defaults) => {
                 known.defaults.store(Arc::new(defaults));
                 tracing::info!("new defaults are used");

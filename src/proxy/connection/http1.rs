@@ -93,8 +93,11 @@ impl Connection {
         let (mut leaving, mut watchdog) = (Leaving::new(self), Watchdog::default());
         let mut closing = pin!(self.closing());
         poll_fn(|cx| {
-            if leaving.poll(cx, closing.as_mut()) {
+            if leaving.poll(cx, self, closing.as_mut()) {
                 link.borrow_mut().leave();
+            }
+            if let Poll::Ready(cut) = leaving.poll_cut(cx) {
+                return Poll::Ready(Err(cut));
             }
             let look = || {
                 let exchange = self.exchange.borrow().clone();

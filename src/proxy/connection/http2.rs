@@ -57,8 +57,11 @@ impl Connection {
         let (mut leaving, mut watchdog) = (Leaving::new(self), Watchdog::default());
         let mut closing = pin!(self.closing());
         poll_fn(|cx| {
-            if leaving.poll(cx, closing.as_mut()) {
+            if leaving.poll(cx, self, closing.as_mut()) {
                 connection.as_mut().graceful_shutdown();
+            }
+            if let Poll::Ready(cut) = leaving.poll_cut(cx) {
+                return Poll::Ready(Err(cut));
             }
             // Streams have tasks, and watches, of their own.
             let look = || (None, self.standstill(blocked.get()).0);

@@ -167,7 +167,12 @@ impl Connection {
         }
         let policy = &to.cluster.settings.policy;
         let over_at = policy.max_duration.limit().map(|limit| Instant::now() + limit);
-        match relay(stream, upstream, policy.tunnel_idle_timeout.limit(), over_at).await {
+        let relayed = relay(stream, upstream, policy.tunnel_idle_timeout.limit(), over_at);
+        let ended = tokio::select! {
+            ended = relayed => ended,
+            error = Box::pin(self.no_longer_allowed()) => return Err(error),
+        };
+        match ended {
             tunnel::End::Closed(result) => Ok(result.map(drop)?),
             tunnel::End::Idle => Err(ConnectionError::Cut("nothing moved for tunnel_idle_timeout")),
             tunnel::End::Over => Err(ConnectionError::Cut("max_duration is over")),

@@ -14,7 +14,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Connection, ConnectionError, Found, HEADER_TIMEOUT};
+use super::{Connection, ConnectionError, Found, HEADER_TIMEOUT, NO_CLIENT_CERTIFICATE};
 use crate::{
     config::{Mtls, Protocol},
     identity::{
@@ -23,9 +23,11 @@ use crate::{
         trust::Role,
     },
     proxy::{
-        connect,
+        accept::Side,
+        authorize, connect,
         detect::Spoken,
         io::{Prefixed, SharedTcp},
+        target,
     },
     runtime::LocalCluster,
     telemetry::metrics::Tls,
@@ -124,6 +126,34 @@ impl Connection {
             Spoken::Http1 => self.serve_http1(Box::new(stream), begun).await,
             Spoken::H2 => self.serve_http2(Prefixed::new(begun, stream)).await,
             _ => Err(ConnectionError::Cut("plaintext")),
+        }
+    }
+
+    /// Waits until the configuration asks for a client certificate that this connection has not shown.
+    pub(super) async fn identity_required(&self) {
+        let mut applied = self.worker.shared.phase.subscribe();
+        while !target::lacks_identity(self) {
+            if applied.changed().await.is_err() {
+                return pending().await;
+            }
+        }
+        tracing::info!(peer = ?self.peer, "asked to leave: {NO_CLIENT_CERTIFICATE}");
+    }
+
+    /// Waits until a tunnel of bytes would not be let in any more by the configuration of then.
+    pub(super) async fn no_longer_allowed(&self) -> ConnectionError {
+        let mut applied = self.worker.shared.phase.subscribe();
+        loop {
+            if self.side != Side::Inbound || applied.changed().await.is_err() {
+                return pending().await;
+            }
+            if target::lacks_identity(self) {
+                return NO_CLIENT_CERTIFICATE;
+            }
+            let Some(service) = target::behind(self) else { continue };
+            if let Err(error) = authorize::bytes(self, &self.worker.view(), &service) {
+                return error.into();
+            }
         }
     }
 

@@ -1,0 +1,58 @@
+//! `POST /reload`: has the configuration's files read now, and tells what became of them.
+
+use std::{sync::Arc, time::Duration};
+
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+
+use super::api::{Answer, json, problem};
+use crate::{
+    runtime::{lifecycle::Control, reload::Outcome},
+    watch::Reason,
+};
+
+pub const PATH: &str = "/reload";
+/// Reading and applying takes milliseconds, unless the process is on its way out.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The body of the request; an empty one confirms nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReloadRequest {
+    /// Apply the files although they protect the service less than what runs, or are empty.
+    pub accept_less_security: bool,
+}
+
+/// The body of a 200.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// Sections and upstreams that changed.
+    pub changed: Vec<String>,
+}
+
+pub async fn reload(control: &Arc<Control>, body: &[u8]) -> Answer {
+    let request = match body {
+        [] => ReloadRequest::default(),
+        body => match serde_json::from_slice(body) {
+            Ok(request) => request,
+            Err(error) => {
+                let help = format!("write {{\"accept_less_security\": true}} or nothing ({error})");
+                return problem(StatusCode::BAD_REQUEST, "Not a reload request", &help);
+            }
+        },
+    };
+    let reason = if request.accept_less_security { Reason::Confirmed } else { Reason::Asked };
+    let busy = |detail: &str| problem(StatusCode::SERVICE_UNAVAILABLE, "Not reloaded", detail);
+    let Some(outcome) = control.reload_requests.ask(reason) else {
+        return busy("too many requests to reload are waiting");
+    };
+    match timeout(PATIENCE, outcome).await {
+        Ok(Ok(Outcome::Applied(changed))) => json(StatusCode::OK, &Reloaded { changed }),
+        Ok(Ok(Outcome::Held(why))) => problem(StatusCode::CONFLICT, "The configuration is held back", &why),
+        Ok(Ok(Outcome::Rejected(why))) => {
+            problem(StatusCode::UNPROCESSABLE_ENTITY, "The configuration cannot be used", &why)
+        }
+        Ok(Err(_)) | Err(_) => busy("the process is shutting down, or too busy to read its files"),
+    }
+}

@@ -1,0 +1,331 @@
+//! Files that change under a running sidecar: half written, emptied, less secure, and more secure.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    net::SocketAddr,
+    path::Path,
+    process::{Command, Output},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    Proxy, RawClient, RawServer, Upstream, binary, eventually,
+    h2::{End, H2Client, get},
+    issuer::good_claims,
+    pki::Pki,
+    text,
+    tls::TlsCaller,
+    tokens::{Signer, jwks},
+};
+
+const GET: &str = "GET / HTTP/1.1\r\nHost: payments\r\n\r\n";
+const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+
+fn service() -> Upstream {
+    Upstream::http1(|_| async { text("reached the service") })
+}
+
+fn admin(proxy: &Proxy, path: &str) -> String {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    RawClient::connect(proxy.admin()).ask(request).text()
+}
+
+fn status(proxy: &Proxy) -> Value {
+    serde_json::from_str(&admin(proxy, "/status")).expect("JSON")
+}
+
+fn is_rejected(proxy: &Proxy) -> bool {
+    admin(proxy, "/metrics").lines().any(|line| line == "outrigger_config_rejected 1")
+}
+
+fn plaintext(address: SocketAddr) -> u16 {
+    RawClient::connect(address).ask(GET).status()
+}
+
+/// `outrigger reload`
+fn reload(proxy: &Proxy, arguments: &[&str]) -> Output {
+    let token = proxy.ready()["admin_token_file"].as_str().expect("a token file").to_owned();
+    let admin = proxy.admin().to_string();
+    let common = ["reload", "--admin", &admin, "--token-file", &token];
+    Command::new(binary()).args(common).args(arguments).output().expect("it runs")
+}
+
+fn strict(pki: &Pki, service: SocketAddr) -> String {
+    let identity = pki.identity("payments");
+    format!(
+        "{identity}[inbound]\nforward_to = \"{service}\"\nmtls = \"strict\"\n[outbound]\nunknown = \"deny\"\n"
+    )
+}
+
+fn file(proxy: &Proxy) -> std::path::PathBuf {
+    proxy.directory().join("outrigger.toml")
+}
+
+/// Asks for as long as nothing else may happen.
+fn holds_for(time: Duration, condition: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        assert!(condition(), "after {:?}", begin.elapsed());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn an_emptied_configuration_is_held_back_until_it_is_confirmed() {
+    let (pki, service) = (Pki::new(), service());
+    let config = strict(&pki, service.address());
+    let confirm: [&dyn Fn(&Proxy); 2] = [
+        &|proxy| {
+            let accepted = reload(proxy, &["--accept-less-security"]);
+            assert!(accepted.status.success(), "{accepted:?}");
+        },
+        &|proxy| proxy.signal("HUP"),
+    ];
+    for confirm in confirm {
+        let proxy = Proxy::start(config.clone());
+        assert_eq!(plaintext(proxy.inbound()), 403);
+        assert!(!is_rejected(&proxy));
+        // In place, as a full disk leaves it.
+        drop(File::create(file(&proxy)).expect("truncate"));
+        eventually("the change to be held back", || is_rejected(&proxy));
+        assert_eq!(plaintext(proxy.inbound()), 403, "what protects the service still does");
+        let told = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
+        for part in
+            ["outrigger.toml is empty now", "[identity] is gone", "outrigger reload --accept-less-security"]
+        {
+            assert!(told.contains(part), "{part} is not in {told}");
+            assert!(proxy.stderr().contains(part), "{}", proxy.stderr());
+        }
+        let refused = reload(&proxy, &[]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(said.contains("held back") && said.contains("[identity] is gone"), "{said}");
+        // Another valid change that still lacks the protection changes nothing.
+        proxy.reconfigure("[service]\nname = \"other\"\n");
+        eventually("the next change", || {
+            status(&proxy)["config"]["rejected"].as_str().is_some_and(|told| !told.contains("is empty now"))
+        });
+        assert_eq!(plaintext(proxy.inbound()), 403);
+        drop(File::create(file(&proxy)).expect("truncate"));
+        confirm(&proxy);
+        eventually("the confirmed change", || !is_rejected(&proxy));
+        // Back to the default forward_to, where nothing listens: whatever it is, it is no 403.
+        assert_ne!(plaintext(proxy.inbound()), 403);
+    }
+}
+
+#[test]
+fn a_valid_file_after_one_that_was_held_back_is_applied() {
+    let (pki, service) = (Pki::new(), service());
+    let config = strict(&pki, service.address());
+    let proxy = Proxy::start(config.clone());
+    proxy.reconfigure(&config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
+    eventually("the change to be held back", || is_rejected(&proxy));
+    assert_eq!(plaintext(proxy.inbound()), 403);
+    proxy.reconfigure(&format!("{config}[service]\nname = \"renamed\"\n"));
+    eventually("the repaired file", || !is_rejected(&proxy));
+    assert_eq!(plaintext(proxy.inbound()), 403);
+    // The other files are as they were, so this reads the same again.
+    let again = reload(&proxy, &[]);
+    assert!(again.status.success(), "{again:?}");
+    assert!(String::from_utf8_lossy(&again.stdout).contains("nothing changed"), "{again:?}");
+}
+
+#[test]
+fn one_emptied_file_of_several_is_held_back() {
+    let proxy = Proxy::start("[outbound]\nunknown = \"deny\"\n");
+    drop(File::create(proxy.directory().join("base.toml")).expect("truncate"));
+    eventually("the change to be held back", || is_rejected(&proxy));
+    let told = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
+    assert!(told.contains("base.toml is empty now"), "{told}");
+}
+
+#[test]
+fn a_file_is_read_when_its_writer_has_closed_it() {
+    let (pki, service) = (Pki::new(), service());
+    let config = strict(&pki, service.address());
+    let proxy = Proxy::start(config.clone());
+    let mut writer = File::create(file(&proxy)).expect("truncate");
+    let whole = format!("[service]\nname = \"renamed\"\n{config}");
+    let (first, second) = whole.split_at("[service]\nname = \"renamed\"\n".len());
+    writer.write_all(first.as_bytes()).expect("write");
+    // Far longer than a writer's next step takes: nothing may be read of it, not even to be refused.
+    holds_for(Duration::from_millis(600), || plaintext(proxy.inbound()) == 403 && !is_rejected(&proxy));
+    writer.write_all(second.as_bytes()).expect("write");
+    drop(writer);
+    eventually("the whole file", || admin(&proxy, "/config").contains("renamed"));
+    assert!(!is_rejected(&proxy));
+    assert_eq!(plaintext(proxy.inbound()), 403);
+}
+
+/// Writes the first half of a file, looks for a while, then the rest; then leaves it empty.
+fn half_written_then_empty(path: &Path, text: &str, holds: impl Fn() -> bool) {
+    let mut writer = File::create(path).expect("truncate");
+    writer.write_all(&text.as_bytes()[..text.len() / 2]).expect("write");
+    holds_for(Duration::from_millis(400), &holds);
+    writer.write_all(&text.as_bytes()[text.len() / 2..]).expect("write");
+    drop(writer);
+    holds_for(Duration::from_millis(200), &holds);
+    drop(File::create(path).expect("truncate"));
+    holds_for(Duration::from_millis(400), &holds);
+}
+
+#[test]
+fn endpoints_survive_a_slow_writer_and_an_emptied_file() {
+    let (service, folder) = (service(), tempfile::tempdir().expect("a folder"));
+    let list = folder.path().join("endpoints.json");
+    let written = format!("[\"{}\"]", service.address());
+    fs::write(&list, &written).expect("write");
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"payments\"\nendpoints = \"file://{}\"\n",
+        list.display()
+    ));
+    let works = || RawClient::connect(proxy.outbound()).ask(GET).status() == 200;
+    eventually("its endpoints", works);
+    half_written_then_empty(&list, &written, works);
+    eventually("the reason", || {
+        proxy.stderr().contains("the file is empty; a list without endpoints is `[]`")
+    });
+    assert_eq!(proxy.stderr().matches("endpoints could not be looked up").count(), 1, "{}", proxy.stderr());
+}
+
+#[test]
+fn keys_survive_a_slow_writer_and_an_emptied_file() {
+    let (service, folder) = (service(), tempfile::tempdir().expect("a folder"));
+    let (signer, path) = (Signer::ed("one"), folder.path().join("jwks.json"));
+    let written = jwks(&[&signer]);
+    fs::write(&path, &written).expect("write");
+    let issuer = good_claims()["iss"].as_str().expect("an issuer").to_owned();
+    let proxy = Proxy::start(format!(
+        "[inbound]\nforward_to = \"{}\"\n[inbound.jwt]\nissuer = \"{issuer}\"\naudiences = [\"checkout\", \"shop\"]\njwks = {path:?}\n",
+        service.address()
+    ));
+    let token = signer.token(&good_claims());
+    let request = format!("GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
+    let works = || RawClient::connect(proxy.inbound()).ask(&request).status() == 200;
+    assert!(works());
+    half_written_then_empty(&path, &written, works);
+    eventually("the reason", || proxy.stderr().contains("the keys of the token issuer cannot be read"));
+}
+
+#[test]
+fn certificates_roots_and_revocations_survive_a_slow_writer_and_an_emptied_file() {
+    let (pki, service) = (Pki::new(), service());
+    let crl = pki.revoke(&[4711]);
+    let identity = pki.identity("payments");
+    let callee =
+        Proxy::start(format!("{identity}crl = {crl:?}\n[inbound]\nforward_to = \"{}\"\n", service.address()));
+    let good = pki.issue("checkout", |_| {});
+    let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
+    let gets = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n";
+    let reaches = |certificate| {
+        let said = TlsCaller::new(Some(certificate), &["http/1.1"]).say(callee.inbound(), gets);
+        said.is_ok_and(|text| text.contains("reached"))
+    };
+    let holds = || reaches(&good) && !reaches(&revoked);
+    for name in ["crl.pem", "ca.crt", "payments.crt", "payments.key"] {
+        let path = pki.path(name);
+        let written = fs::read_to_string(&path).expect("read");
+        half_written_then_empty(&path, &written, holds);
+        eventually("the reason", || callee.stderr().contains(&format!("{name} ")));
+        pki.write(name, &written);
+    }
+}
+
+fn echo_server() -> RawServer {
+    RawServer::start(|mut stream| {
+        let mut seen = [0; 4096];
+        while let Ok(count @ 1..) = stream.read(&mut seen) {
+            let answer: &[u8] = match &seen[..count] {
+                request if request.starts_with(b"GET") => {
+                    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n"
+                }
+                bytes => bytes,
+            };
+            if stream.write_all(answer).is_err() {
+                break;
+            }
+        }
+    })
+}
+
+/// What came in as plaintext, or without a certificate, is served no more once `mtls` is "strict".
+#[test]
+fn live_plaintext_connections_end_when_strict_comes() {
+    let (pki, service) = (Pki::new(), service());
+    let config = strict(&pki, service.address());
+    let proxy = Proxy::start(config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
+    let mut busy = RawClient::connect(proxy.inbound());
+    assert_eq!(busy.ask(GET).status(), 200);
+    let mut idle = RawClient::connect(proxy.inbound());
+    assert_eq!(idle.ask(GET).status(), 200);
+    let mut h2 = H2Client::connect(proxy.inbound());
+    h2.must_get(1, "/");
+    let mut tls = TlsCaller::new(None, &["http/1.1"]).connect(proxy.inbound());
+    tls.write_all(GET.as_bytes()).expect("write");
+    let mut seen = [0; 4096];
+    let count = tls.read(&mut seen).expect("a response");
+    assert!(String::from_utf8_lossy(&seen[..count]).starts_with("HTTP/1.1 200"));
+
+    proxy.reconfigure(&config);
+    eventually("strict", || plaintext(proxy.inbound()) == 403);
+    match busy.send(GET).then(|| busy.response()) {
+        Some(Ok(Some(answer))) => {
+            assert_eq!(answer.status(), 403, "{}", answer.text());
+            assert_eq!(answer.field("connection"), Some("close"));
+            assert!(answer.text().contains("mutual TLS"), "{}", answer.text());
+        }
+        Some(Ok(None) | Err(_)) | None => {}
+    }
+    let (rest, _) = busy.read_to_close();
+    assert!(rest.is_empty(), "nothing comes behind it");
+    let (rest, _) = idle.read_to_close();
+    assert!(!String::from_utf8_lossy(&rest).contains("200 OK"), "{rest:?}");
+    h2.headers(3, &get("/"), true);
+    // GOAWAY, and no stream that is served.
+    assert!(!matches!(h2.end_of(3), End::Answer(Some(200))), "HTTP/2 is still served");
+    let _ = tls.write_all(GET.as_bytes());
+    let mut rest = Vec::new();
+    let _ = tls.read_to_end(&mut rest);
+    assert!(!String::from_utf8_lossy(&rest).contains("HTTP/1.1 200"), "{}", String::from_utf8_lossy(&rest));
+}
+
+#[test]
+fn live_tunnels_and_upgrades_end_when_strict_comes() {
+    let (pki, echo) = (Pki::new(), echo_server());
+    let port = echo.address().port();
+    let config = strict(&pki, echo.address());
+    let declared = |protocol: &str| format!("[[inbound.port]]\nport = {port}\nprotocol = \"{protocol}\"\n");
+    for (protocol, opening) in [("tcp", "bytes"), ("auto", UPGRADE)] {
+        let config = format!("{config}{}", declared(protocol));
+        let proxy = Proxy::start(config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
+        let mut client = RawClient::connect(proxy.inbound());
+        assert!(client.send(opening));
+        let answer: &[u8] = if protocol == "tcp" { b"bytes" } else { b"upgrade: echo\r\n\r\n" };
+        client.read_until(answer);
+        assert!(client.send("ping"));
+        client.read_until(b"ping");
+        proxy.reconfigure(&config);
+        let (rest, _) = client.read_to_close();
+        assert!(rest.is_empty(), "{protocol}: {}", String::from_utf8_lossy(&rest));
+    }
+}
+
+/// A reload that leaves a connection allowed does not touch it.
+#[test]
+fn connections_that_are_still_allowed_live_on_over_reloads() {
+    let (pki, service) = (Pki::new(), service());
+    let config = strict(&pki, service.address()).replace("mtls = \"strict\"", "mtls = \"permissive\"");
+    let proxy = Proxy::start(config.clone());
+    let mut plain = RawClient::connect(proxy.inbound());
+    assert_eq!(plain.ask(GET).status(), 200);
+    for number in 0..3 {
+        proxy.reconfigure(&format!("[service]\nname = \"s{number}\"\n{config}"));
+        eventually("the reload", || admin(&proxy, "/config").contains(&format!("\"s{number}\"")));
+        assert_eq!(plain.ask(GET).status(), 200);
+    }
+}
