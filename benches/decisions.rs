@@ -247,7 +247,7 @@ fn rewriting(c: &mut Criterion) {
         );
     });
     let edit = HeaderEdits {
-        set: [("x-team".to_owned(), "shop".to_owned())].into_iter().collect(),
+        set: [("x-team".to_owned(), outrigger::redact::Secret::url("shop"))].into_iter().collect(),
         remove: vec!["user-agent".to_owned()],
     };
     let edits = CompiledEdits::new(&edit, &HeaderEdits::default());

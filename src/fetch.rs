@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderValue, Request, Response, Uri,
-    header::HOST,
+    header::{AUTHORIZATION, HOST},
     uri::{Authority, PathAndQuery, Scheme},
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -35,6 +35,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::{
     descriptors,
     discovery::{DiscoveryError, Resolver},
+    redact,
 };
 
 /// When a connection that only reads is asked whether it still has another end, and how often.
@@ -61,7 +62,7 @@ pub struct Limits {
 /// Why there is no answer. An answer that reports an error is an answer.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    #[error("`{uri}` is no http:// or https:// URL with a host")]
+    #[error("`{}` is no http:// or https:// URL with a host", redact::url(&uri.to_string()))]
     Url { uri: Uri },
     #[error(transparent)]
     Name(#[from] DiscoveryError),
@@ -182,6 +183,11 @@ impl Fetcher {
 fn prepare(request: Request<Bytes>) -> Result<(Destination, Request<Full<Bytes>>), FetchError> {
     let (mut head, body) = request.into_parts();
     let destination = Destination::of(&head.uri)?;
+    if let Some(credentials) = head.uri.authority().and_then(redact::basic_credentials)
+        && !head.headers.contains_key(AUTHORIZATION)
+    {
+        head.headers.insert(AUTHORIZATION, credentials);
+    }
     // Origin-form, as for a server and not for a proxy (RFC 9112 §3.2.1).
     let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
     head.uri = Uri::from(path);
@@ -264,7 +270,10 @@ impl Destination {
         let authority = uri.authority().filter(|authority| !authority.host().is_empty()).ok_or_else(bad)?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
-        Ok(Self { authority: authority.clone(), host, port, tls })
+        // Without userinfo, which belongs into a field of its own (RFC 9110 §4.2.4).
+        let bare =
+            authority.as_str().rsplit_once('@').map_or(Ok(authority.clone()), |(_, bare)| bare.parse());
+        Ok(Self { authority: bare.map_err(|_| bad())?, host, port, tls })
     }
 
     async fn begin<S>(

@@ -49,6 +49,7 @@ pub mod identity;
 pub mod kubernetes;
 pub mod present;
 pub mod proxy;
+pub mod redact;
 pub mod resilience;
 pub mod rng;
 pub mod runtime;

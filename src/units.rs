@@ -233,7 +233,7 @@ where
 #[macro_export]
 #[doc(hidden)]
 macro_rules! text_value {
-    ($type:ty, $name:literal, $description:literal) => {
+    ($type:ty, $name:literal, $description:literal, $pattern:literal) => {
         impl ::std::fmt::Debug for $type {
             fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 ::std::fmt::Display::fmt(self, f)
@@ -254,14 +254,33 @@ macro_rules! text_value {
                 $name.into()
             }
             fn json_schema(_: &mut ::schemars::SchemaGenerator) -> ::schemars::Schema {
-                ::schemars::json_schema!({ "type": ["string", "integer"], "description": $description })
+                ::schemars::json_schema!({
+                    "type": ["string", "integer"],
+                    "description": $description,
+                    "pattern": $crate::units::or_variable($pattern),
+                })
             }
         }
     };
 }
 
-text_value!(HumanDuration, "Duration", "e.g. \"250ms\", \"10s\", \"1m30s\"; \"0s\" where it means no limit");
-text_value!(ByteSize, "Size", "e.g. \"64KiB\", \"1MiB\", or a number of bytes");
+/// The pattern of a text, in which `${VAR}` may stand for anything.
+pub fn or_variable(pattern: &str) -> String {
+    format!("\\$\\{{|^(?:{pattern})$")
+}
+
+text_value!(
+    HumanDuration,
+    "Duration",
+    "e.g. \"250ms\", \"10s\", \"1m30s\"; \"0s\" where it means no limit",
+    r"\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"
+);
+text_value!(
+    ByteSize,
+    "Size",
+    "e.g. \"64KiB\", \"1MiB\", or a number of bytes",
+    r"\s*(?:[0-9]+|[0-9][0-9.]*\s*(?:KiB|MiB|GiB|KB|MB|GB|B))\s*"
+);
 
 impl fmt::Debug for Ratio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -16,6 +16,7 @@ use http_body_util::{BodyExt, Full};
 
 use super::{breaker, guard, probes::Probes, reload, status::Status, token::Token};
 use crate::{
+    redact::without_userinfo,
     runtime::lifecycle::Control,
     telemetry::{
         exposition::{self, Format},
@@ -296,9 +297,10 @@ fn text(status: StatusCode, body: &str) -> Answer {
 }
 
 pub fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
-    match serde_json::to_vec_pretty(body) {
-        Ok(mut body) => {
-            body.push(b'\n');
+    match serde_json::to_string_pretty(body) {
+        Ok(body) => {
+            let mut body = without_userinfo(&body).into_owned();
+            body.push('\n');
             with_type("application/json", status, body.into())
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),

@@ -2,27 +2,38 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::Config;
-
-/// Shown in place of a secret.
-const HIDDEN: &str = "(hidden)";
+use crate::{
+    config::Config,
+    redact::{HIDDEN, is_telling, without, without_userinfo},
+};
 
 /// Every section with every key, defaults included; what is unset is left out.
 pub fn tree(config: &Config) -> Value {
-    let Config { service, runtime, inbound, outbound, identity, admin, telemetry, defaults, upstreams } =
-        config;
+    let Config {
+        service,
+        runtime,
+        inbound,
+        outbound,
+        identity,
+        admin,
+        telemetry,
+        defaults,
+        upstreams,
+        concealed,
+    } = config;
     let mut tree = json!({
         "service": service, "runtime": runtime, "inbound": inbound, "outbound": outbound, "identity": identity,
         "admin": admin, "telemetry": telemetry, "defaults": defaults, "upstream": upstreams,
     });
-    clean(&mut tree);
+    clean(&mut tree, concealed);
     tree
 }
 
-fn clean(value: &mut Value) {
+fn clean(value: &mut Value, concealed: &[String]) {
     match value {
-        Value::Object(map) => clean_map(map),
-        Value::Array(list) => list.iter_mut().for_each(clean),
+        Value::Object(map) => clean_map(map, concealed),
+        Value::Array(list) => list.iter_mut().for_each(|item| clean(item, concealed)),
+        Value::String(text) => *text = without(concealed, without_userinfo(text).into_owned()),
         _ => {}
     }
 }
@@ -30,7 +41,7 @@ fn clean(value: &mut Value) {
 /// Names that differ between the file, where one table stands for one thing, and the lists that are made of them.
 const AS_WRITTEN: &[(&str, &str)] = &[("ports", "port"), ("routes", "route"), ("matches", "match")];
 
-fn clean_map(map: &mut Map<String, Value>) {
+fn clean_map(map: &mut Map<String, Value>, concealed: &[String]) {
     map.retain(|_, value| !value.is_null());
     // Policy keys stand beside the others.
     if let Some(Value::Object(policy)) = map.shift_remove("policy") {
@@ -43,26 +54,19 @@ fn clean_map(map: &mut Map<String, Value>) {
         }
     }
     for (key, value) in map {
-        if value.is_string() && is_secret(key) {
+        if value.is_string() && is_telling(key) {
             *value = HIDDEN.into();
         } else {
-            clean(value);
+            clean(value, concealed);
         }
     }
-}
-
-/// Header edits may carry credentials under any of these names. A path to a secret is none.
-fn is_secret(key: &str) -> bool {
-    let key = key.to_ascii_lowercase().replace('_', "-");
-    let telling =
-        ["authorization", "cookie", "secret", "token", "password", "api-key", "apikey", "credential"];
-    !key.ends_with("-file") && !key.ends_with("-url") && telling.iter().any(|word| key.contains(word))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::{Endpoints, HeaderEdits, Match, Policy, Route, Upstream};
+    use crate::redact::Secret;
 
     #[test]
     fn every_section_is_there_and_no_secret_is() {
@@ -73,7 +77,7 @@ mod tests {
             to: None,
             path_rewrite: None,
             request_headers: HeaderEdits {
-                set: set.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+                set: set.map(|(k, v)| (k.to_owned(), Secret::url(v))).into_iter().collect(),
                 remove: Vec::new(),
             },
             response_headers: HeaderEdits::default(),

@@ -40,6 +40,8 @@ use crate::{
     runtime::lifecycle::{AdminAddresses, Control},
 };
 use api::{Access, Api};
+#[cfg(test)]
+pub(crate) use effective::tree as effective_tree;
 use probes::Probes;
 use token::{Token, TokenError, TokenFile};
 

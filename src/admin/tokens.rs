@@ -30,7 +30,7 @@ impl KeysStatus {
         let issuer = &snapshot.gate.as_ref()?.users.as_ref()?.issuer;
         let told = issuer.told();
         Some(Self {
-            source: jwt.jwks.clone(),
+            source: jwt.jwks.to_string(),
             known: issuer.keys().map_or(0, |keys| keys.keys.len()),
             fetched: told.fetched,
             failed: told.failed,

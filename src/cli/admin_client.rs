@@ -11,12 +11,24 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub struct AdminArgs {
-    /// The sidecar's admin address: HOST:PORT or unix:PATH
-    #[arg(long, value_name = "ADDR", env = "OUTRIGGER_ADMIN", default_value = "localhost:4191")]
+    /// The sidecar's admin address: HOST:PORT, PORT or unix:PATH
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "OUTRIGGER_ADMIN",
+        default_value = "localhost:4191",
+        value_parser = parse_admin
+    )]
     admin: AdminListen,
     /// The file with the admin token [default: the one that the sidecar names]
     #[arg(long, value_name = "FILE", env = "OUTRIGGER_ADMIN_TOKEN_FILE")]
     token_file: Option<PathBuf>,
+}
+
+/// `4191` and `:4191` are ports of this machine.
+fn parse_admin(text: &str) -> Result<AdminListen, String> {
+    let port = text.strip_prefix(':').unwrap_or(text);
+    if port.parse::<u16>().is_ok() { format!("localhost:{port}").parse() } else { text.parse() }
 }
 
 impl AdminArgs {
@@ -40,5 +52,27 @@ pub fn finish(exchange: impl Future<Output = Result<(), ClientError>>) -> ExitCo
             eprintln!("outrigger: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_admin_address_may_be_a_port_alone() {
+        for (text, address) in [
+            ("4191", "localhost:4191"),
+            (":4291", "localhost:4291"),
+            ("127.0.0.1:1", "127.0.0.1:1"),
+            ("unix:/run/a.sock", "unix:/run/a.sock"),
+        ] {
+            assert_eq!(
+                parse_admin(text).map(|address| address.to_string()),
+                Ok(address.to_owned()),
+                "{text}"
+            );
+        }
+        assert!(parse_admin("nowhere").is_err());
     }
 }

@@ -13,7 +13,7 @@ use crate::identity::{
 ///
 /// DIR gets `ca.crt`, and for each NAME `NAME.crt` and `NAME.key`, which prove
 /// spiffe://TD/ns/default/sa/NAME and, in DNS, NAME and localhost for a year. The CA's key is not kept: what is needed
-/// later is made anew, all of it.
+/// later is made anew, all of it. What is there already is replaced only with --replace.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -31,6 +31,9 @@ pub struct CertsArgs {
     /// The trust domain, e.g. shop.example
     #[arg(long, value_name = "TD")]
     trust_domain: TrustDomain,
+    /// Replace a CA and certificates that are there already: whoever trusts the old CA refuses the new certificates
+    #[arg(long)]
+    replace: bool,
     /// The workloads
     #[arg(required = true, value_name = "NAME")]
     names: Vec<String>,
@@ -44,6 +47,8 @@ enum CertsError {
     Write { path: PathBuf, source: io::Error },
     #[error("`ca` is the CA's own file; give the workload another name")]
     Taken,
+    #[error("{} is there already: certificates of a new CA would not be trusted beside it; give another --out, or --replace all of it", .0.display())]
+    Exists(PathBuf),
 }
 
 pub fn run(args: &CertsArgs) -> ExitCode {
@@ -59,6 +64,11 @@ pub fn run(args: &CertsArgs) -> ExitCode {
 fn write(args: &CertsArgs) -> Result<(), CertsError> {
     if args.names.iter().any(|name| name == "ca") {
         return Err(CertsError::Taken);
+    }
+    let names = args.names.iter().flat_map(|name| [format!("{name}.crt"), format!("{name}.key")]);
+    let mut files = ["ca.crt".to_owned()].into_iter().chain(names).map(|name| args.out.join(name));
+    if let Some(there) = files.find(|path| !args.replace && path.exists()) {
+        return Err(CertsError::Exists(there));
     }
     let ca = Ca::new(args.trust_domain.clone())?;
     // All are made before any is written.

@@ -1,14 +1,13 @@
 //! `outrigger check [-c FILE]…`
 
-use std::{io::Write, process::ExitCode, time::SystemTime};
+mod files;
+
+use std::{io::Write, process::ExitCode};
 
 use clap::Args;
 
 use super::files::{ConfigFiles, colour};
-use crate::{
-    config::{Diagnostics, Loaded, Problem},
-    identity::files,
-};
+use crate::config::{self, Diagnostics, Examined};
 
 /// Check the configuration: every problem with its place and what to write instead.
 ///
@@ -28,22 +27,16 @@ pub struct CheckArgs {
 }
 
 pub fn run(args: &CheckArgs) -> ExitCode {
-    let files = args.files.paths();
-    let (found, ok) = match args.files.load() {
-        Ok(loaded) => {
-            let wrong = certificates(&loaded);
-            let ok = wrong.is_empty();
-            let mut found = loaded.warnings;
-            found.problems.extend(wrong);
-            (found, ok)
-        }
-        Err(problems) => (problems, false),
-    };
+    let paths = args.files.paths();
+    let Examined { config, tree, mut found } = config::examine(&paths, &config::process_env);
+    found.problems.extend(files::problems(&config, &tree));
+    found.problems.sort_by_key(|problem| problem.origin);
+    let ok = found.count().0 == 0;
     let mut out = std::io::stdout().lock();
     let text = if args.json {
         format!("{:#}\n", found.to_json())
     } else {
-        let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+        let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
         let what =
             if names.is_empty() { "no file: the built-in defaults".to_owned() } else { names.join(", ") };
         format!("{}{what}: {}\n", found.render(colour(&out)), summary(&found))
@@ -51,21 +44,6 @@ pub fn run(args: &CheckArgs) -> ExitCode {
     // A closed pipe is the reader's decision.
     let _ = out.write_all(text.as_bytes());
     if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// What is wrong with the files of certificates.
-fn certificates(loaded: &Loaded) -> Vec<Problem> {
-    let place = |upstream: Option<usize>| match upstream {
-        None => loaded.tree.get("identity"),
-        Some(at) => loaded.tree.get("upstream")?.item(at)?.get("ca"),
-    };
-    files::check(&loaded.config, SystemTime::now())
-        .into_iter()
-        .map(|(upstream, error)| {
-            Problem::error(place(upstream).and_then(|node| node.origin), error.to_string())
-                .label("the file is named here")
-        })
-        .collect()
 }
 
 fn summary(found: &Diagnostics) -> String {

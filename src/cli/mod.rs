@@ -71,8 +71,13 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(mut error) => {
             suggest(&mut error);
+            let written: Vec<String> = std::env::args().collect();
+            let tip = tip(&error, &written);
             // Help goes to stdout, a complaint to stderr; a closed pipe is nobody's problem.
             let _ = error.print();
+            if let Some(tip) = tip {
+                eprintln!("\n  tip: {tip}");
+            }
             return match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
                 _ => ExitCode::from(2),
@@ -115,6 +120,22 @@ fn suggest(error: &mut clap::Error) {
     }
 }
 
+/// What was probably meant by an argument that stands alone: a configuration file, or the service's command.
+fn tip(error: &clap::Error, written: &[String]) -> Option<String> {
+    if error.kind() != ErrorKind::UnknownArgument {
+        return None;
+    }
+    let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else { return None };
+    let command = written.get(1)?.as_str();
+    let is_file = [".toml", ".conf", ".cfg", ".yaml", ".yml"].iter().any(|end| argument.ends_with(end));
+    match command {
+        _ if argument.starts_with('-') => None,
+        "run" if !is_file => Some(format!("to start the service: `outrigger run -- {argument} …`")),
+        "run" | "check" | "explain" => Some(format!("to name the file: `outrigger {command} -c {argument}`")),
+        _ => None,
+    }
+}
+
 /// The whole command line, for what is generated from it.
 fn command() -> clap::Command {
     Cli::command()
@@ -140,6 +161,23 @@ mod tests {
         let mut error = Cli::try_parse_from(["outrigger", "fly"]).unwrap_err();
         suggest(&mut error);
         assert!(!error.to_string().contains("similar"), "{error}");
+    }
+
+    #[test]
+    fn a_file_or_a_command_that_stands_alone_gets_a_tip() {
+        for (line, meant) in [
+            (&["check", "o.toml"][..], "outrigger check -c o.toml"),
+            (&["check", "dir/config"], "outrigger check -c dir/config"),
+            (&["run", "o.toml"], "outrigger run -c o.toml"),
+            (&["run", "node", "server.js"], "outrigger run -- node …"),
+        ] {
+            let written: Vec<String> = ["outrigger"].iter().chain(line).map(ToString::to_string).collect();
+            let error = Cli::try_parse_from(&written).unwrap_err();
+            let tip = tip(&error, &written).unwrap_or_default();
+            assert!(tip.contains(meant), "{tip} for {line:?}");
+        }
+        let written = ["outrigger", "check", "--no-such"].map(ToOwned::to_owned);
+        assert_eq!(tip(&Cli::try_parse_from(&written).unwrap_err(), &written), None);
     }
 
     fn has_example(command: &clap::Command) {

@@ -61,6 +61,12 @@ impl HostPort {
         Self { host: host.into(), port }
     }
 
+    /// The address in a text that is one, or a URL of http or https.
+    pub(super) fn meant_by(text: &str) -> Option<Self> {
+        let is_url = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+        text.parse().ok().or_else(|| meant(text).filter(|_| is_url)?.parse().ok())
+    }
+
     /// The socket address, where the host is a literal one.
     pub fn literal(&self) -> Option<SocketAddr> {
         self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
@@ -71,8 +77,12 @@ impl FromStr for HostPort {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong =
-            || format!("`{text}` is not HOST:PORT; an IPv6 address stands in brackets, e.g. \"[::1]:8080\"");
+        let wrong = || match meant(text) {
+            Some(meant) => format!("`{text}` is not HOST:PORT; write \"{meant}\""),
+            None => {
+                format!("`{text}` is not HOST:PORT; an IPv6 address stands in brackets, e.g. \"[::1]:8080\"")
+            }
+        };
         let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
         let port = port.parse().map_err(|_| match port.bytes().all(|byte| byte.is_ascii_digit()) {
             true if !port.is_empty() => format!("`{port}` is not a port; ports go up to 65535"),
@@ -80,10 +90,33 @@ impl FromStr for HostPort {
         })?;
         let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
             Some(v6) => v6.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?.to_string(),
-            None if host.is_empty() || host.contains([':', '/', '@', ' ', '[', ']']) => return Err(wrong()),
+            None if host.is_empty() || host.contains([':', '/', '@', ' ', '[', ']', '*']) => {
+                return Err(wrong());
+            }
             None => host.to_ascii_lowercase(),
         };
         Ok(Self { host, port })
+    }
+}
+
+/// The address that somebody meant by a URL, by a port alone, or by what stands for any address elsewhere.
+fn meant(text: &str) -> Option<String> {
+    if let Some((scheme, rest)) = text.split_once("://") {
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let authority = authority.rsplit_once('@').map_or(authority, |(_, bare)| bare);
+        let usual = if matches!(scheme, "https" | "wss") { 443 } else { 80 };
+        let with_port = || format!("{authority}:{usual}").parse::<HostPort>();
+        return authority
+            .parse::<HostPort>()
+            .or_else(|_| with_port())
+            .ok()
+            .map(|address| address.to_string());
+    }
+    let is_port = |port: &str| port.parse::<u16>().is_ok();
+    match text.rsplit_once(':') {
+        None if is_port(text) => Some(format!("127.0.0.1:{text}")),
+        Some(("" | "*", port)) if is_port(port) => Some(format!("[::]:{port}")),
+        _ => None,
     }
 }
 
@@ -143,9 +176,18 @@ impl FromStr for HostPattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || {
-            format!("`{text}` is not a host: write \"payments\", \"payments:8080\", \"*.example\" or \"*\"")
+        let wrong = || match meant(text).filter(|_| text.contains("://")) {
+            Some(meant) => {
+                let usual = [":80", ":443"].into_iter().find_map(|port| meant.strip_suffix(port));
+                format!("`{text}` is a URL, not a host: write \"{}\"", usual.unwrap_or(&meant))
+            }
+            None => format!(
+                "`{text}` is not a host: write \"payments\", \"payments:8080\", \"*.example\" or \"*\""
+            ),
         };
+        if text.contains("://") {
+            return Err(wrong());
+        }
         let (host, port) = match text.rsplit_once(':') {
             Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
                 (host, Some(port.parse().map_err(|_| wrong())?))
@@ -229,12 +271,23 @@ impl fmt::Display for Network {
     }
 }
 
-text_value!(HostPort, "HostPort", "HOST:PORT");
+text_value!(HostPort, "HostPort", "HOST:PORT", r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]*]+):[0-9]{1,5}");
 text_value!(
     ListenAddr,
     "ListenAddr",
-    "an address to bind, e.g. \"127.0.0.1:4140\", \"[::]:4143\", \"localhost:4140\"; port 0 takes a free one"
+    "an address to bind, e.g. \"127.0.0.1:4140\", \"[::]:4143\", \"localhost:4140\"; port 0 takes a free one",
+    r"(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+|[Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt]):[0-9]{1,5}"
 );
-text_value!(AdminListen, "AdminListen", "an address to bind, or unix:PATH");
-text_value!(HostPattern, "HostPattern", "a host, *.suffix or *; a port is optional");
-text_value!(Network, "Network", "an IP network, e.g. \"169.254.0.0/16\"");
+text_value!(
+    AdminListen,
+    "AdminListen",
+    "an address to bind, or unix:PATH",
+    r"unix:.+|(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+|[Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt]):[0-9]{1,5}"
+);
+text_value!(
+    HostPattern,
+    "HostPattern",
+    "a host, *.suffix or *; a port is optional",
+    r"(?:\*(?:\.[^\s*]+)?|[^\s*/@]+)(?::[0-9]{1,5})?"
+);
+text_value!(Network, "Network", "an IP network, e.g. \"169.254.0.0/16\"", r"[0-9A-Fa-f:.]+(?:/[0-9]{1,3})?");

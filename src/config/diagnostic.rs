@@ -6,9 +6,12 @@ use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet, normalize_untr
 use serde_json::json;
 
 use super::source::{Origin, Sources};
+use crate::redact;
 
 /// More problems than this help nobody; the rest is counted only.
 pub const MAX_PROBLEMS: usize = 100;
+/// A shorter value of the environment would also be found where it is no secret.
+const SHORTEST_SECRET: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
@@ -80,6 +83,8 @@ pub(super) struct Problems {
     incomplete: bool,
     /// Where the syntax of a file was first left, by the file's index.
     broken: Vec<(usize, usize)>,
+    /// See [`Problems::conceal`].
+    concealed: Vec<String>,
 }
 
 impl Problems {
@@ -102,10 +107,34 @@ impl Problems {
         (problem.of_absence && self.incomplete) || problem.origin.is_some_and(behind)
     }
 
+    /// A value that was filled in from the environment and is a credential by the name of its variable: no message shows
+    /// it.
+    pub fn conceal(&mut self, value: String) {
+        if value.len() >= SHORTEST_SECRET && !self.concealed.contains(&value) {
+            self.concealed.push(value);
+        }
+    }
+
+    pub fn concealed(&self) -> &[String] {
+        &self.concealed
+    }
+
+    fn shown(&self, text: String) -> String {
+        redact::without(&self.concealed, redact::without_any_userinfo(&text).into_owned())
+    }
+
     pub fn push(&mut self, problem: Problem) {
         if self.is_consequence(&problem) {
             return;
         }
+        let Problem { message, label, help, related, .. } = problem;
+        let problem = Problem {
+            message: self.shown(message),
+            label: self.shown(label),
+            help: help.map(|help| self.shown(help)),
+            related: related.map(|(origin, text)| (origin, self.shown(text))),
+            ..problem
+        };
         let known = |other: &Problem| other.origin == problem.origin && other.message == problem.message;
         if self.list.iter().any(known) {
             return;
@@ -239,7 +268,7 @@ impl Diagnostics {
         let marked = span.start - line_start..span.end.clamp(span.start, line_end) - line_start;
         let label = (!label.is_empty()).then(|| normalize_untrusted_str(label));
         Some(
-            Snippet::source(&source.text[line_start..line_end])
+            Snippet::source(redact::line(&source.text[line_start..line_end]))
                 .line_start(place.line)
                 .path(place.file)
                 .annotation(kind.span(marked).label(label)),

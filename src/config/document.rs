@@ -21,7 +21,9 @@ pub fn json_schema() -> Json {
     let inherited = without_defaults(&policy);
     let mut route = table(&properties::<RouteKeys>(&mut generator), &[&inherited], &[]);
     describe(&mut route, "Calls of the upstream that differ; the most specific match wins.");
-    let routes = as_map(json!({ "route": { "type": "array", "items": route } }));
+    let routes = as_map(json!({ "route": {
+        "type": "array", "items": route, "description": "Requests that differ; the most specific match wins.",
+    } }));
     let mut upstream = table(&properties::<UpstreamKeys>(&mut generator), &[&inherited, &routes], &["name"]);
     describe(&mut upstream, "A service that is called.");
     let mut inbound = table(&properties::<InboundKeys>(&mut generator), &[&inherited], &[]);

@@ -69,6 +69,7 @@ pub(super) fn no_traces(env: Env<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use crate::config::{OtlpProtocol, Sources, Telemetry, load_sources, source::Source};
+    use crate::redact::Secret;
 
     fn loaded(file: &str, env: &[(&str, &str)]) -> Telemetry {
         let sources = Sources(vec![Source { path: "a.toml".into(), text: file.to_owned() }]);
@@ -84,10 +85,10 @@ mod tests {
             ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
         ];
         let telemetry = loaded("", &env);
-        assert_eq!(telemetry.otlp.as_deref(), Some("http://collector:4317"));
+        assert_eq!(telemetry.otlp.as_ref().map(Secret::expose), Some("http://collector:4317"));
         assert_eq!((telemetry.protocol, *telemetry.sample), (None, 0.25));
         let telemetry = loaded("[telemetry]\notlp = 'http://other:4317'\nsample = 1", &env);
-        assert_eq!(telemetry.otlp.as_deref(), Some("http://other:4317"));
+        assert_eq!(telemetry.otlp.as_ref().map(Secret::expose), Some("http://other:4317"));
         assert_eq!(*telemetry.sample, 1.0);
         assert_eq!(loaded("", &[]), Telemetry::default());
     }
@@ -96,12 +97,12 @@ mod tests {
     fn what_holds_for_all_signals_gets_the_path_of_traces() {
         let otlp = |env: &[(&str, &str)]| loaded("", env).otlp;
         let base = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318/");
-        assert_eq!(otlp(&[base]).as_deref(), Some("http://c:4318/v1/traces"));
+        assert_eq!(otlp(&[base]).as_ref().map(Secret::expose), Some("http://c:4318/v1/traces"));
         let protocol = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
         let base = ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://c/otlp");
-        assert_eq!(otlp(&[base, protocol]).as_deref(), Some("https://c/otlp/v1/traces"));
+        assert_eq!(otlp(&[base, protocol]).as_ref().map(Secret::expose), Some("https://c/otlp/v1/traces"));
         let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://c/exactly");
-        assert_eq!(otlp(&[base, protocol, traces]).as_deref(), Some("https://c/exactly"));
+        assert_eq!(otlp(&[base, protocol, traces]).as_ref().map(Secret::expose), Some("https://c/exactly"));
         assert_eq!(loaded("", &[base, protocol]).protocol, Some(OtlpProtocol::Http));
     }
 

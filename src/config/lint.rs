@@ -12,7 +12,10 @@ use super::{
     source::Origin,
 };
 use crate::{
-    resilience::retry::{Methods, RetrySettings},
+    resilience::{
+        hedge::HedgeAfter,
+        retry::{Methods, RetrySettings},
+    },
     units::HumanDuration,
 };
 
@@ -29,6 +32,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
     lints.drain(config);
     lints.reachable(config);
     lints.service_ports(config);
+    lints.endpoints(config);
     lints.authorization(config);
     lints.telemetry(config);
     lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
@@ -115,7 +119,6 @@ impl Lints<'_> {
         }
     }
 
-    /// `effective` has the places of what holds, `own` is the table itself.
     /// Pods seldom listen on such a port: the Service's own number is meant, which endpoints do not tell.
     fn service_ports(&mut self, config: &Config) {
         for (index, upstream) in config.upstreams.iter().enumerate() {
@@ -131,6 +134,22 @@ impl Lints<'_> {
         }
     }
 
+    /// An endpoint that is listed twice counts as two: for balancing, ejection and health.
+    fn endpoints(&mut self, config: &Config) {
+        for (index, upstream) in config.upstreams.iter().enumerate() {
+            let Endpoints::Fixed(list) = &upstream.endpoints else { continue };
+            let node = self.root.get("upstream").and_then(|list| list.item(index)?.get("endpoints"));
+            for (at, address) in list.iter().enumerate() {
+                if list[..at].contains(address) {
+                    let origin = node.and_then(|node| node.item(at)?.origin);
+                    let message = format!("endpoint {address} is listed twice");
+                    self.warn(origin, message, "leave one out; weights are for dns+srv:// and file://");
+                }
+            }
+        }
+    }
+
+    /// `effective` has the places of what holds, `own` is the table itself.
     fn policy(&mut self, policy: &Policy, effective: Option<&Node>, own: Option<&Node>) {
         let at = |path: &[&str]| {
             let mut node = effective?;
@@ -154,6 +173,26 @@ impl Lints<'_> {
             let origin = at(&["attempt_timeout"]).or(at(&["timeout"]));
             let message = format!("attempt_timeout {attempt} is longer than timeout {}", policy.timeout);
             self.warn(origin, message, "it never acts; shorten it, or leave \"auto\"");
+        }
+        if let Some(timeout) = policy.timeout.limit() {
+            let connect = at(&["connect_timeout"]);
+            if *policy.connect_timeout > timeout && connect.is_some() {
+                let message = format!(
+                    "connect_timeout {} is longer than timeout {}",
+                    policy.connect_timeout, policy.timeout
+                );
+                self.warn(connect, message, "it never acts: shorten it, or raise timeout");
+            }
+            if let Some(HedgeAfter::Fixed(after)) = policy.hedge.0.as_ref().map(|hedge| hedge.after)
+                && *after > timeout
+            {
+                let message = format!("hedge.after {after} is longer than timeout {}", policy.timeout);
+                self.warn(
+                    at(&["hedge", "after"]),
+                    message,
+                    "no hedge is ever sent: shorten it, or raise timeout",
+                );
+            }
         }
         if let Some(breaker) = &policy.breaker.0 {
             let off = breaker.consecutive_failures == 0 && *breaker.failure_rate <= 0.0;
@@ -268,6 +307,22 @@ mod tests {
             ),
             ("[defaults]\nretry = { methods = ['GET', 'POST'] }", "POST may be sent twice"),
             ("[defaults]\nattempt_timeout = '6s'\n[[upstream]]\nname='a'", "x:2:19: warning: 3 tries of 6s"),
+            (
+                "[defaults]\nconnect_timeout = '16s'",
+                "x:2:19: warning: connect_timeout 16s is longer than timeout 15s",
+            ),
+            (
+                "[[upstream]]\nname='a'\ntimeout='2s'\nconnect_timeout='3s'",
+                "x:4:17: warning: connect_timeout 3s",
+            ),
+            (
+                "[defaults]\nhedge = { after = '16s' }",
+                "x:2:19: warning: hedge.after 16s is longer than timeout 15s",
+            ),
+            (
+                "[[upstream]]\nname='a'\nendpoints=['10.0.0.1:80', '10.0.0.1:80']",
+                "x:3:27: warning: endpoint 10.0.0.1:80 is listed twice",
+            ),
             ("[defaults]\nattempt_timeout = '16s'", "attempt_timeout 16s is longer than timeout 15s"),
             ("[[upstream]]\nname='a'\ntimeout='2s'\nattempt_timeout='1s'", "x:4:17: warning: 3 tries of 1s"),
             (

@@ -80,27 +80,51 @@ pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<Loaded, Diagnostic
     check(sources, env, Problems::default())
 }
 
+/// A configuration as far as it could be read, for whoever looks for further problems.
+#[derive(Debug)]
+pub struct Examined {
+    /// What could not be read has its default.
+    pub config: Config,
+    pub tree: Node,
+    pub found: Diagnostics,
+}
+
+/// Reads files and finds all that is wrong with them.
+pub fn examine(files: &[PathBuf], env: Env<'_>) -> Examined {
+    let mut problems = Problems::default();
+    let sources = read_all(files, &mut problems);
+    let (config, tree) = read_through(&sources, env, &mut problems);
+    Examined { config, tree, found: problems.finish(sources) }
+}
+
 /// Tells of all that is wrong at once, as far as it can be known: what could not be read makes no further problems.
 fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loaded, Diagnostics> {
-    let mut tree = environment::telemetry(env);
-    for (index, source) in sources.0.iter().enumerate() {
-        let over = parse(&source.text, index, env, &mut problems);
-        tree = merge(tree, over);
-    }
-    let mut config = resolve(&tree, default_service_name(env), &mut problems);
-    if environment::no_traces(env) {
-        config.telemetry.otlp = None;
-    }
+    let (config, tree) = read_through(&sources, env, &mut problems);
     if problems.has_errors() {
         return Err(problems.finish(sources));
     }
-    lint(&config, &tree, &mut problems);
     Ok(Loaded {
         config: Arc::new(config),
         tree: Arc::new(tree),
         sources: Arc::new(sources.clone()),
         warnings: problems.finish(sources),
     })
+}
+
+fn read_through(sources: &Sources, env: Env<'_>, problems: &mut Problems) -> (Config, Node) {
+    let mut tree = environment::telemetry(env);
+    for (index, source) in sources.0.iter().enumerate() {
+        let over = parse(&source.text, index, env, problems);
+        tree = merge(tree, over);
+    }
+    let mut config = resolve(&tree, default_service_name(env), problems);
+    if environment::no_traces(env) {
+        config.telemetry.otlp = None;
+    }
+    if !problems.has_errors() {
+        lint(&config, &tree, problems);
+    }
+    (config, tree)
 }
 
 /// `OTEL_SERVICE_NAME`, then the host name, then what OpenTelemetry prescribes for neither.

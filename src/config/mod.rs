@@ -12,6 +12,7 @@ mod confirm;
 mod diagnostic;
 mod document;
 mod environment;
+mod hints;
 mod lint;
 mod load;
 mod merge;
@@ -33,7 +34,7 @@ pub use address::{AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Net
 pub use confirm::needs_confirmation;
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity, did_you_mean};
 pub use document::{EXAMPLE, json_schema};
-pub use load::{Loaded, files, load, load_sources, process_env};
+pub use load::{Examined, Loaded, examine, files, load, load_sources, process_env};
 pub use node::{Entry, Node, Table, Value};
 pub use parse::Env;
 pub use path::normalise;

@@ -7,9 +7,11 @@ use toml::{
 
 use super::{
     diagnostic::{Problem, Problems},
+    hints,
     node::{Entry, Node, Table, Value},
     source::Origin,
 };
+use crate::redact::is_telling;
 
 /// Looks up an environment variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -20,6 +22,17 @@ const MAX_DEPTH: usize = 32;
 /// What can be read of a file; what cannot becomes a problem.
 pub(super) fn parse(text: &str, file: usize, env: Env<'_>, problems: &mut Problems) -> Node {
     let (root, errors) = DeTable::parse_recoverable(text);
+    if !errors.is_empty()
+        && let Some(sentence) = hints::notation(text)
+    {
+        let line = text.lines().find(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
+        let start = line.map_or(0, |line| line.as_ptr().addr() - text.as_ptr().addr());
+        let end = start + line.map_or(0, str::len);
+        let (wrong, remedy) = sentence.split_once(": ").unwrap_or((sentence, ""));
+        problems.push(Problem::error(Some(Origin::new(file, start..end)), wrong).help(remedy));
+        problems.broken_at(file, 0);
+        return Node::table(None);
+    }
     syntax(text, file, &errors, problems);
     let mut walk = Walk { file, env, problems };
     let span = root.span();
@@ -98,9 +111,13 @@ impl Walk<'_> {
             },
             DeValue::Boolean(flag) => Value::Bool(flag),
             DeValue::Datetime(date) => Value::Datetime(date.to_string()),
-            DeValue::String(text) => match expand(&text, self.env) {
-                Ok(None) => Value::String { text: text.into_owned(), expanded: false },
-                Ok(Some(text)) => Value::String { text, expanded: true },
+            DeValue::String(written) => match expand(&written, self.env) {
+                Ok(None) => Value::String { text: written.into_owned(), expanded: false },
+                Ok(Some(text)) => {
+                    let variables = names(&written).filter(|name| is_telling(name));
+                    variables.filter_map(self.env).for_each(|value| self.problems.conceal(value));
+                    Value::String { text, expanded: true }
+                }
                 Err(wrong) => {
                     let (label, help) = wrong.explain();
                     self.problems.push(
@@ -115,6 +132,11 @@ impl Walk<'_> {
         };
         Node { origin: Some(origin), value }
     }
+}
+
+/// The variables in a text.
+fn names(text: &str) -> impl Iterator<Item = &str> {
+    text.split("${").skip(1).filter_map(|rest| rest.split(['}', ':']).next())
 }
 
 #[derive(Debug, PartialEq)]

@@ -28,13 +28,21 @@ pub struct Policy {
     pub tunnel_idle_timeout: HumanDuration,
     /// The whole exchange, body included. 0 = none.
     pub max_duration: HumanDuration,
+    /// Further attempts; `false`: none.
     pub retry: Toggle<RetrySettings>,
+    /// Stops requests to an upstream that fails.
     pub breaker: Toggle<BreakerSettings>,
+    /// Takes an endpoint that fails out for a while.
     pub outlier: Toggle<OutlierSettings>,
+    /// How much may be in flight.
     pub limits: Toggle<LimitSettings>,
+    /// How many requests a second.
     pub rate_limit: Toggle<RateSettings>,
+    /// A second copy of a request where the first is slow.
     pub hedge: Toggle<HedgeSettings>,
+    /// Injected failures, to rehearse.
     pub fault: Toggle<FaultSettings>,
+    /// The response where all else has failed.
     pub fallback: Toggle<FallbackSettings>,
     /// Whether a route (not the upstream or the defaults) set `timeout` / `attempt_timeout`: gRPC calls heed only those.
     #[serde(skip)]

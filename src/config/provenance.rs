@@ -9,6 +9,7 @@ use super::{
     resolve::{inbound_policy, inherit, split},
     source::Origin,
 };
+use crate::redact::without_userinfo;
 
 /// Whose values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,7 +125,7 @@ fn flatten(key: String, json: &Json, node: Option<&Node>, found: &mut Vec<Settin
 
 fn plain(json: &Json) -> String {
     match json {
-        Json::String(text) => text.clone(),
+        Json::String(text) => without_userinfo(text).into_owned(),
         Json::Array(items) if items.is_empty() => "none".to_owned(),
         Json::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
         other => other.to_string(),

@@ -9,9 +9,11 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Visit
 
 use super::{
     diagnostic::{Problem, Problems, did_you_mean},
+    hints,
     node::{Entry, Node, Value},
     source::Origin,
 };
+use crate::redact::DESERIALIZE_AS;
 
 /// Reads a value; what does not fit becomes problems, and `None` where nothing can be made of the rest.
 ///
@@ -93,7 +95,7 @@ struct Error {
 #[derive(Debug)]
 enum Kind {
     Message(String),
-    WrongType { found: String, expected: String },
+    WrongType { found: String, expected: String, hint: Option<String> },
     UnknownKey { key: String, valid: Vec<String> },
     UnknownWord { word: String, valid: &'static [&'static str] },
     Missing(&'static str),
@@ -118,6 +120,16 @@ impl Error {
         self
     }
 
+    /// Says what to write, where the value of a key tells.
+    fn hint(mut self, key: &str, node: &Node) -> Self {
+        if let Kind::WrongType { hint, .. } = &mut self.kind
+            && self.id == id(node)
+        {
+            *hint = hints::value(key, node);
+        }
+        self
+    }
+
     fn problem(self) -> Problem {
         let new = |message: String| Problem::error(self.origin, message);
         match self.kind {
@@ -126,11 +138,18 @@ impl Error {
                 Some((wrong, remedy)) => new(wrong.to_owned()).help(remedy),
                 None => new(text),
             },
-            Kind::WrongType { found, expected } => new("this value has the wrong type".to_owned())
-                .label(format!("expected {expected}, found {found}")),
+            Kind::WrongType { found, expected, hint } => {
+                let problem = new("this value has the wrong type".to_owned())
+                    .label(format!("expected {expected}, found {found}"));
+                match hint {
+                    Some(hint) => problem.help(hint),
+                    None => problem,
+                }
+            }
             Kind::UnknownWord { word, valid } => {
                 let problem = new(format!("`{word}` is not one of the possible values"));
-                let problem = match did_you_mean(&word, valid.iter().copied()) {
+                let meant = hints::word(&word, |ours| valid.contains(&ours));
+                let problem = match meant.or_else(|| did_you_mean(&word, valid.iter().copied())) {
                     Some(near) => problem.label(format!("did you mean \"{near}\"?")),
                     None => problem,
                 };
@@ -155,9 +174,10 @@ pub(super) fn unknown_key<'a>(
     let mut names: Vec<&str> = valid.clone().into_iter().collect();
     names.sort_unstable();
     let problem = Problem::error(origin, format!("unknown key `{key}`"));
-    let problem = match did_you_mean(key, valid) {
-        Some(near) => problem.label(format!("did you mean `{near}`?")),
-        None => problem,
+    let problem = match (hints::key(key), did_you_mean(key, valid)) {
+        (Some(hint), _) => problem.label(hint),
+        (None, Some(near)) => problem.label(format!("did you mean `{near}`?")),
+        (None, None) => problem,
     };
     problem.help(format!("keys here are {}", names.join(", ")))
 }
@@ -197,7 +217,7 @@ impl de::Error for Error {
     }
 
     fn invalid_type(_: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::new(Kind::WrongType { found: String::new(), expected: in_plain_words(expected) })
+        Self::new(Kind::WrongType { found: String::new(), expected: in_plain_words(expected), hint: None })
     }
 
     fn invalid_value(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
@@ -208,7 +228,7 @@ impl de::Error for Error {
             de::Unexpected::Str(text) => format!("{text:?}"),
             _ => String::new(),
         };
-        Self::new(Kind::WrongType { found, expected: in_plain_words(expected) })
+        Self::new(Kind::WrongType { found, expected: in_plain_words(expected), hint: None })
     }
 
     fn unknown_variant(word: &str, valid: &'static [&'static str]) -> Self {
@@ -290,9 +310,15 @@ impl<'de> de::Deserializer<'de> for Reader<'_, '_> {
 
     fn deserialize_newtype_struct<V: Visitor<'de>>(
         self,
-        _: &'static str,
+        name: &'static str,
         visitor: V,
     ) -> Result<V::Value, Error> {
+        if name == DESERIALIZE_AS {
+            return match &self.node.value {
+                Value::String { text, expanded: true } => visitor.visit_bytes(text.as_bytes()),
+                _ => self.any(visitor),
+            };
+        }
         visitor.visit_newtype_struct(self).map_err(|error: Error| error.at(self.node))
     }
 
@@ -352,7 +378,7 @@ impl<'de> de::SeqAccess<'de> for Items<'_, '_> {
 
 struct Entries<'a, 'p> {
     entries: std::collections::btree_map::Iter<'a, String, Entry>,
-    at: Option<&'a Node>,
+    at: Option<(&'a str, &'a Node)>,
     is_root: bool,
     shared: &'a Shared<'p>,
 }
@@ -364,7 +390,7 @@ impl<'de> de::MapAccess<'de> for Entries<'_, '_> {
         let Some((key, entry)) = self.entries.find(|(_, entry)| !self.shared.leaves_out(&entry.node)) else {
             return Ok(None);
         };
-        self.at = Some(&entry.node);
+        self.at = Some((key, &entry.node));
         let key_deserializer: de::value::StrDeserializer<'_, Error> = key.as_str().into_deserializer();
         seed.deserialize(key_deserializer).map(Some).map_err(|mut error| {
             error.id = id(&entry.node);
@@ -379,7 +405,8 @@ impl<'de> de::MapAccess<'de> for Entries<'_, '_> {
     }
 
     fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, Error> {
-        let node = self.at.ok_or_else(|| Error::new(Kind::Message("a value before its key".to_owned())))?;
-        seed.deserialize(Reader { node, shared: self.shared }).map_err(|error| error.at(node))
+        let before = || Error::new(Kind::Message("a value before its key".to_owned()));
+        let (key, node) = self.at.ok_or_else(before)?;
+        seed.deserialize(Reader { node, shared: self.shared }).map_err(|error| error.at(node).hint(key, node))
     }
 }

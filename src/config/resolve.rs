@@ -166,6 +166,7 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
         telemetry: section(root, "telemetry", problems),
         defaults,
         upstreams,
+        concealed: problems.concealed().to_vec(),
     };
     validate::references(root, problems);
     validate::sections(&config, root, problems);

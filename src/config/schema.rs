@@ -6,10 +6,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network, Policy,
+    AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network, Policy, hints,
     security::{Allow, Identity, Jwt, Mtls, Oauth2, UpstreamTls},
 };
 use crate::{
+    redact::{HeaderFields, Secret},
     text_value,
     units::{HumanDuration, Ratio},
 };
@@ -28,6 +29,9 @@ pub struct Config {
     /// `[defaults]`: the policy of hosts that no upstream names.
     pub defaults: Policy,
     pub upstreams: Vec<Upstream>,
+    /// Values of the environment that are credentials by the names of their variables: shown nowhere, wherever they were
+    /// filled in.
+    pub concealed: Vec<String>,
 }
 
 /// `[service]`
@@ -88,6 +92,7 @@ pub struct Inbound {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InboundPort {
+    /// The port of the service.
     pub port: u16,
     /// Default: as for `[inbound]`.
     #[serde(default)]
@@ -110,6 +115,7 @@ pub enum Forwarded {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Outbound {
+    /// Where the service sends its requests.
     pub listen: ListenAddr,
     /// What to do with a host that no upstream names.
     pub unknown: Unknown,
@@ -129,6 +135,7 @@ pub enum Unknown {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Admin {
+    /// Where the admin pages are.
     pub listen: AdminListen,
     /// Serves GET /live /ready /metrics and nothing else, for kubelet and Prometheus.
     pub probe_listen: Option<ListenAddr>,
@@ -141,13 +148,16 @@ pub struct Admin {
 #[serde(default, deny_unknown_fields)]
 pub struct Telemetry {
     /// The collector; unset: no export.
-    pub otlp: Option<String>,
+    pub otlp: Option<Secret>,
+    /// Default: http on port 4318, else grpc.
     pub protocol: Option<OtlpProtocol>,
     /// Share of the traces that begin here.
     pub sample: Ratio,
     /// A failed or retried call is exported even where its trace was not sampled.
     pub sample_errors: bool,
+    /// Which requests are logged.
     pub access_log: AccessLog,
+    /// Default: stdout; stderr where a service is started.
     pub access_log_file: Option<PathBuf>,
 }
 
@@ -211,11 +221,12 @@ pub struct Route {
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Match {
+    /// None: all.
     pub methods: Vec<String>,
     /// Exact, or a prefix where it ends in `*`.
     pub path: Option<String>,
     /// Header names and the values they must have.
-    pub headers: std::collections::BTreeMap<String, String>,
+    pub headers: HeaderFields,
 }
 
 impl fmt::Display for Match {
@@ -244,7 +255,9 @@ impl AccessLog {
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HeaderEdits {
-    pub set: std::collections::BTreeMap<String, String>,
+    /// Fields and their values; what was there is replaced.
+    pub set: HeaderFields,
+    /// Fields that are removed.
     pub remove: Vec<String>,
 }
 
@@ -278,9 +291,13 @@ pub struct Health {
     pub grpc: Option<String>,
     /// A connection that opens is healthy.
     pub tcp: Option<bool>,
+    /// Between two checks.
     pub interval: HumanDuration,
+    /// What a check may take.
     pub timeout: HumanDuration,
+    /// So many failures in a row take an endpoint out.
     pub unhealthy_after: u32,
+    /// So many successes in a row bring it back.
     pub healthy_after: u32,
 }
 
@@ -426,9 +443,13 @@ impl Endpoints {
     /// `dns://`, `dns+srv://`, `file://` and `k8s://`; a fixed list is an array in the file.
     fn parse_uri(text: &str) -> Result<Self, String> {
         let wrong = || {
-            format!(
-                "`{text}` is not a source of endpoints: use [\"HOST:PORT\", …], \"dns://HOST:PORT\", \"dns+srv://NAME\", \"file:///PATH\" or \"k8s://NAMESPACE/SERVICE:PORT\""
-            )
+            let usual = "use [\"HOST:PORT\", …], \"dns://HOST:PORT\", \"dns+srv://NAME\", \"file:///PATH\" or \"k8s://NAMESPACE/SERVICE:PORT\"";
+            let remedy = match HostPort::meant_by(text) {
+                Some(address) if address.literal().is_some() => format!("write [\"{address}\"]"),
+                Some(address) => format!("write \"dns://{address}\""),
+                None => usual.to_owned(),
+            };
+            format!("`{text}` is not a source of endpoints: {remedy}")
         };
         match text.split_once("://").ok_or_else(wrong)? {
             ("dns", address) => address.parse().map(Self::Dns),
@@ -519,9 +540,13 @@ impl FromStr for Balance {
             _ => match text.strip_prefix("hash:").and_then(|rest| rest.split_once(':')) {
                 Some(("header", name)) if !name.is_empty() => Ok(Self::HashHeader(name.to_ascii_lowercase())),
                 Some(("cookie", name)) if !name.is_empty() => Ok(Self::HashCookie(name.to_owned())),
-                _ => Err(format!(
-                    "`{text}` is not a way to balance: use p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME"
-                )),
+                _ => {
+                    let meant = hints::word(text, |ours| ours.parse::<Self>().is_ok());
+                    let meant = meant.map_or(String::new(), |meant| format!("did you mean \"{meant}\"? "));
+                    Err(format!(
+                        "`{text}` is not a way to balance: {meant}use p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME"
+                    ))
+                }
             },
         }
     }
@@ -556,5 +581,15 @@ impl fmt::Display for PoolIdle {
     }
 }
 
-text_value!(Balance, "Balance", "p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME");
-text_value!(PoolIdle, "PoolIdle", "\"auto\" or a duration");
+text_value!(
+    Balance,
+    "Balance",
+    "p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME",
+    r"p2c|least-request|round-robin|hash:(?:header|cookie):.+"
+);
+text_value!(
+    PoolIdle,
+    "PoolIdle",
+    "\"auto\" or a duration",
+    r"auto|\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"
+);

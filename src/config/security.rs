@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::redact::Secret;
+
 /// `[identity]`: this service's certificate: files, or the SPIFFE Workload API.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -72,10 +74,12 @@ pub struct Allow {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Jwt {
+    /// The tokens' `iss`.
     pub issuer: String,
+    /// The tokens' `aud` must be one of these.
     pub audiences: Vec<String>,
     /// A URL or a file path.
-    pub jwks: String,
+    pub jwks: Secret,
     /// Whom to trust for an `https://` URL, PEM; default: the system's roots.
     #[serde(default)]
     pub ca: Option<PathBuf>,
@@ -116,9 +120,13 @@ pub enum TlsMode {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Oauth2 {
-    pub token_url: String,
+    /// The token endpoint.
+    pub token_url: Secret,
+    /// The client's name there.
     pub client_id: String,
+    /// Holds the client's secret; read anew for each token.
     pub client_secret_file: PathBuf,
+    /// The scopes that are asked for.
     #[serde(default)]
     pub scopes: Vec<String>,
     /// Whom to trust for an `https://` URL, PEM; default: the system's roots.

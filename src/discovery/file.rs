@@ -4,7 +4,12 @@
 //! Noticed within moments where the system reports changes, else within [`File::POLL`]. While somebody writes to the file,
 //! what it held before stays in use.
 
-use std::{path::PathBuf, slice, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    slice,
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::Deserialize;
 use tokio::{io::AsyncReadExt, sync::Notify};
@@ -66,9 +71,6 @@ impl File {
         if content.len() as u64 > Self::MAX_SIZE {
             return Err(failed(format!("larger than {} bytes", Self::MAX_SIZE)));
         }
-        if content.trim_ascii().is_empty() {
-            return Err(failed("the file is empty; a list without endpoints is `[]`".to_owned()));
-        }
         let targets = parse(&content).map_err(failed)?;
         self.last = Some(targets.clone());
         Ok(targets)
@@ -91,7 +93,19 @@ impl File {
     }
 }
 
+/// What is wrong with a file of endpoints.
+pub(super) fn check(path: &Path) -> Result<(), String> {
+    let content = std::fs::read(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
+        _ => error.to_string(),
+    })?;
+    parse(&content).map(drop)
+}
+
 fn parse(content: &[u8]) -> Result<Vec<Target>, String> {
+    if content.trim_ascii().is_empty() {
+        return Err("the file is empty; a list without endpoints is `[]`".to_owned());
+    }
     let entries: Vec<serde_json::Value> =
         serde_json::from_slice(content).map_err(|error| format!("not a JSON list: {error}"))?;
     let target = |(index, value): (usize, serde_json::Value)| {

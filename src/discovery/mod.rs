@@ -51,6 +51,15 @@ pub enum DiscoveryError {
     Kubernetes { service: String, reason: String },
 }
 
+/// What is wrong with a file that lists endpoints.
+///
+/// # Errors
+///
+/// Says it.
+pub fn check_file(path: &std::path::Path) -> Result<(), String> {
+    file::check(path)
+}
+
 /// Keeps the endpoints of an upstream up to date for as long as it lives; dropping it ends that at once.
 #[derive(Debug)]
 pub struct Discovery {

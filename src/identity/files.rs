@@ -73,17 +73,63 @@ pub fn paths(settings: &Identity) -> Vec<std::path::PathBuf> {
     own.into_iter().flatten().chain(ca).cloned().collect()
 }
 
-/// Everything that is wrong with the files a configuration names: of its identity (`None`), and of the upstream at an
-/// index.
-pub fn check(config: &Config, now: SystemTime) -> Vec<(Option<usize>, MaterialError)> {
-    let own = config.identity.as_ref().and_then(|settings| {
-        let checked = read(settings).and_then(|pem| pem.map(|pem| Material::check(&pem, now)).transpose());
-        Some((None, checked.err()?))
-    });
-    let upstreams = config.upstreams.iter().enumerate().filter_map(|(at, upstream)| {
-        let path = upstream.tls.ca.as_ref().filter(|_| upstream.tls.mode != TlsMode::Off)?;
-        let checked = read_ca(path).and_then(|text| material::trust(&[(None, text)], &[], now));
-        Some((Some(at), checked.err()?))
-    });
-    own.into_iter().chain(upstreams).collect()
+/// Everything that is wrong with the files that a configuration names, each with the key that names it.
+pub fn check(config: &Config, now: SystemTime) -> Vec<(Key, MaterialError)> {
+    let mut wrong = config.identity.as_ref().map_or_else(Vec::new, |settings| check_own(settings, now));
+    for (at, upstream) in config.upstreams.iter().enumerate() {
+        if let Some(path) = upstream.tls.ca.as_ref().filter(|_| upstream.tls.mode != TlsMode::Off)
+            && let Err(error) = read_ca(path).and_then(|text| material::trust(&[(None, text)], &[], now))
+        {
+            wrong.push((Key::Upstream(at), error));
+        }
+    }
+    wrong
+}
+
+/// A key that names files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// Of `[identity]`.
+    Own(&'static str),
+    /// `ca` of the upstream at an index.
+    Upstream(usize),
+}
+
+fn check_own(settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> {
+    let unreadable = |(key, path, limit): (&'static str, Option<&std::path::PathBuf>, u64)| {
+        Some((Key::Own(key), Text::read(path?, limit).err()?))
+    };
+    let single = [
+        ("cert", settings.cert.as_ref(), MAX_PEM),
+        ("key", settings.key.as_ref(), MAX_PEM),
+        ("crl", settings.crl.as_ref(), MAX_CRL),
+    ];
+    let roots: Vec<&std::path::PathBuf> = match &settings.ca {
+        Some(Bundles::All(path)) => vec![path],
+        Some(Bundles::ByTrustDomain(table)) => table.values().collect(),
+        None => Vec::new(),
+    };
+    let roots = roots.into_iter().map(|path| ("ca", Some(path), MAX_PEM));
+    let wrong: Vec<_> = single.into_iter().chain(roots).filter_map(unreadable).collect();
+    if !wrong.is_empty() {
+        return wrong;
+    }
+    // How they hold together can only be said of files that are there.
+    let checked = read(settings).and_then(|pem| pem.map(|pem| Material::check(&pem, now)).transpose());
+    checked.err().into_iter().map(|error| (Key::Own(key_of(&error, settings)), error)).collect()
+}
+
+/// The key of `[identity]` that an error is about, as far as it says.
+fn key_of(error: &MaterialError, settings: &Identity) -> &'static str {
+    let told = error.to_string();
+    let names = |path: &Option<std::path::PathBuf>| {
+        path.as_ref().is_some_and(|path| told.contains(&*path.to_string_lossy()))
+    };
+    match error {
+        MaterialError::Crl { .. } => "crl",
+        MaterialError::Key { .. } | MaterialError::Mismatch { .. } => "key",
+        MaterialError::Root { .. } | MaterialError::RootsExpired(_) | MaterialError::TrustDomain(..) => "ca",
+        _ if names(&settings.cert) => "cert",
+        _ => "ca",
+    }
 }

@@ -362,7 +362,9 @@ impl Leaving {
         }
         self.phase.mark_unchanged();
         self.left = closing.poll(cx).is_ready();
-        self.settled = self.can_settle && !self.phase.has_changed().unwrap_or(true);
+        // What it still waits for once it is asked is no change of phase.
+        let is_asked = connection.leaving.get();
+        self.settled = self.can_settle && !is_asked && !self.phase.has_changed().unwrap_or(true);
         if self.left && target::lacks_identity(connection) {
             let limit = connection.worker.view().snapshot.config.runtime.drain_timeout;
             self.cut = Some(Box::pin(sleep(*limit)));

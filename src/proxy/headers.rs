@@ -281,7 +281,7 @@ impl Edits {
         let set = edits
             .set
             .iter()
-            .filter_map(|(name, value)| Some((name.parse().ok()?, value.parse().ok()?)))
+            .filter_map(|(name, value)| Some((name.parse().ok()?, value.expose().parse().ok()?)))
             .collect();
         Self { set, remove: edits.remove.iter().filter_map(|name| name.parse().ok()).collect() }
     }

@@ -202,7 +202,7 @@ impl Rule {
             .matches
             .headers
             .iter()
-            .map(|(name, value)| Some((name.parse().ok()?, HeaderValue::from_str(value).ok()?)));
+            .map(|(name, value)| Some((name.parse().ok()?, HeaderValue::from_str(value.expose()).ok()?)));
         Some(Self {
             route,
             methods: methods.collect::<Option<_>>()?,

@@ -12,7 +12,9 @@ use crate::units::HumanDuration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BackoffSettings {
+    /// The longest first wait; a random part of it is waited.
     pub base: HumanDuration,
+    /// No wait is longer.
     pub max: HumanDuration,
 }
 

@@ -34,7 +34,9 @@ pub struct BreakerSettings {
     pub consecutive_failures: u32,
     /// Share of failures in the last `window`, from `min_requests` up, that opens it. 0 = off.
     pub failure_rate: Ratio,
+    /// The time over which the failure rate is measured.
     pub window: HumanDuration,
+    /// Below so many attempts in the window the failure rate is not looked at.
     pub min_requests: u32,
     /// How long it stays open; doubles, with jitter, each time the trial fails.
     #[serde(deserialize_with = "open_for")]

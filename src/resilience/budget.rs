@@ -25,8 +25,11 @@ use crate::units::{HumanDuration, Ratio};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BudgetSettings {
+    /// Retries for each request.
     pub ratio: Ratio,
+    /// Retries a second that are always allowed.
     pub min_per_second: u32,
+    /// The time over which requests and retries are counted.
     pub window: HumanDuration,
 }
 

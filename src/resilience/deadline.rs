@@ -46,7 +46,12 @@ impl fmt::Display for AttemptTimeout {
     }
 }
 
-text_value!(AttemptTimeout, "AttemptTimeout", "\"auto\" or a duration");
+text_value!(
+    AttemptTimeout,
+    "AttemptTimeout",
+    "\"auto\" or a duration",
+    r"auto|\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"
+);
 
 /// When a call must be over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

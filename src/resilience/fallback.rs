@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FallbackSettings {
+    /// The status of the response.
     pub status: u16,
+    /// The body of the response.
     pub body: String,
+    /// Its media type.
     pub content_type: String,
     /// Another upstream to ask instead of answering.
     pub upstream: Option<String>,

@@ -11,6 +11,7 @@ use crate::units::{HumanDuration, Ratio};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FaultSettings {
+    /// How long a request is delayed.
     pub delay: HumanDuration,
     /// Share of the calls that are delayed.
     pub delay_ratio: Ratio,

@@ -10,8 +10,10 @@ use crate::units::HumanDuration;
 /// A duration that doubles from `base` up to `max`. Either may be left away where it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Growing {
+    /// The first time.
     #[schemars(with = "Option<HumanDuration>")]
     pub base: HumanDuration,
+    /// The longest time.
     #[schemars(with = "Option<HumanDuration>")]
     pub max: HumanDuration,
 }

@@ -51,7 +51,12 @@ impl fmt::Display for HedgeAfter {
     }
 }
 
-text_value!(HedgeAfter, "HedgeAfter", "a quantile of the live latency, e.g. \"p95\", or a duration");
+text_value!(
+    HedgeAfter,
+    "HedgeAfter",
+    "a quantile of the live latency, e.g. \"p95\", or a duration",
+    r"p[0-9.]+|\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"
+);
 
 /// Eight buckets an octave: a quantile is at most an eighth too high.
 const PER_OCTAVE_BITS: u32 = 3;

@@ -41,6 +41,7 @@ const MOST_DOUBLINGS: u32 = 10;
 pub struct OutlierSettings {
     /// Failures in a row that eject the endpoint. 0 = off.
     pub consecutive_failures: u32,
+    /// How long an ejected endpoint gets no requests; longer each time.
     #[serde(deserialize_with = "eject_for")]
     pub eject_for: Growing,
     /// Share of an upstream's endpoints that may be out at a time.

@@ -63,7 +63,7 @@ impl fmt::Display for RateKey {
     }
 }
 
-text_value!(RateKey, "RateKey", "upstream, peer or header:NAME");
+text_value!(RateKey, "RateKey", "upstream, peer or header:NAME", r"upstream|peer|header:.+");
 
 /// At most so many keys are told apart; more push out who was quiet longest.
 pub const MOST_KEYS: usize = 4096;

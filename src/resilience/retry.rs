@@ -129,7 +129,8 @@ impl fmt::Display for Condition {
 text_value!(
     Condition,
     "RetryCondition",
-    "a failure to try again: default, connect-failure, refused-stream, reset, gateway-error, attempt-timeout, 5xx, a status code, grpc-unavailable, …"
+    "a failure to try again: default, connect-failure, refused-stream, reset, gateway-error, attempt-timeout, 5xx, a status code, grpc-unavailable, …",
+    r"default|connect-failure|refused-stream|reset|gateway-error|attempt-timeout|5xx|[0-9]{3}|grpc-[a-z-]+"
 );
 
 /// The methods whose failed calls may be sent again.

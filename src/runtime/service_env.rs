@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use crate::config::Config;
+use crate::redact::Secret;
 
 /// Never proxied: the machine itself and link-local addresses (cloud metadata among them). Some libraries read
 /// networks, some only names and addresses, so both are there.
@@ -12,7 +13,7 @@ const DIRECT: &[&str] =
 /// To add to the environment of a service whose outbound port is bound at `outbound`.
 pub fn variables(outbound: &[SocketAddr], config: &Config) -> Vec<(&'static str, String)> {
     let existing = ["no_proxy", "NO_PROXY"].iter().find_map(|name| std::env::var(name).ok());
-    build(outbound, existing.as_deref(), config.telemetry.otlp.as_deref())
+    build(outbound, existing.as_deref(), config.telemetry.otlp.as_ref().map(Secret::expose))
 }
 
 /// The same for a service whose own `no_proxy` is known.

@@ -135,3 +135,78 @@ fn completions_and_manual_are_made() {
         assert!(folder.path().join(page).exists(), "{page}");
     }
 }
+
+#[test]
+fn check_reports_every_mistake_in_one_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("outrigger.toml");
+    let file = path.to_string_lossy();
+    let missing = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let config = format!(
+        "[identity]\ncert = {:?}\nkey = {:?}\nca = {:?}\n[defaults]\nretry = 3\n[[upstream]]\nname = \"up\"\nendpoints = \"file://{}\"\n\
+         [[upstream]]\nname = \"two\"\nprotocol = \"http2\"\nendpoints = [\"http://h:1\"]\n",
+        missing("tls.crt"),
+        missing("tls.key"),
+        missing("ca.crt"),
+        missing("endpoints.json")
+    );
+    std::fs::write(&path, config).expect("write");
+    let output = outrigger(&["check", "-c", &file]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for part in [
+        "tls.crt",
+        "tls.key",
+        "ca.crt",
+        "{ max = 3 }",
+        "did you mean \"h2\"?",
+        "write \"h:1\"",
+        "endpoints.json",
+    ] {
+        assert!(said.contains(part), "{part} is not in\n{said}");
+    }
+    std::fs::write(
+        &path,
+        format!("[[upstream]]\nname = \"up\"\nendpoints = \"file://{}\"\n", missing("endpoints.json")),
+    )
+    .expect("write");
+    let output = outrigger(&["check", "-c", &file]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("endpoints.json: there is no such file"), "{said}");
+}
+
+#[test]
+fn what_stands_alone_gets_a_tip_and_a_port_alone_is_an_admin_address() {
+    for (arguments, tip) in [
+        (&["check", "outrigger.toml"][..], "outrigger check -c outrigger.toml"),
+        (&["run", "node", "server.js"], "outrigger run -- node"),
+    ] {
+        let output = outrigger(arguments);
+        assert_eq!(output.status.code(), Some(2));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains(tip), "{said}");
+    }
+    let proxy = Proxy::start("");
+    let port = proxy.admin().port().to_string();
+    assert!(out(&outrigger(&["status", "--admin", &port])).contains("ready"));
+}
+
+#[test]
+fn certs_never_replaces_a_ca_that_is_there() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out_dir = folder.path().to_string_lossy();
+    let certs = |more: &[&str]| {
+        let arguments = ["certs", "--out", &out_dir, "--trust-domain", "shop.example", "checkout"];
+        let arguments: Vec<&str> = arguments.iter().chain(more).copied().collect();
+        outrigger(&arguments)
+    };
+    out(&certs(&[]));
+    let ca = std::fs::read(folder.path().join("ca.crt")).expect("a CA");
+    let again = certs(&[]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("ca.crt is there already"), "{again:?}");
+    assert_eq!(std::fs::read(folder.path().join("ca.crt")).expect("a CA"), ca);
+    out(&certs(&["--replace"]));
+    assert_ne!(std::fs::read(folder.path().join("ca.crt")).expect("a CA"), ca);
+}

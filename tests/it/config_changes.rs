@@ -263,8 +263,6 @@ fn live_plaintext_connections_end_when_strict_comes() {
     assert_eq!(busy.ask(GET).status(), 200);
     let mut idle = RawClient::connect(proxy.inbound());
     assert_eq!(idle.ask(GET).status(), 200);
-    let mut h2 = H2Client::connect(proxy.inbound());
-    h2.must_get(1, "/");
     let mut tls = TlsCaller::new(None, &["http/1.1"]).connect(proxy.inbound());
     tls.write_all(GET.as_bytes()).expect("write");
     let mut seen = [0; 4096];
@@ -285,13 +283,25 @@ fn live_plaintext_connections_end_when_strict_comes() {
     assert!(rest.is_empty(), "nothing comes behind it");
     let (rest, _) = idle.read_to_close();
     assert!(!String::from_utf8_lossy(&rest).contains("200 OK"), "{rest:?}");
-    h2.headers(3, &get("/"), true);
-    // GOAWAY, and no stream that is served.
-    assert!(!matches!(h2.end_of(3), End::Answer(Some(200))), "HTTP/2 is still served");
     let _ = tls.write_all(GET.as_bytes());
     let mut rest = Vec::new();
     let _ = tls.read_to_end(&mut rest);
     assert!(!String::from_utf8_lossy(&rest).contains("HTTP/1.1 200"), "{}", String::from_utf8_lossy(&rest));
+}
+
+#[test]
+fn live_plaintext_http2_ends_when_strict_comes() {
+    let pki = Pki::new();
+    let service = Upstream::h2c(|_| async { text("reached the service") });
+    let config = strict(&pki, service.address());
+    let proxy = Proxy::start(config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
+    let mut client = H2Client::connect(proxy.inbound());
+    client.must_get(1, "/");
+    proxy.reconfigure(&config);
+    eventually("strict", || plaintext(proxy.inbound()) == 403);
+    client.headers(3, &get("/"), true);
+    let end = client.end_of(3);
+    assert!(!matches!(end, End::Answer(Some(200)) | End::Silent), "it is still served: {end:?}");
 }
 
 #[test]
@@ -305,7 +315,7 @@ fn live_tunnels_and_upgrades_end_when_strict_comes() {
         let proxy = Proxy::start(config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
         let mut client = RawClient::connect(proxy.inbound());
         assert!(client.send(opening));
-        let answer: &[u8] = if protocol == "tcp" { b"bytes" } else { b"upgrade: echo\r\n\r\n" };
+        let answer: &[u8] = if protocol == "tcp" { b"bytes" } else { b"\r\n\r\n" };
         client.read_until(answer);
         assert!(client.send("ping"));
         client.read_until(b"ping");

@@ -36,6 +36,7 @@ mod metrics;
 mod redirect;
 mod reload;
 mod resilience;
+mod secrets;
 mod servers;
 mod smuggling;
 mod telemetry;

@@ -20,7 +20,10 @@ use super::{
     sidecar::{Folder, Sidecar},
     story::Story,
 };
-use crate::identity::issue::{Ca, IssueError, write_key};
+use crate::{
+    identity::issue::{Ca, IssueError, write_key},
+    redact,
+};
 
 /// How slow `payments` is when it is slow.
 pub const SLOW: Duration = Duration::from_millis(1500);
@@ -163,15 +166,16 @@ impl Stage {
         println!("the admin pages of payments' sidecars:  http://{}/", one.sidecar.admin);
         println!("                                        http://{}/", two.sidecar.admin);
         if let Some(otlp) = otlp {
+            let shown = redact::url(otlp);
             match collector_accepts(otlp).await {
                 Ok(()) => {
-                    println!("traces of all requests are sent to:     {otlp}");
+                    println!("traces of all requests are sent to:     {shown}");
                     println!(
                         "in Jaeger, if that is one:              http://localhost:16686/search?service=shop"
                     );
                 }
                 Err(reason) => {
-                    println!("no traces: {otlp} cannot be reached ({reason}); start a collector there");
+                    println!("no traces: {shown} cannot be reached ({reason}); start a collector there");
                 }
             }
         }

@@ -9,6 +9,7 @@ use super::{inbound, target::Target};
 use crate::{
     config::{HostMatch, Loaded, Place, Policy, Protocol, Scope, Setting, Unknown, did_you_mean},
     proxy::route::{Router, normalise},
+    redact,
     resilience::retry::Methods,
     telemetry::export::Destination,
 };
@@ -41,6 +42,18 @@ enum Reach {
 }
 
 pub fn verdict(loaded: &Loaded, target: &Target) -> Verdict {
+    let mut verdict = judge(loaded, target);
+    let shown = |text: &mut String| {
+        let whole = redact::without_userinfo(text).into_owned();
+        *text = redact::without(&loaded.config.concealed, whole);
+    };
+    verdict.facts.iter_mut().for_each(|(_, value, _)| shown(value));
+    verdict.notes.iter_mut().for_each(shown);
+    verdict.values.iter_mut().for_each(|line| shown(&mut line.value));
+    verdict
+}
+
+fn judge(loaded: &Loaded, target: &Target) -> Verdict {
     let mut verdict = Verdict { request: format!("{} {}", target.method, target.url), ..Verdict::default() };
     let (scope, reach) = if target.inbound {
         verdict.fact("service", loaded.config.inbound.forward_to.to_string(), None);
@@ -153,7 +166,7 @@ impl Verdict {
             self.fact("path", path.to_string(), place(scope));
         }
         for (name, edits) in [("request", &route.request_headers), ("response", &route.response_headers)] {
-            for (header, value) in &edits.set {
+            for (header, value) in edits.set.iter() {
                 self.notes.push(format!("{name} header {header} is set to {value}"));
             }
             for header in &edits.remove {

@@ -119,3 +119,123 @@ fn the_files_for_each_use_pass_check() {
     }
     assert!(seen >= 4);
 }
+
+/// Every key with its schema.
+fn each_key<'a>(schema: &'a Json, definitions: &'a Json, at: &str, look: &mut dyn FnMut(&str, &'a Json)) {
+    match schema {
+        Json::Object(map) => {
+            if let Some(Json::Object(properties)) = map.get("properties") {
+                for (key, schema) in properties {
+                    let at = format!("{at}.{key}");
+                    look(&at, schema);
+                    each_key(schema, definitions, &at, look);
+                }
+            }
+            if let Some(name) =
+                map.get("$ref").and_then(Json::as_str).and_then(|name| name.rsplit('/').next())
+            {
+                each_key(&definitions[name], definitions, at, look);
+            }
+            for key in ["items", "anyOf", "allOf", "oneOf"] {
+                if let Some(schema) = map.get(key) {
+                    each_key(schema, definitions, at, look);
+                }
+            }
+        }
+        Json::Array(items) => items.iter().for_each(|schema| each_key(schema, definitions, at, look)),
+        _ => {}
+    }
+}
+
+#[test]
+fn every_key_of_the_schema_is_described() {
+    let schema = json_schema();
+    let mut missing = Vec::new();
+    each_key(&schema, &schema["definitions"], "", &mut |at, schema| {
+        if schema["description"].as_str().is_none_or(str::is_empty) {
+            missing.push(at.to_owned());
+        }
+    });
+    assert_eq!(missing, [""; 0]);
+}
+
+#[test]
+fn texts_have_a_pattern_in_the_schema() {
+    let schema = json_schema();
+    for name in [
+        "Duration",
+        "Size",
+        "HostPort",
+        "ListenAddr",
+        "AdminListen",
+        "HostPattern",
+        "Network",
+        "Balance",
+        "PoolIdle",
+    ] {
+        let pattern = schema["definitions"][name]["pattern"].as_str().unwrap_or_default();
+        assert!(pattern.starts_with(r"\$\{|^(?:") && pattern.ends_with('$'), "{name}: {pattern}");
+    }
+}
+
+/// A secret in every key that takes a text, as a password in a URL and as a variable: nothing that can be said of the
+/// file shows it.
+#[test]
+fn no_output_shows_a_secret_whatever_key_it_stands_in() {
+    const CANARY: &str = "Canary4711";
+    let schema = json_schema();
+    let mut keys = BTreeSet::new();
+    each_key(&schema, &schema["definitions"], "", &mut |at, _| {
+        keys.insert(at.trim_start_matches('.').to_owned());
+    });
+    assert!(keys.len() > 120, "{}", keys.len());
+    let env = |name: &str| (name == "DB_PASSWORD").then(|| CANARY.to_owned());
+    for key in keys {
+        for value in [
+            format!("\"http://user:{CANARY}@127.0.0.1:9/\""),
+            "\"${DB_PASSWORD}\"".to_owned(),
+            "\"http://user:${DB_PASSWORD}@127.0.0.1:9/x?key=${DB_PASSWORD}\"".to_owned(),
+            format!("[\"user:{CANARY}@127.0.0.1:9\"]"),
+            format!("{{ authorization = \"Bearer {CANARY}\" }}"),
+            "{ x-tier = \"${DB_PASSWORD}\" }".to_owned(),
+        ] {
+            let text = written(&key, &value);
+            let sources = Sources(vec![Source { path: "f".into(), text: text.clone() }]);
+            let said = match load_sources(sources, &env) {
+                Ok(loaded) => {
+                    let mut said = loaded.warnings.to_string();
+                    // `explain` conceals variables itself.
+                    for index in (0..loaded.config.upstreams.len()).filter(|_| !value.contains('$')) {
+                        said += &format!("{:?}", loaded.upstream_settings(index));
+                    }
+                    let tree = crate::admin::effective_tree(&loaded.config).to_string();
+                    said + &tree
+                }
+                Err(found) => format!("{found}{:?}{}", found.lines(), found.to_json()),
+            };
+            assert!(!said.contains(CANARY) && !said.contains(&CANARY.to_ascii_lowercase()), "{text}\n{said}");
+        }
+    }
+}
+
+/// A file that sets a key of the schema, given by its path.
+fn written(key: &str, value: &str) -> String {
+    let mut upstream = String::new();
+    if key.starts_with("upstream") && key != "upstream.name" {
+        upstream = "name = \"a\"\n".to_owned();
+    }
+    match key.split_once('.') {
+        None => format!("{key} = {value}\n"),
+        Some(("upstream", rest)) => match rest.split_once('.') {
+            Some(("route", rest)) => {
+                format!("[[upstream]]\n{upstream}[[upstream.route]]\n{rest} = {value}\n")
+            }
+            _ => format!("[[upstream]]\n{upstream}{rest} = {value}\n"),
+        },
+        Some(("inbound", rest)) => match rest.split_once('.') {
+            Some((list @ ("port" | "allow"), rest)) => format!("[[inbound.{list}]]\n{rest} = {value}\n"),
+            _ => format!("[inbound]\n{rest} = {value}\n"),
+        },
+        Some((section, rest)) => format!("[{section}]\n{rest} = {value}\n"),
+    }
+}

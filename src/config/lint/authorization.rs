@@ -10,7 +10,7 @@ impl Lints<'_> {
     pub(super) fn authorization(&mut self, config: &Config) {
         self.allow(config);
         if let Some(jwt) = &config.inbound.jwt
-            && is_plain(&jwt.jwks)
+            && is_plain(jwt.jwks.expose())
         {
             let place = self.root.get("inbound").and_then(|inbound| inbound.get("jwt")?.get("jwks")?.origin);
             let help = "whoever stands between can put in keys of his own: use https://, or a file";
@@ -20,7 +20,7 @@ impl Lints<'_> {
             let Some(oauth2) = &upstream.oauth2 else { continue };
             let node = self.root.get("upstream").and_then(|list| list.item(index)?.get("oauth2"));
             let place = |key: &str| node.and_then(|node| node.get(key).or(Some(node))?.origin);
-            if is_plain(&oauth2.token_url) {
+            if is_plain(oauth2.token_url.expose()) {
                 let help = "whoever listens can take the secret: use https://";
                 self.warn(place("token_url"), "the client's secret goes over plain HTTP", help);
             }

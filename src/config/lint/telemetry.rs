@@ -22,7 +22,7 @@ impl Lints<'_> {
         if node("otlp").is_none() {
             let help = "name the collector by `otlp`, or leave this out";
             self.warn(place("protocol"), "nothing is exported: there is no `otlp`", help);
-        } else if let Some(uri) = telemetry.otlp.as_ref().and_then(|url| url.parse::<Uri>().ok()) {
+        } else if let Some(uri) = telemetry.otlp.as_ref().and_then(|url| url.expose().parse::<Uri>().ok()) {
             self.protocol(&uri, telemetry.protocol, place("otlp").or(place("protocol")));
         }
     }

@@ -53,6 +53,7 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
         check.identity(identity);
     }
     if let Some(otlp) = &config.telemetry.otlp {
+        let otlp = otlp.expose();
         let fits = ["http://", "https://"].iter().any(|scheme| otlp.starts_with(scheme));
         let fits = fits && otlp.parse::<http::Uri>().is_ok();
         let help = "write e.g. \"http://127.0.0.1:4317\"";
@@ -91,7 +92,8 @@ impl Check<'_> {
         self.expect(!jwt.issuer.is_empty(), &at("issuer"), "the issuer is empty", "write the token's `iss`");
         let help = "name at least one; a token for another service must not pass here";
         self.filled(&jwt.audiences, &at("audiences"), "there is no audience", help);
-        let fits = jwt.jwks.starts_with('/') || is_url(&jwt.jwks);
+        let jwks = jwt.jwks.expose();
+        let fits = jwks.starts_with('/') || is_url(jwks);
         self.expect(
             fits,
             &at("jwks"),

@@ -49,7 +49,7 @@ pub(in super::super) fn upstream(
     identity::upstream(&mut check, upstream, has_identity);
     if let Some(oauth2) = &upstream.oauth2 {
         check.expect(
-            is_url(&oauth2.token_url),
+            is_url(oauth2.token_url.expose()),
             &["oauth2", "token_url"],
             "this is not a URL",
             "write https://…",
@@ -144,9 +144,9 @@ impl Check<'_> {
         if let Some(path) = &matches.path {
             self.path_pattern(&["match", "path"], path);
         }
-        for (name, value) in &matches.headers {
+        for (name, value) in matches.headers.iter() {
             self.header_name(&["match", "headers", name], name);
-            self.header_value(&["match", "headers", name], value);
+            self.header_value(&["match", "headers", name], value.expose());
         }
     }
 
@@ -176,9 +176,9 @@ impl Check<'_> {
     }
 
     fn edits(&mut self, key: &str, edits: &HeaderEdits) {
-        for (name, value) in &edits.set {
+        for (name, value) in edits.set.iter() {
             self.edited(&[key, "set", name], name);
-            self.header_value(&[key, "set", name], value);
+            self.header_value(&[key, "set", name], value.expose());
         }
         for (at, name) in edits.remove.iter().enumerate() {
             self.edited(&[key, "remove", &at.to_string()], name);

@@ -102,8 +102,8 @@ impl Watch {
     /// Starts on `runtime`, the control thread's.
     pub fn start(settings: &config::Jwt, fetcher: &Fetcher, runtime: &Handle) -> Self {
         let issuer = Arc::new(Issuer::new());
-        let source = if settings.jwks.starts_with('/') {
-            let (path, mut known) = (PathBuf::from(&settings.jwks), None);
+        let source = if settings.jwks.expose().starts_with('/') {
+            let (path, mut known) = (PathBuf::from(settings.jwks.expose()), None);
             look(&path, &mut known, &issuer);
             // A look that a call asks for brings nothing that the watch does not.
             issuer.allowed.store(u64::MAX, Ordering::Release);
@@ -235,7 +235,7 @@ async fn keep(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
                 refresh.failed(now, rng.unit_f64());
                 let error = error.to_string();
                 tracing::warn!(
-                    jwks = settings.jwks,
+                    jwks = %settings.jwks,
                     error,
                     retry_in = ?refresh.due().saturating_sub(now),
                     "the keys of the token issuer cannot be fetched; what is known of them stays in use"
@@ -250,8 +250,9 @@ async fn keep(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
 }
 
 async fn fetch(settings: &config::Jwt, fetcher: &Fetcher) -> Result<(KeySet, Option<Duration>), NoKeys> {
-    let request = Request::get(&settings.jwks).header(ACCEPT, "application/jwk-set+json, application/json");
-    let request = request.body(Bytes::new()).map_err(|_| NoKeys::Url(settings.jwks.clone()))?;
+    let request =
+        Request::get(settings.jwks.expose()).header(ACCEPT, "application/jwk-set+json, application/json");
+    let request = request.body(Bytes::new()).map_err(|_| NoKeys::Url(settings.jwks.to_string()))?;
     // Read anew each time: it may have been replaced.
     let trusting = settings.ca.as_deref().map(|ca| fetcher.trusting(ca)).transpose()?;
     let answer = trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?;

@@ -75,13 +75,13 @@ fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, NoToken> {
         body.push_str("&scope=");
         body.push_str(&encoded(&settings.scopes.join(" ")));
     }
-    Request::post(&settings.token_url)
+    Request::post(settings.token_url.expose())
         .header(AUTHORIZATION, format!("Basic {}", STANDARD.encode(credentials)))
         .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
         .header(http::header::CONTENT_LENGTH, body.len())
         .header(ACCEPT, "application/json")
         .body(Bytes::from(body))
-        .map_err(|_| NoToken::Url(settings.token_url.clone()))
+        .map_err(|_| NoToken::Url(settings.token_url.to_string()))
 }
 
 /// `application/x-www-form-urlencoded` (RFC 6749 appendix B), with `%20` for a space: all who decode `+` know it, and some
@@ -141,10 +141,11 @@ fn read(answer: Response<Bytes>) -> Result<Granted, NoToken> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::redact::Secret;
 
     fn settings() -> Oauth2 {
         Oauth2 {
-            token_url: "https://id.example/token?tenant=1".to_owned(),
+            token_url: Secret::url("https://id.example/token?tenant=1"),
             client_id: "check out:1".to_owned(),
             client_secret_file: "/run/secret".into(),
             scopes: vec!["pay".to_owned(), "read:all".to_owned()],

@@ -2,9 +2,12 @@
 
 use std::fmt;
 
-use http::Uri;
+use http::{HeaderValue, Uri};
 
-use crate::config::{OtlpProtocol, Telemetry};
+use crate::{
+    config::{OtlpProtocol, Telemetry},
+    redact,
+};
 
 const HTTP_PORT: u16 = 4318;
 /// The path of traces, added where a URL names no path.
@@ -13,22 +16,29 @@ const TRACES: &str = "/v1/traces";
 /// A collector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
-    /// With the path, where there is one.
+    /// With the path, where there is one, and without userinfo.
     pub url: String,
     pub protocol: OtlpProtocol,
+    /// What the URL's userinfo is as an `Authorization` field.
+    pub credentials: Option<HeaderValue>,
 }
 
 impl Destination {
     /// As configured; none where nothing is exported.
     pub fn of(telemetry: &Telemetry) -> Option<Self> {
-        let url = telemetry.otlp.as_deref()?.trim_end_matches('/');
+        let url = telemetry.otlp.as_ref()?.expose().trim_end_matches('/');
         let uri: Uri = url.parse().ok()?;
+        let userinfo = uri.authority().and_then(|authority| authority.as_str().rsplit_once('@'));
+        let url = match userinfo {
+            Some((userinfo, _)) => url.replacen(&format!("{userinfo}@"), "", 1),
+            None => url.to_owned(),
+        };
         let by_port = if uri.port_u16() == Some(HTTP_PORT) { OtlpProtocol::Http } else { OtlpProtocol::Grpc };
         let protocol = telemetry.protocol.unwrap_or(by_port);
         let bare = matches!(uri.path(), "" | "/");
-        let url =
-            if protocol == OtlpProtocol::Http && bare { format!("{url}{TRACES}") } else { url.to_owned() };
-        Some(Self { url, protocol })
+        let url = if protocol == OtlpProtocol::Http && bare { format!("{url}{TRACES}") } else { url };
+        let credentials = uri.authority().and_then(redact::basic_credentials);
+        Some(Self { url, protocol, credentials })
     }
 
     pub fn is_secure(&self) -> bool {
@@ -42,18 +52,28 @@ impl fmt::Display for Destination {
             OtlpProtocol::Grpc => "gRPC",
             OtlpProtocol::Http => "HTTP",
         };
-        write!(f, "{} (OTLP over {protocol})", self.url)
+        write!(f, "{} (OTLP over {protocol})", redact::url(&self.url))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::redact::Secret;
+
+    #[test]
+    fn userinfo_is_sent_as_a_field_and_shown_nowhere() {
+        let otlp = Some(Secret::url("http://user:pw@c:4318"));
+        let to = Destination::of(&Telemetry { otlp, ..Telemetry::default() }).unwrap();
+        assert_eq!(to.url, "http://c:4318/v1/traces");
+        assert_eq!(to.credentials.as_ref().unwrap(), "Basic dXNlcjpwdw==");
+        assert!(!format!("{to} {to:?}").contains("pw"), "{to:?}");
+    }
 
     #[test]
     fn the_port_tells_the_protocol_and_a_bare_address_gets_the_path() {
         let of = |otlp: &str, protocol| {
-            let telemetry = Telemetry { otlp: Some(otlp.to_owned()), protocol, ..Telemetry::default() };
+            let telemetry = Telemetry { otlp: Some(Secret::url(otlp)), protocol, ..Telemetry::default() };
             Destination::of(&telemetry).map(|to| (to.url, to.protocol))
         };
         let (grpc, http) = (OtlpProtocol::Grpc, OtlpProtocol::Http);

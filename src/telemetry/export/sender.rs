@@ -6,9 +6,13 @@ use std::{
     time::Duration,
 };
 
+use http::header::AUTHORIZATION;
 use opentelemetry_otlp::{
     Protocol, SpanExporter, WithExportConfig, WithHttpConfig, WithTonicConfig,
-    tonic_types::transport::{Certificate, ClientTlsConfig},
+    tonic_types::{
+        metadata::MetadataMap,
+        transport::{Certificate, ClientTlsConfig},
+    },
 };
 use opentelemetry_sdk::{
     Resource,
@@ -179,6 +183,10 @@ fn exporter(to: &Destination, failure: &Failure) -> Result<SpanExporter, String>
                 };
                 builder = builder.with_tls_config(tls);
             }
+            if let Some(credentials) = &to.credentials {
+                let fields = [(AUTHORIZATION, credentials.clone())];
+                builder = builder.with_metadata(MetadataMap::from_headers(fields.into_iter().collect()));
+            }
             builder.build()
         }
         OtlpProtocol::Http => {
@@ -187,8 +195,11 @@ fn exporter(to: &Destination, failure: &Failure) -> Result<SpanExporter, String>
             if let Some(path) = &roots {
                 fetcher = fetcher.trusting(path).map_err(|error| error.to_string())?;
             }
+            let credentials = to.credentials.as_ref().and_then(|field| field.to_str().ok());
+            let headers = credentials.map(|field| ("authorization".to_owned(), field.to_owned()));
             SpanExporter::builder()
                 .with_http()
+                .with_headers(headers.into_iter().collect())
                 .with_protocol(Protocol::HttpBinary)
                 .with_endpoint(&to.url)
                 .with_http_client(Client { fetcher, patience: patience(), failure: failure.clone() })

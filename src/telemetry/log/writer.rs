@@ -1,6 +1,7 @@
 //! A thread that writes lines, fed by a bounded channel.
 
 use std::{
+    borrow::Cow,
     io::{self, Write},
     sync::{
         Arc,
@@ -11,6 +12,8 @@ use std::{
 };
 
 use tracing_subscriber::fmt::MakeWriter;
+
+use crate::redact;
 
 /// Lines that may wait for a slow reader; then they are lost and counted.
 const QUEUE: usize = 4096;
@@ -113,8 +116,22 @@ impl Write for Line<'_> {
 impl Drop for Line<'_> {
     fn drop(&mut self) {
         if !self.bytes.is_empty() {
-            self.lines.send(std::mem::take(&mut self.bytes));
+            self.lines.send(without_credentials(std::mem::take(&mut self.bytes)));
         }
+    }
+}
+
+/// A line in which no URL shows its userinfo, wherever it comes from: the texts of libraries' errors name URLs, too.
+fn without_credentials(line: Vec<u8>) -> Vec<u8> {
+    if !line.contains(&b'@') {
+        return line;
+    }
+    match String::from_utf8(line) {
+        Ok(text) => match redact::without_userinfo(&text) {
+            Cow::Borrowed(_) => text.into_bytes(),
+            Cow::Owned(shown) => shown.into_bytes(),
+        },
+        Err(bytes) => bytes.into_bytes(),
     }
 }
 
