@@ -19,6 +19,7 @@
 //! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
 //! | [`kubernetes`] | the sidecar put into pods, by a command or a webhook |
 //! | [`http1`] | HTTP/1.1 on the wire: heads, bodies, the bytes on their way |
+//! | [`http2`] | HTTP/2 on the wire: bodies, tunnels, and what its frames tell of a connection |
 //! | [`present`] | which fields a head has that the proxy acts on |
 //! | [`fetch`] | calls that the proxy makes for itself |
 //! | [`descriptors`] | what a connection needs of this process: descriptors, ports |
@@ -45,6 +46,7 @@ pub mod descriptors;
 pub mod discovery;
 pub mod fetch;
 pub mod http1;
+pub mod http2;
 pub mod identity;
 pub mod kubernetes;
 pub mod present;

@@ -10,7 +10,7 @@ use super::{
     merge::merge_tables,
     node::{Entry, Node, Table, Value},
     read::{read, unknown_key},
-    schema::MAX_CONNECTION_AGE,
+    schema::{MAX_CONNECTION_AGE, PING_INTERVAL, PING_TIMEOUT},
     security::{Allow, Identity, Jwt, Mtls, Oauth2, TlsMode, UpstreamTls},
     validate,
 };
@@ -110,6 +110,12 @@ pub(super) struct UpstreamKeys {
     /// Then, with jitter, a new one takes its place. 0 = none.
     #[serde(default = "max_connection_age")]
     max_connection_age: HumanDuration,
+    /// HTTP/2: an endpoint that says nothing for this long while streams are open is sent a PING. 0 = none.
+    #[serde(default = "ping_interval")]
+    ping_interval: HumanDuration,
+    /// HTTP/2: a connection whose endpoint does not answer a PING in this time gets no more requests.
+    #[serde(default = "ping_timeout")]
+    ping_timeout: HumanDuration,
     /// Gets the token that every call carries.
     #[serde(default)]
     oauth2: Option<Oauth2>,
@@ -117,6 +123,14 @@ pub(super) struct UpstreamKeys {
 
 fn max_connection_age() -> HumanDuration {
     MAX_CONNECTION_AGE
+}
+
+fn ping_interval() -> HumanDuration {
+    PING_INTERVAL
+}
+
+fn ping_timeout() -> HumanDuration {
+    PING_TIMEOUT
 }
 
 /// `[[upstream.route]]` without its policy keys, as written.
@@ -280,6 +294,8 @@ fn upstream(
         pool_idle_timeout: keys.pool_idle_timeout,
         header_case: keys.header_case,
         max_connection_age: keys.max_connection_age,
+        ping_interval: keys.ping_interval,
+        ping_timeout: keys.ping_timeout,
         oauth2: keys.oauth2,
         policy: policy?,
         routes,

@@ -179,6 +179,10 @@ pub enum AccessLog {
 
 /// The default of `max_connection_age`.
 pub(super) const MAX_CONNECTION_AGE: HumanDuration = HumanDuration::from_secs(600);
+/// The default of `ping_interval`.
+pub(super) const PING_INTERVAL: HumanDuration = HumanDuration::from_secs(60);
+/// The default of `ping_timeout`.
+pub(super) const PING_TIMEOUT: HumanDuration = HumanDuration::from_secs(2);
 
 /// `[[upstream]]`, resolved: a service that is called.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -198,6 +202,10 @@ pub struct Upstream {
     pub header_case: HeaderCase,
     /// With jitter; then a new one. HTTP/2 and gRPC rebalance so.
     pub max_connection_age: HumanDuration,
+    /// HTTP/2: without a byte from the endpoint for this long while streams are open, a PING is sent.
+    pub ping_interval: HumanDuration,
+    /// HTTP/2: how long the answer to a PING is awaited.
+    pub ping_timeout: HumanDuration,
     /// Gets the token that every call carries.
     pub oauth2: Option<Oauth2>,
     pub policy: Policy,
@@ -432,6 +440,8 @@ impl Upstream {
             pool_idle_timeout: PoolIdle::default(),
             header_case: HeaderCase::default(),
             max_connection_age: MAX_CONNECTION_AGE,
+            ping_interval: PING_INTERVAL,
+            ping_timeout: PING_TIMEOUT,
             oauth2: None,
             policy,
             routes: Vec::new(),

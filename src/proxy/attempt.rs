@@ -21,6 +21,7 @@ use crate::{
         connect::ConnectError,
         guards::Guards,
         http1::{Head, Told},
+        http2::pool::Http2Pool,
         local::LocalEndpoint,
         pool::{AnswerError, ConnectionSettings, Pool},
     },
@@ -103,6 +104,8 @@ pub struct Means<'a> {
     pub interim: Option<&'a Interim>,
     /// Holds the body back until the endpoint has said `100 Continue`.
     pub gate: Option<Rc<Gate>>,
+    /// The request has a body.
+    pub uploads: bool,
 }
 
 /// Sends a request to an endpoint. `body` makes its body once there is a connection, and is told whether that has been
@@ -115,16 +118,16 @@ pub async fn send(
     began: Instant,
     body: impl FnOnce(bool) -> RequestBody,
 ) -> Result<Answer, Failed> {
-    let Means { name, endpoint, settings, guards, interim, gate } = means;
+    let Means { name, endpoint, settings, guards, interim, gate, uploads } = means;
     let in_flight = endpoint.ask(began.into_std());
     let lease = match outgoing.version {
-        Version::HTTP_2 => Pool::h2(endpoint, settings, guards).await,
+        Version::HTTP_2 => Http2Pool::stream(endpoint, settings, guards, uploads).await,
         _ => Pool::h1(endpoint, settings, guards, began).await,
     };
     let mut lease = lease.map_err(|error| {
         let failure = match error {
-            // Our own limit says nothing about the upstream.
-            ConnectError::Limit { .. } => {
+            // That there was no turn for it says nothing about the upstream's health.
+            ConnectError::Limit { .. } | ConnectError::Streams { .. } => {
                 return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
             }
             ConnectError::Timeout { .. } => ConnectFailure::Timeout,
@@ -152,14 +155,11 @@ pub async fn send(
             let answered = answered.map(|head| (head.present, head.into_response()));
             answered.map_err(|error| (error.into(), !lease.sent_anything()))
         }
-        Lease::H2 { stream, body: coming, .. } => {
-            let request = outgoing.request(last).map(|()| body);
-            let answered = stream.sender().try_send_request(request).await;
-            let answered = answered.map(|response| response.map(|body| *coming = Some(body)));
-            answered.map(|response| (Present::of(response.headers()), response)).map_err(|mut failed| {
-                let unsent = failed.take_message().is_some();
-                (AnswerError::from(failed.into_error()), unsent)
-            })
+        Lease::H2 { stream, .. } => {
+            let answered = stream.send(outgoing.request(last), body).await;
+            answered
+                .map(|response| (Present::of(response.headers()), response))
+                .map_err(|failed| (AnswerError::from(failed.error), failed.unsent))
         }
     };
     match answered {
@@ -189,8 +189,8 @@ fn classify(
     }
     let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {
-        let left_gracefully = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
-        h2.reason() == Some(h2::Reason::REFUSED_STREAM) || left_gracefully
+        // `h2` gives the endpoint's GOAWAY as the error of streams above its last id only, whatever its code.
+        h2.reason() == Some(h2::Reason::REFUSED_STREAM) || (h2.is_go_away() && h2.is_remote())
     });
     if refused {
         let detail = format!("{name}: {address} refused the stream before it was processed");

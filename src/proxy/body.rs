@@ -13,7 +13,7 @@ use crate::{http1, upstream::pool::AnswerError};
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     #[error(transparent)]
-    Peer(#[from] hyper::Error),
+    Peer(#[from] h2::Error),
     #[error(transparent)]
     Answer(#[from] AnswerError),
     #[error(transparent)]

@@ -168,7 +168,7 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
             FailureKind::PeerIdentity | FailureKind::NoCertificate => Cause::PeerIdentity,
             _ => Cause::TlsFailure,
         },
-        ConnectError::Limit { .. } => {
+        ConnectError::Limit { .. } | ConnectError::Streams { .. } => {
             return ProxyError::new(Cause::LimitFull, format!("{name}: {error}"))
                 .retry_after(Duration::from_secs(1));
         }
@@ -248,7 +248,7 @@ pub async fn open_tunnel(
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
     let allowed = |address| check_address(view, connection, &target, address);
     let dialled = dial_allowed(connection, &target.local, tls, allowed).await?;
-    let upgrade = connection.upgrade(request);
+    let upgrade = connection.upgrade();
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {
         let _open = inside.worker.shared.metrics.outbound.opened();

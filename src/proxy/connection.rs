@@ -7,7 +7,6 @@ mod tls;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    convert::Infallible,
     future::Future,
     io,
     net::SocketAddr,
@@ -19,9 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response};
-use hyper::{body::Incoming, upgrade::OnUpgrade};
-use hyper_util::rt::TokioIo;
+use http::HeaderValue;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
@@ -31,20 +28,17 @@ use tokio::{
 
 use super::{
     accept::Side,
-    body::{CallerBody, ResponseBody},
-    call, connect,
+    connect,
     error::ProxyError,
     interim::Interim,
     io::{Io, SharedTcp},
     progress::Progress,
     redirected,
-    room::Room,
     target,
 };
 use crate::{
     config::{HostPort, Mtls, Protocol},
     identity::{Peer, SpiffeId, xfcc},
-    present::Present,
     runtime::{Phase, Worker, connections, drain_phase},
     telemetry::metrics::{Awaited, Detected},
 };
@@ -86,7 +80,7 @@ pub struct Connection {
     pub redirected_to: Option<SocketAddr>,
     /// Inside a CONNECT tunnel, whom it leads to.
     pub tunnel_to: Option<HostPort>,
-    /// The exchange that HTTP/1 carries now, or the one HTTP/2 has just begun.
+    /// The exchange that HTTP/1 carries now.
     exchange: RefCell<Option<Rc<Progress>>>,
     /// Takes the stream, once the answer to the call under way has changed the protocol.
     handover: RefCell<Option<oneshot::Sender<Box<dyn Io>>>>,
@@ -134,7 +128,7 @@ pub enum ConnectionError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]
-    Http(#[from] hyper::Error),
+    Http(#[from] h2::Error),
     #[error(transparent)]
     Refused(#[from] ProxyError),
     #[error("{0}")]
@@ -289,44 +283,22 @@ impl Connection {
         }
     }
 
-    /// Begins a call that came by HTTP/2. Not `async`: what is set here must be set before hyper hands the future on.
-    fn call(
-        self: Rc<Self>,
-        request: Request<Incoming>,
-    ) -> impl Future<Output = Result<Response<ResponseBody>, Infallible>> {
-        let progress = Rc::new(Progress::new(Instant::now()));
-        self.exchange.replace(Some(Rc::clone(&progress)));
-        let present = Present::of(request.headers());
-        let mut request = request.map(CallerBody::Http2);
-        // In a room of its own, as hyper moves it about.
-        Room::new(async move { Ok(call::answer(&self, &mut request, present, &progress).await) })
-    }
-
     /// The stream of a call, for when its answer changes the protocol.
-    pub fn upgrade<B>(&self, request: &mut Request<B>) -> Upgrade {
-        if self.http2.get() {
-            return Upgrade::Http2(hyper::upgrade::on(request));
-        }
+    pub fn upgrade(&self) -> Upgrade {
         let (handover, stream) = oneshot::channel();
         self.handover.replace(Some(handover));
-        Upgrade::Http1(stream)
+        Upgrade(stream)
     }
 }
 
 /// A stream that changes its protocol.
 #[derive(Debug)]
-pub enum Upgrade {
-    Http1(oneshot::Receiver<Box<dyn Io>>),
-    Http2(OnUpgrade),
-}
+pub struct Upgrade(oneshot::Receiver<Box<dyn Io>>);
 
 impl Upgrade {
     /// The stream, from where the new protocol begins. `None`: it did not come about.
     pub async fn stream(self) -> Option<Box<dyn Io>> {
-        match self {
-            Self::Http1(stream) => stream.await.ok(),
-            Self::Http2(upgrade) => Some(Box::new(TokioIo::new(upgrade.await.ok()?))),
-        }
+        self.0.await.ok()
     }
 }
 

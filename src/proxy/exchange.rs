@@ -40,7 +40,7 @@ use crate::{
     },
     runtime::View,
     telemetry::record::{Try, Why},
-    upstream::{balance::hash_key, guards::Guards, local::LocalEndpoint, pool::ConnectionSettings},
+    upstream::{balance::hash_key, guards::Guards, http2::PingSettings, local::LocalEndpoint, pool::ConnectionSettings},
 };
 
 /// What holds for a call, whichever upstream serves it in the end.
@@ -105,7 +105,7 @@ pub async fn run(
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
     let grpc = progress.note(|record| record.grpc).unwrap_or_default();
-    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(request));
+    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade());
     let callers_version = request.version();
     let version = version_for(cluster.settings.protocol, callers_version);
     let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
@@ -134,7 +134,7 @@ pub async fn run(
     let users = view.snapshot.gate.as_ref().and_then(|gate| gate.users.as_ref());
     let users = users.filter(|users| connection.side == Side::Inbound && !users.claim_headers.is_empty());
     let claims = users.map(|users| Arc::clone(&users.claim_headers));
-    let limit = retries.body_limit(request.method(), call.idempotency_key);
+    let limit = retries.body_limit(request.method(), call.idempotency_key, version == Version::HTTP_2);
     let replay = Replay::new(take(request.body_mut()), limit, claims, progress);
     let mut outgoing = head::outgoing(
         request,
@@ -265,6 +265,11 @@ async fn serve<'a>(
             header_case: settings.header_case,
             // Drawn anew, so that not all connections end at once.
             max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
+            ping: PingSettings {
+                interval: settings.ping_interval.limit(),
+                timeout: settings.ping_timeout.0,
+            },
+            stream_wait: policy.limits.0.unwrap_or_default().pending_timeout.0,
             tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(carried.outgoing.host())),
         },
         hash,

@@ -1,12 +1,10 @@
 //! The byte streams that connections run on.
 
 use std::{
-    cell::Cell,
     fmt, io,
     mem::MaybeUninit,
     net::SocketAddr,
     pin::Pin,
-    rc::Rc,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -17,7 +15,6 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
-    time::Instant,
 };
 
 /// A TCP stream that can be looked at while something else owns its reading and writing: the pool asks whether an
@@ -206,91 +203,5 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// A stream that notes since when its peer has taken nothing of what is to be written.
-#[derive(Debug)]
-pub struct Noted<S> {
-    stream: S,
-    blocked: Rc<Cell<Option<Instant>>>,
-}
-
-impl<S> Noted<S> {
-    pub fn new(stream: S, blocked: &Rc<Cell<Option<Instant>>>) -> Self {
-        Self { stream, blocked: Rc::clone(blocked) }
-    }
-
-    fn note<T>(&self, polled: Poll<T>) -> Poll<T> {
-        match &polled {
-            Poll::Pending => self.blocked.set(Some(self.blocked.get().unwrap_or_else(Instant::now))),
-            Poll::Ready(_) => self.blocked.set(None),
-        }
-        polled
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Noted<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.note(written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.note(written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let closed = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.note(closed)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
-
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn it_is_known_since_when_nothing_is_taken() {
-        let (mut caller, stream) = duplex(10);
-        let blocked = Rc::default();
-        let mut io = Noted::new(stream, &blocked);
-        io.write_all(&[0; 10]).await.unwrap();
-        assert_eq!(blocked.get(), None);
-        let begun = Instant::now();
-        let takes = async {
-            tokio::time::sleep(Duration::from_secs(7)).await;
-            assert_eq!(blocked.get(), Some(begun));
-            caller.read_exact(&mut [0; 20]).await
-        };
-        let (written, read) = tokio::join!(io.write_all(&[0; 10]), takes);
-        written.unwrap();
-        assert_eq!(read.unwrap(), 20);
-        assert_eq!(blocked.get(), None);
     }
 }

@@ -31,7 +31,7 @@ use crate::{
         budget::Unsent,
         classify::{Advice, Ending, Outcome},
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
-        retry::{Body as ReplayState, Decision, Moment, Reason, Tried},
+        retry::{Body as ReplayState, Decision, MOST_RESENT, Moment, Reason, Tried},
     },
     telemetry::{
         propagation::{Context, Span},
@@ -80,6 +80,8 @@ pub(super) struct SoFar {
     pub counted: u32,
     /// The one that mends a race of our own pool was used up.
     pub free_used: bool,
+    /// How often it was sent again for having surely not been sent.
+    pub resent: u32,
     /// The endpoints that failed.
     pub tried: Vec<usize>,
     /// Until when it waits for an upstream that is not there, once it has begun to.
@@ -101,7 +103,7 @@ impl Exchange<'_> {
     /// Tries until there is an answer to give, or no further try may follow.
     pub(super) async fn tries(&self, carried: &mut Carried) -> Result<Ended, ProxyError> {
         let (connection, progress) = (self.call.connection, self.call.progress);
-        let mut so_far = SoFar { counted: 1, free_used: false, tried: Vec::new(), patience: None };
+        let mut so_far = SoFar { counted: 1, free_used: false, resent: 0, tried: Vec::new(), patience: None };
         let mut last_end: Option<Ended> = None;
         // Another try was decided, and what it takes from the budget, if it is not the free one. Not sent, it goes back.
         let mut again: Option<Option<Unsent<'_>>> = None;
@@ -168,7 +170,8 @@ impl Exchange<'_> {
                 .divides_clients_deadline()
                 .then(|| self.guards().watch_usual_latency(now.into_std()).get());
             carried.clock.begin_try(now, more && may_repeat, usual.flatten());
-            let last = !more && so_far.free_used && !carried.outgoing.keep;
+            let no_free = so_far.free_used && so_far.resent >= MOST_RESENT;
+            let last = !more && no_free && !carried.outgoing.keep;
             let over = self.attempt(Asked { index, permit, last }, now, carried, &mut so_far).await;
             let index = over.index;
             let ended = self.judge(over, &carried.replay, &carried.clock);
@@ -202,6 +205,7 @@ impl Exchange<'_> {
                 idempotency_key: self.call.idempotency_key,
                 tries: so_far.counted,
                 free_used: so_far.free_used,
+                resent: so_far.resent,
                 body: match carried.replay.replayable() {
                     Replayable::Untouched => ReplayState::Untouched,
                     Replayable::Kept => ReplayState::Replayable,
@@ -236,7 +240,9 @@ impl Exchange<'_> {
                 }
             };
             again = Some((!retry.free).then(|| self.guards().budget.hold(now)));
-            if retry.free {
+            if retry.free && outcome.is_unsent() {
+                so_far.resent += 1;
+            } else if retry.free {
                 so_far.free_used = true;
             } else {
                 so_far.counted += 1;
@@ -389,6 +395,7 @@ impl Exchange<'_> {
             guards: self.guards(),
             interim: self.call.interim.then_some(&self.call.connection.interim),
             gate: opened_by,
+            uploads: !replay.is_empty(),
         };
         attempt::send(means, outgoing, last, began, body)
     }

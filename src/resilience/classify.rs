@@ -197,6 +197,16 @@ impl Outcome {
         ending || self.advice() == Advice::Elsewhere
     }
 
+    /// Whether the request counts as never sent (RFC 9113 §8.7): its stream was refused or lay above the last id of a GOAWAY,
+    /// or its connection ended before a byte of it was written.
+    pub fn is_unsent(&self) -> bool {
+        match self.ending {
+            Ending::RefusedStream => true,
+            Ending::Reset(reset) => !reset.request_sent && !reset.is_stale(),
+            _ => false,
+        }
+    }
+
     /// Whether `retry.on` means this outcome by that word.
     pub fn meets(&self, condition: Condition) -> bool {
         use Condition as C;

@@ -13,6 +13,7 @@ pub mod backoff;
 pub mod breaker;
 pub mod budget;
 pub mod classify;
+pub mod conduct;
 pub mod deadline;
 pub mod fallback;
 pub mod fault;

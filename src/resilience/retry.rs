@@ -4,7 +4,7 @@ mod decide;
 #[cfg(test)]
 mod tests;
 
-pub use decide::{Body, Decision, Moment, Reason, Retry, RetryPolicy, Tried};
+pub use decide::{Body, Decision, MOST_RESENT, Moment, Reason, Retry, RetryPolicy, Tried};
 
 use std::{fmt, str::FromStr};
 

@@ -78,6 +78,7 @@ impl Row {
                 idempotency_key: false,
                 tries,
                 free_used: false,
+                resent: 0,
                 body: Body::Untouched,
                 committed: false,
             };

@@ -35,6 +35,10 @@ pub enum ConnectError {
     Timeout { address: SocketAddr, limit: Duration },
     #[error("{limit} connections to this upstream are open already (`limits.max_connections`)")]
     Limit { limit: u32 },
+    #[error(
+        "no HTTP/2 stream was free within {waited:?}: the endpoint takes {limit} at a time on a connection (SETTINGS_MAX_CONCURRENT_STREAMS), and {connections} connections are open"
+    )]
+    Streams { limit: u32, connections: usize, waited: Duration },
     #[error("HTTP/2 handshake with {address} failed ({reason})")]
     Handshake { address: SocketAddr, reason: String },
     #[error("{address}: {failure}")]

@@ -7,6 +7,7 @@ mod endpoint;
 pub mod guards;
 pub mod health;
 pub mod http1;
+pub mod http2;
 mod idle;
 pub mod local;
 pub mod outcomes;

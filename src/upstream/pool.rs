@@ -1,7 +1,7 @@
 //! The connections of one worker to one endpoint.
 //!
 //! HTTP/1.1: idle connections on a stack, the freshest first, so that the surplus grows old and is closed.
-//! HTTP/2: a few connections that carry many streams; another is opened above [`STREAMS_PER_CONNECTION`].
+//! HTTP/2: a few connections that carry many streams ([`super::http2::pool`]).
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,14 +15,13 @@ use std::{
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame};
-use hyper::{body::Incoming, client::conn::http2};
-use hyper_util::rt::TokioIo;
-use tokio::{sync::Notify, task::spawn_local, time::Instant};
+use tokio::time::Instant;
 
 use super::{
-    connect::{ConnectError, Connected, Proof, TlsTarget, connect},
-    guards::{ConnectionSlot, Guards},
+    connect::{ConnectError, Proof, TlsTarget},
+    guards::Guards,
     http1::Http1,
+    http2::{PingSettings, Stream, pool::Http2Pool},
     idle::{Learned, keep_alive_timeout},
     local::LocalEndpoint,
     stream::UpstreamIo,
@@ -30,19 +29,14 @@ use super::{
 use crate::{
     config::{HeaderCase, PoolIdle},
     http1,
-    identity::{handshake::Speaks, tls::ClientTls},
-    proxy::body::RequestBody,
+    identity::tls::ClientTls,
     resilience::classify::Loss,
-    runtime::LocalExecutor,
 };
 
 /// Idle HTTP/1.1 connections kept per worker and endpoint.
 const MAX_IDLE: usize = 512;
-/// Streams in flight on an HTTP/2 connection above which another connection is opened.
-const STREAMS_PER_CONNECTION: u32 = 64;
 /// How long an idle HTTP/1.1 connection is kept where nothing better is known: Node closes after 5 s.
 const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
-const H2_IDLE: Duration = Duration::from_secs(50);
 /// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
 const SURELY_FRESH: Duration = Duration::from_millis(1);
 
@@ -56,34 +50,18 @@ pub struct ConnectionSettings {
     pub max_age: Option<Duration>,
     /// None: plain.
     pub tls: Option<TlsTarget>,
+    pub ping: PingSettings,
+    /// How long a request waits for a stream where the endpoint takes no more on the connections that there are.
+    pub stream_wait: Duration,
 }
 
 /// The connections to one endpoint.
 #[derive(Debug, Default)]
 pub struct Pool {
     idle: RefCell<Vec<Http1>>,
-    h2: RefCell<Vec<Rc<H2>>>,
-    dialling: RefCell<Option<Rc<Dialling>>>,
+    pub h2: Http2Pool,
     /// What the upstream's closes have taught about its idle time.
     learned: Cell<Learned>,
-}
-
-/// An HTTP/2 connection.
-#[derive(Debug)]
-pub struct H2 {
-    sender: http2::SendRequest<RequestBody>,
-    streams: Cell<u32>,
-    idle_since: Cell<Instant>,
-    retire_at: Option<Instant>,
-    proof: Option<Box<Proof>>,
-    loss: Loss,
-}
-
-/// One dial that several calls wait for.
-#[derive(Debug, Default)]
-struct Dialling {
-    done: RefCell<Option<Result<Rc<H2>, ConnectError>>>,
-    wake: Notify,
 }
 
 /// A connection, or a stream of one, held by a call.
@@ -94,22 +72,10 @@ pub enum Lease {
         endpoint: Rc<LocalEndpoint>,
         reused: bool,
     },
-    /// `body`: of its answer, once that has begun.
     H2 {
         stream: Stream,
         reused: bool,
-        body: Option<Incoming>,
     },
-}
-
-/// Counts a stream until it is dropped.
-#[derive(Debug)]
-pub struct Stream(Rc<H2>);
-
-impl Stream {
-    pub fn sender(&self) -> http2::SendRequest<RequestBody> {
-        self.0.sender.clone()
-    }
 }
 
 /// Why there is no answer, or no more of it.
@@ -118,7 +84,7 @@ pub enum AnswerError {
     #[error(transparent)]
     Http1(#[from] http1::Error),
     #[error(transparent)]
-    Http2(#[from] hyper::Error),
+    Http2(#[from] h2::Error),
 }
 
 impl AnswerError {
@@ -126,7 +92,7 @@ impl AnswerError {
     pub fn is_malformed(&self) -> bool {
         match self {
             Self::Http1(error) => error.is_malformed(),
-            Self::Http2(error) => error.is_parse(),
+            Self::Http2(_) => false,
         }
     }
 
@@ -134,7 +100,7 @@ impl AnswerError {
     pub fn h2(&self) -> Option<&h2::Error> {
         match self {
             Self::Http1(_) => None,
-            Self::Http2(error) => std::error::Error::source(error)?.downcast_ref(),
+            Self::Http2(error) => Some(error),
         }
     }
 }
@@ -201,27 +167,6 @@ impl Pool {
         }
     }
 
-    /// A stream of an HTTP/2 connection: of one that has room, else of a new one that all who wait share.
-    pub async fn h2(
-        endpoint: &Rc<LocalEndpoint>,
-        settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
-    ) -> Result<Lease, ConnectError> {
-        loop {
-            if let Some(connection) = endpoint.pool.h2_with_room(settings) {
-                return Ok(Lease::H2 { stream: Stream::new(connection), reused: true, body: None });
-            }
-            let running = endpoint.pool.dialling.borrow().clone();
-            let dialling = running.unwrap_or_else(|| Dialling::start(endpoint, settings.clone(), guards));
-            let connection = dialling.finished().await?;
-            if connection.streams.get() < STREAMS_PER_CONNECTION
-                && fits(connection.proof.as_deref(), settings)
-            {
-                return Ok(Lease::H2 { stream: Stream::new(connection), reused: false, body: None });
-            }
-        }
-    }
-
     /// Closes a connection that lies idle, if there is one; its place is free when its task has ended.
     pub fn close_idle(&self) {
         let mut idle = self.idle.borrow_mut();
@@ -230,37 +175,14 @@ impl Pool {
             drop(idle.remove(0));
             return;
         }
-        let mut h2 = self.h2.borrow_mut();
-        if let Some(index) = h2.iter().position(|connection| connection.streams.get() == 0) {
-            drop(h2.remove(index));
-        }
-    }
-
-    fn h2_with_room(&self, settings: &ConnectionSettings) -> Option<Rc<H2>> {
-        let now = Instant::now();
-        self.retire_h2(now);
-        let connections = self.h2.borrow();
-        let usable = |connection: &&Rc<H2>| {
-            connection.streams.get() < STREAMS_PER_CONNECTION && fits(connection.proof.as_deref(), settings)
-        };
-        connections.iter().find(usable).cloned()
-    }
-
-    /// Old or closed connections get no new streams; they end when the streams they carry have.
-    fn retire_h2(&self, now: Instant) {
-        self.h2.borrow_mut().retain(|connection| {
-            let old = connection.retire_at.is_some_and(|at| now >= at);
-            let idle = connection.streams.get() == 0
-                && now.saturating_duration_since(connection.idle_since.get()) >= H2_IDLE;
-            !connection.sender.is_closed() && !old && !idle
-        });
+        drop(idle);
+        self.h2.close_idle();
     }
 
     /// Closes what has been idle for too long. Called about once a second.
     pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>) {
         let now = Instant::now();
         self.idle.borrow_mut().retain(|connection| is_of(connection.proof(), tls));
-        self.h2.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
         self.idle.borrow_mut().retain_mut(|connection| {
             let age = now.saturating_duration_since(connection.idle_since);
             connection.listen();
@@ -270,54 +192,17 @@ impl Pool {
             }
             age < self.idle_limit(connection, setting, now) && !connection.is_retired(now)
         });
-        self.retire_h2(now);
+        self.h2.sweep(tls);
     }
 
     /// How many connections lie idle.
     pub fn idle_connections(&self) -> usize {
-        self.idle.borrow().len() + self.h2.borrow().iter().filter(|c| c.streams.get() == 0).count()
-    }
-}
-
-impl H2 {
-    async fn open(
-        endpoint: &LocalEndpoint,
-        settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
-    ) -> Result<Rc<Self>, ConnectError> {
-        let address = endpoint.shared.address;
-        let slot = ConnectionSlot::take(guards).await?;
-        let connected = connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::H2).await?;
-        let slot = slot.opened(connected.protection());
-        let Connected { io, proof, .. } = connected;
-        let (sender, connection) = http2::Builder::new(LocalExecutor)
-            .timer(hyper_util::rt::TokioTimer::new())
-            .max_header_list_size(http1::MAX_HEAD_BYTES as u32)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(2 << 20)
-            .keep_alive_interval(Duration::from_secs(60))
-            .keep_alive_timeout(Duration::from_secs(20))
-            .handshake(TokioIo::new(io))
-            .await
-            .map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
-        spawn_local(async move {
-            let _slot = slot;
-            let _ = connection.await;
-        });
-        let now = Instant::now();
-        Ok(Rc::new(Self {
-            sender,
-            streams: Cell::new(0),
-            idle_since: Cell::new(now),
-            retire_at: retire_at(settings, proof.as_deref(), now),
-            proof,
-            loss: Loss::default(),
-        }))
+        self.idle.borrow().len() + self.h2.idle()
     }
 }
 
 /// Whether a connection leads to whom a call wants.
-fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool {
+pub(super) fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool {
     match (proof, &settings.tls) {
         (None, None) => true,
         (Some(proof), Some(target)) => proof.fits(target),
@@ -326,7 +211,7 @@ fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool {
 }
 
 /// Whether a connection was made by the settings of now.
-fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool {
+pub(super) fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool {
     match (proof, tls) {
         (None, None) => true,
         (Some(proof), Some(client)) => proof.is_of(client),
@@ -348,56 +233,13 @@ pub(super) fn retire_at(
     }
 }
 
-impl Dialling {
-    /// Dials in a task of its own: a call that gives up must not take the others' connection with it.
-    fn start(endpoint: &Rc<LocalEndpoint>, settings: ConnectionSettings, guards: &Arc<Guards>) -> Rc<Self> {
-        let dialling = Rc::new(Self::default());
-        endpoint.pool.dialling.replace(Some(Rc::clone(&dialling)));
-        let (endpoint, done, guards) = (Rc::clone(endpoint), Rc::clone(&dialling), Arc::clone(guards));
-        spawn_local(async move {
-            let result = H2::open(&endpoint, &settings, &guards).await;
-            if let Ok(connection) = &result {
-                endpoint.pool.h2.borrow_mut().push(Rc::clone(connection));
-            }
-            endpoint.pool.dialling.replace(None);
-            done.done.replace(Some(result));
-            done.wake.notify_waiters();
-        });
-        dialling
-    }
-
-    async fn finished(&self) -> Result<Rc<H2>, ConnectError> {
-        loop {
-            let woken = self.wake.notified();
-            if let Some(result) = &*self.done.borrow() {
-                return result.clone();
-            }
-            woken.await;
-        }
-    }
-}
-
-impl Stream {
-    fn new(connection: Rc<H2>) -> Self {
-        connection.streams.set(connection.streams.get() + 1);
-        Self(connection)
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        self.0.streams.set(self.0.streams.get().saturating_sub(1));
-        self.0.idle_since.set(Instant::now());
-    }
-}
-
 impl Lease {
     /// Whether the connection has carried a request before: then its silent end says nothing about the upstream.
     pub fn reused(&self) -> bool {
         match self {
             Self::H1 { reused, .. } => *reused,
             // With other streams on it, it did not lie idle.
-            Self::H2 { stream, reused, .. } => *reused && stream.0.streams.get() == 1,
+            Self::H2 { stream, reused } => *reused && stream.is_alone(),
         }
     }
 
@@ -405,7 +247,7 @@ impl Lease {
     pub fn loss(&self) -> Option<&Loss> {
         match self {
             Self::H1 { .. } => None,
-            Self::H2 { stream, .. } => Some(&stream.0.loss),
+            Self::H2 { stream, .. } => Some(stream.loss()),
         }
     }
 
@@ -423,8 +265,10 @@ impl Lease {
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
         match self {
             Self::H1 { connection, .. } => connection.poll_frame(cx).map_err(AnswerError::from),
-            Self::H2 { body: Some(body), .. } => Pin::new(body).poll_frame(cx).map_err(AnswerError::from),
-            Self::H2 { body: None, .. } => Poll::Ready(None),
+            Self::H2 { stream, .. } => match stream.body() {
+                Some(body) => Pin::new(body).poll_frame(cx).map_err(AnswerError::from),
+                None => Poll::Ready(None),
+            },
         }
     }
 
@@ -432,7 +276,7 @@ impl Lease {
     pub fn is_end_stream(&self) -> bool {
         match self {
             Self::H1 { connection, .. } => connection.is_end_stream(),
-            Self::H2 { body, .. } => body.as_ref().is_none_or(Body::is_end_stream),
+            Self::H2 { stream, .. } => stream.peek_body().is_none_or(Body::is_end_stream),
         }
     }
 
@@ -440,7 +284,7 @@ impl Lease {
     pub fn length(&self) -> Option<u64> {
         match self {
             Self::H1 { connection, .. } => connection.length(),
-            Self::H2 { body, .. } => body.as_ref().map_or(Some(0), |body| body.size_hint().exact()),
+            Self::H2 { stream, .. } => stream.peek_body().map_or(Some(0), |body| body.size_hint().exact()),
         }
     }
 
@@ -466,10 +310,10 @@ impl Lease {
 
     /// The response has been read to its end. `whole_request`: so has the request been written.
     pub fn finished(self, whole_request: bool, now: Instant) {
-        if let Self::H1 { connection, endpoint, .. } = self
-            && whole_request
-        {
-            endpoint.pool.put_back(connection, now);
+        match self {
+            Self::H1 { connection, endpoint, .. } if whole_request => endpoint.pool.put_back(connection, now),
+            Self::H1 { .. } => {}
+            Self::H2 { mut stream, .. } => stream.finished(),
         }
     }
 }

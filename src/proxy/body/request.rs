@@ -15,7 +15,6 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::{
@@ -25,6 +24,7 @@ use super::{
 };
 use crate::{
     http1::{self, framing::FramingError},
+    http2,
     present::Present,
 };
 
@@ -32,7 +32,7 @@ use crate::{
 #[derive(Debug)]
 pub enum CallerBody {
     Http1(connection::Body),
-    Http2(Incoming),
+    Http2(http2::body::Body),
 }
 
 impl Default for CallerBody {

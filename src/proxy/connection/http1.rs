@@ -21,6 +21,8 @@ use http::{Method, Request, Response, Version, header::CONTENT_LENGTH};
 use http_body::Body as _;
 use tokio::time::Instant;
 
+pub use answer::date;
+
 use self::{
     answer::{Asked, Plan, write_head},
     body::Body,

@@ -33,8 +33,10 @@ pub struct Tried<'a> {
     pub idempotency_key: bool,
     /// Tries sent so far, the failed one and hedges included, free ones not.
     pub tries: u32,
-    /// A free try ([`Retry::free`]) has been sent for this request.
+    /// A free try ([`Retry::free`]) has been sent for a race of our own pool.
     pub free_used: bool,
+    /// Free tries that followed ones that count as never sent.
+    pub resent: u32,
     pub body: Body,
     /// Response headers went to the caller: nothing can be taken back.
     pub committed: bool,
@@ -52,7 +54,8 @@ pub enum Decision {
 pub struct Retry {
     /// How long to wait before it.
     pub wait: Duration,
-    /// It mends a race of our own pool, so it costs neither a try nor budget and waits for nothing. Once a request.
+    /// It mends a race of our own pool, or follows one that counts as never sent; so it costs neither a try nor budget and
+    /// waits for nothing. Once a request, or [`MOST_RESENT`] times.
     pub free: bool,
 }
 
@@ -108,6 +111,8 @@ pub struct Moment<'a> {
     pub budget: &'a RetryBudget,
 }
 
+/// Tries that follow ones which count as never sent, for free. An endpoint that refuses everything gets no more.
+pub const MOST_RESENT: u32 = 2;
 /// However patient the back-off is: who calls an upstream that is not there is to hear of it soon.
 const LONGEST_PATIENCE: Duration = Duration::from_millis(250);
 /// Further ones would pass it for any back-off of a millisecond or more.
@@ -115,8 +120,8 @@ const MOST_WAITS: u32 = 8;
 
 /// Retries as a route has them; `None` in place of the settings is `retry = false`.
 ///
-/// With `max = 0` a request is sent at most once, always. With `retry = false` only the stale keep-alive race is
-/// mended, where the request may be sent again.
+/// With `max = 0` a request is sent at most once, always. With `retry = false` only what counts as never sent is sent
+/// again, and the stale keep-alive race is mended where the request may be sent twice.
 #[derive(Clone, Debug)]
 pub struct RetryPolicy {
     settings: Option<RetrySettings>,
@@ -128,10 +133,12 @@ impl RetryPolicy {
     }
 
     /// Whether a copy of the request's body could be of use, and how many bytes of it are to be kept at most.
-    /// 0 = keep nothing.
-    pub fn body_limit(&self, method: &Method, idempotency_key: bool) -> u64 {
+    /// 0 = keep nothing. `refusable`: it goes out by HTTP/2, where a stream may be refused after some of its body was sent.
+    pub fn body_limit(&self, method: &Method, idempotency_key: bool, refusable: bool) -> u64 {
         match &self.settings {
-            None if is_idempotent(method) || idempotency_key => *RetrySettings::default().body_limit,
+            None if is_idempotent(method) || idempotency_key || refusable => {
+                *RetrySettings::default().body_limit
+            }
             None => 0,
             Some(settings) if settings.max == 0 => 0,
             // Whatever the method: a stream may be refused after some of the body was sent.
@@ -203,6 +210,7 @@ impl RetryPolicy {
     /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free try.
     pub(super) fn eligible(&self, tried: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
         let stale = is_stale(outcome) && !tried.free_used;
+        let unsent = outcome.is_unsent() && tried.resent < MOST_RESENT;
         let named = self.names(outcome)
             // gRPC's own transparent retry needs no configuration (A6).
             || (self.settings.is_some() && tried.grpc && outcome.ending == Ending::RefusedStream);
@@ -213,7 +221,7 @@ impl RetryPolicy {
         };
         let twice_is_safe = outcome.never_reached() || by_method;
 
-        if !stale && !named {
+        if !stale && !unsent && !named {
             return Err(Reason::NotRetryable);
         }
         if outcome.advice() == Advice::No {
@@ -222,7 +230,7 @@ impl RetryPolicy {
         if tried.committed {
             return Err(Reason::Committed);
         }
-        let free = stale && !at_most_once;
+        let free = (stale || unsent) && !at_most_once;
         if !free && !self.another_possible(tried.tries) {
             return Err(Reason::MaxTries);
         }

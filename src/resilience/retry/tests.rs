@@ -47,6 +47,7 @@ fn tried(method: &Method) -> Tried<'_> {
         idempotency_key: false,
         tries: 1,
         free_used: false,
+        resent: 0,
         body: Body::Untouched,
         committed: false,
     }
@@ -74,10 +75,16 @@ fn may_be_sent_again(policy: &Option<RetrySettings>, tried: &Tried<'_>, outcome:
     } || (outcome.advice == Advice::Elsewhere
         && !matches!(outcome.ending, Ending::Http(_)));
     let stale = matches!(outcome.ending, Ending::Reset(r) if r.reused && !r.response_begun);
+    let unsent = tried.resent < 2
+        && match outcome.ending {
+            Ending::RefusedStream => true,
+            Ending::Reset(reset) => !reset.request_sent && !stale,
+            _ => false,
+        };
     let on_request = !tried.committed && tried.body != Body::Gone && outcome.advice != Advice::No;
     on_request
         && match policy {
-            None => stale && !tried.free_used && (idempotent || unprocessed),
+            None => unsent || (stale && !tried.free_used && (idempotent || unprocessed)),
             Some(settings) => {
                 let methods = match &settings.methods {
                     Methods::All => true,
@@ -85,7 +92,7 @@ fn may_be_sent_again(policy: &Option<RetrySettings>, tried: &Tried<'_>, outcome:
                     Methods::Listed(list) => list.iter().any(|m| m == tried.method.as_str()),
                 };
                 settings.max > 0
-                    && (tried.tries <= settings.max || (stale && !tried.free_used))
+                    && (tried.tries <= settings.max || unsent || (stale && !tried.free_used))
                     && (methods || unprocessed)
             }
         }
@@ -113,13 +120,14 @@ fn never_sent_twice_unless_it_may_be() {
     for settings in policies {
         let policy = RetryPolicy::new(settings.clone());
         for (method, body) in METHODS.iter().flat_map(|method| BODIES.map(|body| (method, body))) {
-            for bits in 0..16u32 {
+            for bits in 0..32u32 {
                 let tried = Tried {
                     method,
                     grpc: bits & 1 > 0,
                     idempotency_key: bits & 2 > 0,
                     tries: 1 + (bits & 4) / 2,
                     free_used: bits & 8 > 0,
+                    resent: bits / 16 * 2,
                     body,
                     committed: false,
                 };
@@ -238,14 +246,43 @@ fn the_stale_keep_alive_race_is_mended_once_and_free() {
     );
 }
 
+/// A refused stream, one above the last id of a GOAWAY, a connection that ended before the first byte: whatever the
+/// method, with retries off and without any budget; but an endpoint that refuses everything is not asked for ever.
+#[test]
+fn what_was_never_sent_goes_out_again_for_free() {
+    let poor = RetryBudget::new(BudgetSettings {
+        ratio: Ratio::constant(0.0),
+        min_per_second: 0,
+        window: HumanDuration::from_secs(10),
+    });
+    let now = moment(&poor);
+    let unwritten = Reset { reused: false, request_sent: false, response_begun: false };
+    for outcome in [Ending::RefusedStream, Ending::Reset(unwritten)].map(Outcome::new) {
+        let off = RetryPolicy::new(None);
+        let free = Decision::Retry(Retry { wait: Duration::ZERO, free: true });
+        for resent in 0..MOST_RESENT {
+            let tried = Tried { resent, ..tried(&Method::POST) };
+            assert_eq!(off.decide(&tried, &outcome, &now), free, "{outcome:?} {resent}");
+        }
+        let spent = Tried { resent: MOST_RESENT, ..tried(&Method::POST) };
+        assert_eq!(off.decide(&spent, &outcome, &now), Decision::Stop(Reason::NotRetryable));
+        let gone = Tried { body: Body::Gone, ..tried(&Method::POST) };
+        assert_eq!(off.decide(&gone, &outcome, &now), Decision::Stop(Reason::BodyGone));
+        let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
+        assert!(matches!(never.decide(&tried(&Method::GET), &outcome, &now), Decision::Stop(_)));
+    }
+}
+
 #[test]
 fn a_body_is_kept_only_where_a_copy_could_be_of_use() {
     let limit = *RetrySettings::default().body_limit;
     let on = RetryPolicy::new(Some(RetrySettings::default()));
-    assert_eq!(on.body_limit(&Method::POST, false), limit, "a refused stream is sent again for any method");
+    assert_eq!(on.body_limit(&Method::POST, false, true), limit, "a refused stream is sent again for any method");
     let off = RetryPolicy::new(None);
-    assert_eq!((off.body_limit(&Method::PUT, false), off.body_limit(&Method::POST, false)), (limit, 0));
+    let kept = |method, refusable| off.body_limit(method, false, refusable);
+    assert_eq!((kept(&Method::PUT, false), kept(&Method::POST, false)), (limit, 0));
+    assert_eq!(kept(&Method::POST, true), limit, "here, too");
     let once = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
-    assert_eq!(once.body_limit(&Method::PUT, true), 0);
+    assert_eq!(once.body_limit(&Method::PUT, true, true), 0);
     assert!(on.another_possible(2) && !on.another_possible(3) && !once.another_possible(1));
 }

@@ -239,8 +239,8 @@ thread_local! {
     static NOW: Cell<(u64, [u8; DATE_LENGTH])> = const { Cell::new((0, [0; DATE_LENGTH])) };
 }
 
-/// Put into words once a second.
-fn write_date(out: &mut Vec<u8>) {
+/// What `Date` says now. Put into words once a second.
+pub fn date() -> [u8; DATE_LENGTH] {
     let now = SystemTime::now();
     let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let (known, mut text) = NOW.get();
@@ -249,7 +249,11 @@ fn write_date(out: &mut Vec<u8>) {
         let _ = write!(&mut text[..], "{}", httpdate::HttpDate::from(now));
         NOW.set((second, text));
     }
-    write_field(out, b"date", &text);
+    text
+}
+
+fn write_date(out: &mut Vec<u8>) {
+    write_field(out, b"date", &date());
 }
 
 #[cfg(test)]

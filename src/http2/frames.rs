@@ -1,0 +1,131 @@
+//! Finds the frames in a stream of bytes, without decoding them.
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+
+/// `PRI * HTTP/2.0…`, with which a client begins.
+pub const PREFACE_LENGTH: u32 = 24;
+
+const HEAD: usize = 9;
+/// The head and the beginning of the payload.
+const LOOK: usize = HEAD + 4;
+
+/// The head of a frame (RFC 9113 §4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHead {
+    pub length: u32,
+    pub kind: u8,
+    pub stream: u32,
+    /// The first four bytes of the payload as a number; what is missing is zero.
+    pub value: u32,
+}
+
+/// Finds frames in bytes that come in pieces of any size.
+#[derive(Debug, Default)]
+pub struct FrameScanner {
+    look: [u8; LOOK],
+    filled: usize,
+    /// Bytes to pass over before the next head.
+    skip: u32,
+}
+
+impl FrameScanner {
+    /// Passes over the bytes before the first frame.
+    pub fn skipping(bytes: u32) -> Self {
+        Self { skip: bytes, ..Self::default() }
+    }
+
+    /// Reports each frame whose beginning is complete with these bytes.
+    pub fn scan(&mut self, mut bytes: &[u8], mut report: impl FnMut(FrameHead)) {
+        loop {
+            let passed = bytes.len().min(usize::try_from(self.skip).unwrap_or(usize::MAX));
+            bytes = &bytes[passed..];
+            self.skip -= passed as u32;
+            let wanted = if self.filled < HEAD { HEAD } else { HEAD + self.look_ahead() };
+            let take = bytes.len().min(wanted - self.filled);
+            self.look[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
+            self.filled += take;
+            bytes = &bytes[take..];
+            if self.filled >= HEAD && self.filled == HEAD + self.look_ahead() {
+                let frame = self.head();
+                self.skip = frame.length - self.look_ahead() as u32;
+                (self.filled, self.look) = (0, [0; LOOK]);
+                report(frame);
+            }
+            if bytes.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn length(&self) -> u32 {
+        u32::from_be_bytes([0, self.look[0], self.look[1], self.look[2]])
+    }
+
+    /// How much of the payload is looked at.
+    fn look_ahead(&self) -> usize {
+        (self.length() as usize).min(LOOK - HEAD)
+    }
+
+    fn head(&self) -> FrameHead {
+        let [_, _, _, kind, _, a, b, c, d, e, f, g, h] = self.look;
+        FrameHead {
+            length: self.length(),
+            kind,
+            stream: u32::from_be_bytes([a, b, c, d]) & 0x7fff_ffff,
+            value: u32::from_be_bytes([e, f, g, h]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        bytes.extend([kind, 0]);
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    proptest! {
+        /// However the bytes are cut into pieces, each frame is seen once.
+        #[test]
+        fn every_frame_is_found_in_pieces_of_any_size(
+            frames in prop::collection::vec((0_u8..10, 0_u32..0x7fff_ffff, prop::collection::vec(any::<u8>(), 0..40)), 0..20),
+            sizes in prop::collection::vec(1_usize..30, 1..50),
+            preface in 0_u32..30,
+        ) {
+            let mut bytes = vec![0xff; preface as usize];
+            let mut expected = Vec::new();
+            for (kind, stream, payload) in &frames {
+                bytes.extend(frame(*kind, *stream, payload));
+                let mut value = [0; 4];
+                let ahead = payload.len().min(4);
+                value[..ahead].copy_from_slice(&payload[..ahead]);
+                expected.push(FrameHead {
+                    length: payload.len() as u32,
+                    kind: *kind,
+                    stream: *stream,
+                    value: u32::from_be_bytes(value),
+                });
+            }
+            let mut scanner = FrameScanner::skipping(preface);
+            let (mut found, mut rest, mut turn) = (Vec::new(), &bytes[..], 0);
+            while !rest.is_empty() {
+                let size = sizes[turn % sizes.len()].min(rest.len());
+                scanner.scan(&rest[..size], |frame| found.push(frame));
+                rest = &rest[size..];
+                turn += 1;
+            }
+            prop_assert_eq!(found, expected);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What can be seen of an HTTP/2 connection from outside of `h2`: when bytes came, what errors went out, how much of the
+//! peer's window is left.
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use h2::Reason;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
+
+use super::frames::{self, FrameHead, FrameScanner};
+
+/// RFC 9113 §6.9.2.
+const FIRST_WINDOW: i64 = 65_535;
+
+/// The state of a connection as its frames show it. Written by [`Wired`], read by the task that serves the connection.
+#[derive(Debug)]
+pub struct Wire {
+    /// Since when the peer has taken nothing of what is to be written.
+    blocked: Cell<Option<Instant>>,
+    /// When bytes came last; `None` before the first.
+    heard: Cell<Option<Instant>>,
+    /// HEADERS and DATA frames that came.
+    messages: Cell<u64>,
+    /// The peer has announced that it takes no more streams.
+    going_away: Cell<bool>,
+    /// Streams that were reset here for what the peer did.
+    faults: Cell<u32>,
+    /// Streams that were reset here because they were refused, or for frames that came too late.
+    refusals: Cell<u32>,
+    /// What may still be sent on the whole connection.
+    window: Cell<i64>,
+    /// Since when that is nothing.
+    window_empty: Cell<Option<Instant>>,
+    incoming: RefCell<FrameScanner>,
+    outgoing: RefCell<FrameScanner>,
+}
+
+impl Wire {
+    fn new(incoming: FrameScanner, outgoing: FrameScanner) -> Rc<Self> {
+        Rc::new(Self {
+            blocked: Cell::default(),
+            heard: Cell::default(),
+            messages: Cell::default(),
+            going_away: Cell::default(),
+            faults: Cell::default(),
+            refusals: Cell::default(),
+            window: Cell::new(FIRST_WINDOW),
+            window_empty: Cell::default(),
+            incoming: RefCell::new(incoming),
+            outgoing: RefCell::new(outgoing),
+        })
+    }
+
+    /// Of a connection that a client has opened.
+    pub fn server() -> Rc<Self> {
+        Self::new(FrameScanner::skipping(frames::PREFACE_LENGTH), FrameScanner::default())
+    }
+
+    /// Of a connection to an endpoint.
+    pub fn client() -> Rc<Self> {
+        Self::new(FrameScanner::default(), FrameScanner::skipping(frames::PREFACE_LENGTH))
+    }
+
+    pub fn blocked(&self) -> Option<Instant> {
+        self.blocked.get()
+    }
+
+    pub fn heard(&self) -> Option<Instant> {
+        self.heard.get()
+    }
+
+    pub fn messages(&self) -> u64 {
+        self.messages.get()
+    }
+
+    pub fn is_going_away(&self) -> bool {
+        self.going_away.get()
+    }
+
+    pub fn window_empty_since(&self) -> Option<Instant> {
+        self.window_empty.get()
+    }
+
+    /// Streams reset for a fault of the peer, since this was asked last.
+    pub fn take_faults(&self) -> u32 {
+        self.faults.take()
+    }
+
+    /// Streams refused and frames that came too late, since this was asked last.
+    pub fn take_refusals(&self) -> u32 {
+        self.refusals.take()
+    }
+
+    fn received(&self, bytes: &[u8]) {
+        self.heard.set(Some(Instant::now()));
+        self.incoming.borrow_mut().scan(bytes, |frame| match frame.kind {
+            frames::DATA | frames::HEADERS => self.messages.set(self.messages.get() + 1),
+            frames::WINDOW_UPDATE if frame.stream == 0 => self.add_window(i64::from(frame.value & 0x7fff_ffff)),
+            frames::GOAWAY => self.going_away.set(true),
+            _ => {}
+        });
+    }
+
+    fn sent(&self, bytes: &[u8]) {
+        self.outgoing.borrow_mut().scan(bytes, |frame| match frame.kind {
+            frames::DATA => self.add_window(-i64::from(frame.length)),
+            frames::RST_STREAM => self.was_reset(frame),
+            _ => {}
+        });
+    }
+
+    fn add_window(&self, change: i64) {
+        self.window.set(self.window.get().saturating_add(change));
+        let empty = (self.window.get() <= 0).then(|| self.window_empty.get().unwrap_or_else(Instant::now));
+        self.window_empty.set(empty);
+    }
+
+    /// Other codes are those by which a message ends early: no fault of anyone.
+    fn was_reset(&self, frame: FrameHead) {
+        let count = match Reason::from(frame.value) {
+            Reason::REFUSED_STREAM | Reason::STREAM_CLOSED => &self.refusals,
+            Reason::PROTOCOL_ERROR | Reason::FLOW_CONTROL_ERROR | Reason::FRAME_SIZE_ERROR => &self.faults,
+            _ => return,
+        };
+        count.set(count.get().saturating_add(1));
+    }
+
+    fn note_blocked<T>(&self, polled: Poll<T>) -> Poll<T> {
+        match &polled {
+            Poll::Pending => self.blocked.set(Some(self.blocked.get().unwrap_or_else(Instant::now))),
+            Poll::Ready(_) => self.blocked.set(None),
+        }
+        polled
+    }
+}
+
+/// A stream whose frames are noted in a [`Wire`].
+#[derive(Debug)]
+pub struct Wired<S> {
+    stream: S,
+    wire: Rc<Wire>,
+}
+
+impl<S> Wired<S> {
+    pub fn new(stream: S, wire: &Rc<Wire>) -> Self {
+        Self { stream, wire: Rc::clone(wire) }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wired<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        if let Some(bytes) = buf.filled().get(before..).filter(|bytes| !bytes.is_empty()) {
+            self.wire.received(bytes);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Wired<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        let count = ready!(self.wire.note_blocked(written))?;
+        self.wire.sent(buf.get(..count).unwrap_or(buf));
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        let count = ready!(self.wire.note_blocked(written))?;
+        let mut left = count;
+        for buf in bufs {
+            let part = left.min(buf.len());
+            self.wire.sent(buf.get(..part).unwrap_or(buf));
+            left -= part;
+            if left == 0 {
+                break;
+            }
+        }
+        Poll::Ready(Ok(count))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let closed = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.wire.note_blocked(closed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        bytes.extend([kind, 0]);
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_known_since_when_nothing_is_taken() {
+        let (mut client, stream) = duplex(10);
+        let wire = Wire::server();
+        let mut io = Wired::new(stream, &wire);
+        io.write_all(&[0; 10]).await.unwrap();
+        assert_eq!(wire.blocked(), None);
+        let begun = Instant::now();
+        let takes = async {
+            tokio::time::sleep(Duration::from_secs(7)).await;
+            assert_eq!(wire.blocked(), Some(begun));
+            client.read_exact(&mut [0; 20]).await
+        };
+        let (written, read) = tokio::join!(io.write_all(&[0; 10]), takes);
+        written.unwrap();
+        assert_eq!(read.unwrap(), 20);
+        assert_eq!(wire.blocked(), None);
+    }
+
+    /// What ends early is no fault; what the peer did wrong is, and what it sent too late is counted by itself.
+    #[tokio::test]
+    async fn resets_are_counted_by_what_they_say() {
+        let (_client, stream) = duplex(1 << 16);
+        let wire = Wire::server();
+        let mut io = Wired::new(stream, &wire);
+        for (code, times) in [(0_u32, 7), (8, 7), (2, 7), (1, 3), (3, 2), (5, 4), (7, 1)] {
+            for _ in 0..times {
+                io.write_all(&frame(frames::RST_STREAM, 1, &code.to_be_bytes())).await.unwrap();
+            }
+        }
+        assert_eq!((wire.take_faults(), wire.take_refusals()), (5, 5));
+        assert_eq!((wire.take_faults(), wire.take_refusals()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn the_window_of_the_connection_is_followed() {
+        let (mut server, stream) = duplex(1 << 20);
+        let wire = Wire::client();
+        let mut io = Wired::new(stream, &wire);
+        io.write_all(&[b'P'; frames::PREFACE_LENGTH as usize]).await.unwrap();
+        for _ in 0..4 {
+            assert_eq!(wire.window_empty_since(), None);
+            io.write_all(&frame(frames::DATA, 1, &[0; 16_384])).await.unwrap();
+        }
+        assert!(wire.window_empty_since().is_some(), "65,536 of 65,535 bytes are sent");
+        server.write_all(&frame(frames::WINDOW_UPDATE, 1, &1000_u32.to_be_bytes())).await.unwrap();
+        io.read_exact(&mut [0; 13]).await.unwrap();
+        assert!(wire.window_empty_since().is_some(), "that was for one stream");
+        server.write_all(&frame(frames::WINDOW_UPDATE, 0, &1000_u32.to_be_bytes())).await.unwrap();
+        io.read_exact(&mut [0; 13]).await.unwrap();
+        assert_eq!(wire.window_empty_since(), None);
+    }
+}

@@ -1,0 +1,149 @@
+//! Whether the client of an HTTP/2 connection abuses it.
+//!
+//! Only what costs more than ordinary requests counts, and only over a window of time: streams that are taken back as soon
+//! as they are opened (rapid reset, CVE-2023-44487), and streams that the client makes this side reset (MadeYouReset,
+//! CVE-2025-8671). What this side resets by itself, such as an upload that was answered early, is no offence of the client.
+
+use std::time::{Duration, Instant};
+
+/// Offences at once, after a time without any.
+const BURST: f64 = 1000.0;
+/// Offences per second that are put up with for any length of time.
+const PER_SECOND: f64 = 100.0;
+/// A stream that has lived for longer has cost no more than any request: `MAX_CONCURRENT_STREAMS` bounds how many there are.
+const SHORT_LIFE: Duration = Duration::from_millis(50);
+
+/// What follows from the client's conduct.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// Nothing.
+    Proper,
+    /// The connection takes no new streams; those that are open go on. An innocent client opens another connection.
+    Retire,
+    /// The connection is closed at once: the client went on.
+    Close,
+}
+
+/// The conduct of one client on one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Conduct {
+    offences: Leak,
+    /// Stream errors of all kinds, over the connection's life.
+    errors: u32,
+    errors_to_retire: u32,
+}
+
+/// Counts, and forgets at a steady rate.
+#[derive(Clone, Copy, Debug)]
+struct Leak {
+    level: f64,
+    at: Instant,
+}
+
+impl Leak {
+    fn add(&mut self, count: u32, now: Instant) {
+        let forgotten = now.saturating_duration_since(self.at).as_secs_f64() * PER_SECOND;
+        self.level = (self.level - forgotten).max(0.0) + f64::from(count);
+        self.at = now;
+    }
+}
+
+impl Conduct {
+    /// `errors_to_retire`: stream errors over the connection's life, however slowly they come, after which it is retired.
+    pub fn new(errors_to_retire: u32, now: Instant) -> Self {
+        Self { offences: Leak { level: 0.0, at: now }, errors: 0, errors_to_retire }
+    }
+
+    /// The client has reset a stream that had lived for `age` and had no response yet.
+    pub fn taken_back(&mut self, age: Duration, now: Instant) {
+        if age < SHORT_LIFE {
+            self.offences.add(1, now);
+        }
+    }
+
+    /// This side had to reset streams for what the client did on them.
+    pub fn faults(&mut self, count: u32, now: Instant) {
+        self.offences.add(count, now);
+        self.errors = self.errors.saturating_add(count);
+    }
+
+    /// Streams were refused, or frames came for streams that are over. Neither is an offence: the client may not have seen
+    /// the limit, or the end, when it sent them.
+    pub fn refusals(&mut self, count: u32) {
+        self.errors = self.errors.saturating_add(count);
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        if self.offences.level > 2.0 * BURST {
+            Verdict::Close
+        } else if self.offences.level > BURST || self.errors >= self.errors_to_retire {
+            Verdict::Retire
+        } else {
+            Verdict::Proper
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(start: Instant, seconds: f64) -> Instant {
+        start + Duration::from_secs_f64(seconds)
+    }
+
+    #[test]
+    fn a_flood_is_closed_and_a_burst_is_not() {
+        let start = Instant::now();
+        for flood in [
+            |conduct: &mut Conduct, now| conduct.taken_back(Duration::ZERO, now),
+            |conduct: &mut Conduct, now| conduct.faults(1, now),
+        ] {
+            let mut conduct = Conduct::new(u32::MAX, start);
+            for _ in 0..1000 {
+                flood(&mut conduct, start);
+            }
+            assert_eq!(conduct.verdict(), Verdict::Proper, "a thousand at once");
+            for _ in 0..1000 {
+                flood(&mut conduct, at(start, 0.1));
+            }
+            assert_eq!(conduct.verdict(), Verdict::Retire);
+            for _ in 0..1000 {
+                flood(&mut conduct, at(start, 0.2));
+            }
+            assert_eq!(conduct.verdict(), Verdict::Close);
+        }
+    }
+
+    /// A client whose requests now and then contain what is refused keeps its connection for ever.
+    #[test]
+    fn a_steady_trickle_is_put_up_with() {
+        let start = Instant::now();
+        let mut conduct = Conduct::new(u32::MAX, start);
+        for turn in 0..100_000 {
+            conduct.faults(1, at(start, f64::from(turn) / 99.0));
+            assert_eq!(conduct.verdict(), Verdict::Proper, "after {turn}");
+        }
+    }
+
+    /// Clients with short deadlines, of a service that hangs: 200 streams at a time, each given up after 100 ms.
+    #[test]
+    fn deadlines_are_no_offence() {
+        let start = Instant::now();
+        let mut conduct = Conduct::new(u32::MAX, start);
+        for turn in 0..20_000 {
+            conduct.taken_back(Duration::from_millis(100), at(start, f64::from(turn) / 2000.0));
+        }
+        assert_eq!(conduct.verdict(), Verdict::Proper);
+    }
+
+    #[test]
+    fn what_came_too_late_only_retires_in_the_end() {
+        let start = Instant::now();
+        let mut conduct = Conduct::new(8192, start);
+        conduct.refusals(8191);
+        assert_eq!(conduct.verdict(), Verdict::Proper);
+        conduct.refusals(100_000);
+        assert_eq!(conduct.verdict(), Verdict::Retire, "never closed at once");
+    }
+}

@@ -1,0 +1,346 @@
+//! A connection to an endpoint that speaks HTTP/2, and the streams on it.
+
+mod driver;
+pub mod pool;
+
+use std::{
+    cell::{Cell, RefCell},
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    rc::Rc,
+    sync::Arc,
+    task::{Poll, Waker},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{
+    PingPong,
+    client::{Builder, SendRequest},
+};
+use http::{
+    Method, Request, Response,
+    header::{CONTENT_LENGTH, HeaderMap},
+};
+use http_body::Body as _;
+use tokio::{
+    sync::Notify,
+    task::{AbortHandle, spawn_local},
+    time::Instant,
+};
+
+use super::{
+    connect::{ConnectError, Connected, Proof, connect},
+    guards::{ConnectionSlot, Guards},
+    local::LocalEndpoint,
+    pool::{ConnectionSettings, retire_at},
+};
+use crate::{
+    http1::MAX_HEAD_BYTES,
+    http2::{
+        MOST_STREAM_ERRORS, REMEMBERED_RESETS, RESET_MEMORY,
+        body::Body,
+        fields,
+        send::BodySender,
+        wire::{Wire, Wired},
+    },
+    identity::handshake::Speaks,
+    proxy::body::RequestBody,
+    resilience::classify::Loss,
+};
+
+/// Streams in flight on a connection above which another connection is opened.
+const MOST_STREAMS: u32 = 64;
+/// What a stream may receive before any of it is read: what a slow client holds in memory.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// All streams may have their windows full, and the next one still gets through. It bounds the memory of a connection.
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MOST_STREAMS;
+/// Streams opened before the endpoint has said how many it takes. The others wait for its SETTINGS.
+const STREAMS_BEFORE_SETTINGS: usize = 1;
+/// A connection on which nothing more may be sent for this long gets no further request that has a body.
+const WINDOW_HELD: Duration = Duration::from_millis(100);
+
+/// When the endpoint of a connection is asked for a sign of life.
+#[derive(Clone, Copy, Debug)]
+pub struct PingSettings {
+    /// After this long without a byte while streams are open; `None` = never.
+    pub interval: Option<Duration>,
+    /// For so long its answer is awaited before the connection gets no more requests.
+    pub timeout: Duration,
+}
+
+/// A connection. Its task ends when this and all streams are dropped.
+#[derive(Debug)]
+pub struct Http2 {
+    sender: SendRequest<Bytes>,
+    state: Rc<State>,
+    retire_at: Option<Instant>,
+    proof: Option<Box<Proof>>,
+    loss: Loss,
+}
+
+/// What a connection's task shares with its streams and the pool.
+#[derive(Debug)]
+struct State {
+    wire: Rc<Wire>,
+    /// Streams in flight, those included whose request is still being sent.
+    streams: Cell<u32>,
+    /// Streams that the endpoint takes at a time.
+    limit: Cell<u32>,
+    idle_since: Cell<Instant>,
+    closed: Cell<bool>,
+    /// It has not answered a PING in time, or has seen too many errors: no new streams.
+    retired: Cell<bool>,
+    /// A PING is wanted at once.
+    ping_wanted: Cell<bool>,
+    /// When the PING was sent whose answer is owed.
+    ping_sent: Cell<Option<Instant>>,
+    /// The connection's task.
+    task: RefCell<Option<Waker>>,
+    /// Those who wait for a stream.
+    changed: Rc<Notify>,
+}
+
+/// A stream of a connection, counted until it is dropped.
+#[derive(Debug)]
+pub struct Stream {
+    connection: Rc<Http2>,
+    slot: Rc<StreamSlot>,
+    upload: Option<AbortHandle>,
+    sent_at: Option<Instant>,
+    answered: bool,
+    /// Of the response, once it has begun.
+    body: Option<Body>,
+    /// The response has been read to its end.
+    complete: bool,
+}
+
+#[derive(Debug)]
+struct StreamSlot(Rc<State>);
+
+/// Why there is no response.
+#[derive(Debug)]
+pub struct RequestError {
+    pub error: h2::Error,
+    /// Nothing of the request has been sent, and nothing of its body was read.
+    pub unsent: bool,
+}
+
+impl Http2 {
+    async fn open(
+        endpoint: &LocalEndpoint,
+        settings: &ConnectionSettings,
+        guards: &Arc<Guards>,
+        changed: &Rc<Notify>,
+    ) -> Result<Rc<Self>, ConnectError> {
+        let address = endpoint.shared.address;
+        let slot = ConnectionSlot::take(guards).await?;
+        let connected = connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::H2).await?;
+        let slot = slot.opened(connected.protection());
+        let Connected { io, proof, .. } = connected;
+        let wire = Wire::client();
+        let made = builder().handshake(Wired::new(io, &wire)).await;
+        let (sender, mut h2) =
+            made.map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
+        let now = Instant::now();
+        let state = Rc::new(State {
+            wire,
+            streams: Cell::new(0),
+            limit: Cell::new(STREAMS_BEFORE_SETTINGS as u32),
+            idle_since: Cell::new(now),
+            closed: Cell::new(false),
+            retired: Cell::new(false),
+            ping_wanted: Cell::new(false),
+            ping_sent: Cell::new(None),
+            task: RefCell::new(None),
+            changed: Rc::clone(changed),
+        });
+        let ping: Option<PingPong> = h2.ping_pong();
+        let driver = driver::Driver::new(h2, Rc::clone(&state), ping, settings.ping);
+        spawn_local(async move {
+            let _slot = slot;
+            driver.await;
+        });
+        Ok(Rc::new(Self {
+            sender,
+            state,
+            retire_at: retire_at(settings, proof.as_deref(), now),
+            proof,
+            loss: Loss::default(),
+        }))
+    }
+
+    /// Whether it may get new streams at all.
+    fn is_usable(&self, now: Instant) -> bool {
+        let state = &self.state;
+        !(state.closed.get()
+            || state.retired.get()
+            || state.wire.is_going_away()
+            || self.retire_at.is_some_and(|at| now >= at))
+    }
+
+    /// Whether one more stream may begin now.
+    fn has_room(&self) -> bool {
+        self.state.ping_sent.get().is_none() && self.state.streams.get() < self.state.limit.get()
+    }
+
+    /// Whether requests with bodies have used up its window, and nothing of it comes back.
+    fn is_held(&self, now: Instant) -> bool {
+        let since = self.state.wire.window_empty_since();
+        since.is_some_and(|since| now.saturating_duration_since(since) >= WINDOW_HELD)
+    }
+
+    /// Whether it has no room only because the endpoint has not given any yet: another connection would have none either.
+    fn is_opening(&self) -> bool {
+        let state = &self.state;
+        state.wire.heard().is_none() || (state.limit.get() == 0 && state.streams.get() == 0)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.state.streams.get() == 0
+    }
+}
+
+impl Drop for Http2 {
+    fn drop(&mut self) {
+        self.state.wake();
+    }
+}
+
+fn builder() -> Builder {
+    let mut builder = Builder::new();
+    builder
+        .enable_push(false)
+        .initial_max_send_streams(STREAMS_BEFORE_SETTINGS)
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(MAX_HEAD_BYTES as u32)
+        .max_local_error_reset_streams(Some(MOST_STREAM_ERRORS))
+        .max_concurrent_reset_streams(REMEMBERED_RESETS)
+        .reset_stream_duration(RESET_MEMORY);
+    builder
+}
+
+impl State {
+    fn wake(&self) {
+        if let Some(task) = self.task.take() {
+            task.wake();
+        }
+    }
+}
+
+impl StreamSlot {
+    fn new(state: &Rc<State>) -> Rc<Self> {
+        state.streams.set(state.streams.get() + 1);
+        Rc::new(Self(Rc::clone(state)))
+    }
+}
+
+impl Drop for StreamSlot {
+    fn drop(&mut self) {
+        let state = &self.0;
+        state.streams.set(state.streams.get().saturating_sub(1));
+        state.idle_since.set(Instant::now());
+        state.changed.notify_one();
+    }
+}
+
+impl Stream {
+    fn new(connection: Rc<Http2>) -> Self {
+        let slot = StreamSlot::new(&connection.state);
+        Self { connection, slot, upload: None, sent_at: None, answered: false, body: None, complete: false }
+    }
+
+    /// Sends a request, and waits for its response. The request's body is sent by a task of its own where it does not go out
+    /// at once.
+    pub async fn send(
+        &mut self,
+        mut request: Request<()>,
+        body: RequestBody,
+    ) -> Result<Response<()>, RequestError> {
+        prepare(&mut request, &body);
+        let ends = body.is_end_stream();
+        let now = Instant::now();
+        let sent = self.connection.sender.clone().send_request(request, ends);
+        let (response, stream) = sent.map_err(|error| RequestError { error, unsent: true })?;
+        self.sent_at = Some(now);
+        if !ends {
+            self.upload(BodySender::new(body, stream)).await;
+        }
+        let response = response.await.map_err(|error| RequestError { error, unsent: false })?;
+        self.answered = true;
+        let (head, stream) = response.into_parts();
+        let body = Body::of_response(stream, &head.headers);
+        self.complete = body.is_end_stream();
+        self.body = Some(body);
+        Ok(Response::from_parts(head, ()))
+    }
+
+    async fn upload(&mut self, mut sender: BodySender<RequestBody>) {
+        let done = poll_fn(|cx| Poll::Ready(Pin::new(&mut sender).poll(cx).is_ready())).await;
+        if done {
+            return;
+        }
+        // The endpoint counts a stream until both its messages have ended.
+        let slot = Rc::clone(&self.slot);
+        let task = spawn_local(async move {
+            let _slot = slot;
+            if let Err(error) = pin!(sender).await {
+                tracing::debug!(%error, "request body not sent to its end");
+            }
+        });
+        self.upload = Some(task.abort_handle());
+    }
+
+    /// Whether it is the only stream of its connection.
+    pub fn is_alone(&self) -> bool {
+        self.connection.state.streams.get() == 1
+    }
+
+    pub fn loss(&self) -> &Loss {
+        &self.connection.loss
+    }
+
+    pub fn body(&mut self) -> Option<&mut Body> {
+        self.body.as_mut()
+    }
+
+    pub fn peek_body(&self) -> Option<&Body> {
+        self.body.as_ref()
+    }
+
+    /// The response has been read to its end: what is still missing of the request goes on being sent.
+    pub fn finished(&mut self) {
+        self.complete = true;
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.complete
+            && let Some(upload) = &self.upload
+        {
+            upload.abort();
+        }
+        // Given up by its client, or by a deadline of ours. Has the endpoint said anything meanwhile? Then it is there.
+        let state = &self.connection.state;
+        let silent = self.sent_at.is_some_and(|sent| state.wire.heard().is_none_or(|heard| heard <= sent));
+        if !self.answered && silent && !state.closed.get() {
+            state.ping_wanted.set(true);
+            state.wake();
+        }
+    }
+}
+
+/// Adds and removes what HTTP/2 wants otherwise.
+fn prepare(request: &mut Request<()>, body: &RequestBody) {
+    let has_payload = !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
+    let fields: &mut HeaderMap = request.headers_mut();
+    fields::strip_connection_fields(fields);
+    if !fields.contains_key(CONTENT_LENGTH)
+        && let Some(length) = body.size_hint().exact()
+        && (length > 0 || has_payload)
+    {
+        fields.insert(CONTENT_LENGTH, length.into());
+    }
+}
