@@ -20,5 +20,5 @@ pub const RESET_MEMORY: Duration = Duration::from_secs(30);
 pub const MOST_STREAM_ERRORS: usize = 16_384;
 /// Stream errors over a connection's life after which it takes no new streams.
 pub const ERRORS_TO_RETIRE: u32 = 8_192;
-/// A connection is closed when a PING has not been acknowledged for this long.
+/// The connection of a client is closed when a PING has not been answered for this long.
 pub const PING_CLOSES_AFTER: Duration = Duration::from_secs(20);

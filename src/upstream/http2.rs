@@ -55,7 +55,7 @@ const MOST_STREAMS: u32 = 64;
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// All streams may have their windows full, and the next one still gets through. It bounds the memory of a connection.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MOST_STREAMS;
-/// Streams opened before the endpoint has said how many it takes. The others wait for its SETTINGS.
+/// Streams that `h2` opens before the endpoint has said how many it takes. Requests wait for that, within reason.
 const STREAMS_BEFORE_SETTINGS: usize = 1;
 /// A connection on which nothing more may be sent for this long gets no further request that has a body.
 const WINDOW_HELD: Duration = Duration::from_millis(100);
@@ -85,7 +85,7 @@ struct State {
     wire: Rc<Wire>,
     /// Streams in flight, those included whose request is still being sent.
     streams: Cell<u32>,
-    /// Streams that the endpoint takes at a time.
+    /// Streams that the endpoint takes at a time; 0 until it has said so.
     limit: Cell<u32>,
     idle_since: Cell<Instant>,
     closed: Cell<bool>,
@@ -146,7 +146,7 @@ impl Http2 {
         let state = Rc::new(State {
             wire,
             streams: Cell::new(0),
-            limit: Cell::new(STREAMS_BEFORE_SETTINGS as u32),
+            limit: Cell::new(0),
             idle_since: Cell::new(now),
             closed: Cell::new(false),
             retired: Cell::new(false),
@@ -193,7 +193,7 @@ impl Http2 {
     /// Whether it has no room only because the endpoint has not given any yet: another connection would have none either.
     fn is_opening(&self) -> bool {
         let state = &self.state;
-        state.wire.heard().is_none() || (state.limit.get() == 0 && state.streams.get() == 0)
+        !state.closed.get() && state.limit.get() == 0 && state.streams.get() == 0
     }
 
     fn is_idle(&self) -> bool {

@@ -139,7 +139,7 @@ impl LocalUpstream {
 }
 
 impl LocalEndpoint {
-    fn new(shared: Arc<Endpoint>, ejection: Option<Arc<EndpointHealth>>, now: Instant) -> Self {
+    pub(super) fn new(shared: Arc<Endpoint>, ejection: Option<Arc<EndpointHealth>>, now: Instant) -> Self {
         let key = hash_key(shared.address.to_string().as_bytes());
         Self {
             shared,

@@ -86,6 +86,34 @@ fn made_you_reset() {
     });
 }
 
+/// The other ways to make a server reset a stream by itself (VU#767506): each stream has cost a request by then.
+#[test]
+fn made_you_reset_by_other_means() {
+    let (_upstream, proxy) = proxy();
+    let overflow = 0x7fff_ffff_u32.to_be_bytes();
+    let itself = |stream: u32| [&stream.to_be_bytes()[..], &[16]].concat();
+    type Means<'a> = (&'a str, bool, &'a dyn Fn(u32) -> Vec<u8>);
+    let means: [Means<'_>; 4] = [
+        ("a window that overflows", false, &|stream| h2::frame(h2::WINDOW_UPDATE, 0, stream, &overflow)),
+        ("more fields that are no trailers", true, &|stream| {
+            h2::frame(h2::HEADERS, h2::END_HEADERS, stream, &h2::block(&[("x-a", "1")]))
+        }),
+        ("a stream that depends on itself", false, &|stream| h2::frame(h2::PRIORITY, 0, stream, &itself(stream))),
+        ("more data than its length", false, &|stream| h2::frame(h2::DATA, 0, stream, b"12345")),
+    ];
+    for (what, ended, frame) in means {
+        must_end(&proxy, proxy.outbound(), |client| {
+            let block = h2::request("POST", "up", "/reset", if ended { &[] } else { &[("content-length", "3")] });
+            for pair in 0..20_000 {
+                let stream = 1 + 2 * pair;
+                client.headers(stream, &block, ended);
+                client.send(frame(stream));
+            }
+        });
+        eprintln!("{what}: ended");
+    }
+}
+
 #[test]
 fn continuation_flood() {
     let (_upstream, proxy) = proxy();

@@ -25,6 +25,7 @@ mod grpc;
 mod h2spec;
 mod health;
 mod house;
+mod http2;
 mod identity;
 mod idle;
 mod keys;

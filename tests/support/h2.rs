@@ -6,6 +6,7 @@ use super::RawClient;
 
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
+pub const PRIORITY: u8 = 2;
 pub const RST_STREAM: u8 = 3;
 pub const SETTINGS: u8 = 4;
 pub const PING: u8 = 6;
@@ -88,6 +89,13 @@ fn code(payload: &[u8], at: usize) -> u32 {
     payload.get(at..at + 4).map_or(u32::MAX, |code| u32::from_be_bytes([code[0], code[1], code[2], code[3]]))
 }
 
+/// `method path` for the upstream `host`, with more fields.
+pub fn request(method: &str, host: &str, path: &str, more: &[(&str, &str)]) -> Vec<u8> {
+    let mut fields = vec![(":method", method), (":scheme", "http"), (":authority", host), (":path", path)];
+    fields.extend(more);
+    block(&fields)
+}
+
 /// The status, where it is the first field: indexed, or a literal with the indexed name.
 fn status(block: &[u8]) -> Option<u16> {
     match *block {
@@ -157,6 +165,17 @@ impl H2Client {
             _ => true,
         };
         Ok(found)
+    }
+
+    /// The next frame of a stream.
+    #[track_caller]
+    pub fn next_of(&mut self, stream: u32) -> Frame {
+        loop {
+            let frame = self.next().expect("a frame");
+            if frame.stream == stream {
+                return frame;
+            }
+        }
     }
 
     /// Reads until it is clear how the request on `stream` ends.

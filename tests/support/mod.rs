@@ -4,6 +4,7 @@
 
 mod dns;
 pub mod h2;
+pub mod h2_server;
 pub mod issuer;
 pub mod netns;
 pub mod otlp;

@@ -43,6 +43,8 @@ pub(in super::super) fn upstream(
     if let Some(health) = &upstream.health {
         check.health(health);
     }
+    let message = "an answer takes some time";
+    check.expect(!upstream.ping_timeout.is_zero(), &["ping_timeout"], message, "write e.g. \"2s\"");
     if let Balance::HashHeader(header) = &upstream.balance {
         check.header_name(&["balance"], header);
     }

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::{super::stream::UpstreamIo, MOST_STREAMS, PingSettings, State};
 use crate::{
-    http2::{ERRORS_TO_RETIRE, PING_CLOSES_AFTER, wire::Wired},
+    http2::{ERRORS_TO_RETIRE, wire::Wired},
     proxy::progress::Watchdog,
 };
 
@@ -22,6 +22,9 @@ use crate::{
 const PINGS_IN_SILENCE: u32 = 2;
 /// … unless they are this far apart.
 const QUIET_INTERVAL: Duration = Duration::from_secs(310);
+
+/// A connection is closed when a PING has not been answered for so many times as long as it takes to be retired.
+const CLOSES_AFTER: u32 = 10;
 
 /// Ends when the connection has.
 pub(super) struct Driver {
@@ -72,6 +75,9 @@ impl Driver {
     /// Takes over what the endpoint has said about itself.
     fn follow(&mut self) {
         let state = &self.state;
+        if state.wire.heard().is_none() {
+            return;
+        }
         let limit = u32::try_from(self.h2.max_concurrent_send_streams()).unwrap_or(u32::MAX).min(MOST_STREAMS);
         if state.limit.replace(limit) < limit {
             state.changed.notify_waiters();
@@ -93,8 +99,8 @@ impl Driver {
         let Some(ping) = &mut self.ping else { return (None, false) };
         if let Some(sent) = state.ping_sent.get() {
             if ping.poll_pong(cx).is_pending() {
-                let limit = if state.retired.get() { PING_CLOSES_AFTER } else { self.settings.timeout };
-                return (Some(sent + limit), false);
+                let times = if state.retired.get() { CLOSES_AFTER } else { 1 };
+                return (Some(sent + self.settings.timeout * times), false);
             }
             state.ping_sent.set(None);
             state.changed.notify_waiters();

@@ -74,17 +74,22 @@ impl Http2Pool {
     ) -> Result<Lease, ConnectError> {
         let until = Instant::now() + settings.stream_wait;
         let mut dialled = false;
+        let mut opening: Option<Rc<Http2>> = None;
         loop {
             // Before looking, so that nothing is missed.
             let changed = self.changed.notified();
+            // Closed before it was ever of use: what is sent on it says why.
+            if let Some(connection) = opening.take_if(|connection| connection.state.closed.get()) {
+                return Ok(lease(connection, false));
+            }
             let dial = match self.choose(settings, upload) {
                 Choice::Room(connection) => return Ok(lease(connection, !dialled)),
                 Choice::Opening(connection) => {
                     if timeout_at(until, changed).await.is_ok() {
+                        opening = Some(connection);
                         continue;
                     }
-                    // An endpoint that has said nothing is asked all the same, as is one of HTTP/1.1: `h2` holds the request
-                    // back until SETTINGS come, and its deadline is that of any attempt.
+                    // An endpoint that has said nothing is asked all the same: its silence is then that of an attempt.
                     let silent = connection.state.wire.heard().is_none();
                     return if silent { Ok(lease(connection, false)) } else { Err(self.no_stream(settings)) };
                 }
@@ -94,9 +99,8 @@ impl Http2Pool {
             dialled = true;
             let outcome = dial.0.borrow().clone();
             match outcome {
-                // Closed again at once: what is sent on it says so.
-                Some(Ok(connection)) if connection.state.closed.get() => return Ok(lease(connection, false)),
-                Some(Ok(_)) | None => {}
+                Some(Ok(connection)) => opening = Some(connection),
+                None => {}
                 Some(Err(ConnectError::Limit { .. })) if self.has_any(settings) => {
                     // What there is has to do. Each dial has waited for a slot.
                     upload = false;
@@ -210,4 +214,53 @@ impl Drop for DialEnds {
 
 fn lease(connection: Rc<Http2>, reused: bool) -> Lease {
     Lease::H2 { stream: Stream::new(connection), reused }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration as Wait;
+
+    use tokio::task::LocalSet;
+
+    use super::*;
+    use crate::{
+        config::{HeaderCase, PoolIdle},
+        upstream::{Endpoint, Found, http2::PingSettings},
+    };
+
+    fn break_off() {
+        unreachable!("a bug");
+    }
+
+    /// However a dial ends, also by a panic of ours: who waits for it hears of that.
+    #[tokio::test]
+    async fn a_dial_that_breaks_off_leaves_nobody_waiting() {
+        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let now = std::time::Instant::now();
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
+        let pool = &endpoint.pool.h2;
+        let settings = ConnectionSettings {
+            connect_timeout: None,
+            pool_idle: PoolIdle::Auto,
+            header_case: HeaderCase::default(),
+            max_age: None,
+            tls: None,
+            ping: PingSettings { interval: None, timeout: Wait::from_secs(2) },
+            stream_wait: Wait::from_secs(1),
+        };
+        let guards = Guards::new(now);
+        let dial = Rc::new(Dial::default());
+        pool.dial.replace(Some(Rc::clone(&dial)));
+        let ends = DialEnds { endpoint: Rc::clone(&endpoint), dial };
+        let set = LocalSet::new();
+        set.spawn_local(async move {
+            let _ends = ends;
+            tokio::task::yield_now().await;
+            break_off();
+        });
+        let waits = Http2Pool::stream(&endpoint, &settings, &guards, false);
+        let waited = set.run_until(tokio::time::timeout(Wait::from_secs(5), waits)).await;
+        assert!(matches!(waited, Ok(Err(ConnectError::Handshake { .. }))), "{waited:?}");
+        assert!(endpoint.pool.h2.dial.borrow().is_none(), "the next request dials anew");
+    }
 }

@@ -1,0 +1,169 @@
+//! SETTINGS_MAX_CONCURRENT_STREAMS of an upstream is no wall: there are other connections, and a queue.
+
+use std::{net::TcpStream, sync::mpsc, time::Instant};
+
+use bytes::Bytes;
+
+use super::proxy;
+use crate::support::{
+    PATIENCE, RawClient, RawServer, eventually,
+    h2::{Frame, H2Client, HEADERS, SETTINGS, block, frame},
+    h2_server::{H2Server, client, request},
+};
+
+const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
+
+/// Takes so many streams on a connection. Its responses begin, and never end.
+fn server(limit: u32) -> H2Server {
+    let mut builder = h2::server::Builder::new();
+    builder.max_concurrent_streams(limit);
+    H2Server::start(builder, |request, mut respond| async move {
+        let Ok(mut body) = respond.send_response(http::Response::new(()), false) else { return };
+        let _ = body.send_data(Bytes::from_static(b"x"), false);
+        let _ = std::future::poll_fn(|cx| body.poll_reset(cx)).await;
+        drop(request);
+    })
+}
+
+/// The statuses of these many requests by HTTP/1.1, which all begin at once.
+fn ask_all(address: std::net::SocketAddr, count: usize) -> Vec<(u16, RawClient)> {
+    let mut clients: Vec<RawClient> = (0..count).map(|_| RawClient::connect(address)).collect();
+    for client in &mut clients {
+        client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+    }
+    let status = |mut client: RawClient| {
+        let line = client.peek(12).expect("a response").to_vec();
+        let status = String::from_utf8_lossy(&line[9..]).parse().expect("a status");
+        (status, client)
+    };
+    clients.into_iter().map(status).collect()
+}
+
+#[test]
+fn more_endless_streams_than_a_connection_takes_get_other_connections() {
+    let server = server(5);
+    let proxy = proxy(server.address(), "");
+    let answered = ask_all(proxy.outbound(), 20);
+    assert!(answered.iter().all(|(status, _)| *status == 200));
+    assert_eq!(server.connections(), 4);
+}
+
+#[tokio::test]
+async fn the_same_with_clients_of_http2() {
+    let server = server(5);
+    let proxy = proxy(server.address(), "");
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        let mut sender = client(proxy.outbound(), h2::client::Builder::new()).await;
+        for _ in 0..5 {
+            sender = sender.ready().await.expect("the connection lives");
+            let (response, _) = sender.send_request(request("GET", "up", "/"), true).expect("sent");
+            let response = tokio::time::timeout(PATIENCE, response).await.expect("in time").expect("a response");
+            assert_eq!(response.status(), 200);
+            open.push(response);
+        }
+        open.last_mut().expect("some").extensions_mut().insert(sender);
+    }
+    assert_eq!(server.connections(), 4);
+}
+
+#[test]
+fn beyond_max_connections_requests_wait_and_are_refused_then() {
+    let server = server(5);
+    let proxy = proxy(server.address(), "limits = { max_connections = 2, pending_timeout = \"400ms\" }");
+    let began = Instant::now();
+    let mut answered = ask_all(proxy.outbound(), 14);
+    let refused = answered.iter().filter(|(status, _)| *status == 503).count();
+    assert_eq!((refused, server.connections()), (4, 2));
+    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
+    let (_, client) = answered.iter_mut().find(|(status, _)| *status == 503).expect("one");
+    let response = client.response().expect("well-formed").expect("a response");
+    let said = response.field("proxy-status").unwrap_or_default();
+    assert!(said.contains("details=\"limit_full\""), "{response:?}");
+    assert!(response.field("retry-after").is_some(), "{response:?}");
+    // A stream that ends makes room for the next request.
+    answered.retain(|(status, _)| *status == 200);
+    answered.truncate(9);
+    eventually("a stream to be free", || {
+        ask_all(proxy.outbound(), 1).first().is_some_and(|(status, _)| *status == 200)
+    });
+}
+
+fn accept(stream: TcpStream, limit: u32) -> Option<H2Client> {
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
+    peer.raw.peek(24).ok()?;
+    peer.raw.buffer.drain(..24);
+    set_limit(&mut peer, limit);
+    Some(peer)
+}
+
+fn set_limit(peer: &mut H2Client, limit: u32) {
+    let mut setting = MAX_CONCURRENT_STREAMS.to_vec();
+    setting.extend(limit.to_be_bytes());
+    peer.send(frame(SETTINGS, 0, 0, &setting));
+}
+
+/// The next request's stream.
+fn next_request(peer: &mut H2Client) -> Option<u32> {
+    loop {
+        if let Frame { kind: HEADERS, stream, .. } = peer.next().ok()? {
+            return Some(stream);
+        }
+    }
+}
+
+/// None at first: it is waited for on the one connection, and no other is opened for it.
+#[test]
+fn a_limit_of_zero_at_first_is_waited_for() {
+    let (allow, allowed) = mpsc::channel::<()>();
+    let allowed = std::sync::Mutex::new(allowed);
+    let server = RawServer::start(move |stream| {
+        let Some(mut peer) = accept(stream, 0) else { return };
+        // The first request may come before the limit is known.
+        if let Ok(allowed) = allowed.lock() {
+            let _ = allowed.recv_timeout(PATIENCE);
+        }
+        set_limit(&mut peer, 10);
+        while let Some(stream) = next_request(&mut peer) {
+            peer.headers(stream, &block(&[(":status", "200")]), true);
+        }
+    });
+    let proxy = proxy(server.address(), "limits = { pending_timeout = \"10s\" }");
+    let mut clients: Vec<RawClient> = (0..8).map(|_| RawClient::connect(proxy.outbound())).collect();
+    for client in &mut clients {
+        client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+    }
+    eventually("a connection", || server.connections() == 1);
+    allow.send(()).expect("it listens");
+    for client in &mut clients {
+        assert_eq!(client.response().expect("well-formed").expect("a response").status(), 200);
+    }
+    assert_eq!(server.connections(), 1);
+}
+
+/// Lowered while streams are open: those go on, and new ones get another connection.
+#[test]
+fn a_limit_that_is_lowered_holds_for_new_streams() {
+    let server = RawServer::start(move |stream| {
+        let Some(mut peer) = accept(stream, 10) else { return };
+        let mut open = Vec::new();
+        while let Some(stream) = next_request(&mut peer) {
+            open.push(stream);
+            if open.len() == 2 {
+                set_limit(&mut peer, 2);
+            }
+            assert!(open.len() <= 2, "a third stream");
+            peer.send(frame(HEADERS, 4, stream, &block(&[(":status", "200")])));
+        }
+    });
+    let proxy = proxy(server.address(), "");
+    let first = ask_all(proxy.outbound(), 2);
+    assert!(first.iter().all(|(status, _)| *status == 200));
+    // Our acknowledgement of the lowered limit is not seen here; it is at work once requests go elsewhere.
+    eventually("another connection", || {
+        let mut client = RawClient::connect(proxy.outbound());
+        client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        client.peek(12).is_ok() && server.connections() == 2
+    });
+}

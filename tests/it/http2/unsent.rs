@@ -1,0 +1,156 @@
+//! A request that was surely never sent, or never looked at, goes out again: also where `retry = false`.
+
+use std::{
+    net::TcpStream,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+use super::proxy;
+use crate::support::{
+    PATIENCE, Proxy, RawClient, RawServer,
+    h2::{END_STREAM, Frame, GOAWAY, H2Client, RST_STREAM, SETTINGS, block, frame},
+};
+
+const OFF: &str = "retry = false\nbreaker = false";
+const REFUSED_STREAM: u32 = 7;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+fn accept(stream: TcpStream) -> Option<H2Client> {
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
+    peer.raw.peek(24).ok()?;
+    peer.raw.buffer.drain(..24);
+    peer.send(frame(SETTINGS, 0, 0, &[]));
+    Some(peer)
+}
+
+/// A server whose first connections end by `end(peer, streams)` once so many requests have come; later ones answer. And how
+/// many requests were answered.
+fn server(
+    connections: usize,
+    requests: usize,
+    end: impl Fn(&mut H2Client, &[u32]) + Send + Sync + 'static,
+) -> (RawServer, Arc<AtomicUsize>) {
+    let (number, answered) = (AtomicUsize::new(0), Arc::<AtomicUsize>::default());
+    let count = answered.clone();
+    let server = RawServer::start(move |stream| {
+        let ends = number.fetch_add(1, Ordering::Relaxed) < connections;
+        let Some(mut peer) = accept(stream) else { return };
+        let mut streams = Vec::new();
+        while let Ok(Frame { flags, stream, kind, .. }) = peer.next() {
+            if stream == 0 || flags & END_STREAM == 0 || kind > 1 {
+                continue;
+            }
+            streams.push(stream);
+            if !ends {
+                count.fetch_add(1, Ordering::Relaxed);
+                peer.headers(stream, &block(&[(":status", "200")]), true);
+            } else if streams.len() == requests {
+                end(&mut peer, &streams);
+            }
+        }
+    });
+    (server, answered)
+}
+
+/// These many POSTs at once.
+fn post_all(proxy: &Proxy, count: usize) -> Vec<u16> {
+    let (statuses, address) = (Mutex::new(Vec::new()), proxy.outbound());
+    thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(|| {
+                let mut client = RawClient::connect(address);
+                let response = client.ask("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: 3\r\n\r\npay");
+                statuses.lock().expect("no panic").push(response.status());
+            });
+        }
+    });
+    statuses.into_inner().expect("no panic")
+}
+
+fn go_away(last: u32, code: u32) -> Vec<u8> {
+    let mut payload = last.to_be_bytes().to_vec();
+    payload.extend(code.to_be_bytes());
+    frame(GOAWAY, 0, 0, &payload)
+}
+
+/// The first of the streams is answered, as GOAWAY says; the others were never looked at.
+#[test]
+fn what_goaway_leaves_out_goes_out_again_without_retries() {
+    for code in [0, ENHANCE_YOUR_CALM] {
+        let (server, answered) = server(1, 5, move |peer, streams| {
+            peer.send(go_away(streams[0], code));
+            peer.headers(streams[0], &block(&[(":status", "200")]), true);
+            let _ = peer.raw.stream.shutdown(std::net::Shutdown::Write);
+        });
+        let proxy = proxy(server.address(), OFF);
+        assert_eq!(post_all(&proxy, 5), [200; 5], "code {code}");
+        assert_eq!(answered.load(Ordering::Relaxed), 4, "none was sent twice");
+        assert_eq!(server.connections(), 2);
+    }
+}
+
+#[test]
+fn refused_streams_go_out_again_without_retries() {
+    let (server, answered) = server(1, 3, |peer, streams| {
+        let mut frames = go_away(*streams.last().expect("some"), 0);
+        for stream in streams {
+            frames.extend(frame(RST_STREAM, 0, *stream, &REFUSED_STREAM.to_be_bytes()));
+        }
+        peer.send(frames);
+    });
+    let proxy = proxy(server.address(), OFF);
+    assert_eq!(post_all(&proxy, 3), [200; 3]);
+    assert_eq!(answered.load(Ordering::Relaxed), 3);
+}
+
+/// Who refuses everything is asked no more than three times for one request, and each time is known to have done nothing.
+#[test]
+fn an_endpoint_that_refuses_everything_is_not_asked_for_ever() {
+    let requests = Arc::<AtomicUsize>::default();
+    let count = requests.clone();
+    let server = RawServer::start(move |stream| {
+        let Some(mut peer) = accept(stream) else { return };
+        while let Ok(Frame { flags, stream, kind, .. }) = peer.next() {
+            if stream > 0 && kind <= 1 && flags & END_STREAM != 0 {
+                count.fetch_add(1, Ordering::Relaxed);
+                peer.send(frame(RST_STREAM, 0, stream, &REFUSED_STREAM.to_be_bytes()));
+            }
+        }
+    });
+    let proxy = proxy(server.address(), OFF);
+    assert_eq!(post_all(&proxy, 1), [502]);
+    assert_eq!(requests.load(Ordering::Relaxed), 3);
+}
+
+/// A connection lives for a moment only: none of the requests around its end is lost, and none is done twice.
+#[test]
+fn no_request_is_lost_where_connections_age() {
+    let answered = Arc::<AtomicUsize>::default();
+    let count = answered.clone();
+    let server = RawServer::start(move |stream| {
+        let Some(mut peer) = accept(stream) else { return };
+        let (mut served, mut last) = (0, 0);
+        while let Ok(Frame { flags, stream, kind, .. }) = peer.next() {
+            if stream == 0 || kind > 1 || flags & END_STREAM == 0 || (last > 0 && stream > last) {
+                continue;
+            }
+            count.fetch_add(1, Ordering::Relaxed);
+            peer.headers(stream, &block(&[(":status", "200")]), true);
+            served += 1;
+            if served == 5 {
+                last = stream;
+                peer.send(go_away(last, 0));
+            }
+        }
+    });
+    let proxy = proxy(server.address(), OFF);
+    for _ in 0..20 {
+        assert_eq!(post_all(&proxy, 10), [200; 10]);
+    }
+    assert_eq!(answered.load(Ordering::Relaxed), 200);
+}
