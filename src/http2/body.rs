@@ -51,11 +51,13 @@ impl Body {
 
     /// What the end of a stream by RST_STREAM means for its body.
     fn broken(&self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
-        // RFC 9113 §8.1: a server that has answered in full asks by NO_ERROR not to be sent the rest of the request.
-        let complete = matches!(self.message, Message::Response)
-            && error.reason() == Some(Reason::NO_ERROR)
-            && self.left.is_none_or(|left| left == 0);
-        (!complete).then_some(Err(error))
+        // RFC 9113 §8.1: a server that has answered in full asks by NO_ERROR not to be sent the rest of the request. Some ask by
+        // another code.
+        let is_whole = match self.left {
+            Some(left) => left == 0,
+            None => error.reason() == Some(Reason::NO_ERROR),
+        };
+        (!is_whole || matches!(self.message, Message::Request(_))).then_some(Err(error))
     }
 }
 

@@ -40,9 +40,15 @@ mod tests {
 
     #[test]
     fn a_value_neither_begins_nor_ends_with_a_blank() {
-        for (value, valid) in
-            [("a", true), ("", true), ("a b", true), (" a", false), ("a ", false), ("\ta", false), ("a\t", false)]
-        {
+        for (value, valid) in [
+            ("a", true),
+            ("", true),
+            ("a b", true),
+            (" a", false),
+            ("a ", false),
+            ("\ta", false),
+            ("a\t", false),
+        ] {
             let fields = HeaderMap::from_iter([(TE, HeaderValue::from_bytes(value.as_bytes()).unwrap())]);
             assert_eq!(are_valid(&fields), valid, "{value:?}");
         }

@@ -5,6 +5,7 @@ pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
 pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
 
 /// `PRI * HTTP/2.0…`, with which a client begins.
 pub const PREFACE_LENGTH: u32 = 24;

@@ -4,6 +4,9 @@
 pub mod body;
 pub mod fields;
 pub mod frames;
+pub mod guard;
+mod hpack;
+mod huffman;
 pub mod send;
 pub mod tunnel;
 pub mod wire;

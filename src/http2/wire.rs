@@ -103,7 +103,9 @@ impl Wire {
         self.heard.set(Some(Instant::now()));
         self.incoming.borrow_mut().scan(bytes, |frame| match frame.kind {
             frames::DATA | frames::HEADERS => self.messages.set(self.messages.get() + 1),
-            frames::WINDOW_UPDATE if frame.stream == 0 => self.add_window(i64::from(frame.value & 0x7fff_ffff)),
+            frames::WINDOW_UPDATE if frame.stream == 0 => {
+                self.add_window(i64::from(frame.value & 0x7fff_ffff))
+            }
             frames::GOAWAY => self.going_away.set(true),
             _ => {}
         });
@@ -156,7 +158,11 @@ impl<S> Wired<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Wired<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
         if let Some(bytes) = buf.filled().get(before..).filter(|bytes| !bytes.is_empty()) {

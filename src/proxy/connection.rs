@@ -33,8 +33,7 @@ use super::{
     interim::Interim,
     io::{Io, SharedTcp},
     progress::Progress,
-    redirected,
-    target,
+    redirected, target,
 };
 use crate::{
     config::{HostPort, Mtls, Protocol},

@@ -40,7 +40,10 @@ use crate::{
     },
     runtime::View,
     telemetry::record::{Try, Why},
-    upstream::{balance::hash_key, guards::Guards, http2::PingSettings, local::LocalEndpoint, pool::ConnectionSettings},
+    upstream::{
+        balance::hash_key, guards::Guards, http2::PingSettings, local::LocalEndpoint,
+        pool::ConnectionSettings,
+    },
 };
 
 /// What holds for a call, whichever upstream serves it in the end.
@@ -265,10 +268,7 @@ async fn serve<'a>(
             header_case: settings.header_case,
             // Drawn anew, so that not all connections end at once.
             max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
-            ping: PingSettings {
-                interval: settings.ping_interval.limit(),
-                timeout: settings.ping_timeout.0,
-            },
+            ping: PingSettings { interval: settings.ping_interval.limit(), timeout: settings.ping_timeout.0 },
             stream_wait: policy.limits.0.unwrap_or_default().pending_timeout.0,
             tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(carried.outgoing.host())),
         },

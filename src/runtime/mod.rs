@@ -17,7 +17,7 @@ mod workers;
 
 pub use snapshot::{Cluster, Snapshot, inbound_settings};
 pub use view::{LocalCluster, View, Whom};
-pub use workers::{LocalExecutor, Worker, connections, drain_phase};
+pub use workers::{Worker, connections, drain_phase};
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},

@@ -50,20 +50,6 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// How often a worker says how busy it has been.
 const BUSY_SAMPLE: Duration = Duration::from_millis(100);
 
-/// Runs futures on the worker that made them.
-#[derive(Clone, Copy, Debug)]
-pub struct LocalExecutor;
-
-impl<F> hyper::rt::Executor<F> for LocalExecutor
-where
-    F: Future + 'static,
-    F::Output: 'static,
-{
-    fn execute(&self, future: F) {
-        tokio::task::spawn_local(future);
-    }
-}
-
 /// What a worker knows. Lives on its thread and is shared by its tasks.
 #[derive(Debug)]
 pub struct Worker {

@@ -334,7 +334,8 @@ impl Drop for Stream {
 
 /// Adds and removes what HTTP/2 wants otherwise.
 fn prepare(request: &mut Request<()>, body: &RequestBody) {
-    let has_payload = !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
+    let has_payload =
+        !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
     let fields: &mut HeaderMap = request.headers_mut();
     fields::strip_connection_fields(fields);
     if !fields.contains_key(CONTENT_LENGTH)

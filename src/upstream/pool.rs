@@ -67,15 +67,8 @@ pub struct Pool {
 /// A connection, or a stream of one, held by a call.
 #[derive(Debug)]
 pub enum Lease {
-    H1 {
-        connection: Http1,
-        endpoint: Rc<LocalEndpoint>,
-        reused: bool,
-    },
-    H2 {
-        stream: Stream,
-        reused: bool,
-    },
+    H1 { connection: Http1, endpoint: Rc<LocalEndpoint>, reused: bool },
+    H2 { stream: Stream, reused: bool },
 }
 
 /// Why there is no answer, or no more of it.

@@ -98,12 +98,15 @@ fn made_you_reset_by_other_means() {
         ("more fields that are no trailers", true, &|stream| {
             h2::frame(h2::HEADERS, h2::END_HEADERS, stream, &h2::block(&[("x-a", "1")]))
         }),
-        ("a stream that depends on itself", false, &|stream| h2::frame(h2::PRIORITY, 0, stream, &itself(stream))),
+        ("a stream that depends on itself", false, &|stream| {
+            h2::frame(h2::PRIORITY, 0, stream, &itself(stream))
+        }),
         ("more data than its length", false, &|stream| h2::frame(h2::DATA, 0, stream, b"12345")),
     ];
     for (what, ended, frame) in means {
         must_end(&proxy, proxy.outbound(), |client| {
-            let block = h2::request("POST", "up", "/reset", if ended { &[] } else { &[("content-length", "3")] });
+            let block =
+                h2::request("POST", "up", "/reset", if ended { &[] } else { &[("content-length", "3")] });
             for pair in 0..20_000 {
                 let stream = 1 + 2 * pair;
                 client.headers(stream, &block, ended);

@@ -27,6 +27,7 @@ use crate::{
     http1::MAX_HEAD_BYTES,
     http2::{
         ERRORS_TO_RETIRE, MOST_STREAM_ERRORS, PING_CLOSES_AFTER, REMEMBERED_RESETS, RESET_MEMORY,
+        guard::Guarded,
         wire::{Wire, Wired},
     },
     proxy::progress::{Watchdog, poll_watched},
@@ -55,7 +56,7 @@ struct Session {
 /// The connection's side of a session.
 struct Driver<S> {
     session: Rc<Session>,
-    h2: server::Connection<Wired<S>, Bytes>,
+    h2: server::Connection<Wired<Guarded<S>>, Bytes>,
     ping: Option<PingPong>,
     ping_sent: Option<Instant>,
     watchdog: Watchdog,
@@ -73,7 +74,7 @@ impl Connection {
         let session = Rc::new(Session { connection: Rc::clone(self), wire, conduct });
         let mut leaving = Leaving::new(self);
         let mut closing = pin!(self.closing());
-        let mut handshake = builder().handshake(Wired::new(stream, &session.wire));
+        let mut handshake = builder().handshake(Wired::new(Guarded::new(stream), &session.wire));
         let (mut watchdog, mut asked_to_leave) = (Watchdog::default(), false);
         let h2 = poll_fn(|cx| {
             asked_to_leave |= leaving.poll(cx, self, closing.as_mut());

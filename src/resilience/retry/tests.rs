@@ -277,7 +277,11 @@ fn what_was_never_sent_goes_out_again_for_free() {
 fn a_body_is_kept_only_where_a_copy_could_be_of_use() {
     let limit = *RetrySettings::default().body_limit;
     let on = RetryPolicy::new(Some(RetrySettings::default()));
-    assert_eq!(on.body_limit(&Method::POST, false, true), limit, "a refused stream is sent again for any method");
+    assert_eq!(
+        on.body_limit(&Method::POST, false, true),
+        limit,
+        "a refused stream is sent again for any method"
+    );
     let off = RetryPolicy::new(None);
     let kept = |method, refusable| off.body_limit(method, false, refusable);
     assert_eq!((kept(&Method::PUT, false), kept(&Method::POST, false)), (limit, 0));

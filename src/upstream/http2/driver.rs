@@ -78,11 +78,13 @@ impl Driver {
         if state.wire.heard().is_none() {
             return;
         }
-        let limit = u32::try_from(self.h2.max_concurrent_send_streams()).unwrap_or(u32::MAX).min(MOST_STREAMS);
+        let limit =
+            u32::try_from(self.h2.max_concurrent_send_streams()).unwrap_or(u32::MAX).min(MOST_STREAMS);
         if state.limit.replace(limit) < limit {
             state.changed.notify_waiters();
         }
-        self.errors = self.errors.saturating_add(state.wire.take_faults()).saturating_add(state.wire.take_refusals());
+        self.errors =
+            self.errors.saturating_add(state.wire.take_faults()).saturating_add(state.wire.take_refusals());
         if self.errors >= ERRORS_TO_RETIRE {
             self.retire();
         }
@@ -103,6 +105,8 @@ impl Driver {
                 return (Some(sent + self.settings.timeout * times), false);
             }
             state.ping_sent.set(None);
+            // Whoever has asked meanwhile has the answer, too.
+            state.ping_wanted.set(false);
             state.changed.notify_waiters();
         }
         let now = Instant::now();
@@ -113,7 +117,11 @@ impl Driver {
         let due = (state.streams.get() > 0).then_some(self.settings.interval).flatten().map(|interval| {
             let quiet = self.pings.last.map(|last| last + QUIET_INTERVAL);
             let due = heard + interval;
-            if self.pings.may_send(state.wire.messages(), due) { due } else { quiet.map_or(due, |quiet| quiet.max(due)) }
+            if self.pings.may_send(state.wire.messages(), due) {
+                due
+            } else {
+                quiet.map_or(due, |quiet| quiet.max(due))
+            }
         });
         (due, false)
     }
@@ -153,7 +161,9 @@ impl Future for Driver {
                 None if this.send_ping(now) => {}
                 None => return Poll::Ready(()),
                 Some(_) if !this.state.retired.get() => {
-                    tracing::debug!("an HTTP/2 endpoint has not answered a PING: no more requests on its connection");
+                    tracing::debug!(
+                        "an HTTP/2 endpoint has not answered a PING: no more requests on its connection"
+                    );
                     this.retire();
                 }
                 Some(_) => {

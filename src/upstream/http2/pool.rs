@@ -1,12 +1,7 @@
 //! The HTTP/2 connections of one worker to one endpoint: a few that carry many streams. Another is opened where the streams
 //! that the endpoint takes on one are used up, or where uploads have used up its window.
 
-use std::{
-    cell::RefCell,
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::RefCell, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::Notify,
@@ -86,7 +81,7 @@ impl Http2Pool {
                 Choice::Room(connection) => return Ok(lease(connection, !dialled)),
                 Choice::Opening(connection) => {
                     if timeout_at(until, changed).await.is_ok() {
-                        opening = Some(connection);
+                        (opening, dialled) = (Some(connection), true);
                         continue;
                     }
                     // An endpoint that has said nothing is asked all the same: its silence is then that of an attempt.
@@ -118,7 +113,8 @@ impl Http2Pool {
         self.retire(now);
         let connections = self.connections.borrow();
         let mut opening = None;
-        for connection in connections.iter().filter(|connection| fits(connection.proof.as_deref(), settings)) {
+        for connection in connections.iter().filter(|connection| fits(connection.proof.as_deref(), settings))
+        {
             if connection.has_room() && !(upload && connection.is_held(now)) {
                 return Choice::Room(Rc::clone(connection));
             }
@@ -136,7 +132,8 @@ impl Http2Pool {
 
     fn no_stream(&self, settings: &ConnectionSettings) -> ConnectError {
         let connections = self.connections.borrow();
-        let limit = connections.iter().map(|connection| connection.state.limit.get()).max().unwrap_or_default();
+        let limit =
+            connections.iter().map(|connection| connection.state.limit.get()).max().unwrap_or_default();
         ConnectError::Streams { limit, connections: connections.len(), waited: settings.stream_wait }
     }
 

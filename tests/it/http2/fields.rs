@@ -9,7 +9,11 @@ use crate::support::{
 const PROTOCOL_ERROR: u32 = 1;
 
 fn proxy() -> (Upstream, Proxy) {
-    let upstream = Upstream::http1(|_| async { text("ok") });
+    // It reads all before it answers.
+    let upstream = Upstream::http1(|request| async {
+        let _ = http_body_util::BodyExt::collect(request.into_body()).await;
+        text("ok")
+    });
     let proxy = Proxy::start(format!(
         "[[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{}\"]\n",
         upstream.address()
@@ -75,4 +79,66 @@ fn a_tunnel_inside_a_stream_carries_bytes_both_ways() {
         }
     }
     assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("ok"), "{text:?}");
+}
+
+/// To the library below, bytes that no field may hold are the end of the connection.
+#[test]
+fn bad_fields_end_their_stream_only() {
+    let (_upstream, proxy) = proxy();
+    let mut client = H2Client::connect(proxy.outbound());
+    let bad: [(&[u8], &[u8]); 9] = [
+        (b"x-a", b"a\0b"),
+        (b"x-a", b"a\r\nx-b: 1"),
+        (b"x-a", b"\n"),
+        (b"X-A", b"a"),
+        (b"x a", b"a"),
+        (b"", b"a"),
+        (b":unknown", b"a"),
+        (b"x-a:", b"a"),
+        (b":path", b"/twice"),
+    ];
+    for (number, (name, value)) in bad.into_iter().enumerate() {
+        for (turn, first) in [0x00, 0x10, 0x40].into_iter().enumerate() {
+            let stream = 1 + 2 * (3 * number + turn) as u32;
+            let mut block = h2::get("/");
+            // As a literal of each kind: the last one goes into the table.
+            let mut field = h2::block(&[(name, value)]);
+            field[0] = first;
+            block.extend(field);
+            client.headers(stream, &block, true);
+            assert_eq!(client.end_of(stream), End::Reset(PROTOCOL_ERROR), "{name:?} {value:?} {first:#x}");
+        }
+    }
+    // What went into the table beside them is still found there, and they are still bad.
+    let mut block = h2::get("/");
+    let mut field = h2::block(&[("x-good", "1")]);
+    field[0] = 0x40;
+    block.extend(field);
+    client.headers(1001, &block, true);
+    assert_eq!(client.end_of(1001), End::Answer(Some(200)));
+    for (stream, index, end) in [
+        (1003, 0xbe, End::Answer(Some(200))),
+        (1005, 0xbf, End::Reset(PROTOCOL_ERROR)),
+        (1007, 0xbe, End::Answer(Some(200))),
+    ] {
+        let mut block = h2::get("/");
+        block.push(index);
+        client.headers(stream, &block, true);
+        assert_eq!(client.end_of(stream), end, "index {index:#x}");
+    }
+}
+
+/// RFC 9113 §8.1.
+#[test]
+fn pseudo_header_fields_in_trailers_are_refused() {
+    let (_upstream, proxy) = proxy();
+    let mut client = H2Client::connect(proxy.outbound());
+    for (number, name) in [":path", ":status", ":method"].into_iter().enumerate() {
+        let stream = 1 + 2 * number as u32;
+        client.headers(stream, &h2::request("POST", "up", "/", &[]), false);
+        client.send(h2::frame(DATA, 0, stream, b"body"));
+        client.headers(stream, &h2::block(&[("x-a", "1"), (name, "200")]), true);
+        assert_eq!(client.end_of(stream), End::Reset(PROTOCOL_ERROR), "{name}");
+    }
+    client.must_get(101, "/after");
 }

@@ -58,7 +58,8 @@ async fn the_same_with_clients_of_http2() {
         for _ in 0..5 {
             sender = sender.ready().await.expect("the connection lives");
             let (response, _) = sender.send_request(request("GET", "up", "/"), true).expect("sent");
-            let response = tokio::time::timeout(PATIENCE, response).await.expect("in time").expect("a response");
+            let response =
+                tokio::time::timeout(PATIENCE, response).await.expect("in time").expect("a response");
             assert_eq!(response.status(), 200);
             open.push(response);
         }

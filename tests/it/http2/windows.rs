@@ -45,7 +45,8 @@ fn server() -> H2Server {
         for _ in 0..megabytes * 100 {
             body.reserve_capacity(MEGABYTE / 100);
             while body.capacity() < MEGABYTE / 100 {
-                if std::future::poll_fn(|cx| body.poll_capacity(cx)).await.is_none_or(|grown| grown.is_err()) {
+                if std::future::poll_fn(|cx| body.poll_capacity(cx)).await.is_none_or(|grown| grown.is_err())
+                {
                     return;
                 }
             }
@@ -109,7 +110,8 @@ async fn upload(sender: &SendRequest<Bytes>, host: &str, path: &str, limit: Dura
         for _ in 0..100 {
             body.reserve_capacity(10_000);
             while body.capacity() < 10_000 {
-                if std::future::poll_fn(|cx| body.poll_capacity(cx)).await.is_none_or(|grown| grown.is_err()) {
+                if std::future::poll_fn(|cx| body.poll_capacity(cx)).await.is_none_or(|grown| grown.is_err())
+                {
                     return;
                 }
             }
@@ -144,7 +146,9 @@ async fn stuck_uploads_do_not_hold_up_others() {
     let mut stuck = Vec::new();
     for number in 0..60 {
         let (sender, host) = (sender.clone(), if number % 2 == 0 { "up" } else { "other" });
-        stuck.push(tokio::spawn(async move { upload(&sender, host, "/stuck", Duration::from_secs(60)).await }));
+        stuck.push(tokio::spawn(
+            async move { upload(&sender, host, "/stuck", Duration::from_secs(60)).await },
+        ));
     }
     let arrived = timeout(PATIENCE, async {
         while h2.requests() < 30 {

@@ -109,7 +109,8 @@ impl Session {
             let mut carried = pin!(stream.carry(call));
             let mut watchdog = Watchdog::default();
             let look = || (Some(Rc::clone(&progress)), progress.cut_at());
-            poll_fn(|cx| poll_watched(cx, &mut watchdog, |cx| carried.as_mut().poll(cx), look).map(drop)).await;
+            poll_fn(|cx| poll_watched(cx, &mut watchdog, |cx| carried.as_mut().poll(cx), look).map(drop))
+                .await;
             drop(open);
         });
     }

@@ -1,0 +1,385 @@
+//! Sees to it that a bad field ends its stream and not the connection: header blocks are checked, and where need be written
+//! anew, before `h2` reads them ([`super::hpack`]). All else passes as it comes, without a copy.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    frames::{CONTINUATION, HEADERS, PREFACE_LENGTH},
+    hpack::{BlockChecker, Verdict},
+};
+
+const HEAD: usize = 9;
+const END_STREAM: u8 = 0x1;
+const END_HEADERS: u8 = 0x4;
+const PADDED: u8 = 0x8;
+const PRIORITY: u8 = 0x20;
+/// The weight and what it depends on.
+const PRIORITY_LENGTH: usize = 5;
+/// SETTINGS_MAX_FRAME_SIZE, which is not changed.
+const MAX_FRAME: usize = 16_384;
+/// A block in more frames is left to `h2`, which closes the connection.
+const MOST_CONTINUATIONS: usize = 8;
+
+/// A stream of frames from a client.
+#[derive(Debug)]
+pub struct Guarded<S> {
+    stream: S,
+    checker: BlockChecker,
+    /// Bytes of the frame under way that are still to pass.
+    passing: usize,
+    /// What has been read and cannot pass yet, from the head of a frame.
+    held: Vec<u8>,
+    /// What may pass.
+    ready: Vec<u8>,
+    passed: usize,
+    /// The highest stream so far: header blocks of others are trailers.
+    highest: u32,
+    /// What comes is not HTTP/2: left to `h2`.
+    given_up: bool,
+}
+
+/// What there is at the beginning of some bytes.
+enum Found {
+    /// So many bytes may pass; the rest of the frame, so many, may pass too.
+    Pass(usize, usize),
+    /// A header block of so many bytes is to be replaced.
+    Replace(usize, Vec<u8>),
+    /// It is not complete.
+    Partial,
+    /// It is not HTTP/2.
+    Nonsense,
+}
+
+impl<S> Guarded<S> {
+    pub fn new(stream: S) -> Self {
+        Self {
+            stream,
+            checker: BlockChecker::default(),
+            passing: PREFACE_LENGTH as usize,
+            held: Vec::new(),
+            ready: Vec::new(),
+            passed: 0,
+            highest: 0,
+            given_up: false,
+        }
+    }
+
+    /// How many of the bytes may pass as they are, and what comes behind them.
+    fn pass(&mut self, bytes: &[u8]) -> (usize, Found) {
+        let mut at = 0;
+        loop {
+            let taken = self.passing.min(bytes.len() - at);
+            self.passing -= taken;
+            at += taken;
+            if at == bytes.len() {
+                return (at, Found::Pass(0, self.passing));
+            }
+            match self.find(&bytes[at..]) {
+                Found::Pass(count, more) => (at, self.passing) = (at + count, more),
+                other => return (at, other),
+            }
+        }
+    }
+
+    fn find(&mut self, bytes: &[u8]) -> Found {
+        let Some(head) = Head::of(bytes) else { return Found::Partial };
+        match head.kind {
+            HEADERS => self.block(bytes, &head),
+            CONTINUATION => Found::Nonsense,
+            _ => {
+                let whole = HEAD + head.length;
+                let count = whole.min(bytes.len());
+                Found::Pass(count, whole - count)
+            }
+        }
+    }
+
+    /// A header block, which may go on in other frames.
+    fn block(&mut self, bytes: &[u8], first: &Head) -> Found {
+        if first.length > MAX_FRAME {
+            return Found::Nonsense;
+        }
+        let Some(payload) = bytes.get(HEAD..HEAD + first.length) else { return Found::Partial };
+        let Some((priority, fragment)) = parts(payload, first.flags) else { return Found::Nonsense };
+        let mut whole = HEAD + first.length;
+        let mut continuations = Vec::new();
+        let mut ended = first.flags & END_HEADERS != 0;
+        while !ended {
+            let Some(head) = bytes.get(whole..).and_then(Head::of) else { return Found::Partial };
+            let fits = head.kind == CONTINUATION && head.stream == first.stream && head.length <= MAX_FRAME;
+            if !fits || continuations.len() == MOST_CONTINUATIONS {
+                return Found::Nonsense;
+            }
+            let Some(more) = bytes.get(whole + HEAD..whole + HEAD + head.length) else {
+                return Found::Partial;
+            };
+            continuations.push(more);
+            whole += HEAD + head.length;
+            ended = head.flags & END_HEADERS != 0;
+        }
+        let trailers = first.stream <= self.highest;
+        let verdict = if continuations.is_empty() {
+            self.checker.check(fragment, trailers)
+        } else {
+            self.checker.check(&[&[fragment][..], &continuations[..]].concat().concat(), trailers)
+        };
+        self.highest = self.highest.max(first.stream);
+        match verdict {
+            Verdict::Decodable => Found::Pass(whole, 0),
+            Verdict::Malformed(block) => Found::Replace(whole, frames(first, priority, &block)),
+            Verdict::Broken => Found::Nonsense,
+        }
+    }
+
+    /// Takes what has been read; returns how much of it may pass as it is.
+    fn take(&mut self, bytes: &[u8]) -> usize {
+        let (count, behind) = self.pass(bytes);
+        match behind {
+            Found::Pass(..) => {}
+            Found::Replace(length, anew) => {
+                self.ready = anew;
+                self.held = bytes[count + length..].to_vec();
+            }
+            Found::Partial => self.held = bytes[count..].to_vec(),
+            Found::Nonsense => {
+                self.given_up = true;
+                return bytes.len();
+            }
+        }
+        count
+    }
+
+    /// Lets pass what may of what is held.
+    fn release(&mut self) {
+        let mut held = std::mem::take(&mut self.held);
+        let (count, behind) = self.pass(&held);
+        let anew = match behind {
+            Found::Partial | Found::Pass(..) => Vec::new(),
+            Found::Replace(length, anew) => {
+                held.drain(count..count + length);
+                anew
+            }
+            Found::Nonsense => {
+                self.given_up = true;
+                self.ready = held;
+                return;
+            }
+        };
+        let rest = held.split_off(count);
+        held.extend_from_slice(&anew);
+        self.ready = held;
+        self.held = rest;
+    }
+}
+
+struct Head {
+    length: usize,
+    kind: u8,
+    flags: u8,
+    stream: u32,
+}
+
+impl Head {
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let &[a, b, c, kind, flags, d, e, f, g] = bytes.first_chunk::<HEAD>()?;
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        Some(Self { length, kind, flags, stream: u32::from_be_bytes([d, e, f, g]) & 0x7fff_ffff })
+    }
+}
+
+/// The priority and the fragment of a header block that a HEADERS frame has.
+fn parts(payload: &[u8], flags: u8) -> Option<(&[u8], &[u8])> {
+    let mut rest = payload;
+    if flags & PADDED != 0 {
+        let (padding, after) = rest.split_first()?;
+        rest = after.get(..after.len().checked_sub(usize::from(*padding))?)?;
+    }
+    rest.split_at_checked(if flags & PRIORITY != 0 { PRIORITY_LENGTH } else { 0 })
+}
+
+/// A header block as frames like the ones it came in.
+fn frames(first: &Head, priority: &[u8], block: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(block.len() + 2 * HEAD);
+    let (mut rest, mut kind, mut flags) = (block, HEADERS, first.flags & (END_STREAM | PRIORITY));
+    let mut before = priority;
+    loop {
+        let (part, after) = rest.split_at(rest.len().min(MAX_FRAME - before.len()));
+        flags |= if after.is_empty() { END_HEADERS } else { 0 };
+        let length = ((before.len() + part.len()) as u32).to_be_bytes();
+        out.extend_from_slice(&length[1..]);
+        out.extend_from_slice(&[kind, flags]);
+        out.extend_from_slice(&first.stream.to_be_bytes());
+        out.extend_from_slice(before);
+        out.extend_from_slice(part);
+        if after.is_empty() {
+            return out;
+        }
+        (rest, kind, flags, before) = (after, CONTINUATION, 0, &[]);
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        loop {
+            if this.passed < this.ready.len() {
+                let count = buf.remaining().min(this.ready.len() - this.passed);
+                buf.put_slice(&this.ready[this.passed..this.passed + count]);
+                this.passed += count;
+                if this.passed == this.ready.len() {
+                    (this.ready, this.passed) = (Vec::new(), 0);
+                    // Behind what was replaced there may be more that can pass.
+                    if !this.held.is_empty() {
+                        this.release();
+                    }
+                }
+                return Poll::Ready(Ok(()));
+            }
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+            let read = buf.filled().len() - before;
+            if read == 0 || this.given_up {
+                return Poll::Ready(Ok(()));
+            }
+            if this.held.is_empty() {
+                // As it is most of the time.
+                let bytes = buf.filled().get(before..).unwrap_or_default();
+                let count = this.take(bytes);
+                buf.set_filled(before + count);
+            } else {
+                this.held.extend_from_slice(buf.filled().get(before..).unwrap_or_default());
+                buf.set_filled(before);
+                this.release();
+            }
+            if buf.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        bytes.extend([kind, flags]);
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    fn literal(first: u8, name: &str, value: &str) -> Vec<u8> {
+        let mut bytes = vec![first, name.len() as u8];
+        bytes.extend(name.bytes());
+        bytes.push(value.len() as u8);
+        bytes.extend(value.bytes());
+        bytes
+    }
+
+    /// What comes out of it, written in pieces of `size`.
+    async fn through(bytes: &[u8], size: usize) -> Vec<u8> {
+        let (mut client, stream) = duplex(1 << 20);
+        let mut guarded = Guarded::new(stream);
+        let mut out = Vec::new();
+        for piece in bytes.chunks(size) {
+            client.write_all(piece).await.unwrap();
+            let mut read = [0; 700];
+            // What can come comes at once.
+            while let Ok(Ok(count @ 1..)) =
+                tokio::time::timeout(std::time::Duration::ZERO, guarded.read(&mut read)).await
+            {
+                out.extend_from_slice(&read[..count]);
+            }
+        }
+        drop(client);
+        guarded.read_to_end(&mut out).await.unwrap();
+        out
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_well_passes_as_it_came_in_pieces_of_any_size() {
+        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        bytes.extend(frame(4, 0, 0, &[]));
+        let request = [&[0x82, 0x86, 0x84][..], &literal(0x40, "x-a", "1"), &[0xbe]].concat();
+        bytes.extend(frame(HEADERS, END_HEADERS, 1, &request));
+        bytes.extend(frame(0, 0, 1, &[7; 3000]));
+        // In two frames, with padding and a priority, cut in the middle of a string.
+        let padded = [&[3][..], &[0, 0, 0, 0, 16], &request[..5], &[0; 3]].concat();
+        bytes.extend(frame(HEADERS, PADDED | PRIORITY, 3, &padded));
+        bytes.extend(frame(CONTINUATION, END_HEADERS, 3, &request[5..]));
+        bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &literal(0, "x-end", "1")));
+        for size in [1, 2, 7, 100, 5000] {
+            assert_eq!(through(&bytes, size).await, bytes, "pieces of {size}");
+        }
+    }
+
+    /// A bad field is replaced by one that keeps the table, and marked; later blocks are not touched.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_malformed_is_marked_in_pieces_of_any_size() {
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        let bad = [&[0x82][..], &literal(0x40, "x-a", "b\0d"), &literal(0, "X-B", "1"), &[0x84]].concat();
+        let marked =
+            [&[0x82][..], &literal(0x40, "xxx", "xxx"), &[0x84], b"\x00\x0aconnection\x01x"].concat();
+        let good = [&[0x82, 0x84][..], &literal(0x40, "x-c", "1"), &[0xbe]].concat();
+        let refers = [0x82, 0xbf];
+        let trailers = [0x84];
+        let mut bytes = preface.to_vec();
+        let mut expected = preface.to_vec();
+        for (stream, block, out) in [
+            (1, &bad[..], &marked[..]),
+            (3, &good, &good),
+            // To the bad one, which is the second newest by now.
+            (5, &refers, b"\x82\x00\x0aconnection\x01x"),
+            (3, &trailers, b"\x84\x00\x0aconnection\x01x"),
+            (7, &good, &good),
+        ] {
+            bytes.extend(frame(HEADERS, END_HEADERS, stream, block));
+            bytes.extend(frame(0, 0, stream, &[1; 10]));
+            expected.extend(frame(HEADERS, END_HEADERS, stream, out));
+            expected.extend(frame(0, 0, stream, &[1; 10]));
+        }
+        for size in [1, 3, 20, 5000] {
+            assert_eq!(through(&bytes, size).await, expected, "pieces of {size}");
+        }
+    }
+}

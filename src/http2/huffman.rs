@@ -1,0 +1,119 @@
+//! The Huffman code of HPACK (RFC 7541 appendix B), which is canonical: the lengths of its codes say all.
+
+const LENGTHS: [u8; 256] = [
+    13, 23, 28, 28, 28, 28, 28, 28, 28, 24, 30, 28, 28, 30, 28, 28, 28, 28, 28, 28, 28, 28, 30, 28, 28, 28,
+    28, 28, 28, 28, 28, 28, 6, 10, 10, 12, 13, 6, 8, 11, 10, 10, 8, 11, 8, 6, 6, 6, 5, 5, 5, 6, 6, 6, 6, 6,
+    6, 6, 7, 8, 15, 6, 12, 10, 13, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8, 7,
+    8, 13, 19, 13, 14, 6, 15, 5, 6, 5, 6, 5, 6, 6, 6, 5, 7, 7, 6, 6, 6, 5, 6, 7, 6, 5, 5, 6, 7, 7, 7, 7, 7,
+    15, 11, 14, 13, 28, 20, 22, 20, 20, 22, 22, 22, 23, 22, 23, 23, 23, 23, 23, 24, 23, 24, 24, 22, 23, 24,
+    23, 23, 23, 23, 21, 22, 23, 22, 23, 23, 24, 22, 21, 20, 22, 22, 23, 23, 21, 23, 22, 22, 24, 21, 22, 23,
+    23, 21, 21, 22, 21, 23, 22, 23, 23, 20, 22, 22, 22, 23, 22, 22, 23, 26, 26, 20, 19, 22, 23, 22, 25, 26,
+    26, 26, 27, 27, 26, 24, 25, 19, 21, 26, 27, 27, 26, 27, 24, 21, 21, 26, 26, 28, 27, 27, 27, 20, 24, 20,
+    21, 22, 21, 21, 23, 22, 22, 25, 25, 24, 24, 26, 23, 26, 27, 26, 26, 27, 27, 27, 27, 27, 28, 27, 27, 27,
+    27, 27, 26,
+];
+
+const SHORTEST: usize = 5;
+const LONGEST: usize = 30;
+
+/// The codes of each length: the first one, how many, and where their symbols begin.
+struct Code {
+    first: [u32; LONGEST + 1],
+    count: [u32; LONGEST + 1],
+    symbols_from: [usize; LONGEST + 1],
+    symbols: [u8; 256],
+}
+
+const CODE: Code = code();
+
+const fn code() -> Code {
+    let mut code = Code {
+        first: [0; LONGEST + 1],
+        count: [0; LONGEST + 1],
+        symbols_from: [0; LONGEST + 1],
+        symbols: [0; 256],
+    };
+    let (mut length, mut next, mut at) = (SHORTEST, 0_u32, 0);
+    while length <= LONGEST {
+        next <<= if length == SHORTEST { 0 } else { 1 };
+        code.first[length] = next;
+        code.symbols_from[length] = at;
+        let mut symbol = 0;
+        while symbol < 256 {
+            if LENGTHS[symbol] as usize == length {
+                code.symbols[at] = symbol as u8;
+                code.count[length] += 1;
+                (next, at) = (next + 1, at + 1);
+            }
+            symbol += 1;
+        }
+        length += 1;
+    }
+    code
+}
+
+/// Appends what `bytes` mean. False where they are not of this code.
+pub fn decode(bytes: &[u8], out: &mut Vec<u8>) -> bool {
+    let (mut bits, mut count) = (0_u64, 0);
+    let mut bytes = bytes.iter();
+    loop {
+        while count <= 56
+            && let Some(byte) = bytes.next()
+        {
+            bits = bits << 8 | u64::from(*byte);
+            count += 8;
+        }
+        let Some((symbol, length)) = first_symbol(bits, count) else { break };
+        out.push(symbol);
+        count -= length;
+        bits &= (1 << count) - 1;
+    }
+    // The rest is padding: the beginning of the code for the end, which is ones.
+    count < 8 && bits == (1 << count) - 1
+}
+
+/// The symbol of the highest of `count` bits, and how long its code is.
+fn first_symbol(bits: u64, count: usize) -> Option<(u8, usize)> {
+    (SHORTEST..=LONGEST.min(count)).find_map(|length| {
+        let at = ((bits >> (count - length)) as u32).wrapping_sub(CODE.first[length]);
+        (at < CODE.count[length]).then(|| (CODE.symbols[CODE.symbols_from[length] + at as usize], length))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 7541 appendix C.4 and C.6.
+    #[test]
+    fn the_examples_of_the_standard_are_read() {
+        for (hex, text) in [
+            ("f1e3c2e5f23a6ba0ab90f4ff", "www.example.com"),
+            ("a8eb10649cbf", "no-cache"),
+            ("25a849e95ba97d7f", "custom-key"),
+            ("25a849e95bb8e8b4bf", "custom-value"),
+            ("d07abe941054d444a8200595040b8166e082a62d1bff", "Mon, 21 Oct 2013 20:13:21 GMT"),
+            (
+                "94e7821dd7f2e6c7b335dfdfcd5b3960d5af27087f3672c1ab270fb5291f9587316065c003ed4ee5b1063d5007",
+                "foo=ASDJKHQKBZXOQWEOPIUAXQWEOIU; max-age=3600; version=1",
+            ),
+        ] {
+            let bytes: Vec<u8> = (0..hex.len())
+                .step_by(2)
+                .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+                .collect();
+            let mut out = Vec::new();
+            assert!(decode(&bytes, &mut out), "{text}");
+            assert_eq!(String::from_utf8(out).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn wrong_padding_and_the_end_itself_are_refused() {
+        let mut out = Vec::new();
+        assert!(!decode(&[0b0001_1000], &mut out), "padded by zeros");
+        assert!(!decode(&[0xff], &mut out), "more than seven bits of padding");
+        assert!(!decode(&[0xff; 4], &mut out), "the code for the end");
+        assert!(decode(&[], &mut out));
+    }
+}
