@@ -49,6 +49,7 @@ fn retry(c: &mut Criterion) {
         idempotency_key: false,
         tries: 1,
         free_used: false,
+        resent: 0,
         body: Body::Untouched,
         committed: false,
     };

@@ -359,7 +359,7 @@ mod tests {
         let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
         let bad = [&[0x82][..], &literal(0x40, "x-a", "b\0d"), &literal(0, "X-B", "1"), &[0x84]].concat();
         let marked =
-            [&[0x82][..], &literal(0x40, "xxx", "xxx"), &[0x84], b"\x00\x0aconnection\x01x"].concat();
+            [&[0x82][..], &literal(0x40, "x-a", "xxx"), &[0x84], b"\x00\x0aconnection\x01x"].concat();
         let good = [&[0x82, 0x84][..], &literal(0x40, "x-c", "1"), &[0xbe]].concat();
         let refers = [0x82, 0xbf];
         let trailers = [0x84];

@@ -122,13 +122,6 @@ struct Entry {
     wrong: bool,
 }
 
-/// How a literal goes into the table.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Indexing {
-    Added,
-    None,
-}
-
 struct NotHpack;
 
 impl Default for BlockChecker {
@@ -176,10 +169,13 @@ impl BlockChecker {
         let mut anew: Option<Vec<u8>> = None;
         while let [first, ..] = rest {
             let (first, before) = (*first, rest);
-            let (entry, indexing) = if first & 0x80 != 0 {
-                (Some(self.entry(integer(&mut rest, 7)?)?), Indexing::None)
+            // How long the representation of the name is, where the field goes into the table.
+            let mut added = None;
+            let mut entry = if first & 0x80 != 0 {
+                Some(self.entry(integer(&mut rest, 7)?)?)
             } else if first & 0x40 != 0 {
-                (Some(self.literal(&mut rest, 6)?), Indexing::Added)
+                let entry = self.literal(&mut rest, 6, &mut added)?;
+                Some(entry)
             } else if first & 0x20 != 0 {
                 let most = integer(&mut rest, 5)?;
                 if most > TABLE_SIZE {
@@ -187,9 +183,9 @@ impl BlockChecker {
                 }
                 self.most = most;
                 self.evict(0);
-                (None, Indexing::None)
+                None
             } else {
-                (Some(self.literal(&mut rest, 4)?), Indexing::None)
+                Some(self.literal(&mut rest, 4, &mut None)?)
             };
             let taken = &before[..before.len() - rest.len()];
             let wrong = entry.is_some_and(|entry| entry.wrong);
@@ -197,11 +193,11 @@ impl BlockChecker {
             if wrong && anew.is_none() {
                 anew = Some(block[..block.len() - before.len()].to_vec());
             }
-            if let Some(entry) = entry.filter(|_| indexing == Indexing::Added) {
-                self.add(entry);
+            if let (Some(entry), Some(left)) = (&mut entry, added) {
                 if let Some(anew) = anew.as_mut().filter(|_| wrong) {
-                    write_in_place(entry, anew)?;
+                    entry.write_in_place(&before[..before.len() - left], anew)?;
                 }
+                self.add(*entry);
             }
             if let Some(anew) = anew.as_mut().filter(|_| !wrong) {
                 anew.extend_from_slice(taken);
@@ -230,7 +226,13 @@ impl BlockChecker {
         }
     }
 
-    fn literal(&mut self, rest: &mut &[u8], prefix: u32) -> Result<Entry, NotHpack> {
+    /// `behind_name`: how many bytes there are behind the name.
+    fn literal(
+        &mut self,
+        rest: &mut &[u8],
+        prefix: u32,
+        behind_name: &mut Option<usize>,
+    ) -> Result<Entry, NotHpack> {
         let index = integer(rest, prefix)?;
         let (name, name_length) = if index == 0 {
             let name = string(rest, &mut self.text)?;
@@ -239,6 +241,7 @@ impl BlockChecker {
             let entry = self.entry(index)?;
             (entry.name, entry.name_length)
         };
+        *behind_name = Some(rest.len());
         let value = string(rest, &mut self.text)?;
         Ok(Entry { name, name_length, value_length: value.len(), wrong: !name.takes(value) })
     }
@@ -266,20 +269,31 @@ impl Entry {
     const fn size(&self) -> usize {
         self.name_length + self.value_length + OVERHEAD
     }
+
+    /// Writes a literal that takes as much of the table, and that `h2` decodes. `name` is the beginning of what it replaces:
+    /// later fields may refer to the name, where that is well-formed.
+    fn write_in_place(&mut self, name: &[u8], out: &mut Vec<u8>) -> Result<(), NotHpack> {
+        if matches!(self.name, Name::Field | Name::Text)
+            || (self.name == Name::Method && self.value_length > 0)
+        {
+            out.extend_from_slice(name);
+            write_filler(self.value_length, out);
+            return Ok(());
+        }
+        self.name = Name::Wrong;
+        // A name has at least one byte.
+        let name_length = self.name_length.max(1);
+        let value_length = (self.name_length + self.value_length).checked_sub(name_length).ok_or(NotHpack)?;
+        out.push(0x40);
+        write_filler(name_length, out);
+        write_filler(value_length, out);
+        Ok(())
+    }
 }
 
-/// A literal that takes as much of the table as `entry` does, and that `h2` decodes.
-fn write_in_place(entry: Entry, out: &mut Vec<u8>) -> Result<(), NotHpack> {
-    let text = entry.name_length + entry.value_length;
-    // A name has at least one byte.
-    let name = entry.name_length.max(1);
-    let value = text.checked_sub(name).ok_or(NotHpack)?;
-    out.push(0x40);
-    for length in [name, value] {
-        write_length(length, out);
-        out.resize(out.len() + length, b'x');
-    }
-    Ok(())
+fn write_filler(length: usize, out: &mut Vec<u8>) {
+    write_length(length, out);
+    out.resize(out.len() + length, b'x');
 }
 
 fn write_length(length: usize, out: &mut Vec<u8>) {
@@ -317,7 +331,7 @@ fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, NotHpack> {
 }
 
 /// A string (RFC 7541 §5.2).
-fn string<'a>(rest: &mut &'a [u8], text: &'a mut Vec<u8>) -> Result<&'a [u8], NotHpack> {
+fn string<'b: 't, 't>(rest: &mut &'b [u8], text: &'t mut Vec<u8>) -> Result<&'t [u8], NotHpack> {
     let is_huffman = rest.first().ok_or(NotHpack)? & 0x80 != 0;
     let length = integer(rest, 7)?;
     let (raw, after) = rest.split_at_checked(length).ok_or(NotHpack)?;
