@@ -64,12 +64,9 @@ fn no_descriptor_left_is_told_and_blamed_on_nobody() {
     for _ in 0..200 {
         let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(100));
         client.send(hang);
-        match client.response().expect("HTTP") {
-            Some(answer) => {
-                told = Some(answer);
-                break;
-            }
-            None => {}
+        if let Some(answer) = client.response().expect("HTTP") {
+            told = Some(answer);
+            break;
         }
         held.push(client);
     }
