@@ -12,6 +12,7 @@
 
 mod file;
 mod kubernetes;
+mod miss;
 mod names;
 mod resolver;
 mod source;

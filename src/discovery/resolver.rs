@@ -15,7 +15,7 @@ use std::{
 use hickory_resolver::{
     Hosts, TokioResolver,
     config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
+    net::runtime::TokioRuntimeProvider,
     proto::{
         op::{Query, ResponseCode},
         rr::{Name, RData, Record, RecordType},
@@ -24,8 +24,7 @@ use hickory_resolver::{
 };
 use tokio::{runtime::Handle, time::timeout};
 
-use super::DiscoveryError;
-use crate::descriptors;
+use super::{DiscoveryError, miss::Miss};
 
 /// Names the DNS servers to ask in place of those of `/etc/resolv.conf`: `IP` or `IP:PORT`, several with commas.
 pub const DNS_ENV: &str = "OUTRIGGER_DNS";
@@ -360,40 +359,6 @@ impl Resolver {
 impl std::fmt::Debug for Resolver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Resolver").field("search", &self.search).field("limit", &self.limit).finish()
-    }
-}
-
-/// Why one name of the search list gave nothing.
-enum Miss {
-    NoRecords(ResponseCode),
-    Timeout,
-    /// The server refused or failed to say.
-    Failed(String),
-    /// No server could be connected to; hickory does not tell why.
-    NoServer(String),
-    /// None could be asked, for want of something of this machine's own.
-    LocalResource(String),
-}
-
-impl From<NetError> for Miss {
-    fn from(error: NetError) -> Self {
-        match error {
-            NetError::Dns(DnsError::NoRecordsFound(none)) => match none.response_code {
-                code @ (ResponseCode::NoError | ResponseCode::NXDomain) => Self::NoRecords(code),
-                code => Self::Failed(code.to_string()),
-            },
-            NetError::Timeout => Self::Timeout,
-            NetError::Io(error) => Self::from_io(&error).unwrap_or_else(|| Self::Failed(error.to_string())),
-            NetError::NoConnections => Self::NoServer("no DNS server can be connected to".to_owned()),
-            error => Self::Failed(error.to_string()),
-        }
-    }
-}
-
-impl Miss {
-    fn from_io(error: &io::Error) -> Option<Self> {
-        let missing = descriptors::missing(error)?;
-        Some(Self::LocalResource(format!("{missing} ({error})")))
     }
 }
 
