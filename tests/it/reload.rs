@@ -291,11 +291,12 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("outbound.listen", Restart("[outbound]\nlisten = \"127.0.0.1:1\"")),
         (
             "outbound.unknown",
+            // The other way round it is held back until it is confirmed.
             case(
-                "[outbound]\nunknown = \"deny\"",
                 "[outbound]\nunknown = \"forward\"",
+                "[outbound]\nunknown = \"deny\"",
                 |s| s.stranger("127.0.0.1"),
-                ("unknown_upstream", "200"),
+                ("200", "unknown_upstream"),
             ),
         ),
         (
