@@ -1,7 +1,7 @@
 //! Where a body ends, and its chunks (RFC 9112 §6 and §7).
 
 use http::{
-    HeaderMap, HeaderName, Method, StatusCode, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
     header::{
         AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HOST,
         MAX_FORWARDS, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING,
@@ -16,6 +16,9 @@ pub const MAX_EXTENSIONS: usize = 16 * 1024;
 pub const MAX_TRAILERS: usize = super::MAX_HEAD_BYTES;
 /// Fields of a trailer section.
 pub const MAX_TRAILER_FIELDS: usize = 100;
+/// What `h2` is told to accept of an upstream's header blocks. Above it drops fields without a word, so it has to be well
+/// above [`MAX_TRAILERS`], which is checked afterwards.
+pub const MAX_HEADER_LIST: u32 = 16 * MAX_TRAILERS as u32;
 
 /// How it is told where a body ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +158,12 @@ pub fn write_chunk_line(out: &mut Vec<u8>, length: usize) {
     let digits = (usize::BITS - length.leading_zeros()).div_ceil(4).max(1);
     out.extend((0..digits).rev().map(|place| DIGITS[length >> (4 * place) & 15]));
     out.extend_from_slice(b"\r\n");
+}
+
+/// Whether a trailer section is larger than is passed on, as HTTP/2 counts it (RFC 9113 §10.5.1).
+pub fn is_too_large(trailers: &HeaderMap) -> bool {
+    let size = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
+    trailers.iter().map(size).sum::<usize>() > MAX_TRAILERS
 }
 
 /// What changes the meaning of what went before it (RFC 9110 §6.5.1).

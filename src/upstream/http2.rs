@@ -36,7 +36,7 @@ use super::{
     pool::{ConnectionSettings, retire_at},
 };
 use crate::{
-    http1::MAX_HEAD_BYTES,
+    http1::framing::MAX_HEADER_LIST,
     http2::{
         MOST_STREAM_ERRORS, REMEMBERED_RESETS, RESET_MEMORY,
         body::Body,
@@ -214,7 +214,7 @@ fn builder() -> Builder {
         .initial_max_send_streams(STREAMS_BEFORE_SETTINGS)
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(MAX_HEAD_BYTES as u32)
+        .max_header_list_size(MAX_HEADER_LIST)
         .max_local_error_reset_streams(Some(MOST_STREAM_ERRORS))
         .max_concurrent_reset_streams(REMEMBERED_RESETS)
         .reset_stream_duration(RESET_MEMORY);

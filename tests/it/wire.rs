@@ -457,6 +457,96 @@ fn te_goes_out_with_a_connection_option() {
     }
 }
 
+/// Trailers of so many bytes, behind a body.
+fn with_trailers(bytes: usize) -> crate::support::Answer {
+    use http_body_util::BodyExt;
+    let fields = (0..bytes / 1000).map(|at| {
+        let name = http::HeaderName::try_from(format!("x-{at}")).expect("a name");
+        (name, http::HeaderValue::try_from("a".repeat(1000 - 40)).expect("a value"))
+    });
+    let mut trailers: http::HeaderMap = fields.collect();
+    trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
+    let body = http_body_util::Full::new(bytes::Bytes::from_static(b"abc"))
+        .with_trailers(async { Some(Ok(trailers)) });
+    http::Response::new(body.boxed_unsync())
+}
+
+/// What comes behind the head of a response by HTTP/2: the data, and the trailers or that it broke off.
+type Rest = (Vec<u8>, Result<Option<http::HeaderMap>, ()>);
+
+/// Trailers that are too large are an error of their stream, said as such; the connection goes on.
+#[test]
+fn trailers_above_64_kib_are_an_error_and_not_cut() {
+    use http_body_util::{BodyExt, Empty};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    let upstream = Upstream::h2c(|request| async move {
+        with_trailers(request.uri().path().trim_start_matches('/').parse().unwrap_or(0))
+    });
+    let proxy = Proxy::start(format!(
+        "[inbound]\nforward_to = \"{0}\"\n[[inbound.port]]\nport = {1}\nprotocol = \"h2\"\n\
+         [[upstream]]\nname = \"up\"\nprotocol = \"h2\"\nendpoints = [\"{0}\"]\nbreaker = false\noutlier = false\n",
+        upstream.address(),
+        upstream.address().port()
+    ));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    for address in both(&proxy) {
+        let rest: Vec<Rest> = runtime.block_on(async {
+            let stream = tokio::net::TcpStream::connect(address).await.expect("connect");
+            let builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+                .max_header_list_size(1 << 20)
+                .clone();
+            let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.expect("HTTP/2");
+            tokio::spawn(connection);
+            let mut all = Vec::new();
+            for (size, content_type) in [
+                (60_000, "text/plain"),
+                (80_000, "text/plain"),
+                (300_000, "text/plain"),
+                (80_000, "application/grpc"),
+            ] {
+                let request = http::Request::post(format!("http://up/{size}"))
+                    .header("content-type", content_type)
+                    .header("te", "trailers")
+                    .body(Empty::<bytes::Bytes>::new())
+                    .expect("a request");
+                // The stream may be reset before its head is out.
+                let Ok(answer) = sender.send_request(request).await else {
+                    all.push((Vec::new(), Err(())));
+                    continue;
+                };
+                let mut body = answer.into_body();
+                let (mut data, mut end) = (Vec::new(), Ok(None));
+                while let Some(frame) = body.frame().await {
+                    match frame.map(hyper::body::Frame::into_data) {
+                        Ok(Ok(part)) => data.extend_from_slice(&part),
+                        Ok(Err(frame)) => end = Ok(frame.into_trailers().ok()),
+                        Err(_) => {
+                            end = Err(());
+                            break;
+                        }
+                    }
+                }
+                all.push((data, end));
+            }
+            all
+        });
+        let [fits, large, larger, grpc] = &rest[..] else { panic!("{} responses", rest.len()) };
+        assert_eq!(fits.1.as_ref().map(|trailers| trailers.as_ref().map_or(0, http::HeaderMap::len)), Ok(61));
+        assert_eq!((&large.1, &larger.1), (&Err(()), &Err(())));
+        let trailers = grpc.1.as_ref().expect("a proper end").as_ref().expect("trailers");
+        assert_eq!(
+            (&grpc.0[..], &trailers["grpc-status"]),
+            (&b"abc"[..], &http::HeaderValue::from_static("8"))
+        );
+        // By HTTP/1.1 the body has no end.
+        let mut client = RawClient::connect(address);
+        client.send("GET /80000 HTTP/1.1\r\nHost: up\r\nTE: trailers\r\n\r\n");
+        let (got, closed) = client.read_to_close();
+        let got = String::from_utf8_lossy(&got);
+        assert!(closed && got.contains("abc") && !got.contains("\r\n0\r\n"), "{got}");
+    }
+}
+
 /// HTTP/1.0 has no expectations: its body goes on at once.
 #[test]
 fn an_expectation_of_http_1_0_is_ignored() {

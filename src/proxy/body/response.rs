@@ -7,18 +7,25 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
 use super::{
-    super::{grpc::GrpcEnd, progress::Progress},
+    super::{error::GrpcCode, grpc::GrpcEnd, progress::Progress},
     BodyError, Sent,
 };
 use crate::{
+    http1::{
+        self,
+        framing::{FramingError, is_too_large},
+    },
     telemetry::record::End,
     upstream::{Lease, guards::Place, local::InFlight, pool::AnswerError},
 };
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// A response's body on its way to the caller.
 #[derive(Debug)]
@@ -79,6 +86,23 @@ impl Streaming {
         }
     }
 
+    /// Trailers that are too large to be passed on are an error of this response, never cut.
+    fn limited(&self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, AnswerError> {
+        if !frame.trailers_ref().is_some_and(is_too_large) {
+            return Ok(frame);
+        }
+        let error = http1::Error::from(FramingError::TooManyTrailers);
+        if self.progress.note(|record| record.grpc) == Some(true) {
+            // As gRPC's own libraries say it: RESOURCE_EXHAUSTED.
+            let status = HeaderValue::from(u16::from(GrpcCode::ResourceExhausted as u8));
+            let message = HeaderValue::from_static("the trailers of the response are larger than 64 KiB");
+            return Ok(Frame::trailers(
+                [(GRPC_STATUS, status), (GRPC_MESSAGE, message)].into_iter().collect(),
+            ));
+        }
+        Err(error.into())
+    }
+
     fn finished(&mut self, now: Instant) {
         self.progress.done(End::Complete, now);
         if let Some(grpc) = self.held.grpc.take() {
@@ -114,7 +138,11 @@ impl Body for ResponseBody {
             Self::Streaming(streaming) => streaming,
         };
         let Some(lease) = &mut this.lease else { return Poll::Ready(None) };
-        let frame = ready!(lease.poll_frame(cx));
+        let frame = match ready!(lease.poll_frame(cx)) {
+            Some(Ok(frame)) => Some(this.limited(frame)),
+            frame => frame,
+        };
+        let Some(lease) = &this.lease else { return Poll::Ready(None) };
         let over = lease.is_end_stream();
         let now = this.progress.moved();
         if let Some(Ok(frame)) = &frame {
