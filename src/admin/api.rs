@@ -84,7 +84,7 @@ const fn change(method: Method, path: &'static str, handler: Immediate) -> Route
 
 const ROUTES: &[Route] = &[
     read("/", false, |_, _, _| page()),
-    read("/live", true, |_, _, _| text(StatusCode::OK, "live\n")),
+    read("/live", true, |control, _, _| live(control)),
     read("/ready", true, |control, parts, _| ready(control, &parts.headers)),
     read("/metrics", true, |control, parts, _| metrics(control, &parts.headers)),
     read("/status", false, |control, _, _| json(StatusCode::OK, &Status::of(control))),
@@ -97,6 +97,22 @@ const ROUTES: &[Route] = &[
     change(Method::PUT, "/log", |control, _, body| set_log(control, body)),
     Route { method: Method::POST, path: reload::PATH, probe: false, handler: Handler::Reload },
 ];
+
+/// A worker whose thread has not run for this long hangs. Several probes of the kubelet fail before it acts.
+const HANGS: Duration = Duration::from_secs(30);
+
+/// Whether every worker runs. One that died has ended the process.
+fn live(control: &Control) -> Answer {
+    let mut workers = control.shared.metrics.workers.iter().enumerate();
+    let still = workers.find(|(_, load)| load.still_for() > HANGS);
+    match still {
+        None => text(StatusCode::OK, "live\n"),
+        Some((index, load)) => {
+            let why = format!("worker-{index} has not run for {} s\n", load.still_for().as_secs());
+            text(StatusCode::SERVICE_UNAVAILABLE, &why)
+        }
+    }
+}
 
 impl Api {
     /// What an answer may take longer than usual: a probe has its own time.

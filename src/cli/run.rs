@@ -14,7 +14,7 @@ use crate::{
         self, StartError, cgroup,
         child::{Child, SpawnError},
         interception,
-        lifecycle::{Control, Lifecycle},
+        lifecycle::{self, Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
         reload::{Candidate, Change, Read, Reloads},
         service_env,
@@ -159,6 +159,11 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
             proxy.stop();
             // A job that never ran has not succeeded.
             return Ok(u8::from(!args.command.is_empty()));
+        }
+        death = proxy.death() => {
+            lifecycle::tell_of(&death);
+            proxy.stop();
+            return Ok(1);
         }
     }
     let _ready_file = args

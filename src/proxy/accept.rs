@@ -1,15 +1,14 @@
 //! Listeners, and what becomes of a connection that comes in.
 
 use std::{
-    future::poll_fn,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    task::Poll,
     time::Duration,
 };
 
+use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -21,9 +20,14 @@ use crate::{
     telemetry::metrics::Awaited,
 };
 
-const BACKLOG: i32 = 4096;
+/// Connections that the kernel has accepted and the process has not.
+pub const BACKLOG: u16 = 4096;
 /// Out of file descriptors, say: trying again at once would only burn CPU.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// At the end of a listener: how long connections may take whose handshake the kernel has answered.
+const LAST_HANDSHAKES: Duration = Duration::from_millis(20);
+/// How often the end of a listener waits out a shortage.
+const LAST_TRIES: u32 = 20;
 
 /// Which way calls go that come in by a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +90,24 @@ pub fn bind(listen: &ListenAddr) -> io::Result<Vec<std::net::TcpListener>> {
     }
 }
 
+/// Where the kernel has no IPv6, `[::]` is `0.0.0.0`.
 fn bind_one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let bound = bind_exactly(address);
+    match &bound {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && lacks_ipv6(error) => {
+            let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+            tracing::warn!("this machine has no IPv6 ({error}): listening on {v4} in place of {address}");
+            bind_exactly(v4)
+        }
+        _ => bound,
+    }
+}
+
+fn lacks_ipv6(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL))
+}
+
+fn bind_exactly(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
         // `[::]` means both families, whatever the system's default; `[::1]` can only be one.
@@ -94,17 +115,18 @@ fn bind_one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     }
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
+    socket.listen(i32::from(BACKLOG))?;
     socket.set_nonblocking(true)?;
     Ok(socket.into())
 }
 
-/// Accepts until dropped. An error of one connection, or a shortage, never ends the loop.
+/// Accepts until dropped. An error of one connection, or a shortage, does not end the loop; an error of the listener
+/// itself does, and is returned.
 pub async fn accept_loop(
     listener: &TcpListener,
     side: &Side,
     deliver: &mut impl FnMut(TcpStream, SocketAddr, &Side),
-) {
+) -> io::Error {
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => match below_reserve(stream).await {
@@ -112,6 +134,7 @@ pub async fn accept_loop(
                 Err(error) => tracing::warn!(%error, %peer, "a connection was closed before it was served"),
             },
             Err(error) if is_of_one_connection(&error) => {}
+            Err(error) if is_of_listener(&error) => return error,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept connections");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -142,19 +165,47 @@ async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
     }
 }
 
-/// Accepts what is waiting and nothing more.
-pub async fn accept_waiting(
-    listener: &TcpListener,
+/// Accepts what the kernel has accepted, until it says that there is nothing more, and closes the listener.
+///
+/// The socket is asked itself: tokio's listener asks only after an event, which may not have been looked at yet.
+///
+/// # Errors
+///
+/// If the socket cannot be used without the runtime.
+pub async fn accept_rest(
+    listener: TcpListener,
     side: &Side,
     deliver: &mut impl FnMut(TcpStream, SocketAddr, &Side),
-) {
-    poll_fn(|cx| {
-        while let Poll::Ready(Ok((stream, peer))) = listener.poll_accept(cx) {
-            deliver(stream, peer, side);
+) -> io::Result<()> {
+    let socket = listener.into_std()?;
+    let mut waited_for_handshakes = false;
+    let mut tries = 0;
+    loop {
+        match socket.accept() {
+            Ok((stream, peer)) => {
+                stream.set_nonblocking(true)?;
+                deliver(TcpStream::from_std(stream)?, peer, side);
+            }
+            Err(error) if is_of_one_connection(&error) || error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if std::mem::replace(&mut waited_for_handshakes, true) {
+                    return Ok(());
+                }
+                tokio::time::sleep(LAST_HANDSHAKES).await;
+            }
+            Err(error) if is_of_listener(&error) || tries >= LAST_TRIES => return Err(error),
+            Err(error) => {
+                tries += 1;
+                tracing::warn!(%error, "cannot accept the last connections");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
         }
-        Poll::Ready(())
-    })
-    .await;
+    }
+}
+
+/// Whether the socket accepts nothing any more, however long one waits.
+fn is_of_listener(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::BADF | Errno::NOTSOCK))
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

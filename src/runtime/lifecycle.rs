@@ -26,6 +26,7 @@ use tokio::{
 use super::{
     Addresses, Phase, Proxy, Shared,
     child::Child,
+    death::Death,
     reload::{self, Change, ReloadRequests, Reloads},
     signals::{Signals, Stop, Wish},
 };
@@ -129,6 +130,8 @@ pub struct Lifecycle {
 enum End {
     Signal(Stop),
     Child(u8),
+    /// Of a part of this process.
+    Death(Death),
 }
 
 impl Lifecycle {
@@ -171,6 +174,7 @@ impl Lifecycle {
                     control.reload_requests.answer(reason, &outcome);
                 }
                 code = ended(child) => break End::Child(code),
+                death = proxy.death() => break End::Death(death),
                 () = &mut drain, if !drained => drained = true,
                 nothing_came = &mut first_call, if waits_for_call => {
                     waits_for_call = false;
@@ -185,6 +189,13 @@ impl Lifecycle {
             }
         };
         match end {
+            End::Death(death) => {
+                tell_of(&death);
+                // Connections that it carried are lost; the service gets its time to end.
+                end_service(child, Instant::now(), LAST_WORDS).await;
+                *at_once = true;
+                1
+            }
             End::Child(code) => {
                 tracing::info!(code, "the service has ended, and so does its sidecar");
                 proxy.set_phase(Phase::DrainingAll);
@@ -220,6 +231,11 @@ impl Lifecycle {
                         *at_once = true;
                         None
                     }
+                    death = proxy.death() => {
+                        tell_of(&death);
+                        *at_once = true;
+                        None
+                    }
                 };
                 match (finished, child.as_mut()) {
                     (Some(code), _) => code,
@@ -232,6 +248,11 @@ impl Lifecycle {
             }
         }
     }
+}
+
+/// Says why the process ends.
+pub fn tell_of(Death { name, why }: &Death) {
+    tracing::error!("{name} has died: {why}; the process ends, so that another takes its place");
 }
 
 /// Waits for the end of the service, for ever where there is none.

@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod child;
+pub mod death;
 pub mod interception;
 pub mod lifecycle;
 pub mod ready_file;
@@ -47,6 +48,7 @@ use crate::{
     telemetry::{calls::Calls, metrics::Metrics, traces::Traces},
     watch::{Watcher, watch},
 };
+use death::{Death, Deaths};
 use interception::Interception;
 use snapshot::Clusters;
 
@@ -152,6 +154,7 @@ pub struct Proxy {
     agent: Mutex<Option<(String, AbortOnDrop)>>,
     workers: workers::Workers,
     ticking: tokio::task::JoinHandle<()>,
+    deaths: Deaths,
 }
 
 /// A task that ends when this is dropped.
@@ -207,8 +210,14 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         shared.own.add(&listener.addresses());
     }
 
-    let workers = workers::start(&shared, listeners, worker_count)?;
-    let ticking = tokio::spawn(tick(Arc::clone(&shared)));
+    let deaths = Deaths::default();
+    let workers = workers::start(&shared, listeners, (worker_count, deaths.clone()))?;
+    let vigil = deaths.keep("tick");
+    let ticks = tick(Arc::clone(&shared));
+    let ticking = tokio::spawn(async move {
+        let _vigil = vigil;
+        ticks.await;
+    });
     let proxy = Proxy {
         shared,
         addresses,
@@ -217,6 +226,7 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         agent: Mutex::default(),
         workers,
         ticking,
+        deaths,
     };
     proxy.watch_certificates();
     Ok(proxy)
@@ -281,6 +291,11 @@ impl Proxy {
             let following = tokio::spawn(workload::follow(Arc::clone(store), socket.clone()));
             (socket, AbortOnDrop(following))
         });
+    }
+
+    /// Waits for the death of a thread or task without which the process is not what it seems.
+    pub async fn death(&self) -> Death {
+        self.deaths.first().await
     }
 
     pub fn set_phase(&self, phase: Phase) {

@@ -20,14 +20,15 @@ use tokio::{
     net::TcpStream,
     runtime::{Builder, LocalOptions, LocalRuntime},
     sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
 };
 
-use super::{LocalCluster, Phase, Shared, StartError, View};
+use super::{LocalCluster, Phase, Shared, StartError, View, death::Deaths};
 use crate::{
     config::{Config, HostPort},
     identity::{jwt::TokenCache, trust::provider},
     proxy::{
-        accept::{self, Listener, Side, accept_loop, accept_waiting},
+        accept::{self, BACKLOG, Listener, Side, accept_loop, accept_rest},
         headers::LastNumber,
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
@@ -41,8 +42,8 @@ use crate::{
     upstream::squeeze,
 };
 
-/// Connections handed over and not yet taken, per worker.
-const HAND_OVER: usize = 1024;
+/// Connections handed over and not yet taken, per worker: as many as the kernel keeps for a listener.
+const HAND_OVER: usize = BACKLOG as usize;
 /// TLS handshakes with callers at a time, per worker; more wait.
 const HANDSHAKES: usize = 512;
 /// How often idle connections are looked at.
@@ -222,6 +223,7 @@ impl Worker {
 pub struct Workers {
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
+    deaths: Deaths,
 }
 
 impl Workers {
@@ -233,25 +235,49 @@ impl Workers {
             let _ = thread.join();
         }
     }
+
+    fn spawn<F, Fut>(&mut self, name: &str, task: F) -> Result<(), StartError>
+    where
+        F: FnOnce(watch::Receiver<bool>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<(), String>>,
+    {
+        let stop = self.stop.subscribe();
+        let vigil = self.deaths.keep(name);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            match runtime() {
+                Ok(runtime) => {
+                    let ended = runtime.block_on(task(stop));
+                    runtime.shutdown_background();
+                    vigil.end(ended);
+                }
+                Err(error) => vigil.end(Err(format!("it has no runtime: {error}"))),
+            };
+        });
+        self.threads.push(thread.map_err(StartError::Worker)?);
+        Ok(())
+    }
 }
 
 pub(super) fn start(
     shared: &Arc<Shared>,
     listeners: Vec<Listener>,
-    count: u16,
+    (count, deaths): (u16, Deaths),
 ) -> Result<Workers, StartError> {
     let stop = watch::Sender::new(false);
-    let mut workers = Workers { stop, threads: Vec::new() };
+    let mut workers = Workers { stop, threads: Vec::new(), deaths };
     if count == 1 {
         let task = {
             let shared = Arc::clone(shared);
             move |stop| async move {
                 let worker = Worker::new(shared, 0);
                 let delivering = Rc::clone(&worker);
-                accept_all(listeners, &worker.shared, move |stream, peer, side, coming| {
+                let accepting = accept_all(listeners, &worker.shared, move |stream, peer, side, coming| {
                     accept::serve(&delivering, stream, peer, side.clone(), coming);
                 });
-                house_keeping(&worker, false, stop).await;
+                tokio::select! {
+                    () = house_keeping(&worker, false, stop) => Ok(()),
+                    why = failed(accepting) => Err(why),
+                }
             }
         };
         workers.spawn("worker-0", task)?;
@@ -264,40 +290,37 @@ pub(super) fn start(
         let shared = Arc::clone(shared);
         workers.spawn(&format!("worker-{index}"), move |stop| async move {
             let worker = Worker::new(shared, index);
-            let serving = Rc::clone(&worker);
-            tokio::task::spawn_local(take(serving, taken));
-            house_keeping(&worker, true, stop).await;
+            let mut taking = JoinSet::new();
+            taking.spawn_local(take(Rc::clone(&worker), taken));
+            tokio::select! {
+                () = house_keeping(&worker, true, stop) => Ok(()),
+                why = failed(taking) => Err(why),
+            }
         })?;
     }
     let shared = Arc::clone(shared);
     workers.spawn("accept", move |mut stop| async move {
         let loads = Arc::clone(&shared);
-        accept_all(listeners, &shared, move |stream, peer, side, coming| {
+        let accepting = accept_all(listeners, &shared, move |stream, peer, side, coming| {
             hand_over(&seats, &loads.metrics.workers, stream, (peer, side.clone(), coming));
         });
-        let _ = stop.wait_for(|stop| *stop).await;
+        tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => Ok(()),
+            why = failed(accepting) => Err(why),
+        }
     })?;
     Ok(workers)
 }
 
-impl Workers {
-    fn spawn<F, Fut>(&mut self, name: &str, task: F) -> Result<(), StartError>
-    where
-        F: FnOnce(watch::Receiver<bool>) -> Fut + Send + 'static,
-        Fut: Future<Output = ()>,
-    {
-        let stop = self.stop.subscribe();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            match runtime() {
-                Ok(runtime) => {
-                    runtime.block_on(task(stop));
-                    runtime.shutdown_background();
-                }
-                Err(error) => tracing::error!(%error, "cannot make a runtime for a worker"),
-            };
-        });
-        self.threads.push(thread.map_err(StartError::Worker)?);
-        Ok(())
+/// Waits for a task that fails, and says why; those that end well are let go.
+async fn failed(mut tasks: JoinSet<Result<(), String>>) -> String {
+    loop {
+        match tasks.join_next().await {
+            Some(Ok(Ok(()))) => {}
+            Some(Ok(Err(why))) => return why,
+            Some(Err(error)) => return format!("a task of it panicked ({error})"),
+            None => return std::future::pending().await,
+        }
     }
 }
 
@@ -305,17 +328,18 @@ fn runtime() -> io::Result<LocalRuntime> {
     Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default())
 }
 
-/// Starts accepting on all listeners; each ends when its side drains.
-fn accept_all<D>(listeners: Vec<Listener>, shared: &Shared, deliver: D)
+/// Starts accepting on all listeners; each ends when its side drains, or fails.
+fn accept_all<D>(listeners: Vec<Listener>, shared: &Shared, deliver: D) -> JoinSet<Result<(), String>>
 where
     D: FnMut(TcpStream, SocketAddr, &Side, Awaited) + Clone + 'static,
 {
+    let mut tasks = JoinSet::new();
     for listener in listeners {
         let drains_at = drain_phase(&listener.side);
         let sockets = match listener.into_tokio() {
             Ok(sockets) => sockets,
             Err(error) => {
-                tracing::error!(%error, "cannot register a listener");
+                tasks.spawn_local(async move { Err(format!("a listener cannot be registered: {error}")) });
                 continue;
             }
         };
@@ -324,18 +348,26 @@ where
             let mut deliver = deliver.clone();
             let counts = Arc::clone(connections(shared, &side));
             let listening = counts.listening();
-            tokio::task::spawn_local(async move {
+            tasks.spawn_local(async move {
+                let address =
+                    socket.local_addr().map_or_else(|_| String::new(), |address| address.to_string());
                 let mut deliver = |stream, peer, side: &_| deliver(stream, peer, side, counts.coming());
                 tokio::select! {
-                    () = accept_loop(&socket, &side, &mut deliver) => {}
+                    error = accept_loop(&socket, &side, &mut deliver) => {
+                        return Err(format!("its listener on {address} accepts nothing any more: {error}"));
+                    }
                     _ = phase.wait_for(|phase| *phase >= drains_at) => {}
                 }
                 // Who is in the backlog has been told by the kernel that we are here.
-                accept_waiting(&socket, &side, &mut deliver).await;
-                drop((socket, listening));
+                if let Err(error) = accept_rest(socket, &side, &mut deliver).await {
+                    tracing::warn!(%error, address, "the last connections of a listener were lost");
+                }
+                drop(listening);
+                Ok(())
             });
         }
     }
+    tasks
 }
 
 /// From which phase on connections of a side are asked to leave.
@@ -364,26 +396,31 @@ fn hand_over(
     stream: TcpStream,
     (peer, side, coming): (SocketAddr, Side, Awaited),
 ) {
-    let least = seats.iter().zip(loads).min_by_key(|(seat, load)| {
+    let with_room = seats.iter().zip(loads).filter(|(seat, _)| seat.capacity() > 0);
+    let least = with_room.min_by_key(|(seat, load)| {
         // Differences below a hundredth of the time are noise.
         let busy = load.recent.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
         // With those on their way, so that a burst is spread before the workers have seen any of it.
         let on_their_way = seat.max_capacity() - seat.capacity();
         (busy, load.connections.load(Ordering::Relaxed) + on_their_way)
     });
-    let (Some((seat, _)), Ok(stream)) = (least, stream.into_std()) else { return };
-    if seat.try_send((stream, (peer, side, coming))).is_err() {
-        tracing::warn!(%peer, "a connection was refused: the worker is too far behind");
+    let sent = match (least, stream.into_std()) {
+        (Some((seat, _)), Ok(stream)) => seat.try_send((stream, (peer, side, coming))).is_ok(),
+        _ => false,
+    };
+    if !sent {
+        tracing::warn!(%peer, "a connection was refused: every worker is too far behind");
     }
 }
 
-async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) {
+async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) -> Result<(), String> {
     while let Some((stream, (peer, side, coming))) = handed.recv().await {
         match TcpStream::from_std(stream) {
             Ok(stream) => accept::serve(&worker, stream, peer, side, coming),
             Err(error) => tracing::warn!(%error, "cannot register a connection"),
         }
     }
+    Ok(())
 }
 
 /// Closes what is idle, says how busy the worker is, until told to stop.
@@ -394,6 +431,9 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
     }
     let sweeping = async {
         loop {
+            if let Some(load) = worker.load() {
+                load.beat();
+            }
             tokio::time::sleep(SWEEP).await;
             worker.sweep();
         }

@@ -30,7 +30,7 @@ impl Metrics {
 }
 
 /// How much a worker has to do.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct WorkerLoad {
     /// Callers' connections that it serves.
     pub connections: AtomicUsize,
@@ -38,9 +38,36 @@ pub struct WorkerLoad {
     pub recent: AtomicU64,
     /// Set when its thread has started.
     pub runtime: OnceLock<RuntimeMetrics>,
+    created: Instant,
+    /// When its thread last ran, in milliseconds since `created`.
+    beat: AtomicU64,
+}
+
+impl Default for WorkerLoad {
+    fn default() -> Self {
+        Self {
+            connections: AtomicUsize::default(),
+            recent: AtomicU64::default(),
+            runtime: OnceLock::default(),
+            created: Instant::now(),
+            beat: AtomicU64::default(),
+        }
+    }
 }
 
 impl WorkerLoad {
+    /// Its thread runs. To be told every second.
+    pub fn beat(&self) {
+        let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.beat.store(now, Ordering::Relaxed);
+    }
+
+    /// How long ago its thread last ran.
+    pub fn still_for(&self) -> Duration {
+        let last = Duration::from_millis(self.beat.load(Ordering::Relaxed));
+        self.created.elapsed().saturating_sub(last)
+    }
+
     /// How long it has been busy since the start.
     pub fn busy(&self) -> Duration {
         self.runtime.get().map_or(Duration::ZERO, |runtime| runtime.worker_total_busy_duration(0))

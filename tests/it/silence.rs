@@ -1,0 +1,212 @@
+//! Connections on which nothing has been said: how long they are kept, what they hold, and how they end.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    identity::{GET, callee},
+    support::{
+        Launch, PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
+        h2::{self, H2Client},
+        peer_script,
+        pki::Pki,
+        python_with, text,
+        tls::TlsCaller,
+    },
+};
+
+/// Issue 14, fault 18: a silent connection on a declared port held the drain for all of `drain_timeout`.
+#[test]
+fn silent_connections_end_with_the_drain() {
+    let service = Upstream::http1(|_| async { text("hello") });
+    let (address, port) = (service.address(), service.address().port());
+    for protocol in ["http1", "h2", "auto"] {
+        let mut proxy = Proxy::start(format!(
+            "[runtime]\ndrain_timeout = \"10m\"\n[inbound]\nforward_to = \"{address}\"\n\
+             [[inbound.port]]\nport = {port}\nprotocol = \"{protocol}\"\n"
+        ));
+        let mut silent = RawClient::connect(proxy.inbound());
+        proxy.signal("TERM");
+        assert!(silent.read_to_close().1, "{protocol}: it is closed");
+        assert_eq!(proxy.wait().code(), Some(0), "{protocol}");
+    }
+}
+
+/// Issue 14, fault 18: they were kept for an hour.
+#[test]
+fn a_client_that_sends_nothing_is_closed_on_after_ten_seconds() {
+    let service = RawServer::start(|mut stream| drop(stream.read(&mut [0; 10])));
+    let (address, port) = (service.address(), service.address().port());
+    let upstream =
+        format!("[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{address}\"]\n");
+    let inbound = format!("[inbound]\nforward_to = \"{address}\"\n");
+    let auto = Proxy::start(format!("{inbound}{upstream}"));
+    let declared = Proxy::start(format!("{inbound}[[inbound.port]]\nport = {port}\nprotocol = \"http1\"\n"));
+    let tcp = Proxy::start(format!("{inbound}[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n"));
+    let begun = Instant::now();
+    let mut kept = RawClient::connect(tcp.inbound());
+    thread::scope(|scope| {
+        for address in [auto.inbound(), auto.outbound(), auto.upstream("up"), declared.inbound()] {
+            scope.spawn(move || {
+                assert!(RawClient::connect(address).read_to_close().1);
+                let after = begun.elapsed();
+                assert!((9..20).contains(&after.as_secs()), "{address}: {after:?}");
+            });
+        }
+    });
+    kept = kept.patience(Duration::from_millis(500));
+    assert!(!kept.read_to_close().1, "a port that is `tcp` may stand still for tunnel_idle_timeout");
+}
+
+/// Issue 14, fault 18: eight of them filled `max_connections = 8`.
+#[test]
+fn silent_connections_give_way_to_requests() {
+    let service = RawServer::start(|mut stream| {
+        let mut seen = [0; 1000];
+        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let _ =
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello");
+        }
+    });
+    let address = service.address();
+    let limits = "limits = { max_connections = 8 }\n";
+    let proxy = Proxy::start(format!(
+        "[inbound]\nforward_to = \"{address}\"\n{limits}\
+         [[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{address}\"]\n{limits}"
+    ));
+    for way in [proxy.inbound(), proxy.upstream("up")] {
+        let before = service.connections();
+        let mut silent: Vec<RawClient> = (0..8).map(|_| RawClient::connect(way)).collect();
+        eventually("all to be dialled for", || service.connections() >= before + 8);
+        let ask = |client: &mut RawClient| client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status();
+        for _ in 0..3 {
+            assert_eq!(ask(&mut RawClient::connect(way)), 200);
+        }
+        // Those that gave way have not ended: they are served when they speak.
+        for client in &mut silent {
+            assert_eq!(ask(client), 200);
+        }
+    }
+}
+
+fn stopped_and_told_to_leave(proxy: &Proxy, meanwhile: impl FnOnce()) {
+    proxy.signal("STOP");
+    let state = || std::fs::read_to_string(format!("/proc/{}/stat", proxy.pid())).unwrap_or_default();
+    eventually("the process to stop", || state().contains(") T "));
+    meanwhile();
+    proxy.signal("TERM");
+    proxy.signal("CONT");
+}
+
+/// Issue 14, fault 17: 20 of 20 connections that the kernel had accepted were reset.
+#[test]
+fn what_the_kernel_has_accepted_is_served_when_the_process_leaves() {
+    let service = Upstream::http1(|_| async { text("hello") });
+    for workers in [1, 2] {
+        let (address, port) = (service.address(), service.address().port());
+        let mut proxy = Proxy::start(format!(
+            "[runtime]\nworkers = {workers}\n[inbound]\nforward_to = \"{address}\"\n\
+             [[inbound.port]]\nport = {port}\nprotocol = \"http1\"\n"
+        ));
+        let inbound = proxy.inbound();
+        let (mut clients, mut http2) = (Vec::new(), Vec::new());
+        stopped_and_told_to_leave(&proxy, || {
+            for _ in 0..200 {
+                let mut client = RawClient::connect(inbound);
+                client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+                clients.push(client);
+            }
+            for _ in 0..20 {
+                let mut client = H2Client::connect(inbound);
+                client.headers(1, &h2::get("/"), true);
+                http2.push(client);
+            }
+        });
+        for client in &mut clients {
+            let answer = client.response().expect("well-formed").expect("an answer, not a reset");
+            assert_eq!((answer.status(), answer.field("connection")), (200, Some("close")));
+        }
+        for client in &mut http2 {
+            assert_eq!(client.end_of(1), h2::End::Answer(Some(200)));
+        }
+        assert_eq!(proxy.wait().code(), Some(0));
+    }
+}
+
+/// The same by TLS: a client of TLS 1.3 has sent its request before it can hear that the server leaves.
+#[test]
+fn a_handshake_under_way_when_the_process_leaves_leads_to_an_answer() {
+    const CLIENTS: usize = 20;
+    let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
+    let mut proxy = callee(&pki, service.address(), "");
+    let mine = pki.issue("checkout", |_| {});
+    let inbound = proxy.inbound();
+    let answers = thread::scope(|scope| {
+        let mut asking = Vec::new();
+        stopped_and_told_to_leave(&proxy, || {
+            for number in 0..CLIENTS {
+                let caller = TlsCaller::new(Some(&mine), if number % 2 == 0 { &["http/1.1"] } else { &[] });
+                let stream = TcpStream::connect(inbound).expect("connect");
+                stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                asking.push(scope.spawn(move || TlsCaller::say_on(caller.over(stream), GET)));
+            }
+        });
+        asking.into_iter().map(|asked| asked.join().expect("no panic")).collect::<Vec<_>>()
+    });
+    for answer in answers {
+        assert!(answer.as_ref().is_ok_and(|answer| answer.ends_with("hello")), "{answer:?}");
+    }
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+/// Issue 14, fault 25: a listener that accepts nothing any more was not noticed.
+#[test]
+fn a_listener_that_fails_ends_the_process() {
+    let Some(python) = python_with("ctypes") else { return };
+    for workers in [1, 2] {
+        let service = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"];
+        let mut proxy = Launch::new(format!("[runtime]\nworkers = {workers}\n")).service(service).start();
+        let port = proxy.inbound().port();
+        let shut = Command::new(&python)
+            .arg(peer_script("shutdown_listener.py"))
+            .args([proxy.pid().to_string(), port.to_string()])
+            .output()
+            .expect("Python runs");
+        let why = String::from_utf8_lossy(&shut.stderr).into_owned();
+        if shut.status.code() == Some(3) {
+            return crate::support::skip(&format!("a socket of another process cannot be had: {why}"));
+        }
+        assert!(shut.status.success(), "{why}");
+        assert_eq!(proxy.wait().code(), Some(1), "{}", proxy.stderr());
+        let said = proxy.stderr();
+        assert!(said.contains("has died: its listener on 127.0.0.1:"), "{said}");
+    }
+}
+
+/// Issue 14, fault 21: on a kernel without IPv6 the default `[::]` could not be bound.
+#[test]
+fn a_kernel_without_ipv6_gets_ipv4() {
+    let Some(python) = python_with("ctypes") else { return };
+    let script = peer_script("without_ipv6.py");
+    let service = Upstream::http1(|_| async { text("hello") });
+    let config = format!(
+        "[inbound]\nlisten = \"[::]:0\"\nforward_to = \"{}\"\n[outbound]\nlisten = \"localhost:0\"\n\
+         [admin]\nlisten = \"localhost:0\"\nprobe_listen = \"[::]:0\"\n",
+        service.address()
+    );
+    let proxy = Launch::new(config).wrapped([python.as_os_str(), script.as_os_str()]).start();
+    assert_eq!(proxy.inbound().ip().to_string(), "0.0.0.0");
+    let local = |address: SocketAddr| SocketAddr::from(([127, 0, 0, 1], address.port()));
+    let ask = |address, path: &str| {
+        RawClient::connect(address).ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")).status()
+    };
+    assert_eq!(ask(local(proxy.inbound()), "/"), 200);
+    let probe = proxy.ready()["probe"].as_str().and_then(|address| address.parse().ok()).expect("an address");
+    assert_eq!(ask(local(probe), "/live"), 200);
+    assert!(proxy.stderr().contains("has no IPv6"), "{}", proxy.stderr());
+}
