@@ -49,6 +49,10 @@ pub struct Policy {
     pub route_sets_timeout: bool,
     #[serde(skip)]
     pub route_sets_attempt_timeout: bool,
+    /// Whether the configuration, not a default, limits requests: `limits` of its own with another key than
+    /// `max_connections`, which holds for byte streams, too; or inherited ones that differ from what is built in.
+    #[serde(skip)]
+    pub sets_request_limits: bool,
 }
 
 impl Default for Policy {
@@ -70,6 +74,7 @@ impl Default for Policy {
             fallback: Toggle::off(),
             route_sets_timeout: false,
             route_sets_attempt_timeout: false,
+            sets_request_limits: false,
         }
     }
 }

@@ -14,7 +14,7 @@ use super::{
     security::{Allow, Identity, Jwt, Mtls, Oauth2, TlsMode, UpstreamTls},
     validate,
 };
-use crate::units::HumanDuration;
+use crate::{resilience::limit::LimitSettings, units::HumanDuration};
 
 /// The tables of the file.
 pub(super) const SECTIONS: [&str; 9] =
@@ -218,13 +218,16 @@ fn inbound(node: Option<&Node>, has_identity: bool, problems: &mut Problems) -> 
     let empty = Node::table(None);
     let node = node.unwrap_or(&empty);
     let (policy_keys, own) = split(node);
-    let policy = policy(node, Some(inbound_policy(&policy_keys)), problems).unwrap_or_else(Policy::inbound);
+    let mut policy =
+        policy(node, Some(inbound_policy(&policy_keys)), problems).unwrap_or_else(Policy::inbound);
+    policy.sets_request_limits |= limits_requests(&policy_keys);
     let keys: InboundKeys = read(&own, &POLICY_KEYS, problems).unwrap_or_default();
     let default_mtls = if has_identity { Mtls::Strict } else { Mtls::Off };
     Inbound {
         listen: keys.listen,
         forward_to: keys.forward_to,
         mtls: keys.mtls.unwrap_or(default_mtls),
+        sets_forwarded: own.get("forwarded").is_some(),
         forwarded: keys.forwarded,
         ports: keys.port,
         allow: keys.allow,
@@ -244,10 +247,14 @@ fn upstream(
     if let Value::Table(table) = &mut own.value {
         route_nodes = table.remove("route");
     }
+    let limits_requests = limits_requests(&policy_keys);
     if let Some(defaults) = defaults {
         policy_keys = inherit(defaults, policy_keys);
     }
-    let policy = policy(node, Some(policy_keys.clone()), problems);
+    let policy = policy(node, Some(policy_keys.clone()), problems).map(|policy| Policy {
+        sets_request_limits: policy.sets_request_limits || limits_requests,
+        ..policy
+    });
     let routes = route_nodes.map_or_else(Vec::new, |entry| routes(&entry.node, &policy_keys, problems));
     let also: Vec<&str> = POLICY_KEYS.into_iter().chain(["route"]).collect();
     let keys: UpstreamKeys = read(&own, &also, problems)?;
@@ -327,15 +334,18 @@ fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Rout
     let (policy_keys, own) = split(node);
     let route_sets_timeout = policy_keys.contains_key("timeout");
     let route_sets_attempt_timeout = policy_keys.contains_key("attempt_timeout");
+    let limits_requests = limits_requests(&policy_keys);
     let policy = policy(node, Some(inherit(inherited, policy_keys)), problems);
     let keys: RouteKeys = read(&own, &POLICY_KEYS, problems)?;
+    let mut policy = Policy { route_sets_timeout, route_sets_attempt_timeout, ..policy? };
+    policy.sets_request_limits |= limits_requests;
     let route = Route {
         matches: keys.matches,
         to: keys.to,
         path_rewrite: keys.path_rewrite,
         request_headers: keys.request_headers,
         response_headers: keys.response_headers,
-        policy: Policy { route_sets_timeout, route_sets_attempt_timeout, ..policy? },
+        policy,
     };
     validate::route(&route, node, problems);
     Some(route)
@@ -349,6 +359,12 @@ pub(super) fn split(node: &Node) -> (Table, Node) {
         .map(|(key, entry)| (key.clone(), entry.clone()))
         .partition(|(key, _)| POLICY_KEYS.contains(&key.as_str()));
     (policy, Node { origin: node.origin, value: Value::Table(own) })
+}
+
+/// Whether a table of its own limits requests, be it as the default does. Connections are another matter.
+fn limits_requests(own: &Table) -> bool {
+    let limits = own.get("limits").and_then(|entry| entry.node.as_table());
+    limits.is_some_and(|limits| limits.keys().any(|key| key.as_str() != "max_connections"))
 }
 
 /// What an upstream or a route gets: its own keys over those above it.
@@ -374,7 +390,11 @@ pub(super) fn inbound_policy(own: &Table) -> Table {
 fn policy(owner: &Node, keys: Option<Table>, problems: &mut Problems) -> Option<Policy> {
     let effective = keys.map(|keys| Node { origin: owner.origin, value: Value::Table(keys) });
     let node = effective.as_ref().unwrap_or(owner);
-    let policy = read(node, &[], problems)?;
+    let policy: Policy = read(node, &[], problems)?;
     validate::policy(&policy, node, problems);
-    Some(policy)
+    let sets_request_limits = policy.limits.0.is_some_and(|limits| {
+        let built_in = LimitSettings::default();
+        LimitSettings { max_connections: built_in.max_connections, ..limits } != built_in
+    });
+    Some(Policy { sets_request_limits, ..policy })
 }

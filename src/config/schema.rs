@@ -78,6 +78,9 @@ pub struct Inbound {
     pub forward_to: HostPort,
     /// What becomes of `x-forwarded-for`, `-proto` and `-host`.
     pub forwarded: Forwarded,
+    /// Whether the configuration says so, not the default.
+    #[serde(skip)]
+    pub sets_forwarded: bool,
     pub mtls: Mtls,
     /// Ports of the service that differ.
     pub ports: Vec<InboundPort>,
@@ -97,7 +100,8 @@ pub struct InboundPort {
     /// Default: as for `[inbound]`.
     #[serde(default)]
     pub mtls: Option<Mtls>,
-    /// `tcp` where the service speaks first, or ends TLS itself.
+    /// `tcp` where the service speaks another protocol, or ends TLS itself; `http1` and `h2` take HTTP or answer 400;
+    /// `auto` passes other bytes only where neither a peer identity nor a request policy is in force.
     #[serde(default)]
     pub protocol: Protocol,
 }
@@ -368,6 +372,7 @@ impl Default for Inbound {
             listen: ListenAddr(HostPort::new("::", 4143)),
             forward_to: HostPort::new("127.0.0.1", 8080),
             forwarded: Forwarded::default(),
+            sets_forwarded: false,
             mtls: Mtls::Off,
             ports: Vec::new(),
             allow: Vec::new(),

@@ -7,9 +7,11 @@ use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
 
+use crate::config::TlsMode;
+
 use super::{
     Peer,
-    tls::{ALPN_H2, ALPN_HTTP1, ClientNow, ClientTls, Offer, ServerTls},
+    tls::{ALPN_BYTE_STREAM, ALPN_H2, ALPN_HTTP1, ClientNow, ClientTls, Offer, ServerTls},
     trust::{Refusal, Role, Trust, refused},
 };
 
@@ -31,6 +33,8 @@ pub enum FailureKind {
     NoCertificate,
     /// It does not believe us, or does not speak our TLS.
     Refused,
+    /// It and we have no protocol in common (ALPN).
+    NoProtocol,
     /// It speaks something else.
     NotTls,
     /// The connection broke.
@@ -40,8 +44,15 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    pub const ALL: [Self; 6] =
-        [Self::PeerIdentity, Self::NoCertificate, Self::Refused, Self::NotTls, Self::Broken, Self::NotReady];
+    pub const ALL: [Self; 7] = [
+        Self::PeerIdentity,
+        Self::NoCertificate,
+        Self::Refused,
+        Self::NoProtocol,
+        Self::NotTls,
+        Self::Broken,
+        Self::NotReady,
+    ];
 
     /// As metrics say it.
     pub const fn word(self) -> &'static str {
@@ -49,6 +60,7 @@ impl FailureKind {
             Self::PeerIdentity => "peer_identity",
             Self::NoCertificate => "no_certificate",
             Self::Refused => "refused",
+            Self::NoProtocol => "no_protocol",
             Self::NotTls => "not_tls",
             Self::Broken => "broken",
             Self::NotReady => "not_ready",
@@ -63,6 +75,9 @@ pub enum Speaks {
     H2,
     /// No HTTP: nothing is offered.
     Bytes,
+    /// A byte stream for a service behind another sidecar, which is told so by ALPN. A server that is no sidecar (and
+    /// so gets no certificate of ours) is offered nothing.
+    ByteStream,
 }
 
 /// A server that was believed.
@@ -95,14 +110,17 @@ where
         let connecting = match speaks {
             Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
             Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
-            Speaks::Bytes => connector.connect(name.clone(), io),
+            Speaks::ByteStream if client.settings.mode == TlsMode::Mutual => {
+                connector.with_alpn(vec![ALPN_BYTE_STREAM.to_vec()]).connect(name.clone(), io)
+            }
+            Speaks::Bytes | Speaks::ByteStream => connector.connect(name.clone(), io),
         };
         let stream = connecting.await.map_err(|error| explain(&error, &now.trust, Role::Server))?;
         let (_, tls) = stream.get_ref();
         if speaks == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
             let reason =
                 "it does not offer HTTP/2 over TLS (ALPN h2): say so by `protocol = \"http1\"`".to_owned();
-            return Err(TlsFailure { kind: FailureKind::Refused, reason });
+            return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
         }
         let proven = proven(tls.peer_certificates())?.ok_or_else(|| of_certificate(&Refusal::Unknown))?;
         Ok((stream, proven))
@@ -140,6 +158,14 @@ pub struct Met<IO> {
     pub resumed: bool,
 }
 
+/// What a port offers to clients by ALPN.
+#[derive(Clone, Copy, Debug)]
+pub struct PortOffer {
+    pub http: Offer,
+    /// Whether the port takes byte streams of other sidecars.
+    pub byte_streams: bool,
+}
+
 /// Meets a caller that has begun to speak TLS.
 ///
 /// # Errors
@@ -148,7 +174,7 @@ pub struct Met<IO> {
 pub async fn accept<IO>(
     server: &ServerTls,
     mandatory: bool,
-    offer: Offer,
+    offer: PortOffer,
     io: IO,
 ) -> Result<Met<IO>, TlsFailure>
 where
@@ -157,14 +183,30 @@ where
     let explain = |error: &io::Error| explain(error, &server.trust, Role::Client);
     let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await.map_err(|error| explain(&error))?;
     let is_http = |name: &[u8]| name == ALPN_H2 || name == ALPN_HTTP1;
-    // Another protocol is for the service to understand, and must not end the handshake.
-    let foreign = hello.client_hello().alpn().is_some_and(|mut offered| !offered.any(is_http));
-    let offer = if foreign { Offer::Nothing } else { offer };
+    let offers = |wanted: &dyn Fn(&[u8]) -> bool| hello.client_hello().alpn().map(|mut all| all.any(wanted));
+    let wants_http = offers(&is_http);
+    let wants_stream = offers(&|name| name == ALPN_BYTE_STREAM) == Some(true);
+    let offer = match wants_http {
+        _ if wants_stream && offer.byte_streams => Offer::ByteStream,
+        Some(false) if wants_stream => {
+            // Ends the handshake by an alert that tells the other sidecar why.
+            let config = server.config(mandatory, Offer::Http1First);
+            let _ = hello.into_stream(config).await;
+            let reason = "it opened a byte stream, and this port takes HTTP only: \
+                          `protocol = \"tcp\"` in an `[[inbound.port]]` of that port lets it in"
+                .to_owned();
+            return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
+        }
+        // Another protocol is for the service to understand, and must not end the handshake.
+        Some(false) => Offer::Nothing,
+        _ => offer.http,
+    };
     let stream = hello.into_stream(server.config(mandatory, offer)).await.map_err(|error| explain(&error))?;
     let (_, tls) = stream.get_ref();
     let speaks = match tls.alpn_protocol() {
         Some(ALPN_H2) => Some(Speaks::H2),
         Some(ALPN_HTTP1) => Some(Speaks::Http1),
+        Some(ALPN_BYTE_STREAM) => Some(Speaks::ByteStream),
         _ => None,
     };
     let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
@@ -197,6 +239,9 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
     }
     let failure = |kind, reason: String| TlsFailure { kind, reason };
     match tls {
+        rustls::Error::AlertReceived(alert @ AlertDescription::NoApplicationProtocol) => {
+            failure(FailureKind::NoProtocol, alert_in_words(*alert))
+        }
         rustls::Error::AlertReceived(alert) => failure(FailureKind::Refused, alert_in_words(*alert)),
         rustls::Error::NoCertificatesPresented => {
             failure(FailureKind::NoCertificate, Refusal::Unknown.to_string())
@@ -213,7 +258,7 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
             failure(FailureKind::Refused, reason)
         }
         rustls::Error::NoApplicationProtocol => {
-            failure(FailureKind::Refused, "it and we have no protocol in common (ALPN)".to_owned())
+            failure(FailureKind::NoProtocol, "it and we have no protocol in common (ALPN)".to_owned())
         }
         other => failure(FailureKind::Refused, format!("the TLS handshake failed: {other}")),
     }
@@ -268,7 +313,7 @@ fn alert_in_words(alert: AlertDescription) -> String {
         A::CertificateRevoked => "it says that our certificate has been revoked".to_owned(),
         A::ProtocolVersion => "it speaks no TLS that is spoken here (alert protocol_version); `identity.min_tls` sets the oldest".to_owned(),
         A::UnrecognisedName => "it does not know the name it was asked for (alert unrecognized_name): `server_name` sets it".to_owned(),
-        A::NoApplicationProtocol => "it does not speak the protocol we offered (alert no_application_protocol): set `protocol`".to_owned(),
+        A::NoApplicationProtocol => "it does not take the protocol we offered (alert no_application_protocol): set `protocol` here, or, for bytes that are not HTTP, `protocol = \"tcp\"` in its sidecar's `[[inbound.port]]`".to_owned(),
         alert if is_about_certificates(alert) => {
             format!("it does not accept our certificate (alert {alert:?}); its own log says why")
         }

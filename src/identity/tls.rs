@@ -31,6 +31,8 @@ use crate::config::{MinTls, TlsMode, UpstreamTls};
 /// What HTTP is called in ALPN.
 pub const ALPN_H2: &[u8] = b"h2";
 pub const ALPN_HTTP1: &[u8] = b"http/1.1";
+/// What sidecars call a byte stream among themselves: the server passes on what comes without looking for HTTP.
+pub const ALPN_BYTE_STREAM: &[u8] = b"outrigger-tcp";
 /// Servers whose sessions an upstream's configuration keeps.
 const SESSIONS: usize = 64;
 
@@ -69,6 +71,8 @@ pub enum Offer {
     H2First,
     /// Nothing of ours: the service understands what the caller wants, or nobody does.
     Nothing,
+    /// A byte stream of another sidecar.
+    ByteStream,
 }
 
 #[derive(Debug)]
@@ -76,6 +80,7 @@ struct Configs {
     http1_first: Arc<ServerConfig>,
     h2_first: Arc<ServerConfig>,
     nothing: Arc<ServerConfig>,
+    byte_stream: Arc<ServerConfig>,
 }
 
 /// How callers are met.
@@ -111,6 +116,7 @@ impl ServerTls {
                 http1_first: config(mandatory, &[ALPN_HTTP1, ALPN_H2])?,
                 h2_first: config(mandatory, &[ALPN_H2, ALPN_HTTP1])?,
                 nothing: config(mandatory, &[])?,
+                byte_stream: config(mandatory, &[ALPN_BYTE_STREAM])?,
             })
         };
         Ok(Self { strict: configs(true)?, permissive: configs(false)?, trust: Arc::clone(&material.trust) })
@@ -122,6 +128,7 @@ impl ServerTls {
             Offer::Http1First => &configs.http1_first,
             Offer::H2First => &configs.h2_first,
             Offer::Nothing => &configs.nothing,
+            Offer::ByteStream => &configs.byte_stream,
         })
     }
 }

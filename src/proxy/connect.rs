@@ -26,6 +26,7 @@ use crate::{
         connect::{ConnectError, TlsTarget, connect},
         guards::ConnectionSlot,
         local::{InFlight, LocalEndpoint},
+        squeeze,
         stream::UpstreamIo,
     },
 };
@@ -39,12 +40,46 @@ const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Dialled {
     _in_flight: InFlight,
-    _slot: ConnectionSlot,
+    slot: ConnectionSlot,
+}
+
+impl Dialled {
+    /// Waits until a request needs the connection slot, and no other connection gives way to it.
+    pub async fn is_wanted(&self) {
+        loop {
+            let wanted = squeeze::wanted();
+            if self.slot.is_claimed() {
+                return;
+            }
+            wanted.await;
+        }
+    }
+}
+
+/// Why there is no connection for bytes.
+enum DialError {
+    Failed(ProxyError),
+    /// The other sidecar takes no byte streams for its service.
+    HttpOnly(ProxyError),
+}
+
+impl From<ProxyError> for DialError {
+    fn from(error: ProxyError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<DialError> for ProxyError {
+    fn from(error: DialError) -> Self {
+        match error {
+            DialError::Failed(error) | DialError::HttpOnly(error) => error,
+        }
+    }
 }
 
 /// Opens a connection to an upstream for bytes.
 pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(UpstreamIo, Dialled), ProxyError> {
-    dial_allowed(connection, to, to.cluster.tls_target(None), |_| Ok(())).await
+    Ok(dial_allowed(connection, to, to.cluster.tls_target(None), |_| Ok(())).await?)
 }
 
 /// Opens one for a service that speaks TLS by itself.
@@ -52,7 +87,7 @@ pub async fn dial_bare(
     connection: &Connection,
     to: &LocalCluster,
 ) -> Result<(UpstreamIo, Dialled), ProxyError> {
-    dial_allowed(connection, to, None, |_| Ok(())).await
+    Ok(dial_allowed(connection, to, None, |_| Ok(())).await?)
 }
 
 async fn dial_allowed(
@@ -60,7 +95,7 @@ async fn dial_allowed(
     to: &LocalCluster,
     tls: Option<TlsTarget>,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
-) -> Result<(UpstreamIo, Dialled), ProxyError> {
+) -> Result<(UpstreamIo, Dialled), DialError> {
     let mut endpoints = endpoints(connection, to, Until::default()).await?;
     if let Some(dialled) = connection.outward() {
         // Whoever dialled one of several meant that one.
@@ -74,22 +109,29 @@ async fn dial_allowed(
     loop {
         let endpoint = pick(connection, to, &endpoints, &tried, None)?;
         allowed(endpoints[endpoint].address())?;
-        let connected = connect(endpoints[endpoint].address(), limit, tls.as_ref(), Speaks::Bytes).await;
+        let connected = connect(endpoints[endpoint].address(), limit, tls.as_ref(), Speaks::ByteStream).await;
         match connected {
             Ok(connected) => {
                 let slot = slot.opened(connected.protection());
-                let dialled = Dialled { _in_flight: endpoints[endpoint].enter(), _slot: slot };
+                let dialled = Dialled { _in_flight: endpoints[endpoint].enter(), slot };
                 return Ok((connected.io, dialled));
+            }
+            Err(error) if takes_no_byte_stream(&error) => {
+                return Err(DialError::HttpOnly(connect_failed(&to.cluster.settings.name, &error)));
             }
             Err(error) => {
                 tried.push(endpoint);
                 if tried.len() >= DIALS.min(endpoints.len()) {
                     to.upstream.shared.refresh();
-                    return Err(connect_failed(&to.cluster.settings.name, &error));
+                    return Err(connect_failed(&to.cluster.settings.name, &error).into());
                 }
             }
         }
     }
+}
+
+fn takes_no_byte_stream(error: &ConnectError) -> bool {
+    matches!(error, ConnectError::Tls { failure, .. } if failure.kind == FailureKind::NoProtocol)
 }
 
 /// Of these endpoints the one with the address.
@@ -247,7 +289,15 @@ pub async fn open_tunnel(
     // Whom the caller named is who must answer, where nothing else says.
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
     let allowed = |address| check_address(view, connection, &target, address);
-    let dialled = dial_allowed(connection, &target.local, tls, allowed).await?;
+    let dialled = match dial_allowed(connection, &target.local, tls, allowed).await {
+        Ok(dialled) => Some(dialled),
+        // What comes through the tunnel may be requests.
+        Err(DialError::HttpOnly(error)) => {
+            tracing::debug!(%error, "a tunnel carries requests only");
+            None
+        }
+        Err(DialError::Failed(error)) => return Err(error),
+    };
     let upgrade = connection.upgrade();
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {

@@ -1,5 +1,6 @@
 //! A caller's connection, from its first byte to its last.
 
+mod first;
 mod http1;
 mod http2;
 mod spoken;
@@ -29,6 +30,7 @@ use tokio::{
 use super::{
     accept::Side,
     connect,
+    detect::RequestWatch,
     error::ProxyError,
     interim::Interim,
     io::{Io, SharedTcp},
@@ -41,6 +43,8 @@ use crate::{
     runtime::{Phase, Worker, connections, drain_phase},
     telemetry::metrics::{Awaited, Detected},
 };
+
+use spoken::Plain;
 
 pub use http1::body::Body;
 #[cfg(test)]
@@ -205,9 +209,10 @@ impl Connection {
             self.note_detected(Detected::Declared);
             // No wait for the caller, who may be waiting for the service: so it cannot be seen whether it speaks TLS.
             let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
-            return Box::pin(self.carry(stream, upstream, behind)).await;
+            return Box::pin(self.carry(stream, upstream, behind, RequestWatch::off())).await;
         }
-        match (self.serve_plain(stream, behind.as_ref(), mtls).await?, &behind) {
+        let plain = Plain { behind: behind.as_ref(), mtls, agreed: false };
+        match (self.serve_plain(stream, plain).await?, &behind) {
             (Some((stream, begun)), Some(behind)) => {
                 Box::pin(self.serve_tls(stream, begun, mtls, behind)).await
             }

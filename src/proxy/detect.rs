@@ -1,4 +1,7 @@
-//! What a caller speaks, told from its first bytes.
+//! Which protocol a client speaks, by its first bytes.
+
+mod opening;
+mod watch;
 
 use std::{
     future::{Future, poll_fn},
@@ -14,14 +17,8 @@ use tokio::{
     time::timeout,
 };
 
-/// The client connection preface of HTTP/2 (RFC 9113 §3.4).
-const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-/// What else begins with a word has its whole first line within so many bytes.
-const LONGEST_LINE: usize = 4096;
-
-/// The longest method that is taken for HTTP/1.
-const LONGEST_METHOD: usize = 24;
+pub use opening::{classify, server_speaks_http};
+pub use watch::{ReadsAsRequest, RequestWatch};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spoken {
@@ -50,7 +47,7 @@ pub struct Detector {
 impl Detector {
     pub async fn spoken(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Spoken> {
         loop {
-            if let Some(spoken) = judge(&self.seen) {
+            if let Some(spoken) = classify(&self.seen) {
                 return Ok(spoken);
             }
             let begun = !self.seen.is_empty();
@@ -98,98 +95,20 @@ impl Detector {
         }
     }
 
+    /// Whether anything has come.
+    pub fn has_begun(&self) -> bool {
+        !self.seen.is_empty()
+    }
+
     /// What was read, to be read again.
     pub fn into_bytes(self) -> Bytes {
         self.seen.freeze()
     }
 }
 
-/// `None`: more bytes are needed.
-fn judge(bytes: &[u8]) -> Option<Spoken> {
-    // Empty lines before a request line are tolerated (RFC 9112 §2.2).
-    let start = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n')).unwrap_or(bytes.len());
-    let bytes = if start <= 2 { &bytes[start..] } else { bytes };
-    if bytes.len() >= H2_PREFACE.len() && bytes.starts_with(H2_PREFACE) {
-        return Some(Spoken::H2);
-    }
-    if H2_PREFACE.starts_with(bytes) {
-        return None;
-    }
-    match bytes {
-        // A handshake record of SSL 3.0 or later (RFC 8446 §5.1).
-        [0x16, 0x03, minor, ..] if *minor <= 4 => return Some(Spoken::Tls),
-        [0x16] | [0x16, 0x03] => return None,
-        _ => {}
-    }
-    let token = bytes.iter().take(LONGEST_METHOD + 1).take_while(|b| is_method_byte(**b)).count();
-    match bytes.get(token) {
-        _ if token > LONGEST_METHOD => Some(Spoken::Other),
-        Some(b' ') if token > 0 => is_request_line(&bytes[..token], &bytes[token + 1..])
-            .map(|is_one| if is_one { Spoken::Http1 } else { Spoken::Other }),
-        Some(_) => Some(Spoken::Other),
-        None => None,
-    }
-}
-
-/// Whether a word and a space are how HTTP begins, or how memcached, a shell of Redis or a mail client does: the target is
-/// written as HTTP writes it, or else the line says which version of HTTP it is.
-fn is_request_line(method: &[u8], rest: &[u8]) -> Option<bool> {
-    let shouted = !method.iter().any(u8::is_ascii_lowercase);
-    let target = |begin: &[u8]| rest.starts_with(begin);
-    if shouted && (method == b"CONNECT" || target(b"/") || target(b"http://") || target(b"https://")) {
-        return Some(true);
-    }
-    match rest.iter().position(|byte| *byte == b'\n') {
-        Some(end) => Some(rest[..end].windows(6).any(|six| six == b" HTTP/")),
-        // Whoever reads HTTP will say that it is too long.
-        None => (rest.len() > LONGEST_LINE).then_some(true),
-    }
-}
-
-/// Methods are any token by the standard; those in use are letters, digits and `-`. Narrow on purpose: what is no
-/// HTTP must not be answered with an HTTP error.
-fn is_method_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tells_protocols_apart_with_the_fewest_bytes() {
-        for (bytes, expected) in [
-            (&b"GET / HTTP/1.1\r\n"[..], Some(Spoken::Http1)),
-            (b"GET /", Some(Spoken::Http1)),
-            (b"GET ", None),
-            (b"GET http:/", None),
-            (b"GET http://a", Some(Spoken::Http1)),
-            (b"CONNECT ", Some(Spoken::Http1)),
-            (b"GET a HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"get / HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"get /key\r\n", Some(Spoken::Other)),
-            (b"set key 0 0 5\r\n", Some(Spoken::Other)),
-            (b"KEYS *\r\n", Some(Spoken::Other)),
-            (b"GET key\n", Some(Spoken::Other)),
-            (b"NICK outrigger\r\n", Some(Spoken::Other)),
-            (b"GE", None),
-            (b"", None),
-            (b"\r\nPOST /", Some(Spoken::Http1)),
-            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Some(Spoken::H2)),
-            (b"PRI * HTTP/2.0\r\n\r\n", None),
-            (b"PRI * HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"M-SEARCH * HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"\x16\x03\x01\x02\x00\x01", Some(Spoken::Tls)),
-            (b"\x16\x03", None),
-            (b"\x16\x04\x01", Some(Spoken::Other)),
-            (b"*1\r\n$4\r\nPING\r\n", Some(Spoken::Other)),
-            (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Some(Spoken::Other)),
-            (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Spoken::Other)),
-            (b"ABCDEFGHIJKLMNOPQRSTUVWXYZABC", Some(Spoken::Other)),
-        ] {
-            assert_eq!(judge(bytes), expected, "{:?}", String::from_utf8_lossy(bytes));
-        }
-    }
 
     /// What a client says first, for `name`.
     fn greeting(name: &str) -> Vec<u8> {

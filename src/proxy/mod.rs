@@ -30,6 +30,7 @@ mod hedged;
 mod interim;
 pub mod io;
 mod judge;
+mod opaque;
 pub mod progress;
 pub mod redirected;
 pub mod room;

@@ -6,7 +6,7 @@ mod tests;
 
 use std::{
     any::Any,
-    cell::Cell,
+    cell::{Cell, RefCell},
     future::poll_fn,
     io,
     pin::Pin,
@@ -21,6 +21,7 @@ use tokio::{
 };
 
 use super::{
+    detect::{ReadsAsRequest, RequestWatch},
     io::{Prefixed, SharedTcp},
     progress::Watchdog,
 };
@@ -39,27 +40,79 @@ pub enum End {
     Idle,
     /// Cut by `max_duration`.
     Over,
+    /// The client's bytes could be read as a request, which had to be looked at as one.
+    Request(ReadsAsRequest),
 }
 
-/// Carries bytes both ways until both sides are done, nothing has moved for `idle`, or `over_at`. A side that has
-/// said all is passed on as such; the other may go on speaking.
-pub async fn relay<A, B>(mut a: A, mut b: B, idle: Option<Duration>, over_at: Option<Instant>) -> End
+/// Why a direction ended early.
+#[derive(Debug)]
+enum Broken {
+    Io(io::Error),
+    Request(ReadsAsRequest),
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<ReadsAsRequest> for Broken {
+    fn from(error: ReadsAsRequest) -> Self {
+        Self::Request(error)
+    }
+}
+
+/// What both directions note.
+struct Noted<'a> {
+    moved: &'a Cell<Instant>,
+    watch: &'a RefCell<RequestWatch>,
+}
+
+impl Noted<'_> {
+    fn moves(&self) {
+        self.moved.set(Instant::now());
+    }
+}
+
+/// Who sends what a direction carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sender {
+    Client,
+    Server,
+}
+
+/// Carries bytes between the client `a` and the server `b` until both sides are done, nothing has moved for `idle`, or
+/// `over_at`. A side that has said all is passed on as such; the other may go on speaking. What `watch` stops does not
+/// reach the server.
+pub async fn relay<A, B>(
+    mut a: A,
+    mut b: B,
+    watch: RequestWatch,
+    idle: Option<Duration>,
+    over_at: Option<Instant>,
+) -> End
 where
     A: AsyncRead + AsyncWrite + Unpin + 'static,
     B: AsyncRead + AsyncWrite + Unpin + 'static,
 {
     let moved = Cell::new(Instant::now());
+    let watch = RefCell::new(watch);
+    let noted = Noted { moved: &moved, watch: &watch };
     let bare = bare_tcp(&a).zip(bare_tcp(&b));
     let there = bare.as_ref().map(|(a, b)| (a, b));
     let back = bare.as_ref().map(|(a, b)| (b, a));
-    let (mut to_b, mut to_a) = (Flow::default(), Flow::default());
+    let (mut to_b, mut to_a) = (Flow::of(Sender::Client), Flow::of(Sender::Server));
     let mut watchdog = Watchdog::default();
     poll_fn(|cx| {
         let said =
-            (to_b.poll(cx, &mut a, &mut b, there, &moved), to_a.poll(cx, &mut b, &mut a, back, &moved));
+            (to_b.poll(cx, &mut a, &mut b, there, &noted), to_a.poll(cx, &mut b, &mut a, back, &noted));
         match said {
-            (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
-                return Poll::Ready(End::Closed(Err(error)));
+            (Poll::Ready(Err(broken)), _) | (_, Poll::Ready(Err(broken))) => {
+                return Poll::Ready(match broken {
+                    Broken::Io(error) => End::Closed(Err(error)),
+                    Broken::Request(error) => End::Request(error),
+                });
             }
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
                 return Poll::Ready(End::Closed(Ok((to_b.carried, to_a.carried))));
@@ -77,8 +130,9 @@ where
 }
 
 /// One direction.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Flow {
+    sender: Sender,
     /// Was read and not written yet.
     kept: Bytes,
     carried: u64,
@@ -98,6 +152,10 @@ enum Carries {
 }
 
 impl Flow {
+    fn of(sender: Sender) -> Self {
+        Self { sender, kept: Bytes::new(), carried: 0, carries: Carries::default() }
+    }
+
     /// Carries what there is. Ready when one side has said all and the other has it.
     fn poll<A, B>(
         &mut self,
@@ -105,8 +163,8 @@ impl Flow {
         from: &mut A,
         to: &mut B,
         bare: Option<(&SharedTcp, &SharedTcp)>,
-        moved: &Cell<Instant>,
-    ) -> Poll<io::Result<()>>
+        noted: &Noted<'_>,
+    ) -> Poll<Result<(), Broken>>
     where
         A: AsyncRead + Unpin,
         B: AsyncWrite + Unpin,
@@ -116,7 +174,7 @@ impl Flow {
                 (Carries::Nothing, _) => return Poll::Ready(Ok(())),
                 (Carries::Pipe(pipe), Some((from, to))) => {
                     let count = ready!(pipe.poll_carry(cx, from, to))?;
-                    moved.set(Instant::now());
+                    noted.moves();
                     if count == 0 {
                         self.carries = Carries::End;
                     }
@@ -128,23 +186,27 @@ impl Flow {
             while !self.kept.is_empty() {
                 let count = written(ready!(Pin::new(&mut *to).poll_write(cx, &self.kept))?)?;
                 self.kept.advance(count);
-                moved.set(Instant::now());
+                noted.moves();
             }
             if let Carries::End = self.carries {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
                 self.carries = Carries::Nothing;
                 continue;
             }
-            let Poll::Ready(count) = self.poll_copy(cx, from, to)? else {
+            let Poll::Ready(count) = self.poll_copy(cx, from, to, noted.watch)? else {
                 // TLS may hold some of it back, for more.
                 ready!(Pin::new(&mut *to).poll_flush(cx))?;
                 return Poll::Pending;
             };
-            moved.set(Instant::now());
+            noted.moves();
             self.carried += count;
             if count == 0 {
                 self.carries = Carries::End;
-            } else if self.carried >= BULK && self.kept.is_empty() && bare.is_some() {
+            } else if self.carried >= BULK
+                && self.kept.is_empty()
+                && bare.is_some()
+                && noted.watch.borrow().is_over()
+            {
                 // Without descriptors left it goes on as it is.
                 self.carries = Pipe::new().map_or(Carries::Copies, Carries::Pipe);
             }
@@ -152,7 +214,13 @@ impl Flow {
     }
 
     /// Reads, and writes of it what can be written at once. 0: nothing comes any more.
-    fn poll_copy<A, B>(&mut self, cx: &mut Context<'_>, from: &mut A, to: &mut B) -> Poll<io::Result<u64>>
+    fn poll_copy<A, B>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut A,
+        to: &mut B,
+        watch: &RefCell<RequestWatch>,
+    ) -> Poll<Result<u64, Broken>>
     where
         A: AsyncRead + Unpin,
         B: AsyncWrite + Unpin,
@@ -161,6 +229,10 @@ impl Flow {
             let mut read = ReadBuf::new(room);
             ready!(Pin::new(from).poll_read(cx, &mut read))?;
             let came = read.filled();
+            match self.sender {
+                Sender::Client => watch.borrow_mut().client_sends(came)?,
+                Sender::Server => watch.borrow_mut().server_answers(came),
+            }
             let at_once = match came {
                 [] => 0,
                 came => match Pin::new(to).poll_write(cx, came) {
@@ -180,10 +252,17 @@ fn written(count: usize) -> io::Result<usize> {
 
 /// The TCP stream that this is, where it is nothing else.
 fn bare_tcp(stream: &dyn Any) -> Option<SharedTcp> {
-    if let Some(UpstreamIo::Plain(tcp)) = stream.downcast_ref() {
-        return Some(tcp.clone());
+    let plain = |upstream: &UpstreamIo| match upstream {
+        UpstreamIo::Plain(tcp) => Some(tcp.clone()),
+        UpstreamIo::Tls(_) => None,
+    };
+    // What is put before a stream has gone before there is much.
+    if let Some(prefixed) = stream.downcast_ref::<Prefixed<UpstreamIo>>() {
+        return plain(prefixed.stream());
     }
-    // What comes first there has gone before there is much.
+    if let Some(upstream) = stream.downcast_ref() {
+        return plain(upstream);
+    }
     let prefixed = stream.downcast_ref::<Prefixed<SharedTcp>>().map(Prefixed::stream);
     prefixed.or_else(|| stream.downcast_ref()).cloned()
 }

@@ -9,6 +9,7 @@ use super::{
     accept::Side,
     body::Held,
     connection::{Connection, Upgrade},
+    detect::RequestWatch,
     io::Prefixed,
     tunnel::relay,
 };
@@ -34,7 +35,7 @@ pub fn join(
             return tracing::debug!("an upgrade did not come about");
         };
         tokio::select! {
-            ended = relay(caller, Prefixed::new(unread, service), idle, over_at) => {
+            ended = relay(caller, Prefixed::new(unread, service), RequestWatch::off(), idle, over_at) => {
                 tracing::debug!(?ended, "upgraded connection ended");
             }
             () = connection.upgrade_revoked() => {}

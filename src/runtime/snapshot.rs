@@ -7,7 +7,7 @@ use rustls_pki_types::ServerName;
 use tokio::runtime::Handle;
 
 use crate::{
-    config::{self, Config, Endpoints, HostMatch, HostPort, Policy},
+    config::{self, Config, Endpoints, Forwarded, HeaderEdits, HostMatch, HostPort, Observed, Policy},
     discovery::{self, Discovery, Resolver},
     fetch::Fetcher,
     identity::{
@@ -37,6 +37,19 @@ pub struct Snapshot {
     pub inbound: Arc<Cluster>,
     /// What an inbound call must show; `None`: nothing.
     pub gate: Option<Gate>,
+}
+
+impl Snapshot {
+    /// The part of `[inbound]`, beside its policy, that looks at each request. See [`Cluster::request_policy`].
+    pub fn inbound_request_policy(&self) -> Option<&'static str> {
+        let gate = self.gate.as_ref();
+        let allow = gate.is_some_and(|gate| !gate.rules.is_empty() && !gate.observe_allow);
+        let jwt = gate.is_some_and(|gate| gate.users.is_some() && !gate.observe_jwt);
+        let forwarded = self.config.inbound.sets_forwarded && self.config.inbound.forwarded != Forwarded::Off;
+        [("allow", allow), ("jwt", jwt), ("forwarded", forwarded)]
+            .into_iter()
+            .find_map(|(key, in_force)| in_force.then_some(key))
+    }
 }
 
 /// An upstream with the settings that hold for it now.
@@ -154,6 +167,29 @@ impl Cluster {
 }
 
 impl Cluster {
+    /// The policy, by its key, that looks at each request to it, and would be passed by where bytes are carried
+    /// unread. Timeouts, retries and the breaker are none, nor is a policy that is only observed.
+    pub fn request_policy(&self, observed: &[Observed]) -> Option<&'static str> {
+        let acts = |policy| !observed.contains(&policy);
+        let routes = self.settings.routes.iter();
+        let policies = routes.clone().map(|route| &route.policy).chain([&self.settings.policy]);
+        let of_policy = |policy: &Policy| {
+            [
+                ("rate_limit", policy.rate_limit.is_some() && acts(Observed::RateLimit)),
+                ("limits", policy.sets_request_limits && policy.limits.is_some() && acts(Observed::Limits)),
+                ("fault", policy.fault.is_some() && acts(Observed::Fault)),
+            ]
+            .into_iter()
+            .find_map(|(key, in_force)| in_force.then_some(key))
+        };
+        let edits = |route: &config::Route| {
+            [("request_headers", &route.request_headers), ("response_headers", &route.response_headers)]
+                .into_iter()
+                .find_map(|(key, edits)| (*edits != HeaderEdits::default()).then_some(key))
+        };
+        policies.into_iter().find_map(of_policy).or_else(|| routes.into_iter().find_map(edits))
+    }
+
     /// Whether any call asks its breaker.
     pub fn has_breaker(&self) -> bool {
         let mut routes = self.settings.routes.iter();

@@ -85,6 +85,11 @@ impl TlsCaller {
     pub fn connect(&self, address: SocketAddr) -> TlsSocket {
         let stream = TcpStream::connect(address).expect("connect");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        self.over(stream)
+    }
+
+    /// The same over a connection that is open already.
+    pub fn over(&self, stream: TcpStream) -> TlsSocket {
         let name = ServerName::try_from("localhost").expect("a name");
         let connection = ClientConnection::new(Arc::clone(&self.config), name).expect("a connection");
         StreamOwned::new(connection, stream)
@@ -92,7 +97,11 @@ impl TlsCaller {
 
     /// What comes back for some bytes, until the other side closes; or how that failed.
     pub fn say(&self, address: SocketAddr, bytes: &str) -> io::Result<String> {
-        let mut stream = self.connect(address);
+        Self::say_on(self.connect(address), bytes)
+    }
+
+    /// The same over a connection that is open already.
+    pub fn say_on(mut stream: TlsSocket, bytes: &str) -> io::Result<String> {
         stream.write_all(bytes.as_bytes())?;
         let mut answer = Vec::new();
         match stream.read_to_end(&mut answer) {

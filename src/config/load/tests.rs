@@ -34,6 +34,23 @@ fn nothing_is_the_built_in_defaults() {
     }
 }
 
+/// What is only a default does not keep byte streams out (`Cluster::request_policy`).
+#[test]
+fn limits_of_requests_that_are_written_are_told_from_defaults() {
+    let limits = |text: &str| {
+        let config = loaded(&[text]);
+        let upstream = config.upstreams.first().map(|upstream| upstream.policy.sets_request_limits);
+        (config.inbound.policy.sets_request_limits, upstream.unwrap_or_default())
+    };
+    assert_eq!(limits(""), (false, false));
+    assert_eq!(limits("inbound.limits.max_connections = 8\n[[upstream]]\nname = 'a'"), (false, false));
+    assert_eq!(limits("inbound.limits.max_requests = 1024"), (true, false));
+    assert_eq!(limits("[[upstream]]\nname = 'a'\nlimits = { adaptive = true }"), (false, true));
+    assert_eq!(limits("defaults.limits.max_requests = 1024\n[[upstream]]\nname = 'a'"), (false, false));
+    assert_eq!(limits("defaults.limits.max_requests = 9\n[[upstream]]\nname = 'a'"), (false, true));
+    assert!(loaded(&["inbound.forwarded = 'replace'"]).inbound.sets_forwarded);
+}
+
 #[test]
 fn policies_inherit_key_by_key() {
     let config = loaded(&["

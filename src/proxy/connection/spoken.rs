@@ -1,22 +1,30 @@
-//! What a caller speaks decides how it is served: HTTP call by call, anything else as bytes.
+//! What a caller speaks decides how it is served: HTTP call by call, anything else as bytes, where those may pass.
 
 use std::{future::pending, rc::Rc, time::Duration};
 
 use bytes::Bytes;
+use http::{HeaderValue, header::CONNECTION};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::{Instant, sleep, timeout},
 };
 
-use super::{CALLER_IDLE, Connection, ConnectionError, HEADER_TIMEOUT};
+use super::{
+    Connection, ConnectionError, HEADER_TIMEOUT,
+    first::{Ended, First, NO_BYTE, Server, first_of},
+};
 use crate::{
     config::{Mtls, Protocol},
+    http1::head::{write_field, write_fields, write_status_line},
     proxy::{
         accept::Side,
         authorize,
+        body::ResponseBody,
         connect::{self, Dialled},
-        detect::{Detector, Spoken},
+        detect::{Detector, RequestWatch, Spoken},
+        error::{Context, ProxyError, respond},
         io::{Io, Prefixed},
+        opaque::{ByteRules, Verdict, Why},
         redirected,
         tunnel::{self, relay},
     },
@@ -25,18 +33,18 @@ use crate::{
     upstream::stream::UpstreamIo,
 };
 
-/// A caller that says nothing for this long may be waiting for the other side to speak first.
-const SILENCE: Duration = Duration::from_millis(100);
+/// How long, and how much, is read on after a refusal, so that a reset does not take it away.
+const LINGER: Duration = Duration::from_secs(1);
+const MOST_LINGERING: usize = 256 * 1024;
 
-const SILENT: ConnectionError =
-    ConnectionError::Cut("neither side has said anything for tunnel_idle_timeout");
-
-/// Whoever might speak first has not done so for as long as a tunnel may stand still.
-async fn silent_for_too_long(to: &LocalCluster) {
-    match to.cluster.settings.policy.tunnel_idle_timeout.limit() {
-        Some(limit) => sleep(limit).await,
-        None => pending().await,
-    }
+/// How a connection is served whose TLS, if any, has ended here.
+#[derive(Clone, Copy)]
+pub(super) struct Plain<'a> {
+    /// Where bytes go that are not HTTP; `None`: nowhere.
+    pub behind: Option<&'a Rc<LocalCluster>>,
+    pub mtls: Mtls,
+    /// The client is a sidecar that opened a byte stream.
+    pub agreed: bool,
 }
 
 impl Connection {
@@ -45,80 +53,39 @@ impl Connection {
     pub(super) async fn serve_plain<S>(
         self: &Rc<Self>,
         mut stream: S,
-        behind: Option<&Rc<LocalCluster>>,
-        mtls: Mtls,
+        plain: Plain<'_>,
     ) -> Result<Option<(S, Bytes)>, ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
+        let Plain { behind, mtls, agreed } = plain;
         let mut detector = Detector::default();
         // Boxed, since what comes after it needs no room for it.
-        let mut leaving = Box::pin(self.closing());
-        let spoken = match behind {
-            Some(_) if mtls == Mtls::Strict => tokio::select! {
-                spoken = detector.spoken(&mut stream) => spoken?,
-                () = &mut leaving => return Ok(None),
-                () = sleep(HEADER_TIMEOUT) => return Err(ConnectionError::Cut("the TLS handshake did not begin")),
-            },
-            None => tokio::select! {
-                spoken = detector.spoken(&mut stream) => spoken?,
-                () = &mut leaving => return Ok(None),
-                () = sleep(CALLER_IDLE) => return Err(ConnectionError::Cut("idle")),
-            },
-            Some(behind) => {
-                let silence = if self.redirected_to.is_some() { redirected::SILENCE } else { SILENCE };
-                let protocol = behind.cluster.settings.protocol;
-                let declared = matches!(protocol, Protocol::Http1 | Protocol::H2);
-                tokio::select! {
+        let first = Box::pin(self.first(&mut detector, &mut stream, plain)).await?;
+        let (spoken, server, http_only) = match first {
+            // What has begun to come is still served.
+            First::Nobody if detector.has_begun() => (detector.spoken(&mut stream).await?, None, false),
+            First::Nobody => return Ok(None),
+            First::Client(spoken) => (spoken, None, false),
+            First::ClientDialled(spoken, server) => (spoken, Some(server), false),
+            First::Server(server) => (Spoken::Nothing, Some(server), false),
+            First::HttpServer => {
+                let spoken = tokio::select! {
+                    biased;
                     spoken = detector.spoken(&mut stream) => spoken?,
-                    // What is declared need not be found out.
-                    () = sleep(CALLER_IDLE), if declared => return Err(ConnectionError::Cut("idle")),
-                    () = sleep(silence), if !declared => {
-                        // Perhaps the service is the one to speak first. Whichever does decides.
-                        match Box::pin(connect::dial(self, behind)).await {
-                            Ok((mut upstream, _in_use)) => {
-                                let spoken = tokio::select! {
-                                    biased;
-                                    spoken = detector.spoken(&mut stream) => Some(spoken?),
-                                    ready = upstream.readable() => { ready?; None }
-                                    () = &mut leaving => return Ok(None),
-                                    () = silent_for_too_long(behind) => return Err(SILENT),
-                                };
-                                match spoken {
-                                    // Whom the greeting names may be another.
-                                    Some(Spoken::Tls) if mtls != Mtls::Off || self.outward().is_some() => {
-                                        Spoken::Tls
-                                    }
-                                    Some(Spoken::Http1 | Spoken::H2) => spoken.unwrap_or(Spoken::Nothing),
-                                    Some(Spoken::Nothing) => return Ok(None),
-                                    Some(Spoken::Other | Spoken::Tls) | None => {
-                                        self.note_detected(match spoken {
-                                            Some(Spoken::Tls) => Detected::Tls,
-                                            Some(_) => Detected::Bytes,
-                                            None => Detected::ServerFirst,
-                                        });
-                                        let stream = Prefixed::new(detector.into_bytes(), stream);
-                                        let carried = Box::pin(self.carry(stream, upstream, behind)).await;
-                                        return carried.map(|()| None);
-                                    }
-                                }
-                            }
-                            // A caller that speaks HTTP, if a little late, is told in an answer.
-                            Err(error) => match timeout(HEADER_TIMEOUT, detector.spoken(&mut stream)).await {
-                                Ok(Ok(spoken @ (Spoken::Http1 | Spoken::H2))) => spoken,
-                                Ok(Ok(Spoken::Tls)) if mtls != Mtls::Off || self.outward().is_some() => Spoken::Tls,
-                                _ => return Err(error.into()),
-                            },
-                        }
-                    }
-                }
+                    () = self.closing() => return Ok(None),
+                    () = sleep(HEADER_TIMEOUT) => return Err(NO_BYTE),
+                };
+                (spoken, None, true)
             }
         };
-        drop(leaving);
         if spoken == Spoken::Tls && mtls != Mtls::Off {
             return Ok(Some((stream, detector.into_bytes())));
         }
-        self.note_spoken(spoken);
+        match (&server, spoken) {
+            (Some(_), Spoken::Nothing) => self.note_detected(Detected::ServerFirst),
+            _ => self.note_spoken(spoken),
+        }
         let named = match self.outward() {
             Some(original) if spoken == Spoken::Tls => {
                 Box::pin(self.by_server_name(&mut detector, &mut stream, original, behind)).await?
@@ -126,32 +93,147 @@ impl Connection {
             _ => None,
         };
         let begun = detector.into_bytes();
+        // Calls have connections of their own.
+        let server = server.filter(|_| agreed || !matches!(spoken, Spoken::Http1 | Spoken::H2));
         let served = match (spoken, named.as_ref().or(behind)) {
-            (Spoken::Nothing, _) => Ok(()),
+            (Spoken::Nothing, _) if server.is_none() => Ok(()),
             _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(spoken, stream, begun)).await,
-            (Spoken::Http1, _) => self.serve_http1(Box::new(stream), begun).await,
-            (Spoken::H2, _) => Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await,
-            (Spoken::Other | Spoken::Tls, Some(behind)) => {
-                let bare = self.outward().is_some() && spoken == Spoken::Tls && redirected::is_simple(behind);
-                let (upstream, _in_use) = match bare {
-                    true => Box::pin(connect::dial_bare(self, behind)).await?,
-                    false => Box::pin(connect::dial(self, behind)).await?,
+            (Spoken::Http1, _) if !agreed => self.serve_http1(Box::new(stream), begun).await,
+            (Spoken::H2, _) if !agreed => Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await,
+            (_, Some(behind)) => {
+                let rules = self.byte_rules(behind, agreed);
+                let verdict = match rules.decide_spoken(spoken) {
+                    Verdict::Watched | Verdict::Pass if http_only => Verdict::Refused(Why::HttpServer),
+                    verdict => verdict,
                 };
-                Box::pin(self.carry(Prefixed::new(begun, stream), upstream, behind)).await
+                let stream = Prefixed::new(begun, stream);
+                // What its greeting names may be another than who was dialled.
+                let server = server.filter(|_| named.is_none());
+                Box::pin(self.serve_bytes(stream, server, behind, (verdict, spoken))).await
             }
-            (Spoken::Other | Spoken::Tls, None) => Err(self.nowhere()),
+            (_, None) => {
+                let error = ProxyError::malformed(self.nowhere().to_string());
+                Box::pin(self.refuse_bytes(stream, None, error)).await
+            }
         };
         served.map(|()| None)
     }
 
-    pub(super) async fn carry<S>(
+    /// Carries bytes, or refuses them.
+    async fn serve_bytes<S>(
         &self,
         stream: S,
-        upstream: UpstreamIo,
-        to: &LocalCluster,
+        server: Option<Server>,
+        behind: &LocalCluster,
+        (verdict, spoken): (Verdict, Spoken),
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
+    {
+        let watch = match verdict {
+            Verdict::Refused(why) => {
+                let error = ProxyError::malformed(format!("{why}; {}", self.remedy()));
+                return self.refuse_bytes(stream, Some(behind), error).await;
+            }
+            Verdict::Watched => RequestWatch::default(),
+            Verdict::Pass => RequestWatch::off(),
+        };
+        if let Some(Server { io, in_use: _in_use, said }) = server {
+            return self.carry(stream, Prefixed::new(said, io), behind, watch).await;
+        }
+        let bare = self.outward().is_some() && spoken == Spoken::Tls && redirected::is_simple(behind);
+        let (upstream, _in_use) = match bare {
+            true => Box::pin(connect::dial_bare(self, behind)).await?,
+            false => Box::pin(connect::dial(self, behind)).await?,
+        };
+        self.carry(stream, upstream, behind, watch).await
+    }
+
+    /// What holds for bytes on this connection.
+    pub(super) fn byte_rules(&self, behind: &LocalCluster, agreed: bool) -> ByteRules {
+        let view = self.worker.view();
+        let config = &view.snapshot.config;
+        let policy = || behind.cluster.request_policy(&config.runtime.observe);
+        let request_policy = match &self.side {
+            Side::Inbound => view.snapshot.inbound_request_policy().or_else(policy),
+            // By CONNECT other bytes get connect, limit and idle policy only (product contract, 4.2).
+            Side::Outbound if self.tunnel_to.is_some() => None,
+            Side::Upstream(_) | Side::Outbound => policy(),
+        };
+        ByteRules {
+            protocol: behind.cluster.settings.protocol,
+            agreed,
+            peer_identity: self.side == Side::Inbound && self.peer_identity.is_some(),
+            request_policy,
+            own_tls: self.side == Side::Outbound,
+        }
+    }
+
+    /// What to write so that bytes pass.
+    fn remedy(&self) -> String {
+        match &self.side {
+            Side::Inbound => {
+                let config = &self.worker.view().snapshot.config;
+                let port = self.redirected_to.map_or(config.inbound.forward_to.port, |to| to.port());
+                format!(
+                    "`protocol = \"tcp\"` in an `[[inbound.port]]` with `port = {port}` lets them pass unread"
+                )
+            }
+            Side::Upstream(_) | Side::Outbound => {
+                "`protocol = \"tcp\"` in the `[[upstream]]` lets them pass unread".to_owned()
+            }
+        }
+    }
+
+    /// Answers bytes that may not pass with 400, and closes.
+    async fn refuse_bytes<S>(
+        &self,
+        mut stream: S,
+        behind: Option<&LocalCluster>,
+        error: ProxyError,
+    ) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        if let Some(behind) = behind {
+            behind.upstream.shared.guards.counts.rejected.add(error.cause.word());
+        }
+        // Repetitions are held back by the log.
+        tracing::warn!(peer = ?self.peer, "a connection was refused: {}", error.detail);
+        let view = self.worker.view();
+        let response = respond(&error, &Context { deployment: &view.names.deployment, ..Context::default() });
+        let (mut parts, body) = response.into_parts();
+        parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        let body = match body {
+            ResponseBody::Whole(Some(body)) => body,
+            _ => Bytes::new(),
+        };
+        let mut out = Vec::with_capacity(512 + body.len());
+        write_status_line(&mut out, parts.status, http::Version::HTTP_11, None);
+        write_fields(&mut out, &parts.headers, None);
+        write_field(&mut out, b"content-length", body.len().to_string().as_bytes());
+        out.extend_from_slice(b"\r\n");
+        out.extend_from_slice(&body);
+        let said = async {
+            stream.write_all(&out).await?;
+            stream.shutdown().await?;
+            tokio::io::copy(&mut stream.take(MOST_LINGERING as u64), &mut tokio::io::sink()).await
+        };
+        // Whoever does not read on or hang up is not waited for.
+        let _ = timeout(LINGER, said).await;
+        Ok(())
+    }
+
+    pub(super) async fn carry<S, U>(
+        &self,
+        stream: S,
+        upstream: U,
+        to: &LocalCluster,
+        watch: RequestWatch,
+    ) -> Result<(), ConnectionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
+        U: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         if self.side == Side::Inbound {
             authorize::bytes(self, &self.worker.view(), to)?;
@@ -167,7 +249,7 @@ impl Connection {
         }
         let policy = &to.cluster.settings.policy;
         let over_at = policy.max_duration.limit().map(|limit| Instant::now() + limit);
-        let relayed = relay(stream, upstream, policy.tunnel_idle_timeout.limit(), over_at);
+        let relayed = relay(stream, upstream, watch, policy.tunnel_idle_timeout.limit(), over_at);
         let ended = tokio::select! {
             ended = relayed => ended,
             error = Box::pin(self.no_longer_allowed()) => return Err(error),
@@ -176,39 +258,75 @@ impl Connection {
             tunnel::End::Closed(result) => Ok(result.map(drop)?),
             tunnel::End::Idle => Err(ConnectionError::Cut("nothing moved for tunnel_idle_timeout")),
             tunnel::End::Over => Err(ConnectionError::Cut("max_duration is over")),
+            tunnel::End::Request(error) => {
+                to.upstream.shared.guards.counts.rejected.add("malformed");
+                tracing::warn!(peer = ?self.peer, "a connection was cut: {error}; {}", self.remedy());
+                Err(ConnectionError::Cut("a request was hidden in bytes"))
+            }
         }
     }
 
-    /// Serves what came through a CONNECT tunnel; bytes go to `upstream`, which is connected already. Calls have
-    /// connections of their own.
+    /// Serves what came through a CONNECT tunnel; bytes go to the server that was dialled for it. `None`: it takes no
+    /// byte streams. Calls have connections of their own.
     pub async fn serve_tunnel(
         self: &Rc<Self>,
         mut stream: Box<dyn Io>,
-        (mut upstream, in_use): (UpstreamIo, Dialled),
+        dialled: Option<(UpstreamIo, Dialled)>,
         to: &LocalCluster,
     ) -> Result<(), ConnectionError> {
         let mut detector = Detector::default();
-        let spoken = tokio::select! {
-            biased;
-            spoken = detector.spoken(&mut stream) => spoken?,
-            // The server speaks first: mail, databases.
-            ready = upstream.readable() => { ready?; Spoken::Other }
-            () = silent_for_too_long(to) => return Err(SILENT),
+        let idle = to.cluster.settings.policy.tunnel_idle_timeout.limit();
+        let ended = async {
+            let too_late = async {
+                match idle {
+                    Some(limit) => sleep(limit).await,
+                    None => pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.closing() => Ended::Drains,
+                () = too_late => Ended::TooLate,
+            }
+        };
+        let takes_bytes = dialled.is_some();
+        let first = match dialled {
+            Some((io, in_use)) => {
+                let server = Server { io, in_use, said: Bytes::new() };
+                Box::pin(first_of(&mut detector, &mut stream, server, ended)).await?
+            }
+            None => tokio::select! {
+                spoken = detector.spoken(&mut stream) => First::Client(spoken?),
+                ended = ended => match ended {
+                    Ended::TooLate => return Err(NO_BYTE),
+                    Ended::Drains | Ended::GivesWay => First::Nobody,
+                },
+            },
+        };
+        let (spoken, server) = match first {
+            First::Nobody => return Ok(()),
+            First::Client(spoken) => (spoken, None),
+            First::ClientDialled(spoken, server) => (spoken, Some(server)),
+            First::Server(server) => (Spoken::Nothing, Some(server)),
+            First::HttpServer => (detector.spoken(&mut stream).await?, None),
         };
         let begun = detector.into_bytes();
         match spoken {
-            Spoken::Http1 => {
-                drop((upstream, in_use));
-                self.serve_http1(stream, begun).await
+            Spoken::Nothing if server.is_none() => Ok(()),
+            Spoken::Http1 | Spoken::H2 if to.cluster.settings.protocol != Protocol::Tcp => {
+                drop(server);
+                match spoken {
+                    Spoken::H2 => Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await,
+                    _ => self.serve_http1(stream, begun).await,
+                }
             }
-            Spoken::H2 => {
-                drop((upstream, in_use));
-                Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await
+            _ => {
+                let verdict = match self.byte_rules(to, false).decide_spoken(spoken) {
+                    Verdict::Watched if !takes_bytes => Verdict::Refused(Why::HttpServer),
+                    verdict => verdict,
+                };
+                let stream = Prefixed::new(begun, stream);
+                Box::pin(self.serve_bytes(stream, server, to, (verdict, spoken))).await
             }
-            Spoken::Other | Spoken::Tls => {
-                Box::pin(self.carry(Prefixed::new(begun, stream), upstream, to)).await
-            }
-            Spoken::Nothing => Ok(()),
         }
     }
 }

@@ -14,18 +14,18 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Connection, ConnectionError, Found, HEADER_TIMEOUT, NO_CLIENT_CERTIFICATE};
+use super::{Connection, ConnectionError, Found, HEADER_TIMEOUT, NO_CLIENT_CERTIFICATE, spoken::Plain};
 use crate::{
     config::{Mtls, Protocol},
     identity::{
-        handshake::{self, FailureKind, Met, Proven, Speaks, TlsFailure},
+        handshake::{self, FailureKind, Met, PortOffer, Proven, Speaks, TlsFailure},
         tls::Offer,
         trust::Role,
     },
     proxy::{
         accept::Side,
         authorize, connect,
-        detect::Spoken,
+        detect::{RequestWatch, Spoken},
         io::{Prefixed, SharedTcp},
         target,
     },
@@ -72,11 +72,13 @@ impl Connection {
     ) -> Result<(), ConnectionError> {
         let worker = &self.worker;
         let counts = &worker.shared.identity.handshakes.inbound;
-        let offer = match behind.cluster.settings.protocol {
+        let protocol = behind.cluster.settings.protocol;
+        let http = match protocol {
             Protocol::Auto | Protocol::Http1 => Offer::Http1First,
             Protocol::H2 => Offer::H2First,
             Protocol::Tcp => Offer::Nothing,
         };
+        let offer = PortOffer { http, byte_streams: self.byte_rules(behind, true).takes_bytes() };
         let handshake = async {
             let Ok(_leave) = worker.handshakes.acquire().await else { return Err(not_ready()) };
             let server = worker.shared.identity.server().clone().ok_or_else(not_ready)?;
@@ -97,14 +99,16 @@ impl Connection {
         // Futures hold what they are given more than once: a pointer, rather than all the state of TLS.
         let stream = Box::new(stream);
         match speaks {
-            _ if offer == Offer::Nothing => {
+            _ if protocol == Protocol::Tcp => {
                 let (upstream, _in_use) = Box::pin(connect::dial(&inside, behind)).await?;
-                Box::pin(inside.carry(stream, upstream, behind)).await
+                Box::pin(inside.carry(stream, upstream, behind, RequestWatch::off())).await
             }
             Some(Speaks::H2) => Box::pin(inside.serve_http2(stream)).await,
             Some(Speaks::Http1) => inside.serve_http1(stream, Bytes::new()).await,
-            Some(Speaks::Bytes) | None => {
-                Box::pin(inside.serve_plain(stream, Some(behind), Mtls::Off)).await.map(drop)
+            Some(Speaks::Bytes | Speaks::ByteStream) | None => {
+                let agreed = speaks == Some(Speaks::ByteStream);
+                let plain = Plain { behind: Some(behind), mtls: Mtls::Off, agreed };
+                Box::pin(inside.serve_plain(stream, plain)).await.map(drop)
             }
         }
     }

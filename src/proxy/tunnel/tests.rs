@@ -9,7 +9,7 @@ use super::*;
 async fn a_quiet_tunnel_ends_and_a_busy_one_does_not() {
     let (mut left, a) = duplex(64);
     let (b, mut right) = duplex(64);
-    let relay = relay(a, b, Some(Duration::from_secs(10)), None);
+    let relay = relay(a, b, RequestWatch::off(), Some(Duration::from_secs(10)), None);
     let talk = async {
         for _ in 0..5 {
             tokio::time::sleep(Duration::from_secs(8)).await;
@@ -28,7 +28,7 @@ async fn a_quiet_tunnel_ends_and_a_busy_one_does_not() {
 async fn half_a_close_is_passed_on() {
     let (mut left, a) = duplex(64);
     let (b, mut right) = duplex(64);
-    let relay = relay(a, b, None, None);
+    let relay = relay(a, b, RequestWatch::off(), None, None);
     let talk = async {
         left.write_all(b"question").await.unwrap();
         left.shutdown().await.unwrap();
@@ -63,7 +63,13 @@ async fn much_is_carried_by_the_system_alone_and_is_whole() {
     let there =
         bare_tcp(&Prefixed::new(Bytes::new(), a.clone())).zip(bare_tcp(&UpstreamIo::Plain(b.clone())));
     assert!(there.is_some(), "both are bare");
-    let relay = relay(Prefixed::new(Bytes::from_static(b"first "), a), UpstreamIo::Plain(b), None, None);
+    let relay = relay(
+        Prefixed::new(Bytes::from_static(b"first "), a),
+        UpstreamIo::Plain(b),
+        RequestWatch::off(),
+        None,
+        None,
+    );
     let (upload, download) = (pattern(5_000_000), pattern(3_000_001));
     let talk = async {
         let (mut left_read, mut left_write) = left.split();
@@ -91,9 +97,11 @@ async fn much_is_carried_by_the_system_alone_and_is_whole() {
 async fn only_much_takes_a_pipe() {
     let ((mut left, a), (mut right, b)) = (connected().await, connected().await);
     let (mut from, mut to) = (a.clone(), b.clone());
-    let (mut flow, moved) = (Flow::default(), Cell::new(Instant::now()));
+    let (moved, watch) = (Cell::new(Instant::now()), RefCell::new(RequestWatch::off()));
+    let noted = Noted { moved: &moved, watch: &watch };
+    let mut flow = Flow::of(Sender::Client);
     let carry = async {
-        poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &moved)).await.unwrap();
+        poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &noted)).await.unwrap();
     };
     let talk = async {
         left.write_all(b"a little").await.unwrap();
@@ -106,7 +114,7 @@ async fn only_much_takes_a_pipe() {
     let (mut left, a) = connected().await;
     let (mut right, b) = connected().await;
     let (mut from, mut to) = (a.clone(), b.clone());
-    let mut flow = Flow::default();
+    let mut flow = Flow::of(Sender::Client);
     let size = BULK as usize * 4;
     let reads = async {
         left.write_all(&pattern(size)).await.unwrap();
@@ -115,8 +123,28 @@ async fn only_much_takes_a_pipe() {
         assert!(got == pattern(size));
     };
     tokio::select! {
-        _ = poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &moved)) => unreachable!("nobody left"),
+        _ = poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &noted)) => unreachable!("nobody left"),
         () = reads => {}
     }
     assert!(matches!(flow.carries, Carries::Pipe(_)), "{flow:?}");
+}
+
+/// What could be read as a request does not reach the server; what came before it has.
+#[tokio::test]
+async fn a_request_in_opaque_bytes_is_cut_off() {
+    let (mut left, a) = duplex(1024);
+    let (b, mut right) = duplex(1024);
+    let relay = relay(a, b, RequestWatch::default(), None, None);
+    let talk = async {
+        left.write_all(b"\x01\x02 /x").await.unwrap();
+        let mut seen = [0; 5];
+        right.read_exact(&mut seen).await.unwrap();
+        left.write_all(b" 0\r\nx-admin: 1\r\n\r\n").await.unwrap();
+        let mut rest = Vec::new();
+        right.read_to_end(&mut rest).await.unwrap();
+        rest
+    };
+    let (end, rest) = tokio::join!(relay, talk);
+    assert!(matches!(end, End::Request(_)));
+    assert_eq!(rest, b"", "no byte of the header");
 }

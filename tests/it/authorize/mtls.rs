@@ -95,16 +95,17 @@ fn bytes_pass_for_whom_an_entry_asks_nothing_else_of() {
         let mut byte = [0];
         let _ = stream.read_exact(&mut byte).and_then(|()| stream.write_all(b"welcome\r\n"));
     });
-    let proxy = Proxy::start(format!(
-        "{}[inbound]\nforward_to = \"{}\"\n{}",
-        pki.identity("orders"),
-        service.address(),
-        RULES
-    ));
+    let undeclared =
+        format!("{}[inbound]\nforward_to = \"{}\"\n{RULES}", pki.identity("orders"), service.address());
+    let port = service.address().port();
+    let proxy = Proxy::start(format!("{undeclared}[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n"));
+    let undeclared = Proxy::start(undeclared);
     for (who, passes) in [("root", true), ("cart", false), ("stranger", false)] {
         let certificate = pki.issue(who, |params| params.subject_alt_names = vec![uri(&id(who))]);
         let answer = TlsCaller::new(Some(&certificate), &[]).say(proxy.inbound(), "\x01\x02\x03");
         assert_eq!(answer.is_ok_and(|answer| answer == "welcome\r\n"), passes, "{who}");
+        let answer = TlsCaller::new(Some(&certificate), &[]).say(undeclared.inbound(), "\x01\x02\x03");
+        assert!(answer.is_ok_and(|answer| answer.starts_with("HTTP/1.1 400 ")), "{who}: not declared `tcp`");
     }
 }
 

@@ -1,0 +1,437 @@
+//! Bytes that are not HTTP, or that only some server takes for it: what passes unread, and what does not.
+
+use std::{
+    fmt::Write as _,
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    process::Command,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    identity::{callee, caller, metric},
+    support::{
+        Daemon, PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually, free_port, has_tool,
+        peer_script,
+        pki::Pki,
+        python_with, text,
+        tls::{TlsCaller, TlsServer},
+        tool,
+    },
+};
+
+/// Who the request says that it is from, and is not.
+const FORGED: &str = "URI=spiffe://shop.example/ns/shop/sa/admin";
+
+/// Openers that one server or another reads as a request.
+fn openers() -> Vec<Vec<u8>> {
+    let head = format!("Host: a\r\nX-Forwarded-Client-Cert: {FORGED}\r\nConnection: close\r\n\r\n");
+    let line = |begin: &[u8], line: &str| [begin, line.as_bytes(), head.as_bytes()].concat();
+    let mut openers: Vec<Vec<u8>> = [
+        &b""[..],
+        b"\r\n\r\n",
+        b"\n\n\n",
+        b"\r\n\r\n\r\n\r\n",
+        b"\t",
+        b" ",
+        b"\0",
+        b"\xef\xbb\xbf",
+        b"\x0b",
+        b"\x1c\x1d",
+        b"\x16\x03\x01\x00\x40\x01",
+        b"\0\0\0\x08\x04\xd2",
+        b"\xff",
+    ]
+    .into_iter()
+    .map(|begin| line(begin, "GET /x HTTP/1.1\r\n"))
+    .collect();
+    openers.extend(
+        [
+            "ABCDEFGHIJKLMNOPQRSTUVWXY /x HTTP/1.1\r\n",
+            "!#$%&'*+.^`|~ /x HTTP/1.1\r\n",
+            "get /x HTTP/1.1\r\n",
+            "GET\t/x\tHTTP/1.1\r\n",
+            "GET /x HTTP/1.1\n",
+            "GET http://a/x HTTP/1.1\r\n",
+            "GET x:/x HTTP/1.1\r\n",
+            "GET /x FOO\r\n",
+            "set /x 0 0 5\r\n",
+            "\u{1}\u{2} /x \u{1}\r\n",
+        ]
+        .map(|text| line(b"", text)),
+    );
+    openers
+}
+
+/// A server whose program prints `port N`.
+fn printing(program: &str, arguments: &[&str]) -> (Daemon, SocketAddr) {
+    let daemon = Daemon::start(program, arguments, &[]);
+    let output = daemon.wait_for_output("port ");
+    let port = output.split("port ").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    (daemon, ([127, 0, 0, 1], port.expect("a port")).into())
+}
+
+fn nginx() -> (Daemon, SocketAddr) {
+    let port = free_port();
+    let config = format!(
+        "daemon off; pid @DIR@/pid; error_log stderr; worker_processes 1; events {{}}\n\
+         http {{ access_log off; client_body_temp_path @DIR@/a; proxy_temp_path @DIR@/b; fastcgi_temp_path @DIR@/c;\n\
+         uwsgi_temp_path @DIR@/d; scgi_temp_path @DIR@/e;\n\
+         server {{ listen 127.0.0.1:{port}; location / {{ return 200 \"caller=$http_x_forwarded_client_cert\\n\"; }} }} }}\n"
+    );
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    (
+        Daemon::start("nginx", &["-c", "@DIR@/conf", "-p", "@DIR@"], &[("conf", &config)]).listening(address),
+        address,
+    )
+}
+
+/// What comes back for an opener; empty where the connection is closed on it.
+fn send(mut stream: impl Read + Write, opener: &[u8]) -> String {
+    let _ = stream.write_all(opener);
+    let mut answer = Vec::new();
+    let mut chunk = [0; 4096];
+    while let Ok(count @ 1..) = stream.read(&mut chunk) {
+        answer.extend_from_slice(&chunk[..count]);
+        if answer.windows(7).any(|seven| seven == b"caller=") && answer.ends_with(b"\n") {
+            break;
+        }
+    }
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn plain(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).expect("connect");
+    stream.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+    stream
+}
+
+/// Sends all openers by all ways to a service, and checks that none of them lets the client say who it is.
+#[track_caller]
+fn no_opener_reaches(service: SocketAddr) {
+    // Or else the test would show nothing.
+    let forged = openers().iter().filter(|opener| send(plain(service), opener).contains(FORGED)).count();
+    assert!(forged >= 3, "the service by itself believes only {forged} openers");
+
+    let pki = Pki::new();
+    let mine = pki.issue("checkout", |_| {});
+    let (port, alpn_less) = (service.port(), TlsCaller::new(Some(&mine), &[]));
+    let strict = callee(&pki, service, "");
+    let permissive = callee(&pki, service, "mtls = \"permissive\"\n");
+    let upstream = "[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\n";
+    let open = Proxy::start(format!(
+        "[inbound]\nforward_to = \"{service}\"\n{upstream}endpoints = [\"{service}\"]\n[upstream.rate_limit]\nrate = 1000\nburst = 1000\n"
+    ));
+    let declared = Proxy::start(format!(
+        "[inbound]\nforward_to = \"{service}\"\n[[inbound.port]]\nport = {port}\nprotocol = \"http1\"\n"
+    ));
+    let mut wrong = String::new();
+    for opener in openers() {
+        let tunnel = || {
+            let mut client = RawClient::connect(open.outbound()).patience(Duration::from_secs(2));
+            client.send("CONNECT up:80 HTTP/1.1\r\nHost: up:80\r\n\r\n");
+            client.read_until(b"\r\n\r\n");
+            client.stream
+        };
+        for (way, answer) in [
+            ("TLS without ALPN", send(alpn_less.connect(strict.inbound()), &opener)),
+            ("TLS to permissive", send(alpn_less.connect(permissive.inbound()), &opener)),
+            ("plaintext to permissive", send(plain(permissive.inbound()), &opener)),
+            ("plaintext without identity", send(plain(open.inbound()), &opener)),
+            ("declared http1", send(plain(declared.inbound()), &opener)),
+        ] {
+            let refused = answer.starts_with("HTTP/1.1 400 ") || answer.is_empty();
+            if answer.contains(FORGED) || !(refused || answer.starts_with("HTTP/1.1 ")) {
+                let _ = writeln!(wrong, "by {way}: {} got {answer}", opener.escape_ascii());
+            }
+        }
+        // From the service outwards its own word is taken away likewise.
+        for (way, answer) in
+            [("listen", send(plain(open.upstream("up")), &opener)), ("CONNECT", send(tunnel(), &opener))]
+        {
+            if answer.contains(FORGED) {
+                let _ = writeln!(wrong, "by {way}: {} got {answer}", opener.escape_ascii());
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[test]
+fn no_request_is_hidden_from_nginx() {
+    if has_tool(&["nginx"]) {
+        let (_nginx, address) = nginx();
+        no_opener_reaches(address);
+    }
+}
+
+#[test]
+fn no_request_is_hidden_from_node() {
+    if has_tool(&["node"]) {
+        let script = peer_script("caller_echo.js").display().to_string();
+        let (_node, address) = printing("node", &[&script]);
+        no_opener_reaches(address);
+    }
+}
+
+#[test]
+fn no_request_is_hidden_from_go() {
+    if !has_tool(&["go"]) {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let binary = directory.path().join("caller-echo");
+    let built = Command::new(tool("go").expect("checked before"))
+        .args(["build", "-o"])
+        .arg(&binary)
+        .arg(peer_script("caller_echo.go"))
+        .status();
+    assert!(built.is_ok_and(|status| status.success()), "go build");
+    let (_go, address) = printing(&binary.display().to_string(), &[]);
+    no_opener_reaches(address);
+}
+
+#[test]
+fn no_request_is_hidden_from_python() {
+    let Some(python) = python_with("wsgiref") else { return };
+    let script = peer_script("caller_echo.py").display().to_string();
+    let (_python, address) = printing(&python.display().to_string(), &[&script]);
+    no_opener_reaches(address);
+}
+
+#[test]
+fn no_request_is_hidden_from_a_jdk_server() {
+    if has_tool(&["java"]) {
+        let script = peer_script("CallerEcho.java").display().to_string();
+        let (_java, address) = printing("java", &[&script]);
+        no_opener_reaches(address);
+    }
+}
+
+type Seen = Arc<Mutex<Vec<u8>>>;
+
+/// A server that sends `greeting` at once, echoes what it gets, and remembers it.
+fn echo(greeting: &'static [u8]) -> (RawServer, Seen) {
+    let seen = Seen::default();
+    let log = seen.clone();
+    let server = RawServer::start(move |mut stream| {
+        let _ = stream.write_all(greeting);
+        let mut chunk = [0; 1000];
+        while let Ok(count @ 1..) = stream.read(&mut chunk) {
+            log.lock().expect("no panic").extend_from_slice(&chunk[..count]);
+            let _ = stream.write_all(&chunk[..count]);
+        }
+    });
+    (server, seen)
+}
+
+const REFUSED: &str = "outrigger_rejected_total{upstream=\"inbound\",reason=\"malformed\"}";
+const REDIS: &[u8] = b"*1\r\n$4\r\nPING\r\n";
+
+#[track_caller]
+fn is_echoed(mut stream: impl Read + Write) {
+    stream.write_all(REDIS).expect("write");
+    let mut echoed = [0; REDIS.len()];
+    stream.read_exact(&mut echoed).expect("the bytes come back");
+    assert_eq!(echoed, REDIS);
+}
+
+/// 400, a problem that says what to write, and the end.
+#[track_caller]
+fn is_refused(mut stream: impl Read + Write, says: &str) {
+    stream.write_all(REDIS).expect("write");
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer:?}");
+    for needed in
+        ["connection: close", "application/problem+json", "#malformed", "protocol = \\\"tcp\\\"", says]
+    {
+        assert!(answer.contains(needed), "{needed} is not in {answer}");
+    }
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    stream
+}
+
+/// Where a peer identity is in force, a byte stream is declared, or agreed on by two sidecars; it is never guessed.
+#[test]
+fn byte_streams_between_sidecars_are_agreed() {
+    let (server, _) = echo(b"");
+    let pki = Pki::new();
+    let port = server.address().port();
+    let auto = callee(&pki, server.address(), "");
+    let mine = pki.issue("checkout", |_| {});
+    let stranger = TlsCaller::new(Some(&mine), &[]);
+    is_refused(stranger.connect(auto.inbound()), &format!("port = {port}"));
+    eventually("the log", || {
+        auto.stderr().contains("bytes that are not HTTP came from an authenticated peer")
+    });
+    assert_eq!(metric(&auto, REFUSED), 1.0);
+    for protocol in ["auto", "tcp"] {
+        let more = format!("protocol = \"{protocol}\"\nlisten = \"127.0.0.1:0\"\n");
+        let here = caller(&pki, auto.inbound(), &more);
+        is_echoed(connect(here.upstream("payments")));
+    }
+    let declared =
+        callee(&pki, server.address(), &format!("[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n"));
+    is_echoed(stranger.connect(declared.inbound()));
+    let here = caller(&pki, declared.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
+    is_echoed(connect(here.upstream("payments")));
+}
+
+/// A request in an agreed byte stream is refused: else any peer could speak for another.
+#[test]
+fn no_request_passes_in_an_agreed_byte_stream() {
+    let (server, seen) = echo(b"");
+    let pki = Pki::new();
+    let auto = callee(&pki, server.address(), "");
+    let mine = pki.issue("checkout", |_| {});
+    let sidecar = TlsCaller::new(Some(&mine), &["outrigger-tcp"]);
+    is_echoed(sidecar.connect(auto.inbound()));
+    seen.lock().expect("no panic").clear();
+    for opener in openers() {
+        let answer = send(sidecar.connect(auto.inbound()), &opener);
+        let reached = seen.lock().expect("no panic").clone();
+        assert!(!reached.ends_with(b"\r\n\r\n"), "{} reached the service: {answer}", opener.escape_ascii());
+        seen.lock().expect("no panic").clear();
+    }
+}
+
+/// A sidecar whose service takes requests only says so in the handshake; a tunnel to it still carries requests.
+#[test]
+fn a_byte_stream_to_where_requests_are_checked_is_refused_in_the_handshake() {
+    let service = Upstream::http1(|_| async { text("hello") });
+    let pki = Pki::new();
+    let checked = callee(
+        &pki,
+        service.address(),
+        "[[inbound.allow]]\nidentity = [\"spiffe://shop.example/ns/shop/sa/*\"]\n",
+    );
+    let here = caller(&pki, checked.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
+    let mut client = RawClient::connect(here.upstream("payments"));
+    client.send(REDIS);
+    assert!(client.read_to_close().1);
+    eventually("the log", || {
+        checked.stderr().contains("it opened a byte stream, and this port takes HTTP only")
+    });
+    let refused = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_protocol\"}";
+    assert_eq!(metric(&checked, refused), 1.0);
+    let here = caller(&pki, checked.inbound(), "");
+    let mut client = RawClient::connect(here.outbound());
+    client.send("CONNECT payments:80 HTTP/1.1\r\nHost: payments:80\r\n\r\n");
+    assert!(client.read_until(b"\r\n\r\n").starts_with(b"HTTP/1.1 200 "));
+    assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text(), "hello");
+}
+
+/// What looks at requests is not passed by, in either direction; what does not look at them, is no reason to refuse.
+#[test]
+fn bytes_pass_only_where_no_request_policy_is_in_force() {
+    let (server, _) = echo(b"");
+    let address = server.address();
+    let inbound = |more: &str| Proxy::start(format!("[inbound]\nforward_to = \"{address}\"\n{more}\n"));
+    for (policy, says) in [
+        ("rate_limit = { rate = 100 }", "rate_limit"),
+        ("limits = { max_requests = 10 }", "limits"),
+        ("fault = { delay = \"1ms\", delay_ratio = 0.1 }", "fault"),
+        ("forwarded = \"append\"", "forwarded"),
+        ("[[inbound.allow]]\nidentity = [\"spiffe://shop.example/ns/shop/sa/*\"]", "allow"),
+    ] {
+        let proxy = inbound(policy);
+        is_refused(connect(proxy.inbound()), says);
+        assert_eq!(metric(&proxy, REFUSED), 1.0);
+    }
+    let port = address.port();
+    for harmless in [
+        String::new(),
+        "timeout = \"1s\"\nretry = { max = 1 }\nbreaker = { consecutive_failures = 3 }".to_owned(),
+        "limits = { max_connections = 10 }".to_owned(),
+        format!("rate_limit = {{ rate = 100 }}\n[[inbound.port]]\nport = {port}\nprotocol = \"tcp\""),
+    ] {
+        is_echoed(connect(inbound(&harmless).inbound()));
+    }
+    is_echoed(connect(
+        inbound("rate_limit = { rate = 100 }\n[runtime]\nobserve = [\"rate_limit\"]").inbound(),
+    ));
+    is_refused(
+        connect(inbound(&format!("[[inbound.port]]\nport = {port}\nprotocol = \"http1\"")).inbound()),
+        "declared",
+    );
+    let upstream = |more: &str| {
+        Proxy::start(format!(
+            "[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{address}\"]\n{more}\n"
+        ))
+    };
+    for (policy, says) in [
+        ("rate_limit = { rate = 100 }", "rate_limit"),
+        ("[[upstream.route]]\nrequest_headers = { set = { x-a = \"1\" } }", "request_headers"),
+    ] {
+        is_refused(connect(upstream(policy).upstream("up")), says);
+    }
+    for harmless in
+        ["", "timeout = \"1s\"\nretry = { max = 1 }", "protocol = \"tcp\"\nrate_limit = { rate = 100 }"]
+    {
+        is_echoed(connect(upstream(harmless).upstream("up")));
+    }
+}
+
+/// The greeting of a server that speaks HTTP/2 makes no byte stream of its connection, nor does a timeout's answer.
+#[test]
+fn an_http_server_that_speaks_first_gets_requests_only() {
+    for greeting in [&b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64"[..], b"HTTP/1.1 408 Request Timeout\r\n\r\n"]
+    {
+        let (server, seen) = echo(greeting);
+        let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
+        let mut client = RawClient::connect(proxy.inbound());
+        eventually("the server to be asked", || server.connections() > 0);
+        // Or else the greeting may still be under way.
+        thread::sleep(Duration::from_millis(200));
+        client.send(REDIS);
+        let (answer, closed) = client.read_to_close();
+        assert!(closed && answer.starts_with(b"HTTP/1.1 400 "), "{}", answer.escape_ascii());
+        assert!(seen.lock().expect("no panic").is_empty());
+    }
+}
+
+/// A message that begins as another protocol's and goes on as a request stops before a server could act on it.
+#[test]
+fn a_request_that_hides_behind_other_bytes_is_cut_off() {
+    let silent = Seen::default();
+    let log = silent.clone();
+    let server = RawServer::start(move |mut stream| {
+        let mut chunk = [0; 1000];
+        while let Ok(count @ 1..) = stream.read(&mut chunk) {
+            log.lock().expect("no panic").extend_from_slice(&chunk[..count]);
+        }
+    });
+    let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
+    let mut client = RawClient::connect(proxy.inbound());
+    client.send(b"\x01\x02\x03");
+    eventually("the first bytes", || silent.lock().expect("no panic").len() == 3);
+    client.send(b" /x 1\r\nx-admin: 1\r\n\r\n");
+    assert!(client.read_to_close().1);
+    assert_eq!(silent.lock().expect("no panic").len(), 3);
+    eventually("the log", || proxy.stderr().contains("could read these bytes as an HTTP request"));
+}
+
+/// TLS of the service's own passes by CONNECT, whatever the upstream's policy: it asked for no more than a tunnel.
+#[test]
+fn tls_passes_through_a_tunnel() {
+    let pki = Pki::new();
+    let server = TlsServer::start(&pki.issue("secure", |_| {}), None, &[]);
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"up\"\nendpoints = [\"{}\"]\nrate_limit = {{ rate = 100 }}\n",
+        server.address()
+    ));
+    let mut client = RawClient::connect(proxy.outbound());
+    client.send("CONNECT up:443 HTTP/1.1\r\nHost: up:443\r\n\r\n");
+    client.read_until(b"\r\n\r\n");
+    let tls = TlsCaller::new(None, &[]).over(client.stream);
+    let said = TlsCaller::say_on(tls, "GET / HTTP/1.1\r\n\r\n");
+    assert!(said.as_ref().is_ok_and(|said| said.ends_with("hello")), "{said:?}");
+}

@@ -1,0 +1,18 @@
+// Answers every request with who called, as the request says.
+import com.sun.net.httpserver.HttpServer;
+import java.net.InetSocketAddress;
+
+public class CallerEcho {
+    public static void main(String[] arguments) throws Exception {
+        HttpServer server = HttpServer.create(new InetSocketAddress("127.0.0.1", 0), 50);
+        server.createContext("/", exchange -> {
+            String caller = exchange.getRequestHeaders().getFirst("X-Forwarded-Client-Cert");
+            byte[] body = ("caller=" + caller + "\n").getBytes();
+            exchange.sendResponseHeaders(200, body.length);
+            exchange.getResponseBody().write(body);
+            exchange.close();
+        });
+        server.start();
+        System.out.println("port " + server.getAddress().getPort());
+    }
+}
