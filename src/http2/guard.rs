@@ -10,7 +10,7 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    frames::{CONTINUATION, HEADERS, PREFACE_LENGTH},
+    frames::{CONTINUATION, DATA, HEADERS, PREFACE_LENGTH, RST_STREAM},
     hpack::{BlockChecker, Verdict},
 };
 
@@ -23,6 +23,8 @@ const PRIORITY: u8 = 0x20;
 const PRIORITY_LENGTH: usize = 5;
 /// SETTINGS_MAX_FRAME_SIZE, which is not changed.
 const MAX_FRAME: usize = 16_384;
+/// Streams that are followed. Of more, the oldest have been reset on this side.
+const MOST_OPEN: usize = 1024;
 /// A block in more frames is left to `h2`, which closes the connection.
 const MOST_CONTINUATIONS: usize = 8;
 
@@ -38,8 +40,8 @@ pub struct Guarded<S> {
     /// What may pass.
     ready: Vec<u8>,
     passed: usize,
-    /// The highest stream so far: header blocks of others are trailers.
-    highest: u32,
+    /// Requests whose end has not come yet: their next header blocks are trailers. On other streams `h2` knows better.
+    open: Vec<u32>,
     /// What comes is not HTTP/2: left to `h2`.
     given_up: bool,
 }
@@ -65,7 +67,7 @@ impl<S> Guarded<S> {
             held: Vec::new(),
             ready: Vec::new(),
             passed: 0,
-            highest: 0,
+            open: Vec::new(),
             given_up: false,
         }
     }
@@ -92,11 +94,20 @@ impl<S> Guarded<S> {
         match head.kind {
             HEADERS => self.block(bytes, &head),
             CONTINUATION => Found::Nonsense,
-            _ => {
+            kind => {
+                if kind == RST_STREAM || (kind == DATA && head.flags & END_STREAM != 0) {
+                    self.ended(head.stream);
+                }
                 let whole = HEAD + head.length;
                 let count = whole.min(bytes.len());
                 Found::Pass(count, whole - count)
             }
+        }
+    }
+
+    fn ended(&mut self, stream: u32) {
+        if let Some(at) = self.open.iter().position(|open| *open == stream) {
+            self.open.swap_remove(at);
         }
     }
 
@@ -123,13 +134,20 @@ impl<S> Guarded<S> {
             whole += HEAD + head.length;
             ended = head.flags & END_HEADERS != 0;
         }
-        let trailers = first.stream <= self.highest;
+        let trailers = self.open.contains(&first.stream);
         let verdict = if continuations.is_empty() {
             self.checker.check(fragment, trailers)
         } else {
             self.checker.check(&[&[fragment][..], &continuations[..]].concat().concat(), trailers)
         };
-        self.highest = self.highest.max(first.stream);
+        if first.flags & END_STREAM != 0 {
+            self.ended(first.stream);
+        } else if !trailers {
+            if self.open.len() == MOST_OPEN {
+                self.open.remove(0);
+            }
+            self.open.push(first.stream);
+        }
         match verdict {
             Verdict::Decodable => Found::Pass(whole, 0),
             Verdict::Malformed(block) => Found::Replace(whole, frames(first, priority, &block)),
