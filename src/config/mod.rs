@@ -27,6 +27,7 @@ mod restart;
 mod schema;
 mod security;
 mod source;
+mod user_timeout;
 mod validate;
 mod watch;
 
@@ -44,4 +45,5 @@ pub use restart::needs_restart;
 pub use schema::*;
 pub use security::*;
 pub use source::{MAX_FILE_BYTES, Origin, Place, Source, Sources};
+pub use user_timeout::UserTimeout;
 pub use watch::{Watcher, watch};

@@ -11,7 +11,8 @@ use super::{
     node::{Entry, Node, Table, Value},
     read::{read, unknown_key},
     schema::{MAX_CONNECTION_AGE, PING_INTERVAL, PING_TIMEOUT},
-    security::{Allow, Identity, Jwt, Mtls, Oauth2, TlsMode, UpstreamTls},
+    security::{Allow, Identity, Jwt, MinTls, Mtls, Oauth2, TlsMode, UpstreamTls},
+    user_timeout::UserTimeout,
     validate,
 };
 use crate::{resilience::limit::LimitSettings, units::HumanDuration};
@@ -92,6 +93,9 @@ pub(super) struct UpstreamKeys {
     /// SPIFFE IDs of which one must answer.
     #[serde(default)]
     identity: Vec<String>,
+    /// The oldest TLS that is spoken to it; default: that of [identity], else 1.3.
+    #[serde(default)]
+    min_tls: Option<MinTls>,
     /// How an endpoint is chosen.
     #[serde(default)]
     balance: Balance,
@@ -116,6 +120,9 @@ pub(super) struct UpstreamKeys {
     /// HTTP/2: a connection whose endpoint does not answer a PING in this time gets no more requests.
     #[serde(default = "ping_timeout")]
     ping_timeout: HumanDuration,
+    /// How long sent bytes may stay unacknowledged, or a peer take none, before the kernel ends the connection. 0 = its own limit.
+    #[serde(default)]
+    tcp_user_timeout: UserTimeout,
     /// Gets the token that every call carries.
     #[serde(default)]
     oauth2: Option<Oauth2>,
@@ -264,7 +271,13 @@ fn upstream(
     });
     let mutual = has_identity && !keys.identity.is_empty();
     let mode = keys.tls.unwrap_or(if mutual { TlsMode::Mutual } else { TlsMode::Off });
-    let tls = UpstreamTls { mode, server_name: keys.server_name, ca: keys.ca, identity: keys.identity };
+    let tls = UpstreamTls {
+        mode,
+        server_name: keys.server_name,
+        ca: keys.ca,
+        identity: keys.identity,
+        min_tls: keys.min_tls,
+    };
     let endpoints = match keys.endpoints {
         Some(endpoints) => endpoints,
         None => match default_endpoints(hosts.first(), mode) {
@@ -303,6 +316,7 @@ fn upstream(
         max_connection_age: keys.max_connection_age,
         ping_interval: keys.ping_interval,
         ping_timeout: keys.ping_timeout,
+        tcp_user_timeout: keys.tcp_user_timeout,
         oauth2: keys.oauth2,
         policy: policy?,
         routes,

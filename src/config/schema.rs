@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network, Policy, hints,
     security::{Allow, Identity, Jwt, Mtls, Oauth2, UpstreamTls},
+    user_timeout::UserTimeout,
 };
 use crate::{
     redact::{HeaderFields, Secret},
@@ -210,6 +211,7 @@ pub struct Upstream {
     pub ping_interval: HumanDuration,
     /// HTTP/2: how long the answer to a PING is awaited.
     pub ping_timeout: HumanDuration,
+    pub tcp_user_timeout: UserTimeout,
     /// Gets the token that every call carries.
     pub oauth2: Option<Oauth2>,
     pub policy: Policy,
@@ -447,6 +449,7 @@ impl Upstream {
             max_connection_age: MAX_CONNECTION_AGE,
             ping_interval: PING_INTERVAL,
             ping_timeout: PING_TIMEOUT,
+            tcp_user_timeout: UserTimeout::default(),
             oauth2: None,
             policy,
             routes: Vec::new(),

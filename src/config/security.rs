@@ -102,6 +102,9 @@ pub struct UpstreamTls {
     pub ca: Option<PathBuf>,
     /// SPIFFE IDs of which one must answer.
     pub identity: Vec<String>,
+    /// The oldest TLS that is spoken; default: that of `[identity]`, else 1.3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_tls: Option<MinTls>,
 }
 
 /// `upstream.tls`

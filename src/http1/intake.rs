@@ -49,7 +49,7 @@ impl Intake {
         self.unread.freeze()
     }
 
-    /// What has come of a message that was not understood.
+    /// What has come and is not used yet: of a message that was not understood, or behind one.
     pub fn unread(&self) -> &[u8] {
         &self.unread
     }

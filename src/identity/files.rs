@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use super::{
     TrustDomain,
-    material::{self, Material, MaterialError, Pem, Text},
+    material::{self, Material, MaterialError, Pem, Text, Uses},
 };
 use crate::config::{Bundles, Config, Identity, TlsMode};
 
@@ -75,7 +75,8 @@ pub fn paths(settings: &Identity) -> Vec<std::path::PathBuf> {
 
 /// Everything that is wrong with the files that a configuration names, each with the key that names it.
 pub fn check(config: &Config, now: SystemTime) -> Vec<(Key, MaterialError)> {
-    let mut wrong = config.identity.as_ref().map_or_else(Vec::new, |settings| check_own(settings, now));
+    let mut wrong =
+        config.identity.as_ref().map_or_else(Vec::new, |settings| check_own(config, settings, now));
     for (at, upstream) in config.upstreams.iter().enumerate() {
         if let Some(path) = upstream.tls.ca.as_ref().filter(|_| upstream.tls.mode != TlsMode::Off)
             && let Err(error) = read_ca(path).and_then(|text| material::trust(&[(None, text)], &[], now))
@@ -95,7 +96,7 @@ pub enum Key {
     Upstream(usize),
 }
 
-fn check_own(settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> {
+fn check_own(config: &Config, settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> {
     let unreadable = |(key, path, limit): (&'static str, Option<&std::path::PathBuf>, u64)| {
         Some((Key::Own(key), Text::read(path?, limit).err()?))
     };
@@ -115,8 +116,8 @@ fn check_own(settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> 
         return wrong;
     }
     // How they hold together can only be said of files that are there.
-    let checked = read(settings).and_then(|pem| pem.map(|pem| Material::check(&pem, now)).transpose());
-    checked.err().into_iter().map(|error| (Key::Own(key_of(&error, settings)), error)).collect()
+    let wrong = own(config, now).and_then(Result::err);
+    wrong.into_iter().map(|error| (Key::Own(key_of(&error, settings)), error)).collect()
 }
 
 /// The key of `[identity]` that an error is about, as far as it says.
@@ -131,5 +132,19 @@ fn key_of(error: &MaterialError, settings: &Identity) -> &'static str {
         MaterialError::Root { .. } | MaterialError::RootsExpired(_) | MaterialError::TrustDomain(..) => "ca",
         _ if names(&settings.cert) => "cert",
         _ => "ca",
+    }
+}
+
+/// What will not work with the certificate that a configuration names, though all of it is right.
+pub fn limitation(config: &Config, now: SystemTime) -> Option<&'static str> {
+    own(config, now)?.ok()?.limitation()
+}
+
+fn own(config: &Config, now: SystemTime) -> Option<Result<Material, MaterialError>> {
+    let checked =
+        read(config.identity.as_ref()?).map(|pem| Some(Material::check(&pem?, Uses::of(config), now)));
+    match checked {
+        Ok(checked) => checked,
+        Err(error) => Some(Err(error)),
     }
 }

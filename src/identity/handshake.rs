@@ -3,17 +3,20 @@
 use std::{io, sync::Arc, time::SystemTime};
 
 use rustls::{AlertDescription, HandshakeKind, server::Acceptor};
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
 
 use crate::config::TlsMode;
 
 use super::{
-    Peer,
+    Peer, peer,
+    time::Date,
     tls::{ALPN_BYTE_STREAM, ALPN_H2, ALPN_HTTP1, ClientNow, ClientTls, Offer, ServerTls},
     trust::{Refusal, Role, Trust, refused},
 };
+
+const MIN_TLS: &str = "`min_tls` of `[identity]`, or of the upstream, sets the oldest";
 
 /// Why there is no TLS connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -85,6 +88,8 @@ pub enum Speaks {
 pub struct Proven {
     pub peer: Peer,
     pub chain: Vec<CertificateDer<'static>>,
+    /// When a certificate of the chain expires, so that it has to be verified again.
+    pub valid_until: SystemTime,
 }
 
 /// Connects by TLS over a connection that is open already.
@@ -106,7 +111,9 @@ where
             Ok(now) => now.clone(),
             Err(reason) => return Err(TlsFailure { kind: FailureKind::NotReady, reason: reason.clone() }),
         };
-        let connector = TlsConnector::from(Arc::clone(&now.config));
+        let own_expired = now.own_expired();
+        let config = if own_expired.is_some() { now.without_resumption() } else { Arc::clone(&now.config) };
+        let connector = TlsConnector::from(config);
         let connecting = match speaks {
             Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
             Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
@@ -115,14 +122,24 @@ where
             }
             Speaks::Bytes | Speaks::ByteStream => connector.connect(name.clone(), io),
         };
-        let stream = connecting.await.map_err(|error| explain(&error, &now.trust, Role::Server))?;
+        let stream = connecting.await.map_err(|error| {
+            let failure = explain(&error, &now.trust, Role::Server);
+            match own_expired {
+                // Not what we find wrong with the server.
+                Some(at) if matches!(failure.kind, FailureKind::Refused | FailureKind::Broken) => {
+                    own_has_expired(at)
+                }
+                _ => failure,
+            }
+        })?;
         let (_, tls) = stream.get_ref();
         if speaks == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
             let reason =
                 "it does not offer HTTP/2 over TLS (ALPN h2): say so by `protocol = \"http1\"`".to_owned();
             return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
         }
-        let proven = proven(tls.peer_certificates())?.ok_or_else(|| of_certificate(&Refusal::Unknown))?;
+        let proven = proven(tls.peer_certificates(), &now.trust, Role::Server)?
+            .ok_or_else(|| of_certificate(&Refusal::Unknown))?;
         Ok((stream, proven))
     };
     let connected = connected.await;
@@ -134,17 +151,29 @@ where
     connected
 }
 
-/// Who the other side proved to be, by the chain that it showed. A resumed session shows that of its first handshake,
-/// which may have expired since.
-fn proven(chain: Option<&[CertificateDer<'_>]>) -> Result<Option<Proven>, TlsFailure> {
+/// Who the other side proved to be, by the chain that it showed.
+///
+/// A resumed session shows the chain of its first handshake, which rustls does not verify again. What has been revoked, or
+/// is no longer trusted, cannot be resumed: tickets and sessions are renewed with roots and revocation lists. What has
+/// expired meanwhile is found here, an intermediate as well as the leaf.
+fn proven(
+    chain: Option<&[CertificateDer<'_>]>,
+    trust: &Trust,
+    role: Role,
+) -> Result<Option<Proven>, TlsFailure> {
     let Some(chain) = chain else { return Ok(None) };
     let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
-    let peer = chain.first().ok_or(Refusal::Unknown).and_then(|leaf| Ok(Peer::of(leaf)?));
-    let peer = peer.map_err(|refusal| of_certificate(&refusal))?;
-    if peer.not_after <= SystemTime::now() {
-        return Err(of_certificate(&Refusal::Expired(peer.not_after)));
+    let refused = |refusal: Refusal| of_certificate(&refusal);
+    let (leaf, intermediates) = chain.split_first().ok_or_else(|| refused(Refusal::Unknown))?;
+    let peer = Peer::of(leaf).map_err(|error| refused(error.into()))?;
+    let now = SystemTime::now();
+    let ends: Vec<_> = chain.iter().filter_map(|certificate| peer::not_after(certificate)).collect();
+    if ends.len() < chain.len() || ends.iter().any(|end| *end <= now) {
+        // One that has expired may be of no use for the path, as old cross-signed ones are.
+        trust.verify(leaf, intermediates, UnixTime::now(), role).map_err(refused)?;
     }
-    Ok(Some(Proven { peer, chain }))
+    let valid_until = ends.into_iter().filter(|end| *end > now).min().unwrap_or(peer.not_after);
+    Ok(Some(Proven { peer, chain, valid_until }))
 }
 
 /// A caller that was met by TLS.
@@ -210,7 +239,7 @@ where
         _ => None,
     };
     let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
-    let proven = proven(tls.peer_certificates())?;
+    let proven = proven(tls.peer_certificates(), &server.trust, Role::Client)?;
     if mandatory && proven.is_none() {
         return Err(of_certificate(&Refusal::Unknown));
     }
@@ -223,6 +252,12 @@ fn of_certificate(refusal: &Refusal) -> TlsFailure {
         _ => FailureKind::PeerIdentity,
     };
     TlsFailure { kind, reason: refusal.to_string() }
+}
+
+/// The other side does not accept our certificate, and that is no wonder.
+pub fn own_has_expired(at: SystemTime) -> TlsFailure {
+    let reason = format!("it does not accept our certificate, which expired on {}: renew it", Date(at));
+    TlsFailure { kind: FailureKind::NotReady, reason }
 }
 
 /// What an error of a handshake, or of a connection after it, means. `role`: what the other side is.
@@ -253,8 +288,7 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
             failure(FailureKind::PeerIdentity, format!("its certificate is not valid ({error})"))
         }
         rustls::Error::PeerIncompatible(why) => {
-            let reason =
-                format!("it speaks no TLS that is spoken here ({why:?}); `identity.min_tls` sets the oldest");
+            let reason = format!("it speaks no TLS that is spoken here ({why:?}); {MIN_TLS}");
             failure(FailureKind::Refused, reason)
         }
         rustls::Error::NoApplicationProtocol => {
@@ -309,9 +343,11 @@ fn alert_in_words(alert: AlertDescription) -> String {
             "it wants a client certificate, and was shown none: `tls = \"mutual\"` shows ours".to_owned()
         }
         A::UnknownCA => "it does not trust who issued our certificate (alert unknown_ca)".to_owned(),
-        A::CertificateExpired => "it says that our certificate has expired or is not valid yet: is its clock right?".to_owned(),
+        A::CertificateExpired => {
+            "it says that our certificate has expired or is not valid yet: is its clock right?".to_owned()
+        }
         A::CertificateRevoked => "it says that our certificate has been revoked".to_owned(),
-        A::ProtocolVersion => "it speaks no TLS that is spoken here (alert protocol_version); `identity.min_tls` sets the oldest".to_owned(),
+        A::ProtocolVersion => format!("it speaks no TLS that is spoken here (alert protocol_version); {MIN_TLS}"),
         A::UnrecognisedName => "it does not know the name it was asked for (alert unrecognized_name): `server_name` sets it".to_owned(),
         A::NoApplicationProtocol => "it does not take the protocol we offered (alert no_application_protocol): set `protocol` here, or, for bytes that are not HTTP, `protocol = \"tcp\"` in its sidecar's `[[inbound.port]]`".to_owned(),
         alert if is_about_certificates(alert) => {

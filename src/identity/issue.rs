@@ -114,7 +114,9 @@ pub fn write_key(path: &Path, key: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::material::{Content, Material, Pem, Text};
+    use crate::identity::material::{Content, Material, Pem, Text, Uses};
+
+    const USES: Uses = Uses { server: true, client: true };
 
     fn text(name: &str, content: &str) -> Text {
         Text { path: name.into(), content: Content::Pem(content.as_bytes().to_vec()) }
@@ -130,11 +132,11 @@ mod tests {
             ca: vec![(Some("shop.example".parse().unwrap()), text("ca", &ca.certificate()))],
             crl: Vec::new(),
         };
-        let material = Material::check(&pem, SystemTime::now()).unwrap();
+        let material = Material::check(&pem, USES, SystemTime::now()).unwrap();
         assert_eq!(material.own.to_string(), "spiffe://shop.example/ns/default/sa/payments");
         assert_eq!(material.own.dns, ["payments".into(), "localhost".into()]);
         let late = SystemTime::now() + VALID;
-        assert!(Material::check(&pem, late).unwrap_err().to_string().contains("expired"), "roots too");
+        assert!(Material::check(&pem, USES, late).unwrap_err().to_string().contains("expired"), "roots too");
     }
 
     #[test]

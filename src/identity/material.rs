@@ -17,6 +17,8 @@ use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, revocation_list::CertificateRevocationList,
 };
 
+use crate::config::{Config, Mtls, TlsMode};
+
 use super::{
     Peer, PeerError, TrustDomain, peer,
     time::Date,
@@ -60,6 +62,33 @@ impl fmt::Debug for Text {
     }
 }
 
+/// What a certificate is used for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// Callers are met by TLS: `inbound.mtls` is not `off`, here or for a port.
+    pub server: bool,
+    /// It is shown to upstreams with `tls = "mutual"`.
+    pub client: bool,
+}
+
+impl Uses {
+    pub fn of(config: &Config) -> Self {
+        let inbound = &config.inbound;
+        let ports = inbound.ports.iter().filter_map(|port| port.mtls);
+        Self {
+            server: ports.chain([inbound.mtls]).any(|mtls| mtls != Mtls::Off),
+            client: config.upstreams.iter().any(|upstream| upstream.tls.mode == TlsMode::Mutual),
+        }
+    }
+
+    const fn include(self, role: Role) -> bool {
+        match role {
+            Role::Server => self.server,
+            Role::Client => self.client,
+        }
+    }
+}
+
 /// A verified identity.
 #[derive(Debug)]
 pub struct Material {
@@ -69,6 +98,22 @@ pub struct Material {
     pub trust: Arc<Trust>,
     /// What will expire.
     pub expiries: Vec<Expiry>,
+    /// What its certificate may not be used for, by its extended key usage. It is not [used](Uses) so.
+    pub unusable: Option<Role>,
+}
+
+impl Material {
+    /// What will not work, where its certificate is good for one role only.
+    pub fn limitation(&self) -> Option<&'static str> {
+        self.unusable.map(|role| match role {
+            Role::Server => {
+                "the certificate may not be used by a server (extended key usage): inbound TLS will not work with it"
+            }
+            Role::Client => {
+                "the certificate may not be used by a client (extended key usage): `tls = \"mutual\"` will not work with it"
+            }
+        })
+    }
 }
 
 /// When a part expires.
@@ -141,8 +186,10 @@ pub enum MaterialError {
     NotYet { path: PathBuf, at: SystemTime },
     #[error("the certificate in {} leads to none of the roots in {trust}, so that peers with the same roots would refuse it: append its intermediates to the file, or add its root to `ca`", path.display())]
     NoRoot { path: PathBuf, trust: String },
-    #[error("the certificate in {} is not good for a workload that calls and is called: {reason}", path.display())]
+    #[error("the certificate in {} is not good for this service: {reason}", path.display())]
     Chain { path: PathBuf, reason: Refusal },
+    #[error("the certificate in {} may not be used by a {} (extended key usage), and {}", path.display(), role.word(), match role { Role::Server => "`inbound.mtls` is not \"off\": get one with serverAuth, or switch that off", Role::Client => "an upstream has `tls = \"mutual\"`: get one with clientAuth, or write \"simple\"" })]
+    Purpose { path: PathBuf, role: Role },
     #[error("a certificate in {} is not a CA's that can be trusted: {reason}", path.display())]
     Root { path: PathBuf, reason: String },
     #[error("every root in {} has expired: renew them", .0.display())]
@@ -161,12 +208,12 @@ impl MaterialError {
 }
 
 impl Material {
-    /// Reads and checks: the key fits, the chain holds, leads to a root, and is valid now, for both roles.
+    /// Reads and checks: the key fits, the chain holds, leads to a root, and is valid now, for what it is used for.
     ///
     /// # Errors
     ///
     /// Names the file that is wrong, and what to do.
-    pub fn check(pem: &Pem, now: SystemTime) -> Result<Self, MaterialError> {
+    pub fn check(pem: &Pem, uses: Uses, now: SystemTime) -> Result<Self, MaterialError> {
         let trust = Arc::new(trust(&pem.ca, &pem.crl, now)?);
         let path = || pem.cert.path.clone();
         let chain = certificates(&pem.cert, MAX_CHAIN)?;
@@ -174,13 +221,23 @@ impl Material {
             chain.split_first().ok_or_else(|| MaterialError::NoCertificate(path()))?;
         let own = Peer::of(leaf).map_err(|reason| MaterialError::Leaf { path: path(), reason })?;
         let unix = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+        let mut unusable = None;
         for role in [Role::Server, Role::Client] {
-            trust.verify(leaf, intermediates, unix, role).map_err(|reason| match reason {
-                Refusal::Expired(at) => MaterialError::Expired { path: path(), at },
-                Refusal::NotYet(at) => MaterialError::NotYet { path: path(), at },
-                Refusal::UnknownIssuer(trust) => MaterialError::NoRoot { path: path(), trust },
-                reason => MaterialError::Chain { path: path(), reason },
-            })?;
+            match trust.verify(leaf, intermediates, unix, role).map(drop) {
+                Ok(()) => Ok(()),
+                Err(Refusal::Purpose(_)) if uses.include(role) => {
+                    Err(MaterialError::Purpose { path: path(), role })
+                }
+                // For one role it must be good.
+                Err(Refusal::Purpose(_)) if unusable.is_none() => {
+                    unusable = Some(role);
+                    Ok(())
+                }
+                Err(Refusal::Expired(at)) => Err(MaterialError::Expired { path: path(), at }),
+                Err(Refusal::NotYet(at)) => Err(MaterialError::NotYet { path: path(), at }),
+                Err(Refusal::UnknownIssuer(trust)) => Err(MaterialError::NoRoot { path: path(), trust }),
+                Err(reason) => Err(MaterialError::Chain { path: path(), reason }),
+            }?;
         }
         let mut expiries: Vec<_> =
             expiry(leaf, Kind::Leaf).map(|of| Expiry { what: own.to_string(), ..of }).into_iter().collect();
@@ -196,7 +253,7 @@ impl Material {
                 return Err(MaterialError::Mismatch { cert: path(), key: pem.key.path.clone() });
             }
         }
-        Ok(Self { own, key: Arc::new(key), trust, expiries })
+        Ok(Self { own, key: Arc::new(key), trust, expiries, unusable })
     }
 }
 

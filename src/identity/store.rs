@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use super::{
     counts::Handshakes,
     files,
-    material::{Expiry, Material, MaterialError, Pem},
+    material::{Expiry, Material, MaterialError, Pem, Uses},
     time::Date,
     tls::{ClientTls, ServerTls, Tickets},
 };
@@ -46,6 +46,8 @@ pub struct Store {
 #[derive(Debug, Default)]
 struct State {
     settings: Option<config::Identity>,
+    /// What the certificate is used for.
+    uses: Uses,
     /// What the Workload API told last.
     delivered: Option<Pem>,
     /// Why it cannot be asked now.
@@ -108,6 +110,15 @@ impl Store {
             state.refused_pem = None;
             state.delivered = None;
             state.agent_away = None;
+        }
+        let uses = Uses::of(config);
+        if state.uses != uses {
+            state.uses = uses;
+            if self.own.load().as_ref().is_none_or(|own| own.unusable.is_some()) {
+                // It was good for what it was used for.
+                state.pem = None;
+                state.refused_pem = None;
+            }
         }
         if config.identity.is_none() {
             self.own.store(None);
@@ -188,7 +199,7 @@ impl Store {
             state.refused_pem = None;
             return Ok(false);
         }
-        let material = match Material::check(&pem, now) {
+        let material = match Material::check(&pem, state.uses, now) {
             Ok(material) => material,
             Err(error) => return Err(state.refuse(error, Some(pem))),
         };
@@ -218,6 +229,9 @@ impl Store {
             trusted = %material.trust,
             "a certificate was taken"
         );
+        if let Some(limitation) = material.limitation() {
+            tracing::warn!("{limitation}");
+        }
         self.own.store(Some(Arc::new(material)));
         state.accepted += 1;
         state.refused = None;

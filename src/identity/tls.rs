@@ -4,9 +4,12 @@
 //! workers can read; tickets are thrown away with the trust they were given under, as a resumed session shows the
 //! certificate of its first handshake and nobody verifies that again.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
 };
 
 use arc_swap::ArcSwap;
@@ -151,9 +154,24 @@ pub struct ClientNow {
     pub trust: Arc<Trust>,
     /// Who must answer; none: whoever has the host's name.
     pub expected: Arc<[Pattern]>,
+    /// When the certificate that is shown expires; None where none is shown.
+    own_expires: Option<SystemTime>,
 }
 
 impl ClientNow {
+    /// When the certificate that is shown expired, if it has.
+    pub fn own_expired(&self) -> Option<SystemTime> {
+        self.own_expires.filter(|at| *at <= SystemTime::now())
+    }
+
+    /// The same for one connection without a session of an earlier one, which would hide from the server why it has to
+    /// refuse this one.
+    pub fn without_resumption(&self) -> Arc<ClientConfig> {
+        let mut config = ClientConfig::clone(&self.config);
+        config.resumption = Resumption::disabled();
+        Arc::new(config)
+    }
+
     /// Whether a server that was believed still would be.
     ///
     /// # Errors
@@ -213,6 +231,7 @@ impl ClientTls {
         };
         // Anew with each change: a resumed session would show the old certificate.
         config.resumption = Resumption::in_memory_sessions(SESSIONS);
-        Ok(ClientNow { config: Arc::new(config), trust, expected: expected.into() })
+        let own_expires = own.filter(|_| self.settings.mode == TlsMode::Mutual).map(|own| own.own.not_after);
+        Ok(ClientNow { config: Arc::new(config), trust, expected: expected.into(), own_expires })
     }
 }

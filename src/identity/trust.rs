@@ -30,7 +30,7 @@ pub enum Role {
 }
 
 impl Role {
-    const fn word(self) -> &'static str {
+    pub const fn word(self) -> &'static str {
         match self {
             Self::Server => "server",
             Self::Client => "client",

@@ -13,12 +13,12 @@ use super::{
     interim::{self, Gate, Interim},
 };
 use crate::{
-    identity::handshake::refused_after,
+    identity::handshake::{FailureKind, own_has_expired, refused_after},
     present::Present,
     resilience::classify::{ConnectFailure, Ending, Health, Reset},
     upstream::{
         Lease,
-        connect::ConnectError,
+        connect::{ConnectError, Proof},
         guards::Guards,
         http1::{Head, Told},
         http2::pool::Http2Pool,
@@ -130,6 +130,10 @@ pub async fn send(
             ConnectError::Limit { .. } | ConnectError::Streams { .. } => {
                 return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
             }
+            // Nor does what is wrong with our own certificate.
+            ConnectError::Tls { ref failure, .. } if failure.kind == FailureKind::NotReady => {
+                return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
+            }
             ConnectError::Timeout { .. } => ConnectFailure::Timeout,
             ConnectError::LocalResource { .. } => {
                 guards.counts.rejected.add(Cause::LocalResource.word());
@@ -180,6 +184,12 @@ fn classify(
     stale: bool,
     lease: &Lease,
 ) -> Failed {
+    // With TLS 1.3 the endpoint looks at our certificate when we believe the handshake to be done.
+    let refuses_this_alone = lease.heard_anything() || error.h2().is_some_and(h2::Error::is_reset);
+    if !refuses_this_alone && let Some(at) = lease.proof().and_then(Proof::own_expired) {
+        let detail = format!("{name}: {address}: {}", own_has_expired(at));
+        return Failed::new(Ending::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
+    }
     if let Some(failure) = refused_after(error) {
         let detail = format!("{name}: {address}: {failure}");
         return Failed::new(

@@ -105,7 +105,8 @@ fn error_response(
         }
         (response, record.version != Version::HTTP_2)
     });
-    let (mut response, http1) = noted.unwrap_or_else(|| (Response::new(ResponseBody::Empty), true));
+    let (mut response, http1) =
+        noted.unwrap_or_else(|| (without_record(&view.names.deployment, &request_id, grpc), true));
     if http1 && error.cause == Cause::Malformed {
         // What was not understood may have more behind it that would not be, either.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -159,6 +160,13 @@ fn conclude(
         }
     }
     response
+}
+
+/// What a client gets where the record of its request, from which an error response is made, is gone: a bug, which must not
+/// look like a success.
+fn without_record(deployment: &str, request_id: &str, grpc: bool) -> Response<ResponseBody> {
+    let lost = ProxyError::new(Cause::Internal, "the record of this request is gone: a bug in the proxy");
+    respond(&lost, &Context { deployment, request_id, grpc, ..Context::default() })
 }
 
 /// Notes that a call was given up by its caller, where it ends before there is an answer.
@@ -328,7 +336,15 @@ mod tests {
         assert!(size <= MOST_BYTES, "{size} bytes");
     }
 
-    const MOST_BYTES: usize = 2700;
+    const MOST_BYTES: usize = 2760;
+
+    #[test]
+    fn a_lost_record_is_an_error_of_ours() {
+        let response = without_record("outrigger/checkout", "1", false);
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(response.body().size_hint().exact() > Some(0));
+        assert_eq!(without_record("outrigger/checkout", "1", true).headers()["grpc-status"], "13");
+    }
 
     #[tokio::test]
     async fn a_panic_becomes_an_error() {

@@ -23,7 +23,7 @@ use crate::{
     runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
     upstream::{
         EndpointSet, Resolution,
-        connect::{ConnectError, TlsTarget, connect},
+        connect::{ConnectError, TcpLimits, TlsTarget, connect},
         guards::ConnectionSlot,
         local::{InFlight, LocalEndpoint},
         squeeze,
@@ -101,7 +101,11 @@ async fn dial_allowed(
         // Whoever dialled one of several meant that one.
         endpoints = only(dialled, &endpoints).unwrap_or(endpoints);
     }
-    let limit = to.cluster.settings.policy.connect_timeout.limit();
+    let settings = &to.cluster.settings;
+    let limits = TcpLimits {
+        connect: settings.policy.connect_timeout.limit(),
+        user: settings.user_timeout(Speaks::Bytes),
+    };
     let slot = ConnectionSlot::take(&to.upstream.shared.guards)
         .await
         .map_err(|error| connect_failed(&to.cluster.settings.name, &error))?;
@@ -109,7 +113,7 @@ async fn dial_allowed(
     loop {
         let endpoint = pick(connection, to, &endpoints, &tried, None)?;
         allowed(endpoints[endpoint].address())?;
-        let connected = connect(endpoints[endpoint].address(), limit, tls.as_ref(), Speaks::ByteStream).await;
+        let connected = connect(endpoints[endpoint].address(), limits, tls.as_ref(), Speaks::ByteStream).await;
         match connected {
             Ok(connected) => {
                 let slot = slot.opened(connected.protection());

@@ -30,8 +30,9 @@ use super::{
     target::{self, Target},
 };
 use crate::{
-    config::{AttemptTimeout, Balance, Observed, Policy, Protocol},
+    config::{AttemptTimeout, Balance, Observed, Policy, Protocol, UserTimeout},
     http1::head::leave,
+    identity::handshake::Speaks,
     present::{Field, Present},
     resilience::{
         classify::Outcome,
@@ -41,7 +42,7 @@ use crate::{
     runtime::View,
     telemetry::record::{Try, Why},
     upstream::{
-        balance::hash_key, guards::Guards, http2::PingSettings, local::LocalEndpoint,
+        balance::hash_key, connect::TcpLimits, guards::Guards, http2::PingSettings, local::LocalEndpoint,
         pool::ConnectionSettings,
     },
 };
@@ -256,6 +257,7 @@ async fn serve<'a>(
     let hash = hash(&settings.balance, headers);
     credentials::attach(local, carried, until).await?;
     let max_age = settings.max_connection_age.limit();
+    let http2 = carried.outgoing.version == Version::HTTP_2;
     let mut endpoints = connect::endpoints(call.connection, local, until).await?;
     if let Some(pinned) = target.pinned {
         endpoints = connect::only(pinned, &endpoints).unwrap_or(endpoints);
@@ -263,7 +265,11 @@ async fn serve<'a>(
     let exchange = Exchange {
         endpoints,
         connections: ConnectionSettings {
-            connect_timeout: policy.connect_timeout.limit(),
+            tcp: TcpLimits {
+                connect: policy.connect_timeout.limit(),
+                user: settings.user_timeout(if http2 { Speaks::H2 } else { Speaks::Http1 }),
+            },
+            lifts_user_timeout: settings.tcp_user_timeout == UserTimeout::Auto,
             pool_idle: settings.pool_idle_timeout,
             header_case: settings.header_case,
             // Drawn anew, so that not all connections end at once.

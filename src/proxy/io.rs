@@ -2,7 +2,6 @@
 
 use std::{
     fmt, io,
-    mem::MaybeUninit,
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
@@ -11,6 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use rustix::net::{RecvFlags, recv};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
@@ -34,12 +34,30 @@ impl SharedTcp {
         Self(Arc::new(stream))
     }
 
-    /// Whether an idle connection can carry another request: not closed, and nothing unasked-for has come. The system
-    /// is asked only where it has told that there is something.
-    pub fn is_quiet(&self) -> bool {
-        let mut byte = [MaybeUninit::uninit()];
-        let peeked = self.0.try_io(Interest::READABLE, || SockRef::from(&*self.0).peek(&mut byte));
-        matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    /// Bounds how long sent bytes may stay unacknowledged (RFC 5482). None: the kernel's default.
+    pub fn set_user_timeout(&self, limit: Option<Duration>) {
+        let _ = SockRef::from(&*self.0).set_tcp_user_timeout(limit);
+    }
+
+    /// Copies the first unread bytes without taking them and returns their number; 0: the peer has closed.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` where nothing has come; any other means that the connection is broken.
+    pub fn peek_now(&self, into: &mut [u8]) -> io::Result<usize> {
+        self.receive_now(into, RecvFlags::PEEK)
+    }
+
+    /// Reads what has come, as [`io::Read`] on a non-blocking socket.
+    pub const fn reader_now(&self) -> ReaderNow<'_> {
+        ReaderNow(self)
+    }
+
+    /// Asks the kernel, whatever tokio knows of the socket: its cached readiness tells what had arrived when the worker
+    /// last polled epoll, so that bytes which came since would be overlooked. To read past tokio loses no wake-up: epoll is
+    /// edge-triggered, and tells of bytes that arrive later whether or not those before them were read.
+    fn receive_now(&self, into: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
+        Ok(recv(&*self.0, into, flags | RecvFlags::DONTWAIT)?.0)
     }
 
     /// Less came than there was room for: nothing is left to read, and the next edge will tell when there is. Saves the
@@ -89,6 +107,16 @@ impl SharedTcp {
 
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.0.peer_addr()
+    }
+}
+
+/// See [`SharedTcp::reader_now`].
+#[derive(Debug)]
+pub struct ReaderNow<'a>(&'a SharedTcp);
+
+impl io::Read for ReaderNow<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.receive_now(into, RecvFlags::empty())
     }
 }
 

@@ -12,18 +12,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Traces remembered at a time.
-const MOST: usize = 4096;
+/// Traces remembered at a time: a storm of failures may bring more, and then the oldest are forgotten.
+const MOST: usize = 8192;
 /// For how long. A call that fails later than this after its own call failed did so for another reason.
 const KEPT: Duration = Duration::from_secs(60);
 
-/// Stepped only where something failed.
+/// Stepped only where something failed, and never scanned: traces lie in two tables, of which the older one is dropped whole
+/// when the newer one is full or has been filled for [`KEPT`].
 #[derive(Debug)]
 pub struct SpentTraces {
-    traces: Mutex<HashMap<u128, Instant>>,
+    traces: Mutex<Generations>,
     /// When one was noted last, in milliseconds after the epoch; 0 = never.
     last: AtomicU64,
     epoch: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Generations {
+    newer: HashMap<u128, Instant>,
+    older: HashMap<u128, Instant>,
+    /// When `newer` was begun.
+    since: Option<Instant>,
 }
 
 impl Default for SpentTraces {
@@ -33,7 +42,7 @@ impl Default for SpentTraces {
 }
 
 impl SpentTraces {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u128, Instant>> {
+    fn lock(&self) -> MutexGuard<'_, Generations> {
         self.traces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -51,17 +60,27 @@ impl SpentTraces {
     pub fn note(&self, trace: u128, now: Instant) {
         self.last.store(self.millis(now).max(1), Ordering::Relaxed);
         let mut traces = self.lock();
-        if traces.len() >= MOST {
-            traces.retain(|_, at| now.saturating_duration_since(*at) < KEPT);
-        }
-        // Still full: under such a storm advice for some is enough.
-        if traces.len() < MOST {
-            traces.insert(trace, now);
-        }
+        let since = *traces.since.get_or_insert(now);
+        let dropped = (traces.newer.len() >= MOST / 2 || now.saturating_duration_since(since) >= KEPT)
+            .then(|| traces.renew(now));
+        traces.newer.insert(trace, now);
+        drop(traces);
+        // Its memory is given back when nobody waits for the lock.
+        drop(dropped);
     }
 
     pub fn contains(&self, trace: u128, now: Instant) -> bool {
-        self.lock().get(&trace).is_some_and(|at| now.saturating_duration_since(*at) < KEPT)
+        let traces = self.lock();
+        let at = traces.newer.get(&trace).or_else(|| traces.older.get(&trace));
+        at.is_some_and(|at| now.saturating_duration_since(*at) < KEPT)
+    }
+}
+
+impl Generations {
+    fn renew(&mut self, now: Instant) -> HashMap<u128, Instant> {
+        self.since = Some(now);
+        let full = std::mem::take(&mut self.newer);
+        std::mem::replace(&mut self.older, full)
     }
 }
 
@@ -70,18 +89,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn remembers_for_a_while_and_never_too_many() {
+    fn remembers_for_a_while() {
         let (spent, now) = (SpentTraces::default(), Instant::now());
         assert!(!spent.is_in_use(now));
         spent.note(1, now);
         assert!(spent.is_in_use(now) && !spent.is_in_use(now + KEPT + Duration::from_millis(2)));
         assert!(spent.contains(1, now) && !spent.contains(2, now));
-        assert!(!spent.contains(1, now + KEPT));
-        for trace in 0..10_000 {
-            spent.note(trace, now);
+        for second in (1..60).map(Duration::from_secs) {
+            spent.note(u128::from(second.as_secs()) + 100, now + second);
+            assert!(spent.contains(1, now + second), "after {second:?}");
         }
-        assert_eq!(spent.lock().len(), MOST);
-        spent.note(99_999, now + KEPT);
-        assert!(spent.contains(99_999, now + KEPT), "old ones make room");
+        assert!(!spent.contains(1, now + KEPT));
+    }
+
+    #[test]
+    fn a_storm_is_bounded_and_its_newest_traces_are_known() {
+        let (spent, now) = (SpentTraces::default(), Instant::now());
+        for trace in 0..50_000 {
+            spent.note(trace, now);
+            assert!(
+                spent.contains(trace, now) && spent.contains(trace.saturating_sub(MOST as u128 / 2), now)
+            );
+        }
+        let traces = spent.lock();
+        assert!(traces.newer.len() + traces.older.len() <= MOST);
     }
 }

@@ -317,6 +317,7 @@ impl Clusters {
         let mut old = std::mem::take(&mut self.live);
         let min = config.identity.as_ref().map(|identity| identity.min_tls).unwrap_or_default();
         for settings in &config.upstreams {
+            let min = settings.tls.min_tls.unwrap_or(min);
             let client = self.identity.client(&settings.name, &settings.tls, min);
             let mut live = Live::renew(old.remove(&settings.name), settings, &self.resolver, client);
             live.keep_token(settings, &self.fetcher, self.resolver.runtime());

@@ -91,6 +91,7 @@ impl Connected {
 pub struct Proof {
     pub peer: Peer,
     chain: Vec<CertificateDer<'static>>,
+    valid_until: SystemTime,
     client: Arc<ClientTls>,
     name: Arc<ServerName<'static>>,
     believed: Cell<u64>,
@@ -127,28 +128,45 @@ impl Proof {
         self.believed.get() == generation
     }
 
-    /// How long its certificate is good for.
+    /// How long its certificate, and those that lead to it, are good for.
     pub fn expires_in(&self) -> Duration {
-        self.peer.not_after.duration_since(SystemTime::now()).unwrap_or_default()
+        self.valid_until.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+
+    /// When the certificate that was shown to it expired, if it has.
+    pub fn own_expired(&self) -> Option<SystemTime> {
+        self.client.now().as_ref().as_ref().ok()?.own_expired()
     }
 }
 
-/// Opens a connection, with TLS where there is a target for it, within `limit`.
+/// How long the kernel waits for the other side of a connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TcpLimits {
+    /// For the connection to be made and for TLS.
+    pub connect: Option<Duration>,
+    /// For sent bytes to be acknowledged (TCP_USER_TIMEOUT).
+    pub user: Option<Duration>,
+}
+
+/// Opens a connection, with TLS where there is a target for it, within `limits`.
 pub async fn connect(
     address: SocketAddr,
-    limit: Option<Duration>,
+    limits: TcpLimits,
     tls: Option<&TlsTarget>,
     speaks: Speaks,
 ) -> Result<Connected, ConnectError> {
     let connecting = async {
         let stream = descriptors::connect(address).await;
         let tcp = stream.map(SharedTcp::new).map_err(|error| ConnectError::from_io(address, error))?;
+        if limits.user.is_some() {
+            tcp.set_user_timeout(limits.user);
+        }
         match tls {
             None => Ok(Connected { io: UpstreamIo::Plain(tcp.clone()), tcp, proof: None }),
             Some(target) => Box::pin(secure(address, tcp, target, speaks)).await,
         }
     };
-    match limit {
+    match limits.connect {
         Some(limit) => tokio::time::timeout(limit, connecting)
             .await
             .unwrap_or(Err(ConnectError::Timeout { address, limit })),
@@ -165,11 +183,12 @@ async fn secure(
     // Before the handshake: what changes meanwhile is looked at again.
     let generation = target.client.generation();
     let connecting = handshake::connect(&target.client, &target.name, speaks, tcp.clone());
-    let (stream, Proven { peer, chain }) =
+    let (stream, Proven { peer, chain, valid_until }) =
         connecting.await.map_err(|failure| ConnectError::Tls { address, failure: Rc::new(failure) })?;
     let proof = Box::new(Proof {
         peer,
         chain,
+        valid_until,
         client: Arc::clone(&target.client),
         name: Arc::clone(&target.name),
         believed: Cell::new(generation),

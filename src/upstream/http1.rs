@@ -10,6 +10,8 @@ mod tests;
 use std::{
     cell::RefCell,
     future::poll_fn,
+    io,
+    net::SocketAddr,
     num::NonZeroU64,
     rc::Rc,
     sync::Arc,
@@ -32,7 +34,7 @@ use super::{
     guards::{ConnectionSlot, Guards},
     local::LocalEndpoint,
     pool::{ConnectionSettings, retire_at},
-    stream::UpstreamIo,
+    stream::{Idle, UpstreamIo},
 };
 use crate::{
     config::HeaderCase,
@@ -49,12 +51,27 @@ use crate::{
 /// An upload that goes on behind its answer, and of which the endpoint takes nothing.
 const UPLOAD_STALL: Duration = Duration::from_secs(300);
 
+/// How long a connection rests before it is reused where bytes may be on their way that no request asked for: the body
+/// that some services send with a response to HEAD, or with a 204 or 304, comes right behind its head.
+const SETTLE: Duration = Duration::from_millis(10);
+
+/// Whether a connection can carry another exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    Reusable,
+    Ends,
+    /// It ends because more came than the response.
+    Unsolicited,
+}
+
 /// An HTTP/1.1 connection. Dropped while it lies idle it says goodbye, as far as that needs no waiting.
 #[derive(Debug)]
 pub struct Http1 {
     // Shared with the task that sends what an early answer leaves to be sent. Handed from room to room: so it is small.
     opened: Rc<Opened>,
     pub idle_since: Instant,
+    /// It rests until then, see [`SETTLE`].
+    pub reusable_from: Instant,
     /// What `Keep-Alive: timeout=` said.
     pub told: Option<Duration>,
 }
@@ -65,6 +82,8 @@ struct Opened {
     tcp: SharedTcp,
     keep_spelling: bool,
     retire_at: Option<Instant>,
+    /// See [`ConnectionSettings`].
+    lifts_user_timeout: bool,
     /// Who answered, where it is TLS.
     proof: Option<Box<Proof>>,
     // Last: its room is free when all else is.
@@ -114,8 +133,7 @@ impl Http1 {
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
         let slot = ConnectionSlot::take(guards).await?;
-        let connected =
-            connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::Http1).await?;
+        let connected = connect(address, settings.tcp, settings.tls.as_ref(), Speaks::Http1).await?;
         let slot = slot.opened(connected.protection());
         let Connected { io, tcp, proof } = connected;
         let now = Instant::now();
@@ -124,10 +142,11 @@ impl Http1 {
             tcp,
             keep_spelling: settings.header_case == HeaderCase::Preserve,
             retire_at: retire_at(settings, proof.as_deref(), now),
+            lifts_user_timeout: settings.lifts_user_timeout,
             proof,
             slot,
         };
-        Ok(Self { opened: Rc::new(opened), idle_since: now, told: None })
+        Ok(Self { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None })
     }
 
     /// Sends a request and waits for the head of its answer. `interim` is told of those that come before it (1xx).
@@ -142,21 +161,43 @@ impl Http1 {
     ) -> Result<ResponseHead, Error> {
         let line = &self.opened.line;
         line.borrow_mut().begin(head, body)?;
+        // The pool has looked at it in this very turn. Where the first write has to wait, it is looked at again.
+        let (mut looked_at, mut broken) = (true, false);
         let answer = poll_fn(|cx| {
             let line = &mut *line.borrow_mut();
-            // What was said before sending failed, is still to be read.
-            let sending = line.poll_request(cx);
-            match line.poll_answer(cx, head.method, self.opened.keep_spelling, &mut interim) {
-                Poll::Pending => match sending {
-                    Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-                    _ => Poll::Pending,
-                },
-                answered => answered,
+            if !looked_at && line.is_untouched() && line.look() != Idle::Quiet {
+                return Poll::Ready(Err(Error::Closed));
             }
+            looked_at = false;
+            if !broken {
+                match line.poll_request(cx) {
+                    // The endpoint has closed the connection. It may have answered before (413 in the middle of an
+                    // upload, or an alert that says what is wrong with our certificate): that lies in the kernel's
+                    // buffer, and behind it is the end.
+                    Poll::Ready(Err(Error::Io(error))) if is_end(&error) && !line.is_untouched() => {
+                        broken = true
+                    }
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    _ => {}
+                }
+            }
+            if line.is_untouched() {
+                return Poll::Pending;
+            }
+            line.poll_answer(cx, head.method, self.opened.keep_spelling, &mut interim)
         })
         .await?;
-        if !line.borrow().is_sent() {
+        let mut line = line.borrow_mut();
+        if !broken && !line.is_sent() {
             spawn_local(upload(Rc::clone(&self.opened)));
+        } else if answer.status == StatusCode::REQUEST_TIMEOUT
+            && line.reused
+            && !line.persists
+            && head.method.is_idempotent()
+        {
+            // The service gave up waiting for a request just before this one arrived (RFC 9110 §15.5.9).
+            line.heard = false;
+            return Err(Error::Closed);
         }
         Ok(answer)
     }
@@ -185,21 +226,36 @@ impl Http1 {
             line.give_up();
             return None;
         }
+        if self.opened.lifts_user_timeout {
+            self.opened.tcp.set_user_timeout(None);
+        }
         let unread = std::mem::take(&mut line.intake).into_unread();
         line.io.take().map(|io| (io, unread))
     }
 
-    /// A call is over and was read to its end. Says whether the connection may be used again.
-    pub fn rest(&mut self, now: Instant) -> bool {
+    /// A response was read to its end. `settles`: more may come than its endpoint was asked for.
+    pub fn rest(&mut self, settles: bool, now: Instant) -> Rest {
         self.idle_since = now;
         let mut line = self.opened.line.borrow_mut();
-        line.listen();
-        line.is_usable() && !self.opened.slot.is_claimed() && !self.is_retired(now)
+        self.reusable_from = if settles || line.bodiless { now + SETTLE } else { now };
+        let persisted = line.persists;
+        if line.listen() == Idle::Unsolicited && persisted {
+            return Rest::Unsolicited;
+        }
+        let reusable = line.is_usable() && !self.opened.slot.is_claimed() && !self.is_retired(now);
+        line.reused = true;
+        if reusable { Rest::Reusable } else { Rest::Ends }
     }
 
-    /// Takes note of what has come while it lay idle: tickets, or its end.
-    pub fn listen(&mut self) {
-        self.opened.line.borrow_mut().listen();
+    /// Takes note of what has come while it lay idle, as far as the worker has been told: tickets, or its end.
+    pub fn listen(&mut self) -> Idle {
+        self.opened.line.borrow_mut().listen()
+    }
+
+    /// Looks whether anything has come while it lay idle. To be called just before a request is sent, in the same turn of
+    /// the task: what comes later cannot be told from its response.
+    pub fn look(&mut self) -> Idle {
+        self.opened.line.borrow_mut().look()
     }
 
     /// Whether it was closed, as far as has been noted.
@@ -207,14 +263,9 @@ impl Http1 {
         !self.opened.line.borrow().persists
     }
 
-    /// Whether it can carry another request: not closed, and nothing unasked-for has come. By TLS something may come that
-    /// is nothing: that has to be read.
-    pub fn is_quiet(&mut self) -> bool {
-        if self.proof().is_some() {
-            self.listen();
-            return !self.is_closed();
-        }
-        self.opened.tcp.is_quiet()
+    /// The endpoint's address, for messages.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.opened.tcp.peer_addr().ok()
     }
 
     pub fn is_retired(&self, now: Instant) -> bool {
@@ -234,6 +285,12 @@ impl Http1 {
     pub fn sent_anything(&self) -> bool {
         self.opened.line.borrow().sent
     }
+}
+
+/// Whether an error of writing says that the endpoint has closed the connection, so that reading comes to an end as well.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(error.kind(), K::BrokenPipe | K::ConnectionReset | K::ConnectionAborted | K::NotConnected)
 }
 
 /// Sends what an early answer has left to be sent, for as long as it is taken.

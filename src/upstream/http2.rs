@@ -135,7 +135,7 @@ impl Http2 {
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
         let slot = ConnectionSlot::take(guards).await?;
-        let connected = connect(address, settings.connect_timeout, settings.tls.as_ref(), Speaks::H2).await?;
+        let connected = connect(address, settings.tcp, settings.tls.as_ref(), Speaks::H2).await?;
         let slot = slot.opened(connected.protection());
         let Connected { io, proof, .. } = connected;
         let wire = Wire::client();
@@ -295,6 +295,11 @@ impl Stream {
     /// Whether it is the only stream of its connection.
     pub fn is_alone(&self) -> bool {
         self.connection.state.streams.get() == 1
+    }
+
+    /// Who answered by TLS.
+    pub fn proof(&self) -> Option<&Proof> {
+        self.connection.proof.as_deref()
     }
 
     pub fn loss(&self) -> &Loss {

@@ -9,6 +9,7 @@ pub mod health;
 pub mod http1;
 pub mod http2;
 mod idle;
+mod idle_connections;
 pub mod local;
 pub mod outcomes;
 pub mod pool;

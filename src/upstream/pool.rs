@@ -1,10 +1,9 @@
 //! The connections of one worker to one endpoint.
 //!
-//! HTTP/1.1: idle connections on a stack, the freshest first, so that the surplus grows old and is closed.
+//! HTTP/1.1: a connection carries one exchange at a time, and lies idle in between ([`super::idle_connections`]).
 //! HTTP/2: a few connections that carry many streams ([`super::http2::pool`]).
 
 use std::{
-    cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -18,11 +17,12 @@ use http_body::{Body, Frame};
 use tokio::time::Instant;
 
 use super::{
-    connect::{ConnectError, Proof, TlsTarget},
+    connect::{ConnectError, Proof, TcpLimits, TlsTarget},
     guards::Guards,
     http1::Http1,
     http2::{PingSettings, Stream, pool::Http2Pool},
-    idle::{Learned, keep_alive_timeout},
+    idle::keep_alive_timeout,
+    idle_connections::IdleConnections,
     local::LocalEndpoint,
     stream::UpstreamIo,
 };
@@ -33,17 +33,12 @@ use crate::{
     resilience::classify::Loss,
 };
 
-/// Idle HTTP/1.1 connections kept per worker and endpoint.
-const MAX_IDLE: usize = 512;
-/// How long an idle HTTP/1.1 connection is kept where nothing better is known: Node closes after 5 s.
-const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
-/// A connection that lay idle for less is not looked at again: its end would most likely have been seen.
-const SURELY_FRESH: Duration = Duration::from_millis(1);
-
 /// What a connection must be like.
 #[derive(Clone, Debug)]
 pub struct ConnectionSettings {
-    pub connect_timeout: Option<Duration>,
+    pub tcp: TcpLimits,
+    /// A connection that was upgraded may stand still for longer: the kernel's default holds for it.
+    pub lifts_user_timeout: bool,
     pub pool_idle: PoolIdle,
     pub header_case: HeaderCase,
     /// Drawn anew for each connection, so that not all end at once.
@@ -58,10 +53,8 @@ pub struct ConnectionSettings {
 /// The connections to one endpoint.
 #[derive(Debug, Default)]
 pub struct Pool {
-    idle: RefCell<Vec<Http1>>,
+    idle: IdleConnections,
     pub h2: Http2Pool,
-    /// What the upstream's closes have taught about its idle time.
-    learned: Cell<Learned>,
 }
 
 /// A connection, or a stream of one, held by a call.
@@ -106,91 +99,36 @@ impl Pool {
         guards: &Arc<Guards>,
         now: Instant,
     ) -> Result<Lease, ConnectError> {
-        if let Some(connection) = endpoint.pool.pop_idle(settings, now) {
+        if let Some(connection) = endpoint.pool.idle.pop(settings, now) {
             return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
         }
-        let connection = Box::pin(Http1::open(endpoint, settings, guards)).await?;
+        let opened = Box::pin(Http1::open(endpoint, settings, guards)).await;
+        let connection = opened.inspect_err(|error| {
+            if matches!(error, ConnectError::Refused { .. } | ConnectError::Timeout { .. }) {
+                endpoint.pool.idle.connect_failed();
+            }
+        })?;
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
-    }
-
-    /// Takes idle connections off the stack until one can be used.
-    fn pop_idle(&self, settings: &ConnectionSettings, now: Instant) -> Option<Http1> {
-        let mut idle = self.idle.borrow_mut();
-        // One that leads to another name, by TLS, is left for calls to that.
-        while let Some(at) = idle.iter().rposition(|connection| fits(connection.proof(), settings)) {
-            let mut connection = idle.remove(at);
-            let age = now.saturating_duration_since(connection.idle_since);
-            if age >= self.idle_limit(&connection, settings.pool_idle, now) || connection.is_retired(now) {
-                // All below on the stack are older.
-                if !connection.is_retired(now) {
-                    idle.clear();
-                }
-                continue;
-            }
-            if connection.is_closed() || (age >= SURELY_FRESH && !connection.is_quiet()) {
-                self.learn_close(age, now);
-                continue;
-            }
-            return Some(connection);
-        }
-        None
-    }
-
-    fn idle_limit(&self, connection: &Http1, setting: PoolIdle, now: Instant) -> Duration {
-        match setting {
-            PoolIdle::Fixed(limit) => *limit,
-            PoolIdle::Auto => {
-                let told = connection.told.unwrap_or(IDLE_UNKNOWN);
-                self.learned.get().limit(now).map_or(told, |learned| learned.min(told))
-            }
-        }
-    }
-
-    fn learn_close(&self, age: Duration, now: Instant) {
-        let mut learned = self.learned.get();
-        learned.closed(age, now);
-        self.learned.set(learned);
-    }
-
-    fn put_back(&self, mut connection: Http1, now: Instant) {
-        let usable = connection.rest(now);
-        let mut idle = self.idle.borrow_mut();
-        if usable && idle.len() < MAX_IDLE {
-            idle.push(connection);
-        }
     }
 
     /// Closes a connection that lies idle, if there is one; its place is free when its task has ended.
     pub fn close_idle(&self) {
-        let mut idle = self.idle.borrow_mut();
-        if !idle.is_empty() {
-            // The one that has been idle for longest.
-            drop(idle.remove(0));
+        if self.idle.close_oldest() {
             return;
         }
-        drop(idle);
         self.h2.close_idle();
     }
 
     /// Closes what has been idle for too long. Called about once a second.
     pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>) {
         let now = Instant::now();
-        self.idle.borrow_mut().retain(|connection| is_of(connection.proof(), tls));
-        self.idle.borrow_mut().retain_mut(|connection| {
-            let age = now.saturating_duration_since(connection.idle_since);
-            connection.listen();
-            if connection.is_closed() {
-                self.learn_close(age, now);
-                return false;
-            }
-            age < self.idle_limit(connection, setting, now) && !connection.is_retired(now)
-        });
+        self.idle.sweep(setting, tls, now);
         self.h2.sweep(tls);
     }
 
     /// How many connections lie idle.
     pub fn idle_connections(&self) -> usize {
-        self.idle.borrow().len() + self.h2.idle()
+        self.idle.len() + self.h2.idle()
     }
 }
 
@@ -233,6 +171,14 @@ impl Lease {
             Self::H1 { reused, .. } => *reused,
             // With other streams on it, it did not lie idle.
             Self::H2 { stream, reused } => *reused && stream.is_alone(),
+        }
+    }
+
+    /// Who answered by TLS.
+    pub fn proof(&self) -> Option<&Proof> {
+        match self {
+            Self::H1 { connection, .. } => connection.proof(),
+            Self::H2 { stream, .. } => stream.proof(),
         }
     }
 
@@ -304,7 +250,9 @@ impl Lease {
     /// The response has been read to its end. `whole_request`: so has the request been written.
     pub fn finished(self, whole_request: bool, now: Instant) {
         match self {
-            Self::H1 { connection, endpoint, .. } if whole_request => endpoint.pool.put_back(connection, now),
+            Self::H1 { connection, endpoint, .. } if whole_request => {
+                endpoint.pool.idle.put_back(connection, now)
+            }
             Self::H1 { .. } => {}
             Self::H2 { mut stream, .. } => stream.finished(),
         }

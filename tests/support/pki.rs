@@ -4,6 +4,7 @@ use std::{
     fs,
     path::PathBuf,
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
 
 use rcgen::{
@@ -79,6 +80,25 @@ impl Pki {
         change(&mut params);
         let key = KeyPair::generate().expect("a key");
         (params.signed_by(&key, &self.ca).expect("a certificate").pem(), key.serialize_pem())
+    }
+
+    /// A chain and its key, PEM: below an intermediate that expires at a moment.
+    pub fn issue_below(&self, name: &str, expires: SystemTime) -> (String, String) {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "intermediate");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.not_after = expires.into();
+        let key = KeyPair::generate().expect("a key");
+        let intermediate = CertifiedIssuer::signed_by(params, key, &self.ca).expect("an intermediate");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![uri(&id(name))];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        let key = KeyPair::generate().expect("a key");
+        let leaf = params.signed_by(&key, &intermediate).expect("a certificate").pem();
+        (format!("{leaf}{}", intermediate.pem()), key.serialize_pem())
     }
 
     /// Writes NAME.crt and NAME.key.

@@ -134,6 +134,14 @@ pub fn server_config(certificate: &(String, String), client_ca: Option<&str>, al
     config
 }
 
+/// A server that speaks nothing newer than TLS 1.2.
+pub fn tls12_config(certificate: &(String, String)) -> ServerConfig {
+    let (chain, key) = parsed(certificate);
+    let builder = ServerConfig::builder_with_provider(provider());
+    let builder = builder.with_protocol_versions(&[&rustls::version::TLS12]).expect("versions");
+    builder.with_no_client_auth().with_single_cert(chain, key).expect("a certificate")
+}
+
 /// A server by TLS that answers each connection's first request with 200 and closes.
 pub struct TlsServer {
     address: SocketAddr,
@@ -151,7 +159,10 @@ impl TlsServer {
         client_ca: Option<&str>,
         alpn: &[&str],
     ) -> Self {
-        let config = server_config(certificate, client_ca, alpn);
+        Self::start_with(address, server_config(certificate, client_ca, alpn))
+    }
+
+    pub fn start_with(address: SocketAddr, config: ServerConfig) -> Self {
         let config = Arc::new(config);
         let listener = TcpListener::bind(address).expect("bind");
         let address = listener.local_addr().expect("an address");

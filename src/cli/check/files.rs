@@ -23,6 +23,12 @@ pub(super) fn problems(config: &Config, tree: &Node) -> Vec<Problem> {
         };
         found.push(Problem::error(origin, error.to_string()).label(NAMED_HERE));
     }
+    let limitation = files::limitation(config, SystemTime::now());
+    found.extend(
+        limitation.map(|limitation| {
+            Problem::warning(at(tree, &["identity", "cert"]), limitation).label(NAMED_HERE)
+        }),
+    );
     if let Some(jwt) = &config.inbound.jwt {
         let path = jwt.jwks.expose();
         if path.starts_with('/') {

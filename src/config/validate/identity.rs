@@ -55,5 +55,6 @@ pub(super) fn upstream(check: &mut Check<'_>, upstream: &Upstream, has_identity:
         check.expect(tls.identity.is_empty(), &["identity"], message, help);
         check.expect(tls.ca.is_none(), &["ca"], message, help);
         check.expect(tls.server_name.is_none(), &["server_name"], message, help);
+        check.expect(tls.min_tls.is_none(), &["min_tls"], message, help);
     }
 }

@@ -106,29 +106,32 @@ fn read(answer: Response<Bytes>) -> Result<Granted, NoToken> {
     #[derive(Deserialize)]
     struct Success {
         access_token: String,
-        token_type: String,
-        expires_in: Option<f64>,
+        // Required by the standard; some leave it away and mean Bearer.
+        token_type: Option<String>,
+        expires_in: Option<serde_json::Value>,
     }
     let status = answer.status();
+    // JSON has no byte order mark (RFC 8259 §8.1), but some servers send one.
+    let json = answer.body().strip_prefix("\u{feff}".as_bytes()).unwrap_or(answer.body());
     if !status.is_success() {
-        let failure: Failure = serde_json::from_slice(answer.body()).map_err(|_| NoToken::Status(status))?;
+        let failure: Failure = serde_json::from_slice(json).map_err(|_| NoToken::Status(status))?;
         let why = match failure.error_description {
             Some(description) => format!("{} ({description})", failure.error),
             None => failure.error,
         };
         return Err(NoToken::Refused(why.chars().filter(|c| !c.is_control()).take(300).collect()));
     }
-    let success: Success = serde_json::from_slice(answer.body()).map_err(|_| {
-        NoToken::Answer("it is no JSON object with `access_token` and `token_type` (RFC 6749 §5.1)")
-    })?;
-    if !success.token_type.eq_ignore_ascii_case("bearer") {
+    let success: Success = serde_json::from_slice(json)
+        .map_err(|_| NoToken::Answer("it is no JSON object with `access_token` (RFC 6749 §5.1)"))?;
+    let kind = success.token_type.as_deref().map_or("", str::trim);
+    if !kind.is_empty() && !kind.eq_ignore_ascii_case("bearer") {
         return Err(NoToken::Answer("its `token_type` is not Bearer"));
     }
     let visible = |byte: u8| (0x21..=0x7e).contains(&byte);
     if success.access_token.is_empty() || !success.access_token.bytes().all(visible) {
         return Err(NoToken::Answer("its `access_token` cannot stand in a header"));
     }
-    let expires_in = match success.expires_in {
+    let expires_in = match success.expires_in.as_ref().and_then(seconds) {
         Some(seconds) if seconds < 1.0 => return Err(NoToken::Answer("its token has expired already")),
         other => other.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
     };
@@ -136,6 +139,11 @@ fn read(answer: Response<Bytes>) -> Result<Granted, NoToken> {
         .map_err(|_| NoToken::Answer("its `access_token` cannot stand in a header"))?;
     field.set_sensitive(true);
     Ok(Granted { field, expires_in })
+}
+
+/// A number of seconds, which some servers write as a string.
+fn seconds(value: &serde_json::Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str()?.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -176,6 +184,27 @@ mod tests {
         assert!(!format!("{granted:?} {:?}", granted.field).contains("abc"));
         let endless = answer(200, r#"{"access_token":"abc","token_type":"Bearer"}"#).unwrap();
         assert_eq!(endless.expires_in, None);
+    }
+
+    /// As Azure AD v1, some gateways and home-made servers write it.
+    #[test]
+    fn a_token_is_read_from_what_is_nearly_json_of_the_standard() {
+        for (body, expires_in) in [
+            (r#"{"access_token":"abc","token_type":"Bearer","expires_in":"3599"}"#, Some(3599)),
+            (r#"{"access_token":"abc","token_type":"Bearer","expires_in":" 60.0 "}"#, Some(60)),
+            (r#"{"access_token":"abc","expires_in":60}"#, Some(60)),
+            (r#"{"access_token":"abc","token_type":null,"expires_in":null}"#, None),
+            (r#"{"access_token":"abc","token_type":"","expires_in":""}"#, None),
+            ("\u{feff}{\"access_token\":\"abc\",\"token_type\":\"Bearer\",\"expires_in\":60}", Some(60)),
+        ] {
+            let granted = answer(200, body).unwrap();
+            assert_eq!(granted.field, "Bearer abc", "{body}");
+            assert_eq!(granted.expires_in, expires_in.map(Duration::from_secs), "{body}");
+        }
+        let expired = answer(200, r#"{"access_token":"abc","token_type":"Bearer","expires_in":"0"}"#);
+        assert!(expired.unwrap_err().contains("expired already"));
+        let refused = answer(400, "\u{feff}{\"error\":\"invalid_scope\"}").unwrap_err();
+        assert!(refused.contains("invalid_scope"));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 use std::path::Path;
 
+use rcgen::ExtendedKeyUsagePurpose;
 use rustls_pki_types::{CertificateDer, UnixTime, pem::PemObject};
 
 use super::*;
 use crate::{
-    config::{Bundles, Identity},
+    config::{Bundles, Endpoints, Identity, Mtls, Policy, Upstream},
     identity::{
         test_pki::{Pki, id},
         tls::Offer,
@@ -69,6 +70,51 @@ fn what_is_wrong_changes_nothing_but_the_report() {
     store.look().unwrap();
     assert_eq!((store.report().refused, store.report().accepted), (None, 2));
     assert_eq!(*store.changes().borrow(), generation + 1);
+}
+
+/// Public CAs issue for servers alone.
+#[test]
+fn a_certificate_for_one_role_is_taken_where_only_that_one_is_used() {
+    use ExtendedKeyUsagePurpose::{ClientAuth, ServerAuth};
+    let pki = Pki::new();
+    pki.identity("checkout");
+    let calls = Upstream {
+        tls: upstream(None),
+        ..Upstream::new("payments", Endpoints::Fixed(Vec::new()), Policy::default())
+    };
+    for (usage, inbound, outbound, wrong) in [
+        (ServerAuth, Mtls::Strict, false, None),
+        (ServerAuth, Mtls::Strict, true, Some("clientAuth")),
+        (ServerAuth, Mtls::Off, false, None),
+        (ClientAuth, Mtls::Off, true, None),
+        (ClientAuth, Mtls::Permissive, true, Some("serverAuth")),
+    ] {
+        let what = format!("{usage:?}, {inbound:?}, {outbound}");
+        pki.write_leaf("checkout", |params| params.extended_key_usages = vec![usage]);
+        let mut config = config(&pki, "checkout");
+        config.inbound.mtls = inbound;
+        config.upstreams.extend(outbound.then(|| calls.clone()));
+        let store = Store::default();
+        let taken = store.configure(&config).map_err(|error| error.to_string());
+        match wrong {
+            None => assert_eq!(taken, Ok(()), "{what}"),
+            Some(remedy) => assert!(taken.is_err_and(|error| error.contains(remedy)), "{what}"),
+        }
+        let limitation = files::limitation(&config, SystemTime::now());
+        assert_eq!(limitation.is_some(), wrong.is_none(), "{what}: {limitation:?}");
+    }
+    // What is added later is looked at then.
+    pki.write_leaf("checkout", |params| params.extended_key_usages = vec![ServerAuth]);
+    let (store, mut config) = (Store::default(), config(&pki, "checkout"));
+    store.configure(&config).unwrap();
+    config.upstreams.push(calls);
+    assert!(matches!(store.configure(&config), Err(MaterialError::Purpose { role: Role::Client, .. })));
+    pki.write_leaf("checkout", |params| params.extended_key_usages = vec![]);
+    store.look().unwrap();
+    pki.write_leaf("checkout", |params| {
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning]
+    });
+    store.configure(&Config { upstreams: Vec::new(), ..config }).unwrap_err();
 }
 
 #[test]

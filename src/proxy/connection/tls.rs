@@ -50,7 +50,7 @@ impl Connection {
     /// The connection inside of TLS, which this one has turned out to be.
     fn inside_tls(&self, proven: Option<Proven>) -> Rc<Self> {
         let (peer_identity, presented) = match proven {
-            Some(Proven { peer, chain }) => (Some(Arc::new(peer)), Some(chain.into())),
+            Some(Proven { peer, chain, .. }) => (Some(Arc::new(peer)), Some(chain.into())),
             None => (None, None),
         };
         self.inside(Found {

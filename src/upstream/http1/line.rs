@@ -19,14 +19,14 @@ use crate::{
     http1::{
         Error,
         decoder::Decoder,
-        framing::{Framing, announced, content_length},
+        framing::{Framing, announced, content_length, has_no_body},
         head::{ResponseHead, parse_response, persists, write_fields, write_request_line},
         intake::{Intake, Part},
         outlet::Outlet,
     },
     present::Field,
     proxy::body::{BodyError, RequestBody},
-    upstream::stream::UpstreamIo,
+    upstream::stream::{Idle, UpstreamIo},
 };
 
 /// Both directions.
@@ -48,6 +48,10 @@ pub(super) struct Line {
     unflushed: bool,
     /// Both sides would use it again, so far.
     pub(super) persists: bool,
+    /// It has carried an exchange before.
+    pub(super) reused: bool,
+    /// The response has no body because of its method or status, whatever its fields say.
+    pub(super) bodiless: bool,
     /// The task that sends what an early answer left to be sent.
     pub(super) uploader: Option<Waker>,
 }
@@ -73,6 +77,8 @@ impl Line {
             sent: false,
             unflushed: false,
             persists: true,
+            reused: false,
+            bodiless: false,
             uploader: None,
         }
     }
@@ -179,6 +185,7 @@ impl Line {
             let framing = Framing::of_response(method, head.status, head.version, &head.fields, head.present)
                 .inspect_err(|_| self.persists = false)?;
             self.decoder = Decoder::new(framing);
+            self.bodiless = *method == Method::HEAD || has_no_body(head.status);
             // Where its end is told twice, others may have taken it for another one (RFC 9112 §6.3).
             let unclear = framing == Framing::Chunked && head.present.has(Field::ContentLength);
             self.persists &= persists(head.version, head.connection, &head.fields, head.present)
@@ -202,13 +209,35 @@ impl Line {
         }))
     }
 
-    /// Takes note of what comes without being asked for: its end, or what makes it useless. Tickets are neither.
-    pub(super) fn listen(&mut self) {
-        if let Some(io) = &mut self.io {
+    /// Takes note of what has come although nothing was asked for, as far as the worker has been told of it: costs no
+    /// system call where it has not.
+    pub(super) fn listen(&mut self) -> Idle {
+        let mut idle = Idle::of_bytes(self.intake.unread());
+        if idle == Idle::Quiet {
+            let Some(io) = &mut self.io else { return Idle::Closed };
             // Not to wait for the task's next turn, which says nothing of what has come.
             let more = unconstrained(poll_fn(|cx| self.intake.poll_more(io, cx, 0)));
-            self.persists &= pin!(more).poll(&mut Context::from_waker(Waker::noop())).is_pending();
+            idle = match pin!(more).poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Pending => Idle::Quiet,
+                Poll::Ready(Ok(1..)) => Idle::of_bytes(self.intake.unread()),
+                Poll::Ready(_) => Idle::Closed,
+            };
         }
+        self.persists &= idle == Idle::Quiet;
+        idle
+    }
+
+    /// The same, but the kernel is asked.
+    pub(super) fn look(&mut self) -> Idle {
+        let idle = self.io.as_mut().map_or(Idle::Closed, UpstreamIo::look);
+        self.persists &= idle == Idle::Quiet;
+        idle
+    }
+
+    /// Whether a connection that carried an exchange before has not taken a byte of the present request. Nothing that
+    /// comes on it can be a response to that.
+    pub(super) const fn is_untouched(&self) -> bool {
+        self.reused && !self.sent
     }
 }
 

@@ -7,21 +7,25 @@ use http::{
 use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::aws_lc_rs};
 use rustls_pki_types::{PrivateKeyDer, ServerName};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, duplex},
     net::{TcpSocket, TcpStream},
-    task::LocalSet,
+    task::{
+        LocalSet,
+        coop::{consume_budget, has_budget_remaining},
+    },
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, server::TlsStream};
 
 use super::*;
 use crate::{
+    config::PoolIdle,
     http1::framing::Framing,
     proxy::{
         body::{CallerBody, Replay},
         connection::Link,
         progress::Progress,
     },
-    upstream::guards::Guards,
+    upstream::{connect::TcpLimits, guards::Guards, http2::PingSettings, idle_connections::IdleConnections},
 };
 
 /// More than the system takes of a narrow connection, and less than TLS keeps for it.
@@ -79,10 +83,12 @@ async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1 {
         tcp,
         keep_spelling: false,
         retire_at: None,
+        lifts_user_timeout: true,
         proof: None,
         slot: slot.opened(crate::telemetry::metrics::Tls::None),
     };
-    Http1 { opened: Rc::new(opened), idle_since: Instant::now(), told: None }
+    let now = Instant::now();
+    Http1 { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None }
 }
 
 /// Sends `GET /`; returns the answer's head, and which interim ones came before it.
@@ -131,7 +137,7 @@ async fn a_connection_carries_one_exchange_after_the_other() {
         let ((answered, interim), ()) = tokio::join!(get(&mut connection), answers);
         assert_eq!((answered.unwrap().status, interim), (StatusCode::OK, vec![103]));
         assert_eq!(body(&mut connection).await.unwrap(), b"hello");
-        assert!(connection.rest(Instant::now()) && !connection.is_closed());
+        assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
     }
 }
 
@@ -150,7 +156,7 @@ async fn a_connection_that_is_not_clean_is_not_used_again() {
         peer.write_all(answer.as_bytes()).await.unwrap();
         get(&mut connection).await.0.unwrap();
         assert_eq!(body(&mut connection).await.unwrap(), b"ok");
-        assert!(!connection.rest(Instant::now()), "{why}");
+        assert_ne!(connection.rest(false, Instant::now()), Rest::Reusable, "{why}");
     }
 }
 
@@ -179,20 +185,218 @@ async fn an_end_without_an_answer_is_told_from_one_in_its_middle() {
 
 #[tokio::test]
 async fn what_comes_unasked_closes_an_idle_connection() {
-    for unasked in [&b"HTTP/1.1 408 Request Timeout\r\n\r\n"[..], b""] {
+    let stray = &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..];
+    let goodbye = &b"HTTP/1.1 408 Request Timeout\r\n\r\n"[..];
+    for (unasked, idle) in [(stray, Idle::Unsolicited), (goodbye, Idle::Closed), (b"", Idle::Closed)] {
         let (mut connection, mut peer) = connection().await;
-        assert!(connection.is_quiet());
-        connection.listen();
-        assert!(!connection.is_closed());
+        assert_eq!([connection.listen(), connection.look()], [Idle::Quiet; 2]);
         peer.write_all(unasked).await.unwrap();
         peer.shutdown().await.unwrap();
-        until(|| !connection.is_quiet()).await;
-        until(|| {
-            connection.listen();
-            connection.is_closed()
-        })
-        .await;
+        until(|| connection.listen() != Idle::Quiet).await;
+        assert_eq!((connection.listen(), connection.is_closed()), (idle, true));
     }
+}
+
+/// A worker that has not polled epoll since bytes came does not know of them. The kernel does.
+#[tokio::test]
+async fn the_look_before_reuse_sees_what_the_worker_was_not_told() {
+    for (unasked, idle) in [(&b"stray bytes"[..], Idle::Unsolicited), (b"", Idle::Closed)] {
+        let (mut connection, peer) = connection().await;
+        assert_eq!(connection.listen(), Idle::Quiet);
+        // No turn of the runtime in between.
+        peer.try_write(unasked).unwrap();
+        if unasked.is_empty() {
+            drop(peer);
+        }
+        assert_eq!(connection.listen(), Idle::Quiet, "it was not told");
+        assert_eq!((connection.look(), connection.is_closed()), (idle, true));
+    }
+}
+
+/// By TLS more comes than what is for us: tickets ask for nothing.
+#[tokio::test]
+async fn the_look_before_reuse_reads_tls() {
+    let (mut connection, mut peer) = narrow_tls().await;
+    // The tickets that followed the handshake.
+    assert_eq!(connection.look(), Idle::Quiet);
+    peer.write_all(b"stray bytes").await.unwrap();
+    until(|| connection.look() == Idle::Unsolicited).await;
+    assert!(connection.is_closed());
+
+    let (mut connection, mut peer) = narrow_tls().await;
+    peer.shutdown().await.unwrap();
+    until(|| connection.look() == Idle::Closed).await;
+}
+
+/// The pool's look is worth nothing any more when the request is written in a later turn.
+#[tokio::test]
+async fn a_write_that_had_to_wait_is_preceded_by_another_look() {
+    let (mut connection, mut peer) = connection().await;
+    peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+    get(&mut connection).await.0.unwrap();
+    assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
+    let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
+    let failed = {
+        let mut sending = pin!(connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()));
+        let first = poll_fn(|cx| {
+            // A task that has had its turn may not write.
+            while has_budget_remaining() {
+                let _ = pin!(consume_budget()).poll(cx);
+            }
+            Poll::Ready(sending.as_mut().poll(cx))
+        });
+        assert!(first.await.is_pending());
+        peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray").await.unwrap();
+        sending.await
+    };
+    assert!(matches!(failed, Err(Error::Closed)), "{failed:?}");
+    assert!(!connection.sent_anything() && !connection.heard_anything(), "it can be sent elsewhere");
+}
+
+/// The body that some services send with a response to HEAD comes right behind it.
+#[tokio::test]
+async fn a_connection_settles_behind_a_response_without_a_body() {
+    for (method, status, settles) in [
+        (Method::HEAD, "200 OK", true),
+        (Method::GET, "204 No Content", true),
+        (Method::GET, "304 Not Modified", true),
+        (Method::GET, "200 OK", false),
+    ] {
+        let (mut connection, mut peer) = connection().await;
+        peer.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").as_bytes()).await.unwrap();
+        let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
+        let head = Head { method: &method, ..head(&target, &fields) };
+        connection.send(head, RequestBody::empty(), |_, _| ()).await.unwrap();
+        let now = Instant::now();
+        assert_eq!(connection.rest(false, now), Rest::Reusable);
+        assert_eq!(connection.reusable_from > now, settles, "{method} {status}");
+        assert_eq!(connection.rest(true, now), Rest::Reusable);
+        assert!(connection.reusable_from > now, "its endpoint is known for it");
+    }
+}
+
+fn plain() -> ConnectionSettings {
+    ConnectionSettings {
+        tcp: TcpLimits::default(),
+        lifts_user_timeout: true,
+        pool_idle: PoolIdle::Auto,
+        header_case: HeaderCase::default(),
+        max_age: None,
+        tls: None,
+        ping: PingSettings { interval: None, timeout: Duration::ZERO },
+        stream_wait: Duration::ZERO,
+    }
+}
+
+/// Each connection has a limit of its own, by what its endpoint said and by the name that it was made for.
+#[tokio::test]
+async fn an_expired_connection_takes_no_other_with_it() {
+    let (idle, begun) = (IdleConnections::default(), Instant::now());
+    let (mut lasting, _peer) = connection().await;
+    lasting.told = Some(Duration::from_secs(60));
+    idle.put_back(lasting, begun);
+    let (short, _peer) = connection().await;
+    idle.put_back(short, begun + Duration::from_secs(1));
+    let popped = idle.pop(&plain(), begun + Duration::from_secs(10)).unwrap();
+    assert_eq!((popped.told, idle.len()), (Some(Duration::from_secs(60)), 0));
+}
+
+#[tokio::test]
+async fn connections_of_an_endpoint_that_sends_stray_bytes_settle() {
+    let (idle, now) = (IdleConnections::default(), Instant::now());
+    let (first, peer) = connection().await;
+    idle.put_back(first, now);
+    peer.try_write(b"stray").unwrap();
+    assert!(idle.pop(&plain(), now).is_none(), "it was looked at");
+    let (second, _peer) = connection().await;
+    idle.put_back(second, now);
+    assert!(idle.pop(&plain(), now).is_none() && idle.len() == 1, "it rests");
+    assert!(idle.pop(&plain(), now + SETTLE).is_some());
+    let later = now + Duration::from_secs(3600);
+    let (third, _peer) = connection().await;
+    idle.put_back(third, later);
+    assert!(idle.pop(&plain(), later).is_some(), "that is forgotten");
+}
+
+/// The kernel ends a connection whose peer takes nothing, by the limit that was set.
+#[tokio::test]
+async fn a_peer_that_acknowledges_nothing_is_given_up() {
+    let far = TcpSocket::new_v4().unwrap();
+    far.set_recv_buffer_size(4096).unwrap();
+    far.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = far.listen(1).unwrap();
+    let limits = TcpLimits { connect: None, user: Some(Duration::from_secs(1)) };
+    let connecting = connect(listener.local_addr().unwrap(), limits, None, Speaks::Http1);
+    let (connected, accepted) = tokio::join!(connecting, listener.accept());
+    let (mut io, _silent) = (connected.unwrap().io, accepted.unwrap());
+    let endless = async { while io.write_all(&[0; 64 * 1024]).await.is_ok() {} };
+    assert!(timeout(Duration::from_secs(20), endless).await.is_ok());
+}
+
+/// A service that gives up waiting for a request says so just as one is sent to it.
+#[tokio::test]
+async fn a_408_on_a_reused_connection_is_no_response() {
+    for (method, reused, delivered) in
+        [(Method::GET, true, false), (Method::GET, false, true), (Method::POST, true, true)]
+    {
+        let (mut connection, mut peer) = connection().await;
+        if reused {
+            peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+            get(&mut connection).await.0.unwrap();
+            assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
+        }
+        let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
+        let head = Head { method: &method, ..head(&target, &fields) };
+        let answered = {
+            let mut sending = pin!(connection.send(head, RequestBody::empty(), |_, _| ()));
+            assert!(poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await.is_pending());
+            let timeout = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+            peer.write_all(timeout).await.unwrap();
+            sending.await
+        };
+        assert_eq!(answered.is_ok(), delivered, "{method}, reused: {reused}");
+        assert!(delivered || connection.sent_anything() && !connection.heard_anything());
+    }
+}
+
+/// A service that refuses an upload and closes, though more of it comes: what it said arrives before the reset.
+#[tokio::test]
+async fn a_response_is_read_although_the_upload_fails() {
+    let exchanges = async {
+        let (connection, peer) = connection().await;
+        refuses_upload(connection, peer).await;
+        let (connection, peer) = narrow_tls().await;
+        refuses_upload(connection, peer).await;
+    };
+    LocalSet::new().run_until(exchanges).await;
+}
+
+async fn refuses_upload(mut connection: Http1, mut peer: impl AsyncWrite + Unpin) {
+    let (mut client, end) = duplex(100);
+    let comes = Link::begin(&Link::new(Box::new(end), Bytes::new()), Framing::Length(4), false);
+    let progress = Rc::new(Progress::new(Instant::now()));
+    let replay = Replay::new(CallerBody::Http1(comes), 0, None, &progress);
+    let (target, fields) = (Uri::from_static("/"), HeaderMap::from_iter([(CONTENT_LENGTH, 4.into())]));
+    client.write_all(b"bo").await.unwrap();
+    let answered = {
+        let body = replay.next_try(None);
+        let mut sending = pin!(connection.send(head(&target, &fields), body, |_, _| ()));
+        assert!(poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await.is_pending());
+        let refusal = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 5\r\n\r\nlarge";
+        peer.write_all(refusal).await.unwrap();
+        peer.flush().await.unwrap();
+        // With a part of the request unread, this is a reset.
+        drop(peer);
+        client.write_all(b"dy").await.unwrap();
+        // The worker has not been told of the response when the write fails.
+        match poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await {
+            Poll::Ready(answered) => answered,
+            Poll::Pending => sending.await,
+        }
+    };
+    assert_eq!(answered.unwrap().status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(body(&mut connection).await.unwrap(), b"large");
+    assert_eq!(connection.rest(false, Instant::now()), Rest::Ends);
 }
 
 #[tokio::test]
@@ -203,7 +407,7 @@ async fn a_body_that_ends_with_its_connection_is_whole() {
     get(&mut connection).await.0.unwrap();
     assert_eq!(connection.length(), None);
     assert_eq!(body(&mut connection).await.unwrap(), b"all of it");
-    assert!(!connection.rest(Instant::now()));
+    assert_eq!(connection.rest(false, Instant::now()), Rest::Ends);
 }
 
 #[tokio::test]
@@ -246,7 +450,7 @@ async fn records_go_out_behind_an_early_answer() {
         let (target, fields, mut got) = (Uri::from_static("/"), long(), Vec::new());
         let answered = connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()).await;
         assert_eq!(answered.unwrap().status, StatusCode::OK);
-        assert!(!connection.rest(Instant::now()), "it is not clean");
+        assert_eq!(connection.rest(false, Instant::now()), Rest::Ends, "it is not clean");
         drop(connection);
         while !got.ends_with(b"\r\n\r\n") {
             assert_ne!(peer.read_buf(&mut got).await.unwrap_or(0), 0, "cut after {} bytes", got.len());
@@ -265,12 +469,12 @@ async fn a_head_that_breaks_off_counts_as_sent() {
         if !begun {
             // With a reset: otherwise the system takes what goes nowhere.
             peer.take().unwrap().set_zero_linger().unwrap();
-            until(|| !connection.is_quiet()).await;
+            until(|| connection.look() != Idle::Quiet).await;
         }
         let failed = {
             let mut sending = pin!(connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()));
             let first = poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await;
-            assert_eq!(first.is_pending(), begun, "the system takes a part of it");
+            assert!(!begun || first.is_pending(), "the system takes a part of it");
             drop(peer);
             match first {
                 Poll::Ready(answered) => answered,

@@ -237,7 +237,8 @@ mod tests {
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
         let pool = &endpoint.pool.h2;
         let settings = ConnectionSettings {
-            connect_timeout: None,
+            tcp: crate::upstream::connect::TcpLimits::default(),
+            lifts_user_timeout: true,
             pool_idle: PoolIdle::Auto,
             header_case: HeaderCase::default(),
             max_age: None,

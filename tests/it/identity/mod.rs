@@ -1,5 +1,6 @@
 //! Mutual TLS: between two sidecars, with the TLS of others, with certificates that are wrong, and while they change.
 
+mod expired;
 mod interop;
 mod pairs;
 mod refused;

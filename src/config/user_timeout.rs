@@ -1,0 +1,77 @@
+//! `tcp_user_timeout`: when the kernel gives up on a connection whose peer acknowledges nothing.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use super::{Policy, Upstream};
+use crate::{identity::handshake::Speaks, text_value, units::HumanDuration};
+
+/// Over HTTP/2 a peer reads at all times, however slow its streams are.
+const HTTP2: Duration = Duration::from_secs(30);
+
+/// `upstream.tcp_user_timeout`
+///
+/// The kernel also ends connections whose peer is alive but takes nothing for that long (a closed window). Over HTTP/1.1, where
+/// a slow peer may do so in the middle of an upload, the default therefore is what may stand still anyway.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub enum UserTimeout {
+    /// HTTP/2: 30 s; HTTP/1.1: `idle_timeout`; tunnels: `tunnel_idle_timeout`.
+    #[default]
+    Auto,
+    Fixed(HumanDuration),
+}
+
+impl UserTimeout {
+    fn limit(self, policy: &Policy, speaks: Speaks) -> Option<Duration> {
+        match (self, speaks) {
+            (Self::Fixed(limit), _) => limit.limit(),
+            (Self::Auto, Speaks::H2) => Some(HTTP2),
+            (Self::Auto, Speaks::Http1) => policy.idle_timeout.limit(),
+            (Self::Auto, Speaks::Bytes | Speaks::ByteStream) => policy.tunnel_idle_timeout.limit(),
+        }
+    }
+}
+
+impl Upstream {
+    /// What TCP_USER_TIMEOUT is on a connection to this upstream. None: the kernel's default.
+    pub fn user_timeout(&self, speaks: Speaks) -> Option<Duration> {
+        self.tcp_user_timeout.limit(&self.policy, speaks)
+    }
+}
+
+impl FromStr for UserTimeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Fixed) }
+    }
+}
+
+impl fmt::Display for UserTimeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Fixed(duration) => duration.fmt(f),
+        }
+    }
+}
+
+text_value!(UserTimeout, "UserTimeout", "\"auto\" or a duration");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_peer_is_given_up_no_sooner_than_the_policy_says() {
+        let policy = Policy::default();
+        let limits = |text: &str| {
+            let timeout: UserTimeout = text.parse().expect("a timeout");
+            [Speaks::H2, Speaks::Http1, Speaks::Bytes].map(|speaks| timeout.limit(&policy, speaks))
+        };
+        let seconds = |count| Some(Duration::from_secs(count));
+        assert_eq!(limits("auto"), [seconds(30), seconds(300), seconds(3600)]);
+        assert_eq!(limits("20s"), [seconds(20); 3]);
+        assert_eq!(limits("0s"), [None; 3]);
+        assert!("soon".parse::<UserTimeout>().is_err());
+    }
+}
