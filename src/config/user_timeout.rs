@@ -55,7 +55,12 @@ impl fmt::Display for UserTimeout {
     }
 }
 
-text_value!(UserTimeout, "UserTimeout", "\"auto\" or a duration");
+text_value!(
+    UserTimeout,
+    "UserTimeout",
+    "\"auto\" or a duration",
+    r"auto|\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"
+);
 
 #[cfg(test)]
 mod tests {
