@@ -372,6 +372,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("upstream.server_name", With("upstream.tls")),
         ("upstream.ca", With("upstream.tls")),
         ("upstream.identity", With("upstream.tls")),
+        ("upstream.min_tls", By("identity::expired::")),
         (
             "upstream.balance",
             case(
@@ -412,6 +413,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ),
         ("upstream.pool_idle_timeout", With("upstream.header_case")),
         ("upstream.max_connection_age", With("upstream.header_case")),
+        ("upstream.tcp_user_timeout", With("upstream.header_case")),
         ("upstream.oauth2", By("authorize::oauth2::")),
         ("upstream.oauth2.token_url", By("authorize::oauth2::")),
         ("upstream.oauth2.client_id", By("authorize::oauth2::")),

@@ -172,6 +172,7 @@ fn texts_have_a_pattern_in_the_schema() {
         "Network",
         "Balance",
         "PoolIdle",
+        "UserTimeout",
     ] {
         let pattern = schema["definitions"][name]["pattern"].as_str().unwrap_or_default();
         assert!(pattern.starts_with(r"\$\{|^(?:") && pattern.ends_with('$'), "{name}: {pattern}");
