@@ -113,7 +113,8 @@ async fn dial_allowed(
     loop {
         let endpoint = pick(connection, to, &endpoints, &tried, None)?;
         allowed(endpoints[endpoint].address())?;
-        let connected = connect(endpoints[endpoint].address(), limits, tls.as_ref(), Speaks::ByteStream).await;
+        let connected =
+            connect(endpoints[endpoint].address(), limits, tls.as_ref(), Speaks::ByteStream).await;
         match connected {
             Ok(connected) => {
                 let slot = slot.opened(connected.protection());
