@@ -49,7 +49,7 @@ pub struct Service {
 pub struct Runtime {
     /// Threads of the data plane, 1 to 256; default: the container's CPU limit, rounded up; 1 where there is none.
     pub workers: Option<u16>,
-    /// After SIGTERM, listeners still accept for this long.
+    /// After SIGTERM, listeners still accept for this long, and responses close their connections.
     pub drain_delay: HumanDuration,
     /// Then calls in flight may take this long.
     pub drain_timeout: HumanDuration,

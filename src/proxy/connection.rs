@@ -8,13 +8,13 @@ mod tls;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    future::Future,
+    future::{Future, poll_fn},
     io,
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
     sync::{Arc, atomic::Ordering},
-    task,
+    task::{self, Poll},
     time::Duration,
 };
 
@@ -40,7 +40,7 @@ use super::{
 use crate::{
     config::{HostPort, Mtls, Protocol},
     identity::{Peer, SpiffeId, xfcc},
-    runtime::{Phase, Worker, connections, drain_phase},
+    runtime::{Phase, Worker, announce_phase, connections, drain_phase},
     telemetry::metrics::{Awaited, Detected},
 };
 
@@ -90,6 +90,8 @@ pub struct Connection {
     /// Streams that HTTP/2 carries now.
     streams: Cell<u32>,
     http2: Cell<bool>,
+    /// A request has come by HTTP/2.
+    has_served: Cell<bool>,
     /// Asked to leave: answers tell the caller so.
     leaving: Cell<bool>,
     /// Since when nothing is under way.
@@ -174,6 +176,7 @@ impl Connection {
             handover: RefCell::default(),
             streams: Cell::default(),
             http2: Cell::default(),
+            has_served: Cell::default(),
             leaving: Cell::default(),
             idle_since: Cell::new(Instant::now()),
         })
@@ -247,35 +250,63 @@ impl Connection {
 
     /// Waits until this connection is to be closed where nothing is under way on it.
     ///
-    /// HTTP/2 says GOAWAY and loses nothing. On HTTP/1 a request may be on its way just now: for a while it is still
-    /// answered, with `Connection: close`.
+    /// From the announcement of the drain on, responses tell the client to close. HTTP/2 says GOAWAY and loses nothing. An
+    /// HTTP/1 connection that is kept open serves on until its side drains; a request may be on its way even then, and is
+    /// still answered for a while.
     async fn closing(&self) {
-        self.asked_to_leave().await;
+        let announced = announce_phase(&self.side);
+        let accepted_late = *self.worker.shared.phase.borrow() >= announced;
+        let trusted = self.asked_to_leave(announced).await;
         self.leaving.set(true);
-        if !self.http2.get() {
-            sleep(LAST_CALL).await;
+        if self.http2.get() {
+            if trusted && accepted_late {
+                Box::pin(self.served_or_draining()).await;
+            }
+            return;
+        }
+        if trusted {
+            Box::pin(self.reached(drain_phase(&self.side))).await;
+        }
+        sleep(LAST_CALL).await;
+    }
+
+    /// Waits until clients of this side are told to leave, or the peer is not trusted any more; false where it is not.
+    async fn asked_to_leave(&self, announced: Phase) -> bool {
+        if self.refused_plaintext.get() {
+            return false;
+        }
+        let announced = self.reached(announced);
+        match &self.presented {
+            None if self.side == Side::Inbound => tokio::select! {
+                () = announced => true,
+                () = Box::pin(self.identity_required()) => false,
+            },
+            None => {
+                announced.await;
+                true
+            }
+            Some(chain) => tokio::select! {
+                () = announced => true,
+                () = Box::pin(self.distrusted(chain)) => false,
+            },
         }
     }
 
-    /// Waits until connections of this side are asked to leave.
-    async fn asked_to_leave(&self) {
-        if self.refused_plaintext.get() {
-            return;
-        }
-        let drains_at = drain_phase(&self.side);
+    /// Waits until the process has come to a phase.
+    async fn reached(&self, wanted: Phase) {
         let mut phase = self.worker.shared.phase.subscribe();
         // The sender lives as long as the worker.
-        let drained = phase.wait_for(|phase: &Phase| *phase >= drains_at);
-        match &self.presented {
-            None if self.side == Side::Inbound => tokio::select! {
-                _ = drained => {}
-                () = Box::pin(self.identity_required()) => {}
-            },
-            None => drop(drained.await),
-            Some(chain) => tokio::select! {
-                _ = drained => {}
-                () = Box::pin(self.distrusted(chain)) => {}
-            },
+        let _ = phase.wait_for(|phase: &Phase| *phase >= wanted).await;
+    }
+
+    /// A client that connects while the drain is announced may wait for SETTINGS before it sends a request. GOAWAY right
+    /// behind them would make it connect again and again; so it comes behind the first request. [`Leaving`] polls this
+    /// whenever the connection is polled.
+    async fn served_or_draining(&self) {
+        let served = poll_fn(|_| if self.has_served.get() { Poll::Ready(()) } else { Poll::Pending });
+        tokio::select! {
+            () = served => {}
+            () = self.reached(drain_phase(&self.side)) => {}
         }
     }
 

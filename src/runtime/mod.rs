@@ -18,7 +18,7 @@ mod workers;
 
 pub use snapshot::{Cluster, Snapshot, inbound_settings};
 pub use view::{LocalCluster, View, Whom};
-pub use workers::{Worker, connections, drain_phase};
+pub use workers::{Worker, announce_phase, connections, drain_phase};
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -87,7 +87,7 @@ const TICK: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     Running,
-    /// Not ready any more, still accepting: callers hear late that it leaves.
+    /// Not ready any more, still accepting: clients learn late that it leaves. Each response tells them to reconnect elsewhere.
     Leaving,
     /// Inbound connections finish what is in flight; outbound goes on.
     DrainingInbound,

@@ -370,6 +370,15 @@ where
     tasks
 }
 
+/// From which phase on clients of a side are told to go elsewhere: responses say `Connection: close`, HTTP/2 gets GOAWAY.
+/// Only inbound has clients that can: the service has no other sidecar.
+pub fn announce_phase(side: &Side) -> Phase {
+    match side {
+        Side::Inbound => Phase::Leaving,
+        Side::Outbound | Side::Upstream(_) => Phase::DrainingAll,
+    }
+}
+
 /// From which phase on connections of a side are asked to leave.
 pub fn drain_phase(side: &Side) -> Phase {
     match side {

@@ -17,6 +17,7 @@ mod commands;
 mod config_changes;
 mod connections;
 mod curl;
+mod drain;
 mod early_responses;
 mod edges;
 mod endpoints;

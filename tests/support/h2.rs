@@ -204,6 +204,16 @@ impl H2Client {
         }
     }
 
+    /// Reads until GOAWAY comes; its code.
+    pub fn goaway(&mut self) -> Result<u32, End> {
+        loop {
+            let frame = self.next()?;
+            if frame.kind == GOAWAY {
+                return Ok(code(&frame.payload, 4));
+            }
+        }
+    }
+
     /// A request that must be answered with 200.
     #[track_caller]
     pub fn must_get(&mut self, stream: u32, path: &str) {

@@ -73,6 +73,7 @@ impl Session {
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
     ) {
+        self.connection.has_served.set(true);
         let now = Instant::now();
         if respond.poll_reset(cx).is_ready() {
             // Taken back before anybody has looked at it.

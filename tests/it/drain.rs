@@ -1,0 +1,209 @@
+//! The drain, as clients without a sidecar see it: they keep connections, and know of a service's end only what responses say.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::{
+    kubernetes::{outrigger, values},
+    support::{
+        Launch, Proxy, RawClient, Upstream, eventually,
+        h2::{self, H2Client},
+        strict::Message,
+        text,
+    },
+};
+
+const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
+
+fn is_ready(proxy: &Proxy) -> bool {
+    let mut client = RawClient::connect(proxy.admin());
+    client.ask("GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").status() == 200
+}
+
+/// A sidecar whose drain takes as long as the test.
+fn draining(server: &Upstream) -> Proxy {
+    Proxy::start(format!(
+        "[runtime]\ndrain_delay = \"2m\"\n[inbound]\nforward_to = \"{}\"\n",
+        server.address()
+    ))
+}
+
+fn is_told_to_close(answer: &Message) -> bool {
+    assert_eq!(answer.status(), 200, "{answer:?}");
+    answer.field("connection") == Some("close")
+}
+
+#[test]
+fn responses_say_close_from_the_signal_on_and_connections_are_still_accepted() {
+    let server = Upstream::http1(|_| async { text("ok") });
+    let proxy = draining(&server);
+    let mut kept: Vec<RawClient> = (0..3).map(|_| RawClient::connect(proxy.inbound())).collect();
+    for client in &mut kept {
+        assert!(!is_told_to_close(&client.ask(GET)));
+    }
+    proxy.signal("TERM");
+    eventually("/ready to fail", || !is_ready(&proxy));
+    for client in &mut kept {
+        assert!(is_told_to_close(&client.ask(GET)), "a connection that was kept");
+        assert!(client.read_to_close().0.is_empty(), "it is closed behind the response");
+    }
+    for _ in 0..3 {
+        assert!(is_told_to_close(&RawClient::connect(proxy.inbound()).ask(GET)), "one that comes meanwhile");
+    }
+    // The service's own requests are not concerned.
+    let named = format!("GET http://{}/ HTTP/1.1\r\nHost: a\r\n\r\n", server.address());
+    assert!(!is_told_to_close(&RawClient::connect(proxy.outbound()).ask(named)));
+}
+
+#[test]
+fn a_kept_connection_that_is_idle_serves_its_request_during_the_delay() {
+    let server = Upstream::http1(|_| async { text("ok") });
+    let proxy = draining(&server);
+    let mut idle = RawClient::connect(proxy.inbound());
+    idle.ask(GET);
+    proxy.signal("TERM");
+    eventually("/ready to fail", || !is_ready(&proxy));
+    // Longer than a connection is kept where the listener has closed.
+    let still_there = Instant::now();
+    eventually("a while", || still_there.elapsed() > Duration::from_millis(1500));
+    assert!(is_told_to_close(&idle.ask(GET)));
+}
+
+#[test]
+fn http2_gets_goaway_at_once_and_a_new_connection_after_its_first_request() {
+    let server = Upstream::h2c(|_| async { text("ok") });
+    let proxy = draining(&server);
+    let mut kept = H2Client::connect(proxy.inbound());
+    kept.must_get(1, "/");
+    proxy.signal("TERM");
+    assert_eq!(kept.goaway(), Ok(0), "no error");
+    kept.must_get(3, "/");
+
+    // A client that waits for SETTINGS sends its request then, as nothing tells it to go.
+    let mut late = H2Client::connect(proxy.inbound());
+    loop {
+        let frame = late.next().expect("a frame");
+        assert_ne!(frame.kind, h2::GOAWAY, "before the first request");
+        if frame.kind == h2::SETTINGS && frame.flags & h2::ACK != 0 {
+            break;
+        }
+    }
+    late.headers(1, &h2::get("/"), true);
+    assert_eq!(late.goaway(), Ok(0), "no error");
+}
+
+/// A pod: a service, and its sidecar.
+struct Replica {
+    service: Upstream,
+    sidecar: Proxy,
+}
+
+/// What the kubelet knows of a pod that `inject` made.
+struct Pod {
+    drain_delay: Duration,
+    pre_stop: Duration,
+}
+
+impl Pod {
+    fn injected() -> Self {
+        let pod = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations:\n    outrigger.dev/drain-delay: 1s\nspec:\n  containers:\n  - name: app\n    image: a:1\n";
+        let output = outrigger(&["inject"], pod);
+        let pod: Value = values(&String::from_utf8_lossy(&output.stdout)).remove(0);
+        let sleep = &pod["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"];
+        Self {
+            drain_delay: Duration::from_secs(1),
+            pre_stop: Duration::from_secs(sleep.as_u64().expect("seconds")),
+        }
+    }
+}
+
+impl Replica {
+    fn start(pod: &Pod) -> Self {
+        let service = Upstream::http1(|_| async { text("ok") });
+        let config = format!(
+            "[runtime]\ndrain_delay = \"{}ms\"\ndrain_timeout = \"20s\"\n[inbound]\nforward_to = \"{}\"\n",
+            pod.drain_delay.as_millis(),
+            service.address()
+        );
+        Self { service, sidecar: Launch::new(config).start() }
+    }
+
+    /// As the kubelet ends a pod: all hooks at once, the service when its own is over, then the sidecar.
+    fn end(mut self, pod: &Pod) {
+        let admin = self.sidecar.admin().to_string();
+        let began = Instant::now();
+        let drain = outrigger(&["drain", "--admin", &admin], "");
+        assert!(drain.status.success(), "{}", String::from_utf8_lossy(&drain.stderr));
+        thread::sleep(pod.pre_stop.saturating_sub(began.elapsed()));
+        drop(self.service);
+        self.sidecar.signal("TERM");
+        assert_eq!(self.sidecar.wait().code(), Some(0), "{}", self.sidecar.stderr());
+    }
+}
+
+/// Clients keep a connection for as long as they are let, and forgive nothing: they send POST once. New connections go to the
+/// pods that are known, which they hear of late.
+#[test]
+fn rollouts_lose_no_request_of_clients_that_keep_connections() {
+    const REPLICAS: usize = 3;
+    const CLIENTS: usize = 12;
+    const ROLLOUTS: usize = 3;
+    const LATE: Duration = Duration::from_millis(500);
+    const PAUSE: Duration = Duration::from_millis(20);
+    let pod = Pod::injected();
+    assert!(pod.pre_stop > pod.drain_delay);
+    let mut replicas: Vec<Replica> = (0..REPLICAS).map(|_| Replica::start(&pod)).collect();
+    let addresses =
+        |replicas: &[Replica]| replicas.iter().map(|one| one.sidecar.inbound()).collect::<Vec<_>>();
+    let known = Arc::new(Mutex::new(addresses(&replicas)));
+    let (done, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let failures = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for number in 0..CLIENTS {
+            let (known, done, sent, failures) = (&known, &done, &sent, &failures);
+            scope.spawn(move || {
+                let mut connection: Option<RawClient> = None;
+                while !done.load(Ordering::Relaxed) {
+                    let pick = || {
+                        let known = known.lock().expect("no panic");
+                        known[(number + sent.load(Ordering::Relaxed)) % known.len()]
+                    };
+                    let mut client = connection.take().unwrap_or_else(|| RawClient::connect(pick()));
+                    client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi");
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    match client.response() {
+                        Ok(Some(answer)) if answer.status() == 200 => {
+                            if answer.field("connection") != Some("close") {
+                                connection = Some(client);
+                            }
+                        }
+                        other => failures.lock().expect("no panic").push(format!("{other:?}")),
+                    }
+                    thread::sleep(PAUSE);
+                }
+            });
+        }
+        for _ in 0..ROLLOUTS {
+            let old = std::mem::replace(&mut replicas, (0..REPLICAS).map(|_| Replica::start(&pod)).collect());
+            thread::scope(|ending| {
+                for replica in old {
+                    ending.spawn(|| replica.end(&pod));
+                }
+                thread::sleep(LATE);
+                *known.lock().expect("no panic") = addresses(&replicas);
+            });
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let (failures, sent) = (failures.into_inner().expect("no panic"), sent.into_inner());
+    assert!(sent > 2000, "only {sent} requests");
+    assert!(failures.is_empty(), "{} of {sent} failed: {:?}", failures.len(), failures.first());
+}
