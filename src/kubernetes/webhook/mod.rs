@@ -35,7 +35,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tower::{ServiceBuilder, service_fn};
@@ -63,11 +63,15 @@ const WINDOW: u32 = 64 << 10;
 const CONNECTIONS: usize = 128;
 /// Calls at a time on one of them, over HTTP/2; the answers to callers that do not read are held.
 const STREAMS: u32 = 4;
-/// To shake hands, to send a header, to answer: the API server waits 10 s unless told otherwise.
+/// To shake hands, to answer: the API server waits 10 s unless told otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// To send a header, and between requests. An API server closes a connection that was idle for 90 s. It must be the one to
+/// close: a review that it sends while we close is lost to it (`EOF`), and with it the pod. Who sends slowly gives way.
+const IDLE: Duration = Duration::from_secs(120);
 /// Then a connection is asked to end, so that after a scale-up all replicas get their share.
 const CONNECTION_AGE: Duration = Duration::from_secs(300);
-/// After SIGTERM callers still come: it takes as long until all API servers know.
+/// After SIGTERM callers still come: it takes as long until all API servers know. Each response then closes its connection, so
+/// that those which are in use are gone when this is over.
 const LEAVING: Duration = Duration::from_secs(5);
 /// After accept failed, e.g. for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -137,7 +141,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
         Some(path) => Some(watch_defaults(path, Arc::clone(&known)).map_err(WebhookError::Watch)?),
         None => None,
     };
-    let (leave, leaving) = watch::channel(false);
+    let (leave, leaving) = watch::channel(Phase::Serving);
     let mut tasks = JoinSet::new();
     for listener in listeners {
         tasks.spawn(accept_all(listener, Arc::clone(&acceptor), Arc::clone(&known), leaving.clone()));
@@ -145,8 +149,9 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     tracing::info!(listen = %bound.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "), "the webhook is up");
     stop.await;
     tracing::info!("leaving: calls are still answered for {} s", LEAVING.as_secs());
+    leave.send_replace(Phase::Leaving);
     sleep(LEAVING).await;
-    leave.send_replace(true);
+    leave.send_replace(Phase::Closing);
     let all = async { while tasks.join_next().await.is_some() {} };
     if timeout(PATIENCE, all).await.is_err() {
         tracing::warn!("calls were still open");
@@ -183,10 +188,20 @@ fn watch_defaults(path: PathBuf, known: Arc<Known>) -> io::Result<crate::watch::
     })
 }
 
+/// How far it is on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Serving,
+    /// Still accepting; connections end with the next response.
+    Leaving,
+    /// Connections end.
+    Closing,
+}
+
 type Tls = Arc<ArcSwap<rustls::ServerConfig>>;
 
 /// Accepts until it is time to leave, and then waits for what it has accepted.
-async fn accept_all(listener: TcpListener, tls: Tls, known: Arc<Known>, mut leaving: watch::Receiver<bool>) {
+async fn accept_all(listener: TcpListener, tls: Tls, known: Arc<Known>, mut leaving: watch::Receiver<Phase>) {
     let places = Arc::new(Places::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -198,7 +213,7 @@ async fn accept_all(listener: TcpListener, tls: Tls, known: Arc<Known>, mut leav
                 let _ = stream.set_nodelay(true);
                 Ok::<_, io::Error>((stream, places.enter().await))
             } => accepted,
-            _ = leaving.wait_for(|leaving| *leaving) => break,
+            _ = leaving.wait_for(|phase| *phase == Phase::Closing) => break,
         };
         match accepted {
             Ok((stream, place)) => {
@@ -226,27 +241,38 @@ async fn connection(
     acceptor: TlsAcceptor,
     known: Arc<Known>,
     place: Arc<Place>,
-    mut leaving: watch::Receiver<bool>,
+    mut leaving: watch::Receiver<Phase>,
 ) {
+    let began = Instant::now();
     let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!(%error, "no TLS handshake"),
         Err(_) => return tracing::debug!("the TLS handshake took too long"),
     };
     let h2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_H2);
+    let phase = leaving.clone();
     let service = ServiceBuilder::new()
         .layer(CatchPanicLayer::new())
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, PATIENCE))
         .layer(RequestBodyLimitLayer::new(BODY))
         .service(service_fn(move |request: Request<tower_http::body::Limited<Incoming>>| {
             let (known, place) = (Arc::clone(&known), Arc::clone(&place));
-            async move { Ok::<_, Infallible>(reply(request, &known, &place).await) }
+            let last = !h2 && (*phase.borrow() >= Phase::Leaving || began.elapsed() >= CONNECTION_AGE);
+            async move {
+                let mut answer = reply(request, &known, &place).await;
+                if last {
+                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(answer)
+            }
         }));
     let (service, io) = (TowerToHyperService::new(service), TokioIo::new(stream));
     let ends = async {
+        // GOAWAY loses nothing. Over HTTP/1 the next response says close; one that is idle ends with the process.
+        let at = if h2 { Phase::Leaving } else { Phase::Closing };
         tokio::select! {
-            () = sleep(CONNECTION_AGE) => {}
-            _ = leaving.wait_for(|leaving| *leaving) => {}
+            () = sleep(CONNECTION_AGE), if h2 => {}
+            _ = leaving.wait_for(|phase| *phase >= at) => {}
         }
     };
     // Both kinds of connection end in the same way: what is being answered is, then no more.
@@ -276,7 +302,7 @@ async fn connection(
         serve!(
             http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(PATIENCE)
+                .header_read_timeout(IDLE)
                 .max_buf_size(16 << 10)
                 .serve_connection(io, service)
         )

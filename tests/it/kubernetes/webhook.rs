@@ -366,6 +366,36 @@ fn new_certificates_and_defaults_are_used_and_broken_ones_are_not() {
     assert_eq!(image(), "r.example/o:3");
 }
 
+/// An API server keeps connections. One that is closed while a review is on its way loses the review (`EOF`).
+#[test]
+fn a_webhook_that_ends_has_its_clients_close_and_closes_none_before() {
+    let pki = pki();
+    let webhook = Webhook::start(&pki, &[]);
+    let request = "GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n";
+    let mut kept: Vec<TlsSocket> =
+        (0..3).map(|_| TlsCaller::new(None, &["http/1.1"]).connect(webhook.address)).collect();
+    let ask = |stream: &mut TlsSocket| {
+        stream.write_all(request.as_bytes()).expect("it is open");
+        let mut answer = String::new();
+        while !answer.contains("\r\n\r\nok\n") {
+            let mut part = [0; 1024];
+            let count = stream.read(&mut part).expect("an answer");
+            assert_ne!(count, 0, "it was closed: {answer}");
+            answer += &String::from_utf8_lossy(&part[..count]);
+        }
+        answer.to_ascii_lowercase()
+    };
+    for stream in &mut kept {
+        assert!(!ask(stream).contains("connection: close"));
+    }
+    signal(webhook.daemon.pid(), "TERM");
+    webhook.daemon.wait_for_output("leaving");
+    for stream in &mut kept {
+        assert!(ask(stream).contains("connection: close"));
+    }
+    assert_eq!(webhook.say("GET /healthz", "").0, 200, "new ones are still accepted");
+}
+
 #[test]
 fn what_it_cannot_begin_with_is_named() {
     let pki = pki();
