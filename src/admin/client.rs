@@ -42,6 +42,10 @@ pub enum ClientError {
     Slow { address: String },
     #[error("what answers at {address} is no sidecar's admin server: {reason}")]
     Strange { address: String, reason: String },
+    #[error(
+        "nothing accepts connections at {service}, where the service is said to listen (--app, [inbound] forward_to)"
+    )]
+    NoService { service: String },
     #[error("refused by {address}: {reason}")]
     Refused { address: String, reason: String },
     #[error("{source}; name the file by --token-file (the sidecar's log and its ready file say where it is)")]

@@ -45,6 +45,9 @@ pub struct Status {
     /// Why it is not ready, where it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<String>,
+    /// Whether the service listens; none where the sidecar was not told of one (`run -- CMD`, `--app`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_port: Option<ServicePortStatus>,
     pub config: ConfigStatus,
     pub listeners: Listeners,
     /// Who this service is; none where it has no certificate to be.
@@ -132,6 +135,15 @@ pub struct Listeners {
     /// Where the token is that changes need.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
+}
+
+/// The port of the service beside this sidecar.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePortStatus {
+    /// `inbound.forward_to`.
+    pub address: String,
+    /// It has accepted a connection since the start.
+    pub accepts: bool,
 }
 
 /// The certificate of this service.
@@ -255,6 +267,10 @@ impl Status {
             phase: phase_word(control.phase()).to_owned(),
             ready: not_ready.is_none(),
             not_ready: not_ready.map(ToOwned::to_owned),
+            service_port: control.service_port.accepts().map(|accepts| ServicePortStatus {
+                address: snapshot.config.inbound.forward_to.to_string(),
+                accepts,
+            }),
             config: ConfigStatus {
                 files: reloads.files,
                 loaded_seconds_ago: reloads.loaded.elapsed().as_secs(),

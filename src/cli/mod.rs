@@ -7,6 +7,7 @@ mod completions;
 mod config;
 mod demo;
 mod drain;
+mod exec_service;
 mod explain;
 pub mod files;
 mod inject;
@@ -57,6 +58,8 @@ enum Command {
     Set(set::SetArgs),
     Drain(drain::DrainArgs),
     Reload(reload::ReloadArgs),
+    #[command(hide = true)]
+    ExecService(exec_service::ExecServiceArgs),
     Redirect(redirect::RedirectArgs),
     Inject(inject::InjectArgs),
     Webhook(webhook::WebhookArgs),
@@ -94,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Set(args) => set::run(args),
         Command::Drain(args) => drain::run(&args),
         Command::Reload(args) => reload::run(&args),
+        Command::ExecService(args) => exec_service::run(&args),
         Command::Redirect(args) => redirect::run(&args),
         Command::Inject(args) => inject::run(&args),
         Command::Webhook(args) => webhook::run(args),

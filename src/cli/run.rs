@@ -12,13 +12,13 @@ use crate::{
     identity::{material::MaterialError, store::Store},
     runtime::{
         self, StartError, cgroup,
-        child::{Child, SpawnError},
+        child::{self, Child, OnOurDeath, SpawnError},
         interception,
         lifecycle::{self, Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
         reload::{Candidate, Change, Read, Reloads},
         service_env,
-        signals::Signals,
+        signals::{self, Signals},
     },
     telemetry::{
         access_log::{AccessLogError, Target},
@@ -43,7 +43,8 @@ Examples:
   outrigger run --ready-file /tmp/ready.json        tells the bound addresses once ready
 
 SIGTERM or SIGINT drains and stops, a second one stops at once, SIGHUP reloads.
-With CMD the exit code is CMD's; 127 where it was not found, 126 where it cannot be run.")]
+With CMD, SIGQUIT and SIGWINCH drain inbound and then go to CMD, SIGUSR1, SIGUSR2, SIGTSTP and SIGCONT go to CMD at once,
+and CMD is killed if the sidecar is (Linux). The exit code is CMD's; 127 where it was not found, 126 where it cannot be run.")]
 pub struct RunArgs {
     #[command(flatten)]
     files: ConfigFiles,
@@ -85,7 +86,7 @@ enum RunError {
     Runtime(#[from] std::io::Error),
     #[error("cannot write the ready file {}: {source}", path.display())]
     ReadyFile { path: PathBuf, source: std::io::Error },
-    #[error("cannot start the service: {0}")]
+    #[error(transparent)]
     Service(#[from] SpawnError),
 }
 
@@ -108,7 +109,12 @@ pub fn run(args: RunArgs) -> ExitCode {
 }
 
 async fn live(args: RunArgs) -> Result<u8, RunError> {
-    let mut signals = Signals::new()?;
+    let service = match (args.command.is_empty(), child::leads_group()) {
+        (true, _) => signals::Service::None,
+        (false, false) => signals::Service::InOurGroup,
+        (false, true) => signals::Service::OwnGroup,
+    };
+    let mut signals = Signals::new(service)?;
     let log = Log::start(args.log_format, &args.log)?;
     match descriptors::raise_limit() {
         Some((from, to)) => tracing::debug!(from, to, "limit of open files raised"),
@@ -129,6 +135,7 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     proxy.shared.calls.write_to(elsewhere);
     proxy.shared.calls.configure(&config.telemetry)?;
     let reloads = Reloads::new(files.clone(), &candidate);
+    let has_service = args.app.is_some() || !args.command.is_empty();
     let (tell, changes) = mpsc::channel(CHANGES);
     let known = Arc::unwrap_or_clone(sources);
     let watcher = config::watch(files, known, config::process_env, move |loaded, reason| {
@@ -140,6 +147,9 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
         interception::watch_over(Arc::clone(&proxy.shared), &proxy.addresses.outbound);
     }
     let control = Control::new(&proxy, log.handle(), reloads);
+    if has_service {
+        control.service_port.watch(&control.shared);
+    }
     let admin = Admin::start(&config.admin, Arc::clone(&control))?;
     let ready = ready(&control, &admin);
     tracing::info!(
@@ -173,7 +183,9 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let child = if args.command.is_empty() {
         None
     } else {
-        Some(Child::spawn(&args.command, service_env::variables(&control.addresses.outbound, &config))?)
+        let variables = service_env::variables(&control.addresses.outbound, &config);
+        // By the main thread, which lives as long as the process.
+        Some(Child::spawn(&args.command, variables, OnOurDeath::Kill)?)
     };
 
     Ok(Lifecycle { proxy, control, child, signals, watcher, changes, at_once: false }.run().await)

@@ -40,7 +40,8 @@ pub struct StatusArgs {
     /// Show it again every two seconds, until Ctrl-C
     #[arg(long)]
     watch: bool,
-    /// Wait until it is ready, at most this long, and show nothing; exits with 1 where it is not
+    /// Wait until it is ready, and under `run -- CMD` or `--app` until the service's port accepts connections; at most this
+    /// long. Shows nothing; exits with 1 where the time is over
     #[arg(long, value_name = "DURATION", conflicts_with_all = ["json", "watch"])]
     wait: Option<HumanDuration>,
 }
@@ -63,16 +64,28 @@ pub fn run(args: &StatusArgs) -> ExitCode {
     })
 }
 
-/// Asks until it is ready; at last, why it is not.
+/// Asks until it is ready and its service listens; at last, why it is not.
 async fn ready(client: &Client, patience: Duration) -> Result<(), ClientError> {
     let deadline = tokio::time::Instant::now() + patience;
     loop {
-        match client.get("/ready").await {
-            Ok(_) => return Ok(()),
+        match is_ready(client).await {
+            Ok(()) => return Ok(()),
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
             Err(_) => tokio::time::sleep(ASK_AGAIN).await,
         }
     }
+}
+
+async fn is_ready(client: &Client) -> Result<(), ClientError> {
+    client.get("/ready").await?;
+    // An older sidecar does not tell.
+    let status: serde_json::Value = serde_json::from_str(&fetch(client, true).await?).unwrap_or_default();
+    let service = &status["service_port"];
+    if service["accepts"] == false {
+        let service = service["address"].as_str().unwrap_or_default().to_owned();
+        return Err(ClientError::NoService { service });
+    }
+    Ok(())
 }
 
 async fn fetch(client: &Client, json: bool) -> Result<String, ClientError> {
@@ -99,6 +112,10 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         "{}: {ready}, up {up} (outrigger {}, pid {})",
         status.service, status.build.version, status.pid
     )?;
+
+    if let Some(port) = status.service_port.as_ref().filter(|port| !port.accepts) {
+        writeln!(out, "service: NOTHING ACCEPTS connections at {} yet", port.address)?;
+    }
 
     let config = &status.config;
     let files: Vec<String> = config.files.iter().map(|file| file.display().to_string()).collect();

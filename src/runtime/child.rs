@@ -4,9 +4,11 @@
 //! orphan too, and must collect those without taking the service's status from anybody.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
+    fs,
     io::{self, ErrorKind, IsTerminal},
-    os::unix::process::CommandExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::Path,
     process::Command,
 };
 
@@ -18,8 +20,16 @@ use tokio::{
 
 use crate::descriptors;
 
+/// The subcommand by which this program becomes the service.
+pub const EXEC_COMMAND: &str = "exec-service";
+/// This program, even where its file has been replaced since.
+#[cfg(target_os = "linux")]
+const OWN_PROGRAM: &str = "/proc/self/exe";
+/// Where programs are where `PATH` is not set, as of `execvp`.
+const DEFAULT_PATH: &str = "/bin:/usr/bin";
+
 /// A running service.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Child {
     pid: Pid,
     /// It leads a process group of its own, so that all it started can be ended with it.
@@ -27,9 +37,19 @@ pub struct Child {
     ended: watch::Receiver<Option<u8>>,
 }
 
+/// What becomes of the service when this process is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnOurDeath {
+    /// The kernel kills it too (Linux). The service is started through this program, whose `main` must know
+    /// [`EXEC_COMMAND`].
+    Kill,
+    /// It lives on.
+    Leave,
+}
+
 /// Why the service could not be started.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: {}", program.to_string_lossy(), explain(source))]
+#[error("cannot start the service: {}: {}", program.to_string_lossy(), explain(source))]
 pub struct SpawnError {
     program: OsString,
     source: io::Error,
@@ -46,6 +66,10 @@ fn explain(error: &io::Error) -> String {
 }
 
 impl SpawnError {
+    pub fn new(program: OsString, source: io::Error) -> Self {
+        Self { program, source }
+    }
+
     /// What a shell would exit with: 127 not found, 126 found but not to be run.
     pub fn exit_code(&self) -> u8 {
         if self.source.kind() == ErrorKind::NotFound { 127 } else { 126 }
@@ -57,16 +81,31 @@ impl Child {
     ///
     /// On a terminal it shares our process group, so that it can read from the terminal and Ctrl-C reaches it as it
     /// would without us. Else it leads a group of its own.
-    pub fn spawn(command: &[OsString], env: Vec<(&'static str, String)>) -> Result<Self, SpawnError> {
+    ///
+    /// With [`OnOurDeath::Kill`] this must be called by a thread that lives as long as the process: the kernel kills the
+    /// service when the thread that started it ends.
+    pub fn spawn(
+        command: &[OsString],
+        env: Vec<(&'static str, String)>,
+        on_our_death: OnOurDeath,
+    ) -> Result<Self, SpawnError> {
         let program = command.first().cloned().unwrap_or_default();
-        let failed = |source| SpawnError { program: program.clone(), source };
-        let leads_group = !io::stdin().is_terminal();
-        let mut command = {
-            let arguments = command.get(1..).unwrap_or_default();
-            let mut built = Command::new(&program);
-            built.args(arguments).envs(env);
-            built
+        let failed = |source| SpawnError::new(program.clone(), source);
+        find_program(&program).map_err(failed)?;
+        let leads_group = leads_group();
+        let mut command = match own_program(on_our_death) {
+            Some(own) => {
+                let mut built = Command::new(own);
+                built.args([EXEC_COMMAND, "--parent", &std::process::id().to_string(), "--"]).args(command);
+                built
+            }
+            None => {
+                let mut built = Command::new(&program);
+                built.args(command.get(1..).unwrap_or_default());
+                built
+            }
         };
+        command.envs(env);
         if leads_group {
             command.process_group(0);
         }
@@ -109,10 +148,23 @@ impl Child {
 
     /// Ends it, and all that it started where that is known.
     pub fn kill(&self) {
+        self.signal_all(Signal::KILL);
+    }
+
+    /// Hands a signal on that came to us. Job control is of the whole group.
+    pub fn forward(&self, signal: Signal) {
+        tracing::debug!(pid = self.pid(), signal = signal.as_raw(), "a signal is handed on to the service");
+        match signal {
+            Signal::TSTP | Signal::CONT => self.signal_all(signal),
+            signal => self.signal(|pid| rustix::process::kill_process(pid, signal)),
+        }
+    }
+
+    fn signal_all(&self, signal: Signal) {
         if self.leads_group {
-            self.signal(|pid| rustix::process::kill_process_group(pid, Signal::KILL));
+            self.signal(|pid| rustix::process::kill_process_group(pid, signal));
         } else {
-            self.signal(|pid| rustix::process::kill_process(pid, Signal::KILL));
+            self.signal(|pid| rustix::process::kill_process(pid, signal));
         }
     }
 
@@ -124,6 +176,51 @@ impl Child {
             tracing::debug!(%error, pid = self.pid(), "could not signal the service");
         }
     }
+}
+
+/// Whether a service that is started now leads a process group of its own: not on a terminal, which has one group in its
+/// foreground.
+pub fn leads_group() -> bool {
+    !io::stdin().is_terminal()
+}
+
+/// The program that becomes the service.
+fn own_program(on_our_death: OnOurDeath) -> Option<&'static Path> {
+    #[cfg(target_os = "linux")]
+    {
+        let own = Path::new(OWN_PROGRAM);
+        if on_our_death == OnOurDeath::Kill {
+            if own.exists() {
+                return Some(own);
+            }
+            tracing::warn!("/proc is not mounted: the service lives on if its sidecar is killed");
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = on_our_death;
+    None
+}
+
+/// Whether there is such a program to be run. Said before a child is made of it, which could only tell by its exit code.
+fn find_program(program: &OsStr) -> io::Result<()> {
+    let look = |path: &Path| match fs::metadata(path) {
+        Ok(found) if found.is_file() && found.permissions().mode() & 0o111 != 0 => Ok(()),
+        Ok(_) => Err(ErrorKind::PermissionDenied.into()),
+        Err(error) => Err(error),
+    };
+    if program.is_empty() || program.as_encoded_bytes().contains(&b'/') {
+        return look(Path::new(program));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    let mut outcome = Err(ErrorKind::NotFound.into());
+    for directory in std::env::split_paths(&path) {
+        match look(&directory.join(program)) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => outcome = Err(error),
+            Err(_) => {}
+        }
+    }
+    outcome
 }
 
 /// Collects what has ended; the service's exit code where it was among them.
@@ -159,7 +256,7 @@ mod tests {
 
     #[tokio::test]
     async fn its_exit_code_is_told() {
-        let mut child = Child::spawn(&sh("exit 7"), Vec::new()).unwrap();
+        let mut child = Child::spawn(&sh("exit 7"), Vec::new(), OnOurDeath::Leave).unwrap();
         assert_eq!(child.ended().await, 7);
         assert_eq!(child.ended().await, 7, "and can be asked again");
         child.terminate(); // harmless by now
@@ -167,28 +264,60 @@ mod tests {
 
     #[tokio::test]
     async fn a_signal_is_128_and_its_number() {
-        let mut child = Child::spawn(&sh("exec sleep 60"), Vec::new()).unwrap();
+        let mut child = Child::spawn(&sh("exec sleep 60"), Vec::new(), OnOurDeath::Leave).unwrap();
         child.terminate();
         assert_eq!(child.ended().await, 128 + 15);
-        let mut child = Child::spawn(&sh("trap '' TERM; sleep 60"), Vec::new()).unwrap();
+        let mut child = Child::spawn(&sh("trap '' TERM; sleep 60"), Vec::new(), OnOurDeath::Leave).unwrap();
         child.kill();
         assert_eq!(child.ended().await, 128 + 9);
     }
 
     #[tokio::test]
+    async fn a_signal_is_handed_on() {
+        let script = "trap 'exit 42' USR1; while :; do sleep 0.02; done";
+        let mut child = Child::spawn(&sh(script), Vec::new(), OnOurDeath::Leave).unwrap();
+        // It may not have come to its trap yet; then the signal ends it, or is lost on a shell that has just begun.
+        let code = loop {
+            child.forward(Signal::USR1);
+            let limit = std::time::Duration::from_millis(20);
+            if let Ok(code) = tokio::time::timeout(limit, child.ended()).await {
+                break code;
+            }
+        };
+        assert!(code == 42 || code == 128 + 10, "{code}");
+    }
+
+    #[test]
+    fn a_program_is_looked_for_as_by_a_shell() {
+        assert!(find_program(OsStr::new("sh")).is_ok());
+        assert!(find_program(OsStr::new("/bin/sh")).is_ok());
+        for (missing, kind) in [
+            ("no-such-program-anywhere", ErrorKind::NotFound),
+            ("/no/such", ErrorKind::NotFound),
+            ("", ErrorKind::NotFound),
+            ("/", ErrorKind::PermissionDenied),
+        ] {
+            let error = find_program(OsStr::new(missing)).unwrap_err();
+            assert_eq!(error.kind(), kind, "{missing}");
+        }
+    }
+
+    #[tokio::test]
     async fn it_sees_the_variables() {
         let env = vec![("http_proxy", "http://127.0.0.1:4140".to_owned())];
-        let mut child = Child::spawn(&sh("test \"$http_proxy\" = http://127.0.0.1:4140"), env).unwrap();
+        let mut child =
+            Child::spawn(&sh("test \"$http_proxy\" = http://127.0.0.1:4140"), env, OnOurDeath::Leave)
+                .unwrap();
         assert_eq!(child.ended().await, 0);
     }
 
     #[tokio::test]
     async fn what_cannot_be_started_says_why() {
-        let error = Child::spawn(&["/no/such/command".into()], Vec::new()).unwrap_err();
+        let error = Child::spawn(&["/no/such/command".into()], Vec::new(), OnOurDeath::Leave).unwrap_err();
         assert_eq!(error.exit_code(), 127);
         assert!(error.to_string().contains("no such command"), "{error}");
         let file = tempfile::NamedTempFile::new().unwrap();
-        let error = Child::spawn(&[file.path().into()], Vec::new()).unwrap_err();
+        let error = Child::spawn(&[file.path().into()], Vec::new(), OnOurDeath::Leave).unwrap_err();
         assert_eq!(error.exit_code(), 126);
         assert!(error.to_string().contains("not executable"), "{error}");
     }

@@ -28,7 +28,8 @@ use super::{
     child::Child,
     death::Death,
     reload::{self, Change, ReloadRequests, Reloads},
-    signals::{Signals, Stop, Wish},
+    service_port::ServicePort,
+    signals::{self, Signals, Stop, Wish},
 };
 use crate::{
     config,
@@ -56,6 +57,8 @@ pub struct Control {
     pub started: Instant,
     pub reloads: Reloads,
     pub reload_requests: ReloadRequests,
+    /// Whether the service listens.
+    pub service_port: Arc<ServicePort>,
     discovered: AtomicBool,
     drain: watch::Sender<bool>,
 }
@@ -79,6 +82,7 @@ impl Control {
             started: Instant::now(),
             reloads,
             reload_requests: ReloadRequests::default(),
+            service_port: Arc::default(),
             discovered: AtomicBool::new(false),
             drain: watch::Sender::new(false),
         })
@@ -154,7 +158,7 @@ impl Lifecycle {
     async fn live(&mut self) -> u8 {
         let Self { proxy, control, child, signals, watcher, changes, at_once } = self;
         let mut drain = pin!(drain_inbound(proxy, control));
-        let mut drained = false;
+        let (mut drained, mut after_drain) = (false, None);
         let mut first_call = pin!(nothing_came(&control.shared.metrics.outbound));
         let mut waits_for_call = child.is_some();
         let end = loop {
@@ -166,6 +170,13 @@ impl Lifecycle {
                         // Whoever sends a signal means it, whatever the files hold.
                         watcher.trigger(Reason::Confirmed);
                     }
+                    Wish::DrainThenForward(signal) if !drained => {
+                        let signal_name = signals::name(signal);
+                        tracing::info!(signal = signal_name, "inbound drains, then the service gets the signal");
+                        control.request_drain();
+                        after_drain = Some(signal);
+                    }
+                    other => act_on_service(other, child.as_ref()),
                 },
                 reason = control.reload_requests.next() => watcher.trigger(reason),
                 Some(change) = changes.recv() => {
@@ -175,7 +186,12 @@ impl Lifecycle {
                 }
                 code = ended(child) => break End::Child(code),
                 death = proxy.death() => break End::Death(death),
-                () = &mut drain, if !drained => drained = true,
+                () = &mut drain, if !drained => {
+                    drained = true;
+                    if let (Some(signal), Some(child)) = (after_drain.take(), &child) {
+                        child.forward(signal);
+                    }
+                },
                 nothing_came = &mut first_call, if waits_for_call => {
                     waits_for_call = false;
                     if nothing_came {
@@ -208,6 +224,7 @@ impl Lifecycle {
                 let deadline = Instant::now() + delay + *settings.drain_timeout;
                 tracing::info!(%signal, "leaving: inbound drains first");
                 control.request_drain();
+                let service = child.clone();
                 let leave = async {
                     if !drained {
                         tokio::select! {
@@ -218,7 +235,7 @@ impl Lifecycle {
                     let code = end_service(child, deadline, *settings.drain_timeout).await;
                     let service = match (&child, signal) {
                         (Some(_), _) => Service::Gone,
-                        (None, Stop::Terminate) => Service::Elsewhere,
+                        (None, Stop::Terminate | Stop::Quit) => Service::Elsewhere,
                         (None, Stop::Interrupt) => Service::NotWaitedFor,
                     };
                     drain_outbound(proxy, service, deadline).await;
@@ -226,7 +243,7 @@ impl Lifecycle {
                 };
                 let finished = tokio::select! {
                     code = leave => Some(code),
-                    signal = signals.stop() => {
+                    signal = second_stop(signals, service.as_ref()) => {
                         tracing::warn!(%signal, "told twice: stopping at once");
                         *at_once = true;
                         None
@@ -253,6 +270,39 @@ impl Lifecycle {
 /// Says why the process ends.
 pub fn tell_of(Death { name, why }: &Death) {
     tracing::error!("{name} has died: {why}; the process ends, so that another takes its place");
+}
+
+/// Does what a signal asks for that is not for this process.
+fn act_on_service(wish: Wish, child: Option<&Child>) {
+    match (wish, child) {
+        (Wish::Forward(signal) | Wish::DrainThenForward(signal), Some(child)) => child.forward(signal),
+        (Wish::Suspend, Some(child)) => {
+            child.forward(rustix::process::Signal::TSTP);
+            // As it would have been without a handler; SIGCONT comes for both.
+            let stopped =
+                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+            if let Err(error) = stopped {
+                tracing::debug!(%error, "could not stop by SIGTSTP");
+            }
+        }
+        (Wish::Ignore(signal) | Wish::Forward(signal) | Wish::DrainThenForward(signal), _) => {
+            tracing::info!(
+                signal = signals::name(signal),
+                "a signal was ignored: nothing here is done by it"
+            );
+        }
+        (Wish::Stop(_) | Wish::Reload | Wish::Suspend, _) => {}
+    }
+}
+
+/// The next wish to end, while what is meant for the service still reaches it.
+async fn second_stop(signals: &mut Signals, child: Option<&Child>) -> Stop {
+    loop {
+        match signals.next().await {
+            Wish::Stop(signal) => return signal,
+            other => act_on_service(other, child),
+        }
+    }
 }
 
 /// Waits for the end of the service, for ever where there is none.

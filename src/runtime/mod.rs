@@ -11,6 +11,7 @@ pub mod lifecycle;
 pub mod ready_file;
 pub mod reload;
 pub mod service_env;
+pub mod service_port;
 pub mod signals;
 mod snapshot;
 mod view;

@@ -1,7 +1,12 @@
-//! The signals that steer the process.
+//! The signals that steer the process, and those that are handed on to the service.
+//!
+//! Who starts `run -- CMD` means CMD by what it sends: an image with `STOPSIGNAL SIGQUIT` ends nginx by it. So what would else end
+//! or stop this process goes to the service. On a terminal the kernel sends SIGQUIT, SIGWINCH and SIGTSTP to the whole
+//! foreground group, of which the service is a member there: it has them already.
 
 use std::io;
 
+use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Signals as they come. Made before anything else starts, so that none is missed.
@@ -10,33 +15,98 @@ pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    quit: Signal,
+    user: [Signal; 2],
+    /// Of a service that leads a process group of its own.
+    group: Option<GroupSignals>,
+    service: Service,
+}
+
+/// What signals are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// There is none: this process.
+    None,
+    /// A service in this process's group, on a terminal.
+    InOurGroup,
+    /// A service that leads a group of its own.
+    OwnGroup,
+}
+
+#[derive(Debug)]
+struct GroupSignals {
+    window: Signal,
+    stop: Signal,
+    resume: Signal,
+}
+
+impl GroupSignals {
+    fn new() -> io::Result<Self> {
+        let listen = |number: Number| signal(SignalKind::from_raw(number.as_raw()));
+        Ok(Self {
+            window: listen(Number::WINCH)?,
+            stop: listen(Number::TSTP)?,
+            resume: listen(Number::CONT)?,
+        })
+    }
+
+    async fn next(&mut self) -> Wish {
+        tokio::select! {
+            Some(()) = self.window.recv() => Wish::DrainThenForward(Number::WINCH),
+            Some(()) = self.stop.recv() => Wish::Suspend,
+            Some(()) = self.resume.recv() => Wish::Forward(Number::CONT),
+            else => std::future::pending().await,
+        }
+    }
 }
 
 impl Signals {
     /// Needs a tokio runtime.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(service: Service) -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            quit: signal(SignalKind::quit())?,
+            user: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?],
+            group: (service == Service::OwnGroup).then(GroupSignals::new).transpose()?,
+            service,
         })
     }
 
     /// The next wish to end. May be cancelled.
     pub async fn stop(&mut self) -> Stop {
+        let quits = self.service == Service::None;
         tokio::select! {
             Some(()) = self.terminate.recv() => Stop::Terminate,
             Some(()) = self.interrupt.recv() => Stop::Interrupt,
+            Some(()) = self.quit.recv(), if quits => Stop::Quit,
             else => std::future::pending().await,
         }
     }
 
-    /// The next SIGHUP or wish to end. May be cancelled.
+    /// The next signal. May be cancelled.
     pub async fn next(&mut self) -> Wish {
+        let [user1, user2] = &mut self.user;
+        let group = async {
+            match &mut self.group {
+                Some(group) => group.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let (quit, user) = match self.service {
+            Service::None => (Wish::Stop(Stop::Quit), Wish::Ignore as fn(Number) -> Wish),
+            Service::InOurGroup => (Wish::Ignore(Number::QUIT), Wish::Forward as fn(Number) -> Wish),
+            Service::OwnGroup => (Wish::DrainThenForward(Number::QUIT), Wish::Forward as fn(Number) -> Wish),
+        };
         tokio::select! {
             Some(()) = self.terminate.recv() => Wish::Stop(Stop::Terminate),
             Some(()) = self.interrupt.recv() => Wish::Stop(Stop::Interrupt),
             Some(()) = self.hangup.recv() => Wish::Reload,
+            Some(()) = self.quit.recv() => quit,
+            Some(()) = user1.recv() => user(Number::USR1),
+            Some(()) = user2.recv() => user(Number::USR2),
+            wish = group => wish,
             else => std::future::pending().await,
         }
     }
@@ -47,6 +117,15 @@ impl Signals {
 pub enum Wish {
     Stop(Stop),
     Reload,
+    /// The service gets it at once.
+    Forward(Number),
+    /// The service gets it when inbound has drained: it may be by this one that its image is stopped (nginx by SIGQUIT, httpd by
+    /// SIGWINCH).
+    DrainThenForward(Number),
+    /// SIGTSTP: the service is stopped, and this process with it, until SIGCONT.
+    Suspend,
+    /// Nothing: this process has no use for it, and does not end by it.
+    Ignore(Number),
 }
 
 /// Which signal asks for the end.
@@ -56,6 +135,8 @@ pub enum Stop {
     Terminate,
     /// SIGINT: a person at a terminal, who waits.
     Interrupt,
+    /// SIGQUIT, where there is no service: as SIGTERM.
+    Quit,
 }
 
 impl std::fmt::Display for Stop {
@@ -63,6 +144,20 @@ impl std::fmt::Display for Stop {
         f.write_str(match self {
             Self::Terminate => "SIGTERM",
             Self::Interrupt => "SIGINT",
+            Self::Quit => "SIGQUIT",
         })
+    }
+}
+
+/// The name of a signal that is handed on.
+pub fn name(signal: Number) -> &'static str {
+    match signal {
+        Number::QUIT => "SIGQUIT",
+        Number::USR1 => "SIGUSR1",
+        Number::USR2 => "SIGUSR2",
+        Number::WINCH => "SIGWINCH",
+        Number::TSTP => "SIGTSTP",
+        Number::CONT => "SIGCONT",
+        _ => "a signal",
     }
 }

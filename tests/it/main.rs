@@ -42,6 +42,7 @@ mod reload;
 mod resilience;
 mod secrets;
 mod servers;
+mod service;
 mod silence;
 mod smuggling;
 mod telemetry;

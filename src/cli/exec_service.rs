@@ -1,0 +1,50 @@
+//! `outrigger exec-service`: what `run -- CMD` starts. It has the kernel kill it when `run` is killed, and becomes CMD: same
+//! process, same number, signals and exit code.
+
+use std::{ffi::OsString, os::unix::process::CommandExt, process::Command, process::ExitCode};
+
+use clap::Args;
+
+use crate::runtime::child::SpawnError;
+
+/// Become the service of `outrigger run -- CMD`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  outrigger exec-service --parent 1 -- node server.js    what `outrigger run -- node server.js` does by itself")]
+pub struct ExecServiceArgs {
+    /// The process with which it ends
+    #[arg(long, value_name = "PID")]
+    parent: u32,
+    /// The service, with its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+pub fn run(args: &ExecServiceArgs) -> ExitCode {
+    if !end_with(args.parent) {
+        eprintln!("outrigger: process {} has ended, so the service is not started", args.parent);
+        return ExitCode::FAILURE;
+    }
+    let program = args.command.first().cloned().unwrap_or_default();
+    let error = Command::new(&program).args(args.command.get(1..).unwrap_or_default()).exec();
+    let error = SpawnError::new(program, error);
+    eprintln!("outrigger: {error}");
+    ExitCode::from(error.exit_code())
+}
+
+/// From now on this process is killed when its parent is; false where that has happened already. A program that changes its
+/// user by its file's mode (setuid) loses this.
+#[cfg(target_os = "linux")]
+fn end_with(parent: u32) -> bool {
+    use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+    if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
+        eprintln!("outrigger: the service will live on if its sidecar is killed: {error}");
+    }
+    getppid().map(Pid::as_raw_pid).and_then(|pid| u32::try_from(pid).ok()) == Some(parent)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn end_with(_: u32) -> bool {
+    true
+}

@@ -1,0 +1,187 @@
+//! `run -- CMD`: signals that are meant for CMD, its end with its sidecar's, and the wait for its port.
+
+use std::{fs, net::TcpListener, path::Path, process::Command, process::Output};
+
+use crate::support::{Launch, Proxy, RawClient, Upstream, binary, eventually, free_port, signal, text};
+
+fn shell(script: &str) -> [&str; 3] {
+    ["sh", "-c", script]
+}
+
+/// A service that says which signals it gets, and its number first.
+fn listening() -> Proxy {
+    let script = "for s in QUIT USR1 USR2 WINCH; do trap \"echo got $s\" $s; done; echo pid $$; while :; do sleep 0.02; done";
+    let proxy = Launch::new("").service(shell(script)).start();
+    eventually("the service to be up", || proxy.stdout().contains("pid "));
+    proxy
+}
+
+fn pid_of(proxy: &Proxy) -> u32 {
+    let said = proxy.stdout();
+    let number = said.lines().find_map(|line| line.strip_prefix("pid "));
+    number.and_then(|number| number.trim().parse().ok()).expect("its number")
+}
+
+/// `R`, `S`, `T`, …; none where there is no such process.
+fn state_of(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next().filter(|state| *state != 'Z')
+}
+
+#[test]
+fn signals_that_would_end_the_sidecar_go_to_the_service() {
+    let mut proxy = listening();
+    for name in ["USR1", "USR2", "WINCH", "QUIT"] {
+        proxy.signal(name);
+        eventually(name, || proxy.stdout().contains(&format!("got {name}")));
+        assert!(proxy.is_running(), "ended by SIG{name}");
+    }
+    // Once more while it drains, and then while it leaves.
+    let count = |proxy: &Proxy| proxy.stdout().matches("got USR1").count();
+    proxy.signal("USR1");
+    eventually("a second one", || count(&proxy) == 2);
+    proxy.signal("TERM");
+    let pid = pid_of(&proxy);
+    proxy.wait();
+    assert_eq!(state_of(pid), None);
+}
+
+/// As with an image that says `STOPSIGNAL SIGQUIT` (nginx) or `SIGWINCH` (httpd): drain, signal, exit code.
+#[test]
+fn a_stop_signal_of_an_image_drains_inbound_first_and_its_exit_code_is_ours() {
+    for name in ["QUIT", "WINCH"] {
+        let server = Upstream::http1(|_| async { text("ok") });
+        let script = format!("trap 'echo told; exit 9' {name}; echo up; while :; do sleep 0.02; done");
+        let config =
+            format!("[runtime]\ndrain_delay = \"300ms\"\n[inbound]\nforward_to = \"{}\"\n", server.address());
+        let mut proxy = Launch::new(config).service(shell(&script)).start();
+        eventually("the service to be up", || proxy.stdout().contains("up"));
+        let mut client = RawClient::connect(proxy.inbound());
+        let get = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+        assert_eq!(client.ask(get).field("connection"), None);
+        proxy.signal(name);
+        eventually("the drain", || {
+            let answer = RawClient::connect(proxy.inbound()).ask(get);
+            answer.field("connection") == Some("close")
+        });
+        assert!(!proxy.stdout().contains("told"), "before inbound has drained");
+        assert_eq!(proxy.wait().code(), Some(9), "{name}: {}", proxy.stderr());
+        assert!(proxy.stdout().contains("told"));
+    }
+}
+
+#[test]
+fn a_stop_and_its_continuation_are_of_both() {
+    let proxy = listening();
+    let pid = pid_of(&proxy);
+    proxy.signal("TSTP");
+    eventually("both to be stopped", || state_of(pid) == Some('T') && state_of(proxy.pid()) == Some('T'));
+    proxy.signal("CONT");
+    eventually("both to go on", || state_of(pid) != Some('T') && state_of(proxy.pid()) != Some('T'));
+}
+
+/// The sidecar alone: what else would kill it in silence.
+#[test]
+fn a_sidecar_without_a_service_drains_on_quit_and_ignores_what_it_has_no_use_for() {
+    let mut proxy = Proxy::start("");
+    for name in ["USR1", "USR2"] {
+        proxy.signal(name);
+        eventually("a word on it", || proxy.stderr().contains(&format!("SIG{name}")));
+    }
+    assert!(proxy.is_running());
+    proxy.signal("QUIT");
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.stderr());
+}
+
+#[test]
+fn a_killed_sidecar_takes_its_service_along() {
+    let script = "trap '' TERM HUP INT; echo pid $$; while :; do sleep 0.02; done";
+    let mut proxy = Launch::new("").service(shell(script)).start();
+    eventually("the service to be up", || proxy.stdout().contains("pid "));
+    let pid = pid_of(&proxy);
+    let parent = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+    let parent = parent.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)).map(str::to_owned);
+    assert_eq!(parent, Some(proxy.pid().to_string()), "nothing stands between them");
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).expect("it runs");
+    assert_eq!(name.trim(), "sh", "it is the service, by its own name");
+    proxy.signal("KILL");
+    proxy.wait();
+    eventually("the service's end", || state_of(pid).is_none());
+}
+
+#[test]
+fn the_command_that_becomes_the_service_is_for_its_parent_alone() {
+    let orphan = Command::new(binary()).args(["exec-service", "--parent", "1", "--", "true"]).output();
+    let orphan = orphan.expect("it runs");
+    assert_eq!(orphan.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&orphan.stderr).contains("has ended"), "{orphan:?}");
+    let script = format!("exec {} exec-service --parent $PPID -- /dev/null", binary().display());
+    let output = Command::new("sh").args(["-c", &script]).output().expect("it runs");
+    assert_eq!(output.status.code(), Some(126), "{output:?}");
+    let help = Command::new(binary()).arg("--help").output().expect("it runs");
+    assert!(!String::from_utf8_lossy(&help.stdout).contains("exec-service"));
+}
+
+/// Found, and yet not to be run: only whoever runs it sees that.
+#[test]
+fn a_service_without_its_interpreter_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("service");
+    fs::write(&file, "#!/no/such/interpreter\n").expect("write");
+    let executable = Command::new("chmod").arg("755").arg(&file).status().expect("chmod");
+    assert!(executable.success());
+    let mut proxy = Launch::new("").service([file.as_path()]).spawn();
+    assert_eq!(proxy.wait().code(), Some(127), "{}", proxy.stderr());
+    assert!(proxy.stderr().contains("nor the interpreter"), "{}", proxy.stderr());
+}
+
+fn wait_for(proxy: &Proxy, patience: &str) -> Output {
+    let admin = proxy.admin().to_string();
+    Command::new(binary()).args(["status", "--admin", &admin, "--wait", patience]).output().expect("it runs")
+}
+
+#[test]
+fn status_waits_until_the_service_listens() {
+    let port = free_port();
+    let go = tempfile::tempdir().expect("a folder");
+    let go = go.path().join("go");
+    let listen = python_that_listens(&go, port);
+    let Some(listen) = listen else { return };
+    let proxy = Launch::new("").arg("--app").arg(port.to_string()).service(listen).start();
+    let early = wait_for(&proxy, "300ms");
+    assert_eq!(early.status.code(), Some(1), "{early:?}");
+    let told = String::from_utf8_lossy(&early.stderr).into_owned();
+    assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("--app"), "{told}");
+    let ready = RawClient::connect(proxy.admin()).ask("GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    assert_eq!(ready.status(), 200, "readiness never waits for the service");
+    let admin = proxy.admin().to_string();
+    let shown = Command::new(binary()).args(["status", "--admin", &admin]).output().expect("it runs");
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("NOTHING ACCEPTS"), "{shown:?}");
+    fs::write(&go, "").expect("write");
+    let late = wait_for(&proxy, "60s");
+    assert!(late.status.success(), "{late:?}");
+}
+
+/// Listens once there is a file.
+fn python_that_listens(go: &Path, port: u16) -> Option<Vec<String>> {
+    let python = crate::support::tool("python3")?;
+    let script = format!(
+        "import os,time,socket\nwhile not os.path.exists({:?}): time.sleep(0.02)\ns=socket.socket(); s.setsockopt(1,2,1); s.bind(('127.0.0.1',{port})); s.listen()\nwhile True: s.accept()",
+        go.display()
+    );
+    Some(vec![python.display().to_string(), "-c".to_owned(), script])
+}
+
+/// A service of somebody else's, which the sidecar does not know: as in a pod before native sidecars, whose containers start only
+/// when the sidecar's hook has waited.
+#[test]
+fn status_waits_for_the_sidecar_alone_where_it_knows_of_no_service() {
+    let proxy = Proxy::start("");
+    let waited = wait_for(&proxy, "10s");
+    assert!(waited.status.success(), "{waited:?}");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    let proxy = Launch::new("").arg("--app").arg(port.to_string()).start();
+    assert!(wait_for(&proxy, "10s").status.success());
+    signal(proxy.pid(), "TERM");
+}
