@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::{
     config::Network,
-    kubernetes::redirect::{self, Backend, Plan, PortRange, RedirectError},
+    kubernetes::redirect::{self, Backend, Plan, PortRange, RedirectError, Scope},
 };
 
 /// The admin port and the one for probes.
@@ -42,12 +42,16 @@ enum Action {
 #[command(after_help = "\
 Examples:
   outrigger redirect apply
-  outrigger redirect apply --skip-inbound-ports 22,9000-9010 --skip-outbound-cidrs 10.96.0.1/32")]
+  outrigger redirect apply --skip-inbound-ports 22,9000-9010 --skip-outbound-cidrs 10.96.0.1/32
+  outrigger redirect apply --host --skip-inbound-ports 22 --uid 995     a machine without containers")]
 struct ApplyArgs {
     #[command(flatten)]
     plan: PlanArgs,
     #[command(flatten)]
     backend: BackendArgs,
+    /// Redirect the traffic of this whole machine, whose network this is. Without it the host's own network is refused
+    #[arg(long)]
+    host: bool,
 }
 
 /// Remove the rules; connections that are open stay.
@@ -150,7 +154,8 @@ fn act(action: &Action) -> Result<String, RedirectError> {
     Ok(match action {
         Action::Apply(args) => {
             let plan = args.plan.plan();
-            let by = by(redirect::apply(&plan, args.backend.backend)?);
+            let scope = if args.host { Scope::Host } else { Scope::Namespace };
+            let by = by(redirect::apply(&plan, args.backend.backend, scope)?);
             format!(
                 "redirected by {by}: from outside to port {}, of the pod's processes to port {}; seen to work\n",
                 plan.inbound_port, plan.outbound_port

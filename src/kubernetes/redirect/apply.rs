@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr};
 use clap::ValueEnum;
 
 use super::{
-    Plan,
+    Plan, host,
     iptables::{self, Family},
     text, verify,
 };
@@ -26,6 +26,10 @@ pub enum Backend {
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
     #[error(
+        "this is the network of the host, not of a pod. `apply` would {would}. Run it in the network namespace of the pod or container (an init container; `ip netns exec NAME`; no `hostNetwork`), or, if this machine's whole traffic is to pass a proxy that runs here, say so by --host. `outrigger redirect print` shows the rules. Nothing was changed"
+    )]
+    HostNetwork { would: String },
+    #[error(
         "the kernel lets nobody but an administrator of this network change its rules: run as root with the capability NET_ADMIN (in a pod: the init container, with `capabilities.add: [NET_ADMIN]` and `runAsUser: 0`)"
     )]
     NotAllowed,
@@ -44,11 +48,21 @@ pub enum RedirectError {
     Unsupported,
 }
 
+/// Whose network the rules may be for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// A pod's, container's or other namespace's; the host's is refused.
+    Namespace,
+    /// The host's too.
+    Host,
+}
+
 /// Installs the rules, in the place of earlier ones, and sees them work. Says by whom.
 ///
 /// # Errors
 /// See [`RedirectError`]. Where the rules were refused, nothing has changed.
-pub fn apply(plan: &Plan, backend: Backend) -> Result<Backend, RedirectError> {
+pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, RedirectError> {
+    check_scope(plan, scope, host::is_host_network())?;
     let by = choose(backend, || nftables(plan), || iptables::apply(plan))?;
     for probe in verify::targets() {
         verify::arrives(probe, plan.outbound_port).map_err(|source| RedirectError::NotIntercepted {
@@ -58,6 +72,14 @@ pub fn apply(plan: &Plan, backend: Backend) -> Result<Backend, RedirectError> {
         })?;
     }
     Ok(by)
+}
+
+/// On a host, the rules would cut off everybody who is logged in, unless that is meant.
+fn check_scope(plan: &Plan, scope: Scope, is_host_network: bool) -> Result<(), RedirectError> {
+    if is_host_network && scope == Scope::Namespace {
+        return Err(RedirectError::HostNetwork { would: plan.to_string() });
+    }
+    Ok(())
 }
 
 /// Removes the rules; fine where there are none.
@@ -135,7 +157,26 @@ fn nftables_clear() -> Result<(), RedirectError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::PortRange, *};
+
+    #[test]
+    fn a_host_is_redirected_only_where_that_is_said() {
+        let plan = Plan {
+            inbound_port: 4143,
+            outbound_port: 4140,
+            users: vec![4140],
+            skip_inbound: vec![PortRange::from(4191)],
+            skip_outbound: Vec::new(),
+            skip_networks: Vec::new(),
+        };
+        let error = check_scope(&plan, Scope::Namespace, true).unwrap_err().to_string();
+        for part in ["--host", "4143", "4140", "user 4140", "4191", "Nothing was changed"] {
+            assert!(error.contains(part), "`{part}` is not in: {error}");
+        }
+        for (scope, is_host) in [(Scope::Host, true), (Scope::Namespace, false), (Scope::Host, false)] {
+            assert!(check_scope(&plan, scope, is_host).is_ok(), "{scope:?} {is_host}");
+        }
+    }
 
     /// A kernel without nf_tables, or without its nat.
     fn lacks() -> Result<(), RedirectError> {

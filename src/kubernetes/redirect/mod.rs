@@ -10,6 +10,7 @@
 //! one transaction for IPv4 and IPv6 that replaces our own table and touches nobody else's.
 
 pub mod apply;
+mod host;
 mod iptables;
 #[cfg(target_os = "linux")]
 mod netlink;
@@ -19,7 +20,7 @@ mod plan;
 mod text;
 mod verify;
 
-pub use apply::{Backend, RedirectError, apply, clear, print};
+pub use apply::{Backend, RedirectError, Scope, apply, clear, print};
 pub use plan::{Plan, PortRange};
 
 /// Connections to this port of the loopback addresses are led to the outbound port, whoever opens them. Nothing listens

@@ -19,6 +19,30 @@ pub struct Plan {
     pub skip_networks: Vec<Network>,
 }
 
+/// What the rules do, as a clause: `lead every TCP connection …`.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "lead every TCP connection from outside to port {}", self.inbound_port)?;
+        list(f, " (but those to port ", &self.skip_inbound)?;
+        let users: Vec<String> = self.users.iter().map(ToString::to_string).collect();
+        let (users, port) = (users.join(", "), self.outbound_port);
+        write!(
+            f,
+            " and every TCP connection of all processes here, but those of user {users}, to port {port}"
+        )?;
+        list(f, " (but those to port ", &self.skip_outbound)?;
+        write!(f, "; where no proxy listens there, connections are refused, remote logins among them")
+    }
+}
+
+fn list(f: &mut fmt::Formatter<'_>, before: &str, ranges: &[PortRange]) -> fmt::Result {
+    if ranges.is_empty() {
+        return Ok(());
+    }
+    let all: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+    write!(f, "{before}{})", all.join(", "))
+}
+
 /// One port, or `9000-9010`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortRange {

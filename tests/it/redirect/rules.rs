@@ -9,6 +9,7 @@ use std::{
 use crate::support::{
     RawServer, eventually, has_tool,
     netns::{Lan, PROXY_USER, Pod},
+    skip, tool,
 };
 
 const MORE: [&str; 6] = [
@@ -195,6 +196,33 @@ fn who_may_not_is_told_what_is_missing() {
     assert_eq!(output.status.code(), Some(2));
     assert!(told(&output).contains("`http` is no port"), "{}", told(&output));
     assert_eq!(pod.rules(), "");
+}
+
+/// By a user who could not change anything anyhow: this is the network of the machine that runs the tests.
+#[test]
+fn the_network_of_the_host_is_refused_unless_it_is_meant() {
+    if !std::path::Path::new("/proc/sys/net/core/netdev_max_backlog").exists() {
+        return skip("this is no initial network namespace");
+    }
+    if !rustix::process::geteuid().is_root() || !has_tool(&["setpriv"]) {
+        return skip("root becomes another user for this");
+    }
+    let apply = |more: &[&str]| {
+        let binary = crate::support::binary_for_all();
+        let mut command = std::process::Command::new(tool("setpriv").expect("checked before"));
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"]);
+        command.arg(binary).args(["redirect", "apply"]).args(more).output().expect("it runs")
+    };
+    let refused = apply(&[]);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = told(&refused);
+    for part in
+        ["network of the host", "--host", "port 4143", "user 4140, to port 4140", "Nothing was changed"]
+    {
+        assert!(said.contains(part), "`{part}` is not in: {said}");
+    }
+    let meant = apply(&["--host"]);
+    assert!(told(&meant).contains("NET_ADMIN") && !told(&meant).contains("network of the host"), "{meant:?}");
 }
 
 /// A rule of somebody else that comes first: that it does not work is seen at once.
