@@ -202,8 +202,10 @@ impl Draft {
             });
         }
         let says = |text: &String| Document::parse(text).is_ok_and(|document| document.value() == self.value);
+        // What follows it in the stream begins on a line of its own.
+        let ends = |text: &String| text.ends_with('\n') || !before.ends_with('\n');
         self.text = match text {
-            Ok(text) if says(&text) => text,
+            Ok(text) if says(&text) && ends(&text) => text,
             _ => {
                 self.rewritten = true;
                 let marker =

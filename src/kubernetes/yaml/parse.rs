@@ -160,6 +160,18 @@ impl<'t> Reader<'t> {
         self.bytes.get(index).copied().unwrap_or(self.text.len())
     }
 
+    /// Behind the bracket that closes a collection in flow style. The parser's span goes on to the next token, over comments
+    /// and line breaks, and is that of the comma where one stands before the bracket.
+    fn closed(&self, span: Span) -> usize {
+        let mut rest = &self.text[self.at(span.start.index())..];
+        loop {
+            rest = rest.trim_start_matches(|letter: char| letter.is_whitespace() || letter == ',');
+            let Some(comment) = rest.strip_prefix('#') else { break };
+            rest = comment.find('\n').map_or("", |end| &comment[end..]);
+        }
+        (self.text.len() - rest.len() + 1).min(self.text.len())
+    }
+
     fn node(&mut self, event: Event<'t>, span: Span, depth: usize) -> Result<Node, YamlError> {
         let (start, line) = (self.at(span.start.index()), span.start.line());
         let refuse = |reason: &str| YamlError { line, reason: reason.to_owned() };
@@ -168,7 +180,9 @@ impl<'t> Reader<'t> {
             return Err(refuse("it is nested too deeply, or its aliases stand for too much"));
         }
         let end = self.at(span.end.index());
-        let flow = self.text[start..].starts_with(['[', '{']);
+        // A list in block style that is not indented begins, for the parser, with its first item, which may be `{…}`.
+        let bracket = if matches!(event, Event::SequenceStart(..)) { '[' } else { '{' };
+        let flow = self.text[start..].starts_with(bracket);
         let (node, anchor) = match event {
             Event::Alias(anchor) => {
                 let value = self.anchors.get(&anchor).ok_or_else(|| refuse("an alias of nothing"))?.clone();
@@ -190,7 +204,7 @@ impl<'t> Reader<'t> {
                 loop {
                     let (event, span) = self.more(line)?;
                     if event == Event::SequenceEnd {
-                        let end = if flow { self.at(span.end.index()) } else { end };
+                        let end = if flow { self.closed(span) } else { end };
                         let shared = anchor != 0 || tag.is_some();
                         break (Node { kind: Kind::Seq { flow, items }, start, end, shared }, anchor);
                     }
@@ -204,7 +218,7 @@ impl<'t> Reader<'t> {
                 loop {
                     let (event, span) = self.more(line)?;
                     if event == Event::MappingEnd {
-                        let end = if flow { self.at(span.end.index()) } else { end };
+                        let end = if flow { self.closed(span) } else { end };
                         let shared = anchor != 0 || tag.is_some();
                         break (Node { kind: Kind::Map { flow, entries }, start, end, shared }, anchor);
                     }
@@ -345,6 +359,29 @@ mod tests {
         for (quoted, end) in [("a: 'it''s' # x\n", 10), ("a: \"\\\"\\\\\" # x\n", 9)] {
             let document = Document::parse(quoted).unwrap();
             assert_eq!(document.root.unwrap().end, end, "{quoted}");
+        }
+        for flow in [
+            "{b: 1}",
+            "{b: 1,}",
+            "{b: 1 , # c\n }",
+            "[1]",
+            "[1, ]",
+            "[\n {b: 1,}, # c\n # d\n ]",
+            "{}",
+            "[ ]",
+        ] {
+            for (before, behind) in
+                [("a: ", " # c\n\n# d\ne: 1\n"), ("a: ", "\n"), ("- ", "\n"), ("[", ", 2]"), ("{x: ", ",}")]
+            {
+                let text = format!("{before}{flow}{behind}");
+                let document = Document::parse(&text).unwrap();
+                let inner = match &document.root.as_ref().unwrap().kind {
+                    Kind::Map { entries, .. } => &entries[0].node,
+                    Kind::Seq { items, .. } => &items[0],
+                    other => panic!("{other:?}"),
+                };
+                assert_eq!(&text[inner.start..inner.end], flow, "{text}");
+            }
         }
         let text = "a:\n  - b: c # of c\n\n# of d\nd:\n";
         let document = Document::parse(text).unwrap();
