@@ -8,7 +8,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -62,6 +62,24 @@ struct Probe {
     tcp: bool,
     /// Seconds.
     timeout: u64,
+    /// Why it failed when it was last made; none where it passed.
+    #[serde(skip)]
+    failure: Mutex<Option<String>>,
+}
+
+impl Probe {
+    /// Logs a change: the kubelet's event names the status alone, and a probe that fails on is one line.
+    fn note(&self, name: &str, failure: Option<String>) {
+        let mut last = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last == failure {
+            return;
+        }
+        match &failure {
+            Some(reason) => tracing::info!(probe = name, reason, "a container does not pass its probe"),
+            None => tracing::info!(probe = name, "a container passes its probe again"),
+        }
+        *last = failure;
+    }
 }
 
 impl Probes {
@@ -104,12 +122,11 @@ impl Probes {
         let limit = Duration::from_secs(probe.timeout);
         let outcome =
             timeout(limit, self.make(probe, limit)).await.unwrap_or(Err(CheckError::Timeout(limit)));
-        Some(match outcome {
-            Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
-            Err(error) => {
-                tracing::debug!(probe = name, %error, "a container did not pass its probe");
-                (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n"))
-            }
+        let failure = outcome.err().map(|error| error.to_string());
+        probe.note(name, failure.clone());
+        Some(match failure {
+            None => (StatusCode::OK, "ok\n".to_owned()),
+            Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
         })
     }
 

@@ -112,8 +112,14 @@ pub fn inject(
     check(pod, &settings)?;
 
     let mut notes = Vec::new();
+    let serves = spec["restartPolicy"].as_str().is_none_or(|policy| policy == "Always");
+    if !serves && !settings.drain_delay_is_own {
+        // It ends when its work is done, and no client waits for it: its sidecar would only make the Job last longer.
+        settings.drain_delay = 0;
+    }
     // A sleep longer than the pod's grace period makes the pod invalid, and calls in flight need time too.
-    let most = proxy_config::grace(spec) / 2;
+    let grace = proxy_config::grace(spec);
+    let most = grace / 2;
     if settings.drain_delay > most {
         notes.extend(annotations.get("outrigger.dev/drain-delay").map(|_| {
             Note::new(format!("drain-delay is shortened to {most}s, half of terminationGracePeriodSeconds"))
@@ -128,8 +134,8 @@ pub fn inject(
             Map::new()
         }
     };
-    if settings.drain_delay > 0 && spec["restartPolicy"].as_str().is_none_or(|policy| policy == "Always") {
-        linger(&mut editor, &settings)?;
+    if settings.drain_delay > 0 && serves {
+        linger(&mut editor, &settings, linger_seconds(settings.drain_delay, grace), &mut notes)?;
     }
     let service = service_name(pod, owner);
     let proxy = sidecar::sidecar(spec, &settings, &service, &probes);
@@ -203,21 +209,55 @@ fn check(pod: &Value, settings: &Settings) -> Result<(), InjectError> {
     }
 }
 
-/// Callers hear late that a pod leaves: a container without a preStop of its own stays for a moment.
-fn linger(editor: &mut Editor<'_>, settings: &Settings) -> Result<(), InjectError> {
+/// How much longer than the sidecar accepts connections its service serves: kept connections may bring a request until a
+/// second after that, and what is under way then has to be answered.
+const LINGER: u64 = 3;
+
+/// How long containers stay once the pod is told to end. Both hooks begin at that moment, and a service that goes before its
+/// sidecar has stopped accepting leaves it nobody to ask. Where the grace period is short, half of what is left of it.
+fn linger_seconds(drain_delay: u64, grace: u64) -> u64 {
+    drain_delay + LINGER.min(grace.saturating_sub(drain_delay) / 2).max(1)
+}
+
+/// Clients hear late that a pod ends: a container without a preStop of its own stays for a moment.
+fn linger(
+    editor: &mut Editor<'_>,
+    settings: &Settings,
+    seconds: u64,
+    notes: &mut Vec<Note>,
+) -> Result<(), InjectError> {
     let sleep = match settings.native_sidecar {
-        true => json!({"sleep": {"seconds": settings.drain_delay}}),
+        true => json!({"sleep": {"seconds": seconds}}),
         // Clusters without native sidecars do not know that one. An image without `sleep` only gets an event.
-        false => json!({"exec": {"command": ["sleep", settings.drain_delay.to_string()]}}),
+        false => json!({"exec": {"command": ["sleep", seconds.to_string()]}}),
     };
     let containers: Vec<Value> = members(&editor.pod()["spec"], "containers").cloned().collect();
     for container in &containers {
-        if let (Some(name), None) = (container["name"].as_str(), container["lifecycle"].get("preStop")) {
-            let entry = Map::from_iter([("preStop".to_owned(), sleep.clone())]);
-            editor.put_entries(&format!("/spec/containers/{name}/lifecycle"), entry)?;
+        let Some(name) = container["name"].as_str() else { continue };
+        match container["lifecycle"].get("preStop") {
+            None => {
+                let entry = Map::from_iter([("preStop".to_owned(), sleep.clone())]);
+                editor.put_entries(&format!("/spec/containers/{name}/lifecycle"), entry)?;
+            }
+            Some(own) => notes.extend(slept(own).filter(|slept| *slept < seconds).map(|slept| {
+                Note::new(format!(
+                    "the preStop of container `{name}` sleeps for {slept}s, and the sidecar sends it requests for up to {seconds}s after the pod is told to end: let it sleep for {seconds}s, or shorten outrigger.dev/drain-delay"
+                ))
+            })),
         }
     }
     Ok(())
+}
+
+/// How long a hook sleeps, where that is what it does.
+fn slept(hook: &Value) -> Option<u64> {
+    let command = || {
+        let words: Vec<&str> = hook["exec"]["command"].as_array()?.iter().filter_map(Value::as_str).collect();
+        let seconds = words.join(" ");
+        let seconds = seconds.trim_start_matches("sh -c ").trim_start_matches("/bin/sh -c ");
+        seconds.strip_prefix("sleep ").or_else(|| seconds.strip_prefix("/bin/sleep "))?.trim().parse().ok()
+    };
+    hook["sleep"]["seconds"].as_u64().or_else(command)
 }
 
 /// Where the sidecar's metrics are, unless the pod is scraped by its own word.

@@ -19,6 +19,7 @@ pub const KEYS: &[&str] = &[
     "skip-outbound-ports",
     "image",
     "cpu",
+    "cpu-limit",
     "memory",
     "log",
     "drain-delay",
@@ -65,10 +66,14 @@ pub struct Settings {
     pub skip_outbound_ports: String,
     pub image: String,
     pub cpu: String,
+    /// None: no limit, which would add latency without need.
+    pub cpu_limit: Option<String>,
     pub memory: String,
     pub log: Option<String>,
     /// Seconds.
     pub drain_delay: u64,
+    /// The pod itself asks for that delay.
+    pub drain_delay_is_own: bool,
     pub native_sidecar: bool,
     /// A configuration above the ConfigMap, and one beneath it, as TOML.
     pub proxy: Layers,
@@ -176,6 +181,12 @@ impl Defaults {
         };
         let ports = "ports and ranges of ports like `22,9000-9010`";
         let quantity = "a quantity like `50m`, `0.5` or `64Mi`";
+        let cpu = checked("cpu", is_quantity, quantity)?.unwrap_or_else(|| or("cpu", "20m"));
+        let cpu_limit = checked("cpu-limit", is_quantity, quantity)?;
+        if let Some(limit) = cpu_limit.as_deref().filter(|limit| amount(limit) < amount(&cpu)) {
+            let reason = format!("`{limit}` is below what is requested, outrigger.dev/cpu: {cpu}");
+            return Err(InjectError::Annotation { key: "cpu-limit".to_owned(), reason });
+        }
         Ok(Settings {
             mode,
             identity,
@@ -188,7 +199,8 @@ impl Defaults {
             skip_outbound_ports: checked("skip-outbound-ports", are_ports, ports)?.unwrap_or_default(),
             image: checked("image", is_image, "the name of an image")?
                 .unwrap_or_else(|| concat!("outrigger:", env!("CARGO_PKG_VERSION")).to_owned()),
-            cpu: checked("cpu", is_quantity, quantity)?.unwrap_or_else(|| or("cpu", "20m")),
+            cpu,
+            cpu_limit,
             memory: checked("memory", is_quantity, quantity)?.unwrap_or_else(|| or("memory", "32Mi")),
             log: checked(
                 "log",
@@ -201,6 +213,7 @@ impl Defaults {
                     wrong("drain-delay", text, "whole seconds up to 5m, like `5s`; `0s` for none")
                 })?,
             },
+            drain_delay_is_own: annotations.get(format!("{PREFIX}drain-delay")).is_some(),
             proxy: self.proxy.clone(),
         })
     }
@@ -261,6 +274,22 @@ fn is_image(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"./:@_-".contains(&byte))
 }
 
+/// A quantity as a number; 0 where it is none.
+pub fn amount(text: &str) -> f64 {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "m" => 1e-3,
+        "k" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "Ki" => 1024.0,
+        "Mi" => 1_048_576.0,
+        "Gi" => 1_073_741_824.0,
+        _ => 1.0,
+    };
+    digits.parse::<f64>().unwrap_or(0.0) * unit
+}
+
 fn is_quantity(text: &str) -> bool {
     let digits = text.trim_start_matches(|letter: char| letter.is_ascii_digit() || letter == '.');
     digits.len() < text.len()
@@ -286,6 +315,8 @@ mod tests {
         assert_eq!(read("identity", "secret/a.b").unwrap().identity, Identity::Secret("a.b".to_owned()));
         assert_eq!(read("app-port", " 3000 ").unwrap().app_port, Some(3000));
         assert_eq!(read("drain-delay", "1m30s").unwrap().drain_delay, 90);
+        assert_eq!(read("cpu-limit", "0.5").unwrap().cpu_limit.as_deref(), Some("0.5"));
+        assert_eq!(read("cpu", "30m").unwrap().cpu_limit, None);
         assert_eq!(read("skip-inbound-ports", "").unwrap().skip_inbound_ports, "");
         assert!(!read("native-sidecar", "false").unwrap().native_sidecar);
         assert!(read("inject", "enabled").is_ok());
@@ -302,6 +333,7 @@ mod tests {
             ("app-port", "0", "`0` is not a port, 1 to 65535"),
             ("skip-inbound-ports", "9-1", "`9-1` is not ports"),
             ("memory", "64MB", "`64MB` is not a quantity"),
+            ("cpu-limit", "10m", "`10m` is below what is requested, outrigger.dev/cpu: 20m"),
             ("drain-delay", "500ms", "`500ms` is not whole seconds"),
             ("identity", "secret/", "`secret/` is not `csi-spiffe`"),
             ("config", "../x", "`../x` is not the name of a ConfigMap"),

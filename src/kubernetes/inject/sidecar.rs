@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     IDENTITY_DIRECTORY, REDIRECT, SIDECAR, SPIRE_SOCKET,
     proxy_config::{self, INBOUND, OUTBOUND, PROBE},
-    settings::{Identity, Layers, Mode, Settings},
+    settings::{Identity, Layers, Mode, Settings, amount},
 };
 
 /// The user that the proxy runs as: the rules leave its traffic alone.
@@ -18,6 +18,8 @@ pub const CONFIG_MAP: &str = "outrigger";
 pub const CONFIG_KEY: &str = "outrigger.toml";
 /// Ten thousand idle connections take 150 MiB in plaintext and 360 MiB by mutual TLS; what is beyond this is a leak.
 const MEMORY_LIMIT: &str = "512Mi";
+/// What the init container that sets the rules requests.
+const REDIRECT_CPU: &str = "10m";
 /// To start, in seconds.
 const START: u64 = 60;
 
@@ -43,7 +45,7 @@ pub fn redirect(settings: &Settings) -> Value {
         "name": REDIRECT,
         "image": settings.image,
         "args": args,
-        "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}, "limits": {"memory": "64Mi"}},
+        "resources": resources([REDIRECT_CPU, "16Mi"], settings.cpu_limit.as_deref(), "64Mi"),
         "securityContext": {
             "runAsUser": 0,
             "runAsGroup": 0,
@@ -118,10 +120,8 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
     container["livenessProbe"] = json!({"httpGet": ask("/live"), "periodSeconds": 10});
     container["readinessProbe"] = json!({"httpGet": ask("/ready"), "periodSeconds": 5});
     container["lifecycle"] = lifecycle;
-    container["resources"] = json!({
-        "requests": {"cpu": settings.cpu, "memory": settings.memory},
-        "limits": {"memory": limit(&settings.memory)}
-    });
+    container["resources"] =
+        resources([&settings.cpu, &settings.memory], settings.cpu_limit.as_deref(), &limit(&settings.memory));
     container["securityContext"] = json!({
         "runAsUser": UID,
         "runAsGroup": UID,
@@ -148,6 +148,16 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
     container
 }
 
+/// A request above the limit would make the pod invalid.
+fn resources([cpu, memory]: [&str; 2], cpu_limit: Option<&str>, memory_limit: &str) -> Value {
+    let cpu = cpu_limit.filter(|limit| amount(limit) < amount(cpu)).unwrap_or(cpu);
+    let mut limits = json!({"memory": memory_limit});
+    if let Some(cpu_limit) = cpu_limit {
+        limits["cpu"] = cpu_limit.into();
+    }
+    json!({"requests": {"cpu": cpu, "memory": memory}, "limits": limits})
+}
+
 fn variable(name: &str, value: &str) -> Value {
     json!({"name": name, "value": literal(value)})
 }
@@ -159,21 +169,7 @@ fn literal(value: &str) -> String {
 
 /// At least what is asked for.
 fn limit(request: &str) -> String {
-    let bytes = |text: &str| {
-        let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-        let unit = match &text[digits.len()..] {
-            "m" => 1e-3,
-            "k" => 1e3,
-            "M" => 1e6,
-            "G" => 1e9,
-            "Ki" => 1024.0,
-            "Mi" => 1_048_576.0,
-            "Gi" => 1_073_741_824.0,
-            _ => 1.0,
-        };
-        digits.parse::<f64>().unwrap_or(0.0) * unit
-    };
-    if bytes(request) > bytes(MEMORY_LIMIT) { request.to_owned() } else { MEMORY_LIMIT.to_owned() }
+    if amount(request) > amount(MEMORY_LIMIT) { request.to_owned() } else { MEMORY_LIMIT.to_owned() }
 }
 
 /// What the sidecar mounts.

@@ -55,8 +55,86 @@ fn the_sidecar_starts_between_the_rules_and_the_pods_own_init_containers() {
     assert_eq!(sidecar["restartPolicy"], "Always");
     assert_eq!(variable(sidecar, "OUTRIGGER_REDIRECTED"), "true");
     assert!(variable(sidecar, "OUTRIGGER_BASE").contains("127.0.0.1:9000"));
-    assert_eq!(after["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"], 5);
     assert_eq!(after["metadata"]["annotations"]["prometheus.io/port"], "4192");
+}
+
+/// Else a request on a connection that the client has kept finds the service gone.
+#[test]
+fn the_service_outlasts_the_drain_delay_of_its_sidecar() {
+    for (grace, delay, sleep) in
+        [(None, 5, 8), (Some(60), 5, 8), (Some(10), 5, 7), (Some(4), 2, 3), (Some(2), 1, 2)]
+    {
+        let mut pod = json!({"metadata": {}, "spec": {"containers": [{"name": "app"}]}});
+        if let Some(grace) = grace {
+            pod["spec"]["terminationGracePeriodSeconds"] = json!(grace);
+        }
+        let after = injected(&pod);
+        let sidecar = &after["spec"]["initContainers"][1];
+        assert!(
+            variable(sidecar, "OUTRIGGER_POD").contains(&format!("drain_delay = \"{delay}s\"")),
+            "{grace:?}"
+        );
+        assert_eq!(
+            after["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"], sleep,
+            "{grace:?}"
+        );
+        assert!(sleep > delay && sleep <= grace.unwrap_or(30), "{grace:?}");
+    }
+}
+
+#[test]
+fn a_hook_of_its_own_that_is_too_short_is_told() {
+    let told = |hook: Value| {
+        let pod = json!({"metadata": {}, "spec": {"containers": [{"name": "app", "lifecycle": {"preStop": hook}}]}});
+        let (operations, notes) = operations(&pod, DEPLOYMENT);
+        assert!(!serde_json::to_string(&operations).unwrap().contains("preStop\":{\"sleep"), "it stays");
+        notes.into_iter().map(|note| note.0).collect::<String>()
+    };
+    for short in [
+        json!({"sleep": {"seconds": 5}}),
+        json!({"exec": {"command": ["sleep", "5"]}}),
+        json!({"exec": {"command": ["/bin/sh", "-c", "sleep 5"]}}),
+    ] {
+        let told = told(short.clone());
+        assert!(told.contains("`app` sleeps for 5s") && told.contains("for 8s"), "{short}: {told}");
+    }
+    for long in [json!({"sleep": {"seconds": 10}}), json!({"exec": {"command": ["/app", "drain"]}})] {
+        assert_eq!(told(long), "");
+    }
+}
+
+/// Its work is done when it ends: nobody is to be waited for.
+#[test]
+fn a_job_does_not_last_longer_by_the_drain_delay() {
+    let job = |annotations: Value| {
+        let pod = json!({"metadata": {"annotations": annotations}, "spec": {
+            "restartPolicy": "Never", "containers": [{"name": "app"}]
+        }});
+        let after = injected(&pod);
+        assert_eq!(after["spec"]["containers"][0].get("lifecycle"), None);
+        variable(&after["spec"]["initContainers"][1], "OUTRIGGER_POD").to_owned()
+    };
+    assert!(job(json!({})).contains("drain_delay = \"0s\""));
+    let asked = job(json!({"outrigger.dev/drain-delay": "4s"}));
+    assert!(asked.contains("drain_delay = \"4s\""), "{asked}");
+}
+
+/// A ResourceQuota on `limits.cpu` takes no pod with a container that has none.
+#[test]
+fn a_cpu_limit_is_of_every_container_that_is_added() {
+    let pod = json!({"metadata": {"annotations": {"outrigger.dev/cpu-limit": "100m"}}, "spec": {"containers": [{"name": "app"}]}});
+    let after = injected(&pod);
+    for (container, request) in [(0, "10m"), (1, "20m")] {
+        let resources = &after["spec"]["initContainers"][container]["resources"];
+        assert_eq!(
+            (&resources["limits"]["cpu"], &resources["requests"]["cpu"]),
+            (&json!("100m"), &json!(request))
+        );
+    }
+    let low = json!({"metadata": {"annotations": {"outrigger.dev/cpu-limit": "5m", "outrigger.dev/cpu": "5m"}}, "spec": {"containers": [{"name": "app"}]}});
+    assert_eq!(injected(&low)["spec"]["initContainers"][0]["resources"]["requests"]["cpu"], "5m");
+    let none = injected(&json!({"metadata": {}, "spec": {"containers": [{"name": "app"}]}}));
+    assert_eq!(none["spec"]["initContainers"][1]["resources"]["limits"].get("cpu"), None);
 }
 
 #[test]
@@ -70,7 +148,7 @@ fn before_native_sidecars_the_rules_come_last_and_the_sidecar_first() {
     let (sidecar, app) = (&after["spec"]["containers"][0], &after["spec"]["containers"][1]);
     assert_eq!(sidecar.get("restartPolicy"), None);
     assert_eq!(sidecar["lifecycle"]["postStart"]["exec"]["command"][1], "status");
-    assert_eq!(app["lifecycle"]["preStop"]["exec"]["command"], json!(["sleep", "5"]));
+    assert_eq!(app["lifecycle"]["preStop"]["exec"]["command"], json!(["sleep", "8"]));
     assert_eq!(after["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"], "app");
     let job = Owner { kind: "Job", name: "j" };
     let Outcome::Leave(Some(reason)) = inject(&pod, job, &Defaults::default(), &|_| None).unwrap() else {

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use serde_json::json;
 
 use crate::support::{
-    Daemon, Launch, Proxy, RawClient, Upstream, free_port, peer_script, pki::Pki, python_with, text,
-    tls::TlsServer,
+    Daemon, Launch, Proxy, RawClient, Upstream, eventually, free_port, peer_script, pki::Pki, python_with,
+    text, tls::TlsServer,
 };
 
 fn ask(proxy: &Proxy, path: &str) -> (u16, String) {
@@ -91,4 +91,25 @@ fn who_waits_for_a_sidecar_hears_when_it_is_ready() {
     };
     assert_eq!(status(&proxy.admin().to_string(), "20s"), Some(0));
     assert_eq!(status(&format!("127.0.0.1:{}", free_port()), "10ms"), Some(1));
+}
+
+/// The kubelet's event names the status alone, so the log says why: once, until it changes.
+#[test]
+fn the_log_says_once_why_a_probe_fails_and_that_it_passes_again() {
+    let port = free_port();
+    let proxy = start(&json!({"app/readiness": {"port": port, "tcp": true, "timeout": 5}}));
+    for _ in 0..3 {
+        assert_eq!(ask(&proxy, "/probe/app/readiness").0, 503);
+    }
+    let lines = |what: &str| proxy.stderr().lines().filter(|line| line.contains(what)).count();
+    eventually("a line", || lines("does not pass its probe") > 0);
+    let _service = std::net::TcpListener::bind(("127.0.0.1", port)).expect("the port again");
+    assert_eq!(ask(&proxy, "/probe/app/readiness").0, 200);
+    eventually("another line", || lines("passes its probe again") > 0);
+    assert_eq!(lines("does not pass its probe"), 1, "{}", proxy.stderr());
+    assert!(
+        proxy.stderr().contains("app/readiness") && proxy.stderr().contains("refused"),
+        "{}",
+        proxy.stderr()
+    );
 }
