@@ -193,6 +193,121 @@ fn the_manifests_say_what_the_code_knows() {
     }
 }
 
+/// What is applied first is there first: no pod of the example before the webhook is known, no webhook before what it would refuse.
+#[test]
+fn the_first_apply_gives_the_example_its_sidecars() {
+    if !has_tool(&["kubectl"]) {
+        return;
+    }
+    let objects = values(&build(&folder()));
+    let place = |kind: &str| objects.iter().position(|object| object["kind"] == kind).expect(kind);
+    let last = |kind: &str| objects.iter().rposition(|object| object["kind"] == kind).expect(kind);
+    assert!(place("MutatingWebhookConfiguration") < place("Deployment"));
+    for before in ["Namespace", "ServiceAccount", "ConfigMap", "Service", "Certificate"] {
+        assert!(last(before) < place("MutatingWebhookConfiguration"), "{before}");
+    }
+    assert_eq!(place("ValidatingWebhookConfiguration"), objects.len() - 1);
+}
+
+#[test]
+fn every_image_has_a_version_whichever_folder_is_applied() {
+    if !has_tool(&["kubectl"]) {
+        return;
+    }
+    for part in ["", "webhook", "jaeger", "example"] {
+        for object in of_kind(&values(&build(&folder().join(part))), "Deployment") {
+            for container in object["spec"]["template"]["spec"]["containers"].as_array().expect("containers")
+            {
+                let tag = text(&container["image"]).rsplit_once(':').map(|(_, tag)| tag);
+                assert!(tag.is_some_and(|tag| tag != "latest" && !tag.contains('/')), "{part}: {container}");
+            }
+        }
+    }
+    let files =
+        ["webhook/deployment.yaml", "example/hello.yaml", "example/caller.yaml", "jaeger/jaeger.yaml"];
+    for file in files {
+        let content = fs::read_to_string(folder().join(file)).expect("readable");
+        for image in content.lines().filter_map(|line| line.trim().strip_prefix("image: ")) {
+            assert!(image.contains(':'), "{file}: {image}");
+        }
+    }
+}
+
+/// agnhost's /healthz answers 412 without its UDP server.
+#[test]
+fn the_example_is_ready_by_a_path_that_its_image_serves() {
+    let content = fs::read_to_string(folder().join("example/hello.yaml")).expect("readable");
+    assert!(content.contains("--udp-port=-1") && !content.contains("path: /healthz"), "{content}");
+}
+
+/// As its first lines say: the certificate by `outrigger certs`, all else by kustomize.
+#[test]
+fn the_webhook_can_be_installed_without_cert_manager() {
+    if !has_tool(&["kubectl", "curl"]) {
+        return;
+    }
+    let copy = tempfile::tempdir().expect("a folder");
+    let copied = Command::new("cp").arg("-r").arg(folder()).arg(copy.path()).status().expect("cp runs");
+    assert!(copied.success());
+    let (own, name) = (copy.path().join("k8s/own-certificate"), "outrigger-webhook.outrigger-system.svc");
+    let tls = own.join("tls");
+    let _ = fs::remove_dir_all(&tls);
+    let made = outrigger(
+        &["certs", "--out", &tls.display().to_string(), "--trust-domain", "outrigger-system", name],
+        "",
+    );
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let manifests = build(&own);
+    let objects = values(&manifests);
+    assert!(!manifests.contains("cert-manager.io"), "{manifests}");
+    let read = |file: &str| fs::read(tls.join(file)).expect("readable");
+    let base64 = |bytes: &[u8]| base64::Engine::encode(&base64::engine::general_purpose::STANDARD, bytes);
+    let secret = of_kind(&objects, "Secret")[0];
+    assert_eq!(
+        (&secret["metadata"]["name"], &secret["type"]),
+        (&json!("outrigger-webhook-tls"), &json!("kubernetes.io/tls"))
+    );
+    assert_eq!(secret["data"]["tls.crt"], base64(&read(&format!("{name}.crt"))));
+    assert_eq!(secret["data"]["tls.key"], base64(&read(&format!("{name}.key"))));
+    let mut hooks = 0;
+    for kind in ["MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"] {
+        for hook in
+            of_kind(&objects, kind).iter().flat_map(|one| one["webhooks"].as_array().expect("webhooks"))
+        {
+            assert_eq!(hook["clientConfig"]["caBundle"], base64(&read("ca.crt")));
+            assert_eq!(hook["clientConfig"]["service"]["name"], "outrigger-webhook");
+            hooks += 1;
+        }
+    }
+    assert_eq!(hooks, 3);
+    let file = copy.path().join("built.yaml");
+    fs::write(&file, &manifests).expect("write");
+    validate(&[file]);
+
+    // An API server that trusts this CA reaches it by that name.
+    let path = |file: String| tls.join(file).display().to_string();
+    let (certificate, key) = (path(format!("{name}.crt")), path(format!("{name}.key")));
+    let arguments = ["webhook", "--listen", "127.0.0.1:0", "--tls-cert", &certificate, "--tls-key", &key];
+    let webhook =
+        crate::support::Daemon::start(&crate::support::binary().display().to_string(), &arguments, &[]);
+    let told = webhook.wait_for_output("the webhook is up");
+    let address = told.split("listen=").nth(1).expect("it says where");
+    let port: String =
+        address.split(':').nth(1).expect("a port").chars().take_while(char::is_ascii_digit).collect();
+    let answer = Command::new(crate::support::tool("curl").expect("curl"))
+        .args([
+            "-s",
+            "--cacert",
+            &path("ca.crt".to_owned()),
+            "--resolve",
+            &format!("{name}:{port}:127.0.0.1"),
+        ])
+        .arg(format!("https://{name}:{port}/healthz"))
+        .output()
+        .expect("curl runs");
+    assert_eq!(String::from_utf8_lossy(&answer.stdout), "ok\n", "{answer:?}");
+}
+
 /// The example without a cluster has the same parts.
 #[test]
 fn the_compose_example_fits_together() {
