@@ -1,6 +1,7 @@
 //! The drain, as clients without a sidecar see it: they keep connections, and know of a service's end only what responses say.
 
 use std::{
+    io::Write,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -150,14 +151,14 @@ impl Replica {
 }
 
 /// Clients keep a connection for as long as they are let, and forgive nothing: they send POST once. New connections go to the
-/// pods that are known, which they hear of late.
+/// pods that are known, which they hear of late. `OUTRIGGER_ROUNDS` for more.
 #[test]
 fn rollouts_lose_no_request_of_clients_that_keep_connections() {
     const REPLICAS: usize = 3;
     const CLIENTS: usize = 12;
-    const ROLLOUTS: usize = 3;
     const LATE: Duration = Duration::from_millis(500);
     const PAUSE: Duration = Duration::from_millis(20);
+    let rollouts = std::env::var("OUTRIGGER_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
     let pod = Pod::injected();
     assert!(pod.pre_stop > pod.drain_delay);
     let mut replicas: Vec<Replica> = (0..REPLICAS).map(|_| Replica::start(&pod)).collect();
@@ -191,7 +192,7 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
                 }
             });
         }
-        for _ in 0..ROLLOUTS {
+        for _ in 0..rollouts {
             let old = std::mem::replace(&mut replicas, (0..REPLICAS).map(|_| Replica::start(&pod)).collect());
             thread::scope(|ending| {
                 for replica in old {
@@ -204,6 +205,8 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
         done.store(true, Ordering::Relaxed);
     });
     let (failures, sent) = (failures.into_inner().expect("no panic"), sent.into_inner());
-    assert!(sent > 2000, "only {sent} requests");
+    let _ =
+        writeln!(std::io::stderr(), "{sent} requests over {rollouts} rollouts, {} failed", failures.len());
+    assert!(sent > 500, "only {sent} requests");
     assert!(failures.is_empty(), "{} of {sent} failed: {:?}", failures.len(), failures.first());
 }
