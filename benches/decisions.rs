@@ -26,7 +26,7 @@ use outrigger::{
         budget::{BudgetSettings, RetryBudget},
         classify::{Advice, Ending, Health, Outcome},
         limit::{Bell, LimitSettings, RequestLimit},
-        outlier::{OutlierSettings, Outliers},
+        outlier::{Evidence, OutlierSettings, Outliers},
         rate::{RateKey, RateLimit, RateSettings},
         retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
     },
@@ -91,8 +91,8 @@ fn guards(c: &mut Criterion) {
         outliers.update(&[address], now);
         let Some(endpoint) = outliers.endpoint(&address) else { panic!("it was just put there") };
         group.bench_function(format!("ejection, a {name}"), |b| {
-            let ending = Ending::Http(StatusCode::SERVICE_UNAVAILABLE);
-            b.iter(|| outliers.report(&address, &endpoint, (ending, health), now, 0.5));
+            let evidence = if health == Health::Success { Evidence::Success } else { Evidence::Failure };
+            b.iter(|| outliers.report(&address, &endpoint, evidence, (now, now), 0.5));
         });
     }
     let limit = RequestLimit::<Silent>::new(LimitSettings::default());
@@ -130,6 +130,9 @@ struct Endpoint {
 impl Candidate for Endpoint {
     fn usable(&self, _: Instant) -> bool {
         true
+    }
+    fn avoided(&self, _: Instant) -> bool {
+        false
     }
     fn latency(&self, now: Instant) -> f64 {
         self.latency.cost(now)

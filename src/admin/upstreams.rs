@@ -44,7 +44,8 @@ pub struct EndpointStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     pub weight: u32,
-    /// `healthy`, `unhealthy` (active checks) or `ejected` (what calls saw of it).
+    /// `healthy`, `unhealthy` (active checks), `ejected` (what calls saw of it) or `absent` (it accepts no connections, or
+    /// its sidecar has no service behind it).
     pub state: String,
     /// When an ejected one comes back, in whole seconds, rounded up.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// However often a refresh is asked for, this long passes between two look-ups.
-const REFRESH_PAUSE: Duration = Duration::from_secs(2);
+const REFRESH_PAUSE: Duration = Duration::from_secs(1);
 /// A file that begins to change gets this long until it is read.
 const SETTLE: Duration = Duration::from_millis(50);
 /// What a task without anything due sleeps for.

@@ -57,6 +57,11 @@ impl FailureKind {
         Self::NotReady,
     ];
 
+    /// Whether the peer did not prove the identity that is expected of it: the cause is `peer_identity`.
+    pub const fn is_about_identity(self) -> bool {
+        matches!(self, Self::PeerIdentity | Self::NoCertificate)
+    }
+
     /// As metrics say it.
     pub const fn word(self) -> &'static str {
         match self {

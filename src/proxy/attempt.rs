@@ -125,25 +125,10 @@ pub async fn send(
         _ => Pool::h1(endpoint, settings, guards, began).await,
     };
     let mut lease = lease.map_err(|error| {
-        let failure = match error {
-            // That there was no turn for it says nothing about the upstream's health.
-            ConnectError::Limit { .. } | ConnectError::Streams { .. } => {
-                return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
-            }
-            // Nor does what is wrong with our own certificate.
-            ConnectError::Tls { ref failure, .. } if failure.kind == FailureKind::NotReady => {
-                return Failed::new(Ending::LocalRefusal, connect_failed(name, &error));
-            }
-            ConnectError::Timeout { .. } => ConnectFailure::Timeout,
-            ConnectError::LocalResource { .. } => {
-                guards.counts.rejected.add(Cause::LocalResource.word());
-                ConnectFailure::LocalResource
-            }
-            ConnectError::Refused { .. } | ConnectError::Handshake { .. } | ConnectError::Tls { .. } => {
-                ConnectFailure::Refused
-            }
-        };
-        Failed::new(Ending::Connect(failure), connect_failed(name, &error))
+        if let ConnectError::LocalResource { .. } = error {
+            guards.counts.rejected.add(Cause::LocalResource.word());
+        }
+        Failed::new(connect_ending(&error), connect_failed(name, &error))
     })?;
     let stale = lease.reused();
     let body = body(stale);
@@ -175,6 +160,25 @@ pub async fn send(
     }
 }
 
+/// What it means for the endpoint that no connection could be used.
+pub fn connect_ending(error: &ConnectError) -> Ending {
+    let failure = match error {
+        // That there was no turn for it says nothing about the upstream's health.
+        ConnectError::Limit { .. } | ConnectError::Streams { .. } => return Ending::LocalRefusal,
+        // Nor does what is wrong with our own certificate.
+        ConnectError::Tls { failure, .. } if failure.kind == FailureKind::NotReady => {
+            return Ending::LocalRefusal;
+        }
+        ConnectError::Refused { .. } => ConnectFailure::Refused,
+        ConnectError::Timeout { .. } => ConnectFailure::Timeout,
+        ConnectError::LocalResource { .. } => ConnectFailure::LocalResource,
+        ConnectError::Handshake { .. } => ConnectFailure::Handshake,
+        ConnectError::Tls { failure, .. } if failure.kind.is_about_identity() => ConnectFailure::PeerIdentity,
+        ConnectError::Tls { .. } => ConnectFailure::Tls,
+    };
+    Ending::Connect(failure)
+}
+
 /// What a broken connection means.
 fn classify(
     name: &str,
@@ -192,10 +196,7 @@ fn classify(
     }
     if let Some(failure) = refused_after(error) {
         let detail = format!("{name}: {address}: {failure}");
-        return Failed::new(
-            Ending::Connect(ConnectFailure::Refused),
-            ProxyError::new(Cause::TlsFailure, detail),
-        );
+        return Failed::new(Ending::Connect(ConnectFailure::Tls), ProxyError::new(Cause::TlsFailure, detail));
     }
     let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {

@@ -3,13 +3,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{Request, Response};
 use tokio::{task::spawn_local, time::timeout};
 
 use super::{
+    attempt::connect_ending,
     body::{CallerBody, ResponseBody},
     clock::Until,
     connection::Connection,
@@ -20,12 +21,16 @@ use crate::{
     config::Network,
     discovery::DiscoveryError,
     identity::handshake::{FailureKind, Speaks},
+    resilience::{
+        classify::{Health, Outcome},
+        outlier::{Change, Evidence},
+    },
     runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
     upstream::{
-        EndpointSet, Resolution,
+        EndpointSet, Resolution, comeback,
         connect::{ConnectError, TcpLimits, TlsTarget, connect},
         guards::ConnectionSlot,
-        local::{InFlight, LocalEndpoint},
+        local::{InFlight, LocalEndpoint, Probe, Wanted},
         squeeze,
         stream::UpstreamIo,
     },
@@ -111,10 +116,13 @@ async fn dial_allowed(
         .map_err(|error| connect_failed(&to.cluster.settings.name, &error))?;
     let mut tried = Vec::new();
     loop {
-        let endpoint = pick(connection, to, &endpoints, &tried, None)?;
+        let wanted = Wanted { tried: &tried, hash: None, probe: Some(Probe::Repeatable) };
+        let endpoint = pick(connection, to, &endpoints, &wanted)?;
         allowed(endpoints[endpoint].address())?;
+        let began = Instant::now();
         let connected =
             connect(endpoints[endpoint].address(), limits, tls.as_ref(), Speaks::ByteStream).await;
+        report_dial(connection, to, &endpoints[endpoint], connected.as_ref().err(), began);
         match connected {
             Ok(connected) => {
                 let slot = slot.opened(connected.protection());
@@ -139,6 +147,27 @@ fn takes_no_byte_stream(error: &ConnectError) -> bool {
     matches!(error, ConnectError::Tls { failure, .. } if failure.kind == FailureKind::NoProtocol)
 }
 
+/// Tells outlier detection that an endpoint takes connections, or takes none: of a tunnel more is not known.
+fn report_dial(
+    connection: &Connection,
+    to: &LocalCluster,
+    endpoint: &LocalEndpoint,
+    error: Option<&ConnectError>,
+    began: Instant,
+) {
+    let evidence = match error.map(connect_ending) {
+        None => Evidence::Success,
+        Some(ending) => Evidence::new(&Outcome::new(ending), Health::Failure, false),
+    };
+    if evidence.is_absence() || (evidence == Evidence::Success && endpoint.is_absent()) {
+        let upstream = &to.upstream.shared;
+        let change = endpoint.report(upstream, evidence, (began, Instant::now()), || 0.0);
+        if let Some(Change::Absent | Change::StillAbsent) = change {
+            comeback::watch(upstream, &connection.worker.shared.control);
+        }
+    }
+}
+
 /// Of these endpoints the one with the address.
 pub fn only(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Option<Rc<[Rc<LocalEndpoint>]>> {
     let one = endpoints.iter().find(|endpoint| endpoint.address() == address)?;
@@ -161,20 +190,21 @@ pub async fn endpoints(
     }
     let endpoints = connection.worker.with_rng(|rng| to.upstream.endpoints(rng));
     if endpoints.is_empty() {
+        shared.refresh();
         return Err(nothing_found(&to.cluster.settings.name, &shared.endpoints()));
     }
     Ok(endpoints)
 }
 
-/// The index of the endpoint for the next try.
+/// The index of the endpoint for the next attempt.
 pub fn pick(
     connection: &Connection,
     to: &LocalCluster,
     endpoints: &[Rc<LocalEndpoint>],
-    tried: &[usize],
-    hash: Option<u64>,
+    wanted: &Wanted<'_>,
 ) -> Result<usize, ProxyError> {
-    connection.worker.with_rng(|rng| to.upstream.pick(endpoints, rng, tried, hash)).ok_or_else(|| {
+    let now = Instant::now();
+    connection.worker.with_rng(|rng| to.upstream.pick(endpoints, wanted, now, rng)).ok_or_else(|| {
         let unhealthy = endpoints.iter().filter(|endpoint| !endpoint.shared.is_healthy()).count();
         let detail = format!(
             "{}: none of its {} endpoints can be used ({unhealthy} failed their health checks)",
@@ -211,10 +241,8 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
                 .retry_after(Duration::from_secs(1));
         }
         ConnectError::Handshake { .. } => Cause::Reset,
-        ConnectError::Tls { failure, .. } => match failure.kind {
-            FailureKind::PeerIdentity | FailureKind::NoCertificate => Cause::PeerIdentity,
-            _ => Cause::TlsFailure,
-        },
+        ConnectError::Tls { failure, .. } if failure.kind.is_about_identity() => Cause::PeerIdentity,
+        ConnectError::Tls { .. } => Cause::TlsFailure,
         ConnectError::Limit { .. } | ConnectError::Streams { .. } => {
             return ProxyError::new(Cause::LimitFull, format!("{name}: {error}"))
                 .retry_after(Duration::from_secs(1));

@@ -9,6 +9,7 @@ use crate::{
     resilience::{
         breaker::Permit,
         classify::{Advice, Ending, GrpcStatus, Health, Outcome, Reset},
+        outlier::Evidence,
         retry::Reason,
     },
     runtime::LocalCluster,
@@ -27,6 +28,8 @@ pub struct GrpcEnd {
     pub permit: Option<Permit>,
     /// The caller's deadline where that is shorter than ours: a service that gives up just then is not to blame.
     pub callers_deadline: Option<Instant>,
+    /// When its attempt began.
+    pub began: Instant,
     /// Drawn for the decision, from 0 to 1.
     pub random: f64,
 }
@@ -73,10 +76,13 @@ impl GrpcEnd {
                 "a gRPC call failed after it had begun to answer"
             );
         }
-        let end = (outcome.ending, health);
-        self.endpoint.report(guards, &self.local.cluster.settings.name, end, now, || self.random);
+        let local = &self.local.upstream;
+        let evidence = Evidence::new(outcome, health, false);
+        self.endpoint.shared.outcomes.record(outcome.ending, now);
+        self.endpoint.report(&local.shared, evidence, (self.began, now), || self.random);
         if let Some(permit) = self.permit {
-            guards.report(&self.local.cluster.settings.name, permit, end, now, self.random);
+            let told = (local.blame(&self.endpoint, health, now), evidence.is_absence());
+            guards.report(&self.local.cluster.settings.name, permit, told, now, self.random);
         }
     }
 }

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     resilience::{deadline::millis_to_tell, hedge},
     telemetry::record::Why,
+    upstream::local::Wanted,
 };
 
 impl Exchange<'_> {
@@ -112,8 +113,8 @@ impl Exchange<'_> {
     fn hedge(&self, first: usize, replay: &Replay, tried: &[usize]) -> Option<Asked> {
         let guards = self.guards();
         let avoid: Vec<usize> = tried.iter().copied().chain([first]).collect();
-        let index =
-            connect::pick(self.call.connection, &self.target.local, &self.endpoints, &avoid, None).ok()?;
+        let wanted = Wanted { tried: &avoid, hash: None, probe: None };
+        let index = connect::pick(self.call.connection, &self.target.local, &self.endpoints, &wanted).ok()?;
         let allowed = replay.is_empty()
             && guards.breaker.is_closed()
             && connect::check_address(

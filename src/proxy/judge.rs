@@ -19,13 +19,30 @@ use crate::{
     resilience::{
         breaker::Permit,
         classify::{Advice, ConnectFailure, Ending, GrpcStatus, Health, Outcome},
+        outlier::{Change, Evidence},
     },
     telemetry::record::Try,
     upstream::{comeback, local::LocalEndpoint},
 };
 
-/// What a failed try weighs in the balancer, as latency. It is forgotten like any other.
-const COST_OF_FAILURE: Duration = Duration::from_secs(1);
+/// What an attempt weighs in the balancer, as latency, that could not even ask its endpoint.
+const NOT_ASKED: Duration = Duration::from_secs(1);
+
+/// Whose outcome is reported, and when it began and ended.
+struct Reported<'a> {
+    endpoint: &'a Rc<LocalEndpoint>,
+    number: Number,
+    began: std::time::Instant,
+    now: std::time::Instant,
+}
+
+/// Whether the endpoint's sidecar refused a request since it had too many: then it is there, and says so.
+fn is_full(ended: &Ended) -> bool {
+    let Ended::Answered(answer, _) = ended else { return false };
+    let said = answer.response.headers().get_all("proxy-status");
+    let full = b"connection_limit_reached";
+    said.iter().any(|value| value.as_bytes().windows(full.len()).any(|part| part == full))
+}
 
 impl Exchange<'_> {
     /// What a try's end means, told to breaker, outlier detection and balancer.
@@ -68,13 +85,12 @@ impl Exchange<'_> {
         };
         match outcome.health() {
             Health::Success => endpoint.observe(took, now),
-            // Failing fast must not look like answering fast.
-            Health::Failure => endpoint.observe(took.max(COST_OF_FAILURE), now),
+            Health::Failure => endpoint.observe_failure(took, now),
             Health::Neutral => match outcome.ending {
                 Ending::ClientShare => endpoint.observe(took, now),
                 // Other endpoints may have a route, or ports left for them.
                 Ending::Connect(ConnectFailure::LocalResource) => {
-                    endpoint.observe(took.max(COST_OF_FAILURE), now);
+                    endpoint.observe(took.max(NOT_ASKED), now);
                 }
                 _ => {}
             },
@@ -108,7 +124,8 @@ impl Exchange<'_> {
                 }
             }
         });
-        self.report(ended, &outcome, endpoint, (over.permit, over.number), (now, clock))
+        let reported = Reported { endpoint, number: over.number, began: over.began.into_std(), now };
+        self.report(ended, &outcome, reported, over.permit, clock)
     }
 
     /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
@@ -116,14 +133,14 @@ impl Exchange<'_> {
         &self,
         mut ended: Ended,
         outcome: &Outcome,
-        endpoint: &Rc<LocalEndpoint>,
-        (permit, number): (Option<Permit>, Number),
-        (now, clock): (std::time::Instant, &Clock),
+        Reported { endpoint, number, began, now }: Reported<'_>,
+        permit: Option<Permit>,
+        clock: &Clock,
     ) -> Ended {
         let guards = self.guards();
         // A connection that was lost with many calls on it counts once.
         let counted = matches!(&ended, Ended::Failed(failed) if failed.counted);
-        let weighed = |health| if counted { Health::Neutral } else { health };
+        let health = if counted { Health::Neutral } else { outcome.health() };
         let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
         if let Ended::Answered(answer, _) = &mut ended
             && self.call.grpc
@@ -137,26 +154,29 @@ impl Exchange<'_> {
                 endpoint: Rc::clone(endpoint),
                 permit,
                 callers_deadline: clock.deadline().callers(),
+                began,
                 random: random(),
             }));
             return ended;
         }
-        let upstream = &self.target.local.upstream.shared;
-        let control = &self.call.connection.worker.shared.control;
-        let end = (outcome.ending, weighed(outcome.health()));
-        if let Some(ejection) = endpoint.report(guards, self.name(), end, now, random) {
-            self.note_try(number, |one| one.ejected = true);
-            if ejection.found_nobody {
-                comeback::recall(upstream, control);
+        let local = &self.target.local.upstream;
+        let full = outcome.advice() == Advice::Elsewhere && is_full(&ended);
+        let evidence = Evidence::new(outcome, health, full);
+        endpoint.shared.outcomes.record(outcome.ending, now);
+        let change = endpoint.report(&local.shared, evidence, (began, now), random);
+        match change {
+            Some(Change::Ejected(_)) => self.note_try(number, |one| one.ejected = true),
+            Some(Change::Absent | Change::StillAbsent) => {
+                comeback::watch(&local.shared, &self.call.connection.worker.shared.control);
             }
+            Some(Change::Present) | None => {}
         }
         if let Some(permit) = permit {
-            let random = if end.1 == Health::Failure { random() } else { 0.0 };
-            let transition = guards.report(self.name(), permit, end, now, random);
-            if transition.is_some() && guards.absence.is_absent() {
-                comeback::watch(upstream, control);
-            }
-            if end.1 == Health::Failure {
+            let health = local.blame(endpoint, health, now);
+            let random = if health == Health::Failure { random() } else { 0.0 };
+            let told = (health, evidence.is_absence());
+            let transition = guards.report(self.name(), permit, told, now, random);
+            if health == Health::Failure {
                 self.call.progress.note(|record| record.window = Some(guards.breaker.in_window(now)));
             }
             if let Some(transition) = &transition {

@@ -37,7 +37,10 @@ use crate::{
         propagation::{Context, Span},
         record::{Try, Why},
     },
-    upstream::{http1::Told, local::LocalEndpoint},
+    upstream::{
+        http1::Told,
+        local::{LocalEndpoint, Probe, Wanted},
+    },
 };
 
 /// One try to be made.
@@ -88,6 +91,15 @@ pub(super) struct SoFar {
     pub patience: Option<Instant>,
 }
 
+/// What there is of the request's body to send again.
+fn body_of(replay: &Replay) -> ReplayState {
+    match replay.replayable() {
+        Replayable::Untouched => ReplayState::Untouched,
+        Replayable::Kept => ReplayState::Replayable,
+        Replayable::Gone => ReplayState::Gone,
+    }
+}
+
 impl Exchange<'_> {
     /// Whether the endpoint is one of the two addresses of `localhost` and the other one has not been tried. A service
     /// listens on one of them as a rule; finding out which is no retry.
@@ -130,13 +142,7 @@ impl Exchange<'_> {
                     return last_end.ok_or(error);
                 }
             };
-            let index = match connect::pick(
-                connection,
-                &self.target.local,
-                &self.endpoints,
-                &so_far.tried,
-                self.hash,
-            ) {
+            let index = match self.choose(carried, &so_far) {
                 Ok(index) => index,
                 Err(error) => return last_end.ok_or(error),
             };
@@ -163,13 +169,11 @@ impl Exchange<'_> {
             }
 
             let more = self.retries.another_possible(so_far.counted);
-            // A try that ran out of time may have been processed: only what may be done twice can follow it.
-            let may_repeat = self.retries.may_repeat(&carried.outgoing.method, self.call.idempotency_key);
             let usual = carried
                 .clock
                 .divides_clients_deadline()
                 .then(|| self.guards().watch_usual_latency(now.into_std()).get());
-            carried.clock.begin_try(now, more && may_repeat, usual.flatten());
+            carried.clock.begin_try(now, more && self.may_repeat(carried), usual.flatten());
             let no_free = so_far.free_used && so_far.resent >= MOST_RESENT;
             let last = !more && no_free && !carried.outgoing.keep;
             let over = self.attempt(Asked { index, permit, last }, now, carried, &mut so_far).await;
@@ -186,11 +190,18 @@ impl Exchange<'_> {
                 Ended::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
             };
 
-            if matches!(outcome.ending, Ending::Connect(_)) {
+            if matches!(outcome.ending, Ending::Connect(_)) || outcome.advice() == Advice::Elsewhere {
                 // Its addresses may have changed before their TTL says so.
                 self.target.local.upstream.shared.refresh();
+                if !last && self.moves_on(&outcome, index, carried, &mut so_far) {
+                    last_end = Some(ended);
+                    continue;
+                }
                 let in_time = carried.clock.spent(progress, Instant::now()).is_none();
-                if in_time && self.has_sibling(index, &so_far.tried) {
+                if in_time
+                    && matches!(outcome.ending, Ending::Connect(_))
+                    && self.has_sibling(index, &so_far.tried)
+                {
                     so_far.tried.push(index);
                     carried.next = (Why::Sibling, Duration::ZERO);
                     continue;
@@ -206,11 +217,7 @@ impl Exchange<'_> {
                 tries: so_far.counted,
                 free_used: so_far.free_used,
                 resent: so_far.resent,
-                body: match carried.replay.replayable() {
-                    Replayable::Untouched => ReplayState::Untouched,
-                    Replayable::Kept => ReplayState::Replayable,
-                    Replayable::Gone => ReplayState::Gone,
-                },
+                body: body_of(&carried.replay),
                 committed: false,
             };
             let moment = Moment {
@@ -255,6 +262,40 @@ impl Exchange<'_> {
                 sleep(retry.wait).await;
             }
         }
+    }
+
+    /// An attempt that ran out of time may have been processed: only what may be done twice can follow it.
+    fn may_repeat(&self, carried: &Carried) -> bool {
+        self.retries.may_repeat(&carried.outgoing.method, self.call.idempotency_key)
+    }
+
+    /// The endpoint of the next attempt.
+    fn choose(&self, carried: &Carried, so_far: &SoFar) -> Result<usize, ProxyError> {
+        let repeatable = self.may_repeat(carried) && carried.replay.is_empty();
+        let probe = Some(if repeatable { Probe::Repeatable } else { Probe::Any });
+        let wanted = Wanted { tried: &so_far.tried, hash: self.hash, probe };
+        connect::pick(self.call.connection, &self.target.local, &self.endpoints, &wanted)
+    }
+
+    /// Whether the call goes to another endpoint at once, as this one is absent and another one can be used. Notes that.
+    fn moves_on(&self, outcome: &Outcome, index: usize, carried: &mut Carried, so_far: &mut SoFar) -> bool {
+        let now = Instant::now();
+        let another = || {
+            let others = self.endpoints.iter().enumerate();
+            let mut untried = others.filter(|(other, _)| *other != index && !so_far.tried.contains(other));
+            untried.any(|(_, endpoint)| endpoint.is_usable(now.into_std()))
+        };
+        let moves_on = !so_far.tried.contains(&index)
+            && self.retries.may_move_on(outcome, self.endpoints[index].is_absent(), body_of(&carried.replay))
+            && carried.clock.spent(self.call.progress, now).is_none()
+            && another()
+            && self.guards().may_move_on(now.into_std());
+        if moves_on {
+            so_far.tried.push(index);
+            carried.next = (Why::NextEndpoint, Duration::ZERO);
+            self.guards().counts.retries.add("next_endpoint");
+        }
+        moves_on
     }
 
     /// No further try follows a failure.

@@ -90,7 +90,7 @@ pub enum Why {
         requests: u64,
     },
     OpenTimeOver,
-    /// It takes connections again, which it had not.
+    /// A request to an endpoint that was absent has succeeded.
     Reachable,
     TrialFailed,
     TrialsSucceeded,
@@ -230,12 +230,10 @@ impl Breaker {
         transition
     }
 
-    /// Tells that the upstream takes connections again, where it took none when this opened: half open at once.
-    pub fn reachable(&self, now: Instant) -> Option<Transition> {
-        let mut machine = self.lock();
-        let transition = machine.reachable(now);
-        self.publish(&machine, transition);
-        transition
+    /// Lets one trial go before the time of an open breaker is over, since an endpoint that was absent may be back.
+    /// If it fails, nothing has changed. Returns whether there was none yet.
+    pub fn offer_trial(&self) -> bool {
+        self.lock().offer_trial()
     }
 
     /// Lets time pass where no try does: so that a forced state falls back, and is seen to, in a quiet hour.
@@ -381,7 +379,7 @@ impl std::fmt::Display for Why {
             Self::ConsecutiveFailures(count) => write!(f, "{count} failures in a row"),
             Self::FailureRate { failures, requests } => write!(f, "{failures} of {requests} tries failed"),
             Self::OpenTimeOver => f.write_str("time to try again"),
-            Self::Reachable => f.write_str("it takes connections again"),
+            Self::Reachable => f.write_str("an endpoint that was absent serves again"),
             Self::TrialFailed => f.write_str("a trial failed"),
             Self::TrialsSucceeded => f.write_str("all trials succeeded"),
             Self::Manual => f.write_str("set by hand"),

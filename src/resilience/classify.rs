@@ -62,9 +62,12 @@ pub enum ConnectFailure {
     /// Refused, unreachable, reset while connecting.
     Refused,
     Timeout,
+    /// The port accepted the connection, but TLS failed: it speaks no TLS, or rejects our certificate.
     Tls,
-    /// TLS went well but another than the expected peer answered.
+    /// The peer's certificate is missing, expired, revoked or untrusted, or names another peer than expected.
     PeerIdentity,
+    /// The port accepted the connection, but the HTTP/2 handshake failed.
+    Handshake,
     /// No port, descriptor, buffer or route of this machine's own: the endpoint was not even asked.
     LocalResource,
 }
@@ -272,6 +275,7 @@ impl Ending {
             Self::Connect(ConnectFailure::Tls) => "tls_failure",
             Self::Connect(ConnectFailure::PeerIdentity) => "peer_identity",
             Self::Connect(ConnectFailure::LocalResource) => "local_resource",
+            Self::Connect(ConnectFailure::Handshake) => "reset",
             Self::RefusedStream => "refused_stream",
             Self::Reset(_) => "reset",
             Self::AttemptTimeout | Self::ClientShare => "attempt_timeout",
@@ -332,8 +336,8 @@ pub(super) mod tests {
                 .map(Ending::Http)
                 .collect();
         all.extend((0..=16).map(|code| Ending::Grpc(GrpcStatus::from_code(code))));
-        use ConnectFailure::{LocalResource, PeerIdentity, Refused, Timeout, Tls};
-        all.extend([Refused, Timeout, Tls, PeerIdentity, LocalResource].map(Ending::Connect));
+        use ConnectFailure::{Handshake, LocalResource, PeerIdentity, Refused, Timeout, Tls};
+        all.extend([Refused, Timeout, Tls, PeerIdentity, Handshake, LocalResource].map(Ending::Connect));
         for bits in 0..8 {
             let reset =
                 Reset { reused: bits & 1 > 0, request_sent: bits & 2 > 0, response_begun: bits & 4 > 0 };

@@ -1,20 +1,28 @@
-//! Taking an endpoint that keeps failing out of the balancer for a while.
+//! Which endpoints of an upstream the balancer may choose: outlier detection, and endpoints that are absent.
 //!
-//! | endpoints | may be out at a time |
+//! | state | begins | ends |
+//! | --- | --- | --- |
+//! | available | | |
+//! | ejected | with `consecutive_failures` in a row, if `max_ejected` allows | when its time is over |
+//! | absent | with the first connection refused (or not accepted in time), or the first `elsewhere` of its sidecar, whatever `max_ejected` | when a request to it has succeeded |
+//!
+//! | endpoints | may be ejected at a time |
 //! | --- | --- |
 //! | 1 | none: the breaker is there for an upstream that fails as a whole |
-//! | 2 or more | `max_ejected` of them, rounded down, but at least one and never the last |
+//! | 2 or more | `max_ejected` of them, rounded down, but at least one and never the last that is not absent |
 //!
-//! One that is out because nobody was there to connect to, as while it restarts, is asked whether it accepts connections
-//! again, and comes back as soon as it does. When to ask is decided here; who asks is `src/upstream/comeback.rs`. One that
-//! gave bad answers stays out for its time, as accepting connections says nothing about those.
+//! An absent endpoint is asked for a connection by the control thread (`src/upstream/comeback.rs`); once it accepts one,
+//! a single request is sent to it. That it accepts connections proves nothing: its port may be its sidecar's.
+
+mod absence;
+mod endpoint;
 
 use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -22,18 +30,13 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::absence::Absence;
+pub use self::endpoint::EndpointHealth;
 use super::{
     breaker::Growing,
-    classify::{Ending, Health},
+    classify::{Advice, ConnectFailure, Ending, Health, Outcome},
 };
 use crate::units::{HumanDuration, Ratio};
-
-/// How soon one that nobody could connect to is asked again: in proportion to how long it has been out, so that a short
-/// absence is not made a long one; twice as long after each time it accepted connections and still no call went well.
-const SHARE: u32 = 100;
-const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-const MOST_DOUBLINGS: u32 = 10;
 
 /// `[defaults.outlier]`, per endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -63,7 +66,7 @@ impl Default for OutlierSettings {
 }
 
 impl OutlierSettings {
-    /// How many of so many endpoints may be out at a time.
+    /// How many of so many endpoints may be ejected at a time.
     pub fn most_ejected(&self, endpoints: usize) -> usize {
         if *self.max_ejected <= 0.0 {
             return 0;
@@ -74,48 +77,80 @@ impl OutlierSettings {
     }
 }
 
-/// What all workers share about one endpoint.
-#[derive(Debug)]
-pub struct EndpointHealth {
-    in_a_row: AtomicU32,
-    /// Milliseconds since the detector's epoch, rounded up; 0 = not out.
-    out_until: AtomicU64,
-    epoch: Instant,
+/// What an attempt says about its endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Evidence {
+    Success,
+    Failure,
+    Neutral,
+    /// It refused the connection.
+    Refused,
+    /// It did not accept a connection in time.
+    ConnectTimeout,
+    /// Its sidecar has no service behind it, and advised to go elsewhere.
+    NoService,
 }
 
-impl EndpointHealth {
-    fn new(epoch: Instant) -> Self {
-        Self { in_a_row: AtomicU32::new(0), out_until: AtomicU64::new(0), epoch }
+impl Evidence {
+    /// `health`: what the outcome counts for, which is nothing where a lost connection has been counted already.
+    /// `full`: it refused because it had too many requests, which is no absence.
+    pub fn new(outcome: &Outcome, health: Health, full: bool) -> Self {
+        match (health, outcome.ending) {
+            (Health::Success, _) => Self::Success,
+            (Health::Neutral, _) => Self::Neutral,
+            (_, Ending::Connect(ConnectFailure::Refused)) => Self::Refused,
+            (_, Ending::Connect(ConnectFailure::Timeout)) => Self::ConnectTimeout,
+            _ if outcome.advice() == Advice::Elsewhere && !full => Self::NoService,
+            _ => Self::Failure,
+        }
     }
 
-    /// One load, and a comparison for an endpoint that was ever out.
-    pub fn is_ejected(&self, now: Instant) -> bool {
-        let until = self.out_until.load(Ordering::Relaxed);
-        until != 0 && millis(now.saturating_duration_since(self.epoch)) < until
+    /// No connection: asking for one again tells whether that has changed.
+    pub const fn is_unreachable(self) -> bool {
+        matches!(self, Self::Refused | Self::ConnectTimeout)
     }
 
-    /// When it comes back, if it is out.
-    pub fn ejected_until(&self, now: Instant) -> Option<Instant> {
-        self.is_ejected(now)
-            .then(|| Duration::from_millis(self.out_until.load(Ordering::Relaxed)))
-            .and_then(|until| self.epoch.checked_add(until))
+    /// Whether it makes its endpoint absent.
+    pub const fn is_absence(self) -> bool {
+        matches!(self, Self::Refused | Self::ConnectTimeout | Self::NoService)
     }
 }
 
-/// An endpoint was taken out.
+/// What changed by an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Ejected(Ejection),
+    /// It is absent from now on.
+    Absent,
+    /// It was absent, and serves again.
+    Present,
+    /// It was absent before, and is to be asked again at another time.
+    StillAbsent,
+}
+
+/// An endpoint was ejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ejection {
     pub address: SocketAddr,
     pub failures_in_a_row: u32,
     pub until: Instant,
-    /// Nobody was there to connect to: it is to be asked, and may come back before `until`.
-    pub found_nobody: bool,
+}
+
+/// A question to an absent endpoint that is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// Whether it accepts a connection.
+    Connection(SocketAddr),
+    /// Whether a request succeeds.
+    Request(SocketAddr),
 }
 
 /// The outlier detector of an upstream, shared by all workers. Outlives a reload.
 #[derive(Debug)]
 pub struct Outliers {
     group: Mutex<Group>,
+    /// How many endpoints are absent.
+    absent: AtomicUsize,
     epoch: Instant,
 }
 
@@ -128,28 +163,21 @@ struct Group {
 #[derive(Debug)]
 struct Member {
     health: Arc<EndpointHealth>,
-    /// False for one that has left while it was out: should it come back, it is still out.
+    /// False for one that has left while it was ejected: should it come back, it still is.
     present: bool,
     /// Ejections in a row.
     times: u32,
     last: Option<(Instant, Duration)>,
-    /// Something in the present row of failures was an answer.
-    answered: bool,
-    /// It came back as it accepts connections, and no call has gone well since.
-    unproven: bool,
-    asking: Option<Asking>,
-}
-
-/// It is out, and asked whether it accepts connections.
-#[derive(Clone, Copy, Debug)]
-struct Asking {
-    since: Instant,
-    next: Instant,
+    absence: Option<Absence>,
 }
 
 impl Outliers {
     pub fn new(settings: OutlierSettings, now: Instant) -> Self {
-        Self { group: Mutex::new(Group { settings, members: HashMap::new() }), epoch: now }
+        Self {
+            group: Mutex::new(Group { settings, members: HashMap::new() }),
+            absent: AtomicUsize::new(0),
+            epoch: now,
+        }
     }
 
     /// Says which endpoints there are now. One that stays, by address, keeps its state.
@@ -164,13 +192,12 @@ impl Outliers {
                 present: true,
                 times: 0,
                 last: None,
-                answered: false,
-                unproven: false,
-                asking: None,
+                absence: None,
             };
             group.members.entry(*address).or_insert_with(new).present = true;
         }
         group.members.retain(|_, member| member.present || member.health.is_ejected(now));
+        self.count_absent(&group);
     }
 
     /// The shared state of an endpoint, to be kept beside it; `None` for one that is not there.
@@ -178,24 +205,46 @@ impl Outliers {
         self.lock().members.get(address).map(|member| Arc::clone(&member.health))
     }
 
-    /// Tells what came of a try at an endpoint. No lock unless it failed. `random` from 0 to 1.
+    /// Whether an endpoint is absent, as far as is known: one that accepts connections again may well serve.
+    pub fn is_absent(&self, address: &SocketAddr, now: Instant) -> bool {
+        let group = self.lock();
+        let member = group.members.get(address);
+        member.is_some_and(|member| {
+            let accepts = |absence: &Absence| absence.by_connection && member.health.awaits_probe(now);
+            member.absence.as_ref().is_some_and(|absence| !accepts(absence))
+        })
+    }
+
+    /// Whether any endpoint is absent. One load.
+    pub fn any_absent(&self) -> bool {
+        self.absent.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether a request may probe an absent endpoint.
+    pub fn awaits_probe(&self, now: Instant) -> bool {
+        self.any_absent()
+            && self.lock().members.values().any(|member| member.present && member.health.awaits_probe(now))
+    }
+
+    /// Takes in what came of an attempt that began at `began`. No lock unless it failed, or its endpoint is absent.
+    /// `random` from 0 to 1.
     pub fn report(
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
-        (ending, health): (Ending, Health),
-        now: Instant,
+        evidence: Evidence,
+        (began, now): (Instant, Instant),
         random: f64,
-    ) -> Option<Ejection> {
-        match health {
-            Health::Neutral => None,
-            Health::Success => {
-                if endpoint.in_a_row.load(Ordering::Relaxed) != 0 {
-                    endpoint.in_a_row.store(0, Ordering::Relaxed);
-                }
-                None
+    ) -> Option<Change> {
+        match evidence {
+            Evidence::Neutral => None,
+            Evidence::Success => {
+                endpoint.succeeded();
+                if endpoint.is_absent() { self.prove(address, began) } else { None }
             }
-            Health::Failure => self.failed(address, endpoint, ending, now, random),
+            Evidence::Failure if endpoint.is_absent() => self.absent(address, evidence, (began, now)),
+            Evidence::Failure => self.failed(address, endpoint, now, random).map(Change::Ejected),
+            absence => self.absent(address, absence, (began, now)),
         }
     }
 
@@ -208,83 +257,131 @@ impl Outliers {
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
-        ending: Ending,
         now: Instant,
         random: f64,
     ) -> Option<Ejection> {
         let mut group = self.lock();
-        // Tries that were under way when it was taken out add nothing.
+        // Attempts that were under way when it was ejected add nothing.
         if endpoint.is_ejected(now) {
             return None;
         }
-        let failures_in_a_row = endpoint.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-        if let Some(member) = group.members.get_mut(address) {
-            if failures_in_a_row == 1 {
-                (member.answered, member.unproven) = (false, false);
-            }
-            member.answered |= ending.is_answer();
-        }
+        let failures_in_a_row = endpoint.failed(now);
         let settings = group.settings;
         if settings.consecutive_failures == 0 || failures_in_a_row < settings.consecutive_failures {
             return None;
         }
-        let (present, out) =
-            group.members.values().filter(|member| member.present).fold((0, 0), |(all, out), member| {
-                (all + 1, out + usize::from(member.health.is_ejected(now)))
-            });
+        let mut members = Members::default();
+        group.members.values().for_each(|member| members.add(member, now));
         // No room: it stays, and its next failure asks again.
-        if out >= settings.most_ejected(present) {
+        if members.ejected >= settings.most_ejected(members.all) || members.available <= 1 {
+            endpoint.set_failing();
             return None;
         }
         let member = group.members.get_mut(address).filter(|member| member.present)?;
         let ejected_for = member.next_ejection(&settings, now, random);
-        let found_nobody = ending.found_nobody() && !member.answered;
-        member.asking = found_nobody.then(|| Asking { since: now, next: now + member.pause(Duration::ZERO) });
-        endpoint.in_a_row.store(0, Ordering::Relaxed);
-        let until = now.saturating_duration_since(self.epoch).saturating_add(ejected_for);
-        endpoint.out_until.store(millis(until).saturating_add(1), Ordering::Relaxed);
-        Some(Ejection {
-            address: *address,
-            failures_in_a_row,
-            until: now.checked_add(ejected_for)?,
-            found_nobody,
-        })
+        let until = now.checked_add(ejected_for)?;
+        endpoint.eject(until);
+        Some(Ejection { address: *address, failures_in_a_row, until })
     }
 
-    /// When an endpoint is to be asked next whether it accepts connections; `None` where none is.
-    pub fn next_question(&self, now: Instant) -> Option<Instant> {
+    fn absent(
+        &self,
+        address: &SocketAddr,
+        evidence: Evidence,
+        (began, now): (Instant, Instant),
+    ) -> Option<Change> {
+        let mut group = self.lock();
+        let alone = !group
+            .members
+            .iter()
+            .any(|(other, member)| other != address && member.present && member.health.is_serving(now));
+        let member = group.members.get_mut(address).filter(|member| member.present)?;
+        let change = if let Some(absence) = &mut member.absence {
+            if !absence.again(evidence, alone, began, now) {
+                return None;
+            }
+            Change::StillAbsent
+        } else if evidence == Evidence::Failure {
+            // It was proven while this was on its way.
+            return None;
+        } else {
+            member.absence = Some(Absence::new(evidence, alone, now));
+            Change::Absent
+        };
+        if let Some(Absence { by_connection, next, .. }) = member.absence {
+            match next.filter(|_| !by_connection) {
+                Some(next) => member.health.probe_from(next),
+                None => member.health.set_unreachable(),
+            }
+        }
+        self.count_absent(&group);
+        Some(change)
+    }
+
+    /// A request to an absent endpoint has succeeded.
+    fn prove(&self, address: &SocketAddr, began: Instant) -> Option<Change> {
+        let mut group = self.lock();
+        let member = group.members.get_mut(address)?;
+        // One that was under way as it became absent proves nothing.
+        member.absence.take_if(|absence| began >= absence.since)?;
+        member.health.set_present();
+        self.count_absent(&group);
+        Some(Change::Present)
+    }
+
+    /// When a question to an absent endpoint is due; `None` where none is.
+    pub fn next_question(&self) -> Option<Instant> {
+        if !self.any_absent() {
+            return None;
+        }
         let group = self.lock();
-        group.members.values().filter_map(|member| member.to_ask(now)).map(|asking| asking.next).min()
+        group.members.values().filter_map(Member::question_due).min()
     }
 
-    /// Those to be asked now, at most so many. Each is asked again after a pause.
-    pub fn questions(&self, most: usize, now: Instant) -> Vec<SocketAddr> {
+    /// The questions that are due, at most so many. A question for a request is put once; one for a connection until it
+    /// was answered.
+    pub fn questions(&self, most: usize, now: Instant) -> Vec<Question> {
         let mut due = Vec::new();
         for (address, member) in &mut self.lock().members {
-            if due.len() < most
-                && let Some(asking) = member.to_ask(now).filter(|asking| asking.next <= now)
+            if due.len() >= most {
+                break;
+            }
+            if member.question_due().is_some_and(|at| at <= now)
+                && let Some(absence) = &mut member.absence
             {
-                let next = now + member.pause(now.saturating_duration_since(asking.since));
-                member.asking = Some(Asking { next, ..asking });
-                due.push(*address);
+                absence.next = None;
+                due.push(match absence.by_connection {
+                    true => Question::Connection(*address),
+                    false => Question::Request(*address),
+                });
             }
         }
         due
     }
 
-    /// An endpoint accepts connections. True if it was out for want of that: then it is back.
-    pub fn recall(&self, address: &SocketAddr, now: Instant) -> bool {
+    /// The answer to [`Question::Connection`]. Returns whether a request may probe it now.
+    pub fn answered(&self, address: &SocketAddr, accepted: bool, now: Instant) -> bool {
         let mut group = self.lock();
-        let Some(member) = group.members.get_mut(address).filter(|member| member.to_ask(now).is_some())
-        else {
-            return false;
-        };
-        (member.asking, member.last) = (None, None);
-        (member.answered, member.unproven) = (false, true);
-        // Stands until a call goes well: that is how the next failure knows whether one has.
-        member.health.in_a_row.store(1, Ordering::Relaxed);
-        member.health.out_until.store(0, Ordering::Relaxed);
-        true
+        let alone = !group
+            .members
+            .iter()
+            .any(|(other, member)| other != address && member.present && member.health.is_serving(now));
+        let Some(member) = group.members.get_mut(address) else { return false };
+        let Some(absence) = &mut member.absence else { return false };
+        if accepted {
+            absence.accepted(now);
+            member.health.probe_from(now);
+        } else {
+            absence.again(Evidence::Refused, alone, now, now);
+            member.health.set_unreachable();
+        }
+        accepted
+    }
+
+    fn count_absent(&self, group: &Group) {
+        let absent =
+            group.members.values().filter(|member| member.present && member.absence.is_some()).count();
+        self.absent.store(absent, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Group> {
@@ -292,31 +389,38 @@ impl Outliers {
     }
 }
 
+/// How many endpoints there are in which state.
+#[derive(Default)]
+struct Members {
+    all: usize,
+    ejected: usize,
+    available: usize,
+}
+
+impl Members {
+    fn add(&mut self, member: &Member, now: Instant) {
+        if member.present {
+            self.all += 1;
+            self.ejected += usize::from(member.health.is_ejected(now));
+            self.available += usize::from(member.health.is_available(now));
+        }
+    }
+}
+
 impl Member {
-    fn to_ask(&self, now: Instant) -> Option<Asking> {
-        self.asking.filter(|_| self.present && self.health.is_ejected(now))
+    fn question_due(&self) -> Option<Instant> {
+        self.absence.filter(|_| self.present)?.next
     }
 
-    fn pause(&self, out_for: Duration) -> Duration {
-        let pause = (out_for / SHARE).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
-        pause.saturating_mul(1 << self.times.min(MOST_DOUBLINGS))
-    }
-
-    /// Doubles, unless it has been back for longer than it was out, or was called back and calls went well.
+    /// Doubles, unless it has been back for longer than it was out.
     fn next_ejection(&mut self, settings: &OutlierSettings, now: Instant, random: f64) -> Duration {
-        let relapse = match self.last {
-            Some((until, duration)) => now.saturating_duration_since(until) <= duration,
-            None => self.unproven,
-        };
+        let relapse =
+            self.last.is_some_and(|(until, duration)| now.saturating_duration_since(until) <= duration);
         self.times = if relapse { self.times.saturating_add(1) } else { 0 };
         let duration = settings.eject_for.nth(self.times, random);
         self.last = now.checked_add(duration).map(|until| (until, duration));
         duration
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -152,6 +152,8 @@ pub enum Why {
     Retry,
     /// Mends a race of our own pool; costs no try.
     Reconnect,
+    /// The endpoint before accepted no connection, or is known to be absent; costs no try.
+    NextEndpoint,
     /// The other address of `localhost`.
     Sibling,
     /// A second copy beside a slow one.
@@ -166,6 +168,7 @@ impl Why {
             Self::First => "first",
             Self::Retry => "retry",
             Self::Reconnect => "reconnect",
+            Self::NextEndpoint => "next_endpoint",
             Self::Sibling => "sibling",
             Self::Hedge => "hedge",
             Self::Fallback => "fallback",

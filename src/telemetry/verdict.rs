@@ -254,6 +254,7 @@ fn in_words(one: &Try) -> String {
             ConnectFailure::LocalResource => {
                 format!("no connection to {at}: no port, descriptor or route left on this side")
             }
+            ConnectFailure::Handshake => format!("the HTTP/2 handshake with {at} failed"),
         },
         Some(Ending::RefusedStream) => format!("{at} refused the stream"),
         Some(Ending::Reset(reset)) if reset.is_stale() => {
@@ -288,7 +289,7 @@ fn name_of(number: usize, why: Why) -> String {
         Why::Hedge => "hedge".to_owned(),
         Why::Fallback => "the fallback".to_owned(),
         Why::Sibling => "the host's other address".to_owned(),
-        Why::First | Why::Retry | Why::Reconnect => match NAMES.get(number - 1) {
+        Why::First | Why::Retry | Why::Reconnect | Why::NextEndpoint => match NAMES.get(number - 1) {
             Some(name) => format!("{name} try"),
             None => format!("try {number}"),
         },

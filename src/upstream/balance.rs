@@ -12,6 +12,9 @@
 //! that balances as well has some 160 points per endpoint and worker). The price is one multiplication chain per
 //! endpoint, over an array that stays in the first-level cache.
 //!
+//! By `p2c` and `least-request`, an endpoint where requests have just failed in a row is picked only where no other can
+//! be used, but for one request now and then that tells whether it still fails.
+//!
 //! What can't be used is never picked, even when nothing else is left: the caller answers `no_endpoint`. An endpoint
 //! that was tried already is picked again only where no other can be used.
 
@@ -27,8 +30,10 @@ use crate::{
 
 /// What the balancer needs to know about an endpoint.
 pub trait Candidate {
-    /// Healthy and not ejected.
+    /// Healthy, and neither ejected nor absent.
     fn usable(&self, now: Instant) -> bool;
+    /// Requests have just failed here: by load or latency it is chosen only where no other can be used.
+    fn avoided(&self, now: Instant) -> bool;
     /// The latency to expect, e.g. of [`PeakEwma::cost`]; any unit, the same for all.
     fn latency(&self, now: Instant) -> f64;
     /// Calls that it has not answered yet.
@@ -127,6 +132,14 @@ impl Balancer {
             self.rebuild(candidates, rng);
         }
         let fresh = |i: usize| candidates[i].usable(now) && !tried.contains(&i);
+        // One that fails at once always has the least latency and load. In turn or by hash, everyone gets its share.
+        if matches!(self.kind, Kind::P2c | Kind::LeastRequest) {
+            let good = |i: usize| fresh(i) && !candidates[i].avoided(now);
+            let picked = self.pick_where(candidates, now, rng, hash, good);
+            if picked.is_some() {
+                return picked;
+            }
+        }
         let picked = self.pick_where(candidates, now, rng, hash, fresh);
         if picked.is_some() || tried.is_empty() {
             return picked;

@@ -1,11 +1,11 @@
-//! Waiting for an upstream, or for some of its endpoints, that takes no connections.
+//! Asking absent endpoints whether they are back, and waiting for an upstream whose endpoints are all absent.
 //!
-//! Whoever asks does so on the control thread. An endpoint that was ejected because nobody could connect to it is back as
-//! soon as somebody can: in instances that restart in turn the next one goes as soon as the first is back.
+//! The control thread asks. An endpoint that accepts a connection again is not believed: one request is sent to it, and
+//! tells. While the breaker is open, that request is an early trial: it goes before the breaker's time is over, and changes
+//! nothing if it fails. When to ask is decided in `src/resilience/outlier/absence.rs`.
 //!
-//! A breaker that opened because nobody listened need not wait out its time: a connection costs the upstream next to
-//! nothing, and says at once that it is back. Trials then decide, as always. Until then a call may wait for a moment,
-//! too: no longer than it would have waited between tries that are refused, and without sending anything.
+//! A request that the breaker refuses may wait for such a trial: no longer than it would have waited between attempts that
+//! are refused, and without sending anything.
 
 use std::{
     net::SocketAddr,
@@ -20,7 +20,7 @@ use tokio::{
     runtime::Handle,
     sync::{Notify, futures::Notified},
     task::JoinSet,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::Upstream;
@@ -29,27 +29,28 @@ use crate::{
     resilience::{
         breaker::{State, Transition, Why},
         limit::Counter,
+        outlier::Question,
     },
 };
 
 /// Endpoints of an upstream that are asked at a time.
-const MOST: usize = 3;
-/// Likewise, of those that were ejected.
-const MOST_EJECTED: usize = 16;
-const PATIENCE: Duration = Duration::from_millis(500);
-/// How often is asked: in proportion to how long it has been gone, so that a short outage is not made a long one.
-const SHARE: u32 = 100;
-const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+const MOST: usize = 16;
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// While an endpoint is absent, discovery is asked for its address again: once a second, later every tenth of the time
+/// that has passed.
+const REFRESH_SHARE: u32 = 10;
+const SHORTEST_REFRESH: Duration = Duration::from_secs(1);
+const LONGEST_REFRESH: Duration = Duration::from_secs(60);
 
-/// Whether nobody could connect to an upstream, and who waits for it.
+/// Whether an upstream's breaker is open since its endpoints are absent, and who waits for it.
 #[derive(Debug)]
 pub struct Absence {
-    /// The breaker opened because no connection came about, and has not closed since.
+    /// The attempt that opened the breaker found its endpoint absent, and it has not closed since.
     absent: AtomicBool,
+    /// Absent endpoints are being asked.
     watched: AtomicBool,
-    /// Endpoints that were ejected are being asked.
-    recalling: AtomicBool,
+    /// A question is due earlier than was known.
+    asked: Notify,
     changed: Notify,
     waiting: Counter,
 }
@@ -70,7 +71,7 @@ impl Absence {
         Self {
             absent: AtomicBool::new(false),
             watched: AtomicBool::new(false),
-            recalling: AtomicBool::new(false),
+            asked: Notify::new(),
             changed: Notify::new(),
             waiting: Counter::new(most),
         }
@@ -84,13 +85,13 @@ impl Absence {
         self.absent.load(Ordering::Relaxed)
     }
 
-    /// Takes in a change of the breaker. `unreachable`: the try that caused it found no connection.
-    pub fn note(&self, transition: &Transition, unreachable: bool) {
+    /// Takes in a change of the breaker. `absent`: the attempt that caused it found its endpoint absent.
+    pub fn note(&self, transition: &Transition, absent: bool) {
         match (transition.to, transition.why) {
             (State::Closed, _) | (_, Why::Manual | Why::ManualExpired | Why::ManualEnded) => {
                 self.absent.store(false, Ordering::Relaxed);
             }
-            (State::Open, _) => self.absent.store(unreachable, Ordering::Relaxed),
+            (State::Open, _) => self.absent.store(absent, Ordering::Relaxed),
             (State::HalfOpen, _) => {}
         }
         self.changed.notify_waiters();
@@ -101,110 +102,112 @@ impl Absence {
         self.waiting.try_take().then_some(Waiting(self))
     }
 
-    /// Ends with the next change of the breaker. Ask for it before looking at the breaker, so that none is missed.
+    /// Ends with the next change of the breaker, or when it lets a trial go. Ask for it before looking at the breaker, so
+    /// that none is missed.
     pub fn changed(&self) -> Notified<'_> {
         self.changed.notified()
     }
 }
 
-/// Asks from now on, until it is back, unless somebody asks already.
+/// Asks the absent endpoints of an upstream from now on, until none is absent.
 pub fn watch(upstream: &Arc<Upstream>, control: &Handle) {
-    if upstream.guards.absence.watched.swap(true, Ordering::Relaxed) {
+    let absence = &upstream.guards.absence;
+    absence.asked.notify_one();
+    if absence.watched.swap(true, Ordering::AcqRel) {
         return;
     }
     let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
     control.spawn(async move {
-        let absence = &guards.absence;
-        let began = Instant::now();
+        let (outliers, absence) = (&guards.outliers, &guards.absence);
+        let mut refresh = Refresh::new(Instant::now());
         loop {
-            // One that the configuration does not have any more is not waited for.
-            while let Some(upstream) = upstream.upgrade()
-                && absence.is_absent()
-            {
-                if guards.breaker.report_state().state == State::Open && answers(&upstream).await {
-                    let transition = guards.breaker.reachable(Instant::now().into_std());
-                    guards.note(&upstream.name, transition);
+            // An upstream that the configuration does not have any more is not asked for.
+            while outliers.any_absent() && upstream.strong_count() > 0 {
+                let asked = absence.asked.notified();
+                match outliers.next_question() {
+                    Some(at) => tokio::select! {
+                        () = sleep_until(at.into()) => {}
+                        () = asked => continue,
+                    },
+                    // A request is to prove the endpoint. Looked after now and then, should it have left.
+                    None => {
+                        let _ = timeout(SHORTEST_REFRESH, asked).await;
+                        if let Some(upstream) = upstream.upgrade()
+                            && outliers.awaits_probe(Instant::now().into_std())
+                        {
+                            offer_trial(&upstream);
+                        }
+                        continue;
+                    }
                 }
-                drop(upstream);
-                sleep(pause(began.elapsed())).await;
-            }
-            absence.watched.store(false, Ordering::Relaxed);
-            // It may have gone again in between, when it still seemed to be watched.
-            let gone_again = upstream.strong_count() > 0 && absence.is_absent();
-            if !gone_again || absence.watched.swap(true, Ordering::Relaxed) {
-                return;
-            }
-        }
-    });
-}
-
-/// Asks the endpoints that were ejected because nobody could connect to them, until all of them are back in one way or
-/// another. Calls them back as they accept connections.
-pub fn recall(upstream: &Arc<Upstream>, control: &Handle) {
-    if upstream.guards.absence.recalling.swap(true, Ordering::AcqRel) {
-        return;
-    }
-    let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
-    control.spawn(async move {
-        let next = || guards.outliers.next_question(Instant::now().into_std());
-        let recalling = &guards.absence.recalling;
-        loop {
-            while let Some(at) = next()
-                && upstream.strong_count() > 0
-            {
-                sleep_until(at.into()).await;
                 if let Some(upstream) = upstream.upgrade() {
-                    ask_ejected(&upstream).await;
+                    ask(&upstream).await;
+                    refresh.absent(&upstream, Instant::now());
                 }
             }
-            recalling.swap(false, Ordering::AcqRel);
-            // One more may have been ejected in between, when all were still being asked.
-            let more = upstream.strong_count() > 0 && next().is_some();
-            if !more || recalling.swap(true, Ordering::AcqRel) {
+            absence.watched.store(false, Ordering::Release);
+            // One more may have become absent in between, when it still seemed to be watched.
+            let more = upstream.strong_count() > 0 && outliers.any_absent();
+            if !more || absence.watched.swap(true, Ordering::AcqRel) {
                 return;
             }
         }
     });
 }
 
-async fn ask_ejected(upstream: &Upstream) {
+async fn ask(upstream: &Upstream) {
     let outliers = &upstream.guards.outliers;
-    let mut asked = JoinSet::new();
-    for address in outliers.questions(MOST_EJECTED, Instant::now().into_std()) {
-        asked.spawn(async move { (address, accepts(address).await) });
+    let (mut asked, mut due) = (JoinSet::new(), false);
+    for question in outliers.questions(MOST, Instant::now().into_std()) {
+        match question {
+            Question::Request(_) => due = true,
+            Question::Connection(address) => {
+                asked.spawn(async move { (address, accepts(address).await) });
+            }
+        }
+    }
+    if due {
+        offer_trial(upstream);
     }
     while let Some(answer) = asked.join_next().await {
-        if let Ok((address, true)) = answer {
-            back(upstream, address);
+        if let Ok((address, accepted)) = answer
+            && outliers.answered(&address, accepted, Instant::now().into_std())
+        {
+            tracing::debug!(upstream = &*upstream.name, endpoint = %address, "endpoint accepts connections again");
+            offer_trial(upstream);
         }
     }
 }
 
-/// An endpoint accepts connections: if that was why it is out, it is out no more.
-fn back(upstream: &Upstream, address: SocketAddr) {
-    if upstream.guards.outliers.recall(&address, Instant::now().into_std()) {
-        tracing::info!(upstream = &*upstream.name, endpoint = %address, "endpoint accepts connections again");
+/// One request may probe an endpoint. If the breaker is open, it is let through.
+fn offer_trial(upstream: &Upstream) {
+    if upstream.guards.breaker.offer_trial() {
+        upstream.guards.absence.changed.notify_waiters();
     }
 }
 
 async fn accepts(address: SocketAddr) -> bool {
-    matches!(timeout(PATIENCE, descriptors::connect(address)).await, Ok(Ok(_)))
+    matches!(timeout(CONNECT_TIMEOUT, descriptors::connect(address)).await, Ok(Ok(_)))
 }
 
-fn pause(gone_for: Duration) -> Duration {
-    (gone_for / SHARE).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+/// When discovery is asked whether an absent endpoint has another address.
+struct Refresh {
+    began: Instant,
+    next: Instant,
 }
 
-async fn answers(upstream: &Upstream) -> bool {
-    let addresses: Vec<_> =
-        upstream.endpoints().endpoints.iter().map(|endpoint| endpoint.address).take(MOST).collect();
-    for address in addresses {
-        if accepts(address).await {
-            back(upstream, address);
-            return true;
+impl Refresh {
+    fn new(now: Instant) -> Self {
+        Self { began: now, next: now }
+    }
+
+    fn absent(&mut self, upstream: &Upstream, now: Instant) {
+        if now >= self.next {
+            let pause = ((now - self.began) / REFRESH_SHARE).clamp(SHORTEST_REFRESH, LONGEST_REFRESH);
+            self.next = now + pause;
+            upstream.refresh();
         }
     }
-    false
 }
 
 #[cfg(test)]
@@ -241,12 +244,5 @@ mod tests {
         assert!(one.is_some() && absence.wait().is_none());
         drop(one);
         assert!(absence.wait().is_some());
-    }
-
-    #[test]
-    fn a_short_outage_is_looked_at_more_often() {
-        assert_eq!(pause(Duration::ZERO), SHORTEST_PAUSE);
-        assert_eq!(pause(Duration::from_secs(2)), Duration::from_millis(20));
-        assert_eq!(pause(Duration::from_secs(3600)), LONGEST_PAUSE);
     }
 }

@@ -32,21 +32,24 @@ pub enum EndpointState {
     Healthy,
     /// By active health checks.
     Unhealthy,
-    /// For what calls saw of it; back at `until`.
+    /// For what requests saw of it; restored at `until`.
     Ejected {
         until: Instant,
     },
+    /// It accepts no connections, or its sidecar has no service behind it.
+    Absent,
 }
 
 impl EndpointState {
     /// All its words.
-    pub const WORDS: [&str; 3] = ["healthy", "unhealthy", "ejected"];
+    pub const WORDS: [&str; 4] = ["healthy", "unhealthy", "ejected", "absent"];
 
     pub const fn word(self) -> &'static str {
         match self {
             Self::Healthy => Self::WORDS[0],
             Self::Unhealthy => Self::WORDS[1],
             Self::Ejected { .. } => Self::WORDS[2],
+            Self::Absent => Self::WORDS[3],
         }
     }
 }

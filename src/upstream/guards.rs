@@ -23,13 +23,13 @@ use crate::{
     config::Policy,
     resilience::{
         adaptive::Adaptive,
-        breaker::{Breaker, BreakerSettings, Permit, Transition},
+        breaker::{Breaker, BreakerSettings, Permit, State, Transition},
         budget::{BudgetSettings, RetryBudget},
-        classify::{Ending, Health},
+        classify::Health,
         hedge::LiveQuantile,
         limit::{Bell, Counter, LimitSettings, RequestLimit},
         outlier::{OutlierSettings, Outliers},
-        rate::{RateLimit, RateSettings},
+        rate::{RateKey, RateLimit, RateSettings},
     },
     telemetry::{durations::Durations, metrics::Tls},
 };
@@ -39,11 +39,14 @@ const ADAPTIVE_START: u32 = 32;
 /// In percent: how much of what an upstream answers is taken for usual.
 const USUAL: u8 = 95;
 
+/// Attempts a second that may move on to another endpoint, as the chosen one accepted no connection.
+const MOVES: RateSettings = RateSettings { rate: 1000, burst: 1000, per: RateKey::Upstream };
+
 /// What guards an upstream.
 #[derive(Debug)]
 pub struct Guards {
     pub breaker: Arc<Breaker>,
-    /// Whether the breaker is open because no connection came about: then it need not wait out its time.
+    /// Whether the breaker is open because its endpoints are absent: then it need not wait out its time.
     pub absence: Absence,
     pub outliers: Outliers,
     pub budget: RetryBudget,
@@ -55,6 +58,8 @@ pub struct Guards {
     pub squeeze: Squeeze,
     /// Moves the request limit by latency, where that is switched on.
     pub adaptive: ArcSwapOption<Adaptive>,
+    /// Bounds attempts that move on to another endpoint without spending retry budget.
+    moves: RateLimit,
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
     /// By percent. Replaced as a whole when one is added, so that nobody who looks one up waits.
     quantiles: ArcSwap<Vec<(u8, Arc<LiveQuantile>)>>,
@@ -206,6 +211,7 @@ impl Default for Counts {
                 "hedge",
                 "hedge_won",
                 "reconnect",
+                "next_endpoint",
                 "observed",
                 "not_retryable",
                 "suppressed",
@@ -257,6 +263,7 @@ impl Guards {
             open: Default::default(),
             squeeze: Squeeze::default(),
             adaptive: ArcSwapOption::empty(),
+            moves: RateLimit::new(&MOVES, now, RandomState::new()),
             rates: Mutex::default(),
             quantiles: ArcSwap::default(),
             usual: OnceLock::new(),
@@ -337,18 +344,28 @@ impl Guards {
         self.usual.get()
     }
 
-    /// Tells the breaker what came of a try. `random` from 0 to 1.
+    /// Tells the breaker what came of an attempt. `absent`: its endpoint is. `random` from 0 to 1.
     pub fn report(
         &self,
         upstream: &str,
         permit: Permit,
-        (ending, health): (Ending, Health),
+        (health, absent): (Health, bool),
         now: Instant,
         random: f64,
     ) -> Option<Transition> {
         let transition = self.breaker.report(permit, health, now, random);
-        self.change(upstream, transition, matches!(ending, Ending::Connect(_)));
+        self.change(upstream, transition, absent);
+        if transition.is_some_and(|transition| transition.to == State::Open)
+            && self.outliers.awaits_probe(now)
+        {
+            self.breaker.offer_trial();
+        }
         transition
+    }
+
+    /// Whether one more attempt may go to another endpoint at once, as this one accepted no connection.
+    pub fn may_move_on(&self, now: Instant) -> bool {
+        self.moves.take(&[], now).is_ok()
     }
 
     /// Counts and tells a change of the breaker.
@@ -356,9 +373,9 @@ impl Guards {
         self.change(upstream, transition, false);
     }
 
-    fn change(&self, upstream: &str, transition: Option<Transition>, unreachable: bool) {
+    fn change(&self, upstream: &str, transition: Option<Transition>, absent: bool) {
         if let Some(transition) = transition {
-            self.absence.note(&transition, unreachable);
+            self.absence.note(&transition, absent);
             self.counts.transitions.add(transition.to.word());
             tracing::warn!(
                 upstream,

@@ -12,14 +12,13 @@ use std::{
 use super::{
     Endpoint, Upstream,
     balance::{Balancer, Candidate, PeakEwma, hash_key},
-    guards::Guards,
     pool::Pool,
 };
 use crate::{
     config::Balance,
     resilience::{
-        classify::{Ending, Health},
-        outlier::{Ejection, EndpointHealth},
+        classify::Health,
+        outlier::{Change, EndpointHealth, Evidence},
     },
     rng::Rng,
 };
@@ -32,6 +31,28 @@ pub struct LocalUpstream {
     seen: Cell<u64>,
     endpoints: RefCell<Rc<[Rc<LocalEndpoint>]>>,
     balance: RefCell<(Balance, Balancer)>,
+    /// Whose turn it is where all endpoints are absent.
+    turn: Cell<usize>,
+}
+
+/// What an attempt's endpoint should be like.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// Endpoints to avoid, by index, as they have failed this request.
+    pub tried: &'a [usize],
+    /// What balances by hash.
+    pub hash: Option<u64>,
+    /// Whether the attempt may probe an absent endpoint.
+    pub probe: Option<Probe>,
+}
+
+/// By which request an absent endpoint is probed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// One that may be sent again if it fails.
+    Repeatable,
+    /// Any other: only where no repeatable one has come for a while.
+    Any,
 }
 
 /// An endpoint, as one worker sees it.
@@ -39,8 +60,8 @@ pub struct LocalUpstream {
 pub struct LocalEndpoint {
     pub shared: Arc<Endpoint>,
     pub pool: Pool,
-    /// Whether outlier detection has taken it out.
-    ejection: Option<Arc<EndpointHealth>>,
+    /// What requests saw of it: whether it is ejected, absent, or avoided.
+    health: Option<Arc<EndpointHealth>>,
     latency: Cell<PeakEwma>,
     in_flight: Cell<u32>,
     waiting: Cell<Waiting>,
@@ -71,6 +92,7 @@ impl LocalUpstream {
             seen: Cell::new(0),
             endpoints: RefCell::new(Rc::new([])),
             balance: RefCell::new((balance.clone(), Balancer::new(balance))),
+            turn: Cell::new(0),
         })
     }
 
@@ -93,8 +115,8 @@ impl LocalUpstream {
             let local = |endpoint: &Arc<Endpoint>| {
                 let same = known.get(&Arc::as_ptr(endpoint)).map(|local| Rc::clone(local));
                 same.unwrap_or_else(|| {
-                    let ejection = self.shared.guards.outliers.endpoint(&endpoint.address);
-                    Rc::new(LocalEndpoint::new(Arc::clone(endpoint), ejection, now))
+                    let health = self.shared.guards.outliers.endpoint(&endpoint.address);
+                    Rc::new(LocalEndpoint::new(Arc::clone(endpoint), health, now))
                 })
             };
             let endpoints: Rc<[_]> = set.endpoints.iter().map(local).collect();
@@ -105,31 +127,72 @@ impl LocalUpstream {
         Rc::clone(&self.endpoints.borrow())
     }
 
-    /// The index of the endpoint for the next try.
+    /// The index of the endpoint for the next attempt.
     pub fn pick(
         &self,
         endpoints: &[Rc<LocalEndpoint>],
+        wanted: &Wanted<'_>,
+        now: Instant,
         rng: &mut Rng,
-        tried: &[usize],
-        hash: Option<u64>,
     ) -> Option<usize> {
-        // One endpoint needs no choice, and no clock.
+        let tried = wanted.tried;
+        // One endpoint needs no choice.
         if let [only] = endpoints {
             return only.shared.is_healthy().then_some(0);
         }
-        let now = Instant::now();
-        let picked = self.balance.borrow_mut().1.pick(endpoints, now, rng, tried, hash);
-        // Ejection is a hint. An ejected endpoint is better than one that has failed this very call, as when instances
-        // restart in turn and the first is back before its ejection ends; and better than none, where health checks
-        // have taken out the rest.
-        let untried = |index: &usize| !tried.contains(index);
-        let healthy = |index: &usize| endpoints[*index].shared.is_healthy();
-        let all = 0..endpoints.len();
-        picked
-            .filter(untried)
-            .or_else(|| all.clone().filter(untried).find(healthy))
+        if self.shared.guards.outliers.any_absent()
+            && let Some(probe) = wanted.probe
+            && let Some(index) = (0..endpoints.len())
+                .filter(|index| !tried.contains(index))
+                .find(|index| endpoints[*index].claim_probe(probe == Probe::Repeatable, now))
+        {
+            return Some(index);
+        }
+        let picked = self.balance.borrow_mut().1.pick(endpoints, now, rng, tried, wanted.hash);
+        let index = picked.filter(|index| !tried.contains(index));
+        let index = index.or_else(|| self.second_best(endpoints, tried, picked, now))?;
+        endpoints[index].chosen(now);
+        Some(index)
+    }
+
+    /// Where every endpoint that can be used has failed this very request. An ejected endpoint is better then, as when
+    /// instances restart in turn and the first is back before its ejection ends; and so is an absent one that accepts
+    /// connections again. Also where health checks have taken out the rest.
+    fn second_best(
+        &self,
+        endpoints: &[Rc<LocalEndpoint>],
+        tried: &[usize],
+        picked: Option<usize>,
+        now: Instant,
+    ) -> Option<usize> {
+        let healthy = || (0..endpoints.len()).filter(|index| endpoints[*index].shared.is_healthy());
+        let untried = || healthy().filter(|index| !tried.contains(index));
+        let absent = |index: &usize| endpoints[*index].is_absent();
+        untried()
+            .find(|index| !absent(index))
+            .or_else(|| untried().find(|index| endpoints[*index].awaits_probe(now)))
             .or(picked)
-            .or_else(|| all.into_iter().find(healthy))
+            .or_else(|| healthy().find(|index| !absent(index)))
+            .or_else(|| self.next_of(&mut untried()))
+            .or_else(|| self.next_of(&mut healthy()))
+    }
+
+    /// All are absent: they are tried in turn.
+    fn next_of(&self, candidates: &mut dyn Iterator<Item = usize>) -> Option<usize> {
+        let turn = self.turn.get();
+        self.turn.set(turn.wrapping_add(1));
+        let candidates: Vec<usize> = candidates.collect();
+        candidates.get(turn.checked_rem(candidates.len())?).copied()
+    }
+
+    /// What an outcome at this endpoint counts for the breaker, which is for the upstream as a whole: a failure where the
+    /// endpoint is ejected, absent or failing counts for nothing as long as another one serves.
+    pub fn blame(&self, endpoint: &LocalEndpoint, health: Health, now: Instant) -> Health {
+        let serves = |other: &Rc<LocalEndpoint>| !std::ptr::eq(&**other, endpoint) && other.is_serving(now);
+        let excused = health == Health::Failure
+            && !endpoint.is_serving(now)
+            && self.endpoints.borrow().iter().any(serves);
+        if excused { Health::Neutral } else { health }
     }
 
     /// The endpoints this worker has used, without looking for new ones.
@@ -139,12 +202,12 @@ impl LocalUpstream {
 }
 
 impl LocalEndpoint {
-    pub(super) fn new(shared: Arc<Endpoint>, ejection: Option<Arc<EndpointHealth>>, now: Instant) -> Self {
+    pub(super) fn new(shared: Arc<Endpoint>, health: Option<Arc<EndpointHealth>>, now: Instant) -> Self {
         let key = hash_key(shared.address.to_string().as_bytes());
         Self {
             shared,
             pool: Pool::default(),
-            ejection,
+            health,
             latency: Cell::new(PeakEwma::new(now)),
             in_flight: Cell::new(0),
             waiting: Cell::new(Waiting { calls: 0, since: now }),
@@ -172,28 +235,75 @@ impl LocalEndpoint {
         in_flight
     }
 
-    /// Tells the status and outlier detection what came of a try here, and says if that took it out. `random` draws from 0 to 1.
+    /// Tells outlier detection what came of an attempt here that began at `began`, and logs what changed by it. `random`
+    /// draws from 0 to 1.
     pub fn report(
         &self,
-        guards: &Guards,
-        upstream: &str,
-        (ending, health): (Ending, Health),
-        now: Instant,
+        upstream: &Upstream,
+        evidence: Evidence,
+        (began, now): (Instant, Instant),
         random: impl FnOnce() -> f64,
-    ) -> Option<Ejection> {
-        self.shared.outcomes.record(ending, now);
-        let ejection = self.ejection.as_ref()?;
-        let random = if health == Health::Failure { random() } else { 0.0 };
-        let ejected = guards.outliers.report(&self.address(), ejection, (ending, health), now, random);
-        if let Some(ejected) = &ejected {
-            tracing::warn!(
-                upstream,
-                endpoint = %ejected.address,
-                failures = ejected.failures_in_a_row,
-                "endpoint ejected"
-            );
+    ) -> Option<Change> {
+        let (health, name, endpoint) = (self.health.as_ref()?, &*upstream.name, self.address());
+        let random = if evidence == Evidence::Failure { random() } else { 0.0 };
+        let outliers = &upstream.guards.outliers;
+        let change = outliers.report(&endpoint, health, evidence, (began, now), random)?;
+        match &change {
+            Change::Ejected(ejection) => {
+                tracing::warn!(
+                    upstream = name,
+                    %endpoint,
+                    failures = ejection.failures_in_a_row,
+                    "endpoint ejected"
+                );
+            }
+            Change::Absent if evidence == Evidence::NoService => {
+                tracing::warn!(upstream = name, %endpoint, "endpoint has no service behind it");
+            }
+            Change::Absent => tracing::warn!(upstream = name, %endpoint, "endpoint accepts no connections"),
+            Change::Present => tracing::info!(upstream = name, %endpoint, "endpoint serves again"),
+            Change::StillAbsent => {}
         }
-        ejected
+        Some(change)
+    }
+
+    /// Whether it may be chosen, as far as is known: it is healthy, and neither ejected nor absent.
+    pub fn is_usable(&self, now: Instant) -> bool {
+        self.shared.is_healthy() && self.health.as_ref().is_none_or(|health| health.is_available(now))
+    }
+
+    fn is_serving(&self, now: Instant) -> bool {
+        self.shared.is_healthy() && self.health.as_ref().is_none_or(|health| health.is_serving(now))
+    }
+
+    /// Whether it is absent, until a request succeeds.
+    pub fn is_absent(&self) -> bool {
+        self.health.as_ref().is_some_and(|health| health.is_absent())
+    }
+
+    fn awaits_probe(&self, now: Instant) -> bool {
+        self.health.as_ref().is_some_and(|health| health.awaits_probe(now))
+    }
+
+    fn claim_probe(&self, repeatable: bool, now: Instant) -> bool {
+        let claim = |health: &Arc<EndpointHealth>| health.claim_probe(repeatable, now);
+        self.shared.is_healthy() && self.health.as_ref().is_some_and(claim)
+    }
+
+    /// It was chosen for an attempt.
+    fn chosen(&self, now: Instant) {
+        if let Some(health) = &self.health {
+            health.chosen(now);
+        }
+    }
+
+    /// A request failed after this long. Failing fast must not look like answering fast, nor slow failures like fast ones.
+    pub fn observe_failure(&self, took: Duration, now: Instant) {
+        if took.as_secs_f64() > self.latency.get().cost(now) {
+            self.observe(took, now);
+        } else {
+            self.waiting.set(Waiting { since: now, ..self.waiting.get() });
+        }
     }
 
     /// A call took this long to response headers, or to fail.
@@ -225,7 +335,10 @@ impl Drop for InFlight {
 
 impl Candidate for Rc<LocalEndpoint> {
     fn usable(&self, now: Instant) -> bool {
-        self.shared.is_healthy() && !self.ejection.as_ref().is_some_and(|ejection| ejection.is_ejected(now))
+        self.is_usable(now)
+    }
+    fn avoided(&self, now: Instant) -> bool {
+        self.health.as_ref().is_some_and(|health| health.is_avoided(now))
     }
     fn latency(&self, now: Instant) -> f64 {
         let expected = self.latency.get().cost(now);

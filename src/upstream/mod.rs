@@ -11,6 +11,8 @@ pub mod http2;
 mod idle;
 mod idle_connections;
 pub mod local;
+#[cfg(test)]
+mod outage_tests;
 pub mod outcomes;
 pub mod pool;
 pub mod squeeze;
@@ -58,6 +60,9 @@ impl Upstream {
         if !endpoint.is_healthy() {
             return EndpointState::Unhealthy;
         }
+        if self.guards.outliers.is_absent(&endpoint.address, now) {
+            return EndpointState::Absent;
+        }
         let health = self.guards.outliers.endpoint(&endpoint.address);
         let until = health.and_then(|health| health.ejected_until(now));
         until.map_or(EndpointState::Healthy, |until| EndpointState::Ejected { until })
@@ -92,7 +97,7 @@ impl Upstream {
     }
 
     /// Asks discovery to look again soon, e.g. because no endpoint accepts connections: their addresses may have
-    /// changed before the TTL says so. Cheap; however often it is called, the source is asked at most every 2 s.
+    /// changed before the TTL says so. Cheap; however often it is called, the source is asked at most once a second.
     pub fn refresh(&self) {
         self.refresh.notify_one();
     }

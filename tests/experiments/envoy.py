@@ -149,4 +149,5 @@ async def main():
             print(f"| {name} | {proxy} | {success:.2f} % | {extra:+.1f} % | {p99:,.0f} ms |", flush=True)
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())

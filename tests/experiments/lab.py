@@ -151,12 +151,12 @@ class Proxy:
         self.directory.cleanup()
 
 
-def outrigger(ports, more=""):
-    """Outrigger's outbound port before these endpoints. `more`: keys of the upstream."""
+def outrigger(ports, more="", top=""):
+    """Outrigger's outbound port before these endpoints. `more`: keys of the upstream; `top`: further tables."""
     binary = os.environ.get("OUTRIGGER_BIN", str(HERE / "target/release/outrigger"))
     endpoints = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
     config = (
         '[inbound]\nlisten = "127.0.0.1:0"\n[outbound]\nlisten = "127.0.0.1:0"\n[admin]\nlisten = "127.0.0.1:0"\n'
-        f'[[upstream]]\nname = "up"\nendpoints = [{endpoints}]\n{more}\n'
+        f'{top}[[upstream]]\nname = "up"\nendpoints = [{endpoints}]\n{more}\n'
     )
     return Proxy([binary, "run", "-c", "@DIR@/config.toml", "--ready-file", "@DIR@/ready.json"], config, ".toml")

@@ -3,14 +3,16 @@
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
 
 const A: u16 = 1;
 const SRV: u16 = 33;
-const TTL: u32 = 1;
 const NO_SUCH_NAME: u8 = 3;
 
 /// Priority, weight, port, target.
@@ -22,26 +24,40 @@ type Zone = HashMap<(String, u16), Vec<Vec<u8>>>;
 pub struct Dns {
     address: SocketAddr,
     zone: Arc<Mutex<Zone>>,
+    queries: Arc<AtomicUsize>,
     alive: Arc<()>,
 }
 
 impl Dns {
+    /// Records hold for a second.
     pub fn start() -> Self {
+        Self::with_ttl(1)
+    }
+
+    /// Records hold for this many seconds.
+    pub fn with_ttl(ttl: u32) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
         socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
         let address = socket.local_addr().expect("an address");
         let (zone, alive) = (Arc::<Mutex<Zone>>::default(), Arc::new(()));
-        let (records, owner) = (zone.clone(), Arc::downgrade(&alive));
+        let queries = Arc::<AtomicUsize>::default();
+        let (records, count, owner) = (zone.clone(), queries.clone(), Arc::downgrade(&alive));
         thread::spawn(move || {
             let mut query = [0; 2048];
             while owner.upgrade().is_some() {
-                let Ok((count, peer)) = socket.recv_from(&mut query) else { continue };
-                if let Some(answer) = answer(&query[..count], &records.lock().expect("no panic")) {
+                let Ok((length, peer)) = socket.recv_from(&mut query) else { continue };
+                count.fetch_add(1, Ordering::Relaxed);
+                if let Some(answer) = answer(&query[..length], ttl, &records.lock().expect("no panic")) {
                     let _ = socket.send_to(&answer, peer);
                 }
             }
         });
-        Self { address, zone, alive }
+        Self { address, zone, queries, alive }
+    }
+
+    /// How often it was asked; A and AAAA are two.
+    pub fn queries(&self) -> usize {
+        self.queries.load(Ordering::Relaxed)
     }
 
     /// For `OUTRIGGER_DNS`.
@@ -71,7 +87,7 @@ impl Dns {
     }
 }
 
-fn answer(query: &[u8], zone: &Zone) -> Option<Vec<u8>> {
+fn answer(query: &[u8], ttl: u32, zone: &Zone) -> Option<Vec<u8>> {
     let (mut at, mut labels) = (12, Vec::new());
     while let length @ 1.. = usize::from(*query.get(at)?) {
         labels.push(String::from_utf8_lossy(query.get(at + 1..at + 1 + length)?).to_ascii_lowercase());
@@ -92,7 +108,7 @@ fn answer(query: &[u8], zone: &Zone) -> Option<Vec<u8>> {
         answer.extend([0xc0, 12]);
         answer.extend(kind.to_be_bytes());
         answer.extend([0, 1]);
-        answer.extend(TTL.to_be_bytes());
+        answer.extend(ttl.to_be_bytes());
         answer.extend(u16::try_from(data.len()).ok()?.to_be_bytes());
         answer.extend(data);
     }

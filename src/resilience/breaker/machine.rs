@@ -25,12 +25,23 @@ enum Phase {
     Closed,
     Open {
         until: Instant,
+        early: EarlyTrial,
     },
-    /// Trials under way, and those that went well.
+    /// Trials under way, and those that went well. `resume`: it began by an early trial, and if another one fails the
+    /// breaker is open until then as if none had been made.
     HalfOpen {
         out: u32,
         succeeded: u32,
+        resume: Option<Instant>,
     },
+}
+
+/// A trial before an open breaker's time is over, where an endpoint that was absent may be back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EarlyTrial {
+    None,
+    Offered,
+    UnderWay,
 }
 
 /// What [`Machine::admit`] says.
@@ -83,7 +94,7 @@ impl Machine {
     /// When the state changes by itself, if it does.
     pub fn until(&self) -> Option<Instant> {
         match (self.mode, self.phase) {
-            (Mode::Auto, Phase::Open { until }) => Some(until),
+            (Mode::Auto, Phase::Open { until, .. }) => Some(until),
             (Mode::Auto, _) => None,
             _ => self.mode_until,
         }
@@ -95,8 +106,9 @@ impl Machine {
             return self.force(Mode::Auto, None, now, Why::ManualExpired);
         }
         match (self.mode, self.phase) {
-            (Mode::Auto, Phase::Open { until }) if until <= now => {
-                Some(self.enter(Phase::HalfOpen { out: 0, succeeded: 0 }, Why::OpenTimeOver, now))
+            (Mode::Auto, Phase::Open { until, .. }) if until <= now => {
+                let half_open = Phase::HalfOpen { out: 0, succeeded: 0, resume: None };
+                Some(self.enter(half_open, Why::OpenTimeOver, now))
             }
             // A reload asks for fewer trials than have succeeded already.
             (Mode::Auto, Phase::HalfOpen { succeeded, .. }) if succeeded >= self.trials() => {
@@ -115,13 +127,14 @@ impl Machine {
         self.enter(Phase::Closed, Why::TrialsSucceeded, now)
     }
 
-    /// The upstream takes connections again, and that it took none was why this opened: trials need not wait.
-    pub fn reachable(&mut self, now: Instant) -> Option<Transition> {
-        match (self.mode, self.phase) {
-            (Mode::Auto, Phase::Open { .. }) => {
-                Some(self.enter(Phase::HalfOpen { out: 0, succeeded: 0 }, Why::Reachable, now))
+    /// An endpoint that was absent may be back: one trial may go before the time is over. Returns whether that is news.
+    pub fn offer_trial(&mut self) -> bool {
+        match (self.mode, &mut self.phase) {
+            (Mode::Auto, Phase::Open { early, .. }) if *early == EarlyTrial::None => {
+                *early = EarlyTrial::Offered;
+                true
             }
-            _ => None,
+            _ => false,
         }
     }
 
@@ -131,8 +144,12 @@ impl Machine {
         match (self.mode, &mut self.phase) {
             (Mode::Closed, _) | (Mode::Auto, Phase::Closed) => Admitted::Normally,
             (Mode::Open, _) => Admitted::Refused(self.mode_until.map_or(TRIALS_OUT, wait)),
-            (Mode::Auto, Phase::Open { until }) => Admitted::Refused(wait(*until)),
-            (Mode::Auto, Phase::HalfOpen { out, succeeded }) => {
+            (Mode::Auto, Phase::Open { early: early @ EarlyTrial::Offered, .. }) => {
+                *early = EarlyTrial::UnderWay;
+                Admitted::AsTrial
+            }
+            (Mode::Auto, Phase::Open { until, .. }) => Admitted::Refused(wait(*until)),
+            (Mode::Auto, Phase::HalfOpen { out, succeeded, .. }) => {
                 if out.saturating_add(*succeeded) < self.settings.trial_requests.max(1) {
                     *out += 1;
                     Admitted::AsTrial
@@ -152,25 +169,44 @@ impl Machine {
         Some(self.open(why, now, random))
     }
 
-    /// A trial has come back: well, or not.
+    /// A trial has come back: well, or not. An early one that fails changes nothing: neither when the breaker is half
+    /// open nor for how long it is open the next time.
     pub fn trial_ended(&mut self, well: bool, now: Instant, random: f64) -> Option<Transition> {
-        let Phase::HalfOpen { out, succeeded } = &mut self.phase else { return None };
         if self.mode != Mode::Auto {
             return None;
         }
-        if !well {
-            return Some(self.open(Why::TrialFailed, now, random));
+        let trials = self.trials();
+        match &mut self.phase {
+            Phase::Closed => None,
+            Phase::Open { early, .. } if !well => {
+                *early = EarlyTrial::None;
+                None
+            }
+            Phase::Open { .. } if trials <= 1 => Some(self.close(now)),
+            Phase::Open { until, .. } => {
+                let half_open = Phase::HalfOpen { out: 0, succeeded: 1, resume: Some(*until) };
+                Some(self.enter(half_open, Why::Reachable, now))
+            }
+            Phase::HalfOpen { resume: Some(until), .. } if !well && *until > now => {
+                let open = Phase::Open { until: *until, early: EarlyTrial::None };
+                Some(self.enter(open, Why::TrialFailed, now))
+            }
+            Phase::HalfOpen { .. } if !well => Some(self.open(Why::TrialFailed, now, random)),
+            Phase::HalfOpen { out, succeeded, .. } => {
+                *out = out.saturating_sub(1);
+                *succeeded += 1;
+                (*succeeded >= trials).then(|| self.close(now))
+            }
         }
-        *out = out.saturating_sub(1);
-        *succeeded += 1;
-        let enough = *succeeded >= self.settings.trial_requests.max(1);
-        enough.then(|| self.close(now))
     }
 
     /// A trial that says nothing: lost, cancelled, or its answer counts for neither. Another may take its place.
     pub fn trial_lost(&mut self) {
-        if let Phase::HalfOpen { out, .. } = &mut self.phase {
-            *out = out.saturating_sub(1);
+        match &mut self.phase {
+            Phase::Closed => {}
+            Phase::Open { early, .. } if *early == EarlyTrial::UnderWay => *early = EarlyTrial::Offered,
+            Phase::Open { .. } => {}
+            Phase::HalfOpen { out, .. } => *out = out.saturating_sub(1),
         }
     }
 
@@ -212,7 +248,7 @@ impl Machine {
         self.openings = self.openings.saturating_add(1);
         // Beyond what the clock can hold there is no such time; a day is as good as ever.
         let until = now.checked_add(open_for).unwrap_or(now + Duration::from_secs(86_400));
-        self.enter(Phase::Open { until }, why, now)
+        self.enter(Phase::Open { until, early: EarlyTrial::None }, why, now)
     }
 
     fn enter(&mut self, phase: Phase, why: Why, now: Instant) -> Transition {

@@ -256,6 +256,7 @@ enum Event {
     Report(usize, Health),
     Lose(usize),
     Pass(u16),
+    OfferTrial,
     Force(Mode, Option<u16>),
 }
 
@@ -267,6 +268,7 @@ fn event() -> impl Strategy<Value = Event> {
         6 => (any::<usize>(), health()).prop_map(|(which, health)| Event::Report(which, health)),
         2 => any::<usize>().prop_map(Event::Lose),
         3 => (0u16..8000).prop_map(Event::Pass),
+        2 => Just(Event::OfferTrial),
         1 => (mode, prop::option::of(0u16..8000)).prop_map(|(mode, after)| Event::Force(mode, after)),
     ]
 }
@@ -286,9 +288,11 @@ proptest! {
         let breaker = Breaker::new(settings, now);
         let mut out: Vec<Permit> = Vec::new();
         let mut state = State::Closed;
+        let mut offered = false;
         for event in events {
             let transition = match event {
                 Event::Pass(ms) => { now += MS * u32::from(ms); None }
+                Event::OfferTrial => { offered |= breaker.offer_trial(); None }
                 Event::Lose(which) => { if !out.is_empty() { out.swap_remove(which % out.len()); } None }
                 Event::Force(mode, after) => breaker.force(mode, after.map(|ms| now + MS * u32::from(ms)), now),
                 Event::Admit => {
@@ -296,8 +300,8 @@ proptest! {
                     if let Some(transition) = admission.transition { state = transition.to; }
                     match admission.permit {
                         Ok(permit) => {
-                            prop_assert_eq!(permit.is_trial(), state == State::HalfOpen);
-                            prop_assert!(state != State::Open);
+                            prop_assert_eq!(permit.is_trial(), state != State::Closed);
+                            prop_assert!(state != State::Open || offered);
                             out.push(permit);
                         }
                         Err(_) => prop_assert!(state != State::Closed),
@@ -341,17 +345,50 @@ fn report_generation(breaker: &Breaker) -> u64 {
 }
 
 #[test]
-fn an_upstream_that_takes_connections_again_is_tried_at_once() {
+fn an_early_trial_that_succeeds_half_opens_the_breaker() {
     let now = Instant::now();
-    let breaker =
-        Breaker::new(BreakerSettings { consecutive_failures: 1, ..BreakerSettings::default() }, now);
-    assert_eq!(breaker.reachable(now), None, "closed: nothing to do");
-    let permit = breaker.admit(now).permit.unwrap();
-    breaker.report(permit, Health::Failure, now, 0.5);
-    assert!(breaker.admit(now).permit.is_err());
-    let transition = breaker.reachable(now).unwrap();
+    let breaker = Breaker::new(BreakerSettings::default(), now);
+    assert!(!breaker.offer_trial(), "closed: nothing to do");
+    let breaker = opened(now);
+    assert!(breaker.offer_trial());
+    assert!(!breaker.offer_trial(), "one at a time");
+    let trial = breaker.admit(now).permit.unwrap();
+    assert!(trial.is_trial() && refused(&breaker, now).is_some());
+    assert_eq!(breaker.report_state().state, State::Open, "nothing has succeeded yet");
+    let transition = breaker.report(trial, Health::Success, now, 0.5).unwrap();
     assert_eq!((transition.to, transition.why), (State::HalfOpen, Why::Reachable));
-    assert!(breaker.admit(now).permit.unwrap().is_trial(), "trials decide, as always");
+    assert_eq!(try_once(&breaker, Health::Success, now), None);
+    assert_eq!(try_once(&breaker, Health::Success, now).map(|t| t.to), Some(State::Closed));
     breaker.force(Mode::Open, None, now);
-    assert_eq!(breaker.reachable(now), None, "forced is forced");
+    assert!(!breaker.offer_trial(), "forced is forced");
+}
+
+#[test]
+fn an_early_trial_that_fails_changes_nothing() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    for n in 1..200u32 {
+        let now = start + MS * 10 * n;
+        assert!(breaker.offer_trial(), "after every failed one");
+        assert_eq!(try_once(&breaker, Health::Failure, now), None);
+        assert_eq!(breaker.report_state().until, Some(start + S * 5));
+    }
+    // Neither does one that fails after another one has succeeded.
+    breaker.offer_trial();
+    try_once(&breaker, Health::Success, start + S * 3).unwrap();
+    let transition = try_once(&breaker, Health::Failure, start + S * 3).unwrap();
+    assert_eq!((transition.to, transition.until), (State::Open, Some(start + S * 5)));
+    // The trial after its time does.
+    let permit = breaker.admit(start + S * 5).permit.unwrap();
+    let transition = breaker.report(permit, Health::Failure, start + S * 5, 0.0).unwrap();
+    assert_eq!(transition.until, Some(start + S * 15));
+}
+
+#[test]
+fn an_early_trial_that_is_lost_frees_its_place() {
+    let now = Instant::now();
+    let breaker = opened(now);
+    breaker.offer_trial();
+    drop(breaker.admit(now).permit.unwrap());
+    assert!(breaker.admit(now).permit.unwrap().is_trial());
 }

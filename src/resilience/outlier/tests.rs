@@ -1,13 +1,10 @@
-use http::StatusCode;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{resilience::classify::ConnectFailure, units::HumanDuration};
+use crate::units::HumanDuration;
 
 const S: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
-const REFUSED: (Ending, Health) = (Ending::Connect(ConnectFailure::Refused), Health::Failure);
-const BAD_ANSWER: (Ending, Health) = (Ending::Http(StatusCode::BAD_GATEWAY), Health::Failure);
 
 struct Fleet {
     outliers: Outliers,
@@ -22,28 +19,35 @@ impl Fleet {
         Self { outliers, addresses }
     }
 
-    fn tell(&self, index: usize, health: Health, now: Instant) -> Option<Ejection> {
-        self.end(index, (Ending::Http(StatusCode::OK), health), now)
+    fn health(&self, index: usize) -> Arc<EndpointHealth> {
+        self.outliers.endpoint(&self.addresses[index]).unwrap()
     }
 
-    fn end(&self, index: usize, end: (Ending, Health), now: Instant) -> Option<Ejection> {
+    /// An attempt that began and ended now.
+    fn report(&self, index: usize, evidence: Evidence, now: Instant) -> Option<Change> {
+        self.late_report(index, evidence, (now, now))
+    }
+
+    fn late_report(&self, index: usize, evidence: Evidence, times: (Instant, Instant)) -> Option<Change> {
         let address = &self.addresses[index];
         let endpoint = self.outliers.endpoint(address)?;
-        self.outliers.report(address, &endpoint, end, now, 0.0)
-    }
-
-    /// Connections are refused until it is taken out.
-    fn refuse(&self, index: usize, now: Instant) -> Ejection {
-        (0..5).find_map(|_| self.end(index, REFUSED, now)).unwrap()
+        self.outliers.report(address, &endpoint, evidence, times, 0.0)
     }
 
     fn fail(&self, index: usize, times: u32, now: Instant) -> Option<Ejection> {
-        (0..times).filter_map(|_| self.tell(index, Health::Failure, now)).last()
+        let changes = (0..times).filter_map(|_| self.report(index, Evidence::Failure, now));
+        changes
+            .filter_map(|change| if let Change::Ejected(ejection) = change { Some(ejection) } else { None })
+            .last()
     }
 
     fn out(&self, now: Instant) -> usize {
         let out = |address| self.outliers.endpoint(address).is_some_and(|e| e.is_ejected(now));
         self.addresses.iter().filter(|address| out(address)).count()
+    }
+
+    fn absent(&self) -> usize {
+        (0..self.addresses.len()).filter(|index| self.health(*index).is_absent()).count()
     }
 }
 
@@ -73,7 +77,7 @@ fn of_two_and_of_three_one_may_go() {
     for count in [2, 3] {
         let fleet = Fleet::new(count, OutlierSettings::default(), now);
         assert_eq!(fleet.fail(0, 4, now), None);
-        assert_eq!(fleet.tell(0, Health::Success, now), None);
+        assert_eq!(fleet.report(0, Evidence::Success, now), None);
         assert_eq!(fleet.fail(0, 4, now), None, "a success ends the row");
         let ejection = fleet.fail(0, 1, now).unwrap();
         assert_eq!((ejection.failures_in_a_row, ejection.until), (5, now + S * 10));
@@ -122,86 +126,162 @@ fn state_is_kept_by_address_over_updates() {
 }
 
 #[test]
-fn one_that_nobody_could_connect_to_is_asked_and_comes_back() {
+fn an_endpoint_that_refuses_is_absent_at_once_whatever_may_be_ejected() {
+    let now = Instant::now();
+    for evidence in [Evidence::Refused, Evidence::ConnectTimeout, Evidence::NoService] {
+        let none = OutlierSettings { max_ejected: Ratio::constant(0.0), ..OutlierSettings::default() };
+        let fleet = Fleet::new(3, none, now);
+        for index in 0..3 {
+            assert_eq!(fleet.report(index, evidence, now), Some(Change::Absent), "{evidence:?}");
+            assert!(!fleet.health(index).is_available(now));
+        }
+        assert_eq!((fleet.absent(), fleet.out(now)), (3, 0));
+    }
+}
+
+#[test]
+fn absent_endpoints_leave_the_others_room_to_be_ejected_but_the_last() {
+    let now = Instant::now();
+    let fleet = Fleet::new(4, OutlierSettings::default(), now);
+    fleet.report(0, Evidence::Refused, now);
+    fleet.report(1, Evidence::NoService, now);
+    assert!(fleet.fail(2, 5, now).is_some());
+    assert_eq!(fleet.fail(3, 100, now), None, "nobody else serves");
+    assert!(!fleet.health(3).is_serving(now), "and it is known to fail");
+}
+
+#[test]
+fn an_endpoint_that_refuses_is_asked_for_a_connection_and_then_for_a_request() {
     let now = Instant::now();
     let fleet = Fleet::new(3, OutlierSettings::default(), now);
-    assert_eq!(fleet.outliers.next_question(now), None);
-    assert!(fleet.refuse(0, now).found_nobody);
-    let mut at = fleet.outliers.next_question(now).unwrap();
-    assert_eq!(at, now + SHORTEST_PAUSE);
+    assert_eq!(fleet.outliers.next_question(), None);
+    fleet.report(0, Evidence::Refused, now);
+    let mut at = fleet.outliers.next_question().unwrap();
+    assert_eq!(at, now + MS * 10);
     assert_eq!(fleet.outliers.questions(9, now), [], "not yet");
     let mut asked = 0;
     while at < now + S * 8 {
-        assert_eq!(fleet.outliers.questions(9, at), [fleet.addresses[0]]);
+        assert_eq!(fleet.outliers.questions(9, at), [Question::Connection(fleet.addresses[0])]);
         assert_eq!(fleet.outliers.questions(9, at), [], "once at a time");
-        let next = fleet.outliers.next_question(at).unwrap();
-        assert!(next - at >= SHORTEST_PAUSE && next - at <= LONGEST_PAUSE, "{:?}", next - at);
+        assert!(!fleet.health(0).claim_probe(true, at));
+        assert!(!fleet.outliers.answered(&fleet.addresses[0], false, at));
+        let next = fleet.outliers.next_question().unwrap();
+        assert!(next - at >= MS * 10 && next - at <= MS * 100, "{:?}", next - at);
         (at, asked) = (next, asked + 1);
     }
     assert!(asked < 400, "{asked} in 8 s");
-    assert!(!fleet.outliers.recall(&fleet.addresses[1], at), "another one was not out");
-    assert!(fleet.outliers.recall(&fleet.addresses[0], at));
-    assert_eq!((fleet.out(at), fleet.outliers.next_question(at)), (0, None));
-    assert!(!fleet.outliers.recall(&fleet.addresses[0], at), "it is back already");
+    assert!(!fleet.outliers.answered(&fleet.addresses[1], true, at), "another one is not absent");
+    fleet.outliers.questions(9, at);
+    assert!(fleet.outliers.answered(&fleet.addresses[0], true, at));
+    assert!(!fleet.health(0).is_available(at), "that it accepts connections is not enough");
+    assert_eq!(fleet.outliers.next_question(), None);
+    assert!(fleet.health(0).claim_probe(true, at));
+    assert!(!fleet.health(0).claim_probe(true, at), "by one request");
+    assert!(fleet.health(0).claim_probe(true, at + S), "and another one if nothing came of it");
+    assert_eq!(fleet.report(0, Evidence::Success, at + S), Some(Change::Present));
+    assert!(fleet.health(0).is_available(at + S));
+    assert!(!fleet.outliers.any_absent());
 }
 
 #[test]
-fn the_next_that_restarts_finds_room_at_once() {
+fn what_was_under_way_when_it_became_absent_says_nothing() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
-    fleet.refuse(0, now);
-    for _ in 0..20 {
-        assert_eq!(fleet.end(1, REFUSED, now + S), None, "no room as long as the first is out");
+    fleet.report(0, Evidence::Refused, now + S);
+    assert_eq!(fleet.late_report(0, Evidence::Success, (now, now + S * 2)), None);
+    assert_eq!(fleet.absent(), 1);
+    // Many attempts that fail together move the next question once.
+    let next = fleet.outliers.next_question();
+    for _ in 0..50 {
+        assert_eq!(fleet.late_report(0, Evidence::Failure, (now, now + S * 2)), None);
+        assert_eq!(fleet.report(0, Evidence::Refused, now + S), None);
     }
-    assert!(fleet.outliers.recall(&fleet.addresses[0], now + S));
-    assert!(fleet.end(1, REFUSED, now + S).is_some_and(|ejection| ejection.found_nobody));
+    assert_eq!(fleet.outliers.next_question(), next);
 }
 
 #[test]
-fn one_that_answered_badly_stays_out_for_its_time() {
+fn an_endpoint_whose_sidecar_is_alone_is_asked_by_requests_in_proportion_to_its_absence() {
     let now = Instant::now();
-    for row in [[BAD_ANSWER; 5], [BAD_ANSWER, REFUSED, REFUSED, REFUSED, REFUSED]] {
-        let fleet = Fleet::new(2, OutlierSettings::default(), now);
-        let ejection = row.into_iter().find_map(|end| fleet.end(0, end, now)).unwrap();
-        assert!(!ejection.found_nobody, "{row:?}");
-        assert_eq!(fleet.outliers.next_question(now), None);
-        assert!(!fleet.outliers.recall(&fleet.addresses[0], now + S));
-        assert_eq!((fleet.out(now + S * 9), fleet.out(now + S * 11)), (1, 0));
-    }
-}
-
-#[test]
-fn one_that_only_accepts_connections_is_believed_less_and_less() {
-    let mut now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
-    let accept = |now: Instant| {
-        let at = fleet.outliers.next_question(now).unwrap();
-        assert!(fleet.outliers.recall(&fleet.addresses[0], at));
-        (at, at - now)
-    };
-    for times in 0..6 {
-        let ejection = fleet.refuse(0, now);
-        assert_eq!(ejection.until, now + (S * 10 * (1 << times)).min(S * 300));
-        let (at, pause) = accept(now);
-        assert_eq!(pause, SHORTEST_PAUSE * (1 << times));
-        now = at + MS * 500;
+    fleet.report(0, Evidence::NoService, now);
+    let mut at = now;
+    let mut asked = 0;
+    while at < now + S * 30 {
+        let next = fleet.outliers.next_question().unwrap();
+        assert!(next - at >= MS * 50 && next - at <= S, "{:?}", next - at);
+        assert!(!fleet.health(0).claim_probe(true, next - MS * 2));
+        assert_eq!(fleet.outliers.questions(9, next), [Question::Request(fleet.addresses[0])]);
+        assert!(fleet.health(0).claim_probe(true, next));
+        fleet.report(0, Evidence::NoService, next);
+        (at, asked) = (next, asked + 1);
     }
-    assert_eq!(fleet.tell(0, Health::Success, now), None);
-    assert_eq!(fleet.refuse(0, now).until, now + S * 10, "a call that went well makes good");
-    assert_eq!(accept(now).1, SHORTEST_PAUSE);
+    assert!(asked < 100, "{asked} in 30 s");
 }
 
 #[test]
-fn one_that_left_or_whose_time_is_over_is_not_asked() {
+fn an_endpoint_that_accepts_connections_and_fails_is_asked_less_and_less() {
+    let now = Instant::now();
+    let fleet = Fleet::new(2, OutlierSettings::default(), now);
+    fleet.report(0, Evidence::Refused, now);
+    fleet.outliers.questions(9, now + S);
+    assert!(fleet.outliers.answered(&fleet.addresses[0], true, now + S));
+    let mut at = now + S;
+    for doublings in 0..12u32 {
+        assert!(fleet.health(0).claim_probe(true, at));
+        assert_eq!(fleet.report(0, Evidence::Failure, at), Some(Change::StillAbsent));
+        let next = fleet.outliers.next_question().unwrap();
+        assert_eq!(next - at, (MS * 50 * (1 << doublings.min(10))).min(S * 60));
+        at = next + MS;
+    }
+    assert!(fleet.out(at) == 0 && fleet.absent() == 1);
+}
+
+#[test]
+fn a_request_that_must_not_be_repeated_probes_only_where_no_other_has_come() {
+    let now = Instant::now();
+    let fleet = Fleet::new(2, OutlierSettings::default(), now);
+    fleet.report(0, Evidence::Refused, now);
+    let now = now + S;
+    fleet.outliers.answered(&fleet.addresses[0], true, now);
+    assert!(!fleet.health(0).claim_probe(false, now + MS * 900));
+    assert!(fleet.health(0).claim_probe(false, now + MS * 1000));
+}
+
+#[test]
+fn one_that_left_is_not_asked_and_comes_back_as_new() {
     let now = Instant::now();
     let fleet = Fleet::new(4, OutlierSettings::default(), now);
-    fleet.refuse(0, now);
-    fleet.refuse(1, now);
+    fleet.report(0, Evidence::Refused, now);
+    fleet.report(1, Evidence::Refused, now);
     assert_eq!(fleet.outliers.questions(1, now + S).len(), 1, "no more at a time than wanted");
-    fleet.outliers.update(&fleet.addresses[1..], now + S);
-    assert!(!fleet.outliers.recall(&fleet.addresses[0], now + S));
-    assert!(fleet.outliers.next_question(now + S).is_some(), "the other one is");
-    assert_eq!(fleet.outliers.next_question(now + S * 11), None);
+    fleet.outliers.update(&fleet.addresses[2..], now + S);
+    assert!(!fleet.outliers.any_absent());
+    assert_eq!(fleet.outliers.next_question(), None);
+    fleet.outliers.update(&fleet.addresses, now + S);
+    assert_eq!(fleet.absent(), 0);
+}
+
+#[test]
+fn an_endpoint_that_fails_in_a_row_is_avoided_but_for_a_request_now_and_then() {
+    let now = Instant::now();
+    let fleet = Fleet::new(3, OutlierSettings::default(), now);
+    fleet.fail(0, 1, now);
+    assert!(!fleet.health(0).is_avoided(now), "once is no pattern");
+    fleet.fail(0, 1, now);
+    assert!(fleet.health(0).is_avoided(now + MS * 199));
+    let at = now + MS * 200;
+    assert!(!fleet.health(0).is_avoided(at));
+    fleet.health(0).chosen(at);
+    assert!(fleet.health(0).is_avoided(at), "one at a time");
+    fleet.fail(0, 1, at);
+    assert!(fleet.health(0).is_avoided(at + MS * 399));
+    fleet.report(0, Evidence::Success, at);
+    assert!(!fleet.health(0).is_avoided(at));
+    // One that was ejected begins with a single request.
+    let until = fleet.fail(0, 5, at).unwrap().until + MS;
+    assert!(fleet.health(0).is_available(until) && !fleet.health(0).is_avoided(until));
+    fleet.health(0).chosen(until);
+    assert!(fleet.health(0).is_avoided(until));
 }
 
 #[test]
@@ -224,8 +304,8 @@ proptest! {
         let mut now = Instant::now();
         let fleet = Fleet::new(count, settings, now);
         for (index, kind, pass) in events {
-            let health = if kind == 0 { Health::Success } else { Health::Failure };
-            fleet.tell(index.index(fleet.addresses.len()), health, now);
+            let evidence = [Evidence::Success, Evidence::Failure, Evidence::Failure, Evidence::Refused][usize::from(kind)];
+            fleet.report(index.index(fleet.addresses.len()), evidence, now);
             prop_assert!(fleet.out(now) <= settings.most_ejected(count.into()));
             prop_assert!(fleet.out(now) < usize::from(count));
             if kind == 3 { now += Duration::from_millis(pass); }

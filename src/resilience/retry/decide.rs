@@ -182,6 +182,13 @@ impl RetryPolicy {
         })
     }
 
+    /// Whether an attempt that surely never reached the service may be made again at another endpoint at once, as if that
+    /// had been chosen first: it spends neither an attempt nor budget. Only where it found its endpoint `absent`, which
+    /// happens once: from then on the endpoint is not chosen.
+    pub fn may_move_on(&self, outcome: &Outcome, absent: bool, body: Body) -> bool {
+        absent && outcome.never_reached() && body != Body::Gone && self.names(outcome)
+    }
+
     /// The whole decision. Where it says retry, the budget has been charged.
     pub fn decide(&self, tried: &Tried<'_>, outcome: &Outcome, moment: &Moment<'_>) -> Decision {
         let free = match self.eligible(tried, outcome) {

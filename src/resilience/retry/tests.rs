@@ -1,12 +1,12 @@
 use std::time::{Duration, Instant};
 
-use http::Method;
+use http::{Method, StatusCode};
 
 use super::{
     super::{
         backoff::Hint,
         budget::{BudgetSettings, RetryBudget},
-        classify::{Advice, Ending, GrpcStatus, Outcome, Reset, tests::every_ending},
+        classify::{Advice, ConnectFailure, Ending, GrpcStatus, Outcome, Reset, tests::every_ending},
     },
     *,
 };
@@ -289,4 +289,19 @@ fn a_body_is_kept_only_where_a_copy_could_be_of_use() {
     let once = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
     assert_eq!(once.body_limit(&Method::PUT, true, true), 0);
     assert!(on.another_possible(2) && !on.another_possible(3) && !once.another_possible(1));
+}
+
+#[test]
+fn what_an_absent_endpoint_never_saw_moves_on_and_nothing_else() {
+    let policy = RetryPolicy::new(Some(RetrySettings::default()));
+    let refused = Outcome::new(Ending::Connect(ConnectFailure::Refused));
+    let http = |advice| Outcome { ending: Ending::Http(StatusCode::SERVICE_UNAVAILABLE), advice };
+    assert!(policy.may_move_on(&refused, true, Body::Untouched));
+    assert!(policy.may_move_on(&http(Advice::Elsewhere), true, Body::Replayable));
+    assert!(!policy.may_move_on(&http(Advice::Elsewhere), false, Body::Replayable), "its limits are full");
+    assert!(!policy.may_move_on(&http(Advice::Elsewhere), true, Body::Gone));
+    assert!(!policy.may_move_on(&http(Advice::None), true, Body::Untouched), "it may have been processed");
+    assert!(!RetryPolicy::new(None).may_move_on(&refused, true, Body::Untouched), "retry = false");
+    let once = RetrySettings { max: 0, ..RetrySettings::default() };
+    assert!(RetryPolicy::new(Some(once)).may_move_on(&refused, true, Body::Untouched), "nothing was sent");
 }

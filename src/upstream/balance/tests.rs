@@ -6,6 +6,7 @@ use crate::rng::Rng;
 #[derive(Clone, Debug)]
 struct Fake {
     usable: bool,
+    avoided: bool,
     latency: f64,
     in_flight: u32,
     weight: u32,
@@ -15,6 +16,9 @@ struct Fake {
 impl Candidate for Fake {
     fn usable(&self, _: Instant) -> bool {
         self.usable
+    }
+    fn avoided(&self, _: Instant) -> bool {
+        self.avoided
     }
     fn latency(&self, _: Instant) -> f64 {
         self.latency
@@ -40,6 +44,7 @@ const KINDS: [fn() -> Balance; 4] = [
 fn endpoints(weights: &[u32]) -> Vec<Fake> {
     let endpoint = |(i, weight): (usize, &u32)| Fake {
         usable: true,
+        avoided: false,
         latency: 0.01,
         in_flight: 0,
         weight: *weight,
@@ -144,8 +149,16 @@ fn hash_keys_do_not_change_between_versions() {
 }
 
 fn any_endpoints() -> impl Strategy<Value = Vec<Fake>> {
-    let endpoint = (any::<bool>(), 0.001..1.0f64, 0u32..50, 0u32..200)
-        .prop_map(|(usable, latency, in_flight, weight)| Fake { usable, latency, in_flight, weight, key: 0 });
+    let endpoint = (any::<bool>(), 0.001..1.0f64, 0u32..50, 0u32..200).prop_map(
+        |(usable, latency, in_flight, weight)| Fake {
+            usable,
+            avoided: false,
+            latency,
+            in_flight,
+            weight,
+            key: 0,
+        },
+    );
     prop::collection::vec(endpoint, 1..40).prop_map(|mut list| {
         for (i, endpoint) in list.iter_mut().enumerate() {
             endpoint.key = hash_key(&i.to_le_bytes());

@@ -5,7 +5,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use super::*;
 use crate::{
-    resilience::{breaker::State, classify::Reset, limit::Full, retry::RetrySettings},
+    resilience::{
+        limit::Full,
+        outlier::{Change, Evidence},
+        retry::RetrySettings,
+    },
     units::Toggle,
 };
 
@@ -114,9 +118,10 @@ fn addresses(count: u16) -> Vec<SocketAddr> {
 /// One failure at an endpoint; until when it is out then.
 fn fail_at(guards: &Guards, address: SocketAddr, now: Instant) -> Option<Instant> {
     let health = guards.outliers.endpoint(&address).expect("it is there");
-    let lost = Reset { reused: false, request_sent: true, response_begun: false };
-    let end = (Ending::Reset(lost), Health::Failure);
-    guards.outliers.report(&address, &health, end, now, 0.0).map(|ejection| ejection.until)
+    match guards.outliers.report(&address, &health, Evidence::Failure, (now, now), 0.0)? {
+        Change::Ejected(ejection) => Some(ejection.until),
+        _ => None,
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::{
 
 use socket2::{Domain, Socket, Type};
 
-use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, status, upstream};
+use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, serve_at, status, upstream};
 use crate::support::{Proxy, RawClient, eventually};
 
 /// A service that can be switched between well and failing.
@@ -362,34 +362,36 @@ fn an_ejected_endpoint_is_better_than_one_that_just_refused() {
     assert_eq!(well_again.calls(), 2);
 }
 
-/// An instance that restarts is back as soon as it listens, however long it was to be out; one that answered badly is not.
+/// An instance that restarts is back as soon as it listens and serves; one that answered badly stays out for its time.
 #[test]
-fn an_ejected_endpoint_is_back_when_its_port_is() {
+fn an_absent_endpoint_is_back_when_it_serves() {
     let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = place.local_addr().expect("bound");
     drop(place);
     let (bad, well) = (Service::new(|_, _| 500), Service::new(|_, _| 200));
     let proxy = proxy(
         &[address, bad.address(), well.address()],
-        "retry = false\nbreaker = false\n\
-         outlier = { consecutive_failures = 2, max_ejected = 0.9, eject_for = { base = \"10m\", max = \"10m\" } }",
+        "breaker = false\n\
+         outlier = { consecutive_failures = 2, eject_for = { base = \"10m\", max = \"10m\" } }",
     );
-    eventually("both to be ejected", || {
+    eventually("one to be absent and one to be ejected", || {
         let _ = get(&proxy);
-        proxy.stderr().matches("endpoint ejected").count() == 2
+        let said = proxy.stderr();
+        said.contains("accepts no connections") && said.contains("endpoint ejected")
     });
     let calls = bad.calls();
     for _ in 0..10 {
         assert_eq!(get(&proxy).status(), 200, "nobody listens at {address} yet");
     }
-    let _back = crate::support::RawServer::start_at(address, |mut stream| {
-        use std::io::{Read, Write};
-        let mut seen = [0; 4096];
-        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
-            let _ =
-                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\nback");
-        }
-    });
+    let status = status(&proxy);
+    let states: Vec<_> = status["upstreams"][0]["endpoints"]
+        .as_array()
+        .expect("endpoints")
+        .iter()
+        .map(|endpoint| endpoint["state"].as_str().expect("a state"))
+        .collect();
+    assert_eq!(states, ["absent", "ejected", "healthy"], "{status}");
+    let _back = serve_at(address, "200 OK", "back");
     eventually("it to be called again", || get(&proxy).text() == "back");
     for _ in 0..10 {
         assert_eq!(get(&proxy).status(), 200);

@@ -7,6 +7,7 @@ mod exhaustion;
 mod guards;
 mod http2;
 mod limits;
+mod outages;
 mod replay;
 mod retries;
 mod slow;
@@ -25,7 +26,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::{HeaderMap, Request, body::Incoming};
 
-use crate::support::{Answer, Proxy, RawClient, Upstream, nobody, strict::Message, text};
+use crate::support::{Answer, Proxy, RawClient, RawServer, Upstream, nobody, strict::Message, text};
 
 /// A request as a service got it.
 #[derive(Clone, Debug)]
@@ -180,6 +181,21 @@ fn assert_cause(answer: &Message, status: u16, word: &str) {
         answer.status() == status && said.contains(&format!("details=\"{word}")),
         "{status} {word}: {answer:?}"
     );
+}
+
+/// A server at this address that answers every connection once, and so.
+fn serve_at(address: SocketAddr, status: &'static str, body: &'static str) -> RawServer {
+    RawServer::start_at(address, move |mut stream| {
+        use std::io::{Read, Write};
+        let mut seen = [0; 4096];
+        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let length = body.len();
+            let _ = write!(
+                stream,
+                "HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+            );
+        }
+    })
 }
 
 /// A page of the admin server.

