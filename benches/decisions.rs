@@ -24,7 +24,7 @@ use outrigger::{
         backoff::Hint,
         breaker::{Breaker, BreakerSettings},
         budget::{BudgetSettings, RetryBudget},
-        classify::{Advice, Ending, Health, Outcome},
+        classify::{Advice, Health, Outcome},
         limit::{Bell, LimitSettings, RequestLimit},
         outlier::{Evidence, OutlierSettings, Outliers},
         rate::{RateKey, RateLimit, RateSettings},

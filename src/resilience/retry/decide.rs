@@ -186,7 +186,11 @@ impl RetryPolicy {
     /// had been chosen first: it spends neither an attempt nor budget. Only where it found its endpoint `absent`, which
     /// happens once: from then on the endpoint is not chosen.
     pub fn may_move_on(&self, outcome: &Outcome, absent: bool, body: Body) -> bool {
-        absent && outcome.never_reached() && body != Body::Gone && self.names(outcome)
+        absent
+            && self.another_possible(1)
+            && outcome.never_reached()
+            && body != Body::Gone
+            && self.names(outcome)
     }
 
     /// The whole decision. Where it says retry, the budget has been charged.

@@ -415,11 +415,13 @@ fn the_status_tells_the_success_and_the_last_error_of_each_endpoint() {
         let all = endpoints.as_array().expect("endpoints");
         all.iter().find(|one| one["address"] == address).expect("the endpoint").clone()
     };
-    for (address, success, last_error) in
-        [(good.address(), 1.0, None), (bad.address(), 0.0, Some("500")), (down, 0.0, Some("connect_refused"))]
-    {
+    for (address, state, success, last_error) in [
+        (good.address(), "healthy", 1.0, None),
+        (bad.address(), "healthy", 0.0, Some("500")),
+        (down, "absent", 0.0, Some("connect_refused")),
+    ] {
         let endpoint = of(address);
-        assert_eq!(endpoint["state"], "healthy", "{endpoint}");
+        assert_eq!(endpoint["state"], state, "{endpoint}");
         assert_eq!(endpoint["success"], success, "{endpoint}");
         assert_eq!(endpoint["last_error"].as_str(), last_error, "{endpoint}");
     }
