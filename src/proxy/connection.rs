@@ -275,20 +275,15 @@ impl Connection {
         if self.refused_plaintext.get() {
             return false;
         }
-        let announced = self.reached(announced);
-        match &self.presented {
-            None if self.side == Side::Inbound => tokio::select! {
-                () = announced => true,
-                () = Box::pin(self.identity_required()) => false,
-            },
-            None => {
-                announced.await;
-                true
-            }
-            Some(chain) => tokio::select! {
-                () = announced => true,
-                () = Box::pin(self.distrusted(chain)) => false,
-            },
+        // One place for the future that all wait for: a connection holds as much as its largest moment.
+        let revoked: Pin<Box<dyn Future<Output = ()> + '_>> = match &self.presented {
+            None if self.side == Side::Inbound => Box::pin(self.identity_required()),
+            None => Box::pin(std::future::pending()),
+            Some(chain) => Box::pin(self.distrusted(chain)),
+        };
+        tokio::select! {
+            () = self.reached(announced) => true,
+            () = revoked => false,
         }
     }
 

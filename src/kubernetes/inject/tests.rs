@@ -263,7 +263,7 @@ fn a_pod_with_little_time_lingers_less() {
         }})
     };
     for (grace, expected) in
-        [(60, json!(20)), (30, json!(15)), (5, json!(2)), (1, Value::Null), (0, Value::Null)]
+        [(60, json!(23)), (30, json!(18)), (5, json!(3)), (1, Value::Null), (0, Value::Null)]
     {
         let after = injected(&pod(grace));
         assert_eq!(
