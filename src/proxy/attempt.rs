@@ -145,7 +145,8 @@ pub async fn send(
             answered.map_err(|error| (error.into(), !lease.sent_anything()))
         }
         Lease::H2 { stream, .. } => {
-            let answered = stream.send(outgoing.request(last), body).await;
+            // Boxed: else each request over HTTP/1 would hold room for it.
+            let answered = Box::pin(stream.send(outgoing.request(last), body)).await;
             answered
                 .map(|response| (Present::of(response.headers()), response))
                 .map_err(|failed| (AnswerError::from(failed.error), failed.unsent))

@@ -61,7 +61,7 @@ pub struct Pool {
 #[derive(Debug)]
 pub enum Lease {
     H1 { connection: Http1, endpoint: Rc<LocalEndpoint>, reused: bool },
-    H2 { stream: Stream, reused: bool },
+    H2 { stream: Box<Stream>, reused: bool },
 }
 
 /// Why there is no answer, or no more of it.

@@ -210,7 +210,7 @@ impl Drop for DialEnds {
 }
 
 fn lease(connection: Rc<Http2>, reused: bool) -> Lease {
-    Lease::H2 { stream: Stream::new(connection), reused }
+    Lease::H2 { stream: Box::new(Stream::new(connection)), reused }
 }
 
 #[cfg(test)]
