@@ -32,16 +32,17 @@ pub(super) const NO_BYTE: ConnectionError = ConnectionError::Cut("the client sen
 pub(super) enum First {
     Client(Spoken),
     /// The client, and this connection waits for its bytes.
-    ClientDialled(Spoken, Server),
+    ClientDialled(Spoken, Box<Server>),
     /// The server, something that is not HTTP.
-    Server(Server),
+    Server(Box<Server>),
     /// The server, HTTP: it expects requests.
     HttpServer,
     /// The process drains.
     Nobody,
 }
 
-/// A connection to a server, opened for bytes.
+/// A connection to a server, opened for bytes. Boxed where it is handed on: a connection holds as much as its largest
+/// moment.
 pub(super) struct Server {
     pub io: UpstreamIo,
     pub in_use: Dialled,
@@ -150,7 +151,7 @@ where
                     return Ok(First::Client(spoken));
                 }
                 server.said = said.freeze();
-                return Ok(First::ClientDialled(spoken, server));
+                return Ok(First::ClientDialled(spoken, Box::new(server)));
             }
             count = read => {
                 let is_http = match count? {
@@ -161,7 +162,7 @@ where
                     Some(true) => return Ok(First::HttpServer),
                     Some(false) => {
                         server.said = said.freeze();
-                        return Ok(First::Server(server));
+                        return Ok(First::Server(Box::new(server)));
                     }
                     None => {}
                 }

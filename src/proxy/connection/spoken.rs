@@ -70,13 +70,10 @@ impl Connection {
             First::ClientDialled(spoken, server) => (spoken, Some(server), false),
             First::Server(server) => (Spoken::Nothing, Some(server), false),
             First::HttpServer => {
-                let spoken = tokio::select! {
-                    biased;
-                    spoken = detector.spoken(&mut stream) => spoken?,
-                    () = self.closing() => return Ok(None),
-                    () = sleep(HEADER_TIMEOUT) => return Err(NO_BYTE),
-                };
-                (spoken, None, true)
+                match Box::pin(self.request_after_greeting(&mut detector, &mut stream)).await? {
+                    Some(spoken) => (spoken, None, true),
+                    None => return Ok(None),
+                }
             }
         };
         if spoken == Spoken::Tls && mtls != Mtls::Off {
@@ -119,11 +116,28 @@ impl Connection {
         served.map(|()| None)
     }
 
+    /// Waits for the request that a server of HTTP expects, although it spoke first. `None`: the process drains.
+    async fn request_after_greeting<S>(
+        &self,
+        detector: &mut Detector,
+        stream: &mut S,
+    ) -> Result<Option<Spoken>, ConnectionError>
+    where
+        S: AsyncRead + Unpin,
+    {
+        tokio::select! {
+            biased;
+            spoken = detector.spoken(stream) => Ok(Some(spoken?)),
+            () = self.closing() => Ok(None),
+            () = sleep(HEADER_TIMEOUT) => Err(NO_BYTE),
+        }
+    }
+
     /// Carries bytes, or refuses them.
     async fn serve_bytes<S>(
         &self,
         stream: S,
-        server: Option<Server>,
+        server: Option<Box<Server>>,
         behind: &LocalCluster,
         (verdict, spoken): (Verdict, Spoken),
     ) -> Result<(), ConnectionError>
@@ -138,7 +152,8 @@ impl Connection {
             Verdict::Watched => RequestWatch::default(),
             Verdict::Pass => RequestWatch::off(),
         };
-        if let Some(Server { io, in_use: _in_use, said }) = server {
+        if let Some(server) = server {
+            let Server { io, in_use: _in_use, said } = *server;
             return self.carry(stream, Prefixed::new(said, io), behind, watch).await;
         }
         let bare = self.outward().is_some() && spoken == Spoken::Tls && redirected::is_simple(behind);
