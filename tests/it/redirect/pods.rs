@@ -297,6 +297,8 @@ fn each_port_of_the_service_is_reached_and_may_differ() {
         assert_eq!(status, 404, "the probes' port is not redirected: {body}");
     }
     proxy.reconfigure(&config.replace("strict", "permissive"));
+    // Less security is held back until it is confirmed.
+    proxy.signal("HUP");
     eventually("plaintext", || ask(&stranger, callee.addresses(8080)[0], "a").0 == 200);
     let (status, body) = ask(&stranger, callee.addresses(8081)[0], "a");
     assert_eq!((status, body.contains("connect_refused")), (502, true), "{body}");
