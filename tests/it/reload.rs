@@ -414,6 +414,8 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("upstream.pool_idle_timeout", With("upstream.header_case")),
         ("upstream.max_connection_age", With("upstream.header_case")),
         ("upstream.tcp_user_timeout", With("upstream.header_case")),
+        ("upstream.ping_interval", With("upstream.header_case")),
+        ("upstream.ping_timeout", With("upstream.header_case")),
         ("upstream.oauth2", By("authorize::oauth2::")),
         ("upstream.oauth2.token_url", By("authorize::oauth2::")),
         ("upstream.oauth2.client_id", By("authorize::oauth2::")),
