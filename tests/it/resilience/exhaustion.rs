@@ -38,8 +38,11 @@ fn the_soft_limit_of_open_files_is_raised_but_not_for_the_service() {
     let proxy = limited(String::new(), "-Sn", 200)
         .service(["sh", "-c", "ulimit -Sn > soft.txt; mv soft.txt done.txt; exec sleep 60"])
         .start();
-    let (soft, hard) = open_files(proxy.pid());
-    assert!(soft == hard && soft != "200", "soft {soft}, hard {hard}");
+    // It is lowered for the moment in which the service is started.
+    eventually("the soft limit to be raised", || {
+        let (soft, hard) = open_files(proxy.pid());
+        soft == hard && soft != "200"
+    });
     let done = proxy.directory().join("done.txt");
     eventually("the service to tell its limit", || done.exists());
     assert_eq!(fs::read_to_string(done).expect("text").trim(), "200");
