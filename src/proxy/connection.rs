@@ -414,6 +414,6 @@ mod tests {
             size_of::<F>()
         }
         let size = size(run);
-        assert!(size <= 1500, "{size} bytes");
+        assert!(size <= 1490, "{size} bytes");
     }
 }
