@@ -87,7 +87,8 @@ pub struct Exchange<'a> {
     pub policy: &'a Policy,
     pub(super) retries: &'a RetryPolicy,
     pub(super) endpoints: Rc<[Rc<LocalEndpoint>]>,
-    pub(super) connections: ConnectionSettings,
+    /// Boxed: it would lie in a request's future twice.
+    pub(super) connections: Box<ConnectionSettings>,
     pub(super) hash: Option<u64>,
 }
 
@@ -264,7 +265,7 @@ async fn serve<'a>(
     }
     let exchange = Exchange {
         endpoints,
-        connections: ConnectionSettings {
+        connections: Box::new(ConnectionSettings {
             tcp: TcpLimits {
                 connect: policy.connect_timeout.limit(),
                 user: settings.user_timeout(if http2 { Speaks::H2 } else { Speaks::Http1 }),
@@ -277,7 +278,7 @@ async fn serve<'a>(
             ping: PingSettings { interval: settings.ping_interval.limit(), timeout: settings.ping_timeout.0 },
             stream_wait: policy.limits.0.unwrap_or_default().pending_timeout.0,
             tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(carried.outgoing.host())),
-        },
+        }),
         hash,
         call,
         target,
