@@ -11,7 +11,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
     task::{self, Poll},
@@ -24,6 +24,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
     sync::{oneshot, watch},
+    task::coop::unconstrained,
     time::{Instant, Sleep, sleep},
 };
 
@@ -363,7 +364,8 @@ impl Leaving {
             return false;
         }
         self.phase.mark_unchanged();
-        self.left = closing.poll(cx).is_ready();
+        // Not within the task's budget of the runtime: a `closing` that waits for budget looks as if there were nothing new.
+        self.left = pin!(unconstrained(closing)).poll(cx).is_ready();
         // What it still waits for once it is asked is no change of phase.
         let is_asked = connection.leaving.get();
         self.settled = self.can_settle && !is_asked && !self.phase.has_changed().unwrap_or(true);

@@ -30,11 +30,15 @@ fn is_ready(proxy: &Proxy) -> bool {
 }
 
 /// A sidecar whose drain takes as long as the test.
+///
+/// Ready when this returns: a `/ready` that fails later fails for the drain.
 fn draining(server: &Upstream) -> Proxy {
-    Proxy::start(format!(
+    let proxy = Proxy::start(format!(
         "[runtime]\ndrain_delay = \"2m\"\n[inbound]\nforward_to = \"{}\"\n",
         server.address()
-    ))
+    ));
+    eventually("/ready", || is_ready(&proxy));
+    proxy
 }
 
 fn is_told_to_close(answer: &Message) -> bool {

@@ -376,11 +376,11 @@ fn keys() -> Vec<(&'static str, Shown)> {
         (
             "upstream.balance",
             case(
-                "endpoints = [\"SERVICE\", \"NOBODY\"]\nbalance = \"hash:header:x-key\"\nretry = false\noutlier = false\nbreaker = false",
-                "endpoints = [\"SERVICE\", \"NOBODY\"]\nbalance = \"round-robin\"\nretry = false\noutlier = false\nbreaker = false",
+                "endpoints = [\"SERVICE\", \"OTHER\"]\nbalance = \"hash:header:x-key\"\nretry = false\noutlier = false\nbreaker = false",
+                "endpoints = [\"SERVICE\", \"OTHER\"]\nbalance = \"round-robin\"\nretry = false\noutlier = false\nbreaker = false",
                 |s| {
-                    let causes = (0..4).map(|_| s.get("/", "x-key: 1\r\n").status()).collect::<BTreeSet<_>>();
-                    causes.len().to_string()
+                    let which = (0..4).map(|_| s.get("/", "x-key: 1\r\n").status()).collect::<BTreeSet<_>>();
+                    which.len().to_string()
                 },
                 ("1", "2"),
             ),
@@ -465,7 +465,15 @@ struct Stage {
 }
 
 /// `/`: 200 · `/slow`: after 300 ms · `/stall`: a pause of 300 ms in the body · `/503` · `/head`: the request's own head.
-fn serve(mut stream: std::net::TcpStream) {
+fn serve(stream: std::net::TcpStream) {
+    respond(stream, "200 OK");
+}
+
+fn serve_other(stream: std::net::TcpStream) {
+    respond(stream, "201 Created");
+}
+
+fn respond(mut stream: std::net::TcpStream, success: &str) {
     let mut buffer = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -481,8 +489,8 @@ fn serve(mut stream: std::net::TcpStream) {
         let path = head.split(' ').nth(1).unwrap_or_default();
         let (status, body) = match path {
             "/503" => ("503 Service Unavailable", attempt.to_owned()),
-            "/head" => ("200 OK", head.clone()),
-            _ => ("200 OK", attempt.to_owned()),
+            "/head" => (success, head.clone()),
+            _ => (success, attempt.to_owned()),
         };
         if path == "/slow" {
             thread::sleep(Duration::from_millis(300));
@@ -605,18 +613,37 @@ impl Stage {
 }
 
 /// A whole file: the lines of a case, beside what it does not say.
-fn config(lines: &str, service: SocketAddr, refuses: SocketAddr, full: SocketAddr) -> String {
-    let of_upstream = !lines.starts_with('[') || lines.starts_with("[[upstream.route]]");
-    let (head, of_up) = if of_upstream { ("", lines) } else { (lines, "") };
-    let endpoints = if of_up.contains("endpoints") { "" } else { "endpoints = [\"SERVICE\"]\n" };
-    // The same policies for the one that accepts nothing.
-    let second = if of_up.starts_with("connect_timeout") { of_up } else { "" };
-    let text = format!(
-        "{head}\n[[upstream]]\nname = \"up\"\n{endpoints}{of_up}\n[[upstream]]\nname = \"full\"\nendpoints = [\"FULL\"]\n{second}\n"
-    );
-    text.replace("SERVICE", &service.to_string())
-        .replace("NOBODY", &refuses.to_string())
-        .replace("FULL", &full.to_string())
+/// The addresses that a configuration may name.
+#[derive(Clone, Copy)]
+struct Addresses {
+    service: SocketAddr,
+    /// Another service, which answers 201.
+    other: SocketAddr,
+    refuses: SocketAddr,
+    /// Neither accepts nor refuses.
+    full: SocketAddr,
+}
+
+impl Addresses {
+    fn new(service: &RawServer, other: &RawServer) -> Self {
+        let (service, other) = (service.address(), other.address());
+        Self { service, other, refuses: crate::support::nobody(), full: full_backlog() }
+    }
+
+    fn config(&self, lines: &str) -> String {
+        let of_upstream = !lines.starts_with('[') || lines.starts_with("[[upstream.route]]");
+        let (head, of_up) = if of_upstream { ("", lines) } else { (lines, "") };
+        let endpoints = if of_up.contains("endpoints") { "" } else { "endpoints = [\"SERVICE\"]\n" };
+        // The same policies for the one that accepts nothing.
+        let second = if of_up.starts_with("connect_timeout") { of_up } else { "" };
+        let text = format!(
+            "{head}\n[[upstream]]\nname = \"up\"\n{endpoints}{of_up}\n[[upstream]]\nname = \"full\"\nendpoints = [\"FULL\"]\n{second}\n"
+        );
+        text.replace("SERVICE", &self.service.to_string())
+            .replace("OTHER", &self.other.to_string())
+            .replace("NOBODY", &self.refuses.to_string())
+            .replace("FULL", &self.full.to_string())
+    }
 }
 
 /// The keys of the schema, dotted.
@@ -704,10 +731,9 @@ fn exists(test: &str) -> bool {
 }
 
 /// Changes what a case is about, and looks.
-fn check(key: &str, case: &Case, addresses: [SocketAddr; 3]) -> Result<(), String> {
-    let [service, refuses, full] = addresses;
-    let file = |lines| config(lines, service, refuses, full);
-    let stage = Stage { proxy: Launch::new(file(case.before)).start(), service };
+fn check(key: &str, case: &Case, addresses: Addresses) -> Result<(), String> {
+    let proxy = Launch::new(addresses.config(case.before)).start();
+    let stage = Stage { proxy, service: addresses.service };
     let settles = |expected: &str| {
         let begin = std::time::Instant::now();
         loop {
@@ -722,14 +748,14 @@ fn check(key: &str, case: &Case, addresses: [SocketAddr; 3]) -> Result<(), Strin
         }
     };
     settles(case.tells.0)?;
-    stage.proxy.reconfigure(&file(case.after));
+    stage.proxy.reconfigure(&addresses.config(case.after));
     settles(case.tells.1)
 }
 
 #[test]
 fn every_key_that_acts_at_once_does() {
-    let service = RawServer::start(serve);
-    let addresses = [service.address(), crate::support::nobody(), full_backlog()];
+    let (service, other) = (RawServer::start(serve), RawServer::start(serve_other));
+    let addresses = Addresses::new(&service, &other);
     let cases = policy_keys().into_iter().chain(keys());
     let cases: Vec<_> = cases
         .filter_map(|(key, shown)| match shown {
@@ -757,12 +783,12 @@ fn every_key_that_acts_at_once_does() {
 
 #[test]
 fn every_key_that_needs_a_restart_is_named() {
-    let service = RawServer::start(serve);
-    let [service, refuses, full] = [service.address(), crate::support::nobody(), full_backlog()];
-    let stage = Stage { proxy: Launch::new(config("", service, refuses, full)).start(), service };
+    let (service, other) = (RawServer::start(serve), RawServer::start(serve_other));
+    let addresses = Addresses::new(&service, &other);
+    let stage = Stage { proxy: Launch::new(addresses.config("")).start(), service: addresses.service };
     for (key, shown) in keys() {
         let Restart(line) = shown else { continue };
-        stage.proxy.reconfigure(&config(line, service, refuses, full));
+        stage.proxy.reconfigure(&addresses.config(line));
         let named = key.replace("upstream.listen", "upstream.up.listen");
         eventually(&format!("the status to say that {named} needs a restart"), || {
             stage.whole_status()["config"]["restart_needed"]
