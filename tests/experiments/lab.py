@@ -1,6 +1,7 @@
-"""What the experiments share: services that misbehave, a caller at a fixed rate, proxies in front of them."""
+"""What the experiments share: services that misbehave, a client at a fixed rate, proxies in front of them."""
 
 import asyncio
+import itertools
 import json
 import os
 import pathlib
@@ -61,20 +62,21 @@ class Service:
             writer.close()
 
 
-class Load:
-    """Calls at a fixed rate, whether or not earlier ones are answered. A caller gives up after `patience`."""
+class Client:
+    """HTTP/1.1 requests on kept connections. A client gives up after `patience`."""
 
-    def __init__(self, port, rate, patience=20):
-        self.port, self.rate, self.patience = port, rate, patience
-        self.idle, self.results, self.answers = [], [], {}
+    def __init__(self, port, patience=20):
+        self.port, self.patience, self.idle = port, patience, []
 
-    async def one(self, method):
-        begin, status = time.monotonic(), 0
+    async def request(self, method, fields=""):
+        """The response's status and head; 0 and "" where there was none."""
+        status, head = 0, ""
         try:
             async with asyncio.timeout(self.patience):
                 reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
                 try:
-                    writer.write(f"{method} / HTTP/1.1\r\nhost: up\r\n\r\n".encode())
+                    length = "" if method == "GET" else "content-length: 0\r\n"
+                    writer.write(f"{method} / HTTP/1.1\r\nhost: up\r\n{fields}{length}\r\n".encode())
                     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                     status = int(head.split(" ", 2)[1])
                     if "content-length:" in head:
@@ -86,16 +88,36 @@ class Load:
                     if writer:
                         writer.close()
         except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            status = 0
-        self.answers[status] = self.answers.get(status, 0) + 1
+            return 0, ""
+        return status, head
+
+
+async def at_rate(rate, send, go_on):
+    """Begins `send(number)` at a fixed rate, whether or not earlier ones are done; waits for all."""
+    begin, tasks = time.monotonic(), []
+    for number in itertools.count():
+        await asyncio.sleep(max(0, begin + number / rate - time.monotonic()))
+        if not go_on(number):
+            break
+        tasks.append(asyncio.create_task(send(number)))
+    await asyncio.gather(*tasks)
+
+
+class Load(Client):
+    """Requests at a fixed rate, whether or not earlier ones are answered."""
+
+    def __init__(self, port, rate, patience=20):
+        super().__init__(port, patience)
+        self.rate, self.results, self.statuses = rate, [], {}
+
+    async def one(self, method):
+        begin = time.monotonic()
+        status, _ = await self.request(method)
+        self.statuses[status] = self.statuses.get(status, 0) + 1
         self.results.append((status, time.monotonic() - begin))
 
     async def run(self, seconds, method="GET"):
-        begin, tasks = time.monotonic(), []
-        for number in range(int(seconds * self.rate)):
-            await asyncio.sleep(max(0, begin + number / self.rate - time.monotonic()))
-            tasks.append(asyncio.create_task(self.one(method)))
-        await asyncio.gather(*tasks)
+        await at_rate(self.rate, lambda _: self.one(method), lambda number: number < int(seconds * self.rate))
         return self
 
     def success(self):
@@ -140,6 +162,12 @@ class Proxy:
     async def __aenter__(self):
         return await self.listening()
 
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+        self.directory.cleanup()
+
     async def __aexit__(self, *_):
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -151,12 +179,26 @@ class Proxy:
         self.directory.cleanup()
 
 
+BINARY = os.environ.get("OUTRIGGER_BIN", str(HERE / "target/release/outrigger"))
+
+
 def outrigger(ports, more="", top=""):
     """Outrigger's outbound port before these endpoints. `more`: keys of the upstream; `top`: further tables."""
-    binary = os.environ.get("OUTRIGGER_BIN", str(HERE / "target/release/outrigger"))
     endpoints = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
-    config = (
-        '[inbound]\nlisten = "127.0.0.1:0"\n[outbound]\nlisten = "127.0.0.1:0"\n[admin]\nlisten = "127.0.0.1:0"\n'
+    return run_outrigger(
+        '[inbound]\nlisten = "127.0.0.1:0"\n[outbound]\nlisten = "127.0.0.1:0"\n'
         f'{top}[[upstream]]\nname = "up"\nendpoints = [{endpoints}]\n{more}\n'
     )
-    return Proxy([binary, "run", "-c", "@DIR@/config.toml", "--ready-file", "@DIR@/ready.json"], config, ".toml")
+
+
+def sidecar(port, service):
+    """Outrigger's inbound port before a service."""
+    return run_outrigger(
+        f'[inbound]\nlisten = "127.0.0.1:{port}"\nforward_to = "127.0.0.1:{service}"\n'
+        '[outbound]\nlisten = "127.0.0.1:0"\n[runtime]\nworkers = 1\n'
+    )
+
+
+def run_outrigger(config):
+    command = [BINARY, "run", "-c", "@DIR@/config.toml", "--ready-file", "@DIR@/ready.json"]
+    return Proxy(command, f'[admin]\nlisten = "127.0.0.1:0"\n{config}', ".toml")

