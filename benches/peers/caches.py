@@ -26,10 +26,10 @@ FEW, MANY = 2000, 8000
 SIMULATED = ["--cache-sim=yes", "--branch-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64"]
 COUNTED = {
     "instructions": r"I\s+refs",
-    "lines of code missed": r"I1\s+misses",
-    "lines of data missed": r"D1\s+misses",
+    "code cache lines missed": r"I1\s+misses",
+    "data cache lines missed": r"D1\s+misses",
     "branches": r"Branches",
-    "guessed wrong": r"Mispredicts",
+    "mispredicted": r"Mispredicts",
 }
 
 

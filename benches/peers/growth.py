@@ -28,12 +28,12 @@ from stage import Stage
 
 HERE = pathlib.Path(__file__).resolve().parents[2]
 MANY = {
-    "start_ms": "start to the first answer, ms",
+    "start_ms": "start to the first response, ms",
     "resident_mib": "resident, MiB",
     "applied_ms": "a change of the file until it is applied, ms",
     "cpu_of_change_ms": "CPU of it, ms",
-    "of_worker_ms": "of that, the thread's that carries calls, ms",
-    "longest_call_ms": "longest call meanwhile, ms",
+    "of_worker_ms": "of that, the worker thread's, ms",
+    "longest_call_ms": "longest request meanwhile, ms",
     "resident_after_mib": "resident after it, MiB",
 }
 ENDPOINTS, UPSTREAMS, EACH = 1000, 10_000, 10
@@ -172,12 +172,12 @@ def bodies(stage, port):
 
 
 GROWING = {
-    "connections": (connections, "callers' connections, all calling"),
+    "connections": (connections, "client connections, all active"),
     "haproxy": (haproxy, "the same, through HAProxy"),
     "endpoints": (endpoints, "endpoints of the upstream"),
-    "routes": (routes, "routes of the upstream, the last one called"),
-    "upstreams": (upstreams, f"upstreams of {EACH} endpoints, one called"),
-    "bodies": (bodies, "bytes of the answer"),
+    "routes": (routes, "routes of the upstream, requests to the last one"),
+    "upstreams": (upstreams, f"upstreams of {EACH} endpoints, requests to one"),
+    "bodies": (bodies, "bytes of the response"),
 }
 
 

@@ -58,7 +58,7 @@ SCENARIOS = {
         Scenario("S3", "mTLS in, plain out", (IN,)),
         Scenario("S4", "both hops, mTLS between", (OUT, IN)),
         Scenario("S5", "h2c, gRPC-like, 16 connections with 32 streams", (Hop(protocol="grpc"),), "h2load", rate=True),
-        Scenario("S6", "answers of 1 MiB, 16 connections", (PLAIN,), "bytes", "/1m", connections=16),
+        Scenario("S6", "responses of 1 MiB, 16 connections", (PLAIN,), "bytes", "/1m", connections=16),
         Scenario("TCP", "opaque TCP, 8 connections", (Hop(protocol="tcp"),), "bytes", "/16m", connections=8),
         Scenario("S7", "S1 with everything on", (Hop(everything=True),), rate=True),
         Scenario("S8", f"S1 by one of {HOSTS:,} hosts, each with an upstream", (BY_HOST,), host=LAST, beside=(PLAIN,)),
@@ -68,7 +68,7 @@ SCENARIOS = {
         Scenario("out-resumed", "the same, resumed", (OUT,), serving="resumed", **ONCE),
         Scenario("idle", "idle plaintext connections", (PLAIN,), "idle", connections=1000),
         Scenario("idle-mtls", "idle mTLS connections", (IN,), "idle", connections=1000),
-        Scenario("start", "start to the first answer", (PLAIN,), "start"),
+        Scenario("start", "start to the first response", (PLAIN,), "start"),
         Scenario("start-mtls", "the same by mTLS", (IN,), "start"),
         Scenario("start-hosts", f"the same with {HOSTS:,} upstreams", (BY_HOST,), "start", host=LAST),
     )
