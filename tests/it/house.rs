@@ -46,7 +46,8 @@ fn decisions_read_no_clock_and_draw_no_lots() {
 fn what_the_documentation_names_is_there() {
     let root = source().parent().expect("the project").to_path_buf();
     let pages = fs::read_dir(root.join("docs")).expect("docs").flatten().map(|entry| entry.path());
-    let pages = pages.chain(["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(|name| root.join(name)));
+    let others = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"];
+    let pages = pages.chain(others.map(|name| root.join(name)));
     let mut named = 0;
     for page in pages.filter(|page| page.extension().is_some_and(|extension| extension == "md")) {
         let text = fs::read_to_string(&page).expect("readable");
