@@ -17,7 +17,7 @@ use http_body_util::{BodyExt, Full};
 use super::{breaker, guard, probes::Probes, reload, status::Status, token::Token};
 use crate::{
     redact::without_userinfo,
-    runtime::lifecycle::Control,
+    runtime::{death::Death, lifecycle::Control},
     telemetry::{
         exposition::{self, Format},
         log::LogFilter,
@@ -101,8 +101,11 @@ const ROUTES: &[Route] = &[
 /// A worker whose thread has not run for this long hangs. Several probes of the kubelet fail before it acts.
 const HANGS: Duration = Duration::from_secs(30);
 
-/// Whether every worker runs. One that died has ended the process.
+/// Whether every part that must run does. One that died ends the process; that takes a while where a service has to end first.
 fn live(control: &Control) -> Answer {
+    if let Some(Death { name, why }) = control.deaths.happened() {
+        return text(StatusCode::SERVICE_UNAVAILABLE, &format!("{name} has died: {why}\n"));
+    }
     let mut workers = control.shared.metrics.workers.iter().enumerate();
     let still = workers.find(|(_, load)| load.still_for() > HANGS);
     match still {

@@ -144,6 +144,19 @@ async fn a_drain_shows_in_ready() {
     assert_eq!(status(&running.ask("GET /live", "").await), 200);
 }
 
+/// Issue 14, fault 25: a worker that had died was live.
+#[tokio::test]
+async fn a_part_that_has_died_shows_in_live_and_ready() {
+    let running = start(|_| {});
+    running.control.deaths.keep("worker-0").end(Err("its listener is gone".to_owned()));
+    let answer = running.ask("GET /live", "").await;
+    assert_eq!(status(&answer), 503, "{answer}");
+    assert!(answer.ends_with("worker-0 has died: its listener is gone\n"), "{answer}");
+    let answer = running.ask("GET /ready", "").await;
+    assert_eq!(status(&answer), 503, "{answer}");
+    assert!(answer.contains("has died"), "{answer}");
+}
+
 #[tokio::test]
 async fn metrics_are_openmetrics() {
     let running = start(|_| {});

@@ -3,7 +3,7 @@
 //! A worker that has panicked would leave a hole: its connections hang, and new ones are drawn into it. So the process
 //! ends with an error instead, and whoever runs it starts another.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Mutex, mpsc};
 
@@ -22,19 +22,27 @@ pub struct Death {
 pub struct Deaths {
     report: mpsc::Sender<Death>,
     reports: Arc<Mutex<mpsc::Receiver<Death>>>,
+    /// The first one, from the moment it happens.
+    happened: Arc<OnceLock<Death>>,
 }
 
 impl Default for Deaths {
     fn default() -> Self {
         let (report, reports) = mpsc::channel(KEPT);
-        Self { report, reports: Arc::new(Mutex::new(reports)) }
+        Self { report, reports: Arc::new(Mutex::new(reports)), happened: Arc::default() }
     }
 }
 
 impl Deaths {
     /// Watches over a thread or task for as long as it holds this.
     pub fn keep(&self, name: &str) -> Vigil {
-        Vigil { name: name.to_owned(), report: Some(self.report.clone()) }
+        let happened = Arc::clone(&self.happened);
+        Vigil { name: name.to_owned(), report: Some((self.report.clone(), happened)) }
+    }
+
+    /// The first death, if there was one. The process ends soon after it.
+    pub fn happened(&self) -> Option<&Death> {
+        self.happened.get()
     }
 
     /// Waits for the first death.
@@ -51,7 +59,7 @@ impl Deaths {
 #[derive(Debug)]
 pub struct Vigil {
     name: String,
-    report: Option<mpsc::Sender<Death>>,
+    report: Option<(mpsc::Sender<Death>, Arc<OnceLock<Death>>)>,
 }
 
 impl Vigil {
@@ -64,9 +72,11 @@ impl Vigil {
     }
 
     fn tell(&mut self, why: String) {
-        if let Some(report) = self.report.take() {
-            // A full channel has told of others, of which one is enough.
-            let _ = report.try_send(Death { name: std::mem::take(&mut self.name), why });
+        if let Some((report, happened)) = self.report.take() {
+            let death = Death { name: std::mem::take(&mut self.name), why };
+            // Both know of an earlier one, which is enough, where they take no more.
+            let _ = happened.set(death.clone());
+            let _ = report.try_send(death);
         }
     }
 }
@@ -93,6 +103,7 @@ mod tests {
         });
         assert!(thread.join().is_err());
         let death = Death { name: "worker-0".to_owned(), why: "it panicked".to_owned() };
+        assert_eq!(deaths.happened(), Some(&death), "known before anything waits for it");
         assert_eq!(deaths.first().await, death);
     }
 
@@ -115,6 +126,7 @@ mod tests {
         let aborted = tokio::spawn(std::future::pending::<Vigil>());
         aborted.abort();
         drop(deaths.keep("cut"));
+        assert_eq!(deaths.happened(), None);
         deaths.keep("fails").end(Err("no more".to_owned()));
         assert_eq!(deaths.first().await, Death { name: "fails".to_owned(), why: "no more".to_owned() });
         let more = tokio::time::timeout(std::time::Duration::from_secs(1), deaths.first());

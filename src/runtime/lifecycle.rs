@@ -26,7 +26,7 @@ use tokio::{
 use super::{
     Addresses, Phase, Proxy, Shared,
     child::Child,
-    death::Death,
+    death::{Death, Deaths},
     reload::{self, Change, ReloadRequests, Reloads},
     service_port::ServicePort,
     signals::{self, Signals, Stop, Wish},
@@ -59,6 +59,7 @@ pub struct Control {
     pub reload_requests: ReloadRequests,
     /// Whether the service listens.
     pub service_port: Arc<ServicePort>,
+    pub deaths: Deaths,
     discovered: AtomicBool,
     drain: watch::Sender<bool>,
 }
@@ -83,6 +84,7 @@ impl Control {
             reloads,
             reload_requests: ReloadRequests::default(),
             service_port: Arc::default(),
+            deaths: proxy.deaths.clone(),
             discovered: AtomicBool::new(false),
             drain: watch::Sender::new(false),
         })
@@ -94,6 +96,9 @@ impl Control {
 
     /// Why no new calls should be sent here; none where they should. The service itself does not matter to it.
     pub fn not_ready(&self) -> Option<&'static str> {
+        if self.deaths.happened().is_some() {
+            return Some("failed: a part of the process has died, and the process ends");
+        }
         match self.phase() {
             Phase::Running if self.discovered.load(Ordering::Relaxed) => {
                 let identity = self.shared.identity.not_ready(SystemTime::now());

@@ -155,7 +155,8 @@ pub struct Proxy {
     agent: Mutex<Option<(String, AbortOnDrop)>>,
     workers: workers::Workers,
     ticking: tokio::task::JoinHandle<()>,
-    deaths: Deaths,
+    /// Of threads and tasks without which the process is not what it seems.
+    pub deaths: Deaths,
 }
 
 /// A task that ends when this is dropped.

@@ -3,6 +3,9 @@
 //! A lone worker accepts for itself. With several, a thread of its own accepts and hands each connection to the worker
 //! that was least busy of late; there it stays.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     cell::RefCell,
     collections::HashMap,

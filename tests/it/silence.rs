@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    path::Path,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -15,7 +16,7 @@ use crate::{
         h2::{self, H2Client},
         peer_script,
         pki::Pki,
-        python_with, text,
+        python_with, skip, text,
         tls::TlsCaller,
     },
 };
@@ -164,6 +165,23 @@ fn a_handshake_under_way_when_the_process_leaves_leads_to_an_answer() {
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
+/// Breaks the inbound listener of a running proxy; false where the kernel does not let us.
+fn break_listener(python: &Path, proxy: &Proxy) -> bool {
+    let port = proxy.inbound().port();
+    let shut = Command::new(python)
+        .arg(peer_script("shutdown_listener.py"))
+        .args([proxy.pid().to_string(), port.to_string()])
+        .output()
+        .expect("Python runs");
+    let why = String::from_utf8_lossy(&shut.stderr).into_owned();
+    if shut.status.code() == Some(3) {
+        skip(&format!("a socket of another process cannot be had: {why}"));
+        return false;
+    }
+    assert!(shut.status.success(), "{why}");
+    true
+}
+
 /// Issue 14, fault 25: a listener that accepts nothing any more was not noticed.
 #[test]
 fn a_listener_that_fails_ends_the_process() {
@@ -171,20 +189,86 @@ fn a_listener_that_fails_ends_the_process() {
     for workers in [1, 2] {
         let service = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"];
         let mut proxy = Launch::new(format!("[runtime]\nworkers = {workers}\n")).service(service).start();
-        let port = proxy.inbound().port();
-        let shut = Command::new(&python)
-            .arg(peer_script("shutdown_listener.py"))
-            .args([proxy.pid().to_string(), port.to_string()])
-            .output()
-            .expect("Python runs");
-        let why = String::from_utf8_lossy(&shut.stderr).into_owned();
-        if shut.status.code() == Some(3) {
-            return crate::support::skip(&format!("a socket of another process cannot be had: {why}"));
+        if !break_listener(&python, &proxy) {
+            return;
         }
-        assert!(shut.status.success(), "{why}");
         assert_eq!(proxy.wait().code(), Some(1), "{}", proxy.stderr());
         let said = proxy.stderr();
         assert!(said.contains("has died: its listener on 127.0.0.1:"), "{said}");
+    }
+}
+
+/// The process waits for its service to end, and says meanwhile that it is not live. Issue 14, fault 25: `/live` stayed 200.
+#[test]
+fn live_fails_from_a_death_on_until_the_process_has_ended() {
+    let Some(python) = python_with("ctypes") else { return };
+    for workers in [1, 2] {
+        // It takes until it is killed.
+        let service = ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"];
+        let mut proxy = Launch::new(format!("[runtime]\nworkers = {workers}\n")).service(service).start();
+        let admin = proxy.admin();
+        let ask = |path: &str| {
+            RawClient::connect(admin)
+                .ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
+        };
+        assert_eq!((ask("/live").status(), ask("/ready").status()), (200, 200));
+        if !break_listener(&python, &proxy) {
+            return;
+        }
+        eventually("/live to fail", || {
+            let answer = ask("/live");
+            let named = answer.text().contains("has died: its listener on 127.0.0.1:");
+            assert_eq!(named, answer.status() == 503, "{answer:?}");
+            named
+        });
+        assert_eq!(ask("/ready").status(), 503);
+        assert_eq!(proxy.wait().code(), Some(1), "{}", proxy.stderr());
+    }
+}
+
+/// Issue 14, fault 18, within CONNECT: a tunnel may stay silent, and does not stand in the way of requests or of the end.
+#[test]
+fn silent_tunnels_give_way_to_requests_and_end_with_the_drain() {
+    let service = RawServer::start(|mut stream| {
+        let mut seen = [0; 1000];
+        if stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let _ =
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello");
+        }
+    });
+    let mut proxy = Proxy::start(format!(
+        "[runtime]\ndrain_timeout = \"10m\"\n\
+         [[upstream]]\nname = \"up\"\nendpoints = [\"{}\"]\nlimits = {{ max_connections = 8 }}\n",
+        service.address()
+    ));
+    let connect = || {
+        let mut client = RawClient::connect(proxy.outbound());
+        client.send("CONNECT up:80 HTTP/1.1\r\nHost: up:80\r\n\r\n");
+        let head = client.read_until(b"\r\n\r\n");
+        assert!(head.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&head));
+        client
+    };
+    let mut silent: Vec<RawClient> = (0..8).map(|_| connect()).collect();
+    for _ in 0..3 {
+        let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        assert_eq!(answer.status(), 200, "{answer:?}");
+    }
+    // Those that gave way lead on: requests are answered, other bytes are carried.
+    for (number, mut client) in silent.drain(..4).enumerate() {
+        if number % 2 == 0 {
+            assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200, "{number}");
+        } else {
+            client.send(b"\x00\x01 no HTTP");
+            assert!(client.read_until(b"hello").starts_with(b"HTTP/1.1 200 OK"), "{number}");
+        }
+    }
+    // SIGINT: the service is not waited for.
+    let begun = Instant::now();
+    proxy.signal("INT");
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.stderr());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    for client in &mut silent {
+        assert!(client.read_to_close().1, "it is closed");
     }
 }
 

@@ -1,0 +1,50 @@
+use super::*;
+use crate::runtime::death::Death;
+
+fn workers() -> Workers {
+    Workers { stop: watch::Sender::new(false), threads: Vec::new(), deaths: Deaths::default() }
+}
+
+/// Housekeeping runs in a worker's main task, and a listener's failure ends it.
+#[tokio::test]
+async fn a_worker_that_panics_or_fails_is_reported_by_its_name() {
+    async fn panics() -> Result<(), String> {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        panic!("on purpose");
+    }
+    let mut panicking = workers();
+    panicking.spawn("worker-1", |_| panics()).unwrap();
+    let death = Death { name: "worker-1".to_owned(), why: "it panicked".to_owned() };
+    assert_eq!(panicking.deaths.first().await, death);
+    assert_eq!(panicking.deaths.happened(), Some(&death));
+    panicking.stop();
+
+    let mut failing = workers();
+    failing.spawn("accept", |_| async { Err("its listener is gone".to_owned()) }).unwrap();
+    let death = Death { name: "accept".to_owned(), why: "its listener is gone".to_owned() };
+    assert_eq!(failing.deaths.first().await, death);
+    failing.stop();
+}
+
+#[tokio::test]
+async fn a_worker_that_is_told_to_stop_is_not_reported() {
+    let mut workers = workers();
+    let stops = |mut stop: watch::Receiver<bool>| async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+        Ok(())
+    };
+    workers.spawn("worker-0", stops).unwrap();
+    let deaths = workers.deaths.clone();
+    workers.stop();
+    assert_eq!(deaths.happened(), None);
+}
+
+/// What accepts for a worker, or takes connections over, is a task of its own.
+#[tokio::test]
+async fn a_panic_in_a_task_of_a_worker_is_its_failure() {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async { Ok(()) });
+    tasks.spawn(async { panic!("on purpose") });
+    let why = failed(tasks).await;
+    assert!(why.contains("a task of it panicked"), "{why}");
+}
