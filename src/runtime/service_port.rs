@@ -49,7 +49,7 @@ impl ServicePort {
 
     /// Looks until the service accepts a connection, and warns where it takes long.
     async fn look(self: Arc<Self>, shared: Arc<Shared>) {
-        let (began, mut pause, mut warned) = (Instant::now(), FIRST_PAUSE, false);
+        let (began, mut schedule) = (Instant::now(), Schedule::default());
         loop {
             // A reload may move it.
             let address = shared.snapshot.load().config.inbound.forward_to.clone();
@@ -59,8 +59,8 @@ impl ServicePort {
                 tracing::info!(service = %address, after = ?began.elapsed(), "the service accepts connections");
                 return;
             }
-            if !warned && began.elapsed() >= PATIENCE {
-                warned = true;
+            let Next { warn, pause } = schedule.next(began.elapsed());
+            if warn {
                 tracing::warn!(
                     service = %address,
                     "nothing accepts connections there after {}s: inbound requests get 502 `connect_refused`. If the \
@@ -69,7 +69,80 @@ impl ServicePort {
                 );
             }
             sleep(pause).await;
-            pause = if warned { LATE_PAUSE } else { (pause * 2).min(PAUSE) };
         }
+    }
+}
+
+/// What follows a look that found nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Next {
+    /// Whether to warn, which is once.
+    warn: bool,
+    /// Until the next look.
+    pause: Duration,
+}
+
+/// When to look again, and when to warn.
+#[derive(Debug)]
+struct Schedule {
+    pause: Duration,
+    warned: bool,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self { pause: FIRST_PAUSE, warned: false }
+    }
+}
+
+impl Schedule {
+    /// After a look in vain that ended so long after the first began.
+    fn next(&mut self, elapsed: Duration) -> Next {
+        let warn = !self.warned && elapsed >= PATIENCE;
+        self.warned |= warn;
+        let pause = if self.warned { LATE_PAUSE } else { self.pause };
+        self.pause = (self.pause * 2).min(PAUSE);
+        Next { warn, pause }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// When it looks, and when it warns, within the first minutes, at a port where each look takes so long.
+    fn looks(each_takes: Duration) -> (Vec<Duration>, Vec<Duration>) {
+        let (mut now, mut schedule) = (Duration::ZERO, Schedule::default());
+        let (mut looks, mut warnings) = (Vec::new(), Vec::new());
+        while now < Duration::from_secs(300) {
+            looks.push(now);
+            now += each_takes;
+            let next = schedule.next(now);
+            if next.warn {
+                warnings.push(now);
+            }
+            now += next.pause;
+        }
+        (looks, warnings)
+    }
+
+    #[test]
+    fn a_service_that_never_listens_is_warned_of_once() {
+        for each_takes in [Duration::ZERO, LOOK] {
+            let (_, warnings) = looks(each_takes);
+            let [once] = warnings[..] else { panic!("{warnings:?}") };
+            assert!((PATIENCE..PATIENCE + each_takes + PAUSE).contains(&once), "{once:?}");
+        }
+    }
+
+    #[test]
+    fn a_service_is_found_soon_after_it_listens() {
+        let (looks, _) = looks(Duration::ZERO);
+        assert_eq!(looks[..3], [Duration::ZERO, FIRST_PAUSE, FIRST_PAUSE * 3]);
+        for pair in looks.windows(2) {
+            let most = if pair[0] < PATIENCE { PAUSE } else { LATE_PAUSE };
+            assert!(pair[1] - pair[0] <= most, "{pair:?}");
+        }
+        assert!(looks.len() < 300, "and not asked all the time: {}", looks.len());
     }
 }
