@@ -366,6 +366,50 @@ fn new_certificates_and_defaults_are_used_and_broken_ones_are_not() {
     assert_eq!(image(), "r.example/o:3");
 }
 
+/// A full disk empties a file, a slow writer leaves half of it for a while: what was read before holds, and the log says so.
+#[test]
+fn defaults_that_were_emptied_or_are_half_written_change_nothing() {
+    let pki = pki();
+    let good = "image = \"r.example/o:1\"\nmemory = \"77Mi\"\n";
+    let path = pki.write("defaults.toml", good);
+    let webhook = Webhook::start(&pki, &["--defaults", &path.display().to_string()]);
+    let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
+    let review = &recording["review"];
+    let given = || {
+        let pod = patched(&review["request"]["object"], &webhook.ask("/mutate", review));
+        let sidecar = pod["spec"]["initContainers"].as_array().and_then(|all| all.last()).expect("a sidecar");
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        (text(&sidecar["image"]), text(&sidecar["resources"]["requests"]["memory"]))
+    };
+    let told = |words: &str| webhook.daemon.output().matches(words).count();
+    let first = ("r.example/o:1".to_owned(), "77Mi".to_owned());
+    assert_eq!(given(), first);
+    for (number, emptied) in ["", " \n\n"].into_iter().enumerate() {
+        fs::write(&path, emptied).expect("write");
+        eventually("a word on the empty file", || told("defaults.toml is empty now") == number + 1);
+        assert_eq!(given(), first, "{emptied:?}");
+    }
+    fs::remove_file(&path).expect("remove");
+    eventually("a word on the missing file", || told("the new defaults are not used") == 1);
+    assert_eq!(given(), first);
+    // The first half of a file would be a whole one.
+    let mut slow = fs::File::create(&path).expect("create");
+    slow.write_all(b"image = \"r.example/o:2\"\n").expect("write");
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(700) {
+        assert_eq!(given(), first, "before its writer has closed it");
+    }
+    assert_eq!(told("new defaults are used"), 0, "{}", webhook.daemon.output());
+    slow.write_all(b"memory = \"88Mi\"\n").expect("write");
+    drop(slow);
+    let second = ("r.example/o:2".to_owned(), "88Mi".to_owned());
+    eventually("the whole file to be used", || {
+        let now = given();
+        assert!(now == first || now == second, "half a file: {now:?}");
+        now == second
+    });
+}
+
 /// An API server keeps connections. One that is closed while a review is on its way loses the review (`EOF`).
 #[test]
 fn a_webhook_that_ends_has_its_clients_close_and_closes_none_before() {
