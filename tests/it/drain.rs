@@ -155,14 +155,15 @@ impl Replica {
 }
 
 /// Clients keep a connection for as long as they are let, and forgive nothing: they send POST once. New connections go to the
-/// pods that are known, which they hear of late. `OUTRIGGER_ROUNDS` for more.
+/// pods that are known, which they hear of late. At least 5,000 requests; `OUTRIGGER_ROUNDS` for more.
 #[test]
 fn rollouts_lose_no_request_of_clients_that_keep_connections() {
     const REPLICAS: usize = 3;
     const CLIENTS: usize = 12;
     const LATE: Duration = Duration::from_millis(500);
-    const PAUSE: Duration = Duration::from_millis(20);
-    let rollouts = std::env::var("OUTRIGGER_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    const PAUSE: Duration = Duration::from_millis(15);
+    const REQUESTS: usize = 5_000;
+    let least = std::env::var("OUTRIGGER_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
     let pod = Pod::injected();
     assert!(pod.pre_stop > pod.drain_delay);
     let mut replicas: Vec<Replica> = (0..REPLICAS).map(|_| Replica::start(&pod)).collect();
@@ -171,6 +172,7 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
     let known = Arc::new(Mutex::new(addresses(&replicas)));
     let (done, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
     let failures = Mutex::new(Vec::new());
+    let (began, mut rollouts) = (Instant::now(), 0);
     thread::scope(|scope| {
         for number in 0..CLIENTS {
             let (known, done, sent, failures) = (&known, &done, &sent, &failures);
@@ -196,7 +198,9 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
                 }
             });
         }
-        for _ in 0..rollouts {
+        // A slow machine needs more of them for as many requests.
+        while rollouts < least || (sent.load(Ordering::Relaxed) < REQUESTS && rollouts < 4 * least) {
+            rollouts += 1;
             let old = std::mem::replace(&mut replicas, (0..REPLICAS).map(|_| Replica::start(&pod)).collect());
             thread::scope(|ending| {
                 for replica in old {
@@ -209,8 +213,12 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
         done.store(true, Ordering::Relaxed);
     });
     let (failures, sent) = (failures.into_inner().expect("no panic"), sent.into_inner());
-    let _ =
-        writeln!(std::io::stderr(), "{sent} requests over {rollouts} rollouts, {} failed", failures.len());
-    assert!(sent > 500, "only {sent} requests");
+    let rate = sent as f64 / began.elapsed().as_secs_f64();
+    let _ = writeln!(
+        std::io::stderr(),
+        "{sent} requests over {rollouts} rollouts, {rate:.0} a second, {} failed",
+        failures.len()
+    );
+    assert!(sent >= REQUESTS, "only {sent} requests");
     assert!(failures.is_empty(), "{} of {sent} failed: {:?}", failures.len(), failures.first());
 }
