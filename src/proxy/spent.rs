@@ -114,4 +114,20 @@ mod tests {
         let traces = spent.lock();
         assert!(traces.newer.len() + traces.older.len() <= MOST);
     }
+
+    /// Issue 14, fault 26: once the table was full, each further failure scanned it.
+    #[test]
+    fn a_failure_costs_the_same_however_many_there_were() {
+        let quickest = |failures: u128| {
+            let took = (0..3).map(|_| {
+                let (spent, now) = (SpentTraces::default(), Instant::now());
+                (0..failures).for_each(|trace| spent.note(trace, now));
+                now.elapsed()
+            });
+            took.min().unwrap_or_default()
+        };
+        let (few, many) = (quickest(MOST as u128 / 2), quickest(MOST as u128 * 4));
+        // Eight times as many. With a scan of the table it is some hundred times as much.
+        assert!(many < few * 40, "{few:?} and {many:?}");
+    }
 }

@@ -186,3 +186,52 @@ fn an_http2_caller_does_not_notice() {
         seen.lock().expect("no panic").len() >= 4
     });
 }
+
+/// Who asked a service, by the address of each connection.
+#[derive(Clone, Default)]
+struct Peers(Arc<Mutex<Vec<SocketAddr>>>);
+
+impl Peers {
+    fn service(&self, address: SocketAddr) -> Upstream {
+        let peers = self.clone();
+        Upstream::at(address, false, move |peer, _| {
+            peers.0.lock().expect("no panic").push(peer);
+            async { text("ok") }
+        })
+    }
+
+    /// The last two requests came by one connection.
+    fn is_kept(&self) -> bool {
+        let peers = self.0.lock().expect("no panic");
+        matches!(peers[..], [.., one, other] if one == other)
+    }
+}
+
+/// Issue 14, fault 23: a restart closes connections however young they are, and was taken for an idle timeout: keep-alive was
+/// lost for half an hour.
+#[test]
+fn restarts_teach_nothing_about_idle_times() {
+    let pause = |time: u64| {
+        let begun = Instant::now();
+        eventually("time to pass", || begun.elapsed() >= Duration::from_millis(time));
+    };
+    let peers = Peers::default();
+    let mut service = peers.service(([127, 0, 0, 1], 0).into());
+    let address = service.address();
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"up\"\nendpoints = [\"{address}\"]\nretry = false\nbreaker = false\n"
+    ));
+    let status = || RawClient::connect(proxy.outbound()).ask(GET).status();
+    for _ in 0..2 {
+        assert_eq!(status(), 200);
+        pause(200);
+        drop(service);
+        eventually("the service to be gone", || std::net::TcpStream::connect(address).is_err());
+        eventually("a request to find that out", || status() != 200);
+        service = peers.service(address);
+        eventually("the service to be found again", || status() == 200);
+    }
+    pause(600);
+    assert_eq!(status(), 200);
+    assert!(peers.is_kept(), "{:?}", peers.0);
+}

@@ -215,7 +215,12 @@ fn lease(connection: Rc<Http2>, reused: bool) -> Lease {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration as Wait;
+    use std::{
+        future::{Future, poll_fn},
+        pin::pin,
+        task::Poll,
+        time::Duration as Wait,
+    };
 
     use tokio::task::LocalSet;
 
@@ -224,10 +229,6 @@ mod tests {
         config::{HeaderCase, PoolIdle},
         upstream::{Endpoint, Found, http2::PingSettings},
     };
-
-    fn break_off() {
-        unreachable!("a bug");
-    }
 
     /// However a dial ends, also by a panic of ours: who waits for it hears of that.
     #[tokio::test]
@@ -247,17 +248,16 @@ mod tests {
             stream_wait: Wait::from_secs(1),
         };
         let guards = Guards::new(now);
-        let dial = Rc::new(Dial::default());
-        pool.dial.replace(Some(Rc::clone(&dial)));
-        let ends = DialEnds { endpoint: Rc::clone(&endpoint), dial };
         let set = LocalSet::new();
-        set.spawn_local(async move {
-            let _ends = ends;
-            tokio::task::yield_now().await;
-            break_off();
-        });
-        let waits = Http2Pool::stream(&endpoint, &settings, &guards, false);
-        let waited = set.run_until(tokio::time::timeout(Wait::from_secs(5), waits)).await;
+        let mut waits = pin!(Http2Pool::stream(&endpoint, &settings, &guards, false));
+        let polled = {
+            let _tasks = set.enter();
+            poll_fn(|cx| Poll::Ready(waits.as_mut().poll(cx))).await
+        };
+        assert!(polled.is_pending() && pool.dial.borrow().is_some(), "a task dials");
+        // Its future is dropped unfinished, as a panic drops it.
+        drop(set);
+        let waited = tokio::time::timeout(Wait::from_secs(5), waits).await;
         assert!(matches!(waited, Ok(Err(ConnectError::Handshake { .. }))), "{waited:?}");
         assert!(endpoint.pool.h2.dial.borrow().is_none(), "the next request dials anew");
     }

@@ -4,6 +4,7 @@ use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,7 @@ use crate::support::{
     Daemon, Proxy, RawClient, RawServer, Upstream, eventually, has_tool, peer_script,
     pki::{Pki, dns, id},
     python_with, text,
-    tls::{TlsCaller, TlsServer},
+    tls::{TlsCaller, TlsServer, server_config},
     tool,
 };
 
@@ -278,4 +279,35 @@ fn websockets_by_a_library_on_either_end() {
     let resumed =
         metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}");
     assert_eq!(resumed, 2.0, "each connection after the first one resumes a session");
+}
+
+/// Issue 14, fault 26: a request for one name closed the idle connections of all others.
+#[test]
+fn connections_of_several_tls_names_are_kept_side_by_side() {
+    let pki = Pki::new();
+    let ca = pki.write_ca();
+    let certificate =
+        pki.issue("payments", |params| params.subject_alt_names = vec![dns("a.test"), dns("b.test")]);
+    let config = Arc::new(server_config(&certificate, None, &["http/1.1"]));
+    let server = RawServer::start(move |stream| {
+        let connection = rustls::ServerConnection::new(config.clone()).expect("a connection");
+        let mut stream = rustls::StreamOwned::new(connection, stream);
+        let mut seen = [0; 4096];
+        while stream.read(&mut seen).is_ok_and(|count| count > 0) {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+            let _ = stream.flush();
+        }
+    });
+    let proxy = Proxy::start(format!(
+        "[[upstream]]\nname = \"payments\"\nhosts = [\"a.test\", \"b.test\"]\nendpoints = [\"{}\"]\ntls = \"simple\"\n\
+         ca = {ca:?}\n",
+        server.address()
+    ));
+    let mut client = RawClient::connect(proxy.outbound());
+    for number in 0..10 {
+        let host = ["a.test", "b.test"][number % 2];
+        let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        assert_eq!(answer.status(), 200, "{answer:?}");
+    }
+    assert_eq!(server.connections(), 2, "one for each name");
 }
