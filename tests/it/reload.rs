@@ -1,6 +1,8 @@
 //! Every key of the configuration, changed while the proxy runs: what has changed acts, or the proxy says that it needs a
 //! restart. The schema is walked, so a new key fails here until it has a line.
 
+mod security;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{Read, Write},
@@ -22,8 +24,7 @@ enum Shown {
     Here(Case),
     /// It travels with another key, in one value that is replaced as a whole.
     With(&'static str),
-    /// By this test, or the tests of this module: they change it by a reload, or show that it acts, and a reload makes the
-    /// whole value anew.
+    /// By this test, which changes it by a reload and looks at what it does then.
     By(&'static str),
     /// It needs a restart, and the status names it. The line changes it.
     Restart(&'static str),
@@ -256,7 +257,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
                 ("200", "502"),
             ),
         ),
-        ("inbound.mtls", By("authorize::mtls::")),
+        ("inbound.mtls", By("config_changes::live_plaintext_connections_end_when_strict_comes")),
         (
             "inbound.forwarded",
             case(
@@ -281,13 +282,13 @@ fn keys() -> Vec<(&'static str, Shown)> {
             ),
         ),
         ("inbound.allow.claims", With("inbound.allow.paths")),
-        ("inbound.jwt", By("authorize::tokens::")),
-        ("inbound.jwt.issuer", By("authorize::tokens::")),
-        ("inbound.jwt.audiences", By("authorize::tokens::")),
-        ("inbound.jwt.jwks", By("authorize::tokens::")),
-        ("inbound.jwt.ca", By("authorize::tokens::")),
-        ("inbound.jwt.except", By("authorize::tokens::")),
-        ("inbound.jwt.claim_headers", By("authorize::tokens::")),
+        ("inbound.jwt", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt.issuer", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt.audiences", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt.jwks", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt.ca", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt.except", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt.claim_headers", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
         ("outbound.listen", Restart("[outbound]\nlisten = \"127.0.0.1:1\"")),
         (
             "outbound.unknown",
@@ -308,12 +309,12 @@ fn keys() -> Vec<(&'static str, Shown)> {
                 ("denied_network", "200"),
             ),
         ),
-        ("identity.cert", By("identity::rotation::")),
-        ("identity.key", By("identity::rotation::")),
-        ("identity.ca", By("identity::rotation::")),
-        ("identity.min_tls", By("identity::rotation::")),
-        ("identity.crl", By("identity::rotation::")),
-        ("identity.spiffe", By("identity::workload::")),
+        ("identity.cert", By("reload::security::every_key_of_identity_acts_after_a_reload")),
+        ("identity.key", By("reload::security::every_key_of_identity_acts_after_a_reload")),
+        ("identity.ca", By("reload::security::every_key_of_identity_acts_after_a_reload")),
+        ("identity.min_tls", By("reload::security::every_key_of_identity_acts_after_a_reload")),
+        ("identity.crl", By("reload::security::every_key_of_identity_acts_after_a_reload")),
+        ("identity.spiffe", By("identity::workload::a_reload_leads_to_another_agent")),
         ("admin.listen", Restart("[admin]\nlisten = \"127.0.0.1:1\"")),
         ("admin.probe_listen", Restart("[admin]\nprobe_listen = \"127.0.0.1:1\"")),
         ("admin.token_file", Restart("[admin]\ntoken_file = \"/dev/null\"")),
@@ -333,7 +334,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
                 ("false", "true"),
             ),
         ),
-        ("telemetry.access_log_file", By("access_log::")),
+        ("telemetry.access_log_file", By("access_log::all_means_all_and_a_reload_changes_it")),
         (
             "upstream.name",
             case("hosts = [\"up\", \"second\"]", "hosts = [\"up\"]", |s| s.host("second"), ("200", "other")),
@@ -372,7 +373,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("upstream.server_name", With("upstream.tls")),
         ("upstream.ca", With("upstream.tls")),
         ("upstream.identity", With("upstream.tls")),
-        ("upstream.min_tls", By("identity::expired::")),
+        ("upstream.min_tls", By("reload::security::min_tls_of_an_upstream_acts_after_a_reload")),
         (
             "upstream.balance",
             case(
@@ -416,12 +417,15 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("upstream.tcp_user_timeout", With("upstream.header_case")),
         ("upstream.ping_interval", With("upstream.header_case")),
         ("upstream.ping_timeout", With("upstream.header_case")),
-        ("upstream.oauth2", By("authorize::oauth2::")),
-        ("upstream.oauth2.token_url", By("authorize::oauth2::")),
-        ("upstream.oauth2.client_id", By("authorize::oauth2::")),
-        ("upstream.oauth2.client_secret_file", By("authorize::oauth2::")),
-        ("upstream.oauth2.scopes", By("authorize::oauth2::")),
-        ("upstream.oauth2.ca", By("authorize::oauth2::")),
+        ("upstream.oauth2", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
+        ("upstream.oauth2.token_url", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
+        ("upstream.oauth2.client_id", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
+        (
+            "upstream.oauth2.client_secret_file",
+            By("reload::security::every_key_of_oauth2_acts_after_a_reload"),
+        ),
+        ("upstream.oauth2.scopes", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
+        ("upstream.oauth2.ca", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
         ("upstream.route.match.methods", With("upstream.route.match.path")),
         ("upstream.route.match.headers", With("upstream.route.match.path")),
         (

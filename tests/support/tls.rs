@@ -70,7 +70,20 @@ pub type TlsSocket = StreamOwned<ClientConnection, TcpStream>;
 
 impl TlsCaller {
     pub fn new(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
-        let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+        Self::with_versions(certificate, alpn, rustls::DEFAULT_VERSIONS)
+    }
+
+    /// One that speaks nothing newer than TLS 1.2.
+    pub fn tls12(certificate: &(String, String)) -> Self {
+        Self::with_versions(Some(certificate), &["http/1.1"], &[&rustls::version::TLS12])
+    }
+
+    fn with_versions(
+        certificate: Option<&(String, String)>,
+        alpn: &[&str],
+        versions: &[&'static rustls::SupportedProtocolVersion],
+    ) -> Self {
+        let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(versions);
         let builder = builder.expect("versions").dangerous();
         let builder = builder.with_custom_certificate_verifier(Arc::new(Gullible(provider())));
         let mut config = match certificate.map(parsed) {
@@ -163,20 +176,27 @@ impl TlsServer {
     }
 
     pub fn start_with(address: SocketAddr, config: ServerConfig) -> Self {
+        Self::start_answering(address, config, "hello".to_owned())
+    }
+
+    /// The same with another body.
+    pub fn start_answering(address: SocketAddr, config: ServerConfig, body: String) -> Self {
         let config = Arc::new(config);
+        let answer = Arc::new(format!(
+            "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        ));
         let listener = TcpListener::bind(address).expect("bind");
         let address = listener.local_addr().expect("an address");
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let config = Arc::clone(&config);
+                let (config, answer) = (Arc::clone(&config), Arc::clone(&answer));
                 thread::spawn(move || {
                     let connection = ServerConnection::new(config).expect("a connection");
                     let mut stream = StreamOwned::new(connection, stream);
                     let mut seen = [0; 4096];
                     if stream.read(&mut seen).is_ok_and(|count| count > 0) {
-                        let _ = stream.write_all(
-                            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello",
-                        );
+                        let _ = stream.write_all(answer.as_bytes());
                         stream.conn.send_close_notify();
                         let _ = stream.flush();
                     }

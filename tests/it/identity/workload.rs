@@ -103,6 +103,34 @@ fn it_rotates_goes_away_and_comes_back() {
     assert_eq!(call(&caller).0, 200);
 }
 
+/// `identity.spiffe`, changed while the sidecar runs.
+#[test]
+fn a_reload_leads_to_another_agent() {
+    if python_with("grpc").is_none() {
+        return;
+    }
+    let (ca, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
+    let (mut one, mut other) = (agent(), agent());
+    one.tell(&ca, "payments");
+    other.tell(&ca, "orders");
+    one.start();
+    other.start();
+    let file =
+        |agent: &Agent| format!("{}[inbound]\nforward_to = \"{}\"\n", agent.section(), service.address());
+    let callee = Proxy::start(file(&one));
+    let is_told = |name: &str| admin(&callee, "/status").1.contains(&id(name));
+    eventually("an identity", || is_told("payments"));
+    callee.reconfigure(&file(&other));
+    eventually("the other agent's", || is_told("orders") && !is_told("payments"));
+    let mut client =
+        TlsCaller::new(Some(&ca.issue("checkout", |_| {})), &["http/1.1"]).connect(callee.inbound());
+    while client.conn.is_handshaking() {
+        client.conn.complete_io(&mut client.sock).expect("a handshake");
+    }
+    let shown = client.conn.peer_certificates().expect("a certificate")[0].to_vec();
+    assert!(shown.windows(9).any(|part| part == b"sa/orders"), "its certificate is shown");
+}
+
 /// A trust domain that ours is federated with; no other.
 #[test]
 fn federated_trust_domains_are_known_by_their_own_roots() {
