@@ -256,6 +256,8 @@ impl LocalEndpoint {
                     failures = ejection.failures_in_a_row,
                     "endpoint ejected"
                 );
+                // It may have been replaced. One that accepts no connections is asked for by whoever looks after it.
+                upstream.refresh();
             }
             Change::Absent if evidence == Evidence::NoService => {
                 tracing::warn!(upstream = name, %endpoint, "endpoint has no service behind it");

@@ -18,13 +18,20 @@ const NO_SUCH_NAME: u8 = 3;
 /// Priority, weight, port, target.
 pub type Srv<'a> = (u16, u16, u16, &'a str);
 
-type Zone = HashMap<(String, u16), Vec<Vec<u8>>>;
+/// Records of one name and kind, and how long they hold.
+struct Records {
+    ttl: u32,
+    data: Vec<Vec<u8>>,
+}
+
+type Zone = HashMap<(String, u16), Records>;
 
 /// Dropping it ends it.
 pub struct Dns {
     address: SocketAddr,
     zone: Arc<Mutex<Zone>>,
     queries: Arc<AtomicUsize>,
+    ttl: u32,
     alive: Arc<()>,
 }
 
@@ -47,12 +54,12 @@ impl Dns {
             while owner.upgrade().is_some() {
                 let Ok((length, peer)) = socket.recv_from(&mut query) else { continue };
                 count.fetch_add(1, Ordering::Relaxed);
-                if let Some(answer) = answer(&query[..length], ttl, &records.lock().expect("no panic")) {
+                if let Some(answer) = answer(&query[..length], &records.lock().expect("no panic")) {
                     let _ = socket.send_to(&answer, peer);
                 }
             }
         });
-        Self { address, zone, queries, alive }
+        Self { address, zone, queries, ttl, alive }
     }
 
     /// How often it was asked; A and AAAA are two.
@@ -67,8 +74,13 @@ impl Dns {
 
     /// The IPv4 addresses of a name; it has no others.
     pub fn addresses(&self, name: &str, addresses: &[Ipv4Addr]) {
-        let records = addresses.iter().map(|address| address.octets().to_vec()).collect();
-        self.zone.lock().expect("no panic").insert((name.to_owned(), A), records);
+        self.addresses_for(self.ttl, name, addresses);
+    }
+
+    /// The same, which hold for this many seconds.
+    pub fn addresses_for(&self, ttl: u32, name: &str, addresses: &[Ipv4Addr]) {
+        let data = addresses.iter().map(|address| address.octets().to_vec()).collect();
+        self.zone.lock().expect("no panic").insert((name.to_owned(), A), Records { ttl, data });
     }
 
     pub fn services(&self, name: &str, records: &[Srv<'_>]) {
@@ -82,12 +94,12 @@ impl Dns {
             data.push(0);
             data
         };
-        let records = records.iter().map(record).collect();
+        let records = Records { ttl: self.ttl, data: records.iter().map(record).collect() };
         self.zone.lock().expect("no panic").insert((name.to_owned(), SRV), records);
     }
 }
 
-fn answer(query: &[u8], ttl: u32, zone: &Zone) -> Option<Vec<u8>> {
+fn answer(query: &[u8], zone: &Zone) -> Option<Vec<u8>> {
     let (mut at, mut labels) = (12, Vec::new());
     while let length @ 1.. = usize::from(*query.get(at)?) {
         labels.push(String::from_utf8_lossy(query.get(at + 1..at + 1 + length)?).to_ascii_lowercase());
@@ -96,7 +108,8 @@ fn answer(query: &[u8], ttl: u32, zone: &Zone) -> Option<Vec<u8>> {
     let name = labels.join(".");
     let kind = u16::from_be_bytes([*query.get(at + 1)?, *query.get(at + 2)?]);
     let question = query.get(12..at + 5)?;
-    let records = zone.get(&(name.clone(), kind)).map(Vec::as_slice).unwrap_or_default();
+    let (ttl, records) =
+        zone.get(&(name.clone(), kind)).map_or((0, &[][..]), |found| (found.ttl, &found.data[..]));
     let known = zone.keys().any(|(known, _)| *known == name);
     let mut answer = query[..2].to_vec();
     answer.extend([0x81, 0x80 | if known { 0 } else { NO_SUCH_NAME }, 0, 1]);

@@ -10,6 +10,7 @@ mod limits;
 mod outages;
 mod replay;
 mod retries;
+mod scaling;
 mod slow;
 mod storm;
 mod twice;
