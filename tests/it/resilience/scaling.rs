@@ -211,6 +211,8 @@ fn under_load(what: &str, deployment: &mut Deployment, steps: impl FnOnce(&mut D
         steps(deployment, &seen);
     });
     let (sent, failed) = (seen.sent(), seen.failed.into_inner().expect("no panic"));
+    // A request has three attempts, and four of five endpoints begin to reset at the same moment.
+    let unavoidable = if deployment.gone == Gone::Resets { CLIENTS } else { 0 };
     let rate = sent as f64 / began.elapsed().as_secs_f64();
     let _ = writeln!(
         std::io::stderr(),
@@ -219,7 +221,7 @@ fn under_load(what: &str, deployment: &mut Deployment, steps: impl FnOnce(&mut D
     );
     assert!(sent >= 5_000, "{what}: only {sent} requests");
     assert!(
-        failed.len() * ONE_IN <= sent,
+        failed.len() <= unavoidable + sent / ONE_IN,
         "{what}: {} of {sent} failed: {:?}\n{}",
         failed.len(),
         failed.first(),
