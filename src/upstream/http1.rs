@@ -27,6 +27,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+pub use self::line::Bodiless;
 use self::line::Line;
 
 use super::{
@@ -237,7 +238,7 @@ impl Http1 {
     pub fn rest(&mut self, settles: bool, now: Instant) -> Rest {
         self.idle_since = now;
         let mut line = self.opened.line.borrow_mut();
-        self.reusable_from = if settles || line.bodiless { now + SETTLE } else { now };
+        self.reusable_from = if settles { now + SETTLE } else { now };
         let persisted = line.persists;
         if line.listen() == Idle::Unsolicited && persisted {
             return Rest::Unsolicited;
@@ -245,6 +246,11 @@ impl Http1 {
         let reusable = line.is_usable() && !self.opened.slot.is_claimed() && !self.is_retired(now);
         line.reused = true;
         if reusable { Rest::Reusable } else { Rest::Ends }
+    }
+
+    /// Why its last response had no body, whatever its fields said.
+    pub fn bodiless(&self) -> Option<Bodiless> {
+        self.opened.line.borrow().bodiless
     }
 
     /// Takes note of what has come while it lay idle, as far as the worker has been told: tickets, or its end.

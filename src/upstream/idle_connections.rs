@@ -23,6 +23,8 @@ const MAX_IDLE: usize = 512;
 const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
 /// For how long an endpoint is remembered to have sent bytes that no request asked for.
 const NOISY_FOR: Duration = Duration::from_secs(600);
+/// After so many responses without a body, behind which nothing came, connections are reused at once.
+const KEEPS_TO_HTTP_AFTER: u8 = 8;
 
 /// See the [module](self).
 #[derive(Debug, Default)]
@@ -32,6 +34,8 @@ pub struct IdleConnections {
     learned: Cell<Learned>,
     /// Until when its connections rest before they are reused, since it has sent bytes that no request asked for.
     noisy_until: Cell<Option<Instant>>,
+    /// How many responses to HEAD, and with a 204 or 304, nothing came behind, while their connections rested.
+    proper: [Cell<u8>; 2],
 }
 
 impl IdleConnections {
@@ -51,6 +55,9 @@ impl IdleConnections {
             match connection.look() {
                 Idle::Quiet => {
                     self.learn(|learned| learned.outlived(age));
+                    if connection.reusable_from > connection.idle_since {
+                        self.note_proper(&connection);
+                    }
                     return Some(connection);
                 }
                 Idle::Closed => self.learn(|learned| learned.closed(age, now)),
@@ -63,7 +70,9 @@ impl IdleConnections {
     /// Keeps a connection whose response was read to its end, if it can be used again.
     pub fn put_back(&self, mut connection: Http1, now: Instant) {
         let noisy = self.noisy_until.get().is_some_and(|until| now < until);
-        match connection.rest(noisy, now) {
+        let unknown = |kind| self.proper[kind as usize].get() < KEEPS_TO_HTTP_AFTER;
+        let settles = noisy || connection.bodiless().is_some_and(unknown);
+        match connection.rest(settles, now) {
             Rest::Reusable => {
                 let mut stack = self.stack.borrow_mut();
                 if stack.len() < MAX_IDLE {
@@ -109,6 +118,7 @@ impl IdleConnections {
     /// The endpoint takes no connections: what it closed just now was not closed for idling.
     pub fn connect_failed(&self) {
         self.learn(Learned::restarted);
+        self.forget_proper();
     }
 
     pub fn len(&self) -> usize {
@@ -131,9 +141,22 @@ impl IdleConnections {
         self.learned.set(learned);
     }
 
+    /// Nothing came behind a response without a body, in the time for which its connection rested.
+    fn note_proper(&self, connection: &Http1) {
+        if let Some(kind) = connection.bodiless() {
+            let count = &self.proper[kind as usize];
+            count.set(count.get().saturating_add(1));
+        }
+    }
+
+    fn forget_proper(&self) {
+        self.proper.iter().for_each(|count| count.set(0));
+    }
+
     /// The endpoint has sent what no request asked for. Its connections rest from now on before they are reused, so that
     /// what else it sends is seen.
     fn note_unsolicited(&self, connection: &Http1, now: Instant) {
+        self.forget_proper();
         let known = self.noisy_until.replace(now.checked_add(NOISY_FOR));
         if known.is_none_or(|until| now >= until) {
             let endpoint = connection.peer().map(tracing::field::display);

@@ -50,10 +50,26 @@ pub(super) struct Line {
     pub(super) persists: bool,
     /// It has carried an exchange before.
     pub(super) reused: bool,
-    /// The response has no body because of its method or status, whatever its fields say.
-    pub(super) bodiless: bool,
+    /// Why the response has no body, whatever its fields say.
+    pub(super) bodiless: Option<Bodiless>,
     /// The task that sends what an early answer left to be sent.
     pub(super) uploader: Option<Waker>,
+}
+
+/// Why a response has no body by rule (RFC 9110 §6.4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bodiless {
+    Head,
+    Status,
+}
+
+impl Bodiless {
+    fn of(method: &Method, status: StatusCode) -> Option<Self> {
+        match *method == Method::HEAD {
+            true => Some(Self::Head),
+            false => has_no_body(status).then_some(Self::Status),
+        }
+    }
 }
 
 /// A body on its way out.
@@ -78,7 +94,7 @@ impl Line {
             unflushed: false,
             persists: true,
             reused: false,
-            bodiless: false,
+            bodiless: None,
             uploader: None,
         }
     }
@@ -185,7 +201,7 @@ impl Line {
             let framing = Framing::of_response(method, head.status, head.version, &head.fields, head.present)
                 .inspect_err(|_| self.persists = false)?;
             self.decoder = Decoder::new(framing);
-            self.bodiless = *method == Method::HEAD || has_no_body(head.status);
+            self.bodiless = Bodiless::of(method, head.status);
             // Where its end is told twice, others may have taken it for another one (RFC 9112 §6.3).
             let unclear = framing == Framing::Chunked && head.present.has(Field::ContentLength);
             self.persists &= persists(head.version, head.connection, &head.fields, head.present)

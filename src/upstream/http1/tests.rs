@@ -253,6 +253,16 @@ async fn a_write_that_had_to_wait_is_preceded_by_another_look() {
     assert!(!connection.sent_anything() && !connection.heard_anything(), "it can be sent elsewhere");
 }
 
+/// A connection that has carried one exchange, and its peer.
+async fn connection_after(method: Method, status: &str) -> (Http1, TcpStream) {
+    let (mut connection, mut peer) = connection().await;
+    peer.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").as_bytes()).await.unwrap();
+    let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
+    let head = Head { method: &method, ..head(&target, &fields) };
+    connection.send(head, RequestBody::empty(), |_, _| ()).await.unwrap();
+    (connection, peer)
+}
+
 /// The body that some services send with a response to HEAD comes right behind it.
 #[tokio::test]
 async fn a_connection_settles_behind_a_response_without_a_body() {
@@ -262,17 +272,42 @@ async fn a_connection_settles_behind_a_response_without_a_body() {
         (Method::GET, "304 Not Modified", true),
         (Method::GET, "200 OK", false),
     ] {
-        let (mut connection, mut peer) = connection().await;
-        peer.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").as_bytes()).await.unwrap();
-        let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
-        let head = Head { method: &method, ..head(&target, &fields) };
-        connection.send(head, RequestBody::empty(), |_, _| ()).await.unwrap();
-        let now = Instant::now();
-        assert_eq!(connection.rest(false, now), Rest::Reusable);
-        assert_eq!(connection.reusable_from > now, settles, "{method} {status}");
-        assert_eq!(connection.rest(true, now), Rest::Reusable);
-        assert!(connection.reusable_from > now, "its endpoint is known for it");
+        let (idle, now) = (IdleConnections::default(), Instant::now());
+        let (connection, _peer) = connection_after(method.clone(), status).await;
+        idle.put_back(connection, now);
+        assert_eq!(idle.pop(&plain(), now).is_none(), settles, "{method} {status}");
+        assert_eq!(idle.pop(&plain(), now + SETTLE).is_some(), settles, "{method} {status}");
     }
+}
+
+/// Else a client that sends nothing but HEAD would have a connection made for each.
+#[tokio::test]
+async fn connections_of_an_endpoint_that_keeps_to_http_are_reused_at_once() {
+    let (idle, now) = (IdleConnections::default(), Instant::now());
+    let (mut rests, mut peers) = (0, Vec::new());
+    loop {
+        let (connection, peer) = connection_after(Method::HEAD, "200 OK").await;
+        peers.push(peer);
+        idle.put_back(connection, now);
+        if idle.pop(&plain(), now).is_some() {
+            break;
+        }
+        rests += 1;
+        assert!(idle.pop(&plain(), now + SETTLE).is_some() && rests < 100);
+    }
+    assert_eq!(rests, 8);
+    let (connection, _peer) = connection_after(Method::GET, "204 No Content").await;
+    idle.put_back(connection, now);
+    assert!(idle.pop(&plain(), now).is_none(), "nothing is known of its responses with a 204");
+    // One body where there should be none, and that is over.
+    let (connection, peer) = connection_after(Method::HEAD, "200 OK").await;
+    idle.put_back(connection, now);
+    peer.try_write(b"stray").unwrap();
+    assert!(idle.pop(&plain(), now).is_none());
+    let later = now + Duration::from_secs(3600);
+    let (connection, _peer) = connection_after(Method::HEAD, "200 OK").await;
+    idle.put_back(connection, later);
+    assert!(idle.pop(&plain(), later).is_none());
 }
 
 fn plain() -> ConnectionSettings {
