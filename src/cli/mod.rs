@@ -74,7 +74,8 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(mut error) => {
             suggest(&mut error);
-            let written: Vec<String> = std::env::args().collect();
+            let written: Vec<String> =
+                std::env::args_os().map(|one| one.to_string_lossy().into_owned()).collect();
             let tip = tip(&error, &written);
             // Help goes to stdout, a complaint to stderr; a closed pipe is nobody's problem.
             let _ = error.print();

@@ -146,13 +146,13 @@ pub fn sha256(der: &[u8]) -> [u8; 32] {
     bytes
 }
 
-/// Seconds since 1970, as certificates have them.
 /// When a certificate expires; None where it cannot be read.
 pub(super) fn not_after(certificate: &[u8]) -> Option<SystemTime> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     Some(time(parsed.validity().not_after.timestamp()))
 }
 
+/// Seconds since 1970, as certificates have them.
 pub(super) fn time(seconds: i64) -> SystemTime {
     match u64::try_from(seconds) {
         Ok(after) => UNIX_EPOCH + Duration::from_secs(after),

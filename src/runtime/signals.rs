@@ -2,7 +2,8 @@
 //!
 //! Who starts `run -- CMD` means CMD by what it sends: an image with `STOPSIGNAL SIGQUIT` ends nginx by it. So what would else end
 //! or stop this process goes to the service. On a terminal the kernel sends SIGQUIT, SIGWINCH and SIGTSTP to the whole
-//! foreground group, of which the service is a member there: it has them already.
+//! foreground group, of which the service is a member there: it has them already. Where it is not a member, although there
+//! is a terminal (standard input comes from elsewhere), SIGWINCH is a window's new size, and no wish to end.
 
 use std::io;
 
@@ -19,6 +20,8 @@ pub struct Signals {
     user: [Signal; 2],
     /// Of a service that leads a process group of its own.
     group: Option<GroupSignals>,
+    /// SIGWINCH may come from a terminal.
+    has_terminal: bool,
     service: Service,
 }
 
@@ -50,9 +53,12 @@ impl GroupSignals {
         })
     }
 
-    async fn next(&mut self) -> Wish {
+    async fn next(&mut self, has_terminal: bool) -> Wish {
         tokio::select! {
-            Some(()) = self.window.recv() => Wish::DrainThenForward(Number::WINCH),
+            Some(()) = self.window.recv() => match has_terminal {
+                true => Wish::Forward(Number::WINCH),
+                false => Wish::DrainThenForward(Number::WINCH),
+            },
             Some(()) = self.stop.recv() => Wish::Suspend,
             Some(()) = self.resume.recv() => Wish::Forward(Number::CONT),
             else => std::future::pending().await,
@@ -70,6 +76,7 @@ impl Signals {
             quit: signal(SignalKind::quit())?,
             user: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?],
             group: (service == Service::OwnGroup).then(GroupSignals::new).transpose()?,
+            has_terminal: std::fs::File::open("/dev/tty").is_ok(),
             service,
         })
     }
@@ -90,7 +97,7 @@ impl Signals {
         let [user1, user2] = &mut self.user;
         let group = async {
             match &mut self.group {
-                Some(group) => group.next().await,
+                Some(group) => group.next(self.has_terminal).await,
                 None => std::future::pending().await,
             }
         };

@@ -54,7 +54,7 @@ fn a_stop_signal_of_an_image_drains_inbound_first_and_its_exit_code_is_ours() {
         let script = format!("trap 'echo told; exit 9' {name}; echo up; while :; do sleep 0.02; done");
         let config =
             format!("[runtime]\ndrain_delay = \"300ms\"\n[inbound]\nforward_to = \"{}\"\n", server.address());
-        let mut proxy = Launch::new(config).service(shell(&script)).start();
+        let mut proxy = Launch::new(config).wrapped(["setsid"]).service(shell(&script)).start();
         eventually("the service to be up", || proxy.stdout().contains("up"));
         let mut client = RawClient::connect(proxy.inbound());
         let get = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
@@ -68,6 +68,26 @@ fn a_stop_signal_of_an_image_drains_inbound_first_and_its_exit_code_is_ours() {
         assert_eq!(proxy.wait().code(), Some(9), "{name}: {}", proxy.stderr());
         assert!(proxy.stdout().contains("told"));
     }
+}
+
+/// The kernel sends SIGWINCH to all that run in the foreground of a terminal whose window gets another size.
+#[test]
+fn a_window_that_is_resized_drains_nothing() {
+    // The other end of the terminal stays open in the sidecar itself.
+    let on_terminal = "import fcntl, os, sys, termios\nos.setsid()\nfar, near = os.openpty()\n\
+                       fcntl.ioctl(near, termios.TIOCSCTTY, 0)\nos.set_inheritable(far, True)\nos.execvp(sys.argv[1], sys.argv[1:])";
+    let server = Upstream::http1(|_| async { text("ok") });
+    let config =
+        format!("[runtime]\ndrain_delay = \"2m\"\n[inbound]\nforward_to = \"{}\"\n", server.address());
+    let script = "trap 'echo resized' WINCH; echo up; while :; do sleep 0.02; done";
+    let wrapper = ["python3", "-c", on_terminal];
+    let mut proxy = Launch::new(config).wrapped(wrapper).service(shell(script)).start();
+    eventually("the service to be up", || proxy.stdout().contains("up"));
+    proxy.signal("WINCH");
+    eventually("the service to hear of it", || proxy.stdout().contains("resized"));
+    let answer = RawClient::connect(proxy.inbound()).ask("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert_eq!((answer.status(), answer.field("connection")), (200, None));
+    assert!(proxy.is_running());
 }
 
 #[test]

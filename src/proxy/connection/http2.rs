@@ -35,11 +35,11 @@ use crate::{
 };
 
 /// Streams a client may have open on one connection.
-const MAX_STREAMS: u32 = 200;
+const MAX_STREAMS: u32 = 100;
 /// Streams that the client may have taken back before they were looked at: what one reading of the socket can bring.
 const MOST_RESET_UNSEEN: usize = 1024;
 /// What a stream may send before any of it is read.
-const STREAM_WINDOW: u32 = 128 * 1024;
+const STREAM_WINDOW: u32 = 64 * 1024;
 /// All streams may have their windows full, and the next one still gets through. It bounds the memory of a connection.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
 /// A client that says nothing for this long is asked for a sign of life.
