@@ -32,11 +32,11 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && cp benches/hot.profdata "$profile" \
     && hot="-C profile-use=$profile" \
     && if ! echo 'fn main() {}' | rustc $hot --emit obj -o /tmp/hot.o -; then hot=; fi \
-    && RUSTFLAGS="-C target-feature=+crt-static $hot" cargo build --release --locked --bin outrigger --target "$target" \
+    && RUSTFLAGS="-C target-feature=+crt-static $hot" cargo build --profile dist --locked --bin outrigger --target "$target" \
     && mkdir -p /rootfs/tmp /rootfs/etc \
     && chmod 1777 /rootfs/tmp \
     && echo 'outrigger:x:4140:4140::/:/sbin/nologin' >/rootfs/etc/passwd \
-    && cp "target/$target/release/outrigger" LICENSE /rootfs/ \
+    && cp "target/$target/dist/outrigger" LICENSE /rootfs/ \
     && find /rootfs -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 
 FROM scratch

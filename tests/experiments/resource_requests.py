@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a sidecar and the webhook take: the requests in `k8s/` and the defaults of `inject` come from here.
 
-    cargo build --release && python3 tests/experiments/resource_requests.py [BINARY]     # needs h2load and nginx; two minutes
+    benches/release && python3 tests/experiments/resource_requests.py [BINARY]     # needs h2load and nginx; two minutes
 
 Two sidecars as `inject` makes them, one worker each: a caller's, to which h2load sends requests at a fixed rate, and, by
 mutual TLS, a service's, behind which nginx answers with 1 KiB. One in ten calls is traced, to nobody: spans are made and
@@ -23,7 +23,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BINARY = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "target/release/outrigger")
+BINARY = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "target/measured/outrigger")
 SECONDS = int(os.environ.get("SECONDS_EACH", "20"))
 TICKS = os.sysconf("SC_CLK_TCK")
 
