@@ -252,6 +252,13 @@ impl Network {
     }
 }
 
+impl Network {
+    /// Whether every address of the other network is in this one.
+    pub fn covers(&self, other: &Self) -> bool {
+        self.prefix <= other.prefix && self.contains(other.address)
+    }
+}
+
 impl FromStr for Network {
     type Err = String;
 

@@ -4,7 +4,14 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use super::{Config, InboundPort, Mtls, Sources, Unknown};
+use super::{
+    Allow, Config, HostMatch, HostPattern, InboundPort, Jwt, MinTls, Mtls, Network, Observed, Sources,
+    TlsMode, Unknown, Upstream,
+};
+use crate::identity::authorize::{Entry, PathPattern, Rules};
+
+/// An `[[inbound.allow]]` of more combinations than this is compared as a whole with each one that runs.
+const MAX_COMBINATIONS: usize = 10_000;
 
 /// Why a new configuration needs to be confirmed before it replaces another: a phrase for each reason; none where it
 /// may be applied at once.
@@ -28,28 +35,177 @@ fn is_blank(text: &str) -> bool {
 
 fn less_secure(old: &Config, new: &Config) -> Vec<String> {
     let mut reasons = Vec::new();
-    let mut note = |less: bool, reason: &str| {
-        if less {
-            reasons.push(reason.to_owned());
+    reasons.extend(identity_reasons(old, new));
+    reasons.extend(allow_reasons(old, new));
+    match (&old.inbound.jwt, &new.inbound.jwt) {
+        (Some(_), None) => reasons.push("inbound.jwt is gone".to_owned()),
+        (Some(old), Some(new)) => reasons.extend(jwt_reasons(old, new)),
+        (None, _) => {}
+    }
+    let observes = |config: &Config, policy| config.runtime.observe.contains(&policy);
+    for (policy, name, was_in_force) in [
+        (Observed::Allow, "allow", !old.inbound.allow.is_empty()),
+        (Observed::Jwt, "jwt", old.inbound.jwt.is_some()),
+    ] {
+        if was_in_force && observes(new, policy) && !observes(old, policy) {
+            reasons.push(format!("inbound.{name} is only observed by [runtime] observe"));
         }
+    }
+    reasons.extend(mtls_reasons(old, new));
+    reasons.extend(old.upstreams.iter().flat_map(|upstream| upstream_reasons((old, upstream), new)));
+    if old.outbound.unknown == Unknown::Deny && new.outbound.unknown != Unknown::Deny {
+        reasons.push("outbound.unknown is no longer \"deny\"".to_owned());
+    }
+    let is_denied = |network: &&Network| new.outbound.deny_networks.iter().any(|other| other.covers(network));
+    for network in old.outbound.deny_networks.iter().filter(|network| !is_denied(network)) {
+        reasons.push(format!("outbound.deny_networks lacks {network}"));
+    }
+    reasons
+}
+
+fn identity_reasons(old: &Config, new: &Config) -> Vec<String> {
+    match (&old.identity, &new.identity) {
+        (Some(_), None) => vec!["[identity] is gone".to_owned()],
+        (Some(old), Some(new)) => {
+            let crl = (old.crl.is_some() && new.crl.is_none()).then_some("identity.crl is gone");
+            let min_tls = (new.min_tls < old.min_tls).then_some("identity.min_tls is lower");
+            crl.into_iter().chain(min_tls).map(str::to_owned).collect()
+        }
+        (None, _) => Vec::new(),
+    }
+}
+
+/// The entries that let in a request that was refused. While `allow` is only observed, nothing is refused.
+fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
+    if old.inbound.allow.is_empty() {
+        return Vec::new();
+    }
+    if new.inbound.allow.is_empty() {
+        return vec!["inbound.allow is gone".to_owned()];
+    }
+    if old.runtime.observe.contains(&Observed::Allow) {
+        return Vec::new();
+    }
+    let rules = Rules::new(&old.inbound.allow);
+    let allows_more = |(_, allow): &(usize, &Allow)| !is_covered(rules.entries(), allow);
+    let wider = new.inbound.allow.iter().enumerate().filter(allows_more);
+    wider.map(|(at, _)| format!("inbound.allow entry {} allows more than before", at + 1)).collect()
+}
+
+/// Whether the entries let in all that `allow` does: as a whole, or each combination of what it names.
+fn is_covered(entries: &[Entry], allow: &Allow) -> bool {
+    let covers = |allow: &Allow| {
+        let narrow = Rules::new(std::slice::from_ref(allow));
+        narrow.entries().iter().all(|narrow| entries.iter().any(|entry| entry.covers(narrow)))
     };
-    note(old.identity.is_some() && new.identity.is_none(), "[identity] is gone");
-    note(!old.inbound.allow.is_empty() && new.inbound.allow.is_empty(), "inbound.allow is gone");
-    note(old.inbound.jwt.is_some() && new.inbound.jwt.is_none(), "inbound.jwt is gone");
+    if covers(allow) {
+        return true;
+    }
+    let (methods, paths) = (each(&allow.methods), each(&allow.paths));
+    let combinations = allow.identity.len().saturating_mul(methods.len()).saturating_mul(paths.len());
+    if combinations > MAX_COMBINATIONS {
+        return false;
+    }
+    allow.identity.iter().all(|identity| {
+        methods.iter().all(|methods| {
+            paths.iter().all(|paths| {
+                let (methods, paths, claims) = (methods.clone(), paths.clone(), allow.claims.clone());
+                covers(&Allow { identity: vec![identity.clone()], methods, paths, claims })
+            })
+        })
+    })
+}
+
+/// Each value as a list of its own; an empty list, which stands for all, stays one.
+fn each(values: &[String]) -> Vec<Vec<String>> {
+    match values {
+        [] => vec![Vec::new()],
+        values => values.iter().map(|value| vec![value.clone()]).collect(),
+    }
+}
+
+fn jwt_reasons(old: &Jwt, new: &Jwt) -> Vec<String> {
+    let excepted: Vec<PathPattern> = old.except.iter().map(|path| PathPattern::new(path)).collect();
+    let is_new = |path: &&String| {
+        let path = PathPattern::new(path);
+        !excepted.iter().any(|old| old.covers(&path))
+    };
+    let except = new.except.iter().filter(is_new);
+    let mut reasons: Vec<String> =
+        except.map(|path| format!("inbound.jwt.except has {path:?} now")).collect();
+    // A field of such a name that a client sends is removed: without the entry the service would read it.
+    let kept = |name: &str| new.claim_headers.keys().any(|new| new.eq_ignore_ascii_case(name));
+    let lost = old.claim_headers.keys().filter(|name| !kept(name));
+    reasons.extend(lost.map(|name| format!("inbound.jwt.claim_headers lacks {name}")));
+    reasons
+}
+
+fn mtls_reasons(old: &Config, new: &Config) -> Vec<String> {
+    let mut reasons = Vec::new();
     let opened = |old: Mtls, new: Mtls| old == Mtls::Strict && new != Mtls::Strict;
-    note(opened(old.inbound.mtls, new.inbound.mtls), "inbound.mtls is no longer \"strict\"");
+    if opened(old.inbound.mtls, new.inbound.mtls) {
+        reasons.push("inbound.mtls is no longer \"strict\"".to_owned());
+    }
     let ports: BTreeSet<u16> =
         [old, new].iter().flat_map(|config| &config.inbound.ports).map(|p| p.port).collect();
     for port in ports {
         // A port without a word of its own is what `[inbound]` says, of which it has been told.
         let is_general = |config: &Config| port_of(config, port).and_then(|port| port.mtls).is_none();
         if opened(mtls_of(old, port), mtls_of(new, port)) && !(is_general(old) && is_general(new)) {
-            note(true, &format!("mtls of inbound port {port} is no longer \"strict\""));
+            reasons.push(format!("mtls of inbound port {port} is no longer \"strict\""));
         }
     }
-    let opened = old.outbound.unknown == Unknown::Deny && new.outbound.unknown != Unknown::Deny;
-    note(opened, "outbound.unknown is no longer \"deny\"");
     reasons
+}
+
+/// What proves less of the endpoints of an upstream that uses TLS, or sends its requests without.
+fn upstream_reasons((config, old): (&Config, &Upstream), new: &Config) -> Vec<String> {
+    let name = &old.name;
+    if old.tls.mode == TlsMode::Off {
+        return Vec::new();
+    }
+    let mut reasons = Vec::new();
+    let successor = new.upstreams.iter().find(|upstream| upstream.name == *name);
+    let of_hosts = old.hosts.iter().filter_map(|host| mode_of_host(new, host));
+    let mode = successor.map(|upstream| upstream.tls.mode).into_iter().chain(of_hosts).min();
+    if mode.is_some_and(|mode| mode < old.tls.mode) {
+        let gone = if successor.is_none() { ", as it is gone" } else { "" };
+        reasons.push(format!("upstream {name} no longer uses tls = \"{}\"{gone}", old.tls.mode.word()));
+    }
+    let Some(successor) = successor else { return reasons };
+    if !old.tls.identity.is_empty() && successor.tls.identity.is_empty() {
+        reasons.push(format!("identity of upstream {name} is gone"));
+    }
+    if old.tls.ca.is_some() && successor.tls.ca.is_none() {
+        reasons.push(format!("ca of upstream {name} is gone"));
+    }
+    if min_tls(new, successor) < min_tls(config, old) {
+        reasons.push(format!("min_tls of upstream {name} is lower"));
+    }
+    reasons
+}
+
+/// How requests for a host are sent; `None`: they are refused.
+fn mode_of_host(config: &Config, host: &HostPattern) -> Option<TlsMode> {
+    let serves = |pattern: &HostPattern| {
+        pattern == host
+            || matches!(&host.host, HostMatch::Exact(name) if pattern.host.matches(name))
+                && pattern.port.is_none_or(|port| Some(port) == host.port)
+    };
+    let upstream = |exactly: bool| {
+        let fits = move |pattern: &HostPattern| if exactly { pattern == host } else { serves(pattern) };
+        config.upstreams.iter().find(|upstream| upstream.hosts.iter().any(fits))
+    };
+    match upstream(true).or_else(|| upstream(false)) {
+        Some(upstream) => Some(upstream.tls.mode),
+        None if config.outbound.unknown == Unknown::Deny => None,
+        None => Some(TlsMode::Off),
+    }
+}
+
+fn min_tls(config: &Config, upstream: &Upstream) -> MinTls {
+    let general = || config.identity.as_ref().map(|identity| identity.min_tls);
+    upstream.tls.min_tls.or_else(general).unwrap_or_default()
 }
 
 fn port_of(config: &Config, port: u16) -> Option<&InboundPort> {
@@ -63,16 +219,17 @@ fn mtls_of(config: &Config, port: u16) -> Mtls {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Source, load_sources};
+    use crate::config::{Loaded, Source, load_sources};
 
     const SECURE: &str = "[identity]\ncert='/c'\nkey='/k'\nca='/r'\n[inbound]\nmtls='strict'\n[[inbound.port]]\nport=9090\nmtls='off'\n[[inbound.port]]\nport=9091\nmtls='strict'\n[[inbound.allow]]\nidentity=['spiffe://td/a']\n[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\n[outbound]\nunknown='deny'\n";
 
+    fn load(text: &str) -> Loaded {
+        let sources = Sources(vec![Source { path: "o.toml".into(), text: text.to_owned() }]);
+        load_sources(sources, &|_| None).unwrap()
+    }
+
     fn reasons(old: &str, new: &str) -> Vec<String> {
-        let read = |text: &str| {
-            let sources = Sources(vec![Source { path: "o.toml".into(), text: text.to_owned() }]);
-            load_sources(sources, &|_| None).unwrap()
-        };
-        let (old, new) = (read(old), read(new));
+        let (old, new) = (load(old), load(new));
         needs_confirmation((&old.config, &old.sources), (&new.config, &new.sources))
     }
 
@@ -120,11 +277,147 @@ mod tests {
         assert!(reasons("# nothing", "").is_empty(), "it held nothing before");
     }
 
+    const UPSTREAM: &str = "[[upstream]]\nname='p'\nhosts=['p.example','p']\nendpoints=['127.0.0.1:1']\ntls='mutual'\nidentity=['spiffe://td/p']\nca='/p'\nmin_tls='1.3'\n";
+
+    /// Every prefix that ends with a line, as a full disk or a crashed editor leaves the file.
+    #[test]
+    fn a_file_that_is_cut_at_any_line_is_never_less_secure_without_confirmation() {
+        let allow = "[[inbound.allow]]\nidentity=['spiffe://td/a']\nmethods=['GET']\npaths=['/a']\nclaims={role='x'}\n";
+        let jwt = "[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\nclaim_headers={x-user='sub'}\n";
+        let identity = "[identity]\nmin_tls='1.2'\ncert='/c'\nkey='/k'\nca='/r'\ncrl='/l'\n";
+        let outbound = "[outbound]\ndeny_networks=['10.0.0.0/8','169.254.0.0/16']\n";
+        let parts = [identity, allow, jwt, outbound, UPSTREAM];
+        for last in 0..parts.len() {
+            let mut parts = parts.to_vec();
+            parts[last..].rotate_left(1);
+            let whole = parts.concat();
+            for (end, _) in whole.match_indices('\n') {
+                let cut = &whole[..=end];
+                if cut.len() == whole.len() {
+                    continue;
+                }
+                let sources = Sources(vec![Source { path: "o.toml".into(), text: cut.to_owned() }]);
+                let Ok(loaded) = load_sources(sources, &|_| None) else { continue };
+                let harmless = loaded.config == load(&whole).config;
+                assert_eq!(reasons(&whole, cut).is_empty(), harmless, "{cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_allow_entry_that_lets_more_in_needs_confirmation() {
+        let entry = |rest: &str| format!("[[inbound.allow]]\n{rest}\n");
+        let config = |entries: &[&str]| {
+            let entries: String = entries.iter().map(|rest| entry(rest)).collect();
+            format!(
+                "[identity]\ncert='/c'\nkey='/k'\nca='/r'\n[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\n{entries}"
+            )
+        };
+        let (a, b) = ("identity=['spiffe://td/a']", "identity=['spiffe://td/b']");
+        let public = format!("{a}\npaths=['/public*']");
+        let methods = format!("{a}\nmethods=['GET','PUT']");
+        let claims = format!("{a}\nclaims={{role='x'}}");
+        let both = "identity=['spiffe://td/a','spiffe://td/b']";
+        for (old, new, at) in [
+            (public.as_str(), a, 1),
+            (&methods, a, 1),
+            (&claims, a, 1),
+            (a, both, 1),
+            (a, "identity=['spiffe://td/*']", 1),
+            (a, "identity=['dns:a']", 1),
+            (&public, &format!("{a}\npaths=['/*']"), 1),
+        ] {
+            let reason = format!("inbound.allow entry {at} allows more than before");
+            assert_eq!(reasons(&config(&[old]), &config(&[new])), [reason], "{old} -> {new}");
+            assert!(
+                reasons(&config(&[new]), &config(&[old])).iter().all(|_| new.contains("dns:")),
+                "narrower"
+            );
+            assert!(reasons(&config(&[old]), &config(&[old, old])).is_empty(), "the same");
+        }
+        assert_eq!(
+            reasons(&config(&[a]), &config(&[a, b])),
+            ["inbound.allow entry 2 allows more than before"]
+        );
+        assert!(reasons(&config(&[a, b]), &config(&[both])).is_empty(), "two entries in one");
+        assert!(reasons(&config(&[both, &methods]), &config(&[b, a])).is_empty(), "one entry as two");
+        let observed = format!("[runtime]\nobserve=['allow']\n{}", config(&[a]));
+        assert!(reasons(&observed, &config(&[b])).is_empty(), "nothing was enforced");
+        assert_eq!(
+            reasons(&config(&[a]), &observed),
+            ["inbound.allow is only observed by [runtime] observe"]
+        );
+    }
+
+    #[test]
+    fn all_that_protects_less_is_told_at_once() {
+        let jwt = "jwks='/j'\nexcept=['/live','/open/*']\nclaim_headers={x-user='sub'}";
+        let networks = "unknown='deny'\ndeny_networks=['10.0.0.0/8','169.254.0.0/16']";
+        let identity = "ca='/r'\ncrl='/l'\nmin_tls='1.3'";
+        let old = SECURE.replace("jwks='/j'", jwt).replace("unknown='deny'", networks);
+        let old = format!("{}{UPSTREAM}", old.replace("ca='/r'", identity));
+        let new = old
+            .replace("except=['/live','/open/*']", "except=['/live','/open/a','/*']")
+            .replace("claim_headers={x-user='sub'}", "")
+            .replace("'10.0.0.0/8'", "'10.0.0.0/9'")
+            .replace("crl='/l'\nmin_tls='1.3'", "min_tls='1.2'")
+            .replace(
+                "tls='mutual'\nidentity=['spiffe://td/p']\nca='/p'\nmin_tls='1.3'",
+                "tls='simple'\nmin_tls='1.2'",
+            );
+        assert_eq!(
+            reasons(&old, &format!("{new}[runtime]\nobserve=['jwt']")),
+            [
+                "identity.crl is gone",
+                "identity.min_tls is lower",
+                "inbound.jwt.except has \"/*\" now",
+                "inbound.jwt.claim_headers lacks x-user",
+                "inbound.jwt is only observed by [runtime] observe",
+                "upstream p no longer uses tls = \"mutual\"",
+                "identity of upstream p is gone",
+                "ca of upstream p is gone",
+                "min_tls of upstream p is lower",
+                "outbound.deny_networks lacks 10.0.0.0/8",
+            ]
+        );
+        assert!(reasons(&new, &old).is_empty(), "more security is taken at once");
+    }
+
+    /// Requests for its hosts would be forwarded in plaintext.
+    #[test]
+    fn a_host_that_loses_its_upstream_with_tls_needs_confirmation() {
+        let identity = "[identity]\ncert='/c'\nkey='/k'\nca='/r'\n";
+        let (old, reason) = (format!("{identity}{UPSTREAM}"), "upstream p no longer uses tls = \"mutual\"");
+        let gone = format!("{reason}, as it is gone");
+        assert_eq!(reasons(&old, identity), [gone.as_str()]);
+        let one_host = old.replace("'p.example','p'", "'p'");
+        assert_eq!(reasons(&old, &one_host), [reason]);
+        assert!(reasons(&old, &old.replace("'p.example','p'", "'*.example','p'")).is_empty());
+        assert!(reasons(&old, &old.replace("name='p'", "name='renamed'")).is_empty());
+        let closed = "[outbound]\nunknown='deny'\n";
+        assert!(reasons(&format!("{closed}{old}"), &format!("{closed}{identity}")).is_empty(), "refused");
+        let plaintext = "[[upstream]]\nname='q'\nhosts=['p']\nendpoints=['127.0.0.1:1']\n";
+        assert_eq!(
+            reasons(
+                &old,
+                &format!("{one_host}{plaintext}").replace(
+                    "hosts=['p']\nendpoints=['127.0.0.1:1']\ntls",
+                    "hosts=['p.example']\nendpoints=['127.0.0.1:1']\ntls"
+                )
+            ),
+            [reason]
+        );
+    }
+
     #[test]
     fn other_changes_are_taken_at_once() {
-        let more = SECURE.replace("spiffe://td/a", "spiffe://td/*").replace("issuer='i'", "issuer='j'");
-        assert!(reasons(SECURE, &more).is_empty());
+        let other = SECURE.replace("issuer='i'", "issuer='j'").replace("jwks='/j'", "jwks='/k'");
+        assert!(reasons(SECURE, &other).is_empty());
         assert!(reasons("", SECURE).is_empty());
         assert!(reasons(SECURE, &SECURE.replace("port=9090\nmtls='off'", "port=9090")).is_empty());
+        let wider = SECURE.replace("[outbound]", "[outbound]\ndeny_networks=['169.254.0.0/16']");
+        assert!(reasons(&wider, &wider.replace("169.254.0.0/16", "169.0.0.0/8")).is_empty());
+        let plaintext = "[[upstream]]\nname='q'\nendpoints=['127.0.0.1:1']\n";
+        assert!(reasons(&format!("{SECURE}{plaintext}"), SECURE).is_empty());
     }
 }

@@ -33,7 +33,7 @@ pub enum Bundles {
     ByTrustDomain(BTreeMap<String, PathBuf>),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 pub enum MinTls {
     #[serde(rename = "1.2")]
     V12,
@@ -108,7 +108,8 @@ pub struct UpstreamTls {
 }
 
 /// `upstream.tls`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+/// Ordered by what it proves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TlsMode {
     #[default]
@@ -117,6 +118,17 @@ pub enum TlsMode {
     Simple,
     /// Both do.
     Mutual,
+}
+
+impl TlsMode {
+    /// As it is written in the configuration.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Simple => "simple",
+            Self::Mutual => "mutual",
+        }
+    }
 }
 
 /// `upstream.oauth2`: client credentials (RFC 6749 §4.4).

@@ -16,7 +16,7 @@ use crate::support::{
     Proxy, RawClient, RawServer, Upstream, binary, eventually,
     h2::{End, H2Client, get},
     issuer::good_claims,
-    pki::Pki,
+    pki::{Pki, id},
     text,
     tls::TlsCaller,
     tokens::{Signer, jwks},
@@ -133,6 +133,60 @@ fn a_valid_file_after_one_that_was_held_back_is_applied() {
     let again = reload(&proxy, &[]);
     assert!(again.status.success(), "{again:?}");
     assert!(String::from_utf8_lossy(&again.stdout).contains("nothing changed"), "{again:?}");
+}
+
+/// Writes a file up to behind the first `end`, as a full disk or a crashed editor leaves it.
+fn cut_behind(proxy: &Proxy, config: &str, end: &str) {
+    let length = config.find(end).expect("it is there") + end.len();
+    let whole = fs::read_to_string(file(proxy)).expect("read");
+    let before = whole.find(config).expect("it is in the file");
+    fs::write(file(proxy), &whole[..before + length]).expect("write");
+    eventually("the change to be held back", || is_rejected(proxy));
+}
+
+fn rejected(proxy: &Proxy) -> String {
+    status(proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn an_allow_entry_that_is_cut_off_lets_nobody_in() {
+    let (pki, service) = (Pki::new(), service());
+    let entry = format!("[[inbound.allow]]\nidentity = [\"{}\"]\npaths = [\"/public*\"]\n", id("checkout"));
+    let config = format!("{}{entry}", strict(&pki, service.address()));
+    let proxy = Proxy::start(config.clone());
+    let checkout = pki.issue("checkout", |_| {});
+    let is_let_in = |path: &str| {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
+        let said = TlsCaller::new(Some(&checkout), &["http/1.1"]).say(proxy.inbound(), &request);
+        said.is_ok_and(|text| text.contains("reached"))
+    };
+    assert!(is_let_in("/public") && !is_let_in("/admin"));
+    cut_behind(&proxy, &entry, "\"]\n");
+    assert!(rejected(&proxy).contains("inbound.allow entry 1 allows more"), "{}", rejected(&proxy));
+    assert!(is_let_in("/public") && !is_let_in("/admin"));
+    proxy.signal("HUP");
+    eventually("the confirmed change", || is_let_in("/admin"));
+    assert!(!is_rejected(&proxy));
+}
+
+#[test]
+fn an_upstream_that_is_cut_off_is_not_called_in_plaintext() {
+    let (pki, plaintext) = (Pki::new(), service());
+    let upstream = format!(
+        "[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\ntls = \"mutual\"\nidentity = [\"{}\"]\n",
+        plaintext.address(),
+        id("payments")
+    );
+    let proxy = Proxy::start(format!("{}{upstream}", pki.identity("checkout")));
+    let call = || RawClient::connect(proxy.outbound()).ask(GET).status();
+    assert_eq!(call(), 502, "the endpoint speaks no TLS");
+    cut_behind(&proxy, &upstream, "\"]\n");
+    let told = rejected(&proxy);
+    for part in ["upstream payments no longer uses tls = \"mutual\"", "identity of upstream payments is gone"]
+    {
+        assert!(told.contains(part), "{told}");
+    }
+    assert_ne!(call(), 200, "nothing is sent in plaintext");
 }
 
 #[test]

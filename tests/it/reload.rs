@@ -303,10 +303,10 @@ fn keys() -> Vec<(&'static str, Shown)> {
         (
             "outbound.deny_networks",
             case(
-                "[outbound]\ndeny_networks = [\"127.0.0.0/8\", \"::1/128\"]",
                 "[outbound]\ndeny_networks = []",
+                "[outbound]\ndeny_networks = [\"127.0.0.0/8\", \"::1/128\"]",
                 |s| s.stranger("localhost"),
-                ("denied_network", "200"),
+                ("200", "denied_network"),
             ),
         ),
         ("identity.cert", By("reload::security::every_key_of_identity_acts_after_a_reload")),
@@ -364,10 +364,10 @@ fn keys() -> Vec<(&'static str, Shown)> {
         (
             "upstream.tls",
             case(
+                "tls = \"off\"\nretry = false",
                 "tls = \"simple\"\nretry = false",
-                "tls = \"off\"",
                 |s| (s.get("/", "").status() == 200).to_string(),
-                ("false", "true"),
+                ("true", "false"),
             ),
         ),
         ("upstream.server_name", With("upstream.tls")),

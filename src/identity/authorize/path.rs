@@ -24,7 +24,8 @@ impl PathPattern {
         }
     }
 
-    pub(super) fn covers(&self, other: &Self) -> bool {
+    /// Whether it matches every path that the other one does.
+    pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Prefix(prefix), Self::Prefix(text) | Self::Exactly(text)) => text.starts_with(&**prefix),
             _ => self == other,
