@@ -30,6 +30,10 @@ pub enum RedirectError {
     )]
     HostNetwork { would: String },
     #[error(
+        "cannot tell whether this is the network of the host, as /proc/sys/net/core is not readable ({error}). `apply` would {would}. Mount /proc, or, if that is meant for this network whosever it is, say so by --host. Nothing was changed"
+    )]
+    UnknownNetwork { error: io::Error, would: String },
+    #[error(
         "the kernel lets nobody but an administrator of this network change its rules: run as root with the capability NET_ADMIN (in a pod: the init container, with `capabilities.add: [NET_ADMIN]` and `runAsUser: 0`)"
     )]
     NotAllowed,
@@ -75,11 +79,13 @@ pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, Red
 }
 
 /// On a host, the rules would cut off everybody who is logged in, unless that is meant.
-fn check_scope(plan: &Plan, scope: Scope, is_host_network: bool) -> Result<(), RedirectError> {
-    if is_host_network && scope == Scope::Namespace {
-        return Err(RedirectError::HostNetwork { would: plan.to_string() });
+fn check_scope(plan: &Plan, scope: Scope, is_host_network: io::Result<bool>) -> Result<(), RedirectError> {
+    match is_host_network {
+        _ if scope == Scope::Host => Ok(()),
+        Ok(false) => Ok(()),
+        Ok(true) => Err(RedirectError::HostNetwork { would: plan.to_string() }),
+        Err(error) => Err(RedirectError::UnknownNetwork { error, would: plan.to_string() }),
     }
-    Ok(())
 }
 
 /// Removes the rules; fine where there are none.
@@ -169,12 +175,15 @@ mod tests {
             skip_outbound: Vec::new(),
             skip_networks: Vec::new(),
         };
-        let error = check_scope(&plan, Scope::Namespace, true).unwrap_err().to_string();
-        for part in ["--host", "4143", "4140", "user 4140", "4191", "Nothing was changed"] {
-            assert!(error.contains(part), "`{part}` is not in: {error}");
+        for is_host in [Ok(true), Err(io::ErrorKind::NotFound.into())] {
+            let error = check_scope(&plan, Scope::Namespace, is_host).unwrap_err().to_string();
+            for part in ["--host", "4143", "4140", "user 4140", "4191", "Nothing was changed"] {
+                assert!(error.contains(part), "`{part}` is not in: {error}");
+            }
         }
-        for (scope, is_host) in [(Scope::Host, true), (Scope::Namespace, false), (Scope::Host, false)] {
-            assert!(check_scope(&plan, scope, is_host).is_ok(), "{scope:?} {is_host}");
+        assert!(check_scope(&plan, Scope::Namespace, Ok(false)).is_ok());
+        for is_host in [Ok(true), Ok(false), Err(io::ErrorKind::NotFound.into())] {
+            assert!(check_scope(&plan, Scope::Host, is_host).is_ok());
         }
     }
 
