@@ -147,6 +147,11 @@ impl Balancer {
         self.pick_where(candidates, now, rng, hash, |i| candidates[i].usable(now))
     }
 
+    /// The index of the endpoint that a hash names, whatever its state; `None` where endpoints are not chosen by hash.
+    pub fn named(&self, hash: Option<u64>) -> Option<usize> {
+        hash.filter(|_| self.kind == Kind::Hash).and_then(|hash| self.rendezvous(hash, |_| true))
+    }
+
     fn pick_where<C: Candidate>(
         &mut self,
         candidates: &[C],

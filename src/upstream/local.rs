@@ -141,10 +141,7 @@ impl LocalUpstream {
             return only.shared.is_healthy().then_some(0);
         }
         if self.shared.guards.outliers.any_absent()
-            && let Some(probe) = wanted.probe
-            && let Some(index) = (0..endpoints.len())
-                .filter(|index| !tried.contains(index))
-                .find(|index| endpoints[*index].claim_probe(probe == Probe::Repeatable, now))
+            && let Some(index) = self.claim_probe(endpoints, wanted, now)
         {
             return Some(index);
         }
@@ -153,6 +150,22 @@ impl LocalUpstream {
         let index = index.or_else(|| self.second_best(endpoints, tried, picked, now))?;
         endpoints[index].chosen(now);
         Some(index)
+    }
+
+    /// The absent endpoint that the request is to probe, if there is one. By hash, only the one that the hash names: requests
+    /// that belong together stay together.
+    fn claim_probe(
+        &self,
+        endpoints: &[Rc<LocalEndpoint>],
+        wanted: &Wanted<'_>,
+        now: Instant,
+    ) -> Option<usize> {
+        let repeatable = wanted.probe? == Probe::Repeatable;
+        let named = self.balance.borrow().1.named(wanted.hash);
+        let may_probe =
+            |index: &usize| !wanted.tried.contains(index) && named.is_none_or(|named| named == *index);
+        let mut candidates = (0..endpoints.len()).filter(may_probe);
+        candidates.find(|index| endpoints[*index].claim_probe(repeatable, now))
     }
 
     /// Where every endpoint that can be used has failed this very request. An ejected endpoint is better then, as when

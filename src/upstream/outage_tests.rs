@@ -13,6 +13,7 @@ use proptest::prelude::*;
 
 use super::{
     Found, Upstream,
+    balance::hash_key,
     local::{InFlight, LocalEndpoint, LocalUpstream, Probe, Wanted},
 };
 use crate::{
@@ -385,6 +386,31 @@ fn every_whole_outage_ends_in_time() {
             }
         }
     }
+}
+
+/// What belongs together by its hash stays together, also while an absent endpoint waits to be probed.
+#[test]
+fn a_request_that_is_balanced_by_hash_probes_no_other_endpoint() {
+    let mut lab = Lab::new(vec![vec![]; 3], &Balance::HashHeader("x-user".to_owned()), 7);
+    let pick = |lab: &Lab, user: u32| {
+        let hash = Some(hash_key(&user.to_be_bytes()));
+        let wanted = Wanted { tried: &[], hash, probe: Some(Probe::Repeatable) };
+        lab.local.pick(&lab.endpoints, &wanted, lab.at(), &mut Rng::from_seed(1)).unwrap()
+    };
+    let homes: Vec<usize> = (0..300).map(|user| pick(&lab, user)).collect();
+    let gone = Rc::clone(&lab.endpoints[0]);
+    gone.report(&lab.upstream, Evidence::NoService, (lab.at(), lab.at()), || 0.5);
+    assert!(gone.is_absent());
+    let mut probes = 0;
+    for (user, home) in homes.into_iter().enumerate() {
+        lab.now += Duration::from_secs(20);
+        let picked = pick(&lab, user as u32);
+        match home {
+            0 => probes += u32::from(picked == 0),
+            home => assert_eq!(picked, home, "user {user}"),
+        }
+    }
+    assert!(probes > 50, "{probes} of about 100 requests whose endpoint it is");
 }
 
 fn any_schedule() -> impl Strategy<Value = Schedule> {
