@@ -94,6 +94,11 @@ impl Absence {
             (State::Open, _) => self.absent.store(absent, Ordering::Relaxed),
             (State::HalfOpen, _) => {}
         }
+        self.wake();
+    }
+
+    /// Has those who wait look again.
+    pub fn wake(&self) {
         self.changed.notify_waiters();
     }
 
@@ -135,7 +140,7 @@ pub fn watch(upstream: &Arc<Upstream>, control: &Handle) {
                         if let Some(upstream) = upstream.upgrade()
                             && outliers.awaits_probe(Instant::now().into_std())
                         {
-                            offer_trial(&upstream);
+                            upstream.guards.offer_trial();
                         }
                         continue;
                     }
@@ -167,22 +172,15 @@ async fn ask(upstream: &Upstream) {
         }
     }
     if due {
-        offer_trial(upstream);
+        upstream.guards.offer_trial();
     }
     while let Some(answer) = asked.join_next().await {
         if let Ok((address, accepted)) = answer
             && outliers.answered(&address, accepted, Instant::now().into_std())
         {
             tracing::debug!(upstream = &*upstream.name, endpoint = %address, "endpoint accepts connections again");
-            offer_trial(upstream);
+            upstream.guards.offer_trial();
         }
-    }
-}
-
-/// One request may probe an endpoint. If the breaker is open, it is let through.
-fn offer_trial(upstream: &Upstream) {
-    if upstream.guards.breaker.offer_trial() {
-        upstream.guards.absence.changed.notify_waiters();
     }
 }
 

@@ -358,9 +358,17 @@ impl Guards {
         if transition.is_some_and(|transition| transition.to == State::Open)
             && self.outliers.awaits_probe(now)
         {
-            self.breaker.offer_trial();
+            self.offer_trial();
         }
         transition
+    }
+
+    /// One request may probe an endpoint: an open breaker lets it through, and those who wait look again. They may have
+    /// been woken by the change to "open", and have found no trial.
+    pub fn offer_trial(&self) {
+        if self.breaker.offer_trial() {
+            self.absence.wake();
+        }
     }
 
     /// Whether one more attempt may go to another endpoint at once, as this one accepted no connection.
@@ -424,6 +432,29 @@ mod tests {
         assert_eq!(grow(), 60, "raised");
         configure(20);
         assert_eq!(grow(), 20, "lowered");
+    }
+
+    /// They may have looked between the change to "open", which wakes them, and the offer.
+    #[test]
+    fn an_offered_trial_wakes_those_who_wait() {
+        use std::{
+            future::Future,
+            task::{Context, Waker},
+        };
+
+        use crate::resilience::classify::Health;
+        let now = Instant::now();
+        let guards = Guards::new(now);
+        guards.configure(&Policy::default(), now);
+        while let Ok(permit) = guards.breaker.admit(now).permit {
+            let _ = guards.report("up", permit, (Health::Failure, true), now, 0.5);
+        }
+        let mut changed = std::pin::pin!(guards.absence.changed());
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(changed.as_mut().poll(&mut cx).is_pending());
+        guards.offer_trial();
+        assert!(changed.as_mut().poll(&mut cx).is_ready());
+        assert!(guards.breaker.admit(now).permit.is_ok(), "the trial");
     }
 
     #[test]
