@@ -24,14 +24,29 @@ pub fn strip_connection_fields(fields: &mut HeaderMap) {
     for name in [KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE] {
         fields.remove(name);
     }
-    if fields.get(TE).is_some_and(|value| value != "trailers") {
+    // `trailers` is the only coding that HTTP/2 has, and it must stand alone.
+    if fields.get_all(TE).iter().any(|value| value != "trailers")
+        || fields.get_all(TE).iter().nth(1).is_some()
+    {
+        let trailers = fields.get_all(TE).iter().any(wants_trailers);
         fields.remove(TE);
-    }
-    if let Some(options) = fields.remove(CONNECTION) {
-        for option in options.to_str().unwrap_or_default().split(',') {
-            fields.remove(option.trim());
+        if trailers {
+            fields.insert(TE, HeaderValue::from_static("trailers"));
         }
     }
+    if fields.contains_key(CONNECTION) {
+        let options: Vec<HeaderValue> = fields.get_all(CONNECTION).iter().cloned().collect();
+        fields.remove(CONNECTION);
+        for option in options.iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b',')) {
+            if let Ok(name) = HeaderName::from_bytes(option.trim_ascii()) {
+                fields.remove(name);
+            }
+        }
+    }
+}
+
+fn wants_trailers(value: &HeaderValue) -> bool {
+    value.as_bytes().split(|byte| *byte == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(b"trailers"))
 }
 
 #[cfg(test)]
@@ -74,5 +89,39 @@ mod tests {
         fields.insert(TE, HeaderValue::from_static("trailers"));
         strip_connection_fields(&mut fields);
         assert!(fields.contains_key(TE));
+    }
+
+    /// Each of them may come as several fields, which `h2` would not send.
+    #[test]
+    fn fields_of_one_connection_are_not_sent_whatever_their_number() {
+        let mut fields = HeaderMap::new();
+        for (name, value) in [
+            ("connection", b"close".as_slice()),
+            ("connection", b"\xff, x-first"),
+            ("connection", b" X-Second ,"),
+            ("x-first", b"1"),
+            ("x-second", b"1"),
+            ("te", b"trailers"),
+            ("te", b"deflate"),
+            ("upgrade", b"a"),
+            ("upgrade", b"b"),
+        ] {
+            fields.append(name, HeaderValue::from_bytes(value).unwrap());
+        }
+        strip_connection_fields(&mut fields);
+        assert_eq!(fields.iter().collect::<Vec<_>>(), [(&TE, &HeaderValue::from_static("trailers"))]);
+        for (values, expected) in [
+            (&["deflate, Trailers"][..], Some("trailers")),
+            (&["trailers", "trailers"], Some("trailers")),
+            (&["deflate", "gzip"], None),
+        ] {
+            let mut fields = HeaderMap::new();
+            for value in values {
+                fields.append(TE, HeaderValue::from_static(value));
+            }
+            strip_connection_fields(&mut fields);
+            let left: Vec<_> = fields.get_all(TE).iter().map(|value| value.to_str().unwrap()).collect();
+            assert_eq!(left, expected.into_iter().collect::<Vec<_>>(), "{values:?}");
+        }
     }
 }
