@@ -32,8 +32,11 @@ pub enum Error {
     /// It ended where a message could have begun.
     #[error("the connection was closed")]
     Closed,
+    /// The head to be sent does not say where its body ends.
+    #[error("the request to be sent has no valid framing: {0}")]
+    Unsendable(FramingError),
     /// The body to be sent is longer or shorter than its head has said.
-    #[error("the body to be sent has not the length that was told")]
+    #[error("body length does not match Content-Length")]
     WrongLength,
     /// The body to be sent broke off.
     #[error("the body to be sent broke off")]
@@ -44,5 +47,10 @@ impl Error {
     /// Whether what came is not HTTP.
     pub const fn is_malformed(&self) -> bool {
         matches!(self, Self::Head(_) | Self::Framing(_))
+    }
+
+    /// Whether the message to be sent is at fault: its receiver has no part in it.
+    pub const fn is_of_sender(&self) -> bool {
+        matches!(self, Self::Unsendable(_) | Self::WrongLength | Self::BrokenOff)
     }
 }

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     frames::{CONTINUATION, DATA, HEADERS, PREFACE_LENGTH, RST_STREAM},
-    hpack::{BlockChecker, Verdict},
+    hpack::{BlockChecker, Verdict, marked},
 };
 
 const HEAD: usize = 9;
@@ -28,7 +28,7 @@ const MOST_OPEN: usize = 1024;
 /// A block in more frames is left to `h2`, which closes the connection.
 const MOST_CONTINUATIONS: usize = 8;
 
-/// A stream of frames from a client.
+/// A stream of frames from a client, or from a server.
 #[derive(Debug)]
 pub struct Guarded<S> {
     stream: S,
@@ -40,6 +40,8 @@ pub struct Guarded<S> {
     /// What may pass.
     ready: Vec<u8>,
     passed: usize,
+    /// The frames come from a server.
+    responses: bool,
     /// Requests whose end has not come yet: their next header blocks are trailers. On other streams `h2` knows better.
     open: Vec<u32>,
     /// What comes is not HTTP/2: left to `h2`.
@@ -67,9 +69,15 @@ impl<S> Guarded<S> {
             held: Vec::new(),
             ready: Vec::new(),
             passed: 0,
+            responses: false,
             open: Vec::new(),
             given_up: false,
         }
+    }
+
+    /// The same for what a server sends. There is no preface, and a head may follow another (1xx).
+    pub fn of_server(stream: S) -> Self {
+        Self { passing: 0, responses: true, ..Self::new(stream) }
     }
 
     /// How many of the bytes may pass as they are, and what comes behind them.
@@ -142,11 +150,19 @@ impl<S> Guarded<S> {
         };
         if first.flags & END_STREAM != 0 {
             self.ended(first.stream);
-        } else if !trailers {
+        } else if !trailers && !self.responses {
             if self.open.len() == MOST_OPEN {
                 self.open.remove(0);
             }
             self.open.push(first.stream);
+        }
+        if depends_on_itself(first.stream, priority) && verdict != Verdict::Broken {
+            // `h2` would reset the stream without decoding the block, and then lack what the block puts into the table.
+            let block = match verdict {
+                Verdict::Malformed(block) => block,
+                _ => marked([&[fragment][..], &continuations[..]].concat().concat()),
+            };
+            return Found::Replace(whole, frames(first, &[], &block));
         }
         match verdict {
             Verdict::Decodable => Found::Pass(whole, 0),
@@ -221,10 +237,17 @@ fn parts(payload: &[u8], flags: u8) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(if flags & PRIORITY != 0 { PRIORITY_LENGTH } else { 0 })
 }
 
-/// A header block as frames like the ones it came in.
+/// Whether the priority of a stream names that stream (RFC 9113 §5.3.2), an error of the stream.
+fn depends_on_itself(stream: u32, priority: &[u8]) -> bool {
+    let dependency = priority.first_chunk().map(|bytes| u32::from_be_bytes(*bytes) & 0x7fff_ffff);
+    dependency == Some(stream)
+}
+
+/// A header block as frames like the ones it came in. `priority` may be left out.
 fn frames(first: &Head, priority: &[u8], block: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(block.len() + 2 * HEAD);
-    let (mut rest, mut kind, mut flags) = (block, HEADERS, first.flags & (END_STREAM | PRIORITY));
+    let kept = if priority.is_empty() { END_STREAM } else { END_STREAM | PRIORITY };
+    let (mut rest, mut kind, mut flags) = (block, HEADERS, first.flags & kept);
     let mut before = priority;
     loop {
         let (part, after) = rest.split_at(rest.len().min(MAX_FRAME - before.len()));
@@ -369,6 +392,52 @@ mod tests {
         for size in [1, 2, 7, 100, 5000] {
             assert_eq!(through(&bytes, size).await, bytes, "pieces of {size}");
         }
+    }
+
+    /// Else `h2` resets the stream before it decodes the block, and the next block that refers to the table ends the
+    /// connection.
+    #[tokio::test(start_paused = true)]
+    async fn a_block_of_a_stream_that_depends_on_itself_is_decoded() {
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        let block = [&[0x82, 0x86, 0x84][..], &literal(0x40, "x-a", "1")].concat();
+        let with = |dependency: [u8; 4], block: &[u8]| [&dependency[..], &[16], block].concat();
+        let marked = [&block[..], b"\x00\x0aconnection\x01x"].concat();
+        let (mut bytes, mut expected) = (preface.to_vec(), preface.to_vec());
+        // Exclusive, and in two frames.
+        bytes.extend(frame(HEADERS, END_STREAM | PRIORITY, 1, &with([0x80, 0, 0, 1], &block[..4])));
+        bytes.extend(frame(CONTINUATION, END_HEADERS, 1, &block[4..]));
+        expected.extend(frame(HEADERS, END_STREAM | END_HEADERS, 1, &marked));
+        let bad = [&block[..], &literal(0, "X-B", "1")].concat();
+        bytes.extend(frame(HEADERS, END_HEADERS | PRIORITY, 3, &with([0, 0, 0, 3], &bad)));
+        expected.extend(frame(HEADERS, END_HEADERS, 3, &marked));
+        let other = frame(HEADERS, END_HEADERS | PRIORITY, 5, &with([0, 0, 0, 1], &[0x82, 0xbe]));
+        bytes.extend(&other);
+        expected.extend(&other);
+        for size in [1, 20, 5000] {
+            assert_eq!(through(&bytes, size).await, expected, "pieces of {size}");
+        }
+    }
+
+    /// Both heads of a response, its trailers, and the frames of other streams pass; a bad field is marked.
+    #[tokio::test(start_paused = true)]
+    async fn what_a_server_sends_is_guarded_from_its_first_frame() {
+        let bad = [&[0x88][..], &literal(0x40, "X-Bad", "1")].concat();
+        let marked = [&[0x88][..], &literal(0x40, "xxxxx", "x"), b"\x00\x0aconnection\x01x"].concat();
+        let early = [&literal(0x08, "", "103")[..1], &[3], &b"103"[..]].concat();
+        let (mut bytes, mut expected) = (frame(4, 0, 0, &[]), frame(4, 0, 0, &[]));
+        for (block, out) in
+            [(&bad[..], &marked[..]), (&early, &early), (&[0x88], &[0x88]), (&[0x88], &[0x88])]
+        {
+            bytes.extend(frame(HEADERS, END_HEADERS, 1, block));
+            expected.extend(frame(HEADERS, END_HEADERS, 1, out));
+        }
+        let (mut server, stream) = duplex(1 << 20);
+        let mut guarded = Guarded::of_server(stream);
+        server.write_all(&bytes).await.unwrap();
+        drop(server);
+        let mut out = Vec::new();
+        guarded.read_to_end(&mut out).await.unwrap();
+        assert_eq!(out, expected);
     }
 
     /// A bad field is replaced by one that keeps the table, and marked; later blocks are not touched.

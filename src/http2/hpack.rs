@@ -7,9 +7,9 @@
 
 use std::collections::VecDeque;
 
-use http::{HeaderName, HeaderValue, Method, StatusCode};
+use http::{Method, StatusCode};
 
-use super::huffman;
+use super::{huffman, octets};
 
 /// SETTINGS_HEADER_TABLE_SIZE, which is not changed.
 const TABLE_SIZE: usize = 4096;
@@ -17,6 +17,12 @@ const TABLE_SIZE: usize = 4096;
 const OVERHEAD: usize = 32;
 /// A field that makes a message malformed: `connection: x`, a literal that is not put into the table.
 const MARK: &[u8] = b"\x00\x0aconnection\x01x";
+
+/// A block with the field that makes its message malformed.
+pub fn marked(mut block: Vec<u8>) -> Vec<u8> {
+    block.extend_from_slice(MARK);
+    block
+}
 
 /// RFC 7541 appendix A.
 const STATIC_NAMES: [&str; 61] = [
@@ -137,7 +143,7 @@ impl Name {
             b":status" => Self::Status,
             b":authority" | b":scheme" | b":path" | b":protocol" => Self::Text,
             [] | [b':', ..] => Self::Wrong,
-            _ if HeaderName::from_lowercase(name).is_ok() => Self::Field,
+            _ if octets::is_field_name(name) => Self::Field,
             _ => Self::Wrong,
         }
     }
@@ -151,7 +157,7 @@ impl Name {
             Self::Method => Method::from_bytes(value).is_ok(),
             Self::Status => StatusCode::from_bytes(value).is_ok(),
             Self::Text => std::str::from_utf8(value).is_ok(),
-            Self::Field => HeaderValue::from_bytes(value).is_ok(),
+            Self::Field => octets::is_field_value(value),
             Self::Wrong => false,
         }
     }
@@ -205,11 +211,7 @@ impl BlockChecker {
         }
         Ok(match (malformed, anew) {
             (false, _) => Verdict::Decodable,
-            (true, anew) => {
-                let mut anew = anew.unwrap_or_else(|| block.to_vec());
-                anew.extend_from_slice(MARK);
-                Verdict::Malformed(anew)
-            }
+            (true, anew) => Verdict::Malformed(marked(anew.unwrap_or_else(|| block.to_vec()))),
         })
     }
 
@@ -346,7 +348,7 @@ fn string<'b: 't, 't>(rest: &mut &'b [u8], text: &'t mut Vec<u8>) -> Result<&'t 
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use http::{HeaderMap, Request, Response};
+    use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
     use proptest::prelude::*;
     use tokio::io::duplex;
 

@@ -52,6 +52,26 @@ const fn code() -> Code {
     code
 }
 
+/// The symbol that eight bits begin with, and how long its code is; 0: longer than eight bits.
+const SHORT: [(u8, u8); 256] = short();
+
+const fn short() -> [(u8, u8); 256] {
+    let (mut table, mut bits) = ([(0, 0); 256], 0);
+    while bits < 256 {
+        let mut length = SHORTEST;
+        while length <= 8 {
+            let at = ((bits >> (8 - length)) as u32).wrapping_sub(CODE.first[length]);
+            if at < CODE.count[length] {
+                table[bits] = (CODE.symbols[CODE.symbols_from[length] + at as usize], length as u8);
+                break;
+            }
+            length += 1;
+        }
+        bits += 1;
+    }
+    table
+}
+
 /// Appends what `bytes` mean. False where they are not of this code.
 pub fn decode(bytes: &[u8], out: &mut Vec<u8>) -> bool {
     let (mut bits, mut count) = (0_u64, 0);
@@ -74,7 +94,13 @@ pub fn decode(bytes: &[u8], out: &mut Vec<u8>) -> bool {
 
 /// The symbol of the highest of `count` bits, and how long its code is.
 fn first_symbol(bits: u64, count: usize) -> Option<(u8, usize)> {
-    (SHORTEST..=LONGEST.min(count)).find_map(|length| {
+    // What is missing of eight bits does not matter to a shorter code.
+    let head = if count >= 8 { bits >> (count - 8) } else { bits << (8 - count) };
+    let (symbol, length) = SHORT[(head & 0xff) as usize];
+    if length != 0 {
+        return (usize::from(length) <= count).then_some((symbol, usize::from(length)));
+    }
+    (9..=LONGEST.min(count)).find_map(|length| {
         let at = ((bits >> (count - length)) as u32).wrapping_sub(CODE.first[length]);
         (at < CODE.count[length]).then(|| (CODE.symbols[CODE.symbols_from[length] + at as usize], length))
     })
@@ -105,6 +131,22 @@ mod tests {
             let mut out = Vec::new();
             assert!(decode(&bytes, &mut out), "{text}");
             assert_eq!(String::from_utf8(out).unwrap(), text);
+        }
+    }
+
+    /// By the lengths of the codes alone, one length after the other.
+    fn first_symbol_by_lengths(bits: u64, count: usize) -> Option<(u8, usize)> {
+        (SHORTEST..=LONGEST.min(count)).find_map(|length| {
+            let at = ((bits >> (count - length)) as u32).wrapping_sub(CODE.first[length]);
+            (at < CODE.count[length]).then(|| (CODE.symbols[CODE.symbols_from[length] + at as usize], length))
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn the_table_of_short_codes_changes_nothing(bits: u64, count in 0_usize..=64) {
+            let bits = if count == 64 { bits } else { bits & ((1 << count) - 1) };
+            proptest::prop_assert_eq!(first_symbol(bits, count), first_symbol_by_lengths(bits, count));
         }
     }
 

@@ -7,6 +7,7 @@ pub mod frames;
 pub mod guard;
 mod hpack;
 mod huffman;
+mod octets;
 pub mod send;
 pub mod tunnel;
 pub mod wire;

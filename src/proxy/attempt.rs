@@ -199,6 +199,10 @@ fn classify(
         let detail = format!("{name}: {address}: {failure}");
         return Failed::new(Ending::Connect(ConnectFailure::Tls), ProxyError::new(Cause::TlsFailure, detail));
     }
+    if error.is_of_request() {
+        let told = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
+        return Failed::new(Ending::ClientError, told);
+    }
     let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {
         // `h2` gives the endpoint's GOAWAY as the error of streams above its last id only, whatever its code.

@@ -8,7 +8,10 @@ use http::{
 };
 
 use super::error::{Cause, ProxyError};
-use crate::present::{Field, Present};
+use crate::{
+    http1::framing::content_length,
+    present::{Field, Present},
+};
 
 /// Refuses what two parsers could read differently and hyper lets pass.
 pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError> {
@@ -41,8 +44,14 @@ pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
     if request.uri().authority().is_some_and(|authority| authority.as_str().contains('@')) {
         return Err(ProxyError::malformed("the target carries user information"));
     }
-    if present.has(Field::ContentLength) && headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
-        return Err(ProxyError::malformed("more than one Content-Length field"));
+    if present.has(Field::ContentLength) {
+        if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
+            return Err(ProxyError::malformed("more than one Content-Length field"));
+        }
+        // `h2` takes an empty one for 0.
+        if content_length(headers).is_err() {
+            return Err(ProxyError::malformed("its Content-Length is not one number (RFC 9110 §8.6)"));
+        }
     }
     if request.version() == Version::HTTP_10 && present.has(Field::TransferEncoding) {
         return Err(ProxyError::malformed("Transfer-Encoding in an HTTP/1.0 request (RFC 9112 §6.1)"));
@@ -169,6 +178,33 @@ mod tests {
         assert!(check_loop(&map, Present::of(&map), "outrigger-o-1").is_err());
         assert!(check_loop(&map, Present::of(&map), "outrigger-o-2").is_ok());
         assert!(check_loop(&map, Present::of(&map), "third").is_err());
+    }
+
+    #[test]
+    fn a_content_length_is_one_number() {
+        let check = |values: &[&'static str]| {
+            let mut request = Request::builder().version(Version::HTTP_2).method("POST").uri("http://a/");
+            for value in values {
+                request = request.header(CONTENT_LENGTH, *value);
+            }
+            let request = request.body(()).unwrap();
+            super::check(&request, Present::of(request.headers()))
+        };
+        for good in ["0", "7", "18446744073709551615"] {
+            assert!(check(&[good]).is_ok(), "{good}");
+        }
+        for bad in [
+            &[""][..],
+            &["x"],
+            &["+1"],
+            &["1x"],
+            &["18446744073709551616"],
+            &["1, 2"],
+            &["1", "2"],
+            &["1", ""],
+        ] {
+            assert_eq!(check(bad).map_err(|error| error.cause), Err(Cause::Malformed), "{bad:?}");
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod driver;
 pub mod pool;
+mod waiters;
 
 use std::{
     cell::{Cell, RefCell},
@@ -24,11 +25,11 @@ use http::{
 };
 use http_body::Body as _;
 use tokio::{
-    sync::Notify,
     task::{AbortHandle, spawn_local},
     time::Instant,
 };
 
+use self::waiters::Waiters;
 use super::{
     connect::{ConnectError, Connected, Proof, connect},
     guards::{ConnectionSlot, Guards},
@@ -41,6 +42,7 @@ use crate::{
         MOST_STREAM_ERRORS, REMEMBERED_RESETS, RESET_MEMORY,
         body::Body,
         fields,
+        guard::Guarded,
         send::BodySender,
         wire::{Wire, Wired},
     },
@@ -98,7 +100,7 @@ struct State {
     /// The connection's task.
     task: RefCell<Option<Waker>>,
     /// Those who wait for a stream.
-    changed: Rc<Notify>,
+    changed: Rc<Waiters>,
 }
 
 /// A stream of a connection, counted until it is dropped.
@@ -131,7 +133,7 @@ impl Http2 {
         endpoint: &LocalEndpoint,
         settings: &ConnectionSettings,
         guards: &Arc<Guards>,
-        changed: &Rc<Notify>,
+        changed: &Rc<Waiters>,
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
         let slot = ConnectionSlot::take(guards).await?;
@@ -139,7 +141,7 @@ impl Http2 {
         let slot = slot.opened(connected.protection());
         let Connected { io, proof, .. } = connected;
         let wire = Wire::client();
-        let made = builder().handshake(Wired::new(io, &wire)).await;
+        let made = builder().handshake(Wired::new(Guarded::of_server(io), &wire)).await;
         let (sender, mut h2) =
             made.map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         let now = Instant::now();
@@ -222,6 +224,14 @@ fn builder() -> Builder {
 }
 
 impl State {
+    /// Whom to wake, mostly the same as before.
+    fn note_task(&self, waker: &Waker) {
+        let mut task = self.task.borrow_mut();
+        if !task.as_ref().is_some_and(|task| task.will_wake(waker)) {
+            *task = Some(waker.clone());
+        }
+    }
+
     fn wake(&self) {
         if let Some(task) = self.task.take() {
             task.wake();
@@ -241,7 +251,7 @@ impl Drop for StreamSlot {
         let state = &self.0;
         state.streams.set(state.streams.get().saturating_sub(1));
         state.idle_since.set(Instant::now());
-        state.changed.notify_one();
+        state.changed.wake_one();
     }
 }
 

@@ -64,6 +64,9 @@ pub enum Lease {
     H2 { stream: Box<Stream>, reused: bool },
 }
 
+/// What `h2` says where it does not send a request because of its header fields.
+const MALFORMED_HEADERS: &str = "malformed headers";
+
 /// Why there is no answer, or no more of it.
 #[derive(Debug, thiserror::Error)]
 pub enum AnswerError {
@@ -78,7 +81,19 @@ impl AnswerError {
     pub fn is_malformed(&self) -> bool {
         match self {
             Self::Http1(error) => error.is_malformed(),
-            Self::Http2(_) => false,
+            // `h2` resets a stream by this where its response breaks the rules of HTTP/2.
+            Self::Http2(error) => {
+                error.is_reset() && error.is_library() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR)
+            }
+        }
+    }
+
+    /// Whether the request is at fault, so that its endpoint has no part in it.
+    pub fn is_of_request(&self) -> bool {
+        match self {
+            Self::Http1(error) => error.is_of_sender(),
+            // `h2` tells its kinds of misuse apart by their texts alone.
+            Self::Http2(error) => error.to_string().contains(MALFORMED_HEADERS),
         }
     }
 
@@ -256,5 +271,35 @@ impl Lease {
             Self::H1 { .. } => {}
             Self::H2 { mut stream, .. } => stream.finished(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+    use tokio::io::duplex;
+
+    use super::*;
+
+    /// The text by which `h2` says so is not part of its interface.
+    #[tokio::test]
+    async fn a_request_that_http2_cannot_carry_is_at_fault_itself() {
+        let (client, _server) = duplex(1 << 16);
+        let (mut sender, _connection) = h2::client::handshake(client).await.unwrap();
+        let request = Request::builder().uri("http://a/").header("connection", "close").body(()).unwrap();
+        let error = AnswerError::from(sender.send_request(request, true).unwrap_err());
+        assert!(error.is_of_request(), "{error}");
+        assert!(!AnswerError::from(h2::Error::from(h2::Reason::PROTOCOL_ERROR)).is_of_request());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_request_to_be_sent_is_not_its_endpoints() {
+        use http1::framing::FramingError;
+        for error in [http1::Error::Unsendable(FramingError::Length), http1::Error::WrongLength] {
+            let error = AnswerError::from(error);
+            assert!(error.is_of_request() && !error.is_malformed(), "{error}");
+        }
+        let response = AnswerError::from(http1::Error::Framing(FramingError::Length));
+        assert!(response.is_malformed() && !response.is_of_request());
     }
 }

@@ -102,12 +102,15 @@ impl Line {
     pub(super) fn begin(&mut self, head: Head<'_>, body: RequestBody) -> Result<(), Error> {
         (self.heard, self.sent) = (false, false);
         let empty = body.is_end_stream();
-        let framing = match content_length(head.fields)? {
+        let framing = match content_length(head.fields).map_err(Error::Unsendable)? {
             Some(length) => Framing::Length(length),
             // One that has turned out to be empty may have been announced.
             None if empty && !head.fields.contains_key(TRANSFER_ENCODING) => Framing::EMPTY,
             None => Framing::Chunked,
         };
+        if empty && matches!(framing, Framing::Length(1..)) {
+            return Err(Error::WrongLength);
+        }
         let out = self.outlet.head();
         out.reserve(64 + 40 * head.fields.len());
         write_request_line(out, head.method, head.target, head.raw_target);
@@ -119,8 +122,6 @@ impl Line {
             self.request = Some(Sending { body, framing, trailers: trailers() });
         } else if framing == Framing::Chunked {
             self.outlet.end(framing);
-        } else if framing != Framing::EMPTY {
-            return Err(Error::WrongLength);
         }
         Ok(())
     }

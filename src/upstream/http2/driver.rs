@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::{super::stream::UpstreamIo, MOST_STREAMS, PingSettings, State};
 use crate::{
-    http2::{ERRORS_TO_RETIRE, wire::Wired},
+    http2::{ERRORS_TO_RETIRE, guard::Guarded, wire::Wired},
     proxy::progress::Watchdog,
 };
 
@@ -28,7 +28,7 @@ const CLOSES_AFTER: u32 = 10;
 
 /// Ends when the connection has.
 pub(super) struct Driver {
-    h2: Connection<Wired<UpstreamIo>, Bytes>,
+    h2: Connection<Wired<Guarded<UpstreamIo>>, Bytes>,
     state: Rc<State>,
     ping: Option<PingPong>,
     settings: PingSettings,
@@ -64,7 +64,7 @@ impl Pings {
 
 impl Driver {
     pub(super) fn new(
-        h2: Connection<Wired<UpstreamIo>, Bytes>,
+        h2: Connection<Wired<Guarded<UpstreamIo>>, Bytes>,
         state: Rc<State>,
         ping: Option<PingPong>,
         settings: PingSettings,
@@ -81,7 +81,7 @@ impl Driver {
         let limit =
             u32::try_from(self.h2.max_concurrent_send_streams()).unwrap_or(u32::MAX).min(MOST_STREAMS);
         if state.limit.replace(limit) < limit {
-            state.changed.notify_waiters();
+            state.changed.wake_all();
         }
         self.errors =
             self.errors.saturating_add(state.wire.take_faults()).saturating_add(state.wire.take_refusals());
@@ -92,7 +92,7 @@ impl Driver {
 
     fn retire(&self) {
         self.state.retired.set(true);
-        self.state.changed.notify_waiters();
+        self.state.changed.wake_all();
     }
 
     /// Sends a PING where one is wanted, and tells when the next thing about PINGs is due.
@@ -107,7 +107,7 @@ impl Driver {
             state.ping_sent.set(None);
             // Whoever has asked meanwhile has the answer, too.
             state.ping_wanted.set(false);
-            state.changed.notify_waiters();
+            state.changed.wake_all();
         }
         let now = Instant::now();
         if state.ping_wanted.take() && self.pings.may_send(state.wire.messages(), now) {
@@ -149,7 +149,7 @@ impl Future for Driver {
                 }
                 return Poll::Ready(());
             }
-            this.state.task.replace(Some(cx.waker().clone()));
+            this.state.note_task(cx.waker());
             this.follow();
             let (due, sent) = this.poll_ping(cx);
             if sent {
@@ -178,7 +178,7 @@ impl Future for Driver {
 impl Drop for Driver {
     fn drop(&mut self) {
         self.state.closed.set(true);
-        self.state.changed.notify_waiters();
+        self.state.changed.wake_all();
     }
 }
 

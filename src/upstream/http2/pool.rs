@@ -4,16 +4,15 @@
 use std::{cell::RefCell, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::Notify,
     task::spawn_local,
     time::{Instant, timeout_at},
 };
 
-use super::{Http2, Stream};
+use super::{Http2, Stream, waiters::Waiters};
 use crate::{
     identity::tls::ClientTls,
     upstream::{
-        connect::ConnectError,
+        connect::{ConnectError, TlsTarget},
         guards::Guards,
         local::LocalEndpoint,
         pool::{ConnectionSettings, Lease, fits, is_of},
@@ -26,14 +25,18 @@ const IDLE: Duration = Duration::from_secs(50);
 #[derive(Debug, Default)]
 pub struct Http2Pool {
     connections: RefCell<Vec<Rc<Http2>>>,
-    dial: RefCell<Option<Rc<Dial>>>,
-    /// Notified when a stream, a connection, or the end of a dial may be what they wait for.
-    changed: Rc<Notify>,
+    /// At most one for each TLS name.
+    dials: RefCell<Vec<Rc<Dial>>>,
+    /// Woken when a stream, a connection, or the end of a dial may be what they wait for.
+    changed: Rc<Waiters>,
 }
 
-/// One dial that several requests wait for.
-#[derive(Debug, Default)]
-struct Dial(RefCell<Option<Result<Rc<Http2>, ConnectError>>>);
+/// One dial that several requests to the same TLS name wait for.
+#[derive(Debug)]
+struct Dial {
+    tls: Option<TlsTarget>,
+    outcome: RefCell<Option<Result<Rc<Http2>, ConnectError>>>,
+}
 
 /// What there is for a request.
 enum Choice {
@@ -70,14 +73,19 @@ impl Http2Pool {
         let until = Instant::now() + settings.stream_wait;
         let mut dialled = false;
         let mut opening: Option<Rc<Http2>> = None;
+        let waiter = self.changed.enter();
         loop {
             // Before looking, so that nothing is missed.
-            let changed = self.changed.notified();
+            let changed = self.changed.changed();
             // Closed before it was ever of use: what is sent on it says why.
             if let Some(connection) = opening.take_if(|connection| connection.state.closed.get()) {
                 return Ok(lease(connection, false));
             }
-            let dial = match self.choose(settings, upload) {
+            let choice = self.choose(settings, upload);
+            if dialled && !matches!(choice, Choice::Room(_)) {
+                waiter.pass_on();
+            }
+            let dial = match choice {
                 Choice::Room(connection) => return Ok(lease(connection, !dialled)),
                 Choice::Opening(connection) => {
                     if timeout_at(until, changed).await.is_ok() {
@@ -92,7 +100,7 @@ impl Http2Pool {
             };
             changed.await;
             dialled = true;
-            let outcome = dial.0.borrow().clone();
+            let outcome = dial.outcome.borrow().clone();
             match outcome {
                 Some(Ok(connection)) => opening = Some(connection),
                 None => {}
@@ -137,7 +145,7 @@ impl Http2Pool {
         ConnectError::Streams { limit, connections: connections.len(), waited: settings.stream_wait }
     }
 
-    /// The dial under way, else a new one. In a task of its own: a request that gives up must not take the others'
+    /// The dial under way to the same TLS name, else a new one. In a task of its own: a request that gives up must not take the others'
     /// connection with it.
     fn dial(
         &self,
@@ -145,11 +153,13 @@ impl Http2Pool {
         settings: &ConnectionSettings,
         guards: &Arc<Guards>,
     ) -> Rc<Dial> {
-        if let Some(dial) = &*self.dial.borrow() {
+        let mut dials = self.dials.borrow_mut();
+        if let Some(dial) = dials.iter().find(|dial| dial.tls == settings.tls) {
             return Rc::clone(dial);
         }
-        let dial = Rc::new(Dial::default());
-        self.dial.replace(Some(Rc::clone(&dial)));
+        let dial = Rc::new(Dial { tls: settings.tls.clone(), outcome: RefCell::default() });
+        dials.push(Rc::clone(&dial));
+        drop(dials);
         let (settings, guards) = (settings.clone(), Arc::clone(guards));
         let ends = DialEnds { endpoint: Rc::clone(endpoint), dial: Rc::clone(&dial) };
         spawn_local(async move {
@@ -158,7 +168,7 @@ impl Http2Pool {
             if let Ok(connection) = &outcome {
                 pool.connections.borrow_mut().push(Rc::clone(connection));
             }
-            ends.dial.0.replace(Some(outcome));
+            ends.dial.outcome.replace(Some(outcome));
         });
         dial
     }
@@ -201,11 +211,11 @@ impl Drop for DialEnds {
     fn drop(&mut self) {
         let pool = &self.endpoint.pool.h2;
         let address = self.endpoint.shared.address;
-        self.dial.0.borrow_mut().get_or_insert_with(|| {
+        self.dial.outcome.borrow_mut().get_or_insert_with(|| {
             Err(ConnectError::Handshake { address, reason: "it was not carried to its end".to_owned() })
         });
-        pool.dial.replace(None);
-        pool.changed.notify_waiters();
+        pool.dials.borrow_mut().retain(|dial| !Rc::ptr_eq(dial, &self.dial));
+        pool.changed.wake_all();
     }
 }
 
@@ -226,9 +236,46 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{HeaderCase, PoolIdle},
+        config::{HeaderCase, MinTls, PoolIdle, UpstreamTls},
         upstream::{Endpoint, Found, http2::PingSettings},
     };
+
+    fn settings(tls: Option<TlsTarget>) -> ConnectionSettings {
+        ConnectionSettings {
+            tcp: crate::upstream::connect::TcpLimits::default(),
+            lifts_user_timeout: true,
+            pool_idle: PoolIdle::Auto,
+            header_case: HeaderCase::default(),
+            max_age: None,
+            tls,
+            ping: PingSettings { interval: None, timeout: Wait::from_secs(2) },
+            stream_wait: Wait::from_secs(1),
+        }
+    }
+
+    /// The error of a dial, and a connection that was closed at once, are those of one peer.
+    #[tokio::test]
+    async fn a_dial_is_shared_by_requests_for_the_same_tls_name_only() {
+        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let now = std::time::Instant::now();
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
+        let (pool, guards) = (&endpoint.pool.h2, Guards::new(now));
+        let client = Arc::new(ClientTls::new(UpstreamTls::default(), MinTls::default(), Arc::default()));
+        let dial = |name: &'static str| {
+            let name = Arc::new(name.try_into().unwrap());
+            let target = TlsTarget { client: Arc::clone(&client), name };
+            pool.dial(&endpoint, &settings(Some(target)), &guards)
+        };
+        let set = LocalSet::new();
+        let _entered = set.enter();
+        let (first, other, again) = (dial("a.example"), dial("b.example"), dial("a.example"));
+        assert!(Rc::ptr_eq(&first, &again));
+        assert!(!Rc::ptr_eq(&first, &other));
+        assert_eq!(pool.dials.borrow().len(), 2);
+        set.await;
+        assert!(pool.dials.borrow().is_empty());
+        assert!(matches!(&*first.outcome.borrow(), Some(Err(_))));
+    }
 
     /// However a dial ends, also by a panic of ours: who waits for it hears of that.
     #[tokio::test]
@@ -237,16 +284,7 @@ mod tests {
         let now = std::time::Instant::now();
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
         let pool = &endpoint.pool.h2;
-        let settings = ConnectionSettings {
-            tcp: crate::upstream::connect::TcpLimits::default(),
-            lifts_user_timeout: true,
-            pool_idle: PoolIdle::Auto,
-            header_case: HeaderCase::default(),
-            max_age: None,
-            tls: None,
-            ping: PingSettings { interval: None, timeout: Wait::from_secs(2) },
-            stream_wait: Wait::from_secs(1),
-        };
+        let settings = settings(None);
         let guards = Guards::new(now);
         let set = LocalSet::new();
         let mut waits = pin!(Http2Pool::stream(&endpoint, &settings, &guards, false));
@@ -254,11 +292,11 @@ mod tests {
             let _tasks = set.enter();
             poll_fn(|cx| Poll::Ready(waits.as_mut().poll(cx))).await
         };
-        assert!(polled.is_pending() && pool.dial.borrow().is_some(), "a task dials");
+        assert!(polled.is_pending() && !pool.dials.borrow().is_empty(), "a task dials");
         // Its future is dropped unfinished, as a panic drops it.
         drop(set);
         let waited = tokio::time::timeout(Wait::from_secs(5), waits).await;
         assert!(matches!(waited, Ok(Err(ConnectError::Handshake { .. }))), "{waited:?}");
-        assert!(endpoint.pool.h2.dial.borrow().is_none(), "the next request dials anew");
+        assert!(endpoint.pool.h2.dials.borrow().is_empty(), "the next request dials anew");
     }
 }

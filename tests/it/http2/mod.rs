@@ -1,5 +1,6 @@
 //! HTTP/2 on both sides: its streams, windows, limits and errors, seen from outside.
 
+mod blame;
 mod conduct;
 mod early;
 mod fields;
