@@ -69,6 +69,15 @@ fn malformed(proxy: &Proxy, upstream: &str) -> u64 {
         .unwrap_or_default()
 }
 
+/// Counted for any upstream.
+fn malformed_anywhere(proxy: &Proxy) -> u64 {
+    let page = read(proxy, "/metrics");
+    let lines = page.lines().filter(|line| {
+        line.starts_with("outrigger_rejected_total{") && line.contains("reason=\"malformed\"")
+    });
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
 fn last_request(proxy: &Proxy) -> Value {
     let all: Value = serde_json::from_str(&read(proxy, "/requests")).expect("JSON");
     let list = all.as_array().or_else(|| all["requests"].as_array()).expect("a list");
@@ -179,14 +188,25 @@ fn every_malformed_request_is_counted_once() {
         ("GET / HTTP/1.1\r\nHost: up\r\nHost: up\r\n\r\n", "other"),
         ("GET http://ftp:x/ HTTP/1.1\r\nHost: up\r\n\r\n", "other"),
         ("GET / HTTP/1.1\r\nHost: up\r\nConnection: host\r\n\r\n", "up"),
+        ("GET / HTTP/1.1\r\nHost: up\r\nConnection: close, host\r\n\r\n", "up"),
+        ("GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: a\r\nConnection: host\r\n\r\n", "other"),
+        ("POST / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n", "up"),
     ]
     .into_iter()
     .enumerate()
     {
-        let before = malformed(&proxy, upstream);
+        let (before, all) = (malformed(&proxy, upstream), malformed_anywhere(&proxy));
         let answer = RawClient::connect(proxy.outbound()).ask(request);
         assert_eq!(answer.status(), 400, "{at}: {answer:?}");
         assert_eq!(malformed(&proxy, upstream), before + 1, "{request:?}");
+        assert_eq!(malformed_anywhere(&proxy), all + 1, "{request:?}");
+    }
+    for (address, upstream) in [(proxy.inbound(), "inbound"), (proxy.upstream("up"), "up")] {
+        let (before, all) = (malformed(&proxy, upstream), malformed_anywhere(&proxy));
+        let answer =
+            RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: host\r\n\r\n");
+        assert_eq!(answer.status(), 400, "{answer:?}");
+        assert_eq!((malformed(&proxy, upstream), malformed_anywhere(&proxy)), (before + 1, all + 1));
     }
 }
 
