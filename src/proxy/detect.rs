@@ -17,6 +17,7 @@ use tokio::{
     time::timeout,
 };
 
+use opening::classify_ended;
 pub use opening::{classify, server_speaks_http};
 pub use watch::{ReadsAsRequest, RequestWatch};
 
@@ -62,7 +63,7 @@ impl Detector {
             });
             let count = if begun { timeout(PATIENCE, read).await?? } else { read.await? };
             if count == 0 {
-                return Ok(if self.seen.is_empty() { Spoken::Nothing } else { Spoken::Other });
+                return Ok(classify_ended(&self.seen));
             }
         }
     }

@@ -39,6 +39,11 @@ impl SharedTcp {
         let _ = SockRef::from(&*self.0).set_tcp_user_timeout(limit);
     }
 
+    /// Whether closing this stream resets the connection; an orderly end can still be sent by a shutdown.
+    pub fn set_reset_on_close(&self, resets: bool) {
+        let _ = SockRef::from(&*self.0).set_linger(resets.then_some(Duration::ZERO));
+    }
+
     /// Copies the first unread bytes without taking them and returns their number; 0: the peer has closed.
     ///
     /// # Errors

@@ -84,7 +84,7 @@ enum Sender {
 
 /// Carries bytes between the client `a` and the server `b` until both sides are done, nothing has moved for `idle`, or
 /// `over_at`. A side that has said all is passed on as such; the other may go on speaking. What `watch` stops does not
-/// reach the server.
+/// reach the server; while it watches, the connection to the server ends by a reset, unless the client ends it.
 pub async fn relay<A, B>(
     mut a: A,
     mut b: B,
@@ -103,10 +103,14 @@ where
     let there = bare.as_ref().map(|(a, b)| (a, b));
     let back = bare.as_ref().map(|(a, b)| (b, a));
     let (mut to_b, mut to_a) = (Flow::of(Sender::Client), Flow::of(Sender::Server));
+    let mut resets = (!noted.watch.borrow().is_over()).then(|| ResetOnClose::new(&b));
     let mut watchdog = Watchdog::default();
     poll_fn(|cx| {
         let said =
             (to_b.poll(cx, &mut a, &mut b, there, &noted), to_a.poll(cx, &mut b, &mut a, back, &noted));
+        if let Some(resets) = resets.take_if(|_| noted.watch.borrow().is_over()) {
+            resets.end();
+        }
         match said {
             (Poll::Ready(Err(broken)), _) | (_, Poll::Ready(Err(broken))) => {
                 return Poll::Ready(match broken {
@@ -127,6 +131,27 @@ where
         watchdog.poll_due(cx, due).map(|()| if due == over_at { End::Over } else { End::Idle })
     })
     .await
+}
+
+/// Makes the end of a connection a reset for as long as this lives. Some servers take an orderly end for that of a line
+/// and of a header: when a watched connection breaks (cut, idle, revoked, even by the death of the process), what they
+/// have got of a request must not become a whole one.
+struct ResetOnClose(Option<SharedTcp>);
+
+impl ResetOnClose {
+    fn new(stream: &dyn Any) -> Self {
+        let tcp = tcp_under(stream);
+        if let Some(tcp) = &tcp {
+            tcp.set_reset_on_close(true);
+        }
+        Self(tcp)
+    }
+
+    fn end(self) {
+        if let Some(tcp) = &self.0 {
+            tcp.set_reset_on_close(false);
+        }
+    }
 }
 
 /// One direction.
@@ -230,6 +255,7 @@ impl Flow {
             ready!(Pin::new(from).poll_read(cx, &mut read))?;
             let came = read.filled();
             match self.sender {
+                Sender::Client if came.is_empty() => watch.borrow_mut().client_ends()?,
                 Sender::Client => watch.borrow_mut().client_sends(came)?,
                 Sender::Server => watch.borrow_mut().server_answers(came),
             }
@@ -248,6 +274,12 @@ impl Flow {
 
 fn written(count: usize) -> io::Result<usize> {
     if count == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(count) }
+}
+
+/// The TCP stream that a connection to a server runs over.
+fn tcp_under(stream: &dyn Any) -> Option<SharedTcp> {
+    let prefixed = stream.downcast_ref::<Prefixed<UpstreamIo>>().map(Prefixed::stream);
+    prefixed.or_else(|| stream.downcast_ref()).map(|upstream: &UpstreamIo| upstream.tcp().clone())
 }
 
 /// The TCP stream that this is, where it is nothing else.

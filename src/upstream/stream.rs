@@ -46,6 +46,14 @@ impl Idle {
 }
 
 impl UpstreamIo {
+    /// The TCP stream that it runs over.
+    pub fn tcp(&self) -> &SharedTcp {
+        match self {
+            Self::Plain(tcp) => tcp,
+            Self::Tls(tls) => tls.get_ref().0,
+        }
+    }
+
     /// Looks at an idle connection, with one system call where nothing has come. Of TLS it reads what is for TLS itself,
     /// as tickets are.
     pub fn look(&mut self) -> Idle {

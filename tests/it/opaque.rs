@@ -65,6 +65,29 @@ fn openers() -> Vec<Vec<u8>> {
     openers
 }
 
+/// What sidecars and servers have limits for, and where bytes are split: all at which a watch could end too early.
+fn split_openers() -> Vec<Vec<Vec<u8>>> {
+    const LONG: usize = 1024 * 1024 + 200;
+    let head = |line: &str, pad: usize| {
+        let pad = "p".repeat(pad);
+        format!("{line} HTTP/1.1\r\nHost: a\r\nX-Forwarded-Client-Cert: {FORGED}\r\nConnection: close\r\nX-Pad: {pad}\r\n\r\n")
+            .into_bytes()
+    };
+    let long_method = || vec![b'A'; 300];
+    let bytes = |text: &[u8]| text.to_vec();
+    vec![
+        vec![long_method(), head(" /x", 0)],
+        vec![long_method(), head(" /x", LONG)],
+        vec![long_method(), head(&format!(" /x?{}", "p".repeat(LONG)), 0)],
+        vec![vec![b'A'; LONG], head(" /x", 0)],
+        vec![bytes(b"\x01\x02"), head(" /x", 0)],
+        vec![bytes(b"\x01\x02"), head(" /x", LONG)],
+        vec![bytes(b"\x01\x02 /x HTTP/1.1"), head("", 0).split_off(9)],
+        vec![bytes(b"GET\t"), head("/x\t", 0)],
+        vec![bytes(b"\xef\xbb"), [&b"\xbf"[..], &head("GET /x", 0)].concat()],
+    ]
+}
+
 /// A server whose program prints `port N`.
 fn printing(program: &str, arguments: &[&str]) -> (Daemon, SocketAddr) {
     let daemon = Daemon::start(program, arguments, &[]);
@@ -100,6 +123,17 @@ fn send(mut stream: impl Read + Write, opener: &[u8]) -> String {
         }
     }
     String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// The same for an opener in parts, each read by itself.
+fn send_parts(mut stream: impl Read + Write, parts: &[Vec<u8>]) -> String {
+    for part in parts {
+        let _ = stream.write_all(part);
+        let _ = stream.flush();
+        // No condition shows that the proxy has read it.
+        thread::sleep(Duration::from_millis(150));
+    }
+    send(stream, b"")
 }
 
 fn plain(address: SocketAddr) -> TcpStream {
@@ -156,7 +190,91 @@ fn no_opener_reaches(service: SocketAddr) {
             }
         }
     }
+    let sidecar = TlsCaller::new(Some(&mine), &["outrigger-tcp"]);
+    for parts in split_openers() {
+        for (way, answer) in [
+            ("byte stream of a sidecar", send_parts(sidecar.connect(strict.inbound()), &parts)),
+            ("plaintext", send_parts(plain(open.inbound()), &parts)),
+        ] {
+            if answer.contains("caller=") {
+                let begin: Vec<_> =
+                    parts.iter().map(|part| part[..part.len().min(20)].escape_ascii()).collect();
+                let _ = writeln!(wrong, "by {way}: {begin:?} got {answer}");
+            }
+        }
+    }
     assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// How a client, or the proxy, may end a connection on which part of a request has passed.
+#[derive(Clone, Copy)]
+enum Ends {
+    Orderly,
+    Reset,
+    /// By sending what is cut.
+    Cut(&'static [u8]),
+}
+
+/// Some servers take the end of the stream for that of the line and of the header: they may see a reset only.
+#[track_caller]
+fn no_end_completes_a_request(server: &Daemon, service: SocketAddr) {
+    let forged = "\u{1}\u{2} /x HTTP/1.1\r\nX-Forwarded-Client-Cert: admin\r\n";
+    let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{service}\"\n"));
+    for (parts, ends) in [
+        (&["\u{1}\u{2} /x HTTP/1.1"][..], Ends::Orderly),
+        (&["\u{1}\u{2}", " /x HTTP/1.1"], Ends::Orderly),
+        (&["GET x HTTP/1.1"], Ends::Orderly),
+        (&["\u{1}\u{2} /x HTTP/1.1"], Ends::Reset),
+        (&["\u{1}\u{2} /x HTTP/1.1"], Ends::Cut(b"\r\n\r\n")),
+        (&["\u{1}\u{2}", &forged[2..]], Ends::Orderly),
+        (&["\u{1}\u{2}", &forged[2..]], Ends::Reset),
+    ] {
+        let mut stream = plain(proxy.inbound());
+        for part in parts {
+            stream.write_all(part.as_bytes()).expect("write");
+            thread::sleep(Duration::from_millis(150));
+        }
+        match ends {
+            Ends::Orderly => stream.shutdown(std::net::Shutdown::Write).expect("shutdown"),
+            Ends::Reset => socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("linger"),
+            Ends::Cut(bytes) => stream.write_all(bytes).expect("write"),
+        }
+        if !matches!(ends, Ends::Reset) {
+            let answer = send(stream, b"");
+            assert!(!answer.contains("caller="), "{parts:?}: {answer}");
+        }
+    }
+    // The server takes one connection after the other.
+    assert!(
+        send(plain(service), b"GET /last HTTP/1.0\r\nX-Forwarded-Client-Cert: last\r\n\r\n")
+            .contains("caller=last")
+    );
+    let output = server.wait_for_output("request last");
+    assert_eq!(output.matches("request ").count(), 1, "{output}");
+}
+
+#[test]
+fn no_end_of_a_stream_completes_a_request_for_python() {
+    let Some(python) = python_with("wsgiref") else { return };
+    let script = peer_script("caller_echo.py").display().to_string();
+    let start = || printing(&python.display().to_string(), &[&script]);
+    // Or else the test would show nothing.
+    let (_python, address) = start();
+    let mut stream = plain(address);
+    stream.write_all(b"\x01\x02 /x HTTP/1.1\r\nX-Forwarded-Client-Cert: admin").expect("write");
+    stream.shutdown(std::net::Shutdown::Write).expect("shutdown");
+    assert!(send(stream, b"").contains("caller=admin"), "the end of the stream ends a header");
+    let (python, address) = start();
+    no_end_completes_a_request(&python, address);
+}
+
+#[test]
+fn no_end_of_a_stream_completes_a_request_for_a_jdk_server() {
+    if has_tool(&["java"]) {
+        let script = peer_script("CallerEcho.java").display().to_string();
+        let (java, address) = printing("java", &[&script]);
+        no_end_completes_a_request(&java, address);
+    }
 }
 
 #[test]
@@ -434,4 +552,47 @@ fn tls_passes_through_a_tunnel() {
     let tls = TlsCaller::new(None, &[]).over(client.stream);
     let said = TlsCaller::say_on(tls, "GET / HTTP/1.1\r\n\r\n");
     assert!(said.as_ref().is_ok_and(|said| said.ends_with("hello")), "{said:?}");
+}
+
+/// Some servers read the PROXY protocol, and HTTP behind it. Split after five bytes its signature passed as opaque.
+#[test]
+fn a_split_signature_of_the_proxy_protocol_is_refused() {
+    let (server, seen) = echo(b"");
+    let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
+    let request = b"GET /x HTTP/1.1\r\nHost: a\r\nX-Forwarded-Client-Cert: admin\r\n\r\n";
+    let v2 =
+        [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\x7f\0\0\x01\0\x01\0\x02"[..], request].concat();
+    for at in [1, 4, 5, 9, 11, 12, 30] {
+        let parts = [v2[..at].to_vec(), v2[at..].to_vec()];
+        let answer = send_parts(plain(proxy.inbound()), &parts);
+        assert!(answer.starts_with("HTTP/1.1 400 "), "split at {at}: {answer}");
+        assert!(seen.lock().expect("no panic").is_empty(), "split at {at}");
+    }
+}
+
+/// The same in a CONNECT tunnel: it was kept without limit, also over the drain, and passed on what is not HTTP.
+#[test]
+fn a_tunnel_to_an_http_server_that_speaks_first_gets_requests_only() {
+    let (server, seen) = echo(b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64");
+    let mut proxy = Proxy::start(format!(
+        "[runtime]\ndrain_timeout = \"10m\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{}\"]\n",
+        server.address()
+    ));
+    let tunnel = || {
+        let mut client = RawClient::connect(proxy.outbound());
+        client.send("CONNECT up:80 HTTP/1.1\r\nHost: up:80\r\n\r\n");
+        client.read_until(b"\r\n\r\n");
+        // No condition shows that the proxy has read the server's first bytes.
+        thread::sleep(Duration::from_millis(200));
+        client
+    };
+    let mut client = tunnel();
+    client.send(REDIS);
+    let (answer, closed) = client.read_to_close();
+    assert!(closed && answer.starts_with(b"HTTP/1.1 400 "), "{}", answer.escape_ascii());
+    assert!(seen.lock().expect("no panic").is_empty());
+    let mut silent = tunnel();
+    proxy.signal("TERM");
+    assert!(silent.read_to_close().1, "it ends with the drain");
+    assert_eq!(proxy.wait().code(), Some(0));
 }

@@ -7,6 +7,7 @@ public class CallerEcho {
         HttpServer server = HttpServer.create(new InetSocketAddress("127.0.0.1", 0), 50);
         server.createContext("/", exchange -> {
             String caller = exchange.getRequestHeaders().getFirst("X-Forwarded-Client-Cert");
+            System.out.println("request " + caller);
             byte[] body = ("caller=" + caller + "\n").getBytes();
             exchange.sendResponseHeaders(200, body.length);
             exchange.getResponseBody().write(body);

@@ -5,6 +5,7 @@ from wsgiref.simple_server import make_server
 
 
 def answer(environ, start_response):
+    print("request", environ.get("HTTP_X_FORWARDED_CLIENT_CERT"), flush=True)
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [f"caller={environ.get('HTTP_X_FORWARDED_CLIENT_CERT')}\n".encode()]
 

@@ -7,14 +7,26 @@
 use super::Spoken;
 
 /// The client connection preface of HTTP/2 (RFC 9113 §3.4).
-pub(super) const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How a version begins.
+pub(super) const HTTP_NAME: &[u8] = b"HTTP/";
 /// Text without a line end counts as HTTP from this length on: the parser then says that it is too long.
 const LONGEST_LINE: usize = 4096;
-/// A word that is longer, and not followed by a blank, begins no request of a known client.
+/// A longer token counts as an HTTP method, too: the parser refuses it.
 const LONGEST_METHOD: usize = 256;
 /// The signatures of the PROXY protocol, behind which some servers read HTTP.
 const PROXY_V1: &[u8] = b"PROXY ";
 const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+
+/// Classifies what a client sent first and ended its stream behind. Some servers take the end of the stream for that of
+/// the line and of the header.
+pub fn classify_ended(bytes: &[u8]) -> Spoken {
+    let line = [bytes, b"\n"].concat();
+    match bytes {
+        [] => Spoken::Nothing,
+        _ => classify(&line).unwrap_or(Spoken::Other),
+    }
+}
 
 /// Classifies what a client sent first. `None`: more bytes are needed.
 pub fn classify(bytes: &[u8]) -> Option<Spoken> {
@@ -32,6 +44,9 @@ pub fn classify(bytes: &[u8]) -> Option<Spoken> {
     }
     if bytes.starts_with(PROXY_V1) || bytes.starts_with(PROXY_V2) {
         return Some(Spoken::Http1);
+    }
+    if PROXY_V2.starts_with(bytes) {
+        return None;
     }
     let skipped = skippable(bytes);
     let (before, rest) = bytes.split_at(skipped);
@@ -57,7 +72,7 @@ fn classify_partial_line(line: &[u8], may_wait: bool) -> Option<Spoken> {
     let word = line.iter().take_while(|byte| is_token_byte(**byte)).count();
     let (method, rest) = line.split_at(word);
     if word > LONGEST_METHOD {
-        return Some(Spoken::Other);
+        return Some(Spoken::Http1);
     }
     match rest {
         [] if may_wait => None,
@@ -115,7 +130,7 @@ fn is_target(word: &[u8]) -> bool {
 /// `HTTP/1.1`, or another protocol's name and version: some servers do not compare the name.
 fn ends_in_version(word: &[u8]) -> bool {
     matches!(word, [.., b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit())
-        || word.windows(5).any(|five| five.eq_ignore_ascii_case(b"HTTP/"))
+        || word.windows(HTTP_NAME.len()).any(|part| part.eq_ignore_ascii_case(HTTP_NAME))
 }
 
 /// Skipped by some server before a request: blanks, controls, and what Latin-1 counts as white space.
@@ -129,7 +144,7 @@ pub(super) const fn separates_words(byte: u8) -> bool {
 }
 
 /// Not part of text.
-const fn is_control(byte: u8) -> bool {
+pub(super) const fn is_control(byte: u8) -> bool {
     byte.is_ascii_control() && !separates_words(byte)
 }
 
@@ -143,7 +158,6 @@ const fn is_token_byte(byte: u8) -> bool {
 /// Whether a server that spoke first speaks HTTP: the SETTINGS frame that HTTP/2 begins with, or a response, as sent
 /// to a client that is too slow. `None`: more bytes are needed.
 pub fn server_speaks_http(bytes: &[u8]) -> Option<bool> {
-    const RESPONSE: &[u8] = b"HTTP/";
     // The length is a multiple of six below 64 KiB; type 4, no flags, stream 0 (RFC 9113 §6.5).
     let settings = match bytes {
         [0, _, _, kind, flags, stream @ ..] => {
@@ -152,10 +166,10 @@ pub fn server_speaks_http(bytes: &[u8]) -> Option<bool> {
         [0, ..] | [] => true,
         _ => false,
     };
-    let response = bytes.iter().zip(RESPONSE).all(|(byte, expected)| byte == expected);
+    let response = bytes.iter().zip(HTTP_NAME).all(|(byte, expected)| byte == expected);
     match () {
         () if settings => (bytes.len() >= 9).then_some(true),
-        () if response => (bytes.len() >= RESPONSE.len()).then_some(true),
+        () if response => (bytes.len() >= HTTP_NAME.len()).then_some(true),
         () => Some(false),
     }
 }
