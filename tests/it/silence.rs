@@ -294,3 +294,22 @@ fn a_kernel_without_ipv6_gets_ipv4() {
     assert_eq!(ask(local(probe), "/live"), 200);
     assert!(proxy.stderr().contains("has no IPv6"), "{}", proxy.stderr());
 }
+
+/// Before the handshake no client has an identity: under `strict` that closed a connection after a second, and wrote a line
+/// to the log on nearly every good one.
+#[test]
+fn a_slow_client_hello_is_served_under_strict() {
+    let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
+    let proxy = callee(&pki, service.address(), "");
+    let mine = pki.issue("checkout", |_| {});
+    let caller = TlsCaller::new(Some(&mine), &[]);
+    for wait in [Duration::ZERO, Duration::from_millis(1500)] {
+        let stream = TcpStream::connect(proxy.inbound()).expect("connect");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        // The time that the client takes.
+        thread::sleep(wait);
+        let answer = TlsCaller::say_on(caller.over(stream), GET);
+        assert!(answer.as_ref().is_ok_and(|answer| answer.ends_with("hello")), "after {wait:?}: {answer:?}");
+    }
+    assert!(!proxy.stderr().contains("asked to leave"), "{}", proxy.stderr());
+}

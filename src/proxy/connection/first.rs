@@ -8,7 +8,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Connection, ConnectionError, HEADER_TIMEOUT, spoken::Plain};
+use super::{Connection, ConnectionError, HEADER_TIMEOUT, LAST_CALL, spoken::Plain};
 use crate::{
     config::Mtls,
     proxy::{
@@ -16,7 +16,7 @@ use crate::{
         detect::{Detector, Spoken, server_speaks_http},
         redirected,
     },
-    runtime::LocalCluster,
+    runtime::{LocalCluster, drain_phase},
     upstream::stream::UpstreamIo,
 };
 
@@ -72,7 +72,7 @@ impl Connection {
         let may_be_server = |behind: &&Rc<LocalCluster>| {
             mtls != Mtls::Strict && self.byte_rules(behind, agreed).may_be_server_first()
         };
-        let mut leaving = pin!(self.closing());
+        let mut leaving = pin!(self.draining());
         let Some(behind) = behind.filter(may_be_server) else {
             return tokio::select! {
                 biased;
@@ -121,6 +121,15 @@ impl Connection {
             }
         };
         first_of(detector, stream, server, ended).await
+    }
+}
+
+impl Connection {
+    /// Waits until the process has drained for a moment, in which a client that has just connected still sends something.
+    /// Nothing else ends a connection on which nothing was sent: before the TLS handshake no client has an identity.
+    pub(super) async fn draining(&self) {
+        self.reached(drain_phase(&self.side)).await;
+        sleep(LAST_CALL).await;
     }
 }
 

@@ -128,7 +128,7 @@ impl Connection {
         tokio::select! {
             biased;
             spoken = detector.spoken(stream) => Ok(Some(spoken?)),
-            () = self.closing() => Ok(None),
+            () = self.draining() => Ok(None),
             () = sleep(HEADER_TIMEOUT) => Err(NO_BYTE),
         }
     }
@@ -299,11 +299,11 @@ impl Connection {
                 }
             };
             tokio::select! {
-                () = self.closing() => Ended::Drains,
+                () = self.draining() => Ended::Drains,
                 () = too_late => Ended::TooLate,
             }
         };
-        let takes_bytes = dialled.is_some();
+        let mut takes_bytes = dialled.is_some();
         let first = match dialled {
             Some((io, in_use)) => {
                 let server = Server { io, in_use, said: Bytes::new() };
@@ -322,7 +322,13 @@ impl Connection {
             First::Client(spoken) => (spoken, None),
             First::ClientDialled(spoken, server) => (spoken, Some(server)),
             First::Server(server) => (Spoken::Nothing, Some(server)),
-            First::HttpServer => (detector.spoken(&mut stream).await?, None),
+            First::HttpServer => {
+                takes_bytes = false;
+                match Box::pin(self.request_after_greeting(&mut detector, &mut stream)).await? {
+                    Some(spoken) => (spoken, None),
+                    None => return Ok(()),
+                }
+            }
         };
         let begun = detector.into_bytes();
         match spoken {
