@@ -128,6 +128,10 @@ pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: 
 const NO_CLIENT_CERTIFICATE: ConnectionError =
     ConnectionError::Cut("it shows no client certificate, which `inbound.mtls` asks for by now");
 
+const DISTRUSTED: ConnectionError = ConnectionError::Cut(
+    "its peer's certificate is not trusted any more, and a byte stream cannot be asked to close",
+);
+
 /// Why a connection ended other than well.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectionError {

@@ -39,6 +39,7 @@ pub fn join(
                 tracing::debug!(?ended, "upgraded connection ended");
             }
             () = connection.upgrade_revoked() => {}
+            () = connection.stream_distrusted() => {}
         }
     });
 }

@@ -376,6 +376,51 @@ fn live_tunnels_and_upgrades_end_when_strict_comes() {
     }
 }
 
+/// A byte stream cannot be asked to close: it is cut when its peer is revoked; a peer that is still trusted keeps its own,
+/// even when its certificate has expired since.
+#[test]
+fn byte_streams_end_when_their_peer_is_revoked() {
+    let (pki, echo) = (Pki::new(), echo_server());
+    let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
+    let trusted = pki.issue("checkout", |_| {});
+    let port = echo.address().port();
+    for (protocol, alpn, opening, answer) in
+        [("tcp", &[][..], "bytes", &b"bytes"[..]), ("auto", &["http/1.1"], UPGRADE, b"\r\n\r\n")]
+    {
+        let crl = pki.revoke(&[1]);
+        let proxy = Proxy::start(format!(
+            "{}crl = {crl:?}\n[inbound]\nforward_to = \"{}\"\n[[inbound.port]]\nport = {port}\nprotocol = \"{protocol}\"\n",
+            pki.identity("payments"),
+            echo.address()
+        ));
+        let expires = std::time::SystemTime::now() + Duration::from_secs(5);
+        let expiring = pki.issue("checkout", |p| p.not_after = expires.into());
+        let open = |certificate| {
+            let mut stream = TlsCaller::new(Some(certificate), alpn).connect(proxy.inbound());
+            stream.write_all(opening.as_bytes()).expect("write");
+            let mut seen = Vec::new();
+            while !seen.ends_with(answer) {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).expect("an answer");
+                seen.push(byte[0]);
+            }
+            stream
+        };
+        let (mut cut, mut kept, mut expired) = (open(&revoked), open(&trusted), open(&expiring));
+        pki.revoke(&[1, 4711]);
+        let mut rest = Vec::new();
+        let _ = cut.read_to_end(&mut rest);
+        assert!(rest.is_empty(), "{protocol}: {}", String::from_utf8_lossy(&rest));
+        eventually("the log", || proxy.stderr().contains("is not trusted any more"));
+        eventually("its expiry", || std::time::SystemTime::now() > expires + Duration::from_secs(1));
+        for stream in [&mut kept, &mut expired] {
+            stream.write_all(b"ping").expect("write");
+            let mut pong = [0; 4];
+            stream.read_exact(&mut pong).expect("its stream lives on");
+        }
+    }
+}
+
 /// A reload that leaves a connection allowed does not touch it.
 #[test]
 fn connections_that_are_still_allowed_live_on_over_reloads() {

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::{
-    Connection, ConnectionError, HEADER_TIMEOUT,
+    Connection, ConnectionError, DISTRUSTED, HEADER_TIMEOUT, NO_CLIENT_CERTIFICATE,
     first::{Ended, First, NO_BYTE, Server, first_of},
 };
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
         error::{Context, ProxyError, respond},
         io::{Io, Prefixed},
         opaque::{ByteRules, Verdict, Why},
-        redirected,
+        redirected, target,
         tunnel::{self, relay},
     },
     runtime::LocalCluster,
@@ -251,6 +251,10 @@ impl Connection {
         U: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         if self.side == Side::Inbound {
+            // It may have been silent while the configuration changed.
+            if target::lacks_identity(self) {
+                return Err(NO_CLIENT_CERTIFICATE);
+            }
             authorize::bytes(self, &self.worker.view(), to)?;
         }
         // What a CONNECT led to has been counted with it.
@@ -268,6 +272,7 @@ impl Connection {
         let ended = tokio::select! {
             ended = relayed => ended,
             error = Box::pin(self.no_longer_allowed()) => return Err(error),
+            () = Box::pin(self.stream_distrusted()) => return Err(DISTRUSTED),
         };
         match ended {
             tunnel::End::Closed(result) => Ok(result.map(drop)?),

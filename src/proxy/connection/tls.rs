@@ -20,7 +20,7 @@ use crate::{
     identity::{
         handshake::{self, FailureKind, Met, PortOffer, Proven, Speaks, TlsFailure},
         tls::Offer,
-        trust::Role,
+        trust::{Refusal, Role},
     },
     proxy::{
         accept::Side,
@@ -161,21 +161,38 @@ impl Connection {
         }
     }
 
+    /// Waits until roots or revocation lists come by which the peer of a byte stream is not trusted. That its certificate
+    /// expires does not end a byte stream: a peer that renews in time cannot show the new one on it.
+    pub async fn stream_distrusted(&self) {
+        let store = &self.worker.shared.identity;
+        let mut changes = store.changes();
+        let began = UnixTime::now();
+        let Some((peer, chain)) = self.peer_identity.as_ref().zip(self.presented.as_deref()) else {
+            return pending().await;
+        };
+        while self.distrust(chain, began).is_none() {
+            if changes.changed().await.is_err() {
+                return pending().await;
+            }
+        }
+        tracing::info!(%peer, "a byte stream is cut: its peer is not trusted any more");
+    }
+
+    /// Why a chain is not trusted; none where there is no identity of our own, and so no roots to judge it by.
+    fn distrust(&self, chain: &[CertificateDer<'static>], at: UnixTime) -> Option<Refusal> {
+        let (leaf, intermediates) = chain.split_first()?;
+        let server = self.worker.shared.identity.server();
+        server.as_ref()?.trust.verify(leaf, intermediates, at, Role::Client).err()
+    }
+
     /// Waits until the caller's certificate has expired, or is not trusted any more.
     pub(super) async fn distrusted(&self, chain: &[CertificateDer<'static>]) {
         let store = &self.worker.shared.identity;
         let mut changes = store.changes();
-        let Some((peer, (leaf, intermediates))) = self.peer_identity.as_ref().zip(chain.split_first()) else {
-            return pending().await;
-        };
+        let Some(peer) = &self.peer_identity else { return pending().await };
         loop {
             let left = peer.not_after.duration_since(SystemTime::now()).unwrap_or_default();
-            let refusal = match &*store.server() {
-                // Without an identity of our own nothing can be said of others.
-                None => None,
-                Some(server) => server.trust.verify(leaf, intermediates, UnixTime::now(), Role::Client).err(),
-            };
-            if let Some(refusal) = refusal {
+            if let Some(refusal) = self.distrust(chain, UnixTime::now()) {
                 tracing::info!(%peer, "a caller is asked to leave: {refusal}");
                 return;
             }
