@@ -12,7 +12,7 @@ const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(super) const HTTP_NAME: &[u8] = b"HTTP/";
 /// Text without a line end counts as HTTP from this length on: the parser then says that it is too long.
 const LONGEST_LINE: usize = 4096;
-/// A longer token counts as an HTTP method, too: the parser refuses it.
+/// A longer token counts as an HTTP method without a look at what follows: the parser decides.
 const LONGEST_METHOD: usize = 256;
 /// The signatures of the PROXY protocol, behind which some servers read HTTP.
 const PROXY_V1: &[u8] = b"PROXY ";
