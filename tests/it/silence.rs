@@ -31,10 +31,12 @@ fn silent_connections_end_with_the_drain() {
             "[runtime]\ndrain_timeout = \"10m\"\n[inbound]\nforward_to = \"{address}\"\n\
              [[inbound.port]]\nport = {port}\nprotocol = \"{protocol}\"\n"
         ));
-        let mut silent = RawClient::connect(proxy.inbound());
+        let (mut silent, begun) = (RawClient::connect(proxy.inbound()), Instant::now());
         proxy.signal("TERM");
         assert!(silent.read_to_close().1, "{protocol}: it is closed");
         assert_eq!(proxy.wait().code(), Some(0), "{protocol}");
+        // After ten seconds it is closed without a drain, too.
+        assert!(begun.elapsed() < Duration::from_secs(9), "{protocol}: {:?}", begun.elapsed());
     }
 }
 
