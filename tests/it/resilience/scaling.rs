@@ -211,8 +211,9 @@ fn under_load(what: &str, deployment: &mut Deployment, steps: impl FnOnce(&mut D
         steps(deployment, &seen);
     });
     let (sent, failed) = (seen.sent(), seen.failed.into_inner().expect("no panic"));
-    // A request has three attempts, and four of five endpoints begin to reset at the same moment.
-    let unavoidable = if deployment.gone == Gone::Resets { CLIENTS } else { 0 };
+    // A request has three attempts, and four of five endpoints begin to reset at the same moment: until two are ejected and
+    // DNS has been asked, which takes a few requests of each client, some meet three of them.
+    let unavoidable = if deployment.gone == Gone::Resets { 2 * CLIENTS } else { 0 };
     let rate = sent as f64 / began.elapsed().as_secs_f64();
     let _ = writeln!(
         std::io::stderr(),
@@ -229,7 +230,8 @@ fn under_load(what: &str, deployment: &mut Deployment, steps: impl FnOnce(&mut D
     );
 }
 
-/// Issue 14, fault 20: 192 of 8,051 GETs were lost. One replica, five, one, three.
+/// Issue 14, fault 20: 192 of 8,051 GETs were lost. One replica, five, one, three. A removed replica refuses connections, as a pod
+/// does that is gone; or, worse than a cluster does it, its address accepts and resets them.
 #[test]
 fn scaling_under_a_long_ttl_loses_no_get() {
     for gone in [Gone::Refuses, Gone::Resets] {
