@@ -33,6 +33,8 @@ pub enum HeadError {
     TargetByte(u8),
     #[error("a field of its header is malformed")]
     Field,
+    #[error("a line of its head ends with LF without CR")]
+    LineEnd,
     #[error("it has more than {MAX_FIELDS} fields")]
     TooManyFields,
     #[error("it has more than {} bytes", super::MAX_HEAD_BYTES)]
@@ -232,6 +234,10 @@ impl<'a> Head<'a> {
     fn new(input: &'a [u8], length: usize) -> Result<Self, HeadError> {
         let found = input.get(..length).filter(|head| head.len() <= super::MAX_HEAD_BYTES);
         let found = found.ok_or(HeadError::TooLarge)?;
+        // The ends of the lines between are looked at where the fields are read.
+        if !found.ends_with(b"\r\n\r\n") || found.first() == Some(&b'\n') {
+            return Err(HeadError::LineEnd);
+        }
         Ok(Self { found, copy: Bytes::copy_from_slice(found) })
     }
 
@@ -245,6 +251,12 @@ impl<'a> Head<'a> {
         }
     }
 
+    /// Whether CR LF stands before a field: the parser takes a bare LF for the end of a line (RFC 9112 §2.2).
+    fn follows_line_end(&self, name: &str) -> bool {
+        let begin = name.as_ptr().addr().wrapping_sub(self.found.as_ptr().addr());
+        begin.checked_sub(2).and_then(|at| self.found.get(at..begin)) == Some(b"\r\n")
+    }
+
     fn fields(
         &self,
         parsed: &[httparse::Header<'_>],
@@ -256,6 +268,9 @@ impl<'a> Head<'a> {
         let mut spelling = keep_spelling.then(Spelling::default);
         let (mut present, mut connection) = (Present::default(), Wish::default());
         for field in parsed {
+            if !self.follows_line_end(field.name) {
+                return Err(HeadError::LineEnd);
+            }
             if connection.takes(field.name, field.value) {
                 continue;
             }

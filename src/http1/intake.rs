@@ -199,7 +199,6 @@ fn empty_lines(bytes: &[u8]) -> usize {
     loop {
         match &bytes[at..] {
             [b'\r', b'\n', ..] => at += 2,
-            [b'\n', ..] => at += 1,
             _ => return at,
         }
     }

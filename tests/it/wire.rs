@@ -16,7 +16,7 @@ use crate::support::{
     text,
 };
 
-fn config(server: SocketAddr) -> String {
+pub fn config(server: SocketAddr) -> String {
     format!(
         "[inbound]\nforward_to = \"{server}\"\n\
          [[upstream]]\nname = \"up\"\nendpoints = [\"{server}\"]\nlisten = \"127.0.0.1:0\"\n"
@@ -61,7 +61,7 @@ fn read(proxy: &Proxy, path: &str) -> String {
 }
 
 /// `outrigger_rejected_total` of what was malformed.
-fn malformed(proxy: &Proxy, upstream: &str) -> u64 {
+pub fn malformed(proxy: &Proxy, upstream: &str) -> u64 {
     let name = format!("outrigger_rejected_total{{upstream=\"{upstream}\",reason=\"malformed\"}} ");
     read(proxy, "/metrics")
         .lines()
@@ -78,7 +78,7 @@ fn malformed_anywhere(proxy: &Proxy) -> u64 {
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
 
-fn last_request(proxy: &Proxy) -> Value {
+pub fn last_request(proxy: &Proxy) -> Value {
     let all: Value = serde_json::from_str(&read(proxy, "/requests")).expect("JSON");
     let list = all.as_array().or_else(|| all["requests"].as_array()).expect("a list");
     list.first().cloned().unwrap_or_default()
@@ -137,6 +137,10 @@ fn what_the_parser_refuses_is_told_of() {
         ("GET /a#frag HTTP/1.1\r\nHost: up\r\n\r\n".to_owned(), 400, "a fragment", "/a#frag"),
         ("GET /v HTTP/1.7\r\nHost: up\r\n\r\n".to_owned(), 400, "version", "/v"),
         ("GET /f HTTP/1.1\r\nHost: up\r\na b: c\r\n\r\n".to_owned(), 400, "field", "/f"),
+        ("GET /n HTTP/1.1\nHost: up\r\n\r\n".to_owned(), 400, "LF without CR", "/n"),
+        ("GET /n HTTP/1.1\r\nHost: up\na: b\r\n\r\n".to_owned(), 400, "LF without CR", "/n"),
+        ("GET /n HTTP/1.1\r\nHost: up\n\r\n".to_owned(), 400, "LF without CR", "/n"),
+        ("GET /n HTTP/1.1\r\nHost: up\r\n\n".to_owned(), 400, "LF without CR", "/n"),
         (format!("GET /m HTTP/1.1\r\n{many}\r\n"), 431, "100 fields", "/m"),
         (format!("GET /l HTTP/1.1\r\na: {long}\r\n\r\n"), 431, "65536 bytes", "/l"),
         (
@@ -210,6 +214,30 @@ fn every_malformed_request_is_counted_once() {
     }
 }
 
+/// A service's head is held to the same line ends: what one reader takes for a line, another does not.
+#[test]
+fn a_response_head_with_a_bare_lf_is_refused() {
+    let heads = [
+        "HTTP/1.1 200 OK\nContent-Length: 2\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nA: b\nContent-Length: 2\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 2\n\r\n",
+    ];
+    let server = server(move |request| {
+        let at: usize = request.target().trim_start_matches('/').parse().expect("a number");
+        format!("{}ok", heads[at]).into_bytes()
+    });
+    let proxy =
+        Proxy::start(format!("[defaults]\nretry = false\nbreaker = false\n{}", config(server.address())));
+    for at in 0..heads.len() {
+        for address in both(&proxy) {
+            let answer = RawClient::connect(address).ask(format!("GET /{at} HTTP/1.1\r\nHost: up\r\n\r\n"));
+            assert_eq!(answer.status(), 502, "{:?}: {answer:?}", heads[at]);
+            assert!(answer.text().contains("LF without CR"), "{}", answer.text());
+        }
+    }
+}
+
 /// The client's mistake is the client's, wherever in the body it comes, and no upstream is blamed for it.
 #[test]
 fn a_malformed_body_is_a_400_wherever_it_comes() {
@@ -237,6 +265,8 @@ fn a_malformed_body_is_a_400_wherever_it_comes() {
         ("5\r\nhello!\r\n0\r\n\r\n".to_owned(), "does not end"),
         (format!("{long}zz\r\n"), "chunk size"),
         (format!("{long}0\r\na: b\n\r\n"), "LF without CR"),
+        ("5\nhello\r\n0\r\n\r\n".to_owned(), "chunk size"),
+        ("5\r\nhello\n0\r\n\r\n".to_owned(), "does not end"),
         (format!("{long}0\r\nno colon\r\n\r\n"), "trailers are malformed"),
         (format!("0\r\na: {}\r\n\r\n", "x".repeat(70_000)), "65536 bytes"),
         (extensions, "16384 bytes"),
@@ -306,7 +336,7 @@ fn a_length_on_head_is_a_number_or_no_answer() {
 // ---------------------------------------------------------------------------------------------------------------
 // What is carried
 
-const ODD: [&[u8]; 7] = [
+pub const ODD: [&[u8]; 7] = [
     b"/s?q={\"a\":1}",
     b"/a\"b<c>d`e|f^g\\h[i]{j}",
     b"/caf\xe9/\xff\xfe",

@@ -297,7 +297,11 @@ fn bytes() -> Vec<Case> {
         refused_or_one("Latin-1 in a value passes or not", raw(b"X-A: \xe4"), |request| {
             request.field("x-a").is_some()
         }),
-        refused_or_one("bare LF for every line end", b"GET / HTTP/1.1\nHost: up\n\n".to_vec(), any),
+        refused("bare LF for every line end", b"GET / HTTP/1.1\nHost: up\n\n".to_vec()),
+        refused("a bare LF behind the request line", b"GET / HTTP/1.1\nHost: up\r\n\r\n".to_vec()),
+        refused("a bare LF behind a field", raw(b"X-A: 1\nX-B: 2")),
+        refused("a bare LF behind the last field", b"GET / HTTP/1.1\r\nHost: up\n\r\n".to_vec()),
+        refused("a bare LF for the empty line", b"GET / HTTP/1.1\r\nHost: up\r\n\n".to_vec()),
         refused_or_one("an empty line in front", b"\r\nGET / HTTP/1.1\r\nHost: up\r\n\r\n".to_vec(), any)
             .only(Listener::Outbound),
         refused("a NUL in front", b"\0GET / HTTP/1.1\r\nHost: up\r\n\r\n".to_vec()).only(Listener::Outbound),
