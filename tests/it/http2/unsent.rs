@@ -9,10 +9,13 @@ use std::{
     thread,
 };
 
+use http_body_util::BodyExt;
+
 use super::proxy;
 use crate::support::{
-    PATIENCE, Proxy, RawClient, RawServer,
+    PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
     h2::{END_STREAM, Frame, GOAWAY, H2Client, RST_STREAM, SETTINGS, block, frame},
+    text,
 };
 
 const OFF: &str = "retry = false\nbreaker = false";
@@ -153,4 +156,43 @@ fn no_request_is_lost_where_connections_age() {
         assert_eq!(post_all(&proxy, 10), [200; 10]);
     }
     assert_eq!(answered.load(Ordering::Relaxed), 200);
+}
+
+/// With `retry = false` a body is kept as far as a refused stream could need it again: by 400 clients no more than 64 KiB each,
+/// however small the pieces are that it comes in.
+#[test]
+fn what_is_kept_of_bodies_without_retries_is_bounded() {
+    const CLIENTS: usize = 400;
+    const PIECES: usize = 3800;
+    let came = Arc::<AtomicUsize>::default();
+    let counted = Arc::clone(&came);
+    let upstream = Upstream::h2c(move |request| {
+        let came = Arc::clone(&counted);
+        async move {
+            let mut body = request.into_body();
+            while let Some(Ok(frame)) = body.frame().await {
+                came.fetch_add(frame.data_ref().map_or(0, bytes::Bytes::len), Ordering::Relaxed);
+            }
+            text("ok")
+        }
+    });
+    let proxy = proxy(upstream.address(), OFF);
+    let mut clients: Vec<RawClient> = (0..CLIENTS).map(|_| RawClient::connect(proxy.outbound())).collect();
+    for client in &mut clients {
+        client.send("POST / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n");
+    }
+    eventually("all requests", || came.load(Ordering::Relaxed) == CLIENTS);
+    let before = proxy.resident_kib();
+    let pieces = "10\r\nsixteen bytes...\r\n".repeat(PIECES);
+    for client in &mut clients {
+        client.send(&pieces);
+    }
+    eventually("all of the bodies", || came.load(Ordering::Relaxed) == CLIENTS * (1 + 16 * PIECES));
+    let grown = proxy.resident_kib().saturating_sub(before);
+    // What they have sent, and as much again for the room it lies in.
+    assert!(grown < 2 * 64 * CLIENTS as u64, "{grown} KiB for {CLIENTS} uploads");
+    for client in &mut clients {
+        client.send("0\r\n\r\n");
+        assert_eq!(client.response().expect("well-formed").expect("a response").status(), 200);
+    }
 }
