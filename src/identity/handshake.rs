@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc, time::SystemTime};
 
-use rustls::{AlertDescription, HandshakeKind, server::Acceptor};
+use rustls::{AlertDescription, HandshakeKind, ProtocolVersion, server::Acceptor};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
@@ -188,6 +188,8 @@ pub struct Met<IO> {
     /// None: it showed no certificate, and needed none.
     pub proven: Option<Proven>,
     pub speaks: Option<Speaks>,
+    /// By TLS 1.2, which `min_tls` may rule out later.
+    pub tls12: bool,
     /// It had been met before, and no certificate was shown anew.
     pub resumed: bool,
 }
@@ -243,12 +245,13 @@ where
         Some(ALPN_BYTE_STREAM) => Some(Speaks::ByteStream),
         _ => None,
     };
+    let tls12 = tls.protocol_version() == Some(ProtocolVersion::TLSv1_2);
     let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
     let proven = proven(tls.peer_certificates(), &server.trust, Role::Client)?;
     if mandatory && proven.is_none() {
         return Err(of_certificate(&Refusal::Unknown));
     }
-    Ok(Met { stream, proven, speaks, resumed })
+    Ok(Met { stream, proven, speaks, tls12, resumed })
 }
 
 fn of_certificate(refusal: &Refusal) -> TlsFailure {

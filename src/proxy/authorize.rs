@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use http::{HeaderMap, HeaderValue, Request, header::AUTHORIZATION};
+use http::{HeaderMap, HeaderValue, Method, Request, header::AUTHORIZATION};
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -118,6 +118,18 @@ pub fn bytes(connection: &Connection, view: &View, to: &LocalCluster) -> Result<
     let asked = Asked { peer: connection.peer_identity.as_deref(), what: What::Bytes, token: Token::None };
     let decided = gate.rules.decide(&asked).map_err(refused);
     enforce(decided, gate.observe_allow, |error| note(error, gate.observe_allow)).map(drop)
+}
+
+/// Whether the request that a connection was upgraded by would still be let in, as far as that can be told without its token.
+pub fn upgraded(
+    connection: &Connection,
+    view: &View,
+    (method, path): (&Method, &str),
+) -> Result<(), ProxyError> {
+    let Some(gate) = view.snapshot.gate.as_ref().filter(|gate| !gate.observe_allow) else { return Ok(()) };
+    let token = if gate.users.is_some() { Token::Unread } else { Token::None };
+    let peer = connection.peer_identity.as_deref();
+    gate.rules.decide(&Asked { peer, what: What::Call { method, path }, token }).map(drop).map_err(refused)
 }
 
 fn refused(refusal: Refusal) -> ProxyError {

@@ -331,7 +331,7 @@ pub async fn open_tunnel(
         }
         Err(DialError::Failed(error)) => return Err(error),
     };
-    let upgrade = connection.upgrade();
+    let mut upgrade = connection.upgrade(request);
     let inside = connection.inside_tunnel(to);
     spawn_local(async move {
         let _open = inside.worker.shared.metrics.outbound.opened();

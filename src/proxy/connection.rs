@@ -5,6 +5,7 @@ mod http1;
 mod http2;
 mod spoken;
 mod tls;
+mod upgraded;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
@@ -45,11 +46,12 @@ use crate::{
     telemetry::metrics::{Awaited, Detected},
 };
 
-use spoken::Plain;
+use spoken::{BegunBytes, Plain};
 
 pub use http1::body::Body;
 #[cfg(test)]
 pub use http1::link::Link;
+pub use upgraded::Upgrade;
 
 /// From the first byte of a request's head to its last (slowloris).
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,6 +72,8 @@ pub struct Connection {
     pub address: SocketAddr,
     /// Came by TLS that ended here.
     pub tls: bool,
+    /// That was TLS 1.2.
+    pub tls12: bool,
     /// Of the call that HTTP/1 carries now.
     pub interim: Interim,
     /// Whom the caller's certificate proved to be; `None`: plaintext, or TLS without a certificate.
@@ -103,6 +107,7 @@ pub struct Connection {
 #[derive(Debug, Default)]
 struct Found {
     tls: bool,
+    tls12: bool,
     peer_identity: Option<Arc<Peer>>,
     presented: Option<Box<[CertificateDer<'static>]>>,
     redirected_to: Option<SocketAddr>,
@@ -127,6 +132,10 @@ pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: 
 
 const NO_CLIENT_CERTIFICATE: ConnectionError =
     ConnectionError::Cut("it shows no client certificate, which `inbound.mtls` asks for by now");
+const OUTDATED: ConnectionError =
+    ConnectionError::Cut("the configuration does not take it any more, and `drain_timeout` is over");
+const TLS_TOO_OLD: ConnectionError =
+    ConnectionError::Cut("it came by TLS 1.2, which `min_tls` does not allow by now");
 
 const DISTRUSTED: ConnectionError = ConnectionError::Cut(
     "its peer's certificate is not trusted any more, and a byte stream cannot be asked to close",
@@ -170,6 +179,7 @@ impl Connection {
             peer,
             address,
             tls: found.tls,
+            tls12: found.tls12,
             interim: Interim::default(),
             peer_identity: found.peer_identity,
             client_cert: OnceCell::new(),
@@ -196,6 +206,7 @@ impl Connection {
     pub fn inside_tunnel(&self, to: HostPort) -> Rc<Self> {
         self.inside(Found {
             tls: self.tls,
+            tls12: self.tls12,
             peer_identity: self.peer_identity.clone(),
             presented: None,
             redirected_to: None,
@@ -217,7 +228,13 @@ impl Connection {
             self.note_detected(Detected::Declared);
             // No wait for the caller, who may be waiting for the service: so it cannot be seen whether it speaks TLS.
             let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
-            return Box::pin(self.carry(stream, upstream, behind, RequestWatch::off())).await;
+            return Box::pin(self.carry(
+                stream,
+                upstream,
+                behind,
+                (RequestWatch::off(), BegunBytes::default()),
+            ))
+            .await;
         }
         let plain = Plain { behind: behind.as_ref(), mtls, agreed: false };
         match (self.serve_plain(stream, plain).await?, &behind) {
@@ -282,8 +299,14 @@ impl Connection {
         }
         // One place for the future that all wait for: a connection holds as much as its largest moment.
         let revoked: Pin<Box<dyn Future<Output = ()> + '_>> = match &self.presented {
-            None if self.side == Side::Inbound => Box::pin(self.identity_required()),
+            None if self.side == Side::Inbound => Box::pin(self.outdated()),
             None => Box::pin(std::future::pending()),
+            Some(chain) if self.tls12 => Box::pin(async {
+                tokio::select! {
+                    () = self.distrusted(chain) => {}
+                    () = self.outdated() => {}
+                }
+            }),
             Some(chain) => Box::pin(self.distrusted(chain)),
         };
         tokio::select! {
@@ -310,30 +333,15 @@ impl Connection {
         }
     }
 
-    /// Waits until an upgraded connection lacks a client certificate that is asked for by then.
-    pub async fn upgrade_revoked(&self) {
-        match self.side {
-            Side::Inbound if self.peer_identity.is_none() => Box::pin(self.identity_required()).await,
-            _ => std::future::pending().await,
+    /// Why the configuration of now does not take this connection any more, whatever it carries.
+    pub fn refusal_by_now(&self) -> Option<ConnectionError> {
+        if target::lacks_identity(self) {
+            Some(NO_CLIENT_CERTIFICATE)
+        } else if target::has_outdated_tls(self) {
+            Some(TLS_TOO_OLD)
+        } else {
+            None
         }
-    }
-
-    /// The stream of a call, for when its answer changes the protocol.
-    pub fn upgrade(&self) -> Upgrade {
-        let (handover, stream) = oneshot::channel();
-        self.handover.replace(Some(handover));
-        Upgrade(stream)
-    }
-}
-
-/// A stream that changes its protocol.
-#[derive(Debug)]
-pub struct Upgrade(oneshot::Receiver<Box<dyn Io>>);
-
-impl Upgrade {
-    /// The stream, from where the new protocol begins. `None`: it did not come about.
-    pub async fn stream(self) -> Option<Box<dyn Io>> {
-        self.0.await.ok()
     }
 }
 
@@ -346,7 +354,7 @@ struct Leaving {
     settled: bool,
     can_settle: bool,
     left: bool,
-    /// Cuts what is still under way on a connection that lacks a client certificate by now.
+    /// Cuts what is still under way on a connection that the configuration does not take any more.
     cut: Option<Pin<Box<Sleep>>>,
 }
 
@@ -373,7 +381,7 @@ impl Leaving {
         // What it still waits for once it is asked is no change of phase.
         let is_asked = connection.leaving.get();
         self.settled = self.can_settle && !is_asked && !self.phase.has_changed().unwrap_or(true);
-        if self.left && target::lacks_identity(connection) {
+        if self.left && connection.refusal_by_now().is_some() {
             let limit = connection.worker.view().snapshot.config.runtime.drain_timeout;
             self.cut = Some(Box::pin(sleep(*limit)));
         }
@@ -383,7 +391,7 @@ impl Leaving {
     /// Ready when what is still under way has had its time.
     fn poll_cut(&mut self, cx: &mut task::Context<'_>) -> task::Poll<ConnectionError> {
         match &mut self.cut {
-            Some(cut) => cut.as_mut().poll(cx).map(|()| NO_CLIENT_CERTIFICATE),
+            Some(cut) => cut.as_mut().poll(cx).map(|()| OUTDATED),
             None => task::Poll::Pending,
         }
     }

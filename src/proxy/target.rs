@@ -11,7 +11,7 @@ use super::{
     redirected,
 };
 use crate::{
-    config::{HostPort, Mtls, Unknown},
+    config::{HostPort, MinTls, Mtls, Unknown},
     runtime::{LocalCluster, View},
     telemetry::metrics::Way,
 };
@@ -87,6 +87,12 @@ pub fn mtls(connection: &Connection) -> Mtls {
 /// made when none was asked for.
 pub fn lacks_identity(connection: &Connection) -> bool {
     connection.peer_identity.is_none() && mtls(connection) == Mtls::Strict
+}
+
+/// Whether the configuration of now asks for a newer version of TLS than this connection came by.
+pub fn has_outdated_tls(connection: &Connection) -> bool {
+    let min = || connection.worker.view().snapshot.config.identity.as_ref().map(|identity| identity.min_tls);
+    connection.tls12 && min() == Some(MinTls::V13)
 }
 
 /// An upstream by its name in the configuration, for a fallback.

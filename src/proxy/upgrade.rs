@@ -19,7 +19,7 @@ use crate::upstream::{Lease, stream::UpstreamIo};
 /// already.
 pub fn join(
     connection: &Rc<Connection>,
-    callers: Upgrade,
+    mut callers: Upgrade,
     (service, unread): (UpstreamIo, Bytes),
     held: (Lease, Held),
     idle: Option<Duration>,
@@ -38,7 +38,7 @@ pub fn join(
             ended = relay(caller, Prefixed::new(unread, service), RequestWatch::off(), idle, over_at) => {
                 tracing::debug!(?ended, "upgraded connection ended");
             }
-            () = connection.upgrade_revoked() => {}
+            () = callers.revoked(&connection) => {}
             () = connection.stream_distrusted() => {}
         }
     });

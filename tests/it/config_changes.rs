@@ -22,39 +22,39 @@ use crate::support::{
     tokens::{Signer, jwks},
 };
 
-const GET: &str = "GET / HTTP/1.1\r\nHost: payments\r\n\r\n";
-const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+pub const GET: &str = "GET / HTTP/1.1\r\nHost: payments\r\n\r\n";
+pub const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
 
-fn service() -> Upstream {
+pub fn service() -> Upstream {
     Upstream::http1(|_| async { text("reached the service") })
 }
 
-fn admin(proxy: &Proxy, path: &str) -> String {
+pub fn admin(proxy: &Proxy, path: &str) -> String {
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     RawClient::connect(proxy.admin()).ask(request).text()
 }
 
-fn status(proxy: &Proxy) -> Value {
+pub fn status(proxy: &Proxy) -> Value {
     serde_json::from_str(&admin(proxy, "/status")).expect("JSON")
 }
 
-fn is_rejected(proxy: &Proxy) -> bool {
+pub fn is_rejected(proxy: &Proxy) -> bool {
     admin(proxy, "/metrics").lines().any(|line| line == "outrigger_config_rejected 1")
 }
 
-fn plaintext(address: SocketAddr) -> u16 {
+pub fn plaintext(address: SocketAddr) -> u16 {
     RawClient::connect(address).ask(GET).status()
 }
 
 /// `outrigger reload`
-fn reload(proxy: &Proxy, arguments: &[&str]) -> Output {
+pub fn reload(proxy: &Proxy, arguments: &[&str]) -> Output {
     let token = proxy.ready()["admin_token_file"].as_str().expect("a token file").to_owned();
     let admin = proxy.admin().to_string();
     let common = ["reload", "--admin", &admin, "--token-file", &token];
     Command::new(binary()).args(common).args(arguments).output().expect("it runs")
 }
 
-fn strict(pki: &Pki, service: SocketAddr) -> String {
+pub fn strict(pki: &Pki, service: SocketAddr) -> String {
     let identity = pki.identity("payments");
     format!(
         "{identity}[inbound]\nforward_to = \"{service}\"\nmtls = \"strict\"\n[outbound]\nunknown = \"deny\"\n"
@@ -290,7 +290,7 @@ fn certificates_roots_and_revocations_survive_a_slow_writer_and_an_emptied_file(
     }
 }
 
-fn echo_server() -> RawServer {
+pub fn echo_server() -> RawServer {
     RawServer::start(|mut stream| {
         let mut seen = [0; 4096];
         while let Ok(count @ 1..) = stream.read(&mut seen) {

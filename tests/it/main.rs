@@ -34,6 +34,7 @@ mod keys;
 mod kubernetes;
 mod kubernetes_discovery;
 mod lifecycle;
+mod live_connections;
 mod load;
 mod metrics;
 mod opaque;

@@ -94,6 +94,20 @@ impl TlsCaller {
         Self { config: Arc::new(config) }
     }
 
+    /// The same by TLS 1.2.
+    pub fn by_tls12(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
+        let versions = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS12]);
+        let builder = versions.expect("versions").dangerous();
+        let builder = builder.with_custom_certificate_verifier(Arc::new(Gullible(provider())));
+        let mut config = match certificate.map(parsed) {
+            Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("a certificate"),
+            None => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        Self { config: Arc::new(config) }
+    }
+
     #[track_caller]
     pub fn connect(&self, address: SocketAddr) -> TlsSocket {
         let stream = TcpStream::connect(address).expect("connect");

@@ -47,6 +47,21 @@ pub(super) struct Plain<'a> {
     pub agreed: bool,
 }
 
+/// How a tunnel of bytes began, for when the configuration changes under it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BegunBytes {
+    pub spoken: Spoken,
+    /// The client is a sidecar that opened a byte stream.
+    pub agreed: bool,
+}
+
+impl Default for BegunBytes {
+    /// On a port that is declared `tcp` nobody looks at what is spoken.
+    fn default() -> Self {
+        Self { spoken: Spoken::Other, agreed: false }
+    }
+}
+
 impl Connection {
     /// Finds out what the caller speaks and serves it: HTTP call by call, anything else as bytes. TLS that is meant for
     /// us is given back, with what has been read of it.
@@ -106,7 +121,8 @@ impl Connection {
                 let stream = Prefixed::new(begun, stream);
                 // What its greeting names may be another than who was dialled.
                 let server = server.filter(|_| named.is_none());
-                Box::pin(self.serve_bytes(stream, server, behind, (verdict, spoken))).await
+                Box::pin(self.serve_bytes(stream, server, behind, (verdict, BegunBytes { spoken, agreed })))
+                    .await
             }
             (_, None) => {
                 let error = ProxyError::malformed(self.nowhere().to_string());
@@ -139,7 +155,7 @@ impl Connection {
         stream: S,
         server: Option<Box<Server>>,
         behind: &LocalCluster,
-        (verdict, spoken): (Verdict, Spoken),
+        (verdict, begun): (Verdict, BegunBytes),
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -154,14 +170,14 @@ impl Connection {
         };
         if let Some(server) = server {
             let Server { io, in_use: _in_use, said } = *server;
-            return self.carry(stream, Prefixed::new(said, io), behind, watch).await;
+            return self.carry(stream, Prefixed::new(said, io), behind, (watch, begun)).await;
         }
-        let bare = self.outward().is_some() && spoken == Spoken::Tls && redirected::is_simple(behind);
+        let bare = self.outward().is_some() && begun.spoken == Spoken::Tls && redirected::is_simple(behind);
         let (upstream, _in_use) = match bare {
             true => Box::pin(connect::dial_bare(self, behind)).await?,
             false => Box::pin(connect::dial(self, behind)).await?,
         };
-        self.carry(stream, upstream, behind, watch).await
+        self.carry(stream, upstream, behind, (watch, begun)).await
     }
 
     /// What holds for bytes on this connection.
@@ -185,7 +201,7 @@ impl Connection {
     }
 
     /// What to write so that bytes pass.
-    fn remedy(&self) -> String {
+    pub(super) fn remedy(&self) -> String {
         match &self.side {
             Side::Inbound => {
                 let config = &self.worker.view().snapshot.config;
@@ -244,7 +260,7 @@ impl Connection {
         stream: S,
         upstream: U,
         to: &LocalCluster,
-        watch: RequestWatch,
+        (watch, begun): (RequestWatch, BegunBytes),
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -271,7 +287,7 @@ impl Connection {
         let relayed = relay(stream, upstream, watch, policy.tunnel_idle_timeout.limit(), over_at);
         let ended = tokio::select! {
             ended = relayed => ended,
-            error = Box::pin(self.no_longer_allowed()) => return Err(error),
+            error = Box::pin(self.no_longer_allowed(begun)) => return Err(error),
             () = Box::pin(self.stream_distrusted()) => return Err(DISTRUSTED),
         };
         match ended {
@@ -351,7 +367,13 @@ impl Connection {
                     verdict => verdict,
                 };
                 let stream = Prefixed::new(begun, stream);
-                Box::pin(self.serve_bytes(stream, server, to, (verdict, spoken))).await
+                Box::pin(self.serve_bytes(
+                    stream,
+                    server,
+                    to,
+                    (verdict, BegunBytes { spoken, agreed: false }),
+                ))
+                .await
             }
         }
     }

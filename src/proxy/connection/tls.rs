@@ -14,7 +14,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Connection, ConnectionError, Found, HEADER_TIMEOUT, NO_CLIENT_CERTIFICATE, spoken::Plain};
+use super::{
+    Connection, ConnectionError, Found, HEADER_TIMEOUT,
+    spoken::{BegunBytes, Plain},
+};
 use crate::{
     config::{Mtls, Protocol},
     identity::{
@@ -26,7 +29,9 @@ use crate::{
         accept::Side,
         authorize, connect,
         detect::{RequestWatch, Spoken},
+        error::ProxyError,
         io::{Prefixed, SharedTcp},
+        opaque::Verdict,
         target,
     },
     runtime::LocalCluster,
@@ -48,13 +53,14 @@ fn too_slow() -> TlsFailure {
 
 impl Connection {
     /// The connection inside of TLS, which this one has turned out to be.
-    fn inside_tls(&self, proven: Option<Proven>) -> Rc<Self> {
+    fn inside_tls(&self, proven: Option<Proven>, tls12: bool) -> Rc<Self> {
         let (peer_identity, presented) = match proven {
             Some(Proven { peer, chain, .. }) => (Some(Arc::new(peer)), Some(chain.into())),
             None => (None, None),
         };
         self.inside(Found {
             tls: true,
+            tls12,
             peer_identity,
             presented,
             redirected_to: self.redirected_to,
@@ -86,7 +92,7 @@ impl Connection {
         };
         // Kilobytes that are free again when it is over, and so lie apart from what an idle connection holds.
         let met = Box::pin(timeout(HEADER_TIMEOUT, handshake)).await.unwrap_or_else(|_| Err(too_slow()));
-        let Met { stream, proven, speaks, resumed } = met.map_err(|failure| {
+        let Met { stream, proven, speaks, tls12, resumed } = met.map_err(|failure| {
             counts.failed(failure.kind);
             // Repetitions are held back by the log.
             tracing::warn!(peer = ?self.peer, "a caller was refused: {failure}");
@@ -95,13 +101,14 @@ impl Connection {
         counts.done(resumed);
         let by = if proven.is_some() { Tls::Mutual } else { Tls::Server };
         let _protected = worker.shared.metrics.inbound.protected(by);
-        let inside = self.inside_tls(proven);
+        let inside = self.inside_tls(proven, tls12);
         // Futures hold what they are given more than once: a pointer, rather than all the state of TLS.
         let stream = Box::new(stream);
         match speaks {
             _ if protocol == Protocol::Tcp => {
                 let (upstream, _in_use) = Box::pin(connect::dial(&inside, behind)).await?;
-                Box::pin(inside.carry(stream, upstream, behind, RequestWatch::off())).await
+                Box::pin(inside.carry(stream, upstream, behind, (RequestWatch::off(), BegunBytes::default())))
+                    .await
             }
             Some(Speaks::H2) => Box::pin(inside.serve_http2(stream)).await,
             Some(Speaks::Http1) => inside.serve_http1(stream, Bytes::new()).await,
@@ -133,30 +140,40 @@ impl Connection {
         }
     }
 
-    /// Waits until the configuration asks for a client certificate that this connection has not shown.
-    pub(super) async fn identity_required(&self) {
+    /// Waits until the configuration asks for a client certificate that this connection has not shown, or for a newer
+    /// version of TLS.
+    pub(super) async fn outdated(&self) {
         let mut applied = self.worker.shared.phase.subscribe();
-        while !target::lacks_identity(self) {
+        let why = loop {
+            if let Some(why) = self.refusal_by_now() {
+                break why;
+            }
             if applied.changed().await.is_err() {
                 return pending().await;
             }
-        }
-        tracing::info!(peer = ?self.peer, "asked to leave: {NO_CLIENT_CERTIFICATE}");
+        };
+        tracing::info!(peer = ?self.peer, "asked to leave: {why}");
     }
 
-    /// Waits until a tunnel of bytes would not be let in any more by the configuration of then.
-    pub(super) async fn no_longer_allowed(&self) -> ConnectionError {
+    /// Waits until a tunnel of bytes, which began like this, would not be let in any more by the configuration of then.
+    pub(super) async fn no_longer_allowed(&self, begun: BegunBytes) -> ConnectionError {
         let mut applied = self.worker.shared.phase.subscribe();
         loop {
-            if self.side != Side::Inbound || applied.changed().await.is_err() {
+            if applied.changed().await.is_err() {
                 return pending().await;
             }
-            if target::lacks_identity(self) {
-                return NO_CLIENT_CERTIFICATE;
+            if let Some(why) = self.refusal_by_now() {
+                return why;
             }
-            let Some(service) = target::behind(self) else { continue };
-            if let Err(error) = authorize::bytes(self, &self.worker.view(), &service) {
+            let Some(behind) = target::behind(self) else { continue };
+            if self.side == Side::Inbound
+                && let Err(error) = authorize::bytes(self, &self.worker.view(), &behind)
+            {
                 return error.into();
+            }
+            let rules = self.byte_rules(&behind, begun.agreed);
+            if let Verdict::Refused(why) = rules.decide_spoken(begun.spoken) {
+                return ProxyError::malformed(format!("a tunnel is cut: {why}; {}", self.remedy())).into();
             }
         }
     }
