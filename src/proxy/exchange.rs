@@ -110,7 +110,7 @@ pub async fn run(
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
     let grpc = progress.note(|record| record.grpc).unwrap_or_default();
-    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade());
+    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(request));
     let callers_version = request.version();
     let version = version_for(cluster.settings.protocol, callers_version);
     let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
