@@ -10,7 +10,7 @@
 //!
 //! The second line is in [`super::admission`], the third and the fourth are in [`super::tries`] and [`super::judge`].
 
-use std::{mem::take, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::Cell, mem::take, rc::Rc, sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 
@@ -277,6 +277,7 @@ async fn serve<'a>(
             max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
             ping: PingSettings { interval: settings.ping_interval.limit(), timeout: settings.ping_timeout.0 },
             stream_wait: policy.limits.0.unwrap_or_default().pending_timeout.0,
+            queued: Cell::default(),
             tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(carried.outgoing.host())),
         }),
         hash,

@@ -19,6 +19,7 @@ use crate::{
     resilience::{
         breaker::Permit,
         classify::{Advice, ConnectFailure, Ending, GrpcStatus, Health, Outcome},
+        deadline::Limit,
         outlier::{Change, Evidence},
     },
     telemetry::record::Try,
@@ -199,6 +200,17 @@ impl Exchange<'_> {
             // Of a hedge both are under way.
             is_told && !record.tries.iter().any(|one| one.ended.is_none() && one.carried)
         });
+        if unseen == Some(true) && self.connections.queued.get() && !endpoint.pool.h2.is_connecting() {
+            // Its turn did not come: that is a matter of this process, and no word about the endpoint.
+            let detail = format!(
+                "{name}: no connection to {address} was free for {took:.1?}, within {what}: `limits.max_connections` are in use, or it takes no more streams"
+            );
+            if matches!(ran_out, RanOut::Limit(Limit::Attempt | Limit::ClientShare)) {
+                cause = Cause::LimitFull;
+            }
+            let error = ProxyError::new(cause, detail).retry_after(Duration::from_secs(1));
+            return Failed::new(Ending::LocalRefusal, error);
+        }
         if unseen == Some(true) {
             // Nobody has seen anything of it, whichever clock was the shorter one.
             match ending {

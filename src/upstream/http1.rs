@@ -133,7 +133,10 @@ impl Http1 {
         guards: &Arc<Guards>,
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
-        let slot = ConnectionSlot::take(guards).await?;
+        settings.queued.set(true);
+        let slot = ConnectionSlot::take(guards).await;
+        settings.queued.set(false);
+        let slot = slot?;
         let connected = connect(address, settings.tcp, settings.tls.as_ref(), Speaks::Http1).await?;
         let slot = slot.opened(connected.protection());
         let Connected { io, tcp, proof } = connected;

@@ -9,7 +9,6 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     rc::Rc,
-    sync::Arc,
     task::{Poll, Waker},
     time::Duration,
 };
@@ -32,7 +31,7 @@ use tokio::{
 use self::waiters::Waiters;
 use super::{
     connect::{ConnectError, Connected, Proof, connect},
-    guards::{ConnectionSlot, Guards},
+    guards::ConnectionSlot,
     local::LocalEndpoint,
     pool::{ConnectionSettings, retire_at},
 };
@@ -132,11 +131,10 @@ impl Http2 {
     async fn open(
         endpoint: &LocalEndpoint,
         settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
+        slot: ConnectionSlot,
         changed: &Rc<Waiters>,
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
-        let slot = ConnectionSlot::take(guards).await?;
         let connected = connect(address, settings.tcp, settings.tls.as_ref(), Speaks::H2).await?;
         let slot = slot.opened(connected.protection());
         let Connected { io, proof, .. } = connected;

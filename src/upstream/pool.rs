@@ -4,6 +4,7 @@
 //! HTTP/2: a few connections that carry many streams ([`super::http2::pool`]).
 
 use std::{
+    cell::Cell,
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -48,6 +49,8 @@ pub struct ConnectionSettings {
     pub ping: PingSettings,
     /// How long a request waits for a stream where the endpoint takes no more on the connections that there are.
     pub stream_wait: Duration,
+    /// The attempt that uses them waits for its turn in this process: no endpoint is to blame for that.
+    pub queued: Cell<bool>,
 }
 
 /// The connections to one endpoint.

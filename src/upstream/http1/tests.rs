@@ -1,4 +1,4 @@
-use std::{future::Future, pin::pin};
+use std::{cell::Cell, future::Future, pin::pin};
 
 use http::{
     HeaderValue,
@@ -320,6 +320,7 @@ fn plain() -> ConnectionSettings {
         tls: None,
         ping: PingSettings { interval: None, timeout: Duration::ZERO },
         stream_wait: Duration::ZERO,
+        queued: Cell::default(),
     }
 }
 

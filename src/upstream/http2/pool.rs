@@ -1,7 +1,12 @@
 //! The HTTP/2 connections of one worker to one endpoint: a few that carry many streams. Another is opened where the streams
 //! that the endpoint takes on one are used up, or where uploads have used up its window.
 
-use std::{cell::RefCell, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     task::spawn_local,
@@ -13,7 +18,7 @@ use crate::{
     identity::tls::ClientTls,
     upstream::{
         connect::{ConnectError, TlsTarget},
-        guards::Guards,
+        guards::{ConnectionSlot, Guards},
         local::LocalEndpoint,
         pool::{ConnectionSettings, Lease, fits, is_of},
     },
@@ -36,6 +41,8 @@ pub struct Http2Pool {
 struct Dial {
     tls: Option<TlsTarget>,
     outcome: RefCell<Option<Result<Rc<Http2>, ConnectError>>>,
+    /// It has a connection slot, and connects.
+    connects: Cell<bool>,
 }
 
 /// What there is for a request.
@@ -88,6 +95,8 @@ impl Http2Pool {
             let dial = match choice {
                 Choice::Room(connection) => return Ok(lease(connection, !dialled)),
                 Choice::Opening(connection) => {
+                    // What has been heard is that it takes no streams for now.
+                    settings.queued.set(connection.state.wire.heard().is_some());
                     if timeout_at(until, changed).await.is_ok() {
                         (opening, dialled) = (Some(connection), true);
                         continue;
@@ -98,7 +107,9 @@ impl Http2Pool {
                 }
                 Choice::Full => self.dial(endpoint, settings, guards),
             };
+            settings.queued.set(true);
             changed.await;
+            settings.queued.set(false);
             dialled = true;
             let outcome = dial.outcome.borrow().clone();
             match outcome {
@@ -157,14 +168,24 @@ impl Http2Pool {
         if let Some(dial) = dials.iter().find(|dial| dial.tls == settings.tls) {
             return Rc::clone(dial);
         }
-        let dial = Rc::new(Dial { tls: settings.tls.clone(), outcome: RefCell::default() });
+        let dial = Rc::new(Dial {
+            tls: settings.tls.clone(),
+            outcome: RefCell::default(),
+            connects: Cell::default(),
+        });
         dials.push(Rc::clone(&dial));
         drop(dials);
         let (settings, guards) = (settings.clone(), Arc::clone(guards));
         let ends = DialEnds { endpoint: Rc::clone(endpoint), dial: Rc::clone(&dial) };
         spawn_local(async move {
             let pool = &ends.endpoint.pool.h2;
-            let outcome = Http2::open(&ends.endpoint, &settings, &guards, &pool.changed).await;
+            let outcome = match ConnectionSlot::take(&guards).await {
+                Ok(slot) => {
+                    ends.dial.connects.set(true);
+                    Http2::open(&ends.endpoint, &settings, slot, &pool.changed).await
+                }
+                Err(error) => Err(error),
+            };
             if let Ok(connection) = &outcome {
                 pool.connections.borrow_mut().push(Rc::clone(connection));
             }
@@ -193,6 +214,11 @@ impl Http2Pool {
         if let Some(index) = connections.iter().position(|connection| connection.is_idle()) {
             drop(connections.remove(index));
         }
+    }
+
+    /// Whether a connection is being made, and has its slot.
+    pub fn is_connecting(&self) -> bool {
+        self.dials.borrow().iter().any(|dial| dial.connects.get())
     }
 
     /// How many connections lie idle.
@@ -250,6 +276,7 @@ mod tests {
             tls,
             ping: PingSettings { interval: None, timeout: Wait::from_secs(2) },
             stream_wait: Wait::from_secs(1),
+            queued: Cell::default(),
         }
     }
 

@@ -1,15 +1,21 @@
 //! SETTINGS_MAX_CONCURRENT_STREAMS of an upstream is no wall: there are other connections, and a queue.
 
-use std::{net::TcpStream, sync::mpsc, time::Instant};
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    sync::mpsc,
+    time::Instant,
+};
 
 use bytes::Bytes;
 
 use super::proxy;
 use crate::support::{
-    PATIENCE, RawClient, RawServer, eventually,
+    PATIENCE, Proxy, RawClient, RawServer, eventually,
     h2::{Frame, H2Client, HEADERS, SETTINGS, block, frame},
     h2_server::{H2Server, client, request},
 };
+use crate::wire::last_request;
 
 const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
 
@@ -88,6 +94,54 @@ fn beyond_max_connections_requests_wait_and_are_refused_then() {
     eventually("a stream to be free", || {
         ask_all(proxy.outbound(), 1).first().is_some_and(|(status, _)| *status == 200)
     });
+}
+
+/// A wait for a turn in this process blames nobody, whichever clock ends it.
+#[test]
+fn a_wait_for_a_stream_above_attempt_timeout_blames_nobody() {
+    let server = server(1);
+    let keys = "limits = { max_connections = 1, pending_timeout = \"5s\" }\nattempt_timeout = \"300ms\"\nretry = false";
+    let proxy = proxy(server.address(), keys);
+    waits_blamelessly(&proxy);
+}
+
+/// The same for a connection of HTTP/1.1, for which no more than 100 ms are waited.
+#[test]
+fn a_wait_for_a_connection_above_attempt_timeout_blames_nobody() {
+    let server = RawServer::start(|mut stream| {
+        let mut seen = [0; 4096];
+        let _ = stream.read(&mut seen);
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf");
+        while let Ok(1..) = stream.read(&mut seen) {}
+    });
+    let proxy = Proxy::start(format!(
+        "[runtime]\nworkers = 1\n[[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{}\"]\n\
+         limits = {{ max_connections = 1 }}\nattempt_timeout = \"60ms\"\nretry = false\n",
+        server.address()
+    ));
+    waits_blamelessly(&proxy);
+}
+
+/// The first request takes all there is, the next ones wait in vain.
+fn waits_blamelessly(proxy: &Proxy) {
+    let mut first = ask_all(proxy.outbound(), 1);
+    assert_eq!(first[0].0, 200);
+    for _ in 0..10 {
+        let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        let said = answer.field("proxy-status").unwrap_or_default();
+        assert!(said.contains("details=\"limit_full\""), "{answer:?}");
+        assert!(answer.status() == 503 && answer.field("retry-after").is_some(), "{answer:?}");
+        let last = last_request(proxy);
+        assert_eq!(last["attempts"][0]["outcome"], "local_refusal", "{last}");
+    }
+    let mut client = RawClient::connect(proxy.admin());
+    let status = client.ask("GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").text();
+    let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+    let upstream = &status["upstreams"][0];
+    assert_eq!(upstream["breaker"]["state"], "closed", "{status}");
+    assert_eq!(upstream["endpoints"][0]["state"], "healthy", "{status}");
+    assert_ne!(upstream["endpoints"][0]["success"], 0.0, "{status}");
+    first.clear();
 }
 
 fn accept(stream: TcpStream, limit: u32) -> Option<H2Client> {
