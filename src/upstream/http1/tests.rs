@@ -183,6 +183,27 @@ async fn an_end_without_an_answer_is_told_from_one_in_its_middle() {
     assert!(connection.is_closed());
 }
 
+/// The endpoint has no part in that, and sees nothing of it.
+#[tokio::test]
+async fn a_request_without_valid_framing_is_not_sent() {
+    for (values, expected) in [
+        (&[""][..], "no valid framing"),
+        (&["1", "2"], "no valid framing"),
+        (&["x"], "no valid framing"),
+        (&["5"], "does not match"),
+    ] {
+        let (mut connection, _peer) = connection().await;
+        let (target, mut fields) = (Uri::from_static("/"), HeaderMap::new());
+        for value in values {
+            fields.append(CONTENT_LENGTH, HeaderValue::from_static(value));
+        }
+        let sent = connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()).await;
+        let error = sent.unwrap_err();
+        assert!(error.is_of_sender() && error.to_string().contains(expected), "{values:?}: {error}");
+        assert!(!connection.sent_anything());
+    }
+}
+
 #[tokio::test]
 async fn what_comes_unasked_closes_an_idle_connection() {
     let stray = &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..];
