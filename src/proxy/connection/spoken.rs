@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::{
-    Connection, ConnectionError, DISTRUSTED, HEADER_TIMEOUT, NO_CLIENT_CERTIFICATE,
+    Connection, ConnectionError, DISTRUSTED, HEADER_TIMEOUT,
     first::{Ended, First, NO_BYTE, Server, first_of},
 };
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
         error::{Context, ProxyError, respond},
         io::{Io, Prefixed},
         opaque::{ByteRules, Verdict, Why},
-        redirected, target,
+        redirected,
         tunnel::{self, relay},
     },
     runtime::LocalCluster,
@@ -268,8 +268,8 @@ impl Connection {
     {
         if self.side == Side::Inbound {
             // It may have been silent while the configuration changed.
-            if target::lacks_identity(self) {
-                return Err(NO_CLIENT_CERTIFICATE);
+            if let Some(why) = self.refusal_by_now() {
+                return Err(why);
             }
             authorize::bytes(self, &self.worker.view(), to)?;
         }
