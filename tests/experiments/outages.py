@@ -27,15 +27,21 @@ class Replica:
         self.mode, self.processed, self.port, self.service_port = "down", processed, free_port(), free_port()
         self.server, self.sidecar, self.writers = None, None, set()
 
+    async def start(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.service_port, backlog=1024)
+
+    async def stop(self):
+        self.server.close()
+        for writer in list(self.writers):
+            writer.transport.abort()
+
     async def become(self, mode):
         self.mode = mode
         if mode in ("down", "elsewhere") and self.server:
-            self.server.close()
+            await self.stop()
             self.server = None
-            for writer in list(self.writers):
-                writer.transport.abort()
         if mode in ("well", "failing") and not self.server:
-            self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.service_port, backlog=1024)
+            await self.start()
         if mode == "down" and self.sidecar:
             self.sidecar.kill()
             self.sidecar = None
