@@ -5,13 +5,9 @@
 use std::{collections::BTreeSet, path::Path};
 
 use super::{
-    Allow, Config, HostMatch, HostPattern, InboundPort, Jwt, MinTls, Mtls, Network, Observed, Sources,
-    TlsMode, Unknown, Upstream,
+    Allow, Config, HostMatch, HostPattern, InboundPort, Jwt, Mtls, Network, Observed, Sources, TlsMode,
+    Unknown, Upstream,
 };
-use crate::identity::authorize::{Entry, PathPattern, Rules};
-
-/// An `[[inbound.allow]]` of more combinations than this is compared as a whole with each one that runs.
-const MAX_COMBINATIONS: usize = 10_000;
 
 /// Why a new configuration needs to be confirmed before it replaces another: a phrase for each reason; none where it
 /// may be applied at once.
@@ -52,7 +48,7 @@ fn less_secure(old: &Config, new: &Config) -> Vec<String> {
         }
     }
     reasons.extend(mtls_reasons(old, new));
-    reasons.extend(old.upstreams.iter().flat_map(|upstream| upstream_reasons((old, upstream), new)));
+    reasons.extend(old.upstreams.iter().flat_map(|upstream| upstream_reasons(upstream, new)));
     if old.outbound.unknown == Unknown::Deny && new.outbound.unknown != Unknown::Deny {
         reasons.push("outbound.unknown is no longer \"deny\"".to_owned());
     }
@@ -67,15 +63,15 @@ fn identity_reasons(old: &Config, new: &Config) -> Vec<String> {
     match (&old.identity, &new.identity) {
         (Some(_), None) => vec!["[identity] is gone".to_owned()],
         (Some(old), Some(new)) => {
-            let crl = (old.crl.is_some() && new.crl.is_none()).then_some("identity.crl is gone");
-            let min_tls = (new.min_tls < old.min_tls).then_some("identity.min_tls is lower");
-            crl.into_iter().chain(min_tls).map(str::to_owned).collect()
+            let is_gone = old.crl.is_some() && new.crl.is_none();
+            is_gone.then(|| "identity.crl is gone".to_owned()).into_iter().collect()
         }
         (None, _) => Vec::new(),
     }
 }
 
-/// The entries that let in a request that was refused. While `allow` is only observed, nothing is refused.
+/// What a file that was cut off does to an entry: it lets in the same clients, and restricts them no more. Another client,
+/// method or path is what operators add; nothing is cut off that way. While `allow` is only observed, nothing is refused.
 fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
     if old.inbound.allow.is_empty() {
         return Vec::new();
@@ -86,58 +82,37 @@ fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
     if old.runtime.observe.contains(&Observed::Allow) {
         return Vec::new();
     }
-    let rules = Rules::new(&old.inbound.allow);
-    let allows_more = |(_, allow): &(usize, &Allow)| !is_covered(rules.entries(), allow);
-    let wider = new.inbound.allow.iter().enumerate().filter(allows_more);
-    wider.map(|(at, _)| format!("inbound.allow entry {} allows more than before", at + 1)).collect()
-}
-
-/// Whether the entries let in all that `allow` does: as a whole, or each combination of what it names.
-fn is_covered(entries: &[Entry], allow: &Allow) -> bool {
-    let covers = |allow: &Allow| {
-        let narrow = Rules::new(std::slice::from_ref(allow));
-        narrow.entries().iter().all(|narrow| entries.iter().any(|entry| entry.covers(narrow)))
-    };
-    if covers(allow) {
-        return true;
-    }
-    let (methods, paths) = (each(&allow.methods), each(&allow.paths));
-    let combinations = allow.identity.len().saturating_mul(methods.len()).saturating_mul(paths.len());
-    if combinations > MAX_COMBINATIONS {
-        return false;
-    }
-    allow.identity.iter().all(|identity| {
-        methods.iter().all(|methods| {
-            paths.iter().all(|paths| {
-                let (methods, paths, claims) = (methods.clone(), paths.clone(), allow.claims.clone());
-                covers(&Allow { identity: vec![identity.clone()], methods, paths, claims })
-            })
+    let entries = new.inbound.allow.iter().enumerate();
+    entries
+        .filter_map(|(at, entry)| {
+            let lost = unrestricted(&old.inbound.allow, entry)?;
+            Some(format!("inbound.allow entry {} has no {lost} any more", at + 1))
         })
-    })
+        .collect()
 }
 
-/// Each value as a list of its own; an empty list, which stands for all, stays one.
-fn each(values: &[String]) -> Vec<Vec<String>> {
-    match values {
-        [] => vec![Vec::new()],
-        values => values.iter().map(|value| vec![value.clone()]).collect(),
-    }
+/// The key that an entry lacks, though all that named one of its clients had it.
+fn unrestricted(old: &[Allow], entry: &Allow) -> Option<&'static str> {
+    type HasKey = fn(&Allow) -> bool;
+    let keys: [(&str, HasKey); 3] = [
+        ("methods", |entry| !entry.methods.is_empty()),
+        ("paths", |entry| !entry.paths.is_empty()),
+        ("claims", |entry| !entry.claims.is_empty()),
+    ];
+    let was_restricted = |has_key: HasKey| {
+        entry.identity.iter().any(|identity| {
+            let mut naming = old.iter().filter(|old| old.identity.contains(identity)).peekable();
+            naming.peek().is_some() && naming.all(has_key)
+        })
+    };
+    keys.into_iter().find(|(_, has_key)| !has_key(entry) && was_restricted(*has_key)).map(|(name, _)| name)
 }
 
 fn jwt_reasons(old: &Jwt, new: &Jwt) -> Vec<String> {
-    let excepted: Vec<PathPattern> = old.except.iter().map(|path| PathPattern::new(path)).collect();
-    let is_new = |path: &&String| {
-        let path = PathPattern::new(path);
-        !excepted.iter().any(|old| old.covers(&path))
-    };
-    let except = new.except.iter().filter(is_new);
-    let mut reasons: Vec<String> =
-        except.map(|path| format!("inbound.jwt.except has {path:?} now")).collect();
     // A field of such a name that a client sends is removed: without the entry the service would read it.
     let kept = |name: &str| new.claim_headers.keys().any(|new| new.eq_ignore_ascii_case(name));
     let lost = old.claim_headers.keys().filter(|name| !kept(name));
-    reasons.extend(lost.map(|name| format!("inbound.jwt.claim_headers lacks {name}")));
-    reasons
+    lost.map(|name| format!("inbound.jwt.claim_headers lacks {name}")).collect()
 }
 
 fn mtls_reasons(old: &Config, new: &Config) -> Vec<String> {
@@ -159,7 +134,7 @@ fn mtls_reasons(old: &Config, new: &Config) -> Vec<String> {
 }
 
 /// What proves less of the endpoints of an upstream that uses TLS, or sends its requests without.
-fn upstream_reasons((config, old): (&Config, &Upstream), new: &Config) -> Vec<String> {
+fn upstream_reasons(old: &Upstream, new: &Config) -> Vec<String> {
     let name = &old.name;
     if old.tls.mode == TlsMode::Off {
         return Vec::new();
@@ -178,9 +153,6 @@ fn upstream_reasons((config, old): (&Config, &Upstream), new: &Config) -> Vec<St
     }
     if old.tls.ca.is_some() && successor.tls.ca.is_none() {
         reasons.push(format!("ca of upstream {name} is gone"));
-    }
-    if min_tls(new, successor) < min_tls(config, old) {
-        reasons.push(format!("min_tls of upstream {name} is lower"));
     }
     reasons
 }
@@ -201,11 +173,6 @@ fn mode_of_host(config: &Config, host: &HostPattern) -> Option<TlsMode> {
         None if config.outbound.unknown == Unknown::Deny => None,
         None => Some(TlsMode::Off),
     }
-}
-
-fn min_tls(config: &Config, upstream: &Upstream) -> MinTls {
-    let general = || config.identity.as_ref().map(|identity| identity.min_tls);
-    upstream.tls.min_tls.or_else(general).unwrap_or_default()
 }
 
 fn port_of(config: &Config, port: u16) -> Option<&InboundPort> {
@@ -305,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn an_allow_entry_that_lets_more_in_needs_confirmation() {
+    fn an_allow_entry_that_lost_a_restriction_needs_confirmation() {
         let entry = |rest: &str| format!("[[inbound.allow]]\n{rest}\n");
         let config = |entries: &[&str]| {
             let entries: String = entries.iter().map(|rest| entry(rest)).collect();
@@ -318,27 +285,24 @@ mod tests {
         let methods = format!("{a}\nmethods=['GET','PUT']");
         let claims = format!("{a}\nclaims={{role='x'}}");
         let both = "identity=['spiffe://td/a','spiffe://td/b']";
-        for (old, new, at) in [
-            (public.as_str(), a, 1),
-            (&methods, a, 1),
-            (&claims, a, 1),
-            (a, both, 1),
-            (a, "identity=['spiffe://td/*']", 1),
-            (a, "identity=['dns:a']", 1),
-            (&public, &format!("{a}\npaths=['/*']"), 1),
-        ] {
-            let reason = format!("inbound.allow entry {at} allows more than before");
+        for (old, new, lost) in
+            [(public.as_str(), a, "paths"), (&methods, a, "methods"), (&claims, a, "claims")]
+        {
+            let reason = format!("inbound.allow entry 1 has no {lost} any more");
             assert_eq!(reasons(&config(&[old]), &config(&[new])), [reason], "{old} -> {new}");
-            assert!(
-                reasons(&config(&[new]), &config(&[old])).iter().all(|_| new.contains("dns:")),
-                "narrower"
-            );
+            assert!(reasons(&config(&[new]), &config(&[old])).is_empty(), "narrower");
             assert!(reasons(&config(&[old]), &config(&[old, old])).is_empty(), "the same");
+            assert!(reasons(&config(&[old]), &config(&[old, b])).is_empty(), "another client");
         }
-        assert_eq!(
-            reasons(&config(&[a]), &config(&[a, b])),
-            ["inbound.allow entry 2 allows more than before"]
-        );
+        for (old, new) in [
+            (a, both),
+            (a, "identity=['spiffe://td/*']"),
+            (a, "identity=['dns:a']"),
+            (&public, &format!("{a}\npaths=['/*']")),
+            (&methods, &format!("{a}\nmethods=['GET','PUT','POST']")),
+        ] {
+            assert!(reasons(&config(&[old]), &config(&[new])).is_empty(), "{old} -> {new}");
+        }
         assert!(reasons(&config(&[a, b]), &config(&[both])).is_empty(), "two entries in one");
         assert!(reasons(&config(&[both, &methods]), &config(&[b, a])).is_empty(), "one entry as two");
         let observed = format!("[runtime]\nobserve=['allow']\n{}", config(&[a]));
@@ -357,26 +321,19 @@ mod tests {
         let old = SECURE.replace("jwks='/j'", jwt).replace("unknown='deny'", networks);
         let old = format!("{}{UPSTREAM}", old.replace("ca='/r'", identity));
         let new = old
-            .replace("except=['/live','/open/*']", "except=['/live','/open/a','/*']")
             .replace("claim_headers={x-user='sub'}", "")
             .replace("'10.0.0.0/8'", "'10.0.0.0/9'")
-            .replace("crl='/l'\nmin_tls='1.3'", "min_tls='1.2'")
-            .replace(
-                "tls='mutual'\nidentity=['spiffe://td/p']\nca='/p'\nmin_tls='1.3'",
-                "tls='simple'\nmin_tls='1.2'",
-            );
+            .replace("crl='/l'", "")
+            .replace("tls='mutual'\nidentity=['spiffe://td/p']\nca='/p'\nmin_tls='1.3'", "tls='simple'");
         assert_eq!(
             reasons(&old, &format!("{new}[runtime]\nobserve=['jwt']")),
             [
                 "identity.crl is gone",
-                "identity.min_tls is lower",
-                "inbound.jwt.except has \"/*\" now",
                 "inbound.jwt.claim_headers lacks x-user",
                 "inbound.jwt is only observed by [runtime] observe",
                 "upstream p no longer uses tls = \"mutual\"",
                 "identity of upstream p is gone",
                 "ca of upstream p is gone",
-                "min_tls of upstream p is lower",
                 "outbound.deny_networks lacks 10.0.0.0/8",
             ]
         );

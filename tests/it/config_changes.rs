@@ -162,7 +162,7 @@ fn an_allow_entry_that_is_cut_off_lets_nobody_in() {
     };
     assert!(is_let_in("/public") && !is_let_in("/admin"));
     cut_behind(&proxy, &entry, "\"]\n");
-    assert!(rejected(&proxy).contains("inbound.allow entry 1 allows more"), "{}", rejected(&proxy));
+    assert!(rejected(&proxy).contains("inbound.allow entry 1 has no paths any more"), "{}", rejected(&proxy));
     assert!(is_let_in("/public") && !is_let_in("/admin"));
     proxy.signal("HUP");
     eventually("the confirmed change", || is_let_in("/admin"));

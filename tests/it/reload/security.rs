@@ -14,12 +14,6 @@ use crate::support::{
     tokens::{Signer, jwks},
 };
 
-/// Changes the configuration to one that protects the service less, and says that it is meant.
-fn reconfigure_confirmed(proxy: &Proxy, config: &str) {
-    proxy.reconfigure(config);
-    proxy.signal("HUP");
-}
-
 const GET: &str = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n";
 
 /// A service that answers with the head of what it got.
@@ -102,7 +96,7 @@ fn every_key_of_jwt_acts_after_a_reload() {
     proxy.reconfigure(&start.config(service.address()));
     eventually("the table to act", || ask(&proxy, "/free", None).0 == 401);
     let except = "except = [\"/free\"]\n".to_owned();
-    reconfigure_confirmed(&proxy, &Jwt { more: except, ..start.clone() }.config(service.address()));
+    proxy.reconfigure(&Jwt { more: except, ..start.clone() }.config(service.address()));
     eventually("`except` to act", || ask(&proxy, "/free", None).0 == 200);
     assert_eq!(ask(&proxy, "/", None).0, 401);
     assert!(!ask(&proxy, "/", Some(&good)).1.contains("x-user-id"));
@@ -179,7 +173,7 @@ fn every_key_of_identity_acts_after_a_reload() {
     let proxy = Proxy::start(first.clone());
     let old = TlsCaller::tls12(&certificate);
     assert!(!is_served(&old, &proxy), "1.3 is the least");
-    reconfigure_confirmed(&proxy, &strict([&cert, &key, &ca], address, "min_tls = \"1.2\""));
+    proxy.reconfigure(&strict([&cert, &key, &ca], address, "min_tls = \"1.2\""));
     eventually("`min_tls` to act", || is_served(&old, &proxy));
     proxy.reconfigure(&first);
     eventually("`min_tls` to act again", || !is_served(&old, &proxy));
@@ -288,7 +282,7 @@ fn min_tls_of_an_upstream_acts_after_a_reload() {
     let proxy = Proxy::start(file(""));
     let status = || RawClient::connect(proxy.outbound()).ask(GET).status();
     assert_eq!(status(), 502);
-    reconfigure_confirmed(&proxy, &file("min_tls = \"1.2\"\n"));
+    proxy.reconfigure(&file("min_tls = \"1.2\"\n"));
     eventually("1.2 to be spoken", || status() == 200);
     proxy.reconfigure(&file("min_tls = \"1.3\"\n"));
     eventually("1.2 to be refused", || status() == 502);
