@@ -3,6 +3,7 @@
 mod first;
 mod http1;
 mod http2;
+mod leaving;
 mod spoken;
 mod tls;
 mod upgraded;
@@ -12,10 +13,10 @@ use std::{
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
-    pin::{Pin, pin},
+    pin::Pin,
     rc::Rc,
     sync::{Arc, atomic::Ordering},
-    task::{self, Poll},
+    task::Poll,
     time::Duration,
 };
 
@@ -24,9 +25,8 @@ use http::HeaderValue;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
-    sync::{oneshot, watch},
-    task::coop::unconstrained,
-    time::{Instant, Sleep, sleep},
+    sync::oneshot,
+    time::{Instant, sleep},
 };
 
 use super::{
@@ -46,6 +46,7 @@ use crate::{
     telemetry::metrics::{Awaited, Detected},
 };
 
+use leaving::{Leaving, looked_at};
 use spoken::{BegunBytes, Plain};
 
 pub use http1::body::Body;
@@ -317,9 +318,8 @@ impl Connection {
 
     /// Waits until the process has come to a phase.
     async fn reached(&self, wanted: Phase) {
-        let mut phase = self.worker.shared.phase.subscribe();
-        // The sender lives as long as the worker.
-        let _ = phase.wait_for(|phase: &Phase| *phase >= wanted).await;
+        let phase = &self.worker.shared.phase;
+        looked_at(phase, || (*phase.borrow() >= wanted).then_some(())).await;
     }
 
     /// A client that connects while the drain is announced may wait for SETTINGS before it sends a request. GOAWAY right
@@ -341,58 +341,6 @@ impl Connection {
             Some(TLS_TOO_OLD)
         } else {
             None
-        }
-    }
-}
-
-/// Watches for a connection's being asked to leave. It is asked whenever the connection is polled, which takes a lock
-/// that others take too; so it is only asked again where there may be something new.
-#[derive(Debug)]
-struct Leaving {
-    phase: watch::Receiver<Phase>,
-    /// Nothing but a change of phase or configuration can make it leave, and wakes the task then.
-    settled: bool,
-    can_settle: bool,
-    left: bool,
-    /// Cuts what is still under way on a connection that the configuration does not take any more.
-    cut: Option<Pin<Box<Sleep>>>,
-}
-
-impl Leaving {
-    fn new(connection: &Connection) -> Self {
-        let phase = connection.worker.shared.phase.subscribe();
-        let can_settle = connection.presented.is_none() && !connection.refused_plaintext.get();
-        Self { phase, settled: false, can_settle, left: false, cut: None }
-    }
-
-    /// True once, when it has to leave. `closing` is always polled by the same task.
-    fn poll(
-        &mut self,
-        cx: &mut task::Context<'_>,
-        connection: &Connection,
-        closing: Pin<&mut impl Future<Output = ()>>,
-    ) -> bool {
-        if self.left || (self.settled && !self.phase.has_changed().unwrap_or(true)) {
-            return false;
-        }
-        self.phase.mark_unchanged();
-        // Not within the task's budget of the runtime: a `closing` that waits for budget looks as if there were nothing new.
-        self.left = pin!(unconstrained(closing)).poll(cx).is_ready();
-        // What it still waits for once it is asked is no change of phase.
-        let is_asked = connection.leaving.get();
-        self.settled = self.can_settle && !is_asked && !self.phase.has_changed().unwrap_or(true);
-        if self.left && connection.refusal_by_now().is_some() {
-            let limit = connection.worker.view().snapshot.config.runtime.drain_timeout;
-            self.cut = Some(Box::pin(sleep(*limit)));
-        }
-        self.left
-    }
-
-    /// Ready when what is still under way has had its time.
-    fn poll_cut(&mut self, cx: &mut task::Context<'_>) -> task::Poll<ConnectionError> {
-        match &mut self.cut {
-            Some(cut) => cut.as_mut().poll(cx).map(|()| OUTDATED),
-            None => task::Poll::Pending,
         }
     }
 }

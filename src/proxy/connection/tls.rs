@@ -16,6 +16,7 @@ use tokio::{
 
 use super::{
     Connection, ConnectionError, Found, HEADER_TIMEOUT,
+    leaving::looked_at,
     spoken::{BegunBytes, Plain},
 };
 use crate::{
@@ -143,15 +144,7 @@ impl Connection {
     /// Waits until the configuration asks for a client certificate that this connection has not shown, or for a newer
     /// version of TLS.
     pub(super) async fn outdated(&self) {
-        let mut applied = self.worker.shared.phase.subscribe();
-        let why = loop {
-            if let Some(why) = self.refusal_by_now() {
-                break why;
-            }
-            if applied.changed().await.is_err() {
-                return pending().await;
-            }
-        };
+        let why = looked_at(&self.worker.shared.phase, || self.refusal_by_now()).await;
         tracing::info!(peer = ?self.peer, "asked to leave: {why}");
     }
 
