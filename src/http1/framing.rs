@@ -53,6 +53,10 @@ pub enum FramingError {
     TrailerLineEnd,
     #[error("its trailers have more than {MAX_TRAILERS} bytes or {MAX_TRAILER_FIELDS} fields")]
     TooManyTrailers,
+    #[error(
+        "on HTTP/2, its trailers are malformed or have more than {MAX_TRAILERS} bytes, or its data has not the length that its Content-Length says"
+    )]
+    Http2,
 }
 
 impl Framing {

@@ -169,7 +169,8 @@ pub fn masked(request: &[u8]) -> Option<(Vec<u8>, Bytes)> {
     Some((masked, Bytes::copy_from_slice(target)))
 }
 
-fn shown(target: &[u8]) -> String {
+/// A target fit to be logged: printable, cut, without the query, which may hold secrets.
+pub fn shown(target: &[u8]) -> String {
     let query = target.iter().position(|byte| *byte == b'?');
     let path = &target[..query.unwrap_or(target.len())];
     let mut shown = path[..path.len().min(MAX_SHOWN)].escape_ascii().to_string();

@@ -12,7 +12,7 @@ use h2::{Reason, RecvStream};
 use http::{HeaderMap, header::CONTENT_LENGTH};
 use http_body::{Frame, SizeHint};
 
-use super::fields;
+use super::{fields, wire::Wire};
 
 /// The body of a message, from a stream of a connection.
 #[derive(Debug)]
@@ -27,9 +27,10 @@ pub struct Body {
 /// What it is the body of.
 #[derive(Clone, Debug)]
 enum Message {
-    /// Noted: its trailers are malformed, which is an error of its stream.
+    /// Noted: its data or its trailers are malformed, which is an error of its stream.
     Request(Rc<Cell<bool>>),
-    Response,
+    /// Its connection tells whether `h2` may have left trailers out.
+    Response(Rc<Wire>),
 }
 
 impl Body {
@@ -38,8 +39,8 @@ impl Body {
         Self::new(stream, head, Message::Request(malformed))
     }
 
-    pub fn of_response(stream: RecvStream, head: &HeaderMap) -> Self {
-        Self::new(stream, head, Message::Response)
+    pub fn of_response(stream: RecvStream, head: &HeaderMap, wire: &Rc<Wire>) -> Self {
+        Self::new(stream, head, Message::Response(Rc::clone(wire)))
     }
 
     fn new(stream: RecvStream, head: &HeaderMap, message: Message) -> Self {
@@ -51,13 +52,20 @@ impl Body {
 
     /// What the end of a stream by RST_STREAM means for its body.
     fn broken(&self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
+        if let Message::Request(malformed) = &self.message {
+            // The library has reset the stream for what the client sent on it.
+            malformed.set(
+                error.is_library() && error.is_reset() && error.reason() == Some(Reason::PROTOCOL_ERROR),
+            );
+            return Some(Err(error));
+        }
         // RFC 9113 §8.1: a server that has answered in full asks by NO_ERROR not to be sent the rest of the request. Some ask by
         // another code.
         let is_whole = match self.left {
             Some(left) => left == 0,
             None => error.reason() == Some(Reason::NO_ERROR),
         };
-        (!is_whole || matches!(self.message, Message::Request(_))).then_some(Err(error))
+        (!is_whole).then_some(Err(error))
     }
 }
 
@@ -84,13 +92,16 @@ impl http_body::Body for Body {
         match ready!(self.stream.poll_trailers(cx)) {
             Ok(None) => Poll::Ready(None),
             Ok(Some(trailers)) => {
-                if let Message::Request(malformed) = &self.message
-                    && !fields::are_valid(&trailers)
-                {
-                    malformed.set(true);
-                    return Poll::Ready(Some(Err(Reason::PROTOCOL_ERROR.into())));
-                }
-                Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+                let is_valid = match &self.message {
+                    Message::Request(malformed) => {
+                        malformed.set(!fields::are_valid(&trailers));
+                        !malformed.get()
+                    }
+                    Message::Response(wire) => !wire.may_lack_fields(self.stream.stream_id().into()),
+                };
+                let trailers =
+                    if is_valid { Ok(Frame::trailers(trailers)) } else { Err(Reason::PROTOCOL_ERROR.into()) };
+                Poll::Ready(Some(trailers))
             }
             Err(error) => Poll::Ready(self.broken(error)),
         }

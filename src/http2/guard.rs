@@ -1,17 +1,23 @@
 //! Sees to it that a bad field ends its stream and not the connection: header blocks are checked, and where need be written
 //! anew, before `h2` reads them ([`super::hpack`]). All else passes as it comes, without a copy.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     io,
     pin::Pin,
+    rc::Rc,
     task::{Context, Poll, ready},
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
+    arrivals::RequestNote,
     frames::{CONTINUATION, DATA, HEADERS, PREFACE_LENGTH, RST_STREAM},
-    hpack::{BlockChecker, Verdict, marked},
+    hpack::{BlockChecker, BlockKind, CheckedBlock, FieldFault},
+    wire::Wire,
 };
 
 const HEAD: usize = 9;
@@ -25,13 +31,16 @@ const PRIORITY_LENGTH: usize = 5;
 const MAX_FRAME: usize = 16_384;
 /// Streams that are followed. Of more, the oldest have been reset on this side.
 const MOST_OPEN: usize = 1024;
-/// A block in more frames is left to `h2`, which closes the connection.
+/// A head in more frames is left to `h2`, which closes the connection.
 const MOST_CONTINUATIONS: usize = 8;
+/// Likewise trailers. Those that are too large are an error of their stream.
+const MOST_TRAILER_CONTINUATIONS: usize = 32;
 
 /// A stream of frames from a client, or from a server.
 #[derive(Debug)]
 pub struct Guarded<S> {
     stream: S,
+    wire: Rc<Wire>,
     checker: BlockChecker,
     /// Bytes of the frame under way that are still to pass.
     passing: usize,
@@ -61,9 +70,11 @@ enum Found {
 }
 
 impl<S> Guarded<S> {
-    pub fn new(stream: S) -> Self {
+    /// Of a client's frames. Notes in `wire` which requests come.
+    pub fn new(stream: S, wire: &Rc<Wire>) -> Self {
         Self {
             stream,
+            wire: Rc::clone(wire),
             checker: BlockChecker::default(),
             passing: PREFACE_LENGTH as usize,
             held: Vec::new(),
@@ -76,8 +87,8 @@ impl<S> Guarded<S> {
     }
 
     /// The same for what a server sends. There is no preface, and a head may follow another (1xx).
-    pub fn of_server(stream: S) -> Self {
-        Self { passing: 0, responses: true, ..Self::new(stream) }
+    pub fn of_server(stream: S, wire: &Rc<Wire>) -> Self {
+        Self { passing: 0, responses: true, ..Self::new(stream, wire) }
     }
 
     /// How many of the bytes may pass as they are, and what comes behind them.
@@ -127,12 +138,15 @@ impl<S> Guarded<S> {
         let Some(payload) = bytes.get(HEAD..HEAD + first.length) else { return Found::Partial };
         let Some((priority, fragment)) = parts(payload, first.flags) else { return Found::Nonsense };
         let mut whole = HEAD + first.length;
+        let kind = self.kind_of(first.stream);
+        let most =
+            if kind == BlockKind::RequestTrailers { MOST_TRAILER_CONTINUATIONS } else { MOST_CONTINUATIONS };
         let mut continuations = Vec::new();
         let mut ended = first.flags & END_HEADERS != 0;
         while !ended {
             let Some(head) = bytes.get(whole..).and_then(Head::of) else { return Found::Partial };
             let fits = head.kind == CONTINUATION && head.stream == first.stream && head.length <= MAX_FRAME;
-            if !fits || continuations.len() == MOST_CONTINUATIONS {
+            if !fits || continuations.len() == most {
                 return Found::Nonsense;
             }
             let Some(more) = bytes.get(whole + HEAD..whole + HEAD + head.length) else {
@@ -142,33 +156,57 @@ impl<S> Guarded<S> {
             whole += HEAD + head.length;
             ended = head.flags & END_HEADERS != 0;
         }
-        let trailers = self.open.contains(&first.stream);
-        let verdict = if continuations.is_empty() {
-            self.checker.check(fragment, trailers)
+        let joined: Vec<u8>;
+        let block = if continuations.is_empty() {
+            fragment
         } else {
-            self.checker.check(&[&[fragment][..], &continuations[..]].concat().concat(), trailers)
+            joined = [&[fragment][..], &continuations[..]].concat().concat();
+            &joined
         };
+        let Some(mut checked) = self.checker.check(block, kind) else { return Found::Nonsense };
+        let mut kept_priority = priority;
+        if depends_on_itself(first.stream, priority) {
+            // `h2` would reset the stream without decoding the block, and then lack what the block puts into the table.
+            kept_priority = &[];
+            checked.fail(FieldFault::DependsOnItself, block);
+        }
+        if kind == BlockKind::Request {
+            let note = self.note(block, &checked);
+            self.wire.arrivals.arrived(first.stream, note);
+        }
         if first.flags & END_STREAM != 0 {
             self.ended(first.stream);
-        } else if !trailers && !self.responses {
+        } else if kind == BlockKind::Request {
             if self.open.len() == MOST_OPEN {
                 self.open.remove(0);
             }
             self.open.push(first.stream);
         }
-        if depends_on_itself(first.stream, priority) && verdict != Verdict::Broken {
-            // `h2` would reset the stream without decoding the block, and then lack what the block puts into the table.
-            let block = match verdict {
-                Verdict::Malformed(block) => block,
-                _ => marked([&[fragment][..], &continuations[..]].concat().concat()),
-            };
-            return Found::Replace(whole, frames(first, &[], &block));
+        match checked.replacement {
+            None => Found::Pass(whole, 0),
+            Some(block) => Found::Replace(whole, frames(first, kept_priority, &block)),
         }
-        match verdict {
-            Verdict::Decodable => Found::Pass(whole, 0),
-            Verdict::Malformed(block) => Found::Replace(whole, frames(first, priority, &block)),
-            Verdict::Broken => Found::Nonsense,
+    }
+
+    fn kind_of(&self, stream: u32) -> BlockKind {
+        if self.responses {
+            BlockKind::Response
+        } else if self.open.contains(&stream) {
+            BlockKind::RequestTrailers
+        } else {
+            BlockKind::Request
         }
+    }
+
+    /// What is to be known of a request beside what `h2` reads.
+    fn note(&mut self, block: &[u8], checked: &CheckedBlock) -> Option<Box<RequestNote>> {
+        let (path, fault) = (checked.path.clone(), checked.fault);
+        let line = match fault {
+            Some(_) => self.checker.request_line(block),
+            None if path.is_none() => return None,
+            None => Default::default(),
+        };
+        Some(Box::new(RequestNote { path, fault, line }))
     }
 
     /// Takes what has been read; returns how much of it may pass as it is.
@@ -332,141 +370,5 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
-
-    use super::*;
-
-    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
-        bytes.extend([kind, flags]);
-        bytes.extend(stream.to_be_bytes());
-        bytes.extend(payload);
-        bytes
-    }
-
-    fn literal(first: u8, name: &str, value: &str) -> Vec<u8> {
-        let mut bytes = vec![first, name.len() as u8];
-        bytes.extend(name.bytes());
-        bytes.push(value.len() as u8);
-        bytes.extend(value.bytes());
-        bytes
-    }
-
-    /// What comes out of it, written in pieces of `size`.
-    async fn through(bytes: &[u8], size: usize) -> Vec<u8> {
-        let (mut client, stream) = duplex(1 << 20);
-        let mut guarded = Guarded::new(stream);
-        let mut out = Vec::new();
-        for piece in bytes.chunks(size) {
-            client.write_all(piece).await.unwrap();
-            let mut read = [0; 700];
-            // What can come comes at once.
-            while let Ok(Ok(count @ 1..)) =
-                tokio::time::timeout(std::time::Duration::ZERO, guarded.read(&mut read)).await
-            {
-                out.extend_from_slice(&read[..count]);
-            }
-        }
-        drop(client);
-        guarded.read_to_end(&mut out).await.unwrap();
-        out
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_is_well_passes_as_it_came_in_pieces_of_any_size() {
-        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-        bytes.extend(frame(4, 0, 0, &[]));
-        let request = [&[0x82, 0x86, 0x84][..], &literal(0x40, "x-a", "1"), &[0xbe]].concat();
-        bytes.extend(frame(HEADERS, END_HEADERS, 1, &request));
-        bytes.extend(frame(0, 0, 1, &[7; 3000]));
-        // In two frames, with padding and a priority, cut in the middle of a string.
-        let padded = [&[3][..], &[0, 0, 0, 0, 16], &request[..5], &[0; 3]].concat();
-        bytes.extend(frame(HEADERS, PADDED | PRIORITY, 3, &padded));
-        bytes.extend(frame(CONTINUATION, END_HEADERS, 3, &request[5..]));
-        bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &literal(0, "x-end", "1")));
-        for size in [1, 2, 7, 100, 5000] {
-            assert_eq!(through(&bytes, size).await, bytes, "pieces of {size}");
-        }
-    }
-
-    /// Else `h2` resets the stream before it decodes the block, and the next block that refers to the table ends the
-    /// connection.
-    #[tokio::test(start_paused = true)]
-    async fn a_block_of_a_stream_that_depends_on_itself_is_decoded() {
-        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-        let block = [&[0x82, 0x86, 0x84][..], &literal(0x40, "x-a", "1")].concat();
-        let with = |dependency: [u8; 4], block: &[u8]| [&dependency[..], &[16], block].concat();
-        let marked = [&block[..], b"\x00\x0aconnection\x01x"].concat();
-        let (mut bytes, mut expected) = (preface.to_vec(), preface.to_vec());
-        // Exclusive, and in two frames.
-        bytes.extend(frame(HEADERS, END_STREAM | PRIORITY, 1, &with([0x80, 0, 0, 1], &block[..4])));
-        bytes.extend(frame(CONTINUATION, END_HEADERS, 1, &block[4..]));
-        expected.extend(frame(HEADERS, END_STREAM | END_HEADERS, 1, &marked));
-        let bad = [&block[..], &literal(0, "X-B", "1")].concat();
-        bytes.extend(frame(HEADERS, END_HEADERS | PRIORITY, 3, &with([0, 0, 0, 3], &bad)));
-        expected.extend(frame(HEADERS, END_HEADERS, 3, &marked));
-        let other = frame(HEADERS, END_HEADERS | PRIORITY, 5, &with([0, 0, 0, 1], &[0x82, 0xbe]));
-        bytes.extend(&other);
-        expected.extend(&other);
-        for size in [1, 20, 5000] {
-            assert_eq!(through(&bytes, size).await, expected, "pieces of {size}");
-        }
-    }
-
-    /// Both heads of a response, its trailers, and the frames of other streams pass; a bad field is marked.
-    #[tokio::test(start_paused = true)]
-    async fn what_a_server_sends_is_guarded_from_its_first_frame() {
-        let bad = [&[0x88][..], &literal(0x40, "X-Bad", "1")].concat();
-        let marked = [&[0x88][..], &literal(0x40, "xxxxx", "x"), b"\x00\x0aconnection\x01x"].concat();
-        let early = [&literal(0x08, "", "103")[..1], &[3], &b"103"[..]].concat();
-        let (mut bytes, mut expected) = (frame(4, 0, 0, &[]), frame(4, 0, 0, &[]));
-        for (block, out) in
-            [(&bad[..], &marked[..]), (&early, &early), (&[0x88], &[0x88]), (&[0x88], &[0x88])]
-        {
-            bytes.extend(frame(HEADERS, END_HEADERS, 1, block));
-            expected.extend(frame(HEADERS, END_HEADERS, 1, out));
-        }
-        let (mut server, stream) = duplex(1 << 20);
-        let mut guarded = Guarded::of_server(stream);
-        server.write_all(&bytes).await.unwrap();
-        drop(server);
-        let mut out = Vec::new();
-        guarded.read_to_end(&mut out).await.unwrap();
-        assert_eq!(out, expected);
-    }
-
-    /// A bad field is replaced by one that keeps the table, and marked; later blocks are not touched.
-    #[tokio::test(start_paused = true)]
-    async fn what_is_malformed_is_marked_in_pieces_of_any_size() {
-        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-        let bad = [&[0x82][..], &literal(0x40, "x-a", "b\0d"), &literal(0, "X-B", "1"), &[0x84]].concat();
-        let marked =
-            [&[0x82][..], &literal(0x40, "x-a", "xxx"), &[0x84], b"\x00\x0aconnection\x01x"].concat();
-        let good = [&[0x82, 0x84][..], &literal(0x40, "x-c", "1"), &[0xbe]].concat();
-        let refers = [0x82, 0xbf];
-        let trailers = [0x84];
-        let mut bytes = preface.to_vec();
-        let mut expected = preface.to_vec();
-        for (stream, block, out) in [
-            (1, &bad[..], &marked[..]),
-            (3, &good, &good),
-            // To the bad one, which is the second newest by now.
-            (5, &refers, b"\x82\x00\x0aconnection\x01x"),
-            (3, &trailers, b"\x84\x00\x0aconnection\x01x"),
-            (7, &good, &good),
-        ] {
-            bytes.extend(frame(HEADERS, END_HEADERS, stream, block));
-            bytes.extend(frame(0, 0, stream, &[1; 10]));
-            expected.extend(frame(HEADERS, END_HEADERS, stream, out));
-            expected.extend(frame(0, 0, stream, &[1; 10]));
-        }
-        for size in [1, 3, 20, 5000] {
-            assert_eq!(through(&bytes, size).await, expected, "pieces of {size}");
-        }
     }
 }

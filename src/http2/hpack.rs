@@ -3,23 +3,29 @@
 //! To `h2` a field with a byte that is not allowed is an error of the whole connection: it stops in the middle of the block, and
 //! the state of the compression is lost. RFC 9113 §8.1.1 makes it an error of the stream. So a block that has such a field is
 //! written anew: a harmless field of the same size takes its place, which keeps both tables the same, and one that HTTP/2 does
-//! not allow is added, by which `h2` resets the stream. Only sizes and kinds of fields are kept here, no text.
+//! not allow is added, by which `h2` resets the stream. A `:path` that every server takes, though no URI may have it, is replaced
+//! by a stand-in and handed on beside `h2`. Only sizes and kinds of other fields are kept here, no text.
 
-use std::collections::VecDeque;
+mod field;
+#[cfg(test)]
+mod tests;
 
-use http::{Method, StatusCode};
+use std::{collections::VecDeque, rc::Rc};
 
-use super::{huffman, octets};
+use http::Method;
+
+pub use self::field::FieldFault;
+use self::field::{Entry, Message, Name, write_stand_in};
+use super::huffman;
+use crate::http1::target::{RefusedLine, shown};
 
 /// SETTINGS_HEADER_TABLE_SIZE, which is not changed.
 const TABLE_SIZE: usize = 4096;
-/// What an entry costs beside its text (RFC 7541 §4.1).
-const OVERHEAD: usize = 32;
 /// A field that makes a message malformed: `connection: x`, a literal that is not put into the table.
 const MARK: &[u8] = b"\x00\x0aconnection\x01x";
 
 /// A block with the field that makes its message malformed.
-pub fn marked(mut block: Vec<u8>) -> Vec<u8> {
+fn marked(mut block: Vec<u8>) -> Vec<u8> {
     block.extend_from_slice(MARK);
     block
 }
@@ -89,15 +95,25 @@ const STATIC_NAMES: [&str; 61] = [
     "www-authenticate",
 ];
 
-/// What a block is.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// `h2` can decode it.
-    Decodable,
-    /// Its message is malformed; to be decoded in its place.
-    Malformed(Vec<u8>),
-    /// Not HPACK: the connection cannot go on.
-    Broken,
+/// Whose a block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockKind {
+    Request,
+    /// They must have no pseudo-header fields (RFC 9113 §8.1), which `h2` passes over.
+    RequestTrailers,
+    /// Head or trailers. Only what `h2` cannot decode is looked for: it judges the rest itself.
+    Response,
+}
+
+/// What a block is found to be.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct CheckedBlock {
+    /// What `h2` is to decode in its place.
+    pub replacement: Option<Vec<u8>>,
+    /// Why the message is malformed.
+    pub fault: Option<FieldFault>,
+    /// The `:path` as it came, where `h2` cannot hold it: it decodes a stand-in of the same length.
+    pub path: Option<Rc<[u8]>>,
 }
 
 /// Follows the table of one direction of a connection.
@@ -109,25 +125,6 @@ pub struct BlockChecker {
     text: Vec<u8>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Name {
-    Method,
-    Status,
-    /// Pseudo-header fields that are any UTF-8 to `h2`.
-    Text,
-    Field,
-    Wrong,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    name: Name,
-    name_length: usize,
-    value_length: usize,
-    /// `h2` would not decode it.
-    wrong: bool,
-}
-
 struct NotHpack;
 
 impl Default for BlockChecker {
@@ -136,52 +133,33 @@ impl Default for BlockChecker {
     }
 }
 
-impl Name {
-    fn of(name: &[u8]) -> Self {
-        match name {
-            b":method" => Self::Method,
-            b":status" => Self::Status,
-            b":authority" | b":scheme" | b":path" | b":protocol" => Self::Text,
-            [] | [b':', ..] => Self::Wrong,
-            _ if octets::is_field_name(name) => Self::Field,
-            _ => Self::Wrong,
-        }
-    }
-
-    const fn is_pseudo(self) -> bool {
-        matches!(self, Self::Method | Self::Status | Self::Text)
-    }
-
-    fn takes(self, value: &[u8]) -> bool {
-        match self {
-            Self::Method => Method::from_bytes(value).is_ok(),
-            Self::Status => StatusCode::from_bytes(value).is_ok(),
-            Self::Text => std::str::from_utf8(value).is_ok(),
-            Self::Field => octets::is_field_value(value),
-            Self::Wrong => false,
+impl CheckedBlock {
+    /// Makes the message of `block` malformed, if it is not yet.
+    pub fn fail(&mut self, fault: FieldFault, block: &[u8]) {
+        if self.fault.is_none() {
+            self.fault = Some(fault);
+            self.replacement = Some(marked(self.replacement.take().unwrap_or_else(|| block.to_vec())));
         }
     }
 }
 
 impl BlockChecker {
-    /// Checks a whole block. `trailers`: it must have no pseudo-header fields (RFC 9113 §8.1), which `h2` passes over.
-    pub fn check(&mut self, block: &[u8], trailers: bool) -> Verdict {
-        self.read(block, trailers).unwrap_or(Verdict::Broken)
+    /// Checks a whole block; `None`: it is not HPACK, and the connection cannot go on.
+    pub fn check(&mut self, block: &[u8], kind: BlockKind) -> Option<CheckedBlock> {
+        self.read(block, kind).ok()
     }
 
-    fn read(&mut self, block: &[u8], trailers: bool) -> Result<Verdict, NotHpack> {
-        let (mut rest, mut malformed) = (block, false);
+    fn read(&mut self, block: &[u8], kind: BlockKind) -> Result<CheckedBlock, NotHpack> {
+        let (mut rest, mut message) = (block, Message::new(kind));
         // What was written anew, and up to where.
         let mut anew: Option<Vec<u8>> = None;
         while let [first, ..] = rest {
             let (first, before) = (*first, rest);
-            // How long the representation of the name is, where the field goes into the table.
-            let mut added = None;
-            let mut entry = if first & 0x80 != 0 {
+            let mut behind_name = None;
+            let entry = if first & 0x80 != 0 {
                 Some(self.entry(integer(&mut rest, 7)?)?)
             } else if first & 0x40 != 0 {
-                let entry = self.literal(&mut rest, 6, &mut added)?;
-                Some(entry)
+                Some(self.literal(&mut rest, 6, &mut behind_name)?)
             } else if first & 0x20 != 0 {
                 let most = integer(&mut rest, 5)?;
                 if most > TABLE_SIZE {
@@ -191,28 +169,79 @@ impl BlockChecker {
                 self.evict(0);
                 None
             } else {
-                Some(self.literal(&mut rest, 4, &mut None)?)
+                Some(self.literal(&mut rest, 4, &mut behind_name)?)
             };
             let taken = &before[..before.len() - rest.len()];
-            let wrong = entry.is_some_and(|entry| entry.wrong);
-            malformed |= wrong || (trailers && entry.is_some_and(|entry| entry.name.is_pseudo()));
-            if wrong && anew.is_none() {
+            let Some(mut entry) = entry else {
+                if let Some(anew) = &mut anew {
+                    anew.extend_from_slice(taken);
+                }
+                continue;
+            };
+            message.add(&entry);
+            // The beginning of a literal, up to its value.
+            let name = behind_name.and_then(|left| before.get(..before.len() - left));
+            let goes_into_table = first & 0xc0 == 0x40;
+            let stand_in = entry.path.as_deref().zip(name);
+            if (entry.undecodable || stand_in.is_some() || message.is_too_large()) && anew.is_none() {
                 anew = Some(block[..block.len() - before.len()].to_vec());
             }
-            if let (Some(entry), Some(left)) = (&mut entry, added) {
-                if let Some(anew) = anew.as_mut().filter(|_| wrong) {
-                    entry.write_in_place(&before[..before.len() - left], anew)?;
+            if let Some(anew) = &mut anew {
+                match (stand_in, name) {
+                    (Some((path, name)), _) => {
+                        anew.extend_from_slice(name);
+                        write_stand_in(path, anew);
+                    }
+                    (None, Some(name)) if entry.undecodable && goes_into_table => {
+                        entry.write_in_place(name, anew).ok_or(NotHpack)?;
+                    }
+                    // What is bad is left out, and of trailers that are too large what the table can do without.
+                    _ if entry.undecodable || (message.is_too_large() && !goes_into_table) => {}
+                    _ => anew.extend_from_slice(taken),
                 }
-                self.add(*entry);
             }
-            if let Some(anew) = anew.as_mut().filter(|_| !wrong) {
-                anew.extend_from_slice(taken);
+            if goes_into_table {
+                self.add(entry);
             }
         }
-        Ok(match (malformed, anew) {
-            (false, _) => Verdict::Decodable,
-            (true, anew) => Verdict::Malformed(marked(anew.unwrap_or_else(|| block.to_vec()))),
-        })
+        let mut checked = CheckedBlock { replacement: anew, fault: None, path: message.path };
+        if let Some(fault) = message.fault {
+            checked.fail(fault, block);
+        }
+        Ok(checked)
+    }
+
+    /// Method and path of a request, as far as its block has them in words and not by an index of the table.
+    pub fn request_line(&mut self, block: &[u8]) -> RefusedLine {
+        let mut line = RefusedLine::default();
+        let mut rest = block;
+        while let [first, ..] = rest {
+            let first = *first;
+            let field = if first & 0xe0 == 0x20 {
+                integer(&mut rest, 5).map(|_| None)
+            } else if first & 0x80 != 0 {
+                integer(&mut rest, 7).map(static_field)
+            } else {
+                self.words(&mut rest, if first & 0x40 != 0 { 6 } else { 4 })
+            };
+            match field {
+                Ok(Some((Name::Method, method))) => line.method = Method::from_bytes(&method).ok(),
+                Ok(Some((Name::Path, path))) => line.target = Some(shown(&path)),
+                Ok(_) => {}
+                Err(NotHpack) => break,
+            }
+        }
+        line
+    }
+
+    /// A literal whose name is no index of the table that changes.
+    fn words(&mut self, rest: &mut &[u8], prefix: u32) -> Result<Option<(Name, Vec<u8>)>, NotHpack> {
+        let name = match integer(rest, prefix)? {
+            0 => Some(Name::of(string(rest, &mut self.text)?)),
+            index => STATIC_NAMES.get(index - 1).map(|name| Name::of(name.as_bytes())),
+        };
+        let value = string(rest, &mut self.text)?.to_vec();
+        Ok(name.map(|name| (name, value)))
     }
 
     fn entry(&self, index: usize) -> Result<Entry, NotHpack> {
@@ -221,10 +250,12 @@ impl BlockChecker {
             Some(name) => Ok(Entry {
                 name: Name::of(name.as_bytes()),
                 name_length: name.len(),
-                value_length: 0,
-                wrong: false,
+                value_length: static_value(index).len(),
+                fault: (STATIC_NAMES[at] == "transfer-encoding").then_some(FieldFault::ConnectionField),
+                undecodable: false,
+                path: None,
             }),
-            None => self.entries.get(at - STATIC_NAMES.len()).copied().ok_or(NotHpack),
+            None => self.entries.get(at - STATIC_NAMES.len()).cloned().ok_or(NotHpack),
         }
     }
 
@@ -245,7 +276,7 @@ impl BlockChecker {
         };
         *behind_name = Some(rest.len());
         let value = string(rest, &mut self.text)?;
-        Ok(Entry { name, name_length, value_length: value.len(), wrong: !name.takes(value) })
+        Ok(Entry::new(name, name_length, value))
     }
 
     fn add(&mut self, entry: Entry) {
@@ -267,48 +298,30 @@ impl BlockChecker {
     }
 }
 
-impl Entry {
-    const fn size(&self) -> usize {
-        self.name_length + self.value_length + OVERHEAD
-    }
-
-    /// Writes a literal that takes as much of the table, and that `h2` decodes. `name` is the beginning of what it replaces:
-    /// later fields may refer to the name, where that is well-formed.
-    fn write_in_place(&mut self, name: &[u8], out: &mut Vec<u8>) -> Result<(), NotHpack> {
-        if matches!(self.name, Name::Field | Name::Text)
-            || (self.name == Name::Method && self.value_length > 0)
-        {
-            out.extend_from_slice(name);
-            write_filler(self.value_length, out);
-            return Ok(());
-        }
-        self.name = Name::Wrong;
-        // A name has at least one byte.
-        let name_length = self.name_length.max(1);
-        let value_length = (self.name_length + self.value_length).checked_sub(name_length).ok_or(NotHpack)?;
-        out.push(0x40);
-        write_filler(name_length, out);
-        write_filler(value_length, out);
-        Ok(())
+/// The value of an entry of RFC 7541 appendix A.
+const fn static_value(index: usize) -> &'static str {
+    match index {
+        2 => "GET",
+        3 => "POST",
+        4 => "/",
+        5 => "/index.html",
+        6 => "http",
+        7 => "https",
+        8 => "200",
+        9 => "204",
+        10 => "206",
+        11 => "304",
+        12 => "400",
+        13 => "404",
+        14 => "500",
+        16 => "gzip, deflate",
+        _ => "",
     }
 }
 
-fn write_filler(length: usize, out: &mut Vec<u8>) {
-    write_length(length, out);
-    out.resize(out.len() + length, b'x');
-}
-
-fn write_length(length: usize, out: &mut Vec<u8>) {
-    if length < 127 {
-        return out.push(length as u8);
-    }
-    out.push(127);
-    let mut rest = length - 127;
-    while rest >= 128 {
-        out.push((rest % 128) as u8 | 128);
-        rest /= 128;
-    }
-    out.push(rest as u8);
+fn static_field(index: usize) -> Option<(Name, Vec<u8>)> {
+    let name = STATIC_NAMES.get(index.checked_sub(1)?)?;
+    Some((Name::of(name.as_bytes()), static_value(index).as_bytes().to_vec()))
 }
 
 /// An integer (RFC 7541 §5.1) of up to five bytes, as `h2` takes it.
@@ -343,94 +356,4 @@ fn string<'b: 't, 't>(rest: &mut &'b [u8], text: &'t mut Vec<u8>) -> Result<&'t 
     }
     text.clear();
     if huffman::decode(raw, text) { Ok(text) } else { Err(NotHpack) }
-}
-
-#[cfg(test)]
-mod tests {
-    use bytes::Bytes;
-    use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
-    use proptest::prelude::*;
-    use tokio::io::duplex;
-
-    use super::{super::guard::Guarded, *};
-
-    type Fields = Vec<(String, Vec<u8>)>;
-
-    fn map(fields: &Fields) -> HeaderMap {
-        let pair = |(name, value): &(String, Vec<u8>)| {
-            Some((HeaderName::from_lowercase(name.as_bytes()).ok()?, HeaderValue::from_bytes(value).ok()?))
-        };
-        let mut map = HeaderMap::new();
-        for (name, value) in fields.iter().filter_map(pair) {
-            map.append(name, value);
-        }
-        map
-    }
-
-    fn a_request() -> impl Strategy<Value = Fields> {
-        let name = prop_oneof!["x-[a-d]", "accept", "cookie", "user-agent", "x-[a-z]{1,60}"];
-        let value = prop_oneof![
-            "[ -~]{0,12}".prop_map(String::into_bytes),
-            "v[0-3]".prop_map(String::into_bytes),
-            prop::collection::vec(0x80_u8.., 0..20),
-            "[a-z]{500,3000}".prop_map(String::into_bytes),
-        ];
-        prop::collection::vec((name, value), 0..12)
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        /// Whatever a client's encoder puts into its table and takes out of it again, all arrives as it was sent.
-        #[test]
-        fn well_formed_requests_are_not_changed(requests in prop::collection::vec(a_request(), 1..25), piece in 20_usize..5000) {
-            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let expected: Vec<HeaderMap> = requests.iter().map(map).collect();
-            let got = runtime.block_on(async {
-                let (client, server) = duplex(piece);
-                let (sender, connection) = h2::client::handshake(client).await.unwrap();
-                let sends = async {
-                    let mut sender = sender;
-                    for fields in &expected {
-                        let mut request = Request::builder().uri("http://a/").body(()).unwrap();
-                        *request.headers_mut() = fields.clone();
-                        sender = sender.ready().await.unwrap();
-                        let (response, _) = sender.send_request(request, true).unwrap();
-                        response.await.unwrap();
-                    }
-                };
-                let serves = async {
-                    let mut server = h2::server::handshake::<_>(Guarded::new(server)).await.unwrap();
-                    let mut got = Vec::new();
-                    while let Some(Ok((request, mut respond))) = server.accept().await {
-                        got.push(request.headers().clone());
-                        let _: h2::SendStream<Bytes> = respond.send_response(Response::new(()), true).unwrap();
-                    }
-                    got
-                };
-                let sends = async {
-                    tokio::select! {
-                        () = sends => {}
-                        _ = connection => {}
-                    }
-                };
-                tokio::join!(sends, serves).1
-            });
-            prop_assert_eq!(got, expected);
-        }
-
-        /// Nothing makes it panic, and what it writes anew is well-formed.
-        #[test]
-        fn any_bytes_are_checked(blocks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 0..20)) {
-            let (mut checker, mut second) = (BlockChecker::default(), BlockChecker::default());
-            for block in blocks {
-                match checker.check(&block, false) {
-                    Verdict::Decodable => prop_assert_eq!(second.check(&block, false), Verdict::Decodable),
-                    Verdict::Malformed(anew) => prop_assert_eq!(second.check(&anew, false), Verdict::Decodable),
-                    Verdict::Broken => return Ok(()),
-                }
-                prop_assert_eq!((checker.size, checker.entries.len()), (second.size, second.entries.len()));
-            }
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! HTTP/2 on the wire: what the connections of clients and those to endpoints share. Framing, HPACK and flow control are
 //! those of the `h2` crate; this module adds message bodies, tunnels, and a view of the frames that pass.
 
+pub mod arrivals;
 pub mod body;
 pub mod fields;
 pub mod frames;

@@ -15,10 +15,18 @@ use tokio::{
     time::Instant,
 };
 
-use super::frames::{self, FrameHead, FrameScanner};
+use super::{
+    arrivals::Arrivals,
+    frames::{self, FrameHead, FrameScanner},
+};
 
 /// RFC 9113 §6.9.2.
 const FIRST_WINDOW: i64 = 65_535;
+/// A header block above this may have a field that `h2` leaves out without a word: compressed, a field can be 1.6 times as
+/// long. One below can not, unless what `h2` keeps is above [`crate::http1::framing::MAX_TRAILERS`] as well.
+const LARGE_BLOCK: u32 = crate::http1::framing::MAX_HEADER_LIST / 2;
+/// Streams that are remembered for what befell them.
+const MOST_REMEMBERED: usize = 64;
 
 /// The state of a connection as its frames show it. Written by [`Wired`], read by the task that serves the connection.
 #[derive(Debug)]
@@ -41,6 +49,14 @@ pub struct Wire {
     window_empty: Cell<Option<Instant>>,
     incoming: RefCell<FrameScanner>,
     outgoing: RefCell<FrameScanner>,
+    /// Bytes of the header block that came last.
+    block: Cell<u32>,
+    /// Streams of which a header block came that was larger than [`LARGE_BLOCK`].
+    large_blocks: RefCell<Vec<u32>>,
+    /// Streams that were reset here last for what the peer did.
+    faulted: RefCell<Vec<u32>>,
+    /// Of a connection that a client has opened.
+    pub arrivals: Arrivals,
 }
 
 impl Wire {
@@ -56,6 +72,10 @@ impl Wire {
             window_empty: Cell::default(),
             incoming: RefCell::new(incoming),
             outgoing: RefCell::new(outgoing),
+            block: Cell::default(),
+            large_blocks: RefCell::default(),
+            faulted: RefCell::default(),
+            arrivals: Arrivals::default(),
         })
     }
 
@@ -102,7 +122,12 @@ impl Wire {
     fn received(&self, bytes: &[u8]) {
         self.heard.set(Some(Instant::now()));
         self.incoming.borrow_mut().scan(bytes, |frame| match frame.kind {
-            frames::DATA | frames::HEADERS => self.messages.set(self.messages.get() + 1),
+            frames::DATA => self.messages.set(self.messages.get() + 1),
+            frames::HEADERS => {
+                self.messages.set(self.messages.get() + 1);
+                self.block.set(frame.length);
+            }
+            frames::CONTINUATION => self.continues(frame),
             frames::WINDOW_UPDATE if frame.stream == 0 => {
                 self.add_window(i64::from(frame.value & 0x7fff_ffff))
             }
@@ -115,8 +140,23 @@ impl Wire {
         self.outgoing.borrow_mut().scan(bytes, |frame| match frame.kind {
             frames::DATA => self.add_window(-i64::from(frame.length)),
             frames::RST_STREAM => self.was_reset(frame),
+            frames::HEADERS => self.arrivals.was_answered(frame.stream),
             _ => {}
         });
+    }
+
+    fn continues(&self, frame: FrameHead) {
+        let before = self.block.get();
+        let now = before.saturating_add(frame.length);
+        self.block.set(now);
+        if before <= LARGE_BLOCK && now > LARGE_BLOCK {
+            remember(&mut self.large_blocks.borrow_mut(), frame.stream);
+        }
+    }
+
+    /// Whether a header block of a stream was so large that fields of it may be missing.
+    pub fn may_lack_fields(&self, stream: u32) -> bool {
+        self.large_blocks.borrow().contains(&stream)
     }
 
     fn add_window(&self, change: i64) {
@@ -125,8 +165,18 @@ impl Wire {
         self.window_empty.set(empty);
     }
 
+    /// Whether a stream was reset here for what the peer sent on it.
+    pub fn has_faulted(&self, stream: u32) -> bool {
+        self.faulted.borrow().contains(&stream)
+    }
+
     /// Other codes are those by which a message ends early: no fault of anyone.
     fn was_reset(&self, frame: FrameHead) {
+        let reason = Reason::from(frame.value);
+        self.arrivals.was_reset(frame.stream, reason);
+        if reason == Reason::PROTOCOL_ERROR {
+            remember(&mut self.faulted.borrow_mut(), frame.stream);
+        }
         let count = match Reason::from(frame.value) {
             Reason::REFUSED_STREAM | Reason::STREAM_CLOSED => &self.refusals,
             Reason::PROTOCOL_ERROR | Reason::FLOW_CONTROL_ERROR | Reason::FRAME_SIZE_ERROR => &self.faults,
@@ -142,6 +192,13 @@ impl Wire {
         }
         polled
     }
+}
+
+fn remember(streams: &mut Vec<u32>, stream: u32) {
+    if streams.len() == MOST_REMEMBERED {
+        streams.remove(0);
+    }
+    streams.push(stream);
 }
 
 /// A stream whose frames are noted in a [`Wire`].
@@ -261,6 +318,24 @@ mod tests {
         }
         assert_eq!((wire.take_faults(), wire.take_refusals()), (5, 5));
         assert_eq!((wire.take_faults(), wire.take_refusals()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn large_header_blocks_are_remembered() {
+        let (mut server, stream) = duplex(1 << 21);
+        let wire = Wire::client();
+        let mut io = Wired::new(stream, &wire);
+        let mut sent = Vec::new();
+        for (stream, count) in [(1, 20), (3, 40), (5, 1)] {
+            sent.extend(frame(frames::HEADERS, stream, &[0; 16_384]));
+            for _ in 0..count {
+                sent.extend(frame(frames::CONTINUATION, stream, &[0; 16_384]));
+            }
+        }
+        server.write_all(&sent).await.unwrap();
+        drop(server);
+        io.read_to_end(&mut Vec::new()).await.unwrap();
+        assert_eq!([1, 3, 5].map(|stream| wire.may_lack_fields(stream)), [false, true, false]);
     }
 
     #[tokio::test]

@@ -139,7 +139,7 @@ impl Http2 {
         let slot = slot.opened(connected.protection());
         let Connected { io, proof, .. } = connected;
         let wire = Wire::client();
-        let made = builder().handshake(Wired::new(Guarded::of_server(io), &wire)).await;
+        let made = builder().handshake(Wired::new(Guarded::of_server(io, &wire), &wire)).await;
         let (sender, mut h2) =
             made.map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         let now = Instant::now();
@@ -278,7 +278,7 @@ impl Stream {
         let response = response.await.map_err(|error| RequestError { error, unsent: false })?;
         self.answered = true;
         let (head, stream) = response.into_parts();
-        let body = Body::of_response(stream, &head.headers);
+        let body = Body::of_response(stream, &head.headers, &self.connection.state.wire);
         self.complete = body.is_end_stream();
         self.body = Some(body);
         Ok(Response::from_parts(head, ()))

@@ -219,6 +219,9 @@ impl Source {
                 // What comes first is the cause.
                 self.failure.get_or_insert(match &error {
                     BodyError::Caller(http1::Error::Framing(error)) => SourceFailure::Malformed(*error),
+                    BodyError::Peer(error) if is_malformed(error) => {
+                        SourceFailure::Malformed(FramingError::Http2)
+                    }
                     _ => SourceFailure::ClientGone,
                 });
                 return Poll::Ready(Some(Err(error)));
@@ -250,6 +253,11 @@ impl Source {
         }
         Poll::Ready(Some(Ok(frame)))
     }
+}
+
+/// Whether a stream of HTTP/2 was ended on this side for what the client sent on it.
+fn is_malformed(error: &h2::Error) -> bool {
+    !error.is_remote() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR) && !error.is_go_away()
 }
 
 /// Some services read trailers as if they were headers: what a caller may not say in the one, it may not in the other.

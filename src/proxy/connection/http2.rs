@@ -1,6 +1,7 @@
 //! HTTP/2 from clients: a task for the connection, one for each stream, and a watch over both. A connection that stands
 //! still is cut, one that drains is asked to leave, and one that is abused is closed ([`crate::resilience::conduct`]).
 
+mod refused;
 mod stream;
 
 use std::{
@@ -74,7 +75,8 @@ impl Connection {
         let session = Rc::new(Session { connection: Rc::clone(self), wire, conduct });
         let mut leaving = Leaving::new(self);
         let mut closing = pin!(self.closing());
-        let mut handshake = builder().handshake(Wired::new(Guarded::new(stream), &session.wire));
+        let mut handshake =
+            builder().handshake(Wired::new(Guarded::new(stream, &session.wire), &session.wire));
         let (mut watchdog, mut asked_to_leave) = (Watchdog::default(), false);
         let h2 = poll_fn(|cx| {
             asked_to_leave |= leaving.poll(cx, self, closing.as_mut());
@@ -128,11 +130,18 @@ where
             loop {
                 match self.h2.poll_accept(cx) {
                     Poll::Ready(Some(Ok((request, respond)))) => self.session.open(cx, request, respond),
-                    Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error.into())),
-                    Poll::Ready(None) => return Poll::Ready(Ok(())),
+                    Poll::Ready(Some(Err(error))) => {
+                        self.session.report_refused();
+                        return Poll::Ready(Err(error.into()));
+                    }
+                    Poll::Ready(None) => {
+                        self.session.report_refused();
+                        return Poll::Ready(Ok(()));
+                    }
                     Poll::Pending => break,
                 }
             }
+            self.session.report_refused();
             if self.judge() {
                 continue;
             }

@@ -4,6 +4,7 @@ mod blame;
 mod conduct;
 mod early;
 mod fields;
+mod refused;
 mod silence;
 mod streams;
 mod unsent;

@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// A stream under way.
-struct Stream {
+pub(super) struct Stream {
     session: Rc<Session>,
     respond: SendResponse<Bytes>,
     progress: Rc<Progress>,
@@ -75,14 +75,22 @@ impl Session {
     ) {
         self.connection.has_served.set(true);
         let now = Instant::now();
-        if respond.poll_reset(cx).is_ready() {
+        if let Poll::Ready(reset) = respond.poll_reset(cx) {
+            if reset.is_ok_and(|reason| reason == Reason::PROTOCOL_ERROR) {
+                // By `h2`, for what came behind the head: the request is reported when that goes out.
+                return;
+            }
             // Taken back before anybody has looked at it.
+            self.wire.arrivals.handed_over(respond.stream_id().into());
             self.conduct.borrow_mut().taken_back(Duration::ZERO, now.into_std());
             return;
         }
-        if !is_valid(&request) {
-            return respond.send_reset(Reason::PROTOCOL_ERROR);
-        }
+        let note = self.wire.arrivals.handed_over(respond.stream_id().into());
+        let path = note.and_then(|note| note.path);
+        let request = match self.checked(request, path) {
+            Ok(request) => request,
+            Err(refused) => return self.refuse(*refused, respond),
+        };
         let progress = Rc::new(Progress::new(now));
         let present = Present::of(request.headers());
         let (head, body) = request.into_parts();
@@ -118,8 +126,13 @@ impl Session {
 }
 
 impl Stream {
+    /// Of a request of which nothing more is read.
+    pub(super) fn new(session: &Rc<Session>, respond: SendResponse<Bytes>, progress: Rc<Progress>) -> Self {
+        Self { session: Rc::clone(session), respond, progress, malformed: None, tunnel: None }
+    }
+
     /// Has the request answered, and sends the response. Whatever ends this early resets the stream.
-    async fn carry(mut self, call: impl Future<Output = Response<ResponseBody>>) {
+    pub(super) async fn carry(mut self, call: impl Future<Output = Response<ResponseBody>>) {
         let mut handover = None;
         let response = {
             let mut call = pin!(call);
@@ -173,6 +186,8 @@ impl Stream {
             *handover = Some(asked);
         }
         if self.malformed.as_ref().is_some_and(|malformed| malformed.get()) {
+            // The call ends by this, and notes why.
+            ready!(polled);
             self.respond.send_reset(Reason::PROTOCOL_ERROR);
             return Poll::Ready(None);
         }
@@ -180,17 +195,13 @@ impl Stream {
             return Poll::Ready(Some(response));
         }
         let _ = ready!(self.respond.poll_reset(cx));
+        if self.malformed.is_some() && self.session.wire.has_faulted(self.respond.stream_id().into()) {
+            // Not by the client, but for what it sent. Whoever reads the request's body finds that, and the call ends by it.
+            return Poll::Pending;
+        }
         let now = Instant::now();
         let age = now - self.progress.started();
         self.session.conduct.borrow_mut().taken_back(age, now.into_std());
         Poll::Ready(None)
     }
-}
-
-/// What `h2` does not look at.
-fn is_valid(request: &Request<RecvStream>) -> bool {
-    let fields = request.headers();
-    // There is no body to CONNECT (RFC 9113 §8.5).
-    let has_length = || fields.get(CONTENT_LENGTH).is_some_and(|length| length != "0");
-    fields::are_valid(fields) && !(request.method() == Method::CONNECT && has_length())
 }
