@@ -229,10 +229,10 @@ fn a_response_head_with_a_bare_lf_is_refused() {
     });
     let proxy =
         Proxy::start(format!("[defaults]\nretry = false\nbreaker = false\n{}", config(server.address())));
-    for at in 0..heads.len() {
+    for (at, head) in heads.iter().enumerate() {
         for address in both(&proxy) {
             let answer = RawClient::connect(address).ask(format!("GET /{at} HTTP/1.1\r\nHost: up\r\n\r\n"));
-            assert_eq!(answer.status(), 502, "{:?}: {answer:?}", heads[at]);
+            assert_eq!(answer.status(), 502, "{:?}: {answer:?}", head);
             assert!(answer.text().contains("LF without CR"), "{}", answer.text());
         }
     }
