@@ -138,9 +138,8 @@ const OUTDATED: ConnectionError =
 const TLS_TOO_OLD: ConnectionError =
     ConnectionError::Cut("it came by TLS 1.2, which `min_tls` does not allow by now");
 
-const DISTRUSTED: ConnectionError = ConnectionError::Cut(
-    "its peer's certificate is not trusted any more, and a byte stream cannot be asked to close",
-);
+const DISTRUSTED: ConnectionError =
+    ConnectionError::Cut("its peer's certificate was revoked, and a byte stream cannot be asked to close");
 
 /// Why a connection ended other than well.
 #[derive(Debug, thiserror::Error)]

@@ -171,8 +171,9 @@ impl Connection {
         }
     }
 
-    /// Waits until roots or revocation lists come by which the peer of a byte stream is not trusted. That its certificate
-    /// expires does not end a byte stream: a peer that renews in time cannot show the new one on it.
+    /// Waits until the certificate of the peer of a byte stream is revoked. That it expires, or that its root is taken out
+    /// when all have certificates of the next one, does not end a byte stream: a peer that has renewed in time cannot show
+    /// the new certificate on it.
     pub async fn stream_distrusted(&self) {
         let store = &self.worker.shared.identity;
         let mut changes = store.changes();
@@ -180,12 +181,12 @@ impl Connection {
         let Some((peer, chain)) = self.peer_identity.as_ref().zip(self.presented.as_deref()) else {
             return pending().await;
         };
-        while self.distrust(chain, began).is_none() {
+        while !matches!(self.distrust(chain, began), Some(Refusal::Revoked)) {
             if changes.changed().await.is_err() {
                 return pending().await;
             }
         }
-        tracing::info!(%peer, "a byte stream is cut: its peer is not trusted any more");
+        tracing::info!(%peer, "a byte stream is cut: its peer's certificate was revoked");
     }
 
     /// Why a chain is not trusted; none where there is no identity of our own, and so no roots to judge it by.
