@@ -154,6 +154,10 @@ fn upstream_reasons(old: &Upstream, new: &Config) -> Vec<String> {
     if old.tls.ca.is_some() && successor.tls.ca.is_none() {
         reasons.push(format!("ca of upstream {name} is gone"));
     }
+    let general = new.identity.as_ref().map(|identity| identity.min_tls).unwrap_or_default();
+    if old.tls.min_tls.is_some_and(|min_tls| successor.tls.min_tls.is_none() && general < min_tls) {
+        reasons.push(format!("min_tls of upstream {name} is gone"));
+    }
     reasons
 }
 
