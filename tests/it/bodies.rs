@@ -213,6 +213,18 @@ fn by_http2(address: SocketAddr, path: &str, size: u64) -> (u64, String) {
     })
 }
 
+/// The client of this test has no TCP_NODELAY: where a window ends with a partial segment, it waits 40 ms for the
+/// acknowledgement. So 16 MiB take a fraction of a second, or eleven.
+#[test]
+fn an_upload_over_http2_does_not_wait_for_delayed_acknowledgements() {
+    const SIZE: u64 = 16 * MIB;
+    let server = http2_server();
+    let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
+    let began = std::time::Instant::now();
+    assert_eq!(by_http2(proxy.inbound(), "/", SIZE).1, format!("got {SIZE}"));
+    assert!(began.elapsed() < std::time::Duration::from_secs(6), "{:?}", began.elapsed());
+}
+
 #[test]
 fn memory_stays_flat_over_http2() {
     let server = http2_server();

@@ -39,8 +39,9 @@ use crate::{
 const MAX_STREAMS: u32 = 100;
 /// Streams that the client may have taken back before they were looked at: what one reading of the socket can bring.
 const MOST_RESET_UNSEEN: usize = 1024;
-/// What a stream may send before any of it is read.
-const STREAM_WINDOW: u32 = 64 * 1024;
+/// What a stream may send before any of it is read. With 64 KiB a client without TCP_NODELAY waits for a delayed
+/// acknowledgement (40 ms) at every window.
+const STREAM_WINDOW: u32 = 128 * 1024;
 /// All streams may have their windows full, and the next one still gets through. It bounds the memory of a connection.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
 /// A client that says nothing for this long is asked for a sign of life.
