@@ -1,5 +1,5 @@
 //! A client's requests between the header block that opens their stream and what `h2` makes of it. It hands them over or
-//! refuses them; of a refusal it tells nobody but the client, so it is read off the frames that it sends.
+//! refuses them; it reports a refusal to the client only, so the refusal is read off the frames that it sends.
 
 use std::{cell::RefCell, mem, rc::Rc};
 

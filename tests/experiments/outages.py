@@ -163,20 +163,21 @@ def proxies(workers):
         yield name, lambda ports, runtime=runtime: outrigger(ports, top=runtime)
 
 
-async def measure(start, scenario, rate):
+async def measure(start, scenario, rate, replica=Replica, load=Load):
+    """The load, when it is over, and how many requests were processed twice."""
     processed = {}
-    replicas = [Replica(processed) for _ in range(3)]
-    for replica in replicas:
-        await replica.become("well")
-    async with start([replica.port for replica in replicas]) as proxy:
-        load = Load(proxy.port, rate)
+    replicas = [replica(processed) for _ in range(3)]
+    for one in replicas:
+        await one.become("well")
+    async with start([one.port for one in replicas]) as proxy:
+        load = load(proxy.port, rate)
         running = asyncio.create_task(load.run())
         await asyncio.sleep(1)
         await scenario(replicas)
         load.stopped = True
         await running
-    for replica in replicas:
-        await replica.become("down")
+    for one in replicas:
+        await one.become("down")
     return load, sum(times > 1 for times in processed.values())
 
 

@@ -17,7 +17,7 @@ import grpc
 
 from envoy import TUNED_CLUSTER, TUNED_ROUTE, envoy
 from lab import at_rate, outrigger
-from outages import LATENCY, SCENARIOS, Replica
+from outages import LATENCY, SCENARIOS, Replica, measure
 
 HTTP2 = {"typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
     "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -90,23 +90,6 @@ PROXIES = [
 ]
 
 
-async def measure(start, scenario, rate):
-    processed = {}
-    replicas = [GrpcReplica(processed) for _ in range(3)]
-    for replica in replicas:
-        await replica.become("well")
-    async with start([replica.port for replica in replicas]) as proxy:
-        load = Load(proxy.port, rate)
-        running = asyncio.create_task(load.run())
-        await asyncio.sleep(1)
-        await scenario(replicas)
-        load.stopped = True
-        await running
-    for replica in replicas:
-        await replica.become("down")
-    return load, sum(times > 1 for times in processed.values())
-
-
 async def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rates", default="50,500")
@@ -121,7 +104,7 @@ async def main():
             for proxy, start in PROXIES:
                 if options.proxy not in proxy:
                     continue
-                load, twice = await measure(start, scenario, rate)
+                load, twice = await measure(start, scenario, rate, GrpcReplica, Load)
                 unary, stream = (f"{load.failed[kind]} of {load.sent[kind]:,}" for kind in ("unary", "stream"))
                 print(f"| {name} | {rate} | {proxy} | {unary} | {stream} | {twice} |", flush=True)
                 if options.causes:

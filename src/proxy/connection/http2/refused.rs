@@ -1,4 +1,4 @@
-//! Requests by HTTP/2 that are malformed: told of as those by HTTP/1.1 are, whoever has found out. What RFC 9113 §8.1.1 calls a
+//! Requests by HTTP/2 that are malformed: counted and logged as on HTTP/1.1, whatever part found the fault. What RFC 9113 §8.1.1 calls a
 //! malformed message ends its stream; a target that is wrong by RFC 9110 is answered.
 
 use std::{future::ready, rc::Rc};
@@ -83,7 +83,7 @@ impl Session {
             *request.method_mut() = note.line.method.unwrap_or_else(unknown);
             *request.version_mut() = Version::HTTP_2;
             let progress = Progress::new(Instant::now());
-            // The client has been told by `h2`.
+            // `h2` has already reset the stream.
             drop(call::refuse(&self.connection, &mut request, Present::default(), &error, &progress));
         }
     }

@@ -196,7 +196,7 @@ impl Stream {
         }
         let _ = ready!(self.respond.poll_reset(cx));
         if self.malformed.is_some() && self.session.wire.has_faulted(self.respond.stream_id().into()) {
-            // Not by the client, but for what it sent. Whoever reads the request's body finds that, and the call ends by it.
+            // Reset here for what the client sent: reading the request's body fails, which ends the request.
             return Poll::Pending;
         }
         let now = Instant::now();
