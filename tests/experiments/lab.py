@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import random
 import socket
 import subprocess
 import tempfile
@@ -15,9 +16,15 @@ HERE = pathlib.Path(__file__).resolve().parents[2]
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing binds, below those that outgoing connections take: a server that comes back finds it free."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 class Service:
