@@ -276,7 +276,12 @@ impl LocalEndpoint {
                 tracing::warn!(upstream = name, %endpoint, "endpoint has no service behind it");
             }
             Change::Absent => tracing::warn!(upstream = name, %endpoint, "endpoint accepts no connections"),
-            Change::Present => tracing::info!(upstream = name, %endpoint, "endpoint serves again"),
+            Change::Present => {
+                tracing::info!(upstream = name, %endpoint, "endpoint serves again");
+                // The breaker may have opened while the probe was in flight: with the endpoint restored, no further
+                // probe would offer a trial, and a serving endpoint would wait out `open_for`.
+                upstream.guards.offer_trial();
+            }
             Change::StillAbsent => {}
         }
         Some(change)

@@ -328,6 +328,26 @@ fn what_some_replicas_can_serve_does_not_fail() {
     }
 }
 
+/// The last endpoint begins to fail just before the first one is back: its probe is in flight when the breaker opens.
+#[test]
+fn a_probe_that_succeeds_after_the_breaker_opened_leads_to_a_trial() {
+    use Mode::{Down, Failing, Well};
+    for gap in (0..100).step_by(2) {
+        for rate in [50, 500] {
+            let back = 2000 + gap;
+            let schedules = vec![
+                vec![(1000, Down), (back, Well)],
+                vec![(1000, Down), (9000, Well)],
+                vec![(2000, Failing), (9000, Well)],
+            ];
+            let mut lab = Lab::new(schedules, &Balance::P2c, gap);
+            lab.run(rate, 9);
+            let late = lab.last_failure().saturating_sub(Duration::from_millis(back));
+            assert!(late <= MS * 200, "back after {gap} ms at {rate}/s: failed for {late:?} more");
+        }
+    }
+}
+
 /// When an upstream is well again after an outage of this length, at the latest: `open_for.base` and 1.25 × the outage.
 fn well_within(outage: Duration) -> Duration {
     Duration::from_secs(5) + outage.mul_f64(1.25) + MS * 100
