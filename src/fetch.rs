@@ -32,11 +32,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::{
-    descriptors,
-    discovery::{DiscoveryError, Resolver},
-    redact,
-};
+use crate::{descriptors, dns::DnsError, dns::Resolver, redact};
 
 /// When a connection that only reads is asked whether it still has another end, and how often.
 const ALIVE_AFTER: Duration = Duration::from_secs(30);
@@ -65,7 +61,7 @@ pub enum FetchError {
     #[error("`{}` is no http:// or https:// URL with a host", redact::url(&uri.to_string()))]
     Url { uri: Uri },
     #[error(transparent)]
-    Name(#[from] DiscoveryError),
+    Name(#[from] DnsError),
     #[error("{authority} cannot be reached: {source}")]
     Connect { authority: Authority, source: io::Error },
     #[error("no TLS with {authority}: {source}")]

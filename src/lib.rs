@@ -40,22 +40,32 @@
 //! whole. `ARCHITECTURE.md` has the mechanisms and the reasons.
 
 pub mod admin;
+pub mod authorization;
+pub mod cause;
 pub mod cli;
 pub mod config;
 pub mod descriptors;
 pub mod discovery;
+pub mod dns;
+pub mod durations;
 pub mod fetch;
+pub mod header_names;
 pub mod http1;
 pub mod http2;
 pub mod identity;
 pub mod kubernetes;
+pub mod model;
+pub mod net;
 pub mod present;
 pub mod proxy;
 pub mod redact;
+pub mod redirect;
 pub mod resilience;
 pub mod rng;
 pub mod runtime;
 pub mod telemetry;
+pub mod trace_context;
 pub mod units;
 pub mod upstream;
+pub mod url_path;
 pub mod watch;

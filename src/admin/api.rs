@@ -16,13 +16,10 @@ use http_body_util::{BodyExt, Full};
 
 use super::{breaker, guard, probes::Probes, reload, status::Status, token::Token};
 use crate::{
+    admin::exposition::{self, Format},
     redact::without_userinfo,
     runtime::{death::Death, lifecycle::Control},
-    telemetry::{
-        exposition::{self, Format},
-        log::LogFilter,
-        requests::Told,
-    },
+    telemetry::{log::LogFilter, requests::Told},
 };
 
 /// An answer.
@@ -252,7 +249,7 @@ fn requests(control: &Control) -> Answer {
 
 fn config(control: &Control, headers: &HeaderMap) -> Answer {
     let config = &control.shared.snapshot.load().config;
-    let tree = super::effective::tree(config);
+    let tree = crate::config::effective_tree(config);
     if !accepts(headers, "toml") {
         return json(StatusCode::OK, &tree);
     }

@@ -12,11 +12,7 @@ use super::{
     api::{Answer, json, problem},
     upstreams::{BreakerStatus, mode_word},
 };
-use crate::{
-    resilience::breaker::Mode,
-    runtime::{Cluster, lifecycle::Control},
-    units::HumanDuration,
-};
+use crate::{model::Cluster, resilience::breaker::Mode, runtime::lifecycle::Control, units::HumanDuration};
 
 /// How long a forced state holds where the request does not say. It always ends: what somebody forced at night must
 /// not be found out weeks later.

@@ -6,7 +6,7 @@
 mod api;
 pub mod breaker;
 pub mod client;
-mod effective;
+pub mod exposition;
 mod guard;
 mod listen;
 mod probes;
@@ -40,8 +40,6 @@ use crate::{
     runtime::lifecycle::{AdminAddresses, Control},
 };
 use api::{Access, Api};
-#[cfg(test)]
-pub(crate) use effective::tree as effective_tree;
 use probes::Probes;
 use token::{Token, TokenError, TokenFile};
 

@@ -13,8 +13,12 @@ use super::{tokens::KeysStatus, upstreams::UpstreamStatus};
 use crate::{
     config::{AccessLog, Telemetry},
     identity::{Date, material, store::Report},
-    proxy::connect::may_be_reached,
-    runtime::{Cluster, Phase, Shared, Snapshot, lifecycle::Control},
+    model::{Cluster, Snapshot},
+    proxy::{
+        connect::may_be_reached,
+        worker::{Phase, Shared},
+    },
+    runtime::lifecycle::Control,
     telemetry::{
         calls::Calls,
         metrics::{Connections, Way, Ways, WorkerLoad},

@@ -137,7 +137,7 @@ async fn a_body_that_is_too_long_is_refused() {
 async fn a_drain_shows_in_ready() {
     let running = start(|_| {});
     assert_eq!(status(&running.ask("GET /ready", "").await), 200);
-    running._proxy.set_phase(runtime::Phase::Leaving);
+    running._proxy.set_phase(crate::proxy::worker::Phase::Leaving);
     let answer = running.ask("GET /ready", "accept: application/json\r\n").await;
     assert_eq!(status(&answer), 503);
     assert!(answer.contains("leaving"), "{answer}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::{identity::oauth2::OwnToken, runtime::Snapshot};
+use crate::{identity::oauth2::OwnToken, model::Snapshot};
 
 /// The keys of the issuer that `[inbound.jwt]` names.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

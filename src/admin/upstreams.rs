@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::tokens::TokenStatus;
 use crate::{
+    model::Cluster,
     resilience::breaker::Mode,
-    runtime::Cluster,
     upstream::{Endpoint, EndpointState, Resolution, guards::Tally},
 };
 

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::{
     config::Network,
-    kubernetes::redirect::{self, Backend, Plan, PortRange, RedirectError, Scope},
+    redirect::{self, Backend, Plan, PortRange, RedirectError, Scope},
 };
 
 /// The admin port and the one for probes.

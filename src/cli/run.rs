@@ -10,10 +10,10 @@ use crate::{
     config::{self, Diagnostics, HostPort, Loaded},
     descriptors,
     identity::{material::MaterialError, store::Store},
+    proxy::interception,
     runtime::{
         self, StartError, cgroup,
         child::{self, Child, OnOurDeath, SpawnError},
-        interception,
         lifecycle::{self, Control, Lifecycle},
         ready_file::{Ready, ReadyFile},
         reload::{Candidate, Change, Read, Reloads},

@@ -5,9 +5,10 @@
 use std::{collections::BTreeSet, path::Path};
 
 use super::{
-    Allow, Config, HostMatch, HostPattern, InboundPort, Jwt, Mtls, Network, Observed, Sources, TlsMode,
-    Unknown, Upstream,
+    Config, HostMatch, HostPattern, InboundPort, Jwt, Mtls, Network, Observed, Sources, TlsMode, Unknown,
+    Upstream,
 };
+use crate::authorization::Allow;
 
 /// Why a new configuration needs to be confirmed before it replaces another: a phrase for each reason; none where it
 /// may be applied at once.

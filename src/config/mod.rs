@@ -8,9 +8,11 @@
 //! several files, done on the tree, so every effective value still knows the file and line that set it.
 
 mod address;
+mod agent;
 mod confirm;
 mod diagnostic;
 mod document;
+mod effective;
 mod environment;
 mod hints;
 mod lint;
@@ -18,7 +20,6 @@ mod load;
 mod merge;
 mod node;
 mod parse;
-mod path;
 mod policy;
 mod provenance;
 mod read;
@@ -32,13 +33,14 @@ mod validate;
 mod watch;
 
 pub use address::{AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network};
+pub use agent::{InvalidSocket, Socket};
 pub use confirm::needs_confirmation;
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity, did_you_mean};
 pub use document::{EXAMPLE, json_schema};
+pub use effective::tree as effective_tree;
 pub use load::{Examined, Loaded, examine, files, load, load_sources, process_env};
 pub use node::{Entry, Node, Table, Value};
 pub use parse::Env;
-pub use path::normalise;
 pub use policy::{AttemptTimeout, Policy};
 pub use provenance::{Scope, Setting};
 pub use restart::needs_restart;

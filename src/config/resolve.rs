@@ -11,11 +11,11 @@ use super::{
     node::{Entry, Node, Table, Value},
     read::{read, unknown_key},
     schema::{MAX_CONNECTION_AGE, PING_INTERVAL, PING_TIMEOUT},
-    security::{Allow, Identity, Jwt, MinTls, Mtls, Oauth2, TlsMode, UpstreamTls},
+    security::{Identity, Jwt, MinTls, Mtls, Oauth2, TlsMode, UpstreamTls},
     user_timeout::UserTimeout,
     validate,
 };
-use crate::{resilience::limit::LimitSettings, units::HumanDuration};
+use crate::{authorization::Allow, resilience::limit::LimitSettings, units::HumanDuration};
 
 /// The tables of the file.
 pub(super) const SECTIONS: [&str; 9] =

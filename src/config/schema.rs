@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network, Policy, hints,
-    security::{Allow, Identity, Jwt, Mtls, Oauth2, UpstreamTls},
+    security::{Identity, Jwt, Mtls, Oauth2, UpstreamTls},
     user_timeout::UserTimeout,
 };
 use crate::{
+    authorization::Allow,
     redact::{HeaderFields, Secret},
     text_value,
     units::{HumanDuration, Ratio},

@@ -53,23 +53,6 @@ pub enum Mtls {
     Off,
 }
 
-/// `[[inbound.allow]]`: what matches no entry is refused with 403.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Allow {
-    /// SPIFFE IDs; a `*` at the end stands for anything.
-    pub identity: Vec<String>,
-    /// None: all.
-    #[serde(default)]
-    pub methods: Vec<String>,
-    /// None: all. A `*` at the end stands for anything.
-    #[serde(default)]
-    pub paths: Vec<String>,
-    /// What the JWT must hold.
-    #[serde(default)]
-    pub claims: BTreeMap<String, String>,
-}
-
 /// `[inbound.jwt]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use super::{Policy, Upstream};
-use crate::{identity::handshake::Speaks, text_value, units::HumanDuration};
+use crate::{net::alpn::Speaks, text_value, units::HumanDuration};
 
 /// Over HTTP/2 a peer reads at all times, however slow its streams are.
 const HTTP2: Duration = Duration::from_secs(30);

@@ -14,8 +14,8 @@ use std::{
 use serde::Deserialize;
 use tokio::{io::AsyncReadExt, sync::Notify};
 
-use super::{DiscoveryError, source::Target};
-use crate::{config::HostPort, watch::Observer};
+use super::source::Target;
+use crate::{config::HostPort, upstream::DiscoveryError, watch::Observer};
 
 pub(super) struct File {
     path: PathBuf,

@@ -12,45 +12,20 @@
 
 mod file;
 mod kubernetes;
-mod miss;
 mod names;
-mod resolver;
 mod source;
 mod task;
 #[cfg(test)]
-mod test_dns;
-#[cfg(test)]
 mod tests;
 
-pub use resolver::{Answer, DNS_ENV, LOOKUP_LIMIT, MAX_TTL, MIN_TTL, Resolver};
-
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use crate::{config::Endpoints, upstream::Upstream};
+use crate::{config::Endpoints, dns::Resolver, upstream::Upstream};
 
 /// Most endpoints that an upstream may have; what is found beyond them is left out, with a warning.
 pub const MAX_ENDPOINTS: usize = 4096;
-
-/// Why a source of endpoints could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum DiscoveryError {
-    #[error("no such name: {name} ({reason})")]
-    Dns { name: String, reason: String },
-    #[error("the DNS server could not say where {name} is ({reason})")]
-    DnsServer { name: String, reason: String },
-    #[error("{name} could not be looked up: {reason}")]
-    LocalResource { name: String, reason: String },
-    #[error("DNS did not answer for {name} within {limit:?}")]
-    DnsTimeout { name: String, limit: Duration },
-    #[error("{path}: {reason}")]
-    File { path: PathBuf, reason: String },
-    #[error("the DNS resolver could not be set up: {reason}")]
-    Setup { reason: String },
-    #[error("endpoints of the service {service} in Kubernetes: {reason}")]
-    Kubernetes { service: String, reason: String },
-}
 
 /// What is wrong with a file that lists endpoints.
 ///

@@ -5,11 +5,14 @@ use std::{collections::HashMap, net::IpAddr, net::SocketAddr, sync::Arc};
 use tokio::{task::JoinSet, time::Instant};
 
 use super::{
-    Answer, DiscoveryError, LOOKUP_LIMIT, MAX_ENDPOINTS, Resolver,
-    resolver::Family,
+    MAX_ENDPOINTS,
     source::{Target, retry_at},
 };
-use crate::{rng::Rng, upstream::Found};
+use crate::{
+    dns::{Answer, Family, LOOKUP_LIMIT, Resolver},
+    rng::Rng,
+    upstream::{DiscoveryError, Found},
+};
 
 /// Look-ups of one upstream at a time.
 const CONCURRENT: usize = 16;
@@ -96,7 +99,7 @@ impl Names {
                 Err(error) => {
                     state.failures = state.failures.saturating_add(1);
                     state.due = retry_at(Instant::now(), state.failures, rng);
-                    last_error = Some(error);
+                    last_error = Some(error.into());
                 }
             }
         }

@@ -4,10 +4,12 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{DiscoveryError, Resolver, file::File, kubernetes::Kubernetes};
+use super::{file::File, kubernetes::Kubernetes};
 use crate::{
     config::{Endpoints, HostPort},
+    dns::Resolver,
     fetch::Fetcher,
+    upstream::DiscoveryError,
 };
 
 /// A place where an upstream is served.

@@ -5,13 +5,14 @@ use std::{sync::Arc, time::Duration};
 use tokio::{task::JoinHandle, time::Instant};
 
 use super::{
-    DiscoveryError, MAX_ENDPOINTS, Resolver,
+    MAX_ENDPOINTS,
     names::Names,
     source::{Source, Target, retry_at},
 };
 use crate::{
+    dns::Resolver,
     rng::Rng,
-    upstream::{Found, Upstream},
+    upstream::{DiscoveryError, Found, Upstream},
 };
 
 /// However often a refresh is asked for, this long passes between two look-ups.

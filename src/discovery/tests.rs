@@ -5,14 +5,14 @@ use hickory_resolver::proto::{
     rr::{RData, RecordType},
 };
 
-use super::{
-    resolver::Family,
-    test_dns::{Reply, TestDns, cname, record, srv},
-    *,
-};
+use super::*;
 use crate::{
     config::HostPort,
-    upstream::{EndpointSet, Resolution},
+    dns::{
+        DnsError, Family,
+        test_dns::{Reply, TestDns, cname, record, srv},
+    },
+    upstream::{DiscoveryError, EndpointSet, Resolution},
 };
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -155,7 +155,7 @@ async fn a_missing_name_a_failing_server_and_silence_are_told_apart() {
     let resolver = Resolver::with_name_server(dns.address, limit).unwrap();
     for name in ["broken.test", "refused.test"] {
         match resolver.addresses(name).await {
-            Err(error @ DiscoveryError::DnsServer { .. }) => {
+            Err(error @ DnsError::Server { .. }) => {
                 assert!(!error.to_string().contains("no such name"), "{error}");
             }
             other => panic!("{name}: {other:?}"),
@@ -163,12 +163,12 @@ async fn a_missing_name_a_failing_server_and_silence_are_told_apart() {
     }
     for (name, part) in [("missing.test", "NXDOMAIN"), ("empty.test", "without such records"), ("..", "")] {
         match resolver.addresses(name).await {
-            Err(DiscoveryError::Dns { reason, .. }) => assert!(reason.contains(part), "{name}: {reason}"),
+            Err(DnsError::NotFound { reason, .. }) => assert!(reason.contains(part), "{name}: {reason}"),
             other => panic!("{name}: {other:?}"),
         }
     }
     match resolver.addresses("silent.test").await {
-        Err(DiscoveryError::DnsTimeout { name, limit: told }) => {
+        Err(DnsError::Timeout { name, limit: told }) => {
             assert_eq!((&*name, told), ("silent.test", limit));
         }
         other => panic!("{other:?}"),
@@ -264,7 +264,7 @@ async fn the_last_good_addresses_outlive_a_failing_server() {
 
     dns.fail("stale.test", &Reply::Code(ResponseCode::NXDomain));
     assert!(
-        matches!(&*until_failed(&upstream).await, DiscoveryError::Dns { name, .. } if name == "stale.test")
+        matches!(&*until_failed(&upstream).await, DiscoveryError::Dns(DnsError::NotFound { name, .. }) if name == "stale.test")
     );
     assert_eq!(shown(&upstream.endpoints()), ["10.0.0.1:80"]);
 

@@ -7,11 +7,11 @@ use std::sync::{
 
 use http::HeaderName;
 
-use super::{
-    authorize::{PathPattern, Rules},
-    jwt::{Expected, Issuer},
+use super::jwt::{Expected, Issuer};
+use crate::{
+    authorization::{PathPattern, Rules},
+    config::{Config, Jwt, Observed},
 };
-use crate::config::{Config, Jwt, Observed};
 
 #[derive(Debug)]
 pub struct Gate {

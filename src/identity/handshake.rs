@@ -7,10 +7,10 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
 
-use crate::config::TlsMode;
+use crate::{authorization::peer, config::TlsMode, net::alpn::Speaks};
 
 use super::{
-    Peer, peer,
+    Peer,
     time::Date,
     tls::{ALPN_BYTE_STREAM, ALPN_H2, ALPN_HTTP1, ClientNow, ClientTls, Offer, ServerTls},
     trust::{Refusal, Role, Trust, refused},
@@ -74,18 +74,6 @@ impl FailureKind {
             Self::NotReady => "not_ready",
         }
     }
-}
-
-/// What ALPN is offered, which is what will be spoken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speaks {
-    Http1,
-    H2,
-    /// No HTTP: nothing is offered.
-    Bytes,
-    /// A byte stream for a service behind another sidecar, which is told so by ALPN. A server that is no sidecar (and
-    /// so gets no certificate of ours) is offered nothing.
-    ByteStream,
 }
 
 /// A server that was believed.

@@ -17,10 +17,13 @@ use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, revocation_list::CertificateRevocationList,
 };
 
-use crate::config::{Config, Mtls, TlsMode};
+use crate::{
+    authorization::peer,
+    config::{Config, Mtls, TlsMode},
+};
 
 use super::{
-    Peer, PeerError, TrustDomain, peer,
+    Peer, PeerError, TrustDomain,
     time::Date,
     trust::{Bundle, Refusal, Role, Trust, provider},
 };

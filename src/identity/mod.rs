@@ -17,7 +17,6 @@
 //! | [`oauth2`] | tokens that this service shows to its upstreams |
 //! | [`xfcc`] | how the service learns who calls |
 
-pub mod authorize;
 pub mod counts;
 pub mod files;
 pub mod gate;
@@ -26,8 +25,6 @@ pub mod issue;
 pub mod jwt;
 pub mod material;
 pub mod oauth2;
-pub mod peer;
-pub mod spiffe;
 pub mod store;
 #[cfg(test)]
 #[path = "../../tests/support/pki.rs"]
@@ -40,6 +37,5 @@ pub mod verify;
 pub mod workload;
 pub mod xfcc;
 
-pub use peer::{Peer, PeerError};
-pub use spiffe::{InvalidId, Pattern, SpiffeId, TrustDomain};
+pub use crate::authorization::{InvalidId, Pattern, Peer, PeerError, SpiffeId, TrustDomain};
 pub use time::Date;

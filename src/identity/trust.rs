@@ -149,7 +149,9 @@ impl Trust {
 
     fn refusal(&self, error: webpki::Error, role: Role) -> Refusal {
         use webpki::Error as E;
-        let time = |time: UnixTime| super::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX));
+        let time = |time: UnixTime| {
+            crate::authorization::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX))
+        };
         match error {
             E::CertExpired { not_after, .. } => Refusal::Expired(time(not_after)),
             E::CertNotValidYet { not_before, .. } => Refusal::NotYet(time(not_before)),
@@ -239,7 +241,8 @@ impl From<Refusal> for rustls::Error {
 /// What became of a certificate in a handshake, in words; none where the error is of another kind.
 pub fn refused(error: &rustls::Error, trust: &Trust, role: Role) -> Option<Refusal> {
     let rustls::Error::InvalidCertificate(error) = error else { return None };
-    let time = |time: &UnixTime| super::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX));
+    let time =
+        |time: &UnixTime| crate::authorization::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX));
     Some(match error {
         CertificateError::ExpiredContext { not_after, .. } => Refusal::Expired(time(not_after)),
         CertificateError::NotValidYetContext { not_before, .. } => Refusal::NotYet(time(not_before)),

@@ -7,13 +7,16 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{sleep, timeout};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use self::api::{ApiError, InvalidSocket, Socket, X509SvidResponse};
+use self::api::{ApiError, X509SvidResponse};
 use super::{
     TrustDomain,
     material::{Content, Pem, Text},
     store::Store,
 };
-use crate::rng::Rng;
+use crate::{
+    config::{InvalidSocket, Socket},
+    rng::Rng,
+};
 
 /// Between attempts to reach the agent; doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);

@@ -11,6 +11,5 @@
 pub mod inject;
 pub mod manifest;
 pub mod patch;
-pub mod redirect;
 pub mod webhook;
 pub mod yaml;

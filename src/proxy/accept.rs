@@ -4,7 +4,6 @@ use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
-    sync::Arc,
     time::Duration,
 };
 
@@ -16,7 +15,8 @@ use super::connection;
 use crate::{
     config::ListenAddr,
     descriptors::{self, Purpose},
-    runtime::{StartError, Worker},
+    model::Side,
+    proxy::worker::Worker,
     telemetry::metrics::Awaited,
 };
 
@@ -29,15 +29,13 @@ const LAST_HANDSHAKES: Duration = Duration::from_millis(20);
 /// How often the end of a listener waits out a shortage.
 const LAST_TRIES: u32 = 20;
 
-/// Which way calls go that come in by a listener.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// To this service.
-    Inbound,
-    /// From this service, to whomever the call names.
-    Outbound,
-    /// From this service, to one upstream, by its name.
-    Upstream(Arc<str>),
+/// A listener that could not be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} ({what}): {source}")]
+pub struct ListenError {
+    what: String,
+    address: ListenAddr,
+    source: io::Error,
 }
 
 /// One configured address, bound. `localhost` is two sockets.
@@ -48,14 +46,14 @@ pub struct Listener {
 }
 
 impl Listener {
-    pub fn bind(side: Side, listen: &ListenAddr) -> Result<Self, StartError> {
+    pub fn bind(side: Side, listen: &ListenAddr) -> Result<Self, ListenError> {
         let sockets = bind(listen).map_err(|source| {
             let what = match &side {
                 Side::Inbound => "[inbound] listen".to_owned(),
                 Side::Outbound => "[outbound] listen".to_owned(),
                 Side::Upstream(name) => format!("[[upstream]] {name}, listen"),
             };
-            StartError::Listen { what, address: listen.clone(), source }
+            ListenError { what, address: listen.clone(), source }
         })?;
         Ok(Self { side, sockets })
     }

@@ -10,19 +10,16 @@ use std::{
 use http::{HeaderMap, StatusCode};
 use tokio::time::{sleep, sleep_until};
 
-use super::{
-    clock::Until,
-    connection::Connection,
-    error::{Cause, ProxyError},
-};
+use super::{clock::Until, connection::Connection, error::ProxyError};
 use crate::{
+    cause::Cause,
     config::{Observed, Policy},
+    model::{LocalCluster, View},
     resilience::{
         limit::{Full, LimitSettings},
         observe::enforce,
         rate::{RateKey, RateLimit, RateSettings},
     },
-    runtime::{LocalCluster, View},
     upstream::guards::{Guards, Place, Woken},
 };
 

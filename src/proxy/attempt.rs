@@ -8,11 +8,12 @@ use tokio::time::Instant;
 use super::{
     body::{Held, RequestBody},
     connect::connect_failed,
-    error::{Cause, ProxyError},
+    error::ProxyError,
     headers,
     interim::{self, Gate, Interim},
 };
 use crate::{
+    cause::Cause,
     identity::handshake::{FailureKind, own_has_expired, refused_after},
     present::Present,
     resilience::classify::{ConnectFailure, Ending, Health, Reset},
@@ -133,6 +134,7 @@ pub async fn send(
     let stale = lease.reused();
     let body = body(stale);
     let sent = body.sent();
+    let body = body.into_upload();
     let answered = match &mut lease {
         Lease::H1 { connection, .. } => {
             let interim = |status, fields| {

@@ -17,21 +17,23 @@ use tokio::time::Instant;
 use super::{
     clock::Until,
     connection::Connection,
-    error::{Cause, Challenge, ProxyError},
+    error::{Challenge, ProxyError},
     headers,
 };
 use crate::{
-    config::{Protocol, normalise},
+    authorization::{Asked, Refusal, Token, What, unambiguous},
+    cause::Cause,
+    config::Protocol,
     identity::{
-        authorize::{Asked, Refusal, Token, What, unambiguous},
         gate::{Gate, Users},
         jwt::{Claims, Invalid, KeySet},
     },
+    model::{LocalCluster, View},
     resilience::{
         deadline::{Deadline, grpc_timeout, request_timeout},
         observe::enforce,
     },
-    runtime::{LocalCluster, View},
+    url_path::normalise,
 };
 
 /// By which frameworks let a request say that it is another one than its first line says.
@@ -81,7 +83,7 @@ pub async fn call<B>(
         claims = enforce(read, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
     }
     if gate.rules.look_at_claims() {
-        let token = claims.as_deref().map_or(Token::None, Token::Good);
+        let token = claims.as_deref().map_or(Token::None, |claims| Token::Good(claims.all()));
         let decided = gate.rules.decide(&asked(token));
         // Where tokens are only observed, so is what they must hold.
         let observed = gate.observe_allow

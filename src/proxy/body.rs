@@ -6,19 +6,3 @@ mod response;
 
 pub use request::{CallerBody, ClaimFields, Replay, Replayable, RequestBody, Sent, SourceFailure};
 pub use response::{Held, ResponseBody, Streaming};
-
-use crate::{http1, upstream::pool::AnswerError};
-
-/// Why a body ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum BodyError {
-    #[error(transparent)]
-    Peer(#[from] h2::Error),
-    #[error(transparent)]
-    Answer(#[from] AnswerError),
-    #[error(transparent)]
-    Caller(#[from] http1::Error),
-    /// A newer try has taken the request's body over.
-    #[error("another try has taken this body over")]
-    TakenOver,
-}

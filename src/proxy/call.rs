@@ -15,27 +15,27 @@ use http_body::Body;
 use tokio::time::Instant;
 
 use super::{
-    accept::Side,
     authorize,
     body::{CallerBody, ResponseBody},
     connect,
     connection::Connection,
-    error::{Cause, Context, ProxyError, respond},
-    exchange, guard,
-    headers::{self, X_OUTRIGGER_RETRY, X_REQUEST_ID},
+    error::{Context, ProxyError, respond},
+    exchange, guard, headers,
     progress::Progress,
     target,
 };
 use crate::{
+    cause::Cause,
+    header_names::{X_OUTRIGGER_RETRY, X_REQUEST_ID},
+    model::{LocalCluster, Side, View},
     present::{Field, Present},
     resilience::classify::Advice,
-    runtime::{LocalCluster, View},
     telemetry::{
         metrics::Way,
-        propagation::{self, Trace},
         record::{End, Record, Refusal},
         spans::Asked,
     },
+    trace_context::{self, Trace},
 };
 
 /// Answers a call. Whatever goes wrong becomes an answer that says so; a bug of ours too.
@@ -194,8 +194,8 @@ fn open(
     let worker = &connection.worker;
     let (traces, inbound) = (&worker.shared.traces, way == Way::Inbound);
     let mut said = match present.has_any(Present::TRACE) {
-        true => propagation::read(request.headers()),
-        false => propagation::Said::default(),
+        true => trace_context::read(request.headers()),
+        false => trace_context::Said::default(),
     };
     if !traces.is_on() {
         // No trace is begun, but all sidecars on the way of a call name it alike.

@@ -11,11 +11,9 @@ use std::{
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{
-    error::{Cause, ProxyError},
-    progress::Progress,
-};
+use super::{error::ProxyError, progress::Progress};
 use crate::{
+    cause::Cause,
     config::AttemptTimeout,
     resilience::{
         classify::Ending,

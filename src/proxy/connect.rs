@@ -14,20 +14,23 @@ use super::{
     body::{CallerBody, ResponseBody},
     clock::Until,
     connection::Connection,
-    error::{Cause, ProxyError},
+    error::ProxyError,
     target::{self, Target},
 };
 use crate::{
+    cause::Cause,
     config::Network,
-    discovery::DiscoveryError,
-    identity::handshake::{FailureKind, Speaks},
+    dns::DnsError,
+    identity::handshake::FailureKind,
+    model::{Cluster, LocalCluster, Snapshot, View},
+    net::alpn::Speaks,
+    proxy::worker::Shared,
     resilience::{
         classify::{Health, Outcome},
         outlier::{Change, Evidence},
     },
-    runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
     upstream::{
-        EndpointSet, Resolution, comeback,
+        DiscoveryError, EndpointSet, Resolution, comeback,
         connect::{ConnectError, TcpLimits, TlsTarget, connect},
         guards::ConnectionSlot,
         local::{InFlight, LocalEndpoint, Probe, Wanted},
@@ -219,9 +222,9 @@ fn nothing_found(name: &str, set: &EndpointSet) -> ProxyError {
     match &set.resolution {
         Resolution::Failed(error) => {
             let cause = match **error {
-                DiscoveryError::DnsTimeout { .. } => Cause::DnsTimeout,
-                DiscoveryError::Dns { .. } | DiscoveryError::DnsServer { .. } => Cause::DnsFailure,
-                DiscoveryError::LocalResource { .. } => Cause::LocalResource,
+                DiscoveryError::Dns(DnsError::Timeout { .. }) => Cause::DnsTimeout,
+                DiscoveryError::Dns(DnsError::NotFound { .. } | DnsError::Server { .. }) => Cause::DnsFailure,
+                DiscoveryError::Dns(DnsError::LocalResource { .. }) => Cause::LocalResource,
                 _ => Cause::NoEndpoint,
             };
             let answer = ProxyError::new(cause, format!("{name}: {error}"));

@@ -30,19 +30,15 @@ use tokio::{
 };
 
 use super::{
-    accept::Side,
-    connect,
-    detect::RequestWatch,
-    error::ProxyError,
-    interim::Interim,
-    io::{Io, SharedTcp},
-    progress::Progress,
-    redirected, target,
+    connect, detect::RequestWatch, error::ProxyError, interim::Interim, progress::Progress, redirected,
+    target,
 };
 use crate::{
     config::{HostPort, Mtls, Protocol},
     identity::{Peer, SpiffeId, xfcc},
-    runtime::{Phase, Worker, announce_phase, connections, drain_phase},
+    model::Side,
+    net::io::{Io, SharedTcp},
+    proxy::worker::{Phase, Worker, announce_phase, connections, drain_phase},
     telemetry::metrics::{Awaited, Detected},
 };
 

@@ -3,12 +3,8 @@
 use http::{HeaderMap, HeaderValue, StatusCode, header::AUTHORIZATION};
 use tokio::time::Instant;
 
-use super::{
-    clock::Until,
-    error::{Cause, ProxyError},
-    exchange::Carried,
-};
-use crate::runtime::LocalCluster;
+use super::{clock::Until, error::ProxyError, exchange::Carried};
+use crate::{cause::Cause, model::LocalCluster};
 
 /// What the caller sent, kept for an upstream that is asked in place of the first one: no upstream gets the token of
 /// another.

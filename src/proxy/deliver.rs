@@ -8,18 +8,18 @@ use http::{
 };
 
 use super::{
-    accept::Side,
     attempt::Answer,
     body::{Held, ResponseBody},
     connection::Upgrade,
     credentials,
-    error::{Cause, ProxyError},
+    error::ProxyError,
     exchange::Exchange,
-    guard,
-    headers::{self, X_OUTRIGGER_RETRY},
-    upgrade,
+    guard, headers, upgrade,
 };
 use crate::{
+    cause::Cause,
+    header_names::X_OUTRIGGER_RETRY,
+    model::Side,
     present::{Field, Present},
     resilience::{
         classify::{Advice, Outcome},

@@ -15,7 +15,6 @@ use std::{cell::Cell, mem::take, rc::Rc, sync::Arc, time::Duration};
 use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 
 use super::{
-    accept::Side,
     admission,
     attempt::{Answer, Failed, Outgoing},
     body::{CallerBody, Replay, ResponseBody},
@@ -24,22 +23,23 @@ use super::{
     connection::{Connection, Upgrade},
     credentials::{self, SetAside},
     deliver,
-    error::{Cause, ProxyError},
+    error::ProxyError,
     head,
     progress::Progress,
     target::{self, Target},
 };
 use crate::{
+    cause::Cause,
     config::{AttemptTimeout, Balance, Observed, Policy, Protocol, UserTimeout},
     http1::head::leave,
-    identity::handshake::Speaks,
+    model::{Side, View},
+    net::alpn::Speaks,
     present::{Field, Present},
     resilience::{
         classify::Outcome,
         deadline::{self, Deadline},
         retry::RetryPolicy,
     },
-    runtime::View,
     telemetry::record::{Try, Why},
     upstream::{
         balance::hash_key, connect::TcpLimits, guards::Guards, http2::PingSettings, local::LocalEndpoint,

@@ -6,13 +6,13 @@ use http::HeaderMap;
 
 use super::attempt;
 use crate::{
+    model::LocalCluster,
     resilience::{
         breaker::Permit,
         classify::{Advice, Ending, GrpcStatus, Health, Outcome, Reset},
         outlier::Evidence,
         retry::Reason,
     },
-    runtime::LocalCluster,
     upstream::{Lease, local::LocalEndpoint, pool::AnswerError},
 };
 

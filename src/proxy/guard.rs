@@ -7,8 +7,9 @@ use http::{
     header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING, VIA},
 };
 
-use super::error::{Cause, ProxyError};
+use super::error::ProxyError;
 use crate::{
+    cause::Cause,
     http1::framing::content_length,
     present::{Field, Present},
 };

@@ -9,17 +9,17 @@ use http::{
 };
 
 use super::{
-    accept::Side,
     attempt::Outgoing,
     connection::Connection,
     error::ProxyError,
-    headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
+    headers::{self, Caller},
     target::Target,
 };
 use crate::{
+    header_names::X_FORWARDED_CLIENT_CERT,
     http1::target::RawTarget,
+    model::{Side, View},
     present::{Field, Present},
-    runtime::View,
     upstream::http1::Told,
 };
 

@@ -3,27 +3,24 @@
 use std::{cell::RefCell, num::NonZeroU64};
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Version,
+    HeaderMap, HeaderName, HeaderValue,
     header::{
         AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, Entry, HOST, PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
+        PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
     },
 };
 
 use super::error::ProxyError;
 use crate::{
-    config::{Forwarded, HeaderEdits},
+    config::Forwarded,
+    header_names::{
+        X_FORWARDED_CLIENT_CERT, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO, X_OUTRIGGER_RETRY,
+        X_REQUEST_ID,
+    },
     present::{Field, Present},
     resilience::deadline::{GRPC_TIMEOUT, REQUEST_TIMEOUT},
 };
 
-pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-pub const X_OUTRIGGER_ATTEMPT: HeaderName = HeaderName::from_static("x-outrigger-attempt");
-pub const X_OUTRIGGER_RETRY: HeaderName = HeaderName::from_static("x-outrigger-retry");
-pub const X_FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -153,35 +150,6 @@ pub fn remove_spellings(headers: &mut HeaderMap, name: &HeaderName) {
     }
 }
 
-/// `Via` members for each version a message can have come by, made once.
-#[derive(Debug)]
-pub struct Via {
-    pub pseudonym: String,
-    http10: HeaderValue,
-    http11: HeaderValue,
-    http2: HeaderValue,
-}
-
-impl Via {
-    /// `pseudonym`: unique per instance and direction, a token.
-    pub fn new(pseudonym: String) -> Self {
-        let value = |version: &str| {
-            HeaderValue::try_from(format!("{version} {pseudonym}"))
-                .unwrap_or(HeaderValue::from_static("1.1 outrigger"))
-        };
-        Self { http10: value("1.0"), http11: value("1.1"), http2: value("2"), pseudonym }
-    }
-
-    pub fn append(&self, headers: &mut HeaderMap, version: Version) {
-        let member = match version {
-            Version::HTTP_10 => &self.http10,
-            Version::HTTP_2 => &self.http2,
-            _ => &self.http11,
-        };
-        headers.append(VIA, member.clone());
-    }
-}
-
 /// Keeps what is another for each call out of HTTP/2's table of known fields (RFC 7541 §6.2.3): there it would never be
 /// met again, would push out what is, and each call would be compared with all those before it.
 pub fn keep_unindexed(headers: &mut HeaderMap) {
@@ -256,50 +224,6 @@ fn append_member(headers: &mut HeaderMap, name: HeaderName, member: &HeaderValue
     }
 }
 
-/// Header edits of a route, parsed once.
-#[derive(Clone, Debug, Default)]
-pub struct CompiledEdits {
-    pub request: Edits,
-    pub response: Edits,
-}
-
-#[derive(Clone, Debug, Default)]
-pub struct Edits {
-    set: Vec<(HeaderName, HeaderValue)>,
-    remove: Vec<HeaderName>,
-}
-
-impl CompiledEdits {
-    pub fn new(request: &HeaderEdits, response: &HeaderEdits) -> Self {
-        Self { request: Edits::new(request), response: Edits::new(response) }
-    }
-}
-
-impl Edits {
-    /// Names and values were checked when the configuration was loaded.
-    fn new(edits: &HeaderEdits) -> Self {
-        let set = edits
-            .set
-            .iter()
-            .filter_map(|(name, value)| Some((name.parse().ok()?, value.expose().parse().ok()?)))
-            .collect();
-        Self { set, remove: edits.remove.iter().filter_map(|name| name.parse().ok()).collect() }
-    }
-
-    pub fn sets(&self, name: &HeaderName) -> bool {
-        self.set.iter().any(|(set, _)| set == name)
-    }
-
-    pub fn apply(&self, headers: &mut HeaderMap) {
-        for name in &self.remove {
-            headers.remove(name);
-        }
-        for (name, value) in &self.set {
-            headers.insert(name.clone(), value.clone());
-        }
-    }
-}
-
 /// Cookie crumbs of HTTP/2 become one field again for HTTP/1.1 (RFC 9113 §8.2.3).
 pub fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(COOKIE).iter().nth(1).is_none() {
@@ -322,7 +246,7 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proxy::error::Cause;
+    use crate::cause::Cause;
 
     fn headers(fields: &[(&str, &str)]) -> HeaderMap {
         fields

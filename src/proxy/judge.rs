@@ -5,16 +5,17 @@ use std::{rc::Rc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    accept::Side,
     attempt::Failed,
     body::{Replay, SourceFailure},
     clock::{Clock, RanOut},
-    error::{Cause, ProxyError},
+    error::ProxyError,
     exchange::{Ended, Exchange},
     grpc::GrpcEnd,
     tries::{Number, Over},
 };
 use crate::{
+    cause::Cause,
+    model::Side,
     present::Field,
     resilience::{
         breaker::Permit,

@@ -10,14 +10,14 @@ use socket2::SockRef;
 use tokio::{io::AsyncRead, net::TcpStream};
 
 use super::{
-    accept::Side,
     connection::{Connection, ConnectionError},
     detect::{Detector, Spoken},
 };
 use crate::{
     config::{HostMatch, TlsMode, Unknown},
-    kubernetes::redirect::PROBE_PORT,
-    runtime::{LocalCluster, View, is_of_this_machine},
+    model::{LocalCluster, Side, View},
+    proxy::worker::is_of_this_machine,
+    redirect::PROBE_PORT,
     telemetry::metrics::Detected,
 };
 

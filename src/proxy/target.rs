@@ -4,15 +4,11 @@ use std::{net::SocketAddr, rc::Rc};
 
 use http::{Method, Request, Version, header::HOST, uri::Authority};
 
-use super::{
-    accept::Side,
-    connection::Connection,
-    error::{Cause, ProxyError},
-    redirected,
-};
+use super::{connection::Connection, error::ProxyError, redirected};
 use crate::{
+    cause::Cause,
     config::{HostPort, MinTls, Mtls, Unknown},
-    runtime::{LocalCluster, View},
+    model::{LocalCluster, Side, View},
     telemetry::metrics::Way,
 };
 

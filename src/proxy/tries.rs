@@ -11,20 +11,21 @@ use http::Version;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
-    accept::Side,
     admission,
     attempt::{self, Answer, Failed, Means, Outgoing},
     body::{Replay, Replayable},
     clock::RanOut,
     connect,
     deliver::may_be_failure,
-    error::{Cause, ProxyError},
+    error::ProxyError,
     exchange::{Carried, Ended, Exchange},
-    headers::X_OUTRIGGER_ATTEMPT,
     interim::Gate,
 };
 use crate::{
+    cause::Cause,
     config::Observed,
+    header_names::X_OUTRIGGER_ATTEMPT,
+    model::Side,
     resilience::{
         backoff::Hint,
         breaker::{Permit, Refused},
@@ -33,10 +34,8 @@ use crate::{
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
         retry::{Body as ReplayState, Decision, MOST_RESENT, Moment, Reason, Tried},
     },
-    telemetry::{
-        propagation::{Context, Span},
-        record::{Try, Why},
-    },
+    telemetry::record::{Try, Why},
+    trace_context::{Context, Span},
     upstream::{
         http1::Told,
         local::{LocalEndpoint, Probe, Wanted},

@@ -20,12 +20,15 @@ use tokio::{
     time::Instant,
 };
 
-use super::{
-    detect::{ReadsAsRequest, RequestWatch},
-    io::{Prefixed, SharedTcp},
-    progress::Watchdog,
+use super::detect::{ReadsAsRequest, RequestWatch};
+use crate::{
+    http1::intake::with_room,
+    net::{
+        io::{Prefixed, SharedTcp},
+        watchdog::Watchdog,
+    },
+    upstream::stream::UpstreamIo,
 };
-use crate::{http1::intake::with_room, upstream::stream::UpstreamIo};
 use splice::Pipe;
 
 /// A direction that has carried this much is left to the system, where that can do it alone: it copies nothing then,

@@ -6,14 +6,16 @@ use bytes::Bytes;
 use tokio::{task::spawn_local, time::Instant};
 
 use super::{
-    accept::Side,
     body::Held,
     connection::{Connection, Upgrade},
     detect::RequestWatch,
-    io::Prefixed,
     tunnel::relay,
 };
-use crate::upstream::{Lease, stream::UpstreamIo};
+use crate::{
+    model::Side,
+    net::io::Prefixed,
+    upstream::{Lease, stream::UpstreamIo},
+};
 
 /// Joins the two sides once the caller's has changed protocol, too. `service` is its side, and what has come by it
 /// already.

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    Addresses, Phase, Proxy, Shared,
+    Addresses, Proxy,
     child::Child,
     death::{Death, Deaths},
     reload::{self, Change, ReloadRequests, Reloads},
@@ -33,6 +33,7 @@ use super::{
 };
 use crate::{
     config,
+    proxy::worker::{Phase, Shared},
     telemetry::{log::LogHandle, metrics::Connections},
     watch::Reason,
 };

@@ -6,23 +6,16 @@
 pub mod cgroup;
 pub mod child;
 pub mod death;
-pub mod interception;
 pub mod lifecycle;
 pub mod ready_file;
 pub mod reload;
 pub mod service_env;
 pub mod service_port;
 pub mod signals;
-mod snapshot;
-mod view;
 mod workers;
 
-pub use snapshot::{Cluster, Snapshot, inbound_settings};
-pub use view::{LocalCluster, View, Whom};
-pub use workers::{Worker, announce_phase, connections, drain_phase};
-
 use std::{
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -36,92 +29,27 @@ use tokio::{
 };
 
 use crate::{
-    config::{Config, ListenAddr},
+    config::Config,
     descriptors,
-    discovery::Resolver,
+    dns::Resolver,
     identity::{store::Store, workload},
-    proxy::{
-        accept::{Listener, Side},
-        spent::SpentTraces,
+    model::{
+        Clusters, Side,
         unknown::{Met, UnknownHosts},
     },
+    proxy::{
+        accept::{ListenError, Listener},
+        interception::Interception,
+        spent::SpentTraces,
+        worker::{OwnAddresses, Phase, Shared},
+    },
     rng::Rng,
-    telemetry::{calls::Calls, metrics::Metrics, traces::Traces},
+    telemetry::{metrics::Metrics, traces::Traces},
     watch::{Watcher, watch},
 };
 use death::{Death, Deaths};
-use interception::Interception;
-use snapshot::Clusters;
-
-/// What every thread sees.
-#[derive(Debug)]
-pub struct Shared {
-    pub snapshot: ArcSwap<Snapshot>,
-    pub metrics: Metrics,
-    /// What is told of calls when they are over.
-    pub calls: Arc<Calls>,
-    /// How far the process is on its way out. Marked as changed when a configuration is applied, too: connections look
-    /// whether they are still allowed.
-    pub phase: watch::Sender<Phase>,
-    /// Where it listens itself; never dialled for a forward-proxy or Host request.
-    pub own: OwnAddresses,
-    /// The hosts that no upstream names, met so far.
-    pub unknown: UnknownHosts,
-    /// The addresses of the service that redirected calls were going to, met so far.
-    pub inbound_addresses: UnknownHosts,
-    /// Whether the kernel leads traffic here.
-    pub interception: Interception,
-    /// Traces whose tries were spent by calls of this service.
-    pub spent: SpentTraces,
-    pub traces: Traces,
-    /// Who this service is, and who is trusted.
-    pub identity: Arc<Store>,
-    /// Where workers have done what is not a call's own work.
-    pub control: Handle,
-    /// Tells this process from every other in `Via`.
-    pub instance: String,
-}
 
 const TICK: Duration = Duration::from_millis(500);
-
-/// The way of a process from start to end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
-    Running,
-    /// Not ready any more, still accepting: clients learn late that it leaves. Each response tells them to reconnect elsewhere.
-    Leaving,
-    /// Inbound connections finish what is in flight; outbound goes on.
-    DrainingInbound,
-    /// Outbound connections finish too.
-    DrainingAll,
-}
-
-/// The addresses this process listens on.
-#[derive(Debug, Default)]
-pub struct OwnAddresses(ArcSwap<Vec<SocketAddr>>);
-
-impl OwnAddresses {
-    pub fn add(&self, addresses: &[SocketAddr]) {
-        self.0.rcu(|known| known.iter().chain(addresses).copied().collect::<Vec<_>>());
-    }
-
-    /// Whether a connection to `address` would come back to this process.
-    pub fn contains(&self, address: SocketAddr) -> bool {
-        let ip = address.ip().to_canonical();
-        self.0.load().iter().any(|own| {
-            let own_ip = own.ip().to_canonical();
-            own.port() == address.port()
-                && (own_ip == ip
-                    || ip.is_unspecified()
-                    || (own_ip.is_unspecified() && is_of_this_machine(ip)))
-        })
-    }
-}
-
-/// Whether an address is one of this machine's (or pod's): only those can be bound. Asked only where the port is ours.
-pub fn is_of_this_machine(ip: IpAddr) -> bool {
-    ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
-}
 
 /// Where the listeners are bound.
 #[derive(Clone, Debug, Default)]
@@ -135,8 +63,8 @@ pub struct Addresses {
 /// Why the proxy could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error("cannot listen on {address} ({what}): {source}")]
-    Listen { what: String, address: ListenAddr, source: std::io::Error },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     #[error("cannot start a worker thread: {0}")]
     Worker(std::io::Error),
     #[error("cannot read the system's DNS settings: {0}")]
@@ -338,22 +266,5 @@ impl Proxy {
     pub fn stop(self) {
         self.ticking.abort();
         self.workers.stop();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn own_ports_are_known_by_every_address_of_the_machine() {
-        let own = OwnAddresses::default();
-        own.add(&["[::]:4143".parse().unwrap(), "127.0.0.1:4140".parse().unwrap()]);
-        for mine in ["127.0.0.1:4143", "[::1]:4143", "127.0.0.9:4143", "127.0.0.1:4140", "0.0.0.0:4140"] {
-            assert!(own.contains(mine.parse().unwrap()), "{mine}");
-        }
-        for other in ["192.0.2.1:4143", "127.0.0.1:8080", "127.0.0.2:4140"] {
-            assert!(!own.contains(other.parse().unwrap()), "{other}");
-        }
     }
 }

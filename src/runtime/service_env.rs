@@ -2,8 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::config::Config;
-use crate::redact::Secret;
+use crate::{config::Config, redact::Secret};
 
 /// Never proxied: the machine itself and link-local addresses (cloud metadata among them). Some libraries read
 /// networks, some only names and addresses, so both are there.

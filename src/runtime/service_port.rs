@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::Shared;
+use crate::proxy::worker::Shared;
 
 /// How long after the last look it is looked again: at first, and then.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);

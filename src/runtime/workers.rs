@@ -7,10 +7,7 @@
 mod tests;
 
 use std::{
-    cell::RefCell,
-    collections::HashMap,
     future::Future,
-    hash::Hash,
     io,
     net::SocketAddr,
     rc::Rc,
@@ -22,204 +19,27 @@ use std::{
 use tokio::{
     net::TcpStream,
     runtime::{Builder, LocalOptions, LocalRuntime},
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     task::JoinSet,
 };
 
-use super::{LocalCluster, Phase, Shared, StartError, View, death::Deaths};
+use super::{StartError, death::Deaths};
 use crate::{
-    config::{Config, HostPort},
-    identity::{jwt::TokenCache, trust::provider},
+    model::Side,
     proxy::{
-        accept::{self, BACKLOG, Listener, Side, accept_loop, accept_rest},
-        headers::LastNumber,
-        unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
+        accept::{self, BACKLOG, Listener, accept_loop, accept_rest},
+        worker::{Shared, Worker, connections, drain_phase},
     },
-    rng::Rng,
-    telemetry::{
-        calls::Teller,
-        durations::Cell,
-        metrics::{Awaited, Connections, WorkerLoad},
-        traces::InFlight,
-    },
+    telemetry::metrics::{Awaited, WorkerLoad},
     upstream::squeeze,
 };
 
 /// Connections handed over and not yet taken, per worker: as many as the kernel keeps for a listener.
 const HAND_OVER: usize = BACKLOG as usize;
-/// TLS handshakes with callers at a time, per worker; more wait.
-const HANDSHAKES: usize = 512;
 /// How often idle connections are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
 /// How often a worker says how busy it has been.
 const BUSY_SAMPLE: Duration = Duration::from_millis(100);
-
-/// What a worker knows. Lives on its thread and is shared by its tasks.
-#[derive(Debug)]
-pub struct Worker {
-    pub shared: Arc<Shared>,
-    view: RefCell<Rc<View>>,
-    unknown: RefCell<UnknownCache>,
-    rng: RefCell<Rng>,
-    /// The calls to the service that it carries, for traces.
-    pub in_flight: Arc<InFlight>,
-    /// Whom calls are told of.
-    pub teller: Rc<Teller>,
-    /// Which of them it is.
-    index: usize,
-    /// Tokens of end users that were found good.
-    pub tokens: RefCell<TokenCache>,
-    /// Leave for a TLS handshake with a caller.
-    pub handshakes: Semaphore,
-    /// The time that the last call's next hop was told it has.
-    pub time_told: LastNumber,
-}
-
-type Known<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
-
-/// What is no upstream of the configuration, as far as this worker has met it.
-#[derive(Debug, Default)]
-struct UnknownCache {
-    hosts: Known<HostPort>,
-    /// Where the service's redirected connections were going.
-    outward: Known<SocketAddr>,
-    /// Where callers' redirected connections were going: addresses of the service.
-    inward: Known<SocketAddr>,
-}
-
-impl UnknownCache {
-    fn all(&self) -> impl Iterator<Item = &Rc<LocalCluster>> {
-        let addresses = self.outward.values().chain(self.inward.values());
-        self.hosts.values().chain(addresses).map(|(_, local)| local)
-    }
-}
-
-/// The state for a key, from this worker's cache or from the table of all workers, which decides who stays.
-fn met<K: Clone + Eq + Hash>(
-    known: &mut Known<K>,
-    table: &UnknownHosts,
-    (key, host): (&K, impl FnOnce() -> HostPort),
-    config: &Arc<Config>,
-    durations: &Arc<Cell>,
-) -> Rc<LocalCluster> {
-    if let Some((shared, local)) = known.get(key)
-        && shared.is_current(config)
-        && table.touch(shared)
-    {
-        return Rc::clone(local);
-    }
-    if known.len() >= MAX_UNKNOWN_HOSTS {
-        // The shared table decides who stays; this is only a cache of it.
-        known.clear();
-    }
-    let shared = table.get(&host(), config);
-    let old = known.get(key).map(|(_, local)| Rc::clone(local));
-    let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
-    let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
-    known.insert(key.clone(), (shared, Rc::clone(&local)));
-    local
-}
-
-impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
-        if shared.snapshot.load().config.identity.is_some() {
-            // The first random bytes take the library some time, tens of milliseconds unless it was built as
-            // `.cargo/config.toml` says: not that of the first caller.
-            let _ = provider().secure_random.fill(&mut [0]);
-        }
-        let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
-        let in_flight = shared.traces.of_worker();
-        let teller = Rc::new(Teller::new(&shared.calls));
-        Rc::new(Self {
-            teller,
-            shared,
-            in_flight,
-            view: RefCell::new(view),
-            unknown: RefCell::default(),
-            rng: RefCell::new(Rng::new()),
-            index,
-            tokens: RefCell::default(),
-            handshakes: Semaphore::new(HANDSHAKES),
-            time_told: LastNumber::default(),
-        })
-    }
-
-    /// How much it has to do, for all to see.
-    pub fn load(&self) -> Option<&WorkerLoad> {
-        self.shared.metrics.workers.get(self.index)
-    }
-
-    /// The configuration as of now, with this worker's state.
-    pub fn view(&self) -> Rc<View> {
-        let now = self.shared.snapshot.load();
-        if !Arc::ptr_eq(&now, &self.view.borrow().snapshot) {
-            let next = View::new(Arc::clone(&now), &self.shared.instance, Some(&self.view.borrow()));
-            self.view.replace(next);
-        }
-        Rc::clone(&self.view.borrow())
-    }
-
-    /// The state for a host that no upstream names.
-    pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().hosts;
-        met(known, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
-    }
-
-    /// The state for an address that the service called and no upstream has.
-    pub fn address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().outward;
-        let host = || HostPort::new(address.ip().to_string(), address.port());
-        met(known, &self.shared.unknown, (&address, host), config, &self.teller.other)
-    }
-
-    /// The service at an address that callers called.
-    pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().inward;
-        let host = || HostPort::new(address.ip().to_string(), address.port());
-        let durations = &view.inbound.whom.durations;
-        met(known, &self.shared.inbound_addresses, (&address, host), &view.snapshot.config, durations)
-    }
-
-    pub fn with_rng<T>(&self, draw: impl FnOnce(&mut Rng) -> T) -> T {
-        draw(&mut self.rng.borrow_mut())
-    }
-
-    fn sweep(&self) {
-        let view = self.view();
-        let mut unknown = self.unknown.borrow_mut();
-        // Whoever is forgotten by all workers stops being looked up.
-        let UnknownCache { hosts, outward, inward } = &mut *unknown;
-        hosts.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        outward.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        inward.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
-        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            // One that was never called has nothing to be looked after.
-            if local.upstream.known().is_empty() {
-                continue;
-            }
-            for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {
-                let tls = local.cluster.tls.as_ref().map(|tls| &tls.target.client);
-                endpoint.pool.sweep(local.cluster.settings.pool_idle_timeout, tls);
-            }
-        }
-    }
-
-    /// Closes an idle connection for each that is wanted elsewhere (`max_connections`).
-    fn squeeze(&self) {
-        let view = self.view();
-        let unknown = self.unknown.borrow();
-        for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            let squeeze = &local.upstream.shared.guards.squeeze;
-            while squeeze.is_wanted() {
-                let known = local.upstream.known();
-                let Some(endpoint) = known.iter().find(|it| it.pool.idle_connections() > 0) else { break };
-                if squeeze.claim() {
-                    endpoint.pool.close_idle();
-                }
-            }
-        }
-    }
-}
 
 /// The running threads.
 #[derive(Debug)]
@@ -371,31 +191,6 @@ where
         }
     }
     tasks
-}
-
-/// From which phase on clients of a side are told to go elsewhere: responses say `Connection: close`, HTTP/2 gets GOAWAY.
-/// Only inbound has clients that can: the service has no other sidecar.
-pub fn announce_phase(side: &Side) -> Phase {
-    match side {
-        Side::Inbound => Phase::Leaving,
-        Side::Outbound | Side::Upstream(_) => Phase::DrainingAll,
-    }
-}
-
-/// From which phase on connections of a side are asked to leave.
-pub fn drain_phase(side: &Side) -> Phase {
-    match side {
-        Side::Inbound => Phase::DrainingInbound,
-        Side::Outbound | Side::Upstream(_) => Phase::DrainingAll,
-    }
-}
-
-/// What counts the connections of a side.
-pub fn connections<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<Connections> {
-    match side {
-        Side::Inbound => &shared.metrics.inbound,
-        Side::Outbound | Side::Upstream(_) => &shared.metrics.outbound,
-    }
 }
 
 type Handed = (std::net::TcpStream, (SocketAddr, Side, Awaited));

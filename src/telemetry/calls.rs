@@ -4,12 +4,14 @@ use std::sync::{Arc, OnceLock};
 
 use super::{
     access_log::{AccessLog, AccessLogError, Target},
-    durations::{Cell, Durations, Key},
     record::Record,
     requests::Requests,
     verdict::Kind,
 };
-use crate::config;
+use crate::{
+    config,
+    durations::{Cell, Durations},
+};
 
 /// What all workers tell of calls to.
 #[derive(Debug, Default)]
@@ -67,7 +69,7 @@ impl Teller {
         };
         let context = &record.context;
         let traced = (context.sampled || exported).then_some((context.trace, context.span));
-        cell.observe(Key::of(record), record.took(), traced);
+        cell.observe(record.duration_key(), record.took(), traced);
         let kind = record.kind();
         Wanted { kind, logged: self.calls.access_log.wants(kind), exported }
     }

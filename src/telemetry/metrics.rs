@@ -10,6 +10,8 @@ use std::{
 
 use tokio::{runtime::RuntimeMetrics, sync::Notify};
 
+use crate::net::alpn::Tls;
+
 /// Everything that is counted.
 #[derive(Debug, Default)]
 pub struct Metrics {
@@ -71,27 +73,6 @@ impl WorkerLoad {
     /// How long it has been busy since the start.
     pub fn busy(&self) -> Duration {
         self.runtime.get().map_or(Duration::ZERO, |runtime| runtime.worker_total_busy_duration(0))
-    }
-}
-
-/// What protects a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tls {
-    None,
-    /// The server alone proved who it is.
-    Server,
-    Mutual,
-}
-
-impl Tls {
-    pub const ALL: [Self; 3] = [Self::None, Self::Server, Self::Mutual];
-
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Server => "server",
-            Self::Mutual => "mutual",
-        }
     }
 }
 

@@ -13,19 +13,17 @@ use std::{
 use http::{HeaderMap, Method, StatusCode, Version};
 use tokio::time::Instant;
 
-use super::{
-    metrics::Way,
-    propagation::{Context, Span},
-    spans::Asked,
-};
+use super::{metrics::Way, spans::Asked};
 use crate::{
+    cause::Cause,
+    durations::Key,
     identity::Peer,
-    proxy::error::Cause,
+    model::Whom,
     resilience::{
         breaker::State,
         classify::{GrpcStatus, Outcome},
     },
-    runtime::Whom,
+    trace_context::{Context, Span},
 };
 
 /// Tries of a call that are told one by one; further ones are only counted.
@@ -243,6 +241,11 @@ impl Try {
 }
 
 impl Record {
+    /// What its duration is counted under.
+    pub fn duration_key(&self) -> Key {
+        Key::new(&self.method, self.status.map_or(0, |status| status.as_u16()), error_of(self))
+    }
+
     pub fn new(
         way: Way,
         peer: SocketAddr,
@@ -370,6 +373,21 @@ fn push(text: &mut String, number: u16) {
         push(text, number / 10);
     }
     text.push(char::from(b'0' + (number % 10) as u8));
+}
+
+/// What went wrong that the status does not tell.
+fn error_of(record: &Record) -> &'static str {
+    if let Some(refusal) = &record.refused {
+        return refusal.cause.word();
+    }
+    if let Some(failure) = record.fell_back {
+        return failure;
+    }
+    match (record.end, record.grpc_status) {
+        (End::Complete, None | Some(GrpcStatus::Ok)) => "",
+        (End::Complete, Some(status)) => status.label(),
+        (end, _) => end.word(),
+    }
 }
 
 #[cfg(test)]

@@ -20,11 +20,11 @@ use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 use opentelemetry_semantic_conventions::SCHEMA_URL;
 use tokio::time::Instant;
 
-use super::{
-    propagation::{Context, Span},
-    record::{Record, Try},
+use super::record::{Record, Try};
+use crate::{
+    resilience::classify::Ending,
+    trace_context::{Context, Span},
 };
-use crate::resilience::classify::Ending;
 
 /// Who made these spans.
 pub fn scope() -> InstrumentationScope {

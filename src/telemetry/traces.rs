@@ -12,12 +12,12 @@ use arc_swap::ArcSwap;
 
 use super::{
     export::{Batching, Destination, Export},
-    propagation::{Context, Link, Said, Sampler, Span, Trace},
     record::Record,
 };
 use crate::{
     config::{Config, Telemetry, process_env},
     rng::{Rng, mix},
+    trace_context::{Context, Link, Said, Sampler, Span, Trace},
 };
 
 /// Sampling, and the way to the collector. Without one nothing is sampled, and what callers said of their traces goes on

@@ -332,4 +332,4 @@ fn shortened(mut text: String) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

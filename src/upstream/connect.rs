@@ -15,11 +15,13 @@ use crate::{
     descriptors,
     identity::{
         Peer,
-        handshake::{self, Proven, Speaks, TlsFailure},
+        handshake::{self, Proven, TlsFailure},
         tls::ClientTls,
     },
-    proxy::io::SharedTcp,
-    telemetry::metrics::Tls,
+    net::{
+        alpn::{Speaks, Tls},
+        io::SharedTcp,
+    },
 };
 use rustls_pki_types::{CertificateDer, ServerName};
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::outcomes::RecentOutcomes;
-use crate::discovery::DiscoveryError;
+use crate::upstream::DiscoveryError;
 
 /// One address of an upstream, with what all workers share about it.
 #[derive(Debug)]

@@ -21,6 +21,8 @@ use super::{
 };
 use crate::{
     config::Policy,
+    durations::Durations,
+    net::alpn::Tls,
     resilience::{
         adaptive::Adaptive,
         breaker::{Breaker, BreakerSettings, Permit, State, Transition},
@@ -31,7 +33,6 @@ use crate::{
         outlier::{OutlierSettings, Outliers},
         rate::{RateKey, RateLimit, RateSettings},
     },
-    telemetry::{durations::Durations, metrics::Tls},
 };
 
 /// Where the adaptive limit starts: enough for most services, little for one that is not well.

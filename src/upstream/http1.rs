@@ -29,23 +29,24 @@ use tokio::{
 
 pub use self::line::Bodiless;
 use self::line::Line;
-
 use super::{
+    RequestBody,
     connect::{ConnectError, Connected, Proof, connect},
     guards::{ConnectionSlot, Guards},
     local::LocalEndpoint,
     pool::{ConnectionSettings, retire_at},
     stream::{Idle, UpstreamIo},
 };
+
 use crate::{
     config::HeaderCase,
+    header_names::X_OUTRIGGER_ATTEMPT,
     http1::{
         Error,
         head::{ResponseHead, Spelling, decimal, write_field},
         target::RawTarget,
     },
-    identity::handshake::Speaks,
-    proxy::{body::RequestBody, headers::X_OUTRIGGER_ATTEMPT, io::SharedTcp},
+    net::{alpn::Speaks, io::SharedTcp},
     resilience::deadline::REQUEST_TIMEOUT,
 };
 

@@ -30,6 +30,7 @@ use tokio::{
 
 use self::waiters::Waiters;
 use super::{
+    RequestBody,
     connect::{ConnectError, Connected, Proof, connect},
     guards::ConnectionSlot,
     local::LocalEndpoint,
@@ -45,8 +46,7 @@ use crate::{
         send::BodySender,
         wire::{Wire, Wired},
     },
-    identity::handshake::Speaks,
-    proxy::body::RequestBody,
+    net::alpn::Speaks,
     resilience::classify::Loss,
 };
 

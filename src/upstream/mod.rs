@@ -1,8 +1,10 @@
 //! The services that are called: their endpoints, how one is chosen, and the connections to them.
 
 pub mod balance;
+mod body;
 pub mod comeback;
 pub mod connect;
+mod discovery_error;
 mod endpoint;
 pub mod guards;
 pub mod health;
@@ -18,6 +20,8 @@ pub mod pool;
 pub mod squeeze;
 pub mod stream;
 
+pub use body::{BodyError, RequestBody};
+pub use discovery_error::DiscoveryError;
 pub use endpoint::{Endpoint, EndpointSet, EndpointState, Found, Resolution};
 pub use pool::Lease;
 
@@ -26,7 +30,6 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{Notify, watch};
 
-use crate::discovery::DiscoveryError;
 use guards::Guards;
 
 /// An upstream as it lives: what all workers share and what outlives a reload of its settings.

@@ -10,7 +10,7 @@ use std::{
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::client::TlsStream;
 
-use crate::proxy::io::SharedTcp;
+use crate::net::io::SharedTcp;
 
 /// What HTTP, or bytes, run over.
 #[derive(Debug)]

@@ -2,8 +2,9 @@
 
 use super::{target::Target, verdict::Verdict};
 use crate::{
-    config::{Loaded, normalise},
-    identity::authorize::{Asked, PathPattern, Rules, Token, What, unambiguous},
+    authorization::{Asked, PathPattern, Rules, Token, What, unambiguous},
+    config::Loaded,
+    url_path::normalise,
 };
 
 /// Tells which allow entry lets the call in: for the peer that was named, else for whom each one does.

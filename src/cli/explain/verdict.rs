@@ -8,10 +8,11 @@ use serde_json::json;
 use super::{inbound, target::Target};
 use crate::{
     config::{HostMatch, Loaded, Place, Policy, Protocol, Scope, Setting, Unknown, did_you_mean},
-    proxy::route::{Router, normalise},
+    model::Router,
     redact,
     resilience::retry::Methods,
     telemetry::export::Destination,
+    url_path::normalise,
 };
 
 /// The answer.

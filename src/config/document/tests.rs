@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::config::{Config, Source, Sources, load_sources, resolve::SECTIONS};
+use crate::config::{Config, Source, Sources, effective_tree, load_sources, resolve::SECTIONS};
 
 fn load(text: &str) -> Result<Config, String> {
     let sources = Sources(vec![Source { path: "f".into(), text: text.to_owned() }]);
@@ -209,7 +209,7 @@ fn no_output_shows_a_secret_whatever_key_it_stands_in() {
                     for index in (0..loaded.config.upstreams.len()).filter(|_| !value.contains('$')) {
                         said += &format!("{:?}", loaded.upstream_settings(index));
                     }
-                    let tree = crate::admin::effective_tree(&loaded.config).to_string();
+                    let tree = effective_tree(&loaded.config).to_string();
                     said + &tree
                 }
                 Err(found) => format!("{found}{:?}{}", found.lines(), found.to_json()),

@@ -2,8 +2,8 @@
 
 use super::{Lints, is_loopback_host};
 use crate::{
+    authorization::Rules,
     config::{Config, Endpoints, Mtls, Node, TlsMode},
-    identity::authorize::Rules,
 };
 
 impl Lints<'_> {

@@ -4,8 +4,8 @@ use rustls_pki_types::ServerName;
 
 use super::Check;
 use crate::{
+    authorization::{Pattern, TrustDomain},
     config::{Bundles, Config, Mtls, Node, TlsMode, Upstream, diagnostic::Problems},
-    identity::{Pattern, TrustDomain},
 };
 
 /// Towards callers, and the names of trust domains.

@@ -6,8 +6,9 @@ use http::HeaderName;
 
 use super::Check;
 use crate::{
-    config::{AdminListen, Allow, Config, Identity, Jwt, ListenAddr, Node, Problem, diagnostic::Problems},
-    identity::{Pattern, workload::api::Socket},
+    authorization::Allow,
+    authorization::Pattern,
+    config::{AdminListen, Config, Identity, Jwt, ListenAddr, Node, Problem, Socket, diagnostic::Problems},
 };
 
 const MAX_WORKERS: u16 = 256;

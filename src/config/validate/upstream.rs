@@ -3,11 +3,13 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{Check, identity, sections::is_url};
-use crate::config::{
-    Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, Upstream,
-    diagnostic::{Problems, did_you_mean},
-    normalise,
-    source::Origin,
+use crate::{
+    config::{
+        Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, Upstream,
+        diagnostic::{Problems, did_you_mean},
+        source::Origin,
+    },
+    url_path::normalise,
 };
 
 const MAX_NAME: usize = 128;

@@ -12,8 +12,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::slices::{Event, Failure, List};
 use crate::{
-    discovery::DiscoveryError,
     fetch::{Fetcher, Limits, Streaming},
+    upstream::DiscoveryError,
 };
 
 /// Where a pod's service account is; another place for tests and for `kubectl proxy`.

@@ -11,8 +11,8 @@ use std::{env, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{DiscoveryError, source::Target};
-use crate::fetch::Fetcher;
+use super::source::Target;
+use crate::{fetch::Fetcher, upstream::DiscoveryError};
 use api::{Api, Refused, Watch};
 use slices::{Event, Failure, Kind, Metadata, Slice, Slices};
 

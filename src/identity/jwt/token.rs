@@ -10,6 +10,7 @@ use serde::{
 use serde_json::{Map, Value};
 
 use super::keys::{Algorithm, KeySet};
+use crate::authorization::ClaimSet;
 
 /// A longer token is refused before anything of it is looked at.
 pub const MAX_TOKEN: usize = 8 * 1024;
@@ -29,7 +30,7 @@ pub struct Expected {
 /// What a good token says.
 #[derive(Debug, PartialEq)]
 pub struct Claims {
-    all: Map<String, Value>,
+    all: ClaimSet,
     /// Seconds since 1970 (a NumericDate, RFC 7519 §2).
     expires: f64,
     not_before: Option<f64>,
@@ -209,7 +210,7 @@ impl Claims {
         };
         let expires = time("exp")?.ok_or(Invalid::Claim("exp"))?;
         let not_before = time("nbf")?;
-        Ok(Self { all, expires, not_before })
+        Ok(Self { all: ClaimSet(all), expires, not_before })
     }
 
     fn check(&self, expected: &Expected) -> Result<(), Invalid> {
@@ -250,32 +251,14 @@ impl Claims {
         }
     }
 
-    #[cfg(test)]
-    pub fn for_test(claims: Value) -> Self {
-        let Value::Object(all) = claims else { unreachable!("claims are an object") };
-        Self::new(all).unwrap_or_else(|error| unreachable!("{error}"))
-    }
-
-    /// A claim by its name.
+    /// One of them.
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.all.get(name)
     }
 
-    /// Whether a claim is `wanted`, or a list that holds it: an array, or words with spaces between them as in
-    /// `scope` (RFC 8693 §4.2). Numbers and booleans count as they are written.
-    pub fn has(&self, name: &str, wanted: &str) -> bool {
-        let is = |value: &Value| match value {
-            Value::String(text) => text == wanted,
-            Value::Number(number) => number.to_string() == wanted,
-            Value::Bool(yes) => wanted == if *yes { "true" } else { "false" },
-            _ => false,
-        };
-        match self.all.get(name) {
-            Some(Value::Array(list)) => list.iter().any(is),
-            Some(Value::String(text)) => text == wanted || text.split(' ').any(|word| word == wanted),
-            Some(value) => is(value),
-            None => false,
-        }
+    /// All of them, by name.
+    pub const fn all(&self) -> &ClaimSet {
+        &self.all
     }
 }
 
@@ -444,7 +427,7 @@ mod tests {
             ("nested", "b", false),
             ("missing", "", false),
         ] {
-            assert_eq!(claims.has(name, wanted), holds, "{name} = {wanted}");
+            assert_eq!(claims.all().has(name, wanted), holds, "{name} = {wanted}");
         }
     }
 

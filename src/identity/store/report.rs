@@ -2,11 +2,13 @@
 
 use std::{collections::HashMap, time::SystemTime};
 
-use super::super::{
-    material::{Expiry, Kind},
-    time::Date,
+use super::{
+    super::{
+        material::{Expiry, Kind},
+        time::Date,
+    },
+    Store,
 };
-use super::Store;
 
 /// For `/status` and metrics.
 #[derive(Clone, Debug, Default)]

@@ -1,7 +1,7 @@
 //! The part of the SPIFFE Workload API that is used here, by its published `workload.proto`: one call, which tells
 //! certificates, roots and revocation lists, and again whenever they change.
 
-use std::{collections::HashMap, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{collections::HashMap, path::PathBuf};
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
@@ -15,6 +15,8 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 use tonic_prost::ProstCodec;
+
+use crate::config::Socket;
 
 /// Every call must carry it, so that nobody is tricked into making one (SPIFFE Workload Endpoint §3).
 const SECURITY_HEADER: &str = "workload.spiffe.io";
@@ -52,33 +54,6 @@ pub struct X509Svid {
     /// The roots of its trust domain.
     #[prost(bytes = "bytes", tag = "4")]
     pub bundle: Bytes,
-}
-
-/// Where the agent listens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Socket {
-    Unix(PathBuf),
-    Tcp(SocketAddr),
-}
-
-/// It is neither `unix:///PATH` nor `tcp://IP:PORT`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("this is not a Workload API address")]
-pub struct InvalidSocket;
-
-/// SPIFFE Workload Endpoint §4: `unix:///path` or `tcp://ip:port`, with or without the slashes.
-impl FromStr for Socket {
-    type Err = InvalidSocket;
-
-    fn from_str(text: &str) -> Result<Self, InvalidSocket> {
-        let (scheme, rest) = text.split_once(':').ok_or(InvalidSocket)?;
-        let rest = rest.strip_prefix("//").unwrap_or(rest);
-        match scheme {
-            "unix" if rest.starts_with('/') => Ok(Self::Unix(rest.into())),
-            "tcp" => rest.parse().map(Self::Tcp).map_err(|_| InvalidSocket),
-            _ => Err(InvalidSocket),
-        }
-    }
 }
 
 /// Why the agent tells nothing.
@@ -124,22 +99,4 @@ async fn connect_unix(path: PathBuf) -> Result<Channel, tonic::transport::Error>
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
     Endpoint::from_static("http://localhost").connect_with_connector(connector).await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_of_agents() {
-        let unix = Ok(Socket::Unix("/run/agent.sock".into()));
-        assert_eq!("unix:///run/agent.sock".parse(), unix);
-        assert_eq!("unix:/run/agent.sock".parse(), unix);
-        let tcp = Ok(Socket::Tcp(([127, 0, 0, 1], 8081).into()));
-        assert_eq!("tcp://127.0.0.1:8081".parse(), tcp);
-        assert_eq!("tcp:127.0.0.1:8081".parse(), tcp);
-        for wrong in ["", "/run/agent.sock", "unix:agent.sock", "unix://", "tcp://agent:8081", "http://a"] {
-            assert_eq!(wrong.parse::<Socket>(), Err(InvalidSocket), "{wrong}");
-        }
-    }
 }

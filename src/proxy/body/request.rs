@@ -17,15 +17,13 @@ use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::{
-    super::{connection, headers, interim::Gate, progress::Progress},
-    BodyError,
-    kept::Kept,
-};
+use super::kept::Kept;
 use crate::{
     http1::{self, framing::FramingError},
     http2,
     present::Present,
+    proxy::{connection, headers, interim::Gate, progress::Progress},
+    upstream::{self, BodyError},
 };
 
 /// A request's body as it comes from its caller.
@@ -278,6 +276,11 @@ fn without_spoofed(frame: Frame<Bytes>, claims: Option<&[(HeaderName, String)]>)
 impl RequestBody {
     pub const fn empty() -> Self {
         Self(None)
+    }
+
+    /// What the connection to the endpoint sends.
+    pub fn into_upload(self) -> upstream::RequestBody {
+        if self.0.is_none() { upstream::RequestBody::empty() } else { upstream::RequestBody::new(self) }
     }
 
     /// Tells, once the body is with its connection, whether all of it has been sent.

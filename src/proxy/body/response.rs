@@ -11,17 +11,16 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::{
-    super::{error::GrpcCode, grpc::GrpcEnd, progress::Progress},
-    BodyError, Sent,
-};
+use super::Sent;
 use crate::{
+    cause::GrpcCode,
     http1::{
         self,
         framing::{FramingError, is_too_large},
     },
+    proxy::{grpc::GrpcEnd, progress::Progress},
     telemetry::record::End,
-    upstream::{Lease, guards::Place, local::InFlight, pool::AnswerError},
+    upstream::{BodyError, Lease, guards::Place, local::InFlight, pool::AnswerError},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");

@@ -11,12 +11,13 @@ use tokio::{
 use super::{Connection, ConnectionError, HEADER_TIMEOUT, LAST_CALL, spoken::Plain};
 use crate::{
     config::Mtls,
+    model::LocalCluster,
     proxy::{
         connect::{self, Dialled},
         detect::{Detector, Spoken, server_speaks_http},
         redirected,
+        worker::drain_phase,
     },
-    runtime::{LocalCluster, drain_phase},
     upstream::stream::UpstreamIo,
 };
 

@@ -35,12 +35,12 @@ use crate::{
         framing::{Framing, FramingError},
         head::{RequestHead, leave},
     },
+    net::{io::Io, watchdog::Watchdog},
     present::{Field, Present},
     proxy::{
         body::{CallerBody, ResponseBody},
         call,
-        io::Io,
-        progress::{Progress, Watchdog, poll_watched},
+        progress::{Progress, poll_watched},
         room::Room,
     },
 };

@@ -31,7 +31,8 @@ use crate::{
         guard::Guarded,
         wire::{Wire, Wired},
     },
-    proxy::progress::{Watchdog, poll_watched},
+    net::watchdog::Watchdog,
+    proxy::progress::poll_watched,
     resilience::conduct::{Conduct, Verdict},
 };
 

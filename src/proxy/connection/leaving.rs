@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{Connection, ConnectionError, OUTDATED};
-use crate::runtime::Phase;
+use crate::proxy::worker::Phase;
 
 /// Waits until `look` finds what it looks for: at every poll, and again after each change of phase or configuration.
 ///

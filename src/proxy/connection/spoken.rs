@@ -16,19 +16,18 @@ use super::{
 use crate::{
     config::{Mtls, Protocol},
     http1::head::{write_field, write_fields, write_status_line},
+    model::{LocalCluster, Side},
+    net::io::{Io, Prefixed},
     proxy::{
-        accept::Side,
         authorize,
         body::ResponseBody,
         connect::{self, Dialled},
         detect::{Detector, RequestWatch, Spoken},
         error::{Context, ProxyError, respond},
-        io::{Io, Prefixed},
         opaque::{ByteRules, Verdict, Why},
         redirected,
         tunnel::{self, relay},
     },
-    runtime::LocalCluster,
     telemetry::metrics::{Detected, Way},
     upstream::stream::UpstreamIo,
 };

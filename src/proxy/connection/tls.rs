@@ -22,21 +22,22 @@ use super::{
 use crate::{
     config::{Mtls, Protocol},
     identity::{
-        handshake::{self, FailureKind, Met, PortOffer, Proven, Speaks, TlsFailure},
+        handshake::{self, FailureKind, Met, PortOffer, Proven, TlsFailure},
         tls::Offer,
         trust::{Refusal, Role},
     },
+    model::{LocalCluster, Side},
+    net::{
+        alpn::{Speaks, Tls},
+        io::{Prefixed, SharedTcp},
+    },
     proxy::{
-        accept::Side,
         authorize, connect,
         detect::{RequestWatch, Spoken},
         error::ProxyError,
-        io::{Prefixed, SharedTcp},
         opaque::Verdict,
         target,
     },
-    runtime::LocalCluster,
-    telemetry::metrics::Tls,
 };
 
 /// How often a caller's certificate is looked at again.

@@ -4,7 +4,7 @@ use http::{Method, Request};
 use tokio::sync::oneshot;
 
 use super::{Connection, ConnectionError};
-use crate::proxy::{accept::Side, authorize, io::Io};
+use crate::{model::Side, net::io::Io, proxy::authorize};
 
 impl Connection {
     /// The stream of a call, for when its answer changes the protocol.

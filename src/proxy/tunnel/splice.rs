@@ -8,7 +8,7 @@ use std::{
 
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use crate::{descriptors::Purpose, proxy::io::SharedTcp};
+use crate::{descriptors::Purpose, net::io::SharedTcp};
 
 /// As much as a pipe holds, unless it was told otherwise.
 const MOST: usize = 64 * 1024;

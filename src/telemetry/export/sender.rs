@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     config::OtlpProtocol,
-    discovery::Resolver,
+    dns::Resolver,
     fetch::Fetcher,
     telemetry::{
         record::Record,

@@ -3,14 +3,11 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::{
-    proxy::error::Cause,
+    cause::Cause,
     resilience::classify::{Advice, Reset},
     rng::Rng,
-    telemetry::{
-        metrics::Way,
-        propagation::{Context, Said},
-        record::Refusal,
-    },
+    telemetry::{metrics::Way, record::Refusal},
+    trace_context::{Context, Said},
 };
 
 const A: &str = "10.0.0.3:8080";

@@ -16,7 +16,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use crate::{
     config::{Health, Protocol},
     descriptors,
-    identity::handshake::{self, Speaks, TlsFailure},
+    identity::handshake::{self, TlsFailure},
+    net::alpn::Speaks,
     upstream::{Endpoint, health::CheckSettings},
 };
 

@@ -25,8 +25,10 @@ use crate::{
         outlet::Outlet,
     },
     present::Field,
-    proxy::body::{BodyError, RequestBody},
-    upstream::stream::{Idle, UpstreamIo},
+    upstream::{
+        BodyError, RequestBody,
+        stream::{Idle, UpstreamIo},
+    },
 };
 
 /// Both directions.

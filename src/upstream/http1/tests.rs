@@ -1,13 +1,19 @@
-use std::{cell::Cell, future::Future, pin::pin};
+use std::{
+    cell::Cell,
+    future::Future,
+    pin::{Pin, pin},
+    task::ready,
+};
 
 use http::{
     HeaderValue,
     header::{CONTENT_LENGTH, COOKIE},
 };
+use http_body::{Body, Frame};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::aws_lc_rs};
 use rustls_pki_types::{PrivateKeyDer, ServerName};
 use tokio::{
-    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, duplex},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     net::{TcpSocket, TcpStream},
     task::{
         LocalSet,
@@ -19,13 +25,9 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, server::TlsStream};
 use super::*;
 use crate::{
     config::PoolIdle,
-    http1::framing::Framing,
-    proxy::{
-        body::{CallerBody, Replay},
-        connection::Link,
-        progress::Progress,
+    upstream::{
+        BodyError, connect::TcpLimits, guards::Guards, http2::PingSettings, idle_connections::IdleConnections,
     },
-    upstream::{connect::TcpLimits, guards::Guards, http2::PingSettings, idle_connections::IdleConnections},
 };
 
 /// More than the system takes of a narrow connection, and less than TLS keeps for it.
@@ -85,7 +87,7 @@ async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1 {
         retire_at: None,
         lifts_user_timeout: true,
         proof: None,
-        slot: slot.opened(crate::telemetry::metrics::Tls::None),
+        slot: slot.opened(crate::net::alpn::Tls::None),
     };
     let now = Instant::now();
     Http1 { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None }
@@ -416,6 +418,36 @@ async fn a_408_on_a_reused_connection_is_no_response() {
     }
 }
 
+/// A body of a known length, as its client sends it.
+struct Upload {
+    client: DuplexStream,
+    left: usize,
+}
+
+impl Body for Upload {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        if this.left == 0 {
+            return Poll::Ready(None);
+        }
+        let mut space = [0; 100];
+        let mut buffer = ReadBuf::new(&mut space);
+        ready!(Pin::new(&mut this.client).poll_read(cx, &mut buffer)).map_err(|_| BodyError::TakenOver)?;
+        this.left -= buffer.filled().len();
+        Poll::Ready(Some(Ok(Frame::data(Bytes::copy_from_slice(buffer.filled())))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.left == 0
+    }
+}
+
 /// A service that refuses an upload and closes, though more of it comes: what it said arrives before the reset.
 #[tokio::test]
 async fn a_response_is_read_although_the_upload_fails() {
@@ -430,14 +462,11 @@ async fn a_response_is_read_although_the_upload_fails() {
 
 async fn refuses_upload(mut connection: Http1, mut peer: impl AsyncWrite + Unpin) {
     let (mut client, end) = duplex(100);
-    let comes = Link::begin(&Link::new(Box::new(end), Bytes::new()), Framing::Length(4), false);
-    let progress = Rc::new(Progress::new(Instant::now()));
-    let replay = Replay::new(CallerBody::Http1(comes), 0, None, &progress);
+    let upload = RequestBody::new(Upload { client: end, left: 4 });
     let (target, fields) = (Uri::from_static("/"), HeaderMap::from_iter([(CONTENT_LENGTH, 4.into())]));
     client.write_all(b"bo").await.unwrap();
     let answered = {
-        let body = replay.next_try(None);
-        let mut sending = pin!(connection.send(head(&target, &fields), body, |_, _| ()));
+        let mut sending = pin!(connection.send(head(&target, &fields), upload, |_, _| ()));
         assert!(poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await.is_pending());
         let refusal = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 5\r\n\r\nlarge";
         peer.write_all(refusal).await.unwrap();
@@ -550,12 +579,10 @@ async fn there_is_no_upgrade_before_its_request_is_sent() {
         let (mut connection, mut peer) = connection().await;
         peer.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n").await.unwrap();
         let (mut caller, end) = duplex(100);
-        let comes = Link::begin(&Link::new(Box::new(end), Bytes::new()), Framing::Length(4), false);
-        let progress = Rc::new(Progress::new(Instant::now()));
-        let replay = Replay::new(CallerBody::Http1(comes), 0, None, &progress);
+        let upload = RequestBody::new(Upload { client: end, left: 4 });
         let (target, fields) = (Uri::from_static("/"), HeaderMap::from_iter([(CONTENT_LENGTH, 4.into())]));
         caller.write_all(b"bo").await.unwrap();
-        let answered = connection.send(head(&target, &fields), replay.next_try(None), |_, _| ()).await;
+        let answered = connection.send(head(&target, &fields), upload, |_, _| ()).await;
         assert_eq!(answered.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
         assert!(connection.take_stream().is_none() && connection.is_closed());
         // Nor does the rest of it go where another protocol is spoken now.

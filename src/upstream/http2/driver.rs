@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::{super::stream::UpstreamIo, MOST_STREAMS, PingSettings, State};
 use crate::{
     http2::{ERRORS_TO_RETIRE, guard::Guarded, wire::Wired},
-    proxy::progress::Watchdog,
+    net::watchdog::Watchdog,
 };
 
 /// PINGs sent in a row while no message comes. gRPC servers close connections that send more (gRPC A8), …

@@ -19,10 +19,8 @@ use crate::{
         outlet::Outlet,
     },
     present::{Field, Present},
-    proxy::{
-        body::{BodyError, ResponseBody},
-        headers::accepts_trailers,
-    },
+    proxy::{body::ResponseBody, headers::accepts_trailers},
+    upstream::BodyError,
 };
 
 /// What of a request its answer depends on.

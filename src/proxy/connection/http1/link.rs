@@ -33,12 +33,8 @@ use crate::{
         outlet::Outlet,
         target::RefusedLine,
     },
-    proxy::{
-        error::ProxyError,
-        interim::Interim,
-        io::{Io, Prefixed},
-        progress::Progress,
-    },
+    net::io::{Io, Prefixed},
+    proxy::{error::ProxyError, interim::Interim, progress::Progress},
 };
 
 /// How long, and how much, is read on after the last answer: who hangs up on bytes that still come takes the answer with

@@ -10,8 +10,9 @@ use super::{super::HEADER_TIMEOUT, *};
 use crate::{
     config::{Source, Sources, load_sources},
     http1::head::Wish,
-    proxy::accept::Side,
-    runtime::{self, Phase, Proxy, Worker},
+    model::Side,
+    proxy::worker::{Phase, Worker},
+    runtime::{self, Proxy},
 };
 
 const SLOW: Duration = Duration::from_secs(5);
@@ -31,7 +32,7 @@ const CONFIG: &str = r#"
 /// Serves one connection while `caller` is one; how it ended.
 async fn serve<F: Future>(
     room: usize,
-    caller: impl FnOnce(Caller, Arc<runtime::Shared>) -> F,
+    caller: impl FnOnce(Caller, Arc<crate::proxy::worker::Shared>) -> F,
 ) -> (Result<(), ConnectionError>, F::Output) {
     let source = Source { path: PathBuf::from("test.toml"), text: CONFIG.to_owned() };
     let loaded = load_sources(Sources(vec![source]), &|_| None).unwrap();

@@ -24,12 +24,12 @@ use super::{
 };
 use crate::{
     http2::{body::Body, fields, send::BodySender, tunnel::Tunnel},
+    net::{io::Io, watchdog::Watchdog},
     present::Present,
     proxy::{
         body::{CallerBody, ResponseBody},
         call,
-        io::Io,
-        progress::{Progress, Watchdog, poll_watched},
+        progress::{Progress, poll_watched},
         room::Room,
     },
 };

@@ -145,7 +145,8 @@ fn run(program: &str, arguments: &[&str], input: Option<&str>) -> io::Result<()>
 
 #[cfg(test)]
 mod tests {
-    use super::{super::plan::example, *};
+    use super::*;
+    use crate::redirect::plan::example;
 
     #[test]
     fn each_family_gets_its_own_and_a_jump_once() {

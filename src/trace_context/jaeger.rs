@@ -31,7 +31,8 @@ pub fn read(headers: &HeaderMap) -> Option<Caller> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::tests::headers, *};
+    use super::*;
+    use crate::trace_context::tests::headers;
 
     #[test]
     fn short_ids_are_filled_and_nonsense_is_not_read() {

@@ -12,8 +12,9 @@ use std::{
 
 use crate::{
     config::{self, Config, Endpoints, HostPort},
-    discovery::{self, Discovery, Resolver},
-    runtime::{Cluster, inbound_settings},
+    discovery::{self, Discovery},
+    dns::Resolver,
+    model::{Cluster, inbound_settings},
     upstream::{Upstream, guards::Counts},
 };
 

@@ -24,7 +24,7 @@ use hickory_resolver::{
 };
 use tokio::{runtime::Handle, time::timeout};
 
-use super::{DiscoveryError, miss::Miss};
+use super::{DnsError, miss::Miss};
 
 /// Names the DNS servers to ask in place of those of `/etc/resolv.conf`: `IP` or `IP:PORT`, several with commas.
 pub const DNS_ENV: &str = "OUTRIGGER_DNS";
@@ -69,7 +69,7 @@ pub enum Family {
 
 /// A record of an SRV answer (RFC 2782).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Service {
+pub struct Service {
     pub priority: u16,
     pub weight: u16,
     pub target: String,
@@ -89,7 +89,7 @@ impl Resolver {
     ///
     /// # Errors
     /// `DNS_ENV` is set and not a list of addresses.
-    pub fn from_system() -> Result<Self, DiscoveryError> {
+    pub fn from_system() -> Result<Self, DnsError> {
         let (mut config, options) = read_system_conf().unwrap_or_else(|error| {
             // What the C library does without a resolv.conf, as in an image built from scratch.
             tracing::debug!(%error, "no usable /etc/resolv.conf: asking the DNS server on 127.0.0.1");
@@ -107,7 +107,7 @@ impl Resolver {
     ///
     /// # Errors
     /// None that is known of; hickory's constructor may fail where it is built with TLS.
-    pub fn with_name_server(server: SocketAddr, limit: Duration) -> Result<Self, DiscoveryError> {
+    pub fn with_name_server(server: SocketAddr, limit: Duration) -> Result<Self, DnsError> {
         let config = ResolverConfig::from_parts(None, Vec::new(), vec![name_server(server)]);
         Self::new(config, ResolverOpts::default(), Hosts::default(), limit)
     }
@@ -117,8 +117,8 @@ impl Resolver {
         mut options: ResolverOpts,
         hosts: Hosts,
         limit: Duration,
-    ) -> Result<Self, DiscoveryError> {
-        let setup = |error: &dyn std::fmt::Display| DiscoveryError::Setup { reason: error.to_string() };
+    ) -> Result<Self, DnsError> {
+        let setup = |error: &dyn std::fmt::Display| DnsError::Setup { reason: error.to_string() };
         let mut search = config.search.clone();
         if search.is_empty() {
             search.extend(config.domain.clone());
@@ -148,14 +148,14 @@ impl Resolver {
 
     /// For tests that can't rely on the machine's routes.
     #[cfg(test)]
-    pub(super) fn routing(mut self, has_route: fn(IpAddr) -> bool) -> Self {
+    pub fn routing(mut self, has_route: fn(IpAddr) -> bool) -> Self {
         self.has_route = has_route;
         self
     }
 
     /// For tests: the content of `/etc/hosts` and the search list.
     #[cfg(test)]
-    pub(super) fn searching(mut self, hosts: &str, search: &[&str], ndots: usize) -> Self {
+    pub fn searching(mut self, hosts: &str, search: &[&str], ndots: usize) -> Self {
         let _ = self.hosts.read_hosts_conf(hosts.as_bytes());
         self.search = search.iter().filter_map(|name| Name::from_str_relaxed(*name).ok()).collect();
         self.ndots = ndots;
@@ -165,9 +165,9 @@ impl Resolver {
     /// The addresses of `host`: a name or a literal address.
     ///
     /// # Errors
-    /// [`DiscoveryError::Dns`] where the name has no addresses or DNS refuses to say, [`DiscoveryError::DnsTimeout`]
+    /// [`DnsError::NotFound`] where the name has no addresses or DNS refuses to say, [`DnsError::Timeout`]
     /// where it is silent.
-    pub async fn addresses(&self, host: &str) -> Result<Answer, DiscoveryError> {
+    pub async fn addresses(&self, host: &str) -> Result<Answer, DnsError> {
         let local = |addresses| Answer { addresses, valid_for: MAX_TTL, missing: None };
         if let Ok(ip) = host.parse() {
             return Ok(local(vec![ip]));
@@ -181,7 +181,7 @@ impl Resolver {
     }
 
     /// The SRV records of `name`, and how long they hold.
-    pub(super) async fn services(&self, name: &str) -> Result<(Vec<Service>, Duration), DiscoveryError> {
+    pub async fn services(&self, name: &str) -> Result<(Vec<Service>, Duration), DnsError> {
         self.search(&parse_name(name)?, |name| self.srv(name)).await
     }
 
@@ -202,7 +202,7 @@ impl Resolver {
     }
 
     /// Asks for `name` with each search domain in turn, until one has an answer.
-    async fn search<T, F>(&self, name: &Name, ask: impl Fn(Name) -> F) -> Result<T, DiscoveryError>
+    async fn search<T, F>(&self, name: &Name, ask: impl Fn(Name) -> F) -> Result<T, DnsError>
     where
         F: Future<Output = Result<T, Miss>>,
     {
@@ -228,7 +228,7 @@ impl Resolver {
             }
             Err(worst.unwrap_or(Miss::NoRecords(ResponseCode::NXDomain)))
         };
-        let timed_out = || DiscoveryError::DnsTimeout { name: text(), limit: self.limit };
+        let timed_out = || DnsError::Timeout { name: text(), limit: self.limit };
         let miss = match timeout(self.limit, look_up).await {
             Ok(Ok(found)) => return Ok(found),
             Ok(Err(miss)) => miss,
@@ -238,16 +238,16 @@ impl Resolver {
         let reason = match miss {
             Miss::Timeout => return Err(timed_out()),
             Miss::Failed(reason) | Miss::NoServer(reason) => {
-                return Err(DiscoveryError::DnsServer { name: text(), reason });
+                return Err(DnsError::Server { name: text(), reason });
             }
             Miss::LocalResource(reason) => {
-                return Err(DiscoveryError::LocalResource { name: text(), reason });
+                return Err(DnsError::LocalResource { name: text(), reason });
             }
             Miss::NoRecords(ResponseCode::NXDomain) => "NXDOMAIN".to_owned(),
             Miss::NoRecords(ResponseCode::NoError) => "it exists, but without such records".to_owned(),
             Miss::NoRecords(code) => code.to_string(),
         };
-        Err(DiscoveryError::Dns { name: text(), reason })
+        Err(DnsError::NotFound { name: text(), reason })
     }
 
     /// Why this machine cannot ask any of the servers, if that is so. Connecting a UDP socket sends nothing.
@@ -383,15 +383,15 @@ fn valid_for<'a>(records: impl IntoIterator<Item = &'a Record>) -> Duration {
     Duration::from_secs(lowest.into()).clamp(MIN_TTL, MAX_TTL)
 }
 
-fn parse_name(text: &str) -> Result<Name, DiscoveryError> {
+fn parse_name(text: &str) -> Result<Name, DnsError> {
     Name::from_str_relaxed(text)
-        .map_err(|error| DiscoveryError::Dns { name: text.to_owned(), reason: error.to_string() })
+        .map_err(|error| DnsError::NotFound { name: text.to_owned(), reason: error.to_string() })
 }
 
-fn parse_server(text: &str) -> Result<NameServerConfig, DiscoveryError> {
+fn parse_server(text: &str) -> Result<NameServerConfig, DnsError> {
     let text = text.trim();
     let address = text.parse().or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)));
-    address.map(name_server).map_err(|_| DiscoveryError::Setup {
+    address.map(name_server).map_err(|_| DnsError::Setup {
         reason: format!("{DNS_ENV}: `{text}` is not an address, write IP or IP:PORT"),
     })
 }

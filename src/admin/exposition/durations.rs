@@ -9,8 +9,8 @@ use std::{
 use super::upstreams::OTHER;
 use crate::{
     config::{HostMatch, Upstream},
-    runtime::Shared,
-    telemetry::durations::{BOUNDS, Histogram, Key, Read},
+    durations::{BOUNDS, Histogram, Key, Read},
+    proxy::worker::Shared,
 };
 
 /// Calls that were refused before they had an upstream.
@@ -113,10 +113,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::telemetry::{
+    use crate::{
         durations::{Cell, Durations},
-        propagation::{Span, Trace},
-        verdict::tests::record,
+        telemetry::verdict::tests::record,
+        trace_context::{Span, Trace},
     };
 
     #[test]
@@ -124,7 +124,7 @@ mod tests {
         let durations = Durations::default();
         let cell: &Cell = &durations.cell();
         let ids = Trace::new(0xab).zip(Span::new(0xcd));
-        let key = Key::of(&record(404));
+        let key = record(404).duration_key();
         cell.observe(key, Duration::from_millis(20), ids);
         cell.observe(key, Duration::from_secs(20), None);
         let mut client = Read::new();

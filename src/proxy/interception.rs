@@ -18,8 +18,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::Shared;
-use crate::kubernetes::redirect::PROBE_PORT;
+use super::worker::Shared;
+use crate::redirect::PROBE_PORT;
 
 /// How long a probe, which never leaves the machine, may take.
 const PATIENCE: Duration = Duration::from_secs(2);

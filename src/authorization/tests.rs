@@ -103,7 +103,7 @@ fn claims_are_asked_for_once_the_token_is_read() {
     let rules = orders();
     let peer = peer(SHOP);
     let what = What::Call { method: &Method::POST, path: "/v1/orders" };
-    let claims = |scope: &str| Claims::for_test(json!({ "scope": scope, "exp": 1 }));
+    let claims = |scope: &str| ClaimSet(serde_json::Map::from_iter([("scope".to_owned(), json!(scope))]));
     let (more, less) = (claims("orders:read orders:write"), claims("orders:read"));
     let decide = |token| rules.decide(&Asked { peer: Some(&peer), what, token });
     assert_eq!(decide(Token::Unread), Ok(Some(2)), "it may turn out to be there");

@@ -14,11 +14,7 @@ use std::{
 
 use http::Method;
 
-use super::{
-    propagation::{Span, Trace},
-    record::{End, Record},
-};
-use crate::resilience::classify::GrpcStatus;
+use crate::trace_context::{Span, Trace};
 
 /// Series of one upstream in one worker, beside the one for all others.
 pub const MOST_SERIES: usize = 64;
@@ -68,13 +64,10 @@ pub struct Key {
 impl Key {
     const OVERFLOW: Self = Self { method: OTHER_METHOD, status: 0, error: OTHER };
 
-    pub fn of(record: &Record) -> Self {
-        let method = METHODS.iter().position(|known| *known == record.method);
-        Self {
-            method: method.map_or(OTHER_METHOD, |index| index as u8),
-            status: record.status.map_or(0, |status| status.as_u16()),
-            error: error_of(record),
-        }
+    /// `status`: 0 where there was no response. `error`: empty where there was none, or the status tells it.
+    pub fn new(method: &Method, status: u16, error: &'static str) -> Self {
+        let method = METHODS.iter().position(|known| known == method);
+        Self { method: method.map_or(OTHER_METHOD, |index| index as u8), status, error }
     }
 
     pub fn method(&self) -> &'static str {
@@ -93,21 +86,6 @@ impl Key {
             "" => None,
             word => Some(word.to_owned()),
         }
-    }
-}
-
-/// What went wrong that the status does not tell.
-fn error_of(record: &Record) -> &'static str {
-    if let Some(refusal) = &record.refused {
-        return refusal.cause.word();
-    }
-    if let Some(failure) = record.fell_back {
-        return failure;
-    }
-    match (record.end, record.grpc_status) {
-        (End::Complete, None | Some(GrpcStatus::Ok)) => "",
-        (End::Complete, Some(status)) => status.label(),
-        (end, _) => end.word(),
     }
 }
 

@@ -47,7 +47,8 @@ fn in_words(hook: Hook, rule: &Rule) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::plan::example, *};
+    use super::*;
+    use crate::redirect::plan::example;
 
     #[test]
     fn it_reads_as_nft_writes_it() {

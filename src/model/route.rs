@@ -12,8 +12,8 @@ use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
 
-pub use crate::config::normalise;
 use crate::config::{Config, HostMatch, HostPattern, Route};
+pub use crate::url_path::normalise;
 
 /// All hosts and routes of a configuration.
 #[derive(Debug, Default)]

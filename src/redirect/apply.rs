@@ -163,7 +163,8 @@ fn nftables_clear() -> Result<(), RedirectError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::PortRange, *};
+    use super::*;
+    use crate::redirect::PortRange;
 
     #[test]
     fn a_host_is_redirected_only_where_that_is_said() {

@@ -8,7 +8,8 @@ use tokio::runtime::Handle;
 
 use crate::{
     config::{self, Config, Endpoints, Forwarded, HeaderEdits, HostMatch, HostPort, Observed, Policy},
-    discovery::{self, Discovery, Resolver},
+    discovery::{self, Discovery},
+    dns::Resolver,
     fetch::Fetcher,
     identity::{
         gate::Gate,
@@ -17,7 +18,7 @@ use crate::{
         store::Store,
         tls::ClientTls,
     },
-    proxy::{headers::CompiledEdits, route::Router},
+    model::{CompiledEdits, Router},
     resilience::{rate::RateLimit, retry::RetryPolicy},
     upstream::{
         Upstream,
@@ -204,7 +205,7 @@ impl Cluster {
 
 /// The upstreams and the tasks that keep them current. Lives on the control thread.
 #[derive(Debug)]
-pub(super) struct Clusters {
+pub struct Clusters {
     resolver: Arc<Resolver>,
     fetcher: Fetcher,
     identity: Arc<Store>,

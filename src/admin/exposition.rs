@@ -19,14 +19,15 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{
-    metrics::{Connections, Tls, Way},
-    process,
-};
 use crate::{
     identity::material::Kind,
-    proxy::unknown::UnknownHosts,
-    runtime::{Cluster, Snapshot, lifecycle::Control},
+    model::{Cluster, Snapshot, unknown::UnknownHosts},
+    net::alpn::Tls,
+    runtime::lifecycle::Control,
+    telemetry::{
+        metrics::{Connections, Way},
+        process,
+    },
 };
 
 /// Everything as of now.

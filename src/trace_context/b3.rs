@@ -145,7 +145,8 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: Option<HeaderValue>) {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::tests::headers, *};
+    use super::*;
+    use crate::trace_context::tests::headers;
 
     fn reads(fields: &[(&str, &str)]) -> Option<B3> {
         read(&headers(fields), &mut Forms::default())

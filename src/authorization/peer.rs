@@ -147,13 +147,13 @@ pub fn sha256(der: &[u8]) -> [u8; 32] {
 }
 
 /// When a certificate expires; None where it cannot be read.
-pub(super) fn not_after(certificate: &[u8]) -> Option<SystemTime> {
+pub fn not_after(certificate: &[u8]) -> Option<SystemTime> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     Some(time(parsed.validity().not_after.timestamp()))
 }
 
 /// Seconds since 1970, as certificates have them.
-pub(super) fn time(seconds: i64) -> SystemTime {
+pub fn time(seconds: i64) -> SystemTime {
     match u64::try_from(seconds) {
         Ok(after) => UNIX_EPOCH + Duration::from_secs(after),
         Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()),
@@ -161,7 +161,7 @@ pub(super) fn time(seconds: i64) -> SystemTime {
 }
 
 /// A name as RFC 2253 writes it: the last part first, `,` between, special characters escaped.
-pub(super) fn rfc2253(name: &X509Name<'_>) -> String {
+pub fn rfc2253(name: &X509Name<'_>) -> String {
     let registry = oid_registry::OidRegistry::default().with_all_crypto().with_x509();
     let mut text = String::new();
     let parts: Vec<_> = name.iter_rdn().collect();

@@ -3,18 +3,42 @@
 //! No entry: everybody who got as far as this may call. One or more: a call that matches none is refused, and told
 //! which entry came nearest.
 
+mod claims;
 mod path;
+pub mod peer;
+mod spiffe;
 #[cfg(test)]
 mod tests;
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 use http::Method;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
+pub use claims::ClaimSet;
 pub use path::{Ambiguous, PathPattern, unambiguous};
+pub use peer::{Peer, PeerError};
+pub use spiffe::{InvalidId, Pattern, SpiffeId, TrustDomain};
 
-use super::{Pattern, Peer, jwt::Claims};
-use crate::config::{Allow, normalise};
+use crate::url_path::normalise;
+
+/// `[[inbound.allow]]`: what matches no entry is refused with 403.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Allow {
+    /// SPIFFE IDs; a `*` at the end stands for anything.
+    pub identity: Vec<String>,
+    /// None: all.
+    #[serde(default)]
+    pub methods: Vec<String>,
+    /// None: all. A `*` at the end stands for anything.
+    #[serde(default)]
+    pub paths: Vec<String>,
+    /// What the JWT must hold.
+    #[serde(default)]
+    pub claims: BTreeMap<String, String>,
+}
 
 /// All entries, in the order of the file.
 #[derive(Debug, Default)]
@@ -54,7 +78,7 @@ pub enum Token<'a> {
     /// Not looked at yet: a claim that is asked for may turn out to be there.
     Unread,
     None,
-    Good(&'a Claims),
+    Good(&'a ClaimSet),
 }
 
 /// Why nobody let the call in.

@@ -55,7 +55,8 @@ pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::tests::headers, *};
+    use super::*;
+    use crate::trace_context::tests::headers;
 
     const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
     const SPAN: &str = "b7ad6b7169203331";

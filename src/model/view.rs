@@ -2,13 +2,8 @@
 
 use std::{collections::HashMap, rc::Rc, sync::Arc};
 
-use super::{Cluster, Snapshot};
-use crate::{
-    config::HeaderCase,
-    proxy::{accept::Side, error::deployment, headers::Via},
-    telemetry::durations::Cell,
-    upstream::local::LocalUpstream,
-};
+use super::{Cluster, Names, Snapshot};
+use crate::{config::HeaderCase, durations::Cell, upstream::local::LocalUpstream};
 
 /// The snapshot, with this worker's pools and latencies beside each cluster.
 #[derive(Debug)]
@@ -22,35 +17,6 @@ pub struct View {
     pub names: Names,
     /// Whether any upstream wants field names as the caller spelled them.
     pub preserves_case: bool,
-}
-
-/// The names under which this process passes messages on.
-#[derive(Debug)]
-pub struct Names {
-    /// In `Proxy-Status`.
-    pub deployment: String,
-    /// Two, so that a service which passes `Via` on makes no loop of its inbound and outbound calls.
-    inbound: Via,
-    outbound: Via,
-}
-
-impl Names {
-    fn new(service: &str, instance: &str) -> Self {
-        let deployment = deployment(service);
-        let name = deployment.replace('/', "-");
-        Self {
-            inbound: Via::new(format!("{name}-{instance}-in")),
-            outbound: Via::new(format!("{name}-{instance}-out")),
-            deployment,
-        }
-    }
-
-    pub fn via(&self, side: &Side) -> &Via {
-        match side {
-            Side::Inbound => &self.inbound,
-            Side::Outbound | Side::Upstream(_) => &self.outbound,
-        }
-    }
 }
 
 /// An upstream with its settings of now and what this worker knows of it.
@@ -73,7 +39,7 @@ pub struct Whom {
 
 impl LocalCluster {
     /// Keeps what the worker knows of the same upstream.
-    pub(super) fn new(
+    pub fn new(
         cluster: &Arc<Cluster>,
         old: Option<&Rc<Self>>,
         durations: impl FnOnce() -> Arc<Cell>,
@@ -96,7 +62,7 @@ impl LocalCluster {
 }
 
 impl View {
-    pub(super) fn new(snapshot: Arc<Snapshot>, instance: &str, old: Option<&Self>) -> Rc<Self> {
+    pub fn new(snapshot: Arc<Snapshot>, instance: &str, old: Option<&Self>) -> Rc<Self> {
         let known: HashMap<*const _, &Rc<LocalCluster>> = old
             .into_iter()
             .flat_map(|old| old.clusters.iter().chain([&old.inbound]))

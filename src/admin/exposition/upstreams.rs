@@ -9,7 +9,8 @@ use prometheus_client::{
 
 use super::{Labels, family};
 use crate::{
-    runtime::{Cluster, Shared},
+    model::Cluster,
+    proxy::worker::Shared,
     upstream::{
         EndpointState,
         guards::{Counts, Tally},
