@@ -1,13 +1,13 @@
-//! Where the endpoints of an upstream come from: a fixed list, DNS, a file, a Kubernetes API server.
+//! Discovery of the endpoints of an upstream: from a fixed list, DNS, a file, or a Kubernetes API server.
 //!
-//! Each source is a task on the control thread that publishes what it finds to its
-//! [`Upstream`](crate::upstream::Upstream), again whenever it changes. Losing the source loses nothing: the last
-//! good set stays in use.
+//! Each source is a task on the control thread that publishes its endpoints to its
+//! [`Upstream`](crate::upstream::Upstream), again whenever they change. If the source fails, the last good set stays
+//! in use.
 //!
 //! ```text
-//! source: fixed · dns · srv · file · kubernetes ──targets (host:port, weight, priority)──▶ names ──addresses──▶ Upstream
-//!                                                                                           ▲
-//!                                                   resolver: literals, localhost, /etc/hosts, DNS
+//! source: fixed, dns, srv, file, kubernetes ──host:port, weight, priority──▶ names ──addresses──▶ Upstream
+//!                                                                            ▲
+//!                                   resolver: literals, localhost, /etc/hosts, DNS
 //! ```
 
 mod file;
@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 
 use crate::{config::Endpoints, upstream::Upstream};
 
-/// Most endpoints that an upstream may have; what is found beyond them is left out, with a warning.
+/// The most endpoints of an upstream; further ones are dropped with a warning.
 pub const MAX_ENDPOINTS: usize = 4096;
 
 /// Why a source of endpoints could not be read.
@@ -38,30 +38,30 @@ pub const MAX_ENDPOINTS: usize = 4096;
 pub enum DiscoveryError {
     #[error("no such name: {name} ({reason})")]
     Dns { name: String, reason: String },
-    #[error("the DNS server could not say where {name} is ({reason})")]
+    #[error("the DNS server failed to resolve {name} ({reason})")]
     DnsServer { name: String, reason: String },
-    #[error("{name} could not be looked up: {reason}")]
+    #[error("{name} could not be resolved: {reason}")]
     LocalResource { name: String, reason: String },
     #[error("DNS did not answer for {name} within {limit:?}")]
     DnsTimeout { name: String, limit: Duration },
     #[error("{path}: {reason}")]
     File { path: PathBuf, reason: String },
-    #[error("the DNS resolver could not be set up: {reason}")]
+    #[error("cannot set up the DNS resolver: {reason}")]
     Setup { reason: String },
-    #[error("endpoints of the service {service} in Kubernetes: {reason}")]
+    #[error("cannot discover the endpoints of Kubernetes service {service}: {reason}")]
     Kubernetes { service: String, reason: String },
 }
 
-/// What is wrong with a file that lists endpoints.
+/// Checks a file that lists endpoints.
 ///
 /// # Errors
 ///
-/// Says it.
+/// The first error in the file, as text.
 pub fn check_file(path: &std::path::Path) -> Result<(), String> {
     file::check(path)
 }
 
-/// Keeps the endpoints of an upstream up to date for as long as it lives; dropping it ends that at once.
+/// Keeps the endpoints of an upstream up to date; dropping it stops that at once.
 #[derive(Debug)]
 pub struct Discovery {
     task: Option<JoinHandle<()>>,
@@ -75,10 +75,10 @@ impl Drop for Discovery {
     }
 }
 
-/// Starts to publish the endpoints of `source` to `upstream`.
+/// Starts publishing the endpoints of `source` to `upstream`.
 ///
-/// Literal addresses of a fixed list are published before this returns; the rest follows by a task on the runtime
-/// that the resolver was made on, so this may be called from any thread.
+/// Literal addresses of a fixed list are published before this returns. A task on the runtime of the resolver
+/// publishes the rest, so this may be called from any thread.
 pub fn spawn(source: &Endpoints, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Discovery {
     let source = source::Source::new(source, &resolver);
     Discovery { task: task::Task::start(source, upstream, resolver) }

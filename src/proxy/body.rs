@@ -1,4 +1,4 @@
-//! The bodies that pass through: streamed, with what is needed to send a request again.
+//! Bodies: streamed, with a buffer of what is needed to send a request again.
 
 mod kept;
 mod request;
@@ -18,7 +18,7 @@ pub enum BodyError {
     Answer(#[from] AnswerError),
     #[error(transparent)]
     Caller(#[from] http1::Error),
-    /// A newer try has taken the request's body over.
-    #[error("another try has taken this body over")]
+    /// A newer attempt reads the request's body.
+    #[error("a newer attempt has taken over the request's body")]
     TakenOver,
 }

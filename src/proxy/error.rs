@@ -1,5 +1,5 @@
-//! Everything that the proxy itself can answer, and how it says so: RFC 9457 problem JSON or a gRPC status, with an
-//! RFC 9209 `Proxy-Status` field.
+//! The error responses that the proxy makes itself: RFC 9457 problem JSON or a gRPC status, with an RFC 9209
+//! `Proxy-Status` field.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::body::ResponseBody;
 
-/// Why the proxy answered in place of the service. One stable word each: the same in `Proxy-Status`, the problem's
+/// Why the proxy made the response itself. Each cause has one stable word: the same in `Proxy-Status`, the problem's
 /// `type`, metric labels, spans, the access log and `docs/errors.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cause {
@@ -18,7 +18,7 @@ pub enum Cause {
     UnknownUpstream,
     NotAllowed,
     JwtInvalid,
-    /// Tokens cannot be checked, or none can be had: who could say is away.
+    /// The issuer of tokens, or its keys, cannot be reached: tokens cannot be checked or obtained.
     AuthUnavailable,
     NoEndpoint,
     BreakerOpen,
@@ -37,39 +37,39 @@ pub enum Cause {
     Loop,
     FaultInjected,
     Draining,
-    /// No port, descriptor, buffer or route of this machine's own.
+    /// This machine has no port, descriptor, buffer or route left.
     LocalResource,
-    /// A bug of ours, caught.
+    /// A bug in the proxy, caught.
     Internal,
 }
 
-/// An answer of the proxy's own.
+/// An error that the proxy answers with a response of its own.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{}: {detail}", cause.word())]
 pub struct ProxyError {
     pub cause: Cause,
-    /// What happened, in plain words: which upstream, which address, how long.
+    /// What happened, to which upstream or address, and how long it took.
     pub detail: String,
-    /// Where waiting helps, how long.
+    /// When the client may retry, where waiting helps.
     pub retry_after: Option<Duration>,
-    /// In place of the cause's own, where a more specific one fits (431, 417, an injected one).
+    /// The status in place of the cause's, where a more specific one fits (431, 417, an injected one).
     pub status: Option<StatusCode>,
-    /// How the caller can prove more than it did.
+    /// The authentication challenge for the client.
     pub challenge: Option<Challenge>,
 }
 
-/// What `WWW-Authenticate` asks for (RFC 6750 §3).
+/// The error in `WWW-Authenticate` (RFC 6750 §3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Challenge {
-    /// There was no token at all.
+    /// The request had no token.
     Bearer,
     InvalidRequest,
     InvalidToken,
     InsufficientScope,
 }
 
-/// How a cause is told in each language.
-struct Telling {
+/// How a cause is expressed in each format.
+struct CauseInfo {
     word: &'static str,
     status: StatusCode,
     grpc: GrpcCode,
@@ -119,23 +119,23 @@ impl Cause {
         Self::Internal,
     ];
 
-    const fn telling(self) -> Telling {
+    const fn info(self) -> CauseInfo {
         use GrpcCode::{DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable};
-        const fn telling(
+        const fn info(
             word: &'static str,
             status: StatusCode,
             grpc: GrpcCode,
             proxy_status: &'static str,
             title: &'static str,
-        ) -> Telling {
-            Telling { word, status, grpc, proxy_status, title }
+        ) -> CauseInfo {
+            CauseInfo { word, status, grpc, proxy_status, title }
         }
         const BAD_GATEWAY: StatusCode = StatusCode::BAD_GATEWAY;
         const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
         const TIMEOUT: StatusCode = StatusCode::GATEWAY_TIMEOUT;
         const FORBIDDEN: StatusCode = StatusCode::FORBIDDEN;
         match self {
-            Self::DnsFailure => telling(
+            Self::DnsFailure => info(
                 "dns_failure",
                 BAD_GATEWAY,
                 Unavailable,
@@ -143,170 +143,170 @@ impl Cause {
                 "The host name could not be resolved",
             ),
             Self::DnsTimeout => {
-                telling("dns_timeout", TIMEOUT, Unavailable, "dns_timeout", "DNS did not answer in time")
+                info("dns_timeout", TIMEOUT, Unavailable, "dns_timeout", "DNS did not answer in time")
             }
-            Self::DeniedNetwork => telling(
+            Self::DeniedNetwork => info(
                 "denied_network",
                 BAD_GATEWAY,
                 Unavailable,
                 "destination_ip_prohibited",
-                "The address may not be called through this proxy",
+                "The proxy may not connect to this address",
             ),
-            Self::UnknownUpstream => telling(
+            Self::UnknownUpstream => info(
                 "unknown_upstream",
                 FORBIDDEN,
                 PermissionDenied,
                 "http_request_denied",
                 "No upstream has this host",
             ),
-            Self::NotAllowed => telling(
+            Self::NotAllowed => info(
                 "not_allowed",
                 FORBIDDEN,
                 PermissionDenied,
                 "http_request_denied",
-                "The caller may not do this",
+                "The client is not allowed to send this request",
             ),
-            Self::JwtInvalid => telling(
+            Self::JwtInvalid => info(
                 "jwt_invalid",
                 StatusCode::UNAUTHORIZED,
                 Unauthenticated,
                 "http_request_denied",
                 "The token is missing or not valid",
             ),
-            Self::AuthUnavailable => telling(
+            Self::AuthUnavailable => info(
                 "auth_unavailable",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
-                "Who issues tokens cannot be asked",
+                "The token issuer cannot be reached",
             ),
-            Self::NoEndpoint => telling(
+            Self::NoEndpoint => info(
                 "no_endpoint",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
                 "The upstream has no healthy endpoint",
             ),
-            Self::BreakerOpen => telling(
+            Self::BreakerOpen => info(
                 "breaker_open",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
                 "The circuit breaker of the upstream is open",
             ),
-            Self::ConnectRefused => telling(
+            Self::ConnectRefused => info(
                 "connect_refused",
                 BAD_GATEWAY,
                 Unavailable,
                 "connection_refused",
                 "The upstream could not be connected to",
             ),
-            Self::ConnectTimeout => telling(
+            Self::ConnectTimeout => info(
                 "connect_timeout",
                 TIMEOUT,
                 Unavailable,
                 "connection_timeout",
                 "The upstream did not accept a connection in time",
             ),
-            Self::Reset => telling(
+            Self::Reset => info(
                 "reset",
                 BAD_GATEWAY,
                 Unavailable,
                 "connection_terminated",
-                "The upstream ended the connection before it answered",
+                "The upstream closed the connection before it responded",
             ),
-            Self::AttemptTimeout => telling(
+            Self::AttemptTimeout => info(
                 "attempt_timeout",
                 TIMEOUT,
                 DeadlineExceeded,
                 "http_response_timeout",
-                "The last try took too long",
+                "The last attempt timed out",
             ),
-            Self::Timeout => telling(
+            Self::Timeout => info(
                 "timeout",
                 TIMEOUT,
                 DeadlineExceeded,
                 "http_response_timeout",
-                "The upstream did not answer in time",
+                "The upstream did not respond in time",
             ),
-            Self::Deadline => telling(
+            Self::Deadline => info(
                 "deadline",
                 TIMEOUT,
                 DeadlineExceeded,
                 "http_response_timeout",
-                "The caller's deadline passed",
+                "The client's deadline has passed",
             ),
-            Self::QueueFull => telling(
+            Self::QueueFull => info(
                 "queue_full",
                 UNAVAILABLE,
                 ResourceExhausted,
                 "connection_limit_reached",
-                "Too many calls wait for this upstream",
+                "Too many requests are queued for this upstream",
             ),
-            Self::LimitFull => telling(
+            Self::LimitFull => info(
                 "limit_full",
                 UNAVAILABLE,
                 ResourceExhausted,
                 "connection_limit_reached",
                 "The upstream is at its limit",
             ),
-            Self::RateLimited => telling(
+            Self::RateLimited => info(
                 "rate_limited",
                 StatusCode::TOO_MANY_REQUESTS,
                 ResourceExhausted,
                 "http_request_error",
                 "The rate limit is reached",
             ),
-            Self::PeerIdentity => telling(
+            Self::PeerIdentity => info(
                 "peer_identity",
                 BAD_GATEWAY,
                 Unavailable,
                 "tls_certificate_error",
-                "The peer is not who it should be",
+                "The peer's identity is not the expected one",
             ),
-            Self::TlsFailure => telling(
+            Self::TlsFailure => info(
                 "tls_failure",
                 BAD_GATEWAY,
                 Unavailable,
                 "tls_protocol_error",
                 "TLS with the upstream failed",
             ),
-            Self::Malformed => telling(
+            Self::Malformed => info(
                 "malformed",
                 StatusCode::BAD_REQUEST,
                 GrpcCode::InvalidArgument,
                 "http_request_error",
                 "The request is malformed",
             ),
-            Self::Loop => telling(
+            Self::Loop => info(
                 "loop",
                 BAD_GATEWAY,
                 Unavailable,
                 "proxy_loop_detected",
-                "The request came back to this proxy",
+                "The request has passed this proxy before",
             ),
-            Self::FaultInjected => telling(
+            Self::FaultInjected => info(
                 "fault_injected",
                 UNAVAILABLE,
                 Unavailable,
                 "http_request_error",
                 "A fault was injected by configuration",
             ),
-            Self::Draining => telling(
+            Self::Draining => info(
                 "draining",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
                 "The service is shutting down",
             ),
-            Self::LocalResource => telling(
+            Self::LocalResource => info(
                 "local_resource",
                 UNAVAILABLE,
                 ResourceExhausted,
                 "proxy_internal_error",
                 "The proxy has no port, descriptor or route left",
             ),
-            Self::Internal => telling(
+            Self::Internal => info(
                 "internal",
                 StatusCode::INTERNAL_SERVER_ERROR,
                 GrpcCode::Internal,
@@ -318,23 +318,23 @@ impl Cause {
 
     /// The stable word.
     pub const fn word(self) -> &'static str {
-        self.telling().word
+        self.info().word
     }
 
     pub const fn status(self) -> StatusCode {
-        self.telling().status
+        self.info().status
     }
 
     pub const fn grpc_code(self) -> GrpcCode {
-        self.telling().grpc
+        self.info().grpc
     }
 
     /// The error type registered by RFC 9209 §2.3.
     pub const fn proxy_status(self) -> &'static str {
-        self.telling().proxy_status
+        self.info().proxy_status
     }
 
-    /// Whether the upstream was tried in vain, or kept from being tried: a fallback may answer.
+    /// Whether attempts failed or could not be made: a fallback may respond.
     pub const fn is_exhaustion(self) -> bool {
         matches!(
             self,
@@ -356,7 +356,7 @@ impl Cause {
         )
     }
 
-    /// Whether inbound refused before the service saw anything: another endpoint may be tried.
+    /// Whether an inbound sidecar refused before the service saw the request: another endpoint may be tried.
     pub const fn is_elsewhere(self) -> bool {
         matches!(
             self,
@@ -372,7 +372,7 @@ impl Cause {
     }
 
     pub const fn title(self) -> &'static str {
-        self.telling().title
+        self.info().title
     }
 }
 
@@ -396,7 +396,7 @@ impl ProxyError {
     }
 }
 
-/// What an error answer says beside the error.
+/// What an error response contains besides the error.
 #[derive(Debug, Default)]
 pub struct Context<'a> {
     /// The deployment's name in `Proxy-Status`: `outrigger/SERVICE`.
@@ -404,14 +404,14 @@ pub struct Context<'a> {
     pub request_id: &'a str,
     pub trace_id: Option<&'a str>,
     pub upstream: Option<&'a str>,
-    /// Tries that were made.
+    /// The number of attempts that were made.
     pub tries: u32,
-    /// The last address tried. Given on the loopback side only: the outside learns no inside addresses.
+    /// The last address that was tried. `None` on the inbound side: clients outside must not learn internal addresses.
     pub next_hop: Option<String>,
     pub grpc: bool,
 }
 
-/// RFC 9457, with members of our own.
+/// An RFC 9457 problem with extension members.
 #[derive(Serialize)]
 struct Problem<'a> {
     r#type: String,
@@ -430,22 +430,22 @@ struct Problem<'a> {
     retry_after_ms: Option<u64>,
 }
 
-/// Where `docs/errors.md` is read.
+/// The published address of `docs/errors.md`.
 const ERRORS_PAGE: &str = "https://outrigger.dev/errors";
 
-/// The one place where an error becomes a response.
+/// Turns an error into a response. The only function that does.
 pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBody> {
-    let telling = error.cause.telling();
-    let status = error.status.unwrap_or(telling.status);
+    let info = error.cause.info();
+    let status = error.status.unwrap_or(info.status);
     let mut headers = HeaderMap::with_capacity(6);
     let mut proxy_status =
-        format!("{}; error={}; details=\"{}\"", context.deployment, telling.proxy_status, telling.word);
+        format!("{}; error={}; details=\"{}\"", context.deployment, info.proxy_status, info.word);
     if let Some(next_hop) = &context.next_hop {
         proxy_status.push_str(&format!("; next-hop=\"{next_hop}\""));
     }
     insert(&mut headers, "proxy-status", &proxy_status);
     if let Some(wait) = error.retry_after {
-        // Whole seconds, never early.
+        // Whole seconds, rounded up.
         let seconds = wait.as_millis().div_ceil(1000).max(1);
         insert(&mut headers, "retry-after", &seconds.to_string());
     }
@@ -460,17 +460,17 @@ pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBo
     }
     let (status, body) = if context.grpc {
         insert(&mut headers, "content-type", "application/grpc");
-        insert(&mut headers, "grpc-status", &(telling.grpc as u8).to_string());
+        insert(&mut headers, "grpc-status", &(info.grpc as u8).to_string());
         insert(&mut headers, "grpc-message", &percent_encoded(&error.to_string()));
         (StatusCode::OK, ResponseBody::Empty)
     } else {
         let problem = Problem {
-            r#type: format!("{ERRORS_PAGE}#{}", telling.word),
-            title: telling.title,
+            r#type: format!("{ERRORS_PAGE}#{}", info.word),
+            title: info.title,
             status: status.as_u16(),
             detail: &error.detail,
             instance: context.request_id,
-            cause: telling.word,
+            cause: info.word,
             trace_id: context.trace_id,
             upstream: context.upstream,
             attempts: context.tries,
@@ -492,7 +492,7 @@ fn insert(headers: &mut HeaderMap, name: &'static str, value: &str) {
     }
 }
 
-/// `grpc-message`: printable ASCII as it is, all else and `%` percent-encoded.
+/// The value of `grpc-message`: printable ASCII unchanged, everything else and `%` percent-encoded.
 fn percent_encoded(text: &str) -> String {
     text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
         match byte {
@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cause_is_explained_to_the_engineer_who_is_paged() {
+    fn every_cause_is_documented() {
         let page = include_str!("../../docs/errors.md");
         for cause in Cause::ALL {
             let heading = format!("## {}\n", cause.word());
@@ -532,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn an_http_caller_gets_a_problem() {
+    fn an_http_client_gets_problem_json() {
         let error = ProxyError::new(Cause::BreakerOpen, "payments: 10 failures in a row")
             .retry_after(Duration::from_millis(1200));
         let context =
@@ -555,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grpc_caller_gets_a_grpc_status() {
+    fn a_grpc_client_gets_a_grpc_status() {
         let error = ProxyError::new(Cause::Timeout, "no answer – 100 %");
         let response =
             respond(&error, &Context { deployment: "outrigger/a", grpc: true, ..Context::default() });

@@ -1,7 +1,7 @@
-//! The data plane's threads.
+//! The data plane threads.
 //!
-//! A lone worker accepts for itself. With several, a thread of its own accepts and hands each connection to the worker
-//! that was least busy of late; there it stays.
+//! A single worker accepts connections itself. With several, an accept thread hands each connection to the worker that
+//! was least busy recently, where it stays.
 
 #[cfg(test)]
 mod tests;
@@ -45,93 +45,93 @@ use crate::{
     upstream::squeeze,
 };
 
-/// Connections handed over and not yet taken, per worker: as many as the kernel keeps for a listener.
+/// Connections handed over to a worker that it has not taken yet: as many as the kernel's backlog of a listener.
 const HAND_OVER: usize = BACKLOG as usize;
-/// TLS handshakes with callers at a time, per worker; more wait.
+/// Concurrent TLS handshakes with clients per worker; further ones wait.
 const HANDSHAKES: usize = 512;
-/// How often idle connections are looked at.
+/// How often idle connections are checked.
 const SWEEP: Duration = Duration::from_secs(1);
-/// How often a worker says how busy it has been.
+/// How often a worker samples its busy time.
 const BUSY_SAMPLE: Duration = Duration::from_millis(100);
 
-/// What a worker knows. Lives on its thread and is shared by its tasks.
+/// The state of a worker. It stays on the worker's thread and is shared by its tasks.
 #[derive(Debug)]
 pub struct Worker {
     pub shared: Arc<Shared>,
     view: RefCell<Rc<View>>,
     unknown: RefCell<UnknownCache>,
     rng: RefCell<Rng>,
-    /// The calls to the service that it carries, for traces.
+    /// The inbound requests in flight, for trace links.
     pub in_flight: Arc<InFlight>,
-    /// Whom calls are told of.
+    /// Where records of requests are reported.
     pub teller: Rc<Teller>,
-    /// Which of them it is.
+    /// Index among the workers.
     index: usize,
-    /// Tokens of end users that were found good.
+    /// Verified tokens of end users.
     pub tokens: RefCell<TokenCache>,
-    /// Leave for a TLS handshake with a caller.
+    /// Permits for TLS handshakes with clients.
     pub handshakes: Semaphore,
-    /// The time that the last call's next hop was told it has.
+    /// The formatted timeout that the last request was forwarded with, reused where the number repeats.
     pub time_told: LastNumber,
 }
 
-type Known<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
+type ClusterCache<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
 
-/// What is no upstream of the configuration, as far as this worker has met it.
+/// This worker's clusters for destinations that are no configured upstream.
 #[derive(Debug, Default)]
 struct UnknownCache {
-    hosts: Known<HostPort>,
-    /// Where the service's redirected connections were going.
-    outward: Known<SocketAddr>,
-    /// Where callers' redirected connections were going: addresses of the service.
-    inward: Known<SocketAddr>,
+    hosts: ClusterCache<HostPort>,
+    /// Original destinations of redirected outbound connections.
+    outbound: ClusterCache<SocketAddr>,
+    /// Original destinations of redirected inbound connections: addresses of the service.
+    inbound: ClusterCache<SocketAddr>,
 }
 
 impl UnknownCache {
     fn all(&self) -> impl Iterator<Item = &Rc<LocalCluster>> {
-        let addresses = self.outward.values().chain(self.inward.values());
+        let addresses = self.outbound.values().chain(self.inbound.values());
         self.hosts.values().chain(addresses).map(|(_, local)| local)
     }
 }
 
-/// The state for a key, from this worker's cache or from the table of all workers, which decides who stays.
-fn met<K: Clone + Eq + Hash>(
-    known: &mut Known<K>,
+/// Looks a key up in this worker's cache, else in the table of all workers, which decides about eviction.
+fn lookup_unknown<K: Clone + Eq + Hash>(
+    cache: &mut ClusterCache<K>,
     table: &UnknownHosts,
     (key, host): (&K, impl FnOnce() -> HostPort),
     config: &Arc<Config>,
     durations: &Arc<Cell>,
 ) -> Rc<LocalCluster> {
-    if let Some((shared, local)) = known.get(key)
+    if let Some((shared, local)) = cache.get(key)
         && shared.is_current(config)
         && table.touch(shared)
     {
         return Rc::clone(local);
     }
-    if known.len() >= MAX_UNKNOWN_HOSTS {
-        // The shared table decides who stays; this is only a cache of it.
-        known.clear();
+    if cache.len() >= MAX_UNKNOWN_HOSTS {
+        // Safe to clear: the shared table holds the state.
+        cache.clear();
     }
     let shared = table.get(&host(), config);
-    let old = known.get(key).map(|(_, local)| Rc::clone(local));
+    let old = cache.get(key).map(|(_, local)| Rc::clone(local));
     let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
     let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
-    known.insert(key.clone(), (shared, Rc::clone(&local)));
+    cache.insert(key.clone(), (shared, Rc::clone(&local)));
     local
 }
 
 impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
         if shared.snapshot.load().config.identity.is_some() {
-            // The first random bytes take the library some time, tens of milliseconds unless it was built as
-            // `.cargo/config.toml` says: not that of the first caller.
+            // The library's first random bytes take tens of milliseconds, unless it was built as in
+            // `.cargo/config.toml`. Draw them here rather than in the first client's handshake.
             let _ = provider().secure_random.fill(&mut [0]);
         }
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
         let in_flight = shared.traces.of_worker();
-        let teller = Rc::new(Teller::new(&shared.calls));
+        let reporter = Rc::new(Teller::new(&shared.calls));
         Rc::new(Self {
-            teller,
+            teller: reporter,
             shared,
             in_flight,
             view: RefCell::new(view),
@@ -144,12 +144,12 @@ impl Worker {
         })
     }
 
-    /// How much it has to do, for all to see.
+    /// Its load counters, which other threads read.
     pub fn load(&self) -> Option<&WorkerLoad> {
         self.shared.metrics.workers.get(self.index)
     }
 
-    /// The configuration as of now, with this worker's state.
+    /// The current configuration, with this worker's state.
     pub fn view(&self) -> Rc<View> {
         let now = self.shared.snapshot.load();
         if !Arc::ptr_eq(&now, &self.view.borrow().snapshot) {
@@ -161,23 +161,29 @@ impl Worker {
 
     /// The state for a host that no upstream names.
     pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().hosts;
-        met(known, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
+        let cache = &mut self.unknown.borrow_mut().hosts;
+        lookup_unknown(cache, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
     }
 
-    /// The state for an address that the service called and no upstream has.
+    /// The state for an original destination of the service's redirected traffic that no upstream has.
     pub fn address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().outward;
+        let cache = &mut self.unknown.borrow_mut().outbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
-        met(known, &self.shared.unknown, (&address, host), config, &self.teller.other)
+        lookup_unknown(cache, &self.shared.unknown, (&address, host), config, &self.teller.other)
     }
 
-    /// The service at an address that callers called.
+    /// The service at the original destination of redirected inbound traffic.
     pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().inward;
+        let cache = &mut self.unknown.borrow_mut().inbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
         let durations = &view.inbound.whom.durations;
-        met(known, &self.shared.inbound_addresses, (&address, host), &view.snapshot.config, durations)
+        lookup_unknown(
+            cache,
+            &self.shared.inbound_addresses,
+            (&address, host),
+            &view.snapshot.config,
+            durations,
+        )
     }
 
     pub fn with_rng<T>(&self, draw: impl FnOnce(&mut Rng) -> T) -> T {
@@ -187,13 +193,13 @@ impl Worker {
     fn sweep(&self) {
         let view = self.view();
         let mut unknown = self.unknown.borrow_mut();
-        // Whoever is forgotten by all workers stops being looked up.
-        let UnknownCache { hosts, outward, inward } = &mut *unknown;
+        // An entry that no worker holds any more is no longer resolved.
+        let UnknownCache { hosts, outbound, inbound } = &mut *unknown;
         hosts.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        outward.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        inward.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
+        outbound.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
+        inbound.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            // One that was never called has nothing to be looked after.
+            // An upstream that was never requested has no connections.
             if local.upstream.known().is_empty() {
                 continue;
             }
@@ -204,16 +210,16 @@ impl Worker {
         }
     }
 
-    /// Closes an idle connection for each that is wanted elsewhere (`max_connections`).
-    fn squeeze(&self) {
+    /// Closes an idle connection for each one that another worker needs below `max_connections`.
+    fn release_idle(&self) {
         let view = self.view();
         let unknown = self.unknown.borrow();
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            let squeeze = &local.upstream.shared.guards.squeeze;
-            while squeeze.is_wanted() {
+            let eviction = &local.upstream.shared.guards.squeeze;
+            while eviction.is_wanted() {
                 let known = local.upstream.known();
                 let Some(endpoint) = known.iter().find(|it| it.pool.idle_connections() > 0) else { break };
-                if squeeze.claim() {
+                if eviction.claim() {
                     endpoint.pool.close_idle();
                 }
             }
@@ -230,11 +236,11 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Ends the threads; what they still carry is cut.
+    /// Stops the threads; requests in flight are cut off.
     pub fn stop(self) {
         self.stop.send_replace(true);
         for thread in self.threads {
-            // A worker that panicked has said so already.
+            // A panic was reported already.
             let _ = thread.join();
         }
     }
@@ -245,15 +251,15 @@ impl Workers {
         Fut: Future<Output = Result<(), String>>,
     {
         let stop = self.stop.subscribe();
-        let vigil = self.deaths.keep(name);
+        let guard = self.deaths.keep(name);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             match runtime() {
                 Ok(runtime) => {
                     let ended = runtime.block_on(task(stop));
                     runtime.shutdown_background();
-                    vigil.end(ended);
+                    guard.end(ended);
                 }
-                Err(error) => vigil.end(Err(format!("it has no runtime: {error}"))),
+                Err(error) => guard.end(Err(format!("cannot start its runtime: {error}"))),
             };
         });
         self.threads.push(thread.map_err(StartError::Worker)?);
@@ -264,64 +270,66 @@ impl Workers {
 pub(super) fn start(
     shared: &Arc<Shared>,
     listeners: Vec<Listener>,
-    (count, deaths): (u16, Deaths),
+    count: u16,
+    failures: Deaths,
 ) -> Result<Workers, StartError> {
     let stop = watch::Sender::new(false);
-    let mut workers = Workers { stop, threads: Vec::new(), deaths };
+    let mut workers = Workers { stop, threads: Vec::new(), deaths: failures };
     if count == 1 {
         let task = {
             let shared = Arc::clone(shared);
             move |stop| async move {
                 let worker = Worker::new(shared, 0);
-                let delivering = Rc::clone(&worker);
-                let accepting = accept_all(listeners, &worker.shared, move |stream, peer, side, coming| {
-                    accept::serve(&delivering, stream, peer, side.clone(), coming);
+                let serving = Rc::clone(&worker);
+                let accepting = accept_all(listeners, &worker.shared, move |stream, peer, side, pending| {
+                    accept::serve(&serving, stream, peer, side.clone(), pending);
                 });
                 tokio::select! {
-                    () = house_keeping(&worker, false, stop) => Ok(()),
-                    why = failed(accepting) => Err(why),
+                    () = housekeeping(&worker, false, stop) => Ok(()),
+                    reason = first_failure(accepting) => Err(reason),
                 }
             }
         };
         workers.spawn("worker-0", task)?;
         return Ok(workers);
     }
-    let mut seats = Vec::new();
+    let mut queues = Vec::new();
     for index in 0..usize::from(count) {
-        let (hand_over, taken) = mpsc::channel(HAND_OVER);
-        seats.push(hand_over);
+        let (queue, connections) = mpsc::channel(HAND_OVER);
+        queues.push(queue);
         let shared = Arc::clone(shared);
         workers.spawn(&format!("worker-{index}"), move |stop| async move {
             let worker = Worker::new(shared, index);
             let mut taking = JoinSet::new();
-            taking.spawn_local(take(Rc::clone(&worker), taken));
+            taking.spawn_local(take_connections(Rc::clone(&worker), connections));
             tokio::select! {
-                () = house_keeping(&worker, true, stop) => Ok(()),
-                why = failed(taking) => Err(why),
+                () = housekeeping(&worker, true, stop) => Ok(()),
+                reason = first_failure(taking) => Err(reason),
             }
         })?;
     }
     let shared = Arc::clone(shared);
     workers.spawn("accept", move |mut stop| async move {
         let loads = Arc::clone(&shared);
-        let accepting = accept_all(listeners, &shared, move |stream, peer, side, coming| {
-            hand_over(&seats, &loads.metrics.workers, stream, (peer, side.clone(), coming));
+        let accepting = accept_all(listeners, &shared, move |stream, peer, side, pending| {
+            let connection = Accepted { stream, peer, side: side.clone(), pending };
+            hand_over(&queues, &loads.metrics.workers, connection);
         });
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
-            why = failed(accepting) => Err(why),
+            reason = first_failure(accepting) => Err(reason),
         }
     })?;
     Ok(workers)
 }
 
-/// Waits for a task that fails, and says why; those that end well are let go.
-async fn failed(mut tasks: JoinSet<Result<(), String>>) -> String {
+/// Waits for the first task that fails; returns the reason. Tasks that succeed are ignored.
+async fn first_failure(mut tasks: JoinSet<Result<(), String>>) -> String {
     loop {
         match tasks.join_next().await {
             Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(why))) => return why,
-            Some(Err(error)) => return format!("a task of it panicked ({error})"),
+            Some(Ok(Err(reason))) => return reason,
+            Some(Err(error)) => return format!("one of its tasks panicked ({error})"),
             None => return std::future::pending().await,
         }
     }
@@ -331,7 +339,7 @@ fn runtime() -> io::Result<LocalRuntime> {
     Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default())
 }
 
-/// Starts accepting on all listeners; each ends when its side drains, or fails.
+/// Starts accepting on all listeners. Each task ends when its side drains, or fails.
 fn accept_all<D>(listeners: Vec<Listener>, shared: &Shared, deliver: D) -> JoinSet<Result<(), String>>
 where
     D: FnMut(TcpStream, SocketAddr, &Side, Awaited) + Clone + 'static,
@@ -342,7 +350,7 @@ where
         let sockets = match listener.into_tokio() {
             Ok(sockets) => sockets,
             Err(error) => {
-                tasks.spawn_local(async move { Err(format!("a listener cannot be registered: {error}")) });
+                tasks.spawn_local(async move { Err(format!("cannot register a listener: {error}")) });
                 continue;
             }
         };
@@ -357,13 +365,13 @@ where
                 let mut deliver = |stream, peer, side: &_| deliver(stream, peer, side, counts.coming());
                 tokio::select! {
                     error = accept_loop(&socket, &side, &mut deliver) => {
-                        return Err(format!("its listener on {address} accepts nothing any more: {error}"));
+                        return Err(format!("its listener on {address} failed: {error}"));
                     }
                     _ = phase.wait_for(|phase| *phase >= drains_at) => {}
                 }
-                // Who is in the backlog has been told by the kernel that we are here.
+                // The kernel has completed the handshakes of connections in the backlog, so they must be served.
                 if let Err(error) = accept_rest(socket, &side, &mut deliver).await {
-                    tracing::warn!(%error, address, "the last connections of a listener were lost");
+                    tracing::warn!(%error, address, "connections in the backlog of a listener were lost");
                 }
                 drop(listening);
                 Ok(())
@@ -373,8 +381,8 @@ where
     tasks
 }
 
-/// From which phase on clients of a side are told to go elsewhere: responses say `Connection: close`, HTTP/2 gets GOAWAY.
-/// Only inbound has clients that can: the service has no other sidecar.
+/// The phase from which on responses of a side carry `Connection: close` and HTTP/2 gets GOAWAY, so that clients
+/// connect elsewhere. Outbound only at its own drain: the service has no other sidecar.
 pub fn announce_phase(side: &Side) -> Phase {
     match side {
         Side::Inbound => Phase::Leaving,
@@ -382,7 +390,7 @@ pub fn announce_phase(side: &Side) -> Phase {
     }
 }
 
-/// From which phase on connections of a side are asked to leave.
+/// The phase from which on connections of a side are asked to close.
 pub fn drain_phase(side: &Side) -> Phase {
     match side {
         Side::Inbound => Phase::DrainingInbound,
@@ -390,7 +398,7 @@ pub fn drain_phase(side: &Side) -> Phase {
     }
 }
 
-/// What counts the connections of a side.
+/// The connection counters of a side.
 pub fn connections<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<Connections> {
     match side {
         Side::Inbound => &shared.metrics.inbound,
@@ -398,45 +406,51 @@ pub fn connections<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<Connections> 
     }
 }
 
-type Handed = (std::net::TcpStream, (SocketAddr, Side, Awaited));
-type Seat = mpsc::Sender<Handed>;
+/// An accepted connection on its way to a worker.
+struct Accepted<S> {
+    stream: S,
+    peer: SocketAddr,
+    side: Side,
+    pending: Awaited,
+}
 
-/// Gives a connection to the worker with the least recent work; fewer connections break ties.
-fn hand_over(
-    seats: &[Seat],
-    loads: &[WorkerLoad],
-    stream: TcpStream,
-    (peer, side, coming): (SocketAddr, Side, Awaited),
-) {
-    let with_room = seats.iter().zip(loads).filter(|(seat, _)| seat.capacity() > 0);
-    let least = with_room.min_by_key(|(seat, load)| {
-        // Differences below a hundredth of the time are noise.
+type WorkerQueue = mpsc::Sender<Accepted<std::net::TcpStream>>;
+
+/// Hands a connection to the worker with the least recent busy time; ties go to the one with fewer connections.
+fn hand_over(queues: &[WorkerQueue], loads: &[WorkerLoad], connection: Accepted<TcpStream>) {
+    let candidates = queues.iter().zip(loads).filter(|(queue, _)| queue.capacity() > 0);
+    let least = candidates.min_by_key(|(queue, load)| {
+        // Differences below 1 % of the time are noise.
         let busy = load.recent.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
-        // With those on their way, so that a burst is spread before the workers have seen any of it.
-        let on_their_way = seat.max_capacity() - seat.capacity();
-        (busy, load.connections.load(Ordering::Relaxed) + on_their_way)
+        // Including queued connections, so that a burst is spread before the workers have taken any of it.
+        let queued = queue.max_capacity() - queue.capacity();
+        (busy, load.connections.load(Ordering::Relaxed) + queued)
     });
+    let Accepted { stream, peer, side, pending } = connection;
     let sent = match (least, stream.into_std()) {
-        (Some((seat, _)), Ok(stream)) => seat.try_send((stream, (peer, side, coming))).is_ok(),
+        (Some((queue, _)), Ok(stream)) => queue.try_send(Accepted { stream, peer, side, pending }).is_ok(),
         _ => false,
     };
     if !sent {
-        tracing::warn!(%peer, "a connection was refused: every worker is too far behind");
+        tracing::warn!(%peer, "connection refused: the queues of all workers are full");
     }
 }
 
-async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) -> Result<(), String> {
-    while let Some((stream, (peer, side, coming))) = handed.recv().await {
+async fn take_connections(
+    worker: Rc<Worker>,
+    mut queue: mpsc::Receiver<Accepted<std::net::TcpStream>>,
+) -> Result<(), String> {
+    while let Some(Accepted { stream, peer, side, pending }) = queue.recv().await {
         match TcpStream::from_std(stream) {
-            Ok(stream) => accept::serve(&worker, stream, peer, side, coming),
+            Ok(stream) => accept::serve(&worker, stream, peer, side, pending),
             Err(error) => tracing::warn!(%error, "cannot register a connection"),
         }
     }
     Ok(())
 }
 
-/// Closes what is idle, says how busy the worker is, until told to stop.
-async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Receiver<bool>) {
+/// Closes idle connections and samples the load of the worker, until `stop`.
+async fn housekeeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Receiver<bool>) {
     let metrics = tokio::runtime::Handle::current().metrics();
     if let Some(load) = worker.load() {
         let _ = load.runtime.set(metrics);
@@ -450,11 +464,11 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
             worker.sweep();
         }
     };
-    let squeezing = async {
+    let releasing = async {
         loop {
-            let wanted = squeeze::wanted();
-            worker.squeeze();
-            wanted.await;
+            let requested = squeeze::wanted();
+            worker.release_idle();
+            requested.await;
         }
     };
     let sampling = async {
@@ -472,7 +486,7 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
     tokio::select! {
         () = sweeping => {}
         () = sampling => {}
-        () = squeezing => {}
+        () = releasing => {}
         _ = stop.wait_for(|stop| *stop) => {}
     }
 }
