@@ -1,10 +1,10 @@
-# One static binary on nothing: no shell, no libc, no package to patch.
+# One static binary from scratch: no shell, no libc, no package to patch.
 #
 #     docker build .                            for this machine's processor
 #     docker build --platform linux/arm64 .     for another one, compiled here: amd64 or arm64
 FROM --platform=$BUILDPLATFORM rust:1-slim-bookworm AS build
 ARG TARGETARCH
-# For another processor than that of the machine which builds: its linker, its libc, and Rust's library for it.
+# To build for another architecture than the build machine's: its linker, its libc, and Rust's library for it.
 RUN case "${TARGETARCH:=$(dpkg --print-architecture)}" in \
       amd64) machine=x86_64 compiler=gcc-x86-64-linux-gnu ;; \
       arm64) machine=aarch64 compiler=gcc-aarch64-linux-gnu ;; \
@@ -20,11 +20,11 @@ ENV CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=x86_64-linux-gnu-gcc \
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 WORKDIR /build
 COPY . .
-# The time that all files of the image bear, so that what is built twice is the same twice.
+# The modification time of all files of the image, for reproducible builds.
 ARG SOURCE_DATE_EPOCH=0
-# glibc linked in, and compiled by what is known of which code is hot (benches/release), where this compiler can read that; the
-# target is named so that the flags do not reach build scripts and macros. What the cache holds of this crate may be younger
-# than the sources and yet made from others; what it holds of dependencies may be made by another profile, so its name says which.
+# Statically linked glibc, and the profile of hot code (benches/release) if this compiler can read it. The target is named so that
+# the flags do not apply to build scripts and macros. Cached objects of this crate may be newer than the sources and yet come from
+# others, hence `touch`; those of dependencies may come from another profile, hence its checksum in the file name.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/build/target \
     target="$(cat /target)" \
     && touch src/lib.rs src/main.rs \

@@ -1,4 +1,4 @@
-# The five things people do daily. `just` lists them.
+# Daily commands. `just` lists them.
 
 _default:
     @just --list
@@ -17,7 +17,7 @@ check:
 test NAME:
     cargo test {{NAME}} -- --nocapture
 
-# All that CI does, tools installed included
+# All of CI, including the installation of tools
 ci:
     bash .ci/run
 
@@ -31,7 +31,7 @@ bench *ARGS:
     benches/release
     python3 benches/peers/run.py --page docs/performance.md --plots docs/plots {{ARGS}}
 
-# What a request costs as connections, endpoints, routes, upstreams and bodies grow, onto docs/performance.md
+# Cost of a request by number of connections, endpoints, routes, upstreams and body size, onto docs/performance.md
 growth *ARGS:
     benches/release
     python3 benches/peers/growth.py --page docs/performance.md --plots docs/plots {{ARGS}}
@@ -41,16 +41,16 @@ instructions *ARGS:
     benches/release
     python3 benches/instructions.py check {{ARGS}}
 
-# What a request costs the caches, beside nginx and HAProxy (needs valgrind)
+# Cache misses of a request, beside nginx and HAProxy (needs valgrind)
 caches *ARGS:
     benches/release
     python3 benches/peers/caches.py {{ARGS}}
 
-# Learn anew which code is hot, for the release (needs llvm-profdata; half an hour)
+# Record the profile of hot code for the release anew (needs llvm-profdata; half an hour)
 learn:
     benches/release learn
 
-# What each decision, routing and header rewriting cost, in nanoseconds; parts: just nanoseconds routing
+# Cost of each decision, routing and header rewriting, in nanoseconds; parts: just nanoseconds routing
 nanoseconds *ARGS:
     cargo bench -- {{ARGS}}
 

@@ -1,7 +1,7 @@
-//! What each decision of a call costs, in nanoseconds: `cargo bench`, or `cargo bench -- routing`.
+//! The cost of each decision of a request, in nanoseconds: `cargo bench`, or `cargo bench -- routing`.
 //!
-//! Each bench is what a call does that goes well, and the retry, the breaker, the budget and the ejection also what one
-//! does that does not. Time and dice come in, as in the proxy; none of it waits.
+//! Each bench is the work for a successful request; for retry, breaker, budget and ejection also for a failed one. Time
+//! and random numbers are arguments, as in the proxy; nothing waits.
 
 use std::{
     hash::RandomState,
@@ -39,7 +39,7 @@ const SIZES: [usize; 3] = [1, 100, 10_000];
 
 fn retry(c: &mut Criterion) {
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
-    // One that never runs dry, so that every round decides the same.
+    // A budget that is never exhausted, so that every round decides the same.
     let settings =
         BudgetSettings { ratio: Ratio::constant(1.0), min_per_second: 1000, ..BudgetSettings::default() };
     let (budget, method, begin) = (RetryBudget::new(settings), Method::GET, Instant::now());
@@ -75,7 +75,7 @@ fn guards(c: &mut Criterion) {
     let now = Instant::now();
     let mut group = c.benchmark_group("guards");
     for (name, health) in [("success", Health::Success), ("failure", Health::Failure)] {
-        // It stays closed, whatever is told to it.
+        // It stays closed, whatever is reported to it.
         let settings =
             BreakerSettings { consecutive_failures: 0, min_requests: u32::MAX, ..BreakerSettings::default() };
         let breaker = Breaker::new(settings, now);
@@ -115,7 +115,7 @@ fn guards(c: &mut Criterion) {
     }
 }
 
-/// Nobody waits for it.
+/// Notifies no waiter.
 struct Silent;
 
 impl Bell for Silent {
@@ -170,7 +170,7 @@ fn balance(c: &mut Criterion) {
     }
 }
 
-/// The router of a configuration with so many upstreams, the first of which has so many routes.
+/// The router of a configuration with `size` upstreams, the first of which has `size` routes.
 fn router(size: usize) -> Router {
     let upstream = |number| format!("[[upstream]]\nname = 'svc-{number}'\nendpoints = ['127.0.0.1:80']\n");
     let route =
@@ -203,7 +203,7 @@ fn routing(c: &mut Criterion) {
     }
 }
 
-/// What a service's client sends.
+/// The header fields of a typical client.
 fn request_headers() -> HeaderMap {
     [
         ("host", "svc-0"),

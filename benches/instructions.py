@@ -4,8 +4,8 @@
     benches/release
     python3 benches/instructions.py policies         what the policies cost when nothing fails
     python3 benches/instructions.py traces           what traces cost
-    python3 benches/instructions.py check            against benches/instructions.json; exit 1 where a request became dearer
-    python3 benches/instructions.py check --store    writes down what is counted as the new reference
+    python3 benches/instructions.py check            against benches/instructions.json; exit 1 if a request got more expensive
+    python3 benches/instructions.py check --store    stores the counts as the new reference
 
 One worker, all threads counted. Needs valgrind, nginx, h2load, nghttpd (apt: valgrind nginx nghttp2-client nghttp2-server)
 and, for traces and S7, rotel (pip); `.ci/tools` installs them. OUTRIGGER_BIN names another binary.
@@ -38,11 +38,11 @@ TRACED = 'otlp = "http://127.0.0.1:{collector}"\nprotocol = "grpc"\n'
 @dataclass(frozen=True)
 class Case:
     title: str
-    # Before the upstream: `{folder}` is the configuration's own, `{collector}` a port.
+    # Configuration before the upstream: `{folder}` is its directory, `{collector}` a port.
     config: str = ""
     # To the upstream: "plain", "mtls" or "grpc" (HTTP/2 both ways, 16 connections with 32 streams each).
     upstream: str = "plain"
-    # Called from outside by mutual TLS, in place of from beside.
+    # The client is remote and uses mutual TLS, instead of local.
     inbound: bool = False
 
 
@@ -72,7 +72,7 @@ CHECKS = {
 
 
 class Bench:
-    """The servers, up for all cases."""
+    """The servers, which run for all cases."""
 
     def __init__(self, stage):
         self.stage, self.number = stage, 0
@@ -108,7 +108,7 @@ class Bench:
 
     def count(self, case):
         """User instructions per request."""
-        # A folder of its own: it is watched for changes.
+        # Its own folder, since it is watched for changes.
         self.number += 1
         own = self.stage.folder / f"own-{self.number}"
         own.mkdir()
@@ -129,13 +129,13 @@ class Bench:
         said = json.loads(ready.read_text())
         port = (said["inbound"] if case.inbound else said["upstreams"]["up"]).rsplit(":", 1)[1]
         if case.inbound:
-            port = ends.caller(self.stage, f"caller-{self.number}", port, "kept")
+            port = ends.mtls_client(self.stage, f"caller-{self.number}", port, "kept")
         self.load(case, port, WARM)
         control("on")
         self.load(case, port, REQUESTS)
         control("off")
         self.stage.end(proxy)
-        # One part per dump; only the one that was counted in is not empty.
+        # One part per dump; only the one of the counted interval is not empty.
         parts = [part.read_text() for part in self.stage.folder.glob(f"{out.name}*")]
         lines = [line for part in parts for line in part.splitlines() if line.startswith(("summary:", "totals:"))]
         return round(max(int(line.split()[1]) for line in lines) / REQUESTS)
@@ -146,7 +146,7 @@ def version(*command):
 
 
 def check(bench, store):
-    """Whether every request costs what it did. What decides the count besides the source is written down with it."""
+    """Whether every request costs the same as before. Everything but the source that affects the count is stored with it."""
     made_by = {"rustc": version("rustc", "--version"), "valgrind": version("valgrind", "--version")}
     found = {name: bench.count(case) for name, case in CHECKS.items()}
     if store:

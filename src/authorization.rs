@@ -1,7 +1,7 @@
-//! Who may call what: the entries of `[[inbound.allow]]` against one call. Pure: no I/O, nothing remembered.
+//! Authorization: the entries of `[[inbound.allow]]` against one request. Pure: no I/O, no state.
 //!
-//! No entry: everybody who got as far as this may call. One or more: a call that matches none is refused, and told
-//! which entry came nearest.
+//! Without entries every request is allowed. With entries, a request that matches none is denied, and the denial
+//! names the entry that came nearest.
 
 mod claims;
 mod path;
@@ -23,42 +23,42 @@ pub use spiffe::{InvalidId, Pattern, SpiffeId, TrustDomain};
 
 use crate::url_path::normalise;
 
-/// `[[inbound.allow]]`: what matches no entry is refused with 403.
+/// `[[inbound.allow]]`: a request that matches no entry is refused with 403.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Allow {
-    /// SPIFFE IDs; a `*` at the end stands for anything.
+    /// SPIFFE IDs of clients; a `*` at the end matches anything.
     pub identity: Vec<String>,
-    /// None: all.
+    /// Allowed methods; none: all.
     #[serde(default)]
     pub methods: Vec<String>,
-    /// None: all. A `*` at the end stands for anything.
+    /// Allowed paths; none: all. A `*` at the end matches anything.
     #[serde(default)]
     pub paths: Vec<String>,
-    /// What the JWT must hold.
+    /// Claims that the JWT must have.
     #[serde(default)]
     pub claims: BTreeMap<String, String>,
 }
 
-/// All entries, in the order of the file.
+/// The allow list: all entries, in the order of the file.
 #[derive(Debug, Default)]
 pub struct Rules(Vec<Entry>);
 
-/// One `[[inbound.allow]]`: all that it names must fit.
+/// One `[[inbound.allow]]`: everything that it names must match.
 #[derive(Debug)]
 pub struct Entry {
     identity: Vec<Pattern>,
-    /// None: all.
+    /// Empty: all.
     methods: Vec<Method>,
-    /// None: all.
+    /// Empty: all.
     paths: Vec<PathPattern>,
     claims: Vec<(String, String)>,
 }
 
-/// What is asked for.
+/// One request or byte stream to be authorized.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
-    /// Whom the caller's certificate proved to be.
+    /// The verified identity of the client, if it has one.
     pub peer: Option<&'a Peer>,
     pub what: What<'a>,
     pub token: Token<'a>,
@@ -66,30 +66,30 @@ pub struct Asked<'a> {
 
 #[derive(Clone, Copy, Debug)]
 pub enum What<'a> {
-    /// `path` as it came, without the query.
+    /// An HTTP request. `path` as received, without the query.
     Call { method: &'a Method, path: &'a str },
-    /// Bytes that are not HTTP: what names a method, a path or a claim does not fit them.
+    /// Bytes that are not HTTP: an entry that names a method, a path or a claim does not match them.
     Bytes,
 }
 
-/// What is known of the end user.
+/// The end user's token.
 #[derive(Clone, Copy, Debug)]
 pub enum Token<'a> {
-    /// Not looked at yet: a claim that is asked for may turn out to be there.
+    /// Not verified yet: required claims count as present.
     Unread,
     None,
     Good(&'a ClaimSet),
 }
 
-/// Why nobody let the call in.
+/// Why no entry allows the request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    who: String,
-    asked: String,
+    client: String,
+    operation: String,
     nearest: Option<Nearest>,
 }
 
-/// The entry that fitted best, counted from 1, and the first thing of it that did not fit.
+/// The entry that matched best, counted from 1, and the first condition of it that did not match.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Nearest {
     entry: usize,
@@ -105,7 +105,7 @@ enum Lacks {
 }
 
 impl Entry {
-    /// Texts that are no patterns were refused when the configuration was loaded; here they fit nobody.
+    /// Loading the configuration rejects invalid patterns; here they match nothing.
     fn new(allow: &Allow) -> Self {
         Self {
             identity: allow.identity.iter().filter_map(|id| id.parse().ok()).collect(),
@@ -115,7 +115,7 @@ impl Entry {
         }
     }
 
-    /// Whether it names the peer: by its SPIFFE ID, or by a DNS name where its certificate has none.
+    /// Whether it names the peer: by its SPIFFE ID, or by a DNS name if its certificate has none.
     fn names(&self, peer: Option<&Peer>) -> bool {
         let Some(peer) = peer else { return false };
         self.identity.iter().any(|pattern| match &peer.spiffe {
@@ -124,16 +124,16 @@ impl Entry {
         })
     }
 
-    /// The first thing that does not fit, in the order in which they are told.
-    fn lacks(&self, asked: &Asked<'_>, path: &str) -> Option<Lacks> {
-        if !self.names(asked.peer) {
+    /// The first condition that does not match: identity, method, path, claims.
+    fn lacks(&self, request: &Asked<'_>, path: &str) -> Option<Lacks> {
+        if !self.names(request.peer) {
             return Some(Lacks::Identity);
         }
-        if let Some(lacks) = self.lacks_of(asked.what, path) {
+        if let Some(lacks) = self.lacks_of(request.what, path) {
             return Some(lacks);
         }
-        let has = |(name, wanted): &&(String, String)| match asked.token {
-            Token::Unread => !matches!(asked.what, What::Bytes),
+        let has = |(name, wanted): &&(String, String)| match request.token {
+            Token::Unread => !matches!(request.what, What::Bytes),
             Token::None => false,
             Token::Good(claims) => claims.has(name, wanted),
         };
@@ -141,9 +141,9 @@ impl Entry {
         missing.map(|(name, wanted)| Lacks::Claim(format!("{name} = {wanted:?}")))
     }
 
-    /// What does not fit of method and path.
-    fn lacks_of(&self, what: What<'_>, path: &str) -> Option<Lacks> {
-        match what {
+    /// The first of method and path that does not match.
+    fn lacks_of(&self, operation: What<'_>, path: &str) -> Option<Lacks> {
+        match operation {
             What::Call { method, .. } => {
                 if !self.methods.is_empty() && !self.methods.contains(method) {
                     return Some(Lacks::Method);
@@ -159,18 +159,18 @@ impl Entry {
         None
     }
 
-    /// Whether it lets anybody do this.
-    pub fn takes(&self, what: What<'_>) -> bool {
-        let path = what.normal_path();
-        !matches!(self.lacks_of(what, &path), Some(Lacks::Method | Lacks::Path))
+    /// Whether it allows this operation for some identity.
+    pub fn takes(&self, operation: What<'_>) -> bool {
+        let path = operation.normal_path();
+        !matches!(self.lacks_of(operation, &path), Some(Lacks::Method | Lacks::Path))
     }
 
-    /// Whether every call that the other lets in is let in by this one.
+    /// Whether it allows every request that the other one allows.
     pub fn covers(&self, other: &Self) -> bool {
-        let named = |theirs: &Pattern| self.identity.iter().any(|ours| pattern_covers(ours, theirs));
-        let method = |theirs: &Method| self.methods.contains(theirs);
-        let path = |theirs: &PathPattern| self.paths.iter().any(|ours| ours.covers(theirs));
-        other.identity.iter().all(named)
+        let identity = |narrow: &Pattern| self.identity.iter().any(|wide| pattern_covers(wide, narrow));
+        let method = |narrow: &Method| self.methods.contains(narrow);
+        let path = |narrow: &PathPattern| self.paths.iter().any(|wide| wide.covers(narrow));
+        other.identity.iter().all(identity)
             && (self.methods.is_empty() || !other.methods.is_empty() && other.methods.iter().all(method))
             && (self.paths.is_empty() || !other.paths.is_empty() && other.paths.iter().all(path))
             && self.claims.iter().all(|claim| other.claims.contains(claim))
@@ -190,7 +190,6 @@ impl Rules {
         Self(entries.iter().map(Entry::new).collect())
     }
 
-    /// Whether nothing is asked.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -199,7 +198,7 @@ impl Rules {
         &self.0
     }
 
-    /// Whether any entry looks at paths: then no path may be read in two ways.
+    /// Whether any entry names paths: then ambiguous paths must be rejected first.
     pub fn look_at_paths(&self) -> bool {
         self.0.iter().any(|entry| !entry.paths.is_empty())
     }
@@ -208,30 +207,32 @@ impl Rules {
         self.0.iter().any(|entry| !entry.methods.is_empty())
     }
 
-    /// Whether any entry asks for claims: then the verdict is not the last one before the token is read.
+    /// Whether any entry names claims: then the decision must be repeated once the token is verified.
     pub fn look_at_claims(&self) -> bool {
         self.0.iter().any(|entry| !entry.claims.is_empty())
     }
 
-    /// The entry that lets a call in, counted from 0; `None` where there are no entries.
+    /// The entry that allows the request, counted from 0; `None` if there are no entries.
     ///
     /// # Errors
-    /// No entry does.
-    pub fn decide(&self, asked: &Asked<'_>) -> Result<Option<usize>, Refusal> {
+    /// No entry allows it.
+    pub fn decide(&self, request: &Asked<'_>) -> Result<Option<usize>, Refusal> {
         if self.0.is_empty() {
             return Ok(None);
         }
-        let path = asked.what.normal_path();
+        let path = request.what.normal_path();
         let mut nearest: Option<Nearest> = None;
         for (at, entry) in self.0.iter().enumerate() {
-            let Some(lacks) = entry.lacks(asked, &path) else { return Ok(Some(at)) };
+            let Some(lacks) = entry.lacks(request, &path) else { return Ok(Some(at)) };
             if lacks != Lacks::Identity && nearest.as_ref().is_none_or(|best| lacks.is_nearer(&best.lacks)) {
                 nearest = Some(Nearest { entry: at + 1, lacks });
             }
         }
         Err(Refusal {
-            who: asked.peer.map_or_else(|| "a caller without a certificate".to_owned(), ToString::to_string),
-            asked: match asked.what {
+            client: request
+                .peer
+                .map_or_else(|| "a client without a certificate".to_owned(), ToString::to_string),
+            operation: match request.what {
                 What::Call { method, .. } => format!("{method} {path}"),
                 What::Bytes => "bytes that are not HTTP".to_owned(),
             },
@@ -250,7 +251,7 @@ impl<'a> What<'a> {
 }
 
 impl Lacks {
-    /// Fits in more.
+    /// Whether more conditions matched before this one failed.
     fn is_nearer(&self, other: &Self) -> bool {
         let rank = |lacks: &Self| match lacks {
             Self::Identity => 0,
@@ -263,7 +264,7 @@ impl Lacks {
 }
 
 impl Refusal {
-    /// Whether nothing but a claim of the end user's token is missing (RFC 6750 §3.1, `insufficient_scope`).
+    /// Whether only a claim of the end user's token is missing (RFC 6750 §3.1, `insufficient_scope`).
     pub fn is_for_claims(&self) -> bool {
         matches!(&self.nearest, Some(Nearest { lacks: Lacks::Claim(_), .. }))
     }
@@ -271,16 +272,18 @@ impl Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { who, asked, nearest } = self;
+        let Self { client, operation, nearest } = self;
         match nearest {
-            None => write!(f, "no allow entry names {who}"),
+            None => write!(f, "no allow entry names {client}"),
             Some(Nearest { entry, lacks }) => {
-                write!(f, "no allow entry lets {who} do {asked}; nearest: entry {entry} has ")?;
+                write!(f, "no allow entry permits {operation} for {client}; nearest: entry {entry} has ")?;
                 match lacks {
                     Lacks::Identity => f.write_str("another identity"),
                     Lacks::Method => f.write_str("the identity but not the method"),
                     Lacks::Path => f.write_str("the identity and the method but not the path"),
-                    Lacks::Claim(claim) => write!(f, "all but the claim {claim}, which the token must hold"),
+                    Lacks::Claim(claim) => {
+                        write!(f, "all but the claim {claim}, which the token must contain")
+                    }
                 }
             }
         }

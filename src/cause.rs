@@ -2,7 +2,7 @@
 
 use http::StatusCode;
 
-/// Why the proxy answered in place of the service. One stable word each: the same in `Proxy-Status`, the problem's
+/// Why the proxy made the response itself. Each cause has one stable word: the same in `Proxy-Status`, the problem's
 /// `type`, metric labels, spans, the access log and `docs/errors.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cause {
@@ -12,7 +12,7 @@ pub enum Cause {
     UnknownUpstream,
     NotAllowed,
     JwtInvalid,
-    /// Tokens cannot be checked, or none can be had: who could say is away.
+    /// The issuer of tokens, or its keys, cannot be reached: tokens cannot be checked or obtained.
     AuthUnavailable,
     NoEndpoint,
     BreakerOpen,
@@ -31,14 +31,14 @@ pub enum Cause {
     Loop,
     FaultInjected,
     Draining,
-    /// No port, descriptor, buffer or route of this machine's own.
+    /// This machine has no port, descriptor, buffer or route left.
     LocalResource,
-    /// A bug of ours, caught.
+    /// A bug in the proxy, caught.
     Internal,
 }
 
-/// How a cause is told in each language.
-pub struct Telling {
+/// How a cause is expressed in each format.
+pub struct CauseInfo {
     pub word: &'static str,
     pub status: StatusCode,
     pub grpc: GrpcCode,
@@ -88,23 +88,23 @@ impl Cause {
         Self::Internal,
     ];
 
-    pub const fn telling(self) -> Telling {
+    pub const fn info(self) -> CauseInfo {
         use GrpcCode::{DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable};
-        const fn telling(
+        const fn info(
             word: &'static str,
             status: StatusCode,
             grpc: GrpcCode,
             proxy_status: &'static str,
             title: &'static str,
-        ) -> Telling {
-            Telling { word, status, grpc, proxy_status, title }
+        ) -> CauseInfo {
+            CauseInfo { word, status, grpc, proxy_status, title }
         }
         const BAD_GATEWAY: StatusCode = StatusCode::BAD_GATEWAY;
         const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
         const TIMEOUT: StatusCode = StatusCode::GATEWAY_TIMEOUT;
         const FORBIDDEN: StatusCode = StatusCode::FORBIDDEN;
         match self {
-            Self::DnsFailure => telling(
+            Self::DnsFailure => info(
                 "dns_failure",
                 BAD_GATEWAY,
                 Unavailable,
@@ -112,170 +112,170 @@ impl Cause {
                 "The host name could not be resolved",
             ),
             Self::DnsTimeout => {
-                telling("dns_timeout", TIMEOUT, Unavailable, "dns_timeout", "DNS did not answer in time")
+                info("dns_timeout", TIMEOUT, Unavailable, "dns_timeout", "DNS did not answer in time")
             }
-            Self::DeniedNetwork => telling(
+            Self::DeniedNetwork => info(
                 "denied_network",
                 BAD_GATEWAY,
                 Unavailable,
                 "destination_ip_prohibited",
-                "The address may not be called through this proxy",
+                "The proxy may not connect to this address",
             ),
-            Self::UnknownUpstream => telling(
+            Self::UnknownUpstream => info(
                 "unknown_upstream",
                 FORBIDDEN,
                 PermissionDenied,
                 "http_request_denied",
                 "No upstream has this host",
             ),
-            Self::NotAllowed => telling(
+            Self::NotAllowed => info(
                 "not_allowed",
                 FORBIDDEN,
                 PermissionDenied,
                 "http_request_denied",
-                "The caller may not do this",
+                "The client is not allowed to send this request",
             ),
-            Self::JwtInvalid => telling(
+            Self::JwtInvalid => info(
                 "jwt_invalid",
                 StatusCode::UNAUTHORIZED,
                 Unauthenticated,
                 "http_request_denied",
                 "The token is missing or not valid",
             ),
-            Self::AuthUnavailable => telling(
+            Self::AuthUnavailable => info(
                 "auth_unavailable",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
-                "Who issues tokens cannot be asked",
+                "The token issuer cannot be reached",
             ),
-            Self::NoEndpoint => telling(
+            Self::NoEndpoint => info(
                 "no_endpoint",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
                 "The upstream has no healthy endpoint",
             ),
-            Self::BreakerOpen => telling(
+            Self::BreakerOpen => info(
                 "breaker_open",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
                 "The circuit breaker of the upstream is open",
             ),
-            Self::ConnectRefused => telling(
+            Self::ConnectRefused => info(
                 "connect_refused",
                 BAD_GATEWAY,
                 Unavailable,
                 "connection_refused",
                 "The upstream could not be connected to",
             ),
-            Self::ConnectTimeout => telling(
+            Self::ConnectTimeout => info(
                 "connect_timeout",
                 TIMEOUT,
                 Unavailable,
                 "connection_timeout",
                 "The upstream did not accept a connection in time",
             ),
-            Self::Reset => telling(
+            Self::Reset => info(
                 "reset",
                 BAD_GATEWAY,
                 Unavailable,
                 "connection_terminated",
-                "The upstream ended the connection before it answered",
+                "The upstream closed the connection before it responded",
             ),
-            Self::AttemptTimeout => telling(
+            Self::AttemptTimeout => info(
                 "attempt_timeout",
                 TIMEOUT,
                 DeadlineExceeded,
                 "http_response_timeout",
-                "The last try took too long",
+                "The last attempt timed out",
             ),
-            Self::Timeout => telling(
+            Self::Timeout => info(
                 "timeout",
                 TIMEOUT,
                 DeadlineExceeded,
                 "http_response_timeout",
-                "The upstream did not answer in time",
+                "The upstream did not respond in time",
             ),
-            Self::Deadline => telling(
+            Self::Deadline => info(
                 "deadline",
                 TIMEOUT,
                 DeadlineExceeded,
                 "http_response_timeout",
-                "The caller's deadline passed",
+                "The client's deadline has passed",
             ),
-            Self::QueueFull => telling(
+            Self::QueueFull => info(
                 "queue_full",
                 UNAVAILABLE,
                 ResourceExhausted,
                 "connection_limit_reached",
-                "Too many calls wait for this upstream",
+                "Too many requests are queued for this upstream",
             ),
-            Self::LimitFull => telling(
+            Self::LimitFull => info(
                 "limit_full",
                 UNAVAILABLE,
                 ResourceExhausted,
                 "connection_limit_reached",
                 "The upstream is at its limit",
             ),
-            Self::RateLimited => telling(
+            Self::RateLimited => info(
                 "rate_limited",
                 StatusCode::TOO_MANY_REQUESTS,
                 ResourceExhausted,
                 "http_request_error",
                 "The rate limit is reached",
             ),
-            Self::PeerIdentity => telling(
+            Self::PeerIdentity => info(
                 "peer_identity",
                 BAD_GATEWAY,
                 Unavailable,
                 "tls_certificate_error",
-                "The peer is not who it should be",
+                "The peer's identity is not the expected one",
             ),
-            Self::TlsFailure => telling(
+            Self::TlsFailure => info(
                 "tls_failure",
                 BAD_GATEWAY,
                 Unavailable,
                 "tls_protocol_error",
                 "TLS with the upstream failed",
             ),
-            Self::Malformed => telling(
+            Self::Malformed => info(
                 "malformed",
                 StatusCode::BAD_REQUEST,
                 GrpcCode::InvalidArgument,
                 "http_request_error",
                 "The request is malformed",
             ),
-            Self::Loop => telling(
+            Self::Loop => info(
                 "loop",
                 BAD_GATEWAY,
                 Unavailable,
                 "proxy_loop_detected",
-                "The request came back to this proxy",
+                "The request has passed this proxy before",
             ),
-            Self::FaultInjected => telling(
+            Self::FaultInjected => info(
                 "fault_injected",
                 UNAVAILABLE,
                 Unavailable,
                 "http_request_error",
                 "A fault was injected by configuration",
             ),
-            Self::Draining => telling(
+            Self::Draining => info(
                 "draining",
                 UNAVAILABLE,
                 Unavailable,
                 "destination_unavailable",
                 "The service is shutting down",
             ),
-            Self::LocalResource => telling(
+            Self::LocalResource => info(
                 "local_resource",
                 UNAVAILABLE,
                 ResourceExhausted,
                 "proxy_internal_error",
                 "The proxy has no port, descriptor or route left",
             ),
-            Self::Internal => telling(
+            Self::Internal => info(
                 "internal",
                 StatusCode::INTERNAL_SERVER_ERROR,
                 GrpcCode::Internal,
@@ -287,23 +287,23 @@ impl Cause {
 
     /// The stable word.
     pub const fn word(self) -> &'static str {
-        self.telling().word
+        self.info().word
     }
 
     pub const fn status(self) -> StatusCode {
-        self.telling().status
+        self.info().status
     }
 
     pub const fn grpc_code(self) -> GrpcCode {
-        self.telling().grpc
+        self.info().grpc
     }
 
     /// The error type registered by RFC 9209 §2.3.
     pub const fn proxy_status(self) -> &'static str {
-        self.telling().proxy_status
+        self.info().proxy_status
     }
 
-    /// Whether the upstream was tried in vain, or kept from being tried: a fallback may answer.
+    /// Whether attempts failed or could not be made: a fallback may respond.
     pub const fn is_exhaustion(self) -> bool {
         matches!(
             self,
@@ -325,7 +325,7 @@ impl Cause {
         )
     }
 
-    /// Whether inbound refused before the service saw anything: another endpoint may be tried.
+    /// Whether an inbound sidecar refused before the service saw the request: another endpoint may be tried.
     pub const fn is_elsewhere(self) -> bool {
         matches!(
             self,
@@ -341,6 +341,6 @@ impl Cause {
     }
 
     pub const fn title(self) -> &'static str {
-        self.telling().title
+        self.info().title
     }
 }

@@ -1,9 +1,9 @@
-//! Resources of this process that a connection needs: file descriptors, local ports, buffers of the kernel.
+//! Local resources that a connection needs: file descriptors, local ports, kernel buffers.
 //!
 //! The soft `nofile` limit is raised to the hard one at start. The highest descriptor numbers below it are reserved, in
-//! two steps: dialling stops first, so that a client that is accepted still gets a response; accepting stops next, so
-//! that the admin server still responds. The kernel always gives out the lowest free number, so the number of a new
-//! descriptor tells how many are in use, and nothing has to be counted.
+//! two steps: connecting stops first, so that an accepted client still gets a response; accepting stops next, so that
+//! the admin server still responds. The kernel always allocates the lowest free number, so the number of a new
+//! descriptor shows how many are in use, and nothing has to be counted.
 
 use std::{
     io,
@@ -21,17 +21,17 @@ use rustix::{
 };
 use tokio::net::{TcpSocket, TcpStream};
 
-/// The soft limit as this process found it.
+/// The limit that this process inherited.
 static INHERITED: OnceLock<Rlimit> = OnceLock::new();
-/// The soft limit now; none is the highest number.
+/// The current soft limit; unlimited is the highest number.
 static LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// The share of all descriptors in each of the two reserves, and its bounds.
 const RESERVED_SHARE: u64 = 16;
-const LEAST_RESERVED: u64 = 4;
-const MOST_RESERVED: u64 = 32;
+const MIN_RESERVED: u64 = 4;
+const MAX_RESERVED: u64 = 32;
 
-/// What a new descriptor is for.
+/// The purpose of a new descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// A connection that this process opens.
@@ -41,9 +41,9 @@ pub enum Purpose {
 }
 
 impl Purpose {
-    /// The first number that it must leave to others, where the soft limit is `limit`.
+    /// The first number that it must not use, given the soft limit.
     fn end(self, limit: u64) -> u64 {
-        let reserve = (limit / RESERVED_SHARE).clamp(LEAST_RESERVED, MOST_RESERVED);
+        let reserve = (limit / RESERVED_SHARE).clamp(MIN_RESERVED, MAX_RESERVED);
         let reserves = match self {
             Self::Dial => 2,
             Self::Accept => 1,
@@ -51,7 +51,7 @@ impl Purpose {
         limit.saturating_sub(reserve * reserves)
     }
 
-    /// Whether `descriptor`, just opened for this, lies below the reserve.
+    /// Whether `descriptor`, just opened for this purpose, is below the reserve.
     pub fn allows(self, descriptor: &impl AsRawFd) -> bool {
         let limit = LIMIT.load(Ordering::Relaxed);
         limit == u64::MAX
@@ -59,13 +59,13 @@ impl Purpose {
     }
 }
 
-/// Raises the soft limit to the hard one. Returns both soft limits, before and after, where that changed something.
+/// Raises the soft limit to the hard one. Returns the soft limit before and after, if it changed.
 pub fn raise_limit() -> Option<(u64, u64)> {
-    let found = *INHERITED.get_or_init(|| getrlimit(Resource::Nofile));
-    let wanted = Rlimit { current: found.maximum, maximum: found.maximum };
-    let raised = found.current != found.maximum && setrlimit(Resource::Nofile, wanted).is_ok();
+    let inherited = *INHERITED.get_or_init(|| getrlimit(Resource::Nofile));
+    let raised_limit = Rlimit { current: inherited.maximum, maximum: inherited.maximum };
+    let raised = inherited.current != inherited.maximum && setrlimit(Resource::Nofile, raised_limit).is_ok();
     refresh_limit();
-    raised.then(|| (found.current.unwrap_or(u64::MAX), limit()))
+    raised.then(|| (inherited.current.unwrap_or(u64::MAX), limit()))
 }
 
 /// Reads the limit again: another process may change it.
@@ -73,33 +73,35 @@ pub fn refresh_limit() {
     LIMIT.store(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX), Ordering::Relaxed);
 }
 
-/// The soft limit that holds now.
+/// The current soft limit.
 pub fn limit() -> u64 {
     LIMIT.load(Ordering::Relaxed)
 }
 
-/// Runs `spawn`, whose child process gets the soft limit that this process found. A service may take its limit for
-/// the size of a table, or use `select`, which takes no number above 1023.
+/// Runs `spawn`, whose child process gets the soft limit that this process inherited. A service may size a table by its
+/// limit, or use `select`, which accepts no number above 1023.
 ///
 /// # Errors
 /// Those of `spawn`.
 pub fn with_inherited_limit<T>(mut spawn: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let now = getrlimit(Resource::Nofile);
-    let Some(found) = INHERITED.get().filter(|found| found.current != now.current) else { return spawn() };
-    let lowered = setrlimit(Resource::Nofile, Rlimit { current: found.current, ..now }).is_ok();
+    let Some(inherited) = INHERITED.get().filter(|inherited| inherited.current != now.current) else {
+        return spawn();
+    };
+    let lowered = setrlimit(Resource::Nofile, Rlimit { current: inherited.current, ..now }).is_ok();
     let spawned = spawn();
     if lowered {
         let _ = setrlimit(Resource::Nofile, now);
     }
     match spawned {
-        // More are open already than the limit that was found allows.
+        // More descriptors are open already than the inherited limit allows.
         Err(error) if lowered && is_local_resource(&error) => spawn(),
         spawned => spawned,
     }
 }
 
-/// Whether an error of `socket`, `connect`, `accept` or `open` is for want of something of this machine's own, and so
-/// says nothing about a peer.
+/// Whether an error of `socket`, `connect`, `accept` or `open` means that this machine lacks a resource. Such an error
+/// is not the peer's fault.
 pub fn is_local_resource(error: &io::Error) -> bool {
     let Some(errno) = Errno::from_io_error(error) else { return false };
     matches!(
@@ -115,7 +117,7 @@ pub fn is_local_resource(error: &io::Error) -> bool {
     )
 }
 
-/// What is missing, and what to do about it; `None` where the error is another.
+/// The missing resource and what to do about it; `None` for other errors.
 pub fn missing(error: &io::Error) -> Option<&'static str> {
     Some(match Errno::from_io_error(error).filter(|_| is_local_resource(error))? {
         Errno::ADDRNOTAVAIL => {
@@ -130,10 +132,10 @@ pub fn missing(error: &io::Error) -> Option<&'static str> {
     })
 }
 
-/// Opens a TCP connection, unless its descriptor would be one of the reserve.
+/// Opens a TCP connection, unless its descriptor would be a reserved one.
 ///
 /// # Errors
-/// Those of `socket` and `connect`; `EMFILE` where only reserved descriptors are left.
+/// Those of `socket` and `connect`; `EMFILE` if only reserved descriptors are left.
 pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     if !Purpose::Dial.allows(&socket) {
@@ -147,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dialling_stops_before_accepting_and_both_before_the_limit() {
+    fn connecting_stops_before_accepting() {
         for (limit, dial, accept) in
             [(64, 56, 60), (1024, 960, 992), (1 << 20, (1 << 20) - 64, (1 << 20) - 32)]
         {
@@ -157,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_machine_lacks_is_told_from_what_a_peer_does() {
+    fn distinguishes_local_resources_from_peer_errors() {
         for errno in [
             Errno::ADDRNOTAVAIL,
             Errno::MFILE,

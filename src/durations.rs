@@ -1,7 +1,7 @@
-//! How long calls took: histograms by method, status and error, as the semantic conventions have them.
+//! Request durations: histograms by method, status and error, as the semantic conventions define them.
 //!
-//! Each worker counts in cells of its own, found when the route was; `/metrics` adds them up. A cell holds a bounded
-//! number of series: what comes after that, made up methods and statuses say, is counted as `_OTHER`.
+//! Each worker counts in cells of its own, which it looks up with the route; `/metrics` adds them up. A cell holds a
+//! bounded number of series: further ones (made-up methods and statuses, say) are counted as `_OTHER`.
 
 use std::{
     collections::BTreeMap,
@@ -16,10 +16,10 @@ use http::Method;
 
 use crate::trace_context::{Span, Trace};
 
-/// Series of one upstream in one worker, beside the one for all others.
+/// Series of one upstream in one worker, beside the overflow series.
 pub const MOST_SERIES: usize = 64;
 
-/// The upper ends of the buckets, in seconds.
+/// The upper bounds of the buckets, in seconds.
 pub const BOUNDS: [f64; 14] =
     [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 /// The same in nanoseconds.
@@ -33,7 +33,7 @@ const BOUNDS_NS: [u64; BOUNDS.len()] = {
     bounds
 };
 
-/// Stands for all other methods.
+/// Index of all other methods.
 const OTHER_METHOD: u8 = 9;
 /// The methods that have a series of their own, the usual ones first.
 static METHODS: [Method; OTHER_METHOD as usize] = [
@@ -47,17 +47,17 @@ static METHODS: [Method; OTHER_METHOD as usize] = [
     Method::CONNECT,
     Method::TRACE,
 ];
-/// All other methods, and what found no room.
+/// Label of all other methods, and of the overflow series.
 pub const OTHER: &str = "_OTHER";
 
-/// What a call is counted under.
+/// The series that a request is counted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     /// Index in [`METHODS`], or [`OTHER_METHOD`].
     method: u8,
-    /// 0: there was no answer.
+    /// 0: no response.
     status: u16,
-    /// Empty: none, or the status tells.
+    /// Empty: no error, or the status is the error.
     error: &'static str,
 }
 
@@ -78,7 +78,7 @@ impl Key {
         (self.status != 0).then(|| self.status.to_string())
     }
 
-    /// The word of an error, or the status that is one: 5xx where the service is called, 4xx too where it calls.
+    /// The `error_type` label: a cause, or a status that is an error: 5xx inbound, 4xx and 5xx outbound.
     pub fn error(&self, inbound: bool) -> Option<String> {
         let least = if inbound { 500 } else { 400 };
         match self.error {
@@ -92,7 +92,7 @@ impl Key {
 /// The series of one upstream, as one worker counts them.
 #[derive(Debug)]
 pub struct Cell {
-    /// Filled from the beginning.
+    /// Filled in order.
     series: [OnceLock<Box<Series>>; MOST_SERIES],
     overflow: OnceLock<Box<Series>>,
 }
@@ -100,14 +100,14 @@ pub struct Cell {
 #[derive(Debug)]
 struct Series {
     key: Key,
-    /// By bucket; the last one is for what took longer than all bounds.
+    /// By bucket; the last one counts durations above all bounds.
     counts: [AtomicU64; BOUNDS.len() + 1],
     sum_ns: AtomicU64,
-    /// The last one of each bucket. Written only for calls that somebody can look up.
+    /// The last one of each bucket. Written only for requests whose trace is exported.
     exemplars: Mutex<BTreeMap<usize, Exemplar>>,
 }
 
-/// A call that stands for its bucket.
+/// A request that represents its bucket.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Exemplar {
     pub trace: Trace,
@@ -123,7 +123,7 @@ impl Default for Cell {
 }
 
 impl Cell {
-    /// Counts a call. `traced`: its trace is kept somewhere.
+    /// Counts a request. `traced`: its IDs, where its trace is exported.
     pub fn observe(&self, key: Key, took: Duration, traced: Option<(Trace, Span)>) {
         let series = self.series(key);
         let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
@@ -131,7 +131,7 @@ impl Cell {
         series.counts[bucket].fetch_add(1, Ordering::Relaxed);
         series.sum_ns.fetch_add(ns, Ordering::Relaxed);
         if let Some((trace, span)) = traced
-            // Only who reads `/metrics` could hold it; this one is not worth waiting.
+            // Only a scrape of `/metrics` can hold the lock; then this exemplar is skipped.
             && let Ok(mut exemplars) = series.exemplars.try_lock()
         {
             let exemplar = Exemplar { trace, span, seconds: took.as_secs_f64(), at: SystemTime::now() };
@@ -158,7 +158,7 @@ impl Series {
 #[derive(Debug, Default)]
 pub struct Durations(Mutex<Vec<Arc<Cell>>>);
 
-/// What was counted under one key.
+/// The sums of one series over all workers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Histogram {
     pub counts: [u64; BOUNDS.len() + 1],
@@ -166,11 +166,11 @@ pub struct Histogram {
     pub exemplars: BTreeMap<usize, Exemplar>,
 }
 
-/// By key, in its order.
+/// Histograms by series, sorted.
 pub type Read = BTreeMap<Key, Histogram>;
 
 impl Durations {
-    /// A cell for one worker to count in: one that nobody holds any more, if there is, with what it has counted.
+    /// A cell for one worker. Reuses one that no worker holds any more, with its counts, if there is one.
     pub fn cell(&self) -> Arc<Cell> {
         let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(free) = cells.iter().find(|cell| Arc::strong_count(cell) == 1) {
@@ -181,7 +181,7 @@ impl Durations {
         cell
     }
 
-    /// Adds what was counted here.
+    /// Adds the counts of all cells to `sums`.
     pub fn add_to(&self, sums: &mut Read) {
         let cells = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for cell in &cells {
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_workers_counted_is_added_up() {
+    fn counts_of_all_workers_are_added_up() {
         let durations = Durations::default();
         let cells = [durations.cell(), durations.cell()];
         for (cell, ms) in cells.iter().zip([5, 6]) {
@@ -241,9 +241,9 @@ mod tests {
         assert!((histogram.sum_seconds - 11.011).abs() < 1e-9);
     }
 
-    /// Connections come and go to workers that forget upstreams: neither counts nor cells may be lost or pile up.
+    /// Workers forget upstreams and meet them again: counts are not lost, and cells do not pile up.
     #[test]
-    fn a_cell_that_nobody_holds_is_counted_in_again() {
+    fn a_cell_that_no_worker_holds_is_reused() {
         let durations = Durations::default();
         for _ in 0..100 {
             durations.cell().observe(key(1, 503), Duration::from_millis(1), None);
@@ -284,10 +284,10 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_told_as_the_conventions_have_it() {
-        let told = |status, inbound| Key { method: 0, status, error: "" }.error(inbound);
-        assert_eq!((told(404, true), told(404, false).as_deref()), (None, Some("404")));
-        assert_eq!((told(200, false), told(503, true).as_deref()), (None, Some("503")));
+    fn the_error_label_follows_the_conventions() {
+        let error = |status, inbound| Key { method: 0, status, error: "" }.error(inbound);
+        assert_eq!((error(404, true), error(404, false).as_deref()), (None, Some("404")));
+        assert_eq!((error(200, false), error(503, true).as_deref()), (None, Some("503")));
         let refused = Key { method: 0, status: 503, error: "breaker_open" };
         assert_eq!(refused.error(false).as_deref(), Some("breaker_open"));
     }

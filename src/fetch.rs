@@ -1,7 +1,7 @@
-//! Calls that the proxy makes for itself: keys that sign tokens, tokens of its own, spans on their way out.
+//! HTTP requests that the proxy itself makes: JWKS, OAuth 2 tokens, export of spans.
 //!
-//! HTTP/1.1, plain or over TLS, a connection each, on the control thread; never through this proxy's own ports.
-//! Redirects are answers like any other: what a configuration names is what is asked.
+//! HTTP/1.1, plaintext or over TLS, one connection per request, on the control thread; never through the proxy's own
+//! ports. Redirects are not followed: only the configured URL is requested.
 
 use std::{
     io,
@@ -34,43 +34,43 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{descriptors, dns::DnsError, dns::Resolver, redact};
 
-/// When a connection that only reads is asked whether it still has another end, and how often.
+/// TCP keep-alive of streaming responses: the idle time before the first probe, and the interval.
 const ALIVE_AFTER: Duration = Duration::from_secs(30);
 const ALIVE_EVERY: Duration = Duration::from_secs(10);
 
-/// Makes calls; cheap to clone.
+/// An HTTP client; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Fetcher {
     resolver: Arc<Resolver>,
-    /// Made when it is first needed: reading the system's roots takes milliseconds that a start without TLS saves.
+    /// Created on first use: reading the system's roots takes milliseconds, which a start without TLS saves.
     tls: Arc<OnceLock<Arc<ClientConfig>>>,
 }
 
-/// What an answer may cost.
+/// Limits of a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// For the whole exchange: looking the name up, connecting, and reading the answer to its end.
+    /// For the whole exchange: resolving the name, connecting, and reading the response to its end.
     pub patience: Duration,
-    /// Bytes of the answer's body.
+    /// The most bytes of the response body.
     pub answer: usize,
 }
 
-/// Why there is no answer. An answer that reports an error is an answer.
+/// Why there is no response. A response with an error status is no `FetchError`.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    #[error("`{}` is no http:// or https:// URL with a host", redact::url(&uri.to_string()))]
+    #[error("`{}` is not an http:// or https:// URL with a host", redact::url(&uri.to_string()))]
     Url { uri: Uri },
     #[error(transparent)]
     Name(#[from] DnsError),
     #[error("{authority} cannot be reached: {source}")]
     Connect { authority: Authority, source: io::Error },
-    #[error("no TLS with {authority}: {source}")]
+    #[error("TLS handshake with {authority} failed: {source}")]
     Tls { authority: Authority, source: io::Error },
-    #[error("{authority} gave no usable answer: {source}")]
+    #[error("{authority} sent no valid response: {source}")]
     Http { authority: Authority, source: hyper::Error },
-    #[error("{authority} did not answer within {patience:?}")]
-    Slow { authority: Authority, patience: Duration },
-    #[error("the answer of {authority} is longer than {limit} bytes")]
+    #[error("{authority} did not respond within {limit:?}")]
+    Timeout { authority: Authority, limit: Duration },
+    #[error("the response of {authority} is longer than {limit} bytes")]
     TooLong { authority: Authority, limit: usize },
     #[error("{path}: {reason}")]
     Roots { path: PathBuf, reason: String },
@@ -85,7 +85,7 @@ impl Fetcher {
     /// Trusts the certificates in a PEM file and nothing else.
     ///
     /// # Errors
-    /// [`FetchError::Roots`] where the file cannot be read or holds no certificate.
+    /// [`FetchError::Roots`] if the file cannot be read or contains no certificate.
     pub fn trusting(&self, path: &Path) -> Result<Self, FetchError> {
         let bad = |reason: String| FetchError::Roots { path: path.to_owned(), reason };
         let mut roots = RootCertStore::empty();
@@ -100,10 +100,10 @@ impl Fetcher {
         Ok(Self { resolver: Arc::clone(&self.resolver), tls: Arc::new(tls) })
     }
 
-    /// Sends a request, with an absolute URL, and reads the whole answer.
+    /// Sends a request, with an absolute URL, and reads the whole response.
     ///
     /// # Errors
-    /// See [`FetchError`]; whether anything was sent is not told.
+    /// See [`FetchError`], which does not show whether anything was sent.
     pub async fn fetch(
         &self,
         request: Request<Bytes>,
@@ -118,23 +118,24 @@ impl Fetcher {
             let tls = self.secure(&destination, tcp).await?;
             destination.exchange(tls, request, limits.answer).await
         };
-        let slow = FetchError::Slow { authority: destination.authority.clone(), patience: limits.patience };
-        timeout(limits.patience, exchange).await.unwrap_or(Err(slow))
+        let expired =
+            FetchError::Timeout { authority: destination.authority.clone(), limit: limits.patience };
+        timeout(limits.patience, exchange).await.unwrap_or(Err(expired))
     }
 
-    /// Sends a request whose answer goes on for as long as it likes, and reads its head within `patience`.
+    /// Sends a request whose response has no end, and reads the response head within `limit`.
     ///
     /// # Errors
     /// See [`FetchError`].
     pub async fn stream(
         &self,
         request: Request<Bytes>,
-        patience: Duration,
+        limit: Duration,
     ) -> Result<Response<Streaming>, FetchError> {
         let (destination, request) = prepare(request)?;
         let exchange = async {
             let tcp = self.connect(&destination).await?;
-            // A server that is gone without a word is noticed even where nothing is ever sent to it.
+            // Keep-alive detects a server that has gone silently, although nothing more is sent to it.
             let keepalive = TcpKeepalive::new().with_time(ALIVE_AFTER).with_interval(ALIVE_EVERY);
             let _ = SockRef::from(&tcp).set_tcp_keepalive(&keepalive);
             if !destination.tls {
@@ -143,8 +144,8 @@ impl Fetcher {
             let tls = self.secure(&destination, tcp).await?;
             destination.begin(tls, request).await
         };
-        let slow = FetchError::Slow { authority: destination.authority.clone(), patience };
-        timeout(patience, exchange).await.unwrap_or(Err(slow))
+        let expired = FetchError::Timeout { authority: destination.authority.clone(), limit };
+        timeout(limit, exchange).await.unwrap_or(Err(expired))
     }
 
     async fn secure(&self, to: &Destination, tcp: TcpStream) -> Result<TlsStream<TcpStream>, FetchError> {
@@ -154,13 +155,13 @@ impl Fetcher {
         TlsConnector::from(self.tls()).connect(name, tcp).await.map_err(refused)
     }
 
-    /// The first address that takes a connection.
+    /// Connects to the first address that accepts.
     async fn connect(&self, to: &Destination) -> Result<TcpStream, FetchError> {
         let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for ip in self.resolver.addresses(&to.host).await?.addresses {
             match descriptors::connect(SocketAddr::new(ip, to.port)).await {
                 Ok(stream) => {
-                    // A socket that refuses the option is still a connection.
+                    // Without the option the connection still works.
                     let _ = stream.set_nodelay(true);
                     return Ok(stream);
                 }
@@ -175,7 +176,7 @@ impl Fetcher {
     }
 }
 
-/// Whom a request is for, and how it is written to them.
+/// The destination of a request, and the request in the form for it.
 fn prepare(request: Request<Bytes>) -> Result<(Destination, Request<Full<Bytes>>), FetchError> {
     let (mut head, body) = request.into_parts();
     let destination = Destination::of(&head.uri)?;
@@ -184,7 +185,7 @@ fn prepare(request: Request<Bytes>) -> Result<(Destination, Request<Full<Bytes>>
     {
         head.headers.insert(AUTHORIZATION, credentials);
     }
-    // Origin-form, as for a server and not for a proxy (RFC 9112 §3.2.1).
+    // Origin-form, since it goes to a server and not to a proxy (RFC 9112 §3.2.1).
     let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
     head.uri = Uri::from(path);
     if !head.headers.contains_key(HOST)
@@ -195,7 +196,7 @@ fn prepare(request: Request<Bytes>) -> Result<(Destination, Request<Full<Bytes>>
     Ok((destination, Request::from_parts(head, Full::new(body))))
 }
 
-/// An answer that goes on.
+/// The body of a streaming response.
 #[derive(Debug)]
 pub struct Streaming {
     body: Incoming,
@@ -203,10 +204,10 @@ pub struct Streaming {
 }
 
 impl Streaming {
-    /// What comes next; none at the end. Loses nothing when waiting is given up.
+    /// The next bytes; `None` at the end. Cancel-safe.
     ///
     /// # Errors
-    /// Where the connection broke.
+    /// If the connection is lost.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, hyper::Error> {
         while let Some(frame) = self.body.frame().await {
             if let Ok(bytes) = frame?.into_data() {
@@ -223,7 +224,7 @@ impl Drop for Streaming {
     }
 }
 
-/// The system's roots; what of them cannot be read is left out with a warning, and is missed when it is needed.
+/// The system's roots. A part that cannot be read is omitted with a warning.
 fn system_roots() -> RootCertStore {
     let found = rustls_native_certs::load_native_certs();
     for error in &found.errors {
@@ -238,14 +239,14 @@ fn client_config(roots: RootCertStore) -> ClientConfig {
     let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()));
     let mut config = match builder.with_safe_default_protocol_versions() {
         Ok(builder) => builder.with_root_certificates(roots).with_no_client_auth(),
-        // The provider has suites for every version that is spoken.
+        // Never reached: the provider has cipher suites for every version.
         Err(_) => ClientConfig::builder().with_root_certificates(roots).with_no_client_auth(),
     };
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     config
 }
 
-/// Whom a URL names.
+/// The server that a URL names.
 #[derive(Debug)]
 struct Destination {
     authority: Authority,
@@ -283,9 +284,8 @@ impl Destination {
         let http = |source| FetchError::Http { authority: self.authority.clone(), source };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         let connection = tokio::spawn(async move { drop(connection.await) });
-        let answer = sender.send_request(request).await;
-        match answer {
-            Ok(answer) => Ok(answer.map(|body| Streaming { body, connection })),
+        match sender.send_request(request).await {
+            Ok(response) => Ok(response.map(|body| Streaming { body, connection })),
             Err(error) => {
                 connection.abort();
                 Err(http(error))
@@ -320,8 +320,8 @@ impl Destination {
         let (mut connection, mut exchange) = (pin!(connection), pin!(exchange));
         tokio::select! {
             biased;
-            answer = &mut exchange => answer,
-            // What came before the connection ended is still to be had.
+            response = &mut exchange => response,
+            // The response may have arrived completely before the connection closed.
             _ = &mut connection => exchange.await,
         }
     }
@@ -350,8 +350,8 @@ mod tests {
         Request::get(url).body(Bytes::new()).unwrap()
     }
 
-    /// Reads a request's head and answers with what it was, and `extra` bytes more.
-    async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, extra: usize) {
+    /// Reads a request head and responds with a copy of it, and `extra` more bytes.
+    async fn respond(mut stream: impl AsyncRead + AsyncWrite + Unpin, extra: usize) {
         let mut seen = Vec::new();
         while !seen.ends_with(b"\r\n\r\n") {
             let read = stream.read_buf(&mut seen).await.unwrap_or(0);
@@ -369,11 +369,11 @@ mod tests {
     async fn plain_server(extra: usize) -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(async move { answer(listener.accept().await.unwrap().0, extra).await });
+        tokio::spawn(async move { respond(listener.accept().await.unwrap().0, extra).await });
         address
     }
 
-    /// A server with a certificate for `localhost`, and the PEM file of who signed it.
+    /// A server with a certificate for `localhost`, and the PEM file of its CA.
     async fn tls_server(directory: &Path) -> (SocketAddr, PathBuf) {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let ca = directory.join("ca.pem");
@@ -392,7 +392,7 @@ mod tests {
             loop {
                 let (tcp, _) = listener.accept().await.unwrap();
                 if let Ok(stream) = acceptor.accept_with(tcp, |_: &mut ServerConnection| ()).await {
-                    answer(stream, 0).await;
+                    respond(stream, 0).await;
                 }
             }
         });
@@ -400,29 +400,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_answer_comes_whole_whatever_its_status() {
+    async fn returns_a_response_of_any_status() {
         let address = plain_server(0).await;
-        let answer = fetcher().fetch(get(&format!("http://{address}/keys?a=b")), LIMITS).await.unwrap();
-        assert_eq!(answer.status(), 418);
-        let seen = String::from_utf8(answer.into_body().to_vec()).unwrap();
+        let response = fetcher().fetch(get(&format!("http://{address}/keys?a=b")), LIMITS).await.unwrap();
+        assert_eq!(response.status(), 418);
+        let seen = String::from_utf8(response.into_body().to_vec()).unwrap();
         assert!(seen.starts_with("GET /keys?a=b HTTP/1.1\r\n"), "{seen}");
         assert!(seen.contains(&format!("host: {address}\r\n")), "{seen}");
     }
 
     #[tokio::test]
-    async fn an_answer_without_end_is_not_read_to_it() {
+    async fn a_too_long_response_is_not_read() {
         let address = plain_server(4096).await;
         let error = fetcher().fetch(get(&format!("http://{address}/")), LIMITS).await.unwrap_err();
-        assert_eq!(error.to_string(), format!("the answer of {address} is longer than 1024 bytes"));
+        assert_eq!(error.to_string(), format!("the response of {address} is longer than 1024 bytes"));
     }
 
     #[tokio::test]
-    async fn only_who_is_trusted_is_asked() {
+    async fn connects_only_to_trusted_servers() {
         let directory = tempfile::tempdir().unwrap();
         let (address, ca) = tls_server(directory.path()).await;
         let url = format!("https://localhost:{}/", address.port());
-        let strange = fetcher().fetch(get(&url), LIMITS).await.unwrap_err();
-        assert!(strange.to_string().contains("UnknownIssuer"), "{strange}");
+        let untrusted = fetcher().fetch(get(&url), LIMITS).await.unwrap_err();
+        assert!(untrusted.to_string().contains("UnknownIssuer"), "{untrusted}");
         let trusting = fetcher().trusting(&ca).unwrap();
         assert_eq!(trusting.fetch(get(&url), LIMITS).await.unwrap().status(), 418);
         let by_address = trusting.fetch(get(&format!("https://{address}/")), LIMITS).await.unwrap_err();
@@ -430,22 +430,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn patience_ends() {
+    async fn times_out() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let error = fetcher().fetch(get(&format!("http://{address}/")), LIMITS).await.unwrap_err();
-        assert_eq!(error.to_string(), format!("{address} did not answer within 20s"));
+        assert_eq!(error.to_string(), format!("{address} did not respond within 20s"));
     }
 
     #[tokio::test]
-    async fn what_is_wrong_is_named() {
-        for (url, told) in [
-            ("/keys", "`/keys` is no http:// or https:// URL with a host"),
-            ("ftp://a/", "`ftp://a/` is no http:// or https:// URL with a host"),
+    async fn errors_name_the_cause() {
+        for (url, message) in [
+            ("/keys", "`/keys` is not an http:// or https:// URL with a host"),
+            ("ftp://a/", "`ftp://a/` is not an http:// or https:// URL with a host"),
             ("http://127.0.0.1:1/", "127.0.0.1:1 cannot be reached"),
         ] {
             let error = fetcher().fetch(get(url), LIMITS).await.unwrap_err();
-            assert!(error.to_string().contains(told), "{error}");
+            assert!(error.to_string().contains(message), "{error}");
         }
         let directory = tempfile::tempdir().unwrap();
         let empty = directory.path().join("empty.pem");
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_may_be_made_on_any_thread() {
+    async fn fetch_is_send() {
         fn is_send<F: Future + Send>(future: F) -> F {
             future
         }

@@ -1,4 +1,4 @@
-//! Arguments to action; everything else is in the library.
+//! The `outrigger` binary; everything is in the library.
 
 fn main() -> std::process::ExitCode {
     outrigger::cli::main()

@@ -1,7 +1,7 @@
-//! Which of the fields that a proxy acts on are in a message, found by one pass over the names.
+//! The set of header fields in a message that a proxy acts on, found by one pass over the names.
 //!
-//! A call asks some forty times for a field that is hardly ever there. Each question to the map hashes a name; this one
-//! is a bit.
+//! The proxy checks some forty times per request for a field that is rarely present. A lookup in the header map hashes
+//! the name; a lookup here tests one bit.
 
 use http::{HeaderMap, HeaderName};
 
@@ -16,7 +16,7 @@ macro_rules! fields {
 }
 
 fields! {
-    // Of this hop only.
+    // Hop-by-hop.
     Connection = "connection",
     Upgrade = "upgrade",
     Http2Settings = "http2-settings",
@@ -24,12 +24,12 @@ fields! {
     ProxyConnection = "proxy-connection",
     TransferEncoding = "transfer-encoding",
     Te = "te",
-    // Framing, and who is meant.
+    // Framing and routing.
     ContentLength = "content-length",
     Expect = "expect",
     Host = "host",
     Via = "via",
-    // For the proxy, or by a proxy only.
+    // For proxies, or set by proxies.
     ProxyAuthorization = "proxy-authorization",
     ProxyAuthenticate = "proxy-authenticate",
     ForwardedClientCert = "x-forwarded-client-cert",
@@ -50,11 +50,11 @@ fields! {
     UberTraceId = "uber-trace-id",
 }
 
-const LONGEST: usize = 24;
+const MAX_NAME_LENGTH: usize = 24;
 
-/// For each length, the fields whose names have it.
-const BY_LENGTH: [u64; LONGEST] = {
-    let mut table = [0; LONGEST];
+/// For each length, the fields with names of that length.
+const BY_LENGTH: [u64; MAX_NAME_LENGTH] = {
+    let mut table = [0; MAX_NAME_LENGTH];
     let mut at = 0;
     while at < NAMES.len() {
         table[NAMES[at].len()] |= 1 << at;
@@ -63,7 +63,7 @@ const BY_LENGTH: [u64; LONGEST] = {
     table
 };
 
-/// For each letter, the fields whose names begin with it.
+/// For each first letter, the fields whose names begin with it.
 const BY_FIRST: [u64; 256] = {
     let mut table = [0; 256];
     let mut at = 0;
@@ -74,7 +74,7 @@ const BY_FIRST: [u64; 256] = {
     table
 };
 
-/// Eight bytes at a time, as every name of every message is asked.
+/// Tests eight bytes at a time, since it runs on every field name of every message.
 fn has_underscore(name: &[u8]) -> bool {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     const HIGH: u64 = ONES << 7;
@@ -91,7 +91,7 @@ fn has_underscore(name: &[u8]) -> bool {
 pub struct Present(u64);
 
 impl Present {
-    /// What a connection adds for itself, and the credentials for its proxy.
+    /// The hop-by-hop fields of a connection.
     pub const HOP_BY_HOP: Self = Self::set(&[
         Field::Connection,
         Field::Upgrade,
@@ -101,7 +101,7 @@ impl Present {
         Field::TransferEncoding,
         Field::Te,
     ]);
-    /// What a caller may say of the trace that it belongs to.
+    /// The fields in which a client sends trace context.
     pub const TRACE: Self = Self::set(&[
         Field::Traceparent,
         Field::Tracestate,
@@ -128,7 +128,7 @@ impl Present {
         found
     }
 
-    /// One more field is there.
+    /// Adds a field.
     pub fn add(&mut self, name: &HeaderName) {
         let name = name.as_str().as_bytes();
         // A name is never empty.
@@ -147,7 +147,7 @@ impl Present {
         }
     }
 
-    /// A field was removed.
+    /// Removes a field.
     pub const fn remove(&mut self, field: Field) {
         self.0 &= !(1 << field as u64);
     }
@@ -160,7 +160,7 @@ impl Present {
         self.0 & of.0 != 0
     }
 
-    /// Whether a name could be read as another one.
+    /// Whether a name contains `_`, which some services read as `-`.
     pub const fn has_underscore(self) -> bool {
         self.0 & Self::UNDERSCORE != 0
     }
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn each_field_is_found_by_its_own_name_alone() {
+    fn finds_fields_by_exact_name() {
         for (at, name) in NAMES.iter().enumerate() {
             assert_eq!(Present::of(&map(&[name])).0, 1 << at, "{name}");
             let longer = format!("{name}s");
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_acted_on_is_not_there() {
+    fn ignores_other_fields() {
         let present = Present::of(&map(&["accept", "host", "user-agent", &"x".repeat(40)]));
         assert_eq!(present, Present::set(&[Field::Host]));
         assert!(!present.has_any(Present::HOP_BY_HOP) && !present.has_underscore());

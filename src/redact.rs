@@ -1,7 +1,7 @@
-//! Texts that may hold credentials, and how they are shown.
+//! Texts that may contain credentials, and their redaction.
 //!
-//! The configuration holds them as [`Secret`]; what is written elsewhere (an error of a library, a line of a file) goes
-//! through [`without_userinfo`].
+//! The configuration stores them as [`Secret`]. Other texts (a library's error, a line of a file) go through
+//! [`redact_userinfo`].
 
 use std::{borrow::Cow, fmt};
 
@@ -10,51 +10,52 @@ use http::HeaderValue;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Stands where a secret is.
+/// Replaces a secret.
 pub const HIDDEN: &str = "***";
 
-/// The name by which [`Secret`] asks a deserializer for a text. One that knows that a text came from the environment hands
-/// it over as bytes.
+/// The newtype name with which [`Secret`] deserializes. A deserializer that knows this name passes a text from the
+/// environment as bytes.
 pub const DESERIALIZE_AS: &str = "outrigger::Secret";
 
-/// A text that may hold a credential. `Display`, `Debug` and `Serialize` show it without: a URL loses its userinfo and
-/// query, anything else is hidden whole where it is marked so.
+/// A text that may contain a credential. `Display`, `Debug` and `Serialize` redact it: a URL loses its userinfo and
+/// query; a text marked as hidden is replaced completely.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Secret {
     text: String,
-    shown: Shown,
+    redaction: Redaction,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Shown {
-    /// All but the credentials of a URL.
+enum Redaction {
+    /// Redact the credentials of a URL.
     Url,
     /// The same, for a text that came from the environment.
     UrlFromEnvironment,
-    Nothing,
+    /// Redact the whole text.
+    Full,
 }
 
 impl Secret {
     /// A URL, or a path.
     pub fn url(text: impl Into<String>) -> Self {
-        Self { text: text.into(), shown: Shown::Url }
+        Self { text: text.into(), redaction: Redaction::Url }
     }
 
-    /// A text of which nothing is shown.
+    /// A text that is redacted completely.
     pub fn hidden(text: impl Into<String>) -> Self {
-        Self { text: text.into(), shown: Shown::Nothing }
+        Self { text: text.into(), redaction: Redaction::Full }
     }
 
-    /// A header field's value: hidden where its name tells of credentials, or where it came from the environment.
+    /// A header field's value: hidden if its name denotes a credential, or if it came from the environment.
     fn of_field(name: &str, value: Self) -> Self {
-        let from_environment = value.shown == Shown::UrlFromEnvironment;
+        let from_environment = value.redaction == Redaction::UrlFromEnvironment;
         let is_credential = ["Basic ", "Bearer "].iter().any(|scheme| {
             value.text.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme))
         });
         if from_environment || is_credential || is_telling(name) { Self::hidden(value.text) } else { value }
     }
 
-    /// The text itself. It must not be shown to anybody.
+    /// The text itself. It must not appear in any output.
     pub fn expose(&self) -> &str {
         &self.text
     }
@@ -62,9 +63,9 @@ impl Secret {
 
 impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.shown {
-            Shown::Nothing => f.write_str(HIDDEN),
-            Shown::Url | Shown::UrlFromEnvironment => f.write_str(&url(&self.text)),
+        match self.redaction {
+            Redaction::Full => f.write_str(HIDDEN),
+            Redaction::Url | Redaction::UrlFromEnvironment => f.write_str(&url(&self.text)),
         }
     }
 }
@@ -94,7 +95,7 @@ impl<'de> Deserialize<'de> for Secret {
             }
             fn visit_bytes<E: de::Error>(self, text: &[u8]) -> Result<Secret, E> {
                 let text = str::from_utf8(text).map_err(E::custom)?.to_owned();
-                Ok(Secret { text, shown: Shown::UrlFromEnvironment })
+                Ok(Secret { text, redaction: Redaction::UrlFromEnvironment })
             }
             fn visit_newtype_struct<D: Deserializer<'de>>(self, inner: D) -> Result<Secret, D::Error> {
                 inner.deserialize_str(Text)
@@ -116,7 +117,7 @@ impl JsonSchema for Secret {
     }
 }
 
-/// Header fields and their values, some of which may be credentials.
+/// Header fields whose values may be credentials.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, JsonSchema)]
 pub struct HeaderFields(pub std::collections::BTreeMap<String, Secret>);
 
@@ -144,7 +145,7 @@ impl FromIterator<(String, Secret)> for HeaderFields {
     }
 }
 
-/// Whether a key or a header field of this name holds a credential. A path to one is none.
+/// Whether a key or header field of this name contains a credential. The path of a credential's file is none.
 pub fn is_telling(name: &str) -> bool {
     const WORDS: [&str; 11] = [
         "authorization",
@@ -161,14 +162,14 @@ pub fn is_telling(name: &str) -> bool {
     ];
     let name = name.to_ascii_lowercase().replace('_', "-");
     let is_word = |word: &&str| match *word {
-        // Short: only as a word of its own.
+        // Short, so only as a separate word.
         "auth" => name.split('-').any(|part| part == "auth"),
         word => name.contains(word),
     };
     !name.ends_with("-file") && !name.ends_with("-url") && WORDS.iter().any(is_word)
 }
 
-/// A URL without userinfo and query.
+/// Redacts userinfo and query of a URL.
 pub fn url(text: &str) -> Cow<'_, str> {
     let shown = without_userinfo(text);
     match shown.split_once('?') {
@@ -177,15 +178,15 @@ pub fn url(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// A text in which none of these secrets is shown.
+/// Redacts these secrets in a text.
 pub fn without(secrets: &[String], text: String) -> String {
-    // Many types read their text in lower case.
+    // Many types convert their text to lower case.
     secrets
         .iter()
         .fold(text, |text, secret| text.replace(secret, HIDDEN).replace(&secret.to_ascii_lowercase(), HIDDEN))
 }
 
-/// A text in which no URL shows its userinfo (`scheme://user:password@host`).
+/// Redacts the userinfo of every URL in a text (`scheme://user:password@host`).
 pub fn without_userinfo(text: &str) -> Cow<'_, str> {
     if !text.contains('@') || !text.contains("://") {
         return Cow::Borrowed(text);
@@ -208,7 +209,7 @@ pub fn without_userinfo(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// The same for what is perhaps no URL, but was meant as one: `user:password@host`.
+/// The same, also for userinfo without a scheme: `user:password@host`.
 pub fn without_any_userinfo(text: &str) -> Cow<'_, str> {
     let mut out = String::new();
     let mut done = 0;
@@ -238,8 +239,7 @@ fn ends_authority(character: char) -> bool {
     character.is_whitespace() || character.is_control() || "/?#\"'`<>\\,;".contains(character)
 }
 
-/// A line of a configuration file, with `*` in place of every byte of a credential, so that all places stay where they
-/// are.
+/// Redacts a line of a configuration file, with `*` for every byte of a credential, so that columns stay the same.
 pub fn line(text: &str) -> String {
     let mut bytes = text.as_bytes().to_vec();
     let mut hide = |from: usize, to: usize| {
@@ -247,7 +247,7 @@ pub fn line(text: &str) -> String {
             part.fill(b'*');
         }
     };
-    // The userinfo of URLs, and of what should be one.
+    // The userinfo of URLs, with or without a scheme.
     for (at, _) in text.match_indices('@') {
         let start = start_of_userinfo(&text[..at]);
         if text[start..at].contains(':') {
@@ -263,7 +263,7 @@ pub fn line(text: &str) -> String {
             hide(at + 1, end);
         }
     }
-    // `key = "value"` where the key tells.
+    // `key = "value"` if the key denotes a credential.
     for (at, _) in text.match_indices('=') {
         let key = text[..at].trim_end().trim_end_matches(['"', '\'']);
         let name = key.rsplit(|c: char| !(c.is_ascii_alphanumeric() || "-_".contains(c))).next();
@@ -280,11 +280,11 @@ pub fn line(text: &str) -> String {
             hide(from, from + end);
         }
     }
-    // Whole characters or none of a credential were replaced, as it ends at ASCII.
+    // Only whole characters were replaced, since credentials end at an ASCII character.
     String::from_utf8(bytes).unwrap_or_else(|_| "*".repeat(text.len()))
 }
 
-/// The credentials of a URL's userinfo as an `Authorization` field (RFC 7617), and the URL without them.
+/// The credentials of a URL's userinfo as an `Authorization` field (RFC 7617).
 pub fn basic_credentials(authority: &http::uri::Authority) -> Option<HeaderValue> {
     let (userinfo, _) = authority.as_str().rsplit_once('@')?;
     let mut field =
@@ -315,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn userinfo_and_query_are_not_shown() {
+    fn redacts_userinfo_and_query() {
         for (text, shown) in [
             ("http://u:p@h:1/x?k=v", "http://***@h:1/x?***"),
             ("https://u@h", "https://***@h"),
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_hidden_by_name_by_scheme_and_by_origin() {
+    fn hides_fields_by_name_scheme_and_origin() {
         let of = |name: &str, value: Secret| Secret::of_field(name, value).to_string();
         for name in [
             "authorization",
@@ -349,12 +349,12 @@ mod tests {
         assert_eq!(of("x-tier", Secret::url("gold")), "gold");
         assert_eq!(of("x-author", Secret::url("ann")), "ann");
         assert_eq!(of("x-upstream", Secret::url("bearer abc")), HIDDEN);
-        let filled_in = Secret { text: "v".to_owned(), shown: Shown::UrlFromEnvironment };
-        assert_eq!(of("x-tier", filled_in), HIDDEN);
+        let from_environment = Secret { text: "v".to_owned(), redaction: Redaction::UrlFromEnvironment };
+        assert_eq!(of("x-tier", from_environment), HIDDEN);
     }
 
     #[test]
-    fn a_line_keeps_its_length_and_its_places() {
+    fn a_redacted_line_keeps_its_length() {
         for (text, shown) in [
             ("otlp = \"http://u:pw@h:1\"", "otlp = \"http://****@h:1\""),
             ("forward_to = 'u:pw@h'", "forward_to = '****@h'"),
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn userinfo_becomes_a_field() {
+    fn userinfo_becomes_an_authorization_field() {
         let field = |authority: &str| basic_credentials(&authority.parse().unwrap());
         assert_eq!(field("u:p%40q@h:1").unwrap(), "Basic dTpwQHE=");
         assert_eq!(field("h:1"), None);

@@ -1,7 +1,7 @@
-//! A small, fast source of randomness for what is not a secret: choices, jitter, trace and request ids.
+//! A small, fast random number generator for values that are not secret: choices, jitter, trace and request IDs.
 //!
 //! xoshiro256++ (Blackman and Vigna, 2018): sub-nanosecond, 256 bits of state, no system call after the seed. Each
-//! worker owns one, so nothing is shared. Keys, tokens and nonces never come from here.
+//! worker owns one, so nothing is shared. Never use it for keys, tokens and nonces.
 
 use std::{
     collections::hash_map::RandomState,
@@ -17,7 +17,7 @@ pub struct Rng {
 impl Rng {
     /// Seeded from the operating system; two generators of one process differ.
     pub fn new() -> Self {
-        // Each `RandomState` has keys of its own, drawn from the system's randomness once per thread.
+        // Each `RandomState` has its own keys, seeded by the system once per thread.
         let word = |index: u64| {
             let mut hasher = RandomState::new().build_hasher();
             hasher.write_u64(index);
@@ -28,7 +28,7 @@ impl Rng {
 
     /// The same seed gives the same sequence: for tests and simulations.
     pub fn from_seed(seed: u64) -> Self {
-        // SplitMix64 spreads the seed, as the authors of xoshiro advise.
+        // SplitMix64 expands the seed, as the authors of xoshiro recommend.
         let mut x = seed;
         Self::from_state(std::array::from_fn(|_| {
             x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -37,7 +37,7 @@ impl Rng {
     }
 
     fn from_state(state: [u64; 4]) -> Self {
-        // All zeros is the one state that xoshiro never leaves.
+        // xoshiro never leaves the state of all zeros.
         if state == [0; 4] { Self { state: [1, 0, 0, 0] } } else { Self { state } }
     }
 
@@ -54,7 +54,7 @@ impl Rng {
         result
     }
 
-    /// Uniform in `0..n`; 0 where `n` is 0. The bias is below n / 2^64.
+    /// Uniform in `0..n`; 0 if `n` is 0. The bias is below n / 2^64.
     pub fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.next_u64()) * n as u128) >> 64) as usize
     }
@@ -77,7 +77,7 @@ impl Rng {
         out
     }
 
-    /// `duration` give or take up to `ratio` of it: keeps what starts together from staying in step.
+    /// `duration` plus or minus up to `ratio` of it, so that periodic work that starts together spreads out.
     pub fn jitter(&mut self, duration: std::time::Duration, ratio: f64) -> std::time::Duration {
         duration.mul_f64(1.0 + ratio.clamp(0.0, 1.0) * (2.0 * self.unit_f64() - 1.0))
     }
@@ -89,7 +89,7 @@ impl Default for Rng {
     }
 }
 
-/// Spreads the bits of `x` over all 64 (the finisher of SplitMix64): a hash for keys that are numbers.
+/// Mixes the bits of `x` (the finisher of SplitMix64): a hash for integer keys.
 pub const fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_sequence_is_that_of_the_published_algorithm() {
+    fn matches_the_reference_implementation() {
         // The reference implementation's first outputs for the state 1, 2, 3, 4.
         let mut rng = Rng::from_state([1, 2, 3, 4]);
         let expected = [41_943_041, 58_720_359, 3_588_806_011_781_223, 3_591_011_842_654_386];
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_repeats_and_fresh_ones_differ() {
+    fn seeds_repeat_and_new_generators_differ() {
         let draw = |mut rng: Rng| rng.bytes::<16>();
         assert_eq!(draw(Rng::from_seed(7)), draw(Rng::from_seed(7)));
         let fresh: HashSet<_> = (0..1000).map(|_| draw(Rng::new())).collect();
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn fractions_chances_and_jitter_keep_their_bounds() {
+    fn values_stay_within_their_bounds() {
         let mut rng = Rng::from_seed(2);
         let base = Duration::from_secs(10);
         for _ in 0..10_000 {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_fill_lengths_that_are_no_multiple_of_eight() {
+    fn bytes_fills_any_length() {
         assert!((0..20).any(|seed| Rng::from_seed(seed).bytes::<3>()[2] != 0));
     }
 }

@@ -1,4 +1,4 @@
-//! Durations, sizes and ratios as people write them in the configuration.
+//! Durations, sizes and ratios as written in the configuration.
 
 use std::{borrow::Cow, fmt, ops::Deref, str::FromStr, time::Duration};
 
@@ -96,7 +96,7 @@ const DURATION_UNITS: [(&str, u64); 6] = [
     ("d", 86_400_000_000),
 ];
 
-/// In microseconds. Longer durations are nothing that people mean, and could overflow what is reckoned with them.
+/// In microseconds. Longer durations are hardly intended, and could overflow in calculations.
 const LONGEST: u64 = 365 * 86_400_000_000;
 
 const SIZE_UNITS: [(&str, u64); 7] = [
@@ -154,21 +154,21 @@ impl FromStr for ByteSize {
     }
 }
 
-/// Splits `"1.5s…"` into number, unit's worth and the rest.
+/// Splits `"1.5s…"` into number, size of the unit and the rest.
 fn number_and_unit<'a>(text: &'a str, units: &[(&str, u64)]) -> Option<(&'a str, u64, &'a str)> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
     let (number, rest) = text.split_at(end);
     let rest = rest.trim_start();
-    let (name, worth) = units.iter().find(|(name, _)| rest.starts_with(name))?;
-    (!number.is_empty()).then(|| (number, *worth, rest[name.len()..].trim_start()))
+    let (name, unit_size) = units.iter().find(|(name, _)| rest.starts_with(name))?;
+    (!number.is_empty()).then(|| (number, *unit_size, rest[name.len()..].trim_start()))
 }
 
-/// `number × worth`, exact for whole numbers; fractions are rounded to the smallest unit.
-fn scale(number: &str, worth: u64) -> Option<u64> {
+/// `number × unit_size`, exact for whole numbers; fractions are rounded to the smallest unit.
+fn scale(number: &str, unit_size: u64) -> Option<u64> {
     if let Ok(whole) = number.parse::<u64>() {
-        return whole.checked_mul(worth);
+        return whole.checked_mul(unit_size);
     }
-    let value = number.parse::<f64>().ok()? * worth as f64;
+    let value = number.parse::<f64>().ok()? * unit_size as f64;
     (value.is_finite() && value < u64::MAX as f64).then_some(value.round() as u64)
 }
 
@@ -178,10 +178,10 @@ impl fmt::Display for HumanDuration {
         if rest == 0 {
             return f.write_str("0s");
         }
-        for (name, worth) in DURATION_UNITS.iter().rev() {
-            if rest >= *worth {
-                write!(f, "{}{name}", rest / worth)?;
-                rest %= worth;
+        for (name, unit_size) in DURATION_UNITS.iter().rev() {
+            if rest >= *unit_size {
+                write!(f, "{}{name}", rest / unit_size)?;
+                rest %= unit_size;
             }
         }
         Ok(())
@@ -191,8 +191,11 @@ impl fmt::Display for HumanDuration {
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let binary = SIZE_UNITS[..3].iter().rev();
-        match binary.into_iter().find(|(_, worth)| self.0 >= *worth && self.0.is_multiple_of(*worth)) {
-            Some((name, worth)) => write!(f, "{}{name}", self.0 / worth),
+        match binary
+            .into_iter()
+            .find(|(_, unit_size)| self.0 >= *unit_size && self.0.is_multiple_of(*unit_size))
+        {
+            Some((name, unit_size)) => write!(f, "{}{name}", self.0 / unit_size),
             None => write!(f, "{}B", self.0),
         }
     }
@@ -229,7 +232,7 @@ where
     deserializer.deserialize_any(Text)?.parse().map_err(de::Error::custom)
 }
 
-/// `Debug`, `Serialize`, `Deserialize` and a JSON Schema for a type that is text in the file.
+/// Implements `Debug`, `Serialize`, `Deserialize` and a JSON Schema for a type that is text in the file.
 #[macro_export]
 #[doc(hidden)]
 macro_rules! text_value {
@@ -264,7 +267,7 @@ macro_rules! text_value {
     };
 }
 
-/// The pattern of a text, in which `${VAR}` may stand for anything.
+/// The pattern of a text, which may also contain `${VAR}`.
 pub fn or_variable(pattern: &str) -> String {
     format!("\\$\\{{|^(?:{pattern})$")
 }
@@ -357,7 +360,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_read_as_written() {
+    fn parses_durations() {
         for (text, ms) in [
             ("250ms", 250),
             ("10s", 10_000),
@@ -375,14 +378,14 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_shown_as_they_would_be_written() {
+    fn displays_durations_as_written() {
         for text in ["250ms", "10s", "1m30s", "1h", "1d", "500us", "0s"] {
             assert_eq!(text.parse::<HumanDuration>().map(|d| d.to_string()), Ok(text.to_owned()));
         }
     }
 
     #[test]
-    fn sizes_are_read_and_shown() {
+    fn parses_and_displays_sizes() {
         for (text, bytes) in
             [("64KiB", 65_536), ("1MiB", 1 << 20), ("512", 512), ("512B", 512), ("1KB", 1000)]
         {

@@ -1,14 +1,14 @@
-//! The one form in which paths are matched.
+//! The normal form in which paths are matched.
 
 use std::borrow::Cow;
 
-/// The normal form of a path (RFC 3986 §6.2.2, and empty segments collapsed); a query is cut off.
+/// The normal form of a path (RFC 3986 §6.2.2, and empty segments collapsed), without the query.
 ///
 /// Percent-encoded unreserved characters are decoded, other triplets get upper-case digits, a lone `%` becomes
 /// `%25`; then `//` becomes `/` and `.` and `..` segments are resolved, never above the root. `%2F` stays: an encoded
-/// slash separates nothing. What does not begin with `/` (`*`, the empty path of CONNECT) stays as it is.
+/// slash is no separator. A target that does not begin with `/` (`*`, the empty path of CONNECT) is unchanged.
 ///
-/// Allocates only where the path is not normal yet. Idempotent.
+/// Allocates only if the path is not normal yet. Idempotent.
 pub fn normalise(path: &str) -> Cow<'_, str> {
     let path = path.find('?').map_or(path, |at| &path[..at]);
     if is_normal(path) { Cow::Borrowed(path) } else { Cow::Owned(without_dots(&decode(path))) }
@@ -21,13 +21,13 @@ fn is_normal(path: &str) -> bool {
     }
     let mut after_slash = false;
     for (at, byte) in bytes.iter().enumerate() {
-        let fine = match byte {
+        let is_normal_here = match byte {
             b'/' => !after_slash,
             b'.' => !after_slash || !matches!(segment(&bytes[at..]), b"." | b".."),
             b'%' => matches!(triplet(&bytes[at..]), Some((decoded, true)) if !is_unreserved(decoded)),
             _ => true,
         };
-        if !fine {
+        if !is_normal_here {
             return false;
         }
         after_slash = *byte == b'/';
@@ -35,12 +35,12 @@ fn is_normal(path: &str) -> bool {
     true
 }
 
-/// What stands before the next slash.
+/// The bytes before the next slash.
 fn segment(bytes: &[u8]) -> &[u8] {
     bytes.split(|byte| *byte == b'/').next().unwrap_or_default()
 }
 
-/// The byte that `%XX` at the beginning stands for, and whether its digits are upper case.
+/// The byte encoded by `%XX` at the beginning, and whether its digits are upper case.
 fn triplet(bytes: &[u8]) -> Option<(u8, bool)> {
     let [b'%', high, low, ..] = bytes else { return None };
     let digit = |byte: &u8| char::from(*byte).to_digit(16).and_then(|value| u8::try_from(value).ok());
@@ -68,7 +68,7 @@ fn decode(path: &str) -> String {
                 out.push_str(&rest[..3].to_ascii_uppercase());
                 rest = &rest[3..];
             }
-            // Else it could make a new triplet with what is decoded behind it.
+            // Otherwise it could form a new triplet with characters that are decoded after it.
             None => {
                 out.push_str("%25");
                 rest = &rest[1..];
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_normal_path_costs_no_allocation() {
+    fn a_normal_path_is_not_copied() {
         for path in ["/", "/v1/charge/42", "/a.b/..c/%2F", "/x?y=//"] {
             assert!(matches!(normalise(path), Cow::Borrowed(_)), "{path}");
         }
@@ -177,7 +177,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_taken(path in any::<String>()) {
+        fn any_text_is_accepted(path in any::<String>()) {
             let once = normalise(&path).into_owned();
             prop_assert_eq!(normalise(&once), once.as_str());
         }

@@ -1,8 +1,8 @@
-//! Notices that files changed, and when they may be read.
+//! Watches files: detects that they changed, and when they may be read.
 //!
 //! A change is read when its writer has closed the file ([`writers`]). An event only means "read again and compare". A
-//! slow poll finds what no event reports (network file systems, files that are mounted one by one, no watches left);
-//! there a file counts as written when it has stopped changing for [`POLL_SETTLE`].
+//! slow poll finds changes that no event reports (network file systems, files that are mounted one by one, no watches
+//! left). Such a file counts as written when it has not changed for [`POLL_SETTLE`].
 
 mod writers;
 
@@ -20,35 +20,35 @@ use std::{
 pub use writers::Observer;
 use writers::Stamp;
 
-/// Between two looks where no event comes.
+/// The poll interval without events.
 const POLL: Duration = Duration::from_secs(5);
 /// Writers take several steps: after an event, this long must pass without another.
 const SETTLE: Duration = Duration::from_millis(50);
-/// But not for ever.
+/// The most events for which that wait starts again.
 const MAX_SETTLE_ROUNDS: u32 = 20;
-/// Where only polling sees a change, a file must stay the same for this long before it is read.
+/// A file whose change is found by polling must stay unchanged for this long before it is read.
 const POLL_SETTLE: Duration = Duration::from_secs(1);
-/// A file that stays open for writing this long is worth a line in the log.
+/// A file that stays open for writing for this long is logged.
 const LONG_WRITE: Duration = Duration::from_secs(10);
-/// Events that wait; more say nothing new.
+/// The capacity for queued events. Further ones add no information.
 const QUEUE: usize = 8;
 
-/// Watches until it is dropped.
+/// Watches files until it is dropped.
 #[derive(Debug)]
 pub struct Watcher {
     events: SyncSender<Event>,
-    asked: Arc<AtomicU8>,
+    requested: Arc<AtomicU8>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Why the files are looked at.
+/// Why the files are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
-    /// They may have changed, or it is time.
+    /// They may have changed, or the poll interval has elapsed.
     Change,
-    /// Somebody asks for it.
+    /// On request.
     Asked,
-    /// Somebody asks for it and wants what is there, whatever it is.
+    /// On request, which also confirms the content, whatever it is.
     Confirmed,
 }
 
@@ -64,57 +64,57 @@ impl Reason {
 
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    /// Something happened near the files, or somebody asks.
-    Look,
+    /// Something changed near the files, or a check was requested.
+    Check,
     Stop,
 }
 
-/// Calls `look`, on a thread of its own called `name`, whenever one of `files` may have changed, and every few seconds.
+/// Calls `check`, on its own thread named `name`, whenever one of `files` may have changed, and every few seconds.
 ///
 /// # Errors
 ///
-/// Where no thread can be started. Where no directory can be watched, polling alone has to do.
+/// If no thread can be started. If no directory can be watched, the files are only polled.
 pub fn watch(
     name: &str,
     files: &[PathBuf],
-    mut look: impl FnMut(Reason) + Send + 'static,
+    mut check: impl FnMut(Reason) + Send + 'static,
 ) -> std::io::Result<Watcher> {
     let (events, inbox) = sync_channel(QUEUE);
-    let asked = Arc::new(AtomicU8::new(0));
-    let told = events.clone();
+    let requested = Arc::new(AtomicU8::new(0));
+    let sender = events.clone();
     let observer = Observer::new(files, move || {
-        let _ = told.try_send(Event::Look);
+        let _ = sender.try_send(Event::Check);
     });
-    let mut watching = Watching {
-        seen: observer.stamps(),
+    let mut state = WatchThread {
+        checked: observer.stamps(),
         observer,
         inbox,
-        asked: Arc::clone(&asked),
+        requested: Arc::clone(&requested),
         open_since: None,
         reported: false,
     };
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        while let Some(reason) = watching.wait() {
-            watching.observer.refresh();
-            watching.seen = watching.observer.stamps();
-            look(reason);
+        while let Some(reason) = state.wait() {
+            state.observer.refresh();
+            state.checked = state.observer.stamps();
+            check(reason);
         }
     })?;
-    Ok(Watcher { events, asked, thread: Some(thread) })
+    Ok(Watcher { events, requested, thread: Some(thread) })
 }
 
 impl Watcher {
-    /// Has the files looked at now, changed or not.
+    /// Requests a check of the files now, changed or not.
     pub fn trigger(&self, reason: Reason) {
-        self.asked.fetch_max(reason as u8, Ordering::AcqRel);
-        // Full: a look is due anyhow, and finds the flag.
-        let _ = self.events.try_send(Event::Look);
+        self.requested.fetch_max(reason as u8, Ordering::AcqRel);
+        // Full: a check is due anyway, and sees the flag.
+        let _ = self.events.try_send(Event::Check);
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        // The thread takes events faster than they are waited for, so this does not block for long.
+        // The thread drains the queue between waits, so this does not block for long.
         let _ = self.events.send(Event::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -122,71 +122,72 @@ impl Drop for Watcher {
     }
 }
 
-/// What the thread of a [`Watcher`] knows.
-struct Watching {
+/// The state of a [`Watcher`]'s thread.
+struct WatchThread {
     observer: Observer,
     inbox: Receiver<Event>,
-    asked: Arc<AtomicU8>,
-    /// What the files were when they were looked at last.
-    seen: Vec<Option<Stamp>>,
-    /// Since when some file has been open for writing.
+    requested: Arc<AtomicU8>,
+    /// The stamps of the files when they were last checked.
+    checked: Vec<Option<Stamp>>,
+    /// Since when a file has been open for writing.
     open_since: Option<Instant>,
     reported: bool,
 }
 
-/// What came out of waiting for an event.
+/// Why a wait ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Wake {
+enum WaitResult {
     Event,
-    Time,
+    Timeout,
     Stop,
 }
 
-impl Watching {
-    /// Waits until the files may be read; `None` at the end.
+impl WatchThread {
+    /// Waits until the files may be read; `None` when the watcher is dropped.
     fn wait(&mut self) -> Option<Reason> {
         loop {
             match self.next(POLL) {
-                Wake::Stop => return None,
-                Wake::Event => self.settle()?,
-                Wake::Time => self.settle_polled()?,
+                WaitResult::Stop => return None,
+                WaitResult::Event => self.settle()?,
+                WaitResult::Timeout => self.settle_polled()?,
             }
-            let reason = Reason::from_code(self.asked.swap(0, Ordering::AcqRel));
-            // Whoever asks does not wait for a writer.
+            let reason = Reason::from_code(self.requested.swap(0, Ordering::AcqRel));
+            // A request does not wait for a writer.
             if reason != Reason::Change || !self.is_being_written() {
                 return Some(reason);
             }
         }
     }
 
-    fn next(&self, limit: Duration) -> Wake {
+    fn next(&self, limit: Duration) -> WaitResult {
         match self.inbox.recv_timeout(limit) {
-            Ok(Event::Look) => Wake::Event,
-            Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => Wake::Stop,
-            Err(RecvTimeoutError::Timeout) => Wake::Time,
+            Ok(Event::Check) => WaitResult::Event,
+            Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => WaitResult::Stop,
+            Err(RecvTimeoutError::Timeout) => WaitResult::Timeout,
         }
     }
 
-    /// Waits until no event comes any more, or somebody asks, though not for ever. `None` at the end.
+    /// Waits until events have stopped, or a check is requested, at most for [`MAX_SETTLE_ROUNDS`]. `None` when the
+    /// watcher is dropped.
     fn settle(&self) -> Option<()> {
         for _ in 0..MAX_SETTLE_ROUNDS {
-            if self.is_asked() {
+            if self.is_requested() {
                 break;
             }
             match self.next(SETTLE) {
-                Wake::Event => {}
-                Wake::Time => break,
-                Wake::Stop => return None,
+                WaitResult::Event => {}
+                WaitResult::Timeout => break,
+                WaitResult::Stop => return None,
             }
         }
         Some(())
     }
 
-    /// Waits until files that changed without an event have stopped changing, or somebody asks.
+    /// Waits until files that changed without an event have stopped changing, or a check is requested.
     fn settle_polled(&self) -> Option<()> {
         let mut last = self.observer.stamps();
-        while last != self.seen && !self.is_asked() {
-            if self.next(POLL_SETTLE) == Wake::Stop {
+        while last != self.checked && !self.is_requested() {
+            if self.next(POLL_SETTLE) == WaitResult::Stop {
                 return None;
             }
             let now = self.observer.stamps();
@@ -198,8 +199,8 @@ impl Watching {
         Some(())
     }
 
-    fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::Acquire) > 0
+    fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Acquire) > 0
     }
 
     fn is_being_written(&mut self) -> bool {

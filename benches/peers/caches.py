@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a request costs the caches: instructions, and lines of code and data that a processor's first cache does not hold.
+"""Cache cost of a request: instructions, and cache lines of code and data that miss the first-level cache.
 
     benches/release && python3 benches/peers/caches.py [--only S1] [--page docs/performance.md]
 
 Counted by valgrind's cachegrind, which simulates caches (32 KiB each for code and data, 1 MiB behind them) and branches of
-user code alone; the difference of two runs, of the same proxies under the same load of 64 connections. Where two proxies
-take as many instructions and not as much time, this tells them apart. Loopback only, a minute. Needs valgrind.
+user code alone; the difference of two runs, of the same proxies under the same load of 64 connections. It explains why
+two proxies with equal instruction counts differ in time. Loopback only, a minute. Needs valgrind.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COUNTED = {
 
 
 def counts(scenario, options, kind, requests):
-    """Of a proxy from its start to its end, with this many requests in between."""
+    """Counts for one run of a proxy with this many requests."""
     with Stage(options.binary) as stage:
         bench = Bench(scenario, options, stage)
         prepared = PROXIES[kind].prepare(stage, "counted", scenario.hops[0], bench.server(scenario.hops[-1]), bench.collector)

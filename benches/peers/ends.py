@@ -1,5 +1,5 @@
-"""What is not measured: servers with answers of 1 KiB and larger ones, callers by mutual TLS for wrk, which has none, a gRPC-like
-server, a collector of traces."""
+"""The unmeasured ends: servers with responses of 1 KiB and more, a mutual TLS client for wrk, which has none, a gRPC-like
+server, a trace collector."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ STREAM = "load_module /usr/lib/nginx/modules/ngx_stream_module.so;"
 
 
 def nginx_command(run, name, body, section="http", connections=8192):
-    """Of an nginx of one process, with this in its http or stream section."""
+    """The configuration of a one-process nginx with this http or stream section."""
     conf, log = run.folder / f"{name}.conf", run.folder / f"{name}.log"
     module, kept = (STREAM, "") if section == "stream" else ("", KEPT.format(dir=run.folder))
     conf.write_text(NGINX.format(
@@ -57,7 +57,7 @@ def client_tls(certs):
 
 
 def bodies(run):
-    """The locations that have answers of 1 KiB, and of other sizes by path."""
+    """The locations with responses of 1 KiB, and of other sizes by path."""
     folder = run.folder / "bodies"
     folder.mkdir()
     for name, size in BODIES.items():
@@ -66,7 +66,7 @@ def bodies(run):
 
 
 class Servers:
-    """By whether TLS is spoken, and what becomes of connections."""
+    """By TLS, and by connection reuse."""
 
     def __init__(self, run):
         kept, closing = "", "keepalive_timeout 0;"
@@ -91,8 +91,8 @@ class Servers:
             run.wait_for(port)
 
 
-def caller(run, name, target, calling):
-    """A port for wrk that leads to `target` by mutual TLS."""
+def mtls_client(run, name, target, calling):
+    """A port for wrk that forwards to `target` over mutual TLS."""
     port = run.free_port()
     kept = calling == "kept"
     pool = "keepalive 256; keepalive_requests 1000000000;" if kept else ""
@@ -116,7 +116,7 @@ GRPC_CALL = ["-d", "{message}", "-H", "content-type: application/grpc", "-H", "t
 
 
 def grpc_server(run):
-    """HTTP/2 without TLS, answers like a unary gRPC service at /call.grpc; and what h2load is told to call it so."""
+    """HTTP/2 without TLS that responds like a unary gRPC service at /call.grpc; and the arguments for h2load."""
     folder, port = run.folder / "grpc", run.free_port()
     folder.mkdir()
     (folder / "call.grpc").write_bytes(MESSAGE)
@@ -130,7 +130,7 @@ def grpc_server(run):
 
 
 def collector(run):
-    """Takes traces by OTLP and forgets them; the port for gRPC."""
+    """Accepts traces over OTLP and drops them; the gRPC port."""
     tools = os.environ.get("OUTRIGGER_TOOLS", os.path.expanduser("~/.cache/outrigger"))
     rotel = shutil.which("rotel-agent") or f"{tools}/bin/rotel-agent"
     grpc, http = run.free_port(), run.free_port()

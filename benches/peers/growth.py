@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a request costs Outrigger as its work grows: connections, endpoints, routes, upstreams, bodies.
+"""Cost of a request as the number of connections, endpoints, routes, upstreams and the body size grow.
 
     benches/release && python3 benches/peers/growth.py [--only routes] [--rounds 3] [--seconds 1] [--json FILE]
 
-One sidecar for each size, all of them up together, rounds alternate. A cost that grows with the work would bend the curve
-up. Then a sidecar with 10,000 upstreams of 10 endpoints each: memory, start, and how long a change of its file takes and
-keeps calls waiting. Loopback only, some minutes. Needs nginx, wrk, HAProxy.
+One sidecar for each size, all of them running together, rounds alternate. A cost that grows with the size bends the curve
+up. Then a sidecar with 10,000 upstreams of 10 endpoints each: memory, start, and how long a reload takes and
+delays requests. Loopback only, some minutes. Needs nginx, wrk, HAProxy.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ENDPOINTS, UPSTREAMS, EACH = 1000, 10_000, 10
 
 @dataclass(frozen=True)
 class Call:
-    """What wrk is told."""
+    """Arguments of wrk."""
 
     connections: int = 64
     path: str = "/"
@@ -51,7 +51,7 @@ class Call:
 class Sidecar:
     def __init__(self, stage, name, config):
         self.stage, self.port, self.admin = stage, stage.free_port(), stage.free_port()
-        # A folder of its own: it is watched for changes.
+        # Its own folder, since it is watched for changes.
         (stage.folder / f"sidecar-{name}").mkdir()
         self.file = stage.folder / f"sidecar-{name}" / "outrigger.toml"
         self.head = (
@@ -80,7 +80,7 @@ class Sidecar:
 
 
 class HaProxy:
-    """For the comparison: with as many connections to the server as a sidecar makes."""
+    """For comparison: with as many connections to the server as a sidecar makes."""
 
     def __init__(self, stage, name, target):
         self.stage, self.port = stage, stage.free_port()
@@ -111,7 +111,7 @@ def upstream(name, endpoints, more=""):
 
 
 def addresses(port, count):
-    """Of one server, that listens on all of them."""
+    """Ports of one server that listens on all of them."""
     return [f"127.0.{number // 250}.{number % 250 + 1}:{port}" for number in range(count)]
 
 
@@ -125,12 +125,12 @@ def server(stage):
     return port
 
 
-# What grows: a sidecar and a call for each size.
+# The growing dimensions: a sidecar and a request for each size.
 def connections(stage, port):
-    # One limit is not the default: those who wait are more than 256.
+    # One limit is not the default: more than 256 requests are queued.
     queue = '[upstream.limits]\nmax_pending = 20000\npending_timeout = "1m"\n'
     config = upstream("svc-0", addresses(port, 1), queue)
-    # One each: closing thousands is not to be counted with the next.
+    # One each: closing thousands must not be counted with the next.
     return {size: (Sidecar(stage, f"connections-{size}", config).up(), Call(size)) for size in (10, 100, 1000, 10_000)}
 
 
@@ -140,7 +140,7 @@ def haproxy(stage, port):
 
 
 def endpoints(stage, port):
-    # Nor here: every endpoint has a connection or two of its own.
+    # Not the default here either: every endpoint has a connection or two.
     limit = "[upstream.limits]\nmax_connections = 8000\n"
     return {
         size: (Sidecar(stage, f"endpoints-{size}", upstream("svc-0", addresses(port, size), limit)).up(), Call())
@@ -194,7 +194,7 @@ def grow(make, options):
 
 
 def micros(stage, sidecar, call, seconds):
-    """CPU a request. Of thousands of connections, only while all are connected."""
+    """CPU per request. With thousands of connections, only while all are connected."""
     if call.connections <= 100:
         before = machine.cpu_seconds(sidecar.pids)
         requests, _ = load.wrk(stage, sidecar.port, call, seconds)
@@ -243,7 +243,7 @@ def table(found):
         lines += ["", row(GROWING[name][1], [f"{size:,}" for size in medians]), row("---", ["---"] * len(medians))]
         lines.append(row("CPU µs a request", [report.number(micros) for micros in medians.values()]))
         if name == "bodies":
-            # Of small ones it says nothing.
+            # Meaningless for small ones.
             each = [f"{micros / size * 1e6:,.0f}" if size >= 1 << 16 else "" for size, micros in medians.items()]
             lines.append(row("CPU µs a MB", each))
     return "\n".join(lines[1:])

@@ -1,4 +1,4 @@
-"""Who calls: wrk and h2load for requests, connections that stay open and idle, and one that waits for a first answer."""
+"""The load: wrk and h2load for requests, open idle connections, and a client that waits for a first response."""
 
 import collections
 import http.client
@@ -10,9 +10,9 @@ import subprocess
 import time
 import urllib.request
 
-# Of h2load, which lets all of them call at once: at a fixed rate, few.
+# For h2load, whose connections send at once: few at a fixed rate.
 CLIENTS = 16
-# wrk's own words are rounded.
+# wrk's own output is rounded.
 SCRIPT = """
 done = function(summary)
   local e = summary.errors
@@ -23,7 +23,7 @@ end
 
 
 def wrk(stage, port, scenario, seconds):
-    """Requests answered, and bytes."""
+    """Completed requests, and bytes."""
     script = stage.folder / "wrk.lua"
     script.write_text(SCRIPT)
     command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script]
@@ -37,7 +37,7 @@ def wrk(stage, port, scenario, seconds):
 
 
 def h2load(stage, port, scenario, call, seconds, rate=0):
-    """Requests answered and, at a fixed rate, their microseconds, sorted."""
+    """Completed requests and, at a fixed rate, their sorted latencies in microseconds."""
     http2 = scenario.load == "h2load"
     command = ["h2load", f"-c{CLIENTS}", f"-D{seconds}", *(["-m32", *call] if http2 else ["--h1"])]
     log = stage.folder / "h2load.log"
@@ -61,7 +61,7 @@ def context(certs):
 
 
 def answered(port, tls, host):
-    """A connection that has carried a request, and is kept."""
+    """A connection that has carried a request and is kept open."""
     connection = socket.create_connection(("127.0.0.1", port), 10)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tls:
@@ -82,7 +82,7 @@ def idle(port, count, certs=None):
 
 
 def first_answer(begin, port, certs=None, host=""):
-    """Starts what is to answer; the milliseconds until it has."""
+    """Starts a proxy; the milliseconds until its first response."""
     tls = context(certs) if certs else None
     began = time.perf_counter()
     begin()
@@ -96,7 +96,7 @@ def first_answer(begin, port, certs=None, host=""):
 
 
 def until(port, host, status):
-    """Calls all the time until the answer has this status: the milliseconds until then, and the longest of the calls."""
+    """Sends requests until a response has this status: the milliseconds until then, and the longest request."""
     connection, longest, began = http.client.HTTPConnection("127.0.0.1", port, timeout=60), 0, time.perf_counter()
     while True:
         sent = time.perf_counter()
@@ -117,12 +117,12 @@ def metrics(admin):
 
 
 def counted(admin, pattern):
-    """The sum of Outrigger's counters that fit."""
+    """The sum of Outrigger's matching counters."""
     return sum(int(count) for count in re.findall(pattern, metrics(admin)))
 
 
 def handshakes(admin):
-    """How often Outrigger shook hands, by outcome."""
+    """Outrigger's TLS handshakes, by outcome."""
     counts = collections.Counter()
     for outcome, count in re.findall(r'outrigger_tls_handshakes_total\{.*outcome="(\w+)".*\} (\d+)', metrics(admin)):
         counts[outcome] += int(count)

@@ -1,4 +1,4 @@
-"""What is read off the machine: free ports, CPU and memory of a process tree."""
+"""Machine data: free ports, CPU and memory of a process tree."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def tree(pid):
 
 
 def cpu_seconds(pids, thread=""):
-    """User and system time of all threads whose name begins so: to the nanosecond, where utime and stime have hundredths
+    """User and system time of all threads with this name prefix, in nanoseconds; utime and stime have only hundredths
     of a second."""
     total = 0
     for member in (member for pid in pids for member in tree(pid)):

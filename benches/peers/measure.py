@@ -1,4 +1,4 @@
-"""One scenario: its stage, its turns, its numbers. Every number is a list, one of each round."""
+"""One scenario: its processes, rounds and results. Every result is a list with one value for each round."""
 
 import collections
 
@@ -25,10 +25,10 @@ class Proxy:
                 self.pids.append(stage.start(*self.prepared.command).pid)
                 stage.wait_for(to)
         self.admin = self.prepared.admin
-        # Where connections lead that are TLS's own business, and where wrk calls.
-        self.port = self.way_in = to
+        # The TLS server for handshake scenarios, and the port that wrk uses.
+        self.port = self.entry_port = to
         if started and hops[0].tls_in and scenario.load != "idle":
-            self.way_in = ends.caller(stage, f"{kind.lower()}-caller", to, scenario.calling)
+            self.entry_port = ends.mtls_client(stage, f"{kind.lower()}-caller", to, scenario.calling)
 
 
 class Bench:
@@ -54,8 +54,8 @@ class Bench:
     def turn(self, proxy, seconds):
         """At full load: requests and bytes."""
         if self.scenario.load == "h2load":
-            return load.h2load(self.stage, proxy.way_in, self.scenario, self.call, seconds)[0], 0
-        return load.wrk(self.stage, proxy.way_in, self.scenario, seconds)
+            return load.h2load(self.stage, proxy.entry_port, self.scenario, self.call, seconds)[0], 0
+        return load.wrk(self.stage, proxy.entry_port, self.scenario, seconds)
 
     def saturated(self, proxy, found):
         before = machine.cpu_seconds(proxy.pids)
@@ -70,7 +70,7 @@ class Bench:
 
     def at_rate(self, proxy, found):
         before = machine.cpu_seconds(proxy.pids)
-        requests, micros = load.h2load(self.stage, proxy.way_in, self.scenario, self.call, self.options.seconds, RATE)
+        requests, micros = load.h2load(self.stage, proxy.entry_port, self.scenario, self.call, self.options.seconds, RATE)
         found["rate_cpu_us"].append((machine.cpu_seconds(proxy.pids) - before) / requests * 1e6)
         found["p50_us"].append(micros[len(micros) // 2])
         found["p99_us"].append(micros[len(micros) * 99 // 100])

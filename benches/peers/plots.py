@@ -1,4 +1,4 @@
-"""Plots, as small SVGs with text as text."""
+"""Plots as small SVGs with selectable text."""
 
 import statistics
 
@@ -37,7 +37,7 @@ def bars(found, metric, title, folder, name):
 
 
 def peers(found, folder):
-    """The files drawn."""
+    """The written files."""
     drawn = (
         bars(found, "cpu_us", "CPU a request, HAProxy = 1 (less is better)", folder, "cpu"),
         bars(found, "mb_per_cpu_second", "MB a CPU second, HAProxy = 1 (more is better)", folder, "bytes"),
@@ -47,9 +47,9 @@ def peers(found, folder):
 
 
 def curve(sizes, up, across, folder, name, log):
-    """All rounds by what grew: the line is the median, the band all of them."""
+    """All rounds by size: the line is the median, the band their range."""
     rounds = list(sizes.values())
-    # Nothing has a place on the axis of a logarithm, too.
+    # Zero must fit onto the logarithmic axis, too.
     places = [max(int(size), 1) for size in sizes]
     figure, axes = plt.subplots(figsize=(4.2, 2.4))
     axes.fill_between(places, [min(of) for of in rounds], [max(of) for of in rounds], color=COLOURS["Outrigger"], alpha=0.2)

@@ -1,4 +1,4 @@
-"""What was found, beside what was set as a target, as a Markdown table."""
+"""Results beside their targets, as a Markdown table."""
 
 import statistics
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def median(found, row, kind):
 
 
 def verdict(found, row):
-    """The targets in words, what is, and whether that will do."""
+    """The targets in words, the results, and whether they are met."""
     ours, wanted, reached, met = median(found, row, "Outrigger"), [], [], []
     for kind, bound in row.targets:
         sign = "≥" if row.more_is_better else "≤"
@@ -81,7 +81,7 @@ def verdict(found, row):
 
 
 def table(found, scenarios):
-    """Of the scenarios that were measured; medians of the rounds."""
+    """Rows of the measured scenarios; medians of the rounds."""
     lines = ["| | | nginx | HAProxy | Envoy | Outrigger | target | is | met |", "|" + " --- |" * 9]
     for row in ROWS:
         if row.scenario in found:
@@ -99,7 +99,7 @@ def table(found, scenarios):
 
 
 def paste(page, name, text):
-    """Replaces what stands in the page between `<!-- name -->` and `<!-- end of name -->`."""
+    """Replaces the text of the page between `<!-- name -->` and `<!-- end of name -->`."""
     begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     before, rest = page.read_text().split(begin, 1)
     page.write_text(before + begin + text + end + rest.split(end, 1)[1])

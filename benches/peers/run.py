@@ -3,9 +3,9 @@
 
     benches/release && python3 benches/peers/run.py [--only S1,S5] [--rounds 3] [--seconds 2] [--json FILE]
 
-All proxies of a scenario are up together, each on one thread, in front of the same server. Rounds are short and
-alternate, so that a slow spell of the machine hits all of them; what counts is the CPU time of the process tree over
-requests answered, the median of the rounds, and the ratio, not the absolute number. What each scenario is: scenarios.py;
+All proxies of a scenario run together, each on one thread, in front of the same server. Rounds are short and
+alternate, so that a slow spell of the machine hits all of them; what counts is the CPU time of the process tree per
+completed request, as the median of the rounds and as a ratio, not as an absolute number. The scenarios: scenarios.py;
 the targets: report.py. The JSON has every round; `run.py --from FILE` makes table and plots of it again. Loopback only;
 all of it takes some ten minutes. `.ci/tools` installs the others, `pip install matplotlib` the plots.
 """

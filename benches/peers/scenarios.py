@@ -1,8 +1,8 @@
-"""What is measured, by name.
+"""The scenarios, by name.
 
 A scenario is a row of hops, each a proxy of the same kind; CPU is counted over all of them. Where TLS is mutual, keys are
-ECDSA P-256, the cipher is TLS_AES_256_GCM_SHA384 and the group X25519, whoever is measured: the two ends that are not, an
-nginx each, insist.
+ECDSA P-256, the cipher is TLS_AES_256_GCM_SHA384 and the group X25519, for every proxy: the two unmeasured ends, an
+nginx each, require it.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ LAST = f"svc-{HOSTS - 1}"
 
 @dataclass(frozen=True)
 class Hop:
-    """What is spoken to the caller and to the next one, and what a proxy is told to do."""
+    """The protocols towards client and server, and the configuration of the proxy."""
 
     tls_in: bool = False
     tls_out: bool = False
     # "http1", "grpc" (HTTP/2 without TLS) or "tcp", opaque.
     protocol: str = "http1"
-    # Retries, ejection, limits, access log to a file, metrics, and 1 % traces where the proxy has such.
+    # Retries, ejection, limits, access log to a file, metrics, and 1 % traces where the proxy supports them.
     everything: bool = False
-    # As many upstreams, each by its own host; 0: one for all.
+    # This many upstreams, each with its own host; 0: one for all.
     hosts: int = 0
 
 
@@ -30,19 +30,19 @@ class Scenario:
     name: str
     title: str
     hops: tuple
-    # "wrk": requests over kept connections; "h2load": gRPC-like calls in streams; "bytes": bodies, counted in MB;
-    # "idle": connections that stay open, memory is measured; "start": until the first answer.
+    # "wrk": requests over kept connections; "h2load": gRPC-like requests in streams; "bytes": bodies, counted in MB;
+    # "idle": connections that stay open, memory is measured; "start": until the first response.
     load: str = "wrk"
     path: str = "/"
     host: str = ""
     connections: int = 64
     # Also at a fixed rate, for CPU and latency.
     rate: bool = False
-    # Of connections into the first hop, and from the last one to the server: "kept", or made anew for each request,
+    # Connections into the first hop, and from the last one to the server: "kept", or new for each request,
     # with a "full" or a "resumed" handshake.
     calling: str = "kept"
     serving: str = "kept"
-    # Outrigger a second time in the same run, by these hops.
+    # Outrigger a second time in the same run, with these hops.
     beside: tuple = ()
 
 

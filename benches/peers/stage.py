@@ -1,4 +1,4 @@
-"""The processes of one measurement, ended with it, and the files that they need."""
+"""The processes of one measurement and their files; both are removed at its end."""
 
 import pathlib
 import subprocess
@@ -26,7 +26,7 @@ class Stage:
         return self
 
     def start(self, *command):
-        # What they say is kept beside their files, so that one that does not start can be asked why.
+        # Their output is kept beside their files, to see why one does not start.
         with open(self.folder / f"said-{len(self.started)}", "wb") as said:
             process = subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said)
         self.started.append(process)

@@ -1,4 +1,4 @@
-//! What the admin server answers.
+//! The API of the admin server: routes, access control, responses.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,24 +22,24 @@ use crate::{
     telemetry::{log::LogFilter, requests::Told},
 };
 
-/// An answer.
+/// A response of the admin server.
 pub type Answer = Response<Full<Bytes>>;
 
-/// What a listener serves, and to whom.
+/// The API as one listener serves it.
 #[derive(Clone, Debug)]
 pub struct Api {
     pub control: Arc<Control>,
     pub access: Access,
 }
 
-/// What a listener's callers may do.
+/// What clients of a listener may do.
 #[derive(Clone, Debug)]
 pub enum Access {
-    /// Everything: a Unix socket, whose file says who may.
+    /// Everything: a Unix socket, protected by its file permissions.
     All,
-    /// Changes need the token. Without one (none could be left) nothing can be changed.
+    /// Changes need the token. Without one (its file could not be written) nothing can be changed.
     Token(Option<Token>),
-    /// `/live`, `/ready`, `/metrics` and the probes of the containers beside, for whoever can reach the port.
+    /// `/live`, `/ready`, `/metrics` and the probes of the pod's other containers, without authentication.
     Probe(Arc<Probes>),
 }
 
@@ -48,13 +48,13 @@ type Immediate = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
 #[derive(Clone, Copy)]
 enum Handler {
     Immediate(Immediate),
-    /// Waits until the files have been read.
+    /// Waits until the files have been loaded.
     Reload,
 }
 
 struct Route {
     method: Method,
-    /// A part `NAME` stands for anything.
+    /// The segment `NAME` matches any non-empty segment.
     path: &'static str,
     probe: bool,
     handler: Handler,
@@ -63,11 +63,11 @@ struct Route {
 impl Route {
     fn is_at(&self, path: &str) -> bool {
         let mut parts = path.split('/');
-        let fits = |(pattern, part): (&str, Option<&str>)| match part {
+        let matches = |(pattern, part): (&str, Option<&str>)| match part {
             Some(part) => pattern == part || (pattern == "NAME" && !part.is_empty()),
             None => false,
         };
-        self.path.split('/').map(|pattern| (pattern, parts.next())).all(fits) && parts.next().is_none()
+        self.path.split('/').map(|pattern| (pattern, parts.next())).all(matches) && parts.next().is_none()
     }
 }
 
@@ -95,27 +95,28 @@ const ROUTES: &[Route] = &[
     Route { method: Method::POST, path: reload::PATH, probe: false, handler: Handler::Reload },
 ];
 
-/// A worker whose thread has not run for this long hangs. Several probes of the kubelet fail before it acts.
-const HANGS: Duration = Duration::from_secs(30);
+/// A worker whose thread has not run for this long counts as hung. The kubelet acts only after several failed probes.
+const HUNG_AFTER: Duration = Duration::from_secs(30);
 
-/// Whether every part that must run does. One that died ends the process; that takes a while where a service has to end first.
+/// Whether all essential parts run. One that died ends the process, which can take a while if the service must end
+/// first.
 fn live(control: &Control) -> Answer {
     if let Some(Death { name, why }) = control.deaths.happened() {
-        return text(StatusCode::SERVICE_UNAVAILABLE, &format!("{name} has died: {why}\n"));
+        return text(StatusCode::SERVICE_UNAVAILABLE, &format!("{name} has failed: {why}\n"));
     }
     let mut workers = control.shared.metrics.workers.iter().enumerate();
-    let still = workers.find(|(_, load)| load.still_for() > HANGS);
-    match still {
+    let hung = workers.find(|(_, load)| load.still_for() > HUNG_AFTER);
+    match hung {
         None => text(StatusCode::OK, "live\n"),
         Some((index, load)) => {
-            let why = format!("worker-{index} has not run for {} s\n", load.still_for().as_secs());
-            text(StatusCode::SERVICE_UNAVAILABLE, &why)
+            let reason = format!("worker-{index} has not run for {} s\n", load.still_for().as_secs());
+            text(StatusCode::SERVICE_UNAVAILABLE, &reason)
         }
     }
 }
 
 impl Api {
-    /// What an answer may take longer than usual: a probe has its own time.
+    /// Added to the response timeout: a probe has its own timeout.
     pub fn patience(&self) -> Duration {
         match &self.access {
             Access::Probe(probes) => probes.patience(),
@@ -123,17 +124,17 @@ impl Api {
         }
     }
 
-    /// Answers a request. Its body must be bounded by whoever calls.
-    pub async fn answer<B>(&self, request: Request<B>) -> Answer
+    /// Handles a request. The caller must limit the size of its body.
+    pub async fn respond<B>(&self, request: Request<B>) -> Answer
     where
         B: Body<Data: Send, Error: std::fmt::Display> + Send,
     {
         let (parts, body) = request.into_parts();
         if let (Access::Probe(probes), Some(name)) = (&self.access, parts.uri.path().strip_prefix("/probe/"))
             && parts.method == Method::GET
-            && let Some((status, why)) = probes.ask(name).await
+            && let Some((status, reason)) = probes.ask(name).await
         {
-            return text(status, &why);
+            return text(status, &reason);
         }
         let handler = match self.admit(&parts) {
             Ok(handler) => handler,
@@ -150,41 +151,41 @@ impl Api {
         }
     }
 
-    /// What serves this request, or the answer that refuses it.
+    /// The handler of this request, or the response that rejects it.
     fn admit(&self, parts: &Parts) -> Result<Handler, Box<Answer>> {
         let probe_only = matches!(self.access, Access::Probe(_));
         if matches!(self.access, Access::Token(_)) && !guard::host_is_local(&parts.uri, &parts.headers) {
             return Err(Box::new(problem(
                 StatusCode::FORBIDDEN,
                 "Not a name of this machine",
-                "the admin server answers to localhost and literal addresses only, so that no web page can reach it under a name of its own",
+                "the admin server accepts only localhost and literal addresses in Host, so that no web page can reach it by DNS rebinding",
             )));
         }
         let path = parts.uri.path();
         let served: Vec<&Route> = ROUTES.iter().filter(|route| route.probe || !probe_only).collect();
-        let here: Vec<&&Route> = served.iter().filter(|route| route.is_at(path)).collect();
-        if here.is_empty() {
+        let matching: Vec<&&Route> = served.iter().filter(|route| route.is_at(path)).collect();
+        if matching.is_empty() {
             let paths: Vec<&str> = served.iter().map(|route| route.path).collect();
-            let detail = format!("there is {}", paths.join(", "));
+            let detail = format!("available paths: {}", paths.join(", "));
             return Err(Box::new(problem(StatusCode::NOT_FOUND, "No such path", &detail)));
         }
         let method = if parts.method == Method::HEAD { &Method::GET } else { &parts.method };
-        let Some(route) = here.iter().find(|route| route.method == *method) else {
-            let allowed = here.iter().map(|route| match route.method {
+        let Some(route) = matching.iter().find(|route| route.method == *method) else {
+            let allowed = matching.iter().map(|route| match route.method {
                 Method::GET => "GET, HEAD",
                 Method::POST => "POST",
                 _ => "PUT",
             });
             let allowed = allowed.collect::<Vec<_>>().join(", ");
-            let mut answer = problem(
+            let mut response = problem(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "Another method is needed",
-                &format!("{path} takes {allowed}"),
+                "Method not allowed",
+                &format!("{path} accepts {allowed}"),
             );
             if let Ok(allowed) = HeaderValue::from_str(&allowed) {
-                answer.headers_mut().insert(ALLOW, allowed);
+                response.headers_mut().insert(ALLOW, allowed);
             }
-            return Err(Box::new(answer));
+            return Err(Box::new(response));
         };
         if route.method != Method::GET {
             self.may_change(&parts.headers)?;
@@ -193,10 +194,10 @@ impl Api {
     }
 
     fn may_change(&self, headers: &HeaderMap) -> Result<(), Box<Answer>> {
-        let refuse = |detail: &str| {
-            let mut answer = problem(StatusCode::UNAUTHORIZED, "Changes need the admin token", detail);
-            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-            Err(Box::new(answer))
+        let deny = |detail: &str| {
+            let mut response = problem(StatusCode::UNAUTHORIZED, "Changes need the admin token", detail);
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            Err(Box::new(response))
         };
         match &self.access {
             Access::All => Ok(()),
@@ -204,26 +205,26 @@ impl Api {
                 if token.is_borne_by(headers.get(AUTHORIZATION).map(HeaderValue::as_bytes)) {
                     Ok(())
                 } else {
-                    refuse(
+                    deny(
                         "send `Authorization: Bearer TOKEN`; the token's file is in the log and in the ready file",
                     )
                 }
             }
-            Access::Token(None) => refuse(
-                "no token could be left at start (see the log): set [admin] token_file, or listen on a Unix socket",
+            Access::Token(None) => deny(
+                "no token file could be written at startup (see the log): set [admin] token_file, or listen on a Unix socket",
             ),
-            Access::Probe(_) => refuse("not on this port"),
+            Access::Probe(_) => deny("not on this port"),
         }
     }
 }
 
 fn ready(control: &Control, headers: &HeaderMap) -> Answer {
-    let why = control.not_ready();
-    let status = if why.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let reason = control.not_ready();
+    let status = if reason.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     if accepts(headers, "json") {
-        json(status, &serde_json::json!({ "ready": why.is_none(), "reason": why }))
+        json(status, &serde_json::json!({ "ready": reason.is_none(), "reason": reason }))
     } else {
-        text(status, &format!("{}\n", why.unwrap_or("ready")))
+        text(status, &format!("{}\n", reason.unwrap_or("ready")))
     }
 }
 
@@ -231,9 +232,9 @@ fn metrics(control: &Arc<Control>, headers: &HeaderMap) -> Answer {
     let format = Format::wanted(headers);
     match exposition::text(control, format) {
         Ok(body) => {
-            let mut answer = with_type(format.content_type(), StatusCode::OK, body.into());
-            answer.headers_mut().insert(VARY, HeaderValue::from_static("Accept"));
-            answer
+            let mut response = with_type(format.content_type(), StatusCode::OK, body.into());
+            response.headers_mut().insert(VARY, HeaderValue::from_static("Accept"));
+            response
         }
         Err(error) => {
             problem(StatusCode::INTERNAL_SERVER_ERROR, "The metrics could not be written", &error.to_string())
@@ -242,9 +243,9 @@ fn metrics(control: &Arc<Control>, headers: &HeaderMap) -> Answer {
 }
 
 fn requests(control: &Control) -> Answer {
-    let calls = control.shared.calls.requests.read();
-    let told: Vec<Told> = calls.iter().map(|record| Told::of(record)).collect();
-    json(StatusCode::OK, &serde_json::json!({ "requests": told }))
+    let records = control.shared.calls.requests.read();
+    let requests: Vec<Told> = records.iter().map(|record| Told::of(record)).collect();
+    json(StatusCode::OK, &serde_json::json!({ "requests": requests }))
 }
 
 fn config(control: &Control, headers: &HeaderMap) -> Answer {
@@ -265,10 +266,10 @@ fn config(control: &Control, headers: &HeaderMap) -> Answer {
 
 fn drain(control: &Control) -> Answer {
     let state = if control.request_drain() {
-        tracing::info!("asked to drain by the admin server");
+        tracing::info!("drain requested through the admin server");
         "draining inbound; the process stays until SIGTERM"
     } else {
-        "was draining already"
+        "already draining"
     };
     json(StatusCode::ACCEPTED, &serde_json::json!({ "drain": state }))
 }
@@ -277,31 +278,32 @@ fn set_log(control: &Control, body: &[u8]) -> Answer {
     let filter = match std::str::from_utf8(body).map_err(|e| e.to_string()).and_then(str::parse::<LogFilter>)
     {
         Ok(filter) => filter,
-        Err(why) => return problem(StatusCode::BAD_REQUEST, "Not a log filter", &why),
+        Err(reason) => return problem(StatusCode::BAD_REQUEST, "Not a log filter", &reason),
     };
     match control.log.set(&filter) {
         Ok(()) => {
-            tracing::info!(%filter, "the log's filter was changed");
+            tracing::info!(%filter, "log filter changed");
             json(StatusCode::OK, &serde_json::json!({ "log": filter.as_str() }))
         }
         Err(error) => problem(
             StatusCode::INTERNAL_SERVER_ERROR,
-            "The log's filter could not be changed",
+            "The log filter could not be changed",
             &error.to_string(),
         ),
     }
 }
 
 fn page() -> Answer {
-    let mut answer = with_type("text/html; charset=utf-8", StatusCode::OK, include_str!("page.html").into());
-    // The page brings its own script and style, and talks to nobody else.
-    answer.headers_mut().insert(
+    let mut response =
+        with_type("text/html; charset=utf-8", StatusCode::OK, include_str!("page.html").into());
+    // Script and style are inline, and the page connects only to this server.
+    response.headers_mut().insert(
         CONTENT_SECURITY_POLICY,
         HeaderValue::from_static(
             "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
         ),
     );
-    answer
+    response
 }
 
 fn accepts(headers: &HeaderMap, kind: &str) -> bool {
@@ -328,15 +330,15 @@ pub fn problem(status: StatusCode, title: &str, detail: &str) -> Answer {
     let body = serde_json::json!({
         "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail,
     });
-    let mut answer = json(status, &body);
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-    answer
+    let mut response = json(status, &body);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    response
 }
 
 fn with_type(kind: &'static str, status: StatusCode, body: Bytes) -> Answer {
-    let mut answer = Response::new(Full::new(body));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
-    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    answer
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }

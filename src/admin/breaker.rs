@@ -1,4 +1,4 @@
-//! `POST /upstreams/NAME/breaker`: forces a circuit breaker, for a while.
+//! `POST /upstreams/NAME/breaker`: forces a circuit breaker open or closed for a limited time.
 
 use std::{
     sync::Arc,
@@ -14,13 +14,13 @@ use super::{
 };
 use crate::{model::Cluster, resilience::breaker::Mode, runtime::lifecycle::Control, units::HumanDuration};
 
-/// How long a forced state holds where the request does not say. It always ends: what somebody forced at night must
-/// not be found out weeks later.
+/// How long a forced state lasts if the request does not say. It always ends, so that a state forced in an incident is
+/// not forgotten.
 pub const DEFAULT_FOR: Duration = Duration::from_secs(3600);
-/// The longest that a state can be forced for.
-const LONGEST: Duration = Duration::from_secs(30 * 86_400);
+/// The longest time for which a state can be forced.
+const MAX_DURATION: Duration = Duration::from_secs(30 * 86_400);
 
-/// What the body asks for.
+/// The body of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wish {
@@ -31,20 +31,20 @@ pub struct Wish {
 
 impl Wish {
     pub fn to_json(self) -> String {
-        // Two plain values: this cannot fail.
+        // Cannot fail: two plain values.
         serde_json::to_string(&self).unwrap_or_default()
     }
 }
 
-/// `auto` gives the decision back to the breaker.
+/// The state to force; `auto` ends forcing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum WishedState {
-    /// Nothing goes through
+    /// Reject all requests
     Open,
-    /// Everything goes through
+    /// Allow all requests
     Closed,
-    /// The breaker decides again
+    /// Let the breaker decide
     Auto,
 }
 
@@ -58,59 +58,64 @@ impl From<WishedState> for Mode {
     }
 }
 
-/// Where the breaker of an upstream is set. Names hold no character that a path could not.
+/// The path for the breaker of an upstream. Upstream names contain only characters that are valid in a path.
 pub fn path(name: &str) -> String {
     format!("/upstreams/{name}/breaker")
 }
 
-/// The upstream that a path like `/upstreams/NAME/breaker` names.
+/// The NAME in `/upstreams/NAME/breaker`.
 pub fn upstream_in(path: &str) -> Option<&str> {
     let name = path.strip_prefix("/upstreams/")?.strip_suffix("/breaker")?;
     (!name.is_empty() && !name.contains('/')).then_some(name)
 }
 
-/// Forces the breaker of the upstream `name`, or of a host or an address of the service met at run time.
+/// Forces the breaker of the upstream `name`, or of an unknown host or a service address discovered at run time.
 pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
     let Some(cluster) = find(control, name) else {
         let snapshot = control.shared.snapshot.load();
         let names: Vec<&str> = snapshot.clusters.iter().map(|cluster| &*cluster.upstream.name).collect();
-        let there = if names.is_empty() { "none is configured".to_owned() } else { names.join(", ") };
-        let detail = format!("there is no upstream `{name}`; there is: {there}");
+        let available = if names.is_empty() { "none is configured".to_owned() } else { names.join(", ") };
+        let detail = format!("there is no upstream `{name}`; available: {available}");
         return problem(StatusCode::NOT_FOUND, "No such upstream", &detail);
     };
-    let wish: Wish = match serde_json::from_slice(body) {
-        Ok(wish) => wish,
+    let request: Wish = match serde_json::from_slice(body) {
+        Ok(request) => request,
         Err(error) => {
             let detail = format!(
                 "{error}; send e.g. {{\"state\":\"open\",\"for\":\"1h\"}}, with state one of open, closed, auto"
             );
-            return problem(StatusCode::BAD_REQUEST, "Not a breaker's state", &detail);
+            return problem(StatusCode::BAD_REQUEST, "Invalid breaker state", &detail);
         }
     };
-    let duration = wish.duration.map_or(DEFAULT_FOR, |duration| duration.0);
-    if duration.is_zero() || duration > LONGEST {
-        let detail = "`for` must be more than 0 and at most 30d: what is forced falls back by itself";
-        return problem(StatusCode::BAD_REQUEST, "Not a time to force a breaker for", detail);
+    let duration = request.duration.map_or(DEFAULT_FOR, |duration| duration.0);
+    if duration.is_zero() || duration > MAX_DURATION {
+        let detail = "`for` must be more than 0 and at most 30d: a forced state always ends";
+        return problem(StatusCode::BAD_REQUEST, "Invalid duration", detail);
     }
-    if wish.state == WishedState::Auto && wish.duration.is_some() {
-        let detail = "`auto` has no end: leave `for` out";
-        return problem(StatusCode::BAD_REQUEST, "Not a time to force a breaker for", detail);
+    if request.state == WishedState::Auto && request.duration.is_some() {
+        let detail = "`auto` has no end: omit `for`";
+        return problem(StatusCode::BAD_REQUEST, "Invalid duration", detail);
     }
     if !cluster.has_breaker() {
         let detail = format!(
-            "{name} has no circuit breaker (`breaker = false`), so nothing would heed it; give it one in the configuration first"
+            "{name} has no circuit breaker (`breaker = false`), so forcing it has no effect; configure `breaker` first"
         );
         return problem(StatusCode::CONFLICT, "No circuit breaker", &detail);
     }
     let now = Instant::now();
-    let mode = Mode::from(wish.state);
+    let mode = Mode::from(request.state);
     let guards = &cluster.upstream.guards;
     let until = if mode == Mode::Auto { None } else { now.checked_add(duration) };
     let transition = guards.breaker.force(mode, until, now);
     guards.note(name, transition);
-    // Nothing ends what is not forced.
+    // `auto` has no end.
     let forced_for = until.map(|_| tracing::field::debug(duration));
-    tracing::info!(upstream = name, state = mode_word(mode), forced_for, "a circuit breaker was set by hand");
+    tracing::info!(
+        upstream = name,
+        state = mode_word(mode),
+        forced_for,
+        "circuit breaker forced through the admin server"
+    );
     json(StatusCode::OK, &BreakerStatus::of(&cluster, now))
 }
 
@@ -118,8 +123,11 @@ fn find(control: &Control, name: &str) -> Option<Arc<Cluster>> {
     let snapshot = control.shared.snapshot.load();
     let configured = snapshot.clusters.iter().find(|cluster| &*cluster.upstream.name == name).cloned();
     configured.or_else(|| {
-        let met = [&control.shared.unknown, &control.shared.inbound_addresses];
-        met.into_iter().flat_map(|hosts| hosts.read().0).find(|cluster| &*cluster.upstream.name == name)
+        let discovered = [&control.shared.unknown, &control.shared.inbound_addresses];
+        discovered
+            .into_iter()
+            .flat_map(|hosts| hosts.read().0)
+            .find(|cluster| &*cluster.upstream.name == name)
     })
 }
 

@@ -1,4 +1,4 @@
-//! The other side: asks a running sidecar.
+//! The client of the admin API, for the command line.
 
 use std::{
     io,
@@ -22,12 +22,12 @@ use tokio::{
 use super::token::{self, Token, TokenError};
 use crate::config::AdminListen;
 
-/// For the whole exchange.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// No answer of an admin server is longer.
-const ANSWER: usize = 16 << 20;
+/// The limit for one request.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// The largest response, in bytes.
+const MAX_RESPONSE: usize = 16 << 20;
 
-/// Where a sidecar's admin server is, and the token where one is at hand.
+/// A client for one sidecar's admin server.
 #[derive(Clone, Debug)]
 pub struct Client {
     address: AdminListen,
@@ -36,19 +36,19 @@ pub struct Client {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    #[error("nothing answers at {address} ({source}): is a sidecar running, and is this its [admin] listen?")]
+    #[error("cannot connect to {address} ({source}): is a sidecar running, and is this its [admin] listen?")]
     Unreachable { address: String, source: io::Error },
-    #[error("{address} did not answer within {}s", PATIENCE.as_secs())]
+    #[error("{address} did not respond within {}s", TIMEOUT.as_secs())]
     Slow { address: String },
-    #[error("what answers at {address} is no sidecar's admin server: {reason}")]
+    #[error("the server at {address} is not a sidecar's admin server: {reason}")]
     Strange { address: String, reason: String },
     #[error(
-        "nothing accepts connections at {service}, where the service is said to listen (--app, [inbound] forward_to)"
+        "no connection accepted at {service}, the configured address of the service (--app, [inbound] forward_to)"
     )]
     NoService { service: String },
-    #[error("refused by {address}: {reason}")]
+    #[error("rejected by {address}: {reason}")]
     Refused { address: String, reason: String },
-    #[error("{source}; name the file by --token-file (the sidecar's log and its ready file say where it is)")]
+    #[error("{source}; set --token-file (the sidecar's log and ready file show the path)")]
     NoToken { source: TokenError },
 }
 
@@ -61,12 +61,12 @@ impl Client {
         self.address.to_string()
     }
 
-    /// Reads; needs no token.
+    /// Sends a GET; needs no token.
     pub async fn get(&self, path: &str) -> Result<Bytes, ClientError> {
         self.exchange(Method::GET, path, String::new(), None).await
     }
 
-    /// Changes something. Over a Unix socket the file's permissions decide, else the token does.
+    /// Sends a request that changes something. Over TCP it carries the token; a Unix socket needs none.
     pub async fn change(&self, method: Method, path: &str, body: String) -> Result<Bytes, ClientError> {
         let token = match &self.address {
             AdminListen::Unix(_) => None,
@@ -75,19 +75,19 @@ impl Client {
         self.exchange(method, path, body, token).await
     }
 
-    /// The token in the file that was named, else in the one that the sidecar has left; none where it has left none.
+    /// The token from `--token-file`, else from the file that the sidecar created; `None` if it has created none.
     async fn token(&self, port: u16) -> Result<Option<Token>, ClientError> {
-        let found = match &self.token_file {
+        let token = match &self.token_file {
             Some(path) => Token::read(path),
             None => {
                 let status = self.get("/status").await?;
                 let status: serde_json::Value =
-                    serde_json::from_slice(&status).map_err(|error| self.strange(&error))?;
+                    serde_json::from_slice(&status).map_err(|error| self.not_admin_server(&error))?;
                 let Some(path) = status["listeners"]["admin_token_file"].as_str() else { return Ok(None) };
                 token::told(Path::new(path), port)
             }
         };
-        found.map(Some).map_err(|source| ClientError::NoToken { source })
+        token.map(Some).map_err(|source| ClientError::NoToken { source })
     }
 
     async fn exchange(
@@ -108,7 +108,8 @@ impl Client {
             if let Some(token) = token {
                 request = request.header(AUTHORIZATION, token.authorization());
             }
-            let request = request.body(Full::new(Bytes::from(body))).map_err(|error| self.strange(&error))?;
+            let request =
+                request.body(Full::new(Bytes::from(body))).map_err(|error| self.not_admin_server(&error))?;
             match &self.address {
                 AdminListen::Tcp(listen) => {
                     let stream = TcpStream::connect((listen.0.host.as_str(), listen.0.port)).await;
@@ -119,7 +120,7 @@ impl Client {
                 }
             }
         };
-        timeout(PATIENCE, exchange).await.unwrap_or(Err(ClientError::Slow { address: address.clone() }))
+        timeout(TIMEOUT, exchange).await.unwrap_or(Err(ClientError::Slow { address: address.clone() }))
     }
 
     async fn send<S>(&self, stream: S, request: Request<Full<Bytes>>) -> Result<Bytes, ClientError>
@@ -128,29 +129,30 @@ impl Client {
     {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(|error| self.strange(&error))?;
+            .map_err(|error| self.not_admin_server(&error))?;
         let exchange = async {
-            let answer = sender.send_request(request).await.map_err(|error| self.strange(&error))?;
-            let status = answer.status();
-            let body = Limited::new(answer.into_body(), ANSWER).collect().await;
-            let body = body.map_err(|error| self.strange(&error))?.to_bytes();
-            if status.is_success() { Ok(body) } else { Err(self.refused(status, &body)) }
+            let response =
+                sender.send_request(request).await.map_err(|error| self.not_admin_server(&error))?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), MAX_RESPONSE).collect().await;
+            let body = body.map_err(|error| self.not_admin_server(&error))?.to_bytes();
+            if status.is_success() { Ok(body) } else { Err(self.rejected(status, &body)) }
         };
         let mut connection = std::pin::pin!(connection);
         let mut exchange = std::pin::pin!(exchange);
         tokio::select! {
             biased;
-            answer = &mut exchange => answer,
-            // What came before the connection ended is still to be had.
+            response = &mut exchange => response,
+            // The response may have arrived before the connection ended.
             _ = &mut connection => exchange.await,
         }
     }
 
-    fn strange(&self, reason: &dyn std::fmt::Display) -> ClientError {
+    fn not_admin_server(&self, reason: &dyn std::fmt::Display) -> ClientError {
         ClientError::Strange { address: self.address(), reason: reason.to_string() }
     }
 
-    fn refused(&self, status: StatusCode, body: &[u8]) -> ClientError {
+    fn rejected(&self, status: StatusCode, body: &[u8]) -> ClientError {
         let problem: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         let reason = match problem["detail"].as_str() {
             Some(detail) => detail.to_owned(),

@@ -1,4 +1,4 @@
-//! `/metrics`: everything that is counted, as OpenMetrics text.
+//! `/metrics`: all counters as OpenMetrics or Prometheus text.
 
 mod durations;
 mod plain;
@@ -30,13 +30,13 @@ use crate::{
     },
 };
 
-/// Everything as of now.
+/// Renders all metrics with their current values.
 pub fn text(control: &Arc<Control>, format: Format) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Now(Arc::clone(control))));
+    registry.register_collector(Box::new(MetricsCollector(Arc::clone(control))));
     let mut out = String::new();
     text::encode_registry(&mut out, &registry)?;
-    durations::Rows::of(&control.shared).write(&mut out)?;
+    durations::DurationRows::of(&control.shared).write(&mut out)?;
     text::encode_eof(&mut out)?;
     Ok(match format {
         Format::OpenMetrics => out,
@@ -44,19 +44,19 @@ pub fn text(control: &Arc<Control>, format: Format) -> Result<String, fmt::Error
     })
 }
 
-/// Reads the counters when asked; nothing is counted twice.
+/// Reads the process's counters at each scrape; the metrics library holds no copies.
 #[derive(Debug)]
-struct Now(Arc<Control>);
+struct MetricsCollector(Arc<Control>);
 
 type Labels<const N: usize> = [(&'static str, String); N];
 
-impl Collector for Now {
+impl Collector for MetricsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         build_info(&mut encoder)?;
         process(&mut encoder, self.0.started.elapsed())?;
         self.connections(&mut encoder)?;
         self.workers(&mut encoder)?;
-        self.ways(&mut encoder)?;
+        self.entry_points(&mut encoder)?;
         self.detections(&mut encoder)?;
         self.identity(&mut encoder)?;
         self.reloads(&mut encoder)?;
@@ -64,21 +64,21 @@ impl Collector for Now {
         self.spans(&mut encoder)?;
         self.access_log(&mut encoder)?;
         let control = &self.0;
-        let upstreams = upstreams::Rows::of(&control.shared);
+        let upstreams = upstreams::UpstreamRows::of(&control.shared);
         upstreams.encode(&mut encoder)
     }
 }
 
-impl Now {
+impl MetricsCollector {
     fn connections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let shared = &self.0.shared;
         let metrics = &shared.metrics;
         let directions: [(&str, &Connections); 2] =
             [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)];
-        // What matters of either side is what crosses the network.
+        // Only the connections that cross the network: from clients inbound, to upstreams outbound.
         let open = [
             ("inbound", metrics.inbound.open_by()),
-            ("outbound", to_upstreams(&shared.snapshot.load(), &shared.unknown)),
+            ("outbound", upstream_connections(&shared.snapshot.load(), &shared.unknown)),
         ];
         let open = open.iter().flat_map(|(direction, counts)| {
             counts.map(|(tls, count)| {
@@ -90,7 +90,7 @@ impl Now {
                 (labels, ConstGauge::new(count))
             })
         });
-        let help = "Open connections of callers (inbound) and to upstreams (outbound)";
+        let help = "Open connections from clients (inbound) and to upstreams (outbound)";
         family(encoder, "outrigger_connections", help, None, open)?;
         let total = directions.map(|(direction, connections)| {
             let labels = [("direction", direction.to_owned())];
@@ -100,14 +100,14 @@ impl Now {
     }
 
     fn detections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let found = self.0.shared.metrics.detections.read().map(|(direction, port, what, count)| {
+        let detected = self.0.shared.metrics.detections.read().map(|(direction, port, what, count)| {
             let port = port.map_or_else(|| "other".to_owned(), |port| port.to_string());
             let labels =
                 [("direction", direction.to_owned()), ("port", port), ("protocol", what.word().to_owned())];
             (labels, ConstCounter::new(count))
         });
-        let help = "What redirected connections were found to speak";
-        family(encoder, "outrigger_detected", help, None, found)
+        let help = "Redirected connections by detected protocol";
+        family(encoder, "outrigger_detected", help, None, detected)
     }
 
     fn workers(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
@@ -119,10 +119,10 @@ impl Now {
             let open = i64::try_from(load.connections.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
             (labels, ConstGauge::new(open))
         });
-        let help = "Connections of callers, by the worker that serves them";
+        let help = "Client connections by worker";
         family(encoder, "outrigger_worker_connections", help, None, open)?;
         let busy = workers().map(|(labels, load)| (labels, ConstCounter::new(load.busy().as_secs_f64())));
-        let help = "Time that a worker was busy";
+        let help = "Time that the worker was busy";
         family(encoder, "outrigger_worker_busy", help, Some(&Unit::Seconds), busy)
     }
 
@@ -135,9 +135,9 @@ impl Now {
                 (labels, ConstCounter::new(count))
             })
         });
-        family(encoder, "outrigger_tls_handshakes", "TLS handshakes, by how they ended", None, counts)?;
+        family(encoder, "outrigger_tls_handshakes", "TLS handshakes by outcome", None, counts)?;
         let refused = ConstCounter::new(handshakes.plaintext_refused.load(Ordering::Relaxed));
-        let help = "Connections that were refused as they came without TLS";
+        let help = "Connections refused because they did not use TLS";
         single(encoder, "outrigger_plaintext_refused", help, None, &refused)?;
         let report = self.0.shared.identity.report();
         let soonest = Kind::ALL.into_iter().filter_map(|kind| {
@@ -154,34 +154,34 @@ impl Now {
             family(
                 encoder,
                 "outrigger_certificate_loads",
-                "New certificates and roots that were read",
+                "Reads of new certificates and roots by outcome",
                 None,
                 loads,
             )?;
             let refused = ConstGauge::new(i64::from(report.refused.is_some()));
-            let help = "1 while the newest certificates are refused and earlier ones hold";
+            let help = "1 while the newest certificates are rejected and earlier ones stay in use";
             single(encoder, "outrigger_certificate_refused", help, None, &refused)?;
         }
         Ok(())
     }
 
-    fn ways(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let (ways, now) = (&self.0.shared.metrics.ways, Instant::now());
-        let counts =
-            Way::ALL.map(|way| ([("way", way.word().to_owned())], ConstCounter::new(ways.read(way, now).0)));
-        family(encoder, "outrigger_calls", "Calls, and connections of bytes, by way in", None, counts)
+    fn entry_points(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let (counts, now) = (&self.0.shared.metrics.ways, Instant::now());
+        let points = Way::ALL
+            .map(|way| ([("way", way.word().to_owned())], ConstCounter::new(counts.read(way, now).0)));
+        family(encoder, "outrigger_calls", "Requests and byte streams by entry point", None, points)
     }
 
     fn spans(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let Some(export) = self.0.shared.traces.export() else { return Ok(()) };
         let counts = export.state.counts.read();
         let counts = counts.map(|(word, count)| ([("outcome", word.to_owned())], ConstCounter::new(count)));
-        family(encoder, "outrigger_spans", "Spans by what became of them", None, counts)?;
+        family(encoder, "outrigger_spans", "Spans by outcome of their export", None, counts)?;
         let waiting = ConstGauge::new(i64::try_from(export.waiting().0).unwrap_or(i64::MAX));
         single(
             encoder,
             "outrigger_spans_waiting_calls",
-            "Calls that wait to be sent as spans",
+            "Requests whose spans wait to be exported",
             None,
             &waiting,
         )
@@ -193,7 +193,7 @@ impl Now {
         let outcomes = outcomes.map(|(outcome, count)| {
             ([("outcome", outcome.to_owned())], ConstCounter::new(count.load(Ordering::Relaxed)))
         });
-        family(encoder, "outrigger_access_log_lines", "Lines of the access log", None, outcomes)
+        family(encoder, "outrigger_access_log_lines", "Access log lines by outcome", None, outcomes)
     }
 
     fn reloads(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
@@ -201,35 +201,42 @@ impl Now {
         let outcomes = [("accepted", state.accepted), ("rejected", state.refused)];
         let outcomes =
             outcomes.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
-        family(encoder, "outrigger_config_reloads", "Changed configurations that were read", None, outcomes)?;
+        family(
+            encoder,
+            "outrigger_config_reloads",
+            "Reloads of a changed configuration by outcome",
+            None,
+            outcomes,
+        )?;
         let rejected = ConstGauge::new(i64::from(state.rejected.is_some()));
-        let help = "1 while the configuration's files are refused and an earlier one holds";
+        let help =
+            "1 while the configuration files are rejected and the last good configuration stays in use";
         single(encoder, "outrigger_config_rejected", help, None, &rejected)
     }
 }
 
-/// The keys that tokens are checked by, and the tokens of upstreams: fetches by outcome.
+/// Fetches of JWKS and of the OAuth 2 tokens of upstreams, by outcome.
 fn fetches(encoder: &mut DescriptorEncoder, snapshot: &Snapshot) -> fmt::Result {
     let outcomes = |fetched, failed| [("ok", fetched), ("failed", failed)];
     let keys = snapshot.gate.iter().filter_map(|gate| gate.users.as_ref()).flat_map(|users| {
-        let told = users.issuer.told();
-        outcomes(told.fetched, told.failed)
+        let report = users.issuer.told();
+        outcomes(report.fetched, report.failed)
     });
     let keys = keys.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
-    family(encoder, "outrigger_jwks_fetches", "Fetches of the keys that sign tokens", None, keys)?;
+    family(encoder, "outrigger_jwks_fetches", "Fetches of the JWKS by outcome", None, keys)?;
     let tokens = snapshot.clusters.iter().filter_map(|cluster| {
-        let told = cluster.token.as_ref()?.told();
+        let report = cluster.token.as_ref()?.told();
         let labels =
             |outcome: &str| [("upstream", cluster.settings.name.clone()), ("outcome", outcome.to_owned())];
-        let outcomes = outcomes(told.fetched, told.failed);
+        let outcomes = outcomes(report.fetched, report.failed);
         Some(outcomes.map(|(outcome, count)| (labels(outcome), ConstCounter::new(count))))
     });
-    let help = "Requests for tokens that upstreams are shown";
+    let help = "Requests for OAuth 2 tokens by outcome";
     family(encoder, "outrigger_oauth2_requests", help, None, tokens.flatten())
 }
 
-/// Connections to all upstreams, by what protects them.
-fn to_upstreams(snapshot: &Snapshot, unknown: &UnknownHosts) -> [(Tls, i64); Tls::ALL.len()] {
+/// Open connections to all upstreams, by TLS.
+fn upstream_connections(snapshot: &Snapshot, unknown: &UnknownHosts) -> [(Tls, i64); Tls::ALL.len()] {
     let (hosts, _) = unknown.read();
     let clusters = || snapshot.clusters.iter().chain(&hosts);
     Tls::ALL.map(|tls| {
@@ -240,7 +247,7 @@ fn to_upstreams(snapshot: &Snapshot, unknown: &UnknownHosts) -> [(Tls, i64); Tls
 
 fn build_info(encoder: &mut DescriptorEncoder) -> fmt::Result {
     let labels = [("version", env!("CARGO_PKG_VERSION").to_owned())];
-    family(encoder, "outrigger_build_info", "What is running", None, [(labels, ConstGauge::new(1_i64))])
+    family(encoder, "outrigger_build_info", "Version of the proxy", None, [(labels, ConstGauge::new(1_i64))])
 }
 
 fn process(encoder: &mut DescriptorEncoder, uptime: Duration) -> fmt::Result {
@@ -258,13 +265,9 @@ fn process(encoder: &mut DescriptorEncoder, uptime: Duration) -> fmt::Result {
     let open = ConstGauge::new(usage.open_fds);
     single(encoder, "process_open_fds", "Open file descriptors", None, &open)?;
     match usage.max_fds {
-        Some(max) => single(
-            encoder,
-            "process_max_fds",
-            "File descriptors that may be open",
-            None,
-            &ConstGauge::new(max),
-        ),
+        Some(max) => {
+            single(encoder, "process_max_fds", "Limit of open file descriptors", None, &ConstGauge::new(max))
+        }
         None => Ok(()),
     }
 }
@@ -280,7 +283,7 @@ fn single(
     metric.encode(encoder)
 }
 
-/// One name, several sets of labels. Nothing is written where there are none.
+/// Writes one metric for several label sets; nothing where there are none.
 fn family<M: EncodeMetric, const N: usize>(
     encoder: &mut DescriptorEncoder,
     name: &str,

@@ -1,12 +1,11 @@
-//! Who may talk to the admin server.
+//! The check of `Host` that protects the admin server from web pages.
 
 use http::{HeaderMap, Uri, header::HOST};
 
-/// Whether the request names a host that can only be this machine.
+/// Whether the request's host is `localhost` or a literal address.
 ///
-/// A web page can make the browser resolve its own name to 127.0.0.1 and then read the answers (DNS rebinding). The
-/// name it used stands in `Host`: so only `localhost` and literal addresses are served. Listen addresses are one or
-/// the other.
+/// A web page can let the browser resolve the page's own name to 127.0.0.1 and then read the responses (DNS rebinding).
+/// `Host` contains that name, so other names are rejected. Listen addresses are always one of the accepted forms.
 pub fn host_is_local(uri: &Uri, headers: &HeaderMap) -> bool {
     let mut fields = headers.get_all(HOST).iter();
     let host = fields.next();
@@ -15,7 +14,7 @@ pub fn host_is_local(uri: &Uri, headers: &HeaderMap) -> bool {
     }
     let in_field = match host {
         Some(host) => host.to_str().is_ok_and(is_local),
-        // HTTP/1.0 has none, and no browser speaks it.
+        // HTTP/1.0 has no Host, and browsers do not use it.
         None => true,
     };
     in_field && uri.authority().is_none_or(|authority| is_local(authority.as_str()))
@@ -41,7 +40,7 @@ mod tests {
     }
 
     #[test]
-    fn only_names_that_cannot_be_rebound_are_served() {
+    fn only_names_safe_from_dns_rebinding_are_accepted() {
         for good in
             ["localhost", "localhost:4191", "LOCALHOST", "127.0.0.1:4191", "[::1]:4191", "10.1.2.3:4191"]
         {

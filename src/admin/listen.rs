@@ -14,12 +14,12 @@ use tokio::{
 
 use crate::{config::ListenAddr, proxy::accept};
 
-/// Binds the address; `localhost` is both families of loopback, on one port.
+/// Binds the address; `localhost` binds both address families, on one port.
 pub fn tcp(address: &ListenAddr) -> io::Result<Vec<TcpListener>> {
     accept::bind(address)?.into_iter().map(TcpListener::from_std).collect()
 }
 
-/// A socket that connections come from.
+/// A listening socket.
 pub trait Accept: Send + Sync + 'static {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
@@ -42,7 +42,7 @@ impl Accept for UnixListener {
     }
 }
 
-/// A bound Unix socket's file; removed when dropped.
+/// The file of a bound Unix socket; removed when dropped.
 #[derive(Debug)]
 pub struct SocketFile(PathBuf);
 
@@ -52,14 +52,17 @@ impl Drop for SocketFile {
     }
 }
 
-/// Binds a Unix socket that only this user can open. A file that a process left behind is replaced.
+/// Binds a Unix socket that only this user can open. A stale socket file is replaced.
 pub fn unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
-    if let Ok(there) = std::fs::symlink_metadata(path) {
-        if !there.file_type().is_socket() {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
+    if let Ok(existing) = std::fs::symlink_metadata(path) {
+        if !existing.file_type().is_socket() {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "a file that is not a socket already exists",
+            ));
         }
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves it"));
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it"));
         }
         std::fs::remove_file(path)?;
     }

@@ -1,7 +1,6 @@
-//! The admin server: what a sidecar says about itself, and the few things that can be changed while it runs.
+//! The admin server: state of a running sidecar, and the few changes that are possible at run time.
 //!
-//! It lives on the control thread, where nothing can delay a call. Everything about it is bounded: connections, time,
-//! the size of a body.
+//! It runs on the control thread, so it cannot delay requests. Connections, their age and body sizes are limited.
 
 mod api;
 pub mod breaker;
@@ -43,28 +42,28 @@ use api::{Access, Api};
 use probes::Probes;
 use token::{Token, TokenError, TokenFile};
 
-/// Connections at a time per listener; more wait to be accepted.
-const CONNECTIONS: usize = 64;
-/// To send a request's header, and to let a connection lie idle.
+/// Concurrent connections per listener; further ones wait to be accepted.
+const MAX_CONNECTIONS: usize = 64;
+/// The limit for receiving a request head, and for an idle connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// To answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// After this long a connection is closed, whatever it does: a reader that stalls holds no place for ever.
-const CONNECTION_AGE: Duration = Duration::from_secs(300);
-/// A filter is a line; nothing longer is read.
-const BODY: usize = 16 << 10;
-/// After accept failed, e.g. for want of file descriptors.
+/// The limit for a response.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection is closed after this time, so that a stalled client does not occupy a slot for ever.
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
+/// The largest request body and head, in bytes.
+const MAX_BODY: usize = 16 << 10;
+/// The pause after accept failed, e.g. without free file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A running admin server; it ends, and its files go, when this is dropped.
+/// A running admin server. Dropping it stops the server and removes its files.
 #[derive(Debug)]
 pub struct Admin {
     /// `host:port`, or `unix:PATH`.
     pub address: String,
-    /// Where `/live`, `/ready` and `/metrics` are served too.
+    /// The address of the probe listener (`/live`, `/ready`, `/metrics`).
     pub probe: Option<String>,
     token_file: Option<PathBuf>,
-    _made_token: Option<TokenFile>,
+    _created_token: Option<TokenFile>,
     _socket: Option<listen::SocketFile>,
     _tasks: JoinSet<()>,
 }
@@ -75,57 +74,57 @@ pub enum AdminError {
     Listen { what: &'static str, address: String, source: io::Error },
     #[error(transparent)]
     Token(#[from] TokenError),
-    #[error("OUTRIGGER_PROBES cannot be used: {0}")]
+    #[error("invalid OUTRIGGER_PROBES: {0}")]
     Probes(String),
 }
 
 impl Admin {
-    /// Binds and serves. Call it inside the control runtime.
+    /// Binds and serves. Must run inside the control runtime.
     pub fn start(settings: &config::Admin, control: Arc<Control>) -> Result<Self, AdminError> {
         let mut admin = Self {
             address: settings.listen.to_string(),
             probe: None,
             token_file: None,
-            _made_token: None,
+            _created_token: None,
             _socket: None,
             _tasks: JoinSet::new(),
         };
         let tasks = &mut admin._tasks;
-        let wrong = |what, address: &dyn std::fmt::Display| {
+        let listen_error = |what, address: &dyn std::fmt::Display| {
             let address = address.to_string();
             move |source| AdminError::Listen { what, address, source }
         };
         match &settings.listen {
             config::AdminListen::Unix(path) => {
                 let (listener, file) =
-                    listen::unix(path).map_err(wrong("[admin] listen", &settings.listen))?;
+                    listen::unix(path).map_err(listen_error("[admin] listen", &settings.listen))?;
                 admin._socket = Some(file);
                 let api = Api { control: Arc::clone(&control), access: Access::All };
                 tasks.spawn(serve(api, listener));
             }
             config::AdminListen::Tcp(address) => {
-                let listeners = listen::tcp(address).map_err(wrong("[admin] listen", address))?;
+                let listeners = listen::tcp(address).map_err(listen_error("[admin] listen", address))?;
                 let bound: Vec<_> = listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
                 control.shared.own.add(&bound);
                 let first = bound.first();
                 admin.address = first.map(ToString::to_string).unwrap_or_default();
-                let (token, made) = token(settings.token_file.as_ref(), first.map_or(0, |a| a.port()))?;
+                let (token, created) = token(settings.token_file.as_ref(), first.map_or(0, |a| a.port()))?;
                 admin.token_file =
-                    settings.token_file.clone().or_else(|| made.as_ref().map(|file| file.path.clone()));
-                admin._made_token = made;
+                    settings.token_file.clone().or_else(|| created.as_ref().map(|file| file.path.clone()));
+                admin._created_token = created;
                 let api = Api { control: Arc::clone(&control), access: Access::Token(token) };
                 serve_tcp(tasks, listeners, &api);
             }
         }
         if let Some(address) = &settings.probe_listen {
-            let listeners = listen::tcp(address).map_err(wrong("[admin] probe_listen", address))?;
+            let listeners = listen::tcp(address).map_err(listen_error("[admin] probe_listen", address))?;
             let bound: Vec<_> = listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
             control.shared.own.add(&bound);
             admin.probe = bound.first().map(ToString::to_string);
             let access = Access::Probe(Probes::from_env(config::process_env)?);
             serve_tcp(tasks, listeners, &Api { control: Arc::clone(&control), access });
         }
-        // Set once: there is one admin server to a control.
+        // Set once: a control has one admin server.
         let _ = control.admin.set(AdminAddresses {
             admin: admin.address.clone(),
             probe: admin.probe.clone(),
@@ -134,25 +133,25 @@ impl Admin {
         Ok(admin)
     }
 
-    /// The file that holds the token which changes need.
+    /// The file with the admin token.
     pub fn token_path(&self) -> Option<&std::path::Path> {
         self.token_file.as_deref()
     }
 }
 
-/// The configured token, or one made now. None where none can be left: then nothing can be changed.
+/// The configured token, or a new one. `None` if its file cannot be written: then nothing can be changed.
 fn token(configured: Option<&PathBuf>, port: u16) -> Result<(Option<Token>, Option<TokenFile>), TokenError> {
     if let Some(path) = configured {
         return Ok((Some(Token::read(path)?), None));
     }
     match TokenFile::make(port) {
         Ok(file) => {
-            tracing::info!(path = %file.path.display(), "changes need the token in this file, which this user alone can read");
+            tracing::info!(path = %file.path.display(), "changes need the token in this file, which only this user can read");
             Ok((Some(file.token()), Some(file)))
         }
         Err(error) => {
-            // A read-only file system is no reason not to run.
-            tracing::warn!(%error, "there is no admin token, so nothing can be changed by the admin server; set [admin] token_file or listen on a Unix socket");
+            // A read-only file system must not prevent the start.
+            tracing::warn!(%error, "cannot create an admin token, so the admin server rejects all changes; set [admin] token_file or listen on a Unix socket");
             Ok((None, None))
         }
     }
@@ -164,25 +163,25 @@ fn serve_tcp(tasks: &mut JoinSet<()>, listeners: Vec<tokio::net::TcpListener>, a
     }
 }
 
-/// Accepts for ever. Ends, with its connections, when it is dropped.
+/// Accepts connections until it is dropped, which closes them.
 async fn serve(api: Api, listener: impl listen::Accept) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.next().await {
             Ok(stream) => {
                 let connection = connection(stream, api.clone());
                 connections.spawn(async move {
-                    if timeout(CONNECTION_AGE, connection).await.is_err() {
-                        tracing::debug!("an admin connection was closed for its age");
+                    if timeout(MAX_CONNECTION_AGE, connection).await.is_err() {
+                        tracing::debug!("admin connection closed: maximum age reached");
                     }
-                    drop(place);
+                    drop(slot);
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "the admin server could not accept");
+                tracing::warn!(%error, "the admin server cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -195,20 +194,20 @@ where
 {
     let service = ServiceBuilder::new()
         .layer(CatchPanicLayer::new())
-        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_TIMEOUT + api.patience()))
-        .layer(RequestBodyLimitLayer::new(BODY))
+        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, RESPONSE_TIMEOUT + api.patience()))
+        .layer(RequestBodyLimitLayer::new(MAX_BODY))
         .service(service_fn(move |request: Request<tower_http::body::Limited<Incoming>>| {
             let api = api.clone();
-            async move { Ok::<_, Infallible>(api.answer(request).await) }
+            async move { Ok::<_, Infallible>(api.respond(request).await) }
         }));
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(BODY)
+        .max_buf_size(MAX_BODY)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     async move {
         if let Err(error) = served.await {
-            tracing::debug!(%error, "an admin connection ended badly");
+            tracing::debug!(%error, "admin connection failed");
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Probes that the kubelet makes of the containers beside this one, made for it from inside the pod.
+//! Kubelet probes of the pod's other containers, executed by the sidecar.
 //!
-//! Where the kernel steers what comes into a pod through the proxy, a kubelet without a certificate would be refused, and a
-//! TCP probe would find the proxy instead of the service. So injection turns probes to `/probe/CONTAINER/KIND` here and says
-//! in `OUTRIGGER_PROBES` what was asked at first. That is asked of the pod's address, as the kubelet would; the proxy's own
-//! calls are not redirected.
+//! With kernel redirection, inbound connections reach the proxy: mutual TLS would reject the kubelet, and a TCP probe
+//! would test the proxy instead of the service. So injection points probes to `/probe/CONTAINER/KIND` here and passes
+//! the original probes in `OUTRIGGER_PROBES`. The sidecar sends them to the pod's address, as the kubelet would; its
+//! own connections are not redirected.
 
 use std::{
     collections::HashMap,
@@ -32,11 +32,11 @@ use crate::{
     upstream::health::{CheckError, Stream, alongside, ask_grpc},
 };
 
-/// A pod has a handful of containers with three probes each.
+/// Most probes. A pod has a handful of containers with three probes each.
 const MAX_PROBES: usize = 256;
 const USER_AGENT: &str = concat!("kube-probe/outrigger-", env!("CARGO_PKG_VERSION"));
 
-/// What is asked for the kubelet.
+/// The probes of a pod.
 #[derive(Debug)]
 pub struct Probes {
     /// By `CONTAINER/KIND`.
@@ -45,7 +45,7 @@ pub struct Probes {
     tls: Option<Arc<ClientConfig>>,
 }
 
-/// One of: HTTP, gRPC, or a connection alone.
+/// Exactly one of HTTP, gRPC or TCP connect.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Probe {
@@ -56,81 +56,81 @@ struct Probe {
     tls: bool,
     #[serde(default)]
     headers: Vec<(String, String)>,
-    /// The service that is asked for; empty is the whole server.
+    /// The gRPC service; empty is the whole server.
     grpc: Option<String>,
     #[serde(default)]
     tcp: bool,
     /// Seconds.
     timeout: u64,
-    /// Why it failed when it was last made; none where it passed.
+    /// Why the last execution failed; `None` if it passed.
     #[serde(skip)]
     failure: Mutex<Option<String>>,
 }
 
 impl Probe {
-    /// Logs a change: the kubelet's event names the status alone, and a probe that fails on is one line.
-    fn note(&self, name: &str, failure: Option<String>) {
+    /// Logs changes only, so that a probe that keeps failing is one line. The kubelet's event has only the status.
+    fn record(&self, name: &str, failure: Option<String>) {
         let mut last = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if *last == failure {
             return;
         }
         match &failure {
-            Some(reason) => tracing::info!(probe = name, reason, "a container does not pass its probe"),
-            None => tracing::info!(probe = name, "a container passes its probe again"),
+            Some(reason) => tracing::info!(probe = name, reason, "container probe failed"),
+            None => tracing::info!(probe = name, "container probe passes again"),
         }
         *last = failure;
     }
 }
 
 impl Probes {
-    /// What injection says in the environment; nothing is no probes.
+    /// Parses the environment variable set by injection. Unset: no probes.
     ///
     /// # Errors
     ///
-    /// Where it cannot be read: then something else has written it.
+    /// If it is invalid, which means that injection did not write it.
     pub fn from_env(env: impl Fn(&str) -> Option<String>) -> Result<Arc<Self>, AdminError> {
-        let wrong = |reason: String| AdminError::Probes(reason);
+        let invalid = |reason: String| AdminError::Probes(reason);
         let probes: HashMap<String, Probe> = match env("OUTRIGGER_PROBES") {
-            Some(text) => serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?,
+            Some(text) => serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?,
             None => HashMap::new(),
         };
         if probes.len() > MAX_PROBES {
-            return Err(wrong(format!("there are more than {MAX_PROBES}")));
+            return Err(invalid(format!("more than {MAX_PROBES} probes")));
         }
         for (name, probe) in &probes {
             let kinds = [probe.http.is_some(), probe.grpc.is_some(), probe.tcp];
             if kinds.iter().filter(|kind| **kind).count() != 1 {
-                return Err(wrong(format!("`{name}` must be one of http, grpc and tcp")));
+                return Err(invalid(format!("`{name}` must be one of http, grpc and tcp")));
             }
         }
         let host = match env("OUTRIGGER_POD_IP") {
-            Some(text) => text.parse().map_err(|_| wrong(format!("OUTRIGGER_POD_IP is `{text}`")))?,
+            Some(text) => text.parse().map_err(|_| invalid(format!("OUTRIGGER_POD_IP is `{text}`")))?,
             None => Ipv4Addr::LOCALHOST.into(),
         };
-        let tls = probes.values().any(|probe| probe.tls).then(anyone).transpose();
-        Ok(Arc::new(Self { host, tls: tls.map_err(|error| wrong(error.to_string()))?, probes }))
+        let tls = probes.values().any(|probe| probe.tls).then(insecure_client_config).transpose();
+        Ok(Arc::new(Self { host, tls: tls.map_err(|error| invalid(error.to_string()))?, probes }))
     }
 
-    /// The longest that any of them may take.
+    /// The longest timeout of all probes.
     pub fn patience(&self) -> Duration {
         self.probes.values().map(|probe| Duration::from_secs(probe.timeout)).max().unwrap_or_default()
     }
 
-    /// Makes the probe of that name; what to answer the kubelet. None: there is none.
+    /// Executes the named probe. Returns the response for the kubelet; `None`: there is no such probe.
     pub async fn ask(&self, name: &str) -> Option<(StatusCode, String)> {
         let probe = self.probes.get(name)?;
         let limit = Duration::from_secs(probe.timeout);
         let outcome =
-            timeout(limit, self.make(probe, limit)).await.unwrap_or(Err(CheckError::Timeout(limit)));
+            timeout(limit, self.execute(probe, limit)).await.unwrap_or(Err(CheckError::Timeout(limit)));
         let failure = outcome.err().map(|error| error.to_string());
-        probe.note(name, failure.clone());
+        probe.record(name, failure.clone());
         Some(match failure {
             None => (StatusCode::OK, "ok\n".to_owned()),
             Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
         })
     }
 
-    async fn make(&self, probe: &Probe, limit: Duration) -> Result<(), CheckError> {
+    async fn execute(&self, probe: &Probe, limit: Duration) -> Result<(), CheckError> {
         let address = SocketAddr::new(self.host, probe.port);
         let stream = descriptors::connect(address).await.map_err(CheckError::Connect)?;
         match (&probe.http, &probe.grpc, &self.tls) {
@@ -146,7 +146,7 @@ impl Probes {
     }
 }
 
-/// Passes with 200 to 399, as with the kubelet.
+/// Passes with status 200 to 399, like the kubelet.
 async fn get(
     stream: impl Stream,
     address: SocketAddr,
@@ -171,21 +171,21 @@ async fn get(
     if status.is_success() || status.is_redirection() { Ok(()) } else { Err(CheckError::Status(status)) }
 }
 
-/// TLS with whoever answers: the kubelet looks at no certificate either.
-fn anyone() -> Result<Arc<ClientConfig>, rustls::Error> {
+/// TLS without certificate verification, like the kubelet.
+fn insecure_client_config() -> Result<Arc<ClientConfig>, rustls::Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+        .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
         .with_no_client_auth();
     Ok(Arc::new(config))
 }
 
 #[derive(Debug)]
-struct Anyone(Arc<rustls::crypto::CryptoProvider>);
+struct AcceptAnyCertificate(Arc<rustls::crypto::CryptoProvider>);
 
-impl ServerCertVerifier for Anyone {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,
@@ -232,29 +232,29 @@ mod tests {
     }
 
     #[test]
-    fn what_injection_did_not_write_is_refused() {
+    fn invalid_probes_are_rejected() {
         assert!(probes(r#"{"a/liveness": {"port": 1, "tcp": true, "timeout": 1}}"#).is_ok());
-        for wrong in [
+        for invalid in [
             "",
             "[]",
             r#"{"a/liveness": {"port": 1, "timeout": 1}}"#,
             r#"{"a/liveness": {"port": 1, "tcp": true, "http": "/", "timeout": 1}}"#,
             r#"{"a/liveness": {"port": 70000, "tcp": true, "timeout": 1}}"#,
         ] {
-            assert!(probes(wrong).unwrap_err().contains("OUTRIGGER_PROBES"), "{wrong}");
+            assert!(probes(invalid).unwrap_err().contains("OUTRIGGER_PROBES"), "{invalid}");
         }
     }
 
     #[tokio::test]
-    async fn a_port_that_nobody_serves_does_not_pass() {
+    async fn a_closed_port_fails_the_probe() {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = free.local_addr().unwrap().port();
         let probes = probes(&format!(r#"{{"a/x": {{"port": {port}, "tcp": true, "timeout": 5}}}}"#)).unwrap();
         assert_eq!(probes.ask("a/x").await.unwrap().0, StatusCode::OK);
         drop(free);
-        let (status, why) = probes.ask("a/x").await.unwrap();
+        let (status, body) = probes.ask("a/x").await.unwrap();
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
-        assert!(why.contains("connect"), "{why}");
+        assert!(body.contains("connect"), "{body}");
         assert!(probes.ask("b/x").await.is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! `POST /reload`: has the configuration's files read now, and tells what became of them.
+//! `POST /reload`: reloads the configuration files and returns the outcome.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,14 +13,14 @@ use crate::{
 };
 
 pub const PATH: &str = "/reload";
-/// Reading and applying takes milliseconds, unless the process is on its way out.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The limit for a reload. It takes milliseconds unless the process is shutting down.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The body of the request; an empty one confirms nothing.
+/// The body of the request; an empty one is the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReloadRequest {
-    /// Apply the files although they protect the service less than what runs, or are empty.
+    /// Apply the files even if they protect the service less than the running configuration, or are empty.
     pub accept_less_security: bool,
 }
 
@@ -37,8 +37,8 @@ pub async fn reload(control: &Arc<Control>, body: &[u8]) -> Answer {
         body => match serde_json::from_slice(body) {
             Ok(request) => request,
             Err(error) => {
-                let help = format!("write {{\"accept_less_security\": true}} or nothing ({error})");
-                return problem(StatusCode::BAD_REQUEST, "Not a reload request", &help);
+                let detail = format!("send {{\"accept_less_security\": true}} or an empty body ({error})");
+                return problem(StatusCode::BAD_REQUEST, "Not a reload request", &detail);
             }
         },
     };
@@ -47,11 +47,13 @@ pub async fn reload(control: &Arc<Control>, body: &[u8]) -> Answer {
     let Some(outcome) = control.reload_requests.ask(reason) else {
         return busy("too many requests to reload are waiting");
     };
-    match timeout(PATIENCE, outcome).await {
+    match timeout(TIMEOUT, outcome).await {
         Ok(Ok(Outcome::Applied(changed))) => json(StatusCode::OK, &Reloaded { changed }),
-        Ok(Ok(Outcome::Held(why))) => problem(StatusCode::CONFLICT, "The configuration is held back", &why),
-        Ok(Ok(Outcome::Rejected(why))) => {
-            problem(StatusCode::UNPROCESSABLE_ENTITY, "The configuration cannot be used", &why)
+        Ok(Ok(Outcome::Held(reason))) => {
+            problem(StatusCode::CONFLICT, "The configuration is held back", &reason)
+        }
+        Ok(Ok(Outcome::Rejected(reason))) => {
+            problem(StatusCode::UNPROCESSABLE_ENTITY, "The configuration cannot be used", &reason)
         }
         Ok(Err(_)) | Err(_) => busy("the process is shutting down, or too busy to read its files"),
     }

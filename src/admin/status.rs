@@ -1,4 +1,4 @@
-//! What `GET /status` says and `outrigger status` shows.
+//! The document of `GET /status`, which `outrigger status` shows.
 
 use std::{
     collections::BTreeMap,
@@ -29,11 +29,11 @@ use crate::{
     upstream::Resolution,
 };
 
-/// Calls that are shown of those that did not go well.
-const SHOWN_CALLS: usize = 5;
-/// Unknown hosts that are shown in full, and addresses of the service.
+/// Most requests in `trouble`.
+const SHOWN_REQUESTS: usize = 5;
+/// Most unknown hosts, and most addresses of the service, shown in full.
 const SHOWN_HOSTS: usize = 50;
-/// Names that lead nowhere: enough to see a misspelt one, too few to fill a screen with what callers make up.
+/// Most unresolvable names: enough to see a misspelt one, too few to fill a screen with names that clients make up.
 const SHOWN_NOT_FOUND: usize = 5;
 
 /// The state of a running sidecar.
@@ -46,64 +46,64 @@ pub struct Status {
     /// `running`, `leaving`, `draining_inbound` or `draining_all`.
     pub phase: String,
     pub ready: bool,
-    /// Why it is not ready, where it is not.
+    /// Why it is not ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<String>,
-    /// Whether the service listens; none where the sidecar was not told of one (`run -- CMD`, `--app`).
+    /// Whether the service listens; absent if no service is configured (`run -- CMD`, `--app`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service_port: Option<ServicePortStatus>,
     pub config: ConfigStatus,
     pub listeners: Listeners,
-    /// Who this service is; none where it has no certificate to be.
+    /// The identity of this service; absent without `[identity]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<IdentityStatus>,
-    /// What tokens of callers are checked by; none where none are asked for.
+    /// The keys that verify tokens of clients; absent without `[inbound.jwt]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jwt: Option<KeysStatus>,
-    /// Of callers, and of the service itself.
+    /// Connections from clients (`inbound`) and from the service (`outbound`).
     pub connections: BTreeMap<String, ConnectionCounts>,
-    /// In the order of their threads. A new connection goes to the one that was least busy of late.
+    /// In the order of their threads. A new connection goes to the one that was least busy recently.
     #[serde(default)]
     pub workers: Vec<WorkerStatus>,
-    /// What went through, by way in: `inbound`, `proxy`, `host`, `redirect`, `listen`.
+    /// Requests and byte streams by entry point: `inbound`, `proxy`, `host`, `redirect`, `listen`.
     pub ways: BTreeMap<String, WayStatus>,
-    /// Where spans go; none where nothing is exported.
+    /// The export of spans; absent if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traces: Option<TracesStatus>,
-    /// Where inbound calls go.
+    /// The service, as the destination of inbound requests.
     pub inbound: UpstreamStatus,
-    /// Where redirected ones go: each address that they called has limits and a breaker of its own.
+    /// The service's addresses for redirected requests: each original destination has its own limits and breaker.
     #[serde(default)]
     pub inbound_addresses: AddressesStatus,
     pub upstreams: Vec<UpstreamStatus>,
     pub unknown: UnknownStatus,
     #[serde(default)]
     pub access_log: AccessLogStatus,
-    /// The last calls that failed or took more than one try, the latest first; `GET /requests` has more of them.
+    /// The last requests that failed or needed more than one attempt, the latest first; `GET /requests` has more.
     #[serde(default)]
     pub trouble: Vec<Trouble>,
 }
 
-/// Lines of the access log since the start.
+/// Counts of access log lines since startup.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccessLogStatus {
     /// `off`, `errors` or `all`.
     pub mode: String,
     pub written: u64,
-    /// Lost, as they were not read fast enough.
+    /// Lost because the output was too slow.
     pub dropped: u64,
-    /// Lost, as they could not be written.
+    /// Lost because writing failed.
     pub failed: u64,
 }
 
-/// A call that did not go well.
+/// A request that failed or needed more than one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {
     pub ended_seconds_ago: u64,
     pub direction: String,
     pub method: String,
     pub upstream: Option<String>,
-    /// None: there was no answer.
+    /// `None`: there was no response.
     pub status: Option<u16>,
     pub attempts: u32,
     pub trace_id: String,
@@ -119,12 +119,12 @@ pub struct Build {
 pub struct ConfigStatus {
     pub files: Vec<PathBuf>,
     pub loaded_seconds_ago: u64,
-    /// Changes that took effect since the start, and that were refused.
+    /// Changes applied and changes rejected since startup.
     pub reloads: u64,
     pub refused: u64,
-    /// Why the files as they are now were refused; what was valid before holds.
+    /// Why the current files were rejected; the last good configuration stays in use.
     pub rejected: Option<String>,
-    /// Keys that act after a restart only.
+    /// Changed keys that take effect only after a restart.
     pub restart_needed: Vec<String>,
 }
 
@@ -136,7 +136,7 @@ pub struct Listeners {
     pub admin: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<String>,
-    /// Where the token is that changes need.
+    /// The file with the admin token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
 }
@@ -146,21 +146,21 @@ pub struct Listeners {
 pub struct ServicePortStatus {
     /// `inbound.forward_to`.
     pub address: String,
-    /// It has accepted a connection since the start.
+    /// Whether it has accepted a connection since startup.
     pub accepts: bool,
 }
 
 /// The certificate of this service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdentityStatus {
-    /// Its SPIFFE ID, or DNS name; none while there is no valid certificate.
+    /// Its SPIFFE ID or DNS name; `None` while there is no valid certificate.
     pub id: Option<String>,
-    /// What expires first, of each kind: leaf, intermediate, root, crl.
+    /// The earliest expiry of each kind: leaf, intermediate, root, crl.
     pub expires: BTreeMap<String, String>,
-    /// New certificates and roots that were taken since the start, and that were refused.
+    /// Updates of certificates and roots accepted and rejected since startup.
     pub accepted: u64,
     pub refused: u64,
-    /// Why the newest files are refused; what was valid before holds.
+    /// Why the newest files were rejected; the previous ones stay in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -187,16 +187,16 @@ pub struct ConnectionCounts {
     pub total: u64,
 }
 
-/// What one worker has to do.
+/// The load of one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerStatus {
-    /// Callers' connections that it serves now.
+    /// Client connections that it serves now.
     pub connections: usize,
-    /// Milliseconds that it was busy since the start.
+    /// Milliseconds that it was busy since startup.
     pub busy_ms: u64,
 }
 
-/// The way of spans to the collector.
+/// The export of spans to the collector.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TracesStatus {
     /// The collector's URL, and the protocol.
@@ -204,53 +204,53 @@ pub struct TracesStatus {
     /// Share of the traces that begin here.
     pub sample: f64,
     pub sample_errors: bool,
-    /// Calls that wait to be sent, and how many may.
+    /// Requests whose spans wait to be exported, and the limit.
     pub waiting: usize,
     pub queue: usize,
-    /// Spans by what became of them: `exported`, `queue_full`, `failed`.
+    /// Spans by outcome: `exported`, `queue_full`, `failed`.
     pub spans: BTreeMap<String, u64>,
-    /// Why the last batch was not taken, and when; none where it was.
+    /// Why the last batch was rejected, and when; absent if it was accepted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failed_seconds_ago: Option<u64>,
 }
 
-/// What came in by one way.
+/// The traffic of one entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WayStatus {
-    /// Calls; and connections that carried bytes.
+    /// Requests and byte streams.
     pub count: u64,
     pub last_seconds_ago: Option<u64>,
 }
 
-/// Addresses of the service that redirected calls went to of late.
+/// Addresses of the service that redirected requests recently went to.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AddressesStatus {
     /// How many are known now.
     pub known: usize,
-    /// Those that were called last.
+    /// The most recently used.
     pub addresses: Vec<UpstreamStatus>,
 }
 
-/// Hosts that no upstream names, met since the start.
+/// Hosts that no upstream names, seen since startup.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UnknownStatus {
     /// How many are known now.
     pub known: usize,
-    /// Those that were used last.
+    /// The most recently used.
     pub hosts: Vec<UpstreamStatus>,
-    /// Names that calls asked for and that lead nowhere.
+    /// Requested names that do not resolve.
     #[serde(default)]
     pub not_found: NotFound,
 }
 
-/// Names without an address: asked for in the last five minutes.
+/// Names without an address, requested in the last five minutes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotFound {
     /// How many there are.
     pub count: usize,
-    /// Why, for each of those that were asked for last.
+    /// The errors of the most recently requested ones.
     pub last: Vec<String>,
 }
 
@@ -262,7 +262,8 @@ impl Status {
         let not_ready = control.not_ready();
         let admin = control.admin.get();
         let metrics = &control.shared.metrics;
-        let all = |addresses: &[std::net::SocketAddr]| addresses.iter().map(ToString::to_string).collect();
+        let to_strings =
+            |addresses: &[std::net::SocketAddr]| addresses.iter().map(ToString::to_string).collect();
         Self {
             service: snapshot.config.service.name.clone(),
             build: Build { version: env!("CARGO_PKG_VERSION").to_owned() },
@@ -284,13 +285,13 @@ impl Status {
                 restart_needed: reloads.restart_needed,
             },
             listeners: Listeners {
-                outbound: all(&control.addresses.outbound),
-                inbound: all(&control.addresses.inbound),
+                outbound: to_strings(&control.addresses.outbound),
+                inbound: to_strings(&control.addresses.inbound),
                 upstreams: control
                     .addresses
                     .upstreams
                     .iter()
-                    .map(|(name, addresses)| (name.clone(), all(addresses)))
+                    .map(|(name, addresses)| (name.clone(), to_strings(addresses)))
                     .collect(),
                 admin: admin.map(|at| at.admin.clone()).unwrap_or_default(),
                 probe: admin.and_then(|at| at.probe.clone()),
@@ -364,11 +365,11 @@ impl AccessLogStatus {
 
 impl Trouble {
     fn last(calls: &Calls) -> Vec<Self> {
-        let calls = calls.requests.read();
-        calls
+        let records = calls.requests.read();
+        records
             .iter()
             .filter(|record| record.kind() != Kind::Slow)
-            .take(SHOWN_CALLS)
+            .take(SHOWN_REQUESTS)
             .map(|r| Self::of(r))
             .collect()
     }
@@ -397,36 +398,36 @@ impl WayStatus {
 impl AddressesStatus {
     fn of(shared: &Shared, now: Instant) -> Self {
         let known = shared.inbound_addresses.read().0;
-        let shown = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
-        Self { known: known.len(), addresses: shown.collect() }
+        let statuses = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
+        Self { known: known.len(), addresses: statuses.collect() }
     }
 }
 
 impl UnknownStatus {
-    /// Hosts are those that a call can have reached; names that lead nowhere are told apart from them.
+    /// Separates hosts that requests can have reached from names that do not resolve.
     fn of(shared: &Shared, snapshot: &Snapshot, now: Instant) -> Self {
         let reached = |cluster: &Arc<Cluster>| {
             let set = cluster.upstream.endpoints();
             set.endpoints.iter().any(|endpoint| may_be_reached(shared, snapshot, cluster, endpoint.address))
         };
-        let (known, others): (Vec<_>, Vec<_>) = shared.unknown.read().0.into_iter().partition(reached);
-        let shown = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
-        Self { known: known.len(), hosts: shown.collect(), not_found: NotFound::of(&others) }
+        let (known, unresolved): (Vec<_>, Vec<_>) = shared.unknown.read().0.into_iter().partition(reached);
+        let statuses = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
+        Self { known: known.len(), hosts: statuses.collect(), not_found: NotFound::of(&unresolved) }
     }
 }
 
 impl NotFound {
     fn of(clusters: &[Arc<Cluster>]) -> Self {
-        let why = |cluster: &Arc<Cluster>| {
+        let resolution_error = |cluster: &Arc<Cluster>| {
             let set = cluster.upstream.endpoints();
             match &set.resolution {
                 Resolution::Failed(error) if set.endpoints.is_empty() => Some(error.to_string()),
                 _ => None,
             }
         };
-        let mut all = clusters.iter().filter_map(why);
-        let last: Vec<_> = all.by_ref().take(SHOWN_NOT_FOUND).collect();
-        Self { count: last.len() + all.count(), last }
+        let mut errors = clusters.iter().filter_map(resolution_error);
+        let last: Vec<_> = errors.by_ref().take(SHOWN_NOT_FOUND).collect();
+        Self { count: last.len() + errors.count(), last }
     }
 }
 

@@ -46,44 +46,44 @@ impl Running {
         Client::new(self.admin.address.parse().unwrap(), None)
     }
 
-    /// Sends the bytes as they are; the whole answer.
+    /// Sends raw bytes and returns the whole response.
     async fn raw(&self, address: &str, request: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        let _ = stream.read_to_string(&mut answer).await;
-        answer
+        let mut response = String::new();
+        let _ = stream.read_to_string(&mut response).await;
+        response
     }
 
-    async fn ask(&self, line: &str, fields: &str) -> String {
+    async fn request(&self, line: &str, fields: &str) -> String {
         let request = format!("{line} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{fields}\r\n");
         self.raw(&self.admin.address, &request).await
     }
 }
 
-fn status(answer: &str) -> u16 {
-    answer.get(9..12).and_then(|code| code.parse().ok()).unwrap_or(0)
+fn status(response: &str) -> u16 {
+    response.get(9..12).and_then(|code| code.parse().ok()).unwrap_or(0)
 }
 
 #[tokio::test]
-async fn reading_is_open_to_the_machine_and_changing_needs_the_token() {
+async fn reads_are_open_and_changes_need_the_token() {
     let running = start(|_| {});
     for path in ["/", "/live", "/ready", "/status", "/config", "/metrics"] {
-        let answer = running.ask(&format!("GET {path}"), "").await;
-        assert_eq!(status(&answer), 200, "{path}: {answer}");
+        let response = running.request(&format!("GET {path}"), "").await;
+        assert_eq!(status(&response), 200, "{path}: {response}");
     }
     for change in ["POST /drain", "PUT /log"] {
-        let answer = running.ask(change, "content-length: 0\r\n").await;
-        assert_eq!(status(&answer), 401, "{change}: {answer}");
-        let answer = running.ask(change, "authorization: Bearer wrong\r\ncontent-length: 0\r\n").await;
-        assert_eq!(status(&answer), 401, "{change}: {answer}");
+        let response = running.request(change, "content-length: 0\r\n").await;
+        assert_eq!(status(&response), 401, "{change}: {response}");
+        let response = running.request(change, "authorization: Bearer wrong\r\ncontent-length: 0\r\n").await;
+        assert_eq!(status(&response), 401, "{change}: {response}");
     }
     assert!(running.control.not_ready().is_none(), "nothing was changed");
-    assert!(running.control.request_drain(), "nothing had asked for a drain");
+    assert!(running.control.request_drain(), "no drain was requested before");
 }
 
 #[tokio::test]
-async fn the_client_finds_the_token_by_itself() {
+async fn the_client_discovers_the_token() {
     let running = start(|_| {});
     let file = running.admin.token_path().unwrap().to_owned();
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
@@ -91,9 +91,9 @@ async fn the_client_finds_the_token_by_itself() {
     let error = running.client().change(http::Method::PUT, "/log", "loud".to_owned()).await.unwrap_err();
     assert!(error.to_string().contains("`loud` is not a log level"), "{error}");
     running.client().change(http::Method::POST, "/drain", String::new()).await.unwrap();
-    assert!(!running.control.request_drain(), "the drain had been asked for");
+    assert!(!running.control.request_drain(), "the drain was already requested");
     drop(running);
-    assert!(!file.exists(), "the token goes with the process");
+    assert!(!file.exists(), "the token file is removed with the process");
 }
 
 #[tokio::test]
@@ -101,68 +101,71 @@ async fn a_configured_token_is_used() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "s3cret\n").unwrap();
     let running = start(|config| config.admin.token_file = Some(file.path().to_owned()));
-    let answer = running.ask("POST /drain", "authorization: Bearer s3cret\r\ncontent-length: 0\r\n").await;
-    assert_eq!(status(&answer), 202, "{answer}");
+    let response =
+        running.request("POST /drain", "authorization: Bearer s3cret\r\ncontent-length: 0\r\n").await;
+    assert_eq!(status(&response), 202, "{response}");
 }
 
 #[tokio::test]
-async fn a_web_page_cannot_reach_it_under_a_name_of_its_own() {
+async fn requests_with_a_foreign_host_are_rejected() {
     let running = start(|_| {});
     let request = "GET /status HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n";
     assert_eq!(status(&running.raw(&running.admin.address, request).await), 403);
 }
 
 #[tokio::test]
-async fn wrong_paths_and_methods_say_what_there_is() {
+async fn wrong_paths_and_methods_list_the_valid_ones() {
     let running = start(|_| {});
-    let answer = running.ask("GET /nope", "").await;
-    assert_eq!(status(&answer), 404);
-    assert!(answer.contains("/status"), "{answer}");
-    let answer = running.ask("GET /drain", "").await;
-    assert_eq!(status(&answer), 405);
-    assert!(answer.to_lowercase().contains("allow: post\r\n"), "{answer}");
-    let answer = running.ask("DELETE /status", "").await;
-    assert!(answer.to_lowercase().contains("allow: get, head\r\n"), "{answer}");
+    let response = running.request("GET /nope", "").await;
+    assert_eq!(status(&response), 404);
+    assert!(response.contains("/status"), "{response}");
+    let response = running.request("GET /drain", "").await;
+    assert_eq!(status(&response), 405);
+    assert!(response.to_lowercase().contains("allow: post\r\n"), "{response}");
+    let response = running.request("DELETE /status", "").await;
+    assert!(response.to_lowercase().contains("allow: get, head\r\n"), "{response}");
 }
 
 #[tokio::test]
-async fn a_body_that_is_too_long_is_refused() {
+async fn a_body_that_is_too_long_is_rejected() {
     let running = start(|_| {});
     let token = std::fs::read_to_string(running.admin.token_path().unwrap()).unwrap();
     let fields = format!("authorization: Bearer {}\r\ncontent-length: 1000000\r\n", token.trim());
-    assert_eq!(status(&running.ask("PUT /log", &fields).await), 413);
+    assert_eq!(status(&running.request("PUT /log", &fields).await), 413);
 }
 
 #[tokio::test]
 async fn a_drain_shows_in_ready() {
     let running = start(|_| {});
-    assert_eq!(status(&running.ask("GET /ready", "").await), 200);
+    assert_eq!(status(&running.request("GET /ready", "").await), 200);
     running._proxy.set_phase(crate::proxy::worker::Phase::Leaving);
-    let answer = running.ask("GET /ready", "accept: application/json\r\n").await;
-    assert_eq!(status(&answer), 503);
-    assert!(answer.contains("leaving"), "{answer}");
-    assert_eq!(status(&running.ask("GET /live", "").await), 200);
+    let response = running.request("GET /ready", "accept: application/json\r\n").await;
+    assert_eq!(status(&response), 503);
+    assert!(response.contains("leaving"), "{response}");
+    assert_eq!(status(&running.request("GET /live", "").await), 200);
 }
 
-/// Issue 14, fault 25: a worker that had died was live.
+/// Issue 14, fault 25: `/live` reported a dead worker as live.
 #[tokio::test]
-async fn a_part_that_has_died_shows_in_live_and_ready() {
+async fn a_dead_worker_shows_in_live_and_ready() {
     let running = start(|_| {});
     running.control.deaths.keep("worker-0").end(Err("its listener is gone".to_owned()));
-    let answer = running.ask("GET /live", "").await;
-    assert_eq!(status(&answer), 503, "{answer}");
-    assert!(answer.ends_with("worker-0 has died: its listener is gone\n"), "{answer}");
-    let answer = running.ask("GET /ready", "").await;
-    assert_eq!(status(&answer), 503, "{answer}");
-    assert!(answer.contains("has died"), "{answer}");
+    let response = running.request("GET /live", "").await;
+    assert_eq!(status(&response), 503, "{response}");
+    assert!(response.ends_with("worker-0 has failed: its listener is gone\n"), "{response}");
+    let response = running.request("GET /ready", "").await;
+    assert_eq!(status(&response), 503, "{response}");
+    assert!(response.contains("has failed"), "{response}");
 }
 
 #[tokio::test]
 async fn metrics_are_openmetrics() {
     let running = start(|_| {});
-    let answer = running.ask("GET /metrics", "").await;
-    assert!(answer.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
-    assert!(answer.ends_with("# EOF\n"), "{answer}");
+    let response = running.request("GET /metrics", "").await;
+    assert!(
+        response.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n")
+    );
+    assert!(response.ends_with("# EOF\n"), "{response}");
     for name in [
         "outrigger_build_info{version=",
         "outrigger_connections{direction=\"inbound\",tls=\"none\",state=\"open\"} 0",
@@ -173,7 +176,7 @@ async fn metrics_are_openmetrics() {
         "process_open_fds ",
         "process_start_time_seconds ",
     ] {
-        assert!(answer.contains(name), "{name} is not in\n{answer}");
+        assert!(response.contains(name), "{name} is not in\n{response}");
     }
 }
 
@@ -188,10 +191,10 @@ async fn the_probe_port_serves_probes_and_nothing_else() {
         ("GET /status", 404),
         ("POST /drain", 404),
     ] {
-        // A kubelet names the pod, a scraper may name a host.
+        // A kubelet sends the pod's name, a scraper may send any host.
         let request = format!("{line} HTTP/1.1\r\nhost: pod.example\r\nconnection: close\r\n\r\n");
-        let answer = running.raw(&address, &request).await;
-        assert_eq!(status(&answer), expected, "{line}: {answer}");
+        let response = running.raw(&address, &request).await;
+        assert_eq!(status(&response), expected, "{line}: {response}");
     }
 }
 
@@ -210,7 +213,7 @@ async fn a_unix_socket_needs_no_token() {
 }
 
 #[tokio::test]
-async fn where_nothing_runs_the_client_says_so() {
+async fn the_client_reports_that_no_sidecar_runs() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let client = Client::new(free.to_string().parse().unwrap(), None);
     for error in [

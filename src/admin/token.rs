@@ -1,9 +1,9 @@
-//! The token that every change over TCP must bear.
+//! The token that every change over TCP must carry.
 //!
-//! Where the configuration names no file, a token is made at start and left where only the same user can read it:
-//! `$XDG_RUNTIME_DIR/outrigger/admin-PORT-….token`, or in `outrigger-UID` in the temporary directory. Its name is new
-//! with every start, since processes in other network namespaces may have the same port and the same directory.
-//! `/status` tells where it is; so `outrigger set` and `outrigger drain` find it.
+//! If the configuration names no file, a token is created at startup in a file that only the same user can read:
+//! `$XDG_RUNTIME_DIR/outrigger/admin-PORT-….token`, or in `outrigger-UID` in the temporary directory. Each start uses a
+//! new name, since processes in other network namespaces may have the same port and directory. `/status` reports the
+//! path, so `outrigger set` and `outrigger drain` find it.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -14,7 +14,7 @@ use std::{
 
 use subtle::ConstantTimeEq;
 
-/// A secret; never shown.
+/// The secret; `Debug` does not print it.
 #[derive(Clone)]
 pub struct Token(String);
 
@@ -28,22 +28,22 @@ impl std::fmt::Debug for Token {
 pub enum TokenError {
     #[error("cannot read the admin token from {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("the admin token in {path} is empty or holds characters that a header cannot")]
+    #[error("the admin token in {path} is empty or has characters that are not allowed in a header field")]
     Unfit { path: PathBuf },
-    #[error("its admin token is in {path}, not where one is left by itself")]
+    #[error("the sidecar's admin token is in {path}, which is not the default location")]
     Elsewhere { path: PathBuf },
-    #[error("cannot leave the admin token at {path}: {source}")]
+    #[error("cannot write the admin token to {path}: {source}")]
     Write { path: PathBuf, source: io::Error },
     #[error("no randomness for the admin token: {0}")]
     Random(#[from] getrandom::Error),
 }
 
-/// A token made at start, and its file; removed when dropped.
+/// A token created at startup, and its file, which is removed when dropped.
 #[derive(Debug)]
 pub struct TokenFile {
     pub path: PathBuf,
     token: Token,
-    /// Locked as long as the process lives: so it is told from one that was left behind.
+    /// Locked while the process lives, to distinguish it from a stale file.
     _lock: File,
 }
 
@@ -64,7 +64,7 @@ impl Token {
         Ok(Self(bytes.iter().map(|b| format!("{b:02x}")).collect()))
     }
 
-    /// Whether an `Authorization` field bears it. Takes as long for a wrong token as for the right one.
+    /// Whether an `Authorization` value contains it. Compares in constant time.
     pub fn is_borne_by(&self, authorization: Option<&[u8]>) -> bool {
         const SCHEME: &[u8] = b"bearer ";
         let Some((scheme, given)) = authorization.and_then(|field| field.split_at_checked(SCHEME.len()))
@@ -74,19 +74,19 @@ impl Token {
         scheme.eq_ignore_ascii_case(SCHEME) && bool::from(given.trim_ascii().ct_eq(self.0.as_bytes()))
     }
 
-    /// The field's value.
+    /// The value for `Authorization`.
     pub fn authorization(&self) -> String {
         format!("Bearer {}", self.0)
     }
 }
 
 impl TokenFile {
-    /// Makes a token for the admin server on `port` and leaves it where [`told`] takes it from.
+    /// Creates a token for the admin server on `port`, where [`read_announced`] accepts it.
     pub fn make(port: u16) -> Result<Self, TokenError> {
-        Self::make_in(&folder(), port)
+        Self::create_in(&folder(), port)
     }
 
-    fn make_in(folder: &Path, port: u16) -> Result<Self, TokenError> {
+    fn create_in(folder: &Path, port: u16) -> Result<Self, TokenError> {
         let token = Token::random()?;
         let mut name = [0_u8; 4];
         getrandom::fill(&mut name)?;
@@ -108,13 +108,13 @@ impl Drop for TokenFile {
     }
 }
 
-/// The token that the admin server on `port` says it has left at `path`. Read only where such a server would have left
-/// it: who else listens there must not be sent what it names.
+/// Reads the token from the `path` that the admin server on `port` announces in `/status`. Only a path where such a
+/// server would create it is accepted: another process on that port must not make us send the content of any file.
 pub fn told(path: &Path, port: u16) -> Result<Token, TokenError> {
-    told_in(&folder(), path, port)
+    read_announced_in(&folder(), path, port)
 }
 
-fn told_in(folder: &Path, path: &Path, port: u16) -> Result<Token, TokenError> {
+fn read_announced_in(folder: &Path, path: &Path, port: u16) -> Result<Token, TokenError> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if path.parent() == Some(folder) && name.starts_with(&prefix(port)) && name.ends_with(SUFFIX) {
         Token::read(path)
@@ -136,24 +136,24 @@ fn folder() -> PathBuf {
     }
 }
 
-/// Writes a file that only this user can read, and locks it. It appears whole and locked.
+/// Atomically creates a locked file that only this user can read.
 fn write_private(path: &Path, text: &str) -> io::Result<File> {
     if let Some(folder) = path.parent() {
         match DirBuilder::new().mode(0o700).create(folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        // The temporary directory is everybody's: somebody else may have been there first.
+        // The temporary directory is shared: another user may have created the folder first.
         let owner = fs::symlink_metadata(folder)?;
         if !owner.is_dir() || owner.uid() != rustix::process::geteuid().as_raw() || owner.mode() & 0o022 != 0
         {
-            return Err(io::Error::other("its folder belongs to somebody else"));
+            return Err(io::Error::other("its folder belongs to another user, or others can write to it"));
         }
-        sweep(folder);
+        remove_stale(folder);
     }
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    // A file system without locks has no sweeping either.
+    // Without file locks `remove_stale` cannot remove it either.
     let _ = file.try_lock();
     if let Err(error) = writeln!(file, "{text}").and_then(|()| fs::rename(&temporary, path)) {
         let _ = fs::remove_file(&temporary);
@@ -162,8 +162,8 @@ fn write_private(path: &Path, text: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Removes tokens that processes which were killed have left: nobody holds their locks.
-fn sweep(folder: &Path) {
+/// Removes token files of killed processes: their locks are free.
+fn remove_stale(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name();
         if name.to_str().is_some_and(|name| name.starts_with("admin-") && name.ends_with(SUFFIX))
@@ -180,18 +180,18 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn a_made_token_is_private_unique_and_goes_away() {
+    fn a_created_token_is_private_unique_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
-        let file = TokenFile::make_in(&folder, 1).unwrap();
+        let file = TokenFile::create_in(&folder, 1).unwrap();
         assert_eq!(fs::metadata(&file.path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(fs::metadata(&folder).unwrap().mode() & 0o777, 0o700);
-        let found = told_in(&folder, &file.path, 1).unwrap();
-        assert_eq!(found.0, file.token.0);
-        assert_eq!(found.0.len(), 64);
-        let later = TokenFile::make_in(&folder, 1).unwrap();
-        assert_ne!(later.token.0, found.0);
-        assert!(file.path.exists(), "one on the same port in another network namespace");
+        let announced = read_announced_in(&folder, &file.path, 1).unwrap();
+        assert_eq!(announced.0, file.token.0);
+        assert_eq!(announced.0.len(), 64);
+        let later = TokenFile::create_in(&folder, 1).unwrap();
+        assert_ne!(later.token.0, announced.0);
+        assert!(file.path.exists(), "kept for a process with the same port in another network namespace");
         drop(file);
         assert!(later.path.exists());
         drop(later);
@@ -199,41 +199,41 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_swept() {
+    fn stale_token_files_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
-        let live = TokenFile::make_in(&folder, 1).unwrap();
-        let left = folder.join("admin-1-0000.token");
-        fs::write(&left, "old").unwrap();
+        let live = TokenFile::create_in(&folder, 1).unwrap();
+        let stale = folder.join("admin-1-0000.token");
+        fs::write(&stale, "old").unwrap();
         fs::write(folder.join("mine"), "precious").unwrap();
-        let _new = TokenFile::make_in(&folder, 2).unwrap();
-        assert!(live.path.exists() && !left.exists() && folder.join("mine").exists());
+        let _new = TokenFile::create_in(&folder, 2).unwrap();
+        assert!(live.path.exists() && !stale.exists() && folder.join("mine").exists());
     }
 
     #[test]
-    fn nothing_else_is_read_for_a_server_that_asks() {
+    fn only_announced_token_files_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
-        let file = TokenFile::make_in(&folder, 1).unwrap();
-        assert!(told_in(&folder, &file.path, 2).is_err(), "another server's");
+        let file = TokenFile::create_in(&folder, 1).unwrap();
+        assert!(read_announced_in(&folder, &file.path, 2).is_err(), "the token of another port");
         fs::write(dir.path().join("id_rsa"), "secret").unwrap();
         for elsewhere in ["id_rsa", "outrigger/../id_rsa", "outrigger/admin-1-x.token/../../id_rsa"] {
-            let error = told_in(&folder, &dir.path().join(elsewhere), 1).unwrap_err();
+            let error = read_announced_in(&folder, &dir.path().join(elsewhere), 1).unwrap_err();
             assert!(matches!(error, TokenError::Elsewhere { .. }), "{elsewhere}: {error}");
         }
     }
 
     #[test]
-    fn a_folder_that_others_can_write_is_refused() {
+    fn a_folder_that_others_can_write_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
         fs::create_dir(&folder).unwrap();
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(TokenFile::make_in(&folder, 1).is_err());
+        assert!(TokenFile::create_in(&folder, 1).is_err());
     }
 
     #[test]
-    fn only_the_right_token_passes() {
+    fn only_the_exact_token_matches() {
         let token = Token("secret".to_owned());
         assert!(token.is_borne_by(Some(b"Bearer secret")));
         assert!(token.is_borne_by(Some(b"bearer secret")));
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configured_file_must_hold_something() {
+    fn a_configured_file_must_not_be_empty() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("token");
         assert!(matches!(Token::read(&path), Err(TokenError::Read { .. })));

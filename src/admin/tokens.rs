@@ -1,5 +1,5 @@
-//! What `/status` says of tokens: the keys that check those of callers, and those that are shown to upstreams. Never a
-//! token itself.
+//! Tokens in `/status`: the keys that verify tokens of clients, and the state of tokens for upstreams. Never a token
+//! itself.
 
 use std::time::Duration;
 
@@ -13,11 +13,11 @@ use crate::{identity::oauth2::OwnToken, model::Snapshot};
 pub struct KeysStatus {
     /// The URL or file they come from.
     pub source: String,
-    /// How many are known; 0 until some were had.
+    /// The number of keys; 0 until the first successful fetch.
     pub known: usize,
     pub fetched: u64,
     pub failed: u64,
-    /// When keys were last brought.
+    /// The age of the last successful fetch.
     pub last_seconds_ago: Option<u64>,
     /// Why the last fetch failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -28,38 +28,38 @@ impl KeysStatus {
     pub fn of(snapshot: &Snapshot) -> Option<Self> {
         let jwt = snapshot.config.inbound.jwt.as_ref()?;
         let issuer = &snapshot.gate.as_ref()?.users.as_ref()?.issuer;
-        let told = issuer.told();
+        let report = issuer.told();
         Some(Self {
             source: jwt.jwks.to_string(),
             known: issuer.keys().map_or(0, |keys| keys.keys.len()),
-            fetched: told.fetched,
-            failed: told.failed,
-            last_seconds_ago: told.last.map(|last| last.elapsed().as_secs()),
-            error: told.error,
+            fetched: report.fetched,
+            failed: report.failed,
+            last_seconds_ago: report.last.map(|last| last.elapsed().as_secs()),
+            error: report.error,
         })
     }
 }
 
-/// The token that an upstream's calls carry: `oauth2`.
+/// The token for requests to an upstream: `oauth2`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenStatus {
-    /// For how long it is still used; none where there is none.
+    /// How long it will still be used; `None` if there is no token.
     pub good_for_seconds: Option<u64>,
     pub fetched: u64,
     pub failed: u64,
-    /// Why the last request for one failed, if it did.
+    /// Why the last token request failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
 impl TokenStatus {
     pub fn of(token: &OwnToken) -> Self {
-        let told = token.told();
+        let report = token.told();
         Self {
             good_for_seconds: token.good_for(Instant::now()).as_ref().map(Duration::as_secs),
-            fetched: told.fetched,
-            failed: told.failed,
-            error: told.error,
+            fetched: report.fetched,
+            failed: report.failed,
+            error: report.error,
         }
     }
 }

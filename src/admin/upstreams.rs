@@ -1,4 +1,4 @@
-//! What `/status` says of one upstream.
+//! One upstream in `/status`.
 
 use std::{
     collections::BTreeMap,
@@ -18,21 +18,21 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UpstreamStatus {
     pub name: String,
-    /// Where its endpoints come from.
+    /// The source of its endpoints.
     pub source: String,
-    /// `pending`, `ready`, or `failed: WHY`; what was found before a failure stays in use.
+    /// `pending`, `ready`, or `failed: WHY`; endpoints from before a failure stay in use.
     pub discovery: String,
     pub endpoints: Vec<EndpointStatus>,
     pub breaker: BreakerStatus,
-    /// Of retries; none where retries are off.
+    /// The retry budget; `None` if retries are off.
     pub budget: Option<BudgetStatus>,
-    /// None where limits are off: then requests are not counted.
+    /// `None` if limits are off: then requests are not counted.
     pub limits: Option<LimitsStatus>,
-    /// What followed failed tries, by outcome; only what happened.
+    /// Retry decisions by outcome; zeros are omitted.
     pub retries: BTreeMap<String, u64>,
-    /// Calls refused here, by reason; only what happened.
+    /// Requests rejected by the proxy, by reason; zeros are omitted.
     pub rejected: BTreeMap<String, u64>,
-    /// The token that its calls carry, where it has `oauth2`.
+    /// The token for its requests, with `oauth2`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<TokenStatus>,
 }
@@ -44,16 +44,16 @@ pub struct EndpointStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     pub weight: u32,
-    /// `healthy`, `unhealthy` (active checks), `ejected` (what calls saw of it) or `absent` (it accepts no connections, or
+    /// `healthy`, `unhealthy` (active checks), `ejected` (outlier detection) or `absent` (it accepts no connections, or
     /// its sidecar has no service behind it).
     pub state: String,
-    /// When an ejected one comes back, in whole seconds, rounded up.
+    /// When an ejected endpoint is restored, in whole seconds, rounded up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until_in_seconds: Option<u64>,
-    /// The share of its attempts in the last ten seconds that went well, from 0 to 1; none where there were none.
+    /// The share of successful attempts in the last ten seconds, from 0 to 1; `None` without attempts.
     #[serde(default)]
     pub success: Option<f64>,
-    /// The last failure: a cause of `docs/errors.md`, or the status that it answered.
+    /// The last failure: a cause of `docs/errors.md`, or the status of the response.
     #[serde(default)]
     pub last_error: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -64,26 +64,26 @@ pub struct EndpointStatus {
 pub struct BreakerStatus {
     /// `closed`, `half_open` or `open`.
     pub state: String,
-    /// `auto`; `open` or `closed` where it is forced; `off` where the configuration has none.
+    /// `auto`; `open` or `closed` if it is forced; `off` if it is disabled.
     pub mode: String,
     pub since_seconds_ago: u64,
     pub why: String,
-    /// When it changes by itself, in whole seconds, rounded up.
+    /// When its state changes without further requests, in whole seconds, rounded up.
     pub until_in_seconds: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BudgetStatus {
-    /// Retries that would be granted now.
+    /// Retries that are available now.
     pub available: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LimitsStatus {
     pub in_flight: u32,
-    /// Waiting for a place.
+    /// Requests that wait for a permit.
     pub pending: u32,
-    /// As it is now, where it is adaptive.
+    /// The current value, if it is adaptive.
     pub max_requests: u32,
     pub connections: u32,
     pub max_connections: u32,
@@ -117,8 +117,8 @@ impl UpstreamStatus {
                 connections: guards.connections.taken(),
                 max_connections: guards.connections.limit(),
             }),
-            retries: happened(&guards.counts.retries),
-            rejected: happened(&guards.counts.rejected),
+            retries: nonzero(&guards.counts.retries),
+            rejected: nonzero(&guards.counts.rejected),
             token: cluster.token.as_deref().map(TokenStatus::of),
         }
     }
@@ -143,11 +143,11 @@ impl EndpointStatus {
         }
     }
 
-    /// How requests fare, in words, where some fail; else empty.
+    /// The success rate and last error as text, if some requests fail; else empty.
     pub fn failures_in_words(&self) -> String {
         let mut text = String::new();
         if let Some(success) = self.success.filter(|success| *success < 1.0) {
-            // Rounded down, so that only what never fails shows 100 %.
+            // Rounded down, so that 100 % means no failure.
             text.push_str(&format!(", {:.0} % succeed", (success * 100.0).floor()));
             if let Some(error) = &self.last_error {
                 text.push_str(&format!(", last error {error}"));
@@ -179,11 +179,11 @@ pub const fn mode_word(mode: Mode) -> &'static str {
     }
 }
 
-fn happened(tally: &Tally) -> BTreeMap<String, u64> {
+fn nonzero(tally: &Tally) -> BTreeMap<String, u64> {
     tally.read().filter(|(_, count)| *count > 0).map(|(word, count)| (word.to_owned(), count)).collect()
 }
 
-/// Rounded up: what has not come yet is not 0 away.
+/// Rounded up, so that a time in the future is never 0 s away.
 fn seconds_to(until: Instant, now: Instant) -> u64 {
     let left = until.saturating_duration_since(now);
     left.as_secs() + u64::from(left > Duration::from_secs(left.as_secs()))

@@ -12,8 +12,8 @@ impl ClaimSet {
         self.0.get(name)
     }
 
-    /// Whether a claim is `wanted`, or a list that holds it: an array, or words with spaces between them as in
-    /// `scope` (RFC 8693 §4.2). Numbers and booleans count as they are written.
+    /// Whether a claim equals `wanted`, or is a list that contains it: an array, or words separated by spaces as in
+    /// `scope` (RFC 8693 §4.2). Numbers and booleans are compared in their JSON form.
     pub fn has(&self, name: &str, wanted: &str) -> bool {
         let is = |value: &Value| match value {
             Value::String(text) => text == wanted,

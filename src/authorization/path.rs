@@ -1,6 +1,6 @@
-//! Paths in rules: how they match, and which ones could be read in two ways.
+//! Paths in rules: matching, and the check for ambiguous paths.
 
-/// A path of a rule: exact, or a prefix where it ends in `*`.
+/// A path of a rule: exact, or a prefix if it ends in `*`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PathPattern {
     Exactly(Box<str>),
@@ -8,7 +8,7 @@ pub enum PathPattern {
 }
 
 impl PathPattern {
-    /// The text is in normal form; the configuration was refused otherwise.
+    /// `text` is in normal form; loading the configuration rejects any other.
     pub fn new(text: &str) -> Self {
         match text.strip_suffix('*') {
             Some(prefix) => Self::Prefix(prefix.into()),
@@ -33,20 +33,20 @@ impl PathPattern {
     }
 }
 
-/// Why a path could be read in two ways.
+/// Why a path is ambiguous: two servers could interpret it differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the path has {0}: two servers could read it differently, and allow rules look at paths")]
+#[error("the path contains {0}: two servers could interpret it differently, and allow rules match paths")]
 pub struct Ambiguous(pub &'static str);
 
-/// Refuses a path that the service could take for another one than the rules did: where slashes are encoded, doubled
-/// or turned round, segments are dots or have parameters (`;`), a triplet is broken, hides another one or a control
-/// character, or is no UTF-8.
+/// Rejects a path that the service could interpret as another one than the rules did: slashes are encoded, doubled
+/// or backslashes; segments are dots or have parameters (`;`); a percent triplet is malformed, encodes another one or
+/// a control character, or decodes to invalid UTF-8.
 ///
 /// # Errors
-/// [`Ambiguous`]
+/// [`AmbiguousPath`]
 pub fn unambiguous(path: &str) -> Result<(), Ambiguous> {
     let bytes = path.as_bytes();
-    // Segments as decoded: `.` may be written as `%2e`.
+    // The decoded segment: `.` may be written as `%2e`.
     let mut segment = Vec::new();
     let mut at = 0;
     let mut after_slash = false;
@@ -89,7 +89,7 @@ fn check_segment(segment: &[u8]) -> Result<(), Ambiguous> {
     }
 }
 
-/// The byte that two hexadecimal digits stand for.
+/// Decodes two hexadecimal digits.
 fn decode(digits: &[u8]) -> Option<u8> {
     let digit = |at: usize| digits.get(at).and_then(|byte| char::from(*byte).to_digit(16));
     u8::try_from(digit(0)? << 4 | digit(1)?).ok()

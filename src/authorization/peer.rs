@@ -1,6 +1,6 @@
-//! What is known of the verified other side of a connection: the names its certificate proves.
+//! The identity of a peer: the names in its certificate.
 //!
-//! Reading a certificate here proves nothing by itself; a [`Peer`] is only made of one whose chain was verified.
+//! Parsing a certificate here verifies nothing; make a [`Peer`] only of one whose chain is verified.
 
 use std::{
     fmt::{self, Write as _},
@@ -18,17 +18,17 @@ use x509_parser::{
 
 use super::{InvalidId, SpiffeId};
 
-/// SAN entries that are read; a certificate with more is refused.
+/// Most SAN entries; a certificate with more is rejected.
 const MAX_NAMES: usize = 1024;
 
-/// The verified other side of a connection.
+/// The verified peer of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Its SPIFFE ID. Where it has one, this alone says who it is.
+    /// Its SPIFFE ID. If present, this alone is its identity.
     pub spiffe: Option<SpiffeId>,
-    /// DNS names of its certificate, which say who it is only where there is no SPIFFE ID.
+    /// DNS names of its certificate. They identify the peer only if there is no SPIFFE ID.
     pub dns: Vec<Box<str>>,
-    /// The subject as RFC 2253 writes it; often empty.
+    /// The subject in RFC 2253 form; often empty.
     pub subject: Box<str>,
     /// SHA-256 of the leaf certificate (DER).
     pub sha256: [u8; 32],
@@ -36,14 +36,16 @@ pub struct Peer {
     pub not_after: SystemTime,
 }
 
-/// Why a certificate cannot say who its bearer is.
+/// Why a certificate cannot identify a peer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
     #[error("it cannot be read ({0})")]
     Unreadable(String),
-    #[error("it is a CA's (CA:TRUE), which signs and never speaks for itself")]
+    #[error("it is a CA certificate (CA:TRUE), which cannot identify a workload")]
     Ca,
-    #[error("its key may sign certificates or revocation lists (key usage), so it must not speak for itself")]
+    #[error(
+        "its key may sign certificates or revocation lists (key usage), so it cannot identify a workload"
+    )]
     SigningKey,
     #[error("its key usage does not allow digital signatures")]
     NoSignature,
@@ -51,24 +53,24 @@ pub enum PeerError {
     ManyUris(usize),
     #[error("its URI name `{id}` is not a SPIFFE ID: {reason}")]
     NotAnId { id: Box<str>, reason: InvalidId },
-    #[error("its SPIFFE ID `{0}` names a whole trust domain and nobody in it")]
+    #[error("its SPIFFE ID `{0}` names a trust domain, not a workload")]
     NoPath(SpiffeId),
     #[error("it has more than {MAX_NAMES} names")]
     ManyNames,
 }
 
 impl Peer {
-    /// One by these names, with no certificate behind it: to ask what it would be let do.
+    /// A peer with these names and no certificate, to evaluate policies for it.
     pub fn named(spiffe: Option<SpiffeId>, dns: &[&str]) -> Self {
         let dns = dns.iter().map(|name| (*name).into()).collect();
         Self { spiffe, dns, subject: "".into(), sha256: [0; 32], not_after: UNIX_EPOCH }
     }
 
-    /// Reads a leaf certificate by the rules of X.509-SVID (§4, §5.2) where it holds a SPIFFE ID.
+    /// Parses a leaf certificate, by the rules of X.509-SVID (§4, §5.2) if it contains a SPIFFE ID.
     ///
     /// # Errors
     ///
-    /// If it must not speak for a workload: a CA's, or its SPIFFE ID is not the only URI or malformed.
+    /// If it cannot identify a workload: a CA certificate, or a SPIFFE ID that is malformed or not the only URI.
     pub fn of(leaf: &CertificateDer<'_>) -> Result<Self, PeerError> {
         let unreadable = |error: &dyn fmt::Display| PeerError::Unreadable(error.to_string());
         let (rest, certificate) = X509Certificate::from_der(leaf).map_err(|error| unreadable(&error))?;
@@ -117,7 +119,7 @@ impl Peer {
     }
 }
 
-/// The name by which logs call it: SPIFFE ID, else DNS name, else subject.
+/// The name in logs: SPIFFE ID, else DNS name, else subject.
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.spiffe, self.dns.first()) {
@@ -128,10 +130,10 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Any URI of the SPIFFE scheme makes the certificate an SVID, of which it must be the only one.
+/// A URI with the SPIFFE scheme makes the certificate an SVID, and must then be its only URI.
 fn spiffe_id(uris: &[&str]) -> Result<Option<SpiffeId>, PeerError> {
-    let claims = |uri: &&&str| uri.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe:"));
-    let Some(uri) = uris.iter().find(claims) else { return Ok(None) };
+    let is_spiffe = |uri: &&&str| uri.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe:"));
+    let Some(uri) = uris.iter().find(is_spiffe) else { return Ok(None) };
     if uris.len() > 1 {
         return Err(PeerError::ManyUris(uris.len()));
     }
@@ -146,13 +148,13 @@ pub fn sha256(der: &[u8]) -> [u8; 32] {
     bytes
 }
 
-/// When a certificate expires; None where it cannot be read.
+/// When a certificate expires; `None` if it cannot be parsed.
 pub fn not_after(certificate: &[u8]) -> Option<SystemTime> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     Some(time(parsed.validity().not_after.timestamp()))
 }
 
-/// Seconds since 1970, as certificates have them.
+/// Converts seconds since 1970.
 pub fn time(seconds: i64) -> SystemTime {
     match u64::try_from(seconds) {
         Ok(after) => UNIX_EPOCH + Duration::from_secs(after),
@@ -160,7 +162,7 @@ pub fn time(seconds: i64) -> SystemTime {
     }
 }
 
-/// A name as RFC 2253 writes it: the last part first, `,` between, special characters escaped.
+/// A name in RFC 2253 form: the last part first, separated by `,`, special characters escaped.
 pub fn rfc2253(name: &X509Name<'_>) -> String {
     let registry = oid_registry::OidRegistry::default().with_all_crypto().with_x509();
     let mut text = String::new();
@@ -232,7 +234,7 @@ mod tests {
     const ID: &str = "spiffe://shop.example/ns/shop/sa/payments";
 
     #[test]
-    fn a_workloads_certificate_says_who_it_is() {
+    fn a_workload_certificate_identifies_the_peer() {
         let leaf = certificate(|params| {
             params.subject_alt_names = vec![uri(ID), SanType::DnsName("payments".try_into().unwrap())];
             params.distinguished_name.push(DnType::OrganizationName, "Shop, Inc.");
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn who_must_not_speak_is_not_heard() {
+    fn certificates_that_cannot_identify_a_workload_are_rejected() {
         let with = |change: &dyn Fn(&mut CertificateParams)| {
             Peer::of(&certificate(|params| {
                 params.subject_alt_names = vec![uri(ID)];
@@ -281,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_certificate_is_told() {
+    fn malformed_certificates_are_reported() {
         let mut bytes = certificate(|_| {}).to_vec();
         bytes.push(0);
         for bytes in [&b"nonsense"[..], &bytes] {

@@ -1,10 +1,10 @@
-//! SPIFFE IDs (the SPIFFE ID standard, §2), and patterns over the names that certificates prove.
+//! SPIFFE IDs (the SPIFFE ID standard, §2), and patterns for the names in certificates.
 //!
-//! Strict on purpose: an ID is compared byte by byte, so there must be one way to write it.
+//! Parsing is strict on purpose: IDs are compared byte by byte, so each must have one spelling.
 
 use std::{fmt, str::FromStr};
 
-/// The scheme, as every ID begins.
+/// The prefix of every ID.
 const SCHEME: &str = "spiffe://";
 /// Longest ID, bytes (§2.3).
 const MAX_ID: usize = 2048;
@@ -13,7 +13,7 @@ const MAX_TRUST_DOMAIN: usize = 255;
 /// Longest DNS name, bytes (RFC 1035 §2.3.4).
 const MAX_DNS: usize = 253;
 
-/// Why a text is not a SPIFFE ID, a trust domain or a pattern.
+/// Why a string is not a SPIFFE ID, a trust domain or a pattern.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
     #[error("it does not begin with `spiffe://`")]
@@ -22,13 +22,13 @@ pub enum InvalidId {
     TooLong,
     #[error("its trust domain is empty or longer than {MAX_TRUST_DOMAIN} bytes")]
     TrustDomainLength,
-    #[error("`{0}` cannot stand in a trust domain: a-z, 0-9, `.`, `-` and `_` can")]
+    #[error("`{0}` is not allowed in a trust domain: use a-z, 0-9, `.`, `-` and `_`")]
     TrustDomainByte(char),
-    #[error("`{0}` cannot stand in its path: letters, digits, `.`, `-`, `_` and `/` can")]
+    #[error("`{0}` is not allowed in its path: use letters, digits, `.`, `-`, `_` and `/`")]
     PathByte(char),
     #[error("its path has an empty part, `.` or `..`, or ends in `/`")]
     PathSegment,
-    #[error("`*` stands only at the end, and behind the trust domain")]
+    #[error("`*` is allowed only at the end, after the trust domain")]
     Star,
     #[error("this is not a DNS name")]
     Dns,
@@ -47,7 +47,7 @@ impl TrustDomain {
 impl FromStr for TrustDomain {
     type Err = InvalidId;
 
-    /// Takes the bare name, or the ID of the trust domain itself (`spiffe://shop.example`).
+    /// Accepts the bare name, or the ID of the trust domain itself (`spiffe://shop.example`).
     fn from_str(text: &str) -> Result<Self, InvalidId> {
         let name = text.strip_prefix(SCHEME).unwrap_or(text);
         check_trust_domain(name)?;
@@ -65,7 +65,7 @@ impl fmt::Display for TrustDomain {
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct SpiffeId {
     text: Box<str>,
-    /// Where the path begins, which may be the end.
+    /// Where the path begins; the length if there is none.
     path_at: usize,
 }
 
@@ -118,13 +118,13 @@ fn check_trust_domain(name: &str) -> Result<(), InvalidId> {
     if name.is_empty() || name.len() > MAX_TRUST_DOMAIN {
         return Err(InvalidId::TrustDomainLength);
     }
-    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | '_');
-    name.chars().find(|c| !fits(*c)).map_or(Ok(()), |c| Err(InvalidId::TrustDomainByte(c)))
+    let is_allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | '_');
+    name.chars().find(|c| !is_allowed(*c)).map_or(Ok(()), |c| Err(InvalidId::TrustDomainByte(c)))
 }
 
 fn check_path_bytes(path: &str) -> Result<(), InvalidId> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '/');
-    path.chars().find(|c| !fits(*c)).map_or(Ok(()), |c| Err(InvalidId::PathByte(c)))
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '/');
+    path.chars().find(|c| !is_allowed(*c)).map_or(Ok(()), |c| Err(InvalidId::PathByte(c)))
 }
 
 /// A path without its leading `/`.
@@ -134,13 +134,13 @@ fn check_path(path: &str) -> Result<(), InvalidId> {
     if broken { Err(InvalidId::PathSegment) } else { Ok(()) }
 }
 
-/// Names peers: a SPIFFE ID, the beginning of one and `*`, or a DNS name written `dns:NAME`.
+/// Matches peers: a SPIFFE ID, a prefix of one and `*`, or a DNS name written `dns:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pattern {
     Exactly(SpiffeId),
-    /// Reaches behind the trust domain, so that `spiffe://shop.example/*` is nobody else's.
+    /// Includes the whole trust domain and `/`, so `spiffe://shop.example/*` matches no other trust domain.
     Prefix(Box<str>),
-    /// A DNS SAN, for certificates that hold no SPIFFE ID. Lower case.
+    /// A DNS SAN, for certificates without a SPIFFE ID. Lower case.
     Dns(Box<str>),
 }
 
@@ -153,7 +153,7 @@ impl Pattern {
         }
     }
 
-    /// Whether it names a peer that proves this DNS name and no SPIFFE ID.
+    /// Whether it matches a peer that has this DNS name and no SPIFFE ID.
     pub fn matches_dns(&self, name: &str) -> bool {
         matches!(self, Self::Dns(named) if named.eq_ignore_ascii_case(name))
     }
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_read_into_its_parts() {
+    fn an_id_is_parsed_into_its_parts() {
         let payments = id("spiffe://shop.example/ns/shop/sa/payments").unwrap();
         assert_eq!((payments.trust_domain(), payments.path()), ("shop.example", "/ns/shop/sa/payments"));
         let own = id("spiffe://shop.example").unwrap();
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_be_written_in_two_ways_is_no_id() {
+    fn ids_that_have_another_spelling_are_rejected() {
         let long = format!("spiffe://a/{}", "x".repeat(MAX_ID));
         let wide = format!("spiffe://{}/x", "a".repeat(MAX_TRUST_DOMAIN + 1));
         for (text, expected) in [
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_names_no_other_trust_domain() {
+    fn a_pattern_matches_no_other_trust_domain() {
         let matches = |pattern: &str, text: &str| {
             let id = id(text).unwrap();
             pattern.parse::<Pattern>().unwrap().matches(&id)
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dns_name_is_named_by_itself_alone() {
+    fn a_dns_pattern_matches_only_that_name() {
         let pattern: Pattern = "dns:Orders.Example".parse().unwrap();
         assert!(pattern.matches_dns("orders.example"));
         assert!(!pattern.matches_dns("a.orders.example"));
@@ -297,7 +297,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_panics_and_what_is_taken_stays_as_written(text in "(spiffe://)?[a-zA-Z0-9./*_%-]{0,40}") {
+        fn parsing_never_panics_and_round_trips(text in "(spiffe://)?[a-zA-Z0-9./*_%-]{0,40}") {
             if let Ok(id) = text.parse::<SpiffeId>() {
                 prop_assert_eq!(id.as_str(), &text);
                 prop_assert_eq!(format!("spiffe://{}{}", id.trust_domain(), id.path()), &text[..]);

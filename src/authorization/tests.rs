@@ -38,37 +38,37 @@ fn orders() -> Rules {
     )
 }
 
-fn ask(rules: &Rules, who: Option<&str>, method: &str, path: &str) -> Result<Option<usize>, String> {
-    let (peer, method) = (who.map(peer), method.parse().unwrap());
-    let what = What::Call { method: &method, path };
+fn ask(rules: &Rules, client: Option<&str>, method: &str, path: &str) -> Result<Option<usize>, String> {
+    let (peer, method) = (client.map(peer), method.parse().unwrap());
+    let operation = What::Call { method: &method, path };
     rules
-        .decide(&Asked { peer: peer.as_ref(), what, token: Token::None })
+        .decide(&Asked { peer: peer.as_ref(), what: operation, token: Token::None })
         .map_err(|refusal| refusal.to_string())
 }
 
 #[test]
-fn an_entry_lets_in_what_fits_all_of_it() {
+fn an_entry_allows_requests_that_match_all_its_conditions() {
     let rules = orders();
     for path in ["/v1/orders", "/v1/orders/7", "/v1/orders/", "/v1/%6frders/7"] {
         assert_eq!(ask(&rules, Some(SHOP), "GET", path), Ok(Some(0)), "{path}");
     }
     let root = Some("spiffe://shop.example/ns/admin/sa/root");
     assert_eq!(ask(&rules, root, "DELETE", "/anything"), Ok(Some(1)));
-    assert_eq!(ask(&Rules::default(), None, "GET", "/"), Ok(None), "without entries all may");
+    assert_eq!(ask(&Rules::default(), None, "GET", "/"), Ok(None), "without entries everything is allowed");
 }
 
 #[test]
-fn a_refusal_names_who_and_what_came_nearest() {
+fn a_denial_names_the_client_and_the_nearest_entry() {
     let rules = orders();
-    for (who, method, path, told) in [
-        (None, "GET", "/v1/orders", "no allow entry names a caller without a certificate".to_owned()),
+    for (client, method, path, expected) in [
+        (None, "GET", "/v1/orders", "no allow entry names a client without a certificate".to_owned()),
         (Some(EVIL), "GET", "/v1/orders", format!("no allow entry names {EVIL}")),
         (
             Some(SHOP),
             "DELETE",
             "/v1/orders",
             format!(
-                "no allow entry lets {SHOP} do DELETE /v1/orders; nearest: entry 1 has the identity but not the method"
+                "no allow entry permits DELETE /v1/orders for {SHOP}; nearest: entry 1 has the identity but not the method"
             ),
         ),
         (
@@ -76,7 +76,7 @@ fn a_refusal_names_who_and_what_came_nearest() {
             "GET",
             "/v1/users",
             format!(
-                "no allow entry lets {SHOP} do GET /v1/users; nearest: entry 1 has the identity and the method but \
+                "no allow entry permits GET /v1/users for {SHOP}; nearest: entry 1 has the identity and the method but \
                  not the path"
             ),
         ),
@@ -84,8 +84,8 @@ fn a_refusal_names_who_and_what_came_nearest() {
             Some("dns:cron.example"),
             "POST",
             "/",
-            "no allow entry lets dns:cron.example do POST /; nearest: entry 3 has all but the claim \
-             scope = \"orders:write\", which the token must hold"
+            "no allow entry permits POST / for dns:cron.example; nearest: entry 3 has all but the claim \
+             scope = \"orders:write\", which the token must contain"
                 .to_owned(),
         ),
         (Some(SHOP), "GET", "/v1/ordersX", String::new()),
@@ -93,27 +93,27 @@ fn a_refusal_names_who_and_what_came_nearest() {
         (Some(SHOP), "GET", "*", String::new()),
         (Some("dns:shop.example"), "GET", "/v1/orders", "no allow entry names dns:shop.example".to_owned()),
     ] {
-        let refusal = ask(&rules, who, method, path).unwrap_err();
-        assert!(told.is_empty() || refusal == told, "{refusal}");
+        let refusal = ask(&rules, client, method, path).unwrap_err();
+        assert!(expected.is_empty() || refusal == expected, "{refusal}");
     }
 }
 
 #[test]
-fn claims_are_asked_for_once_the_token_is_read() {
+fn claims_are_required_once_the_token_is_verified() {
     let rules = orders();
     let peer = peer(SHOP);
-    let what = What::Call { method: &Method::POST, path: "/v1/orders" };
+    let operation = What::Call { method: &Method::POST, path: "/v1/orders" };
     let claims = |scope: &str| ClaimSet(serde_json::Map::from_iter([("scope".to_owned(), json!(scope))]));
     let (more, less) = (claims("orders:read orders:write"), claims("orders:read"));
-    let decide = |token| rules.decide(&Asked { peer: Some(&peer), what, token });
-    assert_eq!(decide(Token::Unread), Ok(Some(2)), "it may turn out to be there");
+    let decide = |token| rules.decide(&Asked { peer: Some(&peer), what: operation, token });
+    assert_eq!(decide(Token::Unread), Ok(Some(2)), "the claim may be present");
     assert!(decide(Token::None).unwrap_err().is_for_claims());
     assert_eq!(decide(Token::Good(&more)), Ok(Some(2)));
     assert!(decide(Token::Good(&less)).unwrap_err().is_for_claims());
 }
 
 #[test]
-fn bytes_have_neither_method_nor_path_nor_token() {
+fn entries_with_method_path_or_claim_do_not_match_byte_streams() {
     let rules = rules(
         r#"
         [[allow]]
@@ -129,20 +129,20 @@ fn bytes_have_neither_method_nor_path_nor_token() {
         identity = ["spiffe://shop.example/d"]
         "#,
     );
-    for (name, token, fits) in [
+    for (name, token, allowed) in [
         ("a", Token::None, false),
         ("b", Token::None, false),
         ("c", Token::Unread, false),
         ("d", Token::None, true),
     ] {
         let peer = peer(&format!("spiffe://shop.example/{name}"));
-        let asked = Asked { peer: Some(&peer), what: What::Bytes, token };
-        assert_eq!(rules.decide(&asked).is_ok(), fits, "{name}");
+        let request = Asked { peer: Some(&peer), what: What::Bytes, token };
+        assert_eq!(rules.decide(&request).is_ok(), allowed, "{name}");
     }
 }
 
 #[test]
-fn an_entry_that_adds_nothing_is_known() {
+fn an_entry_covers_narrower_ones() {
     let rules = rules(
         r#"
         [[allow]]
@@ -169,7 +169,7 @@ fn an_entry_that_adds_nothing_is_known() {
 }
 
 #[test]
-fn paths_that_can_be_read_in_two_ways_are_known() {
+fn ambiguous_paths_are_rejected() {
     for path in [
         "/a/../b",
         "/a/..",
@@ -226,7 +226,7 @@ fn paths_that_can_be_read_in_two_ways_are_known() {
     }
 }
 
-/// How careless servers read a path: each in its own way, all of them seen in the wild.
+/// How lenient servers interpret a path; each variant exists in the wild.
 fn readings(path: &str) -> Vec<String> {
     let decode = |text: &str| {
         let (mut out, bytes) = (Vec::new(), text.as_bytes());
@@ -266,8 +266,8 @@ fn readings(path: &str) -> Vec<String> {
     };
     let once = decode(path);
     let twice = decode(&once);
-    let turned = once.replace('\\', "/");
-    [&once, &twice, &turned, &without_parameters(&once), &without_parameters(path)]
+    let slashes_replaced = once.replace('\\', "/");
+    [&once, &twice, &slashes_replaced, &without_parameters(&once), &without_parameters(path)]
         .into_iter()
         .flat_map(|text| [text.clone(), without_dots(text), merged(text), without_dots(&merged(text))])
         .collect()
@@ -285,30 +285,30 @@ fn paths() -> impl Strategy<Value = String> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-    /// What passes is under the rule's prefix for every reader, so that no spelling leads out of what was allowed.
+    /// A path that passes is under the rule's prefix for every reader, so no spelling escapes the allowed prefix.
     #[test]
-    fn what_passes_is_read_alike_by_all(path in paths()) {
+    fn every_reader_agrees_on_paths_that_pass(path in paths()) {
         if unambiguous(&path).is_ok() {
-            let ours = PathPattern::new("/public/*").matches(&normalise(&path));
+            let matches = PathPattern::new("/public/*").matches(&normalise(&path));
             for reading in readings(&path) {
-                prop_assert_eq!(reading.starts_with("/public/") || reading == "/public", ours, "{} as {}", path, reading);
+                prop_assert_eq!(reading.starts_with("/public/") || reading == "/public", matches, "{} as {}", path, reading);
             }
         }
     }
 
-    /// Whoever is let in is let in by an entry that fits; who is refused is let in by no entry alone either.
+    /// A request is allowed exactly if one entry alone allows it.
     #[test]
     fn an_allow_list_is_the_union_of_its_entries(
-        who in proptest::sample::select(vec![Some(SHOP), Some(EVIL), None, Some("dns:cron.example")]),
+        client in proptest::sample::select(vec![Some(SHOP), Some(EVIL), None, Some("dns:cron.example")]),
         method in proptest::sample::select(vec!["GET", "POST", "DELETE"]),
         path in proptest::sample::select(vec!["/v1/orders", "/v1/orders/1", "/", "/v1"]),
     ) {
         let all = orders();
-        let by_one = all.entries().iter().position(|entry| {
-            let (peer, method) = (who.map(peer), method.parse().unwrap());
-            let what = What::Call { method: &method, path };
-            entry.lacks(&Asked { peer: peer.as_ref(), what, token: Token::None }, path).is_none()
+        let by_one_entry = all.entries().iter().position(|entry| {
+            let (peer, method) = (client.map(peer), method.parse().unwrap());
+            let operation = What::Call { method: &method, path };
+            entry.lacks(&Asked { peer: peer.as_ref(), what: operation, token: Token::None }, path).is_none()
         });
-        prop_assert_eq!(ask(&all, who, method, path).ok(), by_one.map(Some));
+        prop_assert_eq!(ask(&all, client, method, path).ok(), by_one_entry.map(Some));
     }
 }

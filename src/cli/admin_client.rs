@@ -1,4 +1,4 @@
-//! What `status`, `set` and `drain` share: where the sidecar is, and how its answer ends the command.
+//! Shared by `status`, `set`, `drain` and `reload`: the sidecar's address, and the exit code.
 
 use std::{future::Future, path::PathBuf, process::ExitCode};
 
@@ -20,12 +20,12 @@ pub struct AdminArgs {
         value_parser = parse_admin
     )]
     admin: AdminListen,
-    /// The file with the admin token [default: the one that the sidecar names]
+    /// The file with the admin token [default: the one that the sidecar reports]
     #[arg(long, value_name = "FILE", env = "OUTRIGGER_ADMIN_TOKEN_FILE")]
     token_file: Option<PathBuf>,
 }
 
-/// `4191` and `:4191` are ports of this machine.
+/// `4191` and `:4191` mean a port on localhost.
 fn parse_admin(text: &str) -> Result<AdminListen, String> {
     let port = text.strip_prefix(':').unwrap_or(text);
     if port.parse::<u16>().is_ok() { format!("localhost:{port}").parse() } else { text.parse() }
@@ -37,7 +37,7 @@ impl AdminArgs {
     }
 }
 
-/// Runs the exchange and says what went wrong with it, if anything.
+/// Runs the exchange and prints its error, if any.
 pub fn finish(exchange: impl Future<Output = Result<(), ClientError>>) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_admin_address_may_be_a_port_alone() {
+    fn an_admin_address_may_be_only_a_port() {
         for (text, address) in [
             ("4191", "localhost:4191"),
             (":4291", "localhost:4291"),

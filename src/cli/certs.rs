@@ -9,11 +9,11 @@ use crate::identity::{
     issue::{Ca, IssueError, write_key},
 };
 
-/// Make a throw-away CA and certificates, for development.
+/// Create a throw-away CA and certificates, for development.
 ///
-/// DIR gets `ca.crt`, and for each NAME `NAME.crt` and `NAME.key`, which prove
-/// spiffe://TD/ns/default/sa/NAME and, in DNS, NAME and localhost for a year. The CA's key is not kept: what is needed
-/// later is made anew, all of it. What is there already is replaced only with --replace.
+/// Writes to DIR `ca.crt`, and for each NAME `NAME.crt` and `NAME.key`, valid for a year for
+/// spiffe://TD/ns/default/sa/NAME and the DNS names NAME and localhost. The CA's key is not kept, so certificates
+/// cannot be added later: create all of them again. Existing files are replaced only with --replace.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -25,16 +25,16 @@ Examples:
   key = \"certs/checkout.key\"
   ca = \"certs/ca.crt\"")]
 pub struct CertsArgs {
-    /// Where the files are written; made if it is not there
+    /// Directory of the files; created if it does not exist
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// The trust domain, e.g. shop.example
     #[arg(long, value_name = "TD")]
     trust_domain: TrustDomain,
-    /// Replace a CA and certificates that are there already: whoever trusts the old CA refuses the new certificates
+    /// Replace an existing CA and certificates: peers that trust the old CA reject the new certificates
     #[arg(long)]
     replace: bool,
-    /// The workloads
+    /// Names of the workloads
     #[arg(required = true, value_name = "NAME")]
     names: Vec<String>,
 }
@@ -46,8 +46,8 @@ enum CertsError {
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error("`ca` is the CA's own file; give the workload another name")]
-    Taken,
-    #[error("{} is there already: certificates of a new CA would not be trusted beside it; give another --out, or --replace all of it", .0.display())]
+    ReservedName,
+    #[error("{} already exists, and a new CA would replace it; use another --out, or --replace all files", .0.display())]
     Exists(PathBuf),
 }
 
@@ -63,15 +63,15 @@ pub fn run(args: &CertsArgs) -> ExitCode {
 
 fn write(args: &CertsArgs) -> Result<(), CertsError> {
     if args.names.iter().any(|name| name == "ca") {
-        return Err(CertsError::Taken);
+        return Err(CertsError::ReservedName);
     }
     let names = args.names.iter().flat_map(|name| [format!("{name}.crt"), format!("{name}.key")]);
     let mut files = ["ca.crt".to_owned()].into_iter().chain(names).map(|name| args.out.join(name));
-    if let Some(there) = files.find(|path| !args.replace && path.exists()) {
-        return Err(CertsError::Exists(there));
+    if let Some(existing) = files.find(|path| !args.replace && path.exists()) {
+        return Err(CertsError::Exists(existing));
     }
     let ca = Ca::new(args.trust_domain.clone())?;
-    // All are made before any is written.
+    // Issue all certificates before the first file is written.
     let issued =
         args.names.iter().map(|name| Ok((name, ca.issue(name)?))).collect::<Result<Vec<_>, IssueError>>()?;
     let failed = |path: &PathBuf| {
@@ -92,6 +92,6 @@ fn write(args: &CertsArgs) -> Result<(), CertsError> {
             args.trust_domain
         );
     }
-    println!("{}: who issued them; for development only", args.out.join("ca.crt").display());
+    println!("{}: the CA that issued them; for development only", args.out.join("ca.crt").display());
     Ok(())
 }

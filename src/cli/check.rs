@@ -9,15 +9,15 @@ use clap::Args;
 use super::files::{ConfigFiles, colour};
 use crate::config::{self, Diagnostics, Examined};
 
-/// Check the configuration: every problem with its place and what to write instead.
+/// Check the configuration: every problem with its location and a suggestion.
 ///
-/// Exits with 0 where it can be used (warnings may remain), with 1 where it cannot.
+/// Exits with 0 if the configuration is valid (warnings may remain), with 1 if it is not.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   outrigger check                            ./outrigger.toml or $OUTRIGGER_CONFIG
-  outrigger check -c base.toml -c prod.toml  the two together, the later one wins
-  outrigger check --json -c base.toml        for programs")]
+  outrigger check -c base.toml -c prod.toml  both files merged, the later one wins
+  outrigger check --json -c base.toml        for scripts")]
 pub struct CheckArgs {
     #[command(flatten)]
     files: ConfigFiles,
@@ -41,7 +41,7 @@ pub fn run(args: &CheckArgs) -> ExitCode {
             if names.is_empty() { "no file: the built-in defaults".to_owned() } else { names.join(", ") };
         format!("{}{what}: {}\n", found.render(colour(&out)), summary(&found))
     };
-    // A closed pipe is the reader's decision.
+    // A closed pipe is ignored.
     let _ = out.write_all(text.as_bytes());
     if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

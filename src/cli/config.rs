@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use crate::config;
 
-/// Print an example of the configuration, or its JSON Schema.
+/// Print an example configuration, or the JSON Schema of the configuration.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -14,11 +14,11 @@ Examples:
   outrigger config schema > outrigger.schema.json")]
 pub struct ConfigArgs {
     #[command(subcommand)]
-    what: What,
+    document: Document,
 }
 
 #[derive(Subcommand, Debug)]
-enum What {
+enum Document {
     /// A commented example of every key with its default.
     #[command(after_help = "\
 Examples:
@@ -32,11 +32,11 @@ Examples:
 }
 
 pub fn run(args: &ConfigArgs) -> ExitCode {
-    let text = match args.what {
-        What::Example => config::EXAMPLE.to_owned(),
-        What::Schema => format!("{:#}\n", config::json_schema()),
+    let text = match args.document {
+        Document::Example => config::EXAMPLE.to_owned(),
+        Document::Schema => format!("{:#}\n", config::json_schema()),
     };
-    // A closed pipe is the reader's decision.
+    // A closed pipe is ignored.
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }

@@ -1,4 +1,4 @@
-//! `outrigger demo`: the product on one machine, nothing else installed.
+//! `outrigger demo`: the product on one machine, with nothing else installed.
 
 mod http;
 mod services;
@@ -12,15 +12,15 @@ use std::process::ExitCode;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Show it working: two small services with their sidecars, and what callers see when one of them fails.
+/// Demonstrate the proxy: two small services with their sidecars, and what clients see when one service fails.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  outrigger demo           a tour, then light traffic until Ctrl-C, with the admin page to look at
-  outrigger demo --once    the tour alone; exit 0 only if all that it shows happened
+  outrigger demo           a tour, then light traffic and the admin page until Ctrl-C
+  outrigger demo --once    only the tour; exit 0 only if every check of it passed
   outrigger demo --otlp http://127.0.0.1:4317    the same, and traces of all requests in Jaeger")]
 pub struct DemoArgs {
-    /// End after the tour
+    /// Exit after the tour
     #[arg(long)]
     once: bool,
     /// Send traces of all requests to this collector, e.g. a Jaeger started beside it
@@ -40,13 +40,13 @@ pub fn run(args: &DemoArgs) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("outrigger: the demo could not go on: {error}");
+            eprintln!("outrigger: the demo failed: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-/// Whether all that was shown happened.
+/// Returns whether all checks passed.
 async fn until_interrupted(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -57,17 +57,17 @@ async fn until_interrupted(once: bool, otlp: Option<&str>) -> Result<bool, DemoE
     }
 }
 
-/// What keeps the demo itself from going on.
+/// Why the demo itself cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    #[error("a call failed: {0}")]
-    Call(#[from] hyper::Error),
+    #[error("a request failed: {0}")]
+    Http(#[from] hyper::Error),
     #[error("a request could not be built: {0}")]
     Request(#[from] ::http::Error),
-    #[error("no answer to a call within {0:?}")]
-    NoAnswer(std::time::Duration),
+    #[error("no response to a request within {0:?}")]
+    NoResponse(std::time::Duration),
     #[error(transparent)]
     Certificates(#[from] crate::identity::issue::IssueError),
     #[error("{name}'s sidecar {what}; its log:\n{log}")]

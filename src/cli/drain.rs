@@ -7,11 +7,11 @@ use http::Method;
 
 use super::admin_client::{AdminArgs, finish};
 
-/// Let a running sidecar finish its inbound calls; it stays until SIGTERM.
+/// Drain the inbound requests of a running sidecar; the process stays until SIGTERM.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  outrigger drain                                  as a preStop hook: callers hear that this one leaves
+  outrigger drain                                  as a preStop hook: clients get `Connection: close`
   outrigger drain --admin unix:/run/outrigger/admin.sock")]
 pub struct DrainArgs {
     #[command(flatten)]
@@ -22,7 +22,10 @@ pub fn run(args: &DrainArgs) -> ExitCode {
     let client = args.admin.client();
     finish(async move {
         client.change(Method::POST, "/drain", String::new()).await?;
-        println!("{} drains its inbound calls; `outrigger status` shows how far it is", client.address());
+        println!(
+            "{} is draining its inbound requests; `outrigger status` shows the progress",
+            client.address()
+        );
         Ok(())
     })
 }

@@ -1,5 +1,5 @@
-//! `outrigger exec-service`: what `run -- CMD` starts. It has the kernel kill it when `run` is killed, and becomes CMD: same
-//! process, same number, signals and exit code.
+//! `outrigger exec-service`: started by `run -- CMD`. It asks the kernel to kill it when its parent is killed, then
+//! execs CMD in the same process, so that signals and exit code are CMD's.
 
 use std::{ffi::OsString, os::unix::process::CommandExt, process::Command, process::ExitCode};
 
@@ -7,13 +7,13 @@ use clap::Args;
 
 use crate::runtime::child::SpawnError;
 
-/// Become the service of `outrigger run -- CMD`.
+/// Exec the service of `outrigger run -- CMD`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   outrigger exec-service --parent 1 -- node server.js    what `outrigger run -- node server.js` does by itself")]
 pub struct ExecServiceArgs {
-    /// The process with which it ends
+    /// Process ID of the parent, with which it ends
     #[arg(long, value_name = "PID")]
     parent: u32,
     /// The service, with its arguments
@@ -23,7 +23,7 @@ pub struct ExecServiceArgs {
 
 pub fn run(args: &ExecServiceArgs) -> ExitCode {
     if !end_with(args.parent) {
-        eprintln!("outrigger: process {} has ended, so the service is not started", args.parent);
+        eprintln!("outrigger: parent process {} has ended, so the service is not started", args.parent);
         return ExitCode::FAILURE;
     }
     let program = args.command.first().cloned().unwrap_or_default();
@@ -33,13 +33,13 @@ pub fn run(args: &ExecServiceArgs) -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-/// From now on this process is killed when its parent is; false where that has happened already. A program that changes its
-/// user by its file's mode (setuid) loses this.
+/// Has this process killed when its parent is killed; false if the parent has ended already. The kernel drops this
+/// setting when a setuid program is executed.
 #[cfg(target_os = "linux")]
 fn end_with(parent: u32) -> bool {
     use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        eprintln!("outrigger: the service will live on if its sidecar is killed: {error}");
+        eprintln!("outrigger: the service keeps running if its sidecar is killed: {error}");
     }
     getppid().map(Pid::as_raw_pid).and_then(|pid| u32::try_from(pid).ok()) == Some(parent)
 }

@@ -11,7 +11,7 @@ use clap::Args;
 use super::files::{ConfigFiles, colour};
 use target::Target;
 
-/// Tell which upstream, route and policy a request would get, and which line of which file says so.
+/// Explain which upstream, route and policy a request would get, and which line of which file sets each value.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -23,10 +23,10 @@ Examples:
 pub struct ExplainArgs {
     #[command(flatten)]
     files: ConfigFiles,
-    /// A call that comes in, instead of one that goes out.
+    /// An inbound request, instead of an outbound one.
     #[arg(long)]
     inbound: bool,
-    /// With --inbound: the caller's SPIFFE ID (or dns:NAME), to tell which allow entry lets it in.
+    /// With --inbound: the client's SPIFFE ID (or dns:NAME), to show which allow entry matches it.
     #[arg(long, value_name = "ID", requires = "inbound")]
     peer: Option<String>,
     /// Print JSON.
@@ -43,7 +43,7 @@ pub struct ExplainArgs {
 
 pub fn run(args: &ExplainArgs) -> ExitCode {
     let parsed = Target::parse(&args.method, &args.url, &args.headers, args.inbound);
-    let target = match parsed.and_then(|target| target.called_by(args.peer.as_deref())) {
+    let target = match parsed.and_then(|target| target.with_peer(args.peer.as_deref())) {
         Ok(target) => target,
         Err(wrong) => {
             eprintln!("error: {wrong}");
@@ -59,7 +59,7 @@ pub fn run(args: &ExplainArgs) -> ExitCode {
     };
     let verdict = verdict::verdict(&loaded, &target);
     let text = if args.json { format!("{:#}\n", verdict.to_json()) } else { verdict.to_string() };
-    // A closed pipe is the reader's decision.
+    // A closed pipe is ignored.
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }

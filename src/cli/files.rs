@@ -1,4 +1,4 @@
-//! `-c FILE`, wherever a command reads the configuration.
+//! The `-c FILE` option of all commands that read the configuration.
 
 use std::{io::IsTerminal, path::PathBuf};
 
@@ -6,17 +6,17 @@ use clap::Args;
 
 use crate::config::{self, Diagnostics, Loaded};
 
-/// Which configuration to read.
+/// The configuration files to read.
 #[derive(Args, Debug, Default, Clone)]
 pub struct ConfigFiles {
-    /// A configuration file; several merge key by key, the later one wins. `optional:FILE` may be missing, `env:NAME` is a
-    /// variable that holds one [default: $OUTRIGGER_CONFIG, else ./outrigger.toml]
+    /// A configuration file; several merge key by key, the later one wins. `optional:FILE` may be missing, `env:NAME`
+    /// is a variable that holds one [default: $OUTRIGGER_CONFIG, else ./outrigger.toml]
     #[arg(short = 'c', long = "config", value_name = "FILE")]
     pub config: Vec<PathBuf>,
 }
 
 impl ConfigFiles {
-    /// The files that are meant: these, else those found by the usual rule.
+    /// These files, or without any the default ones.
     pub fn paths(&self) -> Vec<PathBuf> {
         config::files(&self.config, std::path::Path::new("."), &config::process_env)
     }
@@ -26,7 +26,7 @@ impl ConfigFiles {
     }
 }
 
-/// Whether to colour what goes to this stream (<https://no-color.org>).
+/// Whether to colour the output to this stream (<https://no-color.org>).
 pub fn colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -14,14 +14,14 @@ use crate::kubernetes::{
     manifest::{self, ManifestError},
 };
 
-/// Far above what an API server takes.
+/// Limit of the input; far above what an API server accepts.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// Put the sidecar into the workloads of Kubernetes YAML, or take it out.
+/// Add the sidecar to the workloads of Kubernetes YAML, or remove it.
 ///
-/// Pods, Deployments, StatefulSets, DaemonSets, Jobs, CronJobs, ReplicaSets and lists of them get it, unless one says
-/// `outrigger.dev/inject: disabled`. What it gets is set by annotations `outrigger.dev/…` of the pod. Everything else is
-/// written as it was read, comments too; injecting twice is injecting once.
+/// Applies to Pods, Deployments, StatefulSets, DaemonSets, Jobs, CronJobs, ReplicaSets and lists of them, unless
+/// labelled `outrigger.dev/inject: disabled`. Annotations `outrigger.dev/…` of the pod configure the sidecar. All other
+/// YAML is left byte for byte unchanged, comments included. Idempotent.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -29,19 +29,19 @@ Examples:
   helm template shop ./chart | outrigger inject | kubectl apply -f -
   kubectl get deploy checkout -o yaml | outrigger inject --remove | kubectl apply -f -
 
-What cannot take a sidecar is left as it is, with the reason on stderr. Where something is wrong nothing is written, and
+Workloads that cannot take a sidecar stay unchanged, with the reason on stderr. After an error nothing is written, and
 the exit code is 1.")]
 pub struct InjectArgs {
-    /// What to read; `-` is stdin; several are written one after another
+    /// File to read; `-` is stdin; several are written one after another
     #[arg(short = 'f', long = "filename", value_name = "FILE", default_value = "-")]
     files: Vec<PathBuf>,
-    /// Take it out again, and leave nothing of it
+    /// Remove the sidecar and everything that was added with it
     #[arg(long, conflicts_with_all = ["defaults", "image"])]
     remove: bool,
-    /// What holds where a pod says nothing: a TOML file as of `outrigger webhook`
+    /// Defaults for what a pod's annotations do not set: a TOML file as for `outrigger webhook`
     #[arg(long, value_name = "FILE")]
     defaults: Option<PathBuf>,
-    /// The proxy's image, where a pod names none
+    /// The proxy's image, unless a pod names one
     #[arg(long, value_name = "IMAGE")]
     image: Option<String>,
 }
@@ -90,11 +90,11 @@ fn all(args: &InjectArgs) -> Result<(), Vec<CliError>> {
                 }
                 out += &injected.text;
             }
-            Err(wrong) => errors
-                .extend(wrong.into_iter().map(|source| CliError::Manifest { path: path.clone(), source })),
+            Err(failures) => errors
+                .extend(failures.into_iter().map(|source| CliError::Manifest { path: path.clone(), source })),
         }
     }
-    // Half of it, applied, would be worse than nothing.
+    // Partial output, once applied, is worse than none.
     if !errors.is_empty() {
         return Err(errors);
     }

@@ -34,7 +34,7 @@ pub fn run(args: &ManArgs) -> ExitCode {
     }
 }
 
-/// `outrigger-set-log.1` and so on, as git does.
+/// One page per command, named as git's: `outrigger-set-log.1`.
 fn write_all(folder: &Path) -> io::Result<()> {
     std::fs::create_dir_all(folder)?;
     clap_mangen::generate_to(super::command().disable_help_subcommand(true), folder)

@@ -1,4 +1,4 @@
-//! The command line: one file a command.
+//! The command line: one file per command.
 
 mod admin_client;
 mod certs;
@@ -26,7 +26,7 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
-/// A sidecar resilience proxy: carries a service's calls, both ways.
+/// A sidecar resilience proxy for a service's inbound and outbound requests.
 #[derive(Parser, Debug)]
 #[command(
     name = "outrigger",
@@ -36,11 +36,12 @@ use clap::{
 Examples:
   outrigger demo                              see it working
   outrigger run --app 8080 -- ./my-service    start a service with its sidecar
-  outrigger run -c outrigger.toml             the sidecar alone
-  outrigger status --watch                    a running one
+  outrigger run -c outrigger.toml             start the sidecar alone
+  outrigger status --watch                    show a running sidecar
 
-Outbound calls go to localhost:4140 (http_proxy), callers to port 4143, and http://localhost:4191 shows what happens.
-Exit codes: 0 fine, 1 failed, 2 wrong usage."
+The service sends its requests to localhost:4140 (http_proxy), clients connect to port 4143, and the admin page is
+http://localhost:4191.
+Exit codes: 0 success, 1 failure, 2 wrong usage."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -68,7 +69,7 @@ enum Command {
     Man(man::ManArgs),
 }
 
-/// Reads the arguments and does what they say.
+/// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -77,7 +78,7 @@ pub fn main() -> ExitCode {
             let written: Vec<String> =
                 std::env::args_os().map(|one| one.to_string_lossy().into_owned()).collect();
             let tip = tip(&error, &written);
-            // Help goes to stdout, a complaint to stderr; a closed pipe is nobody's problem.
+            // Help goes to stdout, errors to stderr. A closed pipe is ignored.
             let _ = error.print();
             if let Some(tip) = tip {
                 eprintln!("\n  tip: {tip}");
@@ -108,24 +109,24 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Names the command that was meant where letters changed places (`rnu`): to clap that is not like it.
+/// Suggests the intended command where letters are transposed (`rnu`); clap's own similarity misses that.
 fn suggest(error: &mut clap::Error) {
     if error.kind() != ErrorKind::InvalidSubcommand || error.get(ContextKind::SuggestedSubcommand).is_some() {
         return;
     }
     let Some(ContextValue::String(written)) = error.get(ContextKind::InvalidSubcommand) else { return };
-    let likeness = |name: &str| strsim::normalized_damerau_levenshtein(written, name);
+    let similarity = |name: &str| strsim::normalized_damerau_levenshtein(written, name);
     let nearest = command()
         .get_subcommands()
         .map(|command| command.get_name().to_owned())
-        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
-        .filter(|name| likeness(name) > 0.6);
+        .max_by(|a, b| similarity(a).total_cmp(&similarity(b)))
+        .filter(|name| similarity(name) > 0.6);
     if let Some(name) = nearest {
         error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(vec![name]));
     }
 }
 
-/// What was probably meant by an argument that stands alone: a configuration file, or the service's command.
+/// A tip for an unexpected positional argument: it is probably a configuration file, or the service's command.
 fn tip(error: &clap::Error, written: &[String]) -> Option<String> {
     if error.kind() != ErrorKind::UnknownArgument {
         return None;
@@ -141,7 +142,7 @@ fn tip(error: &clap::Error, written: &[String]) -> Option<String> {
     }
 }
 
-/// The whole command line, for what is generated from it.
+/// The whole command line, for completions and manual pages.
 fn command() -> clap::Command {
     Cli::command()
 }
@@ -151,13 +152,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_holds_together_and_every_command_has_an_example() {
+    fn the_command_line_is_valid_and_every_command_has_an_example() {
         command().debug_assert();
         has_example(&command());
     }
 
     #[test]
-    fn a_command_that_was_meant_is_named() {
+    fn the_intended_command_is_suggested() {
         for (written, meant) in [("rnu", "'run'"), ("chekc", "'check'"), ("statsu", "'status'")] {
             let mut error = Cli::try_parse_from(["outrigger", written]).unwrap_err();
             suggest(&mut error);
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_or_a_command_that_stands_alone_gets_a_tip() {
+    fn a_positional_file_or_command_gets_a_tip() {
         for (line, meant) in [
             (&["check", "o.toml"][..], "outrigger check -c o.toml"),
             (&["check", "dir/config"], "outrigger check -c dir/config"),

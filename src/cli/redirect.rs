@@ -1,4 +1,4 @@
-//! `outrigger redirect apply|clear|print`: kernel rules that lead the pod's traffic through the proxy.
+//! `outrigger redirect apply|clear|print`: kernel rules that redirect the pod's traffic to the proxy.
 
 use std::process::ExitCode;
 
@@ -9,19 +9,19 @@ use crate::{
     redirect::{self, Backend, Plan, PortRange, RedirectError, Scope},
 };
 
-/// The admin port and the one for probes.
+/// The admin port and the probe port.
 const OWN_PORTS: [u16; 2] = [4191, 4192];
-/// Ports or networks in one list: each is a rule, and every new connection passes them.
+/// Limit of ports or networks in one list: each is a rule that every new connection passes.
 const MAX_LIST: usize = 256;
 
-/// Lead the pod's traffic through the proxy by rules of the kernel (Linux; root with NET_ADMIN).
+/// Redirect the pod's traffic to the proxy by kernel rules (Linux; root with NET_ADMIN).
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   outrigger redirect apply                                 what an injected pod's init container runs
-  outrigger redirect apply --skip-outbound-ports 3306,25   these connections are left alone
-  outrigger redirect print | nft -c -f -                   look at the rules, have them checked
-  outrigger redirect clear                                 as it was before")]
+  outrigger redirect apply --skip-outbound-ports 3306,25   does not redirect these connections
+  outrigger redirect print | nft -c -f -                   prints the rules and checks them
+  outrigger redirect clear                                 removes the rules")]
 pub struct RedirectArgs {
     #[command(subcommand)]
     action: Action,
@@ -34,10 +34,10 @@ enum Action {
     Print(PrintArgs),
 }
 
-/// Install the rules, in the place of earlier ones, and see them work.
+/// Install the rules, replacing earlier ones, and verify that they work.
 ///
-/// TCP from outside goes to the inbound port, TCP of the pod's processes to the outbound port. Left alone: the proxy's own
-/// connections, everything on the loopback device, and what is skipped. Done twice it is as done once.
+/// TCP from outside goes to the inbound port, TCP of the pod's processes to the outbound port. Not redirected: the
+/// proxy's own connections, everything on the loopback device, and what is skipped. Idempotent.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -49,12 +49,12 @@ struct ApplyArgs {
     plan: PlanArgs,
     #[command(flatten)]
     backend: BackendArgs,
-    /// Redirect the traffic of this whole machine, whose network this is. Without it the host's own network is refused
+    /// Redirect the traffic of this whole machine. Without it, rules in the host's own network namespace are refused
     #[arg(long)]
     host: bool,
 }
 
-/// Remove the rules; connections that are open stay.
+/// Remove the rules; open connections stay.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -79,23 +79,23 @@ struct PrintArgs {
 
 #[derive(Args, Debug)]
 struct BackendArgs {
-    /// Who is told the rules
+    /// Kernel interface for the rules
     #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
     backend: Backend,
 }
 
 #[derive(Args, Debug)]
 struct PlanArgs {
-    /// Where the proxy takes connections from outside
+    /// The proxy's port for connections from outside
     #[arg(long, value_name = "PORT", default_value_t = 4143, value_parser = clap::value_parser!(u16).range(1..))]
     inbound_port: u16,
-    /// Where the proxy takes connections of the pod's processes
+    /// The proxy's port for connections of the pod's processes
     #[arg(long, value_name = "PORT", default_value_t = 4140, value_parser = clap::value_parser!(u16).range(1..))]
     outbound_port: u16,
-    /// The proxy's user, whose connections are left alone; may be given more than once
+    /// The proxy's user, whose connections are not redirected; may be given more than once
     #[arg(long, value_name = "UID", value_delimiter = ',', default_values_t = [4140])]
     uid: Vec<u32>,
-    /// Ports of the pod that are reached without the proxy; 4191 and 4192 always are
+    /// Ports of the pod that clients reach without the proxy; 4191 and 4192 always are
     #[arg(long, value_name = "PORTS", default_value = "", hide_default_value = true, value_parser = parse_list::<PortRange>)]
     skip_inbound_ports: List<PortRange>,
     /// Ports that the pod's processes reach without the proxy
@@ -106,7 +106,7 @@ struct PlanArgs {
     skip_outbound_cidrs: List<Network>,
 }
 
-/// A comma list, which may be empty: so a template can always write the option.
+/// A comma-separated list, which may be empty, so that a template can always write the option.
 #[derive(Clone, Debug)]
 struct List<T>(Vec<T>);
 
@@ -139,8 +139,8 @@ impl PlanArgs {
 
 pub fn run(args: &RedirectArgs) -> ExitCode {
     match act(&args.action) {
-        Ok(said) => {
-            print!("{said}");
+        Ok(output) => {
+            print!("{output}");
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -155,18 +155,20 @@ fn act(action: &Action) -> Result<String, RedirectError> {
         Action::Apply(args) => {
             let plan = args.plan.plan();
             let scope = if args.host { Scope::Host } else { Scope::Namespace };
-            let by = by(redirect::apply(&plan, args.backend.backend, scope)?);
+            let by = backend_name(redirect::apply(&plan, args.backend.backend, scope)?);
             format!(
-                "redirected by {by}: from outside to port {}, of the pod's processes to port {}; seen to work\n",
+                "redirected by {by}: from outside to port {}, of the pod's processes to port {}; verified\n",
                 plan.inbound_port, plan.outbound_port
             )
         }
-        Action::Clear(args) => format!("cleared by {}\n", by(redirect::clear(args.backend.backend)?)),
+        Action::Clear(args) => {
+            format!("cleared by {}\n", backend_name(redirect::clear(args.backend.backend)?))
+        }
         Action::Print(args) => redirect::print(&args.plan.plan(), args.backend.backend),
     })
 }
 
-fn by(backend: Backend) -> &'static str {
+fn backend_name(backend: Backend) -> &'static str {
     if backend == Backend::Iptables { "iptables" } else { "nftables" }
 }
 
@@ -175,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_may_be_empty_and_names_what_is_wrong_in_it() {
+    fn a_list_may_be_empty_and_errors_name_the_invalid_entry() {
         assert!(parse_list::<PortRange>("").unwrap().0.is_empty());
         assert_eq!(parse_list::<PortRange>("22, 80-90,").unwrap().0.len(), 2);
         assert!(parse_list::<PortRange>("22,http").unwrap_err().contains("`http`"));

@@ -1,4 +1,4 @@
-//! `outrigger run`: the proxy, alone or around a service.
+//! `outrigger run`: the proxy alone, or with the service as its child process.
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
@@ -28,39 +28,39 @@ use crate::{
 
 use super::files::ConfigFiles;
 
-/// Changes of the configuration that wait to be taken.
+/// Capacity of the channel of configuration changes.
 const CHANGES: usize = 1;
-/// How long the service's start waits for the first answers of discovery.
+/// How long the start waits for the first results of discovery.
 const FIRST_DISCOVERY: Duration = Duration::from_secs(5);
 
-/// Run the proxy, alone or around a service.
+/// Run the proxy alone, or together with the service
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   outrigger run                                     defaults or ./outrigger.toml, service on 127.0.0.1:8080
-  outrigger run --app 3000 -- node server.js        starts the service too, its calls going through the proxy
+  outrigger run --app 3000 -- node server.js        starts the service too, with the proxy in its http_proxy
   outrigger run -c base.toml -c prod.toml           two files, the later one wins key by key
-  outrigger run --ready-file /tmp/ready.json        tells the bound addresses once ready
+  outrigger run --ready-file /tmp/ready.json        writes the bound addresses to a file once ready
 
 SIGTERM or SIGINT drains and stops, a second one stops at once, SIGHUP reloads.
 With CMD, SIGQUIT and SIGWINCH drain inbound and then go to CMD, SIGUSR1, SIGUSR2, SIGTSTP and SIGCONT go to CMD at once,
-and CMD is killed if the sidecar is (Linux). The exit code is CMD's; 127 where it was not found, 126 where it cannot be run.")]
+and CMD is killed if the sidecar is (Linux). The exit code is CMD's; 127 if it was not found, 126 if not executable.")]
 pub struct RunArgs {
     #[command(flatten)]
     files: ConfigFiles,
-    /// Where the service listens (sets inbound.forward_to): 8080, :8080 or host:port
+    /// Address of the service (sets inbound.forward_to): 8080, :8080 or host:port
     #[arg(long, value_name = "ADDR", value_parser = parse_app)]
     app: Option<HostPort>,
-    /// The kernel leads the pod's traffic here: be ready only once a probe has shown that it does
+    /// Kernel rules redirect the pod's traffic to the proxy: become ready only once a probe has shown that they work
     #[arg(long, env = "OUTRIGGER_REDIRECTED", value_parser = BoolishValueParser::new())]
     redirected: bool,
-    /// Write the bound addresses to this file as JSON once ready; removed at the end
+    /// Write the bound addresses to this file as JSON once ready; it is removed at the end
     #[arg(long, value_name = "PATH")]
     ready_file: Option<PathBuf>,
-    /// What is logged: a level, or tracing-subscriber's filter syntax
+    /// Log filter: a level, or tracing-subscriber's filter syntax
     #[arg(long, value_name = "LEVEL", env = "OUTRIGGER_LOG", default_value_t)]
     log: LogFilter,
-    /// How the log is written to stderr
+    /// Format of the log on stderr
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     log_format: LogFormat,
     /// The service to start, with its arguments
@@ -70,9 +70,9 @@ pub struct RunArgs {
 
 #[derive(Debug, thiserror::Error)]
 enum RunError {
-    #[error("the configuration cannot be used:\n{0}")]
+    #[error("invalid configuration:\n{0}")]
     Config(String),
-    #[error("there is no identity to run with: {0}")]
+    #[error("cannot load the certificates of [identity]: {0}")]
     Identity(#[from] MaterialError),
     #[error(transparent)]
     Start(#[from] StartError),
@@ -95,7 +95,7 @@ pub fn run(args: RunArgs) -> ExitCode {
         .enable_all()
         .build()
         .map_err(RunError::from)
-        .and_then(|runtime| runtime.block_on(live(args)));
+        .and_then(|runtime| runtime.block_on(run_proxy(args)));
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -108,7 +108,7 @@ pub fn run(args: RunArgs) -> ExitCode {
     }
 }
 
-async fn live(args: RunArgs) -> Result<u8, RunError> {
+async fn run_proxy(args: RunArgs) -> Result<u8, RunError> {
     let service = match (args.command.is_empty(), child::leads_group()) {
         (true, _) => signals::Service::None,
         (false, false) => signals::Service::InOurGroup,
@@ -130,18 +130,18 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     let identity = Arc::new(Store::default());
     identity.start(&config).await?;
     let proxy = runtime::start(Arc::clone(&config), identity, workers)?;
-    // Stdout is the service's, where there is one.
-    let elsewhere = if args.command.is_empty() { Target::Stdout } else { Target::Stderr };
-    proxy.shared.calls.write_to(elsewhere);
+    // Under `run -- CMD`, stdout belongs to the service.
+    let access_log = if args.command.is_empty() { Target::Stdout } else { Target::Stderr };
+    proxy.shared.calls.write_to(access_log);
     proxy.shared.calls.configure(&config.telemetry)?;
     let reloads = Reloads::new(files.clone(), &candidate);
     let has_service = args.app.is_some() || !args.command.is_empty();
-    let (tell, changes) = mpsc::channel(CHANGES);
+    let (sender, changes) = mpsc::channel(CHANGES);
     let known = Arc::unwrap_or_clone(sources);
     let watcher = config::watch(files, known, config::process_env, move |loaded, reason| {
         let change = Change { read: with_app(loaded, args.app.as_ref()), reason };
-        // Waits on the watcher's own thread; nobody listens any more at the end.
-        let _ = tell.blocking_send(change);
+        // Blocks the watcher's own thread. Fails only at the end of the process.
+        let _ = sender.blocking_send(change);
     })?;
     if args.redirected {
         interception::watch_over(Arc::clone(&proxy.shared), &proxy.addresses.outbound);
@@ -165,13 +165,13 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
     tokio::select! {
         () = proxy.first_discovery(FIRST_DISCOVERY) => control.set_discovered(),
         signal = signals.stop() => {
-            tracing::info!(%signal, "told to stop before it was ready");
+            tracing::info!(%signal, "stop signal before the proxy was ready: stopping");
             proxy.stop();
-            // A job that never ran has not succeeded.
+            // A job that never started has not succeeded.
             return Ok(u8::from(!args.command.is_empty()));
         }
-        death = proxy.death() => {
-            lifecycle::tell_of(&death);
+        failure = proxy.death() => {
+            lifecycle::tell_of(&failure);
             proxy.stop();
             return Ok(1);
         }
@@ -184,14 +184,14 @@ async fn live(args: RunArgs) -> Result<u8, RunError> {
         None
     } else {
         let variables = service_env::variables(&control.addresses.outbound, &config);
-        // By the main thread, which lives as long as the process.
+        // On the main thread, which lives as long as the process.
         Some(Child::spawn(&args.command, variables, OnOurDeath::Kill)?)
     };
 
     Ok(Lifecycle { proxy, control, child, signals, watcher, changes, at_once: false }.run().await)
 }
 
-/// What was loaded, with `--app` over it, or the diagnostics as text. Warnings go to the log.
+/// Applies `--app` to the loaded configuration, or renders the diagnostics. Logs warnings.
 fn with_app(loaded: Result<Loaded, Diagnostics>, app: Option<&HostPort>) -> Read {
     let loaded = loaded.map_err(|problems| problems.render(false).trim_end().to_owned())?;
     for warning in loaded.warnings.lines() {
@@ -222,7 +222,7 @@ fn ready(control: &Control, admin: &Admin) -> Ready {
 fn parse_app(text: &str) -> Result<HostPort, String> {
     let port = text.strip_prefix(':').unwrap_or(text);
     match port.parse::<u16>() {
-        Ok(0) => Err("port 0 is no service".to_owned()),
+        Ok(0) => Err("port 0 is not a service port".to_owned()),
         Ok(port) => Ok(HostPort::new("127.0.0.1", port)),
         Err(_) if port.bytes().all(|byte| byte.is_ascii_digit()) => format!("127.0.0.1:{port}").parse(),
         Err(_) => text.parse(),
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn app_may_be_a_port_alone() {
+    fn app_may_be_only_a_port() {
         assert_eq!(parse_app("3000"), Ok(HostPort::new("127.0.0.1", 3000)));
         assert_eq!(parse_app(":3000"), Ok(HostPort::new("127.0.0.1", 3000)));
         assert_eq!(parse_app("app.local:3000"), Ok(HostPort::new("app.local", 3000)));

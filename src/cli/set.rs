@@ -1,4 +1,4 @@
-//! `outrigger set`: changes a running sidecar.
+//! `outrigger set`: changes settings of a running sidecar.
 
 use std::process::ExitCode;
 
@@ -16,7 +16,7 @@ use crate::{
     units::HumanDuration,
 };
 
-/// Change a running sidecar.
+/// Change settings of a running sidecar.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -25,37 +25,37 @@ Examples:
   outrigger set log warn,outrigger::upstream=debug")]
 pub struct SetArgs {
     #[command(subcommand)]
-    what: What,
+    setting: Setting,
 }
 
 #[derive(Subcommand, Debug)]
-enum What {
+enum Setting {
     Breaker(SetBreakerArgs),
     Log(SetLogArgs),
 }
 
-/// Force an upstream's circuit breaker for a while, or let it decide again.
+/// Force an upstream's circuit breaker open or closed for a while, or return it to auto.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  outrigger set breaker payments open             nothing is sent there for an hour
-  outrigger set breaker payments closed --for 5m  everything goes through, whatever it answers
-  outrigger set breaker payments auto             the breaker decides again")]
+  outrigger set breaker payments open             sends no requests there for an hour
+  outrigger set breaker payments closed --for 5m  sends all requests, even while they fail
+  outrigger set breaker payments auto             lets the breaker decide again")]
 struct SetBreakerArgs {
-    /// The upstream, or HOST:PORT of one that no upstream names
+    /// The upstream, or HOST:PORT of an unknown host
     #[arg(value_parser = upstream_name)]
     name: String,
-    /// What it is to be
+    /// The state to force, or auto
     #[arg(value_enum)]
     state: WishedState,
-    /// Until it falls back to auto, e.g. 90s, 10m, 1h [default: 1h]
+    /// Time until it falls back to auto, e.g. 90s, 10m, 1h [default: 1h]
     #[arg(long = "for", value_name = "DURATION")]
     duration: Option<HumanDuration>,
     #[command(flatten)]
     admin: AdminArgs,
 }
 
-/// What is logged from now on.
+/// Change the log filter.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -70,9 +70,9 @@ struct SetLogArgs {
 }
 
 pub fn run(args: SetArgs) -> ExitCode {
-    match args.what {
-        What::Breaker(args) => finish(set_breaker(args)),
-        What::Log(args) => finish(set_log(args)),
+    match args.setting {
+        Setting::Breaker(args) => finish(set_breaker(args)),
+        Setting::Log(args) => finish(set_log(args)),
     }
 }
 
@@ -80,17 +80,17 @@ async fn set_breaker(args: SetBreakerArgs) -> Result<(), ClientError> {
     let SetBreakerArgs { name, state, duration, admin } = args;
     let client = admin.client();
     let path = breaker::path(&name);
-    let wish = breaker::Wish { state, duration };
-    let answer = client.change(Method::POST, &path, wish.to_json()).await?;
-    let strange = |error: serde_json::Error| ClientError::Strange {
+    let request = breaker::Wish { state, duration };
+    let response = client.change(Method::POST, &path, request.to_json()).await?;
+    let unexpected = |error: serde_json::Error| ClientError::Strange {
         address: client.address(),
         reason: error.to_string(),
     };
-    let now: BreakerStatus = serde_json::from_slice(&answer).map_err(strange)?;
-    let end = now.until_in_seconds.map_or_else(String::new, |left| {
+    let now: BreakerStatus = serde_json::from_slice(&response).map_err(unexpected)?;
+    let expiry = now.until_in_seconds.map_or_else(String::new, |left| {
         format!(" for {}, then the breaker decides again", HumanDuration::from_secs(left))
     });
-    println!("{name}: {}{end}", now.state.replace('_', " "));
+    println!("{name}: {}{expiry}", now.state.replace('_', " "));
     Ok(())
 }
 
@@ -98,16 +98,16 @@ async fn set_log(args: SetLogArgs) -> Result<(), ClientError> {
     let SetLogArgs { filter, admin } = args;
     let client = admin.client();
     client.change(Method::PUT, "/log", filter.to_string()).await?;
-    println!("{} logs {filter} from now on", client.address());
+    println!("{}: log filter is now {filter}", client.address());
     Ok(())
 }
 
-/// What an upstream can be called; anything else could not stand in a path either.
+/// Validates an upstream's name, which becomes a path segment.
 fn upstream_name(text: &str) -> Result<String, String> {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:[]".contains(&byte);
     if !text.is_empty() && text.bytes().all(fits) {
         Ok(text.to_owned())
     } else {
-        Err("no upstream is called so; `outrigger status` lists them".to_owned())
+        Err("not a valid upstream name; `outrigger status` lists the upstreams".to_owned())
     }
 }

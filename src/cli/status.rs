@@ -21,9 +21,9 @@ use crate::{
 };
 
 const REFRESH: Duration = Duration::from_secs(2);
-const ASK_AGAIN: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Show a running sidecar: what went through it, its upstreams, their endpoints, breakers and budgets.
+/// Show a running sidecar: its traffic, its upstreams, their endpoints, breakers and budgets.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -34,14 +34,14 @@ Examples:
 pub struct StatusArgs {
     #[command(flatten)]
     admin: AdminArgs,
-    /// JSON, for scripts
+    /// Print JSON, for scripts
     #[arg(long)]
     json: bool,
-    /// Show it again every two seconds, until Ctrl-C
+    /// Refresh every two seconds, until Ctrl-C
     #[arg(long)]
     watch: bool,
-    /// Wait until it is ready, and under `run -- CMD` or `--app` until the service's port accepts connections; at most this
-    /// long. Shows nothing; exits with 1 where the time is over
+    /// Wait until the sidecar is ready, and under `run -- CMD` or `--app` until the service's port accepts
+    /// connections; at most this long. Shows nothing; exits with 1 after that time
     #[arg(long, value_name = "DURATION", conflicts_with_all = ["json", "watch"])]
     wait: Option<HumanDuration>,
 }
@@ -49,13 +49,13 @@ pub struct StatusArgs {
 pub fn run(args: &StatusArgs) -> ExitCode {
     let client = args.admin.client();
     finish(async {
-        if let Some(patience) = args.wait {
-            return ready(&client, patience.0).await;
+        if let Some(limit) = args.wait {
+            return wait_ready(&client, limit.0).await;
         }
         loop {
             let text = fetch(&client, args.json).await?;
             let clear = if args.watch && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
-            // A reader that has gone (`| head`) is no failure.
+            // A closed pipe (`| head`) is not a failure.
             if write!(std::io::stdout(), "{clear}{text}").is_err() || !args.watch {
                 return Ok(());
             }
@@ -64,21 +64,21 @@ pub fn run(args: &StatusArgs) -> ExitCode {
     })
 }
 
-/// Asks until it is ready and its service listens; at last, why it is not.
-async fn ready(client: &Client, patience: Duration) -> Result<(), ClientError> {
-    let deadline = tokio::time::Instant::now() + patience;
+/// Polls until the sidecar is ready and its service accepts connections. The error says what is missing.
+async fn wait_ready(client: &Client, limit: Duration) -> Result<(), ClientError> {
+    let deadline = tokio::time::Instant::now() + limit;
     loop {
-        match is_ready(client).await {
+        match check_ready(client).await {
             Ok(()) => return Ok(()),
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
-            Err(_) => tokio::time::sleep(ASK_AGAIN).await,
+            Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }
     }
 }
 
-async fn is_ready(client: &Client) -> Result<(), ClientError> {
+async fn check_ready(client: &Client) -> Result<(), ClientError> {
     client.get("/ready").await?;
-    // An older sidecar does not tell.
+    // An older sidecar does not report `service_port`.
     let status: serde_json::Value = serde_json::from_str(&fetch(client, true).await?).unwrap_or_default();
     let service = &status["service_port"];
     if service["accepts"] == false {
@@ -90,11 +90,11 @@ async fn is_ready(client: &Client) -> Result<(), ClientError> {
 
 async fn fetch(client: &Client, json: bool) -> Result<String, ClientError> {
     let body = client.get("/status").await?;
-    let strange = |reason: String| ClientError::Strange { address: client.address(), reason };
+    let unexpected = |reason: String| ClientError::Strange { address: client.address(), reason };
     if json {
-        return String::from_utf8(body.into()).map_err(|error| strange(error.to_string()));
+        return String::from_utf8(body.into()).map_err(|error| unexpected(error.to_string()));
     }
-    serde_json::from_slice(&body).map(|status| show(&status)).map_err(|error| strange(error.to_string()))
+    serde_json::from_slice(&body).map(|status| show(&status)).map_err(|error| unexpected(error.to_string()))
 }
 
 fn show(status: &Status) -> String {
@@ -123,17 +123,17 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     let age = seconds(config.loaded_seconds_ago);
     writeln!(
         out,
-        "config: {files}, loaded {age} ago, {} reload{}, {} refused",
+        "config: {files}, loaded {age} ago, {} reload{}, {} rejected",
         config.reloads,
         if config.reloads == 1 { "" } else { "s" },
         config.refused
     )?;
     if let Some(rejected) = &config.rejected {
-        writeln!(out, "  REFUSED as it is now, an earlier one holds:")?;
+        writeln!(out, "  REJECTED, the last good configuration stays in use:")?;
         rejected.lines().try_for_each(|line| writeln!(out, "    {line}"))?;
     }
     if !config.restart_needed.is_empty() {
-        writeln!(out, "  act after a restart only: {}", config.restart_needed.join(", "))?;
+        writeln!(out, "  take effect only after a restart: {}", config.restart_needed.join(", "))?;
     }
 
     if let Some(traces) = &status.traces {
@@ -145,28 +145,28 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         let id = identity.id.as_deref().unwrap_or("none yet");
         writeln!(out, "identity: {id}, {}", expires.join(", "))?;
         if let Some(error) = &identity.error {
-            writeln!(out, "  REFUSED as the files are now: {error}")?;
+            writeln!(out, "  REJECTED, earlier certificates stay in use: {error}")?;
         }
     }
 
     if let Some(keys) = &status.jwt {
         let last = keys.last_seconds_ago.map(|ago| format!(", fetched {} ago", seconds(ago)));
-        writeln!(out, "tokens: {} keys known of {}{}", keys.known, keys.source, last.unwrap_or_default())?;
+        writeln!(out, "tokens: {} keys from {}{}", keys.known, keys.source, last.unwrap_or_default())?;
         if let Some(error) = &keys.error {
             writeln!(out, "  FAILING: {error}")?;
         }
     }
 
-    write_ways_in(out, status)?;
+    write_entry_points(out, status)?;
     write_upstreams(out, status)?;
-    write_trouble(out, status)
+    write_problems(out, status)
 }
 
 fn write_traces(out: &mut String, traces: &TracesStatus) -> std::fmt::Result {
     let count = |word: &str| traces.spans.get(word).copied().unwrap_or(0);
     writeln!(
         out,
-        "traces: to {}, {} of those that begin here{}; {} spans exported, {} dropped, {} failed; {} of {} calls wait",
+        "traces: to {}, {} of those that start here{}; {} spans exported, {} dropped, {} failed; {} of {} requests queued",
         traces.to,
         traces.sample,
         if traces.sample_errors { " and all that fail" } else { "" },
@@ -182,7 +182,7 @@ fn write_traces(out: &mut String, traces: &TracesStatus) -> std::fmt::Result {
     }
 }
 
-fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
+fn write_entry_points(out: &mut String, status: &Status) -> std::fmt::Result {
     let mut rows = vec![row(["LISTENER", "ADDRESS", "OPEN", "SINCE START"])];
     for (name, addresses) in
         [("outbound", &status.listeners.outbound), ("inbound", &status.listeners.inbound)]
@@ -201,7 +201,7 @@ fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
     }
     table(out, &rows)?;
 
-    // One worker has all of it.
+    // With one worker the table says nothing new.
     if status.workers.len() > 1 {
         let mut rows = vec![row(["WORKER", "OPEN", "BUSY SINCE START"])];
         for (index, worker) in status.workers.iter().enumerate() {
@@ -211,11 +211,12 @@ fn write_ways_in(out: &mut String, status: &Status) -> std::fmt::Result {
         table(out, &rows)?;
     }
 
-    let mut rows = vec![row(["WAY IN", "CALLS", "LAST"])];
-    for (name, way) in &status.ways {
-        let last =
-            way.last_seconds_ago.map_or_else(|| "never".to_owned(), |ago| format!("{} ago", seconds(ago)));
-        rows.push(row([name, &way.count.to_string(), &last]));
+    let mut rows = vec![row(["ENTRY POINT", "REQUESTS", "LAST"])];
+    for (name, entry_point) in &status.ways {
+        let last = entry_point
+            .last_seconds_ago
+            .map_or_else(|| "never".to_owned(), |ago| format!("{} ago", seconds(ago)));
+        rows.push(row([name, &entry_point.count.to_string(), &last]));
     }
     table(out, &rows)
 }
@@ -227,9 +228,9 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
         addresses.iter().map(|upstream| format!("(the service at {})", upstream.name)).collect();
     let all = || {
         let named = status.upstreams.iter().map(|upstream| (upstream.name.as_str(), upstream));
-        let met = hosts.iter().map(|upstream| (upstream.name.as_str(), upstream));
-        let own = addresses.iter().zip(&titles).map(|(upstream, title)| (title.as_str(), upstream));
-        named.chain(met).chain([("(the service)", &status.inbound)]).chain(own)
+        let unknown = hosts.iter().map(|upstream| (upstream.name.as_str(), upstream));
+        let service = addresses.iter().zip(&titles).map(|(upstream, title)| (title.as_str(), upstream));
+        named.chain(unknown).chain([("(the service)", &status.inbound)]).chain(service)
     };
     let mut rows = vec![row(["UPSTREAM", "ENDPOINT", "STATE", "FROM"])];
     all().for_each(|(name, upstream)| endpoint_rows(&mut rows, name, upstream));
@@ -241,7 +242,7 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
         writeln!(out, "and {} more addresses of the service", known_addresses - addresses.len())?;
     }
     if not_found.count > 0 {
-        writeln!(out, "\nAsked for in the last five minutes and not found:")?;
+        writeln!(out, "\nHosts not found in the last five minutes:")?;
         for why in &not_found.last {
             writeln!(out, "  {why}")?;
         }
@@ -256,16 +257,16 @@ fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
     all().for_each(|(name, upstream)| rows.push(guard_row(name, upstream)));
     table(out, &rows)?;
 
-    let mut rows = vec![row(["UPSTREAM", "ITS TOKEN", "LAST ERROR"])];
+    let mut rows = vec![row(["UPSTREAM", "TOKEN", "LAST ERROR"])];
     for (name, token) in all().filter_map(|(name, upstream)| Some((name, upstream.token.as_ref()?))) {
-        let good = token.good_for_seconds.map(|left| format!("good for {}", seconds(left)));
+        let valid = token.good_for_seconds.map(|left| format!("valid for {}", seconds(left)));
         let error = token.error.as_deref().unwrap_or_default();
-        rows.push(row([name, good.as_deref().unwrap_or("none"), error]));
+        rows.push(row([name, valid.as_deref().unwrap_or("none"), error]));
     }
     if rows.len() > 1 { table(out, &rows) } else { Ok(()) }
 }
 
-fn write_trouble(out: &mut String, status: &Status) -> std::fmt::Result {
+fn write_problems(out: &mut String, status: &Status) -> std::fmt::Result {
     let AccessLogStatus { dropped, failed, .. } = status.access_log;
     if dropped + failed > 0 {
         writeln!(out, "\naccess log: {dropped} lines were not read in time, {failed} could not be written")?;
@@ -273,14 +274,14 @@ fn write_trouble(out: &mut String, status: &Status) -> std::fmt::Result {
     if status.trouble.is_empty() {
         return Ok(());
     }
-    let mut rows = vec![row(["LAST TROUBLE", "CALL", "UPSTREAM", "ANSWER", "TRIES", "WHY"])];
-    for call in &status.trouble {
-        let ago = format!("{} ago", seconds(call.ended_seconds_ago));
-        let what = format!("{} {}", call.direction, call.method);
-        let answer = call.status.map_or_else(|| "none".to_owned(), |status| status.to_string());
+    let mut rows = vec![row(["LAST PROBLEMS", "REQUEST", "UPSTREAM", "RESPONSE", "ATTEMPTS", "WHY"])];
+    for request in &status.trouble {
+        let ago = format!("{} ago", seconds(request.ended_seconds_ago));
+        let what = format!("{} {}", request.direction, request.method);
+        let response = request.status.map_or_else(|| "none".to_owned(), |status| status.to_string());
         let (upstream, why) =
-            (call.upstream.as_deref().unwrap_or_default(), call.why.as_deref().unwrap_or_default());
-        rows.push(row([&ago, &what, upstream, &answer, &call.attempts.to_string(), why]));
+            (request.upstream.as_deref().unwrap_or_default(), request.why.as_deref().unwrap_or_default());
+        rows.push(row([&ago, &what, upstream, &response, &request.attempts.to_string(), why]));
     }
     table(out, &rows)
 }
@@ -297,7 +298,7 @@ fn endpoint_rows(rows: &mut Vec<Row>, name: &str, upstream: &UpstreamStatus) {
         let (name, from) = if index == 0 { (name, from.as_str()) } else { ("", "") };
         let mut state = endpoint.state.clone();
         if let Some(left) = endpoint.until_in_seconds {
-            let _ = write!(state, ", back in {}", seconds(left));
+            let _ = write!(state, ", restored in {}", seconds(left));
         }
         state.push_str(&endpoint.failures_in_words());
         rows.push(row([name, &endpoint.address, &state, from]));
@@ -330,7 +331,7 @@ fn breaker(breaker: &BreakerStatus) -> String {
         return mode.clone();
     }
     let mut text = state.replace('_', " ");
-    // One that has never moved needs no explanation.
+    // A breaker that never changed state needs no explanation.
     if why != "start" {
         let _ = write!(text, " for {} ({why})", seconds(*since_seconds_ago));
     }
@@ -351,7 +352,7 @@ fn row<const N: usize>(cells: [&str; N]) -> Row {
     cells.map(ToOwned::to_owned).into()
 }
 
-/// After an empty line; all but the last column are as wide as their widest cell.
+/// Writes an empty line and a table whose columns are as wide as their widest cell.
 fn table(out: &mut String, rows: &[Row]) -> std::fmt::Result {
     writeln!(out)?;
     let columns = rows.first().map_or(0, Vec::len);
@@ -376,7 +377,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_person_sees_what_matters() {
+    fn the_status_is_rendered_as_text() {
         let status: Status = serde_json::from_value(serde_json::json!({
             "service": "checkout", "build": {"version": "0.1.0"}, "pid": 7, "uptime_seconds": 61,
             "phase": "running", "ready": true,
@@ -409,27 +410,27 @@ mod tests {
             "unknown": {"known": 7, "hosts": [], "not_found": {"count": 3, "last": ["no such name: paymets (NXDOMAIN)"]}},
             "access_log": {"mode": "errors", "written": 1, "dropped": 2, "failed": 0},
             "trouble": [{"ended_seconds_ago": 61, "direction": "outbound", "method": "GET", "upstream": "payments",
-                         "status": 200, "attempts": 2, "trace_id": "0af7", "why": "10.0.0.1:80 answered 503, second try answered 200"}],
+                         "status": 200, "attempts": 2, "trace_id": "0af7", "why": "10.0.0.1:80 answered 503, second attempt answered 200"}],
         }))
         .unwrap();
         let text = show(&status);
         for part in [
             "checkout: ready, up 1m1s",
-            "traces: to http://c:4317 (OTLP over gRPC), 0.1 of those that begin here and all that fail",
-            "11 spans exported, 5 dropped, 6 failed; 3 of 2048 calls wait",
+            "traces: to http://c:4317 (OTLP over gRPC), 0.1 of those that start here and all that fail",
+            "11 spans exported, 5 dropped, 6 failed; 3 of 2048 requests queued",
             "FAILING, 1m1s ago: refused",
             "a.toml:3: no such key",
             "inbound.listen",
-            "tokens: 2 keys known of https://id.example/jwks, fetched 1m1s ago\n  FAILING: refused",
-            "payments  good for 1m1s  the token endpoint answered with 503",
-            "loaded 5s ago, 1 reload, 2 refused",
+            "tokens: 2 keys from https://id.example/jwks, fetched 1m1s ago\n  FAILING: refused",
+            "payments  valid for 1m1s  the token endpoint answered with 503",
+            "loaded 5s ago, 1 reload, 2 rejected",
             "0       3     1m1s\n1       1     0s",
             "127.0.0.1:4140 [::1]:4140",
             "dns://payments:80 (failed: no such name)",
             "admin     127.0.0.1:4191",
             "(the service)",
-            "inbound  3      1m1s ago\nproxy    0      never",
-            "ejected, back in 8s",
+            "inbound      3         1m1s ago\nproxy        0         never",
+            "ejected, restored in 8s",
             "healthy, 98 % succeed, last error 503",
             "half open for 2s (time to try again)  7             1 of 1024  0        2            budget 3, sent 12  breaker_open 90",
             "(the service)                   off",
@@ -437,9 +438,9 @@ mod tests {
             "limit_full 4",
             "and 2 more addresses of the service",
             "and 7 more hosts that no upstream names",
-            "not found:\n  no such name: paymets (NXDOMAIN)\n  and 2 more",
+            "five minutes:\n  no such name: paymets (NXDOMAIN)\n  and 2 more",
             "access log: 2 lines were not read in time, 0 could not be written",
-            "1m1s ago      outbound GET  payments  200     2      10.0.0.1:80 answered 503, second try answered 200",
+            "1m1s ago       outbound GET  payments  200       2         10.0.0.1:80 answered 503, second attempt answered 200",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
         }

@@ -13,23 +13,23 @@ use crate::{
 
 /// Serve injection as a Kubernetes admission webhook.
 ///
-/// POST /mutate puts the sidecar into pods as they are created, POST /validate refuses ConfigMaps whose outrigger.toml
-/// no sidecar could use, GET /healthz says that it is there. Certificate and defaults are read again when they change.
+/// POST /mutate adds the sidecar to pods as they are created, POST /validate rejects ConfigMaps with an invalid
+/// outrigger.toml, GET /healthz is for probes. Certificate and defaults are reloaded when they change.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   outrigger webhook --listen [::]:8443 --tls-cert /certs/tls.crt --tls-key /certs/tls.key
   outrigger webhook --tls-cert tls.crt --tls-key tls.key --defaults defaults.toml
 
-  defaults.toml says what holds where a pod's annotations say nothing:
+  defaults.toml has the values for what a pod's annotations do not set:
   image = \"registry.example/outrigger:0.1.0\"
   memory = \"48Mi\"
-  [proxy.outbound]                 # of the proxy's configuration: holds whatever a pod's ConfigMap says
+  [proxy.outbound]                 # proxy configuration that overrides a pod's ConfigMap
   unknown = \"deny\"
-  [proxy-defaults.telemetry]       # the same, where the ConfigMap says nothing
+  [proxy-defaults.telemetry]       # proxy configuration that a pod's ConfigMap overrides
   otlp = \"http://jaeger.outrigger-system:4317\"")]
 pub struct WebhookArgs {
-    /// Where the API server calls
+    /// Address that the API server connects to
     #[arg(long, value_name = "ADDR", default_value = "[::]:8443")]
     listen: ListenAddr,
     /// The certificate chain (PEM), for the name of the webhook's Service
@@ -38,16 +38,16 @@ pub struct WebhookArgs {
     /// Its private key (PEM)
     #[arg(long, value_name = "FILE")]
     tls_key: PathBuf,
-    /// What holds where a pod says nothing (TOML)
+    /// Defaults for what a pod's annotations do not set (TOML)
     #[arg(long, value_name = "FILE")]
     defaults: Option<PathBuf>,
-    /// The namespace that it runs in, whose pods get no sidecar
+    /// The webhook's own namespace, whose pods get no sidecar
     #[arg(long, value_name = "NAME", env = "POD_NAMESPACE")]
     own_namespace: Option<String>,
-    /// What is logged: a level, or tracing-subscriber's filter syntax
+    /// Log filter: a level, or tracing-subscriber's filter syntax
     #[arg(long, value_name = "LEVEL", env = "OUTRIGGER_LOG", default_value_t)]
     log: LogFilter,
-    /// How the log is written to stderr
+    /// Format of the log on stderr
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     log_format: LogFormat,
 }
@@ -67,7 +67,7 @@ pub fn run(args: WebhookArgs) -> ExitCode {
         .enable_all()
         .build()
         .map_err(CliError::from)
-        .and_then(|runtime| runtime.block_on(live(args)));
+        .and_then(|runtime| runtime.block_on(run_webhook(args)));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -77,7 +77,7 @@ pub fn run(args: WebhookArgs) -> ExitCode {
     }
 }
 
-async fn live(args: WebhookArgs) -> Result<(), CliError> {
+async fn run_webhook(args: WebhookArgs) -> Result<(), CliError> {
     let _log = Log::start(args.log_format, &args.log)?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let settings = Settings {
@@ -92,7 +92,7 @@ async fn live(args: WebhookArgs) -> Result<(), CliError> {
     });
     tokio::select! {
         served = served => Ok(served?),
-        // Somebody at a terminal waits for nothing.
+        // SIGINT stops without waiting for requests in flight.
         _ = interrupt.recv() => Ok(()),
     }
 }

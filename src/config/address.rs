@@ -1,4 +1,4 @@
-//! Hosts, ports, networks and addresses to listen on, as they are written.
+//! Hosts, ports, networks and listen addresses, as written in the configuration.
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
@@ -22,7 +22,7 @@ pub struct HostPattern {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum HostMatch {
     Exact(String),
-    /// The part behind `*`, with its dot: `.example`.
+    /// The part after `*`, with its dot: `.example`.
     Suffix(String),
     Any,
 }
@@ -46,7 +46,7 @@ pub struct Network {
 }
 
 impl HostMatch {
-    /// Whether `host`, in lower case, is meant.
+    /// Whether it matches `host`, which is in lower case.
     pub fn matches(&self, host: &str) -> bool {
         match self {
             Self::Exact(named) => named == host,
@@ -61,13 +61,13 @@ impl HostPort {
         Self { host: host.into(), port }
     }
 
-    /// The address in a text that is one, or a URL of http or https.
+    /// Parses HOST:PORT, or takes the address from an http or https URL.
     pub(super) fn meant_by(text: &str) -> Option<Self> {
         let is_url = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
-        text.parse().ok().or_else(|| meant(text).filter(|_| is_url)?.parse().ok())
+        text.parse().ok().or_else(|| suggest_address(text).filter(|_| is_url)?.parse().ok())
     }
 
-    /// The socket address, where the host is a literal one.
+    /// The socket address, if the host is an IP address.
     pub fn literal(&self) -> Option<SocketAddr> {
         self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
     }
@@ -77,10 +77,10 @@ impl FromStr for HostPort {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || match meant(text) {
+        let wrong = || match suggest_address(text) {
             Some(meant) => format!("`{text}` is not HOST:PORT; write \"{meant}\""),
             None => {
-                format!("`{text}` is not HOST:PORT; an IPv6 address stands in brackets, e.g. \"[::1]:8080\"")
+                format!("`{text}` is not HOST:PORT; write an IPv6 address in brackets, e.g. \"[::1]:8080\"")
             }
         };
         let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
@@ -99,8 +99,8 @@ impl FromStr for HostPort {
     }
 }
 
-/// The address that somebody meant by a URL, by a port alone, or by what stands for any address elsewhere.
-fn meant(text: &str) -> Option<String> {
+/// The address that was probably meant by a URL, by a port alone, or by another proxy's notation for any address.
+fn suggest_address(text: &str) -> Option<String> {
     if let Some((scheme, rest)) = text.split_once("://") {
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
         let authority = authority.rsplit_once('@').map_or(authority, |(_, bare)| bare);
@@ -176,7 +176,7 @@ impl FromStr for HostPattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || match meant(text).filter(|_| text.contains("://")) {
+        let wrong = || match suggest_address(text).filter(|_| text.contains("://")) {
             Some(meant) => {
                 let usual = [":80", ":443"].into_iter().find_map(|port| meant.strip_suffix(port));
                 format!("`{text}` is a URL, not a host: write \"{}\"", usual.unwrap_or(&meant))

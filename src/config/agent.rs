@@ -2,14 +2,14 @@
 
 use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
-/// Where the agent listens.
+/// The address of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Socket {
     Unix(PathBuf),
     Tcp(SocketAddr),
 }
 
-/// It is neither `unix:///PATH` nor `tcp://IP:PORT`.
+/// The address is neither `unix:///PATH` nor `tcp://IP:PORT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this is not a Workload API address")]
 pub struct InvalidSocket;
@@ -41,8 +41,8 @@ mod tests {
         let tcp = Ok(Socket::Tcp(([127, 0, 0, 1], 8081).into()));
         assert_eq!("tcp://127.0.0.1:8081".parse(), tcp);
         assert_eq!("tcp:127.0.0.1:8081".parse(), tcp);
-        for wrong in ["", "/run/agent.sock", "unix:agent.sock", "unix://", "tcp://agent:8081", "http://a"] {
-            assert_eq!(wrong.parse::<Socket>(), Err(InvalidSocket), "{wrong}");
+        for invalid in ["", "/run/agent.sock", "unix:agent.sock", "unix://", "tcp://agent:8081", "http://a"] {
+            assert_eq!(invalid.parse::<Socket>(), Err(InvalidSocket), "{invalid}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Which changes a running process does not take without confirmation: those that protect the service less.
+//! Which changes a running process holds back until they are confirmed: those that protect the service less.
 //!
-//! A full disk empties a file, an editor saves half of one. What is left is valid, and lets everybody in.
+//! A full disk can empty a file, and an editor can save half of one. What is left may be valid and admit every client.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -10,8 +10,8 @@ use super::{
 };
 use crate::authorization::Allow;
 
-/// Why a new configuration needs to be confirmed before it replaces another: a phrase for each reason; none where it
-/// may be applied at once.
+/// The reasons why a new configuration must be confirmed before it replaces the old one, a phrase each; empty if it may
+/// be applied at once.
 pub fn needs_confirmation(old: (&Config, &Sources), new: (&Config, &Sources)) -> Vec<String> {
     let mut reasons: Vec<String> =
         emptied(old.1, new.1).map(|path| format!("{} is empty now", path.display())).collect();
@@ -19,7 +19,7 @@ pub fn needs_confirmation(old: (&Config, &Sources), new: (&Config, &Sources)) ->
     reasons
 }
 
-/// The files that held something and hold nothing any more, or are gone where they may be.
+/// The files that had content and are now empty, or missing where they are optional.
 fn emptied<'a>(old: &'a Sources, new: &'a Sources) -> impl Iterator<Item = &'a Path> {
     let had_content = |path: &Path| old.0.iter().any(|source| source.path == path && !is_blank(&source.text));
     let blank = new.0.iter().filter(|source| is_blank(&source.text));
@@ -40,11 +40,11 @@ fn less_secure(old: &Config, new: &Config) -> Vec<String> {
         (None, _) => {}
     }
     let observes = |config: &Config, policy| config.runtime.observe.contains(&policy);
-    for (policy, name, was_in_force) in [
+    for (policy, name, was_enforced) in [
         (Observed::Allow, "allow", !old.inbound.allow.is_empty()),
         (Observed::Jwt, "jwt", old.inbound.jwt.is_some()),
     ] {
-        if was_in_force && observes(new, policy) && !observes(old, policy) {
+        if was_enforced && observes(new, policy) && !observes(old, policy) {
             reasons.push(format!("inbound.{name} is only observed by [runtime] observe"));
         }
     }
@@ -71,8 +71,9 @@ fn identity_reasons(old: &Config, new: &Config) -> Vec<String> {
     }
 }
 
-/// What a file that was cut off does to an entry: it lets in the same clients, and restricts them no more. Another client,
-/// method or path is what operators add; nothing is cut off that way. While `allow` is only observed, nothing is refused.
+/// Finds entries that a truncated file would leave: they admit the same clients without a former restriction. Added
+/// clients, methods or paths are an operator's edits, not a truncation. While `allow` is only observed, it refuses
+/// nothing.
 fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
     if old.inbound.allow.is_empty() {
         return Vec::new();
@@ -92,7 +93,7 @@ fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
         .collect()
 }
 
-/// The key that an entry lacks, though all that named one of its clients had it.
+/// The key that an entry lacks, although every old entry for one of its clients had it.
 fn unrestricted(old: &[Allow], entry: &Allow) -> Option<&'static str> {
     type HasKey = fn(&Allow) -> bool;
     let keys: [(&str, HasKey); 3] = [
@@ -110,7 +111,7 @@ fn unrestricted(old: &[Allow], entry: &Allow) -> Option<&'static str> {
 }
 
 fn jwt_reasons(old: &Jwt, new: &Jwt) -> Vec<String> {
-    // A field of such a name that a client sends is removed: without the entry the service would read it.
+    // Fields with such a name are removed from clients' requests. Without the entry, the service would trust them.
     let kept = |name: &str| new.claim_headers.keys().any(|new| new.eq_ignore_ascii_case(name));
     let lost = old.claim_headers.keys().filter(|name| !kept(name));
     lost.map(|name| format!("inbound.jwt.claim_headers lacks {name}")).collect()
@@ -125,7 +126,7 @@ fn mtls_reasons(old: &Config, new: &Config) -> Vec<String> {
     let ports: BTreeSet<u16> =
         [old, new].iter().flat_map(|config| &config.inbound.ports).map(|p| p.port).collect();
     for port in ports {
-        // A port without a word of its own is what `[inbound]` says, of which it has been told.
+        // A port without its own `mtls` follows `[inbound]`, which is reported above.
         let is_general = |config: &Config| port_of(config, port).and_then(|port| port.mtls).is_none();
         if opened(mtls_of(old, port), mtls_of(new, port)) && !(is_general(old) && is_general(new)) {
             reasons.push(format!("mtls of inbound port {port} is no longer \"strict\""));
@@ -134,7 +135,7 @@ fn mtls_reasons(old: &Config, new: &Config) -> Vec<String> {
     reasons
 }
 
-/// What proves less of the endpoints of an upstream that uses TLS, or sends its requests without.
+/// Changes that verify less about the endpoints of an upstream with TLS, or send its requests in plaintext.
 fn upstream_reasons(old: &Upstream, new: &Config) -> Vec<String> {
     let name = &old.name;
     if old.tls.mode == TlsMode::Off {
@@ -162,7 +163,7 @@ fn upstream_reasons(old: &Upstream, new: &Config) -> Vec<String> {
     reasons
 }
 
-/// How requests for a host are sent; `None`: they are refused.
+/// The TLS mode of requests to a host; `None` if they are refused.
 fn mode_of_host(config: &Config, host: &HostPattern) -> Option<TlsMode> {
     let serves = |pattern: &HostPattern| {
         pattern == host
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_protects_less_needs_confirmation_each_with_its_reason() {
+    fn less_protection_needs_confirmation_with_its_reason() {
         for (from, to, reason) in [
             (
                 "mtls='strict'\n[[inbound.port]]\nport=9090",
@@ -230,30 +231,30 @@ mod tests {
             let changed = SECURE.replacen(from, to, 1);
             assert_ne!(changed, SECURE, "{from}");
             assert_eq!(reasons(SECURE, &changed), [reason], "{from} -> {to}");
-            assert!(reasons(&changed, SECURE).is_empty(), "more security is taken at once");
+            assert!(reasons(&changed, SECURE).is_empty(), "more security is applied at once");
         }
     }
 
     #[test]
-    fn an_identity_that_goes_takes_strict_with_it() {
+    fn removing_the_identity_also_removes_strict_mtls() {
         let old = "[identity]\ncert='/c'\nkey='/k'\nca='/r'\n[runtime]\nworkers=1";
-        let told = reasons(old, "[runtime]\nworkers=1");
-        assert_eq!(told, ["[identity] is gone", "inbound.mtls is no longer \"strict\""]);
+        let found = reasons(old, "[runtime]\nworkers=1");
+        assert_eq!(found, ["[identity] is gone", "inbound.mtls is no longer \"strict\""]);
     }
 
     #[test]
-    fn an_emptied_file_needs_confirmation_whatever_it_held() {
+    fn an_emptied_file_needs_confirmation() {
         for empty in ["", "\n \n", "# nothing\n  # here"] {
             assert_eq!(reasons("[runtime]\nworkers=1", empty), ["o.toml is empty now"], "{empty:?}");
         }
-        assert!(reasons("# nothing", "").is_empty(), "it held nothing before");
+        assert!(reasons("# nothing", "").is_empty(), "it was empty before");
     }
 
     const UPSTREAM: &str = "[[upstream]]\nname='p'\nhosts=['p.example','p']\nendpoints=['127.0.0.1:1']\ntls='mutual'\nidentity=['spiffe://td/p']\nca='/p'\nmin_tls='1.3'\n";
 
-    /// Every prefix that ends with a line, as a full disk or a crashed editor leaves the file.
+    /// Every prefix that ends with a line, as a full disk or a crashed editor may leave the file.
     #[test]
-    fn a_file_that_is_cut_at_any_line_is_never_less_secure_without_confirmation() {
+    fn a_file_truncated_at_any_line_is_never_less_secure_unconfirmed() {
         let allow = "[[inbound.allow]]\nidentity=['spiffe://td/a']\nmethods=['GET']\npaths=['/a']\nclaims={role='x'}\n";
         let jwt = "[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\nclaim_headers={x-user='sub'}\n";
         let identity = "[identity]\nmin_tls='1.2'\ncert='/c'\nkey='/k'\nca='/r'\ncrl='/l'\n";
@@ -319,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_protects_less_is_told_at_once() {
+    fn all_reasons_are_reported_at_once() {
         let jwt = "jwks='/j'\nexcept=['/live','/open/*']\nclaim_headers={x-user='sub'}";
         let networks = "unknown='deny'\ndeny_networks=['10.0.0.0/8','169.254.0.0/16']";
         let identity = "ca='/r'\ncrl='/l'\nmin_tls='1.3'";
@@ -342,12 +343,12 @@ mod tests {
                 "outbound.deny_networks lacks 10.0.0.0/8",
             ]
         );
-        assert!(reasons(&new, &old).is_empty(), "more security is taken at once");
+        assert!(reasons(&new, &old).is_empty(), "more security is applied at once");
     }
 
     /// Requests for its hosts would be forwarded in plaintext.
     #[test]
-    fn a_host_that_loses_its_upstream_with_tls_needs_confirmation() {
+    fn removing_the_tls_upstream_of_a_host_needs_confirmation() {
         let identity = "[identity]\ncert='/c'\nkey='/k'\nca='/r'\n";
         let (old, reason) = (format!("{identity}{UPSTREAM}"), "upstream p no longer uses tls = \"mutual\"");
         let gone = format!("{reason}, as it is gone");
@@ -372,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn other_changes_are_taken_at_once() {
+    fn other_changes_are_applied_at_once() {
         let other = SECURE.replace("issuer='i'", "issuer='j'").replace("jwks='/j'", "jwks='/k'");
         assert!(reasons(SECURE, &other).is_empty());
         assert!(reasons("", SECURE).is_empty());

@@ -1,4 +1,4 @@
-//! What is wrong with a configuration, where, and what to write instead.
+//! Configuration diagnostics: what is wrong, where, and what to write instead.
 
 use std::fmt;
 
@@ -8,16 +8,16 @@ use serde_json::json;
 use super::source::{Origin, Sources};
 use crate::redact;
 
-/// More problems than this help nobody; the rest is counted only.
+/// The most problems that are listed; further ones are only counted.
 pub const MAX_PROBLEMS: usize = 100;
-/// A shorter value of the environment would also be found where it is no secret.
+/// Shorter values of the environment are not concealed: they also occur in texts that are no secrets.
 const SHORTEST_SECRET: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
     /// The configuration cannot be used.
     Error,
-    /// It can, but probably does not do what was meant.
+    /// It can be used, but probably does not do what was intended.
     Warning,
 }
 
@@ -27,16 +27,16 @@ pub struct Problem {
     pub severity: Severity,
     /// One line: what is wrong.
     pub message: String,
-    /// Where; `None` where it is about no place in a file.
+    /// Where; `None` if it concerns no place in a file.
     pub origin: Option<Origin>,
-    /// Said at the place.
+    /// Shown at the place.
     pub label: String,
     /// What to do about it.
     pub help: Option<String>,
-    /// Another place that has to do with it.
+    /// Another place that is involved.
     pub related: Option<(Origin, String)>,
-    /// Something is missing, which may stand in what could not be read.
-    of_absence: bool,
+    /// Something is missing, which may be in a part that could not be read.
+    about_missing: bool,
 }
 
 impl Problem {
@@ -48,7 +48,7 @@ impl Problem {
             label: String::new(),
             help: None,
             related: None,
-            of_absence: false,
+            about_missing: false,
         }
     }
 
@@ -64,9 +64,9 @@ impl Problem {
         Self { help: Some(help.into()), ..self }
     }
 
-    /// Of something that is missing: told only where all that is written could be read.
-    pub(super) fn of_absence(self) -> Self {
-        Self { of_absence: true, ..self }
+    /// Marks a problem about something missing. It is reported only if everything could be read.
+    pub(super) fn about_missing(self) -> Self {
+        Self { about_missing: true, ..self }
     }
 
     pub fn related(self, origin: Option<Origin>, text: impl Into<String>) -> Self {
@@ -79,48 +79,47 @@ impl Problem {
 pub(super) struct Problems {
     list: Vec<Problem>,
     left_out: usize,
-    /// Something that is written could not be read.
+    /// Part of the configuration could not be read.
     incomplete: bool,
-    /// Where the syntax of a file was first left, by the file's index.
+    /// The first syntax error of each broken file, by the file's index.
     broken: Vec<(usize, usize)>,
-    /// See [`Problems::conceal`].
-    concealed: Vec<String>,
+    /// See [`Problems::add_secret`].
+    secrets: Vec<String>,
 }
 
 impl Problems {
-    /// Something could not be read, which is told of as a problem of its own: what seems to be missing from now on
-    /// may stand there.
-    pub fn incomplete(&mut self) {
+    /// Part of the configuration could not be read, which is a problem of its own. What seems to be missing from now on
+    /// may be in that part.
+    pub fn mark_incomplete(&mut self) {
         self.incomplete = true;
     }
 
-    /// The syntax of a file holds up to this byte only: what it seems to say behind it is not judged.
-    pub fn broken_at(&mut self, file: usize, byte: usize) {
+    /// The first syntax error of a file is at this byte. Later parts of the file are not checked.
+    pub fn mark_broken(&mut self, file: usize, byte: usize) {
         self.incomplete = true;
         self.broken.push((file, byte));
     }
 
     fn is_consequence(&self, problem: &Problem) -> bool {
-        let behind = |origin: Origin| {
+        let is_after_syntax_error = |origin: Origin| {
             self.broken.iter().any(|(file, byte)| *file == origin.file() && *byte <= origin.span().start)
         };
-        (problem.of_absence && self.incomplete) || problem.origin.is_some_and(behind)
+        (problem.about_missing && self.incomplete) || problem.origin.is_some_and(is_after_syntax_error)
     }
 
-    /// A value that was filled in from the environment and is a credential by the name of its variable: no message shows
-    /// it.
-    pub fn conceal(&mut self, value: String) {
-        if value.len() >= SHORTEST_SECRET && !self.concealed.contains(&value) {
-            self.concealed.push(value);
+    /// Registers a value from the environment that is a credential by its variable's name. No message shows it.
+    pub fn add_secret(&mut self, value: String) {
+        if value.len() >= SHORTEST_SECRET && !self.secrets.contains(&value) {
+            self.secrets.push(value);
         }
     }
 
-    pub fn concealed(&self) -> &[String] {
-        &self.concealed
+    pub fn secrets(&self) -> &[String] {
+        &self.secrets
     }
 
     fn shown(&self, text: String) -> String {
-        redact::without(&self.concealed, redact::without_any_userinfo(&text).into_owned())
+        redact::without(&self.secrets, redact::without_any_userinfo(&text).into_owned())
     }
 
     pub fn push(&mut self, problem: Problem) {
@@ -154,18 +153,18 @@ impl Problems {
         self.list.iter().any(|problem| problem.severity == Severity::Error)
     }
 
-    /// In the order of the files, errors and warnings mixed as they come.
+    /// Sorted by file and position, errors and warnings together.
     pub fn finish(mut self, sources: Sources) -> Diagnostics {
         self.list.sort_by_key(|problem| problem.origin);
         Diagnostics { problems: self.list, left_out: self.left_out, sources }
     }
 }
 
-/// All problems of a configuration, with the text they are about.
+/// All problems of a configuration, with its text.
 #[derive(Clone, Debug, Default)]
 pub struct Diagnostics {
     pub problems: Vec<Problem>,
-    /// How many more there were than are listed.
+    /// How many further problems are not listed.
     pub left_out: usize,
     pub sources: Sources,
 }
@@ -184,13 +183,13 @@ impl Diagnostics {
         self.problems.is_empty()
     }
 
-    /// How many errors and how many warnings are listed.
+    /// The number of listed errors and of listed warnings.
     pub fn count(&self) -> (usize, usize) {
         let errors = self.problems.iter().filter(|problem| problem.severity == Severity::Error).count();
         (errors, self.problems.len() - errors)
     }
 
-    /// Every problem with file, line, column, the offending snippet and a suggestion; an empty line between.
+    /// Every problem with file, line, column, the offending snippet and a suggestion, separated by empty lines.
     pub fn render(&self, colour: bool) -> String {
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
         let mut out = String::new();
@@ -215,7 +214,7 @@ impl Diagnostics {
         self.problems.iter().map(line).collect()
     }
 
-    /// For programs.
+    /// As JSON, for programs.
     pub fn to_json(&self) -> serde_json::Value {
         let one = |problem: &Problem| {
             let place = problem.origin.and_then(|origin| self.sources.place(origin));
@@ -237,7 +236,7 @@ impl Diagnostics {
             Severity::Error => Level::ERROR,
             Severity::Warning => Level::WARNING,
         };
-        // With no line to show it at, the label ends the title.
+        // Without a line to show it at, the label is appended to the title.
         let placed = problem.origin.is_some() || problem.label.is_empty();
         let title =
             if placed { problem.message.clone() } else { format!("{}: {}", problem.message, problem.label) };
@@ -253,7 +252,7 @@ impl Diagnostics {
         renderer.render(&[group])
     }
 
-    /// The line of the place alone: rendering then costs the same however long the file is.
+    /// Only the line of the place, so that the cost of rendering does not depend on the length of the file.
     fn snippet(
         &self,
         origin: Origin,
@@ -283,7 +282,7 @@ fn severity_name(severity: Severity) -> &'static str {
     }
 }
 
-/// The nearest of what could have been meant, where one is near enough.
+/// The valid name that is most similar, if one is similar enough.
 pub fn did_you_mean<'a>(written: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     valid
         .into_iter()

@@ -1,4 +1,4 @@
-//! The file described: its JSON Schema, and an example of every key.
+//! The description of the configuration file: its JSON Schema, and an example of every key.
 
 use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value as Json, json};
@@ -13,34 +13,34 @@ pub const EXAMPLE: &str = include_str!("../../config/outrigger.toml");
 
 /// The JSON Schema of the file as written.
 ///
-/// Policy keys may stand in four places. Only `[defaults]` shows their defaults: elsewhere they are inherited, or
-/// start from others.
+/// Policy keys are valid in four places. Only `[defaults]` shows their defaults: elsewhere they are inherited, or have
+/// other defaults.
 pub fn json_schema() -> Json {
     let mut generator = SchemaSettings::draft07().into_generator();
     let policy = properties::<Policy>(&mut generator);
     let inherited = without_defaults(&policy);
     let mut route = table(&properties::<RouteKeys>(&mut generator), &[&inherited], &[]);
-    describe(&mut route, "Calls of the upstream that differ; the most specific match wins.");
+    describe(&mut route, "Requests with a policy of their own; the most specific match wins.");
     let routes = as_map(json!({ "route": {
-        "type": "array", "items": route, "description": "Requests that differ; the most specific match wins.",
+        "type": "array", "items": route, "description": "Requests with a policy of their own; the most specific match wins.",
     } }));
     let mut upstream = table(&properties::<UpstreamKeys>(&mut generator), &[&inherited, &routes], &["name"]);
-    describe(&mut upstream, "A service that is called.");
+    describe(&mut upstream, "A destination of outbound requests.");
     let mut inbound = table(&properties::<InboundKeys>(&mut generator), &[&inherited], &[]);
     describe(
         &mut inbound,
-        "Calls that others make to this service. Inherits no policy: timeouts 0, no retry, no limits unless set.",
+        "Requests to this service. Inherits no policy: timeouts 0, no retry, no limits unless set.",
     );
     let sections = json!({
         "service": section::<Service>(&mut generator, "The service."),
         "runtime": section::<Runtime>(&mut generator, "The process."),
         "inbound": inbound,
-        "outbound": section::<Outbound>(&mut generator, "Calls that this service makes."),
+        "outbound": section::<Outbound>(&mut generator, "Requests of this service."),
         "identity": section::<Identity>(&mut generator, "This service's certificate: files, or the SPIFFE Workload API."),
-        "admin": section::<Admin>(&mut generator, "For people, probes and Prometheus."),
+        "admin": section::<Admin>(&mut generator, "The admin page and API, probes and metrics."),
         "telemetry": section::<Telemetry>(&mut generator, "Traces and the access log."),
         "defaults": section::<Policy>(&mut generator, "The policy of every upstream; upstreams and routes override it key by key."),
-        "upstream": { "type": "array", "items": upstream, "description": "The services that are called." },
+        "upstream": { "type": "array", "items": upstream, "description": "The destinations of outbound requests." },
     });
     json!({
         "$schema": "http://json-schema.org/draft-07/schema#",

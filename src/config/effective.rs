@@ -1,4 +1,4 @@
-//! The effective configuration as a tree, secrets left out.
+//! The effective configuration as a tree, without secrets.
 
 use serde_json::{Map, Value, json};
 
@@ -7,7 +7,7 @@ use crate::{
     redact::{HIDDEN, is_telling, without, without_userinfo},
 };
 
-/// Every section with every key, defaults included; what is unset is left out.
+/// Every section with every key, defaults included. Unset keys are omitted.
 pub fn tree(config: &Config) -> Value {
     let Config {
         service,
@@ -38,19 +38,19 @@ fn clean(value: &mut Value, concealed: &[String]) {
     }
 }
 
-/// Names that differ between the file, where one table stands for one thing, and the lists that are made of them.
-const AS_WRITTEN: &[(&str, &str)] = &[("ports", "port"), ("routes", "route"), ("matches", "match")];
+/// Names of lists in the code (left) and of the table in the file (right).
+const FILE_NAMES: &[(&str, &str)] = &[("ports", "port"), ("routes", "route"), ("matches", "match")];
 
 fn clean_map(map: &mut Map<String, Value>, concealed: &[String]) {
     map.retain(|_, value| !value.is_null());
-    // Policy keys stand beside the others.
+    // Policy keys are on the same level as the other keys.
     if let Some(Value::Object(policy)) = map.shift_remove("policy") {
         map.extend(policy);
         map.retain(|_, value| !value.is_null());
     }
-    for (name, written) in AS_WRITTEN {
+    for (name, file_name) in FILE_NAMES {
         if let Some(value) = map.shift_remove(*name) {
-            map.insert((*written).to_owned(), value);
+            map.insert((*file_name).to_owned(), value);
         }
     }
     for (key, value) in map {
@@ -69,7 +69,7 @@ mod tests {
     use crate::redact::Secret;
 
     #[test]
-    fn every_section_is_there_and_no_secret_is() {
+    fn the_tree_has_every_section_and_no_secret() {
         let mut upstream = Upstream::new("payments", Endpoints::Fixed(Vec::new()), Policy::default());
         let set = [("authorization", "Bearer abc"), ("x-api-key", "abc"), ("x-tier", "1")];
         upstream.routes.push(Route {
@@ -88,7 +88,7 @@ mod tests {
         let tree = tree(&config);
         assert_eq!(tree["outbound"]["listen"], "localhost:4140");
         assert_eq!(tree["defaults"]["timeout"], "15s");
-        assert_eq!(tree["upstream"][0]["timeout"], "15s", "as it is written, and inherited");
+        assert_eq!(tree["upstream"][0]["timeout"], "15s", "formatted as in the file, and inherited");
         assert_eq!(tree["admin"]["token_file"], "/run/token");
         assert_eq!(tree["upstream"][0]["route"][0]["request_headers"]["set"]["x-tier"], "1");
         assert!(!tree.to_string().contains("abc"), "{tree}");

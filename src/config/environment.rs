@@ -1,14 +1,14 @@
-//! What the environment says of telemetry, by OpenTelemetry's names: beneath every file.
+//! Telemetry settings from OpenTelemetry's environment variables. Every file overrides them.
 //!
-//! <https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/>. As prescribed there, a value
-//! that means nothing is passed over. What only the exporter needs is read in `src/telemetry/export`.
+//! <https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/>. As specified there, an invalid
+//! value is ignored. `src/telemetry/export` reads the variables that only the exporter needs.
 
 use super::{
     node::{Entry, Node, Table, Value},
     parse::Env,
 };
 
-/// `[telemetry]` as the environment has it.
+/// `[telemetry]` as set by the environment.
 pub(super) fn telemetry(env: Env<'_>) -> Node {
     let get = |names: &[&str]| {
         let set =
@@ -27,20 +27,20 @@ pub(super) fn telemetry(env: Env<'_>) -> Node {
     if let Some(protocol) = protocol {
         set("protocol", Node::text(protocol));
     }
-    let whole = get(&["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]);
-    // The path of the signal is added to what holds for all signals.
+    let traces_endpoint = get(&["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]);
+    // The signal's path is appended to the endpoint for all signals.
     let base = get(&["OTEL_EXPORTER_OTLP_ENDPOINT"]).map(|base| {
-        let by_http =
+        let is_http =
             protocol == Some("http") || (protocol.is_none() && base.trim_end_matches('/').ends_with(":4318"));
-        if by_http { format!("{}/v1/traces", base.trim_end_matches('/')) } else { base }
+        if is_http { format!("{}/v1/traces", base.trim_end_matches('/')) } else { base }
     });
     let is_url = |url: &String| ["http://", "https://"].iter().any(|scheme| url.starts_with(scheme));
-    if let Some(url) = whole.or(base).filter(is_url) {
+    if let Some(url) = traces_endpoint.or(base).filter(is_url) {
         set("otlp", Node::text(url));
     }
     let argument = get(&["OTEL_TRACES_SAMPLER_ARG"]).and_then(|text| text.parse::<f64>().ok());
     let share = match get(&["OTEL_TRACES_SAMPLER"]).as_deref() {
-        // A sampled caller is always followed here, so with and without `parentbased_` are the same.
+        // A sampled client trace is always continued, so `parentbased_` makes no difference.
         Some("always_on" | "parentbased_always_on") => Some(1.0),
         Some("always_off" | "parentbased_always_off") => Some(0.0),
         Some("traceidratio" | "parentbased_traceidratio") => {
@@ -60,7 +60,7 @@ pub(super) fn telemetry(env: Env<'_>) -> Node {
     Node { origin: None, value: Value::Table(root) }
 }
 
-/// Whether the environment turns traces off, whatever the files say.
+/// Whether the environment disables traces, overriding the files.
 pub(super) fn no_traces(env: Env<'_>) -> bool {
     let is = |name: &str, word: &str| env(name).is_some_and(|value| value.trim().eq_ignore_ascii_case(word));
     is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none")
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_is_beneath_the_files() {
+    fn files_override_the_environment() {
         let env = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317"),
             ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_for_all_signals_gets_the_path_of_traces() {
+    fn the_general_endpoint_gets_the_path_of_traces() {
         let otlp = |env: &[(&str, &str)]| loaded("", env).otlp;
         let base = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318/");
         assert_eq!(otlp(&[base]).as_ref().map(Secret::expose), Some("http://c:4318/v1/traces"));
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_passed_over_and_off_is_off() {
+    fn invalid_values_are_ignored_and_off_is_off() {
         let bad = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),

@@ -1,8 +1,8 @@
-//! What people write who know another proxy, or another notation, and what to write here.
+//! Suggestions for keys, values and notations of other proxies.
 
 use super::node::{Node, Value};
 
-/// Keys of Envoy, nginx, HAProxy and Linkerd, and what they are called here.
+/// Keys of Envoy, nginx, HAProxy and Linkerd, and their counterparts here.
 const KEYS: &[(&str, &str)] = &[
     ("circuit_breaker", "`breaker`"),
     ("circuit_breakers", "`breaker` (failures) and `limits` (requests and connections)"),
@@ -86,7 +86,7 @@ const KEYS: &[(&str, &str)] = &[
     ("logging", "`--log` on the command line, or `access_log` in [telemetry]"),
 ];
 
-/// Words of others, and of people, for values.
+/// Values of other proxies and common spellings, and the values to write here.
 const WORDS: &[(&str, &str)] = &[
     ("http2", "h2"),
     ("http/2", "h2"),
@@ -118,20 +118,20 @@ const WORDS: &[(&str, &str)] = &[
     ("reject", "deny"),
 ];
 
-/// What a key of another proxy is called here.
+/// The counterpart of another proxy's key.
 pub fn key(written: &str) -> Option<String> {
     let written = written.to_ascii_lowercase().replace('-', "_");
-    let (_, ours) = KEYS.iter().find(|(theirs, _)| *theirs == written)?;
-    Some(format!("here it is {ours}"))
+    let (_, counterpart) = KEYS.iter().find(|(other, _)| *other == written)?;
+    Some(format!("here it is {counterpart}"))
 }
 
-/// The word that is meant by another, where it is one of those that are possible.
+/// The value that corresponds to another proxy's, if it is possible here.
 pub fn word(written: &str, is_possible: impl Fn(&str) -> bool) -> Option<&'static str> {
     let written = written.to_ascii_lowercase();
-    WORDS.iter().find(|(theirs, ours)| *theirs == written && is_possible(ours)).map(|(_, ours)| *ours)
+    WORDS.iter().find(|(other, value)| *other == written && is_possible(value)).map(|(_, value)| *value)
 }
 
-/// What to write where the value of a key has the wrong type but says enough.
+/// What to write instead of a value of the wrong type whose intent is clear.
 pub fn value(key: &str, node: &Node) -> Option<String> {
     let written = match (key, &node.value) {
         ("retry", Value::Integer(max)) => format!("{{ max = {max} }}"),
@@ -160,7 +160,7 @@ pub fn value(key: &str, node: &Node) -> Option<String> {
     Some(format!("write `{key} = {written}`"))
 }
 
-/// The sentence for a file in another notation; none where it may be TOML.
+/// The message for a file in another notation; `None` if it may be TOML.
 pub fn notation(text: &str) -> Option<&'static str> {
     let lines = text.lines().map(str::trim_end);
     let mut lines = lines.filter(|line| !line.is_empty() && !line.trim_start().starts_with('#'));
@@ -196,7 +196,7 @@ mod tests {
         load_sources(sources, &|_| None).unwrap_err()
     }
 
-    /// What was written, and what must be in the only problem.
+    /// The text of a file, and what its only problem must contain.
     const HINTS: &[(&str, &str)] = &[
         ("[[upstream]]\nname='a'\nprotocol='http2'", "did you mean \"h2\"?"),
         ("[[upstream]]\nname='a'\nbalance='round_robin'", "did you mean \"round-robin\"?"),
@@ -230,12 +230,12 @@ mod tests {
     ];
 
     #[test]
-    fn what_others_write_is_answered_with_what_to_write_here() {
+    fn notations_of_other_proxies_get_suggestions() {
         for (text, hint) in HINTS {
             let found = problems(text);
-            let said = found.to_string();
-            assert_eq!(found.count().0, 1, "one problem for\n{text}\n{said}");
-            assert!(said.contains(hint), "{hint} is not in\n{said}");
+            let rendered = found.to_string();
+            assert_eq!(found.count().0, 1, "one problem for\n{text}\n{rendered}");
+            assert!(rendered.contains(hint), "{hint} is not in\n{rendered}");
         }
     }
 }

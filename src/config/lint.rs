@@ -1,4 +1,4 @@
-//! What is allowed but hardly meant: warnings, from what can be known from the configuration alone.
+//! Lint: warnings about what is valid but probably not intended, from the configuration alone.
 
 mod authorization;
 mod telemetry;
@@ -19,12 +19,12 @@ use crate::{
     units::HumanDuration,
 };
 
-/// What a pod has between SIGTERM and SIGKILL unless it says otherwise.
+/// Kubernetes' default time between SIGTERM and SIGKILL.
 const POD_GRACE: Duration = Duration::from_secs(30);
-/// Below this many requests a second the failure rate is never looked at: worth saying only far above usual traffic.
+/// A failure rate that acts only above this many requests per second gets a warning: usual traffic is far below.
 const BUSY: f64 = 100.0;
 
-/// Below it, containers without privileges could not listen for long.
+/// Lower ports traditionally need a privilege, so containers rarely listen on them.
 const FIRST_UNPRIVILEGED: u16 = 1024;
 
 pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
@@ -42,7 +42,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
         let Some(node) = root.get("upstream").and_then(|list| list.item(index)) else { continue };
         let table = inherit(&defaults, split(node).0);
         let effective = Node { origin: node.origin, value: super::Value::Table(table.clone()) };
-        // What is inherited was looked at above; the place of a value tells, and one place warns once.
+        // Inherited values were checked above already; they have the same place, and one place is reported once.
         lints.policy(&upstream.policy, Some(&effective), Some(node));
         for (at, route) in upstream.routes.iter().enumerate() {
             let Some(node) = node.get("route").and_then(|list| list.item(at)) else { continue };
@@ -51,7 +51,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
             lints.policy(&route.policy, Some(&effective), Some(node));
             let earlier = upstream.routes[..at].iter().any(|earlier| earlier.matches == route.matches);
             if earlier {
-                let help = "an earlier route has the same `match`; put them together";
+                let help = "an earlier route has the same `match`; combine them";
                 lints.warn(node.origin, "this route is never taken", help);
             }
             let connection = upstream.protocol == Protocol::Tcp;
@@ -59,7 +59,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
                 lints.warn(
                     node.origin,
                     "this route is never taken",
-                    "protocol = \"tcp\" carries bytes, not requests",
+                    "protocol = \"tcp\" forwards bytes, not requests",
                 );
             }
         }
@@ -72,7 +72,7 @@ struct Lints<'a> {
 }
 
 impl Lints<'_> {
-    /// Only what the files say: a built-in default is no mistake of theirs.
+    /// Warns only about what the files set, not about built-in defaults.
     fn warn(&mut self, origin: Option<Origin>, message: impl Into<String>, help: impl Into<String>) {
         if origin.is_some() {
             self.problems.push(Problem::warning(origin, message).help(help));
@@ -93,25 +93,29 @@ impl Lints<'_> {
         }
     }
 
-    /// Whoever reaches the outbound or the admin port can call in the service's name.
+    /// A client that can reach the outbound or the admin port can send requests in the service's name.
     fn reachable(&mut self, config: &Config) {
         let place = |section: &str, key: &str| self.root.get(section)?.get(key)?.origin;
         let mut found = Vec::new();
-        let help = "write \"localhost:PORT\", unless a firewall keeps others away";
+        let help = "write \"localhost:PORT\", unless a firewall keeps other hosts away";
         if !is_loopback(&config.outbound.listen) {
-            found.push((place("outbound", "listen"), "others can send calls in this service's name", help));
+            found.push((
+                place("outbound", "listen"),
+                "other hosts can send requests in this service's name",
+                help,
+            ));
         }
         if let AdminListen::Tcp(address) = &config.admin.listen
             && !is_loopback(address)
         {
             let help = "keep it on localhost; `probe_listen` is for kubelet and Prometheus";
-            found.push((place("admin", "listen"), "others can read the admin pages", help));
+            found.push((place("admin", "listen"), "other hosts can read the admin pages", help));
         }
         for (index, upstream) in config.upstreams.iter().enumerate() {
             if upstream.listen.as_ref().is_some_and(|address| !is_loopback(address)) {
                 let node = self.root.get("upstream").and_then(|list| list.item(index));
                 let origin = node.and_then(|node| node.get("listen")).and_then(|listen| listen.origin);
-                found.push((origin, "others can send calls in this service's name", help));
+                found.push((origin, "other hosts can send requests in this service's name", help));
             }
         }
         for (origin, message, help) in found {
@@ -119,7 +123,8 @@ impl Lints<'_> {
         }
     }
 
-    /// Pods seldom listen on such a port: the Service's own number is meant, which endpoints do not tell.
+    /// Pods rarely listen on such a port. Probably the Service's own port is meant, which EndpointSlices do not
+    /// contain.
     fn service_ports(&mut self, config: &Config) {
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let Endpoints::Kubernetes { port, .. } = &upstream.endpoints else { continue };
@@ -127,14 +132,14 @@ impl Lints<'_> {
                 let node = self.root.get("upstream").and_then(|list| list.item(index));
                 self.warn(
                     node.and_then(|node| node.get("endpoints")).and_then(|endpoints| endpoints.origin),
-                    format!("{port} is looked for among the ports where the pods listen; of a Service's own numbers only that of its only port is known"),
+                    format!("port {port} is compared with the ports of the pods; a Service's own port number is known only if it has a single port"),
                     "write the port's name, as in \"k8s://NAMESPACE/SERVICE:http\"",
                 );
             }
         }
     }
 
-    /// An endpoint that is listed twice counts as two: for balancing, ejection and health.
+    /// A duplicate endpoint counts as two for balancing, ejection and health checks.
     fn endpoints(&mut self, config: &Config) {
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let Endpoints::Fixed(list) = &upstream.endpoints else { continue };
@@ -149,7 +154,7 @@ impl Lints<'_> {
         }
     }
 
-    /// `effective` has the places of what holds, `own` is the table itself.
+    /// `effective` has the places of the effective values, `own` is the table itself.
     fn policy(&mut self, policy: &Policy, effective: Option<&Node>, own: Option<&Node>) {
         let at = |path: &[&str]| {
             let mut node = effective?;
@@ -159,12 +164,12 @@ impl Lints<'_> {
                     None => break,
                 }
             }
-            // A table that says none of it is not to blame.
+            // A table that sets none of it gets no warning.
             (Some(node.origin) != effective.map(|node| node.origin)).then_some(node.origin).flatten()
         };
         if let Some(retry) = policy.retry.0.as_ref().filter(|retry| retry.max > 0) {
             self.retry_methods(retry, at(&["retry", "methods"]));
-            self.tries_fit(policy, retry, [at(&["attempt_timeout"]), at(&["timeout"])]);
+            self.attempts_fit(policy, retry, [at(&["attempt_timeout"]), at(&["timeout"])]);
         }
         if let (AttemptTimeout::Fixed(attempt), Some(timeout)) =
             (policy.attempt_timeout, policy.timeout.limit())
@@ -220,16 +225,16 @@ impl Lints<'_> {
         let is_inherited = own.is_none_or(|own| own.get("hedge").is_none());
         let no_retry = policy.retry.0.as_ref().is_none_or(|retry| retry.max == 0);
         if policy.hedge.0.is_some() && no_retry && !is_inherited {
-            let help = "a hedge is a retry that comes early: retry.max must be at least 1";
+            let help = "a hedge is an early retry: retry.max must be at least 1";
             self.warn(at(&["hedge"]), "this hedge never happens", help);
         }
     }
 
     fn retry_methods(&mut self, retry: &RetrySettings, origin: Option<Origin>) {
-        let help = "make sure that the service takes the same call twice, e.g. by an Idempotency-Key";
+        let help = "make sure that the service tolerates the same request twice, e.g. by an Idempotency-Key";
         match &retry.methods {
             Methods::Idempotent => {}
-            Methods::All => self.warn(origin, "calls that change something may be sent twice", help),
+            Methods::All => self.warn(origin, "requests that change something may be sent twice", help),
             Methods::Listed(methods) => {
                 let risky =
                     methods.iter().find(|m| m.parse().is_ok_and(|m: http::Method| !m.is_idempotent()));
@@ -240,8 +245,8 @@ impl Lints<'_> {
         }
     }
 
-    /// Fixed times per try that leave no room for all tries.
-    fn tries_fit(&mut self, policy: &Policy, retry: &RetrySettings, places: [Option<Origin>; 2]) {
+    /// A fixed attempt timeout with which not all attempts fit into `timeout`.
+    fn attempts_fit(&mut self, policy: &Policy, retry: &RetrySettings, places: [Option<Origin>; 2]) {
         let (AttemptTimeout::Fixed(attempt), Some(timeout)) =
             (policy.attempt_timeout, policy.timeout.limit())
         else {
@@ -250,20 +255,20 @@ impl Lints<'_> {
         if attempt.is_zero() || *attempt > timeout {
             return;
         }
-        let tries = retry.max + 1;
+        let attempts = retry.max + 1;
         let waits: Duration = (0..retry.max)
             .map(|n| retry.backoff.base.saturating_mul(1 << n.min(16)).min(*retry.backoff.max))
             .fold(Duration::ZERO, Duration::saturating_add);
-        let needed = attempt.saturating_mul(tries).saturating_add(waits);
+        let needed = attempt.saturating_mul(attempts).saturating_add(waits);
         if needed > timeout {
             self.warn(
                 places[0].or(places[1]),
                 format!(
-                    "{tries} tries of {attempt} and the waits between them take up to {}, timeout is {}",
+                    "{attempts} attempts of {attempt} and the waits between them take up to {}, timeout is {}",
                     HumanDuration(needed),
                     policy.timeout
                 ),
-                "the last tries are cut short: raise timeout, shorten attempt_timeout, or leave \"auto\"",
+                "the last attempts are cut short: raise timeout, shorten attempt_timeout, or leave \"auto\"",
             );
         }
     }
@@ -283,7 +288,7 @@ mod tests {
     use super::*;
     use crate::config::{Sources, parse::parse, resolve::resolve};
 
-    /// Past the list of what is not built: lints are ready before their features.
+    /// Resolves and lints without rejecting errors.
     fn warnings(text: &str) -> Vec<String> {
         let mut problems = Problems::default();
         let tree = parse(text, 0, &|_| None, &mut problems);
@@ -294,19 +299,25 @@ mod tests {
     }
 
     #[test]
-    fn what_is_hardly_meant_is_warned_of_once() {
+    fn warns_once() {
         for (text, message) in [
             ("[runtime]\ndrain_delay = '10s'", "x:2:15: warning: draining takes up to 35s"),
-            ("[outbound]\nlisten = '0.0.0.0:4140'", "x:2:10: warning: others can send calls"),
-            ("[admin]\nlisten = '[::]:4191'", "others can read the admin pages"),
-            ("[[upstream]]\nname='a'\nendpoints='k8s://n/a:80'", "x:3:11: warning: 80 is looked for among"),
-            ("[[upstream]]\nname='a'\nlisten='0.0.0.0:1'", "x:3:8: warning: others can send calls"),
+            ("[outbound]\nlisten = '0.0.0.0:4140'", "x:2:10: warning: other hosts can send requests"),
+            ("[admin]\nlisten = '[::]:4191'", "other hosts can read the admin pages"),
+            (
+                "[[upstream]]\nname='a'\nendpoints='k8s://n/a:80'",
+                "x:3:11: warning: port 80 is compared with the ports of the pods",
+            ),
+            ("[[upstream]]\nname='a'\nlisten='0.0.0.0:1'", "x:3:8: warning: other hosts can send requests"),
             (
                 "[defaults]\nretry = { methods = 'all' }\n[[upstream]]\nname='a'\n[[upstream.route]]",
-                "x:2:21: warning: calls that change",
+                "x:2:21: warning: requests that change",
             ),
             ("[defaults]\nretry = { methods = ['GET', 'POST'] }", "POST may be sent twice"),
-            ("[defaults]\nattempt_timeout = '6s'\n[[upstream]]\nname='a'", "x:2:19: warning: 3 tries of 6s"),
+            (
+                "[defaults]\nattempt_timeout = '6s'\n[[upstream]]\nname='a'",
+                "x:2:19: warning: 3 attempts of 6s",
+            ),
             (
                 "[defaults]\nconnect_timeout = '16s'",
                 "x:2:19: warning: connect_timeout 16s is longer than timeout 15s",
@@ -324,7 +335,10 @@ mod tests {
                 "x:3:27: warning: endpoint 10.0.0.1:80 is listed twice",
             ),
             ("[defaults]\nattempt_timeout = '16s'", "attempt_timeout 16s is longer than timeout 15s"),
-            ("[[upstream]]\nname='a'\ntimeout='2s'\nattempt_timeout='1s'", "x:4:17: warning: 3 tries of 1s"),
+            (
+                "[[upstream]]\nname='a'\ntimeout='2s'\nattempt_timeout='1s'",
+                "x:4:17: warning: 3 attempts of 1s",
+            ),
             (
                 "[defaults]\nbreaker = { consecutive_failures = 0, failure_rate = 0 }",
                 "this breaker never opens",
@@ -339,15 +353,15 @@ mod tests {
             ("[[upstream]]\nname='a'\nprotocol='tcp'\nroute = [{}]", "this route is never taken"),
             (
                 "[[inbound.allow]]\nidentity = ['spiffe://a/b']",
-                "x:1:1: warning: this allow list matches nobody",
+                "x:1:1: warning: this allow list matches no client",
             ),
             (
                 "[inbound]\nmtls='permissive'\nallow=[{identity=['spiffe://a/*']},{identity=['spiffe://a/b'],methods=['GET']}]",
-                "x:3:36: warning: entry 2 lets in nobody that entry 1 does not",
+                "x:3:36: warning: entry 2 allows only what entry 1 already allows",
             ),
             (
                 "[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='http://id.example/k'",
-                "x:4:6: warning: the keys that prove tokens come over plain HTTP",
+                "x:4:6: warning: the keys that verify tokens come over plain HTTP",
             ),
             (
                 "[[upstream]]\nname='a'\nendpoints=['127.0.0.1:1']\noauth2={token_url='http://i/t',client_id='c',client_secret_file='/s'}",
@@ -367,7 +381,7 @@ mod tests {
                 "x:2:6: warning: protocol is \"grpc\", and 4318",
             ),
             ("[telemetry]\notlp='http://c:4317'\nprotocol='http'", "4317 is the port for gRPC"),
-            ("[telemetry]\notlp='http://c:4317/v1/traces'", "x:2:6: warning: gRPC has no use for the path"),
+            ("[telemetry]\notlp='http://c:4317/v1/traces'", "x:2:6: warning: gRPC ignores the path"),
         ] {
             let found = warnings(text);
             assert_eq!(found.len(), 1, "{found:#?} for\n{text}");
@@ -376,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_and_sound_settings_are_quiet() {
+    fn does_not_warn_of_defaults_and_sound_settings() {
         for text in [
             "",
             "[defaults]\nattempt_timeout = '4s'",

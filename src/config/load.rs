@@ -1,4 +1,4 @@
-//! From files to a [`Loaded`] configuration, or all that is wrong with them.
+//! Loads files into a [`LoadedConfig`], or returns everything that is wrong with them.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,13 +17,13 @@ use super::{
     source::{self, Source, Sources},
 };
 
-/// A configuration that may be used.
+/// A valid configuration.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub config: Arc<Config>,
-    /// What is allowed but hardly meant; see `lint`.
+    /// The warnings of `lint`.
     pub warnings: Diagnostics,
-    /// The merged tree, which knows where every value was set.
+    /// The merged tree, with the place of every value.
     pub tree: Arc<Node>,
     pub sources: Arc<Sources>,
 }
@@ -33,8 +33,8 @@ pub fn process_env(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// The files to use: those given with `-c`, else `$OUTRIGGER_CONFIG`, else `outrigger.toml` in `directory` where
-/// there is one, else none.
+/// The files to use: those given with `-c`, else `$OUTRIGGER_CONFIG`, else `outrigger.toml` in `directory` if it
+/// exists, else none.
 pub fn files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> {
     if !given.is_empty() {
         return given.to_vec();
@@ -42,18 +42,18 @@ pub fn files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> 
     if let Some(path) = env("OUTRIGGER_CONFIG").filter(|path| !path.is_empty()) {
         return vec![path.into()];
     }
-    let usual = directory.join("outrigger.toml");
-    if usual.exists() { vec![usual] } else { Vec::new() }
+    let default_file = directory.join("outrigger.toml");
+    if default_file.exists() { vec![default_file] } else { Vec::new() }
 }
 
-/// Reads, merges, resolves and checks. Later files win, key by key; no file is the built-in defaults.
+/// Reads, merges, resolves and checks. Later files win, key by key; without files the built-in defaults apply.
 pub fn load(files: &[PathBuf], env: Env<'_>) -> Result<Loaded, Diagnostics> {
     let mut problems = Problems::default();
     let sources = read_all(files, &mut problems);
     check(sources, env, problems)
 }
 
-/// The texts of the files, or all that cannot be read.
+/// The texts of the files, or an error for every file that cannot be read.
 pub(super) fn read_sources(files: &[PathBuf]) -> Result<Sources, Diagnostics> {
     let mut problems = Problems::default();
     let sources = read_all(files, &mut problems);
@@ -68,38 +68,38 @@ fn read_all(files: &[PathBuf], problems: &mut Problems) -> Sources {
             Ok(text) => sources.0.push(Source { path: path.clone(), text }),
             Err(reason) => {
                 problems.push(Problem::error(None, format!("cannot read {}", path.display())).label(reason));
-                problems.incomplete();
+                problems.mark_incomplete();
             }
         }
     }
     sources
 }
 
-/// The same for texts already read.
+/// The same for texts that have been read already.
 pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<Loaded, Diagnostics> {
     check(sources, env, Problems::default())
 }
 
-/// A configuration as far as it could be read, for whoever looks for further problems.
+/// A configuration as far as it could be read, for further checks.
 #[derive(Debug)]
 pub struct Examined {
-    /// What could not be read has its default.
+    /// Values that could not be read have their defaults.
     pub config: Config,
     pub tree: Node,
     pub found: Diagnostics,
 }
 
-/// Reads files and finds all that is wrong with them.
+/// Reads files and returns all problems.
 pub fn examine(files: &[PathBuf], env: Env<'_>) -> Examined {
     let mut problems = Problems::default();
     let sources = read_all(files, &mut problems);
-    let (config, tree) = read_through(&sources, env, &mut problems);
+    let (config, tree) = parse_and_resolve(&sources, env, &mut problems);
     Examined { config, tree, found: problems.finish(sources) }
 }
 
-/// Tells of all that is wrong at once, as far as it can be known: what could not be read makes no further problems.
+/// Reports all problems at once. A value that could not be read causes no further problems.
 fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loaded, Diagnostics> {
-    let (config, tree) = read_through(&sources, env, &mut problems);
+    let (config, tree) = parse_and_resolve(&sources, env, &mut problems);
     if problems.has_errors() {
         return Err(problems.finish(sources));
     }
@@ -111,7 +111,7 @@ fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loade
     })
 }
 
-fn read_through(sources: &Sources, env: Env<'_>, problems: &mut Problems) -> (Config, Node) {
+fn parse_and_resolve(sources: &Sources, env: Env<'_>, problems: &mut Problems) -> (Config, Node) {
     let mut tree = environment::telemetry(env);
     for (index, source) in sources.0.iter().enumerate() {
         let over = parse(&source.text, index, env, problems);
@@ -127,14 +127,14 @@ fn read_through(sources: &Sources, env: Env<'_>, problems: &mut Problems) -> (Co
     (config, tree)
 }
 
-/// `OTEL_SERVICE_NAME`, then the host name, then what OpenTelemetry prescribes for neither.
+/// `OTEL_SERVICE_NAME`, then the host name, then OpenTelemetry's default.
 fn default_service_name(env: Env<'_>) -> String {
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-    let named = |name: &String| !name.trim().is_empty();
+    let is_set = |name: &String| !name.trim().is_empty();
     env("OTEL_SERVICE_NAME")
-        .filter(named)
-        .or_else(|| env("HOSTNAME").filter(named))
-        .or_else(|| host().filter(named))
+        .filter(is_set)
+        .or_else(|| env("HOSTNAME").filter(is_set))
+        .or_else(|| host().filter(is_set))
         .map_or_else(|| super::Service::default().name, |name| name.trim().to_owned())
 }
 

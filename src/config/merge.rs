@@ -1,15 +1,15 @@
-//! One tree over another, key by key. Files override each other and policies inherit by this one rule.
+//! Merges one tree over another, key by key. Both file overrides and policy inheritance use this rule.
 
 use std::collections::HashMap;
 
 use super::node::{Node, Table, Value};
 
-/// Lists of tables whose entries are told apart by a key: entries with an equal one are merged, new ones are added
-/// behind. All other lists replace as a whole, so that a later file can also shorten them.
+/// Lists of tables whose entries are identified by a key: entries with equal keys are merged, new ones are appended.
+/// All other lists are replaced as a whole, so that a later file can also shorten them.
 const KEYED: [(&str, &str); 3] = [("upstream", "name"), ("route", "match"), ("port", "port")];
 
-/// Keys of one table of which only one kind may be given: setting one kind drops what was inherited of the others,
-/// so that e.g. `fallback = { upstream = "dr" }` replaces an inherited fixed answer.
+/// Mutually exclusive keys of one table: setting one kind drops the inherited keys of the others, so that e.g.
+/// `fallback = { upstream = "dr" }` replaces an inherited fixed response.
 const ALTERNATIVES: [(&str, &[&[&str]]); 2] = [
     ("health", &[&["path"], &["grpc"], &["tcp"]]),
     ("fallback", &[&["upstream"], &["status", "body", "content_type"]]),
@@ -61,10 +61,10 @@ fn merge_tables_as(key: &str, mut base: Table, over: Table) -> Table {
 }
 
 fn merge_lists(by: &str, mut base: Vec<Node>, over: Vec<Node>) -> Vec<Node> {
-    // What cannot be told apart (no such key) is never merged; two equal ones in one file stay two, and are
-    // reported where that is wrong.
-    let readable = |value: &&Node| value.value != Value::Unknown;
-    let identity = |node: &Node| node.get(by).filter(readable).map(|value| value.identity());
+    // Entries without the key are never merged. Duplicates in one file stay separate, and validation reports them
+    // where they are wrong.
+    let is_readable = |value: &&Node| value.value != Value::Unknown;
+    let identity = |node: &Node| node.get(by).filter(is_readable).map(|value| value.identity());
     let known: HashMap<String, usize> =
         base.iter().enumerate().filter_map(|(at, node)| Some((identity(node)?, at))).collect();
     for node in over {
@@ -80,7 +80,7 @@ fn merge_lists(by: &str, mut base: Vec<Node>, over: Vec<Node>) -> Vec<Node> {
 }
 
 impl Node {
-    /// Text that is equal where two values are, wherever they stand.
+    /// A text that is equal for equal values, whatever their places.
     fn identity(&self) -> String {
         match &self.value {
             Value::String { text, .. } => format!("{text:?}"),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn one_alternative_drops_the_others() {
+    fn an_alternative_drops_the_others() {
         assert_eq!(
             merged("health = { path = '/h', interval = '5s' }", "health = { tcp = true }"),
             tree("health = { tcp = true, interval = '5s' }").identity()

@@ -1,11 +1,11 @@
-//! The configuration: what a user writes, read, merged, checked and resolved.
+//! The configuration: reads, merges, resolves and checks the user's files.
 //!
 //! ```text
-//! files ──parse──▶ trees with origins ──merge──▶ one tree ──resolve──▶ typed [`Config`] ──validate, lint──▶ [`Loaded`]
+//! files ──parse──▶ trees with origins ──merge──▶ one tree ──resolve──▶ [`Config`] ──validate, lint──▶ [`LoadedConfig`]
 //! ```
 //!
 //! Inheritance (`[defaults]` → `[[upstream]]` → `[[upstream.route]]`) is the same key-by-key merge as that of
-//! several files, done on the tree, so every effective value still knows the file and line that set it.
+//! several files. It works on the tree, so every effective value keeps the file and line that set it.
 
 mod address;
 mod agent;

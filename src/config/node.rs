@@ -1,10 +1,10 @@
-//! The tree of a configuration as written: every key and value knows the place it came from.
+//! The configuration tree as written: every key and value has its place in a file.
 
 use std::collections::BTreeMap;
 
 use super::source::Origin;
 
-/// A value and where it stands. No origin: built in.
+/// A value and its place. No origin: built in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     pub origin: Option<Origin>,
@@ -15,17 +15,17 @@ pub struct Node {
 pub enum Value {
     String {
         text: String,
-        /// Whether `${VAR}` stood in it: such a text may also fill a number or a boolean.
+        /// Whether it contained `${VAR}`: such a text may also be a number or a boolean.
         expanded: bool,
     },
     Integer(i64),
     Float(f64),
     Bool(bool),
-    /// TOML has them, no key takes one.
+    /// Part of TOML, but no key has such a value.
     Datetime(String),
     Array(Vec<Node>),
     Table(Table),
-    /// Something stands there that could not be read. Why has been told; nothing more follows from it.
+    /// A value that could not be read. The problem has been reported; the value causes no further ones.
     Unknown,
 }
 
@@ -72,12 +72,12 @@ impl Node {
         }
     }
 
-    /// A list that holds something, readable or not.
+    /// A list that is not empty, whether its items could be read or not.
     pub fn is_filled_list(&self) -> bool {
         self.as_array().is_some_and(|items| !items.is_empty())
     }
 
-    /// The value of a key, where this is a table that has it.
+    /// The value of a key, if this is a table that has it.
     pub fn get(&self, key: &str) -> Option<&Self> {
         self.as_table()?.get(key).map(|entry| &entry.node)
     }
@@ -87,7 +87,7 @@ impl Node {
         self.as_array()?.get(index)
     }
 
-    /// What it is, for messages.
+    /// The type of the value, for messages.
     pub fn kind(&self) -> &'static str {
         match &self.value {
             Value::String { .. } => "a string",

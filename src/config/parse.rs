@@ -1,4 +1,4 @@
-//! A file's text → a tree with origins, `${VAR}` filled in.
+//! Parses a file's text into a tree with origins, and expands `${VAR}`.
 
 use toml::{
     Spanned,
@@ -16,10 +16,10 @@ use crate::redact::is_telling;
 /// Looks up an environment variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Tables and arrays inside each other: the contract needs six, and the walk is recursive.
+/// Nesting of tables and arrays: the format needs six levels, and the conversion is recursive.
 const MAX_DEPTH: usize = 32;
 
-/// What can be read of a file; what cannot becomes a problem.
+/// Reads what is readable of a file; the rest becomes problems.
 pub(super) fn parse(text: &str, file: usize, env: Env<'_>, problems: &mut Problems) -> Node {
     let (root, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty()
@@ -30,16 +30,19 @@ pub(super) fn parse(text: &str, file: usize, env: Env<'_>, problems: &mut Proble
         let end = start + line.map_or(0, str::len);
         let (wrong, remedy) = sentence.split_once(": ").unwrap_or((sentence, ""));
         problems.push(Problem::error(Some(Origin::new(file, start..end)), wrong).help(remedy));
-        problems.broken_at(file, 0);
+        problems.mark_broken(file, 0);
         return Node::table(None);
     }
     syntax(text, file, &errors, problems);
-    let mut walk = Walk { file, env, problems };
+    let mut converter = Converter { file, env, problems };
     let span = root.span();
-    Node { origin: Some(walk.origin(span)), value: Value::Table(walk.table(root.into_inner(), MAX_DEPTH)) }
+    Node {
+        origin: Some(converter.origin(span)),
+        value: Value::Table(converter.table(root.into_inner(), MAX_DEPTH)),
+    }
 }
 
-/// Tells of the first error of a line only: the rest of it makes little sense to a parser.
+/// Reports only the first syntax error of a line: further ones mostly follow from it.
 fn syntax(text: &str, file: usize, errors: &[toml::de::Error], problems: &mut Problems) {
     let start = |error: &toml::de::Error| error.span().map_or(0, |span| span.start);
     let mut errors: Vec<_> = errors.iter().collect();
@@ -58,17 +61,17 @@ fn syntax(text: &str, file: usize, errors: &[toml::de::Error], problems: &mut Pr
         }
     }
     if let Some(first) = first {
-        problems.broken_at(file, first);
+        problems.mark_broken(file, first);
     }
 }
 
-struct Walk<'a> {
+struct Converter<'a> {
     file: usize,
     env: Env<'a>,
     problems: &'a mut Problems,
 }
 
-impl Walk<'_> {
+impl Converter<'_> {
     fn origin(&self, span: std::ops::Range<usize>) -> Origin {
         Origin::new(self.file, span)
     }
@@ -87,7 +90,7 @@ impl Walk<'_> {
         let origin = self.origin(spanned.span());
         let mut fail = |message: &str, help: &str| {
             self.problems.push(Problem::error(Some(origin), message).help(help));
-            self.problems.incomplete();
+            self.problems.mark_incomplete();
             Value::Unknown
         };
         let value = match spanned.into_inner() {
@@ -114,8 +117,8 @@ impl Walk<'_> {
             DeValue::String(written) => match expand(&written, self.env) {
                 Ok(None) => Value::String { text: written.into_owned(), expanded: false },
                 Ok(Some(text)) => {
-                    let variables = names(&written).filter(|name| is_telling(name));
-                    variables.filter_map(self.env).for_each(|value| self.problems.conceal(value));
+                    let variables = variable_names(&written).filter(|name| is_telling(name));
+                    variables.filter_map(self.env).for_each(|value| self.problems.add_secret(value));
                     Value::String { text, expanded: true }
                 }
                 Err(wrong) => {
@@ -125,7 +128,7 @@ impl Walk<'_> {
                             .label(label)
                             .help(help),
                     );
-                    self.problems.incomplete();
+                    self.problems.mark_incomplete();
                     Value::Unknown
                 }
             },
@@ -135,7 +138,7 @@ impl Walk<'_> {
 }
 
 /// The variables in a text.
-fn names(text: &str) -> impl Iterator<Item = &str> {
+fn variable_names(text: &str) -> impl Iterator<Item = &str> {
     text.split("${").skip(1).filter_map(|rest| rest.split(['}', ':']).next())
 }
 
@@ -164,8 +167,8 @@ impl ExpandError {
     }
 }
 
-/// `${VAR}` and `${VAR:-default}` (used where VAR is unset or empty, as in a shell) filled in; `$${` is a literal
-/// `${`. `None` where there was nothing to fill in. Values are not expanded again.
+/// Expands `${VAR}` and `${VAR:-default}` (used if VAR is unset or empty, as in a shell); `$${` is a literal `${`.
+/// `None` if there is nothing to expand. Values are not expanded again.
 fn expand(text: &str, env: Env<'_>) -> Result<Option<String>, ExpandError> {
     if !text.contains("${") {
         return Ok(None);
@@ -215,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_are_filled_in() {
+    fn expands_variables() {
         for (text, expected) in [
             ("${HOST}:80", "db:80"),
             ("${NONE:-x}", "x"),
@@ -235,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn every_value_knows_its_place() {
+    fn every_value_has_its_place() {
         let text = "[a]\nb = [1, 'x']\n";
         let mut problems = Problems::default();
         let root = parse(text, 0, &env, &mut problems);

@@ -1,4 +1,4 @@
-//! The policy of a call, after inheritance: `[defaults]`, overridden by the upstream, overridden by the route.
+//! The policy of a request, after inheritance: `[defaults]`, overridden by the upstream, overridden by the route.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,45 +12,46 @@ use crate::{
     units::{HumanDuration, Toggle},
 };
 
-/// What holds for a call. Every key may stand in `[defaults]`, `[[upstream]]` and `[[upstream.route]]`.
+/// The policy of a request. Every key is valid in `[defaults]`, `[[upstream]]` and `[[upstream.route]]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
-    /// TCP connect (and TLS handshake) of one try.
+    /// TCP connect (and TLS handshake) of one attempt.
     pub connect_timeout: HumanDuration,
-    /// All tries and waits, to response headers, from when the request's body has been sent. 0 = none.
+    /// All attempts and waits, to response headers, from when the request body has been sent. 0 = none.
     pub timeout: HumanDuration,
-    /// One try, likewise.
+    /// One attempt, likewise.
     pub attempt_timeout: AttemptTimeout,
-    /// A body in which nothing moves, either way. 0 = none.
+    /// A body without progress, in either direction. 0 = none.
     pub idle_timeout: HumanDuration,
     /// The same for TCP, CONNECT, upgrades and gRPC streams. 0 = none.
     pub tunnel_idle_timeout: HumanDuration,
     /// The whole exchange, body included. 0 = none.
     pub max_duration: HumanDuration,
-    /// Further attempts; `false`: none.
+    /// Retries; `false`: none.
     pub retry: Toggle<RetrySettings>,
     /// Stops requests to an upstream that fails.
     pub breaker: Toggle<BreakerSettings>,
-    /// Takes an endpoint that fails out for a while.
+    /// Ejects an endpoint that fails for a while.
     pub outlier: Toggle<OutlierSettings>,
-    /// How much may be in flight.
+    /// The most connections and requests in flight.
     pub limits: Toggle<LimitSettings>,
-    /// How many requests a second.
+    /// The most requests per second.
     pub rate_limit: Toggle<RateSettings>,
-    /// A second copy of a request where the first is slow.
+    /// A second copy of a slow request.
     pub hedge: Toggle<HedgeSettings>,
     /// Injected failures, to rehearse.
     pub fault: Toggle<FaultSettings>,
-    /// The response where all else has failed.
+    /// The response when breaker, timeout or retries are exhausted.
     pub fallback: Toggle<FallbackSettings>,
-    /// Whether a route (not the upstream or the defaults) set `timeout` / `attempt_timeout`: gRPC calls heed only those.
+    /// Whether a route (not the upstream or the defaults) sets `timeout` / `attempt_timeout`: for gRPC only those
+    /// apply.
     #[serde(skip)]
     pub route_sets_timeout: bool,
     #[serde(skip)]
     pub route_sets_attempt_timeout: bool,
-    /// Whether the configuration, not a default, limits requests: `limits` of its own with another key than
-    /// `max_connections`, which holds for byte streams, too; or inherited ones that differ from what is built in.
+    /// Whether the configuration, not a default, limits requests: its own `limits` with another key than
+    /// `max_connections`, which applies to byte streams too; or inherited ones that differ from the built-in defaults.
     #[serde(skip)]
     pub sets_request_limits: bool,
 }
@@ -80,7 +81,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// What `[inbound]` starts from: it inherits nothing; timeouts 0, retry and breaker off, no limits unless set.
+    /// The defaults of `[inbound]`, which inherits nothing: timeouts 0, retry and breaker off, no limits unless set.
     pub fn inbound() -> Self {
         Self {
             timeout: HumanDuration::default(),

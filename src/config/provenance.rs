@@ -1,4 +1,4 @@
-//! Who set what: every effective value with the place it comes from.
+//! Provenance: every effective value with the file and line that set it.
 
 use serde::Serialize;
 use serde_json::Value as Json;
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::redact::without_userinfo;
 
-/// Whose values.
+/// The part of the configuration whose values are listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     Inbound,
@@ -34,7 +34,7 @@ pub struct Setting {
 }
 
 impl Loaded {
-    /// The policy that holds there, key by key, in the order of the documentation. `None`: no such scope.
+    /// The effective policy of a scope. `None`: no such scope.
     pub fn policy(&self, scope: Scope) -> Option<&Policy> {
         let upstreams = &self.config.upstreams;
         match scope {
@@ -45,7 +45,7 @@ impl Loaded {
         }
     }
 
-    /// The same as text, with the place of each.
+    /// The effective policy as texts, key by key in the order of the documentation, each with its place.
     pub fn policy_settings(&self, scope: Scope) -> Vec<Setting> {
         let Some(policy) = self.policy(scope) else { return Vec::new() };
         let table = self.policy_table(scope);
@@ -53,7 +53,7 @@ impl Loaded {
         settings(policy, &tree)
     }
 
-    /// The keys of an upstream that are no policy, likewise.
+    /// The keys of an upstream other than its policy, likewise.
     pub fn upstream_settings(&self, upstream: usize) -> Vec<Setting> {
         let Some(value) = self.config.upstreams.get(upstream) else { return Vec::new() };
         let empty = Node::table(None);
@@ -79,7 +79,7 @@ impl Loaded {
     }
 
     fn upstream_node(&self, at: usize) -> Option<&Node> {
-        // A configuration that loaded has every upstream and route of the tree, in its order.
+        // A loaded configuration has every upstream and route of the tree, in the same order.
         self.tree.get("upstream")?.item(at)
     }
 
@@ -116,18 +116,18 @@ fn flatten(key: String, json: &Json, node: Option<&Node>, found: &mut Vec<Settin
                 flatten(key, value, node.and_then(|node| node.get(name)), found);
             }
         }
-        // What is absent.
+        // Not set.
         Json::Null => {}
         Json::Object(_) => {}
-        leaf => found.push(Setting { key, value: plain(leaf), origin: node.and_then(|node| node.origin) }),
+        leaf => found.push(Setting { key, value: to_text(leaf), origin: node.and_then(|node| node.origin) }),
     }
 }
 
-fn plain(json: &Json) -> String {
+fn to_text(json: &Json) -> String {
     match json {
         Json::String(text) => without_userinfo(text).into_owned(),
         Json::Array(items) if items.is_empty() => "none".to_owned(),
-        Json::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
+        Json::Array(items) => items.iter().map(to_text).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
     }
 }
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn every_value_names_the_line_that_set_it() {
+    fn every_value_has_the_line_that_set_it() {
         let loaded = loaded(
             "[defaults]\ntimeout = '9s'\nretry = { max = 1 }\n[[upstream]]\nname = 'a'\nbalance = 'round-robin'\nbreaker = false\n[[upstream.route]]\nretry = { body_limit = '1KiB' }",
         );

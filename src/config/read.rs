@@ -1,7 +1,7 @@
-//! Tree → typed value, by serde. Every problem is noted at its place, not only the first.
+//! Converts a tree into a typed value, by serde. Reports every problem at its place, not only the first.
 //!
-//! serde stops at the first error. So what is wrong is noted and left out, and the value is read again, until all
-//! that is left fits.
+//! serde stops at the first error. So each wrong node is reported and skipped, and the value is read again, until the
+//! rest is valid.
 
 use std::{cell::RefCell, collections::HashSet, fmt};
 
@@ -15,65 +15,65 @@ use super::{
 };
 use crate::redact::DESERIALIZE_AS;
 
-/// Reads a value; what does not fit becomes problems, and `None` where nothing can be made of the rest.
+/// Reads a value and reports what is invalid; `None` if no value can be made of the rest.
 ///
-/// `also` names keys that are valid in this table beside those of `T`, for the sake of suggestions.
+/// `also` names keys that are valid in this table besides those of `T`, for suggestions.
 pub(super) fn read<T: DeserializeOwned>(node: &Node, also: &[&str], problems: &mut Problems) -> Option<T> {
     if node.value == Value::Unknown {
         return None;
     }
     let shared =
-        Shared { left_out: RefCell::default(), problems: RefCell::new(problems), root: id(node), also };
+        Shared { skipped: RefCell::default(), problems: RefCell::new(problems), root: id(node), also };
     loop {
         let reader = Reader { node, shared: &shared };
         let error = match T::deserialize(reader).map_err(|error| error.at(node)) {
             Ok(value) => return Some(value),
             Err(error) => error,
         };
-        // What a table lacks since it was left out for another problem is no further problem.
+        // A key that is missing because it was skipped for another problem is not reported again.
         let at = error.id;
-        let consequence = match &error.kind {
-            Kind::Missing(key) => shared.left_out_of(at, node, |name| name == *key),
-            Kind::Message(_) => shared.left_out_of(at, node, |_| true),
+        let is_consequence = match &error.kind {
+            ErrorKind::Missing(key) => shared.has_skipped(at, node, |name| name == *key),
+            ErrorKind::Message(_) => shared.has_skipped(at, node, |_| true),
             _ => false,
         };
-        if !consequence {
+        if !is_consequence {
             shared.problems.borrow_mut().push(error.problem());
         }
         let full = shared.problems.borrow().is_full();
-        if at == shared.root || full || !shared.left_out.borrow_mut().insert(at) {
+        if at == shared.root || full || !shared.skipped.borrow_mut().insert(at) {
             return None;
         }
     }
 }
 
 struct Shared<'a> {
-    /// Nodes to pass over.
-    left_out: RefCell<HashSet<usize>>,
+    /// Nodes to skip.
+    skipped: RefCell<HashSet<usize>>,
     problems: RefCell<&'a mut Problems>,
     root: usize,
     also: &'a [&'a str],
 }
 
 impl Shared<'_> {
-    fn leaves_out(&self, node: &Node) -> bool {
-        node.value == Value::Unknown || self.left_out.borrow().contains(&id(node))
+    fn is_skipped(&self, node: &Node) -> bool {
+        node.value == Value::Unknown || self.skipped.borrow().contains(&id(node))
     }
 
-    /// Whether the table with this id, at or below `node`, has such a key and that was left out.
-    fn left_out_of(&self, table: usize, node: &Node, such: impl Fn(&str) -> bool + Copy) -> bool {
+    /// Whether the table with this ID, at or below `node`, has such a key that was skipped.
+    fn has_skipped(&self, table: usize, node: &Node, such: impl Fn(&str) -> bool + Copy) -> bool {
         match &node.value {
             Value::Table(entries) if id(node) == table => {
-                entries.iter().any(|(key, entry)| such(key) && self.leaves_out(&entry.node))
+                entries.iter().any(|(key, entry)| such(key) && self.is_skipped(&entry.node))
             }
-            Value::Table(entries) => entries.values().any(|entry| self.left_out_of(table, &entry.node, such)),
-            Value::Array(items) => items.iter().any(|item| self.left_out_of(table, item, such)),
+            Value::Table(entries) => entries.values().any(|entry| self.has_skipped(table, &entry.node, such)),
+            Value::Array(items) => items.iter().any(|item| self.has_skipped(table, item, such)),
             _ => false,
         }
     }
 }
 
-/// A node's identity within one reading: its address, as the tree stands still meanwhile.
+/// A node's identity during one call: its address, since the tree does not change meanwhile.
 fn id(node: &Node) -> usize {
     std::ptr::from_ref(node).addr()
 }
@@ -86,14 +86,14 @@ struct Reader<'a, 'p> {
 
 #[derive(Debug)]
 struct Error {
-    kind: Kind,
+    kind: ErrorKind,
     /// The node it is about; 0 until known.
     id: usize,
     origin: Option<Origin>,
 }
 
 #[derive(Debug)]
-enum Kind {
+enum ErrorKind {
     Message(String),
     WrongType { found: String, expected: String, hint: Option<String> },
     UnknownKey { key: String, valid: Vec<String> },
@@ -102,16 +102,16 @@ enum Kind {
 }
 
 impl Error {
-    fn new(kind: Kind) -> Self {
+    fn new(kind: ErrorKind) -> Self {
         Self { kind, id: 0, origin: None }
     }
 
-    /// Says where, unless that is known already: the innermost place tells the most.
+    /// Sets the place, unless it is known already: the innermost place is the most precise.
     fn at(mut self, node: &Node) -> Self {
         if self.id == 0 {
             self.id = id(node);
             self.origin = node.origin;
-            if let Kind::WrongType { found, .. } = &mut self.kind
+            if let ErrorKind::WrongType { found, .. } = &mut self.kind
                 && found.is_empty()
             {
                 *found = node.kind().to_owned();
@@ -120,9 +120,9 @@ impl Error {
         self
     }
 
-    /// Says what to write, where the value of a key tells.
+    /// Adds what to write instead, if the value of the key makes it clear.
     fn hint(mut self, key: &str, node: &Node) -> Self {
-        if let Kind::WrongType { hint, .. } = &mut self.kind
+        if let ErrorKind::WrongType { hint, .. } = &mut self.kind
             && self.id == id(node)
         {
             *hint = hints::value(key, node);
@@ -133,12 +133,12 @@ impl Error {
     fn problem(self) -> Problem {
         let new = |message: String| Problem::error(self.origin, message);
         match self.kind {
-            // "what is wrong: what to write", as the types in `units` and `schema` say it.
-            Kind::Message(text) => match text.split_once(": ").or_else(|| text.split_once("; ")) {
+            // "what is wrong: what to write", the form of the errors in `units` and `schema`.
+            ErrorKind::Message(text) => match text.split_once(": ").or_else(|| text.split_once("; ")) {
                 Some((wrong, remedy)) => new(wrong.to_owned()).help(remedy),
                 None => new(text),
             },
-            Kind::WrongType { found, expected, hint } => {
+            ErrorKind::WrongType { found, expected, hint } => {
                 let problem = new("this value has the wrong type".to_owned())
                     .label(format!("expected {expected}, found {found}"));
                 match hint {
@@ -146,19 +146,19 @@ impl Error {
                     None => problem,
                 }
             }
-            Kind::UnknownWord { word, valid } => {
+            ErrorKind::UnknownWord { word, valid } => {
                 let problem = new(format!("`{word}` is not one of the possible values"));
-                let meant = hints::word(&word, |ours| valid.contains(&ours));
-                let problem = match meant.or_else(|| did_you_mean(&word, valid.iter().copied())) {
+                let known = hints::word(&word, |value| valid.contains(&value));
+                let problem = match known.or_else(|| did_you_mean(&word, valid.iter().copied())) {
                     Some(near) => problem.label(format!("did you mean \"{near}\"?")),
                     None => problem,
                 };
                 problem.help(format!("possible are {}", quoted(valid)))
             }
-            Kind::Missing(key) => {
-                new(format!("`{key}` is missing here")).help(format!("add `{key} = …`")).of_absence()
+            ErrorKind::Missing(key) => {
+                new(format!("`{key}` is missing here")).help(format!("add `{key} = …`")).about_missing()
             }
-            Kind::UnknownKey { key, valid } => {
+            ErrorKind::UnknownKey { key, valid } => {
                 unknown_key(&key, self.origin, valid.iter().map(String::as_str))
             }
         }
@@ -186,8 +186,8 @@ fn quoted(words: &[&str]) -> String {
     words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(", ")
 }
 
-/// serde's word for a type, in the words of the file.
-fn in_plain_words(expected: &dyn de::Expected) -> String {
+/// serde's name of a type, in the terms of the file.
+fn plain_type_name(expected: &dyn de::Expected) -> String {
     let text = expected.to_string();
     match text.as_str() {
         "u8" => "a whole number from 0 to 255".to_owned(),
@@ -213,11 +213,15 @@ impl std::error::Error for Error {}
 
 impl de::Error for Error {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self::new(Kind::Message(message.to_string()))
+        Self::new(ErrorKind::Message(message.to_string()))
     }
 
     fn invalid_type(_: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::new(Kind::WrongType { found: String::new(), expected: in_plain_words(expected), hint: None })
+        Self::new(ErrorKind::WrongType {
+            found: String::new(),
+            expected: plain_type_name(expected),
+            hint: None,
+        })
     }
 
     fn invalid_value(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
@@ -228,22 +232,22 @@ impl de::Error for Error {
             de::Unexpected::Str(text) => format!("{text:?}"),
             _ => String::new(),
         };
-        Self::new(Kind::WrongType { found, expected: in_plain_words(expected), hint: None })
+        Self::new(ErrorKind::WrongType { found, expected: plain_type_name(expected), hint: None })
     }
 
     fn unknown_variant(word: &str, valid: &'static [&'static str]) -> Self {
-        Self::new(Kind::UnknownWord { word: word.to_owned(), valid })
+        Self::new(ErrorKind::UnknownWord { word: word.to_owned(), valid })
     }
 
     fn unknown_field(key: &str, valid: &'static [&'static str]) -> Self {
-        Self::new(Kind::UnknownKey {
+        Self::new(ErrorKind::UnknownKey {
             key: key.to_owned(),
             valid: valid.iter().map(ToString::to_string).collect(),
         })
     }
 
     fn missing_field(key: &'static str) -> Self {
-        Self::new(Kind::Missing(key))
+        Self::new(ErrorKind::Missing(key))
     }
 }
 
@@ -268,7 +272,7 @@ impl<'de, 'a, 'p> Reader<'a, 'p> {
         .map_err(|error| error.at(self.node))
     }
 
-    /// A text that came from the environment may fill what is not text.
+    /// The text, if it came from the environment: then it may also be a number or a boolean.
     fn expanded(self) -> Option<&'a str> {
         match &self.node.value {
             Value::String { text, expanded: true } => Some(text.trim()),
@@ -339,7 +343,7 @@ impl<'de> de::Deserializer<'de> for Reader<'_, '_> {
         visitor.visit_unit()
     }
 
-    /// serde's derived code would also take an array, by position: nobody means that.
+    /// serde's derived code would also accept an array, by position, which is never intended.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _: &'static str,
@@ -366,7 +370,7 @@ impl<'de> de::SeqAccess<'de> for Items<'_, '_> {
     type Error = Error;
 
     fn next_element_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<Option<S::Value>, Error> {
-        match self.items.find(|item| !self.shared.leaves_out(item)) {
+        match self.items.find(|item| !self.shared.is_skipped(item)) {
             Some(node) => {
                 let reader = Reader { node, shared: self.shared };
                 seed.deserialize(reader).map(Some).map_err(|error| error.at(node))
@@ -387,7 +391,7 @@ impl<'de> de::MapAccess<'de> for Entries<'_, '_> {
     type Error = Error;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
-        let Some((key, entry)) = self.entries.find(|(_, entry)| !self.shared.leaves_out(&entry.node)) else {
+        let Some((key, entry)) = self.entries.find(|(_, entry)| !self.shared.is_skipped(&entry.node)) else {
             return Ok(None);
         };
         self.at = Some((key, &entry.node));
@@ -395,7 +399,7 @@ impl<'de> de::MapAccess<'de> for Entries<'_, '_> {
         seed.deserialize(key_deserializer).map(Some).map_err(|mut error| {
             error.id = id(&entry.node);
             error.origin = entry.key;
-            if let Kind::UnknownKey { valid, .. } = &mut error.kind
+            if let ErrorKind::UnknownKey { valid, .. } = &mut error.kind
                 && self.is_root
             {
                 valid.extend(self.shared.also.iter().map(ToString::to_string));
@@ -405,7 +409,7 @@ impl<'de> de::MapAccess<'de> for Entries<'_, '_> {
     }
 
     fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, Error> {
-        let before = || Error::new(Kind::Message("a value before its key".to_owned()));
+        let before = || Error::new(ErrorKind::Message("a value before its key".to_owned()));
         let (key, node) = self.at.ok_or_else(before)?;
         seed.deserialize(Reader { node, shared: self.shared }).map_err(|error| error.at(node).hint(key, node))
     }

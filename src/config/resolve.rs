@@ -1,4 +1,4 @@
-//! The merged tree → [`Config`]: inheritance, defaults that depend on other keys.
+//! Resolves the merged tree into a [`Config`]: inheritance, and defaults that depend on other keys.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -43,19 +43,19 @@ pub(super) const POLICY_KEYS: [&str; 14] = [
 #[derive(Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct InboundKeys {
-    /// Where calls come in.
+    /// The address for requests to the service.
     listen: ListenAddr,
-    /// The service. `run --app` sets it.
+    /// The address of the service. `run --app` sets it.
     forward_to: HostPort,
     /// Default: strict where [identity] is set, else off.
     mtls: Option<Mtls>,
-    /// What becomes of `x-forwarded-for`, `-proto` and `-host`.
+    /// Whether to replace, append to or keep `x-forwarded-for`, `-proto` and `-host`.
     forwarded: Forwarded,
-    /// Ports of the service that differ.
+    /// Ports of the service with settings of their own.
     port: Vec<InboundPort>,
-    /// Who may call what. None: every authenticated peer may call.
+    /// Which clients may send which requests. None: every authenticated peer may send all.
     allow: Vec<Allow>,
-    /// End-user tokens, checked before the service sees them.
+    /// End-user tokens, checked before the request reaches the service.
     jwt: Option<Jwt>,
 }
 
@@ -70,15 +70,15 @@ impl Default for InboundKeys {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct UpstreamKeys {
-    /// What metrics, logs and other keys call it.
+    /// Its name in metrics, logs and other keys.
     name: String,
-    /// The hosts that callers ask for; default: its name. `*.example` and `*` are allowed; a port is optional.
+    /// The hosts that requests name; default: its name. `*.example` and `*` are allowed; a port is optional.
     #[serde(default)]
     hosts: Option<Vec<HostPattern>>,
     /// Default: DNS of the first host, port 443 with TLS, else 80.
     #[serde(default)]
     endpoints: Option<Endpoints>,
-    /// `auto` is what the caller speaks.
+    /// `auto` is the client's protocol.
     #[serde(default)]
     protocol: Protocol,
     /// Default: mutual where [identity] is set and `identity` is, else off.
@@ -90,40 +90,41 @@ pub(super) struct UpstreamKeys {
     /// Default: system roots for simple, [identity].ca for mutual.
     #[serde(default)]
     ca: Option<std::path::PathBuf>,
-    /// SPIFFE IDs of which one must answer.
+    /// SPIFFE IDs of which the endpoint must have one.
     #[serde(default)]
     identity: Vec<String>,
-    /// The oldest TLS that is spoken to it; default: that of [identity], else 1.3.
+    /// The lowest TLS version to it; default: that of [identity], else 1.3.
     #[serde(default)]
     min_tls: Option<MinTls>,
     /// How an endpoint is chosen.
     #[serde(default)]
     balance: Balance,
-    /// A local port of its own for this upstream.
+    /// A local port for this upstream alone.
     #[serde(default)]
     listen: Option<ListenAddr>,
     /// Active checks; absent: none.
     #[serde(default)]
     health: Option<Health>,
-    /// How long an HTTP/1 connection may lie idle in the pool.
+    /// How long an HTTP/1 connection may stay idle in the pool.
     #[serde(default)]
     pool_idle_timeout: PoolIdle,
-    /// `preserve`: header names keep their case, HTTP/1 to HTTP/1.
+    /// `preserve`: header names keep their case, from HTTP/1 to HTTP/1.
     #[serde(default)]
     header_case: HeaderCase,
-    /// Then, with jitter, a new one takes its place. 0 = none.
+    /// The age, with jitter, at which a connection is replaced. 0 = none.
     #[serde(default = "max_connection_age")]
     max_connection_age: HumanDuration,
-    /// HTTP/2: an endpoint that says nothing for this long while streams are open is sent a PING. 0 = none.
+    /// HTTP/2: an endpoint that sends nothing for this long while streams are open gets a PING. 0 = none.
     #[serde(default = "ping_interval")]
     ping_interval: HumanDuration,
-    /// HTTP/2: a connection whose endpoint does not answer a PING in this time gets no more requests.
+    /// HTTP/2: a connection whose endpoint does not acknowledge a PING within this time gets no more requests.
     #[serde(default = "ping_timeout")]
     ping_timeout: HumanDuration,
-    /// How long sent bytes may stay unacknowledged, or a peer take none, before the kernel ends the connection. 0 = its own limit.
+    /// How long sent bytes may stay unacknowledged, or the peer's window closed, before the kernel closes the
+    /// connection. 0 = the kernel's own limit.
     #[serde(default)]
     tcp_user_timeout: UserTimeout,
-    /// Gets the token that every call carries.
+    /// Obtains the token that is added to every request.
     #[serde(default)]
     oauth2: Option<Oauth2>,
 }
@@ -144,20 +145,20 @@ fn ping_timeout() -> HumanDuration {
 #[derive(Deserialize, JsonSchema, Default)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct RouteKeys {
-    /// All that is given must hold; the most specific match wins.
+    /// All given conditions must hold; the most specific match wins.
     #[serde(rename = "match")]
     matches: Match,
-    /// Another upstream serves what matches.
+    /// Another upstream that serves the matching requests.
     to: Option<String>,
     /// Replaces the matched literal prefix.
     path_rewrite: Option<String>,
-    /// Done on the way to the upstream.
+    /// Edits of the request's header fields on the way to the upstream.
     request_headers: HeaderEdits,
-    /// Done on the way to the caller.
+    /// Edits of the response's header fields on the way to the client.
     response_headers: HeaderEdits,
 }
 
-/// Reads the whole tree. What could not be read is in `problems` and has its default here.
+/// Reads the whole tree. Values that could not be read are reported in `problems` and have their defaults here.
 pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems) -> Config {
     for (key, entry) in root.as_table().into_iter().flatten() {
         if !SECTIONS.contains(&key.as_str()) {
@@ -187,7 +188,7 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
         telemetry: section(root, "telemetry", problems),
         defaults,
         upstreams,
-        concealed: problems.concealed().to_vec(),
+        concealed: problems.secrets().to_vec(),
     };
     validate::references(root, problems);
     validate::sections(&config, root, problems);
@@ -283,7 +284,7 @@ fn upstream(
         None => match default_endpoints(hosts.first(), mode) {
             Some(endpoints) => endpoints,
             None => {
-                // Hosts that are no hosts have been told of.
+                // Invalid hosts have been reported already.
                 if hosts.is_empty() && own.get("hosts").is_some_and(Node::is_filled_list) {
                     return None;
                 }
@@ -291,12 +292,12 @@ fn upstream(
                 problems.push(match hosts.first() {
                     Some(first) => {
                         Problem::error(origin, format!("upstream `{}` has no endpoints", keys.name))
-                            .label(format!("`{first}` is no name that could be looked up"))
+                            .label(format!("`{first}` is not a name that can be resolved"))
                             .help("add e.g. `endpoints = \"dns://HOST:PORT\"`")
-                            .of_absence()
+                            .about_missing()
                     }
-                    None => Problem::error(origin, "no host would ever lead here")
-                        .help("leave `hosts` away for the upstream's name"),
+                    None => Problem::error(origin, "no request would ever reach this upstream")
+                        .help("remove `hosts`; the default is the upstream's name"),
                 });
                 return None;
             }
@@ -325,7 +326,7 @@ fn upstream(
     Some(upstream)
 }
 
-/// Where an upstream is found that says nothing about it: its first host, looked up.
+/// The endpoints of an upstream without the key: its first host, resolved by DNS.
 fn default_endpoints(first: Option<&HostPattern>, tls: TlsMode) -> Option<Endpoints> {
     let HostPattern { host: HostMatch::Exact(host), port } = first? else { return None };
     let usual = if tls == TlsMode::Off { 80 } else { 443 };
@@ -365,7 +366,7 @@ fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Rout
     Some(route)
 }
 
-/// The policy keys of a table, and the rest of it.
+/// The policy keys of a table, and its other keys.
 pub(super) fn split(node: &Node) -> (Table, Node) {
     let Value::Table(table) = &node.value else { return (Table::new(), node.clone()) };
     let (policy, own) = table
@@ -375,19 +376,19 @@ pub(super) fn split(node: &Node) -> (Table, Node) {
     (policy, Node { origin: node.origin, value: Value::Table(own) })
 }
 
-/// Whether a table of its own limits requests, be it as the default does. Connections are another matter.
+/// Whether a table sets limits of requests itself, even to the defaults. Limits of connections do not count.
 fn limits_requests(own: &Table) -> bool {
     let limits = own.get("limits").and_then(|entry| entry.node.as_table());
     limits.is_some_and(|limits| limits.keys().any(|key| key.as_str() != "max_connections"))
 }
 
-/// What an upstream or a route gets: its own keys over those above it.
+/// The policy keys of an upstream or a route: its own keys over the inherited ones.
 pub(super) fn inherit(above: &Table, own: Table) -> Table {
     let policy = above.iter().filter(|(key, _)| POLICY_KEYS.contains(&key.as_str()));
     merge_tables(policy.map(|(key, entry)| (key.clone(), entry.clone())).collect(), own)
 }
 
-/// `[inbound]`'s policy keys over what it starts from: [`Policy::inbound`], as a tree.
+/// `[inbound]`'s policy keys over its defaults, which are [`Policy::inbound`] as a tree.
 pub(super) fn inbound_policy(own: &Table) -> Table {
     let base = [
         ("timeout", Node::text("0s")),
@@ -400,7 +401,7 @@ pub(super) fn inbound_policy(own: &Table) -> Table {
     merge_tables(base.into_iter().collect(), own.clone())
 }
 
-/// The policy of a table: these effective keys, or what the table itself holds.
+/// The policy of a table: from these effective keys, or from its own keys.
 fn policy(owner: &Node, keys: Option<Table>, problems: &mut Problems) -> Option<Policy> {
     let effective = keys.map(|keys| Node { origin: owner.origin, value: Value::Table(keys) });
     let node = effective.as_ref().unwrap_or(owner);

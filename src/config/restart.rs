@@ -1,4 +1,4 @@
-//! What a reload cannot change.
+//! The keys that a reload cannot change.
 
 use std::collections::HashMap;
 
@@ -44,7 +44,7 @@ mod tests {
     use crate::config::{Endpoints, Policy, Upstream};
 
     #[test]
-    fn only_what_cannot_change_is_named() {
+    fn lists_only_keys_that_need_a_restart() {
         let old = Config::default();
         assert_eq!(needs_restart(&old, &old), [""; 0]);
         let mut new = old.clone();

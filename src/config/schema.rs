@@ -1,4 +1,4 @@
-//! The sections of the file, typed. Field docs become the JSON Schema that editors show.
+//! The types of the file's sections. Their field docs become the descriptions in the JSON Schema.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -17,22 +17,22 @@ use crate::{
     units::{HumanDuration, Ratio},
 };
 
-/// Everything, resolved.
+/// The whole configuration, resolved.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Config {
     pub service: Service,
     pub runtime: Runtime,
     pub inbound: Inbound,
     pub outbound: Outbound,
-    /// This service's certificate; `None`: it has none.
+    /// This service's certificate, if it has one.
     pub identity: Option<Identity>,
     pub admin: Admin,
     pub telemetry: Telemetry,
     /// `[defaults]`: the policy of hosts that no upstream names.
     pub defaults: Policy,
     pub upstreams: Vec<Upstream>,
-    /// Values of the environment that are credentials by the names of their variables: shown nowhere, wherever they were
-    /// filled in.
+    /// Values of environment variables whose names denote credentials. They are never shown, in whatever key they
+    /// occur.
     pub concealed: Vec<String>,
 }
 
@@ -52,7 +52,7 @@ pub struct Runtime {
     pub workers: Option<u16>,
     /// After SIGTERM, listeners still accept for this long, and responses close their connections.
     pub drain_delay: HumanDuration,
-    /// Then calls in flight may take this long.
+    /// Then requests in flight may take this long.
     pub drain_timeout: HumanDuration,
     /// Policies that decide, count and log, but are not applied.
     pub observe: Vec<Observed>,
@@ -72,23 +72,23 @@ pub enum Observed {
     Fault,
 }
 
-/// `[inbound]`: calls that others make to this service.
+/// `[inbound]`: requests to this service.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Inbound {
     pub listen: ListenAddr,
-    /// The service.
+    /// The address of the service.
     pub forward_to: HostPort,
-    /// What becomes of `x-forwarded-for`, `-proto` and `-host`.
+    /// Whether to replace, append to or keep `x-forwarded-for`, `-proto` and `-host`.
     pub forwarded: Forwarded,
-    /// Whether the configuration says so, not the default.
+    /// Whether the configuration sets it, not the default.
     #[serde(skip)]
     pub sets_forwarded: bool,
     pub mtls: Mtls,
-    /// Ports of the service that differ.
+    /// Ports of the service with settings of their own.
     pub ports: Vec<InboundPort>,
-    /// Who may call what; none: every authenticated peer may.
+    /// Which clients may send which requests; empty: every authenticated peer may send all.
     pub allow: Vec<Allow>,
-    /// End-user tokens, checked before the service sees them.
+    /// End-user tokens, checked before the request reaches the service.
     pub jwt: Option<Jwt>,
     pub policy: Policy,
 }
@@ -102,8 +102,8 @@ pub struct InboundPort {
     /// Default: as for `[inbound]`.
     #[serde(default)]
     pub mtls: Option<Mtls>,
-    /// `tcp` where the service speaks another protocol, or ends TLS itself; `http1` and `h2` take HTTP or answer 400;
-    /// `auto` passes other bytes only where neither a peer identity nor a request policy is in force.
+    /// `tcp` if the service speaks another protocol, or terminates TLS itself; `http1` and `h2` accept HTTP and respond
+    /// 400 to anything else; `auto` passes other bytes only without peer identity and without request policy.
     #[serde(default)]
     pub protocol: Protocol,
 }
@@ -117,15 +117,15 @@ pub enum Forwarded {
     Off,
 }
 
-/// `[outbound]`: calls that this service makes.
+/// `[outbound]`: requests of this service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Outbound {
     /// Where the service sends its requests.
     pub listen: ListenAddr,
-    /// What to do with a host that no upstream names.
+    /// Whether to forward requests for a host that no upstream names.
     pub unknown: Unknown,
-    /// Never dialled for a forward-proxy or Host request, whatever the name resolves to.
+    /// Networks to which no forward-proxy or Host request connects, whatever the name resolves to.
     pub deny_networks: Vec<Network>,
 }
 
@@ -141,11 +141,11 @@ pub enum Unknown {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Admin {
-    /// Where the admin pages are.
+    /// The address of the admin page and API.
     pub listen: AdminListen,
     /// Serves GET /live /ready /metrics and nothing else, for kubelet and Prometheus.
     pub probe_listen: Option<ListenAddr>,
-    /// Holds the bearer token that changes need; unset: one is made at start.
+    /// The file with the bearer token that changes need; unset: a token is created at start.
     pub token_file: Option<PathBuf>,
 }
 
@@ -153,17 +153,17 @@ pub struct Admin {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Telemetry {
-    /// The collector; unset: no export.
+    /// The URL of the collector; unset: no export.
     pub otlp: Option<Secret>,
     /// Default: http on port 4318, else grpc.
     pub protocol: Option<OtlpProtocol>,
-    /// Share of the traces that begin here.
+    /// The share of traces begun here that is sampled.
     pub sample: Ratio,
-    /// A failed or retried call is exported even where its trace was not sampled.
+    /// Export a failed or retried request even if its trace was not sampled.
     pub sample_errors: bool,
     /// Which requests are logged.
     pub access_log: AccessLog,
-    /// Default: stdout; stderr where a service is started.
+    /// The file for the access log. Default: stdout; stderr under `run -- CMD`.
     pub access_log_file: Option<PathBuf>,
 }
 
@@ -190,7 +190,7 @@ pub(super) const PING_INTERVAL: HumanDuration = HumanDuration::from_secs(60);
 /// The default of `ping_timeout`.
 pub(super) const PING_TIMEOUT: HumanDuration = HumanDuration::from_secs(2);
 
-/// `[[upstream]]`, resolved: a service that is called.
+/// `[[upstream]]`, resolved: a destination of outbound requests.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Upstream {
     pub name: String,
@@ -201,19 +201,19 @@ pub struct Upstream {
     #[serde(flatten)]
     pub tls: UpstreamTls,
     pub balance: Balance,
-    /// A local port of its own.
+    /// A local port for this upstream alone.
     pub listen: Option<ListenAddr>,
     pub health: Option<Health>,
     pub pool_idle_timeout: PoolIdle,
     pub header_case: HeaderCase,
-    /// With jitter; then a new one. HTTP/2 and gRPC rebalance so.
+    /// The age, with jitter, at which a connection is replaced. This rebalances HTTP/2 and gRPC.
     pub max_connection_age: HumanDuration,
-    /// HTTP/2: without a byte from the endpoint for this long while streams are open, a PING is sent.
+    /// HTTP/2: after this long without a byte from the endpoint while streams are open, a PING is sent.
     pub ping_interval: HumanDuration,
-    /// HTTP/2: how long the answer to a PING is awaited.
+    /// HTTP/2: how long the PING acknowledgement is awaited.
     pub ping_timeout: HumanDuration,
     pub tcp_user_timeout: UserTimeout,
-    /// Gets the token that every call carries.
+    /// Obtains the token that is added to every request.
     pub oauth2: Option<Oauth2>,
     pub policy: Policy,
     pub routes: Vec<Route>,
@@ -223,7 +223,7 @@ pub struct Upstream {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Route {
     pub matches: Match,
-    /// Another upstream that serves what matches.
+    /// Another upstream that serves the matching requests.
     pub to: Option<String>,
     /// Replaces the matched literal prefix.
     pub path_rewrite: Option<String>,
@@ -232,13 +232,13 @@ pub struct Route {
     pub policy: Policy,
 }
 
-/// `match = { … }`: all that is given must hold.
+/// `match = { … }`: all given conditions must hold.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Match {
-    /// None: all.
+    /// The methods that match; empty: all.
     pub methods: Vec<String>,
-    /// Exact, or a prefix where it ends in `*`.
+    /// The path that matches, or a prefix if it ends in `*`.
     pub path: Option<String>,
     /// Header names and the values they must have.
     pub headers: HeaderFields,
@@ -252,7 +252,7 @@ impl fmt::Display for Match {
         }
         parts.extend(self.path.clone());
         parts.extend(self.headers.iter().map(|(name, value)| format!("{name}: {value}")));
-        f.write_str(&if parts.is_empty() { "any call".to_owned() } else { parts.join(" ") })
+        f.write_str(&if parts.is_empty() { "any request".to_owned() } else { parts.join(" ") })
     }
 }
 
@@ -270,16 +270,16 @@ impl AccessLog {
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HeaderEdits {
-    /// Fields and their values; what was there is replaced.
+    /// Fields to set; existing values are replaced.
     pub set: HeaderFields,
-    /// Fields that are removed.
+    /// Fields to remove.
     pub remove: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// What the caller speaks.
+    /// The client's protocol.
     #[default]
     Auto,
     Http1,
@@ -292,7 +292,7 @@ pub enum Protocol {
 pub enum HeaderCase {
     #[default]
     Lower,
-    /// HTTP/1 to HTTP/1, for services that insist.
+    /// From HTTP/1 to HTTP/1, for services that require it.
     Preserve,
 }
 
@@ -302,17 +302,17 @@ pub enum HeaderCase {
 pub struct Health {
     /// `GET path`; 2xx is healthy.
     pub path: Option<String>,
-    /// The service name for `grpc.health.v1.Health/Check`; "" asks for the server as a whole.
+    /// The service name for `grpc.health.v1.Health/Check`; "" checks the server as a whole.
     pub grpc: Option<String>,
-    /// A connection that opens is healthy.
+    /// An established connection is healthy.
     pub tcp: Option<bool>,
-    /// Between two checks.
+    /// The time between two checks.
     pub interval: HumanDuration,
-    /// What a check may take.
+    /// The timeout of one check.
     pub timeout: HumanDuration,
-    /// So many failures in a row take an endpoint out.
+    /// Consecutive failures after which an endpoint is unhealthy.
     pub unhealthy_after: u32,
-    /// So many successes in a row bring it back.
+    /// Consecutive successes after which it is healthy again.
     pub healthy_after: u32,
 }
 
@@ -334,7 +334,7 @@ pub enum Endpoints {
 /// How an endpoint is chosen.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub enum Balance {
-    /// The better of two drawn at random, by peak EWMA of latency × calls in flight.
+    /// The better of two random endpoints, by peak EWMA of latency × requests in flight.
     #[default]
     P2c,
     LeastRequest,
@@ -343,10 +343,10 @@ pub enum Balance {
     HashCookie(String),
 }
 
-/// How long an HTTP/1 connection may lie idle in the pool.
+/// How long an HTTP/1 connection may stay idle in the pool.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub enum PoolIdle {
-    /// What the upstream's `Keep-Alive: timeout=` says less a margin, else 4s, learned down from observed closes.
+    /// The upstream's `Keep-Alive: timeout=` less a margin, else 4 s; shortened after observed closes.
     #[default]
     Auto,
     Fixed(HumanDuration),
@@ -433,7 +433,7 @@ impl Default for Health {
 }
 
 impl Upstream {
-    /// An upstream with every default, for `name` served at `endpoints`.
+    /// An upstream with all defaults, named `name`, with these endpoints.
     pub fn new(name: impl Into<String>, endpoints: Endpoints, policy: Policy) -> Self {
         let name = name.into();
         Self {
@@ -459,7 +459,7 @@ impl Upstream {
 }
 
 impl Endpoints {
-    /// `dns://`, `dns+srv://`, `file://` and `k8s://`; a fixed list is an array in the file.
+    /// Parses `dns://`, `dns+srv://`, `file://` and `k8s://`; a fixed list is an array in the file.
     fn parse_uri(text: &str) -> Result<Self, String> {
         let wrong = || {
             let usual = "use [\"HOST:PORT\", …], \"dns://HOST:PORT\", \"dns+srv://NAME\", \"file:///PATH\" or \"k8s://NAMESPACE/SERVICE:PORT\"";
@@ -514,7 +514,7 @@ impl Serialize for Endpoints {
 
 impl<'de> Deserialize<'de> for Endpoints {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // Not an untagged enum: that would lose the place of an address that is wrong.
+        // Not an untagged enum: that would lose the place of an invalid address.
         struct UriOrList;
         impl<'de> serde::de::Visitor<'de> for UriOrList {
             type Value = Endpoints;
@@ -560,10 +560,11 @@ impl FromStr for Balance {
                 Some(("header", name)) if !name.is_empty() => Ok(Self::HashHeader(name.to_ascii_lowercase())),
                 Some(("cookie", name)) if !name.is_empty() => Ok(Self::HashCookie(name.to_owned())),
                 _ => {
-                    let meant = hints::word(text, |ours| ours.parse::<Self>().is_ok());
-                    let meant = meant.map_or(String::new(), |meant| format!("did you mean \"{meant}\"? "));
+                    let suggestion = hints::word(text, |value| value.parse::<Self>().is_ok());
+                    let suggestion =
+                        suggestion.map_or(String::new(), |value| format!("did you mean \"{value}\"? "));
                     Err(format!(
-                        "`{text}` is not a way to balance: {meant}use p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME"
+                        "`{text}` is not a way to balance: {suggestion}use p2c, least-request, round-robin, hash:header:NAME or hash:cookie:NAME"
                     ))
                 }
             },

@@ -1,4 +1,4 @@
-//! The settings of identity, authorization and tokens.
+//! Settings of identity, authorization and tokens.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -15,9 +15,9 @@ pub struct Identity {
     pub cert: Option<PathBuf>,
     /// Its private key, PEM.
     pub key: Option<PathBuf>,
-    /// Who is trusted, PEM: one bundle, or one per trust domain.
+    /// The trusted roots, PEM: one bundle, or one per trust domain.
     pub ca: Option<Bundles>,
-    /// The oldest TLS that is spoken.
+    /// The lowest TLS version.
     pub min_tls: MinTls,
     /// Revoked certificates, PEM.
     pub crl: Option<PathBuf>,
@@ -25,7 +25,7 @@ pub struct Identity {
     pub spiffe: Option<String>,
 }
 
-/// One bundle for all, or a table of trust domains.
+/// One bundle for all trust domains, or one for each.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a path, or a table of trust domains and paths")]
 pub enum Bundles {
@@ -46,9 +46,9 @@ pub enum MinTls {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mtls {
-    /// TLS with a trusted client certificate or nothing.
+    /// Only TLS with a trusted client certificate.
     Strict,
-    /// Both; plaintext passes with no peer identity.
+    /// TLS and plaintext; plaintext has no peer identity.
     Permissive,
     Off,
 }
@@ -61,20 +61,20 @@ pub struct Jwt {
     pub issuer: String,
     /// The tokens' `aud` must be one of these.
     pub audiences: Vec<String>,
-    /// A URL or a file path.
+    /// The URL or file path of the issuer's public keys.
     pub jwks: Secret,
-    /// Whom to trust for an `https://` URL, PEM; default: the system's roots.
+    /// The trusted roots for an `https://` URL, PEM; default: the system's roots.
     #[serde(default)]
     pub ca: Option<PathBuf>,
-    /// Paths that need no token. A `*` at the end stands for anything.
+    /// Paths that need no token. A `*` at the end matches anything.
     #[serde(default)]
     pub except: Vec<String>,
-    /// Header fields and the claims that the service gets in them; whatever callers sent by these names is removed.
+    /// Header fields in which the service gets claims; fields of these names from clients are removed.
     #[serde(default)]
     pub claim_headers: BTreeMap<String, String>,
 }
 
-/// How an upstream is spoken to and who must answer.
+/// TLS to an upstream, and the identities that its endpoints may have.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize)]
 pub struct UpstreamTls {
     #[serde(rename = "tls")]
@@ -83,28 +83,27 @@ pub struct UpstreamTls {
     pub server_name: Option<String>,
     /// Default: system roots for `simple`, `[identity].ca` for `mutual`.
     pub ca: Option<PathBuf>,
-    /// SPIFFE IDs of which one must answer.
+    /// SPIFFE IDs of which the endpoint must have one.
     pub identity: Vec<String>,
-    /// The oldest TLS that is spoken; default: that of `[identity]`, else 1.3.
+    /// The lowest TLS version; default: that of `[identity]`, else 1.3.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_tls: Option<MinTls>,
 }
 
-/// `upstream.tls`
-/// Ordered by what it proves.
+/// `upstream.tls`, ordered by how much it verifies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TlsMode {
     #[default]
     Off,
-    /// The server proves who it is.
+    /// Only the server is verified.
     Simple,
-    /// Both do.
+    /// Server and client are verified.
     Mutual,
 }
 
 impl TlsMode {
-    /// As it is written in the configuration.
+    /// The value in the configuration.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Off => "off",
@@ -120,14 +119,14 @@ impl TlsMode {
 pub struct Oauth2 {
     /// The token endpoint.
     pub token_url: Secret,
-    /// The client's name there.
+    /// The client's ID at the token endpoint.
     pub client_id: String,
-    /// Holds the client's secret; read anew for each token.
+    /// The file with the client's secret; read again for each token.
     pub client_secret_file: PathBuf,
-    /// The scopes that are asked for.
+    /// The requested scopes.
     #[serde(default)]
     pub scopes: Vec<String>,
-    /// Whom to trust for an `https://` URL, PEM; default: the system's roots.
+    /// The trusted roots for an `https://` URL, PEM; default: the system's roots.
     #[serde(default)]
     pub ca: Option<PathBuf>,
 }

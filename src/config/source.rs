@@ -1,4 +1,4 @@
-//! The files as read, and places in them.
+//! The texts of the files, and places in them.
 
 use std::{
     fmt, fs,
@@ -9,7 +9,7 @@ use std::{
 
 use crate::descriptors;
 
-/// A configuration file may be this large: far above what people write, far below what would hurt.
+/// The largest configuration file that is accepted: far above any real one, far below what would cost much memory.
 pub const MAX_FILE_BYTES: u64 = 8 << 20;
 
 /// A place in a file.
@@ -23,7 +23,7 @@ pub struct Origin {
 
 impl Origin {
     pub(super) fn new(file: usize, span: Range<usize>) -> Self {
-        // Files are far smaller than 4 GiB (`MAX_FILE_BYTES`); should that change, places saturate, nothing breaks.
+        // Files are far smaller than 4 GiB (`MAX_FILE_BYTES`). A larger place would saturate, which is harmless.
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Self { file: narrow(file), start: narrow(span.start), end: narrow(span.end) }
     }
@@ -37,7 +37,7 @@ impl Origin {
     }
 }
 
-/// A file as it was read.
+/// A file as read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     pub path: PathBuf,
@@ -63,7 +63,7 @@ impl fmt::Display for Place {
 }
 
 impl Sources {
-    /// Where an origin lies, for people.
+    /// File, line and column of an origin.
     pub fn place(&self, origin: Origin) -> Option<Place> {
         let source = self.0.get(origin.file())?;
         let before = source.text.get(..origin.span().start)?;
@@ -76,12 +76,12 @@ impl Sources {
     }
 }
 
-/// Before the name of an environment variable that holds a configuration.
+/// The prefix of an environment variable that contains a configuration.
 const ENV: &str = "env:";
-/// Before a path where there may be no file.
+/// The prefix of a path whose file may be missing.
 const OPTIONAL: &str = "optional:";
 
-/// The file that is to be watched; none where it cannot change.
+/// The file to watch; `None` if the source cannot change.
 pub(super) fn file(path: &Path) -> Option<&Path> {
     match path.to_str() {
         Some(text) if text.starts_with(ENV) => None,
@@ -90,7 +90,8 @@ pub(super) fn file(path: &Path) -> Option<&Path> {
     }
 }
 
-/// Reads what `-c` names: a file, `optional:FILE`, which is empty where there is none, or `env:NAME`, a variable.
+/// Reads a source given with `-c`: a file; `optional:FILE`, which is empty if the file is missing; or `env:NAME`, an
+/// environment variable.
 pub(super) fn read(path: &Path) -> Result<String, String> {
     let text = path.to_str().unwrap_or_default();
     if let Some(name) = text.strip_prefix(ENV) {
@@ -113,7 +114,7 @@ fn read_file(path: &Path) -> Result<String, String> {
         },
     })?;
     let mut bytes = Vec::new();
-    // One byte more than allowed tells a file that is too large, even where its length is unknown (a pipe).
+    // One byte more than allowed detects a file that is too large, even if its length is unknown (a pipe).
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("the file is larger than {} MiB", MAX_FILE_BYTES >> 20));
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_may_be_a_variable_or_may_not_be_there() {
+    fn reads_variables_and_optional_files() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("o.toml");
         let optional = PathBuf::from(format!("optional:{}", path.display()));
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_cannot_be_read_say_why() {
+    fn unreadable_files_have_a_reason() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(read(&dir.path().join("none")), Err("there is no such file".to_owned()));
         let path = dir.path().join("latin1.toml");

@@ -1,17 +1,17 @@
-//! `tcp_user_timeout`: when the kernel gives up on a connection whose peer acknowledges nothing.
+//! `tcp_user_timeout`: when the kernel closes a connection whose peer acknowledges nothing.
 
 use std::{fmt, str::FromStr, time::Duration};
 
 use super::{Policy, Upstream};
 use crate::{net::alpn::Speaks, text_value, units::HumanDuration};
 
-/// Over HTTP/2 a peer reads at all times, however slow its streams are.
+/// The default over HTTP/2, where a peer reads at all times, however slow its streams are.
 const HTTP2: Duration = Duration::from_secs(30);
 
 /// `upstream.tcp_user_timeout`
 ///
-/// The kernel also ends connections whose peer is alive but takes nothing for that long (a closed window). Over HTTP/1.1, where
-/// a slow peer may do so in the middle of an upload, the default therefore is what may stand still anyway.
+/// The kernel also closes connections whose peer is alive but keeps its window closed for that long. Over HTTP/1.1 a
+/// slow peer may do so in the middle of an upload, so the default there is the idle timeout that applies anyway.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub enum UserTimeout {
     /// HTTP/2: 30 s; HTTP/1.1: `idle_timeout`; tunnels: `tunnel_idle_timeout`.
@@ -32,7 +32,7 @@ impl UserTimeout {
 }
 
 impl Upstream {
-    /// What TCP_USER_TIMEOUT is on a connection to this upstream. None: the kernel's default.
+    /// TCP_USER_TIMEOUT of a connection to this upstream. `None`: the kernel's default.
     pub fn user_timeout(&self, speaks: Speaks) -> Option<Duration> {
         self.tcp_user_timeout.limit(&self.policy, speaks)
     }
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slow_peer_is_given_up_no_sooner_than_the_policy_says() {
+    fn auto_is_at_least_the_idle_timeout_of_the_policy() {
         let policy = Policy::default();
         let limits = |text: &str| {
             let timeout: UserTimeout = text.parse().expect("a timeout");

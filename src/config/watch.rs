@@ -1,4 +1,4 @@
-//! Reads the configuration again when its files change.
+//! Reloads the configuration when its files change.
 
 use std::path::PathBuf;
 
@@ -11,19 +11,18 @@ use super::{
 pub use crate::watch::Watcher;
 use crate::watch::{self, Reason};
 
-/// Calls `on_change`, on a thread of its own, with what the files hold whenever it differs from before, which at
-/// first is `known` (what was loaded), and whenever [`Watcher::trigger`] asks, with the reason. The environment is
-/// read anew.
+/// Calls `on_change`, on a thread of its own, with the loaded files and the reason, whenever their content differs from
+/// the content before, which initially is `known`, and after [`Watcher::trigger`]. The environment is read again too.
 ///
 /// # Errors
 ///
-/// Where no thread can be started. Where no directory can be watched, polling alone has to do.
+/// If no thread can be started. If no directory can be watched, the files are only polled.
 pub fn watch<E, F>(files: Vec<PathBuf>, known: Sources, env: E, mut on_change: F) -> std::io::Result<Watcher>
 where
     E: Fn(&str) -> Option<String> + Send + 'static,
     F: FnMut(Result<Loaded, Diagnostics>, Reason) + Send + 'static,
 {
-    // What was read last; of what could not be read, the complaint.
+    // The content read last, or the error if it could not be read.
     let mut known = Ok(known);
     let watched: Vec<PathBuf> = files.iter().filter_map(|path| source::file(path)).map(Into::into).collect();
     watch::watch("config-watch", &watched, move |reason| {
@@ -47,43 +46,43 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
-    type Told = mpsc::Receiver<Result<Loaded, Diagnostics>>;
+    type Reports = mpsc::Receiver<Result<Loaded, Diagnostics>>;
 
-    fn watching(file: &Path) -> (Watcher, Told) {
+    fn watching(file: &Path) -> (Watcher, Reports) {
         let files = vec![file.to_owned()];
         let known = read_sources(&files).unwrap();
-        let (tell, told) = mpsc::channel();
-        let watcher = watch(files, known, |_| None, move |outcome, _| tell.send(outcome).unwrap()).unwrap();
-        (watcher, told)
+        let (sender, reports) = mpsc::channel();
+        let watcher = watch(files, known, |_| None, move |outcome, _| sender.send(outcome).unwrap()).unwrap();
+        (watcher, reports)
     }
 
-    fn workers(told: &Told) -> Option<u16> {
-        told.recv_timeout(LONG).unwrap().unwrap().config.runtime.workers
+    fn workers(reports: &Reports) -> Option<u16> {
+        reports.recv_timeout(LONG).unwrap().unwrap().config.runtime.workers
     }
 
     #[test]
-    fn changes_are_told_and_broken_ones_too() {
+    fn reports_changes_and_errors() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("o.toml");
         fs::write(&file, "[runtime]\nworkers = 1").unwrap();
-        let (watcher, told) = watching(&file);
-        // In one step: a half-written file may be read, and would be told.
+        let (watcher, reports) = watching(&file);
+        // In one step: a half-written file could be read and reported.
         let replace = |text: &str| {
             fs::write(dir.path().join("new"), text).unwrap();
             fs::rename(dir.path().join("new"), &file).unwrap();
         };
         replace("[runtime]\nworkers = 2");
-        assert_eq!(workers(&told), Some(2));
+        assert_eq!(workers(&reports), Some(2));
         replace("[runtime]\nworkers = 'x'");
-        assert!(told.recv_timeout(LONG).unwrap().is_err());
+        assert!(reports.recv_timeout(LONG).unwrap().is_err());
         replace("[runtime]\nworkers = 3");
-        assert_eq!(workers(&told), Some(3));
-        // The same content is no news; asked, it is told.
+        assert_eq!(workers(&reports), Some(3));
+        // The same content is not reported, except on request.
         replace("[runtime]\nworkers = 3");
         watcher.trigger(Reason::Asked);
-        assert_eq!(workers(&told), Some(3));
+        assert_eq!(workers(&reports), Some(3));
         drop(watcher);
-        assert!(told.try_recv().is_err(), "nothing was told twice");
+        assert!(reports.try_recv().is_err(), "nothing was reported twice");
     }
 
     #[test]
@@ -93,16 +92,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("o.toml");
         fs::write(&file, "[runtime]\nworkers = 1").unwrap();
-        let (_watcher, told) = watching(&file);
+        let (_watcher, reports) = watching(&file);
         let mut writer = fs::File::create(&file).unwrap();
         writer.write_all(b"[runtime]\n").unwrap();
         writer.flush().unwrap();
-        // Longer than anything waits for a further event.
-        let early = told.recv_timeout(Duration::from_millis(300));
+        // Longer than any wait for a further event.
+        let early = reports.recv_timeout(Duration::from_millis(300));
         assert!(early.is_err(), "it was read half written: {early:?}");
         writer.write_all(b"workers = 2").unwrap();
         drop(writer);
-        assert_eq!(workers(&told), Some(2));
+        assert_eq!(workers(&reports), Some(2));
     }
 
     #[test]
@@ -112,15 +111,15 @@ mod tests {
         fs::write(&real, "[runtime]\nworkers = 1").unwrap();
         let link = dir.path().join("o.toml");
         std::os::unix::fs::symlink(&real, &link).unwrap();
-        let (_watcher, told) = watching(&link);
+        let (_watcher, reports) = watching(&link);
         fs::write(&real, "[runtime]\nworkers = 2").unwrap();
         let began = std::time::Instant::now();
-        assert_eq!(workers(&told), Some(2));
-        assert!(began.elapsed() < Duration::from_secs(4), "an event told, no poll");
+        assert_eq!(workers(&reports), Some(2));
+        assert!(began.elapsed() < Duration::from_secs(4), "noticed by an event, not by a poll");
     }
 
     #[test]
-    fn the_swap_of_a_config_map_is_seen() {
+    fn notices_the_swap_of_a_config_map() {
         let dir = tempfile::tempdir().unwrap();
         for (version, count) in [("..1", 1), ("..2", 2)] {
             fs::create_dir(dir.path().join(version)).unwrap();
@@ -130,9 +129,9 @@ mod tests {
         let link = |from: &str, to: &str| std::os::unix::fs::symlink(from, dir.path().join(to)).unwrap();
         link("..1", "..data");
         link("..data/o.toml", "o.toml");
-        let (_watcher, told) = watching(&dir.path().join("o.toml"));
+        let (_watcher, reports) = watching(&dir.path().join("o.toml"));
         link("..2", "..data_tmp");
         fs::rename(dir.path().join("..data_tmp"), dir.path().join("..data")).unwrap();
-        assert_eq!(workers(&told), Some(2));
+        assert_eq!(workers(&reports), Some(2));
     }
 }

@@ -1,8 +1,8 @@
-//! A file that lists endpoints, kept by something else: a JSON array of `"HOST:PORT"` or
+//! A file that lists endpoints, maintained by another program: a JSON array of `"HOST:PORT"` or
 //! `{"address": "HOST:PORT", "weight": N}`.
 //!
-//! Noticed within moments where the system reports changes, else within [`File::POLL`]. While somebody writes to the file,
-//! what it held before stays in use.
+//! Changes are noticed within moments if the system reports them, else within [`EndpointFile::POLL`]. While a program is
+//! writing the file, the previous content stays in use.
 
 use std::{
     path::{Path, PathBuf},
@@ -21,7 +21,7 @@ pub(super) struct File {
     path: PathBuf,
     changed: Arc<Notify>,
     observer: Option<Observer>,
-    /// What was read last.
+    /// The targets of the last successful read.
     last: Option<Vec<Target>>,
 }
 
@@ -30,14 +30,14 @@ pub(super) struct File {
     untagged,
     expecting = "an entry must be \"HOST:PORT\" or {\"address\": \"HOST:PORT\", \"weight\": N}"
 )]
-enum Entry {
+enum EndpointEntry {
     Address(HostPort),
-    Weighted(Weighted),
+    Weighted(WeightedEntry),
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Weighted {
+struct WeightedEntry {
     address: HostPort,
     #[serde(default = "one")]
     weight: std::num::NonZeroU16,
@@ -48,9 +48,9 @@ fn one() -> std::num::NonZeroU16 {
 }
 
 impl File {
-    /// How often the file is read where nobody reports changes.
+    /// How often the file is read if changes are not reported.
     pub const POLL: Duration = Duration::from_secs(5);
-    /// A larger file is refused.
+    /// A larger file is rejected.
     pub const MAX_SIZE: u64 = 4 << 20;
 
     pub fn new(path: PathBuf) -> Self {
@@ -62,21 +62,21 @@ impl File {
             return Ok(last.clone());
         }
         let path = self.path.clone();
-        let failed = |reason: String| DiscoveryError::File { path: path.clone(), reason };
+        let file_error = |reason: String| DiscoveryError::File { path: path.clone(), reason };
         let mut content = Vec::new();
-        let file = tokio::fs::File::open(&self.path).await.map_err(|error| failed(error.to_string()))?;
-        // One byte more than allowed tells a file of just that size from a larger one.
+        let file = tokio::fs::File::open(&self.path).await.map_err(|error| file_error(error.to_string()))?;
+        // One byte more than allowed distinguishes a file of exactly that size from a larger one.
         let reading = file.take(Self::MAX_SIZE + 1).read_to_end(&mut content).await;
-        reading.map_err(|error| failed(error.to_string()))?;
+        reading.map_err(|error| file_error(error.to_string()))?;
         if content.len() as u64 > Self::MAX_SIZE {
-            return Err(failed(format!("larger than {} bytes", Self::MAX_SIZE)));
+            return Err(file_error(format!("larger than {} bytes", Self::MAX_SIZE)));
         }
-        let targets = parse(&content).map_err(failed)?;
+        let targets = parse(&content).map_err(file_error)?;
         self.last = Some(targets.clone());
         Ok(targets)
     }
 
-    /// Waits until something happens in the file's directory.
+    /// Waits for an event in the file's directory.
     pub async fn changed(&mut self) {
         self.changed.notified().await;
     }
@@ -87,13 +87,13 @@ impl File {
             let changed = Arc::clone(changed);
             Observer::new(slice::from_ref(path), move || changed.notify_one())
         });
-        // The directory may come later than we do, and links may lead elsewhere now.
+        // The directory may be created later, and symbolic links may have changed.
         observer.refresh();
         observer.being_written().is_some()
     }
 }
 
-/// What is wrong with a file of endpoints.
+/// Checks a file of endpoints.
 pub(super) fn check(path: &Path) -> Result<(), String> {
     let content = std::fs::read(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
@@ -110,10 +110,13 @@ fn parse(content: &[u8]) -> Result<Vec<Target>, String> {
         serde_json::from_slice(content).map_err(|error| format!("not a JSON list: {error}"))?;
     let target = |(index, value): (usize, serde_json::Value)| {
         let shown = value.to_string();
-        let entry = Entry::deserialize(value).map_err(|error| format!("entry {index}, {shown}: {error}"))?;
+        let entry =
+            EndpointEntry::deserialize(value).map_err(|error| format!("entry {index}, {shown}: {error}"))?;
         Ok(match entry {
-            Entry::Address(address) => Target::new(address, 1),
-            Entry::Weighted(Weighted { address, weight }) => Target::new(address, weight.get().into()),
+            EndpointEntry::Address(address) => Target::new(address, 1),
+            EndpointEntry::Weighted(WeightedEntry { address, weight }) => {
+                Target::new(address, weight.get().into())
+            }
         })
     };
     entries.into_iter().enumerate().map(target).collect()

@@ -1,4 +1,4 @@
-//! The names of an upstream's targets and the last good answer for each.
+//! The host names of an upstream's endpoints, with the last good addresses of each.
 
 use std::{collections::HashMap, net::IpAddr, net::SocketAddr, sync::Arc};
 
@@ -14,44 +14,48 @@ use crate::{
     upstream::{DiscoveryError, Found},
 };
 
-/// Look-ups of one upstream at a time.
+/// The most concurrent lookups of one upstream.
 const CONCURRENT: usize = 16;
 
 #[derive(Default)]
 pub(super) struct Names {
-    states: HashMap<String, State>,
+    states: HashMap<String, NameState>,
 }
 
-struct State {
+struct NameState {
     host: Arc<str>,
-    /// As of the last good answer.
+    /// Of the last successful lookup.
     addresses: Vec<IpAddr>,
     due: Instant,
     failures: u32,
 }
 
 impl Names {
-    /// Makes room for the names of `targets`, and forgets all others.
+    /// Adds the names of `targets`, and drops all others.
     pub fn follow(&mut self, targets: &[Target], now: Instant) {
-        let asked = |target: &&Target| target.known.is_empty() && target.address.literal().is_none();
+        let needs_lookup = |target: &&Target| target.known.is_empty() && target.address.literal().is_none();
         let mut old = std::mem::take(&mut self.states);
-        for target in targets.iter().filter(asked) {
+        for target in targets.iter().filter(needs_lookup) {
             let host = &target.address.host;
             if !self.states.contains_key(host) {
-                let fresh =
-                    || State { host: Arc::from(host.as_str()), addresses: Vec::new(), due: now, failures: 0 };
-                let state = old.remove(host).unwrap_or_else(fresh);
+                let new_state = || NameState {
+                    host: Arc::from(host.as_str()),
+                    addresses: Vec::new(),
+                    due: now,
+                    failures: 0,
+                };
+                let state = old.remove(host).unwrap_or_else(new_state);
                 self.states.insert(host.clone(), state);
             }
         }
     }
 
-    /// When the next look-up is due.
+    /// When the next lookup is due.
     pub fn due(&self) -> Option<Instant> {
         self.states.values().map(|state| state.due).min()
     }
 
-    /// Whether the last look-up of some name failed.
+    /// Whether the last lookup of any name failed.
     pub fn failing(&self) -> bool {
         self.states.values().any(|state| state.failures > 0)
     }
@@ -62,7 +66,7 @@ impl Names {
         }
     }
 
-    /// Looks up what is due. Tells `progress` of each good answer as it comes; the last error comes back.
+    /// Looks up the names that are due. Calls `progress` after each successful lookup; returns the last error.
     pub async fn look_up(
         &mut self,
         resolver: &Arc<Resolver>,
@@ -70,30 +74,30 @@ impl Names {
         mut progress: impl FnMut(&Self),
     ) -> Option<DiscoveryError> {
         let now = Instant::now();
-        let mut waiting: Vec<String> =
+        let mut queued: Vec<String> =
             self.states.iter().filter(|(_, s)| s.due <= now).map(|(host, _)| host.clone()).collect();
         let mut running = JoinSet::new();
         let mut last_error = None;
         loop {
             while running.len() < CONCURRENT
-                && let Some(host) = waiting.pop()
+                && let Some(host) = queued.pop()
             {
                 if let Some(state) = self.states.get_mut(&host) {
-                    // Should the look-up end without a result, this is when it is made again.
+                    // If the lookup ends without a result, it is repeated at this time.
                     state.due = retry_at(now, state.failures.saturating_add(1), rng).max(now + LOOKUP_LIMIT);
                 }
                 let resolver = resolver.clone();
                 running.spawn(async move {
-                    let answer = resolver.addresses(&host).await;
-                    (host, answer)
+                    let result = resolver.addresses(&host).await;
+                    (host, result)
                 });
             }
             let Some(done) = running.join_next().await else { return last_error };
-            let Ok((host, answer)) = done else { continue };
+            let Ok((host, result)) = done else { continue };
             let Some(state) = self.states.get_mut(&host) else { continue };
-            match answer {
-                Ok(answer) => {
-                    state.accept(answer, rng);
+            match result {
+                Ok(result) => {
+                    state.accept(result, rng);
                     progress(self);
                 }
                 Err(error) => {
@@ -105,26 +109,26 @@ impl Names {
         }
     }
 
-    /// The endpoints that `targets` have as far as is known.
+    /// The endpoints of `targets` known so far.
     pub fn found(&self, targets: &[Target]) -> Vec<Found> {
         let mut priorities: Vec<u16> = targets.iter().map(|target| target.priority).collect();
         priorities.sort_unstable();
         priorities.dedup();
         for priority in priorities {
-            let found: Vec<_> = targets
+            let endpoints: Vec<_> = targets
                 .iter()
                 .filter(|target| target.priority == priority)
-                .flat_map(|target| self.of(target))
+                .flat_map(|target| self.endpoints_of(target))
                 .take(MAX_ENDPOINTS)
                 .collect();
-            if !found.is_empty() {
-                return found;
+            if !endpoints.is_empty() {
+                return endpoints;
             }
         }
         Vec::new()
     }
 
-    fn of<'a>(&'a self, target: &'a Target) -> impl Iterator<Item = Found> + 'a {
+    fn endpoints_of<'a>(&'a self, target: &'a Target) -> impl Iterator<Item = Found> + 'a {
         let state = self.states.get(&target.address.host);
         let literal = target.address.literal();
         let (host, addresses): (Option<Arc<str>>, &[IpAddr]) = match state {
@@ -134,23 +138,24 @@ impl Names {
         };
         let port = target.address.port;
         let resolved = addresses.iter().map(move |ip| SocketAddr::new(*ip, port));
-        let found = move |address| Found { address, host: host.clone(), weight: target.weight };
-        literal.into_iter().chain(resolved).map(found)
+        let endpoint = move |address| Found { address, host: host.clone(), weight: target.weight };
+        literal.into_iter().chain(resolved).map(endpoint)
     }
 }
 
-impl State {
-    fn accept(&mut self, answer: Answer, rng: &mut Rng) {
-        let Answer { mut addresses, valid_for, missing } = answer;
+impl NameState {
+    fn accept(&mut self, result: Answer, rng: &mut Rng) {
+        let Answer { mut addresses, valid_for, missing } = result;
         if let Some(family) = missing {
-            // The family that could not be asked for keeps what it had.
+            // If the lookup of one family failed, its previous addresses stay.
             addresses.extend(self.addresses.iter().filter(|ip| Family::of(**ip) == family));
             addresses.sort_by_key(|ip| (ip.is_ipv6(), *ip));
             addresses.dedup();
         }
         self.addresses = addresses;
         self.failures = 0;
-        // A little late rather than early: a caching server would give the old answer again with a TTL of nothing.
+        // Slightly late rather than early: a caching server would return the old answer again with a TTL of almost
+        // zero.
         self.due = Instant::now() + valid_for.mul_f64(1.0 + rng.unit_f64() / 10.0);
     }
 }

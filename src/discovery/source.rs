@@ -1,4 +1,4 @@
-//! What an upstream consists of, before names are resolved.
+//! The sources of endpoints, before names are resolved.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -12,18 +12,18 @@ use crate::{
     upstream::DiscoveryError,
 };
 
-/// A place where an upstream is served.
+/// An endpoint with its host name or address, before resolution.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Target {
     pub address: HostPort,
     pub weight: u32,
     /// Only the targets of the lowest priority that has addresses are used.
     pub priority: u16,
-    /// Its addresses, where the source told them; else the name is looked up.
+    /// Its addresses, if the source supplied them; otherwise the name is resolved.
     pub known: Vec<IpAddr>,
 }
 
-/// Where targets are read from.
+/// A source of endpoints.
 pub(super) enum Source {
     /// A list in the configuration; `dns://` is a list of one.
     Fixed(Vec<Target>),
@@ -32,10 +32,10 @@ pub(super) enum Source {
     Kubernetes(Box<Kubernetes>),
 }
 
-/// What a source says, and when to ask it again.
+/// The endpoints of a source, and when to read it again.
 pub(super) struct Reading {
     pub targets: Vec<Target>,
-    /// `None`: it never changes.
+    /// `None`: they never change.
     pub valid_for: Option<Duration>,
 }
 
@@ -83,7 +83,7 @@ impl Source {
         }
     }
 
-    /// Waits until the source says by itself that it has changed.
+    /// Waits until the source itself reports a change.
     pub async fn changed(&mut self) {
         match self {
             Self::File(file) => file.changed().await,
@@ -93,7 +93,7 @@ impl Source {
     }
 }
 
-/// When to try again after `failures` in a row: 1 s, 2 s, 4 s … 30 s, half of it by chance.
+/// When to retry after `failures` in a row: 1 s, 2 s, 4 s … 30 s, half of it random.
 pub(super) fn retry_at(now: Instant, failures: u32, rng: &mut crate::rng::Rng) -> Instant {
     let full = Duration::from_secs(1 << failures.saturating_sub(1).min(5)).min(Duration::from_secs(30));
     now + full.mul_f64(1.0 - rng.unit_f64() / 2.0).max(Duration::from_secs(1))

@@ -1,4 +1,4 @@
-//! The task behind a [`Discovery`](super::Discovery): read the source, resolve names, publish, wait.
+//! The task of a [`Discovery`](super::Discovery): read the source, resolve names, publish, wait.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,11 +15,11 @@ use crate::{
     upstream::{DiscoveryError, Found, Upstream},
 };
 
-/// However often a refresh is asked for, this long passes between two look-ups.
+/// The shortest time between two lookups, however often a refresh is requested.
 const REFRESH_PAUSE: Duration = Duration::from_secs(1);
-/// A file that begins to change gets this long until it is read.
+/// The delay before a changed file is read.
 const SETTLE: Duration = Duration::from_millis(50);
-/// What a task without anything due sleeps for.
+/// How long a task with nothing due sleeps.
 const IDLE: Duration = Duration::from_secs(3600);
 
 pub(super) struct Task {
@@ -35,23 +35,24 @@ pub(super) struct Task {
     published: Published,
 }
 
-/// What the upstream was told last.
+/// What was last published to the upstream.
 #[derive(Default)]
 struct Published {
-    found: Option<Vec<Found>>,
+    endpoints: Option<Vec<Found>>,
     failed: bool,
 }
 
 impl Task {
-    /// Starts the task, unless all is known for good.
+    /// Starts the task, unless everything is known already.
     pub fn start(source: Source, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Option<JoinHandle<()>> {
         let mut published = Published::default();
         if let Source::Fixed(targets) = &source {
-            let literal = Names::default().found(targets).into_iter().filter(|found| found.host.is_none());
+            let literal =
+                Names::default().found(targets).into_iter().filter(|endpoint| endpoint.host.is_none());
             let literal: Vec<_> = literal.collect();
             let complete = literal.len() == targets.len().min(MAX_ENDPOINTS);
             if complete || !literal.is_empty() {
-                published.found(&upstream, literal);
+                published.publish(&upstream, literal);
             }
             if complete {
                 return None;
@@ -73,17 +74,17 @@ impl Task {
 
     async fn run(mut self) {
         loop {
-            self.round().await;
-            let asked_at = Instant::now();
+            self.run_once().await;
+            let completed_at = Instant::now();
             let due = self.source_due.into_iter().chain(self.names.due()).min();
             tokio::select! {
-                () = tokio::time::sleep_until(due.unwrap_or(asked_at + IDLE)) => {}
+                () = tokio::time::sleep_until(due.unwrap_or(completed_at + IDLE)) => {}
                 () = self.source.changed() => {
                     tokio::time::sleep(SETTLE).await;
                     self.source_due = Some(Instant::now());
                 }
                 () = self.upstream.refresh_wanted() => {
-                    tokio::time::sleep_until(asked_at + REFRESH_PAUSE).await;
+                    tokio::time::sleep_until(completed_at + REFRESH_PAUSE).await;
                     let now = Instant::now();
                     self.source_due = self.source_due.map(|due| due.min(now));
                     self.names.all_due(now);
@@ -92,7 +93,7 @@ impl Task {
         }
     }
 
-    async fn round(&mut self) {
+    async fn run_once(&mut self) {
         let source_error = match self.source_due {
             Some(due) if due <= Instant::now() => self.read_source().await,
             _ => None,
@@ -101,19 +102,21 @@ impl Task {
         let Self { names, targets, published, upstream, .. } = self;
         let names_error = names
             .look_up(&self.resolver, &mut self.rng, |names| {
-                // Calls may be waiting for the very first answer: they need not wait for the slowest name too.
-                if published.found.is_none() {
-                    published.found(upstream, names.found(targets));
+                // Requests may be waiting for the first result: they need not wait for the slowest name as well.
+                if published.endpoints.is_none() {
+                    published.publish(upstream, names.found(targets));
                 }
             })
             .await;
-        let found = names.found(targets);
+        let endpoints = names.found(targets);
         match source_error.or(names_error) {
-            None if self.source_failures > 0 || names.failing() => published.keep(upstream, found),
-            None => published.good(upstream, found),
+            None if self.source_failures > 0 || names.failing() => {
+                published.publish_partial(upstream, endpoints)
+            }
+            None => published.publish_complete(upstream, endpoints),
             Some(error) => {
-                published.keep(upstream, found);
-                published.failed(upstream, error);
+                published.publish_partial(upstream, endpoints);
+                published.report_failure(upstream, error);
             }
         }
     }
@@ -124,11 +127,11 @@ impl Task {
         match reading {
             Ok(reading) => {
                 if reading.targets.len() > MAX_ENDPOINTS && reading.targets != self.targets {
-                    let (upstream, found) = (&*self.upstream.name, reading.targets.len());
+                    let (upstream, count) = (&*self.upstream.name, reading.targets.len());
                     tracing::warn!(
                         upstream,
-                        found,
-                        "more endpoints than {MAX_ENDPOINTS}: the rest is left out"
+                        count,
+                        "more endpoints than the limit of {MAX_ENDPOINTS}: the rest is ignored"
                     );
                 }
                 self.targets = reading.targets;
@@ -146,36 +149,36 @@ impl Task {
 }
 
 impl Published {
-    /// All went well, and this is what was found, be it nothing.
-    fn good(&mut self, upstream: &Upstream, found: Vec<Found>) {
+    /// Publishes the result of a complete discovery, even if it is empty.
+    fn publish_complete(&mut self, upstream: &Upstream, endpoints: Vec<Found>) {
         if self.failed {
-            tracing::info!(upstream = &*upstream.name, endpoints = found.len(), "endpoints are known again");
+            tracing::info!(upstream = &*upstream.name, endpoints = endpoints.len(), "discovery works again");
         }
-        if self.failed || self.found.as_ref() != Some(&found) {
-            self.found(upstream, found);
+        if self.failed || self.endpoints.as_ref() != Some(&endpoints) {
+            self.publish(upstream, endpoints);
         }
         self.failed = false;
     }
 
-    /// Part of it failed: what was found counts as far as there is something.
-    fn keep(&mut self, upstream: &Upstream, found: Vec<Found>) {
-        if !found.is_empty() && self.found.as_ref() != Some(&found) {
-            self.found(upstream, found);
+    /// Publishes the result of a partly failed discovery, unless it is empty.
+    fn publish_partial(&mut self, upstream: &Upstream, endpoints: Vec<Found>) {
+        if !endpoints.is_empty() && self.endpoints.as_ref() != Some(&endpoints) {
+            self.publish(upstream, endpoints);
         }
     }
 
-    fn failed(&mut self, upstream: &Upstream, error: DiscoveryError) {
+    fn report_failure(&mut self, upstream: &Upstream, error: DiscoveryError) {
         if !self.failed {
-            let kept = self.found.as_ref().map_or(0, Vec::len);
+            let kept = self.endpoints.as_ref().map_or(0, Vec::len);
             tracing::warn!(upstream = &*upstream.name, %error, kept, "endpoints could not be looked up");
         }
         self.failed = true;
         upstream.discovery_failed(error);
     }
 
-    fn found(&mut self, upstream: &Upstream, found: Vec<Found>) {
-        tracing::debug!(upstream = &*upstream.name, endpoints = found.len(), "endpoints changed");
-        upstream.publish(found.clone());
-        self.found = Some(found);
+    fn publish(&mut self, upstream: &Upstream, endpoints: Vec<Found>) {
+        tracing::debug!(upstream = &*upstream.name, endpoints = endpoints.len(), "endpoints changed");
+        upstream.publish(endpoints.clone());
+        self.endpoints = Some(endpoints);
     }
 }

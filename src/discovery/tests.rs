@@ -18,14 +18,14 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(5);
 
 async fn resolver(dns: &TestDns) -> Arc<Resolver> {
-    Arc::new(Resolver::with_name_server(dns.address, LIMIT).unwrap().routing(|_| true))
+    Arc::new(Resolver::with_name_server(dns.address, LIMIT).unwrap().with_routes(|_| true))
 }
 
 fn ips(list: &[&str]) -> Vec<IpAddr> {
     list.iter().map(|ip| ip.parse().unwrap()).collect()
 }
 
-/// `address` of each endpoint, with `*N` where it has a weight.
+/// `address` of each endpoint, with `*N` if it has a weight.
 fn shown(set: &EndpointSet) -> Vec<String> {
     let show = |e: &Arc<crate::upstream::Endpoint>| match e.weight() {
         1 => e.address.to_string(),
@@ -34,7 +34,7 @@ fn shown(set: &EndpointSet) -> Vec<String> {
     set.endpoints.iter().map(show).collect()
 }
 
-/// Waits until the upstream's endpoints are as `wanted` says.
+/// Waits until the condition `wanted` holds for the upstream's endpoints.
 async fn until(upstream: &Upstream, wanted: impl Fn(&EndpointSet) -> bool) {
     let mut changes = upstream.changes();
     let reached = changes.wait_for(|_| wanted(&upstream.endpoints()));
@@ -75,7 +75,7 @@ async fn the_lowest_ttl_of_the_chain_counts_within_bounds() {
         record("real.test", 3600, "10.0.0.1".parse::<IpAddr>().unwrap().into()),
     ];
     dns.set("alias.test", RecordType::A, Reply::Records { answers, additionals: Vec::new() });
-    // An alias whose target the server leaves to us, so that the chain takes two questions.
+    // An alias whose target the server does not resolve, so that the chain takes two queries.
     let answers = vec![cname("bare.test", 30, "real.test")];
     for kind in [RecordType::A, RecordType::AAAA] {
         dns.set("bare.test", kind, Reply::Records { answers: answers.clone(), additionals: Vec::new() });
@@ -91,7 +91,7 @@ async fn the_lowest_ttl_of_the_chain_counts_within_bounds() {
 }
 
 #[tokio::test]
-async fn an_answer_too_long_for_udp_comes_over_tcp() {
+async fn a_response_too_long_for_udp_is_sent_over_tcp() {
     let dns = TestDns::start().await;
     let many: Vec<_> = (0..200).map(|i| format!("10.0.1.{i}")).collect();
     dns.addresses("many.test", 60, &many.iter().map(String::as_str).collect::<Vec<_>>());
@@ -99,7 +99,7 @@ async fn an_answer_too_long_for_udp_comes_over_tcp() {
 }
 
 #[tokio::test]
-async fn a_server_that_never_answers_for_one_family_costs_a_second_and_no_more() {
+async fn a_server_that_never_answers_for_one_family_delays_by_a_second() {
     let dns = TestDns::start().await;
     dns.addresses("half.test", 60, &["10.0.0.1"]);
     dns.set("half.test", RecordType::AAAA, Reply::Silence);
@@ -108,10 +108,10 @@ async fn a_server_that_never_answers_for_one_family_costs_a_second_and_no_more()
 }
 
 #[tokio::test]
-async fn names_that_need_no_dns_do_not_ask() {
+async fn names_that_need_no_dns_are_not_queried() {
     let dns = TestDns::start().await;
-    let plain = Resolver::with_name_server(dns.address, LIMIT).unwrap().routing(|_| true);
-    let resolver = plain.searching("10.1.1.1 payments payments.hosts\n", &["shop.test"], 1);
+    let plain = Resolver::with_name_server(dns.address, LIMIT).unwrap().with_routes(|_| true);
+    let resolver = plain.with_search_list("10.1.1.1 payments payments.hosts\n", &["shop.test"], 1);
     for (name, addresses) in [
         ("10.0.0.1", &["10.0.0.1"][..]),
         ("2001:db8::1", &["2001:db8::1"]),
@@ -121,7 +121,7 @@ async fn names_that_need_no_dns_do_not_ask() {
     ] {
         assert_eq!(resolver.addresses(name).await.unwrap().addresses, ips(addresses), "{name}");
     }
-    assert_eq!(dns.asked_at_all(), 0);
+    assert_eq!(dns.total_queries(), 0);
 }
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn search_domains_are_tried_as_ndots_says() {
     dns.addresses("api.pay.shop.test", 60, &["10.0.0.3"]);
     let ndots = |n| {
         let plain = Resolver::with_name_server(dns.address, LIMIT).unwrap();
-        plain.searching("", &["none.test", "shop.test"], n)
+        plain.with_search_list("", &["none.test", "shop.test"], n)
     };
     for (name, n, ip) in [
         ("api", 1, "10.0.0.1"),
@@ -145,7 +145,7 @@ async fn search_domains_are_tried_as_ndots_says() {
 }
 
 #[tokio::test]
-async fn a_missing_name_a_failing_server_and_silence_are_told_apart() {
+async fn a_missing_name_a_failing_server_and_silence_are_different_errors() {
     let dns = TestDns::start().await;
     dns.fail("broken.test", &Reply::Code(ResponseCode::ServFail));
     dns.fail("refused.test", &Reply::Code(ResponseCode::Refused));
@@ -168,25 +168,25 @@ async fn a_missing_name_a_failing_server_and_silence_are_told_apart() {
         }
     }
     match resolver.addresses("silent.test").await {
-        Err(DnsError::Timeout { name, limit: told }) => {
-            assert_eq!((&*name, told), ("silent.test", limit));
+        Err(DnsError::Timeout { name, limit: reported }) => {
+            assert_eq!((&*name, reported), ("silent.test", limit));
         }
         other => panic!("{other:?}"),
     }
 }
 
 #[tokio::test]
-async fn a_family_without_a_route_is_left_out_unless_it_is_all_there_is() {
+async fn a_family_without_a_route_is_dropped_unless_it_is_the_only_one() {
     let dns = TestDns::start().await;
     dns.addresses("both.test", 60, &["10.0.0.1", "2001:db8::1"]);
     dns.addresses("six.test", 60, &["2001:db8::1"]);
-    let resolver = Resolver::with_name_server(dns.address, LIMIT).unwrap().routing(|ip| ip.is_ipv4());
+    let resolver = Resolver::with_name_server(dns.address, LIMIT).unwrap().with_routes(|ip| ip.is_ipv4());
     assert_eq!(resolver.addresses("both.test").await.unwrap().addresses, ips(&["10.0.0.1"]));
     assert_eq!(resolver.addresses("six.test").await.unwrap().addresses, ips(&["2001:db8::1"]));
 }
 
 #[tokio::test]
-async fn a_family_that_does_not_answer_keeps_what_it_had() {
+async fn a_family_that_does_not_answer_keeps_its_addresses() {
     let dns = TestDns::start().await;
     dns.addresses("both.test", 1, &["10.0.0.1", "2001:db8::1"]);
     let resolver = resolver(&dns).await;
@@ -202,7 +202,7 @@ async fn a_family_that_does_not_answer_keeps_what_it_had() {
 }
 
 #[tokio::test]
-async fn literal_addresses_are_there_at_once() {
+async fn literal_addresses_are_published_at_once() {
     let dns = TestDns::start().await;
     let upstream = Upstream::new("fixed");
     let list = ["10.0.0.2:80", "[2001:db8::1]:81", "10.0.0.1:80"];
@@ -241,14 +241,14 @@ async fn new_addresses_are_published_when_the_ttl_is_over() {
 }
 
 #[tokio::test]
-async fn an_unchanged_answer_is_no_news() {
+async fn an_unchanged_result_is_not_published() {
     let dns = TestDns::start().await;
     dns.addresses("same.test", 1, &["10.0.0.1"]);
     let upstream = Upstream::new("same");
     let _discovery = spawn(&dns_source("same.test:80"), upstream.clone(), resolver(&dns).await);
     until_shown(&upstream, &["10.0.0.1:80"]).await;
-    let before = dns.asked("same.test");
-    while dns.asked("same.test") < before + 4 {
+    let before = dns.query_count("same.test");
+    while dns.query_count("same.test") < before + 4 {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(upstream.endpoints().generation, 1);
@@ -273,7 +273,7 @@ async fn the_last_good_addresses_outlive_a_failing_server() {
 }
 
 #[tokio::test]
-async fn a_name_that_never_was_resolves_once_it_is_there() {
+async fn a_new_name_resolves_once_it_exists() {
     let dns = TestDns::start().await;
     let upstream = Upstream::new("late");
     let _discovery = spawn(&dns_source("late.test:80"), upstream.clone(), resolver(&dns).await);
@@ -296,11 +296,11 @@ async fn a_refresh_does_not_wait_for_the_ttl() {
         upstream.refresh();
     }
     until_shown(&upstream, &["10.0.0.2:80"]).await;
-    assert_eq!(dns.asked("moved.test"), 4, "A and AAAA, twice: a hundred wishes are one look-up");
+    assert_eq!(dns.query_count("moved.test"), 4, "A and AAAA, twice: a hundred requests lead to one lookup");
 }
 
 #[tokio::test]
-async fn srv_records_bring_ports_weights_and_priorities() {
+async fn srv_records_set_ports_weights_and_priorities() {
     let dns = TestDns::start().await;
     let service = |records| Reply::Records { answers: records, additionals: Vec::new() };
     let name = "_http._tcp.pay.test";
@@ -318,20 +318,20 @@ async fn srv_records_bring_ports_weights_and_priorities() {
     let _discovery = spawn(&source, upstream.clone(), resolver(&dns).await);
     until_shown(&upstream, &["10.0.0.1:8001", "10.0.0.2:8002*5", "[2001:db8::2]:8002*5"]).await;
 
-    // The addresses may come with the answer; then nobody asks for them.
+    // The response may contain the addresses; then they are not queried.
     let glue = vec![record("c.test", 60, RData::A("10.0.0.4".parse().unwrap()))];
     let records = vec![srv(name, 1, 1, 2, "c.test", 8003)];
     dns.set(name, RecordType::SRV, Reply::Records { answers: records, additionals: glue });
     until_shown(&upstream, &["10.0.0.4:8003*2"]).await;
-    assert_eq!(dns.asked("c.test"), 0);
+    assert_eq!(dns.query_count("c.test"), 0);
 
-    // None of the first priority exists: the second serves, and the reason is shown.
+    // No name of the first priority exists: the second is used, and the reason is shown.
     let records = vec![srv(name, 1, 1, 1, "gone.test", 8003), srv(name, 1, 2, 1, "spare.test", 9000)];
     dns.set(name, RecordType::SRV, service(records));
     until(&upstream, |set| shown(set) == ["10.0.0.3:9000"]).await;
     until_failed(&upstream).await;
 
-    // "." says that there is no such service: like any failure, it takes nothing away.
+    // "." states that there is no such service: like any failure, it removes nothing.
     dns.set(name, RecordType::SRV, service(vec![srv(name, 1, 0, 0, ".", 0)]));
     until(
         &upstream,
@@ -342,7 +342,7 @@ async fn srv_records_bring_ports_weights_and_priorities() {
 }
 
 #[tokio::test]
-async fn a_file_is_followed_and_its_mistakes_change_nothing() {
+async fn a_file_is_watched_and_invalid_content_changes_nothing() {
     let dns = TestDns::start().await;
     dns.addresses("named.test", 60, &["10.0.0.7"]);
     let directory = tempfile::tempdir().unwrap();
@@ -354,7 +354,7 @@ async fn a_file_is_followed_and_its_mistakes_change_nothing() {
     std::fs::write(&path, r#"["10.0.0.1:80", {"address": "named.test:81", "weight": 3}]"#).unwrap();
     until_shown(&upstream, &["10.0.0.1:80", "10.0.0.7:81*3"]).await;
 
-    for (mistake, told) in [
+    for (mistake, expected) in [
         ("[", "not a JSON list"),
         (r#"["10.0.0.1"]"#, "entry 0"),
         (r#"[{"address": "10.0.0.1:80", "wait": 1}]"#, "entry 0"),
@@ -363,7 +363,7 @@ async fn a_file_is_followed_and_its_mistakes_change_nothing() {
         std::fs::write(&path, mistake).unwrap();
         until(
             &upstream,
-            |set| matches!(&set.resolution, Resolution::Failed(error) if error.to_string().contains(told)),
+            |set| matches!(&set.resolution, Resolution::Failed(error) if error.to_string().contains(expected)),
         )
         .await;
         assert_eq!(upstream.endpoints().endpoints.len(), 2);
@@ -381,7 +381,7 @@ async fn a_file_is_followed_and_its_mistakes_change_nothing() {
 }
 
 #[tokio::test]
-async fn workers_without_a_runtime_of_this_kind_may_start_it() {
+async fn a_thread_without_a_runtime_may_start_it() {
     let dns = TestDns::start().await;
     dns.addresses("there.test", 60, &["10.0.0.1"]);
     let (upstream, resolver) = (Upstream::new("there"), resolver(&dns).await);

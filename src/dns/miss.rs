@@ -1,4 +1,4 @@
-//! Why a look-up gave nothing.
+//! Why a lookup has no result.
 
 use std::io;
 
@@ -9,15 +9,15 @@ use hickory_resolver::{
 
 use crate::descriptors;
 
-/// Why one name of the search list gave nothing.
+/// Why the lookup of one candidate of the search list has no result.
 pub(super) enum Miss {
     NoRecords(ResponseCode),
     Timeout,
-    /// The server refused or failed to say.
+    /// The server refused the query or failed.
     Failed(String),
-    /// No server could be connected to; hickory does not tell why.
+    /// No server could be reached; hickory does not report why.
     NoServer(String),
-    /// None could be asked, for want of something of this machine's own.
+    /// No server could be queried, because this machine lacked a resource.
     LocalResource(String),
 }
 
@@ -30,7 +30,7 @@ impl From<NetError> for Miss {
             },
             NetError::Timeout => Self::Timeout,
             NetError::Io(error) => Self::from_io(&error).unwrap_or_else(|| Self::Failed(error.to_string())),
-            NetError::NoConnections => Self::NoServer("no DNS server can be connected to".to_owned()),
+            NetError::NoConnections => Self::NoServer("no DNS server can be reached".to_owned()),
             error => Self::Failed(error.to_string()),
         }
     }

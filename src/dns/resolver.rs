@@ -1,8 +1,8 @@
-//! From a host name to its addresses, the way the C library of a good citizen does it.
+//! Resolves a host name to its addresses, as the C library does.
 //!
 //! Literals and `localhost` never leave the process; `/etc/hosts` comes before DNS; `search` and `ndots` of
-//! `/etc/resolv.conf` are heeded. A and AAAA are asked for together. hickory's cache is off: discovery itself asks
-//! again when the answer's TTL is over, and a second cache below it would only make answers older.
+//! `/etc/resolv.conf` are respected. A and AAAA are queried in parallel. The cache of hickory is off: discovery
+//! itself queries again when the TTL has passed, and a second cache below it would only make addresses older.
 
 use std::{
     collections::HashMap,
@@ -26,23 +26,23 @@ use tokio::{runtime::Handle, time::timeout};
 
 use super::{DnsError, miss::Miss};
 
-/// Names the DNS servers to ask in place of those of `/etc/resolv.conf`: `IP` or `IP:PORT`, several with commas.
+/// The DNS servers to use instead of those in `/etc/resolv.conf`: `IP` or `IP:PORT`, separated by commas.
 pub const DNS_ENV: &str = "OUTRIGGER_DNS";
-/// A look-up with all its tries and search domains may take this long.
+/// The limit for a lookup with all its attempts and search domains.
 pub const LOOKUP_LIMIT: Duration = Duration::from_secs(5);
-/// Answers are believed for at least this long, whatever their TTL,
+/// The shortest time for which addresses are used, whatever their TTL.
 pub const MIN_TTL: Duration = Duration::from_secs(1);
-/// and for at most this long.
+/// The longest time for which addresses are used, whatever their TTL.
 pub const MAX_TTL: Duration = Duration::from_secs(300);
-/// When one address family has answered, the other gets this much more time.
+/// How much longer to wait for the second address family once the first has answered.
 const SECOND_FAMILY_GRACE: Duration = Duration::from_secs(1);
 
-/// Looks names up. Made once, on the control thread's runtime, where all its work is done.
+/// Resolves names. Created once, on the control thread's runtime, which does all its work.
 pub struct Resolver {
     dns: TokioResolver,
     hosts: Hosts,
     search: Vec<Name>,
-    /// A name with at least this many dots is asked for as it stands before the search domains are tried.
+    /// A name with at least this many dots is queried as it is before the search domains are tried.
     ndots: usize,
     limit: Duration,
     servers: Vec<SocketAddr>,
@@ -57,7 +57,7 @@ pub struct Answer {
     pub addresses: Vec<IpAddr>,
     /// The lowest TTL of the chain of records, between [`MIN_TTL`] and [`MAX_TTL`].
     pub valid_for: Duration,
-    /// The family that could not be asked for (which is not: has no addresses): what was known of it still holds.
+    /// The family whose query failed (as opposed to one without addresses): its previous addresses stay valid.
     pub missing: Option<Family>,
 }
 
@@ -67,14 +67,14 @@ pub enum Family {
     V6,
 }
 
-/// A record of an SRV answer (RFC 2782).
+/// An SRV record (RFC 2782).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     pub priority: u16,
     pub weight: u16,
     pub target: String,
     pub port: u16,
-    /// The target's addresses, where the answer brought them along.
+    /// The target's addresses, if the response contains them.
     pub addresses: Vec<IpAddr>,
 }
 
@@ -85,14 +85,14 @@ impl Family {
 }
 
 impl Resolver {
-    /// As `/etc/resolv.conf` and `/etc/hosts` say, or [`DNS_ENV`]. Must be called inside of a tokio runtime.
+    /// Configures it from `/etc/resolv.conf` and `/etc/hosts`, or [`DNS_ENV`]. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// `DNS_ENV` is set and not a list of addresses.
     pub fn from_system() -> Result<Self, DnsError> {
         let (mut config, options) = read_system_conf().unwrap_or_else(|error| {
             // What the C library does without a resolv.conf, as in an image built from scratch.
-            tracing::debug!(%error, "no usable /etc/resolv.conf: asking the DNS server on 127.0.0.1");
+            tracing::debug!(%error, "no usable /etc/resolv.conf: using the DNS server on 127.0.0.1");
             let local = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
             (ResolverConfig::from_parts(None, Vec::new(), vec![local]), ResolverOpts::default())
         });
@@ -103,10 +103,10 @@ impl Resolver {
         Self::new(config, options, hosts, LOOKUP_LIMIT)
     }
 
-    /// Asks `server` and nothing else: no search domains, no `/etc/hosts`.
+    /// Queries `server` only: no search domains, no `/etc/hosts`.
     ///
     /// # Errors
-    /// None that is known of; hickory's constructor may fail where it is built with TLS.
+    /// None known; the constructor of hickory may fail if built with TLS.
     pub fn with_name_server(server: SocketAddr, limit: Duration) -> Result<Self, DnsError> {
         let config = ResolverConfig::from_parts(None, Vec::new(), vec![name_server(server)]);
         Self::new(config, ResolverOpts::default(), Hosts::default(), limit)
@@ -126,7 +126,7 @@ impl Resolver {
         let ndots = options.ndots;
         options.cache_size = 0;
         options.use_hosts_file = ResolveHosts::Never;
-        // One lost packet must leave time for another try.
+        // One lost packet must leave time for another attempt.
         options.timeout = options.timeout.min(limit / 3);
         options.attempts = options.attempts.clamp(2, 5);
         let servers = config
@@ -141,21 +141,21 @@ impl Resolver {
         Ok(Self { dns, hosts, search, ndots, limit, servers, has_route, runtime })
     }
 
-    /// The runtime that it was made on: the control thread's.
+    /// The runtime on which it was created: that of the control thread.
     pub fn runtime(&self) -> &Handle {
         &self.runtime
     }
 
-    /// For tests that can't rely on the machine's routes.
+    /// For tests that cannot rely on the machine's routes.
     #[cfg(test)]
-    pub fn routing(mut self, has_route: fn(IpAddr) -> bool) -> Self {
+    pub fn with_routes(mut self, has_route: fn(IpAddr) -> bool) -> Self {
         self.has_route = has_route;
         self
     }
 
     /// For tests: the content of `/etc/hosts` and the search list.
     #[cfg(test)]
-    pub fn searching(mut self, hosts: &str, search: &[&str], ndots: usize) -> Self {
+    pub fn with_search_list(mut self, hosts: &str, search: &[&str], ndots: usize) -> Self {
         let _ = self.hosts.read_hosts_conf(hosts.as_bytes());
         self.search = search.iter().filter_map(|name| Name::from_str_relaxed(*name).ok()).collect();
         self.ndots = ndots;
@@ -165,8 +165,8 @@ impl Resolver {
     /// The addresses of `host`: a name or a literal address.
     ///
     /// # Errors
-    /// [`DnsError::NotFound`] where the name has no addresses or DNS refuses to say, [`DnsError::Timeout`]
-    /// where it is silent.
+    /// [`DnsError::NotFound`] if the name has no addresses, [`DnsError::Server`] if the server fails,
+    /// [`DnsError::Timeout`] if it does not answer.
     pub async fn addresses(&self, host: &str) -> Result<Answer, DnsError> {
         let local = |addresses| Answer { addresses, valid_for: MAX_TTL, missing: None };
         if let Ok(ip) = host.parse() {
@@ -180,7 +180,7 @@ impl Resolver {
         answer.map(|answer| Answer { addresses: self.reachable(answer.addresses), ..answer })
     }
 
-    /// The SRV records of `name`, and how long they hold.
+    /// The SRV records of `name`, and how long they are valid.
     pub async fn services(&self, name: &str) -> Result<(Vec<Service>, Duration), DnsError> {
         self.search(&parse_name(name)?, |name| self.srv(name)).await
     }
@@ -201,8 +201,8 @@ impl Resolver {
         (!addresses.is_empty()).then_some(addresses)
     }
 
-    /// Asks for `name` with each search domain in turn, until one has an answer.
-    async fn search<T, F>(&self, name: &Name, ask: impl Fn(Name) -> F) -> Result<T, DnsError>
+    /// Queries `name` with each search domain in turn, until one has a result.
+    async fn search<T, F>(&self, name: &Name, query: impl Fn(Name) -> F) -> Result<T, DnsError>
     where
         F: Future<Output = Result<T, Miss>>,
     {
@@ -210,9 +210,9 @@ impl Resolver {
         let look_up = async {
             let mut worst = None;
             for candidate in self.candidates(name) {
-                match ask(candidate).await {
+                match query(candidate).await {
                     Ok(found) => return Ok(found),
-                    // That a server failed says more than that some other domain lacks the name.
+                    // A failed server is a better reason than that another domain lacks the name.
                     Err(miss)
                         if !matches!(
                             worst,
@@ -250,7 +250,7 @@ impl Resolver {
         Err(DnsError::NotFound { name: text(), reason })
     }
 
-    /// Why this machine cannot ask any of the servers, if that is so. Connecting a UDP socket sends nothing.
+    /// The local reason why no server can be queried, if there is one. Connecting a UDP socket sends nothing.
     fn local_cause(&self) -> Option<Miss> {
         let mut last = None;
         for server in &self.servers {
@@ -322,7 +322,7 @@ impl Resolver {
             }
         }
         let service = |record: &Record| match &record.data {
-            // RFC 2782: the target "." says that there is decidedly no such service.
+            // RFC 2782: the target "." states that there is no such service.
             RData::SRV(srv) if !srv.target.is_root() => {
                 let mut addresses = glue.get(&srv.target).cloned().unwrap_or_default();
                 addresses.sort_by_key(|ip| (ip.is_ipv6(), *ip));
@@ -345,8 +345,8 @@ impl Resolver {
         Ok(lookup.answers().to_vec())
     }
 
-    /// Leaves out the family that this machine has no route to (a name with AAAA records, a pod without IPv6), as
-    /// long as something is left.
+    /// Drops the family to which this machine has no route (a name with AAAA records, a pod without IPv6), unless
+    /// nothing would be left.
     fn reachable(&self, mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
         let mixed = addresses.windows(2).any(|pair| pair[0].is_ipv4() != pair[1].is_ipv4());
         if mixed && addresses.iter().any(|ip| (self.has_route)(*ip)) {
@@ -362,7 +362,7 @@ impl std::fmt::Debug for Resolver {
     }
 }
 
-/// Some servers never answer for AAAA: what the first family brought must not wait for long.
+/// Some servers never answer AAAA queries: the result of the first family must not wait for long.
 async fn second_family<T>(
     first: &Result<T, Miss>,
     second: impl Future<Output = Result<T, Miss>>,
@@ -377,7 +377,7 @@ fn ips<'a>(records: impl IntoIterator<Item = &'a Record>) -> impl Iterator<Item 
     records.into_iter().filter_map(|record| record.data.ip_addr())
 }
 
-/// CNAMEs count too: an alias with a short TTL before an address with a long one is how traffic gets moved.
+/// CNAMEs count too: an alias with a short TTL before an address with a long one is how traffic is moved.
 fn valid_for<'a>(records: impl IntoIterator<Item = &'a Record>) -> Duration {
     let lowest = records.into_iter().map(|record| record.ttl).min().unwrap_or(0);
     Duration::from_secs(lowest.into()).clamp(MIN_TTL, MAX_TTL)
@@ -392,7 +392,7 @@ fn parse_server(text: &str) -> Result<NameServerConfig, DnsError> {
     let text = text.trim();
     let address = text.parse().or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)));
     address.map(name_server).map_err(|_| DnsError::Setup {
-        reason: format!("{DNS_ENV}: `{text}` is not an address, write IP or IP:PORT"),
+        reason: format!("{DNS_ENV}: `{text}` is not an address; write IP or IP:PORT"),
     })
 }
 
@@ -404,8 +404,8 @@ fn name_server(address: SocketAddr) -> NameServerConfig {
     NameServerConfig::new(address.ip(), true, connections.into())
 }
 
-/// Whether packets to `ip` have a way out of here. Connecting a UDP socket asks the routing table and sends nothing:
-/// the C library sorts its answers by the same trick.
+/// Whether there is a route to `ip`. Connecting a UDP socket checks the routing table and sends nothing: the C
+/// library uses the same method to sort addresses.
 fn has_route(ip: IpAddr) -> bool {
     let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let unreachable = |error: &io::Error| {
@@ -423,7 +423,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn name_servers_are_read_as_people_write_them() {
+    fn name_servers_are_parsed_with_and_without_port() {
         for (text, ip, port) in [
             ("10.0.0.53", "10.0.0.53", 53),
             (" 127.0.0.1:5353 ", "127.0.0.1", 5353),
@@ -438,9 +438,9 @@ mod tests {
     }
 
     #[test]
-    fn loopback_has_a_route_and_a_network_for_documentation_does_no_harm() {
+    fn loopback_has_a_route_and_a_documentation_network_is_harmless() {
         assert!(has_route(Ipv4Addr::LOCALHOST.into()));
-        // Whatever this machine's routes are: an answer, quickly, and no packet sent.
+        // Whatever this machine's routes are: a quick result, and no packet sent.
         let _ = has_route("2001:db8::1".parse().unwrap());
     }
 }

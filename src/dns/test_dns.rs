@@ -1,5 +1,5 @@
-//! A small DNS server on loopback whose zone a test can change at any time. As real ones do, it cuts what is longer
-//! than 512 bytes over UDP, and gives all of it over TCP.
+//! A small DNS server on loopback whose zone a test can change at any time. Like real ones, it truncates responses
+//! longer than 512 bytes over UDP, and sends all of them over TCP.
 
 use std::{
     collections::HashMap,
@@ -26,7 +26,7 @@ pub struct TestDns {
 #[derive(Default)]
 struct Zone {
     replies: HashMap<(String, RecordType), Reply>,
-    asked: Vec<(String, RecordType)>,
+    queries: Vec<(String, RecordType)>,
 }
 
 #[derive(Clone)]
@@ -38,7 +38,7 @@ pub enum Reply {
 
 impl TestDns {
     pub async fn start() -> Self {
-        // The same port for both, which another test may take in between.
+        // The same port for both; another test may take it in between.
         let (udp, tcp) = loop {
             let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
             if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
@@ -74,13 +74,13 @@ impl TestDns {
         }
     }
 
-    pub fn asked(&self, name: &str) -> usize {
+    pub fn query_count(&self, name: &str) -> usize {
         let zone = self.zone.lock().unwrap_or_else(PoisonError::into_inner);
-        zone.asked.iter().filter(|(asked, _)| asked == name).count()
+        zone.queries.iter().filter(|(queried, _)| queried == name).count()
     }
 
-    pub fn asked_at_all(&self) -> usize {
-        self.zone.lock().unwrap_or_else(PoisonError::into_inner).asked.len()
+    pub fn total_queries(&self) -> usize {
+        self.zone.lock().unwrap_or_else(PoisonError::into_inner).queries.len()
     }
 }
 
@@ -106,7 +106,7 @@ async fn serve_udp(socket: UdpSocket, zone: Arc<Mutex<Zone>>) {
     let mut buffer = [0; 4096];
     loop {
         let (length, peer) = socket.recv_from(&mut buffer).await.unwrap();
-        let Some(reply) = answer(&buffer[..length], &zone) else { continue };
+        let Some(reply) = respond(&buffer[..length], &zone) else { continue };
         let mut bytes = reply.to_vec().unwrap();
         if bytes.len() > 512 {
             bytes = reply.truncate().to_vec().unwrap();
@@ -127,22 +127,22 @@ async fn serve_connection(mut stream: TcpStream, zone: Arc<Mutex<Zone>>) {
     while let Ok(length) = stream.read_u16().await {
         let mut query = vec![0; length.into()];
         stream.read_exact(&mut query).await.unwrap();
-        let Some(reply) = answer(&query, &zone) else { continue };
+        let Some(reply) = respond(&query, &zone) else { continue };
         let bytes = reply.to_vec().unwrap();
         stream.write_u16(bytes.len() as u16).await.unwrap();
         stream.write_all(&bytes).await.unwrap();
     }
 }
 
-/// `None` is silence.
-fn answer(query: &[u8], zone: &Mutex<Zone>) -> Option<Message> {
+/// `None`: no response.
+fn respond(query: &[u8], zone: &Mutex<Zone>) -> Option<Message> {
     let query = Message::from_vec(query).unwrap();
     let question = query.queries[0].clone();
     let name = question.name().to_utf8().trim_end_matches('.').to_ascii_lowercase();
     let key = (name, question.query_type());
     let mut zone = zone.lock().unwrap_or_else(PoisonError::into_inner);
     let reply = zone.replies.get(&key).cloned();
-    zone.asked.push(key);
+    zone.queries.push(key);
     let mut message = Message::response(query.metadata.id, OpCode::Query);
     message.metadata.recursion_desired = true;
     message.metadata.recursion_available = true;

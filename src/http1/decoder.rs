@@ -1,30 +1,30 @@
-//! Takes the body of a message out of the bytes it arrives in (RFC 9112 §6 and §7).
+//! Decodes the body of a message from its framing (RFC 9112 §6 and §7).
 //!
-//! Every byte is looked at once, however the bytes are cut into reads, and small chunks that arrive together leave
-//! together: what a body costs depends on its length, not on how its sender cuts it.
+//! Every byte is scanned once, however the bytes are split into reads, and small chunks that arrive together are
+//! returned together: the cost of a body depends on its length, not on how its sender splits it.
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::framing::{Framing, FramingError, MAX_EXTENSIONS, MAX_TRAILER_FIELDS, MAX_TRAILERS};
 
-/// A chunk of which less has arrived is joined with the chunks around it. A larger one is passed on without a copy.
+/// Less than this of a chunk is joined with the chunks around it. More is returned without a copy.
 const SMALL: usize = 8 * 1024;
-/// More zeros than any sender writes.
+/// The most digits in a chunk size, leading zeros included.
 const MAX_SIZE_DIGITS: u8 = 16;
 
-/// What was found in a body.
+/// The result of one step.
 #[derive(Debug)]
 pub enum Decoded {
     Data(Bytes),
     Trailers(HeaderMap),
-    /// The body is over, and stays so.
+    /// The body is complete; all further calls return this.
     End,
     /// More bytes are needed.
     More,
 }
 
-/// See the first lines of this file.
+/// See the [module](self).
 #[derive(Debug)]
 pub struct Decoder {
     state: State,
@@ -40,19 +40,19 @@ enum State {
         size: u64,
         digits: u8,
     },
-    /// Whitespace behind a chunk size.
+    /// Whitespace after a chunk size.
     ChunkBlank(u64),
     ChunkExtension(u64),
-    /// LF must follow the CR of a chunk's first line.
+    /// LF must follow the CR of a chunk line.
     ChunkLineFeed(u64),
     ChunkData(u64),
-    /// CR and LF must follow a chunk's data.
+    /// CR and LF must follow the data of a chunk.
     DataReturn,
     DataLineFeed,
     Trailers {
-        /// The first byte of the trailer section that has not been looked at.
+        /// The first byte of the trailer section that has not been scanned.
         scanned: usize,
-        /// Where the line begins that this byte is in.
+        /// The start of the line that contains this byte.
         line: usize,
     },
 }
@@ -70,7 +70,7 @@ impl Decoder {
         Self { state, extensions: 0 }
     }
 
-    /// Whether nothing more of the body follows.
+    /// Whether the body is complete.
     pub const fn is_over(&self) -> bool {
         matches!(self.state, State::Length(0))
     }
@@ -80,7 +80,7 @@ impl Decoder {
         matches!(self.state, State::UntilClose)
     }
 
-    /// How much of the body is still to come, where its head said so.
+    /// The remaining length of the body, if its head announced one.
     pub const fn length(&self) -> Option<u64> {
         match self.state {
             State::Length(left) => Some(left),
@@ -88,62 +88,62 @@ impl Decoder {
         }
     }
 
-    /// How many bytes follow for certain.
+    /// How many more bytes follow for certain.
     pub const fn expects(&self) -> u64 {
         match self.state {
             State::Length(left) => left,
-            // With the CR and LF behind them.
+            // Including the CR and LF after the data.
             State::ChunkData(left) => left.saturating_add(2),
             State::UntilClose => u64::MAX,
             _ => 0,
         }
     }
 
-    /// Takes the next part out of what has arrived. What is left of that belongs behind it.
+    /// Takes the next part of the body out of `input`. What remains there once the body is complete follows the body.
     ///
     /// # Errors
     ///
-    /// Where the chunks or trailers are malformed. The end of the body cannot be found then.
-    pub fn decode(&mut self, came: &mut BytesMut) -> Result<Decoded, FramingError> {
+    /// If chunks or trailers are malformed. The end of the body cannot be determined then.
+    pub fn decode(&mut self, input: &mut BytesMut) -> Result<Decoded, FramingError> {
         match &mut self.state {
             State::Length(0) => Ok(Decoded::End),
-            _ if came.is_empty() => Ok(Decoded::More),
+            _ if input.is_empty() => Ok(Decoded::More),
             State::Length(left) => {
-                let data = take(came, *left);
+                let data = take(input, *left);
                 *left -= data.len() as u64;
                 Ok(Decoded::Data(data))
             }
-            State::UntilClose => Ok(Decoded::Data(std::mem::take(came).freeze())),
-            State::Trailers { .. } => self.trailers(came),
-            _ => self.chunks(came),
+            State::UntilClose => Ok(Decoded::Data(std::mem::take(input).freeze())),
+            State::Trailers { .. } => self.trailers(input),
+            _ => self.chunks(input),
         }
     }
 
-    /// Takes the data of as many chunks as have arrived. The first one stays where it lies, small ones behind it are
-    /// moved up to it.
-    fn chunks(&mut self, came: &mut BytesMut) -> Result<Decoded, FramingError> {
-        let (mut at, mut start, mut gathered) = (0, 0, 0);
-        while at < came.len() {
+    /// Takes the data of as many chunks as have arrived. The data of the first one stays in place; small ones after
+    /// it are moved up to it.
+    fn chunks(&mut self, input: &mut BytesMut) -> Result<Decoded, FramingError> {
+        let (mut at, mut start, mut joined) = (0, 0, 0);
+        while at < input.len() {
             let state = match self.state {
                 State::ChunkData(left) => {
-                    let here = usize::try_from(left).unwrap_or(usize::MAX).min(came.len() - at);
-                    if gathered == 0 {
+                    let available = usize::try_from(left).unwrap_or(usize::MAX).min(input.len() - at);
+                    if joined == 0 {
                         start = at;
-                    } else if here >= SMALL {
+                    } else if available >= SMALL {
                         break;
                     } else {
-                        came.copy_within(at..at + here, start + gathered);
+                        input.copy_within(at..at + available, start + joined);
                     }
-                    (at, gathered) = (at + here, gathered + here);
-                    let left = left - here as u64;
+                    (at, joined) = (at + available, joined + available);
+                    let left = left - available as u64;
                     self.state = if left == 0 { State::DataReturn } else { State::ChunkData(left) };
-                    if here >= SMALL {
+                    if available >= SMALL {
                         break;
                     }
                     continue;
                 }
-                // An end without trailers is taken along.
-                State::Trailers { .. } if gathered > 0 && came[at..].starts_with(b"\r\n") => {
+                // Consume an end without trailers as well.
+                State::Trailers { .. } if joined > 0 && input[at..].starts_with(b"\r\n") => {
                     at += 2;
                     self.state = State::Length(0);
                     break;
@@ -151,20 +151,20 @@ impl Decoder {
                 State::Trailers { .. } => break,
                 state => state,
             };
-            self.state = self.next(state, came[at])?;
+            self.state = self.next(state, input[at])?;
             at += 1;
         }
-        if gathered > 0 {
-            return Ok(Decoded::Data(split_off(came, start, gathered, at)));
+        if joined > 0 {
+            return Ok(Decoded::Data(split_off(input, start, joined, at)));
         }
-        discard(came, at);
+        discard(input, at);
         match self.state {
-            State::Trailers { .. } if !came.is_empty() => self.trailers(came),
+            State::Trailers { .. } if !input.is_empty() => self.trailers(input),
             _ => Ok(Decoded::More),
         }
     }
 
-    /// The state behind one byte of what stands around the data of chunks.
+    /// The state after one byte of the chunk framing.
     fn next(&mut self, state: State, byte: u8) -> Result<State, FramingError> {
         Ok(match (state, byte) {
             (State::ChunkSize { size, digits }, _) if byte.is_ascii_hexdigit() => {
@@ -209,12 +209,12 @@ impl Decoder {
         if self.extensions > MAX_EXTENSIONS { Err(FramingError::Extensions) } else { Ok(()) }
     }
 
-    /// Reads the trailer section, once all of it has arrived.
-    fn trailers(&mut self, came: &mut BytesMut) -> Result<Decoded, FramingError> {
+    /// Parses the trailer section once all of it has arrived.
+    fn trailers(&mut self, input: &mut BytesMut) -> Result<Decoded, FramingError> {
         let State::Trailers { scanned, line } = &mut self.state else { return Ok(Decoded::More) };
-        while let Some(offset) = came[*scanned..].iter().position(|byte| *byte == b'\n') {
+        while let Some(offset) = input[*scanned..].iter().position(|byte| *byte == b'\n') {
             let feed = *scanned + offset;
-            if feed == *line || came[feed - 1] != b'\r' {
+            if feed == *line || input[feed - 1] != b'\r' {
                 return Err(FramingError::TrailerLineEnd);
             }
             let is_empty = feed == *line + 1;
@@ -223,50 +223,51 @@ impl Decoder {
                 return Err(FramingError::TooManyTrailers);
             }
             if is_empty {
-                let trailers = parse_trailers(&came[..=feed])?;
-                discard(came, feed + 1);
+                let trailers = parse_trailers(&input[..=feed])?;
+                discard(input, feed + 1);
                 self.state = State::Length(0);
                 return Ok(if trailers.is_empty() { Decoded::End } else { Decoded::Trailers(trailers) });
             }
         }
-        *scanned = came.len();
-        if came.len() > MAX_TRAILERS { Err(FramingError::TooManyTrailers) } else { Ok(Decoded::More) }
+        *scanned = input.len();
+        if input.len() > MAX_TRAILERS { Err(FramingError::TooManyTrailers) } else { Ok(Decoded::More) }
     }
 }
 
-fn take(came: &mut BytesMut, most: u64) -> Bytes {
-    if came.len() as u64 <= most {
-        std::mem::take(came).freeze()
+fn take(input: &mut BytesMut, max: u64) -> Bytes {
+    if input.len() as u64 <= max {
+        std::mem::take(input).freeze()
     } else {
-        came.split_to(usize::try_from(most).unwrap_or(usize::MAX)).freeze()
+        input.split_to(usize::try_from(max).unwrap_or(usize::MAX)).freeze()
     }
 }
 
-/// The `length` bytes from `start` on, while all up to `end` is dropped. Few bytes do not keep a large buffer alive.
-fn split_off(came: &mut BytesMut, start: usize, length: usize, end: usize) -> Bytes {
-    if end == came.len() && length * 2 >= came.capacity() {
-        let mut all = std::mem::take(came);
+/// The `length` bytes from `start` on; everything up to `end` is dropped. A few bytes do not keep a large buffer
+/// alive.
+fn split_off(input: &mut BytesMut, start: usize, length: usize, end: usize) -> Bytes {
+    if end == input.len() && length * 2 >= input.capacity() {
+        let mut all = std::mem::take(input);
         all.truncate(start + length);
         all.advance(start);
         return all.freeze();
     }
     if length >= SMALL {
-        came.advance(start);
-        let data = came.split_to(length).freeze();
-        discard(came, end - start - length);
+        input.advance(start);
+        let data = input.split_to(length).freeze();
+        discard(input, end - start - length);
         return data;
     }
-    let data = Bytes::copy_from_slice(&came[start..start + length]);
-    discard(came, end);
+    let data = Bytes::copy_from_slice(&input[start..start + length]);
+    discard(input, end);
     data
 }
 
-/// Drops bytes from the front; the buffer, too, once nothing is left.
-fn discard(came: &mut BytesMut, count: usize) {
-    if count == came.len() {
-        *came = BytesMut::new();
+/// Drops bytes from the front; and the buffer once it is empty.
+fn discard(input: &mut BytesMut, count: usize) {
+    if count == input.len() {
+        *input = BytesMut::new();
     } else {
-        came.advance(count);
+        input.advance(count);
     }
 }
 

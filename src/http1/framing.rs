@@ -1,4 +1,4 @@
-//! Where a body ends, and its chunks (RFC 9112 §6 and §7).
+//! The framing of bodies: where one ends, and its chunks (RFC 9112 §6 and §7).
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
@@ -10,38 +10,38 @@ use http::{
 
 use crate::present::{Field, Present};
 
-/// Bytes of chunk extensions in one body: more is an attack, as nobody uses them.
+/// The most bytes of chunk extensions in one body. More is an attack: no real sender uses them.
 pub const MAX_EXTENSIONS: usize = 16 * 1024;
-/// Bytes of a trailer section, as of a head.
+/// The most bytes of a trailer section, as of a head.
 pub const MAX_TRAILERS: usize = super::MAX_HEAD_BYTES;
-/// Fields of a trailer section.
+/// The most fields of a trailer section.
 pub const MAX_TRAILER_FIELDS: usize = 100;
-/// What `h2` is told to accept of an upstream's header blocks. Above it drops fields without a word, so it has to be well
-/// above [`MAX_TRAILERS`], which is checked afterwards.
+/// The limit that `h2` gets for an upstream's header blocks. Above it `h2` drops fields silently, so it has to be
+/// well above [`MAX_TRAILERS`], which is checked afterwards.
 pub const MAX_HEADER_LIST: u32 = 16 * MAX_TRAILERS as u32;
 
-/// How it is told where a body ends.
+/// How the end of a body is determined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// In bytes; 0: there is none.
+    /// In bytes; 0: no body.
     Length(u64),
     Chunked,
     /// By the end of the connection.
     UntilClose,
 }
 
-/// What is wrong with a body's framing.
+/// What is wrong with the framing of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FramingError {
     #[error("its Content-Length is not one number")]
     Length,
     #[error("its Transfer-Encoding does not end in `chunked`")]
     Coding,
-    #[error("it has a Transfer-Encoding, and is of HTTP/1.0")]
+    #[error("it has a Transfer-Encoding, although it is HTTP/1.0")]
     CodingOf10,
     #[error("a chunk size is not a hexadecimal number followed by CR LF")]
     ChunkSize,
-    #[error("a chunk does not end with CR LF where its size says")]
+    #[error("a chunk does not end with CR LF after the data that its size announces")]
     ChunkEnd,
     #[error("a chunk extension has a control character")]
     ExtensionByte,
@@ -54,7 +54,8 @@ pub enum FramingError {
     #[error("its trailers have more than {MAX_TRAILERS} bytes or {MAX_TRAILER_FIELDS} fields")]
     TooManyTrailers,
     #[error(
-        "on HTTP/2, its trailers are malformed or have more than {MAX_TRAILERS} bytes, or its data has not the length that its Content-Length says"
+        "on HTTP/2, its trailers are malformed or have more than {MAX_TRAILERS} bytes, \
+         or the length of its data does not match its Content-Length"
     )]
     Http2,
 }
@@ -62,14 +63,14 @@ pub enum FramingError {
 impl Framing {
     pub const EMPTY: Self = Self::Length(0);
 
-    /// Of a request's body (RFC 9112 §6.3). Both a Transfer-Encoding and a Content-Length is for the caller of this to
-    /// refuse; here the first one wins.
+    /// Of a request's body (RFC 9112 §6.3). A request with both Transfer-Encoding and Content-Length is for the
+    /// caller to reject; here the former wins.
     ///
     /// # Errors
     ///
-    /// Where its end can't be told.
+    /// If the end of the body cannot be determined.
     pub fn of_request(version: Version, fields: &HeaderMap, present: Present) -> Result<Self, FramingError> {
-        match coded(version, fields, present)? {
+        match transfer_coding(version, fields, present)? {
             Some(true) => Ok(Self::Chunked),
             Some(false) => Err(FramingError::Coding),
             None => Ok(Self::Length(length(fields, present)?.unwrap_or(0))),
@@ -80,7 +81,7 @@ impl Framing {
     ///
     /// # Errors
     ///
-    /// Where its end can't be told.
+    /// If the end of the body cannot be determined.
     pub fn of_response(
         method: &Method,
         status: StatusCode,
@@ -89,11 +90,11 @@ impl Framing {
         present: Present,
     ) -> Result<Self, FramingError> {
         if *method == Method::HEAD || has_no_body(status) {
-            // No body follows, but the length may be passed on.
+            // No body follows, but the length is checked, because it may be forwarded.
             length(fields, present)?;
             return Ok(Self::EMPTY);
         }
-        match coded(version, fields, present)? {
+        match transfer_coding(version, fields, present)? {
             Some(true) => Ok(Self::Chunked),
             Some(false) => Ok(Self::UntilClose),
             None => Ok(length(fields, present)?.map_or(Self::UntilClose, Self::Length)),
@@ -101,13 +102,17 @@ impl Framing {
     }
 }
 
-/// Whether a response has no body whatever its fields say (RFC 9110 §6.4.1).
+/// Whether a response has no body regardless of its fields (RFC 9110 §6.4.1).
 pub fn has_no_body(status: StatusCode) -> bool {
     status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED
 }
 
-/// Whether a body is coded for its transfer, and `chunked` at last.
-fn coded(version: Version, fields: &HeaderMap, present: Present) -> Result<Option<bool>, FramingError> {
+/// Whether a body has a transfer coding, and whether the last one is `chunked`.
+fn transfer_coding(
+    version: Version,
+    fields: &HeaderMap,
+    present: Present,
+) -> Result<Option<bool>, FramingError> {
     if !present.has(Field::TransferEncoding) {
         return Ok(None);
     }
@@ -123,31 +128,31 @@ fn length(fields: &HeaderMap, present: Present) -> Result<Option<u64>, FramingEr
     if present.has(Field::ContentLength) { content_length(fields) } else { Ok(None) }
 }
 
-/// What `Content-Length` says; it may be said more than once, but only the same (RFC 9110 §8.6).
+/// The value of `Content-Length`. It may be repeated, but only with the same value (RFC 9110 §8.6).
 ///
 /// # Errors
 ///
-/// Where it says no number, or two.
+/// If a value is not a number, or they differ.
 pub fn content_length(fields: &HeaderMap) -> Result<Option<u64>, FramingError> {
     let mut values = fields.get_all(CONTENT_LENGTH).iter();
     let Some(first) = values.next() else { return Ok(None) };
-    let mut found = number(first.as_bytes());
-    if found.is_some() && values.next().is_none() {
-        // As nearly all say it.
-        return Ok(found);
+    let mut length_found = number(first.as_bytes());
+    if length_found.is_some() && values.next().is_none() {
+        // The usual case.
+        return Ok(length_found);
     }
     for value in fields.get_all(CONTENT_LENGTH) {
         for length in value.as_bytes().split(|byte| *byte == b',') {
             let length = number(length.trim_ascii()).ok_or(FramingError::Length)?;
-            if found.replace(length).is_some_and(|other| other != length) {
+            if length_found.replace(length).is_some_and(|other| other != length) {
                 return Err(FramingError::Length);
             }
         }
     }
-    Ok(found)
+    Ok(length_found)
 }
 
-/// Digits and nothing else.
+/// Parses digits and nothing else.
 fn number(digits: &[u8]) -> Option<u64> {
     let add = |sum: u64, digit: &u8| {
         let digit = digit.is_ascii_digit().then(|| u64::from(digit - b'0'))?;
@@ -156,7 +161,7 @@ fn number(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() { None } else { digits.iter().try_fold(0, add) }
 }
 
-/// Writes a chunk's first line.
+/// Writes a chunk line.
 pub fn write_chunk_line(out: &mut Vec<u8>, length: usize) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let digits = (usize::BITS - length.leading_zeros()).div_ceil(4).max(1);
@@ -164,13 +169,13 @@ pub fn write_chunk_line(out: &mut Vec<u8>, length: usize) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Whether a trailer section is larger than is passed on, as HTTP/2 counts it (RFC 9113 §10.5.1).
+/// Whether a trailer section exceeds the limit, by the size that HTTP/2 counts (RFC 9113 §10.5.1).
 pub fn is_too_large(trailers: &HeaderMap) -> bool {
     let size = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
     trailers.iter().map(size).sum::<usize>() > MAX_TRAILERS
 }
 
-/// What changes the meaning of what went before it (RFC 9110 §6.5.1).
+/// Fields that change the meaning of the message before them (RFC 9110 §6.5.1).
 const NEVER_TRAILERS: [HeaderName; 12] = [
     AUTHORIZATION,
     CACHE_CONTROL,
@@ -186,8 +191,8 @@ const NEVER_TRAILERS: [HeaderName; 12] = [
     TRANSFER_ENCODING,
 ];
 
-/// Leaves the trailers that the head has announced (RFC 9110 §6.6.2): who reads a message that way may rely on it; and
-/// none that changes what the head has said.
+/// Keeps only trailers that the head announces (RFC 9110 §6.6.2), because recipients may rely on that, and none that
+/// changes the meaning of the head.
 pub fn announced(head: &HeaderMap, mut trailers: HeaderMap) -> HeaderMap {
     for name in NEVER_TRAILERS {
         trailers.remove(name);
@@ -197,8 +202,8 @@ pub fn announced(head: &HeaderMap, mut trailers: HeaderMap) -> HeaderMap {
         let lists = names.iter().flat_map(|list| list.as_bytes().split(|byte| *byte == b','));
         lists.into_iter().any(|one| one.trim_ascii().eq_ignore_ascii_case(name.as_str().as_bytes()))
     };
-    let others: Vec<HeaderName> = trailers.keys().filter(|name| !is_announced(name)).cloned().collect();
-    for name in others {
+    let removed: Vec<HeaderName> = trailers.keys().filter(|name| !is_announced(name)).cloned().collect();
+    for name in removed {
         trailers.remove(name);
     }
     trailers

@@ -1,4 +1,4 @@
-//! The heads of messages, read and written (RFC 9112 §2 to §5).
+//! Parsing and writing message heads (RFC 9112 §2 to §5).
 
 use std::{cell::RefCell, mem::MaybeUninit};
 
@@ -11,33 +11,33 @@ use hyper::ext::ReasonPhrase;
 use super::target::{RawTarget, Target, diagnose, masked};
 use crate::present::{Field, Present};
 
-/// Fields that a head may have.
+/// The most fields of a head.
 pub const MAX_FIELDS: usize = 100;
-/// Room for the fields that a proxy adds to a request. More than that is found where it is needed.
-const ADDED: usize = 5;
+/// Capacity reserved for the fields that a proxy adds to a request. More fields reallocate.
+const RESERVED_FIELDS: usize = 5;
 
 /// What is wrong with a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeadError {
-    #[error("its first line is not of HTTP")]
+    #[error("its start line is not HTTP")]
     FirstLine,
     #[error("its HTTP version is neither 1.0 nor 1.1")]
     Version,
     #[error("its target is not a URI")]
     Target,
-    #[error("its target has a fragment, which is for clients only (RFC 9110 §7.1)")]
+    #[error("its target has a fragment, which must not be sent (RFC 9110 §7.1)")]
     Fragment,
     #[error("its target has a space")]
     SpaceInTarget,
     #[error("its target has the control byte {0:#04x}")]
     TargetByte(u8),
-    #[error("a field of its header is malformed")]
+    #[error("a header field is malformed")]
     Field,
     #[error("a line of its head ends with LF without CR")]
     LineEnd,
-    #[error("it has more than {MAX_FIELDS} fields")]
+    #[error("it has more than {MAX_FIELDS} header fields")]
     TooManyFields,
-    #[error("it has more than {} bytes", super::MAX_HEAD_BYTES)]
+    #[error("its head has more than {} bytes", super::MAX_HEAD_BYTES)]
     TooLarge,
 }
 
@@ -52,7 +52,7 @@ impl From<httparse::Error> for HeadError {
     }
 }
 
-/// What a request begins with.
+/// The head of a request.
 #[derive(Debug)]
 pub struct RequestHead {
     pub method: Method,
@@ -60,28 +60,28 @@ pub struct RequestHead {
     pub raw_target: Option<RawTarget>,
     pub version: Version,
     pub fields: HeaderMap,
-    /// Which of the fields are there that a proxy acts on.
+    /// Which of the fields that a proxy acts on are present.
     pub present: Present,
     pub connection: Wish,
     pub spelling: Option<Spelling>,
 }
 
-/// What a response begins with.
+/// The head of a response.
 #[derive(Debug)]
 pub struct ResponseHead {
     pub status: StatusCode,
-    /// Where it is another than the status is known by.
+    /// If it differs from the canonical reason phrase of the status.
     pub reason: Option<ReasonPhrase>,
     pub version: Version,
     pub fields: HeaderMap,
-    /// Which of the fields are there that a proxy acts on.
+    /// Which of the fields that a proxy acts on are present.
     pub present: Present,
     pub connection: Wish,
     pub spelling: Option<Spelling>,
 }
 
 impl ResponseHead {
-    /// With reason and spelling among its extensions.
+    /// Converts it; reason and spelling become extensions.
     pub fn into_response(self) -> Response<()> {
         let mut response = Response::new(());
         *response.status_mut() = self.status;
@@ -97,28 +97,28 @@ impl ResponseHead {
     }
 }
 
-/// Maps whose room was used, for the next heads of a thread; and of how many fields they are at most.
-const MOST_SPARE: usize = 8;
-const LARGEST_SPARE: usize = 48;
+/// The most header maps in a thread's free list, and the most fields of one.
+const MAX_FREE_MAPS: usize = 8;
+const MAX_FREE_CAPACITY: usize = 48;
 
 thread_local! {
-    static SPARE: RefCell<Vec<HeaderMap>> = const { RefCell::new(Vec::new()) };
+    static FREE_MAPS: RefCell<Vec<HeaderMap>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Leaves the room of fields that are not needed any more to the next head.
+/// Returns a header map to the thread's free list, for the next head.
 pub fn leave(mut fields: HeaderMap) {
-    if (1..=LARGEST_SPARE).contains(&fields.capacity()) {
+    if (1..=MAX_FREE_CAPACITY).contains(&fields.capacity()) {
         fields.clear();
-        SPARE.with_borrow_mut(|spare| {
-            if spare.len() < MOST_SPARE {
+        FREE_MAPS.with_borrow_mut(|spare| {
+            if spare.len() < MAX_FREE_MAPS {
                 spare.push(fields);
             }
         });
     }
 }
 
-/// What a `Connection` field says that has one word only, as nearly all have. It is of this hop, and not kept among the
-/// fields.
+/// The options of a `Connection` field with a single option, `close` or `keep-alive`, as nearly all are. It is
+/// hop-by-hop and not stored among the fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
     close: bool,
@@ -126,8 +126,8 @@ pub struct Wish {
 }
 
 impl Wish {
-    /// Takes note of a field. Says whether there is no more to it.
-    fn takes(&mut self, name: &str, value: &[u8]) -> bool {
+    /// Records a field. Returns whether the field needs no further handling.
+    fn record_field(&mut self, name: &str, value: &[u8]) -> bool {
         const NAME: &str = "connection";
         if name.len() != NAME.len() || !name.eq_ignore_ascii_case(NAME) {
             return false;
@@ -140,15 +140,15 @@ impl Wish {
     }
 }
 
-/// How the names of fields were spelt, for those who insist on it.
+/// The original spelling of field names, for endpoints and clients that insist on it.
 #[derive(Clone, Debug, Default)]
 pub struct Spelling(HeaderMap<Bytes>);
 
-/// Reads the head of a request, and how many bytes it takes. `None`: there is more to come.
+/// Parses the head of a request. Returns it with its length, or `None` if it is incomplete.
 ///
 /// # Errors
 ///
-/// Says what is wrong with it. Nothing that comes behind it can be told apart then.
+/// If it is malformed. The bytes after it cannot be interpreted then.
 pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize, RequestHead)>, HeadError> {
     match parse_with_target(input, None, keep_spelling) {
         Err(HeadError::FirstLine) => {
@@ -160,7 +160,7 @@ pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize,
     }
 }
 
-/// The same. `target`: in place of the one that stands in the input.
+/// The same. `target`: replaces the one in the input.
 fn parse_with_target(
     input: &[u8],
     target: Option<&Bytes>,
@@ -172,7 +172,7 @@ fn parse_with_target(
         httparse::Status::Complete(length) => length,
         httparse::Status::Partial => return Ok(None),
     };
-    let head = Head::new(input, length)?;
+    let head = CompleteHead::new(input, length)?;
     let method = request.method.unwrap_or_default();
     let method = Method::from_bytes(method.as_bytes()).map_err(|_| HeadError::FirstLine)?;
     let found = request.path.unwrap_or_default().as_bytes();
@@ -181,34 +181,35 @@ fn parse_with_target(
         None => Target::parse(&method, head.part(found), found)?,
     };
     let version = version(request.version);
-    let Fields { fields, present, connection, spelling } =
-        head.fields(request.headers, ADDED, keep_spelling)?;
+    let ParsedFields { fields, present, connection, spelling } =
+        head.fields(request.headers, RESERVED_FIELDS, keep_spelling)?;
     let head = RequestHead { method, target, raw_target, version, fields, present, connection, spelling };
     Ok(Some((length, head)))
 }
 
-/// Reads the head of a response, and how many bytes it takes. `None`: there is more to come.
+/// Parses the head of a response. Returns it with its length, or `None` if it is incomplete.
 ///
 /// # Errors
 ///
-/// Says what is wrong with it. Nothing that comes behind it can be told apart then.
+/// If it is malformed. The bytes after it cannot be interpreted then.
 pub fn parse_response(input: &[u8], keep_spelling: bool) -> Result<Option<(usize, ResponseHead)>, HeadError> {
     let mut fields = [const { MaybeUninit::uninit() }; MAX_FIELDS];
     let mut response = httparse::Response::new(&mut []);
-    // Whitespace behind a field's name: a proxy takes it away (RFC 9112 §5.1), as parsing does.
+    // A proxy removes whitespace after a field's name from responses (RFC 9112 §5.1), as this parser does.
     let mut parser = httparse::ParserConfig::default();
     parser.allow_spaces_after_header_name_in_responses(true);
     let length = match parser.parse_response_with_uninit_headers(&mut response, input, &mut fields)? {
         httparse::Status::Complete(length) => length,
         httparse::Status::Partial => return Ok(None),
     };
-    let head = Head::new(input, length)?;
+    let head = CompleteHead::new(input, length)?;
     let status = response.code.unwrap_or_default();
     let status = StatusCode::from_u16(status).map_err(|_| HeadError::FirstLine)?;
     let reason = response.reason.filter(|reason| status.canonical_reason() != Some(reason));
     let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
     let version = version(response.version);
-    let Fields { fields, present, connection, spelling } = head.fields(response.headers, 0, keep_spelling)?;
+    let ParsedFields { fields, present, connection, spelling } =
+        head.fields(response.headers, 0, keep_spelling)?;
     Ok(Some((length, ResponseHead { status, reason, version, fields, present, connection, spelling })))
 }
 
@@ -216,42 +217,42 @@ fn version(minor: Option<u8>) -> Version {
     if minor == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 }
 }
 
-/// What the fields of a head are read as.
-struct Fields {
+/// The parsed fields of a head.
+struct ParsedFields {
     fields: HeaderMap,
     present: Present,
     connection: Wish,
     spelling: Option<Spelling>,
 }
 
-/// A head that was found in what came, and a copy of it that its parts share.
-struct Head<'a> {
+/// The bytes of a complete head, and a copy of them that its parts share.
+struct CompleteHead<'a> {
     found: &'a [u8],
     copy: Bytes,
 }
 
-impl<'a> Head<'a> {
+impl<'a> CompleteHead<'a> {
     fn new(input: &'a [u8], length: usize) -> Result<Self, HeadError> {
         let found = input.get(..length).filter(|head| head.len() <= super::MAX_HEAD_BYTES);
         let found = found.ok_or(HeadError::TooLarge)?;
-        // The ends of the lines between are looked at where the fields are read.
+        // The line ends in between are checked when the fields are parsed.
         if !found.ends_with(b"\r\n\r\n") || found.first() == Some(&b'\n') {
             return Err(HeadError::LineEnd);
         }
         Ok(Self { found, copy: Bytes::copy_from_slice(found) })
     }
 
-    /// A part of what was found, in the copy.
+    /// The slice of the copy that corresponds to a part of the input.
     fn part(&self, part: &[u8]) -> Bytes {
         let begin = part.as_ptr().addr().wrapping_sub(self.found.as_ptr().addr());
         match begin.checked_add(part.len()) {
             Some(end) if end <= self.copy.len() => self.copy.slice(begin..end),
-            // It lies elsewhere.
+            // It is not part of the input.
             _ => Bytes::copy_from_slice(part),
         }
     }
 
-    /// Whether CR LF stands before a field: the parser takes a bare LF for the end of a line (RFC 9112 §2.2).
+    /// Whether CR LF precedes a field: the parser also accepts a bare LF as the end of a line (RFC 9112 §2.2).
     fn follows_line_end(&self, name: &str) -> bool {
         let begin = name.as_ptr().addr().wrapping_sub(self.found.as_ptr().addr());
         begin.checked_sub(2).and_then(|at| self.found.get(at..begin)) == Some(b"\r\n")
@@ -262,8 +263,8 @@ impl<'a> Head<'a> {
         parsed: &[httparse::Header<'_>],
         more: usize,
         keep_spelling: bool,
-    ) -> Result<Fields, HeadError> {
-        let mut fields = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+    ) -> Result<ParsedFields, HeadError> {
+        let mut fields = FREE_MAPS.with_borrow_mut(Vec::pop).unwrap_or_default();
         fields.reserve(parsed.len() + more);
         let mut spelling = keep_spelling.then(Spelling::default);
         let (mut present, mut connection) = (Present::default(), Wish::default());
@@ -271,7 +272,7 @@ impl<'a> Head<'a> {
             if !self.follows_line_end(field.name) {
                 return Err(HeadError::LineEnd);
             }
-            if connection.takes(field.name, field.value) {
+            if connection.record_field(field.name, field.value) {
                 continue;
             }
             let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| HeadError::Field)?;
@@ -283,11 +284,11 @@ impl<'a> Head<'a> {
             present.add(&name);
             fields.append(name, value);
         }
-        Ok(Fields { fields, present, connection, spelling })
+        Ok(ParsedFields { fields, present, connection, spelling })
     }
 }
 
-/// Writes the first line of a request. `raw`: path and query where they are to go out as they came.
+/// Writes a request line. `raw`: path and query to be forwarded unchanged.
 pub fn write_request_line(out: &mut Vec<u8>, method: &Method, target: &Uri, raw: Option<&RawTarget>) {
     out.extend_from_slice(method.as_str().as_bytes());
     out.push(b' ');
@@ -304,21 +305,21 @@ pub fn write_request_line(out: &mut Vec<u8>, method: &Method, target: &Uri, raw:
     out.extend_from_slice(b" HTTP/1.1\r\n");
 }
 
-/// Writes the first line of a response. Without a `reason`, with that which the status is known by.
+/// Writes a status line. Without a `reason`, with the canonical one of the status.
 pub fn write_status_line(
     out: &mut Vec<u8>,
     status: StatusCode,
     version: Version,
     reason: Option<&ReasonPhrase>,
 ) {
-    // What nearly all are.
+    // The usual case.
     if status == StatusCode::OK && version == Version::HTTP_11 && reason.is_none() {
         return out.extend_from_slice(b"HTTP/1.1 200 OK\r\n");
     }
     out.extend_from_slice(if version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
     out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    // It means nothing (RFC 9112 §4), but the blank before it must be there.
+    // The reason has no meaning (RFC 9112 §4), but the space before it is required.
     let known = || status.canonical_reason().unwrap_or_default().as_bytes();
     out.extend_from_slice(reason.map_or_else(known, ReasonPhrase::as_bytes));
     out.extend_from_slice(b"\r\n");
@@ -332,7 +333,7 @@ pub fn write_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// A number in digits.
+/// Formats a number in decimal.
 pub fn decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
     let mut at = digits.len();
     loop {
@@ -345,7 +346,7 @@ pub fn decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
     }
 }
 
-/// Writes fields, without the empty line behind them.
+/// Writes fields, without the empty line after them.
 pub fn write_fields(out: &mut Vec<u8>, fields: &HeaderMap, spelling: Option<&Spelling>) {
     let Some(Spelling(spelt)) = spelling else {
         for (name, value) in fields {
@@ -362,9 +363,10 @@ pub fn write_fields(out: &mut Vec<u8>, fields: &HeaderMap, spelling: Option<&Spe
     }
 }
 
-/// What a message says of its connection (RFC 9112 §9.3): in a word, and in the fields that say more.
-pub fn persists(version: Version, said: Wish, fields: &HeaderMap, present: Present) -> bool {
-    let Wish { mut close, keep_alive: mut keep } = said;
+/// Whether a message lets its connection persist (RFC 9112 §9.3), by its single `Connection` options and by the
+/// remaining fields.
+pub fn persists(version: Version, options: Wish, fields: &HeaderMap, present: Present) -> bool {
+    let Wish { mut close, keep_alive: mut keep } = options;
     let more = present.has(Field::Connection).then(|| fields.get_all(CONNECTION));
     for value in more.iter().flatten() {
         for option in value.as_bytes().split(|byte| *byte == b',') {

@@ -1,4 +1,5 @@
-//! What comes: read into room that a thread's connections share, so that one that waits holds none.
+//! The read buffer of a connection. Reads go into a buffer that the connections of a thread share, so that an idle
+//! one holds none.
 
 use std::{
     cell::Cell,
@@ -17,22 +18,22 @@ use super::{
     head::HeadError,
 };
 
-/// Of the room that is shared.
-const ROOM: usize = 16 * 1024;
-/// From here on a body is read into room of its own, and not copied.
-const LARGE: u64 = ROOM as u64;
-/// Of such room.
-const MOST: usize = 64 * 1024;
+/// The size of the shared buffer.
+const BUFFER_SIZE: usize = 16 * 1024;
+/// A body of which at least this much is expected is read into a buffer of its own, to save the copy.
+const LARGE_BODY: u64 = BUFFER_SIZE as u64;
+/// The largest such buffer.
+const MAX_BUFFER: usize = 64 * 1024;
 
 thread_local! {
     static SHARED: Cell<Box<[u8]>> = Cell::default();
 }
 
-/// What was read and is not used yet.
+/// Bytes that were read and not consumed yet.
 #[derive(Debug, Default)]
 pub struct Intake {
     unread: BytesMut,
-    /// How many bytes of a head there were when it was last parsed in vain.
+    /// The length of the incomplete head when it was last parsed.
     parsed: usize,
 }
 
@@ -49,17 +50,17 @@ impl Intake {
         self.unread.freeze()
     }
 
-    /// What has come and is not used yet: of a message that was not understood, or behind one.
+    /// The bytes not consumed yet: of a message that failed to parse, or after a message.
     pub fn unread(&self) -> &[u8] {
         &self.unread
     }
 
-    /// Whether a message has begun: empty lines before it do not count.
+    /// Whether a message has started: empty lines before it do not count.
     pub fn has_begun(&self) -> bool {
         !matches!(&self.unread[..], [] | [b'\r'])
     }
 
-    /// Drops empty lines, as some clients send them behind a body (RFC 9112 §2.2).
+    /// Drops empty lines, which some clients send after a body (RFC 9112 §2.2).
     pub fn skip_empty_lines(&mut self) {
         let blank = empty_lines(&self.unread);
         if blank > 0 {
@@ -67,9 +68,10 @@ impl Intake {
         }
     }
 
-    /// Reads a head: `parse` finds it, and how many bytes it takes. Empty lines before it are dropped.
+    /// Reads a head: `parse` returns it with its length. Empty lines before it are dropped.
     ///
-    /// What `parse` looks at in all is no more than a few times what arrives, however that is cut into reads.
+    /// All calls of `parse` together see no more than a few times the received bytes, however these are split into
+    /// reads.
     pub fn poll_head<S: AsyncRead + Unpin, T>(
         &mut self,
         stream: &mut S,
@@ -77,7 +79,7 @@ impl Intake {
         mut parse: impl FnMut(&[u8]) -> Result<Option<(usize, T)>, HeadError>,
     ) -> Poll<Result<T, Error>> {
         self.skip_empty_lines();
-        // Whatever a message before it has left.
+        // Bytes left over by the previous message.
         if self.parsed == 0
             && !self.unread.is_empty()
             && let Some(head) = self.parse(&mut parse)?
@@ -85,27 +87,27 @@ impl Intake {
             return Poll::Ready(Ok(head));
         }
         loop {
-            let found = poll_read_shared(stream, cx, |came| {
-                if came.is_empty() {
+            let found = poll_read_shared(stream, cx, |input| {
+                if input.is_empty() {
                     return Err(if self.unread.is_empty() { Error::Closed } else { Error::CutOff });
                 }
-                // As a rule it comes whole, and need not be kept.
+                // Usually the whole head arrives at once and need not be stored.
                 if self.unread.is_empty() {
-                    let came = &came[empty_lines(came)..];
-                    // What is refused is kept, to be told of.
-                    let found = if came.is_empty() { Ok(None) } else { parse(came) };
+                    let input = &input[empty_lines(input)..];
+                    // A rejected head is stored, so that it can be logged.
+                    let found = if input.is_empty() { Ok(None) } else { parse(input) };
                     if let Some((length, head)) =
-                        found.inspect_err(|_| self.unread.extend_from_slice(came))?
+                        found.inspect_err(|_| self.unread.extend_from_slice(input))?
                     {
-                        self.unread = BytesMut::from(came.get(length..).unwrap_or_default());
+                        self.unread = BytesMut::from(input.get(length..).unwrap_or_default());
                         return Ok(Some(head));
                     }
-                    self.append(came);
-                    self.parsed = came.len();
+                    self.append(input);
+                    self.parsed = input.len();
                     return Ok(None);
                 }
                 let before = self.unread.len();
-                self.append(came);
+                self.append(input);
                 self.skip_empty_lines();
                 if self.is_worth_parsing(before) { self.parse(&mut parse) } else { Ok(None) }
             });
@@ -118,7 +120,7 @@ impl Intake {
         }
     }
 
-    /// Reads the next part of a body. `None`: it is over.
+    /// Reads the next part of a body. `None`: it is complete.
     pub fn poll_body<S: AsyncRead + Unpin>(
         &mut self,
         stream: &mut S,
@@ -138,28 +140,29 @@ impl Intake {
         }
     }
 
-    /// Reads more of what was begun, of which this much is expected. 0: nothing comes any more.
+    /// Reads more. `expected`: how many bytes of the current body follow. Returns 0 if the connection was closed.
     pub fn poll_more<S: AsyncRead + Unpin>(
         &mut self,
         stream: &mut S,
         cx: &mut Context<'_>,
         expected: u64,
     ) -> Poll<io::Result<usize>> {
-        if expected < LARGE || !self.unread.is_empty() {
-            return poll_read_shared(stream, cx, |came| {
-                self.append(came);
-                came.len()
+        if expected < LARGE_BODY || !self.unread.is_empty() {
+            return poll_read_shared(stream, cx, |input| {
+                self.append(input);
+                input.len()
             });
         }
-        let mut own = BytesMut::with_capacity(usize::try_from(expected).unwrap_or(MOST).min(MOST));
-        // Holds nothing between two polls but the room.
+        let mut own =
+            BytesMut::with_capacity(usize::try_from(expected).unwrap_or(MAX_BUFFER).min(MAX_BUFFER));
+        // Holds no state between two polls except the buffer.
         let count = ready!(pin!(stream.read_buf(&mut own)).poll(cx))?;
-        // Whoever keeps a part keeps the room that it lies in.
+        // A part keeps its whole buffer alive, so a small one is copied.
         self.unread = if count < own.capacity() / 2 { BytesMut::from(&own[..]) } else { own };
         Poll::Ready(Ok(count))
     }
 
-    /// Parses what there is of a head.
+    /// Parses the buffered part of a head.
     fn parse<T>(
         &mut self,
         parse: &mut impl FnMut(&[u8]) -> Result<Option<(usize, T)>, HeadError>,
@@ -170,30 +173,30 @@ impl Intake {
         Ok(Some(head))
     }
 
-    /// Whether what has been appended, from `from` on, may end a head; or there is so much of it that it is looked at in
-    /// order to refuse early what is none.
+    /// Whether the bytes appended from `from` on may complete a head, or are so many that it is parsed to reject
+    /// invalid input early.
     fn is_worth_parsing(&self, from: usize) -> bool {
         let appended = self.unread.get(from..).unwrap_or_default();
-        // The line may have begun before.
+        // The line end may have started before.
         let tail = self.unread.get(from.saturating_sub(2)..).unwrap_or_default();
         appended.contains(&b'\n') && (self.unread.len() >= 2 * self.parsed || has_empty_line(tail))
     }
 
-    fn append(&mut self, came: &[u8]) {
-        self.unread.extend_from_slice(came);
+    fn append(&mut self, input: &[u8]) {
+        self.unread.extend_from_slice(input);
     }
 
     fn advance(&mut self, length: usize) {
         self.parsed = 0;
         self.unread.advance(length);
         if self.unread.is_empty() {
-            // What it was cut from is not held any longer.
+            // Release the buffer that it was split from.
             self.unread = BytesMut::new();
         }
     }
 }
 
-/// How many bytes of empty lines stand in front.
+/// How many of the first bytes are empty lines.
 fn empty_lines(bytes: &[u8]) -> usize {
     let mut at = 0;
     loop {
@@ -222,28 +225,28 @@ pub enum Part {
     Trailers(http::HeaderMap),
 }
 
-/// Reads into the thread's room, and shows what came.
+/// Reads into the thread's buffer and passes the bytes to `consume`.
 fn poll_read_shared<S: AsyncRead + Unpin, T>(
     stream: &mut S,
     cx: &mut Context<'_>,
-    show: impl FnOnce(&[u8]) -> T,
+    consume: impl FnOnce(&[u8]) -> T,
 ) -> Poll<io::Result<T>> {
-    with_room(|room| {
-        let mut read = ReadBuf::new(room);
-        Pin::new(stream).poll_read(cx, &mut read).map_ok(|()| show(read.filled()))
+    with_room(|buffer| {
+        let mut read = ReadBuf::new(buffer);
+        Pin::new(stream).poll_read(cx, &mut read).map_ok(|()| consume(read.filled()))
     })
 }
 
-/// Lends the thread's room.
-pub fn with_room<T>(what: impl FnOnce(&mut [u8]) -> T) -> T {
-    // Taken out for that time: a stream may run inside of another one.
-    let mut room = SHARED.take();
-    if room.is_empty() {
-        room = vec![0; ROOM].into();
+/// Borrows the thread's buffer.
+pub fn with_room<T>(use_buffer: impl FnOnce(&mut [u8]) -> T) -> T {
+    // Taken out meanwhile: a stream may poll another one.
+    let mut buffer = SHARED.take();
+    if buffer.is_empty() {
+        buffer = vec![0; BUFFER_SIZE].into();
     }
-    let done = what(&mut room);
-    SHARED.set(room);
-    done
+    let result = use_buffer(&mut buffer);
+    SHARED.set(buffer);
+    result
 }
 
 #[cfg(test)]

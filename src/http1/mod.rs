@@ -1,5 +1,5 @@
-//! HTTP/1.1 on the wire (RFC 9112): heads, the framing of bodies, and the bytes on their way in and out. Which messages
-//! are sent, and what becomes of a connection, is decided by those who use it: `proxy::connection` towards callers,
+//! HTTP/1.1 on the wire (RFC 9112): heads, body framing, and the buffers for reading and writing. The users of this
+//! module decide which messages are sent and what becomes of a connection: `proxy::connection` towards clients,
 //! `upstream::http1` towards endpoints.
 
 pub mod decoder;
@@ -14,10 +14,10 @@ mod tests;
 use framing::FramingError;
 use head::HeadError;
 
-/// Of the head of a message.
+/// The largest head of a message.
 pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 
-/// What is wrong with what came, or why no more of it came.
+/// Why a message could not be read or sent.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("{0}")]
@@ -26,30 +26,30 @@ pub enum Error {
     Head(#[from] HeadError),
     #[error(transparent)]
     Framing(#[from] FramingError),
-    /// It ended in the middle of a message.
-    #[error("the connection ended in the middle of a message")]
+    /// It was closed in the middle of a message.
+    #[error("the connection was closed in the middle of a message")]
     CutOff,
-    /// It ended where a message could have begun.
+    /// It was closed where a message could have started.
     #[error("the connection was closed")]
     Closed,
-    /// The head to be sent does not say where its body ends.
-    #[error("the request to be sent has no valid framing: {0}")]
+    /// The head to be sent does not delimit its body.
+    #[error("the request cannot be sent, because it has no valid framing: {0}")]
     Unsendable(FramingError),
-    /// The body to be sent is longer or shorter than its head has said.
+    /// The body to be sent is longer or shorter than its head announces.
     #[error("body length does not match Content-Length")]
     WrongLength,
-    /// The body to be sent broke off.
-    #[error("the body to be sent broke off")]
+    /// The body to be sent ended early.
+    #[error("the body to be sent ended early")]
     BrokenOff,
 }
 
 impl Error {
-    /// Whether what came is not HTTP.
+    /// Whether the received bytes are not valid HTTP.
     pub const fn is_malformed(&self) -> bool {
         matches!(self, Self::Head(_) | Self::Framing(_))
     }
 
-    /// Whether the message to be sent is at fault: its receiver has no part in it.
+    /// Whether the message to be sent is at fault, so that its receiver is not to blame.
     pub const fn is_of_sender(&self) -> bool {
         matches!(self, Self::Unsendable(_) | Self::WrongLength | Self::BrokenOff)
     }

@@ -1,4 +1,4 @@
-//! What goes out: heads and chunks, and the data of bodies, which is not copied.
+//! The write buffer of a connection: heads and chunk lines, and body data, which is not copied.
 
 use std::{
     cell::Cell,
@@ -16,27 +16,27 @@ use super::{
     head::write_fields,
 };
 
-/// Data that is shorter is copied behind what goes before it: one more piece to write costs more.
-const SHORT: usize = 2048;
-/// With this much there is no wait for more to write at once.
-const ENOUGH: usize = 16 * 1024;
+/// Shorter data is copied behind the bytes before it: another slice in a vectored write costs more.
+const COPY_BELOW: usize = 2048;
+/// With this many bytes buffered, write at once instead of adding more.
+const BATCH_SIZE: usize = 16 * 1024;
 
 thread_local! {
-    /// Room that whoever has nothing to write leaves to the next one.
-    static SPARE: Cell<Vec<u8>> = Cell::default();
+    /// A buffer that the connections of a thread reuse.
+    static FREE_BUFFER: Cell<Vec<u8>> = Cell::default();
 }
 
-/// What is to be written: at most one part of a body at a time, with what stands around it.
+/// What is to be written: at most one part of a body at a time, with the bytes around it.
 #[derive(Debug, Default)]
 pub struct Outlet {
-    /// A head, a chunk's first line, short data.
+    /// A head, a chunk line, short data.
     before: Vec<u8>,
-    /// How much of that is written.
+    /// How much of `before` is written.
     written: usize,
     data: Bytes,
     after: &'static [u8],
-    /// Of all that was ever here.
-    so_far: u64,
+    /// All bytes ever written.
+    total: u64,
 }
 
 impl Outlet {
@@ -51,22 +51,22 @@ impl Outlet {
 
     /// Whether more may be added before anything is written.
     pub fn has_room(&self) -> bool {
-        self.data.is_empty() && self.after.is_empty() && self.before.len() < ENOUGH
+        self.data.is_empty() && self.after.is_empty() && self.before.len() < BATCH_SIZE
     }
 
-    /// Where a head is written to. Only when nothing of a body is there.
+    /// The buffer for a head. Only while no body data is pending.
     pub fn head(&mut self) -> &mut Vec<u8> {
         if self.before.capacity() == 0 {
-            self.before = SPARE.take();
+            self.before = FREE_BUFFER.take();
         }
         &mut self.before
     }
 
-    /// Adds a part of a body, behind a head or to an empty outlet. `last`: nothing comes behind it.
+    /// Adds a part of a body, after a head or to an empty buffer. `last`: nothing follows it.
     pub fn data(&mut self, framing: Framing, data: Bytes, last: bool) {
         if framing == Framing::Chunked {
             if data.is_empty() {
-                // A chunk of no bytes would be the last one.
+                // An empty chunk would end the body.
                 if last {
                     self.end(framing);
                 }
@@ -75,7 +75,7 @@ impl Outlet {
             write_chunk_line(self.head(), data.len());
             self.after = if last { b"\r\n0\r\n\r\n" } else { b"\r\n" };
         }
-        if data.len() < SHORT {
+        if data.len() < COPY_BELOW {
             let after = std::mem::take(&mut self.after);
             let before = self.head();
             before.extend_from_slice(&data);
@@ -85,7 +85,7 @@ impl Outlet {
         }
     }
 
-    /// Adds the trailers, and with them the end.
+    /// Adds the trailers, which end the body.
     pub fn trailers(&mut self, framing: Framing, trailers: &HeaderMap) {
         if framing == Framing::Chunked {
             let before = self.head();
@@ -95,14 +95,14 @@ impl Outlet {
         }
     }
 
-    /// Adds the end of a body of which it was not known that it would be.
+    /// Adds the end of a body whose last part was not known to be the last.
     pub fn end(&mut self, framing: Framing) {
         if framing == Framing::Chunked {
             self.head().extend_from_slice(b"0\r\n\r\n");
         }
     }
 
-    /// Writes all that there is; that does not mean that it is with the system yet.
+    /// Writes everything. TLS may still buffer it: flush afterwards.
     pub fn poll_write<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
@@ -122,23 +122,23 @@ impl Outlet {
             }
             self.advance(count);
         }
-        // An idle connection holds no room.
-        let mut room = std::mem::take(&mut self.before);
+        // An idle connection holds no buffer.
+        let mut buffer = std::mem::take(&mut self.before);
         self.written = 0;
-        if (1..=2 * ENOUGH).contains(&room.capacity()) {
-            room.clear();
-            SPARE.set(room);
+        if (1..=2 * BATCH_SIZE).contains(&buffer.capacity()) {
+            buffer.clear();
+            FREE_BUFFER.set(buffer);
         }
         Poll::Ready(Ok(()))
     }
 
-    /// How many bytes have been written by this, ever.
+    /// How many bytes were written in total.
     pub const fn written_so_far(&self) -> u64 {
-        self.so_far
+        self.total
     }
 
     fn advance(&mut self, mut count: usize) {
-        self.so_far += count as u64;
+        self.total += count as u64;
         let of_before = count.min(self.before.len() - self.written);
         self.written += of_before;
         count -= of_before;

@@ -1,17 +1,18 @@
-//! Request targets (RFC 9112 §3.2), and those among them that RFC 3986 forbids though every server takes them: quotes,
-//! angle brackets, backquotes, bytes above 0x7f. They are matched by a percent-encoded form and sent on byte for byte.
+//! Request targets (RFC 9112 §3.2), including those that RFC 3986 forbids though every server accepts them: quotes,
+//! angle brackets, backquotes, bytes above 0x7f. Routes match their percent-encoded form; they are forwarded
+//! unchanged.
 
 use bytes::Bytes;
 use http::{Method, Uri, uri::PathAndQuery};
 
 use super::head::HeadError;
 
-/// `Uri` holds no more.
+/// The limit of `Uri`.
 const MAX_TARGET: usize = u16::MAX as usize - 1;
-/// Of a target that is named in an error.
+/// The longest target that an error shows.
 const MAX_SHOWN: usize = 200;
 
-/// Path and query exactly as the client sent them, where `Uri` has another form of them.
+/// Path and query exactly as the client sent them, if they differ from the form in `Uri`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawTarget(Bytes);
 
@@ -21,7 +22,7 @@ impl RawTarget {
     }
 }
 
-/// What the first line of a request asks for.
+/// The target of a request.
 #[derive(Debug)]
 pub struct Target {
     pub uri: Uri,
@@ -29,21 +30,21 @@ pub struct Target {
 }
 
 impl Target {
-    /// Reads a target. `Method` decides what an absolute form without a path means.
+    /// Parses a target. The method decides what an absolute form without a path means.
     ///
     /// # Errors
     ///
-    /// Where it has a fragment, or no server would take it.
+    /// If it has a fragment, or no server would accept it.
     pub fn parse(method: &Method, target: Bytes, sent: &[u8]) -> Result<Self, HeadError> {
         match Uri::from_maybe_shared(target) {
-            Ok(uri) => Ok(Self { uri: checked(uri, method, sent)?, raw: None }),
+            Ok(uri) => Ok(Self { uri: validate(uri, method, sent)?, raw: None }),
             Err(_) => lenient(method, sent),
         }
     }
 }
 
-/// What `Uri` silently drops is refused: a fragment.
-fn checked(uri: Uri, method: &Method, sent: &[u8]) -> Result<Uri, HeadError> {
+/// Rejects a fragment, which `Uri` would drop silently.
+fn validate(uri: Uri, method: &Method, sent: &[u8]) -> Result<Uri, HeadError> {
     if sent.first() == Some(&b'/') {
         let kept = uri.path_and_query().map_or(0, |path| path.as_str().len());
         return if kept == sent.len() { Ok(uri) } else { Err(HeadError::Fragment) };
@@ -51,8 +52,9 @@ fn checked(uri: Uri, method: &Method, sent: &[u8]) -> Result<Uri, HeadError> {
     if sent.contains(&b'#') {
         return Err(HeadError::Fragment);
     }
-    if *method == Method::OPTIONS && path_begin(sent) == Some(sent.len()) {
-        // It asks about the server as a whole, which only an absolute form without a path says (RFC 9112 §3.2.4).
+    if *method == Method::OPTIONS && path_start(sent) == Some(sent.len()) {
+        // This is about the server as a whole, which only an absolute form without a path expresses (RFC 9112
+        // §3.2.4).
         let mut parts = uri.into_parts();
         parts.path_and_query = Some(PathAndQuery::from_static("*"));
         return Uri::from_parts(parts).map_err(|_| HeadError::Target);
@@ -60,8 +62,8 @@ fn checked(uri: Uri, method: &Method, sent: &[u8]) -> Result<Uri, HeadError> {
     Ok(uri)
 }
 
-/// Where path and query begin in an origin form or an absolute form.
-fn path_begin(target: &[u8]) -> Option<usize> {
+/// Where path and query start in an origin form or an absolute form.
+fn path_start(target: &[u8]) -> Option<usize> {
     if target.first() == Some(&b'/') {
         return Some(0);
     }
@@ -71,10 +73,10 @@ fn path_begin(target: &[u8]) -> Option<usize> {
     Some(scheme + 3 + end.unwrap_or(authority.len()))
 }
 
-/// Reads a target whose path or query has bytes that `Uri` does not hold.
+/// Parses a target whose path or query has bytes that `Uri` cannot hold.
 fn lenient(method: &Method, sent: &[u8]) -> Result<Target, HeadError> {
-    let begin = path_begin(sent).ok_or(HeadError::Target)?;
-    let (before, path) = sent.split_at(begin);
+    let start = path_start(sent).ok_or(HeadError::Target)?;
+    let (before, path) = sent.split_at(start);
     if path.contains(&b'#') {
         return Err(HeadError::Fragment);
     }
@@ -91,25 +93,25 @@ fn lenient(method: &Method, sent: &[u8]) -> Result<Target, HeadError> {
         return Err(HeadError::TooLarge);
     }
     let uri = Uri::try_from(&encoded[..]).map_err(|_| HeadError::Target)?;
-    let uri = checked(uri, method, &encoded)?;
+    let uri = validate(uri, method, &encoded)?;
     let slash: &[u8] = if path.starts_with(b"?") { b"/" } else { b"" };
     Ok(Target { uri, raw: Some(RawTarget([slash, path].concat().into())) })
 }
 
-/// The first line of a request that was refused, as far as it can be told.
+/// The request line of a rejected request, as far as it can be parsed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RefusedLine {
     pub method: Option<Method>,
-    /// Fit to be logged: printable, cut, without the query, which may hold secrets.
+    /// Safe to log: printable, truncated, without the query, which may hold secrets.
     pub target: Option<String>,
-    /// It says that it is of HTTP/1.0.
+    /// Its version is HTTP/1.0.
     pub http10: bool,
 }
 
 impl RefusedLine {
-    /// Reads what there is of a request.
+    /// Parses what there is of a request.
     pub fn of(request: &[u8]) -> Self {
-        let Some(line) = Line::of(request) else { return Self::default() };
+        let Some(line) = RequestLine::of(request) else { return Self::default() };
         Self {
             method: Method::from_bytes(line.method).ok(),
             target: Some(shown(line.target)),
@@ -118,17 +120,17 @@ impl RefusedLine {
     }
 }
 
-/// A request line, cut at its first and its last space.
-struct Line<'a> {
+/// A request line, split at its first and its last space.
+struct RequestLine<'a> {
     method: &'a [u8],
     target: &'a [u8],
     version: &'a [u8],
 }
 
-impl<'a> Line<'a> {
+impl<'a> RequestLine<'a> {
     fn of(request: &'a [u8]) -> Option<Self> {
-        let begin = request.iter().position(|byte| !matches!(byte, b'\r' | b'\n'))?;
-        let line = request[begin..].split(|byte| *byte == b'\n').next()?;
+        let start = request.iter().position(|byte| !matches!(byte, b'\r' | b'\n'))?;
+        let line = request[start..].split(|byte| *byte == b'\n').next()?;
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         let method = line.iter().position(|byte| *byte == b' ')?;
         let (method, rest) = (&line[..method], &line[method + 1..]);
@@ -140,9 +142,9 @@ impl<'a> Line<'a> {
     }
 }
 
-/// Says more precisely what is wrong with a request line.
+/// A more precise error for a request line.
 pub fn diagnose(request: &[u8], error: HeadError) -> HeadError {
-    let (HeadError::FirstLine | HeadError::Version, Some(line)) = (error, Line::of(request)) else {
+    let (HeadError::FirstLine | HeadError::Version, Some(line)) = (error, RequestLine::of(request)) else {
         return error;
     };
     match line.target.iter().find(|byte| **byte <= b' ' || **byte == 0x7f) {
@@ -152,16 +154,16 @@ pub fn diagnose(request: &[u8], error: HeadError) -> HeadError {
     }
 }
 
-/// A request whose target is not UTF-8, with other bytes in place of those that are not ASCII, and its own target.
-/// `None`: that is not what is wrong with it.
+/// A request whose target is not UTF-8, with its non-ASCII bytes replaced, and the original target. `None`: the
+/// target is not the reason for which it failed to parse.
 pub fn masked(request: &[u8]) -> Option<(Vec<u8>, Bytes)> {
-    let target = Line::of(request)?.target;
+    let target = RequestLine::of(request)?.target;
     if std::str::from_utf8(target).is_ok() {
         return None;
     }
-    let begin = target.as_ptr().addr().checked_sub(request.as_ptr().addr())?;
+    let start = target.as_ptr().addr().checked_sub(request.as_ptr().addr())?;
     let mut masked = request.to_vec();
-    for byte in masked.get_mut(begin..begin + target.len())? {
+    for byte in masked.get_mut(start..start + target.len())? {
         if !byte.is_ascii() {
             *byte = b'x';
         }
@@ -169,7 +171,7 @@ pub fn masked(request: &[u8]) -> Option<(Vec<u8>, Bytes)> {
     Some((masked, Bytes::copy_from_slice(target)))
 }
 
-/// A target fit to be logged: printable, cut, without the query, which may hold secrets.
+/// A target that is safe to log: printable, truncated, without the query, which may hold secrets.
 pub fn shown(target: &[u8]) -> String {
     let query = target.iter().position(|byte| *byte == b'?');
     let path = &target[..query.unwrap_or(target.len())];
@@ -194,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_servers_take_is_matched_encoded_and_sent_on_as_it_came() {
+    fn lenient_targets_are_matched_encoded_and_forwarded_unchanged() {
         for (sent, uri, raw) in [
             (&b"/s?q={\"a\":1}"[..], "/s?q={%22a%22:1}", Some(&b"/s?q={\"a\":1}"[..])),
             (b"/a<b>c`d", "/a%3Cb%3Ec%60d", Some(b"/a<b>c`d")),
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_server_takes_is_refused() {
+    fn a_target_that_no_server_accepts_is_rejected() {
         for (sent, why) in [
             (&b"/a#frag"[..], HeadError::Fragment),
             (b"/a?b#frag", HeadError::Fragment),
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn options_without_a_path_asks_about_the_whole_server() {
+    fn options_without_a_path_targets_the_whole_server() {
         for (method, sent, path) in [
             ("OPTIONS", "http://up", "*"),
             ("OPTIONS", "http://up:80", "*"),
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_of_a_refused_request_is_shown_without_its_secrets() {
+    fn the_line_of_a_rejected_request_is_logged_without_secrets() {
         let line = |request: &[u8]| RefusedLine::of(request);
         let get = |target: &str| RefusedLine {
             method: Some(Method::GET),

@@ -30,10 +30,10 @@ fn fields(text: &str) -> HeaderMap {
 // Heads
 
 #[test]
-fn a_request_is_read_as_far_as_its_head_goes() {
-    let came = b"POST /a?b HTTP/1.1\r\nHost: up\r\nX-A: 1\r\nx-a:  two words \r\n\r\nbody";
-    let (length, head) = parse_request(came, false).unwrap().unwrap();
-    assert_eq!(&came[length..], b"body");
+fn a_request_is_parsed_up_to_the_end_of_its_head() {
+    let input = b"POST /a?b HTTP/1.1\r\nHost: up\r\nX-A: 1\r\nx-a:  two words \r\n\r\nbody";
+    let (length, head) = parse_request(input, false).unwrap().unwrap();
+    assert_eq!(&input[length..], b"body");
     assert_eq!(
         (head.method, head.target, head.version),
         (Method::POST, "/a?b".parse().unwrap(), Version::HTTP_11)
@@ -41,12 +41,12 @@ fn a_request_is_read_as_far_as_its_head_goes() {
     assert_eq!(head.fields["host"], "up");
     assert_eq!(head.fields.get_all("x-a").iter().collect::<Vec<_>>(), ["1", "two words"]);
     for end in 0..length {
-        assert!(parse_request(&came[..end], false).unwrap().is_none(), "{end} bytes are not a head");
+        assert!(parse_request(&input[..end], false).unwrap().is_none(), "{end} bytes are not a head");
     }
 }
 
 #[test]
-fn what_is_wrong_with_a_head_is_said() {
+fn a_malformed_head_has_a_specific_error() {
     let request = |head: &str| parse_request(head.as_bytes(), false).map(drop).unwrap_err();
     assert_eq!(request("GET / HTTP/2.0\r\n\r\n"), HeadError::Version);
     assert_eq!(request("GET / HTTP/1.1\r\nHost : up\r\n\r\n"), HeadError::Field);
@@ -65,7 +65,7 @@ fn what_is_wrong_with_a_head_is_said() {
 }
 
 #[test]
-fn a_response_keeps_its_reason_where_that_is_its_own() {
+fn a_response_keeps_a_custom_reason_phrase() {
     let reason = |line: &str| {
         let head = format!("HTTP/1.1 {line}\r\n\r\n");
         parse_response(head.as_bytes(), false).unwrap().unwrap().1.reason
@@ -80,15 +80,15 @@ fn a_response_keeps_its_reason_where_that_is_its_own() {
 }
 
 #[test]
-fn a_field_of_a_response_may_have_blanks_behind_its_name() {
+fn a_response_field_may_have_spaces_after_its_name() {
     let (_, head) = parse_response(b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n", false).unwrap().unwrap();
     assert_eq!(head.fields["a"], "b");
 }
 
 #[test]
-fn names_are_spelt_as_they_came_where_that_matters() {
-    let came = b"GET / HTTP/1.1\r\nX-CasE: 1\r\nB: 2\r\nx-cASe: 3\r\n\r\n";
-    let (_, mut head) = parse_request(came, true).unwrap().unwrap();
+fn original_spelling_of_names_is_kept_on_request() {
+    let input = b"GET / HTTP/1.1\r\nX-CasE: 1\r\nB: 2\r\nx-cASe: 3\r\n\r\n";
+    let (_, mut head) = parse_request(input, true).unwrap().unwrap();
     head.fields.append("x-case", "4".parse().unwrap());
     let mut out = Vec::new();
     write_fields(&mut out, &head.fields, head.spelling.as_ref());
@@ -113,7 +113,7 @@ fn a_target_without_a_path_gets_one() {
 }
 
 #[test]
-fn a_connection_persists_unless_one_side_says_otherwise() {
+fn a_connection_persists_unless_one_side_closes_it() {
     let head = |minor: u8, text: &str| {
         let head = format!("GET / HTTP/1.{minor}\r\n{text}\r\n");
         parse_request(head.as_bytes(), true).unwrap().unwrap().1
@@ -128,10 +128,10 @@ fn a_connection_persists_unless_one_side_says_otherwise() {
     assert!(!persists(1, "connection: Close\r\n"));
     assert!(!persists(1, "Connection: upgrade, Close\r\n"));
     for (one, other) in [("close", "keep-alive"), ("keep-alive", "close"), ("keep-alive", "te, close")] {
-        let said = format!("Connection: {one}\r\nConnection: {other}\r\n");
-        assert!(!persists(1, &said), "{said}");
+        let options = format!("Connection: {one}\r\nConnection: {other}\r\n");
+        assert!(!persists(1, &options), "{options}");
     }
-    // What says more than that is for others to read, and one word is for nobody.
+    // Fields with further options are kept for later stages, single options are not.
     let kept = |text| head(1, text).fields.get_all(CONNECTION).iter().count();
     assert_eq!(kept("Connection: keep-alive\r\nCONNECTION: CLOSE\r\n"), 0);
     assert_eq!(kept("Connection: keep-alive\r\nConnection: keep-alive, x\r\nConnection: upgrade\r\n"), 2);
@@ -141,7 +141,7 @@ fn a_connection_persists_unless_one_side_says_otherwise() {
 // Framing
 
 #[test]
-fn where_a_body_ends_is_told_by_its_head() {
+fn framing_is_determined_by_the_head() {
     use Framing::{Chunked, Length, UntilClose};
     let request = |version, text| {
         let fields = fields(text);
@@ -166,7 +166,7 @@ fn where_a_body_ends_is_told_by_its_head() {
     for status in [204, 304, 101] {
         assert_eq!(response(&Method::GET, status, five), Ok(Framing::EMPTY));
     }
-    // No body follows, but the length is passed on.
+    // No body follows, but the length is forwarded.
     for (method, status) in [(&Method::HEAD, 200), (&Method::GET, 304), (&Method::GET, 204)] {
         let wrong = "Content-Length: 5 GET /x\r\n";
         assert_eq!(response(method, status, wrong), Err(FramingError::Length), "{method} {status}");
@@ -174,7 +174,7 @@ fn where_a_body_ends_is_told_by_its_head() {
 }
 
 #[test]
-fn a_length_is_one_number() {
+fn a_content_length_is_one_number() {
     let length = |text: &str| content_length(&fields(text));
     assert_eq!(length(""), Ok(None));
     assert_eq!(length("Content-Length: 18446744073709551615\r\n"), Ok(Some(u64::MAX)));
@@ -184,22 +184,22 @@ fn a_length_is_one_number() {
     }
 }
 
-/// All of a body, from bytes that come in such pieces; and what is left behind it.
+/// Decodes a whole body from these pieces; returns the bytes left after it as well.
 fn decode(framing: Framing, pieces: &[&[u8]]) -> Result<(Vec<u8>, Option<HeaderMap>, Bytes), FramingError> {
-    let (mut decoder, mut came) = (Decoder::new(framing), BytesMut::new());
+    let (mut decoder, mut input) = (Decoder::new(framing), BytesMut::new());
     let (mut data, mut trailers, mut pieces) = (Vec::new(), None, pieces.iter());
     loop {
-        match decoder.decode(&mut came)? {
+        match decoder.decode(&mut input)? {
             Decoded::Data(part) => data.extend_from_slice(&part),
-            Decoded::Trailers(found) => trailers = Some(found),
+            Decoded::Trailers(section) => trailers = Some(section),
             Decoded::End => break,
             Decoded::More => match pieces.next() {
-                Some(piece) => came.extend_from_slice(piece),
+                Some(piece) => input.extend_from_slice(piece),
                 None => break,
             },
         }
     }
-    let rest = pieces.fold(came, |mut rest, piece| {
+    let rest = pieces.fold(input, |mut rest, piece| {
         rest.extend_from_slice(piece);
         rest
     });
@@ -207,7 +207,7 @@ fn decode(framing: Framing, pieces: &[&[u8]]) -> Result<(Vec<u8>, Option<HeaderM
 }
 
 #[test]
-fn malformed_chunks_are_refused() {
+fn malformed_chunks_are_rejected() {
     for (wrong, why) in [
         ("\r\n", FramingError::ChunkSize),
         ("g\r\n", FramingError::ChunkSize),
@@ -227,16 +227,16 @@ fn malformed_chunks_are_refused() {
 }
 
 #[test]
-fn only_trailers_that_were_announced_are_sent() {
+fn only_announced_trailers_are_sent() {
     let trailers = fields("a: 1\r\nb: 2\r\nc: 3\r\nhost: evil\r\nauthorization: evil\r\n");
     let left = announced(&fields("Trailer: C, a, host, authorization\r\n"), trailers);
     assert_eq!(left.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["a", "c"]);
 }
 
 proptest! {
-    /// However the bytes of a chunked body come, it is what was sent, and nothing behind it is touched.
+    /// However a chunked body is split, decoding restores it and leaves the bytes after it alone.
     #[test]
-    fn what_was_cut_into_chunks_is_whole_again(
+    fn a_chunked_body_is_decoded_completely(
         parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..3000), 0..8),
         cuts in prop::collection::vec(1_usize..5000, 0..40),
         with_trailers in any::<bool>(),
@@ -271,9 +271,9 @@ proptest! {
         prop_assert_eq!(&rest[..], b"GET next");
     }
 
-    /// Whatever comes, nothing panics, and what is read is no longer than what came.
+    /// No input panics, and the decoded data is no longer than the input.
     #[test]
-    fn nothing_that_comes_is_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn no_input_panics(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = parse_request(&bytes, true);
         let _ = parse_response(&bytes, true);
         if let Ok((data, _, rest)) = decode(Framing::Chunked, &[&bytes]) {
@@ -282,7 +282,7 @@ proptest! {
     }
 
     #[test]
-    fn a_chunk_says_its_length(length in any::<usize>()) {
+    fn a_chunk_line_states_its_length(length in any::<usize>()) {
         let mut line = Vec::new();
         super::framing::write_chunk_line(&mut line, length);
         prop_assert_eq!(line, format!("{length:x}\r\n").into_bytes());
@@ -292,7 +292,7 @@ proptest! {
 // ---------------------------------------------------------------------------------------------------------------
 // In and out
 
-/// Takes a few bytes at a time.
+/// Accepts a few bytes at a time.
 #[derive(Default)]
 struct Sink {
     outlet: Outlet,
@@ -313,7 +313,7 @@ struct Narrow(Vec<u8>, usize);
 
 impl AsyncWrite for Narrow {
     fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        // Of any length, so that pieces are cut everywhere.
+        // Of varying lengths, so that the data is split everywhere.
         self.1 = self.1 % 611 + 7;
         let count = buf.len().min(self.1);
         self.0.extend_from_slice(&buf[..count]);
@@ -338,7 +338,7 @@ impl AsyncWrite for Narrow {
     }
 }
 
-/// Gives such pieces, then the end.
+/// Returns these pieces, then the end.
 struct Source(Vec<Vec<u8>>);
 
 impl AsyncRead for Source {
@@ -368,27 +368,27 @@ fn two_requests(body: usize, piece: usize) -> Source {
 fn ready<T>(polled: Poll<T>) -> T {
     match polled {
         Poll::Ready(polled) => polled,
-        Poll::Pending => panic!("it waits"),
+        Poll::Pending => panic!("it is pending"),
     }
 }
 
 #[test]
-fn messages_are_told_apart_whatever_pieces_they_come_in() {
+fn messages_are_separated_however_they_are_split() {
     for (body, piece) in
         [(0, 1), (10, 1), (10, 7), (100, 10_000), (100_000, 50), (100_000, 200_000), (70_000, 16_384)]
     {
         let (mut source, mut intake) = (two_requests(body, piece), Intake::default());
         let mut cx = Context::from_waker(Waker::noop());
-        let parse = |came: &[u8]| parse_request(came, false);
+        let parse = |input: &[u8]| parse_request(input, false);
         let head = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap();
         let mut decoder =
             Decoder::new(Framing::of_request(head.version, &head.fields, head.present).unwrap());
-        let mut came = 0;
+        let mut received = 0;
         while let Some(part) = ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap() {
             let Part::Data(data) = part else { panic!("{part:?}") };
-            came += data.len();
+            received += data.len();
         }
-        assert_eq!(came, body, "in pieces of {piece}");
+        assert_eq!(received, body, "in pieces of {piece}");
         let head = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap();
         assert_eq!(head.target.path(), "/next");
         assert!(intake.is_empty());
@@ -398,9 +398,9 @@ fn messages_are_told_apart_whatever_pieces_they_come_in() {
 }
 
 #[test]
-fn an_end_in_the_middle_is_told_from_one_between_messages() {
+fn an_end_in_a_message_differs_from_one_between_messages() {
     let mut cx = Context::from_waker(Waker::noop());
-    let parse = |came: &[u8]| parse_request(came, false);
+    let parse = |input: &[u8]| parse_request(input, false);
     let mut cut = Source(vec![b"GET / HTTP".to_vec()]);
     let end = ready(Intake::default().poll_head(&mut cut, &mut cx, parse)).unwrap_err();
     assert!(matches!(end, Error::CutOff), "{end}");
@@ -413,26 +413,26 @@ fn an_end_in_the_middle_is_told_from_one_between_messages() {
     assert!(matches!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)), Ok(None)));
 }
 
-/// Parts of a body may be kept to be sent again, and are counted by what they say.
+/// Parts of a body may be buffered for a retry, and count by their length.
 #[test]
-fn what_comes_in_drops_takes_no_more_room_than_it_says() {
+fn small_parts_use_no_more_memory_than_their_length() {
     let (mut source, mut intake) = (two_requests(100_000, 7), Intake::default());
     let mut cx = Context::from_waker(Waker::noop());
-    ready(intake.poll_head(&mut source, &mut cx, |came| parse_request(came, false))).unwrap();
+    ready(intake.poll_head(&mut source, &mut cx, |input| parse_request(input, false))).unwrap();
     let mut decoder = Decoder::new(Framing::Length(100_000));
-    let mut most = 0;
+    let mut max = 0;
     while let Some(Part::Data(data)) = ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap() {
-        // What came in the same piece as the end of the head shares its room.
-        most = most.max(data.try_into_mut().map_or(0, |data| data.capacity()));
+        // Data in the same piece as the end of the head shares its buffer.
+        max = max.max(data.try_into_mut().map_or(0, |data| data.capacity()));
     }
-    assert!((1..=64).contains(&most), "{most}");
+    assert!((1..=64).contains(&max), "{max}");
 }
 
 #[test]
-fn a_head_that_never_ends_is_refused() {
+fn a_head_that_never_ends_is_rejected() {
     let mut cx = Context::from_waker(Waker::noop());
     let mut endless = Source(vec![b"GET / HTTP/1.1\r\na: ".to_vec(), vec![b'a'; 200_000]]);
-    let parse = |came: &[u8]| parse_request(came, false);
-    let refused = ready(Intake::default().poll_head(&mut endless, &mut cx, parse)).unwrap_err();
-    assert!(matches!(refused, Error::Head(HeadError::TooLarge)), "{refused}");
+    let parse = |input: &[u8]| parse_request(input, false);
+    let rejection = ready(Intake::default().poll_head(&mut endless, &mut cx, parse)).unwrap_err();
+    assert!(matches!(rejection, Error::Head(HeadError::TooLarge)), "{rejection}");
 }

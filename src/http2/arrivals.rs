@@ -1,5 +1,5 @@
-//! A client's requests between the header block that opens their stream and what `h2` makes of it. It hands them over or
-//! refuses them; it reports a refusal to the client only, so the refusal is read off the frames that it sends.
+//! Requests of a client between their header block and the decision of `h2`, which either accepts or rejects them.
+//! `h2` reports a rejection to the client only, so it is detected from the frames that `h2` sends.
 
 use std::{cell::RefCell, mem, rc::Rc};
 
@@ -8,29 +8,29 @@ use h2::Reason;
 use super::hpack::FieldFault;
 use crate::http1::target::RefusedLine;
 
-/// Requests that are followed. `h2` decides on each as soon as it has read it, so few are there at a time.
-const MOST_PENDING: usize = 1024;
+/// The most requests tracked. `h2` decides on each as soon as it has read it, so there are few at a time.
+const MAX_PENDING: usize = 1024;
 
-/// What is known of a request that `h2` does not see as it is.
+/// Details of a request that `h2` does not see unchanged.
 #[derive(Debug, Default)]
 pub struct RequestNote {
-    /// Its `:path` as it came, where `h2` has a stand-in for it.
+    /// The original `:path`, if `h2` decodes a placeholder for it.
     pub path: Option<Rc<[u8]>>,
-    /// Why it is malformed: `h2` resets its stream.
+    /// Why it is malformed; `h2` resets its stream.
     pub fault: Option<FieldFault>,
-    /// What can be shown of a malformed request.
+    /// What can be logged of a malformed request.
     pub line: RefusedLine,
 }
 
-/// A request that `h2` has refused.
+/// A request that `h2` has rejected.
 #[derive(Debug)]
 pub struct RefusedRequest {
     pub note: Option<Box<RequestNote>>,
-    /// By 431, as its head is too large.
+    /// With 431, because its head is too large.
     pub too_large: bool,
 }
 
-/// See the first lines of this file.
+/// See the [module](self).
 #[derive(Debug, Default)]
 pub struct Arrivals {
     pending: RefCell<Vec<(u32, Option<Box<RequestNote>>)>>,
@@ -38,38 +38,38 @@ pub struct Arrivals {
 }
 
 impl Arrivals {
-    /// A request goes to `h2`.
+    /// Records a request that is passed to `h2`.
     pub fn arrived(&self, stream: u32, note: Option<Box<RequestNote>>) {
         let mut pending = self.pending.borrow_mut();
-        if pending.len() == MOST_PENDING {
-            // `h2` ignores what comes behind its GOAWAY.
+        if pending.len() == MAX_PENDING {
+            // `h2` ignores requests after its GOAWAY.
             pending.remove(0);
         }
         pending.push((stream, note));
     }
 
-    /// `h2` hands a request over.
+    /// Records that `h2` has accepted a request.
     pub fn handed_over(&self, stream: u32) -> Option<Box<RequestNote>> {
         self.remove(stream).flatten()
     }
 
-    /// `h2` resets a stream.
+    /// Records that `h2` resets a stream.
     pub fn was_reset(&self, stream: u32, reason: Reason) {
         let Some(note) = self.remove(stream) else { return };
-        // Other codes refuse a request without a fault of it.
+        // Other codes reject a request that is not at fault.
         if reason == Reason::PROTOCOL_ERROR {
             self.refused.borrow_mut().push(RefusedRequest { note, too_large: false });
         }
     }
 
-    /// A response goes out. Where its request was not handed over, `h2` has made it.
+    /// Records a response. If its request was not accepted, `h2` has created it.
     pub fn was_answered(&self, stream: u32) {
         if let Some(note) = self.remove(stream) {
             self.refused.borrow_mut().push(RefusedRequest { note, too_large: true });
         }
     }
 
-    /// The requests refused since this was asked last.
+    /// Returns the requests rejected since the last call.
     pub fn take_refused(&self) -> Vec<RefusedRequest> {
         mem::take(&mut *self.refused.borrow_mut())
     }
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_h2_refuses_is_reported_once_and_nothing_else() {
+    fn a_request_that_h2_rejects_is_reported_once() {
         let arrivals = Arrivals::default();
         let note = || Some(Box::new(RequestNote { fault: Some(FieldFault::Te), ..RequestNote::default() }));
         for stream in [1, 3, 5, 7, 9] {
@@ -94,20 +94,20 @@ mod tests {
         }
         assert!(arrivals.handed_over(1).is_none());
         for _ in 0..2 {
-            // The second time of a stream that is not followed any more.
+            // The second time, the stream is not tracked any more.
             arrivals.was_reset(1, Reason::PROTOCOL_ERROR);
             arrivals.was_reset(3, Reason::PROTOCOL_ERROR);
             arrivals.was_reset(5, Reason::REFUSED_STREAM);
             arrivals.was_answered(7);
             arrivals.was_answered(1);
         }
-        let refused = arrivals.take_refused();
-        let found: Vec<_> = refused.iter().map(|one| (one.note.is_some(), one.too_large)).collect();
-        assert_eq!(found, [(true, false), (false, true)]);
+        let rejected = arrivals.take_refused();
+        let summary: Vec<_> = rejected.iter().map(|one| (one.note.is_some(), one.too_large)).collect();
+        assert_eq!(summary, [(true, false), (false, true)]);
         assert!(arrivals.take_refused().is_empty());
         for stream in 0..5000 {
             arrivals.arrived(stream, None);
         }
-        assert_eq!(arrivals.pending.borrow().len(), MOST_PENDING);
+        assert_eq!(arrivals.pending.borrow().len(), MAX_PENDING);
     }
 }

@@ -1,4 +1,4 @@
-//! A message's body as it is received.
+//! The body of a received message.
 
 use std::{
     cell::Cell,
@@ -14,58 +14,58 @@ use http_body::{Frame, SizeHint};
 
 use super::{fields, wire::Wire};
 
-/// The body of a message, from a stream of a connection.
+/// The body of a message, read from an HTTP/2 stream.
 #[derive(Debug)]
 pub struct Body {
     stream: RecvStream,
-    /// How much of it is still to come, where the head tells.
-    left: Option<u64>,
+    /// The remaining length, if the head announces one.
+    remaining: Option<u64>,
     data_ended: bool,
-    message: Message,
+    message: BodyOf,
 }
 
-/// What it is the body of.
+/// The message that the body belongs to.
 #[derive(Clone, Debug)]
-enum Message {
-    /// Noted: its data or its trailers are malformed, which is an error of its stream.
+enum BodyOf {
+    /// The flag is set if its data or trailers are malformed, which is an error of its stream.
     Request(Rc<Cell<bool>>),
-    /// Its connection tells whether `h2` may have left trailers out.
+    /// Its connection knows whether `h2` may have dropped trailers.
     Response(Rc<Wire>),
 }
 
 impl Body {
-    /// `malformed` is set where the request turns out to be.
+    /// `malformed` is set if the request turns out to be malformed.
     pub fn of_request(stream: RecvStream, head: &HeaderMap, malformed: Rc<Cell<bool>>) -> Self {
-        Self::new(stream, head, Message::Request(malformed))
+        Self::new(stream, head, BodyOf::Request(malformed))
     }
 
     pub fn of_response(stream: RecvStream, head: &HeaderMap, wire: &Rc<Wire>) -> Self {
-        Self::new(stream, head, Message::Response(Rc::clone(wire)))
+        Self::new(stream, head, BodyOf::Response(Rc::clone(wire)))
     }
 
-    fn new(stream: RecvStream, head: &HeaderMap, message: Message) -> Self {
-        // `h2` has compared several, and compares with what comes.
-        let told = head.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        let left = if stream.is_end_stream() { Some(0) } else { told };
-        Self { stream, left, data_ended: false, message }
+    fn new(stream: RecvStream, head: &HeaderMap, message: BodyOf) -> Self {
+        // `h2` has compared repeated values, and compares the length with the data.
+        let announced = head.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let remaining = if stream.is_end_stream() { Some(0) } else { announced };
+        Self { stream, remaining, data_ended: false, message }
     }
 
-    /// What the end of a stream by RST_STREAM means for its body.
-    fn broken(&self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
-        if let Message::Request(malformed) = &self.message {
-            // The library has reset the stream for what the client sent on it.
+    /// What RST_STREAM means for the body.
+    fn on_stream_error(&self, error: h2::Error) -> Option<Result<Frame<Bytes>, h2::Error>> {
+        if let BodyOf::Request(malformed) = &self.message {
+            // `h2` has reset the stream because of what the client sent on it.
             malformed.set(
                 error.is_library() && error.is_reset() && error.reason() == Some(Reason::PROTOCOL_ERROR),
             );
             return Some(Err(error));
         }
-        // RFC 9113 §8.1: a server that has answered in full asks by NO_ERROR not to be sent the rest of the request. Some ask by
-        // another code.
-        let is_whole = match self.left {
-            Some(left) => left == 0,
+        // RFC 9113 §8.1: with NO_ERROR a server that has responded completely asks for the rest of the request not to
+        // be sent. Some servers use another code.
+        let is_complete = match self.remaining {
+            Some(remaining) => remaining == 0,
             None => error.reason() == Some(Reason::NO_ERROR),
         };
-        (!is_whole).then_some(Err(error))
+        (!is_complete).then_some(Err(error))
     }
 }
 
@@ -80,12 +80,13 @@ impl http_body::Body for Body {
         if !self.data_ended {
             match ready!(self.stream.poll_data(cx)) {
                 Some(Ok(bytes)) => {
-                    // Cannot fail: so much has just been received.
+                    // Cannot fail: this many bytes were just received.
                     let _ = self.stream.flow_control().release_capacity(bytes.len());
-                    self.left = self.left.map(|left| left.saturating_sub(bytes.len() as u64));
+                    self.remaining =
+                        self.remaining.map(|remaining| remaining.saturating_sub(bytes.len() as u64));
                     return Poll::Ready(Some(Ok(Frame::data(bytes))));
                 }
-                Some(Err(error)) => return Poll::Ready(self.broken(error)),
+                Some(Err(error)) => return Poll::Ready(self.on_stream_error(error)),
                 None => self.data_ended = true,
             }
         }
@@ -93,17 +94,17 @@ impl http_body::Body for Body {
             Ok(None) => Poll::Ready(None),
             Ok(Some(trailers)) => {
                 let is_valid = match &self.message {
-                    Message::Request(malformed) => {
+                    BodyOf::Request(malformed) => {
                         malformed.set(!fields::are_valid(&trailers));
                         !malformed.get()
                     }
-                    Message::Response(wire) => !wire.may_lack_fields(self.stream.stream_id().into()),
+                    BodyOf::Response(wire) => !wire.may_lack_fields(self.stream.stream_id().into()),
                 };
                 let trailers =
                     if is_valid { Ok(Frame::trailers(trailers)) } else { Err(Reason::PROTOCOL_ERROR.into()) };
                 Poll::Ready(Some(trailers))
             }
-            Err(error) => Poll::Ready(self.broken(error)),
+            Err(error) => Poll::Ready(self.on_stream_error(error)),
         }
     }
 
@@ -112,6 +113,6 @@ impl http_body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+        self.remaining.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }

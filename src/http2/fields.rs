@@ -1,4 +1,4 @@
-//! The header fields of HTTP/2 messages: what is refused, and what is never sent.
+//! The header fields of HTTP/2 messages: which are rejected, and which are never sent.
 
 use http::{
     HeaderMap, HeaderName, HeaderValue,
@@ -8,7 +8,7 @@ use http::{
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
-/// Whether no value begins or ends with a blank (RFC 9113 §8.2.1). All else that is forbidden, `h2` refuses.
+/// Whether no value starts or ends with whitespace (RFC 9113 §8.2.1). `h2` rejects everything else that is forbidden.
 pub fn are_valid(fields: &HeaderMap) -> bool {
     fields.values().all(is_valid)
 }
@@ -19,16 +19,16 @@ fn is_valid(value: &HeaderValue) -> bool {
     !bytes.first().is_some_and(blank) && !bytes.last().is_some_and(blank)
 }
 
-/// Removes what HTTP/2 does not have: fields about one connection of HTTP/1.1 (RFC 9113 §8.2.2).
+/// Removes connection-specific fields of HTTP/1.1 (RFC 9113 §8.2.2).
 pub fn strip_connection_fields(fields: &mut HeaderMap) {
     for name in [KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE] {
         fields.remove(name);
     }
-    // `trailers` is the only coding that HTTP/2 has, and it must stand alone.
+    // `trailers` is the only value that HTTP/2 allows, and it must be the only one.
     if fields.get_all(TE).iter().any(|value| value != "trailers")
         || fields.get_all(TE).iter().nth(1).is_some()
     {
-        let trailers = fields.get_all(TE).iter().any(wants_trailers);
+        let trailers = fields.get_all(TE).iter().any(accepts_trailers);
         fields.remove(TE);
         if trailers {
             fields.insert(TE, HeaderValue::from_static("trailers"));
@@ -45,7 +45,7 @@ pub fn strip_connection_fields(fields: &mut HeaderMap) {
     }
 }
 
-fn wants_trailers(value: &HeaderValue) -> bool {
+fn accepts_trailers(value: &HeaderValue) -> bool {
     value.as_bytes().split(|byte| *byte == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(b"trailers"))
 }
 
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_neither_begins_nor_ends_with_a_blank() {
+    fn a_value_neither_starts_nor_ends_with_whitespace() {
         for (value, valid) in [
             ("a", true),
             ("", true),
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_of_one_connection_are_not_sent() {
+    fn connection_specific_fields_are_not_sent() {
         let mut fields = HeaderMap::new();
         for (name, value) in [
             ("connection", "x-hop, close"),
@@ -91,9 +91,9 @@ mod tests {
         assert!(fields.contains_key(TE));
     }
 
-    /// Each of them may come as several fields, which `h2` would not send.
+    /// Each of them may be repeated, which `h2` would not send.
     #[test]
-    fn fields_of_one_connection_are_not_sent_whatever_their_number() {
+    fn repeated_connection_specific_fields_are_not_sent() {
         let mut fields = HeaderMap::new();
         for (name, value) in [
             ("connection", b"close".as_slice()),

@@ -1,4 +1,4 @@
-//! Finds the frames in a stream of bytes, without decoding them.
+//! Finds the frames in a byte stream, without decoding them.
 
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
@@ -7,12 +7,12 @@ pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 
-/// `PRI * HTTP/2.0…`, with which a client begins.
+/// The length of `PRI * HTTP/2.0…`, the preface of a client.
 pub const PREFACE_LENGTH: u32 = 24;
 
 const HEAD: usize = 9;
-/// The head and the beginning of the payload.
-const LOOK: usize = HEAD + 4;
+/// The head and the first bytes of the payload.
+const PREFIX: usize = HEAD + 4;
 
 /// The head of a frame (RFC 9113 §4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,40 +20,40 @@ pub struct FrameHead {
     pub length: u32,
     pub kind: u8,
     pub stream: u32,
-    /// The first four bytes of the payload as a number; what is missing is zero.
+    /// The first four bytes of the payload as a number; missing bytes are zero.
     pub value: u32,
 }
 
-/// Finds frames in bytes that come in pieces of any size.
+/// Finds frames in bytes that arrive in pieces of any size.
 #[derive(Debug, Default)]
 pub struct FrameScanner {
-    look: [u8; LOOK],
+    prefix: [u8; PREFIX],
     filled: usize,
-    /// Bytes to pass over before the next head.
+    /// Bytes to skip before the next head.
     skip: u32,
 }
 
 impl FrameScanner {
-    /// Passes over the bytes before the first frame.
+    /// Skips the bytes before the first frame.
     pub fn skipping(bytes: u32) -> Self {
         Self { skip: bytes, ..Self::default() }
     }
 
-    /// Reports each frame whose beginning is complete with these bytes.
+    /// Reports each frame whose head and first bytes are complete with these bytes.
     pub fn scan(&mut self, mut bytes: &[u8], mut report: impl FnMut(FrameHead)) {
         loop {
-            let passed = bytes.len().min(usize::try_from(self.skip).unwrap_or(usize::MAX));
-            bytes = &bytes[passed..];
-            self.skip -= passed as u32;
-            let wanted = if self.filled < HEAD { HEAD } else { HEAD + self.look_ahead() };
+            let skipped = bytes.len().min(usize::try_from(self.skip).unwrap_or(usize::MAX));
+            bytes = &bytes[skipped..];
+            self.skip -= skipped as u32;
+            let wanted = if self.filled < HEAD { HEAD } else { HEAD + self.payload_prefix() };
             let take = bytes.len().min(wanted - self.filled);
-            self.look[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
+            self.prefix[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
             self.filled += take;
             bytes = &bytes[take..];
-            if self.filled >= HEAD && self.filled == HEAD + self.look_ahead() {
+            if self.filled >= HEAD && self.filled == HEAD + self.payload_prefix() {
                 let frame = self.head();
-                self.skip = frame.length - self.look_ahead() as u32;
-                (self.filled, self.look) = (0, [0; LOOK]);
+                self.skip = frame.length - self.payload_prefix() as u32;
+                (self.filled, self.prefix) = (0, [0; PREFIX]);
                 report(frame);
             }
             if bytes.is_empty() {
@@ -63,16 +63,16 @@ impl FrameScanner {
     }
 
     fn length(&self) -> u32 {
-        u32::from_be_bytes([0, self.look[0], self.look[1], self.look[2]])
+        u32::from_be_bytes([0, self.prefix[0], self.prefix[1], self.prefix[2]])
     }
 
-    /// How much of the payload is looked at.
-    fn look_ahead(&self) -> usize {
-        (self.length() as usize).min(LOOK - HEAD)
+    /// How much of the payload is buffered.
+    fn payload_prefix(&self) -> usize {
+        (self.length() as usize).min(PREFIX - HEAD)
     }
 
     fn head(&self) -> FrameHead {
-        let [_, _, _, kind, _, a, b, c, d, e, f, g, h] = self.look;
+        let [_, _, _, kind, _, a, b, c, d, e, f, g, h] = self.prefix;
         FrameHead {
             length: self.length(),
             kind,
@@ -97,10 +97,13 @@ mod tests {
     }
 
     proptest! {
-        /// However the bytes are cut into pieces, each frame is seen once.
+        /// However the bytes are split, each frame is reported once.
         #[test]
         fn every_frame_is_found_in_pieces_of_any_size(
-            frames in prop::collection::vec((0_u8..10, 0_u32..0x7fff_ffff, prop::collection::vec(any::<u8>(), 0..40)), 0..20),
+            frames in prop::collection::vec(
+                (0_u8..10, 0_u32..0x7fff_ffff, prop::collection::vec(any::<u8>(), 0..40)),
+                0..20,
+            ),
             sizes in prop::collection::vec(1_usize..30, 1..50),
             preface in 0_u32..30,
         ) {

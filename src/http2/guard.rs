@@ -1,5 +1,6 @@
-//! Sees to it that a bad field ends its stream and not the connection: header blocks are checked, and where need be written
-//! anew, before `h2` reads them ([`super::hpack`]). All else passes as it comes, without a copy.
+//! Keeps a bad field from ending the whole connection: header blocks are checked, and rewritten if necessary, before
+//! `h2` reads them ([`super::hpack`]), so that only their stream ends. Everything else passes unchanged and without a
+//! copy.
 
 #[cfg(test)]
 mod tests;
@@ -25,16 +26,16 @@ const END_STREAM: u8 = 0x1;
 const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
-/// The weight and what it depends on.
+/// The dependency and the weight.
 const PRIORITY_LENGTH: usize = 5;
-/// SETTINGS_MAX_FRAME_SIZE, which is not changed.
+/// SETTINGS_MAX_FRAME_SIZE, which keeps its default.
 const MAX_FRAME: usize = 16_384;
-/// Streams that are followed. Of more, the oldest have been reset on this side.
-const MOST_OPEN: usize = 1024;
+/// The most streams tracked. Beyond that, the oldest have been reset here.
+const MAX_OPEN: usize = 1024;
 /// A head in more frames is left to `h2`, which closes the connection.
-const MOST_CONTINUATIONS: usize = 8;
-/// Likewise trailers. Those that are too large are an error of their stream.
-const MOST_TRAILER_CONTINUATIONS: usize = 32;
+const MAX_CONTINUATIONS: usize = 8;
+/// The same for trailers. Trailers that are too large are an error of their stream.
+const MAX_TRAILER_CONTINUATIONS: usize = 32;
 
 /// A stream of frames from a client, or from a server.
 #[derive(Debug)]
@@ -42,35 +43,35 @@ pub struct Guarded<S> {
     stream: S,
     wire: Rc<Wire>,
     checker: BlockChecker,
-    /// Bytes of the frame under way that are still to pass.
+    /// Bytes of the current frame that are still to pass.
     passing: usize,
-    /// What has been read and cannot pass yet, from the head of a frame.
+    /// Bytes that were read and cannot pass yet, from the head of a frame on.
     held: Vec<u8>,
-    /// What may pass.
+    /// Bytes that may pass.
     ready: Vec<u8>,
     passed: usize,
     /// The frames come from a server.
     responses: bool,
-    /// Requests whose end has not come yet: their next header blocks are trailers. On other streams `h2` knows better.
+    /// Requests that have not ended: their next header blocks are trailers. `h2` handles other streams.
     open: Vec<u32>,
-    /// What comes is not HTTP/2: left to `h2`.
-    given_up: bool,
+    /// The input is not HTTP/2: it is left to `h2`.
+    is_passthrough: bool,
 }
 
-/// What there is at the beginning of some bytes.
-enum Found {
-    /// So many bytes may pass; the rest of the frame, so many, may pass too.
+/// What is at the start of some bytes.
+enum ScanResult {
+    /// This many bytes may pass; so may the rest of the frame, of the second length.
     Pass(usize, usize),
-    /// A header block of so many bytes is to be replaced.
+    /// A header block of this many bytes is to be replaced.
     Replace(usize, Vec<u8>),
-    /// It is not complete.
+    /// It is incomplete.
     Partial,
     /// It is not HTTP/2.
-    Nonsense,
+    NotHttp2,
 }
 
 impl<S> Guarded<S> {
-    /// Of a client's frames. Notes in `wire` which requests come.
+    /// For frames of a client. Records its requests in `wire`.
     pub fn new(stream: S, wire: &Rc<Wire>) -> Self {
         Self {
             stream,
@@ -82,79 +83,79 @@ impl<S> Guarded<S> {
             passed: 0,
             responses: false,
             open: Vec::new(),
-            given_up: false,
+            is_passthrough: false,
         }
     }
 
-    /// The same for what a server sends. There is no preface, and a head may follow another (1xx).
+    /// The same for frames of a server. There is no preface, and a head may follow another (1xx).
     pub fn of_server(stream: S, wire: &Rc<Wire>) -> Self {
         Self { passing: 0, responses: true, ..Self::new(stream, wire) }
     }
 
-    /// How many of the bytes may pass as they are, and what comes behind them.
-    fn pass(&mut self, bytes: &[u8]) -> (usize, Found) {
+    /// How many of the bytes may pass unchanged, and what follows them.
+    fn pass(&mut self, bytes: &[u8]) -> (usize, ScanResult) {
         let mut at = 0;
         loop {
             let taken = self.passing.min(bytes.len() - at);
             self.passing -= taken;
             at += taken;
             if at == bytes.len() {
-                return (at, Found::Pass(0, self.passing));
+                return (at, ScanResult::Pass(0, self.passing));
             }
-            match self.find(&bytes[at..]) {
-                Found::Pass(count, more) => (at, self.passing) = (at + count, more),
+            match self.scan_frame(&bytes[at..]) {
+                ScanResult::Pass(count, more) => (at, self.passing) = (at + count, more),
                 other => return (at, other),
             }
         }
     }
 
-    fn find(&mut self, bytes: &[u8]) -> Found {
-        let Some(head) = Head::of(bytes) else { return Found::Partial };
+    fn scan_frame(&mut self, bytes: &[u8]) -> ScanResult {
+        let Some(head) = Head::of(bytes) else { return ScanResult::Partial };
         match head.kind {
             HEADERS => self.block(bytes, &head),
-            CONTINUATION => Found::Nonsense,
+            CONTINUATION => ScanResult::NotHttp2,
             kind => {
                 if kind == RST_STREAM || (kind == DATA && head.flags & END_STREAM != 0) {
-                    self.ended(head.stream);
+                    self.close_stream(head.stream);
                 }
                 let whole = HEAD + head.length;
                 let count = whole.min(bytes.len());
-                Found::Pass(count, whole - count)
+                ScanResult::Pass(count, whole - count)
             }
         }
     }
 
-    fn ended(&mut self, stream: u32) {
+    fn close_stream(&mut self, stream: u32) {
         if let Some(at) = self.open.iter().position(|open| *open == stream) {
             self.open.swap_remove(at);
         }
     }
 
-    /// A header block, which may go on in other frames.
-    fn block(&mut self, bytes: &[u8], first: &Head) -> Found {
+    /// A header block, which may continue in other frames.
+    fn block(&mut self, bytes: &[u8], first: &Head) -> ScanResult {
         if first.length > MAX_FRAME {
-            return Found::Nonsense;
+            return ScanResult::NotHttp2;
         }
-        let Some(payload) = bytes.get(HEAD..HEAD + first.length) else { return Found::Partial };
-        let Some((priority, fragment)) = parts(payload, first.flags) else { return Found::Nonsense };
+        let Some(payload) = bytes.get(HEAD..HEAD + first.length) else { return ScanResult::Partial };
+        let Some((priority, fragment)) = parts(payload, first.flags) else { return ScanResult::NotHttp2 };
         let mut whole = HEAD + first.length;
         let kind = self.kind_of(first.stream);
-        let most =
-            if kind == BlockKind::RequestTrailers { MOST_TRAILER_CONTINUATIONS } else { MOST_CONTINUATIONS };
+        let max_continuations =
+            if kind == BlockKind::RequestTrailers { MAX_TRAILER_CONTINUATIONS } else { MAX_CONTINUATIONS };
         let mut continuations = Vec::new();
-        let mut ended = first.flags & END_HEADERS != 0;
-        while !ended {
-            let Some(head) = bytes.get(whole..).and_then(Head::of) else { return Found::Partial };
+        let mut headers_ended = first.flags & END_HEADERS != 0;
+        while !headers_ended {
+            let Some(head) = bytes.get(whole..).and_then(Head::of) else { return ScanResult::Partial };
             let fits = head.kind == CONTINUATION && head.stream == first.stream && head.length <= MAX_FRAME;
-            if !fits || continuations.len() == most {
-                return Found::Nonsense;
+            if !fits || continuations.len() == max_continuations {
+                return ScanResult::NotHttp2;
             }
             let Some(more) = bytes.get(whole + HEAD..whole + HEAD + head.length) else {
-                return Found::Partial;
+                return ScanResult::Partial;
             };
             continuations.push(more);
             whole += HEAD + head.length;
-            ended = head.flags & END_HEADERS != 0;
+            headers_ended = head.flags & END_HEADERS != 0;
         }
         let joined: Vec<u8>;
         let block = if continuations.is_empty() {
@@ -163,28 +164,28 @@ impl<S> Guarded<S> {
             joined = [&[fragment][..], &continuations[..]].concat().concat();
             &joined
         };
-        let Some(mut checked) = self.checker.check(block, kind) else { return Found::Nonsense };
+        let Some(mut checked) = self.checker.check(block, kind) else { return ScanResult::NotHttp2 };
         let mut kept_priority = priority;
         if depends_on_itself(first.stream, priority) {
-            // `h2` would reset the stream without decoding the block, and then lack what the block puts into the table.
+            // `h2` would reset the stream without decoding the block, and then lack its entries in the table.
             kept_priority = &[];
             checked.fail(FieldFault::DependsOnItself, block);
         }
         if kind == BlockKind::Request {
-            let note = self.note(block, &checked);
-            self.wire.arrivals.arrived(first.stream, note);
+            let details = self.details(block, &checked);
+            self.wire.arrivals.arrived(first.stream, details);
         }
         if first.flags & END_STREAM != 0 {
-            self.ended(first.stream);
+            self.close_stream(first.stream);
         } else if kind == BlockKind::Request {
-            if self.open.len() == MOST_OPEN {
+            if self.open.len() == MAX_OPEN {
                 self.open.remove(0);
             }
             self.open.push(first.stream);
         }
         match checked.replacement {
-            None => Found::Pass(whole, 0),
-            Some(block) => Found::Replace(whole, frames(first, kept_priority, &block)),
+            None => ScanResult::Pass(whole, 0),
+            Some(block) => ScanResult::Replace(whole, frames(first, kept_priority, &block)),
         }
     }
 
@@ -198,8 +199,8 @@ impl<S> Guarded<S> {
         }
     }
 
-    /// What is to be known of a request beside what `h2` reads.
-    fn note(&mut self, block: &[u8], checked: &CheckedBlock) -> Option<Box<RequestNote>> {
+    /// What `h2` does not report of a request.
+    fn details(&mut self, block: &[u8], checked: &CheckedBlock) -> Option<Box<RequestNote>> {
         let (path, fault) = (checked.path.clone(), checked.fault);
         let line = match fault {
             Some(_) => self.checker.request_line(block),
@@ -209,42 +210,42 @@ impl<S> Guarded<S> {
         Some(Box::new(RequestNote { path, fault, line }))
     }
 
-    /// Takes what has been read; returns how much of it may pass as it is.
+    /// Handles bytes that were read; returns how many of them may pass unchanged.
     fn take(&mut self, bytes: &[u8]) -> usize {
-        let (count, behind) = self.pass(bytes);
-        match behind {
-            Found::Pass(..) => {}
-            Found::Replace(length, anew) => {
-                self.ready = anew;
+        let (count, next) = self.pass(bytes);
+        match next {
+            ScanResult::Pass(..) => {}
+            ScanResult::Replace(length, rewritten) => {
+                self.ready = rewritten;
                 self.held = bytes[count + length..].to_vec();
             }
-            Found::Partial => self.held = bytes[count..].to_vec(),
-            Found::Nonsense => {
-                self.given_up = true;
+            ScanResult::Partial => self.held = bytes[count..].to_vec(),
+            ScanResult::NotHttp2 => {
+                self.is_passthrough = true;
                 return bytes.len();
             }
         }
         count
     }
 
-    /// Lets pass what may of what is held.
+    /// Releases the held bytes that may pass.
     fn release(&mut self) {
         let mut held = std::mem::take(&mut self.held);
-        let (count, behind) = self.pass(&held);
-        let anew = match behind {
-            Found::Partial | Found::Pass(..) => Vec::new(),
-            Found::Replace(length, anew) => {
+        let (count, next) = self.pass(&held);
+        let rewritten = match next {
+            ScanResult::Partial | ScanResult::Pass(..) => Vec::new(),
+            ScanResult::Replace(length, rewritten) => {
                 held.drain(count..count + length);
-                anew
+                rewritten
             }
-            Found::Nonsense => {
-                self.given_up = true;
+            ScanResult::NotHttp2 => {
+                self.is_passthrough = true;
                 self.ready = held;
                 return;
             }
         };
         let rest = held.split_off(count);
-        held.extend_from_slice(&anew);
+        held.extend_from_slice(&rewritten);
         self.ready = held;
         self.held = rest;
     }
@@ -265,7 +266,7 @@ impl Head {
     }
 }
 
-/// The priority and the fragment of a header block that a HEADERS frame has.
+/// The priority and the header block fragment in the payload of a HEADERS frame.
 fn parts(payload: &[u8], flags: u8) -> Option<(&[u8], &[u8])> {
     let mut rest = payload;
     if flags & PADDED != 0 {
@@ -281,7 +282,7 @@ fn depends_on_itself(stream: u32, priority: &[u8]) -> bool {
     dependency == Some(stream)
 }
 
-/// A header block as frames like the ones it came in. `priority` may be left out.
+/// A header block as frames like the original ones. `priority` may be empty.
 fn frames(first: &Head, priority: &[u8], block: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(block.len() + 2 * HEAD);
     let kept = if priority.is_empty() { END_STREAM } else { END_STREAM | PRIORITY };
@@ -317,7 +318,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
                 this.passed += count;
                 if this.passed == this.ready.len() {
                     (this.ready, this.passed) = (Vec::new(), 0);
-                    // Behind what was replaced there may be more that can pass.
+                    // More bytes may pass after the replaced block.
                     if !this.held.is_empty() {
                         this.release();
                     }
@@ -327,11 +328,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             let before = buf.filled().len();
             ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
             let read = buf.filled().len() - before;
-            if read == 0 || this.given_up {
+            if read == 0 || this.is_passthrough {
                 return Poll::Ready(Ok(()));
             }
             if this.held.is_empty() {
-                // As it is most of the time.
+                // The usual case.
                 let bytes = buf.filled().get(before..).unwrap_or_default();
                 let count = this.take(bytes);
                 buf.set_filled(before + count);

@@ -1,10 +1,11 @@
 //! Checks header blocks before `h2` decodes them.
 //!
-//! To `h2` a field with a byte that is not allowed is an error of the whole connection: it stops in the middle of the block, and
-//! the state of the compression is lost. RFC 9113 §8.1.1 makes it an error of the stream. So a block that has such a field is
-//! written anew: a harmless field of the same size takes its place, which keeps both tables the same, and one that HTTP/2 does
-//! not allow is added, by which `h2` resets the stream. A `:path` that every server takes, though no URI may have it, is replaced
-//! by a stand-in and handed on beside `h2`. Only sizes and kinds of other fields are kept here, no text.
+//! For `h2`, a field with a forbidden byte is an error of the whole connection: it stops in the middle of the block
+//! and loses the compression state. RFC 9113 §8.1.1 makes it an error of the stream. So a block with such a field is
+//! rewritten: a harmless field of the same size replaces it, which keeps both tables equal, and a field that HTTP/2
+//! forbids is added, because of which `h2` resets the stream. A `:path` that every server accepts, though no URI may
+//! have it, is replaced by a placeholder and passed on separately. Of other fields only sizes and kinds are stored,
+//! no text.
 
 mod field;
 #[cfg(test)]
@@ -19,14 +20,14 @@ use self::field::{Entry, Message, Name, write_stand_in};
 use super::huffman;
 use crate::http1::target::{RefusedLine, shown};
 
-/// SETTINGS_HEADER_TABLE_SIZE, which is not changed.
+/// SETTINGS_HEADER_TABLE_SIZE, which keeps its default.
 const TABLE_SIZE: usize = 4096;
-/// A field that makes a message malformed: `connection: x`, a literal that is not put into the table.
-const MARK: &[u8] = b"\x00\x0aconnection\x01x";
+/// A field that makes a message malformed: `connection: x`, a literal without indexing.
+const MALFORMED_FIELD: &[u8] = b"\x00\x0aconnection\x01x";
 
 /// A block with the field that makes its message malformed.
-fn marked(mut block: Vec<u8>) -> Vec<u8> {
-    block.extend_from_slice(MARK);
+fn mark_malformed(mut block: Vec<u8>) -> Vec<u8> {
+    block.extend_from_slice(MALFORMED_FIELD);
     block
 }
 
@@ -95,33 +96,33 @@ const STATIC_NAMES: [&str; 61] = [
     "www-authenticate",
 ];
 
-/// Whose a block is.
+/// The message that a block belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockKind {
     Request,
-    /// They must have no pseudo-header fields (RFC 9113 §8.1), which `h2` passes over.
+    /// They must have no pseudo-header fields (RFC 9113 §8.1), which `h2` ignores.
     RequestTrailers,
-    /// Head or trailers. Only what `h2` cannot decode is looked for: it judges the rest itself.
+    /// Head or trailers. Only fields that `h2` cannot decode are looked for: it checks the rest itself.
     Response,
 }
 
-/// What a block is found to be.
+/// The result of a check.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct CheckedBlock {
-    /// What `h2` is to decode in its place.
+    /// What `h2` is to decode instead.
     pub replacement: Option<Vec<u8>>,
     /// Why the message is malformed.
     pub fault: Option<FieldFault>,
-    /// The `:path` as it came, where `h2` cannot hold it: it decodes a stand-in of the same length.
+    /// The original `:path`, if `h2` cannot hold it: it decodes a placeholder of the same length.
     pub path: Option<Rc<[u8]>>,
 }
 
-/// Follows the table of one direction of a connection.
+/// Checks the blocks of one direction of a connection, and tracks its dynamic table.
 #[derive(Debug)]
 pub struct BlockChecker {
     entries: VecDeque<Entry>,
     size: usize,
-    most: usize,
+    max_size: usize,
     text: Vec<u8>,
 }
 
@@ -129,7 +130,7 @@ struct NotHpack;
 
 impl Default for BlockChecker {
     fn default() -> Self {
-        Self { entries: VecDeque::new(), size: 0, most: TABLE_SIZE, text: Vec::new() }
+        Self { entries: VecDeque::new(), size: 0, max_size: TABLE_SIZE, text: Vec::new() }
     }
 }
 
@@ -138,80 +139,81 @@ impl CheckedBlock {
     pub fn fail(&mut self, fault: FieldFault, block: &[u8]) {
         if self.fault.is_none() {
             self.fault = Some(fault);
-            self.replacement = Some(marked(self.replacement.take().unwrap_or_else(|| block.to_vec())));
+            self.replacement =
+                Some(mark_malformed(self.replacement.take().unwrap_or_else(|| block.to_vec())));
         }
     }
 }
 
 impl BlockChecker {
-    /// Checks a whole block; `None`: it is not HPACK, and the connection cannot go on.
+    /// Checks a complete block; `None`: it is not HPACK, and the connection cannot continue.
     pub fn check(&mut self, block: &[u8], kind: BlockKind) -> Option<CheckedBlock> {
         self.read(block, kind).ok()
     }
 
     fn read(&mut self, block: &[u8], kind: BlockKind) -> Result<CheckedBlock, NotHpack> {
         let (mut rest, mut message) = (block, Message::new(kind));
-        // What was written anew, and up to where.
-        let mut anew: Option<Vec<u8>> = None;
+        // The rewritten block up to here, once a field has to be replaced.
+        let mut rewritten: Option<Vec<u8>> = None;
         while let [first, ..] = rest {
             let (first, before) = (*first, rest);
-            let mut behind_name = None;
+            let mut after_name = None;
             let entry = if first & 0x80 != 0 {
                 Some(self.entry(integer(&mut rest, 7)?)?)
             } else if first & 0x40 != 0 {
-                Some(self.literal(&mut rest, 6, &mut behind_name)?)
+                Some(self.literal(&mut rest, 6, &mut after_name)?)
             } else if first & 0x20 != 0 {
-                let most = integer(&mut rest, 5)?;
-                if most > TABLE_SIZE {
+                let max_size = integer(&mut rest, 5)?;
+                if max_size > TABLE_SIZE {
                     return Err(NotHpack);
                 }
-                self.most = most;
+                self.max_size = max_size;
                 self.evict(0);
                 None
             } else {
-                Some(self.literal(&mut rest, 4, &mut behind_name)?)
+                Some(self.literal(&mut rest, 4, &mut after_name)?)
             };
-            let taken = &before[..before.len() - rest.len()];
+            let consumed = &before[..before.len() - rest.len()];
             let Some(mut entry) = entry else {
-                if let Some(anew) = &mut anew {
-                    anew.extend_from_slice(taken);
+                if let Some(rewritten) = &mut rewritten {
+                    rewritten.extend_from_slice(consumed);
                 }
                 continue;
             };
             message.add(&entry);
-            // The beginning of a literal, up to its value.
-            let name = behind_name.and_then(|left| before.get(..before.len() - left));
+            // The start of a literal, up to its value.
+            let name = after_name.and_then(|left| before.get(..before.len() - left));
             let goes_into_table = first & 0xc0 == 0x40;
-            let stand_in = entry.path.as_deref().zip(name);
-            if (entry.undecodable || stand_in.is_some() || message.is_too_large()) && anew.is_none() {
-                anew = Some(block[..block.len() - before.len()].to_vec());
+            let placeholder = entry.path.as_deref().zip(name);
+            if (entry.undecodable || placeholder.is_some() || message.is_too_large()) && rewritten.is_none() {
+                rewritten = Some(block[..block.len() - before.len()].to_vec());
             }
-            if let Some(anew) = &mut anew {
-                match (stand_in, name) {
+            if let Some(rewritten) = &mut rewritten {
+                match (placeholder, name) {
                     (Some((path, name)), _) => {
-                        anew.extend_from_slice(name);
-                        write_stand_in(path, anew);
+                        rewritten.extend_from_slice(name);
+                        write_stand_in(path, rewritten);
                     }
                     (None, Some(name)) if entry.undecodable && goes_into_table => {
-                        entry.write_in_place(name, anew).ok_or(NotHpack)?;
+                        entry.write_in_place(name, rewritten).ok_or(NotHpack)?;
                     }
-                    // What is bad is left out, and of trailers that are too large what the table can do without.
+                    // Drop bad fields, and of trailers that are too large all fields that the table does not need.
                     _ if entry.undecodable || (message.is_too_large() && !goes_into_table) => {}
-                    _ => anew.extend_from_slice(taken),
+                    _ => rewritten.extend_from_slice(consumed),
                 }
             }
             if goes_into_table {
                 self.add(entry);
             }
         }
-        let mut checked = CheckedBlock { replacement: anew, fault: None, path: message.path };
+        let mut checked = CheckedBlock { replacement: rewritten, fault: None, path: message.path };
         if let Some(fault) = message.fault {
             checked.fail(fault, block);
         }
         Ok(checked)
     }
 
-    /// Method and path of a request, as far as its block has them in words and not by an index of the table.
+    /// Method and path of a request, if its block has them as literals or from the static table.
     pub fn request_line(&mut self, block: &[u8]) -> RefusedLine {
         let mut line = RefusedLine::default();
         let mut rest = block;
@@ -222,7 +224,7 @@ impl BlockChecker {
             } else if first & 0x80 != 0 {
                 integer(&mut rest, 7).map(static_field)
             } else {
-                self.words(&mut rest, if first & 0x40 != 0 { 6 } else { 4 })
+                self.literal_field(&mut rest, if first & 0x40 != 0 { 6 } else { 4 })
             };
             match field {
                 Ok(Some((Name::Method, method))) => line.method = Method::from_bytes(&method).ok(),
@@ -234,8 +236,8 @@ impl BlockChecker {
         line
     }
 
-    /// A literal whose name is no index of the table that changes.
-    fn words(&mut self, rest: &mut &[u8], prefix: u32) -> Result<Option<(Name, Vec<u8>)>, NotHpack> {
+    /// A literal. `None` if its name is from the dynamic table.
+    fn literal_field(&mut self, rest: &mut &[u8], prefix: u32) -> Result<Option<(Name, Vec<u8>)>, NotHpack> {
         let name = match integer(rest, prefix)? {
             0 => Some(Name::of(string(rest, &mut self.text)?)),
             index => STATIC_NAMES.get(index - 1).map(|name| Name::of(name.as_bytes())),
@@ -259,12 +261,12 @@ impl BlockChecker {
         }
     }
 
-    /// `behind_name`: how many bytes there are behind the name.
+    /// `after_name`: set to how many bytes follow the name.
     fn literal(
         &mut self,
         rest: &mut &[u8],
         prefix: u32,
-        behind_name: &mut Option<usize>,
+        after_name: &mut Option<usize>,
     ) -> Result<Entry, NotHpack> {
         let index = integer(rest, prefix)?;
         let (name, name_length) = if index == 0 {
@@ -274,7 +276,7 @@ impl BlockChecker {
             let entry = self.entry(index)?;
             (entry.name, entry.name_length)
         };
-        *behind_name = Some(rest.len());
+        *after_name = Some(rest.len());
         let value = string(rest, &mut self.text)?;
         Ok(Entry::new(name, name_length, value))
     }
@@ -282,15 +284,15 @@ impl BlockChecker {
     fn add(&mut self, entry: Entry) {
         let size = entry.size();
         self.evict(size);
-        if size <= self.most {
+        if size <= self.max_size {
             self.size += size;
             self.entries.push_front(entry);
         }
     }
 
-    /// Makes room for so many bytes.
+    /// Evicts entries until `wanted` bytes fit.
     fn evict(&mut self, wanted: usize) {
-        while self.size + wanted > self.most
+        while self.size + wanted > self.max_size
             && let Some(oldest) = self.entries.pop_back()
         {
             self.size -= oldest.size();
@@ -324,15 +326,15 @@ fn static_field(index: usize) -> Option<(Name, Vec<u8>)> {
     Some((Name::of(name.as_bytes()), static_value(index).as_bytes().to_vec()))
 }
 
-/// An integer (RFC 7541 §5.1) of up to five bytes, as `h2` takes it.
+/// An integer (RFC 7541 §5.1) of up to five bytes, as `h2` accepts it.
 fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, NotHpack> {
     let (first, mut after) = rest.split_first().ok_or(NotHpack)?;
-    let most = (1_usize << prefix) - 1;
-    let mut value = usize::from(*first) & most;
-    if value == most {
+    let max_prefix = (1_usize << prefix) - 1;
+    let mut value = usize::from(*first) & max_prefix;
+    if value == max_prefix {
         for shift in (0..28).step_by(7) {
-            let (byte, behind) = after.split_first().ok_or(NotHpack)?;
-            after = behind;
+            let (byte, next) = after.split_first().ok_or(NotHpack)?;
+            after = next;
             value += usize::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 *rest = after;

@@ -1,4 +1,4 @@
-//! The Huffman code of HPACK (RFC 7541 appendix B), which is canonical: the lengths of its codes say all.
+//! The Huffman code of HPACK (RFC 7541 appendix B). It is canonical: the lengths of its codes determine it.
 
 const LENGTHS: [u8; 256] = [
     13, 23, 28, 28, 28, 28, 28, 28, 28, 24, 30, 28, 28, 30, 28, 28, 28, 28, 28, 28, 28, 28, 30, 28, 28, 28,
@@ -16,7 +16,7 @@ const LENGTHS: [u8; 256] = [
 const SHORTEST: usize = 5;
 const LONGEST: usize = 30;
 
-/// The codes of each length: the first one, how many, and where their symbols begin.
+/// The codes of each length: the first one, how many, and where their symbols start.
 struct Code {
     first: [u32; LONGEST + 1],
     count: [u32; LONGEST + 1],
@@ -52,7 +52,7 @@ const fn code() -> Code {
     code
 }
 
-/// The symbol that eight bits begin with, and how long its code is; 0: longer than eight bits.
+/// The symbol of the code that eight bits start with, and the length of the code; 0: longer than eight bits.
 const SHORT: [(u8, u8); 256] = short();
 
 const fn short() -> [(u8, u8); 256] {
@@ -72,7 +72,7 @@ const fn short() -> [(u8, u8); 256] {
     table
 }
 
-/// Appends what `bytes` mean. False where they are not of this code.
+/// Decodes `bytes` and appends the result. False if they are invalid.
 pub fn decode(bytes: &[u8], out: &mut Vec<u8>) -> bool {
     let (mut bits, mut count) = (0_u64, 0);
     let mut bytes = bytes.iter();
@@ -88,13 +88,13 @@ pub fn decode(bytes: &[u8], out: &mut Vec<u8>) -> bool {
         count -= length;
         bits &= (1 << count) - 1;
     }
-    // The rest is padding: the beginning of the code for the end, which is ones.
+    // The rest is padding: the start of the code for end-of-string, which is all ones.
     count < 8 && bits == (1 << count) - 1
 }
 
-/// The symbol of the highest of `count` bits, and how long its code is.
+/// The symbol of the code that the highest of `count` bits start with, and the length of the code.
 fn first_symbol(bits: u64, count: usize) -> Option<(u8, usize)> {
-    // What is missing of eight bits does not matter to a shorter code.
+    // A code shorter than eight bits does not depend on the missing ones.
     let head = if count >= 8 { bits >> (count - 8) } else { bits << (8 - count) };
     let (symbol, length) = SHORT[(head & 0xff) as usize];
     if length != 0 {
@@ -112,7 +112,7 @@ mod tests {
 
     /// RFC 7541 appendix C.4 and C.6.
     #[test]
-    fn the_examples_of_the_standard_are_read() {
+    fn the_examples_of_the_rfc_are_decoded() {
         for (hex, text) in [
             ("f1e3c2e5f23a6ba0ab90f4ff", "www.example.com"),
             ("a8eb10649cbf", "no-cache"),
@@ -134,7 +134,7 @@ mod tests {
         }
     }
 
-    /// By the lengths of the codes alone, one length after the other.
+    /// Uses the lengths of the codes alone, one length after the other.
     fn first_symbol_by_lengths(bits: u64, count: usize) -> Option<(u8, usize)> {
         (SHORTEST..=LONGEST.min(count)).find_map(|length| {
             let at = ((bits >> (count - length)) as u32).wrapping_sub(CODE.first[length]);
@@ -144,18 +144,18 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn the_table_of_short_codes_changes_nothing(bits: u64, count in 0_usize..=64) {
+        fn the_table_of_short_codes_agrees_with_the_lengths(bits: u64, count in 0_usize..=64) {
             let bits = if count == 64 { bits } else { bits & ((1 << count) - 1) };
             proptest::prop_assert_eq!(first_symbol(bits, count), first_symbol_by_lengths(bits, count));
         }
     }
 
     #[test]
-    fn wrong_padding_and_the_end_itself_are_refused() {
+    fn wrong_padding_and_end_of_string_are_rejected() {
         let mut out = Vec::new();
-        assert!(!decode(&[0b0001_1000], &mut out), "padded by zeros");
+        assert!(!decode(&[0b0001_1000], &mut out), "padded with zeros");
         assert!(!decode(&[0xff], &mut out), "more than seven bits of padding");
-        assert!(!decode(&[0xff; 4], &mut out), "the code for the end");
+        assert!(!decode(&[0xff; 4], &mut out), "the code for end-of-string");
         assert!(decode(&[], &mut out));
     }
 }

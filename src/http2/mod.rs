@@ -1,5 +1,5 @@
-//! HTTP/2 on the wire: what the connections of clients and those to endpoints share. Framing, HPACK and flow control are
-//! those of the `h2` crate; this module adds message bodies, tunnels, and a view of the frames that pass.
+//! HTTP/2 on the wire: what connections of clients and connections to endpoints share. The `h2` crate implements
+//! framing, HPACK and flow control; this module adds message bodies, tunnels, and an observer of the frames.
 
 pub mod arrivals;
 pub mod body;
@@ -15,13 +15,13 @@ pub mod wire;
 
 use std::time::Duration;
 
-/// Streams that were reset on this side and whose late frames are still ignored. Frames of a stream that is forgotten are
-/// errors (RFC 9113 §5.1), and late trailers even end the connection. About half a KiB each.
+/// How many streams that were reset here `h2` remembers, to ignore their late frames. Frames of a stream that is no
+/// longer remembered are errors (RFC 9113 §5.1), and late trailers even end the connection. About half a KiB each.
 pub const REMEMBERED_RESETS: usize = 2048;
-/// How long such a stream is remembered: longer than any round trip and any queue on the way.
+/// How long such a stream is remembered: longer than any round trip and any queue in between.
 pub const RESET_MEMORY: Duration = Duration::from_secs(30);
-/// Stream errors over a connection's life after which `h2` ends it at once. It bounds the memory that unwritten resets
-/// can take; long before, the connection is asked to leave ([`ERRORS_TO_RETIRE`]).
+/// Stream errors over a connection's life after which `h2` ends it at once. It bounds the memory for resets that are
+/// not written yet; long before, the connection is drained ([`ERRORS_TO_RETIRE`]).
 pub const MOST_STREAM_ERRORS: usize = 16_384;
 /// Stream errors over a connection's life after which it takes no new streams.
 pub const ERRORS_TO_RETIRE: u32 = 8_192;

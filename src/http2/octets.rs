@@ -1,15 +1,15 @@
-//! The bytes of field names and values, told by a table: `http` would copy each field to tell.
+//! Checks the bytes of field names and values with a table: `http` would copy each field to check it.
 
 /// In a field name of HTTP/2: a token (RFC 9110 §5.6.2) in lower case (RFC 9113 §8.2.1).
 const NAME: u8 = 1;
-/// In a field value: HTAB, what is visible, SP, and bytes above ASCII (RFC 9110 §5.5).
+/// In a field value: HTAB, visible characters, SP, and bytes above ASCII (RFC 9110 §5.5).
 const VALUE: u8 = 2;
 
-/// `http` takes no longer names.
+/// The longest name that `http` accepts.
 const LONGEST_NAME: usize = u16::MAX as usize;
 
-const KINDS: [u8; 256] = {
-    let (mut kinds, mut at) = ([0; 256], 0);
+const BYTE_CLASSES: [u8; 256] = {
+    let (mut classes, mut at) = ([0; 256], 0);
     while at < 256 {
         let byte = at as u8;
         if byte.is_ascii_lowercase()
@@ -32,14 +32,14 @@ const KINDS: [u8; 256] = {
                     | b'~'
             )
         {
-            kinds[at] |= NAME;
+            classes[at] |= NAME;
         }
         if byte == b'\t' || (byte >= b' ' && byte != 0x7f) {
-            kinds[at] |= VALUE;
+            classes[at] |= VALUE;
         }
         at += 1;
     }
-    kinds
+    classes
 };
 
 pub fn is_field_name(name: &[u8]) -> bool {
@@ -50,8 +50,8 @@ pub fn is_field_value(value: &[u8]) -> bool {
     are_all(value, VALUE)
 }
 
-fn are_all(bytes: &[u8], kind: u8) -> bool {
-    bytes.iter().all(|byte| KINDS[usize::from(*byte)] & kind != 0)
+fn are_all(bytes: &[u8], class: u8) -> bool {
+    bytes.iter().all(|byte| BYTE_CLASSES[usize::from(*byte)] & class != 0)
 }
 
 #[cfg(test)]
@@ -61,13 +61,14 @@ mod tests {
 
     use super::*;
 
-    /// By `http`, but for the quotation mark: it is no token, and some versions of `http` take it.
+    /// As `http` decides, except for the quotation mark: it is not a token character, but some versions of `http`
+    /// accept it.
     fn is_name_to_http(name: &[u8]) -> bool {
         HeaderName::from_lowercase(name).is_ok() && !name.contains(&b'"')
     }
 
     #[test]
-    fn each_byte_is_judged_as_http_does() {
+    fn each_byte_is_classified_as_by_http() {
         for byte in 0..=u8::MAX {
             for text in [&[byte][..], &[b'a', byte], &[byte, b'a']] {
                 assert_eq!(is_field_name(text), is_name_to_http(text), "{text:?}");
@@ -82,7 +83,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn texts_are_judged_as_http_does(
+        fn strings_are_classified_as_by_http(
             any in prop::collection::vec(any::<u8>(), 0..100),
             name in "[a-z0-9!#$%&'*+.^_`|~-]{1,80}",
             value in "[\t -~]{0,80}",

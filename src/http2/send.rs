@@ -1,4 +1,4 @@
-//! Sends a message's body.
+//! Sends the body of a message.
 
 use std::{
     error::Error,
@@ -11,30 +11,30 @@ use bytes::Bytes;
 use h2::{Reason, SendStream};
 use http_body::Body;
 
-/// Moves a body to a stream, no faster than the peer takes it.
+/// Copies a body to a stream, no faster than flow control allows.
 #[derive(Debug)]
 pub struct BodySender<B> {
     stream: SendStream<Bytes>,
     body: B,
-    /// Data that waits for the peer's window, and whether it is the last.
-    waiting: Option<(Bytes, bool)>,
+    /// Data that waits for flow control, and whether it is the last.
+    pending: Option<(Bytes, bool)>,
 }
 
-/// Why a body was not sent to its end.
+/// Why a body was not sent completely.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
     #[error(transparent)]
     Stream(#[from] h2::Error),
-    /// The stream was reset on this side.
-    #[error("the body broke off")]
+    /// The body failed, and the stream was reset here.
+    #[error("the body ended early")]
     Body,
-    #[error("the stream does not take any more")]
+    #[error("the stream is closed for sending")]
     Closed,
 }
 
 impl<B> BodySender<B> {
     pub fn new(body: B, stream: SendStream<Bytes>) -> Self {
-        Self { stream, body, waiting: None }
+        Self { stream, body, pending: None }
     }
 }
 
@@ -48,24 +48,24 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         loop {
-            // Asked in each turn, as it is what wakes this task for RST_STREAM.
+            // Polled in each iteration, because this registers the waker for RST_STREAM.
             if let Poll::Ready(reason) = this.stream.poll_reset(cx)? {
                 return Poll::Ready(Err(SendError::Stream(reason.into())));
             }
-            if this.waiting.is_some() {
+            if this.pending.is_some() {
                 while this.stream.capacity() == 0 {
                     if ready!(this.stream.poll_capacity(cx)).transpose()?.is_none() {
                         return Poll::Ready(Err(SendError::Closed));
                     }
                 }
-                if let Some((data, last)) = this.waiting.take() {
+                if let Some((data, last)) = this.pending.take() {
                     this.stream.send_data(data, last)?;
                     if last {
                         return Poll::Ready(Ok(()));
                     }
                 }
             }
-            // A frame first, and only then a claim on the connection's window, which other streams may need.
+            // Wait for a frame before reserving window of the connection, which other streams may need.
             let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
                 Some(Err(error)) => {
@@ -81,13 +81,13 @@ where
                 Ok(data) if data.is_empty() && !this.body.is_end_stream() => {}
                 Ok(data) => {
                     let last = this.body.is_end_stream();
-                    // `h2` asks for the rest of the data once it has it.
+                    // `h2` reserves capacity for the rest of the data once it has it.
                     this.stream.reserve_capacity(data.len().min(1));
                     if data.is_empty() {
                         this.stream.send_data(data, last)?;
                         return Poll::Ready(Ok(()));
                     }
-                    this.waiting = Some((data, last));
+                    this.pending = Some((data, last));
                 }
                 Err(frame) => {
                     if let Ok(trailers) = frame.into_trailers() {
@@ -101,7 +101,7 @@ where
     }
 }
 
-/// By which code a stream is reset whose body broke off: the one by which it came, where it came by HTTP/2.
+/// The code to reset a stream with if its body failed: that of the failure, if it came by HTTP/2.
 fn reason_of(error: &(dyn Error + 'static)) -> Reason {
     let mut error = Some(error);
     while let Some(this) = error {

@@ -1,4 +1,4 @@
-//! The bytes inside a CONNECT tunnel.
+//! The byte stream inside a CONNECT tunnel.
 
 use std::{
     io,
@@ -10,10 +10,10 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Bytes taken at a time: one frame.
-const MOST: usize = 16 * 1024;
+/// The most bytes per write: one frame.
+const MAX_WRITE: usize = 16 * 1024;
 
-/// A stream of HTTP/2 as a stream of bytes.
+/// An HTTP/2 stream as a byte stream.
 #[derive(Debug)]
 pub struct Tunnel {
     send: SendStream<Bytes>,
@@ -27,7 +27,7 @@ impl Tunnel {
     }
 }
 
-fn broken(error: h2::Error) -> io::Error {
+fn to_io_error(error: h2::Error) -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionReset, error)
 }
 
@@ -41,14 +41,14 @@ impl AsyncRead for Tunnel {
             match ready!(self.receive.poll_data(cx)) {
                 None => return Poll::Ready(Ok(())),
                 Some(Ok(data)) => {
-                    // Cannot fail: so much has just been received.
+                    // Cannot fail: this many bytes were just received.
                     let _ = self.receive.flow_control().release_capacity(data.len());
                     self.unread = data;
                 }
                 Some(Err(error)) if matches!(error.reason(), Some(Reason::NO_ERROR | Reason::CANCEL)) => {
                     return Poll::Ready(Ok(()));
                 }
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                Some(Err(error)) => return Poll::Ready(Err(to_io_error(error))),
             }
         }
         let count = self.unread.len().min(buf.remaining());
@@ -62,17 +62,17 @@ impl AsyncWrite for Tunnel {
         if buf.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        self.send.reserve_capacity(buf.len().min(MOST));
+        self.send.reserve_capacity(buf.len().min(MAX_WRITE));
         while self.send.capacity() == 0 {
             match ready!(self.send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                Some(Err(error)) => return Poll::Ready(Err(to_io_error(error))),
                 None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
             }
         }
-        let count = self.send.capacity().min(buf.len()).min(MOST);
+        let count = self.send.capacity().min(buf.len()).min(MAX_WRITE);
         let data = Bytes::copy_from_slice(buf.get(..count).unwrap_or(buf));
-        self.send.send_data(data, false).map_err(broken)?;
+        self.send.send_data(data, false).map_err(to_io_error)?;
         Poll::Ready(Ok(count))
     }
 
@@ -81,6 +81,6 @@ impl AsyncWrite for Tunnel {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.send.send_data(Bytes::new(), true).map_err(broken))
+        Poll::Ready(self.send.send_data(Bytes::new(), true).map_err(to_io_error))
     }
 }

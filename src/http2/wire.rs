@@ -1,5 +1,5 @@
-//! What can be seen of an HTTP/2 connection from outside of `h2`: when bytes came, what errors went out, how much of the
-//! peer's window is left.
+//! The state of an HTTP/2 connection as its frames show it, which `h2` does not expose: when bytes were received,
+//! which errors were sent, how much of the peer's window is left.
 
 use std::{
     cell::{Cell, RefCell},
@@ -20,42 +20,43 @@ use super::{
     frames::{self, FrameHead, FrameScanner},
 };
 
-/// RFC 9113 §6.9.2.
-const FIRST_WINDOW: i64 = 65_535;
-/// A header block above this may have a field that `h2` leaves out without a word: compressed, a field can be 1.6 times as
-/// long. One below can not, unless what `h2` keeps is above [`crate::http1::framing::MAX_TRAILERS`] as well.
+/// The initial connection window (RFC 9113 §6.9.2).
+const INITIAL_WINDOW: i64 = 65_535;
+/// A header block above this may have a field that `h2` drops silently: a decoded field can be 1.6 times as long as a
+/// compressed one. One below cannot, unless what `h2` keeps is above [`crate::http1::framing::MAX_TRAILERS`] as well.
 const LARGE_BLOCK: u32 = crate::http1::framing::MAX_HEADER_LIST / 2;
-/// Streams that are remembered for what befell them.
-const MOST_REMEMBERED: usize = 64;
+/// How many streams with a fault or a large block are remembered.
+const MAX_REMEMBERED: usize = 64;
 
-/// The state of a connection as its frames show it. Written by [`Wired`], read by the task that serves the connection.
+/// The state of a connection as its frames show it. [`ObservedIo`] writes it, the task that serves the connection
+/// reads it.
 #[derive(Debug)]
 pub struct Wire {
-    /// Since when the peer has taken nothing of what is to be written.
+    /// Since when the peer has accepted none of the bytes to be written.
     blocked: Cell<Option<Instant>>,
-    /// When bytes came last; `None` before the first.
+    /// When bytes were last received; `None` before the first.
     heard: Cell<Option<Instant>>,
-    /// HEADERS and DATA frames that came.
+    /// HEADERS and DATA frames received.
     messages: Cell<u64>,
-    /// The peer has announced that it takes no more streams.
+    /// The peer has sent GOAWAY.
     going_away: Cell<bool>,
-    /// Streams that were reset here for what the peer did.
+    /// Streams reset here because of a fault of the peer.
     faults: Cell<u32>,
-    /// Streams that were reset here because they were refused, or for frames that came too late.
+    /// Streams reset here because they were refused, or because of late frames.
     refusals: Cell<u32>,
-    /// What may still be sent on the whole connection.
+    /// The remaining send window of the connection.
     window: Cell<i64>,
-    /// Since when that is nothing.
+    /// Since when it is exhausted.
     window_empty: Cell<Option<Instant>>,
     incoming: RefCell<FrameScanner>,
     outgoing: RefCell<FrameScanner>,
-    /// Bytes of the header block that came last.
+    /// Bytes of the last header block received.
     block: Cell<u32>,
-    /// Streams of which a header block came that was larger than [`LARGE_BLOCK`].
+    /// Streams with a header block larger than [`LARGE_BLOCK`].
     large_blocks: RefCell<Vec<u32>>,
-    /// Streams that were reset here last for what the peer did.
+    /// The last streams reset here because of a fault of the peer.
     faulted: RefCell<Vec<u32>>,
-    /// Of a connection that a client has opened.
+    /// Used for connections of clients only.
     pub arrivals: Arrivals,
 }
 
@@ -68,7 +69,7 @@ impl Wire {
             going_away: Cell::default(),
             faults: Cell::default(),
             refusals: Cell::default(),
-            window: Cell::new(FIRST_WINDOW),
+            window: Cell::new(INITIAL_WINDOW),
             window_empty: Cell::default(),
             incoming: RefCell::new(incoming),
             outgoing: RefCell::new(outgoing),
@@ -79,42 +80,47 @@ impl Wire {
         })
     }
 
-    /// Of a connection that a client has opened.
+    /// For a connection of a client.
     pub fn server() -> Rc<Self> {
         Self::new(FrameScanner::skipping(frames::PREFACE_LENGTH), FrameScanner::default())
     }
 
-    /// Of a connection to an endpoint.
+    /// For a connection to an endpoint.
     pub fn client() -> Rc<Self> {
         Self::new(FrameScanner::default(), FrameScanner::skipping(frames::PREFACE_LENGTH))
     }
 
+    /// Since when the peer has accepted no bytes; `None` if it does.
     pub fn blocked(&self) -> Option<Instant> {
         self.blocked.get()
     }
 
+    /// When bytes were last received; `None` before the first.
     pub fn heard(&self) -> Option<Instant> {
         self.heard.get()
     }
 
+    /// How many HEADERS and DATA frames were received.
     pub fn messages(&self) -> u64 {
         self.messages.get()
     }
 
+    /// Whether the peer has sent GOAWAY.
     pub fn is_going_away(&self) -> bool {
         self.going_away.get()
     }
 
+    /// Since when the connection's send window is exhausted; `None` if it is not.
     pub fn window_empty_since(&self) -> Option<Instant> {
         self.window_empty.get()
     }
 
-    /// Streams reset for a fault of the peer, since this was asked last.
+    /// Returns and resets the count of streams reset for a fault of the peer.
     pub fn take_faults(&self) -> u32 {
         self.faults.take()
     }
 
-    /// Streams refused and frames that came too late, since this was asked last.
+    /// Returns and resets the count of refused streams and late frames.
     pub fn take_refusals(&self) -> u32 {
         self.refusals.take()
     }
@@ -127,7 +133,7 @@ impl Wire {
                 self.messages.set(self.messages.get() + 1);
                 self.block.set(frame.length);
             }
-            frames::CONTINUATION => self.continues(frame),
+            frames::CONTINUATION => self.add_continuation(frame),
             frames::WINDOW_UPDATE if frame.stream == 0 => {
                 self.add_window(i64::from(frame.value & 0x7fff_ffff))
             }
@@ -145,7 +151,7 @@ impl Wire {
         });
     }
 
-    fn continues(&self, frame: FrameHead) {
+    fn add_continuation(&self, frame: FrameHead) {
         let before = self.block.get();
         let now = before.saturating_add(frame.length);
         self.block.set(now);
@@ -165,12 +171,12 @@ impl Wire {
         self.window_empty.set(empty);
     }
 
-    /// Whether a stream was reset here for what the peer sent on it.
+    /// Whether a stream was reset here because of what the peer sent on it.
     pub fn has_faulted(&self, stream: u32) -> bool {
         self.faulted.borrow().contains(&stream)
     }
 
-    /// Other codes are those by which a message ends early: no fault of anyone.
+    /// Other codes end a message early without a fault.
     fn was_reset(&self, frame: FrameHead) {
         let reason = Reason::from(frame.value);
         self.arrivals.was_reset(frame.stream, reason);
@@ -185,7 +191,7 @@ impl Wire {
         count.set(count.get().saturating_add(1));
     }
 
-    fn note_blocked<T>(&self, polled: Poll<T>) -> Poll<T> {
+    fn record_blocked<T>(&self, polled: Poll<T>) -> Poll<T> {
         match &polled {
             Poll::Pending => self.blocked.set(Some(self.blocked.get().unwrap_or_else(Instant::now))),
             Poll::Ready(_) => self.blocked.set(None),
@@ -195,13 +201,13 @@ impl Wire {
 }
 
 fn remember(streams: &mut Vec<u32>, stream: u32) {
-    if streams.len() == MOST_REMEMBERED {
+    if streams.len() == MAX_REMEMBERED {
         streams.remove(0);
     }
     streams.push(stream);
 }
 
-/// A stream whose frames are noted in a [`Wire`].
+/// An I/O stream whose frames are recorded in a [`WireState`].
 #[derive(Debug)]
 pub struct Wired<S> {
     stream: S,
@@ -232,7 +238,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wired<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Wired<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        let count = ready!(self.wire.note_blocked(written))?;
+        let count = ready!(self.wire.record_blocked(written))?;
         self.wire.sent(buf.get(..count).unwrap_or(buf));
         Poll::Ready(Ok(count))
     }
@@ -243,7 +249,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Wired<S> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        let count = ready!(self.wire.note_blocked(written))?;
+        let count = ready!(self.wire.record_blocked(written))?;
         let mut left = count;
         for buf in bufs {
             let part = left.min(buf.len());
@@ -266,7 +272,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Wired<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let closed = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.wire.note_blocked(closed)
+        self.wire.record_blocked(closed)
     }
 }
 
@@ -287,27 +293,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_is_known_since_when_nothing_is_taken() {
+    async fn the_start_of_a_write_stall_is_recorded() {
         let (mut client, stream) = duplex(10);
         let wire = Wire::server();
         let mut io = Wired::new(stream, &wire);
         io.write_all(&[0; 10]).await.unwrap();
         assert_eq!(wire.blocked(), None);
-        let begun = Instant::now();
-        let takes = async {
+        let start = Instant::now();
+        let reads = async {
             tokio::time::sleep(Duration::from_secs(7)).await;
-            assert_eq!(wire.blocked(), Some(begun));
+            assert_eq!(wire.blocked(), Some(start));
             client.read_exact(&mut [0; 20]).await
         };
-        let (written, read) = tokio::join!(io.write_all(&[0; 10]), takes);
+        let (written, read) = tokio::join!(io.write_all(&[0; 10]), reads);
         written.unwrap();
         assert_eq!(read.unwrap(), 20);
         assert_eq!(wire.blocked(), None);
     }
 
-    /// What ends early is no fault; what the peer did wrong is, and what it sent too late is counted by itself.
+    /// An early end is no fault, a protocol violation is, and late frames are counted separately.
     #[tokio::test]
-    async fn resets_are_counted_by_what_they_say() {
+    async fn resets_are_counted_by_their_code() {
         let (_client, stream) = duplex(1 << 16);
         let wire = Wire::server();
         let mut io = Wired::new(stream, &wire);
@@ -339,7 +345,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_window_of_the_connection_is_followed() {
+    async fn the_connection_window_is_tracked() {
         let (mut server, stream) = duplex(1 << 20);
         let wire = Wire::client();
         let mut io = Wired::new(stream, &wire);
@@ -351,7 +357,7 @@ mod tests {
         assert!(wire.window_empty_since().is_some(), "65,536 of 65,535 bytes are sent");
         server.write_all(&frame(frames::WINDOW_UPDATE, 1, &1000_u32.to_be_bytes())).await.unwrap();
         io.read_exact(&mut [0; 13]).await.unwrap();
-        assert!(wire.window_empty_since().is_some(), "that was for one stream");
+        assert!(wire.window_empty_since().is_some(), "that was the window of a stream");
         server.write_all(&frame(frames::WINDOW_UPDATE, 0, &1000_u32.to_be_bytes())).await.unwrap();
         io.read_exact(&mut [0; 13]).await.unwrap();
         assert_eq!(wire.window_empty_since(), None);

@@ -1,15 +1,15 @@
-//! Handshakes, counted.
+//! Counters of TLS handshakes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::handshake::FailureKind;
 
-/// TLS handshakes, by how they ended.
+/// TLS handshakes by direction and outcome.
 #[derive(Debug, Default)]
 pub struct Handshakes {
     pub inbound: HandshakeCounts,
     pub outbound: HandshakeCounts,
-    /// Plaintext that came where only TLS is taken.
+    /// Plaintext connections rejected where TLS is required.
     pub plaintext_refused: AtomicU64,
 }
 
@@ -30,7 +30,7 @@ impl HandshakeCounts {
         self.failed[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Each outcome's word and count.
+    /// The label of each outcome and its count.
     pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let failed = FailureKind::ALL.into_iter().map(|kind| (kind.word(), &self.failed[kind as usize]));
         let done = [("full", &self.full), ("resumed", &self.resumed)];

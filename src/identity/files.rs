@@ -1,4 +1,4 @@
-//! Reading the files of an identity.
+//! Reads the files that `[identity]` and upstreams name.
 
 use std::time::SystemTime;
 
@@ -8,12 +8,12 @@ use super::{
 };
 use crate::config::{Bundles, Config, Identity, TlsMode};
 
-/// The largest certificate, key or bundle.
+/// The largest certificate, key or bundle, in bytes.
 const MAX_PEM: u64 = 4 << 20;
-/// The largest revocation list.
+/// The largest revocation list, in bytes.
 const MAX_CRL: u64 = 32 << 20;
 
-/// Reads all files of `[identity]`. None where it names none: the certificate comes from the Workload API.
+/// Reads all files of `[identity]`. `None` if it names none: the certificate comes from the Workload API.
 ///
 /// # Errors
 ///
@@ -30,7 +30,7 @@ pub fn read(settings: &Identity) -> Result<Option<Pem>, MaterialError> {
     }))
 }
 
-/// Reads the file of revocation lists. The Workload API may tell others beside it.
+/// Reads the file of revocation lists. The Workload API may deliver more.
 ///
 /// # Errors
 ///
@@ -73,30 +73,30 @@ pub fn paths(settings: &Identity) -> Vec<std::path::PathBuf> {
     own.into_iter().flatten().chain(ca).cloned().collect()
 }
 
-/// Everything that is wrong with the files that a configuration names, each with the key that names it.
+/// Checks the files that a configuration names. Returns every error with the key that names the file.
 pub fn check(config: &Config, now: SystemTime) -> Vec<(Key, MaterialError)> {
-    let mut wrong =
-        config.identity.as_ref().map_or_else(Vec::new, |settings| check_own(config, settings, now));
+    let mut errors =
+        config.identity.as_ref().map_or_else(Vec::new, |settings| check_identity(config, settings, now));
     for (at, upstream) in config.upstreams.iter().enumerate() {
         if let Some(path) = upstream.tls.ca.as_ref().filter(|_| upstream.tls.mode != TlsMode::Off)
             && let Err(error) = read_ca(path).and_then(|text| material::trust(&[(None, text)], &[], now))
         {
-            wrong.push((Key::Upstream(at), error));
+            errors.push((Key::Upstream(at), error));
         }
     }
-    wrong
+    errors
 }
 
-/// A key that names files.
+/// A configuration key that names files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
-    /// Of `[identity]`.
+    /// A key of `[identity]`.
     Own(&'static str),
-    /// `ca` of the upstream at an index.
+    /// `ca` of the upstream at this index.
     Upstream(usize),
 }
 
-fn check_own(config: &Config, settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> {
+fn check_identity(config: &Config, settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> {
     let unreadable = |(key, path, limit): (&'static str, Option<&std::path::PathBuf>, u64)| {
         Some((Key::Own(key), Text::read(path?, limit).err()?))
     };
@@ -111,20 +111,20 @@ fn check_own(config: &Config, settings: &Identity, now: SystemTime) -> Vec<(Key,
         None => Vec::new(),
     };
     let roots = roots.into_iter().map(|path| ("ca", Some(path), MAX_PEM));
-    let wrong: Vec<_> = single.into_iter().chain(roots).filter_map(unreadable).collect();
-    if !wrong.is_empty() {
-        return wrong;
+    let errors: Vec<_> = single.into_iter().chain(roots).filter_map(unreadable).collect();
+    if !errors.is_empty() {
+        return errors;
     }
-    // How they hold together can only be said of files that are there.
-    let wrong = own(config, now).and_then(Result::err);
-    wrong.into_iter().map(|error| (Key::Own(key_of(&error, settings)), error)).collect()
+    // Whether the files match each other can be checked only once all are readable.
+    let errors = load_material(config, now).and_then(Result::err);
+    errors.into_iter().map(|error| (Key::Own(key_of(&error, settings)), error)).collect()
 }
 
-/// The key of `[identity]` that an error is about, as far as it says.
+/// The key of `[identity]` that an error is about; `ca` if the error does not say.
 fn key_of(error: &MaterialError, settings: &Identity) -> &'static str {
-    let told = error.to_string();
+    let message = error.to_string();
     let names = |path: &Option<std::path::PathBuf>| {
-        path.as_ref().is_some_and(|path| told.contains(&*path.to_string_lossy()))
+        path.as_ref().is_some_and(|path| message.contains(&*path.to_string_lossy()))
     };
     match error {
         MaterialError::Crl { .. } => "crl",
@@ -135,12 +135,12 @@ fn key_of(error: &MaterialError, settings: &Identity) -> &'static str {
     }
 }
 
-/// What will not work with the certificate that a configuration names, though all of it is right.
+/// What will not work with a certificate that is valid but restricted to one role.
 pub fn limitation(config: &Config, now: SystemTime) -> Option<&'static str> {
-    own(config, now)?.ok()?.limitation()
+    load_material(config, now)?.ok()?.limitation()
 }
 
-fn own(config: &Config, now: SystemTime) -> Option<Result<Material, MaterialError>> {
+fn load_material(config: &Config, now: SystemTime) -> Option<Result<Material, MaterialError>> {
     let checked =
         read(config.identity.as_ref()?).map(|pem| Some(Material::check(&pem?, Uses::of(config), now)));
     match checked {

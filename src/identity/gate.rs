@@ -1,4 +1,4 @@
-//! What an inbound call must show before the service sees it: the settings, compiled once per configuration.
+//! The access policy of inbound requests: `[[inbound.allow]]` and `[inbound.jwt]`, compiled once per configuration.
 
 use std::sync::{
     Arc,
@@ -13,32 +13,33 @@ use crate::{
     config::{Config, Jwt, Observed},
 };
 
+/// What an inbound request must satisfy before it reaches the service.
 #[derive(Debug)]
 pub struct Gate {
     pub rules: Rules,
     pub users: Option<Users>,
-    /// Whether any path decides: then none may be read in two ways.
+    /// Whether any rule names paths: then ambiguous paths are rejected.
     pub looks_at_paths: bool,
-    /// Refusals are counted and logged, and the call goes on.
+    /// Denials are counted and logged, and the request proceeds.
     pub observe_allow: bool,
     pub observe_jwt: bool,
 }
 
-/// `[inbound.jwt]`: the end users on whose behalf others call.
+/// `[inbound.jwt]`: the tokens that requests must carry.
 #[derive(Debug)]
 pub struct Users {
     pub expected: Expected,
     pub issuer: Arc<Issuer>,
-    /// Tells these expectations from all others, for what was found under them.
+    /// Unique for these settings; keys the cache of verified tokens.
     pub number: u64,
     /// Paths that need no token.
     except: Vec<PathPattern>,
-    /// Header fields and the claims they get.
+    /// Header fields and the claims that fill them.
     pub claim_headers: Arc<[(HeaderName, String)]>,
 }
 
 impl Gate {
-    /// `None`: nothing is asked of anybody. `issuer` is there where `[inbound.jwt]` is.
+    /// `None`: every request is allowed. `issuer` is set if `[inbound.jwt]` is.
     pub fn new(config: &Config, issuer: Option<Arc<Issuer>>) -> Option<Self> {
         let rules = Rules::new(&config.inbound.allow);
         let users = config.inbound.jwt.as_ref().zip(issuer).map(|(jwt, issuer)| Users::new(jwt, issuer));
@@ -46,9 +47,9 @@ impl Gate {
             return None;
         }
         let observes = |policy| config.runtime.observe.contains(&policy);
-        let excepts = users.as_ref().is_some_and(|users| !users.except.is_empty());
+        let has_exceptions = users.as_ref().is_some_and(|users| !users.except.is_empty());
         Some(Self {
-            looks_at_paths: rules.look_at_paths() || excepts,
+            looks_at_paths: rules.look_at_paths() || has_exceptions,
             rules,
             users,
             observe_allow: observes(Observed::Allow),
@@ -59,12 +60,12 @@ impl Gate {
 
 impl Users {
     fn new(jwt: &Jwt, issuer: Arc<Issuer>) -> Self {
-        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let names = jwt.claim_headers.iter();
         Self {
             expected: Expected { issuer: jwt.issuer.clone(), audiences: jwt.audiences.clone() },
             issuer,
-            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            number: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             except: jwt.except.iter().map(|path| PathPattern::new(path)).collect(),
             claim_headers: names
                 .filter_map(|(name, claim)| Some((name.parse().ok()?, claim.clone())))
@@ -72,7 +73,7 @@ impl Users {
         }
     }
 
-    /// Whether a call to this path, in normal form, needs a token.
+    /// Whether a request to this path, in normal form, needs a token.
     pub fn are_asked(&self, path: &str) -> bool {
         !self.except.iter().any(|pattern| pattern.matches(path))
     }

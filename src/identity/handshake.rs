@@ -1,4 +1,4 @@
-//! Handshakes, and what went wrong in them, in plain words.
+//! TLS handshakes in both directions, and readable reasons for their failures.
 
 use std::{io, sync::Arc, time::SystemTime};
 
@@ -16,33 +16,33 @@ use super::{
     trust::{Refusal, Role, Trust, refused},
 };
 
-const MIN_TLS: &str = "`min_tls` of `[identity]`, or of the upstream, sets the oldest";
+const MIN_TLS: &str = "`min_tls` of `[identity]`, or of the upstream, sets the oldest version";
 
-/// Why there is no TLS connection.
+/// Why a TLS connection could not be established.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct TlsFailure {
     pub kind: FailureKind,
-    /// What happened, of whom it is told that something happened to: "its certificate expired on …".
+    /// What happened, with the peer as "it": "its certificate expired on …".
     pub reason: String,
 }
 
-/// What went wrong.
+/// The class of a handshake failure; a metric label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
-    /// The other side is not who it should be, or cannot prove it.
+    /// The peer's certificate is invalid, untrusted or not the expected identity.
     PeerIdentity,
-    /// It showed no certificate.
+    /// The peer presented no certificate.
     NoCertificate,
-    /// It does not believe us, or does not speak our TLS.
+    /// The peer rejects our certificate or our TLS parameters.
     Refused,
-    /// It and we have no protocol in common (ALPN).
+    /// No common application protocol (ALPN).
     NoProtocol,
-    /// It speaks something else.
+    /// The peer does not speak TLS.
     NotTls,
     /// The connection broke.
     Broken,
-    /// There is nothing to prove ourselves with, or to check the other side by.
+    /// This side has no valid certificate, or no roots to verify the peer.
     NotReady,
 }
 
@@ -57,12 +57,12 @@ impl FailureKind {
         Self::NotReady,
     ];
 
-    /// Whether the peer did not prove the identity that is expected of it: the cause is `peer_identity`.
+    /// Whether the failure is about the peer's identity: the cause is `peer_identity`.
     pub const fn is_about_identity(self) -> bool {
         matches!(self, Self::PeerIdentity | Self::NoCertificate)
     }
 
-    /// As metrics say it.
+    /// The metric label.
     pub const fn word(self) -> &'static str {
         match self {
             Self::PeerIdentity => "peer_identity",
@@ -76,24 +76,24 @@ impl FailureKind {
     }
 }
 
-/// A server that was believed.
+/// A verified peer and the chain it presented.
 #[derive(Debug)]
 pub struct Proven {
     pub peer: Peer,
     pub chain: Vec<CertificateDer<'static>>,
-    /// When a certificate of the chain expires, so that it has to be verified again.
+    /// When the first certificate of the chain expires and the chain has to be verified again.
     pub valid_until: SystemTime,
 }
 
-/// Connects by TLS over a connection that is open already.
+/// Performs the client handshake on an open connection.
 ///
 /// # Errors
 ///
-/// Says in plain words what was wrong with whom.
+/// Why the handshake failed, and on which side.
 pub async fn connect<IO>(
     client: &ClientTls,
     name: &ServerName<'static>,
-    speaks: Speaks,
+    protocol: Speaks,
     io: IO,
 ) -> Result<(client::TlsStream<IO>, Proven), TlsFailure>
 where
@@ -107,7 +107,7 @@ where
         let own_expired = now.own_expired();
         let config = if own_expired.is_some() { now.without_resumption() } else { Arc::clone(&now.config) };
         let connector = TlsConnector::from(config);
-        let connecting = match speaks {
+        let connecting = match protocol {
             Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
             Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
             Speaks::ByteStream if client.settings.mode == TlsMode::Mutual => {
@@ -118,7 +118,7 @@ where
         let stream = connecting.await.map_err(|error| {
             let failure = explain(&error, &now.trust, Role::Server);
             match own_expired {
-                // Not what we find wrong with the server.
+                // Only a rejection by the server: errors in the server's certificate are reported as they are.
                 Some(at) if matches!(failure.kind, FailureKind::Refused | FailureKind::Broken) => {
                     own_has_expired(at)
                 }
@@ -126,14 +126,13 @@ where
             }
         })?;
         let (_, tls) = stream.get_ref();
-        if speaks == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
-            let reason =
-                "it does not offer HTTP/2 over TLS (ALPN h2): say so by `protocol = \"http1\"`".to_owned();
+        if protocol == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
+            let reason = "it does not offer HTTP/2 over TLS (ALPN h2): set `protocol = \"http1\"`".to_owned();
             return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
         }
-        let proven = proven(tls.peer_certificates(), &now.trust, Role::Server)?
-            .ok_or_else(|| of_certificate(&Refusal::Unknown))?;
-        Ok((stream, proven))
+        let verified = verified_peer(tls.peer_certificates(), &now.trust, Role::Server)?
+            .ok_or_else(|| certificate_failure(&Refusal::Unknown))?;
+        Ok((stream, verified))
     };
     let connected = connected.await;
     let counts = &client.handshakes.outbound;
@@ -144,41 +143,41 @@ where
     connected
 }
 
-/// Who the other side proved to be, by the chain that it showed.
+/// The verified identity of the peer, from the chain that it presented.
 ///
-/// A resumed session shows the chain of its first handshake, which rustls does not verify again. What has been revoked, or
-/// is no longer trusted, cannot be resumed: tickets and sessions are renewed with roots and revocation lists. What has
-/// expired meanwhile is found here, an intermediate as well as the leaf.
-fn proven(
+/// A resumed session has the chain of its first handshake, which rustls does not verify again. Sessions of revoked or
+/// no longer trusted certificates cannot be resumed: tickets and sessions are replaced together with roots and
+/// revocation lists. Certificates that expired meanwhile, intermediates as well as the leaf, are detected here.
+fn verified_peer(
     chain: Option<&[CertificateDer<'_>]>,
     trust: &Trust,
     role: Role,
 ) -> Result<Option<Proven>, TlsFailure> {
     let Some(chain) = chain else { return Ok(None) };
     let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
-    let refused = |refusal: Refusal| of_certificate(&refusal);
+    let refused = |refusal: Refusal| certificate_failure(&refusal);
     let (leaf, intermediates) = chain.split_first().ok_or_else(|| refused(Refusal::Unknown))?;
     let peer = Peer::of(leaf).map_err(|error| refused(error.into()))?;
     let now = SystemTime::now();
-    let ends: Vec<_> = chain.iter().filter_map(|certificate| peer::not_after(certificate)).collect();
-    if ends.len() < chain.len() || ends.iter().any(|end| *end <= now) {
-        // One that has expired may be of no use for the path, as old cross-signed ones are.
+    let expiries: Vec<_> = chain.iter().filter_map(|certificate| peer::not_after(certificate)).collect();
+    if expiries.len() < chain.len() || expiries.iter().any(|end| *end <= now) {
+        // The path may not need the expired one, for example an old cross-signed certificate.
         trust.verify(leaf, intermediates, UnixTime::now(), role).map_err(refused)?;
     }
-    let valid_until = ends.into_iter().filter(|end| *end > now).min().unwrap_or(peer.not_after);
+    let valid_until = expiries.into_iter().filter(|end| *end > now).min().unwrap_or(peer.not_after);
     Ok(Some(Proven { peer, chain, valid_until }))
 }
 
-/// A caller that was met by TLS.
+/// An accepted connection after the TLS handshake.
 #[derive(Debug)]
 pub struct Met<IO> {
     pub stream: server::TlsStream<IO>,
-    /// None: it showed no certificate, and needed none.
+    /// `None`: it presented no certificate, and none was required.
     pub proven: Option<Proven>,
     pub speaks: Option<Speaks>,
-    /// By TLS 1.2, which `min_tls` may rule out later.
+    /// Negotiated TLS 1.2, which a later `min_tls` may forbid.
     pub tls12: bool,
-    /// It had been met before, and no certificate was shown anew.
+    /// A resumed session: no certificate was presented again.
     pub resumed: bool,
 }
 
@@ -186,15 +185,15 @@ pub struct Met<IO> {
 #[derive(Clone, Copy, Debug)]
 pub struct PortOffer {
     pub http: Offer,
-    /// Whether the port takes byte streams of other sidecars.
+    /// Whether the port accepts byte streams of other sidecars.
     pub byte_streams: bool,
 }
 
-/// Meets a caller that has begun to speak TLS.
+/// Performs the server handshake with a client that has sent the beginning of a ClientHello.
 ///
 /// # Errors
 ///
-/// Says in plain words what was wrong with the caller.
+/// Why the handshake failed.
 pub async fn accept<IO>(
     server: &ServerTls,
     mandatory: bool,
@@ -213,21 +212,21 @@ where
     let offer = match wants_http {
         _ if wants_stream && offer.byte_streams => Offer::ByteStream,
         Some(false) if wants_stream => {
-            // Ends the handshake by an alert that tells the other sidecar why.
+            // Fails the handshake with an alert that gives the other sidecar the reason.
             let config = server.config(mandatory, Offer::Http1First);
             let _ = hello.into_stream(config).await;
-            let reason = "it opened a byte stream, and this port takes HTTP only: \
-                          `protocol = \"tcp\"` in an `[[inbound.port]]` of that port lets it in"
+            let reason = "it opened a byte stream, and this port accepts HTTP only: \
+                          `protocol = \"tcp\"` in an `[[inbound.port]]` of that port allows it"
                 .to_owned();
             return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
         }
-        // Another protocol is for the service to understand, and must not end the handshake.
+        // Another protocol is for the service, and must not fail the handshake.
         Some(false) => Offer::Nothing,
         _ => offer.http,
     };
     let stream = hello.into_stream(server.config(mandatory, offer)).await.map_err(|error| explain(&error))?;
     let (_, tls) = stream.get_ref();
-    let speaks = match tls.alpn_protocol() {
+    let protocol = match tls.alpn_protocol() {
         Some(ALPN_H2) => Some(Speaks::H2),
         Some(ALPN_HTTP1) => Some(Speaks::Http1),
         Some(ALPN_BYTE_STREAM) => Some(Speaks::ByteStream),
@@ -235,14 +234,14 @@ where
     };
     let tls12 = tls.protocol_version() == Some(ProtocolVersion::TLSv1_2);
     let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
-    let proven = proven(tls.peer_certificates(), &server.trust, Role::Client)?;
-    if mandatory && proven.is_none() {
-        return Err(of_certificate(&Refusal::Unknown));
+    let verified = verified_peer(tls.peer_certificates(), &server.trust, Role::Client)?;
+    if mandatory && verified.is_none() {
+        return Err(certificate_failure(&Refusal::Unknown));
     }
-    Ok(Met { stream, proven, speaks, tls12, resumed })
+    Ok(Met { stream, proven: verified, speaks: protocol, tls12, resumed })
 }
 
-fn of_certificate(refusal: &Refusal) -> TlsFailure {
+fn certificate_failure(refusal: &Refusal) -> TlsFailure {
     let kind = match refusal {
         Refusal::Unknown => FailureKind::NoCertificate,
         _ => FailureKind::PeerIdentity,
@@ -250,13 +249,13 @@ fn of_certificate(refusal: &Refusal) -> TlsFailure {
     TlsFailure { kind, reason: refusal.to_string() }
 }
 
-/// The other side does not accept our certificate, and that is no wonder.
+/// The peer rejects our certificate because it has expired.
 pub fn own_has_expired(at: SystemTime) -> TlsFailure {
     let reason = format!("it does not accept our certificate, which expired on {}: renew it", Date(at));
     TlsFailure { kind: FailureKind::NotReady, reason }
 }
 
-/// What an error of a handshake, or of a connection after it, means. `role`: what the other side is.
+/// Describes an error of a handshake, or of a connection after it. `role`: the peer's.
 pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
     let Some(tls) = tls_error(error) else {
         let reason = match error.kind() {
@@ -266,36 +265,37 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
         return TlsFailure { kind: FailureKind::Broken, reason };
     };
     if let Some(refusal) = refused(tls, trust, role) {
-        return of_certificate(&refusal);
+        return certificate_failure(&refusal);
     }
     let failure = |kind, reason: String| TlsFailure { kind, reason };
     match tls {
         rustls::Error::AlertReceived(alert @ AlertDescription::NoApplicationProtocol) => {
-            failure(FailureKind::NoProtocol, alert_in_words(*alert))
+            failure(FailureKind::NoProtocol, describe_alert(*alert))
         }
-        rustls::Error::AlertReceived(alert) => failure(FailureKind::Refused, alert_in_words(*alert)),
+        rustls::Error::AlertReceived(alert) => failure(FailureKind::Refused, describe_alert(*alert)),
         rustls::Error::NoCertificatesPresented => {
             failure(FailureKind::NoCertificate, Refusal::Unknown.to_string())
         }
         rustls::Error::InvalidMessage(_) => {
-            failure(FailureKind::NotTls, "what it speaks on this port is not TLS".to_owned())
+            failure(FailureKind::NotTls, "it does not speak TLS on this port".to_owned())
         }
         rustls::Error::InvalidCertificate(error) => {
             failure(FailureKind::PeerIdentity, format!("its certificate is not valid ({error})"))
         }
-        rustls::Error::PeerIncompatible(why) => {
-            let reason = format!("it speaks no TLS that is spoken here ({why:?}); {MIN_TLS}");
+        rustls::Error::PeerIncompatible(incompatibility) => {
+            let reason =
+                format!("it supports no TLS version or cipher allowed here ({incompatibility:?}); {MIN_TLS}");
             failure(FailureKind::Refused, reason)
         }
         rustls::Error::NoApplicationProtocol => {
-            failure(FailureKind::NoProtocol, "it and we have no protocol in common (ALPN)".to_owned())
+            failure(FailureKind::NoProtocol, "no application protocol in common (ALPN)".to_owned())
         }
         other => failure(FailureKind::Refused, format!("the TLS handshake failed: {other}")),
     }
 }
 
-/// The alert by which the other side ended a connection that was open already: with TLS 1.3 a server looks at our
-/// certificate when we believe to be done. None of what was sent then has reached a service.
+/// The alert with which the peer closed an established connection. With TLS 1.3 a server verifies the client
+/// certificate after the client has finished the handshake. Nothing sent until then has reached a service.
 pub fn refused_after(error: &(dyn std::error::Error + 'static)) -> Option<TlsFailure> {
     let mut error = Some(error);
     while let Some(this) = error {
@@ -303,7 +303,7 @@ pub fn refused_after(error: &(dyn std::error::Error + 'static)) -> Option<TlsFai
             this.downcast_ref::<io::Error>().and_then(tls_error)
             && is_about_certificates(*alert)
         {
-            return Some(TlsFailure { kind: FailureKind::Refused, reason: alert_in_words(*alert) });
+            return Some(TlsFailure { kind: FailureKind::Refused, reason: describe_alert(*alert) });
         }
         error = this.source();
     }
@@ -332,20 +332,20 @@ const fn is_about_certificates(alert: AlertDescription) -> bool {
     )
 }
 
-fn alert_in_words(alert: AlertDescription) -> String {
+fn describe_alert(alert: AlertDescription) -> String {
     use AlertDescription as A;
     match alert {
         A::CertificateRequired | A::NoCertificate => {
-            "it wants a client certificate, and was shown none: `tls = \"mutual\"` shows ours".to_owned()
+            "it requires a client certificate and got none: set `tls = \"mutual\"`".to_owned()
         }
-        A::UnknownCA => "it does not trust who issued our certificate (alert unknown_ca)".to_owned(),
+        A::UnknownCA => "it does not trust the issuer of our certificate (alert unknown_ca)".to_owned(),
         A::CertificateExpired => {
-            "it says that our certificate has expired or is not valid yet: is its clock right?".to_owned()
+            "it reports that our certificate has expired or is not valid yet: is its clock right?".to_owned()
         }
-        A::CertificateRevoked => "it says that our certificate has been revoked".to_owned(),
-        A::ProtocolVersion => format!("it speaks no TLS that is spoken here (alert protocol_version); {MIN_TLS}"),
-        A::UnrecognisedName => "it does not know the name it was asked for (alert unrecognized_name): `server_name` sets it".to_owned(),
-        A::NoApplicationProtocol => "it does not take the protocol we offered (alert no_application_protocol): set `protocol` here, or, for bytes that are not HTTP, `protocol = \"tcp\"` in its sidecar's `[[inbound.port]]`".to_owned(),
+        A::CertificateRevoked => "it reports that our certificate has been revoked".to_owned(),
+        A::ProtocolVersion => format!("it supports no TLS version allowed here (alert protocol_version); {MIN_TLS}"),
+        A::UnrecognisedName => "it does not know the requested name (alert unrecognized_name): `server_name` sets it".to_owned(),
+        A::NoApplicationProtocol => "it does not accept the protocol that we offered (alert no_application_protocol): set `protocol` here, or, for bytes that are not HTTP, `protocol = \"tcp\"` in its sidecar's `[[inbound.port]]`".to_owned(),
         alert if is_about_certificates(alert) => {
             format!("it does not accept our certificate (alert {alert:?}); its own log says why")
         }

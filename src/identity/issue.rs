@@ -1,4 +1,4 @@
-//! A throw-away CA and certificates, for development, the demo and tests. Nobody runs a CA of ours in production.
+//! A throw-away CA for development, the demo and tests. Not for production.
 
 use std::{
     io::{self, Write},
@@ -13,12 +13,12 @@ use rcgen::{
 
 use super::{InvalidId, SpiffeId, TrustDomain};
 
-/// How long certificates are good for.
-const VALID: Duration = Duration::from_secs(365 * 86_400);
-/// Clocks differ.
-const BACKDATED: Duration = Duration::from_secs(3600);
+/// The lifetime of certificates.
+const VALIDITY: Duration = Duration::from_secs(365 * 86_400);
+/// Certificates are backdated, because clocks differ.
+const BACKDATE: Duration = Duration::from_secs(3600);
 
-/// A CA that lives in memory.
+/// A CA in memory.
 pub struct Ca {
     issuer: CertifiedIssuer<'static, KeyPair>,
     trust_domain: TrustDomain,
@@ -32,7 +32,7 @@ pub struct Issued {
 
 #[derive(Debug, thiserror::Error)]
 pub enum IssueError {
-    #[error("`{name}` cannot be a workload's name: {reason}")]
+    #[error("`{name}` is not a valid workload name: {reason}")]
     Name { name: String, reason: InvalidId },
     #[error("cannot issue a certificate: {0}")]
     Issue(#[from] rcgen::Error),
@@ -41,7 +41,7 @@ pub enum IssueError {
 impl Ca {
     /// # Errors
     ///
-    /// If no key can be made.
+    /// If key generation fails.
     pub fn new(trust_domain: TrustDomain) -> Result<Self, IssueError> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
@@ -49,7 +49,7 @@ impl Ca {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
-        dated(&mut params);
+        set_validity(&mut params);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
         Ok(Self { issuer, trust_domain })
     }
@@ -62,14 +62,14 @@ impl Ca {
     ///
     /// # Errors
     ///
-    /// If the name cannot stand in a SPIFFE ID and in DNS.
+    /// If the name is not valid in a SPIFFE ID and in DNS.
     pub fn issue(&self, name: &str) -> Result<Issued, IssueError> {
         let id = format!("spiffe://{}/ns/default/sa/{name}", self.trust_domain);
-        let wrong = |reason| IssueError::Name { name: name.to_owned(), reason };
+        let invalid_name = |reason| IssueError::Name { name: name.to_owned(), reason };
         if name.contains('/') {
-            return Err(wrong(InvalidId::PathByte('/')));
+            return Err(invalid_name(InvalidId::PathByte('/')));
         }
-        let id: SpiffeId = id.parse().map_err(wrong)?;
+        let id: SpiffeId = id.parse().map_err(invalid_name)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, name);
@@ -82,20 +82,20 @@ impl Ca {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
-        dated(&mut params);
+        set_validity(&mut params);
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;
         Ok(Issued { certificate: certificate.pem(), key: key.serialize_pem() })
     }
 }
 
-fn dated(params: &mut CertificateParams) {
+fn set_validity(params: &mut CertificateParams) {
     let now = SystemTime::now();
-    params.not_before = (now - BACKDATED).into();
-    params.not_after = (now + VALID).into();
+    params.not_before = (now - BACKDATE).into();
+    params.not_after = (now + VALIDITY).into();
 }
 
-/// Writes a key so that this user alone can read it.
+/// Writes a key, readable by this user only.
 ///
 /// # Errors
 ///
@@ -103,7 +103,7 @@ fn dated(params: &mut CertificateParams) {
 pub fn write_key(path: &Path, key: &str) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();
-    // A file that is there already may be open to others: a new one takes its place.
+    // An existing file may be readable by others, so it is replaced.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_issued_can_be_used() {
+    fn issued_certificates_are_valid_for_the_proxy() {
         let ca = Ca::new("shop.example".parse().unwrap()).unwrap();
         let issued = ca.issue("payments").unwrap();
         let pem = Pem {
@@ -135,12 +135,12 @@ mod tests {
         let material = Material::check(&pem, USES, SystemTime::now()).unwrap();
         assert_eq!(material.own.to_string(), "spiffe://shop.example/ns/default/sa/payments");
         assert_eq!(material.own.dns, ["payments".into(), "localhost".into()]);
-        let late = SystemTime::now() + VALID;
+        let late = SystemTime::now() + VALIDITY;
         assert!(Material::check(&pem, USES, late).unwrap_err().to_string().contains("expired"), "roots too");
     }
 
     #[test]
-    fn names_that_no_workload_can_have_are_refused() {
+    fn invalid_workload_names_are_rejected() {
         let ca = Ca::new("shop.example".parse().unwrap()).unwrap();
         for name in ["", "a/b", "a b", "..", "ü"] {
             assert!(ca.issue(name).is_err(), "{name:?}");

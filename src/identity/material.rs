@@ -1,4 +1,4 @@
-//! What an identity is made of: a certificate chain, its key, and who is trusted. Checked whole before it is taken.
+//! The material of an identity: certificate chain, key, trusted roots. Checked as a whole before it is used.
 
 use std::{
     fmt,
@@ -28,12 +28,12 @@ use super::{
     trust::{Bundle, Refusal, Role, Trust, provider},
 };
 
-/// Certificates in a chain file.
+/// Most certificates in a chain file.
 const MAX_CHAIN: usize = 16;
-/// Roots in one bundle.
+/// Most roots in one bundle.
 const MAX_ROOTS: usize = 1024;
 
-/// The parts of an identity as they were read, to tell whether anything changed.
+/// The parts of an identity as they were read. Compared to detect changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pem {
     pub cert: Text,
@@ -42,23 +42,23 @@ pub struct Pem {
     pub crl: Vec<Text>,
 }
 
-/// What was read, and where it came from.
+/// Encoded certificates, keys or revocation lists, and their source.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Text {
-    /// A file, or what stands for one where the Workload API told it.
+    /// A file, or a description if the Workload API delivered it.
     pub path: PathBuf,
     pub content: Content,
 }
 
 #[derive(Clone, PartialEq, Eq)]
 pub enum Content {
-    /// A file's.
+    /// From a file.
     Pem(Vec<u8>),
-    /// The Workload API's: certificates, keys or lists, DER.
+    /// From the Workload API: certificates, keys or lists, DER.
     Der(Vec<Vec<u8>>),
 }
 
-/// Keys are never shown.
+/// Never prints keys.
 impl fmt::Debug for Text {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.path.display())
@@ -68,9 +68,9 @@ impl fmt::Debug for Text {
 /// What a certificate is used for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Uses {
-    /// Callers are met by TLS: `inbound.mtls` is not `off`, here or for a port.
+    /// Inbound connections may use TLS: `inbound.mtls` is not `off`, in general or for a port.
     pub server: bool,
-    /// It is shown to upstreams with `tls = "mutual"`.
+    /// It is presented to upstreams with `tls = "mutual"`.
     pub client: bool,
 }
 
@@ -95,18 +95,18 @@ impl Uses {
 /// A verified identity.
 #[derive(Debug)]
 pub struct Material {
-    /// Who it proves this service to be.
+    /// The identity of this service.
     pub own: Peer,
     pub key: Arc<CertifiedKey>,
     pub trust: Arc<Trust>,
-    /// What will expire.
+    /// When each certificate and revocation list expires.
     pub expiries: Vec<Expiry>,
-    /// What its certificate may not be used for, by its extended key usage. It is not [used](Uses) so.
+    /// The role that its extended key usage excludes. The configuration does not [need](CertificateUses) it.
     pub unusable: Option<Role>,
 }
 
 impl Material {
-    /// What will not work, where its certificate is good for one role only.
+    /// What will not work if its certificate is valid for one role only.
     pub fn limitation(&self) -> Option<&'static str> {
         self.unusable.map(|role| match role {
             Role::Server => {
@@ -119,13 +119,13 @@ impl Material {
     }
 }
 
-/// When a part expires.
+/// When a certificate or revocation list expires.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expiry {
     pub kind: Kind,
-    /// Whose it is, for people.
+    /// Its subject, for people.
     pub what: String,
-    /// Since when it is valid.
+    /// Start of validity.
     pub from: SystemTime,
     pub at: SystemTime,
 }
@@ -139,8 +139,8 @@ pub enum Kind {
 }
 
 impl Expiry {
-    /// How pressing it is: 0 not at all, then a quarter, a tenth and a twentieth of its life left (but no sooner than 30, 7
-    /// and 1 days before its end), 4 expired. A workload's certificate is renewed before the first of these.
+    /// How urgent renewal is. 0: not. 1 to 3: less than a quarter, a tenth, a twentieth of the lifetime is left (and
+    /// less than 30, 7, 1 days). 4: expired. A workload's certificate is usually renewed before step 1.
     pub fn urgency(&self, now: SystemTime) -> u8 {
         const DAY: Duration = Duration::from_secs(86_400);
         let Ok(left) = self.at.duration_since(now) else { return 4 };
@@ -153,7 +153,7 @@ impl Expiry {
 impl Kind {
     pub const ALL: [Self; 4] = [Self::Leaf, Self::Intermediate, Self::Root, Self::Crl];
 
-    /// As metrics and `/status` say it.
+    /// The word in metrics and `/status`.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Leaf => "leaf",
@@ -164,54 +164,54 @@ impl Kind {
     }
 }
 
-/// Why an identity cannot be taken. Names the file and the remedy.
+/// Why an identity is rejected. Names the file and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum MaterialError {
     #[error("cannot read {}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
     #[error("{} is larger than {limit} bytes: is it the right file?", path.display())]
     TooLarge { path: PathBuf, limit: u64 },
-    #[error("{} is no PEM file ({reason}): it must hold text between `-----BEGIN …-----` and `-----END …-----`", path.display())]
+    #[error("{} is not a PEM file ({reason}): it must contain text between `-----BEGIN …-----` and `-----END …-----`", path.display())]
     Pem { path: PathBuf, reason: String },
-    #[error("{} holds no certificate", .0.display())]
+    #[error("{} contains no certificate", .0.display())]
     NoCertificate(PathBuf),
-    #[error("{} holds more than {limit} certificates", path.display())]
+    #[error("{} contains more than {limit} certificates", path.display())]
     ManyCertificates { path: PathBuf, limit: usize },
-    #[error("{} holds no private key that can be used: PKCS #8, PKCS #1 or SEC 1 in PEM, not encrypted ({reason})", path.display())]
+    #[error("{} contains no usable private key: it must be PKCS #8, PKCS #1 or SEC 1 in PEM, not encrypted ({reason})", path.display())]
     Key { path: PathBuf, reason: String },
-    #[error("the key in {} is not that of the first certificate in {}: both must be of the same issue", key.display(), cert.display())]
+    #[error("the key in {} does not match the first certificate in {}: both must be issued together", key.display(), cert.display())]
     Mismatch { cert: PathBuf, key: PathBuf },
-    #[error("the certificate in {} cannot be this service's: {reason}", path.display())]
+    #[error("the certificate in {} cannot be used as this service's identity: {reason}", path.display())]
     Leaf { path: PathBuf, reason: PeerError },
     #[error("the certificate in {} expired on {}: renew it", path.display(), Date(*.at))]
     Expired { path: PathBuf, at: SystemTime },
     #[error("the certificate in {} is not valid before {}: is this machine's clock right?", path.display(), Date(*.at))]
     NotYet { path: PathBuf, at: SystemTime },
-    #[error("the certificate in {} leads to none of the roots in {trust}, so that peers with the same roots would refuse it: append its intermediates to the file, or add its root to `ca`", path.display())]
+    #[error("the certificate in {} leads to none of the roots in {trust}, so peers with the same roots would reject it: append its intermediates to the file, or add its root to `ca`", path.display())]
     NoRoot { path: PathBuf, trust: String },
-    #[error("the certificate in {} is not good for this service: {reason}", path.display())]
+    #[error("the certificate in {} is not valid for this service: {reason}", path.display())]
     Chain { path: PathBuf, reason: Refusal },
     #[error("the certificate in {} may not be used by a {} (extended key usage), and {}", path.display(), role.word(), match role { Role::Server => "`inbound.mtls` is not \"off\": get one with serverAuth, or switch that off", Role::Client => "an upstream has `tls = \"mutual\"`: get one with clientAuth, or write \"simple\"" })]
     Purpose { path: PathBuf, role: Role },
-    #[error("a certificate in {} is not a CA's that can be trusted: {reason}", path.display())]
+    #[error("a certificate in {} is not a usable CA certificate: {reason}", path.display())]
     Root { path: PathBuf, reason: String },
     #[error("every root in {} has expired: renew them", .0.display())]
     RootsExpired(PathBuf),
-    #[error("{} holds no revocation list that can be used ({reason})", path.display())]
+    #[error("{} contains no usable revocation list ({reason})", path.display())]
     Crl { path: PathBuf, reason: String },
-    #[error("`{0}` in `ca` is no trust domain: {1}")]
+    #[error("`{0}` in `ca` is not a trust domain: {1}")]
     TrustDomain(String, super::InvalidId),
 }
 
 impl MaterialError {
-    /// Whether a file is not there yet, as before a volume is filled.
+    /// Whether a file does not exist, as before a volume is filled.
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
     }
 }
 
 impl Material {
-    /// Reads and checks: the key fits, the chain holds, leads to a root, and is valid now, for what it is used for.
+    /// Parses and checks: the key matches, the chain leads to a root, is valid at `now` and for its uses.
     ///
     /// # Errors
     ///
@@ -231,7 +231,7 @@ impl Material {
                 Err(Refusal::Purpose(_)) if uses.include(role) => {
                     Err(MaterialError::Purpose { path: path(), role })
                 }
-                // For one role it must be good.
+                // It must be valid for at least one role.
                 Err(Refusal::Purpose(_)) if unusable.is_none() => {
                     unusable = Some(role);
                     Ok(())
@@ -260,11 +260,11 @@ impl Material {
     }
 }
 
-/// Reads roots and revocation lists.
+/// Parses roots and revocation lists.
 ///
 /// # Errors
 ///
-/// If a file holds none, or one that cannot be used; if all the roots of a file have expired.
+/// If a file contains none, or an unusable one; if all roots of a file have expired.
 pub fn trust(
     ca: &[(Option<TrustDomain>, Text)],
     crl: &[Text],
@@ -278,37 +278,39 @@ pub fn trust(
 
 fn bundle(trust_domain: Option<TrustDomain>, text: &Text, now: SystemTime) -> Result<Bundle, MaterialError> {
     let certificates = certificates(text, MAX_ROOTS)?;
-    let wrong = |reason: String| MaterialError::Root { path: text.path.clone(), reason };
+    let error_for = |reason: String| MaterialError::Root { path: text.path.clone(), reason };
     let mut anchors = Vec::new();
-    let mut living = false;
+    let mut any_valid = false;
     for certificate in &certificates {
-        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| wrong(error.to_string()))?;
-        // Version 1 has no extensions; those with them must say that they are a CA's.
+        let (_, parsed) =
+            X509Certificate::from_der(certificate).map_err(|error| error_for(error.to_string()))?;
+        // Version 1 has no extensions. Version 3 must have CA:TRUE.
         if parsed.version().0 == 2 && !parsed.is_ca() {
-            return Err(wrong(format!(
-                "{} is a leaf (CA:FALSE); give the certificate of who issued it",
+            return Err(error_for(format!(
+                "{} is a leaf (CA:FALSE); use the certificate of its issuer",
                 peer::rfc2253(parsed.subject())
             )));
         }
-        living |= peer::time(parsed.validity().not_after.timestamp()) > now;
+        any_valid |= peer::time(parsed.validity().not_after.timestamp()) > now;
         let anchor =
-            webpki::anchor_from_trusted_cert(certificate).map_err(|error| wrong(format!("{error:?}")))?;
+            webpki::anchor_from_trusted_cert(certificate).map_err(|error| error_for(format!("{error:?}")))?;
         anchors.push(anchor.to_owned());
     }
-    if !living {
+    if !any_valid {
         return Err(MaterialError::RootsExpired(text.path.clone()));
     }
     Ok(Bundle { trust_domain, source: text.path.display().to_string().into(), anchors })
 }
 
 fn revocations(text: &Text) -> Result<Vec<CertRevocationList<'static>>, MaterialError> {
-    let wrong = |reason: String| MaterialError::Crl { path: text.path.clone(), reason };
-    let lists = lists(text).map_err(|error| wrong(error.to_string()))?;
+    let error_for = |reason: String| MaterialError::Crl { path: text.path.clone(), reason };
+    let lists = lists(text).map_err(|error| error_for(error.to_string()))?;
     if lists.is_empty() {
-        return Err(wrong("it is empty".to_owned()));
+        return Err(error_for("it is empty".to_owned()));
     }
     let owned = |list: &CertificateRevocationListDer<'_>| {
-        let list = OwnedCertRevocationList::from_der(list).map_err(|error| wrong(format!("{error:?}")))?;
+        let list =
+            OwnedCertRevocationList::from_der(list).map_err(|error| error_for(format!("{error:?}")))?;
         Ok(CertRevocationList::Owned(list))
     };
     lists.iter().map(owned).collect()
@@ -323,29 +325,32 @@ fn lists(text: &Text) -> Result<Vec<CertificateRevocationListDer<'static>>, pem:
 
 fn certificates(text: &Text, limit: usize) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
     let path = || text.path.clone();
-    let found = match &text.content {
+    let certificates = match &text.content {
         Content::Pem(bytes) => CertificateDer::pem_slice_iter(bytes).take(limit + 1).collect(),
         Content::Der(list) => Ok(list.iter().take(limit + 1).map(|one| one.clone().into()).collect()),
     };
-    let found: Vec<_> =
-        found.map_err(|error| MaterialError::Pem { path: path(), reason: error.to_string() })?;
-    match found.len() {
+    let certificates: Vec<_> =
+        certificates.map_err(|error| MaterialError::Pem { path: path(), reason: error.to_string() })?;
+    match certificates.len() {
         0 => Err(MaterialError::NoCertificate(path())),
         count if count > limit => Err(MaterialError::ManyCertificates { path: path(), limit }),
-        _ => Ok(found),
+        _ => Ok(certificates),
     }
 }
 
 fn private_key(text: &Text) -> Result<Arc<dyn rustls::sign::SigningKey>, MaterialError> {
-    let wrong = |reason: String| MaterialError::Key { path: text.path.clone(), reason };
+    let error_for = |reason: String| MaterialError::Key { path: text.path.clone(), reason };
     let key = match &text.content {
-        Content::Pem(bytes) => PrivateKeyDer::from_pem_slice(bytes).map_err(|error| wrong(error.to_string())),
-        Content::Der(keys) => keys
-            .first()
-            .ok_or_else(|| wrong("it is empty".to_owned()))
-            .and_then(|key| PrivateKeyDer::try_from(key.clone()).map_err(|error| wrong(error.to_owned()))),
+        Content::Pem(bytes) => {
+            PrivateKeyDer::from_pem_slice(bytes).map_err(|error| error_for(error.to_string()))
+        }
+        Content::Der(keys) => {
+            keys.first().ok_or_else(|| error_for("it is empty".to_owned())).and_then(|key| {
+                PrivateKeyDer::try_from(key.clone()).map_err(|error| error_for(error.to_owned()))
+            })
+        }
     }?;
-    provider().key_provider.load_private_key(key).map_err(|error| wrong(error.to_string()))
+    provider().key_provider.load_private_key(key).map_err(|error| error_for(error.to_string()))
 }
 
 fn expiry(certificate: &[u8], kind: Kind) -> Option<Expiry> {
@@ -379,10 +384,10 @@ impl Text {
     /// If it cannot be read, or is larger.
     pub fn read(path: &Path, limit: u64) -> Result<Self, MaterialError> {
         use std::io::Read;
-        let wrong = |source| MaterialError::Read { path: path.to_owned(), source };
+        let error_for = |source| MaterialError::Read { path: path.to_owned(), source };
         let mut bytes = Vec::new();
-        let file = std::fs::File::open(path).map_err(wrong)?;
-        file.take(limit + 1).read_to_end(&mut bytes).map_err(wrong)?;
+        let file = std::fs::File::open(path).map_err(error_for)?;
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(error_for)?;
         if bytes.len() as u64 > limit {
             return Err(MaterialError::TooLarge { path: path.to_owned(), limit });
         }
@@ -395,7 +400,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearer_the_end_the_more_pressing() {
+    fn urgency_rises_towards_the_expiry() {
         let start = SystemTime::UNIX_EPOCH;
         let hours = |count: u64| Duration::from_secs(count * 3600);
         let of = |life: u64| Expiry {

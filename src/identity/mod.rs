@@ -1,21 +1,21 @@
-//! Who this service is and who speaks to it: certificates, whom they prove, and TLS; who may call what; tokens.
+//! Identity of this service and its peers: certificates, TLS, authorization of inbound requests, tokens.
 //!
 //! | file | what is in it |
 //! | --- | --- |
-//! | [`spiffe`] | SPIFFE IDs, trust domains, patterns that name peers |
-//! | [`peer`] | what is known of a verified other side |
-//! | [`material`], [`files`] | a certificate, its key, its roots: read, and checked before they are taken |
-//! | [`trust`] | whether a chain is believed, and by which roots |
-//! | [`workload`] | the same from an agent: the SPIFFE Workload API |
-//! | [`store`] | what holds now, and why the newest was refused |
+//! | [`spiffe`] | SPIFFE IDs, trust domains, patterns that match peers |
+//! | [`peer`] | the identity of a verified peer |
+//! | [`material`], [`files`] | certificate, key and roots: read and checked before use |
+//! | [`trust`] | verification of a certificate chain against roots and revocation lists |
+//! | [`workload`] | certificates from an agent: the SPIFFE Workload API |
+//! | [`store`] | the certificates in use, and why newer ones were rejected |
 //! | [`verify`], [`tls`] | rustls: its two verifiers, its settings |
 //! | [`issue`] | a throw-away CA for development |
-//! | [`handshake`], [`counts`] | handshakes, and what went wrong in them |
-//! | [`gate`] | what an inbound call must show, compiled from the configuration |
-//! | [`authorize`] | the decision: allow entries against one call |
-//! | [`jwt`] | tokens of end users, and the keys that sign them |
-//! | [`oauth2`] | tokens that this service shows to its upstreams |
-//! | [`xfcc`] | how the service learns who calls |
+//! | [`handshake`], [`counts`] | TLS handshakes, their errors and counters |
+//! | [`access_policy`] | `[[inbound.allow]]` and `[inbound.jwt]`, compiled from the configuration |
+//! | [`authorize`] | the decision: allow entries against one request |
+//! | [`jwt`] | tokens of end users, and the keys that verify them |
+//! | [`oauth2`] | tokens that this service presents to its upstreams |
+//! | [`xfcc`] | `x-forwarded-client-cert`: the peer identity for the service |
 
 pub mod counts;
 pub mod files;

@@ -1,7 +1,7 @@
-//! What holds now: the identity, who is trusted, and what became of the newest files.
+//! The identity and trusted roots in use, and the result of the last reload.
 //!
-//! New material is checked whole before it is taken; what is wrong changes nothing but the status, which says why.
-//! Workers read by pointer and never wait.
+//! New material is checked as a whole before it is used. Invalid material changes only the status, which says why.
+//! Workers read through an atomic pointer and never wait.
 
 mod report;
 mod roots;
@@ -28,17 +28,17 @@ pub use report::Report;
 
 use crate::config::{self, Config, MinTls, TlsMode, UpstreamTls};
 
-/// How long the start waits for files that are not there.
-const FIRST_FILES: Duration = Duration::from_secs(10);
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// How long startup waits for missing files.
+const STARTUP_WAIT: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Everything about certificates that threads share.
+/// All certificate state shared between threads.
 #[derive(Debug)]
 pub struct Store {
     own: ArcSwapOption<Material>,
     server: ArcSwapOption<ServerTls>,
     pub handshakes: Arc<Handshakes>,
-    /// Counts what was taken; those who are connected look whether they are still believed.
+    /// Counts accepted changes. Open connections then re-verify their peers.
     generation: watch::Sender<u64>,
     state: Mutex<State>,
 }
@@ -46,15 +46,14 @@ pub struct Store {
 #[derive(Debug, Default)]
 struct State {
     settings: Option<config::Identity>,
-    /// What the certificate is used for.
     uses: Uses,
-    /// What the Workload API told last.
+    /// The last delivery of the Workload API.
     delivered: Option<Pem>,
-    /// Why it cannot be asked now.
+    /// Why the Workload API is unavailable now.
     agent_away: Option<String>,
-    /// What is held, as it was read.
+    /// The source of the material in use.
     pem: Option<Pem>,
-    /// What was refused last, so that it is said once.
+    /// The source that was rejected last, so that the rejection is logged once.
     refused_pem: Option<Pem>,
     refused: Option<String>,
     accepted: u64,
@@ -78,34 +77,35 @@ impl Default for Store {
 }
 
 impl Store {
-    /// The same at start: files that are not there yet, as before a csi driver has filled its volume, are waited for.
+    /// Calls [`configure`](Self::configure) at startup and waits for missing files, as before a CSI driver has filled
+    /// its volume.
     ///
     /// # Errors
     ///
-    /// Why there is no identity where there should be one.
+    /// Why a configured identity could not be loaded.
     pub async fn start(&self, config: &Config) -> Result<(), MaterialError> {
-        let begun = Instant::now();
+        let started = Instant::now();
         let mut outcome = self.configure(config);
         while let Err(error) = &outcome
             && error.is_missing()
-            && begun.elapsed() < FIRST_FILES
+            && started.elapsed() < STARTUP_WAIT
         {
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             outcome = self.look();
         }
         outcome
     }
 
-    /// Takes the settings of a configuration, and reads their files.
+    /// Applies the settings of a configuration and reads their files.
     ///
     /// # Errors
     ///
-    /// Why there is no identity where there should be one; kept from before, it is none.
+    /// Why the files were rejected. An earlier identity stays in use.
     pub fn configure(&self, config: &Config) -> Result<(), MaterialError> {
         let mut state = self.state();
         if state.settings != config.identity {
             state.settings.clone_from(&config.identity);
-            // Other files may hold the same, for which other settings hold now.
+            // The same content must be processed again under the new settings.
             state.pem = None;
             state.refused_pem = None;
             state.delivered = None;
@@ -115,7 +115,7 @@ impl Store {
         if state.uses != uses {
             state.uses = uses;
             if self.own.load().as_ref().is_none_or(|own| own.unusable.is_some()) {
-                // It was good for what it was used for.
+                // It was checked for the old uses only.
                 state.pem = None;
                 state.refused_pem = None;
             }
@@ -129,12 +129,12 @@ impl Store {
         self.look()
     }
 
-    /// The socket of the Workload API, where certificates come from there.
+    /// The socket of the Workload API, if certificates come from there.
     pub fn agent(&self) -> Option<String> {
         self.state().settings.as_ref()?.spiffe.clone()
     }
 
-    /// Takes what the Workload API has told. What is wrong with it has been said when this returns.
+    /// Applies a delivery of the Workload API. Errors are logged before this returns.
     pub fn deliver(&self, pem: Pem) {
         let mut state = self.state();
         state.delivered = Some(pem);
@@ -143,34 +143,35 @@ impl Store {
         let _ = self.look();
     }
 
-    /// The Workload API cannot be asked. What it told last holds until it expires.
-    pub fn agent_is_away(&self, why: String) {
+    /// Records that the Workload API is unavailable. Its last delivery stays in use until it expires.
+    pub fn agent_is_away(&self, reason: String) {
         let mut state = self.state();
-        if state.agent_away.as_ref() != Some(&why) {
-            let kept = if state.pem.is_some() { "; what it told last holds" } else { "" };
-            tracing::warn!("{why}{kept}");
+        if state.agent_away.as_ref() != Some(&reason) {
+            let consequence =
+                if state.pem.is_some() { "; the last certificates it delivered stay in use" } else { "" };
+            tracing::warn!("{reason}{consequence}");
         }
-        state.refused = Some(why.clone());
-        state.agent_away = Some(why);
+        state.refused = Some(reason.clone());
+        state.agent_away = Some(reason);
     }
 
-    /// Reads the files again and takes what changed.
+    /// Reads the files again and applies changes.
     ///
     /// # Errors
     ///
-    /// Why the identity's files were refused. What held before still does, and the status says so.
+    /// Why the identity's files were rejected. The earlier ones stay in use, and the status says so.
     pub fn look(&self) -> Result<(), MaterialError> {
         let mut state = self.state();
         let now = SystemTime::now();
-        let wanted = state.wanted_roots();
+        let wanted = state.root_paths();
         let mut changed = state.roots.look(&wanted, now);
         let result = match state.settings.clone() {
             None => Ok(false),
-            Some(settings) => self.look_at_own(&mut state, &settings, now),
+            Some(settings) => self.reload_identity(&mut state, &settings, now),
         };
         changed |= *result.as_ref().unwrap_or(&false);
         if changed {
-            self.renew_clients(&mut state);
+            self.update_clients(&mut state);
             self.generation.send_modify(|generation| *generation += 1);
         }
         let expiries = state.expiries(self.own.load().as_deref());
@@ -178,8 +179,8 @@ impl Store {
         result.map(drop)
     }
 
-    /// Whether something new was taken.
-    fn look_at_own(
+    /// Reloads the identity. Returns whether it changed.
+    fn reload_identity(
         &self,
         state: &mut State,
         settings: &config::Identity,
@@ -194,7 +195,7 @@ impl Store {
             Err(error) => return Err(state.refuse(error, None)),
         };
         if state.pem.as_ref() == Some(&pem) {
-            // The old files are back, or were never gone.
+            // Unchanged, or back to the files in use.
             state.refused = state.agent_away.clone();
             state.refused_pem = None;
             return Ok(false);
@@ -204,12 +205,12 @@ impl Store {
             Err(error) => return Err(state.refuse(error, Some(pem))),
         };
         let trust_changed = state.pem.as_ref().is_none_or(|old| old.ca != pem.ca || old.crl != pem.crl);
-        self.take(state, material, settings.min_tls, trust_changed);
+        self.apply(state, material, settings.min_tls, trust_changed);
         state.pem = Some(pem);
         Ok(true)
     }
 
-    fn take(&self, state: &mut State, material: Material, min: MinTls, trust_changed: bool) {
+    fn apply(&self, state: &mut State, material: Material, min: MinTls, trust_changed: bool) {
         let tickets = match &state.tickets {
             Some(tickets) if !trust_changed => Ok(tickets.clone()),
             _ => Tickets::new(),
@@ -221,13 +222,13 @@ impl Store {
         });
         match server {
             Ok(server) => self.server.store(Some(Arc::new(server))),
-            Err(error) => tracing::error!(%error, "TLS for callers cannot be set up"),
+            Err(error) => tracing::error!(%error, "cannot set up TLS for inbound connections"),
         }
         tracing::info!(
             identity = %material.own,
             expires = %Date(material.own.not_after),
             trusted = %material.trust,
-            "a certificate was taken"
+            "certificate loaded"
         );
         if let Some(limitation) = material.limitation() {
             tracing::warn!("{limitation}");
@@ -239,7 +240,7 @@ impl Store {
         state.warned.clear();
     }
 
-    fn renew_clients(&self, state: &mut State) {
+    fn update_clients(&self, state: &mut State) {
         let own = self.own.load();
         state.clients.retain(|(_, client)| client.strong_count() > 0);
         let clients: Vec<_> = state.clients.iter().filter_map(|(_, client)| client.upgrade()).collect();
@@ -249,7 +250,7 @@ impl Store {
         }
     }
 
-    /// How an upstream is to be met: the same as before where its settings are the same, so that its connections stay.
+    /// The client TLS of an upstream. The same object is returned for the same settings, so its connections stay open.
     pub fn client(&self, upstream: &str, settings: &UpstreamTls, min: MinTls) -> Option<Arc<ClientTls>> {
         if settings.mode == TlsMode::Off {
             return None;
@@ -271,17 +272,17 @@ impl Store {
         Some(client)
     }
 
-    /// How callers are met; none where there is no certificate.
+    /// The server TLS; `None` without a certificate.
     pub fn server(&self) -> arc_swap::Guard<Option<Arc<ServerTls>>> {
         self.server.load()
     }
 
-    /// Who this service is.
+    /// The identity of this service.
     pub fn own(&self) -> arc_swap::Guard<Option<Arc<Material>>> {
         self.own.load()
     }
 
-    /// Told of everything that was taken.
+    /// Notified of every accepted change.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.generation.subscribe()
     }
@@ -302,22 +303,22 @@ impl Store {
 }
 
 impl State {
-    /// Notes why new material was not taken; says so once.
+    /// Records why new material was rejected; logs it once.
     fn refuse(&mut self, error: MaterialError, pem: Option<Pem>) -> MaterialError {
-        let why = error.to_string();
-        let news = self.refused.as_deref() != Some(&why) || self.refused_pem != pem;
-        if news {
+        let reason = error.to_string();
+        let is_new = self.refused.as_deref() != Some(&reason) || self.refused_pem != pem;
+        if is_new {
             self.refusals += 1;
-            let kept = if self.pem.is_some() { "; what was valid before still holds" } else { "" };
-            tracing::error!("the new certificates are refused: {why}{kept}");
+            let consequence = if self.pem.is_some() { "; the previous ones stay in use" } else { "" };
+            tracing::error!("new certificates rejected: {reason}{consequence}");
         }
-        self.refused = Some(why);
+        self.refused = Some(reason);
         self.refused_pem = pem;
         error
     }
 
     /// The files of upstreams' roots.
-    fn wanted_roots(&self) -> Vec<PathBuf> {
+    fn root_paths(&self) -> Vec<PathBuf> {
         self.clients.iter().filter_map(|(_, client)| client.upgrade()?.settings.ca.clone()).collect()
     }
 
@@ -327,7 +328,7 @@ impl State {
     }
 }
 
-/// What the agent told, and the revocation lists of a file beside it.
+/// Adds the revocation lists of the `crl` file to the agent's delivery.
 fn with_crl(mut pem: Pem, settings: &config::Identity) -> Result<Pem, MaterialError> {
     pem.crl.extend(files::crl(settings)?);
     Ok(pem)

@@ -1,8 +1,8 @@
-//! rustls, set up: what is spoken to callers and to upstreams.
+//! rustls configurations for inbound connections and for upstreams.
 //!
-//! TLS 1.3 unless `min_tls` lets 1.2 in, X25519MLKEM768 preferred, no early data. Sessions are resumed, by tickets all
-//! workers can read; tickets are thrown away with the trust they were given under, as a resumed session shows the
-//! certificate of its first handshake and nobody verifies that again.
+//! TLS 1.3 unless `min_tls` allows 1.2, X25519MLKEM768 preferred, no early data. Sessions are resumed with tickets
+//! that all workers can read. Tickets are dropped when the trusted roots change, because a resumed session has the
+//! certificate of its first handshake and rustls does not verify it again.
 
 use std::{
     sync::{
@@ -31,12 +31,12 @@ use super::{
 };
 use crate::config::{MinTls, TlsMode, UpstreamTls};
 
-/// What HTTP is called in ALPN.
+/// The ALPN names of HTTP.
 pub const ALPN_H2: &[u8] = b"h2";
 pub const ALPN_HTTP1: &[u8] = b"http/1.1";
-/// What sidecars call a byte stream among themselves: the server passes on what comes without looking for HTTP.
+/// The ALPN name of a byte stream between sidecars: the server forwards it without protocol detection.
 pub const ALPN_BYTE_STREAM: &[u8] = b"outrigger-tcp";
-/// Servers whose sessions an upstream's configuration keeps.
+/// Servers whose sessions are kept for each upstream.
 const SESSIONS: usize = 64;
 
 const BOTH: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
@@ -49,7 +49,8 @@ fn versions(min: MinTls) -> &'static [&'static SupportedProtocolVersion] {
     }
 }
 
-/// What makes and reads tickets. A caller that proved nothing must not come back as one that did: so there are two.
+/// Session ticket keys. Strict and permissive mode have separate ones, so a session that began without a client
+/// certificate cannot be resumed where one is required.
 #[derive(Clone, Debug)]
 pub struct Tickets {
     strict: Arc<dyn ProducesTickets>,
@@ -59,20 +60,20 @@ pub struct Tickets {
 impl Tickets {
     /// # Errors
     ///
-    /// If the system gives no random bytes.
+    /// If the system has no randomness.
     pub fn new() -> Result<Self, rustls::Error> {
         let ticketer = rustls::crypto::aws_lc_rs::Ticketer::new;
         Ok(Self { strict: ticketer()?, permissive: ticketer()? })
     }
 }
 
-/// What a caller is offered by ALPN, if it asks.
+/// What a client that sends ALPN is offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offer {
-    /// HTTP/2 only where the caller insists: a service that speaks nothing else says so by its `protocol`.
+    /// HTTP/2 only if the client offers nothing else. A service that needs HTTP/2 sets its `protocol`.
     Http1First,
     H2First,
-    /// Nothing of ours: the service understands what the caller wants, or nobody does.
+    /// No ALPN: the protocol is between client and service.
     Nothing,
     /// A byte stream of another sidecar.
     ByteStream,
@@ -86,7 +87,7 @@ struct Configs {
     byte_stream: Arc<ServerConfig>,
 }
 
-/// How callers are met.
+/// Server TLS for inbound connections.
 #[derive(Debug)]
 pub struct ServerTls {
     strict: Configs,
@@ -97,20 +98,20 @@ pub struct ServerTls {
 impl ServerTls {
     /// # Errors
     ///
-    /// If rustls cannot be set up so, which would be a bug.
+    /// If rustls rejects the configuration, which would be a bug.
     pub fn new(material: &Material, min: MinTls, tickets: &Tickets) -> Result<Self, rustls::Error> {
         let config = |mandatory, alpn: &[&[u8]]| {
-            let callers = Callers::new(Arc::clone(&material.trust), mandatory);
+            let verifier = Callers::new(Arc::clone(&material.trust), mandatory);
             let mut config = ServerConfig::builder_with_provider(Arc::clone(provider()))
                 .with_protocol_versions(versions(min))?
-                .with_client_cert_verifier(Arc::new(callers))
+                .with_client_cert_verifier(Arc::new(verifier))
                 .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&material.key))));
             config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
             config.ticketer = Arc::clone(if mandatory { &tickets.strict } else { &tickets.permissive });
             config.session_storage = Arc::new(NoServerSessionStorage {});
-            // TLS 1.2 leaves the choice open to whoever was made for weaker times; with 1.3 any choice is as good.
+            // With TLS 1.2 an old client may prefer weak cipher suites. Those of 1.3 are all strong.
             config.ignore_client_order = min == MinTls::V12;
-            // Each is some kilobytes that hold the caller's chain; pools open several connections only under load.
+            // Each ticket is some kilobytes with the client's chain; pools open several connections only under load.
             config.send_tls13_tickets = 1;
             Ok::<_, rustls::Error>(Arc::new(config))
         };
@@ -136,47 +137,47 @@ impl ServerTls {
     }
 }
 
-/// How one upstream is met. Lives as long as its settings; what is in it changes with certificates.
+/// Client TLS of one upstream. Lives as long as its settings; its content changes with certificates and roots.
 #[derive(Debug)]
 pub struct ClientTls {
     pub settings: UpstreamTls,
     pub min: MinTls,
     now: ArcSwap<Result<ClientNow, String>>,
     pub(super) handshakes: Arc<Handshakes>,
-    /// Counts the changes of `now`.
+    /// Counts the changes of `current`.
     generation: AtomicU64,
 }
 
-/// What holds for new connections to an upstream.
+/// The TLS configuration for new connections to an upstream.
 #[derive(Clone, Debug)]
 pub struct ClientNow {
     pub config: Arc<ClientConfig>,
     pub trust: Arc<Trust>,
-    /// Who must answer; none: whoever has the host's name.
+    /// The accepted identities of the server; empty: its certificate must have the host name.
     pub expected: Arc<[Pattern]>,
-    /// When the certificate that is shown expires; None where none is shown.
+    /// When our client certificate expires; `None` if none is presented.
     own_expires: Option<SystemTime>,
 }
 
 impl ClientNow {
-    /// When the certificate that is shown expired, if it has.
+    /// When our client certificate expired, if it has.
     pub fn own_expired(&self) -> Option<SystemTime> {
         self.own_expires.filter(|at| *at <= SystemTime::now())
     }
 
-    /// The same for one connection without a session of an earlier one, which would hide from the server why it has to
-    /// refuse this one.
+    /// The same without session resumption, for one connection. A resumed session would hide the expired certificate
+    /// from the server.
     pub fn without_resumption(&self) -> Arc<ClientConfig> {
         let mut config = ClientConfig::clone(&self.config);
         config.resumption = Resumption::disabled();
         Arc::new(config)
     }
 
-    /// Whether a server that was believed still would be.
+    /// Verifies the chain of an established connection again.
     ///
     /// # Errors
     ///
-    /// Says why not.
+    /// Why it is no longer accepted.
     pub fn still_believes(&self, chain: &[CertificateDer<'_>]) -> Result<Peer, Refusal> {
         let (leaf, intermediates) = chain.split_first().ok_or(Refusal::Unknown)?;
         let peer = self.trust.verify(leaf, intermediates, rustls_pki_types::UnixTime::now(), Role::Server)?;
@@ -189,37 +190,38 @@ impl ClientNow {
 
 impl ClientTls {
     pub fn new(settings: UpstreamTls, min: MinTls, handshakes: Arc<Handshakes>) -> Self {
-        let none = Err("its certificates are not there yet".to_owned());
+        let none = Err("its certificates are not loaded yet".to_owned());
         Self { settings, min, now: ArcSwap::from_pointee(none), handshakes, generation: AtomicU64::new(0) }
     }
 
-    /// What holds for new connections, or why there can be none.
+    /// The configuration for new connections, or why there can be none.
     pub fn now(&self) -> arc_swap::Guard<Arc<Result<ClientNow, String>>> {
         self.now.load()
     }
 
-    /// Takes another certificate or other roots. `own`: for mutual TLS.
+    /// Applies another certificate or other roots. `own`: for mutual TLS.
     pub fn renew(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) {
         self.now.store(Arc::new(self.build(trust, own)));
         self.generation.fetch_add(1, Ordering::Release);
     }
 
-    /// Changes with every certificate of ours and every root.
+    /// Changes with every update of the certificate or the roots.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
 
     fn build(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) -> Result<ClientNow, String> {
         let trust = trust?;
-        let wrong = |error: rustls::Error| format!("TLS cannot be set up: {error}");
+        let describe = |error: rustls::Error| format!("cannot set up TLS: {error}");
         let patterns = self.settings.identity.iter().map(|text| {
-            text.parse::<Pattern>().map_err(|error| format!("`identity` holds `{text}`: {error}"))
+            text.parse::<Pattern>()
+                .map_err(|error| format!("invalid pattern `{text}` in `identity`: {error}"))
         });
         let expected: Vec<Pattern> = patterns.collect::<Result<_, _>>()?;
         let verifier = Servers { trust: Arc::clone(&trust), expected: expected.clone() };
         let builder = ClientConfig::builder_with_provider(Arc::clone(provider()))
             .with_protocol_versions(versions(self.min))
-            .map_err(wrong)?
+            .map_err(describe)?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier));
         let mut config = match (self.settings.mode, own) {
@@ -229,7 +231,7 @@ impl ClientTls {
             (TlsMode::Mutual, None) => return Err("this service has no valid certificate yet".to_owned()),
             (TlsMode::Simple | TlsMode::Off, _) => builder.with_no_client_auth(),
         };
-        // Anew with each change: a resumed session would show the old certificate.
+        // A new cache with each change: a resumed session would present the old certificate.
         config.resumption = Resumption::in_memory_sessions(SESSIONS);
         let own_expires = own.filter(|_| self.settings.mode == TlsMode::Mutual).map(|own| own.own.not_after);
         Ok(ClientNow { config: Arc::new(config), trust, expected: expected.into(), own_expires })

@@ -1,4 +1,4 @@
-//! Who is trusted: roots, a bundle for all or one per trust domain, and what they have revoked.
+//! Certificate verification: roots, as one bundle for all or one per trust domain, and revocation lists.
 
 #[cfg(test)]
 mod tests;
@@ -16,13 +16,13 @@ use webpki::{CertRevocationList, EndEntityCert, KeyUsage, RevocationOptionsBuild
 
 use super::{Pattern, Peer, PeerError, SpiffeId, TrustDomain, time::Date};
 
-/// The cryptography that everything here uses: aws-lc-rs, X25519MLKEM768 first.
+/// The crypto provider for all TLS: aws-lc-rs, X25519MLKEM768 first.
 pub fn provider() -> &'static Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     PROVIDER.get_or_init(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
 }
 
-/// What the other side is, which decides what its certificate must be good for.
+/// The role of the certificate's owner, which decides the required extended key usage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     Server,
@@ -41,36 +41,36 @@ impl Role {
 /// The roots of one trust domain, or of all.
 #[derive(Clone, Debug)]
 pub struct Bundle {
-    /// `None`: of whoever these roots vouch for.
+    /// `None`: the roots may issue for any trust domain.
     pub trust_domain: Option<TrustDomain>,
-    /// Where it came from, for people.
+    /// Its source, for people.
     pub source: Box<str>,
     pub anchors: Vec<TrustAnchor<'static>>,
 }
 
-/// Everything a certificate is checked against.
+/// What certificates are verified against: roots and revocation lists.
 #[derive(Clone, Debug)]
 pub struct Trust {
     bundles: Arc<[Bundle]>,
     crls: Arc<[CertRevocationList<'static>]>,
 }
 
-/// Why a certificate is not accepted.
+/// Why a certificate is rejected.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Refusal {
-    #[error("its certificate does not count: {0}")]
+    #[error("its certificate cannot be used: {0}")]
     Peer(#[from] PeerError),
     #[error("its certificate expired on {}", Date(*.0))]
     Expired(SystemTime),
     #[error("its certificate is not valid before {}", Date(*.0))]
     NotYet(SystemTime),
-    #[error("its certificate was issued by nobody who is trusted here (looked at: {0})")]
+    #[error("its certificate was not issued by a trusted CA (roots: {0})")]
     UnknownIssuer(String),
     #[error("its certificate has been revoked")]
     Revoked,
     #[error("its certificate may not be used by a {0} (extended key usage)")]
     Purpose(&'static str),
-    #[error("it is {id}, of a trust domain that is not trusted here (trusted: {known})")]
+    #[error("it is {id}, whose trust domain is not trusted (trusted: {known})")]
     TrustDomain { id: SpiffeId, known: String },
     #[error("it is {is}; expected {expected}")]
     NotExpected { is: String, expected: String },
@@ -83,13 +83,13 @@ pub enum Refusal {
 }
 
 impl Trust {
-    /// Nothing is checked: bundles and lists come from [`super::material`], which has.
+    /// Checks nothing: [`super::material`] has checked bundles and lists.
     pub fn new(bundles: Vec<Bundle>, crls: Vec<CertRevocationList<'static>>) -> Self {
         Self { bundles: bundles.into(), crls: crls.into() }
     }
 
-    /// These roots, with what `other` knows to be revoked. A list covers its own issuer alone, so that of a stranger
-    /// revokes nothing here.
+    /// These roots with the revocation lists of `other`. A list covers its own issuer only, so lists of other issuers
+    /// have no effect here.
     pub fn revoked_as_in(&self, other: &Self) -> Self {
         Self { bundles: Arc::clone(&self.bundles), crls: Arc::clone(&other.crls) }
     }
@@ -98,11 +98,11 @@ impl Trust {
         &self.bundles
     }
 
-    /// Checks a chain: its names, and that it leads to a root that vouches for them, today, unrevoked.
+    /// Verifies a chain: names, path to a root that may issue them, validity at `now`, revocation, key usage.
     ///
     /// # Errors
     ///
-    /// Says in plain words why the bearer of the leaf is not believed.
+    /// Why the certificate is rejected.
     pub fn verify(
         &self,
         leaf: &CertificateDer<'_>,
@@ -114,7 +114,7 @@ impl Trust {
         let anchors = self.anchors(&peer)?;
         let parsed = EndEntityCert::try_from(leaf).map_err(|error| self.refusal(error, role))?;
         let crls: Vec<&CertRevocationList<'_>> = self.crls.iter().collect();
-        // A list covers its own issuer alone; and an old one is still better than none.
+        // A list covers its own issuer only. An outdated list is still better than none.
         let revocation = RevocationOptionsBuilder::new(&crls)
             .ok()
             .map(|options| options.with_status_policy(UnknownStatusPolicy::Allow).build());
@@ -129,21 +129,21 @@ impl Trust {
         Ok(peer)
     }
 
-    /// A SPIFFE ID is vouched for by its own trust domain's roots alone.
+    /// The roots that may issue the peer's names. Only its own trust domain's roots may issue a SPIFFE ID.
     fn anchors(&self, peer: &Peer) -> Result<Cow<'_, [TrustAnchor<'static>]>, Refusal> {
-        let vouches = |bundle: &&Bundle| match (&bundle.trust_domain, &peer.spiffe) {
+        let may_issue = |bundle: &&Bundle| match (&bundle.trust_domain, &peer.spiffe) {
             (Some(domain), Some(id)) => domain.as_str() == id.trust_domain(),
             _ => true,
         };
-        let fitting: Vec<&Bundle> = self.bundles.iter().filter(vouches).collect();
-        match (&fitting[..], &peer.spiffe) {
+        let matching: Vec<&Bundle> = self.bundles.iter().filter(may_issue).collect();
+        match (&matching[..], &peer.spiffe) {
             ([], Some(id)) => {
                 let known = self.bundles.iter().filter_map(|bundle| bundle.trust_domain.as_ref());
                 let known: Vec<&str> = known.map(TrustDomain::as_str).collect();
                 Err(Refusal::TrustDomain { id: id.clone(), known: known.join(", ") })
             }
             ([one], _) => Ok(Cow::Borrowed(&one.anchors)),
-            _ => Ok(fitting.iter().flat_map(|bundle| bundle.anchors.iter().cloned()).collect()),
+            _ => Ok(matching.iter().flat_map(|bundle| bundle.anchors.iter().cloned()).collect()),
         }
     }
 
@@ -155,7 +155,7 @@ impl Trust {
         match error {
             E::CertExpired { not_after, .. } => Refusal::Expired(time(not_after)),
             E::CertNotValidYet { not_before, .. } => Refusal::NotYet(time(not_before)),
-            // A root of the same name with another key is another issuer.
+            // A root with the same name and another key is another issuer.
             E::UnknownIssuer | E::InvalidSignatureForPublicKey => Refusal::UnknownIssuer(self.to_string()),
             E::CertRevoked => Refusal::Revoked,
             E::CaUsedAsEndEntity => Refusal::Peer(PeerError::Ca),
@@ -165,7 +165,7 @@ impl Trust {
     }
 }
 
-/// Where the roots came from.
+/// The sources of the roots.
 impl fmt::Display for Trust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, bundle) in self.bundles.iter().enumerate() {
@@ -179,11 +179,11 @@ impl fmt::Display for Trust {
     }
 }
 
-/// Whether `peer` is one of those who must answer.
+/// Checks that `peer` is one of the expected identities.
 ///
 /// # Errors
 ///
-/// Names who answered and who was expected.
+/// Names the actual and the expected identities.
 pub fn expect(peer: &Peer, leaf: &CertificateDer<'_>, expected: &[Pattern]) -> Result<(), Refusal> {
     let named = |pattern: &Pattern| match (&peer.spiffe, pattern) {
         (Some(id), pattern) => pattern.matches(id),
@@ -197,16 +197,16 @@ pub fn expect(peer: &Peer, leaf: &CertificateDer<'_>, expected: &[Pattern]) -> R
     Err(Refusal::NotExpected { is: peer.to_string(), expected: expected.join(" or ") })
 }
 
-/// Whether the certificate is good for a server's name.
+/// Checks that the certificate is valid for a server name.
 ///
 /// # Errors
 ///
-/// Names what the certificate says and what was expected.
+/// Names the names in the certificate and the expected one.
 pub fn expect_name(peer: &Peer, leaf: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Refusal> {
     let valid = EndEntityCert::try_from(leaf).and_then(|leaf| leaf.verify_is_valid_for_subject_name(name));
     valid.map_err(|_| Refusal::Name {
         presented: match (&peer.spiffe, &peer.dns[..]) {
-            (Some(id), []) => format!("{id} (say so by `identity`)"),
+            (Some(id), []) => format!("{id} (set `identity`)"),
             (None, []) => "no host".to_owned(),
             (_, names) => names.join(", "),
         },
@@ -219,7 +219,8 @@ fn is_valid_for(leaf: &CertificateDer<'_>, name: &str) -> bool {
     EndEntityCert::try_from(leaf).is_ok_and(|leaf| leaf.verify_is_valid_for_subject_name(&name).is_ok())
 }
 
-/// As rustls carries it, with the alert that fits for the other side. What rustls has no word for goes along whole.
+/// Wraps the error for rustls, which derives the alert for the peer. Variants that rustls lacks travel as
+/// `CertificateError::Other`.
 impl From<Refusal> for rustls::Error {
     fn from(refusal: Refusal) -> Self {
         let now = UnixTime::now();
@@ -238,7 +239,7 @@ impl From<Refusal> for rustls::Error {
     }
 }
 
-/// What became of a certificate in a handshake, in words; none where the error is of another kind.
+/// Unwraps a certificate error of a handshake; `None` for other errors.
 pub fn refused(error: &rustls::Error, trust: &Trust, role: Role) -> Option<Refusal> {
     let rustls::Error::InvalidCertificate(error) = error else { return None };
     let time =

@@ -1,4 +1,4 @@
-//! The two verifiers that rustls asks: who calls, and who answers.
+//! The certificate verifiers for rustls: of clients and of servers.
 
 use std::sync::Arc;
 
@@ -15,11 +15,11 @@ use super::{
     trust::{Role, Trust, expect, expect_name, provider},
 };
 
-/// With more roots than this, clients are not told which ones: the list would fill their first flight.
+/// With more roots than this, no root hints are sent: the list would be too large for the first flight.
 const MAX_HINTS: usize = 16;
 
-/// What both have in common: signatures as the provider checks them.
-macro_rules! verifies_signatures {
+/// The methods common to both: the crypto provider verifies signatures.
+macro_rules! impl_verify_signatures {
     () => {
         fn verify_tls12_signature(
             &self,
@@ -45,11 +45,11 @@ macro_rules! verifies_signatures {
     };
 }
 
-/// Believes callers whose chain leads to a root.
+/// Accepts clients whose chain leads to a root.
 #[derive(Debug)]
 pub struct Callers {
     trust: Arc<Trust>,
-    /// Without a certificate there is no connection.
+    /// Reject clients without a certificate.
     mandatory: bool,
     hints: Vec<DistinguishedName>,
 }
@@ -82,10 +82,10 @@ impl ClientCertVerifier for Callers {
         Ok(ClientCertVerified::assertion())
     }
 
-    verifies_signatures!();
+    impl_verify_signatures!();
 }
 
-/// Believes a server that is one of those expected; where nobody is named, one whose certificate has its host name.
+/// Accepts servers with an expected identity; if none is expected, those whose certificate has the host name.
 #[derive(Debug)]
 pub struct Servers {
     pub trust: Arc<Trust>,
@@ -110,5 +110,5 @@ impl ServerCertVerifier for Servers {
         Ok(ServerCertVerified::assertion())
     }
 
-    verifies_signatures!();
+    impl_verify_signatures!();
 }

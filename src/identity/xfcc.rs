@@ -1,5 +1,5 @@
-//! `x-forwarded-client-cert`: how the service learns who calls. The form is Envoy's: one element with `By`, `Hash`,
-//! `Subject`, `URI` and `DNS`, always of the verified peer.
+//! `x-forwarded-client-cert`: passes the client's identity to the service. Envoy's format: one element with `By`,
+//! `Hash`, `Subject`, `URI` and `DNS`, always of the verified peer.
 
 use std::fmt::Write as _;
 
@@ -7,36 +7,36 @@ use http::HeaderValue;
 
 use super::Peer;
 
-/// The value for a peer. `by`: the SPIFFE ID of this side, where it has one.
+/// The header value for a peer. `by`: the SPIFFE ID of this side, if it has one.
 ///
-/// `Hash` is the SHA-256 of the peer's certificate in hexadecimal. `Subject` is always quoted, as Envoy does; other
-/// values are where `,`, `;` or `=` stand in them. What cannot stand in a field is left out.
+/// `Hash` is the SHA-256 of the peer's certificate in hexadecimal. `Subject` is always quoted, as in Envoy; other
+/// values are quoted if they contain `,`, `;` or `=`. Values that are not allowed in a header field are omitted.
 pub fn value(peer: &Peer, by: Option<&str>) -> Option<HeaderValue> {
     let mut text = String::with_capacity(256);
     if let Some(by) = by {
-        pair(&mut text, "By", by, false);
+        push_pair(&mut text, "By", by, false);
     }
     let hash = peer.sha256.iter().fold(String::with_capacity(64), |mut hash, byte| {
         // Writing to a string does not fail.
         let _ = write!(hash, "{byte:02x}");
         hash
     });
-    pair(&mut text, "Hash", &hash, false);
-    // Readers differ in what a backslash before a quote means. RFC 2253 has another way to write both.
+    push_pair(&mut text, "Hash", &hash, false);
+    // Parsers differ on a backslash before a quote. RFC 2253 has another escape for both.
     let subject = peer.subject.replace("\\\\", "\\5C").replace("\\\"", "\\22").replace('"', "\\22");
-    pair(&mut text, "Subject", &subject, true);
+    push_pair(&mut text, "Subject", &subject, true);
     if let Some(id) = &peer.spiffe {
-        pair(&mut text, "URI", id.as_str(), false);
+        push_pair(&mut text, "URI", id.as_str(), false);
     }
     for name in &peer.dns {
-        pair(&mut text, "DNS", name, false);
+        push_pair(&mut text, "DNS", name, false);
     }
     HeaderValue::from_bytes(text.as_bytes()).ok()
 }
 
-fn pair(text: &mut String, key: &str, value: &str, quoted: bool) {
-    let ends_open = value.ends_with('\\');
-    if value.contains('"') || ends_open || value.chars().any(char::is_control) {
+fn push_pair(text: &mut String, key: &str, value: &str, quoted: bool) {
+    let ends_with_backslash = value.ends_with('\\');
+    if value.contains('"') || ends_with_backslash || value.chars().any(char::is_control) {
         return;
     }
     if !text.is_empty() {
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn it_reads_as_envoys() {
+    fn the_format_is_envoys() {
         let hash = "ab".repeat(32);
         assert_eq!(
             value(&peer(), Some("spiffe://shop.example/ns/shop/sa/orders")).unwrap(),
@@ -78,11 +78,11 @@ mod tests {
         assert_eq!(value(&nameless, None).unwrap(), format!("Hash={hash};Subject=\"\""));
     }
 
-    /// A subject is whatever its owner got signed: it must not be able to say more than a subject.
+    /// The subject is chosen by the certificate's owner: it must not inject other pairs.
     #[test]
-    fn nobody_says_more_than_a_name() {
-        // As RFC 2253 writes them, and as it would not.
-        for (subject, told) in [
+    fn a_subject_cannot_inject_pairs() {
+        // In RFC 2253 form, and malformed.
+        for (subject, expected) in [
             (
                 r#"CN=x\";URI=spiffe://shop.example/root;By=\""#,
                 r"CN=x\22;URI=spiffe://shop.example/root;By=\22",
@@ -99,7 +99,7 @@ mod tests {
                 let keys: Vec<&str> = read.iter().map(|(key, _)| key.as_str()).collect();
                 assert_eq!(keys, ["Hash", "Subject", "URI", "DNS", "DNS"], "{text}");
             }
-            assert_eq!(read(text, false)[1].1, told);
+            assert_eq!(read(text, false)[1].1, expected);
         }
         let odd = Peer {
             subject: "CN=a\r\nb".into(),
@@ -111,7 +111,7 @@ mod tests {
         assert!(!text.contains("Subject") && text.ends_with(";DNS=\"a,b\""), "{text}");
     }
 
-    /// A reader by Envoy's rules: `;` between pairs, `"` around values. `escapes`: it takes `\` for an escape.
+    /// A parser by Envoy's rules: `;` between pairs, `"` around values. `escapes`: it treats `\` as an escape.
     fn read(text: &str, escapes: bool) -> Vec<(String, String)> {
         let (mut pairs, mut part, mut quoted, mut escaped) = (Vec::new(), String::new(), false, false);
         for c in text.chars().chain([';']) {

@@ -1,4 +1,4 @@
-//! Injection into files: YAML in, YAML out, all that is not ours as it was.
+//! Injection into files: YAML in, YAML out; all other YAML is left byte for byte unchanged.
 
 use serde_json::Value;
 
@@ -8,64 +8,72 @@ use super::{
     yaml::{self, Document, YamlError, edit, write},
 };
 
-/// What comes out.
+/// The injected stream.
 #[derive(Debug, Default)]
 pub struct Injected {
     pub text: String,
-    /// What the user should know, a line each.
+    /// Warnings, a line each.
     pub notes: Vec<String>,
 }
 
-/// Why a file stays as it is.
+/// Why a file is not injected.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
-    #[error("line {line}: this is no YAML: {reason}{hint}")]
+    #[error("line {line}: invalid YAML: {reason}{hint}")]
     Yaml { line: usize, reason: String, hint: &'static str },
-    #[error("{who}: {source}")]
-    Inject { who: String, source: InjectError },
+    #[error("{workload}: {source}")]
+    Inject { workload: String, source: InjectError },
 }
 
-/// Puts the sidecar into all workloads of a stream of documents, anew where it was put in before; without `defaults`,
-/// takes it out.
+/// Injects the sidecar into all workloads of a YAML stream, and updates it in injected ones; without `defaults`,
+/// removes it.
 ///
 /// # Errors
 ///
-/// All that is wrong, in the order of the file.
+/// All errors, in the order of the file.
 pub fn inject(text: &str, defaults: Option<&Defaults>) -> Result<Injected, Vec<ManifestError>> {
     let (mut done, mut errors, mut line) = (Injected::default(), Vec::new(), 0);
     for part in yaml::documents(text) {
         match document(part, defaults, &mut done.notes) {
             Ok(part) => done.text += &part,
-            Err(Wrong::Yaml(error)) => {
+            Err(DocumentError::Yaml(error)) => {
                 let hint = match part.contains("{{") {
                     true => " (a template must be rendered first: helm template … | outrigger inject)",
                     false => "",
                 };
                 errors.push(ManifestError::Yaml { line: line + error.line, reason: error.reason, hint });
             }
-            Err(Wrong::Inject(who, source)) => errors.push(ManifestError::Inject { who, source }),
+            Err(DocumentError::Inject(workload, source)) => {
+                errors.push(ManifestError::Inject { workload, source })
+            }
         }
         line += part.matches('\n').count();
     }
     if errors.is_empty() { Ok(done) } else { Err(errors) }
 }
 
-enum Wrong {
+enum DocumentError {
     Yaml(YamlError),
     Inject(String, InjectError),
 }
 
-fn document(part: &str, defaults: Option<&Defaults>, notes: &mut Vec<String>) -> Result<String, Wrong> {
-    let value = Document::parse(part).map_err(Wrong::Yaml)?.value();
+fn document(
+    part: &str,
+    defaults: Option<&Defaults>,
+    notes: &mut Vec<String>,
+) -> Result<String, DocumentError> {
+    let value = Document::parse(part).map_err(DocumentError::Yaml)?.value();
     let mut targets = Vec::new();
-    find(&value, String::new(), &mut targets);
+    find_workloads(&value, String::new(), &mut targets);
     let mut draft = Draft { text: part.to_owned(), value, rewritten: false };
     for target in targets {
-        let who = target.who(&draft.value);
-        draft.workload(&target, defaults, &who, notes).map_err(|error| Wrong::Inject(who.clone(), error))?;
+        let workload = target.display_name(&draft.value);
+        draft
+            .inject_workload(&target, defaults, &workload, notes)
+            .map_err(|error| DocumentError::Inject(workload.clone(), error))?;
         if std::mem::take(&mut draft.rewritten) {
             notes.push(format!(
-                "{who}: {}, so the document was written anew, without comments",
+                "{workload}: {}, so the document was rewritten without comments",
                 edit::TooUnusual
             ));
         }
@@ -74,15 +82,15 @@ fn document(part: &str, defaults: Option<&Defaults>, notes: &mut Vec<String>) ->
 }
 
 /// A workload in a document.
-struct Target {
-    /// Where it is.
+struct Workload {
+    /// The JSON Pointer to it.
     object: String,
-    /// Where in it the pod is.
+    /// The pointer from there to the pod or template.
     pod: &'static str,
 }
 
-impl Target {
-    fn who(&self, document: &Value) -> String {
+impl Workload {
+    fn display_name(&self, document: &Value) -> String {
         let object = document.pointer(&self.object).unwrap_or(&Value::Null);
         let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
         match object["metadata"]["namespace"].as_str() {
@@ -98,8 +106,8 @@ fn name(object: &Value) -> &str {
     metadata["name"].as_str().or_else(generated).unwrap_or("?")
 }
 
-/// Where a workload of this kind says what its pods are.
-fn pod_of(kind: &str) -> Option<&'static str> {
+/// The pointer to the pod template in a workload of this kind.
+fn template_path(kind: &str) -> Option<&'static str> {
     Some(match kind {
         "Pod" => "",
         "Deployment" | "StatefulSet" | "DaemonSet" | "Job" | "ReplicaSet" | "ReplicationController" => {
@@ -110,23 +118,23 @@ fn pod_of(kind: &str) -> Option<&'static str> {
     })
 }
 
-fn find(object: &Value, at: String, targets: &mut Vec<Target>) {
+fn find_workloads(object: &Value, at: String, targets: &mut Vec<Workload>) {
     let Some(kind) = object["kind"].as_str() else { return };
-    // A thing of another's making may have the same name and another shape.
-    let known =
+    // Other API groups may have kinds with the same name and another schema.
+    let is_known_api =
         object["apiVersion"].as_str().is_some_and(|version| ["v1", "apps/v1", "batch/v1"].contains(&version));
-    if let (true, Some(pod)) = (known, pod_of(kind)) {
+    if let (true, Some(pod)) = (is_known_api, template_path(kind)) {
         if object.pointer(pod).is_some_and(|pod| pod["spec"].is_object()) {
-            targets.push(Target { object: at, pod });
+            targets.push(Workload { object: at, pod });
         }
     } else if kind.ends_with("List") && object["items"].is_array() {
         for (index, item) in object["items"].as_array().into_iter().flatten().enumerate() {
-            find(item, format!("{at}/items/{index}"), targets);
+            find_workloads(item, format!("{at}/items/{index}"), targets);
         }
     }
 }
 
-/// A document that is being changed: what it says, and how.
+/// A document that is being changed: its value and its text.
 struct Draft {
     text: String,
     value: Value,
@@ -134,16 +142,16 @@ struct Draft {
 }
 
 impl Draft {
-    fn workload(
+    fn inject_workload(
         &mut self,
-        target: &Target,
+        target: &Workload,
         defaults: Option<&Defaults>,
-        who: &str,
+        workload: &str,
         notes: &mut Vec<String>,
     ) -> Result<(), InjectError> {
-        let place = format!("{}{}", target.object, target.pod);
-        let steps = inject::undo(self.pod(&place))?;
-        self.change(&place, steps)?;
+        let pod_path = format!("{}{}", target.object, target.pod);
+        let steps = inject::undo(self.pod(&pod_path))?;
+        self.change(&pod_path, steps)?;
         let Some(defaults) = defaults else { return Ok(()) };
 
         let object = self.pod(&target.object);
@@ -155,57 +163,58 @@ impl Draft {
             let own = object["metadata"]["annotations"].as_object().into_iter().flatten();
             for (key, _) in own.filter(|(key, _)| key.starts_with(inject::PREFIX) && *key != inject::SWITCH) {
                 notes.push(format!(
-                    "{who}: {key} has no effect here, it belongs to the pod's annotations ({}/metadata)",
+                    "{workload}: {key} has no effect here: move it to the pod's annotations ({}/metadata)",
                     target.pod.trim_start_matches('/')
                 ));
             }
         }
-        let pod = self.pod(&place);
+        let pod = self.pod(&pod_path);
         let document = Document::parse(&self.text).ok();
         let written = |at: &str| {
             let (path, value) = resolve(pod, at)?;
-            let (document, path) = (document.as_ref()?, format!("{place}{path}"));
+            let (document, path) = (document.as_ref()?, format!("{pod_path}{path}"));
             let raw = edit::raw(&self.text, document, &path)?;
             (!edit::is_usual(&self.text, document, &path, value)).then(|| raw.to_owned())
         };
         match inject::inject(pod, Owner { kind, name }, defaults, &written)? {
             Outcome::Leave(None) => Ok(()),
             Outcome::Leave(Some(reason)) => {
-                notes.push(format!("{who}: left as it is: {reason}"));
+                notes.push(format!("{workload}: left as it is: {reason}"));
                 Ok(())
             }
-            Outcome::Patch { operations, notes: told } => {
-                notes.extend(told.into_iter().map(|note| format!("{who}: {}", note.0)));
+            Outcome::Patch { operations, notes: pod_notes } => {
+                notes.extend(pod_notes.into_iter().map(|note| format!("{workload}: {}", note.0)));
                 let steps = operations.into_iter().map(|operation| Step { operation, text: None });
-                self.change(&place, steps.collect())
+                self.change(&pod_path, steps.collect())
             }
         }
     }
 
-    fn pod(&self, place: &str) -> &Value {
-        self.value.pointer(place).unwrap_or(&Value::Null)
+    fn pod(&self, path: &str) -> &Value {
+        self.value.pointer(path).unwrap_or(&Value::Null)
     }
 
-    /// Makes changes in value and text. What the text then says is read, and decides.
-    fn change(&mut self, place: &str, steps: Vec<Step>) -> Result<(), InjectError> {
+    /// Applies changes to value and text. If the edited text does not parse to the value, the document is rewritten.
+    fn change(&mut self, path: &str, steps: Vec<Step>) -> Result<(), InjectError> {
         if steps.is_empty() {
             return Ok(());
         }
         let before = self.text.clone();
         let mut text = Ok(before.clone());
         for Step { operation, text: written } in steps {
-            let operation = within(place, operation);
+            let operation = prefixed(path, operation);
             operation.apply(&mut self.value)?;
             text = text.and_then(|text| match written {
                 Some(raw) => edit::restore(&text, operation.path(), &raw),
                 None => edit::apply(&text, &operation),
             });
         }
-        let says = |text: &String| Document::parse(text).is_ok_and(|document| document.value() == self.value);
-        // What follows it in the stream begins on a line of its own.
-        let ends = |text: &String| text.ends_with('\n') || !before.ends_with('\n');
+        let matches_value =
+            |text: &String| Document::parse(text).is_ok_and(|document| document.value() == self.value);
+        // The next document of the stream must begin on its own line.
+        let ends_line = |text: &String| text.ends_with('\n') || !before.ends_with('\n');
         self.text = match text {
-            Ok(text) if says(&text) && ends(&text) => text,
+            Ok(text) if matches_value(&text) && ends_line(&text) => text,
             _ => {
                 self.rewritten = true;
                 let marker =
@@ -217,9 +226,9 @@ impl Draft {
     }
 }
 
-/// The operation on the pod as one on the document that holds it.
-fn within(place: &str, operation: Operation) -> Operation {
-    let put = |path: String| format!("{place}{path}");
+/// Converts an operation on the pod to one on its document.
+fn prefixed(prefix: &str, operation: Operation) -> Operation {
+    let put = |path: String| format!("{prefix}{path}");
     match operation {
         Operation::Add { path, value } => Operation::Add { path: put(path), value },
         Operation::Replace { path, value } => Operation::Replace { path: put(path), value },

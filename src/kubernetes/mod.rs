@@ -1,12 +1,12 @@
-//! Kubernetes: the sidecar put into pods, by a command or a webhook, and what makes a pod's traffic pass through it.
+//! Kubernetes: injection of the sidecar into pods, by a command or a webhook, and redirection of a pod's traffic.
 //!
 //! ```text
-//! manifest: YAML ─┐                                      ┌─▶ the text with the changes made in it
+//! manifest: YAML ─┐                                      ┌─▶ the edited YAML text
 //!                 ├─▶ inject: a pod in, JSON Patch out ──┤
 //! webhook: HTTPS ─┘                                      └─▶ an admission response
 //! ```
 //!
-//! [`inject`] decides and does no I/O; the two that call it cannot differ in what a pod gets.
+//! [`inject`] decides and does no I/O, so both callers inject the same.
 
 pub mod inject;
 pub mod manifest;

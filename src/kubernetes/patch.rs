@@ -1,10 +1,9 @@
-//! JSON Patch (RFC 6902), as far as injection needs it: the one language for what is changed, in an admission response
-//! as well as in a file.
+//! JSON Patch (RFC 6902), as far as injection needs it, for admission responses and for files.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// One step. Paths are JSON Pointers (RFC 6901).
+/// One operation. Paths are JSON Pointers (RFC 6901).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase")]
 pub enum Operation {
@@ -13,17 +12,17 @@ pub enum Operation {
     Remove { path: String },
 }
 
-/// The place that an operation names is not there.
+/// The path of an operation does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is nothing at {0}")]
+#[error("path {0} does not exist")]
 pub struct NoSuchPlace(pub String);
 
-/// A pointer's parts.
+/// The unescaped segments of a pointer.
 pub fn segments(path: &str) -> Vec<String> {
     path.split('/').skip(1).map(|part| part.replace("~1", "/").replace("~0", "~")).collect()
 }
 
-/// A part, to be put into a pointer.
+/// Escapes a segment for a pointer.
 pub fn escape(part: &str) -> String {
     part.replace('~', "~0").replace('/', "~1")
 }
@@ -37,7 +36,7 @@ impl Operation {
 
     /// # Errors
     ///
-    /// Where the place is not there.
+    /// If the path does not exist.
     pub fn apply(&self, target: &mut Value) -> Result<(), NoSuchPlace> {
         let missing = || NoSuchPlace(self.path().to_owned());
         let path = self.path();
@@ -51,7 +50,7 @@ impl Operation {
                 *map.get_mut(&last).ok_or_else(missing)? = value.clone();
             }
             (Value::Object(map), Self::Remove { .. }) => {
-                // Not `remove`, which would put the last in its place.
+                // Not `remove`, which would move the last member there.
                 map.shift_remove(&last).ok_or_else(missing)?;
             }
             (Value::Array(list), operation) => {
@@ -77,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_json_patch() {
+    fn operations_follow_json_patch() {
         let patch: Vec<Operation> = serde_json::from_value(json!([
             {"op": "add", "path": "/a~1b", "value": 1},
             {"op": "add", "path": "/list/0", "value": 0},
@@ -91,9 +90,9 @@ mod tests {
             operation.apply(&mut value).unwrap();
         }
         assert_eq!(value.to_string(), r#"{"list":[0,5,9],"z":2,"a/b":1}"#);
-        for wrong in ["/no/where", "/list/7", "/list/x", "/z/1", ""] {
-            let path = wrong.to_owned();
-            assert!(Operation::Remove { path }.apply(&mut value).is_err(), "{wrong}");
+        for missing in ["/no/where", "/list/7", "/list/x", "/z/1", ""] {
+            let path = missing.to_owned();
+            assert!(Operation::Remove { path }.apply(&mut value).is_err(), "{missing}");
         }
     }
 }

@@ -4,12 +4,12 @@ use http::{HeaderMap, HeaderValue, Version, header::VIA};
 
 use super::Side;
 
-/// The names under which this process passes messages on.
+/// The names of this process in `Proxy-Status` and `Via`.
 #[derive(Debug)]
 pub struct Names {
-    /// In `Proxy-Status`.
+    /// The name in `Proxy-Status`.
     pub deployment: String,
-    /// Two, so that a service which passes `Via` on makes no loop of its inbound and outbound calls.
+    /// One for each direction, so that a service which forwards `Via` does not look like a loop.
     inbound: Via,
     outbound: Via,
 }
@@ -33,7 +33,7 @@ impl Names {
     }
 }
 
-/// `Via` members for each version a message can have come by, made once.
+/// The `Via` members for each HTTP version, made once.
 #[derive(Debug)]
 pub struct Via {
     pub pseudonym: String,
@@ -43,7 +43,7 @@ pub struct Via {
 }
 
 impl Via {
-    /// `pseudonym`: unique per instance and direction, a token.
+    /// `pseudonym`: a token, unique for each instance and direction.
     pub fn new(pseudonym: String) -> Self {
         let value = |version: &str| {
             HeaderValue::try_from(format!("{version} {pseudonym}"))

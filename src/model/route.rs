@@ -1,12 +1,12 @@
-//! Which upstream and route a call takes. Compiled once per configuration; asked for every call.
+//! Finds the upstream and the route of a request. Compiled once per configuration, used for every request.
 //!
 //! - Hosts: exact before `*.suffix` (the longest) before `*`; with each, a named port before none.
 //! - Routes of an upstream, the most specific first: exact path, then the longest literal prefix, then none; then
 //!   more headers; then methods given; the order in the file decides what is still equal.
 //!
 //! Paths are compared in one normal form ([`normalise`]), so that `/a/%2e%2e/b` cannot slip past a rule for `/b`;
-//! what is forwarded stays as it came. Neither lookup grows with the number of hosts or routes: a hash per distinct
-//! prefix length, or label of the host.
+//! the path is forwarded as received. The cost of neither lookup grows with the number of hosts or routes: one hash
+//! lookup per distinct prefix length, or per label of the host.
 
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 
@@ -19,7 +19,7 @@ pub use crate::url_path::normalise;
 #[derive(Debug, Default)]
 pub struct Router {
     exact: HashMap<String, ByPort>,
-    /// Keys begin with the dot: `.example`.
+    /// Keys include the leading dot: `.example`.
     suffixes: HashMap<String, ByPort>,
     any: ByPort,
     routes: Vec<Routes>,
@@ -58,10 +58,10 @@ impl Router {
         }
     }
 
-    /// The index in `config.upstreams` of the one that serves this host.
+    /// The index in `config.upstreams` of the upstream of this host.
     ///
-    /// `port` is the one the caller asked for, or that of the scheme where none was written. Brackets of an IPv6
-    /// address and a trailing dot make no difference. Allocates only for hosts with upper-case letters.
+    /// `port` is the port in the request, or the scheme's default port. Brackets of an IPv6 address and a trailing dot
+    /// are ignored. Allocates only for hosts with upper-case letters.
     pub fn upstream(&self, host: &str, port: Option<u16>) -> Option<usize> {
         let host = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
         let host = host.strip_suffix('.').unwrap_or(host);
@@ -81,7 +81,7 @@ impl Router {
         if self.suffixes.is_empty() {
             return None;
         }
-        // A suffix stands for at least one character before its dot.
+        // `*` matches at least one character before the dot.
         let dots = host.char_indices().filter(|(at, c)| *c == '.' && *at > 0);
         dots.filter_map(|(at, _)| self.suffixes.get(&host[at..])).find_map(|by_port| by_port.find(port))
     }
@@ -107,22 +107,22 @@ pub struct Routes {
     /// The distinct lengths of `prefixes`, the longest first.
     lengths: Vec<usize>,
     pathless: Vec<Rule>,
-    /// By index of the route.
+    /// Indexed by route.
     rewrites: Vec<Option<Rewrite>>,
 }
 
-/// What beside the path must hold.
+/// The conditions of a route besides the path.
 #[derive(Debug)]
 struct Rule {
     route: usize,
-    /// Empty: any.
+    /// Empty: any method.
     methods: Vec<Method>,
     headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 #[derive(Debug)]
 struct Rewrite {
-    /// How much of the normal path the match took; `None`: all of it.
+    /// The length of the matched prefix of the normal path; `None`: all of it.
     prefix: Option<usize>,
     replacement: String,
 }
@@ -132,7 +132,7 @@ impl Routes {
         let mut compiled = Self::default();
         for (index, route) in routes.iter().enumerate() {
             compiled.rewrites.push(None);
-            // A configuration that was checked has only valid names; one that has not gets rules that never match.
+            // A validated configuration has only valid names; a rule with an invalid one never matches.
             let Some(rule) = Rule::new(index, route) else { continue };
             let bucket = match route.matches.path.as_deref().map(Pattern::new) {
                 None => &mut compiled.pathless,
@@ -152,16 +152,16 @@ impl Routes {
         compiled.lengths.dedup();
         let buckets = compiled.exact.values_mut().chain(compiled.prefixes.values_mut());
         for bucket in buckets.chain([&mut compiled.pathless]) {
-            // Stable: what is equally specific stays in the order of the file.
+            // A stable sort: equally specific routes keep the order of the file.
             bucket.sort_by_key(|rule| (Reverse(rule.headers.len()), rule.methods.is_empty()));
         }
         compiled
     }
 
-    /// The index of the most specific route that matches. `path` is the raw path; a query is not looked at.
+    /// The index of the most specific route that matches. `path` is the raw path; a query is ignored.
     pub fn find(&self, method: &Method, path: &str, headers: &HeaderMap) -> Option<usize> {
         let first =
-            |rules: &Vec<Rule>| rules.iter().find(|rule| rule.holds(method, headers)).map(|r| r.route);
+            |rules: &Vec<Rule>| rules.iter().find(|rule| rule.matches(method, headers)).map(|r| r.route);
         if self.exact.is_empty() && self.prefixes.is_empty() {
             return first(&self.pathless);
         }
@@ -176,15 +176,14 @@ impl Routes {
             .or_else(|| first(&self.pathless))
     }
 
-    /// What to forward instead, where the route rewrites the path; the query stays.
+    /// The path and query to forward, if the route rewrites the path; the query is unchanged.
     ///
-    /// Of a path that came in another than the normal form, the normal form is rewritten: what was matched is what
-    /// the upstream sees.
+    /// The normal form of the path is rewritten, so that the upstream sees what was matched.
     pub fn rewrite(&self, route: usize, from: &PathAndQuery) -> Option<PathAndQuery> {
         let rewrite = self.rewrites.get(route)?.as_ref()?;
         let path = normalise(from.path());
         let rest = rewrite.prefix.map_or("", |length| path.get(length..).unwrap_or(""));
-        // `/v1*` → `/` makes `/x` of `/v1/x`, not `//x`.
+        // `/v1*` → `/` turns `/v1/x` into `/x`, not `//x`.
         let rest = if rewrite.replacement.ends_with('/') { rest.trim_start_matches('/') } else { rest };
         let mut to = format!("{}{rest}", rewrite.replacement);
         if let Some(query) = from.query() {
@@ -210,7 +209,7 @@ impl Rule {
         })
     }
 
-    fn holds(&self, method: &Method, headers: &HeaderMap) -> bool {
+    fn matches(&self, method: &Method, headers: &HeaderMap) -> bool {
         (self.methods.is_empty() || self.methods.contains(method))
             && self
                 .headers
@@ -228,7 +227,7 @@ struct Pattern {
 impl Pattern {
     fn new(text: &str) -> Self {
         match text.strip_suffix('*') {
-            // The path goes on behind a prefix, so dots at its end are no segment of their own yet.
+            // More of the path may follow a prefix, so trailing dots are not a segment of their own yet.
             Some(prefix) => {
                 let mut literal = normalise(&format!("{prefix}x")).into_owned();
                 literal.pop();

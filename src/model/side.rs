@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-/// Which way calls go that come in by a listener.
+/// The direction of the requests that a listener accepts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// To this service.
+    /// Requests to this service.
     Inbound,
-    /// From this service, to whomever the call names.
+    /// Requests from this service, to the host that each one names.
     Outbound,
-    /// From this service, to one upstream, by its name.
+    /// Requests from this service to one upstream, by its name.
     Upstream(Arc<str>),
 }

@@ -1,4 +1,4 @@
-//! The configuration as the data path sees it: resolved once, replaced as a whole.
+//! The configuration as the data path uses it: prepared once, replaced as a whole on reload.
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Instant};
 
@@ -27,21 +27,21 @@ use crate::{
     },
 };
 
-/// What holds for new calls. A call keeps the snapshot it began with.
+/// The configuration for new requests. A request keeps the snapshot that it started with.
 #[derive(Debug)]
 pub struct Snapshot {
     pub config: Arc<Config>,
     pub router: Router,
-    /// In the order of `config.upstreams`, which is what the router's indexes mean.
+    /// In the order of `config.upstreams`; the router's indices refer to it.
     pub clusters: Vec<Arc<Cluster>>,
-    /// The service itself, for inbound calls.
+    /// The service itself, for inbound requests.
     pub inbound: Arc<Cluster>,
-    /// What an inbound call must show; `None`: nothing.
+    /// Authorization of inbound requests; `None`: not configured.
     pub gate: Option<Gate>,
 }
 
 impl Snapshot {
-    /// The part of `[inbound]`, beside its policy, that looks at each request. See [`Cluster::request_policy`].
+    /// The key of `[inbound]`, outside its policy, that acts on each request. See [`Cluster::request_policy`].
     pub fn inbound_request_policy(&self) -> Option<&'static str> {
         let gate = self.gate.as_ref();
         let allow = gate.is_some_and(|gate| !gate.rules.is_empty() && !gate.observe_allow);
@@ -53,26 +53,26 @@ impl Snapshot {
     }
 }
 
-/// An upstream with the settings that hold for it now.
+/// An upstream with its current settings.
 #[derive(Debug)]
 pub struct Cluster {
     pub settings: config::Upstream,
     pub upstream: Arc<Upstream>,
     /// Header edits of each route, in the order of `settings.routes`.
     pub edits: Vec<CompiledEdits>,
-    /// The retry policy of each route, likewise, and of calls that no route matches.
+    /// The retry policy of each route, likewise, and of requests that match no route.
     route_retries: Vec<RetryPolicy>,
     retries: RetryPolicy,
-    /// The rate limit of each route, likewise; shared by all that inherit the same.
+    /// The rate limit of each route, likewise; routes that inherit the same one share it.
     route_rates: Vec<Option<Arc<RateLimit>>>,
     rate: Option<Arc<RateLimit>>,
-    /// Index of the upstream that serves each route instead, likewise.
+    /// Index of the upstream that `to` of each route names, likewise.
     pub route_to: Vec<Option<usize>>,
-    /// Whether its addresses were looked up rather than written: then `deny_networks` is heeded.
+    /// Whether its addresses are resolved rather than written in the configuration: then `deny_networks` applies.
     pub looked_up: bool,
-    /// What every call to it carries.
+    /// The OAuth 2 token that every request to it carries.
     pub token: Option<Arc<OwnToken>>,
-    /// How it is met by TLS.
+    /// TLS towards its endpoints.
     pub tls: Option<ClusterTls>,
 }
 
@@ -80,8 +80,8 @@ pub struct Cluster {
 #[derive(Debug)]
 pub struct ClusterTls {
     pub target: TlsTarget,
-    /// Nothing says which name must match, so it is the one that the caller asked for.
-    by_host: bool,
+    /// Neither `server_name` nor `identity` is set, so the certificate must match the host that the client requested.
+    name_from_host: bool,
 }
 
 impl ClusterTls {
@@ -91,10 +91,10 @@ impl ClusterTls {
             _ => None,
         });
         let name = settings.tls.server_name.as_deref().or(exact).unwrap_or(&settings.name);
-        // The configuration was checked: the last resort is for a name of an upstream that is no host's.
+        // Validated names parse. The fallback is for an upstream whose name is not a host name.
         let name = server_name(name).unwrap_or_else(|| ServerName::from(IpAddr::from([0, 0, 0, 0])));
-        let by_host = settings.tls.server_name.is_none() && settings.tls.identity.is_empty();
-        Self { target: TlsTarget { client, name: Arc::new(name) }, by_host }
+        let name_from_host = settings.tls.server_name.is_none() && settings.tls.identity.is_empty();
+        Self { target: TlsTarget { client, name: Arc::new(name) }, name_from_host }
     }
 }
 
@@ -103,10 +103,11 @@ fn server_name(name: &str) -> Option<ServerName<'static>> {
 }
 
 impl Cluster {
-    /// TLS with whom: `host` is what the caller asked for, where that decides.
+    /// TLS settings and server name. `host` is the one that the client requested; it decides where the configuration
+    /// does not.
     pub fn tls_target(&self, host: Option<&str>) -> Option<TlsTarget> {
         let tls = self.tls.as_ref()?;
-        let Some(host) = host.filter(|_| tls.by_host) else { return Some(tls.target.clone()) };
+        let Some(host) = host.filter(|_| tls.name_from_host) else { return Some(tls.target.clone()) };
         let host =
             host.parse::<http::uri::Authority>().ok().map(|authority| authority.host().to_ascii_lowercase());
         let named = host.filter(|host| self.settings.hosts.iter().any(|pattern| pattern.host.matches(host)));
@@ -158,7 +159,7 @@ impl Cluster {
 }
 
 impl Cluster {
-    /// What holds for a call that matched `route`.
+    /// The policy of a request that matched `route`.
     pub fn policy(&self, route: Option<usize>) -> (&Policy, &RetryPolicy) {
         let of_route = route.and_then(|index| {
             Some((&self.settings.routes.get(index)?.policy, self.route_retries.get(index)?))
@@ -168,8 +169,8 @@ impl Cluster {
 }
 
 impl Cluster {
-    /// The policy, by its key, that looks at each request to it, and would be passed by where bytes are carried
-    /// unread. Timeouts, retries and the breaker are none, nor is a policy that is only observed.
+    /// The key of a policy that acts on each request to this upstream, and that a byte stream would bypass. Timeouts,
+    /// retries and the breaker are not such policies, nor is one that is only observed.
     pub fn request_policy(&self, observed: &[Observed]) -> Option<&'static str> {
         let acts = |policy| !observed.contains(&policy);
         let routes = self.settings.routes.iter();
@@ -191,13 +192,13 @@ impl Cluster {
         policies.into_iter().find_map(of_policy).or_else(|| routes.into_iter().find_map(edits))
     }
 
-    /// Whether any call asks its breaker.
+    /// Whether its policy or any route's has a breaker.
     pub fn has_breaker(&self) -> bool {
         let mut routes = self.settings.routes.iter();
         self.settings.policy.breaker.is_some() || routes.any(|route| route.policy.breaker.is_some())
     }
 
-    /// The rate limit of a call that matched `route`.
+    /// The rate limit of a request that matched `route`.
     pub fn rate_limit(&self, route: Option<usize>) -> Option<&Arc<RateLimit>> {
         route.and_then(|route| self.route_rates.get(route)).unwrap_or(&self.rate).as_ref()
     }
@@ -209,14 +210,14 @@ pub struct Clusters {
     resolver: Arc<Resolver>,
     fetcher: Fetcher,
     identity: Arc<Store>,
-    live: HashMap<String, Live>,
-    inbound: Live,
+    live: HashMap<String, RunningUpstream>,
+    inbound: RunningUpstream,
     /// The keys of `[inbound.jwt]`.
     issuer: Option<jwt::issuer::Watch>,
 }
 
 #[derive(Debug)]
-struct Live {
+struct RunningUpstream {
     upstream: Arc<Upstream>,
     source: Endpoints,
     _discovery: Discovery,
@@ -225,7 +226,7 @@ struct Live {
     client: Option<Arc<ClientTls>>,
 }
 
-impl Live {
+impl RunningUpstream {
     fn start(
         settings: &config::Upstream,
         resolver: &Arc<Resolver>,
@@ -244,7 +245,7 @@ impl Live {
         }
     }
 
-    /// Keeps the token where nothing changed for it.
+    /// Keeps the token where its settings did not change.
     fn keep_token(&mut self, settings: &config::Upstream, fetcher: &Fetcher, runtime: &Handle) {
         let known = self.token.take().filter(|token| Some(&token.settings) == settings.oauth2.as_ref());
         self.token = known
@@ -257,16 +258,16 @@ impl Live {
         upstream: &Arc<Upstream>,
         client: Option<&Arc<ClientTls>>,
     ) -> Option<HealthChecks> {
-        let check = Self::how_to_check(settings, client)?;
+        let check = Self::check_settings(settings, client)?;
         Some(health::spawn(check, Arc::clone(upstream), resolver.runtime()))
     }
 
-    fn how_to_check(settings: &config::Upstream, client: Option<&Arc<ClientTls>>) -> Option<CheckSettings> {
+    fn check_settings(settings: &config::Upstream, client: Option<&Arc<ClientTls>>) -> Option<CheckSettings> {
         let tls = client.map(|client| ClusterTls::new(settings, Arc::clone(client)).target);
         Some(CheckSettings { health: settings.health.clone()?, protocol: settings.protocol, tls })
     }
 
-    /// Keeps what runs where nothing changed for it; the state of the upstream is kept in any case.
+    /// Keeps discovery and health checks where their settings did not change. The state of the upstream is always kept.
     fn renew(
         old: Option<Self>,
         settings: &config::Upstream,
@@ -275,7 +276,7 @@ impl Live {
     ) -> Self {
         match old {
             Some(mut old) if old.source == settings.endpoints => {
-                match (Self::how_to_check(settings, client.as_ref()), &old.health_checks) {
+                match (Self::check_settings(settings, client.as_ref()), &old.health_checks) {
                     (Some(check), Some(checks)) => checks.reconfigure(check),
                     _ => old.health_checks = Self::check(settings, resolver, &old.upstream, client.as_ref()),
                 }
@@ -306,27 +307,30 @@ pub fn inbound_settings(config: &Config, service: HostPort) -> config::Upstream 
 impl Clusters {
     pub fn build(config: Arc<Config>, resolver: Arc<Resolver>, identity: Arc<Store>) -> (Self, Snapshot) {
         let settings = inbound_settings(&config, config.inbound.forward_to.clone());
-        let inbound = Live::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
+        let inbound =
+            RunningUpstream::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
         let fetcher = Fetcher::new(Arc::clone(&resolver));
         let mut clusters = Self { resolver, fetcher, identity, live: HashMap::new(), inbound, issuer: None };
         let snapshot = clusters.rebuild(config);
         (clusters, snapshot)
     }
 
-    /// Starts what is new, ends what is gone, keeps the rest.
+    /// Starts tasks of new upstreams, ends those of removed ones, keeps the rest.
     pub fn rebuild(&mut self, config: Arc<Config>) -> Snapshot {
         let mut old = std::mem::take(&mut self.live);
         let min = config.identity.as_ref().map(|identity| identity.min_tls).unwrap_or_default();
         for settings in &config.upstreams {
             let min = settings.tls.min_tls.unwrap_or(min);
             let client = self.identity.client(&settings.name, &settings.tls, min);
-            let mut live = Live::renew(old.remove(&settings.name), settings, &self.resolver, client);
+            let mut live =
+                RunningUpstream::renew(old.remove(&settings.name), settings, &self.resolver, client);
             live.keep_token(settings, &self.fetcher, self.resolver.runtime());
             self.live.insert(settings.name.clone(), live);
         }
         let settings = inbound_settings(&config, config.inbound.forward_to.clone());
         if self.inbound.source != settings.endpoints {
-            self.inbound = Live::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream), None);
+            self.inbound =
+                RunningUpstream::start(&settings, &self.resolver, Arc::clone(&self.inbound.upstream), None);
         }
 
         let names: HashMap<&str, usize> = config
@@ -352,7 +356,7 @@ impl Clusters {
         Snapshot { router: Router::new(&config), clusters, inbound, gate, config }
     }
 
-    /// Keeps the issuer's keys where they come from the same place as before.
+    /// Keeps the issuer's keys where their source did not change.
     fn gate(&mut self, config: &Config) -> Option<Gate> {
         let settings = config.inbound.jwt.as_ref();
         let known =

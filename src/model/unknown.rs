@@ -1,5 +1,5 @@
-//! Hosts that no upstream names, met at run time: each gets an upstream of its own, with the policy of `[defaults]`.
-//! Likewise addresses of the service that redirected calls go to, with the policy of `[inbound]`.
+//! Unknown hosts: hosts that no upstream names. Each gets an upstream at run time, with the policy of `[defaults]`.
+//! Likewise addresses of the service that redirected requests go to, with the policy of `[inbound]`.
 
 use std::{
     collections::HashMap,
@@ -18,29 +18,29 @@ use crate::{
     upstream::{Upstream, guards::Counts},
 };
 
-/// How many are known at a time; the one unused for longest makes room.
+/// The most hosts that are known at a time; the one that was unused for longest is dropped for a new one.
 pub const MAX_UNKNOWN_HOSTS: usize = 1024;
 
-/// A host nobody has asked for in so many milliseconds is forgotten, and not looked up any more.
+/// A host without requests for so many milliseconds is dropped, and its name is no longer resolved.
 const IDLE_MS: u64 = 5 * 60 * 1000;
 
-/// The hosts met so far, shared by the workers. Looked at only when a worker meets a host for the first time.
+/// The unknown hosts, shared by the workers. Used only for a worker's first request to a host.
 #[derive(Debug)]
 pub struct UnknownHosts {
     met: Met,
     resolver: Arc<Resolver>,
     started: Instant,
     hosts: Mutex<HashMap<HostPort, Arc<UnknownHost>>>,
-    /// What those that are forgotten had counted: counters must not go back. Moved here under the lock of `hosts`.
-    forgotten: Counts,
+    /// The sums of the counters of dropped hosts: counters must not decrease. Moved here under the lock of `hosts`.
+    dropped_counts: Counts,
 }
 
-/// Who led to it.
+/// The direction of the requests to a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Met {
-    /// The service called it.
+    /// The service sent a request to it.
     ByService,
-    /// It is the service, by a port or address beside `forward_to`.
+    /// It is the service, at another port or address than `forward_to`.
     ByCallers,
 }
 
@@ -48,7 +48,7 @@ pub enum Met {
 #[derive(Debug)]
 pub struct UnknownHost {
     pub cluster: Arc<Cluster>,
-    /// The configuration it was made under; another one makes it anew.
+    /// The configuration that its settings come from; it is made anew for another one.
     config: Arc<Config>,
     last_used: AtomicU64,
     _discovery: Discovery,
@@ -56,15 +56,21 @@ pub struct UnknownHost {
 
 impl UnknownHosts {
     pub fn new(resolver: Arc<Resolver>, met: Met) -> Self {
-        Self { met, resolver, started: Instant::now(), hosts: Mutex::default(), forgotten: Counts::default() }
+        Self {
+            met,
+            resolver,
+            started: Instant::now(),
+            hosts: Mutex::default(),
+            dropped_counts: Counts::default(),
+        }
     }
 
-    /// The state for a host, made and looked up when it is met for the first time.
+    /// The state of a host. The first request makes it and starts discovery.
     pub fn get(&self, host: &HostPort, config: &Arc<Config>) -> Arc<UnknownHost> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let known = hosts.get(host).filter(|known| Arc::ptr_eq(&known.config, config)).cloned();
         let found = known.unwrap_or_else(|| {
-            // What is known of its endpoints outlives a reload.
+            // Endpoints and guards outlive a reload.
             let upstream = hosts
                 .get(host)
                 .map_or_else(|| Upstream::new(host.to_string()), |old| Arc::clone(&old.cluster.upstream));
@@ -74,7 +80,7 @@ impl UnknownHosts {
                     .min_by_key(|(_, h)| h.last_used.load(Ordering::Relaxed))
                     .map(|(k, _)| k.clone());
                 if let Some(host) = oldest.and_then(|oldest| hosts.remove(&oldest)) {
-                    self.forgotten.absorb(host.counts());
+                    self.dropped_counts.absorb(host.counts());
                 }
             }
             let made = Arc::new(self.make(host, config, upstream));
@@ -104,48 +110,48 @@ impl UnknownHosts {
         }
     }
 
-    /// Ends the look-ups of hosts that nobody has asked for in a while.
+    /// Drops idle hosts, which ends their discovery.
     pub fn forget_idle(&self) {
-        self.forget_idle_at(self.now());
+        self.drop_idle_at(self.now());
     }
 
-    fn forget_idle_at(&self, now: u64) {
+    fn drop_idle_at(&self, now: u64) {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         hosts.retain(|_, host| {
             let keep = !host.is_idle(now);
             if !keep {
-                self.forgotten.absorb(host.counts());
+                self.dropped_counts.absorb(host.counts());
             }
             keep
         });
     }
 
-    /// Those that are known now, the last used first, and what all the others had counted.
+    /// The hosts that are known now, the last used first, and the counters of all others.
     pub fn read(&self) -> (Vec<Arc<Cluster>>, Counts) {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let forgotten = Counts::default();
-        forgotten.absorb(&self.forgotten);
+        let dropped_counts = Counts::default();
+        dropped_counts.absorb(&self.dropped_counts);
         let mut known: Vec<_> = hosts.values().cloned().collect();
         drop(hosts);
         known.sort_by_key(|host| std::cmp::Reverse(host.last_used.load(Ordering::Relaxed)));
-        (known.iter().map(|host| Arc::clone(&host.cluster)).collect(), forgotten)
+        (known.iter().map(|host| Arc::clone(&host.cluster)).collect(), dropped_counts)
     }
 
-    /// Counts a request that was refused before it was known which host it is for.
+    /// Counts a request that was refused before its host was known.
     pub fn count_rejected(&self, reason: &str) {
-        self.forgotten.rejected.add(reason);
+        self.dropped_counts.rejected.add(reason);
     }
 
     fn now(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Whether a host is still of interest.
+    /// Whether a host is not idle.
     pub fn is_kept(&self, host: &UnknownHost) -> bool {
         !host.is_idle(self.now())
     }
 
-    /// Notes that a host was asked for, by who holds it already. False: it was forgotten meanwhile.
+    /// Marks a host that a worker has kept as used. False: it was dropped meanwhile.
     pub fn touch(&self, host: &UnknownHost) -> bool {
         let kept = self.is_kept(host);
         if kept {
@@ -172,7 +178,7 @@ impl UnknownHost {
         now.saturating_sub(self.last_used.load(Ordering::Relaxed)) > IDLE_MS
     }
 
-    /// Whether it was made under this configuration.
+    /// Whether it was made from this configuration.
     pub fn is_current(&self, config: &Arc<Config>) -> bool {
         Arc::ptr_eq(&self.config, config)
     }
@@ -183,18 +189,18 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_a_forgotten_host_had_counted_stays_counted() {
+    async fn the_counters_of_a_dropped_host_are_kept() {
         let hosts = UnknownHosts::new(Arc::new(Resolver::from_system().unwrap()), Met::ByService);
         let config = Arc::new(Config::default());
         let host = hosts.get(&HostPort::new("127.0.0.1", 9), &config);
         host.counts().retries.add("sent");
         let sent =
             |counts: &Counts| counts.retries.read().find(|(word, _)| *word == "sent").map(|(_, count)| count);
-        let (known, forgotten) = hosts.read();
-        assert_eq!((known.len(), sent(&forgotten)), (1, Some(0)));
+        let (known, dropped_counts) = hosts.read();
+        assert_eq!((known.len(), sent(&dropped_counts)), (1, Some(0)));
 
-        hosts.forget_idle_at(hosts.now() + IDLE_MS + 1000);
-        let (known, forgotten) = hosts.read();
-        assert_eq!((known.len(), sent(&forgotten)), (0, Some(1)));
+        hosts.drop_idle_at(hosts.now() + IDLE_MS + 1000);
+        let (known, dropped_counts) = hosts.read();
+        assert_eq!((known.len(), sent(&dropped_counts)), (0, Some(1)));
     }
 }

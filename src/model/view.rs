@@ -1,44 +1,44 @@
-//! The configuration as one worker sees it: beside each upstream what that worker knows of it.
+//! A worker's view of the configuration: the snapshot, and the worker's own state for each upstream.
 
 use std::{collections::HashMap, rc::Rc, sync::Arc};
 
 use super::{Cluster, Names, Snapshot};
 use crate::{config::HeaderCase, durations::Cell, upstream::local::LocalUpstream};
 
-/// The snapshot, with this worker's pools and latencies beside each cluster.
+/// The snapshot, with this worker's pools and latencies for each cluster.
 #[derive(Debug)]
 pub struct View {
     pub snapshot: Arc<Snapshot>,
-    /// In the order of the snapshot's.
+    /// In the order of the snapshot's clusters.
     pub clusters: Vec<Rc<LocalCluster>>,
-    /// Their indices, in the order of their names.
+    /// Indices into `clusters`, sorted by name.
     names_in_order: Vec<usize>,
     pub inbound: Rc<LocalCluster>,
     pub names: Names,
-    /// Whether any upstream wants field names as the caller spelled them.
+    /// Whether any upstream preserves the client's spelling of header names (`header_case`).
     pub preserves_case: bool,
 }
 
-/// An upstream with its settings of now and what this worker knows of it.
+/// An upstream with its current settings and this worker's state of it.
 #[derive(Debug)]
 pub struct LocalCluster {
     pub cluster: Arc<Cluster>,
     pub upstream: Rc<LocalUpstream>,
-    /// Who this is, for what is told of calls.
+    /// The same upstream, as records of requests refer to it.
     pub whom: Arc<Whom>,
 }
 
-/// An upstream as the records of calls name it. Each worker has its own, so that no two count references to the same
-/// at the same time, for every call.
+/// An upstream as records of requests refer to it. Each worker has its own, so that workers do not contend for one
+/// reference count on every request.
 #[derive(Debug)]
 pub struct Whom {
     pub cluster: Arc<Cluster>,
-    /// Where this worker counts how long its calls took.
+    /// This worker's duration histogram of the upstream.
     pub durations: Arc<Cell>,
 }
 
 impl LocalCluster {
-    /// Keeps what the worker knows of the same upstream.
+    /// Keeps the worker's state where `old` is the same upstream.
     pub fn new(
         cluster: &Arc<Cluster>,
         old: Option<&Rc<Self>>,
@@ -52,8 +52,8 @@ impl LocalCluster {
             }
             None => (LocalUpstream::new(Arc::clone(&cluster.upstream), balance), durations()),
         };
-        let whom = Arc::new(Whom { cluster: Arc::clone(cluster), durations });
-        Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom })
+        let destination = Arc::new(Whom { cluster: Arc::clone(cluster), durations });
+        Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom: destination })
     }
 
     fn name(&self) -> &str {

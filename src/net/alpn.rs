@@ -1,22 +1,22 @@
 //! What is spoken on a connection, and what protects it.
 
-/// What ALPN is offered, which is what will be spoken.
+/// The application protocol of a connection, negotiated by ALPN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Speaks {
     Http1,
     H2,
-    /// No HTTP: nothing is offered.
+    /// Not HTTP: no ALPN is offered.
     Bytes,
-    /// A byte stream for a service behind another sidecar, which is told so by ALPN. A server that is no sidecar (and
-    /// so gets no certificate of ours) is offered nothing.
+    /// A byte stream for a service behind another sidecar, announced by ALPN. A server that is not a sidecar (and so
+    /// gets no client certificate from us) is offered no ALPN.
     ByteStream,
 }
 
-/// What protects a connection.
+/// Whether a connection is TLS, and who presented a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tls {
     None,
-    /// The server alone proved who it is.
+    /// Only the server presented a certificate.
     Server,
     Mutual,
 }

@@ -17,81 +17,88 @@ use tokio::{
     net::TcpStream,
 };
 
-/// A TCP stream that can be looked at while something else owns its reading and writing: the pool asks whether an
+/// A TCP stream that can be inspected while something else owns its reading and writing: the pool checks whether an
 /// idle connection is still alive.
 #[derive(Clone, Debug)]
 pub struct SharedTcp(Arc<TcpStream>);
 
-/// After this long without traffic the kernel asks whether the peer is still there.
+/// After this long without traffic the kernel sends TCP keep-alive probes.
 const TCP_KEEP_ALIVE: Duration = Duration::from_secs(60);
 
 impl SharedTcp {
     /// Takes a connected stream: no Nagle delay, keep-alive on.
     pub fn new(stream: TcpStream) -> Self {
-        // A socket that refuses an option is still a connection.
+        // A socket without these options still works.
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEP_ALIVE));
         Self(Arc::new(stream))
     }
 
-    /// Bounds how long sent bytes may stay unacknowledged (RFC 5482). None: the kernel's default.
+    /// Bounds how long sent bytes may stay unacknowledged (RFC 5482). `None`: the kernel's default.
     pub fn set_user_timeout(&self, limit: Option<Duration>) {
         let _ = SockRef::from(&*self.0).set_tcp_user_timeout(limit);
     }
 
-    /// Whether closing this stream resets the connection; an orderly end can still be sent by a shutdown.
+    /// Sets whether closing this stream resets the connection; a shutdown still ends it in an orderly way.
     pub fn set_reset_on_close(&self, resets: bool) {
         let _ = SockRef::from(&*self.0).set_linger(resets.then_some(Duration::ZERO));
     }
 
-    /// Copies the first unread bytes without taking them and returns their number; 0: the peer has closed.
+    /// Copies the first unread bytes without consuming them and returns their number; 0: the peer has closed.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` where nothing has come; any other means that the connection is broken.
+    /// `WouldBlock` where nothing has arrived; any other error means that the connection is broken.
     pub fn peek_now(&self, into: &mut [u8]) -> io::Result<usize> {
         self.receive_now(into, RecvFlags::PEEK)
     }
 
-    /// Reads what has come, as [`io::Read`] on a non-blocking socket.
+    /// Reads what has arrived, as [`io::Read`] on a non-blocking socket.
     pub const fn reader_now(&self) -> ReaderNow<'_> {
         ReaderNow(self)
     }
 
-    /// Asks the kernel, whatever tokio knows of the socket: its cached readiness tells what had arrived when the worker
-    /// last polled epoll, so that bytes which came since would be overlooked. To read past tokio loses no wake-up: epoll is
-    /// edge-triggered, and tells of bytes that arrive later whether or not those before them were read.
+    /// Receives from the kernel, past tokio's cached readiness, which is that of the worker's last epoll: bytes that
+    /// have arrived since would be overlooked. No wake-up is lost by that: epoll is edge-triggered and reports bytes
+    /// that arrive later whether or not those before them were read.
     fn receive_now(&self, into: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
         Ok(recv(&*self.0, into, flags | RecvFlags::DONTWAIT)?.0)
     }
 
-    /// Less came than there was room for: nothing is left to read, and the next edge will tell when there is. Saves the
-    /// system call that would say so. (tokio does the same for a stream that is not shared.)
-    fn drained(&self) {
+    /// Clears tokio's readiness after a read that did not fill the buffer: nothing is left, and the next edge reports
+    /// more. Saves the system call that would return `WouldBlock`. (tokio does the same for a stream that is not
+    /// shared.)
+    fn clear_readiness(&self) {
         let _ = self.0.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 
-    /// Does what reads from it as soon as there is something to read.
+    /// Calls `read` as soon as there is something to read.
     pub fn poll_reading<T>(
         &self,
         cx: &mut Context<'_>,
         mut read: impl FnMut(&TcpStream) -> io::Result<T>,
     ) -> Poll<io::Result<T>> {
-        self.poll_try(|tcp| tcp.poll_read_ready(cx), |tcp| tcp.try_io(Interest::READABLE, || read(tcp)))
+        self.poll_until_ready(
+            |tcp| tcp.poll_read_ready(cx),
+            |tcp| tcp.try_io(Interest::READABLE, || read(tcp)),
+        )
     }
 
-    /// Does what writes to it as soon as there is room.
+    /// Calls `write` as soon as the socket's buffer has space.
     pub fn poll_writing<T>(
         &self,
         cx: &mut Context<'_>,
         mut write: impl FnMut(&TcpStream) -> io::Result<T>,
     ) -> Poll<io::Result<T>> {
-        self.poll_try(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_io(Interest::WRITABLE, || write(tcp)))
+        self.poll_until_ready(
+            |tcp| tcp.poll_write_ready(cx),
+            |tcp| tcp.try_io(Interest::WRITABLE, || write(tcp)),
+        )
     }
 
-    /// Tries whenever the stream may be ready, until it is. An attempt goes by one of tokio's own, which notes where
-    /// it is not.
-    fn poll_try<T>(
+    /// Calls `attempt` whenever the stream may be ready, until it does not block. `attempt` goes through tokio's
+    /// `try_…` functions, which clear the readiness where it does.
+    fn poll_until_ready<T>(
         &self,
         mut may_be_ready: impl FnMut(&TcpStream) -> Poll<io::Result<()>>,
         mut attempt: impl FnMut(&TcpStream) -> io::Result<T>,
@@ -105,7 +112,7 @@ impl SharedTcp {
         }
     }
 
-    /// Waits until the peer has said something, or left.
+    /// Waits until the peer has sent something or closed.
     pub async fn readable(&self) -> io::Result<()> {
         self.0.readable().await
     }
@@ -127,10 +134,11 @@ impl io::Read for ReaderNow<'_> {
 
 impl AsyncRead for SharedTcp {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let room = buf.remaining();
-        let count = ready!(self.poll_try(|tcp| tcp.poll_read_ready(cx), |tcp| tcp.try_read_buf(buf)))?;
-        if (1..room).contains(&count) {
-            self.drained();
+        let space = buf.remaining();
+        let count =
+            ready!(self.poll_until_ready(|tcp| tcp.poll_read_ready(cx), |tcp| tcp.try_read_buf(buf)))?;
+        if (1..space).contains(&count) {
+            self.clear_readiness();
         }
         Poll::Ready(Ok(()))
     }
@@ -138,7 +146,7 @@ impl AsyncRead for SharedTcp {
 
 impl AsyncWrite for SharedTcp {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_try(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_write(buf))
+        self.poll_until_ready(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_write(buf))
     }
 
     fn poll_write_vectored(
@@ -146,7 +154,7 @@ impl AsyncWrite for SharedTcp {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_try(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_write_vectored(bufs))
+        self.poll_until_ready(|tcp| tcp.poll_write_ready(cx), |tcp| tcp.try_write_vectored(bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -159,14 +167,14 @@ impl AsyncWrite for SharedTcp {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         match SockRef::from(&*self.0).shutdown(std::net::Shutdown::Write) {
-            // The peer was faster.
+            // The peer has already closed.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             done => Poll::Ready(done),
         }
     }
 }
 
-/// A stream of bytes, whatever it runs over.
+/// A byte stream over any transport.
 pub trait Io: AsyncRead + AsyncWrite + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Io for S {}
@@ -177,7 +185,7 @@ impl fmt::Debug for dyn Io {
     }
 }
 
-/// A stream of which the beginning has been read already.
+/// A stream whose first bytes have been read already.
 #[derive(Debug)]
 pub struct Prefixed<S> {
     prefix: Bytes,
@@ -206,7 +214,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
         let take = self.prefix.len().min(buf.remaining());
         buf.put_slice(&self.prefix.split_to(take));
         if self.prefix.is_empty() {
-            // What it was cut from is not held any longer.
+            // Release the buffer that it was a slice of.
             self.prefix = Bytes::new();
         }
         Poll::Ready(Ok(()))

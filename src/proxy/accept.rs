@@ -1,4 +1,4 @@
-//! Listeners, and what becomes of a connection that comes in.
+//! Listeners: binding addresses and accepting connections.
 
 use std::{
     io,
@@ -20,14 +20,14 @@ use crate::{
     telemetry::metrics::Awaited,
 };
 
-/// Connections that the kernel has accepted and the process has not.
+/// The length of the kernel's queue of connections that the process has not accepted.
 pub const BACKLOG: u16 = 4096;
-/// Out of file descriptors, say: trying again at once would only burn CPU.
+/// The pause after an error such as a lack of file descriptors: trying again at once would only use CPU.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// At the end of a listener: how long connections may take whose handshake the kernel has answered.
+/// How long a closing listener waits for connections whose TCP handshake is in progress.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(20);
-/// How often the end of a listener waits out a shortage.
-const LAST_TRIES: u32 = 20;
+/// How many errors a closing listener tolerates.
+const MAX_ERRORS: u32 = 20;
 
 /// A listener that could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub struct ListenError {
     source: io::Error,
 }
 
-/// One configured address, bound. `localhost` is two sockets.
+/// A bound address. `localhost` is two sockets.
 #[derive(Debug)]
 pub struct Listener {
     pub side: Side,
@@ -69,7 +69,7 @@ impl Listener {
     }
 }
 
-/// Binds an address; `localhost` in both families, to the same port, as far as the machine has them.
+/// Binds an address; `localhost` in both address families, to the same port, if the machine has both.
 pub fn bind(listen: &ListenAddr) -> io::Result<Vec<std::net::TcpListener>> {
     let port = listen.0.port;
     if let Some(address) = listen.0.literal() {
@@ -81,14 +81,14 @@ pub fn bind(listen: &ListenAddr) -> io::Result<Vec<std::net::TcpListener>> {
     let v6 = bind_one((Ipv6Addr::LOCALHOST, port).into());
     match (v4, v6) {
         (Ok(v4), Ok(v6)) => Ok(vec![v4, v6]),
-        // A port taken in one family only would send callers elsewhere, depending on what `localhost` gives them.
+        // If another process has the port in one family, clients would reach it by some resolutions of `localhost`.
         (Ok(_), Err(error)) if error.kind() == io::ErrorKind::AddrInUse && listen.0.port != 0 => Err(error),
         (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(vec![one]),
         (Err(error), Err(_)) => Err(error),
     }
 }
 
-/// Where the kernel has no IPv6, `[::]` is `0.0.0.0`.
+/// Binds one address. Where the kernel has no IPv6, `[::]` becomes `0.0.0.0`.
 fn bind_one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let bound = bind_exactly(address);
     match &bound {
@@ -108,7 +108,7 @@ fn lacks_ipv6(error: &io::Error) -> bool {
 fn bind_exactly(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
-        // `[::]` means both families, whatever the system's default; `[::1]` can only be one.
+        // `[::]` means both address families, whatever the system's default.
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     socket.set_reuse_address(true)?;
@@ -118,8 +118,8 @@ fn bind_exactly(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Accepts until dropped. An error of one connection, or a shortage, does not end the loop; an error of the listener
-/// itself does, and is returned.
+/// Accepts until dropped. An error of one connection, or a lack of resources, does not end the loop; an error of the
+/// listener itself does, and is returned.
 pub async fn accept_loop(
     listener: &TcpListener,
     side: &Side,
@@ -141,8 +141,8 @@ pub async fn accept_loop(
     }
 }
 
-/// The connection as it is, or, where its descriptor is one of the reserve, once a lower number is free for it. Until
-/// then nothing more is accepted: clients wait in the backlog of the kernel.
+/// Returns the connection; if its descriptor belongs to the reserve, once a lower one is free. Until then nothing more
+/// is accepted, and clients wait in the kernel's backlog.
 async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
     if Purpose::Accept.allows(&stream) {
         return Ok(stream);
@@ -150,7 +150,7 @@ async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
     tracing::warn!(
         cause = "local_resource",
         limit = descriptors::limit(),
-        "connections are not accepted: no file descriptor is left for them (raise the hard `nofile` limit)"
+        "connections are not accepted: no file descriptor is left (raise the hard `nofile` limit)"
     );
     let stream = stream.into_std()?;
     loop {
@@ -163,9 +163,9 @@ async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
     }
 }
 
-/// Accepts what the kernel has accepted, until it says that there is nothing more, and closes the listener.
+/// Accepts all connections in the kernel's queue and closes the listener.
 ///
-/// The socket is asked itself: tokio's listener asks only after an event, which may not have been looked at yet.
+/// Calls `accept` on the socket itself: tokio's listener does so only after an event, which it may not have polled.
 ///
 /// # Errors
 ///
@@ -177,7 +177,7 @@ pub async fn accept_rest(
 ) -> io::Result<()> {
     let socket = listener.into_std()?;
     let mut waited_for_handshakes = false;
-    let mut tries = 0;
+    let mut errors = 0;
     loop {
         match socket.accept() {
             Ok((stream, peer)) => {
@@ -191,9 +191,9 @@ pub async fn accept_rest(
                 }
                 tokio::time::sleep(LAST_HANDSHAKES).await;
             }
-            Err(error) if is_of_listener(&error) || tries >= LAST_TRIES => return Err(error),
+            Err(error) if is_of_listener(&error) || errors >= MAX_ERRORS => return Err(error),
             Err(error) => {
-                tries += 1;
+                errors += 1;
                 tracing::warn!(%error, "cannot accept the last connections");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -201,7 +201,7 @@ pub async fn accept_rest(
     }
 }
 
-/// Whether the socket accepts nothing any more, however long one waits.
+/// Whether the listener itself is broken, so that waiting does not help.
 fn is_of_listener(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::BADF | Errno::NOTSOCK))
 }
@@ -211,7 +211,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// Serves a connection in a task of its own: whatever happens in it, even a panic, stays in it.
+/// Serves a connection in its own task, which contains a panic.
 pub fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: Awaited) {
     let worker = Rc::clone(worker);
     tokio::task::spawn_local(connection::run(worker, stream, peer, side, coming));

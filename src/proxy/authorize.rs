@@ -1,8 +1,8 @@
-//! Whether an inbound call, or connection of bytes, may reach the service: `[[inbound.allow]]` and `[inbound.jwt]`.
+//! Authorization of inbound requests and byte streams: `[[inbound.allow]]` and `[inbound.jwt]`.
 //!
-//! Asked per request, before anything of it is passed on. In this order: a path that could be read in two ways is
-//! malformed; a peer that no entry could let in is refused before its token is looked at, so that strangers cause no
-//! fetching of keys; then the token; then the claims that entries ask for.
+//! Each request is checked before anything of it is forwarded, in this order: an ambiguous path is malformed; a peer
+//! that no entry could allow is refused before its token is read, so that strangers cause no fetching of keys; then the
+//! token is verified; then the claims that entries require.
 
 use std::{
     rc::Rc,
@@ -36,14 +36,14 @@ use crate::{
     url_path::normalise,
 };
 
-/// By which frameworks let a request say that it is another one than its first line says.
+/// Fields by which frameworks let a request override its method.
 const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
 const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
 
-/// When a caller may ask again whose token nobody could check.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// `Retry-After` where a token could not be checked.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Lets a call in, or says why not. What the service learns of the end user is written into the call's header.
+/// Authorizes a request and writes the claims of its token into the header fields that the configuration names.
 pub async fn call<B>(
     connection: &Connection,
     view: &View,
@@ -52,7 +52,7 @@ pub async fn call<B>(
 ) -> Result<(), ProxyError> {
     let Some(gate) = &view.snapshot.gate else { return Ok(()) };
     let note = |error: &ProxyError, observed: bool| {
-        // What is malformed is counted where it is answered.
+        // Malformed requests are counted where their response is made.
         if observed || error.cause != Cause::Malformed {
             view.inbound.upstream.shared.guards.counts.rejected.add(error.cause.word());
         }
@@ -64,65 +64,66 @@ pub async fn call<B>(
         }
     };
     let allow = |error: &ProxyError| note(error, gate.observe_allow);
-    enforce(one_reading(gate, request), gate.observe_allow, allow)?;
+    enforce(check_unambiguous(gate, request), gate.observe_allow, allow)?;
     let path = request.uri().path();
-    let asked = |token| Asked {
+    let query = |token| Asked {
         peer: connection.peer_identity.as_deref(),
         what: What::Call { method: request.method(), path },
         token,
     };
     let Some(users) = &gate.users else {
-        let decided = gate.rules.decide(&asked(Token::None)).map_err(refused);
+        let decided = gate.rules.decide(&query(Token::None)).map_err(not_allowed);
         return enforce(decided, gate.observe_allow, allow).map(drop);
     };
-    let decided = gate.rules.decide(&asked(Token::Unread)).map_err(refused);
+    let decided = gate.rules.decide(&query(Token::Unread)).map_err(not_allowed);
     enforce(decided, gate.observe_allow, allow)?;
     let mut claims = None;
     if users.are_asked(&normalise(path)) {
-        let read = end_user(connection, users, request.headers(), started).await;
+        let read = verify_token(connection, users, request.headers(), started).await;
         claims = enforce(read, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
     }
     if gate.rules.look_at_claims() {
         let token = claims.as_deref().map_or(Token::None, |claims| Token::Good(claims.all()));
-        let decided = gate.rules.decide(&asked(token));
-        // Where tokens are only observed, so is what they must hold.
+        let decided = gate.rules.decide(&query(token));
+        // Where tokens are only observed, required claims are only observed as well.
         let observed = gate.observe_allow
             || gate.observe_jwt && decided.as_ref().is_err_and(|refusal| refusal.is_for_claims());
-        // What fails for another reason has been noted above.
-        let told = |error: &ProxyError| {
+        // Failures for another reason were recorded above.
+        let record_failure = |error: &ProxyError| {
             if error.challenge.is_some() {
                 note(error, observed);
             }
         };
-        enforce(decided.map_err(refused), observed, told)?;
+        enforce(decided.map_err(not_allowed), observed, record_failure)?;
     }
-    pass_on(users, claims.as_deref(), request.headers_mut());
+    set_claim_headers(users, claims.as_deref(), request.headers_mut());
     Ok(())
 }
 
-/// Lets a connection of bytes in, or says why not.
+/// Authorizes a byte stream.
 ///
-/// Bytes show no token: where tokens are asked for, they pass only on a port that is declared `tcp`, else whoever
-/// speaks HTTP in a way that this proxy does not recognise would pass without one.
+/// Byte streams carry no token. Where tokens are required, they pass only on a port that is declared `tcp`: otherwise a
+/// client could send HTTP in a form that this proxy does not recognise, and need no token.
 pub fn bytes(connection: &Connection, view: &View, to: &LocalCluster) -> Result<(), ProxyError> {
     let Some(gate) = &view.snapshot.gate else { return Ok(()) };
     let note = |error: &ProxyError, observed: bool| {
         to.upstream.shared.guards.counts.rejected.add(error.cause.word());
         let outcome = if observed { "would be refused (observed only)" } else { "refused" };
-        tracing::info!(%error, "a connection that is not HTTP: {outcome}");
+        tracing::info!(%error, "byte stream: {outcome}");
     };
     if gate.users.is_some() && to.cluster.settings.protocol != Protocol::Tcp {
         let detail =
-            "bytes that are not HTTP carry no token; a port that takes such bytes says `protocol = \"tcp\"`";
-        let refused = Err::<(), _>(ProxyError::new(Cause::JwtInvalid, detail));
-        enforce(refused, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
+            "bytes that are not HTTP carry no token; declare the port `protocol = \"tcp\"` to let them pass";
+        let not_allowed = Err::<(), _>(ProxyError::new(Cause::JwtInvalid, detail));
+        enforce(not_allowed, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
     }
-    let asked = Asked { peer: connection.peer_identity.as_deref(), what: What::Bytes, token: Token::None };
-    let decided = gate.rules.decide(&asked).map_err(refused);
+    let query = Asked { peer: connection.peer_identity.as_deref(), what: What::Bytes, token: Token::None };
+    let decided = gate.rules.decide(&query).map_err(not_allowed);
     enforce(decided, gate.observe_allow, |error| note(error, gate.observe_allow)).map(drop)
 }
 
-/// Whether the request that a connection was upgraded by would still be let in, as far as that can be told without its token.
+/// Whether the request by which a connection was upgraded would still be allowed, as far as that can be decided without
+/// its token.
 pub fn upgraded(
     connection: &Connection,
     view: &View,
@@ -131,21 +132,24 @@ pub fn upgraded(
     let Some(gate) = view.snapshot.gate.as_ref().filter(|gate| !gate.observe_allow) else { return Ok(()) };
     let token = if gate.users.is_some() { Token::Unread } else { Token::None };
     let peer = connection.peer_identity.as_deref();
-    gate.rules.decide(&Asked { peer, what: What::Call { method, path }, token }).map(drop).map_err(refused)
+    gate.rules
+        .decide(&Asked { peer, what: What::Call { method, path }, token })
+        .map(drop)
+        .map_err(not_allowed)
 }
 
-fn refused(refusal: Refusal) -> ProxyError {
+fn not_allowed(refusal: Refusal) -> ProxyError {
     let challenge = refusal.is_for_claims().then_some(Challenge::InsufficientScope);
     ProxyError { challenge, ..ProxyError::new(Cause::NotAllowed, refusal.to_string()) }
 }
 
-/// Refuses a request whose method or path the service could take for another one than the rules do.
-fn one_reading<B>(gate: &Gate, request: &Request<B>) -> Result<(), ProxyError> {
+/// Refuses a request whose method or path the service could read differently than the rules do.
+fn check_unambiguous<B>(gate: &Gate, request: &Request<B>) -> Result<(), ProxyError> {
     let names = |overrides: &[&'static str]| {
         let found = overrides.iter().find(|name| request.headers().contains_key(**name));
         found.map_or(Ok(()), |name| {
             Err(ProxyError::malformed(format!(
-                "`{name}` says that this is another request, and allow rules look at that"
+                "`{name}` would override what the allow rules check; remove it from the request"
             )))
         })
     };
@@ -159,8 +163,8 @@ fn one_reading<B>(gate: &Gate, request: &Request<B>) -> Result<(), ProxyError> {
     Ok(())
 }
 
-/// Whom the token of a call is of.
-async fn end_user(
+/// Verifies the token of a request; returns its claims.
+async fn verify_token(
     connection: &Connection,
     users: &Users,
     headers: &HeaderMap,
@@ -169,31 +173,33 @@ async fn end_user(
     let token = bearer(headers).map_err(unauthenticated)?;
     let mut keys = users.issuer.keys();
     if keys.is_none() {
-        keys = newer(users, 0, headers, started).await?;
+        keys = wait_for_newer_keys(users, 0, headers, started).await?;
     }
     let Some(keys) = keys else {
         let error = users.issuer.told().error.unwrap_or_else(|| "they have not been fetched yet".to_owned());
         let detail =
             format!("tokens cannot be checked without the keys of `{}`: {error}", users.expected.issuer);
-        return Err(ProxyError::new(Cause::AuthUnavailable, detail).retry_after(ASK_AGAIN));
+        return Err(ProxyError::new(Cause::AuthUnavailable, detail).retry_after(RETRY_AFTER));
     };
     let verify = |keys| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         connection.worker.tokens.borrow_mut().verify(token, (users.number, &users.expected), keys, now)
     };
     let verified = match verify(&keys) {
-        // It may be signed by a key that is new.
-        Err(error @ Invalid::UnknownKey(_)) => match newer(users, keys.generation, headers, started).await? {
-            Some(keys) => verify(&keys),
-            None => Err(error),
-        },
+        // It may be signed with a new key.
+        Err(error @ Invalid::UnknownKey(_)) => {
+            match wait_for_newer_keys(users, keys.generation, headers, started).await? {
+                Some(keys) => verify(&keys),
+                None => Err(error),
+            }
+        }
         verified => verified,
     };
     verified.map_err(unauthenticated)
 }
 
-/// Waits for newer keys, no longer than the caller waits for an answer.
-async fn newer(
+/// Waits for newer keys, no longer than the client's deadline.
+async fn wait_for_newer_keys(
     users: &Users,
     generation: u64,
     headers: &HeaderMap,
@@ -202,7 +208,7 @@ async fn newer(
     let left = if headers::is_grpc(headers) { grpc_timeout(headers) } else { request_timeout(headers) };
     let deadline = Deadline::from_caller(started.into_std(), left);
     let waited = Box::pin(Until::callers(deadline).wait(users.issuer.newer(generation))).await;
-    waited.map_err(|ran_out| ran_out.unsent(&users.expected.issuer, "the keys that tokens are checked by"))
+    waited.map_err(|expired| expired.unsent(&users.expected.issuer, "the keys that tokens are verified with"))
 }
 
 fn unauthenticated(invalid: Invalid) -> ProxyError {
@@ -214,7 +220,7 @@ fn unauthenticated(invalid: Invalid) -> ProxyError {
     ProxyError { challenge: Some(challenge), ..ProxyError::new(Cause::JwtInvalid, invalid.to_string()) }
 }
 
-/// The token of the Authorization field (RFC 6750 §2.1), the only place where one is looked for.
+/// The token of the Authorization field (RFC 6750 §2.1). Tokens in other places are ignored.
 fn bearer(headers: &HeaderMap) -> Result<&str, Invalid> {
     let mut fields = headers.get_all(AUTHORIZATION).iter();
     let field = fields.next().ok_or(Invalid::Missing)?;
@@ -226,8 +232,8 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Invalid> {
     if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim_matches(' ')) } else { Err(Invalid::Missing) }
 }
 
-/// Tells the service what it was promised to learn, and lets nobody else tell it.
-fn pass_on(users: &Users, claims: Option<&Claims>, headers: &mut HeaderMap) {
+/// Sets the header fields for claims, and removes those that the client sent.
+fn set_claim_headers(users: &Users, claims: Option<&Claims>, headers: &mut HeaderMap) {
     for (name, claim) in &*users.claim_headers {
         headers::remove_spellings(headers, name);
         if let Some(value) = claims.and_then(|claims| claims.get(claim)).and_then(field_value) {
@@ -236,7 +242,7 @@ fn pass_on(users: &Users, claims: Option<&Claims>, headers: &mut HeaderMap) {
     }
 }
 
-/// A claim as a field: texts, numbers and booleans as they are, lists of them with commas between.
+/// A claim as a field value: strings, numbers and booleans as they are, lists of them joined by commas.
 fn field_value(claim: &Value) -> Option<HeaderValue> {
     fn text(claim: &Value) -> Option<String> {
         match claim {
@@ -249,7 +255,7 @@ fn field_value(claim: &Value) -> Option<HeaderValue> {
         Value::Array(list) => list.iter().map(text).collect::<Option<Vec<_>>>()?.join(","),
         single => text(single)?,
     };
-    // Control characters cannot stand in a field.
+    // A field value cannot contain control characters.
     HeaderValue::try_from(whole).ok()
 }
 
@@ -260,7 +266,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_token_is_where_it_belongs() {
+    fn the_token_is_read_from_one_authorization_field() {
         let of = |fields: &[&'static str]| {
             let mut headers = HeaderMap::new();
             for field in fields {
@@ -277,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_becomes_a_field_where_it_can() {
+    fn simple_claims_become_field_values() {
         for (claim, field) in [
             (json!("ann"), Some("ann")),
             (json!(7), Some("7")),

@@ -1,4 +1,4 @@
-//! The bodies that pass through: streamed, with what is needed to send a request again.
+//! Bodies: streamed, with a buffer of what is needed to send a request again.
 
 mod kept;
 mod request;

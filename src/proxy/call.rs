@@ -1,4 +1,4 @@
-//! One call, from its request to the response the caller gets. The steps every call takes, top to bottom.
+//! Handles one request, from its head to the response that the client gets. The steps of every request, top to bottom.
 
 use std::{
     any::Any,
@@ -38,9 +38,9 @@ use crate::{
     trace_context::{self, Trace},
 };
 
-/// Answers a call. Whatever goes wrong becomes an answer that says so; a bug of ours too.
+/// Handles a request and returns its response. Every error, and every panic, becomes an error response.
 ///
-/// What the call needs is taken out of `request`: a future that was given it would have room for it twice.
+/// `request` is borrowed and its parts are taken out of it: an `async fn` stores an argument that it owns twice.
 pub async fn answer(
     connection: &Rc<Connection>,
     request: &mut Request<CallerBody>,
@@ -50,17 +50,17 @@ pub async fn answer(
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
     let request_id = RequestId::of(connection, request, present);
-    let grpc = open(connection, &view, request, (present, &request_id), progress);
-    let _unanswered = Unanswered(progress);
+    let grpc = open_record(connection, &view, request, (present, &request_id), progress);
+    let _client_gone = ClientGoneGuard(progress);
 
-    let result = catch_panic(pin!(handle(connection, &view, request, present, progress))).await;
+    let result = catch_panic(pin!(check_and_forward(connection, &view, request, present, progress))).await;
     let response = result
-        .and_then(|handled| handled)
+        .and_then(|response| response)
         .unwrap_or_else(|error| error_response(connection, &view, &error, (&request_id, grpc), progress));
-    conclude(connection, response, http1, progress)
+    record_response(connection, response, http1, progress)
 }
 
-/// Answers what could not be read as a request. It is logged and counted as any other request that is refused.
+/// Makes the response to bytes that could not be parsed as a request. Logged and counted like any rejected request.
 pub fn refuse(
     connection: &Connection,
     request: &mut Request<CallerBody>,
@@ -70,12 +70,12 @@ pub fn refuse(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let request_id = RequestId::of(connection, request, present);
-    let grpc = open(connection, &view, request, (present, &request_id), progress);
+    let grpc = open_record(connection, &view, request, (present, &request_id), progress);
     let response = error_response(connection, &view, error, (&request_id, grpc), progress);
-    conclude(connection, response, true, progress)
+    record_response(connection, response, true, progress)
 }
 
-/// What the client is told of an error, noted in the record of the request.
+/// Turns an error into a response and writes it to the request's record.
 fn error_response(
     connection: &Connection,
     view: &View,
@@ -84,7 +84,7 @@ fn error_response(
     progress: &Progress,
 ) -> Response<ResponseBody> {
     let request_id = request_id.text();
-    let noted = progress.note(|record| {
+    let made = progress.note(|record| {
         let next_hop = match connection.side {
             Side::Inbound => None,
             Side::Outbound | Side::Upstream(_) => record.endpoint().map(|address| address.to_string()),
@@ -106,9 +106,9 @@ fn error_response(
         (response, record.version != Version::HTTP_2)
     });
     let (mut response, http1) =
-        noted.unwrap_or_else(|| (without_record(&view.names.deployment, &request_id, grpc), true));
+        made.unwrap_or_else(|| (without_record(&view.names.deployment, &request_id, grpc), true));
     if http1 && error.cause == Cause::Malformed {
-        // What was not understood may have more behind it that would not be, either.
+        // Bytes after a request that cannot be parsed cannot be framed either.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if connection.side == Side::Inbound
@@ -133,21 +133,21 @@ fn count_malformed(connection: &Connection, view: &View) {
     }
 }
 
-/// Notes how a request is answered, and whether that is all.
-fn conclude(
+/// Records the response of a request; where its body is complete already, the end of the request as well.
+fn record_response(
     connection: &Connection,
     mut response: Response<ResponseBody>,
     http1: bool,
     progress: &Progress,
 ) -> Response<ResponseBody> {
     if connection.is_leaving() && http1 && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        // Before the connection is closed the caller is told, so that it sends nothing that would be lost.
+        // Announce the close first, so that the client sends no request that would be lost.
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     let status = response.status();
     progress.note(|record| {
         record.status = Some(status);
-        // An answer of the service has just noted the time.
+        // A response from upstream has just recorded the time.
         let now = if record.refused.is_some() { Instant::now() } else { progress.last_moved() };
         record.answered = Some(now);
     });
@@ -162,17 +162,16 @@ fn conclude(
     response
 }
 
-/// What a client gets where the record of its request, from which an error response is made, is gone: a bug, which must not
-/// look like a success.
+/// The error response where the request's record is gone: a bug, which must not look like a success.
 fn without_record(deployment: &str, request_id: &str, grpc: bool) -> Response<ResponseBody> {
     let lost = ProxyError::new(Cause::Internal, "the record of this request is gone: a bug in the proxy");
     respond(&lost, &Context { deployment, request_id, grpc, ..Context::default() })
 }
 
-/// Notes that a call was given up by its caller, where it ends before there is an answer.
-struct Unanswered<'a>(&'a Progress);
+/// Records that the client cancelled the request, if it is dropped before there is a response.
+struct ClientGoneGuard<'a>(&'a Progress);
 
-impl Drop for Unanswered<'_> {
+impl Drop for ClientGoneGuard<'_> {
     fn drop(&mut self) {
         if self.0.note(|record| record.status.is_none()) == Some(true) {
             self.0.done(End::CallerGone, Instant::now());
@@ -180,31 +179,32 @@ impl Drop for Unanswered<'_> {
     }
 }
 
-/// Begins to note what the call does. Says whether it is gRPC.
-fn open(
+/// Opens the request's telemetry record. Returns whether the request is gRPC.
+fn open_record(
     connection: &Connection,
     view: &View,
     request: &Request<CallerBody>,
     (present, request_id): (Present, &RequestId),
     progress: &Progress,
 ) -> bool {
-    let (way, started) = (target::way(connection, request), progress.started());
-    connection.worker.shared.metrics.ways.note(way, started.into_std());
+    let (entry_point, started) = (target::way(connection, request), progress.started());
+    connection.worker.shared.metrics.ways.note(entry_point, started.into_std());
     let grpc = headers::is_grpc(request.headers());
     let worker = &connection.worker;
-    let (traces, inbound) = (&worker.shared.traces, way == Way::Inbound);
-    let mut said = match present.has_any(Present::TRACE) {
+    let (traces, inbound) = (&worker.shared.traces, entry_point == Way::Inbound);
+    let mut incoming = match present.has_any(Present::TRACE) {
         true => trace_context::read(request.headers()),
         false => trace_context::Said::default(),
     };
     if !traces.is_on() {
-        // No trace is begun, but all sidecars on the way of a call name it alike.
-        said.request = request_id.trace();
+        // Tracing is off: no spans, but every sidecar on the path uses the same trace ID.
+        incoming.request = request_id.trace();
     }
     let telemetry = &view.snapshot.config.telemetry;
-    let context = worker.with_rng(|rng| traces.context(&said, inbound, telemetry, rng, started.into_std()));
+    let context =
+        worker.with_rng(|rng| traces.context(&incoming, inbound, telemetry, rng, started.into_std()));
     let (method, version) = (request.method().clone(), request.version());
-    let mut record = Record::new(way, connection.address, method, version, context, started);
+    let mut record = Record::new(entry_point, connection.address, method, version, context, started);
     record.grpc = grpc;
     record.tls = connection.tls;
     record.identity.clone_from(&connection.peer_identity);
@@ -218,7 +218,7 @@ fn open(
     grpc
 }
 
-async fn handle(
+async fn check_and_forward(
     connection: &Rc<Connection>,
     view: &View,
     request: &mut Request<CallerBody>,
@@ -230,7 +230,7 @@ async fn handle(
         connection.refuse_further_requests();
         return Err(ProxyError::new(
             Cause::NotAllowed,
-            "plaintext, or no client certificate: calls to this service must come by mutual TLS (`inbound.mtls` is \"strict\"); call it through a sidecar, or let both in by \"permissive\"",
+            "this service requires mutual TLS (`inbound.mtls` is \"strict\"), and the connection is plaintext or has no client certificate: send requests through a sidecar, or set `inbound.mtls` to \"permissive\"",
         ));
     }
     guard::check_loop(request.headers(), present, &view.names.via(&connection.side).pseudonym)?;
@@ -244,7 +244,7 @@ async fn handle(
             )
             .with_status(StatusCode::METHOD_NOT_ALLOWED)),
             (Side::Outbound, None) => Box::pin(connect::open_tunnel(connection, view, request)).await,
-            _ => Err(ProxyError::malformed("CONNECT is for the outbound port")
+            _ => Err(ProxyError::malformed("CONNECT is accepted on the outbound port only")
                 .with_status(StatusCode::METHOD_NOT_ALLOWED)),
         };
     }
@@ -263,51 +263,51 @@ async fn handle(
     response
 }
 
-/// The id of a request.
+/// The ID of a request.
 enum RequestId {
-    Callers(HeaderValue),
-    Ours(Trace),
+    FromClient(HeaderValue),
+    Generated(Trace),
 }
 
 impl RequestId {
-    /// That of the request, which is given one where it has none.
+    /// The ID that the request carries; a request without one gets a new one.
     fn of(connection: &Connection, request: &mut Request<CallerBody>, present: Present) -> Self {
         if present.has(Field::RequestId)
             && let Some(id) = request.headers().get(X_REQUEST_ID)
         {
-            return Self::Callers(id.clone());
+            return Self::FromClient(id.clone());
         }
         let (id, mut text) = (connection.worker.with_rng(Trace::random), [0; 32]);
         id.encode(&mut text);
         let value = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0"));
         request.headers_mut().insert(X_REQUEST_ID, value);
-        Self::Ours(id)
+        Self::Generated(id)
     }
 
-    /// The trace that it would be, if it were one.
+    /// The ID as a trace ID, if it has that form.
     fn trace(&self) -> Option<Trace> {
         match self {
-            Self::Callers(id) => Trace::parse(id.as_bytes()),
-            Self::Ours(id) => Some(*id),
+            Self::FromClient(id) => Trace::parse(id.as_bytes()),
+            Self::Generated(id) => Some(*id),
         }
     }
 
     fn text(&self) -> String {
         match self {
-            Self::Callers(id) => id.to_str().unwrap_or_default().to_owned(),
-            Self::Ours(id) => id.to_string(),
+            Self::FromClient(id) => id.to_str().unwrap_or_default().to_owned(),
+            Self::Generated(id) => id.to_string(),
         }
     }
 }
 
-/// A panic in one call hurts no other: the caller gets a 500, the log the message.
-async fn catch_panic<F: Future>(mut call: Pin<&mut F>) -> Result<F::Output, ProxyError> {
-    poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(cx))) {
+/// Keeps a panic within its request: the client gets a 500, the log the message.
+async fn catch_panic<F: Future>(mut request: Pin<&mut F>) -> Result<F::Output, ProxyError> {
+    poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| request.as_mut().poll(cx))) {
         Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
         Ok(Poll::Pending) => Poll::Pending,
         Err(panic) => {
-            tracing::error!(message = message(&*panic), "a call panicked");
-            Poll::Ready(Err(ProxyError::new(Cause::Internal, "a bug in the proxy; its log has more")))
+            tracing::error!(message = message(&*panic), "panic while handling a request");
+            Poll::Ready(Err(ProxyError::new(Cause::Internal, "a bug in the proxy: see its log")))
         }
     })
     .await
@@ -324,22 +324,22 @@ mod tests {
 
     use super::*;
 
-    /// It is moved to where it lies, and its room is asked for: its size is paid for by every call.
+    /// Every request allocates the future and moves it, so its size is a cost of every request.
     #[test]
-    fn a_call_is_small() {
+    fn the_future_of_a_request_is_small() {
         fn size<'a, F: Future>(
             _: impl Fn(&'a Rc<Connection>, &'a mut Request<CallerBody>, Present, &'a Rc<Progress>) -> F,
         ) -> usize {
             size_of::<F>()
         }
         let size = size(answer);
-        assert!(size <= MOST_BYTES, "{size} bytes");
+        assert!(size <= MAX_BYTES, "{size} bytes");
     }
 
-    const MOST_BYTES: usize = 2700;
+    const MAX_BYTES: usize = 2700;
 
     #[test]
-    fn a_lost_record_is_an_error_of_ours() {
+    fn a_lost_record_is_an_internal_error() {
         let response = without_record("outrigger/checkout", "1", false);
         assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
         assert!(response.body().size_hint().exact() > Some(0));

@@ -1,4 +1,4 @@
-//! Connections that carry bytes rather than calls: CONNECT, and ports that are not HTTP.
+//! Connections to upstreams for byte streams (CONNECT, ports that are not HTTP), and the choice of an endpoint.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -39,12 +39,12 @@ use crate::{
     },
 };
 
-/// Endpoints that a connection is tried to before the caller is told.
-const DIALS: usize = 3;
-/// How long a call waits for the first answer of discovery.
-const DISCOVERY_PATIENCE: Duration = Duration::from_secs(5);
+/// The most endpoints that are dialled before the client gets an error.
+const MAX_DIALS: usize = 3;
+/// How long a request waits for the first result of discovery.
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a connection for bytes holds.
+/// The resources that a connection for a byte stream holds.
 #[derive(Debug)]
 pub struct Dialled {
     _in_flight: InFlight,
@@ -52,7 +52,7 @@ pub struct Dialled {
 }
 
 impl Dialled {
-    /// Waits until a request needs the connection slot, and no other connection gives way to it.
+    /// Waits until a request needs the connection slot and no idle connection can be closed for it.
     pub async fn is_wanted(&self) {
         loop {
             let wanted = squeeze::wanted();
@@ -64,10 +64,10 @@ impl Dialled {
     }
 }
 
-/// Why there is no connection for bytes.
+/// Why there is no connection for a byte stream.
 enum DialError {
     Failed(ProxyError),
-    /// The other sidecar takes no byte streams for its service.
+    /// The peer is a sidecar that accepts no byte streams for its service.
     HttpOnly(ProxyError),
 }
 
@@ -85,12 +85,12 @@ impl From<DialError> for ProxyError {
     }
 }
 
-/// Opens a connection to an upstream for bytes.
+/// Opens a connection to an upstream for a byte stream.
 pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(UpstreamIo, Dialled), ProxyError> {
     Ok(dial_allowed(connection, to, to.cluster.tls_target(None), |_| Ok(())).await?)
 }
 
-/// Opens one for a service that speaks TLS by itself.
+/// Opens one without TLS, for a service that speaks TLS itself.
 pub async fn dial_bare(
     connection: &Connection,
     to: &LocalCluster,
@@ -106,7 +106,7 @@ async fn dial_allowed(
 ) -> Result<(UpstreamIo, Dialled), DialError> {
     let mut endpoints = endpoints(connection, to, Until::default()).await?;
     if let Some(dialled) = connection.outward() {
-        // Whoever dialled one of several meant that one.
+        // A client that dialled one of several endpoints meant that one.
         endpoints = only(dialled, &endpoints).unwrap_or(endpoints);
     }
     let settings = &to.cluster.settings;
@@ -132,12 +132,12 @@ async fn dial_allowed(
                 let dialled = Dialled { _in_flight: endpoints[endpoint].enter(), slot };
                 return Ok((connected.io, dialled));
             }
-            Err(error) if takes_no_byte_stream(&error) => {
+            Err(error) if is_http_only(&error) => {
                 return Err(DialError::HttpOnly(connect_failed(&to.cluster.settings.name, &error)));
             }
             Err(error) => {
                 tried.push(endpoint);
-                if tried.len() >= DIALS.min(endpoints.len()) {
+                if tried.len() >= MAX_DIALS.min(endpoints.len()) {
                     to.upstream.shared.refresh();
                     return Err(connect_failed(&to.cluster.settings.name, &error).into());
                 }
@@ -146,11 +146,11 @@ async fn dial_allowed(
     }
 }
 
-fn takes_no_byte_stream(error: &ConnectError) -> bool {
+fn is_http_only(error: &ConnectError) -> bool {
     matches!(error, ConnectError::Tls { failure, .. } if failure.kind == FailureKind::NoProtocol)
 }
 
-/// Tells outlier detection that an endpoint takes connections, or takes none: of a tunnel more is not known.
+/// Reports to outlier detection whether an endpoint accepts connections: nothing else is known of a byte stream.
 fn report_dial(
     connection: &Connection,
     to: &LocalCluster,
@@ -171,13 +171,13 @@ fn report_dial(
     }
 }
 
-/// Of these endpoints the one with the address.
+/// The endpoint with this address, as a set of one.
 pub fn only(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Option<Rc<[Rc<LocalEndpoint>]>> {
     let one = endpoints.iter().find(|endpoint| endpoint.address() == address)?;
     Some(Rc::new([Rc::clone(one)]))
 }
 
-/// The endpoints of an upstream; waits where discovery has not answered yet, as long as the call may.
+/// The endpoints of an upstream. Waits for the first result of discovery, no longer than the request may.
 pub async fn endpoints(
     connection: &Connection,
     to: &LocalCluster,
@@ -186,20 +186,23 @@ pub async fn endpoints(
     let shared = &to.upstream.shared;
     if shared.endpoints().generation == 0 {
         let name = &to.cluster.settings.name;
-        let answered = Box::pin(until.wait(timeout(DISCOVERY_PATIENCE, shared.resolved()))).await;
-        answered.map_err(|ran_out| ran_out.unsent(name, "its endpoints to be known"))?.map_err(|_| {
-            ProxyError::new(Cause::DnsTimeout, format!("{name}: its endpoints are not known yet"))
+        let resolved = Box::pin(until.wait(timeout(DISCOVERY_TIMEOUT, shared.resolved()))).await;
+        resolved.map_err(|expired| expired.unsent(name, "the first result of discovery"))?.map_err(|_| {
+            ProxyError::new(
+                Cause::DnsTimeout,
+                format!("{name}: the first result of discovery is still pending"),
+            )
         })?;
     }
     let endpoints = connection.worker.with_rng(|rng| to.upstream.endpoints(rng));
     if endpoints.is_empty() {
         shared.refresh();
-        return Err(nothing_found(&to.cluster.settings.name, &shared.endpoints()));
+        return Err(no_endpoints_error(&to.cluster.settings.name, &shared.endpoints()));
     }
     Ok(endpoints)
 }
 
-/// The index of the endpoint for the next attempt.
+/// Picks the endpoint of the next attempt; returns its index.
 pub fn pick(
     connection: &Connection,
     to: &LocalCluster,
@@ -218,7 +221,7 @@ pub fn pick(
     })
 }
 
-fn nothing_found(name: &str, set: &EndpointSet) -> ProxyError {
+fn no_endpoints_error(name: &str, set: &EndpointSet) -> ProxyError {
     match &set.resolution {
         Resolution::Failed(error) => {
             let cause = match **error {
@@ -227,8 +230,8 @@ fn nothing_found(name: &str, set: &EndpointSet) -> ProxyError {
                 DiscoveryError::Dns(DnsError::LocalResource { .. }) => Cause::LocalResource,
                 _ => Cause::NoEndpoint,
             };
-            let answer = ProxyError::new(cause, format!("{name}: {error}"));
-            if cause == Cause::LocalResource { answer.retry_after(Duration::from_secs(1)) } else { answer }
+            let failure = ProxyError::new(cause, format!("{name}: {error}"));
+            if cause == Cause::LocalResource { failure.retry_after(Duration::from_secs(1)) } else { failure }
         }
         _ => ProxyError::new(Cause::NoEndpoint, format!("{name} has no endpoints"))
             .retry_after(Duration::from_secs(1)),
@@ -254,7 +257,7 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
     ProxyError::new(cause, format!("{name}: {error}"))
 }
 
-/// Refuses addresses that a caller must not reach by naming them: this proxy itself, and what hands out credentials.
+/// Refuses addresses that a client must not reach by naming them: this proxy itself, and `deny_networks`.
 pub fn check_address(
     view: &View,
     connection: &Connection,
@@ -267,18 +270,18 @@ pub fn check_address(
     let cluster = &target.local.cluster;
     let name = &cluster.settings.name;
     denial(&connection.worker.shared, &view.snapshot, cluster, address).map_or(Ok(()), |denial| {
-        let why = match denial {
+        let reason = match denial {
             Denial::Own => {
                 "a port of this proxy itself; use it as `http_proxy`, or send the `Host` of an upstream"
                     .to_owned()
             }
             Denial::Network(network) => format!("in {network}, which `outbound.deny_networks` names"),
         };
-        Err(ProxyError::new(Cause::DeniedNetwork, format!("{name} is {address}: {why}")))
+        Err(ProxyError::new(Cause::DeniedNetwork, format!("{name} is {address}: {reason}")))
     })
 }
 
-/// Whether a caller may reach an address of this upstream by naming it.
+/// Whether a client may reach an address of this upstream by naming it.
 pub fn may_be_reached(shared: &Shared, snapshot: &Snapshot, cluster: &Cluster, address: SocketAddr) -> bool {
     denial(shared, snapshot, cluster, address).is_none()
 }
@@ -312,7 +315,7 @@ fn unmapped(ip: IpAddr) -> IpAddr {
     v6.to_ipv4_mapped().or_else(|| nat64(v6)).map_or(ip, IpAddr::V4)
 }
 
-/// Answers CONNECT: the connection is made first, so that a failure can still be told.
+/// Handles CONNECT. Dials first, so that a failure can still be reported in the response.
 pub async fn open_tunnel(
     connection: &Rc<Connection>,
     view: &View,
@@ -322,14 +325,14 @@ pub async fn open_tunnel(
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
     let to = target::host_port(authority, request.method())?;
     let target = target::by_host(connection, view, &to, request)?;
-    // Whom the caller named is who must answer, where nothing else says.
+    // The server must have the identity that the client named, unless the configuration names another one.
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
     let allowed = |address| check_address(view, connection, &target, address);
     let dialled = match dial_allowed(connection, &target.local, tls, allowed).await {
         Ok(dialled) => Some(dialled),
-        // What comes through the tunnel may be requests.
+        // The tunnel may still carry requests.
         Err(DialError::HttpOnly(error)) => {
-            tracing::debug!(%error, "a tunnel carries requests only");
+            tracing::debug!(%error, "the CONNECT tunnel accepts requests only");
             None
         }
         Err(DialError::Failed(error)) => return Err(error),
@@ -352,7 +355,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metadata_addresses_are_known_in_every_disguise() {
+    fn metadata_addresses_are_recognised_in_every_notation() {
         for text in
             ["169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"]
         {

@@ -1,4 +1,4 @@
-//! A caller's connection, from its first byte to its last.
+//! A client's connection, from its first byte to its last.
 
 mod first;
 mod http1;
@@ -50,57 +50,57 @@ pub use http1::body::Body;
 pub use http1::link::Link;
 pub use upgraded::Upgrade;
 
-/// From the first byte of a request's head to its last (slowloris).
+/// The limit from the first byte of a request's head to its last (slowloris).
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// A caller's connection that carries nothing. Long: who closes first loses the race against the next request.
+/// The limit for an idle client connection. Long: closing one races with the client's next request.
 const CALLER_IDLE: Duration = Duration::from_secs(3600);
-/// A caller that takes nothing of what is written to it.
+/// The limit for a client that reads nothing of what is written to it.
 const WRITE_STALL: Duration = Duration::from_secs(300);
-/// How long an idle HTTP/1 connection is kept after it was asked to leave.
+/// How long an idle HTTP/1 connection stays open after its close was requested.
 const LAST_CALL: Duration = Duration::from_secs(1);
 
-/// What all calls of a connection share.
+/// The state that all requests of a connection share.
 #[derive(Debug)]
 pub struct Connection {
     pub worker: Rc<Worker>,
     pub side: Side,
-    /// The peer's address, as `x-forwarded-for` has it.
+    /// The peer's IP address, as a value for `x-forwarded-for`.
     pub peer: HeaderValue,
     pub address: SocketAddr,
-    /// Came by TLS that ended here.
+    /// TLS was terminated here.
     pub tls: bool,
-    /// That was TLS 1.2.
+    /// The version was TLS 1.2.
     pub tls12: bool,
-    /// Of the call that HTTP/1 carries now.
+    /// The interim responses of the HTTP/1 request in progress.
     pub interim: Interim,
-    /// Whom the caller's certificate proved to be; `None`: plaintext, or TLS without a certificate.
+    /// The identity in the client's verified certificate; `None`: plaintext, or TLS without a certificate.
     pub peer_identity: Option<Arc<Peer>>,
-    /// The same as `x-forwarded-client-cert` has it, made when it is first needed.
+    /// The same as a value for `x-forwarded-client-cert`, made when it is first needed.
     client_cert: OnceCell<Option<HeaderValue>>,
-    /// The chain it showed.
+    /// The certificate chain that the client presented.
     presented: Option<Box<[CertificateDer<'static>]>>,
-    /// Came without TLS where only TLS is taken: its calls hear so, and nothing else becomes of them.
+    /// Plaintext on a port that requires mutual TLS: every request gets an error response.
     refused_plaintext: Cell<bool>,
-    /// Where it was going when the kernel led it here.
+    /// The original destination, if kernel rules redirected the connection here.
     pub redirected_to: Option<SocketAddr>,
-    /// Inside a CONNECT tunnel, whom it leads to.
+    /// The destination of the CONNECT tunnel that this connection is inside of.
     pub tunnel_to: Option<HostPort>,
-    /// The exchange that HTTP/1 carries now.
+    /// The HTTP/1 request in progress.
     exchange: RefCell<Option<Rc<Progress>>>,
-    /// Takes the stream, once the answer to the call under way has changed the protocol.
+    /// Receives the stream after a response that changes the protocol (101, 2xx to CONNECT).
     handover: RefCell<Option<oneshot::Sender<Box<dyn Io>>>>,
-    /// Streams that HTTP/2 carries now.
+    /// Open HTTP/2 streams.
     streams: Cell<u32>,
     http2: Cell<bool>,
-    /// A request has come by HTTP/2.
+    /// A request has arrived over HTTP/2.
     has_served: Cell<bool>,
-    /// Asked to leave: answers tell the caller so.
+    /// The connection is to be closed: responses say `Connection: close`.
     leaving: Cell<bool>,
-    /// Since when nothing is under way.
+    /// When the last request ended.
     idle_since: Cell<Instant>,
 }
 
-/// What was found out about a connection before it is served.
+/// What is known of a connection before it is served.
 #[derive(Debug, Default)]
 struct Found {
     tls: bool,
@@ -111,7 +111,7 @@ struct Found {
     tunnel_to: Option<HostPort>,
 }
 
-/// Serves a connection to its end. What few connections need is boxed: each holds room for all the rest.
+/// Serves a connection to its end. Rare steps are boxed, to keep the future of every connection small.
 pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: Awaited) {
     let redirected_to = redirected::destination(&stream, &side);
     if side == Side::Outbound && redirected_to.is_some_and(redirected::is_probe) {
@@ -119,7 +119,7 @@ pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: 
     }
     let _open = connections(&worker.shared, &side).opened();
     drop(coming);
-    let _counted = Counted::new(&worker);
+    let _load = LoadGuard::new(&worker);
     let stream = SharedTcp::new(stream);
     let connection = Connection::new(&worker, side, peer, redirected_to);
     if let Err(error) = connection.serve(stream).await {
@@ -128,16 +128,16 @@ pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: 
 }
 
 const NO_CLIENT_CERTIFICATE: ConnectionError =
-    ConnectionError::Cut("it shows no client certificate, which `inbound.mtls` asks for by now");
-const OUTDATED: ConnectionError =
-    ConnectionError::Cut("the configuration does not take it any more, and `drain_timeout` is over");
+    ConnectionError::Cut("the client presented no certificate, and `inbound.mtls` now requires one");
+const OUTDATED: ConnectionError = ConnectionError::Cut(
+    "the configuration no longer allows this connection, and `drain_timeout` has elapsed",
+);
 const TLS_TOO_OLD: ConnectionError =
-    ConnectionError::Cut("it came by TLS 1.2, which `min_tls` does not allow by now");
+    ConnectionError::Cut("the connection uses TLS 1.2, and `min_tls` now requires 1.3");
 
-const DISTRUSTED: ConnectionError =
-    ConnectionError::Cut("its peer's certificate was revoked, and a byte stream cannot be asked to close");
+const DISTRUSTED: ConnectionError = ConnectionError::Cut("the peer's certificate was revoked");
 
-/// Why a connection ended other than well.
+/// Why a connection ended with an error.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectionError {
     #[error(transparent)]
@@ -193,12 +193,12 @@ impl Connection {
         })
     }
 
-    /// The connection inside of this one.
+    /// The connection inside this one (TLS, CONNECT).
     fn inside(&self, found: Found) -> Rc<Self> {
         Self::begin(&self.worker, self.side.clone(), (self.address, self.peer.clone()), found)
     }
 
-    /// The connection inside a CONNECT tunnel of this one.
+    /// The connection inside a CONNECT tunnel on this one.
     pub fn inside_tunnel(&self, to: HostPort) -> Rc<Self> {
         self.inside(Found {
             tls: self.tls,
@@ -210,43 +210,44 @@ impl Connection {
         })
     }
 
-    /// Serves the connection: what is TLS, and meant for us, from the inside.
+    /// Serves the connection; where TLS is terminated here, the connection inside it.
     async fn serve(self: &Rc<Self>, stream: SharedTcp) -> Result<(), ConnectionError> {
         self.check_no_loop()?;
-        // Whom bytes that are not HTTP go to; for the outbound port nobody, unless they were redirected.
-        let behind = target::behind(self);
+        // The destination of bytes that are not HTTP; none on the outbound port, unless the connection was redirected.
+        let destination = target::behind(self);
         let mtls = target::mtls(self);
-        let protocol = behind.as_ref().map_or(Protocol::Auto, |behind| behind.cluster.settings.protocol);
-        if let (Protocol::Tcp, Some(behind)) = (protocol, &behind) {
+        let protocol =
+            destination.as_ref().map_or(Protocol::Auto, |destination| destination.cluster.settings.protocol);
+        if let (Protocol::Tcp, Some(destination)) = (protocol, &destination) {
             if mtls == Mtls::Strict {
-                return Box::pin(self.serve_tls(stream, Bytes::new(), mtls, behind)).await;
+                return Box::pin(self.serve_tls(stream, Bytes::new(), mtls, destination)).await;
             }
             self.note_detected(Detected::Declared);
-            // No wait for the caller, who may be waiting for the service: so it cannot be seen whether it speaks TLS.
-            let (upstream, _in_use) = Box::pin(connect::dial(self, behind)).await?;
+            // Does not wait for the client, which may be waiting for the server; so TLS cannot be detected.
+            let (upstream, _in_use) = Box::pin(connect::dial(self, destination)).await?;
             return Box::pin(self.carry(
                 stream,
                 upstream,
-                behind,
+                destination,
                 (RequestWatch::off(), BegunBytes::default()),
             ))
             .await;
         }
-        let plain = Plain { behind: behind.as_ref(), mtls, agreed: false };
-        match (self.serve_plain(stream, plain).await?, &behind) {
-            (Some((stream, begun)), Some(behind)) => {
-                Box::pin(self.serve_tls(stream, begun, mtls, behind)).await
+        let plain = Plain { destination: destination.as_ref(), mtls, is_negotiated: false };
+        match (self.serve_plain(stream, plain).await?, &destination) {
+            (Some((stream, read_ahead)), Some(destination)) => {
+                Box::pin(self.serve_tls(stream, read_ahead, mtls, destination)).await
             }
             _ => Ok(()),
         }
     }
 
-    /// Whether calls are refused because they came without TLS.
+    /// Whether every request is refused because the connection has no TLS.
     pub fn refused_plaintext(&self) -> bool {
         self.refused_plaintext.get()
     }
 
-    /// Who calls, for the service.
+    /// The peer identity as a value for `x-forwarded-client-cert`.
     pub fn client_cert(&self) -> Option<&HeaderValue> {
         let peer = self.peer_identity.as_deref()?;
         let value = || {
@@ -261,24 +262,24 @@ impl Connection {
         self.leaving.get()
     }
 
-    /// The connection ends with the response that is being made.
+    /// Closes the connection after the current response.
     pub fn refuse_further_requests(&self) {
         self.leaving.set(true);
     }
 
-    /// Waits until this connection is to be closed where nothing is under way on it.
+    /// Waits until this connection is to be closed as soon as no request is in progress.
     ///
-    /// From the announcement of the drain on, responses tell the client to close. HTTP/2 says GOAWAY and loses nothing. An
-    /// HTTP/1 connection that is kept open serves on until its side drains; a request may be on its way even then, and is
-    /// still answered for a while.
+    /// From the announcement of the drain on, responses say `Connection: close`. HTTP/2 sends GOAWAY and loses no
+    /// request. An HTTP/1 connection that stays open serves requests until its side drains, and then for
+    /// [`CLOSE_GRACE`], as a request may be in transit.
     async fn closing(&self) {
         let announced = announce_phase(&self.side);
         let accepted_late = *self.worker.shared.phase.borrow() >= announced;
-        let trusted = self.asked_to_leave(announced).await;
+        let trusted = self.wait_for_close_request(announced).await;
         self.leaving.set(true);
         if self.http2.get() {
             if trusted && accepted_late {
-                Box::pin(self.served_or_draining()).await;
+                Box::pin(self.first_request_or_drain()).await;
             }
             return;
         }
@@ -288,13 +289,14 @@ impl Connection {
         sleep(LAST_CALL).await;
     }
 
-    /// Waits until clients of this side are told to leave, or the peer is not trusted any more; false where it is not.
-    async fn asked_to_leave(&self, announced: Phase) -> bool {
+    /// Waits until the drain of this side is announced (true), or the connection is no longer allowed or trusted
+    /// (false).
+    async fn wait_for_close_request(&self, announced: Phase) -> bool {
         if self.refused_plaintext.get() {
             return false;
         }
-        // One place for the future that all wait for: a connection holds as much as its largest moment.
-        let revoked: Pin<Box<dyn Future<Output = ()> + '_>> = match &self.presented {
+        // One boxed future for all cases keeps the connection's own future small.
+        let no_longer_allowed: Pin<Box<dyn Future<Output = ()> + '_>> = match &self.presented {
             None if self.side == Side::Inbound => Box::pin(self.outdated()),
             None => Box::pin(std::future::pending()),
             Some(chain) if self.tls12 => Box::pin(async {
@@ -307,20 +309,20 @@ impl Connection {
         };
         tokio::select! {
             () = self.reached(announced) => true,
-            () = revoked => false,
+            () = no_longer_allowed => false,
         }
     }
 
-    /// Waits until the process has come to a phase.
+    /// Waits until the process has reached a phase.
     async fn reached(&self, wanted: Phase) {
         let phase = &self.worker.shared.phase;
         looked_at(phase, || (*phase.borrow() >= wanted).then_some(())).await;
     }
 
-    /// A client that connects while the drain is announced may wait for SETTINGS before it sends a request. GOAWAY right
-    /// behind them would make it connect again and again; so it comes behind the first request. [`Leaving`] polls this
-    /// whenever the connection is polled.
-    async fn served_or_draining(&self) {
+    /// A client that connects after the drain was announced may wait for SETTINGS before it sends a request. A GOAWAY
+    /// right after them would make it reconnect again and again, so GOAWAY follows the first request. [`DrainWatch`]
+    /// polls this whenever the connection is polled.
+    async fn first_request_or_drain(&self) {
         let served = poll_fn(|_| if self.has_served.get() { Poll::Ready(()) } else { Poll::Pending });
         tokio::select! {
             () = served => {}
@@ -328,7 +330,7 @@ impl Connection {
         }
     }
 
-    /// Why the configuration of now does not take this connection any more, whatever it carries.
+    /// Why the current configuration no longer allows this connection; `None` if it does.
     pub fn refusal_by_now(&self) -> Option<ConnectionError> {
         if target::lacks_identity(self) {
             Some(NO_CLIENT_CERTIFICATE)
@@ -340,10 +342,10 @@ impl Connection {
     }
 }
 
-/// Counts a connection for its worker.
-struct Counted<'a>(&'a Worker);
+/// Counts a connection in its worker's load.
+struct LoadGuard<'a>(&'a Worker);
 
-impl<'a> Counted<'a> {
+impl<'a> LoadGuard<'a> {
     fn new(worker: &'a Worker) -> Self {
         if let Some(load) = worker.load() {
             load.connections.fetch_add(1, Ordering::Relaxed);
@@ -352,7 +354,7 @@ impl<'a> Counted<'a> {
     }
 }
 
-impl Drop for Counted<'_> {
+impl Drop for LoadGuard<'_> {
     fn drop(&mut self) {
         if let Some(load) = self.0.load() {
             load.connections.fetch_sub(1, Ordering::Relaxed);
@@ -364,9 +366,9 @@ impl Drop for Counted<'_> {
 mod tests {
     use super::*;
 
-    /// Ten thousand idle callers hold one each.
+    /// Ten thousand idle clients hold one each.
     #[test]
-    fn a_connection_is_small() {
+    fn the_future_of_a_connection_is_small() {
         fn size<F: Future>(_: impl Fn(Rc<Worker>, TcpStream, SocketAddr, Side, Awaited) -> F) -> usize {
             size_of::<F>()
         }

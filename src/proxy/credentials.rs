@@ -1,4 +1,4 @@
-//! The token that calls to an upstream carry in place of the caller's own credentials: `oauth2`.
+//! The token that requests to an upstream carry in place of the client's credentials: `oauth2`.
 
 use http::{HeaderMap, HeaderValue, StatusCode, header::AUTHORIZATION};
 use tokio::time::Instant;
@@ -6,21 +6,20 @@ use tokio::time::Instant;
 use super::{clock::Until, error::ProxyError, exchange::Carried};
 use crate::{cause::Cause, model::LocalCluster};
 
-/// What the caller sent, kept for an upstream that is asked in place of the first one: no upstream gets the token of
-/// another.
+/// The client's Authorization fields, kept for a fallback upstream: no upstream may get the token of another.
 #[derive(Debug)]
 pub struct SetAside(Vec<HeaderValue>);
 
-/// Puts the upstream's token into the call, if it has one; waits for it, no longer than `until`.
+/// Puts the upstream's token into the request, if the upstream has one; waits for it no longer than `until`.
 pub(super) async fn attach(
     local: &LocalCluster,
     carried: &mut Carried,
     until: Until,
 ) -> Result<(), ProxyError> {
     let headers = &mut carried.outgoing.headers;
-    if let Some(SetAside(callers)) = carried.set_aside.take() {
+    if let Some(SetAside(client_values)) = carried.set_aside.take() {
         headers.remove(AUTHORIZATION);
-        for value in callers {
+        for value in client_values {
             headers.append(AUTHORIZATION, value);
         }
     }
@@ -30,10 +29,10 @@ pub(super) async fn attach(
         None => {
             let name = &local.cluster.settings.name;
             let waited = Box::pin(until.wait(token.field())).await;
-            waited.map_err(|ran_out| ran_out.unsent(name, "a token"))?.map_err(|error| {
+            waited.map_err(|expired| expired.unsent(name, "a token"))?.map_err(|error| {
                 local.upstream.shared.guards.counts.rejected.add(Cause::AuthUnavailable.word());
-                let told = ProxyError::new(Cause::AuthUnavailable, format!("{name}: {error}"));
-                told.retry_after(error.retry_after)
+                let failure = ProxyError::new(Cause::AuthUnavailable, format!("{name}: {error}"));
+                failure.retry_after(error.retry_after)
             })?
         }
     };
@@ -42,12 +41,12 @@ pub(super) async fn attach(
 }
 
 fn replace(headers: &mut HeaderMap, field: HeaderValue) -> SetAside {
-    let callers = headers.get_all(AUTHORIZATION).iter().cloned().collect();
+    let client_values = headers.get_all(AUTHORIZATION).iter().cloned().collect();
     headers.insert(AUTHORIZATION, field);
-    SetAside(callers)
+    SetAside(client_values)
 }
 
-/// Tells the keeper of the token that the upstream does not take it.
+/// Reports to the token's source that the upstream has rejected the token.
 pub(super) fn note(local: &LocalCluster, status: StatusCode) {
     if status == StatusCode::UNAUTHORIZED
         && let Some(token) = &local.cluster.token

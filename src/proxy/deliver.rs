@@ -1,4 +1,4 @@
-//! The answer of an upstream, handed on to the caller.
+//! Passes the response of an upstream on to the client.
 
 use std::rc::Rc;
 
@@ -29,13 +29,13 @@ use crate::{
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
-/// Hands an upstream's answer on.
+/// Makes the client's response from an upstream's: removes hop-by-hop fields, adds `Via`, applies the route's edits.
 pub fn hand_on(
     exchange: &Exchange<'_>,
     answer: Answer,
     outcome: &Outcome,
-    callers_version: Version,
-    callers_upgrade: Option<Upgrade>,
+    client_version: Version,
+    client_upgrade: Option<Upgrade>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let Answer { mut response, present, mut lease, held } = answer;
     let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
@@ -45,16 +45,16 @@ pub fn hand_on(
     }
     credentials::note(&target.local, status);
     let broken = |error: ProxyError| {
-        let detail = format!("{}: its response cannot be passed on: {}", exchange.name(), error.detail);
+        let detail = format!("{}: the response cannot be forwarded: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)
     };
     guard::only_chunked(response.headers(), present).map_err(broken)?;
-    let said = headers::remove_hop_by_hop(response.headers_mut(), present).map_err(broken)?;
+    let hop_by_hop = headers::remove_hop_by_hop(response.headers_mut(), present).map_err(broken)?;
     if present.has(Field::Retry) {
         response.headers_mut().remove(X_OUTRIGGER_RETRY);
     }
     if connection.side == Side::Inbound {
-        advise(exchange, &mut response, present);
+        add_retry_advice(exchange, &mut response, present);
     } else {
         let received = response.version();
         view.names.via(&connection.side).append(response.headers_mut(), received);
@@ -62,44 +62,51 @@ pub fn hand_on(
     if let Some(edits) = target.route.and_then(|route| target.matched.cluster.edits.get(route)) {
         edits.response.apply(response.headers_mut());
     }
-    let tries = exchange.call.progress.note(|record| record.tries.made()).unwrap_or(0);
-    if tries > 1 && may_be_failure(status, present) {
-        append_proxy_status(exchange, response.headers_mut(), status, outcome, tries);
+    let attempts = exchange.call.progress.note(|record| record.tries.made()).unwrap_or(0);
+    if attempts > 1 && may_be_failure(status, present) {
+        append_proxy_status(exchange, response.headers_mut(), status, outcome, attempts);
     }
     if status == StatusCode::SWITCHING_PROTOCOLS {
-        let (Some(callers), Some(protocol)) = (callers_upgrade, said.upgrade) else {
-            return Err(broken(ProxyError::malformed("101 to a request that asked for no upgrade")));
+        let (Some(upgrade_stream), Some(protocol)) = (client_upgrade, hop_by_hop.upgrade) else {
+            return Err(broken(ProxyError::malformed("the upstream sent 101 to a request without Upgrade")));
         };
-        let Some(stream) = lease.take_stream() else {
+        let Some(service_stream) = lease.take_stream() else {
             return Err(broken(ProxyError::malformed("101 before all of the request was sent")));
         };
         let idle = exchange.policy.tunnel_idle_timeout.limit();
-        // A tunnel counts among the connections only.
+        // A tunnel counts as a connection, not as a request in flight.
         let held = Held { place: None, ..held };
-        upgrade::join(connection, callers, stream, (lease, held), idle, exchange.call.progress.over_at());
+        upgrade::join(
+            connection,
+            upgrade_stream,
+            service_stream,
+            (lease, held),
+            idle,
+            exchange.call.progress.over_at(),
+        );
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(UPGRADE, protocol);
         return Ok(response.map(|_| ResponseBody::Empty));
     }
-    if callers_version == Version::HTTP_2 && present.has(Field::RequestId) {
+    if client_version == Version::HTTP_2 && present.has(Field::RequestId) {
         headers::keep_unindexed(response.headers_mut());
     }
-    *response.version_mut() = callers_version;
+    *response.version_mut() = client_version;
     exchange.call.progress.answering();
     let progress = Rc::clone(exchange.call.progress);
     Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))
 }
 
-/// Tells that tries were spent on a failure that is passed on.
+/// Adds to `Proxy-Status` that several attempts were made before this failure was passed on.
 fn append_proxy_status(
     exchange: &Exchange<'_>,
     headers: &mut HeaderMap,
     status: StatusCode,
     outcome: &Outcome,
-    tries: u32,
+    attempts: u32,
 ) {
     let member = format!(
-        "{}; received-status={}; details=\"{}, {tries} attempts\"",
+        "{}; received-status={}; details=\"{}, {attempts} attempts\"",
         exchange.call.view.names.deployment,
         status.as_u16(),
         outcome.label(),
@@ -109,8 +116,8 @@ fn append_proxy_status(
     }
 }
 
-/// Tells the caller's sidecar not to try again what this service's own calls have tried enough.
-fn advise(exchange: &Exchange<'_>, response: &mut Response<()>, present: Present) {
+/// Asks the client's sidecar not to retry a request that failed because this service's own retries were exhausted.
+fn add_retry_advice(exchange: &Exchange<'_>, response: &mut Response<()>, present: Present) {
     let failed = response.status().is_server_error() || present.has(Field::GrpcStatus);
     let spent = &exchange.call.connection.worker.shared.spent;
     if failed
@@ -122,7 +129,7 @@ fn advise(exchange: &Exchange<'_>, response: &mut Response<()>, present: Present
     }
 }
 
-/// The configured answer in place of a failure. It says that it is one.
+/// The configured fallback response. Its `Proxy-Status` says that it is one.
 pub fn fallback(settings: &FallbackSettings, deployment: &str, why: &str) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::whole(settings.body.clone()));
     *response.status_mut() = StatusCode::from_u16(settings.status).unwrap_or(StatusCode::OK);
@@ -135,7 +142,7 @@ pub fn fallback(settings: &FallbackSettings, deployment: &str, why: &str) -> Res
     response
 }
 
-/// Whether a response needs a second look: everything else is success.
+/// Whether a response may be a failure and has to be classified; every other one is a success.
 pub fn may_be_failure(status: StatusCode, present: Present) -> bool {
     status.as_u16() >= 400 || present.has(Field::GrpcStatus)
 }

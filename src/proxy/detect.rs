@@ -1,4 +1,4 @@
-//! Which protocol a client speaks, by its first bytes.
+//! Protocol detection by the client's first bytes.
 
 mod opening;
 mod watch;
@@ -25,58 +25,58 @@ pub use watch::{ReadsAsRequest, RequestWatch};
 pub enum Spoken {
     Http1,
     H2,
-    /// The first record of a TLS handshake.
+    /// TLS: the first record of a handshake.
     Tls,
-    /// A database, anything: bytes.
+    /// Any other protocol.
     Other,
-    /// The caller left without a word.
+    /// The client closed without sending a byte.
     Nothing,
 }
 
-/// From the first byte to enough of them.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The limit from the first byte until the protocol is known.
+const DETECTION_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_READ: usize = 1024;
-/// Greetings are a few kilobytes, with post-quantum keys.
-const LONGEST_GREETING: usize = 64 * 1024;
+/// The most bytes of a ClientHello that are read. With post-quantum keys it has a few kilobytes.
+const MAX_CLIENT_HELLO: usize = 64 * 1024;
 
-/// Reads as few bytes as it takes to tell. What it has read survives when it is cancelled and asked again.
+/// Reads as few bytes as it takes to detect the protocol. Cancel-safe: it keeps the bytes that it has read.
 #[derive(Debug, Default)]
 pub struct Detector {
-    seen: BytesMut,
+    received: BytesMut,
 }
 
 impl Detector {
     pub async fn spoken(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Spoken> {
         loop {
-            if let Some(spoken) = classify(&self.seen) {
-                return Ok(spoken);
+            if let Some(detected) = classify(&self.received) {
+                return Ok(detected);
             }
-            let begun = !self.seen.is_empty();
+            let begun = !self.received.is_empty();
             let read = poll_fn(|cx| {
-                // Large enough for most requests; not held while the caller is silent.
-                self.seen.reserve(FIRST_READ);
-                let read = pin!(stream.read_buf(&mut self.seen)).poll(cx);
-                if self.seen.is_empty() {
-                    self.seen = BytesMut::new();
+                // Large enough for most requests; not held while the client is silent.
+                self.received.reserve(FIRST_READ);
+                let read = pin!(stream.read_buf(&mut self.received)).poll(cx);
+                if self.received.is_empty() {
+                    self.received = BytesMut::new();
                 }
                 read
             });
-            let count = if begun { timeout(PATIENCE, read).await?? } else { read.await? };
+            let count = if begun { timeout(DETECTION_TIMEOUT, read).await?? } else { read.await? };
             if count == 0 {
-                return Ok(classify_ended(&self.seen));
+                return Ok(classify_ended(&self.received));
             }
         }
     }
 
-    /// The host that a TLS greeting, which has begun, is for; none where it names none or is none.
+    /// Reads the rest of a ClientHello and returns its server name (SNI); `None` if it has none or is malformed.
     pub async fn server_name(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<String>> {
         let mut acceptor = Acceptor::default();
-        let mut told = 0;
+        let mut fed = 0;
         loop {
-            while told < self.seen.len() {
-                match acceptor.read_tls(&mut &self.seen[told..]) {
+            while fed < self.received.len() {
+                match acceptor.read_tls(&mut &self.received[fed..]) {
                     Ok(0) | Err(_) => return Ok(None),
-                    Ok(count) => told += count,
+                    Ok(count) => fed += count,
                 }
                 match acceptor.accept() {
                     Ok(Some(accepted)) => {
@@ -86,24 +86,24 @@ impl Detector {
                     Err(_) => return Ok(None),
                 }
             }
-            if self.seen.len() > LONGEST_GREETING {
+            if self.received.len() > MAX_CLIENT_HELLO {
                 return Ok(None);
             }
-            self.seen.reserve(FIRST_READ);
-            if timeout(PATIENCE, stream.read_buf(&mut self.seen)).await?? == 0 {
+            self.received.reserve(FIRST_READ);
+            if timeout(DETECTION_TIMEOUT, stream.read_buf(&mut self.received)).await?? == 0 {
                 return Ok(None);
             }
         }
     }
 
-    /// Whether anything has come.
+    /// Whether any byte was received.
     pub fn has_begun(&self) -> bool {
-        !self.seen.is_empty()
+        !self.received.is_empty()
     }
 
-    /// What was read, to be read again.
+    /// The bytes that were read.
     pub fn into_bytes(self) -> Bytes {
-        self.seen.freeze()
+        self.received.freeze()
     }
 }
 
@@ -111,8 +111,8 @@ impl Detector {
 mod tests {
     use super::*;
 
-    /// What a client says first, for `name`.
-    fn greeting(name: &str) -> Vec<u8> {
+    /// A ClientHello for `name`.
+    fn client_hello_for(name: &str) -> Vec<u8> {
         let config =
             rustls::ClientConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
                 .with_safe_default_protocol_versions()
@@ -121,44 +121,44 @@ mod tests {
                 .with_no_client_auth();
         let name = rustls_pki_types::ServerName::try_from(name.to_owned()).unwrap();
         let mut client = rustls::ClientConnection::new(config.into(), name).unwrap();
-        let mut said = Vec::new();
-        client.write_tls(&mut said).unwrap();
-        said
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).unwrap();
+        bytes
     }
 
     #[tokio::test]
-    async fn the_name_in_a_greeting_is_found_however_it_comes() {
+    async fn the_server_name_is_read_from_any_pieces() {
         for (name, expected) in [("db.example", Some("db.example")), ("192.0.2.1", None)] {
-            let said = greeting(name);
-            let mut stream = tokio::io::BufReader::with_capacity(100, &said[..]);
+            let bytes = client_hello_for(name);
+            let mut stream = tokio::io::BufReader::with_capacity(100, &bytes[..]);
             let mut detector = Detector::default();
             assert_eq!(detector.spoken(&mut stream).await.unwrap(), Spoken::Tls);
             assert_eq!(detector.server_name(&mut stream).await.unwrap().as_deref(), expected);
-            assert_eq!(detector.into_bytes(), said, "nothing is lost");
+            assert_eq!(detector.into_bytes(), bytes, "nothing is lost");
         }
     }
 
     #[tokio::test]
-    async fn what_only_begins_like_a_greeting_names_nobody() {
-        let mut other = greeting("db.example");
+    async fn a_malformed_client_hello_has_no_server_name() {
+        let mut other = client_hello_for("db.example");
         other[5] = 0xff;
-        let short = greeting("db.example")[..40].to_vec();
+        let short = client_hello_for("db.example")[..40].to_vec();
         let endless = [&[0x16, 3, 1, 0x40, 0, 1, 0, 0xff, 0xff][..], &[0; 200_000]].concat();
-        for said in [other, short, endless, b"\x16\x03\x01\xff\xff".to_vec()] {
-            let (mut stream, mut detector) = (&said[..], Detector::default());
+        for bytes in [other, short, endless, b"\x16\x03\x01\xff\xff".to_vec()] {
+            let (mut stream, mut detector) = (&bytes[..], Detector::default());
             assert_eq!(detector.spoken(&mut stream).await.unwrap(), Spoken::Tls);
             assert_eq!(detector.server_name(&mut stream).await.unwrap(), None);
-            assert!(detector.into_bytes().len() <= LONGEST_GREETING * 2);
+            assert!(detector.into_bytes().len() <= MAX_CLIENT_HELLO * 2);
         }
     }
 
     #[tokio::test]
-    async fn what_was_read_comes_back() {
+    async fn the_detected_bytes_are_returned() {
         let mut stream: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
         let mut detector = Detector::default();
-        let spoken = detector.spoken(&mut stream).await.unwrap();
+        let detected = detector.spoken(&mut stream).await.unwrap();
         assert_eq!(
-            (spoken, &detector.into_bytes()[..]),
+            (detected, &detector.into_bytes()[..]),
             (Spoken::Http1, &b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"[..])
         );
     }

@@ -1,5 +1,5 @@
-//! Everything that the proxy itself can answer, and how it says so: RFC 9457 problem JSON or a gRPC status, with an
-//! RFC 9209 `Proxy-Status` field.
+//! The error responses that the proxy makes itself: RFC 9457 problem JSON or a gRPC status, with an RFC 9209
+//! `Proxy-Status` field.
 
 use std::time::Duration;
 
@@ -9,25 +9,25 @@ use serde::Serialize;
 use super::body::ResponseBody;
 use crate::cause::Cause;
 
-/// An answer of the proxy's own.
+/// An error that the proxy answers with a response of its own.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{}: {detail}", cause.word())]
 pub struct ProxyError {
     pub cause: Cause,
-    /// What happened, in plain words: which upstream, which address, how long.
+    /// What happened, to which upstream or address, and how long it took.
     pub detail: String,
-    /// Where waiting helps, how long.
+    /// When the client may retry, where waiting helps.
     pub retry_after: Option<Duration>,
-    /// In place of the cause's own, where a more specific one fits (431, 417, an injected one).
+    /// The status in place of the cause's, where a more specific one fits (431, 417, an injected one).
     pub status: Option<StatusCode>,
-    /// How the caller can prove more than it did.
+    /// The authentication challenge for the client.
     pub challenge: Option<Challenge>,
 }
 
-/// What `WWW-Authenticate` asks for (RFC 6750 §3).
+/// The error in `WWW-Authenticate` (RFC 6750 §3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Challenge {
-    /// There was no token at all.
+    /// The request had no token.
     Bearer,
     InvalidRequest,
     InvalidToken,
@@ -54,7 +54,7 @@ impl ProxyError {
     }
 }
 
-/// What an error answer says beside the error.
+/// What an error response contains besides the error.
 #[derive(Debug, Default)]
 pub struct Context<'a> {
     /// The deployment's name in `Proxy-Status`: `outrigger/SERVICE`.
@@ -62,14 +62,14 @@ pub struct Context<'a> {
     pub request_id: &'a str,
     pub trace_id: Option<&'a str>,
     pub upstream: Option<&'a str>,
-    /// Tries that were made.
+    /// The number of attempts that were made.
     pub tries: u32,
-    /// The last address tried. Given on the loopback side only: the outside learns no inside addresses.
+    /// The last address that was tried. `None` on the inbound side: clients outside must not learn internal addresses.
     pub next_hop: Option<String>,
     pub grpc: bool,
 }
 
-/// RFC 9457, with members of our own.
+/// An RFC 9457 problem with extension members.
 #[derive(Serialize)]
 struct Problem<'a> {
     r#type: String,
@@ -88,22 +88,22 @@ struct Problem<'a> {
     retry_after_ms: Option<u64>,
 }
 
-/// Where `docs/errors.md` is read.
+/// The published address of `docs/errors.md`.
 const ERRORS_PAGE: &str = "https://outrigger.dev/errors";
 
-/// The one place where an error becomes a response.
+/// Turns an error into a response. The only function that does.
 pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBody> {
-    let telling = error.cause.telling();
-    let status = error.status.unwrap_or(telling.status);
+    let info = error.cause.info();
+    let status = error.status.unwrap_or(info.status);
     let mut headers = HeaderMap::with_capacity(6);
     let mut proxy_status =
-        format!("{}; error={}; details=\"{}\"", context.deployment, telling.proxy_status, telling.word);
+        format!("{}; error={}; details=\"{}\"", context.deployment, info.proxy_status, info.word);
     if let Some(next_hop) = &context.next_hop {
         proxy_status.push_str(&format!("; next-hop=\"{next_hop}\""));
     }
     insert(&mut headers, "proxy-status", &proxy_status);
     if let Some(wait) = error.retry_after {
-        // Whole seconds, never early.
+        // Whole seconds, rounded up.
         let seconds = wait.as_millis().div_ceil(1000).max(1);
         insert(&mut headers, "retry-after", &seconds.to_string());
     }
@@ -118,17 +118,17 @@ pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBo
     }
     let (status, body) = if context.grpc {
         insert(&mut headers, "content-type", "application/grpc");
-        insert(&mut headers, "grpc-status", &(telling.grpc as u8).to_string());
+        insert(&mut headers, "grpc-status", &(info.grpc as u8).to_string());
         insert(&mut headers, "grpc-message", &percent_encoded(&error.to_string()));
         (StatusCode::OK, ResponseBody::Empty)
     } else {
         let problem = Problem {
-            r#type: format!("{ERRORS_PAGE}#{}", telling.word),
-            title: telling.title,
+            r#type: format!("{ERRORS_PAGE}#{}", info.word),
+            title: info.title,
             status: status.as_u16(),
             detail: &error.detail,
             instance: context.request_id,
-            cause: telling.word,
+            cause: info.word,
             trace_id: context.trace_id,
             upstream: context.upstream,
             attempts: context.tries,
@@ -150,7 +150,7 @@ fn insert(headers: &mut HeaderMap, name: &'static str, value: &str) {
     }
 }
 
-/// `grpc-message`: printable ASCII as it is, all else and `%` percent-encoded.
+/// The value of `grpc-message`: printable ASCII unchanged, everything else and `%` percent-encoded.
 fn percent_encoded(text: &str) -> String {
     text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
         match byte {
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cause_is_explained_to_the_engineer_who_is_paged() {
+    fn every_cause_is_documented() {
         let page = include_str!("../../docs/errors.md");
         for cause in Cause::ALL {
             let heading = format!("## {}\n", cause.word());
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn an_http_caller_gets_a_problem() {
+    fn an_http_client_gets_problem_json() {
         let error = ProxyError::new(Cause::BreakerOpen, "payments: 10 failures in a row")
             .retry_after(Duration::from_millis(1200));
         let context =
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grpc_caller_gets_a_grpc_status() {
+    fn a_grpc_client_gets_a_grpc_status() {
         let error = ProxyError::new(Cause::Timeout, "no answer – 100 %");
         let response =
             respond(&error, &Context { deployment: "outrigger/a", grpc: true, ..Context::default() });

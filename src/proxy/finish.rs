@@ -8,23 +8,19 @@ use crate::telemetry::{
     record::{End, Record},
 };
 
-/// The one place where a call ends: whatever is told of calls is told here, on the worker that carried it. Returns what
-/// else is to be told, by [`tell`].
+/// Runs once for each request, at its end, on the worker that served it: logs it at debug level and counts it. Returns
+/// which other consumers want the record; pass that to [`report_request`].
 pub fn finished(worker: &Worker, record: &Record) -> Wanted {
     if let Some(refusal) = &record.refused {
         tracing::debug!(
             upstream = record.upstream(),
-            tries = record.tries.made(),
+            attempts = record.tries.made(),
             cause = refusal.cause.word(),
             detail = refusal.detail,
-            "answered in place of the service"
+            "the proxy responded in place of the service"
         );
     } else if record.end != End::Complete {
-        tracing::debug!(
-            upstream = record.upstream(),
-            end = record.end.word(),
-            "a call was not carried to its end"
-        );
+        tracing::debug!(upstream = record.upstream(), end = record.end.word(), "a request did not complete");
     }
     let shared = &worker.shared;
     if shared.traces.is_on() && record.is_inbound() {
@@ -34,11 +30,11 @@ pub fn finished(worker: &Worker, record: &Record) -> Wanted {
     worker.teller.count(record, exported)
 }
 
-/// Tells what is wanted to who puts it into words.
-pub fn tell(worker: &Worker, wanted: Wanted, record: Record) {
+/// Hands the record to the consumers that want it; each formats it on a thread of its own.
+pub fn tell(worker: &Worker, consumers: Wanted, record: Record) {
     let record = Arc::new(record);
-    if wanted.exported {
+    if consumers.exported {
         worker.shared.traces.send(Arc::clone(&record));
     }
-    worker.teller.tell(wanted, record);
+    worker.teller.tell(consumers, record);
 }

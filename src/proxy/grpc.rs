@@ -1,4 +1,4 @@
-//! The outcome of a gRPC call that shows only after its response has begun: in its trailers, or as it breaks.
+//! The outcome of a gRPC request that is known only after its response has begun: by its trailers, or by a reset.
 
 use std::{rc::Rc, time::Instant};
 
@@ -16,38 +16,39 @@ use crate::{
     upstream::{Lease, local::LocalEndpoint, pool::AnswerError},
 };
 
-/// Who is to be told, and what is needed for that. Dropped, it tells nobody: the caller left.
+/// What is needed to report the outcome of a gRPC request at its end. Reports nothing if dropped (the client
+/// cancelled).
 #[derive(Debug)]
 pub struct GrpcEnd {
-    /// Serves the call.
+    /// The upstream of the request.
     pub local: Rc<LocalCluster>,
-    /// Whose routes it matched, and which.
+    /// The upstream and route whose policy applies.
     pub matched: Rc<LocalCluster>,
     pub route: Option<usize>,
     pub endpoint: Rc<LocalEndpoint>,
     pub permit: Option<Permit>,
-    /// The caller's deadline where that is shorter than ours: a service that gives up just then is not to blame.
+    /// The client's deadline, where it is earlier than the proxy's timeout: a service that ends at it is not at fault.
     pub callers_deadline: Option<Instant>,
-    /// When its attempt began.
+    /// When the attempt began.
     pub began: Instant,
-    /// Drawn for the decision, from 0 to 1.
+    /// The random number for decisions, from 0 to 1.
     pub random: f64,
 }
 
 impl GrpcEnd {
-    /// The call has ended by itself. Without a status that is UNKNOWN, as any gRPC library would have it.
+    /// Reports the status in the trailers. A missing status is UNKNOWN, as in gRPC libraries.
     pub fn ended(self, trailers: &HeaderMap) {
         let status = GrpcStatus::from_headers(trailers).unwrap_or(GrpcStatus::Unknown);
-        self.tell(status, false);
+        self.report_status(status, false);
     }
 
-    /// The stream was reset, or its connection was lost.
+    /// Reports that the stream was reset or its connection was lost.
     pub fn broke(self, error: &AnswerError, lease: Option<&Lease>) {
         let counted = lease.is_some_and(|lease| attempt::is_counted(error, lease));
         match error.h2().and_then(h2::Error::reason) {
-            // What these mean is told by the specification (PROTOCOL-HTTP2).
-            Some(h2::Reason::CANCEL) => self.tell(GrpcStatus::Cancelled, counted),
-            Some(h2::Reason::ENHANCE_YOUR_CALM) => self.tell(GrpcStatus::ResourceExhausted, counted),
+            // The specification maps these codes (PROTOCOL-HTTP2).
+            Some(h2::Reason::CANCEL) => self.report_status(GrpcStatus::Cancelled, counted),
+            Some(h2::Reason::ENHANCE_YOUR_CALM) => self.report_status(GrpcStatus::ResourceExhausted, counted),
             _ => {
                 let reset = Reset { reused: false, request_sent: true, response_begun: true };
                 self.report(&Outcome::new(Ending::Reset(reset)), counted);
@@ -55,12 +56,12 @@ impl GrpcEnd {
         }
     }
 
-    fn tell(self, status: GrpcStatus, counted: bool) {
+    fn report_status(self, status: GrpcStatus, counted: bool) {
         let left = self.callers_deadline.map(|at| at.saturating_duration_since(Instant::now()));
         self.report(&Outcome::grpc(status, Advice::None, left), counted);
     }
 
-    /// `counted`: the loss of its connection has been told of by another call that it carried.
+    /// `counted`: another request on the same connection has already reported its loss.
     fn report(self, outcome: &Outcome, counted: bool) {
         let (guards, now) = (&self.local.upstream.shared.guards, Instant::now());
         let health = if counted { Health::Neutral } else { outcome.health() };
@@ -73,7 +74,7 @@ impl GrpcEnd {
                 endpoint = %self.endpoint.address(),
                 outcome = outcome.label(),
                 reason = reason.word(),
-                "a gRPC call failed after it had begun to answer"
+                "gRPC request failed after its response had begun"
             );
         }
         let local = &self.local.upstream;
@@ -81,8 +82,8 @@ impl GrpcEnd {
         self.endpoint.shared.outcomes.record(outcome.ending, now);
         self.endpoint.report(&local.shared, evidence, (self.began, now), || self.random);
         if let Some(permit) = self.permit {
-            let told = (local.blame(&self.endpoint, health, now), evidence.is_absence());
-            guards.report(&self.local.cluster.settings.name, permit, told, now, self.random);
+            let verdict = (local.blame(&self.endpoint, health, now), evidence.is_absence());
+            guards.report(&self.local.cluster.settings.name, permit, verdict, now, self.random);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a proxy refuses to carry: what two parsers could read differently, and what has passed it before.
+//! Requests that the proxy refuses: those that two parsers could read differently, and request loops.
 
 use std::net::Ipv6Addr;
 
@@ -14,7 +14,7 @@ use crate::{
     present::{Field, Present},
 };
 
-/// Refuses what two parsers could read differently and hyper lets pass.
+/// Refuses requests that two parsers could read differently and the HTTP parser accepts.
 pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError> {
     let headers = request.headers();
     let target = request.uri();
@@ -43,15 +43,15 @@ pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
         }
     }
     if request.uri().authority().is_some_and(|authority| authority.as_str().contains('@')) {
-        return Err(ProxyError::malformed("the target carries user information"));
+        return Err(ProxyError::malformed("the request target contains user information (`user@`)"));
     }
     if present.has(Field::ContentLength) {
         if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
             return Err(ProxyError::malformed("more than one Content-Length field"));
         }
-        // `h2` takes an empty one for 0.
+        // `h2` reads an empty one as 0.
         if content_length(headers).is_err() {
-            return Err(ProxyError::malformed("its Content-Length is not one number (RFC 9110 §8.6)"));
+            return Err(ProxyError::malformed("Content-Length is not one number (RFC 9110 §8.6)"));
         }
     }
     if request.version() == Version::HTTP_10 && present.has(Field::TransferEncoding) {
@@ -62,7 +62,7 @@ pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
         && let Some(expect) = headers.get(http::header::EXPECT)
         && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
     {
-        return Err(ProxyError::malformed("an expectation that is not 100-continue (RFC 9110 §10.1.1)")
+        return Err(ProxyError::malformed("the Expect field is not `100-continue` (RFC 9110 §10.1.1)")
             .with_status(http::StatusCode::EXPECTATION_FAILED));
     }
     if !by_http2
@@ -91,7 +91,7 @@ pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError
     Ok(())
 }
 
-/// What the names of most hosts are made of.
+/// The bytes that most host names consist of.
 const IN_PLAIN_NAME: [bool; 256] = {
     let (mut table, mut byte) = ([false; 256], 0);
     while byte < 256 {
@@ -102,7 +102,7 @@ const IN_PLAIN_NAME: [bool; 256] = {
     table
 };
 
-/// Whether a text is `host[:port]`. What most hosts look like is told without taking it apart.
+/// Whether a text is `host[:port]`. Most hosts are recognised without parsing.
 fn is_host(text: &str) -> bool {
     let bytes = text.as_bytes();
     let name = bytes.iter().position(|byte| !IN_PLAIN_NAME[usize::from(*byte)]).unwrap_or(bytes.len());
@@ -122,24 +122,24 @@ fn is_host(text: &str) -> bool {
         && authority.is_ok_and(|authority| has_valid_port(&authority) && has_valid_host(&authority))
 }
 
-/// Whether there is a host, and what stands in brackets, if anything does, is an IPv6 address. A zone (RFC 6874) means
-/// something to the client's machine only.
+/// Whether the host is not empty, and an IPv6 address if it is in brackets. A zone (RFC 6874) has a meaning on the
+/// client's machine only.
 fn has_valid_host(authority: &http::uri::Authority) -> bool {
     let host = authority.host();
     let Some(literal) = host.strip_prefix('[') else { return !host.is_empty() };
     literal.strip_suffix(']').is_some_and(|literal| literal.parse::<Ipv6Addr>().is_ok())
 }
 
-/// Whether what stands behind the host is nothing, or a port. An empty port is the default one (RFC 3986 §3.2.3).
+/// Whether nothing or a valid port follows the host. An empty port is the default one (RFC 3986 §3.2.3).
 fn has_valid_port(authority: &http::uri::Authority) -> bool {
     let behind_host = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
-    // A number as Rust reads it may have a sign.
+    // Rust's number parser accepts a sign.
     let digits = || behind_host.bytes().skip(1).all(|byte| byte.is_ascii_digit());
     matches!(behind_host, "" | ":") || (digits() && authority.port_u16().is_some())
 }
 
-/// Refuses transfer codings other than exactly `chunked`: hyper undoes that one and lets the others pass unnoticed,
-/// so that the body would arrive coded and not say so (RFC 9112 §6.1).
+/// Refuses transfer codings other than exactly `chunked`: another coding would not be decoded, and the body would be
+/// forwarded encoded but not labelled so (RFC 9112 §6.1).
 pub fn only_chunked(headers: &HeaderMap, present: Present) -> Result<(), ProxyError> {
     if !present.has(Field::TransferEncoding) {
         return Ok(());
@@ -152,7 +152,7 @@ pub fn only_chunked(headers: &HeaderMap, present: Present) -> Result<(), ProxyEr
     }
 }
 
-/// Refuses a message that has passed this proxy before.
+/// Refuses a request that has passed this proxy before.
 pub fn check_loop(headers: &HeaderMap, present: Present, pseudonym: &str) -> Result<(), ProxyError> {
     if !present.has(Field::Via) {
         return Ok(());
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_that_comes_back_is_refused() {
+    fn a_request_loop_is_refused() {
         let via = |value| (HeaderName::from_static("via"), HeaderValue::from_static(value));
         let map: HeaderMap = [via("1.1 other, 1.1 outrigger-o-1"), via("2 third")].into_iter().collect();
         assert!(check_loop(&map, Present::of(&map), "outrigger-o-1").is_err());

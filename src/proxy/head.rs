@@ -1,4 +1,4 @@
-//! The head of a request, from what the caller sent to what the upstream gets.
+//! The head of a request: from what the client sent to what the upstream gets.
 
 use std::mem::take;
 
@@ -23,7 +23,7 @@ use crate::{
     upstream::http1::Told,
 };
 
-/// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
+/// Edits the client's request head for forwarding. Returns the protocol of an upgrade that the client requests.
 pub fn prepare<B>(
     connection: &Connection,
     view: &View,
@@ -32,50 +32,55 @@ pub fn prepare<B>(
     present: Present,
     version: Version,
 ) -> Result<Option<HeaderValue>, ProxyError> {
-    let (callers_version, side) = (request.version(), &connection.side);
+    let (client_version, side) = (request.version(), &connection.side);
     let headers = request.headers_mut();
-    let said = headers::remove_hop_by_hop(headers, present)?;
+    let hop_by_hop = headers::remove_hop_by_hop(headers, present)?;
     if present.has(Field::Te) && version == Version::HTTP_11 {
         announce_te(headers);
     }
-    if present.has(Field::Expect) && callers_version == Version::HTTP_10 {
+    if present.has(Field::Expect) && client_version == Version::HTTP_10 {
         // HTTP/1.0 has no expectations (RFC 9110 §10.1.1).
         headers.remove(EXPECT);
     }
     headers::remove_proxy_credentials(headers, present);
     headers::remove_spoofed(headers, present);
-    view.names.via(side).append(headers, callers_version);
+    view.names.via(side).append(headers, client_version);
     if *side == Side::Inbound {
         let host = request.headers().get(HOST).cloned().or_else(|| {
             let authority = request.uri().authority();
             authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
-        let caller =
+        let client =
             Caller { address: &connection.peer, proto: if connection.tls { "https" } else { "http" }, host };
         let headers = request.headers_mut();
         if let Some(value) = connection.client_cert() {
             headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
         }
-        headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, caller);
+        headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, client);
     }
-    if version == Version::HTTP_11 && callers_version == Version::HTTP_2 {
+    if version == Version::HTTP_11 && client_version == Version::HTTP_2 {
         headers::join_cookies(request.headers_mut());
     }
     if let Some(route) = target.route {
-        edit(view, target, route, request)?;
+        apply_route_edits(view, target, route, request)?;
     }
-    Ok(said.upgrade)
+    Ok(hop_by_hop.upgrade)
 }
 
-/// `TE` is for the next hop only, which `Connection` has to say (RFC 9110 §10.1.4).
+/// `TE` is hop-by-hop, so `Connection` has to name it (RFC 9110 §10.1.4).
 fn announce_te(headers: &mut HeaderMap) {
     if headers.contains_key(TE) {
         headers.insert(CONNECTION, HeaderValue::from_static("te"));
     }
 }
 
-/// Makes of the head what its route wants.
-fn edit<B>(view: &View, target: &Target, route: usize, request: &mut Request<B>) -> Result<(), ProxyError> {
+/// Applies the route's header edits and path rewrite.
+fn apply_route_edits<B>(
+    view: &View,
+    target: &Target,
+    route: usize,
+    request: &mut Request<B>,
+) -> Result<(), ProxyError> {
     let malformed = |error: uri::InvalidUriParts| ProxyError::malformed(error.to_string());
     if let Some(edits) = target.matched.cluster.edits.get(route) {
         let headers = request.headers_mut();
@@ -83,7 +88,11 @@ fn edit<B>(view: &View, target: &Target, route: usize, request: &mut Request<B>)
         if edits.request.sets(&HOST)
             && let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok())
         {
-            let host = host.parse().map_err(|_| ProxyError::malformed("`host` is set to no host"))?;
+            let host = host.parse().map_err(|_| {
+                ProxyError::malformed(
+                    "the route's `request_headers.set` gives `host` a value that is not a host",
+                )
+            })?;
             let mut parts = take(request.uri_mut()).into_parts();
             parts.authority = Some(host);
             parts.scheme.get_or_insert(http::uri::Scheme::HTTP);
@@ -98,13 +107,13 @@ fn edit<B>(view: &View, target: &Target, route: usize, request: &mut Request<B>)
         let mut parts = take(request.uri_mut()).into_parts();
         parts.path_and_query = Some(rewritten);
         *request.uri_mut() = Uri::from_parts(parts).map_err(malformed)?;
-        // The rewritten path has what the client sent percent-encoded.
+        // The rewritten path has the client's bytes percent-encoded, so the raw target no longer applies.
         request.extensions_mut().remove::<RawTarget>();
     }
     Ok(())
 }
 
-/// Takes the head out of a request, as the upstream's protocol has it.
+/// Takes the head out of a request, in the form of the upstream's protocol.
 pub fn outgoing<B>(
     request: &mut Request<B>,
     version: Version,
@@ -114,7 +123,7 @@ pub fn outgoing<B>(
     tls: bool,
 ) -> Result<Outgoing, ProxyError> {
     let mut headers = take(request.headers_mut());
-    let uri = spell(take(request.uri_mut()), &mut headers, version, name, has_body, tls)?;
+    let uri = convert_target(take(request.uri_mut()), &mut headers, version, name, has_body, tls)?;
     if let Some(protocol) = upgrade {
         let options = if headers.contains_key(CONNECTION) { "upgrade, te" } else { "upgrade" };
         headers.insert(CONNECTION, HeaderValue::from_static(options));
@@ -124,7 +133,7 @@ pub fn outgoing<B>(
     Ok(Outgoing { method, uri, version, headers, extensions, keep: false, told: Told::default() })
 }
 
-/// The same for another upstream, which may be called by another protocol.
+/// Converts the head for another upstream, which may use another protocol.
 pub fn respell(
     outgoing: &mut Outgoing,
     version: Version,
@@ -137,20 +146,20 @@ pub fn respell(
     }
     let headers = &mut outgoing.headers;
     if version == Version::HTTP_2 {
-        for of_this_hop in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
-            headers.remove(of_this_hop);
+        for hop_by_hop in [CONNECTION, UPGRADE, TRANSFER_ENCODING] {
+            headers.remove(hop_by_hop);
         }
     } else {
         headers::join_cookies(headers);
         announce_te(headers);
     }
-    outgoing.uri = spell(take(&mut outgoing.uri), headers, version, name, has_body, tls)?;
+    outgoing.uri = convert_target(take(&mut outgoing.uri), headers, version, name, has_body, tls)?;
     outgoing.version = version;
     Ok(())
 }
 
-/// Where the host stands, and how a body is announced: what the two protocols do not have in common.
-fn spell(
+/// Converts what differs between the two protocols: where the host is, and how a body is framed.
+fn convert_target(
     uri: Uri,
     headers: &mut HeaderMap,
     version: Version,
@@ -182,9 +191,9 @@ fn spell(
         headers.insert(HOST, host);
     }
     if has_body && !headers.contains_key(CONTENT_LENGTH) {
-        // Nobody else says it.
+        // Nothing else frames the body.
         headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    // Of which HTTP/1.1 sends path and query.
+    // HTTP/1.1 sends its path and query only.
     Ok(uri)
 }

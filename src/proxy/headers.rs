@@ -1,4 +1,4 @@
-//! What a proxy changes in the header of a message (RFC 9110 §7.6).
+//! The changes that a proxy makes to the header fields of a message (RFC 9110 §7.6).
 
 use std::{cell::RefCell, num::NonZeroU64};
 
@@ -27,8 +27,8 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// Fields that `Connection` must not name: removing them would change what the next hop believes about the message
-/// or its sender.
+/// Fields that `Connection` must not name: without them the next hop would take the message, or its sender, for another
+/// one.
 fn is_protected(name: &str) -> bool {
     [HOST, CONTENT_LENGTH, AUTHORIZATION, COOKIE, TRACEPARENT, TRACESTATE, X_REQUEST_ID, X_FORWARDED_FOR]
         .iter()
@@ -37,25 +37,25 @@ fn is_protected(name: &str) -> bool {
         || name.eq_ignore_ascii_case(X_FORWARDED_CLIENT_CERT.as_str())
 }
 
-/// What the hop-by-hop fields of a message said, once they are gone.
+/// The content of the hop-by-hop fields that were removed from a message.
 #[derive(Debug, Default)]
 pub struct HopByHop {
-    /// The protocol that both ends are asked to change to.
+    /// The protocol of a requested or accepted upgrade.
     pub upgrade: Option<HeaderValue>,
 }
 
-/// Whether the sender of a message takes trailers: `TE` is a list, in any case and in any number of fields (RFC 9110
+/// Whether the sender of a message accepts trailers: `TE` is a list, in any case and any number of fields (RFC 9110
 /// §10.1.4).
 pub fn accepts_trailers(headers: &HeaderMap) -> bool {
     let codings = headers.get_all(TE).iter().flat_map(|te| te.as_bytes().split(|byte| *byte == b','));
     codings.into_iter().any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
 }
 
-/// Removes everything that is meant for this hop only (RFC 9110 §7.6.1). `TE: trailers` stays, as we pass trailers on.
+/// Removes the hop-by-hop fields (RFC 9110 §7.6.1). `TE: trailers` stays, as the proxy forwards trailers.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<HopByHop, ProxyError> {
-    let mut said = HopByHop::default();
+    let mut hop_by_hop = HopByHop::default();
     if !present.has_any(Present::HOP_BY_HOP) {
-        return Ok(said);
+        return Ok(hop_by_hop);
     }
     let wants_upgrade = present.has(Field::Connection) && remove_connection(headers)?;
     let trailers = present.has(Field::Te) && accepts_trailers(headers);
@@ -65,23 +65,23 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<Ho
         // An upgrade to h2c would carry later requests past every check (RFC 9113 §3.1 retired it).
         && !protocol.to_str().is_ok_and(|p| p.split(',').any(|p| p.trim().eq_ignore_ascii_case("h2c")))
     {
-        said.upgrade = Some(protocol);
+        hop_by_hop.upgrade = Some(protocol);
     }
     remove(Field::Http2Settings, HTTP2_SETTINGS);
     remove(Field::KeepAlive, KEEP_ALIVE);
     remove(Field::ProxyConnection, PROXY_CONNECTION);
     if remove(Field::TransferEncoding, TRANSFER_ENCODING).is_some() {
-        // The coding decides where the body ends; a length beside it is a lie (RFC 9112 §6.3).
+        // The transfer coding decides where the body ends and overrides a Content-Length (RFC 9112 §6.3).
         remove(Field::ContentLength, CONTENT_LENGTH);
     }
     remove(Field::Te, TE);
     if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
-    Ok(said)
+    Ok(hop_by_hop)
 }
 
-/// Removes `Connection` and what it names. Says whether it asks for an upgrade.
+/// Removes `Connection` and the fields that it names. Returns whether it has the option `upgrade`.
 fn remove_connection(headers: &mut HeaderMap) -> Result<bool, ProxyError> {
     let (first, more) = match headers.try_entry(CONNECTION) {
         Ok(Entry::Occupied(entry)) => {
@@ -108,7 +108,7 @@ fn remove_connection(headers: &mut HeaderMap) -> Result<bool, ProxyError> {
     Ok(wants_upgrade)
 }
 
-/// The credentials for this proxy go no further.
+/// Removes the credentials that are meant for this proxy.
 pub fn remove_proxy_credentials(headers: &mut HeaderMap, present: Present) {
     if present.has(Field::ProxyAuthorization) {
         headers.remove(PROXY_AUTHORIZATION);
@@ -118,7 +118,7 @@ pub fn remove_proxy_credentials(headers: &mut HeaderMap, present: Present) {
     }
 }
 
-/// Removes what only a proxy may say: who the caller is, which try this is.
+/// Removes the fields that only a proxy may set: the peer's certificate, retry advice, and protected names with `_`.
 pub fn remove_spoofed(headers: &mut HeaderMap, present: Present) {
     if present.has(Field::ForwardedClientCert) {
         headers.remove(X_FORWARDED_CLIENT_CERT);
@@ -129,7 +129,7 @@ pub fn remove_spoofed(headers: &mut HeaderMap, present: Present) {
     if !present.has_underscore() {
         return;
     }
-    // Many services read `_` and `-` as the same (CGI and its heirs).
+    // Many services read `_` and `-` as the same (CGI, WSGI).
     let disguised =
         |name: &HeaderName| name.as_str().contains('_') && is_protected(&name.as_str().replace('_', "-"));
     let disguised: Vec<HeaderName> = headers.keys().filter(|name| disguised(name)).cloned().collect();
@@ -138,7 +138,7 @@ pub fn remove_spoofed(headers: &mut HeaderMap, present: Present) {
     }
 }
 
-/// Removes a field, also where `_` stands in its name for `-`.
+/// Removes a field, also where its name has `_` in place of `-`.
 pub fn remove_spellings(headers: &mut HeaderMap, name: &HeaderName) {
     headers.remove(name);
     let disguised = |other: &&HeaderName| {
@@ -150,8 +150,8 @@ pub fn remove_spellings(headers: &mut HeaderMap, name: &HeaderName) {
     }
 }
 
-/// Keeps what is another for each call out of HTTP/2's table of known fields (RFC 7541 §6.2.3): there it would never be
-/// met again, would push out what is, and each call would be compared with all those before it.
+/// Keeps values that differ for each request out of HPACK's dynamic table (RFC 7541 §6.2.3): they would never be
+/// referred to, would evict entries that are, and each request would be compared with all those before it.
 pub fn keep_unindexed(headers: &mut HeaderMap) {
     for name in [X_REQUEST_ID, TRACEPARENT, GRPC_TIMEOUT, REQUEST_TIMEOUT] {
         if let Some(value) = headers.get_mut(name) {
@@ -160,7 +160,7 @@ pub fn keep_unindexed(headers: &mut HeaderMap) {
     }
 }
 
-/// A number as a field's value, kept for the next message: most calls are told of as much time as the one before.
+/// The last number that was sent as a field value, kept encoded: most requests have the same timeout as the one before.
 #[derive(Debug)]
 pub struct LastNumber(RefCell<(NonZeroU64, HeaderValue)>);
 
@@ -180,7 +180,7 @@ impl LastNumber {
     }
 }
 
-/// Who called, for `x-forwarded-*`.
+/// The client, for `x-forwarded-*`.
 #[derive(Debug)]
 pub struct Caller<'a> {
     pub address: &'a HeaderValue,
@@ -189,29 +189,29 @@ pub struct Caller<'a> {
 }
 
 /// Sets or extends `x-forwarded-for`, `-proto` and `-host` as the configuration says.
-pub fn set_forwarded(headers: &mut HeaderMap, how: Forwarded, caller: Caller<'_>) {
+pub fn set_forwarded(headers: &mut HeaderMap, how: Forwarded, client: Caller<'_>) {
     match how {
         Forwarded::Off => {}
         Forwarded::Replace => {
-            headers.insert(X_FORWARDED_FOR, caller.address.clone());
-            headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(caller.proto));
-            match caller.host {
+            headers.insert(X_FORWARDED_FOR, client.address.clone());
+            headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.proto));
+            match client.host {
                 Some(host) => headers.insert(X_FORWARDED_HOST, host),
                 None => headers.remove(X_FORWARDED_HOST),
             };
         }
         Forwarded::Append => {
-            append_member(headers, X_FORWARDED_FOR, caller.address);
-            // These name the outermost hop: whoever set them first knows best.
-            headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(caller.proto));
-            if let Some(host) = caller.host {
+            append_member(headers, X_FORWARDED_FOR, client.address);
+            // These describe the outermost hop: the first proxy that set them is right.
+            headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(client.proto));
+            if let Some(host) = client.host {
                 headers.entry(X_FORWARDED_HOST).or_insert(host);
             }
         }
     }
 }
 
-/// Appends to a list field, kept in one line: not every service reads the second.
+/// Appends to a list field and joins it in one line: not every service reads the second.
 fn append_member(headers: &mut HeaderMap, name: HeaderName, member: &HeaderValue) {
     let mut list: Vec<u8> = Vec::new();
     for value in headers.get_all(&name) {
@@ -224,7 +224,7 @@ fn append_member(headers: &mut HeaderMap, name: HeaderName, member: &HeaderValue
     }
 }
 
-/// Cookie crumbs of HTTP/2 become one field again for HTTP/1.1 (RFC 9113 §8.2.3).
+/// Joins the Cookie fields of HTTP/2 into one for HTTP/1.1 (RFC 9113 §8.2.3).
 pub fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(COOKIE).iter().nth(1).is_none() {
         return;
@@ -235,7 +235,7 @@ pub fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-/// Whether a message is gRPC, which has its own clocks and its own way to fail.
+/// Whether a message is gRPC, which has its own timeout field and its own status.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
         let value = value.as_bytes();
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn hop_by_hop_fields_go_and_others_stay() {
+    fn hop_by_hop_fields_are_removed_and_others_stay() {
         let mut map = headers(&[
             ("connection", "keep-alive, X-Hop, close"),
             ("keep-alive", "timeout=5"),
@@ -273,13 +273,13 @@ mod tests {
             ("trailer", "x-sum"),
             ("x-end", "1"),
         ]);
-        let said = removed(&mut map).unwrap();
-        assert!(said.upgrade.is_none(), "Connection did not name it");
+        let hop_by_hop = removed(&mut map).unwrap();
+        assert!(hop_by_hop.upgrade.is_none(), "Connection did not name it");
         assert_eq!(map, headers(&[("trailer", "x-sum"), ("x-end", "1"), ("te", "trailers")]));
     }
 
     #[test]
-    fn upgrades_are_kept_apart_but_h2c_is_dropped() {
+    fn upgrades_are_returned_but_h2c_is_dropped() {
         let mut map = headers(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
         assert_eq!(removed(&mut map).unwrap().upgrade.unwrap(), "websocket");
         assert!(map.is_empty());
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn connection_cannot_remove_what_identifies_a_message() {
+    fn connection_cannot_remove_protected_fields() {
         for name in
             ["Host", "content-length", "Authorization", "traceparent", "x-outrigger-retry", "X-Forwarded-For"]
         {
@@ -305,24 +305,24 @@ mod tests {
     #[test]
     fn forwarded_fields_are_replaced_or_appended() {
         let address = HeaderValue::from_static("10.0.0.9");
-        let caller =
+        let client =
             || Caller { address: &address, proto: "http", host: Some(HeaderValue::from_static("shop")) };
         let mut map = headers(&[
             ("x-forwarded-for", "1.1.1.1"),
             ("x-forwarded-for", "2.2.2.2"),
             ("x-forwarded-proto", "https"),
         ]);
-        set_forwarded(&mut map, Forwarded::Append, caller());
+        set_forwarded(&mut map, Forwarded::Append, client());
         assert_eq!(map[X_FORWARDED_FOR], "1.1.1.1, 2.2.2.2, 10.0.0.9");
         assert_eq!(map[X_FORWARDED_PROTO], "https");
         assert_eq!(map[X_FORWARDED_HOST], "shop");
-        set_forwarded(&mut map, Forwarded::Replace, caller());
+        set_forwarded(&mut map, Forwarded::Replace, client());
         assert_eq!(map[X_FORWARDED_FOR], "10.0.0.9");
         assert_eq!(map[X_FORWARDED_PROTO], "http");
     }
 
     #[test]
-    fn grpc_is_told_by_its_content_type() {
+    fn grpc_is_detected_by_its_content_type() {
         for (value, grpc) in [
             ("application/grpc", true),
             ("application/grpc+proto", true),

@@ -1,7 +1,8 @@
-//! Whether the kernel leads the pod's traffic here, where it should (`run --redirected`).
+//! Checks that kernel rules redirect the pod's traffic to the proxy, where they should (`run --redirected`).
 //!
-//! The proxy's own connections are not led anywhere, but for those to one port on which nobody listens: the rules lead
-//! them to the outbound port, where they are noticed. No rules, no arrival, not ready.
+//! The rules exempt the proxy's own connections, except those to one probe port on which no process listens: these are
+//! redirected to the outbound port, where the proxy recognises them. Without rules no probe arrives, and the proxy is
+//! not ready.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -21,33 +22,34 @@ use tokio::{
 use super::worker::Shared;
 use crate::redirect::PROBE_PORT;
 
-/// How long a probe, which never leaves the machine, may take.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Between two probes while nothing arrives, and while all is well.
-const SOON: Duration = Duration::from_millis(250);
-const LATER: Duration = Duration::from_secs(10);
+/// Timeout of a probe, which never leaves the machine.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval between probes while they fail, and while they arrive.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+const INTERVAL: Duration = Duration::from_secs(10);
 
-/// What is known of it.
+/// The result of the probes.
 #[derive(Debug, Default)]
 pub struct Interception {
-    /// Traffic is to be led here.
-    wanted: AtomicBool,
-    seen: AtomicBool,
+    /// Redirection is expected (`--redirected`).
+    expected: AtomicBool,
+    /// The last probes arrived.
+    works: AtomicBool,
     /// How many probes have arrived.
     arrived: watch::Sender<u64>,
 }
 
 impl Interception {
-    /// A probe has arrived at the outbound port.
+    /// Notes that a probe arrived at the outbound port.
     pub fn probe_arrived(&self) {
         self.arrived.send_modify(|count| *count += 1);
     }
 
-    /// Why the proxy is not ready.
+    /// Why the proxy is not ready, where redirection is expected and does not work.
     pub fn not_ready(&self) -> Option<&'static str> {
-        let missing = self.wanted.load(Ordering::Relaxed) && !self.seen.load(Ordering::Relaxed);
+        let missing = self.expected.load(Ordering::Relaxed) && !self.works.load(Ordering::Relaxed);
         missing.then_some(
-            "traffic does not pass through here: the kernel has no rules for it; run `outrigger redirect apply` in this pod",
+            "traffic is not redirected to the proxy: no kernel rules; run `outrigger redirect apply` in this pod",
         )
     }
 
@@ -58,17 +60,17 @@ impl Interception {
             let _connection = TcpStream::connect(probe).await.ok()?;
             arrived.changed().await.ok()
         };
-        timeout(PATIENCE, arriving).await.ok().flatten().is_some()
+        timeout(PROBE_TIMEOUT, arriving).await.ok().flatten().is_some()
     }
 }
 
 /// Probes the families that the outbound port is bound to, for as long as the process lives.
 pub fn watch_over(shared: Arc<Shared>, outbound: &[SocketAddr]) {
-    shared.interception.wanted.store(true, Ordering::Relaxed);
+    shared.interception.expected.store(true, Ordering::Relaxed);
     let probes: Vec<SocketAddr> = outbound
         .iter()
         .map(|address| match address.ip() {
-            // Which takes IPv4 too.
+            // An unspecified IPv6 address accepts IPv4 too.
             ip if ip.is_unspecified() => IpAddr::from(Ipv4Addr::LOCALHOST),
             ip => ip,
         })
@@ -76,7 +78,7 @@ pub fn watch_over(shared: Arc<Shared>, outbound: &[SocketAddr]) {
         .collect();
     tokio::spawn(async move {
         let interception = &shared.interception;
-        let mut told = None;
+        let mut reported = None;
         loop {
             let mut missing = None;
             for probe in &probes {
@@ -85,18 +87,18 @@ pub fn watch_over(shared: Arc<Shared>, outbound: &[SocketAddr]) {
                     break;
                 }
             }
-            let seen = missing.is_none() && !probes.is_empty();
-            interception.seen.store(seen, Ordering::Relaxed);
-            if told != Some(seen) {
-                told = Some(seen);
+            let works = missing.is_none() && !probes.is_empty();
+            interception.works.store(works, Ordering::Relaxed);
+            if reported != Some(works) {
+                reported = Some(works);
                 match missing {
-                    None => tracing::info!("traffic passes through here: a probe has arrived"),
+                    None => tracing::info!("traffic is redirected to the proxy: a probe arrived"),
                     Some(probe) => {
-                        tracing::warn!(%probe, "traffic does not pass through here: a probe did not arrive")
+                        tracing::warn!(%probe, "traffic is not redirected to the proxy: a probe did not arrive")
                     }
                 }
             }
-            sleep(if seen { LATER } else { SOON }).await;
+            sleep(if works { INTERVAL } else { RETRY_INTERVAL }).await;
         }
     });
 }

@@ -1,4 +1,4 @@
-//! Interim (1xx) responses: passed on as they come (RFC 9110 §15.2), and `100 Continue` lets the body go.
+//! Interim (1xx) responses: forwarded as they arrive (RFC 9110 §15.2); `100 Continue` releases the request's body.
 
 use std::{
     cell::RefCell,
@@ -17,17 +17,17 @@ use tokio::time::{Sleep, sleep};
 use super::headers;
 use crate::present::Present;
 
-/// A server that doesn't know the expectation says nothing: then the body goes anyway (RFC 9110 §10.1.1).
-const CONTINUE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the body is held back: a server that ignores the expectation sends no 100 (RFC 9110 §10.1.1).
+const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Holds a body back until the upstream has said `100 Continue`, or for a second.
+/// Holds a body back until the upstream has sent `100 Continue`, or for a second.
 #[derive(Debug)]
 pub struct Gate(RefCell<State>);
 
 #[derive(Debug)]
 struct State {
     open: bool,
-    patience: Pin<Box<Sleep>>,
+    timeout: Pin<Box<Sleep>>,
     waker: Option<Waker>,
 }
 
@@ -35,7 +35,7 @@ impl Gate {
     pub fn new() -> Rc<Self> {
         Rc::new(Self(RefCell::new(State {
             open: false,
-            patience: Box::pin(sleep(CONTINUE_PATIENCE)),
+            timeout: Box::pin(sleep(CONTINUE_TIMEOUT)),
             waker: None,
         })))
     }
@@ -50,7 +50,7 @@ impl Gate {
 
     pub fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.0.borrow_mut();
-        if state.open || state.patience.as_mut().poll(cx).is_ready() {
+        if state.open || state.timeout.as_mut().poll(cx).is_ready() {
             state.open = true;
             return Poll::Ready(());
         }
@@ -59,15 +59,15 @@ impl Gate {
     }
 }
 
-/// Interim responses on their way to a caller, to be written before the final one.
+/// A queue of interim responses for a client, to be written before the final response.
 #[derive(Debug, Default)]
 pub struct Interim(RefCell<VecDeque<Bytes>>);
 
-/// Held for a caller that does not take them; more are let go.
+/// The most interim responses that are queued; more are dropped.
 const MAX_INTERIM: usize = 16;
 
 impl Interim {
-    /// For whoever polls the call, which is where they come from.
+    /// Queues a response. The task that polls the request writes it, so it needs no notification.
     fn push(&self, response: Bytes) {
         let mut queue = self.0.borrow_mut();
         if queue.len() < MAX_INTERIM {
@@ -75,28 +75,28 @@ impl Interim {
         }
     }
 
-    /// The next one to be written.
+    /// The next response to be written.
     pub fn pop(&self) -> Option<Bytes> {
         self.0.borrow_mut().pop_front()
     }
 }
 
-/// Passes an interim response on, or lets the body go.
+/// Forwards an interim response; `100 Continue` releases the body instead.
 pub fn pass_on(to: &Interim, gate: Option<&Gate>, status: StatusCode, mut headers: HeaderMap) {
     if status == StatusCode::CONTINUE {
-        // It is said to the caller when the body is asked for.
+        // The client gets its own 100 when the body is first polled.
         gate.into_iter().for_each(Gate::open);
         return;
     }
     let present = Present::of(&headers);
-    // One that names what is not hop-by-hop is let go: nobody waits for it.
+    // A malformed one is dropped: interim responses are optional.
     if headers::remove_hop_by_hop(&mut headers, present).is_ok() {
         headers.remove(CONTENT_LENGTH);
-        to.push(encoded(status, &headers));
+        to.push(encode(status, &headers));
     }
 }
 
-fn encoded(status: StatusCode, headers: &HeaderMap) -> Bytes {
+fn encode(status: StatusCode, headers: &HeaderMap) -> Bytes {
     let mut text = Vec::with_capacity(128);
     let reason = status.canonical_reason().unwrap_or("Interim");
     text.extend_from_slice(format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).as_bytes());

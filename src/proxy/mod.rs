@@ -1,11 +1,11 @@
-//! The data path, in the order in which a call meets it.
+//! The data path, in the order in which a request passes it.
 //!
 //! ```text
-//! accept ─▶ connection ─▶ call ─▶ target ─▶ exchange ─▶ tries ─▶ attempt ─▶ (upstream::pool)
-//!              │            │                  │          │
-//!           detect        guard            admission    judge, hedged
-//!           tunnel        authorize        credentials  body, headers, interim
-//!                         error            deliver
+//! accept ─▶ connection ─▶ request_handler ─▶ target ─▶ exchange ─▶ tries ─▶ attempt ─▶ (upstream::pool)
+//!              │            │                             │          │
+//!           detect        guard                       admission    judge, hedged
+//!           tunnel        authorize                   credentials  body, headers, interim
+//!                         error                       deliver
 //! ```
 
 pub mod accept;

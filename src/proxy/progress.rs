@@ -1,4 +1,4 @@
-//! The clock of an exchange once it streams: when bytes last moved, and when it has to be over.
+//! The progress of one exchange: when bytes last moved, when it has to end, and its telemetry record.
 
 use std::{
     cell::{Cell, RefCell},
@@ -16,26 +16,26 @@ use crate::{
     telemetry::record::{End, Record},
 };
 
-/// What is known of an exchange's movement. Written by its bodies, read by the task that runs it.
+/// The progress of one exchange. Written by its bodies, read by the task that serves it.
 #[derive(Debug)]
 pub struct Progress {
     started: Instant,
     moved: Cell<Instant>,
     idle_limit: Cell<Option<Duration>>,
-    /// When the whole exchange has to be over.
+    /// When the whole exchange has to end (`max_duration`).
     over_at: Cell<Option<Instant>>,
-    /// When the request's body was sent to its end.
+    /// When the request's body was sent completely.
     request_sent: Cell<Option<Instant>>,
-    /// Whether response headers are out: from then on a standstill ends the exchange.
-    answering: Cell<bool>,
-    /// The response is out, to its last byte, or never will be.
+    /// The response has begun: from then on `idle_timeout` applies.
+    response_begun: Cell<bool>,
+    /// The exchange has ended.
     done: Cell<bool>,
-    /// Whether the request could be sent once more, as far as its body goes.
+    /// Whether the request's body can be sent again.
     repeatable: Cell<bool>,
-    /// When the call wants to be polled though nothing moved: its nearest deadline.
+    /// The request's nearest deadline: when it has to be polled even if nothing happens.
     wake_at: Cell<Option<Instant>>,
-    woken: Cell<bool>,
-    /// What is noted of the call, until it is over.
+    timer_fired: Cell<bool>,
+    /// The telemetry record of the request, until it has ended.
     record: RefCell<Option<(Rc<Worker>, Record)>>,
 }
 
@@ -47,21 +47,21 @@ impl Progress {
             idle_limit: Cell::new(None),
             over_at: Cell::new(None),
             request_sent: Cell::new(None),
-            answering: Cell::new(false),
+            response_begun: Cell::new(false),
             done: Cell::new(false),
             repeatable: Cell::new(true),
             wake_at: Cell::new(None),
-            woken: Cell::new(false),
+            timer_fired: Cell::new(false),
             record: RefCell::new(None),
         }
     }
 
-    /// From here on is noted what the call does.
+    /// Opens the telemetry record.
     pub fn open(&self, worker: &Rc<Worker>, record: Record) {
         *self.record.borrow_mut() = Some((Rc::clone(worker), record));
     }
 
-    /// Notes something of the call; `None` where it is over.
+    /// Updates the telemetry record; `None` if the request has ended.
     pub fn note<T>(&self, note: impl FnOnce(&mut Record) -> T) -> Option<T> {
         self.record.borrow_mut().as_mut().map(|(_, record)| note(record))
     }
@@ -79,7 +79,7 @@ impl Progress {
         self.over_at.get()
     }
 
-    /// Bytes of a body moved, either way. Returns when: now.
+    /// Notes that bytes of a body moved, in either direction. Returns the time.
     pub fn moved(&self) -> Instant {
         let now = Instant::now();
         self.moved.set(now);
@@ -93,7 +93,7 @@ impl Progress {
         }
     }
 
-    /// The body is larger than what is kept: there will be no other try once it is sent.
+    /// Notes that the body is larger than what is buffered: there is no other attempt once it is sent.
     pub fn unrepeatable(&self) {
         self.repeatable.set(false);
     }
@@ -106,17 +106,17 @@ impl Progress {
         self.request_sent.get()
     }
 
-    /// Response headers came.
+    /// Notes that the response head was received.
     pub fn heard(&self, now: Instant) {
         self.moved.set(now);
     }
 
-    /// They go out. From here on a standstill ends the exchange.
+    /// Notes that the response begins. From here on `idle_timeout` applies.
     pub fn answering(&self) {
-        self.answering.set(true);
+        self.response_begun.set(true);
     }
 
-    /// The exchange is over. What comes first counts.
+    /// Ends the exchange and reports its record. Only the first call counts.
     pub fn done(&self, end: End, now: Instant) {
         self.moved.set(now);
         self.done.set(true);
@@ -126,7 +126,7 @@ impl Progress {
         record.ended = Some(now);
         let wanted = finish::finished(worker, record);
         if wanted.is_nothing() {
-            // As most are: a record is large, so it ends where it lies.
+            // The usual case. A record is large, so drop it in place.
             *open = None;
         } else if let Some((worker, record)) = open.take() {
             drop(open);
@@ -134,7 +134,7 @@ impl Progress {
         }
     }
 
-    /// How an exchange ended of which no more is wanted.
+    /// How an exchange ends that is dropped before its response is complete.
     pub fn left(&self, now: Instant) -> End {
         let cut = self.cut_at().is_some_and(|at| now >= at);
         if cut { End::Cut } else { End::CallerGone }
@@ -148,7 +148,7 @@ impl Progress {
         self.moved.get()
     }
 
-    /// When the request's body counts as stuck, while it is being sent.
+    /// When the upload counts as stalled, while it is in progress.
     pub fn upload_stalls_at(&self) -> Option<Instant> {
         match self.request_sent.get() {
             Some(_) => None,
@@ -156,19 +156,19 @@ impl Progress {
         }
     }
 
-    /// Asks the task that runs this to poll it again at a moment.
+    /// Asks the task that serves the exchange to poll it again at this time.
     pub fn wake_at(&self, at: Option<Instant>) {
         self.wake_at.set(at);
     }
 
-    /// Whether that moment has come, told once.
+    /// Whether that time has come; true once.
     pub fn take_woken(&self) -> bool {
-        self.woken.take()
+        self.timer_fired.take()
     }
 
-    /// When the exchange is cut unless something moves. Before response headers its own deadlines hold instead.
+    /// When the exchange is cut unless bytes move. `None` before the response begins: until then its deadlines apply.
     pub fn cut_at(&self) -> Option<Instant> {
-        if !self.answering.get() {
+        if !self.response_begun.get() {
             return None;
         }
         let idle = self.idle_limit.get().map(|limit| self.moved.get() + limit);
@@ -179,8 +179,8 @@ impl Progress {
     }
 }
 
-/// Polls `task` under the watch of what `look` says of it: the exchange under way, and when the task is to be cut.
-/// Ready with `None` where it was cut.
+/// Polls `task` with a watchdog. `look` returns the exchange in progress and when the task is to be cut. Ready with
+/// `None` where it was cut.
 pub fn poll_watched<T>(
     cx: &mut Context<'_>,
     watchdog: &mut Watchdog,
@@ -203,7 +203,7 @@ pub fn poll_watched<T>(
         }
         if let Some(exchange) = exchange {
             exchange.wake_at.set(None);
-            exchange.woken.set(true);
+            exchange.timer_fired.set(true);
         }
     }
 }
@@ -217,14 +217,14 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_standstill_is_noticed_only_after_the_last_movement() {
+    async fn a_stall_is_measured_from_the_last_byte() {
         let progress = Progress::new(Instant::now());
         progress.set_limits(Some(Duration::from_secs(10)), None);
-        assert_eq!(progress.cut_at(), None, "before response headers the exchange's own deadlines hold");
+        assert_eq!(progress.cut_at(), None, "before the response begins the exchange's deadlines apply");
         progress.answering();
         let begun = Instant::now();
         let mut watchdog = Watchdog::default();
-        // A movement after the timer was armed sets the end forward, without arming anything.
+        // Progress after the timer was set moves the end without touching the timer.
         let mut moved = false;
         poll_fn(|cx| {
             if !moved && begun.elapsed() >= Duration::from_secs(10) {
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_whole_exchange_can_be_bounded() {
+    async fn max_duration_bounds_the_whole_exchange() {
         let progress = Progress::new(Instant::now());
         progress.set_limits(Some(Duration::from_secs(10)), Some(Duration::from_secs(3)));
         progress.answering();
@@ -251,17 +251,17 @@ mod tests {
         assert_eq!(progress.started().elapsed().as_secs(), 3);
     }
 
-    /// A timer that is asked by a task that has had its turn does not note whom to wake.
+    /// A timer that is polled without cooperative budget does not register the waker.
     #[tokio::test(start_paused = true)]
-    async fn a_timer_set_at_the_end_of_a_tasks_turn_still_fires() {
+    async fn a_timer_set_without_budget_still_fires() {
         let task = tokio::spawn(async {
-            let (begun, mut spent) = (Instant::now(), false);
+            let (begun, mut budget_consumed) = (Instant::now(), false);
             let mut watchdog = Watchdog::default();
             poll_fn(|cx| {
-                while !spent && has_budget_remaining() {
+                while !budget_consumed && has_budget_remaining() {
                     let _ = pin!(tokio::task::coop::consume_budget()).poll(cx);
                 }
-                spent = true;
+                budget_consumed = true;
                 watchdog.poll_due(cx, Some(begun + Duration::from_secs(10)))
             })
             .await;

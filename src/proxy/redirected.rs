@@ -1,8 +1,9 @@
-//! Connections that the kernel led here (`outrigger redirect`): where they were going, and whom that is.
+//! Connections that kernel rules redirected here (`outrigger redirect`): their original destination and its upstream.
 //!
-//! Whoever dialled an address chose it: so redirected connections go there, `deny_networks` or not, unless the request, or
-//! the TLS greeting, names an upstream. From the pod by the loopback address, from outside by an address of this machine:
-//! what was led here by rules of others (a port of the node that is published, a service's address) is not taken for it.
+//! The client chose the address by dialling it. A redirected connection therefore goes there, whatever `deny_networks`
+//! says, unless the request or the ClientHello names an upstream. Connections from the pod arrive at the loopback
+//! address, those from outside at an address of this machine; others (a published node port, the address of a
+//! Kubernetes Service) were redirected by rules of other software and do not count.
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
@@ -21,14 +22,14 @@ use crate::{
     telemetry::metrics::Detected,
 };
 
-/// How long a caller may be silent before its server is asked: what is led here comes from this machine, or has just come
-/// over the network together with its first bytes.
+/// How long a client may be silent before its server is dialled. Short: a redirected client is on this machine, or its
+/// first bytes have just crossed the network together with its connection.
 pub const SILENCE: Duration = Duration::from_millis(10);
 
 const DENIED: &str =
-    "no upstream has the address, or the name in the TLS greeting, and `outbound.unknown` is \"deny\"";
+    "no upstream has the address or the server name (SNI), and `outbound.unknown` is \"deny\"";
 
-/// Where a connection was going before it was led here; none where it came by itself.
+/// The original destination of a redirected connection; `None` for one that was made to this proxy.
 pub fn destination(stream: &TcpStream, side: &Side) -> Option<SocketAddr> {
     let local = canonical(stream.local_addr().ok()?);
     let original = match side {
@@ -36,8 +37,8 @@ pub fn destination(stream: &TcpStream, side: &Side) -> Option<SocketAddr> {
         Side::Outbound if !local.ip().is_loopback() => return None,
         Side::Inbound | Side::Outbound => original(stream, local)?,
     };
-    let here = || original.ip() == local.ip() || is_of_this_machine(original.ip());
-    (original != local && (*side == Side::Outbound || here())).then_some(original)
+    let is_local = || original.ip() == local.ip() || is_of_this_machine(original.ip());
+    (original != local && (*side == Side::Outbound || is_local())).then_some(original)
 }
 
 #[cfg(target_os = "linux")]
@@ -56,12 +57,12 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// Whether this is the connection by which the rules show that they work.
+/// Whether this is the probe connection that shows that the rules are in force.
 pub fn is_probe(original: SocketAddr) -> bool {
     original.ip().is_loopback() && original.port() == PROBE_PORT
 }
 
-/// The upstream that an address belongs to: one that names it, else one that has it among its endpoints.
+/// The upstream of an address: the one that has it among its `hosts`, else among its endpoints.
 pub fn by_address(view: &View, address: SocketAddr) -> Option<usize> {
     let ip = address.ip().to_string();
     let named = view.snapshot.router.upstream(&ip, Some(address.port())).filter(|index| {
@@ -74,7 +75,7 @@ pub fn by_address(view: &View, address: SocketAddr) -> Option<usize> {
     named.or_else(|| view.clusters.iter().position(has))
 }
 
-/// Whom bytes of the service go to that were going to `original`; nobody where only upstreams may be called.
+/// The destination of an outbound byte stream that was dialled to `original`; `None`: unknown ones are denied.
 pub fn behind(connection: &Connection, view: &View, original: SocketAddr) -> Option<Rc<LocalCluster>> {
     if let Some(index) = by_address(view, original) {
         return Some(Rc::clone(&view.clusters[index]));
@@ -84,22 +85,22 @@ pub fn behind(connection: &Connection, view: &View, original: SocketAddr) -> Opt
 }
 
 impl Connection {
-    /// Where the service's own connection was going.
+    /// The original destination of an outbound connection.
     pub fn outward(&self) -> Option<SocketAddr> {
         self.redirected_to.filter(|_| self.side == Side::Outbound)
     }
 
-    /// A connection that would come back to us is not begun.
+    /// Refuses a connection whose destination is this proxy.
     pub fn check_no_loop(&self) -> Result<(), ConnectionError> {
         match self.redirected_to {
             Some(original) if self.worker.shared.own.contains(original) => {
-                Err(ConnectionError::Cut("it was redirected from a port of this proxy itself"))
+                Err(ConnectionError::Cut("the original destination is a port of this proxy"))
             }
             _ => Ok(()),
         }
     }
 
-    /// Notes what a redirected connection speaks, and says once for each port what would spare the guessing.
+    /// Counts what was detected on a redirected connection; logs once per port how to avoid the wait for a server.
     pub fn note_detected(&self, what: Detected) {
         let Some(original) = self.redirected_to else { return };
         let inbound = self.side == Side::Inbound;
@@ -107,20 +108,20 @@ impl Connection {
         if first && what == Detected::ServerFirst {
             let port = original.port();
             let remedy = if inbound {
-                "an [[inbound.port]] of that port"
+                "an `[[inbound.port]]` for it"
             } else {
-                "an upstream that has that address among its `endpoints`"
+                "an `[[upstream]]` with that address among its `endpoints`"
             };
             tracing::info!(
                 port,
-                "connections to port {port} wait for their server to speak first: `protocol = \"tcp\"` in {remedy} spares them the moment in which the caller might"
+                "the server of port {port} sends first, so each connection waits to see whether the client does: `protocol = \"tcp\"` in {remedy} avoids the wait"
             );
         }
     }
 
-    /// The same, told by what the caller said first.
-    pub fn note_spoken(&self, spoken: Spoken) {
-        self.note_detected(match spoken {
+    /// The same, for the protocol of the client's first bytes.
+    pub fn note_spoken(&self, detected: Spoken) {
+        self.note_detected(match detected {
             Spoken::Http1 => Detected::Http1,
             Spoken::H2 => Detected::Http2,
             Spoken::Tls => Detected::Tls,
@@ -129,35 +130,35 @@ impl Connection {
         });
     }
 
-    /// Bytes for nobody.
+    /// Why a byte stream has no destination.
     pub fn nowhere(&self) -> ConnectionError {
         let Some(original) = self.outward() else {
             return ConnectionError::Cut(
-                "the outbound port was sent bytes that are not HTTP: they name nobody to carry them to; use CONNECT, or an upstream's own `listen`",
+                "bytes that are not HTTP came to the outbound port and name no destination: use CONNECT, or the upstream's own `listen`",
             );
         };
-        // Repetitions are held back by the log.
-        tracing::warn!(%original, "a connection of the service's was refused: {DENIED}");
+        // The log suppresses repetitions.
+        tracing::warn!(%original, "outbound connection refused: {DENIED}");
         ConnectionError::Cut(DENIED)
     }
 
-    /// Whom TLS of the service's own goes to: the upstream that its greeting names, else `behind`.
+    /// The destination of TLS that the service itself speaks: the upstream of the server name, else `destination`.
     pub async fn by_server_name<S: AsyncRead + Unpin>(
         &self,
         detector: &mut Detector,
         stream: &mut S,
         original: SocketAddr,
-        behind: Option<&Rc<LocalCluster>>,
+        destination: Option<&Rc<LocalCluster>>,
     ) -> io::Result<Option<Rc<LocalCluster>>> {
         let name = detector.server_name(stream).await?;
         let view = self.worker.view();
         let index = name.and_then(|name| view.snapshot.router.upstream(&name, Some(original.port())));
-        Ok(index.map(|index| Rc::clone(&view.clusters[index])).or_else(|| behind.cloned()))
+        Ok(index.map(|index| Rc::clone(&view.clusters[index])).or_else(|| destination.cloned()))
     }
 }
 
-/// Whether the upstream's TLS is a server's, not a sidecar's: then a service that speaks TLS by itself does just that.
-/// Between sidecars it goes inside of theirs.
+/// Whether the upstream is a plain TLS server, not a sidecar. TLS that the service itself speaks then passes as it is;
+/// between sidecars it is carried inside mutual TLS.
 pub fn is_simple(to: &LocalCluster) -> bool {
     to.cluster.settings.tls.mode == TlsMode::Simple
 }

@@ -1,5 +1,5 @@
-//! Room for the futures of calls, left by each to the next one on its thread: they are larger than what an allocator hands
-//! out at once, and as many as calls.
+//! A free list of boxes for the futures of requests, one list per thread and kind of future: the futures are larger
+//! than what an allocator serves from its fast path, and there is one per request.
 
 use std::{
     any::Any,
@@ -9,23 +9,23 @@ use std::{
     task::{Context, Poll},
 };
 
-/// Rooms that are kept, for each kind of future. More than these are given back.
-const MOST: usize = 128;
+/// The most boxes that are kept free, for each kind of future. More are deallocated.
+const MAX_FREE: usize = 128;
 
-type Place<F> = Pin<Box<Option<F>>>;
+type FutureBox<F> = Pin<Box<Option<F>>>;
 
 thread_local! {
-    /// A list of places for each kind.
-    static EMPTY: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
+    /// A free list for each kind of future.
+    static FREE: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A future in room that others have had before it. As small as a pointer.
+/// A future in a recycled box. As small as a pointer.
 #[derive(Debug)]
-pub struct Room<F: Future + 'static>(Option<Place<F>>);
+pub struct Room<F: Future + 'static>(Option<FutureBox<F>>);
 
 impl<F: Future + 'static> Room<F> {
     pub fn new(future: F) -> Self {
-        match with_empty(Vec::<Place<F>>::pop) {
+        match with_free_list(Vec::<FutureBox<F>>::pop) {
             Some(mut place) => {
                 place.set(Some(future));
                 Self(Some(place))
@@ -39,8 +39,8 @@ impl<F: Future + 'static> Future for Room<F> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let place = self.get_mut().0.as_mut().and_then(|place| place.as_mut().as_pin_mut());
-        place.map_or(Poll::Pending, |future| future.poll(cx))
+        let future = self.get_mut().0.as_mut().and_then(|place| place.as_mut().as_pin_mut());
+        future.map_or(Poll::Pending, |future| future.poll(cx))
     }
 }
 
@@ -48,24 +48,23 @@ impl<F: Future + 'static> Drop for Room<F> {
     fn drop(&mut self) {
         if let Some(mut place) = self.0.take() {
             place.set(None);
-            with_empty(|places| (places.len() < MOST).then(|| places.push(place)));
+            with_free_list(|free| (free.len() < MAX_FREE).then(|| free.push(place)));
         }
     }
 }
 
-/// What is done with the empty places of a kind; nothing at the end of the thread.
-fn with_empty<F: Future + 'static, T>(what: impl FnOnce(&mut Vec<Place<F>>) -> Option<T>) -> Option<T> {
-    EMPTY
-        .try_with(|kinds| {
-            let mut kinds = kinds.borrow_mut();
-            let is_it = |kind: &Box<dyn Any>| kind.is::<Vec<Place<F>>>();
-            let at = kinds.iter().position(is_it).unwrap_or_else(|| {
-                kinds.push(Box::new(Vec::<Place<F>>::new()));
-                kinds.len() - 1
-            });
-            what(kinds.get_mut(at)?.downcast_mut()?)
-        })
-        .ok()?
+/// Calls `f` with the free list of a kind of future; does nothing while the thread's storage is torn down.
+fn with_free_list<F: Future + 'static, T>(f: impl FnOnce(&mut Vec<FutureBox<F>>) -> Option<T>) -> Option<T> {
+    FREE.try_with(|kinds| {
+        let mut kinds = kinds.borrow_mut();
+        let is_kind = |kind: &Box<dyn Any>| kind.is::<Vec<FutureBox<F>>>();
+        let at = kinds.iter().position(is_kind).unwrap_or_else(|| {
+            kinds.push(Box::new(Vec::<FutureBox<F>>::new()));
+            kinds.len() - 1
+        });
+        f(kinds.get_mut(at)?.downcast_mut()?)
+    })
+    .ok()?
 }
 
 #[cfg(test)]
@@ -75,34 +74,35 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_room_is_left_to_the_next_of_its_kind() {
-        let call = |answer: Rc<u32>| async move {
+    async fn a_box_is_reused_by_the_next_future_of_its_kind() {
+        let request = |response: Rc<u32>| async move {
             tokio::task::yield_now().await;
-            *answer
+            *response
         };
-        let place =
-            |room: &Room<_>| room.0.as_ref().map(|place| std::ptr::from_ref(place.as_ref().get_ref()));
-        let answer = Rc::new(7);
-        let mut first = Room::new(call(Rc::clone(&answer)));
-        let at = place(&first);
-        let beside = Room::new(call(Rc::clone(&answer)));
-        assert_ne!(place(&beside), at);
+        let address =
+            |future: &Room<_>| future.0.as_ref().map(|place| std::ptr::from_ref(place.as_ref().get_ref()));
+        let response = Rc::new(7);
+        let mut first = Room::new(request(Rc::clone(&response)));
+        let at = address(&first);
+        let beside = Room::new(request(Rc::clone(&response)));
+        assert_ne!(address(&beside), at);
         assert_eq!((&mut first).await, 7);
         drop(first);
-        // Of another kind: it does not fit.
+        // A future of another kind does not fit.
         drop(Room::new(pending::<()>()));
-        let next = Room::new(call(Rc::clone(&answer)));
-        assert_eq!(place(&next), at);
-        // What is given up on its way is gone at once.
+        let next = Room::new(request(Rc::clone(&response)));
+        assert_eq!(address(&next), at);
+        // A cancelled future is dropped at once.
         drop((next, beside));
-        assert_eq!(Rc::strong_count(&answer), 1);
+        assert_eq!(Rc::strong_count(&response), 1);
     }
 
     #[test]
-    fn only_so_many_are_kept() {
-        let rooms: Vec<_> = (0..2 * MOST).map(|_| Room::new(pending::<u8>())).collect();
-        drop(rooms);
-        let kept = with_empty(|places: &mut Vec<Place<std::future::Pending<u8>>>| Some(places.len()));
-        assert_eq!(kept, Some(MOST));
+    fn the_free_list_is_bounded() {
+        let futures: Vec<_> = (0..2 * MAX_FREE).map(|_| Room::new(pending::<u8>())).collect();
+        drop(futures);
+        let free_count =
+            with_free_list(|free: &mut Vec<FutureBox<std::future::Pending<u8>>>| Some(free.len()));
+        assert_eq!(free_count, Some(MAX_FREE));
     }
 }

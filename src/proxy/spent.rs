@@ -1,7 +1,7 @@
-//! Which traces have had their tries spent by an outbound call of this service.
+//! Traces in which an outbound request of this service has exhausted its retries.
 //!
-//! Sidecars in a row must not multiply each other's retries: when the service then fails the call it was serving, its
-//! inbound side says `x-outrigger-retry: no`, and the caller's sidecar does not try again what was tried enough.
+//! Sidecars in a chain must not multiply each other's retries. When the service then fails the inbound request of the
+//! same trace, its sidecar adds `x-outrigger-retry: no`, and the client's sidecar does not retry.
 
 use std::{
     collections::HashMap,
@@ -12,17 +12,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Traces remembered at a time: a storm of failures may bring more, and then the oldest are forgotten.
-const MOST: usize = 8192;
-/// For how long. A call that fails later than this after its own call failed did so for another reason.
-const KEPT: Duration = Duration::from_secs(60);
+/// The most traces that are remembered at a time. A storm of failures may bring more; then the oldest are dropped.
+const MAX_TRACES: usize = 8192;
+/// How long a trace is remembered. An inbound request that fails later than this failed for another reason.
+const RETENTION: Duration = Duration::from_secs(60);
 
-/// Stepped only where something failed, and never scanned: traces lie in two tables, of which the older one is dropped whole
-/// when the newer one is full or has been filled for [`KEPT`].
+/// Updated only on a failure, and never scanned: there are two tables, and the older one is dropped as a whole when the
+/// newer one is full or [`RETENTION`] old.
 #[derive(Debug)]
 pub struct SpentTraces {
     traces: Mutex<Generations>,
-    /// When one was noted last, in milliseconds after the epoch; 0 = never.
+    /// When a trace was added last, in milliseconds after the epoch; 0 = never.
     last: AtomicU64,
     epoch: Instant,
 }
@@ -31,8 +31,8 @@ pub struct SpentTraces {
 struct Generations {
     newer: HashMap<u128, Instant>,
     older: HashMap<u128, Instant>,
-    /// When `newer` was begun.
-    since: Option<Instant>,
+    /// When the first trace was added to `newer`.
+    filled_since: Option<Instant>,
 }
 
 impl Default for SpentTraces {
@@ -46,39 +46,40 @@ impl SpentTraces {
         self.traces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether any trace is remembered. One load while nothing fails.
+    /// Whether any trace is remembered. One atomic load while nothing fails.
     pub fn is_in_use(&self, now: Instant) -> bool {
         let last = self.last.load(Ordering::Relaxed);
-        last != 0 && self.millis(now).saturating_sub(last) < KEPT.as_millis() as u64
+        last != 0 && self.millis(now).saturating_sub(last) < RETENTION.as_millis() as u64
     }
 
     fn millis(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.epoch).as_millis() as u64
     }
 
-    /// An outbound call of this trace failed after its tries, budget or breaker were spent.
+    /// Remembers a trace whose outbound request failed with retries or budget exhausted, or with the breaker open.
     pub fn note(&self, trace: u128, now: Instant) {
         self.last.store(self.millis(now).max(1), Ordering::Relaxed);
         let mut traces = self.lock();
-        let since = *traces.since.get_or_insert(now);
-        let dropped = (traces.newer.len() >= MOST / 2 || now.saturating_duration_since(since) >= KEPT)
-            .then(|| traces.renew(now));
+        let filled_since = *traces.filled_since.get_or_insert(now);
+        let dropped = (traces.newer.len() >= MAX_TRACES / 2
+            || now.saturating_duration_since(filled_since) >= RETENTION)
+            .then(|| traces.rotate(now));
         traces.newer.insert(trace, now);
         drop(traces);
-        // Its memory is given back when nobody waits for the lock.
+        // Memory is freed after the lock is released.
         drop(dropped);
     }
 
     pub fn contains(&self, trace: u128, now: Instant) -> bool {
         let traces = self.lock();
         let at = traces.newer.get(&trace).or_else(|| traces.older.get(&trace));
-        at.is_some_and(|at| now.saturating_duration_since(*at) < KEPT)
+        at.is_some_and(|at| now.saturating_duration_since(*at) < RETENTION)
     }
 }
 
 impl Generations {
-    fn renew(&mut self, now: Instant) -> HashMap<u128, Instant> {
-        self.since = Some(now);
+    fn rotate(&mut self, now: Instant) -> HashMap<u128, Instant> {
+        self.filled_since = Some(now);
         let full = std::mem::take(&mut self.newer);
         std::mem::replace(&mut self.older, full)
     }
@@ -89,30 +90,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn remembers_for_a_while() {
-        let (spent, now) = (SpentTraces::default(), Instant::now());
-        assert!(!spent.is_in_use(now));
-        spent.note(1, now);
-        assert!(spent.is_in_use(now) && !spent.is_in_use(now + KEPT + Duration::from_millis(2)));
-        assert!(spent.contains(1, now) && !spent.contains(2, now));
+    fn a_trace_is_remembered_for_a_minute() {
+        let (traces, now) = (SpentTraces::default(), Instant::now());
+        assert!(!traces.is_in_use(now));
+        traces.note(1, now);
+        assert!(traces.is_in_use(now) && !traces.is_in_use(now + RETENTION + Duration::from_millis(2)));
+        assert!(traces.contains(1, now) && !traces.contains(2, now));
         for second in (1..60).map(Duration::from_secs) {
-            spent.note(u128::from(second.as_secs()) + 100, now + second);
-            assert!(spent.contains(1, now + second), "after {second:?}");
+            traces.note(u128::from(second.as_secs()) + 100, now + second);
+            assert!(traces.contains(1, now + second), "after {second:?}");
         }
-        assert!(!spent.contains(1, now + KEPT));
+        assert!(!traces.contains(1, now + RETENTION));
     }
 
     #[test]
-    fn a_storm_is_bounded_and_its_newest_traces_are_known() {
-        let (spent, now) = (SpentTraces::default(), Instant::now());
+    fn a_storm_of_failures_is_bounded_and_keeps_the_newest_traces() {
+        let (traces, now) = (SpentTraces::default(), Instant::now());
         for trace in 0..50_000 {
-            spent.note(trace, now);
+            traces.note(trace, now);
             assert!(
-                spent.contains(trace, now) && spent.contains(trace.saturating_sub(MOST as u128 / 2), now)
+                traces.contains(trace, now)
+                    && traces.contains(trace.saturating_sub(MAX_TRACES as u128 / 2), now)
             );
         }
-        let traces = spent.lock();
-        assert!(traces.newer.len() + traces.older.len() <= MOST);
+        let traces = traces.lock();
+        assert!(traces.newer.len() + traces.older.len() <= MAX_TRACES);
     }
 
     /// Issue 14, fault 26: once the table was full, each further failure scanned it.
@@ -120,14 +122,14 @@ mod tests {
     fn a_failure_costs_the_same_however_many_there_were() {
         let quickest = |failures: u128| {
             let took = (0..3).map(|_| {
-                let (spent, now) = (SpentTraces::default(), Instant::now());
-                (0..failures).for_each(|trace| spent.note(trace, now));
+                let (traces, now) = (SpentTraces::default(), Instant::now());
+                (0..failures).for_each(|trace| traces.note(trace, now));
                 now.elapsed()
             });
             took.min().unwrap_or_default()
         };
-        let (few, many) = (quickest(MOST as u128 / 2), quickest(MOST as u128 * 4));
-        // Eight times as many. With a scan of the table it takes ten thousand times as long; a busy machine, some ten times.
+        let (few, many) = (quickest(MAX_TRACES as u128 / 2), quickest(MAX_TRACES as u128 * 4));
+        // Eight times as many. A scan of the table takes ten thousand times as long; a busy machine, about ten times.
         assert!(many < few * 1000, "{few:?} and {many:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Whom a call is for.
+//! Finds the destination of a request: its upstream and route.
 
 use std::{net::SocketAddr, rc::Rc};
 
@@ -12,29 +12,30 @@ use crate::{
     telemetry::metrics::Way,
 };
 
-/// The port of `http://` without one.
+/// The default port of `http://`.
 const HTTP_PORT: u16 = 80;
 
-/// An upstream, the route within it, and what the call said.
+/// The upstream of a request, the route within it, and how the client chose it.
 #[derive(Debug)]
 pub struct Target {
-    /// Serves the call.
+    /// The upstream that the request is sent to.
     pub local: Rc<LocalCluster>,
-    /// Whose routes were looked at: the same, unless a route leads to another upstream.
+    /// The upstream whose routes were matched: the same, unless a route leads to another upstream.
     pub matched: Rc<LocalCluster>,
-    /// Index in `matched`'s routes.
+    /// The index in the routes of `matched`.
     pub route: Option<usize>,
-    /// Index of `matched` in the configuration, for its routing table; none for the service itself and unknown hosts.
+    /// The index of `matched` in the configuration, for its routes; `None` for the service itself and unknown hosts.
     pub index: Option<usize>,
-    /// The one endpoint that the caller dialled, where it dialled that and no name of the upstream's.
+    /// The endpoint that the client dialled, where it dialled an address and the request names no upstream.
     pub pinned: Option<SocketAddr>,
-    /// Whether the caller chose the address by a name in the request: then `deny_networks` and own ports are heeded.
+    /// Whether the client chose the address by a name in the request: then `deny_networks` and the proxy's own ports
+    /// are checked.
     pub chosen_by_caller: bool,
 }
 
-/// By which way a call came in.
+/// The entry point of a request.
 pub fn way<B>(connection: &Connection, request: &Request<B>) -> Way {
-    // Every HTTP/2 request has an `:authority`; with HTTP/1 it is what a proxy is sent.
+    // Every HTTP/2 request has an `:authority`; an HTTP/1 target has one only in a request to a proxy.
     let named = request.uri().authority().is_some() && request.version() != Version::HTTP_2;
     match &connection.side {
         Side::Inbound => Way::Inbound,
@@ -45,7 +46,7 @@ pub fn way<B>(connection: &Connection, request: &Request<B>) -> Way {
     }
 }
 
-/// Whom bytes go to that are not HTTP. The outbound port has nobody.
+/// The destination of bytes that are not HTTP. The outbound port has none, unless the connection was redirected.
 pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
     let view = connection.worker.view();
     match &connection.side {
@@ -57,7 +58,7 @@ pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
     }
 }
 
-/// The service: at `forward_to`, or where a redirected caller was going.
+/// The service: at `forward_to`, or at the original destination of a redirected connection.
 fn service(connection: &Connection, view: &View) -> Rc<LocalCluster> {
     match connection.redirected_to {
         Some(address) => connection.worker.service_at(address, view),
@@ -65,27 +66,27 @@ fn service(connection: &Connection, view: &View) -> Rc<LocalCluster> {
     }
 }
 
-/// How a caller must come: by TLS or not.
+/// Whether a client of this connection must, may or may not use mutual TLS.
 pub fn mtls(connection: &Connection) -> Mtls {
     if connection.side != Side::Inbound {
         return Mtls::Off;
     }
     let view = connection.worker.view();
     let inbound = &view.snapshot.config.inbound;
-    let called = connection.redirected_to.map_or(inbound.forward_to.port, |original| original.port());
-    let port = inbound.ports.iter().find(|port| port.port == called);
+    let port_number = connection.redirected_to.map_or(inbound.forward_to.port, |original| original.port());
+    let port = inbound.ports.iter().find(|port| port.port == port_number);
     let mtls = port.and_then(|port| port.mtls).unwrap_or(inbound.mtls);
-    // Without a certificate of our own TLS cannot be met: it is the service's.
+    // Without a certificate the proxy cannot terminate TLS: it belongs to the service.
     if mtls == Mtls::Permissive && view.snapshot.config.identity.is_none() { Mtls::Off } else { mtls }
 }
 
-/// Whether the configuration of now asks for a client certificate that this connection has not shown. It may have been
-/// made when none was asked for.
+/// Whether the current configuration requires a client certificate that this connection lacks. It may have been made
+/// when none was required.
 pub fn lacks_identity(connection: &Connection) -> bool {
     connection.peer_identity.is_none() && mtls(connection) == Mtls::Strict
 }
 
-/// Whether the configuration of now asks for a newer version of TLS than this connection came by.
+/// Whether the current configuration requires a newer version of TLS than this connection uses.
 pub fn has_outdated_tls(connection: &Connection) -> bool {
     let min = || connection.worker.view().snapshot.config.identity.as_ref().map(|identity| identity.min_tls);
     connection.tls12 && min() == Some(MinTls::V13)
@@ -105,10 +106,10 @@ pub fn named(view: &View, name: &str) -> Option<Target> {
     })
 }
 
-/// Finds the upstream and the route of a call.
+/// Finds the upstream and the route of a request.
 pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Result<Target, ProxyError> {
     match &connection.side {
-        Side::Inbound => Ok(alone(service(connection, view))),
+        Side::Inbound => Ok(without_routes(service(connection, view))),
         Side::Upstream(name) => {
             let index = view.by_name(name).ok_or_else(|| {
                 ProxyError::new(
@@ -124,14 +125,14 @@ pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Re
         Side::Outbound => {
             let host = match &connection.tunnel_to {
                 Some(host) => host.clone(),
-                None => requested(request)?,
+                None => requested_host(request)?,
             };
             by_host(connection, view, &host, request)
         }
     }
 }
 
-/// The upstream that a host names, else the host itself.
+/// The upstream of a host, else the host itself as an unknown host.
 pub fn by_host<B>(
     connection: &Connection,
     view: &View,
@@ -149,17 +150,17 @@ pub fn by_host<B>(
         ));
     }
     let local = connection.worker.unknown_host(host, config);
-    Ok(Target { chosen_by_caller: true, ..alone(local) })
+    Ok(Target { chosen_by_caller: true, ..without_routes(local) })
 }
 
-/// The upstream that a redirected call's host names, else the one whose address it was going to, else that address.
+/// The upstream of a redirected request's host, else of its original destination, else that address itself.
 fn by_destination<B>(
     connection: &Connection,
     view: &View,
     original: SocketAddr,
     request: &Request<B>,
 ) -> Result<Target, ProxyError> {
-    let host = requested_at(request, original.port()).ok();
+    let host = requested_host_or_port(request, original.port()).ok();
     if let Some(host) = &host
         && let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port))
     {
@@ -167,7 +168,7 @@ fn by_destination<B>(
     }
     if let Some(index) = redirected::by_address(view, original) {
         let target = routed(view, index, request);
-        // A route may lead to another upstream, whose address this is not.
+        // A route may lead to another upstream, which does not have this address.
         let pinned = Rc::ptr_eq(&target.local, &target.matched).then_some(original);
         return Ok(Target { pinned, ..target });
     }
@@ -179,11 +180,11 @@ fn by_destination<B>(
             format!("no upstream has {host}the address {original}, and `outbound.unknown` is \"deny\""),
         ));
     }
-    Ok(alone(connection.worker.address(original, config)))
+    Ok(without_routes(connection.worker.address(original, config)))
 }
 
-/// What is no upstream of the configuration.
-fn alone(local: Rc<LocalCluster>) -> Target {
+/// A target without routes, for what is not an upstream of the configuration.
+fn without_routes(local: Rc<LocalCluster>) -> Target {
     let matched = Rc::clone(&local);
     Target { local, matched, route: None, index: None, pinned: None, chosen_by_caller: false }
 }
@@ -207,16 +208,16 @@ fn routed<B>(view: &View, index: usize, request: &Request<B>) -> Target {
     }
 }
 
-/// The host and port a request names: in its target (absolute-form, `:authority`, CONNECT), else in `Host`.
-fn requested<B>(request: &Request<B>) -> Result<HostPort, ProxyError> {
-    requested_at(request, HTTP_PORT)
+/// The host and port of a request: in its target (absolute-form, `:authority`, CONNECT), else in `Host`.
+fn requested_host<B>(request: &Request<B>) -> Result<HostPort, ProxyError> {
+    requested_host_or_port(request, HTTP_PORT)
 }
 
-fn requested_at<B>(request: &Request<B>, default: u16) -> Result<HostPort, ProxyError> {
+fn requested_host_or_port<B>(request: &Request<B>, default: u16) -> Result<HostPort, ProxyError> {
     let uri = request.uri();
     if uri.scheme_str() == Some("https") && request.version() != Version::HTTP_2 {
         return Err(ProxyError::malformed(
-            "https:// in a request to the proxy: the call is not encrypted; use CONNECT for TLS of your own, or http://",
+            "https:// in a plaintext request to the proxy: use CONNECT to encrypt the request yourself, or http://",
         ));
     }
     if let Some(authority) = uri.authority() {

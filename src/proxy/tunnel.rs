@@ -1,4 +1,4 @@
-//! Bytes both ways: CONNECT, upgrades, and every protocol that is not HTTP.
+//! Relays bytes in both directions: CONNECT, upgrades, and every protocol that is not HTTP.
 
 mod splice;
 #[cfg(test)]
@@ -31,42 +31,42 @@ use crate::{
 };
 use splice::Pipe;
 
-/// A direction that has carried this much is left to the system, where that can do it alone: it copies nothing then,
-/// but for little it takes more calls and two descriptors.
-const BULK: u64 = 256 * 1024;
+/// A direction that has carried this many bytes is moved by `splice`, where both sides are plain TCP. That copies
+/// nothing, but takes two descriptors, and for few bytes more system calls.
+const SPLICE_FROM: u64 = 256 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug)]
 pub enum End {
-    /// Both sides had said all, or one broke.
+    /// Both sides have closed, or one broke; with the bytes in each direction.
     Closed(io::Result<(u64, u64)>),
     Idle,
-    /// Cut by `max_duration`.
+    /// `max_duration` has elapsed.
     Over,
-    /// The client's bytes could be read as a request, which had to be looked at as one.
+    /// The client's bytes could be read as a request, which may not pass unchecked.
     Request(ReadsAsRequest),
 }
 
 /// Why a direction ended early.
 #[derive(Debug)]
-enum Broken {
+enum FlowError {
     Io(io::Error),
     Request(ReadsAsRequest),
 }
 
-impl From<io::Error> for Broken {
+impl From<io::Error> for FlowError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-impl From<ReadsAsRequest> for Broken {
+impl From<ReadsAsRequest> for FlowError {
     fn from(error: ReadsAsRequest) -> Self {
         Self::Request(error)
     }
 }
 
-/// What both directions note.
+/// The state that both directions share.
 struct Noted<'a> {
     moved: &'a Cell<Instant>,
     watch: &'a RefCell<RequestWatch>,
@@ -78,16 +78,16 @@ impl Noted<'_> {
     }
 }
 
-/// Who sends what a direction carries.
+/// The sender of a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sender {
     Client,
     Server,
 }
 
-/// Carries bytes between the client `a` and the server `b` until both sides are done, nothing has moved for `idle`, or
-/// `over_at`. A side that has said all is passed on as such; the other may go on speaking. What `watch` stops does not
-/// reach the server; while it watches, the connection to the server ends by a reset, unless the client ends it.
+/// Relays bytes between the client `a` and the server `b` until both have closed, nothing has moved for `idle`, or
+/// `over_at`. Half-closes are forwarded. What `watch` stops does not reach the server; while it watches, the connection
+/// to the server ends with a reset, unless the client closes it.
 pub async fn relay<A, B>(
     mut a: A,
     mut b: B,
@@ -102,23 +102,23 @@ where
     let moved = Cell::new(Instant::now());
     let watch = RefCell::new(watch);
     let noted = Noted { moved: &moved, watch: &watch };
-    let bare = bare_tcp(&a).zip(bare_tcp(&b));
-    let there = bare.as_ref().map(|(a, b)| (a, b));
-    let back = bare.as_ref().map(|(a, b)| (b, a));
+    let plain_tcp = plain_tcp_of(&a).zip(plain_tcp_of(&b));
+    let a_to_b = plain_tcp.as_ref().map(|(a, b)| (a, b));
+    let b_to_a = plain_tcp.as_ref().map(|(a, b)| (b, a));
     let (mut to_b, mut to_a) = (Flow::of(Sender::Client), Flow::of(Sender::Server));
-    let mut resets = (!noted.watch.borrow().is_over()).then(|| ResetOnClose::new(&b));
+    let mut reset_on_close = (!noted.watch.borrow().is_over()).then(|| ResetOnClose::new(&b));
     let mut watchdog = Watchdog::default();
     poll_fn(|cx| {
-        let said =
-            (to_b.poll(cx, &mut a, &mut b, there, &noted), to_a.poll(cx, &mut b, &mut a, back, &noted));
-        if let Some(resets) = resets.take_if(|_| noted.watch.borrow().is_over()) {
-            resets.end();
+        let polled =
+            (to_b.poll(cx, &mut a, &mut b, a_to_b, &noted), to_a.poll(cx, &mut b, &mut a, b_to_a, &noted));
+        if let Some(reset_on_close) = reset_on_close.take_if(|_| noted.watch.borrow().is_over()) {
+            reset_on_close.end();
         }
-        match said {
-            (Poll::Ready(Err(broken)), _) | (_, Poll::Ready(Err(broken))) => {
-                return Poll::Ready(match broken {
-                    Broken::Io(error) => End::Closed(Err(error)),
-                    Broken::Request(error) => End::Request(error),
+        match polled {
+            (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
+                return Poll::Ready(match error {
+                    FlowError::Io(error) => End::Closed(Err(error)),
+                    FlowError::Request(error) => End::Request(error),
                 });
             }
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
@@ -136,9 +136,9 @@ where
     .await
 }
 
-/// Makes the end of a connection a reset for as long as this lives. Some servers take an orderly end for that of a line
-/// and of a header: when a watched connection breaks (cut, idle, revoked, even by the death of the process), what they
-/// have got of a request must not become a whole one.
+/// Makes closing a connection a reset for as long as this lives. Some servers take an orderly end of the stream for the
+/// end of a line and of a header: when a watched connection breaks (cut, idle, revoked, even by the death of the
+/// process), the part of a request that they have must not become a whole one.
 struct ResetOnClose(Option<SharedTcp>);
 
 impl ResetOnClose {
@@ -161,44 +161,44 @@ impl ResetOnClose {
 #[derive(Debug)]
 struct Flow {
     sender: Sender,
-    /// Was read and not written yet.
-    kept: Bytes,
+    /// Bytes that were read and not written yet.
+    pending: Bytes,
     carried: u64,
     carries: Carries,
 }
 
 #[derive(Debug, Default)]
 enum Carries {
-    /// By room that the thread's tunnels share: one that waits holds none.
+    /// Through a buffer that the thread's tunnels share: an idle tunnel holds none.
     #[default]
     Copies,
-    /// By the system.
+    /// By `splice`.
     Pipe(Pipe),
-    /// The one side has said all, and the other is to be told.
+    /// The sender has closed, which has to be forwarded.
     End,
     Nothing,
 }
 
 impl Flow {
     fn of(sender: Sender) -> Self {
-        Self { sender, kept: Bytes::new(), carried: 0, carries: Carries::default() }
+        Self { sender, pending: Bytes::new(), carried: 0, carries: Carries::default() }
     }
 
-    /// Carries what there is. Ready when one side has said all and the other has it.
+    /// Moves what is available. Ready when the sender has closed and the receiver has everything.
     fn poll<A, B>(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut A,
         to: &mut B,
-        bare: Option<(&SharedTcp, &SharedTcp)>,
+        plain_tcp: Option<(&SharedTcp, &SharedTcp)>,
         noted: &Noted<'_>,
-    ) -> Poll<Result<(), Broken>>
+    ) -> Poll<Result<(), FlowError>>
     where
         A: AsyncRead + Unpin,
         B: AsyncWrite + Unpin,
     {
         loop {
-            match (&mut self.carries, bare) {
+            match (&mut self.carries, plain_tcp) {
                 (Carries::Nothing, _) => return Poll::Ready(Ok(())),
                 (Carries::Pipe(pipe), Some((from, to))) => {
                     let count = ready!(pipe.poll_carry(cx, from, to))?;
@@ -211,9 +211,9 @@ impl Flow {
                 }
                 _ => {}
             }
-            while !self.kept.is_empty() {
-                let count = written(ready!(Pin::new(&mut *to).poll_write(cx, &self.kept))?)?;
-                self.kept.advance(count);
+            while !self.pending.is_empty() {
+                let count = written(ready!(Pin::new(&mut *to).poll_write(cx, &self.pending))?)?;
+                self.pending.advance(count);
                 noted.moves();
             }
             if let Carries::End = self.carries {
@@ -222,7 +222,7 @@ impl Flow {
                 continue;
             }
             let Poll::Ready(count) = self.poll_copy(cx, from, to, noted.watch)? else {
-                // TLS may hold some of it back, for more.
+                // TLS may have buffered some of it.
                 ready!(Pin::new(&mut *to).poll_flush(cx))?;
                 return Poll::Pending;
             };
@@ -230,47 +230,47 @@ impl Flow {
             self.carried += count;
             if count == 0 {
                 self.carries = Carries::End;
-            } else if self.carried >= BULK
-                && self.kept.is_empty()
-                && bare.is_some()
+            } else if self.carried >= SPLICE_FROM
+                && self.pending.is_empty()
+                && plain_tcp.is_some()
                 && noted.watch.borrow().is_over()
             {
-                // Without descriptors left it goes on as it is.
+                // Keep copying if no descriptor is left.
                 self.carries = Pipe::new().map_or(Carries::Copies, Carries::Pipe);
             }
         }
     }
 
-    /// Reads, and writes of it what can be written at once. 0: nothing comes any more.
+    /// Reads once, and writes what can be written at once. 0: the sender has closed.
     fn poll_copy<A, B>(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut A,
         to: &mut B,
         watch: &RefCell<RequestWatch>,
-    ) -> Poll<Result<u64, Broken>>
+    ) -> Poll<Result<u64, FlowError>>
     where
         A: AsyncRead + Unpin,
         B: AsyncWrite + Unpin,
     {
-        with_room(|room| {
-            let mut read = ReadBuf::new(room);
+        with_room(|buffer| {
+            let mut read = ReadBuf::new(buffer);
             ready!(Pin::new(from).poll_read(cx, &mut read))?;
-            let came = read.filled();
+            let received = read.filled();
             match self.sender {
-                Sender::Client if came.is_empty() => watch.borrow_mut().client_ends()?,
-                Sender::Client => watch.borrow_mut().client_sends(came)?,
-                Sender::Server => watch.borrow_mut().server_answers(came),
+                Sender::Client if received.is_empty() => watch.borrow_mut().client_ends()?,
+                Sender::Client => watch.borrow_mut().client_sends(received)?,
+                Sender::Server => watch.borrow_mut().server_answers(received),
             }
-            let at_once = match came {
+            let at_once = match received {
                 [] => 0,
-                came => match Pin::new(to).poll_write(cx, came) {
+                received => match Pin::new(to).poll_write(cx, received) {
                     Poll::Ready(count) => written(count?)?,
                     Poll::Pending => 0,
                 },
             };
-            self.kept = Bytes::copy_from_slice(came.get(at_once..).unwrap_or_default());
-            Poll::Ready(Ok(came.len() as u64))
+            self.pending = Bytes::copy_from_slice(received.get(at_once..).unwrap_or_default());
+            Poll::Ready(Ok(received.len() as u64))
         })
     }
 }
@@ -279,19 +279,19 @@ fn written(count: usize) -> io::Result<usize> {
     if count == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(count) }
 }
 
-/// The TCP stream that a connection to a server runs over.
+/// The TCP stream under a connection to a server.
 fn tcp_under(stream: &dyn Any) -> Option<SharedTcp> {
     let prefixed = stream.downcast_ref::<Prefixed<UpstreamIo>>().map(Prefixed::stream);
     prefixed.or_else(|| stream.downcast_ref()).map(|upstream: &UpstreamIo| upstream.tcp().clone())
 }
 
-/// The TCP stream that this is, where it is nothing else.
-fn bare_tcp(stream: &dyn Any) -> Option<SharedTcp> {
+/// The TCP stream of a plaintext connection; `None` for TLS and others.
+fn plain_tcp_of(stream: &dyn Any) -> Option<SharedTcp> {
     let plain = |upstream: &UpstreamIo| match upstream {
         UpstreamIo::Plain(tcp) => Some(tcp.clone()),
         UpstreamIo::Tls(_) => None,
     };
-    // What is put before a stream has gone before there is much.
+    // A prefix has been written before `SPLICE_FROM` bytes have passed.
     if let Some(prefixed) = stream.downcast_ref::<Prefixed<UpstreamIo>>() {
         return plain(prefixed.stream());
     }

@@ -17,11 +17,11 @@ use crate::{
     upstream::{Lease, stream::UpstreamIo},
 };
 
-/// Joins the two sides once the caller's has changed protocol, too. `service` is its side, and what has come by it
-/// already.
+/// Relays bytes between the two sides once the client's stream is available. `service`: the upstream's stream, and the
+/// bytes that were already read from it.
 pub fn join(
     connection: &Rc<Connection>,
-    mut callers: Upgrade,
+    mut client_upgrade: Upgrade,
     (service, unread): (UpstreamIo, Bytes),
     held: (Lease, Held),
     idle: Option<Duration>,
@@ -33,14 +33,14 @@ pub fn join(
         let _held = held;
         let metrics = &connection.worker.shared.metrics;
         let _open = if inbound { metrics.inbound.opened() } else { metrics.outbound.opened() };
-        let Some(caller) = callers.stream().await else {
-            return tracing::debug!("an upgrade did not come about");
+        let Some(client) = client_upgrade.stream().await else {
+            return tracing::debug!("the client's connection ended before the upgrade");
         };
         tokio::select! {
-            ended = relay(caller, Prefixed::new(unread, service), RequestWatch::off(), idle, over_at) => {
-                tracing::debug!(?ended, "upgraded connection ended");
+            end = relay(client, Prefixed::new(unread, service), RequestWatch::off(), idle, over_at) => {
+                tracing::debug!(?end, "upgraded connection ended");
             }
-            () = callers.revoked(&connection) => {}
+            () = client_upgrade.revoked(&connection) => {}
             () = connection.stream_distrusted() => {}
         }
     });

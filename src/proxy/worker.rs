@@ -32,47 +32,48 @@ use crate::{
     },
 };
 
-/// TLS handshakes with callers at a time, per worker; more wait.
+/// Concurrent TLS handshakes with clients per worker; further ones wait.
 const HANDSHAKES: usize = 512;
 
-/// What every thread sees.
+/// The state that all threads share.
 #[derive(Debug)]
 pub struct Shared {
     pub snapshot: ArcSwap<Snapshot>,
     pub metrics: Metrics,
-    /// What is told of calls when they are over.
+    /// The consumers of request records.
     pub calls: Arc<Calls>,
-    /// How far the process is on its way out. Marked as changed when a configuration is applied, too: connections look
-    /// whether they are still allowed.
+    /// The phase of the drain. Also marked as changed when a configuration is applied, so that connections check
+    /// whether it still allows them.
     pub phase: watch::Sender<Phase>,
-    /// Where it listens itself; never dialled for a forward-proxy or Host request.
+    /// The process's own listeners; never dialled for a forward-proxy or Host request.
     pub own: OwnAddresses,
-    /// The hosts that no upstream names, met so far.
+    /// The hosts that no upstream names, requested so far.
     pub unknown: UnknownHosts,
-    /// The addresses of the service that redirected calls were going to, met so far.
+    /// The addresses of the service that redirected inbound requests were sent to so far.
     pub inbound_addresses: UnknownHosts,
-    /// Whether the kernel leads traffic here.
+    /// Whether kernel rules redirect the pod's traffic here.
     pub interception: Interception,
-    /// Traces whose tries were spent by calls of this service.
+    /// Traces whose retries were already spent by requests of this service.
     pub spent: SpentTraces,
     pub traces: Traces,
-    /// Who this service is, and who is trusted.
+    /// This service's certificates, and the trusted roots.
     pub identity: Arc<Store>,
-    /// Where workers have done what is not a call's own work.
+    /// The control runtime, where workers spawn work that is not part of a request.
     pub control: Handle,
-    /// Tells this process from every other in `Via`.
+    /// Identifies this process in `Via`.
     pub instance: String,
 }
 
-/// The way of a process from start to end.
+/// The phases of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     Running,
-    /// Not ready any more, still accepting: clients learn late that it leaves. Each response tells them to reconnect elsewhere.
+    /// `drain_delay`: not ready, still accepting, because clients learn late of the shutdown. Each response asks its
+    /// client to close the connection.
     Leaving,
-    /// Inbound connections finish what is in flight; outbound goes on.
+    /// Inbound connections finish the requests in flight; outbound continues.
     DrainingInbound,
-    /// Outbound connections finish too.
+    /// Outbound connections finish as well.
     DrainingAll,
 }
 
@@ -98,89 +99,90 @@ impl OwnAddresses {
     }
 }
 
-/// Whether an address is one of this machine's (or pod's): only those can be bound. Asked only where the port is ours.
+/// Whether an address belongs to this machine (or pod): only those can be bound. Called only where the port is one of
+/// the process's own.
 pub fn is_of_this_machine(ip: IpAddr) -> bool {
     ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
 }
 
-/// What a worker knows. Lives on its thread and is shared by its tasks.
+/// The state of a worker. It stays on the worker's thread and is shared by its tasks.
 #[derive(Debug)]
 pub struct Worker {
     pub shared: Arc<Shared>,
     view: RefCell<Rc<View>>,
     unknown: RefCell<UnknownCache>,
     rng: RefCell<Rng>,
-    /// The calls to the service that it carries, for traces.
+    /// The inbound requests in flight, for trace links.
     pub in_flight: Arc<InFlight>,
-    /// Whom calls are told of.
+    /// Where records of requests are reported.
     pub teller: Rc<Teller>,
-    /// Which of them it is.
+    /// Index among the workers.
     index: usize,
-    /// Tokens of end users that were found good.
+    /// Verified tokens of end users.
     pub tokens: RefCell<TokenCache>,
-    /// Leave for a TLS handshake with a caller.
+    /// Permits for TLS handshakes with clients.
     pub handshakes: Semaphore,
-    /// The time that the last call's next hop was told it has.
+    /// The formatted timeout that the last request was forwarded with, reused where the number repeats.
     pub time_told: LastNumber,
 }
 
-type Known<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
+type ClusterCache<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
 
-/// What is no upstream of the configuration, as far as this worker has met it.
+/// This worker's clusters for destinations that are no configured upstream.
 #[derive(Debug, Default)]
 struct UnknownCache {
-    hosts: Known<HostPort>,
-    /// Where the service's redirected connections were going.
-    outward: Known<SocketAddr>,
-    /// Where callers' redirected connections were going: addresses of the service.
-    inward: Known<SocketAddr>,
+    hosts: ClusterCache<HostPort>,
+    /// Original destinations of redirected outbound connections.
+    outbound: ClusterCache<SocketAddr>,
+    /// Original destinations of redirected inbound connections: addresses of the service.
+    inbound: ClusterCache<SocketAddr>,
 }
 
 impl UnknownCache {
     fn all(&self) -> impl Iterator<Item = &Rc<LocalCluster>> {
-        let addresses = self.outward.values().chain(self.inward.values());
+        let addresses = self.outbound.values().chain(self.inbound.values());
         self.hosts.values().chain(addresses).map(|(_, local)| local)
     }
 }
 
-/// The state for a key, from this worker's cache or from the table of all workers, which decides who stays.
-fn met<K: Clone + Eq + Hash>(
-    known: &mut Known<K>,
+/// Looks a key up in this worker's cache, else in the table of all workers, which decides about eviction.
+fn lookup_unknown<K: Clone + Eq + Hash>(
+    cache: &mut ClusterCache<K>,
     table: &UnknownHosts,
     (key, host): (&K, impl FnOnce() -> HostPort),
     config: &Arc<Config>,
     durations: &Arc<Cell>,
 ) -> Rc<LocalCluster> {
-    if let Some((shared, local)) = known.get(key)
+    if let Some((shared, local)) = cache.get(key)
         && shared.is_current(config)
         && table.touch(shared)
     {
         return Rc::clone(local);
     }
-    if known.len() >= MAX_UNKNOWN_HOSTS {
-        // The shared table decides who stays; this is only a cache of it.
-        known.clear();
+    if cache.len() >= MAX_UNKNOWN_HOSTS {
+        // Safe to clear: the shared table holds the state.
+        cache.clear();
     }
     let shared = table.get(&host(), config);
-    let old = known.get(key).map(|(_, local)| Rc::clone(local));
+    let old = cache.get(key).map(|(_, local)| Rc::clone(local));
     let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
     let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
-    known.insert(key.clone(), (shared, Rc::clone(&local)));
+    cache.insert(key.clone(), (shared, Rc::clone(&local)));
     local
 }
 
 impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
         if shared.snapshot.load().config.identity.is_some() {
-            // The first random bytes take the library some time, tens of milliseconds unless it was built as
-            // `.cargo/config.toml` says: not that of the first caller.
+            // The library's first random bytes take tens of milliseconds, unless it was built as in
+            // `.cargo/config.toml`. Draw them here rather than in the first client's handshake.
             let _ = provider().secure_random.fill(&mut [0]);
         }
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
         let in_flight = shared.traces.of_worker();
-        let teller = Rc::new(Teller::new(&shared.calls));
+        let reporter = Rc::new(Teller::new(&shared.calls));
         Rc::new(Self {
-            teller,
+            teller: reporter,
             shared,
             in_flight,
             view: RefCell::new(view),
@@ -193,12 +195,12 @@ impl Worker {
         })
     }
 
-    /// How much it has to do, for all to see.
+    /// Its load counters, which other threads read.
     pub fn load(&self) -> Option<&WorkerLoad> {
         self.shared.metrics.workers.get(self.index)
     }
 
-    /// The configuration as of now, with this worker's state.
+    /// The current configuration, with this worker's state.
     pub fn view(&self) -> Rc<View> {
         let now = self.shared.snapshot.load();
         if !Arc::ptr_eq(&now, &self.view.borrow().snapshot) {
@@ -210,40 +212,46 @@ impl Worker {
 
     /// The state for a host that no upstream names.
     pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().hosts;
-        met(known, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
+        let cache = &mut self.unknown.borrow_mut().hosts;
+        lookup_unknown(cache, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
     }
 
-    /// The state for an address that the service called and no upstream has.
+    /// The state for an original destination of the service's redirected traffic that no upstream has.
     pub fn address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().outward;
+        let cache = &mut self.unknown.borrow_mut().outbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
-        met(known, &self.shared.unknown, (&address, host), config, &self.teller.other)
+        lookup_unknown(cache, &self.shared.unknown, (&address, host), config, &self.teller.other)
     }
 
-    /// The service at an address that callers called.
+    /// The service at the original destination of redirected inbound traffic.
     pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<LocalCluster> {
-        let known = &mut self.unknown.borrow_mut().inward;
+        let cache = &mut self.unknown.borrow_mut().inbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
         let durations = &view.inbound.whom.durations;
-        met(known, &self.shared.inbound_addresses, (&address, host), &view.snapshot.config, durations)
+        lookup_unknown(
+            cache,
+            &self.shared.inbound_addresses,
+            (&address, host),
+            &view.snapshot.config,
+            durations,
+        )
     }
 
     pub fn with_rng<T>(&self, draw: impl FnOnce(&mut Rng) -> T) -> T {
         draw(&mut self.rng.borrow_mut())
     }
 
-    /// Closes what has been idle for too long, and forgets hosts that are not used any more.
+    /// Closes what has been idle for too long, and forgets hosts that are no longer used.
     pub fn sweep(&self) {
         let view = self.view();
         let mut unknown = self.unknown.borrow_mut();
-        // Whoever is forgotten by all workers stops being looked up.
-        let UnknownCache { hosts, outward, inward } = &mut *unknown;
+        // An entry that no worker holds any more is no longer resolved.
+        let UnknownCache { hosts, outbound, inbound } = &mut *unknown;
         hosts.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        outward.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        inward.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
+        outbound.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
+        inbound.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            // One that was never called has nothing to be looked after.
+            // An upstream that was never requested has no connections.
             if local.upstream.known().is_empty() {
                 continue;
             }
@@ -254,16 +262,16 @@ impl Worker {
         }
     }
 
-    /// Closes an idle connection for each that is wanted elsewhere (`max_connections`).
-    pub fn squeeze(&self) {
+    /// Closes an idle connection for each one that another worker needs below `max_connections`.
+    pub fn release_idle(&self) {
         let view = self.view();
         let unknown = self.unknown.borrow();
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            let squeeze = &local.upstream.shared.guards.squeeze;
-            while squeeze.is_wanted() {
+            let eviction = &local.upstream.shared.guards.squeeze;
+            while eviction.is_wanted() {
                 let known = local.upstream.known();
                 let Some(endpoint) = known.iter().find(|it| it.pool.idle_connections() > 0) else { break };
-                if squeeze.claim() {
+                if eviction.claim() {
                     endpoint.pool.close_idle();
                 }
             }
@@ -271,8 +279,8 @@ impl Worker {
     }
 }
 
-/// From which phase on clients of a side are told to go elsewhere: responses say `Connection: close`, HTTP/2 gets GOAWAY.
-/// Only inbound has clients that can: the service has no other sidecar.
+/// The phase from which on responses of a side carry `Connection: close` and HTTP/2 gets GOAWAY, so that clients
+/// connect elsewhere. Outbound only at its own drain: the service has no other sidecar.
 pub fn announce_phase(side: &Side) -> Phase {
     match side {
         Side::Inbound => Phase::Leaving,
@@ -280,7 +288,7 @@ pub fn announce_phase(side: &Side) -> Phase {
     }
 }
 
-/// From which phase on connections of a side are asked to leave.
+/// The phase from which on connections of a side are asked to close.
 pub fn drain_phase(side: &Side) -> Phase {
     match side {
         Side::Inbound => Phase::DrainingInbound,
@@ -288,7 +296,7 @@ pub fn drain_phase(side: &Side) -> Phase {
     }
 }
 
-/// What counts the connections of a side.
+/// The connection counters of a side.
 pub fn connections<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<Connections> {
     match side {
         Side::Inbound => &shared.metrics.inbound,
@@ -301,11 +309,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn own_ports_are_known_by_every_address_of_the_machine() {
+    fn own_ports_are_recognised_at_every_local_address() {
         let own = OwnAddresses::default();
         own.add(&["[::]:4143".parse().unwrap(), "127.0.0.1:4140".parse().unwrap()]);
-        for mine in ["127.0.0.1:4143", "[::1]:4143", "127.0.0.9:4143", "127.0.0.1:4140", "0.0.0.0:4140"] {
-            assert!(own.contains(mine.parse().unwrap()), "{mine}");
+        for local in ["127.0.0.1:4143", "[::1]:4143", "127.0.0.9:4143", "127.0.0.1:4140", "0.0.0.0:4140"] {
+            assert!(own.contains(local.parse().unwrap()), "{local}");
         }
         for other in ["192.0.2.1:4143", "127.0.0.1:8080", "127.0.0.2:4140"] {
             assert!(!own.contains(other.parse().unwrap()), "{other}");

@@ -1,4 +1,4 @@
-//! Puts the rules in, takes them out, prints them.
+//! Installs, removes and prints the rules.
 
 use std::{io, net::SocketAddr};
 
@@ -10,64 +10,64 @@ use super::{
     text, verify,
 };
 
-/// Who is told the rules.
+/// The mechanism that installs the rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
-    /// nftables; iptables where the kernel has no nf_tables and the program is there
+    /// nftables; iptables if the kernel has no nf_tables and the program is installed
     #[default]
     Auto,
-    /// The kernel itself, by netlink: no program is needed
+    /// nf_tables by netlink; needs no program
     Nftables,
     /// The programs iptables-restore and ip6tables-restore
     Iptables,
 }
 
-/// Why the traffic is not led through the proxy.
+/// Why redirection failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
     #[error(
-        "this is the network of the host, not of a pod. `apply` would {would}. Run it in the network namespace of the pod or container (an init container; `ip netns exec NAME`; no `hostNetwork`), or, if this machine's whole traffic is to pass a proxy that runs here, say so by --host. `outrigger redirect print` shows the rules. Nothing was changed"
+        "this is the network of the host, not of a pod. `apply` would {would}. Run it in the network namespace of the pod or container (an init container; `ip netns exec NAME`; no `hostNetwork`), or, to redirect all traffic of this machine to a proxy that runs here, pass --host. `outrigger redirect print` shows the rules. Nothing was changed"
     )]
     HostNetwork { would: String },
     #[error(
-        "cannot tell whether this is the network of the host, as /proc/sys/net/core is not readable ({error}). `apply` would {would}. Mount /proc, or, if that is meant for this network whosever it is, say so by --host. Nothing was changed"
+        "cannot tell whether this is the network of the host, as /proc/sys/net/core is not readable ({error}). `apply` would {would}. Mount /proc, or pass --host to install the rules anyway. Nothing was changed"
     )]
     UnknownNetwork { error: io::Error, would: String },
     #[error(
-        "the kernel lets nobody but an administrator of this network change its rules: run as root with the capability NET_ADMIN (in a pod: the init container, with `capabilities.add: [NET_ADMIN]` and `runAsUser: 0`)"
+        "no permission to change the kernel's rules: run as root with the capability NET_ADMIN (in a pod: the init container, with `capabilities.add: [NET_ADMIN]` and `runAsUser: 0`)"
     )]
     NotAllowed,
     #[error(
-        "the kernel took no rules: {0}. It needs nf_tables with nat in the family `inet` (Linux 5.2 or later); use --backend iptables in an image that has iptables, or `outrigger.dev/mode: env`, which needs no rules"
+        "the kernel rejected the rules: {0}. It needs nf_tables with nat in the family `inet` (Linux 5.2 or later); use --backend iptables in an image that has iptables, or `outrigger.dev/mode: env`, which needs no rules"
     )]
     Kernel(io::Error),
     #[error("{0}. Is iptables in this image, and may it change rules (NET_ADMIN)?")]
     Iptables(io::Error),
     #[error(
-        "the rules are there, but a connection to {probe} did not arrive at port {port}: {source}. Does another program's rule come first (`nft list ruleset`)?"
+        "the rules are installed, but a connection to {probe} did not reach port {port}: {source}. Does another program's rule take precedence (`nft list ruleset`)?"
     )]
     NotIntercepted { probe: SocketAddr, port: u16, source: io::Error },
-    #[error("this system has no such rules: redirection is for Linux")]
+    #[error("redirection needs Linux")]
     #[cfg(not(target_os = "linux"))]
     Unsupported,
 }
 
-/// Whose network the rules may be for.
+/// The network namespaces in which rules may be installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// A pod's, container's or other namespace's; the host's is refused.
+    /// Any but the host's.
     Namespace,
-    /// The host's too.
+    /// Also the host's.
     Host,
 }
 
-/// Installs the rules, in the place of earlier ones, and sees them work. Says by whom.
+/// Installs the rules, replacing earlier ones, and verifies them with a connection. Returns the backend used.
 ///
 /// # Errors
-/// See [`RedirectError`]. Where the rules were refused, nothing has changed.
+/// See [`RedirectError`]. If the kernel rejects the rules, nothing has changed.
 pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, RedirectError> {
     check_scope(plan, scope, host::is_host_network())?;
-    let by = choose(backend, || nftables(plan), || iptables::apply(plan))?;
+    let used = choose(backend, || nftables(plan), || iptables::apply(plan))?;
     for probe in verify::targets() {
         verify::arrives(probe, plan.outbound_port).map_err(|source| RedirectError::NotIntercepted {
             probe,
@@ -75,10 +75,10 @@ pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, Red
             source,
         })?;
     }
-    Ok(by)
+    Ok(used)
 }
 
-/// On a host, the rules would cut off everybody who is logged in, unless that is meant.
+/// Rejects the host's network by default: there the rules would cut off remote logins.
 fn check_scope(plan: &Plan, scope: Scope, is_host_network: io::Result<bool>) -> Result<(), RedirectError> {
     match is_host_network {
         _ if scope == Scope::Host => Ok(()),
@@ -88,17 +88,17 @@ fn check_scope(plan: &Plan, scope: Scope, is_host_network: io::Result<bool>) -> 
     }
 }
 
-/// Removes the rules; fine where there are none.
+/// Removes the rules; succeeds if there are none.
 ///
 /// # Errors
 /// See [`RedirectError`].
 pub fn clear(backend: Backend) -> Result<Backend, RedirectError> {
-    let by = choose(backend, nftables_clear, iptables::clear)?;
-    if backend == Backend::Auto && by == Backend::Nftables && iptables::is_installed() {
-        // An earlier version, or an image of one's own, may have gone that way.
+    let used = choose(backend, nftables_clear, iptables::clear)?;
+    if backend == Backend::Auto && used == Backend::Nftables && iptables::is_installed() {
+        // An earlier version or another image may have used iptables.
         iptables::clear().map_err(RedirectError::Iptables)?;
     }
-    Ok(by)
+    Ok(used)
 }
 
 /// The rules as text: for `nft -f -`, or for `iptables-restore --noflush` and `ip6tables-restore --noflush`.
@@ -121,13 +121,13 @@ fn choose(
     nftables: impl FnOnce() -> Result<(), RedirectError>,
     iptables: impl FnOnce() -> io::Result<()>,
 ) -> Result<Backend, RedirectError> {
-    let by_iptables = || iptables().map(|()| Backend::Iptables).map_err(RedirectError::Iptables);
+    let use_iptables = || iptables().map(|()| Backend::Iptables).map_err(RedirectError::Iptables);
     match backend {
         Backend::Nftables => nftables().map(|()| Backend::Nftables),
-        Backend::Iptables => by_iptables(),
+        Backend::Iptables => use_iptables(),
         Backend::Auto => match nftables() {
             Ok(()) => Ok(Backend::Nftables),
-            Err(RedirectError::Kernel(_)) if iptables::is_installed() => by_iptables(),
+            Err(RedirectError::Kernel(_)) if iptables::is_installed() => use_iptables(),
             Err(error) => Err(error),
         },
     }
@@ -135,16 +135,16 @@ fn choose(
 
 #[cfg(target_os = "linux")]
 fn nftables(plan: &Plan) -> Result<(), RedirectError> {
-    super::nf_tables::apply(plan).map_err(refused)
+    super::nf_tables::apply(plan).map_err(kernel_error)
 }
 
 #[cfg(target_os = "linux")]
 fn nftables_clear() -> Result<(), RedirectError> {
-    super::nf_tables::clear().map_err(refused)
+    super::nf_tables::clear().map_err(kernel_error)
 }
 
 #[cfg(target_os = "linux")]
-fn refused(error: io::Error) -> RedirectError {
+fn kernel_error(error: io::Error) -> RedirectError {
     match error.kind() {
         io::ErrorKind::PermissionDenied => RedirectError::NotAllowed,
         _ => RedirectError::Kernel(error),
@@ -167,7 +167,7 @@ mod tests {
     use crate::redirect::PortRange;
 
     #[test]
-    fn a_host_is_redirected_only_where_that_is_said() {
+    fn a_host_is_redirected_only_with_host_scope() {
         let plan = Plan {
             inbound_port: 4143,
             outbound_port: 4140,
@@ -188,28 +188,31 @@ mod tests {
         }
     }
 
-    /// A kernel without nf_tables, or without its nat.
-    fn lacks() -> Result<(), RedirectError> {
+    /// A kernel without nf_tables, or without its NAT.
+    fn without_nf_tables() -> Result<(), RedirectError> {
         Err(RedirectError::Kernel(io::ErrorKind::Unsupported.into()))
     }
 
     #[test]
-    fn iptables_is_used_where_the_kernel_lacks_nf_tables_and_the_program_is_there() {
+    fn auto_falls_back_to_iptables_without_nf_tables() {
         let chosen = |backend, nftables: fn() -> Result<(), RedirectError>| {
             choose(backend, nftables, || Ok(())).map_err(|error| error.to_string())
         };
         assert_eq!(chosen(Backend::Auto, || Ok(())), Ok(Backend::Nftables));
         match iptables::is_installed() {
-            true => assert_eq!(chosen(Backend::Auto, lacks), Ok(Backend::Iptables)),
+            true => assert_eq!(chosen(Backend::Auto, without_nf_tables), Ok(Backend::Iptables)),
             false => {
-                assert!(chosen(Backend::Auto, lacks).is_err_and(|told| told.contains("--backend iptables")))
+                assert!(
+                    chosen(Backend::Auto, without_nf_tables)
+                        .is_err_and(|text| text.contains("--backend iptables"))
+                )
             }
         }
-        assert!(chosen(Backend::Nftables, lacks).is_err());
-        // Who may not is told so, and does not try another way.
+        assert!(chosen(Backend::Nftables, without_nf_tables).is_err());
+        // Missing permission is reported; no other backend is tried.
         assert!(
             chosen(Backend::Auto, || Err(RedirectError::NotAllowed))
-                .is_err_and(|told| told.contains("NET_ADMIN"))
+                .is_err_and(|text| text.contains("NET_ADMIN"))
         );
     }
 }

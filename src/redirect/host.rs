@@ -1,24 +1,25 @@
-//! Whether the network that rules would be for is the host's own.
+//! Detects whether this is the host's network namespace.
 
 use std::{io, path::Path};
 
-/// A setting that the kernel shows in its initial network namespace only, whatever the mounts and the PID namespace: a
-/// container with `hostNetwork` sees it, a pod does not. Not `/proc/1/ns/net`, as process 1 of a pod is in the pod.
+/// A setting that exists only in the kernel's initial network namespace, whatever the mounts and the PID namespace: a
+/// container with `hostNetwork` sees it, a pod does not. `/proc/1/ns/net` does not help: process 1 of a pod is in the
+/// pod.
 const HOST_ONLY_SETTING: &str = "netdev_max_backlog";
 
-/// Where the kernel shows the settings of a network namespace. Something of it is in each.
+/// The settings of the network namespace. Every namespace has some.
 const SETTINGS: &str = "/proc/sys/net/core";
 
 /// Whether this process is in the initial network namespace.
 ///
 /// # Errors
-/// It cannot be told: `/proc/sys` is not mounted, hidden, or not readable.
+/// Unknown: `/proc/sys` is not mounted, hidden or not readable.
 pub fn is_host_network() -> io::Result<bool> {
     is_shown_in(Path::new(SETTINGS))
 }
 
 fn is_shown_in(settings: &Path) -> io::Result<bool> {
-    // An empty directory in the place of it says nothing: `somaxconn` and others are in every namespace.
+    // An empty directory is not the real one: `somaxconn` and others exist in every namespace.
     let mut others = 0;
     for entry in settings.read_dir()? {
         if entry?.file_name() == HOST_ONLY_SETTING {
@@ -36,11 +37,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_unknown_where_the_kernel_shows_no_settings() {
+    fn without_settings_the_namespace_is_unknown() {
         let directory = std::env::temp_dir().join(format!("outrigger-settings-{}", std::process::id()));
-        assert!(is_shown_in(&directory).is_err(), "it is not there");
+        assert!(is_shown_in(&directory).is_err(), "missing");
         fs::create_dir_all(&directory).unwrap();
-        assert!(is_shown_in(&directory).is_err(), "it is empty");
+        assert!(is_shown_in(&directory).is_err(), "empty");
         fs::write(directory.join("somaxconn"), "4096").unwrap();
         assert!(is_shown_in(&directory).is_ok_and(|is_host| !is_host));
         fs::write(directory.join(HOST_ONLY_SETTING), "1000").unwrap();

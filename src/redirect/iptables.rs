@@ -1,4 +1,4 @@
-//! The rules by `iptables-restore` and `ip6tables-restore`, where the kernel has no nf_tables.
+//! The rules for `iptables-restore` and `ip6tables-restore`, for kernels without nf_tables.
 
 use std::{
     fmt::Write as _,
@@ -9,8 +9,8 @@ use std::{
 
 use super::plan::{Hook, Match, Plan, Rule, Verdict};
 
-/// How long another program that changes rules is waited for, in seconds.
-const WAIT: &str = "5";
+/// How long to wait for the xtables lock, in seconds.
+const LOCK_TIMEOUT: &str = "5";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
@@ -40,7 +40,7 @@ fn chain(hook: Hook) -> (&'static str, &'static str) {
     }
 }
 
-/// What `iptables-restore --noflush` is fed. A chain that is declared is emptied; it is jumped to where it is not yet.
+/// The input for `iptables-restore --noflush`. Declaring a chain empties it. The jump to it is added if it is missing.
 pub(super) fn restore(plan: &Plan, family: Family, jumps: impl Fn(Hook) -> bool) -> String {
     let mut text = "*nat\n".to_owned();
     for hook in Hook::ALL {
@@ -49,8 +49,8 @@ pub(super) fn restore(plan: &Plan, family: Family, jumps: impl Fn(Hook) -> bool)
     for hook in Hook::ALL {
         let (at, own) = chain(hook);
         for rule in plan.rules(hook) {
-            if let Some(words) = in_words(hook, &rule, family) {
-                let _ = writeln!(text, "-A {own} {words}");
+            if let Some(arguments) = rule_arguments(hook, &rule, family) {
+                let _ = writeln!(text, "-A {own} {arguments}");
             }
         }
         if !jumps(hook) {
@@ -61,43 +61,44 @@ pub(super) fn restore(plan: &Plan, family: Family, jumps: impl Fn(Hook) -> bool)
     text
 }
 
-/// `None`: the rule is for the other family.
-fn in_words(hook: Hook, rule: &Rule, family: Family) -> Option<String> {
-    let mut words = "-p tcp".to_owned();
-    for what in &rule.matches {
-        let _ = match what {
-            Match::Loopback if hook == Hook::Inbound => write!(words, " -i lo"),
-            Match::Loopback => write!(words, " -o lo"),
-            Match::User(user) => write!(words, " -m owner --uid-owner {user}"),
-            Match::Ports(ports) => write!(words, " --dport {}:{}", ports.first, ports.last),
+/// The arguments of a rule; `None`: the rule is for the other family.
+fn rule_arguments(hook: Hook, rule: &Rule, family: Family) -> Option<String> {
+    let mut arguments = "-p tcp".to_owned();
+    for rule_match in &rule.matches {
+        let _ = match rule_match {
+            Match::Loopback if hook == Hook::Inbound => write!(arguments, " -i lo"),
+            Match::Loopback => write!(arguments, " -o lo"),
+            Match::User(user) => write!(arguments, " -m owner --uid-owner {user}"),
+            Match::Ports(ports) => write!(arguments, " --dport {}:{}", ports.first, ports.last),
             Match::To(network) if family.has(network.address) => {
-                write!(words, " -d {}/{}", network.address, network.prefix)
+                write!(arguments, " -d {}/{}", network.address, network.prefix)
             }
             Match::To(_) => return None,
         };
     }
     let _ = match rule.verdict {
-        Verdict::LeaveAlone => write!(words, " -j RETURN"),
-        Verdict::LeadTo(port) => write!(words, " -j REDIRECT --to-ports {port}"),
+        Verdict::LeaveAlone => write!(arguments, " -j RETURN"),
+        Verdict::LeadTo(port) => write!(arguments, " -j REDIRECT --to-ports {port}"),
     };
-    Some(words)
+    Some(arguments)
 }
 
 pub(super) fn apply(plan: &Plan) -> io::Result<()> {
     for family in Family::ALL {
         let text = restore(plan, family, |hook| jumps(family, hook));
-        run(&format!("{}-restore", family.program()), &["--noflush", "-w", WAIT], Some(&text))?;
+        run(&format!("{}-restore", family.program()), &["--noflush", "-w", LOCK_TIMEOUT], Some(&text))?;
     }
     Ok(())
 }
 
-/// Removes our chains; fine where there are none.
+/// Removes our chains; succeeds if there are none.
 pub(super) fn clear() -> io::Result<()> {
     for family in Family::ALL {
         for hook in Hook::ALL {
             let (at, own) = chain(hook);
             let run = |arguments: &[&str]| {
-                let all = ["-w", WAIT, "-t", "nat"].iter().chain(arguments).copied().collect::<Vec<_>>();
+                let all =
+                    ["-w", LOCK_TIMEOUT, "-t", "nat"].iter().chain(arguments).copied().collect::<Vec<_>>();
                 run(family.program(), &all, None)
             };
             while jumps(family, hook) {
@@ -114,14 +115,14 @@ pub(super) fn clear() -> io::Result<()> {
 
 fn jumps(family: Family, hook: Hook) -> bool {
     let (at, own) = chain(hook);
-    run(family.program(), &["-w", WAIT, "-t", "nat", "-C", at, "-p", "tcp", "-j", own], None).is_ok()
+    run(family.program(), &["-w", LOCK_TIMEOUT, "-t", "nat", "-C", at, "-p", "tcp", "-j", own], None).is_ok()
 }
 
-/// Whether there is anything to run.
+/// Whether iptables can be executed.
 pub(super) fn is_installed() -> bool {
-    let mut asking = Command::new(Family::V4.program());
-    asking.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    asking.status().is_ok_and(|status| status.success())
+    let mut command = Command::new(Family::V4.program());
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
 }
 
 fn run(program: &str, arguments: &[&str], input: Option<&str>) -> io::Result<()> {
@@ -149,7 +150,7 @@ mod tests {
     use crate::redirect::plan::example;
 
     #[test]
-    fn each_family_gets_its_own_and_a_jump_once() {
+    fn each_family_gets_its_rules_and_one_jump() {
         let text = restore(&example(), Family::V6, |hook| hook == Hook::Inbound);
         assert!(text.starts_with("*nat\n:OUTRIGGER_IN - [0:0]\n:OUTRIGGER_OUT - [0:0]\n"), "{text}");
         assert!(text.contains("-A OUTRIGGER_OUT -p tcp -d fd00::/8 -j RETURN\n"), "{text}");

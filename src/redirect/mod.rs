@@ -1,13 +1,13 @@
-//! Kernel rules that lead a pod's TCP connections through the proxy, and leave alone what must be.
+//! Kernel rules that redirect a pod's TCP connections to the proxy, with exemptions.
 //!
 //! ```text
-//! plan: what is led where ──▶ rules, in order ──▶ nftables (netlink: no program needed) ─┐
-//!                                              └▶ iptables-restore, where the kernel has  ├──▶ verify: a connection
-//!                                                 no nf_tables                           ─┘    that must arrive
+//! plan: ports, exemptions ──▶ rules, in order ──▶ nftables (netlink: no program needed) ─┐
+//!                                              └▶ iptables-restore, if the kernel has no  ├──▶ verify: a connection
+//!                                                 nf_tables                              ─┘    that must arrive
 //! ```
 //!
-//! The image holds one static binary and nothing else, so the rules are written to the kernel by netlink, without `nft`:
-//! one transaction for IPv4 and IPv6 that replaces our own table and touches nobody else's.
+//! The image contains one static binary and nothing else, so the rules are written by netlink, without `nft`: one
+//! transaction for IPv4 and IPv6 that replaces our table and leaves all others unchanged.
 
 pub mod apply;
 mod host;
@@ -23,9 +23,9 @@ mod verify;
 pub use apply::{Backend, RedirectError, Scope, apply, clear, print};
 pub use plan::{Plan, PortRange};
 
-/// Connections to this port of the loopback addresses are led to the outbound port, whoever opens them. Nothing listens
-/// there: who gets through has seen the rules work.
+/// Connections to this port of the loopback addresses are redirected to the outbound port for every user. Nothing
+/// listens on it, so a successful connection proves that the rules work.
 pub const PROBE_PORT: u16 = 4144;
 
-/// Our table, chains beside those of everybody else.
+/// The name of our table.
 const NAME: &str = "outrigger";

@@ -1,4 +1,4 @@
-//! Messages to the kernel's netfilter by netlink (RFC 3549): how they are laid out, and how a batch of them is sent.
+//! Netlink messages to the kernel's netfilter (RFC 3549): their layout, and sending a batch.
 
 use std::{io, time::Duration};
 
@@ -9,8 +9,8 @@ use rustix::net::{
     sockopt::{Timeout, set_socket_timeout},
 };
 
-/// How long the kernel, which answers at once, may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The limit for a response of the kernel, which normally responds at once.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 const HEADER: usize = 16;
 const NLMSG_ERROR: u16 = 2;
@@ -20,12 +20,12 @@ const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NESTED: u16 = 1 << 15;
 
-/// A subsystem's messages that take effect together or not at all.
+/// Messages of a subsystem that take effect atomically.
 #[derive(Debug)]
 pub struct Batch {
     subsystem: u8,
     bytes: Vec<u8>,
-    /// Where the last message begins.
+    /// The offset of the last message.
     last: usize,
     count: u32,
 }
@@ -72,17 +72,17 @@ impl Batch {
         self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
     }
 
-    /// Has the kernel do all of it.
+    /// Sends the batch and waits for the result.
     ///
     /// # Errors
-    /// What the kernel refused; then nothing has changed.
+    /// Why the kernel rejected the batch; then nothing has changed.
     pub fn commit(mut self) -> io::Result<()> {
-        // The last message is the one that is answered when all went well; refusals come unasked.
+        // Success is acknowledged for the last message only; errors are sent without request.
         let flags = self.last + 6;
-        let asked =
+        let with_ack =
             (NLM_F_REQUEST | NLM_F_ACK) | u16::from_ne_bytes([self.bytes[flags], self.bytes[flags + 1]]);
-        self.bytes[flags..flags + 2].copy_from_slice(&asked.to_ne_bytes());
-        let answered_by = self.count;
+        self.bytes[flags..flags + 2].copy_from_slice(&with_ack.to_ne_bytes());
+        let awaited = self.count;
         let subsystem = u16::from(self.subsystem);
         self.message(BATCH_END, 0, 0, subsystem, |_| {});
 
@@ -90,20 +90,20 @@ impl Batch {
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(NETFILTER))?;
         let kernel = SocketAddrNetlink::new(0, 0);
         bind(&socket, &kernel)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(TIMEOUT))?;
         sendto(&socket, &self.bytes, SendFlags::empty(), &kernel)?;
         let mut buffer = [0; 8192];
         loop {
             let (length, _) = recv(&socket, &mut buffer[..], RecvFlags::empty())?;
-            if answer(&buffer[..length], answered_by)? {
+            if find_ack(&buffer[..length], awaited)? {
                 return Ok(());
             }
         }
     }
 }
 
-/// Whether these answers hold the one that is waited for; the first refusal ends it.
-fn answer(mut bytes: &[u8], awaited: u32) -> io::Result<bool> {
+/// Whether `bytes` contain the acknowledgement of message `awaited`. Returns the first error.
+fn find_ack(mut bytes: &[u8], awaited: u32) -> io::Result<bool> {
     while let Some(header) = bytes.first_chunk::<HEADER>() {
         let [l0, l1, l2, l3, k0, k1, _, _, s0, s1, s2, s3, ..] = *header;
         let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
@@ -114,7 +114,7 @@ fn answer(mut bytes: &[u8], awaited: u32) -> io::Result<bool> {
             match i32::from_ne_bytes(*code) {
                 0 if u32::from_ne_bytes([s0, s1, s2, s3]) == awaited => return Ok(true),
                 0 => {}
-                refused => return Err(io::Error::from_raw_os_error(-refused)),
+                code => return Err(io::Error::from_raw_os_error(-code)),
             }
         }
         bytes = bytes.get(padded(length)..).unwrap_or_default();
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_are_aligned_and_tell_their_length() {
+    fn attributes_are_aligned_and_have_their_length() {
         let mut bytes = Vec::new();
         Attributes(&mut bytes).nested(1, |inner| {
             inner.text(2, "lo");
@@ -185,8 +185,8 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_an_error_and_another_ones_answer_is_none() {
-        let told = |sequence: u32, code: i32| {
+    fn errors_are_returned_and_other_acks_ignored() {
+        let reply = |sequence: u32, code: i32| {
             let mut bytes = 36u32.to_ne_bytes().to_vec();
             bytes.extend(NLMSG_ERROR.to_ne_bytes());
             bytes.extend([0; 2]);
@@ -196,10 +196,10 @@ mod tests {
             bytes.resize(36, 0);
             bytes
         };
-        assert!(answer(&told(4, 0), 4).unwrap());
-        assert!(!answer(&told(3, 0), 4).unwrap());
-        assert!(answer(&[told(3, 0), told(4, 0)].concat(), 4).unwrap());
-        assert_eq!(answer(&told(3, -1), 4).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
-        assert!(!answer(&[1, 2, 3], 4).unwrap());
+        assert!(find_ack(&reply(4, 0), 4).unwrap());
+        assert!(!find_ack(&reply(3, 0), 4).unwrap());
+        assert!(find_ack(&[reply(3, 0), reply(4, 0)].concat(), 4).unwrap());
+        assert_eq!(find_ack(&reply(3, -1), 4).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert!(!find_ack(&[1, 2, 3], 4).unwrap());
     }
 }

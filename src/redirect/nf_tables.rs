@@ -1,4 +1,4 @@
-//! The rules as the kernel's nf_tables takes them. Numbers are those of `linux/netfilter/nf_tables.h`.
+//! The rules as nf_tables expressions. Numbers are those of `linux/netfilter/nf_tables.h`.
 
 use std::{io, net::IpAddr};
 
@@ -22,7 +22,7 @@ const IPV4: u8 = 2;
 const IPV6: u8 = 10;
 const TCP: u8 = 6;
 
-/// The register that a value is loaded into, and the one that decides.
+/// The register for values, and the verdict register.
 const VALUE: u32 = 1;
 const DECISION: u32 = 0;
 const ACCEPT: u32 = 1;
@@ -43,34 +43,34 @@ enum Compare {
     AtLeast = 5,
 }
 
-/// Puts our table into the kernel, in the place of an earlier one.
+/// Installs our table, replacing an earlier one.
 pub(super) fn apply(plan: &Plan) -> io::Result<()> {
     let mut batch = Batch::new(SUBSYSTEM);
-    replace(&mut batch);
+    delete_existing(&mut batch);
     table(&mut batch, NEW_TABLE, CREATE);
     for hook in Hook::ALL {
         chain(&mut batch, hook);
-        for Rule { matches, verdict: decided, why } in plan.rules(hook) {
+        for Rule { matches, verdict: action, why } in plan.rules(hook) {
             rule(&mut batch, hook, why, |expressions| {
                 meta(expressions, Meta::Protocol);
                 compare(expressions, Compare::Equal, &[TCP]);
-                matches.iter().for_each(|what| condition(expressions, hook, *what));
-                verdict(expressions, decided);
+                matches.iter().for_each(|rule_match| condition(expressions, hook, *rule_match));
+                verdict(expressions, action);
             });
         }
     }
     batch.commit()
 }
 
-/// Removes our table; fine where there is none.
+/// Removes our table; succeeds if there is none.
 pub(super) fn clear() -> io::Result<()> {
     let mut batch = Batch::new(SUBSYSTEM);
-    replace(&mut batch);
+    delete_existing(&mut batch);
     batch.commit()
 }
 
-/// Deleting what is not there is an error, making what is there is none.
-fn replace(batch: &mut Batch) {
+/// Creates the table before deleting it: deleting a missing table is an error, creating an existing one is not.
+fn delete_existing(batch: &mut Batch) {
     table(batch, NEW_TABLE, CREATE);
     table(batch, DELETE_TABLE, 0);
 }
@@ -92,7 +92,7 @@ fn chain(batch: &mut Batch, hook: Hook) {
         chain.text(3, chain_name(hook));
         chain.nested(4, |at| {
             at.number(1, if hook == Hook::Inbound { 0 } else { 3 });
-            // Where destinations are changed.
+            // NF_IP_PRI_NAT_DST.
             at.number(2, (-100_i32).cast_unsigned());
         });
         chain.number(5, ACCEPT);
@@ -105,15 +105,15 @@ fn rule(batch: &mut Batch, hook: Hook, why: &str, expressions: impl FnOnce(&mut 
         rule.text(1, NAME);
         rule.text(2, chain_name(hook));
         rule.nested(4, expressions);
-        // As `nft` keeps comments: type 0, length, text with its end.
+        // The comment format of `nft`: type 0, length, text with NUL.
         let length = u8::try_from(why.len() + 1).unwrap_or(u8::MAX);
         let comment: Vec<u8> = [0, length].into_iter().chain(why.bytes()).chain([0]).collect();
         rule.bytes(7, &comment);
     });
 }
 
-fn condition(expressions: &mut Attributes<'_>, hook: Hook, what: Match) {
-    match what {
+fn condition(expressions: &mut Attributes<'_>, hook: Hook, rule_match: Match) {
+    match rule_match {
         Match::Loopback => {
             meta(expressions, if hook == Hook::Inbound { Meta::InputName } else { Meta::OutputName });
             let mut name = [0; 16];
@@ -122,7 +122,7 @@ fn condition(expressions: &mut Attributes<'_>, hook: Hook, what: Match) {
         }
         Match::User(user) => {
             meta(expressions, Meta::SocketUser);
-            // The one value that the kernel loads in its own order.
+            // The only value that the kernel loads in host byte order.
             compare(expressions, Compare::Equal, &user.to_ne_bytes());
         }
         Match::Ports(PortRange { first, last }) => {
@@ -204,7 +204,7 @@ fn compare(expressions: &mut Attributes<'_>, how: Compare, with: &[u8]) {
     });
 }
 
-/// Loads a part of a header: base 1 is that of IP, 2 that of TCP.
+/// Loads bytes of a header: base 1 is IP, 2 is TCP.
 fn payload(expressions: &mut Attributes<'_>, base: u32, offset: u32, length: u32) {
     expression(expressions, "payload", |data| {
         data.number(1, VALUE);

@@ -1,37 +1,37 @@
-//! What is led through the proxy and what is not, as a list of rules of which the first that fits decides.
+//! What is redirected and what is exempt, as a list of rules. The first matching rule decides.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
 use super::PROBE_PORT;
 use crate::config::Network;
 
-/// What `redirect apply` is asked for.
+/// The settings of `redirect apply`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Where connections from outside are led.
+    /// The proxy's port for connections from outside.
     pub inbound_port: u16,
-    /// Where connections of the pod are led.
+    /// The proxy's port for connections of the pod.
     pub outbound_port: u16,
-    /// Whose connections are left alone: the proxy's own.
+    /// Users whose connections are exempt: the proxy's.
     pub users: Vec<u32>,
     pub skip_inbound: Vec<PortRange>,
     pub skip_outbound: Vec<PortRange>,
     pub skip_networks: Vec<Network>,
 }
 
-/// What the rules do, as a clause: `lead every TCP connection …`.
+/// What the rules do, as a clause: `redirect every TCP connection …`.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "lead every TCP connection from outside to port {}", self.inbound_port)?;
-        list(f, " (but those to port ", &self.skip_inbound)?;
+        write!(f, "redirect every TCP connection from outside to port {}", self.inbound_port)?;
+        list(f, " (except to port ", &self.skip_inbound)?;
         let users: Vec<String> = self.users.iter().map(ToString::to_string).collect();
         let (users, port) = (users.join(", "), self.outbound_port);
         write!(
             f,
-            " and every TCP connection of all processes here, but those of user {users}, to port {port}"
+            " and every TCP connection of all processes here, except those of user {users}, to port {port}"
         )?;
-        list(f, " (but those to port ", &self.skip_outbound)?;
-        write!(f, "; where no proxy listens there, connections are refused, remote logins among them")
+        list(f, " (except to port ", &self.skip_outbound)?;
+        write!(f, "; if no proxy listens there, connections are refused, including remote logins")
     }
 }
 
@@ -60,14 +60,14 @@ impl FromStr for PortRange {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is no port (1-65535) and no range of ports like 9000-9010");
+        let invalid = || format!("`{text}` is neither a port (1-65535) nor a range of ports like 9000-9010");
         let port = |text: &str| match text.trim().parse::<u16>() {
-            Ok(0) | Err(_) => Err(wrong()),
+            Ok(0) | Err(_) => Err(invalid()),
             Ok(port) => Ok(port),
         };
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let range = Self { first: port(first)?, last: port(last)? };
-        if range.first > range.last { Err(wrong()) } else { Ok(range) }
+        if range.first > range.last { Err(invalid()) } else { Ok(range) }
     }
 }
 
@@ -81,7 +81,7 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// Where the kernel looks at a connection's first packet.
+/// The netfilter hook for a connection's first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hook {
     /// From outside of the pod.
@@ -94,10 +94,10 @@ impl Hook {
     pub const ALL: [Self; 2] = [Self::Inbound, Self::Outbound];
 }
 
-/// What must hold of a TCP connection; all of it.
+/// A condition for a TCP connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Match {
-    /// Comes, or goes, by the loopback device.
+    /// Arrives or leaves on the loopback device.
     Loopback,
     User(u32),
     Ports(PortRange),
@@ -114,20 +114,20 @@ pub(super) enum Verdict {
 pub(super) struct Rule {
     pub matches: Vec<Match>,
     pub verdict: Verdict,
-    /// Stands beside the rule, for who lists them.
+    /// The rule's comment in listings.
     pub why: &'static str,
 }
 
 impl Plan {
     /// The rules for TCP connections at a hook, in order.
     pub(super) fn rules(&self, hook: Hook) -> Vec<Rule> {
-        let leave = |matches: Match, why| Rule { matches: vec![matches], verdict: Verdict::LeaveAlone, why };
+        let exempt = |matches: Match, why| Rule { matches: vec![matches], verdict: Verdict::LeaveAlone, why };
         let mut rules = Vec::new();
         match hook {
             Hook::Inbound => {
-                rules.push(leave(Match::Loopback, "stays in the pod"));
-                rules.push(leave(Match::Ports(self.inbound_port.into()), "meant for the proxy"));
-                rules.extend(self.skip_inbound.iter().map(|ports| leave(Match::Ports(*ports), "skipped")));
+                rules.push(exempt(Match::Loopback, "stays in the pod"));
+                rules.push(exempt(Match::Ports(self.inbound_port.into()), "meant for the proxy"));
+                rules.extend(self.skip_inbound.iter().map(|ports| exempt(Match::Ports(*ports), "skipped")));
             }
             Hook::Outbound => {
                 rules.extend(probe_networks().map(|network| Rule {
@@ -135,11 +135,11 @@ impl Plan {
                     verdict: Verdict::LeadTo(self.outbound_port),
                     why: "shows that the rules work",
                 }));
-                rules.extend(self.users.iter().map(|user| leave(Match::User(*user), "the proxy's own")));
-                rules.push(leave(Match::Loopback, "stays in the pod"));
-                rules.push(leave(Match::To(link_local()), "link-local"));
-                rules.extend(self.skip_outbound.iter().map(|ports| leave(Match::Ports(*ports), "skipped")));
-                rules.extend(self.skip_networks.iter().map(|network| leave(Match::To(*network), "skipped")));
+                rules.extend(self.users.iter().map(|user| exempt(Match::User(*user), "the proxy's own")));
+                rules.push(exempt(Match::Loopback, "stays in the pod"));
+                rules.push(exempt(Match::To(link_local()), "link-local"));
+                rules.extend(self.skip_outbound.iter().map(|ports| exempt(Match::Ports(*ports), "skipped")));
+                rules.extend(self.skip_networks.iter().map(|network| exempt(Match::To(*network), "skipped")));
             }
         }
         let to = match hook {
@@ -151,7 +151,7 @@ impl Plan {
     }
 }
 
-/// What comes from such an address would not arrive at the loopback address: the kernel drops it, and the caller waits.
+/// Packets with such a source address cannot be redirected to loopback: the kernel drops them, and the client hangs.
 fn link_local() -> Network {
     Network { address: IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 0]), prefix: 10 }
 }
@@ -179,16 +179,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_read_and_what_is_none_is_named() {
+    fn ports_are_parsed_and_errors_name_the_text() {
         assert_eq!("22".parse(), Ok(PortRange { first: 22, last: 22 }));
         assert_eq!("9000-9010".parse(), Ok(PortRange { first: 9000, last: 9010 }));
-        for wrong in ["", "0", "70000", "9010-9000", "http", "1-", "-1", "1,2"] {
-            assert!(wrong.parse::<PortRange>().unwrap_err().contains(wrong), "{wrong}");
+        for invalid in ["", "0", "70000", "9010-9000", "http", "1-", "-1", "1,2"] {
+            assert!(invalid.parse::<PortRange>().unwrap_err().contains(invalid), "{invalid}");
         }
     }
 
     #[test]
-    fn the_proxys_own_connections_are_left_alone_before_anything_is_led_to_it() {
+    fn the_proxys_own_connections_are_exempt_before_any_redirection() {
         let rules = example().rules(Hook::Outbound);
         let at = |verdict: Verdict, matches: &[Match]| {
             rules.iter().position(|rule| rule.verdict == verdict && rule.matches == matches).unwrap()

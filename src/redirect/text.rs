@@ -1,4 +1,4 @@
-//! The rules in the words of `nft`, for people, and for `nft -f -`.
+//! The rules in `nft` syntax, for people and for `nft -f -`.
 
 use std::{fmt::Write as _, net::IpAddr};
 
@@ -18,7 +18,7 @@ pub(super) fn nft(plan: &Plan) -> String {
         let _ = writeln!(text, "\tchain {chain} {{");
         let _ = writeln!(text, "\t\ttype nat hook {at} priority -100; policy accept;");
         for rule in plan.rules(hook) {
-            let _ = writeln!(text, "\t\t{} comment \"{}\"", in_words(hook, &rule), rule.why);
+            let _ = writeln!(text, "\t\t{} comment \"{}\"", rule_text(hook, &rule), rule.why);
         }
         text.push_str("\t}\n");
     }
@@ -26,9 +26,9 @@ pub(super) fn nft(plan: &Plan) -> String {
     text
 }
 
-fn in_words(hook: Hook, rule: &Rule) -> String {
-    let mut words = vec!["meta l4proto tcp".to_owned()];
-    words.extend(rule.matches.iter().map(|what| match what {
+fn rule_text(hook: Hook, rule: &Rule) -> String {
+    let mut parts = vec!["meta l4proto tcp".to_owned()];
+    parts.extend(rule.matches.iter().map(|rule_match| match rule_match {
         Match::Loopback if hook == Hook::Inbound => "iifname \"lo\"".to_owned(),
         Match::Loopback => "oifname \"lo\"".to_owned(),
         Match::User(user) => format!("meta skuid {user}"),
@@ -38,11 +38,11 @@ fn in_words(hook: Hook, rule: &Rule) -> String {
             format!("{family} daddr {}/{}", network.address, network.prefix)
         }
     }));
-    words.push(match rule.verdict {
+    parts.push(match rule.verdict {
         Verdict::LeaveAlone => "accept".to_owned(),
         Verdict::LeadTo(port) => format!("redirect to :{port}"),
     });
-    words.join(" ")
+    parts.join(" ")
 }
 
 #[cfg(test)]
@@ -51,7 +51,7 @@ mod tests {
     use crate::redirect::plan::example;
 
     #[test]
-    fn it_reads_as_nft_writes_it() {
+    fn the_syntax_is_that_of_nft() {
         let text = nft(&example());
         for line in [
             "meta l4proto tcp iifname \"lo\" accept comment \"stays in the pod\"",

@@ -1,4 +1,4 @@
-//! Shows by a connection that the rules work.
+//! Verifies by a connection that the rules work.
 
 use std::{
     io,
@@ -10,31 +10,32 @@ use std::{
 
 use super::PROBE_PORT;
 
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Where probes go; only the families that this network namespace has.
+/// The probe addresses, for the address families of this network namespace.
 pub(super) fn targets() -> Vec<SocketAddr> {
     let families = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
-    let here = families.into_iter().filter(|ip| TcpListener::bind((*ip, 0)).is_ok());
-    here.map(|ip| SocketAddr::new(ip, PROBE_PORT)).collect()
+    let available = families.into_iter().filter(|ip| TcpListener::bind((*ip, 0)).is_ok());
+    available.map(|ip| SocketAddr::new(ip, PROBE_PORT)).collect()
 }
 
-/// Opens a connection to where nobody listens and sees it arrive at the outbound port. Where the proxy runs already it
-/// has to be the one that answers.
+/// Connects to a port on which nothing listens and checks that the connection arrives at the outbound port. If the
+/// proxy is already running, accepting the connection is sufficient.
 pub(super) fn arrives(probe: SocketAddr, outbound_port: u16) -> io::Result<()> {
     let listener = match TcpListener::bind((probe.ip(), outbound_port)) {
         Ok(listener) => Some(listener),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
         Err(error) => return Err(error),
     };
-    let stream = TcpStream::connect_timeout(&probe, PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&probe, TIMEOUT)?;
     let Some(listener) = listener else { return Ok(()) };
-    let (tell, told) = mpsc::channel();
-    // Accepting has no time limit of its own; the process ends soon, and the thread with it.
-    thread::spawn(move || tell.send(listener.accept()));
-    let (_, peer) = told.recv_timeout(PATIENCE).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let (sender, receiver) = mpsc::channel();
+    // `accept` has no timeout; the thread ends with the process.
+    thread::spawn(move || sender.send(listener.accept()));
+    let (_, peer) =
+        receiver.recv_timeout(TIMEOUT).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     if stream.local_addr()? == peer {
         return Ok(());
     }
-    Err(io::Error::other(format!("a connection of {peer} came instead")))
+    Err(io::Error::other(format!("a connection from {peer} arrived instead")))
 }

@@ -1,11 +1,11 @@
-//! The adaptive limit: how many requests in flight an upstream can take before they only wait for each other.
+//! The adaptive limit: how many requests in flight an upstream can serve before they only queue behind each other.
 //!
-//! While latency stays near what it is without congestion, the limit grows by its square root; when latency rises, the
-//! limit shrinks in proportion (a gradient controller). What latency is without congestion is learned when the limit
-//! holds nobody back. While it does hold callers back, only better news is believed: otherwise a lasting overload would
-//! become the new normal, and the limit would drift up with it. So there is no need to stop traffic from time to
-//! time for measuring. If the service has truly become slower, the limit falls to [`LEAST`], where our own load
-//! can hardly be the reason, and the new latency is learned there.
+//! A gradient controller: while latency stays near the uncongested latency, the limit grows by its square root; when
+//! latency rises, the limit shrinks in proportion. The uncongested latency is learned while no request waits for the
+//! limit. While requests wait, it can only be lowered: otherwise a lasting overload would become the baseline, and the
+//! limit would drift up with it. Traffic therefore never has to be paused for measuring. If the service has become
+//! slower, the limit falls to [`MIN_LIMIT`], where this proxy's load can hardly be the cause, and the new latency is
+//! learned there.
 
 use std::{
     sync::{
@@ -18,70 +18,70 @@ use std::{
 use super::{classify::Health, limit::RequestLimit};
 
 /// The limit never falls below this.
-pub const LEAST: u32 = 8;
-const FIRST: u32 = 32;
+pub const MIN_LIMIT: u32 = 8;
+const INITIAL_LIMIT: u32 = 32;
 /// Latency may be this much above the uncongested one before the limit shrinks.
 const TOLERANCE: f64 = 1.5;
-/// How much of a new target is taken over at once.
+/// The share of the way to a new target taken per window.
 const SMOOTHING: f64 = 0.2;
-/// What one window changes about the uncongested latency.
+/// The weight of one window in the uncongested latency.
 const LEARNING: f64 = 0.1;
-const ON_FAILURES: f64 = 0.9;
-/// A window is at least so long,
+const FAILURE_FACTOR: f64 = 0.9;
+/// The least length of a window.
 const WINDOW: Duration = Duration::from_millis(100);
-/// and holds at least so many answers.
-const LEAST_SAMPLES: u32 = 10;
+/// The least number of responses in a window.
+const MIN_SAMPLES: u32 = 10;
 
-/// The pure controller.
+/// The controller.
 #[derive(Debug)]
 struct Gradient {
     limit: f64,
     /// In microseconds; 0 = not known yet.
     uncongested: f64,
-    most: f64,
+    max: f64,
 }
 
-/// What came of the requests that ended within a window.
+/// The requests that ended within a window.
 #[derive(Clone, Copy, Debug)]
 struct Window {
     /// Microseconds.
     mean_latency: f64,
     /// In flight at its end.
     in_flight: u32,
-    /// Others waited for a place.
-    held_back: bool,
+    /// Requests waited for a slot.
+    has_waiters: bool,
     /// More than a tenth failed.
     failing: bool,
 }
 
 impl Gradient {
-    fn new(most: u32) -> Self {
-        let most = f64::from(most.max(1));
-        Self { limit: f64::from(FIRST).min(most), uncongested: 0.0, most }
+    fn new(max: u32) -> Self {
+        let max = f64::from(max.max(1));
+        Self { limit: f64::from(INITIAL_LIMIT).min(max), uncongested: 0.0, max }
     }
 
     fn step(&mut self, window: Window) -> u32 {
         if window.failing {
-            // Failures may be quick: their latency says nothing.
-            self.limit *= ON_FAILURES;
+            // Failures may be fast: their latency is ignored.
+            self.limit *= FAILURE_FACTOR;
         } else {
             self.learn(window);
             let gradient = (TOLERANCE * self.uncongested / window.mean_latency.max(1.0)).clamp(0.5, 1.0);
-            // A limit that is not used cannot be known to be too low.
-            let used = window.held_back || f64::from(window.in_flight) * 2.0 >= self.limit;
-            let room = if used { self.limit.sqrt() } else { 0.0 };
-            self.limit += SMOOTHING * (self.limit * gradient + room - self.limit);
+            // Only a limit that is reached may be too low.
+            let used = window.has_waiters || f64::from(window.in_flight) * 2.0 >= self.limit;
+            let growth = if used { self.limit.sqrt() } else { 0.0 };
+            self.limit += SMOOTHING * (self.limit * gradient + growth - self.limit);
         }
-        self.limit = self.limit.max(f64::from(LEAST)).min(self.most);
+        self.limit = self.limit.max(f64::from(MIN_LIMIT)).min(self.max);
         self.limit as u32
     }
 
     fn learn(&mut self, window: Window) {
         let latency = window.mean_latency;
-        let free = !window.held_back || self.limit <= f64::from(LEAST);
+        let uncongested_window = !window.has_waiters || self.limit <= f64::from(MIN_LIMIT);
         if self.uncongested == 0.0 {
             self.uncongested = latency;
-        } else if free || latency < self.uncongested {
+        } else if uncongested_window || latency < self.uncongested {
             self.uncongested += LEARNING * (latency - self.uncongested);
         }
     }
@@ -90,9 +90,9 @@ impl Gradient {
 /// The adaptive limit of an upstream, shared by all workers.
 #[derive(Debug)]
 pub struct Adaptive {
-    /// Of the running window: microseconds, answers, failures.
+    /// Of the current window: microseconds, responses, failures.
     latency: AtomicU64,
-    answers: AtomicU32,
+    responses: AtomicU32,
     failures: AtomicU32,
     /// Milliseconds after the epoch.
     window_ends: AtomicU64,
@@ -105,7 +105,7 @@ impl Adaptive {
     pub fn new(max_requests: u32, now: Instant) -> Self {
         Self {
             latency: AtomicU64::new(0),
-            answers: AtomicU32::new(0),
+            responses: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             window_ends: AtomicU64::new(millis(WINDOW)),
             gradient: Mutex::new(Gradient::new(max_requests)),
@@ -113,13 +113,13 @@ impl Adaptive {
         }
     }
 
-    /// Takes in how long a try took, to its headers, and what came of it; at the end of a window it moves the limit.
-    /// Mostly two atomic additions; whoever ends a window also takes a lock that nobody else then wants.
-    pub fn record<B: super::limit::Bell>(
+    /// Records an attempt's time to response headers and its outcome; at the end of a window, adjusts the limit.
+    /// Usually two atomic additions; the call that ends a window also takes an uncontended lock.
+    pub fn record<N: super::limit::Bell>(
         &self,
         latency: Duration,
         health: Health,
-        limit: &RequestLimit<B>,
+        limit: &RequestLimit<N>,
         now: Instant,
     ) {
         match health {
@@ -132,11 +132,11 @@ impl Adaptive {
                 self.latency.fetch_add(micros, Ordering::Relaxed);
             }
         }
-        let answers = self.answers.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let responses = self.responses.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let passed = millis(now.saturating_duration_since(self.epoch));
         let ends = self.window_ends.load(Ordering::Relaxed);
         let next = passed.saturating_add(millis(WINDOW));
-        if answers < LEAST_SAMPLES
+        if responses < MIN_SAMPLES
             || passed < ends
             || self.window_ends.compare_exchange(ends, next, Ordering::Relaxed, Ordering::Relaxed).is_err()
         {
@@ -149,21 +149,21 @@ impl Adaptive {
         }
     }
 
-    /// Takes a new `max_requests` over from a reload. What was learned stays.
+    /// Applies the `max_requests` of a reload; keeps what was learned.
     pub fn configure(&self, max_requests: u32) {
-        self.gradient.lock().unwrap_or_else(PoisonError::into_inner).most = f64::from(max_requests.max(1));
+        self.gradient.lock().unwrap_or_else(PoisonError::into_inner).max = f64::from(max_requests.max(1));
     }
 
-    fn take_window(&self, in_flight: u32, held_back: bool) -> Window {
-        let answers = self.answers.swap(0, Ordering::Relaxed);
+    fn take_window(&self, in_flight: u32, has_waiters: bool) -> Window {
+        let responses = self.responses.swap(0, Ordering::Relaxed);
         let failures = self.failures.swap(0, Ordering::Relaxed);
         let latency = self.latency.swap(0, Ordering::Relaxed);
-        let successes = answers.saturating_sub(failures).max(1);
+        let successes = responses.saturating_sub(failures).max(1);
         Window {
             mean_latency: latency as f64 / f64::from(successes),
             in_flight,
-            held_back,
-            failing: failures.saturating_mul(10) > answers,
+            has_waiters,
+            failing: failures.saturating_mul(10) > responses,
         }
     }
 }
@@ -178,19 +178,19 @@ mod tests {
 
     use super::{super::limit::LimitSettings, *};
 
-    /// A service that works on ten at a time, each for so long; callers that always want so many at once.
+    /// A service that processes ten requests at a time, each for `service_micros`; clients that always send `demand`.
     fn run(gradient: &mut Gradient, windows: u32, demand: u32, service_micros: f64) -> u32 {
         for _ in 0..windows {
             let limit = gradient.limit as u32;
             let in_flight = demand.min(limit);
             let mean_latency = service_micros * (f64::from(in_flight) / 10.0).max(1.0);
-            gradient.step(Window { mean_latency, in_flight, held_back: demand > limit, failing: false });
+            gradient.step(Window { mean_latency, in_flight, has_waiters: demand > limit, failing: false });
         }
         gradient.limit as u32
     }
 
     #[test]
-    fn finds_what_the_service_can_take_and_does_not_drift() {
+    fn finds_the_capacity_and_does_not_drift() {
         let mut gradient = Gradient::new(1024);
         run(&mut gradient, 50, 5, 10_000.0);
         for windows in [100, 1000, 100_000] {
@@ -200,18 +200,23 @@ mod tests {
     }
 
     #[test]
-    fn grows_where_there_is_room() {
+    fn grows_while_latency_is_low() {
         let mut gradient = Gradient::new(1024);
         for _ in 0..1000 {
-            gradient.step(Window { mean_latency: 9_000.0, in_flight: 600, held_back: true, failing: false });
+            gradient.step(Window {
+                mean_latency: 9_000.0,
+                in_flight: 600,
+                has_waiters: true,
+                failing: false,
+            });
         }
         assert!(gradient.limit >= 600.0, "{}", gradient.limit);
         let mut unused = Gradient::new(1024);
-        assert_eq!(run(&mut unused, 1000, 5, 10_000.0), FIRST, "what is not used does not grow");
+        assert_eq!(run(&mut unused, 1000, 5, 10_000.0), INITIAL_LIMIT, "an unused limit does not grow");
     }
 
     #[test]
-    fn learns_that_the_service_has_become_slower() {
+    fn learns_the_latency_of_a_slower_service() {
         let mut gradient = Gradient::new(1024);
         run(&mut gradient, 100, 8, 10_000.0);
         let limit = run(&mut gradient, 1000, 200, 50_000.0);
@@ -219,27 +224,27 @@ mod tests {
     }
 
     #[test]
-    fn gives_way_to_failures() {
+    fn shrinks_on_failures() {
         let mut gradient = Gradient::new(1024);
-        let failing = Window { mean_latency: 10.0, in_flight: 32, held_back: true, failing: true };
-        assert!(gradient.step(failing) < FIRST);
+        let failing = Window { mean_latency: 10.0, in_flight: 32, has_waiters: true, failing: true };
+        assert!(gradient.step(failing) < INITIAL_LIMIT);
         for _ in 0..100 {
             gradient.step(failing);
         }
-        assert_eq!(gradient.limit as u32, LEAST);
+        assert_eq!(gradient.limit as u32, MIN_LIMIT);
     }
 
     #[derive(Debug)]
-    struct Silent;
+    struct NoNotify;
 
-    impl super::super::limit::Bell for Silent {
+    impl super::super::limit::Bell for NoNotify {
         fn ring(self) {}
     }
 
     #[test]
     fn moves_the_limit_once_a_window() {
         let start = Instant::now();
-        let limit = RequestLimit::<Silent>::new(LimitSettings::default());
+        let limit = RequestLimit::<NoNotify>::new(LimitSettings::default());
         let adaptive = Adaptive::new(1024, start);
         let ms = Duration::from_millis;
         for n in 0..40 {
@@ -247,19 +252,19 @@ mod tests {
         }
         assert_eq!(limit.limit(), 1024, "the first window is not over");
         adaptive.record(ms(10), Health::Success, &limit, start + ms(101));
-        assert_eq!(limit.limit(), FIRST);
+        assert_eq!(limit.limit(), INITIAL_LIMIT);
     }
 
     proptest! {
         #[test]
         fn stays_between_its_bounds(
-            most in 0u32..3000,
+            max in 0u32..3000,
             windows in prop::collection::vec((0f64..1e8, 0u32..3000, any::<bool>(), any::<bool>()), 0..200),
         ) {
-            let mut gradient = Gradient::new(most);
-            for (mean_latency, in_flight, held_back, failing) in windows {
-                let limit = gradient.step(Window { mean_latency, in_flight, held_back, failing });
-                prop_assert!(limit >= LEAST.min(most.max(1)) && limit <= most.max(1));
+            let mut gradient = Gradient::new(max);
+            for (mean_latency, in_flight, has_waiters, failing) in windows {
+                let limit = gradient.step(Window { mean_latency, in_flight, has_waiters, failing });
+                prop_assert!(limit >= MIN_LIMIT.min(max.max(1)) && limit <= max.max(1));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! How long to wait before a further try: full jitter, `Retry-After` obeyed.
+//! The wait before a retry: exponential back-off with full jitter; `Retry-After` is obeyed.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::HumanDuration;
 
-/// `retry.backoff`: the n-th wait is drawn evenly from 0 to `min(max, base × 2ⁿ⁻¹)`.
+/// `retry.backoff`: the n-th wait is uniformly random between 0 and `min(max, base × 2ⁿ⁻¹)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BackoffSettings {
-    /// The longest first wait; a random part of it is waited.
+    /// Upper limit of the first wait, which is a random part of it.
     pub base: HumanDuration,
-    /// No wait is longer.
+    /// Upper limit of every wait.
     pub max: HumanDuration,
 }
 
@@ -24,10 +24,10 @@ impl Default for BackoffSettings {
     }
 }
 
-/// A server may ask for a longer wait than this only where the call has a deadline that allows it.
+/// A longer wait that the server asks for is obeyed only if the request has a deadline that allows it.
 const LONGEST_WAIT_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// What the upstream said about when to come back.
+/// When the upstream allows a retry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Hint {
     #[default]
@@ -40,26 +40,26 @@ pub enum Hint {
     Never,
 }
 
-/// What to do before a further try.
+/// The wait before a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     For(Duration),
-    /// The server asked for longer than there is time.
+    /// The wait would pass the deadline.
     TooLong,
-    /// The server asked not to try again.
+    /// The server forbids a retry.
     Forbidden,
 }
 
 impl BackoffSettings {
-    /// The longest wait before the n-th further try, from 1.
+    /// The longest wait before the n-th retry, from 1.
     pub fn ceiling(&self, n: u32) -> Duration {
-        // 2³¹ times a microsecond is already 36 minutes; more doublings cannot matter below any sensible `max`.
+        // 2³¹ times a microsecond is 36 minutes: more doublings make no difference below any sensible `max`.
         let factor = 1u32 << n.saturating_sub(1).min(31);
         self.base.0.saturating_mul(factor).min(self.max.0)
     }
 
-    /// The wait before the n-th further try, from 1. `time_left` to the deadline of the call, if it has one;
-    /// `random` from 0 to 1.
+    /// The wait before the n-th retry, from 1. `time_left`: until the request's deadline, if it has one; `random` from
+    /// 0 to 1.
     pub fn wait(&self, n: u32, hint: Hint, time_left: Option<Duration>, random: f64) -> Wait {
         let jitter = self.ceiling(n).mul_f64(random.clamp(0.0, 1.0));
         let fits = |wait: Duration| wait < time_left.unwrap_or(LONGEST_WAIT_WITHOUT_DEADLINE);
@@ -67,7 +67,7 @@ impl BackoffSettings {
             Hint::Never => Wait::Forbidden,
             Hint::Exactly(wait) | Hint::After(wait) if !fits(wait) => Wait::TooLong,
             Hint::Exactly(wait) => Wait::For(wait),
-            // Upward only: all callers were told the same moment, and earlier than it is refused for sure.
+            // Jitter is only added: all clients got the same time, and the server refuses earlier requests.
             Hint::After(wait) => {
                 let spread = wait.saturating_add(jitter);
                 Wait::For(if fits(spread) { spread } else { wait })
@@ -82,7 +82,7 @@ impl Hint {
     /// Reads `grpc-retry-pushback-ms` (gRPC A6) and `Retry-After` (RFC 9110 §10.2.3). `wall` is the time of day.
     pub fn from_headers(headers: &HeaderMap, wall: SystemTime) -> Self {
         if let Some(value) = headers.get("grpc-retry-pushback-ms") {
-            // A signed 32-bit number; what is no such number forbids, too.
+            // A signed 32-bit integer; any other value forbids the retry too.
             let millis = value.to_str().ok().and_then(|text| text.parse::<i32>().ok());
             return match millis.map(u64::try_from) {
                 Some(Ok(millis)) => Self::Exactly(Duration::from_millis(millis)),
@@ -97,10 +97,10 @@ impl Hint {
     }
 }
 
-/// `None` for what is neither seconds nor a date, and for a date in the past.
+/// `None` if the text is neither seconds nor a date, or the date is past.
 fn retry_after(text: &str, wall: SystemTime) -> Option<Duration> {
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-        // More seconds than fit a number are surely more than fit a deadline.
+        // More seconds than a `u64` holds pass any deadline.
         return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
     }
     httpdate::parse_http_date(text).ok()?.duration_since(wall).ok()
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_the_least_wait_and_jitter_only_adds() {
+    fn jitter_only_adds_to_retry_after() {
         let backoff = BackoffSettings::default();
         let after = Hint::After(MS * 2000);
         let left = |ms| Some(MS * ms);
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn grpc_pushback_is_exact_and_may_forbid() {
+    fn grpc_pushback_is_exact_or_forbids() {
         let backoff = BackoffSettings::default();
         assert_eq!(backoff.wait(1, Hint::Exactly(MS * 7), None, 1.0), Wait::For(MS * 7));
         assert_eq!(backoff.wait(1, Hint::Never, None, 0.5), Wait::Forbidden);

@@ -1,7 +1,7 @@
 //! The circuit breaker of an upstream: closed, open, half open.
 //!
-//! Closed, a try costs one load, and its success one or two atomic additions; everything else steps the [`Machine`]
-//! under a short lock. Only what the upstream caused is told to it ([`Health`]).
+//! While it is closed, an attempt costs one atomic load and its success one or two atomic additions. Everything else
+//! steps the [`Machine`] under a short lock. Only failures that the upstream caused are counted ([`Health`]).
 
 mod machine;
 #[cfg(test)]
@@ -26,22 +26,22 @@ use super::{
 };
 use crate::units::{HumanDuration, Ratio};
 
-/// `[defaults.breaker]`, per upstream; counts tries.
+/// `[defaults.breaker]`, per upstream; counts attempts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BreakerSettings {
-    /// Failures in a row that open it. 0 = off.
+    /// Consecutive failures that open it. 0 = off.
     pub consecutive_failures: u32,
-    /// Share of failures in the last `window`, from `min_requests` up, that opens it. 0 = off.
+    /// Share of failed attempts in the last `window` that opens it, once there are `min_requests`. 0 = off.
     pub failure_rate: Ratio,
-    /// The time over which the failure rate is measured.
+    /// The period over which the failure rate is measured.
     pub window: HumanDuration,
-    /// Below so many attempts in the window the failure rate is not looked at.
+    /// With fewer attempts in the window the failure rate is ignored.
     pub min_requests: u32,
-    /// How long it stays open; doubles, with jitter, each time the trial fails.
+    /// How long it stays open; doubles, with jitter, each time a trial fails.
     #[serde(deserialize_with = "open_for")]
     pub open_for: Growing,
-    /// Tries let through when half open; all must succeed.
+    /// Attempts admitted while half open; all must succeed.
     pub trial_requests: u32,
 }
 
@@ -62,7 +62,7 @@ impl Default for BreakerSettings {
     }
 }
 
-/// What the breaker lets through.
+/// The state of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     Closed,
@@ -70,17 +70,17 @@ pub enum State {
     Open,
 }
 
-/// Who decides.
+/// Whether the breaker works automatically or is forced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     Auto,
-    /// Forced: nothing goes through.
+    /// Forced: admits nothing.
     Open,
-    /// Forced: everything goes through.
+    /// Forced: admits everything.
     Closed,
 }
 
-/// Why it is in the state that it is in.
+/// Why the breaker entered its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
     Start,
@@ -90,17 +90,17 @@ pub enum Why {
         requests: u64,
     },
     OpenTimeOver,
-    /// A request to an endpoint that was absent has succeeded.
+    /// A request to a previously absent endpoint has succeeded.
     Reachable,
     TrialFailed,
     TrialsSucceeded,
     Manual,
     ManualExpired,
-    /// What was forced was given back before its time.
+    /// A forced state was set back to auto before it expired.
     ManualEnded,
 }
 
-/// A change of state, for the log, metrics and traces. `from` may equal `to` where only the mode changed.
+/// A change of state, for log, metrics and traces. `from` equals `to` if only the mode changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
     pub from: State,
@@ -110,7 +110,7 @@ pub struct Transition {
     pub until: Option<Instant>,
 }
 
-/// What `/status` shows.
+/// The state shown in `/status`.
 #[derive(Clone, Copy, Debug)]
 pub struct Report {
     pub state: State,
@@ -120,24 +120,24 @@ pub struct Report {
     pub until: Option<Instant>,
 }
 
-/// The answer to [`Breaker::admit`].
+/// The result of [`Breaker::admit`].
 #[derive(Debug)]
 pub struct Admission {
     pub permit: Result<Permit, Refused>,
     pub transition: Option<Transition>,
 }
 
-/// Not now; worth another look after this long.
+/// The breaker does not admit the attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused {
     pub retry_after: Duration,
 }
 
-/// The right to one try, to be given back with what came of it ([`Breaker::report`]). Dropped instead, it counts
-/// for nothing, and a trial's place is free again.
+/// The permit for one attempt, returned with the outcome to [`Breaker::report`]. Dropped instead, it is not counted,
+/// and a trial's slot is free again.
 ///
-/// A trial holds its place until it is reported: report as soon as the service has shown that it serves (response
-/// headers; for gRPC the status or the first message), not at the end of a stream that may live for hours.
+/// A trial holds its slot until it is reported. Report as soon as the service has shown that it works (response
+/// headers; for gRPC the status or the first message), not at the end of a stream that may last for hours.
 #[derive(Debug)]
 pub struct Permit {
     generation: u64,
@@ -145,16 +145,16 @@ pub struct Permit {
     trial: Option<Arc<Breaker>>,
 }
 
-/// The breaker of an upstream, shared by all workers. Outlives a reload.
+/// The breaker of an upstream, shared by all workers. Its state survives a reload.
 #[derive(Debug)]
 pub struct Breaker {
     machine: Mutex<Machine>,
-    /// The machine's generation × 2, plus 1 where a try must ask the machine.
+    /// The machine's generation × 2, plus 1 if attempts need the machine's admission.
     gate: AtomicU64,
-    in_a_row: AtomicU32,
+    consecutive_failures: AtomicU32,
     successes: SlidingCount,
     failures: SlidingCount,
-    /// In nanoseconds; 0 = the failure rate is off, nothing to count.
+    /// Length of a window slice in nanoseconds; 0 = the failure rate is off.
     slice: AtomicU64,
     epoch: Instant,
 }
@@ -164,7 +164,7 @@ impl Breaker {
         Arc::new(Self {
             machine: Mutex::new(Machine::new(settings, now)),
             gate: AtomicU64::new(0),
-            in_a_row: AtomicU32::new(0),
+            consecutive_failures: AtomicU32::new(0),
             successes: SlidingCount::default(),
             failures: SlidingCount::default(),
             slice: AtomicU64::new(slice_of(&settings)),
@@ -172,7 +172,7 @@ impl Breaker {
         })
     }
 
-    /// Asks for the right to one try.
+    /// Requests a permit for one attempt.
     pub fn admit(self: &Arc<Self>, now: Instant) -> Admission {
         let gate = self.gate.load(Ordering::Acquire);
         if gate & 1 == 0 {
@@ -191,8 +191,8 @@ impl Breaker {
         Admission { permit, transition }
     }
 
-    /// Tells what came of a try. What began before the last transition says nothing about the state after it.
-    /// `random` from 0 to 1.
+    /// Reports the outcome of an attempt. Attempts admitted before the last transition are ignored. `random` from 0 to
+    /// 1.
     pub fn report(
         &self,
         mut permit: Permit,
@@ -201,7 +201,7 @@ impl Breaker {
         random: f64,
     ) -> Option<Transition> {
         if health == Health::Neutral {
-            return None; // Dropping the permit frees its place.
+            return None; // Dropping the permit frees its slot.
         }
         if permit.trial.take().is_some() {
             let mut machine = self.lock();
@@ -222,7 +222,7 @@ impl Breaker {
         None
     }
 
-    /// Forces a state, or gives the decision back (`Mode::Auto`). `until`: when it falls back by itself.
+    /// Forces a state, or returns to automatic (`BreakerMode::Auto`). `until`: when it returns to auto by itself.
     pub fn force(&self, mode: Mode, until: Option<Instant>, now: Instant) -> Option<Transition> {
         let mut machine = self.lock();
         let transition = machine.force(mode, until, now, Why::Manual);
@@ -230,13 +230,13 @@ impl Breaker {
         transition
     }
 
-    /// Lets one trial go before the time of an open breaker is over, since an endpoint that was absent may be back.
-    /// If it fails, nothing has changed. Returns whether there was none yet.
+    /// Allows one trial before an open breaker's time has elapsed, since an absent endpoint may be back. If the trial
+    /// fails, nothing changes. Returns whether the trial is newly allowed.
     pub fn offer_trial(&self) -> bool {
         self.lock().offer_trial()
     }
 
-    /// Lets time pass where no try does: so that a forced state falls back, and is seen to, in a quiet hour.
+    /// Applies transitions that are due by time, so that a forced state expires, and is reported, without traffic.
     pub fn tick(&self, now: Instant) -> Option<Transition> {
         let mut machine = self.lock();
         let transition = machine.settle(now);
@@ -244,7 +244,7 @@ impl Breaker {
         transition
     }
 
-    /// Takes new settings over from a reload. The state stays.
+    /// Applies the settings of a reload; keeps the state.
     pub fn configure(&self, settings: BreakerSettings) {
         let mut machine = self.lock();
         machine.settings = settings;
@@ -265,21 +265,21 @@ impl Breaker {
         }
     }
 
-    /// Failures and tries of the window that ends now; both 0 where the failure rate is off.
+    /// Failures and attempts of the window that ends now; both 0 if the failure rate is off.
     pub fn in_window(&self, now: Instant) -> (u32, u32) {
         let Some(slice) = self.slice_at(now) else { return (0, 0) };
         let (failures, successes) = (self.failures.sum(slice), self.successes.sum(slice));
         (failures as u32, (failures + successes) as u32)
     }
 
-    /// Whether tries need no trial: hedges are sent only then. One load.
+    /// Whether attempts are admitted without trial: hedges are sent only then. One atomic load.
     pub fn is_closed(&self) -> bool {
         self.gate.load(Ordering::Relaxed) & 1 == 0
     }
 
     fn count_success(&self, now: Instant) {
-        if self.in_a_row.load(Ordering::Relaxed) != 0 {
-            self.in_a_row.store(0, Ordering::Relaxed);
+        if self.consecutive_failures.load(Ordering::Relaxed) != 0 {
+            self.consecutive_failures.store(0, Ordering::Relaxed);
         }
         if let Some(slice) = self.slice_at(now) {
             self.successes.add(slice);
@@ -288,34 +288,34 @@ impl Breaker {
 
     fn count_failure(&self, generation: u64, now: Instant, random: f64) -> Option<Transition> {
         let mut machine = self.lock();
-        // A forced `closed` is left here, since the way of a try past the gate does not look at the clock.
+        // A forced `closed` expires here, since admission through the gate does not check the clock.
         let settled = machine.settle(now);
         if settled.is_some() || machine.generation != generation {
             self.publish(&machine, settled);
             return settled;
         }
-        let in_a_row = self.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let consecutive = self.consecutive_failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let (mut failures, mut successes) = (0, 0);
         if let Some(slice) = self.slice_at(now) {
             self.failures.add(slice);
             (failures, successes) = (self.failures.sum(slice), self.successes.sum(slice));
         }
-        let transition = machine.failed(Counts { in_a_row, failures, successes }, now, random);
+        let transition = machine.failed(Counts { in_a_row: consecutive, failures, successes }, now, random);
         self.publish(&machine, transition);
         transition
     }
 
-    /// `None` where the failure rate is off.
+    /// `None` if the failure rate is off.
     fn slice_at(&self, now: Instant) -> Option<u32> {
         let passed = u64::try_from(now.saturating_duration_since(self.epoch).as_nanos()).unwrap_or(u64::MAX);
-        // Only equality and nearness of slices matter, so wrapping round is fine.
+        // Only equality and distance of slices matter, so the number may wrap.
         passed.checked_div(self.slice.load(Ordering::Relaxed)).map(|slice| slice as u32)
     }
 
-    /// After every step of the machine, while it is still locked.
+    /// Call it after every step of the machine, while the machine is locked.
     fn publish(&self, machine: &Machine, transition: Option<Transition>) {
         if transition.is_some() {
-            self.in_a_row.store(0, Ordering::Relaxed);
+            self.consecutive_failures.store(0, Ordering::Relaxed);
             self.successes.clear();
             self.failures.clear();
             let ask = u64::from(machine.state() != State::Closed);
@@ -377,7 +377,7 @@ impl std::fmt::Display for Why {
         match self {
             Self::Start => f.write_str("start"),
             Self::ConsecutiveFailures(count) => write!(f, "{count} failures in a row"),
-            Self::FailureRate { failures, requests } => write!(f, "{failures} of {requests} tries failed"),
+            Self::FailureRate { failures, requests } => write!(f, "{failures} of {requests} attempts failed"),
             Self::OpenTimeOver => f.write_str("time to try again"),
             Self::Reachable => f.write_str("an endpoint that was absent serves again"),
             Self::TrialFailed => f.write_str("a trial failed"),

@@ -1,11 +1,11 @@
-//! The retry budget: what keeps retries from becoming the outage.
+//! The retry budget: it keeps retries from amplifying an outage.
 //!
-//! The promise is about *any* stretch of time as long as the window, wherever it begins: retries in it are at most
-//! `ratio` × the requests in it + `min_per_second` × its seconds. So nothing can be saved up beforehand: a quiet
-//! stretch may begin right after the requests that would have paid. The budget therefore lends instead. A retry takes
-//! one of `min_per_second × window` places; the place is free again after a whole window, or as soon as `1 / ratio`
-//! later requests have paid for it. In any window, then, the retries that still hold a place are no more than there are
-//! places, and the others were paid by requests after them, in that same window.
+//! The guarantee holds for *every* period as long as the window, wherever it begins: retries in it are at most
+//! `ratio` × the requests in it + `min_per_second` × its seconds. Requests therefore cannot save up for later retries:
+//! a period may begin right after them. Instead, the budget allows a small burst that later requests pay back. A retry
+//! takes one of `min_per_second × window` slots. The slot is free again after a whole window, or as soon as
+//! `1 / ratio` later requests have paid for it. In any window, the retries that still hold a slot are at most as many
+//! as there are slots, and the others were paid for by later requests in that same window.
 
 use std::{
     collections::VecDeque,
@@ -25,11 +25,11 @@ use crate::units::{HumanDuration, Ratio};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BudgetSettings {
-    /// Retries for each request.
+    /// Retries per request.
     pub ratio: Ratio,
-    /// Retries a second that are always allowed.
+    /// Retries per second that are always allowed.
     pub min_per_second: u32,
-    /// The time over which requests and retries are counted.
+    /// The period over which requests and retries are counted.
     pub window: HumanDuration,
 }
 
@@ -39,101 +39,105 @@ impl Default for BudgetSettings {
     }
 }
 
-/// Keeps the list of places small whatever the configuration says; fewer places only lend less.
-const MOST_PLACES: usize = 1 << 16;
+/// Bounds the list of slots whatever the configuration; fewer slots only allow fewer retries.
+const MAX_SLOTS: usize = 1 << 16;
 
-/// Five fifths are one.
-const FLOAT_NOISE: f64 = 1e-9;
+/// Five times a fifth must pay one retry in spite of floating point.
+const FLOAT_TOLERANCE: f64 = 1e-9;
 
-/// The pure machine: places and who holds them.
+/// The state machine: slots and the retries that occupy them.
 #[derive(Debug)]
-struct Loans {
+struct Slots {
     settings: BudgetSettings,
-    /// Oldest first, at most [`Self::places`].
-    open: VecDeque<Loan>,
+    /// Oldest first, at most [`Self::capacity`].
+    occupied: VecDeque<Slot>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Loan {
-    taken: Instant,
+struct Slot {
+    granted_at: Instant,
     /// How much of it later requests have paid; 1 = all.
     paid: f64,
 }
 
-impl Loans {
-    fn places(&self) -> usize {
+impl Slots {
+    fn capacity(&self) -> usize {
         let reserve = f64::from(self.settings.min_per_second) * self.settings.window.as_secs_f64();
-        // With a ratio alone there must be one place, or the first retry could never be lent.
+        // With a ratio alone there must be one slot, or there could never be a first retry.
         let least = if *self.settings.ratio > 0.0 { 1 } else { 0 };
-        (reserve as usize).clamp(least, MOST_PLACES)
+        (reserve as usize).clamp(least, MAX_SLOTS)
     }
 
-    /// Takes in `requests` that all came after the last loan was taken.
-    fn settle(&mut self, now: Instant, requests: u64) {
+    /// Frees the slots that are a window old or paid for by `requests`, which all arrived after the last grant.
+    fn update(&mut self, now: Instant, requests: u64) {
         let window = self.settings.window.0;
-        // Strictly later: a window is closed at both ends.
-        while self.open.front().is_some_and(|loan| now.saturating_duration_since(loan.taken) > window) {
-            self.open.pop_front();
+        // Strictly later: a window includes both ends.
+        while self
+            .occupied
+            .front()
+            .is_some_and(|slot| now.saturating_duration_since(slot.granted_at) > window)
+        {
+            self.occupied.pop_front();
         }
         let mut payment = *self.settings.ratio * requests as f64;
         while payment > 0.0
-            // The newest first: the oldest are the next to come back by themselves.
-            && let Some(newest) = self.open.back_mut()
+            // The newest first: the oldest are the next to become free by time.
+            && let Some(newest) = self.occupied.back_mut()
         {
             let part = payment.min(1.0 - newest.paid);
             newest.paid += part;
             payment -= part;
-            if newest.paid >= 1.0 - FLOAT_NOISE {
-                self.open.pop_back();
+            if newest.paid >= 1.0 - FLOAT_TOLERANCE {
+                self.occupied.pop_back();
             }
         }
     }
 
     fn take(&mut self, now: Instant) -> bool {
-        let free = self.open.len() < self.places();
+        let free = self.occupied.len() < self.capacity();
         if free {
-            self.open.push_back(Loan { taken: now, paid: 0.0 });
+            self.occupied.push_back(Slot { granted_at: now, paid: 0.0 });
         }
         free
     }
 
-    /// Takes back a loan that was not used. What was paid for it in the meantime is not handed on; where all of it was
-    /// paid, or a window has passed, there is nothing to take back.
-    fn cancel(&mut self, taken: Instant) {
-        if let Some(index) = self.open.iter().rposition(|loan| loan.taken == taken) {
-            self.open.remove(index);
+    /// Frees the slot of a retry that was not sent. Partial payments for it are lost. If it was paid completely, or a
+    /// window has passed, there is nothing to free.
+    fn cancel(&mut self, granted_at: Instant) {
+        if let Some(index) = self.occupied.iter().rposition(|slot| slot.granted_at == granted_at) {
+            self.occupied.remove(index);
         }
     }
 }
 
-/// The budget of an upstream, shared by all workers, by retries and hedges. Outlives a reload.
+/// The budget of an upstream, shared by all workers, for retries and hedges. Its state survives a reload.
 #[derive(Debug)]
 pub struct RetryBudget {
-    loans: Mutex<Loans>,
-    /// Whether any loan is open. While nothing fails, a request costs one load of this and writes nothing.
-    lent: AtomicBool,
-    /// Requests since the loans were last settled.
+    slots: Mutex<Slots>,
+    /// Whether any slot is occupied. While nothing fails, a request costs one load of this and writes nothing.
+    has_occupied: AtomicBool,
+    /// Requests since the slots were last updated.
     requests: AtomicU64,
 }
 
-/// A retry that was granted and waits for its turn. Dropped before it is [sent](Self::sent), it goes back: its caller
-/// left, its time ran out, or the breaker opened meanwhile.
+/// A granted retry that has not been sent yet. Dropped before it is [sent](Self::mark_sent), it frees its slot: the
+/// client disconnected, the deadline expired, or the breaker opened meanwhile.
 #[derive(Debug)]
 pub struct Unsent<'a> {
     budget: &'a RetryBudget,
-    taken: Option<Instant>,
+    granted_at: Option<Instant>,
 }
 
 impl Unsent<'_> {
     pub fn sent(mut self) {
-        self.taken = None;
+        self.granted_at = None;
     }
 }
 
 impl Drop for Unsent<'_> {
     fn drop(&mut self) {
-        if let Some(taken) = self.taken {
-            self.budget.settled(taken, |loans| loans.cancel(taken));
+        if let Some(granted_at) = self.granted_at {
+            self.budget.with_slots(granted_at, |slots| slots.cancel(granted_at));
         }
     }
 }
@@ -141,50 +145,50 @@ impl Drop for Unsent<'_> {
 impl RetryBudget {
     pub fn new(settings: BudgetSettings) -> Self {
         Self {
-            loans: Mutex::new(Loans { settings, open: VecDeque::new() }),
-            lent: AtomicBool::new(false),
+            slots: Mutex::new(Slots { settings, occupied: VecDeque::new() }),
+            has_occupied: AtomicBool::new(false),
             requests: AtomicU64::new(0),
         }
     }
 
-    /// Counts a request of a caller (not its retries). Takes no lock.
+    /// Counts a client's request, not its retries. Takes no lock.
     pub fn deposit(&self) {
-        if self.lent.load(Ordering::Relaxed) {
+        if self.has_occupied.load(Ordering::Relaxed) {
             self.requests.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Asks for one retry or hedge; what is granted is spent. Ask last, when nothing else stands against the try.
+    /// Grants one retry or hedge and charges for it. Call it last, when nothing else prevents the attempt.
     pub fn withdraw(&self, now: Instant) -> bool {
-        self.settled(now, |loans| loans.take(now))
+        self.with_slots(now, |slots| slots.take(now))
     }
 
-    /// Holds what was granted at `taken` until it is sent.
-    pub fn hold(&self, taken: Instant) -> Unsent<'_> {
-        Unsent { budget: self, taken: Some(taken) }
+    /// A guard that frees the slot granted at `granted_at` unless the retry is sent.
+    pub fn hold(&self, granted_at: Instant) -> Unsent<'_> {
+        Unsent { budget: self, granted_at: Some(granted_at) }
     }
 
     /// How many retries would be granted now.
     pub fn available(&self, now: Instant) -> usize {
-        self.settled(now, |loans| loans.places().saturating_sub(loans.open.len()))
+        self.with_slots(now, |slots| slots.capacity().saturating_sub(slots.occupied.len()))
     }
 
-    /// Takes new settings over from a reload; what is lent stays lent.
+    /// Applies the settings of a reload; occupied slots stay occupied.
     pub fn configure(&self, settings: BudgetSettings, now: Instant) {
-        self.settled(now, |loans| loans.settings = settings);
+        self.with_slots(now, |slots| slots.settings = settings);
     }
 
-    fn settled<T>(&self, now: Instant, then: impl FnOnce(&mut Loans) -> T) -> T {
-        let mut loans = self.loans.lock().unwrap_or_else(PoisonError::into_inner);
-        loans.settle(now, self.requests.swap(0, Ordering::Relaxed));
-        let result = then(&mut loans);
-        self.lent.store(!loans.open.is_empty(), Ordering::Relaxed);
+    fn with_slots<T>(&self, now: Instant, then: impl FnOnce(&mut Slots) -> T) -> T {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.update(now, self.requests.swap(0, Ordering::Relaxed));
+        let result = then(&mut slots);
+        self.has_occupied.store(!slots.occupied.is_empty(), Ordering::Relaxed);
         result
     }
 }
 
 impl BudgetSettings {
-    /// The most retries that a stretch of `window` with so many requests may see.
+    /// The most retries in a period of length `window` with this many requests.
     pub fn bound(&self, requests: u64) -> f64 {
         let reserve = f64::from(self.min_per_second) * self.window.as_secs_f64();
         let least = if *self.ratio > 0.0 { 1.0 } else { 0.0 };
@@ -211,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_failing_writes_nothing() {
+    fn writes_nothing_without_failures() {
         let budget = RetryBudget::new(BudgetSettings::default());
         (0..1000).for_each(|_| budget.deposit());
         assert_eq!(budget.requests.load(Ordering::Relaxed), 0);
@@ -219,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_comes_back_after_a_window_or_when_requests_have_paid() {
+    fn a_slot_is_freed_after_a_window_or_by_requests() {
         let start = Instant::now();
         let budget = RetryBudget::new(BudgetSettings::default());
         assert_eq!((0..100).filter(|_| budget.withdraw(start)).count(), 10);
@@ -232,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_steady_outage_a_fifth_of_the_requests_is_retried() {
+    fn retries_a_fifth_of_the_requests_in_a_steady_outage() {
         let start = Instant::now();
         let budget = RetryBudget::new(BudgetSettings::default());
         let mut retries = 0;
@@ -245,21 +249,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_sent_goes_back() {
+    fn an_unsent_retry_frees_its_slot() {
         let (budget, now) = (RetryBudget::new(BudgetSettings::default()), Instant::now());
         assert!(budget.withdraw(now) && budget.withdraw(now + MS));
         drop(budget.hold(now + MS));
         assert_eq!(budget.available(now + MS), 9);
         budget.hold(now).sent();
         assert_eq!(budget.available(now + MS), 9);
-        // Paid by requests meanwhile: there is nothing to give back twice.
+        // Paid for by requests meanwhile: it is not freed twice.
         (0..5).for_each(|_| budget.deposit());
         drop(budget.hold(now));
         assert_eq!(budget.available(now + MS), 10);
     }
 
     #[test]
-    fn zero_is_zero() {
+    fn zero_allows_no_retry() {
         let budget = RetryBudget::new(settings(0.0, 0, 10_000));
         budget.deposit();
         assert!(!budget.withdraw(Instant::now()));
@@ -268,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_keeps_what_is_lent() {
+    fn a_reload_keeps_occupied_slots() {
         let now = Instant::now();
         let budget = RetryBudget::new(BudgetSettings::default());
         assert_eq!((0..8).filter(|_| budget.withdraw(now)).count(), 8);
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_share_it_without_losing_a_count() {
+    fn workers_share_one_budget() {
         let budget = RetryBudget::new(settings(0.5, 1, 1_000_000));
         let now = Instant::now();
         let granted: usize = std::thread::scope(|scope| {
@@ -295,7 +299,7 @@ mod tests {
                 .collect();
             threads.into_iter().map(|thread| thread.join().unwrap_or(0)).sum()
         });
-        assert!(granted as f64 <= budget.loans.lock().unwrap().settings.bound(40_000));
+        assert!(granted as f64 <= budget.slots.lock().unwrap().settings.bound(40_000));
         assert!(granted >= 20_000 - 2, "{granted}");
     }
 
@@ -303,7 +307,7 @@ mod tests {
     enum Event {
         Requests(u8),
         Retries(u8),
-        /// The latest retry was not sent after all.
+        /// The latest retry was not sent.
         NotSent,
         Pass(u16),
     }
@@ -319,9 +323,9 @@ mod tests {
     }
 
     proptest! {
-        /// Any window that could be worst begins at a retry, so all of those are looked at.
+        /// The worst window begins at a retry, so every window that does is checked.
         #[test]
-        fn no_window_holds_more_retries_than_promised(
+        fn no_window_exceeds_the_bound(
             events in prop::collection::vec(event(), 1..150),
             ratio in 0.0f64..1.0, min in 0u32..8, window_ms in 1u64..2000,
         ) {

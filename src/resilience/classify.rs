@@ -1,7 +1,7 @@
-//! What came of a try: one classification that retry, breaker, outlier detection, metrics and spans share.
+//! The outcome of an attempt: one classification that retry, breaker, outlier detection, metrics and spans share.
 //!
-//! Only what the service (or the way to it) caused counts against it. What we refused ourselves, a caller that gave
-//! up, and a caller in more of a hurry than our own timeout, say nothing about the service.
+//! Only failures of the service, or of the connection to it, count against it. Neutral are the proxy's own refusals,
+//! requests cancelled by the client, and a client deadline shorter than the proxy's timeout.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -13,124 +13,128 @@ use http::{HeaderMap, StatusCode};
 pub use super::grpc::GrpcStatus;
 use super::retry::Condition;
 
-/// The field by which a sidecar tells the caller's sidecar whether to try again.
+/// The header field by which a sidecar advises the client's sidecar whether to retry.
 pub const RETRY_ADVICE: &str = "x-outrigger-retry";
 
-/// A server whose clock started a moment after ours ends a call "at the deadline" a moment before we do.
+/// A server may report the expired deadline slightly before the proxy's own timer fires. Within this time of the
+/// deadline, its error counts as the expired deadline.
 const DEADLINE_SLACK: Duration = Duration::from_millis(10);
 
-/// What came of a try.
+/// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub ending: Ending,
-    /// As it was sent; what to heed of it says [`Outcome::advice`].
+    /// As received; [`AttemptOutcome::advice`] returns the advice that applies.
     pub advice: Advice,
 }
 
-/// How a try ended.
+/// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// An answer without a gRPC status.
+    /// A response without a gRPC status.
     Http(StatusCode),
     /// A gRPC status, from headers (Trailers-Only) or trailers.
     Grpc(GrpcStatus),
-    /// No connection came about, so nothing of the request was sent.
+    /// No connection was established, so nothing of the request was sent.
     Connect(ConnectFailure),
-    /// HTTP/2 `REFUSED_STREAM`, or a stream above the last id of a GOAWAY: surely not processed (RFC 9113 §8.7).
+    /// HTTP/2 `REFUSED_STREAM`, or a stream above the last ID of a GOAWAY: certainly not processed (RFC 9113 §8.7).
     RefusedStream,
     /// The connection or the stream broke.
     Reset(Reset),
-    /// `attempt_timeout` ran out.
+    /// `attempt_timeout` expired.
     AttemptTimeout,
-    /// The attempt's share of the client's short deadline ran out: another may follow, and nobody is to blame.
+    /// The attempt's share of the client's short deadline expired. Another attempt may follow, and the endpoint is not
+    /// to blame.
     ClientShare,
-    /// `timeout` ran out while the try was under way.
+    /// `timeout` expired during the attempt.
     Timeout,
-    /// The caller's deadline, shorter than ours, ran out.
+    /// The client's deadline, shorter than the proxy's timeout, expired.
     CallersDeadline,
-    /// The caller went away.
+    /// The client closed its connection or stream.
     CallerGone,
-    /// What the client sent of its body is malformed, so the attempt was broken off.
+    /// The client's request body is malformed, so the attempt was aborted.
     ClientError,
-    /// We never sent it: breaker, limits, rate limit, an injected fault, draining.
+    /// The proxy did not send the request: breaker, limits, rate limit, an injected fault, drain.
     LocalRefusal,
 }
 
-/// Why there was no connection.
+/// Why no connection was established.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectFailure {
-    /// Refused, unreachable, reset while connecting.
+    /// Refused, unreachable, or reset while connecting.
     Refused,
     Timeout,
-    /// The port accepted the connection, but TLS failed: it speaks no TLS, or rejects our certificate.
+    /// The port accepted the connection, but TLS failed: it speaks no TLS, or rejects this service's certificate.
     Tls,
     /// The peer's certificate is missing, expired, revoked or untrusted, or names another peer than expected.
     PeerIdentity,
     /// The port accepted the connection, but the HTTP/2 handshake failed.
     Handshake,
-    /// No port, descriptor, buffer or route of this machine's own: the endpoint was not even asked.
+    /// This machine lacks a port, a file descriptor, a buffer or a route: no connection attempt reached the endpoint.
     LocalResource,
 }
 
-/// How far a try had come when its connection broke.
+/// How far an attempt had progressed when its connection was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reset {
-    /// The connection came idle out of the pool: the upstream may have closed it just as we sent (the stale
+    /// The connection was idle in the pool: the upstream may have closed it just as the request was sent (the stale
     /// keep-alive race). False on an HTTP/2 connection that carried other streams at the time.
     pub reused: bool,
     /// At least one byte of the request was handed to the kernel.
     pub request_sent: bool,
-    /// At least one byte of the response came.
+    /// At least one byte of the response arrived.
     pub response_begun: bool,
 }
 
 impl Reset {
-    /// A pooled connection that broke before any response byte: most likely the upstream closed it just as we sent.
+    /// A pooled connection was lost before any response byte: most likely the upstream closed it as the request was
+    /// sent.
     pub const fn is_stale(self) -> bool {
         self.reused && !self.response_begun
     }
 }
 
-/// What the upstream's sidecar advises ([`RETRY_ADVICE`]).
+/// The retry advice of the upstream's sidecar ([`RETRY_ADVICE`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Advice {
     #[default]
     None,
-    /// Tries were already spent nearer to the failure: don't multiply them.
+    /// A proxy nearer to the failure has already retried: do not multiply the attempts.
     No,
-    /// Refused before the service saw anything: another endpoint may be tried, whatever the method.
+    /// Refused before the service received anything: another endpoint may be tried, whatever the method.
     Elsewhere,
 }
 
-/// What a try says about who served it.
+/// How an attempt counts for the endpoint and the upstream that served it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
     Success,
     Failure,
-    /// Neither counts nor breaks a row of failures.
+    /// Not counted. Does not reset the consecutive-failure count either.
     Neutral,
 }
 
-/// Sees to it that a lost connection counts once, whatever it carried: a hundred streams that break together are
-/// one failure. One for each connection.
+/// Counts a lost connection once, however many streams it carried: a hundred streams that fail together are one
+/// failure. One per connection.
 #[derive(Debug, Default)]
 pub struct Loss(AtomicBool);
 
 impl Loss {
-    /// What a try that broke with this connection counts for: itself for the first, neither for the others. Ask once
-    /// a try, and tell the answer to the breaker and the outlier detector. Not for a stream that was reset alone.
+    /// Returns `health` for the first attempt that fails with this connection, `Neutral` for the others. Call it once
+    /// per attempt and report the result to breaker and outlier detector. Not for a stream that was reset alone.
     pub fn weigh(&self, health: Health) -> Health {
         if self.0.swap(true, Ordering::Relaxed) { Health::Neutral } else { health }
     }
 }
 
 impl Ending {
-    /// Nobody was there, as far as a connection can tell: asking for one again says whether that has changed.
+    /// The endpoint refused or did not accept the connection. Only another connection attempt shows whether it does
+    /// now.
     pub const fn found_nobody(self) -> bool {
         matches!(self, Self::Connect(ConnectFailure::Refused | ConnectFailure::Timeout))
     }
 
-    /// Somebody was there and said something.
+    /// The endpoint responded, if only by refusing the stream.
     pub const fn is_answer(self) -> bool {
         matches!(self, Self::Http(_) | Self::Grpc(_) | Self::RefusedStream)
     }
@@ -141,12 +145,12 @@ impl Outcome {
         Self { ending, advice: Advice::None }
     }
 
-    /// An answer that carries no gRPC status, with the advice in its headers. Pass no advice of an upstream that
-    /// the configuration does not name (`Outcome::new`).
-    /// `clients_time_left`: of the client's deadline where that is shorter than ours. The upstream's sidecar was told of
-    /// it, and its 504 may be a moment ahead of our own clock.
-    pub fn http(status: StatusCode, advice: Advice, clients_time_left: Option<Duration>) -> Self {
-        let ending = match clients_time_left {
+    /// A response without a gRPC status, with the advice in its headers. Do not pass the advice of an upstream that
+    /// the configuration does not name (use `AttemptOutcome::new`).
+    /// `client_time_left`: until the client's deadline where that is shorter than the proxy's timeout. The upstream's
+    /// sidecar knows this deadline too, and its 504 may arrive just before the proxy's own timer fires.
+    pub fn http(status: StatusCode, advice: Advice, client_time_left: Option<Duration>) -> Self {
+        let ending = match client_time_left {
             Some(left) if status == StatusCode::GATEWAY_TIMEOUT && left <= DEADLINE_SLACK => {
                 Ending::CallersDeadline
             }
@@ -155,26 +159,26 @@ impl Outcome {
         Self { ending, advice }
     }
 
-    /// A gRPC status. `callers_time_left`: of the caller's deadline where that is shorter than ours; a service that
-    /// gives up just then does what it was asked to.
-    pub fn grpc(status: GrpcStatus, advice: Advice, callers_time_left: Option<Duration>) -> Self {
+    /// A gRPC status. `client_time_left`: until the client's deadline where that is shorter than the proxy's timeout. A
+    /// service that stops at that deadline behaves correctly.
+    pub fn grpc(status: GrpcStatus, advice: Advice, client_time_left: Option<Duration>) -> Self {
         let gave_up = matches!(status, GrpcStatus::DeadlineExceeded | GrpcStatus::Cancelled);
-        let ending = match callers_time_left {
+        let ending = match client_time_left {
             Some(left) if gave_up && left <= DEADLINE_SLACK => Ending::CallersDeadline,
             _ => Ending::Grpc(status),
         };
         Self { ending, advice }
     }
 
-    /// Whether the try failed, as far as the caller is concerned.
+    /// Whether the attempt failed from the client's point of view.
     pub fn is_failure(&self) -> bool {
         self.ending.health() == Health::Failure
     }
 
-    /// What it means for who served it: the endpoint, and the upstream with its breaker. A failure from further behind
-    /// ([`Advice::No`]) is none of theirs: it would be the same at any other endpoint, and the breaker next to it sheds
-    /// load already. One more breaker on the way would refuse what does not need the failing service at all, and keep
-    /// that one's trials from it.
+    /// How it counts for the endpoint, and for the upstream with its breaker. A failure from a later hop
+    /// ([`RetryAdvice::No`]) is neutral: any other endpoint would return the same, and the breaker next to the failure
+    /// already sheds load. A second open breaker on the path would also refuse requests that do not need the failing
+    /// service, and would block the trials of the breaker next to the failure.
     pub fn health(&self) -> Health {
         match (self.advice, self.ending.health()) {
             (Advice::No, Health::Failure) => Health::Neutral,
@@ -182,7 +186,7 @@ impl Outcome {
         }
     }
 
-    /// What to heed of the upstream's advice: what was done well cannot have been refused before it was seen.
+    /// The upstream's advice where it applies: a success cannot have been refused before the service received it.
     pub fn advice(&self) -> Advice {
         match self.advice {
             Advice::Elsewhere if self.ending.health() == Health::Success => Advice::None,
@@ -190,7 +194,7 @@ impl Outcome {
         }
     }
 
-    /// Whether the service surely saw nothing of the request, so that sending it again cannot do anything twice.
+    /// Whether the service certainly did not process the request, so that sending it again cannot repeat an effect.
     pub fn never_reached(&self) -> bool {
         let ending = match self.ending {
             Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
@@ -200,8 +204,8 @@ impl Outcome {
         ending || self.advice() == Advice::Elsewhere
     }
 
-    /// Whether the request counts as never sent (RFC 9113 §8.7): its stream was refused or lay above the last id of a GOAWAY,
-    /// or its connection ended before a byte of it was written.
+    /// Whether the request counts as never sent (RFC 9113 §8.7): its stream was refused or above the last ID of a
+    /// GOAWAY, or its connection was lost before a byte of the request was written.
     pub fn is_unsent(&self) -> bool {
         match self.ending {
             Ending::RefusedStream => true,
@@ -210,7 +214,7 @@ impl Outcome {
         }
     }
 
-    /// Whether `retry.on` means this outcome by that word.
+    /// Whether this condition of `retry.on` covers the outcome.
     pub fn meets(&self, condition: Condition) -> bool {
         use Condition as C;
         match (condition, self.ending) {
@@ -231,7 +235,7 @@ impl Outcome {
         }
     }
 
-    /// A stable word, of bounded number: for metrics, spans and logs.
+    /// A stable word from a bounded set, for metrics, spans and logs.
     pub fn label(&self) -> &'static str {
         self.ending.label()
     }
@@ -242,11 +246,11 @@ impl Ending {
         match self {
             Self::Http(status) => http_health(status),
             Self::Grpc(status) => status.health(),
-            // The race of our own pool; a service that breaks connections breaks fresh ones as well.
+            // The keep-alive race of the pool. A service that drops connections drops new ones too.
             Self::Reset(reset) if reset.is_stale() => Health::Neutral,
             Self::Connect(ConnectFailure::LocalResource) => Health::Neutral,
             Self::Connect(_) | Self::Reset(_) | Self::AttemptTimeout | Self::Timeout => Health::Failure,
-            // "Not now, and not processed" is how a well server sheds load or leaves (GOAWAY in a rolling restart).
+            // A healthy server sheds load or shuts down this way (GOAWAY in a rolling restart).
             Self::RefusedStream => Health::Neutral,
             Self::ClientShare
             | Self::CallersDeadline
@@ -288,8 +292,8 @@ impl Ending {
     }
 }
 
-/// 5xx is the server's fault by definition (RFC 9110 §15.6), but 501 and 505 are about what was asked. 429 is a
-/// server that is well enough to say "less": opening a breaker on it would turn a slow-down into an outage.
+/// 5xx is a server error by definition (RFC 9110 §15.6), but 501 and 505 depend on the request. 429 comes from a
+/// server healthy enough to limit its load: opening a breaker on it would turn a slow-down into an outage.
 fn http_health(status: StatusCode) -> Health {
     match status.as_u16() {
         429 => Health::Neutral,
@@ -300,7 +304,7 @@ fn http_health(status: StatusCode) -> Health {
 }
 
 impl Advice {
-    /// Words that we don't know advise nothing.
+    /// An unknown value is no advice.
     pub fn from_headers(headers: &HeaderMap) -> Self {
         match headers.get(RETRY_ADVICE).map(http::HeaderValue::as_bytes) {
             Some(b"no") => Self::No,
@@ -309,7 +313,7 @@ impl Advice {
         }
     }
 
-    /// As it is written in the field; `None` where there is nothing to write.
+    /// The header value; `None` if the header field is not sent.
     pub const fn word(self) -> Option<&'static str> {
         match self {
             Self::None => None,
@@ -327,8 +331,8 @@ pub(super) mod tests {
 
     const LOST: Reset = Reset { reused: false, request_sent: true, response_begun: false };
 
-    /// One of everything that can happen.
-    pub fn every_ending() -> Vec<Ending> {
+    /// One of each kind, with all variations that matter.
+    pub fn every_outcome_kind() -> Vec<Ending> {
         let mut all: Vec<Ending> =
             [200, 204, 301, 400, 404, 408, 409, 425, 429, 500, 501, 502, 503, 504, 505, 599]
                 .iter()
@@ -364,7 +368,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn only_what_the_server_caused_counts() {
+    fn only_server_failures_count() {
         for code in [500, 502, 503, 504, 507, 599] {
             assert_eq!(http(code).health(), Health::Failure, "{code}");
         }
@@ -401,15 +405,15 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_failure_from_further_behind_is_one_but_not_of_who_passed_it_on() {
+    fn a_failure_of_a_later_hop_is_neutral_for_the_endpoint() {
         let outcome = Outcome { advice: Advice::No, ..http(503) };
         assert!(outcome.is_failure());
         assert_eq!(outcome.health(), Health::Neutral);
         let refused = Outcome { advice: Advice::Elsewhere, ..http(503) };
         assert_eq!(refused.health(), Health::Failure);
         assert!(refused.never_reached());
-        let well = Outcome { advice: Advice::Elsewhere, ..http(200) };
-        assert!(!well.never_reached() && well.health() == Health::Success);
+        let success = Outcome { advice: Advice::Elsewhere, ..http(200) };
+        assert!(!success.never_reached() && success.health() == Health::Success);
         assert!(!outcome.never_reached());
     }
 
@@ -422,7 +426,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_service_that_gives_up_at_the_callers_deadline_is_not_to_blame() {
+    fn a_service_that_stops_at_the_client_deadline_is_not_counted() {
         let at = |left| Outcome::grpc(GrpcStatus::DeadlineExceeded, Advice::None, left).health();
         assert_eq!(at(Some(Duration::ZERO)), Health::Neutral);
         assert_eq!(at(Some(Duration::from_millis(4))), Health::Neutral);
@@ -430,9 +434,9 @@ pub(super) mod tests {
         assert_eq!(at(None), Health::Failure);
     }
 
-    /// Its sidecar was told of the client's deadline, and says 504 a moment before our own clock does.
+    /// The upstream's sidecar knows the client's deadline and returns 504 just before the proxy's own timer fires.
     #[test]
-    fn a_504_at_the_clients_deadline_is_nobodys_fault() {
+    fn a_504_at_the_client_deadline_is_neutral() {
         let at = |status, left| Outcome::http(status, Advice::None, left).health();
         let ms = Duration::from_millis;
         assert_eq!(at(StatusCode::GATEWAY_TIMEOUT, Some(ms(1))), Health::Neutral);
@@ -442,8 +446,8 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn surely_unprocessed_is_only_what_was_refused_or_never_sent() {
-        for ending in every_ending() {
+    fn only_refused_or_unsent_requests_are_unprocessed() {
+        for ending in every_outcome_kind() {
             let sure = match ending {
                 Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
                 Ending::Reset(reset) => !reset.request_sent,
@@ -454,7 +458,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn conditions_mean_what_they_say() {
+    fn conditions_match_their_outcomes() {
         assert!(http(503).meets(Condition::GatewayError) && http(503).meets(Condition::Default));
         assert!(!http(500).meets(Condition::GatewayError) && http(500).meets(Condition::ServerError));
         assert!(http(429).meets(Condition::Status(429)) && !http(429).meets(Condition::Default));
@@ -468,7 +472,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn reads_what_the_upstream_advises() {
+    fn reads_the_retry_advice() {
         let mut headers = HeaderMap::new();
         assert_eq!(Advice::from_headers(&headers), Advice::None);
         for advice in [Advice::No, Advice::Elsewhere] {

@@ -1,74 +1,76 @@
-//! Whether the client of an HTTP/2 connection abuses it.
+//! Detection of HTTP/2 connections whose client abuses them.
 //!
-//! Only what costs more than ordinary requests counts, and only over a window of time: streams that are taken back as soon
-//! as they are opened (rapid reset, CVE-2023-44487), and streams that the client makes this side reset (MadeYouReset,
-//! CVE-2025-8671). What this side resets by itself, such as an upload that was answered early, is no offence of the client.
+//! Only events that cost more than ordinary requests count, and only over a window of time: streams that are reset as
+//! soon as they are opened (rapid reset, CVE-2023-44487), and streams that the client makes the proxy reset
+//! (MadeYouReset, CVE-2025-8671). Streams that the proxy resets on its own, such as an upload whose response came
+//! early, do not count.
 
 use std::time::{Duration, Instant};
 
-/// Offences at once, after a time without any.
+/// Offences that are tolerated at once.
 const BURST: f64 = 1000.0;
-/// Offences per second that are put up with for any length of time.
+/// Offences per second that are tolerated for any length of time.
 const PER_SECOND: f64 = 100.0;
-/// A stream that has lived for longer has cost no more than any request: `MAX_CONCURRENT_STREAMS` bounds how many there are.
+/// A stream that lived longer cost no more than any request: `MAX_CONCURRENT_STREAMS` bounds how many there are.
 const SHORT_LIFE: Duration = Duration::from_millis(50);
 
-/// What follows from the client's conduct.
+/// What to do with the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
-    /// Nothing.
+    /// Keep it.
     Proper,
-    /// The connection takes no new streams; those that are open go on. An innocent client opens another connection.
+    /// Accept no new streams and finish the open ones. A well-behaved client opens another connection.
     Retire,
-    /// The connection is closed at once: the client went on.
+    /// Close it at once: the client continued after it was retired.
     Close,
 }
 
-/// The conduct of one client on one connection.
+/// The abuse detector of one connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Conduct {
-    offences: Leak,
+    offences: LeakyBucket,
     /// Stream errors of all kinds, over the connection's life.
     errors: u32,
     errors_to_retire: u32,
 }
 
-/// Counts, and forgets at a steady rate.
+/// A counter that drains at a steady rate.
 #[derive(Clone, Copy, Debug)]
-struct Leak {
+struct LeakyBucket {
     level: f64,
     at: Instant,
 }
 
-impl Leak {
+impl LeakyBucket {
     fn add(&mut self, count: u32, now: Instant) {
-        let forgotten = now.saturating_duration_since(self.at).as_secs_f64() * PER_SECOND;
-        self.level = (self.level - forgotten).max(0.0) + f64::from(count);
+        let drained = now.saturating_duration_since(self.at).as_secs_f64() * PER_SECOND;
+        self.level = (self.level - drained).max(0.0) + f64::from(count);
         self.at = now;
     }
 }
 
 impl Conduct {
-    /// `errors_to_retire`: stream errors over the connection's life, however slowly they come, after which it is retired.
+    /// `errors_to_retire`: stream errors over the connection's life, however slowly they come, after which it is
+    /// retired.
     pub fn new(errors_to_retire: u32, now: Instant) -> Self {
-        Self { offences: Leak { level: 0.0, at: now }, errors: 0, errors_to_retire }
+        Self { offences: LeakyBucket { level: 0.0, at: now }, errors: 0, errors_to_retire }
     }
 
-    /// The client has reset a stream that had lived for `age` and had no response yet.
+    /// The client has reset a stream of this age before its response.
     pub fn taken_back(&mut self, age: Duration, now: Instant) {
         if age < SHORT_LIFE {
             self.offences.add(1, now);
         }
     }
 
-    /// This side had to reset streams for what the client did on them.
+    /// The proxy had to reset streams because of errors of the client on them.
     pub fn faults(&mut self, count: u32, now: Instant) {
         self.offences.add(count, now);
         self.errors = self.errors.saturating_add(count);
     }
 
-    /// Streams were refused, or frames came for streams that are over. Neither is an offence: the client may not have seen
-    /// the limit, or the end, when it sent them.
+    /// Streams were refused, or frames arrived for closed streams. Neither is an offence: the client may not have known
+    /// the limit, or the end of the stream, when it sent them.
     pub fn refusals(&mut self, count: u32) {
         self.errors = self.errors.saturating_add(count);
     }
@@ -115,9 +117,9 @@ mod tests {
         }
     }
 
-    /// A client whose requests now and then contain what is refused keeps its connection for ever.
+    /// A client whose requests occasionally contain errors keeps its connection.
     #[test]
-    fn a_steady_trickle_is_put_up_with() {
+    fn a_steady_trickle_is_tolerated() {
         let start = Instant::now();
         let mut conduct = Conduct::new(u32::MAX, start);
         for turn in 0..100_000 {
@@ -126,7 +128,7 @@ mod tests {
         }
     }
 
-    /// Clients with short deadlines, of a service that hangs: 200 streams at a time, each given up after 100 ms.
+    /// Clients with short deadlines and a service that hangs: 200 streams at a time, each cancelled after 100 ms.
     #[test]
     fn deadlines_are_no_offence() {
         let start = Instant::now();
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_came_too_late_only_retires_in_the_end() {
+    fn refusals_can_only_retire_the_connection() {
         let start = Instant::now();
         let mut conduct = Conduct::new(8192, start);
         conduct.refusals(8191);

@@ -1,6 +1,6 @@
-//! Until when a call, and one try of it, may take; and what of that is told to the next hop.
+//! The deadline of a request and of each attempt, and its propagation to the next hop.
 //!
-//! A deadline is one moment in time. Tries, waits and hops use it up; nothing prolongs it.
+//! A deadline is one moment in time. Attempts, waits and hops use it up; nothing extends it.
 
 use std::{
     fmt,
@@ -13,16 +13,16 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::{text_value, units::HumanDuration};
 
-/// Milliseconds to response headers that the caller still has.
+/// The time in milliseconds within which the client needs the response headers.
 pub const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
-/// The same for gRPC, of the whole call.
+/// The same for gRPC, for the whole call.
 pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// How long one try may take to response headers.
+/// The time that one attempt may take until response headers.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub enum AttemptTimeout {
-    /// Half of what is left of `timeout` while another attempt is possible, else all of it. A client's shorter deadline is
-    /// halved only where the upstream's usual latency fits into the half.
+    /// Half of what is left of `timeout` while another attempt is possible, else all of it. A client's shorter deadline
+    /// is halved only if the upstream's usual latency fits into the half.
     #[default]
     Auto,
     /// 0 = none.
@@ -53,67 +53,68 @@ text_value!(
     r"auto|\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"
 );
 
-/// When a call must be over.
+/// When a request must be complete.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Deadline {
-    callers: Option<Instant>,
-    ours: Option<Instant>,
+    client: Option<Instant>,
+    /// From the policy's `timeout`.
+    timeout: Option<Instant>,
 }
 
-/// Which limit ends a try.
+/// Which limit ends an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
-    /// `attempt_timeout`: another try may follow.
+    /// `attempt_timeout`: another attempt may follow.
     Attempt,
-    /// The half of what is left of the client's deadline: another attempt may follow, and the endpoint is not to blame.
+    /// Half of the time to the client's deadline: another attempt may follow, and the endpoint is not to blame.
     ClientShare,
-    /// `timeout`: the call is over.
+    /// `timeout`: the request fails.
     Timeout,
-    /// The caller's deadline, shorter than ours: the call is over and the service is not to blame.
+    /// The client's deadline, shorter than `timeout`: the request fails, and the service is not to blame.
     Caller,
 }
 
 impl Deadline {
-    /// From the caller's header, which counts from when the request arrived. `timeout` is added by
-    /// [`Self::start`], since it counts from when the request's body has been sent.
+    /// From the client's header, which counts from the arrival of the request. [`Self::start`] adds `timeout`, which
+    /// counts from when the request body has been sent.
     pub fn from_caller(arrived: Instant, left: Option<Duration>) -> Self {
-        Self { callers: left.and_then(|left| arrived.checked_add(left)), ours: None }
+        Self { client: left.and_then(|left| arrived.checked_add(left)), timeout: None }
     }
 
-    /// Without our own clock.
+    /// The client's deadline without the policy's `timeout`.
     #[must_use]
     pub fn callers_only(&self) -> Self {
-        Self { callers: self.callers, ours: None }
+        Self { client: self.client, timeout: None }
     }
 
-    /// Starts our own clock, once; `None` or zero = no limit of our own. A second call changes nothing.
+    /// Starts `timeout`, once; `None` or zero = no timeout. A second call changes nothing.
     pub fn start(&mut self, now: Instant, timeout: Option<Duration>) {
-        if self.ours.is_none() {
-            self.ours = timeout.filter(|timeout| !timeout.is_zero()).and_then(|t| now.checked_add(t));
+        if self.timeout.is_none() {
+            self.timeout = timeout.filter(|timeout| !timeout.is_zero()).and_then(|t| now.checked_add(t));
         }
     }
 
-    /// The moment itself, and whose it is.
+    /// The moment, and which limit it belongs to.
     pub fn at(&self) -> Option<(Instant, Limit)> {
-        match (self.callers, self.ours) {
-            (Some(callers), Some(ours)) if callers < ours => Some((callers, Limit::Caller)),
-            (_, Some(ours)) => Some((ours, Limit::Timeout)),
-            (Some(callers), None) => Some((callers, Limit::Caller)),
+        match (self.client, self.timeout) {
+            (Some(client), Some(timeout)) if client < timeout => Some((client, Limit::Caller)),
+            (_, Some(timeout)) => Some((timeout, Limit::Timeout)),
+            (Some(client), None) => Some((client, Limit::Caller)),
             (None, None) => None,
         }
     }
 
-    /// What is left; `None` = no end.
+    /// The time left; `None` = no deadline.
     pub fn left(&self, now: Instant) -> Option<Duration> {
         self.at().map(|(at, _)| at.saturating_duration_since(now))
     }
 
-    /// What is left of the caller's own deadline where it is the one that will end the call.
+    /// The time left until the client's deadline, if that is nearer than `timeout`.
     pub fn callers_time_left(&self, now: Instant) -> Option<Duration> {
         self.callers().map(|at| at.saturating_duration_since(now))
     }
 
-    /// The caller's own deadline where it is the one that will end the call.
+    /// The client's deadline, if it is nearer than `timeout`.
     pub fn callers(&self) -> Option<Instant> {
         self.at().and_then(|(at, limit)| (limit == Limit::Caller).then_some(at))
     }
@@ -122,8 +123,8 @@ impl Deadline {
         self.at().is_some_and(|(at, _)| at <= now)
     }
 
-    /// When an attempt that begins now must be over, and by which limit. `more`: another one is possible after it.
-    /// `usual`: the latency that the upstream's responses rarely exceed, where it is known.
+    /// When an attempt that begins now must end, and by which limit. `more`: another attempt is possible after it.
+    /// `usual`: the latency that the upstream's responses rarely exceed, if it is known.
     pub fn attempt(
         &self,
         now: Instant,
@@ -133,45 +134,45 @@ impl Deadline {
     ) -> Option<(Instant, Limit)> {
         let half_to = |at: Instant| now.checked_add(at.saturating_duration_since(now) / 2);
         let own = match timeout {
-            AttemptTimeout::Auto if more => self.ours.and_then(half_to),
+            AttemptTimeout::Auto if more => self.timeout.and_then(half_to),
             AttemptTimeout::Auto => None,
             AttemptTimeout::Fixed(timeout) => timeout.limit().and_then(|own| now.checked_add(own)),
         };
         let own = own.map(|at| (at, Limit::Attempt));
         let share = match (timeout, self.callers()) {
-            (AttemptTimeout::Auto, Some(callers)) if more => half_to(callers)
+            (AttemptTimeout::Auto, Some(client)) if more => half_to(client)
                 .filter(|half| {
                     usual.is_some_and(|usual| now.checked_add(usual).is_some_and(|at| at <= *half))
                 })
                 .map(|half| (half, Limit::ClientShare)),
             _ => None,
         };
-        // Of limits at the same moment the later in this order holds.
+        // Of limits at the same moment, the last in this order applies.
         own.into_iter().chain(share).chain(self.at()).rev().min_by_key(|(at, _)| *at)
     }
 }
 
-/// The caller's time left from `x-request-timeout-ms`. Anything but one number above zero is ignored: zero is what
-/// some clients write for "no timeout", and a caller with truly no time left has gone.
+/// The client's time left from `x-request-timeout-ms`. Anything but one positive number is ignored: some clients send
+/// zero for "no timeout", and a client without time left has gone.
 pub fn request_timeout(headers: &HeaderMap) -> Option<Duration> {
     let millis = digits(only_value(headers, &REQUEST_TIMEOUT)?, 18)?;
     (millis > 0).then(|| Duration::from_millis(millis))
 }
 
-/// The caller's time left from `grpc-timeout`; `None` where there is none or it is malformed.
+/// The client's time left from `grpc-timeout`; `None` if it is missing or malformed.
 pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     parse_grpc_timeout(only_value(headers, &GRPC_TIMEOUT)?)
 }
 
-/// What to send as `x-request-timeout-ms`: rounded down, since a later hop must not believe in time that we don't
-/// have. `None` with less than a millisecond left: the try is not worth sending.
+/// The value of `x-request-timeout-ms`: rounded down, so that a later hop does not count on time that is not there.
+/// `None` with less than a millisecond left: the attempt is not worth sending.
 pub fn millis_to_tell(left: Duration) -> Option<NonZeroU64> {
     NonZeroU64::new(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// What to send as `grpc-timeout`.
+/// The value of `grpc-timeout`.
 pub fn grpc_timeout_value(left: Duration) -> HeaderValue {
-    // Digits and a letter are always a valid field value.
+    // Digits and a letter always form a valid field value.
     HeaderValue::from_str(&format_grpc_timeout(left)).unwrap_or(HeaderValue::from_static("0n"))
 }
 
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearer_deadline_holds_and_says_whose_it_is() {
+    fn the_nearer_deadline_applies() {
         let now = Instant::now();
         let mut both = Deadline::from_caller(now, Some(S * 2));
         both.start(now, Some(S * 15));
@@ -244,7 +245,7 @@ mod tests {
         let mut generous = Deadline::from_caller(now, Some(S * 60));
         assert_eq!(generous.left(now), Some(S * 60));
         generous.start(now + S, Some(S * 15));
-        assert_eq!(generous.at(), Some((now + S * 16, Limit::Timeout)), "a caller can only shorten");
+        assert_eq!(generous.at(), Some((now + S * 16, Limit::Timeout)), "a client can only shorten");
         generous.start(now + S * 9, Some(S * 15));
         assert_eq!(generous.left(now + S * 6), Some(S * 10), "started once");
         assert_eq!(generous.callers_time_left(now), None);
@@ -256,52 +257,62 @@ mod tests {
     }
 
     #[test]
-    fn auto_leaves_time_for_another_try() {
+    fn auto_reserves_time_for_another_attempt() {
         let now = Instant::now();
-        let mut call = Deadline::default();
-        call.start(now, Some(S * 8));
-        assert_eq!(call.attempt(now, AttemptTimeout::Auto, true, None), Some((now + S * 4, Limit::Attempt)));
+        let mut deadline = Deadline::default();
+        deadline.start(now, Some(S * 8));
+        assert_eq!(
+            deadline.attempt(now, AttemptTimeout::Auto, true, None),
+            Some((now + S * 4, Limit::Attempt))
+        );
         let later = now + S * 4;
         assert_eq!(
-            call.attempt(later, AttemptTimeout::Auto, true, None),
+            deadline.attempt(later, AttemptTimeout::Auto, true, None),
             Some((now + S * 6, Limit::Attempt))
         );
         assert_eq!(
-            call.attempt(later, AttemptTimeout::Auto, false, None),
+            deadline.attempt(later, AttemptTimeout::Auto, false, None),
             Some((now + S * 8, Limit::Timeout))
         );
-        assert_eq!(call.attempt(now, fixed(S), true, None), Some((now + S, Limit::Attempt)));
-        assert_eq!(call.attempt(now, fixed(S * 20), true, None), Some((now + S * 8, Limit::Timeout)));
-        assert_eq!(call.attempt(now, fixed(Duration::ZERO), true, None), Some((now + S * 8, Limit::Timeout)));
+        assert_eq!(deadline.attempt(now, fixed(S), true, None), Some((now + S, Limit::Attempt)));
+        assert_eq!(deadline.attempt(now, fixed(S * 20), true, None), Some((now + S * 8, Limit::Timeout)));
+        assert_eq!(
+            deadline.attempt(now, fixed(Duration::ZERO), true, None),
+            Some((now + S * 8, Limit::Timeout))
+        );
         let endless = Deadline::default();
         assert_eq!(endless.attempt(now, AttemptTimeout::Auto, true, None), None);
         assert_eq!(endless.attempt(now, fixed(S), false, None), Some((now + S, Limit::Attempt)));
     }
 
-    /// A client that allows 400 ms of a service that takes 300 ms is served; one whose half is enough for what is usual
-    /// keeps time for another attempt.
+    /// A client that allows 400 ms is served by a service that takes 300 ms. If half of the deadline is enough for the
+    /// usual latency, the other half is reserved for another attempt.
     #[test]
     fn a_clients_short_deadline_is_halved_only_where_the_usual_latency_fits() {
         let now = Instant::now();
         let ms = Duration::from_millis;
-        let mut call = Deadline::from_caller(now, Some(ms(400)));
-        call.start(now, Some(S * 15));
-        let attempt = |usual: Option<Duration>, more| call.attempt(now, AttemptTimeout::Auto, more, usual);
+        let mut deadline = Deadline::from_caller(now, Some(ms(400)));
+        deadline.start(now, Some(S * 15));
+        let attempt =
+            |usual: Option<Duration>, more| deadline.attempt(now, AttemptTimeout::Auto, more, usual);
         let whole = Some((now + ms(400), Limit::Caller));
         assert_eq!(attempt(None, true), whole, "nothing is known yet");
         assert_eq!(attempt(Some(ms(300)), true), whole);
         assert_eq!(attempt(Some(ms(201)), true), whole);
         assert_eq!(attempt(Some(ms(200)), true), Some((now + ms(200), Limit::ClientShare)));
         assert_eq!(attempt(Some(ms(50)), false), whole, "no other attempt can follow");
-        // Our own half is the shorter one: what is divided is `timeout`.
-        let mut call = Deadline::from_caller(now, Some(ms(900)));
-        call.start(now, Some(S));
-        let half = call.attempt(now, AttemptTimeout::Auto, true, None);
+        // Half of `timeout` is the nearer limit: `timeout` is divided.
+        let mut deadline = Deadline::from_caller(now, Some(ms(900)));
+        deadline.start(now, Some(S));
+        let half = deadline.attempt(now, AttemptTimeout::Auto, true, None);
         assert_eq!(half, Some((now + ms(500), Limit::Attempt)));
-        // Without a `timeout` of ours the client's deadline is all there is.
-        let call = Deadline::from_caller(now, Some(ms(400)));
-        assert_eq!(call.attempt(now, AttemptTimeout::Auto, true, None), Some((now + ms(400), Limit::Caller)));
-        assert_eq!(call.attempt(now, fixed(ms(100)), true, None), Some((now + ms(100), Limit::Attempt)));
+        // Without `timeout` only the client's deadline applies.
+        let deadline = Deadline::from_caller(now, Some(ms(400)));
+        assert_eq!(
+            deadline.attempt(now, AttemptTimeout::Auto, true, None),
+            Some((now + ms(400), Limit::Caller))
+        );
+        assert_eq!(deadline.attempt(now, fixed(ms(100)), true, None), Some((now + ms(100), Limit::Attempt)));
     }
 
     #[test]
@@ -324,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn grpc_timeouts_are_read_by_the_letter_of_the_specification() {
+    fn parses_grpc_timeouts_as_specified() {
         for (text, expected) in [
             ("1H", S * 3600),
             ("2M", S * 120),
@@ -362,7 +373,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sent_on_is_never_more_than_what_is_left(nanos in any::<u64>()) {
+        fn never_propagates_more_than_the_time_left(nanos in any::<u64>()) {
             let left = Duration::from_nanos(nanos);
             let text = format_grpc_timeout(left);
             prop_assert!(text.len() <= GRPC_DIGITS + 1);
@@ -378,17 +389,17 @@ mod tests {
         }
 
         #[test]
-        fn a_try_never_outlasts_the_call(
-            callers in prop::option::of(0u64..5000), timeout in 0u64..5000, begun in 0u64..6000,
+        fn an_attempt_never_outlasts_the_request(
+            client in prop::option::of(0u64..5000), timeout in 0u64..5000, begun in 0u64..6000,
             attempt in 0u64..5000, auto: bool, more: bool, usual in prop::option::of(0u64..5000),
         ) {
             let arrived = Instant::now();
             let ms = Duration::from_millis;
-            let mut call = Deadline::from_caller(arrived, callers.map(ms));
-            call.start(arrived, Some(ms(timeout)));
+            let mut deadline = Deadline::from_caller(arrived, client.map(ms));
+            deadline.start(arrived, Some(ms(timeout)));
             let attempt = if auto { AttemptTimeout::Auto } else { fixed(ms(attempt)) };
-            let end = call.attempt(arrived + ms(begun), attempt, more, usual.map(ms));
-            if let Some((at, _)) = call.at() {
+            let end = deadline.attempt(arrived + ms(begun), attempt, more, usual.map(ms));
+            if let Some((at, _)) = deadline.at() {
                 prop_assert!(end.is_some_and(|(end, _)| end <= at));
             }
         }

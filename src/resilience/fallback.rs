@@ -1,9 +1,9 @@
-//! What the caller gets when breaker, timeout or tries are exhausted.
+//! The response that the client gets when breaker, timeout or retries are exhausted.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `[defaults.fallback]`; absent = none. A fixed answer, or another upstream.
+/// `[defaults.fallback]`; absent = none. A fixed response, or another upstream.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FallbackSettings {
@@ -13,7 +13,7 @@ pub struct FallbackSettings {
     pub body: String,
     /// Its media type.
     pub content_type: String,
-    /// Another upstream to ask instead of answering.
+    /// Another upstream to send the request to, instead of the fixed response.
     pub upstream: Option<String>,
 }
 

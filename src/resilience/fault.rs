@@ -1,4 +1,4 @@
-//! Faults injected before the upstream, to rehearse failures.
+//! Fault injection before the upstream, to rehearse failures.
 
 use std::time::Duration;
 
@@ -13,24 +13,24 @@ use crate::units::{HumanDuration, Ratio};
 pub struct FaultSettings {
     /// How long a request is delayed.
     pub delay: HumanDuration,
-    /// Share of the calls that are delayed.
+    /// Share of the requests that are delayed.
     pub delay_ratio: Ratio,
-    /// The status of an aborted call.
+    /// The status of an aborted request.
     pub abort: Option<u16>,
-    /// Share of the calls that are aborted.
+    /// Share of the requests that are aborted.
     pub abort_ratio: Ratio,
 }
 
-/// What is to be done to a call before it is sent: first the delay, then the abort.
+/// The faults to inject into a request before it is sent: first the delay, then the abort.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fault {
     pub delay: Option<Duration>,
-    /// The status to answer instead of sending.
+    /// The status to return instead of sending the request.
     pub abort: Option<u16>,
 }
 
 impl FaultSettings {
-    /// Decides for one call, from two numbers that are drawn from 0 up to but not 1. A call may get both.
+    /// Decides for one request, from two random numbers in [0, 1). A request may get both faults.
     pub fn decide(&self, delay_draw: f64, abort_draw: f64) -> Fault {
         Fault {
             delay: self.delay.limit().filter(|_| delay_draw < *self.delay_ratio),
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_fault_has_its_share_and_its_own_dice() {
+    fn faults_are_drawn_independently() {
         let settings = FaultSettings {
             delay: HumanDuration::from_millis(200),
             delay_ratio: Ratio::constant(0.1),

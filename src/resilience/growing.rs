@@ -1,4 +1,4 @@
-//! Times that grow from one failure to the next: how long a breaker stays open, an endpoint out.
+//! Durations that double from one failure to the next: how long a breaker stays open, an endpoint ejected.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::HumanDuration;
 
-/// A duration that doubles from `base` up to `max`. Either may be left away where it is written.
+/// A duration that doubles from `base` up to `max`. Either may be omitted in the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Growing {
     /// The first time.
@@ -19,7 +19,7 @@ pub struct Growing {
 }
 
 impl Growing {
-    /// Reads it; what is left away is as in `default`, which differs from key to key.
+    /// Deserializes it; an omitted part is taken from `default`, which differs from key to key.
     pub fn read<'de, D: serde::Deserializer<'de>>(default: Self, deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
@@ -31,8 +31,8 @@ impl Growing {
         Ok(Self { base: base.unwrap_or(default.base), max: max.unwrap_or(default.max) })
     }
 
-    /// The n-th in a row, from 0. The first is `base` exactly; from then on up to a fifth shorter, so that those
-    /// who stopped together don't come back together. `random` from 0 to 1.
+    /// The n-th consecutive duration, from 0. The first is exactly `base`; later ones are up to a fifth shorter, so
+    /// that breakers and endpoints that failed together do not return together. `random` from 0 to 1.
     pub fn nth(&self, n: u32, random: f64) -> Duration {
         let whole = self.base.0.saturating_mul(1 << n.min(31)).min(self.max.0.max(self.base.0));
         let jitter = if n == 0 { 0.0 } else { 0.2 * random.clamp(0.0, 1.0) };

@@ -1,4 +1,4 @@
-//! gRPC status codes, and what they say about who sent them.
+//! gRPC status codes, and how they count for the server.
 
 use http::{HeaderMap, StatusCode};
 
@@ -59,14 +59,15 @@ impl GrpcStatus {
         self as u32
     }
 
-    /// `grpc-status`, from the headers of a Trailers-Only answer or from trailers. One that is no number is UNKNOWN.
+    /// `grpc-status`, from the headers of a Trailers-Only response or from trailers. UNKNOWN if it is not a number.
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let value = headers.get("grpc-status")?;
         let code = value.to_str().ok().and_then(|text| text.parse().ok());
         Some(code.map_or(Self::Unknown, Self::from_code))
     }
 
-    /// What a gRPC client makes of an answer without `grpc-status` ("HTTP to gRPC Status Code Mapping").
+    /// The status that a gRPC client derives from a response without `grpc-status` ("HTTP to gRPC Status Code
+    /// Mapping").
     pub fn from_http(status: StatusCode) -> Self {
         match status.as_u16() {
             400 => Self::Internal,
@@ -82,12 +83,12 @@ impl GrpcStatus {
         Self::BY_CODE.iter().find(|(status, _)| *status == self).map_or("grpc_unknown", |(_, name)| name)
     }
 
-    /// What gRPC calls it, e.g. `UNAVAILABLE`.
+    /// Its name in gRPC, e.g. `UNAVAILABLE`.
     pub fn name(self) -> String {
         self.label().trim_start_matches("grpc_").to_ascii_uppercase()
     }
 
-    /// Whether the server is to blame, as OpenTelemetry's conventions have it.
+    /// Whether it is a server error by OpenTelemetry's conventions.
     pub const fn is_failure(self) -> bool {
         matches!(
             self,
@@ -100,8 +101,8 @@ impl GrpcStatus {
         )
     }
 
-    /// As for the HTTP statuses that Envoy maps these to; UNKNOWN is what most servers make of an exception, as
-    /// others do of 500. CANCELLED is mostly the echo of a caller that gave up.
+    /// As for the HTTP statuses that Envoy maps these to. UNKNOWN is what most gRPC servers return for an exception, as
+    /// HTTP servers return 500. CANCELLED mostly follows a request cancelled by its client.
     pub(super) fn health(self) -> Health {
         match self {
             Self::Unknown | Self::DeadlineExceeded | Self::Internal | Self::Unavailable | Self::DataLoss => {
@@ -120,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_code_is_its_own() {
+    fn codes_round_trip() {
         assert!((0..=16).all(|code| GrpcStatus::from_code(code).code() == code));
         assert_eq!(GrpcStatus::from_code(17), GrpcStatus::Unknown);
         assert_eq!(GrpcStatus::from_code(14).label(), "grpc_unavailable");
@@ -144,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_is_not_grpc_has_a_status_too() {
+    fn maps_http_statuses() {
         let of = |code| GrpcStatus::from_http(StatusCode::from_u16(code).unwrap());
         assert_eq!(
             (of(503), of(429), of(404)),

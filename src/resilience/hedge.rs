@@ -1,4 +1,4 @@
-//! A second copy of an idempotent request where the first is slow.
+//! Hedging: a second copy of an idempotent request whose first attempt is slow.
 
 use std::{
     fmt,
@@ -63,16 +63,16 @@ const PER_OCTAVE_BITS: u32 = 3;
 const PER_OCTAVE: usize = 1 << PER_OCTAVE_BITS;
 /// From a microsecond to over two minutes.
 const BUCKETS: usize = 28 * PER_OCTAVE;
-/// Below this many the tail says nothing.
-const LEAST_SAMPLES: u64 = 100;
-/// How often the quantile is read from the buckets,
+/// With fewer samples the quantile is unknown.
+const MIN_SAMPLES: u64 = 100;
+/// How often the quantile is computed from the buckets.
 const REFRESH: Duration = Duration::from_millis(500);
-/// and after how many of those all counts are halved.
+/// After how many refreshes all counts are halved.
 const HALVE_EVERY: u64 = 20;
 
-/// The live latency of an upstream's answers, shared by all workers: counts in buckets, halved every ten seconds.
+/// The live latency of an upstream's responses, shared by all workers: counts in buckets, halved every ten seconds.
 ///
-/// Recording is one atomic addition; twice a second one of the callers also reads the quantile out.
+/// Recording is one atomic addition; twice a second one recording also computes the quantile.
 #[derive(Debug)]
 pub struct LiveQuantile {
     /// In percent.
@@ -96,7 +96,7 @@ impl LiveQuantile {
         }
     }
 
-    /// Takes in how long an answer took, to its headers. Successes only: fast failures would make hedges early.
+    /// Records the time to a response's headers. Successes only: fast failures would cause early hedges.
     pub fn record(&self, latency: Duration, now: Instant) {
         if let Some(count) = self.counts.get(bucket(latency)) {
             count.fetch_add(1, Ordering::Relaxed);
@@ -104,7 +104,7 @@ impl LiveQuantile {
         self.refresh(now);
     }
 
-    /// `None` while there are too few samples to tell.
+    /// `None` while there are too few samples.
     pub fn get(&self) -> Option<Duration> {
         match self.current.load(Ordering::Relaxed) {
             0 => None,
@@ -116,13 +116,13 @@ impl LiveQuantile {
         let due = now.saturating_duration_since(self.epoch).as_nanos() / REFRESH.as_nanos();
         let due = u64::try_from(due).unwrap_or(u64::MAX);
         let seen = self.refreshed.load(Ordering::Relaxed);
-        // Whoever moves the number on does the work; the others go on.
+        // The thread that advances the number computes the quantile; the others return.
         if due <= seen
             || self.refreshed.compare_exchange(seen, due, Ordering::Relaxed, Ordering::Relaxed).is_err()
         {
             return;
         }
-        self.current.store(self.read_out().unwrap_or(0), Ordering::Relaxed);
+        self.current.store(self.compute().unwrap_or(0), Ordering::Relaxed);
         let halvings = (due / HALVE_EVERY).saturating_sub(seen / HALVE_EVERY).min(31);
         if halvings > 0 {
             for count in &self.counts {
@@ -134,11 +134,11 @@ impl LiveQuantile {
     }
 
     /// The upper end, in microseconds, of the bucket that holds the quantile.
-    fn read_out(&self) -> Option<u64> {
+    fn compute(&self) -> Option<u64> {
         let counts: Vec<u64> =
             self.counts.iter().map(|count| u64::from(count.load(Ordering::Relaxed))).collect();
         let total: u64 = counts.iter().sum();
-        if total < LEAST_SAMPLES {
+        if total < MIN_SAMPLES {
             return None;
         }
         let rank = (total * u64::from(self.percent)).div_ceil(100);
@@ -171,7 +171,7 @@ fn upper_end(index: usize) -> u64 {
     }
 }
 
-/// What is known of a call when its first try goes out.
+/// A request when its first attempt is sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Call<'a> {
     pub method: &'a Method,
@@ -179,7 +179,7 @@ pub struct Call<'a> {
     pub idempotency_key: bool,
     /// A whole copy of the body can be sent: there is none, or it has been read and kept.
     pub body_ready: bool,
-    /// Tries of the call so far, the first included.
+    /// Attempts of the request so far, the first included.
     pub tries: u32,
     /// `retry.max`, which counts hedges; 0 also where retries are off.
     pub max_retries: u32,
@@ -187,13 +187,16 @@ pub struct Call<'a> {
 }
 
 impl HedgeSettings {
-    /// How long after the try began a second copy is to be sent; `None` = not at all. When that moment comes, ask
+    /// How long after the start of the attempt to send a second copy; `None` = never. At that moment, call
     /// [`super::budget::RetryBudget::withdraw`] before sending.
-    /// `live` tells the latency at a quantile, in percent, where it is known.
-    pub fn delay(&self, call: &Call<'_>, live: impl FnOnce(u8) -> Option<Duration>) -> Option<Duration> {
-        // `methods = "all"` allows to repeat what has failed, not to have the same thing done twice at once.
-        let idempotent = is_idempotent(call.method) || call.idempotency_key;
-        let allowed = idempotent && call.body_ready && call.breaker_closed && call.tries <= call.max_retries;
+    /// `live` returns the latency at a quantile, in percent, if it is known.
+    pub fn delay(&self, candidate: &Call<'_>, live: impl FnOnce(u8) -> Option<Duration>) -> Option<Duration> {
+        // `methods = "all"` allows repeating a failed request, not processing the same request twice at once.
+        let idempotent = is_idempotent(candidate.method) || candidate.idempotency_key;
+        let allowed = idempotent
+            && candidate.body_ready
+            && candidate.breaker_closed
+            && candidate.tries <= candidate.max_retries;
         if !allowed {
             return None;
         }
@@ -203,7 +206,7 @@ impl HedgeSettings {
         }
     }
 
-    /// The quantile to follow; where the delay is fixed any will do, and nothing need be recorded.
+    /// The quantile to measure; `None` if the delay is fixed, when nothing need be recorded.
     pub fn percent(&self) -> Option<u8> {
         match self.after {
             HedgeAfter::Quantile(percent) => Some(percent),
@@ -224,7 +227,7 @@ mod tests {
         HedgeSettings { after: HedgeAfter::Quantile(95) }
     }
 
-    fn call(method: &Method) -> Call<'_> {
+    fn candidate(method: &Method) -> Call<'_> {
         Call {
             method,
             idempotency_key: false,
@@ -236,12 +239,12 @@ mod tests {
     }
 
     #[test]
-    fn hedges_only_what_may_be_done_twice() {
+    fn hedges_only_idempotent_requests() {
         let fixed = HedgeSettings { after: HedgeAfter::Fixed(HumanDuration::from_millis(30)) };
         let live = |_| None;
-        let get = call(&Method::GET);
+        let get = candidate(&Method::GET);
         assert_eq!(fixed.delay(&get, live), Some(MS * 30));
-        let post = call(&Method::POST);
+        let post = candidate(&Method::POST);
         assert_eq!(fixed.delay(&post, live), None);
         assert_eq!(fixed.delay(&Call { idempotency_key: true, ..post }, live), Some(MS * 30));
         assert_eq!(fixed.delay(&Call { body_ready: false, ..get }, live), None);
@@ -265,14 +268,14 @@ mod tests {
         assert!((MS * 10..=MS * 12).contains(&known), "{known:?}");
         feed(MS * 80, 1000, 12_000);
         let slower = live.get().unwrap();
-        assert!((MS * 80..=MS * 91).contains(&slower), "what was is forgotten: {slower:?}");
+        assert!((MS * 80..=MS * 91).contains(&slower), "old samples fade: {slower:?}");
         live.record(MS, start + Duration::from_secs(3600));
         live.record(MS, start + Duration::from_secs(3601));
         assert_eq!(live.get(), None, "after a quiet hour nothing is known");
     }
 
     #[test]
-    fn buckets_join_without_gaps() {
+    fn buckets_have_no_gaps() {
         for index in 1..BUCKETS - 1 {
             let first = Duration::from_micros(upper_end(index - 1));
             let last = Duration::from_micros(upper_end(index) - 1);
@@ -291,7 +294,7 @@ mod tests {
             for sample in &micros { live.record(Duration::from_micros(*sample), start); }
             micros.sort_unstable();
             let exact = micros[(micros.len() * usize::from(percent)).div_ceil(100) - 1];
-            let read = live.read_out().unwrap_or(0);
+            let read = live.compute().unwrap_or(0);
             prop_assert!(read > exact && read as f64 <= exact as f64 * 1.125 + 1.0, "{exact} {read}");
         }
     }

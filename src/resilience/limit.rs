@@ -1,7 +1,7 @@
-//! Limits: how much of an upstream may be in use at a time, and who waits.
+//! Limits: how many connections and requests of an upstream may be open at a time, and the queue of waiting requests.
 //!
-//! A place is taken and given back by one atomic step. Only who finds none, and who gives one back while others wait,
-//! takes the lock of the queue. Who waits is served in the order of coming; nobody overtakes.
+//! Acquiring and releasing a slot is one atomic step each. The queue's lock is taken only if no slot is free, or if a
+//! slot is released while requests wait. The queue is strictly first in, first out.
 
 use std::{
     collections::VecDeque,
@@ -23,11 +23,11 @@ use crate::units::HumanDuration;
 pub struct LimitSettings {
     /// Connections; tunnels and upgrades count only here.
     pub max_connections: u32,
-    /// Requests in flight; more wait.
+    /// Requests in flight; further ones wait.
     pub max_requests: u32,
-    /// How many may wait.
+    /// How many requests may wait.
     pub max_pending: u32,
-    /// How long they wait; then 503.
+    /// How long a request waits; then 503.
     pub pending_timeout: HumanDuration,
     /// A limit below `max_requests` that follows the measured latency.
     pub adaptive: bool,
@@ -45,66 +45,66 @@ impl Default for LimitSettings {
     }
 }
 
-/// A number that may not pass its limit: connections, or requests in flight.
+/// A count that does not exceed its limit: connections, or requests in flight.
 #[derive(Debug)]
 pub struct Counter {
-    taken: AtomicU32,
+    in_use: AtomicU32,
     limit: AtomicU32,
 }
 
 impl Counter {
     pub fn new(limit: u32) -> Self {
-        Self { taken: AtomicU32::new(0), limit: AtomicU32::new(limit) }
+        Self { in_use: AtomicU32::new(0), limit: AtomicU32::new(limit) }
     }
 
-    /// Takes one, to be given back by [`Self::give_back`]; false where there is none.
+    /// Acquires one, to be returned by [`Self::release`]; false if the limit is reached.
     pub fn try_take(&self) -> bool {
         let limit = self.limit.load(Ordering::Relaxed);
-        // SeqCst: whoever queues up after this failed must see the place that is given back meanwhile.
-        self.taken
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |taken| (taken < limit).then(|| taken + 1))
+        // SeqCst: a request that queues after this failed must see a slot that is released meanwhile.
+        self.in_use
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |in_use| (in_use < limit).then(|| in_use + 1))
             .is_ok()
     }
 
     pub fn give_back(&self) {
-        // More given back than taken would be a bug; it must not turn into four billion in use.
+        // More releases than acquisitions would be a bug; it must not wrap round to four billion in use.
         let _ = self
-            .taken
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |taken| Some(taken.saturating_sub(1)));
+            .in_use
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |in_use| Some(in_use.saturating_sub(1)));
     }
 
     pub fn taken(&self) -> u32 {
-        self.taken.load(Ordering::Relaxed)
+        self.in_use.load(Ordering::Relaxed)
     }
 
     pub fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// Where more than that are taken already, they stay until they are given back.
+    /// If more are in use already, they stay in use until they are released.
     pub fn set_limit(&self, limit: u32) {
         self.limit.store(limit, Ordering::SeqCst);
     }
 }
 
-/// How one who waits is told that there is news. Called under the queue's lock: it must not call back.
+/// Notifies a waiting request. Called under the queue's lock: it must not call back.
 pub trait Bell {
     fn ring(self);
 }
 
-/// Why a request may not even wait.
+/// Why a request cannot be queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
-    /// `max_requests` are in flight and nobody may wait.
+    /// `max_requests` are in flight and no request may wait.
     Limit,
-    /// `max_pending` are waiting already.
+    /// `max_pending` requests are waiting already.
     Queue,
-    /// Its deadline is over.
+    /// Its deadline has passed.
     Deadline,
 }
 
-/// A place in the queue. Wait for the bell or `gives_up`, whichever is first, and then (also where the caller went
-/// away) ask [`RequestLimit::settle`]; a ticket that is dropped instead may take a place with it.
+/// A position in the queue. Wait for the notification or `expires_at`, whichever is first, and then call
+/// [`RequestLimit::finish_wait`], also if the client has disconnected. Dropping the ticket instead may leak a slot.
 #[derive(Debug)]
 #[must_use]
 pub struct Ticket {
@@ -114,44 +114,44 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// Whether a place has come; [`RequestLimit::settle`] takes it.
+    /// Whether a slot has been granted; [`RequestLimit::finish_wait`] acquires it.
     pub fn is_granted(&self) -> bool {
         self.granted.load(Ordering::Relaxed)
     }
 }
 
-/// The pure queue: bounded, first come first served.
+/// The queue: bounded; first in, first out.
 #[derive(Debug)]
-struct Queue<B> {
+struct Queue<N> {
     settings: LimitSettings,
-    waiting: VecDeque<Entry<B>>,
+    waiting: VecDeque<Waiter<N>>,
     next_number: u64,
 }
 
 #[derive(Debug)]
-struct Entry<B> {
+struct Waiter<N> {
     number: u64,
     granted: Arc<AtomicBool>,
     gives_up: Instant,
-    bell: B,
+    notify: N,
 }
 
-impl<B: Bell> Queue<B> {
-    fn push(&mut self, now: Instant, deadline: Option<Instant>, bell: B) -> Result<Ticket, Full> {
-        let patience = now.checked_add(self.settings.pending_timeout.0);
-        let gives_up = match (patience, deadline) {
-            (Some(patience), Some(deadline)) => patience.min(deadline),
-            (patience, deadline) => patience.or(deadline).unwrap_or(now),
+impl<N: Bell> Queue<N> {
+    fn push(&mut self, now: Instant, deadline: Option<Instant>, notify: N) -> Result<Ticket, Full> {
+        let timeout = now.checked_add(self.settings.pending_timeout.0);
+        let expires_at = match (timeout, deadline) {
+            (Some(timeout), Some(deadline)) => timeout.min(deadline),
+            (timeout, deadline) => timeout.or(deadline).unwrap_or(now),
         };
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Err(Full::Deadline);
         }
-        if self.settings.max_pending == 0 || gives_up <= now {
+        if self.settings.max_pending == 0 || expires_at <= now {
             return Err(Full::Limit);
         }
         if self.waiting.len() >= self.settings.max_pending as usize {
-            // Only now, since it looks at all of them.
-            self.drop_hopeless(now);
+            // Only when the queue is full, since it visits every waiter.
+            self.drop_expired(now);
         }
         if self.waiting.len() >= self.settings.max_pending as usize {
             return Err(Full::Queue);
@@ -159,67 +159,72 @@ impl<B: Bell> Queue<B> {
         let number = self.next_number;
         self.next_number += 1;
         let granted = Arc::new(AtomicBool::new(false));
-        self.waiting.push_back(Entry { number, granted: Arc::clone(&granted), gives_up, bell });
-        Ok(Ticket { number, granted, gives_up })
+        self.waiting.push_back(Waiter {
+            number,
+            granted: Arc::clone(&granted),
+            gives_up: expires_at,
+            notify,
+        });
+        Ok(Ticket { number, granted, gives_up: expires_at })
     }
 
-    /// The first that can still make use of a place.
-    fn pop(&mut self, now: Instant) -> Option<Entry<B>> {
-        while let Some(entry) = self.waiting.pop_front() {
-            if entry.gives_up > now {
-                return Some(entry);
+    /// The first waiter that has not expired.
+    fn pop(&mut self, now: Instant) -> Option<Waiter<N>> {
+        while let Some(waiter) = self.waiting.pop_front() {
+            if waiter.gives_up > now {
+                return Some(waiter);
             }
-            entry.bell.ring();
+            waiter.notify.ring();
         }
         None
     }
 
-    fn drop_hopeless(&mut self, now: Instant) {
-        for entry in std::mem::take(&mut self.waiting) {
-            if entry.gives_up > now { self.waiting.push_back(entry) } else { entry.bell.ring() }
+    fn drop_expired(&mut self, now: Instant) {
+        for waiter in std::mem::take(&mut self.waiting) {
+            if waiter.gives_up > now { self.waiting.push_back(waiter) } else { waiter.notify.ring() }
         }
     }
 
     fn remove(&mut self, number: u64) -> bool {
         // Numbers only grow towards the end.
-        let found = self.waiting.binary_search_by_key(&number, |entry| entry.number);
+        let found = self.waiting.binary_search_by_key(&number, |waiter| waiter.number);
         found.is_ok_and(|index| self.waiting.remove(index).is_some())
     }
 }
 
-/// `max_requests` and its queue, of one upstream, shared by all workers. Outlives a reload.
+/// `max_requests` of one upstream and its queue, shared by all workers. Its state survives a reload.
 #[derive(Debug)]
-pub struct RequestLimit<B> {
-    places: Counter,
-    /// The length of the queue, to be looked at without its lock.
+pub struct RequestLimit<N> {
+    slots: Counter,
+    /// The length of the queue, readable without its lock.
     pending: AtomicU32,
-    queue: Mutex<Queue<B>>,
+    queue: Mutex<Queue<N>>,
 }
 
-impl<B: Bell> RequestLimit<B> {
+impl<N: Bell> RequestLimit<N> {
     pub fn new(settings: LimitSettings) -> Self {
         Self {
-            places: Counter::new(settings.max_requests),
+            slots: Counter::new(settings.max_requests),
             pending: AtomicU32::new(0),
             queue: Mutex::new(Queue { settings, waiting: VecDeque::new(), next_number: 0 }),
         }
     }
 
-    /// Takes a place, to be given back by [`Self::release`]. False where there is none or others wait for it:
-    /// then [`Self::wait`].
+    /// Acquires a slot, to be returned by [`Self::release`]. False if none is free or others wait for one: then call
+    /// [`Self::enqueue`].
     pub fn try_acquire(&self) -> bool {
-        self.pending.load(Ordering::SeqCst) == 0 && self.places.try_take()
+        self.pending.load(Ordering::SeqCst) == 0 && self.slots.try_take()
     }
 
-    /// Queues up. The bell may have rung when this returns.
-    pub fn wait(&self, now: Instant, deadline: Option<Instant>, bell: B) -> Result<Ticket, Full> {
+    /// Queues a request. It may already be notified when this returns.
+    pub fn wait(&self, now: Instant, deadline: Option<Instant>, notify: N) -> Result<Ticket, Full> {
         let mut queue = self.lock();
-        let ticket = queue.push(now, deadline, bell);
-        self.hand_out(&mut queue, now);
+        let ticket = queue.push(now, deadline, notify);
+        self.grant_slots(&mut queue, now);
         ticket
     }
 
-    /// Ends the wait: true with a place, to be given back by [`Self::release`]; false without.
+    /// Ends the wait: true with a slot, to be returned by [`Self::release`]; false without.
     pub fn settle(&self, ticket: Ticket) -> bool {
         let mut queue = self.lock();
         let waited = queue.remove(ticket.number);
@@ -227,16 +232,16 @@ impl<B: Bell> RequestLimit<B> {
         !waited && ticket.granted.load(Ordering::Relaxed)
     }
 
-    /// Gives a place back; the first who waits gets it. The time is asked for only then.
+    /// Returns a slot; the first waiter gets it. `now` is called only if one waits.
     pub fn release(&self, now: impl FnOnce() -> Instant) {
-        self.places.give_back();
+        self.slots.give_back();
         if self.pending.load(Ordering::SeqCst) > 0 {
-            self.hand_out(&mut self.lock(), now());
+            self.grant_slots(&mut self.lock(), now());
         }
     }
 
     pub fn in_flight(&self) -> u32 {
-        self.places.taken()
+        self.slots.taken()
     }
 
     pub fn pending(&self) -> u32 {
@@ -244,40 +249,40 @@ impl<B: Bell> RequestLimit<B> {
     }
 
     pub fn limit(&self) -> u32 {
-        self.places.limit()
+        self.slots.limit()
     }
 
-    /// Moves the limit below `max_requests` (the adaptive one); never above it, never to none.
+    /// Sets the adaptive limit: at least 1, at most `max_requests`.
     pub fn adapt(&self, limit: u32, now: Instant) {
         let mut queue = self.lock();
-        self.places.set_limit(limit.max(1).min(queue.settings.max_requests));
-        self.hand_out(&mut queue, now);
+        self.slots.set_limit(limit.max(1).min(queue.settings.max_requests));
+        self.grant_slots(&mut queue, now);
     }
 
-    /// Takes new settings over from a reload. Who waits goes on waiting.
+    /// Applies the settings of a reload. Waiters stay in the queue.
     pub fn configure(&self, settings: LimitSettings, now: Instant) {
         let mut queue = self.lock();
         queue.settings = settings;
-        self.places.set_limit(settings.max_requests);
-        self.hand_out(&mut queue, now);
+        self.slots.set_limit(settings.max_requests);
+        self.grant_slots(&mut queue, now);
     }
 
-    fn hand_out(&self, queue: &mut Queue<B>, now: Instant) {
-        // Published before the places are looked at: who gives one back now either sees the queue, or we its place.
+    fn grant_slots(&self, queue: &mut Queue<N>, now: Instant) {
+        // Published before the slots are checked: a concurrent release then sees the queue, or this sees its slot.
         self.pending.store(len(&queue.waiting), Ordering::SeqCst);
-        while !queue.waiting.is_empty() && self.places.try_take() {
+        while !queue.waiting.is_empty() && self.slots.try_take() {
             match queue.pop(now) {
-                Some(entry) => {
-                    entry.granted.store(true, Ordering::Relaxed);
-                    entry.bell.ring();
+                Some(waiter) => {
+                    waiter.granted.store(true, Ordering::Relaxed);
+                    waiter.notify.ring();
                 }
-                None => self.places.give_back(),
+                None => self.slots.give_back(),
             }
         }
         self.pending.store(len(&queue.waiting), Ordering::SeqCst);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue<B>> {
+    fn lock(&self) -> MutexGuard<'_, Queue<N>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -287,7 +292,7 @@ fn len<T>(queue: &VecDeque<T>) -> u32 {
 }
 
 impl LimitSettings {
-    /// How long a refused caller does well to wait: until those who wait now have been served or have given up.
+    /// The `Retry-After` of a refusal: by then the requests that wait now have been served or have expired.
     pub fn retry_after(&self) -> Duration {
         self.pending_timeout.0.max(Duration::from_secs(1))
     }

@@ -1,12 +1,12 @@
-//! The decisions: small state machines, told the time and the event, answering what to do.
+//! The resilience decisions: small state machines that get the time and an event, and return what to do.
 //!
-//! Nothing in here opens a socket, awaits, reads a clock or draws a random number: time and randomness come in
-//! as arguments. So each policy can be tested over hours in microseconds, and is the very code that runs.
-//! The settings of a policy live beside it. What each does and why is told in `docs/resilience.md`.
+//! Nothing here opens a socket, awaits, reads a clock or draws a random number: time and randomness are
+//! arguments. Tests therefore run the production code over hours of virtual time in microseconds.
+//! The settings of a policy live beside it. `docs/resilience.md` describes what each policy does and why.
 //!
-//! Many policies are shared by all workers. Those have two layers: a plain machine (`&mut self`), and around it
-//! atomics for calls that go well and a short lock for failures and transitions (`&self`). The lock is never held
-//! across anything that waits.
+//! All workers share many of the policies. Those have two layers: a plain state machine (`&mut self`), and around
+//! it atomics for successful requests and a short lock for failures and transitions (`&self`). The lock is never
+//! held across an await.
 
 pub mod adaptive;
 pub mod backoff;

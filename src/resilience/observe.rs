@@ -1,7 +1,7 @@
-//! `[runtime] observe`: a policy decides, is counted and logged, and does not act.
+//! `[runtime] observe`: a policy decides, counts and logs, and its decision is not applied.
 
-/// What follows from a decision. A refusal is always noted, once; while `observing` the request goes on without what
-/// it would have been given (a permit, a place), so that nothing has to be given back for it.
+/// Applies a decision, unless `observing`. A refusal is recorded once in either case. While `observing`, a refused
+/// request goes on without the permit or slot, so that there is nothing to release.
 ///
 /// ```
 /// use outrigger::resilience::observe::enforce;
@@ -10,14 +10,18 @@
 /// let full: Result<&str, &str> = Err("limit_full");
 /// assert_eq!(enforce(full, true, |_| refused += 1), Ok(None));
 /// assert_eq!(enforce(full, false, |_| refused += 1), Err("limit_full"));
-/// assert_eq!(enforce(Ok::<_, &str>("place"), true, |_| refused += 1), Ok(Some("place")));
+/// assert_eq!(enforce(Ok::<_, &str>("permit"), true, |_| refused += 1), Ok(Some("permit")));
 /// assert_eq!(refused, 2);
 /// ```
-pub fn enforce<T, E>(decision: Result<T, E>, observing: bool, note: impl FnOnce(&E)) -> Result<Option<T>, E> {
+pub fn enforce<T, E>(
+    decision: Result<T, E>,
+    observing: bool,
+    record: impl FnOnce(&E),
+) -> Result<Option<T>, E> {
     match decision {
         Ok(given) => Ok(Some(given)),
         Err(refusal) => {
-            note(&refusal);
+            record(&refusal);
             if observing { Ok(None) } else { Err(refusal) }
         }
     }

@@ -1,18 +1,18 @@
-//! Which endpoints of an upstream the balancer may choose: outlier detection, and endpoints that are absent.
+//! Which endpoints of an upstream the balancer may choose: outlier detection, and detection of absent endpoints.
 //!
 //! | state | begins | ends |
 //! | --- | --- | --- |
 //! | available | | |
-//! | ejected | with `consecutive_failures` in a row, if `max_ejected` allows | when its time is over |
-//! | absent | with the first connection refused (or not accepted in time), or the first `elsewhere` of its sidecar, whatever `max_ejected` | when a request to it has succeeded |
+//! | ejected | after `consecutive_failures` in a row, if `max_ejected` allows | when its time has elapsed |
+//! | absent | with the first connection refused or not accepted in time, or the first `elsewhere` of its sidecar, regardless of `max_ejected` | when a request to it has succeeded |
 //!
 //! | endpoints | may be ejected at a time |
 //! | --- | --- |
-//! | 1 | none: the breaker is there for an upstream that fails as a whole |
+//! | 1 | none: the breaker handles an upstream that fails as a whole |
 //! | 2 or more | `max_ejected` of them, rounded down, but at least one and never the last that is not absent |
 //!
-//! An absent endpoint is asked for a connection by the control thread (`src/upstream/comeback.rs`); once it accepts one,
-//! a single request is sent to it. That it accepts connections proves nothing: its port may be its sidecar's.
+//! The control thread tries to connect to an absent endpoint (`src/upstream/comeback.rs`). Once it accepts a
+//! connection, a single request probes it. An accepted connection is not enough: the port may be its sidecar's.
 
 mod absence;
 mod endpoint;
@@ -42,12 +42,12 @@ use crate::units::{HumanDuration, Ratio};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OutlierSettings {
-    /// Failures in a row that eject the endpoint. 0 = off.
+    /// Consecutive failures that eject the endpoint. 0 = off.
     pub consecutive_failures: u32,
     /// How long an ejected endpoint gets no requests; longer each time.
     #[serde(deserialize_with = "eject_for")]
     pub eject_for: Growing,
-    /// Share of an upstream's endpoints that may be out at a time.
+    /// Share of an upstream's endpoints that may be ejected at a time.
     pub max_ejected: Ratio,
 }
 
@@ -66,18 +66,18 @@ impl Default for OutlierSettings {
 }
 
 impl OutlierSettings {
-    /// How many of so many endpoints may be ejected at a time.
+    /// How many of `endpoints` may be ejected at a time.
     pub fn most_ejected(&self, endpoints: usize) -> usize {
         if *self.max_ejected <= 0.0 {
             return 0;
         }
-        // Ten times 0.3 must be three, whatever floating point makes of it.
+        // Ten times 0.3 must be three in spite of floating point.
         let share = (endpoints as f64 * *self.max_ejected + 1e-9) as usize;
         share.max(1).min(endpoints.saturating_sub(1))
     }
 }
 
-/// What an attempt says about its endpoint.
+/// The outcome of an attempt as it counts for its endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Evidence {
     Success,
@@ -87,13 +87,13 @@ pub enum Evidence {
     Refused,
     /// It did not accept a connection in time.
     ConnectTimeout,
-    /// Its sidecar has no service behind it, and advised to go elsewhere.
+    /// Its sidecar has no service behind it and advised `elsewhere`.
     NoService,
 }
 
 impl Evidence {
-    /// `health`: what the outcome counts for, which is nothing where a lost connection has been counted already.
-    /// `full`: it refused because it had too many requests, which is no absence.
+    /// `health`: how the outcome counts; neutral if its lost connection has been counted already.
+    /// `full`: the endpoint refused because its limits are reached, so it is not absent.
     pub fn new(outcome: &Outcome, health: Health, full: bool) -> Self {
         match (health, outcome.ending) {
             (Health::Success, _) => Self::Success,
@@ -105,30 +105,30 @@ impl Evidence {
         }
     }
 
-    /// No connection: asking for one again tells whether that has changed.
+    /// There was no connection. Another connection attempt shows whether the endpoint is back.
     pub const fn is_unreachable(self) -> bool {
         matches!(self, Self::Refused | Self::ConnectTimeout)
     }
 
-    /// Whether it makes its endpoint absent.
+    /// Whether it makes the endpoint absent.
     pub const fn is_absence(self) -> bool {
         matches!(self, Self::Refused | Self::ConnectTimeout | Self::NoService)
     }
 }
 
-/// What changed by an attempt.
+/// The change of an endpoint's state after an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     Ejected(Ejection),
-    /// It is absent from now on.
+    /// It became absent.
     Absent,
-    /// It was absent, and serves again.
+    /// It was absent and serves requests again.
     Present,
-    /// It was absent before, and is to be asked again at another time.
+    /// It remains absent, and its next probe is at another time.
     StillAbsent,
 }
 
-/// An endpoint was ejected.
+/// The ejection of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ejection {
     pub address: SocketAddr,
@@ -136,16 +136,16 @@ pub struct Ejection {
     pub until: Instant,
 }
 
-/// A question to an absent endpoint that is due.
+/// A probe of an absent endpoint that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
-    /// Whether it accepts a connection.
+    /// Check whether it accepts a connection.
     Connection(SocketAddr),
-    /// Whether a request succeeds.
+    /// Check whether a request succeeds.
     Request(SocketAddr),
 }
 
-/// The outlier detector of an upstream, shared by all workers. Outlives a reload.
+/// The outlier detector of an upstream, shared by all workers. Its state survives a reload.
 #[derive(Debug)]
 pub struct Outliers {
     group: Mutex<Group>,
@@ -163,10 +163,10 @@ struct Group {
 #[derive(Debug)]
 struct Member {
     health: Arc<EndpointHealth>,
-    /// False for one that has left while it was ejected: should it come back, it still is.
+    /// False for an endpoint that discovery removed while it was ejected: if it is added again, it is still ejected.
     present: bool,
-    /// Ejections in a row.
-    times: u32,
+    /// Consecutive ejections.
+    ejections: u32,
     last: Option<(Instant, Duration)>,
     absence: Option<Absence>,
 }
@@ -180,7 +180,7 @@ impl Outliers {
         }
     }
 
-    /// Says which endpoints there are now. One that stays, by address, keeps its state.
+    /// Sets the endpoints of the upstream. An address that remains keeps its state.
     pub fn update(&self, addresses: &[SocketAddr], now: Instant) {
         let mut group = self.lock();
         for member in group.members.values_mut() {
@@ -190,7 +190,7 @@ impl Outliers {
             let new = || Member {
                 health: Arc::new(EndpointHealth::new(self.epoch)),
                 present: true,
-                times: 0,
+                ejections: 0,
                 last: None,
                 absence: None,
             };
@@ -200,12 +200,12 @@ impl Outliers {
         self.count_absent(&group);
     }
 
-    /// The shared state of an endpoint, to be kept beside it; `None` for one that is not there.
+    /// The shared state of an endpoint, to be kept with it; `None` if the address is unknown.
     pub fn endpoint(&self, address: &SocketAddr) -> Option<Arc<EndpointHealth>> {
         self.lock().members.get(address).map(|member| Arc::clone(&member.health))
     }
 
-    /// Whether an endpoint is absent, as far as is known: one that accepts connections again may well serve.
+    /// Whether an endpoint is absent. One that accepts connections again does not count as absent: it may serve.
     pub fn is_absent(&self, address: &SocketAddr, now: Instant) -> bool {
         let group = self.lock();
         let member = group.members.get(address);
@@ -215,7 +215,7 @@ impl Outliers {
         })
     }
 
-    /// Whether any endpoint is absent. One load.
+    /// Whether any endpoint is absent. One atomic load.
     pub fn any_absent(&self) -> bool {
         self.absent.load(Ordering::Relaxed) > 0
     }
@@ -226,29 +226,29 @@ impl Outliers {
             && self.lock().members.values().any(|member| member.present && member.health.awaits_probe(now))
     }
 
-    /// Takes in what came of an attempt that began at `began`. No lock unless it failed, or its endpoint is absent.
-    /// `random` from 0 to 1.
+    /// Records the outcome of an attempt that began at `began`. It locks only if the attempt failed or its endpoint is
+    /// absent. `random` from 0 to 1.
     pub fn report(
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
-        evidence: Evidence,
+        outcome: Evidence,
         (began, now): (Instant, Instant),
         random: f64,
     ) -> Option<Change> {
-        match evidence {
+        match outcome {
             Evidence::Neutral => None,
             Evidence::Success => {
                 endpoint.succeeded();
-                if endpoint.is_absent() { self.prove(address, began) } else { None }
+                if endpoint.is_absent() { self.restore(address, began) } else { None }
             }
-            Evidence::Failure if endpoint.is_absent() => self.absent(address, evidence, (began, now)),
+            Evidence::Failure if endpoint.is_absent() => self.absent(address, outcome, (began, now)),
             Evidence::Failure => self.failed(address, endpoint, now, random).map(Change::Ejected),
             absence => self.absent(address, absence, (began, now)),
         }
     }
 
-    /// Takes new settings over from a reload.
+    /// Applies the settings of a reload.
     pub fn configure(&self, settings: OutlierSettings) {
         self.lock().settings = settings;
     }
@@ -261,7 +261,7 @@ impl Outliers {
         random: f64,
     ) -> Option<Ejection> {
         let mut group = self.lock();
-        // Attempts that were under way when it was ejected add nothing.
+        // Attempts that were in flight when it was ejected are not counted.
         if endpoint.is_ejected(now) {
             return None;
         }
@@ -270,10 +270,10 @@ impl Outliers {
         if settings.consecutive_failures == 0 || failures_in_a_row < settings.consecutive_failures {
             return None;
         }
-        let mut members = Members::default();
-        group.members.values().for_each(|member| members.add(member, now));
-        // No room: it stays, and its next failure asks again.
-        if members.ejected >= settings.most_ejected(members.all) || members.available <= 1 {
+        let mut counts = StateCounts::default();
+        group.members.values().for_each(|member| counts.add(member, now));
+        // `max_ejected` is reached: it stays in the balancer, and its next failure checks again.
+        if counts.ejected >= settings.most_ejected(counts.all) || counts.available <= 1 {
             endpoint.set_failing();
             return None;
         }
@@ -287,7 +287,7 @@ impl Outliers {
     fn absent(
         &self,
         address: &SocketAddr,
-        evidence: Evidence,
+        outcome: Evidence,
         (began, now): (Instant, Instant),
     ) -> Option<Change> {
         let mut group = self.lock();
@@ -297,15 +297,15 @@ impl Outliers {
             .any(|(other, member)| other != address && member.present && member.health.is_serving(now));
         let member = group.members.get_mut(address).filter(|member| member.present)?;
         let change = if let Some(absence) = &mut member.absence {
-            if !absence.again(evidence, alone, began, now) {
+            if !absence.again(outcome, alone, began, now) {
                 return None;
             }
             Change::StillAbsent
-        } else if evidence == Evidence::Failure {
-            // It was proven while this was on its way.
+        } else if outcome == Evidence::Failure {
+            // It was restored while this attempt was in flight.
             return None;
         } else {
-            member.absence = Some(Absence::new(evidence, alone, now));
+            member.absence = Some(Absence::new(outcome, alone, now));
             Change::Absent
         };
         if let Some(Absence { by_connection, next, .. }) = member.absence {
@@ -319,34 +319,33 @@ impl Outliers {
     }
 
     /// A request to an absent endpoint has succeeded.
-    fn prove(&self, address: &SocketAddr, began: Instant) -> Option<Change> {
+    fn restore(&self, address: &SocketAddr, began: Instant) -> Option<Change> {
         let mut group = self.lock();
         let member = group.members.get_mut(address)?;
-        // One that was under way as it became absent proves nothing.
+        // An attempt that began before the endpoint became absent does not show that it is back.
         member.absence.take_if(|absence| began >= absence.since)?;
         member.health.set_present();
         self.count_absent(&group);
         Some(Change::Present)
     }
 
-    /// When a question to an absent endpoint is due; `None` where none is.
+    /// When the next probe of an absent endpoint is due, if any.
     pub fn next_question(&self) -> Option<Instant> {
         if !self.any_absent() {
             return None;
         }
         let group = self.lock();
-        group.members.values().filter_map(Member::question_due).min()
+        group.members.values().filter_map(Member::next_probe).min()
     }
 
-    /// The questions that are due, at most so many. A question for a request is put once; one for a connection until it
-    /// was answered.
+    /// Takes the probes that are due, at most `most`. A probe is scheduled again only after its result.
     pub fn questions(&self, most: usize, now: Instant) -> Vec<Question> {
         let mut due = Vec::new();
         for (address, member) in &mut self.lock().members {
             if due.len() >= most {
                 break;
             }
-            if member.question_due().is_some_and(|at| at <= now)
+            if member.next_probe().is_some_and(|at| at <= now)
                 && let Some(absence) = &mut member.absence
             {
                 absence.next = None;
@@ -359,7 +358,7 @@ impl Outliers {
         due
     }
 
-    /// The answer to [`Question::Connection`]. Returns whether a request may probe it now.
+    /// Records the result of [`DueProbe::Connection`]. Returns whether a request may probe the endpoint now.
     pub fn answered(&self, address: &SocketAddr, accepted: bool, now: Instant) -> bool {
         let mut group = self.lock();
         let alone = !group
@@ -389,15 +388,15 @@ impl Outliers {
     }
 }
 
-/// How many endpoints there are in which state.
+/// The number of endpoints in each state.
 #[derive(Default)]
-struct Members {
+struct StateCounts {
     all: usize,
     ejected: usize,
     available: usize,
 }
 
-impl Members {
+impl StateCounts {
     fn add(&mut self, member: &Member, now: Instant) {
         if member.present {
             self.all += 1;
@@ -408,16 +407,16 @@ impl Members {
 }
 
 impl Member {
-    fn question_due(&self) -> Option<Instant> {
+    fn next_probe(&self) -> Option<Instant> {
         self.absence.filter(|_| self.present)?.next
     }
 
-    /// Doubles, unless it has been back for longer than it was out.
+    /// Doubles, unless the endpoint has been back for longer than it was ejected.
     fn next_ejection(&mut self, settings: &OutlierSettings, now: Instant, random: f64) -> Duration {
         let relapse =
             self.last.is_some_and(|(until, duration)| now.saturating_duration_since(until) <= duration);
-        self.times = if relapse { self.times.saturating_add(1) } else { 0 };
-        let duration = settings.eject_for.nth(self.times, random);
+        self.ejections = if relapse { self.ejections.saturating_add(1) } else { 0 };
+        let duration = settings.eject_for.nth(self.ejections, random);
         self.last = now.checked_add(duration).map(|until| (until, duration));
         duration
     }

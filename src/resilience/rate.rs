@@ -13,16 +13,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::text_value;
 
-/// `[defaults.rate_limit]`; absent = none.
+/// `[defaults.rate_limit]`; absent = no limit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RateSettings {
-    /// Requests a second.
+    /// Requests per second.
     pub rate: u32,
-    /// How many may come at once.
+    /// How many requests may arrive at once.
     #[serde(default = "one")]
     pub burst: u32,
-    /// What shares one allowance.
+    /// Which requests share one allowance.
     #[serde(default)]
     pub per: RateKey,
 }
@@ -31,7 +31,7 @@ const fn one() -> u32 {
     1
 }
 
-/// What shares one allowance: `upstream`, `peer` or `header:NAME`.
+/// Which requests share one allowance: `upstream`, `peer` or `header:NAME`.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub enum RateKey {
     #[default]
@@ -65,16 +65,16 @@ impl fmt::Display for RateKey {
 
 text_value!(RateKey, "RateKey", "upstream, peer or header:NAME", r"upstream|peer|header:.+");
 
-/// At most so many keys are told apart; more push out who was quiet longest.
+/// The most keys that are distinguished; a further key replaces one that has been idle longest.
 pub const MOST_KEYS: usize = 4096;
 
-/// The places where the state of a key may be: few enough to look at all of them.
+/// The number of slots in a set, in which a key's state may be: few enough to check all of them.
 const WAYS: usize = 8;
 
 /// The rate limit of an upstream or an inbound side, shared by all workers, without a lock.
 ///
-/// GCRA: for each key the moment is kept at which its allowance is full again. A request moves it on by `1 / rate`
-/// and is refused where that would be more than `burst` requests ahead of now.
+/// GCRA: it stores for each key the moment at which its allowance is full again. A request advances it by `1 / rate`
+/// and is refused if it would be more than `burst` requests ahead of now.
 #[derive(Debug)]
 pub struct RateLimit {
     /// Nanoseconds that one request uses up.
@@ -82,21 +82,21 @@ pub struct RateLimit {
     /// How far ahead of now the moment may be, in nanoseconds.
     allowance: u64,
     epoch: Instant,
-    /// Keyed, so that nobody can choose header values that share a place.
+    /// Keyed, so that clients cannot choose header values that share a slot.
     hasher: RandomState,
     slots: Box<[Slot]>,
 }
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// The hash of the key; 0 = nobody's.
+    /// The hash of the key; 0 = unused.
     key: AtomicU64,
     /// When the allowance is full again, in nanoseconds since the epoch.
     full_at: AtomicU64,
 }
 
 impl RateLimit {
-    /// `hasher` is drawn by the caller, as all randomness. A rate of 0 refuses everything.
+    /// `hasher` is an argument, like all randomness. A rate of 0 refuses everything.
     pub fn new(settings: &RateSettings, now: Instant, hasher: RandomState) -> Self {
         let cost = 1_000_000_000u64.checked_div(settings.rate.into()).unwrap_or(u64::MAX);
         let slots = if settings.per == RateKey::Upstream { 1 } else { MOST_KEYS };
@@ -109,7 +109,7 @@ impl RateLimit {
         }
     }
 
-    /// Takes one request of this key, or says how long to wait for it. Under `per = "upstream"` the key is ignored.
+    /// Admits one request of this key, or returns how long to wait. With `per = "upstream"` the key is ignored.
     pub fn take(&self, key: &[u8], now: Instant) -> Result<(), Duration> {
         if self.cost == u64::MAX {
             return Err(Duration::from_secs(1));
@@ -130,15 +130,15 @@ impl RateLimit {
         }
     }
 
-    /// The key's own slot, or the one of the stalest in its set. A new key inherits what is left of that one's
-    /// moment, which is over unless thousands of keys are busy at once; then it errs on the strict side.
+    /// The key's own slot, or the stalest one of its set. A new key inherits the moment in that slot, which has passed
+    /// unless thousands of keys are busy at once; then the limit is stricter than configured.
     fn slot(&self, key: &[u8]) -> &Slot {
         if let [only] = &*self.slots {
             return only;
         }
         let hash = self.hasher.hash_one(key).max(1);
         let sets = self.slots.len() / WAYS;
-        // The upper bits choose the set, since the lower ones tell keys of a set apart as well.
+        // The upper bits choose the set.
         let first = (hash >> 32) as usize % sets * WAYS;
         let set = &self.slots[first..first + WAYS];
         loop {
@@ -170,15 +170,15 @@ mod tests {
     }
 
     #[test]
-    fn lets_a_burst_through_and_then_the_rate() {
+    fn admits_a_burst_and_then_the_rate() {
         let (limit, now) = limit(100, 50, RateKey::Upstream);
         assert_eq!((0..80).filter(|_| limit.take(b"", now).is_ok()).count(), 50);
         assert_eq!(limit.take(b"", now), Err(MS * 10));
         assert_eq!(limit.take(b"", now + MS * 4), Err(MS * 6));
-        assert_eq!(limit.take(b"", now + MS * 10), Ok(()), "what it said was right");
+        assert_eq!(limit.take(b"", now + MS * 10), Ok(()), "the returned wait is exact");
         assert!(limit.take(b"", now + MS * 10).is_err());
         let later = now + Duration::from_secs(3600);
-        assert_eq!((0..80).filter(|_| limit.take(b"", later).is_ok()).count(), 50, "no more is saved up");
+        assert_eq!((0..80).filter(|_| limit.take(b"", later).is_ok()).count(), 50, "no more than the burst");
     }
 
     #[test]
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_keys_does_not_free_who_is_over_the_limit() {
+    fn a_flood_of_keys_does_not_evict_a_key_over_its_limit() {
         let (limit, now) = limit(1, 100, RateKey::Header("x-user".to_owned()));
         while limit.take(b"greedy", now).is_ok() {}
         for n in 0..100_000u32 {
@@ -221,7 +221,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_window_holds_more_than_burst_and_rate(
+        fn no_window_exceeds_burst_and_rate(
             rate in 1u32..2000, burst in 1u32..50, passes in prop::collection::vec(0u64..30_000, 1..300),
         ) {
             let (limit, start) = limit(rate, burst, RateKey::Upstream);
@@ -239,7 +239,7 @@ mod tests {
         }
 
         #[test]
-        fn waiting_as_told_is_enough(rate in 1u32..2000, burst in 1u32..50, taken in 0u32..100) {
+        fn the_returned_wait_is_enough(rate in 1u32..2000, burst in 1u32..50, taken in 0u32..100) {
             let (limit, now) = limit(rate, burst, RateKey::Upstream);
             for _ in 0..taken { let _ = limit.take(b"", now); }
             if let Err(wait) = limit.take(b"", now) {

@@ -1,4 +1,4 @@
-//! When a failed try may be followed by another (RFC 9110 §9.2.2, RFC 9113 §8.7, gRPC A6).
+//! Whether a failed attempt may be retried (RFC 9110 §9.2.2, RFC 9113 §8.7, gRPC A6).
 
 mod decide;
 #[cfg(test)]
@@ -19,17 +19,17 @@ use crate::{text_value, units::ByteSize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetrySettings {
-    /// Tries after the first, hedges included. 0 = sent at most once, always.
+    /// Attempts after the first, hedges included. 0 = sent at most once, always.
     pub max: u32,
-    /// Which failures are tried again. `default` names the built-in list.
+    /// Which failures are retried. `default` stands for the built-in list.
     pub on: Vec<Condition>,
-    /// `idempotent`, `all`, or a list of methods. A try that surely never reached the service is repeated for any.
+    /// `idempotent`, `all`, or a list of methods. A request that certainly did not reach the service may have any.
     pub methods: Methods,
-    /// The wait before a further try: full jitter.
+    /// The wait before a retry: full jitter.
     pub backoff: BackoffSettings,
     /// Bounds retries and hedges together, per upstream.
     pub budget: BudgetSettings,
-    /// Request bodies up to and with this size are kept to be sent again; a larger one streams and is not retried.
+    /// A request body of at most this size is kept for retries; a larger one streams through and is not retried.
     pub body_limit: ByteSize,
 }
 
@@ -49,7 +49,7 @@ impl Default for RetrySettings {
 /// A kind of failure that `retry.on` can name.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Condition {
-    /// Stands for [`Condition::DEFAULT`].
+    /// Stands for [`RetryCondition::DEFAULT`].
     Default,
     ConnectFailure,
     RefusedStream,
@@ -129,14 +129,14 @@ impl fmt::Display for Condition {
 text_value!(
     Condition,
     "RetryCondition",
-    "a failure to try again: default, connect-failure, refused-stream, reset, gateway-error, attempt-timeout, 5xx, a status code, grpc-unavailable, …",
+    "an outcome to retry: default, connect-failure, refused-stream, reset, gateway-error, attempt-timeout, 5xx, a status code, grpc-unavailable, …",
     r"default|connect-failure|refused-stream|reset|gateway-error|attempt-timeout|5xx|[0-9]{3}|grpc-[a-z-]+"
 );
 
-/// The methods whose failed calls may be sent again.
+/// The methods whose failed requests may be retried.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Methods {
-    /// GET, HEAD, OPTIONS, TRACE, PUT, DELETE (RFC 9110 §9.2.2), and calls with an `Idempotency-Key`.
+    /// GET, HEAD, OPTIONS, TRACE, PUT, DELETE (RFC 9110 §9.2.2), and requests with an `Idempotency-Key`.
     Idempotent,
     All,
     Listed(Vec<String>),
@@ -192,8 +192,8 @@ impl JsonSchema for Methods {
 }
 
 impl Methods {
-    /// Whether a call that may have been processed may be sent again. A proxy must not do that on its own to a
-    /// method that isn't idempotent (RFC 9110 §9.2.2); `all` and a list are the operator's word that it may.
+    /// Whether a request that may have been processed may be sent again. A proxy must not retry a method that is not
+    /// idempotent on its own (RFC 9110 §9.2.2). With `all` or a list, the operator permits it.
     pub fn allow(&self, method: &Method, idempotency_key: bool) -> bool {
         match self {
             _ if is_idempotent(method) && !matches!(self, Self::Listed(_)) => true,
@@ -204,7 +204,7 @@ impl Methods {
     }
 }
 
-/// RFC 9110 §9.2.2. Unlike `Method::is_idempotent` this is ours to keep.
+/// RFC 9110 §9.2.2. Not `Method::is_idempotent`, which a new version of the `http` crate could change.
 pub fn is_idempotent(method: &Method) -> bool {
     matches!(
         *method,

@@ -1,4 +1,4 @@
-//! Three services in a row, each with its sidecar, in virtual time: what the last one gets when it fails.
+//! A chain of three services, each with its sidecar, in virtual time: the load on the last one while it fails.
 
 use std::time::{Duration, Instant};
 
@@ -12,28 +12,28 @@ use super::{
     retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
 };
 
-/// The way from one service to the next: the outbound side of a sidecar.
+/// The outbound side of a sidecar, from one service to the next.
 struct Hop {
     retry: RetryPolicy,
     budget: RetryBudget,
     breaker: std::sync::Arc<Breaker>,
 }
 
-struct Row {
+struct Chain {
     hops: Vec<Hop>,
     use_breaker: bool,
     pass_advice: bool,
-    /// The control: breakers further up count what comes from further behind.
-    count_no: bool,
-    /// Calls that reached the last service.
+    /// The control experiment: earlier breakers count failures of later hops.
+    count_later_hops: bool,
+    /// Requests that reached the last service.
     load: u32,
 }
 
-/// Services that a call goes through: all three, or the first two.
+/// The number of services on a request's path: all three, or the first two.
 const ALL: usize = 3;
 const BUT_THE_LAST: usize = 2;
 
-impl Row {
+impl Chain {
     fn new(use_breaker: bool, pass_advice: bool, start: Instant) -> Self {
         let settings = RetrySettings::default();
         let hop = || Hop {
@@ -41,14 +41,20 @@ impl Row {
             budget: RetryBudget::new(settings.budget),
             breaker: Breaker::new(BreakerSettings::default(), start),
         };
-        Self { hops: (0..ALL).map(|_| hop()).collect(), use_breaker, pass_advice, count_no: false, load: 0 }
+        Self {
+            hops: (0..ALL).map(|_| hop()).collect(),
+            use_breaker,
+            pass_advice,
+            count_later_hops: false,
+            load: 0,
+        }
     }
 
-    /// A call made at the `index`-th hop; `well`: whether the last service answers well. What the caller sees.
-    fn call(&mut self, index: usize, now: Instant, well: bool, needs: usize) -> Outcome {
+    /// A request at the `index`-th hop; `healthy`: whether the last service succeeds. Returns the client's outcome.
+    fn request(&mut self, index: usize, now: Instant, healthy: bool, needs: usize) -> Outcome {
         if index == needs {
             self.load += u32::from(needs == ALL);
-            let served = well || needs < ALL;
+            let served = healthy || needs < ALL;
             let status = if served { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             return Outcome::new(Ending::Http(status));
         }
@@ -57,33 +63,33 @@ impl Row {
             ending: Ending::Http(StatusCode::SERVICE_UNAVAILABLE),
             advice: if self.pass_advice { Advice::No } else { Advice::None },
         };
-        let mut tries = 0;
+        let mut attempts = 0;
         loop {
-            tries += 1;
+            attempts += 1;
             let permit = match self.hops[index].breaker.admit(now).permit {
                 Ok(permit) => permit,
                 Err(_) if self.use_breaker => return unavailable,
-                Err(_) => return self.call(index + 1, now, well, needs),
+                Err(_) => return self.request(index + 1, now, healthy, needs),
             };
-            let outcome = self.call(index + 1, now, well, needs);
+            let outcome = self.request(index + 1, now, healthy, needs);
             let hop = &self.hops[index];
             if self.use_breaker {
-                let control = self.count_no && outcome.is_failure();
+                let control = self.count_later_hops && outcome.is_failure();
                 let health = if control { Health::Failure } else { outcome.health() };
                 hop.breaker.report(permit, health, now, index as f64 / 3.0);
             }
-            let tried = Tried {
+            let attempt = Tried {
                 method: &Method::GET,
                 grpc: false,
                 idempotency_key: false,
-                tries,
+                tries: attempts,
                 free_used: false,
                 resent: 0,
                 body: Body::Untouched,
                 committed: false,
             };
-            let moment = Moment { now, time_left: None, hint: Hint::None, random: 0.5, budget: &hop.budget };
-            match hop.retry.decide(&tried, &outcome, &moment) {
+            let context = Moment { now, time_left: None, hint: Hint::None, random: 0.5, budget: &hop.budget };
+            match hop.retry.decide(&attempt, &outcome, &context) {
                 Decision::Retry(_) => {}
                 Decision::Stop(_) if outcome.ending == Ending::Http(StatusCode::OK) => return outcome,
                 Decision::Stop(_) => return unavailable,
@@ -91,26 +97,27 @@ impl Row {
         }
     }
 
-    /// A hundred calls a second; how many went well.
-    fn run(&mut self, start: Instant, from: u32, seconds: u32, well: impl Fn(u32) -> bool) -> u32 {
+    /// A hundred requests per second; returns how many succeeded.
+    fn run(&mut self, start: Instant, from: u32, seconds: u32, healthy: impl Fn(u32) -> bool) -> u32 {
         let at = |n: u32| start + Duration::from_millis(10) * n;
-        let calls = from * 100..(from + seconds) * 100;
-        calls.filter(|n| self.call(0, at(*n), well(*n), ALL).ending == Ending::Http(StatusCode::OK)).count()
-            as u32
+        let requests = from * 100..(from + seconds) * 100;
+        requests
+            .filter(|n| self.request(0, at(*n), healthy(*n), ALL).ending == Ending::Http(StatusCode::OK))
+            .count() as u32
     }
 
-    /// Every fourth call needs the first two services only. What share of those is served while the last one fails
-    /// for `seconds`, and how long after it is well the last call fails.
-    fn outage(&mut self, start: Instant, seconds: u32, well: impl Fn(u32) -> bool) -> (f64, Duration) {
+    /// Every fourth request needs only the first two services. Returns the share of those served while the last service
+    /// fails for `seconds`, and how long after its recovery the last request fails.
+    fn outage(&mut self, start: Instant, seconds: u32, healthy: impl Fn(u32) -> bool) -> (f64, Duration) {
         let at = |n: u32| start + Duration::from_millis(10) * n;
         let mut served = 0;
         for n in 0..seconds * 100 {
             let needs = if n % 4 == 0 { BUT_THE_LAST } else { ALL };
-            let outcome = self.call(0, at(n), well(n), needs);
+            let outcome = self.request(0, at(n), healthy(n), needs);
             served += u32::from(needs == BUT_THE_LAST && !outcome.is_failure());
         }
         let healed = seconds * 100;
-        let failed = |n: &u32| self.call(0, at(*n), true, ALL).is_failure();
+        let failed = |n: &u32| self.request(0, at(*n), true, ALL).is_failure();
         let last = (healed..healed + 20_000).filter(failed).last().unwrap_or(healed);
         (f64::from(served) / f64::from(seconds * 25), at(last) - at(healed))
     }
@@ -119,71 +126,71 @@ impl Row {
 #[test]
 fn only_the_sidecar_next_to_the_failure_retries() {
     let start = Instant::now();
-    let mut row = Row::new(false, true, start);
-    row.run(start, 0, 60, |_| false);
-    assert!(row.load <= 6000 * 13 / 10, "{} calls for a demand of 6000", row.load);
-    // The control: each hop keeps its own budget, and still they multiply.
-    let mut multiplied = Row::new(false, false, start);
+    let mut chain = Chain::new(false, true, start);
+    chain.run(start, 0, 60, |_| false);
+    assert!(chain.load <= 6000 * 13 / 10, "{} requests for a demand of 6000", chain.load);
+    // The control: each hop keeps its own budget, and still the attempts multiply.
+    let mut multiplied = Chain::new(false, false, start);
     multiplied.run(start, 0, 60, |_| false);
     assert!(multiplied.load > 6000 * 16 / 10, "{}", multiplied.load);
 }
 
 #[test]
-fn a_service_that_is_down_is_left_alone_and_found_again_when_well() {
+fn the_breaker_protects_a_failing_service_and_closes_after_recovery() {
     let start = Instant::now();
-    let mut row = Row::new(true, true, start);
-    assert_eq!(row.run(start, 0, 10, |_| true), 1000);
-    row.load = 0;
-    assert_eq!(row.run(start, 10, 60, |_| false), 0);
-    assert!(row.load < 300, "the breaker spares it: {} of 6000", row.load);
-    row.load = 0;
-    row.run(start, 70, 60, |_| true);
-    let well = row.run(start, 130, 10, |_| true);
-    assert_eq!(well, 1000, "all is forgotten");
+    let mut chain = Chain::new(true, true, start);
+    assert_eq!(chain.run(start, 0, 10, |_| true), 1000);
+    chain.load = 0;
+    assert_eq!(chain.run(start, 10, 60, |_| false), 0);
+    assert!(chain.load < 300, "the breaker protects it: {} of 6000", chain.load);
+    chain.load = 0;
+    chain.run(start, 70, 60, |_| true);
+    let healthy = chain.run(start, 130, 10, |_| true);
+    assert_eq!(healthy, 1000, "no trace of the outage is left");
 }
 
 #[test]
 fn half_failing_stays_within_its_bound() {
     let start = Instant::now();
-    let mut row = Row::new(false, true, start);
-    let well = row.run(start, 0, 60, |n| n % 2 == 0);
-    assert!(row.load <= 6000 * 13 / 10, "{}", row.load);
-    assert!(well >= 3000);
+    let mut chain = Chain::new(false, true, start);
+    let healthy = chain.run(start, 0, 60, |n| n % 2 == 0);
+    assert!(chain.load <= 6000 * 13 / 10, "{}", chain.load);
+    assert!(healthy >= 3000);
 }
 
-/// Why a failure from further behind opens no breaker on the way: one there would cut off what does not need the failing
-/// service at all.
+/// Why a failure of a later hop opens no breaker before it: such a breaker would refuse requests that do not need the
+/// failing service at all.
 #[test]
 fn only_the_breaker_next_to_the_failure_opens() {
     for (what, of_ten) in [("all", 10), ("half", 5)] {
-        let outages = |count_no| -> (f64, Duration) {
+        let outages = |count_later_hops| -> (f64, Duration) {
             let each = (60..70).map(|seconds| {
                 let start = Instant::now();
-                let mut row = Row { count_no, ..Row::new(true, true, start) };
-                let outage = row.outage(start, seconds, |n| n * 7 % 10 >= of_ten);
-                assert!(row.load <= (seconds + 200) * 100 * 13 / 10);
+                let mut chain = Chain { count_later_hops, ..Chain::new(true, true, start) };
+                let outage = chain.outage(start, seconds, |n| n * 7 % 10 >= of_ten);
+                assert!(chain.load <= (seconds + 200) * 100 * 13 / 10);
                 outage
             });
             let (shares, times): (Vec<_>, Vec<_>) = each.unzip();
-            println!("{what} fail, counted further up: {count_no}: {shares:.2?} {times:?}");
+            println!("{what} fail, counted by earlier hops: {count_later_hops}: {shares:.2?} {times:?}");
             (shares.into_iter().fold(1.0, f64::min), times.into_iter().max().unwrap_or_default())
         };
         let ((served, healed), (cut_off, _)) = (outages(false), outages(true));
         assert!(served > 0.999 && cut_off < 0.5, "{what}: {served} beside {cut_off}");
-        // No longer than the nearest one may be open.
+        // No longer than the breaker next to the failure may be open.
         assert!(healed <= Duration::from_secs(60), "{what}: {healed:?}");
     }
 }
 
-/// How long callers go on failing once the service is well: the breaker next to it waits out its time, which has grown
-/// with the outage. The table in docs/resilience.md is what this prints.
+/// How long requests go on failing once the service is healthy: the breaker next to it stays open for its time, which
+/// has grown with the outage. The table in docs/resilience.md is what this prints.
 #[test]
 fn recovery_is_bounded_by_the_length_of_the_outage() {
     for (what, of_ten) in [("all", 10), ("half", 5)] {
         for seconds in [2, 5, 10, 30, 60, 120, 300] {
             let each = (0..10).map(|more| {
                 let start = Instant::now();
-                Row::new(true, true, start).outage(start, seconds + more, |n| n * 7 % 10 >= of_ten).1
+                Chain::new(true, true, start).outage(start, seconds + more, |n| n * 7 % 10 >= of_ten).1
             });
             let mut each: Vec<_> = each.collect();
             each.sort_unstable();

@@ -1,28 +1,29 @@
-//! Counting successes over the last while, from many workers, without a lock.
+//! A sliding-window counter for many workers, without a lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A window is this many slices, and moves by one at a time. A power of two, so that slice numbers may wrap round.
+/// The number of slices in a window, which moves by one slice at a time. A power of two, so that slice numbers
+/// may wrap.
 pub const SLICES: usize = 16;
 
 /// Counts per slice of time. Each slot holds the number of its slice (upper half) and the count (lower half), so
-/// that a slot is taken over from an older slice and counted in one atomic step.
+/// that reusing the slot of an older slice and counting are one atomic step.
 #[derive(Debug, Default)]
 pub struct SlidingCount {
     slots: [AtomicU64; SLICES],
 }
 
 impl SlidingCount {
-    /// Counts one in a slice. Slices are numbered in the order of time.
+    /// Adds one to a slice. Slices are numbered in time order.
     pub fn add(&self, slice: u32) {
         let slot = &self.slots[slice as usize % SLICES];
         let seen = slot.load(Ordering::Relaxed);
-        // A worker whose clock was read a moment earlier must not throw the slot back; it counts in the later slice.
-        let current = seen != 0 && number(seen).wrapping_sub(slice) < u32::MAX / 2;
-        let taken_over =
-            || slot.compare_exchange(seen, first_of(slice), Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        // Where another worker took the slot over just now, this one counts there.
-        if current || !taken_over() {
+        // A worker that read its clock earlier must not reset the slot to an older slice; it counts in the later one.
+        let current = seen != 0 && slice_number(seen).wrapping_sub(slice) < u32::MAX / 2;
+        let reused =
+            || slot.compare_exchange(seen, first_count(slice), Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        // If another worker has just reused the slot, this one counts in that slice.
+        if current || !reused() {
             slot.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -32,7 +33,7 @@ impl SlidingCount {
         self.slots
             .iter()
             .map(|slot| slot.load(Ordering::Relaxed))
-            .filter(|seen| (slice.wrapping_sub(number(*seen)) as usize) < SLICES)
+            .filter(|seen| (slice.wrapping_sub(slice_number(*seen)) as usize) < SLICES)
             .map(|seen| seen & u64::from(u32::MAX))
             .sum()
     }
@@ -44,11 +45,11 @@ impl SlidingCount {
     }
 }
 
-const fn number(slot: u64) -> u32 {
+const fn slice_number(slot: u64) -> u32 {
     (slot >> 32) as u32
 }
 
-const fn first_of(slice: u32) -> u64 {
+const fn first_count(slice: u32) -> u64 {
     ((slice as u64) << 32) | 1
 }
 
@@ -60,7 +61,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counts_what_a_list_of_all_would(steps in prop::collection::vec((0u32..22, 1u32..5), 1..60)) {
+        fn counts_like_a_list(steps in prop::collection::vec((0u32..22, 1u32..5), 1..60)) {
             let (count, mut log, mut slice) = (SlidingCount::default(), Vec::new(), u32::MAX - 30);
             for (pass, times) in steps {
                 slice = slice.wrapping_add(pass);
@@ -75,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_read_earlier_takes_nothing_away() {
+    fn an_earlier_clock_reading_loses_no_count() {
         let count = SlidingCount::default();
         let (earlier, later) = (5, 5 + SLICES as u32);
         count.add(later);

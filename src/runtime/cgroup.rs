@@ -9,7 +9,7 @@ pub fn cpu_limit() -> Option<u16> {
     cpu_limit_in(Path::new(MOUNT), &std::fs::read_to_string("/proc/self/cgroup").ok()?)
 }
 
-/// The tightest limit of this group and those above it.
+/// The lowest limit of this group and its ancestors.
 fn cpu_limit_in(mount: &Path, membership: &str) -> Option<u16> {
     let tightest = membership.lines().filter_map(|line| {
         let mut parts = line.splitn(3, ':');
@@ -17,7 +17,7 @@ fn cpu_limit_in(mount: &Path, membership: &str) -> Option<u16> {
         if controllers.is_empty() {
             tightest(mount, path, |group| quota_v2(&read(group, "cpu.max")?))
         } else if controllers.split(',').any(|name| name == "cpu") {
-            // The controllers of version 1 are mounted apart, `cpu` often together with `cpuacct`.
+            // cgroup v1 mounts each controller separately, `cpu` often together with `cpuacct`.
             [controllers, "cpu"].iter().find_map(|name| {
                 tightest(&mount.join(name), path, |group| {
                     quota_v1(&read(group, "cpu.cfs_quota_us")?, &read(group, "cpu.cfs_period_us")?)
@@ -33,7 +33,7 @@ fn cpu_limit_in(mount: &Path, membership: &str) -> Option<u16> {
 
 fn tightest(mount: &Path, path: &str, limit: impl Fn(&Path) -> Option<f64>) -> Option<f64> {
     let group = mount.join(path.trim_start_matches('/'));
-    // In a container the path may be the host's, which is not to be seen here: then its parents end at the mount,
+    // In a container the path may be the host's, which does not exist here. Then its ancestors end at the mount point,
     // which is the container's own group.
     group.ancestors().take_while(|dir| dir.starts_with(mount)).filter_map(limit).reduce(f64::min)
 }
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quotas_as_the_kernel_writes_them() {
+    fn quotas_are_parsed() {
         assert_eq!(quota_v2("150000 100000\n"), Some(1.5));
         assert_eq!(quota_v2("max 100000\n"), None);
         assert_eq!(quota_v2(""), None);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tightest_group_counts_rounded_up() {
+    fn the_lowest_limit_applies_rounded_up() {
         let mount = groups(&[("pod/cpu.max", "250000 100000\n"), ("pod/app/cpu.max", "max 100000\n")]);
         assert_eq!(cpu_limit_in(mount.path(), "0::/pod/app\n"), Some(3));
         let mount = groups(&[("cpu.max", "10000 100000\n")]);
@@ -89,13 +89,13 @@ mod tests {
     }
 
     #[test]
-    fn a_path_of_the_host_ends_at_the_own_group() {
+    fn a_path_of_the_host_falls_back_to_the_mounted_group() {
         let mount = groups(&[("cpu.max", "200000 100000\n")]);
         assert_eq!(cpu_limit_in(mount.path(), "0::/kubepods/burstable/pod1/abc\n"), Some(2));
     }
 
     #[test]
-    fn version_1_is_understood() {
+    fn cgroup_v1_is_supported() {
         let mount = groups(&[
             ("cpu,cpuacct/docker/x/cpu.cfs_quota_us", "120000\n"),
             ("cpu,cpuacct/docker/x/cpu.cfs_period_us", "100000\n"),
@@ -109,6 +109,6 @@ mod tests {
         let mount = groups(&[("cpu.max", "max 100000\n")]);
         assert_eq!(cpu_limit_in(mount.path(), "0::/\n"), None);
         assert_eq!(cpu_limit_in(mount.path(), "nonsense"), None);
-        let _ = cpu_limit(); // whatever this machine says, it is read without harm
+        let _ = cpu_limit(); // does not fail on this machine
     }
 }

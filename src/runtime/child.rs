@@ -1,7 +1,7 @@
-//! The service that `run -- CMD` starts and outlives.
+//! The service that `run -- CMD` starts as a child process.
 //!
-//! Its end is collected by our own `waitpid`, not by a runtime's: as PID 1 of a container we are the parent of every
-//! orphan too, and must collect those without taking the service's status from anybody.
+//! The module calls `waitpid` itself instead of using tokio's: as PID 1 of a container this process is the parent of
+//! every orphan too, and must reap orphans without losing the exit status of the service.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -20,30 +20,30 @@ use tokio::{
 
 use crate::descriptors;
 
-/// The subcommand by which this program becomes the service.
+/// The subcommand with which this program execs the service.
 pub const EXEC_COMMAND: &str = "exec-service";
-/// This program, even where its file has been replaced since.
+/// This program, even where its file has been replaced since it started.
 #[cfg(target_os = "linux")]
 const OWN_PROGRAM: &str = "/proc/self/exe";
-/// Where programs are where `PATH` is not set, as of `execvp`.
+/// The search path where `PATH` is not set, as in `execvp`.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// A running service.
 #[derive(Clone, Debug)]
 pub struct Child {
     pid: Pid,
-    /// It leads a process group of its own, so that all it started can be ended with it.
+    /// It leads a process group of its own, so that its descendants can be killed with it.
     leads_group: bool,
     ended: watch::Receiver<Option<u8>>,
 }
 
-/// What becomes of the service when this process is killed.
+/// What happens to the service when this process is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnOurDeath {
-    /// The kernel kills it too (Linux). The service is started through this program, whose `main` must know
+    /// The kernel kills it too (Linux). The service is started through this program, whose `main` must handle
     /// [`EXEC_COMMAND`].
     Kill,
-    /// It lives on.
+    /// It keeps running.
     Leave,
 }
 
@@ -58,7 +58,7 @@ pub struct SpawnError {
 fn explain(error: &io::Error) -> String {
     match error.kind() {
         ErrorKind::NotFound => {
-            "no such command (nor the interpreter that its first line may name)".to_owned()
+            "no such command, or the interpreter in its first line does not exist".to_owned()
         }
         ErrorKind::PermissionDenied => "not executable".to_owned(),
         _ => error.to_string(),
@@ -70,20 +70,20 @@ impl SpawnError {
         Self { program, source }
     }
 
-    /// What a shell would exit with: 127 not found, 126 found but not to be run.
+    /// The exit code of a shell in this case: 127 not found, 126 found but not executable.
     pub fn exit_code(&self) -> u8 {
         if self.source.kind() == ErrorKind::NotFound { 127 } else { 126 }
     }
 }
 
 impl Child {
-    /// Starts `command` with `env` added to ours. Needs a tokio runtime.
+    /// Starts `command` with `env` added to this process's environment. Needs a tokio runtime.
     ///
-    /// On a terminal it shares our process group, so that it can read from the terminal and Ctrl-C reaches it as it
-    /// would without us. Else it leads a group of its own.
+    /// On a terminal the service shares this process's group, so that it can read from the terminal and receives
+    /// Ctrl-C as it would without the sidecar. Otherwise it leads a group of its own.
     ///
-    /// With [`OnOurDeath::Kill`] this must be called by a thread that lives as long as the process: the kernel kills the
-    /// service when the thread that started it ends.
+    /// With [`OnSidecarDeath::Kill`] the caller must be a thread that lives as long as the process: the kernel kills
+    /// the service when the thread that started it ends.
     pub fn spawn(
         command: &[OsString],
         env: Vec<(&'static str, String)>,
@@ -109,16 +109,16 @@ impl Child {
         if leads_group {
             command.process_group(0);
         }
-        // Listening comes first: a service that ends at once must not be missed.
+        // Listen for SIGCHLD before the start, so that a service that ends at once is not missed.
         let mut signals = signal(SignalKind::child()).map_err(failed)?;
         let child = descriptors::with_inherited_limit(|| command.spawn()).map_err(failed)?;
         let pid = Pid::from_child(&child);
-        let (tell, ended) = watch::channel(None);
+        let (exit_code, ended) = watch::channel(None);
         tokio::spawn(async move {
             let orphans_too = std::process::id() == 1;
-            while tell.borrow().is_none() || orphans_too {
+            while exit_code.borrow().is_none() || orphans_too {
                 if let Some(code) = reap(pid, orphans_too) {
-                    tell.send_replace(Some(code));
+                    exit_code.send_replace(Some(code));
                     continue;
                 }
                 if signals.recv().await.is_none() {
@@ -133,7 +133,8 @@ impl Child {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// Waits for its end: its exit code, or 128 + the signal that ended it. May be cancelled, and asked again.
+    /// Waits for its end: its exit code, or 128 + the number of the signal that killed it. Cancel safe; may be called
+    /// again.
     pub async fn ended(&mut self) -> u8 {
         match self.ended.wait_for(Option::is_some).await.map(|code| *code) {
             Ok(code) => code.unwrap_or(1),
@@ -141,19 +142,19 @@ impl Child {
         }
     }
 
-    /// Asks it to end.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.signal(|pid| rustix::process::kill_process(pid, Signal::TERM));
     }
 
-    /// Ends it, and all that it started where that is known.
+    /// Sends SIGKILL to it, or to its process group where it leads one.
     pub fn kill(&self) {
         self.signal_all(Signal::KILL);
     }
 
-    /// Hands a signal on that came to us. Job control is of the whole group.
+    /// Forwards a signal. Job control signals go to the whole group.
     pub fn forward(&self, signal: Signal) {
-        tracing::debug!(pid = self.pid(), signal = signal.as_raw(), "a signal is handed on to the service");
+        tracing::debug!(pid = self.pid(), signal = signal.as_raw(), "forwarding a signal to the service");
         match signal {
             Signal::TSTP | Signal::CONT => self.signal_all(signal),
             signal => self.signal(|pid| rustix::process::kill_process(pid, signal)),
@@ -169,7 +170,7 @@ impl Child {
     }
 
     fn signal(&self, send: impl Fn(Pid) -> rustix::io::Result<()>) {
-        // Once collected, the number may belong to somebody else.
+        // After it was reaped, the process ID may belong to another process.
         if self.ended.borrow().is_none()
             && let Err(error) = send(self.pid)
         {
@@ -178,13 +179,13 @@ impl Child {
     }
 }
 
-/// Whether a service that is started now leads a process group of its own: not on a terminal, which has one group in its
-/// foreground.
+/// Whether a service that is started now leads a process group of its own. On a terminal it does not: a terminal has
+/// only one foreground group.
 pub fn leads_group() -> bool {
     !io::stdin().is_terminal()
 }
 
-/// The program that becomes the service.
+/// This program, where the service is started through it.
 fn own_program(on_our_death: OnOurDeath) -> Option<&'static Path> {
     #[cfg(target_os = "linux")]
     {
@@ -193,7 +194,7 @@ fn own_program(on_our_death: OnOurDeath) -> Option<&'static Path> {
             if own.exists() {
                 return Some(own);
             }
-            tracing::warn!("/proc is not mounted: the service lives on if its sidecar is killed");
+            tracing::warn!("/proc is not mounted: the service keeps running if its sidecar is killed");
         }
     }
     #[cfg(not(target_os = "linux"))]
@@ -201,20 +202,21 @@ fn own_program(on_our_death: OnOurDeath) -> Option<&'static Path> {
     None
 }
 
-/// Whether there is such a program to be run. Said before a child is made of it, which could only tell by its exit code.
+/// Checks that the program exists and is executable. Done before the fork, because a child could report it only by its
+/// exit code.
 fn find_program(program: &OsStr) -> io::Result<()> {
-    let look = |path: &Path| match fs::metadata(path) {
+    let check = |path: &Path| match fs::metadata(path) {
         Ok(found) if found.is_file() && found.permissions().mode() & 0o111 != 0 => Ok(()),
         Ok(_) => Err(ErrorKind::PermissionDenied.into()),
         Err(error) => Err(error),
     };
     if program.is_empty() || program.as_encoded_bytes().contains(&b'/') {
-        return look(Path::new(program));
+        return check(Path::new(program));
     }
     let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
     let mut outcome = Err(ErrorKind::NotFound.into());
     for directory in std::env::split_paths(&path) {
-        match look(&directory.join(program)) {
+        match check(&directory.join(program)) {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => outcome = Err(error),
             Err(_) => {}
@@ -223,7 +225,7 @@ fn find_program(program: &OsStr) -> io::Result<()> {
     outcome
 }
 
-/// Collects what has ended; the service's exit code where it was among them.
+/// Reaps children that have ended; returns the service's exit code if it was among them.
 fn reap(service: Pid, orphans_too: bool) -> Option<u8> {
     loop {
         let ended = if orphans_too {
@@ -255,15 +257,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn its_exit_code_is_told() {
+    async fn the_exit_code_is_returned() {
         let mut child = Child::spawn(&sh("exit 7"), Vec::new(), OnOurDeath::Leave).unwrap();
         assert_eq!(child.ended().await, 7);
-        assert_eq!(child.ended().await, 7, "and can be asked again");
-        child.terminate(); // harmless by now
+        assert_eq!(child.ended().await, 7, "and again");
+        child.terminate(); // harmless after the end
     }
 
     #[tokio::test]
-    async fn a_signal_is_128_and_its_number() {
+    async fn the_exit_code_of_a_signal_is_128_and_its_number() {
         let mut child = Child::spawn(&sh("exec sleep 60"), Vec::new(), OnOurDeath::Leave).unwrap();
         child.terminate();
         assert_eq!(child.ended().await, 128 + 15);
@@ -273,10 +275,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_signal_is_handed_on() {
+    async fn a_signal_is_forwarded() {
         let script = "trap 'exit 42' USR1; while :; do sleep 0.02; done";
         let mut child = Child::spawn(&sh(script), Vec::new(), OnOurDeath::Leave).unwrap();
-        // It may not have come to its trap yet; then the signal ends it, or is lost on a shell that has just begun.
+        // Before the shell has set its trap, the signal kills it or is lost.
         let code = loop {
             child.forward(Signal::USR1);
             let limit = std::time::Duration::from_millis(20);
@@ -288,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_looked_for_as_by_a_shell() {
+    fn a_program_is_searched_as_by_a_shell() {
         assert!(find_program(OsStr::new("sh")).is_ok());
         assert!(find_program(OsStr::new("/bin/sh")).is_ok());
         for (missing, kind) in [
@@ -303,7 +305,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_sees_the_variables() {
+    async fn the_variables_are_set() {
         let env = vec![("http_proxy", "http://127.0.0.1:4140".to_owned())];
         let mut child =
             Child::spawn(&sh("test \"$http_proxy\" = http://127.0.0.1:4140"), env, OnOurDeath::Leave)
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_started_says_why() {
+    async fn a_failed_start_has_a_reason() {
         let error = Child::spawn(&["/no/such/command".into()], Vec::new(), OnOurDeath::Leave).unwrap_err();
         assert_eq!(error.exit_code(), 127);
         assert!(error.to_string().contains("no such command"), "{error}");

@@ -1,61 +1,61 @@
-//! A thread or task that must live as long as the process, and did not.
+//! Failures of threads and tasks that must live as long as the process.
 //!
-//! A worker that has panicked would leave a hole: its connections hang, and new ones are drawn into it. So the process
-//! ends with an error instead, and whoever runs it starts another.
+//! After a panic of a worker its connections would hang, and new ones would still be assigned to it. So the process
+//! ends with an error, and its supervisor restarts it.
 
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Mutex, mpsc};
 
-/// Deaths that are kept until somebody looks. One is enough.
-const KEPT: usize = 16;
+/// Capacity of the channel of failures. One would be enough.
+const CAPACITY: usize = 16;
 
-/// What has died, and why.
+/// A thread or task that failed, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Death {
     pub name: String,
     pub why: String,
 }
 
-/// Where deaths are reported to.
+/// Collects the failures of critical threads and tasks.
 #[derive(Clone, Debug)]
 pub struct Deaths {
     report: mpsc::Sender<Death>,
     reports: Arc<Mutex<mpsc::Receiver<Death>>>,
-    /// The first one, from the moment it happens.
-    happened: Arc<OnceLock<Death>>,
+    /// The first failure, set when it happens.
+    failure: Arc<OnceLock<Death>>,
 }
 
 impl Default for Deaths {
     fn default() -> Self {
-        let (report, reports) = mpsc::channel(KEPT);
-        Self { report, reports: Arc::new(Mutex::new(reports)), happened: Arc::default() }
+        let (report, reports) = mpsc::channel(CAPACITY);
+        Self { report, reports: Arc::new(Mutex::new(reports)), failure: Arc::default() }
     }
 }
 
 impl Deaths {
-    /// Watches over a thread or task for as long as it holds this.
+    /// Returns a guard for a thread or task to hold while it runs.
     pub fn keep(&self, name: &str) -> Vigil {
-        let happened = Arc::clone(&self.happened);
-        Vigil { name: name.to_owned(), report: Some((self.report.clone(), happened)) }
+        let failure = Arc::clone(&self.failure);
+        Vigil { name: name.to_owned(), report: Some((self.report.clone(), failure)) }
     }
 
-    /// The first death, if there was one. The process ends soon after it.
+    /// The first failure, if there was one. The process ends soon after it.
     pub fn happened(&self) -> Option<&Death> {
-        self.happened.get()
+        self.failure.get()
     }
 
-    /// Waits for the first death.
+    /// Waits for the first failure.
     pub async fn first(&self) -> Death {
         match self.reports.lock().await.recv().await {
-            Some(death) => death,
-            // There is a sender in `self`.
+            Some(failure) => failure,
+            // Unreachable: `self` holds a sender.
             None => std::future::pending().await,
         }
     }
 }
 
-/// Reports a death if it is dropped, as by a panic, before its end.
+/// Reports a failure if a panic drops it before [`Self::finish`].
 #[derive(Debug)]
 pub struct Vigil {
     name: String,
@@ -63,20 +63,20 @@ pub struct Vigil {
 }
 
 impl Vigil {
-    /// It has ended: as it was told to, or of an error.
-    pub fn end(mut self, ended: Result<(), String>) {
-        match ended {
+    /// The thread or task has ended, regularly or by an error.
+    pub fn end(mut self, result: Result<(), String>) {
+        match result {
             Ok(()) => self.report = None,
-            Err(why) => self.tell(why),
+            Err(reason) => self.report_failure(reason),
         }
     }
 
-    fn tell(&mut self, why: String) {
-        if let Some((report, happened)) = self.report.take() {
-            let death = Death { name: std::mem::take(&mut self.name), why };
-            // Both know of an earlier one, which is enough, where they take no more.
-            let _ = happened.set(death.clone());
-            let _ = report.try_send(death);
+    fn report_failure(&mut self, why: String) {
+        if let Some((report, first)) = self.report.take() {
+            let failure = Death { name: std::mem::take(&mut self.name), why };
+            // Either may be full already; the first failure is enough.
+            let _ = first.set(failure.clone());
+            let _ = report.try_send(failure);
         }
     }
 }
@@ -84,7 +84,7 @@ impl Vigil {
 impl Drop for Vigil {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.tell("it panicked".to_owned());
+            self.report_failure("it panicked".to_owned());
         }
     }
 }
@@ -94,42 +94,42 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_thread_that_panics_is_missed() {
-        let deaths = Deaths::default();
-        let vigil = deaths.keep("worker-0");
+    async fn a_panic_of_a_thread_is_reported() {
+        let monitor = Deaths::default();
+        let guard = monitor.keep("worker-0");
         let thread = std::thread::spawn(move || {
-            let _vigil = vigil;
+            let _guard = guard;
             panic!("on purpose");
         });
         assert!(thread.join().is_err());
-        let death = Death { name: "worker-0".to_owned(), why: "it panicked".to_owned() };
-        assert_eq!(deaths.happened(), Some(&death), "known before anything waits for it");
-        assert_eq!(deaths.first().await, death);
+        let failure = Death { name: "worker-0".to_owned(), why: "it panicked".to_owned() };
+        assert_eq!(monitor.happened(), Some(&failure), "known before anything waits for it");
+        assert_eq!(monitor.first().await, failure);
     }
 
     #[tokio::test]
-    async fn a_task_that_panics_is_missed() {
-        let deaths = Deaths::default();
-        let vigil = deaths.keep("tick");
+    async fn a_panic_of_a_task_is_reported() {
+        let monitor = Deaths::default();
+        let guard = monitor.keep("tick");
         let task = tokio::spawn(async move {
-            let _vigil = vigil;
+            let _guard = guard;
             panic!("on purpose");
         });
         assert!(task.await.is_err());
-        assert_eq!(deaths.first().await.name, "tick");
+        assert_eq!(monitor.first().await.name, "tick");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_end_is_no_death_and_an_error_is_one() {
-        let deaths = Deaths::default();
-        deaths.keep("ends").end(Ok(()));
+    async fn an_error_is_reported_and_a_regular_end_is_not() {
+        let monitor = Deaths::default();
+        monitor.keep("ends").end(Ok(()));
         let aborted = tokio::spawn(std::future::pending::<Vigil>());
         aborted.abort();
-        drop(deaths.keep("cut"));
-        assert_eq!(deaths.happened(), None);
-        deaths.keep("fails").end(Err("no more".to_owned()));
-        assert_eq!(deaths.first().await, Death { name: "fails".to_owned(), why: "no more".to_owned() });
-        let more = tokio::time::timeout(std::time::Duration::from_secs(1), deaths.first());
+        drop(monitor.keep("cut"));
+        assert_eq!(monitor.happened(), None);
+        monitor.keep("fails").end(Err("no more".to_owned()));
+        assert_eq!(monitor.first().await, Death { name: "fails".to_owned(), why: "no more".to_owned() });
+        let more = tokio::time::timeout(std::time::Duration::from_secs(1), monitor.first());
         assert!(more.await.is_err());
     }
 }

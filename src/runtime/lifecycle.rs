@@ -1,13 +1,13 @@
-//! The life of the process: running, reloading, draining, gone.
+//! The lifecycle of the process: running, reload, drain, stop.
 //!
 //! ```text
-//! Running ─SIGTERM─▶ Leaving ─drain_delay─▶ DrainingInbound ─▶ CMD ends ─▶ DrainingAll ─▶ stop
-//!            │ not ready, still accepting      │ calls in flight finish    │ nobody is left to call out
+//! Running ─SIGTERM─▶ DrainDelay ─drain_delay─▶ DrainingInbound ─▶ CMD ends ─▶ DrainingAll ─▶ stop
+//!            │ not ready, still accepting         │ requests in flight finish
 //!            └────────── POST /drain goes this far, and stays ───┘
 //! ```
 //!
-//! A second SIGTERM or SIGINT stops at once, wherever this has got to. After a SIGINT without CMD nobody waits for the
-//! service to leave: outbound drains right after inbound.
+//! A second SIGTERM or SIGINT stops at once, in any phase. After a SIGINT without CMD, outbound drains right after
+//! inbound, without waiting for the service to end.
 
 use std::{
     pin::pin,
@@ -38,27 +38,27 @@ use crate::{
     watch::Reason,
 };
 
-/// What the service gets at least to end by itself, even where draining took all of `drain_timeout`.
-const LAST_WORDS: Duration = Duration::from_secs(2);
-/// What connections get to close once nobody is left behind them.
+/// The least time that the service gets to end after SIGTERM, even where the drain took all of `drain_timeout`.
+const MIN_SERVICE_SHUTDOWN: Duration = Duration::from_secs(2);
+/// How long outbound connections get to close after the service has ended.
 const CLOSING: Duration = Duration::from_millis(500);
-/// What the collector gets to take the last spans.
-const LAST_SPANS: Duration = Duration::from_secs(2);
-/// A service that has not called out by then probably does not look at `http_proxy`.
-const FIRST_CALL: Duration = Duration::from_secs(30);
+/// How long the export of the last spans may take.
+const FINAL_EXPORT: Duration = Duration::from_secs(2);
+/// A service that has opened no outbound connection by then probably ignores `http_proxy`.
+const FIRST_REQUEST: Duration = Duration::from_secs(30);
 
-/// What the admin server sees and steers.
+/// What the admin server reads and controls.
 #[derive(Debug)]
 pub struct Control {
     pub shared: Arc<Shared>,
     pub addresses: Addresses,
-    /// Where the admin server is bound, once it is.
+    /// The addresses of the admin server, once it is bound.
     pub admin: OnceLock<AdminAddresses>,
     pub log: LogHandle,
     pub started: Instant,
     pub reloads: Reloads,
     pub reload_requests: ReloadRequests,
-    /// Whether the service listens.
+    /// Whether the service accepts connections.
     pub service_port: Arc<ServicePort>,
     pub deaths: Deaths,
     discovered: AtomicBool,
@@ -70,7 +70,7 @@ pub struct Control {
 pub struct AdminAddresses {
     pub admin: String,
     pub probe: Option<String>,
-    /// Where the token is that changes need.
+    /// The file of the admin token.
     pub token_file: Option<std::path::PathBuf>,
 }
 
@@ -95,90 +95,92 @@ impl Control {
         *self.shared.phase.borrow()
     }
 
-    /// Why no new calls should be sent here; none where they should. The service itself does not matter to it.
+    /// Why the proxy is not ready for new requests; none where it is. Independent of the service.
     pub fn not_ready(&self) -> Option<&'static str> {
         if self.deaths.happened().is_some() {
-            return Some("failed: a part of the process has died, and the process ends");
+            return Some("failed: a thread of the process has failed, and the process ends");
         }
         match self.phase() {
             Phase::Running if self.discovered.load(Ordering::Relaxed) => {
                 let identity = self.shared.identity.not_ready(SystemTime::now());
                 identity.or_else(|| self.shared.interception.not_ready())
             }
-            Phase::Running => Some("starting: not every upstream's endpoints have been looked up yet"),
-            Phase::Leaving => Some("leaving: calls are still accepted, send no new ones"),
-            Phase::DrainingInbound => Some("draining: inbound calls in flight are finished"),
+            Phase::Running => Some("starting: the endpoints of some upstreams are not resolved yet"),
+            Phase::Leaving => Some("leaving: shutting down, requests are still accepted"),
+            Phase::DrainingInbound => Some("draining: inbound requests in flight are finished"),
             Phase::DrainingAll => Some("stopping"),
         }
     }
 
-    /// Discovery has answered, or was waited for long enough.
+    /// Marks the first discovery as done, or waited for long enough.
     pub fn set_discovered(&self) {
         self.discovered.store(true, Ordering::Relaxed);
     }
 
-    /// Starts the inbound drain; false where it had been asked for before.
+    /// Starts the inbound drain; false where it was requested before.
     pub fn request_drain(&self) -> bool {
         !self.drain.send_replace(true)
     }
 }
 
-/// Everything that is needed to live until the end.
+/// The parts of the process that [`Lifecycle::run`] drives until the end.
 pub struct Lifecycle {
     pub proxy: Proxy,
     pub control: Arc<Control>,
     pub child: Option<Child>,
     pub signals: Signals,
-    /// What the configuration's files hold when they change. Goes before the watcher, which may be waiting to tell.
+    /// Changes of the configuration files. Dropped before the watcher, which may block on sending to it.
     pub changes: mpsc::Receiver<Change>,
-    /// Watches the configuration's files.
+    /// Watches the configuration files.
     pub watcher: config::Watcher,
-    /// Told twice to stop: nothing is waited for any more.
+    /// Stop without waiting: set on a second stop signal, or after a failure.
     pub at_once: bool,
 }
 
-enum End {
+/// Why the process ends.
+enum EndCause {
     Signal(Stop),
-    Child(u8),
-    /// Of a part of this process.
-    Death(Death),
+    /// The service ended with this exit code.
+    Service(u8),
+    /// A critical thread or task failed.
+    Failure(Death),
 }
 
 impl Lifecycle {
-    /// Lives until it is told to end or the service has ended. Returns the exit code.
+    /// Runs until a stop signal, the end of the service or a failure. Returns the exit code.
     pub async fn run(mut self) -> u8 {
-        let code = self.live().await;
+        let code = self.run_to_end().await;
         let shared = Arc::clone(&self.proxy.shared);
         self.proxy.stop();
-        // Behind the calls that were cut.
+        // After the workers, so that requests that were cut off are logged.
         shared.calls.access_log.finish();
         if !self.at_once {
             tokio::select! {
-                () = shared.traces.flush(LAST_SPANS) => {}
+                () = shared.traces.flush(FINAL_EXPORT) => {}
                 _ = self.signals.stop() => {}
             }
         }
         code
     }
 
-    async fn live(&mut self) -> u8 {
+    async fn run_to_end(&mut self) -> u8 {
         let Self { proxy, control, child, signals, watcher, changes, at_once } = self;
         let mut drain = pin!(drain_inbound(proxy, control));
         let (mut drained, mut after_drain) = (false, None);
-        let mut first_call = pin!(nothing_came(&control.shared.metrics.outbound));
-        let mut waits_for_call = child.is_some();
-        let end = loop {
+        let mut first_request = pin!(stays_silent(&control.shared.metrics.outbound));
+        let mut awaits_first_request = child.is_some();
+        let cause = loop {
             tokio::select! {
-                wish = signals.next() => match wish {
-                    Wish::Stop(signal) => break End::Signal(signal),
+                action = signals.next() => match action {
+                    Wish::Stop(signal) => break EndCause::Signal(signal),
                     Wish::Reload => {
                         control.shared.calls.access_log.reopen();
-                        // Whoever sends a signal means it, whatever the files hold.
+                        // SIGHUP confirms the change, whatever the files contain.
                         watcher.trigger(Reason::Confirmed);
                     }
                     Wish::DrainThenForward(signal) if !drained => {
                         let signal_name = signals::name(signal);
-                        tracing::info!(signal = signal_name, "inbound drains, then the service gets the signal");
+                        tracing::info!(signal = signal_name, "draining inbound, then forwarding the signal");
                         control.request_drain();
                         after_drain = Some(signal);
                     }
@@ -190,48 +192,48 @@ impl Lifecycle {
                     let outcome = reload::apply(proxy, &control.reloads, change);
                     control.reload_requests.answer(reason, &outcome);
                 }
-                code = ended(child) => break End::Child(code),
-                death = proxy.death() => break End::Death(death),
+                code = ended(child) => break EndCause::Service(code),
+                failure = proxy.death() => break EndCause::Failure(failure),
                 () = &mut drain, if !drained => {
                     drained = true;
                     if let (Some(signal), Some(child)) = (after_drain.take(), &child) {
                         child.forward(signal);
                     }
                 },
-                nothing_came = &mut first_call, if waits_for_call => {
-                    waits_for_call = false;
-                    if nothing_came {
+                silent = &mut first_request, if awaits_first_request => {
+                    awaits_first_request = false;
+                    if silent {
                         tracing::warn!(
-                            "no outbound connection has come in {}s: the service may not look at http_proxy; let it \
-                             send Host: UPSTREAM to the outbound port, or give the upstream a `listen` of its own",
-                            FIRST_CALL.as_secs()
+                            "no outbound connection has come in {}s: the service may ignore http_proxy; let it send \
+                             Host: UPSTREAM to the outbound port, or give the upstream a `listen` of its own",
+                            FIRST_REQUEST.as_secs()
                         );
                     }
                 }
             }
         };
-        match end {
-            End::Death(death) => {
-                tell_of(&death);
-                // Connections that it carried are lost; the service gets its time to end.
-                end_service(child, Instant::now(), LAST_WORDS).await;
+        match cause {
+            EndCause::Failure(failure) => {
+                tell_of(&failure);
+                // Connections of the failed thread are lost; the service still gets time to end.
+                end_service(child, Instant::now(), MIN_SERVICE_SHUTDOWN).await;
                 *at_once = true;
                 1
             }
-            End::Child(code) => {
-                tracing::info!(code, "the service has ended, and so does its sidecar");
+            EndCause::Service(code) => {
+                tracing::info!(code, "the service has ended; stopping");
                 proxy.set_phase(Phase::DrainingAll);
                 proxy.outbound_drained(CLOSING).await;
                 code
             }
-            End::Signal(signal) => {
+            EndCause::Signal(signal) => {
                 let settings = control.shared.snapshot.load().config.runtime.clone();
                 let delay = if drained { Duration::ZERO } else { *settings.drain_delay };
                 let deadline = Instant::now() + delay + *settings.drain_timeout;
-                tracing::info!(%signal, "leaving: inbound drains first");
+                tracing::info!(%signal, "shutting down: draining inbound");
                 control.request_drain();
                 let service = child.clone();
-                let leave = async {
+                let shutdown = async {
                     if !drained {
                         tokio::select! {
                             () = &mut drain => {}
@@ -240,22 +242,22 @@ impl Lifecycle {
                     }
                     let code = end_service(child, deadline, *settings.drain_timeout).await;
                     let service = match (&child, signal) {
-                        (Some(_), _) => Service::Gone,
-                        (None, Stop::Terminate | Stop::Quit) => Service::Elsewhere,
-                        (None, Stop::Interrupt) => Service::NotWaitedFor,
+                        (Some(_), _) => ServiceState::Ended,
+                        (None, Stop::Terminate | Stop::Quit) => ServiceState::External,
+                        (None, Stop::Interrupt) => ServiceState::NotAwaited,
                     };
                     drain_outbound(proxy, service, deadline).await;
                     code
                 };
                 let finished = tokio::select! {
-                    code = leave => Some(code),
+                    code = shutdown => Some(code),
                     signal = second_stop(signals, service.as_ref()) => {
-                        tracing::warn!(%signal, "told twice: stopping at once");
+                        tracing::warn!(%signal, "second stop signal: stopping at once");
                         *at_once = true;
                         None
                     }
-                    death = proxy.death() => {
-                        tell_of(&death);
+                    failure = proxy.death() => {
+                        tell_of(&failure);
                         *at_once = true;
                         None
                     }
@@ -273,35 +275,32 @@ impl Lifecycle {
     }
 }
 
-/// Says why the process ends.
+/// Logs the failure that ends the process.
 pub fn tell_of(Death { name, why }: &Death) {
-    tracing::error!("{name} has died: {why}; the process ends, so that another takes its place");
+    tracing::error!("{name} has failed: {why}; the process ends, so that its supervisor restarts it");
 }
 
-/// Does what a signal asks for that is not for this process.
-fn act_on_service(wish: Wish, child: Option<&Child>) {
-    match (wish, child) {
+/// Acts on a signal that is meant for the service.
+fn act_on_service(action: Wish, child: Option<&Child>) {
+    match (action, child) {
         (Wish::Forward(signal) | Wish::DrainThenForward(signal), Some(child)) => child.forward(signal),
         (Wish::Suspend, Some(child)) => {
             child.forward(rustix::process::Signal::TSTP);
-            // As it would have been without a handler; SIGCONT comes for both.
+            // As without a handler; SIGCONT resumes both.
             let stopped =
                 rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
             if let Err(error) = stopped {
-                tracing::debug!(%error, "could not stop by SIGTSTP");
+                tracing::debug!(%error, "cannot suspend on SIGTSTP");
             }
         }
         (Wish::Ignore(signal) | Wish::Forward(signal) | Wish::DrainThenForward(signal), _) => {
-            tracing::info!(
-                signal = signals::name(signal),
-                "a signal was ignored: nothing here is done by it"
-            );
+            tracing::info!(signal = signals::name(signal), "signal ignored: it has no meaning here");
         }
         (Wish::Stop(_) | Wish::Reload | Wish::Suspend, _) => {}
     }
 }
 
-/// The next wish to end, while what is meant for the service still reaches it.
+/// Waits for the next stop signal; signals for the service are still forwarded.
 async fn second_stop(signals: &mut Signals, child: Option<&Child>) -> Stop {
     loop {
         match signals.next().await {
@@ -311,7 +310,7 @@ async fn second_stop(signals: &mut Signals, child: Option<&Child>) -> Stop {
     }
 }
 
-/// Waits for the end of the service, for ever where there is none.
+/// Waits for the end of the service, forever where there is none.
 async fn ended(child: &mut Option<Child>) -> u8 {
     match child {
         Some(child) => child.ended().await,
@@ -319,10 +318,10 @@ async fn ended(child: &mut Option<Child>) -> u8 {
     }
 }
 
-/// Once asked for: stops being ready, accepts for `drain_delay`, then lets inbound calls finish.
+/// Once requested: becomes not ready, accepts for `drain_delay`, then lets inbound requests finish.
 async fn drain_inbound(proxy: &Proxy, control: &Control) {
     // The sender lives in `control`.
-    let _ = control.drain.subscribe().wait_for(|asked| *asked).await;
+    let _ = control.drain.subscribe().wait_for(|requested| *requested).await;
     let settings = control.shared.snapshot.load().config.runtime.clone();
     if let Some(delay) = settings.drain_delay.limit() {
         proxy.set_phase(Phase::Leaving);
@@ -333,7 +332,7 @@ async fn drain_inbound(proxy: &Proxy, control: &Control) {
     proxy.set_phase(Phase::DrainingInbound);
     let began = Instant::now();
     if proxy.inbound_drained(*settings.drain_timeout).await {
-        tracing::info!(connections = before, took = ?began.elapsed(), "inbound is drained, nothing was cut");
+        tracing::info!(connections = before, took = ?began.elapsed(), "inbound is drained, no connection was cut off");
     } else {
         let cut = open();
         let drained = (before - cut).max(0);
@@ -342,44 +341,44 @@ async fn drain_inbound(proxy: &Proxy, control: &Control) {
     }
 }
 
-/// Asks the service to end, and makes it. Its exit code; 0 where there is none.
+/// Sends SIGTERM to the service, and SIGKILL after `deadline`. Returns its exit code; 0 where there is none.
 async fn end_service(child: &mut Option<Child>, deadline: Instant, drain_timeout: Duration) -> u8 {
     let Some(child) = child else { return 0 };
     child.terminate();
-    let deadline = deadline.max(Instant::now() + LAST_WORDS.min(drain_timeout));
+    let deadline = deadline.max(Instant::now() + MIN_SERVICE_SHUTDOWN.min(drain_timeout));
     if let Ok(code) = timeout_at(deadline, child.ended()).await {
         return code;
     }
-    tracing::warn!(pid = child.pid(), "the service did not end on SIGTERM in time: killed");
+    tracing::warn!(pid = child.pid(), "the service did not end in time after SIGTERM: killed");
     child.kill();
     child.ended().await
 }
 
-/// Who may still call out.
+/// Whether the service may still send requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Service {
-    /// It was ours, and has ended.
-    Gone,
-    /// Somebody else ends it: it lives as long as it keeps a connection to us.
-    Elsewhere,
-    /// It may live on; only its calls in flight are finished.
-    NotWaitedFor,
+enum ServiceState {
+    /// It was a child process, and has ended.
+    Ended,
+    /// Another supervisor ends it: it counts as running while it keeps a connection to the proxy.
+    External,
+    /// It may keep running; only its requests in flight are finished.
+    NotAwaited,
 }
 
-async fn drain_outbound(proxy: &Proxy, service: Service, deadline: Instant) {
-    if service == Service::Elsewhere {
+async fn drain_outbound(proxy: &Proxy, service: ServiceState, deadline: Instant) {
+    if service == ServiceState::External {
         tokio::select! {
             () = proxy.outbound_quiet() => {}
             () = sleep_until(deadline) => {}
         }
     }
-    let patience = match service {
-        Service::NotWaitedFor => deadline.saturating_duration_since(Instant::now()).max(CLOSING),
-        Service::Gone | Service::Elsewhere => CLOSING,
+    let limit = match service {
+        ServiceState::NotAwaited => deadline.saturating_duration_since(Instant::now()).max(CLOSING),
+        ServiceState::Ended | ServiceState::External => CLOSING,
     };
     proxy.set_phase(Phase::DrainingAll);
     let open = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
-    if proxy.outbound_drained(patience).await {
+    if proxy.outbound_drained(limit).await {
         tracing::info!("stopped: outbound is drained too");
     } else {
         let cut = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
@@ -387,9 +386,9 @@ async fn drain_outbound(proxy: &Proxy, service: Service, deadline: Instant) {
     }
 }
 
-/// Waits as long as a service may take for its first call; whether none came.
-async fn nothing_came(outbound: &Connections) -> bool {
-    sleep(FIRST_CALL).await;
+/// Waits [`FIRST_REQUEST`]; returns whether no outbound connection was opened until then.
+async fn stays_silent(outbound: &Connections) -> bool {
+    sleep(FIRST_REQUEST).await;
     outbound.total.load(Ordering::Relaxed) == 0
 }
 
@@ -398,11 +397,11 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_service_gets_its_time_before_it_is_told_of() {
+    async fn a_silent_service_is_reported_after_a_while() {
         let (outbound, began) = (Connections::default(), Instant::now());
-        assert!(nothing_came(&outbound).await);
-        assert_eq!(began.elapsed(), FIRST_CALL);
+        assert!(stays_silent(&outbound).await);
+        assert_eq!(began.elapsed(), FIRST_REQUEST);
         drop(outbound.opened());
-        assert!(!nothing_came(&outbound).await, "one that has ended came, too");
+        assert!(!stays_silent(&outbound).await, "a closed connection counts too");
     }
 }

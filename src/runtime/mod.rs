@@ -1,6 +1,6 @@
-//! Threads, and what they share.
+//! The threads of the process, and the state that they share.
 //!
-//! N workers, each one thread with a single-threaded runtime, carry the calls. The thread that calls [`start`] is the
+//! N workers, each a thread with a single-threaded runtime, serve the requests. The thread that calls [`start`] is the
 //! control thread: discovery, health checks, admin, reload, signals. Nothing slow runs on a worker.
 
 pub mod cgroup;
@@ -51,7 +51,7 @@ use death::{Death, Deaths};
 
 const TICK: Duration = Duration::from_millis(500);
 
-/// Where the listeners are bound.
+/// The bound addresses of the listeners.
 #[derive(Clone, Debug, Default)]
 pub struct Addresses {
     pub outbound: Vec<SocketAddr>,
@@ -71,23 +71,23 @@ pub enum StartError {
     Resolver(String),
 }
 
-/// A running proxy. Made and used on the control thread.
+/// A running proxy. Created and used on the control thread.
 #[derive(Debug)]
 pub struct Proxy {
     pub shared: Arc<Shared>,
     pub addresses: Addresses,
     clusters: Mutex<Clusters>,
-    /// Watches the files of certificates; none where there are none.
+    /// Watches the certificate files, where there are any.
     certificates: Mutex<Option<(Vec<PathBuf>, Watcher)>>,
-    /// Listens to the agent of the Workload API.
+    /// Follows the agent of the Workload API.
     agent: Mutex<Option<(String, AbortOnDrop)>>,
     workers: workers::Workers,
     ticking: tokio::task::JoinHandle<()>,
-    /// Of threads and tasks without which the process is not what it seems.
+    /// Failures of the threads and tasks that must live as long as the process.
     pub deaths: Deaths,
 }
 
-/// A task that ends when this is dropped.
+/// Aborts its task when it is dropped.
 #[derive(Debug)]
 struct AbortOnDrop(tokio::task::JoinHandle<()>);
 
@@ -97,8 +97,8 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Binds the listeners, starts the workers, discovery and health checks. Call it inside the control runtime, whose
-/// tasks keep discovery going. `worker_count` is the number of data-plane threads, at least 1.
+/// Binds the listeners and starts workers, discovery and health checks. Call it inside the control runtime, which runs
+/// discovery. `worker_count` is the number of data-plane threads, at least 1.
 pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Result<Proxy, StartError> {
     let resolver = Arc::new(Resolver::from_system().map_err(|e| StartError::Resolver(e.to_string()))?);
     let worker_count = worker_count.max(1);
@@ -140,12 +140,12 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         shared.own.add(&listener.addresses());
     }
 
-    let deaths = Deaths::default();
-    let workers = workers::start(&shared, listeners, (worker_count, deaths.clone()))?;
-    let vigil = deaths.keep("tick");
+    let failures = Deaths::default();
+    let workers = workers::start(&shared, listeners, worker_count, failures.clone())?;
+    let guard = failures.keep("tick");
     let ticks = tick(Arc::clone(&shared));
     let ticking = tokio::spawn(async move {
-        let _vigil = vigil;
+        let _guard = guard;
         ticks.await;
     });
     let proxy = Proxy {
@@ -156,14 +156,14 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         agent: Mutex::default(),
         workers,
         ticking,
-        deaths,
+        deaths: failures,
     };
     proxy.watch_certificates();
     Ok(proxy)
 }
 
-/// Lets time pass for what must change without a call: a breaker that was forced for an hour falls back in a quiet
-/// one, too; idle hosts are forgotten.
+/// Does periodically what must also happen without requests: a forced breaker falls back to auto after its time, and
+/// idle unknown hosts are dropped.
 async fn tick(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(TICK).await;
@@ -179,9 +179,9 @@ async fn tick(shared: Arc<Shared>) {
 }
 
 impl Proxy {
-    /// Takes a new configuration: connections, pools, endpoints and breakers of upstreams that stay live on.
+    /// Applies a new configuration. Connections, pools, endpoints and breakers of upstreams that remain are kept.
     pub fn reload(&self, config: Arc<Config>) {
-        // What is wrong with certificates has been said, and the status shows it; all else takes effect.
+        // Errors of certificates are logged and shown in the status; everything else takes effect.
         let _ = self.shared.identity.configure(&config);
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
         let snapshot = clusters.rebuild(config);
@@ -190,7 +190,7 @@ impl Proxy {
         self.watch_certificates();
     }
 
-    /// Follows the files that the configuration of now names.
+    /// Watches the certificate files that the current configuration names.
     fn watch_certificates(&self) {
         self.follow_agent();
         let mut watched = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
@@ -203,10 +203,10 @@ impl Proxy {
         if paths.is_empty() {
             return;
         }
-        let looking = Arc::clone(store);
-        match watch("identity-watch", &paths, move |_| drop(looking.look())) {
+        let reloading = Arc::clone(store);
+        match watch("identity-watch", &paths, move |_| drop(reloading.look())) {
             Ok(watcher) => *watched = Some((paths, watcher)),
-            Err(error) => tracing::error!(%error, "certificates are not watched: changes need a restart"),
+            Err(error) => tracing::error!(%error, "cannot watch certificate files: new ones need a restart"),
         }
     }
 
@@ -223,7 +223,7 @@ impl Proxy {
         });
     }
 
-    /// Waits for the death of a thread or task without which the process is not what it seems.
+    /// Waits until a thread or task that must live as long as the process fails.
     pub async fn death(&self) -> Death {
         self.deaths.first().await
     }
@@ -238,7 +238,7 @@ impl Proxy {
         });
     }
 
-    /// Waits until discovery has answered once for every configured upstream, at most `limit`.
+    /// Waits until discovery has resolved every configured upstream once, at most `limit`.
     pub async fn first_discovery(&self, limit: Duration) {
         let until = Instant::now() + limit;
         let snapshot = self.shared.snapshot.load_full();
@@ -247,22 +247,22 @@ impl Proxy {
         }
     }
 
-    /// Waits until no inbound connection is open, and none comes; false when `limit` passed first.
+    /// Waits until no inbound connection is open and no listener accepts; false when `limit` elapsed first.
     pub async fn inbound_drained(&self, limit: Duration) -> bool {
         tokio::time::timeout(limit, self.shared.metrics.inbound.closed()).await.is_ok()
     }
 
-    /// Waits until no outbound connection is open, though more may come.
+    /// Waits until no outbound connection is open; listeners may accept more.
     pub async fn outbound_quiet(&self) {
         self.shared.metrics.outbound.quiet().await;
     }
 
-    /// Waits until no outbound connection is open, and none comes; false when `limit` passed first.
+    /// Waits until no outbound connection is open and no listener accepts; false when `limit` elapsed first.
     pub async fn outbound_drained(&self, limit: Duration) -> bool {
         tokio::time::timeout(limit, self.shared.metrics.outbound.closed()).await.is_ok()
     }
 
-    /// Ends the workers; what is still in flight is cut.
+    /// Stops the workers; requests in flight are cut off.
     pub fn stop(self) {
         self.ticking.abort();
         self.workers.stop();

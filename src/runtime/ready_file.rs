@@ -1,4 +1,4 @@
-//! The file that tells scripts which addresses were bound, once everything is ready.
+//! The ready file: the bound addresses, for scripts, written once the proxy is ready.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +8,7 @@ use std::{
 
 use serde::Serialize;
 
-/// What the ready file says.
+/// The content of the ready file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Ready {
     pub outbound: String,
@@ -17,21 +17,21 @@ pub struct Ready {
     pub admin: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probe: Option<String>,
-    /// The local ports of upstreams that have one, by name.
+    /// The addresses of upstreams with a `listen` of their own, by name.
     pub upstreams: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
     pub pid: u32,
 }
 
-/// A written ready file; removed when dropped.
+/// A written ready file. Dropping this removes the file.
 #[derive(Debug)]
 pub struct ReadyFile {
     path: PathBuf,
 }
 
 impl ReadyFile {
-    /// Writes it in one step: who sees the file sees all of it.
+    /// Writes the file atomically (temporary file and rename).
     pub fn write(path: &Path, ready: &Ready) -> io::Result<Self> {
         let text = serde_json::to_string(ready)?;
         let mut name = path.as_os_str().to_owned();
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_appears_whole_and_goes_away() {
+    fn the_file_is_complete_and_removed_on_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ready.json");
         std::fs::write(&path, "of an earlier run").unwrap();
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_not_there_is_an_error() {
+    fn a_missing_directory_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert!(ReadyFile::write(&dir.path().join("no/ready.json"), &Ready::default()).is_err());
     }

@@ -1,4 +1,4 @@
-//! Taking a new configuration while running.
+//! Reload: applying, holding back or rejecting a new configuration while running.
 
 use std::{
     path::PathBuf,
@@ -16,28 +16,28 @@ use crate::{
     watch::Reason,
 };
 
-/// Requests to reload that wait for an answer.
+/// Limit of requests to reload that wait for their outcome.
 const MAX_REQUESTS: usize = 16;
 
-/// What became of the configuration so far.
+/// The state of the configuration and its reloads.
 #[derive(Debug)]
 pub struct Reloads(Mutex<ReloadState>);
 
 #[derive(Clone, Debug)]
 pub struct ReloadState {
     pub files: Vec<PathBuf>,
-    /// When what holds now was loaded.
+    /// When the current configuration was loaded.
     pub loaded: Instant,
-    /// Changes that took effect, and that did not.
+    /// Changes that were applied, and changes that were rejected or held back.
     pub accepted: u64,
     pub refused: u64,
-    /// Why the files as they are now were refused; what was valid before holds.
+    /// Why the current files were rejected or held back; the last good configuration stays in use.
     pub rejected: Option<String>,
-    /// Keys that differ from what runs and act only after a restart.
+    /// Keys that changed and take effect only after a restart.
     pub restart_needed: Vec<String>,
-    /// What the process started with: the measure of `restart_needed`.
+    /// The configuration at the start, against which `restart_needed` is computed.
     started_with: Arc<Config>,
-    /// The files of what holds now: the measure of what a file has lost.
+    /// The files of the current configuration, to detect what a new version of them removes.
     sources: Arc<Sources>,
 }
 
@@ -78,35 +78,35 @@ impl Reloads {
     }
 }
 
-/// A configuration that could be applied, and the files it was read from.
+/// A valid configuration, and the files that it was read from.
 #[derive(Clone, Debug)]
 pub struct Candidate {
     pub config: Arc<Config>,
     pub sources: Arc<Sources>,
 }
 
-/// What the files hold: a configuration, or the diagnostics that say why not.
+/// The result of reading the files: a configuration, or diagnostics.
 pub type Read = Result<Candidate, String>;
 
-/// What the files hold, and why they were read.
+/// The result of reading the files, and why they were read.
 #[derive(Debug)]
 pub struct Change {
     pub read: Read,
     pub reason: Reason,
 }
 
-/// What became of a change.
+/// The outcome of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The sections and upstreams that changed.
     Applied(Vec<String>),
-    /// Valid, but it needs to be confirmed; why.
+    /// Valid, but needs confirmation, for this reason.
     Held(String),
-    /// Not valid; why.
+    /// Invalid, for this reason.
     Rejected(String),
 }
 
-/// Applies a configuration where it is valid and needs no confirmation, else says why not and keeps what runs.
+/// Applies a configuration that is valid and needs no confirmation; otherwise logs why and keeps the current one.
 pub fn apply(proxy: &Proxy, reloads: &Reloads, change: Change) -> Outcome {
     let candidate = match change.read {
         Ok(candidate) => candidate,
@@ -134,28 +134,28 @@ pub fn apply(proxy: &Proxy, reloads: &Reloads, change: Change) -> Outcome {
     proxy.reload(candidate.config);
     tracing::info!("the configuration was read again; changed: {}", changes.join(", "));
     if !restart.is_empty() {
-        tracing::warn!("these keys act after a restart only: {}", restart.join(", "));
+        tracing::warn!("these keys take effect only after a restart: {}", restart.join(", "));
     }
     Outcome::Applied(changes)
 }
 
 fn reject(reloads: &Reloads, problems: String) -> Outcome {
-    tracing::error!("the configuration as it is now is refused, the old one stays:\n{problems}");
+    tracing::error!("the configuration is rejected, the last good one stays in use:\n{problems}");
     reloads.refuse(problems.clone());
     Outcome::Rejected(problems)
 }
 
 fn hold(reloads: &Reloads, reasons: &[String]) -> Outcome {
     let why = format!(
-        "held back, as it protects the service less: {}; if that is meant, confirm it by `outrigger reload --accept-less-security`, SIGHUP or a restart",
+        "held back because it protects the service less: {}; to apply it anyway, use `outrigger reload --accept-less-security`, SIGHUP or a restart",
         reasons.join(", ")
     );
-    tracing::error!("the configuration as it is now is {why}; the old one stays");
+    tracing::error!("the configuration is {why}; the last good one stays in use");
     reloads.refuse(why.clone());
     Outcome::Held(why)
 }
 
-/// Requests to read the configuration again, and who waits for what becomes of them.
+/// Requests to reload the configuration, and their waiters.
 #[derive(Debug, Default)]
 pub struct ReloadRequests {
     waiting: Mutex<Vec<ReloadRequest>>,
@@ -169,7 +169,7 @@ struct ReloadRequest {
 }
 
 impl ReloadRequests {
-    /// Asks for the files to be read now. `None`: too many ask already.
+    /// Requests a reload; returns a receiver of its outcome. `None`: too many requests wait already.
     pub fn ask(&self, reason: Reason) -> Option<oneshot::Receiver<Outcome>> {
         let (reply, outcome) = oneshot::channel();
         let mut waiting = self.waiting();
@@ -183,17 +183,17 @@ impl ReloadRequests {
         Some(outcome)
     }
 
-    /// Waits for a request; the strongest reason of all that wait. May be cancelled.
+    /// Waits for a request; returns the strongest reason of all that wait. Cancel safe.
     pub async fn next(&self) -> Reason {
         self.arrived.notified().await;
         self.waiting().iter().map(|request| request.reason).max().unwrap_or(Reason::Asked)
     }
 
-    /// Tells those who wait for it what became of files that were read for `reason`.
+    /// Sends the outcome of a reload for `reason` to the requests that it satisfies.
     pub fn answer(&self, reason: Reason, outcome: &Outcome) {
         let mut waiting = self.waiting();
         for request in waiting.extract_if(.., |request| request.reason <= reason) {
-            // It may have stopped waiting.
+            // The receiver may have been dropped.
             let _ = request.reply.send(outcome.clone());
         }
     }
@@ -250,19 +250,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_is_told_of_a_reading_that_was_at_least_as_sure() {
+    async fn a_request_gets_the_outcome_of_a_reload_with_at_least_its_reason() {
         let requests = ReloadRequests::default();
         let mut plain = requests.ask(Reason::Asked).unwrap();
-        let mut sure = requests.ask(Reason::Confirmed).unwrap();
+        let mut confirmed = requests.ask(Reason::Confirmed).unwrap();
         assert_eq!(requests.next().await, Reason::Confirmed);
         requests.answer(Reason::Change, &Outcome::Held(String::new()));
         assert!(plain.try_recv().is_err());
         let held = Outcome::Held("why".to_owned());
         requests.answer(Reason::Asked, &held);
         assert_eq!(plain.try_recv(), Ok(held));
-        assert!(sure.try_recv().is_err(), "its confirmation has not been seen yet");
+        assert!(confirmed.try_recv().is_err(), "no confirmed reload yet");
         requests.answer(Reason::Confirmed, &Outcome::Applied(Vec::new()));
-        assert_eq!(sure.try_recv(), Ok(Outcome::Applied(Vec::new())));
+        assert_eq!(confirmed.try_recv(), Ok(Outcome::Applied(Vec::new())));
     }
 
     #[tokio::test]
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_file_is_remembered_until_a_valid_one_comes() {
+    fn a_rejection_is_shown_until_a_valid_file_is_read() {
         let config = Candidate { config: Arc::default(), sources: Arc::default() };
         let reloads = Reloads::new(Vec::new(), &config);
         reloads.refuse("line 3: no".to_owned());

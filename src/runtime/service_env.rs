@@ -1,21 +1,21 @@
-//! The variables that send a service's calls through the proxy.
+//! The environment variables that make a service use the proxy.
 
 use std::net::SocketAddr;
 
 use crate::{config::Config, redact::Secret};
 
-/// Never proxied: the machine itself and link-local addresses (cloud metadata among them). Some libraries read
-/// networks, some only names and addresses, so both are there.
+/// Never proxied: loopback and link-local addresses (cloud metadata among them). Some libraries support networks,
+/// others only names and addresses, so the list has both.
 const DIRECT: &[&str] =
     &["localhost", "127.0.0.1", "127.0.0.0/8", "::1", "169.254.169.254", "169.254.0.0/16", "fe80::/10"];
 
-/// To add to the environment of a service whose outbound port is bound at `outbound`.
+/// The variables for a service whose outbound listener is bound at `outbound`.
 pub fn variables(outbound: &[SocketAddr], config: &Config) -> Vec<(&'static str, String)> {
     let existing = ["no_proxy", "NO_PROXY"].iter().find_map(|name| std::env::var(name).ok());
     build(outbound, existing.as_deref(), config.telemetry.otlp.as_ref().map(Secret::expose))
 }
 
-/// The same for a service whose own `no_proxy` is known.
+/// The same, with the service's existing `no_proxy`.
 pub fn build(
     outbound: &[SocketAddr],
     no_proxy: Option<&str>,
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_spellings_point_to_the_bound_port() {
+    fn both_spellings_name_the_bound_port() {
         let variables =
             build(&["127.0.0.1:4140".parse().unwrap(), "[::1]:4140".parse().unwrap()], None, None);
         for name in ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"] {
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_excluded_before_stays_so() {
+    fn existing_exclusions_are_kept() {
         let list = extend("corp.example, localhost", Some("http://collector:4317"));
         assert_eq!(
             list,

@@ -1,7 +1,7 @@
-//! Whether the service listens where it is said to: looked at from the start until it first does.
+//! Checks whether the service accepts connections on its configured port, from the start until it first does.
 //!
-//! Only where the sidecar knows that a service belongs to it, by `run -- CMD` or `--app`. Readiness never waits for it;
-//! `outrigger status --wait` does.
+//! Only where the sidecar knows that there is a service, by `run -- CMD` or `--app`. Readiness does not wait for the
+//! service; `outrigger status --wait` does.
 
 use std::{
     sync::{
@@ -18,17 +18,17 @@ use tokio::{
 
 use crate::proxy::worker::Shared;
 
-/// How long after the last look it is looked again: at first, and then.
+/// The interval between checks: at first, and later.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(250);
-/// The same once it has been warned that nothing listens.
+/// The interval after the warning that nothing listens.
 const LATE_PAUSE: Duration = Duration::from_secs(2);
-/// An address on this machine answers at once.
-const LOOK: Duration = Duration::from_secs(1);
-/// A service that does not listen by then probably listens elsewhere.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Timeout of one check; an address on this machine responds at once.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// When to warn: a service that does not listen by then probably listens elsewhere.
+const WARN_AFTER: Duration = Duration::from_secs(30);
 
-/// What is known of the service's port.
+/// Whether the service's port accepts connections.
 #[derive(Debug, Default)]
 pub struct ServicePort {
     watched: AtomicBool,
@@ -36,25 +36,25 @@ pub struct ServicePort {
 }
 
 impl ServicePort {
-    /// Whether the service has accepted a connection; `None` where nothing is known of a service.
+    /// Whether the service has accepted a connection; `None` where the port is not watched.
     pub fn accepts(&self) -> Option<bool> {
         self.watched.load(Ordering::Relaxed).then(|| self.accepts.load(Ordering::Relaxed))
     }
 
-    /// Begins to look. Needs a tokio runtime.
+    /// Starts the checks. Needs a tokio runtime.
     pub fn watch(self: &Arc<Self>, shared: &Arc<Shared>) {
         self.watched.store(true, Ordering::Relaxed);
-        tokio::spawn(Arc::clone(self).look(Arc::clone(shared)));
+        tokio::spawn(Arc::clone(self).poll(Arc::clone(shared)));
     }
 
-    /// Looks until the service accepts a connection, and warns where it takes long.
-    async fn look(self: Arc<Self>, shared: Arc<Shared>) {
+    /// Checks until the service accepts a connection, and warns once after [`WARN_AFTER`].
+    async fn poll(self: Arc<Self>, shared: Arc<Shared>) {
         let (began, mut schedule) = (Instant::now(), Schedule::default());
         loop {
-            // A reload may move it.
+            // A reload may change it.
             let address = shared.snapshot.load().config.inbound.forward_to.clone();
             let connect = TcpStream::connect((address.host.as_str(), address.port));
-            if timeout(LOOK, connect).await.is_ok_and(|connected| connected.is_ok()) {
+            if timeout(CONNECT_TIMEOUT, connect).await.is_ok_and(|connected| connected.is_ok()) {
                 self.accepts.store(true, Ordering::Relaxed);
                 tracing::info!(service = %address, after = ?began.elapsed(), "the service accepts connections");
                 return;
@@ -63,9 +63,9 @@ impl ServicePort {
             if warn {
                 tracing::warn!(
                     service = %address,
-                    "nothing accepts connections there after {}s: inbound requests get 502 `connect_refused`. If the \
-                     service listens elsewhere, name its port by --app or [inbound] forward_to",
-                    PATIENCE.as_secs()
+                    "the service does not accept connections after {}s: inbound requests get 502 `connect_refused`. If \
+                     it listens on another port, set --app or [inbound] forward_to",
+                    WARN_AFTER.as_secs()
                 );
             }
             sleep(pause).await;
@@ -73,16 +73,16 @@ impl ServicePort {
     }
 }
 
-/// What follows a look that found nothing.
+/// What follows a failed check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Next {
-    /// Whether to warn, which is once.
+    /// Whether to warn; true once.
     warn: bool,
-    /// Until the next look.
+    /// Time until the next check.
     pause: Duration,
 }
 
-/// When to look again, and when to warn.
+/// When to check again, and when to warn.
 #[derive(Debug)]
 struct Schedule {
     pause: Duration,
@@ -96,9 +96,9 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// After a look in vain that ended so long after the first began.
+    /// After a failed check; `elapsed` is the time since the first one.
     fn next(&mut self, elapsed: Duration) -> Next {
-        let warn = !self.warned && elapsed >= PATIENCE;
+        let warn = !self.warned && elapsed >= WARN_AFTER;
         self.warned |= warn;
         let pause = if self.warned { LATE_PAUSE } else { self.pause };
         self.pause = (self.pause * 2).min(PAUSE);
@@ -110,12 +110,12 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    /// When it looks, and when it warns, within the first minutes, at a port where each look takes so long.
-    fn looks(each_takes: Duration) -> (Vec<Duration>, Vec<Duration>) {
+    /// The times of checks and of warnings within five minutes, where each check takes `each_takes`.
+    fn checks(each_takes: Duration) -> (Vec<Duration>, Vec<Duration>) {
         let (mut now, mut schedule) = (Duration::ZERO, Schedule::default());
-        let (mut looks, mut warnings) = (Vec::new(), Vec::new());
+        let (mut checks, mut warnings) = (Vec::new(), Vec::new());
         while now < Duration::from_secs(300) {
-            looks.push(now);
+            checks.push(now);
             now += each_takes;
             let next = schedule.next(now);
             if next.warn {
@@ -123,26 +123,26 @@ mod tests {
             }
             now += next.pause;
         }
-        (looks, warnings)
+        (checks, warnings)
     }
 
     #[test]
-    fn a_service_that_never_listens_is_warned_of_once() {
-        for each_takes in [Duration::ZERO, LOOK] {
-            let (_, warnings) = looks(each_takes);
+    fn a_service_that_never_listens_causes_one_warning() {
+        for each_takes in [Duration::ZERO, CONNECT_TIMEOUT] {
+            let (_, warnings) = checks(each_takes);
             let [once] = warnings[..] else { panic!("{warnings:?}") };
-            assert!((PATIENCE..PATIENCE + each_takes + PAUSE).contains(&once), "{once:?}");
+            assert!((WARN_AFTER..WARN_AFTER + each_takes + PAUSE).contains(&once), "{once:?}");
         }
     }
 
     #[test]
-    fn a_service_is_found_soon_after_it_listens() {
-        let (looks, _) = looks(Duration::ZERO);
-        assert_eq!(looks[..3], [Duration::ZERO, FIRST_PAUSE, FIRST_PAUSE * 3]);
-        for pair in looks.windows(2) {
-            let most = if pair[0] < PATIENCE { PAUSE } else { LATE_PAUSE };
+    fn a_service_is_noticed_soon_after_it_listens() {
+        let (checks, _) = checks(Duration::ZERO);
+        assert_eq!(checks[..3], [Duration::ZERO, FIRST_PAUSE, FIRST_PAUSE * 3]);
+        for pair in checks.windows(2) {
+            let most = if pair[0] < WARN_AFTER { PAUSE } else { LATE_PAUSE };
             assert!(pair[1] - pair[0] <= most, "{pair:?}");
         }
-        assert!(looks.len() < 300, "and not asked all the time: {}", looks.len());
+        assert!(checks.len() < 300, "not too often: {}", checks.len());
     }
 }

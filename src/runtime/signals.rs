@@ -1,16 +1,17 @@
-//! The signals that steer the process, and those that are handed on to the service.
+//! The signals that control the process, and those that are forwarded to the service.
 //!
-//! Who starts `run -- CMD` means CMD by what it sends: an image with `STOPSIGNAL SIGQUIT` ends nginx by it. So what would else end
-//! or stop this process goes to the service. On a terminal the kernel sends SIGQUIT, SIGWINCH and SIGTSTP to the whole
-//! foreground group, of which the service is a member there: it has them already. Where it is not a member, although there
-//! is a terminal (standard input comes from elsewhere), SIGWINCH is a window's new size, and no wish to end.
+//! Under `run -- CMD`, signals to this process are meant for CMD: an image with `STOPSIGNAL SIGQUIT` stops nginx by it.
+//! So signals that would otherwise end or stop this process are forwarded. On a terminal the kernel sends SIGQUIT,
+//! SIGWINCH and SIGTSTP to the whole foreground process group; the service is a member of it and has received them
+//! already. Where the service has a group of its own although there is a terminal (standard input is redirected),
+//! SIGWINCH is a change of the window size, not a request to stop.
 
 use std::io;
 
 use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Signals as they come. Made before anything else starts, so that none is missed.
+/// Listens for signals. Created before anything else starts, so that none is missed.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
@@ -18,17 +19,17 @@ pub struct Signals {
     hangup: Signal,
     quit: Signal,
     user: [Signal; 2],
-    /// Of a service that leads a process group of its own.
+    /// Signals that matter only where the service leads a process group of its own.
     group: Option<GroupSignals>,
     /// SIGWINCH may come from a terminal.
     has_terminal: bool,
     service: Service,
 }
 
-/// What signals are for.
+/// The service that signals are forwarded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// There is none: this process.
+    /// No service: signals are for this process.
     None,
     /// A service in this process's group, on a terminal.
     InOurGroup,
@@ -81,7 +82,7 @@ impl Signals {
         })
     }
 
-    /// The next wish to end. May be cancelled.
+    /// Waits for the next stop signal. Cancel safe.
     pub async fn stop(&mut self) -> Stop {
         let quits = self.service == Service::None;
         tokio::select! {
@@ -92,7 +93,7 @@ impl Signals {
         }
     }
 
-    /// The next signal. May be cancelled.
+    /// Waits for the next signal. Cancel safe.
     pub async fn next(&mut self) -> Wish {
         let [user1, user2] = &mut self.user;
         let group = async {
@@ -113,36 +114,36 @@ impl Signals {
             Some(()) = self.quit.recv() => quit,
             Some(()) = user1.recv() => user(Number::USR1),
             Some(()) = user2.recv() => user(Number::USR2),
-            wish = group => wish,
+            action = group => action,
             else => std::future::pending().await,
         }
     }
 }
 
-/// What a signal asks for.
+/// What to do on a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wish {
     Stop(Stop),
     Reload,
-    /// The service gets it at once.
+    /// Forward it to the service at once.
     Forward(Number),
-    /// The service gets it when inbound has drained: it may be by this one that its image is stopped (nginx by SIGQUIT, httpd by
+    /// Drain inbound, then forward it: it may be the stop signal of the service's image (nginx: SIGQUIT, httpd:
     /// SIGWINCH).
     DrainThenForward(Number),
-    /// SIGTSTP: the service is stopped, and this process with it, until SIGCONT.
+    /// SIGTSTP: suspend the service and this process until SIGCONT.
     Suspend,
-    /// Nothing: this process has no use for it, and does not end by it.
+    /// Ignore it.
     Ignore(Number),
 }
 
-/// Which signal asks for the end.
+/// A signal that asks for a graceful shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// SIGTERM: whoever runs us ends the service too, in its own time.
+    /// SIGTERM: from a supervisor, which also stops the service, in its own time.
     Terminate,
-    /// SIGINT: a person at a terminal, who waits.
+    /// SIGINT: from a person at a terminal, who waits for the end.
     Interrupt,
-    /// SIGQUIT, where there is no service: as SIGTERM.
+    /// SIGQUIT, where there is no service: like SIGTERM.
     Quit,
 }
 
@@ -156,7 +157,7 @@ impl std::fmt::Display for Stop {
     }
 }
 
-/// The name of a signal that is handed on.
+/// The name of a signal that can be forwarded.
 pub fn name(signal: Number) -> &'static str {
     match signal {
         Number::QUIT => "SIGQUIT",

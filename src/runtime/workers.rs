@@ -1,7 +1,7 @@
-//! The data plane's threads.
+//! The data plane threads.
 //!
-//! A lone worker accepts for itself. With several, a thread of its own accepts and hands each connection to the worker
-//! that was least busy of late; there it stays.
+//! A single worker accepts connections itself. With several, an accept thread hands each connection to the worker that
+//! was least busy recently, where it stays.
 
 #[cfg(test)]
 mod tests;
@@ -34,11 +34,11 @@ use crate::{
     upstream::squeeze,
 };
 
-/// Connections handed over and not yet taken, per worker: as many as the kernel keeps for a listener.
+/// Connections handed over to a worker that it has not taken yet: as many as the kernel's backlog of a listener.
 const HAND_OVER: usize = BACKLOG as usize;
-/// How often idle connections are looked at.
+/// How often idle connections are checked.
 const SWEEP: Duration = Duration::from_secs(1);
-/// How often a worker says how busy it has been.
+/// How often a worker samples its busy time.
 const BUSY_SAMPLE: Duration = Duration::from_millis(100);
 
 /// The running threads.
@@ -50,11 +50,11 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Ends the threads; what they still carry is cut.
+    /// Stops the threads; requests in flight are cut off.
     pub fn stop(self) {
         self.stop.send_replace(true);
         for thread in self.threads {
-            // A worker that panicked has said so already.
+            // A panic was reported already.
             let _ = thread.join();
         }
     }
@@ -65,15 +65,15 @@ impl Workers {
         Fut: Future<Output = Result<(), String>>,
     {
         let stop = self.stop.subscribe();
-        let vigil = self.deaths.keep(name);
+        let guard = self.deaths.keep(name);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             match runtime() {
                 Ok(runtime) => {
                     let ended = runtime.block_on(task(stop));
                     runtime.shutdown_background();
-                    vigil.end(ended);
+                    guard.end(ended);
                 }
-                Err(error) => vigil.end(Err(format!("it has no runtime: {error}"))),
+                Err(error) => guard.end(Err(format!("cannot start its runtime: {error}"))),
             };
         });
         self.threads.push(thread.map_err(StartError::Worker)?);
@@ -84,64 +84,66 @@ impl Workers {
 pub(super) fn start(
     shared: &Arc<Shared>,
     listeners: Vec<Listener>,
-    (count, deaths): (u16, Deaths),
+    count: u16,
+    failures: Deaths,
 ) -> Result<Workers, StartError> {
     let stop = watch::Sender::new(false);
-    let mut workers = Workers { stop, threads: Vec::new(), deaths };
+    let mut workers = Workers { stop, threads: Vec::new(), deaths: failures };
     if count == 1 {
         let task = {
             let shared = Arc::clone(shared);
             move |stop| async move {
                 let worker = Worker::new(shared, 0);
-                let delivering = Rc::clone(&worker);
-                let accepting = accept_all(listeners, &worker.shared, move |stream, peer, side, coming| {
-                    accept::serve(&delivering, stream, peer, side.clone(), coming);
+                let serving = Rc::clone(&worker);
+                let accepting = accept_all(listeners, &worker.shared, move |stream, peer, side, pending| {
+                    accept::serve(&serving, stream, peer, side.clone(), pending);
                 });
                 tokio::select! {
-                    () = house_keeping(&worker, false, stop) => Ok(()),
-                    why = failed(accepting) => Err(why),
+                    () = housekeeping(&worker, false, stop) => Ok(()),
+                    reason = first_failure(accepting) => Err(reason),
                 }
             }
         };
         workers.spawn("worker-0", task)?;
         return Ok(workers);
     }
-    let mut seats = Vec::new();
+    let mut queues = Vec::new();
     for index in 0..usize::from(count) {
-        let (hand_over, taken) = mpsc::channel(HAND_OVER);
-        seats.push(hand_over);
+        let (queue, connections) = mpsc::channel(HAND_OVER);
+        queues.push(queue);
         let shared = Arc::clone(shared);
         workers.spawn(&format!("worker-{index}"), move |stop| async move {
             let worker = Worker::new(shared, index);
             let mut taking = JoinSet::new();
-            taking.spawn_local(take(Rc::clone(&worker), taken));
+            taking.spawn_local(take_connections(Rc::clone(&worker), connections));
             tokio::select! {
-                () = house_keeping(&worker, true, stop) => Ok(()),
-                why = failed(taking) => Err(why),
+                () = housekeeping(&worker, true, stop) => Ok(()),
+                reason = first_failure(taking) => Err(reason),
             }
         })?;
     }
     let shared = Arc::clone(shared);
     workers.spawn("accept", move |mut stop| async move {
         let loads = Arc::clone(&shared);
-        let accepting = accept_all(listeners, &shared, move |stream, peer, side, coming| {
-            hand_over(&seats, &loads.metrics.workers, stream, (peer, side.clone(), coming));
+        let accepting = accept_all(listeners, &shared, move |stream, peer, side, pending| {
+            let connection = Accepted { stream, peer, side: side.clone(), pending };
+            hand_over(&queues, &loads.metrics.workers, connection);
         });
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
-            why = failed(accepting) => Err(why),
+            reason = first_failure(accepting) => Err(reason),
         }
     })?;
     Ok(workers)
 }
 
-/// Waits for a task that fails, and says why; those that end well are let go.
-async fn failed(mut tasks: JoinSet<Result<(), String>>) -> String {
+/// Waits for the first task that fails; returns the reason. Tasks that succeed are ignored.
+async fn first_failure(mut tasks: JoinSet<Result<(), String>>) -> String {
     loop {
         match tasks.join_next().await {
             Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(why))) => return why,
-            Some(Err(error)) => return format!("a task of it panicked ({error})"),
+            Some(Ok(Err(reason))) => return reason,
+            Some(Err(error)) => return format!("one of its tasks panicked ({error})"),
             None => return std::future::pending().await,
         }
     }
@@ -151,7 +153,7 @@ fn runtime() -> io::Result<LocalRuntime> {
     Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default())
 }
 
-/// Starts accepting on all listeners; each ends when its side drains, or fails.
+/// Starts accepting on all listeners. Each task ends when its side drains, or fails.
 fn accept_all<D>(listeners: Vec<Listener>, shared: &Shared, deliver: D) -> JoinSet<Result<(), String>>
 where
     D: FnMut(TcpStream, SocketAddr, &Side, Awaited) + Clone + 'static,
@@ -162,7 +164,7 @@ where
         let sockets = match listener.into_tokio() {
             Ok(sockets) => sockets,
             Err(error) => {
-                tasks.spawn_local(async move { Err(format!("a listener cannot be registered: {error}")) });
+                tasks.spawn_local(async move { Err(format!("cannot register a listener: {error}")) });
                 continue;
             }
         };
@@ -177,13 +179,13 @@ where
                 let mut deliver = |stream, peer, side: &_| deliver(stream, peer, side, counts.coming());
                 tokio::select! {
                     error = accept_loop(&socket, &side, &mut deliver) => {
-                        return Err(format!("its listener on {address} accepts nothing any more: {error}"));
+                        return Err(format!("its listener on {address} failed: {error}"));
                     }
                     _ = phase.wait_for(|phase| *phase >= drains_at) => {}
                 }
-                // Who is in the backlog has been told by the kernel that we are here.
+                // The kernel has completed the handshakes of connections in the backlog, so they must be served.
                 if let Err(error) = accept_rest(socket, &side, &mut deliver).await {
-                    tracing::warn!(%error, address, "the last connections of a listener were lost");
+                    tracing::warn!(%error, address, "connections in the backlog of a listener were lost");
                 }
                 drop(listening);
                 Ok(())
@@ -193,45 +195,51 @@ where
     tasks
 }
 
-type Handed = (std::net::TcpStream, (SocketAddr, Side, Awaited));
-type Seat = mpsc::Sender<Handed>;
+/// An accepted connection on its way to a worker.
+struct Accepted<S> {
+    stream: S,
+    peer: SocketAddr,
+    side: Side,
+    pending: Awaited,
+}
 
-/// Gives a connection to the worker with the least recent work; fewer connections break ties.
-fn hand_over(
-    seats: &[Seat],
-    loads: &[WorkerLoad],
-    stream: TcpStream,
-    (peer, side, coming): (SocketAddr, Side, Awaited),
-) {
-    let with_room = seats.iter().zip(loads).filter(|(seat, _)| seat.capacity() > 0);
-    let least = with_room.min_by_key(|(seat, load)| {
-        // Differences below a hundredth of the time are noise.
+type WorkerQueue = mpsc::Sender<Accepted<std::net::TcpStream>>;
+
+/// Hands a connection to the worker with the least recent busy time; ties go to the one with fewer connections.
+fn hand_over(queues: &[WorkerQueue], loads: &[WorkerLoad], connection: Accepted<TcpStream>) {
+    let candidates = queues.iter().zip(loads).filter(|(queue, _)| queue.capacity() > 0);
+    let least = candidates.min_by_key(|(queue, load)| {
+        // Differences below 1 % of the time are noise.
         let busy = load.recent.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
-        // With those on their way, so that a burst is spread before the workers have seen any of it.
-        let on_their_way = seat.max_capacity() - seat.capacity();
-        (busy, load.connections.load(Ordering::Relaxed) + on_their_way)
+        // Including queued connections, so that a burst is spread before the workers have taken any of it.
+        let queued = queue.max_capacity() - queue.capacity();
+        (busy, load.connections.load(Ordering::Relaxed) + queued)
     });
+    let Accepted { stream, peer, side, pending } = connection;
     let sent = match (least, stream.into_std()) {
-        (Some((seat, _)), Ok(stream)) => seat.try_send((stream, (peer, side, coming))).is_ok(),
+        (Some((queue, _)), Ok(stream)) => queue.try_send(Accepted { stream, peer, side, pending }).is_ok(),
         _ => false,
     };
     if !sent {
-        tracing::warn!(%peer, "a connection was refused: every worker is too far behind");
+        tracing::warn!(%peer, "connection refused: the queues of all workers are full");
     }
 }
 
-async fn take(worker: Rc<Worker>, mut handed: mpsc::Receiver<Handed>) -> Result<(), String> {
-    while let Some((stream, (peer, side, coming))) = handed.recv().await {
+async fn take_connections(
+    worker: Rc<Worker>,
+    mut queue: mpsc::Receiver<Accepted<std::net::TcpStream>>,
+) -> Result<(), String> {
+    while let Some(Accepted { stream, peer, side, pending }) = queue.recv().await {
         match TcpStream::from_std(stream) {
-            Ok(stream) => accept::serve(&worker, stream, peer, side, coming),
+            Ok(stream) => accept::serve(&worker, stream, peer, side, pending),
             Err(error) => tracing::warn!(%error, "cannot register a connection"),
         }
     }
     Ok(())
 }
 
-/// Closes what is idle, says how busy the worker is, until told to stop.
-async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Receiver<bool>) {
+/// Closes idle connections and samples the load of the worker, until `stop`.
+async fn housekeeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Receiver<bool>) {
     let metrics = tokio::runtime::Handle::current().metrics();
     if let Some(load) = worker.load() {
         let _ = load.runtime.set(metrics);
@@ -245,11 +253,11 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
             worker.sweep();
         }
     };
-    let squeezing = async {
+    let releasing = async {
         loop {
-            let wanted = squeeze::wanted();
-            worker.squeeze();
-            wanted.await;
+            let requested = squeeze::wanted();
+            worker.release_idle();
+            requested.await;
         }
     };
     let sampling = async {
@@ -267,7 +275,7 @@ async fn house_keeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Re
     tokio::select! {
         () = sweeping => {}
         () = sampling => {}
-        () = squeezing => {}
+        () = releasing => {}
         _ = stop.wait_for(|stop| *stop) => {}
     }
 }

@@ -1,7 +1,7 @@
-//! The access log: one JSON line a call, written by a thread of its own.
+//! The access log: one JSON line a request, written by a thread of its own.
 //!
-//! A worker hands a reference over and goes on; a reader that stalls costs lines (counted), never a call. What a line
-//! says is put into words on that thread too.
+//! A worker sends that thread a reference to the record, and the thread formats the line. A stalled reader costs lines
+//! (counted), never a request.
 
 mod line;
 mod output;
@@ -23,75 +23,75 @@ use crate::config;
 use output::Output;
 pub use output::Target;
 
-/// Calls that may wait for a slow reader; then they are lost and counted.
+/// Records that wait for a slow reader at most; further ones are dropped and counted.
 const QUEUE: usize = 4096;
-/// Lines are gathered for so long: a worker that hands one over need not wake the thread each time.
+/// How long lines are gathered, so that a worker need not notify the thread for each record.
 const GATHER: Duration = Duration::from_millis(10);
-/// Lines that are written at once.
+/// The most lines that are written at once.
 const BATCH: u64 = 512;
-/// What the end of the process waits for a reader that stalls.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the end of the process waits for a stalled reader.
+const FINAL_FLUSH: Duration = Duration::from_secs(2);
 
-/// The access log. It does nothing until it is told where to write.
+/// The access log. It does nothing until it is configured.
 #[derive(Debug, Default)]
 pub struct AccessLog {
     /// 0 off, 1 errors, 2 all.
     mode: AtomicU8,
-    queue: OnceLock<SyncSender<Order>>,
-    wishes: Arc<Mutex<Wishes>>,
+    queue: OnceLock<SyncSender<Message>>,
+    changes: Arc<Mutex<OutputChanges>>,
     lines: Arc<Lines>,
-    /// Says that the thread is through.
-    through: Mutex<Option<Receiver<()>>>,
+    /// Receives a message when the thread has finished.
+    finished: Mutex<Option<Receiver<()>>>,
 }
 
-/// Lines since the start.
+/// Counts of lines since the start.
 #[derive(Debug, Default)]
 pub struct Lines {
     pub written: AtomicU64,
-    /// Lost, as they were not read fast enough.
+    /// Lost because they were not read fast enough.
     pub dropped: AtomicU64,
-    /// Lost, as they could not be written.
+    /// Lost because writing failed.
     pub failed: AtomicU64,
 }
 
 #[derive(Debug)]
-enum Order {
-    Call(Arc<Record>),
-    /// There are wishes. May be lost where the queue is full: the thread looks whenever it goes on.
-    Look,
+enum Message {
+    Request(Arc<Record>),
+    /// There are output changes. May be dropped where the queue is full: the thread checks before each batch anyway.
+    CheckChanges,
     Stop,
 }
 
-/// What the thread is to do before it writes on.
+/// Changes of the output that the thread applies before it writes the next batch.
 #[derive(Debug, Default)]
-struct Wishes {
+struct OutputChanges {
     output: Option<Output>,
     reopen: bool,
 }
 
-/// Why there can be no access log.
+/// Why the access log cannot be configured.
 #[derive(Debug, thiserror::Error)]
 pub enum AccessLogError {
     #[error("cannot open the access log {} ([telemetry] access_log_file): {source}", path.display())]
     File { path: PathBuf, source: io::Error },
-    #[error("the access log's thread could not be started: {0}")]
+    #[error("cannot start the access log thread: {0}")]
     Thread(io::Error),
 }
 
 impl AccessLog {
-    /// Starts, or goes on as configured. Where the file cannot be opened, nothing is changed.
+    /// Starts the access log, or applies new settings to it. On an error nothing changes.
     pub fn configure(
         &self,
         mode: config::AccessLog,
         file: Option<&PathBuf>,
-        elsewhere: Target,
+        default: Target,
     ) -> Result<(), AccessLogError> {
         if mode != config::AccessLog::Off {
-            let target = file.cloned().map_or(elsewhere, Target::File);
+            let target = file.cloned().map_or(default, Target::File);
             let output = Output::open(target)?;
             match self.queue.get() {
-                // The thread may have to wait for its reader; whoever configures does not wait for the thread.
-                Some(_) => self.wish(|wishes| wishes.output = Some(output)),
+                // Does not wait for the thread, which may be blocked by its reader.
+                Some(_) => self.change_output(|changes| changes.output = Some(output)),
                 None => self.start(output)?,
             }
         }
@@ -100,23 +100,23 @@ impl AccessLog {
     }
 
     fn start(&self, output: Output) -> Result<(), AccessLogError> {
-        let (queue, orders) = mpsc::sync_channel(QUEUE);
-        let (say, through) = mpsc::sync_channel(1);
+        let (queue, messages) = mpsc::sync_channel(QUEUE);
+        let (done, finished) = mpsc::sync_channel(1);
         let lines = Arc::clone(&self.lines);
-        let wishes = Arc::clone(&self.wishes);
+        let changes = Arc::clone(&self.changes);
         thread::Builder::new()
             .name("access-log".to_owned())
             .spawn(move || {
-                write_all(&orders, &wishes, &lines, output);
-                let _ = say.send(());
+                write_all(&messages, &changes, &lines, output);
+                let _ = done.send(());
             })
             .map_err(AccessLogError::Thread)?;
-        *self.through.lock().unwrap_or_else(PoisonError::into_inner) = Some(through);
+        *self.finished.lock().unwrap_or_else(PoisonError::into_inner) = Some(finished);
         let _ = self.queue.set(queue);
         Ok(())
     }
 
-    /// Whether a call of this kind gets a line.
+    /// Whether a request with this verdict gets a line.
     pub fn wants(&self, kind: Kind) -> bool {
         match self.mode.load(Ordering::Relaxed) {
             0 => false,
@@ -125,111 +125,116 @@ impl AccessLog {
         }
     }
 
-    /// Hands a call over to be written; never waits.
+    /// Queues a record; never blocks.
     pub fn send(&self, record: Arc<Record>) {
         let Some(queue) = self.queue.get() else { return };
-        if let Err(TrySendError::Full(_)) = queue.try_send(Order::Call(record)) {
+        if let Err(TrySendError::Full(_)) = queue.try_send(Message::Request(record)) {
             self.lines.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Opens the file anew: it was rotated.
+    /// Reopens the file after a rotation.
     pub fn reopen(&self) {
-        self.wish(|wishes| wishes.reopen = true);
+        self.change_output(|changes| changes.reopen = true);
     }
 
-    fn wish(&self, wish: impl FnOnce(&mut Wishes)) {
+    fn change_output(&self, change: impl FnOnce(&mut OutputChanges)) {
         let Some(queue) = self.queue.get() else { return };
-        wish(&mut self.wishes.lock().unwrap_or_else(PoisonError::into_inner));
-        let _ = queue.try_send(Order::Look);
+        change(&mut self.changes.lock().unwrap_or_else(PoisonError::into_inner));
+        let _ = queue.try_send(Message::CheckChanges);
     }
 
     pub fn lines(&self) -> &Lines {
         &self.lines
     }
 
-    /// Writes what is queued and ends; waits for a reader only so long.
+    /// Writes what is queued and ends the thread; waits at most twice [`FINAL_FLUSH`] for a stalled reader.
     #[expect(clippy::disallowed_methods, reason = "no worker is left")]
     pub fn finish(&self) {
-        let through = self.through.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (Some(queue), Some(through)) = (self.queue.get(), through) else { return };
+        let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (Some(queue), Some(finished)) = (self.queue.get(), finished) else { return };
         self.mode.store(0, Ordering::Relaxed);
-        let until = std::time::Instant::now() + LAST_WORDS;
-        while let Err(TrySendError::Full(_)) = queue.try_send(Order::Stop) {
+        let until = std::time::Instant::now() + FINAL_FLUSH;
+        while let Err(TrySendError::Full(_)) = queue.try_send(Message::Stop) {
             if std::time::Instant::now() >= until {
                 return;
             }
             thread::sleep(GATHER);
         }
-        if through.recv_timeout(LAST_WORDS) == Err(RecvTimeoutError::Timeout) {
-            tracing::warn!("the access log's reader has stalled: its last lines are lost");
+        if finished.recv_timeout(FINAL_FLUSH) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("the reader of the access log has stalled: its last lines are lost");
         }
     }
 }
 
-/// Writes lines in batches until told to stop.
+/// Writes lines in batches until [`Message::Stop`].
 #[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
-fn write_all(orders: &Receiver<Order>, wishes: &Mutex<Wishes>, lines: &Lines, mut output: Output) {
+fn write_all(
+    messages: &Receiver<Message>,
+    changes: &Mutex<OutputChanges>,
+    lines: &Lines,
+    mut output: Output,
+) {
     let mut batch = Vec::new();
-    let mut waiting = 0;
-    let mut troubled = false;
-    'life: loop {
-        let Ok(mut order) = orders.recv() else { break };
-        if matches!(order, Order::Call(_)) {
+    let mut pending = 0;
+    let mut failing = false;
+    'thread: loop {
+        let Ok(mut message) = messages.recv() else { break };
+        if matches!(message, Message::Request(_)) {
             thread::sleep(GATHER);
         }
-        heed(wishes, &mut output);
+        apply_changes(changes, &mut output);
         loop {
-            match order {
-                Order::Call(record) => {
+            match message {
+                Message::Request(record) => {
                     line::write(&mut batch, &record);
-                    waiting += 1;
+                    pending += 1;
                 }
-                Order::Look => {
-                    flush(&mut output, &mut batch, &mut waiting, lines, &mut troubled);
-                    heed(wishes, &mut output);
+                Message::CheckChanges => {
+                    flush(&mut output, &mut batch, &mut pending, lines, &mut failing);
+                    apply_changes(changes, &mut output);
                 }
-                Order::Stop => break 'life,
+                Message::Stop => break 'thread,
             }
-            if waiting >= BATCH {
-                flush(&mut output, &mut batch, &mut waiting, lines, &mut troubled);
-                heed(wishes, &mut output);
+            if pending >= BATCH {
+                flush(&mut output, &mut batch, &mut pending, lines, &mut failing);
+                apply_changes(changes, &mut output);
             }
-            order = match orders.try_recv() {
-                Ok(order) => order,
+            message = match messages.try_recv() {
+                Ok(message) => message,
                 Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => break 'life,
+                Err(TryRecvError::Disconnected) => break 'thread,
             };
         }
-        flush(&mut output, &mut batch, &mut waiting, lines, &mut troubled);
+        flush(&mut output, &mut batch, &mut pending, lines, &mut failing);
     }
-    flush(&mut output, &mut batch, &mut waiting, lines, &mut troubled);
+    flush(&mut output, &mut batch, &mut pending, lines, &mut failing);
 }
 
-/// Goes over to another output, or opens the file anew, where that was wished for.
-fn heed(wishes: &Mutex<Wishes>, output: &mut Output) {
-    let wishes = std::mem::take(&mut *wishes.lock().unwrap_or_else(PoisonError::into_inner));
-    if let Some(other) = wishes.output {
+/// Switches to another output, or reopens the file, where that was requested.
+fn apply_changes(changes: &Mutex<OutputChanges>, output: &mut Output) {
+    let changes = std::mem::take(&mut *changes.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Some(other) = changes.output {
         *output = other;
-    } else if wishes.reopen {
+    } else if changes.reopen {
         output.reopen();
     }
 }
 
-/// Writes what was gathered. `troubled`: it did not go well the last time, which has been said.
-fn flush(output: &mut Output, batch: &mut Vec<u8>, waiting: &mut u64, lines: &Lines, troubled: &mut bool) {
+/// Writes the batch. `failing`: the last write failed and was logged.
+fn flush(output: &mut Output, batch: &mut Vec<u8>, pending: &mut u64, lines: &Lines, failing: &mut bool) {
     if batch.is_empty() {
         return;
     }
-    let count = std::mem::take(waiting);
+    let count = std::mem::take(pending);
     match output.write(batch) {
         Ok(()) => {
-            *troubled = false;
+            *failing = false;
             lines.written.fetch_add(count, Ordering::Relaxed);
         }
         Err(error) => {
-            if !std::mem::replace(troubled, true) {
-                tracing::warn!(%error, to = %output, "the access log cannot be written; lines are lost and counted");
+            if !std::mem::replace(failing, true) {
+                tracing::warn!(%error, to = %output, "cannot write the access log; lines are lost and counted");
             }
             lines.failed.fetch_add(count, Ordering::Relaxed);
         }

@@ -1,4 +1,4 @@
-//! Where the records of calls go when they are over: durations, access log, the calls worth a second look.
+//! Where the records of completed requests go: duration histograms, access log, `GET /requests`.
 
 use std::sync::{Arc, OnceLock};
 
@@ -13,39 +13,39 @@ use crate::{
     durations::{Cell, Durations},
 };
 
-/// What all workers tell of calls to.
+/// The consumers of request records that all workers share.
 #[derive(Debug, Default)]
 pub struct Calls {
     pub access_log: AccessLog,
-    elsewhere: OnceLock<Target>,
+    default_target: OnceLock<Target>,
     pub requests: Requests,
-    /// Of calls to hosts that no upstream names.
+    /// Durations of requests to hosts that no upstream names.
     pub other: Durations,
-    /// Of calls that were refused before they had an upstream.
+    /// Durations of requests that were refused before an upstream was known.
     pub refused_inbound: Durations,
     pub refused_outbound: Durations,
 }
 
-/// One worker's way to [`Calls`].
+/// One worker's handle on [`RequestTelemetry`].
 #[derive(Debug)]
 pub struct Teller {
     calls: Arc<Calls>,
-    /// For the durations of hosts that no upstream names.
+    /// Durations of requests to hosts that no upstream names.
     pub other: Arc<Cell>,
     refused_inbound: Arc<Cell>,
     refused_outbound: Arc<Cell>,
 }
 
 impl Calls {
-    /// Where the access log goes unless a file is named. To be said once, before [`Self::configure`].
+    /// Sets where the access log goes unless a file is configured. Call it once, before [`Self::configure`].
     pub fn write_to(&self, target: Target) {
-        let _ = self.elsewhere.set(target);
+        let _ = self.default_target.set(target);
     }
 
-    /// Takes new settings; where they cannot be taken, the old ones stay.
+    /// Applies new settings. On an error the old ones stay.
     pub fn configure(&self, settings: &config::Telemetry) -> Result<(), AccessLogError> {
-        let elsewhere = self.elsewhere.get().cloned().unwrap_or(Target::Stdout);
-        self.access_log.configure(settings.access_log, settings.access_log_file.as_ref(), elsewhere)
+        let target = self.default_target.get().cloned().unwrap_or(Target::Stdout);
+        self.access_log.configure(settings.access_log, settings.access_log_file.as_ref(), target)
     }
 }
 
@@ -59,11 +59,11 @@ impl Teller {
         }
     }
 
-    /// Counts a call; says what else is to be told of it. For one that went well: two atomic steps. `exported`: its
-    /// trace goes somewhere, sampled or not.
+    /// Counts a request and returns which other consumers want its record. A successful request costs two atomic
+    /// operations here. `exported`: its spans are exported, whether or not its trace was sampled.
     pub fn count(&self, record: &Record, exported: bool) -> Wanted {
         let cell = match &record.served {
-            Some(whom) => &whom.durations,
+            Some(destination) => &destination.durations,
             None if record.is_inbound() => &self.refused_inbound,
             None => &self.refused_outbound,
         };
@@ -74,16 +74,16 @@ impl Teller {
         Wanted { kind, logged: self.calls.access_log.wants(kind), exported }
     }
 
-    /// Tells what is wanted.
-    pub fn tell(&self, wanted: Wanted, record: Arc<Record>) {
-        if wanted.logged {
+    /// Hands the record to access log and `GET /requests`, where consumers.
+    pub fn tell(&self, consumers: Wanted, record: Arc<Record>) {
+        if consumers.logged {
             self.calls.access_log.send(Arc::clone(&record));
         }
-        self.calls.requests.keep(wanted.kind, record);
+        self.calls.requests.keep(consumers.kind, record);
     }
 }
 
-/// What is to be told of a call.
+/// Which consumers want the record of a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     kind: Kind,

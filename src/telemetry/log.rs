@@ -1,7 +1,7 @@
-//! The program's own log: to stderr, off the threads that work.
+//! The proxy's own log, on stderr, written by a thread of its own.
 //!
-//! Lines go through a bounded channel to a thread that writes them. A reader of stderr that stalls costs lines
-//! (counted and said), never a request. What repeats is limited, so that one failing upstream cannot fill a disk.
+//! Lines go through a bounded channel to that thread. A stalled reader of stderr costs log lines (counted and logged),
+//! never a request. Repeated lines are rate limited, so that one failing upstream cannot fill a disk.
 
 mod limit;
 mod writer;
@@ -12,26 +12,26 @@ use clap::ValueEnum;
 use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 use limit::RepeatLimit;
-use writer::Lines;
+use writer::LineSender;
 
-/// What is logged where nobody says otherwise.
+/// The default filter.
 pub const DEFAULT_FILTER: &str = "info";
 
-/// How a line looks.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Human-readable text.
     #[default]
     Text,
     /// One JSON object a line.
     Json,
 }
 
-/// What is logged, in tracing-subscriber's syntax: `info`, `warn,outrigger::upstream=debug`.
+/// Selects what is logged, in tracing-subscriber's syntax: `info`, `warn,outrigger::upstream=debug`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogFilter(String);
 
-/// The running log: its filter can be changed, and what is queued is written when it is dropped.
+/// The running log. Dropping it writes what is queued.
 #[derive(Debug)]
 pub struct Log {
     handle: LogHandle,
@@ -46,16 +46,16 @@ pub struct LogHandle {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    #[error("the log's thread could not be started: {0}")]
+    #[error("cannot start the log thread: {0}")]
     Thread(#[from] std::io::Error),
     #[error("a log is already running in this process")]
     AlreadyRunning,
-    #[error("the log's filter could not be changed: {0}")]
+    #[error("cannot change the log filter: {0}")]
     Reload(#[from] reload::Error),
 }
 
 impl Log {
-    /// Starts the process-wide log. Keep what is returned until the end: dropping it flushes.
+    /// Starts the process-wide log. Keep the returned value until the process ends: dropping it flushes.
     pub fn start(format: LogFormat, filter: &LogFilter) -> Result<Self, LogError> {
         let (lines, writer) = writer::start(std::io::stderr())?;
         let (filter, handle) = reload::Layer::new(filter.to_env_filter());
@@ -72,10 +72,10 @@ impl Log {
                 .with_writer(lines.clone())
                 .boxed(),
         };
-        let limit = Arc::new(RepeatLimit::new(move |note: &str| suppressed(&lines, format, note)));
+        let limit = Arc::new(RepeatLimit::new(move |note: &str| write_note(&lines, format, note)));
         tracing_subscriber::registry()
             .with(filter)
-            .with(output.with_filter(limit::Repeats(limit)))
+            .with(output.with_filter(limit::RepeatFilter(limit)))
             .try_init()
             .map_err(|_| LogError::AlreadyRunning)?;
         Ok(Self { handle: LogHandle { reload: handle }, writer })
@@ -85,14 +85,14 @@ impl Log {
         self.handle.clone()
     }
 
-    /// Lines that were lost since stderr was not read fast enough.
+    /// Lines lost because stderr was not read fast enough.
     pub fn dropped(&self) -> u64 {
         self.writer.dropped()
     }
 }
 
-/// Says that lines were held back, past the limit that held them back.
-fn suppressed(lines: &Lines, format: LogFormat, note: &str) {
+/// Writes a note about suppressed lines. It bypasses the limit that suppressed them.
+fn write_note(lines: &LineSender, format: LogFormat, note: &str) {
     let line = match format {
         LogFormat::Text => format!("  … {note}\n"),
         LogFormat::Json => format!("{}\n", serde_json::json!({ "level": "INFO", "message": note })),
@@ -112,7 +112,7 @@ impl LogFilter {
     }
 
     fn to_env_filter(&self) -> EnvFilter {
-        // Checked when it was read, so `new`, which skips what it does not understand, skips nothing.
+        // `new` skips invalid directives, but the text was validated when it was parsed.
         EnvFilter::new(&self.0)
     }
 }
@@ -131,7 +131,8 @@ impl FromStr for LogFilter {
         if text.is_empty() {
             return Err("a log filter is missing: write e.g. \"info\" or \"warn,outrigger=debug\"".to_owned());
         }
-        // A bare word that is no level would be taken for a target, and silence everything else: a typo, surely.
+        // EnvFilter takes a bare word that is not a level for a target and silences everything else: most likely a
+        // typo.
         let is_level = |word: &str| {
             ["off", "error", "warn", "info", "debug", "trace"].contains(&word.to_ascii_lowercase().as_str())
         };
@@ -140,7 +141,7 @@ impl FromStr for LogFilter {
         }) {
             return Err(format!("`{word}` is not a log level: use off, error, warn, info, debug or trace"));
         }
-        // It would be taken for `trace`.
+        // EnvFilter takes an empty level for `trace`.
         if let Some(part) = text.split(',').map(str::trim).find(|part| part.ends_with('=')) {
             return Err(format!("`{part}` has no log level: write e.g. \"{part}debug\""));
         }
@@ -156,7 +157,7 @@ impl std::fmt::Display for LogFilter {
     }
 }
 
-/// A handle on a log that nobody writes; it works while the second part lives.
+/// A handle on a log without output; it works while the returned layer lives.
 #[cfg(test)]
 pub fn detached() -> (LogHandle, reload::Layer<EnvFilter, Registry>) {
     let (layer, handle) = reload::Layer::new(EnvFilter::new(DEFAULT_FILTER));

@@ -1,4 +1,4 @@
-//! Counters that the data path holds by handle and `/metrics` reads.
+//! Counters that the data path increments through handles and `/metrics` reads.
 
 use std::{
     sync::{
@@ -12,15 +12,15 @@ use tokio::{runtime::RuntimeMetrics, sync::Notify};
 
 use crate::net::alpn::Tls;
 
-/// Everything that is counted.
+/// The counters of the process; those of upstreams are in their guards.
 #[derive(Debug, Default)]
 pub struct Metrics {
     pub inbound: Arc<Connections>,
     pub outbound: Arc<Connections>,
     pub ways: Ways,
-    /// In the order of their threads.
+    /// By worker index.
     pub workers: Vec<WorkerLoad>,
-    /// What redirected connections were found to speak.
+    /// Detected protocols of redirected connections.
     pub detections: Detections,
 }
 
@@ -31,18 +31,18 @@ impl Metrics {
     }
 }
 
-/// How much a worker has to do.
+/// The load of a worker.
 #[derive(Debug)]
 pub struct WorkerLoad {
-    /// Callers' connections that it serves.
+    /// Client connections that it serves.
     pub connections: AtomicUsize,
-    /// Busy nanoseconds of the last samples, averaged. Sampled only where there are several workers.
+    /// Moving average of busy nanoseconds a sample. Sampled only where there are several workers.
     pub recent: AtomicU64,
     /// Set when its thread has started.
     pub runtime: OnceLock<RuntimeMetrics>,
     created: Instant,
     /// When its thread last ran, in milliseconds since `created`.
-    beat: AtomicU64,
+    last_beat: AtomicU64,
 }
 
 impl Default for WorkerLoad {
@@ -52,42 +52,42 @@ impl Default for WorkerLoad {
             recent: AtomicU64::default(),
             runtime: OnceLock::default(),
             created: Instant::now(),
-            beat: AtomicU64::default(),
+            last_beat: AtomicU64::default(),
         }
     }
 }
 
 impl WorkerLoad {
-    /// Its thread runs. To be told every second.
+    /// Notes that its thread runs. Called every second.
     pub fn beat(&self) {
         let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.beat.store(now, Ordering::Relaxed);
+        self.last_beat.store(now, Ordering::Relaxed);
     }
 
     /// How long ago its thread last ran.
     pub fn still_for(&self) -> Duration {
-        let last = Duration::from_millis(self.beat.load(Ordering::Relaxed));
+        let last = Duration::from_millis(self.last_beat.load(Ordering::Relaxed));
         self.created.elapsed().saturating_sub(last)
     }
 
-    /// How long it has been busy since the start.
+    /// How long it has been busy since its start.
     pub fn busy(&self) -> Duration {
         self.runtime.get().map_or(Duration::ZERO, |runtime| runtime.worker_total_busy_duration(0))
     }
 }
 
-/// How a call, or a connection of bytes, came in.
+/// How a request, or a byte stream, entered the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// From a caller, for the service.
+    /// From a client, for the service.
     Inbound,
-    /// From the service, as to a forward proxy: absolute-form, CONNECT and what came through it.
+    /// From the service, as to a forward proxy: absolute-form, CONNECT, and requests inside a CONNECT tunnel.
     Proxy,
     /// From the service, with the upstream's name in `Host` or `:authority`.
     Host,
-    /// From the service, led here by the kernel.
+    /// From the service, redirected by kernel rules.
     Redirect,
-    /// From the service, by an upstream's own `listen`.
+    /// From the service, on an upstream's own `listen`.
     Listen,
 }
 
@@ -105,18 +105,18 @@ impl Way {
     }
 }
 
-/// What a redirected connection was found to speak.
+/// The detected protocol of a redirected connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detected {
     Http1,
     Http2,
-    /// TLS that is not the proxy's to end.
+    /// TLS that the proxy does not terminate.
     Tls,
-    /// The caller spoke first, something else.
+    /// The client sent first, and it is neither HTTP nor TLS.
     Bytes,
-    /// The server did.
+    /// The server sent first.
     ServerFirst,
-    /// Nobody looked: the configuration says that it is bytes.
+    /// Not detected: the configuration declares the port a byte stream.
     Declared,
 }
 
@@ -136,48 +136,52 @@ impl Detected {
     }
 }
 
-/// What redirected connections were found to speak, by direction and port. Of the ports that come first; callers choose
-/// ports, so there is an end to them.
+/// Counts of detected protocols by direction and port. Clients choose ports, so only the first [`MAX_PORTS`] get a slot
+/// of their own.
 #[derive(Debug)]
-pub struct Detections([Ported; MAX_PORTS]);
+pub struct Detections([PortSlot; MAX_PORTS]);
 
 const MAX_PORTS: usize = 64;
 
 #[derive(Debug, Default)]
-struct Ported {
-    /// 0: free; else the port, and the direction above it. The last one stands for all other ports.
+struct PortSlot {
+    /// 0: free; else [`IN_USE`], direction and port. The last slot counts all other ports.
     key: AtomicU32,
     counts: [AtomicU64; Detected::ALL.len()],
 }
 
 impl Default for Detections {
     fn default() -> Self {
-        Self(std::array::from_fn(|_| Ported::default()))
+        Self(std::array::from_fn(|_| PortSlot::default()))
     }
 }
 
-const TAKEN: u32 = 1 << 17;
+const IN_USE: u32 = 1 << 17;
 const INBOUND: u32 = 1 << 16;
 
 impl Detections {
-    /// Counts one; whether it was the first of its kind on that port.
+    /// Counts one; returns whether it was the first of its protocol on that port.
     pub fn note(&self, inbound: bool, port: u16, what: Detected) -> bool {
-        let key = TAKEN | if inbound { INBOUND } else { 0 } | u32::from(port);
+        let key = IN_USE | if inbound { INBOUND } else { 0 } | u32::from(port);
         let (others, ports) = match self.0.split_last() {
             Some(split) => split,
             None => return false,
         };
-        let take =
-            |slot: &&Ported| match slot.key.compare_exchange(0, key, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => true,
-                Err(known) => known == key,
-            };
-        let slot = ports.iter().find(take);
+        let claim = |slot: &&PortSlot| match slot.key.compare_exchange(
+            0,
+            key,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        ) {
+            Ok(_) => true,
+            Err(known) => known == key,
+        };
+        let slot = ports.iter().find(claim);
         let before = slot.unwrap_or(others).counts[what as usize].fetch_add(1, Ordering::Relaxed);
         slot.is_some() && before == 0
     }
 
-    /// Direction, port (none: all others), what, and how often.
+    /// Direction, port (none: all others), protocol and count.
     pub fn read(&self) -> impl Iterator<Item = (&'static str, Option<u16>, Detected, u64)> {
         self.0
             .iter()
@@ -196,59 +200,59 @@ impl Detections {
     }
 }
 
-/// What went through by which way, and when last.
+/// Requests by entry point, and when the last one arrived.
 #[derive(Debug)]
 pub struct Ways {
     epoch: Instant,
-    passed: [Passed; Way::ALL.len()],
+    points: [EntryPointCount; Way::ALL.len()],
 }
 
 #[derive(Debug, Default)]
-struct Passed {
+struct EntryPointCount {
     count: AtomicU64,
-    /// Whole seconds since the epoch; means something where something was counted.
+    /// Whole seconds since the epoch; valid only where `count` is above 0.
     last: AtomicU64,
 }
 
 impl Default for Ways {
     fn default() -> Self {
-        Self { epoch: Instant::now(), passed: Default::default() }
+        Self { epoch: Instant::now(), points: Default::default() }
     }
 }
 
 impl Ways {
-    /// Counts one that came in at `now`. Two relaxed atomic steps.
+    /// Counts one that arrived at `now`. Two relaxed atomic operations.
     pub fn note(&self, way: Way, now: Instant) {
-        let passed = &self.passed[way as usize];
-        passed.count.fetch_add(1, Ordering::Relaxed);
-        passed.last.store(now.saturating_duration_since(self.epoch).as_secs(), Ordering::Relaxed);
+        let point = &self.points[way as usize];
+        point.count.fetch_add(1, Ordering::Relaxed);
+        point.last.store(now.saturating_duration_since(self.epoch).as_secs(), Ordering::Relaxed);
     }
 
-    /// How many came so, and how long ago the last one did.
+    /// How many arrived, and how long ago the last one did.
     pub fn read(&self, way: Way, now: Instant) -> (u64, Option<Duration>) {
-        let passed = &self.passed[way as usize];
-        let count = passed.count.load(Ordering::Relaxed);
-        let last = Duration::from_secs(passed.last.load(Ordering::Relaxed));
+        let point = &self.points[way as usize];
+        let count = point.count.load(Ordering::Relaxed);
+        let last = Duration::from_secs(point.last.load(Ordering::Relaxed));
         let ago = now.saturating_duration_since(self.epoch).saturating_sub(last);
         (count, (count > 0).then_some(ago))
     }
 }
 
-/// The callers' connections of one direction.
+/// The client connections of one direction.
 #[derive(Debug, Default)]
 pub struct Connections {
     pub open: AtomicI64,
     pub total: AtomicU64,
-    /// Of those open, how many are protected how; the rest is not.
-    protected: [AtomicI64; Tls::ALL.len()],
-    /// Accepted, and on their way to who serves them.
-    coming: AtomicI64,
-    /// Listeners that may still accept some.
-    listening: AtomicI64,
-    all_closed: Notify,
+    /// Open connections by TLS; those in neither `Server` nor `Mutual` are plaintext.
+    by_tls: [AtomicI64; Tls::ALL.len()],
+    /// Accepted, and not yet taken over by a worker.
+    pending: AtomicI64,
+    /// Listeners that still accept.
+    listeners: AtomicI64,
+    drained: Notify,
 }
 
-/// Counts what may become open connections, until it is dropped: one that was accepted, or a listener.
+/// Counts, until it is dropped, a source of open connections: an accepted connection, or a listener.
 #[derive(Debug)]
 pub struct Awaited<const LISTENER: bool = false>(Arc<Connections>);
 
@@ -260,14 +264,14 @@ impl<const LISTENER: bool> Awaited<LISTENER> {
     }
 
     fn count(&self) -> &AtomicI64 {
-        if LISTENER { &self.0.listening } else { &self.0.coming }
+        if LISTENER { &self.0.listeners } else { &self.0.pending }
     }
 }
 
 impl<const LISTENER: bool> Drop for Awaited<LISTENER> {
     fn drop(&mut self) {
         if self.count().fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.all_closed.notify_waiters();
+            self.0.drained.notify_waiters();
         }
     }
 }
@@ -276,7 +280,7 @@ impl<const LISTENER: bool> Drop for Awaited<LISTENER> {
 #[derive(Debug)]
 pub struct OpenConnection<'a>(&'a Connections);
 
-/// Counts one connection as protected until it is dropped.
+/// Counts one connection as TLS until it is dropped.
 #[derive(Debug)]
 pub struct Protected<'a>(&'a AtomicI64);
 
@@ -293,46 +297,46 @@ impl Connections {
         OpenConnection(self)
     }
 
-    /// An open connection turned out to be protected.
+    /// Counts an open connection as TLS, after its handshake.
     pub fn protected(&self, by: Tls) -> Protected<'_> {
-        let count = &self.protected[by as usize];
+        let count = &self.by_tls[by as usize];
         count.fetch_add(1, Ordering::Relaxed);
         Protected(count)
     }
 
-    /// How many are open now, by what protects them.
+    /// The open connections by TLS.
     pub fn open_by(&self) -> [(Tls, i64); Tls::ALL.len()] {
-        let [_, server, mutual] = self.protected.each_ref().map(|count| count.load(Ordering::Relaxed));
+        let [_, server, mutual] = self.by_tls.each_ref().map(|count| count.load(Ordering::Relaxed));
         let none = (self.open.load(Ordering::Relaxed) - server - mutual).max(0);
         [(Tls::None, none), (Tls::Server, server), (Tls::Mutual, mutual)]
     }
 
-    /// A connection was accepted, and is not open yet.
+    /// Counts an accepted connection that no worker serves yet.
     pub fn coming(self: &Arc<Self>) -> Awaited {
         Awaited::new(self)
     }
 
-    /// A listener accepts.
+    /// Counts a listener that accepts.
     pub fn listening(self: &Arc<Self>) -> Awaited<true> {
         Awaited::new(self)
     }
 
-    /// Waits until none is open, or will be unless another is accepted.
+    /// Waits until no connection is open or pending; listeners may still accept more.
     pub async fn quiet(&self) {
-        // In this order: a connection that comes is open before it is no longer counted as coming.
-        self.until(|| self.coming.load(Ordering::Acquire) <= 0 && self.open.load(Ordering::Acquire) <= 0)
+        // In this order: a pending connection counts as open before it stops counting as pending.
+        self.until(|| self.pending.load(Ordering::Acquire) <= 0 && self.open.load(Ordering::Acquire) <= 0)
             .await;
     }
 
-    /// Waits until none is open, and nobody listens.
+    /// Waits until no connection is open and no listener accepts.
     pub async fn closed(&self) {
-        self.until(|| self.listening.load(Ordering::Acquire) <= 0).await;
+        self.until(|| self.listeners.load(Ordering::Acquire) <= 0).await;
         self.quiet().await;
     }
 
     async fn until(&self, reached: impl Fn() -> bool) {
         loop {
-            let changed = self.all_closed.notified();
+            let changed = self.drained.notified();
             if reached() {
                 return;
             }
@@ -344,7 +348,7 @@ impl Connections {
 impl Drop for OpenConnection<'_> {
     fn drop(&mut self) {
         if self.0.open.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.all_closed.notify_waiters();
+            self.0.drained.notify_waiters();
         }
     }
 }
@@ -354,11 +358,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_counted_up_to_a_number_of_them() {
+    fn only_a_bounded_number_of_ports_is_counted_apart() {
         let detections = Detections::default();
-        assert!(detections.note(false, 6379, Detected::ServerFirst), "the first is told of");
+        assert!(detections.note(false, 6379, Detected::ServerFirst), "the first is reported");
         assert!(!detections.note(false, 6379, Detected::ServerFirst));
-        assert!(detections.note(true, 6379, Detected::ServerFirst), "the other direction is another");
+        assert!(detections.note(true, 6379, Detected::ServerFirst), "directions are counted apart");
         for port in 1..200 {
             detections.note(true, port, Detected::Http1);
         }
@@ -369,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn each_way_has_its_own_count_and_time() {
+    fn each_entry_point_has_its_own_count_and_time() {
         let ways = Ways::default();
         let at = |seconds| ways.epoch + Duration::from_secs(seconds);
         ways.note(Way::Host, at(3));

@@ -1,4 +1,4 @@
-//! What the proxy tells about itself and the calls it carries.
+//! Telemetry: log, access log, metrics, traces, and the record of each request that they are made of.
 
 pub mod access_log;
 pub mod calls;

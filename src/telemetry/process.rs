@@ -1,8 +1,8 @@
-//! What the process uses, read from `/proc`.
+//! Resource usage of the process, read from `/proc`.
 
 use std::{fs, time::Duration};
 
-/// A reading.
+/// The usage at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// User and system time of all threads.
@@ -12,7 +12,7 @@ pub struct Usage {
     pub max_fds: Option<i64>,
 }
 
-/// As of now; `None` where there is no `/proc`.
+/// Reads the current usage; `None` where there is no `/proc`.
 pub fn usage() -> Option<Usage> {
     let cpu_ticks = cpu_ticks(&fs::read_to_string("/proc/self/stat").ok()?)?;
     let hertz = rustix::param::clock_ticks_per_second().max(1);
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_s_texts_are_read() {
+    fn the_formats_of_proc_are_parsed() {
         let stat = "42 (a) b) c) S 1 42 42 0 -1 4194560 100 0 0 0 1234 66 0 0 20 0 3 0 500 0 0";
         assert_eq!(cpu_ticks(stat), Some(1300));
         assert_eq!(resident_kib("VmPeak:\t 9 kB\nVmRSS:\t    5800 kB\n"), Some(5800));

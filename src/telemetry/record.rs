@@ -1,8 +1,8 @@
-//! What is known of a call when it is over: small, of fixed size, written as the call goes its way.
+//! The record of one request: small, of fixed size, filled in while the request is served.
 //!
-//! It lies beside the call's [`Progress`](crate::proxy::progress::Progress), so that whoever carries a part of the
-//! call can note it, and a call that goes well allocates nothing for it. Spans, metrics, access log and `/requests`
-//! are all made of it, in [`finished`](super::finished).
+//! It is part of the request's [`Progress`](crate::proxy::progress::Progress), which every stage of the data path can
+//! reach, so a successful request allocates nothing for it. Spans, metrics, access log and `/requests` are all made of
+//! it, in [`record_request`](super::record_request).
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -26,77 +26,77 @@ use crate::{
     trace_context::{Context, Span},
 };
 
-/// Tries of a call that are told one by one; further ones are only counted.
+/// Attempts of a request that are recorded one by one; further ones are only counted.
 pub const MOST_TRIES: usize = 16;
 
-/// A call, from its head to the last byte of its answer.
+/// A request, from its head to the last byte of its response.
 #[derive(Debug)]
 pub struct Record {
     pub way: Way,
-    /// The caller's end of its connection.
+    /// The client's address.
     pub peer: SocketAddr,
-    /// The caller came by TLS.
+    /// The client's connection is TLS.
     pub tls: bool,
-    /// Whom its certificate proved it to be.
+    /// The verified identity of the client's certificate.
     pub identity: Option<Arc<Peer>>,
     pub method: Method,
-    /// By which the caller came.
+    /// HTTP version of the client's request.
     pub version: Version,
     pub grpc: bool,
-    /// Where it stands in its trace.
+    /// Its trace context.
     pub context: Context,
-    /// What was asked, where spans may be made of this.
+    /// Parts of the request head that only spans need; none where no spans are made.
     pub asked: Option<Asked>,
-    /// Whose routes were looked at. None: the call never got that far.
+    /// The upstream whose routes were matched. None: the request was refused before.
     pub matched: Option<Arc<Whom>>,
     /// Index in `matched`'s routes.
     pub route: Option<usize>,
-    /// Who was asked: the same, unless a route or a fallback leads to another upstream.
+    /// The upstream that attempts went to: the same, unless a route's `to` or a fallback names another one.
     pub served: Option<Arc<Whom>>,
     pub tries: Tries,
-    /// Why no further try followed a failure.
+    /// Why no further attempt followed a failure: an `outcome` of `outrigger_retries_total`.
     pub stopped: Option<&'static str>,
-    /// Failures and tries in the breaker's window, as of the last try that failed.
+    /// Failures and attempts in the breaker's window, as of the last attempt that failed.
     pub window: Option<(u32, u32)>,
-    /// Where the proxy answered in place of the service: why.
+    /// Set where the proxy responded in place of the service.
     pub refused: Option<Refusal>,
-    /// What failed, where the configured fallback was the answer.
+    /// The cause of the failure that the configured fallback replaced.
     pub fell_back: Option<&'static str>,
-    /// What the caller was told.
+    /// The status that the client got.
     pub status: Option<StatusCode>,
-    /// The status of a gRPC call, from headers or trailers.
+    /// The status of a gRPC request, from headers or trailers.
     pub grpc_status: Option<GrpcStatus>,
     pub started: Instant,
-    /// When the answer's head went out.
+    /// When the response head was sent to the client.
     pub answered: Option<Instant>,
-    /// When the answer's body was out, or the call was cut.
+    /// When the last byte of the response was sent, or the request was cut off.
     pub ended: Option<Instant>,
     pub end: End,
-    /// Of the request's body.
+    /// Bytes of the request body.
     pub bytes_in: u64,
-    /// Of the answer's body.
+    /// Bytes of the response body.
     pub bytes_out: u64,
 }
 
-/// An answer of the proxy's own.
+/// A response that the proxy made itself (a local reply).
 #[derive(Clone, Debug)]
 pub struct Refusal {
     pub cause: Cause,
-    /// In plain words.
+    /// The reason, as a sentence.
     pub detail: String,
 }
 
-/// How an exchange ended.
+/// How a request ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum End {
-    /// The answer went out to its last byte.
+    /// The response was sent to its last byte.
     #[default]
     Complete,
-    /// The caller left, or took no more, before it had all of it.
+    /// The client closed its connection, or stopped reading, before it had the whole response.
     CallerGone,
-    /// The upstream broke off in the middle of its answer.
+    /// The upstream ended its response in the middle.
     Broken,
-    /// Nothing moved for `idle_timeout`, or `max_duration` was over.
+    /// No byte moved for `idle_timeout`, or `max_duration` elapsed.
     Cut,
 }
 
@@ -112,51 +112,52 @@ impl End {
     }
 }
 
-/// One try of a call.
+/// One attempt of a request.
 #[derive(Clone, Debug)]
 pub struct Try {
     pub why: Why,
     pub span: Span,
     pub endpoint: SocketAddr,
-    /// By which it was sent.
+    /// HTTP version towards the endpoint.
     pub version: Version,
-    /// Over TLS.
+    /// Sent over TLS.
     pub tls: bool,
     pub began: Instant,
-    /// For how long it was held back: the back-off, and the wait for an upstream that nobody could connect to.
+    /// How long it was delayed: the back-off, and the wait for an upstream of which no endpoint accepted a connection.
     pub waited: Duration,
-    /// There was a connection to carry it.
+    /// A connection was available, pooled or new.
     pub carried: bool,
-    /// When a new connection was there; none where one of the pool was used.
+    /// When a new connection was established; none where a pooled one was used.
     pub connected: Option<Instant>,
-    /// When its answer's head came, or it had failed. None: it was given up, as its caller left or another copy won.
+    /// When its response head arrived, or it failed. None: it was cancelled, because the client closed or another
+    /// copy won.
     pub ended: Option<Instant>,
     pub outcome: Option<Outcome>,
-    /// Why it has no answer, in plain words.
+    /// Why it has no response, as a sentence.
     pub error: Option<String>,
-    /// It was the half-open breaker's trial.
+    /// It was a trial of the half-open breaker.
     pub trial: bool,
-    /// What the breaker changed to by its outcome.
+    /// The state that its outcome changed the breaker to.
     pub breaker: Option<State>,
-    /// Its endpoint was ejected by its outcome.
+    /// Its outcome ejected the endpoint.
     pub ejected: bool,
 }
 
-/// What a try is for.
+/// Why an attempt was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
     First,
-    /// The one before failed.
+    /// The previous attempt failed.
     Retry,
-    /// Mends a race of our own pool; costs no try.
+    /// A pooled connection turned out to be closed (stale keep-alive race); not counted by `retry.max`.
     Reconnect,
-    /// The endpoint before accepted no connection, or is known to be absent; costs no try.
+    /// The previous endpoint accepted no connection, or is known to be absent; not counted by `retry.max`.
     NextEndpoint,
     /// The other address of `localhost`.
     Sibling,
-    /// A second copy beside a slow one.
+    /// A second copy of a slow request.
     Hedge,
-    /// At the upstream that is asked in place of the first one.
+    /// To the upstream that `fallback` names.
     Fallback,
 }
 
@@ -174,20 +175,20 @@ impl Why {
     }
 }
 
-/// The tries of a call. The first needs no room of its own: most calls have no other.
+/// The attempts of a request. The first is stored inline: most requests have no other.
 #[derive(Debug, Default)]
 pub struct Tries {
     first: Option<Try>,
     more: Vec<Try>,
-    /// All that were made, told or not.
-    made: u32,
+    /// All attempts, recorded or not.
+    count: u32,
 }
 
 impl Tries {
-    /// Adds one; returns by which number to find it.
+    /// Adds one; returns the index for [`Self::get_mut`].
     pub fn push(&mut self, new: Try) -> usize {
-        let number = self.made as usize;
-        self.made = self.made.saturating_add(1);
+        let number = self.count as usize;
+        self.count = self.count.saturating_add(1);
         if self.first.is_none() {
             self.first = Some(new);
         } else if number < MOST_TRIES {
@@ -203,16 +204,16 @@ impl Tries {
         }
     }
 
-    /// How many were made.
+    /// How many were made, recorded or not.
     pub const fn made(&self) -> u32 {
-        self.made
+        self.count
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Try> {
         self.first.iter().chain(&self.more)
     }
 
-    /// The last one that is told.
+    /// The last one that is recorded.
     pub fn last(&self) -> Option<&Try> {
         self.more.last().or(self.first.as_ref())
     }
@@ -243,7 +244,7 @@ impl Try {
 impl Record {
     /// What its duration is counted under.
     pub fn duration_key(&self) -> Key {
-        Key::new(&self.method, self.status.map_or(0, |status| status.as_u16()), error_of(self))
+        Key::new(&self.method, self.status.map_or(0, |status| status.as_u16()), error_type(self))
     }
 
     pub fn new(
@@ -283,7 +284,7 @@ impl Record {
         }
     }
 
-    /// Whether others call this service, as opposed to its own calls.
+    /// Whether this is a request to this service, as opposed to one that the service sends.
     pub fn is_inbound(&self) -> bool {
         self.way == Way::Inbound
     }
@@ -293,35 +294,35 @@ impl Record {
         if self.is_inbound() { "inbound" } else { "outbound" }
     }
 
-    /// Who called: the name that its certificate proved, else its address.
+    /// The client: its verified identity, else its IP address.
     pub fn caller(&self) -> String {
         self.identity.as_ref().map_or_else(|| dotted(self.peer.ip()), |peer| peer.to_string())
     }
 
-    /// What its route matches, as it is configured: `POST /v1/charge*`.
+    /// The pattern of its route, as configured: `POST /v1/charge*`.
     pub fn route_name(&self) -> Option<String> {
         let routes = &self.matched.as_ref()?.cluster.settings.routes;
         Some(routes.get(self.route?)?.matches.to_string())
     }
 
-    /// Reads what a gRPC call ended with.
+    /// Takes the gRPC status from the trailers.
     pub fn trailers(&mut self, trailers: &HeaderMap) {
         if self.grpc {
             self.grpc_status = GrpcStatus::from_headers(trailers).or(self.grpc_status);
         }
     }
 
-    /// The name of the upstream that was asked.
+    /// The name of the upstream that attempts went to.
     pub fn upstream(&self) -> Option<&str> {
-        self.served.as_ref().map(|whom| whom.cluster.settings.name.as_str())
+        self.served.as_ref().map(|destination| destination.cluster.settings.name.as_str())
     }
 
-    /// The address of the last try.
+    /// The endpoint of the last recorded attempt.
     pub fn endpoint(&self) -> Option<SocketAddr> {
         self.tries.last().map(|one| one.endpoint)
     }
 
-    /// Whether it failed or was retried: worth telling even where its trace was not sampled.
+    /// Whether it failed or was retried: exported even where its trace was not sampled (`sample_errors`).
     pub fn is_notable(&self) -> bool {
         let failed = match self.grpc_status {
             Some(status) => status.is_failure(),
@@ -333,23 +334,23 @@ impl Record {
             || matches!(self.end, End::Broken | End::Cut)
     }
 
-    /// How many spans it makes.
+    /// The number of its spans.
     pub fn spans(&self) -> u64 {
         if self.is_inbound() { 1 } else { 1 + self.tries.iter().count() as u64 }
     }
 
-    /// From its head to the last byte of its answer.
+    /// From its head to the last byte of its response.
     pub fn took(&self) -> Duration {
         self.ended.map_or(Duration::ZERO, |ended| ended.saturating_duration_since(self.started))
     }
 }
 
-/// An address in words, as `Display` has it, in a fifth of the time.
+/// Formats an address as `Display` does, in a fifth of the time.
 pub(super) fn dotted(ip: IpAddr) -> String {
     let IpAddr::V4(ip) = ip else { return ip.to_string() };
     let mut text = String::with_capacity("255.255.255.255:65535".len());
-    for (place, octet) in ip.octets().into_iter().enumerate() {
-        if place > 0 {
+    for (index, octet) in ip.octets().into_iter().enumerate() {
+        if index > 0 {
             text.push('.');
         }
         push(&mut text, octet.into());
@@ -375,8 +376,8 @@ fn push(text: &mut String, number: u16) {
     text.push(char::from(b'0' + (number % 10) as u8));
 }
 
-/// What went wrong that the status does not tell.
-fn error_of(record: &Record) -> &'static str {
+/// An error that the status does not show.
+fn error_type(record: &Record) -> &'static str {
     if let Some(refusal) = &record.refused {
         return refusal.cause.word();
     }
@@ -394,14 +395,14 @@ fn error_of(record: &Record) -> &'static str {
 mod tests {
     use super::*;
 
-    /// Every call in flight holds one.
+    /// Every request in flight holds one.
     #[test]
     fn a_record_is_small() {
         assert!(size_of::<Record>() <= 700, "{} bytes", size_of::<Record>());
     }
 
     #[test]
-    fn addresses_are_written_as_everywhere() {
+    fn addresses_are_formatted_as_by_display() {
         for address in [
             "127.0.0.1:0",
             "10.200.0.99:65535",
@@ -416,17 +417,17 @@ mod tests {
     }
 
     #[test]
-    fn tries_are_told_up_to_a_bound_and_counted_beyond() {
-        let mut tries = Tries::default();
-        assert!(tries.last().is_none() && tries.get_mut(0).is_none());
+    fn attempts_are_recorded_up_to_a_bound_and_counted_beyond() {
+        let mut attempts = Tries::default();
+        assert!(attempts.last().is_none() && attempts.get_mut(0).is_none());
         let (began, span) = (Instant::now(), Span::new(1).unwrap());
         for port in 0..100 {
             let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
-            let number = tries.push(Try::new(Why::Retry, span, endpoint, Version::HTTP_11, began));
+            let number = attempts.push(Try::new(Why::Retry, span, endpoint, Version::HTTP_11, began));
             assert_eq!(number, usize::from(port));
-            assert_eq!(tries.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
+            assert_eq!(attempts.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
         }
-        assert_eq!((tries.made(), tries.iter().count()), (100, MOST_TRIES));
-        assert_eq!(tries.last().map(|one| one.endpoint.port()), Some(15));
+        assert_eq!((attempts.made(), attempts.iter().count()), (100, MOST_TRIES));
+        assert_eq!(attempts.last().map(|one| one.endpoint.port()), Some(15));
     }
 }

@@ -1,4 +1,4 @@
-//! The last failed, retried and slow calls, with every decision that was taken: `GET /requests`.
+//! `GET /requests`: the last failed, retried and slow requests, with every decision of the proxy.
 
 use std::{
     collections::VecDeque,
@@ -14,10 +14,10 @@ use super::{
     verdict::Kind,
 };
 
-/// How many of each kind are kept: so many failures do not push out the slow ones.
+/// How many requests of each verdict are kept. Per verdict, so that failures do not displace slow ones.
 pub const KEPT: usize = 64;
 
-/// The calls that are kept. A lock each, taken for a moment by calls that did not go well only.
+/// The kept requests. Each list has a lock, taken briefly and only by requests that did not simply succeed.
 #[derive(Debug, Default)]
 pub struct Requests {
     failed: Mutex<VecDeque<Arc<Record>>>,
@@ -26,14 +26,14 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// Keeps a call; the oldest of its kind makes room.
+    /// Keeps a request; drops the oldest of its verdict where the list is full.
     pub fn keep(&self, kind: Kind, record: Arc<Record>) {
         let Some(ring) = self.ring(kind) else { return };
         let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
         let oldest = if ring.len() >= KEPT { ring.pop_front() } else { None };
         ring.push_back(record);
         drop(ring);
-        // Not under the lock.
+        // Outside the lock.
         drop(oldest);
     }
 
@@ -46,7 +46,7 @@ impl Requests {
         }
     }
 
-    /// All that are kept, the one that ended last first.
+    /// All that are kept, the latest end first.
     pub fn read(&self) -> Vec<Arc<Record>> {
         let mut all: Vec<Arc<Record>> = [&self.failed, &self.retried, &self.slow]
             .iter()
@@ -57,20 +57,20 @@ impl Requests {
     }
 }
 
-/// A call as `GET /requests` tells it.
+/// A request as `GET /requests` reports it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Told {
     /// `failed`, `retried` or `slow`.
     pub kind: String,
-    /// When it began.
+    /// When it started (RFC 3339).
     pub time: String,
     pub ended_seconds_ago: u64,
     /// `inbound` or `outbound`.
     pub direction: String,
-    /// How it came in: `inbound`, `proxy`, `host`, `redirect`, `listen`.
+    /// Entry point: `inbound`, `proxy`, `host`, `redirect`, `listen`.
     pub way: String,
     pub method: String,
-    /// None: there was no answer.
+    /// None: no response.
     pub status: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grpc_status: Option<String>,
@@ -82,25 +82,25 @@ pub struct Told {
     pub route: Option<String>,
     pub reason: Option<String>,
     pub why: Option<String>,
-    /// Until the answer's head went out.
+    /// Until the response head was sent.
     pub answered_ms: Option<f64>,
     pub duration_ms: f64,
     pub bytes_in: u64,
     pub bytes_out: u64,
     /// How it ended: `complete`, `caller_gone`, `broken`, `cut`.
     pub end: String,
-    /// Why no further try followed: a word of `outrigger_retries_total`.
+    /// Why no further attempt followed: an `outcome` of `outrigger_retries_total`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stopped: Option<String>,
-    /// What failed where a fallback answered.
+    /// The cause that a fallback replaced.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fell_back: Option<String>,
-    /// All that were made; `attempts` has the first of them.
+    /// All that were made; `attempts` lists the first of them.
     pub attempts_made: u32,
     pub attempts: Vec<ToldTry>,
 }
 
-/// A try. Times are from the call's beginning.
+/// An attempt. Times count from the start of the request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ToldTry {
     /// `first`, `retry`, `reconnect`, `sibling`, `hedge` or `fallback`.
@@ -109,9 +109,9 @@ pub struct ToldTry {
     pub began_ms: f64,
     /// The back-off before it.
     pub waited_ms: f64,
-    /// When a new connection was there; none where one of the pool was used, or none came about.
+    /// When a new connection was established; none where a pooled one was used, or connecting failed.
     pub connected_ms: Option<f64>,
-    /// None: it was given up.
+    /// None: it was cancelled.
     pub ended_ms: Option<f64>,
     pub outcome: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -119,10 +119,10 @@ pub struct ToldTry {
     /// It was a trial of the half-open breaker.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub trial: bool,
-    /// What the breaker changed to by it.
+    /// The state that it changed the breaker to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub breaker: Option<String>,
-    /// Its endpoint was ejected for it.
+    /// Its outcome ejected the endpoint.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ejected: bool,
 }
@@ -180,7 +180,7 @@ impl ToldTry {
     }
 }
 
-/// From one moment to another, to the microsecond.
+/// Milliseconds from `from` to `at`, to the microsecond.
 pub fn milliseconds(at: Instant, from: Instant) -> f64 {
     at.saturating_duration_since(from).as_micros() as f64 / 1000.0
 }
@@ -190,7 +190,7 @@ mod tests {
     use super::{super::verdict::tests::record, *};
 
     #[test]
-    fn the_last_of_each_kind_are_kept() {
+    fn the_last_of_each_verdict_are_kept() {
         let requests = Requests::default();
         requests.keep(Kind::Slow, Arc::new(record(200)));
         for _ in 0..KEPT + 10 {
@@ -198,7 +198,7 @@ mod tests {
         }
         requests.keep(Kind::Plain, Arc::new(record(200)));
         let all = requests.read();
-        assert_eq!(all.len(), KEPT + 1, "failures push out no slow call");
+        assert_eq!(all.len(), KEPT + 1, "failures do not displace a slow request");
         assert!(all.is_sorted_by_key(|record| std::cmp::Reverse(record.ended)));
     }
 }

@@ -1,7 +1,7 @@
-//! From the record of a call to its spans, by OpenTelemetry's semantic conventions for HTTP and RPC.
+//! Makes the spans of a request from its record, by OpenTelemetry's semantic conventions for HTTP and RPC.
 //!
-//! A call to the service is one SERVER span. A call of the service is an INTERNAL span with a CLIENT span for every
-//! try. `docs/telemetry.md` lists all of it.
+//! An inbound request is one SERVER span. An outbound request is an INTERNAL span with a CLIENT span for every attempt.
+//! `docs/telemetry.md` lists attributes and events.
 
 mod attributes;
 mod events;
@@ -13,7 +13,7 @@ use http::{
     header::{HOST, USER_AGENT},
 };
 use opentelemetry::{
-    InstrumentationScope, KeyValue, SpanId, TraceFlags, TraceId,
+    InstrumentationScope, KeyValue, TraceFlags,
     trace::{Link, SpanContext, SpanKind, TraceState},
 };
 use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
@@ -26,7 +26,7 @@ use crate::{
     trace_context::{Context, Span},
 };
 
-/// Who made these spans.
+/// The instrumentation scope of all spans: this crate.
 pub fn scope() -> InstrumentationScope {
     InstrumentationScope::builder(env!("CARGO_PKG_NAME"))
         .with_version(env!("CARGO_PKG_VERSION"))
@@ -34,7 +34,7 @@ pub fn scope() -> InstrumentationScope {
         .build()
 }
 
-/// What was asked, as it is needed for a span only. Query strings are left out: they hold what nobody wants exported.
+/// Parts of the request head that only spans need. Spans omit the query string, which may hold secrets.
 #[derive(Clone, Debug)]
 pub struct Asked {
     uri: Uri,
@@ -61,7 +61,7 @@ impl Asked {
     }
 }
 
-/// Says when an instant was by the system's clock.
+/// Converts instants to the system's clock.
 #[derive(Clone, Copy, Debug)]
 pub struct WallClock {
     now: SystemTime,
@@ -78,14 +78,14 @@ impl WallClock {
     }
 }
 
-/// Adds the spans of a call to `out`.
+/// Appends the spans of a request to `out`.
 pub fn add(record: &Record, wall: &WallClock, scope: &InstrumentationScope, out: &mut Vec<SpanData>) {
     let spans = Spans { record, wall, scope };
     if record.is_inbound() {
         out.push(spans.server());
         return;
     }
-    out.push(spans.call());
+    out.push(spans.request());
     out.extend(record.tries.iter().enumerate().map(|(number, one)| spans.client(number, one)));
 }
 
@@ -97,29 +97,29 @@ struct Spans<'a> {
 
 impl Spans<'_> {
     fn server(&self) -> SpanData {
-        let mut span = self.span(self.record.context.span, SpanKind::Server, self.of_server());
+        let mut span = self.span(self.record.context.span, SpanKind::Server, self.server_attributes());
         span.events.events = self.events(true);
         span
     }
 
-    fn call(&self) -> SpanData {
-        let mut span = self.span(self.record.context.span, SpanKind::Internal, self.of_call());
+    fn request(&self) -> SpanData {
+        let mut span = self.span(self.record.context.span, SpanKind::Internal, self.request_attributes());
         span.events.events = self.events(false);
         span
     }
 
     fn client(&self, number: usize, one: &Try) -> SpanData {
         let record = self.record;
-        // The try whose answer was handed on lasts as long as the answer does.
-        let answered = self.is_last(number)
+        // The span of the attempt whose response was forwarded lasts to the end of that response.
+        let forwarded = self.is_last(number)
             && matches!(one.outcome.map(|outcome| outcome.ending), Some(Ending::Http(_) | Ending::Grpc(_)));
-        let ended = if answered { record.ended } else { one.ended };
-        let mut span = self.span(one.span, SpanKind::Client, self.of_try(number, one));
+        let ended = if forwarded { record.ended } else { one.ended };
+        let mut span = self.span(one.span, SpanKind::Client, self.attempt_attributes(number, one));
         span.parent_span_id = span_id(record.context.span);
         span.parent_span_is_remote = false;
         span.start_time = self.wall.at(one.began);
         span.end_time = self.wall.at(ended.or(record.ended).unwrap_or(one.began));
-        span.events.events = self.events_of_try(one);
+        span.events.events = self.attempt_events(one);
         span.links = SpanLinks::default();
         span
     }
@@ -137,30 +137,30 @@ impl Spans<'_> {
         path.strip_prefix('/').filter(|method| method.contains('/')).map(ToOwned::to_owned)
     }
 
-    fn span(&self, id: Span, kind: SpanKind, (attributes, status): attributes::Said) -> SpanData {
+    fn span(&self, id: Span, kind: SpanKind, (attributes, status): attributes::Content) -> SpanData {
         let record = self.record;
         let context = &record.context;
         let mut links = SpanLinks::default();
         links.links.extend(context.link.map(|link| {
             let flags = TraceFlags::default().with_sampled(link.sampled);
             let linked = SpanContext::new(
-                TraceId::from(link.trace.get()),
+                opentelemetry::TraceId::from(link.trace.get()),
                 span_id(link.span),
                 flags,
                 false,
                 TraceState::default(),
             );
-            Link::new(linked, vec![KeyValue::new("outrigger.link", "only inbound call in flight")], 0)
+            Link::new(linked, vec![KeyValue::new("outrigger.link", "only inbound request in flight")], 0)
         }));
         SpanData {
             span_context: SpanContext::new(
-                TraceId::from(context.trace.get()),
+                opentelemetry::TraceId::from(context.trace.get()),
                 span_id(id),
                 flags(context),
                 false,
                 TraceState::default(),
             ),
-            parent_span_id: context.parent.map_or(SpanId::INVALID, span_id),
+            parent_span_id: context.parent.map_or(opentelemetry::SpanId::INVALID, span_id),
             parent_span_is_remote: context.parent.is_some(),
             span_kind: kind,
             name: self.name(),
@@ -175,12 +175,12 @@ impl Spans<'_> {
         }
     }
 
-    /// Of few different ones: no paths, but for gRPC, whose methods are few.
+    /// Low cardinality: the method without the path, except for gRPC, whose paths are methods.
     fn name(&self) -> Cow<'static, str> {
         if let Some(method) = self.record.grpc.then(|| self.rpc_method()).flatten() {
             return method.into();
         }
-        attributes::known(&self.record.method).unwrap_or("HTTP").into()
+        attributes::known_method(&self.record.method).unwrap_or("HTTP").into()
     }
 }
 
@@ -189,6 +189,6 @@ fn flags(context: &Context) -> TraceFlags {
     TraceFlags::new(u8::from(context.sampled) | random)
 }
 
-fn span_id(span: Span) -> SpanId {
-    SpanId::from(span.get())
+fn span_id(span: Span) -> opentelemetry::SpanId {
+    opentelemetry::SpanId::from(span.get())
 }

@@ -1,4 +1,4 @@
-//! Moments as people and machines write them.
+//! Timestamps of log lines and reports.
 
 use std::{
     fmt,
@@ -14,7 +14,7 @@ const DAY: u64 = 24 * 60 * 60;
 pub struct Timestamp(SystemTime);
 
 impl Timestamp {
-    /// When that was by the clock on the wall, as it goes now.
+    /// Converts an instant by the system clock's current offset.
     pub fn of(moment: Instant) -> Self {
         let ago = Instant::now().saturating_duration_since(moment);
         Self(SystemTime::now().checked_sub(ago).unwrap_or(UNIX_EPOCH))
@@ -39,7 +39,7 @@ impl fmt::Display for Timestamp {
     }
 }
 
-/// Writes a number over the zeros that end at a place.
+/// Writes a number over the zeros that end at index `at`.
 fn put(text: &mut [u8], mut at: usize, mut number: u64) {
     while number > 0 {
         text[at] = b'0' + (number % 10) as u8;
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
+    fn dates_follow_the_gregorian_calendar() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00.000Z"),
             (951_782_399, "2000-02-28T23:59:59.000Z"),
@@ -77,11 +77,11 @@ mod tests {
         ] {
             assert_eq!(Timestamp(UNIX_EPOCH + Duration::from_secs(seconds)).to_string(), text);
         }
-        // httpdate knows the calendar too.
+        // Compare with httpdate.
         for seconds in (0..4_000_000_000_u64).step_by(7_654_321) {
             let moment = UNIX_EPOCH + Duration::from_secs(seconds);
-            let (ours, theirs) = (Timestamp(moment).to_string(), httpdate::fmt_http_date(moment));
-            assert_eq!((&ours[8..10], &ours[..4]), (&theirs[5..7], &theirs[12..16]));
+            let (rfc3339, imf) = (Timestamp(moment).to_string(), httpdate::fmt_http_date(moment));
+            assert_eq!((&rfc3339[8..10], &rfc3339[..4]), (&imf[5..7], &imf[12..16]));
         }
     }
 }

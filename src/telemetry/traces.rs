@@ -1,4 +1,4 @@
-//! Which calls are told as traces.
+//! Sampling, and the decision which requests are exported as spans.
 
 use std::{
     sync::{
@@ -20,18 +20,19 @@ use crate::{
     trace_context::{Context, Link, Said, Sampler, Span, Trace},
 };
 
-/// Sampling, and the way to the collector. Without one nothing is sampled, and what callers said of their traces goes on
-/// as it came: a decision of ours would keep an instrumented service from making its own.
+/// Sampling and export. Without a collector nothing is sampled here, and the client's trace context passes unchanged: a
+/// sampling decision of the proxy would keep an instrumented service from making its own.
 #[derive(Debug)]
 pub struct Traces {
     sampler: Sampler,
     export: Option<Export>,
-    /// Of each worker.
+    /// Inbound requests in flight, by worker.
     inbound: ArcSwap<Vec<Arc<InFlight>>>,
 }
 
 impl Traces {
-    /// `instance` tells this process from others of the same service.
+    /// Starts the export where a collector is configured. `instance` distinguishes this process from others of the
+    /// same service.
     pub fn start(config: &Config, instance: &str) -> Self {
         let export = Destination::of(&config.telemetry).and_then(|destination| {
             let batching = Batching::from_env(process_env);
@@ -41,7 +42,7 @@ impl Traces {
         Self { sampler: Sampler::new(Instant::now()), export, inbound: ArcSwap::default() }
     }
 
-    /// Whether this process has a part in traces.
+    /// Whether spans are exported.
     pub const fn is_on(&self) -> bool {
         self.export.is_some()
     }
@@ -50,61 +51,63 @@ impl Traces {
         self.export.as_ref()
     }
 
-    /// A worker's count of the calls to the service.
+    /// Adds a worker; returns its register of inbound requests in flight.
     pub fn of_worker(&self) -> Arc<InFlight> {
-        let mine = Arc::<InFlight>::default();
-        self.inbound.rcu(|known| known.iter().chain([&mine]).cloned().collect::<Vec<_>>());
-        mine
+        let own = Arc::<InFlight>::default();
+        self.inbound.rcu(|known| known.iter().chain([&own]).cloned().collect::<Vec<_>>());
+        own
     }
 
-    /// Where a call stands in its trace.
+    /// The trace context of a request.
     pub fn context(
         &self,
-        said: &Said,
+        incoming: &Said,
         inbound: bool,
         telemetry: &Telemetry,
         rng: &mut Rng,
         now: Instant,
     ) -> Context {
         if !self.is_on() {
-            return Context::new(said, rng, |_| false);
+            return Context::new(incoming, rng, |_| false);
         }
-        // The service did not say for whom it calls. A guess is never a parent.
-        let link = if inbound || said.caller.is_some() { None } else { only(&self.inbound.load()) };
+        // The service forwarded no trace context. A guess becomes a link, never a parent.
+        let link =
+            if inbound || incoming.caller.is_some() { None } else { only_in_flight(&self.inbound.load()) };
         let decide = |trace| {
-            // What is linked to is there to be looked at.
+            // A link to a sampled trace is only useful if this trace is sampled too.
             link.is_some_and(|link| link.sampled) || self.sampler.keeps(trace, *telemetry.sample, now)
         };
-        Context { link, ..Context::new(said, rng, decide) }
+        Context { link, ..Context::new(incoming, rng, decide) }
     }
 
-    /// Whether a call is to be told of. `sample_errors`: where its trace was not sampled, if it did not go well.
+    /// Whether to export the spans of a request. `sample_errors`: also where its trace was not sampled but it failed
+    /// or was retried.
     pub fn wants(&self, record: &Record, sample_errors: impl FnOnce() -> bool) -> bool {
         self.is_on() && (record.context.sampled || (record.is_notable() && sample_errors()))
     }
 
-    /// Sends what is told of a call.
+    /// Queues a record for export.
     pub fn send(&self, record: Arc<Record>) {
         if let Some(export) = &self.export {
             export.send(record);
         }
     }
 
-    /// Sends what waits; for the end of the process.
+    /// Exports what is queued, at the end of the process.
     pub async fn flush(&self, limit: Duration) {
         if let Some(export) = &self.export
             && !export.flush(limit).await
         {
             let (waiting, _) = export.waiting();
-            tracing::warn!(destination = %export.destination, waiting, "not all spans were sent before the end");
+            tracing::warn!(destination = %export.destination, waiting, "not all spans were exported before the end");
         }
     }
 }
 
-/// The calls to the service that one worker carries just now: how many, and whose if it is one.
+/// The inbound requests that one worker has in flight: their number, and the IDs of the request if it is only one.
 ///
-/// Written by its worker only, read by all. Sums and exclusive ors, so that whichever calls have ended, what is left is
-/// the one that has not; the check tells a reader who came in the middle of a change.
+/// Written by its worker only, read by all. IDs are combined by exclusive or, so when all requests but one have ended,
+/// the IDs of that one remain. The checksum detects a read in the middle of a change.
 #[derive(Debug, Default)]
 pub struct InFlight {
     count: AtomicU32,
@@ -127,7 +130,7 @@ impl InFlight {
     fn change(&self, context: &Context, step: impl Fn(u32) -> u32) {
         let (trace, span) = (context.trace.get(), context.span.get());
         let (high, low) = ((trace >> 64) as u64, trace as u64);
-        // Nobody else writes, so a load and a store are enough.
+        // Only this worker writes, so a load and a store are enough.
         let flip =
             |word: &AtomicU64, by: u64| word.store(word.load(Ordering::Relaxed) ^ by, Ordering::Relaxed);
         let count = |word: &AtomicU32| word.store(step(word.load(Ordering::Relaxed)), Ordering::Relaxed);
@@ -146,8 +149,8 @@ fn checksum(high: u64, low: u64, span: u64) -> u64 {
     mix(high ^ mix(low ^ mix(span)))
 }
 
-/// The only call in flight, where there is exactly one.
-fn only(workers: &[Arc<InFlight>]) -> Option<Link> {
+/// The only inbound request in flight, where there is exactly one.
+fn only_in_flight(workers: &[Arc<InFlight>]) -> Option<Link> {
     let count = |of: fn(&InFlight) -> &AtomicU32| {
         workers.iter().fold(0u32, |sum, one| sum.wrapping_add(of(one).load(Ordering::Relaxed)))
     };
@@ -173,23 +176,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_lone_call_is_linked_to() {
+    fn only_a_single_request_in_flight_is_linked() {
         let mut rng = Rng::from_seed(5);
         let mut context = |sampled| Context::new(&Said::default(), &mut rng, |_| sampled);
         let workers = [Arc::<InFlight>::default(), Arc::default()];
-        assert_eq!(only(&workers), None);
+        assert_eq!(only_in_flight(&workers), None);
         let (a, b) = (context(true), context(false));
         workers[0].enter(&a);
-        assert_eq!(only(&workers), Some(Link { trace: a.trace, span: a.span, sampled: true }));
+        assert_eq!(only_in_flight(&workers), Some(Link { trace: a.trace, span: a.span, sampled: true }));
         workers[1].enter(&b);
-        assert_eq!(only(&workers), None, "either could be meant");
+        assert_eq!(only_in_flight(&workers), None, "ambiguous");
         workers[0].leave(&a);
-        assert_eq!(only(&workers), Some(Link { trace: b.trace, span: b.span, sampled: false }));
+        assert_eq!(only_in_flight(&workers), Some(Link { trace: b.trace, span: b.span, sampled: false }));
         workers[1].leave(&b);
-        assert_eq!(only(&workers), None);
-        // Somebody reads in the middle of a change.
+        assert_eq!(only_in_flight(&workers), None);
+        // A read in the middle of a change.
         workers[0].count.store(1, Ordering::Relaxed);
         workers[0].trace_low.store(7, Ordering::Relaxed);
-        assert_eq!(only(&workers), None);
+        assert_eq!(only_in_flight(&workers), None);
     }
 }

@@ -1,6 +1,6 @@
-//! What a call was worth telling of, and why: one word for machines, a sentence for people.
+//! The verdict on a request, and its explanation: one stable word for machines, one sentence for people.
 //!
-//! Read off the record when the call is over, by whoever tells; nothing here runs for a call that went well.
+//! Both are derived from the record when it is reported. The sentence is not built for a plain success.
 
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
@@ -10,22 +10,22 @@ use crate::resilience::{
     classify::{ConnectFailure, Ending, GrpcStatus, Outcome},
 };
 
-/// An answer whose head takes as long is worth a look.
+/// A request whose response head takes this long is reported as slow.
 pub const SLOW: Duration = Duration::from_secs(1);
 
-/// No sentence is longer, in bytes.
-const MOST_WORDS: usize = 1000;
+/// The longest explanation, in bytes.
+const MAX_EXPLANATION: usize = 1000;
 
-/// What a call is remembered as.
+/// How a request is classified for access log and `GET /requests`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Nothing to tell.
+    /// An ordinary success.
     Plain,
-    /// The caller did not get what it asked for from the service, or only a fallback.
+    /// The client got no good response, or only a fallback.
     Failed,
-    /// It took more than one try.
+    /// It took more than one attempt.
     Retried,
-    /// Its answer began after [`SLOW`].
+    /// Its response head took [`SLOW_AFTER`] or longer.
     Slow,
 }
 
@@ -50,20 +50,20 @@ impl Record {
             Kind::Failed
         } else if self.tries.made() > 1 {
             Kind::Retried
-        } else if self.head_took().is_some_and(|took| took >= SLOW) {
+        } else if self.response_time().is_some_and(|took| took >= SLOW) {
             Kind::Slow
         } else {
             Kind::Plain
         }
     }
 
-    /// From the call's beginning to its answer's.
-    fn head_took(&self) -> Option<Duration> {
+    /// From the start of the request to the response head.
+    fn response_time(&self) -> Option<Duration> {
         self.answered.map(|at| at.saturating_duration_since(self.started))
     }
 
-    /// In one stable word what kept the call from being a plain success: a cause of `docs/errors.md`, how it ended,
-    /// or the outcome of a try.
+    /// The stable word for why the request was not a plain success: a cause of `docs/errors.md`, how it ended, or the
+    /// outcome of an attempt.
     pub fn reason(&self) -> Option<&'static str> {
         if let Some(refusal) = &self.refused {
             return Some(refusal.cause.word());
@@ -80,7 +80,7 @@ impl Record {
         if let Some(status) = self.status.filter(|status| status.as_u16() >= 400) {
             return Some(Outcome::new(Ending::Http(status)).label());
         }
-        // The last try answered well, so what is to be told is what the one before came to.
+        // The last attempt succeeded, so the reason is the outcome of the last failed one.
         let failed =
             self.tries.iter().filter_map(|one| one.outcome).filter(|outcome| !is_good(outcome)).last();
         match self.kind() {
@@ -90,65 +90,65 @@ impl Record {
         }
     }
 
-    /// The same in plain words; none for a plain success.
+    /// The same as a sentence; none for a plain success.
     pub fn why(&self) -> Option<String> {
         self.reason()?;
         let mut clauses = Vec::new();
-        clauses.extend(self.tries_in_words());
+        clauses.extend(self.describe_attempts());
         let lone = self.refused.is_none() && self.fell_back.is_none() && self.tries.made() <= 1;
         if lone && clauses.is_empty() && self.end == End::Complete {
-            clauses.push(self.answer_in_words());
+            clauses.push(self.describe_response());
         }
-        // Nobody expects a retry where a request is handed to its service.
+        // Inbound has no retries unless configured, so their absence needs no explanation.
         if let Some(stopped) = self.stopped.filter(|word| *word != "not_retryable" || !self.is_inbound()) {
-            clauses.push(format!("no further try: {}", stop_in_words(stopped)));
+            clauses.push(format!("no further attempt: {}", describe_stop(stopped)));
         }
         if let Some(refusal) = &self.refused {
-            let told = self.tries.last().and_then(|one| one.error.as_ref()) == Some(&refusal.detail);
-            if !told || self.tries.made() == 1 {
-                // What a lone try came to is said by whoever refused, in more words.
-                clauses.retain(|_| !told);
+            let repeated = self.tries.last().and_then(|one| one.error.as_ref()) == Some(&refusal.detail);
+            if !repeated || self.tries.made() == 1 {
+                // The refusal describes the failure of a single attempt in more detail.
+                clauses.retain(|_| !repeated);
                 clauses.push(refusal.detail.clone());
             }
         }
         if let Some(failure) = self.fell_back {
-            let asked = self.tries.iter().any(|one| one.why == Why::Fallback);
-            let what = if asked {
-                "another upstream was asked in its place"
+            let to_upstream = self.tries.iter().any(|one| one.why == Why::Fallback);
+            let what = if to_upstream {
+                "the request went to the fallback upstream"
             } else {
-                "the configured answer was given"
+                "the configured response was sent"
             };
-            clauses.push(format!("fell back ({failure}): {what}"));
+            clauses.push(format!("fallback ({failure}): {what}"));
         }
-        clauses.extend(self.end_in_words());
+        clauses.extend(self.describe_end());
         if self.refused.is_none() && self.tries.made() <= 1 && clauses.is_empty() {
-            clauses.push(self.answer_in_words());
+            clauses.push(self.describe_response());
         }
-        if let Some(took) = self.head_took().filter(|took| *took >= SLOW) {
-            clauses.push(format!("the answer began after {took:.1?}"));
+        if let Some(took) = self.response_time().filter(|took| *took >= SLOW) {
+            clauses.push(format!("the response began after {took:.1?}"));
         }
-        clauses.extend(self.guards_in_words());
-        Some(shortened(clauses.join("; ")))
+        clauses.extend(self.describe_guards());
+        Some(truncate(clauses.join("; ")))
     }
 
-    /// `connect to 10.0.0.3:8080 refused twice, third try answered 200`.
-    fn tries_in_words(&self) -> Option<String> {
+    /// `connect to 10.0.0.3:8080 refused twice, third attempt answered 200`.
+    fn describe_attempts(&self) -> Option<String> {
         if self.tries.made() < 2 {
-            return self.tries.last().filter(|one| one.error.is_some()).map(in_words);
+            return self.tries.last().filter(|one| one.error.is_some()).map(describe_attempt);
         }
-        let told: Vec<&Try> = self.tries.iter().collect();
+        let recorded: Vec<&Try> = self.tries.iter().collect();
         let mut out = String::new();
         let mut at = 0;
         let mut before = None;
-        while let Some(one) = told.get(at) {
-            let words = in_words(one);
-            let same = told[at..].iter().take_while(|other| in_words(other) == words).count();
-            let last = at + same == told.len();
+        while let Some(one) = recorded.get(at) {
+            let words = describe_attempt(one);
+            let same = recorded[at..].iter().take_while(|other| describe_attempt(other) == words).count();
+            let last = at + same == recorded.len();
             if at > 0 {
                 out.push_str(", ");
             }
             if same == 1 && at > 0 && (last || one.why != Why::Retry) {
-                let _ = write!(out, "{} {}", name_of(at + 1, one.why), ending_in_words(one, before));
+                let _ = write!(out, "{} {}", attempt_name(at + 1, one.why), describe_outcome(one, before));
             } else {
                 out.push_str(&words);
                 out.push_str(&times(same));
@@ -156,33 +156,35 @@ impl Record {
             before = Some(one.endpoint);
             at += same;
         }
-        let untold = self.tries.made() as usize - told.len();
-        if untold > 0 {
-            let _ = write!(out, ", {untold} more tries");
+        let unrecorded = self.tries.made() as usize - recorded.len();
+        if unrecorded > 0 {
+            let _ = write!(out, ", {unrecorded} more attempts");
         }
-        let waited: Duration = told.iter().map(|one| one.waited).sum();
+        let waited: Duration = recorded.iter().map(|one| one.waited).sum();
         if !waited.is_zero() {
             let _ = write!(out, ", after {waited:.0?} of waiting in between");
         }
         Some(out)
     }
 
-    fn end_in_words(&self) -> Option<String> {
+    fn describe_end(&self) -> Option<String> {
         let took = self.took();
         match (self.end, self.status) {
             (End::Complete, _) => None,
             (End::CallerGone, None) => {
-                Some(format!("the caller left after {took:.1?}, before there was an answer"))
+                Some(format!("the client closed its connection after {took:.1?}, before the response"))
             }
-            (End::CallerGone, Some(_)) => Some("the caller left before it had all of the answer".to_owned()),
-            (End::Broken, _) => Some(format!("the answer broke off after {} bytes", self.bytes_out)),
+            (End::CallerGone, Some(_)) => {
+                Some("the client closed its connection before the end of the response".to_owned())
+            }
+            (End::Broken, _) => Some(format!("the response broke off after {} bytes", self.bytes_out)),
             (End::Cut, _) => Some(format!(
-                "cut after {took:.1?}: nothing moved for `idle_timeout`, or `max_duration` was over"
+                "cut off after {took:.1?}: no byte moved for `idle_timeout`, or `max_duration` elapsed"
             )),
         }
     }
 
-    fn answer_in_words(&self) -> String {
+    fn describe_response(&self) -> String {
         let is_response = |one: &Try| {
             one.outcome.is_none_or(|outcome| matches!(outcome.ending, Ending::Http(_) | Ending::Grpc(_)))
         };
@@ -196,22 +198,22 @@ impl Record {
                     false => format!("{} answered {what}", one.endpoint),
                 }
             }
-            (Some(one), _) => in_words(one),
+            (Some(one), _) => describe_attempt(one),
             (None, Some(status)) => format!("answered {}", status.as_u16()),
-            (_, None) => "there was no answer".to_owned(),
+            (_, None) => "no response".to_owned(),
         }
     }
 
-    /// What the guards made of it: `breaker 7/20 failures`, an endpoint that was ejected.
-    fn guards_in_words(&self) -> Vec<String> {
+    /// The effect on the guards: `breaker 7/20 failures`, an endpoint that was ejected.
+    fn describe_guards(&self) -> Vec<String> {
         let mut clauses: Vec<String> = self
             .tries
             .iter()
             .filter(|one| one.ejected)
-            .map(|one| format!("{} was ejected for it", one.endpoint))
+            .map(|one| format!("{} was ejected", one.endpoint))
             .collect();
         if self.stopped == Some("breaker_open") {
-            // Said already.
+            // The reason says it already.
         } else if let Some(state) = self.tries.iter().filter_map(|one| one.breaker).last() {
             let state = match state {
                 State::Closed => "closed",
@@ -219,14 +221,14 @@ impl Record {
                 State::Open => "opened",
             };
             clauses.push(format!("the breaker {state}"));
-        } else if let Some((failures, tries)) = self.window.filter(|(failures, _)| *failures > 0) {
-            clauses.push(format!("breaker {failures}/{tries} failures"));
+        } else if let Some((failures, attempts)) = self.window.filter(|(failures, _)| *failures > 0) {
+            clauses.push(format!("breaker {failures}/{attempts} failures"));
         }
         clauses
     }
 }
 
-/// The service's failures, as opposed to what was wrong with the request.
+/// Whether a gRPC status is the service's failure, as opposed to an error in the request.
 fn is_failure(status: GrpcStatus) -> bool {
     Outcome::new(Ending::Grpc(status)).is_failure() || status == GrpcStatus::ResourceExhausted
 }
@@ -239,18 +241,18 @@ fn is_good(outcome: &Outcome) -> bool {
     }
 }
 
-/// What came of a try, with the endpoint.
-fn in_words(one: &Try) -> String {
+/// The outcome of an attempt, with the endpoint.
+fn describe_attempt(one: &Try) -> String {
     let at = one.endpoint;
     match one.outcome.map(|outcome| outcome.ending) {
-        None => format!("{at} was given up"),
+        None => format!("the attempt at {at} was cancelled"),
         Some(Ending::Http(status)) => format!("{at} answered {}", status.as_u16()),
         Some(Ending::Grpc(status)) => format!("{at} answered {}", status.label()),
         Some(Ending::Connect(failure)) => match failure {
             ConnectFailure::Refused => format!("connect to {at} refused"),
             ConnectFailure::Timeout => format!("connect to {at} timed out"),
             ConnectFailure::Tls => format!("TLS with {at} failed"),
-            ConnectFailure::PeerIdentity => format!("{at} is not who it should be"),
+            ConnectFailure::PeerIdentity => format!("the identity of {at} is not the configured one"),
             ConnectFailure::LocalResource => {
                 format!("no connection to {at}: no port, descriptor or route left on this side")
             }
@@ -261,37 +263,37 @@ fn in_words(one: &Try) -> String {
             format!("{at} had just closed the pooled connection")
         }
         Some(Ending::Reset(_)) => format!("{at} broke the connection"),
-        Some(Ending::AttemptTimeout) => format!("no answer from {at} within attempt_timeout"),
+        Some(Ending::AttemptTimeout) => format!("no response from {at} within attempt_timeout"),
         Some(Ending::ClientShare) => {
-            format!("no answer from {at} within half of what was left of the client's deadline")
+            format!("no response from {at} within half of what was left of the client's deadline")
         }
-        Some(Ending::Timeout) => format!("no answer from {at} within timeout"),
-        Some(Ending::CallersDeadline) => format!("no answer from {at} within the caller's deadline"),
-        Some(Ending::CallerGone) => format!("the caller left while {at} was asked"),
-        Some(Ending::ClientError) => format!("the request to {at} was broken off: its body is malformed"),
+        Some(Ending::Timeout) => format!("no response from {at} within timeout"),
+        Some(Ending::CallersDeadline) => format!("no response from {at} within the client's deadline"),
+        Some(Ending::CallerGone) => format!("the client closed its connection before {at} responded"),
+        Some(Ending::ClientError) => format!("the request to {at} was aborted: its body is malformed"),
         Some(Ending::LocalRefusal) => format!("a connection to {at} was not allowed"),
     }
 }
 
-/// The same behind the name of the try, which has the endpoint unless it is that of the one before.
-fn ending_in_words(one: &Try, before: Option<SocketAddr>) -> String {
+/// The outcome, to follow the attempt's name. Names the endpoint unless it is that of the previous attempt.
+fn describe_outcome(one: &Try, before: Option<SocketAddr>) -> String {
     let answered = match one.outcome.map(|outcome| outcome.ending) {
         Some(Ending::Http(status)) => format!("answered {}", status.as_u16()),
         Some(Ending::Grpc(status)) => format!("answered {}", status.label()),
-        _ => return format!("failed: {}", in_words(one)),
+        _ => return format!("failed: {}", describe_attempt(one)),
     };
     if before == Some(one.endpoint) { answered } else { format!("at {} {answered}", one.endpoint) }
 }
 
-fn name_of(number: usize, why: Why) -> String {
+fn attempt_name(number: usize, why: Why) -> String {
     const NAMES: [&str; 6] = ["first", "second", "third", "fourth", "fifth", "sixth"];
     match why {
         Why::Hedge => "hedge".to_owned(),
         Why::Fallback => "the fallback".to_owned(),
         Why::Sibling => "the host's other address".to_owned(),
         Why::First | Why::Retry | Why::Reconnect | Why::NextEndpoint => match NAMES.get(number - 1) {
-            Some(name) => format!("{name} try"),
-            None => format!("try {number}"),
+            Some(name) => format!("{name} attempt"),
+            None => format!("attempt {number}"),
         },
     }
 }
@@ -304,17 +306,17 @@ fn times(count: usize) -> String {
     }
 }
 
-/// The words of `outrigger_retries_total`'s `outcome`.
-fn stop_in_words(word: &str) -> &str {
+/// Explains an `outcome` of `outrigger_retries_total`.
+fn describe_stop(word: &str) -> &str {
     match word {
-        "not_retryable" => "`retry.on` does not name this",
-        "suppressed" => "the upstream's sidecar said that none helps",
-        "committed" => "the answer had begun",
+        "not_retryable" => "`retry.on` does not list this",
+        "suppressed" => "the upstream's sidecar advised against it (x-outrigger-retry)",
+        "committed" => "the response had started",
         "max_tries" => "`retry.max` is used up",
-        "method" => "the method may not be repeated",
+        "method" => "the method is not retried (`retry.methods`)",
         "body_gone" => "the request's body is larger than `retry.body_limit`",
-        "deadline" => "no time was left",
-        "retry_after" => "the upstream asked for a longer wait than there was time",
+        "deadline" => "no time was left before the deadline",
+        "retry_after" => "the upstream's Retry-After is longer than the time left",
         "pushback" => "the upstream forbade it (grpc-retry-pushback-ms)",
         "budget" => "the retry budget is spent",
         "breaker_open" => "the breaker opened",
@@ -322,9 +324,9 @@ fn stop_in_words(word: &str) -> &str {
     }
 }
 
-fn shortened(mut text: String) -> String {
-    if text.len() > MOST_WORDS {
-        let end = (0..=MOST_WORDS).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+fn truncate(mut text: String) -> String {
+    if text.len() > MAX_EXPLANATION {
+        let end = (0..=MAX_EXPLANATION).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         text.truncate(end);
         text.push('…');
     }

@@ -1,4 +1,4 @@
-//! B3, in one field and in several, <https://github.com/openzipkin/b3-propagation>.
+//! B3 trace context, in one header field or in several: <https://github.com/openzipkin/b3-propagation>.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -14,20 +14,20 @@ const PARENT_ID: HeaderName = HeaderName::from_static("x-b3-parentspanid");
 const SAMPLED: HeaderName = HeaderName::from_static("x-b3-sampled");
 const FLAGS: HeaderName = HeaderName::from_static("x-b3-flags");
 
-/// What B3 fields say.
+/// The content of B3 fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum B3 {
     Caller(Caller),
-    /// No trace, but whether there is to be one.
+    /// A sampling decision without a trace.
     Decision(bool),
 }
 
-/// Reads B3; notes in `forms` by which fields it came, for the answer.
+/// Reads B3. Notes in `forms` which format was used, so that the request goes on in the same one.
 pub fn read(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
     if let Some(value) = text(headers, &B3) {
         forms.b3_single = true;
-        if let Some(said) = single(value, forms) {
-            return Some(said);
+        if let Some(context) = single(value, forms) {
+            return Some(context);
         }
     }
     if headers.contains_key(TRACE_ID) || headers.contains_key(SAMPLED) {
@@ -37,7 +37,7 @@ pub fn read(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
     None
 }
 
-/// `trace-span[-sampled[-parent]]`, or a decision alone.
+/// `trace-span[-sampled[-parent]]`, or a sampling decision alone.
 fn single(value: &str, forms: &mut Forms) -> Option<B3> {
     if let Some(sampled) = decision(value, forms) {
         return Some(B3::Decision(sampled));
@@ -51,8 +51,8 @@ fn single(value: &str, forms: &mut Forms) -> Option<B3> {
     if let Some(parent) = parts.next() {
         self::span(parent)?;
     }
-    let caller = Caller { trace, span, sampled, random: false };
-    parts.next().is_none().then_some(B3::Caller(caller))
+    let parent = Caller { trace, span, sampled, random: false };
+    parts.next().is_none().then_some(B3::Caller(parent))
 }
 
 fn decision(word: &str, forms: &mut Forms) -> Option<bool> {
@@ -73,7 +73,7 @@ fn multi(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
             forms.debug = true;
             Some(true)
         }
-        // Old tracers wrote words.
+        // Old tracers write words.
         (_, Some("1" | "true")) => Some(true),
         (_, Some("0" | "false")) => Some(false),
         _ => None,
@@ -89,7 +89,7 @@ fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
-/// 64 bits are the lower half of 128.
+/// A 64-bit ID is the lower half of a 128-bit one.
 fn trace(text: &str) -> Option<Trace> {
     if !matches!(text.len(), 16 | 32) {
         return None;
@@ -104,13 +104,13 @@ fn span(text: &str) -> Option<Span> {
     Span::new(ids::any(text, 16)? as u64)
 }
 
-/// Answers in kind.
+/// Writes the B3 formats that the client used.
 pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
     let forms = context.forms;
     if !forms.b3_single && !forms.b3_multi {
         return;
     }
-    // Whoever sent 64 bits may not be able to read more.
+    // A tracer that uses 64-bit IDs may not accept longer ones.
     let trace = match u64::try_from(context.trace.get()) {
         Ok(short) => format!("{short:016x}"),
         Err(_) => context.trace.to_string(),
@@ -123,8 +123,8 @@ pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
             (false, true) => '1',
             (false, false) => '0',
         };
-        let behind = parent.map(|parent| format!("-{parent}")).unwrap_or_default();
-        set(headers, B3, value(format!("{trace}-{span}-{sampled}{behind}")));
+        let suffix = parent.map(|parent| format!("-{parent}")).unwrap_or_default();
+        set(headers, B3, value(format!("{trace}-{span}-{sampled}{suffix}")));
     }
     if forms.b3_multi {
         set(headers, TRACE_ID, value(trace));
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_valid_is_as_if_it_were_not_there() {
+    fn invalid_fields_are_ignored() {
         const TRACE: &str = "80f198ee56343ba864fe8b2a57d3eff7";
         const SPAN: &str = "e457b5a2e4d86bd1";
         for bad in [
@@ -174,12 +174,12 @@ mod tests {
         assert_eq!(reads(&[("x-b3-traceid", "xyz"), ("x-b3-spanid", SPAN)]), None);
         assert_eq!(reads(&[("x-b3-traceid", TRACE)]), None, "no span");
         assert_eq!(reads(&[("x-b3-sampled", "false")]), Some(B3::Decision(false)));
-        let caller = |sampled| {
+        let parent = |sampled| {
             let (trace, span) = (trace(TRACE).unwrap(), span(SPAN).unwrap());
             Some(B3::Caller(Caller { trace, span, sampled, random: false }))
         };
-        // A single field that cannot be read leaves the word to the others.
+        // An invalid single field does not hide valid ones in the other format.
         let both = [("b3", "nonsense"), ("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN)];
-        assert_eq!(reads(&both), caller(None));
+        assert_eq!(reads(&both), parent(None));
     }
 }

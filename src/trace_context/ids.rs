@@ -1,14 +1,14 @@
-//! Ids, and their spelling.
+//! Trace and span IDs, and their hexadecimal form.
 
 use std::fmt;
 
 use crate::rng::Rng;
 
-/// The id of a trace; never zero.
+/// The ID of a trace; never zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Trace(u128);
 
-/// The id of a span; never zero.
+/// The ID of a span; never zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Span(u64);
 
@@ -25,12 +25,12 @@ impl Trace {
         self.0
     }
 
-    /// Reads 32 lower-case digits.
+    /// Parses 32 lower-case hexadecimal digits.
     pub fn parse(text: &[u8]) -> Option<Self> {
         Self::new(lower(text).filter(|_| text.len() == 32)?)
     }
 
-    /// Writes it into 32 bytes.
+    /// Writes 32 hexadecimal digits into `out`.
     pub fn encode(self, out: &mut [u8]) {
         encode(self.0.to_be_bytes(), out);
     }
@@ -84,7 +84,7 @@ impl fmt::Debug for Span {
 
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
-/// Fills `out` with the digits of a number, two a byte.
+/// Writes two hexadecimal digits for each byte into `out`.
 fn encode<const N: usize>(number: [u8; N], out: &mut [u8]) {
     for (digits, byte) in out.chunks_exact_mut(2).zip(number) {
         digits[0] = DIGITS[usize::from(byte >> 4)];
@@ -92,7 +92,7 @@ fn encode<const N: usize>(number: [u8; N], out: &mut [u8]) {
     }
 }
 
-/// Reads lower-case digits, all of them.
+/// Parses lower-case hexadecimal digits.
 pub(super) fn lower(text: &[u8]) -> Option<u128> {
     text.iter().try_fold(0u128, |number, byte| {
         let digit = match byte {
@@ -104,7 +104,7 @@ pub(super) fn lower(text: &[u8]) -> Option<u128> {
     })
 }
 
-/// Reads digits of either case, 1 to `most` of them.
+/// Parses 1 to `most` hexadecimal digits of either case.
 pub(super) fn any(text: &str, most: usize) -> Option<u128> {
     if text.is_empty() || text.len() > most || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;

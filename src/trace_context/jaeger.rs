@@ -10,7 +10,7 @@ use super::{
 const UBER_TRACE_ID: HeaderName = HeaderName::from_static("uber-trace-id");
 const SAMPLED: u128 = 1;
 
-/// `trace:span:parent:flags`, whose zeros in front may be missing and whose colons may be percent-encoded.
+/// `trace:span:parent:flags`. Leading zeros may be missing, colons may be percent-encoded.
 pub fn read(headers: &HeaderMap) -> Option<Caller> {
     let text = headers.get(UBER_TRACE_ID)?.to_str().ok()?;
     let decoded;
@@ -25,8 +25,8 @@ pub fn read(headers: &HeaderMap) -> Option<Caller> {
     let span = Span::new(ids::any(parts.next()?, 16)? as u64)?;
     let _deprecated_parent = parts.next()?;
     let flags = ids::any(parts.next()?, 2)?;
-    let caller = Caller { trace, span, sampled: Some(flags & SAMPLED != 0), random: false };
-    parts.next().is_none().then_some(caller)
+    let parent = Caller { trace, span, sampled: Some(flags & SAMPLED != 0), random: false };
+    parts.next().is_none().then_some(parent)
 }
 
 #[cfg(test)]
@@ -35,11 +35,11 @@ mod tests {
     use crate::trace_context::tests::headers;
 
     #[test]
-    fn short_ids_are_filled_and_nonsense_is_not_read() {
+    fn short_ids_are_padded_and_invalid_values_are_ignored() {
         let read = |text: &str| read(&headers(&[("uber-trace-id", text)]));
-        let caller = read("3ba864fe8b2a57d3%3Ae457b5a2e4d86bd1%3a0%3A1").unwrap();
-        assert_eq!(caller.trace.to_string(), "00000000000000003ba864fe8b2a57d3");
-        assert_eq!(caller.sampled, Some(true));
+        let parent = read("3ba864fe8b2a57d3%3Ae457b5a2e4d86bd1%3a0%3A1").unwrap();
+        assert_eq!(parent.trace.to_string(), "00000000000000003ba864fe8b2a57d3");
+        assert_eq!(parent.sampled, Some(true));
         assert_eq!(read("abc:1f:0:0").unwrap().span.to_string(), "000000000000001f");
         assert_eq!(read("abc:1f:0:2").unwrap().sampled, Some(false));
         for bad in ["", "abc", "0:1:0:1", "1:0:0:1", "1:1:0", "1:1:0:1:1", "1:1:0:x", "g:1:0:1"] {

@@ -1,8 +1,7 @@
-//! Which trace a request belongs to, and how the next hop is told.
+//! Trace context propagation: extracts it from a request and injects it into attempts.
 //!
-//! Read: W3C Trace Context (level 2), B3 in one field and in several, `uber-trace-id`. Written: W3C, and B3 in the form
-//! in which the caller used it. What is not valid is treated as if it were not there, as the standards say; `baggage`
-//! is passed on untouched.
+//! Read: W3C Trace Context (level 2), B3 in one field and in several, `uber-trace-id`. Written: W3C, and B3 in the
+//! format that the client used. Invalid fields are ignored, as the standards require; `baggage` passes unchanged.
 
 mod b3;
 mod ids;
@@ -17,70 +16,70 @@ use http::HeaderMap;
 
 use crate::rng::Rng;
 
-/// What a caller said of its trace.
+/// The trace context of the client: the parent of this request's span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caller {
     pub trace: Trace,
-    /// Its span.
+    /// The client's span.
     pub span: Span,
-    /// None: it leaves the decision to whoever comes next (B3).
+    /// None: the decision is left to the next hop (B3).
     pub sampled: Option<bool>,
-    /// The trace id's last seven bytes are random (level 2).
+    /// The last seven bytes of the trace ID are random (level 2).
     pub random: bool,
 }
 
-/// The forms besides W3C in which the next hop is told.
+/// The formats besides W3C that are written for the next hop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forms {
     pub b3_single: bool,
     pub b3_multi: bool,
-    /// B3's wish to see this call whatever it costs.
+    /// The B3 debug flag: sample regardless of cost.
     pub debug: bool,
 }
 
-/// What a request's head says.
+/// The trace context in a request's head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Said {
     pub caller: Option<Caller>,
     /// A decision without a trace (`b3: 0`).
     pub sampled: Option<bool>,
     pub forms: Forms,
-    /// There is a `tracestate`, and no `traceparent` without which it is worth nothing.
+    /// There is a `tracestate` without a valid `traceparent`, so it is dropped.
     pub stale_state: bool,
-    /// The id of the request, which is that of the trace where nobody says another.
+    /// The request ID: the trace ID where the head names no trace.
     pub request: Option<Trace>,
 }
 
-/// Reads a request's head.
+/// Extracts the trace context from a request's head.
 pub fn read(headers: &HeaderMap) -> Said {
-    let mut said = Said::default();
-    // Read even where W3C decides, since it is answered in kind.
-    let b3 = b3::read(headers, &mut said.forms);
-    if let Some(caller) = w3c::read(headers) {
-        return Said { caller: Some(caller), ..said };
+    let mut incoming = Said::default();
+    // Read even where W3C takes precedence: attempts carry B3 in the client's format.
+    let b3 = b3::read(headers, &mut incoming.forms);
+    if let Some(parent) = w3c::read(headers) {
+        return Said { caller: Some(parent), ..incoming };
     }
-    said.stale_state = headers.contains_key(w3c::TRACESTATE);
+    incoming.stale_state = headers.contains_key(w3c::TRACESTATE);
     match b3 {
-        Some(b3::B3::Caller(caller)) => Said { caller: Some(caller), ..said },
-        Some(b3::B3::Decision(sampled)) => Said { sampled: Some(sampled), ..said },
-        None => Said { caller: jaeger::read(headers), ..said },
+        Some(b3::B3::Caller(parent)) => Said { caller: Some(parent), ..incoming },
+        Some(b3::B3::Decision(sampled)) => Said { sampled: Some(sampled), ..incoming },
+        None => Said { caller: jaeger::read(headers), ..incoming },
     }
 }
 
-/// Where a call stands in its trace.
+/// The trace context of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context {
     pub trace: Trace,
-    /// The span of this call.
+    /// The span of this request.
     pub span: Span,
-    /// The span of the caller; none: the trace begins here.
+    /// The client's span; none: the trace starts here.
     pub parent: Option<Span>,
     pub sampled: bool,
     pub random: bool,
     pub forms: Forms,
-    /// `tracestate` does not belong to the trace.
+    /// The `tracestate` field does not belong to this trace and is removed.
     pub stale_state: bool,
-    /// Another trace that this call probably belongs to.
+    /// The span of an inbound request that this one probably belongs to.
     pub link: Option<Link>,
 }
 
@@ -93,25 +92,25 @@ pub struct Link {
 }
 
 impl Context {
-    /// `decide`: whether a trace without a decision is to be sampled. Ids are drawn whether or not anybody exports
-    /// them: an error names its trace.
-    pub fn new(said: &Said, rng: &mut Rng, decide: impl FnOnce(Trace) -> bool) -> Self {
+    /// `decide`: whether to sample a trace without a decision. IDs are generated even where nothing is exported: error
+    /// responses carry the trace ID.
+    pub fn new(incoming: &Said, rng: &mut Rng, decide: impl FnOnce(Trace) -> bool) -> Self {
         let span = Span::random(rng);
-        let forms = said.forms;
-        match said.caller {
-            Some(caller) => Self {
-                trace: caller.trace,
+        let forms = incoming.forms;
+        match incoming.caller {
+            Some(parent) => Self {
+                trace: parent.trace,
                 span,
-                parent: Some(caller.span),
-                sampled: caller.sampled.unwrap_or_else(|| decide(caller.trace)),
-                random: caller.random,
+                parent: Some(parent.span),
+                sampled: parent.sampled.unwrap_or_else(|| decide(parent.trace)),
+                random: parent.random,
                 forms,
-                stale_state: said.stale_state,
+                stale_state: incoming.stale_state,
                 link: None,
             },
             None => {
-                let trace = said.request.unwrap_or_else(|| Trace::random(rng));
-                let sampled = said.sampled.unwrap_or_else(|| decide(trace));
+                let trace = incoming.request.unwrap_or_else(|| Trace::random(rng));
+                let sampled = incoming.sampled.unwrap_or_else(|| decide(trace));
                 Self {
                     trace,
                     span,
@@ -119,14 +118,14 @@ impl Context {
                     sampled,
                     random: true,
                     forms,
-                    stale_state: said.stale_state,
+                    stale_state: incoming.stale_state,
                     link: None,
                 }
             }
         }
     }
 
-    /// Tells the next hop that `span` calls it.
+    /// Injects the context into an attempt's head, with `span` as the parent.
     pub fn write(&self, span: Span, headers: &mut HeaderMap) {
         w3c::write(self, span, headers);
         b3::write(self, span, headers);
@@ -163,7 +162,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_caller_is_followed_in_every_form() {
+    fn the_client_s_trace_is_continued_from_every_format() {
         let single = format!("{TRACE}-{SPAN}-1");
         let w3c = format!("00-{TRACE}-{SPAN}-01");
         let jaeger = format!("{TRACE}:{SPAN}:0:1");
@@ -177,7 +176,7 @@ pub(crate) mod tests {
             let (context, map) = context(form, false);
             assert_eq!(context.trace.to_string(), TRACE, "{form:?}");
             assert_eq!(context.parent.unwrap().to_string(), SPAN, "{form:?}");
-            assert!(context.sampled, "a sampled caller is always followed: {form:?}");
+            assert!(context.sampled, "the client's decision to sample is followed: {form:?}");
             let written = map["traceparent"].to_str().unwrap();
             assert_eq!(written, format!("00-{TRACE}-{}-01", context.span), "{form:?}");
             assert_ne!(context.span.to_string(), SPAN);
@@ -185,7 +184,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn b3_is_answered_in_kind() {
+    fn b3_is_written_in_the_client_s_format() {
         let single = format!("{TRACE}-{SPAN}-1-00f067aa0ba902b7");
         let (context, map) = context(&[("b3", &single)], false);
         assert_eq!(map["b3"], format!("{TRACE}-{}-1-{SPAN}", context.span));
@@ -196,7 +195,7 @@ pub(crate) mod tests {
             false,
         );
         assert!(context.sampled, "debug means sampled");
-        assert_eq!(map["x-b3-traceid"], "8448eb211c80319c", "as short as it came");
+        assert_eq!(map["x-b3-traceid"], "8448eb211c80319c", "64 bits, as the client sent");
         assert_eq!(map["x-b3-spanid"], context.span.to_string());
         assert_eq!(map["x-b3-parentspanid"], SPAN);
         assert_eq!(map["x-b3-flags"], "1");
@@ -206,7 +205,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn without_a_caller_a_trace_begins() {
+    fn without_a_parent_a_trace_starts() {
         let (context, map) = context(&[], true);
         assert_eq!(context.parent, None);
         assert_eq!(
@@ -217,7 +216,7 @@ pub(crate) mod tests {
         let (context, map) = self::context(&[], false);
         assert_eq!(map["traceparent"], format!("00-{}-{}-02", context.trace, context.span));
         let (context, map) = self::context(&[("b3", "0")], true);
-        assert!(!context.sampled, "the caller has decided");
+        assert!(!context.sampled, "the client has decided");
         assert_eq!(map["b3"], format!("{}-{}-0", context.trace, context.span));
         let (context, _) = self::context(&[("b3", "d")], false);
         assert!(context.sampled);
@@ -228,7 +227,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn state_goes_on_with_its_trace_only() {
+    fn tracestate_is_forwarded_only_with_its_trace() {
         let w3c = format!("00-{TRACE}-{SPAN}-01");
         let (_, map) = context(&[("traceparent", &w3c), ("tracestate", "a=1"), ("tracestate", "b=2")], true);
         assert_eq!(map.get_all("tracestate").iter().count(), 2);
@@ -240,9 +239,9 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// Whatever a caller sends, something valid goes on, and nothing panics.
+        /// For any input, a valid context is written, and nothing panics.
         #[test]
-        fn anything_can_be_read(
+        fn any_input_gives_a_valid_context(
             traceparent in "[ -~]{0,70}", b3 in "[0-9a-fd-]{0,70}", id in "[0-9a-f]{0,34}", uber in "[0-9a-f:%A]{0,70}",
         ) {
             let (context, map) = context(
@@ -250,8 +249,9 @@ pub(crate) mod tests {
                 true,
             );
             let again = read(&map);
-            let caller = again.caller.expect("what we write is valid");
-            prop_assert_eq!((caller.trace, caller.span, caller.sampled), (context.trace, context.span, Some(context.sampled)));
+            let parent = again.caller.expect("the written context is valid");
+            let expected = (context.trace, context.span, Some(context.sampled));
+            prop_assert_eq!((parent.trace, parent.span, parent.sampled), expected);
         }
     }
 }

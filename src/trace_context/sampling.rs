@@ -1,4 +1,4 @@
-//! Which of the traces that begin here are kept.
+//! Sampling of the traces that start here.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -7,39 +7,40 @@ use std::{
 
 use super::Trace;
 
-/// Bits of a trace id that are surely random (W3C Trace Context, level 2, §4.1).
+/// Bits of a trace ID that are guaranteed to be random (W3C Trace Context, level 2, §4.1).
 const RANDOM_BITS: u32 = 56;
 
-/// Keeps a share of the traces, by their ids, so that everybody who samples the same share keeps the same ones; and
-/// at least one a second, so that a quiet service is seen, too.
+/// Samples a share of the traces by their IDs, so that all samplers with the same share select the same ones, and at
+/// least one a second, so that a service with few requests is visible too.
 #[derive(Debug)]
 pub struct Sampler {
     epoch: Instant,
-    /// The second after the one in which a trace was kept last.
-    kept: AtomicU64,
+    /// The second in which a trace was last sampled, plus 1.
+    last_sampled: AtomicU64,
 }
 
 impl Sampler {
     pub fn new(now: Instant) -> Self {
-        Self { epoch: now, kept: AtomicU64::new(0) }
+        Self { epoch: now, last_sampled: AtomicU64::new(0) }
     }
 
-    /// Whether to keep a trace that begins now. `share`: 0 (none at all) to 1.
+    /// Whether to sample a trace that starts now. `share`: 0 (none at all) to 1.
     pub fn keeps(&self, trace: Trace, share: f64, now: Instant) -> bool {
         if share <= 0.0 {
             return false;
         }
         let second = now.saturating_duration_since(self.epoch).as_secs() + 1;
         if in_share(trace, share) {
-            self.kept.fetch_max(second, Ordering::Relaxed);
+            self.last_sampled.fetch_max(second, Ordering::Relaxed);
             return true;
         }
-        // Looked at first: most calls are not the first of their second, and then nothing is written.
-        self.kept.load(Ordering::Relaxed) < second && self.kept.fetch_max(second, Ordering::Relaxed) < second
+        // The load first: most requests are not the first of their second, and then nothing is written.
+        self.last_sampled.load(Ordering::Relaxed) < second
+            && self.last_sampled.fetch_max(second, Ordering::Relaxed) < second
     }
 }
 
-/// The threshold of OpenTelemetry's consistent probability sampling: kept are the largest numbers.
+/// OpenTelemetry's consistent probability sampling: selects the trace IDs above a threshold.
 fn in_share(trace: Trace, share: f64) -> bool {
     let all = 1u64 << RANDOM_BITS;
     let number = trace.get() as u64 & (all - 1);
@@ -54,7 +55,7 @@ mod tests {
     use crate::rng::Rng;
 
     #[test]
-    fn keeps_the_share_it_was_told_and_the_same_ones_everywhere() {
+    fn samplers_select_their_share_and_the_same_traces() {
         let mut rng = Rng::from_seed(3);
         let traces: Vec<Trace> = (0..100_000).map(|_| Trace::random(&mut rng)).collect();
         for share in [0.01, 0.1, 0.5, 1.0] {
@@ -63,7 +64,7 @@ mod tests {
             a.keeps(traces[0], share, now);
             let kept = traces.iter().skip(1).filter(|trace| a.keeps(**trace, share, now)).count() as f64;
             assert!((kept / 1e5 - share).abs() < 0.005, "{share}: {kept}");
-            // Whoever keeps more keeps all that the other one keeps.
+            // A sampler with a larger share selects all that one with a smaller share selects.
             b.keeps(traces[0], share, now);
             assert!(traces.iter().all(|trace| !in_share(*trace, share / 2.0) || b.keeps(*trace, share, now)));
         }

@@ -15,7 +15,7 @@ const LENGTH: usize = 55;
 const SAMPLED: u128 = 1;
 const RANDOM: u128 = 2;
 
-/// Reads `traceparent` (§3.2). One of a later version is read as far as this one goes.
+/// Reads `traceparent` (§3.2). Of a later version, only the part that this version defines is read.
 pub fn read(headers: &HeaderMap) -> Option<Caller> {
     let mut fields = headers.get_all(TRACEPARENT).iter();
     let text = fields.next()?.as_bytes();
@@ -23,12 +23,12 @@ pub fn read(headers: &HeaderMap) -> Option<Caller> {
         return None;
     }
     let version = ids::lower(&text[..2])?;
-    let ends_well = match version {
+    let is_complete = match version {
         0 => text.len() == LENGTH,
         0xff => false,
         _ => matches!(text.get(LENGTH), None | Some(b'-')),
     };
-    if !ends_well || [text[2], text[35], text[52]] != *b"---" {
+    if !is_complete || [text[2], text[35], text[52]] != *b"---" {
         return None;
     }
     let flags = ids::lower(&text[53..LENGTH])?;
@@ -62,7 +62,7 @@ mod tests {
     const SPAN: &str = "b7ad6b7169203331";
 
     #[test]
-    fn what_is_valid_is_read() {
+    fn valid_fields_are_read() {
         for (good, sampled, random) in [
             (format!("00-{TRACE}-{SPAN}-01"), true, false),
             (format!("00-{TRACE}-{SPAN}-00"), false, false),
@@ -71,15 +71,15 @@ mod tests {
             (format!("cc-{TRACE}-{SPAN}-01"), true, false),
             (format!("cc-{TRACE}-{SPAN}-01-what-the-future-brings"), true, false),
         ] {
-            let caller = read(&headers(&[("traceparent", &good)])).expect(&good);
-            assert_eq!((caller.sampled, caller.random), (Some(sampled), random), "{good}");
-            assert_eq!((caller.trace.to_string(), caller.span.to_string()), (TRACE.into(), SPAN.into()));
+            let parent = read(&headers(&[("traceparent", &good)])).expect(&good);
+            assert_eq!((parent.sampled, parent.random), (Some(sampled), random), "{good}");
+            assert_eq!((parent.trace.to_string(), parent.span.to_string()), (TRACE.into(), SPAN.into()));
         }
     }
 
-    /// The cases of the specification's own test suite.
+    /// The cases of the specification's test suite.
     #[test]
-    fn what_is_not_valid_is_as_if_it_were_not_there() {
+    fn invalid_fields_are_ignored() {
         for bad in [
             String::new(),
             format!("ff-{TRACE}-{SPAN}-01"),

@@ -1,22 +1,22 @@
-//! Which endpoint a try goes to: a pure choice among candidates. Time and randomness come in, an index comes out.
+//! Load balancing: a pure choice among candidates. Time and randomness are arguments, an index is the result.
 //!
-//! | kind | choice | cost of a pick |
+//! | algorithm | choice | cost of a pick |
 //! | --- | --- | --- |
-//! | `p2c` | two drawn at random by weight; the one with the lower latency × (calls in flight + 1) | O(1), by weight O(log n) |
-//! | `least-request` | fewest calls in flight per weight; ties at random by weight | O(n) |
+//! | `p2c` | of two drawn by weight: the lower latency × (requests in flight + 1) | O(1), with weights O(log n) |
+//! | `least-request` | fewest requests in flight per weight; ties at random by weight | O(n) |
 //! | `round-robin` | in turn; with weights the smooth order of nginx (`a a b a c a a`) | O(1), with weights O(n) |
 //! | `hash` | rendezvous hashing: the endpoint whose hash with the key is highest | O(n), some 2 µs for 1,000 |
 //!
-//! Rendezvous hashing and not a ring: an endpoint that goes moves exactly its own keys, one that comes takes exactly
-//! its share, weights are exact, the next best is there for a retry, and there is no table to rebuild or keep (a ring
-//! that balances as well has some 160 points per endpoint and worker). The price is one multiplication chain per
-//! endpoint, over an array that stays in the first-level cache.
+//! Rendezvous hashing instead of a ring: a removed endpoint moves exactly its own keys, a new one takes exactly its
+//! share, weights are exact, the second choice is available for a retry, and there is no table to rebuild or keep (a
+//! ring that balances as well has some 160 points per endpoint and worker). The price is one multiplication chain per
+//! endpoint, over an array that stays in the L1 cache.
 //!
-//! By `p2c` and `least-request`, an endpoint where requests have just failed in a row is picked only where no other can
-//! be used, but for one request now and then that tells whether it still fails.
+//! With `p2c` and `least-request`, an endpoint with recent failures in a row is chosen only if no other one is
+//! usable, except for an occasional request that finds out whether it still fails.
 //!
-//! What can't be used is never picked, even when nothing else is left: the caller answers `no_endpoint`. An endpoint
-//! that was tried already is picked again only where no other can be used.
+//! An unusable endpoint is never chosen, even if nothing else is left: the request fails with `no_endpoint`. An
+//! endpoint that the request has already tried is chosen again only if no other one is usable.
 
 use std::{
     cmp::Ordering,
@@ -32,55 +32,55 @@ use crate::{
 pub trait Candidate {
     /// Healthy, and neither ejected nor absent.
     fn usable(&self, now: Instant) -> bool;
-    /// Requests have just failed here: by load or latency it is chosen only where no other can be used.
+    /// Whether requests have failed here in a row: by load or latency it is chosen only if no other one is usable.
     fn avoided(&self, now: Instant) -> bool;
-    /// The latency to expect, e.g. of [`PeakEwma::cost`]; any unit, the same for all.
+    /// The expected latency, e.g. [`PeakEwma::cost`]; any unit, the same for all candidates.
     fn latency(&self, now: Instant) -> f64;
-    /// Calls that it has not answered yet.
+    /// Requests that it has not responded to yet.
     fn in_flight(&self) -> u32;
     /// Its share relative to the others, from 1.
     fn weight(&self) -> u32;
-    /// The same for the same endpoint in every process, e.g. [`hash_key`] of its address.
+    /// Equal for the same endpoint in every process, e.g. [`hash_key`] of its address.
     fn key(&self) -> u64;
 }
 
 /// Chooses among the endpoints of one upstream, for one worker.
 #[derive(Debug)]
 pub struct Balancer {
-    kind: Kind,
-    /// The candidates' weights and their running sums, by index; empty where all weights are the same.
+    algorithm: Algorithm,
+    /// The candidates' weights and their running sums, by index; empty if all weights are equal.
     weights: Vec<u32>,
     sums: Vec<u64>,
     /// The candidates' keys, by index (hash only).
     keys: Vec<u64>,
-    /// Whose turn is next (round-robin without weights).
+    /// The next index (round-robin without weights).
     cursor: usize,
-    /// What each has saved up for its turn (round-robin with weights).
+    /// The credit of each candidate (round-robin with weights).
     credit: Vec<i64>,
     len: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum Algorithm {
     P2c,
     LeastRequest,
     RoundRobin,
     Hash,
 }
 
-/// Draws before the balancer looks at every candidate: enough unless most can't be used.
+/// Random draws before the balancer scans all candidates: enough unless most are unusable.
 const DRAWS: usize = 8;
 
 impl Balancer {
     pub fn new(balance: &Balance) -> Self {
-        let kind = match balance {
-            Balance::P2c => Kind::P2c,
-            Balance::LeastRequest => Kind::LeastRequest,
-            Balance::RoundRobin => Kind::RoundRobin,
-            Balance::HashHeader(_) | Balance::HashCookie(_) => Kind::Hash,
+        let algorithm = match balance {
+            Balance::P2c => Algorithm::P2c,
+            Balance::LeastRequest => Algorithm::LeastRequest,
+            Balance::RoundRobin => Algorithm::RoundRobin,
+            Balance::HashHeader(_) | Balance::HashCookie(_) => Algorithm::Hash,
         };
         Self {
-            kind,
+            algorithm,
             weights: Vec::new(),
             sums: Vec::new(),
             keys: Vec::new(),
@@ -90,7 +90,8 @@ impl Balancer {
         }
     }
 
-    /// Must be called with every new set of candidates, before the first pick from it. The only place that allocates.
+    /// Must be called for every new set of candidates, before the first pick from it. The only function that
+    /// allocates.
     pub fn rebuild<C: Candidate>(&mut self, candidates: &[C], rng: &mut Rng) {
         self.len = candidates.len();
         self.weights.clear();
@@ -105,21 +106,22 @@ impl Balancer {
                 Some(*sum)
             }));
         }
-        match self.kind {
-            Kind::Hash => self.keys.extend(candidates.iter().map(Candidate::key)),
-            Kind::RoundRobin => {
-                // A random start: else the first endpoint gets the first call of every sidecar in a fleet.
+        match self.algorithm {
+            Algorithm::Hash => self.keys.extend(candidates.iter().map(Candidate::key)),
+            Algorithm::RoundRobin => {
+                // A random start: otherwise the first endpoint would get the first request of every sidecar in a
+                // fleet.
                 self.cursor = rng.below(self.len);
                 if !self.sums.is_empty() {
                     self.credit.extend(candidates.iter().map(|c| rng.below(weight(c) as usize) as i64));
                 }
             }
-            Kind::P2c | Kind::LeastRequest => {}
+            Algorithm::P2c | Algorithm::LeastRequest => {}
         }
     }
 
-    /// The index of the endpoint to use, or `None` where none can be used. `tried` holds indexes to avoid as long as
-    /// others can be used; `hash` is what [`hash_key`] says of the caller's key: without one, `hash` chooses as `p2c`.
+    /// The index of the endpoint to use, or `None` if none is usable. `tried` holds indexes to avoid as long as
+    /// others are usable; `hash` is [`hash_key`] of the request's key: without one, `hash` balancing works as `p2c`.
     pub fn pick<C: Candidate>(
         &mut self,
         candidates: &[C],
@@ -131,25 +133,26 @@ impl Balancer {
         if self.len != candidates.len() {
             self.rebuild(candidates, rng);
         }
-        let fresh = |i: usize| candidates[i].usable(now) && !tried.contains(&i);
-        // One that fails at once always has the least latency and load. In turn or by hash, everyone gets its share.
-        if matches!(self.kind, Kind::P2c | Kind::LeastRequest) {
-            let good = |i: usize| fresh(i) && !candidates[i].avoided(now);
-            let picked = self.pick_where(candidates, now, rng, hash, good);
+        let untried = |i: usize| candidates[i].usable(now) && !tried.contains(&i);
+        // An endpoint that fails at once always has the least latency and load. Round-robin and hash give each its
+        // share anyway.
+        if matches!(self.algorithm, Algorithm::P2c | Algorithm::LeastRequest) {
+            let preferred = |i: usize| untried(i) && !candidates[i].avoided(now);
+            let picked = self.pick_where(candidates, now, rng, hash, preferred);
             if picked.is_some() {
                 return picked;
             }
         }
-        let picked = self.pick_where(candidates, now, rng, hash, fresh);
+        let picked = self.pick_where(candidates, now, rng, hash, untried);
         if picked.is_some() || tried.is_empty() {
             return picked;
         }
         self.pick_where(candidates, now, rng, hash, |i| candidates[i].usable(now))
     }
 
-    /// The index of the endpoint that a hash names, whatever its state; `None` where endpoints are not chosen by hash.
+    /// The index of the endpoint for a hash, whatever its state; `None` unless balancing by hash.
     pub fn named(&self, hash: Option<u64>) -> Option<usize> {
-        hash.filter(|_| self.kind == Kind::Hash).and_then(|hash| self.rendezvous(hash, |_| true))
+        hash.filter(|_| self.algorithm == Algorithm::Hash).and_then(|hash| self.rendezvous(hash, |_| true))
     }
 
     fn pick_where<C: Candidate>(
@@ -160,11 +163,11 @@ impl Balancer {
         hash: Option<u64>,
         allowed: impl Fn(usize) -> bool,
     ) -> Option<usize> {
-        match (self.kind, hash) {
-            (Kind::LeastRequest, _) => self.least_request(candidates, rng, allowed),
-            (Kind::RoundRobin, _) => self.round_robin(allowed),
-            (Kind::Hash, Some(hash)) => self.rendezvous(hash, allowed),
-            (Kind::P2c | Kind::Hash, _) => self.better_of_two(candidates, now, rng, allowed),
+        match (self.algorithm, hash) {
+            (Algorithm::LeastRequest, _) => self.least_request(candidates, rng, allowed),
+            (Algorithm::RoundRobin, _) => self.round_robin(allowed),
+            (Algorithm::Hash, Some(hash)) => self.rendezvous(hash, allowed),
+            (Algorithm::P2c | Algorithm::Hash, _) => self.better_of_two(candidates, now, rng, allowed),
         }
     }
 
@@ -176,7 +179,8 @@ impl Balancer {
         allowed: impl Fn(usize) -> bool,
     ) -> Option<usize> {
         let first = self.draw(rng, &allowed)?;
-        // With weights the same one may be drawn twice: two distinct ones of two would always be both, whatever they weigh.
+        // With weights the same one may be drawn twice: two distinct draws of two candidates would always be both,
+        // regardless of weights.
         let second = if self.sums.is_empty() {
             self.draw(rng, |i| i != first && allowed(i))
         } else {
@@ -223,11 +227,11 @@ impl Balancer {
         let mut best = None::<(u64, u64)>;
         let mut choice = Reservoir::default();
         for index in (0..self.len).filter(|i| allowed(*i)) {
-            let (calls, weight) = (u64::from(candidates[index].in_flight()), self.weight(index));
-            // calls / weight against that of the best, without the division: both factors have 32 bits.
-            let order = best.map_or(Ordering::Less, |(c, w)| (calls * w).cmp(&(c * weight)));
+            let (requests, weight) = (u64::from(candidates[index].in_flight()), self.weight(index));
+            // requests / weight compared with that of the best, without a division: both factors have 32 bits.
+            let order = best.map_or(Ordering::Less, |(c, w)| (requests * w).cmp(&(c * weight)));
             if order.is_lt() {
-                best = Some((calls, weight));
+                best = Some((requests, weight));
                 choice = Reservoir::default();
             }
             if order.is_le() {
@@ -243,22 +247,23 @@ impl Balancer {
             self.cursor = (next + 1) % self.len;
             return Some(next);
         }
-        // nginx's smooth weighted round-robin: everyone earns their weight, the richest pays what all have earned.
-        let (mut total, mut richest) = (0, None::<usize>);
+        // nginx's smooth weighted round-robin: each earns its weight, the one with most credit is chosen and pays
+        // what all have earned.
+        let (mut total, mut best) = (0, None::<usize>);
         for index in (0..self.len).filter(|i| allowed(*i)) {
             let weight = self.weight(index) as i64;
             total += weight;
             self.credit[index] += weight;
-            if richest.is_none_or(|best| self.credit[index] > self.credit[best]) {
-                richest = Some(index);
+            if best.is_none_or(|best| self.credit[index] > self.credit[best]) {
+                best = Some(index);
             }
         }
-        self.credit[richest?] -= total;
-        richest
+        self.credit[best?] -= total;
+        best
     }
 
     fn rendezvous(&self, hash: u64, allowed: impl Fn(usize) -> bool) -> Option<usize> {
-        // `allowed` is asked only of those that would win, which are few (ln n).
+        // `allowed` is evaluated only for those that would win, which are few (ln n).
         let scores = self.keys.iter().map(|key| mix(hash ^ key)).enumerate();
         let mut best = None;
         if self.sums.is_empty() {
@@ -270,12 +275,12 @@ impl Balancer {
             }
             return best;
         }
-        // -ln(u) / weight is exponentially distributed: the smallest of them is at i with probability weight(i) / total.
+        // -ln(u) / weight is exponentially distributed: the smallest is at i with probability weight(i) / total.
         let mut low = f64::INFINITY;
         for (index, score) in scores {
             let unit = ((score >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
             let weight = self.weight(index) as f64;
-            // -ln(u) is at least 1 - u: enough to pass over most of them without a logarithm.
+            // -ln(u) is at least 1 - u: enough to skip most candidates without a logarithm.
             if 1.0 - unit < low * weight {
                 let wait = -unit.ln() / weight;
                 if wait < low && allowed(index) {
@@ -286,13 +291,13 @@ impl Balancer {
         best
     }
 
-    /// Relative: 1 where all are the same.
+    /// Relative: 1 if all are equal.
     fn weight(&self, index: usize) -> u64 {
         self.weights.get(index).map_or(1, |weight| u64::from(*weight))
     }
 }
 
-/// One of a stream of offers, at random by weight, without keeping them.
+/// One of a stream of offers, at random by weight, without storing them.
 #[derive(Default)]
 struct Reservoir {
     chosen: Option<usize>,
@@ -308,10 +313,10 @@ impl Reservoir {
     }
 }
 
-/// The 64-bit hash of a key, the same in every process and version: sidecars of one service must agree.
+/// The 64-bit hash of a key, equal in every process and version: the sidecars of one service must agree.
 ///
-/// FNV-1a with its bits spread: good for spreading keys, no defence against someone who aims at one endpoint (who
-/// could as well send the same key again).
+/// FNV-1a with mixed bits: good at spreading keys, no defence against a client that aims at one endpoint (which could
+/// as well send the same key again).
 pub fn hash_key(bytes: &[u8]) -> u64 {
     let fnv = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
@@ -319,10 +324,11 @@ pub fn hash_key(bytes: &[u8]) -> u64 {
     mix(fnv)
 }
 
-/// The latency of an endpoint, as a moving average that believes bad news at once and good news slowly.
+/// The latency of an endpoint, as a moving average that rises at once and falls slowly.
 ///
-/// A call slower than the average sets it; a faster one pulls it down by how much time has passed: after `DECAY` a
-/// third of the old value is left. Without calls it sinks likewise, so that an endpoint that was slow is tried again.
+/// A latency above the average replaces it; a lower one pulls it down by how much time has passed: after `DECAY` a
+/// third of the old value is left. Without requests it decays likewise, so that an endpoint that was slow is used
+/// again.
 #[derive(Clone, Copy, Debug)]
 pub struct PeakEwma {
     seconds: f64,
@@ -330,17 +336,17 @@ pub struct PeakEwma {
 }
 
 impl PeakEwma {
-    /// How long the past is remembered.
+    /// The time constant of the decay.
     pub const DECAY: Duration = Duration::from_secs(10);
-    /// What to expect of an endpoint never called: slow enough that it isn't flooded while its answers are out, and
-    /// sinking, so that it is tried soon.
+    /// The expected latency of an endpoint never used: high enough that it is not flooded before its first responses,
+    /// and decaying, so that it is used soon.
     pub const UNKNOWN: Duration = Duration::from_millis(30);
 
     pub fn new(now: Instant) -> Self {
         Self { seconds: Self::UNKNOWN.as_secs_f64(), at: now }
     }
 
-    /// A call took `latency`.
+    /// Records a request that took `latency`.
     pub fn observe(&mut self, latency: Duration, now: Instant) {
         let latency = latency.as_secs_f64();
         let kept = self.kept(now);
@@ -349,7 +355,7 @@ impl PeakEwma {
         self.at = self.at.max(now);
     }
 
-    /// Seconds, never quite zero (so that calls in flight still count).
+    /// Seconds, never quite zero (so that requests in flight still count).
     pub fn cost(&self, now: Instant) -> f64 {
         (self.seconds * self.kept(now)).max(1e-6)
     }

@@ -21,8 +21,8 @@ pub enum BodyError {
     Answer(#[from] AnswerError),
     #[error(transparent)]
     Caller(#[from] http1::Error),
-    /// A newer try has taken the request's body over.
-    #[error("another try has taken this body over")]
+    /// A newer attempt reads the request's body.
+    #[error("a newer attempt has taken over the request's body")]
     TakenOver,
 }
 

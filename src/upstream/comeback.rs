@@ -1,11 +1,11 @@
-//! Asking absent endpoints whether they are back, and waiting for an upstream whose endpoints are all absent.
+//! Probes absent endpoints, and queues requests for an upstream whose endpoints are all absent.
 //!
-//! The control thread asks. An endpoint that accepts a connection again is not believed: one request is sent to it, and
-//! tells. While the breaker is open, that request is an early trial: it goes before the breaker's time is over, and changes
-//! nothing if it fails. When to ask is decided in `src/resilience/outlier/absence.rs`.
+//! The control thread probes with connections. An endpoint that accepts a connection again is not restored yet: one
+//! request is sent to it and decides. While the breaker is open, that request is an early trial: it is sent before
+//! the open time is over, and its failure changes nothing. `src/resilience/outlier/absence.rs` decides when to probe.
 //!
-//! A request that the breaker refuses may wait for such a trial: no longer than it would have waited between attempts that
-//! are refused, and without sending anything.
+//! A request that the breaker rejects may wait for such a trial, no longer than it would have waited between rejected
+//! attempts, and without sending anything.
 
 use std::{
     net::SocketAddr,
@@ -33,29 +33,29 @@ use crate::{
     },
 };
 
-/// Endpoints of an upstream that are asked at a time.
-const MOST: usize = 16;
+/// The most endpoints of an upstream that are probed at a time.
+const MAX_CONCURRENT: usize = 16;
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
-/// While an endpoint is absent, discovery is asked for its address again: once a second, later every tenth of the time
-/// that has passed.
+/// While an endpoint is absent, discovery refreshes its address: every second at first, later after each tenth of the
+/// time that has passed.
 const REFRESH_SHARE: u32 = 10;
-const SHORTEST_REFRESH: Duration = Duration::from_secs(1);
-const LONGEST_REFRESH: Duration = Duration::from_secs(60);
+const MIN_REFRESH: Duration = Duration::from_secs(1);
+const MAX_REFRESH: Duration = Duration::from_secs(60);
 
-/// Whether an upstream's breaker is open since its endpoints are absent, and who waits for it.
+/// Whether an upstream's breaker is open because its endpoints are absent, and the requests that wait for it.
 #[derive(Debug)]
 pub struct Absence {
-    /// The attempt that opened the breaker found its endpoint absent, and it has not closed since.
+    /// The attempt that opened the breaker found its endpoint absent, and the breaker has not closed since.
     absent: AtomicBool,
-    /// Absent endpoints are being asked.
-    watched: AtomicBool,
-    /// A question is due earlier than was known.
-    asked: Notify,
+    /// A task probes the absent endpoints.
+    is_probing: AtomicBool,
+    /// A probe is due earlier than scheduled.
+    probe_due: Notify,
     changed: Notify,
     waiting: Counter,
 }
 
-/// A call that waits, until it is dropped.
+/// A waiting request, until it is dropped.
 #[derive(Debug)]
 pub struct Waiting<'a>(&'a Absence);
 
@@ -66,26 +66,26 @@ impl Drop for Waiting<'_> {
 }
 
 impl Absence {
-    /// `most`: how many calls may wait.
-    pub fn new(most: u32) -> Self {
+    /// `max`: how many requests may wait.
+    pub fn new(max: u32) -> Self {
         Self {
             absent: AtomicBool::new(false),
-            watched: AtomicBool::new(false),
-            asked: Notify::new(),
+            is_probing: AtomicBool::new(false),
+            probe_due: Notify::new(),
             changed: Notify::new(),
-            waiting: Counter::new(most),
+            waiting: Counter::new(max),
         }
     }
 
-    pub fn set_most_waiting(&self, most: u32) {
-        self.waiting.set_limit(most);
+    pub fn set_most_waiting(&self, max: u32) {
+        self.waiting.set_limit(max);
     }
 
     pub fn is_absent(&self) -> bool {
         self.absent.load(Ordering::Relaxed)
     }
 
-    /// Takes in a change of the breaker. `absent`: the attempt that caused it found its endpoint absent.
+    /// Records a transition of the breaker. `absent`: the attempt that caused it found its endpoint absent.
     pub fn note(&self, transition: &Transition, absent: bool) {
         match (transition.to, transition.why) {
             (State::Closed, _) | (_, Why::Manual | Why::ManualExpired | Why::ManualEnded) => {
@@ -97,28 +97,28 @@ impl Absence {
         self.wake();
     }
 
-    /// Has those who wait look again.
+    /// Notifies the waiting requests so that they check again.
     pub fn wake(&self) {
         self.changed.notify_waiters();
     }
 
-    /// A place among those who wait; `None` where all are taken.
+    /// Registers a waiting request; `None` if the limit is reached.
     pub fn wait(&self) -> Option<Waiting<'_>> {
         self.waiting.try_take().then_some(Waiting(self))
     }
 
-    /// Ends with the next change of the breaker, or when it lets a trial go. Ask for it before looking at the breaker, so
-    /// that none is missed.
+    /// Completes with the next transition of the breaker, or when it admits a trial. Call it before checking the
+    /// breaker, so that no notification is lost.
     pub fn changed(&self) -> Notified<'_> {
         self.changed.notified()
     }
 }
 
-/// Asks the absent endpoints of an upstream from now on, until none is absent.
+/// Starts probing the absent endpoints of an upstream, until none is absent.
 pub fn watch(upstream: &Arc<Upstream>, control: &Handle) {
     let absence = &upstream.guards.absence;
-    absence.asked.notify_one();
-    if absence.watched.swap(true, Ordering::AcqRel) {
+    absence.probe_due.notify_one();
+    if absence.is_probing.swap(true, Ordering::AcqRel) {
         return;
     }
     let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
@@ -126,17 +126,18 @@ pub fn watch(upstream: &Arc<Upstream>, control: &Handle) {
         let (outliers, absence) = (&guards.outliers, &guards.absence);
         let mut refresh = Refresh::new(Instant::now());
         loop {
-            // An upstream that the configuration does not have any more is not asked for.
+            // Do not probe for an upstream that was removed from the configuration.
             while outliers.any_absent() && upstream.strong_count() > 0 {
-                let asked = absence.asked.notified();
+                let due = absence.probe_due.notified();
                 match outliers.next_question() {
                     Some(at) => tokio::select! {
                         () = sleep_until(at.into()) => {}
-                        () = asked => continue,
+                        () = due => continue,
                     },
-                    // A request is to prove the endpoint. Looked after now and then, should it have left.
+                    // A request has to probe the endpoint. Offer a trial again at intervals, in case that request is
+                    // cancelled.
                     None => {
-                        let _ = timeout(SHORTEST_REFRESH, asked).await;
+                        let _ = timeout(MIN_REFRESH, due).await;
                         if let Some(upstream) = upstream.upgrade()
                             && outliers.awaits_probe(Instant::now().into_std())
                         {
@@ -146,36 +147,36 @@ pub fn watch(upstream: &Arc<Upstream>, control: &Handle) {
                     }
                 }
                 if let Some(upstream) = upstream.upgrade() {
-                    ask(&upstream).await;
+                    probe(&upstream).await;
                     refresh.absent(&upstream, Instant::now());
                 }
             }
-            absence.watched.store(false, Ordering::Release);
-            // One more may have become absent in between, when it still seemed to be watched.
+            absence.is_probing.store(false, Ordering::Release);
+            // An endpoint may have become absent in between, while `watched` was still set.
             let more = upstream.strong_count() > 0 && outliers.any_absent();
-            if !more || absence.watched.swap(true, Ordering::AcqRel) {
+            if !more || absence.is_probing.swap(true, Ordering::AcqRel) {
                 return;
             }
         }
     });
 }
 
-async fn ask(upstream: &Upstream) {
+async fn probe(upstream: &Upstream) {
     let outliers = &upstream.guards.outliers;
-    let (mut asked, mut due) = (JoinSet::new(), false);
-    for question in outliers.questions(MOST, Instant::now().into_std()) {
+    let (mut probes, mut due) = (JoinSet::new(), false);
+    for question in outliers.questions(MAX_CONCURRENT, Instant::now().into_std()) {
         match question {
             Question::Request(_) => due = true,
             Question::Connection(address) => {
-                asked.spawn(async move { (address, accepts(address).await) });
+                probes.spawn(async move { (address, accepts(address).await) });
             }
         }
     }
     if due {
         upstream.guards.offer_trial();
     }
-    while let Some(answer) = asked.join_next().await {
-        if let Ok((address, accepted)) = answer
+    while let Some(result) = probes.join_next().await {
+        if let Ok((address, accepted)) = result
             && outliers.answered(&address, accepted, Instant::now().into_std())
         {
             tracing::debug!(upstream = &*upstream.name, endpoint = %address, "endpoint accepts connections again");
@@ -188,20 +189,20 @@ async fn accepts(address: SocketAddr) -> bool {
     matches!(timeout(CONNECT_TIMEOUT, descriptors::connect(address)).await, Ok(Ok(_)))
 }
 
-/// When discovery is asked whether an absent endpoint has another address.
+/// When discovery refreshes the address of an absent endpoint.
 struct Refresh {
-    began: Instant,
+    started: Instant,
     next: Instant,
 }
 
 impl Refresh {
     fn new(now: Instant) -> Self {
-        Self { began: now, next: now }
+        Self { started: now, next: now }
     }
 
     fn absent(&mut self, upstream: &Upstream, now: Instant) {
         if now >= self.next {
-            let pause = ((now - self.began) / REFRESH_SHARE).clamp(SHORTEST_REFRESH, LONGEST_REFRESH);
+            let pause = ((now - self.started) / REFRESH_SHARE).clamp(MIN_REFRESH, MAX_REFRESH);
             self.next = now + pause;
             upstream.refresh();
         }
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_absent_from_the_opening_that_found_nobody_until_it_has_closed() {
+    fn it_is_absent_from_opening_on_an_absent_endpoint_until_closed() {
         let absence = Absence::new(1);
         let open = |why| transition(State::Open, why);
         for (step, unreachable, absent) in [
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_wait() {
+    fn waiting_requests_are_limited() {
         let absence = Absence::new(1);
         let one = absence.wait();
         assert!(one.is_some() && absence.wait().is_none());

@@ -25,12 +25,12 @@ use crate::{
 };
 use rustls_pki_types::{CertificateDer, ServerName};
 
-/// Why there is no connection.
+/// Why a connection could not be opened.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("{address} refused the connection ({source})")]
     Refused { address: SocketAddr, source: Rc<io::Error> },
-    /// Nothing is known of the endpoint: this process or machine could not even ask.
+    /// This process or machine lacked a resource for the attempt; it says nothing about the endpoint.
     #[error("no connection to {address}: {} ({source})", descriptors::missing(source).unwrap_or("a local error"))]
     LocalResource { address: SocketAddr, source: Rc<io::Error> },
     #[error("{address} did not accept a connection within {limit:?}")]
@@ -38,7 +38,8 @@ pub enum ConnectError {
     #[error("{limit} connections to this upstream are open already (`limits.max_connections`)")]
     Limit { limit: u32 },
     #[error(
-        "no HTTP/2 stream was free within {waited:?}: the endpoint takes {limit} at a time on a connection (SETTINGS_MAX_CONCURRENT_STREAMS), and {connections} connections are open"
+        "no HTTP/2 stream was free within {waited:?}: the endpoint allows {limit} concurrent streams per connection \
+         (SETTINGS_MAX_CONCURRENT_STREAMS), and {connections} connections are open"
     )]
     Streams { limit: u32, connections: usize, waited: Duration },
     #[error("HTTP/2 handshake with {address} failed ({reason})")]
@@ -55,11 +56,11 @@ impl ConnectError {
     }
 }
 
-/// TLS with whom.
+/// The TLS settings and server name of a connection.
 #[derive(Clone, Debug)]
 pub struct TlsTarget {
     pub client: Arc<ClientTls>,
-    /// SNI; and the name that must match where no identity is expected.
+    /// SNI; also the name that the certificate must match if no identity is expected.
     pub name: Arc<ServerName<'static>>,
 }
 
@@ -74,11 +75,12 @@ impl PartialEq for TlsTarget {
 pub struct Connected {
     pub io: UpstreamIo,
     pub tcp: SharedTcp,
-    /// Who answered; none without TLS.
+    /// The verified identity of the server; none without TLS.
     pub proof: Option<Box<Proof>>,
 }
 
 impl Connected {
+    /// How the connection is protected, for metrics.
     pub fn protection(&self) -> Tls {
         match &self.proof {
             None => Tls::None,
@@ -88,7 +90,7 @@ impl Connected {
     }
 }
 
-/// Who answered, by which settings that was believed, and by which certificates of our own last.
+/// The verified identity of a server, the settings that verified it, and when its certificates expire.
 #[derive(Debug)]
 pub struct Proof {
     pub peer: Peer,
@@ -96,27 +98,27 @@ pub struct Proof {
     valid_until: SystemTime,
     client: Arc<ClientTls>,
     name: Arc<ServerName<'static>>,
-    believed: Cell<u64>,
+    verified_generation: Cell<u64>,
 }
 
 impl Proof {
-    /// Whether a connection that was made so may carry a call that wants `target`. Who was believed under other roots
-    /// is looked at again, once.
+    /// Whether a connection verified this way may carry a request that needs `target`. If the trusted roots have
+    /// changed since, the certificate chain is verified again, once.
     pub fn fits(&self, target: &TlsTarget) -> bool {
         if !Arc::ptr_eq(&self.client, &target.client) || *self.name != *target.name {
             return false;
         }
-        self.is_believed()
+        self.is_still_trusted()
     }
 
-    /// Whether its settings are those of now. The name does not matter.
+    /// Whether it was verified by these settings and is still trusted. The server name does not matter.
     pub fn is_of(&self, client: &Arc<ClientTls>) -> bool {
-        Arc::ptr_eq(&self.client, client) && self.is_believed()
+        Arc::ptr_eq(&self.client, client) && self.is_still_trusted()
     }
 
-    fn is_believed(&self) -> bool {
+    fn is_still_trusted(&self) -> bool {
         let generation = self.client.generation();
-        if self.believed.get() == generation {
+        if self.verified_generation.get() == generation {
             return true;
         }
         let verdict = match &**self.client.now() {
@@ -124,38 +126,40 @@ impl Proof {
             Err(reason) => Err(reason.clone()),
         };
         match verdict {
-            Ok(()) => self.believed.set(generation),
-            Err(reason) => tracing::info!(peer = %self.peer, %reason, "a connection is not used again"),
+            Ok(()) => self.verified_generation.set(generation),
+            Err(reason) => {
+                tracing::info!(peer = %self.peer, %reason, "connection not reused: certificate no longer trusted");
+            }
         }
-        self.believed.get() == generation
+        self.verified_generation.get() == generation
     }
 
-    /// How long its certificate, and those that lead to it, are good for.
+    /// The remaining validity of its certificate chain.
     pub fn expires_in(&self) -> Duration {
         self.valid_until.duration_since(SystemTime::now()).unwrap_or_default()
     }
 
-    /// When the certificate that was shown to it expired, if it has.
+    /// When the client certificate of this sidecar expired, if it has.
     pub fn own_expired(&self) -> Option<SystemTime> {
         self.client.now().as_ref().as_ref().ok()?.own_expired()
     }
 }
 
-/// How long the kernel waits for the other side of a connection.
+/// How long the kernel waits for the peer of a connection.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TcpLimits {
-    /// For the connection to be made and for TLS.
+    /// To establish the connection, including TLS.
     pub connect: Option<Duration>,
-    /// For sent bytes to be acknowledged (TCP_USER_TIMEOUT).
+    /// For the acknowledgement of sent bytes (TCP_USER_TIMEOUT).
     pub user: Option<Duration>,
 }
 
-/// Opens a connection, with TLS where there is a target for it, within `limits`.
+/// Opens a connection within `limits`, with TLS if `tls` is given.
 pub async fn connect(
     address: SocketAddr,
     limits: TcpLimits,
     tls: Option<&TlsTarget>,
-    speaks: Speaks,
+    protocol: Speaks,
 ) -> Result<Connected, ConnectError> {
     let connecting = async {
         let stream = descriptors::connect(address).await;
@@ -165,7 +169,7 @@ pub async fn connect(
         }
         match tls {
             None => Ok(Connected { io: UpstreamIo::Plain(tcp.clone()), tcp, proof: None }),
-            Some(target) => Box::pin(secure(address, tcp, target, speaks)).await,
+            Some(target) => Box::pin(secure(address, tcp, target, protocol)).await,
         }
     };
     match limits.connect {
@@ -180,11 +184,11 @@ async fn secure(
     address: SocketAddr,
     tcp: SharedTcp,
     target: &TlsTarget,
-    speaks: Speaks,
+    protocol: Speaks,
 ) -> Result<Connected, ConnectError> {
-    // Before the handshake: what changes meanwhile is looked at again.
+    // Read before the handshake: a change of the roots meanwhile leads to another verification.
     let generation = target.client.generation();
-    let connecting = handshake::connect(&target.client, &target.name, speaks, tcp.clone());
+    let connecting = handshake::connect(&target.client, &target.name, protocol, tcp.clone());
     let (stream, Proven { peer, chain, valid_until }) =
         connecting.await.map_err(|failure| ConnectError::Tls { address, failure: Rc::new(failure) })?;
     let proof = Box::new(Proof {
@@ -193,7 +197,7 @@ async fn secure(
         valid_until,
         client: Arc::clone(&target.client),
         name: Arc::clone(&target.name),
-        believed: Cell::new(generation),
+        verified_generation: Cell::new(generation),
     });
     Ok(Connected { io: UpstreamIo::Tls(Box::new(stream)), tcp, proof: Some(proof) })
 }

@@ -1,4 +1,4 @@
-//! One address of an upstream, and the set of them at a time.
+//! An endpoint of an upstream, and the current set of endpoints.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,16 +13,16 @@ use std::{
 use super::outcomes::RecentOutcomes;
 use crate::upstream::DiscoveryError;
 
-/// One address of an upstream, with what all workers share about it.
+/// One address of an upstream, with the state that all workers share.
 #[derive(Debug)]
 pub struct Endpoint {
     pub address: SocketAddr,
-    /// The name it was resolved from, where it was.
+    /// The name it was resolved from, if any.
     pub host: Option<Arc<str>>,
     weight: AtomicU32,
-    /// What active health checks say; true without them.
+    /// The result of active health checks; true without them.
     healthy: AtomicBool,
-    /// What requests saw of it.
+    /// Outcomes of recent requests.
     pub outcomes: RecentOutcomes,
 }
 
@@ -32,7 +32,7 @@ pub enum EndpointState {
     Healthy,
     /// By active health checks.
     Unhealthy,
-    /// For what requests saw of it; restored at `until`.
+    /// By outlier detection; restored at `until`.
     Ejected {
         until: Instant,
     },
@@ -41,7 +41,7 @@ pub enum EndpointState {
 }
 
 impl EndpointState {
-    /// All its words.
+    /// All values of [`Self::word`].
     pub const WORDS: [&str; 4] = ["healthy", "unhealthy", "ejected", "absent"];
 
     pub const fn word(self) -> &'static str {
@@ -54,7 +54,7 @@ impl EndpointState {
     }
 }
 
-/// An address as discovery found it.
+/// An endpoint as discovery returned it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     pub address: SocketAddr,
@@ -62,37 +62,38 @@ pub struct Found {
     pub weight: u32,
 }
 
-/// The endpoints of an upstream at a time. Replaced as a whole, never changed.
+/// The endpoints of an upstream at one time. Immutable; replaced as a whole.
 #[derive(Debug, Default)]
 pub struct EndpointSet {
-    /// Grows with every change; 0 = discovery has not answered yet.
+    /// Increases with every change; 0 = discovery has not completed yet.
     pub generation: u64,
     pub endpoints: Vec<Arc<Endpoint>>,
     pub resolution: Resolution,
 }
 
-/// How the last look-up went.
+/// The result of the last lookup.
 #[derive(Debug, Default)]
 pub enum Resolution {
     #[default]
     Pending,
     Ready,
-    /// What was found before stays in use.
+    /// The endpoints discovered before stay in use.
     Failed(Arc<DiscoveryError>),
 }
 
 impl Endpoint {
-    pub(super) fn new(found: Found) -> Self {
+    pub(super) fn new(discovered: Found) -> Self {
         Self {
-            address: found.address,
-            host: found.host,
-            weight: AtomicU32::new(found.weight.max(1)),
+            address: discovered.address,
+            host: discovered.host,
+            weight: AtomicU32::new(discovered.weight.max(1)),
             healthy: AtomicBool::new(true),
             outcomes: RecentOutcomes::default(),
         }
     }
 
-    /// Its share of the traffic relative to the others, from 1. A new one comes with a new generation of the set.
+    /// Its share of the traffic relative to the others, from 1. A changed weight comes with a new generation of the
+    /// set.
     pub fn weight(&self) -> u32 {
         self.weight.load(Ordering::Relaxed)
     }
@@ -101,26 +102,26 @@ impl Endpoint {
         self.healthy.load(Ordering::Relaxed)
     }
 
-    /// Says what active health checks found; true where this changed something.
+    /// Records the result of active health checks; returns whether it changed.
     pub fn set_healthy(&self, healthy: bool) -> bool {
         self.healthy.swap(healthy, Ordering::Relaxed) != healthy
     }
 }
 
 impl EndpointSet {
-    /// The next set: endpoints that stay are the same objects, so their state stays too. One found twice counts once.
-    pub(super) fn updated(&self, found: Vec<Found>) -> Self {
+    /// The next set. Endpoints that stay keep their object, and so their state. Duplicates are dropped.
+    pub(super) fn updated(&self, discovered: Vec<Found>) -> Self {
         let old: HashMap<_, _> = self.endpoints.iter().map(|e| ((e.address, e.host.clone()), e)).collect();
-        let mut seen = HashSet::with_capacity(found.len());
-        let endpoints = found
+        let mut seen = HashSet::with_capacity(discovered.len());
+        let endpoints = discovered
             .into_iter()
-            .filter(|found| seen.insert((found.address, found.host.clone())))
-            .map(|found| match old.get(&(found.address, found.host.clone())) {
+            .filter(|discovered| seen.insert((discovered.address, discovered.host.clone())))
+            .map(|discovered| match old.get(&(discovered.address, discovered.host.clone())) {
                 Some(same) => {
-                    same.weight.store(found.weight.max(1), Ordering::Relaxed);
+                    same.weight.store(discovered.weight.max(1), Ordering::Relaxed);
                     Arc::clone(same)
                 }
-                None => Arc::new(Endpoint::new(found)),
+                None => Arc::new(Endpoint::new(discovered)),
             })
             .collect();
         Self { generation: self.generation + 1, endpoints, resolution: Resolution::Ready }
@@ -139,27 +140,28 @@ impl EndpointSet {
 mod tests {
     use super::*;
 
-    fn found(port: u16, weight: u32) -> Found {
+    fn discovered(port: u16, weight: u32) -> Found {
         Found { address: SocketAddr::from(([127, 0, 0, 1], port)), host: Some("a".into()), weight }
     }
 
     #[test]
-    fn what_stays_keeps_its_state() {
-        let first = EndpointSet::default().updated(vec![found(1, 1), found(2, 1), found(3, 1)]);
+    fn remaining_endpoints_keep_their_state() {
+        let first =
+            EndpointSet::default().updated(vec![discovered(1, 1), discovered(2, 1), discovered(3, 1)]);
         first.endpoints[0].set_healthy(false);
         first.endpoints[1].set_healthy(false);
-        let second = first.updated(vec![found(4, 1), found(2, 5), found(1, 1)]);
+        let second = first.updated(vec![discovered(4, 1), discovered(2, 5), discovered(1, 1)]);
         assert_eq!(second.generation, 2);
         assert!(Arc::ptr_eq(&second.endpoints[2], &first.endpoints[0]), "the same object");
         let reweighted = &second.endpoints[1];
         assert!(Arc::ptr_eq(reweighted, &first.endpoints[1]), "also with another weight");
         assert_eq!(reweighted.weight(), 5);
-        assert!(second.endpoints[0].is_healthy(), "a new one is taken for well");
+        assert!(second.endpoints[0].is_healthy(), "a new endpoint starts healthy");
     }
 
     #[test]
-    fn what_is_found_twice_counts_once() {
-        let set = EndpointSet::default().updated(vec![found(1, 1), found(1, 1), found(2, 0)]);
+    fn duplicate_endpoints_are_dropped() {
+        let set = EndpointSet::default().updated(vec![discovered(1, 1), discovered(1, 1), discovered(2, 0)]);
         assert_eq!(
             set.endpoints.iter().map(|e| (e.address.port(), e.weight())).collect::<Vec<_>>(),
             [(1, 1), (2, 1)]

@@ -1,5 +1,5 @@
-//! The policy state of an upstream that all workers share and that outlives a reload: breaker, ejections, budget,
-//! limits, rates. The machines are in [`crate::resilience`]; here they stand beside the upstream they guard.
+//! The policy state of an upstream that all workers share and that outlives a reload: breaker, ejections, retry
+//! budget, limits, rates. The state machines are in [`crate::resilience`].
 
 use std::{
     collections::hash_map::RandomState,
@@ -35,43 +35,43 @@ use crate::{
     },
 };
 
-/// Where the adaptive limit starts: enough for most services, little for one that is not well.
+/// Where the adaptive limit starts: enough for most services, and little for an overloaded one.
 const ADAPTIVE_START: u32 = 32;
-/// In percent: how much of what an upstream answers is taken for usual.
-const USUAL: u8 = 95;
+/// The percentile of the latencies that counts as usual.
+const USUAL_PERCENTILE: u8 = 95;
 
-/// Attempts a second that may move on to another endpoint, as the chosen one accepted no connection.
-const MOVES: RateSettings = RateSettings { rate: 1000, burst: 1000, per: RateKey::Upstream };
+/// Attempts per second that may switch to another endpoint because the chosen one accepted no connection.
+const SWITCH_RATE: RateSettings = RateSettings { rate: 1000, burst: 1000, per: RateKey::Upstream };
 
-/// What guards an upstream.
+/// The policy state of an upstream.
 #[derive(Debug)]
 pub struct Guards {
     pub breaker: Arc<Breaker>,
-    /// Whether the breaker is open because its endpoints are absent: then it need not wait out its time.
+    /// Whether the breaker is open because the endpoints are absent: then it may close before its time is over.
     pub absence: Absence,
     pub outliers: Outliers,
     pub budget: RetryBudget,
     pub requests: RequestLimit<Woken>,
     pub connections: Counter,
-    /// Those that have come about, by how they are protected.
+    /// Open connections by how they are protected.
     open: [AtomicI64; Tls::ALL.len()],
-    /// Makes room for one more connection.
+    /// Closes an idle connection when `max_connections` is reached and another one is needed.
     pub squeeze: Squeeze,
-    /// Moves the request limit by latency, where that is switched on.
+    /// Adjusts the request limit by latency, if enabled.
     pub adaptive: ArcSwapOption<Adaptive>,
-    /// Bounds attempts that move on to another endpoint without spending retry budget.
-    moves: RateLimit,
+    /// Bounds attempts that switch to another endpoint without using retry budget.
+    switch_rate: RateLimit,
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
-    /// By percent. Replaced as a whole when one is added, so that nobody who looks one up waits.
+    /// By percent. Replaced as a whole when one is added, so that a lookup never blocks.
     quantiles: ArcSwap<Vec<(u8, Arc<LiveQuantile>)>>,
-    /// The 95th percentile of all latencies, from when somebody first asked for it.
-    usual: OnceLock<LiveQuantile>,
+    /// The 95th percentile of all latencies, from its first use on.
+    usual_latency: OnceLock<LiveQuantile>,
     pub counts: Counts,
-    /// How long its calls took.
+    /// The durations of its requests.
     pub durations: Durations,
 }
 
-/// Wakes a call that waits for a place.
+/// Wakes a request that is queued for a permit.
 #[derive(Debug)]
 pub struct Woken(pub Waker);
 
@@ -81,7 +81,7 @@ impl Bell for Woken {
     }
 }
 
-/// A place among the requests in flight, until it is dropped.
+/// A permit for one request in flight; dropping it releases it.
 #[derive(Debug)]
 pub struct Place(pub Arc<Guards>);
 
@@ -91,35 +91,35 @@ impl Drop for Place {
     }
 }
 
-/// One of the connections to an upstream, until it is dropped.
+/// A slot for one connection to an upstream; dropping it releases it.
 #[derive(Debug)]
 pub struct ConnectionSlot {
     guards: Arc<Guards>,
-    /// How it is protected, once it is open.
+    /// How the connection is protected, once it is open.
     opened: Option<Tls>,
 }
 
 impl ConnectionSlot {
-    /// Leave for one more connection. At the limit an idle one is closed for it, where there is one.
+    /// Acquires a slot for one more connection. At the limit an idle connection is closed for it, if there is one.
     pub async fn take(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
         if let Some(slot) = Self::try_take(guards) {
             return Ok(slot);
         }
-        let want = guards.squeeze.want();
-        let made = timeout(squeeze::PATIENCE, async {
+        let request = guards.squeeze.want();
+        let acquired = timeout(squeeze::PATIENCE, async {
             loop {
-                let freed = want.freed();
+                let freed = request.freed();
                 if let Some(slot) = Self::try_take(guards) {
                     return slot;
                 }
-                want.again();
+                request.again();
                 freed.await;
             }
         });
-        Box::pin(made).await.map_err(|_| ConnectError::Limit { limit: guards.connections.limit() })
+        Box::pin(acquired).await.map_err(|_| ConnectError::Limit { limit: guards.connections.limit() })
     }
 
-    /// Whether a call wants its room, and no other connection gives way to it.
+    /// Whether a request needs this slot, and no other connection has been closed for it. If so, this one must be.
     pub fn is_claimed(&self) -> bool {
         self.guards.squeeze.claim()
     }
@@ -128,7 +128,7 @@ impl ConnectionSlot {
         guards.connections.try_take().then(|| Self { guards: Arc::clone(guards), opened: None })
     }
 
-    /// The connection has come about.
+    /// Counts the connection as open.
     #[must_use]
     pub fn opened(mut self, protection: Tls) -> Self {
         self.guards.open[protection as usize].fetch_add(1, Ordering::Relaxed);
@@ -147,18 +147,18 @@ impl Drop for ConnectionSlot {
     }
 }
 
-/// What the guards have done, for metrics.
+/// Counters of the policies, for metrics.
 #[derive(Debug)]
 pub struct Counts {
-    /// By what followed a failed try.
+    /// By what followed a failed attempt.
     pub retries: Tally,
-    /// By the reason a call was refused here.
+    /// By the reason for which a request was rejected.
     pub rejected: Tally,
-    /// By the state the breaker went to.
+    /// By the new state of the breaker.
     pub transitions: Tally,
 }
 
-/// Counters for a fixed set of words. Stepped where something failed, so a short search is cheap enough.
+/// Counters for a fixed set of labels. Incremented on failures only, so a linear search is cheap enough.
 #[derive(Debug)]
 pub struct Tally(Vec<(&'static str, AtomicU64)>);
 
@@ -167,7 +167,7 @@ impl Tally {
         Self(words.iter().map(|word| (*word, AtomicU64::new(0))).collect())
     }
 
-    /// Counts a word; one that is not in the set is let go.
+    /// Increments the counter of a label; an unknown label is ignored.
     pub fn add(&self, word: &str) {
         if let Some((_, count)) = self.0.iter().find(|(known, _)| *known == word) {
             count.fetch_add(1, Ordering::Relaxed);
@@ -178,14 +178,14 @@ impl Tally {
         self.read().all(|(_, count)| count == 0)
     }
 
-    /// Takes over what another one has counted; it has the same words.
+    /// Adds the counts of another one with the same labels.
     fn absorb(&self, other: &Self) {
         for ((_, count), (_, more)) in self.0.iter().zip(other.read()) {
             count.fetch_add(more, Ordering::Relaxed);
         }
     }
 
-    /// All words with their counts.
+    /// All labels with their counts.
     pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
         self.0.iter().map(|(word, count)| (*word, count.load(Ordering::Relaxed)))
     }
@@ -196,7 +196,7 @@ impl Counts {
         self.retries.is_zero() && self.rejected.is_zero() && self.transitions.is_zero()
     }
 
-    /// Takes over what another upstream has counted, for one that is forgotten.
+    /// Adds the counts of an upstream that is removed.
     pub fn absorb(&self, other: &Self) {
         self.retries.absorb(&other.retries);
         self.rejected.absorb(&other.rejected);
@@ -238,7 +238,7 @@ impl Default for Counts {
                 "jwt_invalid",
                 "auth_unavailable",
                 "malformed",
-                // Where timeouts are only observed.
+                // Counted here if timeouts are only observed.
                 "timeout",
                 "attempt_timeout",
             ]),
@@ -248,7 +248,7 @@ impl Default for Counts {
 }
 
 impl Guards {
-    /// How many connections are open, by what protects them.
+    /// The number of open connections by protection.
     pub fn open_by(&self) -> [(Tls, i64); Tls::ALL.len()] {
         Tls::ALL.map(|tls| (tls, self.open[tls as usize].load(Ordering::Relaxed)))
     }
@@ -264,21 +264,21 @@ impl Guards {
             open: Default::default(),
             squeeze: Squeeze::default(),
             adaptive: ArcSwapOption::empty(),
-            moves: RateLimit::new(&MOVES, now, RandomState::new()),
+            switch_rate: RateLimit::new(&SWITCH_RATE, now, RandomState::new()),
             rates: Mutex::default(),
             quantiles: ArcSwap::default(),
-            usual: OnceLock::new(),
+            usual_latency: OnceLock::new(),
             counts: Counts::default(),
             durations: Durations::default(),
         })
     }
 
-    /// Takes the settings of an upstream. Routes may only switch these off: the state is the upstream's.
+    /// Applies the settings of an upstream. Routes may only switch policies off: the state belongs to the upstream.
     pub fn configure(&self, policy: &Policy, now: Instant) {
         if let Some(settings) = policy.breaker.0 {
             self.breaker.configure(settings);
         }
-        // Switched off, it still counts, but ejects nobody.
+        // Disabled, it still counts, but ejects nothing.
         let off = OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() };
         self.outliers.configure(policy.outlier.0.unwrap_or(off));
         if let Some(retry) = &policy.retry.0 {
@@ -292,7 +292,7 @@ impl Guards {
                 self.requests.adapt(ADAPTIVE_START, now);
                 self.adaptive.store(Some(Arc::new(Adaptive::new(limits.max_requests, now))));
             } else if let Some(adaptive) = adaptive {
-                // What was learned outlives a reload; `adapt` keeps it below the new `max_requests`.
+                // The learned limit outlives a reload; `adapt` keeps it below the new `max_requests`.
                 adaptive.configure(limits.max_requests);
                 self.requests.adapt(learned, now);
             } else {
@@ -317,7 +317,7 @@ impl Guards {
         limit
     }
 
-    /// The live latency at a quantile, in percent. Takes no lock.
+    /// The live latency at a quantile, in percent. Lock-free.
     pub fn quantile(&self, percent: u8, now: Instant) -> Arc<LiveQuantile> {
         let find = |known: &[(u8, Arc<LiveQuantile>)]| {
             known.iter().find(|(of, _)| *of == percent).map(|(_, live)| Arc::clone(live))
@@ -328,24 +328,24 @@ impl Guards {
         let new = Arc::new(LiveQuantile::new(percent, now));
         self.quantiles.rcu(|known| {
             let added = (percent, Arc::clone(&new));
-            // Another worker may have been first.
+            // Another worker may have added it first.
             let missing = find(known).is_none().then_some(added);
             known.iter().cloned().chain(missing).collect::<Vec<_>>()
         });
         find(&self.quantiles.load()).unwrap_or(new)
     }
 
-    /// The latency that responses rarely exceed. Recorded from the first call on, so not known at once.
+    /// The latency that responses rarely exceed. Recorded from the first use on, so not known at once.
     pub fn watch_usual_latency(&self, now: Instant) -> &LiveQuantile {
-        self.usual.get_or_init(|| LiveQuantile::new(USUAL, now))
+        self.usual_latency.get_or_init(|| LiveQuantile::new(USUAL_PERCENTILE, now))
     }
 
-    /// The same, where somebody has asked for it.
+    /// The same, if it is in use.
     pub fn usual_latency(&self) -> Option<&LiveQuantile> {
-        self.usual.get()
+        self.usual_latency.get()
     }
 
-    /// Tells the breaker what came of an attempt. `absent`: its endpoint is. `random` from 0 to 1.
+    /// Reports the outcome of an attempt to the breaker. `absent`: its endpoint is absent. `random` from 0 to 1.
     pub fn report(
         &self,
         upstream: &str,
@@ -355,7 +355,7 @@ impl Guards {
         random: f64,
     ) -> Option<Transition> {
         let transition = self.breaker.report(permit, health, now, random);
-        self.change(upstream, transition, absent);
+        self.apply_transition(upstream, transition, absent);
         if transition.is_some_and(|transition| transition.to == State::Open)
             && self.outliers.awaits_probe(now)
         {
@@ -364,25 +364,25 @@ impl Guards {
         transition
     }
 
-    /// One request may probe an endpoint: an open breaker lets it through, and those who wait look again. They may have
-    /// been woken by the change to "open", and have found no trial.
+    /// Lets one request through an open breaker to probe an endpoint, and notifies waiting requests. They may have
+    /// been notified of the change to "open" before, when there was no trial yet.
     pub fn offer_trial(&self) {
         if self.breaker.offer_trial() {
             self.absence.wake();
         }
     }
 
-    /// Whether one more attempt may go to another endpoint at once, as this one accepted no connection.
+    /// Whether one more attempt may switch to another endpoint at once, because this one accepted no connection.
     pub fn may_move_on(&self, now: Instant) -> bool {
-        self.moves.take(&[], now).is_ok()
+        self.switch_rate.take(&[], now).is_ok()
     }
 
-    /// Counts and tells a change of the breaker.
+    /// Counts and logs a transition of the breaker.
     pub fn note(&self, upstream: &str, transition: Option<Transition>) {
-        self.change(upstream, transition, false);
+        self.apply_transition(upstream, transition, false);
     }
 
-    fn change(&self, upstream: &str, transition: Option<Transition>, absent: bool) {
+    fn apply_transition(&self, upstream: &str, transition: Option<Transition>, absent: bool) {
         if let Some(transition) = transition {
             self.absence.note(&transition, absent);
             self.counts.transitions.add(transition.to.word());

@@ -1,7 +1,7 @@
-//! Active health checks: asks every endpoint of an upstream, again and again, whether it is well.
+//! Active health checks: check every endpoint of an upstream at an interval.
 //!
 //! One task per upstream on the control thread. It follows the endpoint set: a new endpoint is checked at once (and
-//! taken for healthy until it fails `unhealthy_after` checks in a row), one that is gone is forgotten.
+//! counts as healthy until it fails `unhealthy_after` checks in a row), a removed one is dropped.
 
 mod check;
 #[cfg(test)]
@@ -29,14 +29,14 @@ use crate::{
     rng::Rng,
 };
 
-/// Checks of one upstream at a time.
+/// The most concurrent checks of one upstream.
 const CONCURRENT: usize = 32;
-/// Intervals vary by this much, so that the checks of a fleet don't fall in step.
+/// Intervals vary by this share, so that the checks of a fleet do not synchronize.
 const JITTER: f64 = 0.1;
-/// However short the interval is set, an endpoint gets this much rest.
+/// The shortest interval, whatever is configured.
 const MIN_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What is asked, and how.
+/// What to check, and how.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckSettings {
     pub health: Health,
@@ -45,16 +45,16 @@ pub struct CheckSettings {
     pub tls: Option<TlsTarget>,
 }
 
-/// Counts consecutive results and says when an endpoint changes sides.
+/// Counts consecutive results and decides when an endpoint becomes healthy or unhealthy.
 #[derive(Clone, Copy, Debug)]
 pub struct Threshold {
     healthy: bool,
-    /// Results in a row that speak against `healthy`.
+    /// Consecutive results that contradict `healthy`.
     contrary: u32,
 }
 
-/// Keeps checking the endpoints of an upstream for as long as it lives. When it is dropped, all of them count as
-/// healthy again: nobody would notice their recovery any more.
+/// Keeps checking the endpoints of an upstream until it is dropped. Then all of them count as healthy again, because
+/// nothing would detect their recovery.
 #[derive(Debug)]
 pub struct HealthChecks {
     settings: watch::Sender<CheckSettings>,
@@ -71,7 +71,7 @@ impl Threshold {
         self.healthy
     }
 
-    /// Takes the result of a check; `true` where the endpoint has changed sides by it.
+    /// Records the result of a check; `true` if the state of the endpoint has changed.
     pub fn record(&mut self, passed: bool, settings: &Health) -> bool {
         if passed == self.healthy {
             self.contrary = 0;
@@ -88,7 +88,7 @@ impl Threshold {
 }
 
 impl HealthChecks {
-    /// Takes new settings and keeps what is known of the endpoints.
+    /// Applies new settings and keeps the state of the endpoints.
     pub fn reconfigure(&self, new: CheckSettings) {
         self.settings.send_if_modified(|old| {
             let changed = *old != new;
@@ -107,7 +107,7 @@ impl Drop for HealthChecks {
     }
 }
 
-/// Starts to check the endpoints of `upstream` on `runtime`, the control thread's.
+/// Starts checking the endpoints of `upstream` on `runtime`, that of the control thread.
 pub fn spawn(settings: CheckSettings, upstream: Arc<Upstream>, runtime: &Handle) -> HealthChecks {
     let (settings, receiver) = watch::channel(settings);
     let checker = Checker {
@@ -125,15 +125,15 @@ struct Checker {
     settings: watch::Receiver<CheckSettings>,
     upstream: Arc<Upstream>,
     rng: Rng,
-    endpoints: HashMap<Key, Checked>,
-    /// The most overdue first. An entry counts only while it is what the endpoint's `due` says.
-    queue: BTreeSet<(Instant, Key)>,
-    running: JoinSet<(Key, Result<(), CheckError>)>,
+    endpoints: HashMap<EndpointKey, CheckedEndpoint>,
+    /// The most overdue first. An entry is valid only while it equals the `due` of its endpoint.
+    queue: BTreeSet<(Instant, EndpointKey)>,
+    running: JoinSet<(EndpointKey, Result<(), CheckError>)>,
 }
 
-type Key = (SocketAddr, Option<Arc<str>>);
+type EndpointKey = (SocketAddr, Option<Arc<str>>);
 
-struct Checked {
+struct CheckedEndpoint {
     endpoint: Arc<Endpoint>,
     threshold: Threshold,
     due: Instant,
@@ -142,27 +142,27 @@ struct Checked {
 impl Checker {
     async fn run(mut self) {
         let mut changes = self.upstream.changes();
-        self.follow();
+        self.sync_endpoints();
         loop {
             self.start_due();
             let next = self.queue.first().map(|(at, _)| *at);
-            let room = self.running.len() < CONCURRENT;
+            let has_capacity = self.running.len() < CONCURRENT;
             tokio::select! {
                 Some(done) = self.running.join_next() => {
                     if let Ok((key, result)) = done {
-                        self.finished(&key, result);
+                        self.record_result(&key, result);
                     }
                 }
-                () = sleep_until(next), if room => {}
-                // The senders live in `self.upstream` and in the handle, whose end is ours too.
-                Ok(()) = changes.changed() => self.follow(),
-                Ok(()) = self.settings.changed() => self.all_due(),
+                () = sleep_until(next), if has_capacity => {}
+                // The senders live in `self.upstream` and in the handle, whose drop ends this task as well.
+                Ok(()) = changes.changed() => self.sync_endpoints(),
+                Ok(()) = self.settings.changed() => self.schedule_all(),
             }
         }
     }
 
-    /// Catches up with the endpoint set.
-    fn follow(&mut self) {
+    /// Synchronizes with the endpoint set.
+    fn sync_endpoints(&mut self) {
         let now = Instant::now();
         let mut old = std::mem::take(&mut self.endpoints);
         for endpoint in &self.upstream.endpoints().endpoints {
@@ -170,13 +170,13 @@ impl Checker {
             let checked = old.remove(&key).unwrap_or_else(|| {
                 self.queue.insert((now, key.clone()));
                 let threshold = Threshold::new(endpoint.is_healthy());
-                Checked { endpoint: endpoint.clone(), threshold, due: now }
+                CheckedEndpoint { endpoint: endpoint.clone(), threshold, due: now }
             });
-            self.endpoints.insert(key, Checked { endpoint: endpoint.clone(), ..checked });
+            self.endpoints.insert(key, CheckedEndpoint { endpoint: endpoint.clone(), ..checked });
         }
     }
 
-    fn all_due(&mut self) {
+    fn schedule_all(&mut self) {
         let now = Instant::now();
         self.queue.clear();
         for (key, checked) in &mut self.endpoints {
@@ -195,7 +195,7 @@ impl Checker {
                 continue;
             };
             let settings = self.settings.borrow_and_update().clone();
-            // Should the check end without a result, this is when it is made again.
+            // If the check ends without a result, it is repeated at this time.
             checked.due = now + *settings.health.timeout + settings.health.interval.0.max(MIN_INTERVAL);
             self.queue.insert((checked.due, key.clone()));
             let check = check::run(settings, checked.endpoint.clone());
@@ -203,9 +203,9 @@ impl Checker {
         }
     }
 
-    fn finished(&mut self, key: &Key, result: Result<(), CheckError>) {
+    fn record_result(&mut self, key: &EndpointKey, result: Result<(), CheckError>) {
         let settings = &self.settings.borrow().health;
-        // The endpoint may have left meanwhile.
+        // The endpoint may have been removed meanwhile.
         let Some(checked) = self.endpoints.get_mut(key) else { return };
         let interval = settings.interval.0.max(MIN_INTERVAL);
         self.queue.remove(&(checked.due, key.clone()));
@@ -219,7 +219,7 @@ impl Checker {
             return;
         }
         let changed = checked.threshold.record(result.is_ok(), settings);
-        // Said every time: checks that were replaced by these may have said otherwise when they ended.
+        // Set every time: checks that these replaced may have set another state when they ended.
         checked.endpoint.set_healthy(checked.threshold.is_healthy());
         if !changed {
             return;

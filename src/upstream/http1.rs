@@ -1,7 +1,59 @@
-//! An HTTP/1.1 connection to an endpoint, and the exchange it carries.
+//! An HTTP/1.1 connection to an endpoint, and the request on it.
 //!
-//! All of it moves in the task of the call that uses it: nobody else is woken, and between calls nothing waits. Only a
-//! request that is still being sent when its answer has begun gets a task, see [`Http1::send`].
+//! There is no driver task: the task of the request polls the connection, and nothing polls an idle one. The one
+//! exception is a request that is still being sent when its response starts: a separate task sends the rest, see
+//! [`Http1Connection::send`].
+//!
+//! # States
+//!
+//! ```text
+//!                           start_request
+//! opened ---------> IDLE ---------------------> SENDING ----- all written ----> WAITING
+//!                   ^  |                         |    |                            |
+//!                   |  | closed by the endpoint, |    | final head                 | final head
+//!                   |  | unsolicited bytes,      |    | (early response)           |
+//!                   |  | expired                 |    v                            v
+//!                   |  |                         |  UPLOADING -- all written --> READING
+//!                   |  |        read or write    |    |                          |  |  |
+//!                   |  |        error            |    | aborted, or stalled for  |  |  | upgrade
+//!                   |  v                         v    v UPLOAD_STALL             |  |  v
+//!                   | CLOSED <----------------------- not reusable, or aborted --+  | UPGRADED
+//!                   |                                                               |
+//!                   +------------------- finish_exchange: reusable -----------------+
+//! ```
+//!
+//! No field stores the state; it follows from those of [`ClientConnection`]:
+//!
+//! | state | meaning | fields |
+//! | --- | --- | --- |
+//! | IDLE | in the pool | `is_usable` |
+//! | SENDING | `send` writes the request and reads the response | not `is_sent`, decoder over |
+//! | WAITING | `send` waits for the response head | `is_sent`, decoder over |
+//! | UPLOADING | the response is read, a separate task writes the request | not `is_sent` |
+//! | READING | the response body is read | `is_sent`, decoder not over |
+//! | UPGRADED | `take_upgraded_stream` has handed out the byte stream | `io` is `None` |
+//! | CLOSED | dropped; carries no further request | `io` is `None`, or not `is_persistent` |
+//!
+//! - An interim response (1xx except 101) does not change the state.
+//! - A reused connection is not read before the first byte of the request is written: an earlier byte cannot belong to
+//!   its response.
+//! - A write error by which the endpoint has closed the connection ends writing only. The endpoint may have sent a
+//!   response before, so `send` reads on; the connection is not reused.
+//!
+//! # Wakers
+//!
+//! A socket keeps one waker for each direction: that of the last poll. So at most one task may wait to read and one to
+//! write:
+//!
+//! - SENDING, WAITING: the request's task polls both directions. It is polled again when the socket is readable or
+//!   writable, or when the client has sent more of the request body.
+//! - UPLOADING: the upload task polls the request body and the write direction, the request's task the read direction.
+//!   The first poll of the upload task replaces the wakers that the request's task left in the body and in the write
+//!   direction.
+//! - `abort` drops the socket together with its wakers. So the upload task also leaves its waker in `upload_waker`, and
+//!   `abort` wakes it. The task then finds no `io`, ends, and drops its reference to the connection, which releases the
+//!   slot.
+//! - IDLE: no task waits. The pool checks the connection before reuse and about once a second, with a no-op waker.
 
 mod line;
 #[cfg(test)]
@@ -50,70 +102,75 @@ use crate::{
     resilience::deadline::REQUEST_TIMEOUT,
 };
 
-/// An upload that goes on behind its answer, and of which the endpoint takes nothing.
+/// How long an upload that continues after its response may make no progress.
 const UPLOAD_STALL: Duration = Duration::from_secs(300);
 
-/// How long a connection rests before it is reused where bytes may be on their way that no request asked for: the body
-/// that some services send with a response to HEAD, or with a 204 or 304, comes right behind its head.
+/// How long a connection settles before reuse if unsolicited bytes may be on their way: the body that some services
+/// send with a response to HEAD, or with a 204 or 304, follows right behind its head.
 const SETTLE: Duration = Duration::from_millis(10);
 
 /// Whether a connection can carry another exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rest {
     Reusable,
+    /// It is closed: one side does not keep it alive, or the exchange was incomplete.
     Ends,
-    /// It ends because more came than the response.
+    /// It is closed because more than the response was received.
     Unsolicited,
 }
 
-/// An HTTP/1.1 connection. Dropped while it lies idle it says goodbye, as far as that needs no waiting.
+/// An HTTP/1.1 connection. When it is dropped idle, it closes gracefully (TLS `close_notify`) as far as that does not
+/// block.
 #[derive(Debug)]
 pub struct Http1 {
-    // Shared with the task that sends what an early answer leaves to be sent. Handed from room to room: so it is small.
+    // Shared with the upload task. One pointer, because the connection is moved around often.
     opened: Rc<Opened>,
+    /// When the last response ended.
     pub idle_since: Instant,
-    /// It rests until then, see [`SETTLE`].
+    /// It settles until then, see [`SETTLE`].
     pub reusable_from: Instant,
-    /// What `Keep-Alive: timeout=` said.
+    /// The idle timeout that `Keep-Alive: timeout=` announced.
     pub told: Option<Duration>,
 }
 
 #[derive(Debug)]
 struct Opened {
+    /// Borrowed within one poll only, never across an `await`: the request's task and the upload task share it.
     line: RefCell<Line>,
     tcp: SharedTcp,
     keep_spelling: bool,
     retire_at: Option<Instant>,
     /// See [`ConnectionSettings`].
     lifts_user_timeout: bool,
-    /// Who answered, where it is TLS.
+    /// The verified server identity, if TLS.
     proof: Option<Box<Proof>>,
-    // Last: its room is free when all else is.
+    // Last: the slot is released after everything else.
     slot: ConnectionSlot,
 }
 
-/// A request's head, which stays with the caller of [`Http1::send`].
+/// The head of a request to be sent, borrowed from the caller of [`Http1Connection::send`].
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
     pub method: &'a Method,
     pub target: &'a Uri,
-    /// Path and query as the client sent them, where `target` has another form of them.
+    /// Path and query as the client sent them, if `target` has a normalized form.
     pub raw_target: Option<&'a RawTarget>,
     pub fields: &'a HeaderMap,
     pub spelling: Option<&'a Spelling>,
     pub told: Told,
 }
 
-/// What the next hop is told of a try, beside the fields, where it goes by HTTP/1.1.
+/// Header fields of one attempt that are written directly, without a copy of the request's header map.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Told {
-    /// Which try of its call it is.
+    /// The number of the attempt, from 1.
     pub attempt: Option<u32>,
+    /// The time until the deadline, in milliseconds.
     pub millis_left: Option<NonZeroU64>,
 }
 
 impl Told {
-    /// Writes the fields that say so.
+    /// Writes the header fields.
     pub fn write(self, out: &mut Vec<u8>) {
         let mut write = |name: &HeaderName, number: u64| {
             write_field(out, name.as_str().as_bytes(), decimal(&mut [0; 20], number));
@@ -128,6 +185,11 @@ impl Told {
 }
 
 impl Http1 {
+    /// Waits for a connection slot and opens a connection.
+    ///
+    /// # Errors
+    ///
+    /// If no slot is free in time, or the connection or its TLS handshake fails.
     pub async fn open(
         endpoint: &LocalEndpoint,
         settings: &ConnectionSettings,
@@ -154,121 +216,126 @@ impl Http1 {
         Ok(Self { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None })
     }
 
-    /// Sends a request and waits for the head of its answer. `interim` is told of those that come before it (1xx).
+    /// Sends a request and waits for the head of its response. `interim` receives the interim responses (1xx) before
+    /// it.
     ///
-    /// What an early answer leaves to be sent goes on in a task of its own, whether or not anybody reads the answer:
-    /// a server may wait for the one before it goes on with the other.
+    /// After an early response a task of its own sends the rest of the request, whether or not the response is read:
+    /// a server may wait for the rest of the request before it sends the rest of the response.
     pub async fn send(
         &mut self,
         head: Head<'_>,
         body: RequestBody,
         mut interim: impl FnMut(StatusCode, HeaderMap),
     ) -> Result<ResponseHead, Error> {
-        let line = &self.opened.line;
-        line.borrow_mut().begin(head, body)?;
-        // The pool has looked at it in this very turn. Where the first write has to wait, it is looked at again.
-        let (mut looked_at, mut broken) = (true, false);
-        let answer = poll_fn(|cx| {
-            let line = &mut *line.borrow_mut();
-            if !looked_at && line.is_untouched() && line.look() != Idle::Quiet {
+        let connection = &self.opened.line;
+        connection.borrow_mut().begin(head, body)?;
+        // The pool has checked the connection in this very poll. If the first write has to wait, it is checked again.
+        let (mut checked, mut broken) = (true, false);
+        let response = poll_fn(|cx| {
+            let connection = &mut *connection.borrow_mut();
+            if !checked && connection.is_untouched() && connection.look() != Idle::Quiet {
                 return Poll::Ready(Err(Error::Closed));
             }
-            looked_at = false;
+            checked = false;
             if !broken {
-                match line.poll_request(cx) {
-                    // The endpoint has closed the connection. It may have answered before (413 in the middle of an
-                    // upload, or an alert that says what is wrong with our certificate): that lies in the kernel's
-                    // buffer, and behind it is the end.
-                    Poll::Ready(Err(Error::Io(error))) if is_end(&error) && !line.is_untouched() => {
+                match connection.poll_request(cx) {
+                    // The endpoint has closed the connection. It may have sent a response before (413 in the middle
+                    // of an upload, or a TLS alert about our certificate): this is in the kernel's receive buffer,
+                    // followed by the end.
+                    Poll::Ready(Err(Error::Io(error)))
+                        if is_peer_close(&error) && !connection.is_untouched() =>
+                    {
                         broken = true
                     }
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                     _ => {}
                 }
             }
-            if line.is_untouched() {
+            if connection.is_untouched() {
+                // `poll_request` is pending: the socket, or the request body, has stored the waker.
                 return Poll::Pending;
             }
-            line.poll_answer(cx, head.method, self.opened.keep_spelling, &mut interim)
+            connection.poll_answer(cx, head.method, self.opened.keep_spelling, &mut interim)
         })
         .await?;
-        let mut line = line.borrow_mut();
-        if !broken && !line.is_sent() {
+        let mut connection = connection.borrow_mut();
+        if !broken && !connection.is_sent() {
+            // Its first poll replaces this task's wakers in the request body and in the write direction of the socket.
             spawn_local(upload(Rc::clone(&self.opened)));
-        } else if answer.status == StatusCode::REQUEST_TIMEOUT
-            && line.reused
-            && !line.persists
+        } else if response.status == StatusCode::REQUEST_TIMEOUT
+            && connection.reused
+            && !connection.persists
             && head.method.is_idempotent()
         {
-            // The service gave up waiting for a request just before this one arrived (RFC 9110 §15.5.9).
-            line.heard = false;
+            // The service timed out waiting for a request just before this one arrived (RFC 9110 §15.5.9).
+            connection.heard = false;
             return Err(Error::Closed);
         }
-        Ok(answer)
+        Ok(response)
     }
 
-    /// Polls the next part of the answer's body.
+    /// Polls the next frame of the response body.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         self.opened.line.borrow_mut().poll_frame(cx)
     }
 
-    /// Whether the answer's body is over, as far as can be told without reading on.
+    /// Whether the response body is known to be complete without reading on.
     pub fn is_end_stream(&self) -> bool {
         self.opened.line.borrow().decoder.is_over()
     }
 
-    /// How long the rest of the answer's body is, where that was told.
+    /// The remaining length of the response body, if known.
     pub fn length(&self) -> Option<u64> {
         self.opened.line.borrow().decoder.length()
     }
 
-    /// What it was upgraded from, and what has come on it already.
+    /// The byte stream after an upgrade, and the bytes already received on it.
     pub fn take_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
-        let mut line = self.opened.line.borrow_mut();
-        line.persists = false;
-        if !line.is_sent() {
-            // What is left of the request would be taken for the new protocol.
-            line.give_up();
+        let mut connection = self.opened.line.borrow_mut();
+        connection.persists = false;
+        if !connection.is_sent() {
+            // The endpoint would take the rest of the request for the new protocol.
+            connection.give_up();
             return None;
         }
         if self.opened.lifts_user_timeout {
             self.opened.tcp.set_user_timeout(None);
         }
-        let unread = std::mem::take(&mut line.intake).into_unread();
-        line.io.take().map(|io| (io, unread))
+        let unread = std::mem::take(&mut connection.intake).into_unread();
+        connection.io.take().map(|io| (io, unread))
     }
 
-    /// A response was read to its end. `settles`: more may come than its endpoint was asked for.
+    /// Ends an exchange whose response was read to its end. `settles`: unsolicited bytes may follow.
     pub fn rest(&mut self, settles: bool, now: Instant) -> Rest {
         self.idle_since = now;
-        let mut line = self.opened.line.borrow_mut();
+        let mut connection = self.opened.line.borrow_mut();
         self.reusable_from = if settles { now + SETTLE } else { now };
-        let persisted = line.persists;
-        if line.listen() == Idle::Unsolicited && persisted {
+        let persisted = connection.persists;
+        if connection.listen() == Idle::Unsolicited && persisted {
             return Rest::Unsolicited;
         }
-        let reusable = line.is_usable() && !self.opened.slot.is_claimed() && !self.is_retired(now);
-        line.reused = true;
+        let reusable = connection.is_usable() && !self.opened.slot.is_claimed() && !self.is_retired(now);
+        connection.reused = true;
         if reusable { Rest::Reusable } else { Rest::Ends }
     }
 
-    /// Why its last response had no body, whatever its fields said.
+    /// Why the last response had no body regardless of its header fields.
     pub fn bodiless(&self) -> Option<Bodiless> {
         self.opened.line.borrow().bodiless
     }
 
-    /// Takes note of what has come while it lay idle, as far as the worker has been told: tickets, or its end.
+    /// Records what was received while idle, as far as the runtime already knows of it: session tickets, or the end.
     pub fn listen(&mut self) -> Idle {
         self.opened.line.borrow_mut().listen()
     }
 
-    /// Looks whether anything has come while it lay idle. To be called just before a request is sent, in the same turn of
-    /// the task: what comes later cannot be told from its response.
+    /// Asks the kernel whether anything was received while idle. Must be called just before a request is sent, in the
+    /// same poll of the task: what is received later cannot be distinguished from its response.
     pub fn look(&mut self) -> Idle {
         self.opened.line.borrow_mut().look()
     }
 
-    /// Whether it was closed, as far as has been noted.
+    /// Whether it is known to be closed.
     pub fn is_closed(&self) -> bool {
         !self.opened.line.borrow().persists
     }
@@ -278,15 +345,17 @@ impl Http1 {
         self.opened.tcp.peer_addr().ok()
     }
 
+    /// Whether it has reached its maximum age, or the server's certificate has expired.
     pub fn is_retired(&self, now: Instant) -> bool {
         self.opened.retire_at.is_some_and(|at| now >= at)
     }
 
+    /// The verified server identity, if TLS.
     pub fn proof(&self) -> Option<&Proof> {
         self.opened.proof.as_deref()
     }
 
-    /// Whether a byte of an answer came.
+    /// Whether a byte of a response was received.
     pub fn heard_anything(&self) -> bool {
         self.opened.line.borrow().heard
     }
@@ -297,37 +366,39 @@ impl Http1 {
     }
 }
 
-/// Whether an error of writing says that the endpoint has closed the connection, so that reading comes to an end as well.
-fn is_end(error: &io::Error) -> bool {
+/// Whether a write error means that the endpoint has closed the connection, so that reading ends as well.
+fn is_peer_close(error: &io::Error) -> bool {
     use io::ErrorKind as K;
     matches!(error.kind(), K::BrokenPipe | K::ConnectionReset | K::ConnectionAborted | K::NotConnected)
 }
 
-/// Sends what an early answer has left to be sent, for as long as it is taken.
+/// Sends the rest of a request after an early response, as long as the endpoint accepts it.
 async fn upload(opened: Rc<Opened>) {
     loop {
         let before = opened.line.borrow().outlet.written_so_far();
         let sent = poll_fn(|cx| {
-            let mut line = opened.line.borrow_mut();
-            line.uploader = Some(cx.waker().clone());
-            line.poll_request(cx).map(drop)
+            let mut connection = opened.line.borrow_mut();
+            // For `abort`, which drops the socket and with it the waker that is stored there.
+            connection.uploader = Some(cx.waker().clone());
+            connection.poll_request(cx).map(drop)
         });
         if timeout(UPLOAD_STALL, sent).await.is_ok() {
             return;
         }
-        let mut line = opened.line.borrow_mut();
-        if line.outlet.written_so_far() == before {
-            return line.give_up();
+        let mut connection = opened.line.borrow_mut();
+        // The timeout only counts if nothing at all was written meanwhile.
+        if connection.outlet.written_so_far() == before {
+            return connection.give_up();
         }
     }
 }
 
 impl Drop for Http1 {
     fn drop(&mut self) {
-        let mut line = self.opened.line.borrow_mut();
-        if !line.decoder.is_over() {
-            // Nobody waits for the answer any more: neither is the request sent to its end.
-            line.give_up();
+        let mut connection = self.opened.line.borrow_mut();
+        if !connection.decoder.is_over() {
+            // The response is not read any more, so the rest of the request is not sent either.
+            connection.give_up();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A connection to an endpoint that speaks HTTP/2, and the streams on it.
+//! An HTTP/2 connection to an endpoint, and its streams.
 
 mod driver;
 pub mod pool;
@@ -52,25 +52,25 @@ use crate::{
 
 /// Streams in flight on a connection above which another connection is opened.
 const MOST_STREAMS: u32 = 64;
-/// What a stream may receive before any of it is read: what a slow client holds in memory.
+/// What a stream may receive before any of it is read: the memory that a slow client holds.
 const STREAM_WINDOW: u32 = 256 * 1024;
-/// All streams may have their windows full, and the next one still gets through. It bounds the memory of a connection.
+/// All streams may fill their windows, and the next one still gets data. It bounds the memory of a connection.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MOST_STREAMS;
-/// Streams that `h2` opens before the endpoint has said how many it takes. Requests wait for that, within reason.
+/// Streams that `h2` opens before the endpoint's SETTINGS arrive. Requests wait for them, for a limited time.
 const STREAMS_BEFORE_SETTINGS: usize = 1;
-/// A connection on which nothing more may be sent for this long gets no further request that has a body.
-const WINDOW_HELD: Duration = Duration::from_millis(100);
+/// A connection whose send window has been exhausted for this long gets no further request with a body.
+const WINDOW_EXHAUSTED_FOR: Duration = Duration::from_millis(100);
 
-/// When the endpoint of a connection is asked for a sign of life.
+/// When a connection is probed with PING.
 #[derive(Clone, Copy, Debug)]
 pub struct PingSettings {
-    /// After this long without a byte while streams are open; `None` = never.
+    /// After this long without a received byte while streams are open; `None` = never.
     pub interval: Option<Duration>,
-    /// For so long its answer is awaited before the connection gets no more requests.
+    /// How long to wait for the PING response before the connection gets no more requests.
     pub timeout: Duration,
 }
 
-/// A connection. Its task ends when this and all streams are dropped.
+/// A connection. Its task ends when this and all its streams are dropped.
 #[derive(Debug)]
 pub struct Http2 {
     sender: SendRequest<Bytes>,
@@ -80,25 +80,25 @@ pub struct Http2 {
     loss: Loss,
 }
 
-/// What a connection's task shares with its streams and the pool.
+/// The state that a connection's task shares with its streams and the pool.
 #[derive(Debug)]
 struct State {
     wire: Rc<Wire>,
-    /// Streams in flight, those included whose request is still being sent.
+    /// Streams in flight, including those whose request is still being sent.
     streams: Cell<u32>,
-    /// Streams that the endpoint takes at a time; 0 until it has said so.
+    /// The most concurrent streams that the endpoint allows; 0 until anything was received.
     limit: Cell<u32>,
     idle_since: Cell<Instant>,
     closed: Cell<bool>,
     /// It has not answered a PING in time, or has seen too many errors: no new streams.
     retired: Cell<bool>,
-    /// A PING is wanted at once.
+    /// A PING is to be sent at once.
     ping_wanted: Cell<bool>,
-    /// When the PING was sent whose answer is owed.
+    /// When the unanswered PING was sent.
     ping_sent: Cell<Option<Instant>>,
-    /// The connection's task.
+    /// The waker of the connection's task.
     task: RefCell<Option<Waker>>,
-    /// Those who wait for a stream.
+    /// The requests that wait for a stream.
     changed: Rc<Waiters>,
 }
 
@@ -109,8 +109,8 @@ pub struct Stream {
     slot: Rc<StreamSlot>,
     upload: Option<AbortHandle>,
     sent_at: Option<Instant>,
-    answered: bool,
-    /// Of the response, once it has begun.
+    response_started: bool,
+    /// The response body, once its head has arrived.
     body: Option<Body>,
     /// The response has been read to its end.
     complete: bool,
@@ -123,7 +123,7 @@ struct StreamSlot(Rc<State>);
 #[derive(Debug)]
 pub struct RequestError {
     pub error: h2::Error,
-    /// Nothing of the request has been sent, and nothing of its body was read.
+    /// Nothing of the request was sent, and nothing of its body was read.
     pub unsent: bool,
 }
 
@@ -179,18 +179,19 @@ impl Http2 {
             || self.retire_at.is_some_and(|at| now >= at))
     }
 
-    /// Whether one more stream may begin now.
+    /// Whether one more stream may be opened now.
     fn has_room(&self) -> bool {
         self.state.ping_sent.get().is_none() && self.state.streams.get() < self.state.limit.get()
     }
 
-    /// Whether requests with bodies have used up its window, and nothing of it comes back.
+    /// Whether request bodies have exhausted its send window, and the endpoint does not extend it.
     fn is_held(&self, now: Instant) -> bool {
         let since = self.state.wire.window_empty_since();
-        since.is_some_and(|since| now.saturating_duration_since(since) >= WINDOW_HELD)
+        since.is_some_and(|since| now.saturating_duration_since(since) >= WINDOW_EXHAUSTED_FOR)
     }
 
-    /// Whether it has no room only because the endpoint has not given any yet: another connection would have none either.
+    /// Whether it has no free stream only because the endpoint has not allowed any yet: another connection would have
+    /// none either.
     fn is_opening(&self) -> bool {
         let state = &self.state;
         !state.closed.get() && state.limit.get() == 0 && state.streams.get() == 0
@@ -222,7 +223,7 @@ fn builder() -> Builder {
 }
 
 impl State {
-    /// Whom to wake, mostly the same as before.
+    /// Stores the waker of the connection's task, mostly the same as before.
     fn note_task(&self, waker: &Waker) {
         let mut task = self.task.borrow_mut();
         if !task.as_ref().is_some_and(|task| task.will_wake(waker)) {
@@ -256,11 +257,19 @@ impl Drop for StreamSlot {
 impl Stream {
     fn new(connection: Rc<Http2>) -> Self {
         let slot = StreamSlot::new(&connection.state);
-        Self { connection, slot, upload: None, sent_at: None, answered: false, body: None, complete: false }
+        Self {
+            connection,
+            slot,
+            upload: None,
+            sent_at: None,
+            response_started: false,
+            body: None,
+            complete: false,
+        }
     }
 
-    /// Sends a request, and waits for its response. The request's body is sent by a task of its own where it does not go out
-    /// at once.
+    /// Sends a request and waits for its response head. A task of its own sends the request body unless it can be
+    /// sent at once.
     pub async fn send(
         &mut self,
         mut request: Request<()>,
@@ -276,7 +285,7 @@ impl Stream {
             self.upload(BodySender::new(body, stream)).await;
         }
         let response = response.await.map_err(|error| RequestError { error, unsent: false })?;
-        self.answered = true;
+        self.response_started = true;
         let (head, stream) = response.into_parts();
         let body = Body::of_response(stream, &head.headers, &self.connection.state.wire);
         self.complete = body.is_end_stream();
@@ -289,12 +298,12 @@ impl Stream {
         if done {
             return;
         }
-        // The endpoint counts a stream until both its messages have ended.
+        // The endpoint counts a stream until both its directions have ended.
         let slot = Rc::clone(&self.slot);
         let task = spawn_local(async move {
             let _slot = slot;
             if let Err(error) = pin!(sender).await {
-                tracing::debug!(%error, "request body not sent to its end");
+                tracing::debug!(%error, "request body not sent completely");
             }
         });
         self.upload = Some(task.abort_handle());
@@ -305,7 +314,7 @@ impl Stream {
         self.connection.state.streams.get() == 1
     }
 
-    /// Who answered by TLS.
+    /// The verified server identity, if TLS.
     pub fn proof(&self) -> Option<&Proof> {
         self.connection.proof.as_deref()
     }
@@ -322,7 +331,7 @@ impl Stream {
         self.body.as_ref()
     }
 
-    /// The response has been read to its end: what is still missing of the request goes on being sent.
+    /// Marks the response as read to its end: the rest of the request is still sent.
     pub fn finished(&mut self) {
         self.complete = true;
     }
@@ -335,17 +344,17 @@ impl Drop for Stream {
         {
             upload.abort();
         }
-        // Given up by its client, or by a deadline of ours. Has the endpoint said anything meanwhile? Then it is there.
+        // Cancelled by its client, or by a deadline here. If the endpoint has sent anything meanwhile, it is alive.
         let state = &self.connection.state;
         let silent = self.sent_at.is_some_and(|sent| state.wire.heard().is_none_or(|heard| heard <= sent));
-        if !self.answered && silent && !state.closed.get() {
+        if !self.response_started && silent && !state.closed.get() {
             state.ping_wanted.set(true);
             state.wake();
         }
     }
 }
 
-/// Adds and removes what HTTP/2 wants otherwise.
+/// Adapts a request to HTTP/2.
 fn prepare(request: &mut Request<()>, body: &RequestBody) {
     let has_payload =
         !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);

@@ -1,5 +1,5 @@
-//! The idle HTTP/1.1 connections of one worker to one endpoint: a stack, the freshest on top, so that the surplus grows old
-//! and is closed.
+//! The idle HTTP/1.1 connections of one worker to one endpoint: a stack with the most recently used on top, so that
+//! surplus connections age at the bottom and are closed.
 
 use std::{
     cell::{Cell, RefCell},
@@ -17,33 +17,33 @@ use super::{
 };
 use crate::{config::PoolIdle, identity::tls::ClientTls};
 
-/// Idle connections kept.
+/// The most idle connections that are kept.
 const MAX_IDLE: usize = 512;
-/// How long an idle connection is kept where nothing better is known: Node closes after 5 s.
+/// How long an idle connection is kept if neither a header nor experience says: Node closes after 5 s.
 const IDLE_UNKNOWN: Duration = Duration::from_secs(4);
-/// For how long an endpoint is remembered to have sent bytes that no request asked for.
-const NOISY_FOR: Duration = Duration::from_secs(600);
-/// After so many responses without a body, behind which nothing came, connections are reused at once.
-const KEEPS_TO_HTTP_AFTER: u8 = 8;
+/// How long the connections of an endpoint settle before reuse after it has sent unsolicited bytes.
+const SETTLE_PERIOD: Duration = Duration::from_secs(600);
+/// After this many bodiless responses with nothing behind them, connections are reused at once.
+const COMPLIANT_AFTER: u8 = 8;
 
 /// See the [module](self).
 #[derive(Debug, Default)]
 pub struct IdleConnections {
     stack: RefCell<Vec<Http1>>,
-    /// What the endpoint's closes have taught about its idle time.
+    /// The idle timeout learned from connections that the endpoint closed.
     learned: Cell<Learned>,
-    /// Until when its connections rest before they are reused, since it has sent bytes that no request asked for.
-    noisy_until: Cell<Option<Instant>>,
-    /// How many responses to HEAD, and with a 204 or 304, nothing came behind, while their connections rested.
-    proper: [Cell<u8>; 2],
+    /// Until when connections settle before reuse, because the endpoint has sent unsolicited bytes.
+    settle_until: Cell<Option<Instant>>,
+    /// How many responses to HEAD, and how many 204 or 304, were followed by nothing while their connections settled.
+    compliant: [Cell<u8>; 2],
 }
 
 impl IdleConnections {
-    /// Takes connections off the stack until one can be used. It was looked at just now: what its request is written to in
-    /// the same turn of the task had nothing unread.
+    /// Takes connections off the stack until one is usable. It is checked just now: if its request is written in the
+    /// same poll of the task, no unread bytes precede the response.
     pub fn pop(&self, settings: &ConnectionSettings, now: Instant) -> Option<Http1> {
         let mut stack = self.stack.borrow_mut();
-        // A connection to another TLS name stays for requests to that name.
+        // A connection with another TLS server name stays for requests to that name.
         let reusable =
             |connection: &Http1| connection.reusable_from <= now && fits(connection.proof(), settings);
         while let Some(at) = stack.iter().rposition(reusable) {
@@ -56,21 +56,21 @@ impl IdleConnections {
                 Idle::Quiet => {
                     self.learn(|learned| learned.outlived(age));
                     if connection.reusable_from > connection.idle_since {
-                        self.note_proper(&connection);
+                        self.record_compliant(&connection);
                     }
                     return Some(connection);
                 }
                 Idle::Closed => self.learn(|learned| learned.closed(age, now)),
-                Idle::Unsolicited => self.note_unsolicited(&connection, now),
+                Idle::Unsolicited => self.record_unsolicited(&connection, now),
             }
         }
         None
     }
 
-    /// Keeps a connection whose response was read to its end, if it can be used again.
+    /// Returns a connection whose response was read to its end, if it can be reused.
     pub fn put_back(&self, mut connection: Http1, now: Instant) {
-        let noisy = self.noisy_until.get().is_some_and(|until| now < until);
-        let unknown = |kind| self.proper[kind as usize].get() < KEEPS_TO_HTTP_AFTER;
+        let noisy = self.settle_until.get().is_some_and(|until| now < until);
+        let unknown = |kind| self.compliant[kind as usize].get() < COMPLIANT_AFTER;
         let settles = noisy || connection.bodiless().is_some_and(unknown);
         match connection.rest(settles, now) {
             Rest::Reusable => {
@@ -80,11 +80,11 @@ impl IdleConnections {
                 }
             }
             Rest::Ends => {}
-            Rest::Unsolicited => self.note_unsolicited(&connection, now),
+            Rest::Unsolicited => self.record_unsolicited(&connection, now),
         }
     }
 
-    /// Closes the connection that has been idle for longest. False: there is none.
+    /// Closes the connection that has been idle for longest; `false` if there is none.
     pub fn close_oldest(&self) -> bool {
         let mut stack = self.stack.borrow_mut();
         if stack.is_empty() {
@@ -94,7 +94,7 @@ impl IdleConnections {
         true
     }
 
-    /// Closes what has been idle for too long, and what was made by other TLS settings.
+    /// Closes connections that have been idle for too long or were opened with other TLS settings.
     pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>, now: Instant) {
         self.stack.borrow_mut().retain_mut(|connection| {
             if !is_of(connection.proof(), tls) {
@@ -108,17 +108,17 @@ impl IdleConnections {
                     false
                 }
                 Idle::Unsolicited => {
-                    self.note_unsolicited(connection, now);
+                    self.record_unsolicited(connection, now);
                     false
                 }
             }
         });
     }
 
-    /// The endpoint takes no connections: what it closed just now was not closed for idling.
+    /// Records that the endpoint accepts no connections: what it closed just now was not closed for idling.
     pub fn connect_failed(&self) {
         self.learn(Learned::restarted);
-        self.forget_proper();
+        self.reset_compliant();
     }
 
     pub fn len(&self) -> usize {
@@ -129,41 +129,41 @@ impl IdleConnections {
         match setting {
             PoolIdle::Fixed(limit) => *limit,
             PoolIdle::Auto => {
-                let told = connection.told.unwrap_or(IDLE_UNKNOWN);
-                self.learned.get().limit(now).map_or(told, |learned| learned.min(told))
+                let announced = connection.told.unwrap_or(IDLE_UNKNOWN);
+                self.learned.get().limit(now).map_or(announced, |learned| learned.min(announced))
             }
         }
     }
 
-    fn learn(&self, what: impl FnOnce(&mut Learned)) {
+    fn learn(&self, update: impl FnOnce(&mut Learned)) {
         let mut learned = self.learned.get();
-        what(&mut learned);
+        update(&mut learned);
         self.learned.set(learned);
     }
 
-    /// Nothing came behind a response without a body, in the time for which its connection rested.
-    fn note_proper(&self, connection: &Http1) {
+    /// Records that nothing followed a bodiless response while its connection settled.
+    fn record_compliant(&self, connection: &Http1) {
         if let Some(kind) = connection.bodiless() {
-            let count = &self.proper[kind as usize];
+            let count = &self.compliant[kind as usize];
             count.set(count.get().saturating_add(1));
         }
     }
 
-    fn forget_proper(&self) {
-        self.proper.iter().for_each(|count| count.set(0));
+    fn reset_compliant(&self) {
+        self.compliant.iter().for_each(|count| count.set(0));
     }
 
-    /// The endpoint has sent what no request asked for. Its connections rest from now on before they are reused, so that
-    /// what else it sends is seen.
-    fn note_unsolicited(&self, connection: &Http1, now: Instant) {
-        self.forget_proper();
-        let known = self.noisy_until.replace(now.checked_add(NOISY_FOR));
+    /// Records unsolicited bytes from the endpoint. From now on its connections settle before reuse, so that further
+    /// such bytes are detected.
+    fn record_unsolicited(&self, connection: &Http1, now: Instant) {
+        self.reset_compliant();
+        let known = self.settle_until.replace(now.checked_add(SETTLE_PERIOD));
         if known.is_none_or(|until| now >= until) {
             let endpoint = connection.peer().map(tracing::field::display);
             tracing::warn!(
                 endpoint,
-                "the endpoint sends bytes that no request asked for: a body with a response to HEAD, a 204 or 304, more than \
-                 its Content-Length, or on an idle connection; they are discarded with their connections"
+                "the endpoint sends unsolicited bytes: a body with a response to HEAD, a 204 or 304, more than its \
+                 Content-Length, or data on an idle connection; the bytes are discarded and their connections closed"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! What one worker knows of an upstream: its endpoints with their pools and latencies, and whose turn it is.
+//! The view of one worker on an upstream: its endpoints with their pools and latencies, and the balancer.
 
 use std::{
     cell::{Cell, RefCell},
@@ -23,80 +23,80 @@ use crate::{
     rng::Rng,
 };
 
-/// An upstream, as one worker sees it.
+/// An upstream as one worker sees it.
 #[derive(Debug)]
 pub struct LocalUpstream {
     pub shared: Arc<Upstream>,
     /// The generation of `endpoints`.
-    seen: Cell<u64>,
+    generation: Cell<u64>,
     endpoints: RefCell<Rc<[Rc<LocalEndpoint>]>>,
     balance: RefCell<(Balance, Balancer)>,
-    /// Whose turn it is where all endpoints are absent.
+    /// The next endpoint in turn when all are absent.
     turn: Cell<usize>,
 }
 
-/// What an attempt's endpoint should be like.
+/// Criteria for the endpoint of an attempt.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
-    /// Endpoints to avoid, by index, as they have failed this request.
+    /// Endpoints to avoid, by index, because they have failed this request.
     pub tried: &'a [usize],
-    /// What balances by hash.
+    /// The key of hash balancing.
     pub hash: Option<u64>,
     /// Whether the attempt may probe an absent endpoint.
     pub probe: Option<Probe>,
 }
 
-/// By which request an absent endpoint is probed.
+/// Which requests may probe an absent endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// One that may be sent again if it fails.
+    /// Those that may be sent again if they fail.
     Repeatable,
-    /// Any other: only where no repeatable one has come for a while.
+    /// Any other: only if no repeatable one has arrived for a while.
     Any,
 }
 
-/// An endpoint, as one worker sees it.
+/// An endpoint as one worker sees it.
 #[derive(Debug)]
 pub struct LocalEndpoint {
     pub shared: Arc<Endpoint>,
     pub pool: Pool,
-    /// What requests saw of it: whether it is ejected, absent, or avoided.
+    /// The result of outlier detection: whether it is ejected, absent, or avoided.
     health: Option<Arc<EndpointHealth>>,
     latency: Cell<PeakEwma>,
     in_flight: Cell<u32>,
-    waiting: Cell<Waiting>,
+    awaited: Cell<AwaitedResponses>,
     key: u64,
 }
 
-/// Calls that an endpoint has not answered yet. An average learns from answers only: of one that gives none it would
-/// go on to expect the best.
+/// Requests that an endpoint has not responded to yet. A moving average learns from responses only: without them it
+/// would keep expecting the best.
 #[derive(Clone, Copy, Debug)]
-struct Waiting {
-    calls: u32,
-    /// When the first of them was sent, or anything was answered.
+struct AwaitedResponses {
+    requests: u32,
+    /// When the first of them was sent, or the last response came.
     since: Instant,
 }
 
-/// A call in flight at an endpoint, until it is dropped.
+/// A request in flight at an endpoint, until it is dropped.
 #[derive(Debug)]
 pub struct InFlight {
     endpoint: Rc<LocalEndpoint>,
-    /// It waits for its answer's head.
-    waits: Cell<bool>,
+    /// Its response head has not been received.
+    awaits_head: Cell<bool>,
 }
 
 impl LocalUpstream {
     pub fn new(shared: Arc<Upstream>, balance: &Balance) -> Rc<Self> {
         Rc::new(Self {
             shared,
-            seen: Cell::new(0),
+            generation: Cell::new(0),
             endpoints: RefCell::new(Rc::new([])),
             balance: RefCell::new((balance.clone(), Balancer::new(balance))),
             turn: Cell::new(0),
         })
     }
 
-    /// Takes a changed way to balance; pools and latencies stay.
+    /// Applies a changed balancing algorithm; pools and latencies stay.
     pub fn set_balance(&self, balance: &Balance) {
         let mut current = self.balance.borrow_mut();
         if current.0 != *balance {
@@ -104,11 +104,11 @@ impl LocalUpstream {
         }
     }
 
-    /// The endpoints as of now. Those that stayed keep their pools; of those that are gone, idle connections are
-    /// closed here and calls in flight go on.
+    /// The current endpoints. Remaining endpoints keep their pools; removed ones have their idle connections closed
+    /// here, while requests in flight continue.
     pub fn endpoints(&self, rng: &mut Rng) -> Rc<[Rc<LocalEndpoint>]> {
         let set = self.shared.endpoints();
-        if set.generation != self.seen.get() {
+        if set.generation != self.generation.get() {
             let old = Rc::clone(&self.endpoints.borrow());
             let now = Instant::now();
             let known: HashMap<_, _> = old.iter().map(|local| (Arc::as_ptr(&local.shared), local)).collect();
@@ -122,7 +122,7 @@ impl LocalUpstream {
             let endpoints: Rc<[_]> = set.endpoints.iter().map(local).collect();
             self.balance.borrow_mut().1.rebuild(&endpoints, rng);
             self.endpoints.replace(endpoints);
-            self.seen.set(set.generation);
+            self.generation.set(set.generation);
         }
         Rc::clone(&self.endpoints.borrow())
     }
@@ -136,7 +136,7 @@ impl LocalUpstream {
         rng: &mut Rng,
     ) -> Option<usize> {
         let tried = wanted.tried;
-        // One endpoint needs no choice.
+        // A single endpoint needs no choice.
         if let [only] = endpoints {
             return only.shared.is_healthy().then_some(0);
         }
@@ -147,13 +147,13 @@ impl LocalUpstream {
         }
         let picked = self.balance.borrow_mut().1.pick(endpoints, now, rng, tried, wanted.hash);
         let index = picked.filter(|index| !tried.contains(index));
-        let index = index.or_else(|| self.second_best(endpoints, tried, picked, now))?;
-        endpoints[index].chosen(now);
+        let index = index.or_else(|| self.pick_fallback(endpoints, tried, picked, now))?;
+        endpoints[index].mark_chosen(now);
         Some(index)
     }
 
-    /// The absent endpoint that the request is to probe, if there is one. By hash, only the one that the hash names: requests
-    /// that belong together stay together.
+    /// The absent endpoint that the request is to probe, if there is one. With hash balancing only the endpoint of
+    /// the hash, so that requests with the same key stay together.
     fn claim_probe(
         &self,
         endpoints: &[Rc<LocalEndpoint>],
@@ -168,10 +168,10 @@ impl LocalUpstream {
         candidates.find(|index| endpoints[*index].claim_probe(repeatable, now))
     }
 
-    /// Where every endpoint that can be used has failed this very request. An ejected endpoint is better then, as when
-    /// instances restart in turn and the first is back before its ejection ends; and so is an absent one that accepts
-    /// connections again. Also where health checks have taken out the rest.
-    fn second_best(
+    /// The choice if every usable endpoint has failed this request, or health checks have failed for the rest. An
+    /// ejected endpoint is better then, as in a rolling restart, when the first instance is back before its ejection
+    /// ends; so is an absent one that accepts connections again.
+    fn pick_fallback(
         &self,
         endpoints: &[Rc<LocalEndpoint>],
         tried: &[usize],
@@ -186,20 +186,20 @@ impl LocalUpstream {
             .or_else(|| untried().find(|index| endpoints[*index].awaits_probe(now)))
             .or(picked)
             .or_else(|| healthy().find(|index| !absent(index)))
-            .or_else(|| self.next_of(&mut untried()))
-            .or_else(|| self.next_of(&mut healthy()))
+            .or_else(|| self.next_in_turn(&mut untried()))
+            .or_else(|| self.next_in_turn(&mut healthy()))
     }
 
-    /// All are absent: they are tried in turn.
-    fn next_of(&self, candidates: &mut dyn Iterator<Item = usize>) -> Option<usize> {
+    /// All are absent: try them in turn.
+    fn next_in_turn(&self, candidates: &mut dyn Iterator<Item = usize>) -> Option<usize> {
         let turn = self.turn.get();
         self.turn.set(turn.wrapping_add(1));
         let candidates: Vec<usize> = candidates.collect();
         candidates.get(turn.checked_rem(candidates.len())?).copied()
     }
 
-    /// What an outcome at this endpoint counts for the breaker, which is for the upstream as a whole: a failure where the
-    /// endpoint is ejected, absent or failing counts for nothing as long as another one serves.
+    /// What an outcome at this endpoint means for the breaker, which covers the whole upstream: a failure at an
+    /// endpoint that is ejected, absent or failing is neutral as long as another endpoint serves.
     pub fn blame(&self, endpoint: &LocalEndpoint, health: Health, now: Instant) -> Health {
         let serves = |other: &Rc<LocalEndpoint>| !std::ptr::eq(&**other, endpoint) && other.is_serving(now);
         let excused = health == Health::Failure
@@ -208,7 +208,7 @@ impl LocalUpstream {
         if excused { Health::Neutral } else { health }
     }
 
-    /// The endpoints this worker has used, without looking for new ones.
+    /// The endpoints that this worker has used, without checking for a new generation.
     pub fn known(&self) -> Rc<[Rc<LocalEndpoint>]> {
         Rc::clone(&self.endpoints.borrow())
     }
@@ -223,7 +223,7 @@ impl LocalEndpoint {
             health,
             latency: Cell::new(PeakEwma::new(now)),
             in_flight: Cell::new(0),
-            waiting: Cell::new(Waiting { calls: 0, since: now }),
+            awaited: Cell::new(AwaitedResponses { requests: 0, since: now }),
             key,
         }
     }
@@ -232,24 +232,24 @@ impl LocalEndpoint {
         self.shared.address
     }
 
-    /// Counts something that gets no answer of its own, a tunnel, until the guard is dropped.
+    /// Counts something without a response of its own, a tunnel, until the guard is dropped.
     pub fn enter(self: &Rc<Self>) -> InFlight {
         self.in_flight.set(self.in_flight.get() + 1);
-        InFlight { endpoint: Rc::clone(self), waits: Cell::new(false) }
+        InFlight { endpoint: Rc::clone(self), awaits_head: Cell::new(false) }
     }
 
-    /// Counts a call until the guard is dropped. Its answer is waited for from `now` on.
+    /// Counts a request until the guard is dropped. Its response is awaited from `now` on.
     pub fn ask(self: &Rc<Self>, now: Instant) -> InFlight {
-        let waiting = self.waiting.get();
-        let since = if waiting.calls == 0 { now } else { waiting.since };
-        self.waiting.set(Waiting { calls: waiting.calls + 1, since });
+        let awaited = self.awaited.get();
+        let since = if awaited.requests == 0 { now } else { awaited.since };
+        self.awaited.set(AwaitedResponses { requests: awaited.requests + 1, since });
         let in_flight = self.enter();
-        in_flight.waits.set(true);
+        in_flight.awaits_head.set(true);
         in_flight
     }
 
-    /// Tells outlier detection what came of an attempt here that began at `began`, and logs what changed by it. `random`
-    /// draws from 0 to 1.
+    /// Reports the outcome of an attempt that began at `began` to outlier detection, and logs what it changed.
+    /// `random` draws from 0 to 1.
     pub fn report(
         &self,
         upstream: &Upstream,
@@ -269,7 +269,8 @@ impl LocalEndpoint {
                     failures = ejection.failures_in_a_row,
                     "endpoint ejected"
                 );
-                // It may have been replaced. One that accepts no connections is asked for by whoever looks after it.
+                // It may have been replaced. For an endpoint that accepts no connections, the task in `reachability`
+                // asks for a refresh.
                 upstream.refresh();
             }
             Change::Absent if evidence == Evidence::NoService => {
@@ -310,38 +311,39 @@ impl LocalEndpoint {
         self.shared.is_healthy() && self.health.as_ref().is_some_and(claim)
     }
 
-    /// It was chosen for an attempt.
-    fn chosen(&self, now: Instant) {
+    /// Records that it was chosen for an attempt.
+    fn mark_chosen(&self, now: Instant) {
         if let Some(health) = &self.health {
             health.chosen(now);
         }
     }
 
-    /// A request failed after this long. Failing fast must not look like answering fast, nor slow failures like fast ones.
+    /// Records a failed request's duration. A fast failure must not look like a fast response, nor a slow failure
+    /// like a fast one.
     pub fn observe_failure(&self, took: Duration, now: Instant) {
         if took.as_secs_f64() > self.latency.get().cost(now) {
             self.observe(took, now);
         } else {
-            self.waiting.set(Waiting { since: now, ..self.waiting.get() });
+            self.awaited.set(AwaitedResponses { since: now, ..self.awaited.get() });
         }
     }
 
-    /// A call took this long to response headers, or to fail.
+    /// Records how long a request took to response headers, or to fail.
     pub fn observe(&self, latency: Duration, now: Instant) {
         let mut average = self.latency.get();
         average.observe(latency, now);
         self.latency.set(average);
-        self.waiting.set(Waiting { since: now, ..self.waiting.get() });
+        self.awaited.set(AwaitedResponses { since: now, ..self.awaited.get() });
     }
 }
 
 impl InFlight {
-    /// Its answer's head is there.
+    /// Records that the response head was received.
     pub fn answered(&self) {
-        if self.waits.take() {
-            let waiting = self.endpoint.waiting.get();
-            let calls = waiting.calls.saturating_sub(1);
-            self.endpoint.waiting.set(Waiting { calls, ..waiting });
+        if self.awaits_head.take() {
+            let awaited = self.endpoint.awaited.get();
+            let requests = awaited.requests.saturating_sub(1);
+            self.endpoint.awaited.set(AwaitedResponses { requests, ..awaited });
         }
     }
 }
@@ -362,9 +364,11 @@ impl Candidate for Rc<LocalEndpoint> {
     }
     fn latency(&self, now: Instant) -> f64 {
         let expected = self.latency.get().cost(now);
-        match self.waiting.get() {
-            Waiting { calls: 0, .. } => expected,
-            Waiting { since, .. } => expected.max(now.saturating_duration_since(since).as_secs_f64()),
+        match self.awaited.get() {
+            AwaitedResponses { requests: 0, .. } => expected,
+            AwaitedResponses { since, .. } => {
+                expected.max(now.saturating_duration_since(since).as_secs_f64())
+            }
         }
     }
     fn in_flight(&self) -> u32 {
@@ -383,31 +387,31 @@ mod tests {
     use super::*;
     use crate::upstream::endpoint::Found;
 
-    /// An endpoint that takes calls and never answers is seen to be slow while they wait, not only once they have
-    /// failed; a long answer that has begun is no wait.
+    /// An endpoint that accepts requests and never responds counts as slow while they wait, not only once they have
+    /// failed; a long response that has started is no wait.
     #[test]
-    fn an_endpoint_is_as_slow_as_it_has_been_silent() {
+    fn an_endpoint_is_as_slow_as_its_silence() {
         let start = Instant::now();
         let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
-        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
-        let shared = Arc::new(Endpoint::new(found));
+        let discovered = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let shared = Arc::new(Endpoint::new(discovered));
         let endpoint = Rc::new(LocalEndpoint::new(shared, None, start));
         endpoint.observe(Duration::from_millis(50), at(0.0));
-        assert!(endpoint.latency(at(5.0)) < 0.05, "nobody waits");
+        assert!(endpoint.latency(at(5.0)) < 0.05, "no request waits");
 
         let first = endpoint.ask(at(5.0));
         assert!(endpoint.latency(at(5.01)) < 0.05);
         assert!((endpoint.latency(at(7.0)) - 2.0).abs() < 1e-6, "silent for two seconds");
         let second = endpoint.ask(at(8.0));
-        assert!((endpoint.latency(at(8.0)) - 3.0).abs() < 1e-6, "a new call is no sign of life");
+        assert!((endpoint.latency(at(8.0)) - 3.0).abs() < 1e-6, "a new request is no sign of life");
 
         second.answered();
         endpoint.observe(Duration::from_millis(50), at(8.05));
-        assert!(endpoint.latency(at(8.06)) < 0.06, "an answer is");
+        assert!(endpoint.latency(at(8.06)) < 0.06, "a response is");
         drop(first);
         assert!(
             endpoint.latency(at(60.0)) < 0.05,
-            "the answer of the second is still coming, but it has begun"
+            "the second response is still in progress, but has started"
         );
         assert_eq!(endpoint.in_flight(), 1);
         let _tunnel = endpoint.enter();

@@ -1,4 +1,4 @@
-//! The services that are called: their endpoints, how one is chosen, and the connections to them.
+//! Upstreams: their endpoints, load balancing, and the connections to them.
 
 pub mod balance;
 mod body;
@@ -32,7 +32,7 @@ use tokio::sync::{Notify, watch};
 
 use guards::Guards;
 
-/// An upstream as it lives: what all workers share and what outlives a reload of its settings.
+/// The state of an upstream that all workers share and that outlives a reload of its settings.
 #[derive(Debug)]
 pub struct Upstream {
     pub name: Arc<str>,
@@ -53,12 +53,12 @@ impl Upstream {
         })
     }
 
-    /// The endpoints as of now. Cheap enough for every request.
+    /// The current endpoints. Cheap enough for every request.
     pub fn endpoints(&self) -> Guard<Arc<EndpointSet>> {
         self.endpoints.load()
     }
 
-    /// What active checks and calls say of an endpoint.
+    /// The state of an endpoint by active health checks and by outlier detection.
     pub fn state_of(&self, endpoint: &Endpoint, now: Instant) -> EndpointState {
         if !endpoint.is_healthy() {
             return EndpointState::Unhealthy;
@@ -71,16 +71,17 @@ impl Upstream {
         until.map_or(EndpointState::Healthy, |until| EndpointState::Ejected { until })
     }
 
-    /// Takes what discovery found. An endpoint that was there before keeps its state; one that is gone is drained
-    /// by the workers when they see the new generation.
-    pub fn publish(&self, found: Vec<Found>) {
-        let next = self.endpoints.load().updated(found);
+    /// Publishes the result of a discovery. An endpoint that was there before keeps its state; workers drain a
+    /// removed one when they see the new generation.
+    pub fn publish(&self, endpoints: Vec<Found>) {
+        let next = self.endpoints.load().updated(endpoints);
         let addresses: Vec<SocketAddr> = next.endpoints.iter().map(|endpoint| endpoint.address).collect();
         self.guards.outliers.update(&addresses, Instant::now());
         self.replace(next);
     }
 
-    /// Tells that discovery failed. What was found before stays in use; the reason is shown where there is nothing.
+    /// Records that discovery failed. The previous endpoints stay in use; requests report the error only if there are
+    /// none.
     pub fn discovery_failed(&self, error: DiscoveryError) {
         let next = self.endpoints.load().failed(error);
         self.replace(next);
@@ -92,15 +93,15 @@ impl Upstream {
         self.generation.send_replace(generation);
     }
 
-    /// Waits until discovery has answered for the first time, well or not.
+    /// Waits for the first result of discovery, success or failure.
     pub async fn resolved(&self) {
         let mut changes = self.generation.subscribe();
-        // The sender lives in `self`, so this ends only by the condition.
+        // `self` holds the sender, so this ends only by the condition.
         let _ = changes.wait_for(|generation| *generation > 0).await;
     }
 
-    /// Asks discovery to look again soon, e.g. because no endpoint accepts connections: their addresses may have
-    /// changed before the TTL says so. Cheap; however often it is called, the source is asked at most once a second.
+    /// Asks discovery for a refresh, e.g. because no endpoint accepts connections: their addresses may have changed
+    /// before the TTL expires. Cheap; however often it is called, the source is queried at most once a second.
     pub fn refresh(&self) {
         self.refresh.notify_one();
     }
@@ -109,7 +110,7 @@ impl Upstream {
         self.refresh.notified().await;
     }
 
-    /// Told of every new generation of the endpoints.
+    /// Subscribes to new generations of the endpoint set.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.generation.subscribe()
     }

@@ -1,5 +1,5 @@
-//! Partial and whole outages in virtual time: the decisions that run (balancer, outlier detection, breaker, budget,
-//! retries) before simulated replicas.
+//! Partial and whole outages in virtual time: the real decisions (balancer, outlier detection, breaker, budget,
+//! retries) with simulated replicas.
 
 use std::{
     collections::BTreeMap,
@@ -33,37 +33,37 @@ const LATENCY: Duration = Duration::from_millis(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
-    Well,
-    /// Its port refuses, its connections are reset.
+    Healthy,
+    /// It refuses connections, and those that it has are reset.
     Down,
-    /// Its sidecar accepts, and has no service behind it.
-    Elsewhere,
-    /// It answers 503.
+    /// Its sidecar accepts connections, but has no service behind it.
+    NoService,
+    /// It responds with 503.
     Failing,
-    /// The TLS handshake fails, as by a mistaken CRL.
+    /// The TLS handshake fails, as with a mistaken CRL.
     Untrusted,
 }
 
-/// What a replica is like, from when on, in milliseconds.
+/// The mode of a replica from each time on, in milliseconds.
 type Schedule = Vec<(u64, Mode)>;
 
 struct Attempt {
     index: usize,
-    began: Duration,
+    started: Duration,
     permit: Permit,
     outcome: Outcome,
     _in_flight: InFlight,
 }
 
 #[derive(Default)]
-struct Call {
-    tries: u32,
+struct SimulatedRequest {
+    attempts: u32,
     tried: Vec<usize>,
     waiting_since: Option<Duration>,
     attempt: Option<Attempt>,
 }
 
-struct Lab {
+struct Simulation {
     upstream: Arc<Upstream>,
     local: Rc<LocalUpstream>,
     endpoints: Rc<[Rc<LocalEndpoint>]>,
@@ -72,23 +72,23 @@ struct Lab {
     rng: Rng,
     start: Instant,
     now: Duration,
-    events: BTreeMap<(Duration, u64), Call>,
+    events: BTreeMap<(Duration, u64), SimulatedRequest>,
     number: u64,
     sent: u32,
-    /// When a call failed.
+    /// When requests failed.
     failed: Vec<Duration>,
     openings: u32,
 }
 
-impl Lab {
+impl Simulation {
     fn new(schedules: Vec<Schedule>, balance: &Balance, seed: u64) -> Self {
         let upstream = Upstream::new("up");
-        let found = |(port, _): (usize, _)| Found {
+        let discovered = |(port, _): (usize, _)| Found {
             address: ([10, 0, 0, 1], port as u16 + 1).into(),
             host: None,
             weight: 1,
         };
-        upstream.publish(schedules.iter().enumerate().map(found).collect());
+        upstream.publish(schedules.iter().enumerate().map(discovered).collect());
         upstream.guards.configure(&Policy::default(), Instant::now());
         let (local, mut rng) = (LocalUpstream::new(Arc::clone(&upstream), balance), Rng::from_seed(seed));
         Self {
@@ -110,10 +110,10 @@ impl Lab {
 
     fn mode(&self, index: usize, at: Duration) -> Mode {
         let past = self.schedules[index].iter().take_while(|(from, _)| Duration::from_millis(*from) <= at);
-        past.last().map_or(Mode::Well, |(_, mode)| *mode)
+        past.last().map_or(Mode::Healthy, |(_, mode)| *mode)
     }
 
-    /// When a replica goes down within a request's time.
+    /// When a replica goes down during a request.
     fn goes_down(&self, index: usize, end: Duration) -> Option<Duration> {
         let changes = self.schedules[index].iter().map(|(from, mode)| (Duration::from_millis(*from), *mode));
         let mut downs = changes.filter(|(_, mode)| *mode == Mode::Down).map(|(from, _)| from);
@@ -124,28 +124,28 @@ impl Lab {
         self.start + self.now
     }
 
-    fn schedule(&mut self, at: Duration, call: Call) {
+    fn schedule(&mut self, at: Duration, request: SimulatedRequest) {
         self.number += 1;
-        self.events.insert((at, self.number), call);
+        self.events.insert((at, self.number), request);
     }
 
-    /// Calls at a fixed rate for so long.
+    /// Sends requests at a fixed rate for this many seconds.
     fn run(&mut self, rate: u64, seconds: u64) -> &mut Self {
         for number in 0..rate * seconds {
             let at = Duration::from_micros(number * 1_000_000 / rate);
-            self.schedule(at, Call { tries: 1, ..Call::default() });
+            self.schedule(at, SimulatedRequest { attempts: 1, ..SimulatedRequest::default() });
             self.sent += 1;
         }
-        while let Some(((at, _), call)) = self.events.pop_first() {
-            self.ask_absent(at);
+        while let Some(((at, _), request)) = self.events.pop_first() {
+            self.probe_absent(at);
             self.now = at;
-            self.step(call);
+            self.step(request);
         }
         self
     }
 
-    /// What the control thread does up to then.
-    fn ask_absent(&mut self, until: Duration) {
+    /// What the control thread does until that time.
+    fn probe_absent(&mut self, until: Duration) {
         let guards = Arc::clone(&self.upstream.guards);
         while let Some(at) = guards.outliers.next_question().filter(|at| *at <= self.start + until) {
             self.now = self.now.max(at.saturating_duration_since(self.start));
@@ -165,36 +165,36 @@ impl Lab {
         }
     }
 
-    fn step(&mut self, mut call: Call) {
-        match call.attempt.take() {
-            Some(attempt) => self.finished(call, attempt),
-            None => self.attempt(call),
+    fn step(&mut self, mut request: SimulatedRequest) {
+        match request.attempt.take() {
+            Some(attempt) => self.record_outcome(request, attempt),
+            None => self.attempt(request),
         }
     }
 
-    fn attempt(&mut self, mut call: Call) {
+    fn attempt(&mut self, mut request: SimulatedRequest) {
         let (guards, now) = (Arc::clone(&self.upstream.guards), self.at());
-        if call.tries == 1 && call.tried.is_empty() && call.waiting_since.is_none() {
+        if request.attempts == 1 && request.tried.is_empty() && request.waiting_since.is_none() {
             guards.budget.deposit();
         }
         let admission = guards.breaker.admit(now);
         guards.note("up", admission.transition);
         let Ok(permit) = admission.permit else {
-            let since = *call.waiting_since.get_or_insert(self.now);
+            let since = *request.waiting_since.get_or_insert(self.now);
             if guards.absence.is_absent() && self.now - since < self.retries.patience() {
-                return self.schedule(self.now + MS * 5, call);
+                return self.schedule(self.now + MS * 5, request);
             }
             return self.failed.push(self.now);
         };
-        let wanted = Wanted { tried: &call.tried, hash: None, probe: Some(Probe::Repeatable) };
+        let wanted = Wanted { tried: &request.tried, hash: None, probe: Some(Probe::Repeatable) };
         let Some(index) = self.local.pick(&self.endpoints, &wanted, now, &mut self.rng) else {
             return self.failed.push(self.now);
         };
         let http = |status| Ending::Http(StatusCode::from_u16(status).unwrap());
         let (took, ending, advice) = match self.mode(index, self.now) {
-            Mode::Well => (LATENCY, http(200), Advice::None),
+            Mode::Healthy => (LATENCY, http(200), Advice::None),
             Mode::Down => (MS, Ending::Connect(ConnectFailure::Refused), Advice::None),
-            Mode::Elsewhere => (MS * 2, http(502), Advice::Elsewhere),
+            Mode::NoService => (MS * 2, http(502), Advice::Elsewhere),
             Mode::Failing => (MS * 2, http(503), Advice::None),
             Mode::Untrusted => (MS * 3, Ending::Connect(ConnectFailure::PeerIdentity), Advice::None),
         };
@@ -205,23 +205,23 @@ impl Lab {
             (end, outcome) = (down, Outcome::new(Ending::Reset(reset)));
         }
         let _in_flight = self.endpoints[index].ask(now);
-        call.attempt = Some(Attempt { index, began: self.now, permit, outcome, _in_flight });
-        self.schedule(end, call);
+        request.attempt = Some(Attempt { index, started: self.now, permit, outcome, _in_flight });
+        self.schedule(end, request);
     }
 
-    fn finished(&mut self, mut call: Call, attempt: Attempt) {
-        let Attempt { index, began, permit, outcome, _in_flight } = attempt;
+    fn record_outcome(&mut self, mut request: SimulatedRequest, attempt: Attempt) {
+        let Attempt { index, started, permit, outcome, _in_flight } = attempt;
         let (guards, now) = (Arc::clone(&self.upstream.guards), self.at());
         let endpoint = Rc::clone(&self.endpoints[index]);
         let health = outcome.health();
         if health == Health::Success {
-            endpoint.observe(self.now - began, now);
+            endpoint.observe(self.now - started, now);
         } else {
-            endpoint.observe_failure(self.now - began, now);
+            endpoint.observe_failure(self.now - started, now);
         }
         let evidence = Evidence::new(&outcome, health, false);
         let random = self.rng.unit_f64();
-        endpoint.report(&self.upstream, evidence, (self.start + began, now), || random);
+        endpoint.report(&self.upstream, evidence, (self.start + started, now), || random);
         let blamed = self.local.blame(&endpoint, health, now);
         let transition = guards.report("up", permit, (blamed, evidence.is_absence()), now, random);
         self.openings += u32::from(transition.is_some_and(|transition| transition.to == State::Open));
@@ -229,20 +229,20 @@ impl Lab {
             return;
         }
         let another = |(other, endpoint): (usize, &Rc<LocalEndpoint>)| {
-            other != index && !call.tried.contains(&other) && endpoint.is_usable(now)
+            other != index && !request.tried.contains(&other) && endpoint.is_usable(now)
         };
-        if !call.tried.contains(&index)
+        if !request.tried.contains(&index)
             && self.retries.may_move_on(&outcome, endpoint.is_absent(), Body::Untouched)
             && self.endpoints.iter().enumerate().any(another)
         {
-            call.tried.push(index);
-            return self.schedule(self.now, call);
+            request.tried.push(index);
+            return self.schedule(self.now, request);
         }
         let tried = Tried {
             method: &Method::GET,
             grpc: false,
             idempotency_key: false,
-            tries: call.tries,
+            tries: request.attempts,
             free_used: false,
             resent: 0,
             body: Body::Untouched,
@@ -251,9 +251,9 @@ impl Lab {
         let moment = Moment { now, time_left: None, hint: Hint::None, random, budget: &guards.budget };
         match self.retries.decide(&tried, &outcome, &moment) {
             Decision::Retry(retry) => {
-                call.tries += 1;
-                call.tried.push(index);
-                self.schedule(self.now + retry.wait, call);
+                request.attempts += 1;
+                request.tried.push(index);
+                self.schedule(self.now + retry.wait, request);
             }
             Decision::Stop(_) => self.failed.push(self.now),
         }
@@ -264,7 +264,7 @@ impl Lab {
     }
 }
 
-/// The same steps for each replica, one after the other, from the second second on.
+/// The same steps for each replica, one after the other, starting after one second.
 fn in_turn(steps: &[(Mode, u64)]) -> Vec<Schedule> {
     let mut at = 1000;
     (0..3)
@@ -280,49 +280,55 @@ fn in_turn(steps: &[(Mode, u64)]) -> Vec<Schedule> {
 }
 
 fn partial_outages() -> Vec<(&'static str, Vec<Schedule>)> {
-    use Mode::{Down, Elsewhere, Failing, Well};
+    use Mode::{Down, Failing, Healthy, NoService};
     vec![
-        ("sidecar up before its service", in_turn(&[(Elsewhere, 1500), (Well, 1000)])),
+        ("sidecar up before its service", in_turn(&[(NoService, 1500), (Healthy, 1000)])),
         (
             "service goes before its sidecar",
-            in_turn(&[(Elsewhere, 1000), (Down, 500), (Elsewhere, 1000), (Well, 1000)]),
+            in_turn(&[(NoService, 1000), (Down, 500), (NoService, 1000), (Healthy, 1000)]),
         ),
-        ("kill -9", in_turn(&[(Down, 1500), (Well, 1000)])),
-        ("one of three dies", vec![vec![(1000, Down), (9000, Well)], vec![], vec![]]),
+        ("kill -9", in_turn(&[(Down, 1500), (Healthy, 1000)])),
+        ("one of three dies", vec![vec![(1000, Down), (9000, Healthy)], vec![], vec![]]),
         (
             "two of three die",
-            vec![vec![(1000, Down), (9000, Well)], vec![(1000, Down), (8000, Well)], vec![]],
+            vec![vec![(1000, Down), (9000, Healthy)], vec![(1000, Down), (8000, Healthy)], vec![]],
         ),
-        ("one warming", vec![vec![(1000, Down), (1500, Failing), (4500, Well)], vec![], vec![]]),
-        ("rolling, 503 for a second each", in_turn(&[(Failing, 1000), (Down, 1000), (Well, 1000)])),
+        ("one warming", vec![vec![(1000, Down), (1500, Failing), (4500, Healthy)], vec![], vec![]]),
+        ("rolling, 503 for a second each", in_turn(&[(Failing, 1000), (Down, 1000), (Healthy, 1000)])),
         (
             "rolling, two away at a time",
             (0..3)
-                .map(|n| vec![(1000 + n * 1000, Failing), (2000 + n * 1000, Down), (3000 + n * 1000, Well)])
+                .map(|n| {
+                    vec![(1000 + n * 1000, Failing), (2000 + n * 1000, Down), (3000 + n * 1000, Healthy)]
+                })
                 .collect(),
         ),
         (
             "two of three fail",
-            vec![vec![(1000, Failing), (9000, Well)], vec![(1000, Failing), (8000, Well)], vec![]],
+            vec![vec![(1000, Failing), (9000, Healthy)], vec![(1000, Failing), (8000, Healthy)], vec![]],
         ),
     ]
 }
 
 #[test]
-fn what_some_replicas_can_serve_does_not_fail() {
+fn no_request_fails_that_some_replica_can_serve() {
     for (name, schedules) in partial_outages() {
         for balance in [Balance::P2c, Balance::LeastRequest] {
             for rate in [5, 50, 500] {
-                let mut lab = Lab::new(schedules.clone(), &balance, rate);
-                lab.run(rate, 14);
-                println!("{name}, {balance}, {rate}/s: {} of {} failed", lab.failed.len(), lab.sent);
-                // Where two are away, the third may go some milliseconds before the first is known to be back.
-                assert!(
-                    lab.failed.len() as u32 <= lab.sent / 500,
-                    "{name}, {balance}, {rate}/s: {:?}",
-                    lab.failed
+                let mut simulation = Simulation::new(schedules.clone(), &balance, rate);
+                simulation.run(rate, 14);
+                println!(
+                    "{name}, {balance}, {rate}/s: {} of {} failed",
+                    simulation.failed.len(),
+                    simulation.sent
                 );
-                assert_eq!(lab.openings, 0, "{name}, {balance}, {rate}/s");
+                // With two away, the third may go some milliseconds before the first is known to be back.
+                assert!(
+                    simulation.failed.len() as u32 <= simulation.sent / 500,
+                    "{name}, {balance}, {rate}/s: {:?}",
+                    simulation.failed
+                );
+                assert_eq!(simulation.openings, 0, "{name}, {balance}, {rate}/s");
             }
         }
     }
@@ -331,71 +337,76 @@ fn what_some_replicas_can_serve_does_not_fail() {
 /// The last endpoint begins to fail just before the first one is back: its probe is in flight when the breaker opens.
 #[test]
 fn a_probe_that_succeeds_after_the_breaker_opened_leads_to_a_trial() {
-    use Mode::{Down, Failing, Well};
+    use Mode::{Down, Failing, Healthy};
     for gap in (0..100).step_by(2) {
         for rate in [50, 500] {
             let back = 2000 + gap;
             let schedules = vec![
-                vec![(1000, Down), (back, Well)],
-                vec![(1000, Down), (9000, Well)],
-                vec![(2000, Failing), (9000, Well)],
+                vec![(1000, Down), (back, Healthy)],
+                vec![(1000, Down), (9000, Healthy)],
+                vec![(2000, Failing), (9000, Healthy)],
             ];
-            let mut lab = Lab::new(schedules, &Balance::P2c, gap);
-            lab.run(rate, 9);
-            let late = lab.last_failure().saturating_sub(Duration::from_millis(back));
+            let mut simulation = Simulation::new(schedules, &Balance::P2c, gap);
+            simulation.run(rate, 9);
+            let late = simulation.last_failure().saturating_sub(Duration::from_millis(back));
             assert!(late <= MS * 200, "back after {gap} ms at {rate}/s: failed for {late:?} more");
         }
     }
 }
 
-/// When an upstream is well again after an outage of this length, at the latest: `open_for.base` and 1.25 × the outage.
-fn well_within(outage: Duration) -> Duration {
+/// The latest time by which an upstream recovers after an outage of this length: `open_for.base` and 1.25 × the
+/// outage.
+fn recovery_bound(outage: Duration) -> Duration {
     Duration::from_secs(5) + outage.mul_f64(1.25) + MS * 100
 }
 
-/// Seconds for which calls go on after that, to see that it stays well.
-const AFTERWARDS: u64 = 10;
+/// Seconds for which requests continue after that, to see that it stays healthy.
+const COOL_DOWN: u64 = 10;
 
-/// Nothing is served during an outage of all. Then it is: at most `open_for.base` and 1.25 × the outage after its end; at
-/// once where no endpoint answered badly.
+/// Nothing is served during a complete outage. Afterwards it is: at most `open_for.base` and 1.25 × the outage after
+/// its end; at once if no endpoint responded with an error.
 #[test]
-fn every_whole_outage_ends_in_time() {
-    use Mode::{Down, Elsewhere, Failing, Untrusted, Well};
+fn every_complete_outage_ends_in_time() {
+    use Mode::{Down, Failing, Healthy, NoService, Untrusted};
     let all = |steps: &[(u64, Mode)]| vec![steps.to_vec(); 3];
     for length in [50, 500, 2000, 5000, 20_000, 60_000] {
         let end = 1000 + length;
         let outages = [
-            ("refusing", true, all(&[(1000, Down), (end, Well)])),
-            ("behind a live sidecar", true, all(&[(1000, Elsewhere), (end, Well)])),
-            ("untrusted", false, all(&[(1000, Untrusted), (end, Well)])),
-            ("503", false, all(&[(1000, Failing), (end, Well)])),
-            ("refusing, then warming", true, all(&[(1000, Down), (1000 + length / 2, Failing), (end, Well)])),
+            ("refusing", true, all(&[(1000, Down), (end, Healthy)])),
+            ("behind a live sidecar", true, all(&[(1000, NoService), (end, Healthy)])),
+            ("untrusted", false, all(&[(1000, Untrusted), (end, Healthy)])),
+            ("503", false, all(&[(1000, Failing), (end, Healthy)])),
+            (
+                "refusing, then warming",
+                true,
+                all(&[(1000, Down), (1000 + length / 2, Failing), (end, Healthy)]),
+            ),
             (
                 "one refusing, one warming, one behind a live sidecar",
                 false,
                 vec![
-                    vec![(1000, Down), (end, Well)],
-                    vec![(1000, Failing), (end, Well)],
-                    vec![(1000, Elsewhere), (end, Well)],
+                    vec![(1000, Down), (end, Healthy)],
+                    vec![(1000, Failing), (end, Healthy)],
+                    vec![(1000, NoService), (end, Healthy)],
                 ],
             ),
-            ("a single one, behind a live sidecar", true, vec![vec![(1000, Elsewhere), (end, Well)]]),
+            ("a single one, behind a live sidecar", true, vec![vec![(1000, NoService), (end, Healthy)]]),
             (
                 "a single one refusing, then warming",
                 true,
-                vec![vec![(1000, Down), (1000 + length / 2, Failing), (end, Well)]],
+                vec![vec![(1000, Down), (1000 + length / 2, Failing), (end, Healthy)]],
             ),
         ];
-        // Long outages make many calls; what a high rate changes shows in short ones.
+        // Long outages mean many requests; the effect of a high rate shows in short ones.
         let rates = if length <= 5000 { [50, 500] } else { [50, 100] };
         for (name, at_once, schedules) in outages {
             for rate in rates {
-                let mut lab = Lab::new(schedules.clone(), &Balance::P2c, length);
-                let bound = well_within(Duration::from_millis(length));
-                lab.run(rate, end / 1000 + bound.as_secs() + AFTERWARDS);
+                let mut simulation = Simulation::new(schedules.clone(), &Balance::P2c, length);
+                let bound = recovery_bound(Duration::from_millis(length));
+                simulation.run(rate, end / 1000 + bound.as_secs() + COOL_DOWN);
                 let (length, end) = (Duration::from_millis(length), Duration::from_millis(end));
-                let late = lab.last_failure().saturating_sub(end);
-                println!("{name} for {length:?} at {rate}/s: well {late:?} after");
+                let late = simulation.last_failure().saturating_sub(end);
+                println!("{name} for {length:?} at {rate}/s: healthy after {late:?}");
                 assert!(late <= bound, "{name} for {length:?} at {rate}/s: {late:?}");
                 if at_once && !name.contains("warming") {
                     assert!(
@@ -408,23 +419,26 @@ fn every_whole_outage_ends_in_time() {
     }
 }
 
-/// What belongs together by its hash stays together, also while an absent endpoint waits to be probed.
+/// Requests with the same hash stay together, even while an absent endpoint waits to be probed.
 #[test]
-fn a_request_that_is_balanced_by_hash_probes_no_other_endpoint() {
-    let mut lab = Lab::new(vec![vec![]; 3], &Balance::HashHeader("x-user".to_owned()), 7);
-    let pick = |lab: &Lab, user: u32| {
+fn a_request_balanced_by_hash_probes_no_other_endpoint() {
+    let mut simulation = Simulation::new(vec![vec![]; 3], &Balance::HashHeader("x-user".to_owned()), 7);
+    let pick = |simulation: &Simulation, user: u32| {
         let hash = Some(hash_key(&user.to_be_bytes()));
         let wanted = Wanted { tried: &[], hash, probe: Some(Probe::Repeatable) };
-        lab.local.pick(&lab.endpoints, &wanted, lab.at(), &mut Rng::from_seed(1)).unwrap()
+        simulation
+            .local
+            .pick(&simulation.endpoints, &wanted, simulation.at(), &mut Rng::from_seed(1))
+            .unwrap()
     };
-    let homes: Vec<usize> = (0..300).map(|user| pick(&lab, user)).collect();
-    let gone = Rc::clone(&lab.endpoints[0]);
-    gone.report(&lab.upstream, Evidence::NoService, (lab.at(), lab.at()), || 0.5);
+    let homes: Vec<usize> = (0..300).map(|user| pick(&simulation, user)).collect();
+    let gone = Rc::clone(&simulation.endpoints[0]);
+    gone.report(&simulation.upstream, Evidence::NoService, (simulation.at(), simulation.at()), || 0.5);
     assert!(gone.is_absent());
     let mut probes = 0;
     for (user, home) in homes.into_iter().enumerate() {
-        lab.now += Duration::from_secs(20);
-        let picked = pick(&lab, user as u32);
+        simulation.now += Duration::from_secs(20);
+        let picked = pick(&simulation, user as u32);
         match home {
             0 => probes += u32::from(picked == 0),
             home => assert_eq!(picked, home, "user {user}"),
@@ -434,8 +448,8 @@ fn a_request_that_is_balanced_by_hash_probes_no_other_endpoint() {
 }
 
 fn any_schedule() -> impl Strategy<Value = Schedule> {
-    use Mode::{Down, Elsewhere, Failing, Untrusted, Well};
-    let mode = prop_oneof![Just(Well), Just(Down), Just(Elsewhere), Just(Failing), Just(Untrusted)];
+    use Mode::{Down, Failing, Healthy, NoService, Untrusted};
+    let mode = prop_oneof![Just(Healthy), Just(Down), Just(NoService), Just(Failing), Just(Untrusted)];
     prop::collection::vec((mode, 20u64..4000), 0..6).prop_map(|steps| {
         let mut at = 1000;
         let mut schedule = Schedule::new();
@@ -443,7 +457,7 @@ fn any_schedule() -> impl Strategy<Value = Schedule> {
             schedule.push((at, mode));
             at += time;
         }
-        schedule.push((at, Well));
+        schedule.push((at, Healthy));
         schedule
     })
 }
@@ -452,22 +466,22 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
-    fn the_breaker_stays_closed_while_one_replica_is_well(
+    fn the_breaker_stays_closed_while_one_replica_is_healthy(
         one in any_schedule(), other in any_schedule(), seed in any::<u64>(),
     ) {
-        let mut lab = Lab::new(vec![one, other, vec![]], &Balance::P2c, seed);
-        lab.run(100, 25);
-        prop_assert_eq!(lab.openings, 0);
-        prop_assert!(lab.failed.len() as u32 <= lab.sent / 100, "{:?}", lab.failed);
+        let mut simulation = Simulation::new(vec![one, other, vec![]], &Balance::P2c, seed);
+        simulation.run(100, 25);
+        prop_assert_eq!(simulation.openings, 0);
+        prop_assert!(simulation.failed.len() as u32 <= simulation.sent / 100, "{:?}", simulation.failed);
     }
 
     #[test]
-    fn any_mix_is_well_in_time(schedules in prop::collection::vec(any_schedule(), 1..4), seed in any::<u64>()) {
+    fn any_mix_recovers_in_time(schedules in prop::collection::vec(any_schedule(), 1..4), seed in any::<u64>()) {
         let end = schedules.iter().filter_map(|schedule| schedule.last()).map(|(at, _)| *at).max().unwrap_or(1000);
-        let mut lab = Lab::new(schedules, &Balance::P2c, seed);
-        let bound = well_within(Duration::from_millis(end - 1000));
-        lab.run(100, end / 1000 + bound.as_secs() + AFTERWARDS);
+        let mut simulation = Simulation::new(schedules, &Balance::P2c, seed);
+        let bound = recovery_bound(Duration::from_millis(end - 1000));
+        simulation.run(100, end / 1000 + bound.as_secs() + COOL_DOWN);
         let end = Duration::from_millis(end);
-        prop_assert!(lab.last_failure().saturating_sub(end) <= bound, "{:?}", lab.last_failure());
+        prop_assert!(simulation.last_failure().saturating_sub(end) <= bound, "{:?}", simulation.last_failure());
     }
 }

@@ -1,4 +1,4 @@
-//! How the requests of late went at one endpoint, for people who look at the status.
+//! The outcomes of recent requests to one endpoint, shown in the status.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -10,10 +10,10 @@ use crate::resilience::{
     window::{SLICES, SlidingCount},
 };
 
-/// The window that success is told of.
+/// The window of the success share.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// What all workers have seen of an endpoint. A success is one atomic addition; a failure takes a short lock.
+/// What all workers have observed at an endpoint. A success is one atomic addition; a failure takes a short lock.
 #[derive(Debug)]
 pub struct RecentOutcomes {
     successes: SlidingCount,
@@ -25,7 +25,7 @@ pub struct RecentOutcomes {
 /// The last failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LastError {
-    /// A cause of `docs/errors.md`, or the status that the endpoint answered.
+    /// A cause of `docs/errors.md`, or the response status.
     pub word: String,
     pub at: Instant,
 }
@@ -42,7 +42,7 @@ impl Default for RecentOutcomes {
 }
 
 impl RecentOutcomes {
-    /// Takes in how an attempt ended. What says nothing about the endpoint counts neither way.
+    /// Records the outcome of an attempt. An outcome that says nothing about the endpoint does not count.
     pub fn record(&self, ending: Ending, now: Instant) {
         match Outcome::new(ending).health() {
             Health::Neutral => {}
@@ -59,7 +59,7 @@ impl RecentOutcomes {
         }
     }
 
-    /// The share of successes in the last ten seconds, from 0 to 1; `None` where there was nothing.
+    /// The share of successes in the last ten seconds, from 0 to 1; `None` without requests.
     pub fn success_share(&self, now: Instant) -> Option<f64> {
         let slice = self.slice(now);
         let (successes, failures) = (self.successes.sum(slice), self.failures.sum(slice));
@@ -73,7 +73,7 @@ impl RecentOutcomes {
 
     fn slice(&self, now: Instant) -> u32 {
         let slice = WINDOW.as_nanos() / SLICES as u128;
-        // Only nearness matters, so wrapping round is fine. Not 0, which is what an unused slot says.
+        // Only closeness matters, so wrapping is fine. Not 0, which marks an unused slot.
         (now.saturating_duration_since(self.epoch).as_nanos() / slice) as u32 + SLICES as u32
     }
 }
@@ -86,7 +86,7 @@ mod tests {
     use crate::resilience::classify::ConnectFailure;
 
     #[test]
-    fn the_share_is_of_the_last_window_and_the_last_error_stays() {
+    fn the_share_covers_the_last_window_and_the_last_error_stays() {
         let outcomes = RecentOutcomes::default();
         let at = |seconds| outcomes.epoch + Duration::from_secs(seconds);
         assert_eq!((outcomes.success_share(at(0)), outcomes.last_error()), (None, None));

@@ -1,6 +1,6 @@
 //! The connections of one worker to one endpoint.
 //!
-//! HTTP/1.1: a connection carries one exchange at a time, and lies idle in between ([`super::idle_connections`]).
+//! HTTP/1.1: a connection carries one request at a time and is idle in between ([`super::idle_connections`]).
 //! HTTP/2: a few connections that carry many streams ([`super::http2::pool`]).
 
 use std::{
@@ -34,22 +34,22 @@ use crate::{
     resilience::classify::Loss,
 };
 
-/// What a connection must be like.
+/// The settings of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionSettings {
     pub tcp: TcpLimits,
-    /// A connection that was upgraded may stand still for longer: the kernel's default holds for it.
+    /// An upgraded connection gets the kernel's default TCP_USER_TIMEOUT back: it may be silent for longer.
     pub lifts_user_timeout: bool,
     pub pool_idle: PoolIdle,
     pub header_case: HeaderCase,
-    /// Drawn anew for each connection, so that not all end at once.
+    /// Randomized for each connection, so that they do not all expire at once.
     pub max_age: Option<Duration>,
-    /// None: plain.
+    /// None: plain TCP.
     pub tls: Option<TlsTarget>,
     pub ping: PingSettings,
-    /// How long a request waits for a stream where the endpoint takes no more on the connections that there are.
+    /// How long a request waits for an HTTP/2 stream if the endpoint's limit is reached on all connections.
     pub stream_wait: Duration,
-    /// The attempt that uses them waits for its turn in this process: no endpoint is to blame for that.
+    /// The attempt waits in a queue of this process: the endpoint is not to blame for the delay.
     pub queued: Cell<bool>,
 }
 
@@ -60,17 +60,17 @@ pub struct Pool {
     pub h2: Http2Pool,
 }
 
-/// A connection, or a stream of one, held by a call.
+/// A connection, or a stream of one, in use by a request.
 #[derive(Debug)]
 pub enum Lease {
     H1 { connection: Http1, endpoint: Rc<LocalEndpoint>, reused: bool },
     H2 { stream: Box<Stream>, reused: bool },
 }
 
-/// What `h2` says where it does not send a request because of its header fields.
+/// Part of the message of `h2` when it refuses to send a request because of its header fields.
 const MALFORMED_HEADERS: &str = "malformed headers";
 
-/// Why there is no answer, or no more of it.
+/// Why there is no response, or why it broke off.
 #[derive(Debug, thiserror::Error)]
 pub enum AnswerError {
     #[error(transparent)]
@@ -80,27 +80,27 @@ pub enum AnswerError {
 }
 
 impl AnswerError {
-    /// Whether what came is not HTTP.
+    /// Whether the received bytes are not valid HTTP.
     pub fn is_malformed(&self) -> bool {
         match self {
             Self::Http1(error) => error.is_malformed(),
-            // `h2` resets a stream by this where its response breaks the rules of HTTP/2.
+            // `h2` resets a stream with this reason if its response violates HTTP/2.
             Self::Http2(error) => {
                 error.is_reset() && error.is_library() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR)
             }
         }
     }
 
-    /// Whether the request is at fault, so that its endpoint has no part in it.
+    /// Whether the request is at fault, so that the endpoint is not to blame.
     pub fn is_of_request(&self) -> bool {
         match self {
             Self::Http1(error) => error.is_of_sender(),
-            // `h2` tells its kinds of misuse apart by their texts alone.
+            // `h2` distinguishes kinds of misuse by message only.
             Self::Http2(error) => error.to_string().contains(MALFORMED_HEADERS),
         }
     }
 
-    /// What HTTP/2 says of it.
+    /// The HTTP/2 error, if it is one.
     pub fn h2(&self) -> Option<&h2::Error> {
         match self {
             Self::Http1(_) => None,
@@ -129,7 +129,7 @@ impl Pool {
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
     }
 
-    /// Closes a connection that lies idle, if there is one; its place is free when its task has ended.
+    /// Closes an idle connection, if there is one; its slot is released when its task has ended.
     pub fn close_idle(&self) {
         if self.idle.close_oldest() {
             return;
@@ -137,20 +137,20 @@ impl Pool {
         self.h2.close_idle();
     }
 
-    /// Closes what has been idle for too long. Called about once a second.
+    /// Closes connections that have been idle for too long. Called about once a second.
     pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>) {
         let now = Instant::now();
         self.idle.sweep(setting, tls, now);
         self.h2.sweep(tls);
     }
 
-    /// How many connections lie idle.
+    /// How many connections are idle.
     pub fn idle_connections(&self) -> usize {
         self.idle.len() + self.h2.idle()
     }
 }
 
-/// Whether a connection leads to whom a call wants.
+/// Whether a connection has the peer identity and TLS settings that a request needs.
 pub(super) fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool {
     match (proof, &settings.tls) {
         (None, None) => true,
@@ -159,7 +159,7 @@ pub(super) fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool
     }
 }
 
-/// Whether a connection was made by the settings of now.
+/// Whether a connection was opened with the current TLS settings.
 pub(super) fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool {
     match (proof, tls) {
         (None, None) => true,
@@ -168,31 +168,32 @@ pub(super) fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool
     }
 }
 
-/// No connection is used for longer than the certificate of who answered is good for.
+/// When a connection is retired: at its maximum age, or when the server's certificate expires, whichever is first.
 pub(super) fn retire_at(
     settings: &ConnectionSettings,
     proof: Option<&Proof>,
     now: Instant,
 ) -> Option<Instant> {
-    let proven = proof.and_then(|proof| now.checked_add(proof.expires_in()));
+    let expiry = proof.and_then(|proof| now.checked_add(proof.expires_in()));
     let aged = settings.max_age.map(|age| now + age);
-    match (proven, aged) {
-        (Some(proven), Some(aged)) => Some(proven.min(aged)),
+    match (expiry, aged) {
+        (Some(expiry), Some(aged)) => Some(expiry.min(aged)),
         (at, None) | (None, at) => at,
     }
 }
 
 impl Lease {
-    /// Whether the connection has carried a request before: then its silent end says nothing about the upstream.
+    /// Whether the connection has carried a request before: if so, a close without a response says nothing about the
+    /// upstream.
     pub fn reused(&self) -> bool {
         match self {
             Self::H1 { reused, .. } => *reused,
-            // With other streams on it, it did not lie idle.
+            // With other streams on it, it was not idle.
             Self::H2 { stream, reused } => *reused && stream.is_alone(),
         }
     }
 
-    /// Who answered by TLS.
+    /// The verified server identity, if TLS.
     pub fn proof(&self) -> Option<&Proof> {
         match self {
             Self::H1 { connection, .. } => connection.proof(),
@@ -200,7 +201,7 @@ impl Lease {
         }
     }
 
-    /// What sees to it that the loss of a connection with many calls on it counts once.
+    /// Counts the loss of a multiplexed connection once, however many requests it fails.
     pub fn loss(&self) -> Option<&Loss> {
         match self {
             Self::H1 { .. } => None,
@@ -208,17 +209,17 @@ impl Lease {
         }
     }
 
-    /// Whether a byte of an answer came, where that can be told: what an HTTP/2 connection says may be for any stream.
+    /// Whether a byte of a response was received, if known: bytes on an HTTP/2 connection may belong to any stream.
     pub fn heard_anything(&self) -> bool {
         matches!(self, Self::H1 { connection, .. } if connection.heard_anything())
     }
 
-    /// Whether any of the request may have reached the endpoint, where HTTP/1.1 carries it.
+    /// Whether a byte of the request may have reached the endpoint; HTTP/1.1 only.
     pub fn sent_anything(&self) -> bool {
         matches!(self, Self::H1 { connection, .. } if connection.sent_anything())
     }
 
-    /// Polls the next part of the answer's body.
+    /// Polls the next frame of the response body.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
         match self {
             Self::H1 { connection, .. } => connection.poll_frame(cx).map_err(AnswerError::from),
@@ -229,7 +230,7 @@ impl Lease {
         }
     }
 
-    /// Whether the answer's body is over, as far as can be told without reading on.
+    /// Whether the response body is known to be complete without reading on.
     pub fn is_end_stream(&self) -> bool {
         match self {
             Self::H1 { connection, .. } => connection.is_end_stream(),
@@ -237,7 +238,7 @@ impl Lease {
         }
     }
 
-    /// How long the rest of the answer's body is, where that was told.
+    /// The remaining length of the response body, if known.
     pub fn length(&self) -> Option<u64> {
         match self {
             Self::H1 { connection, .. } => connection.length(),
@@ -245,7 +246,7 @@ impl Lease {
         }
     }
 
-    /// What the connection is once it was upgraded, and what has come on it already. HTTP/2 has no such thing.
+    /// The byte stream after an upgrade, and the bytes already received on it. None for HTTP/2.
     pub fn take_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
         match self {
             Self::H1 { connection, .. } => connection.take_stream(),
@@ -253,19 +254,21 @@ impl Lease {
         }
     }
 
-    /// Learns from the response's `Keep-Alive: timeout=`.
+    /// Takes the idle timeout from the response's `Keep-Alive: timeout=`.
     pub fn heard(&mut self, headers: &HeaderMap) {
         if let Self::H1 { connection, .. } = self
-            && let Some(told) =
+            && let Some(announced) =
                 headers.get("keep-alive").and_then(|value| keep_alive_timeout(value.to_str().ok()?))
         {
-            // The upstream counts from when it wrote, we from when we read; and our next request must still arrive.
-            let margin = (told / 10).clamp(Duration::from_millis(100), Duration::from_secs(1));
-            connection.told = Some(told.saturating_sub(margin));
+            // The upstream's timer starts when it writes, this one when the response is read; and the next request must
+            // still arrive in time.
+            let margin = (announced / 10).clamp(Duration::from_millis(100), Duration::from_secs(1));
+            connection.told = Some(announced.saturating_sub(margin));
         }
     }
 
-    /// The response has been read to its end. `whole_request`: so has the request been written.
+    /// Releases the connection after the response was read to its end. `whole_request`: the request was written
+    /// completely.
     pub fn finished(self, whole_request: bool, now: Instant) {
         match self {
             Self::H1 { connection, endpoint, .. } if whole_request => {
@@ -284,9 +287,9 @@ mod tests {
 
     use super::*;
 
-    /// The text by which `h2` says so is not part of its interface.
+    /// The message that `is_request_fault` matches is not part of the API of `h2`.
     #[tokio::test]
-    async fn a_request_that_http2_cannot_carry_is_at_fault_itself() {
+    async fn a_request_that_http2_cannot_carry_is_a_request_fault() {
         let (client, _server) = duplex(1 << 16);
         let (mut sender, _connection) = h2::client::handshake(client).await.unwrap();
         let request = Request::builder().uri("http://a/").header("connection", "close").body(()).unwrap();
@@ -296,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_request_to_be_sent_is_not_its_endpoints() {
+    fn an_unsendable_request_is_not_the_fault_of_its_endpoint() {
         use http1::framing::FramingError;
         for error in [http1::Error::Unsendable(FramingError::Length), http1::Error::WrongLength] {
             let error = AnswerError::from(error);

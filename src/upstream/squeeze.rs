@@ -1,5 +1,5 @@
-//! Room for one more connection where `max_connections` is reached: one that lies idle is closed for it, at whichever
-//! endpoint and worker it lies.
+//! Evicts an idle connection, at any endpoint and worker of the upstream, when `max_connections` is reached and a
+//! request needs a new one.
 
 use std::{
     sync::atomic::{AtomicU32, Ordering},
@@ -8,50 +8,50 @@ use std::{
 
 use tokio::sync::{Notify, futures::Notified};
 
-/// How long a call waits for that. Workers answer in well below a millisecond unless they are very busy.
+/// How long a request waits for that. Workers react in well below a millisecond unless they are very busy.
 pub const PATIENCE: Duration = Duration::from_millis(100);
 
-/// Tells the workers of this process that somebody wants room. They look where.
-static WANTED: Notify = Notify::const_new();
+/// Notifies the workers of this process that some upstream needs an eviction. They find out which.
+static REQUESTED: Notify = Notify::const_new();
 
-/// Who wants room at an upstream, and whether there is some.
+/// The eviction requests of an upstream.
 #[derive(Debug, Default)]
 pub struct Squeeze {
-    /// Connections to be closed, for which nobody has closed one yet.
+    /// Connections to be closed that no worker has claimed yet.
     wanted: AtomicU32,
     waiting: AtomicU32,
     freed: Notify,
 }
 
-/// Somebody who wants room, until it is dropped.
+/// A request for a connection slot, until it is dropped.
 #[derive(Debug)]
 pub struct Want<'a>(&'a Squeeze);
 
-/// Ends when somebody wants room at some upstream. Ask for it before looking, so that nobody is missed.
+/// Completes when some upstream needs an eviction. Call it before checking, so that no notification is lost.
 pub fn wanted() -> Notified<'static> {
-    WANTED.notified()
+    REQUESTED.notified()
 }
 
 impl Squeeze {
-    /// Asks for room.
+    /// Requests that a connection be closed.
     pub fn want(&self) -> Want<'_> {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         self.wanted.fetch_add(1, Ordering::SeqCst);
-        WANTED.notify_waiters();
+        REQUESTED.notify_waiters();
         Want(self)
     }
 
-    /// Takes it upon oneself to close a connection; false where none is wanted. Only for who has one to close.
+    /// Claims the closing of one connection; `false` if none is requested. Only for callers that have one to close.
     pub fn claim(&self) -> bool {
-        self.is_wanted() && less(&self.wanted)
+        self.is_wanted() && decrement(&self.wanted)
     }
 
-    /// One load.
+    /// Costs one atomic load.
     pub fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::SeqCst) > 0
     }
 
-    /// Tells that a connection has ended.
+    /// Notifies the waiting requests that a connection has ended.
     pub fn freed(&self) {
         if self.waiting.load(Ordering::SeqCst) > 0 {
             self.freed.notify_waiters();
@@ -60,31 +60,32 @@ impl Squeeze {
 }
 
 impl Want<'_> {
-    /// Ends when there may be room. Ask for it before looking.
+    /// Completes when a slot may be free. Call it before checking.
     pub fn freed(&self) -> Notified<'_> {
         self.0.freed.notified()
     }
 
-    /// Somebody else took what was freed: another is to be closed, unless one is for each that waits.
+    /// Another request took the freed slot: one more connection must be closed, unless there is already one for each
+    /// waiting request.
     pub fn again(&self) {
         let waiting = self.0.waiting.load(Ordering::SeqCst);
         let more = |wanted| (wanted < waiting).then_some(wanted + 1);
         if self.0.wanted.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok() {
-            WANTED.notify_waiters();
+            REQUESTED.notify_waiters();
         }
     }
 }
 
 impl Drop for Want<'_> {
     fn drop(&mut self) {
-        // What nobody could close need not be closed any more.
+        // Evictions that no worker could make are not needed any more.
         if self.0.waiting.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.wanted.store(0, Ordering::SeqCst);
         }
     }
 }
 
-fn less(count: &AtomicU32) -> bool {
+fn decrement(count: &AtomicU32) -> bool {
     count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| count.checked_sub(1)).is_ok()
 }
 
@@ -93,21 +94,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_connection_is_closed_for_each_that_wants_room() {
-        let squeeze = Squeeze::default();
-        assert!(!squeeze.claim(), "nobody wants any");
-        let (one, two) = (squeeze.want(), squeeze.want());
-        assert!(squeeze.claim() && squeeze.claim() && !squeeze.claim());
+    fn one_connection_is_closed_for_each_waiting_request() {
+        let eviction = Squeeze::default();
+        assert!(!eviction.claim(), "none is requested");
+        let (one, two) = (eviction.want(), eviction.want());
+        assert!(eviction.claim() && eviction.claim() && !eviction.claim());
         one.again();
-        assert!(squeeze.claim(), "somebody was quicker than the one that it was closed for");
+        assert!(eviction.claim(), "another request took the slot");
         for _ in 0..5 {
             two.again();
         }
-        assert!(squeeze.claim() && squeeze.claim() && !squeeze.claim(), "no more than wait");
+        assert!(
+            eviction.claim() && eviction.claim() && !eviction.claim(),
+            "no more than there are waiting requests"
+        );
         drop((one, two));
-        let three = squeeze.want();
-        assert!(squeeze.is_wanted());
+        let three = eviction.want();
+        assert!(eviction.is_wanted());
         drop(three);
-        assert!(!squeeze.claim(), "who has left wants nothing");
+        assert!(!eviction.claim(), "a dropped request needs no eviction");
     }
 }

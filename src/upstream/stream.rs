@@ -1,4 +1,4 @@
-//! A connection to an endpoint: plain, or TLS.
+//! The byte stream of a connection to an endpoint: plain TCP or TLS.
 
 use std::{
     future::poll_fn,
@@ -12,33 +12,35 @@ use tokio_rustls::client::TlsStream;
 
 use crate::net::io::SharedTcp;
 
-/// What HTTP, or bytes, run over.
+/// The transport under HTTP or a byte stream.
 #[derive(Debug)]
 pub enum UpstreamIo {
     Plain(SharedTcp),
     Tls(Box<TlsStream<SharedTcp>>),
 }
 
-/// What an idle connection shows when it is looked at.
+/// The state of an idle connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Idle {
-    /// Open, and nothing has come.
+    /// Open, and nothing has been received.
     Quiet,
     /// The endpoint has closed it.
     Closed,
-    /// Bytes have come although no request is in flight. Whoever sent a request on it now could get them as its response.
+    /// Bytes were received although no request is in flight. A request sent on it now could take them for its
+    /// response.
     Unsolicited,
 }
 
 impl Idle {
-    /// The first of the bytes that tell what has come: up to the status code.
-    const ENOUGH: usize = "HTTP/1.1 408".len();
+    /// How many of the first bytes classify what was received: up to the status code.
+    const PREFIX_LENGTH: usize = "HTTP/1.1 408".len();
 
-    /// Of a connection on which these bytes have come, all or the first [`Self::ENOUGH`] of them.
+    /// Classifies by the bytes received on an idle connection: all, or at least the first [`Self::PREFIX_LENGTH`] of
+    /// them.
     pub fn of_bytes(bytes: &[u8]) -> Self {
-        match bytes.get(..Self::ENOUGH) {
+        match bytes.get(..Self::PREFIX_LENGTH) {
             _ if bytes.is_empty() => Self::Quiet,
-            // Some servers announce so that they close an idle connection (RFC 9110 §15.5.9).
+            // Some servers send a 408 before they close an idle connection (RFC 9110 §15.5.9).
             Some(start) if start.starts_with(b"HTTP/1.") && start.ends_with(b" 408") => Self::Closed,
             _ => Self::Unsolicited,
         }
@@ -46,7 +48,7 @@ impl Idle {
 }
 
 impl UpstreamIo {
-    /// The TCP stream that it runs over.
+    /// The underlying TCP stream.
     pub fn tcp(&self) -> &SharedTcp {
         match self {
             Self::Plain(tcp) => tcp,
@@ -54,10 +56,10 @@ impl UpstreamIo {
         }
     }
 
-    /// Looks at an idle connection, with one system call where nothing has come. Of TLS it reads what is for TLS itself,
-    /// as tickets are.
+    /// Checks an idle connection, with one system call if nothing was received. On TLS this processes records that
+    /// carry no application data, such as session tickets.
     pub fn look(&mut self) -> Idle {
-        let mut start = [0; Idle::ENOUGH];
+        let mut start = [0; Idle::PREFIX_LENGTH];
         match self {
             Self::Plain(tcp) => match tcp.peek_now(&mut start) {
                 Ok(0) => Idle::Closed,
@@ -65,11 +67,11 @@ impl UpstreamIo {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Idle::Quiet,
                 Err(_) => Idle::Closed,
             },
-            Self::Tls(tls) => look_at_tls(tls),
+            Self::Tls(tls) => check_idle_tls(tls),
         }
     }
 
-    /// Waits until the other side has said something, or left. Tickets and the like are not said.
+    /// Waits until the peer has sent application data or closed. Session tickets and the like do not count.
     pub async fn readable(&mut self) -> io::Result<()> {
         match self {
             Self::Plain(tcp) => tcp.readable().await,
@@ -78,7 +80,7 @@ impl UpstreamIo {
     }
 }
 
-fn look_at_tls(tls: &mut TlsStream<SharedTcp>) -> Idle {
+fn check_idle_tls(tls: &mut TlsStream<SharedTcp>) -> Idle {
     let (tcp, session) = tls.get_mut();
     loop {
         match session.read_tls(&mut tcp.reader_now()) {
@@ -89,7 +91,7 @@ fn look_at_tls(tls: &mut TlsStream<SharedTcp>) -> Idle {
         }
         match session.process_new_packets() {
             Ok(state) if state.plaintext_bytes_to_read() > 0 => {
-                let mut start = [0; Idle::ENOUGH];
+                let mut start = [0; Idle::PREFIX_LENGTH];
                 let count = session.reader().read(&mut start).unwrap_or(0);
                 return Idle::of_bytes(&start[..count]);
             }

@@ -1,6 +1,6 @@
-//! Which watched files a writer has open, as far as the system's events tell.
+//! Tracks which watched files are open for writing, as far as file system events show.
 //!
-//! A file that is being written must not be read: it may be truncated, or hold the first half of what is meant.
+//! A file that is being written must not be read: it may be truncated or incomplete.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,11 +16,11 @@ use notify::{
     event::{AccessKind, AccessMode, CreateKind, ModifyKind},
 };
 
-/// A file that was created but never written to counts as open for this long. A hard link looks the same, and nobody
-/// closes that.
+/// A file that was created but never written to counts as open for this long. A hard link causes the same event, but no
+/// close event.
 const CREATED: Duration = Duration::from_secs(5);
 
-/// The state of each watched file that somebody writes to.
+/// The watched files that are open for writing.
 #[derive(Debug, Default)]
 struct Writers {
     /// Absolute paths.
@@ -34,30 +34,30 @@ enum OpenFile {
     Written,
 }
 
-/// What an event means for whoever reads the files.
+/// The effect of an event on the watched files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Meaning {
-    /// Somebody read something; so do we, at every event.
-    Nothing,
+enum Effect {
+    /// A read access, such as the watcher's own.
+    None,
     /// A file may have changed.
     Changed,
 }
 
 impl Writers {
-    fn note(&mut self, event: &notify::Result<Event>, now: Instant) -> Meaning {
-        let Ok(event) = event else { return Meaning::Changed };
+    fn record(&mut self, event: &notify::Result<Event>, now: Instant) -> Effect {
+        let Ok(event) = event else { return Effect::Changed };
         if event.need_rescan() {
-            // Events were lost, perhaps that of a close.
+            // Events were lost, perhaps a close event.
             self.open.clear();
-            return Meaning::Changed;
+            return Effect::Changed;
         }
         let change: Option<OpenFile> = match event.kind {
             EventKind::Access(AccessKind::Close(AccessMode::Write)) => None,
-            EventKind::Access(_) => return Meaning::Nothing,
+            EventKind::Access(_) => return Effect::None,
             EventKind::Modify(ModifyKind::Data(_)) => Some(OpenFile::Written),
             EventKind::Create(CreateKind::File) => Some(OpenFile::Created(now)),
             EventKind::Modify(ModifyKind::Name(_)) | EventKind::Remove(_) => None,
-            _ => return Meaning::Changed,
+            _ => return Effect::Changed,
         };
         for path in &event.paths {
             match change {
@@ -67,7 +67,7 @@ impl Writers {
                 Some(_) => {}
             }
         }
-        Meaning::Changed
+        Effect::Changed
     }
 
     fn being_written(&self, now: Instant) -> Option<&Path> {
@@ -79,33 +79,33 @@ impl Writers {
     }
 }
 
-/// Whether a path is a file under this name alone: a link to one is there at once, whole.
+/// Whether a path is a file with only this name. A link to a file appears at once and complete.
 fn is_plain_file(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.nlink() == 1)
 }
 
-/// Observes files through the directories that hold them: editors replace files, and ConfigMaps, Secrets and CSI
-/// drivers swap a link beside them.
+/// Observes files through their directories: editors replace files, and ConfigMaps, Secrets and CSI drivers swap a link
+/// next to them.
 #[derive(Debug)]
 pub struct Observer {
     writers: Arc<Mutex<Writers>>,
     files: Vec<PathBuf>,
-    /// None: nothing can be observed, polling has to do.
+    /// `None`: the system reports no events, the files are only polled.
     watcher: Option<RecommendedWatcher>,
     directories: BTreeSet<PathBuf>,
 }
 
 impl Observer {
-    /// Calls `changed`, on a thread of its own, whenever one of `files` may have changed.
+    /// Calls `changed`, on its own thread, whenever one of `files` may have changed.
     pub fn new(files: &[PathBuf], changed: impl Fn() + Send + 'static) -> Self {
         let files: Vec<PathBuf> = files.iter().map(|file| absolute(file)).collect();
         let writers = Arc::new(Mutex::new(Writers::default()));
-        let noted = Arc::clone(&writers);
+        let writers_of_handler = Arc::clone(&writers);
         let handler = move |event: notify::Result<Event>| {
-            let mut writers = noted.lock().unwrap_or_else(PoisonError::into_inner);
-            let meaning = writers.note(&event, Instant::now());
+            let mut writers = writers_of_handler.lock().unwrap_or_else(PoisonError::into_inner);
+            let effect = writers.record(&event, Instant::now());
             drop(writers);
-            if meaning == Meaning::Changed {
+            if effect == Effect::Changed {
                 changed();
             }
         };
@@ -115,7 +115,7 @@ impl Observer {
         this
     }
 
-    /// Follows links anew: they may lead into other directories now, and a directory may have come into being.
+    /// Resolves links again: they may lead into other directories now, and a directory may have been created.
     pub fn refresh(&mut self) {
         let Some(watcher) = &mut self.watcher else { return };
         let real = self.files.iter().filter_map(|file| fs::canonicalize(file).ok());
@@ -140,13 +140,13 @@ impl Observer {
         }
     }
 
-    /// A file that somebody is writing to.
+    /// A file that is open for writing, if any.
     pub fn being_written(&self) -> Option<PathBuf> {
         let writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
         writers.being_written(Instant::now()).map(Path::to_owned)
     }
 
-    /// What tells a file from what it was, without reading it.
+    /// The stamps of the files, which change with their content.
     pub fn stamps(&self) -> Vec<Option<Stamp>> {
         self.files.iter().map(|file| Stamp::of(file).ok()).collect()
     }
@@ -178,7 +178,7 @@ fn absolute(file: &Path) -> PathBuf {
 }
 
 fn warn_of_polling(error: &notify::Error) {
-    tracing::warn!(%error, "files cannot be watched; they are looked at every {} s", super::POLL.as_secs());
+    tracing::warn!(%error, "files cannot be watched; they are polled every {} s", super::POLL.as_secs());
 }
 
 #[cfg(test)]
@@ -203,7 +203,7 @@ mod tests {
     const CLOSED: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
 
     #[test]
-    fn a_file_is_open_from_its_first_byte_until_its_writer_closes_it() {
+    fn a_file_is_open_from_the_first_write_to_the_close() {
         let (_dir, file, mut writers) = writers();
         let now = Instant::now();
         let much_later = now + Duration::from_secs(3600);
@@ -212,39 +212,39 @@ mod tests {
             EventKind::Modify(ModifyKind::Name(RenameMode::To)),
             EventKind::Remove(notify::event::RemoveKind::File),
         ] {
-            assert_eq!(writers.note(&event(WRITTEN, &file), now), Meaning::Changed);
+            assert_eq!(writers.record(&event(WRITTEN, &file), now), Effect::Changed);
             assert_eq!(writers.being_written(much_later), Some(file.as_path()));
-            assert_eq!(writers.note(&event(end, &file), now), Meaning::Changed);
+            assert_eq!(writers.record(&event(end, &file), now), Effect::Changed);
             assert_eq!(writers.being_written(now), None, "{end:?}");
         }
     }
 
     #[test]
-    fn a_created_file_is_waited_for_but_a_link_is_not() {
+    fn a_created_file_counts_as_open_but_a_link_does_not() {
         let (dir, file, mut writers) = writers();
         let now = Instant::now();
         let created = EventKind::Create(CreateKind::File);
-        let _ = writers.note(&event(created, &file), now);
+        let _ = writers.record(&event(created, &file), now);
         assert!(writers.being_written(now).is_some());
-        assert!(writers.being_written(now + CREATED).is_none(), "nobody may ever close it");
+        assert!(writers.being_written(now + CREATED).is_none(), "it may never be closed");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&file, &link).unwrap();
         let mut writers = Writers { watched: [link.clone()].into(), ..Writers::default() };
-        let _ = writers.note(&event(created, &link), now);
+        let _ = writers.record(&event(created, &link), now);
         assert!(writers.being_written(now).is_none());
     }
 
     #[test]
-    fn other_files_and_readers_do_not_matter_and_lost_events_hold_nothing_back() {
+    fn ignores_other_files_and_readers_and_recovers_from_lost_events() {
         let (dir, file, mut writers) = writers();
         let now = Instant::now();
-        let _ = writers.note(&event(WRITTEN, &dir.path().join("other")), now);
+        let _ = writers.record(&event(WRITTEN, &dir.path().join("other")), now);
         assert!(writers.being_written(now).is_none());
         let read = EventKind::Access(AccessKind::Open(AccessMode::Any));
-        assert_eq!(writers.note(&event(read, &file), now), Meaning::Nothing);
-        let _ = writers.note(&event(WRITTEN, &file), now);
+        assert_eq!(writers.record(&event(read, &file), now), Effect::None);
+        let _ = writers.record(&event(WRITTEN, &file), now);
         let lost = Ok(Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan));
-        let _ = writers.note(&lost, now);
+        let _ = writers.record(&lost, now);
         assert!(writers.being_written(now).is_none());
     }
 }

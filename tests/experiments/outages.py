@@ -7,7 +7,7 @@
 
 Three replicas, 20 ms a response, four GETs to a POST at a fixed rate. Each replica is a service behind an Outrigger
 sidecar of its own. A replica is `down` (sidecar and service killed: its port refuses, its connections are reset),
-`elsewhere` (the sidecar runs, the service behind it does not), `failing` (the service answers 503) or well. Printed: failed
+`elsewhere` (the sidecar runs, the service behind it does not), `failing` (the service responds with 503) or healthy. Printed: failed
 GETs and POSTs of those sent, and POSTs that were processed twice.
 """
 
@@ -21,7 +21,7 @@ LATENCY = 0.02
 
 
 class Replica:
-    """An HTTP/1.1 service behind its sidecar. Remembers the POSTs that it has processed."""
+    """An HTTP/1.1 service behind its sidecar. Records the POSTs that it has processed."""
 
     def __init__(self, processed):
         self.mode, self.processed, self.port, self.service_port = "down", processed, free_port(), free_port()
@@ -107,7 +107,7 @@ async def two_die(replicas):
 
 
 async def staggered(replicas):
-    """The next goes a second after the one before, which is back after three: two of three are away at a time."""
+    """Each fails one second after the one before and recovers after three: two of three are down at a time."""
     async def one(replica, after):
         await asyncio.sleep(after)
         await in_turn([replica], ("failing", 1), ("down", 1), ("well", 0))
@@ -164,7 +164,7 @@ def proxies(workers):
 
 
 async def measure(start, scenario, rate, replica=Replica, load=Load):
-    """The load, when it is over, and how many requests were processed twice."""
+    """The finished load, and how many requests were processed twice."""
     processed = {}
     replicas = [replica(processed) for _ in range(3)]
     for one in replicas:

@@ -22,7 +22,7 @@ from outages import LATENCY, SCENARIOS, Replica, measure
 HTTP2 = {"typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
     "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
     "explicit_http_config": {"http2_protocol_options": {}}}}}
-# gRPC is POST: what was surely not processed, and what the service calls unavailable.
+# gRPC is POST: retry what was certainly not processed, and UNAVAILABLE.
 GRPC_ROUTE = {**TUNED_ROUTE, "retry_policy": {
     **TUNED_ROUTE["retry_policy"], "retry_on": "connect-failure,refused-stream,reset-before-request,unavailable"}}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws target/storm.csv (made by `just storm`) as docs/storm.svg. Needs matplotlib."""
+"""Plots target/storm.csv (made by `just storm`) to docs/storm.svg. Needs matplotlib."""
 
 import csv
 import pathlib

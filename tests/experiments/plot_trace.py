@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws a trace as Jaeger has it, as docs/trace.svg: one of the demo's, with a try that failed and the one after it.
+"""Draws a trace of the demo from Jaeger as docs/trace.svg: a failed attempt and the retry after it.
 
     jaeger & target/release/outrigger demo --once --otlp http://127.0.0.1:4317; python3 tests/experiments/plot_trace.py
 
@@ -31,7 +31,7 @@ def fetch():
     return retried[0]
 
 
-def told(span, service):
+def labels(span, service):
     kind = tag(span, "span.kind")
     status = tag(span, "http.response.status_code")
     what = {
@@ -75,7 +75,7 @@ def draw(trace):
     for number, (span, depth) in enumerate(rows):
         y = TOP + ROW * number
         service = trace["processes"][span["processID"]]["serviceName"]
-        what, detail = told(span, service)
+        what, detail = labels(span, service)
         failed = tag(span, "error") is True
         x, width = LEFT + (span["startTime"] - begin) * scale, max(span["duration"] * scale, 3)
         fill = "#c33" if failed else COLOURS.get(service, "#777")

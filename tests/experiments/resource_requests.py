@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What a sidecar and the webhook take: the requests in `k8s/` and the defaults of `inject` come from here.
+"""CPU and memory of a sidecar and of the webhook: the source of the resource requests in `k8s/` and the defaults of `inject`.
 
     benches/release && python3 tests/experiments/resource_requests.py [BINARY]     # needs h2load and nginx; two minutes
 
-Two sidecars as `inject` makes them, one worker each: a caller's, to which h2load sends requests at a fixed rate, and, by
-mutual TLS, a service's, behind which nginx answers with 1 KiB. One in ten calls is traced, to nobody: spans are made and
-dropped. CPU is that of the whole process over the wall time, in thousandths of a core; memory is what is resident after it.
-The webhook answers the reviews of a real API server (`tests/it/kubernetes/admission`), one after the other on one
-connection, and on a new one each.
+Two sidecars as `inject` makes them, one worker each: the client's, to which h2load sends requests at a fixed rate, and,
+over mutual TLS, the service's, with an nginx behind it that responds with 1 KiB. One in ten requests is traced, without a
+collector: spans are made and dropped. CPU is that of the whole process over the wall time, in thousandths of a core; memory
+is resident memory after the load. The webhook answers the reviews of a real API server (`tests/it/kubernetes/admission`),
+one after the other on one connection, and each on a new one.
 """
 
 import http.client
@@ -124,7 +124,7 @@ def sidecars(lab):
         f'[[upstream]]\nname = "hello"\nendpoints = ["127.0.0.1:{ports[0]}"]\nidentity = ["spiffe://lab/ns/default/sa/hello"]\n',
     )
     print(f"\nThe sidecar, {SECONDS} s each:\n")
-    row("requests a second", "caller's: CPU", "memory", "service's: CPU", "memory")
+    row("requests a second", "client's: CPU", "memory", "service's: CPU", "memory")
     row("---", "---", "---", "---", "---")
     for rate in [0, 100, 1000]:
         before, began = [cpu(child.pid) for child in (here, there)], time.monotonic()
@@ -185,15 +185,15 @@ def webhook(lab):
         at = lambda share: f"{times[int(len(times) * share)] * 1000:.2f} ms"
         spent = (cpu(child.pid) - before) / count * 1e6
         row(name, str(count), at(0.5), at(0.99), f"{spent:.0f} µs", f"{resident(child.pid):.1f} MiB", f"{resident(child.pid, 'VmHWM'):.1f} MiB")
-    # The largest question that it takes, from eight callers at a time.
+    # The largest review that it accepts, from eight clients at a time.
     path, body = reviews[0]
     review = json.loads(body)
     review["request"]["object"]["metadata"]["annotations"] = {"big": "x" * (3 << 20)}
-    callers = [connect() for _ in range(8)]
-    for caller in callers:
-        caller.request("POST", path, json.dumps(review), {"content-type": "application/json"})
-    for caller in callers:
-        assert caller.getresponse().read()
+    clients = [connect() for _ in range(8)]
+    for client in clients:
+        client.request("POST", path, json.dumps(review), {"content-type": "application/json"})
+    for client in clients:
+        assert client.getresponse().read()
     row("eight reviews of 3 MiB at a time", "8", "", "", "", f"{resident(child.pid):.1f} MiB", f"{resident(child.pid, 'VmHWM'):.1f} MiB")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""One slow endpoint of five: what share of the calls it still gets, and what the callers feel of it.
+"""One slow endpoint of five: its share of the requests, and the latency at the clients.
 
     cargo build --release && python3 tests/experiments/slow_endpoint.py [--rate 200] [--seconds 6]
 
-Four endpoints answer after 5 ms, one after a second. The first two seconds are not counted: nobody knows it yet.
+Four endpoints respond after 5 ms, one after a second. The first two seconds, before it is known as slow, are not counted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-//! The access log and `GET /requests`: what is told of calls, to whom, and that nobody waits for it.
+//! The access log and `GET /requests`: what is reported about requests, and that no request waits for the reader.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::support::{Launch, Proxy, RawClient, Upstream, binary, eventually, text};
 
 const GET: &str = "GET /secret/path?token=hush HTTP/1.1\r\nHost: up\r\n\r\n";
-/// In the order in which they are written.
+/// Sorted in the order in which they were written.
 const FIELDS: [&str; 15] = [
     "time",
     "direction",
@@ -37,8 +37,8 @@ const FIELDS: [&str; 15] = [
     "duration_ms",
 ];
 
-/// Answers 503 while it is told to.
-fn moody() -> (Upstream, Arc<AtomicBool>) {
+/// Responds with 503 while `failing` is set.
+fn controllable() -> (Upstream, Arc<AtomicBool>) {
     let ill = Arc::new(AtomicBool::new(false));
     let fails = Arc::clone(&ill);
     let server = Upstream::http1(move |request| {
@@ -48,11 +48,11 @@ fn moody() -> (Upstream, Arc<AtomicBool>) {
             if slow {
                 tokio::time::sleep(Duration::from_millis(1100)).await;
             }
-            let mut answer = text("hello");
+            let mut response = text("hello");
             if fails {
-                *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             }
-            answer
+            response
         }
     });
     (server, ill)
@@ -77,9 +77,9 @@ fn written(path: &Path) -> Vec<Value> {
 
 fn read(proxy: &Proxy, path: &str) -> String {
     let mut client = RawClient::connect(proxy.admin());
-    let answer = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
-    assert_eq!(answer.status(), 200, "{answer:?}");
-    answer.text()
+    let response = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
+    assert_eq!(response.status(), 200, "{response:?}");
+    response.text()
 }
 
 fn count(proxy: &Proxy, outcome: &str) -> u64 {
@@ -89,16 +89,16 @@ fn count(proxy: &Proxy, outcome: &str) -> u64 {
 }
 
 #[test]
-fn what_did_not_go_well_is_told_in_plain_words() {
-    let (well, _) = moody();
-    let (other, ill) = moody();
+fn failed_requests_are_logged_in_plain_words() {
+    let (well, _) = controllable();
+    let (other, ill) = controllable();
     let mut proxy = Proxy::start(config(&[&well, &other], ""));
     let mut client = RawClient::connect(proxy.outbound());
     for _ in 0..4 {
         assert_eq!(client.ask(GET).status(), 200);
     }
     ill.store(true, Ordering::Relaxed);
-    // Those that come to the one that fails are mended.
+    // Requests to the failing endpoint succeed by a retry.
     for _ in 0..2 {
         assert_eq!(client.ask(GET).status(), 200);
     }
@@ -107,13 +107,13 @@ fn what_did_not_go_well_is_told_in_plain_words() {
     proxy.wait();
     let stdout = proxy.stdout();
     let lines = lines(&stdout);
-    assert!((1..=2).contains(&lines.len()), "only retried calls are told of\n{stdout}");
+    assert!((1..=2).contains(&lines.len()), "only retried requests are logged\n{stdout}");
     let line = &lines[0];
     let fields: Vec<&String> = line.as_object().expect("an object").keys().collect();
     assert_eq!(fields, FIELDS);
     let (ill, well) = (other.address(), well.address());
     let why = line["why"].as_str().unwrap_or_default();
-    assert!(why.starts_with(&format!("{ill} answered 503, second try at {well} answered 200")), "{why}");
+    assert!(why.starts_with(&format!("{ill} answered 503, second attempt at {well} answered 200")), "{why}");
     assert!(why.contains("; breaker 1/"), "{why}");
     for (field, value) in [
         ("direction", "outbound"),
@@ -133,10 +133,7 @@ fn what_did_not_go_well_is_told_in_plain_words() {
     );
     assert_eq!(line["trace_id"].as_str().map(str::len), Some(32), "{line}");
     assert!(line["duration_ms"].as_f64() > Some(0.0), "{line}");
-    assert!(
-        !stdout.contains("hush") && !stdout.contains("/secret/path"),
-        "a path or query is nobody's business"
-    );
+    assert!(!stdout.contains("hush") && !stdout.contains("/secret/path"), "paths and queries are not logged");
 }
 
 #[test]
@@ -151,7 +148,7 @@ fn every_field_is_documented() {
             "{field}"
         );
     }
-    let (server, _) = moody();
+    let (server, _) = controllable();
     let proxy = Proxy::start(config(&[&server], "access_log = \"all\""));
     RawClient::connect(proxy.outbound()).ask(GET);
     eventually("a line", || !proxy.stdout().is_empty());
@@ -161,8 +158,8 @@ fn every_field_is_documented() {
 }
 
 #[test]
-fn all_means_all_and_a_reload_changes_it() {
-    let (server, _) = moody();
+fn all_logs_every_request_and_a_reload_changes_it() {
+    let (server, _) = controllable();
     let proxy = Proxy::start(config(&[&server], "access_log = \"all\""));
     let field = "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00\r\n";
     let request = format!("POST / HTTP/1.1\r\nHost: up\r\n{field}Content-Length: 3\r\n\r\nabc");
@@ -197,7 +194,7 @@ fn all_means_all_and_a_reload_changes_it() {
     eventually("a line in the file", || written(&file).len() == 1);
     assert_eq!(lines(&proxy.stdout()).len(), 2, "{}", proxy.stdout());
 
-    // What cannot be opened is refused, and said where.
+    // A file that cannot be opened is rejected, with the place of the key.
     proxy.reconfigure(&config(&[&server], "access_log_file = \"/no/such/directory/access.log\""));
     let why = "cannot open the access log /no/such/directory/access.log";
     eventually("the refusal", || read(&proxy, "/status").contains(why));
@@ -206,8 +203,8 @@ fn all_means_all_and_a_reload_changes_it() {
 }
 
 #[test]
-fn a_file_is_opened_anew_when_it_was_moved_away() {
-    let (server, _) = moody();
+fn a_rotated_log_file_is_reopened() {
+    let (server, _) = controllable();
     let directory = tempfile::tempdir().expect("a directory");
     let [file, first, second] =
         ["access.log", "access.log.1", "access.log.2"].map(|name| directory.path().join(name));
@@ -216,7 +213,7 @@ fn a_file_is_opened_anew_when_it_was_moved_away() {
     let mut client = RawClient::connect(proxy.outbound());
     client.ask(GET);
     eventually("a line", || written(&file).len() == 1);
-    // By name: looked for once a second.
+    // By name: checked once a second.
     fs::rename(&file, &first).expect("renamed");
     let mut sent = 1;
     eventually("a new file", || {
@@ -224,7 +221,7 @@ fn a_file_is_opened_anew_when_it_was_moved_away() {
         sent += 1;
         file.exists()
     });
-    // A line that is still to come must not be taken for one of the next file.
+    // A pending line must not be taken for one of the next file.
     eventually("every line", || written(&first).len() + written(&file).len() == sent);
     // By signal.
     fs::rename(&file, &second).expect("renamed");
@@ -238,7 +235,7 @@ fn a_file_is_opened_anew_when_it_was_moved_away() {
 }
 
 #[test]
-fn a_file_that_cannot_be_opened_is_said_at_start() {
+fn an_unwritable_log_file_is_reported_at_start() {
     let directory = tempfile::tempdir().expect("a directory");
     let config = directory.path().join("outrigger.toml");
     let text = "[telemetry]\naccess_log_file = \"/no/such/directory/a.log\"\n[inbound]\nlisten = \"127.0.0.1:0\"\n\
@@ -254,8 +251,8 @@ fn a_file_that_cannot_be_opened_is_said_at_start() {
 }
 
 #[test]
-fn under_run_the_service_has_stdout_for_itself() {
-    let (server, _) = moody();
+fn under_run_stdout_belongs_to_the_service() {
+    let (server, _) = controllable();
     let proxy = Launch::new(config(&[&server], "access_log = \"all\""))
         .service(["sh", "-c", "echo the service; exec sleep 60"])
         .start();
@@ -264,22 +261,22 @@ fn under_run_the_service_has_stdout_for_itself() {
     eventually("the service's line", || proxy.stdout() == "the service\n");
 }
 
-/// A reader that has stalled: a pipe that nobody empties.
+/// A stalled reader: a pipe that is not read.
 #[test]
-fn nobody_waits_for_a_stalled_reader() {
-    const CALLS: usize = 6000;
-    let (server, _) = moody();
+fn no_request_waits_for_a_stalled_log_reader() {
+    const REQUESTS: usize = 6000;
+    let (server, _) = controllable();
     let directory = tempfile::tempdir().expect("a directory");
     let pipe = directory.path().join("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().is_ok_and(|status| status.success()));
-    // Open for both, so that opening waits for nobody.
+    // Open for both, so that opening does not block.
     let mut reader = fs::File::options().read(true).write(true).open(&pipe).expect("the pipe opens");
     let script = format!("exec \"$@\" >'{}'", pipe.display());
     let mut proxy =
         Launch::new(config(&[&server], "access_log = \"all\"")).wrapped(["sh", "-c", &script, "sh"]).start();
     let mut client = RawClient::connect(proxy.outbound());
     let before = proxy.resident_kib();
-    for _ in 0..CALLS {
+    for _ in 0..REQUESTS {
         assert_eq!(client.ask(GET).status(), 200);
     }
     let dropped = count(&proxy, "dropped");
@@ -287,18 +284,18 @@ fn nobody_waits_for_a_stalled_reader() {
     let grown = proxy.resident_kib() - before;
     assert!(grown < 30 * 1024, "{grown} KiB more");
 
-    // What was kept comes once somebody reads; nothing is lost without being counted.
+    // Buffered lines arrive once the pipe is read; nothing is lost without being counted.
     let mut chunk = vec![0; 1 << 20];
     let mut got = Vec::new();
-    while got.iter().filter(|byte| **byte == b'\n').count() + (dropped as usize) < CALLS {
+    while got.iter().filter(|byte| **byte == b'\n').count() + (dropped as usize) < REQUESTS {
         let read = reader.read(&mut chunk).expect("lines");
         got.extend_from_slice(&chunk[..read]);
     }
     let got = lines(&String::from_utf8(got).expect("text"));
-    assert_eq!(got.len() as u64 + dropped, CALLS as u64);
+    assert_eq!(got.len() as u64 + dropped, REQUESTS as u64);
     eventually("the count", || count(&proxy, "written") == got.len() as u64);
 
-    // And the end of the process waits for nobody for long.
+    // The exit of the process does not wait long for the reader either.
     for _ in 0..1000 {
         client.ask(GET);
     }
@@ -310,9 +307,9 @@ fn nobody_waits_for_a_stalled_reader() {
 }
 
 #[test]
-fn the_last_calls_are_told_with_every_decision() {
-    let (well, _) = moody();
-    let (other, ill) = moody();
+fn requests_page_shows_every_decision_of_recent_requests() {
+    let (well, _) = controllable();
+    let (other, ill) = controllable();
     ill.store(true, Ordering::Relaxed);
     let both = config(&[&well, &other], "");
     let more = format!(
@@ -326,40 +323,44 @@ fn the_last_calls_are_told_with_every_decision() {
     assert_eq!(client.ask(GET.replace("Host: up", "Host: dead")).status(), 502);
     ill.store(false, Ordering::Relaxed);
     assert_eq!(client.ask("GET /slow HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200);
-    let told: Value = serde_json::from_str(&read(&proxy, "/requests")).expect("JSON");
-    let calls = told["requests"].as_array().expect("calls");
-    let of = |kind: &str| calls.iter().filter(|call| call["kind"] == kind).collect::<Vec<_>>();
+    let page: Value = serde_json::from_str(&read(&proxy, "/requests")).expect("JSON");
+    let requests = page["requests"].as_array().expect("requests");
+    let of = |kind: &str| requests.iter().filter(|call| call["kind"] == kind).collect::<Vec<_>>();
 
     let retried = of("retried");
-    let retried = retried.last().expect("a retried call");
-    let tries = retried["attempts"].as_array().expect("tries");
-    assert_eq!((&retried["attempts_made"], tries.len()), (&2.into(), 2), "{retried}");
-    assert_eq!(tries[0]["endpoint"], other.address().to_string(), "{retried}");
-    assert_eq!((&tries[0]["outcome"], &tries[1]["outcome"]), (&"503".into(), &"2xx".into()), "{retried}");
-    assert_eq!((&tries[0]["what"], &tries[1]["what"]), (&"first".into(), &"retry".into()), "{retried}");
-    assert!(tries[1]["began_ms"].as_f64() >= tries[0]["ended_ms"].as_f64(), "{retried}");
+    let retried = retried.last().expect("a retried request");
+    let attempts = retried["attempts"].as_array().expect("attempts");
+    assert_eq!((&retried["attempts_made"], attempts.len()), (&2.into(), 2), "{retried}");
+    assert_eq!(attempts[0]["endpoint"], other.address().to_string(), "{retried}");
+    assert_eq!(
+        (&attempts[0]["outcome"], &attempts[1]["outcome"]),
+        (&"503".into(), &"2xx".into()),
+        "{retried}"
+    );
+    assert_eq!((&attempts[0]["what"], &attempts[1]["what"]), (&"first".into(), &"retry".into()), "{retried}");
+    assert!(attempts[1]["began_ms"].as_f64() >= attempts[0]["ended_ms"].as_f64(), "{retried}");
 
     let failed = of("failed");
-    let [dead] = failed.as_slice() else { panic!("{told}") };
+    let [dead] = failed.as_slice() else { panic!("{page}") };
     assert_eq!((&dead["upstream"], &dead["status"]), (&"dead".into(), &502.into()), "{dead}");
     assert_eq!(dead["reason"], "connect_refused", "{dead}");
-    let tries = dead["attempts"].as_array().expect("tries");
+    let attempts = dead["attempts"].as_array().expect("attempts");
     assert!(
-        tries.iter().any(|one| one["breaker"] == "open"),
-        "the try that opened the breaker is told: {dead}"
+        attempts.iter().any(|one| one["breaker"] == "open"),
+        "the attempt that opened the breaker is listed: {dead}"
     );
     assert_eq!(dead["stopped"], "breaker_open", "{dead}");
     let why = dead["why"].as_str().unwrap_or_default();
-    assert!(why.contains("refused") && why.ends_with("no further try: the breaker opened"), "{why}");
+    assert!(why.contains("refused") && why.ends_with("no further attempt: the breaker opened"), "{why}");
 
     let slow = of("slow");
-    let [slow] = slow.as_slice() else { panic!("{told}") };
-    assert!(slow["why"].as_str().is_some_and(|why| why.contains("the answer began after")), "{slow}");
+    let [slow] = slow.as_slice() else { panic!("{page}") };
+    assert!(slow["why"].as_str().is_some_and(|why| why.contains("the response began after")), "{slow}");
 
     let mut status = Command::new(binary());
     let output =
         status.arg("status").arg("--admin").arg(proxy.admin().to_string()).output().expect("it runs");
     let shown = String::from_utf8_lossy(&output.stdout);
-    assert!(shown.contains("LAST TROUBLE") && shown.contains("outbound GET"), "{shown}");
+    assert!(shown.contains("LAST PROBLEMS") && shown.contains("outbound GET"), "{shown}");
     assert!(read(&proxy, "/").contains("/requests"));
 }

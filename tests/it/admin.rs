@@ -1,4 +1,4 @@
-//! What an operator sees and sets: `/status`, `/metrics`, circuit breakers by hand.
+//! What an operator sees and sets: `/status`, `/metrics`, breaker overrides.
 
 use std::{
     io::Write,
@@ -16,17 +16,17 @@ use crate::support::{Proxy, RawClient, Upstream, binary, eventually, peer_script
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
 
-/// An upstream with two endpoints; the second fails while it is told to.
+/// An upstream with two endpoints; the second fails while `failing` is set.
 struct Pair {
     proxy: Proxy,
     ill: Arc<AtomicBool>,
-    calls: Arc<AtomicUsize>,
+    requests: Arc<AtomicUsize>,
     _servers: [Upstream; 2],
 }
 
 fn pair() -> Pair {
-    let (ill, calls) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let (fails, count) = (Arc::clone(&ill), Arc::clone(&calls));
+    let (ill, requests) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (fails, count) = (Arc::clone(&ill), Arc::clone(&requests));
     let well = Upstream::http1(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
         async { text("well") }
@@ -34,11 +34,11 @@ fn pair() -> Pair {
     let other = Upstream::http1(move |_| {
         let fails = fails.load(Ordering::Relaxed);
         async move {
-            let mut answer = text("other");
+            let mut response = text("other");
             if fails {
-                *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             }
-            answer
+            response
         }
     });
     let config = format!(
@@ -49,14 +49,14 @@ fn pair() -> Pair {
         other.address(),
         well.address(),
     );
-    Pair { proxy: Proxy::start(config), ill, calls, _servers: [well, other] }
+    Pair { proxy: Proxy::start(config), ill, requests, _servers: [well, other] }
 }
 
 fn read(proxy: &Proxy, path: &str) -> String {
     let mut client = RawClient::connect(proxy.admin());
-    let answer = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
-    assert_eq!(answer.status(), 200, "{answer:?}");
-    answer.text()
+    let response = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
+    assert_eq!(response.status(), 200, "{response:?}");
+    response.text()
 }
 
 fn status(proxy: &Proxy) -> Value {
@@ -76,12 +76,12 @@ fn said(output: &Output) -> String {
 }
 
 #[test]
-fn a_failing_endpoint_shows_as_ejected_and_its_retries_are_counted() {
+fn a_failing_endpoint_is_shown_as_ejected_and_its_retries_are_counted() {
     let pair = pair();
     pair.ill.store(true, Ordering::Relaxed);
     let mut client = RawClient::connect(pair.proxy.outbound());
     eventually("the ejection", || {
-        assert_eq!(client.ask(GET).text(), "well", "a failure reached the caller");
+        assert_eq!(client.ask(GET).text(), "well", "a failure reached the client");
         let up = &status(&pair.proxy)["upstreams"][0];
         up["endpoints"]
             .as_array()
@@ -97,7 +97,7 @@ fn a_failing_endpoint_shows_as_ejected_and_its_retries_are_counted() {
     assert!(up["limits"]["connections"].as_u64() >= Some(1), "{up}");
     assert_eq!(up["breaker"]["state"], "closed", "{up}");
     let shown = said(&command(&pair.proxy, &["status"]));
-    for part in ["ejected, back in ", "WAY IN", "sent "] {
+    for part in ["ejected, restored in ", "ENTRY POINT", "sent "] {
         assert!(shown.contains(part), "{part} is not in\n{shown}");
     }
     let metrics = read(&pair.proxy, "/metrics");
@@ -105,17 +105,17 @@ fn a_failing_endpoint_shows_as_ejected_and_its_retries_are_counted() {
 }
 
 #[test]
-fn a_breaker_is_set_by_hand_and_falls_back_by_itself() {
+fn a_breaker_override_is_set_by_hand_and_expires() {
     let pair = pair();
     let mut client = RawClient::connect(pair.proxy.outbound());
     assert_eq!(client.ask(GET).status(), 200);
     let set = command(&pair.proxy, &["set", "breaker", "up", "open"]);
     assert!(set.status.success() && said(&set).contains("up: open for 1h"), "{}", said(&set));
-    let before = pair.calls.load(Ordering::Relaxed);
+    let before = pair.requests.load(Ordering::Relaxed);
     let refused = client.ask(GET);
     assert_eq!(refused.status(), 503, "{refused:?}");
     assert!(refused.text().contains("set by hand"), "{refused:?}");
-    assert_eq!(pair.calls.load(Ordering::Relaxed), before, "nothing is sent");
+    assert_eq!(pair.requests.load(Ordering::Relaxed), before, "nothing is sent");
     let breaker = &status(&pair.proxy)["upstreams"][0]["breaker"];
     assert_eq!((&breaker["state"], &breaker["mode"]), (&"open".into(), &"open".into()), "{breaker}");
     assert!(breaker["until_in_seconds"].as_u64().is_some_and(|left| left > 3000), "{breaker}");
@@ -126,7 +126,7 @@ fn a_breaker_is_set_by_hand_and_falls_back_by_itself() {
     let breaker = &status(&pair.proxy)["upstreams"][0]["breaker"];
     assert_eq!(breaker["why"], "set back to auto", "{breaker}");
     assert!(command(&pair.proxy, &["set", "breaker", "up", "open", "--for", "1s"]).status.success());
-    // No call asks: time alone brings it back.
+    // No request arrives: the override expires by time alone.
     eventually("the fall-back", || status(&pair.proxy)["upstreams"][0]["breaker"]["mode"] == "auto");
     assert_eq!(client.ask(GET).status(), 200);
     let metrics = read(&pair.proxy, "/metrics");
@@ -135,13 +135,13 @@ fn a_breaker_is_set_by_hand_and_falls_back_by_itself() {
 }
 
 #[test]
-fn a_wrong_wish_says_what_would_be_right() {
+fn an_invalid_admin_request_is_answered_with_the_valid_ones() {
     let pair = pair();
     for (words, remedy) in [
-        (&["set", "breaker", "down", "open"][..], "there is: up, bare"),
+        (&["set", "breaker", "down", "open"][..], "available: up, bare"),
         (&["set", "breaker", "bare", "open"], "breaker = false"),
         (&["set", "breaker", "up", "open", "--for", "0s"], "more than 0"),
-        (&["set", "breaker", "up", "auto", "--for", "1h"], "leave `for` out"),
+        (&["set", "breaker", "up", "auto", "--for", "1h"], "omit `for`"),
         (&["set", "breaker", "up/../down", "open"], "outrigger status"),
     ] {
         let output = command(&pair.proxy, words);
@@ -159,15 +159,15 @@ fn a_wrong_wish_says_what_would_be_right() {
     };
     assert_eq!(post("wrong", r#"{"state":"open"}"#).status(), 401);
     for body in ["", "open", r#"{"state":"ajar"}"#, r#"{"state":"open","untill":"1h"}"#, r#"{"for":"1h"}"#] {
-        let answer = post(&token, body);
-        assert_eq!(answer.status(), 400, "{body}: {answer:?}");
-        assert!(answer.text().contains("send e.g."), "{body}: {answer:?}");
+        let response = post(&token, body);
+        assert_eq!(response.status(), 400, "{body}: {response:?}");
+        assert!(response.text().contains("send e.g."), "{body}: {response:?}");
     }
     assert_eq!(post(&token, r#"{"state":"closed","for":"90s"}"#).status(), 200);
 }
 
 #[test]
-fn every_way_in_is_counted_and_unknown_hosts_are_shown() {
+fn every_entry_point_is_counted_and_unknown_hosts_are_shown() {
     let pair = pair();
     let Pair { proxy, _servers: [server, _], .. } = &pair;
     assert_eq!(RawClient::connect(proxy.outbound()).ask(GET).status(), 200);
@@ -217,7 +217,7 @@ fn every_metric_is_documented() {
     assert!(exposed > 40, "{metrics}");
 }
 
-/// The reader that Prometheus' authors wrote takes every line.
+/// The parser of Prometheus' authors accepts every line.
 #[test]
 fn metrics_are_strict_openmetrics() {
     let Some(python) = python_with("prometheus_client.openmetrics.parser") else { return };
@@ -247,7 +247,7 @@ fn metrics_are_strict_openmetrics() {
 }
 
 #[test]
-fn the_token_is_found_new_with_every_start_and_gone_at_the_end() {
+fn the_admin_token_changes_with_every_start_and_is_removed_at_exit() {
     let mut one = Proxy::start("");
     let file = one.ready()["admin_token_file"].as_str().expect("a token file").to_owned();
     assert_eq!(status(&one)["listeners"]["admin_token_file"], file.as_str());
@@ -260,9 +260,9 @@ fn the_token_is_found_new_with_every_start_and_gone_at_the_end() {
     assert_ne!(again.ready()["admin_token_file"], file.as_str());
 }
 
-/// For kubelet and Prometheus, who come by the pod's address: three pages, to be read, and nothing else.
+/// For kubelet and Prometheus, which use the pod's address: three read-only pages and nothing else.
 #[test]
-fn the_probe_port_has_three_pages_and_nothing_else() {
+fn the_probe_port_serves_three_pages_only() {
     let proxy = Proxy::start("[admin]\nprobe_listen = \"127.0.0.1:0\"\n");
     let probe: std::net::SocketAddr =
         status(&proxy)["listeners"]["probe"].as_str().expect("bound").parse().expect("an address");
@@ -286,16 +286,16 @@ fn the_probe_port_has_three_pages_and_nothing_else() {
         ("POST", "/live"),
         ("DELETE", "/metrics"),
     ] {
-        let answer = ask(method, path);
-        assert!(matches!(answer.status(), 404 | 405), "{method} {path}: {answer:?}");
+        let response = ask(method, path);
+        assert!(matches!(response.status(), 404 | 405), "{method} {path}: {response:?}");
     }
     assert_eq!(ask("GET", "/ready").status(), 200, "nothing of that drained it");
 }
 
-/// Who asks for what cannot be, or must not be reached, leaves no trace among the upstreams; a name that does not exist is
-/// told of beside them.
+/// Requests for hosts that do not exist or are denied leave no entry among the upstreams; a name that does not exist
+/// is reported beside them.
 #[test]
-fn only_hosts_that_were_reached_are_shown() {
+fn only_reached_hosts_are_shown() {
     let server = Upstream::http1(|_| async { text("ok") });
     let proxy = Proxy::start("");
     let ask = |host: &str| {
@@ -312,7 +312,7 @@ fn only_hosts_that_were_reached_are_shown() {
         (Some(0), Some(0)),
         "{unknown}"
     );
-    // But an operator sees that calls ask for a name that does not exist.
+    // An operator still sees that requests name a host that does not exist.
     let lost = &unknown["not_found"];
     assert_eq!(
         (lost["count"].as_u64(), lost["last"].as_array().map(Vec::len)),

@@ -1,9 +1,9 @@
-//! The first steps: it starts, says where, carries a call each way, and ends.
+//! The basics: the proxy starts, says where it listens, forwards a request each way, and exits.
 
 use crate::support::{Proxy, RawClient, Upstream, text};
 
 #[test]
-fn carries_a_call_out_and_in() {
+fn forwards_an_outbound_and_an_inbound_request() {
     let upstream =
         Upstream::http1(|request| async move { text(format!("{} {}", request.method(), request.uri())) });
     let proxy = Proxy::start(format!(
@@ -11,7 +11,7 @@ fn carries_a_call_out_and_in() {
         upstream.address()
     ));
     for listener in [proxy.outbound(), proxy.inbound()] {
-        let answer = RawClient::connect(listener).ask("GET /a?b=c HTTP/1.1\r\nHost: up\r\n\r\n");
-        assert_eq!((answer.status(), answer.text().as_str()), (200, "GET /a?b=c"));
+        let response = RawClient::connect(listener).ask("GET /a?b=c HTTP/1.1\r\nHost: up\r\n\r\n");
+        assert_eq!((response.status(), response.text().as_str()), (200, "GET /a?b=c"));
     }
 }

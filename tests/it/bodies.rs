@@ -1,4 +1,4 @@
-//! Bodies stream: memory does not grow with their size, and a reader that stops stops the sender.
+//! Bodies are streamed: memory does not grow with their size, and a reader that stops stops the sender.
 
 use std::{
     convert::Infallible,
@@ -29,7 +29,7 @@ fn size() -> u64 {
     std::env::var("OUTRIGGER_BODY_MIB").ok().and_then(|text| text.parse().ok()).unwrap_or(256) * MIB
 }
 
-/// GET: as many bytes as the path says. POST: reads as many as `Content-Length` says, and answers `got N`.
+/// GET: as many bytes as the path says. POST: reads as many as `Content-Length` says, and responds with `got N`.
 fn serve(mut stream: TcpStream, sent: &AtomicU64) {
     let (mut buffer, mut chunk) = (Vec::new(), vec![b'x'; 256 * 1024]);
     let end = loop {
@@ -66,11 +66,11 @@ fn serve(mut stream: TcpStream, sent: &AtomicU64) {
                 Ok(count) => got += count as u64,
             }
         }
-        let answer = format!("got {got}");
-        let length = answer.len();
+        let response = format!("got {got}");
+        let length = response.len();
         let _ = write!(
             stream,
-            "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{answer}"
+            "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{response}"
         );
     }
 }
@@ -86,7 +86,7 @@ fn start() -> (RawServer, Arc<AtomicU64>, Proxy) {
     (server, sent, proxy)
 }
 
-/// The most that was ever resident, KiB.
+/// Peak resident memory, KiB.
 fn peak_kib(proxy: &Proxy) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).expect("/proc");
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("VmHWM");
@@ -115,8 +115,8 @@ fn upload(address: SocketAddr, size: u64) {
     for _ in 0..size / MIB {
         client.stream.write_all(&chunk).expect("the proxy takes the body");
     }
-    let answer = client.response().expect("well-formed").expect("an answer");
-    assert_eq!(answer.text(), format!("got {size}"));
+    let response = client.response().expect("well-formed").expect("a response");
+    assert_eq!(response.text(), format!("got {size}"));
 }
 
 #[test]
@@ -134,25 +134,25 @@ fn memory_stays_flat_under_large_bodies() {
 }
 
 #[test]
-fn a_reader_that_stops_stops_the_sender() {
+fn back_pressure_reaches_the_sender() {
     let (_server, sent, proxy) = start();
     let before = peak_kib(&proxy);
     let mut client = RawClient::connect(proxy.outbound());
     client.send(format!("GET /{} HTTP/1.1\r\nHost: up\r\n\r\n", 1024 * MIB));
     client.read_until(b"\r\n\r\n");
-    // The sender is stopped once its count stays the same.
+    // The sender is blocked once its count stays the same.
     let mut last = 0;
     crate::support::eventually("the sender to be stopped", || {
         thread::sleep(Duration::from_millis(300));
         let now = sent.load(Ordering::Relaxed);
         std::mem::replace(&mut last, now) == now
     });
-    assert!(last < 64 * MIB, "{} MiB were sent to nobody", last / MIB);
+    assert!(last < 64 * MIB, "{} MiB were sent to a reader that had stopped", last / MIB);
     let grown = peak_kib(&proxy).saturating_sub(before);
     assert!(grown < 16 * 1024, "{grown} KiB");
 }
 
-/// As many bytes as are asked for.
+/// As many bytes as requested.
 struct Zeros(u64);
 
 impl Body for Zeros {
@@ -171,7 +171,7 @@ impl Body for Zeros {
     }
 }
 
-/// GET: as many bytes as the path says. POST: how many came.
+/// GET: as many bytes as the path says. POST: how many arrived.
 fn http2_server() -> Upstream {
     Upstream::h2c(|request| async move {
         if request.method() == http::Method::GET {
@@ -186,7 +186,7 @@ fn http2_server() -> Upstream {
     })
 }
 
-/// A request with a body of this size, by HTTP/2; the size of the answer and its first bytes.
+/// A request with a body of this size over HTTP/2; the size of the response and its first bytes.
 fn by_http2(address: SocketAddr, path: &str, size: u64) -> (u64, String) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
@@ -198,10 +198,10 @@ fn by_http2(address: SocketAddr, path: &str, size: u64) -> (u64, String) {
         tokio::spawn(connection);
         let method = if size > 0 { "POST" } else { "GET" };
         let request = http::Request::builder().method(method).uri(format!("http://up{path}"));
-        let answer =
-            sender.send_request(request.body(Zeros(size)).expect("a request")).await.expect("an answer");
-        assert_eq!(answer.status(), 200);
-        let (mut body, mut got, mut first) = (answer.into_body(), 0, String::new());
+        let response =
+            sender.send_request(request.body(Zeros(size)).expect("a request")).await.expect("a response");
+        assert_eq!(response.status(), 200);
+        let (mut body, mut got, mut first) = (response.into_body(), 0, String::new());
         while let Some(frame) = body.frame().await {
             let data = frame.expect("the whole body").into_data().unwrap_or_default();
             if got == 0 {
@@ -213,8 +213,8 @@ fn by_http2(address: SocketAddr, path: &str, size: u64) -> (u64, String) {
     })
 }
 
-/// The client of this test has no TCP_NODELAY: where a window ends with a partial segment, it waits 40 ms for the
-/// acknowledgement. So 16 MiB take a fraction of a second, or eleven.
+/// The client of this test has no TCP_NODELAY: if a window ends with a partial segment, it waits 40 ms for the
+/// acknowledgement. So 16 MiB take either a fraction of a second or eleven.
 #[test]
 fn an_upload_over_http2_does_not_wait_for_delayed_acknowledgements() {
     const SIZE: u64 = 16 * MIB;
@@ -245,23 +245,23 @@ fn memory_stays_flat_over_http2() {
     }
 }
 
-/// A connection that is always ready must not keep its worker to itself, and is looked at again when it gives way.
+/// A connection that is always ready must not monopolise its worker, and must be polled again after it yields.
 #[test]
-fn thousands_of_parts_that_come_at_once_are_all_passed_on() {
+fn thousands_of_chunks_in_one_read_are_all_forwarded() {
     const PARTS: usize = 5000;
     let server = RawServer::start(|mut stream| {
-        let mut answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
+        let mut response = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
         for _ in 0..PARTS {
-            answer.extend_from_slice(b"3\r\nabc\r\n");
+            response.extend_from_slice(b"3\r\nabc\r\n");
         }
-        answer.extend_from_slice(b"0\r\n\r\n");
+        response.extend_from_slice(b"0\r\n\r\n");
         let mut asked = Vec::new();
         let mut chunk = [0; 4096];
         while let Ok(count @ 1..) = stream.read(&mut chunk) {
             asked.extend_from_slice(&chunk[..count]);
             while let Some(end) = asked.windows(4).position(|window| window == b"\r\n\r\n") {
                 asked.drain(..end + 4);
-                if stream.write_all(&answer).is_err() {
+                if stream.write_all(&response).is_err() {
                     return;
                 }
             }
@@ -276,18 +276,18 @@ fn thousands_of_parts_that_come_at_once_are_all_passed_on() {
             scope.spawn(|| {
                 let mut client = RawClient::connect(proxy.upstream("up"));
                 for _ in 0..10 {
-                    let answer = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-                    assert_eq!(answer.body.len(), 3 * PARTS);
+                    let response = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+                    assert_eq!(response.body.len(), 3 * PARTS);
                 }
             });
         }
     });
-    assert!(server.connections() <= 4, "{} connections for 4 callers", server.connections());
+    assert!(server.connections() <= 4, "{} connections for 4 clients", server.connections());
 }
 
-/// Neither side may have to read before it has sent all: the proxy must not make them wait for each other.
+/// Each side may send everything before it reads: the proxy must not make them wait for each other.
 #[test]
-fn an_upload_goes_on_while_its_answer_is_not_read() {
+fn an_upload_continues_while_its_response_is_unread() {
     const LENGTH: u64 = 32 * MIB;
     let server = RawServer::start(|mut stream| {
         let (mut chunk, mut head) = (vec![b'y'; 64 * 1024], Vec::new());
@@ -337,15 +337,15 @@ fn an_upload_goes_on_while_its_answer_is_not_read() {
     }
 }
 
-/// Nobody asks for more behind trailers; the connection is free for the next call all the same.
+/// No read follows the trailers; the connection is free for the next request all the same.
 #[test]
-fn an_answer_with_trailers_ends_and_leaves_its_connection_to_the_next() {
+fn a_connection_is_reused_after_a_response_with_trailers() {
     let server = RawServer::start(|mut stream| {
         let mut chunk = [0; 4096];
         while let Ok(1..) = stream.read(&mut chunk) {
-            let answer = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x-sum\r\n\r\n\
+            let response = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x-sum\r\n\r\n\
                           3\r\nabc\r\n0\r\nx-sum: 7\r\n\r\n";
-            if stream.write_all(answer.as_bytes()).is_err() {
+            if stream.write_all(response.as_bytes()).is_err() {
                 return;
             }
         }
@@ -356,9 +356,9 @@ fn an_answer_with_trailers_ends_and_leaves_its_connection_to_the_next() {
     ));
     let mut client = RawClient::connect(proxy.upstream("up"));
     for _ in 0..5 {
-        let answer = client.ask("GET / HTTP/1.1\r\nHost: up\r\nTE: trailers\r\n\r\n");
-        assert_eq!(answer.body, b"abc");
-        assert_eq!(answer.trailers, [("x-sum".to_owned(), "7".to_owned())]);
+        let response = client.ask("GET / HTTP/1.1\r\nHost: up\r\nTE: trailers\r\n\r\n");
+        assert_eq!(response.body, b"abc");
+        assert_eq!(response.trailers, [("x-sum".to_owned(), "7".to_owned())]);
     }
     assert_eq!(server.connections(), 1);
 }

@@ -1,4 +1,4 @@
-//! The commands beside `run`, as a person types them.
+//! The commands other than `run`, as an operator types them.
 
 use std::process::{Command, Output};
 
@@ -14,16 +14,16 @@ fn out(output: &Output) -> String {
 }
 
 #[test]
-fn all_that_the_demo_shows_happens() {
+fn demo_shows_every_step() {
     let output = outrigger(&["demo", "--once"]);
     let said = out(&output);
-    assert!(said.contains("things happened as told"), "{said}");
+    assert!(said.contains("checks passed"), "{said}");
     assert!(!said.contains('✗'), "{said}");
 }
 
-/// What can be known from a file alone is said before it runs, with its place and a remedy.
+/// Problems that are visible in the file are reported before the start, with their line and a remedy.
 #[test]
-fn check_warns_and_explain_shows_each_value_and_its_place() {
+fn check_warns_and_explain_shows_each_value_with_its_source() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("outrigger.toml");
     let file = path.to_string_lossy();
@@ -33,7 +33,7 @@ fn check_warns_and_explain_shows_each_value_and_its_place() {
     let said = out(&outrigger(&["check", "-c", &file]));
     for warning in [
         "draining takes up to 35s",
-        "3 tries of 1s and the waits between them",
+        "3 attempts of 1s and the waits between them",
         "POST may be sent twice",
         "failure_rate needs 500 requests a second",
         "4 warnings",
@@ -74,11 +74,11 @@ fn status_shows_a_running_sidecar() {
 }
 
 #[test]
-fn a_running_sidecar_is_changed_without_naming_the_token() {
+fn commands_find_the_admin_token_of_a_running_sidecar() {
     let proxy = Proxy::start("");
     let admin = proxy.admin().to_string();
     out(&outrigger(&["set", "log", "debug", "--admin", &admin]));
-    eventually("the change in the log", || proxy.stderr().contains("filter was changed"));
+    eventually("the change in the log", || proxy.stderr().contains("log filter changed"));
     out(&outrigger(&["drain", "--admin", &admin]));
     eventually("the drain", || {
         out(&outrigger(&["status", "--admin", &admin, "--json"])).contains("\"draining_inbound\"")
@@ -86,7 +86,7 @@ fn a_running_sidecar_is_changed_without_naming_the_token() {
 }
 
 #[test]
-fn a_unix_socket_serves_as_well() {
+fn commands_work_over_a_unix_socket() {
     let proxy = Launch::new("[admin]\nlisten = \"unix:admin.sock\"\n").start();
     let socket = proxy.directory().join("admin.sock");
     let admin = format!("unix:{}", socket.display());
@@ -97,8 +97,8 @@ fn a_unix_socket_serves_as_well() {
 }
 
 #[test]
-fn where_nothing_runs_it_says_so() {
-    // None that another test could be given in the meantime.
+fn commands_report_that_no_sidecar_runs() {
+    // An address that no other test can get in the meantime.
     let free = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
     for command in [&["status"][..], &["set", "log", "debug"], &["drain"]] {
         let admin = free.to_string();
@@ -110,7 +110,7 @@ fn where_nothing_runs_it_says_so() {
 }
 
 #[test]
-fn a_taken_port_and_a_silly_filter_are_explained() {
+fn a_port_in_use_and_a_bad_log_filter_are_explained() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = taken.local_addr().expect("bound");
     let mut proxy = Launch::new(format!("[admin]\nlisten = \"{address}\"\n")).spawn();
@@ -124,7 +124,7 @@ fn a_taken_port_and_a_silly_filter_are_explained() {
 }
 
 #[test]
-fn completions_and_manual_are_made() {
+fn completions_and_manual_are_generated() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(out(&outrigger(&["completions", shell])).contains("ready-file"), "{shell}");
     }
@@ -177,7 +177,7 @@ fn check_reports_every_mistake_in_one_run() {
 }
 
 #[test]
-fn what_stands_alone_gets_a_tip_and_a_port_alone_is_an_admin_address() {
+fn misplaced_arguments_get_a_hint_and_a_bare_port_is_an_admin_address() {
     for (arguments, tip) in [
         (&["check", "outrigger.toml"][..], "outrigger check -c outrigger.toml"),
         (&["run", "node", "server.js"], "outrigger run -- node"),
@@ -193,7 +193,7 @@ fn what_stands_alone_gets_a_tip_and_a_port_alone_is_an_admin_address() {
 }
 
 #[test]
-fn certs_never_replaces_a_ca_that_is_there() {
+fn certs_never_replaces_an_existing_ca() {
     let folder = tempfile::tempdir().expect("a folder");
     let out_dir = folder.path().to_string_lossy();
     let certs = |more: &[&str]| {
@@ -205,7 +205,7 @@ fn certs_never_replaces_a_ca_that_is_there() {
     let ca = std::fs::read(folder.path().join("ca.crt")).expect("a CA");
     let again = certs(&[]);
     assert_eq!(again.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&again.stderr).contains("ca.crt is there already"), "{again:?}");
+    assert!(String::from_utf8_lossy(&again.stderr).contains("ca.crt already exists"), "{again:?}");
     assert_eq!(std::fs::read(folder.path().join("ca.crt")).expect("a CA"), ca);
     out(&certs(&["--replace"]));
     assert_ne!(std::fs::read(folder.path().join("ca.crt")).expect("a CA"), ca);

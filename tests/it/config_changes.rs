@@ -65,7 +65,7 @@ fn file(proxy: &Proxy) -> std::path::PathBuf {
     proxy.directory().join("outrigger.toml")
 }
 
-/// Asks for as long as nothing else may happen.
+/// Sends requests for as long as nothing else may happen.
 fn holds_for(time: Duration, condition: impl Fn() -> bool) {
     let begin = Instant::now();
     while begin.elapsed() < time {
@@ -93,11 +93,11 @@ fn an_emptied_configuration_is_held_back_until_it_is_confirmed() {
         drop(File::create(file(&proxy)).expect("truncate"));
         eventually("the change to be held back", || is_rejected(&proxy));
         assert_eq!(plaintext(proxy.inbound()), 403, "what protects the service still does");
-        let told = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
+        let reason = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
         for part in
             ["outrigger.toml is empty now", "[identity] is gone", "outrigger reload --accept-less-security"]
         {
-            assert!(told.contains(part), "{part} is not in {told}");
+            assert!(reason.contains(part), "{part} is not in {reason}");
             assert!(proxy.stderr().contains(part), "{}", proxy.stderr());
         }
         let refused = reload(&proxy, &[]);
@@ -107,13 +107,15 @@ fn an_emptied_configuration_is_held_back_until_it_is_confirmed() {
         // Another valid change that still lacks the protection changes nothing.
         proxy.reconfigure("[service]\nname = \"other\"\n");
         eventually("the next change", || {
-            status(&proxy)["config"]["rejected"].as_str().is_some_and(|told| !told.contains("is empty now"))
+            status(&proxy)["config"]["rejected"]
+                .as_str()
+                .is_some_and(|reason| !reason.contains("is empty now"))
         });
         assert_eq!(plaintext(proxy.inbound()), 403);
         drop(File::create(file(&proxy)).expect("truncate"));
         confirm(&proxy);
         eventually("the confirmed change", || !is_rejected(&proxy));
-        // Back to the default forward_to, where nothing listens: whatever it is, it is no 403.
+        // Back to the default forward_to, where nothing listens: whatever the status, it is not 403.
         assert_ne!(plaintext(proxy.inbound()), 403);
     }
 }
@@ -129,14 +131,14 @@ fn a_valid_file_after_one_that_was_held_back_is_applied() {
     proxy.reconfigure(&format!("{config}[service]\nname = \"renamed\"\n"));
     eventually("the repaired file", || !is_rejected(&proxy));
     assert_eq!(plaintext(proxy.inbound()), 403);
-    // The other files are as they were, so this reads the same again.
+    // The other files are unchanged, so this reads the same again.
     let again = reload(&proxy, &[]);
     assert!(again.status.success(), "{again:?}");
     assert!(String::from_utf8_lossy(&again.stdout).contains("nothing changed"), "{again:?}");
 }
 
-/// Writes a file up to behind the first `end`, as a full disk or a crashed editor leaves it.
-fn cut_behind(proxy: &Proxy, config: &str, end: &str) {
+/// Writes a file up to and including the first `end`, as a full disk or a crashed editor leaves it.
+fn truncate_after(proxy: &Proxy, config: &str, end: &str) {
     let length = config.find(end).expect("it is there") + end.len();
     let whole = fs::read_to_string(file(proxy)).expect("read");
     let before = whole.find(config).expect("it is in the file");
@@ -149,7 +151,7 @@ fn rejected(proxy: &Proxy) -> String {
 }
 
 #[test]
-fn an_allow_entry_that_is_cut_off_lets_nobody_in() {
+fn a_truncated_allow_entry_admits_no_client() {
     let (pki, service) = (Pki::new(), service());
     let entry = format!("[[inbound.allow]]\nidentity = [\"{}\"]\npaths = [\"/public*\"]\n", id("checkout"));
     let config = format!("{}{entry}", strict(&pki, service.address()));
@@ -161,7 +163,7 @@ fn an_allow_entry_that_is_cut_off_lets_nobody_in() {
         said.is_ok_and(|text| text.contains("reached"))
     };
     assert!(is_let_in("/public") && !is_let_in("/admin"));
-    cut_behind(&proxy, &entry, "\"]\n");
+    truncate_after(&proxy, &entry, "\"]\n");
     assert!(rejected(&proxy).contains("inbound.allow entry 1 has no paths any more"), "{}", rejected(&proxy));
     assert!(is_let_in("/public") && !is_let_in("/admin"));
     proxy.signal("HUP");
@@ -170,7 +172,7 @@ fn an_allow_entry_that_is_cut_off_lets_nobody_in() {
 }
 
 #[test]
-fn an_upstream_that_is_cut_off_is_not_called_in_plaintext() {
+fn a_truncated_upstream_is_not_reached_in_plaintext() {
     let (pki, plaintext) = (Pki::new(), service());
     let upstream = format!(
         "[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\ntls = \"mutual\"\nidentity = [\"{}\"]\n",
@@ -180,11 +182,11 @@ fn an_upstream_that_is_cut_off_is_not_called_in_plaintext() {
     let proxy = Proxy::start(format!("{}{upstream}", pki.identity("checkout")));
     let call = || RawClient::connect(proxy.outbound()).ask(GET).status();
     assert_eq!(call(), 502, "the endpoint speaks no TLS");
-    cut_behind(&proxy, &upstream, "\"]\n");
-    let told = rejected(&proxy);
+    truncate_after(&proxy, &upstream, "\"]\n");
+    let reason = rejected(&proxy);
     for part in ["upstream payments no longer uses tls = \"mutual\"", "identity of upstream payments is gone"]
     {
-        assert!(told.contains(part), "{told}");
+        assert!(reason.contains(part), "{reason}");
     }
     assert_ne!(call(), 200, "nothing is sent in plaintext");
 }
@@ -194,12 +196,12 @@ fn one_emptied_file_of_several_is_held_back() {
     let proxy = Proxy::start("[outbound]\nunknown = \"deny\"\n");
     drop(File::create(proxy.directory().join("base.toml")).expect("truncate"));
     eventually("the change to be held back", || is_rejected(&proxy));
-    let told = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
-    assert!(told.contains("base.toml is empty now"), "{told}");
+    let reason = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
+    assert!(reason.contains("base.toml is empty now"), "{reason}");
 }
 
 #[test]
-fn a_file_is_read_when_its_writer_has_closed_it() {
+fn a_file_is_read_after_its_writer_closes_it() {
     let (pki, service) = (Pki::new(), service());
     let config = strict(&pki, service.address());
     let proxy = Proxy::start(config.clone());
@@ -207,7 +209,7 @@ fn a_file_is_read_when_its_writer_has_closed_it() {
     let whole = format!("[service]\nname = \"renamed\"\n{config}");
     let (first, second) = whole.split_at("[service]\nname = \"renamed\"\n".len());
     writer.write_all(first.as_bytes()).expect("write");
-    // Far longer than a writer's next step takes: nothing may be read of it, not even to be refused.
+    // Far longer than the writer's next step takes: nothing may be read from it, not even to be rejected.
     holds_for(Duration::from_millis(600), || plaintext(proxy.inbound()) == 403 && !is_rejected(&proxy));
     writer.write_all(second.as_bytes()).expect("write");
     drop(writer);
@@ -216,7 +218,7 @@ fn a_file_is_read_when_its_writer_has_closed_it() {
     assert_eq!(plaintext(proxy.inbound()), 403);
 }
 
-/// Writes the first half of a file, looks for a while, then the rest; then leaves it empty.
+/// Writes the first half of a file, checks for a while, then writes the rest; then empties it.
 fn half_written_then_empty(path: &Path, text: &str, holds: impl Fn() -> bool) {
     let mut writer = File::create(path).expect("truncate");
     writer.write_all(&text.as_bytes()[..text.len() / 2]).expect("write");
@@ -271,13 +273,13 @@ fn certificates_roots_and_revocations_survive_a_slow_writer_and_an_emptied_file(
     let (pki, service) = (Pki::new(), service());
     let crl = pki.revoke(&[4711]);
     let identity = pki.identity("payments");
-    let callee =
+    let server =
         Proxy::start(format!("{identity}crl = {crl:?}\n[inbound]\nforward_to = \"{}\"\n", service.address()));
     let good = pki.issue("checkout", |_| {});
     let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
     let gets = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n";
     let reaches = |certificate| {
-        let said = TlsCaller::new(Some(certificate), &["http/1.1"]).say(callee.inbound(), gets);
+        let said = TlsCaller::new(Some(certificate), &["http/1.1"]).say(server.inbound(), gets);
         said.is_ok_and(|text| text.contains("reached"))
     };
     let holds = || reaches(&good) && !reaches(&revoked);
@@ -285,7 +287,7 @@ fn certificates_roots_and_revocations_survive_a_slow_writer_and_an_emptied_file(
         let path = pki.path(name);
         let written = fs::read_to_string(&path).expect("read");
         half_written_then_empty(&path, &written, holds);
-        eventually("the reason", || callee.stderr().contains(&format!("{name} ")));
+        eventually("the reason", || server.stderr().contains(&format!("{name} ")));
         pki.write(name, &written);
     }
 }
@@ -294,22 +296,22 @@ pub fn echo_server() -> RawServer {
     RawServer::start(|mut stream| {
         let mut seen = [0; 4096];
         while let Ok(count @ 1..) = stream.read(&mut seen) {
-            let answer: &[u8] = match &seen[..count] {
+            let response: &[u8] = match &seen[..count] {
                 request if request.starts_with(b"GET") => {
                     b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n"
                 }
                 bytes => bytes,
             };
-            if stream.write_all(answer).is_err() {
+            if stream.write_all(response).is_err() {
                 break;
             }
         }
     })
 }
 
-/// What came in as plaintext, or without a certificate, is served no more once `mtls` is "strict".
+/// Connections accepted in plaintext or without a certificate are not served any more once `mtls` is "strict".
 #[test]
-fn live_plaintext_connections_end_when_strict_comes() {
+fn switching_to_strict_drains_live_plaintext_connections() {
     let (pki, service) = (Pki::new(), service());
     let config = strict(&pki, service.address());
     let proxy = Proxy::start(config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
@@ -325,10 +327,10 @@ fn live_plaintext_connections_end_when_strict_comes() {
 
     proxy.reconfigure(&config);
     eventually("strict", || plaintext(proxy.inbound()) == 403);
-    if let Some(Ok(Some(answer))) = busy.send(GET).then(|| busy.response()) {
-        assert_eq!(answer.status(), 403, "{}", answer.text());
-        assert_eq!(answer.field("connection"), Some("close"));
-        assert!(answer.text().contains("mutual TLS"), "{}", answer.text());
+    if let Some(Ok(Some(response))) = busy.send(GET).then(|| busy.response()) {
+        assert_eq!(response.status(), 403, "{}", response.text());
+        assert_eq!(response.field("connection"), Some("close"));
+        assert!(response.text().contains("mutual TLS"), "{}", response.text());
     }
     let (rest, _) = busy.read_to_close();
     assert!(rest.is_empty(), "nothing comes behind it");
@@ -341,7 +343,7 @@ fn live_plaintext_connections_end_when_strict_comes() {
 }
 
 #[test]
-fn live_plaintext_http2_ends_when_strict_comes() {
+fn switching_to_strict_drains_live_plaintext_http2() {
     let pki = Pki::new();
     let service = Upstream::h2c(|_| async { text("reached the service") });
     let config = strict(&pki, service.address());
@@ -356,7 +358,7 @@ fn live_plaintext_http2_ends_when_strict_comes() {
 }
 
 #[test]
-fn live_tunnels_and_upgrades_end_when_strict_comes() {
+fn switching_to_strict_cuts_live_tunnels_and_upgrades() {
     let (pki, echo) = (Pki::new(), echo_server());
     let port = echo.address().port();
     let config = strict(&pki, echo.address());
@@ -366,8 +368,8 @@ fn live_tunnels_and_upgrades_end_when_strict_comes() {
         let proxy = Proxy::start(config.replace("mtls = \"strict\"", "mtls = \"permissive\""));
         let mut client = RawClient::connect(proxy.inbound());
         assert!(client.send(opening));
-        let answer: &[u8] = if protocol == "tcp" { b"bytes" } else { b"\r\n\r\n" };
-        client.read_until(answer);
+        let response: &[u8] = if protocol == "tcp" { b"bytes" } else { b"\r\n\r\n" };
+        client.read_until(response);
         assert!(client.send("ping"));
         client.read_until(b"ping");
         proxy.reconfigure(&config);
@@ -376,15 +378,15 @@ fn live_tunnels_and_upgrades_end_when_strict_comes() {
     }
 }
 
-/// A byte stream cannot be asked to close: it is cut when its peer is revoked; a peer that is still trusted keeps its own,
+/// A byte stream cannot be drained: it is cut when its peer is revoked; a peer that is still trusted keeps its stream,
 /// even when its certificate has expired since.
 #[test]
-fn byte_streams_end_when_their_peer_is_revoked() {
+fn revoking_a_peer_cuts_its_byte_streams() {
     let (pki, echo) = (Pki::new(), echo_server());
     let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
     let trusted = pki.issue("checkout", |_| {});
     let port = echo.address().port();
-    for (protocol, alpn, opening, answer) in
+    for (protocol, alpn, opening, response) in
         [("tcp", &[][..], "bytes", &b"bytes"[..]), ("auto", &["http/1.1"], UPGRADE, b"\r\n\r\n")]
     {
         let crl = pki.revoke(&[1]);
@@ -399,9 +401,9 @@ fn byte_streams_end_when_their_peer_is_revoked() {
             let mut stream = TlsCaller::new(Some(certificate), alpn).connect(proxy.inbound());
             stream.write_all(opening.as_bytes()).expect("write");
             let mut seen = Vec::new();
-            while !seen.ends_with(answer) {
+            while !seen.ends_with(response) {
                 let mut byte = [0];
-                stream.read_exact(&mut byte).expect("an answer");
+                stream.read_exact(&mut byte).expect("a response");
                 seen.push(byte[0]);
             }
             stream
@@ -421,9 +423,9 @@ fn byte_streams_end_when_their_peer_is_revoked() {
     }
 }
 
-/// A reload that leaves a connection allowed does not touch it.
+/// A reload does not touch a connection that it still allows.
 #[test]
-fn connections_that_are_still_allowed_live_on_over_reloads() {
+fn allowed_connections_survive_reloads() {
     let (pki, service) = (Pki::new(), service());
     let config = strict(&pki, service.address()).replace("mtls = \"strict\"", "mtls = \"permissive\"");
     let proxy = Proxy::start(config.clone());

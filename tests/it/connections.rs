@@ -1,4 +1,4 @@
-//! The connections that carry calls: which worker serves a caller's, and how old one to an upstream gets.
+//! Connections: which worker serves a client connection, and how old an upstream connection gets.
 
 use std::{
     cell::RefCell,
@@ -29,7 +29,7 @@ fn number(worker: &Value, what: &str) -> u64 {
     worker[what].as_u64().expect("a number")
 }
 
-/// New connections go to the worker that has less to do, not to the one that has fewer of them.
+/// New connections go to the worker with less load, not to the one with fewer connections.
 #[test]
 fn a_new_connection_goes_to_the_least_busy_worker() {
     const NEW: usize = 20;
@@ -39,7 +39,7 @@ fn a_new_connection_goes_to_the_least_busy_worker() {
         upstream.address()
     ));
     let stop = Arc::new(AtomicBool::new(false));
-    let caller = thread::spawn({
+    let client_thread = thread::spawn({
         let (stop, outbound) = (stop.clone(), proxy.outbound());
         move || {
             let mut client = RawClient::connect(outbound);
@@ -48,7 +48,7 @@ fn a_new_connection_goes_to_the_least_busy_worker() {
             }
         }
     });
-    // The one that carries these calls gets ahead of the other, for longer than its load is averaged over.
+    // The worker of these requests gets ahead of the other, for longer than the period over which load is averaged.
     let mut busy = 0;
     eventually("one worker to be busier", || {
         let all = workers(&proxy);
@@ -71,7 +71,7 @@ fn a_new_connection_goes_to_the_least_busy_worker() {
         taken(&after, 0) + taken(&after, 1) >= NEW
     });
     stop.store(true, Ordering::Relaxed);
-    caller.join().expect("every call is answered");
+    client_thread.join().expect("every request gets a response");
     assert!(taken(&after, 1 - busy) > NEW * 3 / 4, "worker {busy} was busy: {before:?}, then {after:?}");
     let mut metrics = RawClient::connect(proxy.admin());
     let page = metrics.ask("GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").text();
@@ -84,8 +84,8 @@ fn a_new_connection_goes_to_the_least_busy_worker() {
 
 type Seen = Arc<Mutex<HashMap<SocketAddr, (Instant, Instant)>>>;
 
-/// A server that answers with its caller's address and remembers when each was first and last heard of.
-fn witness(h2: bool) -> (Upstream, Seen) {
+/// A server that responds with its client's address and records when each was first and last seen.
+fn recording_server(h2: bool) -> (Upstream, Seen) {
     let seen = Seen::default();
     let log = seen.clone();
     let server = Upstream::with_peer(h2, move |peer, request| {
@@ -93,7 +93,8 @@ fn witness(h2: bool) -> (Upstream, Seen) {
         log.lock().expect("no panic").entry(peer).or_insert((now, now)).1 = now;
         let slow = request.uri().path() == "/slow";
         async move {
-            // Long enough that calls sent together are in flight together; or that a connection gets too old.
+            // Long enough that requests sent together are in flight together, or that a connection exceeds its maximum
+            // age.
             tokio::time::sleep(Duration::from_millis(if slow { 1500 } else { 20 })).await;
             text(peer.to_string())
         }
@@ -110,56 +111,56 @@ fn aged(server: &Upstream, protocol: &str, age: &str) -> Proxy {
 }
 
 #[test]
-fn an_old_connection_makes_place_for_a_new_one() {
+fn connections_are_replaced_at_their_maximum_age() {
     for h2 in [false, true] {
-        let (server, seen) = witness(h2);
+        let (server, seen) = recording_server(h2);
         let proxy = aged(&server, if h2 { "h2" } else { "http1" }, "300ms");
         let client = RefCell::new(RawClient::connect(proxy.outbound()));
         eventually("several connections in a row", || {
-            let answer = client.borrow_mut().ask(GET);
-            assert_eq!(answer.status(), 200, "HTTP/2: {h2}: {answer:?}");
+            let response = client.borrow_mut().ask(GET);
+            assert_eq!(response.status(), 200, "HTTP/2: {h2}: {response:?}");
             seen.lock().expect("no panic").len() >= 4
         });
         for (first, last) in seen.lock().expect("no panic").values() {
-            // A call may begin just before the end.
+            // A request may begin just before the connection reaches its maximum age.
             assert!(*last - *first < Duration::from_secs(2), "HTTP/2: {h2}: too old by far");
         }
     }
 }
 
-/// What a connection carries when it gets too old is finished on it.
+/// Requests in flight when a connection reaches its maximum age finish on it.
 #[test]
-fn a_stream_outlives_the_age_of_its_connection() {
-    let (server, seen) = witness(true);
+fn a_stream_outlives_the_maximum_age_of_its_connection() {
+    let (server, seen) = recording_server(true);
     let proxy = aged(&server, "h2", "300ms");
     let slow = thread::spawn({
         let outbound = proxy.outbound();
         move || RawClient::connect(outbound).ask("GET /slow HTTP/1.1\r\nHost: up\r\n\r\n")
     });
-    eventually("the slow call", || !seen.lock().expect("no panic").is_empty());
+    eventually("the slow request", || !seen.lock().expect("no panic").is_empty());
     let old = *seen.lock().expect("no panic").keys().next().expect("one");
     let mut client = RawClient::connect(proxy.outbound());
     eventually("another connection", || client.ask(GET).text() != old.to_string());
-    assert!(!slow.is_finished(), "the slow call is still under way");
-    let answer = slow.join().expect("an answer");
-    assert_eq!((answer.status(), answer.text()), (200, old.to_string()));
+    assert!(!slow.is_finished(), "the slow request is still in flight");
+    let response = slow.join().expect("a response");
+    assert_eq!((response.status(), response.text()), (200, old.to_string()));
 }
 
 /// Connections that were opened together do not end together.
 #[test]
-fn the_age_has_jitter() {
+fn the_maximum_connection_age_has_jitter() {
     const TOGETHER: usize = 8;
-    let (server, seen) = witness(false);
+    let (server, seen) = recording_server(false);
     let proxy = aged(&server, "http1", "2s");
     let mut clients: Vec<_> = (0..TOGETHER).map(|_| RawClient::connect(proxy.outbound())).collect();
     let mut firsts = Vec::new();
-    eventually("all of the first connections to have made place", || {
+    eventually("all of the first connections to be replaced", || {
         for client in &mut clients {
             client.send(GET);
         }
         for client in &mut clients {
-            let answer = client.response().expect("well-formed").expect("an answer");
-            assert_eq!(answer.status(), 200, "{answer:?}");
+            let response = client.response().expect("well-formed").expect("a response");
+            assert_eq!(response.status(), 200, "{response:?}");
         }
         let seen = seen.lock().expect("no panic");
         if firsts.is_empty() {
@@ -173,10 +174,10 @@ fn the_age_has_jitter() {
     assert!(*longest - *shortest > Duration::from_millis(60), "as if they had agreed: {lives:?}");
 }
 
-/// HTTP/2 callers as well: what they need is the same.
+/// The same for HTTP/2 clients.
 #[test]
-fn an_http2_caller_does_not_notice() {
-    let (server, seen) = witness(true);
+fn replaced_connections_fail_no_http2_request() {
+    let (server, seen) = recording_server(true);
     let proxy = aged(&server, "auto", "300ms");
     let mut client = H2Client::connect(proxy.outbound());
     let mut stream = 1;
@@ -187,7 +188,7 @@ fn an_http2_caller_does_not_notice() {
     });
 }
 
-/// Who asked a service, by the address of each connection.
+/// The connections of a service, by the client address of each.
 #[derive(Clone, Default)]
 struct Peers(Arc<Mutex<Vec<SocketAddr>>>);
 
@@ -200,17 +201,17 @@ impl Peers {
         })
     }
 
-    /// The last two requests came by one connection.
+    /// The last two requests used one connection.
     fn is_kept(&self) -> bool {
         let peers = self.0.lock().expect("no panic");
         matches!(peers[..], [.., one, other] if one == other)
     }
 }
 
-/// Issue 14, fault 23: a restart closes connections however young they are, and was taken for an idle timeout: keep-alive was
-/// lost for half an hour.
+/// Issue 14, fault 23: a restart closes connections however young they are, and was taken for an idle timeout:
+/// keep-alive was off for half an hour.
 #[test]
-fn restarts_teach_nothing_about_idle_times() {
+fn upstream_restarts_are_not_learned_as_an_idle_timeout() {
     let pause = |time: u64| {
         let begun = Instant::now();
         eventually("time to pass", || begun.elapsed() >= Duration::from_millis(time));

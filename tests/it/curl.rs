@@ -1,4 +1,4 @@
-//! curl, in every version of HTTP that it speaks and by every way in.
+//! curl with every HTTP version that it speaks, through every entry point.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use http_body_util::BodyExt;
 
 use crate::support::{Answer, Daemon, Proxy, Upstream, has_tool, text, tool};
 
-/// curl's standard output; fails where curl does.
+/// curl's standard output; fails if curl fails.
 #[track_caller]
 fn curl(arguments: &[&str]) -> String {
     let mut command = Command::new(tool("curl").expect("checked before"));
@@ -17,7 +17,7 @@ fn curl(arguments: &[&str]) -> String {
     text
 }
 
-/// Says what it got: method, path, version and size of the body.
+/// Answers with what it received: method, path, version and body size.
 async fn mirror(request: hyper::Request<hyper::body::Incoming>) -> Answer {
     let (head, body) = request.into_parts();
     let size = body.collect().await.map(|body| body.to_bytes().len());
@@ -40,7 +40,7 @@ fn speaks_every_version_to_every_version() {
     let upload = proxy.directory().join("upload");
     std::fs::write(&upload, vec![b'x'; 3_000_000]).expect("write");
     let upload = format!("@{}", upload.display());
-    let (outbound, way) =
+    let (outbound, listener) =
         (format!("http://{}/path", proxy.outbound()), format!("http://{}", proxy.outbound()));
     for (option, version) in [("--http1.0", "1"), ("--http1.1", "1.1"), ("--http2-prior-knowledge", "2")] {
         for (name, spoken) in [("one", "HTTP/1.1"), ("two", "HTTP/2.0")] {
@@ -52,9 +52,9 @@ fn speaks_every_version_to_every_version() {
                 let got = curl(&[option, "-H", &host, "-H", expect, "--data-binary", &upload, &outbound]);
                 assert_eq!(got, format!("POST /path {spoken} Ok(3000000)"), "{option} to {name}, {expect}");
             }
-            // As a forward proxy, which curl does not do over HTTP/2 without TLS.
+            // As a forward proxy, which curl does not use over HTTP/2 without TLS.
             if version != "2" {
-                let got = curl(&[option, "-x", &way, &format!("http://{name}/path")]);
+                let got = curl(&[option, "-x", &listener, &format!("http://{name}/path")]);
                 assert_eq!(got, format!("GET /path {spoken} Ok(0)"), "{option} by proxy to {name}");
             }
         }
@@ -66,7 +66,7 @@ fn speaks_every_version_to_every_version() {
 }
 
 #[test]
-fn inbound_carries_http2_to_a_service_that_speaks_it() {
+fn inbound_forwards_http2_to_an_http2_service() {
     if !has_tool(&["curl"]) {
         return;
     }
@@ -77,9 +77,9 @@ fn inbound_carries_http2_to_a_service_that_speaks_it() {
     assert_eq!(got, "POST /in HTTP/2.0 Ok(5)");
 }
 
-/// CONNECT to a TLS server: bytes pass both ways, the certificate is the server's own.
+/// CONNECT to a TLS server: bytes are forwarded both ways, the certificate is the server's own.
 #[test]
-fn tunnels_to_a_tls_server() {
+fn connect_tunnels_to_a_tls_server() {
     if !has_tool(&["curl", "openssl"]) {
         return;
     }
@@ -108,11 +108,11 @@ fn tunnels_to_a_tls_server() {
         ["s_server", "-accept", &accept, "-cert", &at("crt"), "-key", &at("key"), "-www", "-quiet"];
     let _server = Daemon::start("openssl", &arguments, &[]).listening(accept.parse().expect("an address"));
     let proxy = Proxy::start("");
-    let way = format!("http://{}", proxy.outbound());
+    let listener = format!("http://{}", proxy.outbound());
     let url = format!("https://localhost:{port}/");
     let got = curl(&[
         "-x",
-        &way,
+        &listener,
         "--cacert",
         &at("crt"),
         "-w",

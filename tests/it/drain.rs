@@ -1,4 +1,5 @@
-//! The drain, as clients without a sidecar see it: they keep connections, and know of a service's end only what responses say.
+//! The drain as seen by clients without a sidecar: they keep connections, and only responses tell them that the
+//! service ends.
 
 use std::{
     io::Write,
@@ -29,9 +30,9 @@ fn is_ready(proxy: &Proxy) -> bool {
     client.ask("GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").status() == 200
 }
 
-/// A sidecar whose drain takes as long as the test.
+/// A sidecar whose drain lasts as long as the test.
 ///
-/// Ready when this returns: a `/ready` that fails later fails for the drain.
+/// It is ready when this returns: a `/ready` that fails later fails because of the drain.
 fn draining(server: &Upstream) -> Proxy {
     let proxy = Proxy::start(format!(
         "[runtime]\ndrain_delay = \"2m\"\n[inbound]\nforward_to = \"{}\"\n",
@@ -41,49 +42,52 @@ fn draining(server: &Upstream) -> Proxy {
     proxy
 }
 
-fn is_told_to_close(answer: &Message) -> bool {
-    assert_eq!(answer.status(), 200, "{answer:?}");
-    answer.field("connection") == Some("close")
+fn says_close(response: &Message) -> bool {
+    assert_eq!(response.status(), 200, "{response:?}");
+    response.field("connection") == Some("close")
 }
 
 #[test]
-fn responses_say_close_from_the_signal_on_and_connections_are_still_accepted() {
+fn responses_say_close_during_the_drain_and_connections_are_still_accepted() {
     let server = Upstream::http1(|_| async { text("ok") });
     let proxy = draining(&server);
     let mut kept: Vec<RawClient> = (0..3).map(|_| RawClient::connect(proxy.inbound())).collect();
     for client in &mut kept {
-        assert!(!is_told_to_close(&client.ask(GET)));
+        assert!(!says_close(&client.ask(GET)));
     }
     proxy.signal("TERM");
     eventually("/ready to fail", || !is_ready(&proxy));
     for client in &mut kept {
-        assert!(is_told_to_close(&client.ask(GET)), "a connection that was kept");
+        assert!(says_close(&client.ask(GET)), "a connection that was kept");
         assert!(client.read_to_close().0.is_empty(), "it is closed behind the response");
     }
     for _ in 0..3 {
-        assert!(is_told_to_close(&RawClient::connect(proxy.inbound()).ask(GET)), "one that comes meanwhile");
+        assert!(
+            says_close(&RawClient::connect(proxy.inbound()).ask(GET)),
+            "a connection accepted during the drain"
+        );
     }
-    // The service's own requests are not concerned.
+    // The service's outbound requests are not affected.
     let named = format!("GET http://{}/ HTTP/1.1\r\nHost: a\r\n\r\n", server.address());
-    assert!(!is_told_to_close(&RawClient::connect(proxy.outbound()).ask(named)));
+    assert!(!says_close(&RawClient::connect(proxy.outbound()).ask(named)));
 }
 
 #[test]
-fn a_kept_connection_that_is_idle_serves_its_request_during_the_delay() {
+fn an_idle_connection_serves_a_request_during_drain_delay() {
     let server = Upstream::http1(|_| async { text("ok") });
     let proxy = draining(&server);
     let mut idle = RawClient::connect(proxy.inbound());
     idle.ask(GET);
     proxy.signal("TERM");
     eventually("/ready to fail", || !is_ready(&proxy));
-    // Longer than a connection is kept where the listener has closed.
+    // Longer than a connection is kept once the listener has closed.
     let still_there = Instant::now();
     eventually("a while", || still_there.elapsed() > Duration::from_millis(1500));
-    assert!(is_told_to_close(&idle.ask(GET)));
+    assert!(says_close(&idle.ask(GET)));
 }
 
 #[test]
-fn http2_gets_goaway_at_once_and_a_new_connection_after_its_first_request() {
+fn http2_gets_goaway_at_once_or_after_the_first_request_of_a_new_connection() {
     let server = Upstream::h2c(|_| async { text("ok") });
     let proxy = draining(&server);
     let mut kept = H2Client::connect(proxy.inbound());
@@ -92,7 +96,7 @@ fn http2_gets_goaway_at_once_and_a_new_connection_after_its_first_request() {
     assert_eq!(kept.goaway(), Ok(0), "no error");
     kept.must_get(3, "/");
 
-    // A client that waits for SETTINGS sends its request then, as nothing tells it to go.
+    // A client that waits for SETTINGS still sends its request, since no GOAWAY has arrived.
     let mut late = H2Client::connect(proxy.inbound());
     loop {
         let frame = late.next().expect("a frame");
@@ -105,7 +109,7 @@ fn http2_gets_goaway_at_once_and_a_new_connection_after_its_first_request() {
     assert_eq!(late.goaway(), Ok(0), "no error");
 }
 
-/// A pod: a service, and its sidecar.
+/// A pod: a service and its sidecar.
 struct Replica {
     service: Upstream,
     sidecar: Proxy,
@@ -141,7 +145,7 @@ impl Replica {
         Self { service, sidecar: Launch::new(config).start() }
     }
 
-    /// As the kubelet ends a pod: all hooks at once, the service when its own is over, then the sidecar.
+    /// Ends a pod as the kubelet does: all hooks at once, the service after its own hook, then the sidecar.
     fn end(mut self, pod: &Pod) {
         let admin = self.sidecar.admin().to_string();
         let began = Instant::now();
@@ -154,8 +158,8 @@ impl Replica {
     }
 }
 
-/// Clients keep a connection for as long as they are let, and forgive nothing: they send POST once. New connections go to the
-/// pods that are known, which they hear of late. At least 5,000 requests; `OUTRIGGER_ROUNDS` for more.
+/// Clients keep a connection as long as they may and retry nothing: each POST is sent once. New connections go to the
+/// pods that the client knows, and it learns of changes late. At least 5,000 requests; `OUTRIGGER_ROUNDS` for more.
 #[test]
 fn rollouts_lose_no_request_of_clients_that_keep_connections() {
     const REPLICAS: usize = 3;
@@ -187,8 +191,8 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
                     client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi");
                     sent.fetch_add(1, Ordering::Relaxed);
                     match client.response() {
-                        Ok(Some(answer)) if answer.status() == 200 => {
-                            if answer.field("connection") != Some("close") {
+                        Ok(Some(response)) if response.status() == 200 => {
+                            if response.field("connection") != Some("close") {
                                 connection = Some(client);
                             }
                         }
@@ -198,7 +202,7 @@ fn rollouts_lose_no_request_of_clients_that_keep_connections() {
                 }
             });
         }
-        // A slow machine needs more of them for as many requests.
+        // A slow machine needs more rounds for as many requests.
         while rollouts < least || (sent.load(Ordering::Relaxed) < REQUESTS && rollouts < 4 * least) {
             rollouts += 1;
             let old = std::mem::replace(&mut replicas, (0..REPLICAS).map(|_| Replica::start(&pod)).collect());

@@ -1,4 +1,4 @@
-//! A service that answers an upload before it has read it, and closes: its response must reach the client.
+//! A service that responds to an upload before it has read it, and closes: its response must reach the client.
 
 use std::{
     io::{Read, Write},
@@ -11,7 +11,8 @@ use crate::support::{Proxy, RawClient, RawServer};
 const UPLOADS: usize = 60;
 const LARGE: usize = 1 << 20;
 
-/// Answers 413 as soon as it knows the head, and closes with most of the request unread, which resets the connection.
+/// Responds with 413 as soon as it has the head, and closes with most of the request unread, which resets the
+/// connection.
 fn refusing() -> RawServer {
     RawServer::start(|mut stream: TcpStream| {
         let (mut head, mut byte) = (Vec::new(), [0]);
@@ -58,7 +59,7 @@ fn answered(to: SocketAddr, chunked: bool) -> usize {
 }
 
 #[test]
-fn an_upload_that_is_refused_early_gets_the_refusal() {
+fn an_upload_rejected_early_gets_the_response() {
     let service = refusing();
     let address = service.address();
     let proxy = Proxy::start(format!(

@@ -1,4 +1,4 @@
-//! Where one thing ends just as another begins: late bodies, early answers, silence, upgrades, leaving.
+//! Races between two events: late bodies, early responses, silence, upgrades, shutdown.
 
 use std::{
     io::{Read, Write},
@@ -24,10 +24,10 @@ fn config(server: std::net::SocketAddr, inbound: &str, upstream: &str) -> String
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
 
-/// While the proxy waits to try again, the try that was answered early still reads the body, past what is kept: then
-/// there is no further try, least of all one with the rest of the body only.
+/// During the back-off before a retry, the attempt that got an early response still reads the body, past the replay
+/// buffer. Then there is no further attempt, least of all one with only the rest of the body.
 #[test]
-fn a_body_read_on_during_the_wait_is_not_sent_by_halves() {
+fn a_body_read_past_the_buffer_is_not_retried_in_part() {
     let (answered, early_answer) = mpsc::channel();
     let (whole, requests) = mpsc::channel();
     let server = RawServer::start(move |mut stream| {
@@ -54,16 +54,16 @@ fn a_body_read_on_during_the_wait_is_not_sent_by_halves() {
         client.send(format!("400\r\n{}\r\n", "x".repeat(0x400)));
     }
     client.send("0\r\n\r\n");
-    let answer = client.response().expect("a well-formed response").expect("a response");
+    let response = client.response().expect("a well-formed response").expect("a response");
     if let Ok(body) = requests.try_recv() {
         assert_eq!(body.len(), 5 + 8 * 0x400, "half a body was sent as a whole one");
     }
-    assert_eq!(answer.status(), 503);
+    assert_eq!(response.status(), 503);
 }
 
-/// A body that came by itself is no slow head of the next request.
+/// A late body is not a slow head of the next request.
 #[test]
-fn a_connection_is_kept_after_a_body_that_came_late() {
+fn a_connection_is_reused_after_a_late_body() {
     let upstream = Upstream::http1(|request| async {
         let _ = request.into_body().collect().await;
         text("ok")
@@ -78,11 +78,11 @@ fn a_connection_is_kept_after_a_body_that_came_late() {
     assert_eq!(client.ask(GET).text(), "ok");
 }
 
-/// A caller that reads only when it has sent all must not lose its answer to a reset.
+/// A client that reads only after it has sent everything must not lose its response to a reset.
 #[test]
-fn an_answer_to_a_body_that_nobody_wants_arrives() {
-    let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
-    let proxy = Proxy::start(config(nobody, "", "retry = false"));
+fn an_early_response_to_an_unread_body_arrives() {
+    let unused_address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let proxy = Proxy::start(config(unused_address, "", "retry = false"));
     const LENGTH: usize = 900 * 1024;
     let head = |host: &str| format!("POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: {LENGTH}\r\n\r\n");
     for (head, status) in [(head("up"), 502), (head("a@b"), 400)] {
@@ -92,8 +92,8 @@ fn an_answer_to_a_body_that_nobody_wants_arrives() {
         for sent in 0..LENGTH / part.len() {
             assert!(client.send(&part), "hung up on after {sent} parts");
         }
-        let answer = client.response().expect("a well-formed response").expect("a response");
-        assert_eq!((answer.status(), answer.field("connection")), (status, Some("close")));
+        let response = client.response().expect("a well-formed response").expect("a response");
+        assert_eq!((response.status(), response.field("connection")), (status, Some("close")));
     }
 }
 
@@ -108,37 +108,35 @@ fn upgrading() -> RawServer {
             }
         }
         let upgrade = String::from_utf8_lossy(&got).to_ascii_lowercase().contains("upgrade: chatter");
-        let answer: &[u8] = if upgrade {
+        let response: &[u8] = if upgrade {
             b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: chatter\r\n\r\n"
         } else {
             b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"
         };
-        let _ = stream.write_all(answer);
+        let _ = stream.write_all(response);
         while upgrade && matches!(stream.read(&mut chunk), Ok(1..)) {}
     })
 }
 
 const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: up\r\nConnection: Upgrade\r\nUpgrade: chatter\r\n\r\n";
 
-/// An upgraded connection is a connection still (product: `max_connections`).
+/// An upgraded connection still counts as a connection (product: `max_connections`).
 #[test]
-fn upgrades_count_as_connections() {
+fn upgrades_count_towards_max_connections() {
     let server = upgrading();
     let proxy = Proxy::start(config(server.address(), "", "limits = { max_connections = 1 }"));
     let mut first = RawClient::connect(proxy.outbound());
     first.send(UPGRADE);
     assert!(first.read_until(b"\r\n\r\n").starts_with(b"HTTP/1.1 101 "));
-    let answer = RawClient::connect(proxy.outbound()).ask(GET);
-    assert_eq!(answer.status(), 503, "{answer:?}");
+    let response = RawClient::connect(proxy.outbound()).ask(GET);
+    assert_eq!(response.status(), 503, "{response:?}");
     drop(first);
-    eventually("the place of the connection", || {
-        RawClient::connect(proxy.outbound()).ask(GET).status() == 200
-    });
+    eventually("a free connection slot", || RawClient::connect(proxy.outbound()).ask(GET).status() == 200);
 }
 
-/// Whoever asks for a change of protocol just when the proxy leaves gets a proper answer, if any.
+/// A client that requests an upgrade just as the drain begins gets a valid response.
 #[test]
-fn an_upgrade_while_leaving_is_still_one() {
+fn upgrades_during_the_drain_are_answered() {
     let server = upgrading();
     let proxy = Proxy::start(config(server.address(), "", ""));
     let mut probe = RawClient::connect(proxy.inbound());
@@ -147,7 +145,7 @@ fn an_upgrade_while_leaving_is_still_one() {
         assert_eq!(early.ask(GET).status(), 200);
     }
     proxy.signal("TERM");
-    eventually("the proxy to leave", || {
+    eventually("the drain to begin", || {
         probe.ask(GET).field("connection").is_some_and(|said| said.contains("close"))
     });
     client.send(UPGRADE);
@@ -155,37 +153,38 @@ fn an_upgrade_while_leaving_is_still_one() {
     assert!(head.starts_with("http/1.1 101 ") && head.contains("connection: upgrade"), "{head}");
 }
 
-/// What a service says before it has got the whole request cannot change the protocol: the rest would be taken for it.
+/// A response before the end of the request cannot switch protocols: the rest of the body would be taken for the new
+/// protocol.
 #[test]
-fn an_upgrade_amid_a_request_is_refused() {
+fn an_upgrade_before_the_request_body_ends_is_rejected() {
     let server = upgrading();
     let proxy = Proxy::start(config(server.address(), "", ""));
     for address in [proxy.outbound(), proxy.inbound()] {
         let mut client = RawClient::connect(address);
         client.send(UPGRADE.replace("\r\n\r\n", "\r\nContent-Length: 4\r\n\r\n"));
-        let answer = client.response().expect("a well-formed response").expect("a response");
-        assert_eq!(answer.status(), 502, "{answer:?}");
-        assert!(answer.text().contains("101 before all of the request was sent"), "{answer:?}");
+        let response = client.response().expect("a well-formed response").expect("a response");
+        assert_eq!(response.status(), 502, "{response:?}");
+        assert!(response.text().contains("101 before all of the request was sent"), "{response:?}");
         client.send("body");
     }
 }
 
-/// A caller that connects first and speaks later is told what is wrong like any other.
+/// A client that connects first and sends later gets the same error as any other.
 #[test]
-fn a_late_speaker_is_answered_though_the_service_is_down() {
-    let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
-    let proxy = Proxy::start(config(nobody, "", "listen = \"127.0.0.1:0\""));
+fn a_late_request_gets_an_error_while_the_service_is_down() {
+    let unused_address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let proxy = Proxy::start(config(unused_address, "", "listen = \"127.0.0.1:0\""));
     for address in [proxy.inbound(), proxy.upstream("up")] {
         let mut client = RawClient::connect(address).patience(Duration::from_millis(500));
-        assert!(!client.read_to_close().1, "hung up on before a word was said");
+        assert!(!client.read_to_close().1, "closed before the request");
         let mut client = client.patience(PATIENCE);
         assert_eq!(client.ask(GET).status(), 502);
     }
 }
 
-/// Where nobody speaks, a connection is not held for ever.
+/// A connection on which neither side sends is not held for ever.
 #[test]
-fn silence_on_both_sides_ends() {
+fn connections_silent_on_both_sides_are_closed() {
     let silent = RawServer::start(|mut stream: TcpStream| {
         let _ = stream.read(&mut [0; 10]);
     });
@@ -199,21 +198,21 @@ fn silence_on_both_sides_ends() {
     assert!(client.read_to_close().1, "in a tunnel");
 }
 
-/// Calls inside a tunnel have connections of their own; the tunnel's is not kept beside them.
+/// Requests inside a tunnel have their own connections; the tunnel's connection is not kept beside them.
 #[test]
-fn a_tunnel_that_carries_calls_holds_no_connection() {
+fn a_tunnel_that_carries_http_holds_no_upstream_connection() {
     let upstream = Upstream::http1(|_| async { text("ok") });
     let proxy = Proxy::start(config(upstream.address(), "", "limits = { max_connections = 1 }"));
     let mut client = RawClient::connect(proxy.outbound());
     client.send("CONNECT up:80 HTTP/1.1\r\nHost: up:80\r\n\r\n");
     client.read_until(b"\r\n\r\n");
-    let answer = client.ask(GET);
-    assert_eq!((answer.status(), answer.text().as_str()), (200, "ok"), "{answer:?}");
+    let response = client.ask(GET);
+    assert_eq!((response.status(), response.text().as_str()), (200, "ok"), "{response:?}");
 }
 
-/// `fallback.upstream` steps in for a timeout too, with time of its own; the caller's deadline stays.
+/// `fallback.upstream` is used after a timeout too, with its own timeout; the client's deadline still applies.
 #[test]
-fn a_fallback_upstream_has_time_after_a_timeout() {
+fn a_fallback_upstream_gets_its_own_timeout() {
     let hangs =
         RawServer::start(|mut stream: TcpStream| while matches!(stream.read(&mut [0; 999]), Ok(1..)) {});
     let standby = Upstream::http1(|_| async { text("standby") });
@@ -227,9 +226,9 @@ fn a_fallback_upstream_has_time_after_a_timeout() {
     assert_eq!(hurried.status(), 504);
 }
 
-/// A hundred fields are carried, one more is refused, of a request as of an answer.
+/// A hundred fields are forwarded and one more is rejected, in a request and in a response.
 #[test]
-fn a_head_has_a_hundred_fields_at_most() {
+fn a_head_has_at_most_a_hundred_fields() {
     let fields = |count: usize| (0..count).map(|at| format!("x-{at}: 1\r\n")).collect::<String>();
     let server = RawServer::start(move |mut stream: TcpStream| {
         let mut got = Vec::new();

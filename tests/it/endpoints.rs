@@ -1,4 +1,4 @@
-//! Where calls go: SRV records with priorities and weights, and balancing by a hash.
+//! Which endpoint gets a request: SRV records with priorities and weights, and hash balancing.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -7,7 +7,7 @@ use std::{
 
 use crate::support::{Dns, Launch, Proxy, RawClient, Upstream, eventually, text};
 
-/// Servers that answer with their number.
+/// Servers that respond with their number.
 fn servers(count: usize) -> Vec<Upstream> {
     let server = |number: usize| Upstream::http1(move |_| async move { text(number.to_string()) });
     (0..count).map(server).collect()
@@ -18,25 +18,25 @@ fn start(dns: &Dns, name: &str, more: &str) -> Proxy {
     Launch::new(config).env("OUTRIGGER_DNS", &dns.address()).start()
 }
 
-/// Which server answers a request with these header fields.
+/// The server that responds to a request with these header fields.
 #[track_caller]
-fn who(client: &mut RawClient, fields: &str) -> usize {
-    let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{fields}\r\n"));
-    assert_eq!(answer.status(), 200, "{answer:?}");
-    answer.text().parse().expect("a number")
+fn serving(client: &mut RawClient, fields: &str) -> usize {
+    let response = client.ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{fields}\r\n"));
+    assert_eq!(response.status(), 200, "{response:?}");
+    response.text().parse().expect("a number")
 }
 
-/// How many of so many requests each server answers.
+/// How many of this many requests each server gets.
 #[track_caller]
-fn shares(proxy: &Proxy, calls: usize, servers: usize) -> Vec<usize> {
+fn shares(proxy: &Proxy, requests: usize, servers: usize) -> Vec<usize> {
     let mut client = RawClient::connect(proxy.outbound());
     let mut shares = vec![0; servers];
-    (0..calls).for_each(|_| shares[who(&mut client, "")] += 1);
+    (0..requests).for_each(|_| shares[serving(&mut client, "")] += 1);
     shares
 }
 
-/// Waits until requests are divided so. At first the targets are those whose names have been resolved so far, be they of the
-/// last priority.
+/// Waits until requests are distributed so. At first the targets are those whose names are resolved already, even if
+/// they have the last priority.
 #[track_caller]
 fn eventually_shares(what: &str, proxy: &Proxy, expected: &[usize]) {
     let mut last = Vec::new();
@@ -44,11 +44,11 @@ fn eventually_shares(what: &str, proxy: &Proxy, expected: &[usize]) {
         let mut client = RawClient::connect(proxy.outbound());
         last = vec![0; expected.len()];
         for _ in 0..expected.iter().sum() {
-            let answer = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-            if answer.status() != 200 {
+            let response = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+            if response.status() != 200 {
                 return false;
             }
-            last[answer.text().parse::<usize>().expect("a number")] += 1;
+            last[response.text().parse::<usize>().expect("a number")] += 1;
         }
         last == expected
     };
@@ -56,7 +56,7 @@ fn eventually_shares(what: &str, proxy: &Proxy, expected: &[usize]) {
 }
 
 #[test]
-fn srv_weights_divide_and_priorities_wait() {
+fn srv_weights_share_load_and_priorities_are_standby() {
     let (dns, servers) = (Dns::start(), servers(3));
     let port = |number: usize| servers[number].address().port();
     for name in ["a.test", "b.test", "c.test"] {
@@ -70,7 +70,7 @@ fn srv_weights_divide_and_priorities_wait() {
     dns.services("_http._tcp.up.test", &[last]);
     eventually_shares("the next priority to be used", &proxy, &[0, 0, 10]);
 
-    // One of the first priority that has no address does not count.
+    // A target of the first priority without an address does not count.
     dns.addresses("gone.test", &[]);
     dns.services("_http._tcp.other.test", &[(0, 1, port(0), "gone.test"), last]);
     let proxy = start(&dns, "_http._tcp.other.test", "");
@@ -79,14 +79,14 @@ fn srv_weights_divide_and_priorities_wait() {
 
 const KEYS: usize = 100;
 
-/// Who serves each key.
+/// The server of each key.
 fn owners(proxy: &Proxy, field: impl Fn(usize) -> String) -> BTreeMap<usize, usize> {
     let mut client = RawClient::connect(proxy.outbound());
-    (0..KEYS).map(|key| (key, who(&mut client, &field(key)))).collect()
+    (0..KEYS).map(|key| (key, serving(&mut client, &field(key)))).collect()
 }
 
 #[test]
-fn a_hash_keeps_keys_where_they_are() {
+fn hash_balancing_keeps_each_key_on_its_endpoint() {
     const SERVERS: usize = 5;
     let (dns, servers) = (Dns::start(), servers(SERVERS));
     dns.addresses("a.test", &[Ipv4Addr::LOCALHOST]);

@@ -1,4 +1,4 @@
-//! One exchange, looked at closely: interim answers, trailers, bodies that are not there, fields of the proxy's own.
+//! Single exchanges in detail: interim responses, trailers, empty bodies, header fields that the proxy adds.
 
 use std::{
     io::{Read, Write},
@@ -11,7 +11,7 @@ use crate::{
     support::{Proxy, RawClient, RawServer, eventually, nobody, strict::Message},
 };
 
-/// Reads until `needle` has come.
+/// Reads until `needle` has arrived.
 fn read_until(stream: &mut TcpStream, needle: &[u8]) -> Vec<u8> {
     let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
     while !got.windows(needle.len()).any(|window| window == needle) {
@@ -35,10 +35,11 @@ fn lower(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).to_ascii_lowercase()
 }
 
-/// Starts a server with this answer, asks it by both listeners, and hands on both what it got and what came back.
+/// Starts a server with this response, sends a request through both listeners, and gives `check` what server and
+/// client received.
 #[track_caller]
-fn through(answer: &str, request: &str, check: impl Fn(&str, &Message)) {
-    let server = RawServer::scripted(answer);
+fn through(reply: &str, request: &str, check: impl Fn(&str, &Message)) {
+    let server = RawServer::scripted(reply);
     let proxy = Proxy::start(config(&server));
     for address in [proxy.outbound(), proxy.inbound()] {
         let before = server.received().len();
@@ -49,9 +50,9 @@ fn through(answer: &str, request: &str, check: impl Fn(&str, &Message)) {
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
 
-/// The head goes on at once, the body waits for the service's word, which is passed back (RFC 9110 §10.1.1).
+/// The head is forwarded at once; the body waits for the service's 100, which is forwarded (RFC 9110 §10.1.1).
 #[test]
-fn expect_100_continue_is_the_services_to_answer() {
+fn the_service_answers_expect_100_continue() {
     let (saw_head, head_seen) = mpsc::channel();
     let (go, may_go) = mpsc::channel::<()>();
     let may_go = std::sync::Mutex::new(may_go);
@@ -77,9 +78,9 @@ fn expect_100_continue_is_the_services_to_answer() {
     }
 }
 
-/// A final answer in place of 100 ends it: no body is asked for.
+/// A final response in place of 100 ends the exchange: no body is requested.
 #[test]
-fn expect_100_continue_may_be_refused() {
+fn a_final_response_to_expect_100_continue_skips_the_body() {
     let server = RawServer::scripted("HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno");
     let proxy = Proxy::start(config(&server));
     for address in [proxy.outbound(), proxy.inbound()] {
@@ -87,7 +88,7 @@ fn expect_100_continue_may_be_refused() {
         let response =
             client.ask("POST / HTTP/1.1\r\nHost: up\r\nExpect: 100-continue\r\nContent-Length: 90\r\n\r\n");
         assert_eq!((response.status(), response.text().as_str()), (403, "no"));
-        // Whether the body comes or another request is for the caller to choose: so nothing behind it is read.
+        // The client chooses whether the body or another request follows, so nothing after it is parsed.
         assert_eq!(response.field("connection"), Some("close"));
         client.send("GET /victim HTTP/1.1\r\nHost: up\r\nCookie: secret\r\n\r\n");
         client.finish();
@@ -96,9 +97,9 @@ fn expect_100_continue_may_be_refused() {
     assert!(!lower(&server.received()).contains("victim"), "{}", lower(&server.received()));
 }
 
-/// Its answer has begun while it still sends: that it leaves is noticed, and told to the service.
+/// The response has begun while the client still sends: a client disconnect is detected and reaches the service.
 #[test]
-fn a_caller_that_leaves_in_the_middle_of_an_early_answer_is_missed() {
+fn a_client_disconnect_during_an_early_response_is_detected() {
     let (saw_end, end_seen) = mpsc::channel();
     let server = RawServer::start(move |mut stream| {
         read_until(&mut stream, b"\r\n\r\n");
@@ -112,39 +113,39 @@ fn a_caller_that_leaves_in_the_middle_of_an_early_answer_is_missed() {
         client.send("POST / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n");
         assert!(!client.read_until(b"early").is_empty());
         drop(client);
-        end_seen.recv_timeout(crate::support::PATIENCE).expect("the service is told");
+        end_seen.recv_timeout(crate::support::PATIENCE).expect("the service sees the end");
     }
 }
 
-/// A service that answers early and reads no further must not hold what carries the request once the call is over.
+/// A service that responds early and stops reading must not keep resources of the request once it is over.
 #[test]
-fn an_upload_that_nobody_takes_ends_with_its_call() {
+fn an_unread_upload_ends_with_its_request() {
     let (go, may_go) = mpsc::channel::<()>();
     let may_go = std::sync::Mutex::new(may_go);
     let server = RawServer::start(move |mut stream| {
         read_until(&mut stream, b"\r\n\r\n");
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nearly");
-        // Neither reads nor hangs up.
+        // Neither reads nor closes.
         let _ = may_go.lock().expect("no panic").recv();
     });
     let proxy = Proxy::start(format!("{}[defaults]\nidle_timeout = \"1s\"\n", config(&server)));
     let open = || metric(&proxy, "outrigger_connections{direction=\"outbound\",tls=\"none\",state=\"open\"}");
-    let mut caller = TcpStream::connect(proxy.outbound()).expect("it connects");
-    let mut writes = caller.try_clone().expect("a second handle");
+    let mut client = TcpStream::connect(proxy.outbound()).expect("it connects");
+    let mut writes = client.try_clone().expect("a second handle");
     let sends = std::thread::spawn(move || {
         let _ = writes.write_all(b"POST / HTTP/1.1\r\nHost: up\r\nContent-Length: 100000000\r\n\r\n");
         while writes.write_all(&[b'x'; 100_000]).is_ok() {}
     });
-    assert!(!read_until(&mut caller, b"early").is_empty());
+    assert!(!read_until(&mut client, b"early").is_empty());
     assert!(open() > 0.0);
     eventually("the connection to the service is closed", || open() == 0.0);
     sends.join().expect("no panic");
-    drop((go, caller));
+    drop((go, client));
 }
 
-/// A body that was announced and turned out to be empty is announced, and ended, again with each try.
+/// A body that was announced and turned out to be empty is announced and ended again with each attempt.
 #[test]
-fn a_chunked_body_of_nothing_can_be_sent_again() {
+fn an_empty_chunked_body_is_retried() {
     let asked = std::sync::atomic::AtomicUsize::new(0);
     let server = RawServer::start(move |mut stream| {
         let got = lower(&read_until(&mut stream, b"\r\n0\r\n\r\n"));
@@ -160,7 +161,7 @@ fn a_chunked_body_of_nothing_can_be_sent_again() {
 }
 
 #[test]
-fn early_hints_pass() {
+fn early_hints_are_forwarded() {
     let server = RawServer::scripted(
         "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\nConnection: x-hop\r\nX-Hop: 1\r\n\
          Keep-Alive: timeout=5\r\nProxy-Connection: close\r\nUpgrade: x\r\n\r\n\
@@ -176,7 +177,7 @@ fn early_hints_pass() {
         for hop_by_hop in ["x-hop", "connection", "keep-alive", "upgrade"] {
             assert!(!hints.contains(hop_by_hop), "{hop_by_hop} is for one hop only: {hints}");
         }
-        // HTTP/1.0 knows no interim answers.
+        // HTTP/1.0 has no interim responses.
         let mut client = RawClient::connect(address);
         client.send("GET / HTTP/1.0\r\nHost: up\r\n\r\n");
         let got = lower(&client.read_to_close().0);
@@ -185,7 +186,7 @@ fn early_hints_pass() {
 }
 
 #[test]
-fn trailers_pass_both_ways() {
+fn trailers_are_forwarded_both_ways() {
     through(
         "HTTP/1.1 200 OK\r\nTrailer: x-sum\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-sum: 42\r\n\r\n",
         "POST / HTTP/1.1\r\nHost: up\r\nTE: trailers\r\nConnection: TE\r\nTrailer: x-check\r\n\
@@ -198,7 +199,7 @@ fn trailers_pass_both_ways() {
 }
 
 #[test]
-fn answers_without_a_body_stay_so() {
+fn responses_without_a_body_stay_without_a_body() {
     for status in ["204 No Content", "304 Not Modified"] {
         through(&format!("HTTP/1.1 {status}\r\nETag: \"a\"\r\n\r\n"), GET, |_, response| {
             assert!(
@@ -208,7 +209,7 @@ fn answers_without_a_body_stay_so() {
             assert_eq!(response.field("etag"), Some("\"a\""));
         });
     }
-    // HEAD keeps the length of the body that is not there.
+    // A response to HEAD keeps the length of the absent body.
     let server = RawServer::scripted("HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n");
     let proxy = Proxy::start(config(&server));
     for address in [proxy.outbound(), proxy.inbound()] {
@@ -219,9 +220,9 @@ fn answers_without_a_body_stay_so() {
     }
 }
 
-/// The service's own errors pass as they are.
+/// Errors of the service are forwarded unchanged.
 #[test]
-fn errors_of_the_service_are_left_alone() {
+fn error_responses_of_the_service_are_unchanged() {
     through("HTTP/1.1 418 Teapot\r\nX-Why: tea\r\nContent-Length: 5\r\n\r\nshort", GET, |_, response| {
         assert_eq!((response.status(), response.text().as_str()), (418, "short"));
         assert_eq!(response.field("x-why"), Some("tea"));
@@ -229,7 +230,7 @@ fn errors_of_the_service_are_left_alone() {
 }
 
 #[test]
-fn inbound_says_who_called() {
+fn inbound_adds_forwarded_headers() {
     let server = RawServer::scripted("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
     let proxy = Proxy::start(config(&server));
     RawClient::connect(proxy.inbound()).ask(GET);
@@ -244,7 +245,7 @@ fn inbound_says_who_called() {
 
 /// A refused connection is a 502 with everything that §4.6 promises.
 #[test]
-fn an_error_of_the_proxys_own_says_so() {
+fn proxy_generated_errors_are_marked() {
     let refused = nobody();
     let proxy = Proxy::start(format!(
         "[service]\nname = \"shop\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{refused}\"]\n"
@@ -260,10 +261,10 @@ fn an_error_of_the_proxys_own_says_so() {
     assert!(problem["type"].as_str().is_some_and(|kind| kind.contains("connect_refused")), "{problem}");
 }
 
-/// A connection that the service closes while it lies in the pool never shows.
+/// A connection that the service closes while it is idle in the pool causes no error.
 #[test]
-fn a_stale_pooled_connection_does_not_show() {
-    // Each connection answers once, says nothing of closing, and closes when the next request comes.
+fn stale_pooled_connections_fail_no_request() {
+    // Each connection serves one response without `close`, and closes when the next request arrives.
     let server = RawServer::start(|mut stream| {
         read_until(&mut stream, b"\r\n\r\n");
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
@@ -278,9 +279,9 @@ fn a_stale_pooled_connection_does_not_show() {
     }
 }
 
-/// Metadata services and the proxy's own ports are not for callers of the forward proxy.
+/// Clients of the forward proxy cannot reach metadata services and the proxy's own ports.
 #[test]
-fn the_forward_proxy_reaches_no_forbidden_address() {
+fn the_forward_proxy_denies_forbidden_addresses() {
     let proxy = Proxy::start("");
     for host in ["169.254.169.254", "[::ffff:169.254.169.254]", "[fe80::1]", "0.0.0.0:80"] {
         let request = format!("GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\n\r\n");

@@ -1,5 +1,5 @@
-//! Callers that want to exhaust the proxy: their connection ends, another lives on (CVE-2023-44487, CVE-2025-8671,
-//! VU#421644, CVE-2019-9511 and following).
+//! Clients that try to exhaust the proxy: their connection is closed, another one survives (CVE-2023-44487,
+//! CVE-2025-8671, VU#421644, CVE-2019-9511 and following).
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use crate::support::{
     text,
 };
 
-/// Runs the flood, which ends with what the caller sees last; the connection must be gone by then, memory must not
-/// have grown much, and another connection must live on.
+/// Runs the flood, which returns how the request ended for the client. The connection must be closed by then, memory
+/// must not have grown much, and another connection must survive.
 #[track_caller]
-fn must_end(proxy: &Proxy, address: std::net::SocketAddr, flood: impl FnOnce(&mut H2Client)) {
+fn assert_connection_ends(proxy: &Proxy, address: std::net::SocketAddr, flood: impl FnOnce(&mut H2Client)) {
     let mut bystander = H2Client::connect(address);
     bystander.must_get(1, "/before");
     let before = proxy.resident_kib();
@@ -44,10 +44,10 @@ fn proxy() -> (Upstream, Proxy) {
     (upstream, Proxy::start(config))
 }
 
-/// Requests that are taken back as soon as they are sent.
+/// Requests that are cancelled as soon as they are sent.
 #[test]
-fn rapid_reset() {
-    // A service that takes its time: what reaches it is what the attack would cost.
+fn rapid_reset_flood_ends_its_connection_only() {
+    // A slow service: the requests that reach it are the cost of the attack.
     let slow = RawServer::start(|mut stream| {
         use std::io::{Read, Write};
         let mut chunk = [0; 4096];
@@ -61,7 +61,7 @@ fn rapid_reset() {
         "[[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{}\"]\n",
         slow.address()
     ));
-    must_end(&proxy, proxy.outbound(), |client| {
+    assert_connection_ends(&proxy, proxy.outbound(), |client| {
         let block = h2::get("/reset");
         for pair in 0..20_000 {
             let stream = 1 + 2 * pair;
@@ -72,11 +72,11 @@ fn rapid_reset() {
     assert!(slow.connections() < 2_000, "{} connections to the service", slow.connections());
 }
 
-/// Requests that the server is made to take back: a window update of zero is a stream error.
+/// Requests that the server is made to reset: a window update of zero is a stream error.
 #[test]
-fn made_you_reset() {
+fn made_you_reset_flood_ends_its_connection_only() {
     let (_upstream, proxy) = proxy();
-    must_end(&proxy, proxy.outbound(), |client| {
+    assert_connection_ends(&proxy, proxy.outbound(), |client| {
         let block = h2::get("/reset");
         for pair in 0..20_000 {
             let stream = 1 + 2 * pair;
@@ -86,14 +86,14 @@ fn made_you_reset() {
     });
 }
 
-/// The other ways to make a server reset a stream by itself (VU#767506): each stream has cost a request by then.
+/// Other ways to make a server reset a stream (VU#767506): each stream has cost a request by then.
 #[test]
-fn made_you_reset_by_other_means() {
+fn other_made_you_reset_floods_end_their_connection_only() {
     let (_upstream, proxy) = proxy();
     let overflow = 0x7fff_ffff_u32.to_be_bytes();
     let itself = |stream: u32| [&stream.to_be_bytes()[..], &[16]].concat();
-    type Means<'a> = (&'a str, bool, &'a dyn Fn(u32) -> Vec<u8>);
-    let means: [Means<'_>; 4] = [
+    type ResetMethod<'a> = (&'a str, bool, &'a dyn Fn(u32) -> Vec<u8>);
+    let means: [ResetMethod<'_>; 4] = [
         ("a window that overflows", false, &|stream| h2::frame(h2::WINDOW_UPDATE, 0, stream, &overflow)),
         ("more fields that are no trailers", true, &|stream| {
             h2::frame(h2::HEADERS, h2::END_HEADERS, stream, &h2::block(&[("x-a", "1")]))
@@ -104,7 +104,7 @@ fn made_you_reset_by_other_means() {
         ("more data than its length", false, &|stream| h2::frame(h2::DATA, 0, stream, b"12345")),
     ];
     for (what, ended, frame) in means {
-        must_end(&proxy, proxy.outbound(), |client| {
+        assert_connection_ends(&proxy, proxy.outbound(), |client| {
             let block =
                 h2::request("POST", "up", "/reset", if ended { &[] } else { &[("content-length", "3")] });
             for pair in 0..20_000 {
@@ -118,10 +118,10 @@ fn made_you_reset_by_other_means() {
 }
 
 #[test]
-fn continuation_flood() {
+fn continuation_flood_ends_its_connection_only() {
     let (_upstream, proxy) = proxy();
     for address in [proxy.outbound(), proxy.inbound()] {
-        must_end(&proxy, address, |client| {
+        assert_connection_ends(&proxy, address, |client| {
             client.send(h2::frame(h2::HEADERS, h2::END_STREAM, 1, &h2::get("/")));
             let piece = h2::block(&[("x-a", "a".repeat(8000))]);
             for _ in 0..4_000 {
@@ -132,9 +132,9 @@ fn continuation_flood() {
 }
 
 #[test]
-fn continuation_flood_of_empty_frames() {
+fn empty_continuation_flood_ends_its_connection_only() {
     let (_upstream, proxy) = proxy();
-    must_end(&proxy, proxy.outbound(), |client| {
+    assert_connection_ends(&proxy, proxy.outbound(), |client| {
         client.send(h2::frame(h2::HEADERS, h2::END_STREAM, 1, &h2::get("/")));
         let frames = h2::frame(h2::CONTINUATION, 0, 1, &[]).repeat(1_000);
         for _ in 0..200 {
@@ -143,9 +143,9 @@ fn continuation_flood_of_empty_frames() {
     });
 }
 
-/// One entry of the dynamic table, named thousands of times: few bytes on the wire, many in memory.
+/// One entry of the dynamic table, referenced thousands of times: few bytes on the wire, many in memory.
 #[test]
-fn header_bomb() {
+fn hpack_bomb_ends_its_connection_only() {
     let (_upstream, proxy) = proxy();
     for address in [proxy.outbound(), proxy.inbound()] {
         let mut bystander = H2Client::connect(address);
@@ -169,9 +169,9 @@ fn header_bomb() {
 }
 
 #[test]
-fn flood_of_empty_data() {
+fn empty_data_flood_ends_its_connection_only() {
     let (_upstream, proxy) = proxy();
-    must_end(&proxy, proxy.outbound(), |client| {
+    assert_connection_ends(&proxy, proxy.outbound(), |client| {
         client.headers(1, &h2::get("/"), false);
         let frames = h2::frame(h2::DATA, 0, 1, &[]).repeat(1_000);
         for _ in 0..200 {
@@ -180,9 +180,9 @@ fn flood_of_empty_data() {
     });
 }
 
-/// Answers to pings and settings that nobody reads must not pile up.
+/// Unread responses to PING and SETTINGS must not accumulate.
 #[test]
-fn unread_acknowledgements_stay_bounded() {
+fn unread_ping_and_settings_acks_are_bounded() {
     let (_upstream, proxy) = proxy();
     for (kind, payload) in [(h2::PING, &[0_u8; 8][..]), (h2::SETTINGS, &[])] {
         let mut bystander = H2Client::connect(proxy.outbound());
@@ -199,9 +199,9 @@ fn unread_acknowledgements_stay_bounded() {
     }
 }
 
-/// A head that never ends is waited for no longer than 10 s.
+/// An endless head times out after 10 s.
 #[test]
-fn slow_heads_are_hung_up_on() {
+fn slow_request_heads_time_out() {
     let (_upstream, proxy) = proxy();
     let begins = ["GET /", "GET / HTTP/1.1\r\nHost: up\r\nX-A: ", "PRI * HTTP/2.0\r\n\r\nS"];
     let mut clients = Vec::new();

@@ -1,4 +1,4 @@
-//! gRPC, client and server of another language's library: all four kinds of call.
+//! gRPC with the client and server of another language's library: all four kinds of methods.
 
 use std::{
     net::SocketAddr,
@@ -36,7 +36,7 @@ fn python() -> Option<PathBuf> {
 }
 
 #[test]
-fn every_kind_of_call() {
+fn all_grpc_method_kinds_work() {
     let Some(python) = python() else { return };
     let (_server, address) = server(&python);
     let proxy = Proxy::start(format!(
@@ -44,13 +44,13 @@ fn every_kind_of_call() {
     ));
     client(&python, &[&proxy.outbound().to_string(), "up"], None);
     client(&python, &[&proxy.inbound().to_string(), "up"], None);
-    // The way the library goes by itself when it is told of a proxy: a tunnel, into which the proxy looks.
+    // The library's default when a proxy is configured: a CONNECT tunnel, whose content the proxy parses.
     client(&python, &["up:80", "up"], Some(proxy.outbound()));
 }
 
-/// gRPC callers hear of the proxy's own errors in gRPC's terms.
+/// gRPC clients get the proxy's errors as gRPC statuses.
 #[test]
-fn a_refused_call_is_unavailable() {
+fn a_rejected_grpc_request_is_unavailable() {
     let Some(python) = python() else { return };
     let refused = nobody();
     let proxy = Proxy::start(format!("[[upstream]]\nname = \"up\"\nendpoints = [\"{refused}\"]\n"));

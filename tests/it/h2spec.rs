@@ -1,10 +1,10 @@
-//! HTTP/2 conformance: all of h2spec, but for the failures that tests/peers/h2spec-known.txt explains.
+//! HTTP/2 conformance: all of h2spec, except the failures that tests/peers/h2spec-known.txt explains.
 
 use std::{collections::BTreeSet, fs, net::SocketAddr, process::Command};
 
 use crate::support::{Proxy, Upstream, has_tool, peer_script, text, tool};
 
-/// The cases that fail, as `SECTION/NUMBER title`.
+/// The failing cases, as `SECTION/NUMBER title`.
 fn failures(address: SocketAddr, report: &std::path::Path) -> (usize, BTreeSet<String>) {
     let mut command = Command::new(tool("h2spec").expect("checked before"));
     command.args(["-h", &address.ip().to_string(), "-p", &address.port().to_string(), "-o", "4", "-j"]);
@@ -28,7 +28,7 @@ fn failures(address: SocketAddr, report: &std::path::Path) -> (usize, BTreeSet<S
 }
 
 #[test]
-fn both_listeners_conform() {
+fn both_listeners_pass_h2spec() {
     if !has_tool(&["h2spec"]) {
         return;
     }
@@ -52,7 +52,7 @@ fn both_listeners_conform() {
             .iter()
             .filter(|case| !known.contains(case.split(' ').next().unwrap_or_default()))
             .collect();
-        // It waits for each answer a while only, and the machine may be busy: what is wrong is wrong each time.
+        // h2spec waits only briefly for each response, and the machine may be busy: a real failure fails every time.
         for _ in 0..2 {
             if !unknown.is_empty() {
                 let (_, again) = failures(address, &proxy.directory().join(name));

@@ -1,4 +1,4 @@
-//! Active health checks against the health service that gRPC's own library brings.
+//! Active health checks against the health service of gRPC's own library.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use outrigger::{
 use crate::support::{Daemon, eventually, free_port, peer_script, python_with};
 
 #[test]
-fn grpcio_and_we_agree_on_who_is_healthy() {
+fn grpc_health_checks_agree_with_the_grpcio_health_service() {
     let Some(python) = python_with("grpc_health") else { return };
     let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let script = peer_script("health_server.py");
@@ -31,7 +31,7 @@ fn grpcio_and_we_agree_on_who_is_healthy() {
         let upstream = Upstream::new("grpc");
         upstream.publish(vec![Found { address, host: None, weight: 1 }]);
         let endpoint = upstream.endpoints().endpoints[0].clone();
-        // What it is not must be found out, so that every verdict is one that was really reached.
+        // A check must reach the opposite verdict first, so that every verdict comes from a completed check.
         endpoint.set_healthy(!expected);
         let settings = Health {
             grpc: Some(service.to_owned()),

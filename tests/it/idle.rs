@@ -1,4 +1,4 @@
-//! HTTP/1 connections that idle hold no buffers, which nobody may notice but the one who looks at the memory.
+//! Idle HTTP/1 connections hold no buffers. Only their memory use differs.
 
 use std::{
     io::{Read, Write},
@@ -24,12 +24,12 @@ const CROWD: usize = 300;
 trait Socket: Read + Write {}
 impl<S: Read + Write> Socket for S {}
 
-struct Caller {
+struct Client {
     stream: Box<dyn Socket>,
     buffer: Vec<u8>,
 }
 
-impl Caller {
+impl Client {
     fn new(stream: impl Socket + 'static) -> Self {
         Self { stream: Box::new(stream), buffer: Vec::new() }
     }
@@ -51,7 +51,7 @@ impl Caller {
                 }
                 Progress::Wrong(why) => panic!("{why} in {:?}", String::from_utf8_lossy(&self.buffer)),
                 Progress::Partial => {
-                    let count = self.stream.read(&mut chunk).expect("an answer");
+                    let count = self.stream.read(&mut chunk).expect("a response");
                     assert_ne!(count, 0, "hung up after {:?}", String::from_utf8_lossy(&self.buffer));
                     self.buffer.extend_from_slice(&chunk[..count]);
                 }
@@ -65,7 +65,7 @@ impl Caller {
         self.response().text()
     }
 
-    /// Whether the other side closes, saying nothing more.
+    /// Whether the other side closes without sending anything more.
     fn is_closed(&mut self) -> bool {
         let mut rest = Vec::new();
         let _ = self.stream.read_to_end(&mut rest);
@@ -73,7 +73,7 @@ impl Caller {
     }
 }
 
-/// Says what it was asked for, and what was sent with that.
+/// Answers with the request's path and body.
 fn echo() -> Upstream {
     Upstream::http1(|request| async {
         let path = request.uri().path().to_owned();
@@ -89,84 +89,85 @@ fn proxy(upstream: &Upstream) -> Proxy {
     ))
 }
 
-fn crowd(connect: impl Fn() -> Caller) -> Vec<Caller> {
+fn crowd(connect: impl Fn() -> Client) -> Vec<Client> {
     let met = |_| {
-        let mut caller = connect();
-        assert_eq!(caller.ask(GET), "/");
-        caller
+        let mut client = connect();
+        assert_eq!(client.ask(GET), "/");
+        client
     };
     (0..CROWD).map(met).collect()
 }
 
-/// Every way in which a request can come, on connections that have idled.
-fn is_served_as_ever(mut callers: Vec<Caller>) {
-    for caller in &mut callers {
-        assert_eq!(caller.ask(GET), "/");
+/// All forms in which a request can arrive, on connections that have been idle.
+fn is_served(mut clients: Vec<Client>) {
+    for client in &mut clients {
+        assert_eq!(client.ask(GET), "/");
     }
-    let mut last = callers.split_off(CROWD - 20).into_iter();
+    let mut last = clients.split_off(CROWD - 20).into_iter();
     let mut next = || last.next().expect("there are more");
     for _ in 0..3 {
-        let mut caller = next();
-        assert_eq!(caller.ask("POST /a HTTP/1.1\r\nHost: up\r\nContent-Length: 4\r\n\r\nbody"), "/abody");
-        // One behind the other, and half of a third.
-        caller.send("GET /1 HTTP/1.1\r\nHost: up\r\n\r\nGET /2 HTTP/1.1\r\nHost: up\r\n\r\nGET /3 HT");
-        assert_eq!([caller.response().text(), caller.response().text()], ["/1", "/2"]);
-        assert_eq!(caller.ask("TP/1.1\r\nHost: up\r\n\r\n"), "/3");
-        // A head that is too long for one read.
+        let mut client = next();
+        assert_eq!(client.ask("POST /a HTTP/1.1\r\nHost: up\r\nContent-Length: 4\r\n\r\nbody"), "/abody");
+        // Two pipelined requests and half of a third.
+        client.send("GET /1 HTTP/1.1\r\nHost: up\r\n\r\nGET /2 HTTP/1.1\r\nHost: up\r\n\r\nGET /3 HT");
+        assert_eq!([client.response().text(), client.response().text()], ["/1", "/2"]);
+        assert_eq!(client.ask("TP/1.1\r\nHost: up\r\n\r\n"), "/3");
+        // A head that does not fit into one read.
         let long = format!("GET /long HTTP/1.1\r\nHost: up\r\nX-Long: {}\r\n\r\n", "x".repeat(20_000));
-        assert_eq!(caller.ask(long), "/long");
+        assert_eq!(client.ask(long), "/long");
         // Byte by byte, with empty lines before it.
         for byte in
             "\r\n\r\nPUT /b HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
                 .chars()
         {
-            caller.send(byte.to_string());
+            client.send(byte.to_string());
         }
-        assert_eq!(caller.response().text(), "/babc");
-        assert_eq!(caller.ask(GET), "/");
+        assert_eq!(client.response().text(), "/babc");
+        assert_eq!(client.ask(GET), "/");
         assert!(
-            caller.ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: close\r\n\r\n") == "/"
-                && caller.is_closed()
+            client.ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: close\r\n\r\n") == "/"
+                && client.is_closed()
         );
     }
-    // What is no HTTP.
-    let mut caller = next();
-    caller.send("\0\0\0\0\r\n\r\n");
-    assert_eq!(caller.response().status(), 400);
-    assert!(caller.is_closed());
+    // Bytes that are not HTTP.
+    let mut client = next();
+    client.send("\0\0\0\0\r\n\r\n");
+    assert_eq!(client.response().status(), 400);
+    assert!(client.is_closed());
 }
 
 #[test]
-fn an_idle_connection_is_served_as_ever() {
+fn requests_on_idle_connections_are_served() {
     let upstream = echo();
     let proxy = proxy(&upstream);
-    is_served_as_ever(crowd(|| Caller::new(RawClient::connect(proxy.outbound()).stream)));
+    is_served(crowd(|| Client::new(RawClient::connect(proxy.outbound()).stream)));
 }
 
 #[test]
-fn so_it_is_by_mutual_tls() {
+fn requests_on_idle_mutual_tls_connections_are_served() {
     let (pki, service) = (Pki::new(), echo());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
     for alpn in [&["http/1.1"][..], &[]] {
-        let caller = TlsCaller::new(Some(&certificate), alpn);
-        is_served_as_ever(crowd(|| Caller::new(caller.connect(callee.inbound()))));
+        let client = TlsCaller::new(Some(&certificate), alpn);
+        is_served(crowd(|| Client::new(client.connect(server.inbound()))));
     }
 }
 
-/// An answer that the caller has not taken yet keeps its connection from idling, though all of it has been handed over.
+/// A connection is not idle while its client has not read the response, even though all of it has been written to the
+/// socket.
 #[test]
-fn a_slow_reader_is_no_idle_one() {
+fn a_connection_with_an_unread_response_is_not_idle() {
     const LARGE: usize = 6 << 20;
     let service = Upstream::http1(|request| async move {
         text(if request.uri().path() == "/large" { vec![b'x'; LARGE] } else { b"/".to_vec() })
     });
     let pki = Pki::new();
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
-    let caller = TlsCaller::new(Some(&certificate), &["http/1.1"]);
-    let mut callers = crowd(|| Caller::new(caller.connect(callee.inbound())));
-    let mut slow = callers.pop().expect("a crowd");
+    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let mut clients = crowd(|| Client::new(client.connect(server.inbound())));
+    let mut slow = clients.pop().expect("a crowd");
     for _ in 0..3 {
         slow.send("GET /large HTTP/1.1\r\nHost: up\r\n\r\n");
         let (mut got, mut whole, mut chunk) = (0, None, [0; 8 * 1024]);
@@ -182,31 +183,31 @@ fn a_slow_reader_is_no_idle_one() {
     }
 }
 
-/// An answer that comes before its request has ended leaves nothing behind that could be a request.
+/// After a response that precedes the end of its request, the rest of the body must not be parsed as a request.
 #[test]
-fn the_rest_of_a_body_is_no_request() {
+fn the_rest_of_a_request_body_is_not_parsed_as_a_request() {
     let upstream = Upstream::http1(|_| async { text("early") });
     let proxy = proxy(&upstream);
     let _crowd = crowd_of(&proxy, "early");
-    let mut caller = Caller::new(RawClient::connect(proxy.outbound()).stream);
+    let mut client = Client::new(RawClient::connect(proxy.outbound()).stream);
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: up\r\n\r\n";
-    caller.send(format!("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: {}\r\n\r\n", smuggled.len()));
-    assert_eq!(caller.response().text(), "early");
-    let _ = caller.stream.write_all(smuggled.as_bytes());
-    assert!(caller.is_closed(), "a body was answered");
+    client.send(format!("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: {}\r\n\r\n", smuggled.len()));
+    assert_eq!(client.response().text(), "early");
+    let _ = client.stream.write_all(smuggled.as_bytes());
+    assert!(client.is_closed(), "a body was answered");
 }
 
-fn crowd_of(proxy: &Proxy, answer: &str) -> Vec<RawClient> {
+fn crowd_of(proxy: &Proxy, response: &str) -> Vec<RawClient> {
     let met = |_| {
         let mut client = RawClient::connect(proxy.outbound());
-        assert_eq!(client.ask(GET).text(), answer);
+        assert_eq!(client.ask(GET).text(), response);
         client
     };
     (0..CROWD).map(met).collect()
 }
 
 #[test]
-fn half_a_request_on_an_idle_connection_is_not_waited_for() {
+fn a_partial_request_on_an_idle_connection_times_out() {
     let upstream = echo();
     let proxy = proxy(&upstream);
     let mut crowd = crowd_of(&proxy, "/");
@@ -218,7 +219,7 @@ fn half_a_request_on_an_idle_connection_is_not_waited_for() {
 }
 
 #[test]
-fn idle_connections_end_with_their_callers_and_with_the_process() {
+fn idle_connections_close_with_their_client_and_with_the_process() {
     let upstream = echo();
     let mut proxy = proxy(&upstream);
     let open = |proxy: &Proxy| {
@@ -239,9 +240,9 @@ fn idle_connections_end_with_their_callers_and_with_the_process() {
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
-/// Most of what an idle connection holds is there while it is used, and no longer.
+/// Most memory of a connection is allocated while it is used and released when it is idle.
 #[test]
-fn idle_connections_hold_little() {
+fn idle_connections_hold_little_memory() {
     const COUNT: u64 = 1500;
     let upstream = echo();
     let proxy = proxy(&upstream);
@@ -250,7 +251,7 @@ fn idle_connections_hold_little() {
         assert_eq!(client.ask(GET).status(), 200);
         client
     };
-    // What is there once.
+    // Memory that is allocated once.
     let _warm: Vec<_> = (0..CROWD).map(ask).collect();
     let before = proxy.resident_kib();
     let idle: Vec<_> = (0..COUNT as usize).map(ask).collect();

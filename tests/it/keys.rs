@@ -1,4 +1,4 @@
-//! Keys that stand alone, each by what it does to a call.
+//! Single configuration keys, each by its effect on a request.
 
 use std::{
     io::{Read, Write},
@@ -7,24 +7,24 @@ use std::{
 
 use crate::support::{Proxy, RawClient, RawServer};
 
-/// Answers one request on each connection with its own head, as it came.
+/// Responds to one request on each connection with its own head, unchanged.
 fn echo_head(mut stream: TcpStream) {
     let mut seen = vec![0; 4096];
     let Ok(count) = stream.read(&mut seen) else { return };
     let head = String::from_utf8_lossy(&seen[..count]).into_owned();
-    let answer = format!(
+    let response = format!(
         "HTTP/1.1 200 OK\r\nX-MiXed-Answer: 1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{head}",
         head.len()
     );
-    let _ = stream.write_all(answer.as_bytes());
+    let _ = stream.write_all(response.as_bytes());
 }
 
 fn raw_answer(proxy: &Proxy, request: &str) -> String {
     let mut stream = TcpStream::connect(proxy.outbound()).expect("connects");
     stream.write_all(request.as_bytes()).expect("writes");
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer);
-    String::from_utf8_lossy(&answer).into_owned()
+    let mut response = Vec::new();
+    let _ = stream.read_to_end(&mut response);
+    String::from_utf8_lossy(&response).into_owned()
 }
 
 const REQUEST: &str = "GET /old/a?b=1 HTTP/1.1\r\nHost: up\r\nX-MiXed-Ask: 1\r\nConnection: close\r\n\r\n";
@@ -35,7 +35,7 @@ fn proxy(server: &RawServer, head: &str, more: &str) -> Proxy {
 }
 
 #[test]
-fn header_case_is_kept_where_a_service_insists() {
+fn header_case_is_preserved_where_configured() {
     let server = RawServer::start(echo_head);
     let kept = raw_answer(&proxy(&server, "", "header_case = \"preserve\""), REQUEST);
     assert!(kept.contains("X-MiXed-Answer: 1") && kept.contains("X-MiXed-Ask: 1"), "{kept}");
@@ -44,7 +44,7 @@ fn header_case_is_kept_where_a_service_insists() {
 }
 
 #[test]
-fn a_path_is_rewritten_and_its_query_stays() {
+fn a_path_rewrite_keeps_the_query() {
     let server = RawServer::start(echo_head);
     let route = "[[upstream.route]]\nmatch = { path = \"/old*\" }\npath_rewrite = \"/new\"";
     let seen = raw_answer(&proxy(&server, "", route), REQUEST);
@@ -52,23 +52,23 @@ fn a_path_is_rewritten_and_its_query_stays() {
 }
 
 #[test]
-fn several_workers_carry_calls() {
+fn several_workers_serve_requests() {
     let server = RawServer::start(echo_head);
     let proxy = proxy(&server, "[runtime]\nworkers = 3\n", "");
     for _ in 0..30 {
-        let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-        assert_eq!(answer.status(), 200);
+        let response = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        assert_eq!(response.status(), 200);
     }
 }
 
 #[test]
-fn an_exchange_that_lasts_too_long_is_cut() {
+fn max_duration_cuts_a_long_exchange() {
     let server = RawServer::start(|mut stream| {
         let _ = stream.read(&mut [0; 4096]);
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf");
-        // Until the proxy hangs up.
+        // Until the proxy closes.
         let _ = stream.read(&mut [0; 1]);
     });
-    let answer = raw_answer(&proxy(&server, "", "max_duration = \"300ms\""), REQUEST);
-    assert!(answer.ends_with("half"), "{answer}");
+    let response = raw_answer(&proxy(&server, "", "max_duration = \"300ms\""), REQUEST);
+    assert!(response.ends_with("half"), "{response}");
 }

@@ -29,7 +29,7 @@ fn upstream(name: &str, server: &Upstream) -> String {
 }
 
 #[test]
-fn the_exit_code_is_the_services() {
+fn run_exits_with_the_services_exit_code() {
     assert_eq!(code_of("exit 0"), Some(0));
     assert_eq!(code_of("exit 7"), Some(7));
     assert_eq!(code_of("kill -KILL $$"), Some(128 + 9));
@@ -37,7 +37,7 @@ fn the_exit_code_is_the_services() {
 }
 
 #[test]
-fn the_service_is_told_of_the_proxy() {
+fn the_service_gets_the_proxy_environment_variables() {
     let script = "echo \"$http_proxy|$HTTP_PROXY|$https_proxy|$HTTPS_PROXY|$NODE_USE_ENV_PROXY|$no_proxy|$NO_PROXY\"; sleep 60";
     let proxy = Launch::new("").env("no_proxy", "db.internal").service(shell(script)).start();
     eventually("the service's words", || proxy.stdout().contains('\n'));
@@ -56,17 +56,17 @@ fn the_service_is_told_of_the_proxy() {
 }
 
 #[test]
-fn a_service_that_heeds_sigterm_ends_by_itself() {
-    let script = "trap 'echo told; exit 3' TERM; echo up; while :; do sleep 0.05; done";
+fn a_service_that_handles_sigterm_exits_by_itself() {
+    let script = "trap 'echo terminated; exit 3' TERM; echo up; while :; do sleep 0.05; done";
     let mut proxy = Launch::new("").service(shell(script)).start();
     eventually("the service to be up", || proxy.stdout().contains("up"));
     proxy.signal("TERM");
     assert_eq!(proxy.wait().code(), Some(3));
-    assert!(proxy.stdout().contains("told"));
+    assert!(proxy.stdout().contains("terminated"));
 }
 
 #[test]
-fn a_service_that_ignores_sigterm_is_ended() {
+fn a_service_that_ignores_sigterm_is_killed() {
     let script = "trap '' TERM; echo up; while :; do sleep 0.05; done";
     let mut proxy = Launch::new("[runtime]\ndrain_timeout = \"1s\"\n").service(shell(script)).start();
     eventually("the service to be up", || proxy.stdout().contains("up"));
@@ -88,25 +88,25 @@ fn a_second_sigterm_stops_at_once() {
     ));
     let mut client = RawClient::connect(proxy.inbound());
     client.send(GET);
-    arrival.recv().expect("the call reaches the service");
+    arrival.recv().expect("the request reaches the service");
     proxy.signal("TERM");
     eventually("the first to be noticed", || ready(&proxy) != 200);
-    assert!(proxy.is_running(), "a call is in flight");
+    assert!(proxy.is_running(), "a request is in flight");
     proxy.signal("TERM");
     proxy.wait();
 }
 
-/// What `/ready` says; 0 where nobody listens.
+/// The status of `/ready`; 0 if nothing listens.
 fn ready(proxy: &Proxy) -> u16 {
     let Ok(stream) = std::net::TcpStream::connect(proxy.admin()) else { return 0 };
     let mut client = RawClient { stream, buffer: Vec::new() };
     client.send("GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-    client.response().ok().flatten().map_or(0, |answer| answer.status())
+    client.response().ok().flatten().map_or(0, |response| response.status())
 }
 
-/// SIGTERM: `/ready` fails, calls in flight finish, then the end, with 0.
+/// SIGTERM: `/ready` fails, requests in flight finish, then the process exits with 0.
 #[test]
-fn calls_in_flight_finish() {
+fn requests_in_flight_finish_during_the_drain() {
     let (arrived, arrival) = mpsc::channel();
     let (go, may_answer) = mpsc::channel::<()>();
     let may_answer = std::sync::Mutex::new(may_answer);
@@ -120,20 +120,20 @@ fn calls_in_flight_finish() {
     assert_eq!(ready(&proxy), 200);
     let mut client = RawClient::connect(proxy.inbound());
     client.send(GET);
-    arrival.recv().expect("the call reaches the service");
+    arrival.recv().expect("the request reaches the service");
     proxy.signal("TERM");
     eventually("/ready to fail", || ready(&proxy) != 200);
     eventually("the listener to close", || std::net::TcpStream::connect(proxy.inbound()).is_err());
     go.send(()).expect("the server waits");
-    let answer = client.response().expect("well-formed").expect("an answer");
-    assert_eq!(answer.text(), "late");
-    assert_eq!(answer.field("connection"), Some("close"), "{answer:?}");
+    let response = client.response().expect("well-formed").expect("a response");
+    assert_eq!(response.text(), "late");
+    assert_eq!(response.field("connection"), Some("close"), "{response:?}");
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
-/// The same over HTTP/2: the caller is told by GOAWAY; streams in flight finish, and so does one that crosses it.
+/// The same over HTTP/2: the client gets GOAWAY; streams in flight finish, and so does one that crosses it.
 #[test]
-fn streams_in_flight_finish() {
+fn http2_streams_in_flight_finish_during_the_drain() {
     let (arrived, arrival) = mpsc::channel();
     let may_answer = std::sync::Arc::new(tokio::sync::Notify::new());
     let go = may_answer.clone();
@@ -151,9 +151,9 @@ fn streams_in_flight_finish() {
     let mut client = H2Client::connect(proxy.inbound());
     client.must_get(1, "/");
     client.headers(3, &h2::get("/slow"), true);
-    arrival.recv().expect("the call reaches the service");
+    arrival.recv().expect("the request reaches the service");
     proxy.signal("TERM");
-    let told = |client: &mut H2Client| loop {
+    let goaway = |client: &mut H2Client| loop {
         let frame = client.next().expect("a frame");
         if frame.kind == h2::GOAWAY {
             let number =
@@ -161,10 +161,10 @@ fn streams_in_flight_finish() {
             return (number(0) & 0x7fff_ffff, number(4));
         }
     };
-    let (last, code) = told(&mut client);
+    let (last, code) = goaway(&mut client);
     assert_eq!(code, 0, "it is no error");
     assert!(last >= 5, "what crosses the GOAWAY is still taken: {last}");
-    // Sent before the caller could know: not lost.
+    // Sent before the client could know: it is served.
     client.headers(5, &h2::get("/"), true);
     assert_eq!(client.end_of(5), h2::End::Answer(Some(200)));
     eventually("the listener to close", || std::net::TcpStream::connect(proxy.inbound()).is_err());
@@ -174,7 +174,7 @@ fn streams_in_flight_finish() {
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
-/// As the first process of a container: the exit code passes, and orphans are not left as zombies.
+/// As the first process of a container: the exit code is passed on, and orphans do not stay zombies.
 #[test]
 fn runs_as_pid_1() {
     let wrapper = ["unshare", "--pid", "--fork", "--mount-proc"];
@@ -183,7 +183,7 @@ fn runs_as_pid_1() {
         crate::support::skip("no right to make a PID namespace");
         return;
     }
-    // An orphan ends while the service lives; its parent is then the proxy.
+    // An orphan exits while the service runs; its parent is then the proxy.
     let script =
         "(sh -c 'sleep 0.2' &) ; sleep 1; grep -l '^State:.Z' /proc/[0-9]*/status; cat /proc/1/comm; exit 5";
     let mut proxy = Launch::new("").wrapped(wrapper).service(shell(script)).spawn();
@@ -193,7 +193,7 @@ fn runs_as_pid_1() {
 }
 
 #[test]
-fn wrong_usage_and_wrong_files_say_so() {
+fn usage_and_configuration_errors_are_reported() {
     let usage = Command::new(binary()).args(["run", "--no-such-flag"]).output().expect("it runs");
     assert_eq!(usage.status.code(), Some(2));
     let mut proxy = Launch::new("[inbound]\nlisten_on = \"127.0.0.1:0\"\n").spawn();
@@ -202,9 +202,9 @@ fn wrong_usage_and_wrong_files_say_so() {
     assert!(said.contains("listen_on") && said.contains("outrigger.toml"), "{said}");
 }
 
-/// A change takes effect while a connection lives on; a wrong one is reported and changes nothing.
+/// A valid change takes effect while a connection stays open; an invalid one is reported and changes nothing.
 #[test]
-fn reload_keeps_connections() {
+fn a_reload_keeps_connections() {
     let (one, two) = (Upstream::http1(|_| async { text("one") }), Upstream::http1(|_| async { text("two") }));
     let proxy = Proxy::start(upstream("up", &one));
     let mut client = RawClient::connect(proxy.outbound());
@@ -222,9 +222,9 @@ fn reload_keeps_connections() {
     eventually("the next change to take effect", || client.ask(GET).text() == "one");
 }
 
-/// The file is watched: no signal is needed, and no restart.
+/// The file is watched: a change needs neither signal nor restart.
 #[test]
-fn a_changed_file_is_noticed() {
+fn a_changed_configuration_file_is_reloaded() {
     let (one, two) = (Upstream::http1(|_| async { text("one") }), Upstream::http1(|_| async { text("two") }));
     let proxy = Proxy::start(upstream("up", &one));
     let mut client = RawClient::connect(proxy.outbound());
@@ -234,12 +234,12 @@ fn a_changed_file_is_noticed() {
 }
 
 #[test]
-fn the_admin_port_is_not_for_everybody() {
+fn the_admin_port_requires_the_token_for_changes() {
     let proxy = Proxy::start("");
     let ask = |request: &str| RawClient::connect(proxy.admin()).ask(request);
     for path in ["/live", "/ready", "/status", "/metrics", "/config"] {
-        let answer = ask(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"));
-        assert_eq!(answer.status(), 200, "{path}: {answer:?}");
+        let response = ask(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+        assert_eq!(response.status(), 200, "{path}: {response:?}");
     }
     let rebound = ask("GET /status HTTP/1.1\r\nHost: evil.example\r\n\r\n");
     assert!(rebound.status() >= 400, "a page of evil.example may read the status: {rebound:?}");
@@ -247,17 +247,17 @@ fn the_admin_port_is_not_for_everybody() {
     assert!(matches!(bare.status(), 401 | 403), "{bare:?}");
     let file = proxy.ready()["admin_token_file"].as_str().expect("a token file").to_owned();
     let token = std::fs::read_to_string(file).expect("readable");
-    let answer = ask(&format!(
+    let response = ask(&format!(
         "POST /drain HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Length: 0\r\n\r\n",
         token.trim()
     ));
-    assert!((200..300).contains(&answer.status()), "{answer:?}");
+    assert!((200..300).contains(&response.status()), "{response:?}");
     eventually("/ready to fail", || ready(&proxy) == 503);
 }
 
-/// Ctrl-C: the service's idle connections do not hold the end for `drain_timeout`; SIGTERM waits for the service.
+/// Ctrl-C: idle connections of the service do not delay the exit by `drain_timeout`; SIGTERM waits for the service.
 #[test]
-fn ctrl_c_does_not_wait_for_kept_alive_connections() {
+fn ctrl_c_does_not_wait_for_keep_alive_connections() {
     let server = Upstream::http1(|_| async { text("up") });
     let config = format!("[runtime]\ndrain_timeout = \"10m\"\n{}", upstream("up", &server));
     let mut proxy = Proxy::start(config.clone());
@@ -271,7 +271,7 @@ fn ctrl_c_does_not_wait_for_kept_alive_connections() {
     assert_eq!(client.ask(GET).text(), "up");
     proxy.signal("TERM");
     eventually("inbound to be drained", || proxy.stderr().contains("inbound is drained"));
-    assert_eq!(client.ask(GET).text(), "up", "the service may still call out");
+    assert_eq!(client.ask(GET).text(), "up", "the service may still send requests");
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
 }

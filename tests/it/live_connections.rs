@@ -1,4 +1,4 @@
-//! What a reload asks more of, it asks of live connections, too.
+//! A stricter configuration applies to live connections, too.
 
 use std::{
     io::{Read, Write},
@@ -27,7 +27,7 @@ fn endless_server() -> RawServer {
     })
 }
 
-/// Reads until these bytes have come.
+/// Reads until these bytes have arrived.
 fn read_until(stream: &mut impl Read, needle: &[u8]) -> Vec<u8> {
     let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
     while !got.windows(needle.len()).any(|window| window == needle) {
@@ -45,37 +45,38 @@ fn read_to_end(stream: &mut impl Read) -> Vec<u8> {
     rest
 }
 
-fn handshakes(caller: &TlsCaller, address: SocketAddr) -> bool {
-    let said = caller.say(address, "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
+fn handshakes(client: &TlsCaller, address: SocketAddr) -> bool {
+    let said = client.say(address, "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
     said.is_ok_and(|text| text.starts_with("HTTP/1.1 "))
 }
 
-/// Is asked to leave, as a connection is whose certificate is not trusted any more: served, and told to close.
+/// The connection is drained, as one whose certificate is no longer trusted: served once more, with `Connection:
+/// close`.
 #[test]
-fn live_tls_1_2_connections_leave_when_min_tls_is_raised() {
+fn raising_min_tls_drains_live_tls_1_2_connections() {
     let (pki, service) = (Pki::new(), service());
     let old = strict(&pki, service.address()).replace("[inbound]", "min_tls = \"1.2\"\n[inbound]");
     let proxy = Proxy::start(old.clone());
     let certificate = pki.issue("checkout", |_| {});
-    let caller = |alpn: &str| TlsCaller::by_tls12(Some(&certificate), &[alpn]);
+    let client = |alpn: &str| TlsCaller::by_tls12(Some(&certificate), &[alpn]);
     let http1 = || -> TlsSocket {
-        let mut stream = caller("http/1.1").connect(proxy.inbound());
+        let mut stream = client("http/1.1").connect(proxy.inbound());
         stream.write_all(GET.as_bytes()).expect("write");
         read_until(&mut stream, b"reached the service");
         stream
     };
     let (mut busy, mut idle) = (http1(), http1());
-    let mut two = caller("h2").connect(proxy.inbound());
+    let mut two = client("h2").connect(proxy.inbound());
     two.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").expect("write");
     let mut newer = TlsCaller::new(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
     newer.write_all(GET.as_bytes()).expect("write");
     read_until(&mut newer, b"reached the service");
 
     proxy.reconfigure(&old.replace("min_tls = \"1.2\"", "min_tls = \"1.3\""));
-    eventually("a client of TLS 1.2 to be refused", || !handshakes(&caller("http/1.1"), proxy.inbound()));
+    eventually("a client of TLS 1.2 to be refused", || !handshakes(&client("http/1.1"), proxy.inbound()));
     busy.write_all(GET.as_bytes()).expect("write");
-    let answer = String::from_utf8_lossy(&read_to_end(&mut busy)).to_ascii_lowercase();
-    assert!(answer.is_empty() || answer.contains("connection: close"), "{answer}");
+    let response = String::from_utf8_lossy(&read_to_end(&mut busy)).to_ascii_lowercase();
+    assert!(response.is_empty() || response.contains("connection: close"), "{response}");
     assert!(read_to_end(&mut idle).is_empty());
     let frames = read_to_end(&mut two);
     let mut kinds = Vec::new();
@@ -89,16 +90,16 @@ fn live_tls_1_2_connections_leave_when_min_tls_is_raised() {
     read_until(&mut newer, b"reached the service");
 }
 
-/// What goes on after it was asked to leave is cut when `drain_timeout` is over, and not before.
+/// A response that continues after that is cut when `drain_timeout` has elapsed, and not before.
 #[test]
-fn a_response_that_goes_on_is_cut_after_drain_timeout() {
+fn an_endless_response_is_cut_after_drain_timeout() {
     const LIMIT: Duration = Duration::from_millis(1500);
     let (pki, server) = (Pki::new(), endless_server());
     let strict = strict(&pki, server.address());
     let old = strict.replace("[inbound]", "min_tls = \"1.2\"\n[inbound]")
         + "[runtime]\ndrain_timeout = \"1500ms\"\n";
     let certificate = pki.issue("checkout", |_| {});
-    // TLS 1.2 where 1.3 is asked for; plaintext where a certificate is.
+    // TLS 1.2 where 1.3 is required; plaintext where a certificate is required.
     let proxy = Proxy::start(old.clone());
     let mut tls = TlsCaller::by_tls12(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
     tls.write_all(GET.as_bytes()).expect("write");
@@ -120,15 +121,15 @@ fn a_response_that_goes_on_is_cut_after_drain_timeout() {
     assert_eq!(plaintext(proxy.inbound()), 403);
 }
 
-/// A tunnel and an upgraded connection are cut when `allow` does not let their peer in any more.
+/// A tunnel and an upgraded connection are cut when `allow` no longer admits their peer.
 #[test]
-fn live_tunnels_and_upgrades_end_when_allow_is_tightened() {
+fn tightening_allow_cuts_live_tunnels_and_upgrades() {
     let (pki, echo) = (Pki::new(), echo_server());
     let port = echo.address().port();
     let certificate = pki.issue("checkout", |_| {});
     let entry =
         |name: &str| format!("[[inbound.allow]]\nidentity = [\"spiffe://shop.example/ns/shop/sa/{name}\"]\n");
-    for (protocol, opening, answer) in [("tcp", "bytes", &b"bytes"[..]), ("http1", UPGRADE, b"\r\n\r\n")] {
+    for (protocol, opening, response) in [("tcp", "bytes", &b"bytes"[..]), ("http1", UPGRADE, b"\r\n\r\n")] {
         let rest = format!("[[inbound.port]]\nport = {port}\nprotocol = \"{protocol}\"\n");
         let config = |names: &[&str]| {
             let entries: String = names.iter().map(|name| entry(name)).collect();
@@ -137,8 +138,8 @@ fn live_tunnels_and_upgrades_end_when_allow_is_tightened() {
         let proxy = Proxy::start(config(&["checkout", "other"]));
         let mut client = TlsCaller::new(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
         client.write_all(opening.as_bytes()).expect("write");
-        read_until(&mut client, answer);
-        // A reload that lets it in still does not touch it.
+        read_until(&mut client, response);
+        // A reload that still admits it does not touch it.
         proxy.reconfigure(&format!("[service]\nname = \"renamed\"\n{}", config(&["checkout", "other"])));
         eventually("the reload", || admin(&proxy, "/config").contains("renamed"));
         client.write_all(b"ping").expect("write");
@@ -149,9 +150,10 @@ fn live_tunnels_and_upgrades_end_when_allow_is_tightened() {
     }
 }
 
-/// Bytes pass unread only where nothing looks at requests: also those of a tunnel that began before something did.
+/// Byte streams pass only where no request policy applies: this holds also for a tunnel that began before the policy
+/// was added.
 #[test]
-fn a_live_tunnel_ends_when_a_request_policy_comes() {
+fn adding_a_request_policy_cuts_live_tunnels() {
     let echo = echo_server();
     let address = echo.address();
     let inbound = format!("[inbound]\nforward_to = \"{address}\"\n");
@@ -172,7 +174,7 @@ fn a_live_tunnel_ends_when_a_request_policy_comes() {
         let mut client = RawClient::connect(if upstream { proxy.upstream("up") } else { proxy.inbound() });
         client.send("*1\r\n$4\r\nPING\r\n");
         client.read_until(b"PING\r\n");
-        // What does not look at requests, is no reason to end it.
+        // A policy that does not inspect requests is no reason to end it.
         proxy.reconfigure(&format!("{before}timeout = \"7s\"\n"));
         eventually("the reload", || admin(&proxy, "/config").contains("7s"));
         client.send("ping");
@@ -185,7 +187,7 @@ fn a_live_tunnel_ends_when_a_request_policy_comes() {
 }
 
 #[test]
-fn allow_that_would_only_be_observed_is_held_back() {
+fn an_allow_list_switched_to_observe_is_held_back() {
     let upstream = Upstream::http1(|_| async { text("reached the service") });
     let config = format!(
         "[inbound]\nforward_to = \"{}\"\n[[inbound.allow]]\nidentity = [\"spiffe://td/a\"]\n",
@@ -196,8 +198,8 @@ fn allow_that_would_only_be_observed_is_held_back() {
     proxy.reconfigure(&format!("{config}[runtime]\nobserve = [\"allow\"]\n"));
     eventually("the change to be held back", || is_rejected(&proxy));
     assert_eq!(plaintext(proxy.inbound()), 403);
-    let told = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
-    assert!(told.contains("inbound.allow is only observed by [runtime] observe"), "{told}");
+    let rejected = status(&proxy)["config"]["rejected"].as_str().unwrap_or_default().to_owned();
+    assert!(rejected.contains("inbound.allow is only observed by [runtime] observe"), "{rejected}");
     let accepted = reload(&proxy, &["--accept-less-security"]);
     assert!(accepted.status.success(), "{accepted:?}");
     assert_eq!(plaintext(proxy.inbound()), 200);

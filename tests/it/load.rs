@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-/// Of each kind; `OUTRIGGER_ROUNDS` for fewer.
+/// Connections of each kind; `OUTRIGGER_ROUNDS` for fewer.
 fn rounds() -> usize {
     std::env::var("OUTRIGGER_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(20)
 }
@@ -35,16 +35,16 @@ fn config(upstream: &Upstream, more: &str) -> String {
     )
 }
 
-/// Says it past the harness's capture: figures are for people.
+/// Prints past the harness's capture: the figures are for people.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-const CALL: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
+const REQUEST: &str = "GET / HTTP/1.1\r\nHost: up\r\n\r\n";
 
-/// What each of `count` connections holds that idle after a call; `call` opens one and calls.
+/// Memory of each of `count` connections that are idle after a request; `call` opens one and sends it.
 fn bytes_of_idle<C>(proxy: &Proxy, count: u64, name: &str, mut call: impl FnMut() -> C) -> u64 {
-    // What is there once.
+    // Memory that is allocated once.
     let _first = call();
     let before = proxy.resident_kib();
     let idle: Vec<C> = (0..count).map(|_| call()).collect();
@@ -58,16 +58,16 @@ fn bytes_of_idle<C>(proxy: &Proxy, count: u64, name: &str, mut call: impl FnMut(
 fn ten_thousand_idle_connections() {
     let upstream = Upstream::http1(|_| async { text("ok") });
     for name in ["outbound", "inbound"] {
-        // One of its own for each, since freed memory would be used again.
+        // A separate process for each, since freed memory would be reused.
         let proxy = Proxy::start(config(&upstream, ""));
         let address = if name == "outbound" { proxy.outbound() } else { proxy.inbound() };
         let bytes = bytes_of_idle(&proxy, 10_000, name, || {
             let mut client = RawClient::connect(address);
-            assert_eq!(client.ask(CALL).status(), 200);
+            assert_eq!(client.ask(REQUEST).status(), 200);
             client
         });
         assert!(bytes < 5 * 1024, "{bytes} bytes for an idle connection");
-        assert_eq!(RawClient::connect(address).ask(CALL).status(), 200);
+        assert_eq!(RawClient::connect(address).ask(REQUEST).status(), 200);
     }
 }
 
@@ -75,15 +75,15 @@ fn ten_thousand_idle_connections() {
 #[ignore = "2,000 connections; for the release build"]
 fn two_thousand_idle_connections_by_mutual_tls() {
     let (pki, upstream) = (Pki::new(), Upstream::http1(|_| async { text("ok") }));
-    let callee = callee(&pki, upstream.address(), "");
+    let server = callee(&pki, upstream.address(), "");
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
-    let caller = TlsCaller::new(Some(&certificate), &["http/1.1"]);
-    let bytes = bytes_of_idle(&callee, 2000, "inbound by mutual TLS", || {
-        let mut socket = caller.connect(callee.inbound());
-        socket.write_all(CALL.as_bytes()).expect("a request");
+    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let bytes = bytes_of_idle(&server, 2000, "inbound by mutual TLS", || {
+        let mut socket = client.connect(server.inbound());
+        socket.write_all(REQUEST.as_bytes()).expect("a request");
         let (mut got, mut chunk) = (Vec::new(), [0; 1024]);
         while !got.ends_with(b"ok") {
-            let count = socket.read(&mut chunk).expect("an answer");
+            let count = socket.read(&mut chunk).expect("a response");
             assert_ne!(count, 0, "hung up after {:?}", String::from_utf8_lossy(&got));
             got.extend_from_slice(&chunk[..count]);
         }
@@ -92,10 +92,10 @@ fn two_thousand_idle_connections_by_mutual_tls() {
     assert!(bytes < 20 * 1024, "{bytes} bytes for an idle connection");
 }
 
-/// CPU time, which other work on the machine does not change: up to the first answer.
+/// CPU time up to the first response, which other work on the machine does not change.
 #[test]
 #[ignore = "for the release build"]
-fn it_answers_soon_after_its_start() {
+fn startup_uses_little_cpu_time() {
     let (pki, upstream) = (Pki::new(), Upstream::http1(|_| async { text("ok") }));
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
     let tls = TlsCaller::new(Some(&certificate), &["http/1.1"]);
@@ -109,13 +109,13 @@ fn it_answers_soon_after_its_start() {
         .collect();
     let plain = |config: &str| {
         let proxy = Proxy::start(config);
-        assert_eq!(RawClient::connect(proxy.outbound()).ask(CALL.replace("up", "h7")).status(), 200);
+        assert_eq!(RawClient::connect(proxy.outbound()).ask(REQUEST.replace("up", "h7")).status(), 200);
         proxy
     };
     let ask_by_tls = || {
         let proxy = callee(&pki, upstream.address(), "");
-        let said = tls.say(proxy.inbound(), &CALL.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
-        assert!(said.expect("an answer").starts_with("HTTP/1.1 200"));
+        let said = tls.say(proxy.inbound(), &REQUEST.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
+        assert!(said.expect("a response").starts_with("HTTP/1.1 200"));
         proxy
     };
     let starts: [(&str, u128, &dyn Fn() -> Proxy); 3] = [
@@ -141,7 +141,7 @@ fn reloads_under_load_fail_no_request() {
     for round in 0..rounds() {
         for version in [&["--h1"][..], &[]] {
             let mut load = Command::new(tool("h2load").expect("checked before"));
-            // 4 connections, 250 requests a second each, for a second and a half.
+            // 4 connections, 250 requests a second each, for 1.5 seconds.
             load.args(version).args(["-c", "4", "--rps", "250", "-n", "1500"]);
             load.arg(format!("http://{}/", proxy.outbound()));
             let mut load = load.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("h2load runs");
@@ -162,9 +162,9 @@ fn reloads_under_load_fail_no_request() {
     }
 }
 
-/// Callers at a fixed rate with two proxies to choose from, as a Service gives them: one is told to end, and no call
-/// may fail. A caller does what HTTP clients do: it leaves a connection that says `close`, and asks again where a
-/// connection that lay idle was closed before a byte of the answer (RFC 9112 §9.3.1).
+/// Clients at a fixed rate with two proxies to choose from, as a Service offers them: one is terminated, and no
+/// request may fail. A client does what HTTP clients do: it closes a connection that says `close`, and repeats a
+/// request if an idle connection was closed before a byte of the response (RFC 9112 §9.3.1).
 #[test]
 #[ignore = "20 rounds; for the release build"]
 fn a_rolling_restart_fails_no_request() {
@@ -176,7 +176,7 @@ fn a_rolling_restart_fails_no_request() {
         let addresses = [proxy.inbound(), next.inbound()];
         let (stop, failed, done) =
             (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let callers: Vec<_> = (0..8)
+        let clients: Vec<_> = (0..8)
             .map(|_| {
                 let (stop, failed, done) = (stop.clone(), failed.clone(), done.clone());
                 thread::spawn(move || call(addresses, &stop, &failed, &done))
@@ -188,26 +188,26 @@ fn a_rolling_restart_fails_no_request() {
         let ended = done.load(Ordering::Relaxed);
         crate::support::eventually("traffic after the end", || done.load(Ordering::Relaxed) > ended + 200);
         stop.store(true, Ordering::Relaxed);
-        for caller in callers {
-            caller.join().expect("a caller");
+        for client in clients {
+            client.join().expect("a client");
         }
-        assert_eq!(failed.load(Ordering::Relaxed), 0, "failed calls in round {round}");
+        assert_eq!(failed.load(Ordering::Relaxed), 0, "failed requests in round {round}");
         total += done.load(Ordering::Relaxed);
         proxy = next;
     }
-    say(&format!("{total} calls over {} restarts, none failed", rounds()));
+    say(&format!("{total} requests over {} restarts, none failed", rounds()));
 }
 
-/// The same as a deployment sees it: load of a fixed rate goes through a sidecar that stays to two replicas of a service,
-/// whose sidecars are replaced one after the other all the while. The load generator forgives nothing. As in a cluster,
-/// one that comes back has another address, and the list of them is told in between.
+/// The same in a deployment: fixed load through a sidecar that keeps running, to two replicas of a service whose
+/// sidecars are replaced one after the other. The load generator retries nothing. As in a cluster, a replaced one has
+/// another address, and the endpoint list changes in between.
 #[test]
 #[ignore = "20 rounds; for the release build"]
 fn replicas_that_restart_fail_no_request_of_h2load() {
     roll_replicas(false);
 }
 
-/// As on a machine, or in a stateful set: each comes back on its own address, and nobody tells of it.
+/// As on a machine or in a stateful set: each returns on its own address, without an update of the endpoint list.
 #[test]
 #[ignore = "20 rounds; for the release build"]
 fn replicas_that_restart_in_place_fail_no_request_of_h2load() {
@@ -248,7 +248,7 @@ fn roll_replicas(in_place: bool) {
         let (mut total, mut restarts) = (0, 0);
         for round in 0..rounds() {
             let mut load = Command::new(tool("h2load").expect("checked before"));
-            // 4 connections, 150 requests a second each, for two seconds and a half.
+            // 4 connections, 150 requests a second each, for 2.5 seconds.
             load.args(version).args(["-c", "4", "--rps", "150", "-n", "1500"]);
             load.arg(format!("http://{}/", front.outbound()));
             let mut load = load.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("h2load runs");
@@ -283,10 +283,10 @@ fn roll_replicas(in_place: bool) {
     }
 }
 
-/// In real time what a unit test has in virtual time.
+/// The real-time counterpart of a unit test in virtual time.
 #[test]
 #[ignore = "takes half a minute"]
-fn a_service_that_never_calls_out_is_told_of() {
+fn a_service_without_outbound_requests_is_warned_about() {
     let quiet = Launch::new("").service(["sleep", "60"]).start();
     let busy = Launch::new("").service(["sleep", "60"]).start();
     RawClient::connect(busy.outbound()).ask("GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: x\r\n\r\n");
@@ -300,7 +300,7 @@ fn a_service_that_never_calls_out_is_told_of() {
     assert!(!busy.stderr().contains(notice), "{}", busy.stderr());
 }
 
-/// One caller, 200 calls a second.
+/// One client, 200 requests a second.
 fn call(addresses: [SocketAddr; 2], stop: &AtomicBool, failed: &AtomicUsize, done: &AtomicUsize) {
     let connect = || addresses.iter().find_map(|address| std::net::TcpStream::connect(address).ok());
     let mut connection: Option<RawClient> = None;
@@ -309,7 +309,7 @@ fn call(addresses: [SocketAddr; 2], stop: &AtomicBool, failed: &AtomicUsize, don
         next += Duration::from_millis(5);
         thread::sleep(next.saturating_duration_since(Instant::now()));
         let mut fresh = connection.is_none();
-        let answer = loop {
+        let response = loop {
             let Some(stream) = connection.take().map(|client| client.stream).or_else(connect) else {
                 break None;
             };
@@ -317,11 +317,11 @@ fn call(addresses: [SocketAddr; 2], stop: &AtomicBool, failed: &AtomicUsize, don
             let mut client = RawClient { stream, buffer: Vec::new() };
             client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
             match client.response() {
-                Ok(Some(answer)) => {
-                    if answer.field("connection") != Some("close") {
+                Ok(Some(response)) => {
+                    if response.field("connection") != Some("close") {
                         connection = Some(client);
                     }
-                    break Some(answer);
+                    break Some(response);
                 }
                 Ok(None) if client.buffer.is_empty() && !fresh => fresh = true,
                 other => {
@@ -330,7 +330,7 @@ fn call(addresses: [SocketAddr; 2], stop: &AtomicBool, failed: &AtomicUsize, don
                 }
             }
         };
-        if answer.is_none_or(|answer| answer.status() != 200) {
+        if response.is_none_or(|response| response.status() != 200) {
             failed.fetch_add(1, Ordering::Relaxed);
         }
         done.fetch_add(1, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What a user would see: the real binary, real sockets, real peers.
+//! What a user sees: the real binary, real sockets, real peers.
 
 #![allow(
     clippy::disallowed_methods,

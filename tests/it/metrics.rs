@@ -1,4 +1,4 @@
-//! Durations with exemplars, and what reads them: promtool, Prometheus, the alert rules, the dashboard.
+//! Duration histograms with exemplars, and their consumers: promtool, Prometheus, the alert rules, the dashboard.
 
 use std::{
     io::Write,
@@ -13,15 +13,15 @@ use crate::support::{Daemon, Proxy, RawClient, Upstream, eventually, free_port, 
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 
-/// A service that answers with the status that its path ends in.
+/// A service that responds with the status at the end of its path.
 fn service() -> Upstream {
     Upstream::http1(|request| async move {
-        let mut answer = text("a");
+        let mut response = text("a");
         let status = request.uri().path().rsplit('/').next().and_then(|status| status.parse::<u16>().ok());
         if let Some(status) = status.and_then(|status| StatusCode::from_u16(status).ok()) {
-            *answer.status_mut() = status;
+            *response.status_mut() = status;
         }
-        answer
+        response
     })
 }
 
@@ -42,9 +42,9 @@ fn scrape(proxy: &Proxy, accept: &str) -> (String, String) {
     let mut client = RawClient::connect(proxy.admin());
     let request =
         format!("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
-    let answer = client.ask(request);
-    assert_eq!(answer.status(), 200, "{answer:?}");
-    (answer.field("content-type").unwrap_or_default().to_owned(), answer.text())
+    let response = client.ask(request);
+    assert_eq!(response.status(), 200, "{response:?}");
+    (response.field("content-type").unwrap_or_default().to_owned(), response.text())
 }
 
 fn metrics(proxy: &Proxy) -> String {
@@ -68,7 +68,7 @@ fn promtool(arguments: &[&str], directory: &Path, stdin: &str) {
 }
 
 #[test]
-fn calls_are_counted_by_what_came_of_them() {
+fn requests_are_counted_by_outcome() {
     let service = service();
     let proxy = proxy(&service, "");
     let mut inbound = RawClient::connect(proxy.inbound());
@@ -78,7 +78,7 @@ fn calls_are_counted_by_what_came_of_them() {
         assert_eq!(outbound.ask(get(target, "")).status(), status);
     }
     outbound.ask("BREW /200 HTTP/1.1\r\nHost: up\r\nContent-Length: 0\r\n\r\n");
-    // Refused before it had an upstream.
+    // Rejected before it had an upstream.
     RawClient::connect(proxy.outbound()).ask("GET http://up:x/ HTTP/1.1\r\nHost: up:x\r\n\r\n");
     let up = "upstream=\"up\",server_address=\"up.example\"";
     let metrics = metrics(&proxy);
@@ -110,7 +110,7 @@ fn calls_are_counted_by_what_came_of_them() {
 }
 
 #[test]
-fn an_exemplar_has_the_trace_id_that_the_caller_sent() {
+fn an_exemplar_has_the_clients_trace_id() {
     let service = service();
     let proxy = proxy(&service, "");
     let mut client = RawClient::connect(proxy.outbound());
@@ -127,11 +127,11 @@ fn an_exemplar_has_the_trace_id_that_the_caller_sent() {
     let (series, exemplar) = exemplar.unwrap_or_else(|| panic!("no exemplar in\n{text}"));
     assert!(series.contains("upstream=\"up\""), "{series}");
     assert!(exemplar.starts_with(&format!("{{trace_id=\"{TRACE}\",span_id=\"")), "{exemplar}");
-    assert!(!text.contains(&unsampled), "nobody can look that trace up");
+    assert!(!text.contains(&unsampled), "that trace is not exported");
 }
 
 #[test]
-fn a_scraper_gets_the_form_that_it_reads() {
+fn the_exposition_format_follows_the_accept_header() {
     let service = service();
     let proxy = proxy(&service, "");
     let field = format!("traceparent: 00-{TRACE}-b7ad6b7169203331-01\r\n");
@@ -151,19 +151,19 @@ fn a_scraper_gets_the_form_that_it_reads() {
 }
 
 #[test]
-fn nothing_that_callers_or_services_make_up_makes_series_without_end() {
-    const CALLS: usize = 10_000;
+fn input_from_clients_and_services_creates_bounded_series() {
+    const REQUESTS: usize = 10_000;
     let service = service();
     let proxy = proxy(&service, "[outbound]\nunknown = \"deny\"");
     let mut client = RawClient::connect(proxy.outbound());
-    for number in 0..CALLS {
+    for number in 0..REQUESTS {
         let method = if number % 2 == 0 { format!("M{number}") } else { "GET".to_owned() };
         let status = 200 + number % 400;
         let host = if number % 3 == 0 { "up".to_owned() } else { format!("h{number}.example") };
         let request = format!("{method} /{status} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n");
-        let answer = client.ask(request);
-        assert!([status, 403].contains(&usize::from(answer.status())), "{answer:?}");
-        if answer.field("connection").is_some() {
+        let response = client.ask(request);
+        assert!([status, 403].contains(&usize::from(response.status())), "{response:?}");
+        if response.field("connection").is_some() {
             client = RawClient::connect(proxy.outbound());
         }
     }
@@ -174,15 +174,15 @@ fn nothing_that_callers_or_services_make_up_makes_series_without_end() {
         .collect();
     assert!((60..=2 * 65).contains(&counts.len()), "{} series", counts.len());
     let total: usize = counts.iter().filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok()).sum();
-    assert_eq!(total, CALLS, "nothing goes uncounted");
+    assert_eq!(total, REQUESTS, "nothing goes uncounted");
     assert!(metrics.lines().count() < 4000, "{} lines", metrics.lines().count());
 }
 
-/// What only a proxy with `[identity]` has; `identity` looks at it there.
-const ELSEWHERE: &[&str] = &["outrigger_certificate_expiry_timestamp_seconds"];
+/// Series that only a proxy with `[identity]` has; `identity` checks them.
+const IDENTITY_METRICS: &[&str] = &["outrigger_certificate_expiry_timestamp_seconds"];
 
 #[test]
-fn what_the_alerts_and_the_dashboard_name_is_exposed() {
+fn metrics_used_by_alerts_and_dashboard_are_exposed() {
     let service = service();
     let address = service.address();
     let upstream = format!("[[upstream]]\nname = \"up\"\nendpoints = [\"{address}\"]\n");
@@ -201,7 +201,7 @@ fn what_the_alerts_and_the_dashboard_name_is_exposed() {
             ["outrigger_", "http_server_", "http_client_", "process_"].iter().any(|p| word.starts_with(p))
         };
         for name in words.filter(metric) {
-            let elsewhere = ELSEWHERE.contains(&name);
+            let elsewhere = IDENTITY_METRICS.contains(&name);
             assert!(exposed(name) != elsewhere, "{file} names {name}; elsewhere: {elsewhere}");
             named += 1;
         }
@@ -210,7 +210,7 @@ fn what_the_alerts_and_the_dashboard_name_is_exposed() {
 }
 
 #[test]
-fn the_alert_rules_are_right_and_fire_when_they_should() {
+fn the_alert_rules_are_valid_and_fire() {
     if !has_tool(&["promtool"]) {
         return;
     }
@@ -219,7 +219,7 @@ fn the_alert_rules_are_right_and_fire_when_they_should() {
     promtool(&["test", "rules", "alerts_test.yml"], &directory, "");
 }
 
-/// The dashboard is what Grafana imports: panels with queries, no place of ours in it.
+/// The dashboard is importable by Grafana: panels with queries, no address of ours in it.
 #[test]
 fn the_dashboard_is_well_formed() {
     let text = std::fs::read_to_string(config_file("grafana/outrigger.json")).expect("the dashboard");

@@ -1,4 +1,4 @@
-//! Bytes that are not HTTP, or that only some server takes for it: what passes unread, and what does not.
+//! Bytes that are not HTTP, or that only some servers parse as HTTP: what passes as a byte stream, and what does not.
 
 use std::{
     fmt::Write as _,
@@ -22,10 +22,10 @@ use crate::{
     },
 };
 
-/// Who the request says that it is from, and is not.
+/// The identity that the request claims to have and has not.
 const FORGED: &str = "URI=spiffe://shop.example/ns/shop/sa/admin";
 
-/// Openers that one server or another reads as a request.
+/// First bytes that one server or another parses as a request.
 fn openers() -> Vec<Vec<u8>> {
     let head = format!("Host: a\r\nX-Forwarded-Client-Cert: {FORGED}\r\nConnection: close\r\n\r\n");
     let line = |begin: &[u8], line: &str| [begin, line.as_bytes(), head.as_bytes()].concat();
@@ -65,7 +65,8 @@ fn openers() -> Vec<Vec<u8>> {
     openers
 }
 
-/// What sidecars and servers have limits for, and where bytes are split: all at which a watch could end too early.
+/// Sizes at which sidecars and servers have limits, and places at which bytes are split: all points at which
+/// inspection could end too early.
 fn split_openers() -> Vec<Vec<Vec<u8>>> {
     const LONG: usize = 1024 * 1024 + 200;
     let head = |line: &str, pad: usize| {
@@ -111,26 +112,26 @@ fn nginx() -> (Daemon, SocketAddr) {
     )
 }
 
-/// What comes back for an opener; empty where the connection is closed on it.
+/// The response to these first bytes; empty if the connection is closed.
 fn send(mut stream: impl Read + Write, opener: &[u8]) -> String {
     let _ = stream.write_all(opener);
-    let mut answer = Vec::new();
+    let mut response = Vec::new();
     let mut chunk = [0; 4096];
     while let Ok(count @ 1..) = stream.read(&mut chunk) {
-        answer.extend_from_slice(&chunk[..count]);
-        if answer.windows(7).any(|seven| seven == b"caller=") && answer.ends_with(b"\n") {
+        response.extend_from_slice(&chunk[..count]);
+        if response.windows(7).any(|seven| seven == b"caller=") && response.ends_with(b"\n") {
             break;
         }
     }
-    String::from_utf8_lossy(&answer).into_owned()
+    String::from_utf8_lossy(&response).into_owned()
 }
 
-/// The same for an opener in parts, each read by itself.
+/// The same for first bytes in parts, each read separately.
 fn send_parts(mut stream: impl Read + Write, parts: &[Vec<u8>]) -> String {
     for part in parts {
         let _ = stream.write_all(part);
         let _ = stream.flush();
-        // No condition shows that the proxy has read it.
+        // No observable condition shows that the proxy has read it.
         thread::sleep(Duration::from_millis(150));
     }
     send(stream, b"")
@@ -142,12 +143,13 @@ fn plain(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Sends all openers by all ways to a service, and checks that none of them lets the client say who it is.
+/// Sends all first bytes through all entry points to a service, and checks that none of them lets the client claim an
+/// identity.
 #[track_caller]
 fn no_opener_reaches(service: SocketAddr) {
-    // Or else the test would show nothing.
+    // Otherwise the test would prove nothing.
     let forged = openers().iter().filter(|opener| send(plain(service), opener).contains(FORGED)).count();
-    assert!(forged >= 3, "the service by itself believes only {forged} openers");
+    assert!(forged >= 3, "the service itself accepts the forged identity from only {forged} openers");
 
     let pki = Pki::new();
     let mine = pki.issue("checkout", |_| {});
@@ -169,65 +171,65 @@ fn no_opener_reaches(service: SocketAddr) {
             client.read_until(b"\r\n\r\n");
             client.stream
         };
-        for (way, answer) in [
+        for (listener, response) in [
             ("TLS without ALPN", send(alpn_less.connect(strict.inbound()), &opener)),
             ("TLS to permissive", send(alpn_less.connect(permissive.inbound()), &opener)),
             ("plaintext to permissive", send(plain(permissive.inbound()), &opener)),
             ("plaintext without identity", send(plain(open.inbound()), &opener)),
             ("declared http1", send(plain(declared.inbound()), &opener)),
         ] {
-            let refused = answer.starts_with("HTTP/1.1 400 ") || answer.is_empty();
-            if answer.contains(FORGED) || !(refused || answer.starts_with("HTTP/1.1 ")) {
-                let _ = writeln!(wrong, "by {way}: {} got {answer}", opener.escape_ascii());
+            let refused = response.starts_with("HTTP/1.1 400 ") || response.is_empty();
+            if response.contains(FORGED) || !(refused || response.starts_with("HTTP/1.1 ")) {
+                let _ = writeln!(wrong, "by {listener}: {} got {response}", opener.escape_ascii());
             }
         }
-        // From the service outwards its own word is taken away likewise.
-        for (way, answer) in
+        // Outbound, the service's own claim is removed likewise.
+        for (listener, response) in
             [("listen", send(plain(open.upstream("up")), &opener)), ("CONNECT", send(tunnel(), &opener))]
         {
-            if answer.contains(FORGED) {
-                let _ = writeln!(wrong, "by {way}: {} got {answer}", opener.escape_ascii());
+            if response.contains(FORGED) {
+                let _ = writeln!(wrong, "by {listener}: {} got {response}", opener.escape_ascii());
             }
         }
     }
     let sidecar = TlsCaller::new(Some(&mine), &["outrigger-tcp"]);
     for parts in split_openers() {
-        for (way, answer) in [
+        for (listener, response) in [
             ("byte stream of a sidecar", send_parts(sidecar.connect(strict.inbound()), &parts)),
             ("plaintext", send_parts(plain(open.inbound()), &parts)),
         ] {
-            if answer.contains(FORGED) {
+            if response.contains(FORGED) {
                 let begin: Vec<_> =
                     parts.iter().map(|part| part[..part.len().min(20)].escape_ascii()).collect();
-                let _ = writeln!(wrong, "by {way}: {begin:?} got {answer}");
+                let _ = writeln!(wrong, "by {listener}: {begin:?} got {response}");
             }
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// How a client, or the proxy, may end a connection on which part of a request has passed.
+/// How a client or the proxy may end a connection on which part of a request has been forwarded.
 #[derive(Clone, Copy)]
-enum Ends {
+enum StreamEnd {
     Orderly,
     Reset,
     /// By sending what is cut.
     Cut(&'static [u8]),
 }
 
-/// Some servers take the end of the stream for that of the line and of the header: they may see a reset only.
+/// Some servers take the end of the stream for the end of the line and of the header: they may see only a reset.
 #[track_caller]
 fn no_end_completes_a_request(server: &Daemon, service: SocketAddr) {
     let forged = "\u{1}\u{2} /x HTTP/1.1\r\nX-Forwarded-Client-Cert: admin\r\n";
     let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{service}\"\n"));
     for (parts, ends) in [
-        (&["\u{1}\u{2} /x HTTP/1.1"][..], Ends::Orderly),
-        (&["\u{1}\u{2}", " /x HTTP/1.1"], Ends::Orderly),
-        (&["GET x HTTP/1.1"], Ends::Orderly),
-        (&["\u{1}\u{2} /x HTTP/1.1"], Ends::Reset),
-        (&["\u{1}\u{2} /x HTTP/1.1"], Ends::Cut(b"\r\n\r\n")),
-        (&["\u{1}\u{2}", &forged[2..]], Ends::Orderly),
-        (&["\u{1}\u{2}", &forged[2..]], Ends::Reset),
+        (&["\u{1}\u{2} /x HTTP/1.1"][..], StreamEnd::Orderly),
+        (&["\u{1}\u{2}", " /x HTTP/1.1"], StreamEnd::Orderly),
+        (&["GET x HTTP/1.1"], StreamEnd::Orderly),
+        (&["\u{1}\u{2} /x HTTP/1.1"], StreamEnd::Reset),
+        (&["\u{1}\u{2} /x HTTP/1.1"], StreamEnd::Cut(b"\r\n\r\n")),
+        (&["\u{1}\u{2}", &forged[2..]], StreamEnd::Orderly),
+        (&["\u{1}\u{2}", &forged[2..]], StreamEnd::Reset),
     ] {
         let mut stream = plain(proxy.inbound());
         for part in parts {
@@ -235,16 +237,18 @@ fn no_end_completes_a_request(server: &Daemon, service: SocketAddr) {
             thread::sleep(Duration::from_millis(150));
         }
         match ends {
-            Ends::Orderly => stream.shutdown(std::net::Shutdown::Write).expect("shutdown"),
-            Ends::Reset => socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("linger"),
-            Ends::Cut(bytes) => stream.write_all(bytes).expect("write"),
+            StreamEnd::Orderly => stream.shutdown(std::net::Shutdown::Write).expect("shutdown"),
+            StreamEnd::Reset => {
+                socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("linger")
+            }
+            StreamEnd::Cut(bytes) => stream.write_all(bytes).expect("write"),
         }
-        if !matches!(ends, Ends::Reset) {
-            let answer = send(stream, b"");
-            assert!(!answer.contains("caller="), "{parts:?}: {answer}");
+        if !matches!(ends, StreamEnd::Reset) {
+            let response = send(stream, b"");
+            assert!(!response.contains("caller="), "{parts:?}: {response}");
         }
     }
-    // The server takes one connection after the other.
+    // The server accepts one connection after the other.
     assert!(
         send(plain(service), b"GET /last HTTP/1.0\r\nX-Forwarded-Client-Cert: last\r\n\r\n")
             .contains("caller=last")
@@ -255,11 +259,11 @@ fn no_end_completes_a_request(server: &Daemon, service: SocketAddr) {
 }
 
 #[test]
-fn no_end_of_a_stream_completes_a_request_for_python() {
+fn closing_a_byte_stream_completes_no_request_for_python() {
     let Some(python) = python_with("wsgiref") else { return };
     let script = peer_script("caller_echo.py").display().to_string();
     let start = || printing(&python.display().to_string(), &[&script]);
-    // Or else the test would show nothing.
+    // Otherwise the test would prove nothing.
     let (_python, address) = start();
     let mut stream = plain(address);
     stream.write_all(b"\x01\x02 /x HTTP/1.1\r\nX-Forwarded-Client-Cert: admin").expect("write");
@@ -270,7 +274,7 @@ fn no_end_of_a_stream_completes_a_request_for_python() {
 }
 
 #[test]
-fn no_end_of_a_stream_completes_a_request_for_a_jdk_server() {
+fn closing_a_byte_stream_completes_no_request_for_a_jdk_server() {
     if has_tool(&["java"]) {
         let script = peer_script("CallerEcho.java").display().to_string();
         let (java, address) = printing("java", &[&script]);
@@ -331,7 +335,7 @@ fn no_request_is_hidden_from_a_jdk_server() {
 
 type Seen = Arc<Mutex<Vec<u8>>>;
 
-/// A server that sends `greeting` at once, echoes what it gets, and remembers it.
+/// A server that sends `greeting` at once, echoes what it receives, and records it.
 fn echo(greeting: &'static [u8]) -> (RawServer, Seen) {
     let seen = Seen::default();
     let log = seen.clone();
@@ -357,18 +361,18 @@ fn is_echoed(mut stream: impl Read + Write) {
     assert_eq!(echoed, REDIS);
 }
 
-/// 400, a problem that says what to write, and the end.
+/// 400, a problem that says what to configure, and a close.
 #[track_caller]
 fn is_refused(mut stream: impl Read + Write, says: &str) {
     stream.write_all(REDIS).expect("write");
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer);
-    let answer = String::from_utf8_lossy(&answer);
-    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer:?}");
+    let mut response = Vec::new();
+    let _ = stream.read_to_end(&mut response);
+    let response = String::from_utf8_lossy(&response);
+    assert!(response.starts_with("HTTP/1.1 400 "), "{response:?}");
     for needed in
         ["connection: close", "application/problem+json", "#malformed", "protocol = \\\"tcp\\\"", says]
     {
-        assert!(answer.contains(needed), "{needed} is not in {answer}");
+        assert!(response.contains(needed), "{needed} is not in {response}");
     }
 }
 
@@ -378,9 +382,9 @@ fn connect(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Where a peer identity is in force, a byte stream is declared, or agreed on by two sidecars; it is never guessed.
+/// Where a peer identity is required, a byte stream is declared or negotiated by two sidecars; it is never detected.
 #[test]
-fn byte_streams_between_sidecars_are_agreed() {
+fn sidecars_negotiate_byte_streams_by_alpn() {
     let (server, _) = echo(b"");
     let pki = Pki::new();
     let port = server.address().port();
@@ -404,9 +408,9 @@ fn byte_streams_between_sidecars_are_agreed() {
     is_echoed(connect(here.upstream("payments")));
 }
 
-/// A request in an agreed byte stream is refused: else any peer could speak for another.
+/// A request in a negotiated byte stream is rejected: otherwise any peer could claim another identity.
 #[test]
-fn no_request_passes_in_an_agreed_byte_stream() {
+fn no_request_passes_in_a_negotiated_byte_stream() {
     let (server, seen) = echo(b"");
     let pki = Pki::new();
     let auto = callee(&pki, server.address(), "");
@@ -415,16 +419,16 @@ fn no_request_passes_in_an_agreed_byte_stream() {
     is_echoed(sidecar.connect(auto.inbound()));
     seen.lock().expect("no panic").clear();
     for opener in openers() {
-        let answer = send(sidecar.connect(auto.inbound()), &opener);
+        let response = send(sidecar.connect(auto.inbound()), &opener);
         let reached = seen.lock().expect("no panic").clone();
-        assert!(!reached.ends_with(b"\r\n\r\n"), "{} reached the service: {answer}", opener.escape_ascii());
+        assert!(!reached.ends_with(b"\r\n\r\n"), "{} reached the service: {response}", opener.escape_ascii());
         seen.lock().expect("no panic").clear();
     }
 }
 
-/// A sidecar whose service takes requests only says so in the handshake; a tunnel to it still carries requests.
+/// A sidecar with request policies refuses byte streams in the handshake; a tunnel to it still carries requests.
 #[test]
-fn a_byte_stream_to_where_requests_are_checked_is_refused_in_the_handshake() {
+fn byte_streams_to_a_service_with_request_policies_are_refused_in_the_handshake() {
     let service = Upstream::http1(|_| async { text("hello") });
     let pki = Pki::new();
     let checked = callee(
@@ -437,7 +441,7 @@ fn a_byte_stream_to_where_requests_are_checked_is_refused_in_the_handshake() {
     client.send(REDIS);
     assert!(client.read_to_close().1);
     eventually("the log", || {
-        checked.stderr().contains("it opened a byte stream, and this port takes HTTP only")
+        checked.stderr().contains("it opened a byte stream, and this port accepts HTTP only")
     });
     let refused = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_protocol\"}";
     assert_eq!(metric(&checked, refused), 1.0);
@@ -448,9 +452,10 @@ fn a_byte_stream_to_where_requests_are_checked_is_refused_in_the_handshake() {
     assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text(), "hello");
 }
 
-/// What looks at requests is not passed by, in either direction; what does not look at them, is no reason to refuse.
+/// Policies that inspect requests cannot be bypassed in either direction; policies that do not are no reason to reject
+/// a byte stream.
 #[test]
-fn bytes_pass_only_where_no_request_policy_is_in_force() {
+fn byte_streams_pass_only_without_request_policies() {
     let (server, _) = echo(b"");
     let address = server.address();
     let inbound = |more: &str| Proxy::start(format!("[inbound]\nforward_to = \"{address}\"\n{more}\n"));
@@ -499,27 +504,27 @@ fn bytes_pass_only_where_no_request_policy_is_in_force() {
     }
 }
 
-/// The greeting of a server that speaks HTTP/2 makes no byte stream of its connection, nor does a timeout's answer.
+/// Neither the greeting of an HTTP/2 server nor a response to a timeout turns its connection into a byte stream.
 #[test]
-fn an_http_server_that_speaks_first_gets_requests_only() {
+fn an_http_server_that_sends_first_gets_only_parsed_requests() {
     for greeting in [&b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64"[..], b"HTTP/1.1 408 Request Timeout\r\n\r\n"]
     {
         let (server, seen) = echo(greeting);
         let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
         let mut client = RawClient::connect(proxy.inbound());
         eventually("the server to be asked", || server.connections() > 0);
-        // Or else the greeting may still be under way.
+        // Otherwise the greeting may still be in flight.
         thread::sleep(Duration::from_millis(200));
         client.send(REDIS);
-        let (answer, closed) = client.read_to_close();
-        assert!(closed && answer.starts_with(b"HTTP/1.1 400 "), "{}", answer.escape_ascii());
+        let (response, closed) = client.read_to_close();
+        assert!(closed && response.starts_with(b"HTTP/1.1 400 "), "{}", response.escape_ascii());
         assert!(seen.lock().expect("no panic").is_empty());
     }
 }
 
-/// A message that begins as another protocol's and goes on as a request stops before a server could act on it.
+/// A message that begins as another protocol and continues as a request is stopped before a server could process it.
 #[test]
-fn a_request_that_hides_behind_other_bytes_is_cut_off() {
+fn a_request_hidden_behind_other_bytes_is_cut_off() {
     let silent = Seen::default();
     let log = silent.clone();
     let server = RawServer::start(move |mut stream| {
@@ -538,9 +543,9 @@ fn a_request_that_hides_behind_other_bytes_is_cut_off() {
     eventually("the log", || proxy.stderr().contains("could read these bytes as an HTTP request"));
 }
 
-/// TLS of the service's own passes by CONNECT, whatever the upstream's policy: it asked for no more than a tunnel.
+/// The client's own TLS passes through CONNECT, whatever the upstream's policy: it requested only a tunnel.
 #[test]
-fn tls_passes_through_a_tunnel() {
+fn the_clients_own_tls_passes_through_a_tunnel() {
     let pki = Pki::new();
     let server = TlsServer::start(&pki.issue("secure", |_| {}), None, &[]);
     let proxy = Proxy::start(format!(
@@ -555,9 +560,9 @@ fn tls_passes_through_a_tunnel() {
     assert!(said.as_ref().is_ok_and(|said| said.ends_with("hello")), "{said:?}");
 }
 
-/// Some servers read the PROXY protocol, and HTTP behind it. Split after five bytes its signature passed as opaque.
+/// Some servers read the PROXY protocol and then HTTP. Split after five bytes, its signature passed as opaque.
 #[test]
-fn a_split_signature_of_the_proxy_protocol_is_refused() {
+fn a_split_proxy_protocol_signature_is_rejected() {
     let (server, seen) = echo(b"");
     let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", server.address()));
     let request = b"GET /x HTTP/1.1\r\nHost: a\r\nX-Forwarded-Client-Cert: admin\r\n\r\n";
@@ -565,15 +570,15 @@ fn a_split_signature_of_the_proxy_protocol_is_refused() {
         [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\x7f\0\0\x01\0\x01\0\x02"[..], request].concat();
     for at in [1, 4, 5, 9, 11, 12, 30] {
         let parts = [v2[..at].to_vec(), v2[at..].to_vec()];
-        let answer = send_parts(plain(proxy.inbound()), &parts);
-        assert!(answer.starts_with("HTTP/1.1 400 "), "split at {at}: {answer}");
+        let response = send_parts(plain(proxy.inbound()), &parts);
+        assert!(response.starts_with("HTTP/1.1 400 "), "split at {at}: {response}");
         assert!(seen.lock().expect("no panic").is_empty(), "split at {at}");
     }
 }
 
-/// The same in a CONNECT tunnel: it was kept without limit, also over the drain, and passed on what is not HTTP.
+/// The same in a CONNECT tunnel: it was kept without limit, also beyond the drain, and forwarded what is not HTTP.
 #[test]
-fn a_tunnel_to_an_http_server_that_speaks_first_gets_requests_only() {
+fn a_tunnel_to_an_http_server_that_sends_first_carries_only_parsed_requests() {
     let (server, seen) = echo(b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64");
     let mut proxy = Proxy::start(format!(
         "[runtime]\ndrain_timeout = \"10m\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{}\"]\n",
@@ -583,14 +588,14 @@ fn a_tunnel_to_an_http_server_that_speaks_first_gets_requests_only() {
         let mut client = RawClient::connect(proxy.outbound());
         client.send("CONNECT up:80 HTTP/1.1\r\nHost: up:80\r\n\r\n");
         client.read_until(b"\r\n\r\n");
-        // No condition shows that the proxy has read the server's first bytes.
+        // No observable condition shows that the proxy has read the server's first bytes.
         thread::sleep(Duration::from_millis(200));
         client
     };
     let mut client = tunnel();
     client.send(REDIS);
-    let (answer, closed) = client.read_to_close();
-    assert!(closed && answer.starts_with(b"HTTP/1.1 400 "), "{}", answer.escape_ascii());
+    let (response, closed) = client.read_to_close();
+    assert!(closed && response.starts_with(b"HTTP/1.1 400 "), "{}", response.escape_ascii());
     assert!(seen.lock().expect("no panic").is_empty());
     let mut silent = tunnel();
     proxy.signal("TERM");

@@ -1,4 +1,4 @@
-//! Every key of the configuration, changed while the proxy runs: what has changed acts, or the proxy says that it needs a
+//! Every configuration key, changed while the proxy runs: the new value applies, or the proxy reports that it needs a
 //! restart. The schema is walked, so a new key fails here until it has a line.
 
 mod security;
@@ -19,21 +19,21 @@ use socket2::{Domain, Socket, Type};
 use crate::support::{Launch, Proxy, RawClient, RawServer, binary, eventually, strict::Message};
 
 /// How a key is shown to act after a reload.
-enum Shown {
-    /// By a case of this file: what a probe tells before, and after.
+enum Coverage {
+    /// By a case of this file: what a probe returns before and after.
     Here(Case),
-    /// It travels with another key, in one value that is replaced as a whole.
+    /// With another key, in one value that is replaced as a whole.
     With(&'static str),
-    /// By this test, which changes it by a reload and looks at what it does then.
+    /// By this test, which changes it by a reload and checks the effect.
     By(&'static str),
     /// It needs a restart, and the status names it. The line changes it.
     Restart(&'static str),
 }
 
-/// One key, or the table that it is in, changed by a reload.
+/// A key, or the table that contains it, changed by a reload.
 #[derive(Clone, Copy)]
 struct Case {
-    /// Lines of `[[upstream]] up`; of the file's head where they begin with `[`.
+    /// Lines of `[[upstream]] up`; of the head of the file if they begin with `[`.
     before: &'static str,
     after: &'static str,
     probe: Probe,
@@ -42,20 +42,20 @@ struct Case {
 
 type Probe = fn(&Stage) -> String;
 
-use Shown::{By, Restart, With};
+use Coverage::{By, Restart, With};
 
 fn case(
     before: &'static str,
     after: &'static str,
     probe: Probe,
     tells: (&'static str, &'static str),
-) -> Shown {
-    Shown::Here(Case { before, after, probe, tells })
+) -> Coverage {
+    Coverage::Here(Case { before, after, probe, tells })
 }
 
-/// Keys of policies, the same in `[defaults]`, `[inbound]`, `[[upstream]]` and `[[upstream.route]]`: one value, composed
-/// when a file is read. Retries are of no use to most of these cases.
-fn policy_keys() -> Vec<(&'static str, Shown)> {
+/// Policy keys, the same in `[defaults]`, `[inbound]`, `[[upstream]]` and `[[upstream.route]]`: one value, resolved
+/// when a file is read. Most of these cases need retries to be off.
+fn policy_keys() -> Vec<(&'static str, Coverage)> {
     vec![
         (
             "connect_timeout",
@@ -232,12 +232,12 @@ fn policy_keys() -> Vec<(&'static str, Shown)> {
 }
 
 /// All other keys.
-fn keys() -> Vec<(&'static str, Shown)> {
+fn keys() -> Vec<(&'static str, Coverage)> {
     vec![
         ("service.name", Restart("[service]\nname = \"another\"")),
         ("runtime.workers", Restart("[runtime]\nworkers = 3")),
-        ("runtime.drain_delay", By("reload::the_drain_is_as_long_as_the_last_reload_says")),
-        ("runtime.drain_timeout", By("reload::the_drain_is_as_long_as_the_last_reload_says")),
+        ("runtime.drain_delay", By("reload::the_drain_uses_the_times_of_the_last_reload")),
+        ("runtime.drain_timeout", By("reload::the_drain_uses_the_times_of_the_last_reload")),
         (
             "runtime.observe",
             case(
@@ -252,12 +252,12 @@ fn keys() -> Vec<(&'static str, Shown)> {
             "inbound.forward_to",
             case(
                 "[inbound]\nforward_to = \"SERVICE\"",
-                "[inbound]\nforward_to = \"NOBODY\"",
+                "[inbound]\nforward_to = \"REFUSING\"",
                 |s| s.inbound("/").status().to_string(),
                 ("200", "502"),
             ),
         ),
-        ("inbound.mtls", By("config_changes::live_plaintext_connections_end_when_strict_comes")),
+        ("inbound.mtls", By("config_changes::switching_to_strict_drains_live_plaintext_connections")),
         (
             "inbound.forwarded",
             case(
@@ -282,17 +282,17 @@ fn keys() -> Vec<(&'static str, Shown)> {
             ),
         ),
         ("inbound.allow.claims", With("inbound.allow.paths")),
-        ("inbound.jwt", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
-        ("inbound.jwt.issuer", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
-        ("inbound.jwt.audiences", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
-        ("inbound.jwt.jwks", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
-        ("inbound.jwt.ca", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
-        ("inbound.jwt.except", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
-        ("inbound.jwt.claim_headers", By("reload::security::every_key_of_jwt_acts_after_a_reload")),
+        ("inbound.jwt", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
+        ("inbound.jwt.issuer", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
+        ("inbound.jwt.audiences", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
+        ("inbound.jwt.jwks", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
+        ("inbound.jwt.ca", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
+        ("inbound.jwt.except", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
+        ("inbound.jwt.claim_headers", By("reload::security::every_key_of_jwt_applies_after_a_reload")),
         ("outbound.listen", Restart("[outbound]\nlisten = \"127.0.0.1:1\"")),
         (
             "outbound.unknown",
-            // The other way round it is held back until it is confirmed.
+            // The opposite change is held back until it is confirmed.
             case(
                 "[outbound]\nunknown = \"forward\"",
                 "[outbound]\nunknown = \"deny\"",
@@ -309,12 +309,12 @@ fn keys() -> Vec<(&'static str, Shown)> {
                 ("200", "denied_network"),
             ),
         ),
-        ("identity.cert", By("reload::security::every_key_of_identity_acts_after_a_reload")),
-        ("identity.key", By("reload::security::every_key_of_identity_acts_after_a_reload")),
-        ("identity.ca", By("reload::security::every_key_of_identity_acts_after_a_reload")),
-        ("identity.min_tls", By("reload::security::every_key_of_identity_acts_after_a_reload")),
-        ("identity.crl", By("reload::security::every_key_of_identity_acts_after_a_reload")),
-        ("identity.spiffe", By("identity::workload::a_reload_leads_to_another_agent")),
+        ("identity.cert", By("reload::security::every_key_of_identity_applies_after_a_reload")),
+        ("identity.key", By("reload::security::every_key_of_identity_applies_after_a_reload")),
+        ("identity.ca", By("reload::security::every_key_of_identity_applies_after_a_reload")),
+        ("identity.min_tls", By("reload::security::every_key_of_identity_applies_after_a_reload")),
+        ("identity.crl", By("reload::security::every_key_of_identity_applies_after_a_reload")),
+        ("identity.spiffe", By("identity::workload::a_reload_switches_to_another_agent")),
         ("admin.listen", Restart("[admin]\nlisten = \"127.0.0.1:1\"")),
         ("admin.probe_listen", Restart("[admin]\nprobe_listen = \"127.0.0.1:1\"")),
         ("admin.token_file", Restart("[admin]\ntoken_file = \"/dev/null\"")),
@@ -334,7 +334,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
                 ("false", "true"),
             ),
         ),
-        ("telemetry.access_log_file", By("access_log::all_means_all_and_a_reload_changes_it")),
+        ("telemetry.access_log_file", By("access_log::all_logs_every_request_and_a_reload_changes_it")),
         (
             "upstream.name",
             case("hosts = [\"up\", \"second\"]", "hosts = [\"up\"]", |s| s.host("second"), ("200", "other")),
@@ -346,7 +346,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
         (
             "upstream.endpoints",
             case(
-                "endpoints = [\"NOBODY\"]\nretry = false",
+                "endpoints = [\"REFUSING\"]\nretry = false",
                 "endpoints = [\"SERVICE\"]",
                 |s| s.cause("/"),
                 ("connect_refused", "200"),
@@ -373,7 +373,7 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("upstream.server_name", With("upstream.tls")),
         ("upstream.ca", With("upstream.tls")),
         ("upstream.identity", With("upstream.tls")),
-        ("upstream.min_tls", By("reload::security::min_tls_of_an_upstream_acts_after_a_reload")),
+        ("upstream.min_tls", By("reload::security::min_tls_of_an_upstream_applies_after_a_reload")),
         (
             "upstream.balance",
             case(
@@ -417,15 +417,15 @@ fn keys() -> Vec<(&'static str, Shown)> {
         ("upstream.tcp_user_timeout", With("upstream.header_case")),
         ("upstream.ping_interval", With("upstream.header_case")),
         ("upstream.ping_timeout", With("upstream.header_case")),
-        ("upstream.oauth2", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
-        ("upstream.oauth2.token_url", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
-        ("upstream.oauth2.client_id", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
+        ("upstream.oauth2", By("reload::security::every_key_of_oauth2_applies_after_a_reload")),
+        ("upstream.oauth2.token_url", By("reload::security::every_key_of_oauth2_applies_after_a_reload")),
+        ("upstream.oauth2.client_id", By("reload::security::every_key_of_oauth2_applies_after_a_reload")),
         (
             "upstream.oauth2.client_secret_file",
-            By("reload::security::every_key_of_oauth2_acts_after_a_reload"),
+            By("reload::security::every_key_of_oauth2_applies_after_a_reload"),
         ),
-        ("upstream.oauth2.scopes", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
-        ("upstream.oauth2.ca", By("reload::security::every_key_of_oauth2_acts_after_a_reload")),
+        ("upstream.oauth2.scopes", By("reload::security::every_key_of_oauth2_applies_after_a_reload")),
+        ("upstream.oauth2.ca", By("reload::security::every_key_of_oauth2_applies_after_a_reload")),
         ("upstream.route.match.methods", With("upstream.route.match.path")),
         ("upstream.route.match.headers", With("upstream.route.match.path")),
         (
@@ -462,13 +462,14 @@ fn keys() -> Vec<(&'static str, Shown)> {
     ]
 }
 
-/// A service, an address that refuses, one that accepts nothing, and the proxy.
+/// A service, an address that refuses connections, one that never accepts them, and the proxy.
 struct Stage {
     proxy: Proxy,
     service: SocketAddr,
 }
 
-/// `/`: 200 · `/slow`: after 300 ms · `/stall`: a pause of 300 ms in the body · `/503` · `/head`: the request's own head.
+/// `/`: 200 · `/slow`: after 300 ms · `/stall`: a pause of 300 ms in the body · `/503` · `/head`: the request's own
+/// head.
 fn serve(stream: std::net::TcpStream) {
     respond(stream, "200 OK");
 }
@@ -501,9 +502,9 @@ fn respond(mut stream: std::net::TcpStream, success: &str) {
         }
         let length = body.len() + if path == "/stall" { 4 } else { 0 };
         let kind = if head.contains("application/grpc") { "application/grpc" } else { "text/plain" };
-        let answer =
+        let response =
             format!("HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n\r\n{body}");
-        if stream.write_all(answer.as_bytes()).is_err() {
+        if stream.write_all(response.as_bytes()).is_err() {
             return;
         }
         if path == "/stall" {
@@ -515,7 +516,7 @@ fn respond(mut stream: std::net::TcpStream, success: &str) {
     }
 }
 
-/// An address whose backlog is full: connections to it are neither accepted nor refused.
+/// An address with a full backlog: connections to it are neither accepted nor refused.
 fn full_backlog() -> SocketAddr {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
@@ -547,12 +548,12 @@ impl Stage {
         RawClient::connect(self.proxy.inbound()).ask(format!("GET {path} HTTP/1.1\r\nHost: here\r\n\r\n"))
     }
 
-    /// The status, or the cause where the proxy answered.
-    fn cause_of(answer: &Message) -> String {
-        let cause = answer.field("proxy-status").and_then(|field| {
+    /// The status, or the cause if the proxy generated the response.
+    fn cause_of(response: &Message) -> String {
+        let cause = response.field("proxy-status").and_then(|field| {
             field.split("error=").nth(1)?.split("details=\"").nth(1)?.split('"').next().map(str::to_owned)
         });
-        cause.unwrap_or_else(|| answer.status().to_string())
+        cause.unwrap_or_else(|| response.status().to_string())
     }
 
     fn cause(&self, path: &str) -> String {
@@ -566,14 +567,14 @@ impl Stage {
         }
     }
 
-    /// By the forward proxy, to the service's address under this name.
+    /// Through the forward proxy, to the service's address under this name.
     fn stranger(&self, name: &str) -> String {
         let to = format!("{name}:{}", self.service.port());
         let request = format!("GET http://{to}/ HTTP/1.1\r\nHost: {to}\r\n\r\n");
         Self::cause_of(&RawClient::connect(self.proxy.outbound()).ask(request))
     }
 
-    /// Whether a body that stalls arrives.
+    /// Whether a stalling body arrives.
     fn body(&self, path: &str, fields: &str) -> String {
         let mut client = RawClient::connect(self.proxy.outbound());
         client.send(format!("GET {path} HTTP/1.1\r\nHost: up\r\nConnection: close\r\n{fields}\r\n"));
@@ -585,7 +586,7 @@ impl Stage {
         self.attempts_at(method, "/503")
     }
 
-    /// The number that the last attempt bore.
+    /// The number of the last attempt.
     fn attempts_at(&self, method: &str, path: &str) -> String {
         let before = self.retries();
         let length = if method == "POST" { "Content-Length: 0\r\n" } else { "" };
@@ -601,8 +602,8 @@ impl Stage {
 
     fn whole_status(&self) -> Value {
         let request = "GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-        let answer = RawClient::connect(self.proxy.admin()).ask(request);
-        serde_json::from_str(&answer.text()).expect("JSON")
+        let response = RawClient::connect(self.proxy.admin()).ask(request);
+        serde_json::from_str(&response.text()).expect("JSON")
     }
 
     /// A value of the upstream's status, by JSON pointer.
@@ -616,12 +617,11 @@ impl Stage {
     }
 }
 
-/// A whole file: the lines of a case, beside what it does not say.
 /// The addresses that a configuration may name.
 #[derive(Clone, Copy)]
 struct Addresses {
     service: SocketAddr,
-    /// Another service, which answers 201.
+    /// Another service, which responds with 201.
     other: SocketAddr,
     refuses: SocketAddr,
     /// Neither accepts nor refuses.
@@ -638,14 +638,14 @@ impl Addresses {
         let of_upstream = !lines.starts_with('[') || lines.starts_with("[[upstream.route]]");
         let (head, of_up) = if of_upstream { ("", lines) } else { (lines, "") };
         let endpoints = if of_up.contains("endpoints") { "" } else { "endpoints = [\"SERVICE\"]\n" };
-        // The same policies for the one that accepts nothing.
+        // The same policies for the upstream that accepts nothing.
         let second = if of_up.starts_with("connect_timeout") { of_up } else { "" };
         let text = format!(
             "{head}\n[[upstream]]\nname = \"up\"\n{endpoints}{of_up}\n[[upstream]]\nname = \"full\"\nendpoints = [\"FULL\"]\n{second}\n"
         );
         text.replace("SERVICE", &self.service.to_string())
             .replace("OTHER", &self.other.to_string())
-            .replace("NOBODY", &self.refuses.to_string())
+            .replace("REFUSING", &self.refuses.to_string())
             .replace("FULL", &self.full.to_string())
     }
 }
@@ -680,15 +680,15 @@ fn schema_keys() -> BTreeSet<String> {
     keys
 }
 
-/// Every key of the schema has a line above, and every line a key.
+/// Every key of the schema has a line above, and every line has a key.
 #[test]
-fn every_key_is_known_to_act_after_a_reload() {
+fn every_key_has_a_reload_case() {
     let policy: BTreeMap<_, _> = policy_keys().into_iter().collect();
     let others: BTreeMap<_, _> = keys().into_iter().collect();
     let all = schema_keys();
     let holders = ["defaults.", "inbound.", "upstream.route.", "upstream."];
     let as_policy = |key: &str| holders.iter().find_map(|holder| key.strip_prefix(holder)).map(str::to_owned);
-    // A table is known by what is in it.
+    // A table is covered by its keys.
     let is_table = |key: &str| all.iter().any(|other| other.starts_with(&format!("{key}.")));
     let missing: Vec<&String> = all
         .iter()
@@ -708,7 +708,7 @@ fn every_key_is_known_to_act_after_a_reload() {
     for (key, shown) in others.iter().chain(&policy) {
         if let With(other) = shown {
             let lines = [others.get(other), policy.get(other)];
-            let by_itself = |line: &Shown| !matches!(line, With(_));
+            let by_itself = |line: &Coverage| !matches!(line, With(_));
             assert!(
                 lines.into_iter().flatten().any(by_itself),
                 "{key} travels with {other}, which shows nothing"
@@ -720,7 +720,7 @@ fn every_key_is_known_to_act_after_a_reload() {
     }
 }
 
-/// Whether a test, or a module of tests, is there: `module::test`, `module::`.
+/// Whether a test, or a module of tests, exists: `module::test`, `module::`.
 fn exists(test: &str) -> bool {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let (module, name) = test.rsplit_once("::").unwrap_or((test, ""));
@@ -734,19 +734,19 @@ fn exists(test: &str) -> bool {
         .any(|text| text.contains(&format!("fn {name}")))
 }
 
-/// Changes what a case is about, and looks.
+/// Makes the change of a case and probes.
 fn check(key: &str, case: &Case, addresses: Addresses) -> Result<(), String> {
     let proxy = Launch::new(addresses.config(case.before)).start();
     let stage = Stage { proxy, service: addresses.service };
     let settles = |expected: &str| {
         let begin = std::time::Instant::now();
         loop {
-            let told = (case.probe)(&stage);
-            if told == expected {
+            let probed = (case.probe)(&stage);
+            if probed == expected {
                 return Ok(());
             }
             if begin.elapsed() > crate::support::PATIENCE {
-                return Err(format!("{key}: `{told}`, not `{expected}`\n{}", stage.proxy.stderr()));
+                return Err(format!("{key}: `{probed}`, not `{expected}`\n{}", stage.proxy.stderr()));
             }
             thread::sleep(Duration::from_millis(20));
         }
@@ -757,13 +757,13 @@ fn check(key: &str, case: &Case, addresses: Addresses) -> Result<(), String> {
 }
 
 #[test]
-fn every_key_that_acts_at_once_does() {
+fn every_reloadable_key_applies_after_a_reload() {
     let (service, other) = (RawServer::start(serve), RawServer::start(serve_other));
     let addresses = Addresses::new(&service, &other);
     let cases = policy_keys().into_iter().chain(keys());
     let cases: Vec<_> = cases
         .filter_map(|(key, shown)| match shown {
-            Shown::Here(case) => Some((key, case)),
+            Coverage::Here(case) => Some((key, case)),
             _ => None,
         })
         .collect();
@@ -786,7 +786,7 @@ fn every_key_that_acts_at_once_does() {
 }
 
 #[test]
-fn every_key_that_needs_a_restart_is_named() {
+fn every_key_that_needs_a_restart_is_reported() {
     let (service, other) = (RawServer::start(serve), RawServer::start(serve_other));
     let addresses = Addresses::new(&service, &other);
     let stage = Stage { proxy: Launch::new(addresses.config("")).start(), service: addresses.service };
@@ -802,9 +802,9 @@ fn every_key_that_needs_a_restart_is_named() {
     }
 }
 
-/// `drain_delay` and `drain_timeout` are those of the file as it is when the drain begins.
+/// A drain uses `drain_delay` and `drain_timeout` as they are in the file when it begins.
 #[test]
-fn the_drain_is_as_long_as_the_last_reload_says() {
+fn the_drain_uses_the_times_of_the_last_reload() {
     let service = RawServer::start(serve);
     let address = service.address();
     let file = |delay: &str, timeout: &str| {
@@ -813,7 +813,7 @@ fn the_drain_is_as_long_as_the_last_reload_says() {
         )
     };
     let mut proxy = Launch::new(file("600s", "600s")).start();
-    // A request that never ends: its body does not come.
+    // An endless request: its body never arrives.
     let mut client = RawClient::connect(proxy.inbound());
     client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n");
     proxy.reconfigure(&file("50ms", "100ms"));

@@ -6,7 +6,7 @@ use crate::support::{Launch, RawClient, Upstream, binary, eventually, nobody, te
 
 const CANARY: &str = "Canary4711";
 
-fn config(service: &str, nobody: &str) -> String {
+fn config(service: &str, unused_address: &str) -> String {
     format!(
         r#"
 [inbound]
@@ -14,15 +14,15 @@ forward_to = "{service}"
 [inbound.jwt]
 issuer = "https://id.example"
 audiences = ["checkout"]
-jwks = "http://user:{CANARY}@{nobody}/keys?key={CANARY}"
+jwks = "http://user:{CANARY}@{unused_address}/keys?key={CANARY}"
 [telemetry]
-otlp = "http://user:${{OTLP_PASSWORD}}@{nobody}"
+otlp = "http://user:${{OTLP_PASSWORD}}@{unused_address}"
 access_log = "all"
 sample = 1
 [[upstream]]
 name = "payments"
 endpoints = ["{service}"]
-oauth2 = {{ token_url = "http://user:{CANARY}@{nobody}/token", client_id = "c", client_secret_file = "secret" }}
+oauth2 = {{ token_url = "http://user:{CANARY}@{unused_address}/token", client_id = "c", client_secret_file = "secret" }}
 [[upstream]]
 name = "orders"
 endpoints = ["{service}"]
@@ -57,7 +57,7 @@ fn no_output_shows_a_credential() {
     assert!(failed.status() >= 500);
     let inbound = RawClient::connect(proxy.inbound())
         .ask("GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a.b.c\r\nConnection: close\r\n\r\n");
-    let told = |path: &str, accept: &str| {
+    let page = |path: &str, accept: &str| {
         let request = format!(
             "GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nConnection: close\r\n\r\n"
         );
@@ -66,17 +66,17 @@ fn no_output_shows_a_credential() {
     eventually("the failing fetches", || {
         let log = proxy.stderr();
         log.contains("keys of the token issuer cannot be fetched")
-            && told("/status", "*/*").contains("last_error")
+            && page("/status", "*/*").contains("last_error")
     });
     let mut said = vec![
         ("a failed request", failed.text()),
         ("a refused request", inbound.text()),
-        ("/config", told("/config", "*/*")),
-        ("/config as TOML", told("/config", "application/toml")),
-        ("/status", told("/status", "*/*")),
-        ("/requests", told("/requests", "*/*")),
-        ("/metrics", told("/metrics", "*/*")),
-        ("the page", told("/", "*/*")),
+        ("/config", page("/config", "*/*")),
+        ("/config as TOML", page("/config", "application/toml")),
+        ("/status", page("/status", "*/*")),
+        ("/requests", page("/requests", "*/*")),
+        ("/metrics", page("/metrics", "*/*")),
+        ("the page", page("/", "*/*")),
         ("the ready file", proxy.ready().to_string()),
     ];
     assert!(
@@ -94,7 +94,7 @@ fn no_output_shows_a_credential() {
     let path = file.to_string_lossy().into_owned();
     let admin = proxy.admin().to_string();
     let broken = proxy.directory().join("broken.toml");
-    // Every line of it is shown in some message.
+    // Every line of the file is shown in some message.
     let lines = config
         .replace("name = ", "nmae = ")
         .replace("audiences", "audience")
@@ -112,8 +112,8 @@ fn no_output_shows_a_credential() {
         ("status --json", run(&["status", "--json", "--admin", &admin])),
     ]);
     proxy.reconfigure(&config.replace("sample = 1", "sample = 7"));
-    eventually("a refused change", || told("/status", "*/*").contains("is not a ratio"));
-    said.push(("/status of a refused change", told("/status", "*/*")));
+    eventually("a refused change", || page("/status", "*/*").contains("is not a ratio"));
+    said.push(("/status of a refused change", page("/status", "*/*")));
     said.extend([("the log", proxy.stderr()), ("the access log", proxy.stdout())]);
     for (what, text) in said {
         assert!(!text.contains(CANARY), "{what} shows it:\n{text}");

@@ -1,4 +1,4 @@
-//! Real servers behind the proxy: nginx, HAProxy, Redis, and one that speaks first.
+//! Real servers behind the proxy: nginx, HAProxy, Redis, and a server-first protocol.
 
 use std::{
     io::{Read, Write},
@@ -18,14 +18,14 @@ fn upstream(address: SocketAddr) -> String {
     )
 }
 
-/// Many calls on one connection by both listeners.
+/// Many requests on one connection through both listeners.
 #[track_caller]
 fn asks(proxy: &Proxy, path: &str, body: &str) {
     for address in [proxy.outbound(), proxy.inbound()] {
         let mut client = RawClient::connect(address);
         for _ in 0..50 {
-            let answer = client.ask(format!("GET {path} HTTP/1.1\r\nHost: up\r\n\r\n"));
-            assert_eq!((answer.status(), answer.text().trim_end()), (200, body));
+            let response = client.ask(format!("GET {path} HTTP/1.1\r\nHost: up\r\n\r\n"));
+            assert_eq!((response.status(), response.text().trim_end()), (200, body));
         }
     }
 }
@@ -48,11 +48,11 @@ fn nginx_as_upstream() {
         Daemon::start("nginx", &["-c", "@DIR@/conf", "-p", "@DIR@"], &[("conf", &config), ("file", &file)])
             .listening(local(port));
     let proxy = Proxy::start(upstream(local(port)));
-    // keepalive_requests makes nginx close every seventh: no call may notice.
+    // keepalive_requests makes nginx close after every seventh request: none may fail.
     asks(&proxy, "/", "hello");
-    let answer = RawClient::connect(proxy.outbound())
+    let response = RawClient::connect(proxy.outbound())
         .ask("GET /file HTTP/1.1\r\nHost: up\r\nRange: bytes=10-14\r\n\r\n");
-    assert_eq!((answer.status(), answer.text().as_str()), (206, "line\n"));
+    assert_eq!((response.status(), response.text().as_str()), (206, "line\n"));
     let whole = RawClient::connect(proxy.inbound()).ask("GET /file HTTP/1.1\r\nHost: up\r\n\r\n");
     assert_eq!(whole.body.len(), file.len());
     drop(nginx);
@@ -76,7 +76,7 @@ fn haproxy_as_upstream() {
 }
 
 #[test]
-fn redis_through_a_tcp_listener() {
+fn redis_works_through_a_tcp_listener() {
     if !has_tool(&["redis-server", "redis-cli"]) {
         return;
     }
@@ -100,16 +100,16 @@ fn redis_through_a_tcp_listener() {
     assert_eq!(cli(&["-r", "100", "INCR", "n"]).lines().last(), Some("100"));
 }
 
-/// SMTP and MySQL begin with a greeting: it must come without a byte from the caller.
+/// SMTP and MySQL begin with a greeting: it must arrive without a byte from the client.
 #[test]
-fn a_server_that_speaks_first() {
+fn server_first_protocols_work_on_a_tcp_listener() {
     let server = RawServer::start(|mut stream| {
         let _ = stream.write_all(b"220 mail ESMTP\r\n");
         let mut chunk = [0; 100];
         while let Ok(count @ 1..) = stream.read(&mut chunk) {
             let _ = stream.write_all(&chunk[..count].to_ascii_uppercase());
         }
-        // The caller's end of the stream came through; so must what is said after it.
+        // The client's half-close was forwarded; so must be what the server sends after it.
         let _ = stream.write_all(b"221 bye\r\n");
     });
     let port = server.address().port();
@@ -128,9 +128,9 @@ fn a_server_that_speaks_first() {
     }
 }
 
-/// Bytes that are not HTTP reach the service as they are, found out without being told.
+/// Protocol detection forwards bytes that are not HTTP unchanged, without configuration.
 #[test]
-fn another_protocol_on_the_inbound_port() {
+fn protocol_detection_forwards_other_protocols_inbound() {
     let server = RawServer::start(|mut stream| {
         let mut chunk = [0; 100];
         while let Ok(count @ 1..) = stream.read(&mut chunk) {

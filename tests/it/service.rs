@@ -1,4 +1,4 @@
-//! `run -- CMD`: signals that are meant for CMD, its end with its sidecar's, and the wait for its port.
+//! `run -- CMD`: signals that are meant for CMD, the service's exit with its sidecar's, and the wait for its port.
 
 use std::{fs, net::TcpListener, path::Path, process::Command, process::Output};
 
@@ -8,7 +8,7 @@ fn shell(script: &str) -> [&str; 3] {
     ["sh", "-c", script]
 }
 
-/// A service that says which signals it gets, and its number first.
+/// A service that prints its PID and then the signals that it gets.
 fn listening() -> Proxy {
     let script = "for s in QUIT USR1 USR2 WINCH; do trap \"echo got $s\" $s; done; echo pid $$; while :; do sleep 0.02; done";
     let proxy = Launch::new("").service(shell(script)).start();
@@ -22,21 +22,21 @@ fn pid_of(proxy: &Proxy) -> u32 {
     number.and_then(|number| number.trim().parse().ok()).expect("its number")
 }
 
-/// `R`, `S`, `T`, …; none where there is no such process.
+/// `R`, `S`, `T`, …; none if the process does not exist.
 fn state_of(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next().filter(|state| *state != 'Z')
 }
 
 #[test]
-fn signals_that_would_end_the_sidecar_go_to_the_service() {
+fn terminating_signals_are_forwarded_to_the_service() {
     let mut proxy = listening();
     for name in ["USR1", "USR2", "WINCH", "QUIT"] {
         proxy.signal(name);
         eventually(name, || proxy.stdout().contains(&format!("got {name}")));
         assert!(proxy.is_running(), "ended by SIG{name}");
     }
-    // Once more while it drains, and then while it leaves.
+    // Once more during the drain, and then during the shutdown.
     let count = |proxy: &Proxy| proxy.stdout().matches("got USR1").count();
     proxy.signal("USR1");
     eventually("a second one", || count(&proxy) == 2);
@@ -46,12 +46,12 @@ fn signals_that_would_end_the_sidecar_go_to_the_service() {
     assert_eq!(state_of(pid), None);
 }
 
-/// As with an image that says `STOPSIGNAL SIGQUIT` (nginx) or `SIGWINCH` (httpd): drain, signal, exit code.
+/// An image with `STOPSIGNAL SIGQUIT` (nginx) or `SIGWINCH` (httpd): drain, signal, exit code.
 #[test]
-fn a_stop_signal_of_an_image_drains_inbound_first_and_its_exit_code_is_ours() {
+fn an_images_stop_signal_drains_inbound_first_and_the_exit_code_is_the_services() {
     for name in ["QUIT", "WINCH"] {
         let server = Upstream::http1(|_| async { text("ok") });
-        let script = format!("trap 'echo told; exit 9' {name}; echo up; while :; do sleep 0.02; done");
+        let script = format!("trap 'echo signalled; exit 9' {name}; echo up; while :; do sleep 0.02; done");
         let config =
             format!("[runtime]\ndrain_delay = \"300ms\"\n[inbound]\nforward_to = \"{}\"\n", server.address());
         let mut proxy = Launch::new(config).wrapped(["setsid"]).service(shell(&script)).start();
@@ -61,18 +61,18 @@ fn a_stop_signal_of_an_image_drains_inbound_first_and_its_exit_code_is_ours() {
         assert_eq!(client.ask(get).field("connection"), None);
         proxy.signal(name);
         eventually("the drain", || {
-            let answer = RawClient::connect(proxy.inbound()).ask(get);
-            answer.field("connection") == Some("close")
+            let response = RawClient::connect(proxy.inbound()).ask(get);
+            response.field("connection") == Some("close")
         });
-        assert!(!proxy.stdout().contains("told"), "before inbound has drained");
+        assert!(!proxy.stdout().contains("signalled"), "before inbound has drained");
         assert_eq!(proxy.wait().code(), Some(9), "{name}: {}", proxy.stderr());
-        assert!(proxy.stdout().contains("told"));
+        assert!(proxy.stdout().contains("signalled"));
     }
 }
 
-/// The kernel sends SIGWINCH to all that run in the foreground of a terminal whose window gets another size.
+/// The kernel sends SIGWINCH to all foreground processes of a terminal that is resized.
 #[test]
-fn a_window_that_is_resized_drains_nothing() {
+fn a_terminal_resize_does_not_drain() {
     // The other end of the terminal stays open in the sidecar itself.
     let on_terminal = "import fcntl, os, sys, termios\nos.setsid()\nfar, near = os.openpty()\n\
                        fcntl.ioctl(near, termios.TIOCSCTTY, 0)\nos.set_inheritable(far, True)\nos.execvp(sys.argv[1], sys.argv[1:])";
@@ -84,14 +84,14 @@ fn a_window_that_is_resized_drains_nothing() {
     let mut proxy = Launch::new(config).wrapped(wrapper).service(shell(script)).start();
     eventually("the service to be up", || proxy.stdout().contains("up"));
     proxy.signal("WINCH");
-    eventually("the service to hear of it", || proxy.stdout().contains("resized"));
-    let answer = RawClient::connect(proxy.inbound()).ask("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    assert_eq!((answer.status(), answer.field("connection")), (200, None));
+    eventually("the service to get the signal", || proxy.stdout().contains("resized"));
+    let response = RawClient::connect(proxy.inbound()).ask("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert_eq!((response.status(), response.field("connection")), (200, None));
     assert!(proxy.is_running());
 }
 
 #[test]
-fn a_stop_and_its_continuation_are_of_both() {
+fn stop_and_continue_apply_to_service_and_sidecar() {
     let proxy = listening();
     let pid = pid_of(&proxy);
     proxy.signal("TSTP");
@@ -100,9 +100,9 @@ fn a_stop_and_its_continuation_are_of_both() {
     eventually("both to go on", || state_of(pid) != Some('T') && state_of(proxy.pid()) != Some('T'));
 }
 
-/// The sidecar alone: what else would kill it in silence.
+/// The sidecar alone: signals whose default action would kill it silently.
 #[test]
-fn a_sidecar_without_a_service_drains_on_quit_and_ignores_what_it_has_no_use_for() {
+fn a_sidecar_without_a_service_drains_on_sigquit_and_ignores_other_signals() {
     let mut proxy = Proxy::start("");
     for name in ["USR1", "USR2"] {
         proxy.signal(name);
@@ -114,7 +114,7 @@ fn a_sidecar_without_a_service_drains_on_quit_and_ignores_what_it_has_no_use_for
 }
 
 #[test]
-fn a_killed_sidecar_takes_its_service_along() {
+fn the_service_ends_with_a_killed_sidecar() {
     let script = "trap '' TERM HUP INT; echo pid $$; while :; do sleep 0.02; done";
     let mut proxy = Launch::new("").service(shell(script)).start();
     eventually("the service to be up", || proxy.stdout().contains("pid "));
@@ -130,7 +130,7 @@ fn a_killed_sidecar_takes_its_service_along() {
 }
 
 #[test]
-fn the_command_that_becomes_the_service_is_for_its_parent_alone() {
+fn the_internal_exec_command_requires_its_parent() {
     let orphan = Command::new(binary()).args(["exec-service", "--parent", "1", "--", "true"]).output();
     let orphan = orphan.expect("it runs");
     assert_eq!(orphan.status.code(), Some(1));
@@ -142,9 +142,9 @@ fn the_command_that_becomes_the_service_is_for_its_parent_alone() {
     assert!(!String::from_utf8_lossy(&help.stdout).contains("exec-service"));
 }
 
-/// Found, and yet not to be run: only whoever runs it sees that.
+/// The file exists but cannot be executed: only exec reports that.
 #[test]
-fn a_service_without_its_interpreter_is_told() {
+fn a_service_with_a_missing_interpreter_is_reported() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("service");
     fs::write(&file, "#!/no/such/interpreter\n").expect("write");
@@ -152,7 +152,7 @@ fn a_service_without_its_interpreter_is_told() {
     assert!(executable.success());
     let mut proxy = Launch::new("").service([file.as_path()]).spawn();
     assert_eq!(proxy.wait().code(), Some(127), "{}", proxy.stderr());
-    assert!(proxy.stderr().contains("nor the interpreter"), "{}", proxy.stderr());
+    assert!(proxy.stderr().contains("the interpreter in its first line"), "{}", proxy.stderr());
 }
 
 fn wait_for(proxy: &Proxy, patience: &str) -> Output {
@@ -170,8 +170,8 @@ fn status_waits_until_the_service_listens() {
     let proxy = Launch::new("").arg("--app").arg(port.to_string()).service(listen).start();
     let early = wait_for(&proxy, "300ms");
     assert_eq!(early.status.code(), Some(1), "{early:?}");
-    let told = String::from_utf8_lossy(&early.stderr).into_owned();
-    assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("--app"), "{told}");
+    let printed = String::from_utf8_lossy(&early.stderr).into_owned();
+    assert!(printed.contains(&format!("127.0.0.1:{port}")) && printed.contains("--app"), "{printed}");
     let ready = RawClient::connect(proxy.admin()).ask("GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(ready.status(), 200, "readiness never waits for the service");
     let admin = proxy.admin().to_string();
@@ -182,7 +182,7 @@ fn status_waits_until_the_service_listens() {
     assert!(late.status.success(), "{late:?}");
 }
 
-/// Listens once there is a file.
+/// Listens once a file exists.
 fn python_that_listens(go: &Path, port: u16) -> Option<Vec<String>> {
     let python = crate::support::tool("python3")?;
     let script = format!(
@@ -192,10 +192,10 @@ fn python_that_listens(go: &Path, port: u16) -> Option<Vec<String>> {
     Some(vec![python.display().to_string(), "-c".to_owned(), script])
 }
 
-/// A service of somebody else's, which the sidecar does not know: as in a pod before native sidecars, whose containers start only
-/// when the sidecar's hook has waited.
+/// A service that the sidecar did not start: as in a pod without native sidecars, whose containers start only when the
+/// sidecar's hook has returned.
 #[test]
-fn status_waits_for_the_sidecar_alone_where_it_knows_of_no_service() {
+fn status_wait_without_a_service_waits_for_the_sidecar_only() {
     let proxy = Proxy::start("");
     let waited = wait_for(&proxy, "10s");
     assert!(waited.status.success(), "{waited:?}");

@@ -1,4 +1,4 @@
-//! Connections on which nothing has been said: how long they are kept, what they hold, and how they end.
+//! Connections on which nothing has been sent: how long they are kept, what they hold, and how they end.
 
 use std::{
     io::{Read, Write},
@@ -21,9 +21,9 @@ use crate::{
     },
 };
 
-/// Issue 14, fault 18: a silent connection on a declared port held the drain for all of `drain_timeout`.
+/// Issue 14, fault 18: a silent connection on a declared port delayed the drain for all of `drain_timeout`.
 #[test]
-fn silent_connections_end_with_the_drain() {
+fn the_drain_closes_silent_connections() {
     let service = Upstream::http1(|_| async { text("hello") });
     let (address, port) = (service.address(), service.address().port());
     for protocol in ["http1", "h2", "auto"] {
@@ -35,14 +35,14 @@ fn silent_connections_end_with_the_drain() {
         proxy.signal("TERM");
         assert!(silent.read_to_close().1, "{protocol}: it is closed");
         assert_eq!(proxy.wait().code(), Some(0), "{protocol}");
-        // After ten seconds it is closed without a drain, too.
+        // After ten seconds it is closed even without a drain.
         assert!(begun.elapsed() < Duration::from_secs(9), "{protocol}: {:?}", begun.elapsed());
     }
 }
 
-/// Issue 14, fault 18: they were kept for an hour.
+/// Issue 14, fault 18: silent connections were kept for an hour.
 #[test]
-fn a_client_that_sends_nothing_is_closed_on_after_ten_seconds() {
+fn a_silent_client_is_disconnected_after_ten_seconds() {
     let service = RawServer::start(|mut stream| drop(stream.read(&mut [0; 10])));
     let (address, port) = (service.address(), service.address().port());
     let upstream =
@@ -66,9 +66,9 @@ fn a_client_that_sends_nothing_is_closed_on_after_ten_seconds() {
     assert!(!kept.read_to_close().1, "a port that is `tcp` may stand still for tunnel_idle_timeout");
 }
 
-/// Issue 14, fault 18: eight of them filled `max_connections = 8`.
+/// Issue 14, fault 18: eight silent connections used up `max_connections = 8`.
 #[test]
-fn silent_connections_give_way_to_requests() {
+fn silent_connections_do_not_use_up_max_connections() {
     let service = RawServer::start(|mut stream| {
         let mut seen = [0; 1000];
         if stream.read(&mut seen).is_ok_and(|count| count > 0) {
@@ -82,22 +82,22 @@ fn silent_connections_give_way_to_requests() {
         "[inbound]\nforward_to = \"{address}\"\n{limits}\
          [[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\nendpoints = [\"{address}\"]\n{limits}"
     ));
-    for way in [proxy.inbound(), proxy.upstream("up")] {
+    for listener in [proxy.inbound(), proxy.upstream("up")] {
         let before = service.connections();
-        let mut silent: Vec<RawClient> = (0..8).map(|_| RawClient::connect(way)).collect();
+        let mut silent: Vec<RawClient> = (0..8).map(|_| RawClient::connect(listener)).collect();
         eventually("all to be dialled for", || service.connections() >= before + 8);
         let ask = |client: &mut RawClient| client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status();
         for _ in 0..3 {
-            assert_eq!(ask(&mut RawClient::connect(way)), 200);
+            assert_eq!(ask(&mut RawClient::connect(listener)), 200);
         }
-        // Those that gave way have not ended: they are served when they speak.
+        // Connections that gave up their slot are still open: they are served when they send a request.
         for client in &mut silent {
             assert_eq!(ask(client), 200);
         }
     }
 }
 
-fn stopped_and_told_to_leave(proxy: &Proxy, meanwhile: impl FnOnce()) {
+fn stopped_then_terminated(proxy: &Proxy, meanwhile: impl FnOnce()) {
     proxy.signal("STOP");
     let state = || std::fs::read_to_string(format!("/proc/{}/stat", proxy.pid())).unwrap_or_default();
     eventually("the process to stop", || state().contains(") T "));
@@ -106,9 +106,9 @@ fn stopped_and_told_to_leave(proxy: &Proxy, meanwhile: impl FnOnce()) {
     proxy.signal("CONT");
 }
 
-/// Issue 14, fault 17: 20 of 20 connections that the kernel had accepted were reset.
+/// Issue 14, fault 17: 20 of 20 connections in the kernel's accept queue were reset.
 #[test]
-fn what_the_kernel_has_accepted_is_served_when_the_process_leaves() {
+fn connections_in_the_accept_queue_are_served_at_shutdown() {
     let service = Upstream::http1(|_| async { text("hello") });
     for workers in [1, 2] {
         let (address, port) = (service.address(), service.address().port());
@@ -118,7 +118,7 @@ fn what_the_kernel_has_accepted_is_served_when_the_process_leaves() {
         ));
         let inbound = proxy.inbound();
         let (mut clients, mut http2) = (Vec::new(), Vec::new());
-        stopped_and_told_to_leave(&proxy, || {
+        stopped_then_terminated(&proxy, || {
             for _ in 0..200 {
                 let mut client = RawClient::connect(inbound);
                 client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
@@ -131,8 +131,8 @@ fn what_the_kernel_has_accepted_is_served_when_the_process_leaves() {
             }
         });
         for client in &mut clients {
-            let answer = client.response().expect("well-formed").expect("an answer, not a reset");
-            assert_eq!((answer.status(), answer.field("connection")), (200, Some("close")));
+            let response = client.response().expect("well-formed").expect("a response, not a reset");
+            assert_eq!((response.status(), response.field("connection")), (200, Some("close")));
         }
         for client in &mut http2 {
             assert_eq!(client.end_of(1), h2::End::Answer(Some(200)));
@@ -141,33 +141,33 @@ fn what_the_kernel_has_accepted_is_served_when_the_process_leaves() {
     }
 }
 
-/// The same by TLS: a client of TLS 1.3 has sent its request before it can hear that the server leaves.
+/// The same over TLS: a TLS 1.3 client has sent its request before it can learn that the server shuts down.
 #[test]
-fn a_handshake_under_way_when_the_process_leaves_leads_to_an_answer() {
+fn a_tls_handshake_in_progress_at_shutdown_gets_its_response() {
     const CLIENTS: usize = 20;
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
     let mut proxy = callee(&pki, service.address(), "");
     let mine = pki.issue("checkout", |_| {});
     let inbound = proxy.inbound();
-    let answers = thread::scope(|scope| {
+    let responses = thread::scope(|scope| {
         let mut asking = Vec::new();
-        stopped_and_told_to_leave(&proxy, || {
+        stopped_then_terminated(&proxy, || {
             for number in 0..CLIENTS {
-                let caller = TlsCaller::new(Some(&mine), if number % 2 == 0 { &["http/1.1"] } else { &[] });
+                let client = TlsCaller::new(Some(&mine), if number % 2 == 0 { &["http/1.1"] } else { &[] });
                 let stream = TcpStream::connect(inbound).expect("connect");
                 stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-                asking.push(scope.spawn(move || TlsCaller::say_on(caller.over(stream), GET)));
+                asking.push(scope.spawn(move || TlsCaller::say_on(client.over(stream), GET)));
             }
         });
         asking.into_iter().map(|asked| asked.join().expect("no panic")).collect::<Vec<_>>()
     });
-    for answer in answers {
-        assert!(answer.as_ref().is_ok_and(|answer| answer.ends_with("hello")), "{answer:?}");
+    for response in responses {
+        assert!(response.as_ref().is_ok_and(|response| response.ends_with("hello")), "{response:?}");
     }
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
-/// Breaks the inbound listener of a running proxy; false where the kernel does not let us.
+/// Breaks the inbound listener of a running proxy; false if the kernel does not allow it.
 fn break_listener(python: &Path, proxy: &Proxy) -> bool {
     let port = proxy.inbound().port();
     let shut = Command::new(python)
@@ -184,9 +184,9 @@ fn break_listener(python: &Path, proxy: &Proxy) -> bool {
     true
 }
 
-/// Issue 14, fault 25: a listener that accepts nothing any more was not noticed.
+/// Issue 14, fault 25: a listener that had stopped accepting was not detected.
 #[test]
-fn a_listener_that_fails_ends_the_process() {
+fn a_failed_listener_ends_the_process() {
     let Some(python) = python_with("ctypes") else { return };
     for workers in [1, 2] {
         let service = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"];
@@ -196,16 +196,16 @@ fn a_listener_that_fails_ends_the_process() {
         }
         assert_eq!(proxy.wait().code(), Some(1), "{}", proxy.stderr());
         let said = proxy.stderr();
-        assert!(said.contains("has died: its listener on 127.0.0.1:"), "{said}");
+        assert!(said.contains("has failed: its listener on 127.0.0.1:"), "{said}");
     }
 }
 
-/// The process waits for its service to end, and says meanwhile that it is not live. Issue 14, fault 25: `/live` stayed 200.
+/// The process waits for its service to end and is not live meanwhile. Issue 14, fault 25: `/live` stayed 200.
 #[test]
-fn live_fails_from_a_death_on_until_the_process_has_ended() {
+fn live_fails_from_a_listener_failure_until_the_process_exits() {
     let Some(python) = python_with("ctypes") else { return };
     for workers in [1, 2] {
-        // It takes until it is killed.
+        // The service runs until it is killed.
         let service = ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"];
         let mut proxy = Launch::new(format!("[runtime]\nworkers = {workers}\n")).service(service).start();
         let admin = proxy.admin();
@@ -218,9 +218,9 @@ fn live_fails_from_a_death_on_until_the_process_has_ended() {
             return;
         }
         eventually("/live to fail", || {
-            let answer = ask("/live");
-            let named = answer.text().contains("has died: its listener on 127.0.0.1:");
-            assert_eq!(named, answer.status() == 503, "{answer:?}");
+            let response = ask("/live");
+            let named = response.text().contains("has failed: its listener on 127.0.0.1:");
+            assert_eq!(named, response.status() == 503, "{response:?}");
             named
         });
         assert_eq!(ask("/ready").status(), 503);
@@ -228,9 +228,9 @@ fn live_fails_from_a_death_on_until_the_process_has_ended() {
     }
 }
 
-/// Issue 14, fault 18, within CONNECT: a tunnel may stay silent, and does not stand in the way of requests or of the end.
+/// Issue 14, fault 18, within CONNECT: a silent tunnel is allowed, and delays neither requests nor the shutdown.
 #[test]
-fn silent_tunnels_give_way_to_requests_and_end_with_the_drain() {
+fn silent_tunnels_do_not_use_up_max_connections_and_end_with_the_drain() {
     let service = RawServer::start(|mut stream| {
         let mut seen = [0; 1000];
         if stream.read(&mut seen).is_ok_and(|count| count > 0) {
@@ -252,10 +252,10 @@ fn silent_tunnels_give_way_to_requests_and_end_with_the_drain() {
     };
     let mut silent: Vec<RawClient> = (0..8).map(|_| connect()).collect();
     for _ in 0..3 {
-        let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-        assert_eq!(answer.status(), 200, "{answer:?}");
+        let response = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        assert_eq!(response.status(), 200, "{response:?}");
     }
-    // Those that gave way lead on: requests are answered, other bytes are carried.
+    // Tunnels that gave up their slot still work: requests get responses, other bytes are forwarded.
     for (number, mut client) in silent.drain(..4).enumerate() {
         if number % 2 == 0 {
             assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n").status(), 200, "{number}");
@@ -264,7 +264,7 @@ fn silent_tunnels_give_way_to_requests_and_end_with_the_drain() {
             assert!(client.read_until(b"hello").starts_with(b"HTTP/1.1 200 OK"), "{number}");
         }
     }
-    // SIGINT: the service is not waited for.
+    // SIGINT: the sidecar does not wait for the service.
     let begun = Instant::now();
     proxy.signal("INT");
     assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.stderr());
@@ -276,7 +276,7 @@ fn silent_tunnels_give_way_to_requests_and_end_with_the_drain() {
 
 /// Issue 14, fault 21: on a kernel without IPv6 the default `[::]` could not be bound.
 #[test]
-fn a_kernel_without_ipv6_gets_ipv4() {
+fn a_kernel_without_ipv6_listens_on_ipv4() {
     let Some(python) = python_with("ctypes") else { return };
     let script = peer_script("without_ipv6.py");
     let service = Upstream::http1(|_| async { text("hello") });
@@ -297,21 +297,24 @@ fn a_kernel_without_ipv6_gets_ipv4() {
     assert!(proxy.stderr().contains("has no IPv6"), "{}", proxy.stderr());
 }
 
-/// Before the handshake no client has an identity: under `strict` that closed a connection after a second, and wrote a line
-/// to the log on nearly every good one.
+/// Before the handshake no client has an identity: `strict` closed a connection after a second for that, and logged a
+/// line for nearly every valid one.
 #[test]
 fn a_slow_client_hello_is_served_under_strict() {
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
     let proxy = callee(&pki, service.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let caller = TlsCaller::new(Some(&mine), &[]);
+    let client = TlsCaller::new(Some(&mine), &[]);
     for wait in [Duration::ZERO, Duration::from_millis(1500)] {
         let stream = TcpStream::connect(proxy.inbound()).expect("connect");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         // The time that the client takes.
         thread::sleep(wait);
-        let answer = TlsCaller::say_on(caller.over(stream), GET);
-        assert!(answer.as_ref().is_ok_and(|answer| answer.ends_with("hello")), "after {wait:?}: {answer:?}");
+        let response = TlsCaller::say_on(client.over(stream), GET);
+        assert!(
+            response.as_ref().is_ok_and(|response| response.ends_with("hello")),
+            "after {wait:?}: {response:?}"
+        );
     }
-    assert!(!proxy.stderr().contains("asked to leave"), "{}", proxy.stderr());
+    assert!(!proxy.stderr().contains("closing a connection"), "{}", proxy.stderr());
 }

@@ -1,7 +1,8 @@
-//! Bytes that a service sends although nobody asked for them. None may reach a client as the response to another request.
+//! Bytes that a service sends without a request. None may reach a client as the response to another request.
 //!
-//! TCP cannot tell a byte that the service sent just before it read a request from one that answers it. So the hostile
-//! server is judged beside HAProxy in the same run; with a server that keeps to HTTP there is no excuse.
+//! Over TCP, a byte that the service sent just before it read a request cannot be distinguished from a byte of the
+//! response. So the hostile server is compared with HAProxy in the same run; with a conforming server no error is
+//! allowed.
 
 use std::{
     io::{Read, Write},
@@ -19,11 +20,11 @@ use crate::support::{Daemon, Proxy, RawServer, free_port, has_tool};
 const CLIENTS: u64 = 8;
 const REQUESTS: u64 = 500;
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Debug, Default)]
 struct Tally {
     right: AtomicUsize,
-    /// The id in the response is not that of the request.
+    /// The ID in the response is not that of the request.
     crossed: AtomicUsize,
     /// 5xx, or the connection closed.
     failed: AtomicUsize,
@@ -39,7 +40,7 @@ impl Tally {
     }
 }
 
-/// A generator of small numbers, so that a run does the same each time as far as threads allow.
+/// A small pseudo-random generator, so that runs are reproducible as far as threads allow.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -59,17 +60,17 @@ fn response(id: &str, with_body: bool) -> String {
     format!("HTTP/1.1 200 OK\r\nX-Id: {id}\r\nContent-Length: {}\r\n\r\n{body}", id.len())
 }
 
-/// What the server does beside answering, by the path of the request.
+/// What the server does besides responding, by the path of the request.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Manners {
-    /// Keeps to HTTP.
+enum Misbehaviour {
+    /// Conforms to HTTP.
     Good,
     /// Sends a body on HEAD, which looks like another response.
     BodyOnHead,
-    /// Sends another response behind the one asked for.
+    /// Sends a second response after the first.
     Surplus,
-    /// Sends a response while the connection lies idle.
-    Unasked,
+    /// Sends a response while the connection is idle.
+    WhileIdle,
 }
 
 fn serve(mut stream: TcpStream, seed: u64) {
@@ -111,7 +112,7 @@ fn server() -> RawServer {
     RawServer::start(move |stream| serve(stream, seeds.fetch_add(0x1234_5677, Ordering::Relaxed)))
 }
 
-/// Sends one request and returns the id in its response; None where there is none.
+/// Sends one request and returns the ID in its response; None if there is none.
 fn ask(stream: &mut TcpStream, method: &str, id: &str) -> Option<String> {
     stream.write_all(format!("{method} /{id} HTTP/1.1\r\nHost: up\r\n\r\n").as_bytes()).ok()?;
     let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
@@ -136,8 +137,8 @@ fn ask(stream: &mut TcpStream, method: &str, id: &str) -> Option<String> {
     }
 }
 
-/// Clients that keep their connections, each request with an id of its own; one in seven meets bad manners.
-fn run(proxy: SocketAddr, manners: Manners) -> Tally {
+/// Clients that keep their connections; each request has its own ID, and the server misbehaves on one in seven.
+fn run(proxy: SocketAddr, misbehaviour: Misbehaviour) -> Tally {
     let tally = Arc::new(Tally::default());
     let client = |client: u64| {
         let tally = Arc::clone(&tally);
@@ -150,11 +151,11 @@ fn run(proxy: SocketAddr, manners: Manners) -> Tally {
             };
             let mut stream = connect();
             for number in 0..REQUESTS {
-                let (method, kind) = match (manners, number % 7) {
-                    (Manners::BodyOnHead, 0) => ("HEAD", "head"),
-                    (Manners::Surplus, 0) => ("GET", "surplus"),
-                    (Manners::Unasked, 0) => ("GET", "unasked"),
-                    (Manners::Good, 0) => ("HEAD", "good"),
+                let (method, kind) = match (misbehaviour, number % 7) {
+                    (Misbehaviour::BodyOnHead, 0) => ("HEAD", "head"),
+                    (Misbehaviour::Surplus, 0) => ("GET", "surplus"),
+                    (Misbehaviour::WhileIdle, 0) => ("GET", "unasked"),
+                    (Misbehaviour::Good, 0) => ("HEAD", "good"),
                     _ => ("GET", "plain"),
                 };
                 let id = format!("{kind}-{client}-{number}");
@@ -196,33 +197,36 @@ fn haproxy(upstream: &RawServer) -> (Daemon, SocketAddr) {
 }
 
 #[test]
-fn a_server_that_keeps_to_http_never_gets_responses_mixed_up() {
+fn responses_of_a_conforming_server_are_never_mixed_up() {
     let server = server();
     for workers in [1, 2] {
         let proxy = outrigger(&server, workers);
-        let tally = run(proxy.outbound(), Manners::Good);
+        let tally = run(proxy.outbound(), Misbehaviour::Good);
         assert_eq!(tally.crossed(), 0, "{tally:?}");
         assert_eq!(tally.failed.into_inner(), 0);
     }
 }
 
-/// The first stray bytes may be taken for a response, if they come while a request is under way; then the endpoint is known
-/// for them.
+/// The first stray bytes may be taken for a response if they arrive while a request is in flight; then the endpoint is
+/// known for them.
 #[test]
-fn fewer_stray_responses_than_through_haproxy() {
+fn stray_responses_are_fewer_than_through_haproxy() {
     let server = server();
     let peer = has_tool(&["haproxy"]).then(|| haproxy(&server));
-    for manners in [Manners::BodyOnHead, Manners::Surplus, Manners::Unasked] {
+    for misbehaviour in [Misbehaviour::BodyOnHead, Misbehaviour::Surplus, Misbehaviour::WhileIdle] {
         let proxy = outrigger(&server, 1);
-        let ours = run(proxy.outbound(), manners);
-        let theirs = peer.as_ref().map(|(_, address)| run(*address, manners));
-        eprintln!("{manners:?}: ours {ours:?}, HAProxy {theirs:?}");
-        let (requests, crossed) = (ours.right.load(Ordering::Relaxed), ours.crossed());
-        assert!(requests > 3000, "{manners:?}: {ours:?}");
-        // All clients meet the first stray bytes at the same time.
-        assert!(crossed <= 2 * CLIENTS as usize, "{manners:?}: {ours:?}");
-        if let Some(theirs) = theirs {
-            assert!(crossed <= theirs.crossed(), "{manners:?}: {ours:?}, HAProxy {theirs:?}");
+        let result = run(proxy.outbound(), misbehaviour);
+        let peer_result = peer.as_ref().map(|(_, address)| run(*address, misbehaviour));
+        eprintln!("{misbehaviour:?}: Outrigger {result:?}, HAProxy {peer_result:?}");
+        let (requests, crossed) = (result.right.load(Ordering::Relaxed), result.crossed());
+        assert!(requests > 3000, "{misbehaviour:?}: {result:?}");
+        // All clients can get the first stray bytes at the same time.
+        assert!(crossed <= 2 * CLIENTS as usize, "{misbehaviour:?}: {result:?}");
+        if let Some(peer_result) = peer_result {
+            assert!(
+                crossed <= peer_result.crossed(),
+                "{misbehaviour:?}: {result:?}, HAProxy {peer_result:?}"
+            );
         }
     }
 }

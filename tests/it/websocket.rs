@@ -1,4 +1,4 @@
-//! WebSocket and other upgrades: Autobahn's verdict is the same with the proxy between as without it.
+//! WebSocket and other upgrades: Autobahn's verdict is the same with the proxy as without it.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::{Daemon, Proxy, RawClient, RawServer, has_tool, peer_script, python_with, tool};
 
 #[test]
-fn autobahn_sees_no_difference() {
+fn autobahn_results_are_the_same_through_the_proxy() {
     if !has_tool(&["wstest"]) {
         return;
     }
@@ -43,7 +43,7 @@ fn autobahn_sees_no_difference() {
     let report = fs::read(directory.path().join("report/index.json"))
         .unwrap_or_else(|_| panic!("no report: {}", String::from_utf8_lossy(&run.stdout)));
     let report: Value = serde_json::from_slice(&report).expect("JSON");
-    // NON-STRICT passes: whether the echo of a message that comes just before a broken frame is seen is a matter of time.
+    // NON-STRICT passes: whether the echo of a message just before an invalid frame arrives depends on timing.
     let verdicts = |agent: &str| -> Vec<(String, bool, Value)> {
         let cases = report[agent].as_object().unwrap_or_else(|| panic!("nothing of {agent} in the report"));
         let passes = |case: &Value| matches!(case.as_str(), Some("OK" | "NON-STRICT" | "INFORMATIONAL"));
@@ -61,9 +61,9 @@ fn autobahn_sees_no_difference() {
     }
 }
 
-/// Any protocol may be switched to; after 101 the bytes are its own, either side may speak, each may end its side.
+/// Any protocol may be switched to; after 101 both sides may send any bytes, and each may half-close.
 #[test]
-fn an_upgrade_is_a_tunnel() {
+fn upgraded_connections_forward_bytes_both_ways() {
     let server = RawServer::start(|mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 1000]);
         while !got.ends_with(b"\r\n\r\n") {

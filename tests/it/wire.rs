@@ -1,4 +1,5 @@
-//! HTTP/1.1 byte for byte: what is carried as it came, what is refused and who hears of it, and what ends a connection.
+//! HTTP/1.1 byte for byte: what is forwarded unchanged, what is rejected and how it is reported, and what ends a
+//! connection.
 
 use std::{
     fmt::Write as _,
@@ -29,15 +30,15 @@ fn both(proxy: &Proxy) -> [SocketAddr; 2] {
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 
-/// A server that answers each request with what `answer` makes of it.
-fn server(answer: impl Fn(&Message) -> Vec<u8> + Send + Sync + 'static) -> RawServer {
+/// A server that responds to each request with the result of `respond`.
+fn server(respond: impl Fn(&Message) -> Vec<u8> + Send + Sync + 'static) -> RawServer {
     RawServer::start(move |mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 16 * 1024]);
         while let Ok(count @ 1..) = stream.read(&mut chunk) {
             got.extend_from_slice(&chunk[..count]);
             while let Progress::Complete(message, used) = strict::request(&got) {
                 got.drain(..used);
-                if stream.write_all(&answer(&message)).is_err() {
+                if stream.write_all(&respond(&message)).is_err() {
                     return;
                 }
             }
@@ -45,7 +46,7 @@ fn server(answer: impl Fn(&Message) -> Vec<u8> + Send + Sync + 'static) -> RawSe
     })
 }
 
-/// A server that answers with a field's values, as it got them.
+/// A server that responds with the values of a field, as it received them.
 fn echo(field: &'static str) -> RawServer {
     server(move |request| {
         let values = request.all(field).collect::<Vec<_>>().join("|");
@@ -55,12 +56,12 @@ fn echo(field: &'static str) -> RawServer {
 
 fn read(proxy: &Proxy, path: &str) -> String {
     let mut client = RawClient::connect(proxy.admin());
-    let answer = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
-    assert_eq!(answer.status(), 200, "{answer:?}");
-    answer.text()
+    let response = client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
+    assert_eq!(response.status(), 200, "{response:?}");
+    response.text()
 }
 
-/// `outrigger_rejected_total` of what was malformed.
+/// `outrigger_rejected_total` for malformed requests.
 pub fn malformed(proxy: &Proxy, upstream: &str) -> u64 {
     let name = format!("outrigger_rejected_total{{upstream=\"{upstream}\",reason=\"malformed\"}} ");
     read(proxy, "/metrics")
@@ -85,11 +86,11 @@ pub fn last_request(proxy: &Proxy) -> Value {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What is refused
+// Rejected messages
 
-/// Whoever asks for a tunnel sends behind it what is meant for its other end: that is no request of ours.
+/// Bytes after a CONNECT are meant for the other end of the tunnel: they are not a request to the proxy.
 #[test]
-fn nothing_behind_a_refused_connect_is_served() {
+fn nothing_after_a_rejected_connect_is_served() {
     let (saw, seen) = mpsc::channel();
     let server = server(move |request| {
         let _ = saw.send(request.target().to_owned());
@@ -111,9 +112,9 @@ fn nothing_behind_a_refused_connect_is_served() {
         client.send(format!(
             "CONNECT {to} HTTP/1.1\r\nHost: {to}\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: up\r\n\r\n"
         ));
-        let answer = client.response().expect("well-formed").expect("an answer");
-        assert!(answer.status() >= 400, "{to}: {answer:?}");
-        assert_eq!(answer.field("connection"), Some("close"), "{to}: {answer:?}");
+        let response = client.response().expect("well-formed").expect("a response");
+        assert!(response.status() >= 400, "{to}: {response:?}");
+        assert_eq!(response.field("connection"), Some("close"), "{to}: {response:?}");
         let (rest, closed) = client.read_to_close();
         assert!(closed && rest.is_empty(), "{to}: {:?}", String::from_utf8_lossy(&rest));
     }
@@ -124,9 +125,9 @@ fn nothing_behind_a_refused_connect_is_served() {
     assert_eq!(seen.try_iter().collect::<Vec<_>>(), ["/well"]);
 }
 
-/// What no request can be made of is answered, counted and logged as any other refusal.
+/// Bytes that do not parse as a request get a response, are counted, and are logged like any other rejection.
 #[test]
-fn what_the_parser_refuses_is_told_of() {
+fn requests_rejected_by_the_parser_are_logged_and_counted() {
     let proxy = Proxy::start(config(nobody()));
     let many = "a: b\r\n".repeat(101);
     let long = "a".repeat(70_000);
@@ -161,11 +162,11 @@ fn what_the_parser_refuses_is_told_of() {
             [("inbound", proxy.inbound()), ("up", proxy.upstream("up")), ("other", proxy.outbound())]
         {
             let mut client = RawClient::connect(address);
-            let answer = client.ask(&request);
-            let problem: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
-            assert_eq!((answer.status(), &problem["cause"]), (status, &"malformed".into()), "{answer:?}");
-            assert_eq!(answer.field("content-type"), Some("application/problem+json"));
-            assert!(answer.field("proxy-status").is_some_and(|said| said.contains("http_request_error")));
+            let response = client.ask(&request);
+            let problem: Value = serde_json::from_slice(&response.body).unwrap_or_default();
+            assert_eq!((response.status(), &problem["cause"]), (status, &"malformed".into()), "{response:?}");
+            assert_eq!(response.field("content-type"), Some("application/problem+json"));
+            assert!(response.field("proxy-status").is_some_and(|said| said.contains("http_request_error")));
             let detail = problem["detail"].as_str().unwrap_or_default();
             assert!(detail.contains(words) && detail.contains(target), "{words}, {target}: {detail}");
             client.finish();
@@ -183,7 +184,7 @@ fn what_the_parser_refuses_is_told_of() {
     assert!(!proxy.stdout().contains("hush"), "a query may hold secrets");
 }
 
-/// Refusals that come later count in the same way.
+/// Rejections at a later stage are counted in the same way.
 #[test]
 fn every_malformed_request_is_counted_once() {
     let server = server(|_| OK.into());
@@ -200,23 +201,23 @@ fn every_malformed_request_is_counted_once() {
     .enumerate()
     {
         let (before, all) = (malformed(&proxy, upstream), malformed_anywhere(&proxy));
-        let answer = RawClient::connect(proxy.outbound()).ask(request);
-        assert_eq!(answer.status(), 400, "{at}: {answer:?}");
+        let response = RawClient::connect(proxy.outbound()).ask(request);
+        assert_eq!(response.status(), 400, "{at}: {response:?}");
         assert_eq!(malformed(&proxy, upstream), before + 1, "{request:?}");
         assert_eq!(malformed_anywhere(&proxy), all + 1, "{request:?}");
     }
     for (address, upstream) in [(proxy.inbound(), "inbound"), (proxy.upstream("up"), "up")] {
         let (before, all) = (malformed(&proxy, upstream), malformed_anywhere(&proxy));
-        let answer =
+        let response =
             RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: host\r\n\r\n");
-        assert_eq!(answer.status(), 400, "{answer:?}");
+        assert_eq!(response.status(), 400, "{response:?}");
         assert_eq!((malformed(&proxy, upstream), malformed_anywhere(&proxy)), (before + 1, all + 1));
     }
 }
 
-/// A service's head is held to the same line ends: what one reader takes for a line, another does not.
+/// The head of a response is held to the same line ends: parsers that disagree about line ends disagree about fields.
 #[test]
-fn a_response_head_with_a_bare_lf_is_refused() {
+fn a_response_head_with_a_bare_lf_is_rejected() {
     let heads = [
         "HTTP/1.1 200 OK\nContent-Length: 2\r\n\r\n",
         "HTTP/1.1 200 OK\r\nA: b\nContent-Length: 2\r\n\r\n",
@@ -231,16 +232,16 @@ fn a_response_head_with_a_bare_lf_is_refused() {
         Proxy::start(format!("[defaults]\nretry = false\nbreaker = false\n{}", config(server.address())));
     for (at, head) in heads.iter().enumerate() {
         for address in both(&proxy) {
-            let answer = RawClient::connect(address).ask(format!("GET /{at} HTTP/1.1\r\nHost: up\r\n\r\n"));
-            assert_eq!(answer.status(), 502, "{:?}: {answer:?}", head);
-            assert!(answer.text().contains("LF without CR"), "{}", answer.text());
+            let response = RawClient::connect(address).ask(format!("GET /{at} HTTP/1.1\r\nHost: up\r\n\r\n"));
+            assert_eq!(response.status(), 502, "{:?}: {response:?}", head);
+            assert!(response.text().contains("LF without CR"), "{}", response.text());
         }
     }
 }
 
-/// The client's mistake is the client's, wherever in the body it comes, and no upstream is blamed for it.
+/// An error in the request body is a client error wherever it occurs, and counts against no upstream.
 #[test]
-fn a_malformed_body_is_a_400_wherever_it_comes() {
+fn a_malformed_request_body_is_a_400() {
     let http1 = Upstream::http1(|request| async {
         use http_body_util::BodyExt;
         let _ = request.into_body().collect().await;
@@ -278,12 +279,12 @@ fn a_malformed_body_is_a_400_wherever_it_comes() {
             let mut client = RawClient::connect(address);
             client.send(format!("PUT / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n"));
             client.send(&body);
-            let answer = client.response().expect("well-formed").expect("an answer");
-            let problem: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+            let response = client.response().expect("well-formed").expect("a response");
+            let problem: Value = serde_json::from_slice(&response.body).unwrap_or_default();
             assert_eq!(
-                (answer.status(), &problem["cause"]),
+                (response.status(), &problem["cause"]),
                 (400, &"malformed".into()),
-                "{words}: {answer:?}"
+                "{words}: {response:?}"
             );
             let detail = problem["detail"].as_str().unwrap_or_default();
             assert!(detail.contains(words), "{words}: {detail}");
@@ -303,15 +304,15 @@ fn a_malformed_body_is_a_400_wherever_it_comes() {
         assert!(metrics.contains(&moved), "{upstream} was blamed");
     }
     for host in ["up", "two"] {
-        let answer =
+        let response =
             RawClient::connect(proxy.outbound()).ask(format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
-        assert_eq!(answer.status(), 200);
+        assert_eq!(response.status(), 200);
     }
 }
 
-/// `Content-Length` says something of a HEAD response, too, and others read it.
+/// `Content-Length` is meaningful in a HEAD response, too, and clients read it.
 #[test]
-fn a_length_on_head_is_a_number_or_no_answer() {
+fn an_invalid_content_length_of_a_head_response_is_rejected() {
     let server = server(|request| {
         let length = request.target().trim_start_matches('/').replace("%20", " ").replace("%2C", ",");
         format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").into_bytes()
@@ -319,13 +320,13 @@ fn a_length_on_head_is_a_number_or_no_answer() {
     let proxy =
         Proxy::start(format!("[defaults]\nretry = false\nbreaker = false\n{}", config(server.address())));
     for address in both(&proxy) {
-        for (said, told) in
+        for (said, expected) in
             [("5", Some("5")), ("5%20GET%20/x", None), ("+5", None), ("5%2C6", None), ("0x5", None)]
         {
             let mut client = RawClient::connect(address);
             client.send(format!("HEAD /{said} HTTP/1.1\r\nHost: up\r\nConnection: close\r\n\r\n"));
             let head = String::from_utf8_lossy(&client.read_to_close().0).to_ascii_lowercase();
-            match told {
+            match expected {
                 Some(length) => assert!(head.contains(&format!("content-length: {length}\r\n")), "{head}"),
                 None => assert!(head.starts_with("http/1.1 502 "), "{said}: {head}"),
             }
@@ -334,9 +335,9 @@ fn a_length_on_head_is_a_number_or_no_answer() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What is carried
+// Forwarded messages
 
-pub const ODD: [&[u8]; 7] = [
+pub const UNUSUAL: [&[u8]; 7] = [
     b"/s?q={\"a\":1}",
     b"/a\"b<c>d`e|f^g\\h[i]{j}",
     b"/caf\xe9/\xff\xfe",
@@ -350,9 +351,9 @@ fn get(target: &[u8]) -> Vec<u8> {
     [b"GET ", target, b" HTTP/1.1\r\nHost: up\r\n\r\n"].concat()
 }
 
-/// What RFC 3986 forbids and every server takes goes on byte for byte.
+/// Characters that RFC 3986 forbids and every server accepts are forwarded byte for byte.
 #[test]
-fn odd_targets_are_carried_byte_for_byte() {
+fn unusual_targets_are_forwarded_byte_for_byte() {
     let (saw, seen) = mpsc::channel();
     let server = RawServer::start(move |mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
@@ -369,7 +370,7 @@ fn odd_targets_are_carried_byte_for_byte() {
         }
     });
     let proxy = Proxy::start(config(server.address()));
-    for target in ODD {
+    for target in UNUSUAL {
         let line = [b"GET ", target, b" HTTP/1.1"].concat();
         for address in both(&proxy) {
             assert_eq!(RawClient::connect(address).ask(get(target)).status(), 200);
@@ -382,7 +383,7 @@ fn odd_targets_are_carried_byte_for_byte() {
 }
 
 #[test]
-fn odd_targets_reach_nginx_as_without_a_proxy() {
+fn unusual_targets_reach_nginx_as_without_a_proxy() {
     if !has_tool(&["nginx"]) {
         return;
     }
@@ -397,7 +398,7 @@ fn odd_targets_reach_nginx_as_without_a_proxy() {
     let _nginx =
         Daemon::start("nginx", &["-c", "@DIR@/conf", "-p", "@DIR@"], &[("conf", &nginx)]).listening(direct);
     let proxy = Proxy::start(config(direct));
-    for target in ODD {
+    for target in UNUSUAL {
         let without = RawClient::connect(direct).ask(get(target));
         for address in both(&proxy) {
             let with = RawClient::connect(address).ask(get(target));
@@ -411,26 +412,30 @@ fn odd_targets_reach_nginx_as_without_a_proxy() {
     }
 }
 
-/// By HTTP/2 such a target goes percent-encoded, which means the same.
+/// Over HTTP/2 such a target is percent-encoded, which is equivalent.
 #[test]
-fn odd_targets_are_encoded_towards_http2() {
+fn unusual_targets_are_percent_encoded_towards_http2() {
     let upstream = Upstream::h2c(|request| async move { text(request.uri().to_string()) });
     let proxy = Proxy::start(format!(
         "[[upstream]]\nname = \"up\"\nprotocol = \"h2\"\nendpoints = [\"{}\"]\n",
         upstream.address()
     ));
-    let answer = RawClient::connect(proxy.outbound()).ask(get(b"/a<b>?\"\xe9"));
-    assert_eq!((answer.status(), answer.text().as_str()), (200, "http://up/a%3Cb%3E?%22%E9"), "{answer:?}");
+    let response = RawClient::connect(proxy.outbound()).ask(get(b"/a<b>?\"\xe9"));
+    assert_eq!(
+        (response.status(), response.text().as_str()),
+        (200, "http://up/a%3Cb%3E?%22%E9"),
+        "{response:?}"
+    );
 }
 
 #[test]
-fn targets_and_hosts_are_read_as_the_standards_say() {
+fn targets_and_hosts_are_parsed_as_the_rfcs_require() {
     let server = server(|request| {
-        let told = format!("{} {}", request.start, request.field("host").unwrap_or("-"));
-        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{told}", told.len()).into_bytes()
+        let expected = format!("{} {}", request.start, request.field("host").unwrap_or("-"));
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{expected}", expected.len()).into_bytes()
     });
     let proxy = Proxy::start(config(server.address()));
-    for (request, told) in [
+    for (request, expected) in [
         ("OPTIONS http://up HTTP/1.1\r\nHost: up\r\n\r\n", "OPTIONS * HTTP/1.1 up"),
         ("OPTIONS http://up/ HTTP/1.1\r\nHost: up\r\n\r\n", "OPTIONS / HTTP/1.1 up"),
         ("OPTIONS * HTTP/1.1\r\nHost: up\r\n\r\n", "OPTIONS * HTTP/1.1 up"),
@@ -438,8 +443,8 @@ fn targets_and_hosts_are_read_as_the_standards_say() {
         ("GET / HTTP/1.1\r\nHost: up:\r\n\r\n", "GET / HTTP/1.1 up:"),
         ("GET http://up:/a HTTP/1.1\r\nHost: up\r\n\r\n", "GET /a HTTP/1.1 up:"),
     ] {
-        let answer = RawClient::connect(proxy.outbound()).ask(request);
-        assert_eq!((answer.status(), answer.text().as_str()), (200, told), "{request:?}");
+        let response = RawClient::connect(proxy.outbound()).ask(request);
+        assert_eq!((response.status(), response.text().as_str()), (200, expected), "{request:?}");
     }
     for request in [
         "GET /a#frag HTTP/1.1\r\nHost: up\r\n\r\n",
@@ -447,14 +452,14 @@ fn targets_and_hosts_are_read_as_the_standards_say() {
         "GET http://[::1%25lo]/ HTTP/1.1\r\nHost: up\r\n\r\n",
         "GET / HTTP/1.1\r\nHost: [::1%lo]\r\n\r\n",
     ] {
-        let answer = RawClient::connect(proxy.outbound()).ask(request);
-        assert_eq!(answer.status(), 400, "{request:?}: {answer:?}");
+        let response = RawClient::connect(proxy.outbound()).ask(request);
+        assert_eq!(response.status(), 400, "{request:?}: {response:?}");
     }
 }
 
-/// However a client says that it takes trailers, it gets them.
+/// Trailers reach a client in whichever way it says that it accepts them.
 #[test]
-fn trailers_reach_whoever_takes_them() {
+fn trailers_reach_clients_that_accept_them() {
     let server = server(|_| {
         let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x-sum\r\n\r\n";
         format!("{head}3\r\nabc\r\n0\r\nx-sum: 7\r\n\r\n").into_bytes()
@@ -471,20 +476,20 @@ fn trailers_reach_whoever_takes_them() {
         ("", false),
     ] {
         for address in both(&proxy) {
-            let answer = RawClient::connect(address)
+            let response = RawClient::connect(address)
                 .ask(format!("GET / HTTP/1.1\r\nHost: up\r\nConnection: TE\r\n{te}\r\n"));
             assert_eq!(
-                (answer.status(), answer.trailers.len()),
+                (response.status(), response.trailers.len()),
                 (200, usize::from(takes)),
-                "{te:?}: {answer:?}"
+                "{te:?}: {response:?}"
             );
         }
     }
 }
 
-/// `TE` is for the next hop only, and `Connection` says so (RFC 9110 §10.1.4).
+/// `TE` is for the next hop only, and `Connection` must list it (RFC 9110 §10.1.4).
 #[test]
-fn te_goes_out_with_a_connection_option() {
+fn te_is_forwarded_with_its_connection_option() {
     let (connection, te) = (echo("connection"), echo("te"));
     let config = format!(
         "[[upstream]]\nname = \"connection\"\nendpoints = [\"{}\"]\n[[upstream]]\nname = \"te\"\nendpoints = [\"{}\"]\n",
@@ -500,14 +505,14 @@ fn te_goes_out_with_a_connection_option() {
         ("TE: trailers\r\nConnection: Upgrade, TE\r\nUpgrade: chatter\r\n", ["upgrade, te", "trailers"]),
     ] {
         for (host, said) in ["connection", "te"].into_iter().zip(said) {
-            let answer = RawClient::connect(proxy.outbound())
+            let response = RawClient::connect(proxy.outbound())
                 .ask(format!("GET / HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"));
-            assert_eq!((answer.status(), answer.text().as_str()), (200, said), "{fields:?}");
+            assert_eq!((response.status(), response.text().as_str()), (200, said), "{fields:?}");
         }
     }
 }
 
-/// Trailers of so many bytes, behind a body.
+/// Trailers of this many bytes after a body.
 fn with_trailers(bytes: usize) -> crate::support::Answer {
     use http_body_util::BodyExt;
     let fields = (0..bytes / 1000).map(|at| {
@@ -521,12 +526,12 @@ fn with_trailers(bytes: usize) -> crate::support::Answer {
     http::Response::new(body.boxed_unsync())
 }
 
-/// What comes behind the head of a response by HTTP/2: the data, and the trailers or that it broke off.
+/// What follows the head of an HTTP/2 response: the data, then the trailers or the stream error.
 type Rest = (Vec<u8>, Result<Option<http::HeaderMap>, ()>);
 
-/// Trailers that are too large are an error of their stream, said as such; the connection goes on.
+/// Too large trailers are an error of their stream, reported as such; the connection is kept.
 #[test]
-fn trailers_above_64_kib_are_an_error_and_not_cut() {
+fn trailers_above_64_kib_are_an_error() {
     use http_body_util::{BodyExt, Empty};
     use hyper_util::rt::{TokioExecutor, TokioIo};
     let upstream = Upstream::h2c(|request| async move {
@@ -559,12 +564,12 @@ fn trailers_above_64_kib_are_an_error_and_not_cut() {
                     .header("te", "trailers")
                     .body(Empty::<bytes::Bytes>::new())
                     .expect("a request");
-                // The stream may be reset before its head is out.
-                let Ok(answer) = sender.send_request(request).await else {
+                // The stream may be reset before its head is sent.
+                let Ok(response) = sender.send_request(request).await else {
                     all.push((Vec::new(), Err(())));
                     continue;
                 };
-                let mut body = answer.into_body();
+                let mut body = response.into_body();
                 let (mut data, mut end) = (Vec::new(), Ok(None));
                 while let Some(frame) = body.frame().await {
                     match frame.map(hyper::body::Frame::into_data) {
@@ -588,7 +593,7 @@ fn trailers_above_64_kib_are_an_error_and_not_cut() {
             (&grpc.0[..], &trailers["grpc-status"]),
             (&b"abc"[..], &http::HeaderValue::from_static("8"))
         );
-        // By HTTP/1.1 the body has no end.
+        // Over HTTP/1.1 the body has no end.
         let mut client = RawClient::connect(address);
         client.send("GET /80000 HTTP/1.1\r\nHost: up\r\nTE: trailers\r\n\r\n");
         let (got, closed) = client.read_to_close();
@@ -597,7 +602,7 @@ fn trailers_above_64_kib_are_an_error_and_not_cut() {
     }
 }
 
-/// HTTP/1.0 has no expectations: its body goes on at once.
+/// HTTP/1.0 has no expectations: the body is forwarded at once.
 #[test]
 fn an_expectation_of_http_1_0_is_ignored() {
     let expect = echo("expect");
@@ -609,20 +614,20 @@ fn an_expectation_of_http_1_0_is_ignored() {
             client.send(format!(
                 "PUT / HTTP/1.0\r\nHost: up\r\nExpect: {expect}\r\nContent-Length: 4\r\n\r\nbody"
             ));
-            let answer = client.response().expect("well-formed").expect("an answer");
-            assert_eq!((answer.status(), answer.text().as_str()), (200, ""), "{answer:?}");
-            // A second is how long a body is held back for a server that says nothing.
+            let response = client.response().expect("well-formed").expect("a response");
+            assert_eq!((response.status(), response.text().as_str()), (200, ""), "{response:?}");
+            // The proxy waits one second for a server that does not send 100 before it forwards the body.
             assert!(began.elapsed() < Duration::from_secs(1), "held for {:?}", began.elapsed());
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// How connections end
+// Connection ends
 
-/// A response that breaks off must not take a complete one before it along: no reset, though bytes are unread.
+/// A truncated response must not destroy a complete one before it: no reset, though bytes are unread.
 #[test]
-fn a_complete_response_arrives_though_the_next_one_breaks_off() {
+fn a_complete_response_arrives_when_the_next_one_is_truncated() {
     let server = RawServer::start(|mut stream: TcpStream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
         while let Ok(count @ 1..) = stream.read(&mut chunk) {
@@ -630,8 +635,8 @@ fn a_complete_response_arrives_though_the_next_one_breaks_off() {
             while let Progress::Complete(message, used) = strict::request(&got) {
                 got.drain(..used);
                 let breaks = message.target() == "/breaks";
-                let answer = if breaks { "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf" } else { OK };
-                let _ = stream.write_all(answer.as_bytes());
+                let response = if breaks { "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf" } else { OK };
+                let _ = stream.write_all(response.as_bytes());
                 if breaks {
                     let _ = stream.shutdown(Shutdown::Both);
                     return;
@@ -644,7 +649,7 @@ fn a_complete_response_arrives_though_the_next_one_breaks_off() {
         let mut client = RawClient::connect(address);
         let mut requests =
             String::from("GET /whole HTTP/1.1\r\nHost: up\r\n\r\nGET /breaks HTTP/1.1\r\nHost: up\r\n\r\n");
-        // More than is read at once, so that some of it is still with the kernel when the connection ends.
+        // More than one read, so that some of it is still in the kernel when the connection ends.
         let padding = "x".repeat(30_000);
         for _ in 0..8 {
             let _ = write!(requests, "GET /never HTTP/1.1\r\nHost: up\r\nx: {padding}\r\n\r\n");

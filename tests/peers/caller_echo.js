@@ -1,4 +1,4 @@
-// Answers every request with who called, as the request says.
+// Responds to every request with its x-forwarded-client-cert: the identity that the service would see.
 const server = require("http").createServer((request, response) => {
   request.resume();
   response.end(`caller=${request.headers["x-forwarded-client-cert"]}\n`);

@@ -1,4 +1,4 @@
-"""Answers every request, whatever its method, with who called, as the request says."""
+"""Responds to every request, whatever its method, with its x-forwarded-client-cert."""
 
 import sys
 from wsgiref.simple_server import make_server

@@ -1,8 +1,8 @@
-"""Makes every kind of call and checks what comes back.
+"""Calls all kinds of gRPC methods and checks the responses.
 
-grpc_client.py TARGET AUTHORITY           every kind of call
-grpc_client.py TARGET AUTHORITY refused   a call that cannot be carried: the status must be UNAVAILABLE
-With http_proxy set, the library calls through a CONNECT tunnel.
+grpc_client.py TARGET AUTHORITY           all kinds of methods
+grpc_client.py TARGET AUTHORITY refused   a request that cannot be forwarded: the status must be UNAVAILABLE
+With http_proxy set, the library uses a CONNECT tunnel.
 """
 
 import queue
@@ -36,7 +36,7 @@ if sys.argv[3:] == ["refused"]:
     print("refused:", error.details())
     sys.exit(0)
 
-# Unary, with metadata both before and behind the message.
+# Unary, with metadata both before and after the message.
 for payload in (b"", b"hello", b"x" * 1_000_000):
     answer, info = call("unary_unary", "Unary").with_call(payload, timeout=20)
     expect(answer, payload)
@@ -48,7 +48,7 @@ numbers = call("unary_stream", "ServerStream")(b"100", timeout=20)
 expect([int(number) for number in numbers], list(range(100)))
 expect(call("stream_unary", "ClientStream")(iter([b"x" * 1000] * 100), timeout=20), b"100000")
 
-# Both ways at once: an answer comes before the next question goes.
+# Bidirectional: each response arrives before the next request message is sent.
 questions = queue.Queue()
 answers = call("stream_stream", "Bidi")(iter(questions.get, None), timeout=20)
 for word in ("one", "two", "three"):
@@ -66,14 +66,14 @@ expect((got, error.code(), error.details()), ([b"one", b"two"], grpc.StatusCode.
 error = fails(lambda: call("unary_unary", "Missing")(b"", timeout=20))
 expect(error.code(), grpc.StatusCode.UNIMPLEMENTED)
 
-# The deadline travels and is only shortened; without one there is none.
+# The deadline is forwarded and only shortened; without one none is added.
 left = int(call("unary_unary", "Remaining")(b"", timeout=20))
 assert 1000 < left < 21_000, left
 expect(call("unary_unary", "Remaining")(b""), b"none")
 error = fails(lambda: call("unary_unary", "Hang")(b"", timeout=0.3))
 expect(error.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
 
-# A caller that gives up is heard.
+# A cancellation reaches the server.
 future = call("unary_unary", "Hang").future(b"")
 future.cancel()
 expect(call("unary_unary", "Unary")(b"after", timeout=20), b"after")

@@ -1,4 +1,4 @@
-"""A gRPC server of every kind of call, on bytes, without generated code. Prints its port."""
+"""A gRPC server with all kinds of methods, on bytes, without generated code. Prints its port."""
 
 import sys
 import time

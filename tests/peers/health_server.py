@@ -1,4 +1,4 @@
-"""The health service of grpcio: `good` serves, `bad` does not. Argument: the port on 127.0.0.1."""
+"""The health service of grpcio: `good` is SERVING, `bad` is not. Argument: the port on 127.0.0.1."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor

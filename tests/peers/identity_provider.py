@@ -1,4 +1,4 @@
-"""An identity provider made of Authlib: an OAuth 2 token endpoint, keys that rotate, and an API that takes its tokens.
+"""An identity provider based on Authlib: an OAuth 2 token endpoint, keys that rotate, and an API that verifies its tokens.
 
 usage: identity_provider.py CERTIFICATE KEY CLIENT_ID CLIENT_SECRET    prints its port
 

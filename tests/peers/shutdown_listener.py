@@ -1,6 +1,6 @@
-"""Shuts down a listening socket of another process, as a fault of the kernel or of a library would: PID PORT.
+"""Shuts down a listening socket of another process, as a defect of the kernel or of a library would: PID PORT.
 
-Exit code 3: the kernel does not let us."""
+Exit code 3: the kernel does not allow it."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""A WebSocket client: sends texts and bytes of many sizes and looks whether they come back. Prints what happened.
+"""A WebSocket client: sends texts and bytes of many sizes and checks the echoes. Prints the result.
 
 usage: websocket_client.py URL
 """

@@ -1,4 +1,4 @@
-"""A WebSocket server that sends back what it gets. Prints its port."""
+"""A WebSocket echo server. Prints its port."""
 
 import asyncio
 import logging
@@ -17,6 +17,6 @@ async def main():
         await server.serve_forever()
 
 
-# The fuzzer breaks every rule; a traceback for each would bury the test's own words.
+# The fuzzer breaks every rule; a traceback for each would hide the test's own output.
 logging.getLogger("websockets").setLevel(logging.CRITICAL)
 asyncio.run(main())

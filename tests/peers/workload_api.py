@@ -1,4 +1,4 @@
-"""A SPIFFE Workload API, by the published workload.proto: tells what the files in a directory hold, again when they change.
+"""A SPIFFE Workload API, by the published workload.proto: serves the files of a directory, and sends them again when they change.
 
 usage: workload_api.py SOCKET DIRECTORY TRUST_DOMAIN    (svid.crt, svid.key, ca.crt; NAME.federated for others; crl.pem)
 """
@@ -54,16 +54,16 @@ def fetch(request, context):
     metadata = dict(context.invocation_metadata())
     if metadata.get("workload.spiffe.io") != "true":
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "security header missing")
-    told = None
+    sent = None
     while context.is_active():
         try:
             now = response()
         except OSError:
             now = None
-        if now is None and told is None:
+        if now is None and sent is None:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "no identity issued")
-        if now and now != told:
-            told = now
+        if now and now != sent:
+            sent = now
             yield now
         time.sleep(0.02)
 

@@ -1,4 +1,4 @@
-//! A DNS server on loopback whose zone a test can change at any time. The proxy asks it by `OUTRIGGER_DNS`.
+//! A DNS server on loopback whose zone a test can change at any time. The proxy queries it by `OUTRIGGER_DNS`.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ const NO_SUCH_NAME: u8 = 3;
 /// Priority, weight, port, target.
 pub type Srv<'a> = (u16, u16, u16, &'a str);
 
-/// Records of one name and kind, and how long they hold.
+/// Records of one name and type, and their TTL.
 struct Records {
     ttl: u32,
     data: Vec<Vec<u8>>,
@@ -26,7 +26,7 @@ struct Records {
 
 type Zone = HashMap<(String, u16), Records>;
 
-/// Dropping it ends it.
+/// Dropping it stops it.
 pub struct Dns {
     address: SocketAddr,
     zone: Arc<Mutex<Zone>>,
@@ -36,12 +36,12 @@ pub struct Dns {
 }
 
 impl Dns {
-    /// Records hold for a second.
+    /// Records with a TTL of one second.
     pub fn start() -> Self {
         Self::with_ttl(1)
     }
 
-    /// Records hold for this many seconds.
+    /// Records with this TTL in seconds.
     pub fn with_ttl(ttl: u32) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
         socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
@@ -54,15 +54,15 @@ impl Dns {
             while owner.upgrade().is_some() {
                 let Ok((length, peer)) = socket.recv_from(&mut query) else { continue };
                 count.fetch_add(1, Ordering::Relaxed);
-                if let Some(answer) = answer(&query[..length], &records.lock().expect("no panic")) {
-                    let _ = socket.send_to(&answer, peer);
+                if let Some(response) = answer(&query[..length], &records.lock().expect("no panic")) {
+                    let _ = socket.send_to(&response, peer);
                 }
             }
         });
         Self { address, zone, queries, ttl, alive }
     }
 
-    /// How often it was asked; A and AAAA are two.
+    /// The number of queries; A and AAAA are two.
     pub fn queries(&self) -> usize {
         self.queries.load(Ordering::Relaxed)
     }
@@ -72,12 +72,12 @@ impl Dns {
         self.address.to_string()
     }
 
-    /// The IPv4 addresses of a name; it has no others.
+    /// Sets the IPv4 addresses of a name; it has no others.
     pub fn addresses(&self, name: &str, addresses: &[Ipv4Addr]) {
         self.addresses_for(self.ttl, name, addresses);
     }
 
-    /// The same, which hold for this many seconds.
+    /// The same with this TTL in seconds.
     pub fn addresses_for(&self, ttl: u32, name: &str, addresses: &[Ipv4Addr]) {
         let data = addresses.iter().map(|address| address.octets().to_vec()).collect();
         self.zone.lock().expect("no panic").insert((name.to_owned(), A), Records { ttl, data });
@@ -111,19 +111,19 @@ fn answer(query: &[u8], zone: &Zone) -> Option<Vec<u8>> {
     let (ttl, records) =
         zone.get(&(name.clone(), kind)).map_or((0, &[][..]), |found| (found.ttl, &found.data[..]));
     let known = zone.keys().any(|(known, _)| *known == name);
-    let mut answer = query[..2].to_vec();
-    answer.extend([0x81, 0x80 | if known { 0 } else { NO_SUCH_NAME }, 0, 1]);
-    answer.extend(u16::try_from(records.len()).ok()?.to_be_bytes());
-    answer.extend([0; 4]);
-    answer.extend(question);
+    let mut response = query[..2].to_vec();
+    response.extend([0x81, 0x80 | if known { 0 } else { NO_SUCH_NAME }, 0, 1]);
+    response.extend(u16::try_from(records.len()).ok()?.to_be_bytes());
+    response.extend([0; 4]);
+    response.extend(question);
     for data in records {
         // The name of the question, class IN.
-        answer.extend([0xc0, 12]);
-        answer.extend(kind.to_be_bytes());
-        answer.extend([0, 1]);
-        answer.extend(ttl.to_be_bytes());
-        answer.extend(u16::try_from(data.len()).ok()?.to_be_bytes());
-        answer.extend(data);
+        response.extend([0xc0, 12]);
+        response.extend(kind.to_be_bytes());
+        response.extend([0, 1]);
+        response.extend(ttl.to_be_bytes());
+        response.extend(u16::try_from(data.len()).ok()?.to_be_bytes());
+        response.extend(data);
     }
-    Some(answer)
+    Some(response)
 }

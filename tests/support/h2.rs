@@ -1,4 +1,4 @@
-//! HTTP/2 frames by hand, so that they can be wrong.
+//! Hand-made HTTP/2 frames, so that they can be invalid.
 
 use std::net::SocketAddr;
 
@@ -18,7 +18,7 @@ pub const END_STREAM: u8 = 1;
 pub const ACK: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 
-/// A frame that came.
+/// A received frame.
 #[derive(Clone, Debug)]
 pub struct Frame {
     pub kind: u8,
@@ -27,17 +27,17 @@ pub struct Frame {
     pub payload: Vec<u8>,
 }
 
-/// How a request ended, seen from the caller.
+/// How a request ended for the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The status of its answer, where our small HPACK reader knows it.
+    /// The status of its response, if our small HPACK decoder knows it.
     Answer(Option<u16>),
     /// RST_STREAM with this code.
     Reset(u32),
     /// GOAWAY with this code.
     GoAway(u32),
     Closed,
-    /// Nothing for as long as the patience lasts.
+    /// Nothing within the read timeout.
     Silent,
 }
 
@@ -151,7 +151,7 @@ impl H2Client {
         self.send(frame(HEADERS, flags, stream, block));
     }
 
-    /// The next frame; settings and pings are answered on the way. None: closed, or silent.
+    /// The next frame; SETTINGS and PING are acknowledged on the way. Err: closed, or silent.
     pub fn next(&mut self) -> Result<Frame, End> {
         let length = self.raw.peek(9).map(|head| u32::from_be_bytes([0, head[0], head[1], head[2]]))?;
         let length = usize::try_from(length).expect("24 bits");
@@ -204,7 +204,7 @@ impl H2Client {
         }
     }
 
-    /// Reads until GOAWAY comes; its code.
+    /// Reads until GOAWAY arrives; its code.
     pub fn goaway(&mut self) -> Result<u32, End> {
         loop {
             let frame = self.next()?;
@@ -214,7 +214,7 @@ impl H2Client {
         }
     }
 
-    /// A request that must be answered with 200.
+    /// A request that must get 200.
     #[track_caller]
     pub fn must_get(&mut self, stream: u32, path: &str) {
         self.headers(stream, &get(path), true);

@@ -1,4 +1,4 @@
-//! A server of HTTP/2 whose every setting a test may choose, and a client.
+//! An HTTP/2 server with arbitrary settings, and a client.
 
 use std::{
     future::Future,
@@ -21,7 +21,7 @@ use tokio::{
     task::{LocalSet, spawn_local},
 };
 
-/// A server on a thread of its own. Dropping it closes all its connections.
+/// A server on its own thread. Dropping it closes all its connections.
 pub struct H2Server {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
@@ -91,14 +91,14 @@ async fn accept<F, R>(
     }
 }
 
-/// Answers, without a body.
+/// Responds without a body.
 pub fn answer(respond: &mut SendResponse<Bytes>, status: u16) {
     let mut response = Response::new(());
     *response.status_mut() = status.try_into().expect("a status");
     let _ = respond.send_response(response, true);
 }
 
-/// A client with prior knowledge. Its connection lives as long as it, on the runtime of the caller.
+/// A client with prior knowledge. Its connection lives as long as it does, on the runtime of the calling test.
 pub async fn client(address: SocketAddr, builder: h2::client::Builder) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(address).await.expect("connect");
     let _ = stream.set_nodelay(true);

@@ -1,4 +1,4 @@
-//! An identity provider: publishes keys, hands out tokens, counts who asks, and goes away when told to.
+//! An identity provider: publishes keys, issues tokens, counts requests, and can be made unavailable.
 
 use std::sync::{
     Arc, Mutex,
@@ -25,11 +25,11 @@ struct State {
     away: AtomicBool,
     key_fetches: AtomicUsize,
     token_requests: AtomicUsize,
-    /// What the last token request carried: the Authorization field and the body.
+    /// The last token request: Authorization field and body.
     last_request: Mutex<(String, String)>,
-    /// Seconds that tokens live.
+    /// Lifetime of tokens in seconds.
     lifetime: AtomicUsize,
-    /// Milliseconds before a token is given.
+    /// Milliseconds before a token is issued.
     delay: AtomicUsize,
 }
 
@@ -60,11 +60,11 @@ impl Issuer {
                         return text(token.to_string());
                     }
                 }
-                let mut answer = text(state.keys.lock().expect("a lock").clone());
+                let mut response = text(state.keys.lock().expect("a lock").clone());
                 if state.away.load(Ordering::SeqCst) {
-                    *answer.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+                    *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
                 }
-                answer
+                response
             }
         });
         Self { server, state }
@@ -82,7 +82,7 @@ impl Issuer {
         format!("http://{}/token", self.server.address())
     }
 
-    /// Answers everything with 503 for as long as it is away.
+    /// Responds with 503 to everything while it is away.
     pub fn set_away(&self, away: bool) {
         self.state.away.store(away, Ordering::SeqCst);
     }
@@ -110,12 +110,12 @@ impl Issuer {
 
 pub const ISSUER: &str = "https://id.example";
 
-/// What a good token for `checkout` says.
+/// The claims of a valid token for `checkout`.
 pub fn good_claims() -> Value {
     json!({ "iss": ISSUER, "aud": "checkout", "sub": "ann", "scope": "orders:read", "exp": in_seconds(300) })
 }
 
-/// So many seconds from now, since 1970.
+/// This many seconds from now, as a Unix time.
 pub fn in_seconds(seconds: i64) -> i64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
     i64::try_from(now.as_secs()).expect("a time") + seconds

@@ -1,4 +1,4 @@
-//! The props: the real binary, servers to stand behind it, sockets to poke it with, and the outside tools.
+//! Test support: the real binary, servers behind it, sockets, and external tools.
 
 #![allow(dead_code, unused_imports, reason = "not every test uses every prop")]
 
@@ -32,7 +32,7 @@ pub use raw::{RawClient, RawServer};
 pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};
 pub use upstream::{Answer, Upstream, text};
 
-/// How long anything that must happen may take, on a slow and busy machine.
+/// How long anything that must happen may take on a slow and busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until `condition` holds; fails the test, saying `what`, if it does not within [`PATIENCE`].
@@ -45,8 +45,8 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// An address that refuses connections: held to the end of the process and never listened to, so that nobody else gets
-/// it.
+/// An address that refuses connections: bound until the process ends and never listened to, so that no other process
+/// gets it.
 pub fn nobody() -> SocketAddr {
     let kept = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     kept.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");

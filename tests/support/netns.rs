@@ -1,4 +1,4 @@
-//! Network namespaces that stand for pods: each with a network of its own, all on one bridge, IPv4 and IPv6.
+//! Network namespaces that represent pods: each with its own network, all on one bridge, IPv4 and IPv6.
 
 use std::{
     fs,
@@ -15,10 +15,10 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{binary, has_tool, skip, tool};
 
-/// The user that the proxy is in a pod.
+/// The proxy's user in a pod.
 pub const PROXY_USER: u32 = 4140;
 
-/// A bridge in a namespace of its own. It goes with the last of its pods.
+/// A bridge in its own namespace, which is removed with the last of its pods.
 pub struct Lan(Arc<Namespace>, AtomicU8);
 
 /// A namespace on the bridge.
@@ -58,7 +58,7 @@ fn ip(arguments: &[&str]) {
 }
 
 impl Lan {
-    /// None where the machine does not let us; then the test says that it skips.
+    /// None if the machine does not allow it; then the test reports that it is skipped.
     #[track_caller]
     pub fn new() -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
@@ -98,7 +98,7 @@ impl Pod {
         [(IpAddr::from(self.v4), port).into(), (IpAddr::from(self.v6), port).into()]
     }
 
-    /// Runs a closure on a thread that is in the pod; the sockets and processes that it makes stay there.
+    /// Runs a closure on a thread in the pod; its sockets and processes stay there.
     pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         let file = fs::File::open(format!("/run/netns/{}", self.namespace.0)).expect("the namespace");
         thread::scope(|scope| {
@@ -114,14 +114,14 @@ impl Pod {
         })
     }
 
-    /// What to put before a command that is to run in the pod, as a user.
+    /// The command prefix that runs a command in the pod as a user.
     pub fn as_user(&self, user: u32) -> Vec<String> {
         let user = user.to_string();
         let words = ["ip", "netns", "exec", &self.namespace.0, "setpriv", "--reuid", &user, "--regid", &user];
         words.into_iter().map(str::to_owned).chain(["--clear-groups".to_owned()]).collect()
     }
 
-    /// A command in the pod, as a user, to its end.
+    /// Runs a command in the pod as a user, to its end.
     pub fn command(&self, user: u32, words: &[&str]) -> Output {
         let before = self.as_user(user);
         let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
@@ -139,7 +139,7 @@ impl Pod {
         self.command(0, &words)
     }
 
-    /// The same; it must go well.
+    /// The same; it must succeed.
     #[track_caller]
     pub fn redirected(&self, arguments: &[&str]) {
         let output = self.redirect(arguments);

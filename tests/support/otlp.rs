@@ -1,4 +1,4 @@
-//! A collector that is looked into: it decodes what it gets and keeps it with the fields by which it came.
+//! A collector that decodes what it receives and keeps it with the header fields of the request.
 
 use std::{
     convert::Infallible,
@@ -20,7 +20,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{tls::server_config, upstream::LocalExec};
 
-/// A request as it came.
+/// A received request.
 pub struct Got {
     pub path: String,
     pub fields: HeaderMap,
@@ -39,7 +39,7 @@ impl Got {
     }
 }
 
-/// Takes OTLP by TLS, over gRPC or HTTP. It ends with the test's process.
+/// Accepts OTLP over TLS, by gRPC or HTTP. It ends with the test's process.
 pub struct Collector {
     address: SocketAddr,
     got: Arc<Mutex<Vec<Got>>>,
@@ -65,7 +65,7 @@ impl Collector {
         self.address
     }
 
-    /// Takes all that has come since.
+    /// Takes all that has arrived since.
     pub fn take(&self) -> Vec<Got> {
         std::mem::take(&mut self.got.lock().expect("a lock"))
     }
@@ -81,7 +81,7 @@ async fn serve(
     while let Ok((stream, _)) = listener.accept().await {
         let (acceptor, got) = (acceptor.clone(), Arc::clone(&got));
         tokio::task::spawn_local(async move {
-            // Whoever does not believe the certificate leaves.
+            // A client that rejects the certificate disconnects.
             let Ok(stream) = acceptor.accept(stream).await else { return };
             let service = service_fn(move |request| {
                 let got = Arc::clone(&got);
@@ -106,7 +106,7 @@ async fn answer(
     let mut body = body.collect().await.expect("a body").to_bytes();
     let mut packed = head.headers.get("content-encoding").is_some_and(|coding| coding == "gzip");
     if grpc {
-        // A message of gRPC: whether it is compressed, its length, itself.
+        // A gRPC message: compressed flag, length, content.
         packed = body[0] == 1;
         assert_eq!(u32::from_be_bytes([body[1], body[2], body[3], body[4]]) as usize, body.len() - 5);
         body = body.slice(5..);
@@ -120,7 +120,7 @@ async fn answer(
     let request = ExportTraceServiceRequest::decode(&bytes[..]).expect("protobuf");
     let path = head.uri.path().to_owned();
     got.lock().expect("a lock").push(Got { path, fields: head.headers, request });
-    // An empty message says that all is well.
+    // An empty message means success.
     let (kind, message, trailers) = match grpc {
         true => ("application/grpc", &[0; 5][..], Some(("grpc-status", HeaderValue::from_static("0")))),
         false => ("application/x-protobuf", &[][..], None),

@@ -1,4 +1,4 @@
-//! Certificates, good and bad.
+//! Certificates, valid and invalid.
 
 use std::{
     fs,
@@ -14,13 +14,13 @@ use rcgen::{
 };
 use tempfile::TempDir;
 
-/// A CA in a directory of its own, and what it issues.
+/// A CA in its own directory, and the certificates that it issues.
 pub struct Pki {
     directory: TempDir,
     ca: CertifiedIssuer<'static, KeyPair>,
 }
 
-/// What an issued certificate is made of, to be changed.
+/// The parameters of a certificate, for a test to change.
 pub type Params = CertificateParams;
 
 pub fn uri(text: &str) -> SanType {
@@ -40,7 +40,7 @@ impl Pki {
         Self { directory: tempfile::tempdir().expect("a directory"), ca: ca("test CA") }
     }
 
-    /// Another CA, whose files are beside those of this one.
+    /// Replaces the CA; its files are beside those of the first one.
     pub fn renew_ca(&mut self, name: &str) {
         self.ca = ca(name);
     }
@@ -53,7 +53,7 @@ impl Pki {
         self.ca.pem()
     }
 
-    /// Writes in one step, as a Secret's files change.
+    /// Writes atomically, as a Secret's files change.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         let next = self.path(&format!(".{name}.next"));
         fs::write(&next, text).expect("write");
@@ -82,7 +82,7 @@ impl Pki {
         (params.signed_by(&key, &self.ca).expect("a certificate").pem(), key.serialize_pem())
     }
 
-    /// A chain and its key, PEM: below an intermediate that expires at a moment.
+    /// A chain and its key, PEM, with an intermediate that expires at this moment.
     pub fn issue_below(&self, name: &str, expires: SystemTime) -> (String, String) {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
@@ -104,12 +104,12 @@ impl Pki {
     /// Writes NAME.crt and NAME.key.
     pub fn write_leaf(&self, name: &str, change: impl FnOnce(&mut Params)) {
         let (certificate, key) = self.issue(name, change);
-        // The key first: with the old certificate it is refused, and with the new one taken.
+        // The key first: with the old certificate it is rejected, and with the new one accepted.
         self.write(&format!("{name}.key"), &key);
         self.write(&format!("{name}.crt"), &certificate);
     }
 
-    /// The `[identity]` of a sidecar, its files written.
+    /// The `[identity]` section of a sidecar, with its files written.
     pub fn identity(&self, name: &str) -> String {
         self.write_ca();
         self.write_leaf(name, |_| {});

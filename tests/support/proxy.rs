@@ -20,7 +20,7 @@ use super::{
     netns::{PROXY_USER, Pod},
 };
 
-/// All listeners on ports of the system's choice; a test's own configuration is merged over it.
+/// All listeners on ports that the system chooses; a test's configuration is merged over it.
 const BASE: &str = r#"
 [runtime]
 drain_timeout = "5s"
@@ -32,7 +32,7 @@ listen = "127.0.0.1:0"
 listen = "127.0.0.1:0"
 "#;
 
-/// As a pod has them: the ports that redirection leads to.
+/// As in a pod: the ports to which redirection leads.
 const POD: &str = r#"
 [runtime]
 drain_timeout = "5s"
@@ -50,7 +50,7 @@ pub fn binary() -> PathBuf {
     std::env::var_os("OUTRIGGER_BIN").map_or_else(|| env!("CARGO_BIN_EXE_outrigger").into(), PathBuf::from)
 }
 
-/// The same where every user can run it: a checkout may lie in a directory that only its owner may enter.
+/// The same where every user can run it: a checkout may be in a directory that only its owner may enter.
 pub fn binary_for_all() -> PathBuf {
     static COPY: OnceLock<PathBuf> = OnceLock::new();
     let open = |path: &Path| fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o001 != 0);
@@ -78,7 +78,7 @@ pub struct Launch {
     in_pod: bool,
 }
 
-/// A running proxy. Dropping it ends it.
+/// A running proxy. Dropping it stops it.
 pub struct Proxy {
     child: Child,
     directory: TempDir,
@@ -144,7 +144,7 @@ impl Launch {
         let path = |name| directory.path().join(name);
         fs::write(path("base.toml"), if self.in_pod { POD } else { BASE }).expect("write");
         if self.in_pod {
-            // Its user is not ours.
+            // It runs as another user.
             fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).expect("chmod");
         }
         fs::write(path("outrigger.toml"), &self.config).expect("write");
@@ -199,7 +199,7 @@ impl Proxy {
         self.bound(&self.ready["admin"], "admin")
     }
 
-    /// Where the upstream's own `listen` is bound.
+    /// The address of the upstream's own `listen`.
     #[track_caller]
     pub fn upstream(&self, name: &str) -> SocketAddr {
         self.bound(&self.ready["upstreams"][name], name)
@@ -229,7 +229,7 @@ impl Proxy {
         String::from_utf8_lossy(&fs::read(self.directory.path().join(name)).unwrap_or_default()).into_owned()
     }
 
-    /// Replaces the configuration in one step, as an editor or a ConfigMap does.
+    /// Replaces the configuration atomically, as an editor or a ConfigMap does.
     pub fn reconfigure(&self, config: &str) {
         let next = self.directory.path().join("outrigger.toml.next");
         fs::write(&next, config).expect("write");
@@ -241,7 +241,7 @@ impl Proxy {
         signal(self.pid(), name);
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         let mut status = None;
@@ -256,7 +256,7 @@ impl Proxy {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// CPU time of its threads that still run.
+    /// CPU time of its running threads.
     #[track_caller]
     pub fn cpu_time(&self) -> Duration {
         let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("/proc");

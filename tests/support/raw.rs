@@ -1,4 +1,4 @@
-//! Plain sockets: what goes over them is exactly what the test says.
+//! Plain sockets, which send exactly the bytes of the test.
 
 use std::{
     io::{self, Read, Write},
@@ -16,10 +16,10 @@ use super::{
     strict::{self, Message, Progress},
 };
 
-/// A caller that writes bytes.
+/// A client that writes bytes.
 pub struct RawClient {
     pub stream: TcpStream,
-    /// Read, but not yet taken.
+    /// Read, but not yet consumed.
     pub buffer: Vec<u8>,
 }
 
@@ -33,13 +33,14 @@ impl RawClient {
         Self { stream, buffer: Vec::new() }
     }
 
-    /// Gives up reading after this long.
+    /// Stops reading after this long.
     pub fn patience(self, limit: Duration) -> Self {
         self.stream.set_read_timeout(Some(limit)).expect("a timeout");
         self
     }
 
-    /// Sends; a peer that has hung up is not an error here, it shows when reading. False: it has, or takes no more.
+    /// Sends; a peer that has closed is no error here, it shows when reading. False: it has closed, or accepts no
+    /// more.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
         self.stream.write_all(bytes.as_ref()).is_ok()
     }
@@ -55,8 +56,8 @@ impl RawClient {
         Ok(count)
     }
 
-    /// The next complete response to a request that was not HEAD or CONNECT, interim ones skipped.
-    /// None: closed, or silent for as long as the patience lasts. Err: what came is no proper HTTP/1 response.
+    /// The next complete response to a request that was not HEAD or CONNECT, skipping interim ones. None: closed, or
+    /// nothing within the read timeout. Err: not a valid HTTP/1 response.
     pub fn response(&mut self) -> Result<Option<Message>, String> {
         let mut closed = false;
         loop {
@@ -83,7 +84,7 @@ impl RawClient {
         }
     }
 
-    /// The next bytes, this many, left in the buffer.
+    /// The next bytes, this many, which stay in the buffer.
     pub fn peek(&mut self, count: usize) -> Result<&[u8], super::h2::End> {
         while self.buffer.len() < count {
             match self.fill() {
@@ -104,7 +105,7 @@ impl RawClient {
         self.response().expect("a well-formed response").expect("a response")
     }
 
-    /// Reads until `needle` has come; all that was read.
+    /// Reads until `needle` has arrived; all that was read.
     #[track_caller]
     pub fn read_until(&mut self, needle: &[u8]) -> Vec<u8> {
         while !self.buffer.windows(needle.len()).any(|window| window == needle) {
@@ -120,7 +121,7 @@ impl RawClient {
         std::mem::take(&mut self.buffer)
     }
 
-    /// Reads to the end; whether the end came (a close or a reset) while the patience lasted.
+    /// Reads to the end; whether the end (a close or a reset) arrived within the read timeout.
     pub fn read_to_close(&mut self) -> (Vec<u8>, bool) {
         loop {
             match self.fill() {
@@ -135,7 +136,7 @@ impl RawClient {
     }
 }
 
-/// A server that runs a closure per connection, each on a thread of its own.
+/// A server that runs a closure for each connection, each on its own thread.
 pub struct RawServer {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
@@ -148,12 +149,12 @@ impl RawServer {
         Self::start_at(([127, 0, 0, 1], 0).into(), serve)
     }
 
-    /// The same at a given address, for a server that comes back.
+    /// The same at a given address, for a server that is restarted.
     pub fn start_at(address: SocketAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
         Self::start_on(TcpListener::bind(address).expect("bind"), serve)
     }
 
-    /// The same on a socket that listens already.
+    /// The same on a listening socket.
     pub fn start_on(listener: TcpListener, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
         let address = listener.local_addr().expect("an address");
         let stop = Arc::new(AtomicBool::new(false));
@@ -173,7 +174,7 @@ impl RawServer {
         Self { address, stop, connections, received: Arc::default() }
     }
 
-    /// Reads up to the end of a request's head, keeps what it got, answers `script`, and closes.
+    /// Reads to the end of a request's head, keeps what it received, sends `script`, and closes.
     pub fn scripted(script: impl Into<Vec<u8>>) -> Self {
         let received = Arc::<Mutex<Vec<u8>>>::default();
         let (script, log) = (script.into(), received.clone());
@@ -203,7 +204,7 @@ impl RawServer {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// What a scripted server got.
+    /// What a scripted server received.
     pub fn received(&self) -> Vec<u8> {
         self.received.lock().map(|bytes| bytes.clone()).unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! rotel, an OTLP collector of another make: it prints the spans it gets, and these are read here.
+//! rotel, another OTLP collector: it prints the spans that it receives, and they are parsed here.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ pub struct Rotel {
     pub http: SocketAddr,
 }
 
-/// A span as it arrived.
+/// A received span.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub service: String,
@@ -23,7 +23,7 @@ pub struct Seen {
     pub kind: String,
     pub trace: String,
     pub id: String,
-    /// Empty: a root.
+    /// Empty for a root.
     pub parent: String,
     /// `UNSET`, `ERROR`.
     pub status: String,
@@ -40,12 +40,12 @@ impl Seen {
 }
 
 impl Rotel {
-    /// Starts one; none where it is not installed, which is said.
+    /// Starts one; None if it is not installed, which is reported.
     pub fn start() -> Option<Self> {
         Self::start_with(&["--debug-log", "traces", "--debug-log-verbosity", "detailed"])
     }
 
-    /// The same for load: it prints nothing.
+    /// The same for load tests: it prints nothing.
     pub fn start_quiet() -> Option<Self> {
         Self::start_with(&[])
     }
@@ -64,7 +64,7 @@ impl Rotel {
         Some(Self { daemon, grpc, http })
     }
 
-    /// Ends it at once.
+    /// Kills it at once.
     pub fn kill(self) {
         super::proxy::signal(self.daemon.pid(), "KILL");
     }
@@ -74,7 +74,7 @@ impl Rotel {
         parse(&self.daemon.output())
     }
 
-    /// Waits for at least `count` spans, and a moment longer for none too many.
+    /// Waits for at least `count` spans, and a moment longer in case more arrive.
     #[track_caller]
     pub fn wait_for(&self, count: usize) -> Vec<Seen> {
         let mut spans = Vec::new();
@@ -90,7 +90,7 @@ impl Rotel {
     }
 }
 
-/// What the printed lines that follow belong to.
+/// What the following printed lines belong to.
 #[derive(PartialEq)]
 enum Place {
     Resource,

@@ -1,4 +1,4 @@
-//! A reader of HTTP/1 that accepts only what every other reader understands in the same way.
+//! A parser of HTTP/1 that accepts only what every other parser understands in the same way.
 
 /// A request or a response.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,10 +12,10 @@ pub struct Message {
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// The message and how many bytes it took.
+    /// The message and how many bytes it had.
     Complete(Message, usize),
     Partial,
-    /// Somebody could read it in another way.
+    /// Another parser could read it differently.
     Wrong(String),
 }
 

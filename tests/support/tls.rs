@@ -1,4 +1,4 @@
-//! TLS from the outside: a caller that shows any certificate, and a server.
+//! TLS peers: a client with any certificate, and a server.
 
 use std::{
     io::{self, Read, Write},
@@ -25,11 +25,11 @@ fn parsed(pair: &(String, String)) -> (Vec<CertificateDer<'static>>, PrivateKeyD
     (chain, PrivateKeyDer::from_pem_slice(pair.1.as_bytes()).expect("a key"))
 }
 
-/// Believes everybody: the test looks at what the proxy does.
+/// Accepts every certificate: the test checks what the proxy does.
 #[derive(Debug)]
-struct Gullible(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Gullible {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,
@@ -61,7 +61,7 @@ impl ServerCertVerifier for Gullible {
     }
 }
 
-/// A caller by TLS that can show any certificate.
+/// A TLS client with any certificate.
 pub struct TlsCaller {
     config: Arc<ClientConfig>,
 }
@@ -73,7 +73,7 @@ impl TlsCaller {
         Self::with_versions(certificate, alpn, rustls::DEFAULT_VERSIONS)
     }
 
-    /// One that speaks nothing newer than TLS 1.2.
+    /// A client that speaks at most TLS 1.2.
     pub fn tls12(certificate: &(String, String)) -> Self {
         Self::with_versions(Some(certificate), &["http/1.1"], &[&rustls::version::TLS12])
     }
@@ -85,7 +85,7 @@ impl TlsCaller {
     ) -> Self {
         let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(versions);
         let builder = builder.expect("versions").dangerous();
-        let builder = builder.with_custom_certificate_verifier(Arc::new(Gullible(provider())));
+        let builder = builder.with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider())));
         let mut config = match certificate.map(parsed) {
             Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("a certificate"),
             None => builder.with_no_client_auth(),
@@ -99,7 +99,7 @@ impl TlsCaller {
         let versions = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS12]);
         let builder = versions.expect("versions").dangerous();
-        let builder = builder.with_custom_certificate_verifier(Arc::new(Gullible(provider())));
+        let builder = builder.with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider())));
         let mut config = match certificate.map(parsed) {
             Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("a certificate"),
             None => builder.with_no_client_auth(),
@@ -115,32 +115,32 @@ impl TlsCaller {
         self.over(stream)
     }
 
-    /// The same over a connection that is open already.
+    /// The same over an open connection.
     pub fn over(&self, stream: TcpStream) -> TlsSocket {
         let name = ServerName::try_from("localhost").expect("a name");
         let connection = ClientConnection::new(Arc::clone(&self.config), name).expect("a connection");
         StreamOwned::new(connection, stream)
     }
 
-    /// What comes back for some bytes, until the other side closes; or how that failed.
+    /// The response to some bytes, up to the close by the other side; or the error.
     pub fn say(&self, address: SocketAddr, bytes: &str) -> io::Result<String> {
         Self::say_on(self.connect(address), bytes)
     }
 
-    /// The same over a connection that is open already.
+    /// The same over an open connection.
     pub fn say_on(mut stream: TlsSocket, bytes: &str) -> io::Result<String> {
         stream.write_all(bytes.as_bytes())?;
-        let mut answer = Vec::new();
-        match stream.read_to_end(&mut answer) {
-            // Closed without a farewell.
+        let mut response = Vec::new();
+        match stream.read_to_end(&mut response) {
+            // Closed without close_notify.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
             done => drop(done?),
         }
-        Ok(String::from_utf8_lossy(&answer).into_owned())
+        Ok(String::from_utf8_lossy(&response).into_owned())
     }
 }
 
-/// How a server meets its callers. `client_ca`: whom client certificates must be from; none: no certificate is asked for.
+/// `client_ca`: the CA that client certificates must come from; without it, no certificate is requested.
 pub fn server_config(certificate: &(String, String), client_ca: Option<&str>, alpn: &[&str]) -> ServerConfig {
     let (chain, key) = parsed(certificate);
     let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
@@ -161,7 +161,7 @@ pub fn server_config(certificate: &(String, String), client_ca: Option<&str>, al
     config
 }
 
-/// A server that speaks nothing newer than TLS 1.2.
+/// A server that speaks at most TLS 1.2.
 pub fn tls12_config(certificate: &(String, String)) -> ServerConfig {
     let (chain, key) = parsed(certificate);
     let builder = ServerConfig::builder_with_provider(provider());
@@ -169,7 +169,7 @@ pub fn tls12_config(certificate: &(String, String)) -> ServerConfig {
     builder.with_no_client_auth().with_single_cert(chain, key).expect("a certificate")
 }
 
-/// A server by TLS that answers each connection's first request with 200 and closes.
+/// A TLS server that responds to each connection's first request with 200 and closes.
 pub struct TlsServer {
     address: SocketAddr,
 }
@@ -196,7 +196,7 @@ impl TlsServer {
     /// The same with another body.
     pub fn start_answering(address: SocketAddr, config: ServerConfig, body: String) -> Self {
         let config = Arc::new(config);
-        let answer = Arc::new(format!(
+        let response = Arc::new(format!(
             "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
             body.len()
         ));
@@ -204,13 +204,13 @@ impl TlsServer {
         let address = listener.local_addr().expect("an address");
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (config, answer) = (Arc::clone(&config), Arc::clone(&answer));
+                let (config, response) = (Arc::clone(&config), Arc::clone(&response));
                 thread::spawn(move || {
                     let connection = ServerConnection::new(config).expect("a connection");
                     let mut stream = StreamOwned::new(connection, stream);
                     let mut seen = [0; 4096];
                     if stream.read(&mut seen).is_ok_and(|count| count > 0) {
-                        let _ = stream.write_all(answer.as_bytes());
+                        let _ = stream.write_all(response.as_bytes());
                         stream.conn.send_close_notify();
                         let _ = stream.flush();
                     }

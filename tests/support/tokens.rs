@@ -1,4 +1,4 @@
-//! An issuer of tokens: keys made on the spot, what it signs and what it publishes.
+//! An issuer of tokens: its keys, the tokens that it signs, and the key set that it publishes.
 
 use std::sync::OnceLock;
 
@@ -14,7 +14,7 @@ pub struct Signer {
     pub kid: String,
     pub algorithm: Algorithm,
     key: EncodingKey,
-    /// As PEM: what an attacker has for an HMAC secret.
+    /// As PEM: what an attacker could use as an HMAC secret.
     pub public: String,
     raw: Vec<u8>,
 }
@@ -31,7 +31,7 @@ impl Signer {
         Self { kid: kid.to_owned(), algorithm, key: key.expect("a key"), public, raw }
     }
 
-    /// The same key each time: making one takes long.
+    /// The same key each time: generating one is slow.
     pub fn rsa(kid: &str) -> Self {
         static PAIR: OnceLock<KeyPair> = OnceLock::new();
         let pair = PAIR.get_or_init(|| KeyPair::generate_for(&rcgen::PKCS_RSA_SHA256).expect("a key"));
@@ -64,7 +64,7 @@ impl Signer {
         self.token_with(&json!({ "typ": "JWT" }), claims)
     }
 
-    /// `header`: added to, or put in place of, what the header says.
+    /// `header` adds to the token's header or replaces its values.
     pub fn token_with(&self, header: &Value, claims: &Value) -> String {
         let mut whole = json!({ "alg": format!("{:?}", self.algorithm), "kid": self.kid });
         for (name, value) in header.as_object().into_iter().flatten() {
@@ -75,7 +75,7 @@ impl Signer {
         format!("{message}.{signature}")
     }
 
-    /// Signed by HMAC with the public key for a secret, as an attacker would against a careless verifier.
+    /// Signed by HMAC with the public key as the secret: the algorithm confusion attack.
     pub fn confused(&self, claims: &Value) -> String {
         let header = json!({ "alg": "HS256", "kid": self.kid });
         let message = format!("{}.{}", encode(header.to_string()), encode(claims.to_string()));
@@ -90,7 +90,7 @@ pub fn encode(text: impl AsRef<[u8]>) -> String {
     URL_SAFE_NO_PAD.encode(text)
 }
 
-/// What the issuer publishes.
+/// The key set that the issuer publishes.
 pub fn jwks(signers: &[&Signer]) -> String {
     json!({ "keys": signers.iter().map(|signer| signer.jwk()).collect::<Vec<_>>() }).to_string()
 }

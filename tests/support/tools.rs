@@ -1,4 +1,4 @@
-//! Programs of others that tests work with.
+//! External programs that tests use.
 
 use std::{
     fs,
@@ -15,12 +15,12 @@ fn home() -> PathBuf {
     std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default()
 }
 
-/// Where `.ci/tools` puts what it installs by itself.
+/// Where `.ci/tools` installs programs.
 fn installed() -> PathBuf {
     std::env::var_os("OUTRIGGER_TOOLS").map_or_else(|| home().join(".cache/outrigger"), PathBuf::from)
 }
 
-/// Where the program is, in PATH or among what `.ci/tools` installs.
+/// The path of the program, from PATH or from what `.ci/tools` installs.
 pub fn tool(name: &str) -> Option<PathBuf> {
     if Path::new(name).is_absolute() {
         return Some(name.into());
@@ -36,22 +36,22 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     places.into_iter().map(|place| place.join(name)).find(|file| file.is_file())
 }
 
-/// Whether all of them are there; if not, says so for the test to skip.
+/// Whether all of them are installed; if not, reports that the test is skipped.
 #[track_caller]
 pub fn has_tool(names: &[&str]) -> bool {
     let missing: Vec<&str> = names.iter().copied().filter(|name| tool(name).is_none()).collect();
     let why = format!("{} not installed", missing.join(", "));
-    // What `.ci/run` could not install and has said so.
+    // What `.ci/run` could not install and has reported.
     let excused = std::env::var("OUTRIGGER_WITHOUT").unwrap_or_default();
     match missing[..] {
         [] => return true,
-        [one] if one == excused => tell_skipped(&why),
+        [one] if one == excused => report_skipped(&why),
         _ => skip(&why),
     }
     false
 }
 
-/// The Python that has this module; if there is none, says so for the test to skip.
+/// The Python that has this module; if there is none, reports that the test is skipped.
 #[track_caller]
 pub fn python_with(module: &str) -> Option<PathBuf> {
     let candidates = [Some(installed().join("python/bin/python3")), tool("python3")];
@@ -71,28 +71,28 @@ pub fn peer_script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peers").join(name)
 }
 
-/// Says loudly that the test did not run. In CI nothing may be missing, so there it fails.
+/// Reports that the test did not run. In CI nothing may be missing, so there it fails.
 #[track_caller]
 pub fn skip(why: &str) {
     assert!(std::env::var_os("CI").is_none_or(|value| value != "true"), "missing in CI: {why}");
-    tell_skipped(why);
+    report_skipped(why);
 }
 
-fn tell_skipped(why: &str) {
+fn report_skipped(why: &str) {
     let name = std::thread::current().name().unwrap_or("a test").to_owned();
-    // Past the test harness's capture: a skip must be seen.
+    // Bypasses the test harness's capture: a skip must be seen.
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {why}");
 }
 
-/// A server program in the foreground, with a directory of its own. Dropping it ends it.
+/// A server program in the foreground, with its own directory. Dropping it ends the program.
 pub struct Daemon {
     child: Child,
     directory: TempDir,
 }
 
 impl Daemon {
-    /// Starts `name` with its arguments; `@DIR@` in arguments and files stands for its directory.
+    /// Starts `name` with its arguments; `@DIR@` in arguments and files is replaced by its directory.
     #[track_caller]
     pub fn start(name: &str, arguments: &[&str], files: &[(&str, &str)]) -> Self {
         let program = tool(name).unwrap_or_else(|| panic!("{name} is not installed"));
@@ -113,14 +113,14 @@ impl Daemon {
         Self { child, directory }
     }
 
-    /// Waits until it listens there.
+    /// Waits until it listens on this address.
     #[track_caller]
     pub fn listening(self, address: SocketAddr) -> Self {
         wait_for_port(address);
         self
     }
 
-    /// Waits until it has written this, and returns all that it wrote.
+    /// Waits until its output contains `needle`, and returns all of its output.
     #[track_caller]
     pub fn wait_for_output(&self, needle: &str) -> String {
         let mut output = String::new();

@@ -1,4 +1,4 @@
-//! Well-behaved HTTP servers, for tests that are about something else.
+//! Well-behaved HTTP servers, for tests about something else.
 
 use std::{convert::Infallible, future::Future, net::SocketAddr, rc::Rc, thread};
 
@@ -10,7 +10,7 @@ use tokio::{net::TcpListener, runtime, sync::oneshot, task::LocalSet};
 
 pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
-/// A server on a thread of its own. Dropping it closes all its connections.
+/// A server on its own thread. Dropping it closes all its connections.
 pub struct Upstream {
     address: SocketAddr,
     _stop: oneshot::Sender<()>,
@@ -48,7 +48,7 @@ impl Upstream {
         Self::with_peer(h2, move |_, request| handle(request))
     }
 
-    /// The same, told from which address each request came.
+    /// The same; `handle` also gets the client address.
     pub fn with_peer<F, R>(h2: bool, handle: F) -> Self
     where
         F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
@@ -57,7 +57,7 @@ impl Upstream {
         Self::at(([127, 0, 0, 1], 0).into(), h2, handle)
     }
 
-    /// The same at an address, in the network of the thread that calls.
+    /// The same at an address, in the network namespace of the calling thread.
     pub fn at<F, R>(address: SocketAddr, h2: bool, handle: F) -> Self
     where
         F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
@@ -95,10 +95,10 @@ where
         let (io, handle) = (TokioIo::new(stream), handle.clone());
         tokio::task::spawn_local(async move {
             let service = service_fn(move |request| {
-                let answer = handle(peer, request);
-                async move { Ok::<_, Infallible>(answer.await) }
+                let response = handle(peer, request);
+                async move { Ok::<_, Infallible>(response.await) }
             });
-            // A connection that ends badly is the test's business, not the server's.
+            // A failed connection matters to the test, not to the server.
             let _ = if h2 {
                 hyper::server::conn::http2::Builder::new(LocalExec).serve_connection(io, service).await
             } else {
@@ -109,7 +109,7 @@ where
     }
 }
 
-/// Spawns on the thread's own set.
+/// Spawns on the thread's own `LocalSet`.
 #[derive(Clone, Copy)]
 pub struct LocalExec;
 

@@ -15,10 +15,10 @@ def at(port):
     return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
 
 
-def tls(stage, kind, who, more):
+def tls(stage, kind, identity, more):
     file = lambda name: {"filename": str(stage.certs / name)}
     common = {
-        "tls_certificates": [{"certificate_chain": file(f"{who}.crt"), "private_key": file(f"{who}.key")}],
+        "tls_certificates": [{"certificate_chain": file(f"{identity}.crt"), "private_key": file(f"{identity}.key")}],
         "validation_context": {"trusted_ca": file("ca.crt")},
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3",
                        "ecdh_curves": ["X25519"]},

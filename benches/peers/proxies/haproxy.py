@@ -26,9 +26,9 @@ EVERYTHING = """log global
 
 def prepare(stage, name, hop, to, collector):
     port = stage.free_port()
-    for who in ("payments", "checkout"):
-        both = (stage.certs / f"{who}.crt").read_text() + (stage.certs / f"{who}.key").read_text()
-        (stage.certs / f"{who}.pem").write_text(both)
+    for identity in ("payments", "checkout"):
+        both = (stage.certs / f"{identity}.crt").read_text() + (stage.certs / f"{identity}.key").read_text()
+        (stage.certs / f"{identity}.pem").write_text(both)
     ca = f"ca-file {stage.certs}/ca.crt"
     tls_in = f"ssl crt {stage.certs}/payments.pem {ca} verify required alpn http/1.1 ssl-min-ver TLSv1.3"
     tls_out = f"ssl crt {stage.certs}/checkout.pem {ca} verify required verifyhost payments ssl-min-ver TLSv1.3"

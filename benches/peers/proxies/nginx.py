@@ -3,7 +3,7 @@ import ends
 from .prepared import Prepared, hosts
 
 POOL = "keepalive 256; keepalive_requests 1000000000;"
-# What is nearest to the others' policies; nginx has no traces.
+# The nearest to the others' policies; nginx has no traces.
 EVERYTHING = (
     "access_log {log}; proxy_next_upstream error timeout http_502 http_503 http_504; proxy_next_upstream_tries 3; "
     "limit_conn all 1024; "
@@ -28,14 +28,14 @@ def prepare(stage, name, hop, to, collector):
         return (
             f"upstream {upstream} {{ server 127.0.0.1:{to} max_fails=5 fail_timeout=10s; {POOL} }} "
             f"server {{ {listen}{' ssl' if hop.tls_in else ''}; {names} {tls_in} location / {{ {more} "
-            # Large answers would else be written to disk on their way.
+            # Otherwise large responses are buffered on disk.
             f"proxy_max_temp_file_size 0; proxy_pass {scheme}://{upstream}; proxy_http_version 1.1; "
             f'proxy_set_header Connection ""; {tls_out} }} '
             f"location = /nginx-status {{ stub_status; }} }}"
         )
 
     servers = [server(host, f"server_name {host};") for host in hosts(hop)] or [server("up", "")]
-    # The backlog may be named once only.
+    # The backlog may be set only once.
     servers[1:] = [one.replace(" backlog=4096", "") for one in servers[1:]]
     zone = "limit_conn_zone $server_name zone=all:1m; server_names_hash_max_size 16384; "
     return Prepared(ends.nginx_command(stage, name, zone + "\n".join(servers)), port)

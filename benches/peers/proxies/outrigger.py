@@ -4,14 +4,14 @@ from .prepared import Prepared, hosts
 
 
 def prepare(stage, name, hop, to, collector):
-    who = "payments" if hop.tls_in else "checkout"
+    identity = "payments" if hop.tls_in else "checkout"
     inbound, outbound, admin, own_port = (stage.free_port() for _ in range(4))
-    # A folder of its own: it is watched for changes, and the others' files are opened all the time.
+    # Its own folder, since it is watched for changes and the others' files are opened all the time.
     own = stage.folder / name
     own.mkdir()
     lines = ["[runtime]", "workers = 1"]
     if hop.tls_in or hop.tls_out:
-        lines += ["[identity]", f'cert = "{stage.certs}/{who}.crt"', f'key = "{stage.certs}/{who}.key"']
+        lines += ["[identity]", f'cert = "{stage.certs}/{identity}.crt"', f'key = "{stage.certs}/{identity}.key"']
         lines += [f'ca = "{stage.certs}/ca.crt"']
     lines += ["[inbound]", f'listen = "127.0.0.1:{inbound}"', f'forward_to = "127.0.0.1:{to}"']
     lines += ["[outbound]", f'listen = "127.0.0.1:{outbound}"', "[admin]", f'listen = "127.0.0.1:{admin}"']
@@ -27,6 +27,6 @@ def prepare(stage, name, hop, to, collector):
         if hop.protocol == "tcp":
             lines += ['protocol = "tcp"', f'listen = "127.0.0.1:{own_port}"']
     (own / "outrigger.toml").write_text("\n".join(lines) + "\n")
-    # A sidecar has a way in for each direction, and may have one for an upstream.
+    # A sidecar has a listener for each direction, and may have one for an upstream.
     port = inbound if hop.tls_in else own_port if hop.protocol == "tcp" else outbound
     return Prepared([stage.binary, "run", "-c", str(own / "outrigger.toml")], port, admin)

@@ -1,4 +1,4 @@
-//! How long calls took, as histograms with exemplars.
+//! Request durations, as histograms with exemplars.
 
 use std::{
     collections::BTreeMap,
@@ -13,20 +13,20 @@ use crate::{
     proxy::worker::Shared,
 };
 
-/// Calls that were refused before they had an upstream.
+/// Label of requests that were refused before an upstream was known.
 const NONE: &str = "none";
 
 const SERVER: &str = "http_server_request_duration_seconds";
 const CLIENT: &str = "http_client_request_duration_seconds";
 
-/// What is written: the service's calls, and those that it makes by upstream and its address.
+/// Histograms of inbound requests, and of outbound ones by upstream and its address.
 #[derive(Debug)]
-pub struct Rows {
+pub struct DurationRows {
     server: Read,
     client: BTreeMap<(String, Option<String>), Read>,
 }
 
-impl Rows {
+impl DurationRows {
     pub fn of(shared: &Shared) -> Self {
         let snapshot = shared.snapshot.load();
         let mut rows = Self { server: Read::new(), client: BTreeMap::new() };
@@ -42,14 +42,14 @@ impl Rows {
         rows
     }
 
-    /// Appends them as OpenMetrics text.
+    /// Appends the histograms as OpenMetrics text.
     pub fn write(&self, out: &mut String) -> fmt::Result {
-        let help = "Calls to the service, to the last byte of the answer.";
+        let help = "Duration of inbound requests, to the last byte of the response.";
         begin(out, SERVER, help)?;
         for (key, histogram) in &self.server {
             write(out, SERVER, &labels(key, true, None), histogram)?;
         }
-        let help = "Calls of the service, all tries together, to the last byte of the answer.";
+        let help = "Duration of outbound requests, all attempts together, to the last byte of the response.";
         begin(out, CLIENT, help)?;
         for (upstream, read) in &self.client {
             for (key, histogram) in read {
@@ -60,7 +60,7 @@ impl Rows {
     }
 }
 
-/// The upstream's name towards its callers: the first of its hosts that is one.
+/// The host name of the upstream: the first of its `hosts` without a wildcard.
 fn address(settings: &Upstream) -> Option<String> {
     settings.hosts.iter().find_map(|pattern| match &pattern.host {
         HostMatch::Exact(host) => Some(host.clone()),
@@ -68,7 +68,7 @@ fn address(settings: &Upstream) -> Option<String> {
     })
 }
 
-/// As they are written, without the braces.
+/// Formats the labels, without the braces.
 fn labels(key: &Key, inbound: bool, upstream: Option<&(String, Option<String>)>) -> String {
     let mut labels = format!("http_request_method=\"{}\"", key.method());
     let mut add = |name: &str, value: Option<&str>| {
@@ -91,21 +91,21 @@ fn begin(out: &mut String, name: &str, help: &str) -> fmt::Result {
     writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram\n# UNIT {name} seconds")
 }
 
-/// One series, its buckets first. The library that writes everything else has no way to give it exemplars.
+/// Writes one series, buckets first. The library that writes all other metrics cannot encode these exemplars.
 fn write(out: &mut String, name: &str, labels: &str, histogram: &Histogram) -> fmt::Result {
-    let mut so_far = 0;
+    let mut cumulative = 0;
     for (bucket, count) in histogram.counts.iter().enumerate() {
-        so_far += count;
+        cumulative += count;
         let bound = BOUNDS.get(bucket).map_or_else(|| "+Inf".to_owned(), |bound| format!("{bound:?}"));
-        write!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {so_far}")?;
-        if let Some(call) = histogram.exemplars.get(&bucket) {
-            let at = call.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-            let (trace, span, seconds) = (call.trace, call.span, call.seconds);
+        write!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {cumulative}")?;
+        if let Some(exemplar) = histogram.exemplars.get(&bucket) {
+            let at = exemplar.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+            let (trace, span, seconds) = (exemplar.trace, exemplar.span, exemplar.seconds);
             write!(out, " # {{trace_id=\"{trace}\",span_id=\"{span}\"}} {seconds} {at:.3}")?;
         }
         out.push('\n');
     }
-    writeln!(out, "{name}_count{{{labels}}} {so_far}\n{name}_sum{{{labels}}} {}", histogram.sum_seconds)
+    writeln!(out, "{name}_count{{{labels}}} {cumulative}\n{name}_sum{{{labels}}} {}", histogram.sum_seconds)
 }
 
 #[cfg(test)]
@@ -130,7 +130,7 @@ mod tests {
         let mut client = Read::new();
         durations.add_to(&mut client);
         let upstream = ("a \"b\"".to_owned(), Some("b.example".to_owned()));
-        let rows = Rows { server: Read::new(), client: [(upstream, client)].into() };
+        let rows = DurationRows { server: Read::new(), client: [(upstream, client)].into() };
         let mut out = String::new();
         rows.write(&mut out).unwrap();
         let labels = r#"http_request_method="GET",http_response_status_code="404",error_type="404",upstream="a \"b\"",server_address="b.example""#;

@@ -1,10 +1,10 @@
-//! OpenMetrics, or what Prometheus read before it: which one a scraper wants, and the second made of the first.
+//! The two exposition formats, OpenMetrics and Prometheus text: negotiation, and conversion of the first to the second.
 
 use std::fmt::Write;
 
 use http::{HeaderMap, header::ACCEPT};
 
-/// A form of text.
+/// An exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     OpenMetrics,
@@ -20,7 +20,7 @@ impl Format {
         }
     }
 
-    /// What `Accept` asks for (RFC 9110 §12.5.1). OpenMetrics, unless plain text is wanted more.
+    /// Negotiates by `Accept` (RFC 9110 §12.5.1): OpenMetrics, unless plain text has the higher quality value.
     pub fn wanted(headers: &HeaderMap) -> Self {
         let mut open_metrics = 0.0_f32;
         let mut plain = 0.0_f32;
@@ -39,7 +39,7 @@ impl Format {
     }
 }
 
-/// Makes Prometheus text of OpenMetrics text.
+/// Converts OpenMetrics text to Prometheus text.
 pub fn prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     let lines = open_metrics.lines().peekable();
@@ -64,7 +64,7 @@ pub fn prometheus(open_metrics: &str) -> String {
     out
 }
 
-/// What stands before an exemplar; ` # {` in a label's value is none.
+/// The line without its exemplar. ` # {` inside a label value does not start one.
 fn without_exemplar(line: &str) -> &str {
     let labels_end = line.split_once("_bucket{").and_then(|_| line.find("\"} ")).unwrap_or(line.len());
     match line[labels_end..].find(" # {") {
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scraper_gets_what_it_reads() {
+    fn the_format_is_negotiated_by_accept() {
         let wanted = |accept: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(ACCEPT, HeaderValue::from_static(accept));

@@ -1,4 +1,4 @@
-//! The series of upstreams: a fixed number for each that the configuration names, one set for all other hosts.
+//! Metrics of upstreams: a fixed number of series for each configured upstream, and one set for all other hosts.
 
 use std::{collections::BTreeMap, fmt, time::Instant};
 
@@ -17,22 +17,22 @@ use crate::{
     },
 };
 
-/// All hosts that no upstream names.
+/// Label of all hosts that no upstream names.
 pub(super) const OTHER: &str = "other";
-/// The service itself, behind the inbound listener.
+/// Label of the service itself, behind the inbound listener.
 const INBOUND: &str = "inbound";
 
-/// What is written, by the label `upstream`. Upstreams that chance to have one of our own names are summed with what
-/// that means: a series must not come twice.
+/// Values by the label `upstream`. A configured upstream that is called `other` or `inbound` is added to that row,
+/// because no series may occur twice.
 #[derive(Debug)]
-pub struct Rows(BTreeMap<String, Row>);
+pub struct UpstreamRows(BTreeMap<String, Row>);
 
 #[derive(Debug, Default)]
 struct Row {
     counts: Counts,
-    /// The least of all.
+    /// The lowest of all clusters in this row.
     budget: Option<usize>,
-    /// The most open of all; none where there is no breaker.
+    /// The highest gauge value (most open) of all; none without a breaker.
     breaker: Option<i64>,
     /// None where limits are off.
     in_flight: Option<u64>,
@@ -40,7 +40,7 @@ struct Row {
     endpoints: [u64; EndpointState::WORDS.len()],
 }
 
-impl Rows {
+impl UpstreamRows {
     pub fn of(shared: &Shared) -> Self {
         let now = Instant::now();
         let snapshot = shared.snapshot.load();
@@ -66,14 +66,14 @@ impl Rows {
     }
 
     pub fn encode(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        self.tally(encoder, "outrigger_retries", "Failed tries, by what followed", "outcome", |c| {
+        self.tally(encoder, "outrigger_retries", "Failed attempts by what followed", "outcome", |c| {
             &c.retries
         })?;
-        let help = "Retries that would be granted now";
+        let help = "Retries that the budget would grant now";
         self.gauge(encoder, "outrigger_retry_budget_available", help, |row| row.budget.map(of_usize))?;
         let help = "Circuit breaker: 0 closed, 1 half open, 2 open";
         self.gauge(encoder, "outrigger_breaker_state", help, |row| row.breaker)?;
-        let help = "Changes of circuit breakers";
+        let help = "State changes of circuit breakers";
         self.tally(encoder, "outrigger_breaker_transitions", help, "to", |c| &c.transitions)?;
         let endpoints = self.0.iter().flat_map(|(upstream, row)| {
             EndpointState::WORDS
@@ -81,10 +81,11 @@ impl Rows {
                 .zip(row.endpoints)
                 .map(|(state, count)| (labels(upstream, "state", state), ConstGauge::new(count)))
         });
-        family(encoder, "outrigger_endpoints", "Endpoints of upstreams", None, endpoints)?;
+        family(encoder, "outrigger_endpoints", "Endpoints of upstreams by state", None, endpoints)?;
         let help = "Requests in flight";
         self.gauge(encoder, "outrigger_requests_in_flight", help, |row| row.in_flight.map(of_u64))?;
-        self.tally(encoder, "outrigger_rejected", "Calls refused here", "reason", |c| &c.rejected)
+        let help = "Requests that the proxy refused, by cause";
+        self.tally(encoder, "outrigger_rejected", help, "reason", |c| &c.rejected)
     }
 
     fn tally(

@@ -1,4 +1,4 @@
-//! The files that a configuration names: whether they are there, and hold what they should.
+//! Checks the files that a configuration names: whether they exist and are valid.
 
 use std::{fs, path::Path, time::SystemTime};
 
@@ -13,18 +13,18 @@ use crate::{
 
 const NAMED_HERE: &str = "the file is named here";
 
-/// Everything that is wrong with them.
+/// All problems of these files.
 pub(super) fn problems(config: &Config, tree: &Node) -> Vec<Problem> {
-    let mut found = Vec::new();
+    let mut problems = Vec::new();
     for (key, error) in files::check(config, SystemTime::now()) {
         let origin = match key {
             Key::Own(key) => at(tree, &["identity", key]),
             Key::Upstream(index) => of_upstream(tree, index, &["ca"]),
         };
-        found.push(Problem::error(origin, error.to_string()).label(NAMED_HERE));
+        problems.push(Problem::error(origin, error.to_string()).label(NAMED_HERE));
     }
     let limitation = files::limitation(config, SystemTime::now());
-    found.extend(
+    problems.extend(
         limitation.map(|limitation| {
             Problem::warning(at(tree, &["identity", "cert"]), limitation).label(NAMED_HERE)
         }),
@@ -34,27 +34,27 @@ pub(super) fn problems(config: &Config, tree: &Node) -> Vec<Problem> {
         if path.starts_with('/') {
             let checked = fs::read(path).map_err(|error| error.to_string());
             let checked = checked.and_then(|text| KeySet::parse(&text).map_err(|error| error.to_string()));
-            found.extend(wrong(at(tree, &["inbound", "jwt", "jwks"]), Path::new(path), checked.map(drop)));
+            problems.extend(wrong(at(tree, &["inbound", "jwt", "jwks"]), Path::new(path), checked.map(drop)));
         }
         if let Some(ca) = &jwt.ca {
-            found.extend(wrong(at(tree, &["inbound", "jwt", "ca"]), ca, readable(ca)));
+            problems.extend(wrong(at(tree, &["inbound", "jwt", "ca"]), ca, readable(ca)));
         }
     }
     for (index, upstream) in config.upstreams.iter().enumerate() {
         if let Endpoints::File(path) = &upstream.endpoints {
             let checked = discovery::check_file(path);
-            found.extend(wrong(of_upstream(tree, index, &["endpoints"]), path, checked));
+            problems.extend(wrong(of_upstream(tree, index, &["endpoints"]), path, checked));
         }
         if let Some(oauth2) = &upstream.oauth2 {
             let secret = &oauth2.client_secret_file;
             let origin = of_upstream(tree, index, &["oauth2", "client_secret_file"]);
-            found.extend(wrong(origin, secret, readable(secret)));
+            problems.extend(wrong(origin, secret, readable(secret)));
             if let Some(ca) = &oauth2.ca {
-                found.extend(wrong(of_upstream(tree, index, &["oauth2", "ca"]), ca, readable(ca)));
+                problems.extend(wrong(of_upstream(tree, index, &["oauth2", "ca"]), ca, readable(ca)));
             }
         }
     }
-    found
+    problems
 }
 
 fn readable(path: &Path) -> Result<(), String> {

@@ -1,4 +1,4 @@
-//! One call over a connection of its own, as simple services make them.
+//! One request over a connection of its own, as simple services send it.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -10,8 +10,8 @@ use tokio::{net::TcpStream, time::timeout};
 
 use super::DemoError;
 
-const PATIENCE: Duration = Duration::from_secs(10);
-const BODY: usize = 1 << 20;
+const TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_BODY: usize = 1 << 20;
 
 #[derive(Clone, Debug)]
 pub struct Reply {
@@ -20,14 +20,14 @@ pub struct Reply {
     pub body: Bytes,
 }
 
-/// Sends `target` (absolute for a proxy, else a path) to `to`.
-pub async fn call(to: SocketAddr, method: Method, target: &str, host: &str) -> Result<Reply, DemoError> {
-    call_for(&HeaderMap::new(), to, method, target, host).await
+/// Sends a request with `target` (absolute for a proxy, else a path) to `to`.
+pub async fn send(to: SocketAddr, method: Method, target: &str, host: &str) -> Result<Reply, DemoError> {
+    send_within(&HeaderMap::new(), to, method, target, host).await
 }
 
-/// The same in the course of another call, whose trace is passed on: the only thing that a service has to do for one.
-pub async fn call_for(
-    served: &HeaderMap,
+/// The same on behalf of another request, whose trace context is forwarded: all that a service has to do for tracing.
+pub async fn send_within(
+    cause: &HeaderMap,
     to: SocketAddr,
     method: Method,
     target: &str,
@@ -36,7 +36,7 @@ pub async fn call_for(
     let mut request =
         Request::builder().method(method).uri(target).header(HOST, host).body(Empty::<Bytes>::new())?;
     for name in ["traceparent", "tracestate", "baggage"] {
-        if let Some(value) = served.get(name) {
+        if let Some(value) = cause.get(name) {
             request.headers_mut().insert(name, value.clone());
         }
     }
@@ -44,12 +44,12 @@ pub async fn call_for(
         let stream = TcpStream::connect(to).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
-        let answer = sender.send_request(request).await?;
-        let (parts, body) = answer.into_parts();
-        let body = Limited::new(body, BODY).collect().await.map_err(std::io::Error::other)?.to_bytes();
+        let response = sender.send_request(request).await?;
+        let (parts, body) = response.into_parts();
+        let body = Limited::new(body, MAX_BODY).collect().await.map_err(std::io::Error::other)?.to_bytes();
         drop(sender);
         connection.abort();
         Ok(Reply { status: parts.status, headers: parts.headers, body })
     };
-    timeout(PATIENCE, exchange).await.unwrap_or(Err(DemoError::NoAnswer(PATIENCE)))
+    timeout(TIMEOUT, exchange).await.unwrap_or(Err(DemoError::NoResponse(TIMEOUT)))
 }

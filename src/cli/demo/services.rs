@@ -1,4 +1,4 @@
-//! The two services: `shop`, which calls, and `payments`, which fails in the ways that services do.
+//! The two services of the demo: `shop`, a client of `payments`, and `payments`, with faults that can be switched on.
 
 use std::{
     convert::Infallible,
@@ -25,12 +25,12 @@ use tokio::{
     time::sleep,
 };
 
-use super::http::call_for;
+use super::http::send_within;
 
-/// After an answer, before its connection is reset: so that the answer has left.
+/// Delay between a response and the reset of its connection, so that the response has been sent.
 const BEFORE_RESET: Duration = Duration::from_millis(5);
 
-/// A running service; it stops when this is dropped.
+/// A running service. Dropping this stops it.
 #[derive(Debug)]
 pub struct Service {
     pub address: SocketAddr,
@@ -43,55 +43,55 @@ impl Drop for Service {
     }
 }
 
-/// What is wrong with an instance of `payments`, and what came of it. Shared with its connections.
+/// The faults of an instance of `payments`, and its counters. Shared with its connections.
 #[derive(Debug, Default)]
-pub struct Trouble {
-    /// Resets the connection after every so many answers; 0 = never.
+pub struct Faults {
+    /// Resets the connection after every so many responses; 0 = never.
     pub reset_every: AtomicU32,
     pub slow_ms: AtomicU64,
-    /// Answers everything with 503.
+    /// Responds to everything with 503.
     pub fails: AtomicBool,
     pub arrived: AtomicU32,
-    pub answers: AtomicU32,
+    pub responses: AtomicU32,
     pub resets: AtomicU32,
 }
 
 /// An instance of `payments`: `GET /price`, `GET /report`, `POST /charge`.
-pub async fn payments(at: SocketAddr, trouble: Arc<Trouble>) -> io::Result<Service> {
-    serve(at, move |stream| payments_connection(stream, Arc::clone(&trouble))).await
+pub async fn payments(at: SocketAddr, faults: Arc<Faults>) -> io::Result<Service> {
+    serve(at, move |stream| payments_connection(stream, Arc::clone(&faults))).await
 }
 
-async fn payments_connection(stream: TcpStream, trouble: Arc<Trouble>) {
-    // Closing with a linger of 0 sends a reset instead of a farewell.
+async fn payments_connection(stream: TcpStream, faults: Arc<Faults>) {
+    // Closing with a linger of 0 sends RST instead of FIN.
     let may_reset = SockRef::from(&stream).set_linger(Some(Duration::ZERO)).is_ok();
     let reset = Notify::new();
     let served = hyper::server::conn::http1::Builder::new().serve_connection(
         TokioIo::new(stream),
         service_fn(|_: Request<Incoming>| async {
-            trouble.arrived.fetch_add(1, Ordering::Relaxed);
-            sleep(Duration::from_millis(trouble.slow_ms.load(Ordering::Relaxed))).await;
-            let answers = trouble.answers.fetch_add(1, Ordering::Relaxed) + 1;
-            let every = trouble.reset_every.load(Ordering::Relaxed);
-            if may_reset && every > 0 && answers.is_multiple_of(every) {
+            faults.arrived.fetch_add(1, Ordering::Relaxed);
+            sleep(Duration::from_millis(faults.slow_ms.load(Ordering::Relaxed))).await;
+            let responses = faults.responses.fetch_add(1, Ordering::Relaxed) + 1;
+            let every = faults.reset_every.load(Ordering::Relaxed);
+            if may_reset && every > 0 && responses.is_multiple_of(every) {
                 reset.notify_one();
             }
-            Ok::<_, Infallible>(if trouble.fails.load(Ordering::Relaxed) {
-                answer(StatusCode::SERVICE_UNAVAILABLE, Bytes::from_static(b"{\"paid\":false}\n"))
+            Ok::<_, Infallible>(if faults.fails.load(Ordering::Relaxed) {
+                respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::from_static(b"{\"paid\":false}\n"))
             } else {
-                answer(StatusCode::OK, Bytes::from_static(b"{\"paid\":true}\n"))
+                respond(StatusCode::OK, Bytes::from_static(b"{\"paid\":true}\n"))
             })
         }),
     );
     tokio::select! {
         _ = served => {}
         () = async { reset.notified().await; sleep(BEFORE_RESET).await } => {
-            trouble.resets.fetch_add(1, Ordering::Relaxed);
+            faults.resets.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
-/// `shop`: `GET /price`, `GET /report` and `POST /checkout`, each one call to `payments` by way of the proxy in `proxy`, as a library
-/// that reads `http_proxy` would make it. What it gets it passes on, so that the visitor sees it too.
+/// `shop`: `GET /price`, `GET /report` and `POST /checkout`, each of which sends one request to `payments` through
+/// `proxy`, as a library that honours `http_proxy` does. It forwards the response, so that the visitor sees it too.
 pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Service> {
     serve_on(listener, move |stream| async move {
         let service = service_fn(|request: Request<Incoming>| async move {
@@ -99,19 +99,19 @@ pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Servic
                 (&Method::GET, "/price") => ("payments", "http://payments/price"),
                 (&Method::GET, "/report") => ("reports", "http://reports/report"),
                 (&Method::POST, "/checkout") => ("payments", "http://payments/charge"),
-                _ => return Ok::<_, Infallible>(answer(StatusCode::NOT_FOUND, Bytes::new())),
+                _ => return Ok::<_, Infallible>(respond(StatusCode::NOT_FOUND, Bytes::new())),
             };
-            Ok(match call_for(request.headers(), proxy, request.method().clone(), target, host).await {
+            Ok(match send_within(request.headers(), proxy, request.method().clone(), target, host).await {
                 Ok(reply) => {
-                    let mut passed_on = answer(reply.status, reply.body);
+                    let mut forwarded = respond(reply.status, reply.body);
                     for name in ["content-type", "proxy-status"] {
                         if let Some(value) = reply.headers.get(name) {
-                            passed_on.headers_mut().insert(name, value.clone());
+                            forwarded.headers_mut().insert(name, value.clone());
                         }
                     }
-                    passed_on
+                    forwarded
                 }
-                Err(error) => answer(StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into()),
+                Err(error) => respond(StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into()),
             })
         });
         let _ =
@@ -120,10 +120,10 @@ pub async fn shop(proxy: SocketAddr, listener: TcpListener) -> io::Result<Servic
     .await
 }
 
-fn answer(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
-    let mut answer = Response::new(Full::new(body));
-    *answer.status_mut() = status;
-    answer
+fn respond(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response
 }
 
 async fn serve<F, C>(at: SocketAddr, connection: F) -> io::Result<Service>
@@ -133,7 +133,7 @@ where
 {
     let socket =
         if at.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
-    // It comes back to the port it had.
+    // A restarted instance binds the same port.
     socket.set_reuseaddr(true)?;
     socket.bind(at)?;
     serve_on(socket.listen(64)?, connection).await
@@ -146,7 +146,7 @@ where
 {
     let address = listener.local_addr()?;
     let task = tokio::spawn(async move {
-        // Dropped with the task: a service that stops takes its connections along.
+        // Dropped with the task, so that stopping the service closes its connections.
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
             while connections.try_join_next().is_some() {}

@@ -15,14 +15,14 @@ use tokio::time::{Instant, sleep};
 
 use super::DemoError;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
 
-/// A folder that goes when the demo does.
+/// A temporary directory, removed when this is dropped.
 #[derive(Debug)]
-pub struct Folder(PathBuf);
+pub struct TemporaryDirectory(PathBuf);
 
-impl Folder {
+impl TemporaryDirectory {
     pub fn new() -> io::Result<Self> {
         let path = std::env::temp_dir().join(format!("outrigger-demo-{}", std::process::id()));
         fs::create_dir(&path)?;
@@ -34,13 +34,13 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for TemporaryDirectory {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// A child that is told to end, and waited for, when this is dropped.
+/// A child process. Dropping this sends SIGTERM and waits for its end.
 #[derive(Debug)]
 struct Process(Child);
 
@@ -78,7 +78,7 @@ impl Sidecar {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log)?)
-            // Ctrl-C is for the demo, which ends its sidecars itself.
+            // Ctrl-C goes to the demo only, which stops its sidecars itself.
             .process_group(0)
             .spawn()?;
         let mut process = Process(child);
@@ -97,20 +97,20 @@ impl Sidecar {
             if let Some(status) = process.0.try_wait()? {
                 return Err(failed(format!("ended: {status}")));
             }
-            if begin.elapsed() > PATIENCE {
-                return Err(failed(format!("was not ready within {PATIENCE:?}")));
+            if begin.elapsed() > TIMEOUT {
+                return Err(failed(format!("was not ready within {TIMEOUT:?}")));
             }
             sleep(POLL).await;
         };
         let bound = |what: &str| {
             let text = ready[what].as_str().unwrap_or_default();
-            text.parse().map_err(|_| failed(format!("said no address for {what}: {ready}")))
+            text.parse().map_err(|_| failed(format!("reported no address for {what}: {ready}")))
         };
         let (inbound, outbound, admin) = (bound("inbound")?, bound("outbound")?, bound("admin")?);
         Ok(Self { name, process, config: config_file, log, inbound, outbound, admin })
     }
 
-    /// Replaces its configuration and has it read again.
+    /// Replaces the configuration file and sends SIGHUP.
     pub fn reconfigure(&self, config: &str) -> io::Result<()> {
         fs::write(&self.config, config)?;
         self.process.signal(Signal::HUP);
@@ -124,13 +124,13 @@ impl Sidecar {
     /// Waits for its end.
     pub async fn ended(&mut self) -> Result<ExitStatus, DemoError> {
         let begin = Instant::now();
-        while begin.elapsed() < PATIENCE {
+        while begin.elapsed() < TIMEOUT {
             if let Some(status) = self.process.0.try_wait()? {
                 return Ok(status);
             }
             sleep(POLL).await;
         }
-        let what = format!("did not end within {PATIENCE:?}");
+        let what = format!("did not end within {TIMEOUT:?}");
         Err(DemoError::Sidecar { name: self.name, what, log: self.log() })
     }
 
@@ -141,7 +141,7 @@ impl Sidecar {
 
 impl Process {
     fn signal(&self, signal: Signal) {
-        // Not collected yet, so the number is still its own; one that has ended is not bothered by a signal.
+        // Not reaped yet, so the process ID still belongs to it; signalling an ended process has no effect.
         let _ = rustix::process::kill_process(Pid::from_child(&self.0), signal);
     }
 }
@@ -149,7 +149,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if matches!(self.0.try_wait(), Ok(None)) {
-            // It takes its token file along; drain_timeout bounds how long that takes.
+            // SIGTERM, so that it removes its token file; drain_timeout bounds the wait.
             self.signal(Signal::TERM);
             let _ = self.0.wait();
         }

@@ -1,4 +1,4 @@
-//! The stage: two services with their sidecars, and the hands behind it.
+//! The set-up of the demo: two services with their sidecars, and the controls of their faults.
 
 use std::{
     fmt::Write as _,
@@ -15,9 +15,9 @@ use tokio::{
 
 use super::{
     DemoError,
-    http::{Reply, call},
-    services::{self, Service, Trouble},
-    sidecar::{Folder, Sidecar},
+    http::{Reply, send},
+    services::{self, Faults, Service},
+    sidecar::{Sidecar, TemporaryDirectory},
     story::Story,
 };
 use crate::{
@@ -25,60 +25,64 @@ use crate::{
     redact,
 };
 
-/// How slow `payments` is when it is slow.
+/// The response time of `payments` while it is slow.
 pub const SLOW: Duration = Duration::from_millis(1500);
-/// `timeout` of shop's calls at first.
+/// `timeout` of shop's requests at the start.
 const TIMEOUT: &str = "1s";
 
-/// What a collector gets to accept a connection.
-const COLLECTOR_PATIENCE: Duration = Duration::from_secs(1);
+/// Timeout for connecting to the collector.
+const COLLECTOR_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Whose certificates the services have.
+/// The trust domain of the services' certificates.
 const TRUST_DOMAIN: &str = "demo.example";
 
 const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 /// One instance of `payments`.
 pub struct Instance {
-    pub trouble: Arc<Trouble>,
+    pub faults: Arc<Faults>,
     pub sidecar: Sidecar,
     service: Option<Service>,
     at: SocketAddr,
 }
 
-/// The whole stage.
+/// All processes of the demo, and its output.
 pub struct Stage {
     pub story: Story,
     pub instances: [Instance; 2],
     pub shop_sidecar: Sidecar,
     shop: Service,
-    folder: Folder,
+    folder: TemporaryDirectory,
 }
 
 impl Instance {
-    async fn start(folder: &Folder, name: &'static str, otlp: Option<&str>) -> Result<Self, DemoError> {
-        let trouble = Arc::new(Trouble::default());
-        let service = services::payments(ANY, Arc::clone(&trouble)).await?;
+    async fn start(
+        folder: &TemporaryDirectory,
+        name: &'static str,
+        otlp: Option<&str>,
+    ) -> Result<Self, DemoError> {
+        let faults = Arc::new(Faults::default());
+        let service = services::payments(ANY, Arc::clone(&faults)).await?;
         let at = service.address;
         let config = common(folder, "payments", at, "strict");
         let sidecar = Sidecar::start(folder.path(), name, &config, otlp).await?;
-        Ok(Self { trouble, sidecar, service: Some(service), at })
+        Ok(Self { faults, sidecar, service: Some(service), at })
     }
 }
 
-/// Whether something accepts connections where traces are to go.
-async fn collector_accepts(otlp: &str) -> Result<(), String> {
+/// Checks that the collector accepts connections.
+async fn check_collector(otlp: &str) -> Result<(), String> {
     let url: http::Uri = otlp.parse().map_err(|_| "it is not a URL".to_owned())?;
     let host = url.host().ok_or("it names no host")?.trim_start_matches('[').trim_end_matches(']');
     let port = url.port_u16().unwrap_or(if url.scheme_str() == Some("https") { 443 } else { 80 });
-    match timeout(COLLECTOR_PATIENCE, TcpStream::connect((host, port))).await {
+    match timeout(COLLECTOR_TIMEOUT, TcpStream::connect((host, port))).await {
         Ok(connected) => connected.map(drop).map_err(|error| error.to_string()),
-        Err(_) => Err(format!("no connection within {COLLECTOR_PATIENCE:?}")),
+        Err(_) => Err(format!("no connection within {COLLECTOR_TIMEOUT:?}")),
     }
 }
 
-/// A CA, and a certificate for each service, as `outrigger certs` makes them.
-fn certificates(folder: &Folder) -> Result<(), DemoError> {
+/// Writes a CA and a certificate for each service, as `outrigger certs` does.
+fn write_certificates(folder: &TemporaryDirectory) -> Result<(), DemoError> {
     let ca = Ca::new(
         TRUST_DOMAIN.parse().map_err(|reason| IssueError::Name { name: TRUST_DOMAIN.to_owned(), reason })?,
     )?;
@@ -91,7 +95,7 @@ fn certificates(folder: &Folder) -> Result<(), DemoError> {
     Ok(())
 }
 
-fn common(folder: &Folder, name: &str, service: SocketAddr, mtls: &str) -> String {
+fn common(folder: &TemporaryDirectory, name: &str, service: SocketAddr, mtls: &str) -> String {
     let path = |file: String| folder.path().join(file).display().to_string();
     let (cert, key, ca) =
         (path(format!("{name}.crt")), path(format!("{name}.key")), path("ca.crt".to_owned()));
@@ -117,13 +121,18 @@ listen = "localhost:0"
     )
 }
 
-/// Times are shorter than the defaults, for nobody wants to wait long for a show. Turn by turn, since callers come one
-/// at a time: by latency all of them might go to the instance that is well, and there would be nothing to see.
-fn shop_config(folder: &Folder, service: SocketAddr, payments: [SocketAddr; 2], timeout: &str) -> String {
+/// Times are shorter than the defaults, to keep the demo short. Round-robin, because requests come one at a time: a
+/// balancer by latency could send all of them to the healthy instance, and there would be nothing to see.
+fn shop_config(
+    folder: &TemporaryDirectory,
+    service: SocketAddr,
+    payments: [SocketAddr; 2],
+    timeout: &str,
+) -> String {
     let [one, two] = payments;
     // Visitors have no certificate.
     let mut config = common(folder, "shop", service, "permissive");
-    let who = format!("spiffe://{TRUST_DOMAIN}/ns/default/sa/payments");
+    let identity = format!("spiffe://{TRUST_DOMAIN}/ns/default/sa/payments");
     // Writing to a string cannot fail.
     let _ = write!(
         config,
@@ -131,7 +140,7 @@ fn shop_config(folder: &Folder, service: SocketAddr, payments: [SocketAddr; 2], 
 [[upstream]]
 name = "payments"
 endpoints = ["{one}", "{two}"]
-identity = ["{who}"]
+identity = ["{identity}"]
 balance = "round-robin"
 timeout = "{timeout}"
 retry = {{ budget = {{ min_per_second = 5, window = "2s" }} }}
@@ -140,7 +149,7 @@ outlier = {{ eject_for = {{ base = "1s", max = "2s" }} }}
 [[upstream]]
 name = "reports"
 endpoints = ["{one}", "{two}"]
-identity = ["{who}"]
+identity = ["{identity}"]
 breaker = false
 outlier = false
 "#
@@ -149,9 +158,9 @@ outlier = false
 }
 
 impl Stage {
-    pub async fn set(otlp: Option<&str>) -> Result<Self, DemoError> {
-        let folder = Folder::new()?;
-        certificates(&folder)?;
+    pub async fn start(otlp: Option<&str>) -> Result<Self, DemoError> {
+        let folder = TemporaryDirectory::new()?;
+        write_certificates(&folder)?;
         let one = Instance::start(&folder, "payments-1", otlp).await?;
         let two = Instance::start(&folder, "payments-2", otlp).await?;
         let shop_socket = TcpListener::bind(ANY).await?;
@@ -167,11 +176,11 @@ impl Stage {
         println!("                                        http://{}/", two.sidecar.admin);
         if let Some(otlp) = otlp {
             let shown = redact::url(otlp);
-            match collector_accepts(otlp).await {
+            match check_collector(otlp).await {
                 Ok(()) => {
                     println!("traces of all requests are sent to:     {shown}");
                     println!(
-                        "in Jaeger, if that is one:              http://localhost:16686/search?service=shop"
+                        "in Jaeger, if that is the collector:    http://localhost:16686/search?service=shop"
                     );
                 }
                 Err(reason) => {
@@ -182,13 +191,13 @@ impl Stage {
         Ok(Self { story: Story::new(), instances: [one, two], shop_sidecar, shop, folder })
     }
 
-    /// A visitor's call, through everything.
+    /// Sends a visitor's request, through all sidecars and services.
     pub fn visit(
         &self,
         method: Method,
         path: &'static str,
     ) -> impl Future<Output = Result<Reply, DemoError>> + Send + use<> {
-        call(self.shop_sidecar.inbound, method, path, "shop")
+        send(self.shop_sidecar.inbound, method, path, "shop")
     }
 
     pub async fn visits(
@@ -204,7 +213,7 @@ impl Stage {
         Ok(replies)
     }
 
-    /// What shop's sidecar says of an upstream.
+    /// The status of an upstream of shop's sidecar.
     pub async fn status(&self, upstream: &str) -> Result<serde_json::Value, DemoError> {
         let status = self.whole_status().await?;
         let upstreams = status["upstreams"].as_array();
@@ -213,11 +222,11 @@ impl Stage {
     }
 
     async fn whole_status(&self) -> Result<serde_json::Value, DemoError> {
-        let reply = call(self.shop_sidecar.admin, Method::GET, "/status", "localhost").await?;
+        let reply = send(self.shop_sidecar.admin, Method::GET, "/status", "localhost").await?;
         Ok(serde_json::from_slice(&reply.body).unwrap_or_default())
     }
 
-    /// What became of the traces, in words; none where none are sent.
+    /// A summary of the exported traces; none where none are exported.
     pub async fn traces(&self) -> Result<Option<String>, DemoError> {
         let status = self.whole_status().await?;
         let traces = &status["traces"];
@@ -234,42 +243,42 @@ impl Stage {
         }))
     }
 
-    /// One of the counts in it.
+    /// A counter in the status of an upstream.
     pub async fn count(&self, upstream: &str, of: &str, word: &str) -> Result<u64, DemoError> {
         Ok(self.status(upstream).await?[of][word].as_u64().unwrap_or(0))
     }
 
-    /// How many calls the instances have answered so far.
-    pub fn reached(&self) -> u32 {
-        self.instances.iter().map(|one| one.trouble.answers.load(Ordering::Relaxed)).sum()
+    /// The number of responses of all instances so far.
+    pub fn responses(&self) -> u32 {
+        self.instances.iter().map(|one| one.faults.responses.load(Ordering::Relaxed)).sum()
     }
 
-    pub fn trouble(&self, make: impl Fn(&Trouble)) {
-        self.instances.iter().for_each(|one| make(&one.trouble));
+    pub fn set_faults(&self, set: impl Fn(&Faults)) {
+        self.instances.iter().for_each(|one| set(&one.faults));
     }
 
     pub fn set_slow(&self, slow: Duration) {
         let slow = u64::try_from(slow.as_millis()).unwrap_or(u64::MAX);
-        self.trouble(|trouble| trouble.slow_ms.store(slow, Ordering::Relaxed));
+        self.set_faults(|faults| faults.slow_ms.store(slow, Ordering::Relaxed));
     }
 
     pub fn set_failing(&self, fails: bool) {
-        self.trouble(|trouble| trouble.fails.store(fails, Ordering::Relaxed));
+        self.set_faults(|faults| faults.fails.store(fails, Ordering::Relaxed));
     }
 
     pub fn stop_instance(&mut self, index: usize) {
         self.instances[index].service = None;
     }
 
-    /// Those that were stopped come back to where they were.
+    /// Restarts stopped instances on their old ports.
     pub async fn start_instances(&mut self) -> Result<(), DemoError> {
         for one in self.instances.iter_mut().filter(|one| one.service.is_none()) {
-            one.service = Some(services::payments(one.at, Arc::clone(&one.trouble)).await?);
+            one.service = Some(services::payments(one.at, Arc::clone(&one.faults)).await?);
         }
         Ok(())
     }
 
-    /// Edits shop's configuration; whether that took effect.
+    /// Changes `timeout` in shop's configuration; returns whether the change was applied.
     pub async fn set_timeout(&self, timeout: &str) -> Result<bool, DemoError> {
         let payments = self.instances.each_ref().map(|one| one.sidecar.inbound);
         self.shop_sidecar.reconfigure(&shop_config(&self.folder, self.shop.address, payments, timeout))?;
@@ -283,7 +292,7 @@ impl Stage {
     }
 }
 
-pub fn well(replies: &[Reply]) -> usize {
+pub fn successes(replies: &[Reply]) -> usize {
     replies.iter().filter(|reply| reply.status == 200).count()
 }
 
@@ -291,14 +300,14 @@ pub fn well(replies: &[Reply]) -> usize {
 mod tests {
     use super::*;
 
-    /// What is printed of traces is true: a collector that is not there is told.
+    /// The demo does not claim to export traces to a collector that does not run.
     #[tokio::test]
-    async fn a_collector_that_is_not_there_is_told() {
+    async fn an_unreachable_collector_is_reported() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        assert_eq!(collector_accepts(&url).await, Ok(()));
+        assert_eq!(check_collector(&url).await, Ok(()));
         drop(listener);
-        assert!(collector_accepts(&url).await.unwrap_err().contains("refused"));
-        assert!(collector_accepts("not a url").await.is_err());
+        assert!(check_collector(&url).await.unwrap_err().contains("refused"));
+        assert!(check_collector("not a url").await.is_err());
     }
 }

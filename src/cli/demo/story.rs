@@ -1,4 +1,4 @@
-//! What the viewer reads, and the count of what did not happen as told.
+//! The output of the demo, and the count of failed checks.
 
 use std::{fmt::Display, io::IsTerminal};
 
@@ -22,22 +22,22 @@ impl Story {
         println!("\n{}", self.paint("1", format!("{}. {title}", self.scene)));
     }
 
-    pub fn tell(&self, text: impl Display) {
+    pub fn print(&self, text: impl Display) {
         println!("   {text}");
     }
 
-    /// Says what happened, and whether it is what should have.
+    /// Prints a result, and whether it is the expected one.
     pub fn check(&mut self, holds: bool, text: impl Display) {
         self.checks += 1;
         if holds {
             println!("   {} {text}", self.paint("32", "✓"));
         } else {
             self.failed += 1;
-            println!("   {} {text}", self.paint("31", "✗ this did not happen:"));
+            println!("   {} {text}", self.paint("31", "✗ not as expected:"));
         }
     }
 
-    /// What a caller was told, as far as it explains a failure.
+    /// Prints the parts of a response that explain a failure.
     pub fn show(&self, reply: &Reply) {
         println!("     {}", self.paint("33", reply.status));
         if let Some(field) = reply.headers.get("proxy-status").and_then(|value| value.to_str().ok()) {
@@ -51,15 +51,15 @@ impl Story {
         }
     }
 
-    /// What `outrigger status` shows of it.
+    /// Prints what `outrigger status` shows.
     pub fn show_status(&self, text: impl Display) {
         println!("     {}", self.paint("2", format!("outrigger status: {text}")));
     }
 
-    /// The end: whether all that was shown happened.
+    /// Prints the summary; returns whether all checks passed.
     pub fn summary(&self) -> bool {
-        let held = self.checks - self.failed;
-        println!("\n{}", self.paint("1", format!("{held} of {} things happened as told", self.checks)));
+        let passed = self.checks - self.failed;
+        println!("\n{}", self.paint("1", format!("{passed} of {} checks passed", self.checks)));
         self.failed == 0
     }
 
@@ -68,7 +68,7 @@ impl Story {
     }
 }
 
-/// The stable word of a proxy's own answer, `None` where a service answered.
+/// The cause in a response that the proxy made itself; `None` for a response of a service.
 pub fn cause(reply: &Reply) -> Option<String> {
     let problem: serde_json::Value = serde_json::from_slice(&reply.body).ok()?;
     problem.get("cause")?.as_str().map(ToOwned::to_owned)

@@ -1,4 +1,4 @@
-//! The scenes, in order.
+//! The scenes of the demo, in order.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -7,20 +7,20 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     DemoError,
-    http::call,
-    stage::{SLOW, Stage, well},
+    http::send,
+    stage::{SLOW, Stage, successes},
     story::cause,
 };
 
-/// Between calls of the traffic that follows the tour.
+/// Interval between requests of the traffic after the tour.
 const PACE: Duration = Duration::from_millis(500);
-/// For what must happen by itself, on a slow machine too.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Limit for conditions that are waited for; enough for a slow machine.
+const TIMEOUT: Duration = Duration::from_secs(15);
 const POLL: Duration = Duration::from_millis(50);
 
-/// Plays; true where all that it shows happened. Without `once` traffic goes on until it is dropped.
+/// Runs all scenes; true where all checks passed. Without `once`, sends light traffic until it is dropped.
 pub async fn tour(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
-    let mut stage = Stage::set(otlp).await?;
+    let mut stage = Stage::start(otlp).await?;
     stage.all_is_well().await?;
     stage.kept_alive_connections_are_reset().await?;
     stage.one_instance_fails().await?;
@@ -28,13 +28,13 @@ pub async fn tour(once: bool, otlp: Option<&str>) -> Result<bool, DemoError> {
     stage.all_fail_behind_a_breaker().await?;
     stage.slow().await?;
     stage.reload().await?;
-    stage.gone().await?;
+    stage.stopped().await?;
     if let Some(traces) = stage.traces().await? {
         println!();
-        stage.story.tell(traces);
+        stage.story.print(traces);
     }
     if once {
-        stage.leave().await?;
+        stage.drain().await?;
         return Ok(stage.story.summary());
     }
     stage.story.summary();
@@ -46,37 +46,38 @@ impl Stage {
         self.story.scene("All is well");
         let began = Instant::now();
         let replies = self.visits(20, &Method::POST, "/checkout").await?;
-        let good = well(&replies);
+        let good = successes(&replies);
         let each = began.elapsed() / 20;
-        self.story.check(good == 20, format!("{good} of 20 calls were answered 200, {each:.0?} each"));
-        let reached = self.reached();
-        self.story.check(reached == 20, format!("payments was called {reached} times, once for each"));
-        let plain = call(self.instances[0].sidecar.inbound, Method::GET, "/price", "payments").await?;
+        self.story.check(good == 20, format!("{good} of 20 requests got 200, {each:.0?} each"));
+        let reached = self.responses();
+        self.story.check(reached == 20, format!("payments got {reached} requests, one for each"));
+        let plain = send(self.instances[0].sidecar.inbound, Method::GET, "/price", "payments").await?;
         let refused = plain.status == 403 && cause(&plain).as_deref() == Some("not_allowed");
-        self.story.check(refused, "all by mutual TLS: without a certificate payments is not reached");
+        self.story
+            .check(refused, "all over mutual TLS: without a certificate a request does not reach payments");
         Ok(())
     }
 
     async fn kept_alive_connections_are_reset(&mut self) -> Result<(), DemoError> {
-        self.story.scene("payments resets its kept-alive connections, after every 3rd answer");
-        self.trouble(|trouble| trouble.reset_every.store(3, Ordering::Relaxed));
+        self.story.scene("payments resets its keep-alive connections after every 3rd response");
+        self.set_faults(|faults| faults.reset_every.store(3, Ordering::Relaxed));
         let replies = self.visits(60, &Method::GET, "/price").await?;
-        self.trouble(|trouble| trouble.reset_every.store(0, Ordering::Relaxed));
-        let resets: u32 = self.instances.iter().map(|one| one.trouble.resets.load(Ordering::Relaxed)).sum();
-        let good = well(&replies);
+        self.set_faults(|faults| faults.reset_every.store(0, Ordering::Relaxed));
+        let resets: u32 = self.instances.iter().map(|one| one.faults.resets.load(Ordering::Relaxed)).sum();
+        let good = successes(&replies);
         if let Some(failed) = replies.iter().find(|reply| !reply.status.is_success()) {
             self.story.show(failed);
         }
-        self.story.check(resets >= 10, format!("{resets} connections were reset under the proxy's hands"));
-        self.story.check(good == 60, format!("{good} of 60 callers saw nothing of it"));
+        self.story.check(resets >= 10, format!("{resets} connections were reset"));
+        self.story.check(good == 60, format!("{good} of 60 clients were not affected"));
         Ok(())
     }
 
     async fn one_instance_fails(&mut self) -> Result<(), DemoError> {
-        self.story.scene("One of payments' two instances answers 503 to everything");
-        self.budget_is_back().await?;
+        self.story.scene("One of the two instances of payments responds 503 to everything");
+        self.wait_for_budget().await?;
         let before = self.count("payments", "retries", "sent").await?;
-        self.instances[1].trouble.fails.store(true, Ordering::Relaxed);
+        self.instances[1].faults.fails.store(true, Ordering::Relaxed);
         let (mut replies, mut ejected) = (Vec::new(), None);
         while ejected.is_none() && replies.len() < 200 {
             replies.extend(self.visits(1, &Method::GET, "/price").await?);
@@ -84,77 +85,75 @@ impl Stage {
             let out = endpoints.as_array().and_then(|all| all.iter().find(|e| e["state"] == "ejected"));
             ejected = out.and_then(|endpoint| endpoint["address"].as_str()).map(ToOwned::to_owned);
         }
-        let (good, calls) = (well(&replies), replies.len());
+        let (good, requests) = (successes(&replies), replies.len());
         let retried = self.count("payments", "retries", "sent").await? - before;
-        self.story.check(good == calls, format!("{good} of {calls} callers saw nothing of it"));
-        self.story.check(
-            retried > 0,
-            format!("{retried} tries that failed were sent again, to the other instance"),
-        );
+        self.story.check(good == requests, format!("{good} of {requests} clients were not affected"));
+        self.story
+            .check(retried > 0, format!("{retried} failed attempts were retried on the other instance"));
         match &ejected {
             Some(address) => self.story.show_status(format!("{address} ejected")),
-            None => self.story.tell("no endpoint was taken out"),
+            None => self.story.print("no endpoint was ejected"),
         }
         let bad = self.instances[1].sidecar.inbound.to_string();
-        self.story.check(ejected == Some(bad), "after 5 failures in a row it was taken out for a while");
-        self.instances[1].trouble.fails.store(false, Ordering::Relaxed);
-        let back = self.endpoints_are_back().await?;
-        self.story.check(back, "it is well again, and back");
+        self.story.check(ejected == Some(bad), "it was ejected for a while, after 5 failures in a row");
+        self.instances[1].faults.fails.store(false, Ordering::Relaxed);
+        let restored = self.wait_for_endpoints().await?;
+        self.story.check(restored, "it recovered and was restored");
         Ok(())
     }
 
     async fn all_fail_without_a_breaker(&mut self) -> Result<(), DemoError> {
         self.story.scene(
-            "Both answer 503; the calls go by an upstream that has no breaker: its retry budget alone",
+            "Both respond 503, behind an upstream without a breaker: only the retry budget limits retries",
         );
         self.set_failing(true);
-        let (began, before) = (Instant::now(), self.reached());
+        let (began, before) = (Instant::now(), self.responses());
         let replies = self.visits(40, &Method::GET, "/report").await?;
-        let (took, tries) = (began.elapsed(), self.reached() - before);
+        let (took, attempts) = (began.elapsed(), self.responses() - before);
         self.set_failing(false);
-        let told = replies.iter().filter(|reply| reply.status == 503).count();
-        self.story.check(told == 40, format!("{told} of 40 callers were told what payments says: 503"));
-        // A fifth of the calls, and ten more in any 10 s; without a budget, two retries for each call.
+        let failed = replies.iter().filter(|reply| reply.status == 503).count();
+        self.story.check(failed == 40, format!("{failed} of 40 clients got the 503 of payments"));
+        // The budget: a fifth of the requests, and ten more in any 10 s. Without it: two retries for each request.
         let bound = 40 + 8 + 10 * (1 + took.as_secs() / 10);
-        let held = u64::from(tries) > 40 && u64::from(tries) <= bound;
+        let bounded = u64::from(attempts) > 40 && u64::from(attempts) <= bound;
         self.story.check(
-            held,
-            format!("payments was sent {tries} tries, not the 120 that 2 retries each would be"),
+            bounded,
+            format!("payments got {attempts} attempts, not the 120 of 2 retries for each request"),
         );
         let spent = self.count("reports", "retries", "budget").await?;
         let left = self.status("reports").await?["budget"]["available"].clone();
-        self.story.show_status(format!("retries left {left}, {spent} not sent for want of budget"));
+        self.story.show_status(format!("retries left {left}, {spent} not sent because the budget was spent"));
         self.story.check(spent > 0, "so retries do not make an outage worse");
         Ok(())
     }
 
     async fn all_fail_behind_a_breaker(&mut self) -> Result<(), DemoError> {
-        self.story.scene("Both answer 503, with a circuit breaker before them");
+        self.story.scene("Both respond 503, behind a circuit breaker");
         self.set_failing(true);
-        let before = self.reached();
+        let before = self.responses();
         let (mut refused, mut seen) = (0, None);
         for _ in 0..100 {
             let reply = self.visit(Method::GET, "/price").await?;
             if cause(&reply).as_deref() == Some("breaker_open") {
                 refused += 1;
                 if seen.is_none() {
-                    self.story.tell("what the caller is told then:");
+                    self.story.print("the response that the client then gets:");
                     self.story.show(&reply);
                     seen = Some(self.status("payments").await?["breaker"].clone());
                 }
             }
         }
-        let tries = self.reached() - before;
+        let attempts = self.responses() - before;
         let breaker = seen.unwrap_or_default();
         self.story.show_status(format!("breaker {} ({})", breaker["state"], breaker["why"]));
         let open = breaker["state"] == "open" || breaker["state"] == "half_open";
         self.story.check(open, "the breaker opened");
-        self.story.check(refused >= 50, format!("{refused} of 100 callers were refused at once"));
-        self.story.check(tries < 50, format!("payments was left alone but for {tries} tries"));
+        self.story.check(refused >= 50, format!("{refused} of 100 requests were refused at once"));
+        self.story.check(attempts < 50, format!("payments got only {attempts} attempts"));
         self.set_failing(false);
         let began = Instant::now();
         let mut closed = false;
-        while !closed && began.elapsed() < PATIENCE {
+        while !closed && began.elapsed() < TIMEOUT {
             self.visit(Method::GET, "/price").await?;
             closed = self.status("payments").await?["breaker"]["state"] == "closed";
             sleep(POLL).await;
@@ -162,10 +161,12 @@ impl Stage {
         let took = began.elapsed();
         self.story.check(
             closed,
-            format!("payments is well; {took:.1?} later, three trials having succeeded, it closed"),
+            format!(
+                "payments recovered; {took:.1?} later, after three successful trials, the breaker closed"
+            ),
         );
-        let good = well(&self.visits(5, &Method::GET, "/price").await?);
-        self.story.check(good == 5, format!("{good} of 5 callers got their answer"));
+        let good = successes(&self.visits(5, &Method::GET, "/price").await?);
+        self.story.check(good == 5, format!("{good} of 5 clients got 200"));
         Ok(())
     }
 
@@ -176,81 +177,84 @@ impl Stage {
         let replies = self.visits(3, &Method::POST, "/checkout").await?;
         let each = began.elapsed() / 3;
         if let Some(first) = replies.first() {
-            self.story.tell("what the caller is told:");
+            self.story.print("the response that the client gets:");
             self.story.show(first);
         }
-        let told = replies.iter().filter(|reply| reply.status == 504 && cause(reply).is_some()).count();
-        self.story.check(told == 3, format!("{told} of 3 callers were told so, after {each:.0?}"));
+        let timed_out = replies.iter().filter(|reply| reply.status == 504 && cause(reply).is_some()).count();
+        self.story.check(timed_out == 3, format!("{timed_out} of 3 clients got it, after {each:.0?}"));
         Ok(())
     }
 
     async fn reload(&mut self) -> Result<(), DemoError> {
-        self.story.scene("shop.toml is edited while all runs: timeout = \"20s\"");
-        let taken = self.set_timeout("20s").await?;
-        self.story.check(taken, "the sidecar took the change without a restart");
-        let good = well(&self.visits(2, &Method::POST, "/checkout").await?);
-        self.story.check(good == 2, format!("{good} of 2 callers waited {SLOW:?} and got their answer"));
+        self.story.scene("shop.toml is edited while everything runs: timeout = \"20s\"");
+        let applied = self.set_timeout("20s").await?;
+        self.story.check(applied, "the sidecar applied the change without a restart");
+        let good = successes(&self.visits(2, &Method::POST, "/checkout").await?);
+        self.story.check(good == 2, format!("{good} of 2 clients waited {SLOW:?} and got 200"));
         self.set_slow(Duration::ZERO);
         Ok(())
     }
 
-    async fn gone(&mut self) -> Result<(), DemoError> {
-        self.story.scene("One instance of payments is gone, then the other too");
-        self.budget_is_back().await?;
+    async fn stopped(&mut self) -> Result<(), DemoError> {
+        self.story.scene("One instance of payments is stopped, then the other too");
+        self.wait_for_budget().await?;
         self.stop_instance(0);
-        let good = well(&self.visits(10, &Method::POST, "/checkout").await?);
-        let told =
-            format!("{good} of 10 callers saw nothing: what never arrived may go elsewhere, a POST too");
-        self.story.check(good == 10, told);
+        let good = successes(&self.visits(10, &Method::POST, "/checkout").await?);
+        let text = format!(
+            "{good} of 10 clients were not affected: a request that was never sent is retried, POST too"
+        );
+        self.story.check(good == 10, text);
         self.stop_instance(1);
         let replies = self.visits(2, &Method::POST, "/checkout").await?;
         if let Some(first) = replies.first() {
-            self.story.tell("with both gone, what the caller is told, by the sidecar next to the failure:");
+            self.story.print("with both stopped, the response of the sidecar next to the failure:");
             self.story.show(first);
         }
-        let told = replies.iter().filter(|reply| reply.status.is_server_error() && cause(reply).is_some());
-        let told = told.count();
-        self.story.check(told == 2, format!("{told} of 2 callers were told at once"));
+        let failed = replies.iter().filter(|reply| reply.status.is_server_error() && cause(reply).is_some());
+        let failed = failed.count();
+        self.story.check(failed == 2, format!("{failed} of 2 clients got it at once"));
         self.start_instances().await?;
-        self.budget_is_back().await?;
-        let good = well(&self.visits(5, &Method::POST, "/checkout").await?);
-        self.story
-            .check(good == 5, format!("{good} of 5 callers got their answer as soon as they were back"));
+        self.wait_for_budget().await?;
+        let good = successes(&self.visits(5, &Method::POST, "/checkout").await?);
+        self.story.check(good == 5, format!("{good} of 5 clients got 200 as soon as both were restarted"));
         Ok(())
     }
 
-    async fn leave(&mut self) -> Result<(), DemoError> {
-        self.story.scene("The sidecar of an instance gets SIGTERM while a call is under way");
+    async fn drain(&mut self) -> Result<(), DemoError> {
+        self.story.scene("The sidecar of an instance gets SIGTERM while a request is in flight");
         self.set_slow(SLOW);
-        let answered = self.reached();
+        let before_responses = self.responses();
         let arrived =
-            |stage: &Self| stage.instances.each_ref().map(|one| one.trouble.arrived.load(Ordering::Relaxed));
+            |stage: &Self| stage.instances.each_ref().map(|one| one.faults.arrived.load(Ordering::Relaxed));
         let before = arrived(self);
         let visit = tokio::spawn(self.visit(Method::POST, "/checkout"));
-        let mut there = None;
+        let mut serving = None;
         eventually(async || {
             let now = arrived(self);
-            there = (0..now.len()).find(|index| now[*index] > before[*index]);
-            Ok(there.is_some())
+            serving = (0..now.len()).find(|index| now[*index] > before[*index]);
+            Ok(serving.is_some())
         })
         .await?;
-        let sidecar = &mut self.instances[there.unwrap_or(0)].sidecar;
+        let sidecar = &mut self.instances[serving.unwrap_or(0)].sidecar;
         sidecar.terminate();
         let ended = sidecar.ended().await?;
         let log = sidecar.log();
         let reply = visit.await.map_err(std::io::Error::other)??;
-        let answered = self.reached() - answered;
-        self.story.check(reply.status == 200 && answered == 1, "the call was finished first");
+        let responses = self.responses() - before_responses;
+        self.story.check(reply.status == 200 && responses == 1, "the request was finished first");
         self.story.check(ended.success(), format!("then the sidecar ended ({ended})"));
         if !ended.success() {
-            self.story.tell(log);
+            self.story.print(log);
         }
         Ok(())
     }
 
-    /// Goes on for ever, for the admin page to show something.
+    /// Sends requests forever, so that the admin page shows something.
     async fn traffic(&mut self) -> Result<bool, DemoError> {
-        println!("light traffic goes on until Ctrl-C; look at http://{}/", self.shop_sidecar.admin);
+        println!(
+            "light traffic continues until Ctrl-C; the admin page is http://{}/",
+            self.shop_sidecar.admin
+        );
         loop {
             let reply = self.visit(Method::GET, "/price").await?;
             if !reply.status.is_success() {
@@ -260,13 +264,13 @@ impl Stage {
         }
     }
 
-    /// Lets the budget recover from the scene before: each is to show its own.
-    async fn budget_is_back(&self) -> Result<bool, DemoError> {
+    /// Waits until the retry budget has recovered, so that scenes do not affect each other.
+    async fn wait_for_budget(&self) -> Result<bool, DemoError> {
         eventually(async || Ok(self.status("payments").await?["budget"]["available"].as_u64() >= Some(10)))
             .await
     }
 
-    async fn endpoints_are_back(&self) -> Result<bool, DemoError> {
+    async fn wait_for_endpoints(&self) -> Result<bool, DemoError> {
         eventually(async || {
             let status = self.status("payments").await?;
             Ok(status["endpoints"].as_array().is_some_and(|all| all.iter().all(|e| e["state"] == "healthy")))
@@ -275,11 +279,11 @@ impl Stage {
     }
 }
 
-/// Waits until it holds; false where it does not within [`PATIENCE`].
-async fn eventually(mut holds: impl AsyncFnMut() -> Result<bool, DemoError>) -> Result<bool, DemoError> {
+/// Polls until the condition holds; false where it does not within [`TIMEOUT`].
+async fn eventually(mut condition: impl AsyncFnMut() -> Result<bool, DemoError>) -> Result<bool, DemoError> {
     let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if holds().await? {
+    while began.elapsed() < TIMEOUT {
+        if condition().await? {
             return Ok(true);
         }
         sleep(POLL).await;

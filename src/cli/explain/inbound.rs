@@ -1,4 +1,4 @@
-//! Who may make an inbound call, and what it must show.
+//! `explain --inbound`: authorization of the request.
 
 use super::{target::Target, verdict::Verdict};
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     url_path::normalise,
 };
 
-/// Tells which allow entry lets the call in: for the peer that was named, else for whom each one does.
+/// Adds the allow entry that matches the given peer, or without a peer the identities that each entry allows.
 pub(super) fn authorization(verdict: &mut Verdict, loaded: &Loaded, target: &Target) {
     let inbound = &loaded.config.inbound;
     let rules = Rules::new(&inbound.allow);
@@ -22,7 +22,7 @@ pub(super) fn authorization(verdict: &mut Verdict, loaded: &Loaded, target: &Tar
     let place = |entry: usize| loaded.allow_origin(entry).and_then(|origin| loaded.sources.place(origin));
     let what = What::Call { method: &target.method, path };
     if rules.is_empty() {
-        verdict.fact("allow", "no entry: every caller that gets in".to_owned(), None);
+        verdict.fact("allow", "no entry: every client that passes mtls".to_owned(), None);
     } else if target.peer.is_some() {
         match rules.decide(&Asked { peer: target.peer.as_ref(), what, token: Token::Unread }) {
             Ok(Some(at)) => {
@@ -33,30 +33,30 @@ pub(super) fn authorization(verdict: &mut Verdict, loaded: &Loaded, target: &Tar
             Err(refusal) => verdict.fact("refused", format!("not_allowed, 403: {refusal}"), None),
         }
     } else {
-        let mut none = true;
+        let mut refused = true;
         for (at, (entry, allow)) in rules.entries().iter().zip(&inbound.allow).enumerate() {
             if entry.takes(what) {
-                none = false;
-                let who = allow.identity.join(", ");
+                refused = false;
+                let identities = allow.identity.join(", ");
                 let claims = claims(&allow.claims);
-                verdict.fact("allow", format!("entry {}: {who}{claims}", at + 1), place(at));
+                verdict.fact("allow", format!("entry {}: {identities}{claims}", at + 1), place(at));
             }
         }
-        if none {
+        if refused {
             verdict.fact("refused", "not_allowed, 403: no entry has this method and path".to_owned(), None);
         } else {
-            verdict.note("--peer ID tells what a certain caller gets".to_owned());
+            verdict.note("use --peer ID to see the result for one client".to_owned());
         }
     }
     if let Some(jwt) = &inbound.jwt {
         let normal = normalise(path);
         let free = jwt.except.iter().any(|pattern| PathPattern::new(pattern).matches(&normal));
-        let asked = if free {
-            "none: `except` names this path".to_owned()
+        let required = if free {
+            "none: `except` lists this path".to_owned()
         } else {
-            format!("of {}, for {}", jwt.issuer, jwt.audiences.join(" or "))
+            format!("issued by {}, for {}", jwt.issuer, jwt.audiences.join(" or "))
         };
-        verdict.fact("token", asked, None);
+        verdict.fact("token", required, None);
     }
 }
 

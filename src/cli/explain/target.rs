@@ -1,4 +1,4 @@
-//! The request that is asked about.
+//! The request that `explain` is about.
 
 use crate::identity::{InvalidId, Peer};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, uri::PathAndQuery};
@@ -7,27 +7,27 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, uri::PathAndQuery};
 const STANDARD_METHODS: [&str; 9] =
     ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
 
-/// A request, as far as routing looks at it.
+/// The parts of a request that routing uses.
 #[derive(Debug)]
 pub struct Target {
     pub method: Method,
-    /// As it was asked.
+    /// As given on the command line.
     pub url: String,
     pub host: String,
     pub port: Option<u16>,
     pub path: PathAndQuery,
     pub headers: HeaderMap,
     pub inbound: bool,
-    /// TLS by the service itself (`https://`, CONNECT to 443): the proxy sees bytes only.
+    /// TLS by the service itself (`https://`, CONNECT to 443): a byte stream for the proxy.
     pub opaque: bool,
-    /// Who calls, where that was told.
+    /// The client's identity, where given.
     pub peer: Option<Peer>,
 }
 
 impl Target {
     pub fn parse(method: &str, url: &str, headers: &[String], inbound: bool) -> Result<Self, String> {
         let method: Method = method.parse().map_err(|_| format!("`{method}` is not a method"))?;
-        // Methods are case-sensitive (RFC 9110 §9.1): a service knows no `get`, and no route matches it.
+        // Methods are case-sensitive (RFC 9110 §9.1): `get` matches no route.
         let upper = method.as_str().to_ascii_uppercase();
         if upper != method.as_str() && STANDARD_METHODS.contains(&&*upper) {
             return Err(format!("`{method}` is not `{upper}`: methods are written in capitals"));
@@ -69,8 +69,8 @@ impl Target {
         })
     }
 
-    /// By a peer that its SPIFFE ID names, or `dns:NAME`.
-    pub fn called_by(mut self, peer: Option<&str>) -> Result<Self, String> {
+    /// Adds a client by its SPIFFE ID, or `dns:NAME`.
+    pub fn with_peer(mut self, peer: Option<&str>) -> Result<Self, String> {
         let Some(text) = peer else { return Ok(self) };
         let wrong = |why: InvalidId| format!("`{text}` is not a SPIFFE ID: {why}");
         self.peer = Some(match text.strip_prefix("dns:") {
@@ -85,7 +85,7 @@ impl Target {
         content_type.is_some_and(|value| value.starts_with("application/grpc"))
     }
 
-    /// RFC 9110 §9.2.2, or by the caller's word.
+    /// By its method (RFC 9110 §9.2.2), or by an `Idempotency-Key`.
     pub fn is_idempotent(&self) -> bool {
         self.method.is_idempotent() || self.headers.contains_key("idempotency-key")
     }
@@ -102,11 +102,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn methods_are_written_as_they_are_sent() {
+    fn methods_are_case_sensitive() {
         let parse = |method| Target::parse(method, "http://up/", &[], false).map(|target| target.method);
         assert_eq!(parse("GET"), Ok(Method::GET));
         assert_eq!(parse("get"), Err("`get` is not `GET`: methods are written in capitals".to_owned()));
-        assert!(parse("purge").is_ok(), "a method of somebody's own");
+        assert!(parse("purge").is_ok(), "an extension method");
         assert!(parse("a b").is_err());
     }
 }

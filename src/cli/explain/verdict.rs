@@ -1,4 +1,4 @@
-//! What would become of a request, as text and as JSON.
+//! The explanation of a request, as text and as JSON.
 
 use std::fmt;
 
@@ -15,11 +15,11 @@ use crate::{
     url_path::normalise,
 };
 
-/// The answer.
+/// The explanation: upstream, route, notes and effective settings.
 #[derive(Debug, Default)]
 pub struct Verdict {
     request: String,
-    /// Upstream, route and the like: name, value, place.
+    /// Upstream, route and so on: name, value, source location.
     facts: Vec<(&'static str, String, Option<Place>)>,
     notes: Vec<String>,
     values: Vec<Line>,
@@ -30,15 +30,15 @@ struct Line {
     key: String,
     value: String,
     place: Option<Place>,
-    /// Why it does not act on this request.
+    /// Why it does not apply to this request.
     inactive: Option<String>,
 }
 
-/// What of the policy can act.
+/// Which part of the policy applies.
 #[derive(Clone, Copy, PartialEq)]
 enum Reach {
     Everything,
-    /// Connect, limit and idle policy.
+    /// Connect, limit and idle policy only: a byte stream.
     BytesOnly,
 }
 
@@ -96,14 +96,14 @@ impl Verdict {
         self.values.push(Line { key: setting.key, value: setting.value, place, inactive });
     }
 
-    /// Where the call's spans go.
+    /// Adds where the request's spans go.
     fn traces(&mut self, loaded: &Loaded, target: &Target) {
         let telemetry = &loaded.config.telemetry;
         let Some(to) = Destination::of(telemetry).filter(|_| !target.opaque) else { return };
         let place = loaded.tree.get("telemetry").and_then(|node| node.get("otlp")?.origin);
-        let errors = if telemetry.sample_errors { ", and where it fails" } else { "" };
+        let errors = if telemetry.sample_errors { ", and all that fail" } else { "" };
         let which =
-            format!("{} where it begins a trace, as its caller says where not{errors}", telemetry.sample);
+            format!("{} of traces that start here, others as their client decided{errors}", telemetry.sample);
         self.fact(
             "traces",
             format!("to {to}: {which}"),
@@ -111,7 +111,7 @@ impl Verdict {
         );
     }
 
-    /// Whose policy applies; `None` where the call is refused.
+    /// The scope whose policy applies; `None` where the request is refused.
     fn outbound(&mut self, loaded: &Loaded, target: &Target) -> (Option<Scope>, Reach) {
         let router = Router::new(&loaded.config);
         let place = |scope| loaded.scope_origin(scope).and_then(|origin| loaded.sources.place(origin));
@@ -126,7 +126,7 @@ impl Verdict {
                 .push(format!("{what}: bytes only, call http://{}{port}{path} to get policies", target.host));
         } else if target.method == Method::CONNECT {
             self.notes.push(
-                "what comes inside the tunnel is looked at: plain HTTP gets the full policy, other bytes only \
+                "the protocol inside the tunnel is detected: plain HTTP gets the full policy, other bytes only \
                  connect, limit and idle policy"
                     .to_owned(),
             );
@@ -246,7 +246,7 @@ impl fmt::Display for Verdict {
         let keys =
             self.values.iter().map(|line| line.key.as_str()).chain(self.facts.iter().map(|fact| fact.0));
         let keys = width(&mut { keys }, 40);
-        // One long list shall not push all places off the screen.
+        // One long value should not push all source locations off the screen.
         let values = width(&mut self.values.iter().map(|line| line.value.as_str()), 24);
         for (name, value, place) in &self.facts {
             let place = place.as_ref().map_or(String::new(), ToString::to_string);
@@ -270,7 +270,7 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// The upstream whose endpoints answer: that of a route's `to`, else its own.
+/// The upstream whose endpoints serve the request: that of a route's `to`, else its own.
 fn serving(loaded: &Loaded, scope: Scope) -> Option<usize> {
     let upstreams = &loaded.config.upstreams;
     match scope {
@@ -283,7 +283,7 @@ fn serving(loaded: &Loaded, scope: Scope) -> Option<usize> {
     }
 }
 
-/// Why a value does not act on this request, if it does not.
+/// Why a value does not apply to this request, if it does not.
 fn inactive(setting: &Setting, policy: &Policy, target: &Target, reach: Reach) -> Option<String> {
     let key = setting.key.as_str();
     let because = |why: &str| Some(why.to_owned());
@@ -297,22 +297,22 @@ fn inactive(setting: &Setting, policy: &Policy, target: &Target, reach: Reach) -
     let retries = policy.retry.0.as_ref().filter(|retry| retry.max > 0);
     match key {
         "timeout" if target.is_grpc() && !policy.route_sets_timeout => {
-            because("gRPC calls have their grpc-timeout, unless a route sets one")
+            because("gRPC requests have their grpc-timeout, unless a route sets one")
         }
         "attempt_timeout" if target.is_grpc() && !policy.route_sets_attempt_timeout => {
-            because("gRPC calls have their grpc-timeout, unless a route sets one")
+            because("gRPC requests have their grpc-timeout, unless a route sets one")
         }
         "retry.max" => None,
         _ if key.starts_with("retry.") && retries.is_none() => because("max = 0"),
         "retry.on" => grpc_inactive(policy),
-        "retry.body_limit" if !may_repeat(policy, target) => because("the method is not repeated"),
+        "retry.body_limit" if !may_retry(policy, target) => because("the method is not retried"),
         _ if key.starts_with("hedge.") && !target.is_idempotent() => because("not idempotent"),
-        _ if key.starts_with("hedge.") && retries.is_none() => because("no retry to spend"),
+        _ if key.starts_with("hedge.") && retries.is_none() => because("max = 0 allows no second copy"),
         _ => None,
     }
 }
 
-/// gRPC calls are POST: their codes act only where POST may be repeated.
+/// gRPC requests are POST: their status codes apply only where POST may be retried.
 fn grpc_inactive(policy: &Policy) -> Option<String> {
     let retry = policy.retry.0.as_ref()?;
     let methods = match &retry.methods {
@@ -326,7 +326,7 @@ fn grpc_inactive(policy: &Policy) -> Option<String> {
     (!codes.is_empty()).then(|| format!("{}: methods = {methods}", codes.join(", ")))
 }
 
-fn may_repeat(policy: &Policy, target: &Target) -> bool {
+fn may_retry(policy: &Policy, target: &Target) -> bool {
     match policy.retry.0.as_ref().map(|retry| &retry.methods) {
         Some(Methods::All) => true,
         Some(Methods::Idempotent) => target.is_idempotent(),
@@ -337,10 +337,10 @@ fn may_repeat(policy: &Policy, target: &Target) -> bool {
 
 fn retry_note(policy: &Policy, target: &Target, reach: Reach) -> Option<String> {
     let retries = policy.retry.0.as_ref().is_some_and(|retry| retry.max > 0);
-    (retries && reach == Reach::Everything && target.method != Method::CONNECT && !may_repeat(policy, target))
+    (retries && reach == Reach::Everything && target.method != Method::CONNECT && !may_retry(policy, target))
         .then(|| {
             format!(
-                "{} is not repeated once it may have reached the service; a try that surely did not is",
+                "{} is not retried once it may have reached the service; an attempt that certainly did not is",
                 target.method
             )
         })

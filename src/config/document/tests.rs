@@ -8,7 +8,7 @@ fn load(text: &str) -> Result<Config, String> {
     load_sources(sources, &|_| None).map(|loaded| (*loaded.config).clone()).map_err(|found| found.to_string())
 }
 
-/// The example with its comments of these kinds taken away.
+/// The example, with keys that are commented out by one of these prefixes put into effect.
 fn uncommented(kinds: &[&str]) -> String {
     let uncomment = |line: &str| {
         // `# key = …` and `# [table]`, but not prose.
@@ -33,7 +33,7 @@ fn the_example_says_the_defaults() {
 
 #[test]
 fn the_example_works_with_everything_optional_in_it() {
-    // In place of the files above it.
+    // It excludes the certificate files above it.
     let config = load(&uncommented(&["# "]).replace("spiffe = ", "# spiffe = ")).unwrap();
     assert_eq!(config.upstreams.len(), 2);
     assert_eq!(config.upstreams[0].routes.len(), 1);
@@ -109,7 +109,7 @@ fn the_files_for_each_use_pass_check() {
     let mut seen = 0;
     for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/config")).unwrap() {
         let path = entry.unwrap().path();
-        // The folders are for others: Grafana, Prometheus.
+        // Directories are for other programs: Grafana, Prometheus.
         if path.is_dir() {
             continue;
         }
@@ -179,7 +179,7 @@ fn texts_have_a_pattern_in_the_schema() {
     }
 }
 
-/// A secret in every key that takes a text, as a password in a URL and as a variable: nothing that can be said of the
+/// A secret in every key that takes a text, as a password in a URL and as a variable: no output about the
 /// file shows it.
 #[test]
 fn no_output_shows_a_secret_whatever_key_it_stands_in() {
@@ -202,19 +202,22 @@ fn no_output_shows_a_secret_whatever_key_it_stands_in() {
         ] {
             let text = written(&key, &value);
             let sources = Sources(vec![Source { path: "f".into(), text: text.clone() }]);
-            let said = match load_sources(sources, &env) {
+            let output = match load_sources(sources, &env) {
                 Ok(loaded) => {
-                    let mut said = loaded.warnings.to_string();
+                    let mut output = loaded.warnings.to_string();
                     // `explain` conceals variables itself.
                     for index in (0..loaded.config.upstreams.len()).filter(|_| !value.contains('$')) {
-                        said += &format!("{:?}", loaded.upstream_settings(index));
+                        output += &format!("{:?}", loaded.upstream_settings(index));
                     }
                     let tree = effective_tree(&loaded.config).to_string();
-                    said + &tree
+                    output + &tree
                 }
                 Err(found) => format!("{found}{:?}{}", found.lines(), found.to_json()),
             };
-            assert!(!said.contains(CANARY) && !said.contains(&CANARY.to_ascii_lowercase()), "{text}\n{said}");
+            assert!(
+                !output.contains(CANARY) && !output.contains(&CANARY.to_ascii_lowercase()),
+                "{text}\n{output}"
+            );
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Who may call, and tokens.
+//! Lints of allow lists and tokens.
 
 use super::{Lints, is_loopback_host};
 use crate::{
@@ -13,20 +13,20 @@ impl Lints<'_> {
             && is_plain(jwt.jwks.expose())
         {
             let place = self.root.get("inbound").and_then(|inbound| inbound.get("jwt")?.get("jwks")?.origin);
-            let help = "whoever stands between can put in keys of his own: use https://, or a file";
-            self.warn(place, "the keys that prove tokens come over plain HTTP", help);
+            let help = "anyone on the network path can replace the keys: use https://, or a file";
+            self.warn(place, "the keys that verify tokens come over plain HTTP", help);
         }
         for (index, upstream) in config.upstreams.iter().enumerate() {
             let Some(oauth2) = &upstream.oauth2 else { continue };
             let node = self.root.get("upstream").and_then(|list| list.item(index)?.get("oauth2"));
             let place = |key: &str| node.and_then(|node| node.get(key).or(Some(node))?.origin);
             if is_plain(oauth2.token_url.expose()) {
-                let help = "whoever listens can take the secret: use https://";
+                let help = "anyone on the network path can read the secret: use https://";
                 self.warn(place("token_url"), "the client's secret goes over plain HTTP", help);
             }
             let near = matches!(&upstream.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| is_loopback_host(&e.host)));
             if upstream.tls.mode == TlsMode::Off && !near {
-                let help = "whoever listens can use it: set `tls`";
+                let help = "anyone on the network path can read and use it: set `tls`";
                 self.warn(place(""), "the upstream's token goes over plain HTTP", help);
             }
         }
@@ -42,20 +42,20 @@ impl Lints<'_> {
             && off(inbound.mtls)
             && inbound.ports.iter().all(|port| port.mtls.is_none_or(off))
         {
-            let help = "without mutual TLS no caller proves who it is: set [identity] and `mtls`";
-            self.warn(place(0), "this allow list matches nobody", help);
+            let help = "without mutual TLS no client has an identity: set [identity] and `mtls`";
+            self.warn(place(0), "this allow list matches no client", help);
         }
         let rules = Rules::new(&inbound.allow);
         for (at, entry) in rules.entries().iter().enumerate() {
             if let Some(wider) = rules.entries()[..at].iter().position(|earlier| earlier.covers(entry)) {
-                let message = format!("entry {} lets in nobody that entry {} does not", at + 1, wider + 1);
-                self.warn(place(at), message, "leave it away, or make the earlier one narrower");
+                let message = format!("entry {} allows only what entry {} already allows", at + 1, wider + 1);
+                self.warn(place(at), message, "remove it, or make the earlier one narrower");
             }
         }
     }
 }
 
-/// `http://` to somewhere else than this machine.
+/// An `http://` URL of another machine.
 fn is_plain(url: &str) -> bool {
     let uri: Option<http::Uri> = url.strip_prefix("http://").and_then(|_| url.parse().ok());
     uri.is_some_and(|uri| !uri.host().is_some_and(is_loopback_host))

@@ -1,11 +1,11 @@
-//! Settings of `[telemetry]` that do nothing, or not what they look like.
+//! Lints of `[telemetry]`: settings without effect, or with another effect than it seems.
 
 use http::Uri;
 
 use super::Lints;
 use crate::config::{AccessLog, Config, Origin, OtlpProtocol};
 
-/// Where collectors take OTLP, by protocol.
+/// The default OTLP ports of collectors, by protocol.
 const GRPC_PORT: u16 = 4317;
 const HTTP_PORT: u16 = 4318;
 
@@ -18,7 +18,7 @@ impl Lints<'_> {
             let help = "write access_log = \"errors\" or \"all\", or leave the file out";
             self.warn(place("access_log_file"), "this file is never written: access_log is \"off\"", help);
         }
-        // The environment can turn traces off for a while; the files are none the worse for it.
+        // Checked in the files: the environment may have disabled traces only temporarily.
         if node("otlp").is_none() {
             let help = "name the collector by `otlp`, or leave this out";
             self.warn(place("protocol"), "nothing is exported: there is no `otlp`", help);
@@ -39,11 +39,11 @@ impl Lints<'_> {
                 self.warn(place, "protocol is \"http\", and 4317 is the port for gRPC", help);
             }
             Some(OtlpProtocol::Http) => {}
-            // By the port it would be HTTP.
+            // The port makes HTTP the default.
             None if port == Some(HTTP_PORT) => {}
             Some(OtlpProtocol::Grpc) | None if !matches!(uri.path(), "" | "/") => {
                 let help = "leave the path out, or write protocol = \"http\"";
-                self.warn(place, "gRPC has no use for the path of this URL", help);
+                self.warn(place, "gRPC ignores the path of this URL", help);
             }
             Some(OtlpProtocol::Grpc) | None => {}
         }

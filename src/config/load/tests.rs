@@ -26,7 +26,7 @@ fn problems(text: &str) -> String {
 }
 
 #[test]
-fn nothing_is_the_built_in_defaults() {
+fn no_file_means_built_in_defaults() {
     for texts in [&[][..], &[""]] {
         let config = loaded(texts);
         assert_eq!(config.service.name, "shop");
@@ -34,9 +34,9 @@ fn nothing_is_the_built_in_defaults() {
     }
 }
 
-/// What is only a default does not keep byte streams out (`Cluster::request_policy`).
+/// Default limits do not exclude byte streams (`Cluster::request_policy`).
 #[test]
-fn limits_of_requests_that_are_written_are_told_from_defaults() {
+fn distinguishes_configured_request_limits_from_defaults() {
     let limits = |text: &str| {
         let config = loaded(&[text]);
         let upstream = config.upstreams.first().map(|upstream| upstream.policy.sets_request_limits);
@@ -166,7 +166,7 @@ protocol = 'htp1'
 }
 
 #[test]
-fn text_from_the_environment_fills_numbers_too() {
+fn environment_values_can_be_numbers() {
     let config = loaded(&["[runtime]\nworkers = '${N:-3}'\n[telemetry]"]);
     assert_eq!(config.runtime.workers, Some(3));
     assert!(problems("[runtime]\nworkers = '3'").contains("found a string"));
@@ -184,11 +184,11 @@ fn later_files_win_and_places_name_the_right_one() {
     assert!(text.contains("1.toml:2:11"), "{text}");
 }
 
-/// What could not be read hides nothing, and nothing is made up from it.
+/// A part that could not be read hides no other problem and causes none.
 #[test]
-fn what_cannot_be_read_hides_no_other_problem() {
-    let told = |texts: &[&str]| try_load(texts).unwrap_err().lines();
-    // An unset variable: wherever it stands, it is one problem.
+fn an_unreadable_part_hides_no_other_problem() {
+    let lines_of = |texts: &[&str]| try_load(texts).unwrap_err().lines();
+    // An unset variable is one problem in every place.
     for text in [
         "[service]\nname = '${NONE}'\n[runtime]\nworker = 1",
         "[[upstream]]\nname = '${NONE}'\n[runtime]\nworker = 1\n[defaults.fallback]\nupstream = 'dr'",
@@ -197,15 +197,15 @@ fn what_cannot_be_read_hides_no_other_problem() {
         "[[upstream]]\nname = 'a'\nhealth = { path = '${NONE}' }\n[runtime]\nworker = 1",
         "defaults = '${NONE}'\n[runtime]\nworker = 1",
     ] {
-        let lines = told(&[text]);
+        let lines = lines_of(&[text]);
         assert_eq!(lines.len(), 2, "{lines:#?}");
         assert!(lines.iter().any(|line| line.contains("NONE is not set")), "{lines:#?}");
         assert!(lines.iter().any(|line| line.contains("unknown key `worker`")), "{lines:#?}");
     }
-    // A syntax error: what comes before it in its file, and all of the other files.
+    // A syntax error: reported are errors before it in its file, and all errors of the other files.
     let broken =
         "[defaults]\ntimout = '1s'\n[[upstream]]\nname = \nhosts = ['x'\nfoo = 1\n[runtime]\nworker = 1";
-    let lines = told(&[broken, "[admin]\nlisten = 1\n[defaults.fallback]\nupstream = 'x'"]);
+    let lines = lines_of(&[broken, "[admin]\nlisten = 1\n[defaults.fallback]\nupstream = 'x'"]);
     let syntax = lines.iter().filter(|line| line.contains("this is not TOML")).count();
     assert!(
         lines.iter().any(|line| line.starts_with("0.toml:2:1: error: unknown key `timout`")),
@@ -214,7 +214,7 @@ fn what_cannot_be_read_hides_no_other_problem() {
     assert!(lines.iter().any(|line| line.starts_with("1.toml:2:10: ")), "{lines:#?}");
     assert_eq!(lines.len(), syntax + 2, "{lines:#?}");
     assert!((2..=5).contains(&syntax), "one a line at most: {lines:#?}");
-    // A file that is not there.
+    // A missing file.
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("a.toml"), "[runtime]\nworker = 1\n[defaults.fallback]\nupstream = 'x'")
         .unwrap();
@@ -223,7 +223,7 @@ fn what_cannot_be_read_hides_no_other_problem() {
 }
 
 #[test]
-fn each_problem_is_told_once() {
+fn each_problem_is_reported_once() {
     for text in ["endpoints = ['nohost']", "hosts = ['a b']", "endpoints = [1]"] {
         let found = try_load(&[&format!("[[upstream]]\nname = 'a'\n{text}")]).unwrap_err();
         assert_eq!(found.count(), (1, 0), "{found}");
@@ -231,7 +231,7 @@ fn each_problem_is_told_once() {
 }
 
 #[test]
-fn files_are_found() {
+fn finds_the_files() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(files(&[], dir.path(), &|_| None), [""; 0].map(PathBuf::from));
     std::fs::write(dir.path().join("outrigger.toml"), "").unwrap();
@@ -244,7 +244,7 @@ fn files_are_found() {
 }
 
 #[test]
-fn a_table_that_is_none_is_one_problem() {
+fn a_value_in_place_of_a_table_is_one_problem() {
     for text in ["upstream = 1", "service = 'x'", "defaults = []", "[[inbound]]", "[upstream]\nname = 'a'"] {
         let found = try_load(&[text]).unwrap_err();
         assert_eq!(found.count(), (1, 0), "{found}");
@@ -252,7 +252,7 @@ fn a_table_that_is_none_is_one_problem() {
 }
 
 #[test]
-fn thousands_of_upstreams_load_in_no_time() {
+fn thousands_of_upstreams_load_quickly() {
     let one = |at: usize| {
         format!(
             "[[upstream]]\nname = 'u{at}'\nendpoints = ['10.0.0.1:80']\ntimeout = '2s'\n[[upstream.route]]\nmatch = {{ path = '/x*' }}\nto = 'u{}'\n",
@@ -263,16 +263,16 @@ fn thousands_of_upstreams_load_in_no_time() {
         + "[[upstream]]\nname = 'u10000'\n[defaults]\nretry = { max = 1 }";
     let start = std::time::Instant::now();
     assert_eq!(loaded(&[&text]).upstreams.len(), 10_001);
-    // Well under a second when optimised; this only tells linear from quadratic.
+    // Well under a second when optimised; this bound only distinguishes linear from quadratic.
     assert!(start.elapsed() < std::time::Duration::from_secs(30), "{:?}", start.elapsed());
-    // All of them wrong is no slower, and said in bounds.
+    // An error in each of them is no slower, and the list is bounded.
     let found = try_load(&[&text.replace("timeout", "timout")]).unwrap_err();
     assert_eq!((found.count().0, found.left_out > 9_000), (100, true));
 }
 
 proptest::proptest! {
     #[test]
-    fn whatever_stands_in_a_file_is_answered(text in "(\\[|\\]|\\{|\\}|=|\"|'|,|\n|\\$\\{|upstream|route|name|match|retry|hosts|a|1|\\.|-|#|é){0,60}") {
+    fn any_text_is_handled(text in "(\\[|\\]|\\{|\\}|=|\"|'|,|\n|\\$\\{|upstream|route|name|match|retry|hosts|a|1|\\.|-|#|é){0,60}") {
         let _ = try_load(&[&text, &text]).map_err(|found| found.to_string());
     }
 }

@@ -1,4 +1,4 @@
-//! TLS: what needs a certificate, and how those who prove something are named.
+//! Validation of TLS: keys that need a certificate, and the names of peers and trust domains.
 
 use rustls_pki_types::ServerName;
 
@@ -8,23 +8,23 @@ use crate::{
     config::{Bundles, Config, Mtls, Node, TlsMode, Upstream, diagnostic::Problems},
 };
 
-/// Towards callers, and the names of trust domains.
+/// Inbound TLS, and the names of trust domains.
 pub(in super::super) fn identity(config: &Config, root: &Node, problems: &mut Problems) {
     let mut check = Check { node: root, problems };
     if let Some(identity) = &config.identity {
         if let Some(Bundles::ByTrustDomain(table)) = &identity.ca {
-            check.expect(!table.is_empty(), &["identity", "ca"], "nobody would be trusted", "name a bundle");
+            check.expect(!table.is_empty(), &["identity", "ca"], "no peer would be trusted", "name a bundle");
             for name in table.keys() {
-                if let Err(why) = name.parse::<TrustDomain>() {
-                    let message = format!("`{name}` is not a trust domain: {why}");
+                if let Err(reason) = name.parse::<TrustDomain>() {
+                    let message = format!("`{name}` is not a trust domain: {reason}");
                     check.error(&["identity", "ca", name], message, "write e.g. \"shop.example\"");
                 }
             }
         }
         return;
     }
-    let help = "add an [identity] section; `outrigger certs` makes one for a try";
-    let message = "mutual TLS needs a certificate of our own";
+    let help = "add an [identity] section; `outrigger certs` creates a certificate for development";
+    let message = "mutual TLS needs a certificate of this service";
     check.need(config.inbound.mtls != Mtls::Strict, &["inbound", "mtls"], message, help);
     for (at, port) in config.inbound.ports.iter().enumerate() {
         let path = ["inbound", "port", &at.to_string(), "mtls"];
@@ -32,16 +32,16 @@ pub(in super::super) fn identity(config: &Config, root: &Node, problems: &mut Pr
     }
 }
 
-/// Towards an upstream.
+/// TLS to an upstream.
 pub(super) fn upstream(check: &mut Check<'_>, upstream: &Upstream, has_identity: bool) {
     let tls = &upstream.tls;
     let has_certificate = tls.mode != TlsMode::Mutual || has_identity;
     let help = "add an [identity] section, or write \"simple\"";
-    check.need(has_certificate, &["tls"], "mutual TLS needs a certificate of our own", help);
+    check.need(has_certificate, &["tls"], "mutual TLS needs a certificate of this service", help);
     for (at, id) in tls.identity.iter().enumerate() {
-        if let Err(why) = id.parse::<Pattern>() {
+        if let Err(reason) = id.parse::<Pattern>() {
             let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/payments\", or \"dns:NAME\"";
-            check.error(&["identity", &at.to_string()], format!("this is not a SPIFFE ID: {why}"), help);
+            check.error(&["identity", &at.to_string()], format!("this is not a SPIFFE ID: {reason}"), help);
         }
     }
     if let Some(name) = &tls.server_name {
@@ -50,8 +50,8 @@ pub(super) fn upstream(check: &mut Check<'_>, upstream: &Upstream, has_identity:
     }
     if tls.mode == TlsMode::Off {
         let help =
-            "set `tls`, or leave it away; where [identity] is set, `identity` alone makes it \"mutual\"";
-        let message = "nothing is checked without TLS";
+            "set `tls`, or remove this key; where [identity] is set, `identity` alone makes it \"mutual\"";
+        let message = "this key has no effect without TLS";
         check.expect(tls.identity.is_empty(), &["identity"], message, help);
         check.expect(tls.ca.is_none(), &["ca"], message, help);
         check.expect(tls.server_name.is_none(), &["server_name"], message, help);

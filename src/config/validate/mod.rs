@@ -1,4 +1,4 @@
-//! What types cannot say: ranges, names that must exist, keys that need or exclude each other.
+//! Validation beyond types: ranges, references to names, keys that need or exclude each other.
 
 mod identity;
 mod policy;
@@ -16,7 +16,7 @@ pub(super) use policy::policy;
 pub(super) use sections::sections;
 pub(super) use upstream::{between, references, route, upstream};
 
-/// A table being checked, and where its problems go.
+/// A table to check, and its problems.
 struct Check<'a> {
     node: &'a Node,
     problems: &'a mut Problems,
@@ -44,7 +44,7 @@ impl Check<'_> {
         self.problems.push(Problem::error(origin, message).help(help));
     }
 
-    /// An error where a list is empty, unless what is written in it could only not be read.
+    /// An error if a list is empty, unless it has items that could not be read.
     fn filled<T>(&mut self, list: &[T], path: &[&str], message: &str, help: &str) {
         let written = path.iter().try_fold(self.node, |node, step| node.get(step));
         if list.is_empty() && !written.is_some_and(Node::is_filled_list) {
@@ -52,15 +52,15 @@ impl Check<'_> {
         }
     }
 
-    /// An error of something that is missing, unless what is `expected` holds.
+    /// An error about something missing, unless `holds`.
     fn need(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
         if !holds {
             let origin = self.at(path);
-            self.problems.push(Problem::error(origin, message).help(help).of_absence());
+            self.problems.push(Problem::error(origin, message).help(help).about_missing());
         }
     }
 
-    /// An error unless what is `expected` holds.
+    /// An error unless `holds`.
     fn expect(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
         if !holds {
             self.error(path, message, help);

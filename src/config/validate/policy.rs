@@ -1,4 +1,4 @@
-//! Policies.
+//! Validation of policies.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ use crate::{
     units::HumanDuration,
 };
 
-/// More tries than this are no resilience but load.
+/// More retries only add load.
 const MAX_RETRIES: u32 = 20;
-/// Kept for every call in flight.
+/// Kept for every request in flight.
 const MAX_BODY_LIMIT: u64 = 64 << 20;
-/// Windows are divided into slots of at least some milliseconds.
+/// A window is divided into slices, which must be several milliseconds long.
 const MIN_WINDOW: Duration = Duration::from_secs(1);
 const MAX_WINDOW: Duration = Duration::from_secs(3600);
 
@@ -49,7 +49,12 @@ pub(in super::super) fn policy(policy: &Policy, node: &Node, problems: &mut Prob
         && let HedgeAfter::Fixed(after) = hedge.after
     {
         let help = "write a duration, e.g. \"50ms\", or a quantile, e.g. \"p95\"";
-        check.expect(!after.is_zero(), &["hedge", "after"], "a hedge after 0 would double every call", help);
+        check.expect(
+            !after.is_zero(),
+            &["hedge", "after"],
+            "a hedge after 0 would double every request",
+            help,
+        );
     }
     if let Some(status) = policy.fault.0.as_ref().and_then(|fault| fault.abort) {
         check.status(&["fault", "abort"], status);
@@ -62,10 +67,10 @@ pub(in super::super) fn policy(policy: &Policy, node: &Node, problems: &mut Prob
 impl Check<'_> {
     fn retry(&mut self, retry: &RetrySettings) {
         if retry.max > MAX_RETRIES {
-            self.error(&["retry", "max"], "too many tries", format!("at most {MAX_RETRIES}"));
+            self.error(&["retry", "max"], "too many retries", format!("at most {MAX_RETRIES}"));
         }
         if *retry.body_limit > MAX_BODY_LIMIT {
-            let help = "at most 64MiB: this much may be kept for every call in flight";
+            let help = "at most 64MiB: this much may be kept for every request in flight";
             self.error(&["retry", "body_limit"], "the body limit is too large", help);
         }
         if let Methods::Listed(methods) = &retry.methods {
@@ -85,21 +90,21 @@ impl Check<'_> {
         self.growing(&["breaker", "open_for"], breaker.open_for);
         let help = "write at least 1; `breaker = false` switches it off";
         let trials = &["breaker", "trial_requests"];
-        self.expect(breaker.trial_requests > 0, trials, "no trial, and it would stay open for ever", help);
+        self.expect(breaker.trial_requests > 0, trials, "without trials it would stay open for ever", help);
         let least = &["breaker", "min_requests"];
         self.expect(breaker.min_requests > 0, least, "a rate needs at least one request", "write at least 1");
     }
 
     fn limits(&mut self, limits: &LimitSettings) {
         let help = "write at least 1; `limits = false` switches all limits off";
-        let message = "a limit of 0 would refuse every call";
+        let message = "a limit of 0 would refuse every request";
         self.expect(limits.max_connections > 0, &["limits", "max_connections"], message, help);
         self.expect(limits.max_requests > 0, &["limits", "max_requests"], message, help);
     }
 
     fn rate(&mut self, rate: &RateSettings) {
         let help = "write at least 1; `rate_limit = false` switches it off";
-        let message = "a rate limit of 0 would refuse every call";
+        let message = "a rate limit of 0 would refuse every request";
         self.expect(rate.rate > 0, &["rate_limit", "rate"], message, help);
         self.expect(rate.burst > 0, &["rate_limit", "burst"], message, help);
         if let RateKey::Header(name) = &rate.per {
@@ -111,10 +116,11 @@ impl Check<'_> {
         self.status(&["fallback", "status"], fallback.status);
         self.header_value(&["fallback", "content_type"], &fallback.content_type);
         let written = self.node.get("fallback");
-        let answers = ["status", "body", "content_type"];
-        let answer = answers.into_iter().find(|key| written.is_some_and(|table| table.get(key).is_some()));
-        if let (Some(_), Some(key)) = (&fallback.upstream, answer) {
-            let message = "a fallback is an answer or another upstream, not both";
+        let response_keys = ["status", "body", "content_type"];
+        let response_key =
+            response_keys.into_iter().find(|key| written.is_some_and(|table| table.get(key).is_some()));
+        if let (Some(_), Some(key)) = (&fallback.upstream, response_key) {
+            let message = "a fallback is a fixed response or another upstream, not both";
             self.error(&["fallback", key], message, "remove `upstream`, or everything else");
         }
     }

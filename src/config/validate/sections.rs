@@ -1,4 +1,4 @@
-//! The sections, and what holds between them.
+//! Validation of the sections, and of conditions between them.
 
 use std::collections::HashMap;
 
@@ -13,34 +13,34 @@ use crate::{
 
 const MAX_WORKERS: u16 = 256;
 
-/// All but the upstreams.
+/// Checks all sections but the upstreams.
 pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Problems) {
     let mut check = Check { node: root, problems };
     let name = &config.service.name;
     let fits = !name.is_empty() && name.len() <= 255 && !name.chars().any(char::is_control);
     check.expect(fits, &["service", "name"], "this cannot be a service's name", "write 1 to 255 characters");
     if let Some(workers) = config.runtime.workers {
-        let help = format!("write 1 to {MAX_WORKERS}, or leave it away for the container's CPU limit");
+        let help = format!("write 1 to {MAX_WORKERS}, or remove this key for the container's CPU limit");
         check.expect(
             (1..=MAX_WORKERS).contains(&workers),
             &["runtime", "workers"],
-            "so many workers cannot be",
+            "the number of workers is out of range",
             &help,
         );
     }
     let forward_to = &config.inbound.forward_to;
     let help = "write the address of the service, e.g. \"127.0.0.1:8080\"";
-    check.expect(forward_to.port > 0, &["inbound", "forward_to"], "nothing can be reached at port 0", help);
+    check.expect(forward_to.port > 0, &["inbound", "forward_to"], "port 0 cannot be connected to", help);
     let local = forward_to.host == "localhost" || forward_to.literal().is_some_and(|a| a.ip().is_loopback());
     if local && forward_to.port == config.inbound.listen.0.port && forward_to.port > 0 {
-        check.error(&["inbound", "forward_to"], "the proxy would call itself", help);
+        check.error(&["inbound", "forward_to"], "the proxy would forward to itself", help);
     }
     let mut ports = HashMap::new();
     for (at, port) in config.inbound.ports.iter().enumerate() {
         let path = ["inbound", "port", &at.to_string(), "port"];
         check.expect(port.port > 0, &path, "no service is at port 0", "write the service's port");
         if ports.insert(port.port, at).is_some() {
-            check.error(&path, format!("port {} is described twice", port.port), "put the two together");
+            check.error(&path, format!("port {} is described twice", port.port), "combine the two entries");
         }
     }
     let entries = root.get("inbound").and_then(|inbound| inbound.get("allow")).and_then(Node::as_array);
@@ -66,11 +66,15 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
 impl Check<'_> {
     fn allow(&mut self, allow: &Allow, has_jwt: bool) {
         let help = "name at least one SPIFFE ID";
-        self.filled(&allow.identity, &["identity"], "nobody would be allowed", help);
+        self.filled(&allow.identity, &["identity"], "no client would be allowed", help);
         for (at, id) in allow.identity.iter().enumerate() {
-            if let Err(why) = id.parse::<Pattern>() {
+            if let Err(reason) = id.parse::<Pattern>() {
                 let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/*\", or \"dns:NAME\"";
-                self.error(&["identity", &at.to_string()], format!("this is not a SPIFFE ID: {why}"), help);
+                self.error(
+                    &["identity", &at.to_string()],
+                    format!("this is not a SPIFFE ID: {reason}"),
+                    help,
+                );
             }
         }
         for (at, method) in allow.methods.iter().enumerate() {
@@ -79,11 +83,11 @@ impl Check<'_> {
         for (at, path) in allow.paths.iter().enumerate() {
             self.path_pattern(&["paths", &at.to_string()], path);
         }
-        let help = "add [inbound.jwt], or leave `claims` away";
+        let help = "add [inbound.jwt], or remove `claims`";
         self.expect(
             has_jwt || allow.claims.is_empty(),
             &["claims"],
-            "no token is read that could hold them",
+            "no token is verified that could have these claims",
             help,
         );
     }
@@ -108,8 +112,8 @@ impl Check<'_> {
             let place = ["inbound", "jwt", "claim_headers", name];
             match name.parse::<HeaderName>() {
                 Err(_) => self.error(&place, "this is not a header's name", "write e.g. x-user-id"),
-                Ok(name) if is_taken(&name) => {
-                    self.error(&place, "this header has a meaning of its own", "write a name like x-user-id");
+                Ok(name) if is_reserved(&name) => {
+                    self.error(&place, "this header is reserved", "write a name like x-user-id");
                 }
                 Ok(_) => {}
             }
@@ -141,16 +145,16 @@ impl Check<'_> {
     }
 }
 
-/// An absolute URL of http or https.
+/// Whether it is an absolute http or https URL.
 pub(super) fn is_url(text: &str) -> bool {
     ["https://", "http://"].iter().any(|scheme| text.starts_with(scheme))
         && text.parse::<http::Uri>().is_ok_and(|uri| uri.host().is_some_and(|host| !host.is_empty()))
 }
 
-/// What frames a message, says who sent it, or is the token itself.
-fn is_taken(name: &HeaderName) -> bool {
+/// Fields that frame a message, name its sender, or contain the token.
+fn is_reserved(name: &HeaderName) -> bool {
     let name = name.as_str().replace('_', "-");
-    let taken = [
+    let reserved = [
         "authorization",
         "connection",
         "content-length",
@@ -168,11 +172,11 @@ fn is_taken(name: &HeaderName) -> bool {
         "via",
         "x-request-timeout-ms",
     ];
-    taken.contains(&name.as_str())
+    reserved.contains(&name.as_str())
         || ["x-forwarded-", "x-outrigger-", "grpc-"].iter().any(|start| name.starts_with(start))
 }
 
-/// No two listeners may want one port of one address.
+/// No two listeners may use the same port of the same address.
 fn listeners(config: &Config, root: &Node, problems: &mut Problems) {
     let at = |path: [&str; 2]| root.get(path[0])?.get(path[1])?.origin;
     let mut all: Vec<(String, &ListenAddr, _)> = vec![
@@ -221,7 +225,7 @@ fn listeners(config: &Config, root: &Node, problems: &mut Problems) {
     }
 }
 
-/// Whether one of two addresses with the same port takes it from the other.
+/// Whether two listen addresses with the same port conflict.
 fn overlap(a: &ListenAddr, b: &ListenAddr) -> bool {
     let wild =
         |address: &ListenAddr| address.0.literal().is_some_and(|address| address.ip().is_unspecified());

@@ -3,7 +3,7 @@ use crate::config::{Source, Sources, load_sources};
 /// The problems of a text, as lines.
 fn problems(text: &str) -> Vec<String> {
     let sources = Sources(vec![Source { path: "x".into(), text: text.to_owned() }]);
-    // Features that are not built are another matter.
+    // Problems of features that are not built are ignored.
     match load_sources(sources, &|_| None) {
         Ok(_) => Vec::new(),
         Err(found) => found.lines().into_iter().filter(|line| !line.contains("not built")).collect(),
@@ -11,50 +11,50 @@ fn problems(text: &str) -> Vec<String> {
 }
 
 #[track_caller]
-fn refused(text: &str, message: &str) {
+fn rejects(text: &str, message: &str) {
     let found = problems(text);
     assert!(found.iter().any(|line| line.contains(message)), "{message:?} not in {found:#?} for\n{text}");
     assert_eq!(found.len(), 1, "{found:#?} for\n{text}");
 }
 
 #[test]
-fn what_cannot_work_is_refused() {
+fn rejects_invalid_sections() {
     for (text, message) in [
-        ("[runtime]\nworkers = 0", "x:2:11: error: so many workers cannot be"),
-        ("[runtime]\nworkers = 257", "so many workers cannot be"),
+        ("[runtime]\nworkers = 0", "x:2:11: error: the number of workers is out of range"),
+        ("[runtime]\nworkers = 257", "the number of workers is out of range"),
         ("[service]\nname = ''", "this cannot be a service's name"),
-        ("[inbound]\nforward_to = '127.0.0.1:0'", "nothing can be reached at port 0"),
-        ("[inbound]\nforward_to = '127.0.0.1:4143'", "the proxy would call itself"),
+        ("[inbound]\nforward_to = '127.0.0.1:0'", "port 0 cannot be connected to"),
+        ("[inbound]\nforward_to = '127.0.0.1:4143'", "the proxy would forward to itself"),
         ("[[inbound.port]]\nport = 1\n[[inbound.port]]\nport = 1", "x:4:8: error: port 1 is described twice"),
-        ("[[inbound.allow]]\nidentity = []", "nobody would be allowed"),
+        ("[[inbound.allow]]\nidentity = []", "no client would be allowed"),
         ("[[inbound.allow]]\nidentity = ['spiffe://a/*/b']", "x:2:13: error: this is not a SPIFFE ID"),
         ("[[inbound.allow]]\nidentity = ['spiffe://a/*']\npaths = ['x']", "a path begins with `/`"),
-        ("[[inbound.allow]]\nidentity = ['spiffe://a/b']\nclaims = { a = 'b' }", "no token is read"),
+        ("[[inbound.allow]]\nidentity = ['spiffe://a/b']\nclaims = { a = 'b' }", "no token is verified"),
         ("[inbound.jwt]\nissuer = 'i'\naudiences = []\njwks = '/j'", "there is no audience"),
         ("[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='http://'", "neither a URL nor an absolute path"),
         ("[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\nexcept=['//']", "in their normal form"),
         (
             "[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\nclaim_headers={ x_forwarded_for = 'a' }",
-            "this header has a meaning of its own",
+            "this header is reserved",
         ),
         (
             "[[upstream]]\nname='a'\noauth2={ token_url='http://i/t', client_id='', client_secret_file='/s' }",
-            "the client has no id",
+            "the client has no ID",
         ),
         (
             "[[upstream]]\nname='a'\noauth2={token_url='http://i/t',client_id='c',client_secret_file='/s',scopes=['a b']}",
-            "this is not one scope",
+            "this is not a single scope",
         ),
         ("[identity]\ncert = 'a'\nkey = 'b'", "the identity is not complete"),
         ("[identity]\ncert = 'a'\nspiffe = 'unix:/x'", "from files or the Workload API"),
         ("[identity]\nca = 'a'\nspiffe = 'unix:/x'", "from files or the Workload API"),
         ("[identity]\nspiffe = 'unix:x'", "not a Workload API address"),
-        ("[inbound]\nmtls = 'strict'", "x:2:8: error: mutual TLS needs a certificate of our own"),
+        ("[inbound]\nmtls = 'strict'", "x:2:8: error: mutual TLS needs a certificate of this service"),
         ("[[inbound.port]]\nport = 1\nmtls = 'strict'", "x:3:8: error: mutual TLS needs a certificate"),
         ("[identity]\ncert = 'a'\nkey = 'b'\nca = { 'A' = 'c' }", "`A` is not a trust domain"),
         ("[[upstream]]\nname='a'\ntls = 'simple'\nidentity = ['spiffe://a*']", "this is not a SPIFFE ID"),
         ("[[upstream]]\nname='a'\ntls = 'simple'\nserver_name = 'a b'", "this is not a host's name"),
-        ("[[upstream]]\nname='a'\nidentity = ['spiffe://a/b']", "nothing is checked without TLS"),
+        ("[[upstream]]\nname='a'\nidentity = ['spiffe://a/b']", "this key has no effect without TLS"),
         ("[telemetry]\notlp = 'collector:4317'", "this is not a collector's URL"),
         ("[outbound]\nlisten = '127.0.0.1:4191'", "x:2:10: error: port 4191 is listened on twice"),
         (
@@ -71,7 +71,7 @@ fn what_cannot_work_is_refused() {
 fn policies_are_checked_wherever_they_stand() {
     for (policy, message) in [
         ("connect_timeout = '0s'", "would never connect"),
-        ("retry = { max = 21 }", "too many tries"),
+        ("retry = { max = 21 }", "too many retries"),
         ("retry = { body_limit = '65MiB' }", "the body limit is too large"),
         ("retry = { methods = ['GET', 'a b'] }", "`a b` is not a method"),
         ("retry = { methods = ['get'] }", "`get` is not GET"),
@@ -82,10 +82,10 @@ fn policies_are_checked_wherever_they_stand() {
         ("breaker = { min_requests = 0 }", "at least one request"),
         ("breaker = { open_for = { base = '0s' } }", "`base` is 0"),
         ("outlier = { eject_for = { base = '1h' } }", "`base` is above `max`"),
-        ("limits = { max_requests = 0 }", "would refuse every call"),
-        ("rate_limit = { rate = 0 }", "would refuse every call"),
+        ("limits = { max_requests = 0 }", "would refuse every request"),
+        ("rate_limit = { rate = 0 }", "would refuse every request"),
         ("rate_limit = { rate = 1, per = 'header:a b' }", "`a b` is not a header name"),
-        ("hedge = { after = '0s' }", "would double every call"),
+        ("hedge = { after = '0s' }", "would double every request"),
         ("fault = { abort = 99 }", "not a final status code"),
         ("fallback = { status = 600 }", "not a final status code"),
         ("fallback = { upstream = 'nope' }", "there is no upstream `nope`"),
@@ -96,34 +96,34 @@ fn policies_are_checked_wherever_they_stand() {
             "[[upstream]]\nname='a'",
             "[[upstream]]\nname='a'\n[[upstream.route]]",
         ] {
-            refused(&format!("{table}\n{policy}"), message);
+            rejects(&format!("{table}\n{policy}"), message);
         }
-        // Inherited three times, said once.
-        refused(&format!("[defaults]\n{policy}\n[[upstream]]\nname='a'\n[[upstream.route]]"), message);
+        // Inherited three times, reported once.
+        rejects(&format!("[defaults]\n{policy}\n[[upstream]]\nname='a'\n[[upstream.route]]"), message);
     }
-    refused(
+    rejects(
         "[defaults]\nfallback = { status = 200, upstream = 'a' }\n[[upstream]]\nname='a'",
-        "an answer or another upstream",
+        "a fixed response or another upstream",
     );
 }
 
 #[test]
 fn upstreams_and_routes_are_checked() {
     for (rest, message) in [
-        ("hosts = []", "no host would ever lead here"),
+        ("hosts = []", "no request would ever reach this upstream"),
         ("endpoints = []", "there is no endpoint"),
-        ("endpoints = ['a:0']", "x:3:14: error: nothing can be reached at port 0"),
-        ("health = {}", "asks exactly one thing"),
-        ("health = { path = '/', tcp = true }", "asks exactly one thing"),
+        ("endpoints = ['a:0']", "x:3:14: error: port 0 cannot be connected to"),
+        ("health = {}", "needs exactly one of"),
+        ("health = { path = '/', tcp = true }", "needs exactly one of"),
         ("health = { tcp = false }", "checks nothing"),
         ("health = { path = 'x' }", "this is not a path"),
-        ("health = { tcp = true, interval = '0s' }", "would never end well"),
-        ("health = { tcp = true, healthy_after = 0 }", "at least one answer decides"),
+        ("health = { tcp = true, interval = '0s' }", "would never succeed"),
+        ("health = { tcp = true, healthy_after = 0 }", "this count must be at least 1"),
         ("balance = 'hash:header:a b'", "`a b` is not a header name"),
-        ("tls = 'mutual'", "mutual TLS needs a certificate of our own"),
+        ("tls = 'mutual'", "mutual TLS needs a certificate of this service"),
         ("tls = 'simple'\nidentity = ['x']", "this is not a SPIFFE ID"),
         ("route = [{ match = { path = 'x' } }]", "a path begins with `/`"),
-        ("route = [{ match = { path = '/a*b' } }]", "a `*` stands only at the end"),
+        ("route = [{ match = { path = '/a*b' } }]", "a `*` is allowed only at the end"),
         ("route = [{ match = { path = '/a?b' } }]", "the query is not matched"),
         ("route = [{ match = { path = '/a//b*' } }]", "paths are matched in their normal form"),
         ("route = [{ match = { methods = ['post'] } }]", "`post` is not POST"),
@@ -133,25 +133,25 @@ fn upstreams_and_routes_are_checked() {
         ("route = [{ request_headers = { set = { x = \"a\\nb\" } } }]", "this is not a header value"),
         ("route = [{ response_headers = { remove = ['TE'] } }]", "`TE` belongs to the connection"),
         ("route = [{ to = 'uu' }]", "there is no upstream `uu`"),
-        ("route = [{ to = 'u' }]", "`to = \"u\"` leads in a circle"),
+        ("route = [{ to = 'u' }]", "`to = \"u\"` forms a loop"),
     ] {
-        refused(&format!("[[upstream]]\nname = 'u'\n{rest}"), message);
+        rejects(&format!("[[upstream]]\nname = 'u'\n{rest}"), message);
     }
-    refused("[[upstream]]\nname = 'a b'\nhosts = ['x']", "`a b` cannot be an upstream's name");
+    rejects("[[upstream]]\nname = 'a b'\nhosts = ['x']", "`a b` cannot be an upstream's name");
 }
 
 #[test]
 fn upstreams_do_not_collide() {
-    refused(
+    rejects(
         "[[upstream]]\nname='a'\n[[upstream]]\nname='a'\nhosts=['b']",
         "x:4:6: error: two upstreams are called `a`",
     );
-    refused("[[upstream]]\nname='a'\n[[upstream]]\nname='a'", "two upstreams are called `a`");
-    refused(
+    rejects("[[upstream]]\nname='a'\n[[upstream]]\nname='a'", "two upstreams are called `a`");
+    rejects(
         "[[upstream]]\nname='a'\n[[upstream]]\nname='b'\nhosts=['b', 'A']",
         "x:5:13: error: host `a` is named twice",
     );
-    refused("[[upstream]]\nname='a'\nhosts=['a', 'a']", "host `a` is named twice");
+    rejects("[[upstream]]\nname='a'\nhosts=['a', 'a']", "host `a` is named twice");
     assert_eq!(problems("[[upstream]]\nname='a'\n[[upstream]]\nname='b'\nhosts=['b', 'a:81']"), [""; 0]);
 }
 
@@ -166,7 +166,7 @@ fn circles_are_found_and_diamonds_are_fine() {
         format!("[[upstream]]\nname = '{name}'\nroute = [{}]\n", routes.join(", "))
     };
     let circle = [upstream("a", &["b"]), upstream("b", &["c"]), upstream("c", &["a"])].concat();
-    refused(&circle, "leads in a circle");
+    rejects(&circle, "forms a loop");
     let diamond =
         [upstream("a", &["b", "c"]), upstream("b", &["d"]), upstream("c", &["d"]), upstream("d", &[])]
             .concat();

@@ -1,4 +1,4 @@
-//! Upstreams, their routes, and what holds between them.
+//! Validation of upstreams and routes, and of conditions between them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -27,7 +27,7 @@ const NOT_TO_EDIT: [&str; 9] = [
     "http2-settings",
 ];
 
-/// An upstream by itself.
+/// Checks an upstream by itself.
 pub(in super::super) fn upstream(
     upstream: &Upstream,
     node: &Node,
@@ -38,14 +38,14 @@ pub(in super::super) fn upstream(
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     let name = &upstream.name;
     if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(fits) {
-        let help = "use 1 to 128 letters, digits, `-`, `_` and `.`; `hosts` says what callers ask for";
+        let help = "use 1 to 128 letters, digits, `-`, `_` and `.`; `hosts` has the names that requests use";
         check.error(&["name"], format!("`{name}` cannot be an upstream's name"), help);
     }
     check.endpoints(&upstream.endpoints);
     if let Some(health) = &upstream.health {
         check.health(health);
     }
-    let message = "an answer takes some time";
+    let message = "a PING timeout of 0 would always expire";
     check.expect(!upstream.ping_timeout.is_zero(), &["ping_timeout"], message, "write e.g. \"2s\"");
     if let Balance::HashHeader(header) = &upstream.balance {
         check.header_name(&["balance"], header);
@@ -62,7 +62,7 @@ pub(in super::super) fn upstream(
         check.expect(
             !id.is_empty(),
             &["oauth2", "client_id"],
-            "the client has no id",
+            "the client has no ID",
             "write the one it is registered by",
         );
         for (at, scope) in oauth2.scopes.iter().enumerate() {
@@ -71,14 +71,14 @@ pub(in super::super) fn upstream(
             check.expect(
                 fits,
                 &["oauth2", "scopes", &at.to_string()],
-                "this is not one scope",
-                "write one word each",
+                "this is not a single scope",
+                "write one scope per item",
             );
         }
     }
 }
 
-/// A route by itself.
+/// Checks a route by itself.
 pub(in super::super) fn route(route: &Route, node: &Node, problems: &mut Problems) {
     let mut check = Check { node, problems };
     check.matches(&route.matches);
@@ -88,7 +88,7 @@ pub(in super::super) fn route(route: &Route, node: &Node, problems: &mut Problem
         check.need(matched, &["path_rewrite"], "there is no matched path to rewrite", help);
         let fits = to.starts_with('/') && !to.contains(['?', '#', '*']);
         let fits = fits && http::uri::PathAndQuery::try_from(to.as_str()).is_ok();
-        let help = "write e.g. \"/charge\"; what comes behind the matched prefix, and the query, stay";
+        let help = "write e.g. \"/charge\"; the rest of the path and the query are kept";
         check.expect(fits, &["path_rewrite"], "this is not a path", help);
     }
     check.edits("request_headers", &route.request_headers);
@@ -103,11 +103,11 @@ impl Check<'_> {
                 self.filled(list, &["endpoints"], "there is no endpoint", help);
                 for (at, address) in list.iter().enumerate() {
                     let path = ["endpoints", &at.to_string()];
-                    self.expect(address.port > 0, &path, "nothing can be reached at port 0", help);
+                    self.expect(address.port > 0, &path, "port 0 cannot be connected to", help);
                 }
             }
             Endpoints::Dns(address) => {
-                self.expect(address.port > 0, &["endpoints"], "nothing can be reached at port 0", help);
+                self.expect(address.port > 0, &["endpoints"], "port 0 cannot be connected to", help);
             }
             Endpoints::Kubernetes { namespace, service, port } => {
                 let fits = ![namespace, service, port].into_iter().any(|part| part.is_empty());
@@ -123,7 +123,7 @@ impl Check<'_> {
             + usize::from(health.grpc.is_some())
             + usize::from(health.tcp.is_some());
         let help = "write one of `path = \"/healthz\"`, `grpc = \"SERVICE\"` and `tcp = true`";
-        let message = "a health check asks exactly one thing";
+        let message = "a health check needs exactly one of `path`, `grpc` and `tcp`";
         self.need(kinds > 0, &["health"], message, help);
         self.expect(kinds < 2, &["health"], message, help);
         self.expect(health.tcp != Some(false), &["health", "tcp"], "`tcp = false` checks nothing", help);
@@ -131,13 +131,13 @@ impl Check<'_> {
             let fits = path.starts_with('/') && http::uri::PathAndQuery::try_from(path.as_str()).is_ok();
             self.expect(fits, &["health", "path"], "this is not a path", "write e.g. \"/healthz\"");
         }
-        let message = "a check without time would never end well";
+        let message = "a health check without time would never succeed";
         self.expect(!health.interval.is_zero(), &["health", "interval"], message, "write e.g. \"10s\"");
         self.expect(!health.timeout.is_zero(), &["health", "timeout"], message, "write e.g. \"1s\"");
         for (key, count) in
             [("unhealthy_after", health.unhealthy_after), ("healthy_after", health.healthy_after)]
         {
-            self.expect(count > 0, &["health", key], "at least one answer decides", "write at least 1");
+            self.expect(count > 0, &["health", key], "this count must be at least 1", "write at least 1");
         }
     }
 
@@ -161,13 +161,13 @@ impl Check<'_> {
         } else if literal.contains('*') {
             self.error(
                 at,
-                "a `*` stands only at the end of a path",
+                "a `*` is allowed only at the end of a path",
                 "write a literal path, or a prefix and `*`",
             );
         } else if literal.contains(['?', '#']) {
-            self.error(at, "the query is not matched", "leave out what begins with `?` or `#`");
+            self.error(at, "the query is not matched", "remove everything from `?` or `#` on");
         } else {
-            // As in the routing table: behind a prefix the path goes on.
+            // As in the routing table: after a prefix the path continues.
             let open = if literal.len() < path.len() { "x" } else { "" };
             let written = format!("{literal}{open}");
             let normal = normalise(&written);
@@ -198,7 +198,7 @@ impl Check<'_> {
     }
 }
 
-/// What holds between upstreams: each with its node.
+/// Checks conditions between upstreams, each with its node.
 pub(in super::super) fn between(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
     unique_names(upstreams, problems);
     unique_hosts(upstreams, problems);
@@ -214,8 +214,8 @@ pub(in super::super) fn between(upstreams: &[(Upstream, &Node)], problems: &mut 
     loops(&edges, problems);
 }
 
-/// Every `to` and `fallback.upstream` anywhere names an upstream that exists. On the tree, so that what is broken
-/// in an upstream otherwise makes no further problems of the references to it.
+/// Checks that every `to` and `fallback.upstream` names an existing upstream. It works on the tree, so that other
+/// errors in an upstream do not also break the references to it.
 pub(in super::super) fn references(root: &Node, problems: &mut Problems) {
     let upstreams = root.get("upstream").and_then(Node::as_array).unwrap_or_default();
     let names: HashSet<&str> = upstreams.iter().filter_map(|node| node.get("name")?.as_str()).collect();
@@ -233,7 +233,7 @@ pub(in super::super) fn references(root: &Node, problems: &mut Problems) {
 
 fn exists(reference: &Node, names: &HashSet<&str>, problems: &mut Problems) {
     let Some(name) = reference.as_str().filter(|name| !names.contains(name)) else { return };
-    let problem = Problem::error(reference.origin, format!("there is no upstream `{name}`")).of_absence();
+    let problem = Problem::error(reference.origin, format!("there is no upstream `{name}`")).about_missing();
     problems.push(match did_you_mean(name, names.iter().copied()) {
         Some(near) => problem.label(format!("did you mean `{near}`?")),
         None => problem.help("add an [[upstream]] of this name"),
@@ -251,7 +251,7 @@ fn unique_names(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
             problems.push(
                 Problem::error(place(node, "name"), format!("two upstreams are called `{}`", upstream.name))
                     .related(place(first, "name"), "the first")
-                    .help("put them together, or give one another name"),
+                    .help("combine them, or rename one"),
             );
         }
     }
@@ -266,7 +266,7 @@ fn unique_hosts(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
                 None => place(node, "name"),
             };
             let Some((first, first_origin)) = seen.insert(host, (&upstream.name, origin)) else { continue };
-            // That was said of the names already.
+            // Reported for the names already.
             if first == upstream.name && (first_origin == origin || node.get("hosts").is_none()) {
                 continue;
             }
@@ -279,9 +279,9 @@ fn unique_hosts(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
     }
 }
 
-/// A `to` that leads back to where it came from.
+/// Finds a `to` that leads back to its own upstream.
 fn loops(edges: &HashMap<&str, Vec<(&str, Option<Origin>)>>, problems: &mut Problems) {
-    // 0 unseen, 1 on the way, 2 done; an explicit stack, as chains may be long.
+    // 0 unseen, 1 on the current path, 2 done; an explicit stack, since chains may be long.
     let mut state: HashMap<&str, u8> = HashMap::new();
     let mut starts: Vec<&str> = edges.keys().copied().collect();
     starts.sort_unstable();
@@ -300,9 +300,9 @@ fn loops(edges: &HashMap<&str, Vec<(&str, Option<Origin>)>>, problems: &mut Prob
             match state.get(to).copied().unwrap_or(0) {
                 0 => stack.push((to, 0)),
                 1 => problems.push(
-                    Problem::error(*origin, format!("`to = \"{to}\"` leads in a circle"))
+                    Problem::error(*origin, format!("`to = \"{to}\"` forms a loop"))
                         .label(format!("`{to}` leads back to `{name}`"))
-                        .help("let one of them end here"),
+                        .help("remove one of these routes' `to`"),
                 ),
                 _ => {}
             }

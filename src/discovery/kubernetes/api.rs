@@ -1,4 +1,4 @@
-//! The API server, as a pod meets it: HTTPS with the service account's token and CA.
+//! The API server as a pod reaches it: HTTPS with the token and CA of the service account.
 
 use std::{
     env,
@@ -16,21 +16,21 @@ use crate::{
     upstream::DiscoveryError,
 };
 
-/// Where a pod's service account is; another place for tests and for `kubectl proxy`.
+/// The directory of the service account, if it is another than that of a pod: for tests and for `kubectl proxy`.
 const ACCOUNT_ENV: &str = "OUTRIGGER_SERVICE_ACCOUNT";
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-/// Another API server than the cluster's own.
+/// The URL of another API server than that of the cluster.
 const API_ENV: &str = "OUTRIGGER_KUBERNETES_API";
-/// A list: a thousand endpoints are half a megabyte.
+/// Limits for a list: a thousand endpoints are half a megabyte.
 const LIST: Limits = Limits { patience: Duration::from_secs(20), answer: 32 << 20 };
-/// The longest line of a watch: an object is at most a megabyte and a half.
-const LONGEST_EVENT: usize = 4 << 20;
-/// After this long the server ends a watch and it is resumed.
+/// The longest line of a watch: an object has at most a megabyte and a half.
+const MAX_EVENT: usize = 4 << 20;
+/// After this time the server ends a watch, and it is resumed.
 const WATCH_SECONDS: u64 = 290;
-/// So long after that, a watch that has not ended is dead.
-const OVERDUE: Duration = Duration::from_secs(WATCH_SECONDS + 20);
+/// A watch that has not ended by then is considered broken.
+const WATCH_DEADLINE: Duration = Duration::from_secs(WATCH_SECONDS + 20);
 
-/// Asks for the slices of one service.
+/// Queries the slices of one service.
 #[derive(Debug)]
 pub struct Api {
     fetcher: Fetcher,
@@ -38,10 +38,10 @@ pub struct Api {
     service: String,
 }
 
-/// What a list or a watch came to.
+/// Why a list or a watch failed.
 #[derive(Debug)]
 pub enum Refused {
-    /// The server has forgotten what came after the version that was named (410).
+    /// The server no longer has the events after the given version (410).
     TooOld,
     Failed(String),
 }
@@ -57,94 +57,102 @@ impl Api {
     }
 
     pub async fn list(&self) -> Result<List, Refused> {
-        let answer = self.fetcher()?.fetch(self.request("")?, LIST).await;
-        let answer = answer.map_err(|error| Refused::Failed(error.to_string()))?;
-        if answer.status() != StatusCode::OK {
-            return Err(refusal(answer.status(), answer.body()));
+        let response = self.fetcher()?.fetch(self.request("")?, LIST).await;
+        let response = response.map_err(|error| Refused::Failed(error.to_string()))?;
+        if response.status() != StatusCode::OK {
+            return Err(api_error(response.status(), response.body()));
         }
-        serde_json::from_slice(answer.body())
-            .map_err(|error| Refused::Failed(format!("its list cannot be read: {error}")))
+        serde_json::from_slice(response.body())
+            .map_err(|error| Refused::Failed(format!("the list of the API server cannot be parsed: {error}")))
     }
 
-    /// Follows what happens after a version.
+    /// Watches the events after a version.
     pub async fn watch(&self, version: &str) -> Result<Watch, Refused> {
         let query = format!(
             "&watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={WATCH_SECONDS}"
         );
-        let answer = self.fetcher()?.stream(self.request(&query)?, LIST.patience).await;
-        let answer = answer.map_err(|error| Refused::Failed(error.to_string()))?;
-        let status = answer.status();
+        let response = self.fetcher()?.stream(self.request(&query)?, LIST.patience).await;
+        let response = response.map_err(|error| Refused::Failed(error.to_string()))?;
+        let status = response.status();
         if status != StatusCode::OK {
-            return Err(refusal(status, &[]));
+            return Err(api_error(status, &[]));
         }
-        Ok(Watch { stream: answer.into_body(), line: BytesMut::new(), began: Instant::now() })
+        Ok(Watch { stream: response.into_body(), line: BytesMut::new(), started: Instant::now() })
     }
 
     fn request(&self, query: &str) -> Result<Request<Bytes>, Refused> {
         let (namespace, service) = (&self.namespace, &self.service);
         let url = format!(
-            "{}/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3D{service}{query}",
-            server()?
+            "{}/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices\
+             ?labelSelector=kubernetes.io%2Fservice-name%3D{service}{query}",
+            api_server_url()?
         );
-        // Read each time: the kubelet renews it.
-        let path = account().join("token");
+        // Read each time, because the kubelet renews it.
+        let path = service_account_dir().join("token");
         let token = std::fs::read_to_string(&path).map_err(|error| {
             Refused::Failed(format!("{}: {error}; is the service account's token mounted?", path.display()))
         })?;
         let bearer = HeaderValue::try_from(format!("Bearer {}", token.trim()))
-            .map_err(|_| Refused::Failed(format!("{}: no token in it", path.display())))?;
+            .map_err(|_| Refused::Failed(format!("{}: the file does not contain a token", path.display())))?;
         let mut request =
             Request::get(url).body(Bytes::new()).map_err(|error| Refused::Failed(error.to_string()))?;
         request.headers_mut().insert(AUTHORIZATION, bearer);
         Ok(request)
     }
 
-    /// Trusts the cluster's CA as it is now.
+    /// With the current CA of the cluster.
     fn fetcher(&self) -> Result<Fetcher, Refused> {
-        let path: PathBuf = account().join("ca.crt");
+        let path: PathBuf = service_account_dir().join("ca.crt");
         self.fetcher.trusting(&path).map_err(|error| Refused::Failed(error.to_string()))
     }
 }
 
-fn account() -> PathBuf {
+fn service_account_dir() -> PathBuf {
     env::var_os(ACCOUNT_ENV).map_or_else(|| Path::new(ACCOUNT).to_owned(), PathBuf::from)
 }
 
-fn server() -> Result<String, Refused> {
+fn api_server_url() -> Result<String, Refused> {
     if let Ok(url) = env::var(API_ENV) {
         return Ok(url.trim_end_matches('/').to_owned());
     }
     let (Ok(host), Ok(port)) = (env::var("KUBERNETES_SERVICE_HOST"), env::var("KUBERNETES_SERVICE_PORT"))
     else {
         return Err(Refused::Failed(format!(
-            "this is no pod of a cluster: KUBERNETES_SERVICE_HOST is not set (elsewhere, name an API server in {API_ENV})"
+            "not running in a pod: KUBERNETES_SERVICE_HOST is not set (outside of a cluster, set {API_ENV} \
+             to the URL of an API server)"
         )));
     };
     Ok(if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") })
 }
 
-fn refusal(status: StatusCode, body: &[u8]) -> Refused {
-    let said: Failure = serde_json::from_slice(body).unwrap_or_default();
+fn api_error(status: StatusCode, body: &[u8]) -> Refused {
+    let failure: Failure = serde_json::from_slice(body).unwrap_or_default();
     let help = match status {
         StatusCode::GONE => return Refused::TooOld,
-        StatusCode::UNAUTHORIZED => "; is the service account's token this cluster's?",
-        StatusCode::FORBIDDEN => "; may the service account list and watch endpointslices there?",
+        StatusCode::UNAUTHORIZED => "; is the token of the service account from this cluster?",
+        StatusCode::FORBIDDEN => {
+            "; allow the service account to list and watch endpointslices in that namespace"
+        }
         _ => "",
     };
-    let separator = if said.message.is_empty() { "" } else { ": " };
-    Refused::Failed(format!("the API server answered {}{separator}{}{help}", status.as_u16(), said.message))
+    let separator = if failure.message.is_empty() { "" } else { ": " };
+    Refused::Failed(format!(
+        "the API server responded with {}{separator}{}{help}",
+        status.as_u16(),
+        failure.message
+    ))
 }
 
-/// A watch that is open. What was read of a line survives when waiting is given up.
+/// An open watch. A partly read line is kept if `next` is cancelled.
 #[derive(Debug)]
 pub struct Watch {
     stream: Streaming,
     line: BytesMut,
-    pub began: Instant,
+    pub started: Instant,
 }
 
 impl Watch {
-    /// The next event; none when the server has ended the watch, which it does now and then.
+    /// The next event; none when the server has ended the watch, which it does regularly.
     pub async fn next(&mut self) -> Result<Option<Event>, String> {
         loop {
             if let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
@@ -154,16 +162,13 @@ impl Watch {
                 }
                 return serde_json::from_slice(&line)
                     .map(Some)
-                    .map_err(|error| format!("an event cannot be read: {error}"));
+                    .map_err(|error| format!("an event cannot be parsed: {error}"));
             }
-            if self.line.len() > LONGEST_EVENT {
-                return Err(format!("an event is longer than {LONGEST_EVENT} bytes"));
+            if self.line.len() > MAX_EVENT {
+                return Err(format!("an event is longer than {MAX_EVENT} bytes"));
             }
-            let chunk = timeout_at(self.began + OVERDUE, self.stream.chunk()).await;
-            match chunk
-                .map_err(|_| "the watch did not end when it should".to_owned())?
-                .map_err(|e| e.to_string())?
-            {
+            let chunk = timeout_at(self.started + WATCH_DEADLINE, self.stream.chunk()).await;
+            match chunk.map_err(|_| "the watch did not end in time".to_owned())?.map_err(|e| e.to_string())? {
                 Some(bytes) => self.line.extend_from_slice(&bytes),
                 None => return Ok(None),
             }

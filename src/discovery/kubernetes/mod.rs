@@ -1,8 +1,9 @@
 //! The endpoints of a Kubernetes service: its EndpointSlices, listed and watched.
 //!
-//! Only the services that the configuration names are asked for, and of their slices only addresses are kept. A watch is
-//! resumed where it ended; where the server has forgotten what came since (410), the list is read anew. Without the server
-//! the last good set stays in use, and it is asked again after a while that grows, with jitter: see [`super::task`].
+//! Only services that the configuration names are queried, and of their slices only addresses are stored. A watch is
+//! resumed where it ended; if the server no longer has the events since (410), the list is read again. Without the
+//! server the last good set stays in use, and requests to it are retried with back-off and jitter: see
+//! [`super::task`].
 
 mod api;
 mod slices;
@@ -18,20 +19,20 @@ use slices::{Event, Failure, Kind, Metadata, Slice, Slices};
 
 /// The zone this proxy runs in, for the zone hints of endpoints.
 const ZONE_ENV: &str = "OUTRIGGER_ZONE";
-/// Forgotten.
-const GONE: u16 = 410;
-/// From one watch to the next, at least.
-const PAUSE: Duration = Duration::from_secs(1);
+/// The status code of an expired resource version.
+const EXPIRED: u16 = 410;
+/// The shortest time between the starts of two watches.
+const MIN_WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// One service's endpoints.
+/// The endpoints of one service.
 #[derive(Debug)]
 pub struct Kubernetes {
     api: Api,
     slices: Slices,
-    /// Up to where the slices are known; none: they must be listed.
+    /// The resource version of the slices; none: they must be listed.
     version: Option<String>,
     watch: Option<Watch>,
-    /// When a watch that has ended is to be resumed.
+    /// When to resume a watch that has ended.
     resume_at: Option<Instant>,
 }
 
@@ -47,10 +48,10 @@ impl Kubernetes {
         }
     }
 
-    /// What is there; lists, or resumes the watch, where that has to be.
+    /// The current endpoints. Lists them, or resumes the watch, if necessary.
     pub async fn read(&mut self) -> Result<Vec<Target>, DiscoveryError> {
         self.resume_at = None;
-        // Too old at most once: a version that was just told.
+        // A version that was just listed is too old at most once.
         for _ in 0..2 {
             match self.catch_up().await {
                 Ok(()) => {
@@ -60,7 +61,7 @@ impl Kubernetes {
                 Err(Refused::Failed(reason)) => return Err(self.api.failed(reason)),
             }
         }
-        Err(self.api.failed("what it has just listed is too old to be watched".to_owned()))
+        Err(self.api.failed("the resource version that was just listed is too old to be watched".to_owned()))
     }
 
     async fn catch_up(&mut self) -> Result<(), Refused> {
@@ -79,7 +80,7 @@ impl Kubernetes {
         Ok(())
     }
 
-    /// Waits until something has changed, or the watch has ended and is to be resumed. Loses nothing when given up.
+    /// Waits until something has changed, or the watch has ended and is to be resumed. Cancel-safe.
     pub async fn changed(&mut self) {
         loop {
             let Some(watch) = &mut self.watch else {
@@ -88,29 +89,29 @@ impl Kubernetes {
                     None => std::future::pending().await,
                 };
             };
-            let began = watch.began;
+            let started = watch.started;
             let next = match watch.next().await {
-                Ok(Some(event)) => self.happened(event),
-                Ok(None) => Err("it has ended".to_owned()),
+                Ok(Some(event)) => self.apply_event(event),
+                Ok(None) => Err("the server has ended it".to_owned()),
                 Err(reason) => Err(reason),
             };
             match next {
                 Ok(false) => {}
                 Ok(true) => return,
                 Err(reason) => {
-                    tracing::debug!(reason, "the watch of endpoints is begun anew");
-                    // A server that ends each watch at once is not asked without a pause.
-                    self.resume_at = Some(began + PAUSE);
+                    tracing::debug!(reason, "restarting the watch of endpoints");
+                    // A server that ends each watch at once is not queried without a pause.
+                    self.resume_at = Some(started + MIN_WATCH_INTERVAL);
                     self.watch = None;
                 }
             }
         }
     }
 
-    /// Takes an event; whether the endpoints have changed, or why the watch is of no more use.
-    fn happened(&mut self, event: Event) -> Result<bool, String> {
+    /// Applies an event. Returns whether the endpoints have changed, or why the watch cannot continue.
+    fn apply_event(&mut self, event: Event) -> Result<bool, String> {
         let unreadable = |error: serde_json::Error| format!("an event cannot be read: {error}");
-        let (changed, seen) = match event.kind {
+        let (changed, metadata) = match event.kind {
             Kind::Added | Kind::Modified => {
                 let slice: Slice = serde_json::from_value(event.object).map_err(unreadable)?;
                 (self.slices.update(&slice), slice.metadata)
@@ -127,15 +128,15 @@ impl Kubernetes {
             }
             Kind::Error => {
                 let failure: Failure = serde_json::from_value(event.object).unwrap_or_default();
-                if failure.code == GONE {
+                if failure.code == EXPIRED {
                     self.version = None;
                 }
                 return Err(failure.message);
             }
             Kind::Unknown => return Ok(false),
         };
-        if !seen.resource_version.is_empty() {
-            self.version = Some(seen.resource_version);
+        if !metadata.resource_version.is_empty() {
+            self.version = Some(metadata.resource_version);
         }
         Ok(changed)
     }

@@ -1,4 +1,4 @@
-//! EndpointSlices (`discovery.k8s.io/v1`): which of their endpoints may be called, where, and how gladly.
+//! EndpointSlices (`discovery.k8s.io/v1`): which of their endpoints to use, with address, weight and priority.
 
 use std::{
     collections::BTreeMap,
@@ -10,12 +10,12 @@ use serde::Deserialize;
 use super::super::source::Target;
 use crate::config::HostPort;
 
-/// How much more often an endpoint is chosen that is meant for callers of this zone. Others stay for when those fail.
+/// How much more often an endpoint with a hint for this zone is chosen. Others are used when those fail.
 const SAME_ZONE: u32 = 100;
-/// Of endpoints that are on their way out and still serve: called only where there are no others.
-const LEAVING: u16 = 1;
+/// The priority of terminating endpoints that still serve: used only if there are no others.
+const TERMINATING: u16 = 1;
 
-/// A list, as far as it matters here.
+/// A list, as far as it is used here.
 #[derive(Debug, Deserialize)]
 pub struct List {
     pub metadata: Metadata,
@@ -77,7 +77,7 @@ struct Port {
     port: Option<u16>,
 }
 
-/// What happened, as a watch tells it.
+/// An event of a watch.
 #[derive(Debug, Deserialize)]
 pub struct Event {
     #[serde(rename = "type")]
@@ -98,7 +98,7 @@ pub enum Kind {
     Unknown,
 }
 
-/// What a failure says of itself (`Status`).
+/// The fields of a `Status` object that are used here.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Failure {
@@ -106,88 +106,89 @@ pub struct Failure {
     pub code: u16,
 }
 
-/// The endpoints of one service's port, by slice; nothing else of the slices is kept.
+/// The endpoints of one service's port, by slice. Nothing else of the slices is stored.
 #[derive(Debug)]
 pub struct Slices {
     port: String,
-    /// Where this proxy runs.
+    /// The zone of this proxy.
     zone: Option<String>,
-    found: BTreeMap<String, Found>,
+    slices: BTreeMap<String, SliceEndpoints>,
 }
 
-/// What a slice has.
+/// The endpoints of one slice.
 #[derive(Debug, Default, PartialEq)]
-struct Found {
+struct SliceEndpoints {
     targets: Vec<Target>,
-    /// Its ports, where the one that is asked for is not among them.
+    /// Its ports, if the configured one is not among them.
     other_ports: Option<String>,
 }
 
-/// Endpoints that would be called, were it not for the port.
+/// There are endpoints, but none has the configured port.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no port `{port}` over TCP; its endpoints have {there}. Slices do not tell a Service's own numbers: write the port's name, or the number where the pods listen"
+    "no port `{port}` over TCP; its endpoints have {available}. EndpointSlices do not contain the port numbers of the \
+     Service itself: write the port's name, or the number on which the pods listen"
 )]
 pub struct NoSuchPort {
     port: String,
-    there: String,
+    available: String,
 }
 
 impl Slices {
     pub fn new(port: String, zone: Option<String>) -> Self {
-        Self { port, zone, found: BTreeMap::new() }
+        Self { port, zone, slices: BTreeMap::new() }
     }
 
-    /// Takes a whole list in the place of what was known.
+    /// Replaces everything by a whole list.
     pub fn replace(&mut self, slices: &[Slice]) {
-        self.found.clear();
+        self.slices.clear();
         for slice in slices {
             self.update(slice);
         }
     }
 
-    /// Takes one slice; whether that changed anything.
+    /// Applies one slice; returns whether it changed anything.
     pub fn update(&mut self, slice: &Slice) -> bool {
-        let found = self.of(slice);
-        let changed = self.found.get(&slice.metadata.name) != Some(&found);
-        self.found.insert(slice.metadata.name.clone(), found);
+        let endpoints = self.endpoints_of(slice);
+        let changed = self.slices.get(&slice.metadata.name) != Some(&endpoints);
+        self.slices.insert(slice.metadata.name.clone(), endpoints);
         changed
     }
 
-    /// Forgets one; whether that changed anything.
+    /// Removes one slice; returns whether it changed anything.
     pub fn remove(&mut self, name: &str) -> bool {
-        self.found.remove(name).is_some_and(|found| found != Found::default())
+        self.slices.remove(name).is_some_and(|endpoints| endpoints != SliceEndpoints::default())
     }
 
-    /// All that may be called.
+    /// All endpoints to use.
     ///
     /// # Errors
     ///
-    /// Where there are endpoints, and none has the port.
+    /// If there are endpoints, but none has the port.
     pub fn targets(&self) -> Result<Vec<Target>, NoSuchPort> {
-        let targets: Vec<Target> = self.found.values().flat_map(|found| &found.targets).cloned().collect();
-        match self.found.values().find_map(|found| found.other_ports.clone()) {
-            Some(there) if targets.is_empty() => Err(NoSuchPort { port: self.port.clone(), there }),
+        let targets: Vec<Target> = self.slices.values().flat_map(|slice| &slice.targets).cloned().collect();
+        match self.slices.values().find_map(|slice| slice.other_ports.clone()) {
+            Some(available) if targets.is_empty() => Err(NoSuchPort { port: self.port.clone(), available }),
             _ => Ok(targets),
         }
     }
 
-    fn of(&self, slice: &Slice) -> Found {
+    fn endpoints_of(&self, slice: &Slice) -> SliceEndpoints {
         let ports = slice.ports.as_deref().unwrap_or_default();
         let endpoints = || slice.endpoints.iter().flatten();
         match self.port(ports) {
             Some(port) => {
                 let targets = endpoints().filter_map(|endpoint| self.target(endpoint, port)).collect();
-                Found { targets, other_ports: None }
+                SliceEndpoints { targets, other_ports: None }
             }
             None if endpoints().next().is_some() => {
-                Found { other_ports: Some(told(ports)), ..Found::default() }
+                SliceEndpoints { other_ports: Some(describe_ports(ports)), ..SliceEndpoints::default() }
             }
-            None => Found::default(),
+            None => SliceEndpoints::default(),
         }
     }
 
-    /// By its name, else by its number; the number of a service with one port may be the service's own.
+    /// By name, else by number; if a service has one port, the number may also be that of the service.
     fn port(&self, ports: &[Port]) -> Option<u16> {
         let tcp: Vec<&Port> =
             ports.iter().filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP").collect();
@@ -198,29 +199,31 @@ impl Slices {
         named.or_else(numbered).or_else(only).and_then(|port| port.port)
     }
 
-    /// `None`: it is not to be called.
+    /// `None`: it is not used.
     fn target(&self, endpoint: &Endpoint, port: u16) -> Option<Target> {
         let Conditions { ready, serving } = endpoint.conditions;
-        // What is not said is taken for good (the API's own words).
+        // Unspecified readiness counts as ready, as the API documents it.
         let ready = ready.unwrap_or(true);
         if !ready && !serving.unwrap_or(ready) {
             return None;
         }
-        // All addresses of an endpoint are one and the same; consumers use the first.
+        // All addresses of an endpoint are equivalent; the API documents that consumers use the first.
         let ip: IpAddr = endpoint.addresses.first()?.parse().ok()?;
         let zones = endpoint.hints.iter().flat_map(|hints| hints.for_zones.iter().flatten());
-        let here = self.zone.as_ref().is_some_and(|own| zones.into_iter().any(|zone| zone.name == *own));
+        let is_same_zone =
+            self.zone.as_ref().is_some_and(|own| zones.into_iter().any(|zone| zone.name == *own));
         let address = SocketAddr::new(ip, port);
-        let target = Target::new(HostPort::new(ip.to_string(), port), if here { SAME_ZONE } else { 1 });
-        Some(Target { priority: if ready { 0 } else { LEAVING }, known: vec![address.ip()], ..target })
+        let target =
+            Target::new(HostPort::new(ip.to_string(), port), if is_same_zone { SAME_ZONE } else { 1 });
+        Some(Target { priority: if ready { 0 } else { TERMINATING }, known: vec![address.ip()], ..target })
     }
 }
 
-/// Most ports that are named in an error; a service has one or two.
-const TOLD_PORTS: usize = 8;
+/// The most ports in an error message; a service has one or two.
+const MAX_PORTS_SHOWN: usize = 8;
 
-fn told(ports: &[Port]) -> String {
-    let each = ports.iter().take(TOLD_PORTS).map(|port| {
+fn describe_ports(ports: &[Port]) -> String {
+    let each = ports.iter().take(MAX_PORTS_SHOWN).map(|port| {
         let name = port.name.as_deref().filter(|name| !name.is_empty()).map(|name| format!("`{name}` "));
         let number = port.port.map_or_else(|| "any".to_owned(), |number| number.to_string());
         format!("{}{number}/{}", name.unwrap_or_default(), port.protocol.as_deref().unwrap_or("TCP"))
@@ -240,15 +243,18 @@ mod tests {
         serde_json::from_value(slice).unwrap()
     }
 
-    fn told(slices: &Slices) -> Vec<String> {
-        let told = |target: Target| format!("{}*{}@{}", target.address, target.weight, target.priority);
-        slices.targets().into_iter().flatten().map(told).collect()
+    fn describe(slices: &Slices) -> Vec<String> {
+        let text = |target: Target| format!("{}*{}@{}", target.address, target.weight, target.priority);
+        slices.targets().into_iter().flatten().map(text).collect()
     }
 
     #[test]
-    fn who_is_ready_is_called_and_who_leaves_only_if_need_be() {
+    fn ready_endpoints_are_used_and_terminating_ones_as_a_last_resort() {
         let mut slices = Slices::new("http".to_owned(), None);
-        let endpoint = |last: u8, conditions: serde_json::Value| json!({"addresses": [format!("10.0.0.{last}")], "conditions": conditions});
+        let endpoint = |last: u8, conditions: serde_json::Value| {
+            let address = format!("10.0.0.{last}");
+            json!({"addresses": [address], "conditions": conditions})
+        };
         let all = json!([
             endpoint(1, json!({"ready": true, "serving": true, "terminating": false})),
             endpoint(2, json!({})),
@@ -261,17 +267,21 @@ mod tests {
         let ports = json!([{"name": "http", "protocol": "TCP", "port": 8080}]);
         assert!(slices.update(&slice("a", all.clone(), ports.clone())));
         assert_eq!(
-            told(&slices),
+            describe(&slices),
             ["10.0.0.1:8080*1@0", "10.0.0.2:8080*1@0", "10.0.0.3:8080*1@1", "10.0.0.6:8080*1@0"]
         );
         assert!(!slices.update(&slice("a", all, ports)), "nothing has changed");
         assert!(slices.remove("a") && !slices.remove("a"));
-        assert!(!slices.update(&slice("b", json!(null), json!(null))) || told(&slices).is_empty());
+        assert!(!slices.update(&slice("b", json!(null), json!(null))) || describe(&slices).is_empty());
     }
 
     #[test]
     fn ports_have_names_or_numbers() {
-        let ports = json!([{"name": "http", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 53}, {"name": "grpc", "port": 9090}]);
+        let ports = json!([
+            {"name": "http", "port": 8080},
+            {"name": "dns", "protocol": "UDP", "port": 53},
+            {"name": "grpc", "port": 9090},
+        ]);
         let one = json!([{"name": "", "port": 8080}]);
         for (asked, ports, expected) in [
             ("http", &ports, Some("10.0.0.1:8080*1@0")),
@@ -284,18 +294,18 @@ mod tests {
         ] {
             let mut slices = Slices::new(asked.to_owned(), None);
             slices.update(&slice("a", json!([{"addresses": ["10.0.0.1"]}]), ports.clone()));
-            assert_eq!(told(&slices).first().map(String::as_str), expected, "{asked} of {ports}");
+            assert_eq!(describe(&slices).first().map(String::as_str), expected, "{asked} of {ports}");
         }
     }
 
     #[test]
-    fn a_port_that_nobody_has_is_told_with_those_there_are() {
+    fn a_missing_port_is_reported_with_the_available_ones() {
         let ports = json!([{"name": "http", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 53}]);
         let endpoints = json!([{"addresses": ["10.0.0.1"]}]);
         let mut slices = Slices::new("80".to_owned(), None);
-        assert_eq!(slices.targets().ok(), Some(Vec::new()), "nobody is there yet");
+        assert_eq!(slices.targets().ok(), Some(Vec::new()), "no endpoint yet");
         slices.update(&slice("a", json!(null), ports.clone()));
-        assert_eq!(slices.targets().ok(), Some(Vec::new()), "nobody is there now");
+        assert_eq!(slices.targets().ok(), Some(Vec::new()), "no endpoint now");
         slices.update(&slice(
             "a",
             endpoints.clone(),
@@ -308,14 +318,14 @@ mod tests {
         )));
         let error = slices.targets().unwrap_err().to_string();
         assert!(error.contains("no port `80`") && error.contains("`http` 8080/TCP, `b` 2/TCP"), "{error}");
-        // Another slice has it: one rollout may change a port.
+        // Another slice has the port: a rollout may change it.
         slices.update(&slice("b", endpoints, json!([{"name": "x", "port": 80}, {"name": "y", "port": 81}])));
-        assert_eq!(told(&slices), ["10.0.0.1:80*1@0"]);
+        assert_eq!(describe(&slices), ["10.0.0.1:80*1@0"]);
         assert!(slices.remove("b") && slices.targets().is_err() && slices.remove("a"));
     }
 
     #[test]
-    fn those_for_this_zone_weigh_more() {
+    fn endpoints_for_this_zone_weigh_more() {
         let mut slices = Slices::new("80".to_owned(), Some("a".to_owned()));
         let hinted = |address: &str, zones: &[&str]| {
             let zones: Vec<_> = zones.iter().map(|zone| json!({"name": zone})).collect();
@@ -324,6 +334,6 @@ mod tests {
         let endpoints =
             json!([hinted("10.0.0.1", &["a"]), hinted("10.0.0.2", &["b", "a"]), hinted("fd00::3", &["b"])]);
         slices.update(&slice("a", endpoints, json!([{"port": 80}])));
-        assert_eq!(told(&slices), ["10.0.0.1:80*100@0", "10.0.0.2:80*100@0", "[fd00::3]:80*1@0"]);
+        assert_eq!(describe(&slices), ["10.0.0.1:80*100@0", "10.0.0.2:80*100@0", "[fd00::3]:80*1@0"]);
     }
 }

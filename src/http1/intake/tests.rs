@@ -1,17 +1,17 @@
-//! What reading costs, told by what is looked at and not by time.
+//! The cost of reading, measured in bytes parsed instead of time.
 
 use std::task::Waker;
 
 use super::{super::head::parse_request, *};
 
-/// Gives so many bytes at a time, and is not ready after each.
-struct Drops<'a> {
+/// Returns this many bytes per read, and is pending before each.
+struct SlowSource<'a> {
     left: &'a [u8],
     size: usize,
     paused: bool,
 }
 
-impl AsyncRead for Drops<'_> {
+impl AsyncRead for SlowSource<'_> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -28,14 +28,14 @@ impl AsyncRead for Drops<'_> {
     }
 }
 
-/// Reads a head in drops; how many bytes were parsed in all, and what became of it.
+/// Reads a head in small pieces. Returns how many bytes were parsed in total, and the result.
 fn parsed(head: &[u8], size: usize) -> (usize, Result<usize, Error>) {
-    let (mut drops, mut intake) = (Drops { left: head, size, paused: false }, Intake::default());
+    let (mut source, mut intake) = (SlowSource { left: head, size, paused: false }, Intake::default());
     let (mut cx, mut parsed) = (Context::from_waker(Waker::noop()), 0);
     let found = loop {
-        let polled = intake.poll_head(&mut drops, &mut cx, |came| {
-            parsed += came.len();
-            parse_request(came, false)
+        let polled = intake.poll_head(&mut source, &mut cx, |input| {
+            parsed += input.len();
+            parse_request(input, false)
         });
         if let Poll::Ready(found) = polled {
             break found;
@@ -59,7 +59,7 @@ fn a_head_in_one_byte_segments_is_parsed_in_linear_time() {
 }
 
 #[test]
-fn what_is_no_head_is_refused_before_its_end() {
+fn an_invalid_head_is_rejected_before_its_end() {
     for (head, fits) in [("GET / HTTP/3.0\r\n", 0), ("G(T / HTTP/1.1\r\n", 0), ("GET /\u{1} HTTP/1.1\r\n", 0)]
     {
         let endless = format!("{head}{}", "a: b\r\n".repeat(50));
@@ -68,12 +68,12 @@ fn what_is_no_head_is_refused_before_its_end() {
 }
 
 #[test]
-fn the_end_of_a_head_is_found_however_it_is_cut() {
+fn the_end_of_a_head_is_found_however_it_is_split() {
     let head = "GET / HTTP/1.1\r\nhost: up\r\n\r\n";
     for size in 1..head.len() {
         assert_eq!(parsed(head.as_bytes(), size).1.unwrap(), 1, "{head:?} in {size}s");
     }
-    // A bare LF is not waited behind.
+    // A bare LF is rejected without waiting for more.
     let head = "GET / HTTP/1.1\nhost: up\n\n";
     for size in 1..head.len() {
         let error = parsed(head.as_bytes(), size).1;
@@ -82,11 +82,12 @@ fn the_end_of_a_head_is_found_however_it_is_cut() {
 }
 
 #[test]
-fn empty_lines_before_a_request_do_not_begin_one() {
-    for (came, begun) in [("", false), ("\r", false), ("\r\n", false), ("\r\n\r\n\r", false), ("\r\nG", true)]
+fn empty_lines_do_not_start_a_request() {
+    for (input, started) in
+        [("", false), ("\r", false), ("\r\n", false), ("\r\n\r\n\r", false), ("\r\nG", true)]
     {
-        let mut intake = Intake::new(Bytes::copy_from_slice(came.as_bytes()));
+        let mut intake = Intake::new(Bytes::copy_from_slice(input.as_bytes()));
         intake.skip_empty_lines();
-        assert_eq!(intake.has_begun(), begun, "{came:?}");
+        assert_eq!(intake.has_begun(), started, "{input:?}");
     }
 }

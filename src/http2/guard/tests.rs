@@ -18,15 +18,15 @@ fn literal(first: u8, name: &str, value: &str) -> Vec<u8> {
     bytes
 }
 
-/// What comes out of it, written in pieces of `size`.
-async fn through(bytes: &[u8], size: usize) -> Vec<u8> {
+/// The filtered output of `bytes`, written in pieces of `size`.
+async fn filter(bytes: &[u8], size: usize) -> Vec<u8> {
     let (mut client, stream) = duplex(1 << 20);
     let mut guarded = Guarded::new(stream, &Wire::server());
     let mut out = Vec::new();
     for piece in bytes.chunks(size) {
         client.write_all(piece).await.unwrap();
         let mut read = [0; 700];
-        // What can come comes at once.
+        // Whatever may pass passes at once.
         while let Ok(Ok(count @ 1..)) =
             tokio::time::timeout(std::time::Duration::ZERO, guarded.read(&mut read)).await
         {
@@ -39,23 +39,23 @@ async fn through(bytes: &[u8], size: usize) -> Vec<u8> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_well_passes_as_it_came_in_pieces_of_any_size() {
+async fn valid_frames_pass_unchanged_in_pieces_of_any_size() {
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     bytes.extend(frame(4, 0, 0, &[]));
     let request = [&[0x82, 0x86, 0x84][..], &literal(0x40, "x-a", "1"), &[0xbe]].concat();
     bytes.extend(frame(HEADERS, END_HEADERS, 1, &request));
     bytes.extend(frame(0, 0, 1, &[7; 3000]));
-    // In two frames, with padding and a priority, cut in the middle of a string.
+    // In two frames, with padding and a priority, split in the middle of a string.
     let padded = [&[3][..], &[0, 0, 0, 0, 16], &request[..5], &[0; 3]].concat();
     bytes.extend(frame(HEADERS, PADDED | PRIORITY, 3, &padded));
     bytes.extend(frame(CONTINUATION, END_HEADERS, 3, &request[5..]));
     bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &literal(0, "x-end", "1")));
     for size in [1, 2, 7, 100, 5000] {
-        assert_eq!(through(&bytes, size).await, bytes, "pieces of {size}");
+        assert_eq!(filter(&bytes, size).await, bytes, "pieces of {size}");
     }
 }
 
-/// Else `h2` resets the stream before it decodes the block, and the next block that refers to the table ends the
+/// Otherwise `h2` resets the stream before it decodes the block, and the next block that refers to the table ends the
 /// connection.
 #[tokio::test(start_paused = true)]
 async fn a_block_of_a_stream_that_depends_on_itself_is_decoded() {
@@ -75,13 +75,13 @@ async fn a_block_of_a_stream_that_depends_on_itself_is_decoded() {
     bytes.extend(&other);
     expected.extend(&other);
     for size in [1, 20, 5000] {
-        assert_eq!(through(&bytes, size).await, expected, "pieces of {size}");
+        assert_eq!(filter(&bytes, size).await, expected, "pieces of {size}");
     }
 }
 
 /// Both heads of a response, its trailers, and the frames of other streams pass; a bad field is marked.
 #[tokio::test(start_paused = true)]
-async fn what_a_server_sends_is_guarded_from_its_first_frame() {
+async fn frames_of_a_server_are_filtered_from_the_first() {
     let bad = [&[0x88][..], &literal(0x40, "X-Bad", "1")].concat();
     let marked = [&[0x88][..], &literal(0x40, "xxxxx", "x"), b"\x00\x0aconnection\x01x"].concat();
     let early = [&literal(0x08, "", "103")[..1], &[3], &b"103"[..]].concat();
@@ -99,9 +99,9 @@ async fn what_a_server_sends_is_guarded_from_its_first_frame() {
     assert_eq!(out, expected);
 }
 
-/// A bad field is replaced by one that keeps the table, and marked; later blocks are not touched.
+/// A bad field is replaced by one that keeps the table, and marked; later blocks are not changed.
 #[tokio::test(start_paused = true)]
-async fn what_is_malformed_is_marked_in_pieces_of_any_size() {
+async fn malformed_blocks_are_marked_in_pieces_of_any_size() {
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     let bad = [&[0x82][..], &literal(0x40, "x-a", "b\0d"), &literal(0, "X-B", "1"), &[0x84]].concat();
     let marked = [&[0x82][..], &literal(0x40, "x-a", "xxx"), &[0x84], b"\x00\x0aconnection\x01x"].concat();
@@ -113,7 +113,7 @@ async fn what_is_malformed_is_marked_in_pieces_of_any_size() {
     for (stream, block, out) in [
         (1, &bad[..], &marked[..]),
         (3, &good, &good),
-        // To the bad one, which is the second newest by now.
+        // Refers to the bad field, which is the second newest by now.
         (5, &refers, b"\x82\x00\x0aconnection\x01x"),
         (3, &trailers, b"\x84\x00\x0aconnection\x01x"),
         (7, &good, &good),
@@ -124,13 +124,13 @@ async fn what_is_malformed_is_marked_in_pieces_of_any_size() {
         expected.extend(frame(0, 0, stream, &[1; 10]));
     }
     for size in [1, 3, 20, 5000] {
-        assert_eq!(through(&bytes, size).await, expected, "pieces of {size}");
+        assert_eq!(filter(&bytes, size).await, expected, "pieces of {size}");
     }
 }
 
-/// `h2` only resets its stream; what is logged names the fault and the request.
+/// `h2` only resets its stream; the log names the fault and the request.
 #[tokio::test]
-async fn a_request_that_depends_on_itself_is_noted_with_its_fault() {
+async fn a_request_that_depends_on_itself_is_recorded_with_its_fault() {
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let payload = [0, 0, 0, 1, 16, 0x82, 0x86, 0x84];
     bytes.extend(frame(HEADERS, END_STREAM | END_HEADERS | PRIORITY, 1, &payload));
@@ -140,8 +140,8 @@ async fn a_request_that_depends_on_itself_is_noted_with_its_fault() {
     drop(client);
     Guarded::new(stream, &wire).read_to_end(&mut Vec::new()).await.unwrap();
     wire.arrivals.was_reset(1, h2::Reason::PROTOCOL_ERROR);
-    let [refused] = &wire.arrivals.take_refused()[..] else { panic!("one request is refused") };
-    let note = refused.note.as_ref().unwrap();
+    let [rejected] = &wire.arrivals.take_refused()[..] else { panic!("one request is rejected") };
+    let note = rejected.note.as_ref().unwrap();
     assert_eq!(note.fault, Some(FieldFault::DependsOnItself));
     assert_eq!(
         (note.line.method.as_ref(), note.line.target.as_deref()),

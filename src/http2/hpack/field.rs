@@ -1,4 +1,5 @@
-//! Header fields as far as their block's table and the rules of RFC 9113 §8.2 are concerned, and the messages that they make.
+//! Header fields, as far as the dynamic table and the rules of RFC 9113 §8.2 are concerned, and the messages that
+//! contain them.
 
 use std::rc::Rc;
 
@@ -7,25 +8,25 @@ use http::{Method, StatusCode};
 use super::BlockKind;
 use crate::{http1::framing::MAX_TRAILERS, http2::octets};
 
-/// What an entry costs beside its text (RFC 7541 §4.1).
+/// The overhead of an entry beside its text (RFC 7541 §4.1).
 const OVERHEAD: usize = 32;
 
 /// Why a message is malformed (RFC 9113 §8.1.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FieldFault {
-    #[error("a field name is not one that HTTP/2 allows")]
+    #[error("a field name is not allowed in HTTP/2")]
     Name,
     #[error("a field value has a byte that is not allowed")]
     Value,
-    #[error("it has a field that is about a connection of HTTP/1.1")]
+    #[error("it has a connection-specific field of HTTP/1.1")]
     ConnectionField,
-    #[error("its TE field says something else than `trailers`")]
+    #[error("its TE field has another value than `trailers`")]
     Te,
     #[error("its Content-Length is not a number")]
     ContentLength,
     #[error("its target has a space or a control byte")]
     TargetByte,
-    #[error("a pseudo-header field is unknown, repeated, or stands behind other fields")]
+    #[error("a pseudo-header field is unknown, repeated, or follows other fields")]
     PseudoHeader,
     #[error("its trailers have a pseudo-header field")]
     PseudoHeaderInTrailers,
@@ -46,7 +47,7 @@ pub(super) enum Name {
     Scheme,
     Protocol,
     Field,
-    /// Of a connection of HTTP/1.1 (RFC 9113 §8.2.2).
+    /// Connection-specific fields of HTTP/1.1 (RFC 9113 §8.2.2).
     Connection,
     Te,
     ContentLength,
@@ -60,19 +61,19 @@ pub(super) struct Entry {
     pub name_length: usize,
     pub value_length: usize,
     pub fault: Option<FieldFault>,
-    /// `h2` would not decode it, and end the connection.
+    /// `h2` would fail to decode it, and end the connection.
     pub undecodable: bool,
-    /// A `:path` that `h2` decodes and cannot hold.
+    /// A `:path` that `h2` decodes but cannot hold.
     pub path: Option<Rc<[u8]>>,
 }
 
-/// What is known of a message while its block is read.
+/// The state of a message while its block is read.
 pub(super) struct Message {
     kind: BlockKind,
     pub fault: Option<FieldFault>,
-    /// Pseudo-header fields that have come, as bits.
+    /// Pseudo-header fields so far, as bits.
     pseudo: u16,
-    fields_began: bool,
+    has_fields: bool,
     /// As HTTP/2 counts it (RFC 9113 §6.5.2).
     size: usize,
     pub path: Option<Rc<[u8]>>,
@@ -106,8 +107,8 @@ impl Name {
         )
     }
 
-    /// Whether `h2` decodes a value.
-    fn decodes(self, value: &[u8]) -> bool {
+    /// Whether `h2` can decode a value.
+    fn is_decodable(self, value: &[u8]) -> bool {
         match self {
             Self::Method => Method::from_bytes(value).is_ok(),
             Self::Status => StatusCode::from_bytes(value).is_ok(),
@@ -119,7 +120,7 @@ impl Name {
         }
     }
 
-    fn fault(self, value: &[u8], decodes: bool) -> Option<FieldFault> {
+    fn fault(self, value: &[u8], is_decodable: bool) -> Option<FieldFault> {
         match self {
             Self::Wrong => Some(FieldFault::Name),
             Self::UnknownPseudo => Some(FieldFault::PseudoHeader),
@@ -127,7 +128,7 @@ impl Name {
             Self::Path if value.iter().any(|byte| *byte <= b' ' || *byte == 0x7f) => {
                 Some(FieldFault::TargetByte)
             }
-            _ if !decodes => Some(FieldFault::Value),
+            _ if !is_decodable => Some(FieldFault::Value),
             Self::Te if value != b"trailers" => Some(FieldFault::Te),
             Self::ContentLength if value.is_empty() || !value.iter().all(u8::is_ascii_digit) => {
                 Some(FieldFault::ContentLength)
@@ -139,21 +140,22 @@ impl Name {
 
 impl Entry {
     pub fn new(name: Name, name_length: usize, value: &[u8]) -> Self {
-        // What other servers take is carried (`http1::target`), though no URI may have it; a fragment is refused there.
+        // A path that other servers accept is forwarded (`http1::target`), though no URI may have it; a fragment is
+        // rejected there.
         let odd = |byte: &u8| matches!(byte, b'"' | b'<' | b'>' | b'`' | b'#');
-        let decodes = name.decodes(value);
+        let is_decodable = name.is_decodable(value);
         let is_odd =
-            name == Name::Path && value.first() == Some(&b'/') && (!decodes || value.iter().any(odd));
+            name == Name::Path && value.first() == Some(&b'/') && (!is_decodable || value.iter().any(odd));
         let path = is_odd.then(|| Rc::from(value));
-        let fault = name.fault(value, decodes || is_odd);
-        let undecodable = !decodes && !is_odd;
+        let fault = name.fault(value, is_decodable || is_odd);
+        let undecodable = !is_decodable && !is_odd;
         Self { name, name_length, value_length: value.len(), fault, undecodable, path }
     }
 }
 
 impl Message {
     pub const fn new(kind: BlockKind) -> Self {
-        Self { kind, fault: None, pseudo: 0, fields_began: false, size: 0, path: None }
+        Self { kind, fault: None, pseudo: 0, has_fields: false, size: 0, path: None }
     }
 
     pub fn add(&mut self, entry: &Entry) {
@@ -161,14 +163,14 @@ impl Message {
         let fault = if self.kind == BlockKind::Response {
             entry.fault.filter(|_| entry.undecodable)
         } else if !entry.name.is_pseudo() {
-            self.fields_began = true;
+            self.has_fields = true;
             let too_large = self.is_too_large().then_some(FieldFault::TrailersTooLarge);
             entry.fault.or(too_large)
         } else if self.is_trailers() {
             Some(FieldFault::PseudoHeaderInTrailers)
         } else {
             let bit = 1 << entry.name as u16;
-            let misplaced = self.fields_began || self.pseudo & bit != 0 || entry.name == Name::Status;
+            let misplaced = self.has_fields || self.pseudo & bit != 0 || entry.name == Name::Status;
             self.pseudo |= bit;
             if entry.path.is_some() {
                 self.path.clone_from(&entry.path);
@@ -182,7 +184,7 @@ impl Message {
         matches!(self.kind, BlockKind::RequestTrailers)
     }
 
-    /// `h2` would cut such trailers without a word. Too large a head it refuses.
+    /// `h2` would truncate such trailers silently. It rejects a head that is too large.
     pub const fn is_too_large(&self) -> bool {
         self.is_trailers() && self.size > MAX_TRAILERS
     }
@@ -193,8 +195,8 @@ impl Entry {
         self.name_length + self.value_length + OVERHEAD
     }
 
-    /// Writes a literal that takes as much of the table, and that `h2` decodes. `name` is the beginning of what it replaces:
-    /// later fields may refer to the name, where that is well-formed.
+    /// Writes a literal of the same size in the table that `h2` can decode. `name` is the start of the replaced
+    /// literal: later fields may refer to the name, if it is well-formed.
     pub fn write_in_place(&mut self, name: &[u8], out: &mut Vec<u8>) -> Option<()> {
         let keeps_name = match self.name {
             Name::Method => self.value_length > 0,
@@ -217,7 +219,7 @@ impl Entry {
     }
 }
 
-/// Writes a path that `h2` can hold, as long as one that it cannot.
+/// Writes a path of the same length that `h2` can hold.
 pub(super) fn write_stand_in(path: &[u8], out: &mut Vec<u8>) {
     write_length(path.len(), out);
     out.extend(path.iter().map(|byte| match byte {

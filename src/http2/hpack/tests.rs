@@ -35,15 +35,18 @@ fn a_request() -> impl Strategy<Value = Fields> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever a client's encoder puts into its table and takes out of it again, all arrives as it was sent.
+    /// Whatever a client's encoder does with its table, all fields arrive as they were sent.
     #[test]
-    fn well_formed_requests_are_not_changed(requests in prop::collection::vec(a_request(), 1..25), piece in 20_usize..5000) {
+    fn well_formed_requests_are_not_changed(
+        requests in prop::collection::vec(a_request(), 1..25),
+        piece in 20_usize..5000,
+    ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let expected: Vec<HeaderMap> = requests.iter().map(map).collect();
         let got = runtime.block_on(async {
             let (client, server) = duplex(piece);
             let (sender, connection) = h2::client::handshake(client).await.unwrap();
-            let sends = async {
+            let client_task = async {
                 let mut sender = sender;
                 for fields in &expected {
                     let mut request = Request::builder().uri("http://a/").body(()).unwrap();
@@ -53,7 +56,7 @@ proptest! {
                     response.await.unwrap();
                 }
             };
-            let serves = async {
+            let server_task = async {
                 let mut server = h2::server::handshake::<_>(Guarded::new(server, &Wire::server())).await.unwrap();
                 let mut got = Vec::new();
                 while let Some(Ok((request, mut respond))) = server.accept().await {
@@ -62,26 +65,29 @@ proptest! {
                 }
                 got
             };
-            let sends = async {
+            let client_task = async {
                 tokio::select! {
-                    () = sends => {}
+                    () = client_task => {}
                     _ = connection => {}
                 }
             };
-            tokio::join!(sends, serves).1
+            tokio::join!(client_task, server_task).1
         });
         prop_assert_eq!(got, expected);
     }
 
-    /// Nothing makes it panic, and what it writes anew is well-formed.
+    /// No input panics, and a rewritten block is well-formed.
     #[test]
-    fn any_bytes_are_checked(blocks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 0..20), responses: bool) {
+    fn any_bytes_are_checked(
+        blocks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 0..20),
+        responses: bool,
+    ) {
         let kind = if responses { BlockKind::Response } else { BlockKind::Request };
         let (mut checker, mut second) = (BlockChecker::default(), BlockChecker::default());
         for block in blocks {
             let Some(checked) = checker.check(&block, kind) else { return Ok(()) };
-            let anew = checked.replacement.as_deref().unwrap_or(&block);
-            let again = second.check(anew, kind).expect("HPACK");
+            let rewritten = checked.replacement.as_deref().unwrap_or(&block);
+            let again = second.check(rewritten, kind).expect("HPACK");
             prop_assert_eq!(again.replacement.is_some(), again.fault.is_some(), "nothing is left to be replaced");
             prop_assert_eq!(again.fault.is_some(), checked.fault.is_some());
             checker.request_line(&block);

@@ -1,8 +1,8 @@
-//! Tokens that were found good, so that a caller's next call costs no signature.
+//! A cache of valid tokens, so that a client's next request needs no signature verification.
 //!
-//! One per worker: no lock. The whole token is the key, so nothing but the very same text hits. Two generations of
-//! bounded size: when the young one is full it becomes the old one, and what is asked for in the old one is young
-//! again. That keeps what is in use, without a list to maintain.
+//! One per worker: no lock. The whole token is the key, so only identical tokens hit. Two generations of bounded
+//! size: a full young generation becomes the old one, and a hit in the old one moves the token to the young one. That
+//! keeps tokens in use, without an LRU list.
 
 use std::{collections::HashMap, mem, rc::Rc};
 
@@ -11,11 +11,11 @@ use super::{
     token::{Claims, Expected, Invalid, MAX_TOKEN, verify},
 };
 
-/// Tokens in each generation, and their bytes.
+/// The limits of each generation: tokens, and their total bytes.
 const MAX_TOKENS: usize = 1024;
 const MAX_BYTES: usize = 128 * MAX_TOKEN;
 
-/// What a verdict rests on: tokens found good under other settings or other keys are forgotten.
+/// The settings and keys that the cached tokens were verified with. A change clears the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 struct Basis {
     settings: u64,
@@ -31,10 +31,10 @@ pub struct TokenCache {
 }
 
 impl TokenCache {
-    /// As [`verify`], and remembers what was good. `settings`: tells these expectations from all others.
+    /// Like [`verify`], but caches valid tokens. `settings`: unique for these requirements.
     ///
     /// # Errors
-    /// As [`verify`]; nothing of what is refused is kept.
+    /// Like [`verify`]; invalid tokens are not cached.
     pub fn verify(
         &mut self,
         token: &str,
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_the_same_and_expires() {
+    fn a_cached_token_is_shared_and_expires() {
         let signer = Signer::ed("d");
         let (keys, expected, token) = (keys(&signer), expected(), token(&signer, 0));
         let mut cache = TokenCache::default();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn other_keys_or_settings_forget_everything() {
+    fn other_keys_or_settings_clear_the_cache() {
         let signer = Signer::ed("d");
         let (old, expected, token) = (keys(&signer), expected(), token(&signer, 0));
         let new = keys(&Signer::ed("d"));
@@ -120,15 +120,15 @@ mod tests {
                 (0..2_000).for_each(|_| what());
                 begin.elapsed().as_nanos() / 2_000
             };
-            let anew = time(&mut || drop(verify(&token, &expected, &keys, NOW).unwrap()));
+            let uncached = time(&mut || drop(verify(&token, &expected, &keys, NOW).unwrap()));
             let mut cache = TokenCache::default();
-            let again = time(&mut || drop(cache.verify(&token, (1, &expected), &keys, NOW).unwrap()));
-            println!("{:?}: {anew} ns anew, {again} ns again", signer.algorithm);
+            let cached = time(&mut || drop(cache.verify(&token, (1, &expected), &keys, NOW).unwrap()));
+            println!("{:?}: {uncached} ns uncached, {cached} ns cached", signer.algorithm);
         }
     }
 
     #[test]
-    fn its_size_is_bounded_and_what_is_in_use_stays() {
+    fn the_size_is_bounded_and_tokens_in_use_stay() {
         let signer = Signer::ed("d");
         let (keys, expected) = (keys(&signer), expected());
         let mut cache = TokenCache::default();
@@ -136,8 +136,8 @@ mod tests {
         let first = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
         for number in 0..3 * MAX_TOKENS {
             cache.verify(&token(&signer, number), (1, &expected), &keys, NOW).unwrap();
-            let again = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
-            assert!(Rc::ptr_eq(&first, &again));
+            let cached = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
+            assert!(Rc::ptr_eq(&first, &cached));
             assert!(cache.young.len() <= MAX_TOKENS && cache.old.len() <= MAX_TOKENS);
         }
     }

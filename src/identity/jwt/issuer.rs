@@ -1,8 +1,8 @@
-//! The keys of an issuer, kept current on the control thread and read by all workers.
+//! The keys of a token issuer, refreshed on the control thread and read by all workers.
 //!
-//! What was read last stays in use for as long as nothing newer can be had. A token that names a key which is not
-//! known may be signed by a new one: then the call waits for one fetch, which all such calls share, and which begins
-//! at most once in [`MIN_INTERVAL`](super::refresh::MIN_INTERVAL) whatever callers send.
+//! The last keys stay in use until newer ones arrive. A token with an unknown key ID may be signed with a new key:
+//! the request then waits for one fetch, which all such requests share. Fetches start at most once in
+//! [`MIN_INTERVAL`](super::refresh::MIN_INTERVAL), whatever clients send.
 
 use std::{
     fs::File,
@@ -36,40 +36,40 @@ use crate::{
     watch::{Watcher, watch as watch_files},
 };
 
-/// What a fetch may take.
+/// Limits of one fetch.
 const LIMITS: Limits = Limits { patience: Duration::from_secs(5), answer: 512 * 1024 };
-/// How long a call waits for newer keys.
-const PATIENCE: Duration = Duration::from_secs(6);
-/// Calls that wait at a time; more are answered at once.
-const MAX_WAITING: usize = 256;
+/// How long a request waits for newer keys.
+const KEYS_TIMEOUT: Duration = Duration::from_secs(6);
+/// Most requests that wait at a time; more get a response at once.
+const MAX_WAITERS: usize = 256;
 
-/// What workers see of an issuer.
+/// The current keys of an issuer, shared with all workers.
 #[derive(Debug)]
 pub struct Issuer {
     current: ArcSwapOption<KeySet>,
     started: Instant,
-    /// Milliseconds since `started` from when on a fetch may begin because somebody asks.
-    allowed: AtomicU64,
-    /// Counts the fetches that have ended.
+    /// The earliest start of a fetch on demand, in milliseconds since `started`.
+    earliest: AtomicU64,
+    /// Counts finished fetches.
     rounds: watch::Sender<u64>,
     wanted: Notify,
-    waiting: AtomicUsize,
+    waiters: AtomicUsize,
     told: Mutex<Told>,
 }
 
-/// What is shown of an issuer.
+/// The state of an issuer, for `/status` and metrics.
 #[derive(Clone, Debug, Default)]
 pub struct Told {
-    /// Fetches that brought keys, and that failed.
+    /// Successful and failed fetches.
     pub fetched: u64,
     pub failed: u64,
-    /// When keys were last brought.
+    /// When keys were last fetched.
     pub last: Option<Instant>,
     /// Why the last fetch failed, if it did.
     pub error: Option<String>,
 }
 
-/// Keeps an [`Issuer`] current until it is dropped.
+/// Refreshes an [`Issuer`] until it is dropped.
 #[derive(Debug)]
 pub struct Watch {
     pub issuer: Arc<Issuer>,
@@ -77,22 +77,22 @@ pub struct Watch {
     _source: Source,
 }
 
-/// Where keys come from, as what keeps looking there.
+/// What refreshes the keys: a task or a file watcher.
 #[derive(Debug)]
 enum Source {
     Url(JoinHandle<()>),
-    /// None where no thread could be started.
+    /// `None` if no thread could be started.
     File(#[expect(dead_code, reason = "it watches until it is dropped")] Option<Watcher>),
 }
 
-/// Why there are no new keys.
+/// Why a fetch of keys failed.
 #[derive(Debug, thiserror::Error)]
-enum NoKeys {
+enum FetchKeysError {
     #[error(transparent)]
     Fetch(#[from] FetchError),
     #[error("`{0}` is not a URL")]
     Url(String),
-    #[error("it answered with {0}")]
+    #[error("the server responded with {0}")]
     Status(StatusCode),
     #[error(transparent)]
     Keys(#[from] super::keys::KeysError),
@@ -104,21 +104,22 @@ impl Watch {
         let issuer = Arc::new(Issuer::new());
         let source = if settings.jwks.expose().starts_with('/') {
             let (path, mut known) = (PathBuf::from(settings.jwks.expose()), None);
-            look(&path, &mut known, &issuer);
-            // A look that a call asks for brings nothing that the watch does not.
-            issuer.allowed.store(u64::MAX, Ordering::Release);
-            let (files, fed) = ([path.clone()], Arc::clone(&issuer));
-            let watching = watch_files("jwks-watch", &files, move |_| look(&path, &mut known, &fed));
+            reload_file(&path, &mut known, &issuer);
+            // The watcher sees every change, so requests never trigger a read.
+            issuer.earliest.store(u64::MAX, Ordering::Release);
+            let (files, watched_issuer) = ([path.clone()], Arc::clone(&issuer));
+            let watching =
+                watch_files("jwks-watch", &files, move |_| reload_file(&path, &mut known, &watched_issuer));
             Source::File(
-                watching.inspect_err(|error| tracing::error!(%error, "the keys are not watched")).ok(),
+                watching.inspect_err(|error| tracing::error!(%error, "cannot watch the JWKS file")).ok(),
             )
         } else {
-            Source::Url(runtime.spawn(keep(settings.clone(), fetcher.clone(), Arc::clone(&issuer))))
+            Source::Url(runtime.spawn(refresh_loop(settings.clone(), fetcher.clone(), Arc::clone(&issuer))))
         };
         Self { issuer, settings: settings.clone(), _source: source }
     }
 
-    /// Whether keys come from the same place as under other settings.
+    /// Whether `settings` have the same key source.
     pub fn serves(&self, settings: &config::Jwt) -> bool {
         self.settings.jwks == settings.jwks && self.settings.ca == settings.ca
     }
@@ -137,15 +138,15 @@ impl Issuer {
         Self {
             current: ArcSwapOption::empty(),
             started: Instant::now(),
-            allowed: AtomicU64::new(0),
+            earliest: AtomicU64::new(0),
             rounds: watch::Sender::new(0),
             wanted: Notify::new(),
-            waiting: AtomicUsize::new(0),
+            waiters: AtomicUsize::new(0),
             told: Mutex::default(),
         }
     }
 
-    /// The keys as of now; `None`: none were ever had.
+    /// The current keys; `None`: none have been fetched yet.
     pub fn keys(&self) -> Option<Arc<KeySet>> {
         self.current.load_full()
     }
@@ -154,7 +155,7 @@ impl Issuer {
         self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits for newer keys than those of `generation` (0: any). `None`: there are none, or none can be had now.
+    /// Waits for newer keys than those of `generation` (0: any). `None`: there are none, or no fetch is allowed now.
     pub async fn newer(&self, generation: u64) -> Option<Arc<KeySet>> {
         let newer = || self.keys().filter(|keys| keys.generation != generation);
         let mut rounds = self.rounds.subscribe();
@@ -162,55 +163,55 @@ impl Issuer {
             return Some(keys);
         }
         let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        if now < self.allowed.load(Ordering::Acquire) {
+        if now < self.earliest.load(Ordering::Acquire) {
             return None;
         }
-        let _waiting = Waiting::among(&self.waiting)?;
+        let _waiter = Waiter::register(&self.waiters)?;
         self.wanted.notify_one();
         // The sender lives in `self`.
-        let _ = timeout(PATIENCE, rounds.changed()).await;
+        let _ = timeout(KEYS_TIMEOUT, rounds.changed()).await;
         newer()
     }
 
-    fn take(&self, keys: KeySet) {
+    fn set_keys(&self, keys: KeySet) {
         for skipped in &keys.skipped {
-            tracing::warn!("a key of the token issuer is left out: {skipped}");
+            tracing::warn!("key of the token issuer ignored: {skipped}");
         }
         self.current.store(Some(Arc::new(keys)));
     }
 
-    fn ended(&self, error: Option<String>) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+    fn finish_fetch(&self, error: Option<String>) {
+        let mut report = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         match &error {
             None => {
-                told.fetched += 1;
-                told.last = Some(Instant::now());
+                report.fetched += 1;
+                report.last = Some(Instant::now());
             }
-            Some(_) => told.failed += 1,
+            Some(_) => report.failed += 1,
         }
-        told.error = error;
-        drop(told);
+        report.error = error;
+        drop(report);
         self.rounds.send_modify(|rounds| *rounds += 1);
     }
 }
 
-/// One of the calls that wait, until it is dropped.
-struct Waiting<'a>(&'a AtomicUsize);
+/// Counts one waiting request until it is dropped.
+struct Waiter<'a>(&'a AtomicUsize);
 
-impl<'a> Waiting<'a> {
-    fn among(waiting: &'a AtomicUsize) -> Option<Self> {
-        let this = Self(waiting);
-        (waiting.fetch_add(1, Ordering::Relaxed) < MAX_WAITING).then_some(this)
+impl<'a> Waiter<'a> {
+    fn register(waiters: &'a AtomicUsize) -> Option<Self> {
+        let this = Self(waiters);
+        (waiters.fetch_add(1, Ordering::Relaxed) < MAX_WAITERS).then_some(this)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-async fn keep(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
+async fn refresh_loop(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
     let mut refresh = Refresh::default();
     let mut rng = Rng::new();
     loop {
@@ -227,7 +228,7 @@ async fn keep(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
         let now = issuer.started.elapsed();
         let error = match fetched {
             Ok((keys, fresh)) => {
-                issuer.take(keys);
+                issuer.set_keys(keys);
                 refresh.succeeded(now, fresh, rng.unit_f64());
                 None
             }
@@ -238,32 +239,35 @@ async fn keep(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
                     jwks = %settings.jwks,
                     error,
                     retry_in = ?refresh.due().saturating_sub(now),
-                    "the keys of the token issuer cannot be fetched; what is known of them stays in use"
+                    "the keys of the token issuer cannot be fetched; the last known keys stay in use"
                 );
                 Some(error)
             }
         };
-        let allowed = u64::try_from(refresh.allowed().as_millis()).unwrap_or(u64::MAX);
-        issuer.allowed.store(allowed, Ordering::Release);
-        issuer.ended(error);
+        let earliest = u64::try_from(refresh.allowed().as_millis()).unwrap_or(u64::MAX);
+        issuer.earliest.store(earliest, Ordering::Release);
+        issuer.finish_fetch(error);
     }
 }
 
-async fn fetch(settings: &config::Jwt, fetcher: &Fetcher) -> Result<(KeySet, Option<Duration>), NoKeys> {
+async fn fetch(
+    settings: &config::Jwt,
+    fetcher: &Fetcher,
+) -> Result<(KeySet, Option<Duration>), FetchKeysError> {
     let request =
         Request::get(settings.jwks.expose()).header(ACCEPT, "application/jwk-set+json, application/json");
-    let request = request.body(Bytes::new()).map_err(|_| NoKeys::Url(settings.jwks.to_string()))?;
-    // Read anew each time: it may have been replaced.
+    let request = request.body(Bytes::new()).map_err(|_| FetchKeysError::Url(settings.jwks.to_string()))?;
+    // The CA file is read each time: it may have been replaced.
     let trusting = settings.ca.as_deref().map(|ca| fetcher.trusting(ca)).transpose()?;
     let answer = trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?;
     if answer.status() != StatusCode::OK {
-        return Err(NoKeys::Status(answer.status()));
+        return Err(FetchKeysError::Status(answer.status()));
     }
     Ok((KeySet::parse(answer.body())?, freshness(answer.headers())))
 }
 
-/// Reads keys from a file whenever it has changed.
-fn look(path: &Path, known: &mut Option<Result<Vec<u8>, String>>, issuer: &Issuer) {
+/// Reads keys from the file if it has changed.
+fn reload_file(path: &Path, known: &mut Option<Result<Vec<u8>, String>>, issuer: &Issuer) {
     let read = read_file(path).map_err(|error| error.to_string());
     if known.as_ref() == Some(&read) {
         return;
@@ -272,21 +276,21 @@ fn look(path: &Path, known: &mut Option<Result<Vec<u8>, String>>, issuer: &Issue
         Ok(content) => KeySet::parse(content).map_err(|error| error.to_string()),
         Err(error) => Err(error.clone()),
     };
-    let error = outcome.map(|keys| issuer.take(keys)).err();
+    let error = outcome.map(|keys| issuer.set_keys(keys)).err();
     if let Some(error) = &error {
         tracing::warn!(
             jwks = %path.display(),
             error,
-            "the keys of the token issuer cannot be read; what is known of them stays in use"
+            "the keys of the token issuer cannot be read; the last known keys stay in use"
         );
     }
     *known = Some(read);
-    issuer.ended(error);
+    issuer.finish_fetch(error);
 }
 
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
-    // One byte more than allowed tells a file of just that size from a larger one.
+    // One byte more than allowed distinguishes a file of exactly that size from a larger one.
     File::open(path)?.take(LIMITS.answer as u64 + 1).read_to_end(&mut content)?;
     if content.len() > LIMITS.answer {
         return Err(io::Error::other(format!("larger than {} bytes", LIMITS.answer)));

@@ -1,7 +1,7 @@
 //! The public keys of an issuer, from a JWK Set (RFC 7517 §5).
 //!
-//! Each key is tied to one algorithm when it is read, by what it says or else by its kind: what a token says it was
-//! signed with chooses nothing (RFC 8725 §3.1). Keys that are not for RS256, ES256 or EdDSA signatures are left out.
+//! Each key is bound to one algorithm when it is parsed, by its `alg` or else by its type. The algorithm in a token
+//! selects nothing (RFC 8725 §3.1). Keys that are not for RS256, ES256 or EdDSA signatures are ignored.
 
 use std::{
     fmt,
@@ -13,13 +13,13 @@ use jsonwebtoken::{Algorithm as Signed, DecodingKey, crypto};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// More keys than anybody publishes; the rest is left out.
+/// Most keys in a set; further ones are ignored.
 const MAX_KEYS: usize = 64;
 /// RFC 7518 §3.3.
 const MIN_RSA_BITS: usize = 2048;
 const MAX_RSA_BITS: usize = 8192;
 
-/// The signatures that are accepted.
+/// The accepted signature algorithms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
     Rs256,
@@ -35,26 +35,26 @@ pub struct Key {
     key: DecodingKey,
 }
 
-/// What an issuer signs with.
+/// The public keys of an issuer.
 #[derive(Clone, Debug)]
 pub struct KeySet {
     pub keys: Vec<Key>,
-    /// What was left out, and why.
+    /// The ignored keys, and why.
     pub skipped: Vec<String>,
-    /// Tells this set from every other that was read.
+    /// Unique for each parsed set.
     pub generation: u64,
 }
 
-/// Why a text is no set of keys.
+/// Why a document is not a usable set of keys.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeysError {
     #[error("not a JWK Set: {0}")]
     Json(String),
-    #[error("no key for RS256, ES256 or EdDSA signatures in it{}", .0.as_ref().map_or(String::new(), |why| format!(" ({why})")))]
-    Nothing(Option<String>),
+    #[error("it contains no key for RS256, ES256 or EdDSA signatures{}", .0.as_ref().map_or(String::new(), |reason| format!(" ({reason})")))]
+    NoUsableKey(Option<String>),
 }
 
-/// What of a JWK is looked at.
+/// The used members of a JWK.
 #[derive(Deserialize)]
 struct Jwk {
     kty: String,
@@ -75,7 +75,7 @@ struct Jwks {
 }
 
 impl Algorithm {
-    /// By its name in a token. `Ed25519` is what RFC 9864 calls the only EdDSA there is here.
+    /// By its name in a token. `Ed25519` is RFC 9864's name for the one EdDSA variant supported here.
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "RS256" => Some(Self::Rs256),
@@ -97,7 +97,7 @@ impl fmt::Display for Algorithm {
 }
 
 impl Key {
-    /// Whether the signature, base64url as in the token, is one of this key over `message`.
+    /// Whether `signature`, base64url as in the token, is valid for this key and `message`.
     pub fn verifies(&self, message: &[u8], signature: &str) -> bool {
         let signed = match self.algorithm {
             Algorithm::Rs256 => Signed::RS256,
@@ -108,7 +108,7 @@ impl Key {
     }
 
     fn read(jwk: &Jwk) -> Result<Self, String> {
-        if jwk.r#use.as_deref().is_some_and(|for_what| for_what != "sig") {
+        if jwk.r#use.as_deref().is_some_and(|usage| usage != "sig") {
             return Err("it is not for signatures".to_owned());
         }
         if jwk.key_ops.as_ref().is_some_and(|ops| ops.iter().all(|op| op != "verify")) {
@@ -118,11 +118,13 @@ impl Key {
             ("RSA", _) => (Algorithm::Rs256, rsa(jwk)?),
             ("EC", Some("P-256")) => (Algorithm::Es256, p256(jwk)?),
             ("OKP", Some("Ed25519")) => (Algorithm::EdDsa, ed25519(jwk)?),
-            (kind, None) => return Err(format!("{kind} is not used")),
-            (kind, Some(curve)) => return Err(format!("{kind} {curve} is not used")),
+            (kind, None) => return Err(format!("{kind} is not supported")),
+            (kind, Some(curve)) => return Err(format!("{kind} {curve} is not supported")),
         };
-        if let Some(said) = jwk.alg.as_deref().filter(|said| Algorithm::named(said) != Some(algorithm)) {
-            return Err(format!("it is for {said}"));
+        if let Some(declared) =
+            jwk.alg.as_deref().filter(|declared| Algorithm::named(declared) != Some(algorithm))
+        {
+            return Err(format!("it is for {declared}"));
         }
         Ok(Self { id: jwk.kid.clone(), algorithm, key })
     }
@@ -163,10 +165,10 @@ fn ed25519(jwk: &Jwk) -> Result<DecodingKey, String> {
 }
 
 impl KeySet {
-    /// Reads a JWK Set. One key that is of no use does not spoil the others.
+    /// Parses a JWK Set. Unusable keys are skipped.
     ///
     /// # Errors
-    /// It is no JWK Set, or no key in it is of use.
+    /// It is not a JWK Set, or contains no usable key.
     pub fn parse(json: &[u8]) -> Result<Self, KeysError> {
         let set: Jwks = serde_json::from_slice(json).map_err(|error| KeysError::Json(error.to_string()))?;
         let (mut keys, mut skipped) = (Vec::new(), Vec::new());
@@ -179,18 +181,17 @@ impl KeySet {
             match read.and_then(|jwk| Key::read(&jwk)) {
                 Ok(_) if keys.len() >= MAX_KEYS => skipped.push(format!("{name}: only {MAX_KEYS} are kept")),
                 Ok(key) => keys.push(key),
-                Err(why) => skipped.push(format!("{name}: {why}")),
+                Err(reason) => skipped.push(format!("{name}: {reason}")),
             }
         }
         if keys.is_empty() {
-            return Err(KeysError::Nothing(skipped.into_iter().next()));
+            return Err(KeysError::NoUsableKey(skipped.into_iter().next()));
         }
         static GENERATION: AtomicU64 = AtomicU64::new(1);
         Ok(Self { keys, skipped, generation: GENERATION.fetch_add(1, Ordering::Relaxed) })
     }
 
-    /// The keys that a token may have been signed with: those of its key id, else those that have none; all where it
-    /// names none.
+    /// The keys that may have signed a token: those with its key ID, else those without one; all if it has no key ID.
     pub fn candidates<'a>(&'a self, id: Option<&'a str>) -> impl Iterator<Item = &'a Key> {
         let named = id.is_some_and(|id| self.keys.iter().any(|key| key.id.as_deref() == Some(id)));
         self.keys.iter().filter(move |key| match id {
@@ -214,8 +215,8 @@ mod tests {
         signer.jwk().to_string()
     }
 
-    /// The key under another name, saying something else of itself.
-    fn saying(signer: &Signer, kid: &str, name: &str, value: &str) -> String {
+    /// The key with another ID and one member replaced.
+    fn with_member(signer: &Signer, kid: &str, name: &str, value: &str) -> String {
         let mut jwk = signer.jwk();
         jwk["kid"] = kid.into();
         jwk[name] = value.into();
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_the_three_kinds_are_read() {
+    fn keys_of_the_three_types_are_parsed() {
         let set = KeySet::parse(
             jwks(&[&jwk(&Signer::rsa("rsa")), &jwk(&Signer::ec("ec")), &jwk(&Signer::ed("ed"))]).as_bytes(),
         )
@@ -234,47 +235,47 @@ mod tests {
     }
 
     #[test]
-    fn what_is_of_no_use_is_left_out_and_said() {
+    fn unusable_keys_are_skipped_and_reported() {
         let oct = r#"{"kty":"oct","kid":"secret","k":"c2VjcmV0"}"#;
         let rsa = Signer::rsa("rsa");
-        let enc = saying(&rsa, "enc", "use", "enc");
-        let pss = saying(&rsa, "pss", "alg", "PS256");
-        let confused = saying(&rsa, "hs", "alg", "HS256");
+        let enc = with_member(&rsa, "enc", "use", "enc");
+        let pss = with_member(&rsa, "pss", "alg", "PS256");
+        let confused = with_member(&rsa, "hs", "alg", "HS256");
         let ed = jwk(&Signer::ed("ed"));
         let small = r#"{"kty":"RSA","kid":"small","n":"AQAB","e":"AQAB"}"#;
         let broken = r#"{"kty":"EC","crv":"P-256","kid":"broken","x":"!","y":"AQ"}"#;
         let set = KeySet::parse(jwks(&[oct, &enc, &pss, &confused, small, broken, "7", &ed]).as_bytes());
         let set = set.unwrap();
         assert_eq!(set.keys.len(), 1);
-        let told = [
-            "key `secret`: oct is not used",
+        let reasons = [
+            "key `secret`: oct is not supported",
             "key `enc`: it is not for signatures",
             "key `pss`: it is for PS256",
             "key `hs`: it is for HS256",
             "key `small`: an RSA key of 17 bits; 2048 to 8192 are accepted",
             "key `broken`: `x` is not base64url",
         ];
-        assert_eq!(set.skipped[..told.len()], told);
+        assert_eq!(set.skipped[..reasons.len()], reasons);
         assert!(set.skipped[6].starts_with("key 6: "), "{}", set.skipped[6]);
     }
 
     #[test]
-    fn a_set_without_a_usable_key_is_none() {
+    fn a_set_without_a_usable_key_is_rejected() {
         assert!(matches!(KeySet::parse(b"<html>"), Err(KeysError::Json(_))));
-        assert_eq!(KeySet::parse(br#"{"keys":[]}"#).unwrap_err(), KeysError::Nothing(None));
+        assert_eq!(KeySet::parse(br#"{"keys":[]}"#).unwrap_err(), KeysError::NoUsableKey(None));
         let error = KeySet::parse(jwks(&[r#"{"kty":"oct","k":"AA"}"#]).as_bytes()).unwrap_err();
-        assert!(error.to_string().ends_with("(key 0: oct is not used)"), "{error}");
+        assert!(error.to_string().ends_with("(key 0: oct is not supported)"), "{error}");
     }
 
     #[test]
-    fn the_key_id_chooses() {
+    fn the_key_id_selects_the_key() {
         let mut anonymous = Signer::ed("ed").jwk();
         anonymous.as_object_mut().unwrap().remove("kid");
         let (rsa, ec) = (jwk(&Signer::rsa("rsa")), jwk(&Signer::ec("ec")));
         let set = KeySet::parse(jwks(&[&rsa, &ec, &anonymous.to_string()]).as_bytes()).unwrap();
         let chosen = |id| set.candidates(id).map(|key| key.algorithm).collect::<Vec<_>>();
         assert_eq!(chosen(Some("ec")), [Algorithm::Es256]);
-        assert_eq!(chosen(Some("other")), [Algorithm::EdDsa], "one without an id may be any");
+        assert_eq!(chosen(Some("other")), [Algorithm::EdDsa], "a key without an ID may match any");
         assert_eq!(chosen(None).len(), 3);
     }
 }

@@ -2,10 +2,10 @@
 //!
 //! | file | what is in it |
 //! | --- | --- |
-//! | [`token`] | whether a token is good |
-//! | [`keys`] | what an issuer signs with |
-//! | [`cache`] | tokens that were found good |
-//! | [`issuer`], [`refresh`] | keeping the keys current; when they are fetched |
+//! | [`token`] | verification of a token |
+//! | [`keys`] | an issuer's public keys |
+//! | [`cache`] | the cache of valid tokens |
+//! | [`issuer`], [`refresh`] | refreshing the keys, and its schedule |
 
 pub mod cache;
 pub mod issuer;

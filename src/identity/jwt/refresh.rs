@@ -1,55 +1,55 @@
-//! When the keys of an issuer are fetched. A machine: time and an event in, the next moment out.
+//! The schedule for fetching an issuer's keys. A pure state machine: time and events in, the next due time out.
 
 use std::time::Duration;
 
 use http::HeaderMap;
 
-/// Keys are looked at again after this long where the issuer does not say,
+/// How long keys are fresh if the issuer does not say.
 const DEFAULT_AGE: Duration = Duration::from_secs(10 * 60);
-/// never sooner than this, whatever it says,
+/// The lower limit of what the issuer says.
 const MIN_AGE: Duration = Duration::from_secs(60);
-/// and never later: a key that the issuer withdrew must stop counting some day.
+/// The upper limit: a withdrawn key must become invalid eventually.
 const MAX_AGE: Duration = Duration::from_secs(60 * 60);
-/// However many tokens name keys that are not known: no two fetches begin closer together.
+/// Two fetches start at least this far apart, however many tokens have unknown keys.
 pub const MIN_INTERVAL: Duration = Duration::from_secs(5);
-/// After a failure: doubled from the first to the second.
+/// Back-off after a failure: doubles from the first to the second.
 const FIRST_RETRY: Duration = Duration::from_secs(5);
 const LAST_RETRY: Duration = Duration::from_secs(5 * 60);
-/// Intervals are shortened by up to this share, so that a fleet does not ask in step.
+/// Intervals are shortened by up to this share, so that a fleet does not fetch at the same time.
 const JITTER: f64 = 0.1;
 
-/// Times are counted from any fixed moment.
+/// Times count from any fixed moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Refresh {
-    begun: Option<Duration>,
+    started: Option<Duration>,
     due: Duration,
     failures: u32,
 }
 
 impl Refresh {
-    /// When the next fetch is due if nobody asks; at first at once.
+    /// When the next periodic fetch is due; the first at once.
     pub const fn due(&self) -> Duration {
         self.due
     }
 
-    /// From when on a fetch that somebody asks for may begin.
+    /// The earliest start of a fetch on demand.
     pub fn allowed(&self) -> Duration {
-        self.begun.map_or(Duration::ZERO, |begun| begun + MIN_INTERVAL)
+        self.started.map_or(Duration::ZERO, |started| started + MIN_INTERVAL)
     }
 
-    /// A fetch begins.
+    /// Records the start of a fetch.
     pub fn begin(&mut self, now: Duration) {
-        self.begun = Some(now);
+        self.started = Some(now);
     }
 
-    /// It brought keys, which hold for `age`. `random`: 0..1.
+    /// Records a successful fetch of keys that are fresh for `age`. `random`: 0..1.
     pub fn succeeded(&mut self, now: Duration, age: Option<Duration>, random: f64) {
         self.failures = 0;
         let age = age.unwrap_or(DEFAULT_AGE).clamp(MIN_AGE, MAX_AGE);
         self.due = now + shortened(age, random);
     }
 
-    /// It failed.
+    /// Records a failed fetch.
     pub fn failed(&mut self, now: Duration, random: f64) {
         let wait = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
         self.failures += 1;
@@ -61,8 +61,8 @@ fn shortened(interval: Duration, random: f64) -> Duration {
     interval.mul_f64(1.0 - JITTER * random.clamp(0.0, 1.0))
 }
 
-/// For how long an answer holds (RFC 9111 §5.2.2): `max-age`, less the `Age` it has; nothing with `no-cache` and
-/// `no-store`. `None`: it does not say.
+/// The freshness of a response (RFC 9111 §5.2.2): `max-age` minus `Age`; zero with `no-cache` and `no-store`. `None`:
+/// the response does not say.
 pub fn freshness(headers: &HeaderMap) -> Option<Duration> {
     let control = headers.get_all("cache-control").iter().filter_map(|value| value.to_str().ok());
     let mut max_age = None;
@@ -89,18 +89,18 @@ mod tests {
     const S: fn(u64) -> Duration = Duration::from_secs;
 
     #[test]
-    fn the_issuers_word_holds_within_bounds() {
-        for (says, holds) in [(None, 600), (Some(0), 60), (Some(300), 300), (Some(86_400), 3600)] {
+    fn the_issuers_max_age_is_clamped() {
+        for (max_age, expected) in [(None, 600), (Some(0), 60), (Some(300), 300), (Some(86_400), 3600)] {
             let mut refresh = Refresh::default();
             assert_eq!(refresh.due(), S(0));
             refresh.begin(S(100));
-            refresh.succeeded(S(101), says.map(S), 0.0);
-            assert_eq!(refresh.due(), S(101 + holds), "{says:?}");
+            refresh.succeeded(S(101), max_age.map(S), 0.0);
+            assert_eq!(refresh.due(), S(101 + expected), "{max_age:?}");
         }
     }
 
     #[test]
-    fn failures_are_repeated_ever_more_rarely() {
+    fn failures_back_off_exponentially() {
         let mut refresh = Refresh::default();
         let mut now = S(0);
         let mut waits = Vec::new();
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn cache_control_is_read() {
+    fn cache_control_is_parsed() {
         for (control, age, fresh) in [
             ("max-age=300", None, Some(300)),
             ("public, Max-Age=\"300\", must-revalidate", Some("100"), Some(200)),
@@ -139,18 +139,18 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever callers ask for, and however fetches end, the issuer is asked at most once in MIN_INTERVAL.
+        /// Whatever clients send, and however fetches end, they start at most once in MIN_INTERVAL.
         #[test]
-        fn a_storm_of_unknown_keys_costs_few_fetches(
-            asked in proptest::collection::vec((0_u64..2_000, any::<bool>(), 0.0..1.0_f64), 1..200),
+        fn many_unknown_keys_cause_few_fetches(
+            requests in proptest::collection::vec((0_u64..2_000, any::<bool>(), 0.0..1.0_f64), 1..200),
         ) {
             let mut refresh = Refresh::default();
-            let (mut now, mut begun) = (S(0), Vec::new());
-            for (wait, good, random) in asked {
+            let (mut now, mut started) = (S(0), Vec::new());
+            for (wait, good, random) in requests {
                 now += Duration::from_millis(wait);
                 if now >= refresh.allowed() || now >= refresh.due() {
                     refresh.begin(now);
-                    begun.push(now);
+                    started.push(now);
                     if good {
                         refresh.succeeded(now, None, random);
                     } else {
@@ -158,7 +158,7 @@ mod tests {
                     }
                 }
             }
-            for pair in begun.windows(2) {
+            for pair in started.windows(2) {
                 prop_assert!(pair[1] - pair[0] >= MIN_INTERVAL);
             }
         }

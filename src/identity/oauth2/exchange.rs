@@ -1,4 +1,4 @@
-//! One request to a token endpoint: client credentials (RFC 6749 §4.4) for an access token (§5.1).
+//! One token request: client credentials (RFC 6749 §4.4) for an access token (§5.1).
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -16,12 +16,12 @@ use crate::{
 };
 
 const LIMITS: Limits = Limits { patience: Duration::from_secs(5), answer: 64 * 1024 };
-/// A larger file holds no secret.
+/// The largest secret file, in bytes.
 const MAX_SECRET: usize = 64 * 1024;
 
-/// An access token as the field that carries it.
+/// An access token, as the header field value that carries it.
 pub struct Granted {
-    /// `Bearer …`, marked as sensitive: no log shows it, no header compression keeps it.
+    /// `Bearer …`, marked as sensitive: not logged, not indexed by header compression.
     pub field: HeaderValue,
     pub expires_in: Option<Duration>,
 }
@@ -32,7 +32,7 @@ impl fmt::Debug for Granted {
     }
 }
 
-/// Why there is no token. Neither the secret nor what the endpoint sent as a token is in any of it.
+/// Why a token request failed. Contains neither the secret nor a token.
 #[derive(Debug, thiserror::Error)]
 pub enum NoToken {
     #[error("{path}: {reason}")]
@@ -41,39 +41,39 @@ pub enum NoToken {
     Url(String),
     #[error(transparent)]
     Fetch(#[from] FetchError),
-    #[error("the token endpoint refuses: {0}")]
+    #[error("the token endpoint rejects the request: {0}")]
     Refused(String),
-    #[error("the token endpoint answered with {0}")]
+    #[error("the token endpoint responded with {0}")]
     Status(http::StatusCode),
-    #[error("the token endpoint's answer is not understood: {0}")]
+    #[error("the token endpoint's response is invalid: {0}")]
     Answer(&'static str),
 }
 
-/// Asks for a token. The secret is read anew each time: it may have been rotated.
+/// Requests a token. The secret is read each time: it may have been rotated.
 pub async fn ask(settings: &Oauth2, fetcher: &Fetcher) -> Result<Granted, NoToken> {
     let path = &settings.client_secret_file;
-    let bad = |reason: String| NoToken::Secret { path: path.clone(), reason };
-    let secret = tokio::fs::read(path).await.map_err(|error| bad(error.to_string()))?;
+    let secret_error = |reason: String| NoToken::Secret { path: path.clone(), reason };
+    let secret = tokio::fs::read(path).await.map_err(|error| secret_error(error.to_string()))?;
     if secret.len() > MAX_SECRET {
-        return Err(bad(format!("longer than {MAX_SECRET} bytes")));
+        return Err(secret_error(format!("longer than {MAX_SECRET} bytes")));
     }
-    let secret = String::from_utf8(secret).map_err(|_| bad("not text".to_owned()))?;
+    let secret = String::from_utf8(secret).map_err(|_| secret_error("not text".to_owned()))?;
     let secret = secret.trim_end_matches(['\r', '\n']);
     if secret.is_empty() {
-        return Err(bad("empty".to_owned()));
+        return Err(secret_error("empty".to_owned()));
     }
     let trusting = settings.ca.as_deref().map(|ca| fetcher.trusting(ca)).transpose()?;
     let request = request(settings, secret)?;
-    read(trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?)
+    parse(trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?)
 }
 
-/// The client says who it is by HTTP Basic, which every server must take (§2.3.1).
+/// Authenticates the client with HTTP Basic, which every server must support (§2.3.1).
 fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, NoToken> {
-    let credentials = format!("{}:{}", encoded(&settings.client_id), encoded(secret));
+    let credentials = format!("{}:{}", url_encoded(&settings.client_id), url_encoded(secret));
     let mut body = "grant_type=client_credentials".to_owned();
     if !settings.scopes.is_empty() {
         body.push_str("&scope=");
-        body.push_str(&encoded(&settings.scopes.join(" ")));
+        body.push_str(&url_encoded(&settings.scopes.join(" ")));
     }
     Request::post(settings.token_url.expose())
         .header(AUTHORIZATION, format!("Basic {}", STANDARD.encode(credentials)))
@@ -84,9 +84,9 @@ fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, NoToken> {
         .map_err(|_| NoToken::Url(settings.token_url.to_string()))
 }
 
-/// `application/x-www-form-urlencoded` (RFC 6749 appendix B), with `%20` for a space: all who decode `+` know it, and some
-/// who read HTTP Basic know nothing else.
-fn encoded(text: &str) -> String {
+/// `application/x-www-form-urlencoded` (RFC 6749 appendix B), with `%20` for a space: every decoder of `+` accepts it,
+/// and some decoders of HTTP Basic accept only that.
+fn url_encoded(text: &str) -> String {
     text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
         match byte {
             b'-' | b'.' | b'_' | b'*' => out.push(char::from(byte)),
@@ -97,7 +97,7 @@ fn encoded(text: &str) -> String {
     })
 }
 
-fn read(answer: Response<Bytes>) -> Result<Granted, NoToken> {
+fn parse(response: Response<Bytes>) -> Result<Granted, NoToken> {
     #[derive(Deserialize)]
     struct Failure {
         error: String,
@@ -106,42 +106,42 @@ fn read(answer: Response<Bytes>) -> Result<Granted, NoToken> {
     #[derive(Deserialize)]
     struct Success {
         access_token: String,
-        // Required by the standard; some leave it away and mean Bearer.
+        // Required by the standard; some servers omit it and mean Bearer.
         token_type: Option<String>,
         expires_in: Option<serde_json::Value>,
     }
-    let status = answer.status();
-    // JSON has no byte order mark (RFC 8259 §8.1), but some servers send one.
-    let json = answer.body().strip_prefix("\u{feff}".as_bytes()).unwrap_or(answer.body());
+    let status = response.status();
+    // A byte order mark is not JSON (RFC 8259 §8.1), but some servers send one.
+    let json = response.body().strip_prefix("\u{feff}".as_bytes()).unwrap_or(response.body());
     if !status.is_success() {
         let failure: Failure = serde_json::from_slice(json).map_err(|_| NoToken::Status(status))?;
-        let why = match failure.error_description {
+        let reason = match failure.error_description {
             Some(description) => format!("{} ({description})", failure.error),
             None => failure.error,
         };
-        return Err(NoToken::Refused(why.chars().filter(|c| !c.is_control()).take(300).collect()));
+        return Err(NoToken::Refused(reason.chars().filter(|c| !c.is_control()).take(300).collect()));
     }
     let success: Success = serde_json::from_slice(json)
-        .map_err(|_| NoToken::Answer("it is no JSON object with `access_token` (RFC 6749 §5.1)"))?;
+        .map_err(|_| NoToken::Answer("it is not a JSON object with `access_token` (RFC 6749 §5.1)"))?;
     let kind = success.token_type.as_deref().map_or("", str::trim);
     if !kind.is_empty() && !kind.eq_ignore_ascii_case("bearer") {
         return Err(NoToken::Answer("its `token_type` is not Bearer"));
     }
     let visible = |byte: u8| (0x21..=0x7e).contains(&byte);
     if success.access_token.is_empty() || !success.access_token.bytes().all(visible) {
-        return Err(NoToken::Answer("its `access_token` cannot stand in a header"));
+        return Err(NoToken::Answer("its `access_token` is not allowed in a header field"));
     }
     let expires_in = match success.expires_in.as_ref().and_then(seconds) {
-        Some(seconds) if seconds < 1.0 => return Err(NoToken::Answer("its token has expired already")),
+        Some(seconds) if seconds < 1.0 => return Err(NoToken::Answer("its token has already expired")),
         other => other.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
     };
     let mut field = HeaderValue::try_from(format!("Bearer {}", success.access_token))
-        .map_err(|_| NoToken::Answer("its `access_token` cannot stand in a header"))?;
+        .map_err(|_| NoToken::Answer("its `access_token` is not allowed in a header field"))?;
     field.set_sensitive(true);
     Ok(Granted { field, expires_in })
 }
 
-/// A number of seconds, which some servers write as a string.
+/// A number of seconds, which some servers send as a string.
 fn seconds(value: &serde_json::Value) -> Option<f64> {
     value.as_f64().or_else(|| value.as_str()?.trim().parse().ok())
 }
@@ -161,13 +161,13 @@ mod tests {
         }
     }
 
-    fn answer(status: u16, body: &str) -> Result<Granted, String> {
+    fn parse_body(status: u16, body: &str) -> Result<Granted, String> {
         let response = Response::builder().status(status).body(Bytes::from(body.to_owned())).unwrap();
-        read(response).map_err(|error| error.to_string())
+        parse(response).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn the_request_is_as_the_standard_has_it() {
+    fn the_request_follows_the_standard() {
         let request = request(&settings(), "s%c:r€t").unwrap();
         assert_eq!(request.method(), "POST");
         let basic = request.headers()[AUTHORIZATION].to_str().unwrap().strip_prefix("Basic ").unwrap();
@@ -176,19 +176,19 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_read_and_not_shown() {
+    fn a_token_is_parsed_and_not_printed() {
         let granted =
-            answer(200, r#"{"access_token":"abc.DEF","token_type":"bearer","expires_in":60}"#).unwrap();
+            parse_body(200, r#"{"access_token":"abc.DEF","token_type":"bearer","expires_in":60}"#).unwrap();
         assert_eq!(granted.field, "Bearer abc.DEF");
         assert_eq!(granted.expires_in, Some(Duration::from_secs(60)));
         assert!(!format!("{granted:?} {:?}", granted.field).contains("abc"));
-        let endless = answer(200, r#"{"access_token":"abc","token_type":"Bearer"}"#).unwrap();
+        let endless = parse_body(200, r#"{"access_token":"abc","token_type":"Bearer"}"#).unwrap();
         assert_eq!(endless.expires_in, None);
     }
 
-    /// As Azure AD v1, some gateways and home-made servers write it.
+    /// Responses of Azure AD v1, some gateways and home-made servers.
     #[test]
-    fn a_token_is_read_from_what_is_nearly_json_of_the_standard() {
+    fn deviating_token_responses_are_accepted() {
         for (body, expires_in) in [
             (r#"{"access_token":"abc","token_type":"Bearer","expires_in":"3599"}"#, Some(3599)),
             (r#"{"access_token":"abc","token_type":"Bearer","expires_in":" 60.0 "}"#, Some(60)),
@@ -197,35 +197,35 @@ mod tests {
             (r#"{"access_token":"abc","token_type":"","expires_in":""}"#, None),
             ("\u{feff}{\"access_token\":\"abc\",\"token_type\":\"Bearer\",\"expires_in\":60}", Some(60)),
         ] {
-            let granted = answer(200, body).unwrap();
+            let granted = parse_body(200, body).unwrap();
             assert_eq!(granted.field, "Bearer abc", "{body}");
             assert_eq!(granted.expires_in, expires_in.map(Duration::from_secs), "{body}");
         }
-        let expired = answer(200, r#"{"access_token":"abc","token_type":"Bearer","expires_in":"0"}"#);
-        assert!(expired.unwrap_err().contains("expired already"));
-        let refused = answer(400, "\u{feff}{\"error\":\"invalid_scope\"}").unwrap_err();
+        let expired = parse_body(200, r#"{"access_token":"abc","token_type":"Bearer","expires_in":"0"}"#);
+        assert!(expired.unwrap_err().contains("already expired"));
+        let refused = parse_body(400, "\u{feff}{\"error\":\"invalid_scope\"}").unwrap_err();
         assert!(refused.contains("invalid_scope"));
     }
 
     #[test]
-    fn what_is_no_token_is_told_without_it() {
-        for (status, body, told) in [
+    fn errors_do_not_contain_the_token() {
+        for (status, body, expected) in [
             (
                 401,
                 r#"{"error":"invalid_client","error_description":"no\nsuch"}"#,
-                "refuses: invalid_client (nosuch)",
+                "rejects the request: invalid_client (nosuch)",
             ),
-            (400, r#"{"error":"invalid_scope"}"#, "refuses: invalid_scope"),
-            (503, "busy", "answered with 503"),
-            (302, "", "answered with 302"),
-            (200, "<html>", "is no JSON object"),
+            (400, r#"{"error":"invalid_scope"}"#, "rejects the request: invalid_scope"),
+            (503, "busy", "responded with 503"),
+            (302, "", "responded with 302"),
+            (200, "<html>", "is not a JSON object"),
             (200, r#"{"access_token":"secret","token_type":"mac"}"#, "`token_type` is not Bearer"),
-            (200, r#"{"access_token":"secret","token_type":"Bearer","expires_in":0}"#, "expired already"),
-            (200, r#"{"access_token":"sec\nret","token_type":"Bearer"}"#, "cannot stand in a header"),
-            (200, r#"{"access_token":"","token_type":"Bearer"}"#, "cannot stand in a header"),
+            (200, r#"{"access_token":"secret","token_type":"Bearer","expires_in":0}"#, "already expired"),
+            (200, r#"{"access_token":"sec\nret","token_type":"Bearer"}"#, "is not allowed in a header field"),
+            (200, r#"{"access_token":"","token_type":"Bearer"}"#, "is not allowed in a header field"),
         ] {
-            let error = answer(status, body).unwrap_err();
-            assert!(error.contains(told) && !error.contains("sec"), "{error}");
+            let error = parse_body(status, body).unwrap_err();
+            assert!(error.contains(expected) && !error.contains("sec"), "{error}");
         }
     }
 }

@@ -1,24 +1,23 @@
-//! When a token is fetched, and until when one is handed out. A machine: time and an event in, the next moment out.
+//! When a token is fetched, and how long it is used. A pure state machine: time and events in, the next due time out.
 
 use std::time::Duration;
 
-/// Of a token whose issuer does not say how long it holds (RFC 6749 §5.1 only recommends that it does).
+/// The lifetime of a token without `expires_in` (RFC 6749 §5.1 only recommends it).
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(5 * 60);
-/// Longer is not believed.
+/// The upper limit of `expires_in`.
 const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
-/// A token is not handed out for the last part of its life, as it must still be good where it arrives: a tenth,
-/// at most this.
+/// A token is not used for the last part of its lifetime, so that it is still valid on arrival: a tenth, at most this.
 const MARGIN: Duration = Duration::from_secs(5);
-/// It is fetched anew when between these shares of its life are over: jitter, so that a fleet does not ask in step.
+/// A token is renewed between these shares of its lifetime: jitter, so that a fleet does not fetch at the same time.
 const RENEW_FROM: f64 = 0.7;
 const RENEW_TO: f64 = 0.85;
-/// After a failure: doubled from the first to the second.
+/// Back-off after a failure: doubles from the first to the second.
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(60);
-/// A token that the upstream refuses is replaced at most this often.
+/// The minimum age at which a token rejected by the upstream is replaced.
 const MIN_AGE: Duration = Duration::from_secs(10);
 
-/// Times are counted from any fixed moment.
+/// Times count from any fixed moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Lifetime {
     fetched: Option<Duration>,
@@ -28,7 +27,7 @@ pub struct Lifetime {
 }
 
 impl Lifetime {
-    /// When the next fetch is due, if the token is in use; at first at once.
+    /// When the next fetch is due, if the token is in use; the first at once.
     pub const fn due(&self) -> Duration {
         self.due
     }
@@ -37,25 +36,32 @@ impl Lifetime {
         self.usable_until
     }
 
-    /// A token came at `now`, asked for at `asked` and good for `expires_in` from then on. `random`: 0..1.
-    pub fn succeeded(&mut self, asked: Duration, now: Duration, expires_in: Option<Duration>, random: f64) {
+    /// Records a token that arrived at `now`, requested at `requested` and valid for `expires_in` from then on.
+    /// `random`: 0..1.
+    pub fn succeeded(
+        &mut self,
+        requested: Duration,
+        now: Duration,
+        expires_in: Option<Duration>,
+        random: f64,
+    ) {
         let lifetime = expires_in.unwrap_or(DEFAULT_LIFETIME).min(MAX_LIFETIME);
         let share = RENEW_FROM + (RENEW_TO - RENEW_FROM) * random.clamp(0.0, 1.0);
         self.failures = 0;
         self.fetched = Some(now);
-        self.usable_until = asked + lifetime - MARGIN.min(lifetime / 10);
-        // However short it lives: not twice at once.
-        self.due = (asked + lifetime.mul_f64(share)).max(now + FIRST_RETRY);
+        self.usable_until = requested + lifetime - MARGIN.min(lifetime / 10);
+        // Avoids a fetch loop with very short lifetimes.
+        self.due = (requested + lifetime.mul_f64(share)).max(now + FIRST_RETRY);
     }
 
-    /// No token came.
+    /// Records a failed request.
     pub fn failed(&mut self, now: Duration, random: f64) {
         let wait = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
         self.failures += 1;
         self.due = now + wait.mul_f64(1.0 - 0.2 * random.clamp(0.0, 1.0));
     }
 
-    /// The upstream does not take the token; a new one is due, if this one is not new itself.
+    /// Records that the upstream rejects the token; a new one is due unless this one is itself new.
     pub fn refused(&mut self, now: Duration) {
         if self.failures == 0 && self.fetched.is_some_and(|fetched| now >= fetched + MIN_AGE) {
             self.due = self.due.min(now);
@@ -72,8 +78,8 @@ mod tests {
     const S: fn(u64) -> Duration = Duration::from_secs;
 
     #[test]
-    fn a_token_is_renewed_ahead_of_its_end() {
-        for (says, until, from, to) in [
+    fn a_token_is_renewed_before_it_expires() {
+        for (seconds, until, from, to) in [
             (Some(3600), 3595, 2520, 3060),
             (None, 295, 210, 255),
             (Some(10), 9, 7, 9),
@@ -82,7 +88,7 @@ mod tests {
             for (random, due) in [(0.0, from), (1.0, to)] {
                 let mut lifetime = Lifetime::default();
                 assert_eq!(lifetime.due(), S(0));
-                lifetime.succeeded(S(100), S(100), says.map(S), random);
+                lifetime.succeeded(S(100), S(100), seconds.map(S), random);
                 assert_eq!(lifetime.usable_until(), S(100 + until));
                 assert!(lifetime.due().abs_diff(S(100 + due)) <= S(1), "{:?}", lifetime.due());
             }
@@ -90,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_repeated_ever_more_rarely_and_take_no_token_away() {
+    fn failures_back_off_and_keep_the_token() {
         let mut lifetime = Lifetime::default();
         lifetime.succeeded(S(0), S(0), Some(S(100)), 0.0);
         let (mut now, mut waits) = (lifetime.due(), Vec::new());
@@ -104,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_token_is_replaced_unless_it_is_new() {
+    fn a_rejected_token_is_replaced_unless_it_is_new() {
         let mut lifetime = Lifetime::default();
         lifetime.succeeded(S(0), S(0), Some(S(3600)), 0.0);
         let due = lifetime.due();
@@ -115,13 +121,13 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the issuer says, a token is renewed while it can still be used, if it lives long enough for that.
+        /// Whatever the issuer says, a token is renewed while it is still usable, if its lifetime is long enough.
         #[test]
-        fn renewing_comes_first(says in 2_u64..1_000_000, took in 0_u64..2, random in 0.0..1.0_f64) {
+        fn renewal_comes_before_expiry(seconds in 2_u64..1_000_000, took in 0_u64..2, random in 0.0..1.0_f64) {
             let mut lifetime = Lifetime::default();
-            lifetime.succeeded(S(5), S(5 + took), Some(S(says)), random);
+            lifetime.succeeded(S(5), S(5 + took), Some(S(seconds)), random);
             prop_assert!(lifetime.due() > S(5));
-            if says >= 20 {
+            if seconds >= 20 {
                 prop_assert!(lifetime.due() < lifetime.usable_until());
             }
         }

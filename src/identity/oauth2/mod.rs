@@ -1,8 +1,8 @@
-//! Tokens of this service's own, which it shows to upstreams: OAuth 2 client credentials (RFC 6749 §4.4).
+//! Access tokens that this service presents to upstreams: OAuth 2 client credentials (RFC 6749 §4.4).
 //!
-//! One task per upstream on the control thread fetches; however many calls wait, there is one request at a time. A
-//! token is fetched at the start, and renewed ahead of its end for as long as calls use it; one that nobody uses is
-//! let go. While the endpoint cannot be had, the token is used to its end.
+//! One task per upstream on the control thread fetches; however many requests wait, there is one fetch at a time. A
+//! token is fetched at startup and renewed before it expires while requests use it; an unused one is left to expire.
+//! While the token endpoint is unavailable, the token is used until it expires.
 
 mod exchange;
 mod lifetime;
@@ -29,35 +29,35 @@ use tokio::{
 use crate::{config::Oauth2, fetch::Fetcher, rng::Rng};
 use lifetime::Lifetime;
 
-/// How long a call waits for a token at most.
-const PATIENCE: Duration = Duration::from_secs(6);
+/// How long a request waits for a token at most.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// The token for one upstream, as workers see it.
 #[derive(Debug)]
 pub struct OwnToken {
-    current: ArcSwapOption<Current>,
+    current: ArcSwapOption<CurrentToken>,
     started: Instant,
-    /// Calls have used the token since it was fetched.
+    /// Whether requests have used the token since it was fetched.
     used: AtomicBool,
-    /// The upstream did not take it.
+    /// Whether the upstream rejected it.
     refused: AtomicBool,
-    /// Calls that wait for one.
-    waiting: AtomicUsize,
-    /// Milliseconds since `started` at which the next try is due after a failure.
+    /// Requests that wait for a token.
+    waiters: AtomicUsize,
+    /// When the next fetch is due after a failure, in milliseconds since `started`.
     retry_at: AtomicU64,
-    /// Counts the fetches that have ended.
+    /// Counts finished fetches.
     rounds: watch::Sender<u64>,
     wanted: Notify,
     told: Mutex<Told>,
 }
 
 #[derive(Debug)]
-struct Current {
+struct CurrentToken {
     field: HeaderValue,
     usable_until: Instant,
 }
 
-/// What is shown of it.
+/// The state of a token, for `/status` and metrics.
 #[derive(Clone, Debug, Default)]
 pub struct Told {
     pub fetched: u64,
@@ -66,7 +66,7 @@ pub struct Told {
     pub error: Option<String>,
 }
 
-/// Keeps an [`OwnToken`] current until it is dropped.
+/// Renews an [`UpstreamToken`] until it is dropped.
 #[derive(Debug)]
 pub struct Keeper {
     pub token: Arc<OwnToken>,
@@ -74,12 +74,12 @@ pub struct Keeper {
     task: JoinHandle<()>,
 }
 
-/// There is no token, and in time there will be none.
+/// There is no token, and none will arrive in time.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no token for it can be had: {why}")]
+#[error("cannot get an access token for it: {why}")]
 pub struct Unavailable {
     pub why: String,
-    /// When the endpoint is asked again.
+    /// When the next fetch is due.
     pub retry_after: Duration,
 }
 
@@ -87,8 +87,8 @@ impl Keeper {
     /// Starts on `runtime`, the control thread's.
     pub fn start(upstream: &str, settings: &Oauth2, fetcher: &Fetcher, runtime: &Handle) -> Self {
         let token = Arc::new(OwnToken::new());
-        let keeping = keep(upstream.to_owned(), settings.clone(), fetcher.clone(), Arc::clone(&token));
-        Self { token, settings: settings.clone(), task: runtime.spawn(keeping) }
+        let renewing = renew_loop(upstream.to_owned(), settings.clone(), fetcher.clone(), Arc::clone(&token));
+        Self { token, settings: settings.clone(), task: runtime.spawn(renewing) }
     }
 }
 
@@ -105,7 +105,7 @@ impl OwnToken {
             started: Instant::now(),
             used: AtomicBool::new(false),
             refused: AtomicBool::new(false),
-            waiting: AtomicUsize::new(0),
+            waiters: AtomicUsize::new(0),
             retry_at: AtomicU64::new(0),
             rounds: watch::Sender::new(0),
             wanted: Notify::new(),
@@ -113,11 +113,11 @@ impl OwnToken {
         }
     }
 
-    /// The field to send, if there is a token that is still good.
+    /// The field value to send, if there is a valid token.
     pub fn ready(&self, now: Instant) -> Option<HeaderValue> {
         let current = self.current.load();
         let current = current.as_ref().filter(|current| now < current.usable_until)?;
-        // Written once per token: the line stays in every worker's cache.
+        // Written once per token, so the cache line stays shared between workers.
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
             self.wanted.notify_one();
@@ -125,42 +125,42 @@ impl OwnToken {
         Some(current.field.clone())
     }
 
-    /// For how long the token there is will still be used.
+    /// How long the current token will still be used.
     pub fn good_for(&self, now: Instant) -> Option<Duration> {
         let usable_until = self.current.load().as_ref()?.usable_until;
         usable_until.checked_duration_since(now).filter(|left| !left.is_zero())
     }
 
-    /// The field to send; waits for the fetch that is under way or due, at most [`PATIENCE`].
+    /// The field value to send; waits for the current or due fetch, at most [`TOKEN_TIMEOUT`].
     ///
     /// # Errors
-    /// [`Unavailable`]: that fetch failed, or does not end in time.
+    /// [`TokenUnavailable`]: that fetch failed, or does not finish in time.
     pub async fn field(&self) -> Result<HeaderValue, Unavailable> {
         let mut rounds = self.rounds.subscribe();
         let now = Instant::now();
         if let Some(field) = self.ready(now) {
             return Ok(field);
         }
-        let patience = now + PATIENCE;
+        let give_up_at = now + TOKEN_TIMEOUT;
         let retry_at = self.started + Duration::from_millis(self.retry_at.load(Ordering::Acquire));
-        if retry_at < patience {
-            let _waiting = Waiting::new(&self.waiting);
+        if retry_at < give_up_at {
+            let _waiter = Waiter::new(&self.waiters);
             self.wanted.notify_one();
             // The sender lives in `self`.
-            let _ = timeout_at(patience, rounds.changed()).await;
+            let _ = timeout_at(give_up_at, rounds.changed()).await;
         }
         let now = Instant::now();
         self.ready(now).ok_or_else(|| {
             let error = self.told().error;
             let retry_at = self.started + Duration::from_millis(self.retry_at.load(Ordering::Acquire));
             Unavailable {
-                why: error.unwrap_or_else(|| "the token endpoint has not answered yet".to_owned()),
+                why: error.unwrap_or_else(|| "the token endpoint has not responded yet".to_owned()),
                 retry_after: retry_at.saturating_duration_since(now).max(Duration::from_secs(1)),
             }
         })
     }
 
-    /// The upstream answered 401 to a call with this token: it is replaced soon, if it is not new.
+    /// Records a 401 from the upstream for a request with this token: it is replaced soon, unless it is new.
     pub fn refused(&self) {
         if !self.refused.swap(true, Ordering::Relaxed) {
             self.wanted.notify_one();
@@ -176,36 +176,36 @@ impl OwnToken {
     }
 }
 
-struct Waiting<'a>(&'a AtomicUsize);
+struct Waiter<'a>(&'a AtomicUsize);
 
-impl<'a> Waiting<'a> {
-    fn new(waiting: &'a AtomicUsize) -> Self {
-        waiting.fetch_add(1, Ordering::AcqRel);
-        Self(waiting)
+impl<'a> Waiter<'a> {
+    fn new(waiters: &'a AtomicUsize) -> Self {
+        waiters.fetch_add(1, Ordering::AcqRel);
+        Self(waiters)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-async fn keep(upstream: String, settings: Oauth2, fetcher: Fetcher, token: Arc<OwnToken>) {
+async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token: Arc<OwnToken>) {
     let mut lifetime = Lifetime::default();
     let mut rng = Rng::new();
     let mut first = true;
     loop {
         token.wait_until_due(&mut lifetime, first).await;
         first = false;
-        let asked = token.since_start();
+        let requested = token.since_start();
         let granted = exchange::ask(&settings, &fetcher).await;
         let now = token.since_start();
         let error = match granted {
             Ok(granted) => {
-                lifetime.succeeded(asked, now, granted.expires_in, rng.unit_f64());
+                lifetime.succeeded(requested, now, granted.expires_in, rng.unit_f64());
                 let usable_until = token.started + lifetime.usable_until();
-                token.current.store(Some(Arc::new(Current { field: granted.field, usable_until })));
+                token.current.store(Some(Arc::new(CurrentToken { field: granted.field, usable_until })));
                 token.used.store(false, Ordering::Relaxed);
                 token.retry_at.store(0, Ordering::Release);
                 None
@@ -218,7 +218,7 @@ async fn keep(upstream: String, settings: Oauth2, fetcher: Fetcher, token: Arc<O
                     upstream,
                     error,
                     ?retry_in,
-                    "no token for this upstream; the old one is used to its end"
+                    "cannot get an access token for this upstream; the current one is used until it expires"
                 );
                 let at = u64::try_from(lifetime.due().as_millis()).unwrap_or(u64::MAX);
                 token.retry_at.store(at, Ordering::Release);
@@ -226,20 +226,20 @@ async fn keep(upstream: String, settings: Oauth2, fetcher: Fetcher, token: Arc<O
             }
         };
         {
-            let mut told = token.told.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut report = token.told.lock().unwrap_or_else(PoisonError::into_inner);
             if error.is_none() {
-                told.fetched += 1
+                report.fetched += 1
             } else {
-                told.failed += 1
+                report.failed += 1
             }
-            told.error = error;
+            report.error = error;
         }
         token.rounds.send_modify(|rounds| *rounds += 1);
     }
 }
 
 impl OwnToken {
-    /// Waits until a fetch is due that somebody has a use for.
+    /// Waits until a fetch is due and a request needs the token.
     async fn wait_until_due(&self, lifetime: &mut Lifetime, first: bool) {
         loop {
             if self.refused.swap(false, Ordering::Relaxed) {
@@ -249,11 +249,11 @@ impl OwnToken {
                 () = sleep_until(self.started + lifetime.due()) => {}
                 () = self.wanted.notified() => continue,
             }
-            let waited_for = self.waiting.load(Ordering::Acquire) > 0;
-            if first || waited_for || self.used.load(Ordering::Relaxed) {
+            let has_waiters = self.waiters.load(Ordering::Acquire) > 0;
+            if first || has_waiters || self.used.load(Ordering::Relaxed) {
                 return;
             }
-            // Nobody has used the token: whoever comes next asks.
+            // No request has used the token: the next one triggers the fetch.
             self.wanted.notified().await;
         }
     }

@@ -1,4 +1,4 @@
-//! What is told of certificates: on `/status`, `/ready` and `/metrics`, and warnings in the log.
+//! Reports on certificates: for `/status`, `/ready` and `/metrics`, and warnings in the log.
 
 use std::{collections::HashMap, time::SystemTime};
 
@@ -10,14 +10,14 @@ use super::{
     Store,
 };
 
-/// For `/status` and metrics.
+/// The state of certificates, for `/status` and metrics.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Whether this service is to have an identity.
+    /// Whether the configuration has `[identity]`.
     pub configured: bool,
     pub id: Option<String>,
     pub expiries: Vec<Expiry>,
-    /// Why the newest material was refused.
+    /// Why the newest material was rejected.
     pub refused: Option<String>,
     pub accepted: u64,
     pub refusals: u64,
@@ -37,7 +37,7 @@ impl Store {
         }
     }
 
-    /// Why no calls can be carried for want of a certificate: nothing valid is left.
+    /// Why the proxy is not ready for want of a valid certificate.
     pub fn not_ready(&self, now: SystemTime) -> Option<&'static str> {
         self.state().settings.as_ref()?;
         match &*self.own() {
@@ -50,19 +50,19 @@ impl Store {
     }
 }
 
-/// How urgent the warning about each expiry was that was given last.
+/// The urgency of the last warning about each expiry.
 #[derive(Debug, Default)]
 pub struct Warned(HashMap<(Kind, String), u8>);
 
 impl Warned {
-    /// Warns of what will expire, at each step once.
+    /// Logs coming expiries, once at each step of urgency.
     pub fn warn(&mut self, expiries: Vec<Expiry>, now: SystemTime) {
         for expiry in expiries {
             let urgency = expiry.urgency(now);
             let Expiry { kind, what, at, .. } = expiry;
-            let known = self.0.entry((kind, what.clone())).or_default();
-            if urgency > *known {
-                *known = urgency;
+            let last = self.0.entry((kind, what.clone())).or_default();
+            if urgency > *last {
+                *last = urgency;
                 match urgency {
                     4 => tracing::error!("the {} {what} expired on {}", kind.word(), Date(at)),
                     _ => tracing::warn!("the {} {what} expires on {}: renew it", kind.word(), Date(at)),

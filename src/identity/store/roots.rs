@@ -1,4 +1,4 @@
-//! The roots that upstreams are checked against: files of their own, those of `[identity]`, or the system's.
+//! The roots that upstreams are verified with: a file of their own, those of `[identity]`, or the system's.
 
 use std::{
     collections::HashMap,
@@ -14,25 +14,25 @@ use super::super::{
 };
 use crate::config::{TlsMode, UpstreamTls};
 
-/// Roots by file, and those of the system once they have been asked for.
+/// Roots by file, and those of the system once they have been needed.
 #[derive(Debug, Default)]
 pub struct Roots {
     files: HashMap<PathBuf, File>,
     system: Option<Result<Arc<Trust>, String>>,
 }
 
-/// A file of roots: what was read, and what came of it.
+/// A file of roots: its content and the result of parsing it.
 #[derive(Debug)]
 struct File {
     text: Option<Text>,
     trust: Result<Arc<Trust>, String>,
     expiries: Vec<Expiry>,
-    /// Why the newest was refused, where an earlier one holds.
+    /// Why the newest content was rejected, if an earlier one is in use.
     refused: Option<String>,
 }
 
 impl Roots {
-    /// The roots for an upstream. What `[identity]` knows to be revoked is revoked for upstreams with `ca` too.
+    /// The roots for an upstream. The revocation lists of `[identity]` apply to upstreams with `ca` too.
     pub fn of(&mut self, settings: &UpstreamTls, own: Option<&Material>) -> Result<Arc<Trust>, String> {
         match (&settings.ca, settings.mode) {
             (Some(path), _) => {
@@ -47,11 +47,11 @@ impl Roots {
             (None, TlsMode::Mutual) => own
                 .map(|own| Arc::clone(&own.trust))
                 .ok_or_else(|| "this service has no valid certificate yet".to_owned()),
-            (None, _) => self.system.get_or_insert_with(of_system).clone(),
+            (None, _) => self.system.get_or_insert_with(load_system_roots).clone(),
         }
     }
 
-    /// Reads the files again, and forgets those that nobody wants any more. Whether any changed.
+    /// Reads the files again and drops those no longer in `wanted`. Returns whether any changed.
     pub fn look(&mut self, wanted: &[PathBuf], now: SystemTime) -> bool {
         self.files.retain(|path, _| wanted.contains(path));
         self.files.iter_mut().fold(false, |changed, (path, file)| file.look(path, now) | changed)
@@ -65,7 +65,7 @@ impl Roots {
         self.files.values().flat_map(|file| &file.expiries)
     }
 
-    /// Why the newest of some file was refused.
+    /// Why the newest content of some file was rejected.
     pub fn refused(&self) -> Option<&String> {
         self.files.values().find_map(|file| file.refused.as_ref())
     }
@@ -76,7 +76,7 @@ impl File {
         Self { text: None, trust: Err("not read yet".to_owned()), expiries: Vec::new(), refused: None }
     }
 
-    /// Takes what is new and good. Whether what holds has changed.
+    /// Reads the file and applies valid changes. Returns whether the roots in use changed.
     fn look(&mut self, path: &Path, now: SystemTime) -> bool {
         let read = files::read_ca(path);
         if let (Ok(text), Some(known)) = (&read, &self.text)
@@ -102,22 +102,22 @@ impl File {
         Ok(Self { text: Some(text), trust: Ok(trust), expiries, refused: None })
     }
 
-    fn refuse(&mut self, why: String) -> bool {
-        if self.refused.as_ref() != Some(&why) {
-            tracing::error!("the roots of an upstream are refused: {why}");
+    fn refuse(&mut self, reason: String) -> bool {
+        if self.refused.as_ref() != Some(&reason) {
+            tracing::error!("CA certificates of an upstream rejected: {reason}");
         }
-        self.refused = Some(why.clone());
-        let news = self.text.is_none() && self.trust.as_ref().err() != Some(&why);
-        if news {
-            self.trust = Err(why);
+        self.refused = Some(reason.clone());
+        let is_new = self.text.is_none() && self.trust.as_ref().err() != Some(&reason);
+        if is_new {
+            self.trust = Err(reason);
         }
-        news
+        is_new
     }
 }
 
-fn of_system() -> Result<Arc<Trust>, String> {
-    let found = rustls_native_certs::load_native_certs();
-    let anchors: Vec<_> = found
+fn load_system_roots() -> Result<Arc<Trust>, String> {
+    let loaded = rustls_native_certs::load_native_certs();
+    let anchors: Vec<_> = loaded
         .certs
         .iter()
         .filter_map(|certificate| webpki::anchor_from_trusted_cert(certificate).ok().map(|a| a.to_owned()))

@@ -31,7 +31,7 @@ fn started(pki: &Pki) -> Store {
     store
 }
 
-/// As an agent would tell it.
+/// What an agent would deliver.
 fn delivered(pki: &Pki, name: &str) -> Pem {
     pki.identity(name);
     let text = |file: String| crate::identity::material::Text::read(&pki.path(&file), 1 << 20).unwrap();
@@ -48,7 +48,7 @@ fn upstream(ca: Option<&Path>) -> UpstreamTls {
 }
 
 #[test]
-fn what_is_wrong_changes_nothing_but_the_report() {
+fn invalid_files_change_only_the_report() {
     let pki = Pki::new();
     let store = started(&pki);
     let (taken, generation) = (store.own().clone().unwrap(), *store.changes().borrow());
@@ -60,7 +60,7 @@ fn what_is_wrong_changes_nothing_but_the_report() {
     }
     let report = store.report();
     assert!(report.refused.unwrap().contains("checkout.key"));
-    assert_eq!((report.accepted, report.refusals), (1, 1), "counted once, however often it is looked at");
+    assert_eq!((report.accepted, report.refusals), (1, 1), "counted once, however often it is read");
     assert!(Arc::ptr_eq(&taken, &store.own().clone().unwrap()));
     assert_eq!(*store.changes().borrow(), generation);
     assert!(store.not_ready(SystemTime::now()).is_none());
@@ -72,42 +72,42 @@ fn what_is_wrong_changes_nothing_but_the_report() {
     assert_eq!(*store.changes().borrow(), generation + 1);
 }
 
-/// Public CAs issue for servers alone.
+/// Public CAs issue for servers only.
 #[test]
-fn a_certificate_for_one_role_is_taken_where_only_that_one_is_used() {
+fn a_certificate_for_one_role_is_accepted_if_only_that_role_is_used() {
     use ExtendedKeyUsagePurpose::{ClientAuth, ServerAuth};
     let pki = Pki::new();
     pki.identity("checkout");
-    let calls = Upstream {
+    let payments = Upstream {
         tls: upstream(None),
         ..Upstream::new("payments", Endpoints::Fixed(Vec::new()), Policy::default())
     };
-    for (usage, inbound, outbound, wrong) in [
+    for (usage, inbound, outbound, remedy) in [
         (ServerAuth, Mtls::Strict, false, None),
         (ServerAuth, Mtls::Strict, true, Some("clientAuth")),
         (ServerAuth, Mtls::Off, false, None),
         (ClientAuth, Mtls::Off, true, None),
         (ClientAuth, Mtls::Permissive, true, Some("serverAuth")),
     ] {
-        let what = format!("{usage:?}, {inbound:?}, {outbound}");
+        let case = format!("{usage:?}, {inbound:?}, {outbound}");
         pki.write_leaf("checkout", |params| params.extended_key_usages = vec![usage]);
         let mut config = config(&pki, "checkout");
         config.inbound.mtls = inbound;
-        config.upstreams.extend(outbound.then(|| calls.clone()));
+        config.upstreams.extend(outbound.then(|| payments.clone()));
         let store = Store::default();
-        let taken = store.configure(&config).map_err(|error| error.to_string());
-        match wrong {
-            None => assert_eq!(taken, Ok(()), "{what}"),
-            Some(remedy) => assert!(taken.is_err_and(|error| error.contains(remedy)), "{what}"),
+        let outcome = store.configure(&config).map_err(|error| error.to_string());
+        match remedy {
+            None => assert_eq!(outcome, Ok(()), "{case}"),
+            Some(remedy) => assert!(outcome.is_err_and(|error| error.contains(remedy)), "{case}"),
         }
         let limitation = files::limitation(&config, SystemTime::now());
-        assert_eq!(limitation.is_some(), wrong.is_none(), "{what}: {limitation:?}");
+        assert_eq!(limitation.is_some(), remedy.is_none(), "{case}: {limitation:?}");
     }
-    // What is added later is looked at then.
+    // Uses that are added later are checked then.
     pki.write_leaf("checkout", |params| params.extended_key_usages = vec![ServerAuth]);
     let (store, mut config) = (Store::default(), config(&pki, "checkout"));
     store.configure(&config).unwrap();
-    config.upstreams.push(calls);
+    config.upstreams.push(payments);
     assert!(matches!(store.configure(&config), Err(MaterialError::Purpose { role: Role::Client, .. })));
     pki.write_leaf("checkout", |params| params.extended_key_usages = vec![]);
     store.look().unwrap();
@@ -118,38 +118,38 @@ fn a_certificate_for_one_role_is_taken_where_only_that_one_is_used() {
 }
 
 #[test]
-fn the_same_files_are_taken_once() {
+fn unchanged_files_are_applied_once() {
     let pki = Pki::new();
     let store = started(&pki);
     store.look().unwrap();
     store.configure(&config(&pki, "checkout")).unwrap();
     assert_eq!((store.report().accepted, *store.changes().borrow()), (1, 1));
-    // With other settings they are taken anew.
+    // Other settings apply them again.
     let mut config = config(&pki, "checkout");
     config.identity.as_mut().unwrap().min_tls = MinTls::V12;
     store.configure(&config).unwrap();
     assert_eq!(store.report().accepted, 2);
     store.configure(&Config::default()).unwrap();
     assert!(store.own().is_none() && store.server().is_none());
-    assert!(store.not_ready(SystemTime::now()).is_none(), "nothing is missing where nothing is wanted");
+    assert!(store.not_ready(SystemTime::now()).is_none(), "ready without [identity]");
 }
 
 #[test]
-fn tickets_last_as_long_as_the_roots() {
+fn tickets_are_kept_while_the_roots_stay() {
     let pki = Pki::new();
     let store = started(&pki);
     let tickets = || format!("{:p}", store.server().as_ref().unwrap().config(true, Offer::Nothing).ticketer);
     let first = tickets();
     pki.write_leaf("checkout", |_| {});
     store.look().unwrap();
-    assert_eq!(tickets(), first, "a new leaf alone: sessions are still good");
+    assert_eq!(tickets(), first, "only a new leaf: sessions stay valid");
     pki.write("ca.crt", &format!("{}{}", pki.ca_pem(), Pki::new().ca_pem()));
     store.look().unwrap();
     assert_ne!(tickets(), first);
 }
 
 #[test]
-fn an_upstreams_settings_live_as_long_as_they_are_the_same() {
+fn an_upstreams_client_tls_is_reused_for_equal_settings() {
     let pki = Pki::new();
     let store = started(&pki);
     let client = store.client("payments", &upstream(None), MinTls::V13).unwrap();
@@ -160,8 +160,8 @@ fn an_upstreams_settings_live_as_long_as_they_are_the_same() {
     let generation = client.generation();
     pki.write_leaf("checkout", |_| {});
     store.look().unwrap();
-    assert!(client.generation() > generation, "it shows the new certificate");
-    // Without an identity there is nothing to show.
+    assert!(client.generation() > generation, "it presents the new certificate");
+    // Without an identity there is no certificate to present.
     store.configure(&Config::default()).unwrap();
     store.look().unwrap();
     let other = store.client("late", &upstream(None), MinTls::V13).unwrap();
@@ -169,21 +169,21 @@ fn an_upstreams_settings_live_as_long_as_they_are_the_same() {
 }
 
 #[test]
-fn roots_of_an_upstream_are_followed_and_forgotten() {
+fn roots_of_an_upstream_are_reloaded_and_dropped() {
     let (pki, partner) = (Pki::new(), Pki::new());
     let store = started(&pki);
     let path = partner.path("ca.crt");
     let client = store.client("partner", &upstream(Some(&path)), MinTls::V13).unwrap();
     let why = |client: &ClientTls| client.now().as_ref().as_ref().err().cloned();
-    assert!(why(&client).unwrap().contains("cannot read"), "not there yet");
+    assert!(why(&client).unwrap().contains("cannot read"), "missing so far");
     assert!(store.paths().contains(&path));
     partner.write_ca();
     store.look().unwrap();
     assert_eq!(why(&client), None);
     partner.write("ca.crt", "no certificate");
     store.look().unwrap();
-    assert_eq!(why(&client), None, "the last good ones hold");
-    assert!(store.report().refused.unwrap().contains("holds no certificate"));
+    assert_eq!(why(&client), None, "the last valid roots stay in use");
+    assert!(store.report().refused.unwrap().contains("contains no certificate"));
     partner.write_ca();
     store.look().unwrap();
     assert_eq!(store.report().refused, None);
@@ -192,15 +192,15 @@ fn roots_of_an_upstream_are_followed_and_forgotten() {
     assert!(!store.paths().contains(&path));
 }
 
-/// One file of revocation lists may hold a partner's too.
+/// One file of revocation lists may also contain a partner's.
 #[test]
-fn what_is_revoked_is_revoked_for_upstreams_with_roots_of_their_own() {
+fn revocation_lists_apply_to_upstreams_with_their_own_roots() {
     let (pki, mut partner) = (Pki::new(), Pki::new());
     partner.renew_ca("the partner's CA");
     pki.identity("checkout");
     let list = |pki: &Pki, serials: &[u64]| std::fs::read_to_string(pki.revoke(serials)).unwrap();
-    let (ours, theirs) = (list(&pki, &[]), list(&partner, &[7]));
-    pki.write("crl.pem", &ours);
+    let (own_list, partner_list) = (list(&pki, &[]), list(&partner, &[7]));
+    pki.write("crl.pem", &own_list);
     let mut config = config(&pki, "checkout");
     config.identity.as_mut().unwrap().crl = Some(pki.path("crl.pem"));
     let store = Store::default();
@@ -210,28 +210,32 @@ fn what_is_revoked_is_revoked_for_upstreams_with_roots_of_their_own() {
     let chain = [CertificateDer::from_pem_slice(leaf.as_bytes()).unwrap()];
     let verdict = || client.now().as_ref().as_ref().unwrap().still_believes(&chain).map(drop);
     assert!(verdict().is_ok());
-    pki.write("crl.pem", &format!("{ours}{theirs}"));
+    pki.write("crl.pem", &format!("{own_list}{partner_list}"));
     store.look().unwrap();
     assert!(matches!(verdict(), Err(Refusal::Revoked)), "{:?}", verdict());
 }
 
 #[test]
-fn an_agent_tells_goes_away_and_comes_back() {
+fn an_agent_delivers_becomes_unavailable_and_returns() {
     let (pki, store) = (Pki::new(), Store::default());
     let identity = Identity { spiffe: Some("unix:///agent.sock".to_owned()), ..Identity::default() };
     let mut config = Config { identity: Some(identity), ..Config::default() };
     store.configure(&config).unwrap();
     assert_eq!(store.agent().as_deref(), Some("unix:///agent.sock"));
     assert!(store.not_ready(SystemTime::now()).unwrap().contains("no valid certificate yet"));
-    store.agent_is_away("it is away".to_owned());
-    assert_eq!(store.report().refused.as_deref(), Some("it is away"));
+    store.agent_is_away("agent unavailable".to_owned());
+    assert_eq!(store.report().refused.as_deref(), Some("agent unavailable"));
     store.deliver(delivered(&pki, "checkout"));
     assert_eq!((store.report().refused, store.report().id), (None, Some(id("checkout"))));
-    store.agent_is_away("it is away".to_owned());
+    store.agent_is_away("agent unavailable".to_owned());
     store.look().unwrap();
-    assert_eq!(store.report().refused.as_deref(), Some("it is away"), "though what it told last holds");
+    assert_eq!(
+        store.report().refused.as_deref(),
+        Some("agent unavailable"),
+        "though its last delivery stays in use"
+    );
     assert!(store.not_ready(SystemTime::now()).is_none());
-    // A file of revocation lists holds beside what the agent tells.
+    // A file of revocation lists adds to the agent's delivery.
     let (certificate, _) = pki.issue("stranger", |p| p.serial_number = Some(9_u64.into()));
     config.identity.as_mut().unwrap().crl = Some(pki.revoke(&[9]));
     store.configure(&config).unwrap();

@@ -13,7 +13,7 @@ fn text(name: &str, pem: &str) -> Text {
     Text { path: name.into(), content: Content::Pem(pem.as_bytes().to_vec()) }
 }
 
-/// Roots, each for a trust domain or for all, and what their CAs have revoked.
+/// Roots, each for a trust domain or for all, and the serial numbers that their CAs have revoked.
 fn trust(roots: &[(Option<&str>, &Pki)], revoked: &[(&Pki, &[u64])]) -> Trust {
     let ca: Vec<_> = roots
         .iter()
@@ -37,31 +37,35 @@ fn verify(trust: &Trust, leaf: &CertificateDer<'_>, role: Role) -> Result<Peer, 
 }
 
 #[track_caller]
-fn refused_with(words: &str, trust: &Trust, leaf: &CertificateDer<'_>) {
-    let why = verify(trust, leaf, Role::Client).expect_err("it should not be believed");
-    assert!(why.contains(words), "{why}");
+fn assert_rejected(words: &str, trust: &Trust, leaf: &CertificateDer<'_>) {
+    let message = verify(trust, leaf, Role::Client).expect_err("it should be rejected");
+    assert!(message.contains(words), "{message}");
 }
 
 #[test]
-fn who_is_believed() {
-    let (ours, theirs) = (Pki::new(), Pki::new());
-    let all = trust(&[(None, &ours)], &[]);
-    let peer = verify(&all, &issue(&ours, |_| {}), Role::Server).unwrap();
+fn a_chain_to_a_root_is_accepted() {
+    let (own_pki, partner_pki) = (Pki::new(), Pki::new());
+    let all = trust(&[(None, &own_pki)], &[]);
+    let peer = verify(&all, &issue(&own_pki, |_| {}), Role::Server).unwrap();
     assert_eq!(peer.to_string(), id("payments"));
-    refused_with("issued by nobody who is trusted here (looked at: all)", &all, &issue(&theirs, |_| {}));
-    refused_with(
-        "does not count",
+    assert_rejected("not issued by a trusted CA (roots: all)", &all, &issue(&partner_pki, |_| {}));
+    assert_rejected(
+        "cannot be used",
         &all,
-        &issue(&ours, |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
+        &issue(&own_pki, |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
     );
-    refused_with("does not count", &all, &issue(&ours, |p| p.subject_alt_names.push(uri("spiffe://a/b"))));
-    let server_only = issue(&ours, |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]);
-    refused_with("may not be used by a client", &all, &server_only);
+    assert_rejected(
+        "cannot be used",
+        &all,
+        &issue(&own_pki, |p| p.subject_alt_names.push(uri("spiffe://a/b"))),
+    );
+    let server_only = issue(&own_pki, |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]);
+    assert_rejected("may not be used by a client", &all, &server_only);
     assert!(verify(&all, &server_only, Role::Server).is_ok());
 }
 
 #[test]
-fn for_as_long_as_it_is_valid() {
+fn certificates_are_accepted_within_their_validity() {
     let pki = Pki::new();
     let all = trust(&[(None, &pki)], &[]);
     let leaf = issue(&pki, |p| {
@@ -74,44 +78,44 @@ fn for_as_long_as_it_is_valid() {
     };
     assert!(in_2030(1).is_ok());
     assert!(matches!(in_2030(40), Err(Refusal::Expired(_))));
-    refused_with("not valid before 2030-01-01", &all, &leaf);
+    assert_rejected("not valid before 2030-01-01", &all, &leaf);
 }
 
 #[test]
-fn each_trust_domain_vouches_for_its_own_ids_alone() {
+fn roots_issue_ids_of_their_own_trust_domain_only() {
     let (shop, partner) = (Pki::new(), Pki::new());
     let both = trust(&[(Some("shop.example"), &shop), (Some("partner.example"), &partner)], &[]);
     let foreign = |pki: &Pki| issue(pki, |p| p.subject_alt_names = vec![uri("spiffe://partner.example/a")]);
     assert!(verify(&both, &issue(&shop, |_| {}), Role::Client).is_ok());
     assert!(verify(&both, &foreign(&partner), Role::Client).is_ok());
-    refused_with("issued by nobody who is trusted", &both, &foreign(&shop));
+    assert_rejected("not issued by a trusted CA", &both, &foreign(&shop));
     let third = issue(&shop, |p| p.subject_alt_names = vec![uri("spiffe://third.example/a")]);
-    refused_with("(trusted: shop.example, partner.example)", &both, &third);
-    // A name in DNS is of no trust domain: any of the roots may vouch for it.
+    assert_rejected("(trusted: shop.example, partner.example)", &both, &third);
+    // A DNS name belongs to no trust domain: any of the roots may issue it.
     let named = issue(&partner, |p| p.subject_alt_names = vec![dns("partner.example")]);
     assert!(verify(&both, &named, Role::Client).is_ok());
 }
 
 #[test]
-fn a_revocation_list_is_of_one_issuer() {
-    let (ours, mut theirs) = (Pki::new(), Pki::new());
-    // Lists are told apart by the issuer's name.
-    theirs.renew_ca("their CA");
+fn a_revocation_list_covers_one_issuer() {
+    let (own_pki, mut partner_pki) = (Pki::new(), Pki::new());
+    // Lists are distinguished by the issuer's name.
+    partner_pki.renew_ca("partner CA");
     let numbered = |pki: &Pki, serial: u64| issue(pki, |p| p.serial_number = Some(serial.into()));
-    let both = trust(&[(None, &ours), (None, &theirs)], &[(&ours, &[7]), (&theirs, &[8])]);
-    refused_with("revoked", &both, &numbered(&ours, 7));
-    refused_with("revoked", &both, &numbered(&theirs, 8));
-    assert!(verify(&both, &numbered(&ours, 8), Role::Client).is_ok());
-    assert!(verify(&both, &numbered(&theirs, 7), Role::Client).is_ok());
-    // Upstreams with roots of their own: what is known to be revoked is, whoever's list says so.
-    let partner = trust(&[(None, &theirs)], &[]);
-    assert!(verify(&partner, &numbered(&theirs, 8), Role::Client).is_ok());
-    refused_with("revoked", &partner.revoked_as_in(&both), &numbered(&theirs, 8));
-    refused_with("issued by nobody", &partner.revoked_as_in(&both), &numbered(&ours, 8));
+    let both = trust(&[(None, &own_pki), (None, &partner_pki)], &[(&own_pki, &[7]), (&partner_pki, &[8])]);
+    assert_rejected("revoked", &both, &numbered(&own_pki, 7));
+    assert_rejected("revoked", &both, &numbered(&partner_pki, 8));
+    assert!(verify(&both, &numbered(&own_pki, 8), Role::Client).is_ok());
+    assert!(verify(&both, &numbered(&partner_pki, 7), Role::Client).is_ok());
+    // Upstreams with their own roots: revocation lists from `[identity]` apply too.
+    let partner = trust(&[(None, &partner_pki)], &[]);
+    assert!(verify(&partner, &numbered(&partner_pki, 8), Role::Client).is_ok());
+    assert_rejected("revoked", &partner.revoked_as_in(&both), &numbered(&partner_pki, 8));
+    assert_rejected("not issued by a trusted CA", &partner.revoked_as_in(&both), &numbered(&own_pki, 8));
 }
 
 #[test]
-fn who_must_answer() {
+fn the_server_identity_must_be_expected() {
     let pki = Pki::new();
     let all = trust(&[(None, &pki)], &[]);
     let expected = |leaf: &CertificateDer<'_>, patterns: &[&str]| {
@@ -122,8 +126,8 @@ fn who_must_answer() {
     let payments = issue(&pki, |_| {});
     assert!(expected(&payments, &[&id("orders"), &id("payments")]).is_ok());
     assert!(expected(&payments, &["spiffe://shop.example/ns/shop/*"]).is_ok());
-    let why = expected(&payments, &[&id("orders"), "dns:payments"]).unwrap_err();
-    assert_eq!(why, format!("it is {}; expected {} or dns:payments", id("payments"), id("orders")));
+    let message = expected(&payments, &[&id("orders"), "dns:payments"]).unwrap_err();
+    assert_eq!(message, format!("it is {}; expected {} or dns:payments", id("payments"), id("orders")));
     let named = issue(&pki, |p| p.subject_alt_names = vec![dns("payments.example")]);
     assert!(expected(&named, &["dns:payments.example"]).is_ok());
     assert!(expected(&named, &["dns:example"]).is_err());
@@ -131,13 +135,13 @@ fn who_must_answer() {
     let peer = verify(&all, &named, Role::Server).unwrap();
     let name = |name: &'static str| expect_name(&peer, &named, &ServerName::try_from(name).unwrap());
     assert!(name("payments.example").is_ok());
-    let why = name("orders.example").unwrap_err().to_string();
-    assert_eq!(why, "its certificate names payments.example; expected orders.example");
+    let message = name("orders.example").unwrap_err().to_string();
+    assert_eq!(message, "its certificate names payments.example; expected orders.example");
 }
 
-/// What goes through rustls comes out as it went in.
+/// An error that passes through rustls is the same afterwards.
 #[test]
-fn refusals_survive_the_way_through_rustls() {
+fn verify_errors_round_trip_through_rustls() {
     let pki = Pki::new();
     let all = trust(&[(None, &pki)], &[]);
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_893_456_000);
@@ -150,9 +154,9 @@ fn refusals_survive_the_way_through_rustls() {
         Refusal::NotExpected { is: "a".to_owned(), expected: "b".to_owned() },
         Refusal::Peer(PeerError::Ca),
     ] {
-        let said = refusal.to_string();
-        let back = refused(&refusal.into(), &all, Role::Client).unwrap();
-        assert_eq!(back.to_string(), said);
+        let text_before = refusal.to_string();
+        let unwrapped = refused(&refusal.into(), &all, Role::Client).unwrap();
+        assert_eq!(unwrapped.to_string(), text_before);
     }
     assert!(refused(&rustls::Error::DecryptError, &all, Role::Client).is_none());
 }

@@ -1,5 +1,5 @@
-//! The part of the SPIFFE Workload API that is used here, by its published `workload.proto`: one call, which tells
-//! certificates, roots and revocation lists, and again whenever they change.
+//! The part of the SPIFFE Workload API that is used here, after its published `workload.proto`: one streaming RPC,
+//! which delivers certificates, roots and revocation lists, again whenever they change.
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -18,10 +18,10 @@ use tonic_prost::ProstCodec;
 
 use crate::config::Socket;
 
-/// Every call must carry it, so that nobody is tricked into making one (SPIFFE Workload Endpoint §3).
+/// Required in every request, against server-side request forgery (SPIFFE Workload Endpoint §3).
 const SECURITY_HEADER: &str = "workload.spiffe.io";
 const METHOD: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
-/// The largest answer: revocation lists may be long.
+/// The largest response, in bytes: revocation lists may be long.
 const MAX_ANSWER: usize = 32 << 20;
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -35,12 +35,12 @@ pub struct X509SvidResponse {
     /// Revocation lists, DER.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub crl: Vec<Bytes>,
-    /// Roots of foreign trust domains, by the domain's SPIFFE ID.
+    /// Roots of federated trust domains, by the domain's SPIFFE ID.
     #[prost(map = "string, bytes", tag = "3")]
     pub federated_bundles: HashMap<String, Bytes>,
 }
 
-/// Lists of certificates are DER, one behind the other.
+/// Lists of certificates are concatenated DER.
 #[derive(Clone, PartialEq, Message)]
 pub struct X509Svid {
     #[prost(string, tag = "1")]
@@ -56,17 +56,17 @@ pub struct X509Svid {
     pub bundle: Bytes,
 }
 
-/// Why the agent tells nothing.
+/// Why a request to the agent failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("{}", in_words(.0))]
+    #[error("{}", root_cause(.0))]
     Connect(#[from] tonic::transport::Error),
     #[error("{}", if .0.message().is_empty() { .0.code().description() } else { .0.message() })]
     Status(#[from] tonic::Status),
 }
 
-/// What tonic wraps as "transport error" says the rest by its sources.
-fn in_words(error: &tonic::transport::Error) -> String {
+/// The innermost source of an error: tonic's outermost text is only "transport error".
+fn root_cause(error: &tonic::transport::Error) -> String {
     let mut innermost: &dyn std::error::Error = error;
     while let Some(source) = innermost.source() {
         innermost = source;
@@ -74,11 +74,11 @@ fn in_words(error: &tonic::transport::Error) -> String {
     innermost.to_string()
 }
 
-/// Asks to be told. What comes first says what is there now.
+/// Opens the stream. The first message has the current certificates.
 ///
 /// # Errors
 ///
-/// If nobody listens there, or the call is refused.
+/// If the agent is unreachable or rejects the request.
 pub async fn subscribe(socket: &Socket) -> Result<Streaming<X509SvidResponse>, ApiError> {
     let channel = match socket.clone() {
         Socket::Tcp(address) => Endpoint::try_from(format!("http://{address}"))?.connect().await?,
@@ -89,8 +89,8 @@ pub async fn subscribe(socket: &Socket) -> Result<Streaming<X509SvidResponse>, A
     let mut request = Request::new(X509SvidRequest {});
     request.metadata_mut().insert(SECURITY_HEADER, MetadataValue::from_static("true"));
     let codec = ProstCodec::<X509SvidRequest, X509SvidResponse>::default();
-    let answer = grpc.server_streaming(request, PathAndQuery::from_static(METHOD), codec).await?;
-    Ok(answer.into_inner())
+    let response = grpc.server_streaming(request, PathAndQuery::from_static(METHOD), codec).await?;
+    Ok(response.into_inner())
 }
 
 async fn connect_unix(path: PathBuf) -> Result<Channel, tonic::transport::Error> {

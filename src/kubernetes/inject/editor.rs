@@ -1,7 +1,7 @@
-//! A pod that is changed step by step, and how to change it back.
+//! Reversible edits of a pod.
 //!
-//! Every change is a JSON Patch operation, applied at once, and leaves word of what was there before. The words go into
-//! an annotation of the pod, so that whoever has the injected pod can have the other one.
+//! Every change is a JSON Patch operation, applied at once, and records the previous value. The record is stored in an
+//! annotation of the pod, so that the original can be restored from the injected pod.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -9,56 +9,56 @@ use serde_json::{Map, Value};
 use super::InjectError;
 use crate::kubernetes::patch::{Operation, escape, segments};
 
-/// The annotation that holds the [`Record`].
+/// The annotation that contains the [`InjectionRecord`].
 pub const RECORD: &str = "outrigger.dev/injected";
 
-/// What injection has done to a pod.
+/// The changes that injection made to a pod.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// Who did it.
+    /// The version of Outrigger that injected.
     pub version: String,
     pub undo: Vec<Undo>,
 }
 
-/// One change, to be taken back. Places are pointers in which a list's members go by their names.
+/// How to revert one change. Paths are JSON Pointers in which list members are addressed by their `name`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Undo {
-    /// Members put into a map or a list.
+    /// Members were added to a map or a list.
     Put {
         at: String,
         members: Vec<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         before: Option<Before>,
     },
-    /// Another value in place of the one that was there.
+    /// A value was replaced.
     Set { at: String, was: Before },
 }
 
-/// What stood there.
+/// The previous value.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Before {
-    /// None: nothing, not even the key; null is a value.
-    #[serde(default, deserialize_with = "there", skip_serializing_if = "Option::is_none")]
+    /// `None`: the key did not exist; null is a value.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub value: Option<Value>,
-    /// How it was written, where that is not how it would be written anyhow.
+    /// Its original text, if it differs from the default formatting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
 }
 
-fn there<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
 }
 
-/// An operation that takes something back.
+/// A patch operation, with the original text to restore if there is one.
 #[derive(Debug)]
 pub struct Step {
     pub operation: Operation,
-    /// The very letters that stood there.
+    /// The original text of the value.
     pub text: Option<String>,
 }
 
-/// Says how a value at a place is written, if that is worth keeping.
+/// Returns the original text of the value at a path, if it differs from the default formatting.
 pub type Written<'w> = &'w dyn Fn(&str) -> Option<String>;
 
 pub struct Editor<'w> {
@@ -68,23 +68,23 @@ pub struct Editor<'w> {
     written: Written<'w>,
 }
 
-/// The member of that name, or of that key.
+/// The map member with that key, or the list member with that `name`.
 fn member<'v>(value: &'v Value, segment: &str) -> Option<(String, &'v Value)> {
     match value {
-        Value::Object(map) => map.get(segment).map(|found| (escape(segment), found)),
+        Value::Object(map) => map.get(segment).map(|member| (escape(segment), member)),
         Value::Array(list) => list
             .iter()
             .enumerate()
             .find(|(_, item)| item["name"] == segment)
-            .map(|(index, found)| (index.to_string(), found)),
+            .map(|(index, member)| (index.to_string(), member)),
         _ => None,
     }
 }
 
-/// A place by names as a JSON Pointer, and what is there.
+/// Converts a path by names to a JSON Pointer, and returns its value.
 pub fn resolve<'v>(pod: &'v Value, at: &str) -> Option<(String, &'v Value)> {
     segments(at).iter().try_fold((String::new(), pod), |(path, value), segment| {
-        member(value, segment).map(|(step, found)| (format!("{path}/{step}"), found))
+        member(value, segment).map(|(step, value)| (format!("{path}/{step}"), value))
     })
 }
 
@@ -107,55 +107,55 @@ impl<'w> Editor<'w> {
         Before { text: value.as_ref().and_then(|_| (self.written)(at)), value }
     }
 
-    /// Puts entries into a map, which is made where there is none.
+    /// Adds entries to a map, which is created if missing.
     pub fn put_entries(&mut self, at: &str, entries: Map<String, Value>) -> Result<(), InjectError> {
         if entries.is_empty() {
             return Ok(());
         }
         let members = entries.keys().cloned().collect();
         match resolve(&self.pod, at) {
-            Some((path, Value::Object(there))) if !there.is_empty() => {
+            Some((path, Value::Object(existing))) if !existing.is_empty() => {
                 for (key, value) in entries {
                     self.apply(Operation::Add { path: format!("{path}/{}", escape(&key)), value })?;
                 }
                 self.undo.push(Undo::Put { at: at.to_owned(), members, before: None });
                 Ok(())
             }
-            None | Some((_, Value::Object(_) | Value::Null)) => self.put_whole(at, entries.into(), members),
-            Some(_) => Err(InjectError::Shape { what: at.to_owned(), wanted: "a map" }),
+            None | Some((_, Value::Object(_) | Value::Null)) => self.set_whole(at, entries.into(), members),
+            Some(_) => Err(InjectError::Shape { path: at.to_owned(), expected: "a map" }),
         }
     }
 
-    /// Puts items, each with a name, into a list at an index.
+    /// Inserts items, each with a `name`, into a list at an index.
     pub fn put_items(&mut self, at: &str, index: usize, items: Vec<Value>) -> Result<(), InjectError> {
         if items.is_empty() {
             return Ok(());
         }
         let members = items.iter().filter_map(|item| item["name"].as_str()).map(ToOwned::to_owned).collect();
         match resolve(&self.pod, at) {
-            Some((path, Value::Array(there))) if !there.is_empty() => {
-                let index = index.min(there.len());
+            Some((path, Value::Array(existing))) if !existing.is_empty() => {
+                let index = index.min(existing.len());
                 for (offset, value) in items.into_iter().enumerate() {
                     self.apply(Operation::Add { path: format!("{path}/{}", index + offset), value })?;
                 }
                 self.undo.push(Undo::Put { at: at.to_owned(), members, before: None });
                 Ok(())
             }
-            None | Some((_, Value::Array(_) | Value::Null)) => self.put_whole(at, items.into(), members),
-            Some(_) => Err(InjectError::Shape { what: at.to_owned(), wanted: "a list" }),
+            None | Some((_, Value::Array(_) | Value::Null)) => self.set_whole(at, items.into(), members),
+            Some(_) => Err(InjectError::Shape { path: at.to_owned(), expected: "a list" }),
         }
     }
 
-    /// Where there is nothing, or something empty.
-    fn put_whole(&mut self, at: &str, value: Value, members: Vec<String>) -> Result<(), InjectError> {
-        if let Some((path, there)) = resolve(&self.pod, at) {
-            let before = Some(self.before(at, Some(there.clone())));
+    /// Sets the whole value if there is none, or an empty one.
+    fn set_whole(&mut self, at: &str, value: Value, members: Vec<String>) -> Result<(), InjectError> {
+        if let Some((path, existing)) = resolve(&self.pod, at) {
+            let before = Some(self.before(at, Some(existing.clone())));
             self.apply(Operation::Replace { path, value })?;
             self.undo.push(Undo::Put { at: at.to_owned(), members, before });
             return Ok(());
         }
         let Some((parent, key)) = at.rsplit_once('/') else {
-            return Err(InjectError::Shape { what: at.to_owned(), wanted: "a map" });
+            return Err(InjectError::Shape { path: at.to_owned(), expected: "a map" });
         };
         match resolve(&self.pod, parent) {
             Some((path, Value::Object(map))) if !map.is_empty() => {
@@ -167,22 +167,22 @@ impl<'w> Editor<'w> {
             None | Some((_, Value::Object(_) | Value::Null)) => {
                 self.put_entries(parent, Map::from_iter([(key.to_owned(), value)]))
             }
-            Some(_) => Err(InjectError::Shape { what: parent.to_owned(), wanted: "a map" }),
+            Some(_) => Err(InjectError::Shape { path: parent.to_owned(), expected: "a map" }),
         }
     }
 
-    /// Puts a value in place of the one that is there.
+    /// Replaces an existing value.
     pub fn set(&mut self, at: &str, value: Value) -> Result<(), InjectError> {
-        let Some((path, there)) = resolve(&self.pod, at) else {
-            return Err(InjectError::Shape { what: at.to_owned(), wanted: "there" });
+        let Some((path, existing)) = resolve(&self.pod, at) else {
+            return Err(InjectError::Shape { path: at.to_owned(), expected: "present" });
         };
-        let was = self.before(at, Some(there.clone()));
+        let was = self.before(at, Some(existing.clone()));
         self.apply(Operation::Replace { path, value })?;
         self.undo.push(Undo::Set { at: at.to_owned(), was });
         Ok(())
     }
 
-    /// Adds annotations, the record among them, and ends.
+    /// Adds annotations, including the record, and returns all operations.
     pub fn finish(mut self, mut annotations: Map<String, Value>) -> Result<Vec<Operation>, InjectError> {
         annotations.insert(RECORD.to_owned(), Value::Null);
         self.put_entries("/metadata/annotations", annotations)?;
@@ -190,41 +190,41 @@ impl<'w> Editor<'w> {
             Record { version: env!("CARGO_PKG_VERSION").to_owned(), undo: std::mem::take(&mut self.undo) };
         let record =
             serde_json::to_string(&record).map_err(|error| InjectError::Record(error.to_string()))?;
-        // The record tells how to take back the annotation that holds it, so it is filled in last.
+        // The record also covers its own annotation, so it is filled in last.
         for operation in self.operations.iter_mut().rev() {
             let (Operation::Add { path, value } | Operation::Replace { path, value }) = operation else {
                 continue;
             };
-            let slot = match path.ends_with(&escape(RECORD)) {
+            let target = match path.ends_with(&escape(RECORD)) {
                 true => Some(value),
                 false if path.ends_with("/annotations") => value.get_mut(RECORD),
                 false => value.pointer_mut(&format!("/annotations/{}", escape(RECORD))),
             };
-            if let Some(slot) = slot {
-                *slot = record.into();
+            if let Some(target) = target {
+                *target = record.into();
                 return Ok(self.operations);
             }
         }
-        Err(InjectError::Record("there is no place for it".to_owned()))
+        Err(InjectError::Record("no operation adds the annotation".to_owned()))
     }
 }
 
-/// What injection has done to this pod; none where it has done nothing.
+/// The record of injection in this pod; `None` if it is not injected.
 ///
 /// # Errors
 ///
-/// Where the annotation holds something else.
+/// If the annotation is not a valid record.
 pub fn record(pod: &Value) -> Result<Option<Record>, InjectError> {
     let Some(text) = pod["metadata"]["annotations"].get(RECORD) else { return Ok(None) };
     let text = text.as_str().unwrap_or_default();
     serde_json::from_str(text).map(Some).map_err(|error| InjectError::Record(error.to_string()))
 }
 
-/// The steps that take injection back. What was changed by others since then stays.
+/// The steps that revert injection. Later changes by others are kept.
 ///
 /// # Errors
 ///
-/// Where the record does not fit the pod.
+/// If the record does not match the pod.
 pub fn undo(pod: &Value) -> Result<Vec<Step>, InjectError> {
     let Some(record) = record(pod)? else { return Ok(Vec::new()) };
     let (mut pod, mut steps) = (pod.clone(), Vec::new());
@@ -233,23 +233,24 @@ pub fn undo(pod: &Value) -> Result<Vec<Step>, InjectError> {
         steps.push(Step { operation, text });
         Ok::<_, InjectError>(())
     };
-    for done in record.undo.into_iter().rev() {
-        match done {
+    for change in record.undo.into_iter().rev() {
+        match change {
             Undo::Set { at, was } => {
-                // What is gone needs no way back.
+                // A value that is gone needs no restoring.
                 let Some((path, _)) = resolve(&pod, &at) else { continue };
                 let value = was.value.unwrap_or_default();
                 step(&mut pod, Operation::Replace { path, value }, was.text)?;
             }
             Undo::Put { at, members, before } => {
-                let Some((path, there)) = resolve(&pod, &at) else { continue };
-                let ours = members.iter().filter(|name| member(there, name).is_some()).count();
-                let size = there.as_array().map(Vec::len).or(there.as_object().map(Map::len)).unwrap_or(0);
+                let Some((path, existing)) = resolve(&pod, &at) else { continue };
+                let injected_count = members.iter().filter(|name| member(existing, name).is_some()).count();
+                let size =
+                    existing.as_array().map(Vec::len).or(existing.as_object().map(Map::len)).unwrap_or(0);
                 match before {
-                    Some(Before { value: None, .. }) if ours == size => {
+                    Some(Before { value: None, .. }) if injected_count == size => {
                         step(&mut pod, Operation::Remove { path }, None)?;
                     }
-                    Some(Before { value: Some(value), text }) if ours == size => {
+                    Some(Before { value: Some(value), text }) if injected_count == size => {
                         step(&mut pod, Operation::Replace { path, value }, text)?;
                     }
                     _ => {

@@ -1,4 +1,4 @@
-//! `mode: env`: the proxy variables, in every container, with no privilege at all.
+//! `mode: env`: proxy variables in every container; needs no privilege.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{InjectError, Note, editor::Editor, proxy_config::OUTBOUND};
 use crate::runtime::service_env;
 
-/// Sets the variables in all containers of the pod. What a container has set by itself stays.
+/// Sets the variables in all containers of the pod. Variables that a container already sets are kept.
 pub fn extend(editor: &mut Editor<'_>, notes: &mut Vec<Note>) -> Result<(), InjectError> {
     let outbound = SocketAddr::from((Ipv4Addr::LOCALHOST, OUTBOUND));
     for list in ["initContainers", "containers"] {
@@ -16,17 +16,17 @@ pub fn extend(editor: &mut Editor<'_>, notes: &mut Vec<Note>) -> Result<(), Inje
             let Some(name) = container["name"].as_str() else { continue };
             let own: Vec<&Value> = container["env"].as_array().into_iter().flatten().collect();
             let find = |wanted: &str| own.iter().find(|variable| variable["name"] == wanted);
-            let excluded = ["no_proxy", "NO_PROXY"].iter().find_map(|name| find(name)?["value"].as_str());
+            let no_proxy = ["no_proxy", "NO_PROXY"].iter().find_map(|name| find(name)?["value"].as_str());
             let (mut added, at) = (Vec::new(), format!("/spec/{list}/{name}/env"));
-            for (variable, value) in service_env::build(&[outbound], excluded, None) {
+            for (variable, value) in service_env::build(&[outbound], no_proxy, None) {
                 match find(variable) {
                     None => added.push(json!({"name": variable, "value": value})),
-                    Some(found) if variable.eq_ignore_ascii_case("no_proxy") && found.get("value").is_some() => {
+                    Some(existing) if variable.eq_ignore_ascii_case("no_proxy") && existing.get("value").is_some() => {
                         editor.set(&format!("{at}/{variable}/value"), value.into())?;
                     }
-                    Some(found) if found["value"] == *value => {}
+                    Some(existing) if existing["value"] == *value => {}
                     Some(_) => notes.push(Note::new(format!(
-                        "container `{name}` has a {variable} of its own, which stays: calls that heed it do not go through the sidecar"
+                        "container `{name}` has a {variable} of its own, which is kept: requests that use it bypass the sidecar"
                     ))),
                 }
             }

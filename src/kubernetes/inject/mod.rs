@@ -1,8 +1,8 @@
-//! What a pod gets, and why it gets none: a pure function from a pod to a JSON Patch.
+//! Injection: a pure function from a pod to a JSON Patch, or to the reason for skipping it.
 //!
-//! The order of containers: rules first, then the sidecar, then the pod's own init containers, whose calls the running
-//! sidecar carries. Where there are no native sidecars, the rules come last, since until the sidecar runs nothing else
-//! could connect to anything; the pod's own init containers then do without it.
+//! The order of containers: redirection first, then the sidecar, then the pod's own init containers, whose requests
+//! the running sidecar proxies. Without native sidecars the redirection comes last, because with it no container can
+//! connect until the sidecar runs; the pod's own init containers then bypass the proxy.
 
 mod editor;
 mod environment;
@@ -23,39 +23,39 @@ pub use sidecar::{CONFIG_KEY, CONFIG_MAP, UID};
 
 use super::patch::{NoSuchPlace, Operation};
 
-/// The proxy's container.
+/// The name of the proxy's container.
 pub const SIDECAR: &str = "outrigger";
-/// The one that sets the kernel's rules.
+/// The name of the init container that installs the kernel rules.
 pub const REDIRECT: &str = "outrigger-redirect";
-/// The label or annotation that lets a pod in or out.
+/// The label or annotation that opts a pod in or out.
 pub const SWITCH: &str = "outrigger.dev/inject";
-/// Where a certificate's files are.
+/// Where certificate files are mounted.
 pub const IDENTITY_DIRECTORY: &str = "/var/run/secrets/outrigger";
-/// Where SPIRE's CSI driver puts the agent's socket.
+/// The agent's socket, as SPIRE's CSI driver mounts it.
 pub const SPIRE_SOCKET: &str = "/spiffe-workload-api/spire-agent.sock";
 
-/// What is wrong with a pod, so that running it without a sidecar in silence would be worse than not at all.
+/// Why a pod is rejected: running it silently without a sidecar would be worse.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InjectError {
     #[error("{PREFIX}{key}: {reason}")]
     Annotation { key: String, reason: String },
     #[error("the defaults: {0}")]
     Defaults(String),
-    #[error("{what} is not {wanted}")]
-    Shape { what: String, wanted: &'static str },
-    #[error("there is a {what} `{name}` that injection has not put there: give it another name")]
-    Taken { what: &'static str, name: String },
+    #[error("{path} is not {expected}")]
+    Shape { path: String, expected: &'static str },
+    #[error("there is a {kind} `{name}` that injection did not add: rename it")]
+    Taken { kind: &'static str, name: String },
     #[error(
-        "{whose} runs as user {UID}, which is the proxy's own: its calls would go past the proxy; choose another runAsUser"
+        "{whose} runs as user {UID}, the proxy's user: its requests would bypass the proxy; choose another runAsUser"
     )]
     User { whose: String },
-    #[error("the annotation {RECORD} cannot be used ({0}): take it and the sidecar out by hand")]
+    #[error("the annotation {RECORD} is invalid ({0}): remove it and the sidecar by hand")]
     Record(String),
-    #[error("the annotation {RECORD} does not fit the pod: {0}")]
+    #[error("the annotation {RECORD} does not match the pod: {0}")]
     Misfit(#[from] NoSuchPlace),
 }
 
-/// Something to tell whoever injects.
+/// A warning for the user who injects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note(pub String);
 
@@ -65,31 +65,31 @@ impl Note {
     }
 }
 
-/// What comes of a pod.
+/// The outcome of injection.
 #[derive(Debug)]
 pub enum Outcome {
     Patch {
         operations: Vec<Operation>,
         notes: Vec<Note>,
     },
-    /// It stays as it is; why, if that is not what it asked for.
+    /// The pod is left unchanged; the reason, unless it opted out.
     Leave(Option<String>),
 }
 
-/// What is known of a pod besides itself.
+/// The controller of a pod.
 #[derive(Clone, Copy, Debug)]
 pub struct Owner<'o> {
-    /// Job, Deployment and so on; Pod where nothing owns it.
+    /// Job, Deployment and so on; Pod if it has no controller.
     pub kind: &'o str,
     pub name: &'o str,
 }
 
-/// What a pod (or a template of one) gets. `written` says how a value at a place (by names) is written, if it is to be
-/// put back to the letter some day.
+/// Injects the sidecar into a pod or pod template. `written` returns the original text of a value at a path (by names),
+/// for an exact undo.
 ///
 /// # Errors
 ///
-/// Where what the pod says of its sidecar cannot be done.
+/// If the pod's annotations are invalid or the pod conflicts with the sidecar.
 pub fn inject(
     pod: &Value,
     owner: Owner<'_>,
@@ -100,31 +100,33 @@ pub fn inject(
     if opted_out(pod) {
         return Ok(Outcome::Leave(None));
     }
-    if let Some(reason) = cannot_take_one(spec) {
+    if let Some(reason) = unsupported_reason(spec) {
         return Ok(Outcome::Leave(Some(reason.to_owned())));
     }
     let mut settings = defaults.read(annotations)?;
-    let ends = ["Job", "CronJob"].contains(&owner.kind);
-    if ends && !settings.native_sidecar {
-        let reason = "a sidecar that is no native one never ends, and neither would the Job: take outrigger.dev/native-sidecar away, or start the command with `outrigger run -- CMD`";
+    let is_job = ["Job", "CronJob"].contains(&owner.kind);
+    if is_job && !settings.native_sidecar {
+        let reason = "without native sidecars the sidecar never ends, so neither would the Job: remove outrigger.dev/native-sidecar, or start the command with `outrigger run -- CMD`";
         return Ok(Outcome::Leave(Some(reason.to_owned())));
     }
     check(pod, &settings)?;
 
     let mut notes = Vec::new();
-    let serves = spec["restartPolicy"].as_str().is_none_or(|policy| policy == "Always");
-    if !serves && !settings.drain_delay_is_own {
-        // It ends when its work is done, and no client waits for it: its sidecar would only make the Job last longer.
+    let is_long_running = spec["restartPolicy"].as_str().is_none_or(|policy| policy == "Always");
+    if !is_long_running && !settings.drain_delay_is_own {
+        // It ends with its work and serves no clients: a drain delay would only make the Job take longer.
         settings.drain_delay = 0;
     }
-    // A sleep longer than the pod's grace period makes the pod invalid, and calls in flight need time too.
+    // A preStop sleep longer than the grace period makes the pod invalid, and requests in flight need time too.
     let grace = proxy_config::grace(spec);
-    let most = grace / 2;
-    if settings.drain_delay > most {
+    let max_delay = grace / 2;
+    if settings.drain_delay > max_delay {
         notes.extend(annotations.get("outrigger.dev/drain-delay").map(|_| {
-            Note::new(format!("drain-delay is shortened to {most}s, half of terminationGracePeriodSeconds"))
+            Note::new(format!(
+                "drain-delay is shortened to {max_delay}s, half of terminationGracePeriodSeconds"
+            ))
         }));
-        settings.drain_delay = most;
+        settings.drain_delay = max_delay;
     }
     let mut editor = Editor::new(pod.clone(), written);
     let probes = match settings.mode {
@@ -134,8 +136,8 @@ pub fn inject(
             Map::new()
         }
     };
-    if settings.drain_delay > 0 && serves {
-        linger(&mut editor, &settings, linger_seconds(settings.drain_delay, grace), &mut notes)?;
+    if settings.drain_delay > 0 && is_long_running {
+        add_prestop_sleep(&mut editor, &settings, prestop_seconds(settings.drain_delay, grace), &mut notes)?;
     }
     let service = service_name(pod, owner);
     let proxy = sidecar::sidecar(spec, &settings, &service, &probes);
@@ -147,17 +149,18 @@ pub fn inject(
         editor.put_items("/spec/containers", 0, vec![proxy])?;
     }
     editor.put_items("/spec/volumes", usize::MAX, sidecar::volumes(&settings))?;
-    let added = our_annotations(spec, annotations, &settings, &mut notes);
+    let added = metadata_annotations(spec, annotations, &settings, &mut notes);
     Ok(Outcome::Patch { operations: editor.finish(added)?, notes })
 }
 
-/// Whether the pod is injected already.
+/// Whether the pod is already injected.
 pub fn is_injected(pod: &Value) -> bool {
-    let there = |list: &str| members(&pod["spec"], list).any(|container| container["name"] == SIDECAR);
-    pod["metadata"]["annotations"].get(RECORD).is_some() && (there("initContainers") || there("containers"))
+    let existing = |list: &str| members(&pod["spec"], list).any(|container| container["name"] == SIDECAR);
+    pod["metadata"]["annotations"].get(RECORD).is_some()
+        && (existing("initContainers") || existing("containers"))
 }
 
-/// Whether a workload or pod says that it wants no sidecar, by label or annotation.
+/// Whether a workload or pod opts out, by label or annotation.
 pub fn opted_out(object: &Value) -> bool {
     ["annotations", "labels"].iter().any(|kind| object["metadata"][kind][SWITCH] == "disabled")
 }
@@ -166,32 +169,35 @@ fn members<'v>(spec: &'v Value, list: &str) -> impl Iterator<Item = &'v Value> {
     spec[list].as_array().into_iter().flatten()
 }
 
-fn cannot_take_one(spec: &Value) -> Option<&'static str> {
+fn unsupported_reason(spec: &Value) -> Option<&'static str> {
     if spec["hostNetwork"] == true {
-        return Some("it shares the node's network (hostNetwork), whose traffic is not the pod's to steer");
+        return Some("it uses the node's network (hostNetwork), whose traffic must not be redirected");
     }
     if spec["os"]["name"] == "windows" || spec["nodeSelector"]["kubernetes.io/os"] == "windows" {
-        return Some("it runs on Windows, where there is no sidecar");
+        return Some("it runs on Windows, which the sidecar does not support");
     }
     None
 }
 
 fn check(pod: &Value, settings: &Settings) -> Result<(), InjectError> {
     let spec = &pod["spec"];
-    let taken = |what, name: &str| Err(InjectError::Taken { what, name: name.to_owned() });
+    let conflict = |kind, name: &str| Err(InjectError::Taken { kind, name: name.to_owned() });
     if members(spec, "containers").next().is_none() {
         return Err(InjectError::Shape {
-            what: "spec.containers".to_owned(),
-            wanted: "a list of containers",
+            path: "spec.containers".to_owned(),
+            expected: "a list of containers",
         });
     }
     let uid = |context: &Value| context["runAsUser"].as_u64() == Some(UID.into());
     for container in members(spec, "initContainers").chain(members(spec, "containers")) {
         let Some(name) = container["name"].as_str() else {
-            return Err(InjectError::Shape { what: "the name of a container".to_owned(), wanted: "there" });
+            return Err(InjectError::Shape {
+                path: "the name of a container".to_owned(),
+                expected: "present",
+            });
         };
         if name == SIDECAR || name == REDIRECT {
-            return taken("container", name);
+            return conflict("container", name);
         }
         if settings.mode == Mode::Redirect && uid(&container["securityContext"]) {
             return Err(InjectError::User { whose: format!("container `{name}`") });
@@ -204,23 +210,24 @@ fn check(pod: &Value, settings: &Settings) -> Result<(), InjectError> {
         .filter_map(|volume| volume["name"].as_str())
         .find(|name| name.starts_with("outrigger-"))
     {
-        Some(name) => taken("volume", name),
+        Some(name) => conflict("volume", name),
         None => Ok(()),
     }
 }
 
-/// How much longer than the sidecar accepts connections its service serves: kept connections may bring a request until a
-/// second after that, and what is under way then has to be answered.
-const LINGER: u64 = 3;
+/// How much longer, in seconds, the service must run than the sidecar's drain delay: keep-alive connections may bring a
+/// request up to a second later, and requests in flight have to finish.
+const SLEEP_MARGIN: u64 = 3;
 
-/// How long containers stay once the pod is told to end. Both hooks begin at that moment, and a service that goes before its
-/// sidecar has stopped accepting leaves it nobody to ask. Where the grace period is short, half of what is left of it.
-fn linger_seconds(drain_delay: u64, grace: u64) -> u64 {
-    drain_delay + LINGER.min(grace.saturating_sub(drain_delay) / 2).max(1)
+/// How long the preStop hook of a container sleeps. All hooks start when termination begins, and a service that ends
+/// before its sidecar stops accepting causes failed requests. With a short grace period: half of what the drain delay
+/// leaves.
+fn prestop_seconds(drain_delay: u64, grace: u64) -> u64 {
+    drain_delay + SLEEP_MARGIN.min(grace.saturating_sub(drain_delay) / 2).max(1)
 }
 
-/// Clients hear late that a pod ends: a container without a preStop of its own stays for a moment.
-fn linger(
+/// Adds a sleep to containers without a preStop hook, because clients learn of the termination with a delay.
+fn add_prestop_sleep(
     editor: &mut Editor<'_>,
     settings: &Settings,
     seconds: u64,
@@ -228,7 +235,8 @@ fn linger(
 ) -> Result<(), InjectError> {
     let sleep = match settings.native_sidecar {
         true => json!({"sleep": {"seconds": seconds}}),
-        // Clusters without native sidecars do not know that one. An image without `sleep` only gets an event.
+        // Clusters without native sidecars do not support `sleep` actions. An image without `sleep` only causes an
+        // event.
         false => json!({"exec": {"command": ["sleep", seconds.to_string()]}}),
     };
     let containers: Vec<Value> = members(&editor.pod()["spec"], "containers").cloned().collect();
@@ -239,9 +247,9 @@ fn linger(
                 let entry = Map::from_iter([("preStop".to_owned(), sleep.clone())]);
                 editor.put_entries(&format!("/spec/containers/{name}/lifecycle"), entry)?;
             }
-            Some(own) => notes.extend(slept(own).filter(|slept| *slept < seconds).map(|slept| {
+            Some(own) => notes.extend(sleep_seconds(own).filter(|sleep_seconds| *sleep_seconds < seconds).map(|sleep_seconds| {
                 Note::new(format!(
-                    "the preStop of container `{name}` sleeps for {slept}s, and the sidecar sends it requests for up to {seconds}s after the pod is told to end: let it sleep for {seconds}s, or shorten outrigger.dev/drain-delay"
+                    "the preStop of container `{name}` sleeps for {sleep_seconds}s, and the sidecar sends it requests for up to {seconds}s after termination begins: let it sleep for {seconds}s, or shorten outrigger.dev/drain-delay"
                 ))
             })),
         }
@@ -249,8 +257,8 @@ fn linger(
     Ok(())
 }
 
-/// How long a hook sleeps, where that is what it does.
-fn slept(hook: &Value) -> Option<u64> {
+/// How long a hook sleeps, if it does nothing else.
+fn sleep_seconds(hook: &Value) -> Option<u64> {
     let command = || {
         let words: Vec<&str> = hook["exec"]["command"].as_array()?.iter().filter_map(Value::as_str).collect();
         let seconds = words.join(" ");
@@ -260,19 +268,19 @@ fn slept(hook: &Value) -> Option<u64> {
     hook["sleep"]["seconds"].as_u64().or_else(command)
 }
 
-/// Where the sidecar's metrics are, unless the pod is scraped by its own word.
-fn our_annotations(
+/// Annotations for scraping the sidecar's metrics, unless the pod has its own.
+fn metadata_annotations(
     spec: &Value,
-    there: &Value,
+    existing: &Value,
     settings: &Settings,
     notes: &mut Vec<Note>,
 ) -> Map<String, Value> {
     let mut added = Map::new();
     let mut set = |key: &str, value: String| added.insert(key.to_owned(), value.into());
-    let own = there.as_object().into_iter().flatten().any(|(key, _)| key.starts_with("prometheus.io/"));
+    let own = existing.as_object().into_iter().flatten().any(|(key, _)| key.starts_with("prometheus.io/"));
     if own {
         notes.push(Note::new(format!(
-            "it is scraped by its own prometheus.io annotations, which stay; the sidecar's metrics are on port {}",
+            "the pod has its own prometheus.io annotations, which are kept; the sidecar's metrics are on port {}",
             proxy_config::PROBE
         )));
     } else {
@@ -280,16 +288,16 @@ fn our_annotations(
         set("prometheus.io/port", proxy_config::PROBE.to_string());
         set("prometheus.io/path", "/metrics".to_owned());
     }
-    // `kubectl logs` takes the first container where nothing is said.
+    // `kubectl logs` defaults to the first container.
     let default = "kubectl.kubernetes.io/default-container";
     let first = members(spec, "containers").find_map(|container| container["name"].as_str());
-    if let (false, None, Some(first)) = (settings.native_sidecar, there.get(default), first) {
+    if let (false, None, Some(first)) = (settings.native_sidecar, existing.get(default), first) {
         set(default, first.to_owned());
     }
     added
 }
 
-/// The name by which telemetry knows the service: the label that is made for it, else what owns the pod.
+/// The service name in telemetry: the standard label, else the name of the controller.
 fn service_name(pod: &Value, owner: Owner<'_>) -> String {
     let metadata = &pod["metadata"];
     if let Some(name) = metadata["labels"]["app.kubernetes.io/name"].as_str().filter(|name| !name.is_empty())
@@ -298,7 +306,7 @@ fn service_name(pod: &Value, owner: Owner<'_>) -> String {
     }
     let name = match (owner.kind, metadata["labels"]["pod-template-hash"].as_str()) {
         ("ReplicaSet", Some(hash)) => owner.name.strip_suffix(hash).and_then(|name| name.strip_suffix('-')),
-        // A CronJob's Jobs are named for the minute.
+        // A CronJob's Jobs end in the minute of their schedule.
         ("Job", _) => owner.name.rsplit_once('-').and_then(|(name, minute)| {
             (minute.len() >= 8 && minute.bytes().all(|byte| byte.is_ascii_digit())).then_some(name)
         }),

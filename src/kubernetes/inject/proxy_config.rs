@@ -1,14 +1,14 @@
-//! What a sidecar's configuration is put together from, and whether one can be used at all.
+//! The layers of an injected sidecar's configuration, and the validation of a layer.
 //!
 //! ```text
-//! env:OUTRIGGER_BASE        what the pod's spec tells
+//! env:OUTRIGGER_BASE        derived from the pod's spec
 //! env:OUTRIGGER_DEFAULTS    [proxy-defaults] of `--defaults`
 //! outrigger.toml            the ConfigMap
 //! env:OUTRIGGER_PROXY       [proxy] of `--defaults`
-//! env:OUTRIGGER_POD         annotations, and the ports that rules, probes and Services rely on
+//! env:OUTRIGGER_POD         annotations, and the ports that redirection, probes and Services rely on
 //! ```
 //!
-//! The later one wins.
+//! Later layers override earlier ones.
 
 use serde_json::Value;
 
@@ -18,24 +18,24 @@ use super::{
 };
 use crate::config::{self, Source, Sources};
 
-/// Where callers are met.
+/// The inbound port.
 pub const INBOUND: u16 = 4143;
-/// Where the service's calls go.
+/// The outbound port.
 pub const OUTBOUND: u16 = 4140;
-/// For kubelet and Prometheus.
+/// The probe port, for kubelet and Prometheus.
 pub const PROBE: u16 = 4192;
-/// Draining must be over before the kubelet's patience is.
+/// Draining must end this many seconds before the grace period.
 const MARGIN: u64 = 1;
-/// As without Kubernetes.
+/// The default drain timeout, as without Kubernetes, in seconds.
 const MAX_DRAIN: u64 = 25;
 const GRACE: u64 = 30;
 
-/// What the pod has to end, in seconds.
+/// The pod's termination grace period, in seconds.
 pub fn grace(spec: &Value) -> u64 {
     spec["terminationGracePeriodSeconds"].as_u64().unwrap_or(GRACE)
 }
 
-/// What the pod's spec tells: where the service listens, and how much time there is at the end.
+/// The layer derived from the pod's spec: the service's port and the drain timeout.
 pub fn base(spec: &Value, settings: &Settings) -> String {
     let drain = grace(spec).saturating_sub(settings.drain_delay + MARGIN).clamp(1, MAX_DRAIN);
     let mut text = format!("[runtime]\ndrain_timeout = \"{drain}s\"\n");
@@ -52,7 +52,7 @@ fn first_port(spec: &Value) -> Option<u64> {
     ports.find(tcp)?["containerPort"].as_u64()
 }
 
-/// What stands above the ConfigMap.
+/// The layer above the ConfigMap.
 pub fn pinned(settings: &Settings) -> String {
     let mut text = format!(
         "[runtime]\ndrain_delay = \"{}s\"\n\n[inbound]\nlisten = \"[::]:{INBOUND}\"\n",
@@ -73,20 +73,21 @@ pub fn pinned(settings: &Settings) -> String {
     }
 }
 
-/// Stands for the certificate that an annotation will bring, so that `mtls = "strict"` may stand in a ConfigMap.
-const SOME_IDENTITY: &str = "[identity]\nspiffe = \"unix:///annotation\"\n";
+/// A placeholder for the certificate that an annotation will configure, so that `mtls = "strict"` is valid in a
+/// ConfigMap.
+const PLACEHOLDER_IDENTITY: &str = "[identity]\nspiffe = \"unix:///annotation\"\n";
 
-/// Whether a pod could use this, and what is hardly meant; the environment it will find is not known here.
+/// Validates a layer and returns its warnings. The pod's environment variables are not known here.
 ///
 /// # Errors
 ///
-/// All that is wrong, with places, as `outrigger check` says it.
+/// All errors, with file and line, in the form of `outrigger check`.
 pub fn check(name: &str, text: &str) -> Result<Vec<String>, String> {
     let own = text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("identity"));
-    let identity = (!own).then(|| Source { path: "identity".into(), text: SOME_IDENTITY.to_owned() });
+    let identity = (!own).then(|| Source { path: "identity".into(), text: PLACEHOLDER_IDENTITY.to_owned() });
     let own = Source { path: name.into(), text: text.to_owned() };
     let sources = Sources(identity.into_iter().chain([own]).collect());
-    // Fits names as well as numbers.
+    // "1" is valid where a name is expected, and where a number is.
     config::load_sources(sources, &|name| (!name.starts_with("OTEL_")).then(|| "1".to_owned()))
         .map(|loaded| loaded.warnings.lines())
         .map_err(|problems| problems.render(false).trim_end().to_owned())
@@ -99,7 +100,7 @@ mod tests {
     use super::{super::settings::Defaults, *};
 
     #[test]
-    fn what_is_written_can_be_used() {
+    fn generated_layers_are_valid() {
         for identity in ["none", "csi-spiffe", "spire", "secret/x"] {
             let annotations = json!({"outrigger.dev/identity": identity, "outrigger.dev/app-port": "3000"});
             let settings = Defaults::default().read(&annotations).unwrap();
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn leaving_fits_the_time_that_the_pod_has() {
+    fn draining_fits_the_grace_period() {
         let settings = Defaults::default().read(&Value::Null).unwrap();
         for (grace, expected) in [(None, "24s"), (Some(120), "25s"), (Some(10), "4s"), (Some(0), "1s")] {
             let spec = json!({"terminationGracePeriodSeconds": grace});
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_broken_is_told_with_its_place() {
+    fn errors_have_their_line() {
         assert_eq!(check("x", "[inbound]\nmtls = \"strict\"\n"), Ok(Vec::new()));
         assert_eq!(check("x", "[identity]\ncert = \"a\"\nkey = \"b\"\nca = \"c\"\n"), Ok(Vec::new()));
         let error = check("shop/outrigger", "[inbound]\nforward_too = \"${APP}:1\"\n").unwrap_err();

@@ -1,4 +1,4 @@
-//! The annotations `outrigger.dev/…`, read and checked.
+//! The annotations `outrigger.dev/…`, parsed and validated.
 
 use std::collections::BTreeMap;
 
@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::InjectError;
 use crate::{telemetry::log::LogFilter, units::HumanDuration};
 
-/// What every annotation of ours begins with.
+/// The prefix of all annotations.
 pub const PREFIX: &str = "outrigger.dev/";
-/// The annotations that set something.
+/// The keys of annotations with settings.
 pub const KEYS: &[&str] = &[
     "mode",
     "config",
@@ -25,40 +25,40 @@ pub const KEYS: &[&str] = &[
     "drain-delay",
     "native-sidecar",
 ];
-/// Stand beside them and mean something else.
-const OTHERS: &[&str] = &["inject", "injected"];
-/// Each is a rule that every new connection passes; `outrigger redirect` takes no more.
+/// Annotations with the same prefix that are not settings.
+const NOT_SETTINGS: &[&str] = &["inject", "injected"];
+/// Most port ranges. Each is a rule that every new connection traverses; `outrigger redirect` has the same limit.
 const MAX_RANGES: usize = 256;
-/// A pod that takes longer to leave than this is not meant.
+/// The largest drain delay, in seconds.
 const MAX_DRAIN_DELAY: u64 = 300;
 
-/// How the service's traffic gets to the proxy.
+/// How the service's traffic reaches the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// The kernel steers it, which an init container with NET_ADMIN sets up.
+    /// Kernel rules, installed by an init container with NET_ADMIN.
     Redirect,
-    /// Proxy variables; no privilege at all.
+    /// Proxy variables; needs no privilege.
     Env,
 }
 
 /// Where the sidecar's certificate comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// From the configuration, if at all.
+    /// The configuration, if at all.
     None,
     /// cert-manager's csi-driver-spiffe.
     CsiSpiffe,
-    /// SPIRE's CSI driver, which brings the agent's socket.
+    /// SPIRE's CSI driver, which mounts the agent's socket.
     Spire,
     /// A Secret with `tls.crt`, `tls.key` and `ca.crt`.
     Secret(String),
 }
 
-/// What a pod gets.
+/// The settings for one pod.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub mode: Mode,
-    /// The ConfigMap that must be there; none: `outrigger`, if there is one.
+    /// The required ConfigMap; `None`: `outrigger`, if it exists.
     pub config: Option<String>,
     pub identity: Identity,
     pub app_port: Option<u16>,
@@ -66,29 +66,29 @@ pub struct Settings {
     pub skip_outbound_ports: String,
     pub image: String,
     pub cpu: String,
-    /// None: no limit, which would add latency without need.
+    /// `None`: no limit. A limit can add latency.
     pub cpu_limit: Option<String>,
     pub memory: String,
     pub log: Option<String>,
     /// Seconds.
     pub drain_delay: u64,
-    /// The pod itself asks for that delay.
+    /// Whether the pod's own annotation sets that delay.
     pub drain_delay_is_own: bool,
     pub native_sidecar: bool,
-    /// A configuration above the ConfigMap, and one beneath it, as TOML.
+    /// Configuration layers above and below the ConfigMap.
     pub proxy: Layers,
 }
 
-/// What a platform says of the configuration of all proxies.
+/// Configuration of all proxies, as TOML.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layers {
-    /// Holds whatever a ConfigMap says.
+    /// Overrides the ConfigMap.
     pub above: Option<String>,
-    /// Holds where a ConfigMap says nothing.
+    /// Defaults below the ConfigMap.
     pub beneath: Option<String>,
 }
 
-/// What holds where a pod says nothing; `--defaults FILE`.
+/// Defaults for pods without annotations; `--defaults FILE`.
 #[derive(Clone, Debug, Default)]
 pub struct Defaults {
     values: BTreeMap<String, String>,
@@ -96,27 +96,28 @@ pub struct Defaults {
 }
 
 impl Defaults {
-    /// A file that holds annotations' values, without `outrigger.dev/`, and two tables of the proxy's configuration:
-    /// `[proxy]` lies above every pod's ConfigMap, `[proxy-defaults]` beneath it.
+    /// Parses a file with values of annotations, without `outrigger.dev/`, and two tables of proxy configuration:
+    /// `[proxy]` overrides every pod's ConfigMap, `[proxy-defaults]` is below it.
     ///
     /// # Errors
     ///
-    /// Says which key is wrong, or what of the configuration.
+    /// Names the invalid key, or the errors in the configuration.
     pub fn parse(text: &str) -> Result<Self, InjectError> {
-        let wrong = |reason: String| InjectError::Defaults(reason);
-        let table: toml::Table =
-            text.parse().map_err(|error: toml::de::Error| wrong(error.to_string().trim_end().to_owned()))?;
+        let invalid = |reason: String| InjectError::Defaults(reason);
+        let table: toml::Table = text
+            .parse()
+            .map_err(|error: toml::de::Error| invalid(error.to_string().trim_end().to_owned()))?;
         let mut defaults = Self::default();
         for (key, value) in table {
             match (&*key, value) {
                 ("proxy" | "proxy-defaults", toml::Value::Table(proxy)) => {
-                    let text = toml::to_string(&proxy).map_err(|error| wrong(error.to_string()))?;
-                    super::proxy_config::check(&format!("[{key}]"), &text).map_err(wrong)?;
+                    let text = toml::to_string(&proxy).map_err(|error| invalid(error.to_string()))?;
+                    super::proxy_config::check(&format!("[{key}]"), &text).map_err(invalid)?;
                     let Layers { above, beneath } = &mut defaults.proxy;
                     *if key == "proxy" { above } else { beneath } = Some(text);
                 }
                 ("proxy" | "proxy-defaults", _) => {
-                    return Err(wrong(format!("`{key}` is a table, [{key}]")));
+                    return Err(invalid(format!("`{key}` must be a table, [{key}]")));
                 }
                 (key, value) if KEYS.contains(&key) => {
                     let text = match value {
@@ -125,7 +126,7 @@ impl Defaults {
                     };
                     defaults.set(key, text);
                 }
-                (key, _) => return Err(wrong(unknown(key))),
+                (key, _) => return Err(invalid(unknown(key))),
             }
         }
         defaults.read(&Value::Null)?;
@@ -136,15 +137,17 @@ impl Defaults {
         self.values.insert(key.to_owned(), value);
     }
 
-    /// What a pod with these annotations gets.
+    /// The settings of a pod with these annotations.
     ///
     /// # Errors
     ///
-    /// Names the annotation that is wrong, and what it may say.
+    /// Names the invalid annotation and its valid values.
     pub fn read(&self, annotations: &Value) -> Result<Settings, InjectError> {
         let mut values = self.values.clone();
         for (key, value) in annotations.as_object().into_iter().flatten() {
-            let Some(key) = key.strip_prefix(PREFIX).filter(|key| !OTHERS.contains(key)) else { continue };
+            let Some(key) = key.strip_prefix(PREFIX).filter(|key| !NOT_SETTINGS.contains(key)) else {
+                continue;
+            };
             if !KEYS.contains(&key) {
                 return Err(InjectError::Annotation { key: key.to_owned(), reason: unknown(key) });
             }
@@ -159,7 +162,7 @@ impl Defaults {
         let mode = match get("mode") {
             None | Some("redirect") => Mode::Redirect,
             Some("env") => Mode::Env,
-            Some(other) => return Err(wrong("mode", other, "`redirect` or `env`")),
+            Some(other) => return Err(invalid_value("mode", other, "`redirect` or `env`")),
         };
         let identity = match get("identity") {
             None | Some("none") => Identity::None,
@@ -167,16 +170,22 @@ impl Defaults {
             Some("spire") => Identity::Spire,
             Some(text) => match text.strip_prefix("secret/") {
                 Some(name) if is_name(name) => Identity::Secret(name.to_owned()),
-                _ => return Err(wrong("identity", text, "`csi-spiffe`, `spire`, `secret/NAME` or `none`")),
+                _ => {
+                    return Err(invalid_value(
+                        "identity",
+                        text,
+                        "`csi-spiffe`, `spire`, `secret/NAME` or `none`",
+                    ));
+                }
             },
         };
         let native_sidecar = match get("native-sidecar") {
             None | Some("true") => true,
             Some("false") => false,
-            Some(other) => return Err(wrong("native-sidecar", other, "`true` or `false`")),
+            Some(other) => return Err(invalid_value("native-sidecar", other, "`true` or `false`")),
         };
-        let checked = |key: &'static str, good: fn(&str) -> bool, wanted| match get(key) {
-            Some(text) if !good(text) => Err(wrong(key, text, wanted)),
+        let checked = |key: &'static str, is_valid: fn(&str) -> bool, wanted| match get(key) {
+            Some(text) if !is_valid(text) => Err(invalid_value(key, text, wanted)),
             found => Ok(found.map(ToOwned::to_owned)),
         };
         let ports = "ports and ranges of ports like `22,9000-9010`";
@@ -184,7 +193,7 @@ impl Defaults {
         let cpu = checked("cpu", is_quantity, quantity)?.unwrap_or_else(|| or("cpu", "20m"));
         let cpu_limit = checked("cpu-limit", is_quantity, quantity)?;
         if let Some(limit) = cpu_limit.as_deref().filter(|limit| amount(limit) < amount(&cpu)) {
-            let reason = format!("`{limit}` is below what is requested, outrigger.dev/cpu: {cpu}");
+            let reason = format!("`{limit}` is below the request, outrigger.dev/cpu: {cpu}");
             return Err(InjectError::Annotation { key: "cpu-limit".to_owned(), reason });
         }
         Ok(Settings {
@@ -210,7 +219,7 @@ impl Defaults {
             drain_delay: match get("drain-delay") {
                 None => 5,
                 Some(text) => seconds(text).ok_or_else(|| {
-                    wrong("drain-delay", text, "whole seconds up to 5m, like `5s`; `0s` for none")
+                    invalid_value("drain-delay", text, "whole seconds up to 5m, like `5s`; `0s` for none")
                 })?,
             },
             drain_delay_is_own: annotations.get(format!("{PREFIX}drain-delay")).is_some(),
@@ -219,7 +228,7 @@ impl Defaults {
     }
 }
 
-fn wrong(key: &str, text: &str, wanted: &str) -> InjectError {
+fn invalid_value(key: &str, text: &str, wanted: &str) -> InjectError {
     InjectError::Annotation { key: key.to_owned(), reason: format!("`{text}` is not {wanted}") }
 }
 
@@ -227,8 +236,8 @@ fn unknown(key: &str) -> String {
     let near = |name: &&&str| strsim::normalized_damerau_levenshtein(key, name);
     let nearest = KEYS.iter().max_by(|a, b| near(a).total_cmp(&near(b))).filter(|name| near(name) > 0.6);
     match nearest {
-        Some(name) => format!("there is no `{key}`; `{name}` is meant?"),
-        None => format!("there is no `{key}`; there are {}", KEYS.join(", ")),
+        Some(name) => format!("unknown key `{key}`; did you mean `{name}`?"),
+        None => format!("unknown key `{key}`; valid: {}", KEYS.join(", ")),
     }
 }
 
@@ -245,7 +254,7 @@ fn are_ports(text: &str) -> bool {
     ranges(text).is_some_and(|ranges| ranges.len() <= MAX_RANGES)
 }
 
-/// `22,9000-9010`; nothing is no range.
+/// Parses `22,9000-9010`; an empty string is an empty list.
 pub fn ranges(text: &str) -> Option<Vec<std::ops::RangeInclusive<u16>>> {
     let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
     let range = |part: &str| match part.split_once('-') {
@@ -258,13 +267,13 @@ pub fn ranges(text: &str) -> Option<Vec<std::ops::RangeInclusive<u16>>> {
     parts.map(range).collect()
 }
 
-/// A name as Kubernetes gives them (RFC 1123).
+/// Whether `text` is a valid Kubernetes name (RFC 1123).
 fn is_name(text: &str) -> bool {
     let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    let ends = |byte: Option<&u8>| byte.is_some_and(|byte| alphanumeric(*byte));
+    let is_boundary = |byte: Option<&u8>| byte.is_some_and(|byte| alphanumeric(*byte));
     text.len() <= 253
-        && ends(text.as_bytes().first())
-        && ends(text.as_bytes().last())
+        && is_boundary(text.as_bytes().first())
+        && is_boundary(text.as_bytes().last())
         && text.bytes().all(|byte| alphanumeric(byte) || b"-.".contains(&byte))
 }
 
@@ -274,7 +283,7 @@ fn is_image(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"./:@_-".contains(&byte))
 }
 
-/// A quantity as a number; 0 where it is none.
+/// A quantity as a number; 0 if it is invalid.
 pub fn amount(text: &str) -> f64 {
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
@@ -310,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn every_annotation_is_read() {
+    fn every_annotation_is_parsed() {
         assert_eq!(read("mode", "env").unwrap().mode, Mode::Env);
         assert_eq!(read("identity", "secret/a.b").unwrap().identity, Identity::Secret("a.b".to_owned()));
         assert_eq!(read("app-port", " 3000 ").unwrap().app_port, Some(3000));
@@ -321,19 +330,19 @@ mod tests {
         assert!(!read("native-sidecar", "false").unwrap().native_sidecar);
         assert!(read("inject", "enabled").is_ok());
         for key in KEYS {
-            assert!(read(key, "\u{1}!").is_err(), "{key} takes anything");
+            assert!(read(key, "\u{1}!").is_err(), "{key} accepts anything");
         }
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_what_may_stand_there() {
+    fn errors_name_the_valid_values() {
         for (key, value, expected) in [
             ("mode", "sidecar", "outrigger.dev/mode: `sidecar` is not `redirect` or `env`"),
-            ("drain-dely", "1s", "there is no `drain-dely`; `drain-delay` is meant?"),
+            ("drain-dely", "1s", "unknown key `drain-dely`; did you mean `drain-delay`?"),
             ("app-port", "0", "`0` is not a port, 1 to 65535"),
             ("skip-inbound-ports", "9-1", "`9-1` is not ports"),
             ("memory", "64MB", "`64MB` is not a quantity"),
-            ("cpu-limit", "10m", "`10m` is below what is requested, outrigger.dev/cpu: 20m"),
+            ("cpu-limit", "10m", "`10m` is below the request, outrigger.dev/cpu: 20m"),
             ("drain-delay", "500ms", "`500ms` is not whole seconds"),
             ("identity", "secret/", "`secret/` is not `csi-spiffe`"),
             ("config", "../x", "`../x` is not the name of a ConfigMap"),
@@ -345,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_hold_where_a_pod_says_nothing() {
+    fn defaults_apply_to_pods_without_annotations() {
         let text = "image = \"r.example/o:1\"\nmemory = \"48Mi\"\napp-port = 9000\n[proxy.inbound]\nmtls = \"off\"\n[proxy-defaults.telemetry]\nsample = 0.5\n";
         let defaults = Defaults::parse(text).unwrap();
         let settings = defaults.read(&json!({"outrigger.dev/memory": "64Mi"})).unwrap();
@@ -354,7 +363,7 @@ mod tests {
         assert_eq!(settings.proxy.above.as_deref(), Some("[inbound]\nmtls = \"off\"\n"));
         assert_eq!(settings.proxy.beneath.as_deref(), Some("[telemetry]\nsample = 0.5\n"));
         for (text, expected) in [
-            ("imaeg = \"x\"", "`image` is meant?"),
+            ("imaeg = \"x\"", "did you mean `image`?"),
             ("mode = \"x\"", "`x` is not `redirect` or `env`"),
             ("[proxy.inbuond]", "inbound"),
             ("[proxy-defaults.inbuond]", "inbound"),

@@ -1,4 +1,4 @@
-//! The containers and volumes that a pod gets.
+//! The containers and volumes that injection adds.
 
 use serde_json::{Map, Value, json};
 
@@ -8,26 +8,26 @@ use super::{
     settings::{Identity, Layers, Mode, Settings, amount},
 };
 
-/// The user that the proxy runs as: the rules leave its traffic alone.
+/// The user that the proxy runs as; redirection exempts its traffic.
 pub const UID: u16 = 4140;
-/// Where the ConfigMap is.
+/// Where the ConfigMap is mounted.
 const CONFIG_DIRECTORY: &str = "/etc/outrigger";
-/// The ConfigMap that is used if there is one.
+/// The ConfigMap that is used if it exists.
 pub const CONFIG_MAP: &str = "outrigger";
 /// Its key.
 pub const CONFIG_KEY: &str = "outrigger.toml";
-/// Ten thousand idle connections take 150 MiB in plaintext and 360 MiB by mutual TLS; what is beyond this is a leak.
+/// Ten thousand idle connections need 150 MiB in plaintext and 360 MiB with mutual TLS; more would be a leak.
 const MEMORY_LIMIT: &str = "512Mi";
-/// What the init container that sets the rules requests.
+/// The CPU request of the init container for redirection.
 const REDIRECT_CPU: &str = "10m";
-/// To start, in seconds.
-const START: u64 = 60;
+/// The limit for startup, in seconds.
+const STARTUP_SECONDS: u64 = 60;
 
 const CONFIG_VOLUME: &str = "outrigger-config";
 const RUN_VOLUME: &str = "outrigger-run";
 const IDENTITY_VOLUME: &str = "outrigger-identity";
 
-/// The init container that steers the pod's traffic: the one thing that needs a privilege.
+/// The init container that installs redirection: the only part that needs a capability.
 pub fn redirect(settings: &Settings) -> Value {
     let mut args = vec!["redirect".to_owned(), "apply".to_owned()];
     for (option, value) in [
@@ -62,7 +62,7 @@ fn compact(list: &str) -> String {
     list.split(',').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(",")
 }
 
-/// The proxy. `probes`: what it asks for the kubelet.
+/// The proxy's container. `probes`: the kubelet probes that it executes.
 pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<String, Value>) -> Value {
     let mut args = vec!["run".to_owned()];
     let mut config = |from: String| args.extend(["-c".to_owned(), from]);
@@ -99,14 +99,14 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
         );
     }
 
-    let ask = |path: &str| json!({"path": path, "port": PROBE});
+    let http_get = |path: &str| json!({"path": path, "port": PROBE});
     let mut lifecycle = json!({"preStop": {"exec": {"command": ["/outrigger", "drain"]}}});
     let mut container = json!({"name": SIDECAR, "image": settings.image});
     if settings.native_sidecar {
         container["restartPolicy"] = "Always".into();
     } else {
-        // Containers start one after another, and each waits for the hook of the one before.
-        let wait = ["/outrigger", "status", "--wait", &format!("{START}s")].map(ToOwned::to_owned);
+        // Containers start in order, and each waits for the postStart hook of the previous one.
+        let wait = ["/outrigger", "status", "--wait", &format!("{STARTUP_SECONDS}s")].map(ToOwned::to_owned);
         lifecycle["postStart"] = json!({"exec": {"command": wait}});
     }
     container["args"] = args.into();
@@ -116,12 +116,15 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
         {"name": "outrigger-probe", "containerPort": PROBE}
     ]);
     container["startupProbe"] =
-        json!({"httpGet": ask("/ready"), "periodSeconds": 1, "failureThreshold": START});
-    container["livenessProbe"] = json!({"httpGet": ask("/live"), "periodSeconds": 10});
-    container["readinessProbe"] = json!({"httpGet": ask("/ready"), "periodSeconds": 5});
+        json!({"httpGet": http_get("/ready"), "periodSeconds": 1, "failureThreshold": STARTUP_SECONDS});
+    container["livenessProbe"] = json!({"httpGet": http_get("/live"), "periodSeconds": 10});
+    container["readinessProbe"] = json!({"httpGet": http_get("/ready"), "periodSeconds": 5});
     container["lifecycle"] = lifecycle;
-    container["resources"] =
-        resources([&settings.cpu, &settings.memory], settings.cpu_limit.as_deref(), &limit(&settings.memory));
+    container["resources"] = resources(
+        [&settings.cpu, &settings.memory],
+        settings.cpu_limit.as_deref(),
+        &memory_limit_for(&settings.memory),
+    );
     container["securityContext"] = json!({
         "runAsUser": UID,
         "runAsGroup": UID,
@@ -134,7 +137,7 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
     let mut mounts = vec![
         // The directory, not the file: a subPath mount would never see a change.
         json!({"name": CONFIG_VOLUME, "mountPath": CONFIG_DIRECTORY, "readOnly": true}),
-        // For the token by which `outrigger drain` may act.
+        // For the admin token that `outrigger drain` needs.
         json!({"name": RUN_VOLUME, "mountPath": "/tmp"}),
     ];
     if settings.identity != Identity::None {
@@ -148,7 +151,7 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
     container
 }
 
-/// A request above the limit would make the pod invalid.
+/// Requests and limits. A request above the limit would make the pod invalid.
 fn resources([cpu, memory]: [&str; 2], cpu_limit: Option<&str>, memory_limit: &str) -> Value {
     let cpu = cpu_limit.filter(|limit| amount(limit) < amount(cpu)).unwrap_or(cpu);
     let mut limits = json!({"memory": memory_limit});
@@ -162,17 +165,17 @@ fn variable(name: &str, value: &str) -> Value {
     json!({"name": name, "value": literal(value)})
 }
 
-/// Kubernetes puts variables in place of `$(NAME)`; `$$(` is what it leaves alone.
+/// Escapes `$(NAME)`, which Kubernetes would expand.
 fn literal(value: &str) -> String {
     value.replace("$(", "$$(")
 }
 
-/// At least what is asked for.
-fn limit(request: &str) -> String {
+/// The memory limit: at least the request.
+fn memory_limit_for(request: &str) -> String {
     if amount(request) > amount(MEMORY_LIMIT) { request.to_owned() } else { MEMORY_LIMIT.to_owned() }
 }
 
-/// What the sidecar mounts.
+/// The volumes that the sidecar mounts.
 pub fn volumes(settings: &Settings) -> Vec<Value> {
     let mut config = json!({"name": settings.config.as_deref().unwrap_or(CONFIG_MAP)});
     if settings.config.is_none() {
@@ -201,12 +204,12 @@ mod tests {
         for (request, expected) in
             [("32Mi", "512Mi"), ("600000k", "600000k"), ("1Gi", "1Gi"), ("512Mi", "512Mi")]
         {
-            assert_eq!(limit(request), expected);
+            assert_eq!(memory_limit_for(request), expected);
         }
     }
 
     #[test]
-    fn kubernetes_puts_nothing_in_place_of_what_was_written() {
+    fn kubernetes_does_not_expand_values() {
         assert_eq!(variable("X", "a = \"$(B) ${C}\"")["value"], "a = \"$$(B) ${C}\"");
     }
 }

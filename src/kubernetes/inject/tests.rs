@@ -13,22 +13,22 @@ fn operations(pod: &Value, owner: Owner<'_>) -> (Vec<Operation>, Vec<Note>) {
     }
 }
 
-/// The injected pod; makes sure of the way back.
+/// The injected pod; checks that undo restores the original.
 fn injected(pod: &Value) -> Value {
     let mut after = pod.clone();
     for operation in operations(pod, DEPLOYMENT).0 {
         operation.apply(&mut after).unwrap();
     }
-    let mut back = after.clone();
+    let mut restored = after.clone();
     for step in undo(&after).unwrap() {
-        step.operation.apply(&mut back).unwrap();
+        step.operation.apply(&mut restored).unwrap();
     }
-    assert_eq!(back.to_string(), pod.to_string());
+    assert_eq!(restored.to_string(), pod.to_string());
     assert!(is_injected(&after) && !is_injected(pod));
     after
 }
 
-fn refused(pod: &Value) -> String {
+fn rejection(pod: &Value) -> String {
     inject(pod, DEPLOYMENT, &Defaults::default(), &|_| None).unwrap_err().to_string()
 }
 
@@ -44,7 +44,7 @@ fn variable<'v>(container: &'v Value, name: &str) -> &'v str {
 }
 
 #[test]
-fn the_sidecar_starts_between_the_rules_and_the_pods_own_init_containers() {
+fn the_sidecar_starts_after_redirection_and_before_init_containers() {
     let pod = json!({"metadata": {}, "spec": {
         "initContainers": [{"name": "migrate"}, {"name": "logs", "restartPolicy": "Always"}],
         "containers": [{"name": "app", "ports": [{"containerPort": 9000}]}]
@@ -58,9 +58,9 @@ fn the_sidecar_starts_between_the_rules_and_the_pods_own_init_containers() {
     assert_eq!(after["metadata"]["annotations"]["prometheus.io/port"], "4192");
 }
 
-/// Else a request on a connection that the client has kept finds the service gone.
+/// Otherwise a request on a keep-alive connection would find the service gone.
 #[test]
-fn the_service_outlasts_the_drain_delay_of_its_sidecar() {
+fn the_service_runs_longer_than_the_drain_delay() {
     for (grace, delay, sleep) in
         [(None, 5, 8), (Some(60), 5, 8), (Some(10), 5, 7), (Some(4), 2, 3), (Some(2), 1, 2)]
     {
@@ -83,11 +83,14 @@ fn the_service_outlasts_the_drain_delay_of_its_sidecar() {
 }
 
 #[test]
-fn a_hook_of_its_own_that_is_too_short_is_told() {
-    let told = |hook: Value| {
+fn a_prestop_sleep_that_is_too_short_is_reported() {
+    let notes_for = |hook: Value| {
         let pod = json!({"metadata": {}, "spec": {"containers": [{"name": "app", "lifecycle": {"preStop": hook}}]}});
         let (operations, notes) = operations(&pod, DEPLOYMENT);
-        assert!(!serde_json::to_string(&operations).unwrap().contains("preStop\":{\"sleep"), "it stays");
+        assert!(
+            !serde_json::to_string(&operations).unwrap().contains("preStop\":{\"sleep"),
+            "the hook is kept"
+        );
         notes.into_iter().map(|note| note.0).collect::<String>()
     };
     for short in [
@@ -95,17 +98,17 @@ fn a_hook_of_its_own_that_is_too_short_is_told() {
         json!({"exec": {"command": ["sleep", "5"]}}),
         json!({"exec": {"command": ["/bin/sh", "-c", "sleep 5"]}}),
     ] {
-        let told = told(short.clone());
-        assert!(told.contains("`app` sleeps for 5s") && told.contains("for 8s"), "{short}: {told}");
+        let notes = notes_for(short.clone());
+        assert!(notes.contains("`app` sleeps for 5s") && notes.contains("for 8s"), "{short}: {notes}");
     }
     for long in [json!({"sleep": {"seconds": 10}}), json!({"exec": {"command": ["/app", "drain"]}})] {
-        assert_eq!(told(long), "");
+        assert_eq!(notes_for(long), "");
     }
 }
 
-/// Its work is done when it ends: nobody is to be waited for.
+/// It serves no clients, so there is nothing to wait for.
 #[test]
-fn a_job_does_not_last_longer_by_the_drain_delay() {
+fn a_job_gets_no_drain_delay() {
     let job = |annotations: Value| {
         let pod = json!({"metadata": {"annotations": annotations}, "spec": {
             "restartPolicy": "Never", "containers": [{"name": "app"}]
@@ -115,13 +118,13 @@ fn a_job_does_not_last_longer_by_the_drain_delay() {
         variable(&after["spec"]["initContainers"][1], "OUTRIGGER_POD").to_owned()
     };
     assert!(job(json!({})).contains("drain_delay = \"0s\""));
-    let asked = job(json!({"outrigger.dev/drain-delay": "4s"}));
-    assert!(asked.contains("drain_delay = \"4s\""), "{asked}");
+    let config = job(json!({"outrigger.dev/drain-delay": "4s"}));
+    assert!(config.contains("drain_delay = \"4s\""), "{config}");
 }
 
-/// A ResourceQuota on `limits.cpu` takes no pod with a container that has none.
+/// A ResourceQuota on `limits.cpu` rejects pods with a container that has no limit.
 #[test]
-fn a_cpu_limit_is_of_every_container_that_is_added() {
+fn every_added_container_has_the_cpu_limit() {
     let pod = json!({"metadata": {"annotations": {"outrigger.dev/cpu-limit": "100m"}}, "spec": {"containers": [{"name": "app"}]}});
     let after = injected(&pod);
     for (container, request) in [(0, "10m"), (1, "20m")] {
@@ -138,7 +141,7 @@ fn a_cpu_limit_is_of_every_container_that_is_added() {
 }
 
 #[test]
-fn before_native_sidecars_the_rules_come_last_and_the_sidecar_first() {
+fn without_native_sidecars_redirection_is_the_last_init_container() {
     let pod = json!({"metadata": {"annotations": {"outrigger.dev/native-sidecar": "false"}}, "spec": {
         "initContainers": [{"name": "migrate"}], "containers": [{"name": "app"}]
     }});
@@ -158,7 +161,7 @@ fn before_native_sidecars_the_rules_come_last_and_the_sidecar_first() {
 }
 
 #[test]
-fn probes_over_the_network_ask_the_sidecar_and_all_others_stay() {
+fn network_probes_are_redirected_and_others_kept() {
     let exec = json!({"exec": {"command": ["true"]}});
     let pod = json!({"metadata": {"annotations": {"outrigger.dev/skip-inbound-ports": "9100-9200"}}, "spec": {
         "initContainers": [{"name": "logs", "restartPolicy": "Always", "startupProbe": {"tcpSocket": {"port": 24224}}}],
@@ -175,10 +178,10 @@ fn probes_over_the_network_ask_the_sidecar_and_all_others_stay() {
         ]
     }});
     let after = injected(&pod);
-    let asked: Value =
+    let probes: Value =
         serde_json::from_str(variable(&after["spec"]["initContainers"][1], "OUTRIGGER_PROBES")).unwrap();
     assert_eq!(
-        asked,
+        probes,
         json!({
             "logs/startup": {"port": 24224, "tcp": true, "timeout": 1},
             "app/readiness": {"port": 9090, "grpc": "s", "timeout": 1},
@@ -201,7 +204,7 @@ fn probes_over_the_network_ask_the_sidecar_and_all_others_stay() {
 }
 
 #[test]
-fn by_variables_there_is_no_privilege() {
+fn env_mode_needs_no_capability() {
     let pod = json!({"metadata": {"annotations": {"outrigger.dev/mode": "env"}}, "spec": {
         "initContainers": [{"name": "migrate"}],
         "containers": [{"name": "app", "livenessProbe": {"tcpSocket": {"port": 1}},
@@ -222,7 +225,7 @@ fn by_variables_there_is_no_privilege() {
 }
 
 #[test]
-fn every_way_to_an_identity_is_mounted_where_the_configuration_looks() {
+fn every_identity_is_mounted_where_the_configuration_expects_it() {
     for (identity, volume, path) in [
         (
             "csi-spiffe",
@@ -245,7 +248,7 @@ fn every_way_to_an_identity_is_mounted_where_the_configuration_looks() {
 }
 
 #[test]
-fn the_service_is_named_by_its_label_else_by_what_owns_the_pod() {
+fn the_service_name_is_its_label_or_controller() {
     let named =
         |metadata: Value, kind, name| service_name(&json!({"metadata": metadata}), Owner { kind, name });
     assert_eq!(named(json!({"labels": {"app.kubernetes.io/name": "cart"}}), "Deployment", "x"), "cart");
@@ -256,7 +259,7 @@ fn the_service_is_named_by_its_label_else_by_what_owns_the_pod() {
 }
 
 #[test]
-fn a_pod_with_little_time_lingers_less() {
+fn the_prestop_sleep_fits_the_grace_period() {
     let pod = |grace: u64| {
         json!({"metadata": {"annotations": {"outrigger.dev/drain-delay": "20s"}}, "spec": {
             "terminationGracePeriodSeconds": grace, "containers": [{"name": "app"}]
@@ -276,7 +279,7 @@ fn a_pod_with_little_time_lingers_less() {
 }
 
 #[test]
-fn what_would_go_past_the_proxy_in_silence_is_refused() {
+fn pods_that_would_bypass_the_proxy_are_rejected() {
     let with =
         |spec: Value, annotations: Value| json!({"metadata": {"annotations": annotations}, "spec": spec});
     let none = || json!({});
@@ -302,7 +305,7 @@ fn what_would_go_past_the_proxy_in_silence_is_refused() {
         (with(json!({"containers": [{"name": "a"}]}), json!({"outrigger.dev/injected": "x"})), ""),
     ] {
         if !expected.is_empty() {
-            assert!(refused(&pod).contains(expected), "{}", refused(&pod));
+            assert!(rejection(&pod).contains(expected), "{}", rejection(&pod));
         } else {
             assert!(undo(&pod).unwrap_err().to_string().contains("by hand"));
         }
@@ -310,7 +313,7 @@ fn what_would_go_past_the_proxy_in_silence_is_refused() {
 }
 
 #[test]
-fn what_cannot_or_will_not_have_one_is_left_alone() {
+fn unsupported_and_opted_out_pods_are_skipped() {
     let leave = |pod: Value| match inject(&pod, DEPLOYMENT, &Defaults::default(), &|_| None).unwrap() {
         Outcome::Leave(reason) => reason,
         Outcome::Patch { .. } => panic!("patched"),

@@ -1,6 +1,6 @@
-//! Room for bodies that are on their way in. What counts is what has come, not what was announced: who sends slowly holds
-//! little, and who holds much for long gives way as soon as somebody else needs the room. So memory is bounded, and no sender,
-//! slow or silent, keeps others waiting for more than a moment.
+//! A memory limit for request bodies that are being received. Received bytes count, not Content-Length, so a slow
+//! client holds little. A body that takes longer than a grace period is evicted when another one needs the memory. So
+//! memory is bounded, and slow or silent clients delay others only briefly.
 
 use std::{
     collections::BTreeMap,
@@ -18,58 +18,58 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long a body may take before it gives way. An API server's are there in milliseconds.
+/// How long a body may take before it can be evicted. An API server's arrive in milliseconds.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Why a body did not arrive.
+/// Why a body could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     #[error("{0}")]
     Broken(String),
-    #[error("the body has taken longer than {} s, and others need the room", GRACE.as_secs())]
-    GaveWay,
+    #[error("the body took longer than {} s, and the memory is needed for other requests", GRACE.as_secs())]
+    Evicted,
 }
 
-/// Bodies of one kind.
+/// The bodies that share one limit.
 #[derive(Debug)]
 pub struct Arrivals {
-    room: Mutex<Room>,
+    state: Mutex<BufferState>,
     freed: Notify,
 }
 
 impl Arrivals {
-    /// `limit`: so many bytes are held at a time; no body may be longer.
+    /// `limit`: the total size in bytes, also of a single body.
     pub fn new(limit: usize) -> Self {
-        Self { room: Mutex::new(Room::new(limit)), freed: Notify::new() }
+        Self { state: Mutex::new(BufferState::new(limit)), freed: Notify::new() }
     }
 
-    /// Reads a body to its end; its room is held until what is returned is dropped.
+    /// Reads a body to its end. Its memory counts until the returned value is dropped.
     pub async fn read<B: Body<Error: Display>>(&self, body: B) -> Result<Arrived<'_>, Failure> {
-        let (number, give_way) = self.room().enter(Instant::now());
-        let mut arrived = Arrived { bytes: Vec::new(), place: Place { arrivals: self, number } };
+        let (number, evicted) = self.state().enter(Instant::now());
+        let mut buffered = Arrived { bytes: Vec::new(), slot: BufferSlot { buffers: self, number } };
         let mut body = pin!(body);
         loop {
             let frame = tokio::select! {
                 frame = body.frame() => frame,
-                () = give_way.notified() => return Err(Failure::GaveWay),
+                () = evicted.notified() => return Err(Failure::Evicted),
             };
-            let Some(frame) = frame else { return Ok(arrived) };
+            let Some(frame) = frame else { return Ok(buffered) };
             let Ok(data) = frame.map_err(|error| Failure::Broken(error.to_string()))?.into_data() else {
                 continue;
             };
             self.grow(number, data.remaining()).await?;
-            put(&mut arrived.bytes, data);
+            append(&mut buffered.bytes, data);
         }
     }
 
     async fn grow(&self, number: u64, more: usize) -> Result<(), Failure> {
         loop {
             let freed = self.freed.notified();
-            let grown = self.room().grow(number, more, Instant::now());
-            match grown {
-                Grown::Fits => return Ok(()),
-                Grown::GaveWay => return Err(Failure::GaveWay),
-                Grown::Wait(until) => tokio::select! {
+            let result = self.state().grow(number, more, Instant::now());
+            match result {
+                GrowResult::Fits => return Ok(()),
+                GrowResult::Evicted => return Err(Failure::Evicted),
+                GrowResult::Wait(until) => tokio::select! {
                     () = freed => {}
                     () = sleep_until(until) => {}
                 },
@@ -77,12 +77,12 @@ impl Arrivals {
         }
     }
 
-    fn room(&self) -> MutexGuard<'_, Room> {
-        self.room.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, BufferState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn put(bytes: &mut Vec<u8>, mut data: impl Buf) {
+fn append(bytes: &mut Vec<u8>, mut data: impl Buf) {
     while data.has_remaining() {
         let chunk = data.chunk();
         bytes.extend_from_slice(chunk);
@@ -91,69 +91,71 @@ fn put(bytes: &mut Vec<u8>, mut data: impl Buf) {
     }
 }
 
-/// A body that is whole, and its room.
+/// A complete body; dropping it releases its memory.
 #[derive(Debug)]
 pub struct Arrived<'a> {
     pub bytes: Vec<u8>,
     #[expect(dead_code, reason = "held")]
-    place: Place<'a>,
+    slot: BufferSlot<'a>,
 }
 
 #[derive(Debug)]
-struct Place<'a> {
-    arrivals: &'a Arrivals,
+struct BufferSlot<'a> {
+    buffers: &'a Arrivals,
     number: u64,
 }
 
-impl Drop for Place<'_> {
+impl Drop for BufferSlot<'_> {
     fn drop(&mut self) {
-        self.arrivals.room().leave(self.number);
-        self.arrivals.freed.notify_waiters();
+        self.buffers.state().remove(self.number);
+        self.buffers.freed.notify_waiters();
     }
 }
 
-/// Who holds how much, in the order in which they began.
+/// The bodies and their sizes, in the order in which they began.
 #[derive(Debug)]
-struct Room {
+struct BufferState {
     limit: usize,
     held: usize,
-    bodies: BTreeMap<u64, Held>,
+    bodies: BTreeMap<u64, BodyEntry>,
     next: u64,
 }
 
 #[derive(Debug)]
-struct Held {
+struct BodyEntry {
     bytes: usize,
-    began: Instant,
-    give_way: Arc<Notify>,
+    started: Instant,
+    evicted: Arc<Notify>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Grown {
+enum GrowResult {
     Fits,
-    /// Until there is room, or somebody may be asked to give way.
+    /// Retry at this time: then memory may be free, or a body may be evicted.
     Wait(Instant),
-    GaveWay,
+    Evicted,
 }
 
-impl Room {
+impl BufferState {
     fn new(limit: usize) -> Self {
         Self { limit, held: 0, bodies: BTreeMap::new(), next: 0 }
     }
 
     fn enter(&mut self, now: Instant) -> (u64, Arc<Notify>) {
-        let (number, give_way) = (self.next, Arc::new(Notify::new()));
+        let (number, evicted) = (self.next, Arc::new(Notify::new()));
         self.next += 1;
-        self.bodies.insert(number, Held { bytes: 0, began: now, give_way: Arc::clone(&give_way) });
-        (number, give_way)
+        self.bodies.insert(number, BodyEntry { bytes: 0, started: now, evicted: Arc::clone(&evicted) });
+        (number, evicted)
     }
 
-    /// Has who began first give way, where there is no room and they have had their time.
-    fn grow(&mut self, number: u64, more: usize, now: Instant) -> Grown {
+    /// Reserves `more` bytes. If the limit is reached, evicts the oldest body once its grace period is over.
+    fn grow(&mut self, number: u64, more: usize, now: Instant) -> GrowResult {
         while self.held + more > self.limit && self.bodies.contains_key(&number) {
             match self.bodies.first_key_value() {
-                Some((_, first)) if now < first.began + GRACE => return Grown::Wait(first.began + GRACE),
-                Some((&first, _)) => self.leave(first),
+                Some((_, first)) if now < first.started + GRACE => {
+                    return GrowResult::Wait(first.started + GRACE);
+                }
+                Some((&first, _)) => self.remove(first),
                 None => break,
             }
         }
@@ -161,16 +163,16 @@ impl Room {
             Some(held) => {
                 held.bytes += more;
                 self.held += more;
-                Grown::Fits
+                GrowResult::Fits
             }
-            None => Grown::GaveWay,
+            None => GrowResult::Evicted,
         }
     }
 
-    fn leave(&mut self, number: u64) {
+    fn remove(&mut self, number: u64) {
         if let Some(held) = self.bodies.remove(&number) {
             self.held -= held.bytes;
-            held.give_way.notify_one();
+            held.evicted.notify_one();
         }
     }
 }
@@ -182,32 +184,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_holds_much_for_long_gives_way_and_nobody_else() {
-        let mut room = Room::new(100);
+    fn only_the_oldest_slow_body_is_evicted() {
+        let mut state = BufferState::new(100);
         let start = Instant::now();
-        let (slow, slow_gives_way) = room.enter(start);
-        assert_eq!(room.grow(slow, 90, start), Grown::Fits);
-        let (quick, _) = room.enter(start + GRACE / 2);
-        assert_eq!(room.grow(quick, 20, start + GRACE / 2), Grown::Wait(start + GRACE));
-        assert_eq!(room.grow(quick, 20, start + GRACE), Grown::Fits);
-        assert_eq!(room.grow(slow, 1, start + GRACE), Grown::GaveWay);
-        assert_eq!((room.held, room.bodies.len()), (20, 1));
+        let (slow, slow_evicted) = state.enter(start);
+        assert_eq!(state.grow(slow, 90, start), GrowResult::Fits);
+        let (quick, _) = state.enter(start + GRACE / 2);
+        assert_eq!(state.grow(quick, 20, start + GRACE / 2), GrowResult::Wait(start + GRACE));
+        assert_eq!(state.grow(quick, 20, start + GRACE), GrowResult::Fits);
+        assert_eq!(state.grow(slow, 1, start + GRACE), GrowResult::Evicted);
+        assert_eq!((state.held, state.bodies.len()), (20, 1));
         let mut context = Context::from_waker(Waker::noop());
-        assert!(pin!(slow_gives_way.notified()).poll(&mut context).is_ready());
-        // Nobody is older: it is its own turn to go.
-        assert_eq!(room.grow(quick, 81, start + GRACE * 2), Grown::GaveWay);
-        assert_eq!((room.held, room.bodies.len()), (0, 0));
+        assert!(pin!(slow_evicted.notified()).poll(&mut context).is_ready());
+        // It is the oldest itself, so it is evicted.
+        assert_eq!(state.grow(quick, 81, start + GRACE * 2), GrowResult::Evicted);
+        assert_eq!((state.held, state.bodies.len()), (0, 0));
     }
 
     #[test]
-    fn there_is_room_again_when_one_is_done() {
-        let mut room = Room::new(100);
+    fn memory_is_free_again_when_a_body_is_dropped() {
+        let mut state = BufferState::new(100);
         let now = Instant::now();
-        let (one, _) = room.enter(now);
-        let (two, _) = room.enter(now);
-        assert_eq!(room.grow(one, 60, now), Grown::Fits);
-        assert_eq!(room.grow(two, 60, now), Grown::Wait(now + GRACE));
-        room.leave(one);
-        assert_eq!(room.grow(two, 60, now), Grown::Fits);
+        let (one, _) = state.enter(now);
+        let (two, _) = state.enter(now);
+        assert_eq!(state.grow(one, 60, now), GrowResult::Fits);
+        assert_eq!(state.grow(two, 60, now), GrowResult::Wait(now + GRACE));
+        state.remove(one);
+        assert_eq!(state.grow(two, 60, now), GrowResult::Fits);
     }
 }

@@ -1,4 +1,4 @@
-//! The webhook's certificate, read again when its files change.
+//! The webhook's certificate, reloaded when its files change.
 
 use std::{
     fs, io,
@@ -28,11 +28,11 @@ pub enum CertificateError {
     Read { path: PathBuf, source: io::Error },
     #[error("{}: {reason}", path.display())]
     Pem { path: PathBuf, reason: String },
-    #[error("{} and {} do not belong together: {source}", certificate.display(), key.display())]
+    #[error("{} and {} do not match: {source}", certificate.display(), key.display())]
     Pair { certificate: PathBuf, key: PathBuf, source: rustls::Error },
 }
 
-/// A chain and its key, as the files held them.
+/// A chain and its key, with the content of their files.
 pub struct Certificate {
     paths: (PathBuf, PathBuf),
     texts: (Vec<u8>, Vec<u8>),
@@ -42,22 +42,22 @@ pub struct Certificate {
 impl Certificate {
     /// # Errors
     ///
-    /// Says which file is wrong.
+    /// Names the invalid file.
     pub fn read(certificate: &Path, key: &Path) -> Result<Self, CertificateError> {
         let read = |path: &Path| {
             fs::read(path).map_err(|source| CertificateError::Read { path: path.to_owned(), source })
         };
         let texts = (read(certificate)?, read(key)?);
-        let wrong = |path: &Path, reason: &dyn std::fmt::Display| CertificateError::Pem {
+        let invalid = |path: &Path, reason: &dyn std::fmt::Display| CertificateError::Pem {
             path: path.to_owned(),
             reason: reason.to_string(),
         };
         let chain = CertificateDer::pem_slice_iter(&texts.0).collect::<Result<Vec<_>, _>>();
-        let chain = chain.map_err(|error| wrong(certificate, &error))?;
+        let chain = chain.map_err(|error| invalid(certificate, &error))?;
         if chain.is_empty() {
-            return Err(wrong(certificate, &"there is no certificate in it"));
+            return Err(invalid(certificate, &"it contains no certificate"));
         }
-        let private = PrivateKeyDer::from_pem_slice(&texts.1).map_err(|error| wrong(key, &error))?;
+        let private = PrivateKeyDer::from_pem_slice(&texts.1).map_err(|error| invalid(key, &error))?;
         let pair =
             |source| CertificateError::Pair { certificate: certificate.into(), key: key.into(), source };
         let mut config = ServerConfig::builder_with_provider(Arc::clone(provider()))
@@ -74,24 +74,25 @@ impl Certificate {
         Arc::clone(&self.config)
     }
 
-    /// Puts what the files hold into `slot` whenever they change; what is wrong is logged, and the last good one stays.
+    /// Stores the configuration in `slot` whenever the files change. Errors are logged, and the last good one stays in
+    /// use.
     pub fn watch(self, slot: Arc<ArcSwap<ServerConfig>>) -> io::Result<Watcher> {
         let files = [self.paths.0.clone(), self.paths.1.clone()];
         let mut last = self;
-        let mut complaint = None;
+        let mut last_error = None;
         watch::watch("certificate-watch", &files, move |_| match Self::read(&last.paths.0, &last.paths.1) {
             Ok(now) if now.texts != last.texts => {
                 slot.store(now.config());
                 last = now;
-                complaint = None;
-                tracing::info!("a new certificate is used");
+                last_error = None;
+                tracing::info!("new certificate loaded");
             }
-            Ok(_) => complaint = None,
+            Ok(_) => last_error = None,
             Err(error) => {
                 let text = Some(error.to_string());
-                if complaint != text {
-                    tracing::error!(%error, "the new certificate is not used");
-                    complaint = text;
+                if last_error != text {
+                    tracing::error!(%error, "new certificate rejected");
+                    last_error = text;
                 }
             }
         })

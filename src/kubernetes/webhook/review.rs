@@ -1,4 +1,4 @@
-//! What is answered to an AdmissionReview (admission.k8s.io/v1). No I/O.
+//! The response to an AdmissionReview (admission.k8s.io/v1). No I/O.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::Deserialize;
@@ -10,38 +10,38 @@ use crate::kubernetes::{
 };
 
 const VERSION: &str = "admission.k8s.io/v1";
-/// Where pods are that a cluster cannot do without. The webhook's own namespace comes to these.
-const NEVER: &[&str] = &["kube-system", "kube-public", "kube-node-lease"];
-/// Lists, objects and what is in them. A pod has hundreds; each takes many times the memory of its two or three letters.
-const MAX_PARTS: usize = 100_000;
-/// What an API server shows of a warning.
-const WARNING: usize = 256;
-/// What is told of a refusal; a configuration may have an error on each line.
-const MESSAGE: usize = 8 << 10;
-/// The longest answer: that to a pod with 50 containers by `mode: env`, or 200 by `redirect`.
-const ANSWER: usize = 64 << 10;
+/// Namespaces with essential pods, which are never injected; nor is the webhook's own namespace.
+const EXCLUDED_NAMESPACES: &[&str] = &["kube-system", "kube-public", "kube-node-lease"];
+/// Most JSON values in a body. A pod has hundreds; each needs many times the memory of its two or three bytes of text.
+const MAX_VALUES: usize = 100_000;
+/// The longest warning, in characters; API servers truncate longer ones.
+const MAX_WARNING: usize = 256;
+/// The longest message of a rejection, in characters; a configuration may have an error on each line.
+const MAX_MESSAGE: usize = 8 << 10;
+/// The longest response, in bytes: enough for a pod with 50 containers with `mode: env`, or 200 with `redirect`.
+const MAX_RESPONSE: usize = 64 << 10;
 
-/// What nobody but an attacker, or a bug, would send.
+/// Why a body is not a valid review; API servers do not send such.
 #[derive(Debug, thiserror::Error)]
 pub enum ReviewError {
-    #[error("the body is no AdmissionReview: {0}")]
+    #[error("the body is not an AdmissionReview: {0}")]
     Json(#[from] serde_json::Error),
     #[error("it is a {0}, not an AdmissionReview of {VERSION}")]
     Version(String),
     #[error("the review has no request")]
-    Empty,
-    #[error("the body has more than {MAX_PARTS} parts: that is no pod")]
-    Parts,
-    #[error("the answer would be longer than {} KiB: that is no pod", ANSWER >> 10)]
-    Long,
+    NoRequest,
+    #[error("the body has more than {MAX_VALUES} values: that is not a pod")]
+    TooManyValues,
+    #[error("the response would be longer than {} KiB: that is not a pod", MAX_RESPONSE >> 10)]
+    ResponseTooLong,
 }
 
-/// What a webhook is asked.
+/// The kind of webhook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
-    /// What a pod is to be changed into.
+    /// Inject a pod.
     Mutate,
-    /// Whether a ConfigMap may be.
+    /// Validate a ConfigMap.
     Validate,
 }
 
@@ -74,66 +74,66 @@ struct Kind {
     kind: String,
 }
 
-/// What a request comes to.
+/// The decision on a request.
 #[derive(Debug, Default)]
-struct Verdict {
-    refused: Option<String>,
+struct Decision {
+    rejection: Option<String>,
     patch: Vec<Operation>,
     warnings: Vec<String>,
 }
 
-impl Verdict {
-    fn refuse(why: impl ToString) -> Self {
-        Self { refused: Some(why.to_string()), ..Self::default() }
+impl Decision {
+    fn reject(reason: impl ToString) -> Self {
+        Self { rejection: Some(reason.to_string()), ..Self::default() }
     }
 
-    fn warn(why: String) -> Self {
-        Self { warnings: vec![why], ..Self::default() }
+    fn warn(reason: String) -> Self {
+        Self { warnings: vec![reason], ..Self::default() }
     }
 }
 
-/// Answers a review, in JSON. `own`: the namespace that the webhook itself is in.
+/// Responds to a review, in JSON. `own`: the webhook's own namespace.
 ///
 /// # Errors
 ///
-/// Where the body is none, or one that nobody would send.
+/// If the body is not a valid review, or it or the response is too large.
 pub fn answer(
     question: Question,
     body: &[u8],
     defaults: &Defaults,
     own: Option<&str>,
 ) -> Result<String, ReviewError> {
-    if parts(body) > MAX_PARTS {
-        return Err(ReviewError::Parts);
+    if count_values(body) > MAX_VALUES {
+        return Err(ReviewError::TooManyValues);
     }
     let review: Review = serde_json::from_slice(body)?;
     if review.kind != "AdmissionReview" || review.api_version != VERSION {
         return Err(ReviewError::Version(format!("{} of {}", review.kind, review.api_version)));
     }
-    let request = review.request.ok_or(ReviewError::Empty)?;
-    let verdict = match question {
+    let request = review.request.ok_or(ReviewError::NoRequest)?;
+    let decision = match question {
         Question::Mutate => mutate(&request, defaults, own),
         Question::Validate => validate(&request),
     };
-    tell(&request, &verdict);
-    let mut response = json!({"uid": request.uid, "allowed": verdict.refused.is_none()});
-    if let Some(message) = verdict.refused {
-        response["status"] = json!({"code": 422, "reason": "Invalid", "message": shorten(&format!("outrigger: {message}"), MESSAGE)});
+    log_decision(&request, &decision);
+    let mut response = json!({"uid": request.uid, "allowed": decision.rejection.is_none()});
+    if let Some(message) = decision.rejection {
+        response["status"] = json!({"code": 422, "reason": "Invalid", "message": shorten(&format!("outrigger: {message}"), MAX_MESSAGE)});
     }
-    if !verdict.patch.is_empty() {
+    if !decision.patch.is_empty() {
         response["patchType"] = "JSONPatch".into();
-        response["patch"] = STANDARD.encode(serde_json::to_vec(&verdict.patch)?).into();
+        response["patch"] = STANDARD.encode(serde_json::to_vec(&decision.patch)?).into();
     }
-    if !verdict.warnings.is_empty() {
-        let warning = |text: &String| shorten(&format!("outrigger: {text}"), WARNING);
-        response["warnings"] = verdict.warnings.iter().map(warning).collect();
+    if !decision.warnings.is_empty() {
+        let warning = |text: &String| shorten(&format!("outrigger: {text}"), MAX_WARNING);
+        response["warnings"] = decision.warnings.iter().map(warning).collect();
     }
     let answer = json!({"apiVersion": VERSION, "kind": "AdmissionReview", "response": response}).to_string();
-    if answer.len() > ANSWER { Err(ReviewError::Long) } else { Ok(answer) }
+    if answer.len() > MAX_RESPONSE { Err(ReviewError::ResponseTooLong) } else { Ok(answer) }
 }
 
-/// At least as many as there are values in a JSON text, but for those that stand alone in what holds them.
-fn parts(json: &[u8]) -> usize {
+/// Estimates the number of values in a JSON text: commas, `[` and `{` outside of strings.
+fn count_values(json: &[u8]) -> usize {
     let (mut count, mut in_string, mut escaped) = (0, false, false);
     for byte in json {
         match byte {
@@ -151,19 +151,19 @@ fn shorten(text: &str, length: usize) -> String {
     text.chars().take(length).collect()
 }
 
-fn tell(request: &Request, verdict: &Verdict) {
+fn log_decision(request: &Request, decision: &Decision) {
     let Request { namespace, operation, kind: Kind { kind, .. }, .. } = request;
     let name = name(request);
-    match &verdict.refused {
-        Some(why) => tracing::warn!(%kind, %namespace, %name, %operation, %why, "refused"),
+    match &decision.rejection {
+        Some(reason) => tracing::warn!(%kind, %namespace, %name, %operation, %reason, "rejected"),
         None => {
-            let patched = !verdict.patch.is_empty();
-            tracing::info!(%kind, %namespace, %name, %operation, patched, warnings = ?verdict.warnings, "reviewed");
+            let patched = !decision.patch.is_empty();
+            tracing::info!(%kind, %namespace, %name, %operation, patched, warnings = ?decision.warnings, "reviewed");
         }
     }
 }
 
-/// A pod that is made from a template has no name yet.
+/// The name for logs. A pod created from a template has no name yet.
 fn name(request: &Request) -> &str {
     let metadata = &request.object["metadata"];
     let generated = || metadata["generateName"].as_str().map(|prefix| prefix.trim_end_matches('-'));
@@ -171,12 +171,12 @@ fn name(request: &Request) -> &str {
     named.or_else(|| metadata["name"].as_str()).or_else(generated).unwrap_or("?")
 }
 
-fn mutate(request: &Request, defaults: &Defaults, own: Option<&str>) -> Verdict {
+fn mutate(request: &Request, defaults: &Defaults, own: Option<&str>) -> Decision {
     let is_new_pod =
         request.kind.kind == "Pod" && request.kind.group.is_empty() && request.operation == "CREATE";
-    let never = NEVER.contains(&&*request.namespace) || own == Some(&*request.namespace);
-    if !is_new_pod || never || inject::is_injected(&request.object) {
-        return Verdict::default();
+    let excluded = EXCLUDED_NAMESPACES.contains(&&*request.namespace) || own == Some(&*request.namespace);
+    if !is_new_pod || excluded || inject::is_injected(&request.object) {
+        return Decision::default();
     }
     let references = request.object["metadata"]["ownerReferences"].as_array();
     let controller = references.into_iter().flatten().find(|reference| reference["controller"] == true);
@@ -185,41 +185,41 @@ fn mutate(request: &Request, defaults: &Defaults, own: Option<&str>) -> Verdict 
         _ => Owner { kind: "Pod", name: name(request) },
     };
     match patch(&request.object, owner, defaults) {
-        Ok(verdict) => verdict,
-        Err(error) => Verdict::refuse(error),
+        Ok(decision) => decision,
+        Err(error) => Decision::reject(error),
     }
 }
 
-fn patch(pod: &Value, owner: Owner<'_>, defaults: &Defaults) -> Result<Verdict, InjectError> {
-    // What is left of an injection whose containers somebody has taken out.
+fn patch(pod: &Value, owner: Owner<'_>, defaults: &Defaults) -> Result<Decision, InjectError> {
+    // Undo first: the containers of an earlier injection may have been removed by hand.
     let (mut pod, mut patch) = (pod.clone(), Vec::new());
     for step in inject::undo(&pod)? {
         step.operation.apply(&mut pod)?;
         patch.push(step.operation);
     }
     Ok(match inject::inject(&pod, owner, defaults, &|_| None)? {
-        Outcome::Leave(None) => Verdict::default(),
-        Outcome::Leave(Some(reason)) => Verdict::warn(format!("no sidecar: {reason}")),
+        Outcome::Leave(None) => Decision::default(),
+        Outcome::Leave(Some(reason)) => Decision::warn(format!("no sidecar: {reason}")),
         Outcome::Patch { operations, notes } => {
             patch.extend(operations);
-            Verdict { patch, warnings: notes.into_iter().map(|note| note.0).collect(), refused: None }
+            Decision { patch, warnings: notes.into_iter().map(|note| note.0).collect(), rejection: None }
         }
     })
 }
 
-fn validate(request: &Request) -> Verdict {
-    let written = ["CREATE", "UPDATE"].contains(&&*request.operation);
-    if !written || request.kind.kind != "ConfigMap" || !request.kind.group.is_empty() {
-        return Verdict::default();
+fn validate(request: &Request) -> Decision {
+    let is_write = ["CREATE", "UPDATE"].contains(&&*request.operation);
+    if !is_write || request.kind.kind != "ConfigMap" || !request.kind.group.is_empty() {
+        return Decision::default();
     }
     let text = match request.object["data"].get(CONFIG_KEY) {
-        None => return Verdict::default(),
+        None => return Decision::default(),
         Some(Value::String(text)) => text,
-        Some(_) => return Verdict::refuse(format!("data.{CONFIG_KEY} is no string")),
+        Some(_) => return Decision::reject(format!("data.{CONFIG_KEY} is not a string")),
     };
     match proxy_config::check(CONFIG_KEY, text) {
-        Ok(warnings) => Verdict { warnings, ..Verdict::default() },
-        Err(problems) => Verdict::refuse(format!("ConfigMap {} cannot be used:\n{problems}", name(request))),
+        Ok(warnings) => Decision { warnings, ..Decision::default() },
+        Err(problems) => Decision::reject(format!("ConfigMap {} is invalid:\n{problems}", name(request))),
     }
 }
 
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_are_patched_where_they_may_be() {
+    fn pods_are_injected_except_in_excluded_namespaces() {
         let plain = pod(&json!({}));
         let patched = |namespace, operation| {
             let response = ask(Question::Mutate, &review("Pod", namespace, operation, &plain));
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_whose_words_make_no_sense_is_refused() {
+    fn a_pod_with_an_invalid_annotation_is_rejected() {
         let body = review("Pod", "shop", "CREATE", &pod(&json!({"outrigger.dev/mode": "x"})));
         let response = ask(Question::Mutate, &body);
         assert_eq!((&response["allowed"], &response["status"]["code"]), (&false.into(), &422.into()));
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_took_out_in_part_is_put_in_anew() {
+    fn a_partly_removed_injection_is_repeated() {
         let mut injected = pod(&json!({}));
         let first = patch(&injected, Owner { kind: "Pod", name: "p" }, &Defaults::default()).unwrap();
         first.patch.iter().for_each(|operation| operation.apply(&mut injected).unwrap());
@@ -283,28 +283,28 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_configuration_is_refused_with_its_line() {
+    fn an_invalid_configuration_is_rejected_with_its_line() {
         let ask = |data: Value| {
             ask(Question::Validate, &review("ConfigMap", "shop", "UPDATE", &json!({"data": data})))
         };
         let response = ask(json!({"outrigger.toml": "[inbound]\nmtsl = \"strict\"\n"}));
         let message = response["status"]["message"].as_str().unwrap();
         assert!(message.contains("outrigger.toml:2") && message.contains("mtls"), "{message}");
-        for fine in [
+        for valid in [
             json!({"outrigger.toml": "[inbound]\nmtls = \"off\"\n"}),
             json!({"app.toml": "= ="}),
             Value::Null,
         ] {
-            assert_eq!(ask(fine)["allowed"], true);
+            assert_eq!(ask(valid)["allowed"], true);
         }
         assert_eq!(ask(json!({"outrigger.toml": 1}))["allowed"], false);
     }
 
     #[test]
-    fn parts_are_counted_outside_of_strings() {
+    fn values_are_counted_outside_of_strings() {
         for (json, expected) in [("", 0), ("[]", 1), ("[1,2,{\"a\":[]}]", 5), (r#"{"a,[{\",":",\\",0:0}"#, 2)]
         {
-            assert_eq!(parts(json.as_bytes()), expected, "{json}");
+            assert_eq!(count_values(json.as_bytes()), expected, "{json}");
         }
         let args = |count: usize| json!({"spec": {"containers": [{"name": "a", "args": vec![""; count]}]}});
         let answer = |count: usize| {
@@ -312,15 +312,15 @@ mod tests {
             answer(Question::Mutate, &body, &Defaults::default(), None).map(|_| ())
         };
         assert!(answer(1000).is_ok());
-        assert!(matches!(answer(MAX_PARTS), Err(ReviewError::Parts)));
-        // A long text is one part.
-        let text = "a = [1, 2]\n".repeat(MAX_PARTS);
+        assert!(matches!(answer(MAX_VALUES), Err(ReviewError::TooManyValues)));
+        // A long string is one value.
+        let text = "a = [1, 2]\n".repeat(MAX_VALUES);
         let body = review("ConfigMap", "shop", "CREATE", &json!({"data": {"other": text}}));
         assert!(super::answer(Question::Validate, &body, &Defaults::default(), None).is_ok());
     }
 
     #[test]
-    fn what_is_no_review_is_no_pod() {
+    fn invalid_reviews_and_pods_are_rejected() {
         for body in [
             "",
             "{}",
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_have_a_bound_that_no_pod_comes_near() {
+    fn responses_are_limited_far_above_real_pods() {
         let with = |count: usize, mode: &str| {
             let containers: Vec<Value> = (0..count)
                 .map(|number| json!({"name": format!("container-{number}"), "image": "b"}))
@@ -360,7 +360,7 @@ mod tests {
         };
         for mode in ["redirect", "env"] {
             assert!(with(40, mode).is_ok());
-            assert!(matches!(with(3_000, mode), Err(ReviewError::Long)));
+            assert!(matches!(with(3_000, mode), Err(ReviewError::ResponseTooLong)));
         }
         let broken = "= 1\n".repeat(100_000);
         let broken = review("ConfigMap", "shop", "CREATE", &json!({"data": {CONFIG_KEY: broken}}));

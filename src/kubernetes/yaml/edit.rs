@@ -1,6 +1,6 @@
-//! Changes in the text, by which everything else stays as it is to the byte.
+//! Edits of YAML text that leave everything else byte for byte unchanged.
 //!
-//! Taking out what was put in gives the text from before, whatever its style and its line ends.
+//! Removing what was added restores the original text, whatever its style and line ends.
 
 use serde_json::Value;
 
@@ -10,44 +10,44 @@ use super::{
 };
 use crate::kubernetes::patch::{Operation, segments};
 
-/// Why a change cannot be made in the text alone.
+/// The text cannot be edited in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("anchors, aliases or an unusual layout stand where the sidecar goes")]
+#[error("anchors, aliases or an unsupported layout prevent editing in place")]
 pub struct TooUnusual;
 
-/// The text with the change made.
+/// Applies an operation to the text.
 ///
 /// # Errors
 ///
-/// Where the place is shared with another by an alias, or stands in no usual way.
+/// If the value is shared by an alias, or the layout is not supported.
 pub fn apply(text: &str, operation: &Operation) -> Result<String, TooUnusual> {
     let document = Document::parse(text).map_err(|_| TooUnusual)?;
     let path = segments(operation.path());
     let (last, parents) = path.split_last().ok_or(TooUnusual)?;
-    let found = find(&document, parents)?;
+    let container = find(&document, parents)?;
     let edit = match operation {
-        Operation::Add { value, .. } => found.add(text, last, value)?,
-        Operation::Replace { value, .. } => found.replace(text, last, value)?,
-        Operation::Remove { .. } => found.remove(text, last)?,
+        Operation::Add { value, .. } => container.add(text, last, value)?,
+        Operation::Replace { value, .. } => container.replace(text, last, value)?,
+        Operation::Remove { .. } => container.remove(text, last)?,
     };
-    Ok(edit.made_in(text))
+    Ok(edit.apply_to(text))
 }
 
-/// What stands behind the key at this place, from its colon on; for [`restore`].
+/// The text of the value at this path, from after the colon; for [`restore`].
 pub fn raw<'t>(text: &'t str, document: &Document, path: &str) -> Option<&'t str> {
     let path = segments(path);
     let (last, parents) = path.split_last()?;
     let entry = find(document, parents).ok()?.entry(last).ok()?;
-    text.get(behind_colon(text, entry).ok()?..entry.node.end)
+    text.get(after_colon(text, entry).ok()?..entry.node.end)
 }
 
-/// Whether this is how a value at that place would be written anyhow.
+/// Whether the text of the value is what [`apply`] would write.
 pub fn is_usual(text: &str, document: &Document, path: &str, value: &Value) -> bool {
     let edited = apply(text, &Operation::Replace { path: path.to_owned(), value: value.clone() });
     document.root.is_some() && edited.as_deref() == Ok(text)
 }
 
-/// Puts back what [`raw`] gave.
+/// Restores text returned by [`raw`].
 ///
 /// # Errors
 ///
@@ -57,8 +57,8 @@ pub fn restore(text: &str, path: &str, raw: &str) -> Result<String, TooUnusual> 
     let path = segments(path);
     let (last, parents) = path.split_last().ok_or(TooUnusual)?;
     let entry = find(&document, parents)?.entry(last)?;
-    let edit = Edit { from: behind_colon(text, entry)?, to: entry.node.end, with: raw.to_owned() };
-    Ok(edit.made_in(text))
+    let edit = Edit { from: after_colon(text, entry)?, to: entry.node.end, with: raw.to_owned() };
+    Ok(edit.apply_to(text))
 }
 
 struct Edit {
@@ -68,69 +68,69 @@ struct Edit {
 }
 
 impl Edit {
-    fn made_in(&self, text: &str) -> String {
+    fn apply_to(&self, text: &str) -> String {
         format!("{}{}{}", &text[..self.from], self.with, &text[self.to..])
     }
 }
 
-/// A map or a list, and what its own key is.
-struct Place<'d> {
+/// A map or a list, and its position in the text.
+struct Container<'d> {
     node: &'d Node,
-    /// Where the line ends in which it is named: items may be put behind.
-    named: Option<usize>,
+    /// The end of its key in the parent map: items may be inserted after that line.
+    key_end: Option<usize>,
 }
 
-fn find<'d>(document: &'d Document, path: &[String]) -> Result<Place<'d>, TooUnusual> {
-    let mut place = Place { node: document.root.as_ref().ok_or(TooUnusual)?, named: None };
+fn find<'d>(document: &'d Document, path: &[String]) -> Result<Container<'d>, TooUnusual> {
+    let mut container = Container { node: document.root.as_ref().ok_or(TooUnusual)?, key_end: None };
     for segment in path {
-        place = match &place.node.kind {
-            _ if place.node.shared => return Err(TooUnusual),
+        container = match &container.node.kind {
+            _ if container.node.shared => return Err(TooUnusual),
             Kind::Map { .. } => {
-                let entry = place.entry(segment)?;
-                Place { node: &entry.node, named: Some(entry.key_end) }
+                let entry = container.entry(segment)?;
+                Container { node: &entry.node, key_end: Some(entry.key_end) }
             }
             Kind::Seq { items, .. } => {
                 let item = segment.parse().ok().and_then(|at: usize| items.get(at)).ok_or(TooUnusual)?;
-                Place { node: item, named: None }
+                Container { node: item, key_end: None }
             }
             _ => return Err(TooUnusual),
         };
     }
-    if place.node.shared { Err(TooUnusual) } else { Ok(place) }
+    if container.node.shared { Err(TooUnusual) } else { Ok(container) }
 }
 
-impl<'d> Place<'d> {
+impl<'d> Container<'d> {
     fn entry(&self, key: &str) -> Result<&'d Entry, TooUnusual> {
         let Kind::Map { entries, .. } = &self.node.kind else { return Err(TooUnusual) };
         entries.iter().find(|entry| entry.key == key).ok_or(TooUnusual)
     }
 
     fn add(&self, text: &str, last: &str, value: &Value) -> Result<Edit, TooUnusual> {
-        let put = |at: usize, with: String| Ok(Edit { from: at, to: at, with });
+        let insert = |at: usize, with: String| Ok(Edit { from: at, to: at, with });
         let lines = |at: usize, lines: String| {
             let nl = newline(text);
-            put(at, format!("{nl}{}", lines.replace('\n', nl)))
+            insert(at, format!("{nl}{}", lines.replace('\n', nl)))
         };
         match &self.node.kind {
             Kind::Map { flow: true, entries } => {
-                let behind = entries.last().ok_or(TooUnusual)?.node.end;
-                put(behind, format!(", {}: {value}", Value::from(last)))
+                let after = entries.last().ok_or(TooUnusual)?.node.end;
+                insert(after, format!(", {}: {value}", Value::from(last)))
             }
             Kind::Map { flow: false, entries } => {
-                let (first, behind) = (entries.first().ok_or(TooUnusual)?, entries.last().ok_or(TooUnusual)?);
+                let (first, after) = (entries.first().ok_or(TooUnusual)?, entries.last().ok_or(TooUnusual)?);
                 let indent = column(text, first.key_start);
-                lines(line_end(text, behind.node.end), write::entry(last, value, indent))
+                lines(line_end(text, after.node.end), write::entry(last, value, indent))
             }
             Kind::Seq { flow, items } => {
                 let at: usize = last.parse().map_err(|_| TooUnusual)?;
                 let first = items.first().ok_or(TooUnusual)?;
                 match (at.checked_sub(1).and_then(|before| items.get(before)), flow) {
-                    (None, true) => put(first.start, format!("{value}, ")),
-                    (Some(before), true) => put(before.end, format!(", {value}")),
+                    (None, true) => insert(first.start, format!("{value}, ")),
+                    (Some(before), true) => insert(before.end, format!(", {value}")),
                     (before, false) => {
                         let dash = dash(text, first)?;
-                        let behind = before.map(|before| before.end).or(self.named).ok_or(TooUnusual)?;
-                        lines(line_end(text, behind), write::item(value, column(text, dash)))
+                        let after = before.map(|before| before.end).or(self.key_end).ok_or(TooUnusual)?;
+                        lines(line_end(text, after), write::item(value, column(text, dash)))
                     }
                 }
             }
@@ -146,11 +146,11 @@ impl<'d> Place<'d> {
         }
         let with = write::behind_key(value, column(text, entry.key_start));
         let with = with.replace('\n', newline(text));
-        Ok(Edit { from: behind_colon(text, entry)?, to: entry.node.end, with })
+        Ok(Edit { from: after_colon(text, entry)?, to: entry.node.end, with })
     }
 
     fn remove(&self, text: &str, last: &str) -> Result<Edit, TooUnusual> {
-        // Where each member begins and ends; of an item in block style, with its dash.
+        // Start and end of each member; with the dash for items in block style.
         let (flow, at, spans): (bool, usize, Vec<(usize, usize)>) = match &self.node.kind {
             Kind::Map { flow, entries } => {
                 let at = entries.iter().position(|entry| entry.key == last).ok_or(TooUnusual)?;
@@ -172,12 +172,12 @@ impl<'d> Place<'d> {
             }
         } else {
             let line = line_start(text, start);
-            // The first key of an item stands behind the dash: that line is not its own.
+            // The first key of an item follows the dash, so the line cannot be removed.
             if spans.len() == 1 || !text[line..start].trim().is_empty() {
                 return Err(TooUnusual);
             }
-            let broken = line.checked_sub(1).map(|at| at - usize::from(text[..at].ends_with('\r')));
-            match broken {
+            let line_break = line.checked_sub(1).map(|at| at - usize::from(text[..at].ends_with('\r')));
+            match line_break {
                 Some(before) => (before, line_end(text, end)),
                 None => (0, (line_end(text, end) + newline(text).len()).min(text.len())),
             }
@@ -186,13 +186,13 @@ impl<'d> Place<'d> {
     }
 }
 
-fn behind_colon(text: &str, entry: &Entry) -> Result<usize, TooUnusual> {
+fn after_colon(text: &str, entry: &Entry) -> Result<usize, TooUnusual> {
     let gap = text[entry.key_end..].find(':').ok_or(TooUnusual)?;
     let only_space = text[entry.key_end..entry.key_end + gap].trim().is_empty();
     if only_space { Ok(entry.key_end + gap + 1) } else { Err(TooUnusual) }
 }
 
-/// The dash of an item in block style.
+/// The position of the dash of an item in block style.
 fn dash(text: &str, item: &Node) -> Result<usize, TooUnusual> {
     let before = text[..item.start].trim_end_matches([' ', '\t']);
     if before.ends_with('-') { Ok(before.len() - 1) } else { Err(TooUnusual) }
@@ -202,7 +202,7 @@ fn line_start(text: &str, at: usize) -> usize {
     text[..at].rfind('\n').map_or(0, |end| end + 1)
 }
 
-/// The end of the line, before what breaks it.
+/// The end of the line, without the line break.
 fn line_end(text: &str, at: usize) -> usize {
     let end = text[at..].find('\n').map_or(text.len(), |end| at + end);
     end - usize::from(end > at && text[..end].ends_with('\r'))
@@ -226,39 +226,39 @@ mod tests {
         Operation::Add { path: path.to_owned(), value }
     }
 
-    /// Puts it in, checks what it says then, and takes it out again.
-    fn there_and_back(text: &str, path: &str, expected: &str) {
+    /// Adds a value, checks the result, and removes it again.
+    fn assert_round_trip(text: &str, path: &str, expected: &str) {
         let value = json!({"name": "o", "args": ["a"]});
         let operation = add(path, value);
         let edited = apply(text, &operation).unwrap();
         assert_eq!(edited, expected);
-        let mut meant = Document::parse(text).unwrap().value();
-        operation.apply(&mut meant).unwrap();
-        assert_eq!(Document::parse(&edited).unwrap().value(), meant);
+        let mut expected_value = Document::parse(text).unwrap().value();
+        operation.apply(&mut expected_value).unwrap();
+        assert_eq!(Document::parse(&edited).unwrap().value(), expected_value);
         assert_eq!(apply(&edited, &Operation::Remove { path: path.to_owned() }).unwrap(), text);
     }
 
     #[test]
-    fn what_is_put_in_can_be_taken_out_to_the_byte() {
-        there_and_back(
+    fn removing_an_addition_restores_the_text() {
+        assert_round_trip(
             "s:\n- name: x # mine\n  v: |\n    t\n\n# end\n",
             "/s/1",
             "s:\n- name: x # mine\n  v: |\n    t\n- name: o\n  args:\n    - a\n\n# end\n",
         );
-        there_and_back(
+        assert_round_trip(
             "s: # of s\n    # of x\n    - x\n",
             "/s/0",
             "s: # of s\n    - name: o\n      args:\n        - a\n    # of x\n    - x\n",
         );
-        there_and_back(
+        assert_round_trip(
             "a:\r\n  b: 1\r\nc: 2",
             "/a/d",
             "a:\r\n  b: 1\r\n  d:\r\n    name: o\r\n    args:\r\n      - a\r\nc: 2",
         );
-        there_and_back("- a: 1", "/0/d", "- a: 1\n  d:\n    name: o\n    args:\n      - a");
-        there_and_back("{\"s\": [1,2]}", "/s/0", "{\"s\": [{\"name\":\"o\",\"args\":[\"a\"]}, 1,2]}");
-        there_and_back("{\"s\": [1,2]}", "/s/1", "{\"s\": [1, {\"name\":\"o\",\"args\":[\"a\"]},2]}");
-        there_and_back(
+        assert_round_trip("- a: 1", "/0/d", "- a: 1\n  d:\n    name: o\n    args:\n      - a");
+        assert_round_trip("{\"s\": [1,2]}", "/s/0", "{\"s\": [{\"name\":\"o\",\"args\":[\"a\"]}, 1,2]}");
+        assert_round_trip("{\"s\": [1,2]}", "/s/1", "{\"s\": [1, {\"name\":\"o\",\"args\":[\"a\"]},2]}");
+        assert_round_trip(
             "{\n  \"a\": 1\n}\n",
             "/b",
             "{\n  \"a\": 1, \"b\": {\"name\":\"o\",\"args\":[\"a\"]}\n}\n",
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_replaced_can_be_put_back_to_the_byte() {
+    fn restoring_a_replacement_restores_the_text() {
         for text in [
             "p: # why\n    http: {path: /a,  port: web}   # what\n    t: 1 # end\nq: 1\n",
             "p: {http: {path: /a,  port: web}}\nq: 1\n",
@@ -275,7 +275,7 @@ mod tests {
             "q: 1\np:   {} # none",
         ] {
             let document = Document::parse(text).unwrap();
-            let kept = raw(text, &document, "/p").unwrap().to_owned();
+            let original = raw(text, &document, "/p").unwrap().to_owned();
             let edited =
                 apply(text, &Operation::Replace { path: "/p".into(), value: json!({"x": [1]}) }).unwrap();
             assert_eq!(
@@ -283,12 +283,12 @@ mod tests {
                 json!({"p": {"x": [1]}, "q": 1}),
                 "{edited}"
             );
-            assert_eq!(restore(&edited, "/p", &kept).unwrap(), text);
+            assert_eq!(restore(&edited, "/p", &original).unwrap(), text);
         }
     }
 
     #[test]
-    fn what_is_shared_is_not_edited() {
+    fn shared_values_are_not_edited() {
         for text in ["a: &x {b: 1}\nc: *x\n", "c: &x {b: 1}\n", "d: &x {b: 1}\nc:\n  <<: *x\n"] {
             assert!(
                 apply(text, &Operation::Replace { path: "/c/b".into(), value: 1.into() }).is_err(),

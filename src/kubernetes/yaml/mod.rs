@@ -1,8 +1,9 @@
-//! YAML that is changed in place: what a patch does not touch keeps every byte, its comments and quotes among them.
+//! YAML edited in place: everything that a patch does not touch is left byte for byte unchanged, with comments and
+//! quotes.
 //!
-//! A document is read into a tree that knows where everything stands ([`parse`]); a change is made in the text by
-//! putting in or taking out lines ([`edit`]); what is put in is written by [`write`]. Whoever changes a text reads it
-//! again and compares: where the text was too unusual for that (anchors in the way), the document is written anew.
+//! A document is parsed into a tree with the byte offsets of its values ([`parse`]); edits insert or remove lines of
+//! the text ([`edit`]); [`write`] formats new values. Callers parse the edited text again and compare. If that fails
+//! (anchors in the edited part), the whole document is rewritten.
 
 pub mod edit;
 pub mod parse;
@@ -10,13 +11,13 @@ pub mod write;
 
 pub use parse::{Document, YamlError};
 
-/// Splits a stream at its `---` lines. The parts, put together again, are the stream.
+/// Splits a stream at its `---` lines. The concatenated parts are the stream.
 pub fn documents(text: &str) -> Vec<&str> {
     let mut parts = Vec::new();
     let (mut start, mut at, mut directives) = (0, 0, false);
     for line in text.split_inclusive('\n') {
         let bare = line.trim_end();
-        // At the first column nothing else may look so, not even in a block of text.
+        // In the first column this is always a marker, even in a block scalar.
         let marker =
             bare.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t']));
         if marker && at > start && !directives {

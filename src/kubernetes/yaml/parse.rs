@@ -1,16 +1,16 @@
-//! From text to a tree that knows where everything stands.
+//! Parses YAML text into a tree with byte offsets.
 
 use std::{collections::HashMap, rc::Rc};
 
 use saphyr_parser::{Event, Parser, ScalarStyle, Span, Tag};
 use serde_json::{Map, Number, Value};
 
-/// Deeper than any manifest, and shallow enough for a stack.
+/// Deeper than any manifest, and safe for the stack.
 const MAX_DEPTH: usize = 100;
-/// Of all values of a document, those included that aliases stand for: `&a [*b, *b]` must not grow for ever.
+/// Most values in a document with its aliases expanded, against exponential growth (`&a [*b, *b]`).
 const MAX_VALUES: usize = 500_000;
 
-/// Why a text is no YAML that Kubernetes would take.
+/// Why a text is not YAML that Kubernetes accepts.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("line {line}: {reason}")]
 pub struct YamlError {
@@ -22,18 +22,18 @@ pub struct YamlError {
 /// A document of a stream.
 #[derive(Debug)]
 pub struct Document {
-    /// None where there are only comments.
+    /// `None` if there are only comments.
     pub root: Option<Node>,
 }
 
-/// A value and where it stands, in bytes.
+/// A value and its byte offsets.
 #[derive(Clone, Debug)]
 pub struct Node {
     pub kind: Kind,
     pub start: usize,
-    /// Behind its last character; comments and blank lines that follow are not part of it.
+    /// After its last character; following comments and blank lines are not included.
     pub end: usize,
-    /// An alias, or what has an anchor or a tag: to be looked at, not to be edited.
+    /// An alias, or a value with an anchor or a tag: it must not be edited.
     pub shared: bool,
 }
 
@@ -48,7 +48,7 @@ pub enum Kind {
         flow: bool,
         items: Vec<Node>,
     },
-    /// What another place holds.
+    /// The value of the anchor.
     Alias(Rc<Value>),
 }
 
@@ -61,11 +61,11 @@ pub struct Entry {
 }
 
 impl Document {
-    /// Reads one document, as [`super::documents`] cuts them.
+    /// Parses one document, as split by [`super::documents`].
     ///
     /// # Errors
     ///
-    /// Where it is no YAML, or holds what JSON has no word for.
+    /// If it is not valid YAML, or not representable in JSON.
     pub fn parse(text: &str) -> Result<Self, YamlError> {
         let mut reader = Reader {
             text,
@@ -84,24 +84,24 @@ impl Document {
                 )) => {}
                 Some((event, span)) => {
                     let node = reader.node(event, span, 0)?;
-                    // What stands only for a document that is not there.
+                    // The parser emits an empty scalar for a missing document.
                     let nothing = matches!(node.kind, Kind::Scalar(Value::Null)) && node.start == node.end;
                     if !nothing && root.replace(node).is_some() {
-                        return Err(YamlError { line: 1, reason: "a second document".to_owned() });
+                        return Err(YamlError { line: 1, reason: "unexpected second document".to_owned() });
                     }
                 }
             }
         }
     }
 
-    /// What it says.
+    /// The value of the document.
     pub fn value(&self) -> Value {
         self.root.as_ref().map_or(Value::Null, Node::value)
     }
 }
 
 impl Node {
-    /// What it says; merge keys (`<<`) are followed.
+    /// The value, with merge keys (`<<`) applied.
     pub fn value(&self) -> Value {
         match &self.kind {
             Kind::Scalar(value) => value.clone(),
@@ -136,7 +136,7 @@ impl Node {
 
 struct Reader<'t> {
     text: &'t str,
-    /// The byte at which each character begins: the parser counts characters.
+    /// The byte offset of each character: the parser counts characters.
     bytes: Vec<usize>,
     events: Parser<'t, saphyr_parser::StrInput<'t>>,
     anchors: HashMap<usize, Rc<Value>>,
@@ -145,24 +145,24 @@ struct Reader<'t> {
 
 impl<'t> Reader<'t> {
     fn next(&mut self) -> Result<Option<(Event<'t>, Span)>, YamlError> {
-        let wrong = |error: saphyr_parser::ScanError| YamlError {
+        let convert = |error: saphyr_parser::ScanError| YamlError {
             line: error.marker().line(),
             reason: error.info().to_owned(),
         };
-        self.events.next().transpose().map_err(wrong)
+        self.events.next().transpose().map_err(convert)
     }
 
-    fn more(&mut self, line: usize) -> Result<(Event<'t>, Span), YamlError> {
-        self.next()?.ok_or_else(|| YamlError { line, reason: "it ends too early".to_owned() })
+    fn expect_next(&mut self, line: usize) -> Result<(Event<'t>, Span), YamlError> {
+        self.next()?.ok_or_else(|| YamlError { line, reason: "unexpected end".to_owned() })
     }
 
     fn at(&self, index: usize) -> usize {
         self.bytes.get(index).copied().unwrap_or(self.text.len())
     }
 
-    /// Behind the bracket that closes a collection in flow style. The parser's span goes on to the next token, over comments
-    /// and line breaks, and is that of the comma where one stands before the bracket.
-    fn closed(&self, span: Span) -> usize {
+    /// The offset after the closing bracket of a collection in flow style. The parser's span extends to the next
+    /// token, over comments and line breaks, and is that of the comma if one precedes the bracket.
+    fn after_bracket(&self, span: Span) -> usize {
         let mut rest = &self.text[self.at(span.start.index())..];
         loop {
             rest = rest.trim_start_matches(|letter: char| letter.is_whitespace() || letter == ',');
@@ -174,27 +174,28 @@ impl<'t> Reader<'t> {
 
     fn node(&mut self, event: Event<'t>, span: Span, depth: usize) -> Result<Node, YamlError> {
         let (start, line) = (self.at(span.start.index()), span.start.line());
-        let refuse = |reason: &str| YamlError { line, reason: reason.to_owned() };
+        let error = |reason: &str| YamlError { line, reason: reason.to_owned() };
         self.values += 1;
         if depth > MAX_DEPTH || self.values > MAX_VALUES {
-            return Err(refuse("it is nested too deeply, or its aliases stand for too much"));
+            return Err(error("it is nested too deeply, or its aliases expand to too much"));
         }
         let end = self.at(span.end.index());
-        // A list in block style that is not indented begins, for the parser, with its first item, which may be `{…}`.
+        // For the parser, an unindented list in block style starts with its first item, which may be `{…}`.
         let bracket = if matches!(event, Event::SequenceStart(..)) { '[' } else { '{' };
         let flow = self.text[start..].starts_with(bracket);
         let (node, anchor) = match event {
             Event::Alias(anchor) => {
-                let value = self.anchors.get(&anchor).ok_or_else(|| refuse("an alias of nothing"))?.clone();
+                let value =
+                    self.anchors.get(&anchor).ok_or_else(|| error("alias of an undefined anchor"))?.clone();
                 self.values += size(&value);
                 (Node { kind: Kind::Alias(value), start, end, shared: true }, 0)
             }
             Event::Scalar(text, style, anchor, tag) => {
                 let value = scalar(&text, style, tag.as_deref());
                 let end = match style {
-                    // The parser goes on to the next token.
-                    ScalarStyle::SingleQuoted => start + quoted(&self.text[start..], '\''),
-                    ScalarStyle::DoubleQuoted => start + quoted(&self.text[start..], '"'),
+                    // The parser's span extends to the next token.
+                    ScalarStyle::SingleQuoted => start + quoted_length(&self.text[start..], '\''),
+                    ScalarStyle::DoubleQuoted => start + quoted_length(&self.text[start..], '"'),
                     _ => start + self.text[start..end].trim_end().len(),
                 };
                 (Node { kind: Kind::Scalar(value), start, end, shared: anchor != 0 || tag.is_some() }, anchor)
@@ -202,9 +203,9 @@ impl<'t> Reader<'t> {
             Event::SequenceStart(anchor, tag) => {
                 let (mut items, mut end) = (Vec::new(), start);
                 loop {
-                    let (event, span) = self.more(line)?;
+                    let (event, span) = self.expect_next(line)?;
                     if event == Event::SequenceEnd {
-                        let end = if flow { self.closed(span) } else { end };
+                        let end = if flow { self.after_bracket(span) } else { end };
                         let shared = anchor != 0 || tag.is_some();
                         break (Node { kind: Kind::Seq { flow, items }, start, end, shared }, anchor);
                     }
@@ -216,9 +217,9 @@ impl<'t> Reader<'t> {
             Event::MappingStart(anchor, tag) => {
                 let (mut entries, mut end) = (Vec::new(), start);
                 loop {
-                    let (event, span) = self.more(line)?;
+                    let (event, span) = self.expect_next(line)?;
                     if event == Event::MappingEnd {
-                        let end = if flow { self.closed(span) } else { end };
+                        let end = if flow { self.after_bracket(span) } else { end };
                         let shared = anchor != 0 || tag.is_some();
                         break (Node { kind: Kind::Map { flow, entries }, start, end, shared }, anchor);
                     }
@@ -227,7 +228,7 @@ impl<'t> Reader<'t> {
                     entries.push(entry);
                 }
             }
-            _ => return Err(refuse("this is no value")),
+            _ => return Err(error("a value is expected")),
         };
         if anchor != 0 {
             self.anchors.insert(anchor, Rc::new(node.value()));
@@ -239,14 +240,14 @@ impl<'t> Reader<'t> {
         let line = span.start.line();
         let (key_start, key_end) = (self.at(span.start.index()), self.at(span.end.index()));
         let key = match event {
-            // `on: 1` and `8080: x` are keys by their letters, as kubectl takes them.
+            // `on: 1` and `8080: x` have string keys, as in kubectl.
             Event::Scalar(text, ..) => text.into_owned(),
             _ => return Err(YamlError { line, reason: "a key that is not a string".to_owned() }),
         };
-        let (event, span) = self.more(line)?;
+        let (event, span) = self.expect_next(line)?;
         let mut node = self.node(event, span, depth + 1)?;
         if node.start == node.end {
-            // No value at all: the place behind the colon.
+            // No value: the position after the colon.
             let colon = self.text[key_end..].find(':').map_or(key_end, |at| key_end + at + 1);
             (node.start, node.end) = (colon, colon);
         }
@@ -254,14 +255,14 @@ impl<'t> Reader<'t> {
     }
 }
 
-/// The length of a string with its quotes, which is known to end.
-fn quoted(text: &str, quote: char) -> usize {
+/// The length of a terminated string with its quotes.
+fn quoted_length(text: &str, quote: char) -> usize {
     let mut letters = text.char_indices().skip(1).peekable();
     while let Some((at, letter)) = letters.next() {
         if letter == '\\' && quote == '"' {
             letters.next();
         } else if letter == quote {
-            // Two of them are one of the string's letters, between single ones.
+            // A doubled quote is an escaped one in a single-quoted string.
             if quote == '"' || letters.next_if(|(_, next)| *next == quote).is_none() {
                 return at + 1;
             }
@@ -278,7 +279,7 @@ fn size(value: &Value) -> usize {
     }
 }
 
-/// What kubectl takes a scalar for: YAML 1.1 with its `yes` and its octal numbers.
+/// The value of a scalar as in kubectl: YAML 1.1 with its `yes` and its octal numbers.
 fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>) -> Value {
     let is_tag = |suffix: &str| tag.is_some_and(|tag| tag.is_yaml_core_schema() && tag.suffix == suffix);
     if style != ScalarStyle::Plain || is_tag("str") {
@@ -287,7 +288,7 @@ fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>) -> Value {
     plain(text)
 }
 
-/// What these letters mean without quotes.
+/// The value of an unquoted scalar.
 pub(super) fn plain(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_are_what_kubectl_takes_them_for() {
+    fn scalars_have_the_types_of_kubectl() {
         assert_eq!(
             read(
                 "[yes, off, 0644, 0x1f, 0b11, 1_000, -3, 1.5, 1e3, 1.2.3, 08, 12:30, ~, '1', 100m, !!str 1]"
@@ -346,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn anchors_and_merges_are_followed() {
+    fn anchors_and_merge_keys_are_resolved() {
         let text = "base: &b {x: 1, y: 2}\nof: {<<: *b, y: 3}\nlist: [*b]\n";
         assert_eq!(
             read(text),
@@ -356,9 +357,9 @@ mod tests {
 
     #[test]
     fn the_end_of_a_value_is_its_last_character() {
-        for (quoted, end) in [("a: 'it''s' # x\n", 10), ("a: \"\\\"\\\\\" # x\n", 9)] {
-            let document = Document::parse(quoted).unwrap();
-            assert_eq!(document.root.unwrap().end, end, "{quoted}");
+        for (source, end) in [("a: 'it''s' # x\n", 10), ("a: \"\\\"\\\\\" # x\n", 9)] {
+            let document = Document::parse(source).unwrap();
+            assert_eq!(document.root.unwrap().end, end, "{source}");
         }
         for flow in [
             "{b: 1}",
@@ -391,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_never_end_is_refused() {
+    fn exponential_and_deep_documents_are_rejected() {
         let mut bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
         for (of, by) in ["ab", "bc", "cd", "de", "ef", "fg", "gh"].iter().map(|pair| pair.split_at(1)) {
             bomb += &format!("{by}: &{by} [{}]\n", vec![format!("*{of}"); 10].join(", "));

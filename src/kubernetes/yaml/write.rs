@@ -1,4 +1,4 @@
-//! From a value to text.
+//! Formats values as YAML.
 
 use std::fmt::Write as _;
 
@@ -17,7 +17,7 @@ pub fn document(value: &Value) -> String {
     out
 }
 
-/// What stands behind `key:` whose key is indented by `indent`: ` x`, or a line break and a block.
+/// The text after `key:`, whose key is indented by `indent`: ` x`, or a line break and a block.
 pub fn behind_key(value: &Value, indent: usize) -> String {
     match value {
         Value::Object(map) if !map.is_empty() => format!("\n{}", lines(value, indent + 2)),
@@ -26,12 +26,12 @@ pub fn behind_key(value: &Value, indent: usize) -> String {
     }
 }
 
-/// `key: value`, as lines without a break at the end.
+/// `key: value`, without a final line break.
 pub fn entry(key: &str, value: &Value, indent: usize) -> String {
     format!("{:indent$}{}:{}", "", quoted(key), behind_key(value, indent))
 }
 
-/// `- value`, as lines without a break at the end.
+/// `- value`, without a final line break.
 pub fn item(value: &Value, indent: usize) -> String {
     let inner = match value {
         Value::Object(map) if !map.is_empty() => lines(value, indent + 2),
@@ -41,7 +41,7 @@ pub fn item(value: &Value, indent: usize) -> String {
     format!("{:indent$}- {}", "", inner.trim_start())
 }
 
-/// The lines of a map or a list that is not empty.
+/// The lines of a non-empty map or list.
 fn lines(value: &Value, indent: usize) -> String {
     let lines: Vec<String> = match value {
         Value::Object(map) => map.iter().map(|(key, value)| entry(key, value, indent)).collect(),
@@ -51,7 +51,7 @@ fn lines(value: &Value, indent: usize) -> String {
     lines.join("\n")
 }
 
-/// ` value` on one line, or ` |` and a block of text.
+/// ` value` on one line, or ` |` and a block scalar.
 fn scalar(value: &Value, indent: usize) -> String {
     match value {
         Value::String(text) if is_block(text) => block(text, indent + 2),
@@ -60,7 +60,7 @@ fn scalar(value: &Value, indent: usize) -> String {
     }
 }
 
-/// Whether a text of several lines can stand as it is.
+/// Whether a text can be written as a block scalar.
 fn is_block(text: &str) -> bool {
     text.trim_end_matches('\n').contains('\n')
         && !text.starts_with([' ', '\n'])
@@ -78,17 +78,17 @@ fn block(text: &str, indent: usize) -> String {
     out
 }
 
-/// Without quotes where nobody could take it for anything but this string.
+/// The string, quoted unless it is unambiguous without quotes.
 fn quoted(text: &str) -> String {
     let digits = text.trim_start_matches(|letter: char| letter.is_ascii_digit());
-    let amount = !digits.is_empty() && digits.chars().all(|letter| letter.is_ascii_alphabetic());
-    let safe = (amount
+    let is_quantity = !digits.is_empty() && digits.chars().all(|letter| letter.is_ascii_alphabetic());
+    let is_unambiguous = (is_quantity
         || text.starts_with(|first: char| first.is_ascii_alphabetic() || "/._".contains(first)))
         && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "/._@+:-".contains(letter))
         && !text.ends_with(':')
         && plain(text).is_string();
-    // JSON's strings are YAML's.
-    if safe { text.to_owned() } else { Value::from(text).to_string() }
+    // JSON strings are valid YAML.
+    if is_unambiguous { text.to_owned() } else { Value::from(text).to_string() }
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ mod tests {
     use crate::kubernetes::yaml::Document;
 
     #[test]
-    fn it_reads_like_yaml_that_people_write() {
+    fn the_output_is_conventional_yaml() {
         let value = json!({
             "name": "a", "version": "1.10", "port": 80, "on": "yes", "args": ["run", "-c", "a b"],
             "none": {}, "text": "a = 1\n\n[b]\n", "nested": [{"x": [1, 2], "y": null}, []]
@@ -132,7 +132,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_again(value in values()) {
+        fn output_parses_to_the_same_value(value in values()) {
             let text = document(&value);
             prop_assert_eq!(Document::parse(&text).unwrap().value(), value, "{}", text);
         }

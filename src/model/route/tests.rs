@@ -128,16 +128,16 @@ fn the_matched_prefix_is_replaced() {
 }
 
 #[test]
-fn prefixes_with_dots_stay_what_they_say() {
+fn a_prefix_with_dots_is_not_normalised_away() {
     let routes = Routes::new(&[route(&[], Some("/a/.*"), &[]), route(&[], Some("/%7euser/*"), &[])]);
     assert_eq!(routes.find(&Method::GET, "/a/.git", &HeaderMap::new()), Some(0));
     assert_eq!(routes.find(&Method::GET, "/a/b", &HeaderMap::new()), None);
     assert_eq!(routes.find(&Method::GET, "/~user/x", &HeaderMap::new()), Some(1));
 }
 
-/// What the table computes, said the slow and plain way.
-fn slowly(routes: &[Route], method: &Method, path: &str, headers: &HeaderMap) -> Option<usize> {
-    let holds = |route: &Route| {
+/// The same result as the table's, computed the slow and plain way.
+fn find_by_scan(routes: &[Route], method: &Method, path: &str, headers: &HeaderMap) -> Option<usize> {
+    let matches = |route: &Route| {
         let path_holds = match route.matches.path.as_deref() {
             None => true,
             Some(pattern) => match pattern.strip_suffix('*') {
@@ -160,7 +160,7 @@ fn slowly(routes: &[Route], method: &Method, path: &str, headers: &HeaderMap) ->
         };
         (path, route.matches.headers.len(), !route.matches.methods.is_empty())
     };
-    let matching = routes.iter().enumerate().filter(|(_, route)| holds(route));
+    let matching = routes.iter().enumerate().filter(|(_, route)| matches(route));
     matching.max_by_key(|(index, route)| (weight(route), Reverse(*index))).map(|(index, _)| index)
 }
 
@@ -185,7 +185,7 @@ fn any_route() -> impl Strategy<Value = Route> {
 
 proptest! {
     #[test]
-    fn the_table_answers_like_the_plain_rule(
+    fn the_table_agrees_with_a_scan(
         routes in proptest::collection::vec(any_route(), 0..12),
         post in any::<bool>(),
         path in prop_oneof![Just("/"), Just("/a"), Just("/a/"), Just("/a/b"), Just("/a/bc"), Just("/c")],
@@ -197,9 +197,9 @@ proptest! {
         if x { given.insert("x", HeaderValue::from_static("1")); }
         if y { given.insert("y", HeaderValue::from_static("1")); }
         let found = Routes::new(&routes).find(&method, path, &given);
-        prop_assert_eq!(found, slowly(&routes, &method, path, &given));
+        prop_assert_eq!(found, find_by_scan(&routes, &method, path, &given));
 
-        // The order of the file matters only among those that are equally specific.
+        // The order in the file matters only among equally specific routes.
         let mut reversed = routes.clone();
         reversed.reverse();
         let other = Routes::new(&reversed).find(&method, path, &given);

@@ -1,17 +1,17 @@
-//! The beginning of a request's body, kept to be sent again.
+//! The buffered beginning of a request's body, for another attempt.
 
 use bytes::{Bytes, BytesMut};
 
-/// A part that is shorter is copied: one that is not holds the buffer that it was read into.
-const SMALL: usize = 8 * 1024;
+/// Shorter parts are copied; longer ones keep the buffer that they were read into.
+const COPY_BELOW: usize = 8 * 1024;
 /// Copied parts are joined up to this length.
-const JOINED: usize = 16 * 1024;
+const MAX_JOINED: usize = 16 * 1024;
 
-/// What was kept. It holds about twice its bytes at most, however the client has cut them.
+/// The buffered bytes. Takes at most about twice their size, in whatever pieces the client sends them.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     parts: Vec<Bytes>,
-    /// Small parts behind those, joined.
+    /// Small parts after `parts`, joined.
     tail: BytesMut,
     length: u64,
 }
@@ -24,16 +24,20 @@ impl Kept {
 
     pub(super) fn push(&mut self, data: &Bytes) {
         self.length += data.len() as u64;
-        if data.len() < SMALL && self.tail.len() + data.len() <= JOINED {
+        if data.len() < COPY_BELOW && self.tail.len() + data.len() <= MAX_JOINED {
             return self.tail.extend_from_slice(data);
         }
         if !self.tail.is_empty() {
             self.parts.push(std::mem::take(&mut self.tail).freeze());
         }
-        if data.len() < SMALL { self.tail.extend_from_slice(data) } else { self.parts.push(data.clone()) }
+        if data.len() < COPY_BELOW {
+            self.tail.extend_from_slice(data)
+        } else {
+            self.parts.push(data.clone())
+        }
     }
 
-    /// A part from `offset` on. `None`: that is the end.
+    /// The buffered bytes from `offset` on, as far as they are contiguous. `None`: there are none.
     pub(super) fn part_at(&self, mut offset: u64) -> Option<Bytes> {
         for part in &self.parts {
             match usize::try_from(offset) {
@@ -45,7 +49,7 @@ impl Kept {
         (!rest.is_empty()).then(|| Bytes::copy_from_slice(rest))
     }
 
-    /// How much memory is held, as far as that can be told.
+    /// The memory that is held, approximately.
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
         let parts: usize = self.parts.iter().map(Bytes::len).sum();
@@ -60,9 +64,9 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Whatever parts it came in, and from wherever it is read: it is what came.
+        /// Whatever the parts and the offset: the bytes are those that were pushed.
         #[test]
-        fn what_was_kept_is_read_from_any_offset(
+        fn buffered_bytes_are_read_from_any_offset(
             lengths in prop::collection::vec(1_usize..20_000, 0..12),
             from in 0_usize..100_000,
         ) {
@@ -86,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_in_drops_costs_little_more_than_its_bytes() {
+    fn a_body_in_single_bytes_takes_little_more_memory_than_its_size() {
         let mut kept = Kept::default();
         for byte in 0..64 * 1024 {
             kept.push(&Bytes::copy_from_slice(&[byte as u8]));

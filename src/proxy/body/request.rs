@@ -1,4 +1,4 @@
-//! A request's body: as it comes, as it is kept to be sent again, and as one try sends it.
+//! A request's body: as received, as buffered for another attempt, and as one attempt sends it.
 
 #[cfg(test)]
 mod tests;
@@ -26,7 +26,7 @@ use crate::{
     upstream::{self, BodyError},
 };
 
-/// A request's body as it comes from its caller.
+/// A request's body as received from its client.
 #[derive(Debug)]
 pub enum CallerBody {
     Http1(connection::Body),
@@ -68,22 +68,22 @@ impl Body for CallerBody {
     }
 }
 
-/// A request's body as one try sends it.
+/// A request's body as one attempt sends it.
 #[derive(Debug)]
-pub struct RequestBody(Option<Try>);
+pub struct RequestBody(Option<AttemptBody>);
 
 #[derive(Debug)]
-struct Try {
+struct AttemptBody {
     source: Rc<RefCell<Source>>,
     number: u32,
-    /// How many of the kept bytes this try has sent.
+    /// How many bytes this attempt has sent.
     sent: u64,
     trailers_sent: bool,
     gate: Option<Rc<Gate>>,
     whole: Rc<Cell<bool>>,
 }
 
-/// Whether one try has sent its request to the end. Another try of the same call says nothing about its connection.
+/// Whether one attempt has sent its whole request. Other attempts of the same request do not matter to its connection.
 #[derive(Clone, Debug)]
 pub struct Sent(Option<Rc<Cell<bool>>>);
 
@@ -93,56 +93,56 @@ impl Sent {
     }
 }
 
-/// The caller's body, with a copy of its beginning where the policy may want to send it again.
+/// The client's body, with a copy of its beginning where the policy allows another attempt.
 #[derive(Debug)]
 struct Source {
     body: CallerBody,
     progress: Rc<Progress>,
-    /// The try that may read. An earlier one that still runs must not take bytes away from it.
+    /// The attempt that may read. An earlier one that still runs must not take bytes away from it.
     current: u32,
     kept: Kept,
     trailers: Option<HeaderMap>,
-    /// Of what may be kept, in bytes.
+    /// The most bytes that may be buffered.
     limit: u64,
     touched: bool,
     overflowed: bool,
     ended: bool,
     failure: Option<SourceFailure>,
-    /// Fields by which the service learns claims of the caller's token: a trailer must not say them either.
+    /// Header fields that carry claims of the client's token: trailers must not set them either.
     claims: Option<ClaimFields>,
 }
 
-/// Why a request's body breaks off, where its client is the cause.
+/// Why a request's body breaks off, where the client is the cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceFailure {
     ClientGone,
-    /// What the client sent is no body.
+    /// The client sent a malformed body.
     Malformed(FramingError),
 }
 
 /// See [`crate::identity::gate::Users::claim_headers`].
 pub type ClaimFields = Arc<[(HeaderName, String)]>;
 
-/// The caller's body, from which each try gets its own view.
+/// The client's body, of which each attempt gets its own view.
 #[derive(Debug)]
 pub struct Replay(Option<Rc<RefCell<Source>>>);
 
-/// Whether a request's body can be sent once more.
+/// Whether a request's body can be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Replayable {
-    /// Nothing of it has been read, or there is none.
+    /// Nothing of it was read, or there is none.
     Untouched,
-    /// All that was read is kept.
+    /// Everything that was read is buffered.
     Kept,
-    /// More than the limit was read, and let go.
+    /// More than the limit was read, and the buffer was dropped.
     Gone,
 }
 
 impl Replay {
-    /// `limit`: how many bytes are kept to be sent again; 0 keeps none.
+    /// `limit`: the most bytes that are buffered for another attempt; 0 buffers none.
     pub fn new(source: CallerBody, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
         if source.is_end_stream() {
-            // With its head.
+            // The request was complete with its head.
             progress.request_sent(progress.started());
             return Self(None);
         }
@@ -161,26 +161,26 @@ impl Replay {
         }))))
     }
 
-    /// The body for the next try. The views of earlier tries end with an error from now on.
+    /// The body for the next attempt. The views of earlier attempts return an error from now on.
     pub fn next_try(&self, gate: Option<Rc<Gate>>) -> RequestBody {
         RequestBody(self.0.as_ref().map(|kept| {
             let mut inner = kept.borrow_mut();
             inner.current += 1;
             let source = Rc::clone(kept);
             let (number, whole) = (inner.current, Rc::default());
-            Try { source, number, sent: 0, trailers_sent: false, gate, whole }
+            AttemptBody { source, number, sent: 0, trailers_sent: false, gate, whole }
         }))
     }
 
-    /// From here on nothing is kept that is not kept already: no other try can follow.
+    /// Buffers no further bytes: no other attempt can follow.
     pub fn keep_nothing(&self) {
         if let Some(source) = &self.0 {
             source.borrow_mut().limit = 0;
         }
     }
 
-    /// Ends the views of earlier tries. False, with nothing changed, where one of them has read past what is kept:
-    /// a try that was answered early goes on reading.
+    /// Invalidates the views of earlier attempts. False, with nothing changed, where one of them has read more than is
+    /// buffered: an attempt with an early response goes on reading.
     pub fn take_over(&self) -> bool {
         let Some(kept) = &self.0 else { return true };
         let mut kept = kept.borrow_mut();
@@ -197,7 +197,7 @@ impl Replay {
         }
     }
 
-    /// Why the body broke off, where its client was the cause.
+    /// Why the body broke off, where the client was the cause.
     pub fn failure(&self) -> Option<SourceFailure> {
         self.0.as_ref().and_then(|source| source.borrow().failure)
     }
@@ -209,12 +209,12 @@ impl Replay {
 }
 
 impl Source {
-    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_client(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         self.touched = true;
         let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
             Some(Ok(frame)) => without_spoofed(frame, self.claims.as_deref()),
             Some(Err(error)) => {
-                // What comes first is the cause.
+                // The first error is the cause.
                 self.failure.get_or_insert(match &error {
                     BodyError::Caller(http1::Error::Framing(error)) => SourceFailure::Malformed(*error),
                     BodyError::Peer(error) if is_malformed(error) => {
@@ -253,12 +253,12 @@ impl Source {
     }
 }
 
-/// Whether a stream of HTTP/2 was ended on this side for what the client sent on it.
+/// Whether this side reset an HTTP/2 stream because of what the client sent on it.
 fn is_malformed(error: &h2::Error) -> bool {
     !error.is_remote() && error.reason() == Some(h2::Reason::PROTOCOL_ERROR) && !error.is_go_away()
 }
 
-/// Some services read trailers as if they were headers: what a caller may not say in the one, it may not in the other.
+/// Removes from trailers the fields that a client may not set: some services read trailers like header fields.
 fn without_spoofed(frame: Frame<Bytes>, claims: Option<&[(HeaderName, String)]>) -> Frame<Bytes> {
     match frame.into_trailers() {
         Ok(mut trailers) => {
@@ -283,13 +283,13 @@ impl RequestBody {
         if self.0.is_none() { upstream::RequestBody::empty() } else { upstream::RequestBody::new(self) }
     }
 
-    /// Tells, once the body is with its connection, whether all of it has been sent.
+    /// Whether all of it was sent, for after the body was given to its connection.
     pub fn sent(&self) -> Sent {
         Sent(self.0.as_ref().map(|this| Rc::clone(&this.whole)))
     }
 }
 
-impl Try {
+impl AttemptBody {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if let Some(gate) = &self.gate {
             ready!(gate.poll_open(cx));
@@ -306,7 +306,7 @@ impl Try {
             let trailers = source.trailers.clone().filter(|_| !mem::replace(&mut self.trailers_sent, true));
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
         }
-        let frame = ready!(source.poll_source(cx));
+        let frame = ready!(source.poll_client(cx));
         if let Some(Ok(frame)) = &frame {
             self.sent += frame.data_ref().map_or(0, |data| data.len() as u64);
             self.trailers_sent |= frame.is_trailers();
@@ -314,7 +314,7 @@ impl Try {
         Poll::Ready(frame)
     }
 
-    /// Whether there is nothing more to send.
+    /// Whether everything was sent.
     fn is_at_end(&self) -> bool {
         let source = self.source.borrow();
         source.ended
@@ -341,17 +341,17 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(Try::is_at_end)
+        self.0.as_ref().is_none_or(AttemptBody::is_at_end)
     }
 
     fn size_hint(&self) -> SizeHint {
         let Some(this) = &self.0 else { return SizeHint::with_exact(0) };
         let source = this.source.borrow();
         if source.touched {
-            // What is left of the source, and what of the copy this try still has to send.
-            let again = source.kept.length().saturating_sub(this.sent);
+            // The rest of the source, and the rest of the buffer that this attempt has not sent.
+            let buffered = source.kept.length().saturating_sub(this.sent);
             return match source.body.size_hint().exact() {
-                Some(rest) => SizeHint::with_exact(rest + again),
+                Some(rest) => SizeHint::with_exact(rest + buffered),
                 None => SizeHint::default(),
             };
         }

@@ -1,4 +1,4 @@
-//! A response's body on its way to the caller, and what its call holds until it has ended.
+//! A response's body on its way to the client, and the resources that its request holds until it has ended.
 
 use std::{
     pin::Pin,
@@ -26,7 +26,7 @@ use crate::{
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
-/// A response's body on its way to the caller.
+/// A response's body on its way to the client.
 #[derive(Debug)]
 pub enum ResponseBody {
     Empty,
@@ -34,25 +34,25 @@ pub enum ResponseBody {
     Streaming(Box<Streaming>),
 }
 
-/// An upstream's body. Holds the connection until the body has ended.
+/// An upstream's body. Holds the upstream connection until the body has ended.
 #[derive(Debug)]
 pub struct Streaming {
-    /// What it comes by.
+    /// The upstream connection.
     lease: Option<Lease>,
     progress: Rc<Progress>,
     held: Held,
 }
 
-/// What a call holds until its response has ended.
+/// The resources that a request holds until its response has ended.
 #[derive(Debug)]
 pub struct Held {
-    /// Counts it at its endpoint.
+    /// Counts the request at its endpoint.
     pub in_flight: InFlight,
-    /// Whether its try's request was sent to the end.
+    /// Whether the attempt has sent its whole request.
     pub sent: Sent,
-    /// Its place among the requests in flight.
+    /// The permit for a request in flight.
     pub place: Option<Place>,
-    /// Who is to be told of the gRPC status that comes in the trailers.
+    /// Reports the gRPC status in the trailers.
     pub grpc: Option<Box<GrpcEnd>>,
 }
 
@@ -61,7 +61,7 @@ impl ResponseBody {
         Self::Whole(Some(bytes.into()))
     }
 
-    /// A body that still comes. A connection that is through with its response goes back to its pool at once.
+    /// A body that is streamed. A connection whose response has already ended returns to its pool at once.
     pub fn streaming(lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
         if lease.is_end_stream() {
             lease.finished(held.sent.is_whole(), progress.last_moved());
@@ -72,8 +72,8 @@ impl ResponseBody {
 }
 
 impl Streaming {
-    /// Tells of a gRPC call whose outcome shows only now. One that its caller leaves is told of by nobody.
-    fn grpc_goes_on(&mut self, frame: &Option<Result<Frame<Bytes>, AnswerError>>) {
+    /// Reports the outcome of a gRPC request at its end. A request that its client cancels is not reported.
+    fn report_grpc_end(&mut self, frame: &Option<Result<Frame<Bytes>, AnswerError>>) {
         let Some(grpc) = self.held.grpc.take() else { return };
         match frame {
             Some(Ok(frame)) => match frame.trailers_ref() {
@@ -85,14 +85,14 @@ impl Streaming {
         }
     }
 
-    /// Trailers that are too large to be passed on are an error of this response, never cut.
-    fn limited(&self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, AnswerError> {
+    /// Trailers that are too large to be forwarded are an error of this response; they are never truncated.
+    fn check_trailers(&self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, AnswerError> {
         if !frame.trailers_ref().is_some_and(is_too_large) {
             return Ok(frame);
         }
         let error = http1::Error::from(FramingError::TooManyTrailers);
         if self.progress.note(|record| record.grpc) == Some(true) {
-            // As gRPC's own libraries say it: RESOURCE_EXHAUSTED.
+            // As in gRPC libraries: RESOURCE_EXHAUSTED.
             let status = HeaderValue::from(u16::from(GrpcCode::ResourceExhausted as u8));
             let message = HeaderValue::from_static("the trailers of the response are larger than 64 KiB");
             return Ok(Frame::trailers(
@@ -108,7 +108,7 @@ impl Streaming {
             grpc.ended(&HeaderMap::new());
         }
         if let Some(lease) = self.lease.take() {
-            // An answer that came before its request was read to the end leaves the connection in between.
+            // After a response that precedes the end of its request the connection cannot be reused.
             lease.finished(self.held.sent.is_whole(), now);
         }
     }
@@ -138,11 +138,11 @@ impl Body for ResponseBody {
         };
         let Some(lease) = &mut this.lease else { return Poll::Ready(None) };
         let frame = match ready!(lease.poll_frame(cx)) {
-            Some(Ok(frame)) => Some(this.limited(frame)),
+            Some(Ok(frame)) => Some(this.check_trailers(frame)),
             frame => frame,
         };
         let Some(lease) = &this.lease else { return Poll::Ready(None) };
-        let over = lease.is_end_stream();
+        let at_end = lease.is_end_stream();
         let now = this.progress.moved();
         if let Some(Ok(frame)) = &frame {
             if let Some(trailers) = frame.trailers_ref() {
@@ -152,11 +152,11 @@ impl Body for ResponseBody {
             }
         }
         if this.held.grpc.is_some() {
-            this.grpc_goes_on(&frame);
+            this.report_grpc_end(&frame);
         }
         match &frame {
-            // Behind trailers nobody asks for more.
-            Some(Ok(frame)) if frame.is_trailers() || over => this.finished(now),
+            // The body is not polled after trailers.
+            Some(Ok(frame)) if frame.is_trailers() || at_end => this.finished(now),
             Some(Ok(_)) => {}
             Some(Err(_)) => {
                 this.lease = None;

@@ -1,4 +1,4 @@
-//! Who is the first to speak on a connection: as a rule the client, in some protocols the server.
+//! Which side of a connection sends first: usually the client, in some protocols the server.
 
 use std::{future::Future, pin::pin, rc::Rc, time::Duration};
 
@@ -21,37 +21,36 @@ use crate::{
     upstream::stream::UpstreamIo,
 };
 
-/// A client that sends nothing for this long may be waiting for the server to speak first.
+/// A client that sends nothing for this long may be waiting for the server to send first.
 const SILENCE: Duration = Duration::from_millis(100);
-/// Enough of what a server says first to see whether it is HTTP.
-const FIRST_ANSWER: usize = 1024;
+/// Enough of a server's first bytes to see whether they are HTTP.
+const FIRST_SERVER_BYTES: usize = 1024;
 
-const SILENT: ConnectionError = ConnectionError::Cut("neither side has sent a byte in time");
+const NO_BYTE_FROM_EITHER: ConnectionError = ConnectionError::Cut("neither side sent a byte in time");
 pub(super) const NO_BYTE: ConnectionError = ConnectionError::Cut("the client sent no byte in time");
 
-/// Who spoke first on a connection, and what.
+/// Which side sent first, and what.
 pub(super) enum First {
     Client(Spoken),
-    /// The client, and this connection waits for its bytes.
+    /// The client, after a connection to the server was opened.
     ClientDialled(Spoken, Box<Server>),
     /// The server, something that is not HTTP.
     Server(Box<Server>),
-    /// The server, HTTP: it expects requests.
+    /// The server, HTTP (SETTINGS or an early error response): it expects requests.
     HttpServer,
-    /// The process drains.
+    /// Neither: the process drains.
     Nobody,
 }
 
-/// A connection to a server, opened for bytes. Boxed where it is handed on: a connection holds as much as its largest
-/// moment.
+/// A connection to a server, opened for a byte stream. Boxed where it is passed on: it is large.
 pub(super) struct Server {
     pub io: UpstreamIo,
     pub in_use: Dialled,
-    /// What it has said already.
+    /// The bytes that it has sent already.
     pub said: Bytes,
 }
 
-/// Why nobody is waited for any more.
+/// Why the wait for the first bytes ended.
 pub(super) enum Ended {
     Drains,
     TooLate,
@@ -60,56 +59,56 @@ pub(super) enum Ended {
 }
 
 impl Connection {
-    /// Waits for the client's first bytes; where the server may be the one to speak first, for either's.
+    /// Waits for the first bytes of the client, or of either side where the server may send first.
     pub(super) async fn first<S>(
         &self,
         detector: &mut Detector,
         stream: &mut S,
-        Plain { behind, mtls, agreed }: Plain<'_>,
+        Plain { destination, mtls, is_negotiated }: Plain<'_>,
     ) -> Result<First, ConnectionError>
     where
         S: AsyncRead + Unpin,
     {
-        let may_be_server = |behind: &&Rc<LocalCluster>| {
-            mtls != Mtls::Strict && self.byte_rules(behind, agreed).may_be_server_first()
+        let may_be_server = |destination: &&Rc<LocalCluster>| {
+            mtls != Mtls::Strict && self.byte_rules(destination, is_negotiated).may_be_server_first()
         };
-        let mut leaving = pin!(self.draining());
-        let Some(behind) = behind.filter(may_be_server) else {
+        let mut draining = pin!(self.draining());
+        let Some(destination) = destination.filter(may_be_server) else {
             return tokio::select! {
                 biased;
-                spoken = detector.spoken(stream) => Ok(First::Client(spoken?)),
-                () = leaving => Ok(First::Nobody),
+                detected = detector.spoken(stream) => Ok(First::Client(detected?)),
+                () = draining => Ok(First::Nobody),
                 () = sleep(HEADER_TIMEOUT) => Err(NO_BYTE),
             };
         };
-        let silence = match (agreed, self.redirected_to) {
+        let silence = match (is_negotiated, self.redirected_to) {
             (true, _) => Duration::ZERO,
             (false, Some(_)) => redirected::SILENCE,
             (false, None) => SILENCE,
         };
-        let idle = behind.cluster.settings.policy.tunnel_idle_timeout.limit();
+        let idle = destination.cluster.settings.policy.tunnel_idle_timeout.limit();
         let limit = idle.map_or(HEADER_TIMEOUT, |idle| idle.min(HEADER_TIMEOUT));
         let mut too_late = pin!(sleep(limit));
         let dialled = tokio::select! {
             biased;
-            spoken = detector.spoken(stream) => return Ok(First::Client(spoken?)),
-            () = &mut leaving => return Ok(First::Nobody),
+            detected = detector.spoken(stream) => return Ok(First::Client(detected?)),
+            () = &mut draining => return Ok(First::Nobody),
             dialled = async {
                 sleep(silence).await;
-                Box::pin(connect::dial(self, behind)).await
+                Box::pin(connect::dial(self, destination)).await
             } => dialled,
         };
         let (io, in_use) = match dialled {
             Ok(dialled) => dialled,
-            // A caller that speaks HTTP, if a little late, is told in an answer.
+            // A client that sends HTTP late still gets an error response.
             Err(error) => {
                 return tokio::select! {
                     biased;
-                    spoken = detector.spoken(stream) => match spoken {
-                        Ok(spoken @ (Spoken::Http1 | Spoken::H2 | Spoken::Tls)) => Ok(First::Client(spoken)),
+                    detected = detector.spoken(stream) => match detected {
+                        Ok(detected @ (Spoken::Http1 | Spoken::H2 | Spoken::Tls)) => Ok(First::Client(detected)),
                         _ => Err(error.into()),
                     },
-                    () = leaving => Ok(First::Nobody),
+                    () = draining => Ok(First::Nobody),
                     () = too_late => Err(error.into()),
                 };
             }
@@ -117,7 +116,7 @@ impl Connection {
         let server = Server { io, in_use, said: Bytes::new() };
         let ended = async {
             tokio::select! {
-                () = &mut leaving => Ended::Drains,
+                () = &mut draining => Ended::Drains,
                 () = &mut too_late => Ended::TooLate,
             }
         };
@@ -126,16 +125,17 @@ impl Connection {
 }
 
 impl Connection {
-    /// Waits until the process has drained for a moment, in which a client that has just connected still sends something.
-    /// Nothing else ends a connection on which nothing was sent: before the TLS handshake no client has an identity.
+    /// Waits until the process drains, and a moment longer, so that a client that has just connected can send its
+    /// request. Nothing else closes a connection that has sent nothing: before the TLS handshake there is no identity
+    /// to check.
     pub(super) async fn draining(&self) {
         self.reached(drain_phase(&self.side)).await;
         sleep(LAST_CALL).await;
     }
 }
 
-/// Waits until the client or the server has spoken, or it `ended`. A server that is connected to in vain gives way
-/// where a request needs its connection slot.
+/// Waits until the client or the server has sent something, or `ended` is ready. The connection to the server is closed
+/// while neither has, if a request needs its connection slot.
 pub(super) async fn first_of<S>(
     detector: &mut Detector,
     stream: &mut S,
@@ -146,32 +146,32 @@ where
     S: AsyncRead + Unpin,
 {
     let mut ended = pin!(ended);
-    let mut said = BytesMut::new();
+    let mut received = BytesMut::new();
     let outcome = loop {
         let read = async {
-            said.reserve(FIRST_ANSWER);
-            server.io.read_buf(&mut said).await
+            received.reserve(FIRST_SERVER_BYTES);
+            server.io.read_buf(&mut received).await
         };
         tokio::select! {
             biased;
-            spoken = detector.spoken(stream) => {
-                let spoken = spoken?;
-                if spoken == Spoken::Nothing {
-                    // It has left.
-                    return Ok(First::Client(spoken));
+            detected = detector.spoken(stream) => {
+                let detected = detected?;
+                if detected == Spoken::Nothing {
+                    // The client has closed.
+                    return Ok(First::Client(detected));
                 }
-                server.said = said.freeze();
-                return Ok(First::ClientDialled(spoken, Box::new(server)));
+                server.said = received.freeze();
+                return Ok(First::ClientDialled(detected, Box::new(server)));
             }
             count = read => {
                 let is_http = match count? {
                     0 => Some(false),
-                    _ => server_speaks_http(&said),
+                    _ => server_speaks_http(&received),
                 };
                 match is_http {
                     Some(true) => return Ok(First::HttpServer),
                     Some(false) => {
-                        server.said = said.freeze();
+                        server.said = received.freeze();
                         return Ok(First::Server(Box::new(server)));
                     }
                     None => {}
@@ -183,13 +183,13 @@ where
     };
     match outcome {
         Ended::Drains => Ok(First::Nobody),
-        Ended::TooLate => Err(SILENT),
+        Ended::TooLate => Err(NO_BYTE_FROM_EITHER),
         Ended::GivesWay => {
             drop(server);
             tokio::select! {
-                spoken = detector.spoken(stream) => Ok(First::Client(spoken?)),
+                detected = detector.spoken(stream) => Ok(First::Client(detected?)),
                 ended = ended => match ended {
-                    Ended::TooLate => Err(SILENT),
+                    Ended::TooLate => Err(NO_BYTE_FROM_EITHER),
                     Ended::Drains | Ended::GivesWay => Ok(First::Nobody),
                 },
             }

@@ -1,5 +1,5 @@
-//! HTTP/1.1 towards a caller: request by request, in one task. The bytes are in [`link`], the head of an answer in
-//! [`answer`].
+//! HTTP/1.1 from clients: request by request, in one task. [`server_connection`] has the bytes, [`response_head`] the
+//! head of a response.
 
 mod answer;
 pub mod body;
@@ -45,10 +45,10 @@ use crate::{
     },
 };
 
-type Shared = Rc<RefCell<Link>>;
+type SharedConnection = Rc<RefCell<Link>>;
 
-/// A connection for as long as it is served.
-struct Served(Shared);
+/// Shuts the connection down when it is no longer served.
+struct Served(SharedConnection);
 
 impl Drop for Served {
     fn drop(&mut self) {
@@ -56,114 +56,115 @@ impl Drop for Served {
     }
 }
 
-/// A request that is to be answered.
-struct Begun {
+/// A request to be handled.
+struct PendingRequest {
     request: Request<CallerBody>,
     present: Present,
-    asked: Asked,
+    request_info: Asked,
     progress: Rc<Progress>,
 }
 
-/// What is no request, and why.
+/// Bytes that are not a valid request, and why.
 struct RefusedRequest {
-    /// As far as it was understood.
+    /// As far as it was parsed.
     request: Request<CallerBody>,
     error: Error,
 }
 
-/// What becomes of a connection after a request.
-enum After {
-    /// It serves the next one.
-    Next,
-    /// It ends; the caller may still be sending.
+/// What happens to a connection after a request.
+enum NextStep {
+    /// It serves the next request.
+    NextRequest,
+    /// It closes. `lingers`: the client may still be sending.
     Close { lingers: bool },
-    /// It carries another protocol now, elsewhere.
+    /// Its stream has been handed over to another protocol.
     HandedOver,
 }
 
 impl Connection {
-    /// Serves requests, until the caller or the process leaves, or the connection stands still. `begun` is what was read
-    /// already.
+    /// Serves requests until the client closes, the process drains, or the connection stalls. `read_ahead`: the bytes
+    /// that were read already.
     pub(super) async fn serve_http1(
         self: &Rc<Self>,
         stream: Box<dyn Io>,
-        begun: Bytes,
+        read_ahead: Bytes,
     ) -> Result<(), ConnectionError> {
-        let served = Served(Link::new(stream, begun));
-        let link = &served.0;
-        let mut requests = pin!(self.requests(link));
-        let (mut leaving, mut watchdog) = (Leaving::new(self), Watchdog::default());
+        let served = Served(Link::new(stream, read_ahead));
+        let connection = &served.0;
+        let mut requests = pin!(self.requests(connection));
+        let (mut drain, mut watchdog) = (Leaving::new(self), Watchdog::default());
         let mut closing = pin!(self.closing());
         poll_fn(|cx| {
-            if leaving.poll(cx, self, closing.as_mut()) {
-                link.borrow_mut().leave();
+            if drain.poll(cx, self, closing.as_mut()) {
+                connection.borrow_mut().leave();
             }
-            if let Poll::Ready(cut) = leaving.poll_cut(cx) {
+            if let Poll::Ready(cut) = drain.poll_cut(cx) {
                 return Poll::Ready(Err(cut));
             }
             let look = || {
                 let exchange = self.exchange.borrow().clone();
-                let (due, _) = link.borrow().due(exchange.as_deref());
+                let (due, _) = connection.borrow().due(exchange.as_deref());
                 (exchange, due)
             };
             let served = ready!(poll_watched(cx, &mut watchdog, |cx| requests.as_mut().poll(cx), look));
-            let cut = || ConnectionError::Cut(link.borrow().due(self.exchange.borrow().as_deref()).1);
+            let cut = || ConnectionError::Cut(connection.borrow().due(self.exchange.borrow().as_deref()).1);
             Poll::Ready(served.unwrap_or_else(|| Err(cut())))
         })
         .await
     }
 
-    async fn requests(self: &Rc<Self>, link: &Shared) -> Result<(), ConnectionError> {
+    async fn requests(self: &Rc<Self>, connection: &SharedConnection) -> Result<(), ConnectionError> {
         let keeps_spelling = || self.worker.view().preserves_case;
         let lingers = loop {
-            let head = match poll_fn(|cx| link.borrow_mut().poll_head(cx, keeps_spelling)).await {
+            let head = match poll_fn(|cx| connection.borrow_mut().poll_head(cx, keeps_spelling)).await {
                 Ok(Some(head)) => head,
-                // A request that came just now must not take the last answer with it.
-                Ok(None) => break link.borrow_mut().has_more(),
+                // Closing with unread bytes resets the connection, which could destroy the last response.
+                Ok(None) => break connection.borrow_mut().has_more(),
                 Err(Error::CutOff) => break false,
                 Err(Error::Io(error)) => return Err(error.into()),
                 Err(error) => {
-                    self.refuse(link, unread_request(link, error)).await?;
+                    self.refuse(connection, unparsed_request(connection, error)).await?;
                     break true;
                 }
             };
-            // An idle connection holds no room for it.
-            let exchange = self.begin_exchange(link, head).map(|begun| Room::new(self.exchange(link, begun)));
+            // Boxed, so that an idle connection does not hold the memory of a request.
+            let exchange = self
+                .begin_exchange(connection, head)
+                .map(|pending| Room::new(self.exchange(connection, pending)));
             let after = match exchange {
                 Ok(exchange) => exchange.await?,
                 Err(refused) => {
-                    self.refuse(link, refused).await?;
+                    self.refuse(connection, refused).await?;
                     break true;
                 }
             };
             match after {
-                After::Next => {}
-                After::Close { lingers } => break lingers,
-                After::HandedOver => return Ok(()),
+                NextStep::NextRequest => {}
+                NextStep::Close { lingers } => break lingers,
+                NextStep::HandedOver => return Ok(()),
             }
         };
-        poll_fn(|cx| link.borrow_mut().poll_close(cx)).await?;
+        poll_fn(|cx| connection.borrow_mut().poll_close(cx)).await?;
         if lingers {
             let mut read = 0;
-            poll_fn(|cx| link.borrow_mut().poll_linger(cx, &mut read)).await;
+            poll_fn(|cx| connection.borrow_mut().poll_linger(cx, &mut read)).await;
         }
         Ok(())
     }
 
-    /// Makes a request of a head, and says what becomes of the connection as far as that hangs on it. The error has the
-    /// request whose body cannot be found.
+    /// Makes a request from a head. The error has the request whose body cannot be framed.
     fn begin_exchange(
         self: &Rc<Self>,
-        link: &Shared,
+        connection: &SharedConnection,
         mut head: RequestHead,
-    ) -> Result<Begun, Box<RefusedRequest>> {
+    ) -> Result<PendingRequest, Box<RefusedRequest>> {
         let mut present = head.present;
-        let mut asked = Asked::of(&head);
+        let mut request_info = Asked::of(&head);
         if present.has(Field::ContentLength) && present.has(Field::TransferEncoding) {
-            // It goes on as `chunked` alone, and nothing comes behind it (RFC 9112 §6.3).
+            // Forward it as `chunked` alone, and close the connection after it (RFC 9112 §6.3).
             head.fields.remove(CONTENT_LENGTH);
             present.remove(Field::ContentLength);
-            asked.persists = false;
+            request_info.persists = false;
         }
         let framing = match framing(&head, present) {
             Ok(framing) => framing,
@@ -173,124 +174,132 @@ impl Connection {
             }
         };
         let expects_continue = present.has(Field::Expect) && head.version == Version::HTTP_11;
-        let body = Link::begin(link, framing, expects_continue);
+        let body = Link::begin(connection, framing, expects_continue);
         let progress = Rc::new(Progress::new(Instant::now()));
         self.exchange.replace(Some(Rc::clone(&progress)));
-        Ok(Begun { request: request(head, body), present, asked, progress })
+        Ok(PendingRequest { request: request(head, body), present, request_info, progress })
     }
 
-    /// Answers what is no request, after which the connection ends. Boxed, as few connections come to this.
+    /// Refuses an invalid request, after which the connection closes. Boxed, as it is rare.
     fn refuse(
         self: &Rc<Self>,
-        link: &Shared,
+        connection: &SharedConnection,
         refused: Box<RefusedRequest>,
     ) -> Pin<Box<dyn Future<Output = Result<(), ConnectionError>>>> {
-        let (this, link) = (Rc::clone(self), Rc::clone(link));
+        let (this, connection) = (Rc::clone(self), Rc::clone(connection));
         Box::pin(async move {
             let RefusedRequest { mut request, error } = *refused;
-            let error = link.borrow().explain(&error, request.uri().path());
+            let error = connection.borrow().explain(&error, request.uri().path());
             let present = Present::of(request.headers());
             let progress = Rc::new(Progress::new(Instant::now()));
             let mut response = call::refuse(&this, &mut request, present, &error, &progress);
-            let asked = Asked::closing(request.version(), request.method());
-            let mut plan = write_head(link.borrow_mut().outlet.head(), &mut response, &asked, false);
-            // All of it is there.
-            send(&link, response.into_body(), &mut plan).await.map(drop)
+            let request_info = Asked::closing(request.version(), request.method());
+            let mut plan =
+                write_head(connection.borrow_mut().outlet.head(), &mut response, &request_info, false);
+            // The body is complete, so sending cannot fail midway.
+            send(&connection, response.into_body(), &mut plan).await.map(drop)
         })
     }
 
-    /// One request, from its head to the last byte of its answer.
-    // No `async fn`, as that has room for what it is given twice.
+    /// Serves one request, from its head to the last byte of its response.
+    // Not an `async fn`, which would store its arguments twice.
     fn exchange(
         self: &Rc<Self>,
-        link: &Shared,
-        mut begun: Begun,
-    ) -> impl Future<Output = Result<After, ConnectionError>> + use<> {
-        let (this, link) = (Rc::clone(self), Rc::clone(link));
+        connection: &SharedConnection,
+        mut pending: PendingRequest,
+    ) -> impl Future<Output = Result<NextStep, ConnectionError>> + use<> {
+        let (this, connection) = (Rc::clone(self), Rc::clone(connection));
         async move {
             let response = {
-                let Begun { request, present, progress, .. } = &mut begun;
-                let call = pin!(call::answer(&this, request, *present, progress));
-                this.answered(&link, call).await?
+                let PendingRequest { request, present, progress, .. } = &mut pending;
+                let handled = pin!(call::answer(&this, request, *present, progress));
+                this.wait_for_response(&connection, handled).await?
             };
-            // What nobody took of it nobody will read.
-            drop(take(begun.request.body_mut()));
-            this.pass_on(&link, response, &begun).await
+            // The rest of the body is not needed.
+            drop(take(pending.request.body_mut()));
+            this.pass_on(&connection, response, &pending).await
         }
     }
 
-    /// Writes an answer, and sees what becomes of the connection.
+    /// Writes a response and decides what happens to the connection.
     async fn pass_on(
         self: &Rc<Self>,
-        link: &Shared,
+        connection: &SharedConnection,
         mut response: Response<ResponseBody>,
-        Begun { asked, progress, .. }: &Begun,
-    ) -> Result<After, ConnectionError> {
-        link.borrow_mut().give_up_unasked();
-        let over = poll_fn(|cx| Poll::Ready(link.borrow_mut().is_request_over(cx))).await;
-        // A body that somebody still reads will come to its end.
-        let may_persist = !matches!(over, Poll::Ready(false)) && !self.is_leaving();
-        let switched = asked.is_switched_by(response.status());
-        let mut plan = write_head(link.borrow_mut().answer(&self.interim), &mut response, asked, may_persist);
+        PendingRequest { request_info, progress, .. }: &PendingRequest,
+    ) -> Result<NextStep, ConnectionError> {
+        connection.borrow_mut().give_up_unasked();
+        let request_finished = poll_fn(|cx| Poll::Ready(connection.borrow_mut().is_request_over(cx))).await;
+        // A body that is still being read will reach its end.
+        let may_persist = !matches!(request_finished, Poll::Ready(false)) && !self.is_leaving();
+        let switched = request_info.is_switched_by(response.status());
+        let mut plan = write_head(
+            connection.borrow_mut().answer(&self.interim),
+            &mut response,
+            request_info,
+            may_persist,
+        );
         let (parts, body) = response.into_parts();
         leave(parts.headers);
-        if let Err(error) = send(link, body, &mut plan).await? {
-            tracing::debug!(%error, "a response broke off");
-            // Its framing says that it is incomplete. Responses before it, which are complete, must still arrive.
+        if let Err(error) = send(connection, body, &mut plan).await? {
+            tracing::debug!(%error, "response broke off");
+            // Its framing shows that it is incomplete. The complete responses before it must still arrive.
             return if plan.ends_by_close() {
-                Err(ConnectionError::Cut("the answer broke off"))
+                Err(ConnectionError::Cut("the response broke off"))
             } else {
-                Ok(After::Close { lingers: true })
+                Ok(NextStep::Close { lingers: true })
             };
         }
 
         let handover = self.handover.take();
         if switched {
             if let Some(handover) = handover
-                && over == Poll::Ready(true)
+                && request_finished == Poll::Ready(true)
             {
-                // Nobody may want it any more.
-                let _ = handover.send(link.borrow_mut().hand_over());
-                return Ok(After::HandedOver);
+                // The receiver may be gone.
+                let _ = handover.send(connection.borrow_mut().hand_over());
+                return Ok(NextStep::HandedOver);
             }
-            return Ok(After::Close { lingers: true });
+            return Ok(NextStep::Close { lingers: true });
         }
-        let over = poll_fn(|cx| {
-            let mut link = link.borrow_mut();
-            match link.is_request_over(cx) {
-                Poll::Ready(over) => Poll::Ready(Ok(over)),
-                Poll::Pending => link.poll_gone(cx).map(Err),
+        let request_finished = poll_fn(|cx| {
+            let mut connection = connection.borrow_mut();
+            match connection.is_request_over(cx) {
+                Poll::Ready(request_finished) => Poll::Ready(Ok(request_finished)),
+                Poll::Pending => connection.poll_gone(cx).map(Err),
             }
         })
         .await?;
-        if !over || !plan.persists {
-            let more = |link: &Shared| link.borrow_mut().has_more();
-            return Ok(After::Close { lingers: !over || asked.may_switch() || more(link) });
+        if !request_finished || !plan.persists {
+            let more = |connection: &SharedConnection| connection.borrow_mut().has_more();
+            return Ok(NextStep::Close {
+                lingers: !request_finished || request_info.may_switch() || more(connection),
+            });
         }
-        link.borrow_mut().rest(progress.last_moved());
+        connection.borrow_mut().rest(progress.last_moved());
         self.exchange.take();
-        Ok(After::Next)
+        Ok(NextStep::NextRequest)
     }
 
-    /// Has a call answered, and passes on meanwhile what comes before its answer; until the caller leaves.
-    async fn answered(
+    /// Waits for the response of a request, and writes interim responses meanwhile. Ends early when the client closes.
+    async fn wait_for_response(
         self: &Rc<Self>,
-        link: &Shared,
-        mut call: Pin<&mut impl Future<Output = Response<ResponseBody>>>,
+        connection: &SharedConnection,
+        mut handled: Pin<&mut impl Future<Output = Response<ResponseBody>>>,
     ) -> Result<Response<ResponseBody>, ConnectionError> {
         poll_fn(|cx| {
-            if let Poll::Ready(response) = call.as_mut().poll(cx) {
+            if let Poll::Ready(response) = handled.as_mut().poll(cx) {
                 return Poll::Ready(Ok(response));
             }
-            let mut link = link.borrow_mut();
-            link.poll_interim(cx, &self.interim)?;
-            link.poll_gone(cx).map(|error| Err(error.into()))
+            let mut connection = connection.borrow_mut();
+            connection.poll_interim(cx, &self.interim)?;
+            connection.poll_gone(cx).map(|error| Err(error.into()))
         })
         .await
     }
 }
 
-/// A request as calls know it.
+/// The request of a parsed head.
 fn request(head: RequestHead, body: Body) -> Request<CallerBody> {
     let mut request = Request::new(CallerBody::Http1(body));
     *request.method_mut() = head.method;
@@ -306,71 +315,72 @@ fn request(head: RequestHead, body: Body) -> Request<CallerBody> {
     request
 }
 
-/// Where a request's body ends. A length is digits, once: two readers must not differ.
+/// The framing of a request's body. Content-Length must be one number of digits only, as no two parsers read that
+/// differently.
 fn framing(head: &RequestHead, present: Present) -> Result<Framing, FramingError> {
     let (length, coding) = (present.has(Field::ContentLength), present.has(Field::TransferEncoding));
     if !length && !coding {
         return Ok(Framing::EMPTY);
     }
-    let mut said = head.fields.get_all(CONTENT_LENGTH).iter();
-    if said.any(|said| !said.as_bytes().iter().all(u8::is_ascii_digit)) {
+    let mut lengths = head.fields.get_all(CONTENT_LENGTH).iter();
+    if lengths.any(|length| !length.as_bytes().iter().all(u8::is_ascii_digit)) {
         return Err(FramingError::Length);
     }
     Framing::of_request(head.version, &head.fields, present)
 }
 
-/// What can be told of a request whose head could not be read.
-fn unread_request(link: &Shared, error: Error) -> Box<RefusedRequest> {
-    let line = link.borrow().refused_line();
+/// A request whose head could not be parsed, as far as its start line is known.
+fn unparsed_request(connection: &SharedConnection, error: Error) -> Box<RefusedRequest> {
+    let line = connection.borrow().refused_line();
     let mut request = Request::new(CallerBody::default());
-    // A token that no method has, in logs.
+    // Shown in logs; no method has this name.
     let unknown = || Method::from_bytes(b"-").unwrap_or_default();
     *request.method_mut() = line.method.unwrap_or_else(unknown);
     *request.version_mut() = if line.http10 { Version::HTTP_10 } else { Version::HTTP_11 };
     Box::new(RefusedRequest { request, error })
 }
 
-/// Writes what there is, and the body behind it, part by part: more is asked for when there is room for it. Says why the
-/// body is incomplete, if it is.
+/// Writes what is buffered and then the body, frame by frame; polls the body when the buffer has space. The inner
+/// result says why the body is incomplete, if it is.
 async fn send(
-    link: &Shared,
+    connection: &SharedConnection,
     mut body: ResponseBody,
     plan: &mut Plan,
 ) -> Result<Result<(), Error>, ConnectionError> {
     let mut ended = plan.bodiless || body.is_end_stream();
     while !ended {
-        if !link.borrow().outlet.has_room() {
-            flush(link).await?;
+        if !connection.borrow().outlet.has_room() {
+            flush(connection).await?;
         }
         let part = poll_fn(|cx| {
             if let Poll::Ready(part) = Pin::new(&mut body).poll_frame(cx) {
                 return Poll::Ready(Ok(part));
             }
-            // What there is goes out meanwhile.
-            let mut link = link.borrow_mut();
-            match link.poll_flush(cx) {
+            // Write what is buffered meanwhile.
+            let mut connection = connection.borrow_mut();
+            match connection.poll_flush(cx) {
                 Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-                _ => link.poll_gone(cx).map(Err),
+                _ => connection.poll_gone(cx).map(Err),
             }
         })
         .await?;
         let last = body.is_end_stream();
-        let put = plan.put(&mut link.borrow_mut().outlet, part, last);
+        let put = plan.put(&mut connection.borrow_mut().outlet, part, last);
         match put {
             Ok(last) => ended = last,
-            Err(error) => return flush(link).await.map(|()| Err(error)),
+            Err(error) => return flush(connection).await.map(|()| Err(error)),
         }
     }
-    flush(link).await.map(Ok)
+    flush(connection).await.map(Ok)
 }
 
-/// Writes all that there is, unless the caller leaves.
-async fn flush(link: &Shared) -> Result<(), ConnectionError> {
+/// Writes everything that is buffered, unless the client closes.
+async fn flush(connection: &SharedConnection) -> Result<(), ConnectionError> {
     let flushed = poll_fn(|cx| {
-        let mut link = link.borrow_mut();
-        match link.poll_flush(cx) {
+        let mut connection = connection.borrow_mut();
+        match connection.poll_flush(cx) {
             Poll::Ready(flushed) => Poll::Ready(flushed),
-            Poll::Pending => link.poll_gone(cx).map(Err),
+            Poll::Pending => connection.poll_gone(cx).map(Err),
         }
     });
     Ok(flushed.await?)

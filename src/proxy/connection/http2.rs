@@ -1,5 +1,5 @@
-//! HTTP/2 from clients: a task for the connection, one for each stream, and a watch over both. A connection that stands
-//! still is cut, one that drains is asked to leave, and one that is abused is closed ([`crate::resilience::conduct`]).
+//! HTTP/2 from clients: a task for the connection, one for each stream, and a watchdog for both. A stalled connection
+//! is cut, a draining one gets GOAWAY, and an abused one is closed ([`crate::resilience::conduct`]).
 
 mod refused;
 mod stream;
@@ -36,19 +36,19 @@ use crate::{
     resilience::conduct::{Conduct, Verdict},
 };
 
-/// Streams a client may have open on one connection.
+/// The streams that a client may have open on one connection.
 const MAX_STREAMS: u32 = 100;
-/// Streams that the client may have taken back before they were looked at: what one reading of the socket can bring.
-const MOST_RESET_UNSEEN: usize = 1024;
-/// What a stream may send before any of it is read. With 64 KiB a client without TCP_NODELAY waits for a delayed
-/// acknowledgement (40 ms) at every window.
+/// The streams that the client may reset before they are accepted: as many as one read of the socket can bring.
+const MAX_RESET_BEFORE_ACCEPT: usize = 1024;
+/// What a client may send on a stream before any of it is read. With 64 KiB a client without TCP_NODELAY waits for a
+/// delayed acknowledgement (40 ms) at every window.
 const STREAM_WINDOW: u32 = 128 * 1024;
-/// All streams may have their windows full, and the next one still gets through. It bounds the memory of a connection.
+/// Full windows of all streams do not block a connection. Bounds the memory of a connection.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
-/// A client that says nothing for this long is asked for a sign of life.
+/// A client that sends nothing for this long gets a PING.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What the task of a connection shares with those of its streams.
+/// The state that a connection's task shares with those of its streams.
 #[derive(Debug)]
 struct Session {
     connection: Rc<Connection>,
@@ -56,7 +56,7 @@ struct Session {
     conduct: RefCell<Conduct>,
 }
 
-/// The connection's side of a session.
+/// The connection's task.
 struct Driver<S> {
     session: Rc<Session>,
     h2: server::Connection<Wired<Guarded<S>>, Bytes>,
@@ -75,32 +75,32 @@ impl Connection {
         let wire = Wire::server();
         let conduct = RefCell::new(Conduct::new(ERRORS_TO_RETIRE, std::time::Instant::now()));
         let session = Rc::new(Session { connection: Rc::clone(self), wire, conduct });
-        let mut leaving = Leaving::new(self);
+        let mut drain = Leaving::new(self);
         let mut closing = pin!(self.closing());
         let mut handshake =
             builder().handshake(Wired::new(Guarded::new(stream, &session.wire), &session.wire));
-        let (mut watchdog, mut asked_to_leave) = (Watchdog::default(), false);
+        let (mut watchdog, mut close_requested) = (Watchdog::default(), false);
         let h2 = poll_fn(|cx| {
-            asked_to_leave |= leaving.poll(cx, self, closing.as_mut());
-            if let Poll::Ready(cut) = leaving.poll_cut(cx) {
+            close_requested |= drain.poll(cx, self, closing.as_mut());
+            if let Poll::Ready(cut) = drain.poll_cut(cx) {
                 return Poll::Ready(Err(cut));
             }
-            let look = || (None, session.standstill().0);
+            let look = || (None, session.stall().0);
             let made = ready!(poll_watched(cx, &mut watchdog, |cx| Pin::new(&mut handshake).poll(cx), look));
             Poll::Ready(made.map_or_else(|| Err(session.cut()), |made| Ok(made?)))
         });
         let mut h2 = h2.await?;
-        if asked_to_leave {
+        if close_requested {
             h2.graceful_shutdown();
         }
         let ping = h2.ping_pong();
         let verdict = Verdict::Proper;
         let mut driver = Driver { session, h2, ping, ping_sent: None, watchdog, verdict };
         poll_fn(|cx| {
-            if leaving.poll(cx, self, closing.as_mut()) {
+            if drain.poll(cx, self, closing.as_mut()) {
                 driver.h2.graceful_shutdown();
             }
-            if let Poll::Ready(cut) = leaving.poll_cut(cx) {
+            if let Poll::Ready(cut) = drain.poll_cut(cx) {
                 return Poll::Ready(Err(cut));
             }
             driver.poll(cx)
@@ -116,7 +116,7 @@ fn builder() -> Builder {
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEAD_BYTES as u32)
-        .max_pending_accept_reset_streams(MOST_RESET_UNSEEN)
+        .max_pending_accept_reset_streams(MAX_RESET_BEFORE_ACCEPT)
         .max_local_error_reset_streams(Some(MOST_STREAM_ERRORS))
         .max_concurrent_reset_streams(REMEMBERED_RESETS)
         .reset_stream_duration(RESET_MEMORY);
@@ -147,20 +147,20 @@ where
             if self.judge() {
                 continue;
             }
-            let (silent_at, cut_at) = (self.poll_ping(cx), self.session.standstill().0);
+            let (silent_at, cut_at) = (self.poll_ping(cx), self.session.stall().0);
             let due = cut_at.map_or(silent_at, |cut| cut.min(silent_at));
             ready!(self.watchdog.poll_due(cx, Some(due)));
             if cut_at.is_some_and(|cut| cut <= silent_at) {
                 return Poll::Ready(Err(self.session.cut()));
             }
             if self.ping_sent.is_some() {
-                return Poll::Ready(Err(ConnectionError::Cut("the client answers no PING")));
+                return Poll::Ready(Err(ConnectionError::Cut("the client does not answer PING")));
             }
             self.send_ping();
         }
     }
 
-    /// Acts on the client's conduct. True where the connection has to be polled for that.
+    /// Retires or closes the connection of a client that abuses it. True if the connection has to be polled.
     fn judge(&mut self) -> bool {
         let now = std::time::Instant::now();
         let (faults, refusals) = (self.session.wire.take_faults(), self.session.wire.take_refusals());
@@ -191,7 +191,7 @@ where
         true
     }
 
-    /// When a PING is due; or, where one has been sent, when its answer is.
+    /// When the next PING is due, or the acknowledgement of the one that was sent.
     fn poll_ping(&mut self, cx: &mut Context<'_>) -> Instant {
         if let (Some(ping), Some(sent)) = (&mut self.ping, self.ping_sent) {
             if ping.poll_pong(cx).is_pending() {
@@ -203,23 +203,23 @@ where
     }
 
     fn send_ping(&mut self) {
-        // Without a handle, or on a connection that has just broken: the end is near, and is seen then.
+        // It fails on a connection that has just broken, which the next poll reports.
         let _ = self.ping.as_mut().map(|ping| ping.send_ping(Ping::opaque()));
         self.ping_sent = Some(Instant::now());
     }
 }
 
 impl Session {
-    /// When the connection is cut unless something moves, and why.
-    fn standstill(&self) -> (Option<Instant>, &'static str) {
+    /// When the connection is cut unless there is progress, and why.
+    fn stall(&self) -> (Option<Instant>, &'static str) {
         match self.wire.blocked() {
-            Some(since) => (Some(since + WRITE_STALL), "the client takes nothing of what is written to it"),
+            Some(since) => (Some(since + WRITE_STALL), "the client reads nothing of what is written to it"),
             None if self.connection.streams.get() > 0 => (None, ""),
             None => (Some(self.connection.idle_since.get() + CALLER_IDLE), "idle"),
         }
     }
 
     fn cut(&self) -> ConnectionError {
-        ConnectionError::Cut(self.standstill().1)
+        ConnectionError::Cut(self.stall().1)
     }
 }

@@ -1,4 +1,5 @@
-//! What a caller speaks decides how it is served: HTTP call by call, anything else as bytes, where those may pass.
+//! Serves a connection by the protocol of its first bytes: HTTP request by request, anything else as a byte stream
+//! where that is allowed.
 
 use std::{future::pending, rc::Rc, time::Duration};
 
@@ -32,38 +33,38 @@ use crate::{
     upstream::stream::UpstreamIo,
 };
 
-/// How long, and how much, is read on after a refusal, so that a reset does not take it away.
-const LINGER: Duration = Duration::from_secs(1);
-const MOST_LINGERING: usize = 256 * 1024;
+/// How long, and how many bytes, are read and dropped after a refusal: closing with unread bytes could destroy it.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+const MAX_LINGER_BYTES: usize = 256 * 1024;
 
-/// How a connection is served whose TLS, if any, has ended here.
+/// How to serve a connection whose TLS, if any, was terminated here.
 #[derive(Clone, Copy)]
 pub(super) struct Plain<'a> {
-    /// Where bytes go that are not HTTP; `None`: nowhere.
-    pub behind: Option<&'a Rc<LocalCluster>>,
+    /// The destination of bytes that are not HTTP; `None`: there is none.
+    pub destination: Option<&'a Rc<LocalCluster>>,
     pub mtls: Mtls,
-    /// The client is a sidecar that opened a byte stream.
-    pub agreed: bool,
+    /// The client is a sidecar that negotiated a byte stream by ALPN.
+    pub is_negotiated: bool,
 }
 
-/// How a tunnel of bytes began, for when the configuration changes under it.
+/// How a byte stream began, to check it again when the configuration changes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BegunBytes {
-    pub spoken: Spoken,
-    /// The client is a sidecar that opened a byte stream.
-    pub agreed: bool,
+    pub detected: Spoken,
+    /// The client is a sidecar that negotiated a byte stream by ALPN.
+    pub is_negotiated: bool,
 }
 
 impl Default for BegunBytes {
-    /// On a port that is declared `tcp` nobody looks at what is spoken.
+    /// The protocol is not detected on a port that is declared `tcp`.
     fn default() -> Self {
-        Self { spoken: Spoken::Other, agreed: false }
+        Self { detected: Spoken::Other, is_negotiated: false }
     }
 }
 
 impl Connection {
-    /// Finds out what the caller speaks and serves it: HTTP call by call, anything else as bytes. TLS that is meant for
-    /// us is given back, with what has been read of it.
+    /// Detects the client's protocol and serves it: HTTP request by request, anything else as a byte stream. TLS that
+    /// is to be terminated here is returned, with the bytes that were read.
     pub(super) async fn serve_plain<S>(
         self: &Rc<Self>,
         mut stream: S,
@@ -72,66 +73,73 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
-        let Plain { behind, mtls, agreed } = plain;
+        let Plain { destination, mtls, is_negotiated } = plain;
         let mut detector = Detector::default();
-        // Boxed, since what comes after it needs no room for it.
+        // Boxed, so that its memory is freed before the connection is served.
         let first = Box::pin(self.first(&mut detector, &mut stream, plain)).await?;
-        let (spoken, server, http_only) = match first {
-            // What has begun to come is still served.
+        let (detected, server, http_only) = match first {
+            // A request that has begun to arrive is still served.
             First::Nobody if detector.has_begun() => (detector.spoken(&mut stream).await?, None, false),
             First::Nobody => return Ok(None),
-            First::Client(spoken) => (spoken, None, false),
-            First::ClientDialled(spoken, server) => (spoken, Some(server), false),
+            First::Client(detected) => (detected, None, false),
+            First::ClientDialled(detected, server) => (detected, Some(server), false),
             First::Server(server) => (Spoken::Nothing, Some(server), false),
             First::HttpServer => {
                 match Box::pin(self.request_after_greeting(&mut detector, &mut stream)).await? {
-                    Some(spoken) => (spoken, None, true),
+                    Some(detected) => (detected, None, true),
                     None => return Ok(None),
                 }
             }
         };
-        if spoken == Spoken::Tls && mtls != Mtls::Off {
+        if detected == Spoken::Tls && mtls != Mtls::Off {
             return Ok(Some((stream, detector.into_bytes())));
         }
-        match (&server, spoken) {
+        match (&server, detected) {
             (Some(_), Spoken::Nothing) => self.note_detected(Detected::ServerFirst),
-            _ => self.note_spoken(spoken),
+            _ => self.note_spoken(detected),
         }
         let named = match self.outward() {
-            Some(original) if spoken == Spoken::Tls => {
-                Box::pin(self.by_server_name(&mut detector, &mut stream, original, behind)).await?
+            Some(original) if detected == Spoken::Tls => {
+                Box::pin(self.by_server_name(&mut detector, &mut stream, original, destination)).await?
             }
             _ => None,
         };
-        let begun = detector.into_bytes();
-        // Calls have connections of their own.
-        let server = server.filter(|_| agreed || !matches!(spoken, Spoken::Http1 | Spoken::H2));
-        let served = match (spoken, named.as_ref().or(behind)) {
+        let read_ahead = detector.into_bytes();
+        // Requests use pooled connections instead.
+        let server = server.filter(|_| is_negotiated || !matches!(detected, Spoken::Http1 | Spoken::H2));
+        let served = match (detected, named.as_ref().or(destination)) {
             (Spoken::Nothing, _) if server.is_none() => Ok(()),
-            _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(spoken, stream, begun)).await,
-            (Spoken::Http1, _) if !agreed => self.serve_http1(Box::new(stream), begun).await,
-            (Spoken::H2, _) if !agreed => Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await,
-            (_, Some(behind)) => {
-                let rules = self.byte_rules(behind, agreed);
-                let verdict = match rules.decide_spoken(spoken) {
+            _ if mtls == Mtls::Strict => Box::pin(self.refuse_plaintext(detected, stream, read_ahead)).await,
+            (Spoken::Http1, _) if !is_negotiated => self.serve_http1(Box::new(stream), read_ahead).await,
+            (Spoken::H2, _) if !is_negotiated => {
+                Box::pin(self.serve_http2(Prefixed::new(read_ahead, stream))).await
+            }
+            (_, Some(destination)) => {
+                let rules = self.byte_rules(destination, is_negotiated);
+                let verdict = match rules.decide_spoken(detected) {
                     Verdict::Watched | Verdict::Pass if http_only => Verdict::Refused(Why::HttpServer),
                     verdict => verdict,
                 };
-                let stream = Prefixed::new(begun, stream);
-                // What its greeting names may be another than who was dialled.
+                let stream = Prefixed::new(read_ahead, stream);
+                // The SNI may name another upstream than the one that was dialled.
                 let server = server.filter(|_| named.is_none());
-                Box::pin(self.serve_bytes(stream, server, behind, (verdict, BegunBytes { spoken, agreed })))
-                    .await
+                Box::pin(self.serve_byte_stream(
+                    stream,
+                    server,
+                    destination,
+                    (verdict, BegunBytes { detected, is_negotiated }),
+                ))
+                .await
             }
             (_, None) => {
                 let error = ProxyError::malformed(self.nowhere().to_string());
-                Box::pin(self.refuse_bytes(stream, None, error)).await
+                Box::pin(self.refuse_byte_stream(stream, None, error)).await
             }
         };
         served.map(|()| None)
     }
 
-    /// Waits for the request that a server of HTTP expects, although it spoke first. `None`: the process drains.
+    /// Waits for a request after an HTTP server has sent first. `None`: the process drains.
     async fn request_after_greeting<S>(
         &self,
         detector: &mut Detector,
@@ -142,19 +150,19 @@ impl Connection {
     {
         tokio::select! {
             biased;
-            spoken = detector.spoken(stream) => Ok(Some(spoken?)),
+            detected = detector.spoken(stream) => Ok(Some(detected?)),
             () = self.draining() => Ok(None),
             () = sleep(HEADER_TIMEOUT) => Err(NO_BYTE),
         }
     }
 
-    /// Carries bytes, or refuses them.
-    async fn serve_bytes<S>(
+    /// Relays a byte stream, or refuses it.
+    async fn serve_byte_stream<S>(
         &self,
         stream: S,
         server: Option<Box<Server>>,
-        behind: &LocalCluster,
-        (verdict, begun): (Verdict, BegunBytes),
+        destination: &LocalCluster,
+        (verdict, origin): (Verdict, BegunBytes),
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -162,74 +170,75 @@ impl Connection {
         let watch = match verdict {
             Verdict::Refused(why) => {
                 let error = ProxyError::malformed(format!("{why}; {}", self.remedy()));
-                return self.refuse_bytes(stream, Some(behind), error).await;
+                return self.refuse_byte_stream(stream, Some(destination), error).await;
             }
             Verdict::Watched => RequestWatch::default(),
             Verdict::Pass => RequestWatch::off(),
         };
         if let Some(server) = server {
             let Server { io, in_use: _in_use, said } = *server;
-            return self.carry(stream, Prefixed::new(said, io), behind, (watch, begun)).await;
+            return self.carry(stream, Prefixed::new(said, io), destination, (watch, origin)).await;
         }
-        let bare = self.outward().is_some() && begun.spoken == Spoken::Tls && redirected::is_simple(behind);
+        let bare =
+            self.outward().is_some() && origin.detected == Spoken::Tls && redirected::is_simple(destination);
         let (upstream, _in_use) = match bare {
-            true => Box::pin(connect::dial_bare(self, behind)).await?,
-            false => Box::pin(connect::dial(self, behind)).await?,
+            true => Box::pin(connect::dial_bare(self, destination)).await?,
+            false => Box::pin(connect::dial(self, destination)).await?,
         };
-        self.carry(stream, upstream, behind, (watch, begun)).await
+        self.carry(stream, upstream, destination, (watch, origin)).await
     }
 
-    /// What holds for bytes on this connection.
-    pub(super) fn byte_rules(&self, behind: &LocalCluster, agreed: bool) -> ByteRules {
+    /// The rules for byte streams on this connection.
+    pub(super) fn byte_rules(&self, destination: &LocalCluster, is_negotiated: bool) -> ByteRules {
         let view = self.worker.view();
         let config = &view.snapshot.config;
-        let policy = || behind.cluster.request_policy(&config.runtime.observe);
+        let policy = || destination.cluster.request_policy(&config.runtime.observe);
         let request_policy = match &self.side {
             Side::Inbound => view.snapshot.inbound_request_policy().or_else(policy),
-            // By CONNECT other bytes get connect, limit and idle policy only (product contract, 4.2).
+            // Byte streams inside CONNECT get connect, limit and idle policy only (product contract, 4.2).
             Side::Outbound if self.tunnel_to.is_some() => None,
             Side::Upstream(_) | Side::Outbound => policy(),
         };
         ByteRules {
-            protocol: behind.cluster.settings.protocol,
-            agreed,
+            protocol: destination.cluster.settings.protocol,
+            is_negotiated,
             peer_identity: self.side == Side::Inbound && self.peer_identity.is_some(),
             request_policy,
             own_tls: self.side == Side::Outbound,
         }
     }
 
-    /// What to write so that bytes pass.
+    /// The configuration that lets byte streams pass, for messages.
     pub(super) fn remedy(&self) -> String {
         match &self.side {
             Side::Inbound => {
                 let config = &self.worker.view().snapshot.config;
                 let port = self.redirected_to.map_or(config.inbound.forward_to.port, |to| to.port());
                 format!(
-                    "`protocol = \"tcp\"` in an `[[inbound.port]]` with `port = {port}` lets them pass unread"
+                    "`protocol = \"tcp\"` in an `[[inbound.port]]` with `port = {port}` lets byte streams pass"
                 )
             }
             Side::Upstream(_) | Side::Outbound => {
-                "`protocol = \"tcp\"` in the `[[upstream]]` lets them pass unread".to_owned()
+                "`protocol = \"tcp\"` in the `[[upstream]]` lets byte streams pass".to_owned()
             }
         }
     }
 
-    /// Answers bytes that may not pass with 400, and closes.
-    async fn refuse_bytes<S>(
+    /// Refuses a byte stream with a 400 response, and closes.
+    async fn refuse_byte_stream<S>(
         &self,
         mut stream: S,
-        behind: Option<&LocalCluster>,
+        destination: Option<&LocalCluster>,
         error: ProxyError,
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        if let Some(behind) = behind {
-            behind.upstream.shared.guards.counts.rejected.add(error.cause.word());
+        if let Some(destination) = destination {
+            destination.upstream.shared.guards.counts.rejected.add(error.cause.word());
         }
-        // Repetitions are held back by the log.
-        tracing::warn!(peer = ?self.peer, "a connection was refused: {}", error.detail);
+        // The log suppresses repetitions.
+        tracing::warn!(peer = ?self.peer, "byte stream refused: {}", error.detail);
         let view = self.worker.view();
         let response = respond(&error, &Context { deployment: &view.names.deployment, ..Context::default() });
         let (mut parts, body) = response.into_parts();
@@ -244,13 +253,13 @@ impl Connection {
         write_field(&mut out, b"content-length", body.len().to_string().as_bytes());
         out.extend_from_slice(b"\r\n");
         out.extend_from_slice(&body);
-        let said = async {
+        let send = async {
             stream.write_all(&out).await?;
             stream.shutdown().await?;
-            tokio::io::copy(&mut stream.take(MOST_LINGERING as u64), &mut tokio::io::sink()).await
+            tokio::io::copy(&mut stream.take(MAX_LINGER_BYTES as u64), &mut tokio::io::sink()).await
         };
-        // Whoever does not read on or hang up is not waited for.
-        let _ = timeout(LINGER, said).await;
+        // A client that neither reads nor closes is not waited for.
+        let _ = timeout(LINGER_TIMEOUT, send).await;
         Ok(())
     }
 
@@ -259,50 +268,50 @@ impl Connection {
         stream: S,
         upstream: U,
         to: &LocalCluster,
-        (watch, begun): (RequestWatch, BegunBytes),
+        (watch, origin): (RequestWatch, BegunBytes),
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
         U: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         if self.side == Side::Inbound {
-            // It may have been silent while the configuration changed.
+            // The configuration may have changed while the connection was silent.
             if let Some(why) = self.refusal_by_now() {
                 return Err(why);
             }
             authorize::bytes(self, &self.worker.view(), to)?;
         }
-        // What a CONNECT led to has been counted with it.
-        let way = match &self.side {
+        // A byte stream inside CONNECT was counted with its request.
+        let entry_point = match &self.side {
             Side::Inbound => Some(Way::Inbound),
             Side::Upstream(_) => Some(Way::Listen),
             Side::Outbound => self.redirected_to.map(|_| Way::Redirect),
         };
-        if let Some(way) = way {
-            self.worker.shared.metrics.ways.note(way, Instant::now().into_std());
+        if let Some(entry_point) = entry_point {
+            self.worker.shared.metrics.ways.note(entry_point, Instant::now().into_std());
         }
         let policy = &to.cluster.settings.policy;
         let over_at = policy.max_duration.limit().map(|limit| Instant::now() + limit);
         let relayed = relay(stream, upstream, watch, policy.tunnel_idle_timeout.limit(), over_at);
         let ended = tokio::select! {
             ended = relayed => ended,
-            error = Box::pin(self.no_longer_allowed(begun)) => return Err(error),
+            error = Box::pin(self.no_longer_allowed(origin)) => return Err(error),
             () = Box::pin(self.stream_distrusted()) => return Err(DISTRUSTED),
         };
         match ended {
             tunnel::End::Closed(result) => Ok(result.map(drop)?),
-            tunnel::End::Idle => Err(ConnectionError::Cut("nothing moved for tunnel_idle_timeout")),
-            tunnel::End::Over => Err(ConnectionError::Cut("max_duration is over")),
+            tunnel::End::Idle => Err(ConnectionError::Cut("no byte moved for tunnel_idle_timeout")),
+            tunnel::End::Over => Err(ConnectionError::Cut("max_duration has elapsed")),
             tunnel::End::Request(error) => {
                 to.upstream.shared.guards.counts.rejected.add("malformed");
-                tracing::warn!(peer = ?self.peer, "a connection was cut: {error}; {}", self.remedy());
-                Err(ConnectionError::Cut("a request was hidden in bytes"))
+                tracing::warn!(peer = ?self.peer, "byte stream cut: {error}; {}", self.remedy());
+                Err(ConnectionError::Cut("the byte stream could be read as an HTTP request"))
             }
         }
     }
 
-    /// Serves what came through a CONNECT tunnel; bytes go to the server that was dialled for it. `None`: it takes no
-    /// byte streams. Calls have connections of their own.
+    /// Serves the inside of a CONNECT tunnel. A byte stream goes to the server that was dialled (`None`: it accepts no
+    /// byte streams), requests use pooled connections.
     pub async fn serve_tunnel(
         self: &Rc<Self>,
         mut stream: Box<dyn Io>,
@@ -330,47 +339,47 @@ impl Connection {
                 Box::pin(first_of(&mut detector, &mut stream, server, ended)).await?
             }
             None => tokio::select! {
-                spoken = detector.spoken(&mut stream) => First::Client(spoken?),
+                detected = detector.spoken(&mut stream) => First::Client(detected?),
                 ended = ended => match ended {
                     Ended::TooLate => return Err(NO_BYTE),
                     Ended::Drains | Ended::GivesWay => First::Nobody,
                 },
             },
         };
-        let (spoken, server) = match first {
+        let (detected, server) = match first {
             First::Nobody => return Ok(()),
-            First::Client(spoken) => (spoken, None),
-            First::ClientDialled(spoken, server) => (spoken, Some(server)),
+            First::Client(detected) => (detected, None),
+            First::ClientDialled(detected, server) => (detected, Some(server)),
             First::Server(server) => (Spoken::Nothing, Some(server)),
             First::HttpServer => {
                 takes_bytes = false;
                 match Box::pin(self.request_after_greeting(&mut detector, &mut stream)).await? {
-                    Some(spoken) => (spoken, None),
+                    Some(detected) => (detected, None),
                     None => return Ok(()),
                 }
             }
         };
-        let begun = detector.into_bytes();
-        match spoken {
+        let read_ahead = detector.into_bytes();
+        match detected {
             Spoken::Nothing if server.is_none() => Ok(()),
             Spoken::Http1 | Spoken::H2 if to.cluster.settings.protocol != Protocol::Tcp => {
                 drop(server);
-                match spoken {
-                    Spoken::H2 => Box::pin(self.serve_http2(Prefixed::new(begun, stream))).await,
-                    _ => self.serve_http1(stream, begun).await,
+                match detected {
+                    Spoken::H2 => Box::pin(self.serve_http2(Prefixed::new(read_ahead, stream))).await,
+                    _ => self.serve_http1(stream, read_ahead).await,
                 }
             }
             _ => {
-                let verdict = match self.byte_rules(to, false).decide_spoken(spoken) {
+                let verdict = match self.byte_rules(to, false).decide_spoken(detected) {
                     Verdict::Watched if !takes_bytes => Verdict::Refused(Why::HttpServer),
                     verdict => verdict,
                 };
-                let stream = Prefixed::new(begun, stream);
-                Box::pin(self.serve_bytes(
+                let stream = Prefixed::new(read_ahead, stream);
+                Box::pin(self.serve_byte_stream(
                     stream,
                     server,
                     to,
-                    (verdict, BegunBytes { spoken, agreed: false }),
+                    (verdict, BegunBytes { detected, is_negotiated: false }),
                 ))
                 .await
             }

@@ -1,24 +1,24 @@
-//! Which protocol the first bytes of a connection belong to. Pure: bytes in, verdict out.
+//! Classifies the first bytes of a connection. A pure function.
 //!
-//! HTTP servers are lenient: they skip blank lines, blanks, control characters or a byte-order mark before a request,
-//! take any word for a method, end lines by a bare LF, and ignore the version. Bytes that any of them could read as a
-//! request count as HTTP here, so that they meet the proxy's own parser, which refuses what it does not understand.
+//! HTTP servers are lenient: they skip blank lines, white space, control characters or a byte-order mark before a
+//! request, accept any word as a method, end lines at a bare LF, and ignore the version. Bytes that any of them could
+//! read as a request count as HTTP here, so that the proxy's own parser reads them, and refuses what is invalid.
 
 use super::Spoken;
 
 /// The client connection preface of HTTP/2 (RFC 9113 §3.4).
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How a version begins.
+/// The beginning of an HTTP version.
 pub(super) const HTTP_NAME: &[u8] = b"HTTP/";
-/// Text without a line end counts as HTTP from this length on: the parser then says that it is too long.
-const LONGEST_LINE: usize = 4096;
+/// Text without a line end counts as HTTP from this length on: the parser then refuses it as too long.
+const MAX_LINE: usize = 4096;
 /// A longer token counts as an HTTP method without a look at what follows: the parser decides.
-const LONGEST_METHOD: usize = 256;
-/// The signatures of the PROXY protocol, behind which some servers read HTTP.
+const MAX_METHOD: usize = 256;
+/// The signatures of the PROXY protocol, after which some servers read HTTP.
 const PROXY_V1: &[u8] = b"PROXY ";
 const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
-/// Classifies what a client sent first and ended its stream behind. Some servers take the end of the stream for that of
+/// Classifies all bytes of a client that has ended its stream. Some servers take the end of the stream for the end of
 /// the line and of the header.
 pub fn classify_ended(bytes: &[u8]) -> Spoken {
     let line = [bytes, b"\n"].concat();
@@ -28,7 +28,7 @@ pub fn classify_ended(bytes: &[u8]) -> Spoken {
     }
 }
 
-/// Classifies what a client sent first. `None`: more bytes are needed.
+/// Classifies the first bytes of a client. `None`: more bytes are needed.
 pub fn classify(bytes: &[u8]) -> Option<Spoken> {
     if bytes.starts_with(H2_PREFACE) {
         return Some(Spoken::H2);
@@ -50,12 +50,12 @@ pub fn classify(bytes: &[u8]) -> Option<Spoken> {
     }
     let skipped = skippable(bytes);
     let (before, rest) = bytes.split_at(skipped);
-    // A client that began by line ends or blanks may go on with a request. One that began by control characters
-    // may wait for its server: it is passed on, under a watch.
+    // After line ends or white space a request may follow. A client that sent control characters may be waiting for
+    // its server: the bytes pass, and `RequestWatch` follows them.
     let may_wait = before.iter().all(|byte| matches!(byte, b'\r' | b'\n' | b' ' | b'\t'));
     if rest.is_empty() {
         return match may_wait {
-            true if bytes.len() <= LONGEST_LINE => None,
+            true if bytes.len() <= MAX_LINE => None,
             true => Some(Spoken::Http1),
             false => Some(Spoken::Other),
         };
@@ -67,34 +67,35 @@ pub fn classify(bytes: &[u8]) -> Option<Spoken> {
     classify_partial_line(rest, may_wait)
 }
 
-/// The same for a line that has not ended.
+/// Classifies a line that has not ended.
 fn classify_partial_line(line: &[u8], may_wait: bool) -> Option<Spoken> {
     let word = line.iter().take_while(|byte| is_token_byte(**byte)).count();
     let (method, rest) = line.split_at(word);
-    if word > LONGEST_METHOD {
+    if word > MAX_METHOD {
         return Some(Spoken::Http1);
     }
     match rest {
         [] if may_wait => None,
         [b' ', target @ ..] if word > 0 => {
-            // What memcached clients send is in lower case.
-            let shouted = !method.iter().any(u8::is_ascii_lowercase);
+            // memcached commands are in lower case.
+            let is_upper_case = !method.iter().any(u8::is_ascii_lowercase);
             let begins = |begin: &[u8]| target.starts_with(begin);
-            if method == b"CONNECT" || shouted && (begins(b"/") || begins(b"http://") || begins(b"https://"))
+            if method == b"CONNECT"
+                || is_upper_case && (begins(b"/") || begins(b"http://") || begins(b"https://"))
             {
                 return Some(Spoken::Http1);
             }
             if target.iter().any(|byte| is_control(*byte)) || !may_wait {
                 return Some(Spoken::Other);
             }
-            // Whoever reads HTTP will say that it is too long.
-            (line.len() > LONGEST_LINE).then_some(Spoken::Http1)
+            // The HTTP parser refuses it as too long.
+            (line.len() > MAX_LINE).then_some(Spoken::Http1)
         }
         _ => Some(Spoken::Other),
     }
 }
 
-/// How many bytes an HTTP server could skip before a request.
+/// The number of bytes that an HTTP server could skip before a request.
 fn skippable(bytes: &[u8]) -> usize {
     let mut at = 0;
     loop {
@@ -108,7 +109,7 @@ fn skippable(bytes: &[u8]) -> usize {
     }
 }
 
-/// Whether some server takes a line, without its line end, for a request line. `line` is not blank.
+/// Whether some server reads a line, given without its line end, as a request line. `line` is not blank.
 fn is_request_line(line: &[u8]) -> bool {
     let mut words = line.split(|byte| separates_words(*byte)).filter(|word| !word.is_empty());
     let (Some(_), Some(second)) = (words.next(), words.next()) else { return false };
@@ -122,41 +123,41 @@ fn is_request_line(line: &[u8]) -> bool {
     is_text && is_target(second)
 }
 
-/// Whether a word is written as a request target in origin or absolute form.
+/// Whether a word has the form of a request target (origin or absolute form).
 fn is_target(word: &[u8]) -> bool {
     word.starts_with(b"/") || word.windows(2).any(|two| two == b":/")
 }
 
-/// `HTTP/1.1`, or another protocol's name and version: some servers do not compare the name.
+/// Whether a word ends like `HTTP/1.1`, with any protocol name: some servers do not compare the name.
 fn ends_in_version(word: &[u8]) -> bool {
     matches!(word, [.., b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit())
         || word.windows(HTTP_NAME.len()).any(|part| part.eq_ignore_ascii_case(HTTP_NAME))
 }
 
-/// Skipped by some server before a request: blanks, controls, and what Latin-1 counts as white space.
+/// Whether some server skips this byte before a request: space, control characters, and white space of Latin-1.
 pub(super) const fn is_skipped_byte(byte: u8) -> bool {
     matches!(byte, 0..=b' ' | 0x7f | 0x85 | 0xa0)
 }
 
-/// Taken by some server for a blank between the words of a line.
+/// Whether some server takes this byte for a separator between the words of a line.
 pub(super) const fn separates_words(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t' | 0x0b | 0x0c | b'\r' | 0x1c..=0x1f | 0x85 | 0xa0)
 }
 
-/// Not part of text.
+/// Whether this byte is not part of text.
 pub(super) const fn is_control(byte: u8) -> bool {
     byte.is_ascii_control() && !separates_words(byte)
 }
 
-/// Part of a token (RFC 9110 §5.6.2), as methods are.
+/// Whether this byte may be part of a token (RFC 9110 §5.6.2), such as a method.
 const fn is_token_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
         || matches!(byte, b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_')
         || matches!(byte, b'`' | b'|' | b'~')
 }
 
-/// Whether a server that spoke first speaks HTTP: the SETTINGS frame that HTTP/2 begins with, or a response, as sent
-/// to a client that is too slow. `None`: more bytes are needed.
+/// Whether a server that sent first speaks HTTP: it sent the SETTINGS frame of HTTP/2, or a response, as to a client
+/// that is too slow (408). `None`: more bytes are needed.
 pub fn server_speaks_http(bytes: &[u8]) -> Option<bool> {
     // The length is a multiple of six below 64 KiB; type 4, no flags, stream 0 (RFC 9113 §6.5).
     let settings = match bytes {
@@ -179,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tells_protocols_apart_with_the_fewest_bytes() {
+    fn detects_protocols_with_the_fewest_bytes() {
         for (bytes, expected) in [
             (&b"GET / HTTP/1.1\r\n"[..], Some(Spoken::Http1)),
             (b"GET /", Some(Spoken::Http1)),
@@ -207,9 +208,9 @@ mod tests {
             (b"\x16\x04\x01", Some(Spoken::Other)),
             (b"*1\r\n$4\r\nPING\r\n", Some(Spoken::Other)),
             (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Some(Spoken::Other)),
-            // A request of Cassandra: all control characters, and its client waits for the answer.
+            // A request of Cassandra: only control characters, and its client waits for the response.
             (b"\x04\x00\x00\x00\x05\x00\x00\x00\x00", Some(Spoken::Other)),
-            // One of Kafka that ends in a word.
+            // A request of Kafka that ends in a word.
             (b"\x00\x00\x00\x0f\x00\x12\x00\x00\x00\x00\x00\x00\x00\x05hello", Some(Spoken::Other)),
             (b"<?xml version='1.0'?><stream:stream to='a'>", Some(Spoken::Other)),
             (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Spoken::Other)),
@@ -220,7 +221,7 @@ mod tests {
 
     /// Issue 14, fault 1: each of these was read as a request by nginx, Node, Go, Python or a JDK server.
     #[test]
-    fn what_a_lenient_server_reads_as_a_request_is_http() {
+    fn what_a_lenient_server_reads_as_a_request_counts_as_http() {
         let line = |begin: &[u8], method: &[u8], end: &[u8]| [begin, method, end].concat();
         let begins: [&[u8]; 12] = [
             b"",
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_speaks_first_may_still_be_one_of_http() {
+    fn a_server_that_sends_first_may_speak_http() {
         for (bytes, expected) in [
             (&b""[..], None),
             (b"H", None),

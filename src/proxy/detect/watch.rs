@@ -1,10 +1,10 @@
-//! A watch over bytes that pass unread: they are cut off before a lenient HTTP server could take them for a request.
+//! A filter for byte streams that pass unread: it cuts them off before a lenient HTTP server could read a request.
 //!
-//! The opening of a connection does not decide everything. A JDK server takes any bytes before the first blank for a
-//! method, and ignores the version: a binary message, even the ClientHello of TLS, can go on as a request line. So the
-//! client's first line is followed, in the ways in which servers end lines, until it can no longer be a request line,
+//! The first bytes of a connection do not decide everything. A JDK server takes any bytes before the first space for a
+//! method, and ignores the version: a binary message, even a ClientHello, can continue as a request line. So the filter
+//! follows the client's first line, in each way in which servers end lines, until it can no longer be a request line,
 //! or until the server has sent something that is not HTTP. Nothing else ends the watch: servers differ in how long a
-//! line and a header may be, so no number of bytes is enough. What ends a request line does not pass.
+//! line and a header may be, so no number of bytes is enough. The byte that ends a request line does not pass.
 
 use super::opening::{HTTP_NAME, is_control, is_skipped_byte, separates_words, server_speaks_http};
 
@@ -13,11 +13,10 @@ use super::opening::{HTTP_NAME, is_control, is_skipped_byte, separates_words, se
 #[error("a server could read these bytes as an HTTP request")]
 pub struct ReadsAsRequest;
 
-/// See the first lines of this file. Fed with what the client sends before it is passed on, and with what the server
-/// answers.
+/// See the first lines of this file. It gets the client's bytes before they are forwarded, and the server's.
 #[derive(Debug)]
 pub struct RequestWatch {
-    /// `None`: it is over.
+    /// `None`: the watch has ended.
     state: Option<Box<State>>,
 }
 
@@ -26,37 +25,37 @@ struct State {
     loose: LooseLine,
     strict: StrictLine,
     three_words: ThreeWords,
-    /// What the server answered so far, while that could be HTTP.
-    answered: Vec<u8>,
+    /// The server's first bytes, while they could be HTTP.
+    server_bytes: Vec<u8>,
 }
 
-/// The first line as servers read it that end lines by LF or CR.
+/// The first line, for servers that end lines at LF or CR.
 #[derive(Debug)]
 struct LooseLine {
     words: u8,
     in_word: bool,
-    /// Bytes of `GET` that the first word has matched; none once it differs.
+    /// The number of bytes of `GET` that the first word has matched; `None` once it differs.
     get: Option<u8>,
     second_is_target: bool,
     is_text: bool,
     last: u8,
     version: Version,
-    /// Bytes of `HTTP/` that the last word has matched most recently.
+    /// The number of bytes of `HTTP/` that the last word matches at this point.
     name: u8,
     is_over: bool,
 }
 
-/// The first line as JDK servers read it: ended by CRLF, words between single blanks, and any version.
+/// The first line, for JDK servers: ended by CRLF, words separated by single spaces, any version.
 #[derive(Debug)]
 struct StrictLine {
     is_empty: bool,
-    blanks: u8,
+    spaces: u8,
     is_target: bool,
     last: u8,
     is_over: bool,
 }
 
-/// The first line as old versions of Twisted read it: ended by CRLF, three words between any ASCII white space, LF too.
+/// The first line, for old versions of Twisted: ended by CRLF, three words separated by any ASCII white space, also LF.
 #[derive(Debug, Default)]
 struct ThreeWords {
     words: u8,
@@ -84,11 +83,11 @@ impl Default for LooseLine {
 
 impl Default for StrictLine {
     fn default() -> Self {
-        Self { is_empty: true, blanks: 0, is_target: false, last: 0, is_over: false }
+        Self { is_empty: true, spaces: 0, is_target: false, last: 0, is_over: false }
     }
 }
 
-/// How much of `/1.1` the end of a word has matched.
+/// How much of `/1.1` the end of a word matches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Version {
     #[default]
@@ -118,7 +117,7 @@ impl Default for RequestWatch {
 }
 
 impl RequestWatch {
-    /// No watch, for bytes that may be anything.
+    /// No watch: all bytes pass.
     pub const fn off() -> Self {
         Self { state: None }
     }
@@ -127,11 +126,11 @@ impl RequestWatch {
         self.state.is_none()
     }
 
-    /// Follows what the client sends.
+    /// Follows the client's bytes.
     ///
     /// # Errors
     ///
-    /// None of these bytes may be passed on, nor what follows, nor may the server see an orderly end of the stream.
+    /// Neither these bytes nor later ones may be forwarded, and the server must not see an orderly end of the stream.
     pub fn client_sends(&mut self, bytes: &[u8]) -> Result<(), ReadsAsRequest> {
         let Some(state) = &mut self.state else { return Ok(()) };
         for byte in bytes {
@@ -146,11 +145,11 @@ impl RequestWatch {
         Ok(())
     }
 
-    /// The client sends nothing more. Some servers take this for the end of the line and of the header.
+    /// The client has ended its stream. Some servers take this for the end of the line and of the header.
     ///
     /// # Errors
     ///
-    /// This may not be passed on: the server must see that the connection breaks.
+    /// The end may not be forwarded: the server must see a reset.
     pub fn client_ends(&mut self) -> Result<(), ReadsAsRequest> {
         let Some(state) = &mut self.state else { return Ok(()) };
         if state.loose.is_request() || state.strict.is_request() || state.three_words.is_request() {
@@ -160,13 +159,13 @@ impl RequestWatch {
         Ok(())
     }
 
-    /// Takes note of what the server answers: what is not HTTP ends the watch.
+    /// Follows the server's bytes: if they are not HTTP, the watch ends.
     pub fn server_answers(&mut self, bytes: &[u8]) {
-        const ENOUGH: usize = 9;
+        const FRAME_HEADER: usize = 9;
         let Some(state) = &mut self.state else { return };
-        let more = ENOUGH.saturating_sub(state.answered.len()).min(bytes.len());
-        state.answered.extend_from_slice(&bytes[..more]);
-        if server_speaks_http(&state.answered) == Some(false) {
+        let more = FRAME_HEADER.saturating_sub(state.server_bytes.len()).min(bytes.len());
+        state.server_bytes.extend_from_slice(&bytes[..more]);
+        if server_speaks_http(&state.server_bytes) == Some(false) {
             self.state = None;
         }
     }
@@ -177,7 +176,7 @@ impl LooseLine {
         match byte {
             _ if self.is_over => {}
             byte if self.words == 0 && is_skipped_byte(byte) => {}
-            // A server could end lines by CR alone.
+            // A server could end lines at CR alone.
             b'\n' | b'\r' if self.is_request() => return Err(ReadsAsRequest),
             b'\n' => self.is_over = true,
             byte if separates_words(byte) => self.in_word = false,
@@ -210,14 +209,14 @@ impl LooseLine {
         }
     }
 
-    /// Whether the last of three words or more is a version.
+    /// Whether the line has three words or more and the last is a version.
     fn ends_in_version(&self) -> bool {
         let has_name = usize::from(self.name) == HTTP_NAME.len();
         self.words > 2 && (self.version == Version::Minor || has_name)
     }
 
-    /// Whether some server takes the line, if it ends here, for a request line. In HTTP/0.9 it has two words; of text some
-    /// servers ignore all but these.
+    /// Whether some server reads the line, if it ends here, as a request line. In HTTP/0.9 it has two words; some
+    /// servers ignore the other words of a text line.
     fn is_request(&self) -> bool {
         let is_short = self.words == 2 && self.get == Some(3) && self.second_is_target;
         let is_text = self.words > 1 && self.is_text && self.second_is_target;
@@ -239,16 +238,16 @@ impl StrictLine {
     }
 
     fn line_byte(&mut self, last: u8, byte: u8) {
-        // A CR may be the first byte of the line's end.
+        // A CR may be the first byte of the line end.
         self.is_empty &= byte == b'\r' && last != b'\r';
-        match (byte, self.blanks) {
-            (b' ', 0) => self.blanks = 1,
+        match (byte, self.spaces) {
+            (b' ', 0) => self.spaces = 1,
             (b' ', 1) => {
-                self.blanks = 2;
+                self.spaces = 2;
                 self.is_over = !self.is_target;
             }
             (byte, 1) => {
-                // In origin or absolute form; `java.net.URI` takes no other bytes.
+                // Origin or absolute form; `java.net.URI` accepts no other bytes.
                 self.is_target |= byte == b'/' && matches!(last, b' ' | b':');
                 let is_legal = matches!(byte, b'!'..=b'~' | 0xa1..)
                     && !matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}');
@@ -258,9 +257,9 @@ impl StrictLine {
         }
     }
 
-    /// Whether a JDK server takes the line, if it ends here, for a request line.
+    /// Whether a JDK server reads the line, if it ends here, as a request line.
     const fn is_request(&self) -> bool {
-        !self.is_over && self.blanks > 1
+        !self.is_over && self.spaces > 1
     }
 }
 

@@ -1,4 +1,4 @@
-//! Bytes that the system carries from one TCP stream to another by itself.
+//! `splice`: the kernel moves bytes from one TCP stream to another without copying them to the process.
 
 use std::{
     io,
@@ -10,28 +10,28 @@ use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
 use crate::{descriptors::Purpose, net::io::SharedTcp};
 
-/// As much as a pipe holds, unless it was told otherwise.
-const MOST: usize = 64 * 1024;
+/// The default capacity of a pipe.
+const PIPE_CAPACITY: usize = 64 * 1024;
 const FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 
-/// What lies between the two.
+/// The pipe between the two streams.
 #[derive(Debug)]
 pub struct Pipe {
-    entrance: OwnedFd,
-    exit: OwnedFd,
+    write_end: OwnedFd,
+    read_end: OwnedFd,
     holds: usize,
 }
 
 impl Pipe {
     pub fn new() -> io::Result<Self> {
-        let (exit, entrance) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        if !Purpose::Dial.allows(&entrance) {
+        let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        if !Purpose::Dial.allows(&write_end) {
             return Err(rustix::io::Errno::MFILE.into());
         }
-        Ok(Self { entrance, exit, holds: 0 })
+        Ok(Self { write_end, read_end, holds: 0 })
     }
 
-    /// Carries some bytes, and says how many have come in. 0: nothing comes any more, and all is written.
+    /// Moves some bytes; returns how many were read. 0: the sender has closed, and everything is written.
     pub fn poll_carry(
         &mut self,
         cx: &mut Context<'_>,
@@ -39,17 +39,28 @@ impl Pipe {
         to: &SharedTcp,
     ) -> Poll<io::Result<u64>> {
         while self.holds > 0 {
-            let count = ready!(
-                to.poll_writing(cx, |tcp| Ok(splice(&self.exit, None, tcp, None, self.holds, FLAGS)?))
-            )?;
+            let count = ready!(to.poll_writing(cx, |tcp| Ok(splice(
+                &self.read_end,
+                None,
+                tcp,
+                None,
+                self.holds,
+                FLAGS
+            )?)))?;
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.holds -= count;
         }
-        let came =
-            ready!(from.poll_reading(cx, |tcp| Ok(splice(tcp, None, &self.entrance, None, MOST, FLAGS)?)))?;
-        self.holds = came;
-        Poll::Ready(Ok(came as u64))
+        let count = ready!(from.poll_reading(cx, |tcp| Ok(splice(
+            tcp,
+            None,
+            &self.write_end,
+            None,
+            PIPE_CAPACITY,
+            FLAGS
+        )?)))?;
+        self.holds = count;
+        Poll::Ready(Ok(count as u64))
     }
 }

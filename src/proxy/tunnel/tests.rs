@@ -6,7 +6,7 @@ use tokio::{
 use super::*;
 
 #[tokio::test(start_paused = true)]
-async fn a_quiet_tunnel_ends_and_a_busy_one_does_not() {
+async fn only_an_idle_tunnel_ends() {
     let (mut left, a) = duplex(64);
     let (b, mut right) = duplex(64);
     let relay = relay(a, b, RequestWatch::off(), Some(Duration::from_secs(10)), None);
@@ -25,7 +25,7 @@ async fn a_quiet_tunnel_ends_and_a_busy_one_does_not() {
 }
 
 #[tokio::test]
-async fn half_a_close_is_passed_on() {
+async fn a_half_close_is_forwarded() {
     let (mut left, a) = duplex(64);
     let (b, mut right) = duplex(64);
     let relay = relay(a, b, RequestWatch::off(), None, None);
@@ -40,29 +40,30 @@ async fn half_a_close_is_passed_on() {
         left.read_to_string(&mut answer).await.unwrap();
         (text, answer)
     };
-    let (end, said) = tokio::join!(relay, talk);
-    assert_eq!(said, ("question".to_owned(), "answer".to_owned()));
+    let (end, texts) = tokio::join!(relay, talk);
+    assert_eq!(texts, ("question".to_owned(), "answer".to_owned()));
     assert!(matches!(end, End::Closed(Ok((8, 6)))));
 }
 
 /// Both ends of a connection.
 async fn connected() -> (TcpStream, SharedTcp) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (theirs, ours) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-    (theirs.unwrap(), SharedTcp::new(ours.unwrap().0))
+    let (client, server) =
+        tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (client.unwrap(), SharedTcp::new(server.unwrap().0))
 }
 
-/// Bytes of which each place tells.
+/// Bytes that show the offset that they come from.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|place| (place ^ (place >> 8) ^ (place >> 16)) as u8).collect()
+    (0..length).map(|offset| (offset ^ (offset >> 8) ^ (offset >> 16)) as u8).collect()
 }
 
 #[tokio::test]
-async fn much_is_carried_by_the_system_alone_and_is_whole() {
+async fn bulk_data_is_spliced_without_loss() {
     let ((mut left, a), (mut right, b)) = (connected().await, connected().await);
-    let there =
-        bare_tcp(&Prefixed::new(Bytes::new(), a.clone())).zip(bare_tcp(&UpstreamIo::Plain(b.clone())));
-    assert!(there.is_some(), "both are bare");
+    let plain_tcp = plain_tcp_of(&Prefixed::new(Bytes::new(), a.clone()))
+        .zip(plain_tcp_of(&UpstreamIo::Plain(b.clone())));
+    assert!(plain_tcp.is_some(), "both are plain TCP");
     let relay = relay(
         Prefixed::new(Bytes::from_static(b"first "), a),
         UpstreamIo::Plain(b),
@@ -94,7 +95,7 @@ async fn much_is_carried_by_the_system_alone_and_is_whole() {
 }
 
 #[tokio::test]
-async fn only_much_takes_a_pipe() {
+async fn only_bulk_data_takes_a_pipe() {
     let ((mut left, a), (mut right, b)) = (connected().await, connected().await);
     let (mut from, mut to) = (a.clone(), b.clone());
     let (moved, watch) = (Cell::new(Instant::now()), RefCell::new(RequestWatch::off()));
@@ -115,7 +116,7 @@ async fn only_much_takes_a_pipe() {
     let (mut right, b) = connected().await;
     let (mut from, mut to) = (a.clone(), b.clone());
     let mut flow = Flow::of(Sender::Client);
-    let size = BULK as usize * 4;
+    let size = SPLICE_FROM as usize * 4;
     let reads = async {
         left.write_all(&pattern(size)).await.unwrap();
         let mut got = vec![0; size];
@@ -123,15 +124,15 @@ async fn only_much_takes_a_pipe() {
         assert!(got == pattern(size));
     };
     tokio::select! {
-        _ = poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &noted)) => unreachable!("nobody left"),
+        _ = poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &noted)) => unreachable!("neither side closes"),
         () = reads => {}
     }
     assert!(matches!(flow.carries, Carries::Pipe(_)), "{flow:?}");
 }
 
-/// What could be read as a request does not reach the server; what came before it has.
+/// Bytes that could be read as a request do not reach the server; the bytes before them do.
 #[tokio::test]
-async fn a_request_in_opaque_bytes_is_cut_off() {
+async fn a_request_hidden_in_a_byte_stream_is_cut_off() {
     let (mut left, a) = duplex(1024);
     let (b, mut right) = duplex(1024);
     let relay = relay(a, b, RequestWatch::default(), None, None);

@@ -1,22 +1,22 @@
-//! The breaker as a plain machine: one event at a time, no sharing.
+//! The breaker's state machine: one event at a time, not shared.
 
 use std::time::{Duration, Instant};
 
 use super::{BreakerSettings, Mode, State, Transition, Why};
 
-/// See [`super::Breaker`] for what it promises.
+/// See [`super::Breaker`] for the guarantees.
 #[derive(Debug)]
 pub struct Machine {
     pub settings: BreakerSettings,
     phase: Phase,
     mode: Mode,
-    /// When [`Mode::Open`] or [`Mode::Closed`] falls back to auto.
+    /// When [`BreakerMode::Open`] or [`BreakerMode::Closed`] returns to auto.
     mode_until: Option<Instant>,
-    /// Grows with every transition, so that what began before one can be told from what began after.
+    /// Incremented by every transition, to distinguish attempts admitted before it from those after it.
     pub generation: u64,
     pub since: Instant,
     pub why: Why,
-    /// How often it opened without closing between.
+    /// How often it has opened since it was last closed.
     openings: u32,
 }
 
@@ -27,33 +27,33 @@ enum Phase {
         until: Instant,
         early: EarlyTrial,
     },
-    /// Trials under way, and those that went well. `resume`: it began by an early trial, and if another one fails the
-    /// breaker is open until then as if none had been made.
+    /// Trials in flight, and those that succeeded. `resume`: it began with an early trial; if another trial fails, the
+    /// breaker is open until this time, as if there had been no early trial.
     HalfOpen {
-        out: u32,
+        in_flight: u32,
         succeeded: u32,
         resume: Option<Instant>,
     },
 }
 
-/// A trial before an open breaker's time is over, where an endpoint that was absent may be back.
+/// A trial before an open breaker's time has elapsed, allowed because an absent endpoint may be back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum EarlyTrial {
     None,
-    Offered,
-    UnderWay,
+    Allowed,
+    InFlight,
 }
 
-/// What [`Machine::admit`] says.
+/// The result of [`Machine::admit`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admitted {
     Normally,
     AsTrial,
-    /// With how long it is worth waiting.
+    /// With the time after which another attempt may be admitted.
     Refused(Duration),
 }
 
-/// What is known of the window when a failure comes, this failure included.
+/// The counts at a failure, this failure included; failures and successes are those of the window.
 #[derive(Clone, Copy, Debug)]
 pub struct Counts {
     pub in_a_row: u32,
@@ -61,8 +61,8 @@ pub struct Counts {
     pub successes: u64,
 }
 
-/// While trials are out there is no telling how long it takes.
-const TRIALS_OUT: Duration = Duration::from_secs(1);
+/// The advised wait while trials are in flight, whose duration is unknown.
+const WAIT_FOR_TRIALS: Duration = Duration::from_secs(1);
 
 impl Machine {
     pub fn new(settings: BreakerSettings, now: Instant) -> Self {
@@ -100,17 +100,17 @@ impl Machine {
         }
     }
 
-    /// What time alone changes: a forced state falls back, an open breaker becomes half open.
+    /// Applies transitions that are due by time: a forced state returns to auto, an open breaker becomes half open.
     pub fn settle(&mut self, now: Instant) -> Option<Transition> {
         if self.mode != Mode::Auto && self.mode_until.is_some_and(|until| until <= now) {
             return self.force(Mode::Auto, None, now, Why::ManualExpired);
         }
         match (self.mode, self.phase) {
             (Mode::Auto, Phase::Open { until, .. }) if until <= now => {
-                let half_open = Phase::HalfOpen { out: 0, succeeded: 0, resume: None };
+                let half_open = Phase::HalfOpen { in_flight: 0, succeeded: 0, resume: None };
                 Some(self.enter(half_open, Why::OpenTimeOver, now))
             }
-            // A reload asks for fewer trials than have succeeded already.
+            // A reload requires fewer trials than have succeeded already.
             (Mode::Auto, Phase::HalfOpen { succeeded, .. }) if succeeded >= self.trials() => {
                 Some(self.close(now))
             }
@@ -127,40 +127,40 @@ impl Machine {
         self.enter(Phase::Closed, Why::TrialsSucceeded, now)
     }
 
-    /// An endpoint that was absent may be back: one trial may go before the time is over. Returns whether that is news.
+    /// Allows one early trial, since an absent endpoint may be back. Returns whether it is newly allowed.
     pub fn offer_trial(&mut self) -> bool {
         match (self.mode, &mut self.phase) {
             (Mode::Auto, Phase::Open { early, .. }) if *early == EarlyTrial::None => {
-                *early = EarlyTrial::Offered;
+                *early = EarlyTrial::Allowed;
                 true
             }
             _ => false,
         }
     }
 
-    /// Whether a try may go now. Call [`Self::settle`] first.
+    /// Whether to admit an attempt now. Call [`Self::apply_time`] first.
     pub fn admit(&mut self, now: Instant) -> Admitted {
         let wait = |until: Instant| until.saturating_duration_since(now);
         match (self.mode, &mut self.phase) {
             (Mode::Closed, _) | (Mode::Auto, Phase::Closed) => Admitted::Normally,
-            (Mode::Open, _) => Admitted::Refused(self.mode_until.map_or(TRIALS_OUT, wait)),
-            (Mode::Auto, Phase::Open { early: early @ EarlyTrial::Offered, .. }) => {
-                *early = EarlyTrial::UnderWay;
+            (Mode::Open, _) => Admitted::Refused(self.mode_until.map_or(WAIT_FOR_TRIALS, wait)),
+            (Mode::Auto, Phase::Open { early: early @ EarlyTrial::Allowed, .. }) => {
+                *early = EarlyTrial::InFlight;
                 Admitted::AsTrial
             }
             (Mode::Auto, Phase::Open { until, .. }) => Admitted::Refused(wait(*until)),
-            (Mode::Auto, Phase::HalfOpen { out, succeeded, .. }) => {
-                if out.saturating_add(*succeeded) < self.settings.trial_requests.max(1) {
-                    *out += 1;
+            (Mode::Auto, Phase::HalfOpen { in_flight, succeeded, .. }) => {
+                if in_flight.saturating_add(*succeeded) < self.settings.trial_requests.max(1) {
+                    *in_flight += 1;
                     Admitted::AsTrial
                 } else {
-                    Admitted::Refused(TRIALS_OUT)
+                    Admitted::Refused(WAIT_FOR_TRIALS)
                 }
             }
         }
     }
 
-    /// A try that was let through while closed has failed.
+    /// An attempt that was admitted while closed has failed.
     pub fn failed(&mut self, counts: Counts, now: Instant, random: f64) -> Option<Transition> {
         if self.mode != Mode::Auto || !matches!(self.phase, Phase::Closed) {
             return None;
@@ -169,48 +169,48 @@ impl Machine {
         Some(self.open(why, now, random))
     }
 
-    /// A trial has come back: well, or not. An early one that fails changes nothing: neither when the breaker is half
-    /// open nor for how long it is open the next time.
-    pub fn trial_ended(&mut self, well: bool, now: Instant, random: f64) -> Option<Transition> {
+    /// A trial has ended. An early trial that fails changes nothing: neither when the breaker becomes half open nor how
+    /// long it will be open the next time.
+    pub fn trial_ended(&mut self, success: bool, now: Instant, random: f64) -> Option<Transition> {
         if self.mode != Mode::Auto {
             return None;
         }
         let trials = self.trials();
         match &mut self.phase {
             Phase::Closed => None,
-            Phase::Open { early, .. } if !well => {
+            Phase::Open { early, .. } if !success => {
                 *early = EarlyTrial::None;
                 None
             }
             Phase::Open { .. } if trials <= 1 => Some(self.close(now)),
             Phase::Open { until, .. } => {
-                let half_open = Phase::HalfOpen { out: 0, succeeded: 1, resume: Some(*until) };
+                let half_open = Phase::HalfOpen { in_flight: 0, succeeded: 1, resume: Some(*until) };
                 Some(self.enter(half_open, Why::Reachable, now))
             }
-            Phase::HalfOpen { resume: Some(until), .. } if !well && *until > now => {
+            Phase::HalfOpen { resume: Some(until), .. } if !success && *until > now => {
                 let open = Phase::Open { until: *until, early: EarlyTrial::None };
                 Some(self.enter(open, Why::TrialFailed, now))
             }
-            Phase::HalfOpen { .. } if !well => Some(self.open(Why::TrialFailed, now, random)),
-            Phase::HalfOpen { out, succeeded, .. } => {
-                *out = out.saturating_sub(1);
+            Phase::HalfOpen { .. } if !success => Some(self.open(Why::TrialFailed, now, random)),
+            Phase::HalfOpen { in_flight, succeeded, .. } => {
+                *in_flight = in_flight.saturating_sub(1);
                 *succeeded += 1;
                 (*succeeded >= trials).then(|| self.close(now))
             }
         }
     }
 
-    /// A trial that says nothing: lost, cancelled, or its answer counts for neither. Another may take its place.
+    /// A trial without a result: dropped, cancelled, or neutral. Another one may use its slot.
     pub fn trial_lost(&mut self) {
         match &mut self.phase {
             Phase::Closed => {}
-            Phase::Open { early, .. } if *early == EarlyTrial::UnderWay => *early = EarlyTrial::Offered,
+            Phase::Open { early, .. } if *early == EarlyTrial::InFlight => *early = EarlyTrial::Allowed,
             Phase::Open { .. } => {}
-            Phase::HalfOpen { out, .. } => *out = out.saturating_sub(1),
+            Phase::HalfOpen { in_flight, .. } => *in_flight = in_flight.saturating_sub(1),
         }
     }
 
-    /// Takes the decision away from the machine, or gives it back. What happened before is forgotten.
+    /// Forces a state, or returns to automatic. Discards the counts and the history.
     pub fn force(
         &mut self,
         mode: Mode,
@@ -246,7 +246,7 @@ impl Machine {
     fn open(&mut self, why: Why, now: Instant, random: f64) -> Transition {
         let open_for = self.settings.open_for.nth(self.openings, random);
         self.openings = self.openings.saturating_add(1);
-        // Beyond what the clock can hold there is no such time; a day is as good as ever.
+        // A time that `Instant` cannot represent is replaced by a day.
         let until = now.checked_add(open_for).unwrap_or(now + Duration::from_secs(86_400));
         self.enter(Phase::Open { until, early: EarlyTrial::None }, why, now)
     }

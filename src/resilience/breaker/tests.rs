@@ -17,8 +17,8 @@ fn fail_times(times: u32, breaker: &Arc<Breaker>, now: Instant) {
 
 fn try_once(breaker: &Arc<Breaker>, health: Health, now: Instant) -> Option<Transition> {
     let admission = breaker.admit(now);
-    let told = breaker.report(admission.permit.unwrap(), health, now, 0.5);
-    told.or(admission.transition)
+    let transition = breaker.report(admission.permit.unwrap(), health, now, 0.5);
+    transition.or(admission.transition)
 }
 
 fn refused(breaker: &Arc<Breaker>, now: Instant) -> Option<Duration> {
@@ -33,7 +33,7 @@ fn opened(now: Instant) -> Arc<Breaker> {
 }
 
 #[test]
-fn opens_after_failures_in_a_row_and_says_why() {
+fn opens_after_consecutive_failures_with_the_reason() {
     let now = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), now);
     for _ in 0..9 {
@@ -68,7 +68,7 @@ fn opens_at_the_failure_rate_once_there_are_enough_requests() {
 
     let forgetful = Breaker::new(settings, now);
     fail_times(19, &forgetful, now);
-    assert_eq!(fail(&forgetful, now + S * 10), None, "what is older than the window is forgotten");
+    assert_eq!(fail(&forgetful, now + S * 10), None, "failures older than the window do not count");
 
     let off = BreakerSettings { failure_rate: Ratio::constant(0.0), ..settings };
     let off = Breaker::new(off, now);
@@ -86,15 +86,15 @@ fn half_open_closes_only_when_all_trials_succeed() {
         [first.permit.unwrap(), breaker.admit(now).permit.unwrap(), breaker.admit(now).permit.unwrap()];
     assert!(trials.iter().all(Permit::is_trial));
     assert!(refused(&breaker, now).is_some());
-    let told: Vec<_> =
+    let transitions: Vec<_> =
         trials.into_iter().map(|trial| breaker.report(trial, Health::Success, now, 0.5)).collect();
-    assert_eq!(told[..2], [None, None]);
-    assert_eq!(told[2].map(|t| (t.to, t.why)), Some((State::Closed, Why::TrialsSucceeded)));
+    assert_eq!(transitions[..2], [None, None]);
+    assert_eq!(transitions[2].map(|t| (t.to, t.why)), Some((State::Closed, Why::TrialsSucceeded)));
     assert!(breaker.is_closed());
 }
 
 #[test]
-fn a_failed_trial_doubles_the_time() {
+fn a_failed_trial_doubles_the_open_time() {
     let start = Instant::now();
     let breaker = opened(start);
     let mut now = start + S * 5;
@@ -111,7 +111,7 @@ fn a_failed_trial_doubles_the_time() {
 }
 
 #[test]
-fn a_lost_trial_frees_its_place() {
+fn a_dropped_trial_frees_its_slot() {
     let start = Instant::now();
     let breaker = opened(start);
     let now = start + S * 5;
@@ -125,7 +125,7 @@ fn a_lost_trial_frees_its_place() {
 }
 
 #[test]
-fn what_began_before_a_transition_is_ignored_after_it() {
+fn ignores_attempts_admitted_before_a_transition() {
     let start = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), start);
     let mut old: Vec<Permit> = (0..30).map(|_| breaker.admit(start).permit.unwrap()).collect();
@@ -148,7 +148,7 @@ fn what_began_before_a_transition_is_ignored_after_it() {
 }
 
 #[test]
-fn a_success_from_before_ends_no_row_of_failures() {
+fn a_success_from_before_a_transition_does_not_reset_consecutive_failures() {
     let start = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), start);
     let old = breaker.admit(start).permit.unwrap();
@@ -163,7 +163,7 @@ fn a_success_from_before_ends_no_row_of_failures() {
 }
 
 #[test]
-fn a_trial_of_an_earlier_round_frees_no_place_in_this_one() {
+fn a_trial_of_an_earlier_generation_frees_no_slot() {
     let start = Instant::now();
     let breaker = opened(start);
     let now = start + S * 5;
@@ -176,7 +176,7 @@ fn a_trial_of_an_earlier_round_frees_no_place_in_this_one() {
 }
 
 #[test]
-fn what_is_forced_falls_back_by_itself() {
+fn a_forced_state_expires() {
     let now = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), now);
     let transition = breaker.force(Mode::Open, Some(now + S * 60), now).unwrap();
@@ -193,15 +193,15 @@ fn what_is_forced_falls_back_by_itself() {
     assert_eq!(breaker.report_state().state, State::Open);
 
     breaker.force(Mode::Open, Some(now + S * 200), now + S * 122);
-    let given_back = breaker.force(Mode::Auto, None, now + S * 122).unwrap();
-    assert_eq!((given_back.to, given_back.why), (State::Closed, Why::ManualEnded));
+    let reset_to_auto = breaker.force(Mode::Auto, None, now + S * 122).unwrap();
+    assert_eq!((reset_to_auto.to, reset_to_auto.why), (State::Closed, Why::ManualEnded));
     assert!(!breaker.report_state().why.to_string().contains("by hand"));
 
     breaker.force(Mode::Closed, Some(now + S * 200), now + S * 122);
     assert_eq!(breaker.tick(now + S * 199), None);
     assert_eq!(breaker.tick(now + S * 200).map(|t| t.to), Some(State::Closed));
     assert_eq!(breaker.report_state().mode, Mode::Auto);
-    assert_eq!(breaker.force(Mode::Auto, None, now), None, "auto it was");
+    assert_eq!(breaker.force(Mode::Auto, None, now), None, "it was auto already");
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn a_reload_keeps_the_state() {
 }
 
 #[test]
-fn a_reload_that_asks_for_fewer_trials_leaves_nobody_half_open() {
+fn a_reload_with_fewer_trials_closes_a_half_open_breaker() {
     let start = Instant::now();
     let breaker = opened(start);
     for _ in 0..2 {
@@ -225,7 +225,7 @@ fn a_reload_that_asks_for_fewer_trials_leaves_nobody_half_open() {
     }
     assert_eq!(breaker.report_state().state, State::HalfOpen);
     breaker.configure(BreakerSettings { trial_requests: 1, ..BreakerSettings::default() });
-    assert!(breaker.admit(start + S * 6).permit.is_ok(), "two have succeeded, one is asked for");
+    assert!(breaker.admit(start + S * 6).permit.is_ok(), "two have succeeded, one is required");
     assert!(breaker.is_closed());
 }
 
@@ -246,7 +246,7 @@ fn workers_share_one_state() {
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).sum()
     });
-    assert_eq!(opened, 1, "it opens once, whoever tells");
+    assert_eq!(opened, 1, "it opens once, whichever worker reports");
     assert_eq!(breaker.report_state().state, State::Open);
 }
 
@@ -275,7 +275,7 @@ fn event() -> impl Strategy<Value = Event> {
 
 proptest! {
     #[test]
-    fn holds_its_invariants_whatever_happens(
+    fn holds_its_invariants(
         events in prop::collection::vec(event(), 1..250),
         trial_requests in 1u32..5, consecutive_failures in 0u32..4, random in 0.0f64..1.0,
     ) {
@@ -319,15 +319,15 @@ proptest! {
                 state = transition.to;
             }
             let report = breaker.report_state();
-            prop_assert_eq!(report.state, state, "every change is told");
+            prop_assert_eq!(report.state, state, "every change is reported");
             prop_assert_eq!(breaker.is_closed(), state == State::Closed);
             let live = report_generation(&breaker);
             let trials = out.iter().filter(|permit| permit.is_trial() && permit.generation == live).count();
             prop_assert!(trials <= trial_requests as usize);
-            // Open is never for ever, but by hand.
+            // Open always ends by itself, unless it is forced.
             prop_assert!(state != State::Open || report.until.is_some() || report.mode == Mode::Open);
         }
-        // Well again, and left alone: it closes.
+        // Once the upstream succeeds again, it closes.
         drop(out);
         breaker.force(Mode::Auto, None, now);
         for _ in 0..20 {
@@ -360,7 +360,7 @@ fn an_early_trial_that_succeeds_half_opens_the_breaker() {
     assert_eq!(try_once(&breaker, Health::Success, now), None);
     assert_eq!(try_once(&breaker, Health::Success, now).map(|t| t.to), Some(State::Closed));
     breaker.force(Mode::Open, None, now);
-    assert!(!breaker.offer_trial(), "forced is forced");
+    assert!(!breaker.offer_trial(), "a forced state admits no trial");
 }
 
 #[test]
@@ -373,19 +373,19 @@ fn an_early_trial_that_fails_changes_nothing() {
         assert_eq!(try_once(&breaker, Health::Failure, now), None);
         assert_eq!(breaker.report_state().until, Some(start + S * 5));
     }
-    // Neither does one that fails after another one has succeeded.
+    // Nor does one that fails after another one has succeeded.
     breaker.offer_trial();
     try_once(&breaker, Health::Success, start + S * 3).unwrap();
     let transition = try_once(&breaker, Health::Failure, start + S * 3).unwrap();
     assert_eq!((transition.to, transition.until), (State::Open, Some(start + S * 5)));
-    // The trial after its time does.
+    // A trial after the open time does.
     let permit = breaker.admit(start + S * 5).permit.unwrap();
     let transition = breaker.report(permit, Health::Failure, start + S * 5, 0.0).unwrap();
     assert_eq!(transition.until, Some(start + S * 15));
 }
 
 #[test]
-fn an_early_trial_that_is_lost_frees_its_place() {
+fn a_dropped_early_trial_can_be_repeated() {
     let now = Instant::now();
     let breaker = opened(now);
     breaker.offer_trial();

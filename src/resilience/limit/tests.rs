@@ -5,83 +5,85 @@ use super::*;
 const MS: Duration = Duration::from_millis(1);
 
 #[derive(Clone, Debug, Default)]
-struct Rung(Arc<AtomicBool>);
+struct TestNotify(Arc<AtomicBool>);
 
-impl Bell for Rung {
+impl Bell for TestNotify {
     fn ring(self) {
         self.0.store(true, Ordering::SeqCst);
     }
 }
 
-impl Rung {
-    fn has_rung(&self) -> bool {
+impl TestNotify {
+    fn is_notified(&self) -> bool {
         self.0.load(Ordering::SeqCst)
     }
 }
 
-fn limit(max_requests: u32, max_pending: u32) -> RequestLimit<Rung> {
+fn limit(max_requests: u32, max_pending: u32) -> RequestLimit<TestNotify> {
     RequestLimit::new(LimitSettings { max_requests, max_pending, ..LimitSettings::default() })
 }
 
 #[test]
-fn who_came_first_is_served_first_and_nobody_overtakes() {
+fn the_queue_is_first_in_first_out() {
     let now = Instant::now();
     let limit = limit(1, 10);
     assert!(limit.try_acquire() && !limit.try_acquire());
-    let bells = [Rung::default(), Rung::default()];
-    let [first, second] = bells.clone().map(|bell| limit.wait(now, None, bell).unwrap());
+    let notifications = [TestNotify::default(), TestNotify::default()];
+    let [first, second] =
+        notifications.clone().map(|notification| limit.wait(now, None, notification).unwrap());
     assert_eq!((limit.in_flight(), limit.pending()), (1, 2));
     limit.release(|| now);
-    assert!(bells[0].has_rung() && !bells[1].has_rung());
+    assert!(notifications[0].is_notified() && !notifications[1].is_notified());
     assert!(!limit.try_acquire(), "the second is before");
     assert!(limit.settle(first));
     limit.release(|| now);
-    assert!(bells[1].has_rung() && limit.settle(second));
+    assert!(notifications[1].is_notified() && limit.settle(second));
     limit.release(|| now);
     assert_eq!((limit.in_flight(), limit.pending()), (0, 0));
 }
 
 #[test]
-fn the_queue_is_bounded_and_says_what_is_full() {
+fn the_queue_is_bounded() {
     let now = Instant::now();
     let full = limit(1, 1);
     assert!(full.try_acquire());
-    let ticket = full.wait(now, None, Rung::default()).unwrap();
-    assert_eq!(full.wait(now, None, Rung::default()).unwrap_err(), Full::Queue);
-    assert_eq!(full.wait(now, Some(now), Rung::default()).unwrap_err(), Full::Deadline);
+    let ticket = full.wait(now, None, TestNotify::default()).unwrap();
+    assert_eq!(full.wait(now, None, TestNotify::default()).unwrap_err(), Full::Queue);
+    assert_eq!(full.wait(now, Some(now), TestNotify::default()).unwrap_err(), Full::Deadline);
     assert_eq!(ticket.gives_up, now + MS * 1000);
-    assert!(!full.settle(ticket), "gave up before its turn");
+    assert!(!full.settle(ticket), "it expired before its turn");
     assert_eq!(full.pending(), 0);
-    let nobody = limit(0, 0);
-    assert!(!nobody.try_acquire());
-    assert_eq!(nobody.wait(now, None, Rung::default()).unwrap_err(), Full::Limit);
+    let closed = limit(0, 0);
+    assert!(!closed.try_acquire());
+    assert_eq!(closed.wait(now, None, TestNotify::default()).unwrap_err(), Full::Limit);
 }
 
 #[test]
-fn what_can_no_longer_meet_its_deadline_is_dropped() {
+fn expired_waiters_are_dropped() {
     let now = Instant::now();
     let limit = limit(1, 2);
     assert!(limit.try_acquire());
-    let bells = [Rung::default(), Rung::default(), Rung::default()];
-    let hurried = limit.wait(now, Some(now + MS * 10), bells[0].clone()).unwrap();
-    let patient = limit.wait(now, Some(now + MS * 5000), bells[1].clone()).unwrap();
-    assert_eq!((hurried.gives_up, patient.gives_up), (now + MS * 10, now + MS * 1000));
-    let third = limit.wait(now + MS * 20, None, bells[2].clone()).unwrap();
-    assert!(bells[0].has_rung() && !limit.settle(hurried), "it made room, and is told");
+    let notifications = [TestNotify::default(), TestNotify::default(), TestNotify::default()];
+    let urgent = limit.wait(now, Some(now + MS * 10), notifications[0].clone()).unwrap();
+    let patient = limit.wait(now, Some(now + MS * 5000), notifications[1].clone()).unwrap();
+    assert_eq!((urgent.gives_up, patient.gives_up), (now + MS * 10, now + MS * 1000));
+    let third = limit.wait(now + MS * 20, None, notifications[2].clone()).unwrap();
+    assert!(notifications[0].is_notified() && !limit.settle(urgent), "it is removed, and notified");
     limit.release(|| now + MS * 30);
     assert!(limit.settle(patient));
     limit.release(|| now + MS * 2000);
-    assert!(!limit.settle(third), "a place is not spent on who has given up");
+    assert!(!limit.settle(third), "an expired waiter gets no slot");
     assert_eq!(limit.in_flight(), 0);
 }
 
 #[test]
-fn a_higher_limit_serves_who_waits() {
+fn a_higher_limit_serves_waiters() {
     let now = Instant::now();
     let limit = limit(4, 10);
     limit.adapt(1, now);
     assert!(limit.try_acquire());
-    let tickets: Vec<Ticket> = (0..3).filter_map(|_| limit.wait(now, None, Rung::default()).ok()).collect();
+    let tickets: Vec<Ticket> =
+        (0..3).filter_map(|_| limit.wait(now, None, TestNotify::default()).ok()).collect();
     limit.adapt(99, now);
     assert_eq!((limit.limit(), limit.in_flight(), limit.pending()), (4, 4, 0));
     assert!(tickets.into_iter().all(|ticket| limit.settle(ticket)));
@@ -90,7 +92,7 @@ fn a_higher_limit_serves_who_waits() {
 }
 
 #[test]
-fn workers_never_pass_the_limit_and_lose_no_place() {
+fn workers_never_exceed_the_limit_and_leak_no_slot() {
     let now = Instant::now();
     let (limit, most) = (limit(3, 64), AtomicU32::new(0));
     let busy = AtomicU32::new(0);
@@ -110,10 +112,10 @@ fn workers_never_pass_the_limit_and_lose_no_place() {
                         work(true);
                         continue;
                     }
-                    let bell = Rung::default();
-                    let Ok(ticket) = limit.wait(now, None, bell.clone()) else { continue };
-                    // Every other one has patience; a lost wake-up would hang here.
-                    while n % 2 == 0 && !bell.has_rung() {
+                    let notification = TestNotify::default();
+                    let Ok(ticket) = limit.wait(now, None, notification.clone()) else { continue };
+                    // Every other one waits; a lost notification would hang here.
+                    while n % 2 == 0 && !notification.is_notified() {
                         std::thread::yield_now();
                     }
                     work(limit.settle(ticket));
@@ -127,40 +129,40 @@ fn workers_never_pass_the_limit_and_lose_no_place() {
 
 proptest! {
     #[test]
-    fn places_and_waiters_add_up(
+    fn slots_and_waiters_add_up(
         max_requests in 0u32..5, max_pending in 0u32..5,
         events in prop::collection::vec((0u8..5, any::<usize>(), 0u32..400), 1..200),
     ) {
         let limit = limit(max_requests, max_pending);
         let mut now = Instant::now();
-        let (mut held, mut tickets) = (0u32, Vec::new());
+        let (mut acquired, mut tickets) = (0u32, Vec::new());
         for (kind, which, pass) in events {
             match kind {
-                0 if limit.try_acquire() => held += 1,
+                0 if limit.try_acquire() => acquired += 1,
                 0 | 1 => {
                     let deadline = (pass % 2 == 0).then(|| now + MS * pass);
-                    if let Ok(ticket) = limit.wait(now, deadline, Rung::default()) { tickets.push(ticket); }
+                    if let Ok(ticket) = limit.wait(now, deadline, TestNotify::default()) { tickets.push(ticket); }
                 }
-                2 if held > 0 => { held -= 1; limit.release(|| now); }
+                2 if acquired > 0 => { acquired -= 1; limit.release(|| now); }
                 3 if !tickets.is_empty() => {
                     let ticket = tickets.swap_remove(which % tickets.len());
-                    held += u32::from(limit.settle(ticket));
+                    acquired += u32::from(limit.settle(ticket));
                 }
                 _ => now += MS * pass,
             }
             let granted = tickets.iter().filter(|ticket| ticket.granted.load(Ordering::SeqCst)).count() as u32;
-            prop_assert_eq!(limit.in_flight(), held + granted);
+            prop_assert_eq!(limit.in_flight(), acquired + granted);
             prop_assert!(limit.in_flight() <= max_requests && limit.pending() <= max_pending);
-            // Nobody waits beside a free place.
+            // No request waits while a slot is free.
             prop_assert!(limit.pending() == 0 || limit.in_flight() == max_requests);
         }
-        for ticket in tickets { held += u32::from(limit.settle(ticket)); }
-        for _ in 0..held { limit.release(|| now); }
+        for ticket in tickets { acquired += u32::from(limit.settle(ticket)); }
+        for _ in 0..acquired { limit.release(|| now); }
         prop_assert_eq!((limit.in_flight(), limit.pending()), (0, 0));
     }
 
     #[test]
-    fn a_counter_never_passes_its_limit(limit in 0u32..10, events in prop::collection::vec(any::<bool>(), 0..100)) {
+    fn a_counter_never_exceeds_its_limit(limit in 0u32..10, events in prop::collection::vec(any::<bool>(), 0..100)) {
         let counter = Counter::new(limit);
         let mut taken = 0;
         for take in events {

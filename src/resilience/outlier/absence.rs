@@ -1,79 +1,80 @@
-//! When an absent endpoint is asked again.
+//! When an absent endpoint is probed again.
 //!
-//! | why it is absent | asked by | how often |
+//! | why it is absent | probed by | interval |
 //! | --- | --- | --- |
-//! | it refused a connection, or did not accept one in time | a connection, then one request | every hundredth of the time that it has been absent, at least 10 ms; at most 100 ms while no other endpoint serves, else 5 s |
-//! | its sidecar said `elsewhere` | one request | every sixteenth of that time, from 50 ms to 1 s |
-//! | it was probed, and the request failed otherwise | one request | after 50 ms, then after twice as long each time, at most 1 min |
+//! | it refused a connection, or did not accept one in time | a connection, then one request | a hundredth of the time that it has been absent, at least 10 ms; at most 100 ms while no other endpoint serves, else 5 s |
+//! | its sidecar advised `elsewhere` | one request | a sixteenth of that time, from 50 ms to 1 s |
+//! | it was probed, and the request failed otherwise | one request | 50 ms, doubled each time, at most 1 min |
 //!
-//! In proportion, so that a short absence is not made a long one.
+//! The interval is proportional to the absence, so that probing does not much prolong a short one.
 
 use std::time::{Duration, Instant};
 
 use super::Evidence;
 
 const CONNECTION_SHARE: u32 = 100;
-const SHORTEST_LOOK: Duration = Duration::from_millis(10);
-const LONGEST_LOOK_ALONE: Duration = Duration::from_millis(100);
-const LONGEST_LOOK: Duration = Duration::from_secs(5);
+const MIN_CONNECTION_INTERVAL: Duration = Duration::from_millis(10);
+const MAX_CONNECTION_INTERVAL_ALONE: Duration = Duration::from_millis(100);
+const MAX_CONNECTION_INTERVAL: Duration = Duration::from_secs(5);
 const PROBE_SHARE: u32 = 16;
-const SHORTEST_PROBE: Duration = Duration::from_millis(50);
-const LONGEST_PROBE: Duration = Duration::from_secs(1);
-const MOST_DOUBLINGS: u32 = 10;
-const LONGEST_FAILING_PROBE: Duration = Duration::from_secs(60);
+const MIN_PROBE_INTERVAL: Duration = Duration::from_millis(50);
+const MAX_PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_DOUBLINGS: u32 = 10;
+const MAX_FAILED_PROBE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// An endpoint that is absent.
+/// The probe schedule of an absent endpoint.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Absence {
     pub since: Instant,
-    /// Ask for a connection, and not at once for a request.
+    /// The next probe is a connection, not a request.
     pub by_connection: bool,
-    /// When to ask next; `None` while it waits for the request that proves it.
+    /// When to probe next; `None` while the result of a probe is awaited.
     pub next: Option<Instant>,
-    /// Probes that reached it and failed.
+    /// Request probes that failed.
     failed_probes: u32,
-    /// What began earlier says nothing about it as it is now.
-    asked_at: Instant,
+    /// Attempts that began earlier are ignored.
+    scheduled_at: Instant,
 }
 
 impl Absence {
-    pub fn new(evidence: Evidence, alone: bool, now: Instant) -> Self {
-        let mut absence =
-            Self { since: now, by_connection: false, next: None, failed_probes: 0, asked_at: now };
-        absence.schedule(evidence, alone, now);
-        absence
+    pub fn new(outcome: Evidence, alone: bool, now: Instant) -> Self {
+        let mut this =
+            Self { since: now, by_connection: false, next: None, failed_probes: 0, scheduled_at: now };
+        this.schedule(outcome, alone, now);
+        this
     }
 
-    /// An attempt that began at `began` found it absent still. `alone`: no other endpoint serves. Returns whether that
-    /// was news: many attempts may fail at once, and none but the first of them moves the next question.
-    pub fn again(&mut self, evidence: Evidence, alone: bool, began: Instant, now: Instant) -> bool {
-        let by_connection = evidence.is_unreachable();
-        let asked_already = self.next.is_some_and(|next| now < next) && by_connection == self.by_connection;
-        if began < self.asked_at || asked_already {
+    /// An attempt that began at `began` found the endpoint still absent. `alone`: no other endpoint serves. Returns
+    /// whether the schedule changed: of many attempts that fail at once, only the first one moves the next probe.
+    pub fn again(&mut self, outcome: Evidence, alone: bool, began: Instant, now: Instant) -> bool {
+        let by_connection = outcome.is_unreachable();
+        let is_already_scheduled =
+            self.next.is_some_and(|next| now < next) && by_connection == self.by_connection;
+        if began < self.scheduled_at || is_already_scheduled {
             return false;
         }
-        self.schedule(evidence, alone, now);
+        self.schedule(outcome, alone, now);
         true
     }
 
-    /// It accepted a connection: a request is to prove it.
+    /// It accepted a connection: a request probes it next.
     pub fn accepted(&mut self, now: Instant) {
-        (self.next, self.asked_at) = (None, now);
+        (self.next, self.scheduled_at) = (None, now);
     }
 
-    fn schedule(&mut self, evidence: Evidence, alone: bool, now: Instant) {
-        self.by_connection = evidence.is_unreachable();
-        self.asked_at = now;
+    fn schedule(&mut self, outcome: Evidence, alone: bool, now: Instant) {
+        self.by_connection = outcome.is_unreachable();
+        self.scheduled_at = now;
         let absent_for = now.saturating_duration_since(self.since);
         let pause = if self.by_connection {
-            let longest = if alone { LONGEST_LOOK_ALONE } else { LONGEST_LOOK };
-            (absent_for / CONNECTION_SHARE).clamp(SHORTEST_LOOK, longest)
-        } else if evidence == Evidence::NoService {
-            (absent_for / PROBE_SHARE).clamp(SHORTEST_PROBE, LONGEST_PROBE)
+            let longest = if alone { MAX_CONNECTION_INTERVAL_ALONE } else { MAX_CONNECTION_INTERVAL };
+            (absent_for / CONNECTION_SHARE).clamp(MIN_CONNECTION_INTERVAL, longest)
+        } else if outcome == Evidence::NoService {
+            (absent_for / PROBE_SHARE).clamp(MIN_PROBE_INTERVAL, MAX_PROBE_INTERVAL)
         } else {
-            let doubled = SHORTEST_PROBE.saturating_mul(1 << self.failed_probes.min(MOST_DOUBLINGS));
+            let doubled = MIN_PROBE_INTERVAL.saturating_mul(1 << self.failed_probes.min(MAX_DOUBLINGS));
             self.failed_probes = self.failed_probes.saturating_add(1);
-            doubled.min(LONGEST_FAILING_PROBE)
+            doubled.min(MAX_FAILED_PROBE_INTERVAL)
         };
         self.next = Some(now + pause);
     }

@@ -5,12 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the balancer avoids an endpoint after its second consecutive failure; doubles with each further one.
+/// How long the balancer avoids an endpoint after its second consecutive failure; doubles with each further failure.
 const FIRST_AVOIDANCE: Duration = Duration::from_millis(200);
 const LONGEST_AVOIDANCE: Duration = Duration::from_secs(5);
-/// A request that probes an absent endpoint has this long; then another one may.
+/// After this time without a result, another request may probe an absent endpoint.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long an endpoint has to accept connections before a request that must not be repeated may probe it.
+/// How long an endpoint must accept connections before a request that cannot be retried may probe it.
 const PROBE_BY_ANY_REQUEST: Duration = Duration::from_secs(1);
 
 /// `probe_at` of an endpoint that is not absent.
@@ -18,16 +18,17 @@ const PRESENT: u64 = 0;
 /// `probe_at` of an endpoint that is absent until it accepts a connection.
 const UNREACHABLE: u64 = u64::MAX;
 
-/// What all workers share about one endpoint. Times are milliseconds since the detector's epoch, rounded up; 0 = unset.
+/// The state of one endpoint, shared by all workers. Times are milliseconds since the detector's epoch, rounded up;
+/// 0 = unset.
 #[derive(Debug)]
 pub struct EndpointHealth {
-    failures_in_a_row: AtomicU32,
+    consecutive_failures: AtomicU32,
     ejected_until: AtomicU64,
     /// [`PRESENT`], [`UNREACHABLE`], or the time from which one request may probe an absent endpoint.
     probe_at: AtomicU64,
-    /// Until then the balancer prefers others; from then on one request at a time goes to it, until one succeeds.
+    /// Until then the balancer prefers others; afterwards it sends one request at a time, until one succeeds.
     avoided_until: AtomicU64,
-    /// It failed often enough to be ejected, and `max_ejected` keeps it in.
+    /// It failed often enough to be ejected, but `max_ejected` is reached.
     failing: AtomicBool,
     epoch: Instant,
 }
@@ -35,7 +36,7 @@ pub struct EndpointHealth {
 impl EndpointHealth {
     pub(super) fn new(epoch: Instant) -> Self {
         Self {
-            failures_in_a_row: AtomicU32::new(0),
+            consecutive_failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
             probe_at: AtomicU64::new(PRESENT),
             avoided_until: AtomicU64::new(0),
@@ -49,7 +50,8 @@ impl EndpointHealth {
         !self.is_absent() && !self.is_ejected(now)
     }
 
-    /// Whether it refused a connection, or its sidecar has no service behind it, and no request has succeeded since.
+    /// Whether it refused a connection, or its sidecar has no service behind it, and no request has succeeded since
+    /// then.
     pub fn is_absent(&self) -> bool {
         self.probe_at.load(Ordering::Relaxed) != PRESENT
     }
@@ -60,7 +62,7 @@ impl EndpointHealth {
         at != PRESENT && at <= self.millis(now)
     }
 
-    /// Takes the right to send the one request that probes an absent endpoint. `repeatable`: the request may be sent
+    /// Acquires the right to send the one request that probes an absent endpoint. `repeatable`: the request may be sent
     /// again if the probe fails.
     pub fn claim_probe(&self, repeatable: bool, now: Instant) -> bool {
         let at = self.probe_at.load(Ordering::Relaxed);
@@ -72,7 +74,7 @@ impl EndpointHealth {
         self.probe_at.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// One load, and a comparison for an endpoint that was ever ejected.
+    /// One atomic load, plus a comparison if the endpoint was ever ejected.
     pub fn is_ejected(&self, now: Instant) -> bool {
         let until = self.ejected_until.load(Ordering::Relaxed);
         until != 0 && self.millis(now) < until
@@ -85,40 +87,40 @@ impl EndpointHealth {
             .and_then(|until| self.epoch.checked_add(until))
     }
 
-    /// Whether the balancer prefers others, since requests have just failed here.
+    /// Whether the balancer prefers other endpoints, since requests to this one have just failed.
     pub fn is_avoided(&self, now: Instant) -> bool {
         let until = self.avoided_until.load(Ordering::Relaxed);
         until != 0 && self.millis(now) < until
     }
 
-    /// The balancer chose it. If it was avoided, the next request comes only after a while or a success.
+    /// The balancer chose it. If it was avoided, it gets its next request only after a pause or a success.
     pub fn chosen(&self, now: Instant) {
         if self.avoided_until.load(Ordering::Relaxed) != 0 {
-            self.avoid(self.failures_in_a_row(), now);
+            self.avoid(self.consecutive_failures(), now);
         }
     }
 
-    /// Whether it serves requests as far as is known: it is available, and not failing without being ejected.
+    /// Whether it is expected to serve requests: it is available, and not kept in only because of `max_ejected`.
     pub fn is_serving(&self, now: Instant) -> bool {
         self.is_available(now) && !self.failing.load(Ordering::Relaxed)
     }
 
-    pub(super) fn failures_in_a_row(&self) -> u32 {
-        self.failures_in_a_row.load(Ordering::Relaxed)
+    pub(super) fn consecutive_failures(&self) -> u32 {
+        self.consecutive_failures.load(Ordering::Relaxed)
     }
 
-    /// A request succeeded. Writes nothing unless something failed before.
+    /// A request succeeded. Writes nothing unless a request has failed before.
     pub(super) fn succeeded(&self) {
-        if self.failures_in_a_row() != 0 || self.avoided_until.load(Ordering::Relaxed) != 0 {
-            self.failures_in_a_row.store(0, Ordering::Relaxed);
+        if self.consecutive_failures() != 0 || self.avoided_until.load(Ordering::Relaxed) != 0 {
+            self.consecutive_failures.store(0, Ordering::Relaxed);
             self.avoided_until.store(0, Ordering::Relaxed);
             self.failing.store(false, Ordering::Relaxed);
         }
     }
 
-    /// A request failed. Returns how many have in a row.
+    /// A request failed. Returns the number of consecutive failures.
     pub(super) fn failed(&self, now: Instant) -> u32 {
-        let failures = self.failures_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let failures = self.consecutive_failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         if failures > 1 {
             self.avoid(failures, now);
         }
@@ -130,11 +132,11 @@ impl EndpointHealth {
     }
 
     pub(super) fn eject(&self, until: Instant) {
-        self.failures_in_a_row.store(0, Ordering::Relaxed);
+        self.consecutive_failures.store(0, Ordering::Relaxed);
         self.failing.store(false, Ordering::Relaxed);
         let until = self.millis(until).saturating_add(1);
         self.ejected_until.store(until, Ordering::Relaxed);
-        // Restored, it gets one request at a time until one succeeds.
+        // Once restored, it gets one request at a time until one succeeds.
         self.avoided_until.store(until, Ordering::Relaxed);
     }
 
@@ -143,7 +145,7 @@ impl EndpointHealth {
         self.probe_at.store(UNREACHABLE, Ordering::Relaxed);
     }
 
-    /// It is absent, and a request may probe it from then on.
+    /// It is absent, and a request may probe it from `at` on.
     pub(super) fn probe_from(&self, at: Instant) {
         self.probe_at.store(self.millis(at).max(1), Ordering::Relaxed);
     }

@@ -24,14 +24,14 @@ impl Fleet {
     }
 
     /// An attempt that began and ended now.
-    fn report(&self, index: usize, evidence: Evidence, now: Instant) -> Option<Change> {
-        self.late_report(index, evidence, (now, now))
+    fn report(&self, index: usize, outcome: Evidence, now: Instant) -> Option<Change> {
+        self.late_report(index, outcome, (now, now))
     }
 
-    fn late_report(&self, index: usize, evidence: Evidence, times: (Instant, Instant)) -> Option<Change> {
+    fn late_report(&self, index: usize, outcome: Evidence, times: (Instant, Instant)) -> Option<Change> {
         let address = &self.addresses[index];
         let endpoint = self.outliers.endpoint(address)?;
-        self.outliers.report(address, &endpoint, evidence, times, 0.0)
+        self.outliers.report(address, &endpoint, outcome, times, 0.0)
     }
 
     fn fail(&self, index: usize, times: u32, now: Instant) -> Option<Ejection> {
@@ -41,9 +41,9 @@ impl Fleet {
             .last()
     }
 
-    fn out(&self, now: Instant) -> usize {
-        let out = |address| self.outliers.endpoint(address).is_some_and(|e| e.is_ejected(now));
-        self.addresses.iter().filter(|address| out(address)).count()
+    fn ejected(&self, now: Instant) -> usize {
+        let is_ejected = |address| self.outliers.endpoint(address).is_some_and(|e| e.is_ejected(now));
+        self.addresses.iter().filter(|address| is_ejected(address)).count()
     }
 
     fn absent(&self) -> usize {
@@ -52,7 +52,7 @@ impl Fleet {
 }
 
 #[test]
-fn how_many_may_be_out_for_every_size() {
+fn max_ejected_for_every_number_of_endpoints() {
     let most = |ratio: f64, endpoints| {
         let settings = OutlierSettings { max_ejected: Ratio::constant(ratio), ..Default::default() };
         settings.most_ejected(endpoints)
@@ -64,42 +64,42 @@ fn how_many_may_be_out_for_every_size() {
 }
 
 #[test]
-fn the_only_one_stays() {
+fn a_single_endpoint_is_never_ejected() {
     let now = Instant::now();
     let fleet = Fleet::new(1, OutlierSettings::default(), now);
     assert_eq!(fleet.fail(0, 1000, now), None);
-    assert_eq!(fleet.out(now), 0);
+    assert_eq!(fleet.ejected(now), 0);
 }
 
 #[test]
-fn of_two_and_of_three_one_may_go() {
+fn one_of_two_and_of_three_may_be_ejected() {
     let now = Instant::now();
     for count in [2, 3] {
         let fleet = Fleet::new(count, OutlierSettings::default(), now);
         assert_eq!(fleet.fail(0, 4, now), None);
         assert_eq!(fleet.report(0, Evidence::Success, now), None);
-        assert_eq!(fleet.fail(0, 4, now), None, "a success ends the row");
+        assert_eq!(fleet.fail(0, 4, now), None, "a success resets the count");
         let ejection = fleet.fail(0, 1, now).unwrap();
         assert_eq!((ejection.failures_in_a_row, ejection.until), (5, now + S * 10));
-        assert_eq!(fleet.fail(1, 100, now), None, "no room");
-        assert_eq!(fleet.out(now + S * 9), 1);
-        assert_eq!(fleet.out(now + S * 11), 0);
-        assert!(fleet.fail(1, 1, now + S * 11).is_some(), "there is room now");
+        assert_eq!(fleet.fail(1, 100, now), None, "max_ejected is reached");
+        assert_eq!(fleet.ejected(now + S * 9), 1);
+        assert_eq!(fleet.ejected(now + S * 11), 0);
+        assert!(fleet.fail(1, 1, now + S * 11).is_some(), "one is restored");
     }
 }
 
 #[test]
-fn what_was_under_way_when_it_was_taken_out_adds_nothing() {
+fn attempts_in_flight_at_the_ejection_are_not_counted() {
     let now = Instant::now();
     let fleet = Fleet::new(6, OutlierSettings::default(), now);
     let until = fleet.fail(0, 5, now).unwrap().until;
     assert_eq!(fleet.fail(0, 100, now + S), None);
-    assert_eq!(fleet.out(until + S), 0);
-    assert_eq!(fleet.fail(0, 4, until + S), None, "the row begins anew");
+    assert_eq!(fleet.ejected(until + S), 0);
+    assert_eq!(fleet.fail(0, 4, until + S), None, "the count restarts");
 }
 
 #[test]
-fn a_relapse_doubles_and_a_good_while_forgives() {
+fn a_relapse_doubles_the_ejection_time_and_a_long_success_resets_it() {
     let mut now = Instant::now();
     let fleet = Fleet::new(3, OutlierSettings::default(), now);
     for expected in [10u32, 20, 40, 80, 160, 300, 300] {
@@ -112,46 +112,50 @@ fn a_relapse_doubles_and_a_good_while_forgives() {
 }
 
 #[test]
-fn state_is_kept_by_address_over_updates() {
+fn updates_keep_state_by_address() {
     let now = Instant::now();
     let fleet = Fleet::new(4, OutlierSettings::default(), now);
     fleet.fail(0, 5, now).unwrap();
     fleet.fail(1, 4, now);
     fleet.outliers.update(&fleet.addresses[1..], now);
     fleet.outliers.update(&fleet.addresses, now + S);
-    assert_eq!(fleet.out(now + S), 1, "who left while out is still out when back");
-    assert!(fleet.fail(1, 1, now + S).is_some(), "who stayed keeps the row");
+    assert_eq!(
+        fleet.ejected(now + S),
+        1,
+        "an endpoint removed while ejected is still ejected when added again"
+    );
+    assert!(fleet.fail(1, 1, now + S).is_some(), "an endpoint that stayed keeps its count");
     fleet.outliers.update(&fleet.addresses[2..], now + S * 60);
-    assert!(fleet.outliers.endpoint(&fleet.addresses[0]).is_none(), "and who is gone is forgotten");
+    assert!(fleet.outliers.endpoint(&fleet.addresses[0]).is_none(), "an endpoint that is gone is forgotten");
 }
 
 #[test]
-fn an_endpoint_that_refuses_is_absent_at_once_whatever_may_be_ejected() {
+fn a_refused_connection_makes_absent_whatever_max_ejected() {
     let now = Instant::now();
-    for evidence in [Evidence::Refused, Evidence::ConnectTimeout, Evidence::NoService] {
+    for outcome in [Evidence::Refused, Evidence::ConnectTimeout, Evidence::NoService] {
         let none = OutlierSettings { max_ejected: Ratio::constant(0.0), ..OutlierSettings::default() };
         let fleet = Fleet::new(3, none, now);
         for index in 0..3 {
-            assert_eq!(fleet.report(index, evidence, now), Some(Change::Absent), "{evidence:?}");
+            assert_eq!(fleet.report(index, outcome, now), Some(Change::Absent), "{outcome:?}");
             assert!(!fleet.health(index).is_available(now));
         }
-        assert_eq!((fleet.absent(), fleet.out(now)), (3, 0));
+        assert_eq!((fleet.absent(), fleet.ejected(now)), (3, 0));
     }
 }
 
 #[test]
-fn absent_endpoints_leave_the_others_room_to_be_ejected_but_the_last() {
+fn absent_endpoints_do_not_count_as_ejected_but_the_last_one_stays() {
     let now = Instant::now();
     let fleet = Fleet::new(4, OutlierSettings::default(), now);
     fleet.report(0, Evidence::Refused, now);
     fleet.report(1, Evidence::NoService, now);
     assert!(fleet.fail(2, 5, now).is_some());
-    assert_eq!(fleet.fail(3, 100, now), None, "nobody else serves");
+    assert_eq!(fleet.fail(3, 100, now), None, "no other endpoint serves");
     assert!(!fleet.health(3).is_serving(now), "and it is known to fail");
 }
 
 #[test]
-fn an_endpoint_that_refuses_is_asked_for_a_connection_and_then_for_a_request() {
+fn a_refusing_endpoint_is_probed_by_connections_then_by_a_request() {
     let now = Instant::now();
     let fleet = Fleet::new(3, OutlierSettings::default(), now);
     assert_eq!(fleet.outliers.next_question(), None);
@@ -159,7 +163,7 @@ fn an_endpoint_that_refuses_is_asked_for_a_connection_and_then_for_a_request() {
     let mut at = fleet.outliers.next_question().unwrap();
     assert_eq!(at, now + MS * 10);
     assert_eq!(fleet.outliers.questions(9, now), [], "not yet");
-    let mut asked = 0;
+    let mut probes = 0;
     while at < now + S * 8 {
         assert_eq!(fleet.outliers.questions(9, at), [Question::Connection(fleet.addresses[0])]);
         assert_eq!(fleet.outliers.questions(9, at), [], "once at a time");
@@ -167,9 +171,9 @@ fn an_endpoint_that_refuses_is_asked_for_a_connection_and_then_for_a_request() {
         assert!(!fleet.outliers.answered(&fleet.addresses[0], false, at));
         let next = fleet.outliers.next_question().unwrap();
         assert!(next - at >= MS * 10 && next - at <= MS * 100, "{:?}", next - at);
-        (at, asked) = (next, asked + 1);
+        (at, probes) = (next, probes + 1);
     }
-    assert!(asked < 400, "{asked} in 8 s");
+    assert!(probes < 400, "{probes} in 8 s");
     assert!(!fleet.outliers.answered(&fleet.addresses[1], true, at), "another one is not absent");
     fleet.outliers.questions(9, at);
     assert!(fleet.outliers.answered(&fleet.addresses[0], true, at));
@@ -177,20 +181,20 @@ fn an_endpoint_that_refuses_is_asked_for_a_connection_and_then_for_a_request() {
     assert_eq!(fleet.outliers.next_question(), None);
     assert!(fleet.health(0).claim_probe(true, at));
     assert!(!fleet.health(0).claim_probe(true, at), "by one request");
-    assert!(fleet.health(0).claim_probe(true, at + S), "and another one if nothing came of it");
+    assert!(fleet.health(0).claim_probe(true, at + S), "and by another one if there is no result");
     assert_eq!(fleet.report(0, Evidence::Success, at + S), Some(Change::Present));
     assert!(fleet.health(0).is_available(at + S));
     assert!(!fleet.outliers.any_absent());
 }
 
 #[test]
-fn what_was_under_way_when_it_became_absent_says_nothing() {
+fn attempts_that_began_before_the_absence_are_ignored() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
     fleet.report(0, Evidence::Refused, now + S);
     assert_eq!(fleet.late_report(0, Evidence::Success, (now, now + S * 2)), None);
     assert_eq!(fleet.absent(), 1);
-    // Many attempts that fail together move the next question once.
+    // Many attempts that fail together move the next probe once.
     let next = fleet.outliers.next_question();
     for _ in 0..50 {
         assert_eq!(fleet.late_report(0, Evidence::Failure, (now, now + S * 2)), None);
@@ -200,12 +204,12 @@ fn what_was_under_way_when_it_became_absent_says_nothing() {
 }
 
 #[test]
-fn an_endpoint_whose_sidecar_is_alone_is_asked_by_requests_in_proportion_to_its_absence() {
+fn an_endpoint_without_service_is_probed_in_proportion_to_its_absence() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
     fleet.report(0, Evidence::NoService, now);
     let mut at = now;
-    let mut asked = 0;
+    let mut probes = 0;
     while at < now + S * 30 {
         let next = fleet.outliers.next_question().unwrap();
         assert!(next - at >= MS * 50 && next - at <= S, "{:?}", next - at);
@@ -213,13 +217,13 @@ fn an_endpoint_whose_sidecar_is_alone_is_asked_by_requests_in_proportion_to_its_
         assert_eq!(fleet.outliers.questions(9, next), [Question::Request(fleet.addresses[0])]);
         assert!(fleet.health(0).claim_probe(true, next));
         fleet.report(0, Evidence::NoService, next);
-        (at, asked) = (next, asked + 1);
+        (at, probes) = (next, probes + 1);
     }
-    assert!(asked < 100, "{asked} in 30 s");
+    assert!(probes < 100, "{probes} in 30 s");
 }
 
 #[test]
-fn an_endpoint_that_accepts_connections_and_fails_is_asked_less_and_less() {
+fn failed_probes_double_the_interval() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
     fleet.report(0, Evidence::Refused, now);
@@ -233,11 +237,11 @@ fn an_endpoint_that_accepts_connections_and_fails_is_asked_less_and_less() {
         assert_eq!(next - at, (MS * 50 * (1 << doublings.min(10))).min(S * 60));
         at = next + MS;
     }
-    assert!(fleet.out(at) == 0 && fleet.absent() == 1);
+    assert!(fleet.ejected(at) == 0 && fleet.absent() == 1);
 }
 
 #[test]
-fn a_request_that_must_not_be_repeated_probes_only_where_no_other_has_come() {
+fn a_request_that_cannot_be_retried_probes_only_after_a_second() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
     fleet.report(0, Evidence::Refused, now);
@@ -248,12 +252,12 @@ fn a_request_that_must_not_be_repeated_probes_only_where_no_other_has_come() {
 }
 
 #[test]
-fn one_that_left_is_not_asked_and_comes_back_as_new() {
+fn a_removed_endpoint_is_not_probed_and_returns_as_new() {
     let now = Instant::now();
     let fleet = Fleet::new(4, OutlierSettings::default(), now);
     fleet.report(0, Evidence::Refused, now);
     fleet.report(1, Evidence::Refused, now);
-    assert_eq!(fleet.outliers.questions(1, now + S).len(), 1, "no more at a time than wanted");
+    assert_eq!(fleet.outliers.questions(1, now + S).len(), 1, "at most as many as requested");
     fleet.outliers.update(&fleet.addresses[2..], now + S);
     assert!(!fleet.outliers.any_absent());
     assert_eq!(fleet.outliers.next_question(), None);
@@ -262,11 +266,11 @@ fn one_that_left_is_not_asked_and_comes_back_as_new() {
 }
 
 #[test]
-fn an_endpoint_that_fails_in_a_row_is_avoided_but_for_a_request_now_and_then() {
+fn consecutive_failures_make_an_endpoint_avoided() {
     let now = Instant::now();
     let fleet = Fleet::new(3, OutlierSettings::default(), now);
     fleet.fail(0, 1, now);
-    assert!(!fleet.health(0).is_avoided(now), "once is no pattern");
+    assert!(!fleet.health(0).is_avoided(now), "a single failure is not enough");
     fleet.fail(0, 1, now);
     assert!(fleet.health(0).is_avoided(now + MS * 199));
     let at = now + MS * 200;
@@ -277,7 +281,7 @@ fn an_endpoint_that_fails_in_a_row_is_avoided_but_for_a_request_now_and_then() {
     assert!(fleet.health(0).is_avoided(at + MS * 399));
     fleet.report(0, Evidence::Success, at);
     assert!(!fleet.health(0).is_avoided(at));
-    // One that was ejected begins with a single request.
+    // A restored endpoint first gets a single request.
     let until = fleet.fail(0, 5, at).unwrap().until + MS;
     assert!(fleet.health(0).is_available(until) && !fleet.health(0).is_avoided(until));
     fleet.health(0).chosen(until);
@@ -285,7 +289,7 @@ fn an_endpoint_that_fails_in_a_row_is_avoided_but_for_a_request_now_and_then() {
 }
 
 #[test]
-fn off_ejects_nobody() {
+fn off_ejects_nothing() {
     let now = Instant::now();
     let off = OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() };
     assert_eq!(Fleet::new(5, off, now).fail(0, 1000, now), None);
@@ -293,7 +297,7 @@ fn off_ejects_nobody() {
 
 proptest! {
     #[test]
-    fn never_more_are_out_than_may_be(
+    fn never_ejects_more_than_allowed(
         count in 1u16..12, ratio in 0.0f64..=1.0,
         events in prop::collection::vec((any::<prop::sample::Index>(), 0u8..4, 0u64..4000), 1..300),
     ) {
@@ -304,12 +308,12 @@ proptest! {
         let mut now = Instant::now();
         let fleet = Fleet::new(count, settings, now);
         for (index, kind, pass) in events {
-            let evidence = [Evidence::Success, Evidence::Failure, Evidence::Failure, Evidence::Refused][usize::from(kind)];
-            fleet.report(index.index(fleet.addresses.len()), evidence, now);
-            prop_assert!(fleet.out(now) <= settings.most_ejected(count.into()));
-            prop_assert!(fleet.out(now) < usize::from(count));
+            let outcome = [Evidence::Success, Evidence::Failure, Evidence::Failure, Evidence::Refused][usize::from(kind)];
+            fleet.report(index.index(fleet.addresses.len()), outcome, now);
+            prop_assert!(fleet.ejected(now) <= settings.most_ejected(count.into()));
+            prop_assert!(fleet.ejected(now) < usize::from(count));
             if kind == 3 { now += Duration::from_millis(pass); }
         }
-        prop_assert_eq!(fleet.out(now + S * 61), 0, "nobody is out for ever");
+        prop_assert_eq!(fleet.ejected(now + S * 61), 0, "no ejection lasts for ever");
     }
 }

@@ -1,4 +1,4 @@
-//! The decision after a failed try.
+//! The decision after a failed attempt.
 
 use std::time::{Duration, Instant};
 
@@ -13,71 +13,71 @@ use super::{
     RetrySettings, is_idempotent,
 };
 
-/// What there is of the request's body to send again.
+/// Whether the request body can be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// Nothing of it was taken from the caller yet, or there is none.
+    /// None of it has been read from the client yet, or there is none.
     Untouched,
-    /// All that was taken so far was kept.
+    /// All that has been read so far was kept.
     Replayable,
-    /// Some was sent and not kept: over `body_limit`.
+    /// Part of it was sent and not kept: it exceeds `body_limit`.
     Gone,
 }
 
-/// What is known when a try has failed.
+/// A failed attempt, and what the request has used up so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Tried<'a> {
     pub method: &'a Method,
     pub grpc: bool,
     /// The request has an `Idempotency-Key`.
     pub idempotency_key: bool,
-    /// Tries sent so far, the failed one and hedges included, free ones not.
+    /// Attempts sent so far, including the failed one and hedges, excluding free ones.
     pub tries: u32,
-    /// A free try ([`Retry::free`]) has been sent for a race of our own pool.
+    /// A free retry ([`Retry::free`]) has been sent for a stale keep-alive race.
     pub free_used: bool,
-    /// Free tries that followed ones that count as never sent.
+    /// Free retries of attempts that count as never sent.
     pub resent: u32,
     pub body: Body,
-    /// Response headers went to the caller: nothing can be taken back.
+    /// Response headers have been sent to the client.
     pub committed: bool,
 }
 
-/// What follows a failed try.
+/// What follows a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     Retry(Retry),
     Stop(Reason),
 }
 
-/// A further try, at another endpoint where there is one.
+/// A retry, at another endpoint if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
-    /// How long to wait before it.
+    /// The back-off before it.
     pub wait: Duration,
-    /// It mends a race of our own pool, or follows one that counts as never sent; so it costs neither a try nor budget and
-    /// waits for nothing. Once a request, or [`MOST_RESENT`] times.
+    /// It follows a stale keep-alive race (once per request) or an attempt that counts as never sent (at most
+    /// [`MAX_RESENDS`] times). It counts as no attempt, costs no budget and has no back-off.
     pub free: bool,
 }
 
-/// Why there is no further try: `outcome` in `outrigger_retries_total`, spans and the access log.
+/// Why there is no retry: `outcome` in `outrigger_retries_total`, spans and the access log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// `retry.on` does not name what happened, or retries are off.
+    /// `retry.on` does not cover the outcome, or retries are off.
     NotRetryable,
-    /// The upstream's sidecar said that tries were spent nearer to the failure.
+    /// The upstream's sidecar advised against it: a proxy nearer to the failure has already retried.
     Suppressed,
-    /// Response headers went out already.
+    /// Response headers have been sent.
     Committed,
     MaxTries,
-    /// It may have been processed, and the method does not allow it to be sent twice.
+    /// The request may have been processed, and its method does not allow sending it twice.
     Method,
     /// The body was too large to keep.
     BodyGone,
-    /// No time is left for the wait and a try.
+    /// The back-off would pass the deadline.
     Deadline,
-    /// `Retry-After` or gRPC push-back is longer than the time left.
+    /// `Retry-After` or gRPC pushback is longer than the time left.
     RetryAfter,
-    /// gRPC push-back forbids.
+    /// gRPC pushback forbids a retry.
     Pushback,
     Budget,
 }
@@ -99,11 +99,11 @@ impl Reason {
     }
 }
 
-/// What the moment allows: the second half of the decision.
+/// Time, random number and budget of a retry decision.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment<'a> {
     pub now: Instant,
-    /// Of the call's deadline; `None` = it has none.
+    /// Until the request's deadline; `None` = no deadline.
     pub time_left: Option<Duration>,
     pub hint: Hint,
     /// From 0 to 1, drawn for this decision.
@@ -111,17 +111,18 @@ pub struct Moment<'a> {
     pub budget: &'a RetryBudget,
 }
 
-/// Tries that follow ones which count as never sent, for free. An endpoint that refuses everything gets no more.
+/// The most free retries of attempts that count as never sent. It bounds those against an endpoint that refuses
+/// everything.
 pub const MOST_RESENT: u32 = 2;
-/// However patient the back-off is: who calls an upstream that is not there is to hear of it soon.
-const LONGEST_PATIENCE: Duration = Duration::from_millis(250);
-/// Further ones would pass it for any back-off of a millisecond or more.
-const MOST_WAITS: u32 = 8;
+/// The longest wait for an upstream that is absent, however long the back-off: its clients get an error soon.
+const MAX_ABSENCE_WAIT: Duration = Duration::from_millis(250);
+/// More back-offs than these exceed [`MAX_ABSENCE_WAIT`] for any `base` of a millisecond or more.
+const MAX_SUMMED_BACKOFFS: u32 = 8;
 
-/// Retries as a route has them; `None` in place of the settings is `retry = false`.
+/// The retry policy of a route; settings `None` stand for `retry = false`.
 ///
-/// With `max = 0` a request is sent at most once, always. With `retry = false` only what counts as never sent is sent
-/// again, and the stale keep-alive race is mended where the request may be sent twice.
+/// With `max = 0` a request is sent at most once, always. With `retry = false` a request is sent again only if it
+/// counts as never sent, or after a stale keep-alive race if it may be sent twice.
 #[derive(Clone, Debug)]
 pub struct RetryPolicy {
     settings: Option<RetrySettings>,
@@ -132,8 +133,8 @@ impl RetryPolicy {
         Self { settings }
     }
 
-    /// Whether a copy of the request's body could be of use, and how many bytes of it are to be kept at most.
-    /// 0 = keep nothing. `refusable`: it goes out by HTTP/2, where a stream may be refused after some of its body was sent.
+    /// How many bytes of the request body to keep for a retry; 0 = none, since no retry could use them.
+    /// `refusable`: sent over HTTP/2, where a stream may be refused after part of its body was sent.
     pub fn body_limit(&self, method: &Method, idempotency_key: bool, refusable: bool) -> u64 {
         match &self.settings {
             None if is_idempotent(method) || idempotency_key || refusable => {
@@ -141,40 +142,40 @@ impl RetryPolicy {
             }
             None => 0,
             Some(settings) if settings.max == 0 => 0,
-            // Whatever the method: a stream may be refused after some of the body was sent.
+            // Whatever the method: a stream may be refused after part of the body was sent.
             Some(settings) => *settings.body_limit,
         }
     }
 
-    /// Whether any try could follow one whose request has begun to be sent by HTTP/1.1. `reused`: its connection has
-    /// carried a request before.
+    /// Whether a retry is possible once an attempt has begun to send its request over HTTP/1.1. `reused`: its
+    /// connection has carried a request before.
     pub fn may_follow(&self, reused: bool) -> bool {
         match &self.settings {
-            // Of its own accord only the race of a kept connection is mended.
+            // Without settings only the stale keep-alive race is retried.
             None => reused,
             Some(settings) => settings.max > 0,
         }
     }
 
-    /// Whether a failure of the n-th try (from 1) could be followed by another, as far as the count goes.
-    pub fn another_possible(&self, tries: u32) -> bool {
-        self.settings.as_ref().is_some_and(|settings| tries <= settings.max)
+    /// Whether `retry.max` allows another attempt after this many attempts.
+    pub fn another_possible(&self, attempts: u32) -> bool {
+        self.settings.as_ref().is_some_and(|settings| attempts <= settings.max)
     }
 
-    /// How long all waits before further tries can take together: so long a call may wait for an upstream that is
-    /// not there.
+    /// The longest that all back-offs together can take. A request may wait that long for an upstream whose endpoints
+    /// are all absent.
     pub fn patience(&self) -> Duration {
         let Some(settings) = &self.settings else { return Duration::ZERO };
-        let waits = (1..=settings.max.min(MOST_WAITS)).map(|n| settings.backoff.ceiling(n));
-        waits.fold(Duration::ZERO, Duration::saturating_add).min(LONGEST_PATIENCE)
+        let waits = (1..=settings.max.min(MAX_SUMMED_BACKOFFS)).map(|n| settings.backoff.ceiling(n));
+        waits.fold(Duration::ZERO, Duration::saturating_add).min(MAX_ABSENCE_WAIT)
     }
 
-    /// Whether a request that may have been processed may be sent again. Then half of the time is kept for that.
+    /// Whether a request that may have been processed may be sent again. If so, half of the time is reserved for it.
     pub fn may_repeat(&self, method: &Method, idempotency_key: bool) -> bool {
         self.settings.as_ref().is_some_and(|settings| settings.methods.allow(method, idempotency_key))
     }
 
-    /// Whether what happened is something to try again at all.
+    /// Whether `retry.on` or the upstream's advice makes this outcome retryable.
     pub fn names(&self, outcome: &Outcome) -> bool {
         self.settings.as_ref().is_some_and(|settings| {
             settings.on.iter().any(|condition| outcome.meets(*condition))
@@ -182,9 +183,9 @@ impl RetryPolicy {
         })
     }
 
-    /// Whether an attempt that surely never reached the service may be made again at another endpoint at once, as if that
-    /// had been chosen first: it spends neither an attempt nor budget. Only where it found its endpoint `absent`, which
-    /// happens once: from then on the endpoint is not chosen.
+    /// Whether a request that certainly did not reach the service may go to another endpoint at once, as if that one
+    /// had been chosen first. This spends neither an attempt nor budget. Only if this attempt found its endpoint
+    /// `absent`, which happens once per endpoint: the balancer does not choose it afterwards.
     pub fn may_move_on(&self, outcome: &Outcome, absent: bool, body: Body) -> bool {
         absent
             && self.another_possible(1)
@@ -193,14 +194,14 @@ impl RetryPolicy {
             && self.names(outcome)
     }
 
-    /// The whole decision. Where it says retry, the budget has been charged.
-    pub fn decide(&self, tried: &Tried<'_>, outcome: &Outcome, moment: &Moment<'_>) -> Decision {
-        let free = match self.eligible(tried, outcome) {
+    /// The whole decision. For a retry that is not free, it has withdrawn from the budget.
+    pub fn decide(&self, attempt: &Tried<'_>, outcome: &Outcome, context: &Moment<'_>) -> Decision {
+        let free = match self.eligible(attempt, outcome) {
             Ok(free) => free,
             Err(reason) => return Decision::Stop(reason),
         };
         if free {
-            let in_time = moment.time_left.is_none_or(|left| !left.is_zero());
+            let in_time = context.time_left.is_none_or(|left| !left.is_zero());
             return if in_time {
                 Decision::Retry(Retry { wait: Duration::ZERO, free })
             } else {
@@ -208,29 +209,29 @@ impl RetryPolicy {
             };
         }
         let Some(settings) = &self.settings else { return Decision::Stop(Reason::NotRetryable) };
-        match settings.backoff.wait(tried.tries, moment.hint, moment.time_left, moment.random) {
+        match settings.backoff.wait(attempt.tries, context.hint, context.time_left, context.random) {
             Wait::Forbidden => Decision::Stop(Reason::Pushback),
-            Wait::TooLong if moment.hint == Hint::None => Decision::Stop(Reason::Deadline),
+            Wait::TooLong if context.hint == Hint::None => Decision::Stop(Reason::Deadline),
             Wait::TooLong => Decision::Stop(Reason::RetryAfter),
-            // Last, so that nothing is spent on a try that isn't sent.
-            Wait::For(_) if !moment.budget.withdraw(moment.now) => Decision::Stop(Reason::Budget),
+            // Last, so that no budget is spent on a retry that is not sent.
+            Wait::For(_) if !context.budget.withdraw(context.now) => Decision::Stop(Reason::Budget),
             Wait::For(wait) => Decision::Retry(Retry { wait, free }),
         }
     }
 
-    /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free try.
-    pub(super) fn eligible(&self, tried: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
-        let stale = is_stale(outcome) && !tried.free_used;
-        let unsent = outcome.is_unsent() && tried.resent < MOST_RESENT;
+    /// The part of the decision that depends neither on time nor on budget; `Ok(true)` = a free retry.
+    pub(super) fn eligible(&self, attempt: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
+        let stale = is_stale(outcome) && !attempt.free_used;
+        let unsent = outcome.is_unsent() && attempt.resent < MOST_RESENT;
         let named = self.names(outcome)
-            // gRPC's own transparent retry needs no configuration (A6).
-            || (self.settings.is_some() && tried.grpc && outcome.ending == Ending::RefusedStream);
-        let at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
-        let by_method = match &self.settings {
-            Some(settings) => settings.methods.allow(tried.method, tried.idempotency_key),
-            None => is_idempotent(tried.method) || tried.idempotency_key,
+            // gRPC's transparent retry needs no configuration (A6).
+            || (self.settings.is_some() && attempt.grpc && outcome.ending == Ending::RefusedStream);
+        let is_at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
+        let method_allows = match &self.settings {
+            Some(settings) => settings.methods.allow(attempt.method, attempt.idempotency_key),
+            None => is_idempotent(attempt.method) || attempt.idempotency_key,
         };
-        let twice_is_safe = outcome.never_reached() || by_method;
+        let may_send_twice = outcome.never_reached() || method_allows;
 
         if !stale && !unsent && !named {
             return Err(Reason::NotRetryable);
@@ -238,24 +239,24 @@ impl RetryPolicy {
         if outcome.advice() == Advice::No {
             return Err(Reason::Suppressed);
         }
-        if tried.committed {
+        if attempt.committed {
             return Err(Reason::Committed);
         }
-        let free = (stale || unsent) && !at_most_once;
-        if !free && !self.another_possible(tried.tries) {
+        let free = (stale || unsent) && !is_at_most_once;
+        if !free && !self.another_possible(attempt.tries) {
             return Err(Reason::MaxTries);
         }
-        if !twice_is_safe {
+        if !may_send_twice {
             return Err(Reason::Method);
         }
-        if tried.body == Body::Gone {
+        if attempt.body == Body::Gone {
             return Err(Reason::BodyGone);
         }
         Ok(free)
     }
 }
 
-/// A pooled connection that broke before any response byte: most likely the upstream closed it just as we sent.
+/// See [`Reset::is_stale`](super::super::classify::Reset::is_stale).
 fn is_stale(outcome: &Outcome) -> bool {
     matches!(outcome.ending, Ending::Reset(reset) if reset.is_stale())
 }

@@ -14,37 +14,37 @@ async fn a_worker_that_panics_or_fails_is_reported_by_its_name() {
     }
     let mut panicking = workers();
     panicking.spawn("worker-1", |_| panics()).unwrap();
-    let death = Death { name: "worker-1".to_owned(), why: "it panicked".to_owned() };
-    assert_eq!(panicking.deaths.first().await, death);
-    assert_eq!(panicking.deaths.happened(), Some(&death));
+    let failure = Death { name: "worker-1".to_owned(), why: "it panicked".to_owned() };
+    assert_eq!(panicking.deaths.first().await, failure);
+    assert_eq!(panicking.deaths.happened(), Some(&failure));
     panicking.stop();
 
     let mut failing = workers();
     failing.spawn("accept", |_| async { Err("its listener is gone".to_owned()) }).unwrap();
-    let death = Death { name: "accept".to_owned(), why: "its listener is gone".to_owned() };
-    assert_eq!(failing.deaths.first().await, death);
+    let failure = Death { name: "accept".to_owned(), why: "its listener is gone".to_owned() };
+    assert_eq!(failing.deaths.first().await, failure);
     failing.stop();
 }
 
 #[tokio::test]
-async fn a_worker_that_is_told_to_stop_is_not_reported() {
+async fn a_worker_that_is_stopped_is_not_reported() {
     let mut workers = workers();
     let stops = |mut stop: watch::Receiver<bool>| async move {
         let _ = stop.wait_for(|stop| *stop).await;
         Ok(())
     };
     workers.spawn("worker-0", stops).unwrap();
-    let deaths = workers.deaths.clone();
+    let monitor = workers.deaths.clone();
     workers.stop();
-    assert_eq!(deaths.happened(), None);
+    assert_eq!(monitor.happened(), None);
 }
 
-/// What accepts for a worker, or takes connections over, is a task of its own.
+/// Accepting and taking connections over run in tasks of their own.
 #[tokio::test]
-async fn a_panic_in_a_task_of_a_worker_is_its_failure() {
+async fn a_panic_in_a_task_of_a_worker_fails_the_worker() {
     let mut tasks = JoinSet::new();
     tasks.spawn(async { Ok(()) });
     tasks.spawn(async { panic!("on purpose") });
-    let why = failed(tasks).await;
-    assert!(why.contains("a task of it panicked"), "{why}");
+    let reason = first_failure(tasks).await;
+    assert!(reason.contains("one of its tasks panicked"), "{reason}");
 }

@@ -8,12 +8,12 @@ use crate::telemetry::{
     timestamp::Timestamp,
 };
 
-/// Room for most lines.
-const LINE: usize = 512;
+/// Capacity that is enough for most lines, in bytes.
+const TYPICAL_LENGTH: usize = 512;
 
-/// The fields, in their order. No path and no query: they hold what is nobody's business, and the trace has them.
+/// The fields, in order. No path and no query: they may hold personal data; the trace has the path.
 #[derive(Serialize)]
-struct Line<'a> {
+struct AccessLogLine<'a> {
     time: String,
     direction: &'a str,
     method: &'a str,
@@ -31,9 +31,9 @@ struct Line<'a> {
     duration_ms: f64,
 }
 
-/// Appends the line of a call, with its end.
+/// Appends the line of a request, with a newline.
 pub fn write(out: &mut Vec<u8>, record: &Record) {
-    let line = Line {
+    let line = AccessLogLine {
         time: Timestamp::of(record.started).to_string(),
         direction: record.direction(),
         method: record.method.as_str(),
@@ -51,10 +51,10 @@ pub fn write(out: &mut Vec<u8>, record: &Record) {
         duration_ms: milliseconds(record.ended.unwrap_or(record.started), record.started),
     };
     let before = out.len();
-    out.reserve(LINE);
+    out.reserve(TYPICAL_LENGTH);
     match serde_json::to_writer(&mut *out, &line) {
         Ok(()) => out.push(b'\n'),
-        // Not half a line.
+        // Drop the partial line.
         Err(_) => out.truncate(before),
     }
 }

@@ -11,24 +11,24 @@ use std::{
 
 use super::AccessLogError;
 
-/// How often a file is looked for under its name.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often the path is checked for a rotated file.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where lines are to go.
+/// Where access log lines go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     Stdout,
-    /// Under `run -- CMD`, where stdout is the service's.
+    /// The default under `run -- CMD`, where stdout belongs to the service.
     Stderr,
     File(PathBuf),
 }
 
-/// The same, open.
+/// An open [`AccessLogTarget`].
 #[derive(Debug)]
 pub enum Output {
     Stdout,
     Stderr,
-    File { path: PathBuf, file: File, looked: Instant },
+    File { path: PathBuf, file: File, checked: Instant },
 }
 
 impl Output {
@@ -37,13 +37,13 @@ impl Output {
             Target::Stdout => Ok(Self::Stdout),
             Target::Stderr => Ok(Self::Stderr),
             Target::File(path) => match open(&path) {
-                Ok(file) => Ok(Self::File { path, file, looked: Instant::now() }),
+                Ok(file) => Ok(Self::File { path, file, checked: Instant::now() }),
                 Err(source) => Err(AccessLogError::File { path, source }),
             },
         }
     }
 
-    /// Writes whole lines. A file that was moved away, as `logrotate` does, is opened anew first.
+    /// Writes whole lines. A file that was renamed, as `logrotate` does, is reopened first.
     pub fn write(&mut self, lines: &[u8]) -> io::Result<()> {
         match self {
             Self::Stdout => {
@@ -52,10 +52,10 @@ impl Output {
                 out.flush()
             }
             Self::Stderr => io::stderr().lock().write_all(lines),
-            Self::File { path, file, looked } => {
-                if looked.elapsed() >= LOOK {
-                    *looked = Instant::now();
-                    if !is_still(path, file) {
+            Self::File { path, file, checked } => {
+                if checked.elapsed() >= CHECK_INTERVAL {
+                    *checked = Instant::now();
+                    if !is_same_file(path, file) {
                         *file = open(path)?;
                     }
                 }
@@ -64,13 +64,13 @@ impl Output {
         }
     }
 
-    /// Opens a file anew; where that cannot be done, goes on with the one there is.
+    /// Reopens the file. On an error it keeps writing to the old one.
     pub fn reopen(&mut self) {
-        let Self::File { path, file, looked } = self else { return };
+        let Self::File { path, file, checked } = self else { return };
         match open(path) {
-            Ok(new) => (*file, *looked) = (new, Instant::now()),
+            Ok(new) => (*file, *checked) = (new, Instant::now()),
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "the access log could not be opened anew");
+                tracing::warn!(path = %path.display(), %error, "cannot reopen the access log, the old file is kept");
             }
         }
     }
@@ -86,13 +86,13 @@ impl fmt::Display for Output {
     }
 }
 
-/// It says who calls whom: not for everybody's eyes.
+/// Not world-readable: the log shows which services talk to each other.
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o640).open(path)
 }
 
-/// Whether the name still leads to this file.
-fn is_still(path: &Path, file: &File) -> bool {
+/// Whether the path still names this file.
+fn is_same_file(path: &Path, file: &File) -> bool {
     match (fs::metadata(path), file.metadata()) {
         (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),
         _ => false,

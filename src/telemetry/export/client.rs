@@ -1,4 +1,4 @@
-//! OTLP over HTTP by the proxy's own small client: never through the proxy, so never traced either.
+//! OTLP over HTTP by the proxy's own small HTTP client. It bypasses the proxy, so exports are never traced themselves.
 
 use std::{
     future::Future,
@@ -13,23 +13,23 @@ use opentelemetry_http::{HttpClient, HttpError};
 
 use crate::fetch::{Fetcher, Limits};
 
-/// What a collector may answer: a status, or which spans it did not like.
-const MOST_ANSWER: usize = 64 * 1024;
+/// Limit of the collector's response body: a status, or the spans that it rejected.
+const MAX_RESPONSE: usize = 64 * 1024;
 
 /// See the [module](self).
 #[derive(Clone, Debug)]
 pub struct Client {
     pub fetcher: Fetcher,
-    /// For one try.
-    pub patience: Duration,
-    pub failure: Failure,
+    /// For one export request.
+    pub timeout: Duration,
+    pub failure: LastFailure,
 }
 
-/// Why there was no answer last: the exporter itself says no more than "network error".
+/// Why the last request failed: the exporter's own error is only "network error".
 #[derive(Clone, Debug, Default)]
-pub struct Failure(Arc<Mutex<Option<String>>>);
+pub struct LastFailure(Arc<Mutex<Option<String>>>);
 
-impl Failure {
+impl LastFailure {
     fn set(&self, why: Option<String>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
@@ -48,11 +48,11 @@ impl HttpClient for Client {
         'this: 'sending,
         Self: 'sending,
     {
-        let limits = Limits { patience: self.patience, answer: MOST_ANSWER };
+        let limits = Limits { patience: self.timeout, answer: MAX_RESPONSE };
         Box::pin(async move {
-            let answer = self.fetcher.fetch(request, limits).await;
-            self.failure.set(answer.as_ref().err().map(ToString::to_string));
-            Ok(answer?)
+            let response = self.fetcher.fetch(request, limits).await;
+            self.failure.set(response.as_ref().err().map(ToString::to_string));
+            Ok(response?)
         })
     }
 }

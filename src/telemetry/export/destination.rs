@@ -1,4 +1,4 @@
-//! Where spans go, and by which protocol.
+//! The collector: its URL, protocol and credentials.
 
 use std::fmt;
 
@@ -10,21 +10,21 @@ use crate::{
 };
 
 const HTTP_PORT: u16 = 4318;
-/// The path of traces, added where a URL names no path.
+/// The OTLP path of traces, added where the URL has no path.
 const TRACES: &str = "/v1/traces";
 
-/// A collector.
+/// The collector that spans are exported to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
-    /// With the path, where there is one, and without userinfo.
+    /// The URL, without userinfo.
     pub url: String,
     pub protocol: OtlpProtocol,
-    /// What the URL's userinfo is as an `Authorization` field.
+    /// The URL's userinfo as the value of an `Authorization` field.
     pub credentials: Option<HeaderValue>,
 }
 
 impl Destination {
-    /// As configured; none where nothing is exported.
+    /// The configured collector; none where export is off.
     pub fn of(telemetry: &Telemetry) -> Option<Self> {
         let url = telemetry.otlp.as_ref()?.expose().trim_end_matches('/');
         let uri: Uri = url.parse().ok()?;
@@ -62,7 +62,7 @@ mod tests {
     use crate::redact::Secret;
 
     #[test]
-    fn userinfo_is_sent_as_a_field_and_shown_nowhere() {
+    fn userinfo_becomes_a_header_field_and_is_not_shown() {
         let otlp = Some(Secret::url("http://user:pw@c:4318"));
         let to = Destination::of(&Telemetry { otlp, ..Telemetry::default() }).unwrap();
         assert_eq!(to.url, "http://c:4318/v1/traces");
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn the_port_tells_the_protocol_and_a_bare_address_gets_the_path() {
+    fn the_port_decides_the_protocol_and_a_bare_address_gets_the_path() {
         let of = |otlp: &str, protocol| {
             let telemetry = Telemetry { otlp: Some(Secret::url(otlp)), protocol, ..Telemetry::default() };
             Destination::of(&telemetry).map(|to| (to.url, to.protocol))

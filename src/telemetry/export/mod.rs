@@ -1,8 +1,7 @@
-//! Spans on their way to the collector.
+//! Export of spans to the collector.
 //!
-//! A worker puts the record of a call into a bounded queue and goes on; a thread of its own makes spans of it and sends
-//! them. Whatever the collector does, all that can happen to the data path is that the queue is full: then spans are
-//! dropped and counted.
+//! A worker puts the record of a request into a bounded queue; a thread of its own makes spans of it and sends them. A
+//! slow or missing collector cannot delay the data path: when the queue is full, spans are dropped and counted.
 
 mod client;
 mod destination;
@@ -26,21 +25,21 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::record::Record;
 
-/// How spans are gathered and sent. From the environment, by OpenTelemetry's names.
+/// How spans are batched, from OpenTelemetry's environment variables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batching {
-    /// Calls that wait to be sent, at most.
+    /// The most requests that wait for export.
     pub queue: usize,
-    /// Calls that are sent together, at most.
+    /// The most requests in one batch.
     pub batch: usize,
-    /// How long the first one waits for others.
+    /// How long the first request of a batch waits for others.
     pub delay: Duration,
-    /// What sending a batch may take, all tries together.
+    /// Limit for exporting a batch, retries included.
     pub timeout: Duration,
 }
 
 impl Batching {
-    /// `env`: reads a variable. What is no positive number is passed over.
+    /// `env` reads a variable. Values that are not positive numbers are ignored.
     pub fn from_env(env: impl Fn(&str) -> Option<String>) -> Self {
         let number = |name: &str, default: u64, most: u64| {
             let set = env(name).and_then(|text| text.trim().parse::<u64>().ok()).filter(|number| *number > 0);
@@ -50,20 +49,20 @@ impl Batching {
         Self {
             queue,
             batch: (number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512, 65_536) as usize).min(queue),
-            // Sooner than the prescribed 5 s: whoever looks for a trace looks now.
+            // Shorter than OpenTelemetry's default of 5 s: people look for a trace right after its request.
             delay: Duration::from_millis(number("OTEL_BSP_SCHEDULE_DELAY", 1000, 600_000)),
             timeout: Duration::from_millis(number("OTEL_BSP_EXPORT_TIMEOUT", 30_000, 600_000)),
         }
     }
 }
 
-/// What has become of spans.
+/// Counts of spans by outcome.
 #[derive(Debug, Default)]
 pub struct Counts {
     pub exported: AtomicU64,
     /// The queue was full.
     pub dropped: AtomicU64,
-    /// The collector did not take them.
+    /// The collector rejected them or could not be reached.
     pub failed: AtomicU64,
 }
 
@@ -75,17 +74,17 @@ impl Counts {
     }
 }
 
-/// The worker's end of the way to the collector.
+/// The workers' handle on the export thread.
 #[derive(Debug)]
 pub struct Export {
     queue: mpsc::Sender<Arc<Record>>,
-    most: usize,
+    capacity: usize,
     pub destination: Destination,
     pub state: std::sync::Arc<State>,
-    ending: Mutex<Option<Ending>>,
+    shutdown: Mutex<Option<Shutdown>>,
 }
 
-/// How sending goes.
+/// The state of the export, for status and metrics.
 #[derive(Debug, Default)]
 pub struct State {
     pub counts: Counts,
@@ -93,12 +92,12 @@ pub struct State {
 }
 
 impl State {
-    fn note(&self, error: Option<String>) {
+    fn set_error(&self, error: Option<String>) {
         *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) =
             error.map(|error| (error, Instant::now()));
     }
 
-    /// Why the last batch was not taken, and how long ago; none where the last one was taken.
+    /// Why the last batch failed, and how long ago; none where it succeeded.
     pub fn last_error(&self) -> Option<(String, Duration)> {
         let last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
         last.as_ref().map(|(error, at)| (error.clone(), at.elapsed()))
@@ -106,13 +105,13 @@ impl State {
 }
 
 #[derive(Debug)]
-struct Ending {
-    ask: oneshot::Sender<()>,
+struct Shutdown {
+    request: oneshot::Sender<()>,
     done: oneshot::Receiver<()>,
     _thread: JoinHandle<()>,
 }
 
-/// Why nothing is exported.
+/// Why the export cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     #[error("cannot start the thread that exports spans: {0}")]
@@ -120,10 +119,10 @@ pub enum ExportError {
 }
 
 impl Export {
-    /// Starts the thread. `instance` tells this process from others of the same service.
+    /// Starts the export thread. `instance` distinguishes this process from others of the same service.
     ///
     /// # Errors
-    /// The system has no thread to give.
+    /// The thread cannot be started.
     pub fn start(
         destination: Destination,
         batching: Batching,
@@ -132,27 +131,27 @@ impl Export {
     ) -> Result<Self, ExportError> {
         let resource = resource(service, instance);
         let (queue, records) = mpsc::channel(batching.queue);
-        let (ask, asked) = oneshot::channel();
-        let (tell, done) = oneshot::channel();
+        let (request, shutdown) = oneshot::channel();
+        let (finish, done) = oneshot::channel();
         let state = std::sync::Arc::<State>::default();
-        let sending = sender::Sending {
+        let exporter = sender::ExportThread {
             records,
-            asked,
+            shutdown,
             batching,
             destination: destination.clone(),
             resource,
             state: std::sync::Arc::clone(&state),
         };
         let thread = std::thread::Builder::new().name("export".to_owned()).spawn(move || {
-            sender::run(sending);
-            // Whoever waited for it may be gone.
-            let _ = tell.send(());
+            sender::run(exporter);
+            // The receiver may have been dropped.
+            let _ = finish.send(());
         })?;
-        let ending = Mutex::new(Some(Ending { ask, done, _thread: thread }));
-        Ok(Self { queue, most: batching.queue, destination, state, ending })
+        let shutdown = Mutex::new(Some(Shutdown { request, done, _thread: thread }));
+        Ok(Self { queue, capacity: batching.queue, destination, state, shutdown })
     }
 
-    /// Hands a record over; never waits.
+    /// Queues a record; never blocks.
     pub fn send(&self, record: Arc<Record>) {
         if let Err(mpsc::error::TrySendError::Full(record) | mpsc::error::TrySendError::Closed(record)) =
             self.queue.try_send(record)
@@ -161,22 +160,22 @@ impl Export {
         }
     }
 
-    /// Calls that wait, and how many may.
+    /// Requests in the queue, and its capacity.
     pub fn waiting(&self) -> (usize, usize) {
-        (self.most.saturating_sub(self.queue.capacity()), self.most)
+        (self.capacity.saturating_sub(self.queue.capacity()), self.capacity)
     }
 
-    /// Sends what waits, within `limit`; nothing is taken from then on. False where time ran out.
+    /// Exports what is queued and stops the thread. False where that took longer than `limit`.
     pub async fn flush(&self, limit: Duration) -> bool {
-        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(ending) = ending else { return true };
-        // A thread that is gone has nothing to send.
-        let _ = ending.ask.send(());
-        tokio::time::timeout(limit, ending.done).await.is_ok()
+        let shutdown = self.shutdown.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(shutdown) = shutdown else { return true };
+        // Fails only where the thread has already ended, with nothing left to send.
+        let _ = shutdown.request.send(());
+        tokio::time::timeout(limit, shutdown.done).await.is_ok()
     }
 }
 
-/// Who speaks. `OTEL_RESOURCE_ATTRIBUTES` is in it.
+/// The OpenTelemetry resource. It includes `OTEL_RESOURCE_ATTRIBUTES`.
 fn resource(service: &str, instance: &str) -> Resource {
     Resource::builder()
         .with_attributes([

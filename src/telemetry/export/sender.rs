@@ -1,4 +1,4 @@
-//! The thread that makes spans of records and sends them.
+//! The export thread: makes spans of records and sends them.
 
 use std::{
     path::PathBuf,
@@ -25,7 +25,7 @@ use tokio::{
 
 use super::{
     Batching, Destination, State,
-    client::{Client, Failure},
+    client::{Client, LastFailure},
 };
 use crate::{
     config::OtlpProtocol,
@@ -37,43 +37,45 @@ use crate::{
     },
 };
 
-/// For one request to the collector; `OTEL_EXPORTER_OTLP_TIMEOUT` says otherwise.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout of one request to the collector, unless `OTEL_EXPORTER_OTLP_TIMEOUT` is set.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the thread works with.
-pub struct Sending {
+/// The state of the export thread.
+pub struct ExportThread {
     pub records: mpsc::Receiver<Arc<Record>>,
-    /// Asked to send what there is and end.
-    pub asked: oneshot::Receiver<()>,
+    /// Receives the request to export what is queued and end.
+    pub shutdown: oneshot::Receiver<()>,
     pub batching: Batching,
     pub destination: Destination,
     pub resource: Resource,
     pub state: Arc<State>,
 }
 
-/// What became of a batch.
-struct Sent {
+/// The outcome of one batch.
+struct BatchResult {
     spans: u64,
-    /// Why it was not taken.
+    /// Why it was not accepted.
     failed: Option<String>,
 }
 
-pub fn run(sending: Sending) {
+pub fn run(thread: ExportThread) {
     match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(sending.run()),
-        Err(error) => tracing::error!(%error, "spans are not exported: no runtime for it"),
+        Ok(runtime) => runtime.block_on(thread.run()),
+        Err(error) => {
+            tracing::error!(%error, "spans are not exported: cannot start the runtime of the export thread")
+        }
     }
 }
 
-impl Sending {
+impl ExportThread {
     async fn run(mut self) {
-        let failure = Failure::default();
+        let failure = LastFailure::default();
         let mut exporter = match exporter(&self.destination, &failure) {
             Ok(exporter) => exporter,
             Err(error) => {
                 tracing::error!(destination = %self.destination, error, "spans are not exported");
-                self.state.note(Some(error));
-                return self.refuse().await;
+                self.state.set_error(Some(error));
+                return self.discard().await;
             }
         };
         exporter.set_resource(&self.resource);
@@ -88,29 +90,29 @@ impl Sending {
                 for record in records.drain(..) {
                     spans::add(&record, &wall, &scope, &mut batch);
                 }
-                let mut sent = self.send(&exporter, batch).await;
-                sent.failed = sent.failed.map(|error| failure.take().unwrap_or(error));
-                failing = self.tell(sent, failing);
+                let mut result = self.send(&exporter, batch).await;
+                result.failed = result.failed.map(|error| failure.take().unwrap_or(error));
+                failing = self.report(result, failing);
             } else if !more {
                 return;
             }
         }
     }
 
-    /// Gathers a batch. False: nothing more will come.
+    /// Gathers a batch. False: the queue is closed and empty.
     async fn gather(&mut self, records: &mut Vec<Arc<Record>>) -> bool {
-        let most = self.batching.batch;
-        let Self { records: queue, asked, .. } = self;
-        // Already asked to end: what waits is sent without waiting for more.
+        let max = self.batching.batch;
+        let Self { records: queue, shutdown, .. } = self;
+        // Shutting down: send what is queued without waiting for more.
         if queue.is_closed() {
-            return queue.recv_many(records, most).await > 0;
+            return queue.recv_many(records, max).await > 0;
         }
         let fill = async {
-            if queue.recv_many(records, most).await > 0 {
+            if queue.recv_many(records, max).await > 0 {
                 let until = Instant::now() + self.batching.delay;
-                while records.len() < most {
-                    let room = most - records.len();
-                    match timeout_at(until, queue.recv_many(records, room)).await {
+                while records.len() < max {
+                    let missing = max - records.len();
+                    match timeout_at(until, queue.recv_many(records, missing)).await {
                         Ok(1..) => {}
                         Ok(0) | Err(_) => break,
                     }
@@ -119,55 +121,55 @@ impl Sending {
         };
         tokio::select! {
             () = fill => {}
-            _ = asked => queue.close(),
+            _ = shutdown => queue.close(),
         }
         true
     }
 
-    /// Sends a batch; returns how many spans, and what became of them.
-    async fn send(&self, exporter: &SpanExporter, batch: Vec<SpanData>) -> Sent {
+    /// Sends a batch.
+    async fn send(&self, exporter: &SpanExporter, batch: Vec<SpanData>) -> BatchResult {
         let (spans, limit) = (batch.len() as u64, self.batching.timeout);
         let failed = match timeout(limit, exporter.export(batch)).await {
             Ok(result) => result.err().map(|error| error.to_string()),
-            Err(_) => Some(format!("no answer within {limit:?}")),
+            Err(_) => Some(format!("no response within {limit:?}")),
         };
-        Sent { spans, failed }
+        BatchResult { spans, failed }
     }
 
-    /// Counts, and says so where it has changed. Returns whether it has failed.
-    fn tell(&self, Sent { spans, failed }: Sent, was_failing: bool) -> bool {
+    /// Counts the batch, and logs when export starts or stops to fail. Returns whether it failed.
+    fn report(&self, BatchResult { spans, failed }: BatchResult, was_failing: bool) -> bool {
         let destination = &self.destination;
         let failing = failed.is_some();
         let count = if failing { &self.state.counts.failed } else { &self.state.counts.exported };
         match &failed {
             None if was_failing => tracing::info!(%destination, "spans are exported again"),
             Some(error) if !was_failing => {
-                tracing::warn!(%destination, spans, error, "spans could not be exported; calls go on");
+                tracing::warn!(%destination, spans, error, "spans could not be exported; requests are not affected");
             }
             _ => {}
         }
-        self.state.note(failed);
-        // Last: whoever sees the count finds the reason, too.
+        self.state.set_error(failed);
+        // Last, so that the error is visible before the count.
         count.fetch_add(spans, Ordering::Relaxed);
         failing
     }
 
-    /// Counts what comes, until asked to end.
-    async fn refuse(mut self) {
+    /// Counts records as failed, until the shutdown.
+    async fn discard(mut self) {
         loop {
             tokio::select! {
                 record = self.records.recv() => match record {
                     Some(record) => self.state.counts.failed.fetch_add(record.spans(), Ordering::Relaxed),
                     None => return,
                 },
-                _ = &mut self.asked => return,
+                _ = &mut self.shutdown => return,
             };
         }
     }
 }
 
-/// Headers, compression and the limit of time are read from `OTEL_EXPORTER_OTLP_…` by the exporter itself.
-fn exporter(to: &Destination, failure: &Failure) -> Result<SpanExporter, String> {
+/// Builds the exporter, which itself reads headers, compression and timeout from `OTEL_EXPORTER_OTLP_…`.
+fn exporter(to: &Destination, failure: &LastFailure) -> Result<SpanExporter, String> {
     let roots = certificate();
     let built = match to.protocol {
         OtlpProtocol::Grpc => {
@@ -202,7 +204,7 @@ fn exporter(to: &Destination, failure: &Failure) -> Result<SpanExporter, String>
                 .with_headers(headers.into_iter().collect())
                 .with_protocol(Protocol::HttpBinary)
                 .with_endpoint(&to.url)
-                .with_http_client(Client { fetcher, patience: patience(), failure: failure.clone() })
+                .with_http_client(Client { fetcher, timeout: request_timeout(), failure: failure.clone() })
                 .build()
         }
     };
@@ -214,13 +216,13 @@ fn variable(of_traces: &str, of_all: &str) -> Option<String> {
     set(of_traces).or_else(|| set(of_all))
 }
 
-/// Whose certificates are trusted in place of the system's.
+/// The file of the roots that are trusted in place of the system's.
 fn certificate() -> Option<PathBuf> {
     variable("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE").map(PathBuf::from)
 }
 
-fn patience() -> Duration {
+fn request_timeout() -> Duration {
     let set = variable("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT");
     let millis = set.and_then(|text| text.trim().parse().ok()).filter(|millis| *millis > 0);
-    millis.map_or(PATIENCE, Duration::from_millis)
+    millis.map_or(REQUEST_TIMEOUT, Duration::from_millis)
 }

@@ -1,4 +1,4 @@
-//! Holds back what repeats.
+//! Suppresses repeated log lines.
 
 use std::{
     collections::HashMap,
@@ -11,19 +11,19 @@ use std::{
 use tracing::{Event, Level, Metadata, Subscriber, field::Field};
 use tracing_subscriber::layer::{Context, Filter};
 
-/// In each window,
+/// Length of the window that lines are counted in.
 const WINDOW: Duration = Duration::from_secs(10);
-/// the very same line is written this often,
-const SAME: u32 = 5;
-/// and lines from one place in the code, whatever they say, this often.
-const PLACE: u32 = 200;
-/// Kinds of lines that are told apart; beyond, nothing more is limited until a window ends.
-const KINDS: usize = 1024;
+/// How often the same line is written in a window.
+const MAX_SAME: u32 = 5;
+/// How many lines of one callsite, whatever their fields, are written in a window.
+const MAX_CALLSITE: u32 = 200;
+/// Distinct lines and callsites that are counted; further ones are not limited until a window ends.
+const MAX_COUNTED: usize = 1024;
 
-/// Counts lines by kind. A fixed window is coarse and cheap, and good enough for a log.
+/// Counts lines by a hash of what identifies them. A fixed window is coarse, cheap, and good enough for a log.
 #[derive(Debug, Default)]
 struct Counts {
-    kinds: HashMap<u64, Count>,
+    counts: HashMap<u64, Count>,
 }
 
 #[derive(Debug)]
@@ -33,37 +33,37 @@ struct Count {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum Decision {
     Write,
-    /// Write, and say first that so many were held back.
+    /// Write, after a note that so many were suppressed.
     WriteAfter(u32),
-    HoldBack,
+    Suppress,
 }
 
 impl Counts {
-    fn count(&mut self, kind: u64, burst: u32, now: Instant) -> Verdict {
-        if self.kinds.len() >= KINDS && !self.kinds.contains_key(&kind) {
-            self.kinds.retain(|_, count| now.saturating_duration_since(count.since) < WINDOW);
-            if self.kinds.len() >= KINDS {
-                return Verdict::Write;
+    fn count(&mut self, key: u64, burst: u32, now: Instant) -> Decision {
+        if self.counts.len() >= MAX_COUNTED && !self.counts.contains_key(&key) {
+            self.counts.retain(|_, count| now.saturating_duration_since(count.since) < WINDOW);
+            if self.counts.len() >= MAX_COUNTED {
+                return Decision::Write;
             }
         }
-        let count = self.kinds.entry(kind).or_insert(Count { since: now, seen: 0 });
-        let mut held_back = 0;
+        let count = self.counts.entry(key).or_insert(Count { since: now, seen: 0 });
+        let mut suppressed = 0;
         if now.saturating_duration_since(count.since) >= WINDOW {
-            held_back = count.seen.saturating_sub(burst);
+            suppressed = count.seen.saturating_sub(burst);
             *count = Count { since: now, seen: 0 };
         }
         count.seen = count.seen.saturating_add(1);
-        match (count.seen <= burst, held_back) {
-            (true, 0) => Verdict::Write,
-            (true, n) => Verdict::WriteAfter(n),
-            (false, _) => Verdict::HoldBack,
+        match (count.seen <= burst, suppressed) {
+            (true, 0) => Decision::Write,
+            (true, n) => Decision::WriteAfter(n),
+            (false, _) => Decision::Suppress,
         }
     }
 }
 
-/// The limit, and whom to tell what was held back.
+/// The limit, and the function that writes notes about suppressed lines.
 pub struct RepeatLimit {
     counts: Mutex<Counts>,
     note: Box<dyn Fn(&str) + Send + Sync>,
@@ -74,26 +74,26 @@ impl RepeatLimit {
         Self { counts: Mutex::default(), note: Box::new(note) }
     }
 
-    fn lets_through(&self, event: &Event<'_>, now: Instant) -> bool {
-        let place = hash(&event.metadata().callsite());
-        let mut fields = Fields(DefaultHasher::new());
-        place.hash(&mut fields.0);
+    fn allows(&self, event: &Event<'_>, now: Instant) -> bool {
+        let callsite = hash(&event.metadata().callsite());
+        let mut fields = FieldHasher(DefaultHasher::new());
+        callsite.hash(&mut fields.0);
         event.record(&mut fields);
         let same = fields.0.finish();
-        let verdict = {
+        let decision = {
             let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            match counts.count(same, SAME, now) {
-                Verdict::HoldBack => Verdict::HoldBack,
-                written => match counts.count(place, PLACE, now) {
-                    Verdict::Write => written,
+            match counts.count(same, MAX_SAME, now) {
+                Decision::Suppress => Decision::Suppress,
+                written => match counts.count(callsite, MAX_CALLSITE, now) {
+                    Decision::Write => written,
                     other => other,
                 },
             }
         };
-        if let Verdict::WriteAfter(n) = verdict {
-            (self.note)(&format!("{n} lines like the next one were held back"));
+        if let Decision::WriteAfter(n) = decision {
+            (self.note)(&format!("{n} lines like the next one were suppressed"));
         }
-        verdict != Verdict::HoldBack
+        decision != Decision::Suppress
     }
 }
 
@@ -104,32 +104,32 @@ fn hash(value: &impl Hash) -> u64 {
 }
 
 /// Hashes the fields of an event as they would be written.
-struct Fields(DefaultHasher);
+struct FieldHasher(DefaultHasher);
 
-impl tracing::field::Visit for Fields {
+impl tracing::field::Visit for FieldHasher {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         field.index().hash(&mut self.0);
         let _ = write!(self, "{value:?}");
     }
 }
 
-impl fmt::Write for Fields {
+impl fmt::Write for FieldHasher {
     fn write_str(&mut self, part: &str) -> fmt::Result {
         self.0.write(part.as_bytes());
         Ok(())
     }
 }
 
-/// The limit as a filter of a layer. Debug and trace are never limited: who asks for them wants them.
-pub struct Repeats(pub Arc<RepeatLimit>);
+/// The limit as a layer's filter. Debug and trace are never limited: they are off unless asked for.
+pub struct RepeatFilter(pub Arc<RepeatLimit>);
 
-impl<S: Subscriber> Filter<S> for Repeats {
+impl<S: Subscriber> Filter<S> for RepeatFilter {
     fn enabled(&self, _: &Metadata<'_>, _: &Context<'_, S>) -> bool {
         true
     }
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
-        *event.metadata().level() > Level::INFO || self.0.lets_through(event, Instant::now())
+        *event.metadata().level() > Level::INFO || self.0.allows(event, Instant::now())
     }
 }
 
@@ -141,29 +141,29 @@ mod tests {
     fn a_burst_passes_then_the_rest_is_counted() {
         let mut counts = Counts::default();
         let start = Instant::now();
-        for _ in 0..SAME {
-            assert_eq!(counts.count(1, SAME, start), Verdict::Write);
+        for _ in 0..MAX_SAME {
+            assert_eq!(counts.count(1, MAX_SAME, start), Decision::Write);
         }
         for _ in 0..7 {
-            assert_eq!(counts.count(1, SAME, start + WINDOW / 2), Verdict::HoldBack);
+            assert_eq!(counts.count(1, MAX_SAME, start + WINDOW / 2), Decision::Suppress);
         }
-        assert_eq!(counts.count(2, SAME, start), Verdict::Write, "another kind is not touched");
-        assert_eq!(counts.count(1, SAME, start + WINDOW), Verdict::WriteAfter(7));
-        assert_eq!(counts.count(1, SAME, start + WINDOW), Verdict::Write);
+        assert_eq!(counts.count(2, MAX_SAME, start), Decision::Write, "another line is not limited");
+        assert_eq!(counts.count(1, MAX_SAME, start + WINDOW), Decision::WriteAfter(7));
+        assert_eq!(counts.count(1, MAX_SAME, start + WINDOW), Decision::Write);
     }
 
     #[test]
-    fn its_memory_is_bounded() {
+    fn memory_is_bounded() {
         let mut counts = Counts::default();
         let start = Instant::now();
-        for kind in 0..10 * KINDS as u64 {
-            assert_eq!(counts.count(kind, SAME, start), Verdict::Write);
+        for key in 0..10 * MAX_COUNTED as u64 {
+            assert_eq!(counts.count(key, MAX_SAME, start), Decision::Write);
         }
-        assert!(counts.kinds.len() <= KINDS);
+        assert!(counts.counts.len() <= MAX_COUNTED);
     }
 
     #[test]
-    fn lines_that_say_something_else_are_not_held_back() {
+    fn lines_with_other_fields_are_not_suppressed() {
         let notes = Arc::new(Mutex::new(Vec::new()));
         let limit = {
             let notes = Arc::clone(&notes);
@@ -178,7 +178,7 @@ mod tests {
             }
         }
         let seen = Counter::default();
-        let subscriber = tracing_subscriber::registry().with(seen.clone().with_filter(Repeats(limit)));
+        let subscriber = tracing_subscriber::registry().with(seen.clone().with_filter(RepeatFilter(limit)));
         tracing::subscriber::with_default(subscriber, || {
             for _ in 0..50 {
                 tracing::warn!(upstream = "payments", "refused");
@@ -190,9 +190,9 @@ mod tests {
         });
         let seen = seen.0.lock().unwrap();
         let count = |level| seen.iter().filter(|l| **l == level).count();
-        assert_eq!(count(Level::WARN), SAME as usize);
+        assert_eq!(count(Level::WARN), MAX_SAME as usize);
         assert_eq!(count(Level::DEBUG), 50);
         assert_eq!(count(Level::INFO), 50);
-        assert!(notes.lock().unwrap().is_empty(), "nothing to tell before the window ends");
+        assert!(notes.lock().unwrap().is_empty(), "no note before the window ends");
     }
 }

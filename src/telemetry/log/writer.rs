@@ -15,56 +15,56 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::redact;
 
-/// Lines that may wait for a slow reader; then they are lost and counted.
+/// Lines that wait for a slow reader at most; further ones are dropped and counted.
 const QUEUE: usize = 4096;
 
 /// The sending side: cheap to clone, never blocks.
 #[derive(Clone, Debug)]
-pub struct Lines {
-    queue: SyncSender<Order>,
+pub struct LineSender {
+    queue: SyncSender<Message>,
     dropped: Arc<AtomicU64>,
 }
 
-/// The thread; dropping it writes what is queued.
+/// The writer thread. Dropping this writes what is queued and joins the thread.
 #[derive(Debug)]
 pub struct Writer {
-    lines: Lines,
+    lines: LineSender,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-enum Order {
+enum Message {
     Write(Vec<u8>),
     Stop,
 }
 
-pub fn start(output: impl Write + Send + 'static) -> io::Result<(Lines, Writer)> {
-    let (queue, orders) = mpsc::sync_channel(QUEUE);
+pub fn start(output: impl Write + Send + 'static) -> io::Result<(LineSender, Writer)> {
+    let (queue, messages) = mpsc::sync_channel(QUEUE);
     let dropped = Arc::new(AtomicU64::new(0));
-    let lines = Lines { queue, dropped: Arc::clone(&dropped) };
+    let lines = LineSender { queue, dropped: Arc::clone(&dropped) };
     let thread = std::thread::Builder::new()
         .name("log".to_owned())
-        .spawn(move || write_all(&orders, &dropped, output))?;
+        .spawn(move || write_all(&messages, &dropped, output))?;
     Ok((lines.clone(), Writer { lines, thread: Some(thread) }))
 }
 
-fn write_all(orders: &mpsc::Receiver<Order>, dropped: &AtomicU64, mut output: impl Write) {
-    let mut told = 0;
-    // Nobody is left to tell that stderr is gone, so errors of writing are let go.
-    while let Ok(Order::Write(line)) = orders.recv() {
+fn write_all(messages: &mpsc::Receiver<Message>, dropped: &AtomicU64, mut output: impl Write) {
+    let mut reported = 0;
+    // Write errors are ignored: without stderr there is no place to report them.
+    while let Ok(Message::Write(line)) = messages.recv() {
         let _ = output.write_all(&line);
         let lost = dropped.load(Ordering::Relaxed);
-        if lost > told {
-            let _ = writeln!(output, "{} log lines lost: stderr was not read fast enough", lost - told);
-            told = lost;
+        if lost > reported {
+            let _ = writeln!(output, "{} log lines lost: stderr was not read fast enough", lost - reported);
+            reported = lost;
         }
     }
     let _ = output.flush();
 }
 
-impl Lines {
+impl LineSender {
     pub fn send(&self, line: Vec<u8>) {
-        if let Err(TrySendError::Full(_)) = self.queue.try_send(Order::Write(line)) {
+        if let Err(TrySendError::Full(_)) = self.queue.try_send(Message::Write(line)) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -78,8 +78,8 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Behind everything that was logged before. Blocks only while the reader of stderr does.
-        if self.lines.queue.send(Order::Stop).is_ok()
+        // Queued behind everything logged before. Blocks only while the reader of stderr does.
+        if self.lines.queue.send(Message::Stop).is_ok()
             && let Some(thread) = self.thread.take()
         {
             let _ = thread.join();
@@ -87,22 +87,22 @@ impl Drop for Writer {
     }
 }
 
-/// One line: collected, then sent as a whole.
+/// Collects one line; dropping it sends the line as a whole.
 #[derive(Debug)]
-pub struct Line<'a> {
-    lines: &'a Lines,
+pub struct LineBuffer<'a> {
+    lines: &'a LineSender,
     bytes: Vec<u8>,
 }
 
-impl<'a> MakeWriter<'a> for Lines {
-    type Writer = Line<'a>;
+impl<'a> MakeWriter<'a> for LineSender {
+    type Writer = LineBuffer<'a>;
 
-    fn make_writer(&'a self) -> Line<'a> {
-        Line { lines: self, bytes: Vec::new() }
+    fn make_writer(&'a self) -> LineBuffer<'a> {
+        LineBuffer { lines: self, bytes: Vec::new() }
     }
 }
 
-impl Write for Line<'_> {
+impl Write for LineBuffer<'_> {
     fn write(&mut self, part: &[u8]) -> io::Result<usize> {
         self.bytes.extend_from_slice(part);
         Ok(part.len())
@@ -113,7 +113,7 @@ impl Write for Line<'_> {
     }
 }
 
-impl Drop for Line<'_> {
+impl Drop for LineBuffer<'_> {
     fn drop(&mut self) {
         if !self.bytes.is_empty() {
             self.lines.send(without_credentials(std::mem::take(&mut self.bytes)));
@@ -121,7 +121,7 @@ impl Drop for Line<'_> {
     }
 }
 
-/// A line in which no URL shows its userinfo, wherever it comes from: the texts of libraries' errors name URLs, too.
+/// Removes the userinfo of every URL in a line: error texts of libraries contain URLs too.
 fn without_credentials(line: Vec<u8>) -> Vec<u8> {
     if !line.contains(&b'@') {
         return line;
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
     use std::sync::Mutex;
 
-    /// A stderr that nobody reads until it is opened.
+    /// A stderr that is not read while `gate` is locked.
     #[derive(Clone, Default)]
     struct Output {
         written: Arc<Mutex<Vec<u8>>>,
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_queued_is_written_at_the_end() {
+    fn queued_lines_are_written_on_drop() {
         let output = Output::default();
         let (lines, writer) = start(output.clone()).unwrap();
         for n in 0..100 {

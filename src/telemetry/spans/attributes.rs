@@ -1,4 +1,4 @@
-//! What spans say of a call, by the names of the semantic conventions.
+//! The attributes of spans, named by the semantic conventions.
 
 use http::{Method, Version};
 use opentelemetry::{KeyValue, Value, trace::Status};
@@ -14,14 +14,14 @@ use crate::{
     telemetry::record::{End, Try},
 };
 
-// Of the conventions, too, but not yet declared stable by the library.
+// Also in the conventions, but not yet stable in the library.
 const HTTP_REQUEST_BODY_SIZE: &str = "http.request.body.size";
 const HTTP_RESPONSE_BODY_SIZE: &str = "http.response.body.size";
 const RPC_SYSTEM_NAME: &str = "rpc.system.name";
 const RPC_METHOD: &str = "rpc.method";
 const RPC_RESPONSE_STATUS_CODE: &str = "rpc.response.status_code";
 
-/// Attributes under way.
+/// A list of attributes that is being built.
 #[derive(Default)]
 struct Attributes(Vec<KeyValue>);
 
@@ -37,12 +37,12 @@ impl Attributes {
     }
 }
 
-/// What a span says, and what that means for its status.
-pub type Said = (Vec<KeyValue>, Status);
+/// The attributes of a span, and its status.
+pub type Content = (Vec<KeyValue>, Status);
 
 impl Spans<'_> {
-    /// Others call this service.
-    pub fn of_server(&self) -> Said {
+    /// For the SERVER span of an inbound request.
+    pub fn server_attributes(&self) -> Content {
         let record = self.record;
         let mut attributes = self.common();
         self.address(record.tls, &mut attributes);
@@ -58,8 +58,8 @@ impl Spans<'_> {
         (attributes.0, status)
     }
 
-    /// The service calls others: all tries together.
-    pub fn of_call(&self) -> Said {
+    /// For the INTERNAL span of an outbound request, all attempts together.
+    pub fn request_attributes(&self) -> Content {
         let record = self.record;
         let mut attributes = self.common();
         self.address(record.tls, &mut attributes);
@@ -71,8 +71,8 @@ impl Spans<'_> {
         (attributes.0, status)
     }
 
-    /// One try.
-    pub fn of_try(&self, number: usize, one: &Try) -> Said {
+    /// For the CLIENT span of one attempt.
+    pub fn attempt_attributes(&self, number: usize, one: &Try) -> Content {
         let mut attributes = self.common();
         self.address(one.tls, &mut attributes);
         if let (Some(authority), Some(asked)) = (self.authority(), &self.record.asked) {
@@ -96,8 +96,8 @@ impl Spans<'_> {
         (attributes.0, status)
     }
 
-    /// What came of a try. The status of a gRPC call that was answered is known at its end only, so it is the last
-    /// one's.
+    /// The outcome of an attempt. The gRPC status of a response is known only at its end, so it belongs to the last
+    /// attempt.
     fn outcome(&self, last: bool, one: &Try, attributes: &mut Attributes) -> Status {
         let Some(outcome) = one.outcome else {
             attributes.set("outrigger.attempt.outcome", "cancelled");
@@ -119,12 +119,12 @@ impl Spans<'_> {
         }
     }
 
-    /// What every span of the call has.
+    /// Attributes of every span of the request.
     fn common(&self) -> Attributes {
         let record = self.record;
         let mut attributes = Attributes(Vec::with_capacity(20));
-        attributes.set(HTTP_REQUEST_METHOD, known(&record.method).unwrap_or("_OTHER"));
-        if known(&record.method).is_none() {
+        attributes.set(HTTP_REQUEST_METHOD, known_method(&record.method).unwrap_or("_OTHER"));
+        if known_method(&record.method).is_none() {
             attributes.set(HTTP_REQUEST_METHOD_ORIGINAL, record.method.as_str().to_owned());
         }
         if record.grpc {
@@ -144,7 +144,7 @@ impl Spans<'_> {
         Some(route.matches.path.clone().unwrap_or_else(|| "*".to_owned()))
     }
 
-    /// Whom the caller asked for. `tls` tells the port where it named none.
+    /// The server that the client addressed. `tls` decides the default port.
     fn address(&self, tls: bool, attributes: &mut Attributes) {
         let Some(authority) = self.authority().and_then(|text| text.parse::<http::uri::Authority>().ok())
         else {
@@ -152,11 +152,11 @@ impl Spans<'_> {
         };
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         attributes.set(SERVER_ADDRESS, host);
-        let usual = if tls { 443 } else { 80 };
-        attributes.set(SERVER_PORT, i64::from(authority.port_u16().unwrap_or(usual)));
+        let default = if tls { 443 } else { 80 };
+        attributes.set(SERVER_PORT, i64::from(authority.port_u16().unwrap_or(default)));
     }
 
-    /// How the call ended, for the caller; returns what that means for the span.
+    /// How the request ended for the client; returns the span's status.
     fn finish(&self, attributes: &mut Attributes) -> Status {
         let record = self.record;
         attributes.set_if(HTTP_RESPONSE_STATUS_CODE, record.status.map(|status| i64::from(status.as_u16())));
@@ -200,8 +200,8 @@ fn size(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-/// The methods that the conventions know; all others are `_OTHER`.
-pub fn known(method: &Method) -> Option<&'static str> {
+/// The methods of the conventions; all others are `_OTHER`.
+pub fn known_method(method: &Method) -> Option<&'static str> {
     const KNOWN: [&str; 10] =
         ["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH", "OPTIONS", "CONNECT", "TRACE", "QUERY"];
     KNOWN.into_iter().find(|known| *known == method.as_str())
@@ -215,7 +215,7 @@ const fn protocol(version: Version) -> &'static str {
     }
 }
 
-/// The status tells it all, so the description stays empty.
+/// The status code says everything, so the description stays empty.
 fn error_if(failed: bool, what: impl FnOnce() -> Value, attributes: &mut Attributes) -> Status {
     if !failed {
         return Status::Unset;
@@ -224,7 +224,7 @@ fn error_if(failed: bool, what: impl FnOnce() -> Value, attributes: &mut Attribu
     Status::error("")
 }
 
-/// A server is not to blame for what the caller did wrong.
+/// A SERVER span is not an error where the client caused the status.
 fn rpc(status: GrpcStatus, server: bool, attributes: &mut Attributes) -> Status {
     let name = status.name();
     attributes.set(RPC_RESPONSE_STATUS_CODE, name.clone());

@@ -1,4 +1,4 @@
-//! What happened while a call was under way, as the events of its spans.
+//! The events of spans.
 
 use opentelemetry::{KeyValue, trace::Event};
 use tokio::time::Instant;
@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl Spans<'_> {
-    /// What happened between tries. Where tries have no spans of their own, the failed ones, too.
-    pub fn events(&self, tries: bool) -> Vec<Event> {
+    /// Retries, fallback and local responses; `attempts`: failed attempts too, where they have no spans of their own.
+    pub fn events(&self, attempts: bool) -> Vec<Event> {
         let record = self.record;
         let mut events = Vec::new();
         let mut event = |name: &'static str, at: Instant, attributes: Vec<KeyValue>| {
@@ -27,18 +27,18 @@ impl Spans<'_> {
                 ];
                 event("retry", before.ended.unwrap_or(one.began), attributes);
             }
-            if tries && let Some(error) = &one.error {
+            if attempts && let Some(error) = &one.error {
                 let attributes = vec![
                     KeyValue::new("endpoint", one.endpoint.to_string()),
                     KeyValue::new("detail", error.clone()),
                 ];
-                event("try failed", one.ended.unwrap_or(one.began), attributes);
+                event("attempt failed", one.ended.unwrap_or(one.began), attributes);
             }
             before = Some(one);
         }
         let over = record.answered.or(record.ended).unwrap_or(record.started);
         if let Some(stopped) = record.stopped {
-            event("no further try", over, vec![KeyValue::new("reason", stopped)]);
+            event("no further attempt", over, vec![KeyValue::new("reason", stopped)]);
         }
         if let Some(refusal) = &record.refused {
             let attributes = vec![
@@ -53,8 +53,8 @@ impl Spans<'_> {
         events
     }
 
-    /// What a try met, and what the guards made of it.
-    pub fn events_of_try(&self, one: &Try) -> Vec<Event> {
+    /// The events of an attempt: its connection, and its effect on breaker and outlier detection.
+    pub fn attempt_events(&self, one: &Try) -> Vec<Event> {
         let mut events = Vec::new();
         let mut event = |name: &'static str, at: Instant, attributes: Vec<KeyValue>| {
             events.push(Event::new(name, self.wall.at(at), attributes, 0));

@@ -28,8 +28,8 @@ fn http(status: u16) -> Ending {
     Ending::Http(StatusCode::from_u16(status).unwrap())
 }
 
-fn with(mut record: Record, tries: &[(&str, Ending)]) -> Record {
-    for (number, (endpoint, ending)) in tries.iter().enumerate() {
+fn with(mut record: Record, attempts: &[(&str, Ending)]) -> Record {
+    for (number, (endpoint, ending)) in attempts.iter().enumerate() {
         let why = if number == 0 { Why::First } else { Why::Retry };
         let mut one =
             Try::new(why, record.context.span, endpoint.parse().unwrap(), Version::HTTP_11, record.started);
@@ -50,38 +50,38 @@ fn check(record: &Record, kind: Kind, reason: &str, why: &str) {
 }
 
 #[test]
-fn a_plain_success_needs_no_words() {
+fn a_plain_success_needs_no_explanation() {
     let plain = with(record(200), &[(A, http(200))]);
     assert_eq!((plain.kind(), plain.reason(), plain.why()), (Kind::Plain, None, None));
 }
 
 #[test]
-fn tries_are_told_as_a_person_would() {
-    let mended = with(record(200), &[(A, REFUSED), (A, REFUSED), (B, http(200))]);
-    let why = "connect to 10.0.0.3:8080 refused twice, third try at 10.0.0.4:8080 answered 200";
-    check(&mended, Kind::Retried, "connect_refused", why);
+fn attempts_are_described_in_a_sentence() {
+    let recovered = with(record(200), &[(A, REFUSED), (A, REFUSED), (B, http(200))]);
+    let why = "connect to 10.0.0.3:8080 refused twice, third attempt at 10.0.0.4:8080 answered 200";
+    check(&recovered, Kind::Retried, "connect_refused", why);
 
-    let mut mended = with(record(200), &[(A, http(503)), (A, http(200))]);
-    mended.tries.get_mut(1).unwrap().waited = Duration::from_millis(40);
-    let why = "10.0.0.3:8080 answered 503, second try answered 200, after 40ms of waiting in between";
-    check(&mended, Kind::Retried, "503", why);
+    let mut recovered = with(record(200), &[(A, http(503)), (A, http(200))]);
+    recovered.tries.get_mut(1).unwrap().waited = Duration::from_millis(40);
+    let why = "10.0.0.3:8080 answered 503, second attempt answered 200, after 40ms of waiting in between";
+    check(&recovered, Kind::Retried, "503", why);
 
     let mut spent = with(record(503), &[(A, LOST), (B, http(503))]);
     spent.stopped = Some("budget");
     spent.window = Some((7, 20));
     spent.tries.get_mut(1).unwrap().ejected = true;
-    let why = "10.0.0.3:8080 broke the connection, second try at 10.0.0.4:8080 answered 503; \
-               no further try: the retry budget is spent; 10.0.0.4:8080 was ejected for it; breaker 7/20 failures";
+    let why = "10.0.0.3:8080 broke the connection, second attempt at 10.0.0.4:8080 answered 503; \
+               no further attempt: the retry budget is spent; 10.0.0.4:8080 was ejected; breaker 7/20 failures";
     check(&spent, Kind::Failed, "503", why);
 
     let mut hedged = with(record(200), &[(A, http(200)), (B, http(200))]);
     hedged.tries.get_mut(0).unwrap().outcome = None;
     hedged.tries.get_mut(1).unwrap().why = Why::Hedge;
-    let why = "10.0.0.3:8080 was given up, hedge at 10.0.0.4:8080 answered 200";
+    let why = "the attempt at 10.0.0.3:8080 was cancelled, hedge at 10.0.0.4:8080 answered 200";
     check(&hedged, Kind::Retried, "retried", why);
 
     let many = with(record(504), &[(A, Ending::AttemptTimeout); 40]);
-    let why = "no answer from 10.0.0.3:8080 within attempt_timeout 16 times, 24 more tries";
+    let why = "no response from 10.0.0.3:8080 within attempt_timeout 16 times, 24 more attempts";
     check(&many, Kind::Failed, "504", why);
 }
 
@@ -100,14 +100,14 @@ fn a_refusal_says_its_detail_once() {
         refuse(with(record(502), &[(A, REFUSED), (B, REFUSED)]), Cause::ConnectRefused, "the same");
     twice.tries.get_mut(1).unwrap().error = Some("the same".to_owned());
     twice.stopped = Some("max_tries");
-    let why = "connect to 10.0.0.3:8080 refused, second try failed: connect to 10.0.0.4:8080 refused; \
-               no further try: `retry.max` is used up";
+    let why = "connect to 10.0.0.3:8080 refused, second attempt failed: connect to 10.0.0.4:8080 refused; \
+               no further attempt: `retry.max` is used up";
     check(&twice, Kind::Failed, "connect_refused", why);
 }
 
-/// The service's own failure is told as what it is, not as a retry that nobody expects.
+/// The explanation of a failing service's response does not mention a retry that inbound does not do.
 #[test]
-fn what_the_service_answered_comes_first() {
+fn the_response_of_the_service_comes_first() {
     let inbound = |mut record: Record| {
         record.way = Way::Inbound;
         record.stopped = Some("not_retryable");
@@ -121,12 +121,12 @@ fn what_the_service_answered_comes_first() {
 
     let mut outbound = with(record(500), &[(A, http(500))]);
     outbound.stopped = Some("not_retryable");
-    let why = "10.0.0.3:8080 answered 500; no further try: `retry.on` does not name this";
+    let why = "10.0.0.3:8080 answered 500; no further attempt: `retry.on` does not list this";
     check(&outbound, Kind::Failed, "5xx", why);
 }
 
 #[test]
-fn ends_and_statuses_have_their_words() {
+fn ends_and_statuses_are_explained() {
     check(&with(record(500), &[(A, http(500))]), Kind::Failed, "5xx", "10.0.0.3:8080 answered 500");
     check(&with(record(404), &[(A, http(404))]), Kind::Plain, "4xx", "10.0.0.3:8080 answered 404");
 
@@ -135,28 +135,33 @@ fn ends_and_statuses_have_their_words() {
     check(&grpc, Kind::Failed, "grpc_unavailable", "10.0.0.3:8080 answered grpc_unavailable");
 
     let gone = Record { end: End::CallerGone, ..record(0) };
-    let why = "the caller left after 0.0ns, before there was an answer";
+    let why = "the client closed its connection after 0.0ns, before the response";
     check(&gone, Kind::Failed, "caller_gone", why);
     let broken = Record { end: End::Broken, bytes_out: 512, ..record(200) };
-    check(&broken, Kind::Failed, "broken", "the answer broke off after 512 bytes");
-    // A stream that its caller has seen enough of is no failure.
+    check(&broken, Kind::Failed, "broken", "the response broke off after 512 bytes");
+    // A stream that the client closes is not a failure.
     let left = Record { end: End::CallerGone, ..record(200) };
-    check(&left, Kind::Plain, "caller_gone", "the caller left before it had all of the answer");
+    check(
+        &left,
+        Kind::Plain,
+        "caller_gone",
+        "the client closed its connection before the end of the response",
+    );
 
     let mut slow = with(record(200), &[(A, http(200))]);
     slow.answered = Some(slow.started + Duration::from_millis(2300));
-    check(&slow, Kind::Slow, "slow", "10.0.0.3:8080 answered 200; the answer began after 2.3s");
+    check(&slow, Kind::Slow, "slow", "10.0.0.3:8080 answered 200; the response began after 2.3s");
 }
 
 #[test]
-fn a_fallback_is_told() {
+fn a_fallback_is_reported() {
     let given = Record { fell_back: Some("breaker_open"), ..record(200) };
-    let why = "fell back (breaker_open): the configured answer was given";
+    let why = "fallback (breaker_open): the configured response was sent";
     check(&given, Kind::Failed, "breaker_open", why);
 }
 
 #[test]
-fn no_sentence_is_endless() {
-    let endless = refuse(record(502), Cause::Reset, &"é".repeat(5000));
-    assert!(endless.why().is_some_and(|why| why.len() <= MOST_WORDS + '…'.len_utf8()));
+fn the_explanation_is_bounded() {
+    let long = refuse(record(502), Cause::Reset, &"é".repeat(5000));
+    assert!(long.why().is_some_and(|why| why.len() <= MAX_EXPLANATION + '…'.len_utf8()));
 }

@@ -34,7 +34,7 @@ impl Candidate for Fake {
     }
 }
 
-const KINDS: [fn() -> Balance; 4] = [
+const ALGORITHMS: [fn() -> Balance; 4] = [
     || Balance::P2c,
     || Balance::LeastRequest,
     || Balance::RoundRobin,
@@ -70,9 +70,9 @@ fn shares(balance: &Balance, candidates: &[Fake], n: u64, tried: &[usize]) -> Ve
 
 #[test]
 fn traffic_follows_the_weights_when_nothing_else_differs() {
-    for kind in KINDS {
+    for algorithm in ALGORITHMS {
         for weights in [&[1, 1, 1, 1][..], &[1, 3], &[5, 1, 1], &[10, 20, 30, 40]] {
-            let balance = kind();
+            let balance = algorithm();
             let counts = shares(&balance, &endpoints(weights), 40_000, &[]);
             let total: u32 = weights.iter().sum();
             for (count, weight) in counts.iter().zip(weights) {
@@ -85,7 +85,7 @@ fn traffic_follows_the_weights_when_nothing_else_differs() {
 }
 
 #[test]
-fn smooth_round_robin_does_not_bunch() {
+fn smooth_round_robin_spreads_picks() {
     let candidates = endpoints(&[5, 1, 1]);
     for seed in 0..50 {
         let (mut rng, now) = (Rng::from_seed(seed), Instant::now());
@@ -93,7 +93,7 @@ fn smooth_round_robin_does_not_bunch() {
         balancer.rebuild(&candidates, &mut rng);
         let picks: Vec<_> =
             (0..70).filter_map(|_| balancer.pick(&candidates, now, &mut rng, &[], None)).collect();
-        // Of 7 in a row, wherever one starts, 5 go to the heavy one.
+        // Of any 7 in a row, 5 go to the heavy one.
         for window in picks.windows(7) {
             assert_eq!(window.iter().filter(|i| **i == 0).count(), 5, "seed {seed}: {picks:?}");
         }
@@ -101,7 +101,7 @@ fn smooth_round_robin_does_not_bunch() {
 }
 
 #[test]
-fn p2c_prefers_the_faster_and_the_less_busy() {
+fn p2c_prefers_low_latency_and_load() {
     let mut candidates = endpoints(&[1; 5]);
     candidates[2].latency = 1.0;
     let slow = shares(&Balance::P2c, &candidates, 10_000, &[]);
@@ -122,10 +122,10 @@ fn least_request_takes_the_least_busy_per_weight() {
 }
 
 #[test]
-fn a_caller_without_a_hash_key_still_gets_an_endpoint() {
+fn a_request_without_a_hash_key_still_gets_an_endpoint() {
     let (mut rng, now) = (Rng::from_seed(1), Instant::now());
     let candidates = endpoints(&[1, 1]);
-    let mut balancer = Balancer::new(&KINDS[3]());
+    let mut balancer = Balancer::new(&ALGORITHMS[3]());
     balancer.rebuild(&candidates, &mut rng);
     let picks: Vec<_> =
         (0..100).filter_map(|_| balancer.pick(&candidates, now, &mut rng, &[], None)).collect();
@@ -133,11 +133,11 @@ fn a_caller_without_a_hash_key_still_gets_an_endpoint() {
 }
 
 #[test]
-fn sets_of_none_and_of_one_work() {
-    for kind in KINDS {
-        assert_eq!(shares(&kind(), &[], 10, &[]), [0; 0]);
-        assert_eq!(shares(&kind(), &endpoints(&[7]), 10, &[]), [10]);
-        assert_eq!(shares(&kind(), &endpoints(&[7]), 10, &[0]), [10], "tried, but nothing else is there");
+fn sets_of_zero_and_one_work() {
+    for algorithm in ALGORITHMS {
+        assert_eq!(shares(&algorithm(), &[], 10, &[]), [0; 0]);
+        assert_eq!(shares(&algorithm(), &endpoints(&[7]), 10, &[]), [10]);
+        assert_eq!(shares(&algorithm(), &endpoints(&[7]), 10, &[0]), [10], "tried, but the only one");
     }
 }
 
@@ -169,57 +169,59 @@ fn any_endpoints() -> impl Strategy<Value = Vec<Fake>> {
 
 proptest! {
     #[test]
-    fn never_the_unusable_and_the_tried_only_when_alone(
+    fn never_an_unusable_one_and_a_tried_one_only_as_a_last_resort(
         candidates in any_endpoints(),
         tried in prop::collection::vec(0usize..40, 0..5),
-        kind in 0usize..4,
+        algorithm in 0usize..4,
         seed: u64,
     ) {
         let (mut rng, now) = (Rng::from_seed(seed), Instant::now());
-        let mut balancer = Balancer::new(&KINDS[kind]());
+        let mut balancer = Balancer::new(&ALGORITHMS[algorithm]());
         balancer.rebuild(&candidates, &mut rng);
         let usable: Vec<_> = (0..candidates.len()).filter(|i| candidates[*i].usable).collect();
-        let fresh = usable.iter().any(|i| !tried.contains(i));
+        let has_untried = usable.iter().any(|i| !tried.contains(i));
         for key in 0..50u64 {
             match balancer.pick(&candidates, now, &mut rng, &tried, Some(mix(key))) {
                 None => prop_assert!(usable.is_empty()),
                 Some(i) => {
                     prop_assert!(usable.contains(&i));
-                    prop_assert!(!fresh || !tried.contains(&i));
+                    prop_assert!(!has_untried || !tried.contains(&i));
                 }
             }
         }
     }
 
     #[test]
-    fn an_endpoint_that_goes_moves_only_its_own_keys(
+    fn a_removed_endpoint_moves_only_its_own_keys(
         weights in prop::collection::vec(1u32..10, 2..50),
-        gone in any::<prop::sample::Index>(),
+        removed in any::<prop::sample::Index>(),
         unhealthy: bool,
     ) {
         let (mut rng, now) = (Rng::from_seed(0), Instant::now());
         let before = endpoints(&weights);
-        let gone = gone.index(before.len());
+        let removed = removed.index(before.len());
         let mut after = before.clone();
-        // Whether it left the set or can't be used for a while makes no difference.
+        // Whether it was removed or is unusable for a while makes no difference.
         if unhealthy {
-            after[gone].usable = false;
+            after[removed].usable = false;
         } else {
-            after.remove(gone);
+            after.remove(removed);
         }
         let mut pick = |set: &[Fake], key: u64| {
-            let mut balancer = Balancer::new(&KINDS[3]());
+            let mut balancer = Balancer::new(&ALGORITHMS[3]());
             balancer.rebuild(set, &mut rng);
             balancer.pick(set, now, &mut rng, &[], Some(mix(key))).map(|i| set[i].key)
         };
         for key in 0..200 {
             let (old, new) = (pick(&before, key), pick(&after, key));
-            prop_assert!(old == new || old == Some(before[gone].key));
+            prop_assert!(old == new || old == Some(before[removed].key));
         }
     }
 
     #[test]
-    fn the_average_stays_between_what_was_seen(latencies in prop::collection::vec((1u64..2_000, 0u64..20_000), 1..50)) {
+    fn the_average_stays_between_the_observed_latencies(
+        latencies in prop::collection::vec((1u64..2_000, 0u64..20_000), 1..50),
+    ) {
         let mut now = Instant::now();
         let mut average = PeakEwma::new(now);
         let mut highest = PeakEwma::UNKNOWN.as_secs_f64();
@@ -235,7 +237,7 @@ proptest! {
 }
 
 #[test]
-fn bad_news_count_at_once_and_fade() {
+fn a_high_latency_counts_at_once_and_decays() {
     let start = Instant::now();
     let at = |s: u64| start + Duration::from_secs(s);
     let mut average = PeakEwma::new(start);
@@ -245,18 +247,18 @@ fn bad_news_count_at_once_and_fade() {
 
     average.observe(Duration::from_secs(2), at(60));
     assert!(average.cost(at(60)) >= 2.0);
-    // Good answers pull it down only as time passes.
+    // Fast responses pull it down only as time passes.
     average.observe(Duration::from_millis(10), at(60));
     assert!(average.cost(at(60)) >= 1.9);
     average.observe(Duration::from_millis(10), at(70));
     let later = average.cost(at(70));
     assert!((0.7..0.8).contains(&later), "{later}");
-    // And so does silence: it will be tried again.
+    // So does silence: it will be used again.
     assert!(average.cost(at(170)) < 0.001);
 }
 
 #[test]
-fn a_clock_that_goes_back_does_no_harm() {
+fn a_clock_that_goes_back_is_harmless() {
     let now = Instant::now() + Duration::from_secs(100);
     let mut average = PeakEwma::new(now);
     average.observe(Duration::from_millis(5), now - Duration::from_secs(50));

@@ -1,5 +1,5 @@
-//! Every key that a guard keeps beyond a reload, changed while the guard is in use. `tests/it/reload.rs` names these
-//! tests for their keys.
+//! Every key whose state outlives a reload, changed while that state is in use. `tests/it/reload.rs` refers to these
+//! tests by key.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{
 
 const S: Duration = Duration::from_secs(1);
 
-/// Reloads: a policy with these tables, in TOML.
+/// Reloads with a policy of these tables, in TOML.
 fn reload(guards: &Guards, tables: &str, now: Instant) {
     #[derive(Default, serde::Deserialize)]
     #[serde(default)]
@@ -36,7 +36,7 @@ fn reload(guards: &Guards, tables: &str, now: Instant) {
     guards.configure(&policy, now);
 }
 
-/// Fails this often. Says whether the breaker is open then, and until when.
+/// Fails this often. Returns whether the breaker is open then, and until when.
 fn fail(guards: &Guards, times: u32, now: Instant) -> (bool, Option<Instant>) {
     for _ in 0..times {
         if let Ok(permit) = guards.breaker.admit(now).permit {
@@ -81,7 +81,7 @@ fn breaker_window() {
         |window| format!("breaker = {{ consecutive_failures = 0, min_requests = 4, window = \"{window}\" }}");
     reload(&guards, &table("1s"), start);
     fail(&guards, 2, start);
-    assert!(!fail(&guards, 2, start + S * 5).0, "the first two are forgotten");
+    assert!(!fail(&guards, 2, start + S * 5).0, "the first two are out of the window");
     reload(&guards, &table("60s"), start + S * 6);
     fail(&guards, 2, start + S * 7);
     assert!(fail(&guards, 2, start + S * 12).0, "all four are in the window");
@@ -100,7 +100,7 @@ fn breaker_open_for_and_trial_requests() {
     reload(&guards, &table("base = \"30s\", max = \"30s\"", 3), now);
     assert_eq!(fail(&guards, 1, now).1, Some(now + S * 30), "base");
     reload(&guards, &table("base = \"30s\", max = \"300s\"", 3), now);
-    // A trial fails: it doubles, up to the new limit.
+    // A trial fails: the time doubles, up to the new limit.
     let half_open = now + S * 30;
     let (_, until) = fail(&guards, 1, half_open);
     assert!(until > Some(half_open + S * 40), "max: {until:?}");
@@ -115,7 +115,7 @@ fn addresses(count: u16) -> Vec<SocketAddr> {
     (1..=count).map(|port| SocketAddr::from(([127, 0, 0, 1], port))).collect()
 }
 
-/// One failure at an endpoint; until when it is out then.
+/// One failure at an endpoint. Returns until when it is ejected then.
 fn fail_at(guards: &Guards, address: SocketAddr, now: Instant) -> Option<Instant> {
     let health = guards.outliers.endpoint(&address).expect("it is there");
     match guards.outliers.report(&address, &health, Evidence::Failure, (now, now), 0.0)? {
@@ -135,10 +135,10 @@ fn outlier_keys() {
     let table = |keys: &str| format!("outlier = {{ consecutive_failures = 1, {keys} }}");
     reload(&guards, &table("eject_for = { base = \"30s\", max = \"30s\" }, max_ejected = 0.25"), now);
     assert_eq!(fail_at(&guards, all[0], now), Some(now + S * 30), "consecutive_failures and eject_for.base");
-    assert_eq!(fail_at(&guards, all[1], now), None, "one of four is the most");
+    assert_eq!(fail_at(&guards, all[1], now), None, "at most one of four");
     reload(&guards, &table("eject_for = { base = \"30s\", max = \"600s\" }, max_ejected = 0.5"), now);
     assert!(fail_at(&guards, all[1], now).is_some(), "max_ejected");
-    // A relapse: it doubles, up to the new limit.
+    // A relapse: the time doubles, up to the new limit.
     let later = now + S * 31;
     assert!(fail_at(&guards, all[0], later) > Some(later + S * 35), "eject_for.max");
 }
@@ -158,7 +158,7 @@ fn retry_budget_keys() {
     assert_eq!(budget(0.2, 3, "10s"), 30, "min_per_second");
     assert_eq!(budget(0.2, 3, "20s"), 60, "window");
     assert!((0..60).all(|_| guards.budget.withdraw(now)));
-    // What so many requests pay back.
+    // What ten requests pay back.
     let paid_back = |ratio| {
         let before = budget(ratio, 3, "20s");
         for _ in 0..10 {
@@ -192,7 +192,7 @@ fn limits_keys() {
     assert_eq!(guards.requests.limit(), ADAPTIVE_START, "adaptive");
 }
 
-/// Nothing that a guard was told of before counts against the new settings of another table.
+/// Nothing recorded before counts against the new settings of another table.
 #[test]
 fn a_reload_keeps_the_state() {
     let now = Instant::now();

@@ -12,7 +12,7 @@ fn a_reload_moves_the_ceiling_of_the_adaptive_limit() {
         guards.configure(&Policy { limits: Toggle::on(limits), ..Policy::default() }, start);
     };
     let mut now = start;
-    // Constant latency, every place taken: the limit grows as far as it may.
+    // Constant latency, all permits in use: the limit grows as far as it may.
     let mut grow = || {
         while guards.requests.try_acquire() {}
         for _ in 0..500 {
@@ -31,9 +31,9 @@ fn a_reload_moves_the_ceiling_of_the_adaptive_limit() {
     assert_eq!(grow(), 20, "lowered");
 }
 
-/// They may have looked between the change to "open", which wakes them, and the offer.
+/// They may have checked between the transition to "open", which notifies them, and the offer.
 #[test]
-fn an_offered_trial_wakes_those_who_wait() {
+fn an_offered_trial_notifies_waiting_requests() {
     use std::{
         future::Future,
         task::{Context, Waker},
@@ -55,14 +55,14 @@ fn an_offered_trial_wakes_those_who_wait() {
 }
 
 #[test]
-fn every_worker_finds_the_same_quantile() {
+fn every_worker_gets_the_same_quantile() {
     let (guards, now) = (Guards::new(Instant::now()), Instant::now());
-    let found: Vec<_> = std::thread::scope(|scope| {
+    let quantiles: Vec<_> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..8).map(|_| scope.spawn(|| guards.quantile(95, now))).collect();
         workers.into_iter().map(|worker| worker.join().unwrap()).collect()
     });
-    assert!(found.iter().all(|live| Arc::ptr_eq(live, &guards.quantile(95, now))));
-    assert!(!Arc::ptr_eq(&found[0], &guards.quantile(50, now)));
+    assert!(quantiles.iter().all(|live| Arc::ptr_eq(live, &guards.quantile(95, now))));
+    assert!(!Arc::ptr_eq(&quantiles[0], &guards.quantile(50, now)));
 }
 
 #[test]

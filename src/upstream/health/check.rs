@@ -21,10 +21,10 @@ use crate::{
     upstream::{Endpoint, health::CheckSettings},
 };
 
-/// Why an endpoint did not pass.
+/// Why a check failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
-    #[error("no answer within {0:?}")]
+    #[error("no response within {0:?}")]
     Timeout(Duration),
     #[error("connect: {0}")]
     Connect(io::Error),
@@ -34,25 +34,25 @@ pub enum CheckError {
     Http(#[from] hyper::Error),
     #[error("{0}")]
     Request(#[from] http::Error),
-    #[error("it answered {0}")]
+    #[error("response status {0}")]
     Status(StatusCode),
     #[error("grpc-status {code}: {message}")]
     Grpc { code: String, message: String },
-    #[error("it reports {0}")]
+    #[error("service reports {0}")]
     NotServing(&'static str),
-    #[error("its answer is no health check response")]
+    #[error("response is not a valid gRPC HealthCheckResponse")]
     Malformed,
 }
 
 impl CheckError {
-    /// The check could not be made, for want of something of this machine's own.
+    /// Whether the check could not be made because this machine lacked a resource.
     pub fn is_local_resource(&self) -> bool {
         matches!(self, Self::Connect(error) if descriptors::is_local_resource(error))
     }
 }
 
-/// A gRPC health answer is two bytes; more than this is something else.
-const MAX_ANSWER: usize = 16 * 1024;
+/// A gRPC health response is two bytes; more than this is something else.
+const MAX_RESPONSE: usize = 16 * 1024;
 const USER_AGENT: &str = concat!("outrigger/", env!("CARGO_PKG_VERSION"), " (health check)");
 
 pub(super) async fn run(
@@ -62,19 +62,21 @@ pub(super) async fn run(
     let limit = *health.timeout;
     let check = async {
         let stream = descriptors::connect(endpoint.address).await.map_err(CheckError::Connect)?;
-        let Some(target) = tls else { return ask(stream, &health, protocol, &endpoint, limit).await };
+        let Some(target) = tls else {
+            return check_protocol(stream, &health, protocol, &endpoint, limit).await;
+        };
         let speaks = match (&health.path, &health.grpc, protocol) {
             (None, None, _) => Speaks::Bytes,
             (Some(_), _, Protocol::Auto | Protocol::Http1 | Protocol::Tcp) => Speaks::Http1,
             _ => Speaks::H2,
         };
         let (stream, _) = handshake::connect(&target.client, &target.name, speaks, stream).await?;
-        ask(stream, &health, protocol, &endpoint, limit).await
+        check_protocol(stream, &health, protocol, &endpoint, limit).await
     };
     tokio::time::timeout(limit, check).await.unwrap_or(Err(CheckError::Timeout(limit)))
 }
 
-async fn ask<S: Stream>(
+async fn check_protocol<S: Stream>(
     stream: S,
     health: &Health,
     protocol: Protocol,
@@ -89,7 +91,7 @@ async fn ask<S: Stream>(
     }
 }
 
-/// TCP, or TLS over it.
+/// TCP, or TLS over TCP.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 
@@ -122,7 +124,7 @@ async fn http(
 ///
 /// # Errors
 ///
-/// Where the answer is not that it serves.
+/// Unless the response says that the service is serving.
 pub async fn grpc(
     stream: impl Stream,
     authority: &str,
@@ -140,7 +142,7 @@ pub async fn grpc(
             return Err(CheckError::Status(response.status()));
         }
         grpc_status(response.headers())?;
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+        let body = Limited::new(response.into_body(), MAX_RESPONSE).collect().await;
         let body = body.map_err(|_| CheckError::Malformed)?;
         grpc_status(body.trailers().unwrap_or(&HeaderMap::new()))?;
         match serving_status(&body.to_bytes()).ok_or(CheckError::Malformed)? {
@@ -153,7 +155,7 @@ pub async fn grpc(
     .await
 }
 
-/// An error where `fields` hold a `grpc-status` other than 0. It may stand in the headers or in the trailers.
+/// An error if `fields` contain a `grpc-status` other than 0. It may be in the headers or in the trailers.
 fn grpc_status(fields: &HeaderMap) -> Result<(), CheckError> {
     let text = |name| fields.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     match text("grpc-status") {
@@ -172,8 +174,8 @@ async fn send_h2<T>(
     alongside(connection, async { read(sender.send_request(request).await?).await }).await
 }
 
-/// Drives a connection until the exchange on it is done. How the connection itself ends doesn't matter: the exchange
-/// tells.
+/// Drives a connection until the exchange on it is complete. How the connection itself ends does not matter: the
+/// exchange reports errors.
 pub async fn alongside<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
     let connection = async {
         connection.await;
@@ -206,7 +208,7 @@ fn health_request(service: &str) -> Bytes {
     frame.freeze()
 }
 
-/// The `status = 1` of a `HealthCheckResponse` in a gRPC frame; 0 (UNKNOWN) where it is absent.
+/// The `status = 1` of a `HealthCheckResponse` in a gRPC frame; 0 (UNKNOWN) if absent.
 fn serving_status(frame: &[u8]) -> Option<u64> {
     let (head, mut message) = frame.split_first_chunk::<5>()?;
     let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
@@ -217,7 +219,7 @@ fn serving_status(frame: &[u8]) -> Option<u64> {
     while !message.is_empty() {
         match varint(&mut message)? {
             tag if tag == 1 << 3 => status = varint(&mut message)?,
-            // Fields of a later version: skipped by their wire type.
+            // Fields of a later version are skipped by their wire type.
             tag => match tag & 7 {
                 0 => drop(varint(&mut message)?),
                 1 => message = message.get(8..)?,
@@ -253,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_encoded_as_protobuf_says() {
+    fn requests_are_encoded_as_protobuf() {
         assert_eq!(&health_request("")[..], [0, 0, 0, 0, 0]);
         assert_eq!(&health_request("ab")[..], [0, 0, 0, 0, 4, 0x0a, 2, b'a', b'b']);
         let long = health_request(&"x".repeat(300));
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_read_with_fields_of_later_versions() {
+    fn responses_with_fields_of_later_versions_are_parsed() {
         for (message, status) in [
             (&[][..], Some(0)),
             (&[0x08, 1], Some(1)),
@@ -278,13 +280,13 @@ mod tests {
             frame.extend_from_slice(message);
             assert_eq!(serving_status(&frame), status, "{message:?}");
         }
-        assert_eq!(serving_status(&[0, 0, 0, 0, 3, 8, 1]), None, "shorter than it says");
-        assert_eq!(serving_status(&[1, 0, 0, 0, 2, 8, 1]), None, "compressed, which we did not offer");
+        assert_eq!(serving_status(&[0, 0, 0, 0, 3, 8, 1]), None, "shorter than its length field");
+        assert_eq!(serving_status(&[1, 0, 0, 0, 2, 8, 1]), None, "compressed, which was not offered");
     }
 
     proptest! {
         #[test]
-        fn no_answer_brings_the_reader_down(frame in prop::collection::vec(any::<u8>(), 0..64)) {
+        fn no_response_panics_the_parser(frame in prop::collection::vec(any::<u8>(), 0..64)) {
             let _ = serving_status(&frame);
         }
     }

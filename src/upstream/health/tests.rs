@@ -25,32 +25,37 @@ fn settings() -> Health {
     }
 }
 
-/// A server that answers as it is told to, and remembers what it was asked.
+/// A server with configurable responses that records its requests.
 struct Server {
     address: SocketAddr,
-    told: Arc<Mutex<Told>>,
+    behavior: Arc<Mutex<ServerBehavior>>,
     task: JoinHandle<()>,
 }
 
-struct Told {
+struct ServerBehavior {
     status: u16,
     grpc: Option<(u8, &'static str)>,
     silent: bool,
-    asked: Vec<(String, HeaderMap, Bytes)>,
+    requests: Vec<(String, HeaderMap, Bytes)>,
 }
 
 impl Server {
     async fn start(h2: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let told = Arc::new(Mutex::new(Told { status: 200, grpc: None, silent: false, asked: Vec::new() }));
-        let shared = told.clone();
+        let behavior = Arc::new(Mutex::new(ServerBehavior {
+            status: 200,
+            grpc: None,
+            silent: false,
+            requests: Vec::new(),
+        }));
+        let shared = behavior.clone();
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let told = shared.clone();
-                let service = service_fn(move |request| answer(told.clone(), request));
+                let behavior = shared.clone();
+                let service = service_fn(move |request| respond(behavior.clone(), request));
                 let io = TokioIo::new(stream);
                 connections.spawn(async move {
                     if h2 {
@@ -63,15 +68,15 @@ impl Server {
                 });
             }
         });
-        Self { address, told, task }
+        Self { address, behavior, task }
     }
 
-    fn tell(&self, change: impl FnOnce(&mut Told)) {
-        change(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner));
+    fn configure(&self, change: impl FnOnce(&mut ServerBehavior)) {
+        change(&mut self.behavior.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn asked(&self) -> Vec<(String, HeaderMap, Bytes)> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).asked.clone()
+    fn requests(&self) -> Vec<(String, HeaderMap, Bytes)> {
+        self.behavior.lock().unwrap_or_else(PoisonError::into_inner).requests.clone()
     }
 }
 
@@ -83,13 +88,16 @@ impl Drop for Server {
 
 type Body = http_body_util::combinators::BoxBody<Bytes, Infallible>;
 
-async fn answer(told: Arc<Mutex<Told>>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+async fn respond(
+    behavior: Arc<Mutex<ServerBehavior>>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.unwrap().to_bytes();
     let (status, grpc, silent) = {
-        let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-        told.asked.push((head.uri.to_string(), head.headers, body));
-        (told.status, told.grpc, told.silent)
+        let mut behavior = behavior.lock().unwrap_or_else(PoisonError::into_inner);
+        behavior.requests.push((head.uri.to_string(), head.headers, body));
+        (behavior.status, behavior.grpc, behavior.silent)
     };
     if silent {
         std::future::pending::<()>().await;
@@ -107,8 +115,9 @@ async fn answer(told: Arc<Mutex<Told>>, request: Request<Incoming>) -> Result<Re
 }
 
 fn publish(upstream: &Upstream, addresses: &[SocketAddr]) {
-    let found = |address: &SocketAddr| Found { address: *address, host: Some("svc.test".into()), weight: 1 };
-    upstream.publish(addresses.iter().map(found).collect());
+    let discovered =
+        |address: &SocketAddr| Found { address: *address, host: Some("svc.test".into()), weight: 1 };
+    upstream.publish(addresses.iter().map(discovered).collect());
 }
 
 fn healthy(upstream: &Upstream) -> Vec<bool> {
@@ -137,8 +146,8 @@ async fn http_checks_ask_for_the_path_and_follow_the_status() {
         let server = Server::start(h2).await;
         let settings = Health { path: Some("/healthz?full=1".to_owned()), ..settings() };
         let (upstream, _checks) = start(settings, protocol, &[server.address]);
-        until(|| !server.asked().is_empty()).await;
-        let (uri, headers, _) = server.asked().remove(0);
+        until(|| !server.requests().is_empty()).await;
+        let (uri, headers, _) = server.requests().remove(0);
         let authority = format!("svc.test:{}", server.address.port());
         if h2 {
             assert_eq!(uri, format!("http://{authority}/healthz?full=1"));
@@ -147,10 +156,10 @@ async fn http_checks_ask_for_the_path_and_follow_the_status() {
         }
 
         for (status, expected) in [(503, false), (204, true), (302, false), (299, true)] {
-            server.tell(|told| told.status = status);
+            server.configure(|behavior| behavior.status = status);
             until(|| healthy(&upstream) == [expected]).await;
         }
-        server.tell(|told| told.silent = true);
+        server.configure(|behavior| behavior.silent = true);
         until(|| healthy(&upstream) == [false]).await;
     }
 }
@@ -158,12 +167,12 @@ async fn http_checks_ask_for_the_path_and_follow_the_status() {
 #[tokio::test]
 async fn grpc_checks_speak_the_health_protocol() {
     let server = Server::start(true).await;
-    server.tell(|told| told.grpc = Some((1, "0")));
+    server.configure(|behavior| behavior.grpc = Some((1, "0")));
     let settings = Health { grpc: Some("shop.Orders".to_owned()), ..settings() };
     let (upstream, _checks) = start(settings, Protocol::Auto, &[server.address]);
-    until(|| server.asked().len() > 2).await;
+    until(|| server.requests().len() > 2).await;
     assert_eq!(healthy(&upstream), [true]);
-    let (uri, headers, body) = server.asked().remove(0);
+    let (uri, headers, body) = server.requests().remove(0);
     assert!(uri.ends_with("/grpc.health.v1.Health/Check"), "{uri}");
     assert_eq!(
         (&headers["content-type"], &headers["te"]),
@@ -180,7 +189,7 @@ async fn grpc_checks_speak_the_health_protocol() {
         (Some((1, "0")), 200, true),
         (None, 200, false),
     ] {
-        server.tell(|told| (told.grpc, told.status) = (reply, status));
+        server.configure(|behavior| (behavior.grpc, behavior.status) = (reply, status));
         until(|| healthy(&upstream) == [expected]).await;
     }
 }
@@ -202,13 +211,13 @@ async fn tcp_checks_follow_the_listener_and_the_set() {
     assert_eq!(healthy(&upstream), [false, true]);
 
     drop(checks);
-    assert_eq!(healthy(&upstream), [true, true], "nobody would notice that it is well again");
+    assert_eq!(healthy(&upstream), [true, true], "nothing would detect its recovery");
 }
 
 #[tokio::test]
-async fn new_settings_take_effect_at_once_and_forget_nothing() {
+async fn new_settings_take_effect_at_once_and_keep_the_state() {
     let server = Server::start(false).await;
-    server.tell(|told| told.status = 500);
+    server.configure(|behavior| behavior.status = 500);
     let first = Health { path: Some("/old".to_owned()), ..settings() };
     let (upstream, checks) = start(first, Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
@@ -217,21 +226,21 @@ async fn new_settings_take_effect_at_once_and_forget_nothing() {
         Health { path: Some("/new".to_owned()), interval: hour, ..settings() },
         Protocol::Auto,
     ));
-    until(|| server.asked().iter().any(|(uri, ..)| uri == "/new")).await;
+    until(|| server.requests().iter().any(|(uri, ..)| uri == "/new")).await;
     assert_eq!(healthy(&upstream), [false]);
 }
 
 #[tokio::test]
-async fn checks_that_replace_others_have_the_last_word() {
+async fn replacing_checks_determine_the_final_state() {
     let server = Server::start(false).await;
-    server.tell(|told| told.status = 500);
+    server.configure(|behavior| behavior.status = 500);
     let settings = Health { path: Some("/".to_owned()), ..settings() };
     let (upstream, first) = start(settings.clone(), Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
-    let asked = server.asked().len();
+    let requests = server.requests().len();
     let _second = spawn(plain(settings, Protocol::Auto), upstream.clone(), &Handle::current());
-    // The second has begun, and taken the endpoint for unhealthy, before the first ends.
-    until(|| server.asked().len() > asked + 4).await;
+    // The second has started, and set the endpoint unhealthy, before the first ends.
+    until(|| server.requests().len() > requests + 4).await;
     drop(first);
     until(|| healthy(&upstream) == [false]).await;
 }
@@ -241,11 +250,11 @@ fn plain(health: Health, protocol: Protocol) -> CheckSettings {
 }
 
 #[test]
-fn it_takes_some_results_in_a_row_to_change_sides() {
+fn results_in_a_row_change_the_state() {
     let settings = Health { unhealthy_after: 3, healthy_after: 2, ..Health::default() };
     let mut threshold = Threshold::new(true);
     let results = [false, false, true, false, false, false, false, true, false, true, true, true];
-    let sides: Vec<_> = results
+    let states: Vec<_> = results
         .iter()
         .map(|passed| {
             threshold.record(*passed, &settings);
@@ -253,12 +262,12 @@ fn it_takes_some_results_in_a_row_to_change_sides() {
         })
         .collect();
     let (t, f) = (true, false);
-    assert_eq!(sides, [t, t, t, t, t, f, f, f, f, f, t, t]);
+    assert_eq!(states, [t, t, t, t, t, f, f, f, f, f, t, t]);
 }
 
 proptest! {
     #[test]
-    fn the_side_is_that_of_the_last_long_enough_run(
+    fn the_state_is_that_of_the_last_long_enough_run(
         results in prop::collection::vec(any::<bool>(), 0..200),
         unhealthy_after in 1u32..5,
         healthy_after in 1u32..5,

@@ -1,4 +1,4 @@
-//! The bytes of a connection to an endpoint: how far a request on its way out has got, and its answer on its way in.
+//! The protocol state of an HTTP/1.1 connection to an endpoint. States and wakers: see the [parent module](super).
 
 use std::{
     future::{Future, poll_fn},
@@ -31,30 +31,30 @@ use crate::{
     },
 };
 
-/// Both directions.
+/// Both directions of a connection.
 #[derive(Debug)]
 pub(super) struct Line {
-    /// None: what it was upgraded to has it.
+    /// None: the connection was aborted, or handed out after an upgrade.
     pub(super) io: Option<UpstreamIo>,
     pub(super) outlet: Outlet,
-    /// What is still to be sent.
-    request: Option<Sending>,
+    /// The body that is still to be sent.
+    request: Option<OutgoingBody>,
     pub(super) intake: Intake,
-    /// Of the answer's body.
+    /// Of the response body.
     pub(super) decoder: Decoder,
-    /// A byte of the answer has come.
+    /// A byte of the response was received.
     pub(super) heard: bool,
-    /// A byte of the request may have gone.
+    /// A byte of the request may have been sent.
     pub(super) sent: bool,
-    /// What was written may not be with the system yet.
+    /// Written bytes may still be buffered by TLS.
     unflushed: bool,
-    /// Both sides would use it again, so far.
+    /// Both sides keep the connection alive so far (RFC 9112 §9.3).
     pub(super) persists: bool,
-    /// It has carried an exchange before.
+    /// It has carried a request before.
     pub(super) reused: bool,
-    /// Why the response has no body, whatever its fields say.
+    /// Why the response has no body regardless of its header fields.
     pub(super) bodiless: Option<Bodiless>,
-    /// The task that sends what an early answer left to be sent.
+    /// The waker of the upload task, so that `abort` can end it.
     pub(super) uploader: Option<Waker>,
 }
 
@@ -74,12 +74,12 @@ impl Bodiless {
     }
 }
 
-/// A body on its way out.
+/// A request body that is being sent.
 #[derive(Debug)]
-struct Sending {
+struct OutgoingBody {
     body: RequestBody,
     framing: Framing,
-    /// The trailers that may follow are those that this head has announced.
+    /// The request head, if it announces trailers: only announced ones are sent.
     trailers: Option<HeaderMap>,
 }
 
@@ -106,7 +106,7 @@ impl Line {
         let empty = body.is_end_stream();
         let framing = match content_length(head.fields).map_err(Error::Unsendable)? {
             Some(length) => Framing::Length(length),
-            // One that has turned out to be empty may have been announced.
+            // A body that turned out to be empty may have been announced as chunked.
             None if empty && !head.fields.contains_key(TRANSFER_ENCODING) => Framing::EMPTY,
             None => Framing::Chunked,
         };
@@ -121,22 +121,23 @@ impl Line {
         out.extend_from_slice(b"\r\n");
         let trailers = || head.fields.contains_key(TRAILER).then(|| head.fields.clone());
         if !empty {
-            self.request = Some(Sending { body, framing, trailers: trailers() });
+            self.request = Some(OutgoingBody { body, framing, trailers: trailers() });
         } else if framing == Framing::Chunked {
             self.outlet.end(framing);
         }
         Ok(())
     }
 
-    /// Whether all of the request was written.
+    /// Whether the whole request was written and flushed.
     pub(super) fn is_sent(&self) -> bool {
         self.request.is_none() && self.outlet.is_empty() && !self.unflushed
     }
 
-    /// Nothing more comes of it, either way.
+    /// Aborts both directions and wakes the upload task so that it ends.
     pub(super) fn give_up(&mut self) {
         (self.io, self.request, self.persists) = (None, None, false);
         self.outlet = Outlet::default();
+        // Its waker in the socket is gone: wake the task, so that it finds no `io` and ends.
         if let Some(task) = self.uploader.take() {
             task.wake();
         }
@@ -146,7 +147,7 @@ impl Line {
         self.persists && self.is_sent() && self.intake.is_empty() && self.decoder.is_over()
     }
 
-    /// Sends what there is to be sent.
+    /// Writes as much of the request as possible. Ready when all of it is written and flushed.
     pub(super) fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let polled = self.poll_send(cx);
         if let Poll::Ready(Err(_)) = polled {
@@ -159,12 +160,12 @@ impl Line {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let Some(io) = &mut self.io else { return Poll::Ready(Ok(())) };
         loop {
-            // What the body has goes out together with what goes before it.
+            // Batch the body with the head, or with earlier data, in one write.
             while self.outlet.has_room()
-                && let Some(sending) = &mut self.request
+                && let Some(outgoing) = &mut self.request
             {
-                let Poll::Ready(frame) = Pin::new(&mut sending.body).poll_frame(cx) else { break };
-                if sending.put(frame, &mut self.outlet)? {
+                let Poll::Ready(frame) = Pin::new(&mut outgoing.body).poll_frame(cx) else { break };
+                if outgoing.put(frame, &mut self.outlet)? {
                     self.request = None;
                 }
             }
@@ -182,7 +183,7 @@ impl Line {
         }
     }
 
-    /// Reads the head of the answer, and those that come before it.
+    /// Reads the response head, and the interim responses before it.
     pub(super) fn poll_answer(
         &mut self,
         cx: &mut Context<'_>,
@@ -192,9 +193,9 @@ impl Line {
     ) -> Poll<Result<ResponseHead, Error>> {
         let Some(io) = &mut self.io else { return Poll::Ready(Err(Error::Closed)) };
         loop {
-            let head = self.intake.poll_head(io, cx, |came| {
+            let head = self.intake.poll_head(io, cx, |input| {
                 self.heard = true;
-                parse_response(came, keep_spelling)
+                parse_response(input, keep_spelling)
             });
             let head = ready!(head).inspect_err(|_| self.persists = false)?;
             if head.status.is_informational() && head.status != StatusCode::SWITCHING_PROTOCOLS {
@@ -205,11 +206,11 @@ impl Line {
                 .inspect_err(|_| self.persists = false)?;
             self.decoder = Decoder::new(framing);
             self.bodiless = Bodiless::of(method, head.status);
-            // Where its end is told twice, others may have taken it for another one (RFC 9112 §6.3).
-            let unclear = framing == Framing::Chunked && head.present.has(Field::ContentLength);
+            // A message with two lengths may have been framed differently by another recipient (RFC 9112 §6.3).
+            let ambiguous = framing == Framing::Chunked && head.present.has(Field::ContentLength);
             self.persists &= persists(head.version, head.connection, &head.fields, head.present)
                 && framing != Framing::UntilClose
-                && !unclear;
+                && !ambiguous;
             return Poll::Ready(Ok(head));
         }
     }
@@ -228,13 +229,14 @@ impl Line {
         }))
     }
 
-    /// Takes note of what has come although nothing was asked for, as far as the worker has been told of it: costs no
-    /// system call where it has not.
+    /// Records bytes received without a request, as far as the runtime knows of them: without new readiness this
+    /// costs no system call.
     pub(super) fn listen(&mut self) -> Idle {
         let mut idle = Idle::of_bytes(self.intake.unread());
         if idle == Idle::Quiet {
             let Some(io) = &mut self.io else { return Idle::Closed };
-            // Not to wait for the task's next turn, which says nothing of what has come.
+            // Unconstrained: with its cooperative budget used up, a task would see "pending" whatever was received.
+            // The no-op waker is fine, because nothing waits on an idle connection.
             let more = unconstrained(poll_fn(|cx| self.intake.poll_more(io, cx, 0)));
             idle = match pin!(more).poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Pending => Idle::Quiet,
@@ -246,22 +248,22 @@ impl Line {
         idle
     }
 
-    /// The same, but the kernel is asked.
+    /// The same, but asks the kernel.
     pub(super) fn look(&mut self) -> Idle {
         let idle = self.io.as_mut().map_or(Idle::Closed, UpstreamIo::look);
         self.persists &= idle == Idle::Quiet;
         idle
     }
 
-    /// Whether a connection that carried an exchange before has not taken a byte of the present request. Nothing that
-    /// comes on it can be a response to that.
+    /// Whether a reused connection has not sent a byte of the present request. Nothing received on it can be its
+    /// response.
     pub(super) const fn is_untouched(&self) -> bool {
         self.reused && !self.sent
     }
 }
 
-impl Sending {
-    /// Puts the next part of the body into the outlet. Says whether it was the last one.
+impl OutgoingBody {
+    /// Writes the next frame of the body into the buffer. Returns whether it was the last.
     fn put(
         &mut self,
         frame: Option<Result<Frame<Bytes>, BodyError>>,
@@ -299,7 +301,7 @@ impl Sending {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        // With a call on it, there is no good end.
+        // With a request in progress, a graceful close would be wrong.
         if self.is_usable()
             && let Some(io) = &mut self.io
         {

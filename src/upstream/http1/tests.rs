@@ -30,24 +30,24 @@ use crate::{
     },
 };
 
-/// More than the system takes of a narrow connection, and less than TLS keeps for it.
+/// More than the kernel buffers on a narrow connection, and less than the TLS session buffers.
 const LONG: usize = 40_000;
 
-/// A connection, and its other end.
+/// A connection and its peer.
 async fn connection() -> (Http1, TcpStream) {
-    let (ours, theirs) = streams(None).await;
-    (opened(UpstreamIo::Plain(ours.clone()), ours).await, theirs)
+    let (socket, peer) = streams(None).await;
+    (opened(UpstreamIo::Plain(socket.clone()), socket).await, peer)
 }
 
-/// One of which the system takes little before it is read.
+/// A connection of which the kernel buffers little before the peer reads.
 async fn narrow_connection() -> (Http1, TcpStream) {
-    let (ours, theirs) = streams(Some(4096)).await;
-    (opened(UpstreamIo::Plain(ours.clone()), ours).await, theirs)
+    let (socket, peer) = streams(Some(4096)).await;
+    (opened(UpstreamIo::Plain(socket.clone()), socket).await, peer)
 }
 
 /// The same with TLS.
 async fn narrow_tls() -> (Http1, TlsStream<TcpStream>) {
-    let (ours, theirs) = streams(Some(4096)).await;
+    let (socket, peer) = streams(Some(4096)).await;
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let (certificate, key) = (made.cert.der().clone(), made.signing_key.serialize_der());
     let key = PrivateKeyDer::try_from(key).unwrap();
@@ -61,21 +61,21 @@ async fn narrow_tls() -> (Http1, TlsStream<TcpStream>) {
     let client = client.unwrap().with_root_certificates(roots).with_no_client_auth();
     let (connector, acceptor) = (TlsConnector::from(Arc::new(client)), TlsAcceptor::from(Arc::new(server)));
     let name = ServerName::try_from("localhost").unwrap();
-    let handshakes = tokio::join!(connector.connect(name, ours.clone()), acceptor.accept(theirs));
-    (opened(UpstreamIo::Tls(Box::new(handshakes.0.unwrap())), ours).await, handshakes.1.unwrap())
+    let handshakes = tokio::join!(connector.connect(name, socket.clone()), acceptor.accept(peer));
+    (opened(UpstreamIo::Tls(Box::new(handshakes.0.unwrap())), socket).await, handshakes.1.unwrap())
 }
 
-/// Both ends. `room`: how much the system takes from the one before the other reads, roughly.
-async fn streams(room: Option<u32>) -> (SharedTcp, TcpStream) {
+/// Both ends. `buffer_size`: roughly how much the kernel buffers from the first end before the second reads.
+async fn streams(buffer_size: Option<u32>) -> (SharedTcp, TcpStream) {
     let (near, far) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v4().unwrap());
-    if let Some(room) = room {
-        near.set_send_buffer_size(room).unwrap();
-        far.set_recv_buffer_size(room).unwrap();
+    if let Some(buffer_size) = buffer_size {
+        near.set_send_buffer_size(buffer_size).unwrap();
+        far.set_recv_buffer_size(buffer_size).unwrap();
     }
     far.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = far.listen(1).unwrap();
-    let ours = near.connect(listener.local_addr().unwrap()).await.unwrap();
-    (SharedTcp::new(ours), listener.accept().await.unwrap().0)
+    let socket = near.connect(listener.local_addr().unwrap()).await.unwrap();
+    (SharedTcp::new(socket), listener.accept().await.unwrap().0)
 }
 
 async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1 {
@@ -93,20 +93,20 @@ async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1 {
     Http1 { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None }
 }
 
-/// Sends `GET /`; returns the answer's head, and which interim ones came before it.
+/// Sends `GET /`; returns the response head, and the interim responses before it.
 async fn get(connection: &mut Http1) -> (Result<ResponseHead, Error>, Vec<u16>) {
     let mut interim = Vec::new();
     let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
-    let told = |status: StatusCode, _| interim.push(status.as_u16());
-    let answered = connection.send(head(&target, &fields), RequestBody::empty(), told).await;
-    (answered, interim)
+    let on_interim = |status: StatusCode, _| interim.push(status.as_u16());
+    let response = connection.send(head(&target, &fields), RequestBody::empty(), on_interim).await;
+    (response, interim)
 }
 
 fn head<'a>(target: &'a Uri, fields: &'a HeaderMap) -> Head<'a> {
     Head { method: &Method::GET, target, raw_target: None, fields, spelling: None, told: Told::default() }
 }
 
-/// Fields that make a head as long as is said there.
+/// Fields that make a head of about [`LONG`] bytes.
 fn long() -> HeaderMap {
     HeaderMap::from_iter([(COOKIE, HeaderValue::from_str(&"x".repeat(LONG)).unwrap())])
 }
@@ -126,18 +126,18 @@ async fn until(mut condition: impl FnMut() -> bool) {
 }
 
 #[tokio::test]
-async fn a_connection_carries_one_exchange_after_the_other() {
+async fn a_connection_carries_one_request_after_the_other() {
     let (mut connection, mut peer) = connection().await;
     for _ in 0..3 {
-        let answers = async {
+        let responses = async {
             let mut request = [0; 18];
             peer.read_exact(&mut request).await.unwrap();
             assert_eq!(&request, b"GET / HTTP/1.1\r\n\r\n");
             peer.write_all(b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 200 OK\r\n").await.unwrap();
             peer.write_all(b"Content-Length: 5\r\n\r\nhello").await.unwrap();
         };
-        let ((answered, interim), ()) = tokio::join!(get(&mut connection), answers);
-        assert_eq!((answered.unwrap().status, interim), (StatusCode::OK, vec![103]));
+        let ((response, interim), ()) = tokio::join!(get(&mut connection), responses);
+        assert_eq!((response.unwrap().status, interim), (StatusCode::OK, vec![103]));
         assert_eq!(body(&mut connection).await.unwrap(), b"hello");
         assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
     }
@@ -146,13 +146,13 @@ async fn a_connection_carries_one_exchange_after_the_other() {
 #[tokio::test]
 async fn a_connection_that_is_not_clean_is_not_used_again() {
     for (answer, why) in [
-        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n\r\n", "more than was asked for"),
-        ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", "it says so"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n\r\n", "unsolicited bytes"),
+        ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", "Connection: close"),
         (
             "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-            "its end is told twice",
+            "two framing fields",
         ),
-        ("HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", "its version says so"),
+        ("HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", "HTTP/1.0"),
     ] {
         let (mut connection, mut peer) = connection().await;
         peer.write_all(answer.as_bytes()).await.unwrap();
@@ -163,18 +163,18 @@ async fn a_connection_that_is_not_clean_is_not_used_again() {
 }
 
 #[tokio::test]
-async fn an_end_without_an_answer_is_told_from_one_in_its_middle() {
+async fn a_close_before_the_response_differs_from_one_in_its_middle() {
     let (mut connection, peer) = connection().await;
     drop(peer);
-    let (answered, _) = get(&mut connection).await;
-    assert!(answered.is_err() && !connection.heard_anything());
+    let (response, _) = get(&mut connection).await;
+    assert!(response.is_err() && !connection.heard_anything());
 
-    for begun in ["H", "HTTP/1.1 103 Early Hints\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n"] {
+    for partial in ["H", "HTTP/1.1 103 Early Hints\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n"] {
         let (mut connection, mut peer) = self::connection().await;
-        peer.write_all(begun.as_bytes()).await.unwrap();
+        peer.write_all(partial.as_bytes()).await.unwrap();
         peer.shutdown().await.unwrap();
-        let (answered, _) = get(&mut connection).await;
-        assert!(answered.is_err() && connection.heard_anything(), "{begun}");
+        let (response, _) = get(&mut connection).await;
+        assert!(response.is_err() && connection.heard_anything(), "{partial}");
     }
 
     let (mut connection, mut peer) = self::connection().await;
@@ -185,7 +185,7 @@ async fn an_end_without_an_answer_is_told_from_one_in_its_middle() {
     assert!(connection.is_closed());
 }
 
-/// The endpoint has no part in that, and sees nothing of it.
+/// The endpoint is not to blame, and receives nothing of it.
 #[tokio::test]
 async fn a_request_without_valid_framing_is_not_sent() {
     for (values, expected) in [
@@ -207,40 +207,40 @@ async fn a_request_without_valid_framing_is_not_sent() {
 }
 
 #[tokio::test]
-async fn what_comes_unasked_closes_an_idle_connection() {
+async fn unsolicited_bytes_close_an_idle_connection() {
     let stray = &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..];
-    let goodbye = &b"HTTP/1.1 408 Request Timeout\r\n\r\n"[..];
-    for (unasked, idle) in [(stray, Idle::Unsolicited), (goodbye, Idle::Closed), (b"", Idle::Closed)] {
+    let timeout = &b"HTTP/1.1 408 Request Timeout\r\n\r\n"[..];
+    for (unsolicited, idle) in [(stray, Idle::Unsolicited), (timeout, Idle::Closed), (b"", Idle::Closed)] {
         let (mut connection, mut peer) = connection().await;
         assert_eq!([connection.listen(), connection.look()], [Idle::Quiet; 2]);
-        peer.write_all(unasked).await.unwrap();
+        peer.write_all(unsolicited).await.unwrap();
         peer.shutdown().await.unwrap();
         until(|| connection.listen() != Idle::Quiet).await;
         assert_eq!((connection.listen(), connection.is_closed()), (idle, true));
     }
 }
 
-/// A worker that has not polled epoll since bytes came does not know of them. The kernel does.
+/// A worker that has not polled epoll since the bytes arrived does not know of them. The kernel does.
 #[tokio::test]
-async fn the_look_before_reuse_sees_what_the_worker_was_not_told() {
-    for (unasked, idle) in [(&b"stray bytes"[..], Idle::Unsolicited), (b"", Idle::Closed)] {
+async fn the_check_before_reuse_sees_what_the_runtime_does_not_know_yet() {
+    for (unsolicited, idle) in [(&b"stray bytes"[..], Idle::Unsolicited), (b"", Idle::Closed)] {
         let (mut connection, peer) = connection().await;
         assert_eq!(connection.listen(), Idle::Quiet);
-        // No turn of the runtime in between.
-        peer.try_write(unasked).unwrap();
-        if unasked.is_empty() {
+        // The runtime does not run in between.
+        peer.try_write(unsolicited).unwrap();
+        if unsolicited.is_empty() {
             drop(peer);
         }
-        assert_eq!(connection.listen(), Idle::Quiet, "it was not told");
+        assert_eq!(connection.listen(), Idle::Quiet, "the runtime does not know yet");
         assert_eq!((connection.look(), connection.is_closed()), (idle, true));
     }
 }
 
-/// By TLS more comes than what is for us: tickets ask for nothing.
+/// TLS also delivers records without application data: session tickets are not unsolicited bytes.
 #[tokio::test]
-async fn the_look_before_reuse_reads_tls() {
+async fn the_check_before_reuse_processes_tls_records() {
     let (mut connection, mut peer) = narrow_tls().await;
-    // The tickets that followed the handshake.
+    // The session tickets after the handshake.
     assert_eq!(connection.look(), Idle::Quiet);
     peer.write_all(b"stray bytes").await.unwrap();
     until(|| connection.look() == Idle::Unsolicited).await;
@@ -251,9 +251,9 @@ async fn the_look_before_reuse_reads_tls() {
     until(|| connection.look() == Idle::Closed).await;
 }
 
-/// The pool's look is worth nothing any more when the request is written in a later turn.
+/// The pool's check no longer holds when the request is written in a later poll.
 #[tokio::test]
-async fn a_write_that_had_to_wait_is_preceded_by_another_look() {
+async fn a_write_that_had_to_wait_is_preceded_by_another_check() {
     let (mut connection, mut peer) = connection().await;
     peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
     get(&mut connection).await.0.unwrap();
@@ -262,7 +262,7 @@ async fn a_write_that_had_to_wait_is_preceded_by_another_look() {
     let failed = {
         let mut sending = pin!(connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()));
         let first = poll_fn(|cx| {
-            // A task that has had its turn may not write.
+            // A task whose cooperative budget is used up may not write.
             while has_budget_remaining() {
                 let _ = pin!(consume_budget()).poll(cx);
             }
@@ -273,10 +273,13 @@ async fn a_write_that_had_to_wait_is_preceded_by_another_look() {
         sending.await
     };
     assert!(matches!(failed, Err(Error::Closed)), "{failed:?}");
-    assert!(!connection.sent_anything() && !connection.heard_anything(), "it can be sent elsewhere");
+    assert!(
+        !connection.sent_anything() && !connection.heard_anything(),
+        "it can be sent to another endpoint"
+    );
 }
 
-/// A connection that has carried one exchange, and its peer.
+/// A connection that has carried one request, and its peer.
 async fn connection_after(method: Method, status: &str) -> (Http1, TcpStream) {
     let (mut connection, mut peer) = connection().await;
     peer.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").as_bytes()).await.unwrap();
@@ -286,9 +289,9 @@ async fn connection_after(method: Method, status: &str) -> (Http1, TcpStream) {
     (connection, peer)
 }
 
-/// The body that some services send with a response to HEAD comes right behind it.
+/// The body that some services send with a response to HEAD follows right behind it.
 #[tokio::test]
-async fn a_connection_settles_behind_a_response_without_a_body() {
+async fn a_connection_settles_after_a_bodiless_response() {
     for (method, status, settles) in [
         (Method::HEAD, "200 OK", true),
         (Method::GET, "204 No Content", true),
@@ -303,11 +306,11 @@ async fn a_connection_settles_behind_a_response_without_a_body() {
     }
 }
 
-/// Else a client that sends nothing but HEAD would have a connection made for each.
+/// Otherwise a client that sends only HEAD would need a new connection for each request.
 #[tokio::test]
-async fn connections_of_an_endpoint_that_keeps_to_http_are_reused_at_once() {
+async fn connections_of_a_compliant_endpoint_are_reused_at_once() {
     let (idle, now) = (IdleConnections::default(), Instant::now());
-    let (mut rests, mut peers) = (0, Vec::new());
+    let (mut settled, mut peers) = (0, Vec::new());
     loop {
         let (connection, peer) = connection_after(Method::HEAD, "200 OK").await;
         peers.push(peer);
@@ -315,14 +318,14 @@ async fn connections_of_an_endpoint_that_keeps_to_http_are_reused_at_once() {
         if idle.pop(&plain(), now).is_some() {
             break;
         }
-        rests += 1;
-        assert!(idle.pop(&plain(), now + SETTLE).is_some() && rests < 100);
+        settled += 1;
+        assert!(idle.pop(&plain(), now + SETTLE).is_some() && settled < 100);
     }
-    assert_eq!(rests, 8);
+    assert_eq!(settled, 8);
     let (connection, _peer) = connection_after(Method::GET, "204 No Content").await;
     idle.put_back(connection, now);
-    assert!(idle.pop(&plain(), now).is_none(), "nothing is known of its responses with a 204");
-    // One body where there should be none, and that is over.
+    assert!(idle.pop(&plain(), now).is_none(), "its 204 responses are counted separately");
+    // A single unexpected body ends that.
     let (connection, peer) = connection_after(Method::HEAD, "200 OK").await;
     idle.put_back(connection, now);
     peer.try_write(b"stray").unwrap();
@@ -347,16 +350,16 @@ fn plain() -> ConnectionSettings {
     }
 }
 
-/// Each connection has a limit of its own, by what its endpoint said and by the name that it was made for.
+/// Each connection has its own limit, from what its endpoint announced and from the name it was opened for.
 #[tokio::test]
-async fn an_expired_connection_takes_no_other_with_it() {
-    let (idle, begun) = (IdleConnections::default(), Instant::now());
+async fn an_expired_connection_expires_no_other() {
+    let (idle, start) = (IdleConnections::default(), Instant::now());
     let (mut lasting, _peer) = connection().await;
     lasting.told = Some(Duration::from_secs(60));
-    idle.put_back(lasting, begun);
+    idle.put_back(lasting, start);
     let (short, _peer) = connection().await;
-    idle.put_back(short, begun + Duration::from_secs(1));
-    let popped = idle.pop(&plain(), begun + Duration::from_secs(10)).unwrap();
+    idle.put_back(short, start + Duration::from_secs(1));
+    let popped = idle.pop(&plain(), start + Duration::from_secs(10)).unwrap();
     assert_eq!((popped.told, idle.len()), (Some(Duration::from_secs(60)), 0));
 }
 
@@ -366,20 +369,20 @@ async fn connections_of_an_endpoint_that_sends_stray_bytes_settle() {
     let (first, peer) = connection().await;
     idle.put_back(first, now);
     peer.try_write(b"stray").unwrap();
-    assert!(idle.pop(&plain(), now).is_none(), "it was looked at");
+    assert!(idle.pop(&plain(), now).is_none(), "it was checked");
     let (second, _peer) = connection().await;
     idle.put_back(second, now);
-    assert!(idle.pop(&plain(), now).is_none() && idle.len() == 1, "it rests");
+    assert!(idle.pop(&plain(), now).is_none() && idle.len() == 1, "it settles");
     assert!(idle.pop(&plain(), now + SETTLE).is_some());
     let later = now + Duration::from_secs(3600);
     let (third, _peer) = connection().await;
     idle.put_back(third, later);
-    assert!(idle.pop(&plain(), later).is_some(), "that is forgotten");
+    assert!(idle.pop(&plain(), later).is_some(), "the settle period is over");
 }
 
-/// The kernel ends a connection whose peer takes nothing, by the limit that was set.
+/// The kernel ends a connection whose peer acknowledges nothing after TCP_USER_TIMEOUT.
 #[tokio::test]
-async fn a_peer_that_acknowledges_nothing_is_given_up() {
+async fn a_peer_that_acknowledges_nothing_times_out() {
     let far = TcpSocket::new_v4().unwrap();
     far.set_recv_buffer_size(4096).unwrap();
     far.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -392,9 +395,9 @@ async fn a_peer_that_acknowledges_nothing_is_given_up() {
     assert!(timeout(Duration::from_secs(20), endless).await.is_ok());
 }
 
-/// A service that gives up waiting for a request says so just as one is sent to it.
+/// A service that times out waiting for a request says so just as one is sent to it.
 #[tokio::test]
-async fn a_408_on_a_reused_connection_is_no_response() {
+async fn a_408_on_a_reused_connection_is_not_a_response() {
     for (method, reused, delivered) in
         [(Method::GET, true, false), (Method::GET, false, true), (Method::POST, true, true)]
     {
@@ -406,14 +409,14 @@ async fn a_408_on_a_reused_connection_is_no_response() {
         }
         let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
         let head = Head { method: &method, ..head(&target, &fields) };
-        let answered = {
+        let response = {
             let mut sending = pin!(connection.send(head, RequestBody::empty(), |_, _| ()));
             assert!(poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await.is_pending());
             let timeout = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
             peer.write_all(timeout).await.unwrap();
             sending.await
         };
-        assert_eq!(answered.is_ok(), delivered, "{method}, reused: {reused}");
+        assert_eq!(response.is_ok(), delivered, "{method}, reused: {reused}");
         assert!(delivered || connection.sent_anything() && !connection.heard_anything());
     }
 }
@@ -448,7 +451,7 @@ impl Body for Upload {
     }
 }
 
-/// A service that refuses an upload and closes, though more of it comes: what it said arrives before the reset.
+/// A service refuses an upload and closes while more of it is sent: its response is read before the reset counts.
 #[tokio::test]
 async fn a_response_is_read_although_the_upload_fails() {
     let exchanges = async {
@@ -465,28 +468,28 @@ async fn refuses_upload(mut connection: Http1, mut peer: impl AsyncWrite + Unpin
     let upload = RequestBody::new(Upload { client: end, left: 4 });
     let (target, fields) = (Uri::from_static("/"), HeaderMap::from_iter([(CONTENT_LENGTH, 4.into())]));
     client.write_all(b"bo").await.unwrap();
-    let answered = {
+    let response = {
         let mut sending = pin!(connection.send(head(&target, &fields), upload, |_, _| ()));
         assert!(poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await.is_pending());
         let refusal = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 5\r\n\r\nlarge";
         peer.write_all(refusal).await.unwrap();
         peer.flush().await.unwrap();
-        // With a part of the request unread, this is a reset.
+        // With a part of the request unread, this sends a reset.
         drop(peer);
         client.write_all(b"dy").await.unwrap();
-        // The worker has not been told of the response when the write fails.
+        // The runtime does not know of the response yet when the write fails.
         match poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await {
-            Poll::Ready(answered) => answered,
+            Poll::Ready(response) => response,
             Poll::Pending => sending.await,
         }
     };
-    assert_eq!(answered.unwrap().status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(response.unwrap().status, StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(body(&mut connection).await.unwrap(), b"large");
     assert_eq!(connection.rest(false, Instant::now()), Rest::Ends);
 }
 
 #[tokio::test]
-async fn a_body_that_ends_with_its_connection_is_whole() {
+async fn a_body_delimited_by_close_is_complete() {
     let (mut connection, mut peer) = connection().await;
     peer.write_all(b"HTTP/1.1 200 OK\r\n\r\nall of it").await.unwrap();
     peer.shutdown().await.unwrap();
@@ -497,45 +500,45 @@ async fn a_body_that_ends_with_its_connection_is_whole() {
 }
 
 #[tokio::test]
-async fn what_comes_behind_an_upgrade_is_handed_over() {
+async fn bytes_after_an_upgrade_are_handed_over() {
     let (mut connection, mut peer) = connection().await;
     peer.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nfirst bytes").await.unwrap();
-    let (answered, _) = get(&mut connection).await;
-    assert_eq!(answered.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
+    let (response, _) = get(&mut connection).await;
+    assert_eq!(response.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
     let (_, unread) = connection.take_stream().unwrap();
     assert_eq!(&unread[..], b"first bytes");
     assert!(connection.take_stream().is_none() && connection.is_closed());
 }
 
-/// TLS takes more than the system does. Until its last record is with the system, nothing counts as sent.
+/// TLS buffers more than the kernel. Until the kernel has its last record, the request does not count as sent.
 #[tokio::test]
-async fn a_request_is_sent_when_its_last_record_is() {
+async fn a_request_is_sent_when_its_last_tls_record_is() {
     let (connection, mut peer) = narrow_tls().await;
     let (target, fields, mut got) = (Uri::from_static("/"), long(), Vec::new());
-    let line = || connection.opened.line.borrow_mut();
-    line().begin(head(&target, &fields), RequestBody::empty()).unwrap();
-    let first = poll_fn(|cx| Poll::Ready(line().poll_request(cx))).await;
-    assert!(line().outlet.is_empty(), "TLS has taken all of it");
-    assert!(first.is_pending() && !line().is_sent() && line().sent, "the system has not");
+    let inner = || connection.opened.line.borrow_mut();
+    inner().begin(head(&target, &fields), RequestBody::empty()).unwrap();
+    let first = poll_fn(|cx| Poll::Ready(inner().poll_request(cx))).await;
+    assert!(inner().outlet.is_empty(), "the TLS session has buffered all of it");
+    assert!(first.is_pending() && !inner().is_sent() && inner().sent, "the kernel has not");
     let reads = async {
         while !got.ends_with(b"\r\n\r\n") {
             assert_ne!(peer.read_buf(&mut got).await.unwrap(), 0, "cut after {} bytes", got.len());
         }
     };
-    let (sent, ()) = tokio::join!(poll_fn(|cx| line().poll_request(cx)), reads);
+    let (sent, ()) = tokio::join!(poll_fn(|cx| inner().poll_request(cx)), reads);
     sent.unwrap();
-    assert!(line().is_sent() && got.len() > LONG);
+    assert!(inner().is_sent() && got.len() > LONG);
 }
 
-/// An answer that came meanwhile does not end it: the rest goes out behind it, whoever reads what.
+/// An early response does not stop it: the rest of the request is sent, whether or not the response is read.
 #[tokio::test]
-async fn records_go_out_behind_an_early_answer() {
+async fn tls_records_are_sent_after_an_early_response() {
     let exchange = async {
         let (mut connection, mut peer) = narrow_tls().await;
         peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
         let (target, fields, mut got) = (Uri::from_static("/"), long(), Vec::new());
-        let answered = connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()).await;
-        assert_eq!(answered.unwrap().status, StatusCode::OK);
+        let response = connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()).await;
+        assert_eq!(response.unwrap().status, StatusCode::OK);
         assert_eq!(connection.rest(false, Instant::now()), Rest::Ends, "it is not clean");
         drop(connection);
         while !got.ends_with(b"\r\n\r\n") {
@@ -545,49 +548,49 @@ async fn records_go_out_behind_an_early_answer() {
     LocalSet::new().run_until(exchange).await;
 }
 
-/// Who got a part of a request may act on it: it was sent, though not to its end.
+/// An endpoint that received a part of a request may act on it: the request counts as sent.
 #[tokio::test]
-async fn a_head_that_breaks_off_counts_as_sent() {
-    for begun in [true, false] {
+async fn a_partially_sent_head_counts_as_sent() {
+    for partially_sent in [true, false] {
         let (mut connection, peer) = narrow_connection().await;
         let (target, fields) = (Uri::from_static("/"), long());
         let mut peer = Some(peer);
-        if !begun {
-            // With a reset: otherwise the system takes what goes nowhere.
+        if !partially_sent {
+            // With a reset: otherwise the kernel accepts bytes that are never delivered.
             peer.take().unwrap().set_zero_linger().unwrap();
             until(|| connection.look() != Idle::Quiet).await;
         }
         let failed = {
             let mut sending = pin!(connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()));
             let first = poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await;
-            assert!(!begun || first.is_pending(), "the system takes a part of it");
+            assert!(!partially_sent || first.is_pending(), "the kernel accepts a part of it");
             drop(peer);
             match first {
-                Poll::Ready(answered) => answered,
+                Poll::Ready(response) => response,
                 Poll::Pending => sending.await,
             }
         };
         assert!(failed.is_err() && !connection.heard_anything(), "{failed:?}");
-        assert_eq!(connection.sent_anything(), begun);
+        assert_eq!(connection.sent_anything(), partially_sent);
     }
 }
 
-/// What is left of the request would be taken for the new protocol.
+/// The endpoint would take the rest of the request for the new protocol.
 #[tokio::test]
-async fn there_is_no_upgrade_before_its_request_is_sent() {
+async fn no_upgrade_before_the_request_is_sent() {
     let exchange = async {
         let (mut connection, mut peer) = connection().await;
         peer.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n").await.unwrap();
-        let (mut caller, end) = duplex(100);
+        let (mut client, end) = duplex(100);
         let upload = RequestBody::new(Upload { client: end, left: 4 });
         let (target, fields) = (Uri::from_static("/"), HeaderMap::from_iter([(CONTENT_LENGTH, 4.into())]));
-        caller.write_all(b"bo").await.unwrap();
-        let answered = connection.send(head(&target, &fields), upload, |_, _| ()).await;
-        assert_eq!(answered.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
+        client.write_all(b"bo").await.unwrap();
+        let response = connection.send(head(&target, &fields), upload, |_, _| ()).await;
+        assert_eq!(response.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
         assert!(connection.take_stream().is_none() && connection.is_closed());
-        // Nor does the rest of it go where another protocol is spoken now.
+        // The rest of the request is not sent either, now that another protocol is in use.
         drop(connection);
-        caller.write_all(b"dy").await.unwrap();
+        client.write_all(b"dy").await.unwrap();
         let mut seen = Vec::new();
         peer.read_to_end(&mut seen).await.unwrap();
         assert!(seen.ends_with(b"\r\n\r\nbo"), "{:?}", seen.escape_ascii().to_string());

@@ -1,4 +1,5 @@
-//! The task of a connection to an HTTP/2 endpoint: moves its frames, follows its limits, and asks it for signs of life.
+//! The task of an HTTP/2 connection to an endpoint: moves its frames, applies the endpoint's settings, and sends
+//! PINGs.
 
 use std::{
     future::Future,
@@ -18,15 +19,15 @@ use crate::{
     net::watchdog::Watchdog,
 };
 
-/// PINGs sent in a row while no message comes. gRPC servers close connections that send more (gRPC A8), …
+/// PINGs in a row without a message in between. gRPC servers close connections that send more (gRPC A8), …
 const PINGS_IN_SILENCE: u32 = 2;
 /// … unless they are this far apart.
 const QUIET_INTERVAL: Duration = Duration::from_secs(310);
 
-/// A connection is closed when a PING has not been answered for so many times as long as it takes to be retired.
+/// A retired connection is closed when a PING has not been answered for this many times the PING timeout.
 const CLOSES_AFTER: u32 = 10;
 
-/// Ends when the connection has.
+/// Completes when the connection has ended.
 pub(super) struct Driver {
     h2: Connection<Wired<Guarded<UpstreamIo>>, Bytes>,
     state: Rc<State>,
@@ -37,18 +38,18 @@ pub(super) struct Driver {
     watchdog: Watchdog,
 }
 
-/// The PINGs so far.
+/// The PINGs sent so far.
 #[derive(Debug, Default)]
 struct Pings {
-    /// In a row, while no message came.
+    /// In a row, without a message in between.
     in_silence: u32,
-    /// How many messages had come when the last one was sent.
+    /// How many messages had been received when the last one was sent.
     messages: u64,
     last: Option<Instant>,
 }
 
 impl Pings {
-    /// Whether one more is within what servers put up with.
+    /// Whether one more is within what servers tolerate.
     fn may_send(&self, messages: u64, now: Instant) -> bool {
         self.in_silence < PINGS_IN_SILENCE
             || messages != self.messages
@@ -72,8 +73,8 @@ impl Driver {
         Self { h2, state, ping, settings, pings: Pings::default(), errors: 0, watchdog: Watchdog::default() }
     }
 
-    /// Takes over what the endpoint has said about itself.
-    fn follow(&mut self) {
+    /// Applies what the endpoint has sent about itself.
+    fn apply_peer_settings(&mut self) {
         let state = &self.state;
         if state.wire.heard().is_none() {
             return;
@@ -95,7 +96,8 @@ impl Driver {
         self.state.changed.wake_all();
     }
 
-    /// Sends a PING where one is wanted, and tells when the next thing about PINGs is due.
+    /// Sends a PING if one is wanted. Returns when the next action about PINGs is due, and whether the connection
+    /// must be polled.
     fn poll_ping(&mut self, cx: &mut Context<'_>) -> (Option<Instant>, bool) {
         let state = Rc::clone(&self.state);
         let Some(ping) = &mut self.ping else { return (None, false) };
@@ -105,7 +107,7 @@ impl Driver {
                 return (Some(sent + self.settings.timeout * times), false);
             }
             state.ping_sent.set(None);
-            // Whoever has asked meanwhile has the answer, too.
+            // A PING requested meanwhile has its answer as well.
             state.ping_wanted.set(false);
             state.changed.wake_all();
         }
@@ -126,7 +128,7 @@ impl Driver {
         (due, false)
     }
 
-    /// True where the connection has to be polled for it.
+    /// Returns whether the connection must be polled to send it.
     fn send_ping(&mut self, now: Instant) -> bool {
         let sent = self.ping.as_mut().is_some_and(|ping| ping.send_ping(Ping::opaque()).is_ok());
         if sent {
@@ -150,7 +152,7 @@ impl Future for Driver {
                 return Poll::Ready(());
             }
             this.state.note_task(cx.waker());
-            this.follow();
+            this.apply_peer_settings();
             let (due, sent) = this.poll_ping(cx);
             if sent {
                 continue;
@@ -162,12 +164,12 @@ impl Future for Driver {
                 None => return Poll::Ready(()),
                 Some(_) if !this.state.retired.get() => {
                     tracing::debug!(
-                        "an HTTP/2 endpoint has not answered a PING: no more requests on its connection"
+                        "HTTP/2 endpoint has not answered a PING in time: no more requests on this connection"
                     );
                     this.retire();
                 }
                 Some(_) => {
-                    tracing::debug!("an HTTP/2 endpoint answers no PING: its connection is closed");
+                    tracing::debug!("HTTP/2 endpoint does not answer PING: connection closed");
                     return Poll::Ready(());
                 }
             }
@@ -186,10 +188,10 @@ impl Drop for Driver {
 mod tests {
     use super::*;
 
-    /// grpc-go counts a PING as a strike that comes within 5 min of the one before it with no message of its own in
-    /// between, and closes the connection at the third.
+    /// grpc-go counts a PING as a strike if it arrives within 5 min of the one before it without a message of its own
+    /// in between, and closes the connection at the third.
     #[test]
-    fn pings_in_silence_stay_within_what_grpc_servers_put_up_with() {
+    fn pings_in_silence_stay_within_what_grpc_servers_tolerate() {
         let start = Instant::now();
         let (mut pings, mut strikes, mut last) = (Pings::default(), 0, None::<Instant>);
         for second in 0..24 * 3600 {

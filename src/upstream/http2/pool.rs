@@ -1,5 +1,5 @@
-//! The HTTP/2 connections of one worker to one endpoint: a few that carry many streams. Another is opened where the streams
-//! that the endpoint takes on one are used up, or where uploads have used up its window.
+//! The HTTP/2 connections of one worker to one endpoint: a few with many streams each. Another is opened if the
+//! endpoint's stream limit is reached on all, or if uploads have exhausted their windows.
 
 use std::{
     cell::{Cell, RefCell},
@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-const IDLE: Duration = Duration::from_secs(50);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
 /// The HTTP/2 connections to one endpoint.
 #[derive(Debug, Default)]
@@ -32,7 +32,7 @@ pub struct Http2Pool {
     connections: RefCell<Vec<Rc<Http2>>>,
     /// At most one for each TLS name.
     dials: RefCell<Vec<Rc<Dial>>>,
-    /// Woken when a stream, a connection, or the end of a dial may be what they wait for.
+    /// Notified when a stream, a connection, or the end of a dial may serve a waiting request.
     changed: Rc<Waiters>,
 }
 
@@ -41,22 +41,22 @@ pub struct Http2Pool {
 struct Dial {
     tls: Option<TlsTarget>,
     outcome: RefCell<Option<Result<Rc<Http2>, ConnectError>>>,
-    /// It has a connection slot, and connects.
+    /// It has a connection slot, and is connecting.
     connects: Cell<bool>,
 }
 
-/// What there is for a request.
+/// What the pool has for a request.
 enum Choice {
-    Room(Rc<Http2>),
-    /// A connection has no room yet, and another one would have none either.
+    Available(Rc<Http2>),
+    /// A connection has no stream yet, and another one would have none either.
     Opening(Rc<Http2>),
-    /// All are in full use.
+    /// All connections are fully used.
     Full,
 }
 
 impl Http2Pool {
-    /// A stream: of a connection that has room, else of a new one that all who wait share, else of the first that gets room.
-    /// `upload`: the request has a body.
+    /// A stream: of a connection with a free one, else of a new connection that all waiting requests share, else of
+    /// the first to get a free one. `upload`: the request has a body.
     pub async fn stream(
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
@@ -64,7 +64,7 @@ impl Http2Pool {
         upload: bool,
     ) -> Result<Lease, ConnectError> {
         let pool = &endpoint.pool.h2;
-        if let Choice::Room(connection) = pool.choose(settings, upload) {
+        if let Choice::Available(connection) = pool.choose(settings, upload) {
             return Ok(lease(connection, true));
         }
         Box::pin(pool.wait(endpoint, settings, guards, upload)).await
@@ -82,26 +82,27 @@ impl Http2Pool {
         let mut opening: Option<Rc<Http2>> = None;
         let waiter = self.changed.enter();
         loop {
-            // Before looking, so that nothing is missed.
+            // Before checking, so that no notification is lost.
             let changed = self.changed.changed();
-            // Closed before it was ever of use: what is sent on it says why.
+            // Closed before its first use: the attempt to send on it reports why.
             if let Some(connection) = opening.take_if(|connection| connection.state.closed.get()) {
                 return Ok(lease(connection, false));
             }
             let choice = self.choose(settings, upload);
-            if dialled && !matches!(choice, Choice::Room(_)) {
+            if dialled && !matches!(choice, Choice::Available(_)) {
                 waiter.pass_on();
             }
             let dial = match choice {
-                Choice::Room(connection) => return Ok(lease(connection, !dialled)),
+                Choice::Available(connection) => return Ok(lease(connection, !dialled)),
                 Choice::Opening(connection) => {
-                    // What has been heard is that it takes no streams for now.
+                    // If anything was received, the endpoint allows no streams for now.
                     settings.queued.set(connection.state.wire.heard().is_some());
                     if timeout_at(until, changed).await.is_ok() {
                         (opening, dialled) = (Some(connection), true);
                         continue;
                     }
-                    // An endpoint that has said nothing is asked all the same: its silence is then that of an attempt.
+                    // An endpoint that has sent nothing gets the request all the same: its silence then counts as
+                    // that of an attempt.
                     let silent = connection.state.wire.heard().is_none();
                     return if silent { Ok(lease(connection, false)) } else { Err(self.no_stream(settings)) };
                 }
@@ -116,7 +117,7 @@ impl Http2Pool {
                 Some(Ok(connection)) => opening = Some(connection),
                 None => {}
                 Some(Err(ConnectError::Limit { .. })) if self.has_any(settings) => {
-                    // What there is has to do. Each dial has waited for a slot.
+                    // The existing connections have to suffice. Each dial has waited for a slot.
                     upload = false;
                     if Instant::now() >= until {
                         return Err(self.no_stream(settings));
@@ -135,7 +136,7 @@ impl Http2Pool {
         for connection in connections.iter().filter(|connection| fits(connection.proof.as_deref(), settings))
         {
             if connection.has_room() && !(upload && connection.is_held(now)) {
-                return Choice::Room(Rc::clone(connection));
+                return Choice::Available(Rc::clone(connection));
             }
             if connection.is_opening() {
                 opening = Some(Rc::clone(connection));
@@ -156,8 +157,8 @@ impl Http2Pool {
         ConnectError::Streams { limit, connections: connections.len(), waited: settings.stream_wait }
     }
 
-    /// The dial under way to the same TLS name, else a new one. In a task of its own: a request that gives up must not take the others'
-    /// connection with it.
+    /// The dial in progress to the same TLS name, else a new one. In a task of its own: a cancelled request must not
+    /// cancel the dial for the others.
     fn dial(
         &self,
         endpoint: &Rc<LocalEndpoint>,
@@ -176,39 +177,39 @@ impl Http2Pool {
         dials.push(Rc::clone(&dial));
         drop(dials);
         let (settings, guards) = (settings.clone(), Arc::clone(guards));
-        let ends = DialEnds { endpoint: Rc::clone(endpoint), dial: Rc::clone(&dial) };
+        let guard = DialGuard { endpoint: Rc::clone(endpoint), dial: Rc::clone(&dial) };
         spawn_local(async move {
-            let pool = &ends.endpoint.pool.h2;
+            let pool = &guard.endpoint.pool.h2;
             let outcome = match ConnectionSlot::take(&guards).await {
                 Ok(slot) => {
-                    ends.dial.connects.set(true);
-                    Http2::open(&ends.endpoint, &settings, slot, &pool.changed).await
+                    guard.dial.connects.set(true);
+                    Http2::open(&guard.endpoint, &settings, slot, &pool.changed).await
                 }
                 Err(error) => Err(error),
             };
             if let Ok(connection) = &outcome {
                 pool.connections.borrow_mut().push(Rc::clone(connection));
             }
-            ends.dial.outcome.replace(Some(outcome));
+            guard.dial.outcome.replace(Some(outcome));
         });
         dial
     }
 
-    /// Old or closed connections get no new streams; they end when the streams they carry have.
+    /// Drops expired or closed connections: they get no new streams, and end with the streams that they carry.
     fn retire(&self, now: Instant) {
         self.connections.borrow_mut().retain(|connection| {
             let idle_for = now.saturating_duration_since(connection.state.idle_since.get());
-            connection.is_usable(now) && !(connection.is_idle() && idle_for >= IDLE)
+            connection.is_usable(now) && !(connection.is_idle() && idle_for >= IDLE_TIMEOUT)
         });
     }
 
-    /// Closes what has been idle for too long, or was made by other settings.
+    /// Closes connections that have been idle for too long or were opened with other TLS settings.
     pub fn sweep(&self, tls: Option<&Arc<ClientTls>>) {
         self.connections.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
         self.retire(Instant::now());
     }
 
-    /// Closes a connection that lies idle, if there is one; its slot is free when its task has ended.
+    /// Closes an idle connection, if there is one; its slot is released when its task has ended.
     pub fn close_idle(&self) {
         let mut connections = self.connections.borrow_mut();
         if let Some(index) = connections.iter().position(|connection| connection.is_idle()) {
@@ -216,29 +217,29 @@ impl Http2Pool {
         }
     }
 
-    /// Whether a connection is being made, and has its slot.
+    /// Whether a connection is being opened and has its slot.
     pub fn is_connecting(&self) -> bool {
         self.dials.borrow().iter().any(|dial| dial.connects.get())
     }
 
-    /// How many connections lie idle.
+    /// How many connections are idle.
     pub fn idle(&self) -> usize {
         self.connections.borrow().iter().filter(|connection| connection.is_idle()).count()
     }
 }
 
-/// Tells those who wait that a dial is over, however it ends.
-struct DialEnds {
+/// Notifies the waiting requests of the end of a dial, however it ends.
+struct DialGuard {
     endpoint: Rc<LocalEndpoint>,
     dial: Rc<Dial>,
 }
 
-impl Drop for DialEnds {
+impl Drop for DialGuard {
     fn drop(&mut self) {
         let pool = &self.endpoint.pool.h2;
         let address = self.endpoint.shared.address;
         self.dial.outcome.borrow_mut().get_or_insert_with(|| {
-            Err(ConnectError::Handshake { address, reason: "it was not carried to its end".to_owned() })
+            Err(ConnectError::Handshake { address, reason: "the dial was cancelled".to_owned() })
         });
         pool.dials.borrow_mut().retain(|dial| !Rc::ptr_eq(dial, &self.dial));
         pool.changed.wake_all();
@@ -280,12 +281,12 @@ mod tests {
         }
     }
 
-    /// The error of a dial, and a connection that was closed at once, are those of one peer.
+    /// The error of a dial, and a connection that was closed at once, belong to one server name.
     #[tokio::test]
     async fn a_dial_is_shared_by_requests_for_the_same_tls_name_only() {
-        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let discovered = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
         let now = std::time::Instant::now();
-        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
         let (pool, guards) = (&endpoint.pool.h2, Guards::new(now));
         let client = Arc::new(ClientTls::new(UpstreamTls::default(), MinTls::default(), Arc::default()));
         let dial = |name: &'static str| {
@@ -304,25 +305,25 @@ mod tests {
         assert!(matches!(&*first.outcome.borrow(), Some(Err(_))));
     }
 
-    /// However a dial ends, also by a panic of ours: who waits for it hears of that.
+    /// However a dial ends, even by a panic: the requests that wait for it are notified.
     #[tokio::test]
-    async fn a_dial_that_breaks_off_leaves_nobody_waiting() {
-        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+    async fn a_cancelled_dial_leaves_no_request_waiting() {
+        let discovered = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
         let now = std::time::Instant::now();
-        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
         let pool = &endpoint.pool.h2;
         let settings = settings(None);
         let guards = Guards::new(now);
         let set = LocalSet::new();
-        let mut waits = pin!(Http2Pool::stream(&endpoint, &settings, &guards, false));
+        let mut waiting = pin!(Http2Pool::stream(&endpoint, &settings, &guards, false));
         let polled = {
             let _tasks = set.enter();
-            poll_fn(|cx| Poll::Ready(waits.as_mut().poll(cx))).await
+            poll_fn(|cx| Poll::Ready(waiting.as_mut().poll(cx))).await
         };
         assert!(polled.is_pending() && !pool.dials.borrow().is_empty(), "a task dials");
-        // Its future is dropped unfinished, as a panic drops it.
+        // Dropping the task set drops the unfinished future, as a panic would.
         drop(set);
-        let waited = tokio::time::timeout(Wait::from_secs(5), waits).await;
+        let waited = tokio::time::timeout(Wait::from_secs(5), waiting).await;
         assert!(matches!(waited, Ok(Err(ConnectError::Handshake { .. }))), "{waited:?}");
         assert!(endpoint.pool.h2.dials.borrow().is_empty(), "the next request dials anew");
     }

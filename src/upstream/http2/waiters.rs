@@ -1,20 +1,20 @@
-//! Requests that wait for a stream of one endpoint's connections.
+//! Requests that wait for a stream on one endpoint's connections.
 
 use std::cell::Cell;
 
 use tokio::sync::{Notify, futures::Notified};
 
-/// Who waits. A stream that has become free wakes one of them, which passes the wake on where it cannot use the stream: it
-/// may be one of another TLS name, or of a connection whose window uploads have used up.
+/// The waiting requests. A freed stream notifies one of them, which passes the notification on if it cannot use the
+/// stream: it may be of another TLS name, or of a connection whose send window is exhausted.
 #[derive(Debug, Default)]
 pub(super) struct Waiters {
     notify: Notify,
     waiting: Cell<u32>,
-    /// How many more may be woken for the last stream that became free.
+    /// How many more may be notified of the last freed stream.
     passes: Cell<u32>,
 }
 
-/// One who waits, until it is dropped.
+/// A waiting request, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Waiter<'a>(&'a Waiters);
 
@@ -24,25 +24,25 @@ impl Waiters {
         Waiter(self)
     }
 
-    /// A stream is free.
+    /// A stream was freed.
     pub fn wake_one(&self) {
         self.passes.set(self.waiting.get());
         self.notify.notify_one();
     }
 
-    /// Something has changed that may be what any of them waits for.
+    /// Something has changed that may serve any waiting request.
     pub fn wake_all(&self) {
         self.notify.notify_waiters();
     }
 
-    /// Ask for it before looking for a stream, so that nothing is missed.
+    /// Call it before checking for a stream, so that no notification is lost.
     pub fn changed(&self) -> Notified<'_> {
         self.notify.notified()
     }
 }
 
 impl Waiter<'_> {
-    /// It was woken and has found nothing: another may have more luck. Each is woken at most once for a stream.
+    /// The notification was of no use here: pass it on. Each request is notified at most once per freed stream.
     pub fn pass_on(&self) {
         let waiters = self.0;
         if let Some(passes) = waiters.passes.get().checked_sub(1) {
@@ -71,35 +71,35 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_wake_that_cannot_be_used_reaches_each_who_waits_once() {
+    async fn an_unused_notification_reaches_each_waiting_request_once() {
         let waiters = Waiters::default();
         let mut cx = Context::from_waker(Waker::noop());
         let (first, second, third) = (waiters.enter(), waiters.enter(), waiters.enter());
         let mut changed =
             [Box::pin(waiters.changed()), Box::pin(waiters.changed()), Box::pin(waiters.changed())];
-        let mut woken = |at: usize| {
-            let is_woken = changed[at].as_mut().poll(&mut cx).is_ready();
-            if is_woken {
+        let mut notified = |at: usize| {
+            let is_ready = changed[at].as_mut().poll(&mut cx).is_ready();
+            if is_ready {
                 changed[at].set(waiters.changed());
                 let _ = changed[at].as_mut().poll(&mut cx);
             }
-            is_woken
+            is_ready
         };
         for at in 0..3 {
-            assert!(!woken(at));
+            assert!(!notified(at));
         }
         waiters.wake_one();
-        assert_eq!([woken(0), woken(1), woken(2)], [true, false, false]);
+        assert_eq!([notified(0), notified(1), notified(2)], [true, false, false]);
         first.pass_on();
-        assert_eq!([woken(0), woken(1), woken(2)], [false, true, false]);
+        assert_eq!([notified(0), notified(1), notified(2)], [false, true, false]);
         second.pass_on();
-        assert_eq!([woken(0), woken(1), woken(2)], [false, false, true]);
+        assert_eq!([notified(0), notified(1), notified(2)], [false, false, true]);
         third.pass_on();
-        assert_eq!([woken(0), woken(1), woken(2)], [false, false, false], "nobody is left");
+        assert_eq!([notified(0), notified(1), notified(2)], [false, false, false], "none is left");
         drop((second, third));
         waiters.wake_one();
-        assert!(woken(0) || woken(1) || woken(2));
+        assert!(notified(0) || notified(1) || notified(2));
         first.pass_on();
-        assert!(pin!(waiters.changed()).poll(&mut cx).is_pending(), "it does not wake itself for ever");
+        assert!(pin!(waiters.changed()).poll(&mut cx).is_pending(), "it does not notify itself forever");
     }
 }

@@ -1,4 +1,4 @@
-//! `[[inbound.allow]]` and `x-forwarded-client-cert`, seen by callers without a certificate.
+//! `[[inbound.allow]]` and `x-forwarded-client-cert` for clients without a certificate.
 
 use std::process::Command;
 
@@ -23,7 +23,7 @@ fn ask(proxy: &Proxy, line: &str, head: &str) -> Message {
 }
 
 #[test]
-fn a_caller_without_a_certificate_fits_no_entry() {
+fn a_client_without_a_certificate_matches_no_peer_entry() {
     let echo = Echo::start();
     let proxy = proxy(&echo, "", RULES);
     for (line, head) in [
@@ -33,51 +33,51 @@ fn a_caller_without_a_certificate_fits_no_entry() {
         ("CONNECT a:80", ""),
         ("OPTIONS *", ""),
     ] {
-        let answer = ask(&proxy, line, head);
-        assert_eq!(answer.status(), 403, "{line}");
+        let response = ask(&proxy, line, head);
+        assert_eq!(response.status(), 403, "{line}");
         assert!(
-            answer.text().contains("no allow entry names a caller without a certificate"),
+            response.text().contains("no allow entry names a client without a certificate"),
             "{}",
-            answer.text()
+            response.text()
         );
     }
-    let answer =
+    let response =
         ask(&proxy, "POST /pkg.Service/Method", "content-type: application/grpc\r\ncontent-length: 0\r\n");
-    assert_eq!((answer.status(), answer.field("grpc-status")), (200, Some("7")), "PERMISSION_DENIED");
+    assert_eq!((response.status(), response.field("grpc-status")), (200, Some("7")), "PERMISSION_DENIED");
     assert_eq!(echo.calls(), 0);
-    // Nor does one that speaks something else.
+    // A connection with another protocol is rejected, too.
     let service = RawServer::scripted(b"welcome\r\n");
     let raw = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n{RULES}", service.address()));
-    let mut caller = RawClient::connect(raw.inbound());
-    caller.send("\x01\x02\x03");
-    let (answer, closed) = caller.read_to_close();
-    assert!(closed && answer.starts_with(b"HTTP/1.1 400 "), "{}", answer.escape_ascii());
+    let mut client = RawClient::connect(raw.inbound());
+    client.send("\x01\x02\x03");
+    let (response, closed) = client.read_to_close();
+    assert!(closed && response.starts_with(b"HTTP/1.1 400 "), "{}", response.escape_ascii());
     assert!(service.received().is_empty());
 }
 
 #[test]
-fn what_could_be_read_in_two_ways_is_malformed() {
+fn ambiguous_paths_are_malformed() {
     let echo = Echo::start();
     let proxy = proxy(&echo, "", RULES);
     for path in ["/v1/../x", "/v1//x", "/v1/%2e%2e/x", "/v1/..%2fx", "/v1;x", "/v1/%5cx", "/v1/%252e"] {
-        let answer = ask(&proxy, &format!("GET {path}"), "");
-        assert_eq!(answer.status(), 400, "{path}");
-        assert!(answer.text().contains("malformed"), "{}", answer.text());
+        let response = ask(&proxy, &format!("GET {path}"), "");
+        assert_eq!(response.status(), 400, "{path}");
+        assert!(response.text().contains("malformed"), "{}", response.text());
     }
     for head in
         ["X-HTTP-Method-Override: DELETE\r\n", "X-Original-URL: /admin\r\n", "X-Rewrite-URL: /admin\r\n"]
     {
         assert_eq!(ask(&proxy, "GET /v1/orders", head).status(), 400, "{head}");
     }
-    // The same by HTTP/2, whose path is not a line of text.
-    let mut caller = h2::H2Client::connect(proxy.inbound());
-    caller.headers(1, &h2::get("/v1/..%2fx"), true);
-    assert_eq!(caller.end_of(1), h2::End::Answer(Some(400)));
+    // The same over HTTP/2, whose path is not part of a text line.
+    let mut client = h2::H2Client::connect(proxy.inbound());
+    client.headers(1, &h2::get("/v1/..%2fx"), true);
+    assert_eq!(client.end_of(1), h2::End::Answer(Some(400)));
     assert_eq!(echo.calls(), 0);
 }
 
 #[test]
-fn observed_only_refusals_are_counted_and_logged() {
+fn observed_denials_are_counted_and_logged() {
     let echo = Echo::start();
     let proxy = proxy(&echo, "[runtime]\nobserve = [\"allow\"]\n", RULES);
     assert_eq!(ask(&proxy, "GET /v1/orders", "").status(), 200);
@@ -94,42 +94,42 @@ fn observed_only_refusals_are_counted_and_logged() {
     }
 }
 
-/// Every spelling by which a service could take a caller's word for its identity.
+/// Every spelling by which a service could read an identity that the client made up.
 const SPOOFED: &str = "x-forwarded-client-cert: URI=spiffe://a/evil\r\nX-Forwarded-Client-Cert: URI=spiffe://a/evil\r\n\
     x_forwarded_client_cert: URI=spiffe://a/evil\r\nX-Forwarded_Client-Cert: URI=spiffe://a/evil\r\n\
     X_FORWARDED_CLIENT_CERT: URI=spiffe://a/evil\r\n";
 
 #[test]
-fn nobody_tells_the_service_who_calls() {
+fn clients_cannot_forge_x_forwarded_client_cert() {
     let echo = Echo::start();
     let upstream = format!("[[upstream]]\nname = \"up\"\nendpoints = [\"{}\"]\n", echo.server.address());
     let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n{upstream}", echo.server.address()));
     let inbound = ask(&proxy, "GET /", SPOOFED);
     let outbound =
         RawClient::connect(proxy.outbound()).ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{SPOOFED}\r\n"));
-    for answer in [inbound, outbound] {
-        assert_eq!(answer.status(), 200);
-        assert!(!answer.text().contains("evil"), "{}", answer.text());
+    for response in [inbound, outbound] {
+        assert_eq!(response.status(), 200);
+        assert!(!response.text().contains("evil"), "{}", response.text());
     }
 }
 
 #[test]
-fn trailers_tell_no_more_than_headers() {
+fn trailers_cannot_forge_x_forwarded_client_cert() {
     let service = RawServer::scripted(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", service.address()));
     let body = "Trailer: x-sum, x-forwarded-client-cert\r\nTE: trailers\r\nTransfer-Encoding: chunked\r\n";
     let trailers =
         "x-sum: 1\r\nx-forwarded-client-cert: URI=spiffe://a/evil\r\nx_forwarded_client_cert: evil\r\n";
-    let answer = RawClient::connect(proxy.inbound())
+    let response = RawClient::connect(proxy.inbound())
         .ask(format!("POST / HTTP/1.1\r\nHost: a\r\n{body}\r\n1\r\na\r\n0\r\n{trailers}\r\n"));
-    assert_eq!(answer.status(), 200);
+    assert_eq!(response.status(), 200);
     eventually("the request", || String::from_utf8_lossy(&service.received()).contains("x-sum: 1"));
     let received = String::from_utf8_lossy(&service.received()).into_owned();
     assert!(!received.contains("evil"), "{received}");
 }
 
 #[test]
-fn explain_says_which_entry_a_call_would_fit() {
+fn explain_shows_which_entry_a_request_would_match() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("o.toml");
     let jwt =
@@ -145,7 +145,7 @@ fn explain_says_which_entry_a_call_would_fit() {
         String::from_utf8(output.expect("it runs").stdout).expect("text")
     };
     let cart = "spiffe://shop.example/ns/shop/sa/cart";
-    for (arguments, told) in [
+    for (arguments, expected) in [
         (&["GET", "/v1/orders"][..], "entry 1: spiffe://shop.example/ns/shop/sa/*"),
         (&["GET", "/v1/orders"], "entry 2: spiffe://shop.example/ns/shop/sa/root"),
         (&["GET", "/v1/orders"], "of https://id.example, for a"),
@@ -155,6 +155,6 @@ fn explain_says_which_entry_a_call_would_fit() {
         (&["GET", "/v1/..;/x", "--peer", cart], "malformed, 400"),
     ] {
         let text = explain(arguments);
-        assert!(text.contains(told), "{told:?} not in\n{text}");
+        assert!(text.contains(expected), "{expected:?} not in\n{text}");
     }
 }

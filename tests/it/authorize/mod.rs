@@ -1,4 +1,4 @@
-//! Who may call: tokens of end users, the allow list, and what the service learns of its callers.
+//! Authorization: end-user tokens, the allow list, and what the service learns of its clients.
 
 mod allow;
 mod mtls;
@@ -13,7 +13,7 @@ use std::sync::{
 
 use crate::support::{Upstream, text};
 
-/// A service that answers with the head of what it got, and counts.
+/// A service that responds with the request head that it received, and counts.
 struct Echo {
     server: Upstream,
     calls: Arc<AtomicUsize>,

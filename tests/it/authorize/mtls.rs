@@ -1,4 +1,4 @@
-//! `[[inbound.allow]]` and `x-forwarded-client-cert` for callers who prove who they are.
+//! `[[inbound.allow]]` and `x-forwarded-client-cert` for clients with a certificate.
 
 use std::io::{Read, Write};
 
@@ -27,7 +27,7 @@ methods = ["POST"]
 claims = { scope = "orders:write" }
 "#;
 
-/// Calls as this workload; status and the rest of the answer.
+/// A request with this workload's identity; status and the rest of the response.
 fn call(pki: &Pki, proxy: &Proxy, name: &str, line: &str, head: &str) -> (u16, String) {
     let certificate = pki.issue(name, |params| {
         params.subject_alt_names = match name.strip_prefix("dns:") {
@@ -35,15 +35,15 @@ fn call(pki: &Pki, proxy: &Proxy, name: &str, line: &str, head: &str) -> (u16, S
             None => vec![uri(&id(name)), dns(name)],
         };
     });
-    let caller = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
     let request = format!("{line} HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n{head}\r\n");
-    let answer = caller.say(proxy.inbound(), &request).expect("an answer");
-    let status = answer.get(9..12).and_then(|status| status.parse().ok()).unwrap_or(0);
-    (status, answer)
+    let response = client.say(proxy.inbound(), &request).expect("a response");
+    let status = response.get(9..12).and_then(|status| status.parse().ok()).unwrap_or(0);
+    (status, response)
 }
 
 #[test]
-fn callers_may_do_what_an_entry_of_theirs_says() {
+fn peers_may_send_what_a_matching_entry_allows() {
     let (pki, echo) = (Pki::new(), Echo::start());
     let proxy = Proxy::start(format!(
         "{}[inbound]\nforward_to = \"{}\"\n{}",
@@ -51,7 +51,7 @@ fn callers_may_do_what_an_entry_of_theirs_says() {
         echo.server.address(),
         RULES
     ));
-    for (who, line, status) in [
+    for (peer, line, status) in [
         ("cart", "GET /v1/orders", 200),
         ("cart", "POST /v1/orders", 403),
         ("cart", "GET /v2/orders", 403),
@@ -62,16 +62,16 @@ fn callers_may_do_what_an_entry_of_theirs_says() {
         ("dns:cron.example", "GET /v1/orders", 200),
         ("dns:other.example", "GET /v1/orders", 403),
     ] {
-        let (got, answer) = call(&pki, &proxy, who, line, "");
-        assert_eq!(got, status, "{who}: {line}: {answer}");
+        let (got, response) = call(&pki, &proxy, peer, line, "");
+        assert_eq!(got, status, "{peer}: {line}: {response}");
     }
-    let (_, told) = call(&pki, &proxy, "cart", "DELETE /v1/orders", "");
-    assert!(told.contains("nearest: entry 1 has the identity but not the method"), "{told}");
+    let (_, problem) = call(&pki, &proxy, "cart", "DELETE /v1/orders", "");
+    assert!(problem.contains("nearest: entry 1 has the identity but not the method"), "{problem}");
     assert_eq!(echo.calls(), 3);
 }
 
 #[test]
-fn the_service_learns_who_calls_and_only_from_us() {
+fn the_service_gets_the_peer_identity_from_the_sidecar_only() {
     let (pki, echo) = (Pki::new(), Echo::start());
     let proxy = Proxy::start(format!(
         "{}[inbound]\nforward_to = \"{}\"\n",
@@ -89,7 +89,7 @@ fn the_service_learns_who_calls_and_only_from_us() {
 }
 
 #[test]
-fn bytes_pass_for_whom_an_entry_asks_nothing_else_of() {
+fn byte_streams_pass_where_an_entry_names_only_the_peer() {
     let pki = Pki::new();
     let service = RawServer::start(|mut stream| {
         let mut byte = [0];
@@ -100,17 +100,20 @@ fn bytes_pass_for_whom_an_entry_asks_nothing_else_of() {
     let port = service.address().port();
     let proxy = Proxy::start(format!("{undeclared}[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n"));
     let undeclared = Proxy::start(undeclared);
-    for (who, passes) in [("root", true), ("cart", false), ("stranger", false)] {
-        let certificate = pki.issue(who, |params| params.subject_alt_names = vec![uri(&id(who))]);
-        let answer = TlsCaller::new(Some(&certificate), &[]).say(proxy.inbound(), "\x01\x02\x03");
-        assert_eq!(answer.is_ok_and(|answer| answer == "welcome\r\n"), passes, "{who}");
-        let answer = TlsCaller::new(Some(&certificate), &[]).say(undeclared.inbound(), "\x01\x02\x03");
-        assert!(answer.is_ok_and(|answer| answer.starts_with("HTTP/1.1 400 ")), "{who}: not declared `tcp`");
+    for (peer, passes) in [("root", true), ("cart", false), ("stranger", false)] {
+        let certificate = pki.issue(peer, |params| params.subject_alt_names = vec![uri(&id(peer))]);
+        let response = TlsCaller::new(Some(&certificate), &[]).say(proxy.inbound(), "\x01\x02\x03");
+        assert_eq!(response.is_ok_and(|response| response == "welcome\r\n"), passes, "{peer}");
+        let response = TlsCaller::new(Some(&certificate), &[]).say(undeclared.inbound(), "\x01\x02\x03");
+        assert!(
+            response.is_ok_and(|response| response.starts_with("HTTP/1.1 400 ")),
+            "{peer}: not declared `tcp`"
+        );
     }
 }
 
 #[test]
-fn a_claim_is_asked_of_the_token_and_strangers_cause_no_fetch() {
+fn claims_are_checked_in_the_token_and_unknown_peers_cause_no_key_fetch() {
     let (pki, echo, issuer, signer) = (Pki::new(), Echo::start(), Issuer::start(), Signer::ec("ec"));
     issuer.publish(&[&signer]);
     let jwt = format!(
@@ -127,17 +130,20 @@ fn a_claim_is_asked_of_the_token_and_strangers_cause_no_fetch() {
         claims["scope"] = scope.into();
         format!("Content-Length: 0\r\nAuthorization: Bearer {}\r\n", signer.token(&claims))
     };
-    let post = |who: &str, head: &str| call(&pki, &proxy, who, "POST /v1/orders", head);
+    let post = |peer: &str, head: &str| call(&pki, &proxy, peer, "POST /v1/orders", head);
     assert_eq!(post("writer", &with("orders:read orders:write")).0, 200);
-    let (status, answer) = post("writer", &with("orders:read"));
+    let (status, response) = post("writer", &with("orders:read"));
     assert_eq!(status, 403);
-    assert!(answer.contains("error=\"insufficient_scope\"") && answer.contains("orders:write"), "{answer}");
+    assert!(
+        response.contains("error=\"insufficient_scope\"") && response.contains("orders:write"),
+        "{response}"
+    );
     assert_eq!(post("writer", "Content-Length: 0\r\n").0, 401);
     let fetches = issuer.key_fetches();
     let stranger = Signer::ec("unknown").token(&good_claims());
     let (status, _) = post("stranger", &format!("Content-Length: 0\r\nAuthorization: Bearer {stranger}\r\n"));
     assert_eq!((status, issuer.key_fetches()), (403, fetches));
-    // By plaintext nobody gets in at all.
+    // Plaintext is rejected entirely.
     let plain = RawClient::connect(proxy.inbound()).ask("GET /v1/orders HTTP/1.1\r\nHost: a\r\n\r\n");
     assert_eq!(plain.status(), 403);
 }

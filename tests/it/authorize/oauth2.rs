@@ -1,4 +1,4 @@
-//! Tokens of this service's own, for its upstreams.
+//! OAuth 2 tokens that the sidecar adds to requests for its upstreams.
 
 use std::{fs, net::SocketAddr, thread};
 
@@ -7,7 +7,7 @@ use crate::support::{Launch, Proxy, RawClient, RawServer, eventually, issuer::Is
 
 const SECRET: &str = "s3cr3t/with:specials";
 
-/// An upstream `up` that gets tokens, and its client's secret in a file.
+/// An upstream `up` that requires tokens, and the client secret in a file.
 struct Client {
     directory: tempfile::TempDir,
     issuer: Issuer,
@@ -40,13 +40,13 @@ fn ask(proxy: SocketAddr, head: &str) -> Message {
     RawClient::connect(proxy).ask(format!("GET / HTTP/1.1\r\nHost: up\r\n{head}\r\n"))
 }
 
-fn seen(answer: Message) -> String {
-    assert_eq!(answer.status(), 200, "{}", String::from_utf8_lossy(&answer.body));
-    String::from_utf8(answer.body).expect("text")
+fn seen(response: Message) -> String {
+    assert_eq!(response.status(), 200, "{}", String::from_utf8_lossy(&response.body));
+    String::from_utf8(response.body).expect("text")
 }
 
 #[test]
-fn every_call_carries_the_token_in_place_of_the_callers() {
+fn every_request_carries_the_upstream_token_instead_of_the_clients() {
     let client = Client::new();
     let proxy = client.start();
     for _ in 0..3 {
@@ -60,10 +60,10 @@ fn every_call_carries_the_token_in_place_of_the_callers() {
     assert_eq!(field, "Basic Y2hlY2slMjBvdXQ6czNjcjN0JTJGd2l0aCUzQXNwZWNpYWxz");
     assert_eq!(body, "grant_type=client_credentials&scope=pay%20read");
     for page in ["/config", "/status", "/metrics"] {
-        let answer =
+        let response =
             RawClient::connect(proxy.admin()).ask(format!("GET {page} HTTP/1.1\r\nHost: localhost\r\n\r\n"));
-        assert_eq!(answer.status(), 200);
-        let text = String::from_utf8_lossy(&answer.body).into_owned();
+        assert_eq!(response.status(), 200);
+        let text = String::from_utf8_lossy(&response.body).into_owned();
         assert!(!text.contains("granted-") && !text.contains("s3cr3t"), "{page}: {text}");
     }
     let log = proxy.stderr();
@@ -71,7 +71,7 @@ fn every_call_carries_the_token_in_place_of_the_callers() {
 }
 
 #[test]
-fn calls_that_come_before_there_is_a_token_wait_for_one_request() {
+fn requests_before_the_first_token_share_one_token_request() {
     let client = Client::new();
     client.issuer.set_delay(300);
     let proxy = client.start();
@@ -81,15 +81,15 @@ fn calls_that_come_before_there_is_a_token_wait_for_one_request() {
         }
     });
     assert_eq!(client.issuer.token_requests(), 1);
-    // Nobody waits for longer than its deadline.
+    // No request waits past its deadline.
     client.issuer.set_delay(60_000);
     let slow = client.start();
-    let answer = ask(slow.outbound(), "X-Request-Timeout-Ms: 200\r\n");
-    assert!([503, 504].contains(&answer.status()), "{}", answer.status());
+    let response = ask(slow.outbound(), "X-Request-Timeout-Ms: 200\r\n");
+    assert!([503, 504].contains(&response.status()), "{}", response.status());
 }
 
 #[test]
-fn tokens_are_renewed_while_they_are_used_and_with_the_secret_of_the_day() {
+fn tokens_are_renewed_while_in_use_and_with_the_current_secret() {
     let client = Client::new();
     client.issuer.set_lifetime(3);
     let proxy = client.start();
@@ -111,7 +111,7 @@ fn tokens_are_renewed_while_they_are_used_and_with_the_secret_of_the_day() {
 }
 
 #[test]
-fn a_token_is_used_to_its_end_while_the_endpoint_is_away() {
+fn a_token_is_used_until_it_expires_while_the_token_endpoint_is_down() {
     let client = Client::new();
     client.issuer.set_lifetime(4);
     let proxy = client.start();
@@ -124,37 +124,40 @@ fn a_token_is_used_to_its_end_while_the_endpoint_is_away() {
     });
     let mut refused = None;
     eventually("the token's end", || {
-        let answer = ask(proxy.outbound(), "");
-        let over = answer.status() != 200;
-        refused = Some(answer);
+        let response = ask(proxy.outbound(), "");
+        let over = response.status() != 200;
+        refused = Some(response);
         over
     });
-    let refused = refused.expect("an answer");
+    let refused = refused.expect("a response");
     assert_eq!(refused.status(), 503);
     assert!(refused.field("retry-after").is_some());
     let text = String::from_utf8_lossy(&refused.body).into_owned();
-    assert!(text.contains("auth_unavailable") && text.contains("token endpoint answered with 503"), "{text}");
+    assert!(
+        text.contains("auth_unavailable") && text.contains("token endpoint responded with 503"),
+        "{text}"
+    );
     client.issuer.set_away(false);
     eventually("a new token", || ask(proxy.outbound(), "").status() == 200);
 }
 
 #[test]
-fn what_is_wrong_with_the_secret_is_told() {
+fn a_missing_client_secret_is_reported() {
     let client = Client::new();
     fs::remove_file(client.directory.path().join("secret")).expect("remove");
     let proxy = client.start();
-    let answer = ask(proxy.outbound(), "");
-    assert_eq!(answer.status(), 503);
-    let text = String::from_utf8_lossy(&answer.body).into_owned();
+    let response = ask(proxy.outbound(), "");
+    assert_eq!(response.status(), 503);
+    let text = String::from_utf8_lossy(&response.body).into_owned();
     assert!(text.contains("/secret: No such file"), "{text}");
     assert_eq!(client.echo.calls(), 0, "nothing goes out without its token");
 }
 
 #[test]
-fn no_other_upstream_gets_the_token() {
+fn the_token_is_sent_to_its_upstream_only() {
     let client = Client::new();
     let other = Echo::start();
-    // A service that is not there, so that another one answers.
+    // No service on the primary upstream, so that the fallback upstream responds.
     let gone = RawServer::scripted(b"");
     let mut text = client.upstream("up", "retry = false\nfallback = { upstream = \"other\" }");
     text = text.replace(&client.echo.server.address().to_string(), &gone.address().to_string());

@@ -1,4 +1,5 @@
-//! With a real identity provider (Authlib, over TLS by a private CA): its keys, its tokens, and an API that takes them.
+//! A real identity provider (Authlib, over TLS with a private CA): its keys, its tokens, and an API that verifies
+//! them.
 
 use std::net::SocketAddr;
 
@@ -18,7 +19,7 @@ struct Provider {
 }
 
 impl Provider {
-    /// None where Authlib is missing, which has been said then.
+    /// None if Authlib is missing; that has been reported then.
     fn start() -> Option<Self> {
         let python = python_with("authlib.integrations.flask_oauth2")?.display().to_string();
         let pki = Pki::new();
@@ -39,18 +40,18 @@ impl Provider {
         format!("https://localhost:{}{path}", self.address.port())
     }
 
-    /// What it answers to a request of the test's own.
-    fn tell(&self, path: &str) -> String {
+    /// The provider's response to a request of the test.
+    fn post(&self, path: &str) -> String {
         let request = format!(
             "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );
-        let answer = TlsCaller::new(None, &[]).say(self.address, &request).expect("an answer");
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        answer.split("\r\n\r\n").nth(1).expect("a body").to_owned()
+        let response = TlsCaller::new(None, &[]).say(self.address, &request).expect("a response");
+        assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+        response.split("\r\n\r\n").nth(1).expect("a body").to_owned()
     }
 
     fn token(&self, algorithm: &str) -> String {
-        self.tell(&format!("/sign?alg={algorithm}"))
+        self.post(&format!("/sign?alg={algorithm}"))
     }
 }
 
@@ -60,7 +61,7 @@ fn ask_with(proxy: &Proxy, token: &str) -> Message {
 }
 
 #[test]
-fn its_tokens_are_checked_by_its_keys_which_rotate() {
+fn tokens_are_verified_across_key_rotation() {
     let Some(provider) = Provider::start() else { return };
     let echo = Echo::start();
     let (service, keys, ca) = (echo.server.address(), provider.url("/jwks"), provider.pki.path("ca.crt"));
@@ -71,8 +72,8 @@ fn its_tokens_are_checked_by_its_keys_which_rotate() {
     let mut old = Vec::new();
     for algorithm in ["RS256", "ES256", "EdDSA"] {
         let token = provider.token(algorithm);
-        let answer = ask_with(&proxy, &token);
-        assert_eq!(answer.status(), 200, "{algorithm}: {}", answer.text());
+        let response = ask_with(&proxy, &token);
+        assert_eq!(response.status(), 200, "{algorithm}: {}", response.text());
         old.push(token);
     }
     let status = admin(&proxy, "/status").1;
@@ -80,29 +81,29 @@ fn its_tokens_are_checked_by_its_keys_which_rotate() {
     assert_eq!((&status["jwt"]["known"], &status["jwt"]["source"]), (&3.into(), &keys.into()), "{status}");
     assert_eq!(status["jwt"]["fetched"], 1);
 
-    provider.tell("/rotate");
+    provider.post("/rotate");
     let new = provider.token("ES256");
-    // Not sooner than the provider may be asked again.
+    // Not before the provider may be queried again.
     eventually("the new key", || ask_with(&proxy, &new).status() == 200);
     assert!(
         old.iter().all(|token| ask_with(&proxy, token).status() == 200),
         "the old ones are still published"
     );
-    // What is not published any more does not count.
-    provider.tell("/rotate");
-    provider.tell("/forget");
+    // A key that is no longer published is no longer accepted.
+    provider.post("/rotate");
+    provider.post("/forget");
     let newest = provider.token("RS256");
     eventually("the newest key", || ask_with(&proxy, &newest).status() == 200);
     assert!(old.iter().all(|token| ask_with(&proxy, token).status() == 401));
 
-    // Whose certificate nobody vouches for is not believed.
+    // A provider with an untrusted certificate is rejected.
     let doubting = Proxy::start(config.replace(&format!("ca = {ca:?}\n"), ""));
     assert_eq!(ask_with(&doubting, &newest).status(), 503);
     eventually("the reason", || admin(&doubting, "/status").1.contains("UnknownIssuer"));
 }
 
 #[test]
-fn its_tokens_are_fetched_and_renewed_when_an_api_does_not_take_them_any_more() {
+fn tokens_are_fetched_and_renewed_when_the_api_rejects_them() {
     let Some(provider) = Provider::start() else { return };
     let (at, token, ca) = (provider.address, provider.url("/token"), provider.pki.path("ca.crt"));
     let secret = provider.pki.path("secret");
@@ -111,22 +112,22 @@ fn its_tokens_are_fetched_and_renewed_when_an_api_does_not_take_them_any_more() 
          oauth2 = {{ token_url = \"{token}\", client_id = \"check out\", client_secret_file = {secret:?}, scopes = [\"pay\"], ca = {ca:?} }}\n"
     ));
     let pay = || RawClient::connect(proxy.outbound()).ask("GET /api HTTP/1.1\r\nHost: up\r\n\r\n");
-    let answer = pay();
-    assert_eq!((answer.status(), answer.text().trim()), (200, "{\"paid\":true}"));
+    let response = pay();
+    assert_eq!((response.status(), response.text().trim()), (200, "{\"paid\":true}"));
     let shown = || {
         let status: serde_json::Value = serde_json::from_str(&admin(&proxy, "/status").1).expect("JSON");
         status["upstreams"][0]["token"].clone()
     };
     assert_eq!(shown()["fetched"], 1);
     assert!(shown()["good_for_seconds"].as_u64().is_some_and(|left| left > 500), "{}", shown());
-    // The caller hears that it is refused, as nothing is sent twice for it; the next calls have a new one.
-    assert_eq!(provider.tell("/revoke"), "1");
+    // The client gets the rejection, since nothing is sent twice for it; the next requests have a new token.
+    assert_eq!(provider.post("/revoke"), "1");
     assert_eq!(pay().status(), 401);
     eventually("a new token", || pay().status() == 200);
     assert_eq!(shown()["fetched"], 2);
-    // The client's secret is not the right one any more.
+    // The client secret is no longer valid.
     provider.pki.write("secret", "wrong");
-    provider.tell("/revoke");
+    provider.post("/revoke");
     eventually("the reason", || {
         pay();
         shown()["error"].as_str().is_some_and(|error| error.contains("invalid_client"))

@@ -1,5 +1,5 @@
-//! Whose fault a broken exchange is: the client's mistake is counted against no upstream, an endpoint's bad response against
-//! no other stream of its connection.
+//! Which side a failed exchange counts against: a client's error counts against no upstream, an endpoint's invalid
+//! response affects no other stream of its connection.
 
 use std::{
     io::{Read, Write},
@@ -22,9 +22,9 @@ fn page(proxy: &Proxy, path: &str) -> String {
     RawClient::connect(proxy.admin()).ask(request).text()
 }
 
-/// `h2` takes an empty Content-Length for 0. On HTTP/1.1 nothing can be sent with it.
+/// `h2` takes an empty Content-Length for 0. Over HTTP/1.1 nothing can be sent with it.
 #[test]
-fn a_content_length_that_is_no_number_blames_no_upstream() {
+fn an_invalid_content_length_counts_against_no_upstream() {
     let upstream = Upstream::http1(|_| async { text("ok") });
     let proxy = Proxy::start(format!(
         "[[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{}\"]\n",
@@ -49,7 +49,7 @@ fn a_content_length_that_is_no_number_blames_no_upstream() {
     assert_eq!(status["upstreams"][0]["breaker"]["state"], "closed", "{status}");
 }
 
-/// What a server got, up to the end of its connection.
+/// What a server received, up to the end of its connection.
 struct Peer(TcpStream);
 
 impl Peer {
@@ -61,7 +61,7 @@ impl Peer {
         Self(stream)
     }
 
-    /// The kind and the stream of the next frame.
+    /// Kind and stream of the next frame.
     fn next(&mut self) -> Option<(u8, u32)> {
         let mut head = [0; 9];
         self.0.read_exact(&mut head).ok()?;
@@ -79,9 +79,9 @@ fn post(address: SocketAddr) -> u16 {
     RawClient::connect(address).ask("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: 0\r\n\r\n").status()
 }
 
-/// A field that HTTP/2 does not allow, in a head or in trailers, in the table or not.
+/// A field that HTTP/2 does not allow, in head or trailers, in the dynamic table or not.
 #[test]
-fn a_bad_field_of_a_response_ends_its_stream_only() {
+fn an_invalid_response_field_resets_only_its_stream() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("bind");
     let address = listener.local_addr().expect("an address");
     let server = thread::spawn(move || {
@@ -96,7 +96,7 @@ fn a_bad_field_of_a_response_ends_its_stream_only() {
                 first = Some(stream);
                 continue;
             };
-            // Into the table, from which the good response takes the field before it.
+            // Enters the dynamic table, from which the valid response takes the field before it.
             let good = [&[0x88, 0x40, 1, b'a', 1, b'1', 0x40, 5][..], b"X-Bad\x011"].concat();
             peer.headers(END_STREAM, bad, &good);
             peer.headers(0, stream, &[0x88, 0xbf]);
@@ -118,9 +118,9 @@ fn a_bad_field_of_a_response_ends_its_stream_only() {
     assert!(!server.join().expect("no panic"), "GOAWAY");
 }
 
-/// RFC 9113 §5.3.2: an error of the stream. What its block puts into the table is there for later blocks.
+/// RFC 9113 §5.3.2: a stream error. What its header block adds to the dynamic table stays there for later blocks.
 #[test]
-fn a_stream_that_depends_on_itself_ends_alone() {
+fn a_self_dependent_stream_resets_only_itself() {
     let upstream = Upstream::http1(|request| async move {
         let found = request.headers().get("x-a").is_some_and(|value| value == "1");
         text(if found { "found" } else { "lost" })

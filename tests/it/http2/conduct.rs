@@ -1,4 +1,4 @@
-//! Ordinary clients keep their connection, whatever of theirs is refused; those who flood it do not.
+//! Ordinary clients keep their connection, however many of their requests are rejected; clients that flood it do not.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::support::{
 const PROTOCOL_ERROR: u32 = 1;
 const REFUSED_STREAM: u32 = 7;
 
-/// An upstream `up`; every other host is refused.
+/// An upstream `up`; requests for every other host are rejected.
 fn proxy() -> (Upstream, Proxy) {
     let upstream = Upstream::http1(|request| async {
         let _ = http_body_util::BodyExt::collect(request.into_body()).await;
@@ -27,15 +27,15 @@ fn proxy() -> (Upstream, Proxy) {
     (upstream, proxy)
 }
 
-/// Uploads that are answered before they are read, by our own 403: what of them is on its way when they are reset is no
-/// offence, however much it is and however late it comes.
+/// Uploads that get a 403 of the proxy before they are read: their data in flight when they are reset is no offence,
+/// however much it is and however late it arrives.
 #[test]
-fn a_thousand_early_answered_uploads_leave_their_connection_alone() {
+fn a_thousand_early_responses_to_uploads_keep_their_connection() {
     let (_upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
-    // For the bodies of the refusals.
+    // For the bodies of the rejections.
     client.send(h2::frame(h2::WINDOW_UPDATE, 0, 0, &0x3fff_ffff_u32.to_be_bytes()));
-    // An innocent upload that goes on beside them.
+    // A legitimate upload in parallel.
     client.headers(1, &h2::request("POST", "up", "/innocent", &[]), false);
     let post = h2::request("POST", "nowhere", "/", &[("content-type", "text/plain")]);
     let late = h2::block(&[("x-late", "1")]);
@@ -50,7 +50,7 @@ fn a_thousand_early_answered_uploads_leave_their_connection_alone() {
             assert!(kind != GOAWAY, "GOAWAY {:?}", String::from_utf8_lossy(&payload));
             answered += usize::from(kind == RST_STREAM && stream != 1);
         }
-        // Only now comes what had been sent before that was known: data, and for every other one its end, by trailers.
+        // Only now arrives what was sent before the client knew: data, and for every other stream its end by trailers.
         for stream in &streams {
             for _ in 0..8 {
                 client.send(h2::frame(DATA, 0, *stream, &[b'x'; 1000]));
@@ -65,9 +65,9 @@ fn a_thousand_early_answered_uploads_leave_their_connection_alone() {
     client.must_get(20_001, "/after");
 }
 
-/// A client that has not seen our limit yet.
+/// A client that has not seen our SETTINGS yet.
 #[test]
-fn streams_before_settings_are_refused_one_by_one() {
+fn streams_above_the_limit_before_settings_are_refused_individually() {
     let (release, released) = watch::channel(false);
     let released = Arc::new(released);
     let upstream = Upstream::http1(move |_| {
@@ -105,9 +105,9 @@ fn streams_before_settings_are_refused_one_by_one() {
     client.must_get(601, "/after");
 }
 
-/// A public entrance whose clients send what may not be sent: many of them, over one connection.
+/// A public entry point whose clients send malformed requests: many of them over one connection.
 #[test]
-fn malformed_requests_end_their_streams_only() {
+fn malformed_requests_reset_only_their_streams() {
     let (_upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     client.headers(1, &h2::request("POST", "up", "/innocent", &[]), false);
@@ -121,9 +121,9 @@ fn malformed_requests_end_their_streams_only() {
     client.must_get(1001, "/after");
 }
 
-/// All clients of a gateway give up at once: their streams are taken back together.
+/// All clients of a gateway give up at once: their streams are reset together.
 #[test]
-fn a_few_hundred_cancellations_at_once_are_put_up_with() {
+fn a_few_hundred_simultaneous_cancellations_are_tolerated() {
     let (_upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     let mut frames = Vec::new();

@@ -1,4 +1,4 @@
-//! Responses that come before their request has been sent.
+//! Responses that arrive before their request has been sent.
 
 use bytes::Bytes;
 
@@ -8,7 +8,7 @@ use crate::support::{
     h2_server::{H2Server, client, request},
 };
 
-/// Answers before it reads; dropping the rest of the request resets the stream with NO_ERROR.
+/// Responds before it reads; dropping the rest of the request resets the stream with NO_ERROR.
 fn refusing() -> H2Server {
     let mut builder = h2::server::Builder::new();
     builder.initial_window_size(20_000).initial_connection_window_size(1 << 20);
@@ -23,14 +23,14 @@ fn refusing() -> H2Server {
 }
 
 #[test]
-fn an_early_response_reaches_a_client_of_http1() {
+fn an_early_response_reaches_an_http1_client() {
     let server = refusing();
     let proxy = proxy(server.address(), "");
     for round in 0..100 {
         let mut client = RawClient::connect(proxy.outbound());
         client.send("POST / HTTP/1.1\r\nHost: up\r\nContent-Length: 1000000\r\n\r\n");
         let part = vec![b'x'; 10_000];
-        // It stops when it hears the answer, which may close the connection.
+        // Stops when it gets the response, which may close the connection.
         let _ = (0..100).take_while(|_| client.send(&part)).count();
         let response = client.response().expect("well-formed").expect("a response");
         assert_eq!((response.status(), response.text().as_str()), (413, "too large"), "round {round}");
@@ -38,7 +38,7 @@ fn an_early_response_reaches_a_client_of_http1() {
 }
 
 #[tokio::test]
-async fn an_early_response_reaches_a_client_of_http2() {
+async fn an_early_response_reaches_an_http2_client() {
     let server = refusing();
     let proxy = proxy(server.address(), "");
     let mut sender = client(proxy.outbound(), h2::client::Builder::new()).await;

@@ -1,4 +1,4 @@
-//! Fields that HTTP/2 does not allow end their stream, and nothing else.
+//! Header fields that HTTP/2 does not allow reset their stream and nothing else.
 
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +13,7 @@ use crate::support::{
 const PROTOCOL_ERROR: u32 = 1;
 
 fn proxy() -> (Upstream, Proxy) {
-    // It reads all before it answers.
+    // Reads the whole request before it responds.
     let upstream = Upstream::http1(|request| async {
         let _ = http_body_util::BodyExt::collect(request.into_body()).await;
         text("ok")
@@ -31,7 +31,7 @@ fn proxy_to(upstream: Upstream) -> (Upstream, Proxy) {
 
 /// RFC 9113 §8.2.1.
 #[test]
-fn blanks_around_a_value_are_refused() {
+fn whitespace_around_a_field_value_is_rejected() {
     let (_upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     for (number, value) in [" a", "a ", "\ta", "a\t", " "].into_iter().enumerate() {
@@ -43,7 +43,7 @@ fn blanks_around_a_value_are_refused() {
 }
 
 #[test]
-fn blanks_around_the_value_of_a_trailer_are_refused() {
+fn whitespace_around_a_trailer_value_is_rejected() {
     let (_upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     for (number, value) in [" a", "a\t"].into_iter().enumerate() {
@@ -56,9 +56,9 @@ fn blanks_around_the_value_of_a_trailer_are_refused() {
     client.must_get(101, "/after");
 }
 
-/// RFC 9113 §8.5: there is no body, so there is no length.
+/// RFC 9113 §8.5: CONNECT has no body, so it has no length.
 #[test]
-fn a_connect_with_a_length_is_refused() {
+fn connect_with_content_length_is_rejected() {
     let (upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     let authority = upstream.address().to_string();
@@ -68,9 +68,9 @@ fn a_connect_with_a_length_is_refused() {
     client.must_get(101, "/after");
 }
 
-/// What is inside of a tunnel is served by its own rules.
+/// The requests inside a tunnel follow the rules of the forward proxy.
 #[test]
-fn a_tunnel_inside_a_stream_carries_bytes_both_ways() {
+fn a_connect_stream_forwards_bytes_both_ways() {
     let (upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     let authority = upstream.address().to_string();
@@ -89,9 +89,9 @@ fn a_tunnel_inside_a_stream_carries_bytes_both_ways() {
     assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("ok"), "{text:?}");
 }
 
-/// To the library below, bytes that no field may hold are the end of the connection.
+/// The `h2` library ends the connection for bytes that no field may contain.
 #[test]
-fn bad_fields_end_their_stream_only() {
+fn invalid_fields_reset_only_their_stream() {
     let seen = Arc::<Mutex<Vec<HeaderMap>>>::default();
     let log = seen.clone();
     let (_upstream, proxy) = proxy_to(Upstream::http1(move |request| {
@@ -114,7 +114,7 @@ fn bad_fields_end_their_stream_only() {
         for (turn, first) in [0x00, 0x10, 0x40].into_iter().enumerate() {
             let stream = 1 + 2 * (3 * number + turn) as u32;
             let mut block = h2::get("/");
-            // As a literal of each kind: the last one goes into the table.
+            // As a literal of each kind; the last one enters the dynamic table.
             let mut field = h2::block(&[(name, value)]);
             field[0] = first;
             block.extend(field);
@@ -122,7 +122,8 @@ fn bad_fields_end_their_stream_only() {
             assert_eq!(client.end_of(stream), End::Reset(PROTOCOL_ERROR), "{name:?} {value:?} {first:#x}");
         }
     }
-    // What went into the table beside them is still found there; what is bad, is still bad; its name may be used again.
+    // Entries beside them in the dynamic table are still found; the invalid field is still invalid; its name may be
+    // used again.
     let indexed = |stream: u32, client: &mut H2Client, field: &[u8]| {
         client.headers(stream, &[&h2::get("/")[..], field].concat(), true);
         client.end_of(stream)
@@ -136,7 +137,7 @@ fn bad_fields_end_their_stream_only() {
     assert_eq!(indexed(1003, &mut client, &in_table("x-good", "1")), End::Answer(Some(200)));
     assert_eq!(indexed(1005, &mut client, &[0xbe]), End::Answer(Some(200)), "the good one");
     assert_eq!(indexed(1007, &mut client, &[0xbf]), End::Reset(PROTOCOL_ERROR), "the bad one");
-    // Never indexed, with the name of the bad one (the 63rd), and another value.
+    // Never indexed, with the name of the invalid field (index 63) and another value.
     assert_eq!(indexed(1009, &mut client, &[0x1f, 48, 2, b'o', b'k']), End::Answer(Some(200)));
     let seen = seen.lock().expect("no panic");
     assert!(
@@ -149,7 +150,7 @@ fn bad_fields_end_their_stream_only() {
 
 /// RFC 9113 §8.1.
 #[test]
-fn pseudo_header_fields_in_trailers_are_refused() {
+fn pseudo_header_fields_in_trailers_are_rejected() {
     let (_upstream, proxy) = proxy();
     let mut client = H2Client::connect(proxy.outbound());
     for (number, name) in [":path", ":status", ":method"].into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! HTTP/2 on both sides: its streams, windows, limits and errors, seen from outside.
+//! HTTP/2 on both sides: streams, windows, limits and errors, as peers see them.
 
 mod blame;
 mod conduct;
@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 
 use crate::support::Proxy;
 
-/// A proxy with the upstream `up`, called by HTTP/2.
+/// A proxy with the upstream `up`, reached over HTTP/2.
 fn proxy(endpoint: SocketAddr, more: &str) -> Proxy {
     Proxy::start(format!(
         "[runtime]\nworkers = 1\n[[upstream]]\nname = \"up\"\nprotocol = \"h2\"\nendpoints = [\"{endpoint}\"]\n{more}\n"

@@ -1,5 +1,5 @@
-//! What HTTP/2 requests are refused for is told of as it is for HTTP/1.1: counted once, logged with its target; and what every
-//! server takes is carried.
+//! Rejected HTTP/2 requests are reported like HTTP/1.1 ones: counted once and logged with their target. What every
+//! server accepts is forwarded.
 
 use std::{
     io::{Read, Write},
@@ -16,7 +16,7 @@ use crate::{
         h2::{self, DATA, End, H2Client},
         text,
     },
-    wire::{ODD, config, last_request, malformed},
+    wire::{UNUSUAL, config, last_request, malformed},
 };
 
 const PROTOCOL_ERROR: u32 = 1;
@@ -29,12 +29,12 @@ fn service() -> Upstream {
     })
 }
 
-fn ways(proxy: &Proxy) -> [(&'static str, SocketAddr); 3] {
+fn listeners(proxy: &Proxy) -> [(&'static str, SocketAddr); 3] {
     [("other", proxy.outbound()), ("up", proxy.upstream("up")), ("inbound", proxy.inbound())]
 }
 
-/// The last request is a malformed one, of this status and with these words.
-fn is_told(proxy: &Proxy, status: u16, words: &[&str]) {
+/// The last request is logged as malformed with this status and these words.
+fn is_logged(proxy: &Proxy, status: u16, words: &[&str]) {
     eventually("it is among the last requests", || {
         let last = last_request(proxy);
         let why = last["why"].as_str().unwrap_or_default();
@@ -44,7 +44,7 @@ fn is_told(proxy: &Proxy, status: u16, words: &[&str]) {
     });
 }
 
-/// So many of the requests for `up` were malformed, after this one.
+/// The number of malformed requests for `up` is `count` after this one.
 fn is_counted(proxy: &Proxy, count: u64, what: &str) {
     let began = std::time::Instant::now();
     while malformed(proxy, "up") != count {
@@ -55,7 +55,7 @@ fn is_counted(proxy: &Proxy, count: u64, what: &str) {
 }
 
 #[test]
-fn what_http2_refuses_is_counted_once_and_logged_with_its_target() {
+fn rejected_http2_requests_are_counted_once_and_logged_with_their_target() {
     let service = service();
     let proxy = Proxy::start(format!(
         "[inbound]\nforward_to = \"{0}\"\n[[inbound.port]]\nport = {1}\nprotocol = \"http1\"\n\
@@ -109,7 +109,7 @@ fn what_http2_refuses_is_counted_once_and_logged_with_its_target() {
         (h2::request("GET", "up", "/\"#", &[]), End::Answer(Some(400)), 400, vec!["a fragment"]),
     ];
     let mut lines = 0;
-    for (upstream, address) in ways(&proxy) {
+    for (upstream, address) in listeners(&proxy) {
         let mut client = H2Client::connect(address);
         for (at, (block, end, status, words)) in cases.iter().enumerate() {
             let stream = 1 + 2 * at as u32;
@@ -117,7 +117,7 @@ fn what_http2_refuses_is_counted_once_and_logged_with_its_target() {
             assert_eq!(client.end_of(stream), *end, "{words:?}");
             lines += 1;
             eventually("it is counted", || malformed(&proxy, upstream) == 1 + at as u64);
-            is_told(&proxy, *status, words);
+            is_logged(&proxy, *status, words);
         }
         client.must_get(1001, "/after");
         assert_eq!(malformed(&proxy, upstream), cases.len() as u64);
@@ -142,7 +142,7 @@ fn send_fields(client: &mut H2Client, stream: u32, block: &[u8], ends: bool) {
     }
 }
 
-/// A refused target is answered with what is wrong, as by HTTP/1.1.
+/// The response to a rejected target says what is wrong, as over HTTP/1.1.
 #[test]
 fn a_fragment_in_a_path_is_answered_with_400() {
     let service = service();
@@ -155,9 +155,10 @@ fn a_fragment_in_a_path_is_answered_with_400() {
     assert_eq!((&body["cause"], &body["status"]), (&"malformed".into(), &400.into()), "{body}");
 }
 
-/// What RFC 3986 forbids and every server takes goes on byte for byte, also where a client's encoder takes it out of its table.
+/// Characters that RFC 3986 forbids and every server accepts are forwarded byte for byte, also when a client's encoder
+/// takes them from its dynamic table.
 #[test]
-fn odd_paths_are_carried_byte_for_byte() {
+fn unusual_paths_are_forwarded_byte_for_byte() {
     let (saw, seen) = mpsc::channel();
     let server = RawServer::start(move |mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
@@ -182,11 +183,12 @@ fn odd_paths_are_carried_byte_for_byte() {
     for address in [proxy.outbound(), proxy.inbound()] {
         let mut client = H2Client::connect(address);
         let mut stream = 1;
-        for target in ODD {
+        for target in UNUSUAL {
             let line = [b"GET ", target, b" HTTP/1.1"].concat();
             let head = h2::block(&[(":method", "GET"), (":scheme", "http"), (":authority", "up")]);
             let mut path = h2::block(&[(&b":path"[..], target)]);
-            // A literal that goes into the table; its first entry from then on; a literal with the name of that entry.
+            // A literal that enters the dynamic table; then its first entry; then a literal with the name of that
+            // entry.
             path[0] = 0x40;
             let again = [&[0x0f, 62 - 15][..], &path[7..]].concat();
             for path in [&path[..], &[0xbe], &again] {
@@ -204,10 +206,10 @@ fn odd_paths_are_carried_byte_for_byte() {
     }
 }
 
-/// Trailers that are malformed, or too large, end their stream; nothing is cut, and nobody else is hurt.
+/// Malformed or too large trailers reset their stream; nothing is truncated, and other streams are not affected.
 #[test]
-fn bad_trailers_of_a_request_are_malformed() {
-    // Each says that a request has come before it reads the body.
+fn malformed_request_trailers_reset_only_their_stream() {
+    // The service records each request before it reads the body.
     let (saw, seen) = mpsc::channel();
     let handle = move |request: http::Request<hyper::body::Incoming>| {
         let _ = saw.send(());
@@ -250,11 +252,11 @@ fn bad_trailers_of_a_request_are_malformed() {
             if is_bad {
                 counted += 1;
                 is_counted(&proxy, counted, &format!("{protocol}, case {at}"));
-                is_told(&proxy, 400, &["trailers"]);
+                is_logged(&proxy, 400, &["trailers"]);
                 assert_eq!(last_request(&proxy)["attempts"][0]["outcome"], "client_error");
             }
         }
-        // Data that has not the length that was said.
+        // Data whose length does not match Content-Length.
         client.headers(101, &h2::request("POST", "up", "/", &[("content-length", "5")]), false);
         seen.recv_timeout(PATIENCE).expect("a request");
         client.send(h2::frame(DATA, h2::END_STREAM, 101, b"body"));
@@ -265,16 +267,16 @@ fn bad_trailers_of_a_request_are_malformed() {
     }
 }
 
-/// Above a MiB the library below leaves fields out and says nothing.
+/// Above 1 MiB the `h2` library drops fields silently.
 #[test]
-fn a_response_never_ends_without_its_trailers_as_if_it_had_none() {
+fn a_response_with_dropped_trailers_is_reset() {
     let upstream = Upstream::h2c(|request| async move {
         let size: usize = request.uri().path().trim_start_matches('/').parse().unwrap_or(0);
         let mut trailers = http::HeaderMap::new();
         trailers.insert("x-large", http::HeaderValue::try_from("a".repeat(size)).expect("a value"));
         trailers.insert("x-sum", http::HeaderValue::from_static("7"));
         let body = http_body_util::Full::new(bytes::Bytes::from_static(b"abc"))
-            // Of a length that is not known beforehand.
+            // A body of unknown length.
             .map_frame(|frame| frame)
             .with_trailers(async { Some(Ok(trailers)) });
         http::Response::new(body.boxed_unsync())

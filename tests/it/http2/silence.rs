@@ -1,4 +1,4 @@
-//! A connection whose other end has vanished is found out by the first deadline that passes on it.
+//! The first deadline that passes on a dead connection detects it.
 
 use std::{
     net::TcpStream,
@@ -29,9 +29,10 @@ fn ask(address: std::net::SocketAddr) -> u16 {
     RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: close\r\n\r\n").status()
 }
 
-/// The first connection goes silent after its first response, as one does whose peer was cut off; later ones are well.
+/// The first connection becomes unresponsive after its first response, as if its peer had lost the network; later ones
+/// work.
 #[test]
-fn a_silent_connection_gets_no_more_requests() {
+fn an_unresponsive_connection_gets_no_more_requests() {
     let number = AtomicUsize::new(0);
     let server = RawServer::start(move |stream| {
         let first = number.fetch_add(1, Ordering::Relaxed) == 0;
@@ -40,7 +41,7 @@ fn a_silent_connection_gets_no_more_requests() {
             if kind == HEADERS {
                 peer.headers(stream, &block(&[(":status", "200")]), true);
                 if first {
-                    // Not even read any more; closed when the test is over.
+                    // Not even read any more; closed at the end of the test.
                     std::thread::sleep(PATIENCE);
                     return;
                 }
@@ -49,14 +50,14 @@ fn a_silent_connection_gets_no_more_requests() {
     });
     let proxy = proxy(server.address(), BRIEF);
     assert_eq!(ask(proxy.outbound()), 200);
-    assert_eq!(ask(proxy.outbound()), 504, "nobody can know yet");
+    assert_eq!(ask(proxy.outbound()), 504, "not detectable yet");
     for _ in 0..10 {
         assert_eq!(ask(proxy.outbound()), 200, "by another connection, at once");
     }
     assert_eq!(server.connections(), 2);
 }
 
-/// A service that is slow, on a connection that is well: the answer to the PING says so, and the connection is kept.
+/// A slow service on a working connection: it acknowledges the PING, so the connection is kept.
 #[test]
 fn a_slow_service_keeps_its_connection() {
     let pings = Arc::<AtomicUsize>::default();
@@ -81,15 +82,15 @@ fn a_slow_service_keeps_its_connection() {
         assert_eq!(ask(proxy.outbound()), 200);
         assert_eq!(ask(proxy.outbound()), 504);
         eventually("a PING after the deadline", || pings.load(Ordering::Relaxed) == round);
-        // The answer is on its way; what is asked before it is there would open another connection.
+        // The PING acknowledgement is on its way; a request before it arrives would open another connection.
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
     assert_eq!(server.connections(), 1);
 }
 
-/// PINGs also find out a connection on which only a stream is open that nobody expects anything of just now.
+/// PINGs also detect a dead connection whose only open stream is idle.
 #[test]
-fn a_silent_stream_is_cut_off_from_a_silent_peer() {
+fn pings_detect_a_dead_peer_of_an_idle_stream() {
     let server = RawServer::start(move |stream| {
         let Some(mut peer) = accept(stream) else { return };
         while let Ok(Frame { kind, stream, .. }) = peer.next() {

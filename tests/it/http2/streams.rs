@@ -1,4 +1,4 @@
-//! SETTINGS_MAX_CONCURRENT_STREAMS of an upstream is no wall: there are other connections, and a queue.
+//! At an upstream's SETTINGS_MAX_CONCURRENT_STREAMS, requests use other connections and a queue.
 
 use std::{
     io::{Read, Write},
@@ -19,7 +19,7 @@ use crate::wire::last_request;
 
 const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
 
-/// Takes so many streams on a connection. Its responses begin, and never end.
+/// Allows this many streams on a connection. Its responses begin and never end.
 fn server(limit: u32) -> H2Server {
     let mut builder = h2::server::Builder::new();
     builder.max_concurrent_streams(limit);
@@ -31,7 +31,7 @@ fn server(limit: u32) -> H2Server {
     })
 }
 
-/// The statuses of these many requests by HTTP/1.1, which all begin at once.
+/// The statuses of this many HTTP/1.1 requests, sent at once.
 fn ask_all(address: std::net::SocketAddr, count: usize) -> Vec<(u16, RawClient)> {
     let mut clients: Vec<RawClient> = (0..count).map(|_| RawClient::connect(address)).collect();
     for client in &mut clients {
@@ -46,7 +46,7 @@ fn ask_all(address: std::net::SocketAddr, count: usize) -> Vec<(u16, RawClient)>
 }
 
 #[test]
-fn more_endless_streams_than_a_connection_takes_get_other_connections() {
+fn streams_above_the_concurrency_limit_get_another_connection() {
     let server = server(5);
     let proxy = proxy(server.address(), "");
     let answered = ask_all(proxy.outbound(), 20);
@@ -55,7 +55,7 @@ fn more_endless_streams_than_a_connection_takes_get_other_connections() {
 }
 
 #[tokio::test]
-async fn the_same_with_clients_of_http2() {
+async fn streams_of_http2_clients_above_the_limit_get_another_connection() {
     let server = server(5);
     let proxy = proxy(server.address(), "");
     let mut open = Vec::new();
@@ -75,7 +75,7 @@ async fn the_same_with_clients_of_http2() {
 }
 
 #[test]
-fn beyond_max_connections_requests_wait_and_are_refused_then() {
+fn requests_queue_at_max_connections_and_are_then_rejected() {
     let server = server(5);
     let proxy = proxy(server.address(), "limits = { max_connections = 2, pending_timeout = \"400ms\" }");
     let began = Instant::now();
@@ -88,7 +88,7 @@ fn beyond_max_connections_requests_wait_and_are_refused_then() {
     let said = response.field("proxy-status").unwrap_or_default();
     assert!(said.contains("details=\"limit_full\""), "{response:?}");
     assert!(response.field("retry-after").is_some(), "{response:?}");
-    // A stream that ends makes room for the next request.
+    // A stream that ends frees its slot for the next request.
     answered.retain(|(status, _)| *status == 200);
     answered.truncate(9);
     eventually("a stream to be free", || {
@@ -96,18 +96,18 @@ fn beyond_max_connections_requests_wait_and_are_refused_then() {
     });
 }
 
-/// A wait for a turn in this process blames nobody, whichever clock ends it.
+/// Queueing inside the proxy counts against no endpoint, whichever timer ends it.
 #[test]
-fn a_wait_for_a_stream_above_attempt_timeout_blames_nobody() {
+fn waiting_for_a_stream_past_attempt_timeout_counts_against_no_endpoint() {
     let server = server(1);
     let keys = "limits = { max_connections = 1, pending_timeout = \"5s\" }\nattempt_timeout = \"300ms\"\nretry = false";
     let proxy = proxy(server.address(), keys);
-    waits_blamelessly(&proxy);
+    wait_counts_against_no_endpoint(&proxy);
 }
 
-/// The same for a connection of HTTP/1.1, for which no more than 100 ms are waited.
+/// The same for an HTTP/1.1 connection, for which a request waits at most 100 ms.
 #[test]
-fn a_wait_for_a_connection_above_attempt_timeout_blames_nobody() {
+fn waiting_for_a_connection_past_attempt_timeout_counts_against_no_endpoint() {
     let server = RawServer::start(|mut stream| {
         let mut seen = [0; 4096];
         let _ = stream.read(&mut seen);
@@ -119,18 +119,18 @@ fn a_wait_for_a_connection_above_attempt_timeout_blames_nobody() {
          limits = {{ max_connections = 1 }}\nattempt_timeout = \"60ms\"\nretry = false\n",
         server.address()
     ));
-    waits_blamelessly(&proxy);
+    wait_counts_against_no_endpoint(&proxy);
 }
 
-/// The first request takes all there is, the next ones wait in vain.
-fn waits_blamelessly(proxy: &Proxy) {
+/// The first request takes the only slot, the next ones wait in vain.
+fn wait_counts_against_no_endpoint(proxy: &Proxy) {
     let mut first = ask_all(proxy.outbound(), 1);
     assert_eq!(first[0].0, 200);
     for _ in 0..10 {
-        let answer = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-        let said = answer.field("proxy-status").unwrap_or_default();
-        assert!(said.contains("details=\"limit_full\""), "{answer:?}");
-        assert!(answer.status() == 503 && answer.field("retry-after").is_some(), "{answer:?}");
+        let response = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        let said = response.field("proxy-status").unwrap_or_default();
+        assert!(said.contains("details=\"limit_full\""), "{response:?}");
+        assert!(response.status() == 503 && response.field("retry-after").is_some(), "{response:?}");
         let last = last_request(proxy);
         assert_eq!(last["attempts"][0]["outcome"], "local_refusal", "{last}");
     }
@@ -159,7 +159,7 @@ fn set_limit(peer: &mut H2Client, limit: u32) {
     peer.send(frame(SETTINGS, 0, 0, &setting));
 }
 
-/// The next request's stream.
+/// The stream of the next request.
 fn next_request(peer: &mut H2Client) -> Option<u32> {
     loop {
         if let Frame { kind: HEADERS, stream, .. } = peer.next().ok()? {
@@ -168,14 +168,14 @@ fn next_request(peer: &mut H2Client) -> Option<u32> {
     }
 }
 
-/// None at first: it is waited for on the one connection, and no other is opened for it.
+/// A limit of zero at first: requests wait on the one connection, and no other is opened.
 #[test]
-fn a_limit_of_zero_at_first_is_waited_for() {
+fn requests_wait_while_the_stream_limit_is_zero() {
     let (allow, allowed) = mpsc::channel::<()>();
     let allowed = std::sync::Mutex::new(allowed);
     let server = RawServer::start(move |stream| {
         let Some(mut peer) = accept(stream, 0) else { return };
-        // The first request may come before the limit is known.
+        // The first request may be sent before the limit is known.
         if let Ok(allowed) = allowed.lock() {
             let _ = allowed.recv_timeout(PATIENCE);
         }
@@ -197,9 +197,9 @@ fn a_limit_of_zero_at_first_is_waited_for() {
     assert_eq!(server.connections(), 1);
 }
 
-/// Lowered while streams are open: those go on, and new ones get another connection.
+/// Lowered while streams are open: those continue, and new ones use another connection.
 #[test]
-fn a_limit_that_is_lowered_holds_for_new_streams() {
+fn a_lowered_stream_limit_applies_to_new_streams() {
     let server = RawServer::start(move |stream| {
         let Some(mut peer) = accept(stream, 10) else { return };
         let mut open = Vec::new();
@@ -215,7 +215,7 @@ fn a_limit_that_is_lowered_holds_for_new_streams() {
     let proxy = proxy(server.address(), "");
     let first = ask_all(proxy.outbound(), 2);
     assert!(first.iter().all(|(status, _)| *status == 200));
-    // Our acknowledgement of the lowered limit is not seen here; it is at work once requests go elsewhere.
+    // Our acknowledgement of the lowered limit is not visible here; it is in force once requests go elsewhere.
     eventually("another connection", || {
         let mut client = RawClient::connect(proxy.outbound());
         client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");

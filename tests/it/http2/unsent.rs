@@ -1,4 +1,4 @@
-//! A request that was surely never sent, or never looked at, goes out again: also where `retry = false`.
+//! A request that was certainly not sent or not processed is sent again, even with `retry = false`.
 
 use std::{
     net::TcpStream,
@@ -31,8 +31,8 @@ fn accept(stream: TcpStream) -> Option<H2Client> {
     Some(peer)
 }
 
-/// A server whose first connections end by `end(peer, streams)` once so many requests have come; later ones answer. And how
-/// many requests were answered.
+/// A server whose first connections end by `end(peer, streams)` after this many requests; later ones respond. Also
+/// returns how many requests got a response.
 fn server(
     connections: usize,
     requests: usize,
@@ -60,7 +60,7 @@ fn server(
     (server, answered)
 }
 
-/// These many POSTs at once.
+/// Sends this many POSTs at once.
 fn post_all(proxy: &Proxy, count: usize) -> Vec<u16> {
     let (statuses, address) = (Mutex::new(Vec::new()), proxy.outbound());
     thread::scope(|scope| {
@@ -81,9 +81,9 @@ fn go_away(last: u32, code: u32) -> Vec<u8> {
     frame(GOAWAY, 0, 0, &payload)
 }
 
-/// The first of the streams is answered, as GOAWAY says; the others were never looked at.
+/// The first stream gets its response, as GOAWAY says; the others were not processed.
 #[test]
-fn what_goaway_leaves_out_goes_out_again_without_retries() {
+fn requests_above_the_goaway_last_id_are_resent_with_retry_off() {
     for code in [0, ENHANCE_YOUR_CALM] {
         let (server, answered) = server(1, 5, move |peer, streams| {
             peer.send(go_away(streams[0], code));
@@ -98,7 +98,7 @@ fn what_goaway_leaves_out_goes_out_again_without_retries() {
 }
 
 #[test]
-fn refused_streams_go_out_again_without_retries() {
+fn refused_streams_are_resent_with_retry_off() {
     let (server, answered) = server(1, 3, |peer, streams| {
         let mut frames = go_away(*streams.last().expect("some"), 0);
         for stream in streams {
@@ -111,9 +111,9 @@ fn refused_streams_go_out_again_without_retries() {
     assert_eq!(answered.load(Ordering::Relaxed), 3);
 }
 
-/// Who refuses everything is asked no more than three times for one request, and each time is known to have done nothing.
+/// An endpoint that refuses everything gets one request at most three times; it processed none of them.
 #[test]
-fn an_endpoint_that_refuses_everything_is_not_asked_for_ever() {
+fn resends_to_an_endpoint_that_refuses_all_streams_are_bounded() {
     let requests = Arc::<AtomicUsize>::default();
     let count = requests.clone();
     let server = RawServer::start(move |stream| {
@@ -130,9 +130,9 @@ fn an_endpoint_that_refuses_everything_is_not_asked_for_ever() {
     assert_eq!(requests.load(Ordering::Relaxed), 3);
 }
 
-/// A connection lives for a moment only: none of the requests around its end is lost, and none is done twice.
+/// Connections live only briefly: no request around the end of one is lost, and none is processed twice.
 #[test]
-fn no_request_is_lost_where_connections_age() {
+fn no_request_is_lost_when_connections_reach_their_maximum_age() {
     let answered = Arc::<AtomicUsize>::default();
     let count = answered.clone();
     let server = RawServer::start(move |stream| {
@@ -158,10 +158,10 @@ fn no_request_is_lost_where_connections_age() {
     assert_eq!(answered.load(Ordering::Relaxed), 200);
 }
 
-/// With `retry = false` a body is kept as far as a refused stream could need it again: by 400 clients no more than 64 KiB each,
-/// however small the pieces are that it comes in.
+/// With `retry = false` a body is buffered only as far as a refused stream could need it again: no more than 64 KiB
+/// for each of 400 clients, however small the chunks in which it arrives.
 #[test]
-fn what_is_kept_of_bodies_without_retries_is_bounded() {
+fn buffered_body_bytes_are_bounded_with_retry_off() {
     const CLIENTS: usize = 400;
     const PIECES: usize = 900;
     const PIECE: usize = 64;
@@ -190,7 +190,7 @@ fn what_is_kept_of_bodies_without_retries_is_bounded() {
     }
     eventually("all of the bodies", || came.load(Ordering::Relaxed) == CLIENTS * (1 + PIECE * PIECES));
     let grown = proxy.resident_kib().saturating_sub(before);
-    // What they have sent, and as much again for the room it lies in.
+    // What they have sent, and as much again for the buffers that hold it.
     assert!(grown < 2 * 64 * CLIENTS as u64, "{grown} KiB for {CLIENTS} uploads");
     for client in &mut clients {
         client.send("0\r\n\r\n");

@@ -1,4 +1,4 @@
-//! What nobody reads holds up nobody else.
+//! Data that a peer does not read blocks no other stream.
 
 use std::time::Duration;
 
@@ -25,7 +25,8 @@ async fn read(body: &mut RecvStream) -> usize {
     total
 }
 
-/// `/large` has 50 MB, `/small` one; `/stuck` reads nothing and never answers; all else reads, and answers.
+/// `/large` has 50 MB, `/small` one; `/stuck` reads nothing and never responds; every other path reads the body and
+/// responds.
 fn server() -> H2Server {
     let builder = h2::server::Builder::new();
     H2Server::start(builder, |mut request, mut respond| async move {
@@ -61,16 +62,16 @@ fn begin(path: &str) -> String {
 }
 
 #[track_caller]
-fn must_download(proxy: &Proxy) {
+fn assert_download(proxy: &Proxy) {
     let mut third = RawClient::connect(proxy.outbound());
     third.send(begin("/small"));
     let (bytes, closed) = third.read_to_close();
     assert!(closed && bytes.len() > MEGABYTE, "{} bytes came", bytes.len());
 }
 
-/// Two readers that do not read stopped all others once: they held the window of the connection that all shared.
+/// Two stuck readers once stopped all others: they held the window of the shared connection.
 #[test]
-fn slow_downloads_do_not_hold_up_others() {
+fn slow_downloads_do_not_block_other_streams() {
     let server = server();
     let proxy = proxy(server.address(), "");
     let before = proxy.resident_kib();
@@ -82,15 +83,15 @@ fn slow_downloads_do_not_hold_up_others() {
         slow.push(client);
     }
     for _ in 0..3 {
-        must_download(&proxy);
+        assert_download(&proxy);
     }
     let grown = proxy.resident_kib().saturating_sub(before);
     assert!(grown < 60 * 1024, "resident memory has grown by {grown} KiB with 60 slow readers");
 }
 
-/// The same with clients of HTTP/2, each with a connection of its own.
+/// The same with HTTP/2 clients, each on its own connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn slow_downloads_of_http2_clients_do_not_hold_up_others() {
+async fn slow_http2_clients_do_not_block_other_streams() {
     let server = server();
     let proxy = proxy(server.address(), "");
     let mut slow = Vec::new();
@@ -99,10 +100,10 @@ async fn slow_downloads_of_http2_clients_do_not_hold_up_others() {
         let (response, _) = sender.send_request(request("GET", "up", "/large"), true).expect("sent");
         slow.push((sender, response.await.expect("a response")));
     }
-    tokio::task::spawn_blocking(move || must_download(&proxy)).await.expect("downloaded");
+    tokio::task::spawn_blocking(move || assert_download(&proxy)).await.expect("downloaded");
 }
 
-/// An upload on a connection, and whether it was answered in time.
+/// An upload on a connection, and whether it got its response in time.
 async fn upload(sender: &SendRequest<Bytes>, host: &str, path: &str, limit: Duration) -> Option<u16> {
     let mut sender = sender.clone().ready().await.expect("the connection lives");
     let (response, mut body) = sender.send_request(request("POST", host, path), false).expect("sent");
@@ -124,9 +125,9 @@ async fn upload(sender: &SendRequest<Bytes>, host: &str, path: &str, limit: Dura
     status
 }
 
-/// Uploads that are not read, on one connection of one client, to upstreams of both kinds.
+/// Unread uploads on one connection of one client, to upstreams of both kinds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stuck_uploads_do_not_hold_up_others() {
+async fn stuck_uploads_do_not_block_other_streams() {
     let h2 = server();
     let h1 = Upstream::http1(|request| async move {
         if request.uri().path() == "/stuck" {

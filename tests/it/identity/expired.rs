@@ -1,4 +1,5 @@
-//! What has expired or was revoked is refused on a resumed session as on a new one; and TLS of other ages and purposes.
+//! Expired and revoked certificates are rejected on a resumed session as on a new one; other TLS versions and key
+//! usages.
 
 use std::time::{Duration, SystemTime};
 
@@ -28,51 +29,51 @@ fn service() -> Upstream {
     Upstream::http1(|_| async { text("hello") })
 }
 
-fn resumed(callee: &Proxy) -> f64 {
-    metric(callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}")
+fn resumed(server: &Proxy) -> f64 {
+    metric(server, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}")
 }
 
-/// Calls twice: the second time with the session of the first.
+/// Connects twice, the second time with the session of the first.
 #[track_caller]
-fn is_let_in_twice(client: &TlsCaller, callee: &Proxy) {
-    let before = resumed(callee);
+fn is_accepted_twice(client: &TlsCaller, server: &Proxy) {
+    let before = resumed(server);
     for _ in 0..2 {
-        let answer = client.say(callee.inbound(), GET).expect("an answer");
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}{}", callee.stderr());
+        let response = client.say(server.inbound(), GET).expect("a response");
+        assert!(response.starts_with("HTTP/1.1 200"), "{response}{}", server.stderr());
     }
-    assert!(resumed(callee) > before, "the second one resumes");
+    assert!(resumed(server) > before, "the second one resumes");
 }
 
-fn is_refused(client: &TlsCaller, callee: &Proxy) -> bool {
-    !client.say(callee.inbound(), GET).is_ok_and(|answer| answer.contains("200"))
+fn is_refused(client: &TlsCaller, server: &Proxy) -> bool {
+    !client.say(server.inbound(), GET).is_ok_and(|response| response.contains("200"))
 }
 
 #[test]
 fn a_client_whose_certificate_has_expired_cannot_resume() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let at = expires();
     let certificate = pki.issue("checkout", |params| {
         params.subject_alt_names = vec![uri(&id("checkout"))];
         params.not_after = at.into();
     });
     let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
-    is_let_in_twice(&client, &callee);
+    is_accepted_twice(&client, &server);
     wait_until(at);
-    assert!(is_refused(&client, &callee));
+    assert!(is_refused(&client, &server));
 }
 
-/// The leaf is good for years; who issued it is not any more.
+/// The leaf is valid for years; its issuer has expired.
 #[test]
 fn a_client_whose_intermediate_has_expired_cannot_resume() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let at = expires();
     let certificate = pki.issue_below("checkout", at);
     let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
-    is_let_in_twice(&client, &callee);
+    is_accepted_twice(&client, &server);
     wait_until(at);
-    assert!(is_refused(&client, &callee));
+    assert!(is_refused(&client, &server));
 }
 
 #[test]
@@ -80,7 +81,7 @@ fn a_client_whose_certificate_was_revoked_cannot_resume() {
     let (pki, service) = (Pki::new(), service());
     let list = pki.revoke(&[]);
     let identity = pki.identity("payments");
-    let callee = Proxy::start(format!(
+    let server = Proxy::start(format!(
         "{identity}crl = {list:?}\n[inbound]\nforward_to = \"{}\"\n",
         service.address()
     ));
@@ -89,10 +90,10 @@ fn a_client_whose_certificate_was_revoked_cannot_resume() {
         params.serial_number = Some(4711_u64.into());
     });
     let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
-    is_let_in_twice(&client, &callee);
+    is_accepted_twice(&client, &server);
     pki.revoke(&[4711]);
-    eventually("the revoked one to be refused", || is_refused(&client, &callee));
-    assert!(is_refused(&client, &callee));
+    eventually("the revoked one to be refused", || is_refused(&client, &server));
+    assert!(is_refused(&client, &server));
 }
 
 #[test]
@@ -101,53 +102,53 @@ fn a_server_whose_certificate_has_expired_cannot_be_resumed() {
     let at = expires();
     let certificate = pki.issue("payments", |params| params.not_after = at.into());
     let server = TlsServer::start(&certificate, None, &["http/1.1"]);
-    let caller = caller(&pki, server.address(), "retry = false\n");
+    let client = caller(&pki, server.address(), "retry = false\n");
     for _ in 0..2 {
-        assert_eq!(call(&caller).0, 200, "{}", caller.stderr());
+        assert_eq!(call(&client).0, 200, "{}", client.stderr());
     }
     let resumed = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"resumed\"}";
-    assert!(metric(&caller, resumed) > 0.0);
+    assert!(metric(&client, resumed) > 0.0);
     wait_until(at);
-    let (status, problem) = call(&caller);
+    let (status, problem) = call(&client);
     assert!(status >= 500 && problem.contains("expired"), "{status} {problem}");
 }
 
-/// That is nobody's fault but ours, and is told so.
+/// An expired certificate of our own counts against no upstream and is reported as our own.
 #[test]
-fn a_clients_own_expired_certificate_is_told_and_counted_against_nobody() {
+fn an_own_expired_certificate_is_reported_and_counts_against_no_upstream() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let at = expires();
     pki.write_ca();
     pki.write_leaf("checkout", |params| params.not_after = at.into());
     let identity = pki.section("checkout");
-    let caller = Proxy::start(format!(
+    let client = Proxy::start(format!(
         "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\nidentity = [\"{}\"]\n\
          breaker = {{ consecutive_failures = 3 }}\noutlier = {{ consecutive_failures = 3 }}\n",
-        callee.inbound(),
+        server.inbound(),
         id("payments")
     ));
-    assert_eq!(call(&caller).0, 200, "{}", caller.stderr());
+    assert_eq!(call(&client).0, 200, "{}", client.stderr());
     wait_until(at);
     for number in 0..12 {
-        let (status, problem) = call(&caller);
+        let (status, problem) = call(&client);
         let problem: Value = serde_json::from_str(&problem).expect("JSON");
-        let told = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
-        assert!(status == 502 && told, "{number}: {status} {problem}");
+        let is_tls_failure = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
+        assert!(status == 502 && is_tls_failure, "{number}: {status} {problem}");
         assert!(
             problem["detail"].as_str().is_some_and(|detail| detail.contains("our certificate")),
             "{problem}"
         );
     }
-    let status: Value = serde_json::from_str(&admin(&caller, "/status").1).expect("JSON");
+    let status: Value = serde_json::from_str(&admin(&client, "/status").1).expect("JSON");
     let upstream = &status["upstreams"][0];
     assert_eq!(upstream["breaker"]["state"], "closed", "{upstream}");
     assert_eq!(upstream["endpoints"][0]["state"], "healthy", "{upstream}");
 }
 
-/// Without an identity, too.
+/// Without an `[identity]`, too.
 #[test]
-fn an_upstream_that_speaks_tls_1_2_alone_is_called_where_that_is_allowed() {
+fn a_tls_1_2_only_upstream_is_reached_where_min_tls_allows() {
     let pki = Pki::new();
     let ca = pki.write_ca();
     let certificate = pki.issue("payments", |_| {});

@@ -1,4 +1,4 @@
-//! The TLS of others, as caller and as server.
+//! Mutual TLS with other implementations, as client and as server.
 
 use std::{net::SocketAddr, process::Command};
 
@@ -21,48 +21,48 @@ fn service() -> Upstream {
     Upstream::http1(|_| async { text("hello") })
 }
 
-/// A sidecar that calls `address` by mutual TLS as `payments`.
-fn calling(pki: &Pki, address: SocketAddr) -> Proxy {
+/// A sidecar that connects to `address` by mutual TLS as `payments`.
+fn client_sidecar_of(pki: &Pki, address: SocketAddr) -> Proxy {
     super::caller(pki, address, "")
 }
 
-/// Another proxy between two of ours: certificates for both sides, a callee of ours, and two ports for it.
+/// Another proxy between two sidecars: certificates for both sides, a sidecar as its upstream, and two ports for it.
 struct Between {
     pki: Pki,
     service: Upstream,
-    callee: Proxy,
-    /// Where it is called by mutual TLS, as `payments`.
+    server: Proxy,
+    /// Where it accepts mutual TLS, as `payments`.
     port: u16,
-    /// Where it takes plaintext, to call ours by mutual TLS as `checkout`.
+    /// Where it accepts plaintext and connects to the sidecar by mutual TLS as `checkout`.
     front: u16,
 }
 
 impl Between {
     fn new() -> Self {
         let (pki, service) = (Pki::new(), service());
-        let callee = callee(&pki, service.address(), "");
+        let server = callee(&pki, service.address(), "");
         pki.write_leaf("checkout", |_| {});
-        Self { pki, service, callee, port: free_port(), front: free_port() }
+        Self { pki, service, server, port: free_port(), front: free_port() }
     }
 }
 
-/// Who calls at its front reaches our service.
+/// A client of its front port reaches our service.
 #[track_caller]
-fn is_let_in(front: SocketAddr, callee: &Proxy) {
-    let answer = RawClient::connect(front).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
-    assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+fn is_accepted(front: SocketAddr, server: &Proxy) {
+    let response = RawClient::connect(front).ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert_eq!((response.status(), response.text().as_str()), (200, "hello"), "{}", server.stderr());
 }
 
 #[test]
-fn curl_and_openssl_as_callers() {
+fn curl_and_openssl_as_clients() {
     if !has_tool(&["curl", "openssl"]) {
         return;
     }
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     pki.write_leaf("checkout", |_| {});
     let (ca, cert, key) = (pki.path("ca.crt"), pki.path("checkout.crt"), pki.path("checkout.key"));
-    let port = callee.inbound().port();
+    let port = server.inbound().port();
     for version in ["--http1.1", "--http2"] {
         let output = Command::new(tool("curl").expect("checked before"))
             .args(["-s", "-S", version, "-w", " %{http_version}", "--cacert"])
@@ -81,7 +81,7 @@ fn curl_and_openssl_as_callers() {
     }
     let s_client = |more: &[&str]| {
         let output = Command::new(tool("openssl").expect("checked before"))
-            .args(["s_client", "-brief", "-connect", &callee.inbound().to_string(), "-CAfile"])
+            .args(["s_client", "-brief", "-connect", &server.inbound().to_string(), "-CAfile"])
             .arg(&ca)
             .arg("-cert")
             .arg(&cert)
@@ -107,9 +107,9 @@ fn tls_1_2_where_it_is_allowed() {
     let (pki, service) = (Pki::new(), service());
     let identity = pki.identity("payments");
     let address = service.address();
-    let callee =
+    let server =
         Proxy::start(format!("{identity}min_tls = \"1.2\"\n[inbound]\nforward_to = \"{address}\"\n"));
-    let port = callee.inbound();
+    let port = server.inbound();
     let output = Command::new(tool("openssl").expect("checked before"))
         .args(["s_client", "-brief", "-tls1_2", "-connect", &port.to_string(), "-CAfile"])
         .arg(pki.path("ca.crt"))
@@ -125,11 +125,11 @@ fn tls_1_2_where_it_is_allowed() {
 }
 
 #[test]
-fn nginx_as_server_and_as_caller() {
+fn nginx_as_server_and_as_client() {
     if !has_tool(&["nginx"]) {
         return;
     }
-    let Between { pki, service: _service, callee, port, front } = Between::new();
+    let Between { pki, service: _service, server, port, front } = Between::new();
     let dir = pki.path("");
     let dir = dir.display();
     let config = format!(
@@ -141,26 +141,26 @@ fn nginx_as_server_and_as_caller() {
          server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass https://{}; proxy_ssl_protocols TLSv1.3;\n\
          proxy_ssl_certificate {dir}checkout.crt; proxy_ssl_certificate_key {dir}checkout.key;\n\
          proxy_ssl_trusted_certificate {dir}ca.crt; proxy_ssl_verify on; proxy_ssl_name payments; }} }} }}\n",
-        callee.inbound()
+        server.inbound()
     );
     let _nginx = Daemon::start("nginx", &["-c", "@DIR@/conf", "-p", "@DIR@"], &[("conf", &config)])
         .listening(local(port));
-    let caller = calling(&pki, local(port));
+    let caller = client_sidecar_of(&pki, local(port));
     let mut client = RawClient::connect(caller.outbound());
     for _ in 0..20 {
-        let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
-        assert_eq!((answer.status(), answer.text().as_str()), (200, "SUCCESS TLSv1.3"));
+        let response = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+        assert_eq!((response.status(), response.text().as_str()), (200, "SUCCESS TLSv1.3"));
     }
-    is_let_in(local(front), &callee);
+    is_accepted(local(front), &server);
 }
 
 #[test]
-fn haproxy_as_server_and_as_caller() {
+fn haproxy_as_server_and_as_client() {
     if !has_tool(&["haproxy"]) {
         return;
     }
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     pki.write_leaf("checkout", |_| {});
     for name in ["payments", "checkout"] {
         let both = ["crt", "key"]
@@ -177,18 +177,18 @@ fn haproxy_as_server_and_as_caller() {
          frontend front\n bind 127.0.0.1:{front}\n default_backend mtls\n\
          backend mtls\n server s {} ssl crt {dir}checkout.pem ca-file {dir}ca.crt verify required verifyhost payments alpn h2,http/1.1\n",
         service.address(),
-        callee.inbound()
+        server.inbound()
     );
     let _haproxy =
         Daemon::start("haproxy", &["-db", "-f", "@DIR@/conf"], &[("conf", &config)]).listening(local(port));
-    let caller = calling(&pki, local(port));
+    let client = client_sidecar_of(&pki, local(port));
     for _ in 0..5 {
-        assert_eq!(call(&caller), (200, "hello".to_owned()));
+        assert_eq!(call(&client), (200, "hello".to_owned()));
     }
-    is_let_in(local(front), &callee);
+    is_accepted(local(front), &server);
 }
 
-/// OpenSSL's own server, which insists on a client's certificate and tells by a page of its own what was agreed.
+/// OpenSSL's own server, which requires a client certificate and serves a page with the negotiated parameters.
 #[test]
 fn openssl_as_server() {
     if !has_tool(&["openssl"]) {
@@ -196,7 +196,7 @@ fn openssl_as_server() {
     }
     let pki = Pki::new();
     let port = free_port();
-    let caller = calling(&pki, local(port));
+    let client = client_sidecar_of(&pki, local(port));
     let accept = format!("127.0.0.1:{port}");
     let file = |name: &str| pki.path(name).display().to_string();
     pki.write_leaf("payments", |_| {});
@@ -220,19 +220,19 @@ fn openssl_as_server() {
     ];
     let _server = Daemon::start("openssl", &args, &[]).listening(local(port));
     for _ in 0..3 {
-        let (status, page) = call(&caller);
+        let (status, page) = call(&client);
         assert_eq!(status, 200, "{page}");
         assert!(page.contains("TLSv1.3") && page.contains("Client certificate"), "{page}");
     }
 }
 
-/// Envoy, with its SPIFFE validator, as server; and as caller.
+/// Envoy with its SPIFFE validator, as server and as client.
 #[test]
-fn envoy_as_server_and_as_caller() {
+fn envoy_as_server_and_as_client() {
     if !has_tool(&["envoy"]) {
         return;
     }
-    let Between { pki, service, callee, port, front } = Between::new();
+    let Between { pki, service, server, port, front } = Between::new();
     let file = |name: &str| json!({"filename": pki.path(name)});
     let common = |name: &str, peer: &str| {
         json!({
@@ -240,7 +240,7 @@ fn envoy_as_server_and_as_caller() {
                 "certificate_chain": file(&format!("{name}.crt")), "private_key": file(&format!("{name}.key")),
             }],
             "tls_params": {
-                // As a client it would speak 1.2 at the most.
+                // As a client Envoy would offer TLS 1.2 at most.
                 "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3",
             },
             "alpn_protocols": ["http/1.1"],
@@ -291,17 +291,17 @@ fn envoy_as_server_and_as_caller() {
     let upstream = socket("Upstream", common("checkout", "payments"), json!({"sni": "payments"}));
     let config = json!({"static_resources": {
         "listeners": [listener(port, "plain", Some(downstream)), listener(front, "mtls", None)],
-        "clusters": [cluster("plain", service.address(), None), cluster("mtls", callee.inbound(), Some(upstream))],
+        "clusters": [cluster("plain", service.address(), None), cluster("mtls", server.inbound(), Some(upstream))],
     }});
     let arguments = ["-c", "@DIR@/conf.json", "--concurrency", "1", "-l", "warn", "--use-dynamic-base-id"];
     let _envoy =
         Daemon::start("envoy", &arguments, &[("conf.json", &config.to_string())]).listening(local(port));
-    let caller = calling(&pki, local(port));
+    let client = client_sidecar_of(&pki, local(port));
     for _ in 0..5 {
-        assert_eq!(call(&caller), (200, "hello".to_owned()));
+        assert_eq!(call(&client), (200, "hello".to_owned()));
     }
-    is_let_in(local(front), &callee);
-    // Somebody else is not believed, by either side.
+    is_accepted(local(front), &server);
+    // Both sides reject another identity.
     let stranger = super::caller(&pki, local(port), "");
     pki.write_leaf("checkout", |p| p.subject_alt_names = vec![crate::support::pki::uri(&id("stranger"))]);
     let refused = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
@@ -311,9 +311,9 @@ fn envoy_as_server_and_as_caller() {
     assert!(body.contains("our certificate"), "{body}");
 }
 
-/// As `outrigger certs` makes them.
+/// Certificates made by `outrigger certs`.
 #[test]
-fn certificates_of_our_own_making() {
+fn certificates_from_outrigger_certs_work() {
     let directory = tempfile::tempdir().expect("a directory");
     let made = Command::new(crate::support::binary())
         .args(["certs", "--trust-domain", "shop.example", "checkout", "payments", "--out"])
@@ -334,21 +334,21 @@ fn certificates_of_our_own_making() {
     let mode = std::fs::metadata(directory.path().join("checkout.key")).expect("a key").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let service = service();
-    let callee =
+    let server =
         Proxy::start(format!("{}[inbound]\nforward_to = \"{}\"\n", identity("payments"), service.address()));
-    let caller = Proxy::start(format!(
+    let client = Proxy::start(format!(
         "{}[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\nidentity = [\"spiffe://shop.example/ns/default/sa/payments\"]\n",
         identity("checkout"),
-        callee.inbound()
+        server.inbound()
     ));
-    assert_eq!(call(&caller), (200, "hello".to_owned()));
-    // Of another trust domain, though the root is the same file's.
+    assert_eq!(call(&client), (200, "hello".to_owned()));
+    // Another trust domain, though the root is in the same file.
     let pki = Pki::new();
     let stranger =
         pki.issue("x", |p| p.subject_alt_names = vec![crate::support::pki::uri("spiffe://else.example/x")]);
-    let said = TlsCaller::new(Some(&stranger), &[]).say(callee.inbound(), GET);
+    let said = TlsCaller::new(Some(&stranger), &[]).say(server.inbound(), GET);
     assert!(!said.as_ref().is_ok_and(|text| text.contains("hello")), "{said:?}");
     crate::support::eventually("the reason", || {
-        callee.stderr().contains("of a trust domain that is not trusted here")
+        server.stderr().contains("whose trust domain is not trusted")
     });
 }

@@ -1,4 +1,4 @@
-//! Mutual TLS: between two sidecars, with the TLS of others, with certificates that are wrong, and while they change.
+//! Mutual TLS: between two sidecars, with other implementations, with invalid certificates, and during rotation.
 
 mod expired;
 mod interop;
@@ -15,27 +15,27 @@ use crate::support::{
     pki::{Pki, id},
 };
 
-/// The sidecar of a service that takes mutual TLS only.
+/// The sidecar of a service that accepts mutual TLS only.
 pub fn callee(pki: &Pki, service: SocketAddr, more: &str) -> Proxy {
     let identity = pki.identity("payments");
     Proxy::start(format!("{identity}[inbound]\nforward_to = \"{service}\"\n{more}"))
 }
 
-/// The sidecar of who calls it, under the name `payments`.
-pub fn caller(pki: &Pki, callee: SocketAddr, more: &str) -> Proxy {
+/// The sidecar of its client, which knows it as `payments`.
+pub fn caller(pki: &Pki, server: SocketAddr, more: &str) -> Proxy {
     let identity = pki.identity("checkout");
     let payments = id("payments");
     Proxy::start(format!(
-        "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{callee}\"]\nidentity = [\"{payments}\"]\n{more}"
+        "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{server}\"]\nidentity = [\"{payments}\"]\n{more}"
     ))
 }
 
-/// A call by the outbound port: status and body.
+/// A request through the outbound port: status and body.
 #[track_caller]
 pub fn call(proxy: &Proxy) -> (u16, String) {
-    let answer = RawClient::connect(proxy.outbound())
+    let response = RawClient::connect(proxy.outbound())
         .ask("GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
-    (answer.status(), answer.text())
+    (response.status(), response.text())
 }
 
 pub const GET: &str = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n";
@@ -54,7 +54,7 @@ pub fn metric(proxy: &Proxy, name: &str) -> f64 {
 /// `GET /ready` or another page of the admin server: status and body.
 #[track_caller]
 pub fn admin(proxy: &Proxy, path: &str) -> (u16, String) {
-    let answer = RawClient::connect(proxy.admin())
+    let response = RawClient::connect(proxy.admin())
         .ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
-    (answer.status(), answer.text())
+    (response.status(), response.text())
 }

@@ -1,4 +1,4 @@
-//! Two sidecars, mutual TLS between them, and whatever their services speak.
+//! Two sidecars with mutual TLS between them, for every protocol that their services speak.
 
 use std::{
     io::{Read, Write},
@@ -22,30 +22,30 @@ fn service() -> Upstream {
 }
 
 #[test]
-fn http1_on_connections_that_are_used_again() {
+fn http1_requests_reuse_mutual_tls_connections() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
-    let caller = caller(&pki, callee.inbound(), "");
+    let server = callee(&pki, service.address(), "");
+    let caller = caller(&pki, server.inbound(), "");
     let mut client = RawClient::connect(caller.outbound());
     for _ in 0..50 {
-        let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
-        assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", callee.stderr());
+        let response = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+        assert_eq!((response.status(), response.text().as_str()), (200, "hello"), "{}", server.stderr());
     }
     let handshakes =
-        metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"full\"}");
+        metric(&server, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"full\"}");
     assert_eq!(handshakes, 1.0);
     let open = "outrigger_connections{direction=\"inbound\",tls=\"mutual\",state=\"open\"}";
-    assert_eq!(metric(&callee, open), 1.0);
+    assert_eq!(metric(&server, open), 1.0);
     assert_eq!(metric(&caller, &open.replace("inbound", "outbound")), 1.0);
     assert_eq!(
         metric(&caller, "outrigger_connections{direction=\"outbound\",tls=\"none\",state=\"open\"}"),
         0.0
     );
-    assert!(metric(&callee, "outrigger_certificate_expiry_timestamp_seconds{kind=\"leaf\"}") > 1e9);
+    assert!(metric(&server, "outrigger_certificate_expiry_timestamp_seconds{kind=\"leaf\"}") > 1e9);
 }
 
 #[test]
-fn http2_and_large_bodies() {
+fn http2_carries_large_bodies_over_mutual_tls() {
     if !has_tool(&["curl"]) {
         return;
     }
@@ -55,20 +55,20 @@ fn http2_and_large_bodies() {
         let body = request.into_body().collect().await.expect("a body").to_bytes();
         text(body)
     });
-    let callee = callee(&pki, service.address(), "");
-    let caller = caller(&pki, callee.inbound(), "protocol = \"h2\"\n");
+    let server = callee(&pki, service.address(), "");
+    let client = caller(&pki, server.inbound(), "protocol = \"h2\"\n");
     let file = pki.write("large", &"0123456789abcdef".repeat(256 * 1024));
     let output = Command::new(tool("curl").expect("checked before"))
         .args(["-s", "--http2-prior-knowledge", "-H", "Host: payments", "--data-binary"])
         .arg(format!("@{}", file.display()))
-        .arg(format!("http://{}/", caller.outbound()))
+        .arg(format!("http://{}/", client.outbound()))
         .output()
         .expect("curl runs");
     assert_eq!(output.stdout.len(), 4 << 20, "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
-fn every_kind_of_grpc_call() {
+fn all_grpc_method_kinds_work_over_mutual_tls() {
     let Some(python) = python_with("grpc") else { return };
     let script = peer_script("grpc_server.py").display().to_string();
     let server = Daemon::start(&python.display().to_string(), &[&script], &[]);
@@ -76,17 +76,17 @@ fn every_kind_of_grpc_call() {
     let port: u16 = output.split("port ").nth(1).and_then(|rest| rest.trim().parse().ok()).expect("a port");
     let pki = Pki::new();
     let callee = callee(&pki, SocketAddr::from(([127, 0, 0, 1], port)), "");
-    let caller = caller(&pki, callee.inbound(), "");
+    let client = caller(&pki, callee.inbound(), "");
     let output = Command::new(python)
         .arg(peer_script("grpc_client.py"))
-        .args([&caller.outbound().to_string(), "payments"])
+        .args([&client.outbound().to_string(), "payments"])
         .output()
         .expect("Python runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
-fn an_upgraded_connection() {
+fn upgraded_connections_work_over_mutual_tls() {
     let server = RawServer::start(|mut stream| {
         let mut seen = [0; 4096];
         let _ = stream.read(&mut seen);
@@ -109,9 +109,9 @@ fn an_upgraded_connection() {
     }
 }
 
-/// A service that speaks first, behind ports that are declared `tcp`: nobody waits for bytes of the caller.
+/// A server-first protocol on ports declared `tcp`: the sidecars do not wait for bytes of the client.
 #[test]
-fn a_server_that_speaks_first() {
+fn server_first_protocols_work_over_mutual_tls() {
     let server = RawServer::start(|mut stream| {
         let _ = stream.write_all(b"220 ready\r\n");
         let mut seen = [0; 64];
@@ -131,10 +131,10 @@ fn a_server_that_speaks_first() {
         client.read_until(b"back");
     };
     greets(caller.upstream("payments"));
-    // Permissive cannot wait and see: it carries bytes.
+    // Permissive cannot detect the protocol here, so it forwards bytes.
     let permissive = callee(&pki, server.address(), &format!("mtls = \"permissive\"\n{tcp}"));
     greets(permissive.inbound());
-    // A port that is not declared: it takes a moment, but works, in TLS too.
+    // An undeclared port is delayed by protocol detection but works, with TLS too.
     let undeclared = callee(&pki, server.address(), "");
     let mine = pki.issue("checkout", |_| {});
     let mut stream = TlsCaller::new(Some(&mine), &[]).connect(undeclared.inbound());
@@ -143,9 +143,9 @@ fn a_server_that_speaks_first() {
     assert_eq!(&greeting, b"220 ready\r\n");
 }
 
-/// No delay of our own on a port that is declared `tcp`: far less than the wait on one that is not.
+/// A port declared `tcp` adds no delay: far less than the wait for protocol detection on an undeclared one.
 #[test]
-fn a_declared_port_is_not_waited_on() {
+fn ports_declared_tcp_skip_protocol_detection() {
     let server = RawServer::start(|mut stream| drop(stream.write_all(b"220 ready\r\n")));
     let pki = Pki::new();
     let port = server.address().port();
@@ -161,7 +161,7 @@ fn a_declared_port_is_not_waited_on() {
 }
 
 #[test]
-fn permissive_takes_both_and_off_takes_plaintext() {
+fn permissive_accepts_tls_and_plaintext_and_off_accepts_plaintext() {
     let (pki, service) = (Pki::new(), service());
     let permissive = callee(&pki, service.address(), "mtls = \"permissive\"\n");
     let plain = |proxy: &Proxy| {
@@ -171,9 +171,9 @@ fn permissive_takes_both_and_off_takes_plaintext() {
     };
     assert_eq!(plain(&permissive), 200);
     assert_eq!(call(&caller(&pki, permissive.inbound(), "")).0, 200);
-    // TLS without a certificate is as good as plaintext, and no better.
+    // TLS without a client certificate has the same rights as plaintext.
     let anonymous = TlsCaller::new(None, &["http/1.1"]).say(permissive.inbound(), super::GET);
-    assert!(anonymous.expect("an answer").contains("hello"));
+    assert!(anonymous.expect("a response").contains("hello"));
     let off = callee(&pki, service.address(), "mtls = \"off\"\n");
     assert_eq!(plain(&off), 200);
     let port = service.address().port();
@@ -182,19 +182,19 @@ fn permissive_takes_both_and_off_takes_plaintext() {
 }
 
 #[test]
-fn health_checks_speak_tls_too() {
+fn health_checks_use_tls() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let health = "health = { path = \"/\", interval = \"50ms\", unhealthy_after = 1 }\n";
-    let good = caller(&pki, callee.inbound(), health);
+    let good = caller(&pki, server.inbound(), health);
     let checks = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"full\"}";
     let resumed = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"resumed\"}";
     eventually("some checks", || metric(&good, checks) + metric(&good, resumed) >= 3.0);
     assert_eq!(call(&good).0, 200);
-    // Checked by who is somebody else, it is unhealthy, and the log says why.
+    // With another expected identity the endpoint is unhealthy, and the log says why.
     let stranger = id("stranger");
     let identity = pki.identity("checkout");
-    let address = callee.inbound();
+    let address = server.inbound();
     let wrong = Proxy::start(format!(
         "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{address}\"]\nidentity = [\"{stranger}\"]\n{health}"
     ));
@@ -203,32 +203,32 @@ fn health_checks_speak_tls_too() {
     });
 }
 
-/// A connection is not opened in vain for a caller who has gone.
 #[test]
-fn sessions_are_resumed() {
+fn tls_sessions_are_resumed() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let caller = TlsCaller::new(Some(&mine), &["http/1.1"]);
+    let client = TlsCaller::new(Some(&mine), &["http/1.1"]);
     for _ in 0..5 {
-        assert!(caller.say(callee.inbound(), super::GET).expect("an answer").contains("hello"));
+        assert!(client.say(server.inbound(), super::GET).expect("a response").contains("hello"));
     }
     let resumed =
-        metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}");
+        metric(&server, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}");
     assert_eq!(resumed, 4.0);
 }
 
+/// Twenty clients connect and never start the handshake.
 #[test]
-fn a_caller_that_only_connects_holds_nothing_up() {
+fn silent_clients_before_the_handshake_do_not_block_others() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
-    let _idle: Vec<_> = (0..20).map(|_| TcpStream::connect(callee.inbound()).expect("connects")).collect();
-    assert_eq!(call(&caller(&pki, callee.inbound(), "")).0, 200);
+    let server = callee(&pki, service.address(), "");
+    let _idle: Vec<_> = (0..20).map(|_| TcpStream::connect(server.inbound()).expect("connects")).collect();
+    assert_eq!(call(&caller(&pki, server.inbound(), "")).0, 200);
 }
 
-/// Which host was asked for says what name the server must have, in a tunnel too.
+/// The requested host determines the expected server name, in a tunnel too.
 #[test]
-fn a_tunnel_leads_to_the_host_that_was_asked_for() {
+fn a_tunnel_verifies_the_name_of_the_requested_host() {
     let pki = Pki::new();
     let named =
         |name: &str| pki.issue(name, |p| p.subject_alt_names = vec![dns(&format!("{name}.shop.example"))]);
@@ -245,7 +245,7 @@ fn a_tunnel_leads_to_the_host_that_was_asked_for() {
     };
     let (mut client, head) = connect("a.shop.example");
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-    // Bytes that are no HTTP.
+    // Bytes that are not HTTP.
     client.send("\x01\x02\x03");
     client.read_until(b"hello");
     let (_, head) = connect("b.shop.example");
@@ -253,7 +253,7 @@ fn a_tunnel_leads_to_the_host_that_was_asked_for() {
 }
 
 #[test]
-fn websockets_by_a_library_on_either_end() {
+fn websocket_libraries_work_over_mutual_tls() {
     let Some(python) = python_with("websockets.asyncio.server") else { return };
     let python = python.display().to_string();
     let script = |name: &str| peer_script(name).display().to_string();
@@ -263,14 +263,14 @@ fn websockets_by_a_library_on_either_end() {
     let pki = Pki::new();
     let callee = callee(&pki, ([127, 0, 0, 1], port).into(), "");
     let local = crate::support::free_port();
-    let caller = caller(&pki, callee.inbound(), &format!("listen = \"127.0.0.1:{local}\"\n"));
+    let client = caller(&pki, callee.inbound(), &format!("listen = \"127.0.0.1:{local}\"\n"));
     for _ in 0..3 {
         let url = format!("ws://127.0.0.1:{local}/chat");
         let ran =
             Command::new(&python).args([&script("websocket_client.py"), &url]).output().expect("it runs");
         let said =
             format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
-        assert_eq!(said.trim(), "closed with 1000", "{}", caller.stderr());
+        assert_eq!(said.trim(), "closed with 1000", "{}", client.stderr());
     }
     assert_eq!(
         metric(&callee, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_certificate\"}"),
@@ -281,9 +281,9 @@ fn websockets_by_a_library_on_either_end() {
     assert_eq!(resumed, 2.0, "each connection after the first one resumes a session");
 }
 
-/// Issue 14, fault 26: a request for one name closed the idle connections of all others.
+/// Issue 14, fault 26: a request for one name closed the idle connections of all other names.
 #[test]
-fn connections_of_several_tls_names_are_kept_side_by_side() {
+fn idle_connections_of_several_tls_names_are_pooled_separately() {
     let pki = Pki::new();
     let ca = pki.write_ca();
     let certificate =
@@ -306,8 +306,8 @@ fn connections_of_several_tls_names_are_kept_side_by_side() {
     let mut client = RawClient::connect(proxy.outbound());
     for number in 0..10 {
         let host = ["a.test", "b.test"][number % 2];
-        let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
-        assert_eq!(answer.status(), 200, "{answer:?}");
+        let response = client.ask(format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        assert_eq!(response.status(), 200, "{response:?}");
     }
     assert_eq!(server.connections(), 2, "one for each name");
 }

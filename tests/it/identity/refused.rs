@@ -1,4 +1,4 @@
-//! Who is not believed, and what each side is told.
+//! Which certificates are rejected, and what each side reports.
 
 use std::process::Command;
 
@@ -17,13 +17,13 @@ fn service() -> Upstream {
 
 type Pair = (String, String);
 
-/// Certificates that must not be believed, with what is said of each.
+/// Certificates that must be rejected, with the expected message for each.
 fn bad(pki: &Pki) -> Vec<(&'static str, Pair, &'static str)> {
     let other = Pki::new();
     let past = rcgen::date_time_ymd(2020, 1, 1);
     let future = rcgen::date_time_ymd(2090, 1, 1);
     vec![
-        ("wrong CA", other.issue("payments", |_| {}), "issued by nobody who is trusted here"),
+        ("wrong CA", other.issue("payments", |_| {}), "not issued by a trusted CA"),
         ("expired", pki.issue("payments", |p| p.not_after = past), "expired on 2020-01-01 00:00:00 UTC"),
         ("not yet", pki.issue("payments", |p| p.not_before = future), "not valid before 2090-01-01"),
         (
@@ -34,7 +34,7 @@ fn bad(pki: &Pki) -> Vec<(&'static str, Pair, &'static str)> {
         (
             "CA:TRUE",
             pki.issue("payments", |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
-            "it is a CA's (CA:TRUE)",
+            "it is a CA certificate (CA:TRUE)",
         ),
         (
             "malformed id",
@@ -50,36 +50,36 @@ fn bad(pki: &Pki) -> Vec<(&'static str, Pair, &'static str)> {
 }
 
 #[test]
-fn callers_with_bad_certificates_reach_nothing() {
+fn clients_with_bad_certificates_do_not_reach_the_service() {
     let (pki, service) = (Pki::new(), service());
     let crl = pki.revoke(&[4711]);
     let identity = pki.identity("payments");
     let address = service.address();
-    let callee = Proxy::start(format!("{identity}crl = {crl:?}\n[inbound]\nforward_to = \"{address}\"\n"));
+    let server = Proxy::start(format!("{identity}crl = {crl:?}\n[inbound]\nforward_to = \"{address}\"\n"));
     let mut cases = bad(&pki);
     let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
     cases.push(("revoked", revoked, "has been revoked"));
     for (what, certificate, says) in &cases {
-        let answer = TlsCaller::new(Some(certificate), &["http/1.1"]).say(callee.inbound(), GET);
-        assert!(!answer.as_ref().is_ok_and(|text| text.contains("reached")), "{what}: {answer:?}");
-        eventually(what, || callee.stderr().contains(says));
+        let response = TlsCaller::new(Some(certificate), &["http/1.1"]).say(server.inbound(), GET);
+        assert!(!response.as_ref().is_ok_and(|text| text.contains("reached")), "{what}: {response:?}");
+        eventually(what, || server.stderr().contains(says));
     }
-    let nobody = TlsCaller::new(None, &["http/1.1"]).say(callee.inbound(), GET);
-    assert!(!nobody.as_ref().is_ok_and(|text| text.contains("reached")), "{nobody:?}");
-    eventually("no certificate", || callee.stderr().contains("it showed no certificate"));
+    let anonymous = TlsCaller::new(None, &["http/1.1"]).say(server.inbound(), GET);
+    assert!(!anonymous.as_ref().is_ok_and(|text| text.contains("reached")), "{anonymous:?}");
+    eventually("no certificate", || server.stderr().contains("it showed no certificate"));
     let failed = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"peer_identity\"}";
-    assert_eq!(metric(&callee, failed), cases.len() as f64);
+    assert_eq!(metric(&server, failed), cases.len() as f64);
     let none = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_certificate\"}";
-    assert_eq!(metric(&callee, none), 1.0);
-    // And who is good still gets in.
+    assert_eq!(metric(&server, none), 1.0);
+    // A valid certificate is still accepted.
     let good = pki.issue("checkout", |_| {});
     assert!(
-        TlsCaller::new(Some(&good), &[]).say(callee.inbound(), GET).expect("an answer").contains("reached")
+        TlsCaller::new(Some(&good), &[]).say(server.inbound(), GET).expect("a response").contains("reached")
     );
 }
 
 #[test]
-fn servers_with_bad_certificates_are_not_called() {
+fn servers_with_bad_certificates_get_no_request() {
     let pki = Pki::new();
     let mut cases = bad(&pki);
     cases.push((
@@ -94,19 +94,19 @@ fn servers_with_bad_certificates_are_not_called() {
     ));
     for (what, certificate, says) in cases {
         let server = TlsServer::start(&certificate, Some(&pki.ca_pem()), &["http/1.1"]);
-        let caller = caller(&pki, server.address(), "");
-        let answer = RawClient::connect(caller.outbound()).ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
-        let body = answer.text();
-        assert_eq!(answer.status(), 502, "{what}: {body}");
+        let client = caller(&pki, server.address(), "");
+        let response = RawClient::connect(client.outbound()).ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+        let body = response.text();
+        assert_eq!(response.status(), 502, "{what}: {body}");
         assert!(body.contains("peer_identity") && body.contains(says), "{what}: {body}");
-        let told = answer.field("proxy-status").unwrap_or_default().to_owned();
-        assert!(told.contains("error=tls_certificate_error"), "{what}: {told}");
+        let proxy_status = response.field("proxy-status").unwrap_or_default().to_owned();
+        assert!(proxy_status.contains("error=tls_certificate_error"), "{what}: {proxy_status}");
     }
 }
 
-/// What the other side says of us is told in words, and nothing was processed, so that a POST may be tried elsewhere.
+/// The alert of the other side is reported in words. Nothing was processed, so a POST may be retried elsewhere.
 #[test]
-fn a_server_that_does_not_believe_us() {
+fn a_server_that_rejects_our_certificate_is_reported() {
     let (pki, other) = (Pki::new(), Pki::new());
     let server = TlsServer::start(&pki.issue("payments", |_| {}), Some(&other.ca_pem()), &["http/1.1"]);
     let good = TlsServer::start(&pki.issue("payments", |_| {}), Some(&pki.ca_pem()), &["http/1.1"]);
@@ -121,40 +121,40 @@ fn a_server_that_does_not_believe_us() {
         "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{bad}\", \"{good}\"]\nidentity = [\"{payments}\"]\nbalance = \"round-robin\"\n[upstream.outlier]\nconsecutive_failures = 0\n"
     ));
     for _ in 0..6 {
-        let answer = RawClient::connect(two.outbound())
+        let response = RawClient::connect(two.outbound())
             .ask("POST / HTTP/1.1\r\nHost: payments\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi");
-        assert_eq!(answer.status(), 200, "{}", answer.text());
+        assert_eq!(response.status(), 200, "{}", response.text());
     }
 }
 
 #[test]
-fn a_server_without_tls() {
+fn a_server_without_tls_is_reported() {
     let (pki, service) = (Pki::new(), service());
     let (status, body) = call(&caller(&pki, service.address(), ""));
     assert_eq!(status, 502, "{body}");
-    assert!(body.contains("tls_failure") && body.contains("is not TLS"), "{body}");
+    assert!(body.contains("tls_failure") && body.contains("does not speak TLS"), "{body}");
 }
 
 #[test]
-fn plaintext_to_strict_is_told_why_and_reaches_nothing() {
+fn strict_rejects_plaintext_with_a_reason() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
-    let mut client = RawClient::connect(callee.inbound());
-    let answer = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
-    let body = answer.text();
-    assert_eq!(answer.status(), 403, "{body}");
+    let server = callee(&pki, service.address(), "");
+    let mut client = RawClient::connect(server.inbound());
+    let response = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
+    let body = response.text();
+    assert_eq!(response.status(), 403, "{body}");
     assert!(body.contains("not_allowed") && body.contains("mutual TLS"), "{body}");
-    assert_eq!(answer.field("connection"), Some("close"));
-    // Bytes that are no HTTP are closed on.
-    let mut client = RawClient::connect(callee.inbound());
+    assert_eq!(response.field("connection"), Some("close"));
+    // A connection with bytes that are not HTTP is closed.
+    let mut client = RawClient::connect(server.inbound());
     client.send(b"\0\x01\x02 this is nothing that HTTP begins with\r\n");
     assert!(matches!(client.response(), Ok(None)));
-    assert_eq!(metric(&callee, "outrigger_plaintext_refused_total"), 2.0);
-    assert!(callee.stderr().contains("came without TLS"), "{}", callee.stderr());
+    assert_eq!(metric(&server, "outrigger_plaintext_refused_total"), 2.0);
+    assert!(server.stderr().contains("came without TLS"), "{}", server.stderr());
 }
 
 #[test]
-fn simple_tls_checks_the_name() {
+fn simple_tls_verifies_the_name() {
     let pki = Pki::new();
     let server = TlsServer::start(
         &pki.issue("partner", |p| p.subject_alt_names = vec![dns("partner.example")]),
@@ -176,7 +176,7 @@ fn simple_tls_checks_the_name() {
 
 /// The start and `check` say which file is wrong and what to do.
 #[test]
-fn an_identity_that_cannot_be_used_ends_the_start() {
+fn an_unusable_identity_fails_the_start() {
     let pki = Pki::new();
     let config = pki.identity("payments");
     let (_, other_key) = pki.issue("payments", |_| {});
@@ -184,7 +184,7 @@ fn an_identity_that_cannot_be_used_ends_the_start() {
     let mut proxy = Launch::new(config.clone()).spawn();
     assert_eq!(proxy.wait().code(), Some(1));
     assert!(
-        proxy.stderr().contains("payments.key is not that of the first certificate"),
+        proxy.stderr().contains("payments.key does not match the first certificate"),
         "{}",
         proxy.stderr()
     );
@@ -192,12 +192,12 @@ fn an_identity_that_cannot_be_used_ends_the_start() {
     let check = Command::new(binary()).arg("check").arg("-c").arg(file).output().expect("it runs");
     assert_eq!(check.status.code(), Some(1));
     let said = String::from_utf8_lossy(&check.stdout).into_owned();
-    assert!(said.contains("payments.key is not that of the first certificate"), "{said}");
+    assert!(said.contains("payments.key does not match the first certificate"), "{said}");
 }
 
-/// As where a csi driver is late.
+/// As when a CSI driver mounts the files late.
 #[test]
-fn files_that_come_late_are_waited_for() {
+fn the_start_waits_for_identity_files() {
     let (pki, service) = (Pki::new(), service());
     let identity = pki.section("payments");
     let address = service.address();
@@ -206,8 +206,8 @@ fn files_that_come_late_are_waited_for() {
         let started = scope.spawn(|| launch.start());
         pki.write_ca();
         pki.write_leaf("payments", |_| {});
-        let callee = started.join().expect("it starts");
-        assert_eq!(admin(&callee, "/ready").0, 200);
-        assert_eq!(call(&caller(&pki, callee.inbound(), "")).0, 200);
+        let server = started.join().expect("it starts");
+        assert_eq!(admin(&server, "/ready").0, 200);
+        assert_eq!(call(&caller(&pki, server.inbound(), "")).0, 200);
     });
 }

@@ -1,4 +1,4 @@
-//! Certificates and roots that change while calls go on.
+//! Rotation of certificates and roots while requests are sent.
 
 use std::{
     io::{Read, Write},
@@ -13,10 +13,10 @@ use crate::support::{Proxy, RawClient, RawServer, Upstream, eventually, pki::Pki
 const ACCEPTED: &str = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
 const REFUSED: &str = "outrigger_certificate_loads_total{outcome=\"refused\"}";
 
-/// Calls at a fixed rate, on kept connections and on new ones, until told to stop: how many, and those that failed.
+/// Sends requests at a fixed rate, on kept and on new connections, until stopped: how many, and which failed.
 struct Load {
     stop: AtomicBool,
-    calls: AtomicU64,
+    requests: AtomicU64,
     failures: std::sync::Mutex<Vec<String>>,
 }
 
@@ -29,11 +29,11 @@ impl Load {
                 client = RawClient::connect(proxy.outbound());
             }
             client.send("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
-            let answer = client.response();
-            self.calls.fetch_add(1, Ordering::Relaxed);
-            match answer {
-                Ok(Some(answer)) if answer.status() == 200 => {}
-                Ok(Some(answer)) => self.failures.lock().expect("unbroken").push(answer.text()),
+            let response = client.response();
+            self.requests.fetch_add(1, Ordering::Relaxed);
+            match response {
+                Ok(Some(response)) if response.status() == 200 => {}
+                Ok(Some(response)) => self.failures.lock().expect("unbroken").push(response.text()),
                 other => {
                     self.failures.lock().expect("unbroken").push(format!("{other:?}"));
                     client = RawClient::connect(proxy.outbound());
@@ -48,12 +48,12 @@ impl Load {
 }
 
 #[track_caller]
-fn taken(proxy: &Proxy, before: f64) {
+fn accepted_loads(proxy: &Proxy, before: f64) {
     eventually("new certificates", || metric(proxy, ACCEPTED) > before);
 }
 
 #[test]
-fn fifty_rotations_under_load_fail_no_call() {
+fn fifty_rotations_under_load_fail_no_request() {
     let mut pki = Pki::new();
     let service = Upstream::http1(|_| async { text("hello") });
     let echo = RawServer::start(|mut stream| {
@@ -65,28 +65,28 @@ fn fifty_rotations_under_load_fail_no_call() {
             let _ = stream.write_all(&seen[..count]);
         }
     });
-    // Connections are renewed every now and then, so that each certificate is used.
+    // Connections are renewed from time to time, so that each certificate is used.
     let brief = "max_connection_age = \"200ms\"\n";
-    let callee = callee(&pki, service.address(), "");
-    let caller = caller(&pki, callee.inbound(), brief);
+    let server = callee(&pki, service.address(), "");
+    let client = caller(&pki, server.inbound(), brief);
     let echo_callee = super::callee(&pki, echo.address(), "");
     let echo_caller = super::caller(&pki, echo_callee.inbound(), "");
     let mut long = RawClient::connect(echo_caller.outbound());
     long.send("GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n");
     long.read_until(b"Upgrade: echo\r\n\r\n".to_ascii_lowercase().as_slice());
 
-    let load = Load { stop: false.into(), calls: 0.into(), failures: Default::default() };
-    let all = [&callee, &caller, &echo_callee, &echo_caller];
+    let load = Load { stop: false.into(), requests: 0.into(), failures: Default::default() };
+    let all = [&server, &client, &echo_callee, &echo_caller];
     thread::scope(|scope| {
         for keep in [true, true, false] {
-            let (load, caller) = (&load, &caller);
-            scope.spawn(move || load.run(caller, keep));
+            let (load, client) = (&load, &client);
+            scope.spawn(move || load.run(client, keep));
         }
         let rotate = |step: &mut dyn FnMut()| {
             let before = all.map(|proxy| metric(proxy, ACCEPTED));
             step();
             for (proxy, before) in all.iter().zip(before) {
-                taken(proxy, before);
+                accepted_loads(proxy, before);
             }
         };
         for _ in 0..47 {
@@ -95,21 +95,21 @@ fn fifty_rotations_under_load_fail_no_call() {
                 pki.write_leaf("checkout", |_| {});
             });
         }
-        // Material that is wrong, in the middle of it.
+        // Invalid material in between.
         let (_, stray) = pki.issue("payments", |_| {});
-        let refusals = metric(&callee, REFUSED);
+        let refusals = metric(&server, REFUSED);
         let key = std::fs::read_to_string(pki.path("payments.key")).expect("the key");
         pki.write("payments.key", &stray);
-        eventually("a refusal", || metric(&callee, REFUSED) > refusals);
-        assert_eq!(metric(&callee, "outrigger_certificate_refused"), 1.0);
-        assert!(admin(&callee, "/status").1.contains("is not that of the first certificate"));
-        assert_eq!(admin(&callee, "/ready").0, 200, "what was valid before still is");
+        eventually("a refusal", || metric(&server, REFUSED) > refusals);
+        assert_eq!(metric(&server, "outrigger_certificate_refused"), 1.0);
+        assert!(admin(&server, "/status").1.contains("does not match the first certificate"));
+        assert_eq!(admin(&server, "/ready").0, 200, "what was valid before still is");
         pki.write("payments.key", &key);
-        eventually("the old files", || metric(&callee, "outrigger_certificate_refused") == 0.0);
+        eventually("the old files", || metric(&server, "outrigger_certificate_refused") == 0.0);
         pki.write("ca.crt", "garbage");
-        eventually("a refusal", || metric(&callee, "outrigger_certificate_refused") == 1.0);
+        eventually("a refusal", || metric(&server, "outrigger_certificate_refused") == 1.0);
 
-        // Another CA: first both are trusted, then certificates come from the new one, then the old one goes.
+        // A new CA: first both are trusted, then certificates come from the new one, then the old one is removed.
         let old = pki.ca_pem();
         pki.renew_ca("the next CA");
         let both = format!("{old}{}", pki.ca_pem());
@@ -119,23 +119,23 @@ fn fifty_rotations_under_load_fail_no_call() {
             pki.write_leaf("checkout", |_| {});
         });
         rotate(&mut || drop(pki.write_ca()));
-        let after = load.calls.load(Ordering::Relaxed) + 50;
-        eventually("calls after the last rotation", || load.calls.load(Ordering::Relaxed) > after);
+        let after = load.requests.load(Ordering::Relaxed) + 50;
+        eventually("requests after the last rotation", || load.requests.load(Ordering::Relaxed) > after);
         load.stop.store(true, Ordering::Relaxed);
     });
     let failures = load.failures.into_inner().expect("unbroken");
-    assert!(failures.is_empty(), "{} of {:?} failed: {:?}", failures.len(), load.calls, failures.first());
-    assert!(load.calls.load(Ordering::Relaxed) > 200);
+    assert!(failures.is_empty(), "{} of {:?} failed: {:?}", failures.len(), load.requests, failures.first());
+    assert!(load.requests.load(Ordering::Relaxed) > 200);
     long.send("still here");
     long.read_until(b"still here");
 }
 
-/// Whoever is not trusted any more is asked to leave, and its session is worth nothing.
+/// A client that is no longer trusted is asked to close its connection, and its session cannot be resumed.
 #[test]
-fn a_caller_whose_ca_is_gone_is_asked_to_leave() {
+fn connections_of_a_client_whose_ca_was_removed_are_drained() {
     let mut pki = Pki::new();
     let service = Upstream::http1(|_| async { text("hello") });
-    let (old_ca, theirs) = (pki.ca_pem(), pki.issue("checkout", |_| {}));
+    let (old_ca, client_certificate) = (pki.ca_pem(), pki.issue("checkout", |_| {}));
     pki.renew_ca("the next CA");
     let identity = {
         let identity = pki.identity("payments");
@@ -143,49 +143,49 @@ fn a_caller_whose_ca_is_gone_is_asked_to_leave() {
         identity
     };
     let address = service.address();
-    let callee = Proxy::start(format!("{identity}[inbound]\nforward_to = \"{address}\"\n"));
-    let caller = TlsCaller::new(Some(&theirs), &["http/1.1"]);
-    let mut open = caller.connect(callee.inbound());
+    let server = Proxy::start(format!("{identity}[inbound]\nforward_to = \"{address}\"\n"));
+    let client = TlsCaller::new(Some(&client_certificate), &["http/1.1"]);
+    let mut open = client.connect(server.inbound());
     open.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("writes");
     let mut seen = [0; 4096];
-    assert!(open.read(&mut seen).expect("an answer") > 0);
-    let before = metric(&callee, ACCEPTED);
+    assert!(open.read(&mut seen).expect("a response") > 0);
+    let before = metric(&server, ACCEPTED);
     pki.write_ca();
-    taken(&callee, before);
-    // Closed after it was given time to see that it should leave.
+    accepted_loads(&server, before);
+    // Closed after a grace period in which the client could see the request to close.
     let mut rest = Vec::new();
     let _ = open.read_to_end(&mut rest);
-    assert!(callee.stderr().contains("is asked to leave"), "{}", callee.stderr());
-    let again = caller.say(callee.inbound(), GET);
+    assert!(server.stderr().contains("its client is no longer trusted"), "{}", server.stderr());
+    let again = client.say(server.inbound(), GET);
     assert!(!again.as_ref().is_ok_and(|text| text.contains("hello")), "{again:?}");
 }
 
-/// The same the other way round: connections to a server that is not trusted any more are not used again.
+/// The other direction: connections to a server that is no longer trusted are not reused.
 #[test]
-fn a_server_whose_ca_is_gone_is_not_called_again() {
+fn connections_to_a_server_whose_ca_was_removed_are_not_reused() {
     let mut pki = Pki::new();
     let service = Upstream::http1(|_| async { text("hello") });
-    let callee = callee(&pki, service.address(), "");
+    let server = callee(&pki, service.address(), "");
     let old = pki.ca_pem();
     let caller_ca = {
         pki.renew_ca("the next CA");
-        // The callee's own directory keeps its first CA; it trusts both.
+        // The server's own directory keeps its first CA; it trusts both.
         pki.write("both.crt", &format!("{old}{}", pki.ca_pem()))
     };
     let (certificate, key) = pki.issue("checkout", |_| {});
     let (cert, key) = (pki.write("c.crt", &certificate), pki.write("c.key", &key));
-    let before = metric(&callee, ACCEPTED);
+    let before = metric(&server, ACCEPTED);
     pki.write("ca.crt", &format!("{old}{}", pki.ca_pem()));
-    taken(&callee, before);
-    let (inbound, payments) = (callee.inbound(), crate::support::pki::id("payments"));
-    let caller = Proxy::start(format!(
+    accepted_loads(&server, before);
+    let (inbound, payments) = (server.inbound(), crate::support::pki::id("payments"));
+    let client = Proxy::start(format!(
         "[identity]\ncert = {cert:?}\nkey = {key:?}\nca = {caller_ca:?}\n[[upstream]]\nname = \"payments\"\nendpoints = [\"{inbound}\"]\nidentity = [\"{payments}\"]\n"
     ));
-    assert_eq!(call(&caller).0, 200);
-    let before = metric(&caller, ACCEPTED);
+    assert_eq!(call(&client).0, 200);
+    let before = metric(&client, ACCEPTED);
     pki.write("both.crt", &pki.ca_pem());
-    taken(&caller, before);
-    let (status, body) = call(&caller);
+    accepted_loads(&client, before);
+    let (status, body) = call(&client);
     assert_eq!(status, 502);
-    assert!(body.contains("issued by nobody who is trusted here"), "{body}");
+    assert!(body.contains("not issued by a trusted CA"), "{body}");
 }

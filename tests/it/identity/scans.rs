@@ -1,4 +1,4 @@
-//! What scanners say that look for weak TLS: testssl and sslyze, on the inbound port.
+//! TLS scanners against the inbound port: testssl and sslyze find no weakness.
 
 use std::{
     fs,
@@ -15,10 +15,10 @@ use crate::support::{
     python_with, text, tool,
 };
 
-/// What testssl finds fault with that is no matter of TLS: what its own OpenSSL lacks, and what our certificates, which
-/// live for days and come from a private CA, have no use for. Nor can it say about resumption: it hangs up with the end
-/// of its input, mostly before the tickets of TLS 1.3 are there (`pairs::sessions_are_resumed` shows it).
-const NO_MATTER: [&str; 4] =
+/// testssl findings that are not about TLS: features that its own OpenSSL lacks, and properties that our certificates,
+/// which live for days and come from a private CA, do not need. testssl cannot judge resumption either: it closes at
+/// the end of its input, mostly before the TLS 1.3 tickets arrive (`pairs::tls_sessions_are_resumed` covers it).
+const IGNORED_FINDINGS: [&str; 4] =
     ["engine_problem", "cert_revocation", "DNS_CAArecord", "sessionresumption_ticket"];
 
 fn scanned(min_tls: &str, sslyze_profile: &str) {
@@ -33,7 +33,7 @@ fn scanned(min_tls: &str, sslyze_profile: &str) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
         p.not_before = rcgen::date_time_ymd(1970, 1, 1) + now - day;
         p.not_after = p.not_before + 80 * day;
-        // As long as a public CA makes them.
+        // The longest lifetime that a public CA issues.
         p.serial_number = None;
     };
     pki.write_leaf("payments", dated);
@@ -44,12 +44,12 @@ fn scanned(min_tls: &str, sslyze_profile: &str) {
             "{identity}min_tls = \"{min_tls}\"\n[inbound]\nmtls = \"{mtls}\"\nforward_to = \"{address}\"\n"
         ))
     };
-    // This one has no certificate to show.
+    // This client has no certificate.
     let permissive = sidecar("permissive");
     let report = pki.path("testssl.json");
     let said = run(Command::new(tool("testssl").expect("checked before"))
         .args(["--quiet", "--color", "0", "--warnings", "batch", "--nodns", "none", "--ip", "127.0.0.1"])
-        // Protocols, ciphers, forward secrecy, preferences, what the server says of itself, known attacks.
+        // Protocols, ciphers, forward secrecy, preferences, server information, known attacks.
         .args(["-p", "-s", "-f", "-P", "-S", "-U", "--add-ca"])
         .args([&pki.path("ca.crt"), Path::new("--jsonfile"), &report])
         .arg(format!("localhost:{}", permissive.inbound().port())));
@@ -58,7 +58,7 @@ fn scanned(min_tls: &str, sslyze_profile: &str) {
     assert!(findings.len() > 60, "too few checks ran: {said}");
     for finding in findings {
         let field = |name: &str| finding[name].as_str().unwrap_or_default();
-        let fine = matches!(field("severity"), "OK" | "INFO") || NO_MATTER.contains(&field("id"));
+        let fine = matches!(field("severity"), "OK" | "INFO") || IGNORED_FINDINGS.contains(&field("id"));
         assert!(fine, "{finding}\n{said}");
     }
     let offered = |id: &str| {
@@ -69,7 +69,7 @@ fn scanned(min_tls: &str, sslyze_profile: &str) {
 
     let strict = sidecar("strict");
     let report = pki.path("sslyze.json");
-    // Exit code and last words say whether it is as Mozilla recommends.
+    // Exit code and last line say whether the server meets Mozilla's recommendation.
     let said = run(Command::new(python)
         .args(["-m", "sslyze", "--slow_connection", "--mozilla_config", sslyze_profile, "--certinfo_ca_file"])
         .args([&pki.path("ca.crt"), Path::new("--cert"), &pki.path("scanner.crt"), Path::new("--key")])
@@ -105,11 +105,11 @@ fn parsed(report: &Path, said: &str) -> Value {
 }
 
 #[test]
-fn nothing_is_weak_with_tls_1_3() {
+fn scanners_find_no_weakness_with_tls_1_3() {
     scanned("1.3", "modern");
 }
 
 #[test]
-fn nothing_is_weak_where_tls_1_2_is_allowed() {
+fn scanners_find_no_weakness_where_tls_1_2_is_allowed() {
     scanned("1.2", "intermediate");
 }

@@ -1,4 +1,4 @@
-//! `outrigger inject` over the corpus: valid, repeatable, and all taken back.
+//! `outrigger inject` over the corpus: valid, idempotent, and reversible.
 
 use std::{fs, process::Output};
 
@@ -35,9 +35,9 @@ fn has_sidecar(pod: &Value) -> bool {
         .any(|one| one["name"] == "outrigger")
 }
 
-/// In `tests/it/kubernetes/corpus`, the first line says what is expected where it is not a sidecar in every workload.
+/// In `tests/it/kubernetes/corpus`, the first line says what is expected if it is not a sidecar in every workload.
 #[test]
-fn every_workload_of_the_corpus_gets_the_sidecar_once_and_loses_it_without_a_trace() {
+fn inject_is_idempotent_and_reversible_over_the_corpus() {
     let folder = tempfile::tempdir().expect("a folder");
     let (mut valid, mut sidecars) = (Vec::new(), 0);
     let files = corpus();
@@ -46,13 +46,13 @@ fn every_workload_of_the_corpus_gets_the_sidecar_once_and_loses_it_without_a_tra
         let name = file.file_name().expect("a name").to_string_lossy().into_owned();
         let before = fs::read_to_string(&file).expect("readable");
         let first = outrigger(&["inject"], &before);
-        let (after, told) = (done(&first), text(&first.stderr));
+        let (after, printed) = (done(&first), text(&first.stderr));
         let expected = before.lines().next().and_then(|line| line.strip_prefix("# expect: ")).unwrap_or("");
         match expected {
-            "untouched" => assert_eq!((&*after, &*told), (&*before, ""), "{name}"),
+            "untouched" => assert_eq!((&*after, &*printed), (&*before, ""), "{name}"),
             "left" => {
                 assert_eq!(after, before, "{name}");
-                assert!(told.contains("left as it is: "), "{name}: {told}");
+                assert!(printed.contains("left as it is: "), "{name}: {printed}");
             }
             _ => {
                 let documents = values(&after);
@@ -61,12 +61,12 @@ fn every_workload_of_the_corpus_gets_the_sidecar_once_and_loses_it_without_a_tra
                     assert_eq!(has_sidecar(pod), !out, "{name}\n{after}");
                     sidecars += usize::from(!out);
                 }
-                let is_told = ["rewritten", "noted"].contains(&expected)
+                let is_reported = ["rewritten", "noted"].contains(&expected)
                     || name.starts_with("28")
                     || name.starts_with("04");
-                assert_eq!(!told.is_empty(), is_told, "{name}: {told}");
+                assert_eq!(!printed.is_empty(), is_reported, "{name}: {printed}");
                 let path = folder.path().join(&name);
-                // What stands in a list is looked at by itself.
+                // Entries of a list are checked one by one.
                 let each: Vec<String> = documents
                     .into_iter()
                     .flat_map(|mut value| match value["kind"].as_str() {
@@ -86,7 +86,7 @@ fn every_workload_of_the_corpus_gets_the_sidecar_once_and_loses_it_without_a_tra
         );
         let back = done(&outrigger(&["inject", "--remove"], &after));
         if expected == "rewritten" {
-            assert!(told.contains("written anew"), "{told}");
+            assert!(printed.contains("rewritten"), "{printed}");
             assert_eq!(values(&back), values(&before), "{name}");
         } else {
             assert_eq!(back, before, "{name}: not taken back to the byte");
@@ -97,7 +97,7 @@ fn every_workload_of_the_corpus_gets_the_sidecar_once_and_loses_it_without_a_tra
 }
 
 #[test]
-fn what_others_added_to_an_injected_workload_stays() {
+fn uninject_keeps_what_others_added() {
     let before = fs::read_to_string(&corpus()[0]).expect("readable");
     let after = done(&outrigger(&["inject"], &before));
     let changed = after
@@ -113,7 +113,7 @@ fn what_others_added_to_an_injected_workload_stays() {
     assert!(!back.contains("outrigger"), "{back}");
 }
 
-/// The arguments after `run` and the variables of a pod's sidecar, its ConfigMap in another place.
+/// The arguments after `run` and the variables of a pod's sidecar, with its ConfigMap at another path.
 pub fn started_with(pod: &Value, config_map: &str) -> (Vec<String>, Vec<(String, String)>) {
     let lists = ["initContainers", "containers"];
     let all = lists.iter().flat_map(|list| pod["spec"][list].as_array().into_iter().flatten());
@@ -126,13 +126,13 @@ pub fn started_with(pod: &Value, config_map: &str) -> (Vec<String>, Vec<(String,
     (args.skip(1).map(placed).collect(), variables.filter_map(variable).collect())
 }
 
-/// The configuration that a sidecar is started with is one that it takes.
+/// The configuration that an injected sidecar starts with is valid.
 #[test]
-fn the_sidecar_can_use_what_it_is_given() {
+fn the_injected_arguments_and_configuration_are_valid() {
     for file in corpus() {
         let injected = done(&outrigger(&["inject"], &fs::read_to_string(&file).expect("readable")));
         for pod in values(&injected).iter().flat_map(pods).filter(|pod| has_sidecar(pod)) {
-            // What is named by annotation must be there; here it is not.
+            // Files named by annotation must exist; here they do not.
             let (args, variables) = started_with(pod, "/dev/null");
             let output = std::process::Command::new(crate::support::binary())
                 .arg("check")
@@ -141,7 +141,7 @@ fn the_sidecar_can_use_what_it_is_given() {
                 .output()
                 .expect("it runs");
             let said = text(&output.stdout);
-            // The certificate is the one thing that a cluster brings.
+            // The certificate is the only file that comes from the cluster.
             let only_certificates = said.contains("/var/run/secrets/outrigger") || said.contains("spiffe");
             assert!(output.status.success() || only_certificates, "{}: {said}", file.display());
             assert!(
@@ -154,28 +154,32 @@ fn the_sidecar_can_use_what_it_is_given() {
 }
 
 #[test]
-fn what_is_wrong_is_told_and_nothing_is_written() {
+fn errors_are_reported_and_nothing_is_written() {
     let pod = |annotation: &str| {
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations: {{{annotation}}}\nspec:\n  containers: [{{name: a, image: b}}]\n"
         )
     };
     for (input, expected) in [
-        (pod("outrigger.dev/mdoe: env"), "Pod p: outrigger.dev/mdoe: there is no `mdoe`; `mode` is meant?"),
+        (
+            pod("outrigger.dev/mdoe: env"),
+            "Pod p: outrigger.dev/mdoe: unknown key `mdoe`; did you mean `mode`?",
+        ),
         (pod("outrigger.dev/app-port: 80"), "an annotation is a string: write \"80\""),
         (
             pod("outrigger.dev/identity: vault"),
             "`vault` is not `csi-spiffe`, `spire`, `secret/NAME` or `none`",
         ),
-        ("a: 1\n---\nb: {{ .Values.x }}\n".to_owned(), "line 3: this is no YAML"),
+        ("a: 1\n---\nb: {{ .Values.x }}\n".to_owned(), "line 3: invalid YAML"),
         ("a: {{ .Values.x }}\n".to_owned(), "helm template"),
     ] {
         let output = outrigger(&["inject"], &(pod("") + "---\n" + &input));
-        let told = text(&output.stderr);
+        let printed = text(&output.stderr);
         assert!(!output.status.success() && output.stdout.is_empty(), "{input}");
         assert!(
-            told.contains(expected) || (expected.starts_with("line 3") && told.contains("this is no YAML")),
-            "{told}"
+            printed.contains(expected)
+                || (expected.starts_with("line 3") && printed.contains("invalid YAML")),
+            "{printed}"
         );
     }
     let output = outrigger(&["inject", "-f", "/nowhere.yaml"], "");
@@ -184,7 +188,7 @@ fn what_is_wrong_is_told_and_nothing_is_written() {
 }
 
 #[test]
-fn defaults_are_for_the_pods_that_say_nothing() {
+fn inject_defaults_apply_where_a_pod_has_no_annotation() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("defaults.toml");
     let defaults = "image = \"r.example/o:1\"\nmode = \"env\"\n[proxy.defaults]\ntimeout = \"4s\"\n\
@@ -195,7 +199,7 @@ fn defaults_are_for_the_pods_that_say_nothing() {
     let after = done(&outrigger(&["inject", "--defaults", &file, "--image", "r.example/o:2"], &before));
     assert!(after.contains("image: r.example/o:2") && !after.contains("NET_ADMIN"), "{after}");
 
-    // The ConfigMap lies between: what it says holds over one, beneath the other.
+    // The ConfigMap is between the two defaults: it overrides one and is overridden by the other.
     let config_map = folder.path().join("outrigger.toml");
     fs::write(&config_map, "[defaults]\ntimeout = \"7s\"\nconnect_timeout = \"2s\"\n").expect("write");
     let pod = values(&after).iter().flat_map(pods).next().expect("a pod").clone();
@@ -206,13 +210,13 @@ fn defaults_are_for_the_pods_that_say_nothing() {
         .envs(variables)
         .output()
         .expect("it runs");
-    let told = text(&output.stdout);
-    let row = |key: &str| told.lines().find(|line| line.starts_with(key)).unwrap_or_default().to_owned();
+    let printed = text(&output.stdout);
+    let row = |key: &str| printed.lines().find(|line| line.starts_with(key)).unwrap_or_default().to_owned();
     for (key, value, from) in [
         ("timeout ", "4s", "env:OUTRIGGER_PROXY"),
         ("connect_timeout ", "2s", "outrigger.toml"),
         ("idle_timeout ", "8s", "env:OUTRIGGER_DEFAULTS"),
     ] {
-        assert!(row(key).contains(value) && row(key).contains(from), "{told}{}", text(&output.stderr));
+        assert!(row(key).contains(value) && row(key).contains(from), "{printed}{}", text(&output.stderr));
     }
 }

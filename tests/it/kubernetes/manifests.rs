@@ -1,4 +1,4 @@
-//! `k8s/` is what `kubectl apply -k k8s` takes, and what the code knows.
+//! `k8s/` is what `kubectl apply -k k8s` applies, and agrees with the code.
 
 use std::{
     collections::BTreeSet,
@@ -23,7 +23,7 @@ fn build(folder: &Path) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// The manifests, and the same with each way to an identity.
+/// The manifests, and the same with each source of an identity.
 fn variants() -> Vec<(&'static str, String)> {
     let mut variants = vec![("none", build(&folder()))];
     for identity in ["csi-spiffe", "spire"] {
@@ -31,7 +31,7 @@ fn variants() -> Vec<(&'static str, String)> {
         let copied = Command::new("cp").arg("-r").arg(folder()).arg(copy.path()).status().expect("cp runs");
         assert!(copied.success());
         let file = copy.path().join("k8s/kustomization.yaml");
-        // As the file says that it is done.
+        // As the comments of the file say.
         let text = fs::read_to_string(&file).expect("readable").replace("# components:", "components:");
         fs::write(
             &file,
@@ -52,7 +52,7 @@ fn text(value: &Value) -> &str {
 }
 
 #[test]
-fn the_manifests_are_valid_and_so_is_what_becomes_of_their_pods() {
+fn the_manifests_and_their_injected_pods_are_valid() {
     if !has_tool(&["kubectl"]) {
         return;
     }
@@ -80,7 +80,7 @@ fn the_manifests_are_valid_and_so_is_what_becomes_of_their_pods() {
 }
 
 #[test]
-fn the_manifests_say_what_the_code_knows() {
+fn the_manifests_agree_with_the_code() {
     if !has_tool(&["kubectl"]) {
         return;
     }
@@ -88,7 +88,7 @@ fn the_manifests_say_what_the_code_knows() {
     let deployments = of_kind(&objects, "Deployment");
     let named = |name: &str| *deployments.iter().find(|one| one["metadata"]["name"] == name).expect(name);
 
-    // The webhook is started by words that it understands, from files that are mounted there.
+    // The webhook's arguments are valid, and the files that they name are mounted.
     let webhook = &named("outrigger-webhook")["spec"]["template"]["spec"];
     let container = &webhook["containers"][0];
     let args: Vec<&str> = container["args"].as_array().expect("arguments").iter().map(text).collect();
@@ -118,7 +118,7 @@ fn the_manifests_say_what_the_code_knows() {
     for hook in &hooks {
         assert_eq!(hook["clientConfig"]["service"]["name"], "outrigger-webhook");
         let selector = hook["namespaceSelector"].to_string();
-        // Whoever cannot make a pod while it is down has asked for it.
+        // Failing pod creation while the webhook is down is opt-in.
         let opted_in = selector.contains("outrigger.dev/inject")
             && !selector.contains(r#""NotIn","values":["enabled"]"#);
         assert_eq!(hook["failurePolicy"] == "Fail", opted_in, "{hook}");
@@ -127,14 +127,15 @@ fn the_manifests_say_what_the_code_knows() {
         }
     }
 
-    // Nobody has more rights than discovery uses (kubernetes_discovery has what it asks), in more places than are named.
+    // No role has more rights than discovery uses (`kubernetes_discovery` has its requests), in no more places than
+    // are named.
     let roles = of_kind(&objects, "ClusterRole");
     let rules = json!([{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}]);
     assert_eq!(roles.iter().map(|role| &role["rules"]).collect::<Vec<_>>(), [&rules]);
     assert!(of_kind(&objects, "ClusterRoleBinding").is_empty() && of_kind(&objects, "Role").is_empty());
     assert_eq!(webhook["automountServiceAccountToken"], false, "it asks the API server for nothing");
 
-    // Configurations and defaults can be used.
+    // Configurations and defaults are valid.
     let (mut configurations, mut defaults) = (0, None);
     for map in of_kind(&objects, "ConfigMap") {
         for (key, value) in map["data"].as_object().expect("data") {
@@ -171,7 +172,7 @@ fn the_manifests_say_what_the_code_knows() {
         assert_eq!(labels["pod-security.kubernetes.io/enforce"], enforced);
     }
 
-    // Every container but the one that sets rules is as `restricted` demands, and says what it needs.
+    // Every container except the one that sets rules conforms to `restricted` and has resource requests.
     let all = values(&String::from_utf8(outrigger(&["inject"], &build(&folder())).stdout).expect("UTF-8"));
     for deployment in of_kind(&all, "Deployment") {
         let spec = &deployment["spec"]["template"]["spec"];
@@ -193,9 +194,9 @@ fn the_manifests_say_what_the_code_knows() {
     }
 }
 
-/// What is applied first is there first: no pod of the example before the webhook is known, no webhook before what it would refuse.
+/// The order of an apply: the webhook before any pod of the example, and before the webhook everything that it needs.
 #[test]
-fn the_first_apply_gives_the_example_its_sidecars() {
+fn the_first_apply_injects_the_example() {
     if !has_tool(&["kubectl"]) {
         return;
     }
@@ -210,7 +211,7 @@ fn the_first_apply_gives_the_example_its_sidecars() {
 }
 
 #[test]
-fn every_image_has_a_version_whichever_folder_is_applied() {
+fn every_image_has_a_version_in_every_folder() {
     if !has_tool(&["kubectl"]) {
         return;
     }
@@ -233,14 +234,14 @@ fn every_image_has_a_version_whichever_folder_is_applied() {
     }
 }
 
-/// agnhost's /healthz answers 412 without its UDP server.
+/// agnhost's /healthz responds with 412 without its UDP server.
 #[test]
-fn the_example_is_ready_by_a_path_that_its_image_serves() {
+fn the_examples_readiness_probe_uses_a_path_that_its_image_serves() {
     let content = fs::read_to_string(folder().join("example/hello.yaml")).expect("readable");
     assert!(content.contains("--udp-port=-1") && !content.contains("path: /healthz"), "{content}");
 }
 
-/// As its first lines say: the certificate by `outrigger certs`, all else by kustomize.
+/// As its first lines say: the certificate by `outrigger certs`, everything else by kustomize.
 #[test]
 fn the_webhook_can_be_installed_without_cert_manager() {
     if !has_tool(&["kubectl", "curl"]) {
@@ -262,7 +263,7 @@ fn the_webhook_can_be_installed_without_cert_manager() {
     assert!(!manifests.contains("cert-manager.io"), "{manifests}");
     let read = |file: &str| fs::read(tls.join(file)).expect("readable");
     let base64 = |bytes: &[u8]| base64::Engine::encode(&base64::engine::general_purpose::STANDARD, bytes);
-    // kustomize breaks it into lines, which readers pass over.
+    // kustomize wraps it into lines, which parsers ignore.
     let joined = |value: &Value| text(value).replace('\n', "");
     let secret = of_kind(&objects, "Secret")[0];
     assert_eq!(
@@ -286,17 +287,17 @@ fn the_webhook_can_be_installed_without_cert_manager() {
     fs::write(&file, &manifests).expect("write");
     validate(&[file]);
 
-    // An API server that trusts this CA reaches it by that name.
+    // An API server that trusts this CA reaches it under that name.
     let path = |file: String| tls.join(file).display().to_string();
     let (certificate, key) = (path(format!("{name}.crt")), path(format!("{name}.key")));
     let arguments = ["webhook", "--listen", "127.0.0.1:0", "--tls-cert", &certificate, "--tls-key", &key];
     let webhook =
         crate::support::Daemon::start(&crate::support::binary().display().to_string(), &arguments, &[]);
-    let told = webhook.wait_for_output("the webhook is up");
-    let address = told.split("listen=").nth(1).expect("it says where");
+    let log = webhook.wait_for_output("webhook listening");
+    let address = log.split("listen=").nth(1).expect("it says where");
     let port: String =
         address.split(':').nth(1).expect("a port").chars().take_while(char::is_ascii_digit).collect();
-    let answer = Command::new(crate::support::tool("curl").expect("curl"))
+    let response = Command::new(crate::support::tool("curl").expect("curl"))
         .args([
             "-s",
             "--cacert",
@@ -307,12 +308,12 @@ fn the_webhook_can_be_installed_without_cert_manager() {
         .arg(format!("https://{name}:{port}/healthz"))
         .output()
         .expect("curl runs");
-    assert_eq!(String::from_utf8_lossy(&answer.stdout), "ok\n", "{answer:?}");
+    assert_eq!(String::from_utf8_lossy(&response.stdout), "ok\n", "{response:?}");
 }
 
-/// The example without a cluster has the same parts.
+/// The Compose example has the same parts.
 #[test]
-fn the_compose_example_fits_together() {
+fn the_compose_example_is_consistent() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/compose");
     let file = fs::read_to_string(folder.join("compose.yaml")).expect("readable");
     let services = &values(&file)[0]["services"];

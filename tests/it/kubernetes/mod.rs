@@ -1,4 +1,4 @@
-//! Kubernetes without a cluster: what the files, the API server and the kubelet say is said by the tests.
+//! Kubernetes without a cluster: the tests play API server, kubelet and files.
 
 mod inject;
 mod manifests;
@@ -28,7 +28,7 @@ pub fn corpus() -> Vec<PathBuf> {
     files
 }
 
-/// Runs the binary with this on its stdin.
+/// Runs the binary with this standard input.
 pub fn outrigger(arguments: &[&str], input: &str) -> Output {
     let mut child = Command::new(binary())
         .args(arguments)
@@ -38,19 +38,19 @@ pub fn outrigger(arguments: &[&str], input: &str) -> Output {
         .spawn()
         .expect("it starts");
     let mut stdin = child.stdin.take().expect("a pipe");
-    // It may have refused its arguments and gone.
+    // It may have rejected its arguments and exited.
     let _ = stdin.write_all(input.as_bytes());
     drop(stdin);
     child.wait_with_output().expect("it ends")
 }
 
-/// What the documents of a stream say.
+/// The documents of a YAML stream.
 pub fn values(text: &str) -> Vec<Value> {
     let read = |part: &str| yaml::Document::parse(part).expect("YAML").value();
     yaml::documents(text).into_iter().map(read).filter(|value| !value.is_null()).collect()
 }
 
-/// Has the files checked against the API's schemas, strictly; false where there is no checker.
+/// Validates the files against the API's schemas, strictly; false if there is no validator.
 #[track_caller]
 pub fn validate(files: &[PathBuf]) -> bool {
     let Some(python) = python_with("kubernetes_validate") else { return false };

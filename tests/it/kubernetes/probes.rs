@@ -1,4 +1,4 @@
-//! The probes of the containers beside the sidecar, which it makes for the kubelet.
+//! The probes of the other containers, which the sidecar performs for the kubelet.
 
 use std::net::SocketAddr;
 
@@ -12,9 +12,9 @@ use crate::support::{
 fn ask(proxy: &Proxy, path: &str) -> (u16, String) {
     let probe = proxy.ready()["probe"].as_str().expect("the probe port").parse().expect("an address");
     let request = format!("GET {path} HTTP/1.1\r\nhost: 10.0.0.1:4192\r\nconnection: close\r\n\r\n");
-    let answer = RawClient::connect(probe).ask(request);
-    let status = answer.start.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
-    (status, String::from_utf8_lossy(&answer.body).into_owned())
+    let response = RawClient::connect(probe).ask(request);
+    let status = response.start.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, String::from_utf8_lossy(&response.body).into_owned())
 }
 
 fn start(probes: &serde_json::Value) -> Proxy {
@@ -25,19 +25,19 @@ fn start(probes: &serde_json::Value) -> Proxy {
 }
 
 #[test]
-fn probes_reach_the_container_as_they_were_meant() {
+fn probes_reach_their_container() {
     let server = Upstream::http1(|request| async move {
         let (host, path) =
             (request.headers()["host"].to_str().unwrap_or("").to_owned(), request.uri().clone());
-        let mut answer = text("x");
+        let mut response = text("x");
         let meant =
             host == "health.internal" && path == "/healthz?full=1" && request.headers()["x-probe"] == "1";
-        *answer.status_mut() = match path.path() {
+        *response.status_mut() = match path.path() {
             "/moved" => http::StatusCode::FOUND,
             _ if meant => http::StatusCode::OK,
             _ => http::StatusCode::IM_A_TEAPOT,
         };
-        answer
+        response
     });
     let pki = Pki::new();
     let tls = TlsServer::start(&pki.issue("of-nobody", |_| {}), None, &[]);
@@ -70,7 +70,7 @@ fn probes_reach_the_container_as_they_were_meant() {
 }
 
 #[test]
-fn grpc_probes_ask_the_health_service() {
+fn grpc_probes_query_the_health_service() {
     let Some(python) = python_with("grpc_health") else { return };
     let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let script = peer_script("health_server.py").display().to_string();
@@ -84,7 +84,7 @@ fn grpc_probes_ask_the_health_service() {
 }
 
 #[test]
-fn who_waits_for_a_sidecar_hears_when_it_is_ready() {
+fn status_wait_returns_when_the_sidecar_is_ready() {
     let proxy = Proxy::start("");
     let status = |address: &str, wait: &str| {
         super::outrigger(&["status", "--admin", address, "--wait", wait], "").status.code()
@@ -93,20 +93,20 @@ fn who_waits_for_a_sidecar_hears_when_it_is_ready() {
     assert_eq!(status(&format!("127.0.0.1:{}", free_port()), "10ms"), Some(1));
 }
 
-/// The kubelet's event names the status alone, so the log says why: once, until it changes.
+/// The kubelet's event has only the status, so the log has the reason: once, until it changes.
 #[test]
-fn the_log_says_once_why_a_probe_fails_and_that_it_passes_again() {
+fn probe_failure_and_recovery_are_logged_once() {
     let port = free_port();
     let proxy = start(&json!({"app/readiness": {"port": port, "tcp": true, "timeout": 5}}));
     for _ in 0..3 {
         assert_eq!(ask(&proxy, "/probe/app/readiness").0, 503);
     }
     let lines = |what: &str| proxy.stderr().lines().filter(|line| line.contains(what)).count();
-    eventually("a line", || lines("does not pass its probe") > 0);
+    eventually("a line", || lines("container probe failed") > 0);
     let _service = std::net::TcpListener::bind(("127.0.0.1", port)).expect("the port again");
     assert_eq!(ask(&proxy, "/probe/app/readiness").0, 200);
-    eventually("another line", || lines("passes its probe again") > 0);
-    assert_eq!(lines("does not pass its probe"), 1, "{}", proxy.stderr());
+    eventually("another line", || lines("container probe passes again") > 0);
+    assert_eq!(lines("container probe failed"), 1, "{}", proxy.stderr());
     assert!(
         proxy.stderr().contains("app/readiness") && proxy.stderr().contains("refused"),
         "{}",

@@ -1,5 +1,5 @@
-//! `outrigger webhook`: what a real API server asked (1.36, recorded in `tests/it/kubernetes/admission`), asked again over
-//! HTTPS.
+//! `outrigger webhook`: admission reviews of a real API server (1.36, recorded in `tests/it/kubernetes/admission`),
+//! replayed over HTTPS.
 
 use std::{
     fs,
@@ -23,8 +23,8 @@ use crate::support::{
     tool,
 };
 
-/// `timeoutSeconds` of k8s/webhook/admission.yaml. Who sends slowly may take 10 s.
-const API_SERVER_WAITS: Duration = Duration::from_secs(5);
+/// `timeoutSeconds` of k8s/webhook/admission.yaml. A slow sender may take 10 s.
+const API_SERVER_TIMEOUT: Duration = Duration::from_secs(5);
 
 struct Webhook {
     daemon: Daemon,
@@ -48,7 +48,7 @@ impl Webhook {
         ];
         arguments.extend(more);
         let daemon = Daemon::start(&binary().display().to_string(), &arguments, &[]);
-        let output = daemon.wait_for_output("the webhook is up");
+        let output = daemon.wait_for_output("webhook listening");
         let listen = output.split("listen=").nth(1).expect("it says where");
         let address: String = listen
             .chars()
@@ -63,32 +63,32 @@ impl Webhook {
             "{head} HTTP/1.1\r\nhost: outrigger.outrigger-system.svc\r\nconnection: close\r\ncontent-length: {}\r\ncontent-type: application/json\r\n\r\n{body}",
             body.len()
         );
-        let answer = TlsCaller::new(None, &["http/1.1"]).say(self.address, &request).expect("an answer");
-        let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
-        (status, answer.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
+        let response = TlsCaller::new(None, &["http/1.1"]).say(self.address, &request).expect("a response");
+        let status = response.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+        (status, response.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
     }
 
     fn ask(&self, path: &str, review: &Value) -> Value {
         let (status, body) = self.say(&format!("POST {path}"), &review.to_string());
         assert_eq!(status, 200, "{body}");
-        let answer: Value = serde_json::from_str(&body).expect("JSON");
-        assert_eq!((&answer["apiVersion"], &answer["kind"]), (&review["apiVersion"], &review["kind"]));
-        assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
-        answer["response"].clone()
+        let response: Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!((&response["apiVersion"], &response["kind"]), (&review["apiVersion"], &review["kind"]));
+        assert_eq!(response["response"]["uid"], review["request"]["uid"]);
+        response["response"].clone()
     }
 
-    /// Begins to say something and leaves it at that.
+    /// Sends the beginning of something and then nothing.
     fn begin(&self, length: usize, sent: usize) -> TlsSocket {
-        let mut caller = TlsCaller::new(None, &["http/1.1"]).connect(self.address);
+        let mut client = TlsCaller::new(None, &["http/1.1"]).connect(self.address);
         let head = format!(
             "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
         );
-        // It may be told to go before it has sent all that.
-        let _ = caller.write_all(head.as_bytes()).and_then(|()| caller.write_all(&vec![b' '; sent]));
-        caller
+        // The connection may be closed before all of it is sent.
+        let _ = client.write_all(head.as_bytes()).and_then(|()| client.write_all(&vec![b' '; sent]));
+        client
     }
 
-    /// The most memory that it has had.
+    /// Peak memory.
     fn peak_kib(&self) -> u64 {
         let memory = fs::read_to_string(format!("/proc/{}/status", self.daemon.pid())).expect("it runs");
         let peak = memory.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
@@ -120,7 +120,7 @@ fn patched(object: &Value, response: &Value) -> Value {
     object
 }
 
-/// Without what only a file needs, and the name that only the API server knows.
+/// Without fields that only a file needs, and the name that only the API server knows.
 fn comparable(mut pod: Value) -> Value {
     pod["metadata"]["annotations"]["outrigger.dev/injected"] = Value::Null;
     for one in pod["spec"]["initContainers"].as_array_mut().into_iter().flatten() {
@@ -134,7 +134,7 @@ fn comparable(mut pod: Value) -> Value {
 }
 
 #[test]
-fn what_an_api_server_asked_is_answered_as_inject_would() {
+fn recorded_reviews_get_the_patch_that_inject_makes() {
     let (pki, folder) = (pki(), tempfile::tempdir().expect("a folder"));
     let webhook = Webhook::start(&pki, &[]);
     let (mut files, mut names) = (Vec::new(), Vec::new());
@@ -154,7 +154,7 @@ fn what_an_api_server_asked_is_answered_as_inject_would() {
                 let file = outrigger(&["inject"], &object.to_string());
                 let by_file = values(&String::from_utf8_lossy(&file.stdout)).remove(0);
                 assert_eq!(comparable(pod.clone()), comparable(by_file), "{name}");
-                // Asked again of what it has made, it has nothing to add.
+                // A second review of the result yields no further patch.
                 let mut again = review.clone();
                 again["request"]["object"] = pod.clone();
                 assert_eq!(webhook.ask(path, &again).get("patch"), None, "{name}");
@@ -199,7 +199,7 @@ fn a_broken_config_map_is_refused_when_it_is_applied() {
 }
 
 #[test]
-fn hostile_input_is_refused_and_the_next_question_answered() {
+fn hostile_input_is_rejected_and_the_next_review_answered() {
     let pki = pki();
     let webhook = Webhook::start(&pki, &[]);
     let deep = "[".repeat(200_000);
@@ -213,24 +213,24 @@ fn hostile_input_is_refused_and_the_next_question_answered() {
     ] {
         assert_eq!(webhook.say(head, body).0, expected, "{head} with {} bytes", body.len());
     }
-    // Small for who sends it, large for who takes it apart.
+    // Small to send, large to parse.
     let many = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
         "uid": "1", "kind": {"group": "", "version": "v1", "kind": "Pod"}, "operation": "CREATE",
         "object": {"spec": {"containers": [{"name": "a", "args": "MANY"}]}}
     }});
     let many = many.to_string().replace("\"MANY\"", &format!("[{}\"\"]", "\"\",".repeat(2 << 20)));
     let (status, body) = webhook.say("POST /mutate", &many);
-    assert_eq!((status, body.contains("100000 parts")), (400, true), "{body}");
+    assert_eq!((status, body.contains("100000 values")), (400, true), "{body}");
     let peak = webhook.peak_kib();
     assert!(peak < 64 << 10, "it took {peak} KiB; its pod has 128 MiB");
-    // Refused by its head; nobody waits for the rest.
+    // Rejected by its head, without waiting for the rest.
     let long = format!(
         "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         (8 << 20) + 1
     );
-    let answer = TlsCaller::new(None, &["http/1.1"]).say(webhook.address, &long).expect("an answer");
-    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
-    // Not TLS at all, and TLS that says nothing.
+    let response = TlsCaller::new(None, &["http/1.1"]).say(webhook.address, &long).expect("a response");
+    assert!(response.starts_with("HTTP/1.1 413 "), "{response}");
+    // Bytes that are not TLS, and TLS without a request.
     let mut plain = TcpStream::connect(webhook.address).expect("connect");
     plain.write_all(b"POST /mutate HTTP/1.1\r\n\r\n").expect("write");
     let _silent = TlsCaller::new(None, &[]).connect(webhook.address);
@@ -238,9 +238,9 @@ fn hostile_input_is_refused_and_the_next_question_answered() {
     assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
 }
 
-/// More of them than there is room for, whether their bodies are short or long.
+/// More senders than there are slots, with short and with long bodies.
 #[test]
-fn senders_that_do_not_come_to_an_end_hold_up_nobody() {
+fn endless_senders_do_not_block_other_reviews() {
     let pki = pki();
     let webhook = Webhook::start(&pki, &[]);
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
@@ -252,20 +252,23 @@ fn senders_that_do_not_come_to_an_end_hold_up_nobody() {
     for review in [&short, &long, &short, &long] {
         let began = Instant::now();
         assert!(webhook.ask("/mutate", review).get("patch").is_some());
-        assert!(began.elapsed() < API_SERVER_WAITS, "after {:?}", began.elapsed());
+        assert!(began.elapsed() < API_SERVER_TIMEOUT, "after {:?}", began.elapsed());
     }
-    let mut told = String::new();
+    let mut rejection = String::new();
     let first = &mut slow[0];
-    // Closed without a farewell.
-    let _ = first.read_to_string(&mut told);
-    assert!(told.starts_with("HTTP/1.1 503 ") && told.contains("others need the room"), "{told}");
+    // Closed without close_notify.
+    let _ = first.read_to_string(&mut rejection);
+    assert!(
+        rejection.starts_with("HTTP/1.1 503 ") && rejection.contains("memory is needed for other requests"),
+        "{rejection}"
+    );
     let peak = webhook.peak_kib();
     assert!(peak < 96 << 10, "it took {peak} KiB; its pod has 128 MiB");
 }
 
-/// An API server opens a connection for each call that it makes at a time.
+/// An API server opens a connection for each concurrent review.
 #[test]
-fn many_pods_are_made_at_a_time() {
+fn many_pods_are_created_concurrently() {
     let pki = pki();
     let webhook = Webhook::start(&pki, &[]);
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
@@ -276,7 +279,7 @@ fn many_pods_are_made_at_a_time() {
     });
 }
 
-/// Whoever makes a pod waits for it. Handshake, connection and a debug build included, on a machine that others use.
+/// Pod creation waits for the review. Includes handshake, connection and a debug build, on a shared machine.
 #[test]
 fn a_review_takes_milliseconds() {
     let pki = pki();
@@ -292,21 +295,21 @@ fn a_review_takes_milliseconds() {
 }
 
 #[test]
-fn connections_that_ask_nothing_give_way() {
+fn silent_connections_are_closed_for_new_ones() {
     let pki = pki();
     let webhook = Webhook::start(&pki, &[]);
-    // Some say nothing at all, some begin to ask: more of both than there are places.
+    // Some send nothing at all, some begin a request: more of both than there are slots.
     let _silent: Vec<TcpStream> =
         (0..150).map(|_| TcpStream::connect(webhook.address).expect("connect")).collect();
     let _slow: Vec<TlsSocket> = (0..150).map(|_| webhook.begin(65_000, 1)).collect();
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
     let began = Instant::now();
     assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
-    assert!(began.elapsed() < API_SERVER_WAITS, "after {:?}", began.elapsed());
+    assert!(began.elapsed() < API_SERVER_TIMEOUT, "after {:?}", began.elapsed());
 }
 
 #[test]
-fn an_api_server_may_speak_http_2() {
+fn an_api_server_may_use_http_2() {
     if !has_tool(&["curl"]) {
         return;
     }
@@ -333,14 +336,14 @@ fn an_api_server_may_speak_http_2() {
 }
 
 #[test]
-fn new_certificates_and_defaults_are_used_and_broken_ones_are_not() {
+fn valid_new_certificates_and_defaults_are_applied_and_broken_ones_rejected() {
     let pki = pki();
     let defaults = pki.write("defaults.toml", "image = \"r.example/o:1\"\n");
     let webhook = Webhook::start(&pki, &["--defaults", &defaults.display().to_string()]);
     let shown = || {
         let mut stream = TlsCaller::new(None, &["http/1.1"]).connect(webhook.address);
         stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").expect("write");
-        Read::read(&mut stream, &mut [0; 64]).expect("an answer");
+        Read::read(&mut stream, &mut [0; 64]).expect("a response");
         stream.conn.peer_certificates().expect("a certificate")[0].to_vec()
     };
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
@@ -353,22 +356,23 @@ fn new_certificates_and_defaults_are_used_and_broken_ones_are_not() {
     assert_eq!(image(), "r.example/o:1");
     pki.write("webhook.crt", "-----BEGIN CERTIFICATE-----\n");
     pki.write("defaults.toml", "imgae = \"r.example/o:2\"\n");
-    webhook.daemon.wait_for_output("the new certificate is not used");
-    webhook.daemon.wait_for_output("the new defaults are not used");
+    webhook.daemon.wait_for_output("new certificate rejected");
+    webhook.daemon.wait_for_output("new defaults rejected");
     assert_eq!((shown() == first, &*image()), (true, "r.example/o:1"));
     pki.write_leaf("webhook", |_| {});
     pki.write("defaults.toml", "image = \"r.example/o:3\"\n");
     eventually("the new certificate is shown", || shown() != first);
     eventually("the new image is used", || image() == "r.example/o:3");
-    // The kubelet says that it is to go; API servers may hear of it later.
+    // The kubelet terminates it; API servers may learn of that later.
     signal(webhook.daemon.pid(), "TERM");
-    webhook.daemon.wait_for_output("leaving");
+    webhook.daemon.wait_for_output("draining");
     assert_eq!(image(), "r.example/o:3");
 }
 
-/// A full disk empties a file, a slow writer leaves half of it for a while: what was read before holds, and the log says so.
+/// A full disk empties a file, a slow writer leaves half of it for a while: the previous content stays in use, and the
+/// log says so.
 #[test]
-fn defaults_that_were_emptied_or_are_half_written_change_nothing() {
+fn emptied_or_half_written_defaults_change_nothing() {
     let pki = pki();
     let good = "image = \"r.example/o:1\"\nmemory = \"77Mi\"\n";
     let path = pki.write("defaults.toml", good);
@@ -381,25 +385,25 @@ fn defaults_that_were_emptied_or_are_half_written_change_nothing() {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         (text(&sidecar["image"]), text(&sidecar["resources"]["requests"]["memory"]))
     };
-    let told = |words: &str| webhook.daemon.output().matches(words).count();
+    let log_count = |words: &str| webhook.daemon.output().matches(words).count();
     let first = ("r.example/o:1".to_owned(), "77Mi".to_owned());
     assert_eq!(given(), first);
     for (number, emptied) in ["", " \n\n"].into_iter().enumerate() {
         fs::write(&path, emptied).expect("write");
-        eventually("a word on the empty file", || told("defaults.toml is empty now") == number + 1);
+        eventually("a word on the empty file", || log_count("defaults.toml is empty now") == number + 1);
         assert_eq!(given(), first, "{emptied:?}");
     }
     fs::remove_file(&path).expect("remove");
-    eventually("a word on the missing file", || told("the new defaults are not used") == 1);
+    eventually("a word on the missing file", || log_count("new defaults rejected") == 1);
     assert_eq!(given(), first);
-    // The first half of a file would be a whole one.
+    // Half of the file is a valid file as well.
     let mut slow = fs::File::create(&path).expect("create");
     slow.write_all(b"image = \"r.example/o:2\"\n").expect("write");
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_millis(700) {
         assert_eq!(given(), first, "before its writer has closed it");
     }
-    assert_eq!(told("new defaults are used"), 0, "{}", webhook.daemon.output());
+    assert_eq!(log_count("new defaults loaded"), 0, "{}", webhook.daemon.output());
     slow.write_all(b"memory = \"88Mi\"\n").expect("write");
     drop(slow);
     let second = ("r.example/o:2".to_owned(), "88Mi".to_owned());
@@ -410,9 +414,9 @@ fn defaults_that_were_emptied_or_are_half_written_change_nothing() {
     });
 }
 
-/// An API server keeps connections. One that is closed while a review is on its way loses the review (`EOF`).
+/// An API server keeps connections. Closing one while a review is in flight loses the review (`EOF`).
 #[test]
-fn a_webhook_that_ends_has_its_clients_close_and_closes_none_before() {
+fn a_webhook_drains_its_connections_before_it_exits() {
     let pki = pki();
     let webhook = Webhook::start(&pki, &[]);
     let request = "GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n";
@@ -420,20 +424,20 @@ fn a_webhook_that_ends_has_its_clients_close_and_closes_none_before() {
         (0..3).map(|_| TlsCaller::new(None, &["http/1.1"]).connect(webhook.address)).collect();
     let ask = |stream: &mut TlsSocket| {
         stream.write_all(request.as_bytes()).expect("it is open");
-        let mut answer = String::new();
-        while !answer.contains("\r\n\r\nok\n") {
+        let mut response = String::new();
+        while !response.contains("\r\n\r\nok\n") {
             let mut part = [0; 1024];
-            let count = stream.read(&mut part).expect("an answer");
-            assert_ne!(count, 0, "it was closed: {answer}");
-            answer += &String::from_utf8_lossy(&part[..count]);
+            let count = stream.read(&mut part).expect("a response");
+            assert_ne!(count, 0, "it was closed: {response}");
+            response += &String::from_utf8_lossy(&part[..count]);
         }
-        answer.to_ascii_lowercase()
+        response.to_ascii_lowercase()
     };
     for stream in &mut kept {
         assert!(!ask(stream).contains("connection: close"));
     }
     signal(webhook.daemon.pid(), "TERM");
-    webhook.daemon.wait_for_output("leaving");
+    webhook.daemon.wait_for_output("draining");
     for stream in &mut kept {
         assert!(ask(stream).contains("connection: close"));
     }
@@ -441,7 +445,7 @@ fn a_webhook_that_ends_has_its_clients_close_and_closes_none_before() {
 }
 
 #[test]
-fn what_it_cannot_begin_with_is_named() {
+fn startup_errors_name_the_file() {
     let pki = pki();
     let run = |certificate: &str, key: &str, defaults: &str| {
         let (certificate, key) = (pki.path(certificate), pki.path(key));
@@ -464,6 +468,6 @@ fn what_it_cannot_begin_with_is_named() {
     pki.write("bad.toml", "memory = \"much\"\n");
     pki.write_leaf("another", |_| {});
     assert!(run("none.crt", "webhook.key", "good.toml").contains("none.crt"));
-    assert!(run("webhook.crt", "another.key", "good.toml").contains("do not belong together"));
+    assert!(run("webhook.crt", "another.key", "good.toml").contains("do not match"));
     assert!(run("webhook.crt", "webhook.key", "bad.toml").contains("`much` is not a quantity"));
 }

@@ -1,4 +1,5 @@
-//! A small API server: HTTPS, a token, EndpointSlices as a real one told them. It goes away and forgets when told to.
+//! A small API server: HTTPS, a token, EndpointSlices as a real one sent them. It can be made unreachable, and made to
+//! forget versions.
 
 use std::{
     io::{Read, Write},
@@ -13,7 +14,7 @@ use serde_json::Value;
 
 use crate::support::{pki::Pki, tls::server_config};
 
-/// What the real server said.
+/// Recorded responses of the real server.
 pub fn recorded(name: &str) -> Value {
     let path = format!("{}/tests/it/kubernetes_discovery/recorded/{name}.json", env!("CARGO_MANIFEST_DIR"));
     serde_json::from_slice(&std::fs::read(path).expect("a recording")).expect("JSON")
@@ -35,13 +36,13 @@ struct State {
     list: Value,
     events: Vec<Value>,
     token: String,
-    /// Takes connections and drops them.
+    /// Accepts connections and drops them.
     away: bool,
-    /// Answers watches with 410.
+    /// Responds to watches with 410.
     forgetful: bool,
-    /// Watches of an earlier one end.
+    /// Watches of an earlier generation end.
     generation: u64,
-    /// Request lines, with the token's last word.
+    /// Request lines, with the last word of the token.
     asked: Vec<String>,
 }
 
@@ -62,7 +63,7 @@ impl Api {
                 thread::spawn(move || {
                     if !state.with(|state| state.away) {
                         let connection = ServerConnection::new(config).expect("a connection");
-                        // A caller that leaves is no matter.
+                        // A client that disconnects is no error.
                         let _ = state.serve(StreamOwned::new(connection, stream));
                     }
                 });
@@ -75,7 +76,7 @@ impl Api {
         format!("https://localhost:{}", self.address.port())
     }
 
-    /// What a list tells from now on.
+    /// What lists return from now on.
     pub fn list(&self, list: Value) {
         self.state.with(|state| state.list = list);
     }
@@ -103,7 +104,7 @@ impl Api {
         self.state.with(|state| state.forgetful = forgetful);
     }
 
-    /// What was asked, lists and watches.
+    /// The requests so far, lists and watches.
     pub fn asked(&self) -> (Vec<String>, Vec<String>) {
         let asked = self.state.with(|state| state.asked.clone());
         asked.into_iter().partition(|line| !line.contains("watch=1"))
@@ -130,7 +131,7 @@ impl Shared {
             state.asked.push(line.clone());
             (state.token.clone(), state.list.clone(), state.forgetful)
         });
-        let mut answer = |status: &str, body: &Value| {
+        let mut response = |status: &str, body: &Value| {
             let body = body.to_string();
             write!(
                 stream,
@@ -140,17 +141,17 @@ impl Shared {
             stream.flush()
         };
         if !head.to_ascii_lowercase().contains(&format!("authorization: bearer {token}\r\n")) {
-            return answer("401 Unauthorized", &recorded("unauthorized")["body"]);
+            return response("401 Unauthorized", &recorded("unauthorized")["body"]);
         }
         let expected = "GET /apis/discovery.k8s.io/v1/namespaces/shop/endpointslices?";
         let Some(query) = line.strip_prefix(expected) else {
-            return answer("404 Not Found", &Value::Null);
+            return response("404 Not Found", &Value::Null);
         };
         let field = |name: &str| {
             let fields = query.split([' ', '&']);
             fields.filter_map(|field| field.strip_prefix(name)?.strip_prefix('=')).next()
         };
-        // Who does not say of which service, is told of all.
+        // A request that names no service gets all.
         let service = field("labelSelector").map(|label| {
             label.strip_prefix("kubernetes.io%2Fservice-name%3D").expect("by the service").to_owned()
         });
@@ -158,10 +159,10 @@ impl Shared {
             let mut list = list;
             let items = list["items"].as_array_mut().expect("items");
             items.retain(|slice| is_of(slice, service.as_deref()));
-            return answer("200 OK", &list);
+            return response("200 OK", &list);
         }
         if forgetful {
-            return answer("410 Gone", &recorded("gone")["events"][0]["object"]);
+            return response("410 Gone", &recorded("gone")["events"][0]["object"]);
         }
         let version = field("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
         self.watch(&mut stream, version, service.as_deref())
@@ -171,18 +172,18 @@ impl Shared {
         write!(stream, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
         stream.flush()?;
         let generation = self.with(|state| state.generation);
-        let mut told = 0;
+        let mut sent = 0;
         loop {
             let state = self.state.lock().expect("a lock");
-            let news = |state: &mut State| state.generation == generation && state.events.len() == told;
+            let news = |state: &mut State| state.generation == generation && state.events.len() == sent;
             let (state, _) =
                 self.changed.wait_timeout_while(state, Duration::from_secs(30), news).expect("a lock");
             if state.generation != generation {
-                // Without the last chunk, as a server that dies does.
+                // Without the last chunk, as when a server dies.
                 return Ok(());
             }
-            let news: Vec<Value> = state.events[told..].to_vec();
-            told = state.events.len();
+            let news: Vec<Value> = state.events[sent..].to_vec();
+            sent = state.events.len();
             drop(state);
             for event in news {
                 let of_object = event["object"]["metadata"]["resourceVersion"]
@@ -195,7 +196,7 @@ impl Shared {
                         || is_of(&event["object"], service))
                 {
                     let line = format!("{event}\n");
-                    // In pieces, as they may come.
+                    // In pieces, as TCP may deliver them.
                     let (one, two) = line.split_at(line.len() / 2);
                     for piece in [one, two] {
                         write!(stream, "{:x}\r\n{piece}\r\n", piece.len())?;
@@ -207,7 +208,7 @@ impl Shared {
     }
 }
 
-/// Whether a slice is of this service; without one, all are.
+/// Whether a slice belongs to this service; without one, all do.
 fn is_of(slice: &Value, service: Option<&str>) -> bool {
     service.is_none_or(|service| slice["metadata"]["labels"]["kubernetes.io/service-name"] == service)
 }

@@ -1,4 +1,4 @@
-//! `k8s://NAMESPACE/SERVICE:PORT`, by what a real API server said.
+//! `k8s://NAMESPACE/SERVICE:PORT` against recorded responses of a real API server.
 
 mod api;
 
@@ -26,7 +26,7 @@ fn start(config: &str, pki: &Pki, api: &Api, token: &str, zone: &str) -> Proxy {
         .start()
 }
 
-/// As the endpoint slice controller writes them, with what only it needs.
+/// As the endpoint slice controller writes them, including fields that only it uses.
 fn metadata(name: &str, service: &str, version: &str) -> Value {
     json!({
         "name": name, "namespace": "shop", "resourceVersion": version, "generateName": format!("{service}-"),
@@ -39,7 +39,7 @@ fn metadata(name: &str, service: &str, version: &str) -> Value {
     })
 }
 
-/// The slices of a service with so many endpoints, a hundred in each.
+/// The slices of a service with this many endpoints, a hundred in each.
 fn slices(service: &str, number: usize, endpoints: usize) -> Vec<Value> {
     let endpoint = |index: usize| {
         json!({
@@ -64,8 +64,8 @@ fn slices(service: &str, number: usize, endpoints: usize) -> Vec<Value> {
 }
 
 fn status(proxy: &Proxy, upstream: usize) -> Value {
-    let answer = RawClient::connect(proxy.admin()).ask("GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    let status: Value = serde_json::from_slice(&answer.body).expect("JSON");
+    let response = RawClient::connect(proxy.admin()).ask("GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let status: Value = serde_json::from_slice(&response.body).expect("JSON");
     status["upstreams"][upstream].clone()
 }
 
@@ -79,7 +79,7 @@ fn endpoints(proxy: &Proxy, upstream: usize) -> Vec<String> {
 }
 
 #[track_caller]
-fn become_those(proxy: &Proxy, expected: &[&str]) {
+fn wait_for_endpoints(proxy: &Proxy, expected: &[&str]) {
     let mut now = Vec::new();
     let mut look = || {
         now = endpoints(proxy, 0);
@@ -101,24 +101,24 @@ fn become_those(proxy: &Proxy, expected: &[&str]) {
 const LISTED: [&str; 3] = ["10.244.0.11:8080", "10.244.1.12:8080", "[fd00:10:244::11]:8080"];
 
 #[test]
-fn endpoints_follow_what_the_server_tells() {
+fn endpoints_follow_the_api_server() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
     let proxy = start(CONFIG, &pki, &api, "good", "");
-    become_those(&proxy, &LISTED);
+    wait_for_endpoints(&proxy, &LISTED);
     assert_eq!(endpoints(&proxy, 1), LISTED.map(|address| address.replace("8080", "9090")));
 
     let events = recorded("watch")["events"].as_array().cloned().expect("events");
     let mut events = events.into_iter();
     let mut next = || api.happens(events.next().expect("another event"));
     next();
-    become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
-    // All of a slice leave: who is ready is called, in the other slice.
+    wait_for_endpoints(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
+    // All endpoints of one slice terminate: the ready ones of the other slice get the requests.
     next();
-    become_those(&proxy, &[LISTED[2]]);
+    wait_for_endpoints(&proxy, &[LISTED[2]]);
     next();
-    become_those(&proxy, &["10.244.2.21:8080", LISTED[2]]);
-    // The slice of those that have left goes, and a bookmark says up to where that was all.
+    wait_for_endpoints(&proxy, &["10.244.2.21:8080", LISTED[2]]);
+    // The slice of the terminated ones is deleted, and a bookmark confirms the resource version.
     next();
     next();
     eventually("the bookmark to be read, and the watch resumed there", || {
@@ -131,19 +131,19 @@ fn endpoints_follow_what_the_server_tells() {
 }
 
 #[test]
-fn what_is_too_old_is_listed_anew() {
+fn an_expired_resource_version_is_listed_again() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
     let proxy = start(CONFIG, &pki, &api, "good", "");
-    become_those(&proxy, &LISTED);
+    wait_for_endpoints(&proxy, &LISTED);
     let mut list = recorded("list")["body"].clone();
     list["metadata"]["resourceVersion"] = json!("300");
     list["items"].as_array_mut().expect("items").truncate(1);
     api.list(list.clone());
-    // In the stream, as recorded.
+    // An event in the stream, as recorded.
     api.happens(recorded("gone")["events"][0].clone());
-    become_those(&proxy, &LISTED[..2]);
-    // As the answer to a watch: listing is of no use for as long as that lasts, and nothing is lost.
+    wait_for_endpoints(&proxy, &LISTED[..2]);
+    // The response to a watch: listing does not help while that lasts, and nothing is lost.
     api.forgets(true);
     api.ends_watches();
     eventually("it is said", || status(&proxy, 0).to_string().contains("too old to be watched"));
@@ -151,41 +151,43 @@ fn what_is_too_old_is_listed_anew() {
     list["items"][0]["endpoints"].as_array_mut().expect("endpoints").truncate(1);
     api.list(list);
     api.forgets(false);
-    become_those(&proxy, &LISTED[..1]);
+    wait_for_endpoints(&proxy, &LISTED[..1]);
 }
 
 #[test]
-fn the_last_good_set_outlives_the_server() {
+fn the_last_good_endpoints_outlive_the_api_server() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
     let proxy = start(CONFIG, &pki, &api, "good", "");
-    become_those(&proxy, &LISTED);
+    wait_for_endpoints(&proxy, &LISTED);
     api.goes_away(true);
     eventually("it is said", || status(&proxy, 0)["discovery"].to_string().contains("failed"));
     assert_eq!(endpoints(&proxy, 0), LISTED);
     api.happens(recorded("watch")["events"][0].clone());
     api.goes_away(false);
-    become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
+    wait_for_endpoints(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
     eventually("it is well again", || status(&proxy, 0)["discovery"] == "ready");
     assert_eq!(api.asked().0.len(), 2, "resumed, not listed: {:?}", api.asked());
 }
 
 #[test]
-fn a_token_that_is_renewed_is_read_again() {
+fn a_renewed_token_is_read_again() {
     let pki = Pki::new();
     let api = Api::start(&pki, "new");
     let proxy = start(CONFIG, &pki, &api, "old", "");
     eventually("it is said", || {
-        status(&proxy, 0).to_string().contains("answered 401: Unauthorized; is the service account's token")
+        status(&proxy, 0)
+            .to_string()
+            .contains("responded with 401: Unauthorized; is the token of the service account")
     });
     assert!(endpoints(&proxy, 0).is_empty());
     pki.write("token", "new\n");
-    become_those(&proxy, &LISTED);
+    wait_for_endpoints(&proxy, &LISTED);
     api.token("newest");
     pki.write("token", "newest\n");
     api.ends_watches();
     api.happens(recorded("watch")["events"][0].clone());
-    become_those(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
+    wait_for_endpoints(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
 }
 
 const TWO_SERVICES: &str = r#"
@@ -197,8 +199,8 @@ name = "service-1"
 endpoints = "k8s://shop/service-1:http"
 "#;
 
-/// What a sidecar with two services holds, KiB, where the namespace has so many, after all of them have changed.
-fn held(services: usize, each: usize) -> u64 {
+/// Memory of a sidecar with two services, KiB, in a namespace with this many services, after all of them have changed.
+fn memory_used(services: usize, each: usize) -> u64 {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
     let all: Vec<Value> =
@@ -208,7 +210,7 @@ fn held(services: usize, each: usize) -> u64 {
     let have = |count| (0..2).all(|upstream| endpoints(&proxy, upstream).len() == count);
     eventually("both to be known", || have(each));
     let slices_each = all.len() / services;
-    // Those of others first, so that they have been told, if they are, by the time that ours have changed.
+    // The other services change first, so that their events, if any, arrive before those of our own services.
     for mut slice in all.into_iter().rev() {
         slice["metadata"]["resourceVersion"] = json!("3");
         slice["endpoints"].as_array_mut().expect("endpoints").pop();
@@ -227,13 +229,13 @@ fn held(services: usize, each: usize) -> u64 {
 }
 
 #[test]
-fn what_is_not_in_use_is_neither_asked_for_nor_held() {
-    let (two, thousands) = (held(2, 10), held(2_000, 10));
+fn unused_services_are_neither_requested_nor_held() {
+    let (two, thousands) = (memory_used(2, 10), memory_used(2_000, 10));
     assert!(thousands < two + 2048, "{thousands} KiB with 2,000 services there, {two} KiB with 2");
 }
 
 #[test]
-fn what_is_no_longer_in_use_is_no_longer_watched() {
+fn watches_of_removed_upstreams_end() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
     let all: Vec<Value> =
@@ -257,17 +259,17 @@ fn what_is_no_longer_in_use_is_no_longer_watched() {
     assert_eq!(watches("service-1"), before, "{:?}", api.asked());
 }
 
-/// `--nocapture` shows what docs/kubernetes.md says.
+/// `--nocapture` prints the figures of docs/kubernetes.md.
 #[test]
-fn thousands_of_endpoints_take_a_few_megabytes() {
-    let (few, many) = (held(2, 10), held(2, 1_000));
+fn thousands_of_endpoints_use_a_few_megabytes() {
+    let (few, many) = (memory_used(2, 10), memory_used(2, 1_000));
     println!("2 services with 10 endpoints each: {few} KiB; with 1,000 each: {many} KiB");
     assert!(many < few + 8 * 1024, "{many} KiB with 2,000 endpoints, {few} KiB with 20");
 }
 
-/// Calls reach them, those of this zone first.
+/// Requests reach the endpoints, those of this zone first.
 #[test]
-fn calls_go_to_endpoints_of_this_zone() {
+fn requests_prefer_endpoints_of_this_zone() {
     let pki = Pki::new();
     let api = Api::start(&pki, "good");
     let near = Upstream::http1(|_| async { text("near") });
@@ -282,11 +284,11 @@ fn calls_go_to_endpoints_of_this_zone() {
     api.list(json!({"metadata": {"resourceVersion": "2"}, "items": [slice("a", &near, "zone-a"), slice("b", &far, "zone-b")]}));
     let proxy = start(CONFIG, &pki, &api, "good", "zone-a");
     let mut client = RawClient::connect(proxy.outbound());
-    let answers: Vec<String> =
+    let responses: Vec<String> =
         (0..200).map(|_| client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text()).collect();
-    let near = answers.iter().filter(|answer| *answer == "near").count();
+    let near = responses.iter().filter(|response| *response == "near").count();
     assert!(near > 150, "{near} of 200");
-    // Gone from the list of those that are called.
+    // No longer among the endpoints that get requests.
     let mut gone = slice("a", &far, "zone-a");
     gone["metadata"]["resourceVersion"] = json!("3");
     api.happens(json!({"type": "DELETED", "object": gone}));

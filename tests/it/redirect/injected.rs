@@ -1,5 +1,5 @@
-//! Pods as `inject` makes them, of the example in `k8s/`: the rules, the arguments and the configuration are what it writes.
-//! Only what a cluster brings is brought by the test: files of certificates and ConfigMaps, the pod's address.
+//! Pods of the example in `k8s/` as `inject` makes them: it writes the rules, the arguments and the configuration. The
+//! test provides only what a cluster provides: files of certificates and ConfigMaps, the pod's address.
 
 use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt};
 
@@ -34,7 +34,7 @@ fn injected(pki: &Pki, file: &str) -> Value {
     workload["spec"]["template"].clone()
 }
 
-/// Runs what the pod's init containers say, in their order.
+/// Runs the commands of the pod's init containers in order.
 fn run(pki: &Pki, pod: &Pod, template: &Value, name: &str, config_map: &str) -> Proxy {
     let secret = pki.path(name);
     fs::create_dir(&secret).expect("a directory");
@@ -63,9 +63,9 @@ fn run(pki: &Pki, pod: &Pod, template: &Value, name: &str, config_map: &str) -> 
 }
 
 #[test]
-fn injected_pods_call_each_other_by_strict_mutual_tls_and_probes_go_on() {
+fn injected_pods_use_strict_mutual_tls_and_probes_still_work() {
     let Some(lan) = Lan::new() else { return };
-    let (hello, caller, node, pki) = (lan.pod(), lan.pod(), lan.pod(), pki());
+    let (hello, client, node, pki) = (lan.pod(), lan.pod(), lan.pod(), pki());
     let template = injected(&pki, "hello.yaml");
     let application = service(&hello, 8080, "hello");
     let strict = example("outrigger.toml").replace("mtls = \"permissive\"", "mtls = \"strict\"");
@@ -73,14 +73,14 @@ fn injected_pods_call_each_other_by_strict_mutual_tls_and_probes_go_on() {
     let _there = run(&pki, &hello, &template, "hello", &strict);
 
     let endpoints = hello.addresses(8080).map(|address| format!("\"{address}\"")).join(", ");
-    let calls = example("caller.toml")
+    let client_config = example("caller.toml")
         .replace("\"dns://hello-pods.outrigger-example.svc.cluster.local:8080\"", &format!("[{endpoints}]"))
         .replace(
             "# identity = [\"spiffe://TRUST-DOMAIN/ns/outrigger-example/sa/hello\"]",
             &format!("identity = [\"{}\"]", id("hello")),
         );
-    assert!(calls.contains("\nidentity") && calls.contains(&endpoints), "{calls}");
-    let _here = run(&pki, &caller, &injected(&pki, "caller.yaml"), "caller", &calls);
+    assert!(client_config.contains("\nidentity") && client_config.contains(&endpoints), "{client_config}");
+    let _here = run(&pki, &client, &injected(&pki, "caller.yaml"), "caller", &client_config);
 
     // By the Service's address and name, and by those of one pod.
     let cluster_ip: SocketAddr = "10.96.0.10:80".parse().expect("an address");
@@ -89,12 +89,12 @@ fn injected_pods_call_each_other_by_strict_mutual_tls_and_probes_go_on() {
         (hello.addresses(8080)[0], "hello-0.hello"),
         (hello.addresses(8080)[1], "hello-0.hello"),
     ] {
-        let (status, body) = ask(&caller, address, host);
+        let (status, body) = ask(&client, address, host);
         assert_eq!(status, 200, "{address}: {body}");
         assert!(body.starts_with("hello ") && body.contains(&id("caller")), "{body}");
     }
 
-    // The kubelet has no certificate. What it is told to ask, by inject, is answered by the container.
+    // The kubelet has no certificate. The container responds to the probes that inject configures.
     let [address, _] = hello.addresses(8080);
     let (status, body) = ask(&node, address, "hello");
     assert_eq!(status, 403, "{body}");

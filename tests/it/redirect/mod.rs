@@ -1,4 +1,4 @@
-//! `outrigger redirect` and what goes by it, in network namespaces that stand for pods.
+//! `outrigger redirect` and redirected connections, in network namespaces that represent pods.
 
 mod injected;
 mod pods;

@@ -1,4 +1,4 @@
-//! A service of three replicas, of which one after the other is replaced as the kubelet does it, under constant load.
+//! A service of three replicas that are replaced one after the other as the kubelet does it, under constant load.
 
 use std::{
     io::Write,
@@ -21,7 +21,7 @@ fn restarts() -> usize {
     std::env::var("OUTRIGGER_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(100)
 }
 
-/// A pod: the service, and its sidecar. In the order in which they end.
+/// A pod: the service and its sidecar, in the order in which they end.
 struct Replica {
     service: Upstream,
     sidecar: Proxy,
@@ -40,18 +40,23 @@ impl Replica {
         Self { service, sidecar, pod }
     }
 
-    /// As the kubelet ends a pod with a native sidecar: the hooks before the end run at once; the service is told when its own
-    /// is over; the sidecar when the service is gone. Meanwhile the service calls out.
+    /// Ends a pod with a native sidecar as the kubelet does: the preStop hooks run at once; the service gets SIGTERM
+    /// after its own hook; the sidecar when the service has exited. Meanwhile the service sends requests.
     fn end(mut self, database: &Pod) {
         let drain = self.pod.command(PROXY_USER, &[binary_for_all().to_str().expect("a path"), "drain"]);
         assert!(drain.status.success(), "{}", String::from_utf8_lossy(&drain.stderr));
         for _ in 0..40 {
             let address = database.addresses(5432)[0];
-            let answer = self.pod.run(|| {
+            let response = self.pod.run(|| {
                 RawClient::connect(address)
                     .ask("GET / HTTP/1.1\r\nHost: database\r\nConnection: close\r\n\r\n")
             });
-            assert_eq!(answer.status(), 200, "a call of a service that is about to end: {}", answer.text());
+            assert_eq!(
+                response.status(),
+                200,
+                "a request of a service that is about to exit: {}",
+                response.text()
+            );
             thread::sleep(std::time::Duration::from_millis(20));
         }
         drop(self.service);
@@ -62,7 +67,7 @@ impl Replica {
 
 #[test]
 #[ignore = "100 restarts; root"]
-fn replicas_are_replaced_and_no_call_fails() {
+fn replacing_replicas_fails_no_request() {
     let Some(lan) = Lan::new() else { return };
     if !has_tool(&["h2load"]) {
         return;

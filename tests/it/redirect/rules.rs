@@ -1,4 +1,4 @@
-//! The rules in the kernel: there, once, gone again; and who is led by them.
+//! The kernel rules: present once, removed again; and which connections they redirect.
 
 use std::{
     net::{SocketAddr, TcpStream},
@@ -21,12 +21,12 @@ const MORE: [&str; 6] = [
     "10.77.0.99/32,fd77::99/128",
 ];
 
-fn told(output: &Output) -> String {
+fn stderr_of(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[test]
-fn applied_twice_is_applied_once_and_cleared_is_as_before() {
+fn applying_rules_is_idempotent_and_clearing_restores() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
     pod.command(0, &["nft", "add table inet others { chain c { type nat hook output priority 50; } ; }"]);
@@ -44,9 +44,9 @@ fn applied_twice_is_applied_once_and_cleared_is_as_before() {
     pod.redirected(&["clear"]);
 }
 
-/// What is written by netlink is what `nft` makes of what is printed.
+/// What netlink writes equals what `nft` makes of the printed rules.
 #[test]
-fn what_is_printed_is_what_is_applied() {
+fn printed_rules_equal_applied_rules() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
     pod.redirected(&["apply"].into_iter().chain(MORE).collect::<Vec<_>>());
@@ -55,16 +55,16 @@ fn what_is_printed_is_what_is_applied() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("rules.nft");
     std::fs::write(&file, &printed.stdout).expect("write");
-    // Twice: it replaces what is there.
+    // Twice: it replaces existing rules.
     for _ in 0..2 {
         let loaded = pod.command(0, &["nft", "-f", file.to_str().expect("a path")]);
-        assert!(loaded.status.success(), "{}", told(&loaded));
+        assert!(loaded.status.success(), "{}", stderr_of(&loaded));
         assert_eq!(pod.rules(), applied);
     }
 }
 
 #[test]
-fn iptables_does_it_where_it_must() {
+fn iptables_rules_are_applied_once_and_cleared() {
     let Some(lan) = Lan::new() else { return };
     if !has_tool(&["iptables", "ip6tables-restore"]) {
         return;
@@ -79,20 +79,20 @@ fn iptables_does_it_where_it_must() {
     pod.redirected(&apply);
     assert_eq!([saved("iptables"), saved("ip6tables")], once);
     assert!(once[0].contains("-d 10.77.0.99/32") && once[1].contains("-d fd77::99/128"), "{once:?}");
-    follows(&lan, &pod);
+    assert_redirected(&lan, &pod);
     pod.redirected(&["clear"]);
     assert_eq!([saved("iptables"), saved("ip6tables")], before);
 }
 
 #[test]
-fn connections_are_led_both_ways_and_the_proxys_own_are_not() {
+fn connections_are_redirected_both_ways_except_the_proxys_own() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
-    follows(&lan, &pod);
+    assert_redirected(&lan, &pod);
 }
 
-/// Two servers in the place of the proxy's two ports, which say which one they are.
-fn follows(lan: &Lan, pod: &Pod) {
+/// Two servers on the proxy's two ports, which say which one they are.
+fn assert_redirected(lan: &Lan, pod: &Pod) {
     let by_iptables = pod.rules().contains("OUTRIGGER");
     if !by_iptables {
         pod.redirected(&["apply"].into_iter().chain(MORE).collect::<Vec<_>>());
@@ -129,20 +129,20 @@ fn follows(lan: &Lan, pod: &Pod) {
     for family in 0..2 {
         let there = |port| other.addresses(port)[family];
         let here = |port| pod.addresses(port)[family];
-        // From the pod.
+        // Outbound from the pod.
         assert_eq!(pod.run(|| ask(there(80))).as_deref(), Ok("outbound"));
         assert_eq!(pod.run(|| ask(there(25))).as_deref(), Ok("mail"), "a port that is skipped");
         assert_eq!(pod.run(|| ask(here(8080))).as_deref(), Ok("service"), "what stays in the pod");
-        // To the pod.
+        // Inbound to the pod.
         assert_eq!(other.run(|| ask(here(8080))).as_deref(), Ok("inbound"));
         assert_eq!(other.run(|| ask(here(9005))).as_deref(), Ok("skipped"));
         // By the proxy's user.
         let target = there(80).to_string().replace("[", "").replace("]", "");
         let (ip, port) = target.rsplit_once(':').expect("a port");
         let own = pod.command(PROXY_USER, &["ncat", "--recv-only", ip, port]);
-        assert_eq!(String::from_utf8_lossy(&own.stdout), "other", "{}", told(&own));
+        assert_eq!(String::from_utf8_lossy(&own.stdout), "other", "{}", stderr_of(&own));
     }
-    // Link-local: led to the loopback address it would never arrive.
+    // Link-local: redirected to the loopback address it would never arrive.
     let device = other.command(0, &["ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]);
     let device = String::from_utf8_lossy(&device.stdout).into_owned();
     let link_local = device.split_whitespace().find(|word| word.starts_with("fe80:")).expect("an address");
@@ -151,9 +151,9 @@ fn follows(lan: &Lan, pod: &Pod) {
         let said = pod.command(0, &["ncat", "-w", "5", "--recv-only", &link_local, "80"]);
         String::from_utf8_lossy(&said.stdout) == "other"
     });
-    // Nobody there: refused, not let through.
+    // Nothing listens: refused, not bypassed.
     pod.run(|| drop(servers));
-    let refused = |answer| answer == Err(std::io::ErrorKind::ConnectionRefused);
+    let refused = |response| response == Err(std::io::ErrorKind::ConnectionRefused);
     for family in 0..2 {
         eventually("a refusal of the pod's", || refused(pod.run(|| ask(other.addresses(80)[family]))));
         eventually("a refusal of others", || refused(other.run(|| ask(pod.addresses(8080)[family]))));
@@ -162,7 +162,7 @@ fn follows(lan: &Lan, pod: &Pod) {
 }
 
 #[test]
-fn networks_that_are_skipped_are_reached_past_the_proxy() {
+fn skipped_networks_bypass_the_proxy() {
     let Some(lan) = Lan::new() else { return };
     if !has_tool(&["iptables", "ip6tables-restore"]) {
         return;
@@ -185,22 +185,22 @@ fn networks_that_are_skipped_are_reached_past_the_proxy() {
 }
 
 #[test]
-fn who_may_not_is_told_what_is_missing() {
+fn missing_privileges_are_reported() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
     let binary = crate::support::binary_for_all();
     let output = pod.command(1000, &[binary.to_str().expect("a path"), "redirect", "apply"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(told(&output).contains("NET_ADMIN"), "{}", told(&output));
+    assert!(stderr_of(&output).contains("NET_ADMIN"), "{}", stderr_of(&output));
     let output = pod.redirect(&["apply", "--skip-inbound-ports", "http"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(told(&output).contains("`http` is no port"), "{}", told(&output));
+    assert!(stderr_of(&output).contains("`http` is neither a port"), "{}", stderr_of(&output));
     assert_eq!(pod.rules(), "");
 }
 
-/// By a user who could not change anything anyhow: this is the network of the machine that runs the tests.
+/// Run by an unprivileged user, who can change nothing: this is the network of the machine that runs the tests.
 #[test]
-fn the_network_of_the_host_is_refused_unless_it_is_meant() {
+fn the_host_network_is_refused_unless_requested() {
     if !std::path::Path::new("/proc/sys/net/core/netdev_max_backlog").exists() {
         return skip("this is no initial network namespace");
     }
@@ -215,25 +215,28 @@ fn the_network_of_the_host_is_refused_unless_it_is_meant() {
     };
     let refused = apply(&[]);
     assert_eq!(refused.status.code(), Some(1));
-    let said = told(&refused);
+    let said = stderr_of(&refused);
     for part in
         ["network of the host", "--host", "port 4143", "user 4140, to port 4140", "Nothing was changed"]
     {
         assert!(said.contains(part), "`{part}` is not in: {said}");
     }
     let meant = apply(&["--host"]);
-    assert!(told(&meant).contains("NET_ADMIN") && !told(&meant).contains("network of the host"), "{meant:?}");
+    assert!(
+        stderr_of(&meant).contains("NET_ADMIN") && !stderr_of(&meant).contains("network of the host"),
+        "{meant:?}"
+    );
 }
 
-/// A rule of somebody else that comes first: that it does not work is seen at once.
+/// An earlier rule of other software makes ours ineffective: that is detected at once.
 #[test]
-fn what_does_not_work_is_seen() {
+fn ineffective_rules_are_detected() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
     let first = "add table ip first { chain c { type filter hook output priority -300; tcp dport 4144 reject with tcp reset; } ; }";
     let output = pod.command(0, &["nft", first]);
-    assert!(output.status.success(), "{}", told(&output));
+    assert!(output.status.success(), "{}", stderr_of(&output));
     let output = pod.redirect(&["apply"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(told(&output).contains("did not arrive at port 4140"), "{}", told(&output));
+    assert!(stderr_of(&output).contains("did not reach port 4140"), "{}", stderr_of(&output));
 }

@@ -16,7 +16,7 @@ use crate::support::{
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n";
 
-/// A service that answers with the head of what it got.
+/// A service that responds with the head that it received.
 fn echo() -> Upstream {
     Upstream::http1(|request| {
         let mut seen = String::new();
@@ -54,13 +54,13 @@ impl Jwt {
 
 fn ask(proxy: &Proxy, path: &str, token: Option<&str>) -> (u16, String) {
     let field = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
-    let answer = RawClient::connect(proxy.inbound())
+    let response = RawClient::connect(proxy.inbound())
         .ask(format!("GET {path} HTTP/1.1\r\nHost: checkout\r\nConnection: close\r\n{field}\r\n"));
-    (answer.status(), answer.text())
+    (response.status(), response.text())
 }
 
 #[test]
-fn every_key_of_jwt_acts_after_a_reload() {
+fn every_key_of_jwt_applies_after_a_reload() {
     let (issuer, service) = (Issuer::start(), echo());
     let (signer, another) = (Signer::ed("one"), Signer::ed("another"));
     issuer.publish(&[&signer]);
@@ -74,7 +74,7 @@ fn every_key_of_jwt_acts_after_a_reload() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     fs::write(file.path(), jwks(&[&another])).expect("write");
     let status = |proxy: &Proxy, token: &str| ask(proxy, "/", Some(token)).0;
-    // What is changed; a token that is good before, and one that is good after.
+    // The change; a token that is valid before, and one that is valid after.
     let changes = [
         (
             Jwt { issuer: "https://other.example", ..start.clone() },
@@ -104,19 +104,19 @@ fn every_key_of_jwt_acts_after_a_reload() {
     proxy.reconfigure(&Jwt { more: claim, ..start.clone() }.config(service.address()));
     eventually("`claim_headers` to act", || ask(&proxy, "/", Some(&good)).1.contains("x-user-id: ann\n"));
 
-    // The keys by HTTPS, from a server whose CA is another at first.
-    let (theirs, ours) = (Pki::new(), Pki::new());
-    let server = https(&theirs, jwks(&[&signer]));
+    // The keys over HTTPS, from a server whose CA does not match at first.
+    let (server_pki, other_pki) = (Pki::new(), Pki::new());
+    let server = https(&server_pki, jwks(&[&signer]));
     let keys = format!("https://localhost:{}/jwks", server.address().port());
     let by =
         |pki: &Pki| Jwt { jwks: keys.clone(), more: format!("ca = {:?}", pki.write_ca()), ..start.clone() };
-    let proxy = Proxy::start(by(&ours).config(service.address()));
+    let proxy = Proxy::start(by(&other_pki).config(service.address()));
     assert_eq!(status(&proxy, &good), 503);
-    proxy.reconfigure(&by(&theirs).config(service.address()));
+    proxy.reconfigure(&by(&server_pki).config(service.address()));
     eventually("`ca` to act", || status(&proxy, &good) == 200);
 }
 
-/// `[identity]` of a sidecar that takes mutual TLS only.
+/// `[identity]` of a sidecar that accepts mutual TLS only.
 fn strict(files: [&std::path::Path; 3], service: SocketAddr, more: &str) -> String {
     let [cert, key, ca] = files;
     format!(
@@ -125,11 +125,11 @@ fn strict(files: [&std::path::Path; 3], service: SocketAddr, more: &str) -> Stri
 }
 
 fn is_served(client: &TlsCaller, proxy: &Proxy) -> bool {
-    client.say(proxy.inbound(), GET).is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
+    client.say(proxy.inbound(), GET).is_ok_and(|response| response.starts_with("HTTP/1.1 200"))
 }
 
 #[test]
-fn every_key_of_identity_acts_after_a_reload() {
+fn every_key_of_identity_applies_after_a_reload() {
     let (pki, others, service) = (Pki::new(), Pki::new(), echo());
     let address = service.address();
     let (ca, other_ca) = (pki.write_ca(), others.write_ca());
@@ -206,7 +206,7 @@ impl Oauth2 {
 }
 
 #[test]
-fn every_key_of_oauth2_acts_after_a_reload() {
+fn every_key_of_oauth2_applies_after_a_reload() {
     let (first, second, service) = (Issuer::start(), Issuer::start(), Arc::new(echo()));
     let address = service.address();
     let folder = tempfile::tempdir().expect("a folder");
@@ -250,24 +250,24 @@ fn every_key_of_oauth2_acts_after_a_reload() {
     let other = Oauth2 { token_url: second.token_url(), ..start.clone() };
     becomes("token_url", other, &second, (bearer("checkout", "one"), grant));
 
-    // By HTTPS, from a server whose CA is another at first.
-    let (theirs, ours) = (Pki::new(), Pki::new());
+    // Over HTTPS, from a server whose CA does not match at first.
+    let (server_pki, other_pki) = (Pki::new(), Pki::new());
     let grant = json!({ "access_token": "by-https", "token_type": "Bearer", "expires_in": 3600 });
-    let server = https(&theirs, grant.to_string());
+    let server = https(&server_pki, grant.to_string());
     let url = format!("https://localhost:{}/token", server.address().port());
     let by = |pki: &Pki| Oauth2 {
         token_url: url.clone(),
         more: format!(", ca = {:?}", pki.write_ca()),
         ..start.clone()
     };
-    proxy.reconfigure(&by(&ours).config(address));
+    proxy.reconfigure(&by(&other_pki).config(address));
     eventually("a CA that does not know it", || seen().contains("auth_unavailable"));
-    proxy.reconfigure(&by(&theirs).config(address));
+    proxy.reconfigure(&by(&server_pki).config(address));
     eventually("`ca` to act", || seen().contains("authorization: Bearer by-https\n"));
 }
 
 #[test]
-fn min_tls_of_an_upstream_acts_after_a_reload() {
+fn min_tls_of_an_upstream_applies_after_a_reload() {
     let pki = Pki::new();
     let ca = pki.write_ca();
     let config = tls12_config(&pki.issue("payments", |_| {}));
@@ -288,9 +288,9 @@ fn min_tls_of_an_upstream_acts_after_a_reload() {
     eventually("1.2 to be refused", || status() == 502);
 }
 
-/// Both directions name whom they expect; that of an upstream is checked after a reload, too.
+/// Both directions have an expected identity; that of an upstream is checked after a reload, too.
 #[test]
-fn the_expected_identity_of_an_upstream_acts_after_a_reload() {
+fn the_expected_identity_of_an_upstream_applies_after_a_reload() {
     let pki = Pki::new();
     let identity = pki.identity("checkout");
     let server = TlsServer::start(&pki.issue("payments", |_| {}), Some(&pki.ca_pem()), &["http/1.1"]);

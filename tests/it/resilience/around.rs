@@ -1,4 +1,4 @@
-//! What stands around a call: hedges, rehearsed faults, fallbacks, and policies that only watch.
+//! Policies around a request: hedges, injected faults, fallbacks, and observed policies.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::{
 use crate::support::{Proxy, RawClient, Upstream, eventually, text};
 
 #[test]
-fn a_slow_answer_is_overtaken_by_a_second_copy() {
+fn a_hedge_overtakes_a_slow_response() {
     let (slow, quick) = (Service::new(|_, _| Reply::Never), Service::new(|_, _| 200));
     let proxy = proxy(
         &[slow.address(), quick.address()],
@@ -19,13 +19,13 @@ fn a_slow_answer_is_overtaken_by_a_second_copy() {
     }
     assert_eq!(quick.calls(), 6);
     let slow_calls = slow.calls();
-    assert!(slow_calls >= 2, "the loser counts nowhere: neither breaker nor ejection keeps it from calls");
+    assert!(slow_calls >= 2, "the slower attempt counts neither for breaker nor for ejection");
     eventually("every loser to be cancelled", || slow.left() == slow_calls);
 }
 
-/// A copy that fails is no answer while the other one may still come, but it counts.
+/// The response to a failed hedge is not forwarded while the other attempt may still succeed, but the failure counts.
 #[test]
-fn a_hedge_that_fails_counts() {
+fn failed_hedges_count_for_the_breaker() {
     let slow = Service::new(|_, _| Reply::Never);
     let bad = Service::new(|seen, _| if seen.number("x-outrigger-attempt") == Some(2) { 500 } else { 200 });
     let proxy = proxy(
@@ -33,11 +33,12 @@ fn a_hedge_that_fails_counts() {
         "hedge = { after = \"50ms\" }\ntimeout = \"400ms\"\nattempt_timeout = \"0s\"\nretry = { max = 1 }\n\
          breaker = { consecutive_failures = 2 }\noutlier = false",
     );
-    // Either begins; when it is `slow`, its copy goes to `bad`. Two failures in one call open the breaker.
-    eventually("a call that both fail", || match get(&proxy) {
-        answer if answer.status() == 200 => false,
-        answer => {
-            assert_cause(&answer, 504, "timeout");
+    // Either endpoint may be first; if it is `slow`, its hedge goes to `bad`. Two failures in one request open the
+    // breaker.
+    eventually("a request that both endpoints fail", || match get(&proxy) {
+        response if response.status() == 200 => false,
+        response => {
+            assert_cause(&response, 504, "timeout");
             true
         }
     });
@@ -45,23 +46,23 @@ fn a_hedge_that_fails_counts() {
 }
 
 #[test]
-fn only_what_may_be_done_twice_is_hedged() {
+fn only_idempotent_requests_are_hedged() {
     let (slow, quick) = (Service::new(|_, _| Reply::Never), Service::new(|_, _| 200));
     let proxy = proxy(
         &[slow.address(), quick.address()],
         "hedge = { after = \"10ms\" }\ntimeout = \"300ms\"\nretry = { methods = \"all\", on = [\"503\"] }",
     );
-    // `all` allows to repeat what failed, not to have it done twice at once.
-    let answers: Vec<_> = (0..2).map(|_| ask(&proxy, post("", "pay")).status()).collect();
-    assert_eq!((slow.calls(), quick.calls()), (1, 1), "{answers:?}");
+    // `all` allows to retry a failed request, not to run it twice at once.
+    let responses: Vec<_> = (0..2).map(|_| ask(&proxy, post("", "pay")).status()).collect();
+    assert_eq!((slow.calls(), quick.calls()), (1, 1), "{responses:?}");
 }
 
 #[test]
 fn faults_are_injected_before_the_upstream() {
     let service = Service::new(|_, _| 200);
     let refused = proxy(&[service.address()], "fault = { abort = 418, abort_ratio = 1.0 }");
-    let answer = get(&refused);
-    assert_cause(&answer, 418, "fault_injected");
+    let response = get(&refused);
+    assert_cause(&response, 418, "fault_injected");
     assert_eq!(service.calls(), 0);
 
     let delayed = proxy(&[service.address()], "fault = { delay = \"300ms\", delay_ratio = 1.0 }");
@@ -71,24 +72,24 @@ fn faults_are_injected_before_the_upstream() {
 }
 
 #[test]
-fn a_fallback_is_given_in_place_of_a_failure() {
+fn a_fallback_response_replaces_a_failure() {
     let keys = "fallback = { status = 200, body = \"[]\", content_type = \"application/json\" }";
     let failing = Service::new(|seen, _| if seen.path == "/missing" { 404 } else { 503 });
     for endpoint in [nobody(), failing.address()] {
         let proxy = proxy(&[endpoint], keys);
-        let answer = get(&proxy);
-        assert_eq!((answer.status(), answer.text().as_str()), (200, "[]"));
-        assert_eq!(answer.field("content-type"), Some("application/json"));
-        let said = answer.field("proxy-status").unwrap_or_default();
+        let response = get(&proxy);
+        assert_eq!((response.status(), response.text().as_str()), (200, "[]"));
+        assert_eq!(response.field("content-type"), Some("application/json"));
+        let said = response.field("proxy-status").unwrap_or_default();
         assert!(said.contains("fallback"), "{said}");
     }
-    // An answer is an answer.
+    // A 404 is a response, not a failure.
     let proxy = proxy(&[failing.address()], keys);
     assert_eq!(ask(&proxy, "GET /missing HTTP/1.1\r\nHost: up\r\n\r\n").status(), 404);
 }
 
 #[test]
-fn another_upstream_steps_in() {
+fn a_fallback_upstream_serves_instead() {
     let standby = Service::new(|_, _| 200);
     let config = upstream("up", &[nobody()], "fallback = { upstream = \"dr\" }")
         + &upstream("dr", &[standby.address()], "");
@@ -99,12 +100,12 @@ fn another_upstream_steps_in() {
     assert_eq!((seen.len(), &seen[1].body[..]), (2, &b"pay"[..]), "the body was not touched before");
 }
 
-/// Each upstream is called by its own protocol, whichever the first one had.
+/// Each upstream is reached with its own protocol, whatever the first one had.
 #[test]
-fn another_upstream_is_called_by_its_own_protocol() {
+fn a_fallback_upstream_uses_its_own_protocol() {
     for (first, second) in [("http1", "h2"), ("h2", "http1")] {
-        let answer = |_: &Seen, _: usize| 200;
-        let standby = if second == "h2" { Service::h2(answer) } else { Service::new(answer) };
+        let response = |_: &Seen, _: usize| 200;
+        let standby = if second == "h2" { Service::h2(response) } else { Service::new(response) };
         let config = upstream(
             "up",
             &[nobody()],
@@ -125,9 +126,9 @@ fn another_upstream_is_called_by_its_own_protocol() {
     }
 }
 
-/// Everything is decided, nothing is refused.
+/// Every policy decides, none rejects.
 #[test]
-fn observed_policies_refuse_nothing() {
+fn observed_policies_reject_nothing() {
     let service = Service::new(|_, number| if number <= 6 { 503 } else { 200 });
     let proxy = Proxy::start(
         "[runtime]\nobserve = [\"rate_limit\", \"limits\", \"breaker\", \"timeout\", \"retry\", \"fault\"]\n"
@@ -141,17 +142,21 @@ fn observed_policies_refuse_nothing() {
             ),
     );
     for number in 1..=20 {
-        let answer = get(&proxy);
+        let response = get(&proxy);
         let expected = if number <= 6 { 503 } else { 200 };
-        assert_eq!((answer.status(), service.calls()), (expected, number), "one call, one try: {answer:?}");
-        assert!(answer.field("proxy-status").is_none(), "the service's own answer: {answer:?}");
+        assert_eq!(
+            (response.status(), service.calls()),
+            (expected, number),
+            "one request, one attempt: {response:?}"
+        );
+        assert!(response.field("proxy-status").is_none(), "the service's own answer: {response:?}");
     }
-    // But it is counted.
+    // The decision is counted all the same.
     assert_eq!((refused(&proxy, "fault_injected"), retries(&proxy, "observed")), (20, 6));
     assert!(refused(&proxy, "rate_limited") > 0 && refused(&proxy, "breaker_open") > 0);
 }
 
-/// What a timeout would have ended goes on, and is counted.
+/// An observed timeout does not end the request, and is counted.
 #[test]
 fn an_observed_timeout_ends_nothing() {
     for (keys, reason) in [
@@ -170,13 +175,13 @@ fn an_observed_timeout_ends_nothing() {
             assert_eq!(get(&proxy).status(), 200, "{keys}");
             assert_eq!(refused(&proxy, reason), number, "{keys}");
         }
-        let told = format!("`{reason}` would have ended this call");
-        eventually("it to be said", || proxy.stderr().contains(&told));
+        let message = format!("`{reason}` would have ended this call");
+        eventually("it to be said", || proxy.stderr().contains(&message));
     }
 }
 
 #[test]
-fn an_observed_limit_holds_nobody_back() {
+fn an_observed_limit_queues_no_request() {
     let service =
         Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
     let keys = "limits = { max_requests = 1, max_pending = 0 }";
@@ -185,7 +190,7 @@ fn an_observed_limit_holds_nobody_back() {
     let proxy = Proxy::start(config);
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", "x-hang: 1\r\n"));
-    eventually("the first to have the place", || service.calls() == 1);
+    eventually("the first to have the slot", || service.calls() == 1);
     assert_eq!(get(&proxy).status(), 200);
     assert_eq!(refused(&proxy, "limit_full"), 1);
 }

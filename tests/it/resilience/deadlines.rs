@@ -1,4 +1,4 @@
-//! One moment at which a call must be over: shrinking with each try and hop.
+//! One deadline for each request: it shrinks with each attempt and hop.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use super::{Reply, Service, ask, assert_cause, get, proxy, request, retries, sta
 use crate::support::{Launch, Proxy, RawClient, Upstream, eventually, text};
 
 #[test]
-fn what_is_left_is_told_to_each_try() {
+fn each_attempt_carries_the_remaining_time() {
     let service = Service::new(|_, number| if number < 3 { 503 } else { 200 });
     let proxy = proxy(
         &[service.address()],
@@ -17,7 +17,7 @@ fn what_is_left_is_told_to_each_try() {
         service.seen().iter().filter_map(|seen| seen.number("x-request-timeout-ms")).collect();
     assert_eq!(left.len(), 3, "{left:?}");
     assert!(left[0] <= 3000 && left.windows(2).all(|pair| pair[1] <= pair[0]), "{left:?}");
-    // The route's own is sent where the caller has none, and a longer one of the caller's does not prolong it.
+    // The route's timeout is sent if the client has no deadline, and a longer client deadline does not extend it.
     for field in ["", "x-request-timeout-ms: 60000\r\n", "x-request-timeout-ms: soon\r\n"] {
         ask(&proxy, request("GET", field));
         let last = service.seen().last().and_then(|seen| seen.number("x-request-timeout-ms"));
@@ -26,7 +26,7 @@ fn what_is_left_is_told_to_each_try() {
 }
 
 #[test]
-fn it_shrinks_from_hop_to_hop() {
+fn the_deadline_shrinks_from_hop_to_hop() {
     let service = Service::new(|_, _| 200);
     let inner = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", service.address()));
     let outer = proxy(&[inner.inbound()], "timeout = \"4s\"");
@@ -39,21 +39,21 @@ fn it_shrinks_from_hop_to_hop() {
 }
 
 #[test]
-fn a_callers_shorter_deadline_ends_the_call() {
+fn a_shorter_client_deadline_ends_the_request() {
     let service =
         Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
     let proxy =
         proxy(&[service.address()], "breaker = { consecutive_failures = 1 }\nattempt_timeout = \"0s\"");
     let began = Instant::now();
-    let answer = ask(&proxy, request("GET", "x-hang: 1\r\nx-request-timeout-ms: 200\r\n"));
-    assert_cause(&answer, 504, "deadline");
+    let response = ask(&proxy, request("GET", "x-hang: 1\r\nx-request-timeout-ms: 200\r\n"));
+    assert_cause(&response, 504, "deadline");
     assert!((200..5000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
-    // Which says nothing about the service: its breaker stays closed.
+    // This says nothing about the service: its breaker stays closed.
     assert_eq!(get(&proxy).status(), 200);
 }
 
 #[test]
-fn a_grpc_deadline_is_shortened_and_never_made() {
+fn a_grpc_deadline_is_shortened_and_never_added() {
     let service = Service::h2(|seen, _| match seen.header("x-hang") {
         Some(_) => Reply::Never,
         None => Reply::from((200, "grpc-status", "0")),
@@ -75,16 +75,16 @@ fn a_grpc_deadline_is_shortened_and_never_made() {
     };
     let left = Duration::from_nanos(number.parse::<u64>().expect("digits") * nanos);
     assert!(left < Duration::from_secs(2) && left > Duration::from_millis(100), "{sent}");
-    // `timeout` ends no gRPC call; its own deadline does.
+    // `timeout` ends no gRPC request; its own deadline does.
     let began = Instant::now();
-    let answer = ask(&proxy, call("x-hang: 1\r\ngrpc-timeout: 300m\r\n"));
-    assert_eq!(answer.field("grpc-status"), Some("4"), "{answer:?}");
+    let response = ask(&proxy, call("x-hang: 1\r\ngrpc-timeout: 300m\r\n"));
+    assert_eq!(response.field("grpc-status"), Some("4"), "{response:?}");
     assert!(began.elapsed() >= Duration::from_millis(300));
 }
 
-/// `auto`: half of what is left for the first try, so that another fits.
+/// `auto`: half of the remaining time for the first attempt, so that another one fits.
 #[test]
-fn an_attempt_that_hangs_leaves_time_for_another() {
+fn a_hanging_attempt_leaves_time_for_another() {
     for attempt in ["", "attempt_timeout = \"200ms\""] {
         let service = Service::new(|_, number| if number == 1 { Reply::Never } else { Reply::from(200) });
         let proxy = proxy(&[service.address()], &format!("timeout = \"3s\"\n{attempt}"));
@@ -94,9 +94,9 @@ fn an_attempt_that_hangs_leaves_time_for_another() {
     }
 }
 
-/// A POST cannot be tried again: all of the time is its own.
+/// A POST cannot be retried: its attempt gets all of the time.
 #[test]
-fn what_cannot_be_repeated_has_all_the_time() {
+fn a_request_that_cannot_be_retried_gets_all_the_time() {
     let service = Service::new(|_, _| Reply::Never);
     let proxy = proxy(&[service.address()], "timeout = \"400ms\"");
     let began = Instant::now();
@@ -105,9 +105,9 @@ fn what_cannot_be_repeated_has_all_the_time() {
     assert_eq!(service.calls(), 1);
 }
 
-/// `timeout` begins when the body has been sent: a slow upload is not cut off by it.
+/// `timeout` starts when the body has been sent: it does not cut off a slow upload.
 #[test]
-fn the_timeout_begins_after_the_body() {
+fn the_timeout_starts_after_the_request_body() {
     let service = Service::new(|_, _| 200);
     let proxy = Proxy::start(upstream("up", &[service.address()], "timeout = \"300ms\""));
     let mut client = RawClient::connect(proxy.outbound());
@@ -118,22 +118,22 @@ fn the_timeout_begins_after_the_body() {
         eventually("the time of a slow upload", || began.elapsed() >= next);
         client.send("x");
     }
-    let answer = client.response().expect("well-formed").expect("an answer");
-    assert_eq!(answer.status(), 200, "{answer:?}");
+    let response = client.response().expect("well-formed").expect("a response");
+    assert_eq!(response.status(), 200, "{response:?}");
 }
 
-/// What the next hop cannot be told of is not sent: what the caller said a millisecond ago is no longer true.
+/// A remainder below the field's resolution is not sent: the deadline of the client has passed by then.
 #[test]
-fn less_than_a_millisecond_is_not_worth_a_try() {
+fn no_attempt_starts_with_less_than_a_millisecond_left() {
     let service = Service::new(|_, _| 200);
     let proxy = proxy(&[service.address()], "");
     assert_cause(&ask(&proxy, request("GET", "x-request-timeout-ms: 1\r\n")), 504, "deadline");
     assert_eq!(service.calls(), 0);
 }
 
-/// Neither a slow DNS server nor an injected delay keeps a call beyond its time.
+/// Neither a slow DNS server nor an injected delay extends a request past its deadline.
 #[test]
-fn what_comes_before_the_first_try_takes_from_the_same_time() {
+fn dns_and_fault_delays_count_towards_the_timeout() {
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
     let dns = silent.local_addr().expect("an address").to_string();
     let proxy = Launch::new("[defaults]\ntimeout = \"400ms\"\n").env("OUTRIGGER_DNS", &dns).start();
@@ -153,7 +153,7 @@ fn what_comes_before_the_first_try_takes_from_the_same_time() {
     assert_eq!(service.calls(), 0);
 }
 
-/// A service that takes its time, and tells how many requests reached it.
+/// A slow service, and how many requests reached it.
 fn slow(delay: Duration) -> Upstream {
     Upstream::http1(move |_| async move {
         tokio::time::sleep(delay).await;
@@ -161,21 +161,21 @@ fn slow(delay: Duration) -> Upstream {
     })
 }
 
-/// A client that allows 1 s of a service that takes 600 ms is served: its deadline is not divided while nothing says that
-/// half of it is enough.
+/// A client that allows 1 s for a service that takes 600 ms is served: its deadline is not split while the usual
+/// latency is unknown.
 #[test]
-fn a_clients_short_deadline_is_not_halved() {
+fn a_short_client_deadline_is_not_split() {
     let service = slow(Duration::from_millis(600));
     let proxy = proxy(&[service.address()], "");
     for _ in 0..4 {
-        let answer = ask(&proxy, request("GET", "x-request-timeout-ms: 1000\r\n"));
-        assert_eq!(answer.status(), 200, "{answer:?}");
+        let response = ask(&proxy, request("GET", "x-request-timeout-ms: 1000\r\n"));
+        assert_eq!(response.status(), 200, "{response:?}");
     }
 }
 
-/// A client that is short of time moves neither breaker nor outlier detection, and a patient one is served.
+/// A short client deadline moves neither breaker nor outlier detection, and a client with more time is served.
 #[test]
-fn a_client_that_is_short_of_time_blames_nobody() {
+fn a_short_client_deadline_counts_against_no_upstream() {
     let service = slow(Duration::from_millis(400));
     let other = slow(Duration::from_millis(400));
     let keys =
@@ -193,10 +193,10 @@ fn a_client_that_is_short_of_time_blames_nobody() {
     assert_eq!(get(&proxy).status(), 200);
 }
 
-/// Where half of a client's deadline is enough for what is usual, the other half is kept for another attempt. The cut one
-/// counts for nothing.
+/// If half of a client's deadline is enough for the usual latency, the other half is reserved for another attempt. The
+/// attempt that is cut off counts against no endpoint.
 #[test]
-fn a_clients_deadline_is_divided_where_the_usual_latency_fits() {
+fn a_client_deadline_is_split_when_usual_latency_fits_in_half() {
     let service = Service::new(|seen, _| match (seen.path.as_str(), seen.header("x-outrigger-attempt")) {
         ("/hang", Some("1")) => Reply::Never,
         _ => 200.into(),
@@ -205,7 +205,7 @@ fn a_clients_deadline_is_divided_where_the_usual_latency_fits() {
     let deadline = "x-request-timeout-ms: 4000\r\n";
     let mut client = RawClient::connect(proxy.outbound());
     let hang = format!("GET /hang HTTP/1.1\r\nHost: up\r\n{deadline}\r\n");
-    // Enough of them, for long enough, that the usual latency is known.
+    // Enough requests over enough time that the usual latency is known.
     let began = Instant::now();
     while began.elapsed() < Duration::from_millis(1200) || service.calls() < 150 {
         assert_eq!(client.ask(request("GET", deadline)).status(), 200);
@@ -218,9 +218,9 @@ fn a_clients_deadline_is_divided_where_the_usual_latency_fits() {
     assert_eq!(status(&proxy)["upstreams"][0]["breaker"]["state"], "closed");
 }
 
-/// `max_duration` ends waits between attempts, too: a wait that it does not leave time for is not begun.
+/// `max_duration` bounds waits between attempts, too: a wait that would exceed it is not begun.
 #[test]
-fn max_duration_holds_during_back_off_and_retry_after() {
+fn max_duration_bounds_back_off_and_retry_after() {
     let asks_for_more = Service::new(|_, _| (503, "retry-after", "4"));
     let plain = Service::new(|_, _| 503);
     let patient =

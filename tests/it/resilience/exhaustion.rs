@@ -1,4 +1,5 @@
-//! A proxy that runs out of descriptors, ports or routes: it says so, blames no upstream, and still responds.
+//! A proxy without free descriptors, ports or routes: it reports that, counts it against no upstream, and still
+//! responds.
 
 use std::{fs, net::SocketAddr, time::Duration};
 
@@ -10,7 +11,7 @@ use crate::support::{
     text,
 };
 
-/// The limit of open files of a process, from /proc.
+/// The open-file limit of a process, from /proc.
 fn open_files(pid: u32) -> (String, String) {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("/proc");
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("the line");
@@ -18,7 +19,8 @@ fn open_files(pid: u32) -> (String, String) {
     (words[3].to_owned(), words[4].to_owned())
 }
 
-/// A shell that sets a limit of open files and becomes the binary. `flag`: `-n` for both limits, `-Sn` for the soft one.
+/// A shell that sets an open-file limit and then execs the binary. `flag`: `-n` for both limits, `-Sn` for the soft
+/// one.
 fn limited(config: String, flag: &str, files: u32) -> Launch {
     let script = format!("ulimit {flag} {files}; exec \"$@\"");
     Launch::new(config).wrapped(["sh", "-c", &script, "sh"])
@@ -38,7 +40,7 @@ fn the_soft_limit_of_open_files_is_raised_but_not_for_the_service() {
     let proxy = limited(String::new(), "-Sn", 200)
         .service(["sh", "-c", "ulimit -Sn > soft.txt; mv soft.txt done.txt; exec sleep 60"])
         .start();
-    // It is lowered for the moment in which the service is started.
+    // It is lowered while the service is started.
     eventually("the soft limit to be raised", || {
         let (soft, hard) = open_files(proxy.pid());
         soft == hard && soft != "200"
@@ -49,44 +51,44 @@ fn the_soft_limit_of_open_files_is_raised_but_not_for_the_service() {
 }
 
 /// Clients that hold all descriptors: a request that needs a new connection gets 503, `/live` and `/metrics` respond,
-/// nobody is blamed, and when they leave all is well again.
+/// no endpoint is counted against, and all recovers when the clients disconnect.
 #[test]
-fn no_descriptor_left_is_told_and_blamed_on_nobody() {
+fn descriptor_exhaustion_is_reported_and_counts_against_no_upstream() {
     let hang_or_not = |seen: &Seen, _| match seen.path.as_str() {
         "/hang" => Reply::Never,
         _ => 200.into(),
     };
     let (service, second) = (Service::new(hang_or_not), Service::new(hang_or_not));
-    // A breaker and an outlier detector that one failure would move.
+    // A breaker and an outlier detection that one failure would trip.
     let keys = "retry = false\nbreaker = { consecutive_failures = 3 }\noutlier = { consecutive_failures = 1 }\n\
                 timeout = \"60s\"";
     let proxy = limited(upstream("up", &[service.address(), second.address()], keys), "-n", 96).start();
     let hang = "GET /hang HTTP/1.1\r\nHost: up\r\n\r\n";
-    let mut told: Option<Message> = None;
+    let mut failed: Option<Message> = None;
     let mut held = Vec::new();
     for _ in 0..200 {
         let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(100));
         client.send(hang);
-        if let Some(answer) = client.response().expect("HTTP") {
-            told = Some(answer);
+        if let Some(response) = client.response().expect("HTTP") {
+            failed = Some(response);
             break;
         }
         held.push(client);
     }
-    let told = told.expect("a request that found no descriptor");
-    assert_cause(&told, 503, "local_resource");
-    assert_eq!(told.field("retry-after"), Some("1"), "{told:?}");
-    let proxy_status = told.field("proxy-status").unwrap_or_default();
-    assert!(proxy_status.contains("error=proxy_internal_error"), "{told:?}");
-    assert!(told.text().contains("no file descriptor left in this process"), "{told:?}");
+    let failed = failed.expect("a request that found no descriptor");
+    assert_cause(&failed, 503, "local_resource");
+    assert_eq!(failed.field("retry-after"), Some("1"), "{failed:?}");
+    let proxy_status = failed.field("proxy-status").unwrap_or_default();
+    assert!(proxy_status.contains("error=proxy_internal_error"), "{failed:?}");
+    assert!(failed.text().contains("no file descriptor left in this process"), "{failed:?}");
 
-    // As many more as the kernel takes: accepting stops, and the admin server responds still.
+    // As many more as the kernel takes: accepting pauses, and the admin server still responds.
     let more: Vec<RawClient> = (0..60).map(|_| RawClient::connect(proxy.outbound())).collect();
     eventually("accepting to stop", || proxy.stderr().contains("connections are not accepted"));
     for path in ["/live", "/ready", "/metrics", "/status"] {
         let asked = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-        let answer = RawClient::connect(proxy.admin()).ask(asked);
-        assert_eq!(answer.status(), 200, "{path}: {answer:?}");
+        let response = RawClient::connect(proxy.admin()).ask(asked);
+        assert_eq!(response.status(), 200, "{path}: {response:?}");
     }
     assert!(refused(&proxy, "local_resource") > 0);
     assert_unblamed(&proxy);
@@ -96,11 +98,11 @@ fn no_descriptor_left_is_told_and_blamed_on_nobody() {
     eventually("requests to be served again", || {
         let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_secs(1));
         client.send(request("GET", ""));
-        client.response().is_ok_and(|answer| answer.is_some_and(|answer| answer.status() == 200))
+        client.response().is_ok_and(|response| response.is_some_and(|response| response.status() == 200))
     });
 }
 
-/// A proxy in a pod, with listeners that other pods reach. Its ports are not taken from those for connections.
+/// A proxy in a pod, with listeners that other pods reach. Its ports are outside the ephemeral range.
 fn in_pod(pod: &Pod, upstreams: &str) -> Launch {
     let config = format!(
         "[inbound]\nlisten = \"0.0.0.0:4143\"\n[outbound]\nlisten = \"0.0.0.0:4140\"\n[admin]\nlisten = \"0.0.0.0:4191\"\n{upstreams}"
@@ -115,15 +117,15 @@ fn at(pod: &Pod, bound: SocketAddr) -> SocketAddr {
 #[track_caller]
 fn status_from(client: &Pod, proxy: &Proxy, pod: &Pod) -> serde_json::Value {
     let admin = at(pod, proxy.admin());
-    let answer = client.run(|| {
+    let response = client.run(|| {
         RawClient::connect(admin).ask("GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     });
-    serde_json::from_str(&answer.text()).expect("JSON")
+    serde_json::from_str(&response.text()).expect("JSON")
 }
 
-/// Two local ports for two connections; a third request finds none.
+/// Two local ports for two connections; a third request gets none.
 #[test]
-fn no_local_port_left_is_told_and_blamed_on_nobody() {
+fn port_exhaustion_is_reported_and_counts_against_no_upstream() {
     let Some(lan) = Lan::new() else { return };
     let (pod, server, client) = (lan.pod(), lan.pod(), lan.pod());
     let set = pod.command(0, &["sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40001"]);
@@ -142,18 +144,18 @@ fn no_local_port_left_is_told_and_blamed_on_nobody() {
         client.run(|| {
             let mut asking = RawClient::connect(outbound).patience(patience);
             asking.send(request("GET", ""));
-            let answer = asking.response().expect("HTTP");
-            (asking, answer)
+            let response = asking.response().expect("HTTP");
+            (asking, response)
         })
     };
     let (_first, none) = ask(Duration::from_millis(300));
     let (_second, none_either) = ask(Duration::from_millis(300));
     assert!(none.is_none() && none_either.is_none(), "both wait: {none:?} {none_either:?}");
     for _ in 0..12 {
-        let (_, answer) = ask(Duration::from_secs(10));
-        let answer = answer.expect("a response");
-        assert_cause(&answer, 503, "local_resource");
-        assert!(answer.text().contains("no local port"), "{answer:?}");
+        let (_, response) = ask(Duration::from_secs(10));
+        let response = response.expect("a response");
+        assert_cause(&response, 503, "local_resource");
+        assert!(response.text().contains("no local port"), "{response:?}");
     }
     let status = status_from(&client, &proxy, &pod);
     let up = &status["upstreams"][0];
@@ -163,9 +165,9 @@ fn no_local_port_left_is_told_and_blamed_on_nobody() {
     );
 }
 
-/// Without a route: requests, health checks and DNS say the same, and an endpoint that has a route serves all.
+/// Without a route: requests, health checks and DNS report the same, and an endpoint with a route serves all requests.
 #[test]
-fn no_route_is_told_by_requests_checks_and_dns() {
+fn a_missing_route_is_reported_by_requests_health_checks_and_dns() {
     let Some(lan) = Lan::new() else { return };
     let (pod, server, client) = (lan.pod(), lan.pod(), lan.pod());
     let gone = pod.command(0, &["ip", "route", "del", "default"]);
@@ -187,9 +189,9 @@ fn no_route_is_told_by_requests_checks_and_dns() {
         client.run(|| RawClient::connect(outbound).ask(request))
     };
     for _ in 0..12 {
-        let answer = ask("up");
-        assert_cause(&answer, 503, "local_resource");
-        assert!(answer.text().contains("no route"), "{answer:?}");
+        let response = ask("up");
+        assert_cause(&response, 503, "local_resource");
+        assert!(response.text().contains("no route"), "{response:?}");
     }
     for _ in 0..20 {
         assert_eq!(ask("both").text(), "well");
@@ -203,10 +205,10 @@ fn no_route_is_told_by_requests_checks_and_dns() {
     }
 }
 
-/// A file that cannot be opened for want of descriptors is no broken file: the reload says what is missing, and is made
-/// once it can be.
+/// A file that cannot be opened for lack of descriptors is not invalid: the reload says what is missing, and is
+/// repeated once it can succeed.
 #[test]
-fn a_reload_without_descriptors_says_so_and_is_made_later() {
+fn a_reload_without_free_descriptors_is_reported_and_repeated() {
     let service = Service::new(|_, _| 200);
     let proxy = Proxy::start(upstream("up", &[service.address()], ""));
     let pid = proxy.pid().to_string();

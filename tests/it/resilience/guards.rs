@@ -1,4 +1,4 @@
-//! What keeps a failing or full upstream from more: breaker, ejection, limits, rates.
+//! Policies that protect a failing or full upstream: breaker, ejection, limits, rate limits.
 
 use std::{
     sync::{
@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, serve_at, status, upstream};
 use crate::support::{Proxy, RawClient, eventually};
 
-/// A service that can be switched between well and failing.
+/// A service that can be switched between working and failing.
 fn switchable() -> (Service, Arc<AtomicBool>) {
     let well = Arc::new(AtomicBool::new(false));
     let state = well.clone();
@@ -22,7 +22,7 @@ fn switchable() -> (Service, Arc<AtomicBool>) {
 }
 
 #[test]
-fn the_breaker_opens_tries_and_closes() {
+fn the_breaker_opens_probes_and_closes() {
     let (service, well) = switchable();
     let proxy = proxy(
         &[service.address()],
@@ -34,8 +34,8 @@ fn the_breaker_opens_tries_and_closes() {
     let refused = get(&proxy);
     assert_cause(&refused, 503, "breaker_open");
     assert!(refused.field("retry-after").is_some(), "{refused:?}");
-    assert_eq!(service.calls(), 4, "open: nobody comes through");
-    // A trial that fails opens it again, so a failing service sees one call each time.
+    assert_eq!(service.calls(), 4, "open: no request passes");
+    // A failed trial opens it again, so a failing service gets one request each time.
     let mut fives = 0;
     eventually("two failed trials", || {
         fives += u32::from(get(&proxy).status() == 500);
@@ -49,9 +49,9 @@ fn the_breaker_opens_tries_and_closes() {
     }
 }
 
-/// A breaker that opened because nobody listened does not wait out its time once somebody does.
+/// A breaker that opened because nothing listened closes as soon as something does, before `open_for` has elapsed.
 #[test]
-fn an_upstream_that_is_back_is_noticed_by_its_port() {
+fn an_open_breaker_notices_that_the_port_accepts_again() {
     let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = place.local_addr().expect("bound");
     drop(place);
@@ -72,14 +72,14 @@ fn an_upstream_that_is_back_is_noticed_by_its_port() {
     eventually("the breaker to let a trial through", || get(&proxy).status() == 200);
 }
 
-/// Nor does one that opened as nobody took the connections, whichever of our clocks ended the wait for them.
+/// The same for a breaker that opened because connections were not accepted, whichever timer ended the wait.
 #[test]
-fn an_upstream_that_takes_connections_again_is_noticed() {
+fn an_open_breaker_notices_the_end_of_connect_timeouts() {
     let place = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     place.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
     place.listen(0).expect("a listener");
     let address = place.local_addr().ok().and_then(|address| address.as_socket()).expect("its address");
-    // The kernel answers until the queue is full, then no longer.
+    // The kernel accepts until the backlog is full, then no longer.
     let soon = Duration::from_millis(100);
     let mut filling = Vec::new();
     while let Ok(one) = std::net::TcpStream::connect_timeout(&address, soon) {
@@ -108,19 +108,19 @@ fn an_upstream_that_takes_connections_again_is_noticed() {
     eventually("the breaker to let a trial through", || get(&proxy).status() == 200);
 }
 
-/// Until then a call waits as long as it would have between tries that are refused; where none are allowed, not at all.
+/// Until then a request waits as long as the back-off between refused attempts; without retries it does not wait.
 #[test]
-fn a_call_waits_a_moment_for_an_upstream_that_is_not_there() {
+fn a_request_waits_briefly_for_an_unreachable_upstream() {
     let most = Duration::from_millis(250);
     let keys = "breaker = { consecutive_failures = 1, open_for = { base = \"10m\", max = \"10m\" } }";
-    let patient = proxy(
+    let waiting = proxy(
         &[nobody()],
         &format!("retry = {{ backoff = {{ base = \"10s\", max = \"10s\" }} }}\ntimeout = \"5s\"\n{keys}"),
     );
-    // Its first try opens the breaker.
-    let _ = ask(&patient, request("GET", "x-request-timeout-ms: 100\r\n"));
+    // Its first attempt opens the breaker.
+    let _ = ask(&waiting, request("GET", "x-request-timeout-ms: 100\r\n"));
     let began = Instant::now();
-    assert_cause(&get(&patient), 503, "breaker_open");
+    assert_cause(&get(&waiting), 503, "breaker_open");
     assert!(began.elapsed() >= most, "{:?}", began.elapsed());
     let failing = Service::new(|_, _| 500);
     let proxy = proxy(&[failing.address()], keys);
@@ -133,9 +133,9 @@ fn a_call_waits_a_moment_for_an_upstream_that_is_not_there() {
     assert!(quickest.min() < Some(most), "one that is there and fails is not waited for");
 }
 
-/// A change of the configuration is no amnesty: what is known of an upstream outlives it.
+/// The state of an upstream's breaker survives a reload.
 #[test]
-fn a_reload_keeps_what_the_breaker_knows() {
+fn a_reload_keeps_the_breaker_state() {
     let (service, _) = switchable();
     let standby = Service::new(|_, _| 200);
     let config = |timeout: &str, other: &str| {
@@ -144,7 +144,7 @@ fn a_reload_keeps_what_the_breaker_knows() {
             + &upstream(other, &[standby.address()], "")
     };
     let proxy = Proxy::start(config("5s", "before"));
-    // Half-way is remembered, too.
+    // An incomplete failure count is kept, too.
     for _ in 0..2 {
         assert_eq!(get(&proxy).status(), 500);
     }
@@ -159,9 +159,9 @@ fn a_reload_keeps_what_the_breaker_knows() {
     }
 }
 
-/// What the caller did wrong is no failure of the upstream.
+/// A client error is no failure of the upstream.
 #[test]
-fn a_breaker_does_not_count_the_callers_faults() {
+fn the_breaker_does_not_count_client_errors() {
     let service = Service::new(|_, _| 404);
     let proxy = proxy(&[service.address()], "breaker = { consecutive_failures = 2 }");
     for _ in 0..10 {
@@ -169,9 +169,9 @@ fn a_breaker_does_not_count_the_callers_faults() {
     }
 }
 
-/// One trial at a time; one that its caller gave up frees its place.
+/// One trial at a time; a cancelled one frees its slot.
 #[test]
-fn a_trial_whose_caller_leaves_frees_its_place() {
+fn a_cancelled_trial_request_frees_its_slot() {
     let service = Service::new(|seen, _| match seen.header("x-want") {
         Some("fail") => Reply::from(500),
         Some("hang") => Reply::Never,
@@ -196,12 +196,12 @@ fn a_trial_whose_caller_leaves_frees_its_place() {
     // Long before `timeout` would end the trial.
     let left = Instant::now();
     drop(hanging);
-    eventually("its place", || get(&proxy).status() == 200);
+    eventually("its slot", || get(&proxy).status() == 200);
     assert!(left.elapsed() < Duration::from_secs(10), "{:?}", left.elapsed());
 }
 
 #[test]
-fn an_endpoint_that_fails_gets_no_more_traffic() {
+fn a_failing_endpoint_is_ejected() {
     let (bad, good, other) = (Service::new(|_, _| 503), Service::new(|_, _| 200), Service::new(|_, _| 200));
     let endpoints = [bad.address(), good.address(), other.address()];
     let proxy = proxy(
@@ -215,9 +215,9 @@ fn an_endpoint_that_fails_gets_no_more_traffic() {
     assert_eq!(good.calls() + other.calls(), 60);
 }
 
-/// With all of them failing, no more than `max_ejected` are out: the rest goes on being asked.
+/// If all endpoints fail, at most `max_ejected` are out: the rest still get requests.
 #[test]
-fn never_all_endpoints_are_ejected() {
+fn ejection_stops_at_max_ejected() {
     let services: Vec<Service> = (0..3).map(|_| Service::new(|_, _| 500)).collect();
     let endpoints: Vec<_> = services.iter().map(Service::address).collect();
     let proxy = proxy(
@@ -227,14 +227,14 @@ fn never_all_endpoints_are_ejected() {
     for _ in 0..30 {
         assert_eq!(get(&proxy).status(), 500, "answered by an endpoint, not by `no_endpoint`");
     }
-    let mut calls: Vec<_> = services.iter().map(Service::calls).collect();
-    calls.sort_unstable();
-    assert!(calls[0] == 2 && calls[1] > 5, "one of three is out: {calls:?}");
+    let mut counts: Vec<_> = services.iter().map(Service::calls).collect();
+    counts.sort_unstable();
+    assert!(counts[0] == 2 && counts[1] > 5, "one of three is out: {counts:?}");
 }
 
-/// A place, a queue of one, and a third that is refused. Who leaves makes room.
+/// One slot, a queue of one, and a third request that is rejected. A cancelled request frees its slot.
 #[test]
-fn more_than_the_limits_wait_and_more_than_that_are_refused() {
+fn requests_above_the_limit_queue_and_then_are_rejected() {
     let service =
         Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
     let proxy = proxy(
@@ -243,49 +243,50 @@ fn more_than_the_limits_wait_and_more_than_that_are_refused() {
     );
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", "x-hang: 1\r\n"));
-    eventually("the first to have the place", || service.calls() == 1);
+    eventually("the first to have the slot", || service.calls() == 1);
     thread::scope(|scope| {
         let second = scope.spawn(|| get(&proxy));
-        // The second may not wait yet when the next comes; whoever comes while one waits is refused.
-        let mut patient = Vec::new();
+        // The second may not be queued yet when the next arrives; a request that arrives while one is queued is
+        // rejected.
+        let mut queued = Vec::new();
         eventually("a third to be refused", || {
             let mut third = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(100));
             third.send(request("GET", "x-hang: 1\r\n"));
-            let answer = third.response();
-            let Ok(Some(answer)) = answer else {
-                patient.push(third);
+            let response = third.response();
+            let Ok(Some(response)) = response else {
+                queued.push(third);
                 return false;
             };
-            assert_cause(&answer, 503, "queue_full");
-            assert!(answer.field("retry-after").is_some(), "{answer:?}");
+            assert_cause(&response, 503, "queue_full");
+            assert!(response.field("retry-after").is_some(), "{response:?}");
             true
         });
         assert_eq!(service.calls(), 1);
-        drop(patient);
+        drop(queued);
         drop(first);
-        let answer = second.join().expect("no panic");
-        // Refused only if one of the others was quicker to wait than it.
-        assert!(matches!(answer.status(), 200 | 503), "{answer:?}");
+        let response = second.join().expect("no panic");
+        // Rejected only if another request was queued before it.
+        assert!(matches!(response.status(), 200 | 503), "{response:?}");
     });
-    eventually("the place to be free", || get(&proxy).status() == 200);
+    eventually("the slot to be free", || get(&proxy).status() == 200);
 }
 
 #[test]
-fn who_waits_too_long_is_told_so() {
+fn a_request_that_queues_too_long_gets_a_queue_timeout() {
     let service = Service::new(|_, _| Reply::Never);
     let proxy = proxy(&[service.address()], "limits = { max_requests = 1, pending_timeout = \"50ms\" }");
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", ""));
-    eventually("the first to have the place", || service.calls() == 1);
+    eventually("the first to have the slot", || service.calls() == 1);
     assert_cause(&get(&proxy), 503, "limit_full");
-    // Nor is one waited for longer than the caller has time.
-    let answer = ask(&proxy, request("GET", "x-request-timeout-ms: 5\r\n"));
-    assert_cause(&answer, 504, "deadline");
+    // No request is queued past its deadline.
+    let response = ask(&proxy, request("GET", "x-request-timeout-ms: 5\r\n"));
+    assert_cause(&response, 504, "deadline");
     assert_eq!(service.calls(), 1);
 }
 
 #[test]
-fn connections_are_limited() {
+fn max_connections_is_enforced() {
     let service = Service::new(|_, _| Reply::Never);
     let proxy = proxy(&[service.address()], "limits = { max_connections = 1, pending_timeout = \"50ms\" }");
     let mut first = RawClient::connect(proxy.outbound());
@@ -295,37 +296,37 @@ fn connections_are_limited() {
     assert_eq!(service.calls(), 1);
 }
 
-/// At the limit, a connection that lies idle makes room: at another endpoint, and on another worker.
+/// At the limit an idle connection is closed for a new one: at another endpoint, and on another worker.
 #[test]
-fn an_idle_connection_makes_room_for_a_call() {
+fn an_idle_connection_is_closed_for_a_waiting_request() {
     let services: Vec<Service> = (0..2).map(|_| Service::new(|_, _| 200)).collect();
     let endpoints: Vec<_> = services.iter().map(Service::address).collect();
     for workers in [1, 3] {
         let keys = "balance = \"round-robin\"\nretry = false\npool_idle_timeout = \"10m\"\nlimits = { max_connections = 1 }";
         let proxy =
             Proxy::start(format!("[runtime]\nworkers = {workers}\n") + &upstream("up", &endpoints, keys));
-        // Each comes by a connection of its own, so that with several workers each of them has calls.
-        let mut callers: Vec<_> = (0..6).map(|_| RawClient::connect(proxy.outbound())).collect();
+        // Each request uses its own connection, so that every one of several workers gets requests.
+        let mut clients: Vec<_> = (0..6).map(|_| RawClient::connect(proxy.outbound())).collect();
         for round in 0..4 {
-            for (number, caller) in callers.iter_mut().enumerate() {
-                let answer = caller.ask(request("GET", ""));
-                assert_eq!(answer.status(), 200, "{workers} workers, {round}/{number}: {answer:?}");
+            for (number, client) in clients.iter_mut().enumerate() {
+                let response = client.ask(request("GET", ""));
+                assert_eq!(response.status(), 200, "{workers} workers, {round}/{number}: {response:?}");
             }
         }
     }
 }
 
 #[test]
-fn a_rate_limit_is_kept() {
+fn a_rate_limit_is_enforced() {
     let service = Service::new(|_, _| 200);
     let limited = proxy(&[service.address()], "rate_limit = { rate = 1, burst = 3 }");
     let began = Instant::now();
     let mut served = 0;
-    // The burst and one a second, however slow the machine.
+    // The burst and one each second, however slow the machine.
     let refused = loop {
-        let answer = get(&limited);
-        if answer.status() != 200 {
-            break answer;
+        let response = get(&limited);
+        if response.status() != 200 {
+            break response;
         }
         served += 1;
         assert!(served <= 4 + began.elapsed().as_secs(), "{served} in {:?}", began.elapsed());
@@ -342,9 +343,9 @@ fn a_rate_limit_is_kept() {
     assert_eq!(call("b"), 200, "another one is not");
 }
 
-/// Ejection is a hint: where the rest has failed the very call, an instance that is out may still be asked.
+/// Ejection is a preference: if all other endpoints failed this request, an ejected one may still get it.
 #[test]
-fn an_ejected_endpoint_is_better_than_one_that_just_refused() {
+fn a_retry_prefers_an_ejected_endpoint_to_one_that_just_refused() {
     let well_again = Service::new(|_, number| if number == 1 { 503 } else { 200 });
     let goes = Service::new(|_, _| 200);
     let proxy = proxy(
@@ -362,9 +363,9 @@ fn an_ejected_endpoint_is_better_than_one_that_just_refused() {
     assert_eq!(well_again.calls(), 2);
 }
 
-/// An instance that restarts is back as soon as it listens and serves; one that answered badly stays out for its time.
+/// A restarted endpoint is restored as soon as it serves; one that sent errors stays ejected for its time.
 #[test]
-fn an_absent_endpoint_is_back_when_it_serves() {
+fn an_absent_endpoint_is_restored_when_it_serves() {
     let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = place.local_addr().expect("bound");
     drop(place);
@@ -379,9 +380,9 @@ fn an_absent_endpoint_is_back_when_it_serves() {
         let said = proxy.stderr();
         said.contains("accepts no connections") && said.contains("endpoint ejected")
     });
-    let calls = bad.calls();
+    let before = bad.calls();
     for _ in 0..10 {
-        assert_eq!(get(&proxy).status(), 200, "nobody listens at {address} yet");
+        assert_eq!(get(&proxy).status(), 200, "nothing listens at {address} yet");
     }
     let status = status(&proxy);
     let states: Vec<_> = status["upstreams"][0]["endpoints"]
@@ -396,12 +397,12 @@ fn an_absent_endpoint_is_back_when_it_serves() {
     for _ in 0..10 {
         assert_eq!(get(&proxy).status(), 200);
     }
-    assert_eq!(bad.calls(), calls, "that it accepts connections is no better answer");
+    assert_eq!(bad.calls(), before, "an ejected endpoint stays ejected although it accepts connections");
 }
 
-/// An endpoint that fails everything is still `healthy` where nothing takes it out, so the status says how requests fare.
+/// A failing endpoint is still `healthy` if nothing ejects it, so the status also shows how requests fare.
 #[test]
-fn the_status_tells_the_success_and_the_last_error_of_each_endpoint() {
+fn the_status_shows_success_rate_and_last_error_of_each_endpoint() {
     let (good, bad) = (Service::new(|_, _| 200), Service::new(|_, _| 500));
     let down = nobody();
     let keys = "balance = \"round-robin\"\nretry = false\nbreaker = false\noutlier = false";

@@ -1,4 +1,4 @@
-//! What HTTP/2 and gRPC say about whether a request was processed.
+//! HTTP/2 and gRPC signals about whether a request was processed.
 
 use std::{
     net::TcpStream,
@@ -18,7 +18,7 @@ use crate::support::{
 const REFUSED_STREAM: u32 = 7;
 const CANCEL: u32 = 8;
 
-/// Takes the other end's preface.
+/// Reads the peer's preface.
 fn accept(stream: TcpStream) -> Option<H2Client> {
     stream.set_read_timeout(Some(crate::support::PATIENCE)).ok()?;
     let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
@@ -57,18 +57,18 @@ fn reset(code: u32) -> impl Fn(&mut H2Client, u32) {
     }
 }
 
-/// The server says that it did nothing (RFC 9113 §8.7): sent again, whatever the method.
+/// The server says that it did not process the request (RFC 9113 §8.7): sent again for any method.
 #[test]
-fn a_refused_stream_is_sent_again_for_any_method() {
+fn a_refused_stream_is_resent_for_any_method() {
     let (server, requests) = server(1, reset(REFUSED_STREAM));
     let proxy = proxy(&[server.address()], "protocol = \"h2\"");
     assert_eq!(ask(&proxy, post("", "pay")).status(), 200);
     assert_eq!(requests.load(Ordering::Relaxed), 2);
 }
 
-/// Any other code says nothing about what was done.
+/// Any other code does not say whether the request was processed.
 #[test]
-fn another_reset_is_sent_again_only_where_it_may() {
+fn other_resets_are_retried_only_for_idempotent_requests() {
     let (server, requests) = server(1, reset(CANCEL));
     let proxy = proxy(&[server.address()], "protocol = \"h2\"");
     assert_eq!(ask(&proxy, post("", "pay")).status(), 502);
@@ -79,9 +79,9 @@ fn another_reset_is_sent_again_only_where_it_may() {
     assert_eq!(requests.load(Ordering::Relaxed), 2);
 }
 
-/// A stream above the last one that GOAWAY names was not processed.
+/// A stream above the last stream ID of GOAWAY was not processed.
 #[test]
-fn what_goaway_leaves_out_is_sent_again_for_any_method() {
+fn requests_above_the_goaway_last_id_are_resent_for_any_method() {
     let (server, requests) = server(1, |peer, _| {
         peer.send(frame(GOAWAY, 0, 0, &[0; 8]));
         let _ = peer.raw.stream.shutdown(std::net::Shutdown::Write);
@@ -91,9 +91,9 @@ fn what_goaway_leaves_out_is_sent_again_for_any_method() {
     assert_eq!(requests.load(Ordering::Relaxed), 2);
 }
 
-/// Gone without a word: what was under way may have been done.
+/// A connection that ends without GOAWAY: requests in flight may have been processed.
 #[test]
-fn a_lost_connection_is_no_proof() {
+fn a_lost_connection_is_retried_only_for_idempotent_requests() {
     let (server, requests) = server(1, |peer, _| {
         let _ = peer.raw.stream.shutdown(std::net::Shutdown::Both);
     });
@@ -102,51 +102,51 @@ fn a_lost_connection_is_no_proof() {
     assert_eq!(requests.load(Ordering::Relaxed), 1);
 }
 
-/// gRPC calls are POST: a status is tried again only where the route says so; its trailers-only form is seen in time.
+/// gRPC requests are POST: a status is retried only where the route allows it; its trailers-only form is seen in time.
 #[test]
-fn grpc_unavailable_is_tried_again_where_the_route_says_all() {
-    for (keys, tries, status) in [("", 1, "14"), ("retry = { methods = \"all\" }", 2, "0")] {
+fn grpc_unavailable_is_retried_where_the_route_allows_all_methods() {
+    for (keys, attempts, status) in [("", 1, "14"), ("retry = { methods = \"all\" }", 2, "0")] {
         let service = Service::h2(|_, number| (200, "grpc-status", if number == 1 { "14" } else { "0" }));
         let proxy = proxy(&[service.address()], &format!("protocol = \"h2\"\n{keys}"));
-        let answer = ask(&proxy, post("Content-Type: application/grpc\r\n", "\0\0\0\0\0"));
-        assert_eq!((answer.status(), answer.field("grpc-status")), (200, Some(status)), "{answer:?}");
-        assert_eq!(service.calls(), tries);
+        let response = ask(&proxy, post("Content-Type: application/grpc\r\n", "\0\0\0\0\0"));
+        assert_eq!((response.status(), response.field("grpc-status")), (200, Some(status)), "{response:?}");
+        assert_eq!(service.calls(), attempts);
     }
 }
 
-/// A server that says when to come back is obeyed to the millisecond; by a negative number it says not to (gRPC A6).
+/// A server's retry push-back is obeyed to the millisecond; a negative number forbids the retry (gRPC A6).
 #[test]
-fn grpc_push_back_is_obeyed() {
-    const CALL: &str = "Content-Type: application/grpc\r\ngrpc-timeout: 5S\r\n";
-    for (value, calls, reason) in
+fn grpc_retry_pushback_is_obeyed() {
+    const GRPC_HEADERS: &str = "Content-Type: application/grpc\r\ngrpc-timeout: 5S\r\n";
+    for (value, attempts_made, reason) in
         [("400", 2, None), ("-1", 1, Some("pushback")), ("60000", 1, Some("retry_after"))]
     {
         let service = Service::h2(move |_, number| {
-            let mut answer = crate::support::text("");
-            let fields = answer.headers_mut();
+            let mut response = crate::support::text("");
+            let fields = response.headers_mut();
             fields.insert("grpc-status", if number == 1 { "14" } else { "0" }.parse().expect("a value"));
             fields.insert("grpc-retry-pushback-ms", value.parse().expect("a value"));
-            Reply::Now(answer)
+            Reply::Now(response)
         });
         let keys =
             "protocol = \"h2\"\nretry = { methods = \"all\", backoff = { base = \"1ms\", max = \"1ms\" } }";
         let proxy = proxy(&[service.address()], keys);
         let began = Instant::now();
-        let answer = ask(&proxy, post(CALL, "\0\0\0\0\0"));
-        let status = if calls == 2 { "0" } else { "14" };
+        let response = ask(&proxy, post(GRPC_HEADERS, "\0\0\0\0\0"));
+        let status = if attempts_made == 2 { "0" } else { "14" };
         assert_eq!(
-            (answer.field("grpc-status"), service.calls()),
-            (Some(status), calls),
-            "{value}: {answer:?}"
+            (response.field("grpc-status"), service.calls()),
+            (Some(status), attempts_made),
+            "{value}: {response:?}"
         );
-        assert!(calls == 1 || began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
+        assert!(attempts_made == 1 || began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
         assert_eq!(reason.map(|reason| retries(&proxy, reason)), reason.map(|_| 1), "{value}");
     }
 }
 
-/// A gRPC status of failure opens the breaker, though HTTP says 200.
+/// A failing gRPC status opens the breaker, though the HTTP status is 200.
 #[test]
-fn a_grpc_failure_counts() {
+fn a_failing_grpc_status_counts_for_the_breaker() {
     let service = Service::h2(|_, _| (200, "grpc-status", "14"));
     let proxy = proxy(&[service.address()], "protocol = \"h2\"\nbreaker = { consecutive_failures = 3 }");
     let call = post("Content-Type: application/grpc\r\n", "\0\0\0\0\0");
@@ -156,9 +156,9 @@ fn a_grpc_failure_counts() {
     assert_eq!(service.calls(), 3, "then the breaker answers");
 }
 
-/// A stream that breaks after its headers has failed, too: it counts for breaker and metrics as a status would.
+/// A stream that is reset after its headers has failed, too: it counts for breaker and metrics as a status would.
 #[test]
-fn a_grpc_stream_that_breaks_after_its_headers_counts() {
+fn a_grpc_stream_reset_after_its_headers_counts_as_a_failure() {
     const INTERNAL_ERROR: u32 = 2;
     let head = || block(&[(":status", "200"), ("content-type", "application/grpc")]);
     let (server, requests) = server(usize::MAX, move |peer, stream| {
@@ -175,9 +175,9 @@ fn a_grpc_stream_that_breaks_after_its_headers_counts() {
     assert_eq!(requests.load(Ordering::Relaxed), 3, "three broke");
 }
 
-/// One that ends without a status is UNKNOWN to every gRPC library, which is a failure.
+/// A response without a status is UNKNOWN to every gRPC library, which is a failure.
 #[test]
-fn a_grpc_call_that_ends_without_a_status_counts() {
+fn a_grpc_response_without_a_status_counts_as_a_failure() {
     let service = Service::h2(|_, _| 200);
     let proxy = proxy(&[service.address()], "protocol = \"h2\"\nbreaker = { consecutive_failures = 3 }");
     let call = post("Content-Type: application/grpc\r\n", "\0\0\0\0\0");

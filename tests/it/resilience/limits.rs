@@ -1,4 +1,4 @@
-//! How much at a time and how often: the adaptive limit, the queue, rates by who asks.
+//! Concurrency and rate: the adaptive limit, the queue, rate limits per peer.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -15,23 +15,23 @@ use hyper::StatusCode;
 use super::{Reply, Service, ask, assert_cause, get, proxy, refused, request, status};
 use crate::support::{Proxy, RawClient, Upstream, eventually, text};
 
-/// A service that fails at once, never answers, or takes its time, as its caller wishes.
-fn moody() -> (Upstream, Arc<AtomicUsize>) {
+/// A service that fails at once, never responds, or is slow, as the request says.
+fn controllable() -> (Upstream, Arc<AtomicUsize>) {
     let hanging = Arc::<AtomicUsize>::default();
     let hangs = hanging.clone();
     let service = Upstream::http1(move |request| {
         let hangs = hangs.clone();
         async move {
-            let mut answer = text("done");
+            let mut response = text("done");
             if request.headers().contains_key("x-fail") {
-                *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+                *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             } else if request.headers().contains_key("x-hang") {
                 hangs.fetch_add(1, Ordering::Relaxed);
                 std::future::pending::<()>().await;
             } else {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            answer
+            response
         }
     });
     (service, hanging)
@@ -41,10 +41,10 @@ fn limit(proxy: &Proxy) -> u64 {
     status(proxy)["upstreams"][0]["limits"]["max_requests"].as_u64().expect("a limit")
 }
 
-/// It begins in the middle, falls to its least while calls fail, refuses what is above that, and grows where it is used.
+/// It starts in the middle, falls to its minimum while requests fail, rejects what exceeds it, and grows under use.
 #[test]
-fn the_adaptive_limit_moves_and_acts() {
-    let (service, hanging) = moody();
+fn the_adaptive_limit_adapts_and_rejects() {
+    let (service, hanging) = controllable();
     let keys = "breaker = false\noutlier = false\nretry = false\nlimits = { adaptive = true, pending_timeout = \"100ms\" }";
     let proxy = proxy(&[service.address()], keys);
     assert_eq!(limit(&proxy), 32);
@@ -61,7 +61,7 @@ fn the_adaptive_limit_moves_and_acts() {
             client
         })
         .collect();
-    eventually("all places to be taken", || hanging.load(Ordering::Relaxed) == 8);
+    eventually("all slots to be taken", || hanging.load(Ordering::Relaxed) == 8);
     assert_cause(&get(&proxy), 503, "limit_full");
     drop(held);
     let grown = AtomicBool::new(false);
@@ -74,7 +74,7 @@ fn the_adaptive_limit_moves_and_acts() {
                 }
             });
         }
-        // Also where this fails the others must end.
+        // The others must end even if this fails.
         let seen = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             eventually("the limit to grow", || limit(&proxy) > 9);
         }));
@@ -83,16 +83,16 @@ fn the_adaptive_limit_moves_and_acts() {
     });
 }
 
-/// Who cannot be served in time gives its place in the queue to another, and costs the service nothing.
+/// A queued request that cannot meet its deadline leaves the queue to another, and costs the service nothing.
 #[test]
-fn the_queue_drops_what_can_no_longer_meet_its_deadline() {
+fn queued_requests_past_their_deadline_are_dropped() {
     let service =
         Service::new(|seen, _| if seen.header("x-hang").is_some() { Reply::Never } else { Reply::from(200) });
     let keys = "limits = { max_requests = 1, max_pending = 1, pending_timeout = \"15s\" }\nretry = false";
     let proxy = proxy(&[service.address()], keys);
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", "x-hang: 1\r\n"));
-    eventually("the first to have the place", || service.calls() == 1);
+    eventually("the first to have the slot", || service.calls() == 1);
     let hurried = ask(&proxy, request("GET", "x-mark: late\r\nx-request-timeout-ms: 150\r\n"));
     assert_cause(&hurried, 504, "deadline");
     thread::scope(|scope| {
@@ -106,8 +106,8 @@ fn the_queue_drops_what_can_no_longer_meet_its_deadline() {
     assert!(seen.iter().all(|seen| seen.header("x-mark").is_none()), "{seen:?}");
 }
 
-/// A caller at another address: on Linux all of 127/8 is this machine.
-fn caller(from: [u8; 4], to: SocketAddr) -> RawClient {
+/// A client at another address: on Linux all of 127/8 is this machine.
+fn client_at(from: [u8; 4], to: SocketAddr) -> RawClient {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let connect = async {
         let socket = tokio::net::TcpSocket::new_v4()?;
@@ -121,16 +121,16 @@ fn caller(from: [u8; 4], to: SocketAddr) -> RawClient {
 }
 
 #[test]
-fn a_rate_limit_per_peer_tells_peers_apart() {
+fn a_rate_limit_per_peer_is_separate_for_each_peer() {
     let service = Service::new(|_, _| 200);
     let proxy = proxy(&[service.address()], "rate_limit = { rate = 1, burst = 2, per = \"peer\" }");
-    let mut one = caller([127, 0, 0, 1], proxy.outbound());
-    let mut other = caller([127, 0, 0, 2], proxy.outbound());
+    let mut one = client_at([127, 0, 0, 1], proxy.outbound());
+    let mut other = client_at([127, 0, 0, 2], proxy.outbound());
     eventually("a peer over its limit", || one.ask(request("GET", "")).status() == 429);
     assert_eq!(other.ask(request("GET", "")).status(), 200, "it has its own allowance");
     // Another connection is still the same peer.
     eventually("the second peer over its own", || {
-        caller([127, 0, 0, 2], proxy.outbound()).ask(request("GET", "")).status() == 429
+        client_at([127, 0, 0, 2], proxy.outbound()).ask(request("GET", "")).status() == 429
     });
     assert!(refused(&proxy, "rate_limited") >= 2);
 }

@@ -1,4 +1,4 @@
-//! What each policy does, seen from outside: the real binary between real callers and real services.
+//! What each policy does, end to end: the real binary between real clients and real services.
 
 mod advice;
 mod around;
@@ -29,7 +29,7 @@ use hyper::{HeaderMap, Request, body::Incoming};
 
 use crate::support::{Answer, Proxy, RawClient, RawServer, Upstream, nobody, strict::Message, text};
 
-/// A request as a service got it.
+/// A request as a service received it.
 #[derive(Clone, Debug)]
 struct Seen {
     path: String,
@@ -47,41 +47,41 @@ impl Seen {
     }
 }
 
-/// What a service does with a request.
+/// The response of a service to a request.
 enum Reply {
     Now(Answer),
-    /// Never answers; the call ends when the caller leaves.
+    /// Never responds; the request ends when the client disconnects.
     Never,
 }
 
 impl From<u16> for Reply {
     fn from(status: u16) -> Self {
-        let mut answer = text(status.to_string());
-        *answer.status_mut() = status.try_into().expect("a status");
-        Self::Now(answer)
+        let mut response = text(status.to_string());
+        *response.status_mut() = status.try_into().expect("a status");
+        Self::Now(response)
     }
 }
 
 impl From<(u16, &'static str, &'static str)> for Reply {
     /// With a header field.
     fn from((status, name, value): (u16, &'static str, &'static str)) -> Self {
-        let Self::Now(mut answer) = Self::from(status) else { return Self::Never };
-        answer.headers_mut().insert(name, value.parse().expect("a value"));
-        Self::Now(answer)
+        let Self::Now(mut response) = Self::from(status) else { return Self::Never };
+        response.headers_mut().insert(name, value.parse().expect("a value"));
+        Self::Now(response)
     }
 }
 
-/// A service that answers by a rule, and remembers what it got.
+/// A service that responds by a rule and records what it received.
 struct Service {
     upstream: Upstream,
     seen: Arc<Mutex<Vec<Seen>>>,
-    /// Calls whose caller left before the answer.
+    /// Requests whose client disconnected before the response.
     left: Arc<AtomicUsize>,
 }
 
-struct Counted(Arc<AtomicUsize>);
+struct CountOnDrop(Arc<AtomicUsize>);
 
-impl Drop for Counted {
+impl Drop for CountOnDrop {
     fn drop(&mut self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -100,9 +100,9 @@ impl Service {
 
     fn start<R: Into<Reply>>(rule: impl Fn(&Seen, usize) -> R + Send + Sync + 'static, h2: bool) -> Self {
         let (seen, left) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<AtomicUsize>::default());
-        let (log, leavers, rule) = (seen.clone(), left.clone(), Arc::new(rule));
+        let (log, cancelled, rule) = (seen.clone(), left.clone(), Arc::new(rule));
         let handle = move |request: Request<Incoming>| {
-            let (log, leavers, rule) = (log.clone(), leavers.clone(), rule.clone());
+            let (log, cancelled, rule) = (log.clone(), cancelled.clone(), rule.clone());
             async move {
                 let (head, body) = request.into_parts();
                 let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
@@ -114,9 +114,9 @@ impl Service {
                     log.len()
                 };
                 match rule(&seen, number).into() {
-                    Reply::Now(answer) => answer,
+                    Reply::Now(response) => response,
                     Reply::Never => {
-                        let _counts_the_end = Counted(leavers);
+                        let _count_on_drop = CountOnDrop(cancelled);
                         std::future::pending().await
                     }
                 }
@@ -149,12 +149,12 @@ fn upstream(name: &str, endpoints: &[SocketAddr], more: &str) -> String {
     format!("[[upstream]]\nname = \"{name}\"\nendpoints = [{}]\n{more}\n", endpoints.join(", "))
 }
 
-/// A proxy with one upstream, `up`. Round robin, so that a test knows who is asked.
+/// A proxy with one upstream, `up`, and round robin, so that a test knows which endpoint gets a request.
 fn proxy(endpoints: &[SocketAddr], more: &str) -> Proxy {
     Proxy::start(upstream("up", endpoints, &format!("balance = \"round-robin\"\n{more}")))
 }
 
-/// A request without a body; `more`: header lines, each with its end.
+/// A request without a body; `more`: header lines, each with its line end.
 fn request(method: &str, more: &str) -> String {
     format!("{method} / HTTP/1.1\r\nHost: up\r\n{more}\r\n")
 }
@@ -163,7 +163,7 @@ fn post(more: &str, body: &str) -> String {
     format!("POST / HTTP/1.1\r\nHost: up\r\n{more}Content-Length: {}\r\n\r\n{body}", body.len())
 }
 
-/// One call over the outbound port.
+/// Sends one request through the outbound port.
 #[track_caller]
 fn ask(proxy: &Proxy, request: impl AsRef<[u8]>) -> Message {
     RawClient::connect(proxy.outbound()).ask(request)
@@ -174,17 +174,17 @@ fn get(proxy: &Proxy) -> Message {
     ask(proxy, request("GET", ""))
 }
 
-/// The word for the cause, in `Proxy-Status`.
+/// The cause in `Proxy-Status`.
 #[track_caller]
-fn assert_cause(answer: &Message, status: u16, word: &str) {
-    let said = answer.field("proxy-status").unwrap_or_default();
+fn assert_cause(response: &Message, status: u16, word: &str) {
+    let said = response.field("proxy-status").unwrap_or_default();
     assert!(
-        answer.status() == status && said.contains(&format!("details=\"{word}")),
-        "{status} {word}: {answer:?}"
+        response.status() == status && said.contains(&format!("details=\"{word}")),
+        "{status} {word}: {response:?}"
     );
 }
 
-/// A server at this address that answers every connection once, and so.
+/// A server at this address that gives every connection this one response.
 fn serve_at(address: SocketAddr, status: &'static str, body: &'static str) -> RawServer {
     RawServer::start_at(address, move |mut stream| {
         use std::io::{Read, Write};
@@ -211,7 +211,7 @@ fn status(proxy: &Proxy) -> serde_json::Value {
     serde_json::from_str(&page(proxy, "/status")).expect("JSON")
 }
 
-/// The value of a series in `/metrics`; 0 where it is not there.
+/// The value of a series in `/metrics`; 0 if it does not exist.
 #[track_caller]
 fn metric(proxy: &Proxy, series: &str) -> u64 {
     let page = page(proxy, "/metrics");
@@ -219,13 +219,13 @@ fn metric(proxy: &Proxy, series: &str) -> u64 {
     value.map_or(0, |value| value.parse().expect("a whole number"))
 }
 
-/// How often `outcome` followed a failed try.
+/// How often `outcome` followed a failed attempt.
 #[track_caller]
 fn retries(proxy: &Proxy, outcome: &str) -> u64 {
     metric(proxy, &format!("outrigger_retries_total{{upstream=\"up\",outcome=\"{outcome}\"}}"))
 }
 
-/// How often a call was, or would have been, refused for `reason`.
+/// How many requests were, or with observe would have been, rejected for `reason`.
 #[track_caller]
 fn refused(proxy: &Proxy, reason: &str) -> u64 {
     metric(proxy, &format!("outrigger_rejected_total{{upstream=\"up\",reason=\"{reason}\"}}"))

@@ -1,4 +1,4 @@
-//! Partial outages: an upstream is served by those of its endpoints that are well, and is back soon after they are.
+//! Partial outages: the healthy endpoints of an upstream serve it, and it recovers soon after the others do.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -25,9 +25,9 @@ fn transitions(proxy: &Proxy, to: &str) -> u64 {
     metric(proxy, &format!("outrigger_breaker_transitions_total{{upstream=\"up\",to=\"{to}\"}}"))
 }
 
-/// Two of three are dead: neither GET nor POST fails, and no retry budget is spent.
+/// Two of three endpoints are down: neither GET nor POST fails, and no retry budget is spent.
 #[test]
-fn a_refused_connection_moves_on_without_budget() {
+fn a_refused_connection_is_retried_elsewhere_without_budget() {
     let well = Service::new(|_, _| 200);
     let endpoints = [nobody(), nobody(), well.address()];
     for more in ["", "balance = \"least-request\"\n", "balance = \"round-robin\"\n"] {
@@ -35,8 +35,8 @@ fn a_refused_connection_moves_on_without_budget() {
         let proxy = Proxy::start(config);
         let mut client = RawClient::connect(proxy.outbound());
         for number in 0..60 {
-            let answer = client.ask(if number % 2 == 0 { request("GET", "") } else { post("", "pay") });
-            assert_eq!(answer.status(), 200, "{more} {number}: {answer:?}");
+            let response = client.ask(if number % 2 == 0 { request("GET", "") } else { post("", "pay") });
+            assert_eq!(response.status(), 200, "{more} {number}: {response:?}");
         }
         assert!(retries(&proxy, "next_endpoint") >= 1);
         assert_eq!(retries(&proxy, "sent"), 0);
@@ -44,7 +44,7 @@ fn a_refused_connection_moves_on_without_budget() {
     }
 }
 
-/// Slow answers and many requests in flight do not make the dead ones attractive.
+/// Slow responses and many requests in flight elsewhere do not make failing endpoints look better.
 #[test]
 fn dead_endpoints_attract_no_requests() {
     let slow = Upstream::http1(|_| async {
@@ -69,8 +69,8 @@ fn dead_endpoints_attract_no_requests() {
     assert_eq!(transitions(&proxy, "open"), 0);
 }
 
-/// Two of three answer 503 to everything, more than `max_ejected` allows to eject: the third serves, and the breaker is
-/// for the upstream as a whole.
+/// Two of three endpoints respond with 503 to everything, more than `max_ejected` allows to eject: the third serves.
+/// The breaker is for the upstream as a whole.
 #[test]
 fn the_breaker_stays_closed_while_one_endpoint_serves() {
     let bad: Vec<Service> = (0..2).map(|_| Service::new(|_, _| 503)).collect();
@@ -83,14 +83,15 @@ fn the_breaker_stays_closed_while_one_endpoint_serves() {
         }
         assert_eq!(transitions(&proxy, "open"), 0, "{balance}");
     }
-    // In turn, half of the requests meet the failing one that stays: some fail, the breaker does not add to them.
+    // With round robin, half of the requests reach the failing endpoint that stays: some fail, the breaker does not
+    // add to them.
     let proxy = proxy(&endpoints, "retry = false");
     let served = (0..200).filter(|_| get(&proxy).status() == 200).count();
     assert!(served >= 90, "{served} of 200");
     assert_eq!(transitions(&proxy, "open"), 0);
 }
 
-/// All fail: it opens as ever.
+/// All endpoints fail: the breaker opens.
 #[test]
 fn the_breaker_opens_when_all_endpoints_fail() {
     let bad = Service::new(|_, _| 503);
@@ -102,54 +103,54 @@ fn the_breaker_opens_when_all_endpoints_fail() {
     assert_cause(&get(&proxy), 503, "breaker_open");
 }
 
-/// The port of a sidecar accepts connections whether or not its service is there.
+/// The port of a sidecar accepts connections whether or not its service runs.
 #[test]
-fn an_endpoint_whose_sidecar_is_alone_is_set_aside_until_it_serves() {
+fn an_endpoint_without_a_service_behind_its_sidecar_is_ejected_until_it_serves() {
     let place = nobody();
     let (down, good) =
         (Proxy::start(format!("[inbound]\nforward_to = \"{place}\"\n")), Service::new(|_, _| 200));
     let well = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", good.address()));
-    let caller = proxy(&[down.inbound(), well.inbound()], "");
+    let client = proxy(&[down.inbound(), well.inbound()], "");
     for number in 0..60 {
-        let answer = ask(&caller, post("", "pay"));
-        assert_eq!(answer.status(), 200, "{number}: {answer:?}");
+        let response = ask(&client, post("", "pay"));
+        assert_eq!(response.status(), 200, "{number}: {response:?}");
     }
-    assert_eq!(status(&caller)["upstreams"][0]["endpoints"][0]["state"], "absent");
-    assert!(retries(&caller, "sent") <= 2, "only the first cost budget");
-    assert_eq!(transitions(&caller, "open"), 0);
+    assert_eq!(status(&client)["upstreams"][0]["endpoints"][0]["state"], "absent");
+    assert!(retries(&client, "sent") <= 2, "only the first cost budget");
+    assert_eq!(transitions(&client, "open"), 0);
 }
 
-/// A plain outage behind a live sidecar: requests ask early, which changes nothing as long as they fail, and the upstream
-/// is back soon after the service is, whatever `open_for`.
+/// An outage behind a live sidecar: requests are probed early, which changes nothing as long as they fail, and the
+/// upstream recovers soon after the service, whatever `open_for`.
 #[test]
-fn an_outage_behind_a_live_sidecar_ends_when_the_service_is_back() {
+fn the_breaker_closes_soon_after_a_service_behind_a_live_sidecar_recovers() {
     let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = place.local_addr().expect("bound");
     drop(place);
     let sidecar = Proxy::start(format!("[inbound]\nforward_to = \"{address}\"\n"));
     let keys =
         "breaker = { consecutive_failures = 2, open_for = { base = \"10m\", max = \"10m\" } }\nretry = false";
-    let caller = proxy(&[sidecar.inbound()], keys);
+    let client = proxy(&[sidecar.inbound()], keys);
     let mut fives = 0;
     // Two open it, the others are early trials.
     eventually("early trials", || {
-        fives += u32::from(get(&caller).status() == 502);
+        fives += u32::from(get(&client).status() == 502);
         fives == 6
     });
-    assert_eq!((transitions(&caller, "open"), transitions(&caller, "half_open")), (1, 0));
-    let until = status(&caller)["upstreams"][0]["breaker"]["until_in_seconds"].as_u64().expect("open");
+    assert_eq!((transitions(&client, "open"), transitions(&client, "half_open")), (1, 0));
+    let until = status(&client)["upstreams"][0]["breaker"]["until_in_seconds"].as_u64().expect("open");
     assert!(until <= 600, "{until}");
     let _back = serve_at(address, "200 OK", "ok");
-    eventually("the upstream to be back", || get(&caller).status() == 200);
+    eventually("the upstream to be back", || get(&client).status() == 200);
     eventually("the breaker to close", || {
-        let _ = get(&caller);
-        transitions(&caller, "closed") == 1
+        let _ = get(&client);
+        transitions(&client, "closed") == 1
     });
 }
 
-/// One that accepts connections again and answers badly is not back.
+/// An endpoint that accepts connections again and sends errors has not recovered.
 #[test]
-fn that_a_port_is_back_is_believed_only_where_a_request_succeeds() {
+fn an_open_port_closes_the_breaker_only_after_a_successful_request() {
     let place = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = place.local_addr().expect("bound");
     drop(place);
@@ -177,9 +178,9 @@ fn that_a_port_is_back_is_believed_only_where_a_request_succeeds() {
     assert!(asked.load(Ordering::Relaxed) >= 5);
 }
 
-/// Wrong identity, expired certificate, no TLS: said so everywhere, and its port being open makes no trial.
+/// Wrong identity, expired certificate, no TLS: reported as such everywhere; the open port makes no early trial.
 #[test]
-fn a_tls_failure_is_told_as_such_and_tried_again_only_after_open_for() {
+fn tls_failures_are_reported_and_probed_only_after_open_for() {
     let pki = Pki::new();
     let plain = Upstream::http1(|_| async { text("no TLS") });
     let expired = pki.issue("payments", |p| p.not_after = rcgen::date_time_ymd(2020, 1, 1));
@@ -215,17 +216,18 @@ fn a_tls_failure_is_told_as_such_and_tried_again_only_after_open_for() {
     }
 }
 
-/// Replicas that come and go under a TTL of 30 s: a refused connection asks DNS again, and no request is lost meanwhile.
+/// Replicas that are replaced under a TTL of 30 s: a refused connection triggers a DNS query, and no request is lost
+/// meanwhile.
 #[test]
 fn rollouts_under_a_long_ttl_lose_no_request() {
     let dns = Dns::with_ttl(30);
     let first = Upstream::at(SocketAddr::from(([127, 0, 0, 10], 0)), false, |_, _| async { text("10") });
     let port = first.address().port();
     let replica = |number: u8| {
-        let answer = number.to_string();
+        let response = number.to_string();
         Upstream::at(SocketAddr::from(([127, 0, 0, number], port)), false, move |_, _| {
-            let answer = answer.clone();
-            async move { text(answer) }
+            let response = response.clone();
+            async move { text(response) }
         })
     };
     let at = |numbers: &[u8]| -> Vec<Ipv4Addr> {
@@ -237,15 +239,15 @@ fn rollouts_under_a_long_ttl_lose_no_request() {
     let proxy = Launch::new(config).env("OUTRIGGER_DNS", &dns.address()).start();
     let mut client = RawClient::connect(proxy.outbound());
     let mut ask = |what: &str| {
-        let answer = client.ask(request("GET", ""));
-        assert_eq!(answer.status(), 200, "{what}: {answer:?}");
-        answer.text()
+        let response = client.ask(request("GET", ""));
+        assert_eq!(response.status(), 200, "{what}: {response:?}");
+        response.text()
     };
     for round in 0..3_u8 {
         for _ in 0..10 {
             ask("all is well");
         }
-        // The new ones are there before the old ones go, as in a rolling update.
+        // The new ones start before the old ones stop, as in a rolling update.
         let new = [20 + 2 * round, 21 + 2 * round];
         let next: Vec<Upstream> = new.iter().map(|number| replica(*number)).collect();
         dns.addresses("up.test", &at(&new));
@@ -257,9 +259,9 @@ fn rollouts_under_a_long_ttl_lose_no_request() {
     }
 }
 
-/// A name that was missing for a while is found soon after it is there, when requests ask for it.
+/// A name that did not exist for a while resolves soon after it exists, when requests need it.
 #[test]
-fn a_missing_name_is_looked_up_again_while_requests_ask() {
+fn a_missing_name_is_resolved_again_while_requests_arrive() {
     let dns = Dns::start();
     let service = Service::new(|_, _| 200);
     let config =
@@ -270,7 +272,7 @@ fn a_missing_name_is_looked_up_again_while_requests_ask() {
         assert_cause(&get(&proxy), 502, "dns_failure");
         dns.queries() >= 10
     });
-    // At most once a second, however many ask.
+    // At most one query a second, however many requests arrive.
     assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
     dns.addresses("up.test", &[Ipv4Addr::LOCALHOST]);
     let added = Instant::now();

@@ -1,4 +1,4 @@
-//! The bytes that a service gets are the bytes that the caller sent, whatever happened to earlier tries.
+//! A retried request has exactly the bytes that the client sent, whatever happened to earlier attempts.
 
 use std::{
     io::{Read, Write},
@@ -15,14 +15,14 @@ use crate::support::{
     strict::{self, Message, Progress},
 };
 
-/// How the first try ends.
+/// How the first attempt ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Failure {
     /// A TCP reset.
     Reset,
-    /// An orderly end.
+    /// A FIN.
     Close,
-    /// 503 and an end, with the body not yet read.
+    /// 503 and a FIN, with the body not yet read.
     EarlyAnswer,
     /// 503 with the connection left open.
     Answer,
@@ -30,14 +30,14 @@ enum Failure {
 
 const FAILURES: [Failure; 4] = [Failure::Reset, Failure::Close, Failure::EarlyAnswer, Failure::Answer];
 
-/// What the service got in all: of the failed try, and the request it answered with 200.
+/// What the service received in all: of the failed attempt, and the request that got 200.
 #[derive(Default)]
 struct Got {
     failed: Option<Vec<u8>>,
     whole: Vec<Message>,
 }
 
-/// Fails the first request after `after` bytes of its body, answers the next.
+/// Fails the first request after `after` bytes of its body, responds to the next.
 fn server(failure: Failure, after: usize, got: &Arc<Mutex<Got>>) -> RawServer {
     let got = got.clone();
     RawServer::start(move |mut stream| {
@@ -57,7 +57,7 @@ fn server(failure: Failure, after: usize, got: &Arc<Mutex<Got>>) -> RawServer {
                 return;
             }
             let body = bytes.windows(4).position(|four| four == b"\r\n\r\n").map(|at| bytes.len() - at - 4);
-            // In the middle of its body: framing is of no interest, only how much has come.
+            // In the middle of its body: only how much has arrived matters, not its framing.
             if body.is_some_and(|count| count >= after)
                 && failure != Failure::Answer
                 && got.lock().expect("no panic").failed.is_none()
@@ -76,7 +76,8 @@ fn server(failure: Failure, after: usize, got: &Arc<Mutex<Got>>) -> RawServer {
 fn fail(stream: &mut TcpStream, failure: Failure, body: Vec<u8>, got: &Mutex<Got>) {
     got.lock().expect("no panic").failed = Some(body);
     match failure {
-        // Closed with bytes unread, the kernel resets; `Close` reads none either, but says FIN first.
+        // A close with unread bytes makes the kernel reset the connection; `Close` reads none either, but sends FIN
+        // first.
         Failure::Reset => {}
         Failure::Close => {
             let _ = stream.shutdown(Shutdown::Write);
@@ -87,20 +88,20 @@ fn fail(stream: &mut TcpStream, failure: Failure, body: Vec<u8>, got: &Mutex<Got
     }
 }
 
-/// Numbers that look random and are the same each time.
-struct Dice(u64);
+/// A reproducible pseudo-random generator.
+struct PseudoRandom(u64);
 
-impl Dice {
+impl PseudoRandom {
     fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         usize::try_from(self.0 >> 33).expect("31 bits") % end.max(1)
     }
 }
 
-/// One call: a body of `size` in pieces; the failure comes after `after` bytes, in the middle of what is being sent.
-fn one(dice: &mut Dice, failure: Failure, size: usize, after: usize, chunked: bool, limit: usize) {
+/// One request: a body of `size` in chunks; the failure comes after `after` bytes, while the body is being sent.
+fn one(random: &mut PseudoRandom, failure: Failure, size: usize, after: usize, chunked: bool, limit: usize) {
     let what = format!("{failure:?} after {after} of {size} bytes, chunked: {chunked}, kept up to {limit}");
-    let body: Vec<u8> = (0..size).map(|_| u8::try_from(dice.below(256)).expect("a byte")).collect();
+    let body: Vec<u8> = (0..size).map(|_| u8::try_from(random.below(256)).expect("a byte")).collect();
     let got = Arc::<Mutex<Got>>::default();
     let server = server(failure, after, &got);
     let proxy = proxy(&[server.address()], &format!("retry = {{ body_limit = \"{limit}B\" }}"));
@@ -109,9 +110,9 @@ fn one(dice: &mut Dice, failure: Failure, size: usize, after: usize, chunked: bo
         if chunked { "Transfer-Encoding: chunked".to_owned() } else { format!("Content-Length: {size}") };
     client.send(format!("PUT / HTTP/1.1\r\nHost: up\r\n{framing}\r\n\r\n"));
     let mut sent = 0;
-    let mut send = |client: &mut RawClient, dice: &mut Dice, until: usize| {
+    let mut send = |client: &mut RawClient, random: &mut PseudoRandom, until: usize| {
         while sent < until {
-            let piece = &body[sent..until.min(sent + 1 + dice.below(9000))];
+            let piece = &body[sent..until.min(sent + 1 + random.below(9000))];
             sent += piece.len();
             if chunked {
                 client.send([format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat());
@@ -121,64 +122,65 @@ fn one(dice: &mut Dice, failure: Failure, size: usize, after: usize, chunked: bo
         }
     };
     if failure != Failure::Answer {
-        // The rest follows only once the first try has failed: a new try gets the copy first, then what comes live.
-        send(&mut client, dice, after);
+        // The rest follows only after the first attempt has failed: the new attempt first sends the buffered copy,
+        // then the live bytes.
+        send(&mut client, random, after);
         eventually(&what, || got.lock().expect("no panic").failed.is_some());
     }
-    send(&mut client, dice, size);
+    send(&mut client, random, size);
     if chunked {
         client.send("0\r\n\r\n");
     }
-    let answer = client.response().expect("well-formed").unwrap_or_else(|| panic!("no answer: {what}"));
+    let response = client.response().expect("well-formed").unwrap_or_else(|| panic!("no answer: {what}"));
     let got = got.lock().expect("no panic");
     if size <= limit {
-        assert_eq!(answer.status(), 200, "{what}: {answer:?}");
+        assert_eq!(response.status(), 200, "{what}: {response:?}");
         assert_eq!(got.whole.len(), 1, "{what}");
         assert!(got.whole[0].body == body, "{what}: {} bytes came", got.whole[0].body.len());
-    } else if answer.status() == 200 {
-        // It failed before more was read than may be kept, so nothing was lost.
+    } else if response.status() == 200 {
+        // It failed before more than the buffer's limit was read, so nothing was lost.
         assert!(
             got.whole.len() == 1 && got.whole[0].body == body,
             "{what}: {} bytes",
             got.whole[0].body.len()
         );
     } else {
-        assert!(got.whole.is_empty() && matches!(answer.status(), 502 | 503), "{what}: {answer:?}");
+        assert!(got.whole.is_empty() && matches!(response.status(), 502 | 503), "{what}: {response:?}");
     }
 }
 
 #[test]
-fn bytes_received_are_bytes_sent() {
-    let mut dice = Dice(2026);
+fn a_retried_body_is_byte_for_byte_the_clients() {
+    let mut random = PseudoRandom(2026);
     for failure in FAILURES {
         for chunked in [false, true] {
             for size in [1, 2, 4096, 30_000] {
                 for after in [0, 1, size / 2, size] {
-                    one(&mut dice, failure, size, after.min(size), chunked, 64 * 1024);
+                    one(&mut random, failure, size, after.min(size), chunked, 64 * 1024);
                 }
             }
-            one(&mut dice, failure, 64 * 1024, 20_000, chunked, 64 * 1024);
+            one(&mut random, failure, 64 * 1024, 20_000, chunked, 64 * 1024);
         }
     }
 }
 
-/// More than is kept: given up where bytes are gone, never sent with a hole.
+/// Larger than the replay buffer: not retried once bytes are gone, never sent with a gap.
 #[test]
-fn what_is_not_kept_is_not_sent_again() {
-    let mut dice = Dice(7);
+fn a_body_beyond_the_replay_buffer_is_not_retried() {
+    let mut random = PseudoRandom(7);
     for failure in FAILURES {
         for chunked in [false, true] {
             for after in [0, 500, 1000, 1001, 5000, 20_000] {
-                one(&mut dice, failure, 20_000, after, chunked, 1000);
+                one(&mut random, failure, 20_000, after, chunked, 1000);
             }
         }
     }
 }
 
-/// Whether a connection may carry another request is for its own try to say. Here the first try sends the whole body
-/// and the second is answered while it is still sending: its connection is in the middle of a request.
+/// Each attempt decides whether its own connection may be reused. Here the first attempt sends the whole body and the
+/// second gets its response while it is still sending: its connection is in the middle of a request.
 #[test]
-fn a_connection_that_is_still_being_written_to_is_not_used_again() {
+fn a_connection_with_an_unfinished_request_is_not_reused() {
     const SIZE: usize = 24 << 20;
     let server = RawServer::start({
         let connections = AtomicUsize::new(0);
@@ -209,7 +211,7 @@ fn a_connection_that_is_still_being_written_to_is_not_used_again() {
                 }
                 _ => {
                     let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
-                    // Reads no more, and stays, until the proxy gives up or the test ends.
+                    // Reads no more and stays open until the proxy gives up or the test ends.
                     let _ = stream.set_read_timeout(Some(crate::support::PATIENCE));
                     std::thread::park_timeout(crate::support::PATIENCE);
                 }
@@ -220,10 +222,10 @@ fn a_connection_that_is_still_being_written_to_is_not_used_again() {
     let mut client = RawClient::connect(proxy.outbound());
     client.send(format!("PUT / HTTP/1.1\r\nHost: up\r\nContent-Length: {SIZE}\r\n\r\n"));
     client.send(vec![b'x'; SIZE]);
-    let answer = client.response().expect("well-formed").expect("an answer");
-    assert_eq!(answer.status(), 200, "{answer:?}");
+    let response = client.response().expect("well-formed").expect("a response");
+    assert_eq!(response.status(), 200, "{response:?}");
     assert_eq!(server.connections(), 2);
-    // A method that would not be tried again, were it to wait behind that request.
-    let answer = RawClient::connect(proxy.outbound()).ask(post("", "pay"));
-    assert_eq!((answer.status(), server.connections()), (200, 3), "{answer:?}");
+    // A method that is not retried, so it would fail behind that request.
+    let response = RawClient::connect(proxy.outbound()).ask(post("", "pay"));
+    assert_eq!((response.status(), server.connections()), (200, 3), "{response:?}");
 }

@@ -1,4 +1,4 @@
-//! Which failures are tried again, where, and how often.
+//! Which failures are retried, where, and how often.
 
 use std::{
     io::{Read, Write},
@@ -18,18 +18,19 @@ fn well() -> Service {
     Service::new(|_, _| 200)
 }
 
-/// How many requests a service that always answers `status` gets for one call.
+/// How many requests a service that always responds with `status` gets for one client request.
 #[track_caller]
-fn tries(status: u16, keys: &str, call: &str) -> usize {
+fn attempts_for(status: u16, keys: &str, call: &str) -> usize {
     let service = Service::new(move |_, _| status);
     let proxy = proxy(&[service.address()], keys);
     assert_eq!(ask(&proxy, call).status(), status);
     service.calls()
 }
 
-/// The answer that is handed on after all has as much time as any other: it does not stand still while nobody takes it.
+/// A response that is forwarded after a failed retry has the full idle timeout: its timer does not run while it is
+/// held back.
 #[test]
-fn an_answer_that_waited_for_another_try_is_whole() {
+fn a_response_held_back_for_a_retry_is_complete() {
     let service = RawServer::start(|mut stream| {
         let head = "HTTP/1.1 503 Busy\r\nretry-after: 3\r\ncontent-length: 5\r\n\r\n";
         if stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0)
@@ -44,33 +45,33 @@ fn an_answer_that_waited_for_another_try_is_whole() {
         "idle_timeout = \"2s\"\nretry = { on = [\"503\"] }\n\
          breaker = { consecutive_failures = 1, open_for = { base = \"10m\", max = \"10m\" } }",
     );
-    let answer = get(&proxy);
-    assert_eq!((answer.status(), answer.text()), (503, "whole".to_owned()), "{answer:?}");
+    let response = get(&proxy);
+    assert_eq!((response.status(), response.text()), (503, "whole".to_owned()), "{response:?}");
 }
 
 #[test]
-fn a_get_is_tried_on_another_endpoint() {
+fn a_get_is_retried_on_another_endpoint() {
     let (bad, good) = (failing(), well());
     let proxy = proxy(&[bad.address(), good.address()], "");
     for _ in 0..4 {
         assert_eq!(get(&proxy).status(), 200);
     }
-    assert_eq!(good.calls(), 4, "every call ends here");
+    assert_eq!(good.calls(), 4, "every request ends here");
     assert!(bad.calls() >= 1, "some begin there");
     let attempts: Vec<_> = good.seen().iter().map(|seen| seen.number("x-outrigger-attempt")).collect();
     assert!(attempts.contains(&Some(2)) && attempts.iter().all(Option::is_some), "{attempts:?}");
 }
 
 #[test]
-fn which_methods_are_tried_again() {
-    let count = |keys: &str, call: &str| tries(503, keys, call);
+fn only_idempotent_methods_are_retried() {
+    let count = |keys: &str, call: &str| attempts_for(503, keys, call);
     assert_eq!(count("", &request("GET", "")), 3, "the first and `max = 2`");
     assert_eq!(count("", &request("DELETE", "")), 3);
     assert_eq!(count("", &post("", "pay")), 1, "a POST may have been done");
     assert_eq!(
         count("", &post("Idempotency-Key: 1\r\n", "pay")),
         3,
-        "the caller's word that it may be repeated"
+        "the client's Idempotency-Key allows a retry"
     );
     assert_eq!(count("retry = { methods = \"all\" }", &post("", "pay")), 3);
     assert_eq!(count("retry = { methods = [\"POST\"] }", &request("GET", "")), 1);
@@ -79,18 +80,18 @@ fn which_methods_are_tried_again() {
 }
 
 #[test]
-fn which_answers_are_tried_again() {
+fn only_retryable_statuses_are_retried() {
     let get = request("GET", "");
-    assert_eq!(tries(500, "", &get), 1, "not among the defaults");
-    assert_eq!(tries(500, "retry = { on = [\"default\", \"5xx\"] }", &get), 3);
-    assert_eq!(tries(429, "retry = { on = [\"429\"] }", &get), 3);
-    assert_eq!(tries(503, "retry = { on = [\"connect-failure\"] }", &get), 1);
-    assert_eq!(tries(404, "", &get), 1);
+    assert_eq!(attempts_for(500, "", &get), 1, "not among the defaults");
+    assert_eq!(attempts_for(500, "retry = { on = [\"default\", \"5xx\"] }", &get), 3);
+    assert_eq!(attempts_for(429, "retry = { on = [\"429\"] }", &get), 3);
+    assert_eq!(attempts_for(503, "retry = { on = [\"connect-failure\"] }", &get), 1);
+    assert_eq!(attempts_for(404, "", &get), 1);
 }
 
-/// Nobody was reached: nothing can have been done twice.
+/// No endpoint was reached: the request cannot have been processed twice.
 #[test]
-fn a_refused_connection_is_tried_elsewhere_for_any_method() {
+fn a_refused_connection_is_retried_elsewhere_for_any_method() {
     let good = well();
     let proxy = proxy(&[nobody(), good.address()], "");
     for _ in 0..4 {
@@ -100,17 +101,17 @@ fn a_refused_connection_is_tried_elsewhere_for_any_method() {
 }
 
 #[test]
-fn max_0_also_holds_where_nobody_was_reached() {
+fn max_0_also_applies_to_refused_connections() {
     let good = well();
     let proxy = proxy(&[nobody(), good.address()], "retry = { max = 0 }");
-    let answers: Vec<u16> = (0..4).map(|_| get(&proxy).status()).collect();
-    // The first to meet the dead one fails; from then on nobody is sent there.
-    assert_eq!(answers.iter().filter(|status| **status == 502).count(), 1, "{answers:?}");
+    let responses: Vec<u16> = (0..4).map(|_| get(&proxy).status()).collect();
+    // The first request to the dead endpoint fails; from then on none is sent there.
+    assert_eq!(responses.iter().filter(|status| **status == 502).count(), 1, "{responses:?}");
     assert_eq!(good.calls(), 3);
 }
 
 #[test]
-fn a_retry_after_is_waited_for_where_it_fits() {
+fn retry_after_is_honoured_within_the_deadline() {
     let service =
         Service::new(|_, number| if number == 1 { (503, "retry-after", "1") } else { (200, "x", "y") });
     let patient = proxy(&[service.address()], "");
@@ -120,24 +121,24 @@ fn a_retry_after_is_waited_for_where_it_fits() {
 
     let service = Service::new(|_, _| (503, "retry-after", "100"));
     let short = proxy(&[service.address()], "");
-    let answer = get(&short);
-    assert_eq!((answer.status(), answer.field("retry-after")), (503, Some("100")), "the caller may wait");
+    let response = get(&short);
+    assert_eq!((response.status(), response.field("retry-after")), (503, Some("100")), "the client may wait");
     assert_eq!(service.calls(), 1);
 }
 
-/// What the service said goes to the caller as it was, with a word on the tries.
+/// The service's response reaches the client unchanged, with the number of attempts.
 #[test]
-fn the_last_failure_is_passed_on() {
+fn the_last_failing_response_is_forwarded() {
     let service = failing();
     let proxy = proxy(&[service.address()], "");
-    let answer = get(&proxy);
-    assert_eq!((answer.status(), answer.text().as_str()), (503, "503"));
-    let said = answer.field("proxy-status").unwrap_or_default();
+    let response = get(&proxy);
+    assert_eq!((response.status(), response.text().as_str()), (503, "503"));
+    let said = response.field("proxy-status").unwrap_or_default();
     assert!(said.contains("received-status=503") && said.contains("3 attempts"), "{said}");
 }
 
 #[test]
-fn a_kept_body_is_sent_again_and_a_larger_one_is_not() {
+fn a_buffered_body_is_retried_and_a_larger_one_is_not() {
     let limit = 1000;
     let keys = format!("retry = {{ body_limit = \"{limit}B\", methods = \"all\" }}");
     for (length, expected) in [(limit, 3), (limit + 1, 1)] {
@@ -157,7 +158,7 @@ fn a_kept_body_is_sent_again_and_a_larger_one_is_not() {
     }
 }
 
-/// N calls that all fail cost N tries, and no more retries than the budget has.
+/// N requests that all fail cost N attempts, and no more retries than the budget has.
 #[test]
 fn the_budget_bounds_all_retries() {
     let off = "breaker = false\noutlier = false\n";
@@ -177,23 +178,23 @@ fn the_budget_bounds_all_retries() {
     }
 }
 
-/// Tries go on only while there is time.
+/// Attempts start only while there is time.
 #[test]
-fn no_try_begins_after_the_timeout() {
+fn no_attempt_starts_after_the_timeout() {
     let service = Service::new(|_, _| super::Reply::Never);
     let proxy =
         proxy(&[service.address()], "timeout = \"600ms\"\nattempt_timeout = \"250ms\"\nretry = { max = 20 }");
     assert_cause(&get(&proxy), 504, "");
     let calls = service.calls();
-    assert!((2..=3).contains(&calls), "{calls} tries of 250 ms in 600 ms");
-    crate::support::eventually("all tries to be cancelled", || service.left() == calls);
+    assert!((2..=3).contains(&calls), "{calls} attempts of 250 ms in 600 ms");
+    crate::support::eventually("all attempts to be cancelled", || service.left() == calls);
 }
 
-/// A service on one of the two addresses of `localhost`, whose pooled connection has gone stale: whichever address the
-/// request is sent to in its place, it is the whole request, and with `retry = false` the service gets it once.
+/// A service on one of the two addresses of `localhost`, whose pooled connection has gone stale: at whichever address
+/// the request is sent again, it is complete, and with `retry = false` the service gets it once.
 #[test]
-fn a_request_is_whole_at_whichever_address_of_localhost_it_arrives() {
-    // Answers the first request of a connection and closes when the second comes.
+fn a_resent_request_is_complete_at_both_addresses_of_localhost() {
+    // Responds to the first request of a connection and closes when the second arrives.
     let heads = Arc::<Mutex<Vec<String>>>::default();
     let log = heads.clone();
     let server = RawServer::start(move |mut stream| {
@@ -212,8 +213,9 @@ fn a_request_is_whole_at_whichever_address_of_localhost_it_arrives() {
         let proxy = Proxy::start(config);
         for number in 0..40 {
             let before = heads.lock().expect("no panic").len();
-            let answer = ask(&proxy, request(method, &format!("x-mark: {number}\r\nConnection: close\r\n")));
-            assert_eq!(answer.status(), 200, "{method} {number}: {answer:?}");
+            let response =
+                ask(&proxy, request(method, &format!("x-mark: {number}\r\nConnection: close\r\n")));
+            assert_eq!(response.status(), 200, "{method} {number}: {response:?}");
             let heads = heads.lock().expect("no panic");
             assert_eq!(heads.len(), before + 1, "{method} {number}: {heads:?}");
             let head = heads[before].to_ascii_lowercase();
@@ -225,20 +227,20 @@ fn a_request_is_whole_at_whichever_address_of_localhost_it_arrives() {
     }
 }
 
-/// What the service answered says more than that its other address may not be called.
+/// The service's response says more than that its other address is denied.
 #[test]
-fn an_address_that_is_denied_takes_no_answer_away() {
+fn a_denied_second_address_does_not_hide_the_services_response() {
     let service = failing();
     let port = service.address().port();
     let proxy = Proxy::start(format!("[inbound]\nlisten = \"[::1]:{port}\"\n[defaults]\nbreaker = false\n"));
     for _ in 0..20 {
         let before = service.calls();
-        let answer =
+        let response =
             ask(&proxy, format!("GET http://localhost:{port}/ HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"));
         if service.calls() > before {
-            assert_eq!(answer.status(), 503, "{answer:?}");
+            assert_eq!(response.status(), 503, "{response:?}");
         } else {
-            assert_cause(&answer, 502, "denied_network");
+            assert_cause(&response, 502, "denied_network");
         }
     }
     assert!(service.calls() > 0);

@@ -1,4 +1,4 @@
-//! Replicas behind `dns://` that come and go under a TTL of 30 s, while requests are sent all the time.
+//! Replicas behind `dns://` that are added and removed under a TTL of 30 s, under constant load.
 
 use std::{
     collections::BTreeMap,
@@ -18,10 +18,10 @@ use super::request;
 use crate::support::{Dns, Launch, RawClient, RawServer, Upstream, eventually, text};
 
 const TTL: u32 = 30;
-/// Records that are to be replaced soon.
+/// The TTL of records that will be replaced soon.
 const SHORT_TTL: u32 = 1;
 const CLIENTS: usize = 4;
-/// The target: at most one in so many GETs fails.
+/// The target: at most one in this many GETs fails.
 const ONE_IN: usize = 10_000;
 const NAME: &str = "up.test";
 
@@ -29,25 +29,25 @@ fn address(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, 0, 0, number)
 }
 
-/// What becomes of the port of a replica that is gone.
+/// The state of the port of a removed replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Gone {
+enum RemovedPort {
     /// Nothing listens there.
     Refuses,
-    /// Connections are accepted and reset, old ones as well, as by a network that still knows the address.
+    /// Connections are accepted and reset, old ones as well, as in a network that still routes the address.
     Resets,
 }
 
-/// A server that answers with its number.
+/// A server that responds with its number.
 enum Replica {
     Refusing(Upstream),
     Resetting(RawServer, Arc<AtomicBool>),
 }
 
 impl Replica {
-    fn start(number: u8, port: u16, gone: Gone) -> Self {
+    fn start(number: u8, port: u16, gone: RemovedPort) -> Self {
         let at = SocketAddr::from((address(number), port));
-        if gone == Gone::Refuses {
+        if gone == RemovedPort::Refuses {
             return Self::Refusing(Upstream::at(
                 at,
                 false,
@@ -60,7 +60,7 @@ impl Replica {
             let (mut seen, body) = ([0; 4096], number.to_string());
             let _ = stream.set_nodelay(true);
             loop {
-                // A request that is whole: a small one, from this proxy.
+                // A complete request: a small one, from this proxy.
                 let read = stream.read(&mut seen).unwrap_or_default();
                 if read == 0 || resets.load(Ordering::Relaxed) {
                     let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
@@ -84,18 +84,18 @@ impl Replica {
     }
 }
 
-/// Replicas on one port of several addresses, and the name that leads to them.
+/// Replicas on one port of several addresses, and the name that resolves to them.
 struct Deployment {
     dns: Dns,
     port: u16,
-    gone: Gone,
+    gone: RemovedPort,
     replicas: BTreeMap<u8, Replica>,
-    /// Those that reset what comes.
+    /// The replicas that reset their connections.
     removed: Vec<Replica>,
 }
 
 impl Deployment {
-    fn new(numbers: &[u8], gone: Gone) -> Self {
+    fn new(numbers: &[u8], gone: RemovedPort) -> Self {
         let first = Replica::start(numbers[0], 0, gone);
         let mut deployment = Self {
             dns: Dns::with_ttl(TTL),
@@ -113,13 +113,13 @@ impl Deployment {
         self.replicas.extend(numbers.iter().map(|number| (*number, Replica::start(*number, port, gone))));
     }
 
-    /// Has the name lead to the replicas of now, for so many seconds.
+    /// Resolves the name to the current replicas, with this TTL in seconds.
     fn publish(&self, ttl: u32) {
         let addresses: Vec<Ipv4Addr> = self.replicas.keys().map(|number| address(*number)).collect();
         self.dns.addresses_for(ttl, NAME, &addresses);
     }
 
-    /// Ends replicas which the name does not lead to any more, all at once and without a drain.
+    /// Stops replicas that the name does not resolve to any more, all at once and without a drain.
     fn remove(&mut self, numbers: &[u8], ttl: u32) {
         let ended: Vec<Replica> = numbers.iter().filter_map(|number| self.replicas.remove(number)).collect();
         self.publish(ttl);
@@ -139,12 +139,12 @@ impl Deployment {
     }
 }
 
-/// What clients have seen.
+/// What clients have counted.
 #[derive(Default)]
 struct Seen {
     sent: AtomicUsize,
     failed: Mutex<Vec<String>>,
-    /// Responses by the replica that made them.
+    /// Responses by replica.
     served: Mutex<BTreeMap<String, usize>>,
     over: AtomicBool,
 }
@@ -158,7 +158,7 @@ impl Seen {
         self.served.lock().expect("no panic").get(&replica.to_string()).copied().unwrap_or_default()
     }
 
-    /// Waits for so many more requests.
+    /// Waits for this many more requests.
     fn more(&self, count: usize) {
         let before = self.sent();
         eventually("more requests", || self.sent() >= before + count);
@@ -178,8 +178,8 @@ impl Seen {
             client.send(request("GET", ""));
             self.sent.fetch_add(1, Ordering::Relaxed);
             match client.response() {
-                Ok(Some(answer)) if answer.status() == 200 => {
-                    *self.served.lock().expect("no panic").entry(answer.text()).or_default() += 1;
+                Ok(Some(response)) if response.status() == 200 => {
+                    *self.served.lock().expect("no panic").entry(response.text()).or_default() += 1;
                 }
                 other => {
                     self.failed.lock().expect("no panic").push(format!("{other:?}"));
@@ -191,29 +191,29 @@ impl Seen {
     }
 }
 
-/// Sends GETs all through `steps`, of which at most one in 10,000 may fail.
+/// Sends GETs all through `steps`; at most one in 10,000 may fail.
 fn under_load(what: &str, deployment: &mut Deployment, steps: impl FnOnce(&mut Deployment, &Seen)) {
     let config = format!("[[upstream]]\nname = \"up\"\nendpoints = \"dns://{NAME}:{}\"\n", deployment.port);
     let proxy = Launch::new(config).env("OUTRIGGER_DNS", &deployment.dns.address()).start();
     let (seen, began) = (Seen::default(), Instant::now());
     thread::scope(|scope| {
-        // Also where a step fails.
-        struct Over<'a>(&'a AtomicBool);
-        impl Drop for Over<'_> {
+        // Also if a step fails.
+        struct StopOnDrop<'a>(&'a AtomicBool);
+        impl Drop for StopOnDrop<'_> {
             fn drop(&mut self) {
                 self.0.store(true, Ordering::Relaxed);
             }
         }
-        let _over = Over(&seen.over);
+        let _over = StopOnDrop(&seen.over);
         for _ in 0..CLIENTS {
             scope.spawn(|| seen.send(proxy.outbound()));
         }
         steps(deployment, &seen);
     });
     let (sent, failed) = (seen.sent(), seen.failed.into_inner().expect("no panic"));
-    // A request has three attempts, and four of five endpoints begin to reset at the same moment: until two are ejected and
-    // DNS has been asked, which takes a few requests of each client, some meet three of them.
-    let unavoidable = if deployment.gone == Gone::Resets { 2 * CLIENTS } else { 0 };
+    // A request has three attempts, and four of five endpoints begin to reset at the same moment: until two are
+    // ejected and DNS has been queried, which takes a few requests of each client, some requests hit three of them.
+    let unavoidable = if deployment.gone == RemovedPort::Resets { 2 * CLIENTS } else { 0 };
     let rate = sent as f64 / began.elapsed().as_secs_f64();
     let _ = writeln!(
         std::io::stderr(),
@@ -230,11 +230,11 @@ fn under_load(what: &str, deployment: &mut Deployment, steps: impl FnOnce(&mut D
     );
 }
 
-/// Issue 14, fault 20: 192 of 8,051 GETs were lost. One replica, five, one, three. A removed replica refuses connections, as a pod
-/// does that is gone; or, worse than a cluster does it, its address accepts and resets them.
+/// Issue 14, fault 20: 192 of 8,051 GETs were lost. One replica, five, one, three. A removed replica refuses
+/// connections, as a deleted pod does; or, worse than in a cluster, its address accepts and resets them.
 #[test]
 fn scaling_under_a_long_ttl_loses_no_get() {
-    for gone in [Gone::Refuses, Gone::Resets] {
+    for gone in [RemovedPort::Refuses, RemovedPort::Resets] {
         let mut deployment = Deployment::new(&[10], gone);
         deployment.publish(SHORT_TTL);
         under_load(
@@ -260,7 +260,7 @@ fn scaling_under_a_long_ttl_loses_no_get() {
 /// Three replicas, replaced one after the other, five times.
 #[test]
 fn five_rollouts_under_a_long_ttl_lose_no_get() {
-    let mut deployment = Deployment::new(&[20, 21, 22], Gone::Refuses);
+    let mut deployment = Deployment::new(&[20, 21, 22], RemovedPort::Refuses);
     deployment.publish(TTL);
     under_load("five rollouts", &mut deployment, |all, seen| {
         seen.more(500);
@@ -270,7 +270,7 @@ fn five_rollouts_under_a_long_ttl_lose_no_get() {
                 let old = *all.replicas.keys().next().expect("a replica");
                 all.add(&[next]);
                 all.remove(&[old], TTL);
-                // That the old one refuses makes the proxy ask again.
+                // The old one's refusal makes the proxy query DNS again.
                 seen.served_by(&[next]);
                 seen.more(300);
                 next += 1;

@@ -1,5 +1,5 @@
-//! One slow endpoint of five: what share of the calls it still gets, and who waits for it. tests/experiments/slow_endpoint.py
-//! measures the same; here are the bounds that must hold on any machine.
+//! One slow endpoint of five: its share of the requests, and which requests wait for it.
+//! tests/experiments/slow_endpoint.py measures the same; here are the bounds that must hold on any machine.
 
 use std::{
     sync::{
@@ -13,13 +13,13 @@ use std::{
 use super::{request, upstream};
 use crate::support::{Proxy, RawClient, Upstream, text};
 
-const CALLS: usize = 300;
-const CALLERS: usize = 10;
+const REQUESTS: usize = 300;
+const CLIENTS: usize = 10;
 const SLOW: Duration = Duration::from_millis(600);
 
 fn service(answers_after: Duration) -> (Upstream, Arc<AtomicUsize>) {
-    let calls = Arc::<AtomicUsize>::default();
-    let count = calls.clone();
+    let requests = Arc::<AtomicUsize>::default();
+    let count = requests.clone();
     let service = Upstream::http1(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
         async move {
@@ -27,74 +27,78 @@ fn service(answers_after: Duration) -> (Upstream, Arc<AtomicUsize>) {
             text("done")
         }
     });
-    (service, calls)
+    (service, requests)
 }
 
-/// What came of the calls.
+/// The result of the requests.
 #[derive(Debug)]
-struct Felt {
-    /// Calls and copies that the slow endpoint got.
+struct Results {
+    /// Requests and hedges that the slow endpoint got.
     slow_got: usize,
-    /// All that the endpoints got.
+    /// All requests that the endpoints got.
     sent: usize,
-    /// Callers who waited as long as it takes.
+    /// Clients that waited for the slow endpoint.
     waited: usize,
     well: usize,
 }
 
-fn measure(keys: &str) -> Felt {
+fn measure(keys: &str) -> Results {
     let services: Vec<_> =
         (0..5).map(|at| service(if at == 2 { SLOW } else { Duration::from_millis(2) })).collect();
     let endpoints: Vec<_> = services.iter().map(|(service, _)| service.address()).collect();
     let proxy = Proxy::start(upstream("up", &endpoints, &format!("breaker = false\n{keys}")));
     let (begun, waited, well) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
-        for _ in 0..CALLERS {
+        for _ in 0..CLIENTS {
             scope.spawn(|| {
                 let mut client = RawClient::connect(proxy.outbound());
-                while begun.fetch_add(1, Ordering::Relaxed) < CALLS {
+                while begun.fetch_add(1, Ordering::Relaxed) < REQUESTS {
                     let began = Instant::now();
-                    let answer = client.ask(request("GET", ""));
+                    let response = client.ask(request("GET", ""));
                     waited.fetch_add(usize::from(began.elapsed() >= SLOW), Ordering::Relaxed);
-                    well.fetch_add(usize::from(answer.status() == 200), Ordering::Relaxed);
+                    well.fetch_add(usize::from(response.status() == 200), Ordering::Relaxed);
                 }
             });
         }
     });
-    let got: Vec<usize> = services.iter().map(|(_, calls)| calls.load(Ordering::Relaxed)).collect();
-    Felt { slow_got: got[2], sent: got.iter().sum(), waited: waited.into_inner(), well: well.into_inner() }
+    let got: Vec<usize> = services.iter().map(|(_, requests)| requests.load(Ordering::Relaxed)).collect();
+    Results { slow_got: got[2], sent: got.iter().sum(), waited: waited.into_inner(), well: well.into_inner() }
 }
 
-/// The control: in turn, a fifth of all calls goes there, and waits. The default looks at latency and load instead.
+/// The control: with round robin a fifth of all requests goes there and waits. The default balancer uses latency and
+/// load.
 #[test]
 fn the_default_balancer_avoids_a_slow_endpoint() {
     let in_turn = measure("balance = \"round-robin\"");
-    assert!(in_turn.slow_got * 7 > CALLS && in_turn.waited * 7 > CALLS, "a fifth: {in_turn:?}");
+    assert!(in_turn.slow_got * 7 > REQUESTS && in_turn.waited * 7 > REQUESTS, "a fifth: {in_turn:?}");
     let by_default = measure("");
-    assert!(by_default.slow_got * 10 < CALLS, "less than half of its share: {by_default:?}");
-    assert_eq!((by_default.well, by_default.sent), (CALLS, CALLS), "{by_default:?}");
+    assert!(by_default.slow_got * 10 < REQUESTS, "less than half of its share: {by_default:?}");
+    assert_eq!((by_default.well, by_default.sent), (REQUESTS, REQUESTS), "{by_default:?}");
 }
 
-/// Slowness alone is no failure; by way of a time-out it is, and then the endpoint is out.
+/// Slowness alone is no failure; with a timeout it is, and then the endpoint is ejected.
 #[test]
-fn a_slow_endpoint_is_ejected_where_slow_means_failing() {
+fn timeouts_eject_a_slow_endpoint() {
     let keys = "balance = \"round-robin\"\nattempt_timeout = \"300ms\"\n";
     let ejected = measure(&format!("{keys}outlier = {{ eject_for = {{ base = \"60s\", max = \"60s\" }} }}"));
-    // Those that are under way when the fifth fails are the callers' number at most.
-    assert!(ejected.slow_got <= 5 + CALLERS, "{ejected:?}");
-    assert!(ejected.well * 100 >= CALLS * 97, "{ejected:?}");
+    // At most one request of each client is in flight when the fifth fails.
+    assert!(ejected.slow_got <= 5 + CLIENTS, "{ejected:?}");
+    assert!(ejected.well * 100 >= REQUESTS * 97, "{ejected:?}");
     let not = measure(&format!("{keys}outlier = false"));
-    assert!(not.slow_got * 7 > CALLS, "the control: {not:?}");
+    assert!(not.slow_got * 7 > REQUESTS, "the control: {not:?}");
 }
 
-/// A second copy elsewhere: who would have waited does not, for as much more load as the budget allows.
+/// A hedge elsewhere: clients do not wait for the slow endpoint, for as much extra load as the budget allows.
 #[test]
-fn a_hedge_spares_callers_the_slow_endpoint() {
+fn hedging_hides_the_slow_endpoint_from_clients() {
     let hedge = "balance = \"round-robin\"\noutlier = false\nhedge = { after = \"100ms\" }\n\
         retry = { budget = { ratio = 0.5 } }";
     let hedged = measure(hedge);
-    assert!(hedged.slow_got * 7 > CALLS, "it is asked as before: {hedged:?}");
-    assert!(hedged.waited * 10 < CALLS, "but fewer than half wait for it: {hedged:?}");
-    assert!(hedged.sent > CALLS && hedged.sent <= CALLS * 3 / 2 + 10, "the budget bounds it: {hedged:?}");
-    assert_eq!(hedged.well, CALLS, "{hedged:?}");
+    assert!(hedged.slow_got * 7 > REQUESTS, "it still gets its share: {hedged:?}");
+    assert!(hedged.waited * 10 < REQUESTS, "but fewer than half wait for it: {hedged:?}");
+    assert!(
+        hedged.sent > REQUESTS && hedged.sent <= REQUESTS * 3 / 2 + 10,
+        "the budget bounds it: {hedged:?}"
+    );
+    assert_eq!(hedged.well, REQUESTS, "{hedged:?}");
 }

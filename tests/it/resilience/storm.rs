@@ -1,6 +1,7 @@
-//! The storm: a caller and three services in a row, each with its sidecar, and the last one fails. What reaches it?
+//! The retry storm: a client and three services in a row, each with its sidecar, and the last one fails. How many
+//! requests reach it?
 //!
-//! `just storm` runs the same longer, with budgets and advice on and off, and draws it for docs/resilience.md.
+//! `just storm` runs the same longer, with budgets and advice on and off, and plots it for docs/resilience.md.
 
 use std::{
     fmt::Write as _,
@@ -21,25 +22,26 @@ use tokio::{
 use super::{Service, upstream};
 use crate::support::{Answer, Proxy, RawClient, Upstream, text};
 
-/// Calls a second.
+/// Requests a second.
 const DEMAND: u32 = 100;
-const CALLERS: u32 = 8;
+const CLIENTS: u32 = 8;
 
-/// One GET by a sidecar's outbound port; the status it came to, 0 where the sidecar is not there.
+/// One GET through a sidecar's outbound port; the status, or 0 if the sidecar does not respond.
 pub async fn call(outbound: SocketAddr, host: &str, more: &str) -> u16 {
     let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{more}\r\n");
     let exchange = async {
         let mut stream = TcpStream::connect(outbound).await?;
         stream.write_all(head.as_bytes()).await?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).await?;
-        std::io::Result::Ok(answer)
+        let mut response = Vec::new();
+        stream.read_to_end(&mut response).await?;
+        std::io::Result::Ok(response)
     };
-    let answer = exchange.await.unwrap_or_default();
-    answer.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse().ok()).unwrap_or(0)
+    let response = exchange.await.unwrap_or_default();
+    response.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse().ok()).unwrap_or(0)
 }
 
-/// A service that answers what its own call by its sidecar's outbound port came to. `forward`: the trace context too.
+/// A service that responds with the status of its own request through its sidecar. `forward`: it forwards the trace
+/// context.
 pub fn between(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
     Upstream::http1(move |request| {
         let outbound = outbound.clone();
@@ -52,24 +54,24 @@ pub fn between(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
                 Some(address) => call(*address, "up", &trace).await,
                 None => 500,
             };
-            let mut answer: Answer = text("between");
-            *answer.status_mut() = status.try_into().unwrap_or(hyper::StatusCode::BAD_GATEWAY);
-            answer
+            let mut response: Answer = text("between");
+            *response.status_mut() = status.try_into().unwrap_or(hyper::StatusCode::BAD_GATEWAY);
+            response
         }
     })
 }
 
-/// caller ─▶ sidecar ─▶ (sidecar ─ service ─ sidecar) ─▶ (…) ─▶ sidecar ─ the last service
+/// client ─▶ sidecar ─▶ (sidecar ─ service ─ sidecar) ─▶ (…) ─▶ sidecar ─ the last service
 struct Chain {
     last: Service,
-    /// Of a hundred calls of the last service, how many fail.
+    /// Percentage of the last service's requests that fail.
     failing: Arc<AtomicUsize>,
-    caller: Proxy,
+    client: Proxy,
     _between: Vec<(Upstream, Proxy)>,
 }
 
 impl Chain {
-    /// `keys`: policies of every outbound side. `forward`: services pass the trace context on.
+    /// `keys`: policies of every outbound side. `forward`: services forward the trace context.
     fn start(keys: &str, forward: bool) -> (Self, Proxy) {
         let failing = Arc::new(AtomicUsize::new(0));
         let share = failing.clone();
@@ -89,16 +91,17 @@ impl Chain {
             next = sidecar.inbound();
             row.push((service, sidecar));
         }
-        let caller = Proxy::start(upstream("up", &[next], keys));
-        (Self { last, failing, caller, _between: row }, last_sidecar)
+        let client = Proxy::start(upstream("up", &[next], keys));
+        (Self { last, failing, client, _between: row }, last_sidecar)
     }
 
-    /// The demand for this long, whether or not it is answered. `traced`: clients begin a trace. `each` gets the moment, status and duration of a call.
+    /// Sends the demand for this long, whatever the responses. `traced`: clients start a trace. `each` gets the
+    /// moment, status and duration of a request.
     fn load(&self, length: Duration, traced: bool, each: impl Fn(Duration, u16, Duration) + Sync) {
         let (number, begin) = (AtomicUsize::new(0), Instant::now());
-        let outbound = self.caller.outbound();
+        let outbound = self.client.outbound();
         thread::scope(|scope| {
-            for _ in 0..CALLERS {
+            for _ in 0..CLIENTS {
                 scope.spawn(|| {
                     let mut client = RawClient::connect(outbound);
                     loop {
@@ -114,8 +117,8 @@ impl Chain {
                             false => String::new(),
                         };
                         let sent = Instant::now();
-                        let answer = client.ask(super::request("GET", &trace));
-                        each(due - begin, answer.status(), sent.elapsed());
+                        let response = client.ask(super::request("GET", &trace));
+                        each(due - begin, response.status(), sent.elapsed());
                     }
                 });
             }
@@ -123,9 +126,9 @@ impl Chain {
     }
 }
 
-/// What came of one phase.
+/// The result of one phase.
 struct Phase {
-    calls: usize,
+    requests: usize,
     failed: usize,
     /// Requests that reached the last service.
     reached: usize,
@@ -139,69 +142,78 @@ fn phase(chain: &Chain, failing: usize, length: Duration) -> Phase {
 fn phase_of(chain: &Chain, failing: usize, length: Duration, traced: bool) -> Phase {
     chain.failing.store(failing, Ordering::Relaxed);
     let before = chain.last.calls();
-    let (calls, failed, slowest) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    let (requests, failed, slowest) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     chain.load(length, traced, |_, status, took| {
-        calls.fetch_add(1, Ordering::Relaxed);
+        requests.fetch_add(1, Ordering::Relaxed);
         failed.fetch_add(usize::from(status != 200), Ordering::Relaxed);
         slowest.fetch_max(usize::try_from(took.as_millis()).unwrap_or(usize::MAX), Ordering::Relaxed);
     });
     Phase {
-        calls: calls.into_inner(),
+        requests: requests.into_inner(),
         failed: failed.into_inner(),
         reached: chain.last.calls() - before,
         slowest: Duration::from_millis(slowest.into_inner() as u64),
     }
 }
 
-/// Open for short spells, so that the test need not last long.
+/// Short open intervals, so that the test need not last long.
 const BREAKER: &str = "breaker = { open_for = { base = \"500ms\", max = \"2s\" } }";
 
 #[test]
-fn a_storm_is_not_amplified() {
+fn a_retry_storm_is_not_amplified() {
     let (chain, _last) = Chain::start(BREAKER, true);
     let well = phase(&chain, 0, Duration::from_secs(2));
-    assert_eq!((well.failed, well.reached), (0, well.calls));
-    // 1.3 × the demand at the last service, while all of its calls fail and while half of them do.
+    assert_eq!((well.failed, well.reached), (0, well.requests));
+    // At most 1.3 × the demand at the last service, while all of its requests fail and while half of them do.
     for failing in [100, 50] {
         let bad = phase(&chain, failing, Duration::from_secs(6));
-        let most = bad.calls * 13 / 10;
+        let most = bad.requests * 13 / 10;
         assert!(
             bad.reached <= most,
-            "{} of {} calls reached it, failing {failing} %",
+            "{} of {} requests reached it, failing {failing} %",
             bad.reached,
-            bad.calls
+            bad.requests
         );
-        assert!(bad.slowest < Duration::from_secs(5), "callers are told fast, not after {:?}", bad.slowest);
+        assert!(
+            bad.slowest < Duration::from_secs(5),
+            "clients get a response soon, not after {:?}",
+            bad.slowest
+        );
     }
-    // Well again: a bounded time, then all is as before.
+    // After recovery: within a bounded time all is as before.
     let healed = Instant::now();
     loop {
         let again = phase(&chain, 0, Duration::from_secs(1));
         if again.failed == 0 {
             break;
         }
-        assert!(healed.elapsed() < Duration::from_secs(15), "{} of {} still fail", again.failed, again.calls);
+        assert!(
+            healed.elapsed() < Duration::from_secs(15),
+            "{} of {} still fail",
+            again.failed,
+            again.requests
+        );
     }
     let after = phase(&chain, 0, Duration::from_secs(2));
-    assert!(after.failed * 100 < after.calls, "{} of {} failed", after.failed, after.calls);
+    assert!(after.failed * 100 < after.requests, "{} of {} failed", after.failed, after.requests);
 }
 
-/// No client begins a trace, no sidecar has a collector, and services pass on `traceparent` and nothing else.
+/// No client starts a trace, no sidecar has a collector, and services forward only `traceparent`.
 #[test]
-fn a_storm_is_not_amplified_where_nobody_begins_a_trace() {
+fn a_retry_storm_is_not_amplified_without_traces() {
     let (chain, _last) = Chain::start(NO_BREAKER, true);
     let bad = phase_of(&chain, 50, Duration::from_secs(8), false);
-    let most = bad.calls * 13 / 10;
-    assert!(bad.reached <= most, "{} of {} calls reached it", bad.reached, bad.calls);
+    let most = bad.requests * 13 / 10;
+    assert!(bad.reached <= most, "{} of {} requests reached it", bad.reached, bad.requests);
 }
 
-/// Without the guards the same row would multiply: three hops of three tries each.
+/// Without these policies the same chain multiplies requests: three hops of three attempts each.
 const NO_GUARDS: &str = "breaker = false\noutlier = false\n\
     retry = { budget = { ratio = 1.0, min_per_second = 1000 }, backoff = { base = \"5ms\", max = \"20ms\" } }";
 const NO_BREAKER: &str = "breaker = false\noutlier = false\n\
     retry = { backoff = { base = \"5ms\", max = \"20ms\" } }";
 
-/// Writes a table and, second by second, what reached the last service, to `target/storm.csv`.
+/// Writes a table, and to `target/storm.csv` what reached the last service each second.
 #[test]
 #[ignore = "an experiment of two minutes: just storm"]
 fn experiment() {
@@ -215,7 +227,7 @@ fn experiment() {
     let phases = [(0, 3), (100, 8), (50, 8), (0, 6)];
     let seconds: u64 = phases.iter().map(|(_, length)| length).sum();
     let mut table = String::from(
-        "| retry budgets, advice, breakers | load while all fails | while half fails | callers' success while half fails | slowest caller | well again: < 1 % errors after |\n\
+        "| retry budgets, advice, breakers | load while all fails | while half fails | success rate while half fails | slowest caller | well again: < 1 % errors after |\n\
          | --- | --- | --- | --- | --- | --- |\n",
     );
     let mut csv = String::from("set,second,demand,reached,failed\n");

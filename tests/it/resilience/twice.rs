@@ -1,5 +1,5 @@
-//! Never sent twice unless it may be: every method, body, kind of connection and policy with every point at which a
-//! service can fail, through the real binary. What may be is written down here anew, from the standards.
+//! No request is sent twice unless it may be: every method, body, kind of connection and policy with every point at
+//! which a service can fail, through the real binary. The expectation is derived here anew from the standards.
 
 use std::{
     collections::HashMap,
@@ -14,22 +14,22 @@ use crate::support::{
     strict::{self, Message, Progress},
 };
 
-/// Where the service fails a request that it gets for the first time.
+/// Where the service fails the first attempt of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Point {
-    /// With the head read and nothing of the body.
+    /// After the head, before any of the body.
     Head,
-    /// In the middle of the body.
+    /// In the middle of the request body.
     Half,
-    /// With all of it read, before a byte of the answer.
+    /// After the whole request, before a byte of the response.
     Whole,
-    /// In the middle of the answer's head.
+    /// In the middle of the response head.
     PartOfAnswer,
-    /// 503 when the head was read, and a close.
+    /// 503 after the head, and a close.
     EarlyAnswer,
-    /// 503 in good order.
+    /// 503 after the whole request, connection kept.
     Answer,
-    /// In the middle of the body of a good answer: the caller has its head.
+    /// In the middle of the body of a good response: the client has its head.
     Committed,
 }
 
@@ -43,7 +43,7 @@ const POINTS: [Point; 7] = [
     Point::Committed,
 ];
 
-/// Method, and whether it says by a key that it may be repeated.
+/// Method, and whether an Idempotency-Key allows a repetition.
 const METHODS: [(&str, bool); 7] = [
     ("GET", false),
     ("OPTIONS", false),
@@ -54,10 +54,10 @@ const METHODS: [(&str, bool); 7] = [
     ("PATCH", false),
 ];
 
-/// None, kept, and more than any policy here keeps.
+/// No body, a buffered one, and one larger than the buffer of any policy here.
 const BODIES: [usize; 3] = [0, 1000, 100_000];
 
-/// An upstream of each, by its name.
+/// One upstream for each policy, with its name.
 const POLICIES: [(&str, &str); 4] = [
     (
         "default",
@@ -71,16 +71,16 @@ const POLICIES: [(&str, &str); 4] = [
     ("once", "retry = { max = 0 }"),
 ];
 
-/// A request as the service got it.
+/// A request as the service received it.
 #[derive(Debug)]
 struct Delivery {
-    /// By a connection that had carried another one before.
+    /// On a connection that had carried another request before.
     reused: bool,
-    /// Where all of it came.
+    /// Where all of it arrived.
     body: Option<Vec<u8>>,
 }
 
-/// By the mark of the call.
+/// By the mark of the request.
 type Log = Arc<Mutex<HashMap<String, Vec<Delivery>>>>;
 
 fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
@@ -93,7 +93,7 @@ fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 fn serve(mut stream: TcpStream, log: &Log) {
     let (mut bytes, mut chunk) = (Vec::new(), [0; 16 * 1024]);
     let mut served = 0;
-    // Of the request that is being read: its mark, where to fail, and whether it is noted.
+    // Of the request being read: its mark, where to fail, and whether it is recorded.
     let mut reading: Option<(String, Option<Point>)> = None;
     loop {
         let head_end = bytes.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4);
@@ -114,7 +114,7 @@ fn serve(mut stream: TcpStream, log: &Log) {
                     );
                     let _ = stream.shutdown(Shutdown::Write);
                     drop(log);
-                    // Closed with bytes unread, the kernel would take the answer back.
+                    // A close with unread bytes makes the kernel reset the connection and lose the response.
                     while matches!(stream.read(&mut chunk), Ok(1..)) {}
                     return;
                 }
@@ -136,7 +136,7 @@ fn serve(mut stream: TcpStream, log: &Log) {
             if let Some(last) = log.lock().expect("no panic").get_mut(mark).and_then(|all| all.last_mut()) {
                 last.body = Some(message.body);
             }
-            let answer: &[u8] = match point {
+            let response: &[u8] = match point {
                 Some(Point::Whole) => return,
                 Some(Point::PartOfAnswer) => b"HTTP/1.1 20",
                 Some(Point::Answer) => b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n",
@@ -149,7 +149,7 @@ fn serve(mut stream: TcpStream, log: &Log) {
                 (false, true) => b"Connection: close\r\n\r\ndone",
                 (false, false) => b"\r\ndone",
             };
-            let _ = stream.write_all(&[answer, rest].concat());
+            let _ = stream.write_all(&[response, rest].concat());
             if cut || close {
                 return;
             }
@@ -163,7 +163,7 @@ fn serve(mut stream: TcpStream, log: &Log) {
     }
 }
 
-/// One call and what is asked of it.
+/// One request and its conditions.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     policy: &'static str,
@@ -177,10 +177,10 @@ struct Case {
 }
 
 impl Case {
-    /// How often the service may get it at most, the second time being answered well.
+    /// How often the service may get it at most; the second attempt gets a good response.
     fn most(&self) -> usize {
         let idempotent = matches!(self.method, "GET" | "OPTIONS" | "PUT" | "DELETE") || self.key;
-        // Nothing of an answer came, on a connection that the service may have closed just then.
+        // No byte of a response arrived, on a connection that the service may have closed just then.
         let stale = self.pooled && matches!(self.point, Point::Head | Point::Half | Point::Whole);
         let again = match self.policy {
             _ if self.point == Point::Committed => false,
@@ -211,12 +211,12 @@ impl Case {
     }
 }
 
-/// Any bytes, no two places alike.
+/// Deterministic bytes without repetition.
 fn body(size: usize, seed: usize) -> Vec<u8> {
     (0..size).map(|at| u8::try_from((at * 31 + at / 251 + seed) % 256).expect("a byte")).collect()
 }
 
-/// The answer, if one came: a caller that still sends may lose it to the close.
+/// The response, if one arrived: a client that still sends may lose it to the close.
 fn answer(proxy: &Proxy, request: &[u8]) -> Option<Message> {
     let mut client = RawClient::connect(proxy.outbound());
     client.send(request);
@@ -227,27 +227,27 @@ fn check(case: Case, number: usize, proxy: &Proxy, log: &Log) -> bool {
     let (mark, sent) = (format!("{number}"), body(case.size, number));
     let warm = Case { size: 0, ..case }.request("warm", None, &[]);
     loop {
-        assert_eq!(answer(proxy, &warm).map(|answer| answer.status()), Some(200), "{case:?}");
-        // One is in the pool now, or, where each is closed, none once there was none to be used.
+        assert_eq!(answer(proxy, &warm).map(|response| response.status()), Some(200), "{case:?}");
+        // Now the pool holds one connection or, if each is closed, the last warm-up request found none to reuse.
         let log = log.lock().expect("no panic");
         if case.pooled || log["warm"].last().is_some_and(|last| !last.reused) {
             break;
         }
     }
-    let answer = answer(proxy, &case.request(&mark, Some(case.point), &sent));
+    let response = answer(proxy, &case.request(&mark, Some(case.point), &sent));
     let log = log.lock().expect("no panic");
     let got = log.get(&mark).map_or(&[][..], Vec::as_slice);
-    assert!((1..=case.most()).contains(&got.len()), "sent {} times: {case:?}, {answer:?}", got.len());
+    assert!((1..=case.most()).contains(&got.len()), "sent {} times: {case:?}, {response:?}", got.len());
     for delivery in got {
         assert!(delivery.body.as_ref().is_none_or(|body| *body == sent), "not what was sent: {case:?}");
     }
     if case.size <= 4096 {
-        assert_eq!(got.len(), case.most(), "sent less than it may: {case:?}, {answer:?}");
+        assert_eq!(got.len(), case.most(), "sent less than it may: {case:?}, {response:?}");
     }
     let whole = got.len() == 2 && got[1].body.is_some();
-    if let Some(answer) = answer.filter(|_| case.point != Point::Committed) {
-        assert_eq!(answer.status() == 200, whole, "{case:?}: {answer:?}");
-        assert!(whole || matches!(answer.status(), 502 | 503), "{case:?}: {answer:?}");
+    if let Some(response) = response.filter(|_| case.point != Point::Committed) {
+        assert_eq!(response.status() == 200, whole, "{case:?}: {response:?}");
+        assert!(whole || matches!(response.status(), 502 | 503), "{case:?}: {response:?}");
     }
     got[0].reused
 }
@@ -271,7 +271,7 @@ fn every_case(observed: bool, host: &str) {
     let (mut number, mut reused) = (0, 0);
     for (policy, _) in POLICIES {
         for (method, key) in METHODS {
-            // A body with these is allowed and means nothing; it is sent on all the same.
+            // A body with these methods is allowed and has no meaning; it is forwarded all the same.
             for size in BODIES {
                 for point in POINTS {
                     for pooled in [false, true] {
@@ -283,7 +283,7 @@ fn every_case(observed: bool, host: &str) {
             }
         }
     }
-    // Each that should go by a connection of the pool does.
+    // Every request that should use a pooled connection does.
     assert_eq!((number, reused), (4 * 7 * 3 * 7 * 2, number / 2));
 }
 
@@ -292,14 +292,15 @@ fn never_sent_twice_unless_it_may_be() {
     every_case(false, "127.0.0.1");
 }
 
-/// Policies that only watch send nothing again, but for the race of our own pool.
+/// Observed policies send nothing again, except after a stale keep-alive race.
 #[test]
-fn nor_where_retries_are_only_observed() {
+fn observed_retries_send_nothing_twice() {
     every_case(true, "127.0.0.1");
 }
 
-/// `localhost` has two addresses and the service listens on one: the other one costs no try and sends nothing twice.
+/// `localhost` has two addresses and the service listens on one: the other one costs no attempt and sends nothing
+/// twice.
 #[test]
-fn nor_at_the_other_address_of_localhost() {
+fn the_second_address_of_localhost_gets_nothing_twice() {
     every_case(false, "localhost");
 }

@@ -23,7 +23,7 @@ struct Case {
     trailers: Vec<Field>,
     /// May it pass, and as what? None: it must not.
     passes: Option<Check>,
-    /// May it be refused all the same?
+    /// May it be rejected as well?
     either: bool,
 }
 
@@ -127,7 +127,7 @@ fn cases() -> Vec<Case> {
 }
 
 #[test]
-fn nothing_ambiguous_is_made_of_http2() {
+fn no_ambiguous_http1_request_is_made_from_http2() {
     let recorder = Recorder::start();
     let proxy = Proxy::start(format!(
         "[[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{}\"]\n",
@@ -158,11 +158,11 @@ fn nothing_ambiguous_is_made_of_http2() {
         };
         if !well {
             failures.push(format!(
-                "{}: the caller saw {end:?}, the service {:?} {:?}",
+                "{}: the client saw {end:?}, the service {:?} {:?}",
                 case.name, seen.requests, seen.wrong
             ));
         }
-        // A bad connection never hurts another.
+        // An invalid connection never affects another.
         H2Client::connect(proxy.outbound()).must_get(1, "/sentinel");
         recorder.take();
     }

@@ -1,5 +1,5 @@
-//! Nothing ambiguous passes: hostile bytes from callers in HTTP/1 ([`requests`]) and
-//! HTTP/2 ([`http2`]), and from upstreams ([`responses`]).
+//! No ambiguous message passes: hostile bytes from clients in HTTP/1 ([`requests`]) and HTTP/2 ([`http2`]), and from
+//! upstreams ([`responses`]).
 
 mod http2;
 mod requests;
@@ -17,15 +17,15 @@ use crate::support::{
     strict::{self, Message, Progress},
 };
 
-/// What must become of a request.
+/// What must happen to a request.
 enum Expect {
-    /// Nothing complete reaches the service; the caller gets an error or is hung up on, and the connection ends.
+    /// Nothing complete reaches the service; the client gets an error or a close, and the connection ends.
     Refused,
-    /// As `Refused`, but the connection may live on: its framing was clear.
+    /// As `Refused`, but the connection may be kept: the framing was clear.
     Denied,
     /// Exactly one request reaches the service, and the check holds for it.
     One(Check),
-    /// Both `Refused` and `One` are right by the standards.
+    /// The standards allow both `Refused` and `One`.
     RefusedOrOne(Check),
 }
 
@@ -41,7 +41,7 @@ struct Case {
     name: &'static str,
     raw: Vec<u8>,
     expect: Expect,
-    /// The connection must end, whatever became of the request.
+    /// The connection must end, whatever happened to the request.
     closes: bool,
     only: Option<Listener>,
 }
@@ -79,7 +79,7 @@ fn refused_or_one(name: &'static str, raw: impl Into<Vec<u8>>, check: Check) -> 
     case(name, raw, Expect::RefusedOrOne(check))
 }
 
-/// A service that reads strictly and notes what it saw.
+/// A service that parses strictly and records what it received.
 struct Recorder {
     server: RawServer,
     seen: Arc<Mutex<Seen>>,
@@ -88,7 +88,7 @@ struct Recorder {
 #[derive(Default)]
 struct Seen {
     requests: Vec<Message>,
-    /// Bytes that another reader could read in another way.
+    /// Bytes that another parser could read differently.
     wrong: Vec<String>,
 }
 
@@ -131,7 +131,7 @@ fn record(mut stream: TcpStream, seen: &Mutex<Seen>) {
 }
 
 #[test]
-fn nothing_ambiguous_reaches_the_service() {
+fn no_ambiguous_request_reaches_the_service() {
     let recorder = Recorder::start();
     let proxy = Proxy::start(format!(
         "[inbound]\nforward_to = \"{0}\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{0}\"]\n",
@@ -150,7 +150,7 @@ fn nothing_ambiguous_reaches_the_service() {
             if let Err(why) = run(case, RawClient::connect(address), &recorder) {
                 failures.push(format!("{listener:?}, {}: {why}", case.name))
             }
-            // A bad connection never hurts another.
+            // An invalid connection never affects another.
             let well = RawClient::connect(address).ask("GET /sentinel HTTP/1.1\r\nHost: up\r\n\r\n");
             assert_eq!(well.status(), 200, "after {:?}, {}: {well:?}", listener, case.name);
             recorder.take();
@@ -162,9 +162,9 @@ fn nothing_ambiguous_reaches_the_service() {
 fn run(case: &Case, client: RawClient, recorder: &Recorder) -> Result<(), String> {
     let mut client = client.patience(Duration::from_secs(3));
     client.send(&case.raw);
-    let answer = client.response()?;
+    let response = client.response()?;
     let (rest, closed) =
-        if case.closes || answer.is_none() { client.read_to_close() } else { (Vec::new(), false) };
+        if case.closes || response.is_none() { client.read_to_close() } else { (Vec::new(), false) };
     let seen = recorder.take();
     if !seen.wrong.is_empty() {
         return Err(format!("the service got {}", seen.wrong.join("; ")));
@@ -173,34 +173,34 @@ fn run(case: &Case, client: RawClient, recorder: &Recorder) -> Result<(), String
         return Err(format!("smuggled: {:?}", seen.requests));
     }
     if case.closes && !closed {
-        return Err(format!("the connection lives on after {answer:?}"));
+        return Err(format!("the connection lives on after {response:?}"));
     }
     if !rest.is_empty() {
-        return Err(format!("a second answer: {:?}", String::from_utf8_lossy(&rest)));
+        return Err(format!("a second response: {:?}", String::from_utf8_lossy(&rest)));
     }
-    let status = answer.as_ref().map(Message::status);
+    let status = response.as_ref().map(Message::status);
     let refused = || match status {
-        None if !closed => Err("neither an answer nor a close".to_owned()),
+        None if !closed => Err("neither a response nor a close".to_owned()),
         None | Some(400..) => Ok(()),
-        Some(_) => Err(format!("not refused: {answer:?}")),
+        Some(_) => Err(format!("not refused: {response:?}")),
     };
     let passed = |check: &Check, request: &Message| match status {
         Some(200) if check(request) => Ok(()),
         Some(200) => Err(format!("the service got {request:?}")),
-        _ => Err(format!("the service got {request:?}, the caller {answer:?}")),
+        _ => Err(format!("the service got {request:?}, the client {response:?}")),
     };
     match (&case.expect, &seen.requests[..]) {
         (_, [_, _, ..]) => Err(format!("several requests: {:?}", seen.requests)),
         (Expect::Refused | Expect::Denied | Expect::RefusedOrOne(_), []) => refused(),
         (Expect::One(check) | Expect::RefusedOrOne(check), [request]) => passed(check, request),
-        (Expect::One(_), []) => Err(format!("nothing reached the service; the caller got {answer:?}")),
+        (Expect::One(_), []) => Err(format!("nothing reached the service; the client got {response:?}")),
         (Expect::Refused | Expect::Denied, [request]) => Err(format!("the service got {request:?}")),
     }
 }
 
-/// Bytes sent behind an Upgrade request are not the upgraded protocol's until the service has said 101.
+/// Bytes after an Upgrade request do not belong to the new protocol until the service has sent 101.
 #[test]
-fn nothing_follows_an_upgrade_before_its_answer() {
+fn no_bytes_are_forwarded_after_an_upgrade_before_its_response() {
     let (saw, seen) = std::sync::mpsc::channel();
     let server = RawServer::start(move |mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
@@ -231,12 +231,12 @@ fn nothing_follows_an_upgrade_before_its_answer() {
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(client.response().expect("well-formed").expect("an answer").status(), 403);
+    assert_eq!(client.response().expect("well-formed").expect("a response").status(), 403);
 }
 
-/// Pipelined requests are each one exchange, in order.
+/// Pipelined requests are separate exchanges, in order.
 #[test]
-fn pipelined_requests_stay_apart() {
+fn pipelined_requests_are_answered_in_order() {
     let recorder = Recorder::start();
     let proxy = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", recorder.server.address()));
     let mut client = RawClient::connect(proxy.inbound());
@@ -246,7 +246,7 @@ fn pipelined_requests_stay_apart() {
          POST /3 HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nz\r\n0\r\n\r\n",
     );
     for _ in 0..3 {
-        assert_eq!(client.response().expect("well-formed").expect("an answer").status(), 200);
+        assert_eq!(client.response().expect("well-formed").expect("a response").status(), 200);
     }
     let seen = recorder.take();
     assert!(seen.wrong.is_empty(), "{:?}", seen.wrong);

@@ -1,4 +1,4 @@
-//! The table of requests: raw bytes, and what must become of them (RFC 9112 §2.2, 3.2, 5, 6, 7; RFC 9110 §7).
+//! The table of requests: raw bytes, and what must happen to them (RFC 9112 §2.2, 3.2, 5, 6, 7; RFC 9110 §7).
 
 use super::{Case, Listener, denied, one, refused, refused_or_one};
 use crate::support::strict::Message;
@@ -396,11 +396,13 @@ fn hosts() -> Vec<Case> {
 
 fn hop_by_hop() -> Vec<Case> {
     vec![
-        one("what Connection names goes", get("Connection: x-hop\r\nX-Hop: 1\r\nX-End: 2\r\n"), |request| {
-            request.field("x-hop").is_none() && request.field("x-end") == Some("2")
-        }),
         one(
-            "what two Connection fields name goes",
+            "fields named in Connection are removed",
+            get("Connection: x-hop\r\nX-Hop: 1\r\nX-End: 2\r\n"),
+            |request| request.field("x-hop").is_none() && request.field("x-end") == Some("2"),
+        ),
+        one(
+            "fields named in two Connection fields are removed",
             get("Connection: x-a, X-B\r\nConnection: x-c\r\nX-A: 1\r\nX-B: 1\r\nX-C: 1\r\n"),
             |request| ["x-a", "x-b", "x-c"].iter().all(|name| request.field(name).is_none()),
         ),
@@ -461,10 +463,10 @@ fn hop_by_hop() -> Vec<Case> {
             get("Proxy-Connection: keep-alive\r\nKeep-Alive: timeout=5\r\n"),
             |request| request.field("proxy-connection").is_none() && request.field("keep-alive").is_none(),
         ),
-        one("only trailers is left of TE", get("Connection: te\r\nTE: gzip, trailers\r\n"), |request| {
+        one("TE is reduced to trailers", get("Connection: te\r\nTE: gzip, trailers\r\n"), |request| {
             request.all("te").all(|value| value == "trailers")
         }),
-        one("Proxy-Authorization goes", get("Proxy-Authorization: Basic eA==\r\n"), |request| {
+        one("Proxy-Authorization is removed", get("Proxy-Authorization: Basic eA==\r\n"), |request| {
             request.field("proxy-authorization").is_none()
         })
         .only(Listener::Outbound),
@@ -473,19 +475,19 @@ fn hop_by_hop() -> Vec<Case> {
 
 fn identity() -> Vec<Case> {
     vec![
-        one("x-outrigger-retry of a caller goes", get("x-outrigger-retry: no\r\n"), |request| {
+        one("x-outrigger-retry of a client is removed", get("x-outrigger-retry: no\r\n"), |request| {
             request.field("x-outrigger-retry").is_none()
         }),
         one(
-            "x-outrigger-retry twice goes",
+            "x-outrigger-retry twice is removed",
             get("x-outrigger-retry: no\r\nX-Outrigger-Retry: elsewhere\r\n"),
             |request| request.field("x-outrigger-retry").is_none(),
         ),
-        refused_or_one("x_outrigger_retry goes", get("x_outrigger_retry: no\r\n"), |request| {
+        refused_or_one("x_outrigger_retry is removed", get("x_outrigger_retry: no\r\n"), |request| {
             request.field("x_outrigger_retry").is_none()
         }),
         one(
-            "x-outrigger-attempt is ours",
+            "x-outrigger-attempt is set by the proxy",
             get("x-outrigger-attempt: 7\r\nx-request-timeout-ms: 3000\r\n"),
             |request| {
                 request.all("x-outrigger-attempt").collect::<Vec<_>>() == ["1"]
@@ -494,12 +496,12 @@ fn identity() -> Vec<Case> {
         )
         .only(Listener::Outbound),
         one(
-            "a forged client certificate goes",
+            "a forged client certificate is removed",
             get("x-forwarded-client-cert: By=spiffe://a;URI=spiffe://b\r\n"),
             |request| request.field("x-forwarded-client-cert").is_none(),
         ),
         refused_or_one(
-            "a forged client certificate with underscores goes",
+            "a forged client certificate with underscores is removed",
             get("x_forwarded_client_cert: URI=spiffe://b\r\n"),
             |request| request.field("x_forwarded_client_cert").is_none(),
         ),
@@ -531,7 +533,7 @@ fn sizes() -> Vec<Case> {
     ]
 }
 
-/// What is matched may be normalised; what is forwarded is as it came.
+/// Routing may match a normalised path; the forwarded path is unchanged.
 fn paths() -> Vec<Case> {
     vec![
         one("dot segments", target("/a/../b/./c"), |request| request.target() == "/a/../b/./c"),

@@ -1,4 +1,4 @@
-//! The table of responses: what a broken or hostile upstream may say, and what the caller may see of it.
+//! The table of responses: what a broken or hostile upstream may send, and what the client may see of it.
 
 use std::{
     io::{Read, Write},
@@ -9,11 +9,11 @@ use std::{
 use crate::support::{Proxy, RawClient, RawServer, strict::Message};
 
 enum Expect {
-    /// An error of the proxy's own, or a close before the answer is complete.
+    /// An error of the proxy, or a close before the response is complete.
     Failure,
-    /// An answer for which this holds.
+    /// A response for which this holds.
     Answer(Check),
-    /// Both are right.
+    /// Both are correct.
     FailureOr(Check),
 }
 
@@ -22,7 +22,7 @@ type Check = fn(&Message) -> bool;
 struct Case {
     name: &'static str,
     raw: Vec<u8>,
-    /// The upstream hangs up after it.
+    /// The upstream closes after it.
     closes: bool,
     expect: Expect,
 }
@@ -65,15 +65,19 @@ fn cases() -> Vec<Case> {
     let chunked = |body: &str| ok("Transfer-Encoding: chunked\r\n", body);
     let many = |count: usize| (0..count).map(|number| format!("x-{number}: 1\r\n")).collect::<String>();
     vec![
-        case("a plain answer", length("5"), Answer(hello)),
-        case("a chunked answer", coding("chunked"), Answer(hello)),
-        case("a second answer behind", ok("Content-Length: 5\r\n", &format!("hello{POISON}")), Answer(hello)),
+        case("a plain response", length("5"), Answer(hello)),
+        case("a chunked response", coding("chunked"), Answer(hello)),
         case(
-            "a second answer behind a chunked one",
+            "a second response after the first",
+            ok("Content-Length: 5\r\n", &format!("hello{POISON}")),
+            Answer(hello),
+        ),
+        case(
+            "a second response after a chunked one",
             chunked(&format!("5\r\nhello\r\n0\r\n\r\n{POISON}")),
             Answer(hello),
         ),
-        case("junk behind", ok("Content-Length: 5\r\n", "hello\r\n\r\npoison"), Answer(hello)),
+        case("junk after the response", ok("Content-Length: 5\r\n", "hello\r\n\r\npoison"), Answer(hello)),
         case("a body with 204", format!("HTTP/1.1 204 No Content\r\n\r\n{POISON}"), FailureOr(empty)),
         case(
             "a length with 204",
@@ -86,7 +90,7 @@ fn cases() -> Vec<Case> {
             FailureOr(empty),
         ),
         case(
-            "an answer behind an interim one",
+            "a response after an interim one",
             format!(
                 "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n{}",
                 "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -94,7 +98,7 @@ fn cases() -> Vec<Case> {
             Answer(hello),
         ),
         case(
-            "a switch nobody asked for",
+            "an upgrade that was not requested",
             format!("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n{POISON}"),
             Failure,
         ),
@@ -161,7 +165,7 @@ fn cases() -> Vec<Case> {
         case(
             "a space before a colon",
             field(b"X-A : 1"),
-            FailureOr(|answer| hello(answer) && answer.field("x-a").is_none_or(|value| value == "1")),
+            FailureOr(|response| hello(response) && response.field("x-a").is_none_or(|value| value == "1")),
         ),
         case(
             "a space before the colon of Content-Length",
@@ -173,28 +177,30 @@ fn cases() -> Vec<Case> {
         case("70 KiB of fields", field(&[b"X-A: ".as_slice(), &[b'a'; 70 * 1024]].concat()), Failure),
         case("200 fields", ok(&format!("Content-Length: 5\r\n{}", many(200)), "hello"), Failure),
         case(
-            "what Connection names goes",
+            "fields named in Connection are removed",
             ok(
                 "Connection: x-hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nProxy-Connection: x\r\nContent-Length: 5\r\n",
                 "hello",
             ),
-            Answer(|answer| {
-                hello(answer)
+            Answer(|response| {
+                hello(response)
                     && ["x-hop", "keep-alive", "proxy-connection"]
                         .iter()
-                        .all(|name| answer.field(name).is_none())
+                        .all(|name| response.field(name).is_none())
             }),
         ),
         case(
             "two cookies stay two",
             ok("Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 5\r\n", "hello"),
-            Answer(|answer| hello(answer) && answer.all("set-cookie").collect::<Vec<_>>() == ["a=1", "b=2"]),
+            Answer(|response| {
+                hello(response) && response.all("set-cookie").collect::<Vec<_>>() == ["a=1", "b=2"]
+            }),
         ),
         cut("a body cut short", ok("Content-Length: 50\r\n", "hello")),
         cut("a chunked body cut short", chunked("5\r\nhello\r\n")),
         cut("a chunk cut short", chunked("50\r\nhello")),
         cut("a head cut short", "HTTP/1.1 200 OK\r\nContent-Le"),
-        cut("no answer", ""),
+        cut("no response", ""),
         Case { closes: true, ..case("a body that ends by close", ok("", "hello"), Answer(hello)) },
         Case {
             closes: true,
@@ -203,7 +209,8 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// `/attack/N` gets the bytes of case N, everything else `clean`; the connection goes on where the case does not close.
+/// `/attack/N` gets the bytes of case N, every other path `clean`; the connection is kept if the case does not close
+/// it.
 fn serve(mut stream: TcpStream, cases: &[Case]) {
     let (mut head, mut chunk) = (Vec::new(), [0; 4096]);
     loop {
@@ -229,11 +236,11 @@ fn serve(mut stream: TcpStream, cases: &[Case]) {
 }
 
 #[test]
-fn nothing_ambiguous_reaches_the_caller() {
+fn no_ambiguous_response_reaches_the_client() {
     let table = std::sync::Arc::new(cases());
     let served = table.clone();
     let server = RawServer::start(move |stream| serve(stream, &served));
-    // Each case is to be seen by itself: no second try, no breaker that opens on the way.
+    // Each case is tested alone: no second attempt, no breaker that opens on the way.
     let proxy = Proxy::start(format!(
         "[inbound]\nforward_to = \"{0}\"\n[defaults]\nretry = false\nbreaker = false\noutlier = false\n\
          [[upstream]]\nname = \"up\"\nendpoints = [\"{0}\"]\n",
@@ -253,22 +260,22 @@ fn nothing_ambiguous_reaches_the_caller() {
 fn run(case: &Case, number: usize, address: std::net::SocketAddr) -> Result<(), String> {
     let mut client = RawClient::connect(address).patience(Duration::from_secs(5));
     client.send(format!("GET /attack/{number} HTTP/1.1\r\nHost: up\r\n\r\n"));
-    let answer = client.response()?;
-    let failed = answer.as_ref().is_none_or(|answer| answer.status() >= 500);
-    match (&case.expect, &answer) {
+    let response = client.response()?;
+    let failed = response.as_ref().is_none_or(|response| response.status() >= 500);
+    match (&case.expect, &response) {
         (Expect::Failure | Expect::FailureOr(_), _) if failed => {}
-        (Expect::Answer(check) | Expect::FailureOr(check), Some(answer)) if check(answer) => {}
-        _ => return Err(format!("the caller got {answer:?}")),
+        (Expect::Answer(check) | Expect::FailureOr(check), Some(response)) if check(response) => {}
+        _ => return Err(format!("the client got {response:?}")),
     }
-    // Whatever else the upstream said must not become the answer to somebody's next request.
+    // Further bytes of the upstream must not become the response to another client's next request.
     client.send("GET /clean HTTP/1.1\r\nHost: up\r\n\r\n");
     if let Some(next) = client.response()?.filter(|next| next.body != b"clean") {
-        return Err(format!("the next answer on the connection is {next:?}"));
+        return Err(format!("the next response on the connection is {next:?}"));
     }
     for _ in 0..2 {
         let next = RawClient::connect(address).ask("GET /clean HTTP/1.1\r\nHost: up\r\n\r\n");
         if (next.status(), next.text().as_str()) != (200, "clean") {
-            return Err(format!("the next answer is {next:?}"));
+            return Err(format!("the next response is {next:?}"));
         }
     }
     Ok(())

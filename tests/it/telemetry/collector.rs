@@ -1,4 +1,4 @@
-//! A collector that is away, refuses, hangs or dies costs spans, and nothing else.
+//! A collector that is down, rejects, hangs or dies loses spans and affects no request.
 
 use std::{
     net::SocketAddr,
@@ -15,7 +15,7 @@ fn read(proxy: &Proxy, path: &str) -> String {
     client.ask(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")).text()
 }
 
-/// What `/status` says of traces.
+/// The traces part of `/status`.
 pub fn traces(proxy: &Proxy) -> Value {
     serde_json::from_str::<Value>(&read(proxy, "/status")).expect("JSON")["traces"].clone()
 }
@@ -24,7 +24,7 @@ fn count(proxy: &Proxy, outcome: &str) -> u64 {
     traces(proxy)["spans"][outcome].as_u64().expect("a count")
 }
 
-/// A small queue, hurried calls: far more spans than can go anywhere.
+/// A small queue and many requests: far more spans than can be exported.
 #[track_caller]
 fn loaded(collector: SocketAddr, protocol: &str) -> Proxy {
     let service = Box::leak(Box::new(Upstream::http1(|_| async { text("well") })));
@@ -36,17 +36,17 @@ fn loaded(collector: SocketAddr, protocol: &str) -> Proxy {
         .start()
 }
 
-/// All calls go well, and none is held up.
+/// All requests succeed, and none is delayed.
 #[track_caller]
-fn calls_go_on(proxy: &Proxy, calls: usize) {
+fn requests_succeed(proxy: &Proxy, requests: usize) {
     let mut client = RawClient::connect(proxy.inbound());
-    for _ in 0..calls {
-        let answer = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
-        assert_eq!(answer.status(), 200, "{answer:?}");
+    for _ in 0..requests {
+        let response = client.ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
+        assert_eq!(response.status(), 200, "{response:?}");
     }
 }
 
-fn ends_soon(mut proxy: Proxy) {
+fn exits_soon(mut proxy: Proxy) {
     let begin = Instant::now();
     proxy.signal("TERM");
     assert!(proxy.wait().success());
@@ -54,48 +54,48 @@ fn ends_soon(mut proxy: Proxy) {
 }
 
 #[test]
-fn a_collector_that_is_away_costs_spans_only() {
+fn an_unreachable_collector_delays_no_request() {
     for protocol in ["grpc", "http"] {
         let proxy = loaded(SocketAddr::from(([127, 0, 0, 1], free_port())), protocol);
-        calls_go_on(&proxy, 300);
+        requests_succeed(&proxy, 300);
         eventually("failed spans", || count(&proxy, "failed") > 0);
         let traces = traces(&proxy);
         assert!(traces["last_error"].is_string(), "{traces}");
         assert!(traces["to"].as_str().is_some_and(|to| to.contains("OTLP over")), "{traces}");
-        // By a thread of its own.
+        // The exporter has its own thread.
         eventually("the log", || proxy.stderr().contains("spans could not be exported"));
-        ends_soon(proxy);
+        exits_soon(proxy);
     }
 }
 
 #[test]
-fn a_collector_that_hangs_fills_the_queue_and_no_more() {
+fn a_hanging_collector_fills_only_the_bounded_queue() {
     for protocol in ["grpc", "http"] {
-        // Takes connections and says nothing.
+        // Accepts connections and never responds.
         let hanging = RawServer::start(|stream| {
             let _stream = stream;
             std::thread::park_timeout(Duration::from_secs(120));
         });
         let proxy = loaded(hanging.address(), protocol);
-        calls_go_on(&proxy, 300);
+        requests_succeed(&proxy, 300);
         let waiting = traces(&proxy);
         assert!(waiting["waiting"].as_u64().is_some_and(|waiting| waiting <= 50), "{waiting}");
         eventually("dropped spans", || count(&proxy, "queue_full") >= 200);
         let before = proxy.resident_kib();
-        calls_go_on(&proxy, 3000);
+        requests_succeed(&proxy, 3000);
         let grown = proxy.resident_kib().saturating_sub(before);
-        assert!(grown < 8 * 1024, "{grown} KiB more after 3000 calls");
+        assert!(grown < 8 * 1024, "{grown} KiB more after 3000 requests");
         assert!(read(&proxy, "/metrics").contains("outrigger_spans_total{outcome=\"queue_full\"}"));
-        ends_soon(proxy);
+        exits_soon(proxy);
     }
 }
 
 #[test]
-fn a_collector_that_refuses_is_told_of_in_the_log() {
+fn a_collector_that_rejects_spans_is_logged() {
     let refusing = Upstream::http1(|_| async {
-        let mut answer = text("no");
-        *answer.status_mut() = http::StatusCode::FORBIDDEN;
-        answer
+        let mut response = text("no");
+        *response.status_mut() = http::StatusCode::FORBIDDEN;
+        response
     });
     let proxy = loaded(refusing.address(), "http");
     assert_eq!(get(proxy.inbound(), "/", &[]), 200);
@@ -107,9 +107,9 @@ fn a_collector_that_refuses_is_told_of_in_the_log() {
     );
 }
 
-/// Its death is noticed, and so is its return.
+/// Its failure and its return are both detected.
 #[test]
-fn a_collector_that_comes_back_gets_what_is_new() {
+fn a_restarted_collector_gets_new_spans() {
     use crate::support::{Daemon, has_tool};
     if !has_tool(&["rotel-agent"]) {
         return;
@@ -130,17 +130,17 @@ fn a_collector_that_comes_back_gets_what_is_new() {
     };
     let collector = start();
     let proxy = loaded(address, "grpc");
-    calls_go_on(&proxy, 1);
+    requests_succeed(&proxy, 1);
     eventually("an exported span", || count(&proxy, "exported") == 1);
     drop(collector);
     eventually("a failed span", || {
-        calls_go_on(&proxy, 1);
+        requests_succeed(&proxy, 1);
         count(&proxy, "failed") > 0
     });
     let before = count(&proxy, "exported");
     let _collector = start();
     eventually("exported spans again", || {
-        calls_go_on(&proxy, 1);
+        requests_succeed(&proxy, 1);
         count(&proxy, "exported") > before
     });
     assert!(traces(&proxy)["last_error"].is_null());

@@ -1,4 +1,4 @@
-//! Envoy as a neighbour, with tracers of its own.
+//! Envoy in the same path, with its own tracers.
 
 use std::net::SocketAddr;
 
@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
-const CALLER: &str = "00f067aa0ba902b7";
+const CLIENT_SPAN: &str = "00f067aa0ba902b7";
 
 fn address(at: SocketAddr) -> Value {
     json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}})
@@ -30,14 +30,14 @@ fn cluster(name: &str, at: SocketAddr, h2: bool) -> Value {
     cluster
 }
 
-/// Starts one that passes everything on to `to`, with this tracer, whose spans go to `collector`.
+/// Starts an Envoy that forwards everything to `to`, with this tracer, whose spans go to `collector`.
 fn start(to: SocketAddr, tracer: &Value, collector: SocketAddr) -> (Daemon, SocketAddr) {
     let front = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let manager = json!({
         "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "front",
         "generate_request_id": true,
-        // A span for the request and one for its way to the upstream.
+        // One span for the request and one for its upstream request.
         "tracing": {"provider": tracer, "spawn_upstream_span": true},
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [
             {"match": {"prefix": "/"}, "route": {"cluster": "next"}}]}]},
@@ -75,7 +75,7 @@ fn child<'s>(spans: &'s [Seen], parent: &str, service: &str, kind: &str) -> &'s 
     one
 }
 
-/// One before the first sidecar, one between the two: eight spans, each the child of the one before.
+/// One Envoy before the first sidecar, one between the two: eight spans, each the child of the one before.
 #[test]
 fn envoys_with_their_opentelemetry_tracer_are_in_the_same_trace() {
     let Some(rotel) = Rotel::start() else { return };
@@ -83,7 +83,7 @@ fn envoys_with_their_opentelemetry_tracer_are_in_the_same_trace() {
         return;
     }
     let mut between = None;
-    // Nothing is sampled here but what callers want.
+    // Only what clients sample is sampled here.
     let telemetry = format!("{}sample = 0\n", otlp(&rotel));
     let pair = Pair::start_around(
         &telemetry,
@@ -115,9 +115,9 @@ fn envoys_with_their_opentelemetry_tracer_are_in_the_same_trace() {
     assert_eq!(spans.len(), 8);
 }
 
-/// Envoy's Zipkin tracer speaks nothing but B3, in several fields, and so does the service behind.
+/// Envoy's Zipkin tracer speaks only B3, in several fields, and so does the service behind it.
 #[test]
-fn callers_and_services_that_know_b3_only_are_in_the_same_trace() {
+fn b3_only_clients_and_services_are_in_the_same_trace() {
     let Some(rotel) = Rotel::start() else { return };
     if !has_tool(&["envoy"]) {
         return;
@@ -130,13 +130,13 @@ fn callers_and_services_that_know_b3_only_are_in_the_same_trace() {
     let telemetry = format!("{}sample = 0\n", otlp(&rotel));
     let pair = Pair::start(&telemetry, B3, |_| async { text("well") });
     let (_front, address) = start(pair.first.inbound(), &zipkin, rotel.http);
-    let caller = [("x-b3-traceid", TRACE), ("x-b3-spanid", CALLER), ("x-b3-sampled", "1")];
-    assert_eq!(get(address, "/cart", &caller), 200);
+    let client = [("x-b3-traceid", TRACE), ("x-b3-spanid", CLIENT_SPAN), ("x-b3-sampled", "1")];
+    assert_eq!(get(address, "/cart", &client), 200);
     let spans = rotel.wait_for(4);
     assert!(spans.iter().all(|span| span.trace == TRACE), "{spans:#?}");
     let server = spans.iter().find(|span| (span.service.as_str(), span.kind.as_str()) == ("first", "SERVER"));
     let server = server.expect("a span");
-    assert!(!server.parent.is_empty() && server.parent != CALLER, "Envoy is in between: {server:#?}");
+    assert!(!server.parent.is_empty() && server.parent != CLIENT_SPAN, "Envoy is in between: {server:#?}");
     let call = child(&spans, &server.id, "first", "INTERNAL");
     let one = child(&spans, &call.id, "first", "CLIENT");
     child(&spans, &one.id, "second", "SERVER");

@@ -1,4 +1,4 @@
-//! gRPC calls as spans, by OpenTelemetry's conventions for RPC.
+//! Spans of gRPC requests follow OpenTelemetry's RPC conventions.
 
 use std::{net::SocketAddr, process::Command};
 
@@ -9,7 +9,7 @@ use crate::support::{
 };
 
 #[test]
-fn spans_of_grpc_calls_say_method_and_status() {
+fn grpc_spans_have_method_and_status() {
     let Some(rotel) = Rotel::start() else { return };
     let Some(python) = python_with("grpc") else { return };
     let script = peer_script("grpc_server.py").display().to_string();
@@ -32,13 +32,13 @@ fn spans_of_grpc_calls_say_method_and_status() {
         .expect("Python runs");
     assert!(client.status.success(), "{}", String::from_utf8_lossy(&client.stderr));
 
-    // What was called, its status, and whether caller and service have failed by it.
+    // Method, status, and whether the client span and the server span are errors.
     for (method, status, client_failed, server_failed) in [
         ("Unary", "OK", false, false),
         ("Bidi", "OK", false, false),
-        // The caller's mistake; told in trailers alone.
+        // A client error in a trailers-only response.
         ("Fail", "NOT_FOUND", true, false),
-        // Told behind messages.
+        // An error status after messages.
         ("FailLate", "DATA_LOSS", true, true),
         ("Missing", "UNIMPLEMENTED", true, true),
     ] {
@@ -49,9 +49,9 @@ fn spans_of_grpc_calls_say_method_and_status() {
             ["SERVER", "CLIENT", "INTERNAL"].iter().all(|kind| spans.iter().any(|span| span.kind == *kind))
         });
         for span in &spans {
-            let told =
+            let attributes =
                 ["rpc.system.name", "rpc.method", "rpc.response.status_code"].map(|key| span.attribute(key));
-            assert_eq!(told, ["grpc", &name, status], "{span:#?}");
+            assert_eq!(attributes, ["grpc", &name, status], "{span:#?}");
             let failed = if span.kind == "CLIENT" { client_failed } else { server_failed };
             assert_eq!(span.status == "ERROR", failed, "{span:#?}");
             assert_eq!(span.attribute("error.type"), if failed { status } else { "" }, "{span:#?}");

@@ -1,10 +1,10 @@
-//! Services that make spans of their own.
+//! Services that export their own spans.
 
 use crate::support::{Daemon, Launch, Proxy, Upstream, peer_script, python_with, rotel::Rotel, text};
 
 use super::{get, traces::otlp};
 
-/// A Python service with OpenTelemetry's own instrumentation, between two sidecars: its spans and ours are one trace.
+/// A Python service with OpenTelemetry's instrumentation between two sidecars: its spans and ours form one trace.
 #[test]
 fn an_instrumented_service_and_its_sidecars_are_one_trace() {
     let Some(rotel) = Rotel::start() else { return };
@@ -15,7 +15,7 @@ fn an_instrumented_service_and_its_sidecars_are_one_trace() {
         "[service]\nname = \"second\"\n[inbound]\nforward_to = \"{}\"\n{telemetry}",
         back.address()
     ));
-    // The service has to know where to call out, and the sidecar where the service is: the service learns it by a file.
+    // The service needs the sidecar's address and the sidecar needs the service's: the service reads it from a file.
     let script = peer_script("traced_service.py").display().to_string();
     let collector = format!("http://{}/v1/traces", rotel.http);
     let service = Daemon::start(&python.display().to_string(), &[&script, &collector, "@DIR@/outbound"], &[]);
@@ -37,7 +37,7 @@ fn an_instrumented_service_and_its_sidecars_are_one_trace() {
         let mut found = spans.iter().filter(|span| span.service == service && span.kind == kind);
         found.next().unwrap_or_else(|| panic!("no {kind} of {service}: {spans:#?}"))
     };
-    // From the caller to the last service, each is the child of the one before.
+    // From the client to the last service, each span is the child of the one before.
     let path = [
         one("first", "SERVER"),
         one("python", "SERVER"),

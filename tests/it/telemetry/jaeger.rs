@@ -1,4 +1,4 @@
-//! The same as a person would see it, asked of Jaeger's query API.
+//! The same trace as an operator sees it, read from Jaeger's query API.
 
 use std::net::SocketAddr;
 
@@ -13,7 +13,7 @@ struct Jaeger {
     query: SocketAddr,
 }
 
-/// All in one, with everything in memory, on ports of its own.
+/// Jaeger all-in-one with in-memory storage, on its own ports.
 fn start() -> Option<Jaeger> {
     if !has_tool(&["jaeger"]) {
         return None;
@@ -54,8 +54,9 @@ exporters:
 impl Jaeger {
     fn get(&self, path: &str) -> Value {
         let mut client = RawClient::connect(self.query);
-        let answer = client.ask(format!("GET {path} HTTP/1.1\r\nHost: jaeger\r\nConnection: close\r\n\r\n"));
-        serde_json::from_str(&answer.text()).unwrap_or(Value::Null)
+        let response =
+            client.ask(format!("GET {path} HTTP/1.1\r\nHost: jaeger\r\nConnection: close\r\n\r\n"));
+        serde_json::from_str(&response.text()).unwrap_or(Value::Null)
     }
 }
 
@@ -91,11 +92,12 @@ fn jaeger_shows_one_request_as_one_trace() {
         found.sort_by_key(|span| span["startTime"].as_u64());
         found
     };
-    let (server, call, tries) = (of("first", "server")[0], of("first", "internal")[0], of("first", "client"));
+    let (server, call, attempts) =
+        (of("first", "server")[0], of("first", "internal")[0], of("first", "client"));
     assert_eq!(parent(server), Value::Null, "the trace begins here");
     assert_eq!(parent(call), server["spanID"]);
-    assert!(tries.iter().all(|one| parent(one) == call["spanID"]), "{trace:#}");
-    let [failed, retried] = tries[..] else { panic!("{trace:#}") };
+    assert!(attempts.iter().all(|one| parent(one) == call["spanID"]), "{trace:#}");
+    let [failed, retried] = attempts[..] else { panic!("{trace:#}") };
     assert_eq!(
         (tag(failed, "error"), tag(failed, "http.response.status_code")),
         (&Value::Bool(true), &503.into())

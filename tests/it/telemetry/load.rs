@@ -1,48 +1,49 @@
-//! Collectors that are killed, hang, refuse or are slow while the proxy carries all that it can, on the release build.
+//! Collectors that are killed, hang, reject or are slow while the proxy is fully loaded, on the release build.
 
 use std::{io::Write, net::SocketAddr, process::Command, thread, time::Duration};
 
 use super::{collector::traces, sidecar};
 use crate::support::{Proxy, RawServer, Upstream, free_port, has_tool, rotel::Rotel, text, tool};
 
-/// Each collector; six of them make a minute.
-const LASTS: Duration = Duration::from_secs(10);
-const CALLERS: u64 = 16;
-/// Calls that are being sent, by OpenTelemetry's default.
+/// The time for each collector; six of them take a minute.
+const DURATION: Duration = Duration::from_secs(10);
+const CONNECTIONS: u64 = 16;
+/// Export requests in flight, by OpenTelemetry's default.
 const BATCH: u64 = 512;
 
-/// How one load went.
+/// The result of one load.
 #[derive(Debug)]
 struct Run {
-    calls: u64,
+    requests: u64,
     p99_ms: f64,
     resident_kib: u64,
-    /// Spans: exported, failed, dropped as the queue was full, waiting.
+    /// Spans: exported, failed, dropped because the queue was full, waiting.
     spans: [u64; 4],
 }
 
-/// Ten seconds of calls as fast as they go, all of them sampled. `meanwhile` is done after a third of it.
+/// Ten seconds of requests at full speed, all of them sampled. `meanwhile` runs after a third of it.
 fn run(name: &str, service: SocketAddr, otlp: &str, meanwhile: impl FnOnce()) -> Run {
     let sample = if otlp.is_empty() { "" } else { "sample = 1.0\n" };
     let proxy = sidecar(service, &format!("{otlp}{sample}")).start();
     let mut load = Command::new(tool("wrk").expect("checked before"));
-    load.args(["-t1", &format!("-c{CALLERS}"), &format!("-d{}s", LASTS.as_secs()), "--latency"]);
+    load.args(["-t1", &format!("-c{CONNECTIONS}"), &format!("-d{}s", DURATION.as_secs()), "--latency"]);
     let load = load.arg(format!("http://{}/", proxy.inbound())).stdout(std::process::Stdio::piped()).spawn();
     let load = load.expect("wrk runs");
-    thread::sleep(LASTS / 3);
+    thread::sleep(DURATION / 3);
     meanwhile();
     let output = load.wait_with_output().expect("output");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    // Both lines are there only where there is something to tell.
+    // Both lines exist only if there is something to report.
     assert!(!said.contains("Non-2xx") && !said.contains("Socket errors"), "{name}:\n{said}");
     let spans = if otlp.is_empty() { [0; 4] } else { spans(&proxy) };
-    let run = Run { calls: calls(&said), p99_ms: p99(&said), resident_kib: proxy.resident_kib(), spans };
+    let run =
+        Run { requests: requests(&said), p99_ms: p99(&said), resident_kib: proxy.resident_kib(), spans };
     let [exported, failed, dropped, waiting] = run.spans;
-    // Past the harness's capture: figures are for people.
+    // Bypasses the harness's capture: the figures are for people.
     let _ = writeln!(
         std::io::stderr(),
         "| {name} | {:.0} | {:.2} | {:.1} | {exported} | {failed} | {dropped} | {waiting} |",
-        run.calls as f64 / LASTS.as_secs_f64(),
+        run.requests as f64 / DURATION.as_secs_f64(),
         run.p99_ms,
         run.resident_kib as f64 / 1024.0,
     );
@@ -56,7 +57,7 @@ fn spans(proxy: &Proxy) -> [u64; 4] {
         .map(|count| count.as_u64().expect("a count"))
 }
 
-fn calls(said: &str) -> u64 {
+fn requests(said: &str) -> u64 {
     let line = said.lines().find(|line| line.contains(" requests in ")).expect("a sum");
     line.split_whitespace().next().and_then(|word| word.parse().ok()).expect("a number")
 }
@@ -76,7 +77,7 @@ fn p99(said: &str) -> f64 {
 
 #[test]
 #[ignore = "more than a minute; for the release build"]
-fn whatever_becomes_of_the_collector_calls_notice_nothing() {
+fn requests_are_not_slowed_by_a_failing_collector() {
     if !has_tool(&["wrk"]) {
         return;
     }
@@ -94,7 +95,7 @@ fn whatever_becomes_of_the_collector_calls_notice_nothing() {
     };
     let closed = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let refusing = run("refuses: a closed port", service, &grpc(closed), || {});
-    // Takes connections and says nothing.
+    // Accepts connections and never responds.
     let mute = RawServer::start(|stream| {
         let _stream = stream;
         thread::park_timeout(Duration::from_secs(60));
@@ -113,17 +114,20 @@ fn whatever_becomes_of_the_collector_calls_notice_nothing() {
     assert!(exported > 0, "{healthy:?}");
     for (name, run) in [("killed", &killed), ("refusing", &refusing), ("hanging", &hanging), ("slow", &slow)]
     {
-        // Generous: others work on this machine, too. What would be wrong is seconds.
+        // Generous, since other work runs on this machine. A defect would cost seconds.
         let most = 3.0 * healthy.p99_ms + 5.0;
         assert!(run.p99_ms <= most, "{name}: {} ms, healthy {} ms", run.p99_ms, healthy.p99_ms);
-        assert!(2 * run.calls > healthy.calls, "{name}: {run:?}, healthy {healthy:?}");
+        assert!(2 * run.requests > healthy.requests, "{name}: {run:?}, healthy {healthy:?}");
         let most = healthy.resident_kib + 16 * 1024;
         assert!(run.resident_kib < most, "{name}: {run:?}, healthy {healthy:?}");
         let [_, failed, dropped, waiting] = run.spans;
         assert!(failed + dropped > 0, "{name}: {run:?}");
-        // Each span is accounted for, but those that are just being sent.
+        // Every span is accounted for, except those being exported now.
         let known = run.spans.iter().sum::<u64>();
-        assert!(known <= run.calls + CALLERS && known + BATCH + CALLERS >= run.calls, "{name}: {run:?}");
+        assert!(
+            known <= run.requests + CONNECTIONS && known + BATCH + CONNECTIONS >= run.requests,
+            "{name}: {run:?}"
+        );
         assert!(waiting <= 2048, "{name}: {run:?}");
     }
 }

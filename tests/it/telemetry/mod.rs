@@ -1,4 +1,4 @@
-//! Traces, seen by collectors of others.
+//! Traces as collectors receive them.
 
 mod alone;
 mod collector;
@@ -23,22 +23,22 @@ use hyper_util::rt::TokioIo;
 
 use crate::support::{Answer, Launch, Proxy, RawClient, Upstream, text};
 
-/// Two services with a sidecar each: a caller asks the first, whose answer is what the second one says.
+/// Two services with a sidecar each: a client sends to the first, which responds with the response of the second.
 pub struct Pair {
     pub first: Proxy,
     pub second: Proxy,
     _services: [Upstream; 2],
 }
 
-/// The fields by which a service passes its trace on.
+/// The fields by which a service propagates its trace context.
 pub const W3C: &[&str] = &["traceparent", "tracestate"];
 pub const B3: &[&str] =
     &["b3", "x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "x-b3-sampled", "x-b3-flags"];
-/// A service that knows nothing of traces.
+/// A service that does not know of traces.
 pub const NONE: &[&str] = &[];
 
 impl Pair {
-    /// `telemetry`: that table of both configurations. `forwards`: the fields that the first service passes on.
+    /// `telemetry`: that table of both configurations. `forwards`: the fields that the first service forwards.
     /// `serve`: the second service.
     pub fn start<F, R>(telemetry: &str, forwards: &'static [&'static str], serve: F) -> Self
     where
@@ -48,7 +48,7 @@ impl Pair {
         Self::start_around(telemetry, forwards, serve, |second| second)
     }
 
-    /// The same, with something `between` the two: it is told where the second one is and says where to call.
+    /// The same with a proxy `between` the two: it gets the address of the second and returns the address to send to.
     pub fn start_around<F, R>(
         telemetry: &str,
         forwards: &'static [&'static str],
@@ -88,7 +88,7 @@ impl Pair {
         Self { first, second, _services: [back, front] }
     }
 
-    /// Calls the first service with these fields; returns the status.
+    /// Sends a request with these fields to the first service; returns the status.
     pub fn call(&self, path: &str, fields: &[(&str, &str)]) -> u16 {
         get(self.first.inbound(), path, fields)
     }
@@ -98,22 +98,22 @@ async fn call_out(to: SocketAddr, request: Request<Empty<Bytes>>) -> Answer {
     let stream = tokio::net::TcpStream::connect(to).await.expect("the sidecar accepts");
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("a connection");
     tokio::task::spawn_local(async move { drop(connection.await) });
-    let answer = sender.send_request(request).await.expect("an answer");
-    let status = answer.status();
-    let body = answer.into_body().collect().await.expect("a body").to_bytes();
-    let mut answer = text(body);
-    *answer.status_mut() = status;
-    answer
+    let response = sender.send_request(request).await.expect("a response");
+    let status = response.status();
+    let body = response.into_body().collect().await.expect("a body").to_bytes();
+    let mut response = text(body);
+    *response.status_mut() = status;
+    response
 }
 
-/// GET; the answer's status.
+/// GET; the status of the response.
 pub fn get(to: SocketAddr, path: &str, fields: &[(&str, &str)]) -> u16 {
     let fields: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
     let mut client = RawClient::connect(to);
     client.ask(format!("GET {path} HTTP/1.1\r\nHost: second\r\nConnection: close\r\n{fields}\r\n")).status()
 }
 
-/// A sidecar before `service`, with an upstream `up` at the same place.
+/// A sidecar of `service`, with an upstream `up` at the same address.
 pub fn sidecar(service: SocketAddr, telemetry: &str) -> Launch {
     Launch::new(format!(
         "[service]\nname = \"lone\"\n[inbound]\nforward_to = \"{service}\"\n[telemetry]\n{telemetry}\n\

@@ -1,4 +1,4 @@
-//! How spans are sent: by TLS to who is trusted, with the fields that were asked for, compressed.
+//! Span export: over TLS to a trusted collector, with the configured headers, compressed.
 
 use serde_json::Value;
 
@@ -16,7 +16,7 @@ fn traces(proxy: &Proxy) -> Value {
     serde_json::from_str::<Value>(&page.text()).expect("JSON")["traces"].clone()
 }
 
-/// A sidecar that sends to a collector whose certificate a CA of its own has issued.
+/// A sidecar that exports to a collector with a certificate of its own CA.
 fn sending(grpc: bool, pki: &Pki, service: &Upstream) -> (Collector, Launch) {
     let certificate = pki.issue("collector", |params| params.subject_alt_names = vec![dns("localhost")]);
     let collector = Collector::start(grpc, &certificate);
@@ -27,7 +27,7 @@ fn sending(grpc: bool, pki: &Pki, service: &Upstream) -> (Collector, Launch) {
 }
 
 #[test]
-fn spans_go_by_tls_with_the_fields_that_were_asked_for() {
+fn spans_are_exported_over_tls_with_the_configured_headers() {
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("well") }));
     let ca = pki.write_ca();
     for grpc in [true, false] {
@@ -58,16 +58,16 @@ fn spans_go_by_tls_with_the_fields_that_were_asked_for() {
         eventually("the count", || traces(&proxy)["spans"]["exported"] == 1);
         let page = RawClient::connect(proxy.admin())
             .ask("GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-        assert!(!format!("{}{}", page.text(), proxy.stderr()).contains("sesame"), "a secret was told");
+        assert!(!format!("{}{}", page.text(), proxy.stderr()).contains("sesame"), "a secret was shown");
     }
 }
 
-/// Who is not trusted gets nothing, and what is wrong is said.
+/// An untrusted collector gets nothing, and the error is logged.
 #[test]
-fn a_collector_that_nobody_vouches_for_gets_no_spans() {
+fn a_collector_with_an_untrusted_certificate_gets_no_spans() {
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("well") }));
     for grpc in [true, false] {
-        // The system's roots do not know this CA.
+        // The system's roots do not contain this CA.
         let (collector, launch) = sending(grpc, &pki, &service);
         let proxy = launch.start();
         assert_eq!(get(proxy.inbound(), "/", &[]), 200);

@@ -1,4 +1,4 @@
-//! What is told of calls that come and go by TLS.
+//! What spans and logs say of requests that arrive and leave over TLS.
 
 use serde_json::Value;
 
@@ -28,7 +28,7 @@ fn pair(pki: &Pki, service: &Upstream, telemetry: &str) -> (Proxy, Proxy) {
 }
 
 #[test]
-fn spans_say_https_and_who_called() {
+fn spans_have_the_https_scheme_and_the_peer_identity() {
     let Some(rotel) = Rotel::start() else { return };
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("well") }));
     let (first, second) = pair(&pki, &service, &format!("{}sample = 1.0\n", otlp(&rotel)));
@@ -46,7 +46,7 @@ fn spans_say_https_and_who_called() {
     ] {
         assert_eq!(of(kind).attribute(key), value, "{key} of {:#?}", of(kind));
     }
-    // Without TLS nobody has proved anything.
+    // Without TLS there is no verified peer.
     assert_eq!(get(second.inbound(), "/plain", &[]), 200);
     let spans = rotel.wait_for(4);
     let plain = spans.iter().find(|span| span.attribute("url.path") == "/plain").expect("a span");
@@ -54,7 +54,7 @@ fn spans_say_https_and_who_called() {
 }
 
 #[test]
-fn the_log_names_the_caller_that_was_proved_and_the_service_hears_of_tls() {
+fn the_access_log_has_the_verified_peer_and_the_service_gets_the_https_scheme() {
     let service = Upstream::http1(|request: http::Request<_>| {
         let proto = request.headers().get("x-forwarded-proto").and_then(|field| field.to_str().ok());
         let proto = proto.unwrap_or_default().to_owned();

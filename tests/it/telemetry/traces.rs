@@ -1,4 +1,4 @@
-//! Which spans there are, and how they hang together.
+//! Which spans exist and how they relate.
 
 use std::sync::{
     Arc,
@@ -16,22 +16,22 @@ use crate::support::{
 
 const ALL: &str = "sample = 1.0\n";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
-const CALLER: &str = "00f067aa0ba902b7";
+const CLIENT_SPAN: &str = "00f067aa0ba902b7";
 
 pub fn otlp(rotel: &Rotel) -> String {
     format!("otlp = \"http://{}\"\nprotocol = \"grpc\"\n", rotel.grpc)
 }
 
-/// Answers the first call with 503.
+/// Answers the first request with 503.
 pub fn fails_once()
 -> impl Fn(http::Request<hyper::body::Incoming>) -> std::future::Ready<crate::support::Answer> + Send {
-    let calls = AtomicUsize::new(0);
+    let requests = AtomicUsize::new(0);
     move |_| {
-        let mut answer = text("well");
-        if calls.fetch_add(1, Ordering::Relaxed) == 0 {
-            *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        let mut response = text("well");
+        if requests.fetch_add(1, Ordering::Relaxed) == 0 {
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
         }
-        std::future::ready(answer)
+        std::future::ready(response)
     }
 }
 
@@ -42,18 +42,21 @@ fn of<'s>(spans: &'s [Seen], service: &str, kind: &str) -> Vec<&'s Seen> {
     found
 }
 
-/// One request over two services, and a retried try: one trace.
+/// One request through two services, with one retry: one trace.
 #[track_caller]
 fn one_trace(telemetry: &str, rotel: &Rotel) {
     let pair = Pair::start(&format!("{telemetry}{ALL}"), W3C, fails_once());
-    assert_eq!(pair.call("/cart/7?secret=1", &[("traceparent", &format!("00-{TRACE}-{CALLER}-01"))]), 200);
+    assert_eq!(
+        pair.call("/cart/7?secret=1", &[("traceparent", &format!("00-{TRACE}-{CLIENT_SPAN}-01"))]),
+        200
+    );
     let spans = rotel.wait_for(6);
     assert!(spans.iter().all(|span| span.trace == TRACE), "{spans:#?}");
 
     let [server] = of(&spans, "first", "SERVER")[..] else { panic!("{spans:#?}") };
     assert_eq!(
         (server.parent.as_str(), server.status.as_str(), server.name.as_str()),
-        (CALLER, "UNSET", "GET")
+        (CLIENT_SPAN, "UNSET", "GET")
     );
     for (key, value) in [
         ("http.request.method", "GET"),
@@ -94,23 +97,24 @@ fn one_trace(telemetry: &str, rotel: &Rotel) {
 }
 
 #[test]
-fn one_request_is_one_trace_by_grpc() {
+fn one_request_is_one_trace_over_otlp_grpc() {
     let Some(rotel) = Rotel::start() else { return };
     one_trace(&otlp(&rotel), &rotel);
 }
 
 #[test]
-fn one_request_is_one_trace_by_http() {
+fn one_request_is_one_trace_over_otlp_http() {
     let Some(rotel) = Rotel::start() else { return };
     one_trace(&format!("otlp = \"http://{}\"\nprotocol = \"http\"\n", rotel.http), &rotel);
 }
 
-/// The service passes nothing on: its call is a trace of its own, linked to the one it surely belongs to.
+/// The service forwards nothing: its request is a separate trace, linked to the request that it most probably belongs
+/// to.
 #[test]
-fn a_guess_is_a_link_and_never_a_parent() {
+fn a_guessed_relation_is_a_span_link_and_never_a_parent() {
     let Some(rotel) = Rotel::start() else { return };
     let pair = Pair::start(&format!("{}{ALL}", otlp(&rotel)), NONE, |_| async { text("well") });
-    assert_eq!(pair.call("/", &[("traceparent", &format!("00-{TRACE}-{CALLER}-01"))]), 200);
+    assert_eq!(pair.call("/", &[("traceparent", &format!("00-{TRACE}-{CLIENT_SPAN}-01"))]), 200);
     let spans = rotel.wait_for(4);
     let server = of(&spans, "first", "SERVER")[0];
     let call = of(&spans, "first", "INTERNAL")[0];
@@ -119,16 +123,16 @@ fn a_guess_is_a_link_and_never_a_parent() {
     assert_eq!(call.links, [(TRACE.to_owned(), server.id.clone())], "{}", rotel.output());
     assert_eq!(of(&spans, "second", "SERVER")[0].trace, call.trace);
 
-    // Nobody called: a job in the background.
+    // A request without an inbound request: a background job.
     assert_eq!(get(pair.first.outbound(), "/job", &[]), 200);
     let spans = rotel.wait_for(7);
     let job = spans.iter().find(|span| span.kind == "INTERNAL" && span.attribute("url.path") == "/job");
     assert!(job.is_some_and(|job| job.parent.is_empty() && job.links.is_empty()), "{job:#?}");
 }
 
-/// What the caller decided holds; what failed is told all the same, and the flags are not touched for it.
+/// The client's sampling decision holds; failures are exported all the same, with unchanged flags.
 #[test]
-fn errors_are_told_even_where_nothing_is_sampled() {
+fn errors_are_exported_when_sampling_is_off() {
     let Some(rotel) = Rotel::start() else { return };
     let seen = Arc::<std::sync::Mutex<Vec<String>>>::default();
     let note = Arc::clone(&seen);
@@ -137,15 +141,15 @@ fn errors_are_told_even_where_nothing_is_sampled() {
         note.lock().expect("a lock").push(field.unwrap_or_default().to_owned());
         let failed = request.uri().path() == "/ill";
         async move {
-            let mut answer = text("");
+            let mut response = text("");
             if failed {
-                *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+                *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             }
-            answer
+            response
         }
     });
     let proxy = sidecar(service.address(), &format!("{}sample = 0\n", otlp(&rotel))).start();
-    let unsampled = format!("00-{TRACE}-{CALLER}-00");
+    let unsampled = format!("00-{TRACE}-{CLIENT_SPAN}-00");
     for path in ["/well", "/ill", "/well"] {
         get(proxy.inbound(), path, &[("traceparent", &unsampled)]);
         get(proxy.outbound(), path, &[]);
@@ -159,27 +163,27 @@ fn errors_are_told_even_where_nothing_is_sampled() {
     );
     let seen = seen.lock().expect("a lock");
     assert!(seen.iter().all(|field| field.ends_with("-00") || field.ends_with("-02")), "{seen:?}");
-    assert!(seen[0].starts_with(&format!("00-{TRACE}-")) && !seen[0].contains(CALLER), "{seen:?}");
+    assert!(seen[0].starts_with(&format!("00-{TRACE}-")) && !seen[0].contains(CLIENT_SPAN), "{seen:?}");
 }
 
-/// A caller that knows B3 only is followed, and answered in kind.
+/// A client that sends only B3 headers is followed, and gets B3 back.
 #[test]
-fn a_caller_with_b3_is_in_the_same_trace() {
+fn a_client_with_b3_headers_is_in_the_same_trace() {
     let Some(rotel) = Rotel::start() else { return };
     let pair = Pair::start(&format!("{}sample = 0\n", otlp(&rotel)), B3, |request: http::Request<_>| {
         let field = request.headers().get("b3").and_then(|field| field.to_str().ok()).unwrap_or_default();
         let field = field.to_owned();
         async move { text(field) }
     });
-    assert_eq!(pair.call("/", &[("b3", &format!("{TRACE}-{CALLER}-1"))]), 200);
+    assert_eq!(pair.call("/", &[("b3", &format!("{TRACE}-{CLIENT_SPAN}-1"))]), 200);
     let spans = rotel.wait_for(4);
     assert!(spans.iter().all(|span| span.trace == TRACE), "{spans:#?}");
-    assert_eq!(of(&spans, "first", "SERVER")[0].parent, CALLER);
+    assert_eq!(of(&spans, "first", "SERVER")[0].parent, CLIENT_SPAN);
 }
 
-/// A call that the proxy answered itself says why.
+/// A response that the proxy generated has its cause in the span.
 #[test]
-fn a_refusal_names_its_cause() {
+fn a_span_of_a_rejected_request_has_its_cause() {
     let Some(rotel) = Rotel::start() else { return };
     let proxy = sidecar(nobody(), &format!("{}sample = 0\n", otlp(&rotel))).start();
     assert_eq!(get(proxy.outbound(), "/", &[]), 502);
@@ -192,9 +196,9 @@ fn a_refusal_names_its_cause() {
     assert!(of(&spans, "lone", "CLIENT").iter().all(|one| one.attribute("error.type") == "connect_refused"));
 }
 
-/// A body larger than what is kept is why there was no other try: spans, access log and `/requests` say so.
+/// A body larger than the replay buffer is the reason for no retry: spans, access log and `/requests` say so.
 #[test]
-fn a_body_that_was_not_kept_is_told_of() {
+fn an_unbuffered_body_is_reported_as_the_reason_for_no_retry() {
     let Some(rotel) = Rotel::start() else { return };
     let service = Upstream::http1(fails_once());
     let proxy = Proxy::start(format!(
@@ -212,13 +216,13 @@ fn a_body_that_was_not_kept_is_told_of() {
     eventually("a line", || proxy.stdout().contains("\"why\""));
     assert!(proxy.stdout().contains(why), "{}", proxy.stdout());
     let mut client = RawClient::connect(proxy.admin());
-    let told = client.ask("GET /requests HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").text();
-    assert!(told.contains(why), "{told}");
+    let page = client.ask("GET /requests HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").text();
+    assert!(page.contains(why), "{page}");
 }
 
-/// The last spans are sent before the process is gone.
+/// The last spans are exported before the process exits.
 #[test]
-fn the_last_spans_are_sent_at_the_end() {
+fn the_last_spans_are_exported_at_shutdown() {
     let Some(rotel) = Rotel::start() else { return };
     let service = Upstream::http1(|_| async { text("well") });
     let telemetry = format!("{}{ALL}", otlp(&rotel));
@@ -229,9 +233,9 @@ fn the_last_spans_are_sent_at_the_end() {
     eventually("the span", || rotel.spans().len() == 1);
 }
 
-/// Everything by the environment, and what says off is off.
+/// The environment configures everything, and can switch export off.
 #[test]
-fn the_environment_says_where_spans_go() {
+fn otel_environment_variables_configure_the_export() {
     let Some(rotel) = Rotel::start() else { return };
     let service = Upstream::http1(|_| async { text("well") });
     let start = |extra: (&str, &str)| {

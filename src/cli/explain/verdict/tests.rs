@@ -29,7 +29,7 @@ fn explained(text: &str, method: &str, url: &str, headers: &[&str], inbound: boo
     verdict(&loaded, &target).to_string()
 }
 
-/// The line of a key, its blanks made single.
+/// Asserts that a line occurs, with runs of blanks as one.
 #[track_caller]
 fn says(text: &str, line: &str) {
     let found = text.lines().any(|l| l.split_whitespace().collect::<Vec<_>>().join(" ") == line);
@@ -37,7 +37,7 @@ fn says(text: &str, line: &str) {
 }
 
 #[test]
-fn route_values_and_places_are_told() {
+fn route_values_and_source_locations_are_shown() {
     let text = explained(FILE, "POST", "http://payments/v1/charge/5?q", &[], false);
     for line in [
         "upstream payments o.toml:4",
@@ -66,18 +66,18 @@ fn the_upstream_that_serves_is_shown() {
 }
 
 #[test]
-fn what_cannot_act_is_said() {
+fn settings_that_do_not_apply_are_marked() {
     let text = explained(FILE, "GET", "http://payments/", &[], false);
     says(&text, "route none matches: the upstream's own policy");
     says(&text, "retry.max 1 o.toml:7");
     let text = explained(FILE, "POST", "http://x.pay/", &["content-type: application/grpc"], false);
     says(
         &text,
-        "timeout 9s o.toml:3 (inactive: gRPC calls have their grpc-timeout, unless a route sets one)",
+        "timeout 9s o.toml:3 (inactive: gRPC requests have their grpc-timeout, unless a route sets one)",
     );
     says(
         &text,
-        "note POST is not repeated once it may have reached the service; a try that surely did not is",
+        "note POST is not retried once it may have reached the service; an attempt that certainly did not is",
     );
     let text = explained(FILE, "CONNECT", "payments:443", &[], false);
     says(&text, "note CONNECT: bytes only, call http://payments/ to get policies");
@@ -101,7 +101,7 @@ fn hosts_that_no_upstream_names_are_forwarded_or_refused() {
 }
 
 #[test]
-fn inbound_calls_have_their_own_policy() {
+fn inbound_requests_have_their_own_policy() {
     let text = explained(FILE, "GET", "/healthz", &[], true);
     says(&text, "service 127.0.0.1:8080");
     says(&text, "timeout 0s default");
@@ -109,7 +109,7 @@ fn inbound_calls_have_their_own_policy() {
 }
 
 #[test]
-fn what_is_no_request_is_refused() {
+fn invalid_requests_are_refused() {
     for (method, url, headers) in [
         ("G T", "http://a/", vec![]),
         ("GET", "/a", vec![]),

@@ -1,4 +1,4 @@
-//! The head of an answer, and how its body goes out (RFC 9112 §6 and §9).
+//! The head of a response and the framing of its body (RFC 9112 §6 and §9).
 
 use std::{cell::Cell, io::Write, time::SystemTime};
 
@@ -23,13 +23,13 @@ use crate::{
     upstream::BodyError,
 };
 
-/// What of a request its answer depends on.
+/// What the response's framing depends on in the request.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
     version: Version,
     head: bool,
     connect: bool,
-    /// The connection may serve another request.
+    /// Whether the connection may serve another request.
     pub persists: bool,
     trailers: bool,
 }
@@ -46,80 +46,80 @@ impl Asked {
         }
     }
 
-    /// Of a request after which the connection ends.
+    /// For a request after which the connection closes.
     pub fn closing(version: Version, method: &Method) -> Self {
         let (head, connect) = (*method == Method::HEAD, *method == Method::CONNECT);
         Self { version, head, connect, persists: false, trailers: false }
     }
 
-    /// Whether bytes meant for another protocol may follow the request, whatever the answer says.
+    /// Whether bytes of another protocol may follow the request, whatever the response is.
     pub const fn may_switch(&self) -> bool {
         self.connect
     }
 
-    /// Whether what follows an answer is another protocol.
+    /// Whether a response with this status changes the protocol.
     pub fn is_switched_by(&self, status: StatusCode) -> bool {
         status == StatusCode::SWITCHING_PROTOCOLS || (self.connect && status.is_success())
     }
 }
 
-/// How an answer goes out.
+/// How a response is sent.
 #[derive(Debug)]
 pub struct Plan {
     framing: Framing,
-    /// There is no body, whatever there seems to be.
+    /// No body is sent, even if there is one.
     pub bodiless: bool,
-    /// The connection may serve another request.
+    /// Whether the connection may serve another request.
     pub persists: bool,
-    /// The `Trailer` fields of an answer whose trailers are passed on.
+    /// The `Trailer` fields of a response whose trailers are forwarded.
     trailer: Option<Box<HeaderMap>>,
 }
 
-/// What matters of an answer's fields.
+/// The header fields of a response that matter for its framing.
 #[derive(Default)]
-struct Found {
+struct FieldSummary {
     date: bool,
     lengths: u8,
-    /// One of those is what is so.
+    /// One Content-Length is the true length.
     right_length: bool,
-    /// One of those is a number and nothing else.
-    number: bool,
+    /// One Content-Length is a number of digits only.
+    is_number: bool,
     coding: bool,
     connection: bool,
     trailer: bool,
 }
 
-impl Found {
+impl FieldSummary {
     fn of(fields: &HeaderMap, length: Option<&[u8]>) -> Self {
-        let mut found = Self::default();
+        let mut summary = Self::default();
         for (name, value) in fields {
             match *name {
-                DATE => found.date = true,
+                DATE => summary.date = true,
                 CONTENT_LENGTH => {
-                    found.lengths = found.lengths.saturating_add(1);
-                    found.right_length = length == Some(value.as_bytes());
-                    found.number = !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
+                    summary.lengths = summary.lengths.saturating_add(1);
+                    summary.right_length = length == Some(value.as_bytes());
+                    summary.is_number = !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
                 }
-                TRANSFER_ENCODING => found.coding = true,
-                CONNECTION => found.connection = true,
-                TRAILER => found.trailer = true,
+                TRANSFER_ENCODING => summary.coding = true,
+                CONNECTION => summary.connection = true,
+                TRAILER => summary.trailer = true,
                 _ => {}
             }
         }
-        found
+        summary
     }
 }
 
-/// Writes the head of an answer. `may_persist`: the request has come to its end, or will.
+/// Writes the head of a response. `may_persist`: the request was, or will be, received completely.
 pub fn write_head(
     out: &mut Vec<u8>,
     response: &mut Response<ResponseBody>,
-    asked: &Asked,
+    request_info: &Asked,
     may_persist: bool,
 ) -> Plan {
-    let (status, http10) = (response.status(), asked.version == Version::HTTP_10);
-    let switched = asked.is_switched_by(status);
-    let bodiless = asked.head || switched || has_no_body(status);
+    let (status, http10) = (response.status(), request_info.version == Version::HTTP_10);
+    let switched = request_info.is_switched_by(status);
+    let bodiless = request_info.head || switched || has_no_body(status);
     let (ended, exact) = (response.body().is_end_stream(), response.body().size_hint().exact());
     let fields = response.headers_mut();
     let length = match (bodiless, ended) {
@@ -135,39 +135,42 @@ pub fn write_head(
     };
     let mut digits = [0; 20];
     let length = length.map(|length| decimal(&mut digits, length));
-    let found = Found::of(fields, length);
-    // That of a body that is not sent.
-    let of_other = bodiless && (asked.head || status == StatusCode::NOT_MODIFIED);
-    let keeps_length = found.lengths == 1 && (found.right_length || of_other && found.number);
+    let summary = FieldSummary::of(fields, length);
+    // The length of a body that is not sent (HEAD, 304).
+    let of_other = bodiless && (request_info.head || status == StatusCode::NOT_MODIFIED);
+    let keeps_length = summary.lengths == 1 && (summary.right_length || of_other && summary.is_number);
     let length = match length {
-        None if asked.head && found.lengths == 0 => {
+        None if request_info.head && summary.lengths == 0 => {
             exact.filter(|exact| *exact > 0).map(|exact| decimal(&mut digits, exact))
         }
         length => length,
     };
-    // What is said of the body, and isn't so.
-    if found.lengths > 0 && !keeps_length {
+    // Remove framing fields that are wrong.
+    if summary.lengths > 0 && !keeps_length {
         fields.remove(CONTENT_LENGTH);
     }
-    if found.coding {
+    if summary.coding {
         fields.remove(TRANSFER_ENCODING);
     }
     let mut trailer = None;
-    if found.trailer && framing == Framing::Chunked {
+    if summary.trailer && framing == Framing::Chunked {
         let copy = || fields.get_all(TRAILER).iter().map(|value| (TRAILER, value.clone())).collect();
-        trailer = asked.trailers.then(|| Box::new(copy()));
-    } else if found.trailer {
+        trailer = request_info.trailers.then(|| Box::new(copy()));
+    } else if summary.trailer {
         fields.remove(TRAILER);
     }
 
-    let says_close =
-        found.connection && !persists(Version::HTTP_11, Wish::default(), fields, Present::of(fields));
-    // Behind a refused CONNECT may come what was meant for its tunnel: that is no request.
-    let persists =
-        may_persist && asked.persists && !asked.connect && framing != Framing::UntilClose && !says_close;
+    let has_close =
+        summary.connection && !persists(Version::HTTP_11, Wish::default(), fields, Present::of(fields));
+    // After a refused CONNECT the client may still send bytes of the tunnel, which are no request.
+    let persists = may_persist
+        && request_info.persists
+        && !request_info.connect
+        && framing != Framing::UntilClose
+        && !has_close;
     out.reserve(128 + fields.len() * 48);
     let extensions = response.extensions();
-    write_status_line(out, status, asked.version, extensions.get());
+    write_status_line(out, status, request_info.version, extensions.get());
     write_fields(out, response.headers(), extensions.get::<Spelling>());
     if let Some(length) = length.filter(|_| !keeps_length) {
         write_field(out, b"content-length", length);
@@ -175,11 +178,11 @@ pub fn write_head(
     if framing == Framing::Chunked {
         write_field(out, b"transfer-encoding", b"chunked");
     }
-    if !found.date {
+    if !summary.date {
         write_date(out);
     }
     match (persists, http10) {
-        _ if switched || says_close => {}
+        _ if switched || has_close => {}
         (true, true) => write_field(out, b"connection", b"keep-alive"),
         (false, false) => write_field(out, b"connection", b"close"),
         (true, false) | (false, true) => {}
@@ -189,12 +192,12 @@ pub fn write_head(
 }
 
 impl Plan {
-    /// Whether only the end of the connection tells where the body ends.
+    /// Whether the end of the connection ends the body.
     pub const fn ends_by_close(&self) -> bool {
         matches!(self.framing, Framing::UntilClose)
     }
 
-    /// Puts the next part of the body into the outlet. Says whether it was the last one.
+    /// Puts the next frame of the body into the output buffer. Returns whether it was the last one.
     pub fn put(
         &mut self,
         outlet: &mut Outlet,
@@ -222,28 +225,28 @@ impl Plan {
         if matches!(self.framing, Framing::Length(1..)) { Err(Error::WrongLength) } else { Ok(true) }
     }
 
-    /// Those trailers that the head has announced to a caller that takes them.
+    /// The trailers that the head has announced, for a client that accepts trailers.
     fn trailers(&self, trailers: HeaderMap) -> Option<HeaderMap> {
         let trailers = announced(self.trailer.as_deref()?, trailers);
         (!trailers.is_empty()).then_some(trailers)
     }
 }
 
-/// As `Date` has it.
+/// The length of a `Date` value.
 const DATE_LENGTH: usize = "Sun, 06 Nov 1994 08:49:37 GMT".len();
 
 thread_local! {
-    /// The second since 1970, and what it is called.
+    /// The last second since 1970 that was formatted, and its text.
     static NOW: Cell<(u64, [u8; DATE_LENGTH])> = const { Cell::new((0, [0; DATE_LENGTH])) };
 }
 
-/// What `Date` says now. Put into words once a second.
+/// The current `Date` value. Formatted once a second.
 pub fn date() -> [u8; DATE_LENGTH] {
     let now = SystemTime::now();
     let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let (known, mut text) = NOW.get();
     if known != second {
-        // It has this length until the year 10000.
+        // The text has this length until the year 10000.
         let _ = write!(&mut text[..], "{}", httpdate::HttpDate::from(now));
         NOW.set((second, text));
     }
@@ -259,21 +262,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_written_as_everybody_does() {
+    fn decimal_agrees_with_to_string() {
         for number in [0, 7, 10, 1024, u64::MAX] {
             assert_eq!(decimal(&mut [0; 20], number), number.to_string().as_bytes());
         }
     }
 
     #[test]
-    fn a_date_is_one() {
+    fn the_date_field_is_the_current_time() {
         for _ in 0..2 {
             let mut out = Vec::new();
             write_date(&mut out);
             let text = String::from_utf8(out).unwrap();
             let date = text.strip_prefix("date: ").and_then(|text| text.strip_suffix("\r\n")).unwrap();
-            let told = httpdate::parse_http_date(date).unwrap();
-            assert!(told.elapsed().unwrap().as_secs() < 5, "{text}");
+            let parsed = httpdate::parse_http_date(date).unwrap();
+            assert!(parsed.elapsed().unwrap().as_secs() < 5, "{text}");
         }
     }
 }

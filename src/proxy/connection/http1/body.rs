@@ -1,4 +1,4 @@
-//! The body of a request, as whoever sends it on reads it.
+//! The body of a client's request, for the code that forwards it.
 
 use std::{
     cell::RefCell,
@@ -13,13 +13,13 @@ use http_body::{Frame, SizeHint};
 use super::link::Link;
 use crate::http1::Error;
 
-/// `None`: nothing of it comes any more. Whoever drops it before has no use for the rest.
+/// `None`: it has ended. Dropped earlier, the rest of the body is discarded.
 #[derive(Debug, Default)]
 pub struct Body(Option<Rc<RefCell<Link>>>);
 
 impl Body {
-    pub(super) fn of(link: &Rc<RefCell<Link>>) -> Self {
-        Self(Some(Rc::clone(link)))
+    pub(super) fn of(connection: &Rc<RefCell<Link>>) -> Self {
+        Self(Some(Rc::clone(connection)))
     }
 }
 
@@ -31,13 +31,13 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let Some(link) = &self.0 else { return Poll::Ready(None) };
-        let mut link = link.borrow_mut();
-        let frame = ready!(link.poll_body(cx));
-        let over = link.is_body_over();
-        drop(link);
-        if over {
-            // What comes from here on is not of this request.
+        let Some(connection) = &self.0 else { return Poll::Ready(None) };
+        let mut connection = connection.borrow_mut();
+        let frame = ready!(connection.poll_body(cx));
+        let finished = connection.is_body_over();
+        drop(connection);
+        if finished {
+            // The following bytes belong to another request.
             self.0 = None;
         }
         Poll::Ready(frame)
@@ -48,15 +48,15 @@ impl http_body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let length = self.0.as_ref().map_or(Some(0), |link| link.borrow().length());
+        let length = self.0.as_ref().map_or(Some(0), |connection| connection.borrow().length());
         length.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
 
 impl Drop for Body {
     fn drop(&mut self) {
-        if let Some(link) = self.0.take() {
-            link.borrow_mut().let_body_go();
+        if let Some(connection) = self.0.take() {
+            connection.borrow_mut().let_body_go();
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The bytes of a caller's connection: how far what comes and what goes out has got, and what may take how long.
+//! The server side of an HTTP/1 connection: the state of its input and output, and its timeouts.
 //!
-//! Shared by the task that serves the connection and whoever reads the body of its request, which may be another task.
+//! Shared by the task that serves the connection and the reader of the request's body, which may be another task.
 
 use std::{
     cell::RefCell,
@@ -37,274 +37,275 @@ use crate::{
     proxy::{error::ProxyError, interim::Interim, progress::Progress},
 };
 
-/// How long, and how much, is read on after the last answer: who hangs up on bytes that still come takes the answer with
-/// them (RFC 9112 §9.6).
-const LINGER: Duration = Duration::from_secs(2);
-const MOST_LINGERING: usize = 1024 * 1024;
-/// Of a body that nobody wants, so much is read for the sake of the connection, where it has come already.
-const MOST_UNWANTED: usize = 64 * 1024;
+/// How long, and how many bytes, are read and dropped after the last response: closing with unread bytes resets the
+/// connection, which can destroy the response (RFC 9112 §9.6).
+const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
+const MAX_LINGER_BYTES: usize = 1024 * 1024;
+/// The most of an unneeded body that is read, where it has arrived already, so that the connection can be reused.
+const MAX_UNNEEDED_BODY: usize = 64 * 1024;
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
-/// See the first lines of this file.
+/// An HTTP/1 connection from a client. See the first lines of this file.
 pub struct Link {
     stream: Box<dyn Io>,
     intake: Intake,
     pub outlet: Outlet,
-    coming: Coming,
-    at: At,
-    /// Since when the caller has taken nothing of what is to be written.
+    rest_of_request: RequestRest,
+    stage: Stage,
+    /// Since when the client has read nothing of what is to be written.
     blocked: Option<Instant>,
-    /// Whoever reads the body.
+    /// The task that reads the body.
     reader: Option<Waker>,
-    /// It waits for bytes, and is the one whom they wake.
-    reader_waits: bool,
+    /// The reader waits for bytes, which notify it rather than `task`.
+    is_reader_waiting: bool,
     /// The task that serves the connection.
     task: Option<Waker>,
-    /// Whether it waits for the end of the body.
+    /// The task waits for the end of the body.
     awaits_body: bool,
     /// No further request is read.
-    leaving: bool,
+    no_more_requests: bool,
 }
 
-/// What still comes of the request.
+/// The rest of the request that is still to be received.
 #[derive(Debug)]
-enum Coming {
+enum RequestRest {
     Nothing,
     Body {
         decoder: Decoder,
-        /// `100 Continue` is due when it is asked for.
+        /// `100 Continue` has to be sent when the body is first polled.
         expects_continue: bool,
     },
-    /// A body that nobody reads any more.
-    Unwanted(Decoder),
-    /// It broke off, or can't be told from what follows.
+    /// A body that is no longer needed.
+    Unneeded(Decoder),
+    /// The body broke off, or its end cannot be determined.
     Broken,
 }
 
-/// What a connection is at.
+/// The stage of a connection.
 #[derive(Clone, Copy, Debug)]
-enum At {
-    /// Waits for a request since.
+enum Stage {
+    /// Waits for a request since then.
     Idle(Instant),
-    /// The head of one began to come.
+    /// The first bytes of a head arrived then.
     Head(Instant),
-    Call,
-    /// All is said since.
+    Exchange,
+    /// The write side is shut down since then.
     Closing(Instant),
 }
 
 impl Link {
-    /// `begun`: what was read of it already.
-    pub fn new(stream: Box<dyn Io>, begun: Bytes) -> Rc<RefCell<Self>> {
+    /// `read_ahead`: the bytes that were read already.
+    pub fn new(stream: Box<dyn Io>, read_ahead: Bytes) -> Rc<RefCell<Self>> {
         Rc::new(RefCell::new(Self {
             stream,
-            intake: Intake::new(begun),
+            intake: Intake::new(read_ahead),
             outlet: Outlet::default(),
-            coming: Coming::Nothing,
-            at: At::Idle(Instant::now()),
+            rest_of_request: RequestRest::Nothing,
+            stage: Stage::Idle(Instant::now()),
             blocked: None,
             reader: None,
-            reader_waits: false,
+            is_reader_waiting: false,
             task: None,
             awaits_body: false,
-            leaving: false,
+            no_more_requests: false,
         }))
     }
 
-    /// When it is cut unless something moves, and why.
+    /// When the connection is cut unless there is progress, and why.
     pub fn due(&self, exchange: Option<&Progress>) -> (Option<Instant>, &'static str) {
-        if let At::Closing(since) = self.at {
-            return (Some(since + LINGER), "the caller does not hang up");
+        if let Stage::Closing(since) = self.stage {
+            return (Some(since + LINGER_TIMEOUT), "the client does not close the connection");
         }
         if let Some(since) = self.blocked {
-            return (Some(since + WRITE_STALL), "the caller takes nothing of what is written to it");
+            return (Some(since + WRITE_STALL), "the client reads nothing of what is written to it");
         }
-        match (self.at, exchange) {
-            (At::Head(begun), _) => (Some(begun + HEADER_TIMEOUT), "the request's head took too long"),
-            (At::Call, Some(exchange)) => {
-                let why = "the exchange stood still for idle_timeout, or took max_duration";
-                let over = exchange.is_done().then(|| exchange.last_moved() + CALLER_IDLE);
-                (exchange.cut_at().or(over), why)
+        match (self.stage, exchange) {
+            (Stage::Head(begun), _) => (Some(begun + HEADER_TIMEOUT), "the request's head took too long"),
+            (Stage::Exchange, Some(exchange)) => {
+                let why = "no byte moved for idle_timeout, or max_duration has elapsed";
+                let idle_at = exchange.is_done().then(|| exchange.last_moved() + CALLER_IDLE);
+                (exchange.cut_at().or(idle_at), why)
             }
-            (At::Idle(since) | At::Closing(since), _) => (Some(since + CALLER_IDLE), "idle"),
-            (At::Call, None) => (None, ""),
+            (Stage::Idle(since) | Stage::Closing(since), _) => (Some(since + CALLER_IDLE), "idle"),
+            (Stage::Exchange, None) => (None, ""),
         }
     }
 
-    /// From here on no further request is read.
+    /// Reads no further request.
     pub fn leave(&mut self) {
-        self.leaving = true;
+        self.no_more_requests = true;
     }
 
     // -----------------------------------------------------------------------------------------------------------
-    // What comes
+    // Input
 
-    /// Reads the head of the next request. `None`: there is none, and will be none.
+    /// Reads the head of the next request. `None`: there will be none.
     pub fn poll_head(
         &mut self,
         cx: &mut Context<'_>,
         keeps_spelling: impl Fn() -> bool,
     ) -> Poll<Result<Option<RequestHead>, Error>> {
-        if self.leaving {
+        if self.no_more_requests {
             return Poll::Ready(Ok(None));
         }
-        let parse = |came: &[u8]| parse_request(came, keeps_spelling());
+        let parse = |bytes: &[u8]| parse_request(bytes, keeps_spelling());
         let polled = self.intake.poll_head(&mut self.stream, cx, parse);
         match polled {
             Poll::Ready(Err(Error::Closed)) => Poll::Ready(Ok(None)),
             Poll::Ready(head) => Poll::Ready(head.map(Some)),
             Poll::Pending => {
-                if let (At::Idle(_), true) = (self.at, self.intake.has_begun()) {
-                    self.at = At::Head(Instant::now());
+                if let (Stage::Idle(_), true) = (self.stage, self.intake.has_begun()) {
+                    self.stage = Stage::Head(Instant::now());
                 }
                 Poll::Pending
             }
         }
     }
 
-    /// A request was read, with this body behind it.
+    /// Begins a request with a body of this framing.
     pub fn begin(this: &Rc<RefCell<Self>>, framing: Framing, expects_continue: bool) -> Body {
-        let mut link = this.borrow_mut();
-        link.at = At::Call;
+        let mut connection = this.borrow_mut();
+        connection.stage = Stage::Exchange;
         if framing == Framing::EMPTY {
             return Body::default();
         }
-        link.coming = Coming::Body { decoder: Decoder::new(framing), expects_continue };
+        connection.rest_of_request = RequestRest::Body { decoder: Decoder::new(framing), expects_continue };
         Body::of(this)
     }
 
     pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let (decoder, expects_continue) = match &mut self.coming {
-            Coming::Body { decoder, expects_continue } => (decoder, expects_continue),
-            Coming::Broken => return Poll::Ready(Some(Err(Error::CutOff))),
-            Coming::Nothing | Coming::Unwanted(_) => return Poll::Ready(None),
+        let (decoder, expects_continue) = match &mut self.rest_of_request {
+            RequestRest::Body { decoder, expects_continue } => (decoder, expects_continue),
+            RequestRest::Broken => return Poll::Ready(Some(Err(Error::CutOff))),
+            RequestRest::Nothing | RequestRest::Unneeded(_) => return Poll::Ready(None),
         };
         if mem::take(expects_continue) {
             self.outlet.head().extend_from_slice(CONTINUE);
             self.task.iter().for_each(Waker::wake_by_ref);
         }
         let polled = self.intake.poll_body(&mut self.stream, cx, decoder);
-        self.reader_waits = polled.is_pending();
-        if self.reader_waits && !self.reader.as_ref().is_some_and(|reader| reader.will_wake(cx.waker())) {
+        self.is_reader_waiting = polled.is_pending();
+        if self.is_reader_waiting && !self.reader.as_ref().is_some_and(|reader| reader.will_wake(cx.waker()))
+        {
             self.reader = Some(cx.waker().clone());
         }
         let frame = match ready!(polled) {
             Ok(Some(Part::Data(data))) => {
-                let over = decoder.is_over();
-                if over {
-                    self.body_over(Coming::Nothing);
+                let at_end = decoder.is_over();
+                if at_end {
+                    self.end_body(RequestRest::Nothing);
                 }
                 Frame::data(data)
             }
             Ok(Some(Part::Trailers(trailers))) => {
-                self.body_over(Coming::Nothing);
+                self.end_body(RequestRest::Nothing);
                 Frame::trailers(trailers)
             }
             Ok(None) => {
-                self.body_over(Coming::Nothing);
+                self.end_body(RequestRest::Nothing);
                 return Poll::Ready(None);
             }
             Err(error) => {
-                self.body_over(Coming::Broken);
+                self.end_body(RequestRest::Broken);
                 return Poll::Ready(Some(Err(error)));
             }
         };
         Poll::Ready(Some(Ok(frame)))
     }
 
-    /// Whether there will be no part of the body any more, nor an error.
+    /// Whether the body yields no further frame and no error.
     pub fn is_body_over(&self) -> bool {
-        matches!(self.coming, Coming::Nothing | Coming::Unwanted(_))
+        matches!(self.rest_of_request, RequestRest::Nothing | RequestRest::Unneeded(_))
     }
 
-    /// How much of the body still comes, where that was told.
+    /// How many bytes of the body are left, if its length is known.
     pub fn length(&self) -> Option<u64> {
-        match &self.coming {
-            Coming::Body { decoder, .. } => decoder.length(),
+        match &self.rest_of_request {
+            RequestRest::Body { decoder, .. } => decoder.length(),
             _ => None,
         }
     }
 
-    /// The answer is there, and the caller was never asked for the body that it holds back: it may send another request in
-    /// its place, so nobody may read on (RFC 9110 §10.1.1).
+    /// Gives up a body for which `100 Continue` was never sent, now that there is a response: the client may send
+    /// another request in its place, so nothing more may be read (RFC 9110 §10.1.1).
     pub fn give_up_unasked(&mut self) {
-        if let Coming::Body { expects_continue: true, .. } = self.coming {
-            self.body_over(Coming::Broken);
+        if let RequestRest::Body { expects_continue: true, .. } = self.rest_of_request {
+            self.end_body(RequestRest::Broken);
         }
     }
 
-    fn body_over(&mut self, coming: Coming) {
-        // Where it broke off the caller may have left, which is for the task to see.
-        let wakes = mem::take(&mut self.awaits_body) || matches!(coming, Coming::Broken);
-        self.coming = coming;
-        self.reader_waits = false;
-        if wakes && let Some(task) = &self.task {
+    fn end_body(&mut self, rest_of_request: RequestRest) {
+        // After a broken body the client may be gone, which the task has to notice.
+        let notify_task = mem::take(&mut self.awaits_body) || matches!(rest_of_request, RequestRest::Broken);
+        self.rest_of_request = rest_of_request;
+        self.is_reader_waiting = false;
+        if notify_task && let Some(task) = &self.task {
             task.wake_by_ref();
         }
     }
 
-    /// Nobody reads the body any more.
+    /// The body is no longer needed.
     pub fn let_body_go(&mut self) {
-        self.coming = match mem::replace(&mut self.coming, Coming::Nothing) {
-            Coming::Body { decoder, .. } => Coming::Unwanted(decoder),
+        self.rest_of_request = match mem::replace(&mut self.rest_of_request, RequestRest::Nothing) {
+            RequestRest::Body { decoder, .. } => RequestRest::Unneeded(decoder),
             other => other,
         };
-        self.reader_waits = false;
-        // From here on it is for the task to hear of the caller.
+        self.is_reader_waiting = false;
+        // From here on the task has to notice that the client closes.
         self.task.iter().for_each(Waker::wake_by_ref);
     }
 
-    /// It is served no more: whoever still reads the body gets no more of it.
+    /// Closes the stream; a reader of the body gets an error.
     pub fn end(&mut self) {
-        if let Coming::Body { .. } = self.coming {
-            self.coming = Coming::Broken;
+        if let RequestRest::Body { .. } = self.rest_of_request {
+            self.rest_of_request = RequestRest::Broken;
         }
         self.stream = Box::new(empty());
-        if let (true, Some(reader)) = (mem::take(&mut self.reader_waits), self.reader.take()) {
+        if let (true, Some(reader)) = (mem::take(&mut self.is_reader_waiting), self.reader.take()) {
             reader.wake();
         }
     }
 
-    /// Ready once the caller has left, as far as can be told without reading more than is wanted.
+    /// Ready once the client has closed, as far as can be seen without reading more than is needed.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        self.woken_here(cx);
-        if let Coming::Nothing = self.coming {
-            // An empty line behind the body is no further request.
+        self.register_task(cx);
+        if let RequestRest::Nothing = self.rest_of_request {
+            // An empty line after the body does not begin a request.
             self.intake.skip_empty_lines();
         }
-        if self.reader_waits || !self.intake.is_empty() {
+        if self.is_reader_waiting || !self.intake.is_empty() {
             return Poll::Pending;
         }
         match ready!(self.intake.poll_more(&mut self.stream, cx, 0)) {
             Ok(0) => Poll::Ready(io::ErrorKind::UnexpectedEof.into()),
             Err(error) => Poll::Ready(error),
-            // It belongs to the body, or to the next request.
+            // The bytes belong to the body, or to the next request.
             Ok(_) => Poll::Pending,
         }
     }
 
-    /// Whether the request has come to its end; reads on where little is left of it, and nobody wants it.
+    /// Whether the whole request was received; reads the rest of an unneeded body if it is short.
     pub fn is_request_over(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
-        self.woken_here(cx);
-        let mut unwanted = 0;
+        self.register_task(cx);
+        let mut unneeded_read = 0;
         loop {
-            match &mut self.coming {
-                Coming::Nothing => return Poll::Ready(true),
-                Coming::Broken => return Poll::Ready(false),
-                Coming::Body { .. } => {
+            match &mut self.rest_of_request {
+                RequestRest::Nothing => return Poll::Ready(true),
+                RequestRest::Broken => return Poll::Ready(false),
+                RequestRest::Body { .. } => {
                     self.awaits_body = true;
                     return Poll::Pending;
                 }
-                Coming::Unwanted(decoder) => {
+                RequestRest::Unneeded(decoder) => {
                     match self.intake.poll_body(&mut self.stream, cx, decoder) {
                         Poll::Ready(Ok(Some(Part::Data(data)))) if !decoder.is_over() => {
-                            unwanted += data.len();
+                            unneeded_read += data.len();
                         }
-                        Poll::Ready(Ok(_)) => self.coming = Coming::Nothing,
-                        Poll::Ready(Err(_)) => self.coming = Coming::Broken,
+                        Poll::Ready(Ok(_)) => self.rest_of_request = RequestRest::Nothing,
+                        Poll::Ready(Err(_)) => self.rest_of_request = RequestRest::Broken,
                         Poll::Pending => return Poll::Ready(false),
                     }
-                    if unwanted > MOST_UNWANTED {
+                    if unneeded_read > MAX_UNNEEDED_BODY {
                         return Poll::Ready(false);
                     }
                 }
@@ -312,18 +313,18 @@ impl Link {
         }
     }
 
-    fn woken_here(&mut self, cx: &Context<'_>) {
+    fn register_task(&mut self, cx: &Context<'_>) {
         if !self.task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
             self.task = Some(cx.waker().clone());
         }
     }
 
     // -----------------------------------------------------------------------------------------------------------
-    // What goes out
+    // Output
 
-    /// The answer begins, behind interim ones that came together with it; no further one does.
+    /// Begins the final response, after the interim responses that are queued. No `100 Continue` is sent from now on.
     pub fn answer(&mut self, interim: &Interim) -> &mut Vec<u8> {
-        if let Coming::Body { expects_continue, .. } = &mut self.coming {
+        if let RequestRest::Body { expects_continue, .. } = &mut self.rest_of_request {
             *expects_continue = false;
         }
         let head = self.outlet.head();
@@ -343,7 +344,7 @@ impl Link {
         }
     }
 
-    /// Hands all that there is to the system.
+    /// Writes everything that is buffered to the socket.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.outlet.is_empty() && self.blocked.is_none() {
             return Poll::Ready(Ok(()));
@@ -361,7 +362,7 @@ impl Link {
         flushed
     }
 
-    /// What a client is told of a request that could not be read. `path`: of the request, where its head was read.
+    /// The error for a request that could not be parsed. `path`: the request's path, where its head was parsed.
     pub fn explain(&self, error: &Error, path: &str) -> ProxyError {
         let line = matches!(error, Error::Head(_)).then(|| self.refused_line());
         let target = match line {
@@ -377,44 +378,44 @@ impl Link {
         }
     }
 
-    /// The first line of a request that is refused.
+    /// The start line of a request that is refused.
     pub fn refused_line(&self) -> RefusedLine {
         RefusedLine::of(self.intake.unread())
     }
 
-    /// Whether more has come than was asked for.
+    /// Whether there are unread bytes.
     pub fn has_more(&mut self) -> bool {
         if self.intake.is_empty() {
-            // What the system has of it; the end, or trouble, is not more.
+            // Bytes that the kernel has; the end of the stream, or an error, does not count.
             let mut cx = Context::from_waker(Waker::noop());
             let _ = self.intake.poll_more(&mut self.stream, &mut cx, 0);
         }
         !self.intake.is_empty()
     }
 
-    /// An exchange is over, both ways: what comes next is another request.
+    /// The exchange is complete in both directions: the next bytes are another request.
     pub fn rest(&mut self, since: Instant) {
-        self.at = At::Idle(since);
+        self.stage = Stage::Idle(since);
     }
 
-    /// The stream, for another protocol: this does not see it again.
+    /// Takes the stream, and the bytes read ahead, for another protocol.
     pub fn hand_over(&mut self) -> Box<dyn Io> {
         let stream = mem::replace(&mut self.stream, Box::new(empty()));
         let unread = mem::take(&mut self.intake).into_unread();
         if unread.is_empty() { stream } else { Box::new(Prefixed::new(unread, stream)) }
     }
 
-    /// Says goodbye.
+    /// Shuts down the write side.
     pub fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !matches!(self.at, At::Closing(_)) {
-            self.at = At::Closing(Instant::now());
+        if !matches!(self.stage, Stage::Closing(_)) {
+            self.stage = Stage::Closing(Instant::now());
         }
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 
-    /// Reads and lets go what still comes, so that the last answer arrives; not for ever.
+    /// Reads and drops what still arrives, within limits, so that the last response reaches the client.
     pub fn poll_linger(&mut self, cx: &mut Context<'_>, read: &mut usize) -> Poll<()> {
-        while *read < MOST_LINGERING {
+        while *read < MAX_LINGER_BYTES {
             drop(mem::take(&mut self.intake).into_unread());
             match ready!(self.intake.poll_more(&mut self.stream, cx, u64::MAX)) {
                 Ok(count @ 1..) => *read += count,
@@ -427,7 +428,11 @@ impl Link {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { coming, at, blocked, .. } = self;
-        f.debug_struct("Link").field("coming", coming).field("at", at).field("blocked", blocked).finish()
+        let Self { rest_of_request, stage, blocked, .. } = self;
+        f.debug_struct("ServerConnection")
+            .field("rest_of_request", rest_of_request)
+            .field("stage", stage)
+            .field("blocked", blocked)
+            .finish()
     }
 }

@@ -1,5 +1,4 @@
-//! A whole connection against callers of every kind, in virtual time. Calls are answered by faults: some at once, some
-//! after a while.
+//! A whole connection against clients of every kind, in virtual time. Responses are injected faults, some delayed.
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -29,10 +28,10 @@ const CONFIG: &str = r#"
     fault = { delay = "5s", delay_ratio = 1.0, abort = 503, abort_ratio = 1.0 }
 "#;
 
-/// Serves one connection while `caller` is one; how it ended.
+/// Serves one connection while `client` runs; returns how it ended.
 async fn serve<F: Future>(
-    room: usize,
-    caller: impl FnOnce(Caller, Arc<crate::proxy::worker::Shared>) -> F,
+    buffer: usize,
+    client: impl FnOnce(Client, Arc<crate::proxy::worker::Shared>) -> F,
 ) -> (Result<(), ConnectionError>, F::Output) {
     let source = Source { path: PathBuf::from("test.toml"), text: CONFIG.to_owned() };
     let loaded = load_sources(Sources(vec![source]), &|_| None).unwrap();
@@ -40,39 +39,39 @@ async fn serve<F: Future>(
     let worker = Worker::new(Arc::clone(&proxy.shared), 0);
     let address: SocketAddr = "192.0.2.1:1000".parse().unwrap();
     let connection = Connection::new(&worker, Side::Outbound, address, None);
-    let (near, far) = duplex(room);
-    // Dropped when it is served, as a socket is.
+    let (near, far) = duplex(buffer);
+    // Dropped after it was served, as a socket is.
     let served = async { connection.serve_http1(Box::new(far), Bytes::new()).await };
-    let outcome = tokio::join!(served, caller(Caller(near, Vec::new()), Arc::clone(&proxy.shared)));
+    let outcome = tokio::join!(served, client(Client(near, Vec::new()), Arc::clone(&proxy.shared)));
     proxy.stop();
     outcome
 }
 
-struct Caller(DuplexStream, Vec<u8>);
+struct Client(DuplexStream, Vec<u8>);
 
-impl Caller {
+impl Client {
     async fn send(&mut self, bytes: &str) {
         self.0.write_all(bytes.as_bytes()).await.unwrap();
     }
 
-    /// The head of the next answer, which has no body.
+    /// The head of the next response, which has no body.
     async fn head(&mut self) -> String {
         let end = loop {
             if let Some(at) = self.1.windows(4).position(|four| four == b"\r\n\r\n") {
                 break at + 4;
             }
-            assert_ne!(self.0.read_buf(&mut self.1).await.unwrap(), 0, "hung up after {:?}", self.1);
+            assert_ne!(self.0.read_buf(&mut self.1).await.unwrap(), 0, "closed after {:?}", self.1);
         };
         String::from_utf8(self.1.drain(..end).collect()).unwrap()
     }
 
-    /// The head of the next answer.
-    async fn answer(&mut self) -> String {
+    /// The head of the next response, whose body is read and dropped.
+    async fn response(&mut self) -> String {
         let head = self.head().await;
         let length = head.split("content-length: ").nth(1).and_then(|rest| rest.split('\r').next());
         let length: usize = length.map_or(0, |length| length.parse().unwrap());
         while self.1.len() < length {
-            assert_ne!(self.0.read_buf(&mut self.1).await.unwrap(), 0, "hung up within a body");
+            assert_ne!(self.0.read_buf(&mut self.1).await.unwrap(), 0, "closed within a body");
         }
         self.1.drain(..length);
         head
@@ -87,50 +86,53 @@ const GET: &str = "GET / HTTP/1.1\r\nhost: fast\r\n\r\n";
 const GET_SLOW: &str = "GET / HTTP/1.1\r\nhost: slow\r\n\r\n";
 
 fn is_cut(ended: &Result<(), ConnectionError>, why: &str) -> bool {
-    matches!(ended, Err(ConnectionError::Cut(said)) if said.contains(why))
+    matches!(ended, Err(ConnectionError::Cut(text)) if text.contains(why))
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_are_answered_in_order_however_they_come() {
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-        caller.send(&format!("{GET_SLOW}{GET}\r\n{}", &GET[..9])).await;
+async fn responses_are_in_the_order_of_the_requests() {
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+        client.send(&format!("{GET_SLOW}{GET}\r\n{}", &GET[..9])).await;
         let begun = Instant::now();
-        assert!(caller.answer().await.starts_with("HTTP/1.1 503 "));
+        assert!(client.response().await.starts_with("HTTP/1.1 503 "));
         assert_eq!(begun.elapsed(), SLOW);
-        assert!(caller.answer().await.starts_with("HTTP/1.1 503 "));
+        assert!(client.response().await.starts_with("HTTP/1.1 503 "));
         for byte in GET[9..].chars() {
-            caller.send(&byte.to_string()).await;
+            client.send(&byte.to_string()).await;
         }
-        let answer = caller.answer().await;
-        assert!(answer.contains("\r\ndate: ") && !answer.contains("connection:"), "{answer}");
-        caller.send("GET / HTTP/1.1\r\nhost: fast\r\nconnection: close\r\n\r\n").await;
-        assert!(caller.answer().await.contains("connection: close"));
-        assert!(caller.is_closed().await);
+        let response = client.response().await;
+        assert!(response.contains("\r\ndate: ") && !response.contains("connection:"), "{response}");
+        client.send("GET / HTTP/1.1\r\nhost: fast\r\nconnection: close\r\n\r\n").await;
+        assert!(client.response().await.contains("connection: close"));
+        assert!(client.is_closed().await);
     })
     .await;
     ended.unwrap();
 }
 
-/// Wherever what is sent is cut in two, it is the same to us.
+/// Requests are parsed alike wherever their bytes are split.
 #[tokio::test(start_paused = true)]
-async fn what_comes_in_pieces_is_what_was_sent() {
-    const STORY: &str = concat!(
+async fn requests_may_be_split_anywhere() {
+    const REQUESTS: &str = concat!(
         "\r\nGET / HTTP/1.1\r\nhost: slow\r\n\r\n",
         "POST / HTTP/1.1\r\nhost: slow\r\ncontent-length: 4\r\n\r\nbody",
         "POST / HTTP/1.1\r\nhost: slow\r\ntransfer-encoding: chunked\r\n\r\n",
         "3;x=y\r\nabc\r\n1\r\nd\r\n0\r\nx-sum: 1\r\n\r\n",
         "HEAD / HTTP/1.0\r\nhost: slow\r\nconnection: keep-alive\r\n\r\n",
     );
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-        for at in 1..STORY.len() {
-            caller.send(&STORY[..at]).await;
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+        for at in 1..REQUESTS.len() {
+            client.send(&REQUESTS[..at]).await;
             tokio::time::sleep(Duration::from_millis(1)).await;
-            caller.send(&STORY[at..]).await;
+            client.send(&REQUESTS[at..]).await;
             for kept in ["HTTP/1.1 503 ", "HTTP/1.1 503 ", "HTTP/1.1 503 "] {
-                let answer = caller.answer().await;
-                assert!(answer.starts_with(kept) && !answer.contains("connection:"), "cut at {at}: {answer}");
+                let response = client.response().await;
+                assert!(
+                    response.starts_with(kept) && !response.contains("connection:"),
+                    "cut at {at}: {response}"
+                );
             }
-            let last = caller.head().await;
+            let last = client.head().await;
             assert!(last.starts_with("HTTP/1.0 503 ") && last.contains("connection: keep-alive"), "{last}");
         }
     })
@@ -139,54 +141,54 @@ async fn what_comes_in_pieces_is_what_was_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_head_that_does_not_end_is_not_waited_for() {
+async fn an_incomplete_head_times_out() {
     let begun = Instant::now();
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-        caller.send(GET).await;
-        caller.answer().await;
-        caller.send("GET / HT").await;
-        assert!(caller.is_closed().await);
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+        client.send(GET).await;
+        client.response().await;
+        client.send("GET / HT").await;
+        assert!(client.is_closed().await);
     })
     .await;
     assert!(is_cut(&ended, "head took too long"), "{ended:?}");
     assert_eq!(begun.elapsed(), HEADER_TIMEOUT);
 }
 
-/// Some clients send an empty line behind a body, as RFC 9112 §2.2 has it.
+/// Some clients send an empty line after a body (RFC 9112 §2.2).
 #[tokio::test(start_paused = true)]
-async fn an_empty_line_behind_a_body_begins_no_head() {
+async fn an_empty_line_after_a_body_begins_no_head() {
     for blank in ["\r\n", "\r", "\r\n\r\n"] {
-        let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-            caller
+        let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+            client
                 .send(&format!("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 4\r\n\r\nbody{blank}"))
                 .await;
-            caller.answer().await;
+            client.response().await;
             tokio::time::sleep(2 * HEADER_TIMEOUT).await;
-            caller.send(if blank == "\r" { "\n" } else { "" }).await;
-            caller.send(GET).await;
-            assert!(caller.answer().await.starts_with("HTTP/1.1 503 "), "{blank:?}");
+            client.send(if blank == "\r" { "\n" } else { "" }).await;
+            client.send(GET).await;
+            assert!(client.response().await.starts_with("HTTP/1.1 503 "), "{blank:?}");
         })
         .await;
         ended.unwrap();
     }
-    // Nor does it hide that its client has left.
+    // Nor does it hide that the client has closed.
     let begun = Instant::now();
     let slow = format!("{GET_SLOW}\r\n");
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move { caller.send(&slow).await }).await;
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move { client.send(&slow).await }).await;
     assert!(ended.is_err());
     assert_eq!(begun.elapsed(), Duration::ZERO);
 }
 
-/// What follows a CONNECT is meant for its tunnel, whether or not there is one.
+/// Bytes that follow a CONNECT are meant for its tunnel, whether or not there is one.
 #[tokio::test(start_paused = true)]
 async fn a_connection_ends_after_a_refused_connect() {
-    for host in ["nobody", "nobody:80", "/path", "127.0.0.1:1"] {
-        let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-            caller.send(&format!("CONNECT {host} HTTP/1.1\r\nhost: fast\r\n\r\n{GET}")).await;
-            let answer = caller.answer().await;
-            assert!(answer.contains("connection: close"), "{host}: {answer}");
-            caller.0.shutdown().await.unwrap();
-            assert!(caller.is_closed().await, "{host}: {:?}", caller.1);
+    for host in ["unknown", "unknown:80", "/path", "127.0.0.1:1"] {
+        let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+            client.send(&format!("CONNECT {host} HTTP/1.1\r\nhost: fast\r\n\r\n{GET}")).await;
+            let response = client.response().await;
+            assert!(response.contains("connection: close"), "{host}: {response}");
+            client.0.shutdown().await.unwrap();
+            assert!(client.is_closed().await, "{host}: {:?}", client.1);
         })
         .await;
         ended.unwrap();
@@ -196,10 +198,10 @@ async fn a_connection_ends_after_a_refused_connect() {
 #[tokio::test(start_paused = true)]
 async fn an_idle_connection_ends_after_an_hour() {
     let begun = Instant::now();
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-        caller.send(GET).await;
-        caller.answer().await;
-        assert!(caller.is_closed().await);
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+        client.send(GET).await;
+        client.response().await;
+        assert!(client.is_closed().await);
     })
     .await;
     assert!(is_cut(&ended, "idle"), "{ended:?}");
@@ -207,76 +209,79 @@ async fn an_idle_connection_ends_after_an_hour() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_leaves_is_not_worked_for() {
-    for (asks, ends_well) in [(GET_SLOW, false), ("", true), ("GET / HT", true)] {
+async fn a_request_ends_when_its_client_closes() {
+    for (request, ends_well) in [(GET_SLOW, false), ("", true), ("GET / HT", true)] {
         let begun = Instant::now();
-        let (ended, ()) = serve(1 << 16, |mut caller, _| async move { caller.send(asks).await }).await;
-        assert_eq!(ended.is_ok(), ends_well, "{asks:?}: {ended:?}");
-        assert_eq!(begun.elapsed(), Duration::ZERO, "{asks:?}");
+        let (ended, ()) = serve(1 << 16, |mut client, _| async move { client.send(request).await }).await;
+        assert_eq!(ended.is_ok(), ends_well, "{request:?}: {ended:?}");
+        assert_eq!(begun.elapsed(), Duration::ZERO, "{request:?}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_nobody_wants_is_read_where_it_is_there_already() {
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
+async fn an_unneeded_body_is_read_if_it_has_arrived() {
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move {
         for framing in
             ["content-length: 4\r\n\r\nbody", "transfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"]
         {
-            caller.send(&format!("POST / HTTP/1.1\r\nhost: fast\r\n{framing}")).await;
-            assert!(!caller.answer().await.contains("connection:"), "{framing}");
+            client.send(&format!("POST / HTTP/1.1\r\nhost: fast\r\n{framing}")).await;
+            assert!(!client.response().await.contains("connection:"), "{framing}");
         }
-        caller.send(GET).await;
-        caller.answer().await;
+        client.send(GET).await;
+        client.response().await;
     })
     .await;
     ended.unwrap();
 }
 
-/// What else it sends is let go for a while, so that the answer is not lost with it.
+/// What else the client sends is dropped for a while, so that the response is not lost.
 #[tokio::test(start_paused = true)]
-async fn a_body_that_nobody_waits_for_ends_the_connection_after_its_answer() {
+async fn a_long_unneeded_body_closes_the_connection_after_the_response() {
     let begun = Instant::now();
-    let (ended, _caller) = serve(4096, |mut caller, _| async move {
-        caller.send("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 1000000\r\n\r\n").await;
+    let (ended, _client) = serve(4096, |mut client, _| async move {
+        client.send("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 1000000\r\n\r\n").await;
         for _ in 0..50 {
-            caller.send(&"x".repeat(10_000)).await;
+            client.send(&"x".repeat(10_000)).await;
         }
-        assert!(caller.answer().await.contains("connection: close"));
-        assert!(caller.is_closed().await);
-        caller
+        assert!(client.response().await.contains("connection: close"));
+        assert!(client.is_closed().await);
+        client
     })
     .await;
-    assert!(is_cut(&ended, "does not hang up"), "{ended:?}");
+    assert!(is_cut(&ended, "does not close the connection"), "{ended:?}");
     assert_eq!(begun.elapsed(), Duration::from_secs(2));
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_is_asked_for_a_body_that_is_not_wanted() {
-    let (ended, ()) = serve(4096, |mut caller, _| async move {
-        caller
+async fn no_100_continue_is_sent_for_an_unneeded_body() {
+    let (ended, ()) = serve(4096, |mut client, _| async move {
+        client
             .send("POST / HTTP/1.1\r\nhost: fast\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n")
             .await;
-        let answer = caller.answer().await;
-        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("connection: close"), "{answer}");
+        let response = client.response().await;
+        assert!(
+            response.starts_with("HTTP/1.1 503 ") && response.contains("connection: close"),
+            "{response}"
+        );
     })
     .await;
     ended.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_takes_nothing_is_cut() {
+async fn a_client_that_reads_nothing_is_cut() {
     let begun = Instant::now();
-    let (ended, _caller) = serve(64, |mut caller, _| async move {
-        caller.send(GET).await;
-        caller
+    let (ended, _client) = serve(64, |mut client, _| async move {
+        client.send(GET).await;
+        client
     })
     .await;
-    assert!(is_cut(&ended, "takes nothing"), "{ended:?}");
+    assert!(is_cut(&ended, "reads nothing"), "{ended:?}");
     assert_eq!(begun.elapsed(), super::super::WRITE_STALL);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_no_request_is_refused() {
+async fn invalid_requests_are_refused() {
     for (bytes, status) in [
         ("GET / HTTP/1.1\r\nhost: fast\r\na b: 1\r\n\r\n", 400),
         ("GET / HTTP/3.0\r\n\r\n", 400),
@@ -290,60 +295,66 @@ async fn what_is_no_request_is_refused() {
         (&format!("GET / HTTP/1.1\r\n{}\r\n", "a: 1\r\n".repeat(101)), 431),
         (&format!("GET / HTTP/1.1\r\na: {}", "x".repeat(70_000)), 431),
     ] {
-        let (ended, answer) = serve(1 << 18, |mut caller, _| async move {
-            caller.send(bytes).await;
-            let answer = caller.answer().await;
-            caller.0.shutdown().await.unwrap();
-            assert!(caller.is_closed().await);
-            answer
+        let (ended, response) = serve(1 << 18, |mut client, _| async move {
+            client.send(bytes).await;
+            let response = client.response().await;
+            client.0.shutdown().await.unwrap();
+            assert!(client.is_closed().await);
+            response
         })
         .await;
         ended.unwrap();
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes:.40?}: {answer}");
-        assert!(answer.contains("connection: close"), "{answer}");
-        assert!(answer.contains("application/problem+json") && answer.contains("malformed"), "{answer}");
+        assert!(response.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes:.40?}: {response}");
+        assert!(response.contains("connection: close"), "{response}");
+        assert!(
+            response.contains("application/problem+json") && response.contains("malformed"),
+            "{response}"
+        );
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn http_1_0_is_kept_where_it_asks_for_that() {
-    let (ended, ()) = serve(1 << 16, |mut caller, _| async move {
-        caller.send("GET / HTTP/1.0\r\nhost: fast\r\nconnection: keep-alive\r\n\r\n").await;
-        let answer = caller.answer().await;
-        assert!(answer.starts_with("HTTP/1.0 ") && answer.contains("connection: keep-alive"), "{answer}");
-        caller.send("GET / HTTP/1.0\r\nhost: fast\r\n\r\n").await;
-        assert!(!caller.answer().await.contains("keep-alive"));
-        assert!(caller.is_closed().await);
+async fn http_1_0_is_kept_alive_if_it_requests_that() {
+    let (ended, ()) = serve(1 << 16, |mut client, _| async move {
+        client.send("GET / HTTP/1.0\r\nhost: fast\r\nconnection: keep-alive\r\n\r\n").await;
+        let response = client.response().await;
+        assert!(
+            response.starts_with("HTTP/1.0 ") && response.contains("connection: keep-alive"),
+            "{response}"
+        );
+        client.send("GET / HTTP/1.0\r\nhost: fast\r\n\r\n").await;
+        assert!(!client.response().await.contains("keep-alive"));
+        assert!(client.is_closed().await);
     })
     .await;
     ended.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_is_asked_to_leave_hears_the_last_request() {
+async fn a_draining_connection_serves_its_last_request() {
     let begun = Instant::now();
-    let (ended, _stays) = serve(1 << 16, |mut caller, shared| async move {
-        caller.send(GET).await;
-        caller.answer().await;
+    let (ended, _stays) = serve(1 << 16, |mut client, shared| async move {
+        client.send(GET).await;
+        client.response().await;
         shared.phase.send_replace(Phase::DrainingAll);
-        assert!(caller.is_closed().await, "idle");
-        caller
+        assert!(client.is_closed().await, "idle");
+        client
     })
     .await;
     ended.unwrap();
     assert_eq!(begun.elapsed(), super::super::LAST_CALL);
-    let (ended, ()) = serve(1 << 16, |mut caller, shared| async move {
-        caller.send(GET_SLOW).await;
+    let (ended, ()) = serve(1 << 16, |mut client, shared| async move {
+        client.send(GET_SLOW).await;
         tokio::time::sleep(SLOW / 2).await;
         shared.phase.send_replace(Phase::DrainingAll);
-        assert!(caller.answer().await.contains("connection: close"));
-        assert!(caller.is_closed().await, "after what was under way");
+        assert!(client.response().await.contains("connection: close"));
+        assert!(client.is_closed().await, "after the request in progress");
     })
     .await;
     ended.unwrap();
 }
 
-/// Who reads a body may be another task than the one that serves the connection.
+/// The reader of a body may be another task than the one that serves the connection.
 #[tokio::test(start_paused = true)]
 async fn a_body_breaks_off_when_its_connection_is_cut() {
     let (mut near, far) = duplex(1 << 16);
@@ -361,20 +372,20 @@ async fn a_body_breaks_off_when_its_connection_is_cut() {
     };
     let (second, ()) = tokio::join!(reads, cut);
     assert!(matches!(second, Some(Err(Error::CutOff))), "{second:?}");
-    assert!(!body.is_end_stream(), "half a body is none that has ended");
-    assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "the stream is closed, whoever still holds the body");
+    assert!(!body.is_end_stream(), "half a body has not ended");
+    assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "the stream is closed although the body is still held");
 }
 
-/// TLS takes more than the system does: all is written when its last record is with the system.
+/// TLS buffers records: a response is written when the socket has taken its last record.
 #[tokio::test(start_paused = true)]
-async fn an_answer_is_out_when_its_last_record_is() {
+async fn a_response_is_written_when_its_last_record_is() {
     let (mut near, far) = duplex(64);
-    // As TLS does, it takes what it is given, and hands it on when it is flushed.
-    let link = Link::new(Box::new(BufWriter::new(far)), Bytes::new());
-    link.borrow_mut().outlet.head().extend_from_slice(&[b'x'; 1000]);
-    let first = poll_fn(|cx| Poll::Ready(link.borrow_mut().poll_flush(cx))).await;
-    assert!(first.is_pending() && link.borrow().outlet.is_empty());
-    let is_blocked = || link.borrow().due(None).1.contains("takes nothing");
+    // Like TLS, it accepts all bytes and passes them on when it is flushed.
+    let connection = Link::new(Box::new(BufWriter::new(far)), Bytes::new());
+    connection.borrow_mut().outlet.head().extend_from_slice(&[b'x'; 1000]);
+    let first = poll_fn(|cx| Poll::Ready(connection.borrow_mut().poll_flush(cx))).await;
+    assert!(first.is_pending() && connection.borrow().outlet.is_empty());
+    let is_blocked = || connection.borrow().due(None).1.contains("reads nothing");
     assert!(is_blocked());
     let mut got = Vec::new();
     let reads = async {
@@ -383,38 +394,43 @@ async fn an_answer_is_out_when_its_last_record_is() {
         }
     };
     let flushes = async {
-        poll_fn(|cx| link.borrow_mut().poll_flush(cx)).await.unwrap();
-        // What is not with the system by now is lost.
-        link.borrow_mut().end();
+        poll_fn(|cx| connection.borrow_mut().poll_flush(cx)).await.unwrap();
+        // What the socket has not taken by now is lost.
+        connection.borrow_mut().end();
     };
     tokio::join!(flushes, reads);
     assert!(!is_blocked());
 }
 
-fn asked(method: Method, version: Version, fields: HeaderMap) -> Asked {
+fn request_info(method: Method, version: Version, fields: HeaderMap) -> Asked {
     let present = Present::of(&fields);
     let (target, connection) = (Uri::from_static("/"), Wish::default());
     let (raw_target, spelling) = (None, None);
     Asked::of(&RequestHead { method, target, raw_target, version, fields, present, connection, spelling })
 }
 
-/// A head as it is written, and how the body goes out behind it.
-fn written(status: u16, length: Option<&'static str>, body: ResponseBody, asked: &Asked) -> (String, Plan) {
+/// A head as written, and how its body is sent.
+fn written(
+    status: u16,
+    length: Option<&'static str>,
+    body: ResponseBody,
+    request_info: &Asked,
+) -> (String, Plan) {
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(status).unwrap();
     if let Some(length) = length {
         response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static(length));
     }
     let mut out = Vec::new();
-    let plan = write_head(&mut out, &mut response, asked, true);
+    let plan = write_head(&mut out, &mut response, request_info, true);
     (String::from_utf8(out).unwrap(), plan)
 }
 
 #[test]
-fn a_length_is_said_where_it_is_known_and_means_something() {
+fn content_length_is_sent_where_it_is_known_and_allowed() {
     let (get, head) = (Method::GET, Method::HEAD);
     let body = || ResponseBody::whole("four");
-    for (method, status, said, body, length, bodiless) in [
+    for (method, status, declared, body, length, bodiless) in [
         (&get, 200, None, body(), Some("4"), false),
         (&get, 200, Some("4"), body(), Some("4"), false),
         (&get, 200, Some("7"), ResponseBody::Empty, Some("0"), false),
@@ -429,8 +445,8 @@ fn a_length_is_said_where_it_is_known_and_means_something() {
         (&Method::CONNECT, 200, None, ResponseBody::Empty, None, true),
         (&get, 101, None, ResponseBody::Empty, None, true),
     ] {
-        let asked = asked(method.clone(), Version::HTTP_11, HeaderMap::new());
-        let (text, plan) = written(status, said, body, &asked);
+        let request_info = request_info(method.clone(), Version::HTTP_11, HeaderMap::new());
+        let (text, plan) = written(status, declared, body, &request_info);
         let found: Vec<_> = text.split("content-length: ").skip(1).map(|rest| &rest[..1]).collect();
         assert_eq!(
             (found, plan.bodiless),

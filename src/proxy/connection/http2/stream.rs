@@ -1,4 +1,4 @@
-//! One stream of a client's HTTP/2 connection, which carries one request.
+//! One stream of a client's HTTP/2 connection, with its request.
 
 use std::{
     cell::Cell,
@@ -34,14 +34,14 @@ use crate::{
     },
 };
 
-/// A stream under way.
+/// An open stream.
 pub(super) struct Stream {
     session: Rc<Session>,
     respond: SendResponse<Bytes>,
     progress: Rc<Progress>,
-    /// Its request has turned out to be malformed.
+    /// Set when the request's body turns out to be malformed.
     malformed: Option<Rc<Cell<bool>>>,
-    /// What comes inside of CONNECT.
+    /// The bytes that the client sends inside CONNECT.
     tunnel: Option<RecvStream>,
 }
 
@@ -62,11 +62,11 @@ impl Drop for OpenStream {
     }
 }
 
-/// Where the stream of a tunnel is awaited.
+/// Receives the stream of a tunnel.
 type Handover = oneshot::Sender<Box<dyn Io>>;
 
 impl Session {
-    /// Begins to serve a stream, by a task and under a watch of its own: one that stands still is reset, the others go on.
+    /// Serves a stream in its own task with its own watchdog: a stalled stream is reset, the others go on.
     pub(super) fn open(
         self: &Rc<Self>,
         cx: &mut Context<'_>,
@@ -77,10 +77,10 @@ impl Session {
         let now = Instant::now();
         if let Poll::Ready(reset) = respond.poll_reset(cx) {
             if reset.is_ok_and(|reason| reason == Reason::PROTOCOL_ERROR) {
-                // By `h2`, for what came behind the head: the request is reported when that goes out.
+                // `h2` reset it for what followed the head: the request is reported when the reset is sent.
                 return;
             }
-            // Taken back before anybody has looked at it.
+            // The client reset it before it was accepted.
             self.wire.arrivals.handed_over(respond.stream_id().into());
             self.conduct.borrow_mut().taken_back(Duration::ZERO, now.into_std());
             return;
@@ -109,16 +109,16 @@ impl Session {
             Stream { session: Rc::clone(self), respond, progress: Rc::clone(&progress), malformed, tunnel };
         let connection = Rc::clone(&self.connection);
         let open = OpenStream::new(&connection);
-        // In a room of its own, as it is moved about.
-        let call = {
+        // Boxed, as the future is moved several times.
+        let handled = {
             let progress = Rc::clone(&progress);
             Room::new(async move { call::answer(&connection, &mut request, present, &progress).await })
         };
         spawn_local(async move {
-            let mut carried = pin!(stream.carry(call));
+            let mut served = pin!(stream.carry(handled));
             let mut watchdog = Watchdog::default();
             let look = || (Some(Rc::clone(&progress)), progress.cut_at());
-            poll_fn(|cx| poll_watched(cx, &mut watchdog, |cx| carried.as_mut().poll(cx), look).map(drop))
+            poll_fn(|cx| poll_watched(cx, &mut watchdog, |cx| served.as_mut().poll(cx), look).map(drop))
                 .await;
             drop(open);
         });
@@ -126,17 +126,17 @@ impl Session {
 }
 
 impl Stream {
-    /// Of a request of which nothing more is read.
+    /// The stream of a request whose body is not read.
     pub(super) fn new(session: &Rc<Session>, respond: SendResponse<Bytes>, progress: Rc<Progress>) -> Self {
         Self { session: Rc::clone(session), respond, progress, malformed: None, tunnel: None }
     }
 
-    /// Has the request answered, and sends the response. Whatever ends this early resets the stream.
-    pub(super) async fn carry(mut self, call: impl Future<Output = Response<ResponseBody>>) {
+    /// Handles the request and sends the response. The stream is reset if this is dropped early.
+    pub(super) async fn carry(mut self, request: impl Future<Output = Response<ResponseBody>>) {
         let mut handover = None;
         let response = {
-            let mut call = pin!(call);
-            poll_fn(|cx| self.poll_call(cx, |cx| call.as_mut().poll(cx), &mut handover)).await
+            let mut request = pin!(request);
+            poll_fn(|cx| self.poll_request(cx, |cx| request.as_mut().poll(cx), &mut handover)).await
         };
         let Some(response) = response else { return };
         let (mut head, body) = response.into_parts();
@@ -165,28 +165,28 @@ impl Stream {
         };
         if let (true, Some(received)) = (is_tunnel, self.tunnel.take()) {
             let tunnel: Box<dyn Io> = Box::new(Tunnel::new(sent, received));
-            // Nobody waits for it: dropped, it is reset.
+            // If nothing waits for the tunnel, it is dropped, which resets the stream.
             let _ = handover.map(|handover: Handover| handover.send(tunnel));
         } else if !ends && let Err(error) = BodySender::new(body, sent).await {
-            tracing::debug!(%error, "response not sent to its end");
+            tracing::debug!(%error, "response not sent completely");
         }
     }
 
-    /// Ready without a response where none can be sent any more.
-    fn poll_call(
+    /// Ready with `None` where no response can be sent any more.
+    fn poll_request(
         &mut self,
         cx: &mut Context<'_>,
-        call: impl FnOnce(&mut Context<'_>) -> Poll<Response<ResponseBody>>,
+        poll: impl FnOnce(&mut Context<'_>) -> Poll<Response<ResponseBody>>,
         handover: &mut Option<Handover>,
     ) -> Poll<Option<Response<ResponseBody>>> {
         let connection = &self.session.connection;
-        let polled = call(cx);
-        // The call has asked for its stream just now: no other runs on this thread at the same time.
-        if let Some(asked) = connection.handover.take() {
-            *handover = Some(asked);
+        let polled = poll(cx);
+        // Set by this request: no other request runs on this thread during the poll.
+        if let Some(sender) = connection.handover.take() {
+            *handover = Some(sender);
         }
         if self.malformed.as_ref().is_some_and(|malformed| malformed.get()) {
-            // The call ends by this, and notes why.
+            // The request ends with this error and records it.
             ready!(polled);
             self.respond.send_reset(Reason::PROTOCOL_ERROR);
             return Poll::Ready(None);
@@ -196,7 +196,8 @@ impl Stream {
         }
         let _ = ready!(self.respond.poll_reset(cx));
         if self.malformed.is_some() && self.session.wire.has_faulted(self.respond.stream_id().into()) {
-            // Reset here for what the client sent: reading the request's body fails, which ends the request.
+            // The stream was reset on this side for what the client sent: reading the body fails, which ends the
+            // request.
             return Poll::Pending;
         }
         let now = Instant::now();

@@ -3,11 +3,11 @@ use proptest::prelude::*;
 use super::*;
 use crate::proxy::detect::{Spoken, classify, classify_ended};
 
-/// How lenient servers read a stream: the end of what they take for a request line. Where the stream has `ended`, that
-/// ends the line, too.
+/// Models of lenient servers: the end of what they read as a request line. The end of the stream (`ended`) ends the
+/// line as well.
 mod servers {
-    /// Lines by LF or CR; blank lines and control characters before the request are skipped; words between any white
-    /// space; the last word is a version. As Python's `wsgiref`, old Netty and others read.
+    /// Lines end at LF or CR; blank lines and control characters before the request are skipped; any white space
+    /// separates words; the last word is a version. Like Python's `wsgiref`, old Netty and others.
     pub fn loose(bytes: &[u8], ended: bool) -> Option<usize> {
         let begin = bytes.iter().position(|byte| !super::is_skipped_byte(*byte))?;
         let ends = |enders: &[u8]| {
@@ -34,7 +34,7 @@ mod servers {
         number.split_once('.').is_some_and(|(major, minor)| digits(major) && digits(minor))
     }
 
-    /// Lines by CRLF, the first empty one skipped; three words between ASCII white space, which LF is, too.
+    /// Lines end at CRLF, the first empty one is skipped; ASCII white space, also LF, separates three words.
     pub fn twisted(bytes: &[u8], ended: bool) -> Option<usize> {
         let begin = if bytes.starts_with(b"\r\n") { 2 } else { 0 };
         let end = bytes[begin..].windows(2).position(|two| two == b"\r\n").map(|length| begin + length);
@@ -46,8 +46,9 @@ mod servers {
         path.then_some(end)
     }
 
-    /// Lines by CRLF, empty ones skipped; the method is all before the first blank, the target all before the second,
-    /// the version is ignored. As `com.sun.net.httpserver` of JDK 17 reads (see `tests/it/opaque.rs`).
+    /// Lines end at CRLF, empty ones are skipped; the method is everything before the first space, the target
+    /// everything before the second, the version is ignored. Like `com.sun.net.httpserver` of JDK 17 (see
+    /// `tests/it/opaque.rs`).
     pub fn jdk(bytes: &[u8], ended: bool) -> Option<usize> {
         let mut at = 0;
         let line_end = loop {
@@ -66,26 +67,26 @@ mod servers {
     }
 }
 
-/// What reaches a service behind an `auto` port of bytes that a client sends in parts and ends, and whether the service
-/// sees their orderly end.
+/// The bytes that reach a service on an `auto` port when a client sends these parts and ends its stream, and whether
+/// the service sees an orderly end.
 fn delivered<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, bool) {
     let parts: Vec<&[u8]> = parts.into_iter().collect();
     let (mut seen, mut passed) = (Vec::new(), Vec::new());
     let mut parts = parts.iter().copied();
-    // As the detector reads.
-    let spoken = loop {
-        if let Some(spoken) = classify(&seen) {
-            break spoken;
+    // Like the detector.
+    let detected = loop {
+        if let Some(detected) = classify(&seen) {
+            break detected;
         }
         match parts.next() {
             Some(part) => seen.extend_from_slice(part),
             None => break classify_ended(&seen),
         }
     };
-    if !matches!(spoken, Spoken::Other | Spoken::Tls) {
+    if !matches!(detected, Spoken::Other | Spoken::Tls) {
         return (passed, false);
     }
-    // As the tunnel carries.
+    // Like the tunnel.
     let mut watch = RequestWatch::default();
     for part in std::iter::once(&seen[..]).chain(parts) {
         if watch.client_sends(part).is_err() {
@@ -97,7 +98,7 @@ fn delivered<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, bool) {
     (passed, ended)
 }
 
-/// No lenient server reads a request in what is delivered.
+/// No lenient server reads a request in the bytes that are delivered.
 fn is_no_request(parts: &[&[u8]]) -> Result<(), TestCaseError> {
     let (passed, ended) = delivered(parts.iter().copied());
     prop_assert_eq!(servers::loose(&passed, ended), None, "read loosely: {}", passed.escape_ascii());
@@ -106,7 +107,7 @@ fn is_no_request(parts: &[&[u8]]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn junk() -> impl Strategy<Value = Vec<u8>> {
+fn noise() -> impl Strategy<Value = Vec<u8>> {
     let fixed: Vec<&'static [u8]> = vec![
         b"",
         b"\r\n",
@@ -130,7 +131,7 @@ fn junk() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-fn opener() -> impl Strategy<Value = Vec<u8>> {
+fn request_with_noise() -> impl Strategy<Value = Vec<u8>> {
     let select = |options: Vec<&'static str>| proptest::sample::select(options);
     let method =
         select(vec!["GET", "get", "POST", "!#$%&'*+.^`|~", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "", "G\0T", "é"]);
@@ -147,26 +148,26 @@ fn opener() -> impl Strategy<Value = Vec<u8>> {
         "a\r\r",
         "a: b\r\n c\r\n\r\n",
     ]);
-    (junk(), method, blank.clone(), target, blank, version, end, head).prop_map(
-        |(junk, method, blank, target, other, version, end, head)| {
+    (noise(), method, blank.clone(), target, blank, version, end, head).prop_map(
+        |(noise, method, blank, target, other, version, end, head)| {
             let text = [method, blank, target, other, version, end, head, "tail\r\n\r\n"].concat();
-            [junk, text.into_bytes()].concat()
+            [noise, text.into_bytes()].concat()
         },
     )
 }
 
-/// A request of every length that a server or proxy could have a limit for.
-fn long_opener() -> impl Strategy<Value = Vec<u8>> {
+/// A request of every length that could be a limit of a server or proxy.
+fn long_request() -> impl Strategy<Value = Vec<u8>> {
     let length = || {
         let limits = [255, 256, 1024, 4096, 8192, 65_536, 1024 * 1024, 1024 * 1024 + 4096, 2 * 1024 * 1024];
         (proptest::sample::select(limits.to_vec()), 0_usize..300).prop_map(|(limit, more)| limit + more)
     };
     let byte = proptest::sample::select(b"A\x01\xff/:".to_vec());
-    (junk(), byte, 0..4_u8, length()).prop_map(|(junk, byte, place, length)| {
+    (noise(), byte, 0..4_u8, length()).prop_map(|(noise, byte, place, length)| {
         let pad = vec![byte; length];
         let at = |wanted: u8| if place == wanted { &pad[..] } else { b"" };
         let text: [&[u8]; 9] =
-            [&junk, at(0), b"GET", at(1), b" /x", at(2), b" HTTP/1.1\r\nX-Pad: ", at(3), b"\r\n\r\n"];
+            [&noise, at(0), b"GET", at(1), b" /x", at(2), b" HTTP/1.1\r\nX-Pad: ", at(3), b"\r\n\r\n"];
         text.concat()
     })
 }
@@ -174,31 +175,31 @@ fn long_opener() -> impl Strategy<Value = Vec<u8>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
 
-    /// Issue 14, fault 1: whatever is put before, around and into a request, however it is cut into parts, and wherever the
-    /// client ends its stream, what passes as opaque bytes is never a whole request line for a lenient server.
+    /// Issue 14, fault 1: whatever is put before, around and into a request, however it is cut into parts, and wherever
+    /// the client ends its stream, what passes as opaque bytes is never a whole request line for a lenient server.
     #[test]
-    fn no_request_passes_as_opaque_bytes(bytes in opener(), part in 1_usize..80, end in 0_usize..400) {
+    fn no_request_passes_as_opaque_bytes(bytes in request_with_noise(), part in 1_usize..80, end in 0_usize..400) {
         let bytes = &bytes[..end.min(bytes.len())];
         is_no_request(&bytes.chunks(part).collect::<Vec<_>>())?;
     }
 
-    /// A request that is sent in two parts is refused or cut as one that is sent at once, wherever it is split.
+    /// A request that is sent in two parts is refused or cut like one that is sent at once, wherever it is split.
     #[test]
-    fn no_split_lets_a_request_pass(bytes in opener()) {
+    fn no_split_lets_a_request_pass(bytes in request_with_noise()) {
         for at in 0..bytes.len() {
             is_no_request(&[&bytes[..at], &bytes[at..]])?;
         }
     }
 
-    /// The verdict does not depend on how the bytes come in.
+    /// The verdict does not depend on the parts in which the bytes arrive.
     #[test]
-    fn parts_do_not_matter(bytes in opener(), part in 1_usize..20) {
+    fn parts_do_not_matter(bytes in request_with_noise(), part in 1_usize..20) {
         let mut whole = RequestWatch::default();
         let mut parts = RequestWatch::default();
         let at_once = whole.client_sends(&bytes);
         let in_parts = bytes.chunks(part).try_for_each(|part| parts.client_sends(part));
         prop_assert_eq!(at_once, in_parts);
-        // A server may read a stream that ends without a line end like one with it.
+        // A server may read a stream that ends without a line end like one with a line end.
         prop_assert_eq!(whole.client_ends(), parts.client_ends());
     }
 }
@@ -208,14 +209,14 @@ proptest! {
 
     /// A review of issue 14, fault 1: the watch ended after 1 MiB, and Go reads a header of 1 MiB + 4096 bytes.
     #[test]
-    fn no_length_lets_a_request_pass(bytes in long_opener(), first in 1_usize..600) {
+    fn no_length_lets_a_request_pass(bytes in long_request(), first in 1_usize..600) {
         let (begin, rest) = bytes.split_at(first.min(bytes.len()));
         let parts: Vec<&[u8]> = std::iter::once(begin).chain(rest.chunks(65_536)).collect();
         is_no_request(&parts)?;
     }
 }
 
-/// Both signatures of the PROXY protocol, and what else decides by its first bytes, wherever they are split.
+/// Both signatures of the PROXY protocol, and other decisive first bytes, wherever they are split.
 #[test]
 fn no_split_hides_a_signature() {
     let request = b"GET /x HTTP/1.1\r\nX-Forwarded-Client-Cert: admin\r\n\r\n";
@@ -237,7 +238,7 @@ fn no_split_hides_a_signature() {
     }
 }
 
-/// Fail closed: what ends by the size of a line, or by silence of the server, is no proof.
+/// Fail closed: the length of a line, or silence of the server, proves nothing.
 #[test]
 fn no_number_of_bytes_ends_the_watch_within_a_line() {
     let mut watch = RequestWatch::default();
@@ -246,13 +247,13 @@ fn no_number_of_bytes_ends_the_watch_within_a_line() {
     watch.client_sends(&vec![b'A'; 3 * 1024 * 1024]).unwrap();
     assert!(!watch.is_over());
     assert_eq!(watch.client_sends(b" /x HTTP/1.1\r\n"), Err(ReadsAsRequest));
-    // Binary data soon shows that it is no line of a request.
+    // Binary data is soon known not to be a request line.
     let mut watch = RequestWatch::default();
     watch.client_sends(b"\x01\x02 \x03 binary\n").unwrap();
     assert!(watch.is_over());
 }
 
-/// `wsgiref` and JDK servers take the end of the stream for the end of the line, and of the header.
+/// `wsgiref` and JDK servers take the end of the stream for the end of the line and of the header.
 #[test]
 fn the_end_of_the_stream_ends_a_request() {
     for line in [&b"\x01\x02 /x HTTP/1.1"[..], b"\x01\x02 /x \x01", b"GET /x", b"\0\0GET\t/x\tFOO"] {
@@ -268,7 +269,7 @@ fn the_end_of_the_stream_ends_a_request() {
     }
 }
 
-/// Real protocols pass, and their first answer, or first line, ends the watch.
+/// Real protocols pass, and the server's first bytes, or the client's first line, end the watch.
 #[test]
 fn other_protocols_pass() {
     for (name, client) in [
@@ -291,7 +292,7 @@ fn other_protocols_pass() {
 }
 
 #[test]
-fn a_server_that_answers_in_http_is_watched_on() {
+fn http_from_the_server_does_not_end_the_watch() {
     for answer in [&b"HTTP/1.1 400 Bad Request\r\n"[..], b"\0\0\x12\x04\0\0\0\0\0"] {
         let mut watch = RequestWatch::default();
         watch.client_sends(b"\x01\x02").unwrap();
@@ -303,7 +304,7 @@ fn a_server_that_answers_in_http_is_watched_on() {
 }
 
 #[test]
-fn the_preface_of_http2_is_cut_off() {
+fn the_http2_preface_is_cut_off() {
     let mut watch = RequestWatch::default();
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     assert_eq!(watch.client_sends(&preface[..14]), Ok(()));
