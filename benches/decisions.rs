@@ -13,22 +13,22 @@ use std::{
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use outrigger::{
-    config::{Balance, Forwarded, HeaderEdits, Source, Sources, load_sources},
-    present::Present,
+    config::{Balance, ForwardedHeaders, HeaderEdits, Source, Sources, load_sources},
+    field_set::FieldSet,
     proxy::{
         guard,
-        headers::{self, Caller, CompiledEdits, Via},
+        headers::{self, CompiledEdits, ForwardedClient, Via},
         route::Router,
     },
     resilience::{
-        backoff::Hint,
+        backoff::RetryHint,
         breaker::{Breaker, BreakerSettings},
         budget::{BudgetSettings, RetryBudget},
-        classify::{Advice, Health, Outcome},
-        limit::{Bell, LimitSettings, RequestLimit},
-        outlier::{Evidence, OutlierSettings, Outliers},
+        classify::{AttemptOutcome, Health, RetryAdvice},
+        limit::{LimitSettings, NotifyWaiter, RequestLimit},
+        outlier::{EndpointOutcome, OutlierDetector, OutlierSettings},
         rate::{RateKey, RateLimit, RateSettings},
-        retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+        retry::{BodyState, FailedAttempt, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
     },
     rng::Rng,
     units::Ratio,
@@ -43,14 +43,14 @@ fn retry(c: &mut Criterion) {
     let settings =
         BudgetSettings { ratio: Ratio::constant(1.0), min_per_second: 1000, ..BudgetSettings::default() };
     let (budget, method, begin) = (RetryBudget::new(settings), Method::GET, Instant::now());
-    let tried = Tried {
+    let tried = FailedAttempt {
         method: &method,
         grpc: false,
         idempotency_key: false,
-        tries: 1,
-        free_used: false,
-        resent: 0,
-        body: Body::Untouched,
+        attempts: 1,
+        free_retry_used: false,
+        resends: 0,
+        body: BodyState::Unread,
         committed: false,
     };
     let mut group = c.benchmark_group("retry");
@@ -58,13 +58,18 @@ fn retry(c: &mut Criterion) {
         let mut now = begin;
         group.bench_function(name, |b| {
             b.iter(|| {
-                let outcome = Outcome::http(black_box(status), Advice::None, None);
+                let outcome = AttemptOutcome::http(black_box(status), RetryAdvice::None, None);
                 now += Duration::from_millis(10);
                 budget.deposit();
                 let time_left = Some(Duration::from_secs(10));
-                let moment = Moment { now, time_left, hint: Hint::None, random: 0.5, budget: &budget };
+                let moment =
+                    RetryContext { now, time_left, hint: RetryHint::None, random: 0.5, budget: &budget };
                 let decision = policy.decide(&tried, &outcome, &moment);
-                assert_eq!(matches!(decision, Decision::Retry(_)), status != StatusCode::OK, "{decision:?}");
+                assert_eq!(
+                    matches!(decision, RetryDecision::Retry(_)),
+                    status != StatusCode::OK,
+                    "{decision:?}"
+                );
             });
         });
     }
@@ -85,13 +90,16 @@ fn guards(c: &mut Criterion) {
                 breaker.report(permit, health, now, 0.5)
             });
         });
-        let outliers =
-            Outliers::new(OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() }, now);
+        let outliers = OutlierDetector::new(
+            OutlierSettings { consecutive_failures: 0, ..OutlierSettings::default() },
+            now,
+        );
         let address = SocketAddr::from(([10, 0, 0, 1], 80));
         outliers.update(&[address], now);
         let Some(endpoint) = outliers.endpoint(&address) else { panic!("it was just put there") };
         group.bench_function(format!("ejection, a {name}"), |b| {
-            let evidence = if health == Health::Success { Evidence::Success } else { Evidence::Failure };
+            let evidence =
+                if health == Health::Success { EndpointOutcome::Success } else { EndpointOutcome::Failure };
             b.iter(|| outliers.report(&address, &endpoint, evidence, (now, now), 0.5));
         });
     }
@@ -109,7 +117,7 @@ fn guards(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter(|| {
                 later += Duration::from_micros(1);
-                rate.take(black_box(b"10.0.0.1"), later)
+                rate.admit(black_box(b"10.0.0.1"), later)
             });
         });
     }
@@ -118,8 +126,8 @@ fn guards(c: &mut Criterion) {
 /// Notifies no waiter.
 struct Silent;
 
-impl Bell for Silent {
-    fn ring(self) {}
+impl NotifyWaiter for Silent {
+    fn notify(self) {}
 }
 
 struct Endpoint {
@@ -226,8 +234,8 @@ fn rewriting(c: &mut Criterion) {
     let (via, address) = (Via::new("outrigger-1a2b".to_owned()), HeaderValue::from_static("10.0.0.1"));
     let mut request = Request::new(());
     *request.headers_mut() = request_headers();
-    group.bench_function("which fields there are", |b| b.iter(|| Present::of(black_box(request.headers()))));
-    let present = Present::of(request.headers());
+    group.bench_function("which fields there are", |b| b.iter(|| FieldSet::of(black_box(request.headers()))));
+    let present = FieldSet::of(request.headers());
     group.bench_function("guard", |b| b.iter(|| guard::check(black_box(&request), present).is_ok()));
     let setup = request_headers;
     let small = criterion::BatchSize::SmallInput;
@@ -241,8 +249,8 @@ fn rewriting(c: &mut Criterion) {
                 let host = Some(HeaderValue::from_static("svc-0"));
                 headers::set_forwarded(
                     &mut map,
-                    Forwarded::Replace,
-                    Caller { address: &address, proto: "http", host },
+                    ForwardedHeaders::Replace,
+                    ForwardedClient { address: &address, proto: "http", host },
                 );
                 via.append(&mut map, Version::HTTP_11);
                 (map, said)
@@ -251,7 +259,7 @@ fn rewriting(c: &mut Criterion) {
         );
     });
     let edit = HeaderEdits {
-        set: [("x-team".to_owned(), outrigger::redact::Secret::url("shop"))].into_iter().collect(),
+        set: [("x-team".to_owned(), outrigger::redact::Secret::redact_url("shop"))].into_iter().collect(),
         remove: vec!["user-agent".to_owned()],
     };
     let edits = CompiledEdits::new(&edit, &HeaderEdits::default());

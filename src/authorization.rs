@@ -17,16 +17,16 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use claims::ClaimSet;
-pub use path::{Ambiguous, PathPattern, unambiguous};
+pub use path::{AmbiguousPath, PathPattern, check_unambiguous};
 pub use peer::{Peer, PeerError};
-pub use spiffe::{InvalidId, Pattern, SpiffeId, TrustDomain};
+pub use spiffe::{IdentityPattern, InvalidId, SpiffeId, TrustDomain};
 
 use crate::url_path::normalise;
 
 /// `[[inbound.allow]]`: a request that matches no entry is refused with 403.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Allow {
+pub struct AllowSettings {
     /// SPIFFE IDs of clients; a `*` at the end matches anything.
     pub identity: Vec<String>,
     /// Allowed methods; none: all.
@@ -42,12 +42,12 @@ pub struct Allow {
 
 /// The allow list: all entries, in the order of the file.
 #[derive(Debug, Default)]
-pub struct Rules(Vec<Entry>);
+pub struct AllowList(Vec<AllowEntry>);
 
 /// One `[[inbound.allow]]`: everything that it names must match.
 #[derive(Debug)]
-pub struct Entry {
-    identity: Vec<Pattern>,
+pub struct AllowEntry {
+    identity: Vec<IdentityPattern>,
     /// Empty: all.
     methods: Vec<Method>,
     /// Empty: all.
@@ -57,33 +57,33 @@ pub struct Entry {
 
 /// One request or byte stream to be authorized.
 #[derive(Clone, Copy, Debug)]
-pub struct Asked<'a> {
+pub struct AuthorizationRequest<'a> {
     /// The verified identity of the client, if it has one.
     pub peer: Option<&'a Peer>,
-    pub what: What<'a>,
-    pub token: Token<'a>,
+    pub operation: RequestedOperation<'a>,
+    pub token: EndUserToken<'a>,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub enum What<'a> {
+pub enum RequestedOperation<'a> {
     /// An HTTP request. `path` as received, without the query.
-    Call { method: &'a Method, path: &'a str },
+    Http { method: &'a Method, path: &'a str },
     /// Bytes that are not HTTP: an entry that names a method, a path or a claim does not match them.
-    Bytes,
+    ByteStream,
 }
 
 /// The end user's token.
 #[derive(Clone, Copy, Debug)]
-pub enum Token<'a> {
+pub enum EndUserToken<'a> {
     /// Not verified yet: required claims count as present.
-    Unread,
+    Unverified,
     None,
-    Good(&'a ClaimSet),
+    Valid(&'a ClaimSet),
 }
 
 /// Why no entry allows the request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct Denial {
     client: String,
     operation: String,
     nearest: Option<Nearest>,
@@ -93,20 +93,20 @@ pub struct Refusal {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Nearest {
     entry: usize,
-    lacks: Lacks,
+    mismatch: Mismatch,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Lacks {
+enum Mismatch {
     Identity,
     Method,
     Path,
     Claim(String),
 }
 
-impl Entry {
+impl AllowEntry {
     /// Loading the configuration rejects invalid patterns; here they match nothing.
-    fn new(allow: &Allow) -> Self {
+    fn new(allow: &AllowSettings) -> Self {
         Self {
             identity: allow.identity.iter().filter_map(|id| id.parse().ok()).collect(),
             methods: allow.methods.iter().filter_map(|method| method.parse().ok()).collect(),
@@ -116,7 +116,7 @@ impl Entry {
     }
 
     /// Whether it names the peer: by its SPIFFE ID, or by a DNS name if its certificate has none.
-    fn names(&self, peer: Option<&Peer>) -> bool {
+    fn matches_peer(&self, peer: Option<&Peer>) -> bool {
         let Some(peer) = peer else { return false };
         self.identity.iter().any(|pattern| match &peer.spiffe {
             Some(id) => pattern.matches(id),
@@ -125,49 +125,50 @@ impl Entry {
     }
 
     /// The first condition that does not match: identity, method, path, claims.
-    fn lacks(&self, request: &Asked<'_>, path: &str) -> Option<Lacks> {
-        if !self.names(request.peer) {
-            return Some(Lacks::Identity);
+    fn first_mismatch(&self, request: &AuthorizationRequest<'_>, path: &str) -> Option<Mismatch> {
+        if !self.matches_peer(request.peer) {
+            return Some(Mismatch::Identity);
         }
-        if let Some(lacks) = self.lacks_of(request.what, path) {
+        if let Some(lacks) = self.method_or_path_mismatch(request.operation, path) {
             return Some(lacks);
         }
         let has = |(name, wanted): &&(String, String)| match request.token {
-            Token::Unread => !matches!(request.what, What::Bytes),
-            Token::None => false,
-            Token::Good(claims) => claims.has(name, wanted),
+            EndUserToken::Unverified => !matches!(request.operation, RequestedOperation::ByteStream),
+            EndUserToken::None => false,
+            EndUserToken::Valid(claims) => claims.has(name, wanted),
         };
         let missing = self.claims.iter().find(|claim| !has(claim));
-        missing.map(|(name, wanted)| Lacks::Claim(format!("{name} = {wanted:?}")))
+        missing.map(|(name, wanted)| Mismatch::Claim(format!("{name} = {wanted:?}")))
     }
 
     /// The first of method and path that does not match.
-    fn lacks_of(&self, operation: What<'_>, path: &str) -> Option<Lacks> {
+    fn method_or_path_mismatch(&self, operation: RequestedOperation<'_>, path: &str) -> Option<Mismatch> {
         match operation {
-            What::Call { method, .. } => {
+            RequestedOperation::Http { method, .. } => {
                 if !self.methods.is_empty() && !self.methods.contains(method) {
-                    return Some(Lacks::Method);
+                    return Some(Mismatch::Method);
                 }
                 if !self.paths.is_empty() && !self.paths.iter().any(|pattern| pattern.matches(path)) {
-                    return Some(Lacks::Path);
+                    return Some(Mismatch::Path);
                 }
             }
-            What::Bytes if !self.methods.is_empty() => return Some(Lacks::Method),
-            What::Bytes if !self.paths.is_empty() => return Some(Lacks::Path),
-            What::Bytes => {}
+            RequestedOperation::ByteStream if !self.methods.is_empty() => return Some(Mismatch::Method),
+            RequestedOperation::ByteStream if !self.paths.is_empty() => return Some(Mismatch::Path),
+            RequestedOperation::ByteStream => {}
         }
         None
     }
 
     /// Whether it allows this operation for some identity.
-    pub fn takes(&self, operation: What<'_>) -> bool {
-        let path = operation.normal_path();
-        !matches!(self.lacks_of(operation, &path), Some(Lacks::Method | Lacks::Path))
+    pub fn allows_operation(&self, operation: RequestedOperation<'_>) -> bool {
+        let path = operation.normalized_path();
+        !matches!(self.method_or_path_mismatch(operation, &path), Some(Mismatch::Method | Mismatch::Path))
     }
 
     /// Whether it allows every request that the other one allows.
     pub fn covers(&self, other: &Self) -> bool {
-        let identity = |narrow: &Pattern| self.identity.iter().any(|wide| pattern_covers(wide, narrow));
+        let identity =
+            |narrow: &IdentityPattern| self.identity.iter().any(|wide| pattern_covers(wide, narrow));
         let method = |narrow: &Method| self.methods.contains(narrow);
         let path = |narrow: &PathPattern| self.paths.iter().any(|wide| wide.covers(narrow));
         other.identity.iter().all(identity)
@@ -177,38 +178,38 @@ impl Entry {
     }
 }
 
-fn pattern_covers(wide: &Pattern, narrow: &Pattern) -> bool {
+fn pattern_covers(wide: &IdentityPattern, narrow: &IdentityPattern) -> bool {
     match (wide, narrow) {
-        (Pattern::Prefix(prefix), Pattern::Prefix(other)) => other.starts_with(&**prefix),
-        (_, Pattern::Exactly(id)) => wide.matches(id),
+        (IdentityPattern::Prefix(prefix), IdentityPattern::Prefix(other)) => other.starts_with(&**prefix),
+        (_, IdentityPattern::Exactly(id)) => wide.matches(id),
         _ => wide == narrow,
     }
 }
 
-impl Rules {
-    pub fn new(entries: &[Allow]) -> Self {
-        Self(entries.iter().map(Entry::new).collect())
+impl AllowList {
+    pub fn new(entries: &[AllowSettings]) -> Self {
+        Self(entries.iter().map(AllowEntry::new).collect())
     }
 
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[AllowEntry] {
         &self.0
     }
 
     /// Whether any entry names paths: then ambiguous paths must be rejected first.
-    pub fn look_at_paths(&self) -> bool {
+    pub fn uses_paths(&self) -> bool {
         self.0.iter().any(|entry| !entry.paths.is_empty())
     }
 
-    pub fn look_at_methods(&self) -> bool {
+    pub fn uses_methods(&self) -> bool {
         self.0.iter().any(|entry| !entry.methods.is_empty())
     }
 
     /// Whether any entry names claims: then the decision must be repeated once the token is verified.
-    pub fn look_at_claims(&self) -> bool {
+    pub fn uses_claims(&self) -> bool {
         self.0.iter().any(|entry| !entry.claims.is_empty())
     }
 
@@ -216,41 +217,43 @@ impl Rules {
     ///
     /// # Errors
     /// No entry allows it.
-    pub fn decide(&self, request: &Asked<'_>) -> Result<Option<usize>, Refusal> {
+    pub fn decide(&self, request: &AuthorizationRequest<'_>) -> Result<Option<usize>, Denial> {
         if self.0.is_empty() {
             return Ok(None);
         }
-        let path = request.what.normal_path();
+        let path = request.operation.normalized_path();
         let mut nearest: Option<Nearest> = None;
         for (at, entry) in self.0.iter().enumerate() {
-            let Some(lacks) = entry.lacks(request, &path) else { return Ok(Some(at)) };
-            if lacks != Lacks::Identity && nearest.as_ref().is_none_or(|best| lacks.is_nearer(&best.lacks)) {
-                nearest = Some(Nearest { entry: at + 1, lacks });
+            let Some(lacks) = entry.first_mismatch(request, &path) else { return Ok(Some(at)) };
+            if lacks != Mismatch::Identity
+                && nearest.as_ref().is_none_or(|best| lacks.is_nearer(&best.mismatch))
+            {
+                nearest = Some(Nearest { entry: at + 1, mismatch: lacks });
             }
         }
-        Err(Refusal {
+        Err(Denial {
             client: request
                 .peer
                 .map_or_else(|| "a client without a certificate".to_owned(), ToString::to_string),
-            operation: match request.what {
-                What::Call { method, .. } => format!("{method} {path}"),
-                What::Bytes => "bytes that are not HTTP".to_owned(),
+            operation: match request.operation {
+                RequestedOperation::Http { method, .. } => format!("{method} {path}"),
+                RequestedOperation::ByteStream => "bytes that are not HTTP".to_owned(),
             },
             nearest,
         })
     }
 }
 
-impl<'a> What<'a> {
-    fn normal_path(&self) -> Cow<'a, str> {
+impl<'a> RequestedOperation<'a> {
+    fn normalized_path(&self) -> Cow<'a, str> {
         match self {
-            Self::Call { path, .. } => normalise(path),
-            Self::Bytes => Cow::Borrowed(""),
+            Self::Http { path, .. } => normalise(path),
+            Self::ByteStream => Cow::Borrowed(""),
         }
     }
 }
 
-impl Lacks {
+impl Mismatch {
     /// Whether more conditions matched before this one failed.
     fn is_nearer(&self, other: &Self) -> bool {
         let rank = |lacks: &Self| match lacks {
@@ -263,25 +266,25 @@ impl Lacks {
     }
 }
 
-impl Refusal {
+impl Denial {
     /// Whether only a claim of the end user's token is missing (RFC 6750 §3.1, `insufficient_scope`).
-    pub fn is_for_claims(&self) -> bool {
-        matches!(&self.nearest, Some(Nearest { lacks: Lacks::Claim(_), .. }))
+    pub fn lacks_claim_only(&self) -> bool {
+        matches!(&self.nearest, Some(Nearest { mismatch: Mismatch::Claim(_), .. }))
     }
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { client, operation, nearest } = self;
         match nearest {
             None => write!(f, "no allow entry names {client}"),
-            Some(Nearest { entry, lacks }) => {
+            Some(Nearest { entry, mismatch: lacks }) => {
                 write!(f, "no allow entry permits {operation} for {client}; nearest: entry {entry} has ")?;
                 match lacks {
-                    Lacks::Identity => f.write_str("another identity"),
-                    Lacks::Method => f.write_str("the identity but not the method"),
-                    Lacks::Path => f.write_str("the identity and the method but not the path"),
-                    Lacks::Claim(claim) => {
+                    Mismatch::Identity => f.write_str("another identity"),
+                    Mismatch::Method => f.write_str("the identity but not the method"),
+                    Mismatch::Path => f.write_str("the identity and the method but not the path"),
+                    Mismatch::Claim(claim) => {
                         write!(f, "all but the claim {claim}, which the token must contain")
                     }
                 }

@@ -326,7 +326,7 @@ impl Cause {
     }
 
     /// Whether an inbound sidecar refused before the service saw the request: another endpoint may be tried.
-    pub const fn is_elsewhere(self) -> bool {
+    pub const fn is_retryable_elsewhere(self) -> bool {
         matches!(
             self,
             Self::ConnectRefused

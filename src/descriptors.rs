@@ -33,14 +33,14 @@ const MAX_RESERVED: u64 = 32;
 
 /// The purpose of a new descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
+pub enum DescriptorPurpose {
     /// A connection that this process opens.
     Dial,
     /// A connection of a client.
     Accept,
 }
 
-impl Purpose {
+impl DescriptorPurpose {
     /// The first number that it must not use, given the soft limit.
     fn end(self, limit: u64) -> u64 {
         let reserve = (limit / RESERVED_SHARE).clamp(MIN_RESERVED, MAX_RESERVED);
@@ -118,7 +118,7 @@ pub fn is_local_resource(error: &io::Error) -> bool {
 }
 
 /// The missing resource and what to do about it; `None` for other errors.
-pub fn missing(error: &io::Error) -> Option<&'static str> {
+pub fn missing_resource(error: &io::Error) -> Option<&'static str> {
     Some(match Errno::from_io_error(error).filter(|_| is_local_resource(error))? {
         Errno::ADDRNOTAVAIL => {
             "no local port or address left for it (see net.ipv4.ip_local_port_range and connections in TIME_WAIT)"
@@ -138,7 +138,7 @@ pub fn missing(error: &io::Error) -> Option<&'static str> {
 /// Those of `socket` and `connect`; `EMFILE` if only reserved descriptors are left.
 pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    if !Purpose::Dial.allows(&socket) {
+    if !DescriptorPurpose::Dial.allows(&socket) {
         return Err(Errno::MFILE.into());
     }
     socket.connect(address).await
@@ -153,9 +153,13 @@ mod tests {
         for (limit, dial, accept) in
             [(64, 56, 60), (1024, 960, 992), (1 << 20, (1 << 20) - 64, (1 << 20) - 32)]
         {
-            assert_eq!((Purpose::Dial.end(limit), Purpose::Accept.end(limit)), (dial, accept), "{limit}");
+            assert_eq!(
+                (DescriptorPurpose::Dial.end(limit), DescriptorPurpose::Accept.end(limit)),
+                (dial, accept),
+                "{limit}"
+            );
         }
-        assert_eq!(Purpose::Dial.end(3), 0);
+        assert_eq!(DescriptorPurpose::Dial.end(3), 0);
     }
 
     #[test]
@@ -171,11 +175,11 @@ mod tests {
             Errno::AFNOSUPPORT,
         ] {
             let error = io::Error::from(errno);
-            assert!(is_local_resource(&error) && missing(&error).is_some(), "{error}");
+            assert!(is_local_resource(&error) && missing_resource(&error).is_some(), "{error}");
         }
         for errno in [Errno::CONNREFUSED, Errno::HOSTUNREACH, Errno::TIMEDOUT, Errno::CONNRESET] {
             let error = io::Error::from(errno);
-            assert!(!is_local_resource(&error) && missing(&error).is_none(), "{error}");
+            assert!(!is_local_resource(&error) && missing_resource(&error).is_none(), "{error}");
         }
         assert!(!is_local_resource(&io::Error::other("no number")));
     }

@@ -1,13 +1,13 @@
 //! Names to addresses: literals, `localhost`, `/etc/hosts`, DNS.
 
-mod miss;
+mod lookup_error;
 mod resolver;
 #[cfg(test)]
 pub mod test_dns;
 
 use std::time::Duration;
 
-pub use resolver::{Answer, DNS_ENV, Family, LOOKUP_LIMIT, MAX_TTL, MIN_TTL, Resolver};
+pub use resolver::{AddressFamily, DNS_ENV, LOOKUP_LIMIT, MAX_TTL, MIN_TTL, ResolvedAddresses, Resolver};
 
 /// Why a name could not be resolved.
 #[derive(Debug, thiserror::Error)]

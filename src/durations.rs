@@ -14,10 +14,10 @@ use std::{
 
 use http::Method;
 
-use crate::trace_context::{Span, Trace};
+use crate::trace_context::{SpanId, TraceId};
 
 /// Series of one upstream in one worker, beside the overflow series.
-pub const MOST_SERIES: usize = 64;
+pub const MAX_SERIES: usize = 64;
 
 /// The upper bounds of the buckets, in seconds.
 pub const BOUNDS: [f64; 14] =
@@ -52,7 +52,7 @@ pub const OTHER: &str = "_OTHER";
 
 /// The series that a request is counted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Key {
+pub struct SeriesKey {
     /// Index in [`METHODS`], or [`OTHER_METHOD`].
     method: u8,
     /// 0: no response.
@@ -61,7 +61,7 @@ pub struct Key {
     error: &'static str,
 }
 
-impl Key {
+impl SeriesKey {
     const OVERFLOW: Self = Self { method: OTHER_METHOD, status: 0, error: OTHER };
 
     /// `status`: 0 where there was no response. `error`: empty where there was none, or the status tells it.
@@ -91,15 +91,15 @@ impl Key {
 
 /// The series of one upstream, as one worker counts them.
 #[derive(Debug)]
-pub struct Cell {
+pub struct DurationCell {
     /// Filled in order.
-    series: [OnceLock<Box<Series>>; MOST_SERIES],
+    series: [OnceLock<Box<Series>>; MAX_SERIES],
     overflow: OnceLock<Box<Series>>,
 }
 
 #[derive(Debug)]
 struct Series {
-    key: Key,
+    key: SeriesKey,
     /// By bucket; the last one counts durations above all bounds.
     counts: [AtomicU64; BOUNDS.len() + 1],
     sum_ns: AtomicU64,
@@ -110,21 +110,21 @@ struct Series {
 /// A request that represents its bucket.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Exemplar {
-    pub trace: Trace,
-    pub span: Span,
+    pub trace: TraceId,
+    pub span: SpanId,
     pub seconds: f64,
     pub at: SystemTime,
 }
 
-impl Default for Cell {
+impl Default for DurationCell {
     fn default() -> Self {
         Self { series: std::array::from_fn(|_| OnceLock::new()), overflow: OnceLock::new() }
     }
 }
 
-impl Cell {
+impl DurationCell {
     /// Counts a request. `traced`: its IDs, where its trace is exported.
-    pub fn observe(&self, key: Key, took: Duration, traced: Option<(Trace, Span)>) {
+    pub fn observe(&self, key: SeriesKey, took: Duration, traced: Option<(TraceId, SpanId)>) {
         let series = self.series(key);
         let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         let bucket = BOUNDS_NS.iter().position(|bound| ns <= *bound).unwrap_or(BOUNDS.len());
@@ -139,24 +139,24 @@ impl Cell {
         }
     }
 
-    fn series(&self, key: Key) -> &Series {
+    fn series(&self, key: SeriesKey) -> &Series {
         let known = self.series.iter().map(|slot| slot.get_or_init(|| Box::new(Series::new(key))));
         known
             .map(Box::as_ref)
             .find(|series| series.key == key)
-            .unwrap_or_else(|| self.overflow.get_or_init(|| Box::new(Series::new(Key::OVERFLOW))))
+            .unwrap_or_else(|| self.overflow.get_or_init(|| Box::new(Series::new(SeriesKey::OVERFLOW))))
     }
 }
 
 impl Series {
-    fn new(key: Key) -> Self {
+    fn new(key: SeriesKey) -> Self {
         Self { key, counts: Default::default(), sum_ns: AtomicU64::new(0), exemplars: Mutex::default() }
     }
 }
 
 /// The cells of all workers.
 #[derive(Debug, Default)]
-pub struct Durations(Mutex<Vec<Arc<Cell>>>);
+pub struct Durations(Mutex<Vec<Arc<DurationCell>>>);
 
 /// The sums of one series over all workers.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -167,22 +167,22 @@ pub struct Histogram {
 }
 
 /// Histograms by series, sorted.
-pub type Read = BTreeMap<Key, Histogram>;
+pub type Histograms = BTreeMap<SeriesKey, Histogram>;
 
 impl Durations {
     /// A cell for one worker. Reuses one that no worker holds any more, with its counts, if there is one.
-    pub fn cell(&self) -> Arc<Cell> {
+    pub fn cell(&self) -> Arc<DurationCell> {
         let mut cells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(free) = cells.iter().find(|cell| Arc::strong_count(cell) == 1) {
             return Arc::clone(free);
         }
-        let cell = Arc::new(Cell::default());
+        let cell = Arc::new(DurationCell::default());
         cells.push(Arc::clone(&cell));
         cell
     }
 
     /// Adds the counts of all cells to `sums`.
-    pub fn add_to(&self, sums: &mut Read) {
+    pub fn add_to(&self, sums: &mut Histograms) {
         let cells = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for cell in &cells {
             for series in cell.series.iter().chain([&cell.overflow]).filter_map(OnceLock::get) {
@@ -216,12 +216,12 @@ impl Histogram {
 mod tests {
     use super::*;
 
-    fn key(method: u8, status: u16) -> Key {
-        Key { method, status, error: "" }
+    fn key(method: u8, status: u16) -> SeriesKey {
+        SeriesKey { method, status, error: "" }
     }
 
-    fn read(durations: &Durations) -> Read {
-        let mut sums = Read::new();
+    fn read(durations: &Durations) -> Histograms {
+        let mut sums = Histograms::new();
         durations.add_to(&mut sums);
         sums
     }
@@ -262,18 +262,21 @@ mod tests {
             }
         }
         let sums = read(&durations);
-        assert_eq!(sums.len(), MOST_SERIES + 1);
+        assert_eq!(sums.len(), MAX_SERIES + 1);
         assert_eq!(sums.values().map(Histogram::count).sum::<u64>(), 9000);
-        let other = &sums[&Key::OVERFLOW];
-        assert_eq!(other.count(), 9000 - MOST_SERIES as u64);
-        assert_eq!((Key::OVERFLOW.method(), Key::OVERFLOW.error(true).as_deref()), (OTHER, Some(OTHER)));
+        let other = &sums[&SeriesKey::OVERFLOW];
+        assert_eq!(other.count(), 9000 - MAX_SERIES as u64);
+        assert_eq!(
+            (SeriesKey::OVERFLOW.method(), SeriesKey::OVERFLOW.error(true).as_deref()),
+            (OTHER, Some(OTHER))
+        );
     }
 
     #[test]
     fn an_exemplar_stays_with_its_bucket() {
         let durations = Durations::default();
         let cell = durations.cell();
-        let ids = |id: u64| Trace::new(u128::from(id)).zip(Span::new(id));
+        let ids = |id: u64| TraceId::new(u128::from(id)).zip(SpanId::new(id));
         cell.observe(key(0, 200), Duration::from_millis(1), ids(1));
         cell.observe(key(0, 200), Duration::from_millis(2), None);
         cell.observe(key(0, 200), Duration::from_millis(30), ids(3));
@@ -285,10 +288,10 @@ mod tests {
 
     #[test]
     fn the_error_label_follows_the_conventions() {
-        let error = |status, inbound| Key { method: 0, status, error: "" }.error(inbound);
+        let error = |status, inbound| SeriesKey { method: 0, status, error: "" }.error(inbound);
         assert_eq!((error(404, true), error(404, false).as_deref()), (None, Some("404")));
         assert_eq!((error(200, false), error(503, true).as_deref()), (None, Some("503")));
-        let refused = Key { method: 0, status: 503, error: "breaker_open" };
+        let refused = SeriesKey { method: 0, status: 503, error: "breaker_open" };
         assert_eq!(refused.error(false).as_deref(), Some("breaker_open"));
     }
 }

@@ -48,11 +48,11 @@ pub struct Fetcher {
 
 /// Limits of a request.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct FetchLimits {
     /// For the whole exchange: resolving the name, connecting, and reading the response to its end.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// The most bytes of the response body.
-    pub answer: usize,
+    pub max_body: usize,
 }
 
 /// Why there is no response. A response with an error status is no `FetchError`.
@@ -86,7 +86,7 @@ impl Fetcher {
     ///
     /// # Errors
     /// [`FetchError::Roots`] if the file cannot be read or contains no certificate.
-    pub fn trusting(&self, path: &Path) -> Result<Self, FetchError> {
+    pub fn with_roots_from(&self, path: &Path) -> Result<Self, FetchError> {
         let bad = |reason: String| FetchError::Roots { path: path.to_owned(), reason };
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_file_iter(path).map_err(|error| bad(error.to_string()))? {
@@ -107,20 +107,19 @@ impl Fetcher {
     pub async fn fetch(
         &self,
         request: Request<Bytes>,
-        limits: Limits,
+        limits: FetchLimits,
     ) -> Result<Response<Bytes>, FetchError> {
         let (destination, request) = prepare(request)?;
         let exchange = async {
             let tcp = self.connect(&destination).await?;
             if !destination.tls {
-                return destination.exchange(tcp, request, limits.answer).await;
+                return destination.exchange(tcp, request, limits.max_body).await;
             }
             let tls = self.secure(&destination, tcp).await?;
-            destination.exchange(tls, request, limits.answer).await
+            destination.exchange(tls, request, limits.max_body).await
         };
-        let expired =
-            FetchError::Timeout { authority: destination.authority.clone(), limit: limits.patience };
-        timeout(limits.patience, exchange).await.unwrap_or(Err(expired))
+        let expired = FetchError::Timeout { authority: destination.authority.clone(), limit: limits.timeout };
+        timeout(limits.timeout, exchange).await.unwrap_or(Err(expired))
     }
 
     /// Sends a request whose response has no end, and reads the response head within `limit`.
@@ -131,7 +130,7 @@ impl Fetcher {
         &self,
         request: Request<Bytes>,
         limit: Duration,
-    ) -> Result<Response<Streaming>, FetchError> {
+    ) -> Result<Response<ResponseStream>, FetchError> {
         let (destination, request) = prepare(request)?;
         let exchange = async {
             let tcp = self.connect(&destination).await?;
@@ -198,12 +197,12 @@ fn prepare(request: Request<Bytes>) -> Result<(Destination, Request<Full<Bytes>>
 
 /// The body of a streaming response.
 #[derive(Debug)]
-pub struct Streaming {
+pub struct ResponseStream {
     body: Incoming,
     connection: JoinHandle<()>,
 }
 
-impl Streaming {
+impl ResponseStream {
     /// The next bytes; `None` at the end. Cancel-safe.
     ///
     /// # Errors
@@ -218,7 +217,7 @@ impl Streaming {
     }
 }
 
-impl Drop for Streaming {
+impl Drop for ResponseStream {
     fn drop(&mut self) {
         self.connection.abort();
     }
@@ -277,7 +276,7 @@ impl Destination {
         &self,
         stream: S,
         request: Request<Full<Bytes>>,
-    ) -> Result<Response<Streaming>, FetchError>
+    ) -> Result<Response<ResponseStream>, FetchError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -285,7 +284,7 @@ impl Destination {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         let connection = tokio::spawn(async move { drop(connection.await) });
         match sender.send_request(request).await {
-            Ok(response) => Ok(response.map(|body| Streaming { body, connection })),
+            Ok(response) => Ok(response.map(|body| ResponseStream { body, connection })),
             Err(error) => {
                 connection.abort();
                 Err(http(error))
@@ -340,7 +339,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { patience: Duration::from_secs(20), answer: 1024 };
+    const LIMITS: FetchLimits = FetchLimits { timeout: Duration::from_secs(20), max_body: 1024 };
 
     fn fetcher() -> Fetcher {
         Fetcher::new(Arc::new(Resolver::from_system().unwrap()))
@@ -423,7 +422,7 @@ mod tests {
         let url = format!("https://localhost:{}/", address.port());
         let untrusted = fetcher().fetch(get(&url), LIMITS).await.unwrap_err();
         assert!(untrusted.to_string().contains("UnknownIssuer"), "{untrusted}");
-        let trusting = fetcher().trusting(&ca).unwrap();
+        let trusting = fetcher().with_roots_from(&ca).unwrap();
         assert_eq!(trusting.fetch(get(&url), LIMITS).await.unwrap().status(), 418);
         let by_address = trusting.fetch(get(&format!("https://{address}/")), LIMITS).await.unwrap_err();
         assert!(by_address.to_string().contains("not valid for name"), "{by_address}");
@@ -450,7 +449,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let empty = directory.path().join("empty.pem");
         std::fs::write(&empty, "").unwrap();
-        let error = fetcher().trusting(&empty).unwrap_err();
+        let error = fetcher().with_roots_from(&empty).unwrap_err();
         assert_eq!(error.to_string(), format!("{}: no certificate in it", empty.display()));
     }
 

@@ -1,43 +1,43 @@
-//! Outrigger: a sidecar that carries a service's calls, both ways, with retries, breakers, timeouts, and telemetry.
+//! Outrigger: a sidecar proxy that keeps a failing dependency from taking your service down.
 //!
-//! # The house
+//! # The modules
 //!
-//! ```text
-//! cli ─▶ runtime ─▶ proxy ─────▶ upstream ◀── discovery
-//!           │         │             │
-//!         admin    telemetry     resilience ◀── config
-//! ```
+//! The lowest first: a module imports only from lines above its own (`tests/it/floors.rs` holds the order).
 //!
-//! | room | what is in it |
+//! | module | contents |
 //! | --- | --- |
+//! | [`units`], [`rng`], [`redact`] | durations and sizes as the configuration writes them · random numbers · secrets out of texts |
+//! | [`descriptors`], [`watch`] | file descriptors and local ports · watched files |
+//! | [`cause`], [`header_names`], [`url_path`] | the stable words for failures · names of non-standard header fields · normal form of a path |
+//! | [`net`] | the TCP stream, the timer of a connection, ALPN |
+//! | [`field_set`], [`trace_context`] | which header fields a message has · W3C, B3 and Jaeger trace headers |
+//! | [`dns`], [`durations`] | names to addresses · histograms of request durations |
+//! | [`http1`], [`http2`] | the wire: heads, framing, bodies, buffers · bodies and the observer of frames |
+//! | [`resilience`] | the decisions: retry, budget, breaker, outlier detection, limits, hedging. State machines without clock, randomness or I/O |
+//! | [`authorization`] | `[[inbound.allow]]`: SPIFFE IDs, paths and claims against one request |
+//! | [`config`] | text to a checked configuration that knows which line set what |
+//! | [`fetch`], [`redirect`] | HTTP requests of the proxy itself · kernel rules that redirect a pod's traffic |
+//! | [`identity`] | certificates, trust, TLS, tokens |
+//! | [`upstream`] | endpoints, balancing, health checks, pools, connections to endpoints |
+//! | [`discovery`] | where endpoints come from: DNS, a file, Kubernetes |
+//! | [`model`] | the running configuration: snapshot, each worker's view of it, router, header edits |
+//! | [`telemetry`] | the record of a request; spans, metrics, access log, `/requests` |
+//! | [`proxy`] | the data path, in the order in which a request passes it |
+//! | [`runtime`] | threads, reload, start, drain and stop |
+//! | [`admin`], [`kubernetes`] | the admin server · the sidecar's injection into pods, by command and webhook |
 //! | [`cli`] | the command line, one file a command |
-//! | [`runtime`] | threads and what they share; reload; start, drain and stop |
-//! | [`proxy`] | the data path, in the order in which a call meets it |
-//! | [`upstream`] | endpoints, which one is taken, their connections, what guards them |
-//! | [`discovery`] | where endpoints come from: a list, DNS, a file |
-//! | [`identity`] | certificates, whom they prove, TLS |
-//! | [`resilience`] | the decisions: small state machines without clock, dice or I/O |
-//! | [`kubernetes`] | the sidecar put into pods, by a command or a webhook |
-//! | [`http1`] | HTTP/1.1 on the wire: heads, bodies, the bytes on their way |
-//! | [`http2`] | HTTP/2 on the wire: bodies, tunnels, and what its frames tell of a connection |
-//! | [`present`] | which fields a head has that the proxy acts on |
-//! | [`fetch`] | calls that the proxy makes for itself |
-//! | [`descriptors`] | what a connection needs of this process: descriptors, ports |
-//! | [`config`] | from text to a checked configuration that knows who set what |
-//! | [`kubernetes`] | how a pod's traffic comes to pass through the proxy |
-//! | [`admin`], [`telemetry`] | what a sidecar says about itself, and the few things that can be changed |
 //!
 //! # The life of a request
 //!
-//! A worker accepts a connection ([`proxy::accept`]), finds out what it speaks ([`proxy::detect`]) and hands each request to
-//! [`proxy::call`], which refuses what could be read in two ways. [`proxy::target`] finds upstream and route,
-//! [`proxy::exchange`] asks the upstream's guards for leave and makes tries until one is good enough or no further one may
-//! follow: the breaker's leave, an endpoint, a connection, the request, the answer's head. What came of a try is classified
-//! once ([`resilience::classify`]) and told to all policies. Then the body streams. Whatever goes wrong on the way becomes
-//! an answer that says what and why, in [`proxy::error`] alone.
+//! A worker accepts a connection ([`proxy::accept`]), detects its protocol ([`proxy::detect`]) and passes each request to
+//! the request handler, which rejects what two readers could read differently. [`proxy::target`] finds upstream and
+//! route. [`proxy::exchange`] asks the upstream's guards for permits and sends attempts until one succeeds or no further
+//! one is allowed: the breaker's permit, an endpoint, a connection, the request, the response head. The outcome of an
+//! attempt is classified once ([`resilience::classify`]) and reported to every policy. Then the body streams. Any failure
+//! on the way becomes a response that says what failed and why, in [`proxy::error`] alone.
 //!
-//! Everything slow lives on the control thread ([`runtime`]); workers see the configuration as a snapshot that is swapped
-//! whole. `ARCHITECTURE.md` has the mechanisms and the reasons.
+//! Everything slow runs on the control thread ([`runtime`]); workers see the configuration as a snapshot that is replaced
+//! as a whole. `ARCHITECTURE.md` describes the mechanisms and their reasons.
 
 pub mod admin;
 pub mod authorization;
@@ -49,6 +49,7 @@ pub mod discovery;
 pub mod dns;
 pub mod durations;
 pub mod fetch;
+pub mod field_set;
 pub mod header_names;
 pub mod http1;
 pub mod http2;
@@ -56,7 +57,6 @@ pub mod identity;
 pub mod kubernetes;
 pub mod model;
 pub mod net;
-pub mod present;
 pub mod proxy;
 pub mod redact;
 pub mod redirect;

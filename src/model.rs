@@ -9,8 +9,8 @@ pub mod unknown;
 mod view;
 
 pub use edits::{CompiledEdits, Edits};
-pub use names::{Names, Via};
+pub use names::{ProxyNames, Via};
 pub use route::*;
 pub use side::Side;
 pub use snapshot::{Cluster, ClusterTls, Clusters, Snapshot, inbound_settings};
-pub use view::{LocalCluster, View, Whom};
+pub use view::{Destination, LocalCluster, View};

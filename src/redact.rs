@@ -11,11 +11,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// Replaces a secret.
-pub const HIDDEN: &str = "***";
+pub const REDACTED: &str = "***";
 
 /// The newtype name with which [`Secret`] deserializes. A deserializer that knows this name passes a text from the
 /// environment as bytes.
-pub const DESERIALIZE_AS: &str = "outrigger::Secret";
+pub const SECRET_TYPE_NAME: &str = "outrigger::Secret";
 
 /// A text that may contain a credential. `Display`, `Debug` and `Serialize` redact it: a URL loses its userinfo and
 /// query; a text marked as hidden is replaced completely.
@@ -37,7 +37,7 @@ enum Redaction {
 
 impl Secret {
     /// A URL, or a path.
-    pub fn url(text: impl Into<String>) -> Self {
+    pub fn redact_url(text: impl Into<String>) -> Self {
         Self { text: text.into(), redaction: Redaction::Url }
     }
 
@@ -52,7 +52,11 @@ impl Secret {
         let is_credential = ["Basic ", "Bearer "].iter().any(|scheme| {
             value.text.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme))
         });
-        if from_environment || is_credential || is_telling(name) { Self::hidden(value.text) } else { value }
+        if from_environment || is_credential || is_credential_name(name) {
+            Self::hidden(value.text)
+        } else {
+            value
+        }
     }
 
     /// The text itself. It must not appear in any output.
@@ -64,7 +68,7 @@ impl Secret {
 impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.redaction {
-            Redaction::Full => f.write_str(HIDDEN),
+            Redaction::Full => f.write_str(REDACTED),
             Redaction::Url | Redaction::UrlFromEnvironment => f.write_str(&url(&self.text)),
         }
     }
@@ -91,7 +95,7 @@ impl<'de> Deserialize<'de> for Secret {
                 f.write_str("a string")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Secret, E> {
-                Ok(Secret::url(text))
+                Ok(Secret::redact_url(text))
             }
             fn visit_bytes<E: de::Error>(self, text: &[u8]) -> Result<Secret, E> {
                 let text = str::from_utf8(text).map_err(E::custom)?.to_owned();
@@ -101,7 +105,7 @@ impl<'de> Deserialize<'de> for Secret {
                 inner.deserialize_str(Text)
             }
         }
-        deserializer.deserialize_newtype_struct(DESERIALIZE_AS, Text)
+        deserializer.deserialize_newtype_struct(SECRET_TYPE_NAME, Text)
     }
 }
 
@@ -146,7 +150,7 @@ impl FromIterator<(String, Secret)> for HeaderFields {
 }
 
 /// Whether a key or header field of this name contains a credential. The path of a credential's file is none.
-pub fn is_telling(name: &str) -> bool {
+pub fn is_credential_name(name: &str) -> bool {
     const WORDS: [&str; 11] = [
         "authorization",
         "cookie",
@@ -171,23 +175,23 @@ pub fn is_telling(name: &str) -> bool {
 
 /// Redacts userinfo and query of a URL.
 pub fn url(text: &str) -> Cow<'_, str> {
-    let shown = without_userinfo(text);
+    let shown = redact_userinfo(text);
     match shown.split_once('?') {
-        Some((before, _)) if shown.contains("://") => Cow::Owned(format!("{before}?{HIDDEN}")),
+        Some((before, _)) if shown.contains("://") => Cow::Owned(format!("{before}?{REDACTED}")),
         _ => shown,
     }
 }
 
 /// Redacts these secrets in a text.
-pub fn without(secrets: &[String], text: String) -> String {
+pub fn redact_secrets(secrets: &[String], text: String) -> String {
     // Many types convert their text to lower case.
-    secrets
-        .iter()
-        .fold(text, |text, secret| text.replace(secret, HIDDEN).replace(&secret.to_ascii_lowercase(), HIDDEN))
+    secrets.iter().fold(text, |text, secret| {
+        text.replace(secret, REDACTED).replace(&secret.to_ascii_lowercase(), REDACTED)
+    })
 }
 
 /// Redacts the userinfo of every URL in a text (`scheme://user:password@host`).
-pub fn without_userinfo(text: &str) -> Cow<'_, str> {
+pub fn redact_userinfo(text: &str) -> Cow<'_, str> {
     if !text.contains('@') || !text.contains("://") {
         return Cow::Borrowed(text);
     }
@@ -199,7 +203,7 @@ pub fn without_userinfo(text: &str) -> Cow<'_, str> {
         let end = authority.find(ends_authority).unwrap_or(authority.len());
         match authority[..end].rfind('@') {
             Some(userinfo) => {
-                out.push_str(HIDDEN);
+                out.push_str(REDACTED);
                 rest = &authority[userinfo..];
             }
             None => rest = authority,
@@ -210,22 +214,22 @@ pub fn without_userinfo(text: &str) -> Cow<'_, str> {
 }
 
 /// The same, also for userinfo without a scheme: `user:password@host`.
-pub fn without_any_userinfo(text: &str) -> Cow<'_, str> {
+pub fn redact_any_userinfo(text: &str) -> Cow<'_, str> {
     let mut out = String::new();
     let mut done = 0;
     for (at, _) in text.match_indices('@') {
         let start = start_of_userinfo(&text[..at]).max(done);
         if text[start..at].contains(':') {
             out.push_str(&text[done..start]);
-            out.push_str(HIDDEN);
+            out.push_str(REDACTED);
             done = at;
         }
     }
     if done == 0 {
-        return without_userinfo(text);
+        return redact_userinfo(text);
     }
     out.push_str(&text[done..]);
-    Cow::Owned(without_userinfo(&out).into_owned())
+    Cow::Owned(redact_userinfo(&out).into_owned())
 }
 
 fn start_of_userinfo(before: &str) -> usize {
@@ -240,7 +244,7 @@ fn ends_authority(character: char) -> bool {
 }
 
 /// Redacts a line of a configuration file, with `*` for every byte of a credential, so that columns stay the same.
-pub fn line(text: &str) -> String {
+pub fn redact_line(text: &str) -> String {
     let mut bytes = text.as_bytes().to_vec();
     let mut hide = |from: usize, to: usize| {
         if let Some(part) = bytes.get_mut(from..to) {
@@ -270,7 +274,7 @@ pub fn line(text: &str) -> String {
         let value = text[at + 1..].trim_start();
         let from = text.len() - value.len();
         let Some(quote) = value.chars().next().filter(|quote| "\"'".contains(*quote)) else { continue };
-        if name.is_some_and(is_telling)
+        if name.is_some_and(is_credential_name)
             || value[1..].starts_with("Bearer ")
             || value[1..].starts_with("Basic ")
         {
@@ -323,13 +327,13 @@ mod tests {
             ("http://h/x", "http://h/x"),
             ("/etc/jwks.json", "/etc/jwks.json"),
         ] {
-            assert_eq!(Secret::url(text).to_string(), shown);
-            assert_eq!(format!("{:?}", Secret::url(text)), format!("{shown:?}"));
-            assert_eq!(serde_json::to_value(Secret::url(text)).unwrap(), shown);
+            assert_eq!(Secret::redact_url(text).to_string(), shown);
+            assert_eq!(format!("{:?}", Secret::redact_url(text)), format!("{shown:?}"));
+            assert_eq!(serde_json::to_value(Secret::redact_url(text)).unwrap(), shown);
         }
         let text = "to http://u:p@h, then `https://a:b@c/d@e` and mail@example.org";
-        assert_eq!(without_any_userinfo("`u:pw@h:80` is not HOST:PORT"), "`***@h:80` is not HOST:PORT");
-        assert_eq!(without_userinfo(text), "to http://***@h, then `https://***@c/d@e` and mail@example.org");
+        assert_eq!(redact_any_userinfo("`u:pw@h:80` is not HOST:PORT"), "`***@h:80` is not HOST:PORT");
+        assert_eq!(redact_userinfo(text), "to http://***@h, then `https://***@c/d@e` and mail@example.org");
     }
 
     #[test]
@@ -344,13 +348,13 @@ mod tests {
             "proxy-authorization",
             "x-auth",
         ] {
-            assert_eq!(of(name, Secret::url("v")), HIDDEN, "{name}");
+            assert_eq!(of(name, Secret::redact_url("v")), REDACTED, "{name}");
         }
-        assert_eq!(of("x-tier", Secret::url("gold")), "gold");
-        assert_eq!(of("x-author", Secret::url("ann")), "ann");
-        assert_eq!(of("x-upstream", Secret::url("bearer abc")), HIDDEN);
+        assert_eq!(of("x-tier", Secret::redact_url("gold")), "gold");
+        assert_eq!(of("x-author", Secret::redact_url("ann")), "ann");
+        assert_eq!(of("x-upstream", Secret::redact_url("bearer abc")), REDACTED);
         let from_environment = Secret { text: "v".to_owned(), redaction: Redaction::UrlFromEnvironment };
-        assert_eq!(of("x-tier", from_environment), HIDDEN);
+        assert_eq!(of("x-tier", from_environment), REDACTED);
     }
 
     #[test]
@@ -368,8 +372,8 @@ mod tests {
             ("x = 'Bearer abc'", "x = '**********'"),
             ("retry = { max = 1 }", "retry = { max = 1 }"),
         ] {
-            assert_eq!(line(text), shown);
-            assert_eq!(line(text).len(), text.len());
+            assert_eq!(redact_line(text), shown);
+            assert_eq!(redact_line(text).len(), text.len());
         }
     }
 

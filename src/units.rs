@@ -208,7 +208,7 @@ impl fmt::Display for Ratio {
 }
 
 /// Reads a value with `FromStr`, whether the file holds a string or a bare number.
-pub fn from_text<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+pub fn deserialize_from_text<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
     T: FromStr<Err = String>,
@@ -249,7 +249,7 @@ macro_rules! text_value {
         }
         impl<'de> ::serde::Deserialize<'de> for $type {
             fn deserialize<D: ::serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                $crate::units::from_text(deserializer)
+                $crate::units::deserialize_from_text(deserializer)
             }
         }
         impl ::schemars::JsonSchema for $type {

@@ -17,8 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use writers::Observer;
-use writers::Stamp;
+pub use writers::FileObserver;
+use writers::FileStamp;
 
 /// The poll interval without events.
 const POLL: Duration = Duration::from_secs(5);
@@ -43,20 +43,20 @@ pub struct Watcher {
 
 /// Why the files are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Reason {
+pub enum WatchReason {
     /// They may have changed, or the poll interval has elapsed.
     Change,
     /// On request.
-    Asked,
+    Requested,
     /// On request, which also confirms the content, whatever it is.
     Confirmed,
 }
 
-impl Reason {
+impl WatchReason {
     const fn from_code(code: u8) -> Self {
         match code {
             0 => Self::Change,
-            1 => Self::Asked,
+            1 => Self::Requested,
             _ => Self::Confirmed,
         }
     }
@@ -77,12 +77,12 @@ enum Event {
 pub fn watch(
     name: &str,
     files: &[PathBuf],
-    mut check: impl FnMut(Reason) + Send + 'static,
+    mut check: impl FnMut(WatchReason) + Send + 'static,
 ) -> std::io::Result<Watcher> {
     let (events, inbox) = sync_channel(QUEUE);
     let requested = Arc::new(AtomicU8::new(0));
     let sender = events.clone();
-    let observer = Observer::new(files, move || {
+    let observer = FileObserver::new(files, move || {
         let _ = sender.try_send(Event::Check);
     });
     let mut state = WatchThread {
@@ -105,7 +105,7 @@ pub fn watch(
 
 impl Watcher {
     /// Requests a check of the files now, changed or not.
-    pub fn trigger(&self, reason: Reason) {
+    pub fn trigger(&self, reason: WatchReason) {
         self.requested.fetch_max(reason as u8, Ordering::AcqRel);
         // Full: a check is due anyway, and sees the flag.
         let _ = self.events.try_send(Event::Check);
@@ -124,11 +124,11 @@ impl Drop for Watcher {
 
 /// The state of a [`Watcher`]'s thread.
 struct WatchThread {
-    observer: Observer,
+    observer: FileObserver,
     inbox: Receiver<Event>,
     requested: Arc<AtomicU8>,
     /// The stamps of the files when they were last checked.
-    checked: Vec<Option<Stamp>>,
+    checked: Vec<Option<FileStamp>>,
     /// Since when a file has been open for writing.
     open_since: Option<Instant>,
     reported: bool,
@@ -144,16 +144,16 @@ enum WaitResult {
 
 impl WatchThread {
     /// Waits until the files may be read; `None` when the watcher is dropped.
-    fn wait(&mut self) -> Option<Reason> {
+    fn wait(&mut self) -> Option<WatchReason> {
         loop {
             match self.next(POLL) {
                 WaitResult::Stop => return None,
                 WaitResult::Event => self.settle()?,
                 WaitResult::Timeout => self.settle_polled()?,
             }
-            let reason = Reason::from_code(self.requested.swap(0, Ordering::AcqRel));
+            let reason = WatchReason::from_code(self.requested.swap(0, Ordering::AcqRel));
             // A request does not wait for a writer.
-            if reason != Reason::Change || !self.is_being_written() {
+            if reason != WatchReason::Change || !self.is_being_written() {
                 return Some(reason);
             }
         }
@@ -204,7 +204,7 @@ impl WatchThread {
     }
 
     fn is_being_written(&mut self) -> bool {
-        let Some(file) = self.observer.being_written() else {
+        let Some(file) = self.observer.file_being_written() else {
             self.open_since = None;
             self.reported = false;
             return false;

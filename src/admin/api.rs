@@ -14,16 +14,16 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{breaker, guard, probes::Probes, reload, status::Status, token::Token};
+use super::{breaker, guard, probes::Probes, reload, status::Status, token::AdminToken};
 use crate::{
-    admin::exposition::{self, Format},
-    redact::without_userinfo,
-    runtime::{death::Death, lifecycle::Control},
-    telemetry::{log::LogFilter, requests::Told},
+    admin::exposition::{self, ExpositionFormat},
+    redact::redact_userinfo,
+    runtime::{failure::CriticalFailure, lifecycle::Control},
+    telemetry::{log::LogFilter, requests::RequestReport},
 };
 
 /// A response of the admin server.
-pub type Answer = Response<Full<Bytes>>;
+pub type ApiResponse = Response<Full<Bytes>>;
 
 /// The API as one listener serves it.
 #[derive(Clone, Debug)]
@@ -38,12 +38,12 @@ pub enum Access {
     /// Everything: a Unix socket, protected by its file permissions.
     All,
     /// Changes need the token. Without one (its file could not be written) nothing can be changed.
-    Token(Option<Token>),
+    Token(Option<AdminToken>),
     /// `/live`, `/ready`, `/metrics` and the probes of the pod's other containers, without authentication.
     Probe(Arc<Probes>),
 }
 
-type Immediate = fn(&Arc<Control>, &Parts, &[u8]) -> Answer;
+type Immediate = fn(&Arc<Control>, &Parts, &[u8]) -> ApiResponse;
 
 #[derive(Clone, Copy)]
 enum Handler {
@@ -88,7 +88,7 @@ const ROUTES: &[Route] = &[
     read("/requests", false, |control, _, _| requests(control)),
     read("/config", false, |control, parts, _| config(control, &parts.headers)),
     change(Method::POST, "/upstreams/NAME/breaker", |control, parts, body| {
-        breaker::force(control, breaker::upstream_in(parts.uri.path()).unwrap_or_default(), body)
+        breaker::force(control, breaker::upstream_from_path(parts.uri.path()).unwrap_or_default(), body)
     }),
     change(Method::POST, "/drain", |control, _, _| drain(control)),
     change(Method::PUT, "/log", |control, _, body| set_log(control, body)),
@@ -100,16 +100,16 @@ const HUNG_AFTER: Duration = Duration::from_secs(30);
 
 /// Whether all essential parts run. One that died ends the process, which can take a while if the service must end
 /// first.
-fn live(control: &Control) -> Answer {
-    if let Some(Death { name, why }) = control.deaths.happened() {
+fn live(control: &Control) -> ApiResponse {
+    if let Some(CriticalFailure { name, reason: why }) = control.failures.failure() {
         return text(StatusCode::SERVICE_UNAVAILABLE, &format!("{name} has failed: {why}\n"));
     }
     let mut workers = control.shared.metrics.workers.iter().enumerate();
-    let hung = workers.find(|(_, load)| load.still_for() > HUNG_AFTER);
+    let hung = workers.find(|(_, load)| load.stalled_for() > HUNG_AFTER);
     match hung {
         None => text(StatusCode::OK, "live\n"),
         Some((index, load)) => {
-            let reason = format!("worker-{index} has not run for {} s\n", load.still_for().as_secs());
+            let reason = format!("worker-{index} has not run for {} s\n", load.stalled_for().as_secs());
             text(StatusCode::SERVICE_UNAVAILABLE, &reason)
         }
     }
@@ -117,22 +117,22 @@ fn live(control: &Control) -> Answer {
 
 impl Api {
     /// Added to the response timeout: a probe has its own timeout.
-    pub fn patience(&self) -> Duration {
+    pub fn extra_timeout(&self) -> Duration {
         match &self.access {
-            Access::Probe(probes) => probes.patience(),
+            Access::Probe(probes) => probes.longest_timeout(),
             Access::All | Access::Token(_) => Duration::ZERO,
         }
     }
 
     /// Handles a request. The caller must limit the size of its body.
-    pub async fn respond<B>(&self, request: Request<B>) -> Answer
+    pub async fn respond<B>(&self, request: Request<B>) -> ApiResponse
     where
         B: Body<Data: Send, Error: std::fmt::Display> + Send,
     {
         let (parts, body) = request.into_parts();
         if let (Access::Probe(probes), Some(name)) = (&self.access, parts.uri.path().strip_prefix("/probe/"))
             && parts.method == Method::GET
-            && let Some((status, reason)) = probes.ask(name).await
+            && let Some((status, reason)) = probes.run(name).await
         {
             return text(status, &reason);
         }
@@ -152,7 +152,7 @@ impl Api {
     }
 
     /// The handler of this request, or the response that rejects it.
-    fn admit(&self, parts: &Parts) -> Result<Handler, Box<Answer>> {
+    fn admit(&self, parts: &Parts) -> Result<Handler, Box<ApiResponse>> {
         let probe_only = matches!(self.access, Access::Probe(_));
         if matches!(self.access, Access::Token(_)) && !guard::host_is_local(&parts.uri, &parts.headers) {
             return Err(Box::new(problem(
@@ -193,7 +193,7 @@ impl Api {
         Ok(route.handler)
     }
 
-    fn may_change(&self, headers: &HeaderMap) -> Result<(), Box<Answer>> {
+    fn may_change(&self, headers: &HeaderMap) -> Result<(), Box<ApiResponse>> {
         let deny = |detail: &str| {
             let mut response = problem(StatusCode::UNAUTHORIZED, "Changes need the admin token", detail);
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -202,7 +202,7 @@ impl Api {
         match &self.access {
             Access::All => Ok(()),
             Access::Token(Some(token)) => {
-                if token.is_borne_by(headers.get(AUTHORIZATION).map(HeaderValue::as_bytes)) {
+                if token.matches_authorization(headers.get(AUTHORIZATION).map(HeaderValue::as_bytes)) {
                     Ok(())
                 } else {
                     deny(
@@ -218,7 +218,7 @@ impl Api {
     }
 }
 
-fn ready(control: &Control, headers: &HeaderMap) -> Answer {
+fn ready(control: &Control, headers: &HeaderMap) -> ApiResponse {
     let reason = control.not_ready();
     let status = if reason.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     if accepts(headers, "json") {
@@ -228,9 +228,9 @@ fn ready(control: &Control, headers: &HeaderMap) -> Answer {
     }
 }
 
-fn metrics(control: &Arc<Control>, headers: &HeaderMap) -> Answer {
-    let format = Format::wanted(headers);
-    match exposition::text(control, format) {
+fn metrics(control: &Arc<Control>, headers: &HeaderMap) -> ApiResponse {
+    let format = ExpositionFormat::negotiate(headers);
+    match exposition::render(control, format) {
         Ok(body) => {
             let mut response = with_type(format.content_type(), StatusCode::OK, body.into());
             response.headers_mut().insert(VARY, HeaderValue::from_static("Accept"));
@@ -242,13 +242,14 @@ fn metrics(control: &Arc<Control>, headers: &HeaderMap) -> Answer {
     }
 }
 
-fn requests(control: &Control) -> Answer {
-    let records = control.shared.calls.requests.read();
-    let requests: Vec<Told> = records.iter().map(|record| Told::of(record)).collect();
+fn requests(control: &Control) -> ApiResponse {
+    let records = control.shared.request_telemetry.requests.read();
+    let requests: Vec<RequestReport> =
+        records.iter().map(|record| RequestReport::from_record(record)).collect();
     json(StatusCode::OK, &serde_json::json!({ "requests": requests }))
 }
 
-fn config(control: &Control, headers: &HeaderMap) -> Answer {
+fn config(control: &Control, headers: &HeaderMap) -> ApiResponse {
     let config = &control.shared.snapshot.load().config;
     let tree = crate::config::effective_tree(config);
     if !accepts(headers, "toml") {
@@ -264,7 +265,7 @@ fn config(control: &Control, headers: &HeaderMap) -> Answer {
     }
 }
 
-fn drain(control: &Control) -> Answer {
+fn drain(control: &Control) -> ApiResponse {
     let state = if control.request_drain() {
         tracing::info!("drain requested through the admin server");
         "draining inbound; the process stays until SIGTERM"
@@ -274,7 +275,7 @@ fn drain(control: &Control) -> Answer {
     json(StatusCode::ACCEPTED, &serde_json::json!({ "drain": state }))
 }
 
-fn set_log(control: &Control, body: &[u8]) -> Answer {
+fn set_log(control: &Control, body: &[u8]) -> ApiResponse {
     let filter = match std::str::from_utf8(body).map_err(|e| e.to_string()).and_then(str::parse::<LogFilter>)
     {
         Ok(filter) => filter,
@@ -293,7 +294,7 @@ fn set_log(control: &Control, body: &[u8]) -> Answer {
     }
 }
 
-fn page() -> Answer {
+fn page() -> ApiResponse {
     let mut response =
         with_type("text/html; charset=utf-8", StatusCode::OK, include_str!("page.html").into());
     // Script and style are inline, and the page connects only to this server.
@@ -310,14 +311,14 @@ fn accepts(headers: &HeaderMap, kind: &str) -> bool {
     headers.get(ACCEPT).is_some_and(|field| field.to_str().is_ok_and(|field| field.contains(kind)))
 }
 
-fn text(status: StatusCode, body: &str) -> Answer {
+fn text(status: StatusCode, body: &str) -> ApiResponse {
     with_type("text/plain; charset=utf-8", status, body.to_owned().into())
 }
 
-pub fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
+pub fn json(status: StatusCode, body: &impl serde::Serialize) -> ApiResponse {
     match serde_json::to_string_pretty(body) {
         Ok(body) => {
-            let mut body = without_userinfo(&body).into_owned();
+            let mut body = redact_userinfo(&body).into_owned();
             body.push('\n');
             with_type("application/json", status, body.into())
         }
@@ -326,7 +327,7 @@ pub fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
 }
 
 /// RFC 9457.
-pub fn problem(status: StatusCode, title: &str, detail: &str) -> Answer {
+pub fn problem(status: StatusCode, title: &str, detail: &str) -> ApiResponse {
     let body = serde_json::json!({
         "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail,
     });
@@ -335,7 +336,7 @@ pub fn problem(status: StatusCode, title: &str, detail: &str) -> Answer {
     response
 }
 
-fn with_type(kind: &'static str, status: StatusCode, body: Bytes) -> Answer {
+fn with_type(kind: &'static str, status: StatusCode, body: Bytes) -> ApiResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));

@@ -9,27 +9,29 @@ use http::StatusCode;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    api::{Answer, json, problem},
+    api::{ApiResponse, json, problem},
     upstreams::{BreakerStatus, mode_word},
 };
-use crate::{model::Cluster, resilience::breaker::Mode, runtime::lifecycle::Control, units::HumanDuration};
+use crate::{
+    model::Cluster, resilience::breaker::BreakerMode, runtime::lifecycle::Control, units::HumanDuration,
+};
 
 /// How long a forced state lasts if the request does not say. It always ends, so that a state forced in an incident is
 /// not forgotten.
-pub const DEFAULT_FOR: Duration = Duration::from_secs(3600);
+pub const DEFAULT_DURATION: Duration = Duration::from_secs(3600);
 /// The longest time for which a state can be forced.
 const MAX_DURATION: Duration = Duration::from_secs(30 * 86_400);
 
 /// The body of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wish {
-    pub state: WishedState,
+pub struct BreakerOverride {
+    pub state: OverrideState,
     #[serde(rename = "for", default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<HumanDuration>,
 }
 
-impl Wish {
+impl BreakerOverride {
     pub fn to_json(self) -> String {
         // Cannot fail: two plain values.
         serde_json::to_string(&self).unwrap_or_default()
@@ -39,7 +41,7 @@ impl Wish {
 /// The state to force; `auto` ends forcing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum WishedState {
+pub enum OverrideState {
     /// Reject all requests
     Open,
     /// Allow all requests
@@ -48,12 +50,12 @@ pub enum WishedState {
     Auto,
 }
 
-impl From<WishedState> for Mode {
-    fn from(state: WishedState) -> Self {
+impl From<OverrideState> for BreakerMode {
+    fn from(state: OverrideState) -> Self {
         match state {
-            WishedState::Open => Self::Open,
-            WishedState::Closed => Self::Closed,
-            WishedState::Auto => Self::Auto,
+            OverrideState::Open => Self::Open,
+            OverrideState::Closed => Self::Closed,
+            OverrideState::Auto => Self::Auto,
         }
     }
 }
@@ -64,13 +66,13 @@ pub fn path(name: &str) -> String {
 }
 
 /// The NAME in `/upstreams/NAME/breaker`.
-pub fn upstream_in(path: &str) -> Option<&str> {
+pub fn upstream_from_path(path: &str) -> Option<&str> {
     let name = path.strip_prefix("/upstreams/")?.strip_suffix("/breaker")?;
     (!name.is_empty() && !name.contains('/')).then_some(name)
 }
 
 /// Forces the breaker of the upstream `name`, or of an unknown host or a service address discovered at run time.
-pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
+pub fn force(control: &Control, name: &str, body: &[u8]) -> ApiResponse {
     let Some(cluster) = find(control, name) else {
         let snapshot = control.shared.snapshot.load();
         let names: Vec<&str> = snapshot.clusters.iter().map(|cluster| &*cluster.upstream.name).collect();
@@ -78,7 +80,7 @@ pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
         let detail = format!("there is no upstream `{name}`; available: {available}");
         return problem(StatusCode::NOT_FOUND, "No such upstream", &detail);
     };
-    let request: Wish = match serde_json::from_slice(body) {
+    let request: BreakerOverride = match serde_json::from_slice(body) {
         Ok(request) => request,
         Err(error) => {
             let detail = format!(
@@ -87,12 +89,12 @@ pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
             return problem(StatusCode::BAD_REQUEST, "Invalid breaker state", &detail);
         }
     };
-    let duration = request.duration.map_or(DEFAULT_FOR, |duration| duration.0);
+    let duration = request.duration.map_or(DEFAULT_DURATION, |duration| duration.0);
     if duration.is_zero() || duration > MAX_DURATION {
         let detail = "`for` must be more than 0 and at most 30d: a forced state always ends";
         return problem(StatusCode::BAD_REQUEST, "Invalid duration", detail);
     }
-    if request.state == WishedState::Auto && request.duration.is_some() {
+    if request.state == OverrideState::Auto && request.duration.is_some() {
         let detail = "`auto` has no end: omit `for`";
         return problem(StatusCode::BAD_REQUEST, "Invalid duration", detail);
     }
@@ -103,11 +105,11 @@ pub fn force(control: &Control, name: &str, body: &[u8]) -> Answer {
         return problem(StatusCode::CONFLICT, "No circuit breaker", &detail);
     }
     let now = Instant::now();
-    let mode = Mode::from(request.state);
+    let mode = BreakerMode::from(request.state);
     let guards = &cluster.upstream.guards;
-    let until = if mode == Mode::Auto { None } else { now.checked_add(duration) };
+    let until = if mode == BreakerMode::Auto { None } else { now.checked_add(duration) };
     let transition = guards.breaker.force(mode, until, now);
-    guards.note(name, transition);
+    guards.record_transition(name, transition);
     // `auto` has no end.
     let forced_for = until.map(|_| tracing::field::debug(duration));
     tracing::info!(
@@ -123,7 +125,7 @@ fn find(control: &Control, name: &str) -> Option<Arc<Cluster>> {
     let snapshot = control.shared.snapshot.load();
     let configured = snapshot.clusters.iter().find(|cluster| &*cluster.upstream.name == name).cloned();
     configured.or_else(|| {
-        let discovered = [&control.shared.unknown, &control.shared.inbound_addresses];
+        let discovered = [&control.shared.unknown_hosts, &control.shared.inbound_addresses];
         discovered
             .into_iter()
             .flat_map(|hosts| hosts.read().0)
@@ -137,12 +139,12 @@ mod tests {
 
     #[test]
     fn the_path_names_one_upstream() {
-        assert_eq!(upstream_in(&path("payments")), Some("payments"));
-        assert_eq!(upstream_in("/upstreams/a.example:80/breaker"), Some("a.example:80"));
+        assert_eq!(upstream_from_path(&path("payments")), Some("payments"));
+        assert_eq!(upstream_from_path("/upstreams/a.example:80/breaker"), Some("a.example:80"));
         for other in
             ["/upstreams//breaker", "/upstreams/a/b/breaker", "/upstreams/a", "/upstreams/breaker", "/"]
         {
-            assert_eq!(upstream_in(other), None, "{other}");
+            assert_eq!(upstream_from_path(other), None, "{other}");
         }
     }
 }

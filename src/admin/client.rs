@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::token::{self, Token, TokenError};
+use super::token::{self, AdminToken, AdminTokenError};
 use crate::config::AdminListen;
 
 /// The limit for one request.
@@ -29,30 +29,30 @@ const MAX_RESPONSE: usize = 16 << 20;
 
 /// A client for one sidecar's admin server.
 #[derive(Clone, Debug)]
-pub struct Client {
+pub struct AdminClient {
     address: AdminListen,
     token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum ClientError {
+pub enum AdminClientError {
     #[error("cannot connect to {address} ({source}): is a sidecar running, and is this its [admin] listen?")]
     Unreachable { address: String, source: io::Error },
     #[error("{address} did not respond within {}s", TIMEOUT.as_secs())]
-    Slow { address: String },
+    Timeout { address: String },
     #[error("the server at {address} is not a sidecar's admin server: {reason}")]
-    Strange { address: String, reason: String },
+    NotAdminServer { address: String, reason: String },
     #[error(
         "no connection accepted at {service}, the configured address of the service (--app, [inbound] forward_to)"
     )]
     NoService { service: String },
     #[error("rejected by {address}: {reason}")]
-    Refused { address: String, reason: String },
+    Rejected { address: String, reason: String },
     #[error("{source}; set --token-file (the sidecar's log and ready file show the path)")]
-    NoToken { source: TokenError },
+    NoToken { source: AdminTokenError },
 }
 
-impl Client {
+impl AdminClient {
     pub fn new(address: AdminListen, token_file: Option<PathBuf>) -> Self {
         Self { address, token_file }
     }
@@ -62,12 +62,12 @@ impl Client {
     }
 
     /// Sends a GET; needs no token.
-    pub async fn get(&self, path: &str) -> Result<Bytes, ClientError> {
+    pub async fn get(&self, path: &str) -> Result<Bytes, AdminClientError> {
         self.exchange(Method::GET, path, String::new(), None).await
     }
 
     /// Sends a request that changes something. Over TCP it carries the token; a Unix socket needs none.
-    pub async fn change(&self, method: Method, path: &str, body: String) -> Result<Bytes, ClientError> {
+    pub async fn change(&self, method: Method, path: &str, body: String) -> Result<Bytes, AdminClientError> {
         let token = match &self.address {
             AdminListen::Unix(_) => None,
             AdminListen::Tcp(address) => self.token(address.0.port).await?,
@@ -76,18 +76,18 @@ impl Client {
     }
 
     /// The token from `--token-file`, else from the file that the sidecar created; `None` if it has created none.
-    async fn token(&self, port: u16) -> Result<Option<Token>, ClientError> {
+    async fn token(&self, port: u16) -> Result<Option<AdminToken>, AdminClientError> {
         let token = match &self.token_file {
-            Some(path) => Token::read(path),
+            Some(path) => AdminToken::read(path),
             None => {
                 let status = self.get("/status").await?;
                 let status: serde_json::Value =
                     serde_json::from_slice(&status).map_err(|error| self.not_admin_server(&error))?;
                 let Some(path) = status["listeners"]["admin_token_file"].as_str() else { return Ok(None) };
-                token::told(Path::new(path), port)
+                token::read_announced(Path::new(path), port)
             }
         };
-        token.map(Some).map_err(|source| ClientError::NoToken { source })
+        token.map(Some).map_err(|source| AdminClientError::NoToken { source })
     }
 
     async fn exchange(
@@ -95,11 +95,11 @@ impl Client {
         method: Method,
         path: &str,
         body: String,
-        token: Option<Token>,
-    ) -> Result<Bytes, ClientError> {
+        token: Option<AdminToken>,
+    ) -> Result<Bytes, AdminClientError> {
         let address = self.address();
         let exchange = async {
-            let unreachable = |source| ClientError::Unreachable { address: address.clone(), source };
+            let unreachable = |source| AdminClientError::Unreachable { address: address.clone(), source };
             let host = match &self.address {
                 AdminListen::Tcp(listen) => listen.to_string(),
                 AdminListen::Unix(_) => "localhost".to_owned(),
@@ -120,10 +120,12 @@ impl Client {
                 }
             }
         };
-        timeout(TIMEOUT, exchange).await.unwrap_or(Err(ClientError::Slow { address: address.clone() }))
+        timeout(TIMEOUT, exchange)
+            .await
+            .unwrap_or(Err(AdminClientError::Timeout { address: address.clone() }))
     }
 
-    async fn send<S>(&self, stream: S, request: Request<Full<Bytes>>) -> Result<Bytes, ClientError>
+    async fn send<S>(&self, stream: S, request: Request<Full<Bytes>>) -> Result<Bytes, AdminClientError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -148,16 +150,16 @@ impl Client {
         }
     }
 
-    fn not_admin_server(&self, reason: &dyn std::fmt::Display) -> ClientError {
-        ClientError::Strange { address: self.address(), reason: reason.to_string() }
+    fn not_admin_server(&self, reason: &dyn std::fmt::Display) -> AdminClientError {
+        AdminClientError::NotAdminServer { address: self.address(), reason: reason.to_string() }
     }
 
-    fn rejected(&self, status: StatusCode, body: &[u8]) -> ClientError {
+    fn rejected(&self, status: StatusCode, body: &[u8]) -> AdminClientError {
         let problem: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         let reason = match problem["detail"].as_str() {
             Some(detail) => detail.to_owned(),
             None => status.to_string(),
         };
-        ClientError::Refused { address: self.address(), reason }
+        AdminClientError::Rejected { address: self.address(), reason }
     }
 }

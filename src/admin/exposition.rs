@@ -4,7 +4,7 @@ mod durations;
 mod plain;
 mod upstreams;
 
-pub use plain::Format;
+pub use plain::ExpositionFormat;
 
 use std::{
     fmt,
@@ -20,18 +20,18 @@ use prometheus_client::{
 };
 
 use crate::{
-    identity::material::Kind,
+    identity::material::ExpiryKind,
     model::{Cluster, Snapshot, unknown::UnknownHosts},
-    net::alpn::Tls,
+    net::alpn::ConnectionTls,
     runtime::lifecycle::Control,
     telemetry::{
-        metrics::{Connections, Way},
+        metrics::{ConnectionCounters, EntryPoint},
         process,
     },
 };
 
 /// Renders all metrics with their current values.
-pub fn text(control: &Arc<Control>, format: Format) -> Result<String, fmt::Error> {
+pub fn render(control: &Arc<Control>, format: ExpositionFormat) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(MetricsCollector(Arc::clone(control))));
     let mut out = String::new();
@@ -39,8 +39,8 @@ pub fn text(control: &Arc<Control>, format: Format) -> Result<String, fmt::Error
     durations::DurationRows::of(&control.shared).write(&mut out)?;
     text::encode_eof(&mut out)?;
     Ok(match format {
-        Format::OpenMetrics => out,
-        Format::Prometheus => plain::prometheus(&out),
+        ExpositionFormat::OpenMetrics => out,
+        ExpositionFormat::Prometheus => plain::prometheus(&out),
     })
 }
 
@@ -73,12 +73,12 @@ impl MetricsCollector {
     fn connections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let shared = &self.0.shared;
         let metrics = &shared.metrics;
-        let directions: [(&str, &Connections); 2] =
+        let directions: [(&str, &ConnectionCounters); 2] =
             [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)];
         // Only the connections that cross the network: from clients inbound, to upstreams outbound.
         let open = [
             ("inbound", metrics.inbound.open_by()),
-            ("outbound", upstream_connections(&shared.snapshot.load(), &shared.unknown)),
+            ("outbound", upstream_connections(&shared.snapshot.load(), &shared.unknown_hosts)),
         ];
         let open = open.iter().flat_map(|(direction, counts)| {
             counts.map(|(tls, count)| {
@@ -140,15 +140,16 @@ impl MetricsCollector {
         let help = "Connections refused because they did not use TLS";
         single(encoder, "outrigger_plaintext_refused", help, None, &refused)?;
         let report = self.0.shared.identity.report();
-        let soonest = Kind::ALL.into_iter().filter_map(|kind| {
+        let soonest = ExpiryKind::ALL.into_iter().filter_map(|kind| {
             let of_kind = report.expiries.iter().filter(|expiry| expiry.kind == kind);
-            let at = of_kind.map(|expiry| expiry.at).min()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+            let at =
+                of_kind.map(|expiry| expiry.not_after).min()?.duration_since(UNIX_EPOCH).unwrap_or_default();
             Some(([("kind", kind.word().to_owned())], ConstGauge::new(at.as_secs_f64())))
         });
         let help = "When the first certificate of each kind expires";
         family(encoder, "outrigger_certificate_expiry_timestamp", help, Some(&Unit::Seconds), soonest)?;
         if report.configured {
-            let loads = [("accepted", report.accepted), ("refused", report.refusals)];
+            let loads = [("accepted", report.accepted), ("refused", report.rejections)];
             let loads =
                 loads.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
             family(
@@ -158,7 +159,7 @@ impl MetricsCollector {
                 None,
                 loads,
             )?;
-            let refused = ConstGauge::new(i64::from(report.refused.is_some()));
+            let refused = ConstGauge::new(i64::from(report.rejection.is_some()));
             let help = "1 while the newest certificates are rejected and earlier ones stay in use";
             single(encoder, "outrigger_certificate_refused", help, None, &refused)?;
         }
@@ -166,18 +167,18 @@ impl MetricsCollector {
     }
 
     fn entry_points(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let (counts, now) = (&self.0.shared.metrics.ways, Instant::now());
-        let points = Way::ALL
+        let (counts, now) = (&self.0.shared.metrics.entry_points, Instant::now());
+        let points = EntryPoint::ALL
             .map(|way| ([("way", way.word().to_owned())], ConstCounter::new(counts.read(way, now).0)));
         family(encoder, "outrigger_calls", "Requests and byte streams by entry point", None, points)
     }
 
     fn spans(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let Some(export) = self.0.shared.traces.export() else { return Ok(()) };
-        let counts = export.state.counts.read();
+        let counts = export.state.counts.extract();
         let counts = counts.map(|(word, count)| ([("outcome", word.to_owned())], ConstCounter::new(count)));
         family(encoder, "outrigger_spans", "Spans by outcome of their export", None, counts)?;
-        let waiting = ConstGauge::new(i64::try_from(export.waiting().0).unwrap_or(i64::MAX));
+        let waiting = ConstGauge::new(i64::try_from(export.queued().0).unwrap_or(i64::MAX));
         single(
             encoder,
             "outrigger_spans_waiting_calls",
@@ -188,7 +189,7 @@ impl MetricsCollector {
     }
 
     fn access_log(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let lines = self.0.shared.calls.access_log.lines();
+        let lines = self.0.shared.request_telemetry.access_log.line_counts();
         let outcomes = [("written", &lines.written), ("dropped", &lines.dropped), ("failed", &lines.failed)];
         let outcomes = outcomes.map(|(outcome, count)| {
             ([("outcome", outcome.to_owned())], ConstCounter::new(count.load(Ordering::Relaxed)))
@@ -198,7 +199,7 @@ impl MetricsCollector {
 
     fn reloads(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let state = self.0.reloads.state();
-        let outcomes = [("accepted", state.accepted), ("rejected", state.refused)];
+        let outcomes = [("accepted", state.accepted_count), ("rejected", state.rejected_count)];
         let outcomes =
             outcomes.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
         family(
@@ -208,7 +209,7 @@ impl MetricsCollector {
             None,
             outcomes,
         )?;
-        let rejected = ConstGauge::new(i64::from(state.rejected.is_some()));
+        let rejected = ConstGauge::new(i64::from(state.rejection.is_some()));
         let help =
             "1 while the configuration files are rejected and the last good configuration stays in use";
         single(encoder, "outrigger_config_rejected", help, None, &rejected)
@@ -218,14 +219,14 @@ impl MetricsCollector {
 /// Fetches of JWKS and of the OAuth 2 tokens of upstreams, by outcome.
 fn fetches(encoder: &mut DescriptorEncoder, snapshot: &Snapshot) -> fmt::Result {
     let outcomes = |fetched, failed| [("ok", fetched), ("failed", failed)];
-    let keys = snapshot.gate.iter().filter_map(|gate| gate.users.as_ref()).flat_map(|users| {
-        let report = users.issuer.told();
+    let keys = snapshot.gate.iter().filter_map(|gate| gate.jwt.as_ref()).flat_map(|users| {
+        let report = users.issuer.report();
         outcomes(report.fetched, report.failed)
     });
     let keys = keys.map(|(outcome, count)| ([("outcome", outcome.to_owned())], ConstCounter::new(count)));
     family(encoder, "outrigger_jwks_fetches", "Fetches of the JWKS by outcome", None, keys)?;
     let tokens = snapshot.clusters.iter().filter_map(|cluster| {
-        let report = cluster.token.as_ref()?.told();
+        let report = cluster.token.as_ref()?.report();
         let labels =
             |outcome: &str| [("upstream", cluster.settings.name.clone()), ("outcome", outcome.to_owned())];
         let outcomes = outcomes(report.fetched, report.failed);
@@ -236,11 +237,14 @@ fn fetches(encoder: &mut DescriptorEncoder, snapshot: &Snapshot) -> fmt::Result 
 }
 
 /// Open connections to all upstreams, by TLS.
-fn upstream_connections(snapshot: &Snapshot, unknown: &UnknownHosts) -> [(Tls, i64); Tls::ALL.len()] {
+fn upstream_connections(
+    snapshot: &Snapshot,
+    unknown: &UnknownHosts,
+) -> [(ConnectionTls, i64); ConnectionTls::ALL.len()] {
     let (hosts, _) = unknown.read();
     let clusters = || snapshot.clusters.iter().chain(&hosts);
-    Tls::ALL.map(|tls| {
-        let of = |cluster: &Arc<Cluster>| cluster.upstream.guards.open_by()[tls as usize].1;
+    ConnectionTls::ALL.map(|tls| {
+        let of = |cluster: &Arc<Cluster>| cluster.upstream.guards.open_connections()[tls as usize].1;
         (tls, clusters().map(of).sum())
     })
 }

@@ -14,7 +14,7 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 pub mod token;
-pub mod tokens;
+pub mod token_status;
 pub mod upstreams;
 
 use std::{convert::Infallible, future::Future, io, path::PathBuf, sync::Arc, time::Duration};
@@ -40,7 +40,7 @@ use crate::{
 };
 use api::{Access, Api};
 use probes::Probes;
-use token::{Token, TokenError, TokenFile};
+use token::{AdminToken, AdminTokenError, AdminTokenFile};
 
 /// Concurrent connections per listener; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 64;
@@ -63,7 +63,7 @@ pub struct Admin {
     /// The address of the probe listener (`/live`, `/ready`, `/metrics`).
     pub probe: Option<String>,
     token_file: Option<PathBuf>,
-    _created_token: Option<TokenFile>,
+    _created_token: Option<AdminTokenFile>,
     _socket: Option<listen::SocketFile>,
     _tasks: JoinSet<()>,
 }
@@ -73,7 +73,7 @@ pub enum AdminError {
     #[error("cannot listen on {address} ({what}): {source}")]
     Listen { what: &'static str, address: String, source: io::Error },
     #[error(transparent)]
-    Token(#[from] TokenError),
+    Token(#[from] AdminTokenError),
     #[error("invalid OUTRIGGER_PROBES: {0}")]
     Probes(String),
 }
@@ -105,7 +105,7 @@ impl Admin {
             config::AdminListen::Tcp(address) => {
                 let listeners = listen::tcp(address).map_err(listen_error("[admin] listen", address))?;
                 let bound: Vec<_> = listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
-                control.shared.own.add(&bound);
+                control.shared.own_addresses.add(&bound);
                 let first = bound.first();
                 admin.address = first.map(ToString::to_string).unwrap_or_default();
                 let (token, created) = token(settings.token_file.as_ref(), first.map_or(0, |a| a.port()))?;
@@ -119,7 +119,7 @@ impl Admin {
         if let Some(address) = &settings.probe_listen {
             let listeners = listen::tcp(address).map_err(listen_error("[admin] probe_listen", address))?;
             let bound: Vec<_> = listeners.iter().filter_map(|l| l.local_addr().ok()).collect();
-            control.shared.own.add(&bound);
+            control.shared.own_addresses.add(&bound);
             admin.probe = bound.first().map(ToString::to_string);
             let access = Access::Probe(Probes::from_env(config::process_env)?);
             serve_tcp(tasks, listeners, &Api { control: Arc::clone(&control), access });
@@ -140,11 +140,14 @@ impl Admin {
 }
 
 /// The configured token, or a new one. `None` if its file cannot be written: then nothing can be changed.
-fn token(configured: Option<&PathBuf>, port: u16) -> Result<(Option<Token>, Option<TokenFile>), TokenError> {
+fn token(
+    configured: Option<&PathBuf>,
+    port: u16,
+) -> Result<(Option<AdminToken>, Option<AdminTokenFile>), AdminTokenError> {
     if let Some(path) = configured {
-        return Ok((Some(Token::read(path)?), None));
+        return Ok((Some(AdminToken::read(path)?), None));
     }
-    match TokenFile::make(port) {
+    match AdminTokenFile::create(port) {
         Ok(file) => {
             tracing::info!(path = %file.path.display(), "changes need the token in this file, which only this user can read");
             Ok((Some(file.token()), Some(file)))
@@ -194,7 +197,10 @@ where
 {
     let service = ServiceBuilder::new()
         .layer(CatchPanicLayer::new())
-        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, RESPONSE_TIMEOUT + api.patience()))
+        .layer(TimeoutLayer::with_status_code(
+            StatusCode::GATEWAY_TIMEOUT,
+            RESPONSE_TIMEOUT + api.extra_timeout(),
+        ))
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
         .service(service_fn(move |request: Request<tower_http::body::Limited<Incoming>>| {
             let api = api.clone();

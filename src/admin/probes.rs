@@ -29,7 +29,7 @@ use tokio_rustls::TlsConnector;
 use super::AdminError;
 use crate::{
     descriptors,
-    upstream::health::{CheckError, Stream, alongside, ask_grpc},
+    upstream::health::{CheckError, CheckStream, ask_grpc, run_on_connection},
 };
 
 /// Most probes. A pod has a handful of containers with three probes each.
@@ -112,12 +112,12 @@ impl Probes {
     }
 
     /// The longest timeout of all probes.
-    pub fn patience(&self) -> Duration {
+    pub fn longest_timeout(&self) -> Duration {
         self.probes.values().map(|probe| Duration::from_secs(probe.timeout)).max().unwrap_or_default()
     }
 
     /// Executes the named probe. Returns the response for the kubelet; `None`: there is no such probe.
-    pub async fn ask(&self, name: &str) -> Option<(StatusCode, String)> {
+    pub async fn run(&self, name: &str) -> Option<(StatusCode, String)> {
         let probe = self.probes.get(name)?;
         let limit = Duration::from_secs(probe.timeout);
         let outcome =
@@ -148,7 +148,7 @@ impl Probes {
 
 /// Passes with status 200 to 399, like the kubelet.
 async fn get(
-    stream: impl Stream,
+    stream: impl CheckStream,
     address: SocketAddr,
     path: &str,
     fields: &[(String, String)],
@@ -167,7 +167,7 @@ async fn get(
         headers.insert(header::HOST, HeaderValue::try_from(address.to_string()).map_err(http::Error::from)?);
     }
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let status = alongside(connection, async { sender.send_request(request).await }).await?.status();
+    let status = run_on_connection(connection, async { sender.send_request(request).await }).await?.status();
     if status.is_success() || status.is_redirection() { Ok(()) } else { Err(CheckError::Status(status)) }
 }
 
@@ -250,11 +250,11 @@ mod tests {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = free.local_addr().unwrap().port();
         let probes = probes(&format!(r#"{{"a/x": {{"port": {port}, "tcp": true, "timeout": 5}}}}"#)).unwrap();
-        assert_eq!(probes.ask("a/x").await.unwrap().0, StatusCode::OK);
+        assert_eq!(probes.run("a/x").await.unwrap().0, StatusCode::OK);
         drop(free);
-        let (status, body) = probes.ask("a/x").await.unwrap();
+        let (status, body) = probes.run("a/x").await.unwrap();
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
         assert!(body.contains("connect"), "{body}");
-        assert!(probes.ask("b/x").await.is_none());
+        assert!(probes.run("b/x").await.is_none());
     }
 }

@@ -6,10 +6,10 @@ use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use super::api::{Answer, json, problem};
+use super::api::{ApiResponse, json, problem};
 use crate::{
-    runtime::{lifecycle::Control, reload::Outcome},
-    watch::Reason,
+    runtime::{lifecycle::Control, reload::ReloadOutcome},
+    watch::WatchReason,
 };
 
 pub const PATH: &str = "/reload";
@@ -26,12 +26,12 @@ pub struct ReloadRequest {
 
 /// The body of a 200.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reloaded {
+pub struct ReloadResponse {
     /// Sections and upstreams that changed.
     pub changed: Vec<String>,
 }
 
-pub async fn reload(control: &Arc<Control>, body: &[u8]) -> Answer {
+pub async fn reload(control: &Arc<Control>, body: &[u8]) -> ApiResponse {
     let request = match body {
         [] => ReloadRequest::default(),
         body => match serde_json::from_slice(body) {
@@ -42,17 +42,17 @@ pub async fn reload(control: &Arc<Control>, body: &[u8]) -> Answer {
             }
         },
     };
-    let reason = if request.accept_less_security { Reason::Confirmed } else { Reason::Asked };
+    let reason = if request.accept_less_security { WatchReason::Confirmed } else { WatchReason::Requested };
     let busy = |detail: &str| problem(StatusCode::SERVICE_UNAVAILABLE, "Not reloaded", detail);
-    let Some(outcome) = control.reload_requests.ask(reason) else {
+    let Some(outcome) = control.reload_requests.request(reason) else {
         return busy("too many requests to reload are waiting");
     };
     match timeout(TIMEOUT, outcome).await {
-        Ok(Ok(Outcome::Applied(changed))) => json(StatusCode::OK, &Reloaded { changed }),
-        Ok(Ok(Outcome::Held(reason))) => {
+        Ok(Ok(ReloadOutcome::Applied(changed))) => json(StatusCode::OK, &ReloadResponse { changed }),
+        Ok(Ok(ReloadOutcome::Held(reason))) => {
             problem(StatusCode::CONFLICT, "The configuration is held back", &reason)
         }
-        Ok(Ok(Outcome::Rejected(reason))) => {
+        Ok(Ok(ReloadOutcome::Rejected(reason))) => {
             problem(StatusCode::UNPROCESSABLE_ENTITY, "The configuration cannot be used", &reason)
         }
         Ok(Err(_)) | Err(_) => busy("the process is shutting down, or too busy to read its files"),

@@ -9,10 +9,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{tokens::KeysStatus, upstreams::UpstreamStatus};
+use super::{token_status::JwksStatus, upstreams::UpstreamStatus};
 use crate::{
     config::{AccessLog, Telemetry},
-    identity::{Date, material, store::Report},
+    identity::{Date, material, store::IdentityReport},
     model::{Cluster, Snapshot},
     proxy::{
         connect::may_be_reached,
@@ -20,11 +20,11 @@ use crate::{
     },
     runtime::lifecycle::Control,
     telemetry::{
-        calls::Calls,
-        metrics::{Connections, Way, Ways, WorkerLoad},
-        record::Record,
+        metrics::{ConnectionCounters, EntryPoint, EntryPoints, WorkerLoad},
+        record::RequestRecord,
+        reporter::RequestTelemetry,
         traces::Traces,
-        verdict::Kind,
+        verdict::Verdict,
     },
     upstream::Resolution,
 };
@@ -59,14 +59,14 @@ pub struct Status {
     pub identity: Option<IdentityStatus>,
     /// The keys that verify tokens of clients; absent without `[inbound.jwt]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub jwt: Option<KeysStatus>,
+    pub jwt: Option<JwksStatus>,
     /// Connections from clients (`inbound`) and from the service (`outbound`).
     pub connections: BTreeMap<String, ConnectionCounts>,
     /// In the order of their threads. A new connection goes to the one that was least busy recently.
     #[serde(default)]
     pub workers: Vec<WorkerStatus>,
     /// Requests and byte streams by entry point: `inbound`, `proxy`, `host`, `redirect`, `listen`.
-    pub ways: BTreeMap<String, WayStatus>,
+    pub ways: BTreeMap<String, EntryPointStatus>,
     /// The export of spans; absent if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traces: Option<TracesStatus>,
@@ -74,14 +74,14 @@ pub struct Status {
     pub inbound: UpstreamStatus,
     /// The service's addresses for redirected requests: each original destination has its own limits and breaker.
     #[serde(default)]
-    pub inbound_addresses: AddressesStatus,
+    pub inbound_addresses: ServiceAddressesStatus,
     pub upstreams: Vec<UpstreamStatus>,
-    pub unknown: UnknownStatus,
+    pub unknown: UnknownHostsStatus,
     #[serde(default)]
     pub access_log: AccessLogStatus,
     /// The last requests that failed or needed more than one attempt, the latest first; `GET /requests` has more.
     #[serde(default)]
-    pub trouble: Vec<Trouble>,
+    pub trouble: Vec<TroubledRequest>,
 }
 
 /// Counts of access log lines since startup.
@@ -98,7 +98,7 @@ pub struct AccessLogStatus {
 
 /// A request that failed or needed more than one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trouble {
+pub struct TroubledRequest {
     pub ended_seconds_ago: u64,
     pub direction: String,
     pub method: String,
@@ -166,17 +166,17 @@ pub struct IdentityStatus {
 }
 
 impl IdentityStatus {
-    fn of(report: Report) -> Option<Self> {
-        let soonest = |kind: material::Kind| {
+    fn of(report: IdentityReport) -> Option<Self> {
+        let soonest = |kind: material::ExpiryKind| {
             let of_kind = report.expiries.iter().filter(|expiry| expiry.kind == kind);
-            Some((kind.word().to_owned(), Date(of_kind.map(|expiry| expiry.at).min()?).to_string()))
+            Some((kind.word().to_owned(), Date(of_kind.map(|expiry| expiry.not_after).min()?).to_string()))
         };
         report.configured.then(|| Self {
-            expires: material::Kind::ALL.into_iter().filter_map(soonest).collect(),
+            expires: material::ExpiryKind::ALL.into_iter().filter_map(soonest).collect(),
             id: report.id,
             accepted: report.accepted,
-            refused: report.refusals,
-            error: report.refused,
+            refused: report.rejections,
+            error: report.rejection,
         })
     }
 }
@@ -218,7 +218,7 @@ pub struct TracesStatus {
 
 /// The traffic of one entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WayStatus {
+pub struct EntryPointStatus {
     /// Requests and byte streams.
     pub count: u64,
     pub last_seconds_ago: Option<u64>,
@@ -226,7 +226,7 @@ pub struct WayStatus {
 
 /// Addresses of the service that redirected requests recently went to.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct AddressesStatus {
+pub struct ServiceAddressesStatus {
     /// How many are known now.
     pub known: usize,
     /// The most recently used.
@@ -235,19 +235,19 @@ pub struct AddressesStatus {
 
 /// Hosts that no upstream names, seen since startup.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct UnknownStatus {
+pub struct UnknownHostsStatus {
     /// How many are known now.
     pub known: usize,
     /// The most recently used.
     pub hosts: Vec<UpstreamStatus>,
     /// Requested names that do not resolve.
     #[serde(default)]
-    pub not_found: NotFound,
+    pub not_found: UnresolvedNames,
 }
 
 /// Names without an address, requested in the last five minutes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NotFound {
+pub struct UnresolvedNames {
     /// How many there are.
     pub count: usize,
     /// The errors of the most recently requested ones.
@@ -279,9 +279,9 @@ impl Status {
             config: ConfigStatus {
                 files: reloads.files,
                 loaded_seconds_ago: reloads.loaded.elapsed().as_secs(),
-                reloads: reloads.accepted,
-                refused: reloads.refused,
-                rejected: reloads.rejected,
+                reloads: reloads.accepted_count,
+                refused: reloads.rejected_count,
+                rejected: reloads.rejection,
                 restart_needed: reloads.restart_needed,
             },
             listeners: Listeners {
@@ -298,25 +298,30 @@ impl Status {
                 admin_token_file: admin.and_then(|at| at.token_file.clone()),
             },
             identity: IdentityStatus::of(control.shared.identity.report()),
-            jwt: KeysStatus::of(&snapshot),
+            jwt: JwksStatus::of(&snapshot),
             connections: [("inbound", &metrics.inbound), ("outbound", &metrics.outbound)]
                 .map(|(direction, connections)| (direction.to_owned(), ConnectionCounts::of(connections)))
                 .into(),
             workers: metrics.workers.iter().map(WorkerStatus::of).collect(),
-            ways: Way::ALL.map(|way| (way.word().to_owned(), WayStatus::of(&metrics.ways, way, now))).into(),
+            ways: EntryPoint::ALL
+                .map(|way| (way.word().to_owned(), EntryPointStatus::of(&metrics.entry_points, way, now)))
+                .into(),
             traces: TracesStatus::of(&control.shared.traces, &snapshot.config.telemetry),
             inbound: UpstreamStatus::of(&snapshot.inbound, now),
-            inbound_addresses: AddressesStatus::of(&control.shared, now),
+            inbound_addresses: ServiceAddressesStatus::of(&control.shared, now),
             upstreams: snapshot.clusters.iter().map(|cluster| UpstreamStatus::of(cluster, now)).collect(),
-            unknown: UnknownStatus::of(&control.shared, &snapshot, now),
-            access_log: AccessLogStatus::of(&control.shared.calls, snapshot.config.telemetry.access_log),
-            trouble: Trouble::last(&control.shared.calls),
+            unknown: UnknownHostsStatus::of(&control.shared, &snapshot, now),
+            access_log: AccessLogStatus::of(
+                &control.shared.request_telemetry,
+                snapshot.config.telemetry.access_log,
+            ),
+            trouble: TroubledRequest::last(&control.shared.request_telemetry),
         }
     }
 }
 
 impl ConnectionCounts {
-    fn of(connections: &Connections) -> Self {
+    fn of(connections: &ConnectionCounters) -> Self {
         Self {
             open: u64::try_from(connections.open.load(Ordering::Relaxed)).unwrap_or(0),
             total: connections.total.load(Ordering::Relaxed),
@@ -336,7 +341,7 @@ impl WorkerStatus {
 impl TracesStatus {
     fn of(traces: &Traces, telemetry: &Telemetry) -> Option<Self> {
         let export = traces.export()?;
-        let (waiting, queue) = export.waiting();
+        let (waiting, queue) = export.queued();
         let failed = export.state.last_error();
         Some(Self {
             to: export.destination.to_string(),
@@ -344,7 +349,7 @@ impl TracesStatus {
             sample_errors: telemetry.sample_errors,
             waiting,
             queue,
-            spans: export.state.counts.read().map(|(word, count)| (word.to_owned(), count)).into(),
+            spans: export.state.counts.extract().map(|(word, count)| (word.to_owned(), count)).into(),
             failed_seconds_ago: failed.as_ref().map(|(_, ago)| ago.as_secs()),
             last_error: failed.map(|(error, _)| error),
         })
@@ -352,8 +357,8 @@ impl TracesStatus {
 }
 
 impl AccessLogStatus {
-    fn of(calls: &Calls, mode: AccessLog) -> Self {
-        let lines = calls.access_log.lines();
+    fn of(calls: &RequestTelemetry, mode: AccessLog) -> Self {
+        let lines = calls.access_log.line_counts();
         Self {
             mode: mode.word().to_owned(),
             written: lines.written.load(Ordering::Relaxed),
@@ -363,39 +368,39 @@ impl AccessLogStatus {
     }
 }
 
-impl Trouble {
-    fn last(calls: &Calls) -> Vec<Self> {
+impl TroubledRequest {
+    fn last(calls: &RequestTelemetry) -> Vec<Self> {
         let records = calls.requests.read();
         records
             .iter()
-            .filter(|record| record.kind() != Kind::Slow)
+            .filter(|record| record.verdict() != Verdict::Slow)
             .take(SHOWN_REQUESTS)
             .map(|r| Self::of(r))
             .collect()
     }
 
-    fn of(record: &Record) -> Self {
+    fn of(record: &RequestRecord) -> Self {
         Self {
-            ended_seconds_ago: record.ended.map_or(0, |ended| ended.elapsed().as_secs()),
+            ended_seconds_ago: record.ended_at.map_or(0, |ended| ended.elapsed().as_secs()),
             direction: record.direction().to_owned(),
             method: record.method.to_string(),
-            upstream: record.upstream().map(ToOwned::to_owned),
+            upstream: record.upstream_name().map(ToOwned::to_owned),
             status: record.status.map(|status| status.as_u16()),
-            attempts: record.tries.made(),
+            attempts: record.attempts.count(),
             trace_id: record.context.trace.to_string(),
-            why: record.why(),
+            why: record.explanation(),
         }
     }
 }
 
-impl WayStatus {
-    fn of(ways: &Ways, way: Way, now: Instant) -> Self {
+impl EntryPointStatus {
+    fn of(ways: &EntryPoints, way: EntryPoint, now: Instant) -> Self {
         let (count, last) = ways.read(way, now);
         Self { count, last_seconds_ago: last.map(|ago| ago.as_secs()) }
     }
 }
 
-impl AddressesStatus {
+impl ServiceAddressesStatus {
     fn of(shared: &Shared, now: Instant) -> Self {
         let known = shared.inbound_addresses.read().0;
         let statuses = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
@@ -403,20 +408,21 @@ impl AddressesStatus {
     }
 }
 
-impl UnknownStatus {
+impl UnknownHostsStatus {
     /// Separates hosts that requests can have reached from names that do not resolve.
     fn of(shared: &Shared, snapshot: &Snapshot, now: Instant) -> Self {
         let reached = |cluster: &Arc<Cluster>| {
             let set = cluster.upstream.endpoints();
             set.endpoints.iter().any(|endpoint| may_be_reached(shared, snapshot, cluster, endpoint.address))
         };
-        let (known, unresolved): (Vec<_>, Vec<_>) = shared.unknown.read().0.into_iter().partition(reached);
+        let (known, unresolved): (Vec<_>, Vec<_>) =
+            shared.unknown_hosts.read().0.into_iter().partition(reached);
         let statuses = known.iter().take(SHOWN_HOSTS).map(|cluster| UpstreamStatus::of(cluster, now));
-        Self { known: known.len(), hosts: statuses.collect(), not_found: NotFound::of(&unresolved) }
+        Self { known: known.len(), hosts: statuses.collect(), not_found: UnresolvedNames::of(&unresolved) }
     }
 }
 
-impl NotFound {
+impl UnresolvedNames {
     fn of(clusters: &[Arc<Cluster>]) -> Self {
         let resolution_error = |cluster: &Arc<Cluster>| {
             let set = cluster.upstream.endpoints();
@@ -434,7 +440,7 @@ impl NotFound {
 const fn phase_word(phase: Phase) -> &'static str {
     match phase {
         Phase::Running => "running",
-        Phase::Leaving => "leaving",
+        Phase::DrainDelay => "leaving",
         Phase::DrainingInbound => "draining_inbound",
         Phase::DrainingAll => "draining_all",
     }

@@ -7,7 +7,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::{Admin, client::Client};
+use super::{Admin, client::AdminClient};
 use crate::{
     config::{AdminListen, Config},
     runtime::{
@@ -42,8 +42,8 @@ fn start(change: impl FnOnce(&mut Config)) -> Running {
 }
 
 impl Running {
-    fn client(&self) -> Client {
-        Client::new(self.admin.address.parse().unwrap(), None)
+    fn client(&self) -> AdminClient {
+        AdminClient::new(self.admin.address.parse().unwrap(), None)
     }
 
     /// Sends raw bytes and returns the whole response.
@@ -138,7 +138,7 @@ async fn a_body_that_is_too_long_is_rejected() {
 async fn a_drain_shows_in_ready() {
     let running = start(|_| {});
     assert_eq!(status(&running.request("GET /ready", "").await), 200);
-    running._proxy.set_phase(crate::proxy::worker::Phase::Leaving);
+    running._proxy.set_phase(crate::proxy::worker::Phase::DrainDelay);
     let response = running.request("GET /ready", "accept: application/json\r\n").await;
     assert_eq!(status(&response), 503);
     assert!(response.contains("leaving"), "{response}");
@@ -149,7 +149,7 @@ async fn a_drain_shows_in_ready() {
 #[tokio::test]
 async fn a_dead_worker_shows_in_live_and_ready() {
     let running = start(|_| {});
-    running.control.deaths.keep("worker-0").end(Err("its listener is gone".to_owned()));
+    running.control.failures.guard("worker-0").finish(Err("its listener is gone".to_owned()));
     let response = running.request("GET /live", "").await;
     assert_eq!(status(&response), 503, "{response}");
     assert!(response.ends_with("worker-0 has failed: its listener is gone\n"), "{response}");
@@ -215,7 +215,7 @@ async fn a_unix_socket_needs_no_token() {
 #[tokio::test]
 async fn the_client_reports_that_no_sidecar_runs() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let client = Client::new(free.to_string().parse().unwrap(), None);
+    let client = AdminClient::new(free.to_string().parse().unwrap(), None);
     for error in [
         client.get("/status").await.unwrap_err(),
         client.change(http::Method::POST, "/drain", String::new()).await.unwrap_err(),

@@ -16,22 +16,22 @@ use subtle::ConstantTimeEq;
 
 /// The secret; `Debug` does not print it.
 #[derive(Clone)]
-pub struct Token(String);
+pub struct AdminToken(String);
 
-impl std::fmt::Debug for Token {
+impl std::fmt::Debug for AdminToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Token(…)")
     }
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum TokenError {
+pub enum AdminTokenError {
     #[error("cannot read the admin token from {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
     #[error("the admin token in {path} is empty or has characters that are not allowed in a header field")]
-    Unfit { path: PathBuf },
+    Invalid { path: PathBuf },
     #[error("the sidecar's admin token is in {path}, which is not the default location")]
-    Elsewhere { path: PathBuf },
+    UnexpectedPath { path: PathBuf },
     #[error("cannot write the admin token to {path}: {source}")]
     Write { path: PathBuf, source: io::Error },
     #[error("no randomness for the admin token: {0}")]
@@ -40,32 +40,32 @@ pub enum TokenError {
 
 /// A token created at startup, and its file, which is removed when dropped.
 #[derive(Debug)]
-pub struct TokenFile {
+pub struct AdminTokenFile {
     pub path: PathBuf,
-    token: Token,
+    token: AdminToken,
     /// Locked while the process lives, to distinguish it from a stale file.
     _lock: File,
 }
 
-impl Token {
-    pub fn read(path: &Path) -> Result<Self, TokenError> {
-        let text =
-            fs::read_to_string(path).map_err(|source| TokenError::Read { path: path.to_owned(), source })?;
+impl AdminToken {
+    pub fn read(path: &Path) -> Result<Self, AdminTokenError> {
+        let text = fs::read_to_string(path)
+            .map_err(|source| AdminTokenError::Read { path: path.to_owned(), source })?;
         let text = text.trim();
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(TokenError::Unfit { path: path.to_owned() });
+            return Err(AdminTokenError::Invalid { path: path.to_owned() });
         }
         Ok(Self(text.to_owned()))
     }
 
-    fn random() -> Result<Self, TokenError> {
+    fn random() -> Result<Self, AdminTokenError> {
         let mut bytes = [0_u8; 32];
         getrandom::fill(&mut bytes)?;
         Ok(Self(bytes.iter().map(|b| format!("{b:02x}")).collect()))
     }
 
     /// Whether an `Authorization` value contains it. Compares in constant time.
-    pub fn is_borne_by(&self, authorization: Option<&[u8]>) -> bool {
+    pub fn matches_authorization(&self, authorization: Option<&[u8]>) -> bool {
         const SCHEME: &[u8] = b"bearer ";
         let Some((scheme, given)) = authorization.and_then(|field| field.split_at_checked(SCHEME.len()))
         else {
@@ -80,29 +80,29 @@ impl Token {
     }
 }
 
-impl TokenFile {
+impl AdminTokenFile {
     /// Creates a token for the admin server on `port`, where [`read_announced`] accepts it.
-    pub fn make(port: u16) -> Result<Self, TokenError> {
+    pub fn create(port: u16) -> Result<Self, AdminTokenError> {
         Self::create_in(&folder(), port)
     }
 
-    fn create_in(folder: &Path, port: u16) -> Result<Self, TokenError> {
-        let token = Token::random()?;
+    fn create_in(folder: &Path, port: u16) -> Result<Self, AdminTokenError> {
+        let token = AdminToken::random()?;
         let mut name = [0_u8; 4];
         getrandom::fill(&mut name)?;
         let path = folder.join(format!("{}{:08x}{SUFFIX}", prefix(port), u32::from_be_bytes(name)));
         match write_private(&path, &token.0) {
             Ok(lock) => Ok(Self { path, token, _lock: lock }),
-            Err(source) => Err(TokenError::Write { path, source }),
+            Err(source) => Err(AdminTokenError::Write { path, source }),
         }
     }
 
-    pub fn token(&self) -> Token {
+    pub fn token(&self) -> AdminToken {
         self.token.clone()
     }
 }
 
-impl Drop for TokenFile {
+impl Drop for AdminTokenFile {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
@@ -110,16 +110,16 @@ impl Drop for TokenFile {
 
 /// Reads the token from the `path` that the admin server on `port` announces in `/status`. Only a path where such a
 /// server would create it is accepted: another process on that port must not make us send the content of any file.
-pub fn told(path: &Path, port: u16) -> Result<Token, TokenError> {
+pub fn read_announced(path: &Path, port: u16) -> Result<AdminToken, AdminTokenError> {
     read_announced_in(&folder(), path, port)
 }
 
-fn read_announced_in(folder: &Path, path: &Path, port: u16) -> Result<Token, TokenError> {
+fn read_announced_in(folder: &Path, path: &Path, port: u16) -> Result<AdminToken, AdminTokenError> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if path.parent() == Some(folder) && name.starts_with(&prefix(port)) && name.ends_with(SUFFIX) {
-        Token::read(path)
+        AdminToken::read(path)
     } else {
-        Err(TokenError::Elsewhere { path: path.to_owned() })
+        Err(AdminTokenError::UnexpectedPath { path: path.to_owned() })
     }
 }
 
@@ -183,13 +183,13 @@ mod tests {
     fn a_created_token_is_private_unique_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
-        let file = TokenFile::create_in(&folder, 1).unwrap();
+        let file = AdminTokenFile::create_in(&folder, 1).unwrap();
         assert_eq!(fs::metadata(&file.path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(fs::metadata(&folder).unwrap().mode() & 0o777, 0o700);
         let announced = read_announced_in(&folder, &file.path, 1).unwrap();
         assert_eq!(announced.0, file.token.0);
         assert_eq!(announced.0.len(), 64);
-        let later = TokenFile::create_in(&folder, 1).unwrap();
+        let later = AdminTokenFile::create_in(&folder, 1).unwrap();
         assert_ne!(later.token.0, announced.0);
         assert!(file.path.exists(), "kept for a process with the same port in another network namespace");
         drop(file);
@@ -202,11 +202,11 @@ mod tests {
     fn stale_token_files_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
-        let live = TokenFile::create_in(&folder, 1).unwrap();
+        let live = AdminTokenFile::create_in(&folder, 1).unwrap();
         let stale = folder.join("admin-1-0000.token");
         fs::write(&stale, "old").unwrap();
         fs::write(folder.join("mine"), "precious").unwrap();
-        let _new = TokenFile::create_in(&folder, 2).unwrap();
+        let _new = AdminTokenFile::create_in(&folder, 2).unwrap();
         assert!(live.path.exists() && !stale.exists() && folder.join("mine").exists());
     }
 
@@ -214,12 +214,12 @@ mod tests {
     fn only_announced_token_files_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("outrigger");
-        let file = TokenFile::create_in(&folder, 1).unwrap();
+        let file = AdminTokenFile::create_in(&folder, 1).unwrap();
         assert!(read_announced_in(&folder, &file.path, 2).is_err(), "the token of another port");
         fs::write(dir.path().join("id_rsa"), "secret").unwrap();
         for elsewhere in ["id_rsa", "outrigger/../id_rsa", "outrigger/admin-1-x.token/../../id_rsa"] {
             let error = read_announced_in(&folder, &dir.path().join(elsewhere), 1).unwrap_err();
-            assert!(matches!(error, TokenError::Elsewhere { .. }), "{elsewhere}: {error}");
+            assert!(matches!(error, AdminTokenError::UnexpectedPath { .. }), "{elsewhere}: {error}");
         }
     }
 
@@ -229,18 +229,18 @@ mod tests {
         let folder = dir.path().join("outrigger");
         fs::create_dir(&folder).unwrap();
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(TokenFile::create_in(&folder, 1).is_err());
+        assert!(AdminTokenFile::create_in(&folder, 1).is_err());
     }
 
     #[test]
     fn only_the_exact_token_matches() {
-        let token = Token("secret".to_owned());
-        assert!(token.is_borne_by(Some(b"Bearer secret")));
-        assert!(token.is_borne_by(Some(b"bearer secret")));
+        let token = AdminToken("secret".to_owned());
+        assert!(token.matches_authorization(Some(b"Bearer secret")));
+        assert!(token.matches_authorization(Some(b"bearer secret")));
         for wrong in [&b"Bearer secre"[..], b"Bearer secret2", b"Basic secret", b"secret", b"", b"Bearer "] {
-            assert!(!token.is_borne_by(Some(wrong)), "{wrong:?}");
+            assert!(!token.matches_authorization(Some(wrong)), "{wrong:?}");
         }
-        assert!(!token.is_borne_by(None));
+        assert!(!token.matches_authorization(None));
         assert!(!format!("{token:?}").contains("secret"));
     }
 
@@ -248,10 +248,10 @@ mod tests {
     fn a_configured_file_must_not_be_empty() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("token");
-        assert!(matches!(Token::read(&path), Err(TokenError::Read { .. })));
+        assert!(matches!(AdminToken::read(&path), Err(AdminTokenError::Read { .. })));
         fs::write(&path, " \n").unwrap();
-        assert!(matches!(Token::read(&path), Err(TokenError::Unfit { .. })));
+        assert!(matches!(AdminToken::read(&path), Err(AdminTokenError::Invalid { .. })));
         fs::write(&path, "s3cret\n").unwrap();
-        assert!(Token::read(&path).unwrap().is_borne_by(Some(b"Bearer s3cret")));
+        assert!(AdminToken::read(&path).unwrap().matches_authorization(Some(b"Bearer s3cret")));
     }
 }

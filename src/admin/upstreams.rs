@@ -7,11 +7,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::tokens::TokenStatus;
+use super::token_status::TokenStatus;
 use crate::{
     model::Cluster,
-    resilience::breaker::Mode,
-    upstream::{Endpoint, EndpointState, Resolution, guards::Tally},
+    resilience::breaker::BreakerMode,
+    upstream::{Endpoint, EndpointState, Resolution, guards::LabeledCounters},
 };
 
 /// An upstream, or the service itself.
@@ -114,11 +114,11 @@ impl UpstreamStatus {
                 in_flight: guards.requests.in_flight(),
                 pending: guards.requests.pending(),
                 max_requests: guards.requests.limit(),
-                connections: guards.connections.taken(),
+                connections: guards.connections.in_use(),
                 max_connections: guards.connections.limit(),
             }),
-            retries: nonzero(&guards.counts.retries),
-            rejected: nonzero(&guards.counts.rejected),
+            retries: nonzero(&guards.counters.retries),
+            rejected: nonzero(&guards.counters.rejected),
             token: cluster.token.as_deref().map(TokenStatus::of),
         }
     }
@@ -138,13 +138,13 @@ impl EndpointStatus {
                 _ => None,
             },
             success: endpoint.outcomes.success_share(now).map(|share| (share * 1000.0).round() / 1000.0),
-            last_error: last_error.map(|error| error.word),
+            last_error: last_error.map(|error| error.reason),
             last_error_seconds_ago: ago,
         }
     }
 
     /// The success rate and last error as text, if some requests fail; else empty.
-    pub fn failures_in_words(&self) -> String {
+    pub fn describe_failures(&self) -> String {
         let mut text = String::new();
         if let Some(success) = self.success.filter(|success| *success < 1.0) {
             // Rounded down, so that 100 % means no failure.
@@ -159,28 +159,28 @@ impl EndpointStatus {
 
 impl BreakerStatus {
     pub fn of(cluster: &Cluster, now: Instant) -> Self {
-        let report = cluster.upstream.guards.breaker.report_state();
+        let report = cluster.upstream.guards.breaker.state_report();
         let mode = if cluster.has_breaker() { mode_word(report.mode) } else { "off" };
         Self {
             state: report.state.word().to_owned(),
             mode: mode.to_owned(),
             since_seconds_ago: now.saturating_duration_since(report.since).as_secs(),
-            why: report.why.to_string(),
+            why: report.reason.to_string(),
             until_in_seconds: report.until.map(|until| seconds_to(until, now)),
         }
     }
 }
 
-pub const fn mode_word(mode: Mode) -> &'static str {
+pub const fn mode_word(mode: BreakerMode) -> &'static str {
     match mode {
-        Mode::Auto => "auto",
-        Mode::Open => "open",
-        Mode::Closed => "closed",
+        BreakerMode::Auto => "auto",
+        BreakerMode::Open => "open",
+        BreakerMode::Closed => "closed",
     }
 }
 
-fn nonzero(tally: &Tally) -> BTreeMap<String, u64> {
-    tally.read().filter(|(_, count)| *count > 0).map(|(word, count)| (word.to_owned(), count)).collect()
+fn nonzero(tally: &LabeledCounters) -> BTreeMap<String, u64> {
+    tally.iter().filter(|(_, count)| *count > 0).map(|(word, count)| (word.to_owned(), count)).collect()
 }
 
 /// Rounded up, so that a time in the future is never 0 s away.

@@ -36,7 +36,7 @@ impl PathPattern {
 /// Why a path is ambiguous: two servers could interpret it differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the path contains {0}: two servers could interpret it differently, and allow rules match paths")]
-pub struct Ambiguous(pub &'static str);
+pub struct AmbiguousPath(pub &'static str);
 
 /// Rejects a path that the service could interpret as another one than the rules did: slashes are encoded, doubled
 /// or backslashes; segments are dots or have parameters (`;`); a percent triplet is malformed, encodes another one or
@@ -44,7 +44,7 @@ pub struct Ambiguous(pub &'static str);
 ///
 /// # Errors
 /// [`AmbiguousPath`]
-pub fn unambiguous(path: &str) -> Result<(), Ambiguous> {
+pub fn check_unambiguous(path: &str) -> Result<(), AmbiguousPath> {
     let bytes = path.as_bytes();
     // The decoded segment: `.` may be written as `%2e`.
     let mut segment = Vec::new();
@@ -52,23 +52,23 @@ pub fn unambiguous(path: &str) -> Result<(), Ambiguous> {
     let mut after_slash = false;
     while let Some(byte) = bytes.get(at) {
         match byte {
-            b'/' if after_slash => return Err(Ambiguous("`//`")),
+            b'/' if after_slash => return Err(AmbiguousPath("`//`")),
             b'/' => {
                 check_segment(&segment)?;
                 segment.clear();
             }
-            b'\\' => return Err(Ambiguous("a backslash")),
-            b';' => return Err(Ambiguous("`;`")),
+            b'\\' => return Err(AmbiguousPath("a backslash")),
+            b';' => return Err(AmbiguousPath("`;`")),
             b'%' => {
-                let decoded = decode(&bytes[at + 1..]).ok_or(Ambiguous("a `%` without two digits"))?;
+                let decoded = decode(&bytes[at + 1..]).ok_or(AmbiguousPath("a `%` without two digits"))?;
                 match decoded {
-                    b'/' => return Err(Ambiguous("an encoded slash")),
-                    b'\\' => return Err(Ambiguous("an encoded backslash")),
-                    b';' => return Err(Ambiguous("an encoded `;`")),
+                    b'/' => return Err(AmbiguousPath("an encoded slash")),
+                    b'\\' => return Err(AmbiguousPath("an encoded backslash")),
+                    b';' => return Err(AmbiguousPath("an encoded `;`")),
                     b'%' if decode(&bytes[at + 3..]).is_some() => {
-                        return Err(Ambiguous("a triplet in a triplet"));
+                        return Err(AmbiguousPath("a triplet in a triplet"));
                     }
-                    0..=0x1f | 0x7f => return Err(Ambiguous("an encoded control character")),
+                    0..=0x1f | 0x7f => return Err(AmbiguousPath("an encoded control character")),
                     _ => segment.push(decoded),
                 }
                 at += 2;
@@ -81,10 +81,10 @@ pub fn unambiguous(path: &str) -> Result<(), Ambiguous> {
     check_segment(&segment)
 }
 
-fn check_segment(segment: &[u8]) -> Result<(), Ambiguous> {
+fn check_segment(segment: &[u8]) -> Result<(), AmbiguousPath> {
     match segment {
-        b"." | b".." => Err(Ambiguous("a dot segment")),
-        _ if std::str::from_utf8(segment).is_err() => Err(Ambiguous("bytes that are not UTF-8")),
+        b"." | b".." => Err(AmbiguousPath("a dot segment")),
+        _ if std::str::from_utf8(segment).is_err() => Err(AmbiguousPath("bytes that are not UTF-8")),
         _ => Ok(()),
     }
 }

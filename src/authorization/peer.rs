@@ -50,18 +50,18 @@ pub enum PeerError {
     #[error("its key usage does not allow digital signatures")]
     NoSignature,
     #[error("it has {0} URI names; with a SPIFFE ID there must be exactly one")]
-    ManyUris(usize),
+    TooManyUris(usize),
     #[error("its URI name `{id}` is not a SPIFFE ID: {reason}")]
     NotAnId { id: Box<str>, reason: InvalidId },
     #[error("its SPIFFE ID `{0}` names a trust domain, not a workload")]
     NoPath(SpiffeId),
     #[error("it has more than {MAX_NAMES} names")]
-    ManyNames,
+    TooManyNames,
 }
 
 impl Peer {
     /// A peer with these names and no certificate, to evaluate policies for it.
-    pub fn named(spiffe: Option<SpiffeId>, dns: &[&str]) -> Self {
+    pub fn with_names(spiffe: Option<SpiffeId>, dns: &[&str]) -> Self {
         let dns = dns.iter().map(|name| (*name).into()).collect();
         Self { spiffe, dns, subject: "".into(), sha256: [0; 32], not_after: UNIX_EPOCH }
     }
@@ -71,7 +71,7 @@ impl Peer {
     /// # Errors
     ///
     /// If it cannot identify a workload: a CA certificate, or a SPIFFE ID that is malformed or not the only URI.
-    pub fn of(leaf: &CertificateDer<'_>) -> Result<Self, PeerError> {
+    pub fn from_leaf(leaf: &CertificateDer<'_>) -> Result<Self, PeerError> {
         let unreadable = |error: &dyn fmt::Display| PeerError::Unreadable(error.to_string());
         let (rest, certificate) = X509Certificate::from_der(leaf).map_err(|error| unreadable(&error))?;
         if !rest.is_empty() {
@@ -85,7 +85,7 @@ impl Peer {
         let mut uris = Vec::new();
         if let Some(names) = certificate.subject_alternative_name().map_err(|error| unreadable(&error))? {
             if names.value.general_names.len() > MAX_NAMES {
-                return Err(PeerError::ManyNames);
+                return Err(PeerError::TooManyNames);
             }
             for name in &names.value.general_names {
                 match name {
@@ -114,7 +114,7 @@ impl Peer {
             dns,
             subject: rfc2253(certificate.subject()).into(),
             sha256: sha256(leaf),
-            not_after: time(certificate.validity().not_after.timestamp()),
+            not_after: from_unix_seconds(certificate.validity().not_after.timestamp()),
         })
     }
 }
@@ -135,7 +135,7 @@ fn spiffe_id(uris: &[&str]) -> Result<Option<SpiffeId>, PeerError> {
     let is_spiffe = |uri: &&&str| uri.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe:"));
     let Some(uri) = uris.iter().find(is_spiffe) else { return Ok(None) };
     if uris.len() > 1 {
-        return Err(PeerError::ManyUris(uris.len()));
+        return Err(PeerError::TooManyUris(uris.len()));
     }
     let id: SpiffeId = uri.parse().map_err(|reason| PeerError::NotAnId { id: (*uri).into(), reason })?;
     if id.path().is_empty() { Err(PeerError::NoPath(id)) } else { Ok(Some(id)) }
@@ -151,11 +151,11 @@ pub fn sha256(der: &[u8]) -> [u8; 32] {
 /// When a certificate expires; `None` if it cannot be parsed.
 pub fn not_after(certificate: &[u8]) -> Option<SystemTime> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    Some(time(parsed.validity().not_after.timestamp()))
+    Some(from_unix_seconds(parsed.validity().not_after.timestamp()))
 }
 
 /// Converts seconds since 1970.
-pub fn time(seconds: i64) -> SystemTime {
+pub fn from_unix_seconds(seconds: i64) -> SystemTime {
     match u64::try_from(seconds) {
         Ok(after) => UNIX_EPOCH + Duration::from_secs(after),
         Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()),
@@ -241,7 +241,7 @@ mod tests {
             params.distinguished_name.push(DnType::CommonName, "payments");
             params.not_after = rcgen::date_time_ymd(2031, 1, 2);
         });
-        let peer = Peer::of(&leaf).unwrap();
+        let peer = Peer::from_leaf(&leaf).unwrap();
         assert_eq!(peer.spiffe.as_ref().map(SpiffeId::as_str), Some(ID));
         assert_eq!(peer.dns, ["payments".into()]);
         assert_eq!(&*peer.subject, "CN=payments,O=Shop\\, Inc.");
@@ -252,14 +252,14 @@ mod tests {
     #[test]
     fn certificates_that_cannot_identify_a_workload_are_rejected() {
         let with = |change: &dyn Fn(&mut CertificateParams)| {
-            Peer::of(&certificate(|params| {
+            Peer::from_leaf(&certificate(|params| {
                 params.subject_alt_names = vec![uri(ID)];
                 change(params);
             }))
             .unwrap_err()
         };
         let two = with(&|params| params.subject_alt_names.push(uri("https://elsewhere.example")));
-        assert_eq!(two, PeerError::ManyUris(2));
+        assert_eq!(two, PeerError::TooManyUris(2));
         let ca = with(&|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
         assert_eq!(ca, PeerError::Ca);
         let signs = with(&|params| params.key_usages = vec![KeyUsagePurpose::KeyCertSign]);
@@ -278,7 +278,7 @@ mod tests {
             params.subject_alt_names =
                 vec![SanType::DnsName("orders.example".try_into().unwrap()), uri("https://a.example")];
         });
-        let peer = Peer::of(&leaf).unwrap();
+        let peer = Peer::from_leaf(&leaf).unwrap();
         assert_eq!((peer.spiffe.as_ref(), peer.to_string()), (None, "dns:orders.example".to_owned()));
     }
 
@@ -287,7 +287,7 @@ mod tests {
         let mut bytes = certificate(|_| {}).to_vec();
         bytes.push(0);
         for bytes in [&b"nonsense"[..], &bytes] {
-            let error = Peer::of(&CertificateDer::from(bytes)).unwrap_err();
+            let error = Peer::from_leaf(&CertificateDer::from(bytes)).unwrap_err();
             assert!(matches!(error, PeerError::Unreadable(_)), "{error}");
         }
     }

@@ -29,7 +29,7 @@ pub enum InvalidId {
     #[error("its path has an empty part, `.` or `..`, or ends in `/`")]
     PathSegment,
     #[error("`*` is allowed only at the end, after the trust domain")]
-    Star,
+    Wildcard,
     #[error("this is not a DNS name")]
     Dns,
 }
@@ -136,7 +136,7 @@ fn check_path(path: &str) -> Result<(), InvalidId> {
 
 /// Matches peers: a SPIFFE ID, a prefix of one and `*`, or a DNS name written `dns:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Pattern {
+pub enum IdentityPattern {
     Exactly(SpiffeId),
     /// Includes the whole trust domain and `/`, so `spiffe://shop.example/*` matches no other trust domain.
     Prefix(Box<str>),
@@ -144,7 +144,7 @@ pub enum Pattern {
     Dns(Box<str>),
 }
 
-impl Pattern {
+impl IdentityPattern {
     pub fn matches(&self, id: &SpiffeId) -> bool {
         match self {
             Self::Exactly(named) => named == id,
@@ -159,7 +159,7 @@ impl Pattern {
     }
 }
 
-impl FromStr for Pattern {
+impl FromStr for IdentityPattern {
     type Err = InvalidId;
 
     fn from_str(text: &str) -> Result<Self, InvalidId> {
@@ -172,7 +172,7 @@ impl FromStr for Pattern {
         }
         let Some(prefix) = text.strip_suffix('*') else {
             return match text.contains('*') {
-                true => Err(InvalidId::Star),
+                true => Err(InvalidId::Wildcard),
                 false => text.parse().map(Self::Exactly),
             };
         };
@@ -180,10 +180,10 @@ impl FromStr for Pattern {
         if text.len() > MAX_ID {
             return Err(InvalidId::TooLong);
         }
-        let (trust_domain, path) = rest.split_once('/').ok_or(InvalidId::Star)?;
+        let (trust_domain, path) = rest.split_once('/').ok_or(InvalidId::Wildcard)?;
         check_trust_domain(trust_domain)?;
         if path.contains('*') {
-            return Err(InvalidId::Star);
+            return Err(InvalidId::Wildcard);
         }
         check_path_bytes(path)?;
         let segments = path.rsplit_once('/').map_or("", |(whole, _)| whole);
@@ -194,7 +194,7 @@ impl FromStr for Pattern {
     }
 }
 
-impl fmt::Display for Pattern {
+impl fmt::Display for IdentityPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exactly(id) => f.write_str(id.as_str()),
@@ -262,7 +262,7 @@ mod tests {
     fn a_pattern_matches_no_other_trust_domain() {
         let matches = |pattern: &str, text: &str| {
             let id = id(text).unwrap();
-            pattern.parse::<Pattern>().unwrap().matches(&id)
+            pattern.parse::<IdentityPattern>().unwrap().matches(&id)
         };
         assert!(matches("spiffe://shop.example/ns/shop/sa/*", "spiffe://shop.example/ns/shop/sa/a/b"));
         assert!(matches("spiffe://shop.example/*", "spiffe://shop.example/x"));
@@ -283,13 +283,13 @@ mod tests {
             "dns:*.example",
             "shop.example",
         ] {
-            assert!(broken.parse::<Pattern>().is_err(), "{broken}");
+            assert!(broken.parse::<IdentityPattern>().is_err(), "{broken}");
         }
     }
 
     #[test]
     fn a_dns_pattern_matches_only_that_name() {
-        let pattern: Pattern = "dns:Orders.Example".parse().unwrap();
+        let pattern: IdentityPattern = "dns:Orders.Example".parse().unwrap();
         assert!(pattern.matches_dns("orders.example"));
         assert!(!pattern.matches_dns("a.orders.example"));
         assert_eq!(pattern.to_string(), "dns:orders.example");
@@ -301,9 +301,9 @@ mod tests {
             if let Ok(id) = text.parse::<SpiffeId>() {
                 prop_assert_eq!(id.as_str(), &text);
                 prop_assert_eq!(format!("spiffe://{}{}", id.trust_domain(), id.path()), &text[..]);
-                prop_assert!(text.parse::<Pattern>().unwrap().matches(&id));
+                prop_assert!(text.parse::<IdentityPattern>().unwrap().matches(&id));
             }
-            if let Ok(pattern) = text.parse::<Pattern>() {
+            if let Ok(pattern) = text.parse::<IdentityPattern>() {
                 prop_assert_eq!(pattern.to_string(), text);
             }
         }

@@ -5,23 +5,23 @@ use super::*;
 
 fn peer(name: &str) -> Peer {
     match name.strip_prefix("dns:") {
-        Some(name) => Peer::named(None, &[name]),
-        None => Peer::named(Some(name.parse().unwrap()), &[]),
+        Some(name) => Peer::with_names(None, &[name]),
+        None => Peer::with_names(Some(name.parse().unwrap()), &[]),
     }
 }
 
-fn rules(text: &str) -> Rules {
+fn rules(text: &str) -> AllowList {
     #[derive(serde::Deserialize)]
     struct File {
-        allow: Vec<Allow>,
+        allow: Vec<AllowSettings>,
     }
-    Rules::new(&toml::from_str::<File>(text).unwrap().allow)
+    AllowList::new(&toml::from_str::<File>(text).unwrap().allow)
 }
 
 const SHOP: &str = "spiffe://shop.example/ns/shop/sa/cart";
 const EVIL: &str = "spiffe://evil.example/ns/shop/sa/cart";
 
-fn orders() -> Rules {
+fn orders() -> AllowList {
     rules(
         r#"
         [[allow]]
@@ -38,11 +38,11 @@ fn orders() -> Rules {
     )
 }
 
-fn ask(rules: &Rules, client: Option<&str>, method: &str, path: &str) -> Result<Option<usize>, String> {
+fn ask(rules: &AllowList, client: Option<&str>, method: &str, path: &str) -> Result<Option<usize>, String> {
     let (peer, method) = (client.map(peer), method.parse().unwrap());
-    let operation = What::Call { method: &method, path };
+    let operation = RequestedOperation::Http { method: &method, path };
     rules
-        .decide(&Asked { peer: peer.as_ref(), what: operation, token: Token::None })
+        .decide(&AuthorizationRequest { peer: peer.as_ref(), operation, token: EndUserToken::None })
         .map_err(|refusal| refusal.to_string())
 }
 
@@ -54,7 +54,11 @@ fn an_entry_allows_requests_that_match_all_its_conditions() {
     }
     let root = Some("spiffe://shop.example/ns/admin/sa/root");
     assert_eq!(ask(&rules, root, "DELETE", "/anything"), Ok(Some(1)));
-    assert_eq!(ask(&Rules::default(), None, "GET", "/"), Ok(None), "without entries everything is allowed");
+    assert_eq!(
+        ask(&AllowList::default(), None, "GET", "/"),
+        Ok(None),
+        "without entries everything is allowed"
+    );
 }
 
 #[test]
@@ -102,14 +106,14 @@ fn a_denial_names_the_client_and_the_nearest_entry() {
 fn claims_are_required_once_the_token_is_verified() {
     let rules = orders();
     let peer = peer(SHOP);
-    let operation = What::Call { method: &Method::POST, path: "/v1/orders" };
+    let operation = RequestedOperation::Http { method: &Method::POST, path: "/v1/orders" };
     let claims = |scope: &str| ClaimSet(serde_json::Map::from_iter([("scope".to_owned(), json!(scope))]));
     let (more, less) = (claims("orders:read orders:write"), claims("orders:read"));
-    let decide = |token| rules.decide(&Asked { peer: Some(&peer), what: operation, token });
-    assert_eq!(decide(Token::Unread), Ok(Some(2)), "the claim may be present");
-    assert!(decide(Token::None).unwrap_err().is_for_claims());
-    assert_eq!(decide(Token::Good(&more)), Ok(Some(2)));
-    assert!(decide(Token::Good(&less)).unwrap_err().is_for_claims());
+    let decide = |token| rules.decide(&AuthorizationRequest { peer: Some(&peer), operation, token });
+    assert_eq!(decide(EndUserToken::Unverified), Ok(Some(2)), "the claim may be present");
+    assert!(decide(EndUserToken::None).unwrap_err().lacks_claim_only());
+    assert_eq!(decide(EndUserToken::Valid(&more)), Ok(Some(2)));
+    assert!(decide(EndUserToken::Valid(&less)).unwrap_err().lacks_claim_only());
 }
 
 #[test]
@@ -130,13 +134,14 @@ fn entries_with_method_path_or_claim_do_not_match_byte_streams() {
         "#,
     );
     for (name, token, allowed) in [
-        ("a", Token::None, false),
-        ("b", Token::None, false),
-        ("c", Token::Unread, false),
-        ("d", Token::None, true),
+        ("a", EndUserToken::None, false),
+        ("b", EndUserToken::None, false),
+        ("c", EndUserToken::Unverified, false),
+        ("d", EndUserToken::None, true),
     ] {
         let peer = peer(&format!("spiffe://shop.example/{name}"));
-        let request = Asked { peer: Some(&peer), what: What::Bytes, token };
+        let request =
+            AuthorizationRequest { peer: Some(&peer), operation: RequestedOperation::ByteStream, token };
         assert_eq!(rules.decide(&request).is_ok(), allowed, "{name}");
     }
 }
@@ -204,7 +209,7 @@ fn ambiguous_paths_are_rejected() {
         "/%c0%af",
         "/%ff",
     ] {
-        assert!(unambiguous(path).is_err(), "{path}");
+        assert!(check_unambiguous(path).is_err(), "{path}");
     }
     for path in [
         "/",
@@ -222,7 +227,7 @@ fn ambiguous_paths_are_rejected() {
         "*",
         "",
     ] {
-        assert_eq!(unambiguous(path), Ok(()), "{path}");
+        assert_eq!(check_unambiguous(path), Ok(()), "{path}");
     }
 }
 
@@ -288,7 +293,7 @@ proptest! {
     /// A path that passes is under the rule's prefix for every reader, so no spelling escapes the allowed prefix.
     #[test]
     fn every_reader_agrees_on_paths_that_pass(path in paths()) {
-        if unambiguous(&path).is_ok() {
+        if check_unambiguous(&path).is_ok() {
             let matches = PathPattern::new("/public/*").matches(&normalise(&path));
             for reading in readings(&path) {
                 prop_assert_eq!(reading.starts_with("/public/") || reading == "/public", matches, "{} as {}", path, reading);
@@ -306,8 +311,8 @@ proptest! {
         let all = orders();
         let by_one_entry = all.entries().iter().position(|entry| {
             let (peer, method) = (client.map(peer), method.parse().unwrap());
-            let operation = What::Call { method: &method, path };
-            entry.lacks(&Asked { peer: peer.as_ref(), what: operation, token: Token::None }, path).is_none()
+            let operation = RequestedOperation::Http { method: &method, path };
+            entry.first_mismatch(&AuthorizationRequest { peer: peer.as_ref(), operation: operation, token: EndUserToken::None }, path).is_none()
         });
         prop_assert_eq!(ask(&all, client, method, path).ok(), by_one_entry.map(Some));
     }

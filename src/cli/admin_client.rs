@@ -5,7 +5,7 @@ use std::{future::Future, path::PathBuf, process::ExitCode};
 use clap::Args;
 
 use crate::{
-    admin::client::{Client, ClientError},
+    admin::client::{AdminClient, AdminClientError},
     config::AdminListen,
 };
 
@@ -32,13 +32,13 @@ fn parse_admin(text: &str) -> Result<AdminListen, String> {
 }
 
 impl AdminArgs {
-    pub fn client(&self) -> Client {
-        Client::new(self.admin.clone(), self.token_file.clone())
+    pub fn client(&self) -> AdminClient {
+        AdminClient::new(self.admin.clone(), self.token_file.clone())
     }
 }
 
 /// Runs the exchange and prints its error, if any.
-pub fn finish(exchange: impl Future<Output = Result<(), ClientError>>) -> ExitCode {
+pub fn finish(exchange: impl Future<Output = Result<(), AdminClientError>>) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -7,7 +7,7 @@ use std::{io::Write, process::ExitCode};
 use clap::Args;
 
 use super::files::{ConfigFiles, colour};
-use crate::config::{self, Diagnostics, Examined};
+use crate::config::{self, Diagnostics, ExaminedConfig};
 
 /// Check the configuration: every problem with its location and a suggestion.
 ///
@@ -28,7 +28,8 @@ pub struct CheckArgs {
 
 pub fn run(args: &CheckArgs) -> ExitCode {
     let paths = args.files.paths();
-    let Examined { config, tree, mut found } = config::examine(&paths, &config::process_env);
+    let ExaminedConfig { config, tree, diagnostics: mut found } =
+        config::examine(&paths, &config::process_env);
     found.problems.extend(files::problems(&config, &tree));
     found.problems.sort_by_key(|problem| problem.origin);
     let ok = found.count().0 == 0;
@@ -54,9 +55,9 @@ fn summary(found: &Diagnostics) -> String {
     match found.count() {
         (0, 0) => "no problems".to_owned(),
         (0, warnings) => plural(warnings, "warning"),
-        (errors, 0) => plural(errors + found.left_out, "error"),
+        (errors, 0) => plural(errors + found.omitted, "error"),
         (errors, warnings) => {
-            format!("{}, {}", plural(errors + found.left_out, "error"), plural(warnings, "warning"))
+            format!("{}, {}", plural(errors + found.omitted, "error"), plural(warnings, "warning"))
         }
     }
 }

@@ -1,15 +1,15 @@
 //! `outrigger explain METHOD URL`
 
+mod explanation;
 mod inbound;
-mod target;
-mod verdict;
+mod request;
 
 use std::{io::Write, process::ExitCode};
 
 use clap::Args;
 
 use super::files::{ConfigFiles, colour};
-use target::Target;
+use request::ExplainedRequest;
 
 /// Explain which upstream, route and policy a request would get, and which line of which file sets each value.
 #[derive(Args, Debug)]
@@ -42,7 +42,7 @@ pub struct ExplainArgs {
 }
 
 pub fn run(args: &ExplainArgs) -> ExitCode {
-    let parsed = Target::parse(&args.method, &args.url, &args.headers, args.inbound);
+    let parsed = ExplainedRequest::parse(&args.method, &args.url, &args.headers, args.inbound);
     let target = match parsed.and_then(|target| target.with_peer(args.peer.as_deref())) {
         Ok(target) => target,
         Err(wrong) => {
@@ -57,7 +57,7 @@ pub fn run(args: &ExplainArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let verdict = verdict::verdict(&loaded, &target);
+    let verdict = explanation::explain(&loaded, &target);
     let text = if args.json { format!("{:#}\n", verdict.to_json()) } else { verdict.to_string() };
     // A closed pipe is ignored.
     let _ = std::io::stdout().write_all(text.as_bytes());

@@ -4,7 +4,7 @@ use std::{io::IsTerminal, path::PathBuf};
 
 use clap::Args;
 
-use crate::config::{self, Diagnostics, Loaded};
+use crate::config::{self, Diagnostics, LoadedConfig};
 
 /// The configuration files to read.
 #[derive(Args, Debug, Default, Clone)]
@@ -18,10 +18,10 @@ pub struct ConfigFiles {
 impl ConfigFiles {
     /// These files, or without any the default ones.
     pub fn paths(&self) -> Vec<PathBuf> {
-        config::files(&self.config, std::path::Path::new("."), &config::process_env)
+        config::config_files(&self.config, std::path::Path::new("."), &config::process_env)
     }
 
-    pub fn load(&self) -> Result<Loaded, Diagnostics> {
+    pub fn load(&self) -> Result<LoadedConfig, Diagnostics> {
         config::load(&self.paths(), &config::process_env)
     }
 }

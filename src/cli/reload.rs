@@ -7,8 +7,8 @@ use http::Method;
 
 use super::admin_client::{AdminArgs, finish};
 use crate::admin::{
-    client::ClientError,
-    reload::{self, ReloadRequest, Reloaded},
+    client::AdminClientError,
+    reload::{self, ReloadRequest, ReloadResponse},
 };
 
 /// Reload the configuration of a running sidecar, and print the outcome.
@@ -32,13 +32,13 @@ pub fn run(args: &ReloadArgs) -> ExitCode {
     let client = args.admin.client();
     let request = ReloadRequest { accept_less_security: args.accept_less_security };
     finish(async move {
-        let unexpected = |error: serde_json::Error| ClientError::Strange {
+        let unexpected = |error: serde_json::Error| AdminClientError::NotAdminServer {
             address: client.address(),
             reason: error.to_string(),
         };
         let body = serde_json::to_string(&request).map_err(unexpected)?;
         let response = client.change(Method::POST, reload::PATH, body).await?;
-        let Reloaded { changed } = serde_json::from_slice(&response).map_err(unexpected)?;
+        let ReloadResponse { changed } = serde_json::from_slice(&response).map_err(unexpected)?;
         match changed.as_slice() {
             [] => println!("{} has reloaded its configuration; nothing changed", client.address()),
             changed => println!("{} has applied changes of: {}", client.address(), changed.join(", ")),

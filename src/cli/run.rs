@@ -7,21 +7,21 @@ use tokio::sync::mpsc;
 
 use crate::{
     admin::{Admin, AdminError},
-    config::{self, Diagnostics, HostPort, Loaded},
+    config::{self, Diagnostics, HostPort, LoadedConfig},
     descriptors,
-    identity::{material::MaterialError, store::Store},
+    identity::{material::MaterialError, store::IdentityStore},
     proxy::interception,
     runtime::{
         self, StartError, cgroup,
-        child::{self, Child, OnOurDeath, SpawnError},
+        child::{self, Child, OnSidecarDeath, SpawnError},
         lifecycle::{self, Control, Lifecycle},
-        ready_file::{Ready, ReadyFile},
-        reload::{Candidate, Change, Read, Reloads},
+        ready_file::{ReadyFile, ReadyInfo},
+        reload::{Candidate, Change, LoadResult, Reloads},
         service_env,
         signals::{self, Signals},
     },
     telemetry::{
-        access_log::{AccessLogError, Target},
+        access_log::{AccessLogError, AccessLogTarget},
         log::{Log, LogError, LogFilter, LogFormat},
     },
 };
@@ -110,9 +110,9 @@ pub fn run(args: RunArgs) -> ExitCode {
 
 async fn run_proxy(args: RunArgs) -> Result<u8, RunError> {
     let service = match (args.command.is_empty(), child::leads_group()) {
-        (true, _) => signals::Service::None,
-        (false, false) => signals::Service::InOurGroup,
-        (false, true) => signals::Service::OwnGroup,
+        (true, _) => signals::ServiceProcess::None,
+        (false, false) => signals::ServiceProcess::SharedGroup,
+        (false, true) => signals::ServiceProcess::OwnGroup,
     };
     let mut signals = Signals::new(service)?;
     let log = Log::start(args.log_format, &args.log)?;
@@ -127,24 +127,24 @@ async fn run_proxy(args: RunArgs) -> Result<u8, RunError> {
     let config = Arc::clone(&candidate.config);
 
     let workers = config.runtime.workers.or_else(cgroup::cpu_limit).unwrap_or(1);
-    let identity = Arc::new(Store::default());
+    let identity = Arc::new(IdentityStore::default());
     identity.start(&config).await?;
     let proxy = runtime::start(Arc::clone(&config), identity, workers)?;
     // Under `run -- CMD`, stdout belongs to the service.
-    let access_log = if args.command.is_empty() { Target::Stdout } else { Target::Stderr };
-    proxy.shared.calls.write_to(access_log);
-    proxy.shared.calls.configure(&config.telemetry)?;
+    let access_log = if args.command.is_empty() { AccessLogTarget::Stdout } else { AccessLogTarget::Stderr };
+    proxy.shared.request_telemetry.set_default_target(access_log);
+    proxy.shared.request_telemetry.configure(&config.telemetry)?;
     let reloads = Reloads::new(files.clone(), &candidate);
     let has_service = args.app.is_some() || !args.command.is_empty();
     let (sender, changes) = mpsc::channel(CHANGES);
     let known = Arc::unwrap_or_clone(sources);
     let watcher = config::watch(files, known, config::process_env, move |loaded, reason| {
-        let change = Change { read: with_app(loaded, args.app.as_ref()), reason };
+        let change = Change { result: with_app(loaded, args.app.as_ref()), reason };
         // Blocks the watcher's own thread. Fails only at the end of the process.
         let _ = sender.blocking_send(change);
     })?;
     if args.redirected {
-        interception::watch_over(Arc::clone(&proxy.shared), &proxy.addresses.outbound);
+        interception::start_probes(Arc::clone(&proxy.shared), &proxy.addresses.outbound);
     }
     let control = Control::new(&proxy, log.handle(), reloads);
     if has_service {
@@ -163,15 +163,15 @@ async fn run_proxy(args: RunArgs) -> Result<u8, RunError> {
     );
 
     tokio::select! {
-        () = proxy.first_discovery(FIRST_DISCOVERY) => control.set_discovered(),
-        signal = signals.stop() => {
+        () = proxy.wait_first_discovery(FIRST_DISCOVERY) => control.set_discovered(),
+        signal = signals.next_stop() => {
             tracing::info!(%signal, "stop signal before the proxy was ready: stopping");
             proxy.stop();
             // A job that never started has not succeeded.
             return Ok(u8::from(!args.command.is_empty()));
         }
-        failure = proxy.death() => {
-            lifecycle::tell_of(&failure);
+        failure = proxy.wait_failure() => {
+            lifecycle::log_failure(&failure);
             proxy.stop();
             return Ok(1);
         }
@@ -185,29 +185,29 @@ async fn run_proxy(args: RunArgs) -> Result<u8, RunError> {
     } else {
         let variables = service_env::variables(&control.addresses.outbound, &config);
         // On the main thread, which lives as long as the process.
-        Some(Child::spawn(&args.command, variables, OnOurDeath::Kill)?)
+        Some(Child::spawn(&args.command, variables, OnSidecarDeath::Kill)?)
     };
 
-    Ok(Lifecycle { proxy, control, child, signals, watcher, changes, at_once: false }.run().await)
+    Ok(Lifecycle { proxy, control, child, signals, watcher, changes, stop_now: false }.run().await)
 }
 
 /// Applies `--app` to the loaded configuration, or renders the diagnostics. Logs warnings.
-fn with_app(loaded: Result<Loaded, Diagnostics>, app: Option<&HostPort>) -> Read {
+fn with_app(loaded: Result<LoadedConfig, Diagnostics>, app: Option<&HostPort>) -> LoadResult {
     let loaded = loaded.map_err(|problems| problems.render(false).trim_end().to_owned())?;
     for warning in loaded.warnings.lines() {
         tracing::warn!("{warning}");
     }
-    let Loaded { mut config, sources, .. } = loaded;
+    let LoadedConfig { mut config, sources, .. } = loaded;
     if let Some(app) = app {
         Arc::make_mut(&mut config).inbound.forward_to = app.clone();
     }
     Ok(Candidate { config, sources })
 }
 
-fn ready(control: &Control, admin: &Admin) -> Ready {
+fn ready(control: &Control, admin: &Admin) -> ReadyInfo {
     let first =
         |addresses: &[std::net::SocketAddr]| addresses.first().map(ToString::to_string).unwrap_or_default();
-    Ready {
+    ReadyInfo {
         outbound: first(&control.addresses.outbound),
         inbound: first(&control.addresses.inbound),
         admin: admin.address.clone(),

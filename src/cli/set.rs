@@ -8,8 +8,8 @@ use http::Method;
 use super::admin_client::{AdminArgs, finish};
 use crate::{
     admin::{
-        breaker::{self, WishedState},
-        client::ClientError,
+        breaker::{self, OverrideState},
+        client::AdminClientError,
         upstreams::BreakerStatus,
     },
     telemetry::log::LogFilter,
@@ -47,7 +47,7 @@ struct SetBreakerArgs {
     name: String,
     /// The state to force, or auto
     #[arg(value_enum)]
-    state: WishedState,
+    state: OverrideState,
     /// Time until it falls back to auto, e.g. 90s, 10m, 1h [default: 1h]
     #[arg(long = "for", value_name = "DURATION")]
     duration: Option<HumanDuration>,
@@ -76,13 +76,13 @@ pub fn run(args: SetArgs) -> ExitCode {
     }
 }
 
-async fn set_breaker(args: SetBreakerArgs) -> Result<(), ClientError> {
+async fn set_breaker(args: SetBreakerArgs) -> Result<(), AdminClientError> {
     let SetBreakerArgs { name, state, duration, admin } = args;
     let client = admin.client();
     let path = breaker::path(&name);
-    let request = breaker::Wish { state, duration };
+    let request = breaker::BreakerOverride { state, duration };
     let response = client.change(Method::POST, &path, request.to_json()).await?;
-    let unexpected = |error: serde_json::Error| ClientError::Strange {
+    let unexpected = |error: serde_json::Error| AdminClientError::NotAdminServer {
         address: client.address(),
         reason: error.to_string(),
     };
@@ -94,7 +94,7 @@ async fn set_breaker(args: SetBreakerArgs) -> Result<(), ClientError> {
     Ok(())
 }
 
-async fn set_log(args: SetLogArgs) -> Result<(), ClientError> {
+async fn set_log(args: SetLogArgs) -> Result<(), AdminClientError> {
     let SetLogArgs { filter, admin } = args;
     let client = admin.client();
     client.change(Method::PUT, "/log", filter.to_string()).await?;

@@ -13,8 +13,8 @@ use clap::Args;
 use super::admin_client::{AdminArgs, finish};
 use crate::{
     admin::{
-        client::{Client, ClientError},
-        status::{AccessLogStatus, AddressesStatus, Status, TracesStatus, UnknownStatus},
+        client::{AdminClient, AdminClientError},
+        status::{AccessLogStatus, ServiceAddressesStatus, Status, TracesStatus, UnknownHostsStatus},
         upstreams::{BreakerStatus, UpstreamStatus},
     },
     units::HumanDuration,
@@ -65,7 +65,7 @@ pub fn run(args: &StatusArgs) -> ExitCode {
 }
 
 /// Polls until the sidecar is ready and its service accepts connections. The error says what is missing.
-async fn wait_ready(client: &Client, limit: Duration) -> Result<(), ClientError> {
+async fn wait_ready(client: &AdminClient, limit: Duration) -> Result<(), AdminClientError> {
     let deadline = tokio::time::Instant::now() + limit;
     loop {
         match check_ready(client).await {
@@ -76,21 +76,21 @@ async fn wait_ready(client: &Client, limit: Duration) -> Result<(), ClientError>
     }
 }
 
-async fn check_ready(client: &Client) -> Result<(), ClientError> {
+async fn check_ready(client: &AdminClient) -> Result<(), AdminClientError> {
     client.get("/ready").await?;
     // An older sidecar does not report `service_port`.
     let status: serde_json::Value = serde_json::from_str(&fetch(client, true).await?).unwrap_or_default();
     let service = &status["service_port"];
     if service["accepts"] == false {
         let service = service["address"].as_str().unwrap_or_default().to_owned();
-        return Err(ClientError::NoService { service });
+        return Err(AdminClientError::NoService { service });
     }
     Ok(())
 }
 
-async fn fetch(client: &Client, json: bool) -> Result<String, ClientError> {
+async fn fetch(client: &AdminClient, json: bool) -> Result<String, AdminClientError> {
     let body = client.get("/status").await?;
-    let unexpected = |reason: String| ClientError::Strange { address: client.address(), reason };
+    let unexpected = |reason: String| AdminClientError::NotAdminServer { address: client.address(), reason };
     if json {
         return String::from_utf8(body.into()).map_err(|error| unexpected(error.to_string()));
     }
@@ -222,8 +222,8 @@ fn write_entry_points(out: &mut String, status: &Status) -> std::fmt::Result {
 }
 
 fn write_upstreams(out: &mut String, status: &Status) -> std::fmt::Result {
-    let UnknownStatus { known, hosts, not_found } = &status.unknown;
-    let AddressesStatus { known: known_addresses, addresses } = &status.inbound_addresses;
+    let UnknownHostsStatus { known, hosts, not_found } = &status.unknown;
+    let ServiceAddressesStatus { known: known_addresses, addresses } = &status.inbound_addresses;
     let titles: Vec<String> =
         addresses.iter().map(|upstream| format!("(the service at {})", upstream.name)).collect();
     let all = || {
@@ -300,7 +300,7 @@ fn endpoint_rows(rows: &mut Vec<Row>, name: &str, upstream: &UpstreamStatus) {
         if let Some(left) = endpoint.until_in_seconds {
             let _ = write!(state, ", restored in {}", seconds(left));
         }
-        state.push_str(&endpoint.failures_in_words());
+        state.push_str(&endpoint.describe_failures());
         rows.push(row([name, &endpoint.address, &state, from]));
     }
 }

@@ -62,13 +62,13 @@ impl HostPort {
     }
 
     /// Parses HOST:PORT, or takes the address from an http or https URL.
-    pub(super) fn meant_by(text: &str) -> Option<Self> {
+    pub(super) fn from_address_or_url(text: &str) -> Option<Self> {
         let is_url = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
         text.parse().ok().or_else(|| suggest_address(text).filter(|_| is_url)?.parse().ok())
     }
 
     /// The socket address, if the host is an IP address.
-    pub fn literal(&self) -> Option<SocketAddr> {
+    pub fn socket_addr(&self) -> Option<SocketAddr> {
         self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
     }
 }
@@ -135,7 +135,7 @@ impl FromStr for ListenAddr {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let address: HostPort = text.parse()?;
-        if address.host == "localhost" || address.literal().is_some() {
+        if address.host == "localhost" || address.socket_addr().is_some() {
             Ok(Self(address))
         } else {
             Err(format!(

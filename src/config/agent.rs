@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
 /// The address of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Socket {
+pub enum AgentAddress {
     Unix(PathBuf),
     Tcp(SocketAddr),
 }
@@ -12,19 +12,19 @@ pub enum Socket {
 /// The address is neither `unix:///PATH` nor `tcp://IP:PORT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this is not a Workload API address")]
-pub struct InvalidSocket;
+pub struct InvalidAgentAddress;
 
 /// SPIFFE Workload Endpoint §4: `unix:///path` or `tcp://ip:port`, with or without the slashes.
-impl FromStr for Socket {
-    type Err = InvalidSocket;
+impl FromStr for AgentAddress {
+    type Err = InvalidAgentAddress;
 
-    fn from_str(text: &str) -> Result<Self, InvalidSocket> {
-        let (scheme, rest) = text.split_once(':').ok_or(InvalidSocket)?;
+    fn from_str(text: &str) -> Result<Self, InvalidAgentAddress> {
+        let (scheme, rest) = text.split_once(':').ok_or(InvalidAgentAddress)?;
         let rest = rest.strip_prefix("//").unwrap_or(rest);
         match scheme {
             "unix" if rest.starts_with('/') => Ok(Self::Unix(rest.into())),
-            "tcp" => rest.parse().map(Self::Tcp).map_err(|_| InvalidSocket),
-            _ => Err(InvalidSocket),
+            "tcp" => rest.parse().map(Self::Tcp).map_err(|_| InvalidAgentAddress),
+            _ => Err(InvalidAgentAddress),
         }
     }
 }
@@ -35,14 +35,14 @@ mod tests {
 
     #[test]
     fn addresses_of_agents() {
-        let unix = Ok(Socket::Unix("/run/agent.sock".into()));
+        let unix = Ok(AgentAddress::Unix("/run/agent.sock".into()));
         assert_eq!("unix:///run/agent.sock".parse(), unix);
         assert_eq!("unix:/run/agent.sock".parse(), unix);
-        let tcp = Ok(Socket::Tcp(([127, 0, 0, 1], 8081).into()));
+        let tcp = Ok(AgentAddress::Tcp(([127, 0, 0, 1], 8081).into()));
         assert_eq!("tcp://127.0.0.1:8081".parse(), tcp);
         assert_eq!("tcp:127.0.0.1:8081".parse(), tcp);
         for invalid in ["", "/run/agent.sock", "unix:agent.sock", "unix://", "tcp://agent:8081", "http://a"] {
-            assert_eq!(invalid.parse::<Socket>(), Err(InvalidSocket), "{invalid}");
+            assert_eq!(invalid.parse::<AgentAddress>(), Err(InvalidAgentAddress), "{invalid}");
         }
     }
 }

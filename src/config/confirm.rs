@@ -5,14 +5,14 @@
 use std::{collections::BTreeSet, path::Path};
 
 use super::{
-    Config, HostMatch, HostPattern, InboundPort, Jwt, Mtls, Network, Observed, Sources, TlsMode, Unknown,
-    Upstream,
+    Config, HostMatch, HostPattern, InboundPort, Jwt, Mtls, Network, ObservablePolicy, Sources, TlsMode,
+    UnknownHostPolicy, Upstream,
 };
-use crate::authorization::Allow;
+use crate::authorization::AllowSettings;
 
 /// The reasons why a new configuration must be confirmed before it replaces the old one, a phrase each; empty if it may
 /// be applied at once.
-pub fn needs_confirmation(old: (&Config, &Sources), new: (&Config, &Sources)) -> Vec<String> {
+pub fn confirmation_reasons(old: (&Config, &Sources), new: (&Config, &Sources)) -> Vec<String> {
     let mut reasons: Vec<String> =
         emptied(old.1, new.1).map(|path| format!("{} is empty now", path.display())).collect();
     reasons.extend(less_secure(old.0, new.0));
@@ -41,8 +41,8 @@ fn less_secure(old: &Config, new: &Config) -> Vec<String> {
     }
     let observes = |config: &Config, policy| config.runtime.observe.contains(&policy);
     for (policy, name, was_enforced) in [
-        (Observed::Allow, "allow", !old.inbound.allow.is_empty()),
-        (Observed::Jwt, "jwt", old.inbound.jwt.is_some()),
+        (ObservablePolicy::Allow, "allow", !old.inbound.allow.is_empty()),
+        (ObservablePolicy::Jwt, "jwt", old.inbound.jwt.is_some()),
     ] {
         if was_enforced && observes(new, policy) && !observes(old, policy) {
             reasons.push(format!("inbound.{name} is only observed by [runtime] observe"));
@@ -50,7 +50,7 @@ fn less_secure(old: &Config, new: &Config) -> Vec<String> {
     }
     reasons.extend(mtls_reasons(old, new));
     reasons.extend(old.upstreams.iter().flat_map(|upstream| upstream_reasons(upstream, new)));
-    if old.outbound.unknown == Unknown::Deny && new.outbound.unknown != Unknown::Deny {
+    if old.outbound.unknown == UnknownHostPolicy::Deny && new.outbound.unknown != UnknownHostPolicy::Deny {
         reasons.push("outbound.unknown is no longer \"deny\"".to_owned());
     }
     let is_denied = |network: &&Network| new.outbound.deny_networks.iter().any(|other| other.covers(network));
@@ -81,7 +81,7 @@ fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
     if new.inbound.allow.is_empty() {
         return vec!["inbound.allow is gone".to_owned()];
     }
-    if old.runtime.observe.contains(&Observed::Allow) {
+    if old.runtime.observe.contains(&ObservablePolicy::Allow) {
         return Vec::new();
     }
     let entries = new.inbound.allow.iter().enumerate();
@@ -94,8 +94,8 @@ fn allow_reasons(old: &Config, new: &Config) -> Vec<String> {
 }
 
 /// The key that an entry lacks, although every old entry for one of its clients had it.
-fn unrestricted(old: &[Allow], entry: &Allow) -> Option<&'static str> {
-    type HasKey = fn(&Allow) -> bool;
+fn unrestricted(old: &[AllowSettings], entry: &AllowSettings) -> Option<&'static str> {
+    type HasKey = fn(&AllowSettings) -> bool;
     let keys: [(&str, HasKey); 3] = [
         ("methods", |entry| !entry.methods.is_empty()),
         ("paths", |entry| !entry.paths.is_empty()),
@@ -176,7 +176,7 @@ fn mode_of_host(config: &Config, host: &HostPattern) -> Option<TlsMode> {
     };
     match upstream(true).or_else(|| upstream(false)) {
         Some(upstream) => Some(upstream.tls.mode),
-        None if config.outbound.unknown == Unknown::Deny => None,
+        None if config.outbound.unknown == UnknownHostPolicy::Deny => None,
         None => Some(TlsMode::Off),
     }
 }
@@ -192,18 +192,18 @@ fn mtls_of(config: &Config, port: u16) -> Mtls {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Loaded, Source, load_sources};
+    use crate::config::{LoadedConfig, Source, load_sources};
 
     const SECURE: &str = "[identity]\ncert='/c'\nkey='/k'\nca='/r'\n[inbound]\nmtls='strict'\n[[inbound.port]]\nport=9090\nmtls='off'\n[[inbound.port]]\nport=9091\nmtls='strict'\n[[inbound.allow]]\nidentity=['spiffe://td/a']\n[inbound.jwt]\nissuer='i'\naudiences=['a']\njwks='/j'\n[outbound]\nunknown='deny'\n";
 
-    fn load(text: &str) -> Loaded {
+    fn load(text: &str) -> LoadedConfig {
         let sources = Sources(vec![Source { path: "o.toml".into(), text: text.to_owned() }]);
         load_sources(sources, &|_| None).unwrap()
     }
 
     fn reasons(old: &str, new: &str) -> Vec<String> {
         let (old, new) = (load(old), load(new));
-        needs_confirmation((&old.config, &old.sources), (&new.config, &new.sources))
+        confirmation_reasons((&old.config, &old.sources), (&new.config, &new.sources))
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl Problem {
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     list: Vec<Problem>,
-    left_out: usize,
+    omitted: usize,
     /// Part of the configuration could not be read.
     incomplete: bool,
     /// The first syntax error of each broken file, by the file's index.
@@ -102,7 +102,9 @@ impl Problems {
 
     fn is_consequence(&self, problem: &Problem) -> bool {
         let is_after_syntax_error = |origin: Origin| {
-            self.broken.iter().any(|(file, byte)| *file == origin.file() && *byte <= origin.span().start)
+            self.broken
+                .iter()
+                .any(|(file, byte)| *file == origin.watched_file() && *byte <= origin.span().start)
         };
         (problem.about_missing && self.incomplete) || problem.origin.is_some_and(is_after_syntax_error)
     }
@@ -119,7 +121,7 @@ impl Problems {
     }
 
     fn shown(&self, text: String) -> String {
-        redact::without(&self.secrets, redact::without_any_userinfo(&text).into_owned())
+        redact::redact_secrets(&self.secrets, redact::redact_any_userinfo(&text).into_owned())
     }
 
     pub fn push(&mut self, problem: Problem) {
@@ -141,7 +143,7 @@ impl Problems {
         if self.list.len() < MAX_PROBLEMS {
             self.list.push(problem);
         } else {
-            self.left_out += 1;
+            self.omitted += 1;
         }
     }
 
@@ -156,7 +158,7 @@ impl Problems {
     /// Sorted by file and position, errors and warnings together.
     pub fn finish(mut self, sources: Sources) -> Diagnostics {
         self.list.sort_by_key(|problem| problem.origin);
-        Diagnostics { problems: self.list, left_out: self.left_out, sources }
+        Diagnostics { problems: self.list, omitted: self.omitted, sources }
     }
 }
 
@@ -165,7 +167,7 @@ impl Problems {
 pub struct Diagnostics {
     pub problems: Vec<Problem>,
     /// How many further problems are not listed.
-    pub left_out: usize,
+    pub omitted: usize,
     pub sources: Sources,
 }
 
@@ -197,8 +199,8 @@ impl Diagnostics {
             out += &self.render_one(problem, &renderer);
             out += "\n\n";
         }
-        if self.left_out > 0 {
-            out += &format!("and {} more\n", self.left_out);
+        if self.omitted > 0 {
+            out += &format!("and {} more\n", self.omitted);
         }
         out
     }
@@ -206,7 +208,7 @@ impl Diagnostics {
     /// One line for each problem: `file:line:column: error: message`. For logs and the admin page.
     pub fn lines(&self) -> Vec<String> {
         let line = |problem: &Problem| {
-            let place = problem.origin.and_then(|origin| self.sources.place(origin));
+            let place = problem.origin.and_then(|origin| self.sources.position(origin));
             let place = place.map_or(String::new(), |p| format!("{}:{}:{}: ", p.file, p.line, p.column));
             let label = if problem.label.is_empty() { String::new() } else { format!(": {}", problem.label) };
             format!("{place}{}: {}{label}", severity_name(problem.severity), problem.message)
@@ -217,7 +219,7 @@ impl Diagnostics {
     /// As JSON, for programs.
     pub fn to_json(&self) -> serde_json::Value {
         let one = |problem: &Problem| {
-            let place = problem.origin.and_then(|origin| self.sources.place(origin));
+            let place = problem.origin.and_then(|origin| self.sources.position(origin));
             json!({
                 "severity": severity_name(problem.severity),
                 "message": problem.message,
@@ -259,15 +261,15 @@ impl Diagnostics {
         label: &str,
         kind: AnnotationKind,
     ) -> Option<Snippet<'_, annotate_snippets::Annotation<'_>>> {
-        let source = self.sources.0.get(origin.file())?;
-        let place = self.sources.place(origin)?;
+        let source = self.sources.0.get(origin.watched_file())?;
+        let place = self.sources.position(origin)?;
         let span = origin.span();
         let line_start = source.text[..span.start].rfind('\n').map_or(0, |at| at + 1);
         let line_end = source.text[span.start..].find('\n').map_or(source.text.len(), |at| span.start + at);
         let marked = span.start - line_start..span.end.clamp(span.start, line_end) - line_start;
         let label = (!label.is_empty()).then(|| normalize_untrusted_str(label));
         Some(
-            Snippet::source(redact::line(&source.text[line_start..line_end]))
+            Snippet::source(redact::redact_line(&source.text[line_start..line_end]))
                 .line_start(place.line)
                 .path(place.file)
                 .annotation(kind.span(marked).label(label)),

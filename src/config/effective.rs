@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     config::Config,
-    redact::{HIDDEN, is_telling, without, without_userinfo},
+    redact::{REDACTED, is_credential_name, redact_secrets, redact_userinfo},
 };
 
 /// Every section with every key, defaults included. Unset keys are omitted.
@@ -19,7 +19,7 @@ pub fn tree(config: &Config) -> Value {
         telemetry,
         defaults,
         upstreams,
-        concealed,
+        env_secrets: concealed,
     } = config;
     let mut tree = json!({
         "service": service, "runtime": runtime, "inbound": inbound, "outbound": outbound, "identity": identity,
@@ -33,7 +33,7 @@ fn clean(value: &mut Value, concealed: &[String]) {
     match value {
         Value::Object(map) => clean_map(map, concealed),
         Value::Array(list) => list.iter_mut().for_each(|item| clean(item, concealed)),
-        Value::String(text) => *text = without(concealed, without_userinfo(text).into_owned()),
+        Value::String(text) => *text = redact_secrets(concealed, redact_userinfo(text).into_owned()),
         _ => {}
     }
 }
@@ -54,8 +54,8 @@ fn clean_map(map: &mut Map<String, Value>, concealed: &[String]) {
         }
     }
     for (key, value) in map {
-        if value.is_string() && is_telling(key) {
-            *value = HIDDEN.into();
+        if value.is_string() && is_credential_name(key) {
+            *value = REDACTED.into();
         } else {
             clean(value, concealed);
         }
@@ -65,7 +65,7 @@ fn clean_map(map: &mut Map<String, Value>, concealed: &[String]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Endpoints, HeaderEdits, Match, Policy, Route, Upstream};
+    use crate::config::{Endpoints, HeaderEdits, Policy, Route, RouteMatch, Upstream};
     use crate::redact::Secret;
 
     #[test]
@@ -73,11 +73,11 @@ mod tests {
         let mut upstream = Upstream::new("payments", Endpoints::Fixed(Vec::new()), Policy::default());
         let set = [("authorization", "Bearer abc"), ("x-api-key", "abc"), ("x-tier", "1")];
         upstream.routes.push(Route {
-            matches: Match::default(),
+            matches: RouteMatch::default(),
             to: None,
             path_rewrite: None,
             request_headers: HeaderEdits {
-                set: set.map(|(k, v)| (k.to_owned(), Secret::url(v))).into_iter().collect(),
+                set: set.map(|(k, v)| (k.to_owned(), Secret::redact_url(v))).into_iter().collect(),
                 remove: Vec::new(),
             },
             response_headers: HeaderEdits::default(),

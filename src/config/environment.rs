@@ -4,7 +4,7 @@
 //! value is ignored. `src/telemetry/export` reads the variables that only the exporter needs.
 
 use super::{
-    node::{Entry, Node, Table, Value},
+    node::{Node, NodeEntry, Table, Value},
     parse::Env,
 };
 
@@ -16,7 +16,7 @@ pub(super) fn telemetry(env: Env<'_>) -> Node {
         names.iter().find_map(set)
     };
     let mut table = Table::new();
-    let mut set = |key: &str, node: Node| table.insert(key.to_owned(), Entry { key: None, node });
+    let mut set = |key: &str, node: Node| table.insert(key.to_owned(), NodeEntry { key: None, node });
 
     let protocol =
         match get(&["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"]).as_deref() {
@@ -55,13 +55,13 @@ pub(super) fn telemetry(env: Env<'_>) -> Node {
     let mut root = Table::new();
     if !table.is_empty() {
         let node = Node { origin: None, value: Value::Table(table) };
-        root.insert("telemetry".to_owned(), Entry { key: None, node });
+        root.insert("telemetry".to_owned(), NodeEntry { key: None, node });
     }
     Node { origin: None, value: Value::Table(root) }
 }
 
 /// Whether the environment disables traces, overriding the files.
-pub(super) fn no_traces(env: Env<'_>) -> bool {
+pub(super) fn disables_traces(env: Env<'_>) -> bool {
     let is = |name: &str, word: &str| env(name).is_some_and(|value| value.trim().eq_ignore_ascii_case(word));
     is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none")
 }

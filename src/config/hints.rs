@@ -119,20 +119,20 @@ const WORDS: &[(&str, &str)] = &[
 ];
 
 /// The counterpart of another proxy's key.
-pub fn key(written: &str) -> Option<String> {
+pub fn suggest_key(written: &str) -> Option<String> {
     let written = written.to_ascii_lowercase().replace('-', "_");
     let (_, counterpart) = KEYS.iter().find(|(other, _)| *other == written)?;
     Some(format!("here it is {counterpart}"))
 }
 
 /// The value that corresponds to another proxy's, if it is possible here.
-pub fn word(written: &str, is_possible: impl Fn(&str) -> bool) -> Option<&'static str> {
+pub fn suggest_word(written: &str, is_possible: impl Fn(&str) -> bool) -> Option<&'static str> {
     let written = written.to_ascii_lowercase();
     WORDS.iter().find(|(other, value)| *other == written && is_possible(value)).map(|(_, value)| *value)
 }
 
 /// What to write instead of a value of the wrong type whose intent is clear.
-pub fn value(key: &str, node: &Node) -> Option<String> {
+pub fn suggest_value(key: &str, node: &Node) -> Option<String> {
     let written = match (key, &node.value) {
         ("retry", Value::Integer(max)) => format!("{{ max = {max} }}"),
         ("limits", Value::Integer(most)) => format!("{{ max_requests = {most} }}"),
@@ -161,7 +161,7 @@ pub fn value(key: &str, node: &Node) -> Option<String> {
 }
 
 /// The message for a file in another notation; `None` if it may be TOML.
-pub fn notation(text: &str) -> Option<&'static str> {
+pub fn foreign_notation(text: &str) -> Option<&'static str> {
     let lines = text.lines().map(str::trim_end);
     let mut lines = lines.filter(|line| !line.is_empty() && !line.trim_start().starts_with('#'));
     let first = lines.next()?;

@@ -8,13 +8,13 @@ use std::time::Duration;
 use super::{
     AdminListen, AttemptTimeout, Config, Endpoints, ListenAddr, Node, Policy, Protocol,
     diagnostic::{Problem, Problems},
-    resolve::{inherit, split},
+    resolve::{inherit, split_policy_keys},
     source::Origin,
 };
 use crate::{
     resilience::{
         hedge::HedgeAfter,
-        retry::{Methods, RetrySettings},
+        retry::{RetryMethods, RetrySettings},
     },
     units::HumanDuration,
 };
@@ -37,16 +37,16 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
     lints.telemetry(config);
     lints.policy(&config.defaults, root.get("defaults"), root.get("defaults"));
     lints.policy(&config.inbound.policy, root.get("inbound"), root.get("inbound"));
-    let defaults = root.get("defaults").map(|node| split(node).0).unwrap_or_default();
+    let defaults = root.get("defaults").map(|node| split_policy_keys(node).0).unwrap_or_default();
     for (index, upstream) in config.upstreams.iter().enumerate() {
         let Some(node) = root.get("upstream").and_then(|list| list.item(index)) else { continue };
-        let table = inherit(&defaults, split(node).0);
+        let table = inherit(&defaults, split_policy_keys(node).0);
         let effective = Node { origin: node.origin, value: super::Value::Table(table.clone()) };
         // Inherited values were checked above already; they have the same place, and one place is reported once.
         lints.policy(&upstream.policy, Some(&effective), Some(node));
         for (at, route) in upstream.routes.iter().enumerate() {
             let Some(node) = node.get("route").and_then(|list| list.item(at)) else { continue };
-            let effective = inherit(&table, split(node).0);
+            let effective = inherit(&table, split_policy_keys(node).0);
             let effective = Node { origin: node.origin, value: super::Value::Table(effective) };
             lints.policy(&route.policy, Some(&effective), Some(node));
             let earlier = upstream.routes[..at].iter().any(|earlier| earlier.matches == route.matches);
@@ -233,9 +233,9 @@ impl Lints<'_> {
     fn retry_methods(&mut self, retry: &RetrySettings, origin: Option<Origin>) {
         let help = "make sure that the service tolerates the same request twice, e.g. by an Idempotency-Key";
         match &retry.methods {
-            Methods::Idempotent => {}
-            Methods::All => self.warn(origin, "requests that change something may be sent twice", help),
-            Methods::Listed(methods) => {
+            RetryMethods::Idempotent => {}
+            RetryMethods::All => self.warn(origin, "requests that change something may be sent twice", help),
+            RetryMethods::Listed(methods) => {
                 let risky =
                     methods.iter().find(|m| m.parse().is_ok_and(|m: http::Method| !m.is_idempotent()));
                 if let Some(method) = risky {
@@ -280,7 +280,7 @@ fn is_loopback_host(host: &str) -> bool {
 }
 
 fn is_loopback(address: &ListenAddr) -> bool {
-    address.0.host == "localhost" || address.0.literal().is_some_and(|address| address.ip().is_loopback())
+    address.0.host == "localhost" || address.0.socket_addr().is_some_and(|address| address.ip().is_loopback())
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use super::{
 
 /// A valid configuration.
 #[derive(Clone, Debug)]
-pub struct Loaded {
+pub struct LoadedConfig {
     pub config: Arc<Config>,
     /// The warnings of `lint`.
     pub warnings: Diagnostics,
@@ -35,7 +35,7 @@ pub fn process_env(name: &str) -> Option<String> {
 
 /// The files to use: those given with `-c`, else `$OUTRIGGER_CONFIG`, else `outrigger.toml` in `directory` if it
 /// exists, else none.
-pub fn files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> {
+pub fn config_files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> {
     if !given.is_empty() {
         return given.to_vec();
     }
@@ -47,7 +47,7 @@ pub fn files(given: &[PathBuf], directory: &Path, env: Env<'_>) -> Vec<PathBuf> 
 }
 
 /// Reads, merges, resolves and checks. Later files win, key by key; without files the built-in defaults apply.
-pub fn load(files: &[PathBuf], env: Env<'_>) -> Result<Loaded, Diagnostics> {
+pub fn load(files: &[PathBuf], env: Env<'_>) -> Result<LoadedConfig, Diagnostics> {
     let mut problems = Problems::default();
     let sources = read_all(files, &mut problems);
     check(sources, env, problems)
@@ -76,34 +76,34 @@ fn read_all(files: &[PathBuf], problems: &mut Problems) -> Sources {
 }
 
 /// The same for texts that have been read already.
-pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<Loaded, Diagnostics> {
+pub fn load_sources(sources: Sources, env: Env<'_>) -> Result<LoadedConfig, Diagnostics> {
     check(sources, env, Problems::default())
 }
 
 /// A configuration as far as it could be read, for further checks.
 #[derive(Debug)]
-pub struct Examined {
+pub struct ExaminedConfig {
     /// Values that could not be read have their defaults.
     pub config: Config,
     pub tree: Node,
-    pub found: Diagnostics,
+    pub diagnostics: Diagnostics,
 }
 
 /// Reads files and returns all problems.
-pub fn examine(files: &[PathBuf], env: Env<'_>) -> Examined {
+pub fn examine(files: &[PathBuf], env: Env<'_>) -> ExaminedConfig {
     let mut problems = Problems::default();
     let sources = read_all(files, &mut problems);
     let (config, tree) = parse_and_resolve(&sources, env, &mut problems);
-    Examined { config, tree, found: problems.finish(sources) }
+    ExaminedConfig { config, tree, diagnostics: problems.finish(sources) }
 }
 
 /// Reports all problems at once. A value that could not be read causes no further problems.
-fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<Loaded, Diagnostics> {
+fn check(sources: Sources, env: Env<'_>, mut problems: Problems) -> Result<LoadedConfig, Diagnostics> {
     let (config, tree) = parse_and_resolve(&sources, env, &mut problems);
     if problems.has_errors() {
         return Err(problems.finish(sources));
     }
-    Ok(Loaded {
+    Ok(LoadedConfig {
         config: Arc::new(config),
         tree: Arc::new(tree),
         sources: Arc::new(sources.clone()),
@@ -118,7 +118,7 @@ fn parse_and_resolve(sources: &Sources, env: Env<'_>, problems: &mut Problems) -
         tree = merge(tree, over);
     }
     let mut config = resolve(&tree, default_service_name(env), problems);
-    if environment::no_traces(env) {
+    if environment::disables_traces(env) {
         config.telemetry.otlp = None;
     }
     if !problems.has_errors() {

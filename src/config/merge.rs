@@ -50,7 +50,7 @@ fn merge_tables_as(key: &str, mut base: Table, over: Table) -> Table {
         match base.remove(&key) {
             Some(below) => {
                 let node = merge_as(&key, below.node, entry.node);
-                base.insert(key, super::node::Entry { key: entry.key, node });
+                base.insert(key, super::node::NodeEntry { key: entry.key, node });
             }
             None => {
                 base.insert(key, entry);
@@ -93,7 +93,7 @@ impl Node {
                 format!("[{}]", items.iter().map(Self::identity).collect::<Vec<_>>().join(","))
             }
             Value::Table(table) => {
-                let pair = |(key, entry): (&String, &super::node::Entry)| {
+                let pair = |(key, entry): (&String, &super::node::NodeEntry)| {
                     format!("{key:?}:{}", entry.node.identity())
                 };
                 format!("{{{}}}", table.iter().map(pair).collect::<Vec<_>>().join(","))

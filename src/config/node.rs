@@ -29,11 +29,11 @@ pub enum Value {
     Unknown,
 }
 
-pub type Table = BTreeMap<String, Entry>;
+pub type Table = BTreeMap<String, NodeEntry>;
 
 /// A key's place and its value.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Entry {
+pub struct NodeEntry {
     pub key: Option<Origin>,
     pub node: Node,
 }

@@ -8,10 +8,10 @@ use toml::{
 use super::{
     diagnostic::{Problem, Problems},
     hints,
-    node::{Entry, Node, Table, Value},
+    node::{Node, NodeEntry, Table, Value},
     source::Origin,
 };
-use crate::redact::is_telling;
+use crate::redact::is_credential_name;
 
 /// Looks up an environment variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -23,7 +23,7 @@ const MAX_DEPTH: usize = 32;
 pub(super) fn parse(text: &str, file: usize, env: Env<'_>, problems: &mut Problems) -> Node {
     let (root, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty()
-        && let Some(sentence) = hints::notation(text)
+        && let Some(sentence) = hints::foreign_notation(text)
     {
         let line = text.lines().find(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
         let start = line.map_or(0, |line| line.as_ptr().addr() - text.as_ptr().addr());
@@ -81,7 +81,7 @@ impl Converter<'_> {
             .into_iter()
             .map(|(key, value)| {
                 let key_origin = Some(self.origin(key.span()));
-                (key.into_inner().into_owned(), Entry { key: key_origin, node: self.node(value, depth) })
+                (key.into_inner().into_owned(), NodeEntry { key: key_origin, node: self.node(value, depth) })
             })
             .collect()
     }
@@ -117,7 +117,7 @@ impl Converter<'_> {
             DeValue::String(written) => match expand(&written, self.env) {
                 Ok(None) => Value::String { text: written.into_owned(), expanded: false },
                 Ok(Some(text)) => {
-                    let variables = variable_names(&written).filter(|name| is_telling(name));
+                    let variables = variable_names(&written).filter(|name| is_credential_name(name));
                     variables.filter_map(self.env).for_each(|value| self.problems.add_secret(value));
                     Value::String { text, expanded: true }
                 }

@@ -4,12 +4,12 @@ use serde::Serialize;
 use serde_json::Value as Json;
 
 use super::{
-    Loaded, Policy,
+    LoadedConfig, Policy,
     node::{Node, Table, Value},
-    resolve::{inbound_policy, inherit, split},
+    resolve::{inbound_policy, inherit, split_policy_keys},
     source::Origin,
 };
-use crate::redact::without_userinfo;
+use crate::redact::redact_userinfo;
 
 /// The part of the configuration whose values are listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct Setting {
     pub origin: Option<Origin>,
 }
 
-impl Loaded {
+impl LoadedConfig {
     /// The effective policy of a scope. `None`: no such scope.
     pub fn policy(&self, scope: Scope) -> Option<&Policy> {
         let upstreams = &self.config.upstreams;
@@ -88,7 +88,7 @@ impl Loaded {
     }
 
     fn policy_table(&self, scope: Scope) -> Table {
-        let own = |node: Option<&Node>| node.map(|node| split(node).0).unwrap_or_default();
+        let own = |node: Option<&Node>| node.map(|node| split_policy_keys(node).0).unwrap_or_default();
         match scope {
             Scope::Inbound => inbound_policy(&own(self.tree.get("inbound"))),
             Scope::Defaults => own(self.tree.get("defaults")),
@@ -125,7 +125,7 @@ fn flatten(key: String, json: &Json, node: Option<&Node>, found: &mut Vec<Settin
 
 fn to_text(json: &Json) -> String {
     match json {
-        Json::String(text) => without_userinfo(text).into_owned(),
+        Json::String(text) => redact_userinfo(text).into_owned(),
         Json::Array(items) if items.is_empty() => "none".to_owned(),
         Json::Array(items) => items.iter().map(to_text).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
@@ -137,16 +137,16 @@ mod tests {
     use super::*;
     use crate::config::{Source, Sources, load_sources, resolve::POLICY_KEYS};
 
-    fn loaded(text: &str) -> Loaded {
+    fn loaded(text: &str) -> LoadedConfig {
         let sources = Sources(vec![Source { path: "f".into(), text: text.to_owned() }]);
         load_sources(sources, &|_| None).unwrap()
     }
 
-    fn line(loaded: &Loaded, settings: &[Setting], key: &str) -> (String, Option<usize>) {
+    fn line(loaded: &LoadedConfig, settings: &[Setting], key: &str) -> (String, Option<usize>) {
         let setting = settings.iter().find(|setting| setting.key == key).unwrap();
         (
             setting.value.clone(),
-            setting.origin.and_then(|at| loaded.sources.place(at)).map(|place| place.line),
+            setting.origin.and_then(|at| loaded.sources.position(at)).map(|place| place.line),
         )
     }
 

@@ -10,10 +10,10 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Visit
 use super::{
     diagnostic::{Problem, Problems, did_you_mean},
     hints,
-    node::{Entry, Node, Value},
+    node::{Node, NodeEntry, Value},
     source::Origin,
 };
-use crate::redact::DESERIALIZE_AS;
+use crate::redact::SECRET_TYPE_NAME;
 
 /// Reads a value and reports what is invalid; `None` if no value can be made of the rest.
 ///
@@ -125,7 +125,7 @@ impl Error {
         if let ErrorKind::WrongType { hint, .. } = &mut self.kind
             && self.id == id(node)
         {
-            *hint = hints::value(key, node);
+            *hint = hints::suggest_value(key, node);
         }
         self
     }
@@ -148,7 +148,7 @@ impl Error {
             }
             ErrorKind::UnknownWord { word, valid } => {
                 let problem = new(format!("`{word}` is not one of the possible values"));
-                let known = hints::word(&word, |value| valid.contains(&value));
+                let known = hints::suggest_word(&word, |value| valid.contains(&value));
                 let problem = match known.or_else(|| did_you_mean(&word, valid.iter().copied())) {
                     Some(near) => problem.label(format!("did you mean \"{near}\"?")),
                     None => problem,
@@ -174,7 +174,7 @@ pub(super) fn unknown_key<'a>(
     let mut names: Vec<&str> = valid.clone().into_iter().collect();
     names.sort_unstable();
     let problem = Problem::error(origin, format!("unknown key `{key}`"));
-    let problem = match (hints::key(key), did_you_mean(key, valid)) {
+    let problem = match (hints::suggest_key(key), did_you_mean(key, valid)) {
         (Some(hint), _) => problem.label(hint),
         (None, Some(near)) => problem.label(format!("did you mean `{near}`?")),
         (None, None) => problem,
@@ -317,7 +317,7 @@ impl<'de> de::Deserializer<'de> for Reader<'_, '_> {
         name: &'static str,
         visitor: V,
     ) -> Result<V::Value, Error> {
-        if name == DESERIALIZE_AS {
+        if name == SECRET_TYPE_NAME {
             return match &self.node.value {
                 Value::String { text, expanded: true } => visitor.visit_bytes(text.as_bytes()),
                 _ => self.any(visitor),
@@ -381,7 +381,7 @@ impl<'de> de::SeqAccess<'de> for Items<'_, '_> {
 }
 
 struct Entries<'a, 'p> {
-    entries: std::collections::btree_map::Iter<'a, String, Entry>,
+    entries: std::collections::btree_map::Iter<'a, String, NodeEntry>,
     at: Option<(&'a str, &'a Node)>,
     is_root: bool,
     shared: &'a Shared<'p>,

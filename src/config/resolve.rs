@@ -4,18 +4,19 @@ use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{
-    Balance, Config, Endpoints, Forwarded, HeaderCase, HeaderEdits, Health, HostMatch, HostPattern, HostPort,
-    Inbound, InboundPort, ListenAddr, Match, Policy, PoolIdle, Problem, Protocol, Route, Upstream,
+    Balance, Config, Endpoints, ForwardedHeaders, HeaderCase, HeaderEdits, HealthCheck, HostMatch,
+    HostPattern, HostPort, Inbound, InboundPort, ListenAddr, Policy, PoolIdleTimeout, Problem, Protocol,
+    Route, RouteMatch, Upstream,
     diagnostic::Problems,
     merge::merge_tables,
-    node::{Entry, Node, Table, Value},
+    node::{Node, NodeEntry, Table, Value},
     read::{read, unknown_key},
     schema::{MAX_CONNECTION_AGE, PING_INTERVAL, PING_TIMEOUT},
     security::{Identity, Jwt, MinTls, Mtls, Oauth2, TlsMode, UpstreamTls},
     user_timeout::UserTimeout,
     validate,
 };
-use crate::{authorization::Allow, resilience::limit::LimitSettings, units::HumanDuration};
+use crate::{authorization::AllowSettings, resilience::limit::LimitSettings, units::HumanDuration};
 
 /// The tables of the file.
 pub(super) const SECTIONS: [&str; 9] =
@@ -50,11 +51,11 @@ pub(super) struct InboundKeys {
     /// Default: strict where [identity] is set, else off.
     mtls: Option<Mtls>,
     /// Whether to replace, append to or keep `x-forwarded-for`, `-proto` and `-host`.
-    forwarded: Forwarded,
+    forwarded: ForwardedHeaders,
     /// Ports of the service with settings of their own.
     port: Vec<InboundPort>,
     /// Which clients may send which requests. None: every authenticated peer may send all.
-    allow: Vec<Allow>,
+    allow: Vec<AllowSettings>,
     /// End-user tokens, checked before the request reaches the service.
     jwt: Option<Jwt>,
 }
@@ -104,10 +105,10 @@ pub(super) struct UpstreamKeys {
     listen: Option<ListenAddr>,
     /// Active checks; absent: none.
     #[serde(default)]
-    health: Option<Health>,
+    health: Option<HealthCheck>,
     /// How long an HTTP/1 connection may stay idle in the pool.
     #[serde(default)]
-    pool_idle_timeout: PoolIdle,
+    pool_idle_timeout: PoolIdleTimeout,
     /// `preserve`: header names keep their case, from HTTP/1 to HTTP/1.
     #[serde(default)]
     header_case: HeaderCase,
@@ -147,7 +148,7 @@ fn ping_timeout() -> HumanDuration {
 pub(super) struct RouteKeys {
     /// All given conditions must hold; the most specific match wins.
     #[serde(rename = "match")]
-    matches: Match,
+    matches: RouteMatch,
     /// Another upstream that serves the matching requests.
     to: Option<String>,
     /// Replaces the matched literal prefix.
@@ -188,7 +189,7 @@ pub(super) fn resolve(root: &Node, service_name: String, problems: &mut Problems
         telemetry: section(root, "telemetry", problems),
         defaults,
         upstreams,
-        concealed: problems.secrets().to_vec(),
+        env_secrets: problems.secrets().to_vec(),
     };
     validate::references(root, problems);
     validate::sections(&config, root, problems);
@@ -214,7 +215,7 @@ fn upstreams(
             found.push((upstream, item));
         }
     }
-    validate::between(&found, problems);
+    validate::across_upstreams(&found, problems);
     found.into_iter().map(|(upstream, _)| upstream).collect()
 }
 
@@ -225,7 +226,7 @@ fn section<T: DeserializeOwned + Default>(root: &Node, key: &str, problems: &mut
 fn inbound(node: Option<&Node>, has_identity: bool, problems: &mut Problems) -> Inbound {
     let empty = Node::table(None);
     let node = node.unwrap_or(&empty);
-    let (policy_keys, own) = split(node);
+    let (policy_keys, own) = split_policy_keys(node);
     let mut policy =
         policy(node, Some(inbound_policy(&policy_keys)), problems).unwrap_or_else(Policy::inbound);
     policy.sets_request_limits |= limits_requests(&policy_keys);
@@ -250,7 +251,7 @@ fn upstream(
     has_identity: bool,
     problems: &mut Problems,
 ) -> Option<Upstream> {
-    let (mut policy_keys, mut own) = split(node);
+    let (mut policy_keys, mut own) = split_policy_keys(node);
     let mut route_nodes = None;
     if let Value::Table(table) = &mut own.value {
         route_nodes = table.remove("route");
@@ -331,7 +332,11 @@ fn default_endpoints(first: Option<&HostPattern>, tls: TlsMode) -> Option<Endpoi
     let HostPattern { host: HostMatch::Exact(host), port } = first? else { return None };
     let usual = if tls == TlsMode::Off { 80 } else { 443 };
     let address = HostPort::new(host.clone(), port.unwrap_or(usual));
-    Some(if address.literal().is_some() { Endpoints::Fixed(vec![address]) } else { Endpoints::Dns(address) })
+    Some(if address.socket_addr().is_some() {
+        Endpoints::Fixed(vec![address])
+    } else {
+        Endpoints::Dns(address)
+    })
 }
 
 fn routes(node: &Node, inherited: &Table, problems: &mut Problems) -> Vec<Route> {
@@ -346,7 +351,7 @@ fn routes(node: &Node, inherited: &Table, problems: &mut Problems) -> Vec<Route>
 }
 
 fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Route> {
-    let (policy_keys, own) = split(node);
+    let (policy_keys, own) = split_policy_keys(node);
     let route_sets_timeout = policy_keys.contains_key("timeout");
     let route_sets_attempt_timeout = policy_keys.contains_key("attempt_timeout");
     let limits_requests = limits_requests(&policy_keys);
@@ -367,7 +372,7 @@ fn route(node: &Node, inherited: &Table, problems: &mut Problems) -> Option<Rout
 }
 
 /// The policy keys of a table, and its other keys.
-pub(super) fn split(node: &Node) -> (Table, Node) {
+pub(super) fn split_policy_keys(node: &Node) -> (Table, Node) {
     let Value::Table(table) = &node.value else { return (Table::new(), node.clone()) };
     let (policy, own) = table
         .iter()
@@ -397,7 +402,7 @@ pub(super) fn inbound_policy(own: &Table) -> Table {
         ("outlier", Node::bool(false)),
         ("limits", Node::bool(false)),
     ];
-    let base = base.map(|(key, node)| (key.to_owned(), Entry { key: None, node }));
+    let base = base.map(|(key, node)| (key.to_owned(), NodeEntry { key: None, node }));
     merge_tables(base.into_iter().collect(), own.clone())
 }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::Config;
 
 /// The keys that differ between two configurations and take effect only after a restart, e.g. `inbound.listen`.
-pub fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
+pub fn keys_needing_restart(old: &Config, new: &Config) -> Vec<String> {
     let mut keys = Vec::new();
     let mut differs = |key: &str, changed: bool| {
         if changed {
@@ -46,7 +46,7 @@ mod tests {
     #[test]
     fn lists_only_keys_that_need_a_restart() {
         let old = Config::default();
-        assert_eq!(needs_restart(&old, &old), [""; 0]);
+        assert_eq!(keys_needing_restart(&old, &old), [""; 0]);
         let mut new = old.clone();
         new.runtime.workers = Some(4);
         new.runtime.drain_delay = crate::units::HumanDuration::from_secs(9);
@@ -56,7 +56,7 @@ mod tests {
         db.listen = "127.0.0.1:5432".parse().ok();
         new.upstreams.push(db);
         let expected = ["runtime.workers", "admin.probe_listen", "upstream.db.listen"];
-        assert_eq!(needs_restart(&old, &new), expected);
-        assert_eq!(needs_restart(&new, &old), expected);
+        assert_eq!(keys_needing_restart(&old, &new), expected);
+        assert_eq!(keys_needing_restart(&new, &old), expected);
     }
 }

@@ -11,7 +11,7 @@ use super::{
     user_timeout::UserTimeout,
 };
 use crate::{
-    authorization::Allow,
+    authorization::AllowSettings,
     redact::{HeaderFields, Secret},
     text_value,
     units::{HumanDuration, Ratio},
@@ -33,7 +33,7 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// Values of environment variables whose names denote credentials. They are never shown, in whatever key they
     /// occur.
-    pub concealed: Vec<String>,
+    pub env_secrets: Vec<String>,
 }
 
 /// `[service]`
@@ -55,13 +55,13 @@ pub struct Runtime {
     /// Then requests in flight may take this long.
     pub drain_timeout: HumanDuration,
     /// Policies that decide, count and log, but are not applied.
-    pub observe: Vec<Observed>,
+    pub observe: Vec<ObservablePolicy>,
 }
 
 /// A policy that `[runtime] observe` can name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Observed {
+pub enum ObservablePolicy {
     Allow,
     Jwt,
     RateLimit,
@@ -79,7 +79,7 @@ pub struct Inbound {
     /// The address of the service.
     pub forward_to: HostPort,
     /// Whether to replace, append to or keep `x-forwarded-for`, `-proto` and `-host`.
-    pub forwarded: Forwarded,
+    pub forwarded: ForwardedHeaders,
     /// Whether the configuration sets it, not the default.
     #[serde(skip)]
     pub sets_forwarded: bool,
@@ -87,7 +87,7 @@ pub struct Inbound {
     /// Ports of the service with settings of their own.
     pub ports: Vec<InboundPort>,
     /// Which clients may send which requests; empty: every authenticated peer may send all.
-    pub allow: Vec<Allow>,
+    pub allow: Vec<AllowSettings>,
     /// End-user tokens, checked before the request reaches the service.
     pub jwt: Option<Jwt>,
     pub policy: Policy,
@@ -110,7 +110,7 @@ pub struct InboundPort {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Forwarded {
+pub enum ForwardedHeaders {
     #[default]
     Replace,
     Append,
@@ -124,14 +124,14 @@ pub struct Outbound {
     /// Where the service sends its requests.
     pub listen: ListenAddr,
     /// Whether to forward requests for a host that no upstream names.
-    pub unknown: Unknown,
+    pub unknown: UnknownHostPolicy,
     /// Networks to which no forward-proxy or Host request connects, whatever the name resolves to.
     pub deny_networks: Vec<Network>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Unknown {
+pub enum UnknownHostPolicy {
     #[default]
     Forward,
     Deny,
@@ -203,8 +203,8 @@ pub struct Upstream {
     pub balance: Balance,
     /// A local port for this upstream alone.
     pub listen: Option<ListenAddr>,
-    pub health: Option<Health>,
-    pub pool_idle_timeout: PoolIdle,
+    pub health: Option<HealthCheck>,
+    pub pool_idle_timeout: PoolIdleTimeout,
     pub header_case: HeaderCase,
     /// The age, with jitter, at which a connection is replaced. This rebalances HTTP/2 and gRPC.
     pub max_connection_age: HumanDuration,
@@ -222,7 +222,7 @@ pub struct Upstream {
 /// `[[upstream.route]]`, resolved.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Route {
-    pub matches: Match,
+    pub matches: RouteMatch,
     /// Another upstream that serves the matching requests.
     pub to: Option<String>,
     /// Replaces the matched literal prefix.
@@ -235,7 +235,7 @@ pub struct Route {
 /// `match = { … }`: all given conditions must hold.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
-pub struct Match {
+pub struct RouteMatch {
     /// The methods that match; empty: all.
     pub methods: Vec<String>,
     /// The path that matches, or a prefix if it ends in `*`.
@@ -244,7 +244,7 @@ pub struct Match {
     pub headers: HeaderFields,
 }
 
-impl fmt::Display for Match {
+impl fmt::Display for RouteMatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut parts = Vec::new();
         if !self.methods.is_empty() {
@@ -299,7 +299,7 @@ pub enum HeaderCase {
 /// `health = { path = …, … }`, `{ grpc = "SERVICE", … }` or `{ tcp = true, … }`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
-pub struct Health {
+pub struct HealthCheck {
     /// `GET path`; 2xx is healthy.
     pub path: Option<String>,
     /// The service name for `grpc.health.v1.Health/Check`; "" checks the server as a whole.
@@ -345,7 +345,7 @@ pub enum Balance {
 
 /// How long an HTTP/1 connection may stay idle in the pool.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
-pub enum PoolIdle {
+pub enum PoolIdleTimeout {
     /// The upstream's `Keep-Alive: timeout=` less a margin, else 4 s; shortened after observed closes.
     #[default]
     Auto,
@@ -374,7 +374,7 @@ impl Default for Inbound {
         Self {
             listen: ListenAddr(HostPort::new("::", 4143)),
             forward_to: HostPort::new("127.0.0.1", 8080),
-            forwarded: Forwarded::default(),
+            forwarded: ForwardedHeaders::default(),
             sets_forwarded: false,
             mtls: Mtls::Off,
             ports: Vec::new(),
@@ -389,7 +389,7 @@ impl Default for Outbound {
     fn default() -> Self {
         Self {
             listen: ListenAddr(HostPort::new("localhost", 4140)),
-            unknown: Unknown::default(),
+            unknown: UnknownHostPolicy::default(),
             deny_networks: Network::denied_by_default(),
         }
     }
@@ -418,7 +418,7 @@ impl Default for Telemetry {
     }
 }
 
-impl Default for Health {
+impl Default for HealthCheck {
     fn default() -> Self {
         Self {
             path: None,
@@ -445,7 +445,7 @@ impl Upstream {
             balance: Balance::default(),
             listen: None,
             health: None,
-            pool_idle_timeout: PoolIdle::default(),
+            pool_idle_timeout: PoolIdleTimeout::default(),
             header_case: HeaderCase::default(),
             max_connection_age: MAX_CONNECTION_AGE,
             ping_interval: PING_INTERVAL,
@@ -463,8 +463,8 @@ impl Endpoints {
     fn parse_uri(text: &str) -> Result<Self, String> {
         let wrong = || {
             let usual = "use [\"HOST:PORT\", …], \"dns://HOST:PORT\", \"dns+srv://NAME\", \"file:///PATH\" or \"k8s://NAMESPACE/SERVICE:PORT\"";
-            let remedy = match HostPort::meant_by(text) {
-                Some(address) if address.literal().is_some() => format!("write [\"{address}\"]"),
+            let remedy = match HostPort::from_address_or_url(text) {
+                Some(address) if address.socket_addr().is_some() => format!("write [\"{address}\"]"),
                 Some(address) => format!("write \"dns://{address}\""),
                 None => usual.to_owned(),
             };
@@ -560,7 +560,7 @@ impl FromStr for Balance {
                 Some(("header", name)) if !name.is_empty() => Ok(Self::HashHeader(name.to_ascii_lowercase())),
                 Some(("cookie", name)) if !name.is_empty() => Ok(Self::HashCookie(name.to_owned())),
                 _ => {
-                    let suggestion = hints::word(text, |value| value.parse::<Self>().is_ok());
+                    let suggestion = hints::suggest_word(text, |value| value.parse::<Self>().is_ok());
                     let suggestion =
                         suggestion.map_or(String::new(), |value| format!("did you mean \"{value}\"? "));
                     Err(format!(
@@ -584,7 +584,7 @@ impl fmt::Display for Balance {
     }
 }
 
-impl FromStr for PoolIdle {
+impl FromStr for PoolIdleTimeout {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -592,7 +592,7 @@ impl FromStr for PoolIdle {
     }
 }
 
-impl fmt::Display for PoolIdle {
+impl fmt::Display for PoolIdleTimeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Auto => f.write_str("auto"),
@@ -608,7 +608,7 @@ text_value!(
     r"p2c|least-request|round-robin|hash:(?:header|cookie):.+"
 );
 text_value!(
-    PoolIdle,
+    PoolIdleTimeout,
     "PoolIdle",
     "\"auto\" or a duration",
     r"auto|\s*(?:0|(?:[0-9][0-9.]*\s*(?:us|ms|s|m|h|d)\s*)+)\s*"

@@ -16,7 +16,7 @@ pub struct Identity {
     /// Its private key, PEM.
     pub key: Option<PathBuf>,
     /// The trusted roots, PEM: one bundle, or one per trust domain.
-    pub ca: Option<Bundles>,
+    pub ca: Option<TrustBundles>,
     /// The lowest TLS version.
     pub min_tls: MinTls,
     /// Revoked certificates, PEM.
@@ -28,7 +28,7 @@ pub struct Identity {
 /// One bundle for all trust domains, or one for each.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a path, or a table of trust domains and paths")]
-pub enum Bundles {
+pub enum TrustBundles {
     All(PathBuf),
     ByTrustDomain(BTreeMap<String, PathBuf>),
 }

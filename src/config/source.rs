@@ -28,7 +28,7 @@ impl Origin {
         Self { file: narrow(file), start: narrow(span.start), end: narrow(span.end) }
     }
 
-    pub(super) fn file(self) -> usize {
+    pub(super) fn watched_file(self) -> usize {
         self.file as usize
     }
 
@@ -50,13 +50,13 @@ pub struct Sources(pub Vec<Source>);
 
 /// Line and column of an [`Origin`], from 1; columns count characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct FilePosition {
     pub file: String,
     pub line: usize,
     pub column: usize,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for FilePosition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.file, self.line)
     }
@@ -64,11 +64,11 @@ impl fmt::Display for Place {
 
 impl Sources {
     /// File, line and column of an origin.
-    pub fn place(&self, origin: Origin) -> Option<Place> {
-        let source = self.0.get(origin.file())?;
+    pub fn position(&self, origin: Origin) -> Option<FilePosition> {
+        let source = self.0.get(origin.watched_file())?;
         let before = source.text.get(..origin.span().start)?;
         let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        Some(Place {
+        Some(FilePosition {
             file: source.path.display().to_string(),
             line: before.bytes().filter(|byte| *byte == b'\n').count() + 1,
             column: before[line_start..].chars().count() + 1,
@@ -108,7 +108,7 @@ pub(super) fn read(path: &Path) -> Result<String, String> {
 fn read_file(path: &Path) -> Result<String, String> {
     let file = fs::File::open(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
-        _ => match descriptors::missing(&error) {
+        _ => match descriptors::missing_resource(&error) {
             Some(missing) => format!("local_resource: {missing} ({error})"),
             None => error.to_string(),
         },
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn places_count_lines_and_characters_from_one() {
         let sources = Sources(vec![Source { path: "a.toml".into(), text: "a = 1\nü = 2\n".into() }]);
-        let place = sources.place(Origin::new(0, 9..10)).unwrap();
+        let place = sources.position(Origin::new(0, 9..10)).unwrap();
         assert_eq!((place.line, place.column), (2, 3));
         assert_eq!(place.to_string(), "a.toml:2");
     }

@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use super::{Policy, Upstream};
-use crate::{net::alpn::Speaks, text_value, units::HumanDuration};
+use crate::{net::alpn::ApplicationProtocol, text_value, units::HumanDuration};
 
 /// The default over HTTP/2, where a peer reads at all times, however slow its streams are.
 const HTTP2: Duration = Duration::from_secs(30);
@@ -21,19 +21,21 @@ pub enum UserTimeout {
 }
 
 impl UserTimeout {
-    fn limit(self, policy: &Policy, speaks: Speaks) -> Option<Duration> {
+    fn limit(self, policy: &Policy, speaks: ApplicationProtocol) -> Option<Duration> {
         match (self, speaks) {
             (Self::Fixed(limit), _) => limit.limit(),
-            (Self::Auto, Speaks::H2) => Some(HTTP2),
-            (Self::Auto, Speaks::Http1) => policy.idle_timeout.limit(),
-            (Self::Auto, Speaks::Bytes | Speaks::ByteStream) => policy.tunnel_idle_timeout.limit(),
+            (Self::Auto, ApplicationProtocol::H2) => Some(HTTP2),
+            (Self::Auto, ApplicationProtocol::Http1) => policy.idle_timeout.limit(),
+            (Self::Auto, ApplicationProtocol::Opaque | ApplicationProtocol::ByteStream) => {
+                policy.tunnel_idle_timeout.limit()
+            }
         }
     }
 }
 
 impl Upstream {
     /// TCP_USER_TIMEOUT of a connection to this upstream. `None`: the kernel's default.
-    pub fn user_timeout(&self, speaks: Speaks) -> Option<Duration> {
+    pub fn user_timeout(&self, speaks: ApplicationProtocol) -> Option<Duration> {
         self.tcp_user_timeout.limit(&self.policy, speaks)
     }
 }
@@ -71,7 +73,8 @@ mod tests {
         let policy = Policy::default();
         let limits = |text: &str| {
             let timeout: UserTimeout = text.parse().expect("a timeout");
-            [Speaks::H2, Speaks::Http1, Speaks::Bytes].map(|speaks| timeout.limit(&policy, speaks))
+            [ApplicationProtocol::H2, ApplicationProtocol::Http1, ApplicationProtocol::Opaque]
+                .map(|speaks| timeout.limit(&policy, speaks))
         };
         let seconds = |count| Some(Duration::from_secs(count));
         assert_eq!(limits("auto"), [seconds(30), seconds(300), seconds(3600)]);

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use super::{
-    Diagnostics, Loaded,
+    Diagnostics, LoadedConfig,
     load::read_sources,
     load_sources,
     source::{self, Sources},
 };
 pub use crate::watch::Watcher;
-use crate::watch::{self, Reason};
+use crate::watch::{self, WatchReason};
 
 /// Calls `on_change`, on a thread of its own, with the loaded files and the reason, whenever their content differs from
 /// the content before, which initially is `known`, and after [`Watcher::trigger`]. The environment is read again too.
@@ -20,7 +20,7 @@ use crate::watch::{self, Reason};
 pub fn watch<E, F>(files: Vec<PathBuf>, known: Sources, env: E, mut on_change: F) -> std::io::Result<Watcher>
 where
     E: Fn(&str) -> Option<String> + Send + 'static,
-    F: FnMut(Result<Loaded, Diagnostics>, Reason) + Send + 'static,
+    F: FnMut(Result<LoadedConfig, Diagnostics>, WatchReason) + Send + 'static,
 {
     // The content read last, or the error if it could not be read.
     let mut known = Ok(known);
@@ -31,7 +31,7 @@ where
             Ok(sources) => Ok(sources.clone()),
             Err(problems) => Err(problems.to_string()),
         };
-        if now != known || reason != Reason::Change {
+        if now != known || reason != WatchReason::Change {
             known = now;
             on_change(read.and_then(|sources| load_sources(sources, &env)), reason);
         }
@@ -46,7 +46,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
-    type Reports = mpsc::Receiver<Result<Loaded, Diagnostics>>;
+    type Reports = mpsc::Receiver<Result<LoadedConfig, Diagnostics>>;
 
     fn watching(file: &Path) -> (Watcher, Reports) {
         let files = vec![file.to_owned()];
@@ -79,7 +79,7 @@ mod tests {
         assert_eq!(workers(&reports), Some(3));
         // The same content is not reported, except on request.
         replace("[runtime]\nworkers = 3");
-        watcher.trigger(Reason::Asked);
+        watcher.trigger(WatchReason::Requested);
         assert_eq!(workers(&reports), Some(3));
         drop(watcher);
         assert!(reports.try_recv().is_err(), "nothing was reported twice");

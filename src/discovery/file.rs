@@ -14,15 +14,15 @@ use std::{
 use serde::Deserialize;
 use tokio::{io::AsyncReadExt, sync::Notify};
 
-use super::source::Target;
-use crate::{config::HostPort, upstream::DiscoveryError, watch::Observer};
+use super::source::UnresolvedEndpoint;
+use crate::{config::HostPort, upstream::DiscoveryError, watch::FileObserver};
 
-pub(super) struct File {
+pub(super) struct EndpointFile {
     path: PathBuf,
     changed: Arc<Notify>,
-    observer: Option<Observer>,
+    observer: Option<FileObserver>,
     /// The targets of the last successful read.
-    last: Option<Vec<Target>>,
+    last: Option<Vec<UnresolvedEndpoint>>,
 }
 
 #[derive(Deserialize)]
@@ -47,7 +47,7 @@ fn one() -> std::num::NonZeroU16 {
     std::num::NonZeroU16::MIN
 }
 
-impl File {
+impl EndpointFile {
     /// How often the file is read if changes are not reported.
     pub const POLL: Duration = Duration::from_secs(5);
     /// A larger file is rejected.
@@ -57,7 +57,7 @@ impl File {
         Self { path, changed: Arc::default(), observer: None, last: None }
     }
 
-    pub async fn read(&mut self) -> Result<Vec<Target>, DiscoveryError> {
+    pub async fn read(&mut self) -> Result<Vec<UnresolvedEndpoint>, DiscoveryError> {
         if let (true, Some(last)) = (self.is_being_written(), &self.last) {
             return Ok(last.clone());
         }
@@ -85,11 +85,11 @@ impl File {
         let (path, changed) = (&self.path, &self.changed);
         let observer = self.observer.get_or_insert_with(|| {
             let changed = Arc::clone(changed);
-            Observer::new(slice::from_ref(path), move || changed.notify_one())
+            FileObserver::new(slice::from_ref(path), move || changed.notify_one())
         });
         // The directory may be created later, and symbolic links may have changed.
         observer.refresh();
-        observer.being_written().is_some()
+        observer.file_being_written().is_some()
     }
 }
 
@@ -102,7 +102,7 @@ pub(super) fn check(path: &Path) -> Result<(), String> {
     parse(&content).map(drop)
 }
 
-fn parse(content: &[u8]) -> Result<Vec<Target>, String> {
+fn parse(content: &[u8]) -> Result<Vec<UnresolvedEndpoint>, String> {
     if content.trim_ascii().is_empty() {
         return Err("the file is empty; a list without endpoints is `[]`".to_owned());
     }
@@ -113,9 +113,9 @@ fn parse(content: &[u8]) -> Result<Vec<Target>, String> {
         let entry =
             EndpointEntry::deserialize(value).map_err(|error| format!("entry {index}, {shown}: {error}"))?;
         Ok(match entry {
-            EndpointEntry::Address(address) => Target::new(address, 1),
+            EndpointEntry::Address(address) => UnresolvedEndpoint::new(address, 1),
             EndpointEntry::Weighted(WeightedEntry { address, weight }) => {
-                Target::new(address, weight.get().into())
+                UnresolvedEndpoint::new(address, weight.get().into())
             }
         })
     };

@@ -12,7 +12,7 @@
 
 mod file;
 mod kubernetes;
-mod names;
+mod resolved_names;
 mod source;
 mod task;
 #[cfg(test)]
@@ -55,6 +55,6 @@ impl Drop for Discovery {
 /// Literal addresses of a fixed list are published before this returns. A task on the runtime of the resolver
 /// publishes the rest, so this may be called from any thread.
 pub fn spawn(source: &Endpoints, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Discovery {
-    let source = source::Source::new(source, &resolver);
-    Discovery { task: task::Task::start(source, upstream, resolver) }
+    let source = source::EndpointSource::new(source, &resolver);
+    Discovery { task: task::DiscoveryTask::start(source, upstream, resolver) }
 }

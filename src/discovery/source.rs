@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{file::File, kubernetes::Kubernetes};
+use super::{file::EndpointFile, kubernetes::KubernetesSource};
 use crate::{
     config::{Endpoints, HostPort},
     dns::Resolver,
@@ -14,72 +14,74 @@ use crate::{
 
 /// An endpoint with its host name or address, before resolution.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Target {
+pub(super) struct UnresolvedEndpoint {
     pub address: HostPort,
     pub weight: u32,
     /// Only the targets of the lowest priority that has addresses are used.
     pub priority: u16,
     /// Its addresses, if the source supplied them; otherwise the name is resolved.
-    pub known: Vec<IpAddr>,
+    pub known_addresses: Vec<IpAddr>,
 }
 
 /// A source of endpoints.
-pub(super) enum Source {
+pub(super) enum EndpointSource {
     /// A list in the configuration; `dns://` is a list of one.
-    Fixed(Vec<Target>),
+    Fixed(Vec<UnresolvedEndpoint>),
     Srv(String),
-    File(File),
-    Kubernetes(Box<Kubernetes>),
+    File(EndpointFile),
+    Kubernetes(Box<KubernetesSource>),
 }
 
 /// The endpoints of a source, and when to read it again.
-pub(super) struct Reading {
-    pub targets: Vec<Target>,
+pub(super) struct SourceSnapshot {
+    pub targets: Vec<UnresolvedEndpoint>,
     /// `None`: they never change.
     pub valid_for: Option<Duration>,
 }
 
-impl Target {
+impl UnresolvedEndpoint {
     pub fn new(address: HostPort, weight: u32) -> Self {
-        Self { address, weight, priority: 0, known: Vec::new() }
+        Self { address, weight, priority: 0, known_addresses: Vec::new() }
     }
 }
 
-impl Source {
+impl EndpointSource {
     pub fn new(endpoints: &Endpoints, resolver: &Arc<Resolver>) -> Self {
         match endpoints {
             Endpoints::Fixed(list) => {
-                Self::Fixed(list.iter().map(|address| Target::new(address.clone(), 1)).collect())
+                Self::Fixed(list.iter().map(|address| UnresolvedEndpoint::new(address.clone(), 1)).collect())
             }
-            Endpoints::Dns(address) => Self::Fixed(vec![Target::new(address.clone(), 1)]),
+            Endpoints::Dns(address) => Self::Fixed(vec![UnresolvedEndpoint::new(address.clone(), 1)]),
             Endpoints::Srv(name) => Self::Srv(name.clone()),
-            Endpoints::File(path) => Self::File(File::new(path.clone())),
+            Endpoints::File(path) => Self::File(EndpointFile::new(path.clone())),
             Endpoints::Kubernetes { namespace, service, port } => {
                 let fetcher = Fetcher::new(Arc::clone(resolver));
                 let (namespace, service, port) = (namespace.clone(), service.clone(), port.clone());
-                Self::Kubernetes(Box::new(Kubernetes::new(fetcher, namespace, service, port)))
+                Self::Kubernetes(Box::new(KubernetesSource::new(fetcher, namespace, service, port)))
             }
         }
     }
 
-    pub async fn read(&mut self, resolver: &Resolver) -> Result<Reading, DiscoveryError> {
+    pub async fn read(&mut self, resolver: &Resolver) -> Result<SourceSnapshot, DiscoveryError> {
         match self {
-            Self::Fixed(targets) => Ok(Reading { targets: targets.clone(), valid_for: None }),
+            Self::Fixed(targets) => Ok(SourceSnapshot { targets: targets.clone(), valid_for: None }),
             Self::Srv(name) => {
-                let (services, valid_for) = resolver.services(name).await?;
-                let targets = services.into_iter().map(|service| Target {
+                let (services, valid_for) = resolver.srv_records(name).await?;
+                let targets = services.into_iter().map(|service| UnresolvedEndpoint {
                     address: HostPort::new(service.target, service.port),
                     weight: u32::from(service.weight).max(1),
                     priority: service.priority,
-                    known: service.addresses,
+                    known_addresses: service.addresses,
                 });
-                Ok(Reading { targets: targets.collect(), valid_for: Some(valid_for) })
+                Ok(SourceSnapshot { targets: targets.collect(), valid_for: Some(valid_for) })
             }
             Self::File(file) => {
                 let targets = file.read().await?;
-                Ok(Reading { targets, valid_for: Some(File::POLL) })
+                Ok(SourceSnapshot { targets, valid_for: Some(EndpointFile::POLL) })
             }
-            Self::Kubernetes(service) => Ok(Reading { targets: service.read().await?, valid_for: None }),
+            Self::Kubernetes(service) => {
+                Ok(SourceSnapshot { targets: service.read().await?, valid_for: None })
+            }
         }
     }
 

@@ -6,13 +6,13 @@ use tokio::{task::JoinHandle, time::Instant};
 
 use super::{
     MAX_ENDPOINTS,
-    names::Names,
-    source::{Source, Target, retry_at},
+    resolved_names::ResolvedNames,
+    source::{EndpointSource, UnresolvedEndpoint, retry_at},
 };
 use crate::{
     dns::Resolver,
     rng::Rng,
-    upstream::{DiscoveryError, Found, Upstream},
+    upstream::{DiscoveredEndpoint, DiscoveryError, Upstream},
 };
 
 /// The shortest time between two lookups, however often a refresh is requested.
@@ -22,13 +22,13 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// How long a task with nothing due sleeps.
 const IDLE: Duration = Duration::from_secs(3600);
 
-pub(super) struct Task {
-    source: Source,
+pub(super) struct DiscoveryTask {
+    source: EndpointSource,
     upstream: Arc<Upstream>,
     resolver: Arc<Resolver>,
     rng: Rng,
-    targets: Vec<Target>,
-    names: Names,
+    targets: Vec<UnresolvedEndpoint>,
+    names: ResolvedNames,
     /// When to read the source again; `None`: never.
     source_due: Option<Instant>,
     source_failures: u32,
@@ -38,17 +38,23 @@ pub(super) struct Task {
 /// What was last published to the upstream.
 #[derive(Default)]
 struct Published {
-    endpoints: Option<Vec<Found>>,
+    endpoints: Option<Vec<DiscoveredEndpoint>>,
     failed: bool,
 }
 
-impl Task {
+impl DiscoveryTask {
     /// Starts the task, unless everything is known already.
-    pub fn start(source: Source, upstream: Arc<Upstream>, resolver: Arc<Resolver>) -> Option<JoinHandle<()>> {
+    pub fn start(
+        source: EndpointSource,
+        upstream: Arc<Upstream>,
+        resolver: Arc<Resolver>,
+    ) -> Option<JoinHandle<()>> {
         let mut published = Published::default();
-        if let Source::Fixed(targets) = &source {
-            let literal =
-                Names::default().found(targets).into_iter().filter(|endpoint| endpoint.host.is_none());
+        if let EndpointSource::Fixed(targets) = &source {
+            let literal = ResolvedNames::default()
+                .endpoints(targets)
+                .into_iter()
+                .filter(|endpoint| endpoint.host.is_none());
             let literal: Vec<_> = literal.collect();
             let complete = literal.len() == targets.len().min(MAX_ENDPOINTS);
             if complete || !literal.is_empty() {
@@ -63,7 +69,7 @@ impl Task {
             upstream,
             rng: Rng::new(),
             targets: Vec::new(),
-            names: Names::default(),
+            names: ResolvedNames::default(),
             source_due: Some(Instant::now()),
             source_failures: 0,
             published,
@@ -83,11 +89,11 @@ impl Task {
                     tokio::time::sleep(SETTLE).await;
                     self.source_due = Some(Instant::now());
                 }
-                () = self.upstream.refresh_wanted() => {
+                () = self.upstream.refresh_requested() => {
                     tokio::time::sleep_until(completed_at + REFRESH_PAUSE).await;
                     let now = Instant::now();
                     self.source_due = self.source_due.map(|due| due.min(now));
-                    self.names.all_due(now);
+                    self.names.expire_all(now);
                 }
             }
         }
@@ -98,19 +104,19 @@ impl Task {
             Some(due) if due <= Instant::now() => self.read_source().await,
             _ => None,
         };
-        self.names.follow(&self.targets, Instant::now());
+        self.names.sync(&self.targets, Instant::now());
         let Self { names, targets, published, upstream, .. } = self;
         let names_error = names
             .look_up(&self.resolver, &mut self.rng, |names| {
                 // Requests may be waiting for the first result: they need not wait for the slowest name as well.
                 if published.endpoints.is_none() {
-                    published.publish(upstream, names.found(targets));
+                    published.publish(upstream, names.endpoints(targets));
                 }
             })
             .await;
-        let endpoints = names.found(targets);
+        let endpoints = names.endpoints(targets);
         match source_error.or(names_error) {
-            None if self.source_failures > 0 || names.failing() => {
+            None if self.source_failures > 0 || names.has_failures() => {
                 published.publish_partial(upstream, endpoints)
             }
             None => published.publish_complete(upstream, endpoints),
@@ -150,7 +156,7 @@ impl Task {
 
 impl Published {
     /// Publishes the result of a complete discovery, even if it is empty.
-    fn publish_complete(&mut self, upstream: &Upstream, endpoints: Vec<Found>) {
+    fn publish_complete(&mut self, upstream: &Upstream, endpoints: Vec<DiscoveredEndpoint>) {
         if self.failed {
             tracing::info!(upstream = &*upstream.name, endpoints = endpoints.len(), "discovery works again");
         }
@@ -161,7 +167,7 @@ impl Published {
     }
 
     /// Publishes the result of a partly failed discovery, unless it is empty.
-    fn publish_partial(&mut self, upstream: &Upstream, endpoints: Vec<Found>) {
+    fn publish_partial(&mut self, upstream: &Upstream, endpoints: Vec<DiscoveredEndpoint>) {
         if !endpoints.is_empty() && self.endpoints.as_ref() != Some(&endpoints) {
             self.publish(upstream, endpoints);
         }
@@ -173,10 +179,10 @@ impl Published {
             tracing::warn!(upstream = &*upstream.name, %error, kept, "endpoints could not be looked up");
         }
         self.failed = true;
-        upstream.discovery_failed(error);
+        upstream.record_discovery_failure(error);
     }
 
-    fn publish(&mut self, upstream: &Upstream, endpoints: Vec<Found>) {
+    fn publish(&mut self, upstream: &Upstream, endpoints: Vec<DiscoveredEndpoint>) {
         tracing::debug!(upstream = &*upstream.name, endpoints = endpoints.len(), "endpoints changed");
         upstream.publish(endpoints.clone());
         self.endpoints = Some(endpoints);

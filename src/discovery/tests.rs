@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     config::HostPort,
     dns::{
-        DnsError, Family,
+        AddressFamily, DnsError,
         test_dns::{Reply, TestDns, cname, record, srv},
     },
     upstream::{DiscoveryError, EndpointSet, Resolution},
@@ -36,7 +36,7 @@ fn shown(set: &EndpointSet) -> Vec<String> {
 
 /// Waits until the condition `wanted` holds for the upstream's endpoints.
 async fn until(upstream: &Upstream, wanted: impl Fn(&EndpointSet) -> bool) {
-    let mut changes = upstream.changes();
+    let mut changes = upstream.subscribe();
     let reached = changes.wait_for(|_| wanted(&upstream.endpoints()));
     let reached = tokio::time::timeout(Duration::from_secs(20), reached).await.is_ok();
     assert!(reached, "still {:?}", upstream.endpoints());
@@ -64,7 +64,7 @@ async fn both_families_are_found_in_a_stable_order() {
     dns.addresses("both.test", 60, &["10.0.0.2", "2001:db8::2", "10.0.0.1", "2001:db8::1"]);
     let answer = resolver(&dns).await.addresses("both.test").await.unwrap();
     assert_eq!(answer.addresses, ips(&["10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"]));
-    assert_eq!((answer.valid_for, answer.missing), (Duration::from_secs(60), None));
+    assert_eq!((answer.valid_for, answer.failed_family), (Duration::from_secs(60), None));
 }
 
 #[tokio::test]
@@ -104,7 +104,7 @@ async fn a_server_that_never_answers_for_one_family_delays_by_a_second() {
     dns.addresses("half.test", 60, &["10.0.0.1"]);
     dns.set("half.test", RecordType::AAAA, Reply::Silence);
     let answer = resolver(&dns).await.addresses("half.test").await.unwrap();
-    assert_eq!((answer.addresses, answer.missing), (ips(&["10.0.0.1"]), Some(Family::V6)));
+    assert_eq!((answer.addresses, answer.failed_family), (ips(&["10.0.0.1"]), Some(AddressFamily::V6)));
 }
 
 #[tokio::test]
@@ -198,7 +198,7 @@ async fn a_family_that_does_not_answer_keeps_its_addresses() {
     let answers = vec![record("both.test", 1, RData::A("10.0.0.2".parse().unwrap()))];
     dns.set("both.test", RecordType::A, Reply::Records { answers, additionals: Vec::new() });
     until_shown(&upstream, &["10.0.0.2:80", "[2001:db8::1]:80"]).await;
-    assert_eq!(resolver.addresses("both.test").await.unwrap().missing, Some(Family::V6));
+    assert_eq!(resolver.addresses("both.test").await.unwrap().failed_family, Some(AddressFamily::V6));
 }
 
 #[tokio::test]
@@ -277,7 +277,7 @@ async fn a_new_name_resolves_once_it_exists() {
     let dns = TestDns::start().await;
     let upstream = Upstream::new("late");
     let _discovery = spawn(&dns_source("late.test:80"), upstream.clone(), resolver(&dns).await);
-    upstream.resolved().await;
+    upstream.wait_until_resolved().await;
     until_failed(&upstream).await;
     assert!(upstream.endpoints().endpoints.is_empty());
     dns.addresses("late.test", 60, &["10.0.0.1"]);

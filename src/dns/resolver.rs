@@ -24,7 +24,7 @@ use hickory_resolver::{
 };
 use tokio::{runtime::Handle, time::timeout};
 
-use super::{DnsError, miss::Miss};
+use super::{DnsError, lookup_error::LookupError};
 
 /// The DNS servers to use instead of those in `/etc/resolv.conf`: `IP` or `IP:PORT`, separated by commas.
 pub const DNS_ENV: &str = "OUTRIGGER_DNS";
@@ -52,24 +52,24 @@ pub struct Resolver {
 
 /// The addresses of a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct ResolvedAddresses {
     /// IPv4 before IPv6, each in ascending order. Never empty.
     pub addresses: Vec<IpAddr>,
     /// The lowest TTL of the chain of records, between [`MIN_TTL`] and [`MAX_TTL`].
     pub valid_for: Duration,
     /// The family whose query failed (as opposed to one without addresses): its previous addresses stay valid.
-    pub missing: Option<Family>,
+    pub failed_family: Option<AddressFamily>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
+pub enum AddressFamily {
     V4,
     V6,
 }
 
 /// An SRV record (RFC 2782).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Service {
+pub struct SrvRecord {
     pub priority: u16,
     pub weight: u16,
     pub target: String,
@@ -78,7 +78,7 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
 }
 
-impl Family {
+impl AddressFamily {
     pub fn of(ip: IpAddr) -> Self {
         if ip.is_ipv4() { Self::V4 } else { Self::V6 }
     }
@@ -167,8 +167,8 @@ impl Resolver {
     /// # Errors
     /// [`DnsError::NotFound`] if the name has no addresses, [`DnsError::Server`] if the server fails,
     /// [`DnsError::Timeout`] if it does not answer.
-    pub async fn addresses(&self, host: &str) -> Result<Answer, DnsError> {
-        let local = |addresses| Answer { addresses, valid_for: MAX_TTL, missing: None };
+    pub async fn addresses(&self, host: &str) -> Result<ResolvedAddresses, DnsError> {
+        let local = |addresses| ResolvedAddresses { addresses, valid_for: MAX_TTL, failed_family: None };
         if let Ok(ip) = host.parse() {
             return Ok(local(vec![ip]));
         }
@@ -177,11 +177,11 @@ impl Resolver {
             return Ok(local(self.reachable(addresses)));
         }
         let answer = self.search(&name, |name| self.both_families(name)).await;
-        answer.map(|answer| Answer { addresses: self.reachable(answer.addresses), ..answer })
+        answer.map(|answer| ResolvedAddresses { addresses: self.reachable(answer.addresses), ..answer })
     }
 
     /// The SRV records of `name`, and how long they are valid.
-    pub async fn services(&self, name: &str) -> Result<(Vec<Service>, Duration), DnsError> {
+    pub async fn srv_records(&self, name: &str) -> Result<(Vec<SrvRecord>, Duration), DnsError> {
         self.search(&parse_name(name)?, |name| self.srv(name)).await
     }
 
@@ -204,7 +204,7 @@ impl Resolver {
     /// Queries `name` with each search domain in turn, until one has a result.
     async fn search<T, F>(&self, name: &Name, query: impl Fn(Name) -> F) -> Result<T, DnsError>
     where
-        F: Future<Output = Result<T, Miss>>,
+        F: Future<Output = Result<T, LookupError>>,
     {
         let text = || name.to_utf8().trim_end_matches('.').to_owned();
         let look_up = async {
@@ -217,7 +217,10 @@ impl Resolver {
                         if !matches!(
                             worst,
                             Some(
-                                Miss::Failed(_) | Miss::NoServer(_) | Miss::LocalResource(_) | Miss::Timeout
+                                LookupError::Failed(_)
+                                    | LookupError::NoServer(_)
+                                    | LookupError::LocalResource(_)
+                                    | LookupError::Timeout
                             )
                         ) =>
                     {
@@ -226,7 +229,7 @@ impl Resolver {
                     Err(_) => {}
                 }
             }
-            Err(worst.unwrap_or(Miss::NoRecords(ResponseCode::NXDomain)))
+            Err(worst.unwrap_or(LookupError::NoRecords(ResponseCode::NXDomain)))
         };
         let timed_out = || DnsError::Timeout { name: text(), limit: self.limit };
         let miss = match timeout(self.limit, look_up).await {
@@ -234,24 +237,24 @@ impl Resolver {
             Ok(Err(miss)) => miss,
             Err(_) => return Err(timed_out()),
         };
-        let miss = self.local_cause().filter(|_| matches!(miss, Miss::NoServer(_))).unwrap_or(miss);
+        let miss = self.local_cause().filter(|_| matches!(miss, LookupError::NoServer(_))).unwrap_or(miss);
         let reason = match miss {
-            Miss::Timeout => return Err(timed_out()),
-            Miss::Failed(reason) | Miss::NoServer(reason) => {
+            LookupError::Timeout => return Err(timed_out()),
+            LookupError::Failed(reason) | LookupError::NoServer(reason) => {
                 return Err(DnsError::Server { name: text(), reason });
             }
-            Miss::LocalResource(reason) => {
+            LookupError::LocalResource(reason) => {
                 return Err(DnsError::LocalResource { name: text(), reason });
             }
-            Miss::NoRecords(ResponseCode::NXDomain) => "NXDOMAIN".to_owned(),
-            Miss::NoRecords(ResponseCode::NoError) => "it exists, but without such records".to_owned(),
-            Miss::NoRecords(code) => code.to_string(),
+            LookupError::NoRecords(ResponseCode::NXDomain) => "NXDOMAIN".to_owned(),
+            LookupError::NoRecords(ResponseCode::NoError) => "it exists, but without such records".to_owned(),
+            LookupError::NoRecords(code) => code.to_string(),
         };
         Err(DnsError::NotFound { name: text(), reason })
     }
 
     /// The local reason why no server can be queried, if there is one. Connecting a UDP socket sends nothing.
-    fn local_cause(&self) -> Option<Miss> {
+    fn local_cause(&self) -> Option<LookupError> {
         let mut last = None;
         for server in &self.servers {
             let any: IpAddr =
@@ -261,7 +264,7 @@ impl Resolver {
                 Err(error) => last = Some(error),
             }
         }
-        Miss::from_io(&last?)
+        LookupError::from_io(&last?)
     }
 
     fn candidates(&self, name: &Name) -> Vec<Name> {
@@ -279,7 +282,7 @@ impl Resolver {
         names
     }
 
-    async fn both_families(&self, name: Name) -> Result<Answer, Miss> {
+    async fn both_families(&self, name: Name) -> Result<ResolvedAddresses, LookupError> {
         let mut v4 = pin!(self.records(&name, RecordType::A));
         let mut v6 = pin!(self.records(&name, RecordType::AAAA));
         let (v4, v6) = tokio::select! {
@@ -297,23 +300,23 @@ impl Resolver {
                 v4.extend(v6);
                 (v4, None)
             }
-            (Ok(records), Err(Miss::NoRecords(_))) | (Err(Miss::NoRecords(_)), Ok(records)) => {
+            (Ok(records), Err(LookupError::NoRecords(_))) | (Err(LookupError::NoRecords(_)), Ok(records)) => {
                 (records, None)
             }
-            (Ok(records), Err(_)) => (records, Some(Family::V6)),
-            (Err(_), Ok(records)) => (records, Some(Family::V4)),
-            (Err(Miss::NoRecords(_)), Err(miss)) | (Err(miss), Err(_)) => return Err(miss),
+            (Ok(records), Err(_)) => (records, Some(AddressFamily::V6)),
+            (Err(_), Ok(records)) => (records, Some(AddressFamily::V4)),
+            (Err(LookupError::NoRecords(_)), Err(miss)) | (Err(miss), Err(_)) => return Err(miss),
         };
         let mut addresses: Vec<_> = ips(&records).collect();
         addresses.sort_by_key(|ip| (ip.is_ipv6(), *ip));
         addresses.dedup();
         if addresses.is_empty() {
-            return Err(Miss::NoRecords(ResponseCode::NoError));
+            return Err(LookupError::NoRecords(ResponseCode::NoError));
         }
-        Ok(Answer { addresses, valid_for: valid_for(&records), missing })
+        Ok(ResolvedAddresses { addresses, valid_for: valid_for(&records), failed_family: missing })
     }
 
-    async fn srv(&self, name: Name) -> Result<(Vec<Service>, Duration), Miss> {
+    async fn srv(&self, name: Name) -> Result<(Vec<SrvRecord>, Duration), LookupError> {
         let lookup = self.dns.lookup(name, RecordType::SRV).await?;
         let mut glue: HashMap<&Name, Vec<IpAddr>> = HashMap::new();
         for record in lookup.additionals() {
@@ -328,19 +331,19 @@ impl Resolver {
                 addresses.sort_by_key(|ip| (ip.is_ipv6(), *ip));
                 let target = srv.target.to_utf8().trim_end_matches('.').to_ascii_lowercase();
                 let (priority, weight, port) = (srv.priority, srv.weight, srv.port);
-                Some(Service { priority, weight, target, port, addresses: self.reachable(addresses) })
+                Some(SrvRecord { priority, weight, target, port, addresses: self.reachable(addresses) })
             }
             _ => None,
         };
         let mut services: Vec<_> = lookup.answers().iter().filter_map(service).collect();
         services.sort_by(|a, b| (a.priority, &a.target, a.port).cmp(&(b.priority, &b.target, b.port)));
         if services.is_empty() {
-            return Err(Miss::NoRecords(ResponseCode::NoError));
+            return Err(LookupError::NoRecords(ResponseCode::NoError));
         }
         Ok((services, valid_for(lookup.answers().iter().chain(lookup.additionals()))))
     }
 
-    async fn records(&self, name: &Name, kind: RecordType) -> Result<Vec<Record>, Miss> {
+    async fn records(&self, name: &Name, kind: RecordType) -> Result<Vec<Record>, LookupError> {
         let lookup = self.dns.lookup(name.clone(), kind).await?;
         Ok(lookup.answers().to_vec())
     }
@@ -364,11 +367,11 @@ impl std::fmt::Debug for Resolver {
 
 /// Some servers never answer AAAA queries: the result of the first family must not wait for long.
 async fn second_family<T>(
-    first: &Result<T, Miss>,
-    second: impl Future<Output = Result<T, Miss>>,
-) -> Result<T, Miss> {
+    first: &Result<T, LookupError>,
+    second: impl Future<Output = Result<T, LookupError>>,
+) -> Result<T, LookupError> {
     match first {
-        Ok(_) => timeout(SECOND_FAMILY_GRACE, second).await.unwrap_or(Err(Miss::Timeout)),
+        Ok(_) => timeout(SECOND_FAMILY_GRACE, second).await.unwrap_or(Err(LookupError::Timeout)),
         Err(_) => second.await,
     }
 }

@@ -15,13 +15,13 @@ const MAX_SIZE_DIGITS: u8 = 16;
 
 /// The result of one step.
 #[derive(Debug)]
-pub enum Decoded {
+pub enum DecodeResult {
     Data(Bytes),
     Trailers(HeaderMap),
     /// The body is complete; all further calls return this.
     End,
     /// More bytes are needed.
-    More,
+    NeedMore,
 }
 
 /// See the [module](self).
@@ -71,17 +71,17 @@ impl Decoder {
     }
 
     /// Whether the body is complete.
-    pub const fn is_over(&self) -> bool {
+    pub const fn is_complete(&self) -> bool {
         matches!(self.state, State::Length(0))
     }
 
     /// Whether the end of the connection is the end of the body.
-    pub const fn ends_by_close(&self) -> bool {
+    pub const fn is_close_delimited(&self) -> bool {
         matches!(self.state, State::UntilClose)
     }
 
     /// The remaining length of the body, if its head announced one.
-    pub const fn length(&self) -> Option<u64> {
+    pub const fn remaining_length(&self) -> Option<u64> {
         match self.state {
             State::Length(left) => Some(left),
             _ => None,
@@ -89,7 +89,7 @@ impl Decoder {
     }
 
     /// How many more bytes follow for certain.
-    pub const fn expects(&self) -> u64 {
+    pub const fn expected_bytes(&self) -> u64 {
         match self.state {
             State::Length(left) => left,
             // Including the CR and LF after the data.
@@ -104,16 +104,16 @@ impl Decoder {
     /// # Errors
     ///
     /// If chunks or trailers are malformed. The end of the body cannot be determined then.
-    pub fn decode(&mut self, input: &mut BytesMut) -> Result<Decoded, FramingError> {
+    pub fn decode(&mut self, input: &mut BytesMut) -> Result<DecodeResult, FramingError> {
         match &mut self.state {
-            State::Length(0) => Ok(Decoded::End),
-            _ if input.is_empty() => Ok(Decoded::More),
+            State::Length(0) => Ok(DecodeResult::End),
+            _ if input.is_empty() => Ok(DecodeResult::NeedMore),
             State::Length(left) => {
                 let data = take(input, *left);
                 *left -= data.len() as u64;
-                Ok(Decoded::Data(data))
+                Ok(DecodeResult::Data(data))
             }
-            State::UntilClose => Ok(Decoded::Data(std::mem::take(input).freeze())),
+            State::UntilClose => Ok(DecodeResult::Data(std::mem::take(input).freeze())),
             State::Trailers { .. } => self.trailers(input),
             _ => self.chunks(input),
         }
@@ -121,7 +121,7 @@ impl Decoder {
 
     /// Takes the data of as many chunks as have arrived. The data of the first one stays in place; small ones after
     /// it are moved up to it.
-    fn chunks(&mut self, input: &mut BytesMut) -> Result<Decoded, FramingError> {
+    fn chunks(&mut self, input: &mut BytesMut) -> Result<DecodeResult, FramingError> {
         let (mut at, mut start, mut joined) = (0, 0, 0);
         while at < input.len() {
             let state = match self.state {
@@ -155,12 +155,12 @@ impl Decoder {
             at += 1;
         }
         if joined > 0 {
-            return Ok(Decoded::Data(split_off(input, start, joined, at)));
+            return Ok(DecodeResult::Data(split_off(input, start, joined, at)));
         }
         discard(input, at);
         match self.state {
             State::Trailers { .. } if !input.is_empty() => self.trailers(input),
-            _ => Ok(Decoded::More),
+            _ => Ok(DecodeResult::NeedMore),
         }
     }
 
@@ -210,8 +210,8 @@ impl Decoder {
     }
 
     /// Parses the trailer section once all of it has arrived.
-    fn trailers(&mut self, input: &mut BytesMut) -> Result<Decoded, FramingError> {
-        let State::Trailers { scanned, line } = &mut self.state else { return Ok(Decoded::More) };
+    fn trailers(&mut self, input: &mut BytesMut) -> Result<DecodeResult, FramingError> {
+        let State::Trailers { scanned, line } = &mut self.state else { return Ok(DecodeResult::NeedMore) };
         while let Some(offset) = input[*scanned..].iter().position(|byte| *byte == b'\n') {
             let feed = *scanned + offset;
             if feed == *line || input[feed - 1] != b'\r' {
@@ -226,11 +226,19 @@ impl Decoder {
                 let trailers = parse_trailers(&input[..=feed])?;
                 discard(input, feed + 1);
                 self.state = State::Length(0);
-                return Ok(if trailers.is_empty() { Decoded::End } else { Decoded::Trailers(trailers) });
+                return Ok(if trailers.is_empty() {
+                    DecodeResult::End
+                } else {
+                    DecodeResult::Trailers(trailers)
+                });
             }
         }
         *scanned = input.len();
-        if input.len() > MAX_TRAILERS { Err(FramingError::TooManyTrailers) } else { Ok(Decoded::More) }
+        if input.len() > MAX_TRAILERS {
+            Err(FramingError::TooManyTrailers)
+        } else {
+            Ok(DecodeResult::NeedMore)
+        }
     }
 }
 

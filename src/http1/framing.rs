@@ -8,7 +8,7 @@ use http::{
     },
 };
 
-use crate::present::{Field, Present};
+use crate::field_set::{Field, FieldSet};
 
 /// The most bytes of chunk extensions in one body. More is an attack: no real sender uses them.
 pub const MAX_EXTENSIONS: usize = 16 * 1024;
@@ -36,9 +36,9 @@ pub enum FramingError {
     #[error("its Content-Length is not one number")]
     Length,
     #[error("its Transfer-Encoding does not end in `chunked`")]
-    Coding,
+    TransferEncoding,
     #[error("it has a Transfer-Encoding, although it is HTTP/1.0")]
-    CodingOf10,
+    TransferEncodingInHttp10,
     #[error("a chunk size is not a hexadecimal number followed by CR LF")]
     ChunkSize,
     #[error("a chunk does not end with CR LF after the data that its size announces")]
@@ -69,10 +69,10 @@ impl Framing {
     /// # Errors
     ///
     /// If the end of the body cannot be determined.
-    pub fn of_request(version: Version, fields: &HeaderMap, present: Present) -> Result<Self, FramingError> {
+    pub fn of_request(version: Version, fields: &HeaderMap, present: FieldSet) -> Result<Self, FramingError> {
         match transfer_coding(version, fields, present)? {
             Some(true) => Ok(Self::Chunked),
-            Some(false) => Err(FramingError::Coding),
+            Some(false) => Err(FramingError::TransferEncoding),
             None => Ok(Self::Length(length(fields, present)?.unwrap_or(0))),
         }
     }
@@ -87,7 +87,7 @@ impl Framing {
         status: StatusCode,
         version: Version,
         fields: &HeaderMap,
-        present: Present,
+        present: FieldSet,
     ) -> Result<Self, FramingError> {
         if *method == Method::HEAD || has_no_body(status) {
             // No body follows, but the length is checked, because it may be forwarded.
@@ -111,20 +111,20 @@ pub fn has_no_body(status: StatusCode) -> bool {
 fn transfer_coding(
     version: Version,
     fields: &HeaderMap,
-    present: Present,
+    present: FieldSet,
 ) -> Result<Option<bool>, FramingError> {
     if !present.has(Field::TransferEncoding) {
         return Ok(None);
     }
     let Some(last) = fields.get_all(TRANSFER_ENCODING).iter().next_back() else { return Ok(None) };
     if version == Version::HTTP_10 {
-        return Err(FramingError::CodingOf10);
+        return Err(FramingError::TransferEncodingInHttp10);
     }
     let last = last.as_bytes().rsplit(|byte| *byte == b',').next().unwrap_or_default();
     Ok(Some(last.trim_ascii().eq_ignore_ascii_case(b"chunked")))
 }
 
-fn length(fields: &HeaderMap, present: Present) -> Result<Option<u64>, FramingError> {
+fn length(fields: &HeaderMap, present: FieldSet) -> Result<Option<u64>, FramingError> {
     if present.has(Field::ContentLength) { content_length(fields) } else { Ok(None) }
 }
 
@@ -170,7 +170,7 @@ pub fn write_chunk_line(out: &mut Vec<u8>, length: usize) {
 }
 
 /// Whether a trailer section exceeds the limit, by the size that HTTP/2 counts (RFC 9113 §10.5.1).
-pub fn is_too_large(trailers: &HeaderMap) -> bool {
+pub fn is_trailer_section_too_large(trailers: &HeaderMap) -> bool {
     let size = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
     trailers.iter().map(size).sum::<usize>() > MAX_TRAILERS
 }
@@ -193,7 +193,7 @@ const NEVER_TRAILERS: [HeaderName; 12] = [
 
 /// Keeps only trailers that the head announces (RFC 9110 §6.6.2), because recipients may rely on that, and none that
 /// changes the meaning of the head.
-pub fn announced(head: &HeaderMap, mut trailers: HeaderMap) -> HeaderMap {
+pub fn retain_announced_trailers(head: &HeaderMap, mut trailers: HeaderMap) -> HeaderMap {
     for name in NEVER_TRAILERS {
         trailers.remove(name);
     }

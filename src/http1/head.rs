@@ -8,8 +8,8 @@ use http::{
 };
 use hyper::ext::ReasonPhrase;
 
-use super::target::{RawTarget, Target, diagnose, masked};
-use crate::present::{Field, Present};
+use super::target::{RawTarget, RequestTarget, mask_non_ascii_target, refine_error};
+use crate::field_set::{Field, FieldSet};
 
 /// The most fields of a head.
 pub const MAX_FIELDS: usize = 100;
@@ -20,7 +20,7 @@ const RESERVED_FIELDS: usize = 5;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeadError {
     #[error("its start line is not HTTP")]
-    FirstLine,
+    StartLine,
     #[error("its HTTP version is neither 1.0 nor 1.1")]
     Version,
     #[error("its target is not a URI")]
@@ -47,7 +47,7 @@ impl From<httparse::Error> for HeadError {
             httparse::Error::TooManyHeaders => Self::TooManyFields,
             httparse::Error::Version => Self::Version,
             httparse::Error::HeaderName | httparse::Error::HeaderValue => Self::Field,
-            _ => Self::FirstLine,
+            _ => Self::StartLine,
         }
     }
 }
@@ -61,8 +61,8 @@ pub struct RequestHead {
     pub version: Version,
     pub fields: HeaderMap,
     /// Which of the fields that a proxy acts on are present.
-    pub present: Present,
-    pub connection: Wish,
+    pub present: FieldSet,
+    pub connection: ConnectionOptions,
     pub spelling: Option<Spelling>,
 }
 
@@ -75,8 +75,8 @@ pub struct ResponseHead {
     pub version: Version,
     pub fields: HeaderMap,
     /// Which of the fields that a proxy acts on are present.
-    pub present: Present,
-    pub connection: Wish,
+    pub present: FieldSet,
+    pub connection: ConnectionOptions,
     pub spelling: Option<Spelling>,
 }
 
@@ -106,7 +106,7 @@ thread_local! {
 }
 
 /// Returns a header map to the thread's free list, for the next head.
-pub fn leave(mut fields: HeaderMap) {
+pub fn recycle_header_map(mut fields: HeaderMap) {
     if (1..=MAX_FREE_CAPACITY).contains(&fields.capacity()) {
         fields.clear();
         FREE_MAPS.with_borrow_mut(|spare| {
@@ -120,12 +120,12 @@ pub fn leave(mut fields: HeaderMap) {
 /// The options of a `Connection` field with a single option, `close` or `keep-alive`, as nearly all are. It is
 /// hop-by-hop and not stored among the fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Wish {
+pub struct ConnectionOptions {
     close: bool,
     keep_alive: bool,
 }
 
-impl Wish {
+impl ConnectionOptions {
     /// Records a field. Returns whether the field needs no further handling.
     fn record_field(&mut self, name: &str, value: &[u8]) -> bool {
         const NAME: &str = "connection";
@@ -151,11 +151,12 @@ pub struct Spelling(HeaderMap<Bytes>);
 /// If it is malformed. The bytes after it cannot be interpreted then.
 pub fn parse_request(input: &[u8], keep_spelling: bool) -> Result<Option<(usize, RequestHead)>, HeadError> {
     match parse_with_target(input, None, keep_spelling) {
-        Err(HeadError::FirstLine) => {
-            let (masked, target) = masked(input).ok_or_else(|| diagnose(input, HeadError::FirstLine))?;
+        Err(HeadError::StartLine) => {
+            let (masked, target) =
+                mask_non_ascii_target(input).ok_or_else(|| refine_error(input, HeadError::StartLine))?;
             parse_with_target(&masked, Some(&target), keep_spelling)
         }
-        Err(error) => Err(diagnose(input, error)),
+        Err(error) => Err(refine_error(input, error)),
         parsed => parsed,
     }
 }
@@ -174,11 +175,11 @@ fn parse_with_target(
     };
     let head = CompleteHead::new(input, length)?;
     let method = request.method.unwrap_or_default();
-    let method = Method::from_bytes(method.as_bytes()).map_err(|_| HeadError::FirstLine)?;
+    let method = Method::from_bytes(method.as_bytes()).map_err(|_| HeadError::StartLine)?;
     let found = request.path.unwrap_or_default().as_bytes();
-    let Target { uri: target, raw: raw_target } = match target {
-        Some(target) => Target::parse(&method, target.clone(), target)?,
-        None => Target::parse(&method, head.part(found), found)?,
+    let RequestTarget { uri: target, raw: raw_target } = match target {
+        Some(target) => RequestTarget::parse(&method, target.clone(), target)?,
+        None => RequestTarget::parse(&method, head.part(found), found)?,
     };
     let version = version(request.version);
     let ParsedFields { fields, present, connection, spelling } =
@@ -204,7 +205,7 @@ pub fn parse_response(input: &[u8], keep_spelling: bool) -> Result<Option<(usize
     };
     let head = CompleteHead::new(input, length)?;
     let status = response.code.unwrap_or_default();
-    let status = StatusCode::from_u16(status).map_err(|_| HeadError::FirstLine)?;
+    let status = StatusCode::from_u16(status).map_err(|_| HeadError::StartLine)?;
     let reason = response.reason.filter(|reason| status.canonical_reason() != Some(reason));
     let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
     let version = version(response.version);
@@ -220,8 +221,8 @@ fn version(minor: Option<u8>) -> Version {
 /// The parsed fields of a head.
 struct ParsedFields {
     fields: HeaderMap,
-    present: Present,
-    connection: Wish,
+    present: FieldSet,
+    connection: ConnectionOptions,
     spelling: Option<Spelling>,
 }
 
@@ -267,7 +268,7 @@ impl<'a> CompleteHead<'a> {
         let mut fields = FREE_MAPS.with_borrow_mut(Vec::pop).unwrap_or_default();
         fields.reserve(parsed.len() + more);
         let mut spelling = keep_spelling.then(Spelling::default);
-        let (mut present, mut connection) = (Present::default(), Wish::default());
+        let (mut present, mut connection) = (FieldSet::default(), ConnectionOptions::default());
         for field in parsed {
             if !self.follows_line_end(field.name) {
                 return Err(HeadError::LineEnd);
@@ -334,7 +335,7 @@ pub fn write_field(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
 }
 
 /// Formats a number in decimal.
-pub fn decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
+pub fn format_decimal(digits: &mut [u8; 20], mut number: u64) -> &[u8] {
     let mut at = digits.len();
     loop {
         at -= 1;
@@ -365,8 +366,13 @@ pub fn write_fields(out: &mut Vec<u8>, fields: &HeaderMap, spelling: Option<&Spe
 
 /// Whether a message lets its connection persist (RFC 9112 §9.3), by its single `Connection` options and by the
 /// remaining fields.
-pub fn persists(version: Version, options: Wish, fields: &HeaderMap, present: Present) -> bool {
-    let Wish { mut close, keep_alive: mut keep } = options;
+pub fn is_persistent(
+    version: Version,
+    options: ConnectionOptions,
+    fields: &HeaderMap,
+    present: FieldSet,
+) -> bool {
+    let ConnectionOptions { mut close, keep_alive: mut keep } = options;
     let more = present.has(Field::Connection).then(|| fields.get_all(CONNECTION));
     for value in more.iter().flatten() {
         for option in value.as_bytes().split(|byte| *byte == b',') {

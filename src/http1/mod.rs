@@ -5,11 +5,11 @@
 pub mod decoder;
 pub mod framing;
 pub mod head;
-pub mod intake;
-pub mod outlet;
+pub mod read_buffer;
 pub mod target;
 #[cfg(test)]
 mod tests;
+pub mod write_buffer;
 
 use framing::FramingError;
 use head::HeadError;
@@ -28,7 +28,7 @@ pub enum Error {
     Framing(#[from] FramingError),
     /// It was closed in the middle of a message.
     #[error("the connection was closed in the middle of a message")]
-    CutOff,
+    UnexpectedEnd,
     /// It was closed where a message could have started.
     #[error("the connection was closed")]
     Closed,
@@ -37,10 +37,10 @@ pub enum Error {
     Unsendable(FramingError),
     /// The body to be sent is longer or shorter than its head announces.
     #[error("body length does not match Content-Length")]
-    WrongLength,
+    LengthMismatch,
     /// The body to be sent ended early.
     #[error("the body to be sent ended early")]
-    BrokenOff,
+    BodyEndedEarly,
 }
 
 impl Error {
@@ -50,7 +50,7 @@ impl Error {
     }
 
     /// Whether the message to be sent is at fault, so that its receiver is not to blame.
-    pub const fn is_of_sender(&self) -> bool {
-        matches!(self, Self::Unsendable(_) | Self::WrongLength | Self::BrokenOff)
+    pub const fn is_sender_fault(&self) -> bool {
+        matches!(self, Self::Unsendable(_) | Self::LengthMismatch | Self::BodyEndedEarly)
     }
 }

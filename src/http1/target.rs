@@ -24,12 +24,12 @@ impl RawTarget {
 
 /// The target of a request.
 #[derive(Debug)]
-pub struct Target {
+pub struct RequestTarget {
     pub uri: Uri,
     pub raw: Option<RawTarget>,
 }
 
-impl Target {
+impl RequestTarget {
     /// Parses a target. The method decides what an absolute form without a path means.
     ///
     /// # Errors
@@ -74,7 +74,7 @@ fn path_start(target: &[u8]) -> Option<usize> {
 }
 
 /// Parses a target whose path or query has bytes that `Uri` cannot hold.
-fn lenient(method: &Method, sent: &[u8]) -> Result<Target, HeadError> {
+fn lenient(method: &Method, sent: &[u8]) -> Result<RequestTarget, HeadError> {
     let start = path_start(sent).ok_or(HeadError::Target)?;
     let (before, path) = sent.split_at(start);
     if path.contains(&b'#') {
@@ -95,12 +95,12 @@ fn lenient(method: &Method, sent: &[u8]) -> Result<Target, HeadError> {
     let uri = Uri::try_from(&encoded[..]).map_err(|_| HeadError::Target)?;
     let uri = validate(uri, method, &encoded)?;
     let slash: &[u8] = if path.starts_with(b"?") { b"/" } else { b"" };
-    Ok(Target { uri, raw: Some(RawTarget([slash, path].concat().into())) })
+    Ok(RequestTarget { uri, raw: Some(RawTarget([slash, path].concat().into())) })
 }
 
 /// The request line of a rejected request, as far as it can be parsed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RefusedLine {
+pub struct RejectedRequestLine {
     pub method: Option<Method>,
     /// Safe to log: printable, truncated, without the query, which may hold secrets.
     pub target: Option<String>,
@@ -108,13 +108,13 @@ pub struct RefusedLine {
     pub http10: bool,
 }
 
-impl RefusedLine {
+impl RejectedRequestLine {
     /// Parses what there is of a request.
-    pub fn of(request: &[u8]) -> Self {
+    pub fn parse(request: &[u8]) -> Self {
         let Some(line) = RequestLine::of(request) else { return Self::default() };
         Self {
             method: Method::from_bytes(line.method).ok(),
-            target: Some(shown(line.target)),
+            target: Some(loggable_target(line.target)),
             http10: line.version == b"HTTP/1.0",
         }
     }
@@ -143,8 +143,8 @@ impl<'a> RequestLine<'a> {
 }
 
 /// A more precise error for a request line.
-pub fn diagnose(request: &[u8], error: HeadError) -> HeadError {
-    let (HeadError::FirstLine | HeadError::Version, Some(line)) = (error, RequestLine::of(request)) else {
+pub fn refine_error(request: &[u8], error: HeadError) -> HeadError {
+    let (HeadError::StartLine | HeadError::Version, Some(line)) = (error, RequestLine::of(request)) else {
         return error;
     };
     match line.target.iter().find(|byte| **byte <= b' ' || **byte == 0x7f) {
@@ -156,7 +156,7 @@ pub fn diagnose(request: &[u8], error: HeadError) -> HeadError {
 
 /// A request whose target is not UTF-8, with its non-ASCII bytes replaced, and the original target. `None`: the
 /// target is not the reason for which it failed to parse.
-pub fn masked(request: &[u8]) -> Option<(Vec<u8>, Bytes)> {
+pub fn mask_non_ascii_target(request: &[u8]) -> Option<(Vec<u8>, Bytes)> {
     let target = RequestLine::of(request)?.target;
     if std::str::from_utf8(target).is_ok() {
         return None;
@@ -172,7 +172,7 @@ pub fn masked(request: &[u8]) -> Option<(Vec<u8>, Bytes)> {
 }
 
 /// A target that is safe to log: printable, truncated, without the query, which may hold secrets.
-pub fn shown(target: &[u8]) -> String {
+pub fn loggable_target(target: &[u8]) -> String {
     let query = target.iter().position(|byte| *byte == b'?');
     let path = &target[..query.unwrap_or(target.len())];
     let mut shown = path[..path.len().min(MAX_SHOWN)].escape_ascii().to_string();
@@ -191,7 +191,7 @@ mod tests {
 
     fn parse(method: &str, target: &[u8]) -> Result<(String, Option<Vec<u8>>), HeadError> {
         let method = Method::from_bytes(method.as_bytes()).unwrap();
-        let target = Target::parse(&method, Bytes::copy_from_slice(target), target)?;
+        let target = RequestTarget::parse(&method, Bytes::copy_from_slice(target), target)?;
         Ok((target.uri.to_string(), target.raw.map(|raw| raw.as_bytes().to_vec())))
     }
 
@@ -244,15 +244,15 @@ mod tests {
             ("GET", "http://up", "/"),
         ] {
             let method = Method::from_bytes(method.as_bytes()).unwrap();
-            let target = Target::parse(&method, Bytes::from(sent), sent.as_bytes()).unwrap();
+            let target = RequestTarget::parse(&method, Bytes::from(sent), sent.as_bytes()).unwrap();
             assert_eq!(target.uri.path_and_query().unwrap(), path, "{method} {sent}");
         }
     }
 
     #[test]
     fn the_line_of_a_rejected_request_is_logged_without_secrets() {
-        let line = |request: &[u8]| RefusedLine::of(request);
-        let get = |target: &str| RefusedLine {
+        let line = |request: &[u8]| RejectedRequestLine::parse(request);
+        let get = |target: &str| RejectedRequestLine {
             method: Some(Method::GET),
             target: Some(target.to_owned()),
             http10: false,
@@ -262,8 +262,8 @@ mod tests {
         assert_eq!(line(b"GET /a"), get("/a"));
         assert!(line(b"GET / HTTP/1.0\r\n").http10);
         assert_eq!(line(b"G(T / HTTP/1.1\r\n").method, None);
-        assert_eq!(line(b"garbage\r\n"), RefusedLine::default());
-        let long = RefusedLine::of(&[b"GET /", &[b'a'; 999][..]].concat()).target.unwrap();
+        assert_eq!(line(b"garbage\r\n"), RejectedRequestLine::default());
+        let long = RejectedRequestLine::parse(&[b"GET /", &[b'a'; 999][..]].concat()).target.unwrap();
         assert_eq!(long.chars().count(), MAX_SHOWN + 1);
     }
 }

@@ -10,16 +10,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     Error,
-    decoder::{Decoded, Decoder},
-    framing::{Framing, FramingError, announced, content_length},
+    decoder::{DecodeResult, Decoder},
+    framing::{Framing, FramingError, content_length, retain_announced_trailers},
     head::{
-        HeadError, RequestHead, parse_request, parse_response, persists, write_fields, write_request_line,
-        write_status_line,
+        HeadError, RequestHead, is_persistent, parse_request, parse_response, write_fields,
+        write_request_line, write_status_line,
     },
-    intake::{Intake, Part},
-    outlet::Outlet,
+    read_buffer::{BodyPart, ReadBuffer},
+    write_buffer::WriteBuffer,
 };
-use crate::present::Present;
+use crate::field_set::FieldSet;
 
 fn fields(text: &str) -> HeaderMap {
     let head = format!("GET / HTTP/1.1\r\n{text}\r\n");
@@ -53,7 +53,7 @@ fn a_malformed_head_has_a_specific_error() {
     assert_eq!(request("GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n"), HeadError::Field);
     assert_eq!(request("GET / HTTP/1.1\r\nA: b\0\r\n\r\n"), HeadError::Field);
     assert_eq!(request("GET http://[ HTTP/1.1\r\n\r\n"), HeadError::Target);
-    assert_eq!(request("G(T / HTTP/1.1\r\n\r\n"), HeadError::FirstLine);
+    assert_eq!(request("G(T / HTTP/1.1\r\n\r\n"), HeadError::StartLine);
     assert_eq!(request("GET /a#b HTTP/1.1\r\n\r\n"), HeadError::Fragment);
     assert_eq!(request("GET /a b HTTP/1.1\r\n\r\n"), HeadError::SpaceInTarget);
     assert_eq!(request("GET /a\u{7f} HTTP/1.1\r\n\r\n"), HeadError::TargetByte(0x7f));
@@ -120,7 +120,7 @@ fn a_connection_persists_unless_one_side_closes_it() {
     };
     let persists = |minor, text: &str| {
         let RequestHead { version, connection, fields, present, .. } = head(minor, text);
-        persists(version, connection, &fields, present)
+        is_persistent(version, connection, &fields, present)
     };
     assert!(persists(1, ""));
     assert!(!persists(0, ""));
@@ -145,17 +145,23 @@ fn framing_is_determined_by_the_head() {
     use Framing::{Chunked, Length, UntilClose};
     let request = |version, text| {
         let fields = fields(text);
-        Framing::of_request(version, &fields, Present::of(&fields))
+        Framing::of_request(version, &fields, FieldSet::of(&fields))
     };
     assert_eq!(request(Version::HTTP_11, ""), Ok(Framing::EMPTY));
     assert_eq!(request(Version::HTTP_11, "Content-Length: 5\r\n"), Ok(Length(5)));
     assert_eq!(request(Version::HTTP_11, "Transfer-Encoding: Chunked\r\n"), Ok(Chunked));
-    assert_eq!(request(Version::HTTP_11, "Transfer-Encoding: chunked, gzip\r\n"), Err(FramingError::Coding));
-    assert_eq!(request(Version::HTTP_10, "Transfer-Encoding: chunked\r\n"), Err(FramingError::CodingOf10));
+    assert_eq!(
+        request(Version::HTTP_11, "Transfer-Encoding: chunked, gzip\r\n"),
+        Err(FramingError::TransferEncoding)
+    );
+    assert_eq!(
+        request(Version::HTTP_10, "Transfer-Encoding: chunked\r\n"),
+        Err(FramingError::TransferEncodingInHttp10)
+    );
     let response = |method: &Method, status: u16, text| {
         let status = StatusCode::from_u16(status).unwrap();
         let fields = fields(text);
-        Framing::of_response(method, status, Version::HTTP_11, &fields, Present::of(&fields))
+        Framing::of_response(method, status, Version::HTTP_11, &fields, FieldSet::of(&fields))
     };
     let five = "Content-Length: 5\r\n";
     assert_eq!(response(&Method::GET, 200, five), Ok(Length(5)));
@@ -190,10 +196,10 @@ fn decode(framing: Framing, pieces: &[&[u8]]) -> Result<(Vec<u8>, Option<HeaderM
     let (mut data, mut trailers, mut pieces) = (Vec::new(), None, pieces.iter());
     loop {
         match decoder.decode(&mut input)? {
-            Decoded::Data(part) => data.extend_from_slice(&part),
-            Decoded::Trailers(section) => trailers = Some(section),
-            Decoded::End => break,
-            Decoded::More => match pieces.next() {
+            DecodeResult::Data(part) => data.extend_from_slice(&part),
+            DecodeResult::Trailers(section) => trailers = Some(section),
+            DecodeResult::End => break,
+            DecodeResult::NeedMore => match pieces.next() {
                 Some(piece) => input.extend_from_slice(piece),
                 None => break,
             },
@@ -229,7 +235,7 @@ fn malformed_chunks_are_rejected() {
 #[test]
 fn only_announced_trailers_are_sent() {
     let trailers = fields("a: 1\r\nb: 2\r\nc: 3\r\nhost: evil\r\nauthorization: evil\r\n");
-    let left = announced(&fields("Trailer: C, a, host, authorization\r\n"), trailers);
+    let left = retain_announced_trailers(&fields("Trailer: C, a, host, authorization\r\n"), trailers);
     assert_eq!(left.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["a", "c"]);
 }
 
@@ -246,13 +252,13 @@ proptest! {
         let mut sent = Sink::default();
         for (index, part) in parts.iter().enumerate() {
             let last = last_is_known && !with_trailers && index + 1 == parts.len();
-            sent.outlet.data(Framing::Chunked, Bytes::copy_from_slice(part), last);
+            sent.outlet.push_data(Framing::Chunked, Bytes::copy_from_slice(part), last);
             sent.write();
         }
         if with_trailers {
-            sent.outlet.trailers(Framing::Chunked, &trailers);
+            sent.outlet.push_trailers(Framing::Chunked, &trailers);
         } else if !last_is_known || parts.is_empty() {
-            sent.outlet.end(Framing::Chunked);
+            sent.outlet.push_end(Framing::Chunked);
         }
         sent.write();
         let mut bytes = sent.written;
@@ -295,7 +301,7 @@ proptest! {
 /// Accepts a few bytes at a time.
 #[derive(Default)]
 struct Sink {
-    outlet: Outlet,
+    outlet: WriteBuffer,
     written: Vec<u8>,
 }
 
@@ -377,7 +383,7 @@ fn messages_are_separated_however_they_are_split() {
     for (body, piece) in
         [(0, 1), (10, 1), (10, 7), (100, 10_000), (100_000, 50), (100_000, 200_000), (70_000, 16_384)]
     {
-        let (mut source, mut intake) = (two_requests(body, piece), Intake::default());
+        let (mut source, mut intake) = (two_requests(body, piece), ReadBuffer::default());
         let mut cx = Context::from_waker(Waker::noop());
         let parse = |input: &[u8]| parse_request(input, false);
         let head = ready(intake.poll_head(&mut source, &mut cx, parse)).unwrap();
@@ -385,7 +391,7 @@ fn messages_are_separated_however_they_are_split() {
             Decoder::new(Framing::of_request(head.version, &head.fields, head.present).unwrap());
         let mut received = 0;
         while let Some(part) = ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap() {
-            let Part::Data(data) = part else { panic!("{part:?}") };
+            let BodyPart::Data(data) = part else { panic!("{part:?}") };
             received += data.len();
         }
         assert_eq!(received, body, "in pieces of {piece}");
@@ -402,13 +408,13 @@ fn an_end_in_a_message_differs_from_one_between_messages() {
     let mut cx = Context::from_waker(Waker::noop());
     let parse = |input: &[u8]| parse_request(input, false);
     let mut cut = Source(vec![b"GET / HTTP".to_vec()]);
-    let end = ready(Intake::default().poll_head(&mut cut, &mut cx, parse)).unwrap_err();
-    assert!(matches!(end, Error::CutOff), "{end}");
-    let mut intake = Intake::default();
+    let end = ready(ReadBuffer::default().poll_head(&mut cut, &mut cx, parse)).unwrap_err();
+    assert!(matches!(end, Error::UnexpectedEnd), "{end}");
+    let mut intake = ReadBuffer::default();
     let mut decoder = Decoder::new(Framing::Length(5));
     let mut cut = Source(vec![b"abc".to_vec()]);
     assert!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)).is_ok());
-    assert!(matches!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)), Err(Error::CutOff)));
+    assert!(matches!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)), Err(Error::UnexpectedEnd)));
     let mut decoder = Decoder::new(Framing::UntilClose);
     assert!(matches!(ready(intake.poll_body(&mut cut, &mut cx, &mut decoder)), Ok(None)));
 }
@@ -416,12 +422,14 @@ fn an_end_in_a_message_differs_from_one_between_messages() {
 /// Parts of a body may be buffered for a retry, and count by their length.
 #[test]
 fn small_parts_use_no_more_memory_than_their_length() {
-    let (mut source, mut intake) = (two_requests(100_000, 7), Intake::default());
+    let (mut source, mut intake) = (two_requests(100_000, 7), ReadBuffer::default());
     let mut cx = Context::from_waker(Waker::noop());
     ready(intake.poll_head(&mut source, &mut cx, |input| parse_request(input, false))).unwrap();
     let mut decoder = Decoder::new(Framing::Length(100_000));
     let mut max = 0;
-    while let Some(Part::Data(data)) = ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap() {
+    while let Some(BodyPart::Data(data)) =
+        ready(intake.poll_body(&mut source, &mut cx, &mut decoder)).unwrap()
+    {
         // Data in the same piece as the end of the head shares its buffer.
         max = max.max(data.try_into_mut().map_or(0, |data| data.capacity()));
     }
@@ -433,6 +441,6 @@ fn a_head_that_never_ends_is_rejected() {
     let mut cx = Context::from_waker(Waker::noop());
     let mut endless = Source(vec![b"GET / HTTP/1.1\r\na: ".to_vec(), vec![b'a'; 200_000]]);
     let parse = |input: &[u8]| parse_request(input, false);
-    let rejection = ready(Intake::default().poll_head(&mut endless, &mut cx, parse)).unwrap_err();
+    let rejection = ready(ReadBuffer::default().poll_head(&mut endless, &mut cx, parse)).unwrap_err();
     assert!(matches!(rejection, Error::Head(HeadError::TooLarge)), "{rejection}");
 }

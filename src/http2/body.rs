@@ -12,11 +12,11 @@ use h2::{Reason, RecvStream};
 use http::{HeaderMap, header::CONTENT_LENGTH};
 use http_body::{Frame, SizeHint};
 
-use super::{fields, wire::Wire};
+use super::{fields, wire_state::WireState};
 
 /// The body of a message, read from an HTTP/2 stream.
 #[derive(Debug)]
-pub struct Body {
+pub struct StreamBody {
     stream: RecvStream,
     /// The remaining length, if the head announces one.
     remaining: Option<u64>,
@@ -30,16 +30,16 @@ enum BodyOf {
     /// The flag is set if its data or trailers are malformed, which is an error of its stream.
     Request(Rc<Cell<bool>>),
     /// Its connection knows whether `h2` may have dropped trailers.
-    Response(Rc<Wire>),
+    Response(Rc<WireState>),
 }
 
-impl Body {
+impl StreamBody {
     /// `malformed` is set if the request turns out to be malformed.
     pub fn of_request(stream: RecvStream, head: &HeaderMap, malformed: Rc<Cell<bool>>) -> Self {
         Self::new(stream, head, BodyOf::Request(malformed))
     }
 
-    pub fn of_response(stream: RecvStream, head: &HeaderMap, wire: &Rc<Wire>) -> Self {
+    pub fn of_response(stream: RecvStream, head: &HeaderMap, wire: &Rc<WireState>) -> Self {
         Self::new(stream, head, BodyOf::Response(Rc::clone(wire)))
     }
 
@@ -69,7 +69,7 @@ impl Body {
     }
 }
 
-impl http_body::Body for Body {
+impl http_body::Body for StreamBody {
     type Data = Bytes;
     type Error = h2::Error;
 

@@ -16,9 +16,9 @@ use std::{collections::VecDeque, rc::Rc};
 use http::Method;
 
 pub use self::field::FieldFault;
-use self::field::{Entry, Message, Name, write_stand_in};
+use self::field::{MessageState, NameKind, TableEntry, write_placeholder_path};
 use super::huffman;
-use crate::http1::target::{RefusedLine, shown};
+use crate::http1::target::{RejectedRequestLine, loggable_target};
 
 /// SETTINGS_HEADER_TABLE_SIZE, which keeps its default.
 const TABLE_SIZE: usize = 4096;
@@ -120,7 +120,7 @@ pub struct CheckedBlock {
 /// Checks the blocks of one direction of a connection, and tracks its dynamic table.
 #[derive(Debug)]
 pub struct BlockChecker {
-    entries: VecDeque<Entry>,
+    entries: VecDeque<TableEntry>,
     size: usize,
     max_size: usize,
     text: Vec<u8>,
@@ -152,7 +152,7 @@ impl BlockChecker {
     }
 
     fn read(&mut self, block: &[u8], kind: BlockKind) -> Result<CheckedBlock, NotHpack> {
-        let (mut rest, mut message) = (block, Message::new(kind));
+        let (mut rest, mut message) = (block, MessageState::new(kind));
         // The rewritten block up to here, once a field has to be replaced.
         let mut rewritten: Option<Vec<u8>> = None;
         while let [first, ..] = rest {
@@ -185,20 +185,23 @@ impl BlockChecker {
             let name = after_name.and_then(|left| before.get(..before.len() - left));
             let goes_into_table = first & 0xc0 == 0x40;
             let placeholder = entry.path.as_deref().zip(name);
-            if (entry.undecodable || placeholder.is_some() || message.is_too_large()) && rewritten.is_none() {
+            if (entry.is_undecodable || placeholder.is_some() || message.is_trailer_section_too_large())
+                && rewritten.is_none()
+            {
                 rewritten = Some(block[..block.len() - before.len()].to_vec());
             }
             if let Some(rewritten) = &mut rewritten {
                 match (placeholder, name) {
                     (Some((path, name)), _) => {
                         rewritten.extend_from_slice(name);
-                        write_stand_in(path, rewritten);
+                        write_placeholder_path(path, rewritten);
                     }
-                    (None, Some(name)) if entry.undecodable && goes_into_table => {
-                        entry.write_in_place(name, rewritten).ok_or(NotHpack)?;
+                    (None, Some(name)) if entry.is_undecodable && goes_into_table => {
+                        entry.write_replacement(name, rewritten).ok_or(NotHpack)?;
                     }
                     // Drop bad fields, and of trailers that are too large all fields that the table does not need.
-                    _ if entry.undecodable || (message.is_too_large() && !goes_into_table) => {}
+                    _ if entry.is_undecodable
+                        || (message.is_trailer_section_too_large() && !goes_into_table) => {}
                     _ => rewritten.extend_from_slice(consumed),
                 }
             }
@@ -214,8 +217,8 @@ impl BlockChecker {
     }
 
     /// Method and path of a request, if its block has them as literals or from the static table.
-    pub fn request_line(&mut self, block: &[u8]) -> RefusedLine {
-        let mut line = RefusedLine::default();
+    pub fn request_line(&mut self, block: &[u8]) -> RejectedRequestLine {
+        let mut line = RejectedRequestLine::default();
         let mut rest = block;
         while let [first, ..] = rest {
             let first = *first;
@@ -227,8 +230,8 @@ impl BlockChecker {
                 self.literal_field(&mut rest, if first & 0x40 != 0 { 6 } else { 4 })
             };
             match field {
-                Ok(Some((Name::Method, method))) => line.method = Method::from_bytes(&method).ok(),
-                Ok(Some((Name::Path, path))) => line.target = Some(shown(&path)),
+                Ok(Some((NameKind::Method, method))) => line.method = Method::from_bytes(&method).ok(),
+                Ok(Some((NameKind::Path, path))) => line.target = Some(loggable_target(&path)),
                 Ok(_) => {}
                 Err(NotHpack) => break,
             }
@@ -237,24 +240,28 @@ impl BlockChecker {
     }
 
     /// A literal. `None` if its name is from the dynamic table.
-    fn literal_field(&mut self, rest: &mut &[u8], prefix: u32) -> Result<Option<(Name, Vec<u8>)>, NotHpack> {
+    fn literal_field(
+        &mut self,
+        rest: &mut &[u8],
+        prefix: u32,
+    ) -> Result<Option<(NameKind, Vec<u8>)>, NotHpack> {
         let name = match integer(rest, prefix)? {
-            0 => Some(Name::of(string(rest, &mut self.text)?)),
-            index => STATIC_NAMES.get(index - 1).map(|name| Name::of(name.as_bytes())),
+            0 => Some(NameKind::of(string(rest, &mut self.text)?)),
+            index => STATIC_NAMES.get(index - 1).map(|name| NameKind::of(name.as_bytes())),
         };
         let value = string(rest, &mut self.text)?.to_vec();
         Ok(name.map(|name| (name, value)))
     }
 
-    fn entry(&self, index: usize) -> Result<Entry, NotHpack> {
+    fn entry(&self, index: usize) -> Result<TableEntry, NotHpack> {
         let at = index.checked_sub(1).ok_or(NotHpack)?;
         match STATIC_NAMES.get(at) {
-            Some(name) => Ok(Entry {
-                name: Name::of(name.as_bytes()),
+            Some(name) => Ok(TableEntry {
+                name: NameKind::of(name.as_bytes()),
                 name_length: name.len(),
                 value_length: static_value(index).len(),
                 fault: (STATIC_NAMES[at] == "transfer-encoding").then_some(FieldFault::ConnectionField),
-                undecodable: false,
+                is_undecodable: false,
                 path: None,
             }),
             None => self.entries.get(at - STATIC_NAMES.len()).cloned().ok_or(NotHpack),
@@ -267,21 +274,21 @@ impl BlockChecker {
         rest: &mut &[u8],
         prefix: u32,
         after_name: &mut Option<usize>,
-    ) -> Result<Entry, NotHpack> {
+    ) -> Result<TableEntry, NotHpack> {
         let index = integer(rest, prefix)?;
         let (name, name_length) = if index == 0 {
             let name = string(rest, &mut self.text)?;
-            (Name::of(name), name.len())
+            (NameKind::of(name), name.len())
         } else {
             let entry = self.entry(index)?;
             (entry.name, entry.name_length)
         };
         *after_name = Some(rest.len());
         let value = string(rest, &mut self.text)?;
-        Ok(Entry::new(name, name_length, value))
+        Ok(TableEntry::new(name, name_length, value))
     }
 
-    fn add(&mut self, entry: Entry) {
+    fn add(&mut self, entry: TableEntry) {
         let size = entry.size();
         self.evict(size);
         if size <= self.max_size {
@@ -321,9 +328,9 @@ const fn static_value(index: usize) -> &'static str {
     }
 }
 
-fn static_field(index: usize) -> Option<(Name, Vec<u8>)> {
+fn static_field(index: usize) -> Option<(NameKind, Vec<u8>)> {
     let name = STATIC_NAMES.get(index.checked_sub(1)?)?;
-    Some((Name::of(name.as_bytes()), static_value(index).as_bytes().to_vec()))
+    Some((NameKind::of(name.as_bytes()), static_value(index).as_bytes().to_vec()))
 }
 
 /// An integer (RFC 7541 §5.1) of up to five bytes, as `h2` accepts it.

@@ -22,11 +22,11 @@ pub struct HandshakeCounts {
 }
 
 impl HandshakeCounts {
-    pub fn done(&self, resumed: bool) {
+    pub fn record_success(&self, resumed: bool) {
         if resumed { &self.resumed } else { &self.full }.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub fn failed(&self, kind: FailureKind) {
+    pub fn record_failure(&self, kind: FailureKind) {
         self.failed[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 

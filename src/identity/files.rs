@@ -4,9 +4,9 @@ use std::time::SystemTime;
 
 use super::{
     TrustDomain,
-    material::{self, Material, MaterialError, Pem, Text, Uses},
+    material::{self, CertificateUses, EncodedFile, EncodedIdentity, Material, MaterialError},
 };
-use crate::config::{Bundles, Config, Identity, TlsMode};
+use crate::config::{Config, Identity, TlsMode, TrustBundles};
 
 /// The largest certificate, key or bundle, in bytes.
 const MAX_PEM: u64 = 4 << 20;
@@ -18,15 +18,15 @@ const MAX_CRL: u64 = 32 << 20;
 /// # Errors
 ///
 /// Names the first file that cannot be read.
-pub fn read(settings: &Identity) -> Result<Option<Pem>, MaterialError> {
+pub fn read(settings: &Identity) -> Result<Option<EncodedIdentity>, MaterialError> {
     let (Some(cert), Some(key), Some(ca)) = (&settings.cert, &settings.key, &settings.ca) else {
         return Ok(None);
     };
-    Ok(Some(Pem {
-        cert: Text::read(cert, MAX_PEM)?,
-        key: Text::read(key, MAX_PEM)?,
+    Ok(Some(EncodedIdentity {
+        cert: EncodedFile::read(cert, MAX_PEM)?,
+        key: EncodedFile::read(key, MAX_PEM)?,
         ca: bundles(ca)?,
-        crl: crl(settings)?.into_iter().collect(),
+        crl: read_crl(settings)?.into_iter().collect(),
     }))
 }
 
@@ -35,18 +35,18 @@ pub fn read(settings: &Identity) -> Result<Option<Pem>, MaterialError> {
 /// # Errors
 ///
 /// If it cannot be read.
-pub fn crl(settings: &Identity) -> Result<Option<Text>, MaterialError> {
-    settings.crl.as_ref().map(|path| Text::read(path, MAX_CRL)).transpose()
+pub fn read_crl(settings: &Identity) -> Result<Option<EncodedFile>, MaterialError> {
+    settings.crl.as_ref().map(|path| EncodedFile::read(path, MAX_CRL)).transpose()
 }
 
-fn bundles(ca: &Bundles) -> Result<Vec<(Option<TrustDomain>, Text)>, MaterialError> {
+fn bundles(ca: &TrustBundles) -> Result<Vec<(Option<TrustDomain>, EncodedFile)>, MaterialError> {
     match ca {
-        Bundles::All(path) => Ok(vec![(None, Text::read(path, MAX_PEM)?)]),
-        Bundles::ByTrustDomain(table) => {
+        TrustBundles::All(path) => Ok(vec![(None, EncodedFile::read(path, MAX_PEM)?)]),
+        TrustBundles::ByTrustDomain(table) => {
             let bundle = |(name, path): (&String, &std::path::PathBuf)| {
                 let domain: TrustDomain =
                     name.parse().map_err(|error| MaterialError::TrustDomain(name.clone(), error))?;
-                Ok((Some(domain), Text::read(path, MAX_PEM)?))
+                Ok((Some(domain), EncodedFile::read(path, MAX_PEM)?))
             };
             table.iter().map(bundle).collect()
         }
@@ -58,15 +58,15 @@ fn bundles(ca: &Bundles) -> Result<Vec<(Option<TrustDomain>, Text)>, MaterialErr
 /// # Errors
 ///
 /// If the file cannot be read.
-pub fn read_ca(path: &std::path::Path) -> Result<Text, MaterialError> {
-    Text::read(path, MAX_PEM)
+pub fn read_ca(path: &std::path::Path) -> Result<EncodedFile, MaterialError> {
+    EncodedFile::read(path, MAX_PEM)
 }
 
 /// Every file that `[identity]` names.
 pub fn paths(settings: &Identity) -> Vec<std::path::PathBuf> {
     let ca: Vec<_> = match &settings.ca {
-        Some(Bundles::All(path)) => vec![path],
-        Some(Bundles::ByTrustDomain(table)) => table.values().collect(),
+        Some(TrustBundles::All(path)) => vec![path],
+        Some(TrustBundles::ByTrustDomain(table)) => table.values().collect(),
         None => Vec::new(),
     };
     let own = [&settings.cert, &settings.key, &settings.crl];
@@ -74,14 +74,15 @@ pub fn paths(settings: &Identity) -> Vec<std::path::PathBuf> {
 }
 
 /// Checks the files that a configuration names. Returns every error with the key that names the file.
-pub fn check(config: &Config, now: SystemTime) -> Vec<(Key, MaterialError)> {
+pub fn check(config: &Config, now: SystemTime) -> Vec<(FileKey, MaterialError)> {
     let mut errors =
         config.identity.as_ref().map_or_else(Vec::new, |settings| check_identity(config, settings, now));
     for (at, upstream) in config.upstreams.iter().enumerate() {
         if let Some(path) = upstream.tls.ca.as_ref().filter(|_| upstream.tls.mode != TlsMode::Off)
-            && let Err(error) = read_ca(path).and_then(|text| material::trust(&[(None, text)], &[], now))
+            && let Err(error) =
+                read_ca(path).and_then(|text| material::build_trust(&[(None, text)], &[], now))
         {
-            errors.push((Key::Upstream(at), error));
+            errors.push((FileKey::Upstream(at), error));
         }
     }
     errors
@@ -89,16 +90,16 @@ pub fn check(config: &Config, now: SystemTime) -> Vec<(Key, MaterialError)> {
 
 /// A configuration key that names files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Key {
+pub enum FileKey {
     /// A key of `[identity]`.
-    Own(&'static str),
+    Identity(&'static str),
     /// `ca` of the upstream at this index.
     Upstream(usize),
 }
 
-fn check_identity(config: &Config, settings: &Identity, now: SystemTime) -> Vec<(Key, MaterialError)> {
+fn check_identity(config: &Config, settings: &Identity, now: SystemTime) -> Vec<(FileKey, MaterialError)> {
     let unreadable = |(key, path, limit): (&'static str, Option<&std::path::PathBuf>, u64)| {
-        Some((Key::Own(key), Text::read(path?, limit).err()?))
+        Some((FileKey::Identity(key), EncodedFile::read(path?, limit).err()?))
     };
     let single = [
         ("cert", settings.cert.as_ref(), MAX_PEM),
@@ -106,8 +107,8 @@ fn check_identity(config: &Config, settings: &Identity, now: SystemTime) -> Vec<
         ("crl", settings.crl.as_ref(), MAX_CRL),
     ];
     let roots: Vec<&std::path::PathBuf> = match &settings.ca {
-        Some(Bundles::All(path)) => vec![path],
-        Some(Bundles::ByTrustDomain(table)) => table.values().collect(),
+        Some(TrustBundles::All(path)) => vec![path],
+        Some(TrustBundles::ByTrustDomain(table)) => table.values().collect(),
         None => Vec::new(),
     };
     let roots = roots.into_iter().map(|path| ("ca", Some(path), MAX_PEM));
@@ -117,7 +118,7 @@ fn check_identity(config: &Config, settings: &Identity, now: SystemTime) -> Vec<
     }
     // Whether the files match each other can be checked only once all are readable.
     let errors = load_material(config, now).and_then(Result::err);
-    errors.into_iter().map(|error| (Key::Own(key_of(&error, settings)), error)).collect()
+    errors.into_iter().map(|error| (FileKey::Identity(key_of(&error, settings)), error)).collect()
 }
 
 /// The key of `[identity]` that an error is about; `ca` if the error does not say.
@@ -141,8 +142,8 @@ pub fn limitation(config: &Config, now: SystemTime) -> Option<&'static str> {
 }
 
 fn load_material(config: &Config, now: SystemTime) -> Option<Result<Material, MaterialError>> {
-    let checked =
-        read(config.identity.as_ref()?).map(|pem| Some(Material::check(&pem?, Uses::of(config), now)));
+    let checked = read(config.identity.as_ref()?)
+        .map(|pem| Some(Material::check(&pem?, CertificateUses::from_config(config), now)));
     match checked {
         Ok(checked) => checked,
         Err(error) => Some(Err(error)),

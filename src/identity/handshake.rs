@@ -7,13 +7,13 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, client, server};
 
-use crate::{authorization::peer, config::TlsMode, net::alpn::Speaks};
+use crate::{authorization::peer, config::TlsMode, net::alpn::ApplicationProtocol};
 
 use super::{
     Peer,
     time::Date,
-    tls::{ALPN_BYTE_STREAM, ALPN_H2, ALPN_HTTP1, ClientNow, ClientTls, Offer, ServerTls},
-    trust::{Refusal, Role, Trust, refused},
+    tls::{ALPN_BYTE_STREAM, ALPN_H2, ALPN_HTTP1, AlpnOffer, ClientTls, ClientTlsConfig, ServerTls},
+    trust::{Role, Trust, VerifyError, from_rustls_error},
 };
 
 const MIN_TLS: &str = "`min_tls` of `[identity]`, or of the upstream, sets the oldest version";
@@ -78,7 +78,7 @@ impl FailureKind {
 
 /// A verified peer and the chain it presented.
 #[derive(Debug)]
-pub struct Proven {
+pub struct VerifiedPeer {
     pub peer: Peer,
     pub chain: Vec<CertificateDer<'static>>,
     /// When the first certificate of the chain expires and the chain has to be verified again.
@@ -93,52 +93,58 @@ pub struct Proven {
 pub async fn connect<IO>(
     client: &ClientTls,
     name: &ServerName<'static>,
-    protocol: Speaks,
+    protocol: ApplicationProtocol,
     io: IO,
-) -> Result<(client::TlsStream<IO>, Proven), TlsFailure>
+) -> Result<(client::TlsStream<IO>, VerifiedPeer), TlsFailure>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let connected = async {
-        let now: ClientNow = match &**client.now() {
+        let now: ClientTlsConfig = match &**client.current() {
             Ok(now) => now.clone(),
             Err(reason) => return Err(TlsFailure { kind: FailureKind::NotReady, reason: reason.clone() }),
         };
-        let own_expired = now.own_expired();
+        let own_expired = now.own_certificate_expired_at();
         let config = if own_expired.is_some() { now.without_resumption() } else { Arc::clone(&now.config) };
         let connector = TlsConnector::from(config);
         let connecting = match protocol {
-            Speaks::Http1 => connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io),
-            Speaks::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
-            Speaks::ByteStream if client.settings.mode == TlsMode::Mutual => {
+            ApplicationProtocol::Http1 => {
+                connector.with_alpn(vec![ALPN_HTTP1.to_vec()]).connect(name.clone(), io)
+            }
+            ApplicationProtocol::H2 => connector.with_alpn(vec![ALPN_H2.to_vec()]).connect(name.clone(), io),
+            ApplicationProtocol::ByteStream if client.settings.mode == TlsMode::Mutual => {
                 connector.with_alpn(vec![ALPN_BYTE_STREAM.to_vec()]).connect(name.clone(), io)
             }
-            Speaks::Bytes | Speaks::ByteStream => connector.connect(name.clone(), io),
+            ApplicationProtocol::Opaque | ApplicationProtocol::ByteStream => {
+                connector.connect(name.clone(), io)
+            }
         };
         let stream = connecting.await.map_err(|error| {
-            let failure = explain(&error, &now.trust, Role::Server);
+            let failure = describe_failure(&error, &now.trust, Role::Server);
             match own_expired {
                 // Only a rejection by the server: errors in the server's certificate are reported as they are.
                 Some(at) if matches!(failure.kind, FailureKind::Refused | FailureKind::Broken) => {
-                    own_has_expired(at)
+                    own_certificate_expired(at)
                 }
                 _ => failure,
             }
         })?;
         let (_, tls) = stream.get_ref();
-        if protocol == Speaks::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
+        if protocol == ApplicationProtocol::H2 && tls.alpn_protocol() != Some(ALPN_H2) {
             let reason = "it does not offer HTTP/2 over TLS (ALPN h2): set `protocol = \"http1\"`".to_owned();
             return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
         }
         let verified = verified_peer(tls.peer_certificates(), &now.trust, Role::Server)?
-            .ok_or_else(|| certificate_failure(&Refusal::Unknown))?;
+            .ok_or_else(|| certificate_failure(&VerifyError::NoCertificate))?;
         Ok((stream, verified))
     };
     let connected = connected.await;
     let counts = &client.handshakes.outbound;
     match &connected {
-        Ok((stream, _)) => counts.done(stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed)),
-        Err(failure) => counts.failed(failure.kind),
+        Ok((stream, _)) => {
+            counts.record_success(stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed))
+        }
+        Err(failure) => counts.record_failure(failure.kind),
     }
     connected
 }
@@ -152,12 +158,12 @@ fn verified_peer(
     chain: Option<&[CertificateDer<'_>]>,
     trust: &Trust,
     role: Role,
-) -> Result<Option<Proven>, TlsFailure> {
+) -> Result<Option<VerifiedPeer>, TlsFailure> {
     let Some(chain) = chain else { return Ok(None) };
     let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
-    let refused = |refusal: Refusal| certificate_failure(&refusal);
-    let (leaf, intermediates) = chain.split_first().ok_or_else(|| refused(Refusal::Unknown))?;
-    let peer = Peer::of(leaf).map_err(|error| refused(error.into()))?;
+    let refused = |refusal: VerifyError| certificate_failure(&refusal);
+    let (leaf, intermediates) = chain.split_first().ok_or_else(|| refused(VerifyError::NoCertificate))?;
+    let peer = Peer::from_leaf(leaf).map_err(|error| refused(error.into()))?;
     let now = SystemTime::now();
     let expiries: Vec<_> = chain.iter().filter_map(|certificate| peer::not_after(certificate)).collect();
     if expiries.len() < chain.len() || expiries.iter().any(|end| *end <= now) {
@@ -165,16 +171,16 @@ fn verified_peer(
         trust.verify(leaf, intermediates, UnixTime::now(), role).map_err(refused)?;
     }
     let valid_until = expiries.into_iter().filter(|end| *end > now).min().unwrap_or(peer.not_after);
-    Ok(Some(Proven { peer, chain, valid_until }))
+    Ok(Some(VerifiedPeer { peer, chain, valid_until }))
 }
 
 /// An accepted connection after the TLS handshake.
 #[derive(Debug)]
-pub struct Met<IO> {
+pub struct AcceptedTls<IO> {
     pub stream: server::TlsStream<IO>,
     /// `None`: it presented no certificate, and none was required.
-    pub proven: Option<Proven>,
-    pub speaks: Option<Speaks>,
+    pub verified: Option<VerifiedPeer>,
+    pub protocol: Option<ApplicationProtocol>,
     /// Negotiated TLS 1.2, which a later `min_tls` may forbid.
     pub tls12: bool,
     /// A resumed session: no certificate was presented again.
@@ -183,8 +189,8 @@ pub struct Met<IO> {
 
 /// What a port offers to clients by ALPN.
 #[derive(Clone, Copy, Debug)]
-pub struct PortOffer {
-    pub http: Offer,
+pub struct PortAlpn {
+    pub http: AlpnOffer,
     /// Whether the port accepts byte streams of other sidecars.
     pub byte_streams: bool,
 }
@@ -197,23 +203,23 @@ pub struct PortOffer {
 pub async fn accept<IO>(
     server: &ServerTls,
     mandatory: bool,
-    offer: PortOffer,
+    offer: PortAlpn,
     io: IO,
-) -> Result<Met<IO>, TlsFailure>
+) -> Result<AcceptedTls<IO>, TlsFailure>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let explain = |error: &io::Error| explain(error, &server.trust, Role::Client);
+    let explain = |error: &io::Error| describe_failure(error, &server.trust, Role::Client);
     let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await.map_err(|error| explain(&error))?;
     let is_http = |name: &[u8]| name == ALPN_H2 || name == ALPN_HTTP1;
     let offers = |wanted: &dyn Fn(&[u8]) -> bool| hello.client_hello().alpn().map(|mut all| all.any(wanted));
     let wants_http = offers(&is_http);
     let wants_stream = offers(&|name| name == ALPN_BYTE_STREAM) == Some(true);
     let offer = match wants_http {
-        _ if wants_stream && offer.byte_streams => Offer::ByteStream,
+        _ if wants_stream && offer.byte_streams => AlpnOffer::ByteStream,
         Some(false) if wants_stream => {
             // Fails the handshake with an alert that gives the other sidecar the reason.
-            let config = server.config(mandatory, Offer::Http1First);
+            let config = server.config(mandatory, AlpnOffer::Http1First);
             let _ = hello.into_stream(config).await;
             let reason = "it opened a byte stream, and this port accepts HTTP only: \
                           `protocol = \"tcp\"` in an `[[inbound.port]]` of that port allows it"
@@ -221,42 +227,42 @@ where
             return Err(TlsFailure { kind: FailureKind::NoProtocol, reason });
         }
         // Another protocol is for the service, and must not fail the handshake.
-        Some(false) => Offer::Nothing,
+        Some(false) => AlpnOffer::NoAlpn,
         _ => offer.http,
     };
     let stream = hello.into_stream(server.config(mandatory, offer)).await.map_err(|error| explain(&error))?;
     let (_, tls) = stream.get_ref();
     let protocol = match tls.alpn_protocol() {
-        Some(ALPN_H2) => Some(Speaks::H2),
-        Some(ALPN_HTTP1) => Some(Speaks::Http1),
-        Some(ALPN_BYTE_STREAM) => Some(Speaks::ByteStream),
+        Some(ALPN_H2) => Some(ApplicationProtocol::H2),
+        Some(ALPN_HTTP1) => Some(ApplicationProtocol::Http1),
+        Some(ALPN_BYTE_STREAM) => Some(ApplicationProtocol::ByteStream),
         _ => None,
     };
     let tls12 = tls.protocol_version() == Some(ProtocolVersion::TLSv1_2);
     let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
     let verified = verified_peer(tls.peer_certificates(), &server.trust, Role::Client)?;
     if mandatory && verified.is_none() {
-        return Err(certificate_failure(&Refusal::Unknown));
+        return Err(certificate_failure(&VerifyError::NoCertificate));
     }
-    Ok(Met { stream, proven: verified, speaks: protocol, tls12, resumed })
+    Ok(AcceptedTls { stream, verified, protocol, tls12, resumed })
 }
 
-fn certificate_failure(refusal: &Refusal) -> TlsFailure {
+fn certificate_failure(refusal: &VerifyError) -> TlsFailure {
     let kind = match refusal {
-        Refusal::Unknown => FailureKind::NoCertificate,
+        VerifyError::NoCertificate => FailureKind::NoCertificate,
         _ => FailureKind::PeerIdentity,
     };
     TlsFailure { kind, reason: refusal.to_string() }
 }
 
 /// The peer rejects our certificate because it has expired.
-pub fn own_has_expired(at: SystemTime) -> TlsFailure {
+pub fn own_certificate_expired(at: SystemTime) -> TlsFailure {
     let reason = format!("it does not accept our certificate, which expired on {}: renew it", Date(at));
     TlsFailure { kind: FailureKind::NotReady, reason }
 }
 
 /// Describes an error of a handshake, or of a connection after it. `role`: the peer's.
-pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
+pub fn describe_failure(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
     let Some(tls) = tls_error(error) else {
         let reason = match error.kind() {
             io::ErrorKind::UnexpectedEof => "it closed the connection during the TLS handshake".to_owned(),
@@ -264,7 +270,7 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
         };
         return TlsFailure { kind: FailureKind::Broken, reason };
     };
-    if let Some(refusal) = refused(tls, trust, role) {
+    if let Some(refusal) = from_rustls_error(tls, trust, role) {
         return certificate_failure(&refusal);
     }
     let failure = |kind, reason: String| TlsFailure { kind, reason };
@@ -274,7 +280,7 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
         }
         rustls::Error::AlertReceived(alert) => failure(FailureKind::Refused, describe_alert(*alert)),
         rustls::Error::NoCertificatesPresented => {
-            failure(FailureKind::NoCertificate, Refusal::Unknown.to_string())
+            failure(FailureKind::NoCertificate, VerifyError::NoCertificate.to_string())
         }
         rustls::Error::InvalidMessage(_) => {
             failure(FailureKind::NotTls, "it does not speak TLS on this port".to_owned())
@@ -296,7 +302,7 @@ pub fn explain(error: &io::Error, trust: &Trust, role: Role) -> TlsFailure {
 
 /// The alert with which the peer closed an established connection. With TLS 1.3 a server verifies the client
 /// certificate after the client has finished the handshake. Nothing sent until then has reached a service.
-pub fn refused_after(error: &(dyn std::error::Error + 'static)) -> Option<TlsFailure> {
+pub fn rejected_after_handshake(error: &(dyn std::error::Error + 'static)) -> Option<TlsFailure> {
     let mut error = Some(error);
     while let Some(this) = error {
         if let Some(rustls::Error::AlertReceived(alert)) =

@@ -25,7 +25,7 @@ pub struct Ca {
 }
 
 /// A certificate and its key, PEM.
-pub struct Issued {
+pub struct IssuedCertificate {
     pub certificate: String,
     pub key: String,
 }
@@ -63,7 +63,7 @@ impl Ca {
     /// # Errors
     ///
     /// If the name is not valid in a SPIFFE ID and in DNS.
-    pub fn issue(&self, name: &str) -> Result<Issued, IssueError> {
+    pub fn issue(&self, name: &str) -> Result<IssuedCertificate, IssueError> {
         let id = format!("spiffe://{}/ns/default/sa/{name}", self.trust_domain);
         let invalid_name = |reason| IssueError::Name { name: name.to_owned(), reason };
         if name.contains('/') {
@@ -85,7 +85,7 @@ impl Ca {
         set_validity(&mut params);
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;
-        Ok(Issued { certificate: certificate.pem(), key: key.serialize_pem() })
+        Ok(IssuedCertificate { certificate: certificate.pem(), key: key.serialize_pem() })
     }
 }
 
@@ -114,27 +114,29 @@ pub fn write_key(path: &Path, key: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::material::{Content, Material, Pem, Text, Uses};
+    use crate::identity::material::{
+        CertificateUses, EncodedContent, EncodedFile, EncodedIdentity, Material,
+    };
 
-    const USES: Uses = Uses { server: true, client: true };
+    const USES: CertificateUses = CertificateUses { server: true, client: true };
 
-    fn text(name: &str, content: &str) -> Text {
-        Text { path: name.into(), content: Content::Pem(content.as_bytes().to_vec()) }
+    fn text(name: &str, content: &str) -> EncodedFile {
+        EncodedFile { path: name.into(), content: EncodedContent::Pem(content.as_bytes().to_vec()) }
     }
 
     #[test]
     fn issued_certificates_are_valid_for_the_proxy() {
         let ca = Ca::new("shop.example".parse().unwrap()).unwrap();
         let issued = ca.issue("payments").unwrap();
-        let pem = Pem {
+        let pem = EncodedIdentity {
             cert: text("crt", &issued.certificate),
             key: text("key", &issued.key),
             ca: vec![(Some("shop.example".parse().unwrap()), text("ca", &ca.certificate()))],
             crl: Vec::new(),
         };
         let material = Material::check(&pem, USES, SystemTime::now()).unwrap();
-        assert_eq!(material.own.to_string(), "spiffe://shop.example/ns/default/sa/payments");
-        assert_eq!(material.own.dns, ["payments".into(), "localhost".into()]);
+        assert_eq!(material.identity.to_string(), "spiffe://shop.example/ns/default/sa/payments");
+        assert_eq!(material.identity.dns, ["payments".into(), "localhost".into()]);
         let late = SystemTime::now() + VALIDITY;
         assert!(Material::check(&pem, USES, late).unwrap_err().to_string().contains("expired"), "roots too");
     }

@@ -25,7 +25,7 @@ use crate::{
 use super::{
     Peer, PeerError, TrustDomain,
     time::Date,
-    trust::{Bundle, Refusal, Role, Trust, provider},
+    trust::{Bundle, Role, Trust, VerifyError, provider},
 };
 
 /// Most certificates in a chain file.
@@ -35,23 +35,23 @@ const MAX_ROOTS: usize = 1024;
 
 /// The parts of an identity as they were read. Compared to detect changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pem {
-    pub cert: Text,
-    pub key: Text,
-    pub ca: Vec<(Option<TrustDomain>, Text)>,
-    pub crl: Vec<Text>,
+pub struct EncodedIdentity {
+    pub cert: EncodedFile,
+    pub key: EncodedFile,
+    pub ca: Vec<(Option<TrustDomain>, EncodedFile)>,
+    pub crl: Vec<EncodedFile>,
 }
 
 /// Encoded certificates, keys or revocation lists, and their source.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Text {
+pub struct EncodedFile {
     /// A file, or a description if the Workload API delivered it.
     pub path: PathBuf,
-    pub content: Content,
+    pub content: EncodedContent,
 }
 
 #[derive(Clone, PartialEq, Eq)]
-pub enum Content {
+pub enum EncodedContent {
     /// From a file.
     Pem(Vec<u8>),
     /// From the Workload API: certificates, keys or lists, DER.
@@ -59,7 +59,7 @@ pub enum Content {
 }
 
 /// Never prints keys.
-impl fmt::Debug for Text {
+impl fmt::Debug for EncodedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.path.display())
     }
@@ -67,15 +67,15 @@ impl fmt::Debug for Text {
 
 /// What a certificate is used for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Uses {
+pub struct CertificateUses {
     /// Inbound connections may use TLS: `inbound.mtls` is not `off`, in general or for a port.
     pub server: bool,
     /// It is presented to upstreams with `tls = "mutual"`.
     pub client: bool,
 }
 
-impl Uses {
-    pub fn of(config: &Config) -> Self {
+impl CertificateUses {
+    pub fn from_config(config: &Config) -> Self {
         let inbound = &config.inbound;
         let ports = inbound.ports.iter().filter_map(|port| port.mtls);
         Self {
@@ -96,7 +96,7 @@ impl Uses {
 #[derive(Debug)]
 pub struct Material {
     /// The identity of this service.
-    pub own: Peer,
+    pub identity: Peer,
     pub key: Arc<CertifiedKey>,
     pub trust: Arc<Trust>,
     /// When each certificate and revocation list expires.
@@ -122,16 +122,16 @@ impl Material {
 /// When a certificate or revocation list expires.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expiry {
-    pub kind: Kind,
+    pub kind: ExpiryKind,
     /// Its subject, for people.
-    pub what: String,
+    pub subject: String,
     /// Start of validity.
-    pub from: SystemTime,
-    pub at: SystemTime,
+    pub not_before: SystemTime,
+    pub not_after: SystemTime,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub enum ExpiryKind {
     Leaf,
     Intermediate,
     Root,
@@ -143,14 +143,14 @@ impl Expiry {
     /// less than 30, 7, 1 days). 4: expired. A workload's certificate is usually renewed before step 1.
     pub fn urgency(&self, now: SystemTime) -> u8 {
         const DAY: Duration = Duration::from_secs(86_400);
-        let Ok(left) = self.at.duration_since(now) else { return 4 };
-        let life = self.at.duration_since(self.from).unwrap_or_default();
+        let Ok(left) = self.not_after.duration_since(now) else { return 4 };
+        let life = self.not_after.duration_since(self.not_before).unwrap_or_default();
         let steps = [(life / 4).min(DAY * 30), (life / 10).min(DAY * 7), (life / 20).min(DAY)];
         steps.into_iter().map(|step| u8::from(left < step)).sum()
     }
 }
 
-impl Kind {
+impl ExpiryKind {
     pub const ALL: [Self; 4] = [Self::Leaf, Self::Intermediate, Self::Root, Self::Crl];
 
     /// The word in metrics and `/status`.
@@ -176,7 +176,7 @@ pub enum MaterialError {
     #[error("{} contains no certificate", .0.display())]
     NoCertificate(PathBuf),
     #[error("{} contains more than {limit} certificates", path.display())]
-    ManyCertificates { path: PathBuf, limit: usize },
+    TooManyCertificates { path: PathBuf, limit: usize },
     #[error("{} contains no usable private key: it must be PKCS #8, PKCS #1 or SEC 1 in PEM, not encrypted ({reason})", path.display())]
     Key { path: PathBuf, reason: String },
     #[error("the key in {} does not match the first certificate in {}: both must be issued together", key.display(), cert.display())]
@@ -186,11 +186,11 @@ pub enum MaterialError {
     #[error("the certificate in {} expired on {}: renew it", path.display(), Date(*.at))]
     Expired { path: PathBuf, at: SystemTime },
     #[error("the certificate in {} is not valid before {}: is this machine's clock right?", path.display(), Date(*.at))]
-    NotYet { path: PathBuf, at: SystemTime },
+    NotYetValid { path: PathBuf, at: SystemTime },
     #[error("the certificate in {} leads to none of the roots in {trust}, so peers with the same roots would reject it: append its intermediates to the file, or add its root to `ca`", path.display())]
     NoRoot { path: PathBuf, trust: String },
     #[error("the certificate in {} is not valid for this service: {reason}", path.display())]
-    Chain { path: PathBuf, reason: Refusal },
+    Chain { path: PathBuf, reason: VerifyError },
     #[error("the certificate in {} may not be used by a {} (extended key usage), and {}", path.display(), role.word(), match role { Role::Server => "`inbound.mtls` is not \"off\": get one with serverAuth, or switch that off", Role::Client => "an upstream has `tls = \"mutual\"`: get one with clientAuth, or write \"simple\"" })]
     Purpose { path: PathBuf, role: Role },
     #[error("a certificate in {} is not a usable CA certificate: {reason}", path.display())]
@@ -216,36 +216,42 @@ impl Material {
     /// # Errors
     ///
     /// Names the file that is wrong, and what to do.
-    pub fn check(pem: &Pem, uses: Uses, now: SystemTime) -> Result<Self, MaterialError> {
-        let trust = Arc::new(trust(&pem.ca, &pem.crl, now)?);
+    pub fn check(
+        pem: &EncodedIdentity,
+        uses: CertificateUses,
+        now: SystemTime,
+    ) -> Result<Self, MaterialError> {
+        let trust = Arc::new(build_trust(&pem.ca, &pem.crl, now)?);
         let path = || pem.cert.path.clone();
         let chain = certificates(&pem.cert, MAX_CHAIN)?;
         let (leaf, intermediates) =
             chain.split_first().ok_or_else(|| MaterialError::NoCertificate(path()))?;
-        let own = Peer::of(leaf).map_err(|reason| MaterialError::Leaf { path: path(), reason })?;
+        let own = Peer::from_leaf(leaf).map_err(|reason| MaterialError::Leaf { path: path(), reason })?;
         let unix = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
         let mut unusable = None;
         for role in [Role::Server, Role::Client] {
             match trust.verify(leaf, intermediates, unix, role).map(drop) {
                 Ok(()) => Ok(()),
-                Err(Refusal::Purpose(_)) if uses.include(role) => {
+                Err(VerifyError::Purpose(_)) if uses.include(role) => {
                     Err(MaterialError::Purpose { path: path(), role })
                 }
                 // It must be valid for at least one role.
-                Err(Refusal::Purpose(_)) if unusable.is_none() => {
+                Err(VerifyError::Purpose(_)) if unusable.is_none() => {
                     unusable = Some(role);
                     Ok(())
                 }
-                Err(Refusal::Expired(at)) => Err(MaterialError::Expired { path: path(), at }),
-                Err(Refusal::NotYet(at)) => Err(MaterialError::NotYet { path: path(), at }),
-                Err(Refusal::UnknownIssuer(trust)) => Err(MaterialError::NoRoot { path: path(), trust }),
+                Err(VerifyError::Expired(at)) => Err(MaterialError::Expired { path: path(), at }),
+                Err(VerifyError::NotYetValid(at)) => Err(MaterialError::NotYetValid { path: path(), at }),
+                Err(VerifyError::UnknownIssuer(trust)) => Err(MaterialError::NoRoot { path: path(), trust }),
                 Err(reason) => Err(MaterialError::Chain { path: path(), reason }),
             }?;
         }
-        let mut expiries: Vec<_> =
-            expiry(leaf, Kind::Leaf).map(|of| Expiry { what: own.to_string(), ..of }).into_iter().collect();
+        let mut expiries: Vec<_> = expiry(leaf, ExpiryKind::Leaf)
+            .map(|of| Expiry { subject: own.to_string(), ..of })
+            .into_iter()
+            .collect();
         for certificate in intermediates {
-            expiries.extend(expiry(certificate, Kind::Intermediate));
+            expiries.extend(expiry(certificate, ExpiryKind::Intermediate));
         }
         expiries.extend(trust_expiries(&pem.ca, &pem.crl));
         let key = private_key(&pem.key)?;
@@ -256,7 +262,7 @@ impl Material {
                 return Err(MaterialError::Mismatch { cert: path(), key: pem.key.path.clone() });
             }
         }
-        Ok(Self { own, key: Arc::new(key), trust, expiries, unusable })
+        Ok(Self { identity: own, key: Arc::new(key), trust, expiries, unusable })
     }
 }
 
@@ -265,9 +271,9 @@ impl Material {
 /// # Errors
 ///
 /// If a file contains none, or an unusable one; if all roots of a file have expired.
-pub fn trust(
-    ca: &[(Option<TrustDomain>, Text)],
-    crl: &[Text],
+pub fn build_trust(
+    ca: &[(Option<TrustDomain>, EncodedFile)],
+    crl: &[EncodedFile],
     now: SystemTime,
 ) -> Result<Trust, MaterialError> {
     let bundles =
@@ -276,7 +282,11 @@ pub fn trust(
     Ok(Trust::new(bundles, lists.into_iter().flatten().collect()))
 }
 
-fn bundle(trust_domain: Option<TrustDomain>, text: &Text, now: SystemTime) -> Result<Bundle, MaterialError> {
+fn bundle(
+    trust_domain: Option<TrustDomain>,
+    text: &EncodedFile,
+    now: SystemTime,
+) -> Result<Bundle, MaterialError> {
     let certificates = certificates(text, MAX_ROOTS)?;
     let error_for = |reason: String| MaterialError::Root { path: text.path.clone(), reason };
     let mut anchors = Vec::new();
@@ -291,7 +301,7 @@ fn bundle(trust_domain: Option<TrustDomain>, text: &Text, now: SystemTime) -> Re
                 peer::rfc2253(parsed.subject())
             )));
         }
-        any_valid |= peer::time(parsed.validity().not_after.timestamp()) > now;
+        any_valid |= peer::from_unix_seconds(parsed.validity().not_after.timestamp()) > now;
         let anchor =
             webpki::anchor_from_trusted_cert(certificate).map_err(|error| error_for(format!("{error:?}")))?;
         anchors.push(anchor.to_owned());
@@ -302,7 +312,7 @@ fn bundle(trust_domain: Option<TrustDomain>, text: &Text, now: SystemTime) -> Re
     Ok(Bundle { trust_domain, source: text.path.display().to_string().into(), anchors })
 }
 
-fn revocations(text: &Text) -> Result<Vec<CertRevocationList<'static>>, MaterialError> {
+fn revocations(text: &EncodedFile) -> Result<Vec<CertRevocationList<'static>>, MaterialError> {
     let error_for = |reason: String| MaterialError::Crl { path: text.path.clone(), reason };
     let lists = lists(text).map_err(|error| error_for(error.to_string()))?;
     if lists.is_empty() {
@@ -316,35 +326,35 @@ fn revocations(text: &Text) -> Result<Vec<CertRevocationList<'static>>, Material
     lists.iter().map(owned).collect()
 }
 
-fn lists(text: &Text) -> Result<Vec<CertificateRevocationListDer<'static>>, pem::Error> {
+fn lists(text: &EncodedFile) -> Result<Vec<CertificateRevocationListDer<'static>>, pem::Error> {
     match &text.content {
-        Content::Pem(bytes) => CertificateRevocationListDer::pem_slice_iter(bytes).collect(),
-        Content::Der(lists) => Ok(lists.iter().map(|list| list.clone().into()).collect()),
+        EncodedContent::Pem(bytes) => CertificateRevocationListDer::pem_slice_iter(bytes).collect(),
+        EncodedContent::Der(lists) => Ok(lists.iter().map(|list| list.clone().into()).collect()),
     }
 }
 
-fn certificates(text: &Text, limit: usize) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
+fn certificates(text: &EncodedFile, limit: usize) -> Result<Vec<CertificateDer<'static>>, MaterialError> {
     let path = || text.path.clone();
     let certificates = match &text.content {
-        Content::Pem(bytes) => CertificateDer::pem_slice_iter(bytes).take(limit + 1).collect(),
-        Content::Der(list) => Ok(list.iter().take(limit + 1).map(|one| one.clone().into()).collect()),
+        EncodedContent::Pem(bytes) => CertificateDer::pem_slice_iter(bytes).take(limit + 1).collect(),
+        EncodedContent::Der(list) => Ok(list.iter().take(limit + 1).map(|one| one.clone().into()).collect()),
     };
     let certificates: Vec<_> =
         certificates.map_err(|error| MaterialError::Pem { path: path(), reason: error.to_string() })?;
     match certificates.len() {
         0 => Err(MaterialError::NoCertificate(path())),
-        count if count > limit => Err(MaterialError::ManyCertificates { path: path(), limit }),
+        count if count > limit => Err(MaterialError::TooManyCertificates { path: path(), limit }),
         _ => Ok(certificates),
     }
 }
 
-fn private_key(text: &Text) -> Result<Arc<dyn rustls::sign::SigningKey>, MaterialError> {
+fn private_key(text: &EncodedFile) -> Result<Arc<dyn rustls::sign::SigningKey>, MaterialError> {
     let error_for = |reason: String| MaterialError::Key { path: text.path.clone(), reason };
     let key = match &text.content {
-        Content::Pem(bytes) => {
+        EncodedContent::Pem(bytes) => {
             PrivateKeyDer::from_pem_slice(bytes).map_err(|error| error_for(error.to_string()))
         }
-        Content::Der(keys) => {
+        EncodedContent::Der(keys) => {
             keys.first().ok_or_else(|| error_for("it is empty".to_owned())).and_then(|key| {
                 PrivateKeyDer::try_from(key.clone()).map_err(|error| error_for(error.to_owned()))
             })
@@ -353,30 +363,35 @@ fn private_key(text: &Text) -> Result<Arc<dyn rustls::sign::SigningKey>, Materia
     provider().key_provider.load_private_key(key).map_err(|error| error_for(error.to_string()))
 }
 
-fn expiry(certificate: &[u8], kind: Kind) -> Option<Expiry> {
+fn expiry(certificate: &[u8], kind: ExpiryKind) -> Option<Expiry> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    let at = peer::time(parsed.validity().not_after.timestamp());
-    let from = peer::time(parsed.validity().not_before.timestamp());
-    Some(Expiry { kind, what: peer::rfc2253(parsed.subject()), from, at })
+    let at = peer::from_unix_seconds(parsed.validity().not_after.timestamp());
+    let from = peer::from_unix_seconds(parsed.validity().not_before.timestamp());
+    Some(Expiry { kind, subject: peer::rfc2253(parsed.subject()), not_before: from, not_after: at })
 }
 
 /// When roots and revocation lists expire.
-pub fn trust_expiries(ca: &[(Option<TrustDomain>, Text)], crl: &[Text]) -> Vec<Expiry> {
+pub fn trust_expiries(ca: &[(Option<TrustDomain>, EncodedFile)], crl: &[EncodedFile]) -> Vec<Expiry> {
     let roots = ca.iter().flat_map(|(_, text)| certificates(text, MAX_ROOTS).unwrap_or_default());
-    let mut expiries: Vec<_> = roots.filter_map(|root| expiry(&root, Kind::Root)).collect();
+    let mut expiries: Vec<_> = roots.filter_map(|root| expiry(&root, ExpiryKind::Root)).collect();
     for list in crl.iter().flat_map(|text| lists(text).unwrap_or_default()) {
         if let Ok((_, parsed)) = CertificateRevocationList::from_der(&list)
             && let Some(next) = parsed.next_update()
         {
             let what = peer::rfc2253(parsed.issuer());
-            let from = peer::time(parsed.last_update().timestamp());
-            expiries.push(Expiry { kind: Kind::Crl, what, from, at: peer::time(next.timestamp()) });
+            let from = peer::from_unix_seconds(parsed.last_update().timestamp());
+            expiries.push(Expiry {
+                kind: ExpiryKind::Crl,
+                subject: what,
+                not_before: from,
+                not_after: peer::from_unix_seconds(next.timestamp()),
+            });
         }
     }
     expiries
 }
 
-impl Text {
+impl EncodedFile {
     /// Reads a file of at most `limit` bytes.
     ///
     /// # Errors
@@ -391,7 +406,7 @@ impl Text {
         if bytes.len() as u64 > limit {
             return Err(MaterialError::TooLarge { path: path.to_owned(), limit });
         }
-        Ok(Self { path: path.to_owned(), content: Content::Pem(bytes) })
+        Ok(Self { path: path.to_owned(), content: EncodedContent::Pem(bytes) })
     }
 }
 
@@ -404,10 +419,10 @@ mod tests {
         let start = SystemTime::UNIX_EPOCH;
         let hours = |count: u64| Duration::from_secs(count * 3600);
         let of = |life: u64| Expiry {
-            kind: Kind::Leaf,
-            what: String::new(),
-            from: start,
-            at: start + hours(life),
+            kind: ExpiryKind::Leaf,
+            subject: String::new(),
+            not_before: start,
+            not_after: start + hours(life),
         };
         let day = of(24);
         let urgency = |left: u64| day.urgency(start + hours(24) - hours(left));

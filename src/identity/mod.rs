@@ -17,9 +17,9 @@
 //! | [`oauth2`] | tokens that this service presents to its upstreams |
 //! | [`xfcc`] | `x-forwarded-client-cert`: the peer identity for the service |
 
+pub mod access_policy;
 pub mod counts;
 pub mod files;
-pub mod gate;
 pub mod handshake;
 pub mod issue;
 pub mod jwt;
@@ -37,5 +37,5 @@ pub mod verify;
 pub mod workload;
 pub mod xfcc;
 
-pub use crate::authorization::{InvalidId, Pattern, Peer, PeerError, SpiffeId, TrustDomain};
+pub use crate::authorization::{IdentityPattern, InvalidId, Peer, PeerError, SpiffeId, TrustDomain};
 pub use time::Date;

@@ -20,11 +20,11 @@ use tokio::sync::watch;
 use super::{
     counts::Handshakes,
     files,
-    material::{Expiry, Material, MaterialError, Pem, Uses},
+    material::{CertificateUses, EncodedIdentity, Expiry, Material, MaterialError},
     time::Date,
     tls::{ClientTls, ServerTls, Tickets},
 };
-pub use report::Report;
+pub use report::IdentityReport;
 
 use crate::config::{self, Config, MinTls, TlsMode, UpstreamTls};
 
@@ -34,8 +34,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// All certificate state shared between threads.
 #[derive(Debug)]
-pub struct Store {
-    own: ArcSwapOption<Material>,
+pub struct IdentityStore {
+    material: ArcSwapOption<Material>,
     server: ArcSwapOption<ServerTls>,
     pub handshakes: Arc<Handshakes>,
     /// Counts accepted changes. Open connections then re-verify their peers.
@@ -46,28 +46,28 @@ pub struct Store {
 #[derive(Debug, Default)]
 struct State {
     settings: Option<config::Identity>,
-    uses: Uses,
+    uses: CertificateUses,
     /// The last delivery of the Workload API.
-    delivered: Option<Pem>,
+    delivered: Option<EncodedIdentity>,
     /// Why the Workload API is unavailable now.
-    agent_away: Option<String>,
+    agent_error: Option<String>,
     /// The source of the material in use.
-    pem: Option<Pem>,
+    source: Option<EncodedIdentity>,
     /// The source that was rejected last, so that the rejection is logged once.
-    refused_pem: Option<Pem>,
-    refused: Option<String>,
+    rejected_source: Option<EncodedIdentity>,
+    rejection: Option<String>,
     accepted: u64,
-    refusals: u64,
+    rejections: u64,
     tickets: Option<Tickets>,
     clients: Vec<(Arc<str>, Weak<ClientTls>)>,
-    roots: roots::Roots,
-    warned: report::Warned,
+    roots: roots::UpstreamRoots,
+    warned: report::ExpiryWarnings,
 }
 
-impl Default for Store {
+impl Default for IdentityStore {
     fn default() -> Self {
         Self {
-            own: ArcSwapOption::empty(),
+            material: ArcSwapOption::empty(),
             server: ArcSwapOption::empty(),
             handshakes: Arc::default(),
             generation: watch::Sender::new(0),
@@ -76,7 +76,7 @@ impl Default for Store {
     }
 }
 
-impl Store {
+impl IdentityStore {
     /// Calls [`configure`](Self::configure) at startup and waits for missing files, as before a CSI driver has filled
     /// its volume.
     ///
@@ -91,7 +91,7 @@ impl Store {
             && started.elapsed() < STARTUP_WAIT
         {
             tokio::time::sleep(POLL_INTERVAL).await;
-            outcome = self.look();
+            outcome = self.reload();
         }
         outcome
     }
@@ -106,53 +106,53 @@ impl Store {
         if state.settings != config.identity {
             state.settings.clone_from(&config.identity);
             // The same content must be processed again under the new settings.
-            state.pem = None;
-            state.refused_pem = None;
+            state.source = None;
+            state.rejected_source = None;
             state.delivered = None;
-            state.agent_away = None;
+            state.agent_error = None;
         }
-        let uses = Uses::of(config);
+        let uses = CertificateUses::from_config(config);
         if state.uses != uses {
             state.uses = uses;
-            if self.own.load().as_ref().is_none_or(|own| own.unusable.is_some()) {
+            if self.material.load().as_ref().is_none_or(|own| own.unusable.is_some()) {
                 // It was checked for the old uses only.
-                state.pem = None;
-                state.refused_pem = None;
+                state.source = None;
+                state.rejected_source = None;
             }
         }
         if config.identity.is_none() {
-            self.own.store(None);
+            self.material.store(None);
             self.server.store(None);
-            state.refused = None;
+            state.rejection = None;
         }
         drop(state);
-        self.look()
+        self.reload()
     }
 
     /// The socket of the Workload API, if certificates come from there.
-    pub fn agent(&self) -> Option<String> {
+    pub fn agent_socket(&self) -> Option<String> {
         self.state().settings.as_ref()?.spiffe.clone()
     }
 
     /// Applies a delivery of the Workload API. Errors are logged before this returns.
-    pub fn deliver(&self, pem: Pem) {
+    pub fn deliver(&self, pem: EncodedIdentity) {
         let mut state = self.state();
         state.delivered = Some(pem);
-        state.agent_away = None;
+        state.agent_error = None;
         drop(state);
-        let _ = self.look();
+        let _ = self.reload();
     }
 
     /// Records that the Workload API is unavailable. Its last delivery stays in use until it expires.
-    pub fn agent_is_away(&self, reason: String) {
+    pub fn agent_unavailable(&self, reason: String) {
         let mut state = self.state();
-        if state.agent_away.as_ref() != Some(&reason) {
+        if state.agent_error.as_ref() != Some(&reason) {
             let consequence =
-                if state.pem.is_some() { "; the last certificates it delivered stay in use" } else { "" };
+                if state.source.is_some() { "; the last certificates it delivered stay in use" } else { "" };
             tracing::warn!("{reason}{consequence}");
         }
-        state.refused = Some(reason.clone());
-        state.agent_away = Some(reason);
+        state.rejection = Some(reason.clone());
+        state.agent_error = Some(reason);
     }
 
     /// Reads the files again and applies changes.
@@ -160,11 +160,11 @@ impl Store {
     /// # Errors
     ///
     /// Why the identity's files were rejected. The earlier ones stay in use, and the status says so.
-    pub fn look(&self) -> Result<(), MaterialError> {
+    pub fn reload(&self) -> Result<(), MaterialError> {
         let mut state = self.state();
         let now = SystemTime::now();
         let wanted = state.root_paths();
-        let mut changed = state.roots.look(&wanted, now);
+        let mut changed = state.roots.reload(&wanted, now);
         let result = match state.settings.clone() {
             None => Ok(false),
             Some(settings) => self.reload_identity(&mut state, &settings, now),
@@ -174,7 +174,7 @@ impl Store {
             self.update_clients(&mut state);
             self.generation.send_modify(|generation| *generation += 1);
         }
-        let expiries = state.expiries(self.own.load().as_deref());
+        let expiries = state.expiries(self.material.load().as_deref());
         state.warned.warn(expiries, now);
         result.map(drop)
     }
@@ -194,19 +194,19 @@ impl Store {
             },
             Err(error) => return Err(state.refuse(error, None)),
         };
-        if state.pem.as_ref() == Some(&pem) {
+        if state.source.as_ref() == Some(&pem) {
             // Unchanged, or back to the files in use.
-            state.refused = state.agent_away.clone();
-            state.refused_pem = None;
+            state.rejection = state.agent_error.clone();
+            state.rejected_source = None;
             return Ok(false);
         }
         let material = match Material::check(&pem, state.uses, now) {
             Ok(material) => material,
             Err(error) => return Err(state.refuse(error, Some(pem))),
         };
-        let trust_changed = state.pem.as_ref().is_none_or(|old| old.ca != pem.ca || old.crl != pem.crl);
+        let trust_changed = state.source.as_ref().is_none_or(|old| old.ca != pem.ca || old.crl != pem.crl);
         self.apply(state, material, settings.min_tls, trust_changed);
-        state.pem = Some(pem);
+        state.source = Some(pem);
         Ok(true)
     }
 
@@ -225,28 +225,28 @@ impl Store {
             Err(error) => tracing::error!(%error, "cannot set up TLS for inbound connections"),
         }
         tracing::info!(
-            identity = %material.own,
-            expires = %Date(material.own.not_after),
+            identity = %material.identity,
+            expires = %Date(material.identity.not_after),
             trusted = %material.trust,
             "certificate loaded"
         );
         if let Some(limitation) = material.limitation() {
             tracing::warn!("{limitation}");
         }
-        self.own.store(Some(Arc::new(material)));
+        self.material.store(Some(Arc::new(material)));
         state.accepted += 1;
-        state.refused = None;
-        state.refused_pem = None;
+        state.rejection = None;
+        state.rejected_source = None;
         state.warned.clear();
     }
 
     fn update_clients(&self, state: &mut State) {
-        let own = self.own.load();
+        let own = self.material.load();
         state.clients.retain(|(_, client)| client.strong_count() > 0);
         let clients: Vec<_> = state.clients.iter().filter_map(|(_, client)| client.upgrade()).collect();
         for client in clients {
-            let trust = state.roots.of(&client.settings, own.as_deref());
-            client.renew(trust, own.as_deref());
+            let trust = state.roots.for_upstream(&client.settings, own.as_deref());
+            client.update(trust, own.as_deref());
         }
     }
 
@@ -265,9 +265,9 @@ impl Store {
         }
         state.clients.retain(|(_, client)| client.strong_count() > 0);
         let client = Arc::new(ClientTls::new(settings.clone(), min, Arc::clone(&self.handshakes)));
-        let own = self.own.load();
-        let trust = state.roots.of(settings, own.as_deref());
-        client.renew(trust, own.as_deref());
+        let own = self.material.load();
+        let trust = state.roots.for_upstream(settings, own.as_deref());
+        client.update(trust, own.as_deref());
         state.clients.push((upstream.into(), Arc::downgrade(&client)));
         Some(client)
     }
@@ -278,8 +278,8 @@ impl Store {
     }
 
     /// The identity of this service.
-    pub fn own(&self) -> arc_swap::Guard<Option<Arc<Material>>> {
-        self.own.load()
+    pub fn material(&self) -> arc_swap::Guard<Option<Arc<Material>>> {
+        self.material.load()
     }
 
     /// Notified of every accepted change.
@@ -304,16 +304,16 @@ impl Store {
 
 impl State {
     /// Records why new material was rejected; logs it once.
-    fn refuse(&mut self, error: MaterialError, pem: Option<Pem>) -> MaterialError {
+    fn refuse(&mut self, error: MaterialError, pem: Option<EncodedIdentity>) -> MaterialError {
         let reason = error.to_string();
-        let is_new = self.refused.as_deref() != Some(&reason) || self.refused_pem != pem;
+        let is_new = self.rejection.as_deref() != Some(&reason) || self.rejected_source != pem;
         if is_new {
-            self.refusals += 1;
-            let consequence = if self.pem.is_some() { "; the previous ones stay in use" } else { "" };
+            self.rejections += 1;
+            let consequence = if self.source.is_some() { "; the previous ones stay in use" } else { "" };
             tracing::error!("new certificates rejected: {reason}{consequence}");
         }
-        self.refused = Some(reason);
-        self.refused_pem = pem;
+        self.rejection = Some(reason);
+        self.rejected_source = pem;
         error
     }
 
@@ -329,7 +329,7 @@ impl State {
 }
 
 /// Adds the revocation lists of the `crl` file to the agent's delivery.
-fn with_crl(mut pem: Pem, settings: &config::Identity) -> Result<Pem, MaterialError> {
-    pem.crl.extend(files::crl(settings)?);
+fn with_crl(mut pem: EncodedIdentity, settings: &config::Identity) -> Result<EncodedIdentity, MaterialError> {
+    pem.crl.extend(files::read_crl(settings)?);
     Ok(pem)
 }

@@ -23,11 +23,11 @@ use rustls::{
 use rustls_pki_types::CertificateDer;
 
 use super::{
-    Pattern, Peer,
+    IdentityPattern, Peer,
     counts::Handshakes,
     material::Material,
-    trust::{Refusal, Role, Trust, expect, provider},
-    verify::{Callers, Servers},
+    trust::{Role, Trust, VerifyError, check_identity, provider},
+    verify::{ClientVerifier, ServerVerifier},
 };
 use crate::config::{MinTls, TlsMode, UpstreamTls};
 
@@ -69,12 +69,12 @@ impl Tickets {
 
 /// What a client that sends ALPN is offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Offer {
+pub enum AlpnOffer {
     /// HTTP/2 only if the client offers nothing else. A service that needs HTTP/2 sets its `protocol`.
     Http1First,
     H2First,
     /// No ALPN: the protocol is between client and service.
-    Nothing,
+    NoAlpn,
     /// A byte stream of another sidecar.
     ByteStream,
 }
@@ -101,7 +101,7 @@ impl ServerTls {
     /// If rustls rejects the configuration, which would be a bug.
     pub fn new(material: &Material, min: MinTls, tickets: &Tickets) -> Result<Self, rustls::Error> {
         let config = |mandatory, alpn: &[&[u8]]| {
-            let verifier = Callers::new(Arc::clone(&material.trust), mandatory);
+            let verifier = ClientVerifier::new(Arc::clone(&material.trust), mandatory);
             let mut config = ServerConfig::builder_with_provider(Arc::clone(provider()))
                 .with_protocol_versions(versions(min))?
                 .with_client_cert_verifier(Arc::new(verifier))
@@ -126,13 +126,13 @@ impl ServerTls {
         Ok(Self { strict: configs(true)?, permissive: configs(false)?, trust: Arc::clone(&material.trust) })
     }
 
-    pub fn config(&self, mandatory: bool, offer: Offer) -> Arc<ServerConfig> {
+    pub fn config(&self, mandatory: bool, offer: AlpnOffer) -> Arc<ServerConfig> {
         let configs = if mandatory { &self.strict } else { &self.permissive };
         Arc::clone(match offer {
-            Offer::Http1First => &configs.http1_first,
-            Offer::H2First => &configs.h2_first,
-            Offer::Nothing => &configs.nothing,
-            Offer::ByteStream => &configs.byte_stream,
+            AlpnOffer::Http1First => &configs.http1_first,
+            AlpnOffer::H2First => &configs.h2_first,
+            AlpnOffer::NoAlpn => &configs.nothing,
+            AlpnOffer::ByteStream => &configs.byte_stream,
         })
     }
 }
@@ -142,7 +142,7 @@ impl ServerTls {
 pub struct ClientTls {
     pub settings: UpstreamTls,
     pub min: MinTls,
-    now: ArcSwap<Result<ClientNow, String>>,
+    current: ArcSwap<Result<ClientTlsConfig, String>>,
     pub(super) handshakes: Arc<Handshakes>,
     /// Counts the changes of `current`.
     generation: AtomicU64,
@@ -150,18 +150,18 @@ pub struct ClientTls {
 
 /// The TLS configuration for new connections to an upstream.
 #[derive(Clone, Debug)]
-pub struct ClientNow {
+pub struct ClientTlsConfig {
     pub config: Arc<ClientConfig>,
     pub trust: Arc<Trust>,
     /// The accepted identities of the server; empty: its certificate must have the host name.
-    pub expected: Arc<[Pattern]>,
+    pub expected: Arc<[IdentityPattern]>,
     /// When our client certificate expires; `None` if none is presented.
     own_expires: Option<SystemTime>,
 }
 
-impl ClientNow {
+impl ClientTlsConfig {
     /// When our client certificate expired, if it has.
-    pub fn own_expired(&self) -> Option<SystemTime> {
+    pub fn own_certificate_expired_at(&self) -> Option<SystemTime> {
         self.own_expires.filter(|at| *at <= SystemTime::now())
     }
 
@@ -178,11 +178,11 @@ impl ClientNow {
     /// # Errors
     ///
     /// Why it is no longer accepted.
-    pub fn still_believes(&self, chain: &[CertificateDer<'_>]) -> Result<Peer, Refusal> {
-        let (leaf, intermediates) = chain.split_first().ok_or(Refusal::Unknown)?;
+    pub fn reverify(&self, chain: &[CertificateDer<'_>]) -> Result<Peer, VerifyError> {
+        let (leaf, intermediates) = chain.split_first().ok_or(VerifyError::NoCertificate)?;
         let peer = self.trust.verify(leaf, intermediates, rustls_pki_types::UnixTime::now(), Role::Server)?;
         if !self.expected.is_empty() {
-            expect(&peer, leaf, &self.expected)?;
+            check_identity(&peer, leaf, &self.expected)?;
         }
         Ok(peer)
     }
@@ -191,17 +191,23 @@ impl ClientNow {
 impl ClientTls {
     pub fn new(settings: UpstreamTls, min: MinTls, handshakes: Arc<Handshakes>) -> Self {
         let none = Err("its certificates are not loaded yet".to_owned());
-        Self { settings, min, now: ArcSwap::from_pointee(none), handshakes, generation: AtomicU64::new(0) }
+        Self {
+            settings,
+            min,
+            current: ArcSwap::from_pointee(none),
+            handshakes,
+            generation: AtomicU64::new(0),
+        }
     }
 
     /// The configuration for new connections, or why there can be none.
-    pub fn now(&self) -> arc_swap::Guard<Arc<Result<ClientNow, String>>> {
-        self.now.load()
+    pub fn current(&self) -> arc_swap::Guard<Arc<Result<ClientTlsConfig, String>>> {
+        self.current.load()
     }
 
     /// Applies another certificate or other roots. `own`: for mutual TLS.
-    pub fn renew(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) {
-        self.now.store(Arc::new(self.build(trust, own)));
+    pub fn update(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) {
+        self.current.store(Arc::new(self.build(trust, own)));
         self.generation.fetch_add(1, Ordering::Release);
     }
 
@@ -210,15 +216,19 @@ impl ClientTls {
         self.generation.load(Ordering::Acquire)
     }
 
-    fn build(&self, trust: Result<Arc<Trust>, String>, own: Option<&Material>) -> Result<ClientNow, String> {
+    fn build(
+        &self,
+        trust: Result<Arc<Trust>, String>,
+        own: Option<&Material>,
+    ) -> Result<ClientTlsConfig, String> {
         let trust = trust?;
         let describe = |error: rustls::Error| format!("cannot set up TLS: {error}");
         let patterns = self.settings.identity.iter().map(|text| {
-            text.parse::<Pattern>()
+            text.parse::<IdentityPattern>()
                 .map_err(|error| format!("invalid pattern `{text}` in `identity`: {error}"))
         });
-        let expected: Vec<Pattern> = patterns.collect::<Result<_, _>>()?;
-        let verifier = Servers { trust: Arc::clone(&trust), expected: expected.clone() };
+        let expected: Vec<IdentityPattern> = patterns.collect::<Result<_, _>>()?;
+        let verifier = ServerVerifier { trust: Arc::clone(&trust), expected: expected.clone() };
         let builder = ClientConfig::builder_with_provider(Arc::clone(provider()))
             .with_protocol_versions(versions(self.min))
             .map_err(describe)?
@@ -233,7 +243,8 @@ impl ClientTls {
         };
         // A new cache with each change: a resumed session would present the old certificate.
         config.resumption = Resumption::in_memory_sessions(SESSIONS);
-        let own_expires = own.filter(|_| self.settings.mode == TlsMode::Mutual).map(|own| own.own.not_after);
-        Ok(ClientNow { config: Arc::new(config), trust, expected: expected.into(), own_expires })
+        let own_expires =
+            own.filter(|_| self.settings.mode == TlsMode::Mutual).map(|own| own.identity.not_after);
+        Ok(ClientTlsConfig { config: Arc::new(config), trust, expected: expected.into(), own_expires })
     }
 }

@@ -14,7 +14,7 @@ use rustls::{CertificateError, OtherError, crypto::CryptoProvider};
 use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
 use webpki::{CertRevocationList, EndEntityCert, KeyUsage, RevocationOptionsBuilder, UnknownStatusPolicy};
 
-use super::{Pattern, Peer, PeerError, SpiffeId, TrustDomain, time::Date};
+use super::{IdentityPattern, Peer, PeerError, SpiffeId, TrustDomain, time::Date};
 
 /// The crypto provider for all TLS: aws-lc-rs, X25519MLKEM768 first.
 pub fn provider() -> &'static Arc<CryptoProvider> {
@@ -57,13 +57,13 @@ pub struct Trust {
 
 /// Why a certificate is rejected.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum VerifyError {
     #[error("its certificate cannot be used: {0}")]
     Peer(#[from] PeerError),
     #[error("its certificate expired on {}", Date(*.0))]
     Expired(SystemTime),
     #[error("its certificate is not valid before {}", Date(*.0))]
-    NotYet(SystemTime),
+    NotYetValid(SystemTime),
     #[error("its certificate was not issued by a trusted CA (roots: {0})")]
     UnknownIssuer(String),
     #[error("its certificate has been revoked")]
@@ -73,11 +73,11 @@ pub enum Refusal {
     #[error("it is {id}, whose trust domain is not trusted (trusted: {known})")]
     TrustDomain { id: SpiffeId, known: String },
     #[error("it is {is}; expected {expected}")]
-    NotExpected { is: String, expected: String },
+    UnexpectedIdentity { is: String, expected: String },
     #[error("its certificate names {presented}; expected {expected}")]
-    Name { presented: String, expected: String },
+    NameMismatch { presented: String, expected: String },
     #[error("it showed no certificate")]
-    Unknown,
+    NoCertificate,
     #[error("its certificate is not valid ({0:?})")]
     Invalid(webpki::Error),
 }
@@ -90,7 +90,7 @@ impl Trust {
 
     /// These roots with the revocation lists of `other`. A list covers its own issuer only, so lists of other issuers
     /// have no effect here.
-    pub fn revoked_as_in(&self, other: &Self) -> Self {
+    pub fn with_revocations_of(&self, other: &Self) -> Self {
         Self { bundles: Arc::clone(&self.bundles), crls: Arc::clone(&other.crls) }
     }
 
@@ -109,8 +109,8 @@ impl Trust {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
         role: Role,
-    ) -> Result<Peer, Refusal> {
-        let peer = Peer::of(leaf)?;
+    ) -> Result<Peer, VerifyError> {
+        let peer = Peer::from_leaf(leaf)?;
         let anchors = self.anchors(&peer)?;
         let parsed = EndEntityCert::try_from(leaf).map_err(|error| self.refusal(error, role))?;
         let crls: Vec<&CertRevocationList<'_>> = self.crls.iter().collect();
@@ -130,7 +130,7 @@ impl Trust {
     }
 
     /// The roots that may issue the peer's names. Only its own trust domain's roots may issue a SPIFFE ID.
-    fn anchors(&self, peer: &Peer) -> Result<Cow<'_, [TrustAnchor<'static>]>, Refusal> {
+    fn anchors(&self, peer: &Peer) -> Result<Cow<'_, [TrustAnchor<'static>]>, VerifyError> {
         let may_issue = |bundle: &&Bundle| match (&bundle.trust_domain, &peer.spiffe) {
             (Some(domain), Some(id)) => domain.as_str() == id.trust_domain(),
             _ => true,
@@ -140,27 +140,29 @@ impl Trust {
             ([], Some(id)) => {
                 let known = self.bundles.iter().filter_map(|bundle| bundle.trust_domain.as_ref());
                 let known: Vec<&str> = known.map(TrustDomain::as_str).collect();
-                Err(Refusal::TrustDomain { id: id.clone(), known: known.join(", ") })
+                Err(VerifyError::TrustDomain { id: id.clone(), known: known.join(", ") })
             }
             ([one], _) => Ok(Cow::Borrowed(&one.anchors)),
             _ => Ok(matching.iter().flat_map(|bundle| bundle.anchors.iter().cloned()).collect()),
         }
     }
 
-    fn refusal(&self, error: webpki::Error, role: Role) -> Refusal {
+    fn refusal(&self, error: webpki::Error, role: Role) -> VerifyError {
         use webpki::Error as E;
         let time = |time: UnixTime| {
-            crate::authorization::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX))
+            crate::authorization::peer::from_unix_seconds(i64::try_from(time.as_secs()).unwrap_or(i64::MAX))
         };
         match error {
-            E::CertExpired { not_after, .. } => Refusal::Expired(time(not_after)),
-            E::CertNotValidYet { not_before, .. } => Refusal::NotYet(time(not_before)),
+            E::CertExpired { not_after, .. } => VerifyError::Expired(time(not_after)),
+            E::CertNotValidYet { not_before, .. } => VerifyError::NotYetValid(time(not_before)),
             // A root with the same name and another key is another issuer.
-            E::UnknownIssuer | E::InvalidSignatureForPublicKey => Refusal::UnknownIssuer(self.to_string()),
-            E::CertRevoked => Refusal::Revoked,
-            E::CaUsedAsEndEntity => Refusal::Peer(PeerError::Ca),
-            E::RequiredEkuNotFoundContext(_) => Refusal::Purpose(role.word()),
-            error => Refusal::Invalid(error),
+            E::UnknownIssuer | E::InvalidSignatureForPublicKey => {
+                VerifyError::UnknownIssuer(self.to_string())
+            }
+            E::CertRevoked => VerifyError::Revoked,
+            E::CaUsedAsEndEntity => VerifyError::Peer(PeerError::Ca),
+            E::RequiredEkuNotFoundContext(_) => VerifyError::Purpose(role.word()),
+            error => VerifyError::Invalid(error),
         }
     }
 }
@@ -184,17 +186,21 @@ impl fmt::Display for Trust {
 /// # Errors
 ///
 /// Names the actual and the expected identities.
-pub fn expect(peer: &Peer, leaf: &CertificateDer<'_>, expected: &[Pattern]) -> Result<(), Refusal> {
-    let named = |pattern: &Pattern| match (&peer.spiffe, pattern) {
+pub fn check_identity(
+    peer: &Peer,
+    leaf: &CertificateDer<'_>,
+    expected: &[IdentityPattern],
+) -> Result<(), VerifyError> {
+    let named = |pattern: &IdentityPattern| match (&peer.spiffe, pattern) {
         (Some(id), pattern) => pattern.matches(id),
-        (None, Pattern::Dns(name)) => is_valid_for(leaf, name),
+        (None, IdentityPattern::Dns(name)) => is_valid_for(leaf, name),
         (None, _) => false,
     };
     if expected.iter().any(named) {
         return Ok(());
     }
     let expected: Vec<String> = expected.iter().map(ToString::to_string).collect();
-    Err(Refusal::NotExpected { is: peer.to_string(), expected: expected.join(" or ") })
+    Err(VerifyError::UnexpectedIdentity { is: peer.to_string(), expected: expected.join(" or ") })
 }
 
 /// Checks that the certificate is valid for a server name.
@@ -202,9 +208,9 @@ pub fn expect(peer: &Peer, leaf: &CertificateDer<'_>, expected: &[Pattern]) -> R
 /// # Errors
 ///
 /// Names the names in the certificate and the expected one.
-pub fn expect_name(peer: &Peer, leaf: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), Refusal> {
+pub fn check_name(peer: &Peer, leaf: &CertificateDer<'_>, name: &ServerName<'_>) -> Result<(), VerifyError> {
     let valid = EndEntityCert::try_from(leaf).and_then(|leaf| leaf.verify_is_valid_for_subject_name(name));
-    valid.map_err(|_| Refusal::Name {
+    valid.map_err(|_| VerifyError::NameMismatch {
         presented: match (&peer.spiffe, &peer.dns[..]) {
             (Some(id), []) => format!("{id} (set `identity`)"),
             (None, []) => "no host".to_owned(),
@@ -221,36 +227,39 @@ fn is_valid_for(leaf: &CertificateDer<'_>, name: &str) -> bool {
 
 /// Wraps the error for rustls, which derives the alert for the peer. Variants that rustls lacks travel as
 /// `CertificateError::Other`.
-impl From<Refusal> for rustls::Error {
-    fn from(refusal: Refusal) -> Self {
+impl From<VerifyError> for rustls::Error {
+    fn from(refusal: VerifyError) -> Self {
         let now = UnixTime::now();
         let unix = |time: SystemTime| {
             let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             UnixTime::since_unix_epoch(since)
         };
         Self::InvalidCertificate(match refusal {
-            Refusal::Expired(at) => CertificateError::ExpiredContext { time: now, not_after: unix(at) },
-            Refusal::NotYet(at) => CertificateError::NotValidYetContext { time: now, not_before: unix(at) },
-            Refusal::UnknownIssuer(_) => CertificateError::UnknownIssuer,
-            Refusal::Revoked => CertificateError::Revoked,
-            Refusal::Purpose(_) => CertificateError::InvalidPurpose,
+            VerifyError::Expired(at) => CertificateError::ExpiredContext { time: now, not_after: unix(at) },
+            VerifyError::NotYetValid(at) => {
+                CertificateError::NotValidYetContext { time: now, not_before: unix(at) }
+            }
+            VerifyError::UnknownIssuer(_) => CertificateError::UnknownIssuer,
+            VerifyError::Revoked => CertificateError::Revoked,
+            VerifyError::Purpose(_) => CertificateError::InvalidPurpose,
             other => CertificateError::Other(OtherError(Arc::new(other))),
         })
     }
 }
 
 /// Unwraps a certificate error of a handshake; `None` for other errors.
-pub fn refused(error: &rustls::Error, trust: &Trust, role: Role) -> Option<Refusal> {
+pub fn from_rustls_error(error: &rustls::Error, trust: &Trust, role: Role) -> Option<VerifyError> {
     let rustls::Error::InvalidCertificate(error) = error else { return None };
-    let time =
-        |time: &UnixTime| crate::authorization::peer::time(i64::try_from(time.as_secs()).unwrap_or(i64::MAX));
+    let time = |time: &UnixTime| {
+        crate::authorization::peer::from_unix_seconds(i64::try_from(time.as_secs()).unwrap_or(i64::MAX))
+    };
     Some(match error {
-        CertificateError::ExpiredContext { not_after, .. } => Refusal::Expired(time(not_after)),
-        CertificateError::NotValidYetContext { not_before, .. } => Refusal::NotYet(time(not_before)),
-        CertificateError::UnknownIssuer => Refusal::UnknownIssuer(trust.to_string()),
-        CertificateError::Revoked => Refusal::Revoked,
-        CertificateError::InvalidPurpose => Refusal::Purpose(role.word()),
-        CertificateError::Other(OtherError(other)) => other.downcast_ref::<Refusal>()?.clone(),
+        CertificateError::ExpiredContext { not_after, .. } => VerifyError::Expired(time(not_after)),
+        CertificateError::NotValidYetContext { not_before, .. } => VerifyError::NotYetValid(time(not_before)),
+        CertificateError::UnknownIssuer => VerifyError::UnknownIssuer(trust.to_string()),
+        CertificateError::Revoked => VerifyError::Revoked,
+        CertificateError::InvalidPurpose => VerifyError::Purpose(role.word()),
+        CertificateError::Other(OtherError(other)) => other.downcast_ref::<VerifyError>()?.clone(),
         _ => return None,
     })
 }

@@ -11,8 +11,8 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::{
-    Pattern,
-    trust::{Role, Trust, expect, expect_name, provider},
+    IdentityPattern,
+    trust::{Role, Trust, check_identity, check_name, provider},
 };
 
 /// With more roots than this, no root hints are sent: the list would be too large for the first flight.
@@ -47,14 +47,14 @@ macro_rules! impl_verify_signatures {
 
 /// Accepts clients whose chain leads to a root.
 #[derive(Debug)]
-pub struct Callers {
+pub struct ClientVerifier {
     trust: Arc<Trust>,
     /// Reject clients without a certificate.
     mandatory: bool,
     hints: Vec<DistinguishedName>,
 }
 
-impl Callers {
+impl ClientVerifier {
     pub fn new(trust: Arc<Trust>, mandatory: bool) -> Self {
         let roots = trust.bundles().iter().flat_map(|bundle| &bundle.anchors);
         let hints: Vec<_> = roots.map(|root| DistinguishedName::in_sequence(&root.subject)).collect();
@@ -63,7 +63,7 @@ impl Callers {
     }
 }
 
-impl ClientCertVerifier for Callers {
+impl ClientCertVerifier for ClientVerifier {
     fn client_auth_mandatory(&self) -> bool {
         self.mandatory
     }
@@ -87,12 +87,12 @@ impl ClientCertVerifier for Callers {
 
 /// Accepts servers with an expected identity; if none is expected, those whose certificate has the host name.
 #[derive(Debug)]
-pub struct Servers {
+pub struct ServerVerifier {
     pub trust: Arc<Trust>,
-    pub expected: Vec<Pattern>,
+    pub expected: Vec<IdentityPattern>,
 }
 
-impl ServerCertVerifier for Servers {
+impl ServerCertVerifier for ServerVerifier {
     fn verify_server_cert(
         &self,
         leaf: &CertificateDer<'_>,
@@ -103,9 +103,9 @@ impl ServerCertVerifier for Servers {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let peer = self.trust.verify(leaf, intermediates, now, Role::Server)?;
         if self.expected.is_empty() {
-            expect_name(&peer, leaf, name)?;
+            check_name(&peer, leaf, name)?;
         } else {
-            expect(&peer, leaf, &self.expected)?;
+            check_identity(&peer, leaf, &self.expected)?;
         }
         Ok(ServerCertVerified::assertion())
     }

@@ -10,11 +10,11 @@ use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 use self::api::{ApiError, X509SvidResponse};
 use super::{
     TrustDomain,
-    material::{Content, Pem, Text},
-    store::Store,
+    material::{EncodedContent, EncodedFile, EncodedIdentity},
+    store::IdentityStore,
 };
 use crate::{
-    config::{InvalidSocket, Socket},
+    config::{AgentAddress, InvalidAgentAddress},
     rng::Rng,
 };
 
@@ -33,7 +33,7 @@ enum AgentError {
     #[error("the agent at {socket}: {source}")]
     Api { socket: String, source: ApiError },
     #[error("{0}: {1}")]
-    Socket(String, InvalidSocket),
+    Socket(String, InvalidAgentAddress),
     #[error("the agent at {0} delivered no identity: is this workload registered?")]
     NoIdentity(String),
     #[error("the agent at {0} delivered certificates that cannot be parsed")]
@@ -41,22 +41,22 @@ enum AgentError {
 }
 
 /// Keeps `store` current from the agent while this future is polled. Reconnects with back-off.
-pub async fn follow(store: Arc<Store>, socket: String) {
+pub async fn watch_agent(store: Arc<IdentityStore>, socket: String) {
     let mut rng = Rng::new();
     let mut backoff = FIRST_BACKOFF;
     loop {
         let mut received = false;
         let error = receive(&store, &socket, &mut received).await;
-        store.agent_is_away(error.to_string());
+        store.agent_unavailable(error.to_string());
         backoff = if received { FIRST_BACKOFF } else { (backoff * 2).min(MAX_BACKOFF) };
         sleep(rng.jitter(backoff, 0.2)).await;
     }
 }
 
 /// Applies the responses of one stream until it ends.
-async fn receive(store: &Store, socket: &str, received: &mut bool) -> AgentError {
+async fn receive(store: &IdentityStore, socket: &str, received: &mut bool) -> AgentError {
     let api = |source| AgentError::Api { socket: socket.to_owned(), source };
-    let address: Socket = match socket.parse() {
+    let address: AgentAddress = match socket.parse() {
         Ok(address) => address,
         Err(error) => return AgentError::Socket(socket.to_owned(), error),
     };
@@ -85,11 +85,13 @@ async fn receive(store: &Store, socket: &str, received: &mut bool) -> AgentError
 }
 
 /// Parses the default SVID, the roots of its own and of federated trust domains, and revocation lists.
-fn parse_response(socket: &str, response: &X509SvidResponse) -> Result<Pem, AgentError> {
+fn parse_response(socket: &str, response: &X509SvidResponse) -> Result<EncodedIdentity, AgentError> {
     let svid = response.svids.first().ok_or_else(|| AgentError::NoIdentity(socket.to_owned()))?;
     let malformed = || AgentError::Malformed(socket.to_owned());
-    let text =
-        |part: &str, der| Text { path: format!("{socket} ({part})").into(), content: Content::Der(der) };
+    let text = |part: &str, der| EncodedFile {
+        path: format!("{socket} ({part})").into(),
+        content: EncodedContent::Der(der),
+    };
     let own = trust_domain(&svid.spiffe_id).ok_or_else(malformed)?;
     let mut ca = vec![(Some(own), text("roots", split(&svid.bundle).ok_or_else(malformed)?))];
     for (id, bundle) in &response.federated_bundles {
@@ -101,7 +103,7 @@ fn parse_response(socket: &str, response: &X509SvidResponse) -> Result<Pem, Agen
     }
     ca.sort_by(|(a, _), (b, _)| a.cmp(b));
     let lists: Vec<_> = response.crl.iter().map(|list| list.to_vec()).collect();
-    Ok(Pem {
+    Ok(EncodedIdentity {
         cert: text("certificate", split(&svid.x509_svid).ok_or_else(malformed)?),
         key: text("key", vec![svid.x509_svid_key.to_vec()]),
         ca,
@@ -147,10 +149,10 @@ mod tests {
         X509SvidResponse { svids: vec![svid], ..X509SvidResponse::default() }
     }
 
-    fn count(text: &Text) -> usize {
+    fn count(text: &EncodedFile) -> usize {
         match &text.content {
-            Content::Der(list) => list.len(),
-            Content::Pem(_) => 0,
+            EncodedContent::Der(list) => list.len(),
+            EncodedContent::Pem(_) => 0,
         }
     }
 

@@ -11,7 +11,7 @@ use super::Peer;
 ///
 /// `Hash` is the SHA-256 of the peer's certificate in hexadecimal. `Subject` is always quoted, as in Envoy; other
 /// values are quoted if they contain `,`, `;` or `=`. Values that are not allowed in a header field are omitted.
-pub fn value(peer: &Peer, by: Option<&str>) -> Option<HeaderValue> {
+pub fn header_value(peer: &Peer, by: Option<&str>) -> Option<HeaderValue> {
     let mut text = String::with_capacity(256);
     if let Some(by) = by {
         push_pair(&mut text, "By", by, false);
@@ -68,14 +68,14 @@ mod tests {
     fn the_format_is_envoys() {
         let hash = "ab".repeat(32);
         assert_eq!(
-            value(&peer(), Some("spiffe://shop.example/ns/shop/sa/orders")).unwrap(),
+            header_value(&peer(), Some("spiffe://shop.example/ns/shop/sa/orders")).unwrap(),
             format!(
                 "By=spiffe://shop.example/ns/shop/sa/orders;Hash={hash};Subject=\"CN=cart,O=Shop\";\
                  URI=spiffe://shop.example/ns/shop/sa/cart;DNS=cart;DNS=cart.shop.svc"
             )
         );
         let nameless = Peer { spiffe: None, dns: Vec::new(), subject: "".into(), ..peer() };
-        assert_eq!(value(&nameless, None).unwrap(), format!("Hash={hash};Subject=\"\""));
+        assert_eq!(header_value(&nameless, None).unwrap(), format!("Hash={hash};Subject=\"\""));
     }
 
     /// The subject is chosen by the certificate's owner: it must not inject other pairs.
@@ -92,7 +92,7 @@ mod tests {
             (r"CN=\\", r"CN=\5C"),
             (r"O=Shop\, Inc.", r"O=Shop\, Inc."),
         ] {
-            let text = value(&Peer { subject: subject.into(), ..peer() }, None).unwrap();
+            let text = header_value(&Peer { subject: subject.into(), ..peer() }, None).unwrap();
             let text = text.to_str().unwrap();
             for escapes in [true, false] {
                 let read = read(text, escapes);
@@ -106,7 +106,7 @@ mod tests {
             dns: vec!["a,b".into(), "a\"".into(), "a\\".into()],
             ..peer()
         };
-        let text = value(&odd, None).unwrap();
+        let text = header_value(&odd, None).unwrap();
         let text = text.to_str().unwrap();
         assert!(!text.contains("Subject") && text.ends_with(";DNS=\"a,b\""), "{text}");
     }

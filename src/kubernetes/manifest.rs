@@ -3,14 +3,14 @@
 use serde_json::Value;
 
 use super::{
-    inject::{self, Defaults, InjectError, Outcome, Owner, Step, resolve},
+    inject::{self, Defaults, InjectError, InjectOutcome, Owner, PatchStep, resolve},
     patch::Operation,
     yaml::{self, Document, YamlError, edit, write},
 };
 
 /// The injected stream.
 #[derive(Debug, Default)]
-pub struct Injected {
+pub struct InjectedManifest {
     pub text: String,
     /// Warnings, a line each.
     pub notes: Vec<String>,
@@ -31,8 +31,8 @@ pub enum ManifestError {
 /// # Errors
 ///
 /// All errors, in the order of the file.
-pub fn inject(text: &str, defaults: Option<&Defaults>) -> Result<Injected, Vec<ManifestError>> {
-    let (mut done, mut errors, mut line) = (Injected::default(), Vec::new(), 0);
+pub fn inject(text: &str, defaults: Option<&Defaults>) -> Result<InjectedManifest, Vec<ManifestError>> {
+    let (mut done, mut errors, mut line) = (InjectedManifest::default(), Vec::new(), 0);
     for part in yaml::documents(text) {
         match document(part, defaults, &mut done.notes) {
             Ok(part) => done.text += &part,
@@ -74,7 +74,7 @@ fn document(
         if std::mem::take(&mut draft.rewritten) {
             notes.push(format!(
                 "{workload}: {}, so the document was rewritten without comments",
-                edit::TooUnusual
+                edit::UnsupportedLayout
             ));
         }
     }
@@ -161,7 +161,9 @@ impl Draft {
         let (kind, name) = (object["kind"].as_str().unwrap_or_default(), name(object));
         if !target.pod.is_empty() {
             let own = object["metadata"]["annotations"].as_object().into_iter().flatten();
-            for (key, _) in own.filter(|(key, _)| key.starts_with(inject::PREFIX) && *key != inject::SWITCH) {
+            for (key, _) in
+                own.filter(|(key, _)| key.starts_with(inject::PREFIX) && *key != inject::INJECT_KEY)
+            {
                 notes.push(format!(
                     "{workload}: {key} has no effect here: move it to the pod's annotations ({}/metadata)",
                     target.pod.trim_start_matches('/')
@@ -173,18 +175,18 @@ impl Draft {
         let written = |at: &str| {
             let (path, value) = resolve(pod, at)?;
             let (document, path) = (document.as_ref()?, format!("{pod_path}{path}"));
-            let raw = edit::raw(&self.text, document, &path)?;
-            (!edit::is_usual(&self.text, document, &path, value)).then(|| raw.to_owned())
+            let raw = edit::original_text(&self.text, document, &path)?;
+            (!edit::is_default_format(&self.text, document, &path, value)).then(|| raw.to_owned())
         };
         match inject::inject(pod, Owner { kind, name }, defaults, &written)? {
-            Outcome::Leave(None) => Ok(()),
-            Outcome::Leave(Some(reason)) => {
+            InjectOutcome::Skip(None) => Ok(()),
+            InjectOutcome::Skip(Some(reason)) => {
                 notes.push(format!("{workload}: left as it is: {reason}"));
                 Ok(())
             }
-            Outcome::Patch { operations, notes: pod_notes } => {
+            InjectOutcome::Patch { operations, notes: pod_notes } => {
                 notes.extend(pod_notes.into_iter().map(|note| format!("{workload}: {}", note.0)));
-                let steps = operations.into_iter().map(|operation| Step { operation, text: None });
+                let steps = operations.into_iter().map(|operation| PatchStep { operation, text: None });
                 self.change(&pod_path, steps.collect())
             }
         }
@@ -195,13 +197,13 @@ impl Draft {
     }
 
     /// Applies changes to value and text. If the edited text does not parse to the value, the document is rewritten.
-    fn change(&mut self, path: &str, steps: Vec<Step>) -> Result<(), InjectError> {
+    fn change(&mut self, path: &str, steps: Vec<PatchStep>) -> Result<(), InjectError> {
         if steps.is_empty() {
             return Ok(());
         }
         let before = self.text.clone();
         let mut text = Ok(before.clone());
-        for Step { operation, text: written } in steps {
+        for PatchStep { operation, text: written } in steps {
             let operation = prefixed(path, operation);
             operation.apply(&mut self.value)?;
             text = text.and_then(|text| match written {

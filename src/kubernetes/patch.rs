@@ -15,7 +15,7 @@ pub enum Operation {
 /// The path of an operation does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("path {0} does not exist")]
-pub struct NoSuchPlace(pub String);
+pub struct NoSuchPath(pub String);
 
 /// The unescaped segments of a pointer.
 pub fn segments(path: &str) -> Vec<String> {
@@ -37,8 +37,8 @@ impl Operation {
     /// # Errors
     ///
     /// If the path does not exist.
-    pub fn apply(&self, target: &mut Value) -> Result<(), NoSuchPlace> {
-        let missing = || NoSuchPlace(self.path().to_owned());
+    pub fn apply(&self, target: &mut Value) -> Result<(), NoSuchPath> {
+        let missing = || NoSuchPath(self.path().to_owned());
         let path = self.path();
         let (parent, _) = path.rsplit_once('/').ok_or_else(missing)?;
         let last = segments(path).pop().ok_or_else(missing)?;

@@ -6,7 +6,7 @@ use super::Side;
 
 /// The names of this process in `Proxy-Status` and `Via`.
 #[derive(Debug)]
-pub struct Names {
+pub struct ProxyNames {
     /// The name in `Proxy-Status`.
     pub deployment: String,
     /// One for each direction, so that a service which forwards `Via` does not look like a loop.
@@ -14,7 +14,7 @@ pub struct Names {
     outbound: Via,
 }
 
-impl Names {
+impl ProxyNames {
     pub(super) fn new(service: &str, instance: &str) -> Self {
         let deployment = deployment(service);
         let name = deployment.replace('/', "-");

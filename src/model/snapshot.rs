@@ -7,15 +7,17 @@ use rustls_pki_types::ServerName;
 use tokio::runtime::Handle;
 
 use crate::{
-    config::{self, Config, Endpoints, Forwarded, HeaderEdits, HostMatch, HostPort, Observed, Policy},
+    config::{
+        self, Config, Endpoints, ForwardedHeaders, HeaderEdits, HostMatch, HostPort, ObservablePolicy, Policy,
+    },
     discovery::{self, Discovery},
     dns::Resolver,
     fetch::Fetcher,
     identity::{
-        gate::Gate,
+        access_policy::AccessPolicy,
         jwt,
-        oauth2::{Keeper, OwnToken},
-        store::Store,
+        oauth2::{TokenRenewer, UpstreamToken},
+        store::IdentityStore,
         tls::ClientTls,
     },
     model::{CompiledEdits, Router},
@@ -37,16 +39,17 @@ pub struct Snapshot {
     /// The service itself, for inbound requests.
     pub inbound: Arc<Cluster>,
     /// Authorization of inbound requests; `None`: not configured.
-    pub gate: Option<Gate>,
+    pub gate: Option<AccessPolicy>,
 }
 
 impl Snapshot {
     /// The key of `[inbound]`, outside its policy, that acts on each request. See [`Cluster::request_policy`].
     pub fn inbound_request_policy(&self) -> Option<&'static str> {
         let gate = self.gate.as_ref();
-        let allow = gate.is_some_and(|gate| !gate.rules.is_empty() && !gate.observe_allow);
-        let jwt = gate.is_some_and(|gate| gate.users.is_some() && !gate.observe_jwt);
-        let forwarded = self.config.inbound.sets_forwarded && self.config.inbound.forwarded != Forwarded::Off;
+        let allow = gate.is_some_and(|gate| !gate.allow_list.is_empty() && !gate.observe_allow);
+        let jwt = gate.is_some_and(|gate| gate.jwt.is_some() && !gate.observe_jwt);
+        let forwarded =
+            self.config.inbound.sets_forwarded && self.config.inbound.forwarded != ForwardedHeaders::Off;
         [("allow", allow), ("jwt", jwt), ("forwarded", forwarded)]
             .into_iter()
             .find_map(|(key, in_force)| in_force.then_some(key))
@@ -59,7 +62,7 @@ pub struct Cluster {
     pub settings: config::Upstream,
     pub upstream: Arc<Upstream>,
     /// Header edits of each route, in the order of `settings.routes`.
-    pub edits: Vec<CompiledEdits>,
+    pub header_edits: Vec<CompiledEdits>,
     /// The retry policy of each route, likewise, and of requests that match no route.
     route_retries: Vec<RetryPolicy>,
     retries: RetryPolicy,
@@ -69,9 +72,9 @@ pub struct Cluster {
     /// Index of the upstream that `to` of each route names, likewise.
     pub route_to: Vec<Option<usize>>,
     /// Whether its addresses are resolved rather than written in the configuration: then `deny_networks` applies.
-    pub looked_up: bool,
+    pub is_resolved: bool,
     /// The OAuth 2 token that every request to it carries.
-    pub token: Option<Arc<OwnToken>>,
+    pub token: Option<Arc<UpstreamToken>>,
     /// TLS towards its endpoints.
     pub tls: Option<ClusterTls>,
 }
@@ -140,18 +143,18 @@ impl Cluster {
         let route_rates = settings.routes.iter().map(|route| rate_of(&route.policy)).collect();
         let rate = rate_of(&settings.policy);
         upstream.guards.configure(&settings.policy, now);
-        let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.literal().is_some()));
+        let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.socket_addr().is_some()));
         let tls = client.map(|client| ClusterTls::new(&settings, client));
         Self {
             settings,
             upstream,
-            edits,
+            header_edits: edits,
             route_retries,
             retries,
             route_rates,
             rate,
             route_to,
-            looked_up,
+            is_resolved: looked_up,
             token: None,
             tls,
         }
@@ -171,15 +174,18 @@ impl Cluster {
 impl Cluster {
     /// The key of a policy that acts on each request to this upstream, and that a byte stream would bypass. Timeouts,
     /// retries and the breaker are not such policies, nor is one that is only observed.
-    pub fn request_policy(&self, observed: &[Observed]) -> Option<&'static str> {
+    pub fn request_policy(&self, observed: &[ObservablePolicy]) -> Option<&'static str> {
         let acts = |policy| !observed.contains(&policy);
         let routes = self.settings.routes.iter();
         let policies = routes.clone().map(|route| &route.policy).chain([&self.settings.policy]);
         let of_policy = |policy: &Policy| {
             [
-                ("rate_limit", policy.rate_limit.is_some() && acts(Observed::RateLimit)),
-                ("limits", policy.sets_request_limits && policy.limits.is_some() && acts(Observed::Limits)),
-                ("fault", policy.fault.is_some() && acts(Observed::Fault)),
+                ("rate_limit", policy.rate_limit.is_some() && acts(ObservablePolicy::RateLimit)),
+                (
+                    "limits",
+                    policy.sets_request_limits && policy.limits.is_some() && acts(ObservablePolicy::Limits),
+                ),
+                ("fault", policy.fault.is_some() && acts(ObservablePolicy::Fault)),
             ]
             .into_iter()
             .find_map(|(key, in_force)| in_force.then_some(key))
@@ -209,11 +215,11 @@ impl Cluster {
 pub struct Clusters {
     resolver: Arc<Resolver>,
     fetcher: Fetcher,
-    identity: Arc<Store>,
+    identity: Arc<IdentityStore>,
     live: HashMap<String, RunningUpstream>,
     inbound: RunningUpstream,
     /// The keys of `[inbound.jwt]`.
-    issuer: Option<jwt::issuer::Watch>,
+    issuer: Option<jwt::issuer::KeyRefresher>,
 }
 
 #[derive(Debug)]
@@ -222,7 +228,7 @@ struct RunningUpstream {
     source: Endpoints,
     _discovery: Discovery,
     health_checks: Option<HealthChecks>,
-    token: Option<Keeper>,
+    token: Option<TokenRenewer>,
     client: Option<Arc<ClientTls>>,
 }
 
@@ -248,8 +254,9 @@ impl RunningUpstream {
     /// Keeps the token where its settings did not change.
     fn keep_token(&mut self, settings: &config::Upstream, fetcher: &Fetcher, runtime: &Handle) {
         let known = self.token.take().filter(|token| Some(&token.settings) == settings.oauth2.as_ref());
-        self.token = known
-            .or_else(|| Some(Keeper::start(&settings.name, settings.oauth2.as_ref()?, fetcher, runtime)));
+        self.token = known.or_else(|| {
+            Some(TokenRenewer::start(&settings.name, settings.oauth2.as_ref()?, fetcher, runtime))
+        });
     }
 
     fn check(
@@ -305,7 +312,11 @@ pub fn inbound_settings(config: &Config, service: HostPort) -> config::Upstream 
 }
 
 impl Clusters {
-    pub fn build(config: Arc<Config>, resolver: Arc<Resolver>, identity: Arc<Store>) -> (Self, Snapshot) {
+    pub fn build(
+        config: Arc<Config>,
+        resolver: Arc<Resolver>,
+        identity: Arc<IdentityStore>,
+    ) -> (Self, Snapshot) {
         let settings = inbound_settings(&config, config.inbound.forward_to.clone());
         let inbound =
             RunningUpstream::start(&settings, &resolver, Upstream::new(settings.name.as_str()), None);
@@ -357,12 +368,15 @@ impl Clusters {
     }
 
     /// Keeps the issuer's keys where their source did not change.
-    fn gate(&mut self, config: &Config) -> Option<Gate> {
+    fn gate(&mut self, config: &Config) -> Option<AccessPolicy> {
         let settings = config.inbound.jwt.as_ref();
-        let known =
-            self.issuer.take().filter(|known| settings.is_some_and(|settings| known.serves(settings)));
-        let start = |settings| jwt::issuer::Watch::start(settings, &self.fetcher, self.resolver.runtime());
+        let known = self
+            .issuer
+            .take()
+            .filter(|known| settings.is_some_and(|settings| known.has_same_source(settings)));
+        let start =
+            |settings| jwt::issuer::KeyRefresher::start(settings, &self.fetcher, self.resolver.runtime());
         self.issuer = known.or_else(|| settings.map(start));
-        Gate::new(config, self.issuer.as_ref().map(|watch| Arc::clone(&watch.issuer)))
+        AccessPolicy::new(config, self.issuer.as_ref().map(|watch| Arc::clone(&watch.issuer)))
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     discovery::{self, Discovery},
     dns::Resolver,
     model::{Cluster, inbound_settings},
-    upstream::{Upstream, guards::Counts},
+    upstream::{Upstream, guards::PolicyCounters},
 };
 
 /// The most hosts that are known at a time; the one that was unused for longest is dropped for a new one.
@@ -27,21 +27,21 @@ const IDLE_MS: u64 = 5 * 60 * 1000;
 /// The unknown hosts, shared by the workers. Used only for a worker's first request to a host.
 #[derive(Debug)]
 pub struct UnknownHosts {
-    met: Met,
+    direction: HostDirection,
     resolver: Arc<Resolver>,
     started: Instant,
     hosts: Mutex<HashMap<HostPort, Arc<UnknownHost>>>,
     /// The sums of the counters of dropped hosts: counters must not decrease. Moved here under the lock of `hosts`.
-    dropped_counts: Counts,
+    dropped_counts: PolicyCounters,
 }
 
 /// The direction of the requests to a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Met {
+pub enum HostDirection {
     /// The service sent a request to it.
-    ByService,
+    Outbound,
     /// It is the service, at another port or address than `forward_to`.
-    ByCallers,
+    Inbound,
 }
 
 /// A host that no upstream names.
@@ -55,13 +55,13 @@ pub struct UnknownHost {
 }
 
 impl UnknownHosts {
-    pub fn new(resolver: Arc<Resolver>, met: Met) -> Self {
+    pub fn new(resolver: Arc<Resolver>, met: HostDirection) -> Self {
         Self {
-            met,
+            direction: met,
             resolver,
             started: Instant::now(),
             hosts: Mutex::default(),
-            dropped_counts: Counts::default(),
+            dropped_counts: PolicyCounters::default(),
         }
     }
 
@@ -92,12 +92,12 @@ impl UnknownHosts {
     }
 
     fn make(&self, host: &HostPort, config: &Arc<Config>, upstream: Arc<Upstream>) -> UnknownHost {
-        let settings = match self.met {
-            Met::ByService => {
+        let settings = match self.direction {
+            HostDirection::Outbound => {
                 let endpoints = Endpoints::Dns(host.clone());
                 config::Upstream::new(host.to_string(), endpoints, config.defaults.clone())
             }
-            Met::ByCallers => inbound_settings(config, host.clone()),
+            HostDirection::Inbound => inbound_settings(config, host.clone()),
         };
         let discovery =
             discovery::spawn(&settings.endpoints, Arc::clone(&upstream), Arc::clone(&self.resolver));
@@ -111,7 +111,7 @@ impl UnknownHosts {
     }
 
     /// Drops idle hosts, which ends their discovery.
-    pub fn forget_idle(&self) {
+    pub fn drop_idle(&self) {
         self.drop_idle_at(self.now());
     }
 
@@ -127,9 +127,9 @@ impl UnknownHosts {
     }
 
     /// The hosts that are known now, the last used first, and the counters of all others.
-    pub fn read(&self) -> (Vec<Arc<Cluster>>, Counts) {
+    pub fn read(&self) -> (Vec<Arc<Cluster>>, PolicyCounters) {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let dropped_counts = Counts::default();
+        let dropped_counts = PolicyCounters::default();
         dropped_counts.absorb(&self.dropped_counts);
         let mut known: Vec<_> = hosts.values().cloned().collect();
         drop(hosts);
@@ -139,7 +139,7 @@ impl UnknownHosts {
 
     /// Counts a request that was refused before its host was known.
     pub fn count_rejected(&self, reason: &str) {
-        self.dropped_counts.rejected.add(reason);
+        self.dropped_counts.rejected.increment(reason);
     }
 
     fn now(&self) -> u64 {
@@ -147,13 +147,13 @@ impl UnknownHosts {
     }
 
     /// Whether a host is not idle.
-    pub fn is_kept(&self, host: &UnknownHost) -> bool {
+    pub fn is_active(&self, host: &UnknownHost) -> bool {
         !host.is_idle(self.now())
     }
 
     /// Marks a host that a worker has kept as used. False: it was dropped meanwhile.
     pub fn touch(&self, host: &UnknownHost) -> bool {
-        let kept = self.is_kept(host);
+        let kept = self.is_active(host);
         if kept {
             host.last_used.store(self.now(), Ordering::Relaxed);
         }
@@ -170,8 +170,8 @@ impl UnknownHosts {
 }
 
 impl UnknownHost {
-    fn counts(&self) -> &Counts {
-        &self.cluster.upstream.guards.counts
+    fn counts(&self) -> &PolicyCounters {
+        &self.cluster.upstream.guards.counters
     }
 
     fn is_idle(&self, now: u64) -> bool {
@@ -190,12 +190,13 @@ mod tests {
 
     #[tokio::test]
     async fn the_counters_of_a_dropped_host_are_kept() {
-        let hosts = UnknownHosts::new(Arc::new(Resolver::from_system().unwrap()), Met::ByService);
+        let hosts = UnknownHosts::new(Arc::new(Resolver::from_system().unwrap()), HostDirection::Outbound);
         let config = Arc::new(Config::default());
         let host = hosts.get(&HostPort::new("127.0.0.1", 9), &config);
-        host.counts().retries.add("sent");
-        let sent =
-            |counts: &Counts| counts.retries.read().find(|(word, _)| *word == "sent").map(|(_, count)| count);
+        host.counts().retries.increment("sent");
+        let sent = |counts: &PolicyCounters| {
+            counts.retries.iter().find(|(word, _)| *word == "sent").map(|(_, count)| count)
+        };
         let (known, dropped_counts) = hosts.read();
         assert_eq!((known.len(), sent(&dropped_counts)), (1, Some(0)));
 

@@ -2,8 +2,8 @@
 
 use std::{collections::HashMap, rc::Rc, sync::Arc};
 
-use super::{Cluster, Names, Snapshot};
-use crate::{config::HeaderCase, durations::Cell, upstream::local::LocalUpstream};
+use super::{Cluster, ProxyNames, Snapshot};
+use crate::{config::HeaderCase, durations::DurationCell, upstream::local::LocalUpstream};
 
 /// The snapshot, with this worker's pools and latencies for each cluster.
 #[derive(Debug)]
@@ -14,7 +14,7 @@ pub struct View {
     /// Indices into `clusters`, sorted by name.
     names_in_order: Vec<usize>,
     pub inbound: Rc<LocalCluster>,
-    pub names: Names,
+    pub proxy_names: ProxyNames,
     /// Whether any upstream preserves the client's spelling of header names (`header_case`).
     pub preserves_case: bool,
 }
@@ -25,16 +25,16 @@ pub struct LocalCluster {
     pub cluster: Arc<Cluster>,
     pub upstream: Rc<LocalUpstream>,
     /// The same upstream, as records of requests refer to it.
-    pub whom: Arc<Whom>,
+    pub destination: Arc<Destination>,
 }
 
 /// An upstream as records of requests refer to it. Each worker has its own, so that workers do not contend for one
 /// reference count on every request.
 #[derive(Debug)]
-pub struct Whom {
+pub struct Destination {
     pub cluster: Arc<Cluster>,
     /// This worker's duration histogram of the upstream.
-    pub durations: Arc<Cell>,
+    pub durations: Arc<DurationCell>,
 }
 
 impl LocalCluster {
@@ -42,18 +42,18 @@ impl LocalCluster {
     pub fn new(
         cluster: &Arc<Cluster>,
         old: Option<&Rc<Self>>,
-        durations: impl FnOnce() -> Arc<Cell>,
+        durations: impl FnOnce() -> Arc<DurationCell>,
     ) -> Rc<Self> {
         let balance = &cluster.settings.balance;
         let (upstream, durations) = match old {
             Some(old) => {
                 old.upstream.set_balance(balance);
-                (Rc::clone(&old.upstream), Arc::clone(&old.whom.durations))
+                (Rc::clone(&old.upstream), Arc::clone(&old.destination.durations))
             }
             None => (LocalUpstream::new(Arc::clone(&cluster.upstream), balance), durations()),
         };
-        let destination = Arc::new(Whom { cluster: Arc::clone(cluster), durations });
-        Rc::new(Self { cluster: Arc::clone(cluster), upstream, whom: destination })
+        let destination = Arc::new(Destination { cluster: Arc::clone(cluster), durations });
+        Rc::new(Self { cluster: Arc::clone(cluster), upstream, destination })
     }
 
     fn name(&self) -> &str {
@@ -77,10 +77,10 @@ impl View {
         let mut names_in_order: Vec<_> = (0..clusters.len()).collect();
         names_in_order.sort_unstable_by_key(|index| clusters[*index].name());
         let inbound = local(&snapshot.inbound);
-        let names = Names::new(&snapshot.config.service.name, instance);
+        let names = ProxyNames::new(&snapshot.config.service.name, instance);
         let preserve = |cluster: &Arc<Cluster>| cluster.settings.header_case == HeaderCase::Preserve;
         let preserves_case = snapshot.clusters.iter().any(preserve);
-        Rc::new(Self { snapshot, clusters, names_in_order, inbound, names, preserves_case })
+        Rc::new(Self { snapshot, clusters, names_in_order, inbound, proxy_names: names, preserves_case })
     }
 
     /// The index of an upstream of the configuration.

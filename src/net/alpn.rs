@@ -2,11 +2,11 @@
 
 /// The application protocol of a connection, negotiated by ALPN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speaks {
+pub enum ApplicationProtocol {
     Http1,
     H2,
     /// Not HTTP: no ALPN is offered.
-    Bytes,
+    Opaque,
     /// A byte stream for a service behind another sidecar, announced by ALPN. A server that is not a sidecar (and so
     /// gets no client certificate from us) is offered no ALPN.
     ByteStream,
@@ -14,14 +14,14 @@ pub enum Speaks {
 
 /// Whether a connection is TLS, and who presented a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tls {
+pub enum ConnectionTls {
     None,
     /// Only the server presented a certificate.
     Server,
     Mutual,
 }
 
-impl Tls {
+impl ConnectionTls {
     pub const ALL: [Self; 3] = [Self::None, Self::Server, Self::Mutual];
 
     pub const fn word(self) -> &'static str {

@@ -14,10 +14,10 @@ use tokio::net::{TcpListener, TcpStream};
 use super::connection;
 use crate::{
     config::ListenAddr,
-    descriptors::{self, Purpose},
+    descriptors::{self, DescriptorPurpose},
     model::Side,
     proxy::worker::Worker,
-    telemetry::metrics::Awaited,
+    telemetry::metrics::PendingGuard,
 };
 
 /// The length of the kernel's queue of connections that the process has not accepted.
@@ -72,7 +72,7 @@ impl Listener {
 /// Binds an address; `localhost` in both address families, to the same port, if the machine has both.
 pub fn bind(listen: &ListenAddr) -> io::Result<Vec<std::net::TcpListener>> {
     let port = listen.0.port;
-    if let Some(address) = listen.0.literal() {
+    if let Some(address) = listen.0.socket_addr() {
         return Ok(vec![bind_one(address)?]);
     }
     let v4 = bind_one((Ipv4Addr::LOCALHOST, port).into());
@@ -144,7 +144,7 @@ pub async fn accept_loop(
 /// Returns the connection; if its descriptor belongs to the reserve, once a lower one is free. Until then nothing more
 /// is accepted, and clients wait in the kernel's backlog.
 async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
-    if Purpose::Accept.allows(&stream) {
+    if DescriptorPurpose::Accept.allows(&stream) {
         return Ok(stream);
     }
     tracing::warn!(
@@ -156,7 +156,7 @@ async fn below_reserve(stream: TcpStream) -> io::Result<TcpStream> {
     loop {
         tokio::time::sleep(ACCEPT_PAUSE).await;
         if let Ok(lower) = stream.try_clone()
-            && Purpose::Accept.allows(&lower)
+            && DescriptorPurpose::Accept.allows(&lower)
         {
             return TcpStream::from_std(lower);
         }
@@ -212,7 +212,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Serves a connection in its own task, which contains a panic.
-pub fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: Awaited) {
+pub fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: PendingGuard) {
     let worker = Rc::clone(worker);
     tokio::task::spawn_local(connection::run(worker, stream, peer, side, coming));
 }

@@ -13,14 +13,14 @@ use tokio::time::{sleep, sleep_until};
 use super::{clock::Until, connection::Connection, error::ProxyError};
 use crate::{
     cause::Cause,
-    config::{Observed, Policy},
+    config::{ObservablePolicy, Policy},
     model::{LocalCluster, View},
     resilience::{
-        limit::{Full, LimitSettings},
+        limit::{LimitRefusal, LimitSettings},
         observe::enforce,
         rate::{RateKey, RateLimit, RateSettings},
     },
-    upstream::guards::{Guards, Place, Woken},
+    upstream::guards::{Guards, QueuedWaker, RequestPermit},
 };
 
 /// Lets a call in, or says why not. `until`: how long the call may wait at all.
@@ -32,27 +32,27 @@ pub async fn admit(
     rate: Option<&Arc<RateLimit>>,
     headers: &HeaderMap,
     until: Until,
-) -> Result<Option<Place>, ProxyError> {
+) -> Result<Option<RequestPermit>, ProxyError> {
     let guards = &local.upstream.shared.guards;
     let name = &local.cluster.settings.name;
     let observing = |policy| view.snapshot.config.runtime.observe.contains(&policy);
     let note = |error: &ProxyError| {
-        guards.counts.rejected.add(error.cause.word());
+        guards.counters.rejected.increment(error.cause.word());
         tracing::debug!(upstream = name, %error, "refused");
     };
     if let (Some(settings), Some(rate)) = (&policy.rate_limit.0, rate) {
         let taken = take_rate(settings, rate, connection, headers, name);
-        enforce(taken, observing(Observed::RateLimit), note)?;
+        enforce(taken, observing(ObservablePolicy::RateLimit), note)?;
     }
     let mut place = None;
     if let Some(settings) = &policy.limits.0 {
         let taken = take_place(guards, settings, until.at(), name).await;
-        place = enforce(taken, observing(Observed::Limits), note)?;
+        place = enforce(taken, observing(ObservablePolicy::Limits), note)?;
     }
     if policy.fault.0.is_some() {
         enforce(
-            inject(connection, policy, name, observing(Observed::Fault), until).await,
-            observing(Observed::Fault),
+            inject(connection, policy, name, observing(ObservablePolicy::Fault), until).await,
+            observing(ObservablePolicy::Fault),
             note,
         )?;
     }
@@ -71,7 +71,7 @@ fn take_rate(
         RateKey::Peer => connection.peer.as_bytes(),
         RateKey::Header(header) => headers.get(header).map_or(&b""[..], |value| value.as_bytes()),
     };
-    rate.take(key, Instant::now()).map_err(|wait| {
+    rate.admit(key, Instant::now()).map_err(|wait| {
         let detail = format!("{name}: over {} requests a second per {}", settings.rate, settings.per);
         ProxyError::new(Cause::RateLimited, detail).retry_after(wait)
     })
@@ -83,32 +83,41 @@ async fn take_place(
     settings: &LimitSettings,
     deadline: Option<Instant>,
     name: &str,
-) -> Result<Place, ProxyError> {
+) -> Result<RequestPermit, ProxyError> {
     if guards.requests.try_acquire() {
-        return Ok(Place(Arc::clone(guards)));
+        return Ok(RequestPermit(Arc::clone(guards)));
     }
     let waited = Box::pin(wait_for_place(guards, deadline)).await;
     waited.map_err(|full| {
         let (cause, what) = match full {
-            Full::Limit => (Cause::LimitFull, format!("{} requests are in flight", settings.max_requests)),
-            Full::Queue => (Cause::QueueFull, format!("{} requests wait already", settings.max_pending)),
-            Full::Deadline => (Cause::Deadline, "its deadline passed while it waited for a place".to_owned()),
+            LimitRefusal::Limit => {
+                (Cause::LimitFull, format!("{} requests are in flight", settings.max_requests))
+            }
+            LimitRefusal::Queue => {
+                (Cause::QueueFull, format!("{} requests wait already", settings.max_pending))
+            }
+            LimitRefusal::Deadline => {
+                (Cause::Deadline, "its deadline passed while it waited for a place".to_owned())
+            }
         };
         ProxyError::new(cause, format!("{name}: {what}")).retry_after(settings.retry_after())
     })
 }
 
-async fn wait_for_place(guards: &Arc<Guards>, deadline: Option<Instant>) -> Result<Place, Full> {
+async fn wait_for_place(
+    guards: &Arc<Guards>,
+    deadline: Option<Instant>,
+) -> Result<RequestPermit, LimitRefusal> {
     let mut waiting = None;
     let mut patience = None;
     poll_fn(|cx| {
         let Some(ticket) = &mut waiting else {
-            let bell = Woken(cx.waker().clone());
-            let ticket = match guards.requests.wait(Instant::now(), deadline, bell) {
+            let bell = QueuedWaker(cx.waker().clone());
+            let ticket = match guards.requests.enqueue(Instant::now(), deadline, bell) {
                 Ok(ticket) => ticket,
                 Err(full) => return Poll::Ready(Err(full)),
             };
-            let timer = patience.insert(Box::pin(sleep_until(ticket.gives_up.into())));
+            let timer = patience.insert(Box::pin(sleep_until(ticket.expires_at.into())));
             // Registers the timer; a place may have come already.
             let _ = timer.as_mut().poll(cx);
             let settled = ticket.is_granted();
@@ -123,7 +132,7 @@ async fn wait_for_place(guards: &Arc<Guards>, deadline: Option<Instant>) -> Resu
             return Poll::Pending;
         }
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        Poll::Ready(ticket.settle().ok_or(if late { Full::Deadline } else { Full::Limit }))
+        Poll::Ready(ticket.settle().ok_or(if late { LimitRefusal::Deadline } else { LimitRefusal::Limit }))
     })
     .await
 }
@@ -131,7 +140,7 @@ async fn wait_for_place(guards: &Arc<Guards>, deadline: Option<Instant>) -> Resu
 /// A ticket that is settled however the wait ends, so that no place is lost with a caller who left.
 struct Queued<'a> {
     guards: &'a Arc<Guards>,
-    ticket: Option<crate::resilience::limit::Ticket>,
+    ticket: Option<crate::resilience::limit::QueueTicket>,
 }
 
 impl Queued<'_> {
@@ -139,9 +148,9 @@ impl Queued<'_> {
         self.ticket.as_ref().is_some_and(|ticket| ticket.is_granted())
     }
 
-    fn settle(&mut self) -> Option<Place> {
-        let granted = self.guards.requests.settle(self.ticket.take()?);
-        granted.then(|| Place(Arc::clone(self.guards)))
+    fn settle(&mut self) -> Option<RequestPermit> {
+        let granted = self.guards.requests.finish_wait(self.ticket.take()?);
+        granted.then(|| RequestPermit(Arc::clone(self.guards)))
     }
 }
 
@@ -177,10 +186,10 @@ async fn inject(
 
 /// A breaker that is open.
 pub fn breaker_open(name: &str, guards: &Guards, retry_after: Duration) -> ProxyError {
-    let report = guards.breaker.report_state();
+    let report = guards.breaker.state_report();
     ProxyError::new(
         Cause::BreakerOpen,
-        format!("{name}: its circuit breaker is {} ({})", report.state.word(), report.why),
+        format!("{name}: its circuit breaker is {} ({})", report.state.word(), report.reason),
     )
     .retry_after(retry_after)
 }

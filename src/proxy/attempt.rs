@@ -6,25 +6,25 @@ use http::{HeaderMap, Method, Request, Response, Uri, Version, header::HOST, uri
 use tokio::time::Instant;
 
 use super::{
-    body::{Held, RequestBody},
-    connect::connect_failed,
+    body::{RequestBody, RequestResources},
+    connect::connect_error,
     error::ProxyError,
     headers,
-    interim::{self, Gate, Interim},
+    interim::{self, ContinueGate, InterimQueue},
 };
 use crate::{
     cause::Cause,
-    identity::handshake::{FailureKind, own_has_expired, refused_after},
-    present::Present,
-    resilience::classify::{ConnectFailure, Ending, Health, Reset},
+    field_set::FieldSet,
+    identity::handshake::{FailureKind, own_certificate_expired, rejected_after_handshake},
+    resilience::classify::{ConnectFailure, Health, OutcomeKind, Reset},
     upstream::{
         Lease,
-        connect::{ConnectError, Proof},
+        connect::{ConnectError, PeerVerification},
         guards::Guards,
-        http1::{Head, Told},
+        http1::{AttemptFields, OutgoingHead},
         http2::pool::Http2Pool,
         local::LocalEndpoint,
-        pool::{AnswerError, ConnectionSettings, Pool},
+        pool::{ConnectionSettings, Pool, ResponseError},
     },
 };
 
@@ -40,7 +40,7 @@ pub struct Outgoing {
     pub extensions: http::Extensions,
     /// Another upstream may have to be asked after all tries.
     pub keep: bool,
-    pub told: Told,
+    pub told: AttemptFields,
 }
 
 /// A response's head, with what is held until its body, which comes by the lease, has ended.
@@ -48,22 +48,22 @@ pub struct Outgoing {
 pub struct Answer {
     pub response: Response<()>,
     /// What its head has.
-    pub present: Present,
+    pub present: FieldSet,
     pub lease: Lease,
-    pub held: Held,
+    pub held: RequestResources,
 }
 
 /// A try without a response.
 #[derive(Debug)]
 pub struct Failed {
-    pub ending: Ending,
+    pub ending: OutcomeKind,
     pub error: ProxyError,
     /// Its connection was lost with others on it, and one of those has been counted already.
     pub counted: bool,
 }
 
 impl Failed {
-    pub fn new(ending: Ending, error: ProxyError) -> Self {
+    pub fn new(ending: OutcomeKind, error: ProxyError) -> Self {
         Self { ending, error, counted: false }
     }
 }
@@ -76,10 +76,10 @@ impl Outgoing {
     }
 
     /// As HTTP/1.1 sends it.
-    fn borrow(&self) -> Head<'_> {
+    fn borrow(&self) -> OutgoingHead<'_> {
         let (spelling, raw_target) = (self.extensions.get(), self.extensions.get());
         let (method, target, fields) = (&self.method, &self.uri, &self.headers);
-        Head { method, target, raw_target, fields, spelling, told: self.told }
+        OutgoingHead { method, target, raw_target, fields, spelling, attempt_fields: self.told }
     }
 
     /// As HTTP/2 sends it. `last`: no try can follow this one, and nothing is left of it.
@@ -102,9 +102,9 @@ pub struct Means<'a> {
     pub settings: &'a ConnectionSettings,
     pub guards: &'a Arc<Guards>,
     /// Who is told of interim answers.
-    pub interim: Option<&'a Interim>,
+    pub interim: Option<&'a InterimQueue>,
     /// Holds the body back until the endpoint has said `100 Continue`.
-    pub gate: Option<Rc<Gate>>,
+    pub gate: Option<Rc<ContinueGate>>,
     /// The request has a body.
     pub uploads: bool,
 }
@@ -120,57 +120,64 @@ pub async fn send(
     body: impl FnOnce(bool) -> RequestBody,
 ) -> Result<Answer, Failed> {
     let Means { name, endpoint, settings, guards, interim, gate, uploads } = means;
-    let in_flight = endpoint.ask(began.into_std());
+    let in_flight = endpoint.start_request(began.into_std());
     let lease = match outgoing.version {
         Version::HTTP_2 => Http2Pool::stream(endpoint, settings, guards, uploads).await,
         _ => Pool::h1(endpoint, settings, guards, began).await,
     };
     let mut lease = lease.map_err(|error| {
         if let ConnectError::LocalResource { .. } = error {
-            guards.counts.rejected.add(Cause::LocalResource.word());
+            guards.counters.rejected.increment(Cause::LocalResource.word());
         }
-        Failed::new(connect_ending(&error), connect_failed(name, &error))
+        Failed::new(connect_ending(&error), connect_error(name, &error))
     })?;
-    let stale = lease.reused();
+    let stale = lease.is_reused();
     let body = body(stale);
-    let sent = body.sent();
+    let sent = body.upload_status();
     let body = body.into_upload();
     let answered = match &mut lease {
         Lease::H1 { connection, .. } => {
             let interim = |status, fields| {
                 if let Some(to) = interim {
-                    interim::pass_on(to, gate.as_deref(), status, fields);
+                    interim::forward_interim(to, gate.as_deref(), status, fields);
                 }
             };
             let answered = connection.send(outgoing.borrow(), body, interim).await;
             let answered = answered.map(|head| (head.present, head.into_response()));
-            answered.map_err(|error| (error.into(), !lease.sent_anything()))
+            answered.map_err(|error| (error.into(), !lease.has_sent_bytes()))
         }
         Lease::H2 { stream, .. } => {
             // Boxed: else each request over HTTP/1 would hold room for it.
             let answered = Box::pin(stream.send(outgoing.request(last), body)).await;
             answered
-                .map(|response| (Present::of(response.headers()), response))
-                .map_err(|failed| (AnswerError::from(failed.error), failed.unsent))
+                .map(|response| (FieldSet::of(response.headers()), response))
+                .map_err(|failed| (ResponseError::from(failed.error), failed.is_unsent))
         }
     };
     match answered {
         Ok((present, response)) => {
-            in_flight.answered();
-            Ok(Answer { response, present, lease, held: Held { in_flight, sent, place: None, grpc: None } })
+            in_flight.response_started();
+            Ok(Answer {
+                response,
+                present,
+                lease,
+                held: RequestResources { in_flight, upload: sent, permit: None, grpc: None },
+            })
         }
         Err((error, unsent)) => Err(classify(name, endpoint.address(), &error, unsent, stale, &lease)),
     }
 }
 
 /// What it means for the endpoint that no connection could be used.
-pub fn connect_ending(error: &ConnectError) -> Ending {
+pub fn connect_ending(error: &ConnectError) -> OutcomeKind {
     let failure = match error {
         // That there was no turn for it says nothing about the upstream's health.
-        ConnectError::Limit { .. } | ConnectError::Streams { .. } => return Ending::LocalRefusal,
+        ConnectError::ConnectionLimit { .. } | ConnectError::StreamLimit { .. } => {
+            return OutcomeKind::LocalRefusal;
+        }
         // Nor does what is wrong with our own certificate.
         ConnectError::Tls { failure, .. } if failure.kind == FailureKind::NotReady => {
-            return Ending::LocalRefusal;
+            return OutcomeKind::LocalRefusal;
         }
         ConnectError::Refused { .. } => ConnectFailure::Refused,
         ConnectError::Timeout { .. } => ConnectFailure::Timeout,
@@ -179,31 +186,36 @@ pub fn connect_ending(error: &ConnectError) -> Ending {
         ConnectError::Tls { failure, .. } if failure.kind.is_about_identity() => ConnectFailure::PeerIdentity,
         ConnectError::Tls { .. } => ConnectFailure::Tls,
     };
-    Ending::Connect(failure)
+    OutcomeKind::Connect(failure)
 }
 
 /// What a broken connection means.
 fn classify(
     name: &str,
     address: SocketAddr,
-    error: &AnswerError,
+    error: &ResponseError,
     unsent: bool,
     stale: bool,
     lease: &Lease,
 ) -> Failed {
     // With TLS 1.3 the endpoint looks at our certificate when we believe the handshake to be done.
-    let refuses_this_alone = lease.heard_anything() || error.h2().is_some_and(h2::Error::is_reset);
-    if !refuses_this_alone && let Some(at) = lease.proof().and_then(Proof::own_expired) {
-        let detail = format!("{name}: {address}: {}", own_has_expired(at));
-        return Failed::new(Ending::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
+    let refuses_this_alone = lease.has_received_bytes() || error.h2().is_some_and(h2::Error::is_reset);
+    if !refuses_this_alone
+        && let Some(at) = lease.peer_verification().and_then(PeerVerification::client_certificate_expired_at)
+    {
+        let detail = format!("{name}: {address}: {}", own_certificate_expired(at));
+        return Failed::new(OutcomeKind::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
     }
-    if let Some(failure) = refused_after(error) {
+    if let Some(failure) = rejected_after_handshake(error) {
         let detail = format!("{name}: {address}: {failure}");
-        return Failed::new(Ending::Connect(ConnectFailure::Tls), ProxyError::new(Cause::TlsFailure, detail));
+        return Failed::new(
+            OutcomeKind::Connect(ConnectFailure::Tls),
+            ProxyError::new(Cause::TlsFailure, detail),
+        );
     }
-    if error.is_of_request() {
+    if error.is_request_fault() {
         let told = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
-        return Failed::new(Ending::ClientError, told);
+        return Failed::new(OutcomeKind::ClientError, told);
     }
     let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {
@@ -212,11 +224,11 @@ fn classify(
     });
     if refused {
         let detail = format!("{name}: {address} refused the stream before it was processed");
-        return Failed::new(Ending::RefusedStream, ProxyError::new(Cause::Reset, detail));
+        return Failed::new(OutcomeKind::RefusedStream, ProxyError::new(Cause::Reset, detail));
     }
-    let response_begun = error.is_malformed() || lease.heard_anything();
+    let response_begun = error.is_malformed() || lease.has_received_bytes();
     let request_sent = response_begun || !unsent;
-    let reset = Reset { reused: stale && !response_begun, request_sent, response_begun };
+    let reset = Reset { reused: stale && !response_begun, request_sent, response_started: response_begun };
     let what = match (error.is_malformed(), h2.and_then(h2::Error::reason)) {
         (true, _) => format!("answered with something that is not valid HTTP ({error})"),
         (_, Some(reason)) => format!("reset the stream ({reason})"),
@@ -229,11 +241,11 @@ fn classify(
         _ => "",
     };
     let told = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
-    Failed { counted: is_counted(error, lease), ..Failed::new(Ending::Reset(reset), told) }
+    Failed { counted: is_counted(error, lease), ..Failed::new(OutcomeKind::Reset(reset), told) }
 }
 
 /// Whether an error is the loss of a connection that another call on it has told of. Ask once a try.
-pub fn is_counted(error: &AnswerError, lease: &Lease) -> bool {
+pub fn is_counted(error: &ResponseError, lease: &Lease) -> bool {
     let one_stream_only = error.h2().is_some_and(h2::Error::is_reset);
-    !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral)
+    !one_stream_only && lease.loss().is_some_and(|loss| loss.count_once(Health::Failure) == Health::Neutral)
 }

@@ -21,12 +21,12 @@ use super::{
     headers,
 };
 use crate::{
-    authorization::{Asked, Refusal, Token, What, unambiguous},
+    authorization::{self, AuthorizationRequest, Denial, EndUserToken, RequestedOperation},
     cause::Cause,
     config::Protocol,
     identity::{
-        gate::{Gate, Users},
-        jwt::{Claims, Invalid, KeySet},
+        access_policy::{AccessPolicy, JwtPolicy},
+        jwt::{Claims, KeySet, TokenError},
     },
     model::{LocalCluster, View},
     resilience::{
@@ -44,7 +44,7 @@ const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Authorizes a request and writes the claims of its token into the header fields that the configuration names.
-pub async fn call<B>(
+pub async fn check_request<B>(
     connection: &Connection,
     view: &View,
     request: &mut Request<B>,
@@ -54,7 +54,7 @@ pub async fn call<B>(
     let note = |error: &ProxyError, observed: bool| {
         // Malformed requests are counted where their response is made.
         if observed || error.cause != Cause::Malformed {
-            view.inbound.upstream.shared.guards.counts.rejected.add(error.cause.word());
+            view.inbound.upstream.shared.guards.counters.rejected.increment(error.cause.word());
         }
         let method = request.method().as_str();
         if observed {
@@ -66,28 +66,28 @@ pub async fn call<B>(
     let allow = |error: &ProxyError| note(error, gate.observe_allow);
     enforce(check_unambiguous(gate, request), gate.observe_allow, allow)?;
     let path = request.uri().path();
-    let query = |token| Asked {
+    let query = |token| AuthorizationRequest {
         peer: connection.peer_identity.as_deref(),
-        what: What::Call { method: request.method(), path },
+        operation: RequestedOperation::Http { method: request.method(), path },
         token,
     };
-    let Some(users) = &gate.users else {
-        let decided = gate.rules.decide(&query(Token::None)).map_err(not_allowed);
+    let Some(users) = &gate.jwt else {
+        let decided = gate.allow_list.decide(&query(EndUserToken::None)).map_err(not_allowed);
         return enforce(decided, gate.observe_allow, allow).map(drop);
     };
-    let decided = gate.rules.decide(&query(Token::Unread)).map_err(not_allowed);
+    let decided = gate.allow_list.decide(&query(EndUserToken::Unverified)).map_err(not_allowed);
     enforce(decided, gate.observe_allow, allow)?;
     let mut claims = None;
-    if users.are_asked(&normalise(path)) {
+    if users.requires_token(&normalise(path)) {
         let read = verify_token(connection, users, request.headers(), started).await;
         claims = enforce(read, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
     }
-    if gate.rules.look_at_claims() {
-        let token = claims.as_deref().map_or(Token::None, |claims| Token::Good(claims.all()));
-        let decided = gate.rules.decide(&query(token));
+    if gate.allow_list.uses_claims() {
+        let token = claims.as_deref().map_or(EndUserToken::None, |claims| EndUserToken::Valid(claims.all()));
+        let decided = gate.allow_list.decide(&query(token));
         // Where tokens are only observed, required claims are only observed as well.
         let observed = gate.observe_allow
-            || gate.observe_jwt && decided.as_ref().is_err_and(|refusal| refusal.is_for_claims());
+            || gate.observe_jwt && decided.as_ref().is_err_and(|refusal| refusal.lacks_claim_only());
         // Failures for another reason were recorded above.
         let record_failure = |error: &ProxyError| {
             if error.challenge.is_some() {
@@ -104,47 +104,51 @@ pub async fn call<B>(
 ///
 /// Byte streams carry no token. Where tokens are required, they pass only on a port that is declared `tcp`: otherwise a
 /// client could send HTTP in a form that this proxy does not recognise, and need no token.
-pub fn bytes(connection: &Connection, view: &View, to: &LocalCluster) -> Result<(), ProxyError> {
+pub fn check_byte_stream(connection: &Connection, view: &View, to: &LocalCluster) -> Result<(), ProxyError> {
     let Some(gate) = &view.snapshot.gate else { return Ok(()) };
     let note = |error: &ProxyError, observed: bool| {
-        to.upstream.shared.guards.counts.rejected.add(error.cause.word());
+        to.upstream.shared.guards.counters.rejected.increment(error.cause.word());
         let outcome = if observed { "would be refused (observed only)" } else { "refused" };
         tracing::info!(%error, "byte stream: {outcome}");
     };
-    if gate.users.is_some() && to.cluster.settings.protocol != Protocol::Tcp {
+    if gate.jwt.is_some() && to.cluster.settings.protocol != Protocol::Tcp {
         let detail =
             "bytes that are not HTTP carry no token; declare the port `protocol = \"tcp\"` to let them pass";
         let not_allowed = Err::<(), _>(ProxyError::new(Cause::JwtInvalid, detail));
         enforce(not_allowed, gate.observe_jwt, |error| note(error, gate.observe_jwt))?;
     }
-    let query = Asked { peer: connection.peer_identity.as_deref(), what: What::Bytes, token: Token::None };
-    let decided = gate.rules.decide(&query).map_err(not_allowed);
+    let query = AuthorizationRequest {
+        peer: connection.peer_identity.as_deref(),
+        operation: RequestedOperation::ByteStream,
+        token: EndUserToken::None,
+    };
+    let decided = gate.allow_list.decide(&query).map_err(not_allowed);
     enforce(decided, gate.observe_allow, |error| note(error, gate.observe_allow)).map(drop)
 }
 
 /// Whether the request by which a connection was upgraded would still be allowed, as far as that can be decided without
 /// its token.
-pub fn upgraded(
+pub fn check_upgrade(
     connection: &Connection,
     view: &View,
     (method, path): (&Method, &str),
 ) -> Result<(), ProxyError> {
     let Some(gate) = view.snapshot.gate.as_ref().filter(|gate| !gate.observe_allow) else { return Ok(()) };
-    let token = if gate.users.is_some() { Token::Unread } else { Token::None };
+    let token = if gate.jwt.is_some() { EndUserToken::Unverified } else { EndUserToken::None };
     let peer = connection.peer_identity.as_deref();
-    gate.rules
-        .decide(&Asked { peer, what: What::Call { method, path }, token })
+    gate.allow_list
+        .decide(&AuthorizationRequest { peer, operation: RequestedOperation::Http { method, path }, token })
         .map(drop)
         .map_err(not_allowed)
 }
 
-fn not_allowed(refusal: Refusal) -> ProxyError {
-    let challenge = refusal.is_for_claims().then_some(Challenge::InsufficientScope);
+fn not_allowed(refusal: Denial) -> ProxyError {
+    let challenge = refusal.lacks_claim_only().then_some(Challenge::InsufficientScope);
     ProxyError { challenge, ..ProxyError::new(Cause::NotAllowed, refusal.to_string()) }
 }
 
 /// Refuses a request whose method or path the service could read differently than the rules do.
-fn check_unambiguous<B>(gate: &Gate, request: &Request<B>) -> Result<(), ProxyError> {
+fn check_unambiguous<B>(gate: &AccessPolicy, request: &Request<B>) -> Result<(), ProxyError> {
     let names = |overrides: &[&'static str]| {
         let found = overrides.iter().find(|name| request.headers().contains_key(**name));
         found.map_or(Ok(()), |name| {
@@ -153,12 +157,13 @@ fn check_unambiguous<B>(gate: &Gate, request: &Request<B>) -> Result<(), ProxyEr
             )))
         })
     };
-    if gate.rules.look_at_methods() {
+    if gate.allow_list.uses_methods() {
         names(&METHOD_OVERRIDES)?;
     }
-    if gate.looks_at_paths {
+    if gate.uses_paths {
         names(&PATH_OVERRIDES)?;
-        unambiguous(request.uri().path()).map_err(|error| ProxyError::malformed(error.to_string()))?;
+        authorization::check_unambiguous(request.uri().path())
+            .map_err(|error| ProxyError::malformed(error.to_string()))?;
     }
     Ok(())
 }
@@ -166,7 +171,7 @@ fn check_unambiguous<B>(gate: &Gate, request: &Request<B>) -> Result<(), ProxyEr
 /// Verifies the token of a request; returns its claims.
 async fn verify_token(
     connection: &Connection,
-    users: &Users,
+    users: &JwtPolicy,
     headers: &HeaderMap,
     started: Instant,
 ) -> Result<Rc<Claims>, ProxyError> {
@@ -176,18 +181,19 @@ async fn verify_token(
         keys = wait_for_newer_keys(users, 0, headers, started).await?;
     }
     let Some(keys) = keys else {
-        let error = users.issuer.told().error.unwrap_or_else(|| "they have not been fetched yet".to_owned());
+        let error =
+            users.issuer.report().error.unwrap_or_else(|| "they have not been fetched yet".to_owned());
         let detail =
             format!("tokens cannot be checked without the keys of `{}`: {error}", users.expected.issuer);
         return Err(ProxyError::new(Cause::AuthUnavailable, detail).retry_after(RETRY_AFTER));
     };
     let verify = |keys| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        connection.worker.tokens.borrow_mut().verify(token, (users.number, &users.expected), keys, now)
+        connection.worker.tokens.borrow_mut().verify(token, (users.id, &users.expected), keys, now)
     };
     let verified = match verify(&keys) {
         // It may be signed with a new key.
-        Err(error @ Invalid::UnknownKey(_)) => {
+        Err(error @ TokenError::UnknownKey(_)) => {
             match wait_for_newer_keys(users, keys.generation, headers, started).await? {
                 Some(keys) => verify(&keys),
                 None => Err(error),
@@ -200,40 +206,40 @@ async fn verify_token(
 
 /// Waits for newer keys, no longer than the client's deadline.
 async fn wait_for_newer_keys(
-    users: &Users,
+    users: &JwtPolicy,
     generation: u64,
     headers: &HeaderMap,
     started: Instant,
 ) -> Result<Option<Arc<KeySet>>, ProxyError> {
     let left = if headers::is_grpc(headers) { grpc_timeout(headers) } else { request_timeout(headers) };
-    let deadline = Deadline::from_caller(started.into_std(), left);
-    let waited = Box::pin(Until::callers(deadline).wait(users.issuer.newer(generation))).await;
+    let deadline = Deadline::from_client(started.into_std(), left);
+    let waited = Box::pin(Until::callers(deadline).wait(users.issuer.wait_for_newer_keys(generation))).await;
     waited.map_err(|expired| expired.unsent(&users.expected.issuer, "the keys that tokens are verified with"))
 }
 
-fn unauthenticated(invalid: Invalid) -> ProxyError {
+fn unauthenticated(invalid: TokenError) -> ProxyError {
     let challenge = match invalid {
-        Invalid::Missing => Challenge::Bearer,
-        Invalid::Several => Challenge::InvalidRequest,
+        TokenError::Missing => Challenge::Bearer,
+        TokenError::MultipleFields => Challenge::InvalidRequest,
         _ => Challenge::InvalidToken,
     };
     ProxyError { challenge: Some(challenge), ..ProxyError::new(Cause::JwtInvalid, invalid.to_string()) }
 }
 
 /// The token of the Authorization field (RFC 6750 §2.1). Tokens in other places are ignored.
-fn bearer(headers: &HeaderMap) -> Result<&str, Invalid> {
+fn bearer(headers: &HeaderMap) -> Result<&str, TokenError> {
     let mut fields = headers.get_all(AUTHORIZATION).iter();
-    let field = fields.next().ok_or(Invalid::Missing)?;
+    let field = fields.next().ok_or(TokenError::Missing)?;
     if fields.next().is_some() {
-        return Err(Invalid::Several);
+        return Err(TokenError::MultipleFields);
     }
     let (scheme, token) =
-        field.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(Invalid::Missing)?;
-    if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim_matches(' ')) } else { Err(Invalid::Missing) }
+        field.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(TokenError::Missing)?;
+    if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim_matches(' ')) } else { Err(TokenError::Missing) }
 }
 
 /// Sets the header fields for claims, and removes those that the client sent.
-fn set_claim_headers(users: &Users, claims: Option<&Claims>, headers: &mut HeaderMap) {
+fn set_claim_headers(users: &JwtPolicy, claims: Option<&Claims>, headers: &mut HeaderMap) {
     for (name, claim) in &*users.claim_headers {
         headers::remove_spellings(headers, name);
         if let Some(value) = claims.and_then(|claims| claims.get(claim)).and_then(field_value) {
@@ -277,9 +283,9 @@ mod tests {
         assert_eq!(of(&["Bearer a.b.c"]), Ok("a.b.c".to_owned()));
         assert_eq!(of(&["bEARER  a.b.c "]), Ok("a.b.c".to_owned()));
         for none in [&[][..], &["Basic YTpi"], &["Bearer"], &["a.b.c"], &[""]] {
-            assert_eq!(of(none), Err(Invalid::Missing), "{none:?}");
+            assert_eq!(of(none), Err(TokenError::Missing), "{none:?}");
         }
-        assert_eq!(of(&["Bearer a", "Bearer b"]), Err(Invalid::Several));
+        assert_eq!(of(&["Bearer a", "Bearer b"]), Err(TokenError::MultipleFields));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Bodies: streamed, with a buffer of what is needed to send a request again.
 
-mod kept;
+mod replay_buffer;
 mod request;
 mod response;
 
-pub use request::{CallerBody, ClaimFields, Replay, Replayable, RequestBody, Sent, SourceFailure};
-pub use response::{Held, ResponseBody, Streaming};
+pub use request::{ClaimFields, ClientBody, Replay, Replayable, RequestBody, SourceFailure, UploadStatus};
+pub use response::{RequestResources, ResponseBody, StreamingBody};

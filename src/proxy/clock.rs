@@ -16,15 +16,15 @@ use crate::{
     cause::Cause,
     config::AttemptTimeout,
     resilience::{
-        classify::Ending,
-        deadline::{self, Deadline, Limit},
+        classify::OutcomeKind,
+        deadline::{self, Deadline, DeadlineLimit},
     },
 };
 
 /// What ran out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RanOut {
-    Limit(Limit),
+    Limit(DeadlineLimit),
     /// Nothing of the request's body moved for `idle_timeout`.
     Upload,
     /// `max_duration`.
@@ -33,20 +33,24 @@ pub enum RanOut {
 
 impl RanOut {
     /// What it means for the one who was waited for, what the caller is told, and whose limit it was.
-    pub fn meaning(self) -> (Ending, Cause, &'static str) {
+    pub fn meaning(self) -> (OutcomeKind, Cause, &'static str) {
         match self {
-            Self::Limit(Limit::Attempt) => {
-                (Ending::AttemptTimeout, Cause::AttemptTimeout, "`attempt_timeout`")
+            Self::Limit(DeadlineLimit::Attempt) => {
+                (OutcomeKind::AttemptTimeout, Cause::AttemptTimeout, "`attempt_timeout`")
             }
-            Self::Limit(Limit::ClientShare) => {
-                (Ending::ClientShare, Cause::AttemptTimeout, "half of what was left of the client's deadline")
+            Self::Limit(DeadlineLimit::ClientShare) => (
+                OutcomeKind::ClientShare,
+                Cause::AttemptTimeout,
+                "half of what was left of the client's deadline",
+            ),
+            Self::Limit(DeadlineLimit::Timeout) => (OutcomeKind::Timeout, Cause::Timeout, "`timeout`"),
+            Self::Limit(DeadlineLimit::ClientDeadline) => {
+                (OutcomeKind::ClientDeadline, Cause::Deadline, "the caller's deadline")
             }
-            Self::Limit(Limit::Timeout) => (Ending::Timeout, Cause::Timeout, "`timeout`"),
-            Self::Limit(Limit::Caller) => (Ending::CallersDeadline, Cause::Deadline, "the caller's deadline"),
             Self::Upload => {
-                (Ending::CallerGone, Cause::Timeout, "`idle_timeout`: the request's body stood still")
+                (OutcomeKind::ClientGone, Cause::Timeout, "`idle_timeout`: the request's body stood still")
             }
-            Self::Whole => (Ending::CallersDeadline, Cause::Timeout, "`max_duration`"),
+            Self::Whole => (OutcomeKind::ClientDeadline, Cause::Timeout, "`max_duration`"),
         }
     }
 
@@ -87,7 +91,7 @@ pub struct Clock {
     timeout: Option<Duration>,
     attempt_timeout: AttemptTimeout,
     /// The limit of the try under way, once its clock runs.
-    this_try: Option<Option<(Instant, Limit)>>,
+    this_try: Option<Option<(Instant, DeadlineLimit)>>,
     try_began: Instant,
     /// Another try may follow the one under way.
     more: bool,
@@ -124,7 +128,7 @@ impl Clock {
         progress: &Progress,
     ) -> Self {
         let now = Instant::now();
-        let mut deadline = self.deadline.callers_only();
+        let mut deadline = self.deadline.client_only();
         if progress.request_sent_at().is_some() {
             deadline.start(now.into_std(), timeout);
         }
@@ -133,7 +137,7 @@ impl Clock {
 
     /// Whether the upstream's usual latency matters: the client's own deadline could be divided.
     pub fn divides_clients_deadline(&self) -> bool {
-        self.attempt_timeout == AttemptTimeout::Auto && self.deadline.callers().is_some()
+        self.attempt_timeout == AttemptTimeout::Auto && self.deadline.client_deadline().is_some()
     }
 
     /// A try begins; `more`: another may follow it. `usual`: see [`Deadline::attempt`].
@@ -148,7 +152,7 @@ impl Clock {
 
     /// What is left of the call, to be told to the next hop; `None` = no limit.
     pub fn left(&self, now: Instant) -> Option<Duration> {
-        match (self.deadline.left(now.into_std()), self.timeout) {
+        match (self.deadline.time_left(now.into_std()), self.timeout) {
             // Before the body is sent our own clock stands still: all of it is left.
             (Some(left), Some(timeout)) => Some(left.min(timeout)),
             (left, timeout) => left.or(timeout),
@@ -162,7 +166,7 @@ impl Clock {
     /// Until when the call may wait before its first try.
     pub fn until(&self, progress: &Progress) -> Until {
         let limit = self.deadline.at().map(|(at, limit)| (Instant::from_std(at), RanOut::Limit(limit)));
-        let whole = progress.over_at().map(|at| (at, RanOut::Whole));
+        let whole = progress.must_end_at().map(|at| (at, RanOut::Whole));
         Until(limit.into_iter().chain(whole).min_by_key(|(at, _)| *at))
     }
 
@@ -175,7 +179,7 @@ impl Clock {
     pub fn spent(&self, progress: &Progress, now: Instant) -> Option<RanOut> {
         let (at, ran_out) = self.until(progress).0?;
         let left = at.saturating_duration_since(now);
-        deadline::millis_to_tell(left).is_none().then_some(ran_out)
+        deadline::timeout_header_millis(left).is_none().then_some(ran_out)
     }
 
     /// Starts the clock of the call where the request has been sent.
@@ -195,7 +199,7 @@ impl Clock {
             if let Poll::Ready(output) = work.as_mut().poll(cx) {
                 return Poll::Ready(Ok(output));
             }
-            let woken = progress.take_woken();
+            let woken = progress.take_timer_fired();
             match self.due(progress) {
                 Some((due, Some(ran_out))) if woken && Instant::now() >= due => {
                     return Poll::Ready(Err(ran_out));
@@ -212,7 +216,7 @@ impl Clock {
 
     /// What comes next: a limit, or (`None`) a moment to look again.
     fn due(&mut self, progress: &Progress) -> Option<(Instant, Option<RanOut>)> {
-        let whole = progress.over_at().map(|at| (at, Some(RanOut::Whole)));
+        let whole = progress.must_end_at().map(|at| (at, Some(RanOut::Whole)));
         self.request_sent(progress);
         if let Some(sent) = progress.request_sent_at() {
             let more = self.more && progress.is_repeatable();

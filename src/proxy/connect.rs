@@ -11,11 +11,11 @@ use tokio::{task::spawn_local, time::timeout};
 
 use super::{
     attempt::connect_ending,
-    body::{CallerBody, ResponseBody},
+    body::{ClientBody, ResponseBody},
     clock::Until,
     connection::Connection,
     error::ProxyError,
-    target::{self, Target},
+    target::{self, RouteTarget},
 };
 use crate::{
     cause::Cause,
@@ -23,18 +23,19 @@ use crate::{
     dns::DnsError,
     identity::handshake::FailureKind,
     model::{Cluster, LocalCluster, Snapshot, View},
-    net::alpn::Speaks,
+    net::alpn::ApplicationProtocol,
     proxy::worker::Shared,
     resilience::{
-        classify::{Health, Outcome},
-        outlier::{Change, Evidence},
+        classify::{AttemptOutcome, Health},
+        outlier::{EndpointChange, EndpointOutcome},
     },
     upstream::{
-        DiscoveryError, EndpointSet, Resolution, comeback,
-        connect::{ConnectError, TcpLimits, TlsTarget, connect},
+        DiscoveryError, EndpointSet, Resolution,
+        connect::{ConnectError, TcpTimeouts, TlsTarget, connect},
+        eviction,
         guards::ConnectionSlot,
-        local::{InFlight, LocalEndpoint, Probe, Wanted},
-        squeeze,
+        local::{InFlight, LocalEndpoint, PickCriteria, Probe},
+        reachability,
         stream::UpstreamIo,
     },
 };
@@ -46,17 +47,17 @@ const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The resources that a connection for a byte stream holds.
 #[derive(Debug)]
-pub struct Dialled {
+pub struct ByteStreamGuard {
     _in_flight: InFlight,
     slot: ConnectionSlot,
 }
 
-impl Dialled {
+impl ByteStreamGuard {
     /// Waits until a request needs the connection slot and no idle connection can be closed for it.
-    pub async fn is_wanted(&self) {
+    pub async fn wait_until_reclaimed(&self) {
         loop {
-            let wanted = squeeze::wanted();
-            if self.slot.is_claimed() {
+            let wanted = eviction::requested();
+            if self.slot.claim_eviction() {
                 return;
             }
             wanted.await;
@@ -86,15 +87,18 @@ impl From<DialError> for ProxyError {
 }
 
 /// Opens a connection to an upstream for a byte stream.
-pub async fn dial(connection: &Connection, to: &LocalCluster) -> Result<(UpstreamIo, Dialled), ProxyError> {
+pub async fn dial(
+    connection: &Connection,
+    to: &LocalCluster,
+) -> Result<(UpstreamIo, ByteStreamGuard), ProxyError> {
     Ok(dial_allowed(connection, to, to.cluster.tls_target(None), |_| Ok(())).await?)
 }
 
 /// Opens one without TLS, for a service that speaks TLS itself.
-pub async fn dial_bare(
+pub async fn dial_without_tls(
     connection: &Connection,
     to: &LocalCluster,
-) -> Result<(UpstreamIo, Dialled), ProxyError> {
+) -> Result<(UpstreamIo, ByteStreamGuard), ProxyError> {
     Ok(dial_allowed(connection, to, None, |_| Ok(())).await?)
 }
 
@@ -103,43 +107,44 @@ async fn dial_allowed(
     to: &LocalCluster,
     tls: Option<TlsTarget>,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
-) -> Result<(UpstreamIo, Dialled), DialError> {
+) -> Result<(UpstreamIo, ByteStreamGuard), DialError> {
     let mut endpoints = endpoints(connection, to, Until::default()).await?;
-    if let Some(dialled) = connection.outward() {
+    if let Some(dialled) = connection.outbound_destination() {
         // A client that dialled one of several endpoints meant that one.
-        endpoints = only(dialled, &endpoints).unwrap_or(endpoints);
+        endpoints = endpoint_at(dialled, &endpoints).unwrap_or(endpoints);
     }
     let settings = &to.cluster.settings;
-    let limits = TcpLimits {
+    let limits = TcpTimeouts {
         connect: settings.policy.connect_timeout.limit(),
-        user: settings.user_timeout(Speaks::Bytes),
+        user_timeout: settings.user_timeout(ApplicationProtocol::Opaque),
     };
-    let slot = ConnectionSlot::take(&to.upstream.shared.guards)
+    let slot = ConnectionSlot::acquire(&to.upstream.shared.guards)
         .await
-        .map_err(|error| connect_failed(&to.cluster.settings.name, &error))?;
+        .map_err(|error| connect_error(&to.cluster.settings.name, &error))?;
     let mut tried = Vec::new();
     loop {
-        let wanted = Wanted { tried: &tried, hash: None, probe: Some(Probe::Repeatable) };
+        let wanted = PickCriteria { tried: &tried, hash: None, probe: Some(Probe::Repeatable) };
         let endpoint = pick(connection, to, &endpoints, &wanted)?;
         allowed(endpoints[endpoint].address())?;
         let began = Instant::now();
         let connected =
-            connect(endpoints[endpoint].address(), limits, tls.as_ref(), Speaks::ByteStream).await;
+            connect(endpoints[endpoint].address(), limits, tls.as_ref(), ApplicationProtocol::ByteStream)
+                .await;
         report_dial(connection, to, &endpoints[endpoint], connected.as_ref().err(), began);
         match connected {
             Ok(connected) => {
-                let slot = slot.opened(connected.protection());
-                let dialled = Dialled { _in_flight: endpoints[endpoint].enter(), slot };
+                let slot = slot.mark_open(connected.protection());
+                let dialled = ByteStreamGuard { _in_flight: endpoints[endpoint].count_in_flight(), slot };
                 return Ok((connected.io, dialled));
             }
             Err(error) if is_http_only(&error) => {
-                return Err(DialError::HttpOnly(connect_failed(&to.cluster.settings.name, &error)));
+                return Err(DialError::HttpOnly(connect_error(&to.cluster.settings.name, &error)));
             }
             Err(error) => {
                 tried.push(endpoint);
                 if tried.len() >= MAX_DIALS.min(endpoints.len()) {
                     to.upstream.shared.refresh();
-                    return Err(connect_failed(&to.cluster.settings.name, &error).into());
+                    return Err(connect_error(&to.cluster.settings.name, &error).into());
                 }
             }
         }
@@ -159,20 +164,20 @@ fn report_dial(
     began: Instant,
 ) {
     let evidence = match error.map(connect_ending) {
-        None => Evidence::Success,
-        Some(ending) => Evidence::new(&Outcome::new(ending), Health::Failure, false),
+        None => EndpointOutcome::Success,
+        Some(ending) => EndpointOutcome::new(&AttemptOutcome::new(ending), Health::Failure, false),
     };
-    if evidence.is_absence() || (evidence == Evidence::Success && endpoint.is_absent()) {
+    if evidence.makes_absent() || (evidence == EndpointOutcome::Success && endpoint.is_absent()) {
         let upstream = &to.upstream.shared;
         let change = endpoint.report(upstream, evidence, (began, Instant::now()), || 0.0);
-        if let Some(Change::Absent | Change::StillAbsent) = change {
-            comeback::watch(upstream, &connection.worker.shared.control);
+        if let Some(EndpointChange::Absent | EndpointChange::StillAbsent) = change {
+            reachability::watch_absent_endpoints(upstream, &connection.worker.shared.control_runtime);
         }
     }
 }
 
 /// The endpoint with this address, as a set of one.
-pub fn only(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Option<Rc<[Rc<LocalEndpoint>]>> {
+pub fn endpoint_at(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Option<Rc<[Rc<LocalEndpoint>]>> {
     let one = endpoints.iter().find(|endpoint| endpoint.address() == address)?;
     Some(Rc::new([Rc::clone(one)]))
 }
@@ -186,7 +191,7 @@ pub async fn endpoints(
     let shared = &to.upstream.shared;
     if shared.endpoints().generation == 0 {
         let name = &to.cluster.settings.name;
-        let resolved = Box::pin(until.wait(timeout(DISCOVERY_TIMEOUT, shared.resolved()))).await;
+        let resolved = Box::pin(until.wait(timeout(DISCOVERY_TIMEOUT, shared.wait_until_resolved()))).await;
         resolved.map_err(|expired| expired.unsent(name, "the first result of discovery"))?.map_err(|_| {
             ProxyError::new(
                 Cause::DnsTimeout,
@@ -207,7 +212,7 @@ pub fn pick(
     connection: &Connection,
     to: &LocalCluster,
     endpoints: &[Rc<LocalEndpoint>],
-    wanted: &Wanted<'_>,
+    wanted: &PickCriteria<'_>,
 ) -> Result<usize, ProxyError> {
     let now = Instant::now();
     connection.worker.with_rng(|rng| to.upstream.pick(endpoints, wanted, now, rng)).ok_or_else(|| {
@@ -238,7 +243,7 @@ fn no_endpoints_error(name: &str, set: &EndpointSet) -> ProxyError {
     }
 }
 
-pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
+pub fn connect_error(name: &str, error: &ConnectError) -> ProxyError {
     let cause = match error {
         ConnectError::Refused { .. } => Cause::ConnectRefused,
         ConnectError::Timeout { .. } => Cause::ConnectTimeout,
@@ -249,7 +254,7 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
         ConnectError::Handshake { .. } => Cause::Reset,
         ConnectError::Tls { failure, .. } if failure.kind.is_about_identity() => Cause::PeerIdentity,
         ConnectError::Tls { .. } => Cause::TlsFailure,
-        ConnectError::Limit { .. } | ConnectError::Streams { .. } => {
+        ConnectError::ConnectionLimit { .. } | ConnectError::StreamLimit { .. } => {
             return ProxyError::new(Cause::LimitFull, format!("{name}: {error}"))
                 .retry_after(Duration::from_secs(1));
         }
@@ -261,10 +266,10 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
 pub fn check_address(
     view: &View,
     connection: &Connection,
-    target: &Target,
+    target: &RouteTarget,
     address: SocketAddr,
 ) -> Result<(), ProxyError> {
-    if !target.chosen_by_caller {
+    if !target.chosen_by_client {
         return Ok(());
     }
     let cluster = &target.local.cluster;
@@ -292,10 +297,10 @@ enum Denial {
 }
 
 fn denial(shared: &Shared, snapshot: &Snapshot, cluster: &Cluster, address: SocketAddr) -> Option<Denial> {
-    if shared.own.contains(address) {
+    if shared.own_addresses.contains(address) {
         return Some(Denial::Own);
     }
-    if !cluster.looked_up {
+    if !cluster.is_resolved {
         return None;
     }
     let ip = unmapped(address.ip());
@@ -319,7 +324,7 @@ fn unmapped(ip: IpAddr) -> IpAddr {
 pub async fn open_tunnel(
     connection: &Rc<Connection>,
     view: &View,
-    request: &mut Request<CallerBody>,
+    request: &mut Request<ClientBody>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let authority =
         request.uri().authority().ok_or_else(|| ProxyError::malformed("CONNECT names no host"))?;
@@ -338,9 +343,9 @@ pub async fn open_tunnel(
         Err(DialError::Failed(error)) => return Err(error),
     };
     let mut upgrade = connection.upgrade(request);
-    let inside = connection.inside_tunnel(to);
+    let inside = connection.inner_for_tunnel(to);
     spawn_local(async move {
-        let _open = inside.worker.shared.metrics.outbound.opened();
+        let _open = inside.worker.shared.metrics.outbound.count_open();
         let Some(stream) = upgrade.stream().await else { return };
         let ended = inside.serve_tunnel(stream, dialled, &target.local).await;
         if let Err(error) = ended {

@@ -1,10 +1,10 @@
 //! A client's connection, from its first byte to its last.
 
-mod first;
+mod drain_watch;
+mod first_bytes;
 mod http1;
 mod http2;
-mod leaving;
-mod spoken;
+mod protocol;
 mod tls;
 mod upgraded;
 
@@ -30,7 +30,7 @@ use tokio::{
 };
 
 use super::{
-    connect, detect::RequestWatch, error::ProxyError, interim::Interim, progress::Progress, redirected,
+    connect, detect::RequestWatch, error::ProxyError, interim::InterimQueue, progress::Progress, redirection,
     target,
 };
 use crate::{
@@ -38,26 +38,26 @@ use crate::{
     identity::{Peer, SpiffeId, xfcc},
     model::Side,
     net::io::{Io, SharedTcp},
-    proxy::worker::{Phase, Worker, announce_phase, connections, drain_phase},
-    telemetry::metrics::{Awaited, Detected},
+    proxy::worker::{Phase, Worker, announce_phase, connection_counts, drain_phase},
+    telemetry::metrics::{DetectionOutcome, PendingGuard},
 };
 
-use leaving::{Leaving, looked_at};
-use spoken::{BegunBytes, Plain};
+use drain_watch::{DrainWatch, wait_until_some};
+use protocol::{ByteStreamOrigin, PlaintextOptions};
 
 pub use http1::body::Body;
 #[cfg(test)]
-pub use http1::link::Link;
+pub use http1::server_connection::ServerConnection;
 pub use upgraded::Upgrade;
 
 /// The limit from the first byte of a request's head to its last (slowloris).
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The limit for an idle client connection. Long: closing one races with the client's next request.
-const CALLER_IDLE: Duration = Duration::from_secs(3600);
+const CLIENT_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The limit for a client that reads nothing of what is written to it.
-const WRITE_STALL: Duration = Duration::from_secs(300);
+const WRITE_STALL_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long an idle HTTP/1 connection stays open after its close was requested.
-const LAST_CALL: Duration = Duration::from_secs(1);
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
 
 /// The state that all requests of a connection share.
 #[derive(Debug)]
@@ -72,19 +72,19 @@ pub struct Connection {
     /// The version was TLS 1.2.
     pub tls12: bool,
     /// The interim responses of the HTTP/1 request in progress.
-    pub interim: Interim,
+    pub interim: InterimQueue,
     /// The identity in the client's verified certificate; `None`: plaintext, or TLS without a certificate.
     pub peer_identity: Option<Arc<Peer>>,
     /// The same as a value for `x-forwarded-client-cert`, made when it is first needed.
     client_cert: OnceCell<Option<HeaderValue>>,
     /// The certificate chain that the client presented.
-    presented: Option<Box<[CertificateDer<'static>]>>,
+    presented_chain: Option<Box<[CertificateDer<'static>]>>,
     /// Plaintext on a port that requires mutual TLS: every request gets an error response.
     refused_plaintext: Cell<bool>,
     /// The original destination, if kernel rules redirected the connection here.
-    pub redirected_to: Option<SocketAddr>,
+    pub original_destination: Option<SocketAddr>,
     /// The destination of the CONNECT tunnel that this connection is inside of.
-    pub tunnel_to: Option<HostPort>,
+    pub tunnel_destination: Option<HostPort>,
     /// The HTTP/1 request in progress.
     exchange: RefCell<Option<Rc<Progress>>>,
     /// Receives the stream after a response that changes the protocol (101, 2xx to CONNECT).
@@ -95,29 +95,29 @@ pub struct Connection {
     /// A request has arrived over HTTP/2.
     has_served: Cell<bool>,
     /// The connection is to be closed: responses say `Connection: close`.
-    leaving: Cell<bool>,
+    close_requested: Cell<bool>,
     /// When the last request ended.
     idle_since: Cell<Instant>,
 }
 
 /// What is known of a connection before it is served.
 #[derive(Debug, Default)]
-struct Found {
+struct ConnectionInfo {
     tls: bool,
     tls12: bool,
     peer_identity: Option<Arc<Peer>>,
-    presented: Option<Box<[CertificateDer<'static>]>>,
-    redirected_to: Option<SocketAddr>,
-    tunnel_to: Option<HostPort>,
+    presented_chain: Option<Box<[CertificateDer<'static>]>>,
+    original_destination: Option<SocketAddr>,
+    tunnel_destination: Option<HostPort>,
 }
 
 /// Serves a connection to its end. Rare steps are boxed, to keep the future of every connection small.
-pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: Awaited) {
-    let redirected_to = redirected::destination(&stream, &side);
-    if side == Side::Outbound && redirected_to.is_some_and(redirected::is_probe) {
+pub async fn run(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr, side: Side, coming: PendingGuard) {
+    let redirected_to = redirection::original_destination(&stream, &side);
+    if side == Side::Outbound && redirected_to.is_some_and(redirection::is_probe) {
         return worker.shared.interception.probe_arrived();
     }
-    let _open = connections(&worker.shared, &side).opened();
+    let _open = connection_counts(&worker.shared, &side).count_open();
     drop(coming);
     let _load = LoadGuard::new(&worker);
     let stream = SharedTcp::new(stream);
@@ -135,7 +135,7 @@ const OUTDATED: ConnectionError = ConnectionError::Cut(
 const TLS_TOO_OLD: ConnectionError =
     ConnectionError::Cut("the connection uses TLS 1.2, and `min_tls` now requires 1.3");
 
-const DISTRUSTED: ConnectionError = ConnectionError::Cut("the peer's certificate was revoked");
+const PEER_REVOKED: ConnectionError = ConnectionError::Cut("the peer's certificate was revoked");
 
 /// Why a connection ended with an error.
 #[derive(Debug, thiserror::Error)]
@@ -160,14 +160,19 @@ impl Connection {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         let peer =
             HeaderValue::try_from(address.ip().to_string()).unwrap_or(HeaderValue::from_static("unknown"));
-        Self::begin(worker, side, (address, peer), Found { redirected_to, ..Found::default() })
+        Self::begin(
+            worker,
+            side,
+            (address, peer),
+            ConnectionInfo { original_destination: redirected_to, ..ConnectionInfo::default() },
+        )
     }
 
     fn begin(
         worker: &Rc<Worker>,
         side: Side,
         (address, peer): (SocketAddr, HeaderValue),
-        found: Found,
+        found: ConnectionInfo,
     ) -> Rc<Self> {
         Rc::new(Self {
             worker: Rc::clone(worker),
@@ -176,37 +181,37 @@ impl Connection {
             address,
             tls: found.tls,
             tls12: found.tls12,
-            interim: Interim::default(),
+            interim: InterimQueue::default(),
             peer_identity: found.peer_identity,
             client_cert: OnceCell::new(),
-            presented: found.presented,
+            presented_chain: found.presented_chain,
             refused_plaintext: Cell::default(),
-            redirected_to: found.redirected_to,
-            tunnel_to: found.tunnel_to,
+            original_destination: found.original_destination,
+            tunnel_destination: found.tunnel_destination,
             exchange: RefCell::default(),
             handover: RefCell::default(),
             streams: Cell::default(),
             http2: Cell::default(),
             has_served: Cell::default(),
-            leaving: Cell::default(),
+            close_requested: Cell::default(),
             idle_since: Cell::new(Instant::now()),
         })
     }
 
     /// The connection inside this one (TLS, CONNECT).
-    fn inside(&self, found: Found) -> Rc<Self> {
+    fn inner(&self, found: ConnectionInfo) -> Rc<Self> {
         Self::begin(&self.worker, self.side.clone(), (self.address, self.peer.clone()), found)
     }
 
     /// The connection inside a CONNECT tunnel on this one.
-    pub fn inside_tunnel(&self, to: HostPort) -> Rc<Self> {
-        self.inside(Found {
+    pub fn inner_for_tunnel(&self, to: HostPort) -> Rc<Self> {
+        self.inner(ConnectionInfo {
             tls: self.tls,
             tls12: self.tls12,
             peer_identity: self.peer_identity.clone(),
-            presented: None,
-            redirected_to: None,
-            tunnel_to: Some(to),
+            presented_chain: None,
+            original_destination: None,
+            tunnel_destination: Some(to),
         })
     }
 
@@ -214,26 +219,26 @@ impl Connection {
     async fn serve(self: &Rc<Self>, stream: SharedTcp) -> Result<(), ConnectionError> {
         self.check_no_loop()?;
         // The destination of bytes that are not HTTP; none on the outbound port, unless the connection was redirected.
-        let destination = target::behind(self);
-        let mtls = target::mtls(self);
+        let destination = target::byte_stream_destination(self);
+        let mtls = target::mtls_mode(self);
         let protocol =
             destination.as_ref().map_or(Protocol::Auto, |destination| destination.cluster.settings.protocol);
         if let (Protocol::Tcp, Some(destination)) = (protocol, &destination) {
             if mtls == Mtls::Strict {
                 return Box::pin(self.serve_tls(stream, Bytes::new(), mtls, destination)).await;
             }
-            self.note_detected(Detected::Declared);
+            self.note_detected(DetectionOutcome::Declared);
             // Does not wait for the client, which may be waiting for the server; so TLS cannot be detected.
             let (upstream, _in_use) = Box::pin(connect::dial(self, destination)).await?;
-            return Box::pin(self.carry(
+            return Box::pin(self.relay_byte_stream(
                 stream,
                 upstream,
                 destination,
-                (RequestWatch::off(), BegunBytes::default()),
+                (RequestWatch::off(), ByteStreamOrigin::default()),
             ))
             .await;
         }
-        let plain = Plain { destination: destination.as_ref(), mtls, is_negotiated: false };
+        let plain = PlaintextOptions { destination: destination.as_ref(), mtls, is_negotiated: false };
         match (self.serve_plain(stream, plain).await?, &destination) {
             (Some((stream, read_ahead)), Some(destination)) => {
                 Box::pin(self.serve_tls(stream, read_ahead, mtls, destination)).await
@@ -251,20 +256,20 @@ impl Connection {
     pub fn client_cert(&self) -> Option<&HeaderValue> {
         let peer = self.peer_identity.as_deref()?;
         let value = || {
-            let own = self.worker.shared.identity.own();
-            let by = own.as_ref().and_then(|material| material.own.spiffe.as_ref());
-            xfcc::value(peer, by.map(SpiffeId::as_str))
+            let own = self.worker.shared.identity.material();
+            let by = own.as_ref().and_then(|material| material.identity.spiffe.as_ref());
+            xfcc::header_value(peer, by.map(SpiffeId::as_str))
         };
         self.client_cert.get_or_init(value).as_ref()
     }
 
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.get()
+    pub fn is_close_requested(&self) -> bool {
+        self.close_requested.get()
     }
 
     /// Closes the connection after the current response.
-    pub fn refuse_further_requests(&self) {
-        self.leaving.set(true);
+    pub fn close_after_response(&self) {
+        self.close_requested.set(true);
     }
 
     /// Waits until this connection is to be closed as soon as no request is in progress.
@@ -272,11 +277,11 @@ impl Connection {
     /// From the announcement of the drain on, responses say `Connection: close`. HTTP/2 sends GOAWAY and loses no
     /// request. An HTTP/1 connection that stays open serves requests until its side drains, and then for
     /// [`CLOSE_GRACE`], as a request may be in transit.
-    async fn closing(&self) {
+    async fn wait_for_close(&self) {
         let announced = announce_phase(&self.side);
         let accepted_late = *self.worker.shared.phase.borrow() >= announced;
         let trusted = self.wait_for_close_request(announced).await;
-        self.leaving.set(true);
+        self.close_requested.set(true);
         if self.http2.get() {
             if trusted && accepted_late {
                 Box::pin(self.first_request_or_drain()).await;
@@ -284,9 +289,9 @@ impl Connection {
             return;
         }
         if trusted {
-            Box::pin(self.reached(drain_phase(&self.side))).await;
+            Box::pin(self.wait_for_phase(drain_phase(&self.side))).await;
         }
-        sleep(LAST_CALL).await;
+        sleep(CLOSE_GRACE).await;
     }
 
     /// Waits until the drain of this side is announced (true), or the connection is no longer allowed or trusted
@@ -296,27 +301,27 @@ impl Connection {
             return false;
         }
         // One boxed future for all cases keeps the connection's own future small.
-        let no_longer_allowed: Pin<Box<dyn Future<Output = ()> + '_>> = match &self.presented {
-            None if self.side == Side::Inbound => Box::pin(self.outdated()),
+        let no_longer_allowed: Pin<Box<dyn Future<Output = ()> + '_>> = match &self.presented_chain {
+            None if self.side == Side::Inbound => Box::pin(self.wait_until_outdated()),
             None => Box::pin(std::future::pending()),
             Some(chain) if self.tls12 => Box::pin(async {
                 tokio::select! {
-                    () = self.distrusted(chain) => {}
-                    () = self.outdated() => {}
+                    () = self.wait_until_distrusted(chain) => {}
+                    () = self.wait_until_outdated() => {}
                 }
             }),
-            Some(chain) => Box::pin(self.distrusted(chain)),
+            Some(chain) => Box::pin(self.wait_until_distrusted(chain)),
         };
         tokio::select! {
-            () = self.reached(announced) => true,
+            () = self.wait_for_phase(announced) => true,
             () = no_longer_allowed => false,
         }
     }
 
     /// Waits until the process has reached a phase.
-    async fn reached(&self, wanted: Phase) {
+    async fn wait_for_phase(&self, wanted: Phase) {
         let phase = &self.worker.shared.phase;
-        looked_at(phase, || (*phase.borrow() >= wanted).then_some(())).await;
+        wait_until_some(phase, || (*phase.borrow() >= wanted).then_some(())).await;
     }
 
     /// A client that connects after the drain was announced may wait for SETTINGS before it sends a request. A GOAWAY
@@ -326,12 +331,12 @@ impl Connection {
         let served = poll_fn(|_| if self.has_served.get() { Poll::Ready(()) } else { Poll::Pending });
         tokio::select! {
             () = served => {}
-            () = self.reached(drain_phase(&self.side)) => {}
+            () = self.wait_for_phase(drain_phase(&self.side)) => {}
         }
     }
 
     /// Why the current configuration no longer allows this connection; `None` if it does.
-    pub fn refusal_by_now(&self) -> Option<ConnectionError> {
+    pub fn refusal_by_current_config(&self) -> Option<ConnectionError> {
         if target::lacks_identity(self) {
             Some(NO_CLIENT_CERTIFICATE)
         } else if target::has_outdated_tls(self) {
@@ -369,7 +374,7 @@ mod tests {
     /// Ten thousand idle clients hold one each.
     #[test]
     fn the_future_of_a_connection_is_small() {
-        fn size<F: Future>(_: impl Fn(Rc<Worker>, TcpStream, SocketAddr, Side, Awaited) -> F) -> usize {
+        fn size<F: Future>(_: impl Fn(Rc<Worker>, TcpStream, SocketAddr, Side, PendingGuard) -> F) -> usize {
             size_of::<F>()
         }
         let size = size(run);

@@ -8,7 +8,7 @@ use crate::{cause::Cause, model::LocalCluster};
 
 /// The client's Authorization fields, kept for a fallback upstream: no upstream may get the token of another.
 #[derive(Debug)]
-pub struct SetAside(Vec<HeaderValue>);
+pub struct ClientAuthorization(Vec<HeaderValue>);
 
 /// Puts the upstream's token into the request, if the upstream has one; waits for it no longer than `until`.
 pub(super) async fn attach(
@@ -17,20 +17,20 @@ pub(super) async fn attach(
     until: Until,
 ) -> Result<(), ProxyError> {
     let headers = &mut carried.outgoing.headers;
-    if let Some(SetAside(client_values)) = carried.set_aside.take() {
+    if let Some(ClientAuthorization(client_values)) = carried.set_aside.take() {
         headers.remove(AUTHORIZATION);
         for value in client_values {
             headers.append(AUTHORIZATION, value);
         }
     }
     let Some(token) = &local.cluster.token else { return Ok(()) };
-    let field = match token.ready(Instant::now()) {
+    let field = match token.current_field(Instant::now()) {
         Some(field) => field,
         None => {
             let name = &local.cluster.settings.name;
-            let waited = Box::pin(until.wait(token.field())).await;
+            let waited = Box::pin(until.wait(token.wait_for_field())).await;
             waited.map_err(|expired| expired.unsent(name, "a token"))?.map_err(|error| {
-                local.upstream.shared.guards.counts.rejected.add(Cause::AuthUnavailable.word());
+                local.upstream.shared.guards.counters.rejected.increment(Cause::AuthUnavailable.word());
                 let failure = ProxyError::new(Cause::AuthUnavailable, format!("{name}: {error}"));
                 failure.retry_after(error.retry_after)
             })?
@@ -40,17 +40,17 @@ pub(super) async fn attach(
     Ok(())
 }
 
-fn replace(headers: &mut HeaderMap, field: HeaderValue) -> SetAside {
+fn replace(headers: &mut HeaderMap, field: HeaderValue) -> ClientAuthorization {
     let client_values = headers.get_all(AUTHORIZATION).iter().cloned().collect();
     headers.insert(AUTHORIZATION, field);
-    SetAside(client_values)
+    ClientAuthorization(client_values)
 }
 
 /// Reports to the token's source that the upstream has rejected the token.
-pub(super) fn note(local: &LocalCluster, status: StatusCode) {
+pub(super) fn note_unauthorized(local: &LocalCluster, status: StatusCode) {
     if status == StatusCode::UNAUTHORIZED
         && let Some(token) = &local.cluster.token
     {
-        token.refused();
+        token.report_unauthorized();
     }
 }

@@ -9,7 +9,7 @@ use http::{
 
 use super::{
     attempt::Answer,
-    body::{Held, ResponseBody},
+    body::{RequestResources, ResponseBody},
     connection::Upgrade,
     credentials,
     error::ProxyError,
@@ -18,11 +18,11 @@ use super::{
 };
 use crate::{
     cause::Cause,
+    field_set::{Field, FieldSet},
     header_names::X_OUTRIGGER_RETRY,
     model::Side,
-    present::{Field, Present},
     resilience::{
-        classify::{Advice, Outcome},
+        classify::{AttemptOutcome, RetryAdvice},
         fallback::FallbackSettings,
     },
 };
@@ -30,10 +30,10 @@ use crate::{
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
 /// Makes the client's response from an upstream's: removes hop-by-hop fields, adds `Via`, applies the route's edits.
-pub fn hand_on(
+pub fn forward_response(
     exchange: &Exchange<'_>,
     answer: Answer,
-    outcome: &Outcome,
+    outcome: &AttemptOutcome,
     client_version: Version,
     client_upgrade: Option<Upgrade>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
@@ -41,9 +41,9 @@ pub fn hand_on(
     let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
     let status = response.status();
     if present.has(Field::KeepAlive) {
-        lease.heard(response.headers());
+        lease.record_keep_alive(response.headers());
     }
-    credentials::note(&target.local, status);
+    credentials::note_unauthorized(&target.local, status);
     let broken = |error: ProxyError| {
         let detail = format!("{}: the response cannot be forwarded: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)
@@ -57,12 +57,12 @@ pub fn hand_on(
         add_retry_advice(exchange, &mut response, present);
     } else {
         let received = response.version();
-        view.names.via(&connection.side).append(response.headers_mut(), received);
+        view.proxy_names.via(&connection.side).append(response.headers_mut(), received);
     }
-    if let Some(edits) = target.route.and_then(|route| target.matched.cluster.edits.get(route)) {
+    if let Some(edits) = target.route.and_then(|route| target.matched.cluster.header_edits.get(route)) {
         edits.response.apply(response.headers_mut());
     }
-    let attempts = exchange.call.progress.note(|record| record.tries.made()).unwrap_or(0);
+    let attempts = exchange.call.progress.with_record(|record| record.attempts.count()).unwrap_or(0);
     if attempts > 1 && may_be_failure(status, present) {
         append_proxy_status(exchange, response.headers_mut(), status, outcome, attempts);
     }
@@ -70,19 +70,19 @@ pub fn hand_on(
         let (Some(upgrade_stream), Some(protocol)) = (client_upgrade, hop_by_hop.upgrade) else {
             return Err(broken(ProxyError::malformed("the upstream sent 101 to a request without Upgrade")));
         };
-        let Some(service_stream) = lease.take_stream() else {
+        let Some(service_stream) = lease.take_upgraded_stream() else {
             return Err(broken(ProxyError::malformed("101 before all of the request was sent")));
         };
         let idle = exchange.policy.tunnel_idle_timeout.limit();
         // A tunnel counts as a connection, not as a request in flight.
-        let held = Held { place: None, ..held };
+        let held = RequestResources { permit: None, ..held };
         upgrade::join(
             connection,
             upgrade_stream,
             service_stream,
             (lease, held),
             idle,
-            exchange.call.progress.over_at(),
+            exchange.call.progress.must_end_at(),
         );
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(UPGRADE, protocol);
@@ -92,7 +92,7 @@ pub fn hand_on(
         headers::keep_unindexed(response.headers_mut());
     }
     *response.version_mut() = client_version;
-    exchange.call.progress.answering();
+    exchange.call.progress.response_begins();
     let progress = Rc::clone(exchange.call.progress);
     Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))
 }
@@ -102,12 +102,12 @@ fn append_proxy_status(
     exchange: &Exchange<'_>,
     headers: &mut HeaderMap,
     status: StatusCode,
-    outcome: &Outcome,
+    outcome: &AttemptOutcome,
     attempts: u32,
 ) {
     let member = format!(
         "{}; received-status={}; details=\"{}, {attempts} attempts\"",
-        exchange.call.view.names.deployment,
+        exchange.call.view.proxy_names.deployment,
         status.as_u16(),
         outcome.label(),
     );
@@ -117,20 +117,20 @@ fn append_proxy_status(
 }
 
 /// Asks the client's sidecar not to retry a request that failed because this service's own retries were exhausted.
-fn add_retry_advice(exchange: &Exchange<'_>, response: &mut Response<()>, present: Present) {
+fn add_retry_advice(exchange: &Exchange<'_>, response: &mut Response<()>, present: FieldSet) {
     let failed = response.status().is_server_error() || present.has(Field::GrpcStatus);
-    let spent = &exchange.call.connection.worker.shared.spent;
+    let spent = &exchange.call.connection.worker.shared.spent_traces;
     if failed
-        && let Some(trace) = exchange.call.progress.note(|record| record.context.trace.get())
+        && let Some(trace) = exchange.call.progress.with_record(|record| record.context.trace.get())
         && spent.contains(trace, std::time::Instant::now())
-        && let Some(word) = Advice::No.word()
+        && let Some(word) = RetryAdvice::No.word()
     {
         response.headers_mut().insert(X_OUTRIGGER_RETRY, HeaderValue::from_static(word));
     }
 }
 
 /// The configured fallback response. Its `Proxy-Status` says that it is one.
-pub fn fallback(settings: &FallbackSettings, deployment: &str, why: &str) -> Response<ResponseBody> {
+pub fn fallback_response(settings: &FallbackSettings, deployment: &str, why: &str) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::whole(settings.body.clone()));
     *response.status_mut() = StatusCode::from_u16(settings.status).unwrap_or(StatusCode::OK);
     if let Ok(value) = HeaderValue::try_from(settings.content_type.as_str()) {
@@ -143,6 +143,6 @@ pub fn fallback(settings: &FallbackSettings, deployment: &str, why: &str) -> Res
 }
 
 /// Whether a response may be a failure and has to be classified; every other one is a success.
-pub fn may_be_failure(status: StatusCode, present: Present) -> bool {
+pub fn may_be_failure(status: StatusCode, present: FieldSet) -> bool {
     status.as_u16() >= 400 || present.has(Field::GrpcStatus)
 }

@@ -19,10 +19,10 @@ use tokio::{
 
 use opening::classify_ended;
 pub use opening::{classify, server_speaks_http};
-pub use watch::{ReadsAsRequest, RequestWatch};
+pub use watch::{HiddenRequest, RequestWatch};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Spoken {
+pub enum DetectedProtocol {
     Http1,
     H2,
     /// TLS: the first record of a handshake.
@@ -46,7 +46,7 @@ pub struct Detector {
 }
 
 impl Detector {
-    pub async fn spoken(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Spoken> {
+    pub async fn detect(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<DetectedProtocol> {
         loop {
             if let Some(detected) = classify(&self.received) {
                 return Ok(detected);
@@ -97,7 +97,7 @@ impl Detector {
     }
 
     /// Whether any byte was received.
-    pub fn has_begun(&self) -> bool {
+    pub fn has_bytes(&self) -> bool {
         !self.received.is_empty()
     }
 
@@ -132,7 +132,7 @@ mod tests {
             let bytes = client_hello_for(name);
             let mut stream = tokio::io::BufReader::with_capacity(100, &bytes[..]);
             let mut detector = Detector::default();
-            assert_eq!(detector.spoken(&mut stream).await.unwrap(), Spoken::Tls);
+            assert_eq!(detector.detect(&mut stream).await.unwrap(), DetectedProtocol::Tls);
             assert_eq!(detector.server_name(&mut stream).await.unwrap().as_deref(), expected);
             assert_eq!(detector.into_bytes(), bytes, "nothing is lost");
         }
@@ -146,7 +146,7 @@ mod tests {
         let endless = [&[0x16, 3, 1, 0x40, 0, 1, 0, 0xff, 0xff][..], &[0; 200_000]].concat();
         for bytes in [other, short, endless, b"\x16\x03\x01\xff\xff".to_vec()] {
             let (mut stream, mut detector) = (&bytes[..], Detector::default());
-            assert_eq!(detector.spoken(&mut stream).await.unwrap(), Spoken::Tls);
+            assert_eq!(detector.detect(&mut stream).await.unwrap(), DetectedProtocol::Tls);
             assert_eq!(detector.server_name(&mut stream).await.unwrap(), None);
             assert!(detector.into_bytes().len() <= MAX_CLIENT_HELLO * 2);
         }
@@ -156,10 +156,10 @@ mod tests {
     async fn the_detected_bytes_are_returned() {
         let mut stream: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
         let mut detector = Detector::default();
-        let detected = detector.spoken(&mut stream).await.unwrap();
+        let detected = detector.detect(&mut stream).await.unwrap();
         assert_eq!(
             (detected, &detector.into_bytes()[..]),
-            (Spoken::Http1, &b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"[..])
+            (DetectedProtocol::Http1, &b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"[..])
         );
     }
 }

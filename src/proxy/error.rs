@@ -56,14 +56,14 @@ impl ProxyError {
 
 /// What an error response contains besides the error.
 #[derive(Debug, Default)]
-pub struct Context<'a> {
+pub struct ErrorContext<'a> {
     /// The deployment's name in `Proxy-Status`: `outrigger/SERVICE`.
     pub deployment: &'a str,
     pub request_id: &'a str,
     pub trace_id: Option<&'a str>,
     pub upstream: Option<&'a str>,
     /// The number of attempts that were made.
-    pub tries: u32,
+    pub attempts: u32,
     /// The last address that was tried. `None` on the inbound side: clients outside must not learn internal addresses.
     pub next_hop: Option<String>,
     pub grpc: bool,
@@ -92,7 +92,7 @@ struct Problem<'a> {
 const ERRORS_PAGE: &str = "https://outrigger.dev/errors";
 
 /// Turns an error into a response. The only function that does.
-pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBody> {
+pub fn respond(error: &ProxyError, context: &ErrorContext<'_>) -> Response<ResponseBody> {
     let info = error.cause.info();
     let status = error.status.unwrap_or(info.status);
     let mut headers = HeaderMap::with_capacity(6);
@@ -131,7 +131,7 @@ pub fn respond(error: &ProxyError, context: &Context<'_>) -> Response<ResponseBo
             cause: info.word,
             trace_id: context.trace_id,
             upstream: context.upstream,
-            attempts: context.tries,
+            attempts: context.attempts,
             retry_after_ms: error.retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
         };
         insert(&mut headers, "content-type", "application/problem+json");
@@ -187,8 +187,12 @@ mod tests {
     fn an_http_client_gets_problem_json() {
         let error = ProxyError::new(Cause::BreakerOpen, "payments: 10 failures in a row")
             .retry_after(Duration::from_millis(1200));
-        let context =
-            Context { deployment: "outrigger/checkout", request_id: "r1", tries: 2, ..Context::default() };
+        let context = ErrorContext {
+            deployment: "outrigger/checkout",
+            request_id: "r1",
+            attempts: 2,
+            ..ErrorContext::default()
+        };
         let response = respond(&error, &context);
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()["retry-after"], "2");
@@ -209,8 +213,10 @@ mod tests {
     #[test]
     fn a_grpc_client_gets_a_grpc_status() {
         let error = ProxyError::new(Cause::Timeout, "no answer – 100 %");
-        let response =
-            respond(&error, &Context { deployment: "outrigger/a", grpc: true, ..Context::default() });
+        let response = respond(
+            &error,
+            &ErrorContext { deployment: "outrigger/a", grpc: true, ..ErrorContext::default() },
+        );
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["grpc-status"], "4");
         assert_eq!(response.headers()["grpc-message"], "timeout: no answer %E2%80%93 100 %25");

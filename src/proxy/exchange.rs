@@ -17,32 +17,32 @@ use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 use super::{
     admission,
     attempt::{Answer, Failed, Outgoing},
-    body::{CallerBody, Replay, ResponseBody},
+    body::{ClientBody, Replay, ResponseBody},
     clock::Clock,
     connect,
     connection::{Connection, Upgrade},
-    credentials::{self, SetAside},
+    credentials::{self, ClientAuthorization},
     deliver,
     error::ProxyError,
     head,
     progress::Progress,
-    target::{self, Target},
+    target::{self, RouteTarget},
 };
 use crate::{
     cause::Cause,
-    config::{AttemptTimeout, Balance, Observed, Policy, Protocol, UserTimeout},
-    http1::head::leave,
+    config::{AttemptTimeout, Balance, ObservablePolicy, Policy, Protocol, UserTimeout},
+    field_set::{Field, FieldSet},
+    http1::head::recycle_header_map,
     model::{Side, View},
-    net::alpn::Speaks,
-    present::{Field, Present},
+    net::alpn::ApplicationProtocol,
     resilience::{
-        classify::Outcome,
+        classify::AttemptOutcome,
         deadline::{self, Deadline},
         retry::RetryPolicy,
     },
-    telemetry::record::{Try, Why},
+    telemetry::record::{AttemptReason, AttemptRecord},
     upstream::{
-        balance::hash_key, connect::TcpLimits, guards::Guards, http2::PingSettings, local::LocalEndpoint,
+        balance::hash_key, connect::TcpTimeouts, guards::Guards, http2::PingSettings, local::LocalEndpoint,
         pool::ConnectionSettings,
     },
 };
@@ -75,15 +75,15 @@ pub(super) struct Carried {
     pub outgoing: Outgoing,
     pub replay: Replay,
     /// What the next try is for, and how long it was waited for.
-    pub next: (Why, Duration),
+    pub next: (AttemptReason, Duration),
     /// The caller's own credentials, while a token of ours stands in their place.
-    pub(super) set_aside: Option<SetAside>,
+    pub(super) set_aside: Option<ClientAuthorization>,
 }
 
 /// A call to one upstream.
 pub struct Exchange<'a> {
     pub call: &'a Call<'a>,
-    pub target: &'a Target,
+    pub target: &'a RouteTarget,
     pub policy: &'a Policy,
     pub(super) retries: &'a RetryPolicy,
     pub(super) endpoints: Rc<[Rc<LocalEndpoint>]>,
@@ -94,7 +94,7 @@ pub struct Exchange<'a> {
 
 /// How the tries ended, and what there is to show for it.
 pub enum Ended {
-    Answered(Box<Answer>, Outcome),
+    Answered(Box<Answer>, AttemptOutcome),
     Failed(Failed),
 }
 
@@ -102,22 +102,22 @@ pub enum Ended {
 pub async fn run(
     connection: &Rc<Connection>,
     view: &View,
-    target: &Target,
-    request: &mut Request<CallerBody>,
-    present: Present,
+    target: &RouteTarget,
+    request: &mut Request<ClientBody>,
+    present: FieldSet,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
-    let grpc = progress.note(|record| record.grpc).unwrap_or_default();
+    let grpc = progress.with_record(|record| record.grpc).unwrap_or_default();
     let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(request));
     let callers_version = request.version();
     let version = version_for(cluster.settings.protocol, callers_version);
     let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
 
-    let observed_timeout = view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
+    let observed_timeout = view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
     let callers = callers_time(grpc, present, request.headers());
-    let deadline = Deadline::from_caller(progress.started().into_std(), callers);
+    let deadline = Deadline::from_client(progress.started().into_std(), callers);
     let (timeout, attempt) = timeouts(policy, grpc, observed_timeout);
     let clock = Clock::new(deadline, timeout, attempt, progress.started());
     let idle = if grpc { policy.tunnel_idle_timeout } else { policy.idle_timeout };
@@ -125,7 +125,7 @@ pub async fn run(
 
     let upgrade = head::prepare(connection, view, target, request, present, version)?;
     let upgrade = upgrade.filter(|_| http1 && callers_version == Version::HTTP_11);
-    let edited = target.route.is_some_and(|route| target.matched.cluster.edits.get(route).is_some());
+    let edited = target.route.is_some_and(|route| target.matched.cluster.header_edits.get(route).is_some());
     let call = Call {
         connection,
         view,
@@ -136,7 +136,7 @@ pub async fn run(
         expects_continue: http1 && callers_version == Version::HTTP_11 && present.has(Field::Expect),
         interim: http1 && callers_version == Version::HTTP_11,
     };
-    let users = view.snapshot.gate.as_ref().and_then(|gate| gate.users.as_ref());
+    let users = view.snapshot.gate.as_ref().and_then(|gate| gate.jwt.as_ref());
     let users = users.filter(|users| connection.side == Side::Inbound && !users.claim_headers.is_empty());
     let claims = users.map(|users| Arc::clone(&users.claim_headers));
     let limit = retries.body_limit(request.method(), call.idempotency_key, version == Version::HTTP_2);
@@ -152,7 +152,7 @@ pub async fn run(
     outgoing.keep = policy.fallback.is_some();
 
     let mut carried =
-        Carried { clock, outgoing, replay, next: (Why::First, Duration::ZERO), set_aside: None };
+        Carried { clock, outgoing, replay, next: (AttemptReason::First, Duration::ZERO), set_aside: None };
     let callers =
         Callers { version: callers_version, upgrade: callers_upgrade.filter(|_| upgrade.is_some()) };
     drop(upgrade);
@@ -164,10 +164,10 @@ pub async fn run(
         && let Some(why) = failure(&ended)
     {
         let Some(other) = &fallback.upstream else {
-            progress.note(|record| record.fell_back = Some(why));
-            return Ok(deliver::fallback(fallback, &view.names.deployment, why));
+            progress.with_record(|record| record.fallback_cause = Some(why));
+            return Ok(deliver::fallback_response(fallback, &view.proxy_names.deployment, why));
         };
-        if let Some(other) = target::named(view, other)
+        if let Some(other) = target::by_name(view, other)
             && carried.replay.take_over()
         {
             // Its connection and its place are not needed any more.
@@ -175,7 +175,7 @@ pub async fn run(
             return Box::pin(fall_back(call, other, why, carried, callers)).await;
         }
     }
-    leave(carried.outgoing.headers);
+    recycle_header_map(carried.outgoing.headers);
     finish(ended?, callers)
 }
 
@@ -192,7 +192,7 @@ fn failure(ended: &Result<(Exchange<'_>, Ended), ProxyError>) -> Option<&'static
 /// Has another upstream serve a call.
 async fn fall_back(
     mut call: Call<'_>,
-    other: Target,
+    other: RouteTarget,
     why: &'static str,
     mut carried: Carried,
     mut callers: Callers,
@@ -202,17 +202,23 @@ async fn fall_back(
     let has_body = !carried.replay.is_empty();
     // By HTTP/2 it was told among the fields.
     call.tells |= carried.outgoing.version == Version::HTTP_2;
-    head::respell(&mut carried.outgoing, version, &cluster.settings.name, has_body, cluster.tls.is_some())?;
+    head::convert_head(
+        &mut carried.outgoing,
+        version,
+        &cluster.settings.name,
+        has_body,
+        cluster.tls.is_some(),
+    )?;
     if version != Version::HTTP_11 {
         (call.interim, call.expects_continue, callers.upgrade) = (false, false, None);
     }
     let (policy, retries) = other.matched.cluster.policy(None);
-    call.progress.note(|record| {
-        record.fell_back = Some(why);
-        record.served = Some(Arc::clone(&other.local.whom));
+    call.progress.with_record(|record| {
+        record.fallback_cause = Some(why);
+        record.served_by = Some(Arc::clone(&other.local.destination));
     });
-    carried.next = (Why::Fallback, Duration::ZERO);
-    let observed = call.view.snapshot.config.runtime.observe.contains(&Observed::Timeout);
+    carried.next = (AttemptReason::Fallback, Duration::ZERO);
+    let observed = call.view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
     carried.clock = carried.clock.afresh(timeouts(policy, call.grpc, observed), call.progress);
     let ended = serve(&call, &other, policy, retries, &mut carried).await;
     finish(ended?, callers)
@@ -225,7 +231,7 @@ fn finish(
     match ended {
         Ended::Failed(failed) => Err(failed.error),
         Ended::Answered(answer, outcome) => {
-            deliver::hand_on(&exchange, *answer, &outcome, callers.version, callers.upgrade)
+            deliver::forward_response(&exchange, *answer, &outcome, callers.version, callers.upgrade)
         }
     }
 }
@@ -243,7 +249,7 @@ fn version_for(protocol: Protocol, callers: Version) -> Version {
 /// Has an upstream serve the call, if its guards let it in.
 async fn serve<'a>(
     call: &'a Call<'a>,
-    target: &'a Target,
+    target: &'a RouteTarget,
     policy: &'a Policy,
     retries: &'a RetryPolicy,
     carried: &mut Carried,
@@ -260,17 +266,21 @@ async fn serve<'a>(
     let max_age = settings.max_connection_age.limit();
     let http2 = carried.outgoing.version == Version::HTTP_2;
     let mut endpoints = connect::endpoints(call.connection, local, until).await?;
-    if let Some(pinned) = target.pinned {
-        endpoints = connect::only(pinned, &endpoints).unwrap_or(endpoints);
+    if let Some(pinned) = target.pinned_endpoint {
+        endpoints = connect::endpoint_at(pinned, &endpoints).unwrap_or(endpoints);
     }
     let exchange = Exchange {
         endpoints,
         connections: Box::new(ConnectionSettings {
-            tcp: TcpLimits {
+            tcp: TcpTimeouts {
                 connect: policy.connect_timeout.limit(),
-                user: settings.user_timeout(if http2 { Speaks::H2 } else { Speaks::Http1 }),
+                user_timeout: settings.user_timeout(if http2 {
+                    ApplicationProtocol::H2
+                } else {
+                    ApplicationProtocol::Http1
+                }),
             },
-            lifts_user_timeout: settings.tcp_user_timeout == UserTimeout::Auto,
+            clear_user_timeout_on_upgrade: settings.tcp_user_timeout == UserTimeout::Auto,
             pool_idle: settings.pool_idle_timeout,
             header_case: settings.header_case,
             // Drawn anew, so that not all connections end at once.
@@ -290,18 +300,18 @@ async fn serve<'a>(
     let ended = exchange.tries(carried).await;
     exchange.note_spent(&ended);
     let mut ended = ended?;
-    if carried.next.0 != Why::First {
+    if carried.next.0 != AttemptReason::First {
         // It may have come before a wait for another try that was then not made.
         call.progress.moved();
     }
     if let Ended::Answered(answer, _) = &mut ended {
-        answer.held.place = place;
+        answer.held.permit = place;
     }
     Ok((exchange, ended))
 }
 
 /// How much time the caller has.
-fn callers_time(grpc: bool, present: Present, headers: &HeaderMap) -> Option<Duration> {
+fn callers_time(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Option<Duration> {
     if grpc && present.has(Field::GrpcTimeout) {
         deadline::grpc_timeout(headers)
     } else if !grpc && present.has(Field::RequestTimeout) {
@@ -324,18 +334,18 @@ fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, A
 
 /// Counts a call that `timeout`, or a fixed `attempt_timeout`, would have ended.
 fn note_overrun(
-    target: &Target,
+    target: &RouteTarget,
     (timeout, attempt): (Option<Duration>, AttemptTimeout),
     progress: &Progress,
 ) {
     let waited = |limit: &Duration| progress.request_sent_at().is_some_and(|sent| sent.elapsed() > *limit);
     let tried = |limit: &Duration| {
         let sent = progress.request_sent_at();
-        let too_long = |one: &Try| {
-            let began = sent.map_or(one.began, |sent| sent.max(one.began));
-            one.ended.is_some_and(|ended| ended.duration_since(began) > *limit)
+        let too_long = |one: &AttemptRecord| {
+            let began = sent.map_or(one.started_at, |sent| sent.max(one.started_at));
+            one.ended_at.is_some_and(|ended| ended.duration_since(began) > *limit)
         };
-        progress.note(|record| record.tries.iter().any(too_long)).unwrap_or_default()
+        progress.with_record(|record| record.attempts.iter().any(too_long)).unwrap_or_default()
     };
     let cause = if timeout.filter(waited).is_some() {
         Cause::Timeout
@@ -344,7 +354,7 @@ fn note_overrun(
     } else {
         return;
     };
-    target.local.upstream.shared.guards.counts.rejected.add(cause.word());
+    target.local.upstream.shared.guards.counters.rejected.increment(cause.word());
     let upstream = &target.local.cluster.settings.name;
     tracing::info!(upstream, "`{}` would have ended this call (observed only)", cause.word());
 }
@@ -374,7 +384,7 @@ impl<'a> Exchange<'a> {
         &self.target.local.upstream.shared.guards
     }
 
-    pub(super) fn observing(&self, policy: Observed) -> bool {
+    pub(super) fn observing(&self, policy: ObservablePolicy) -> bool {
         self.call.view.snapshot.config.runtime.observe.contains(&policy)
     }
 }

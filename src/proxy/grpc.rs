@@ -8,67 +8,68 @@ use super::attempt;
 use crate::{
     model::LocalCluster,
     resilience::{
-        breaker::Permit,
-        classify::{Advice, Ending, GrpcStatus, Health, Outcome, Reset},
-        outlier::Evidence,
-        retry::Reason,
+        breaker::BreakerPermit,
+        classify::{AttemptOutcome, GrpcStatus, Health, OutcomeKind, Reset, RetryAdvice},
+        outlier::EndpointOutcome,
+        retry::StopReason,
     },
-    upstream::{Lease, local::LocalEndpoint, pool::AnswerError},
+    upstream::{Lease, local::LocalEndpoint, pool::ResponseError},
 };
 
 /// What is needed to report the outcome of a gRPC request at its end. Reports nothing if dropped (the client
 /// cancelled).
 #[derive(Debug)]
-pub struct GrpcEnd {
+pub struct GrpcReporter {
     /// The upstream of the request.
     pub local: Rc<LocalCluster>,
     /// The upstream and route whose policy applies.
     pub matched: Rc<LocalCluster>,
     pub route: Option<usize>,
     pub endpoint: Rc<LocalEndpoint>,
-    pub permit: Option<Permit>,
+    pub permit: Option<BreakerPermit>,
     /// The client's deadline, where it is earlier than the proxy's timeout: a service that ends at it is not at fault.
-    pub callers_deadline: Option<Instant>,
+    pub client_deadline: Option<Instant>,
     /// When the attempt began.
     pub began: Instant,
     /// The random number for decisions, from 0 to 1.
     pub random: f64,
 }
 
-impl GrpcEnd {
+impl GrpcReporter {
     /// Reports the status in the trailers. A missing status is UNKNOWN, as in gRPC libraries.
-    pub fn ended(self, trailers: &HeaderMap) {
+    pub fn report_trailers(self, trailers: &HeaderMap) {
         let status = GrpcStatus::from_headers(trailers).unwrap_or(GrpcStatus::Unknown);
         self.report_status(status, false);
     }
 
     /// Reports that the stream was reset or its connection was lost.
-    pub fn broke(self, error: &AnswerError, lease: Option<&Lease>) {
+    pub fn report_reset(self, error: &ResponseError, lease: Option<&Lease>) {
         let counted = lease.is_some_and(|lease| attempt::is_counted(error, lease));
         match error.h2().and_then(h2::Error::reason) {
             // The specification maps these codes (PROTOCOL-HTTP2).
             Some(h2::Reason::CANCEL) => self.report_status(GrpcStatus::Cancelled, counted),
             Some(h2::Reason::ENHANCE_YOUR_CALM) => self.report_status(GrpcStatus::ResourceExhausted, counted),
             _ => {
-                let reset = Reset { reused: false, request_sent: true, response_begun: true };
-                self.report(&Outcome::new(Ending::Reset(reset)), counted);
+                let reset = Reset { reused: false, request_sent: true, response_started: true };
+                self.report(&AttemptOutcome::new(OutcomeKind::Reset(reset)), counted);
             }
         }
     }
 
     fn report_status(self, status: GrpcStatus, counted: bool) {
-        let left = self.callers_deadline.map(|at| at.saturating_duration_since(Instant::now()));
-        self.report(&Outcome::grpc(status, Advice::None, left), counted);
+        let left = self.client_deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        self.report(&AttemptOutcome::grpc(status, RetryAdvice::None, left), counted);
     }
 
     /// `counted`: another request on the same connection has already reported its loss.
-    fn report(self, outcome: &Outcome, counted: bool) {
+    fn report(self, outcome: &AttemptOutcome, counted: bool) {
         let (guards, now) = (&self.local.upstream.shared.guards, Instant::now());
         let health = if counted { Health::Neutral } else { outcome.health() };
         if outcome.is_failure() {
             let (_, retries) = self.matched.cluster.policy(self.route);
-            let reason = if retries.names(outcome) { Reason::Committed } else { Reason::NotRetryable };
-            guards.counts.retries.add(reason.word());
+            let reason =
+                if retries.is_retryable(outcome) { StopReason::Committed } else { StopReason::NotRetryable };
+            guards.counters.retries.increment(reason.word());
             tracing::debug!(
                 upstream = self.local.cluster.settings.name,
                 endpoint = %self.endpoint.address(),
@@ -78,11 +79,11 @@ impl GrpcEnd {
             );
         }
         let local = &self.local.upstream;
-        let evidence = Evidence::new(outcome, health, false);
-        self.endpoint.shared.outcomes.record(outcome.ending, now);
+        let evidence = EndpointOutcome::new(outcome, health, false);
+        self.endpoint.shared.outcomes.record(outcome.kind, now);
         self.endpoint.report(&local.shared, evidence, (self.began, now), || self.random);
         if let Some(permit) = self.permit {
-            let verdict = (local.blame(&self.endpoint, health, now), evidence.is_absence());
+            let verdict = (local.health_for_breaker(&self.endpoint, health, now), evidence.makes_absent());
             guards.report(&self.local.cluster.settings.name, permit, verdict, now, self.random);
         }
     }

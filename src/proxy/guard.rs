@@ -10,12 +10,12 @@ use http::{
 use super::error::ProxyError;
 use crate::{
     cause::Cause,
+    field_set::{Field, FieldSet},
     http1::framing::content_length,
-    present::{Field, Present},
 };
 
 /// Refuses requests that two parsers could read differently and the HTTP parser accepts.
-pub fn check<B>(request: &Request<B>, present: Present) -> Result<(), ProxyError> {
+pub fn check<B>(request: &Request<B>, present: FieldSet) -> Result<(), ProxyError> {
     let headers = request.headers();
     let target = request.uri();
     let by_http2 = request.version() == Version::HTTP_2;
@@ -140,7 +140,7 @@ fn has_valid_port(authority: &http::uri::Authority) -> bool {
 
 /// Refuses transfer codings other than exactly `chunked`: another coding would not be decoded, and the body would be
 /// forwarded encoded but not labelled so (RFC 9112 §6.1).
-pub fn only_chunked(headers: &HeaderMap, present: Present) -> Result<(), ProxyError> {
+pub fn only_chunked(headers: &HeaderMap, present: FieldSet) -> Result<(), ProxyError> {
     if !present.has(Field::TransferEncoding) {
         return Ok(());
     }
@@ -153,7 +153,7 @@ pub fn only_chunked(headers: &HeaderMap, present: Present) -> Result<(), ProxyEr
 }
 
 /// Refuses a request that has passed this proxy before.
-pub fn check_loop(headers: &HeaderMap, present: Present, pseudonym: &str) -> Result<(), ProxyError> {
+pub fn check_loop(headers: &HeaderMap, present: FieldSet, pseudonym: &str) -> Result<(), ProxyError> {
     if !present.has(Field::Via) {
         return Ok(());
     }
@@ -176,9 +176,9 @@ mod tests {
     fn a_request_loop_is_refused() {
         let via = |value| (HeaderName::from_static("via"), HeaderValue::from_static(value));
         let map: HeaderMap = [via("1.1 other, 1.1 outrigger-o-1"), via("2 third")].into_iter().collect();
-        assert!(check_loop(&map, Present::of(&map), "outrigger-o-1").is_err());
-        assert!(check_loop(&map, Present::of(&map), "outrigger-o-2").is_ok());
-        assert!(check_loop(&map, Present::of(&map), "third").is_err());
+        assert!(check_loop(&map, FieldSet::of(&map), "outrigger-o-1").is_err());
+        assert!(check_loop(&map, FieldSet::of(&map), "outrigger-o-2").is_ok());
+        assert!(check_loop(&map, FieldSet::of(&map), "third").is_err());
     }
 
     #[test]
@@ -189,7 +189,7 @@ mod tests {
                 request = request.header(CONTENT_LENGTH, *value);
             }
             let request = request.body(()).unwrap();
-            super::check(&request, Present::of(request.headers()))
+            super::check(&request, FieldSet::of(request.headers()))
         };
         for good in ["0", "7", "18446744073709551615"] {
             assert!(check(&[good]).is_ok(), "{good}");

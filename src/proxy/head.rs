@@ -12,24 +12,24 @@ use super::{
     attempt::Outgoing,
     connection::Connection,
     error::ProxyError,
-    headers::{self, Caller},
-    target::Target,
+    headers::{self, ForwardedClient},
+    target::RouteTarget,
 };
 use crate::{
+    field_set::{Field, FieldSet},
     header_names::X_FORWARDED_CLIENT_CERT,
     http1::target::RawTarget,
     model::{Side, View},
-    present::{Field, Present},
-    upstream::http1::Told,
+    upstream::http1::AttemptFields,
 };
 
 /// Edits the client's request head for forwarding. Returns the protocol of an upgrade that the client requests.
 pub fn prepare<B>(
     connection: &Connection,
     view: &View,
-    target: &Target,
+    target: &RouteTarget,
     request: &mut Request<B>,
-    present: Present,
+    present: FieldSet,
     version: Version,
 ) -> Result<Option<HeaderValue>, ProxyError> {
     let (client_version, side) = (request.version(), &connection.side);
@@ -44,14 +44,17 @@ pub fn prepare<B>(
     }
     headers::remove_proxy_credentials(headers, present);
     headers::remove_spoofed(headers, present);
-    view.names.via(side).append(headers, client_version);
+    view.proxy_names.via(side).append(headers, client_version);
     if *side == Side::Inbound {
         let host = request.headers().get(HOST).cloned().or_else(|| {
             let authority = request.uri().authority();
             authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
-        let client =
-            Caller { address: &connection.peer, proto: if connection.tls { "https" } else { "http" }, host };
+        let client = ForwardedClient {
+            address: &connection.peer,
+            proto: if connection.tls { "https" } else { "http" },
+            host,
+        };
         let headers = request.headers_mut();
         if let Some(value) = connection.client_cert() {
             headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
@@ -77,12 +80,12 @@ fn announce_te(headers: &mut HeaderMap) {
 /// Applies the route's header edits and path rewrite.
 fn apply_route_edits<B>(
     view: &View,
-    target: &Target,
+    target: &RouteTarget,
     route: usize,
     request: &mut Request<B>,
 ) -> Result<(), ProxyError> {
     let malformed = |error: uri::InvalidUriParts| ProxyError::malformed(error.to_string());
-    if let Some(edits) = target.matched.cluster.edits.get(route) {
+    if let Some(edits) = target.matched.cluster.header_edits.get(route) {
         let headers = request.headers_mut();
         edits.request.apply(headers);
         if edits.request.sets(&HOST)
@@ -130,11 +133,11 @@ pub fn outgoing<B>(
         headers.insert(UPGRADE, protocol.clone());
     }
     let (method, extensions) = (take(request.method_mut()), take(request.extensions_mut()));
-    Ok(Outgoing { method, uri, version, headers, extensions, keep: false, told: Told::default() })
+    Ok(Outgoing { method, uri, version, headers, extensions, keep: false, told: AttemptFields::default() })
 }
 
 /// Converts the head for another upstream, which may use another protocol.
-pub fn respell(
+pub fn convert_head(
     outgoing: &mut Outgoing,
     version: Version,
     name: &str,

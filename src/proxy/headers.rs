@@ -12,12 +12,12 @@ use http::{
 
 use super::error::ProxyError;
 use crate::{
-    config::Forwarded,
+    config::ForwardedHeaders,
+    field_set::{Field, FieldSet},
     header_names::{
         X_FORWARDED_CLIENT_CERT, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO, X_OUTRIGGER_RETRY,
         X_REQUEST_ID,
     },
-    present::{Field, Present},
     resilience::deadline::{GRPC_TIMEOUT, REQUEST_TIMEOUT},
 };
 
@@ -52,9 +52,9 @@ pub fn accepts_trailers(headers: &HeaderMap) -> bool {
 }
 
 /// Removes the hop-by-hop fields (RFC 9110 §7.6.1). `TE: trailers` stays, as the proxy forwards trailers.
-pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: Present) -> Result<HopByHop, ProxyError> {
+pub fn remove_hop_by_hop(headers: &mut HeaderMap, present: FieldSet) -> Result<HopByHop, ProxyError> {
     let mut hop_by_hop = HopByHop::default();
-    if !present.has_any(Present::HOP_BY_HOP) {
+    if !present.has_any(FieldSet::HOP_BY_HOP) {
         return Ok(hop_by_hop);
     }
     let wants_upgrade = present.has(Field::Connection) && remove_connection(headers)?;
@@ -109,7 +109,7 @@ fn remove_connection(headers: &mut HeaderMap) -> Result<bool, ProxyError> {
 }
 
 /// Removes the credentials that are meant for this proxy.
-pub fn remove_proxy_credentials(headers: &mut HeaderMap, present: Present) {
+pub fn remove_proxy_credentials(headers: &mut HeaderMap, present: FieldSet) {
     if present.has(Field::ProxyAuthorization) {
         headers.remove(PROXY_AUTHORIZATION);
     }
@@ -119,7 +119,7 @@ pub fn remove_proxy_credentials(headers: &mut HeaderMap, present: Present) {
 }
 
 /// Removes the fields that only a proxy may set: the peer's certificate, retry advice, and protected names with `_`.
-pub fn remove_spoofed(headers: &mut HeaderMap, present: Present) {
+pub fn remove_spoofed(headers: &mut HeaderMap, present: FieldSet) {
     if present.has(Field::ForwardedClientCert) {
         headers.remove(X_FORWARDED_CLIENT_CERT);
     }
@@ -182,17 +182,17 @@ impl LastNumber {
 
 /// The client, for `x-forwarded-*`.
 #[derive(Debug)]
-pub struct Caller<'a> {
+pub struct ForwardedClient<'a> {
     pub address: &'a HeaderValue,
     pub proto: &'static str,
     pub host: Option<HeaderValue>,
 }
 
 /// Sets or extends `x-forwarded-for`, `-proto` and `-host` as the configuration says.
-pub fn set_forwarded(headers: &mut HeaderMap, how: Forwarded, client: Caller<'_>) {
+pub fn set_forwarded(headers: &mut HeaderMap, how: ForwardedHeaders, client: ForwardedClient<'_>) {
     match how {
-        Forwarded::Off => {}
-        Forwarded::Replace => {
+        ForwardedHeaders::Off => {}
+        ForwardedHeaders::Replace => {
             headers.insert(X_FORWARDED_FOR, client.address.clone());
             headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(client.proto));
             match client.host {
@@ -200,7 +200,7 @@ pub fn set_forwarded(headers: &mut HeaderMap, how: Forwarded, client: Caller<'_>
                 None => headers.remove(X_FORWARDED_HOST),
             };
         }
-        Forwarded::Append => {
+        ForwardedHeaders::Append => {
             append_member(headers, X_FORWARDED_FOR, client.address);
             // These describe the outermost hop: the first proxy that set them is right.
             headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(client.proto));
@@ -256,7 +256,7 @@ mod tests {
     }
 
     fn removed(map: &mut HeaderMap) -> Result<HopByHop, ProxyError> {
-        let present = Present::of(map);
+        let present = FieldSet::of(map);
         remove_hop_by_hop(map, present)
     }
 
@@ -305,18 +305,21 @@ mod tests {
     #[test]
     fn forwarded_fields_are_replaced_or_appended() {
         let address = HeaderValue::from_static("10.0.0.9");
-        let client =
-            || Caller { address: &address, proto: "http", host: Some(HeaderValue::from_static("shop")) };
+        let client = || ForwardedClient {
+            address: &address,
+            proto: "http",
+            host: Some(HeaderValue::from_static("shop")),
+        };
         let mut map = headers(&[
             ("x-forwarded-for", "1.1.1.1"),
             ("x-forwarded-for", "2.2.2.2"),
             ("x-forwarded-proto", "https"),
         ]);
-        set_forwarded(&mut map, Forwarded::Append, client());
+        set_forwarded(&mut map, ForwardedHeaders::Append, client());
         assert_eq!(map[X_FORWARDED_FOR], "1.1.1.1, 2.2.2.2, 10.0.0.9");
         assert_eq!(map[X_FORWARDED_PROTO], "https");
         assert_eq!(map[X_FORWARDED_HOST], "shop");
-        set_forwarded(&mut map, Forwarded::Replace, client());
+        set_forwarded(&mut map, ForwardedHeaders::Replace, client());
         assert_eq!(map[X_FORWARDED_FOR], "10.0.0.9");
         assert_eq!(map[X_FORWARDED_PROTO], "http");
     }

@@ -13,9 +13,9 @@ use super::{
     tries::{Asked, Number, Over, SoFar},
 };
 use crate::{
-    resilience::{deadline::millis_to_tell, hedge},
-    telemetry::record::Why,
-    upstream::local::Wanted,
+    resilience::{deadline::timeout_header_millis, hedge},
+    telemetry::record::AttemptReason,
+    upstream::local::PickCriteria,
 };
 
 impl Exchange<'_> {
@@ -49,13 +49,13 @@ impl Exchange<'_> {
                 () = sleep(delay) => {}
             }
             let left = left.map(|left| left.saturating_sub(began.elapsed()));
-            let in_time = left.is_none_or(|left| millis_to_tell(left).is_some());
+            let in_time = left.is_none_or(|left| timeout_header_millis(left).is_some());
             let asked = first.as_ref().map_or(0, |(asked, _)| asked.index);
             let other = if in_time { self.hedge(asked, replay, tried) } else { None };
             let Some(other) = other else { return (send.await, began) };
             *counted += 1;
             let sent = Instant::now();
-            let (number, made) = self.begin(&other, (Why::Hedge, Duration::ZERO), sent, outgoing);
+            let (number, made) = self.begin(&other, (AttemptReason::Hedge, Duration::ZERO), sent, outgoing);
             tried.push(other.index);
             self.tell_next_hop(left, outgoing, made);
             let endpoint = &self.endpoints[other.index];
@@ -86,7 +86,7 @@ impl Exchange<'_> {
             self.judge(lost, replay, clock);
         }
         if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
-            self.guards().counts.retries.add("hedge_won");
+            self.guards().counters.retries.increment("hedge_won");
         }
         let (index, permit, number) = first
             .or(second)
@@ -97,11 +97,11 @@ impl Exchange<'_> {
     /// How long after the first copy a second one is to be sent.
     pub(super) fn hedge_delay(&self, outgoing: &Outgoing, replay: &Replay, tries: u32) -> Option<Duration> {
         let settings = self.policy.hedge.0?;
-        let call = hedge::Call {
+        let call = hedge::HedgeCandidate {
             method: &outgoing.method,
             idempotency_key: self.call.idempotency_key,
             body_ready: replay.is_empty(),
-            tries,
+            attempts: tries,
             max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
             breaker_closed: self.guards().breaker.is_closed(),
         };
@@ -113,7 +113,7 @@ impl Exchange<'_> {
     fn hedge(&self, first: usize, replay: &Replay, tried: &[usize]) -> Option<Asked> {
         let guards = self.guards();
         let avoid: Vec<usize> = tried.iter().copied().chain([first]).collect();
-        let wanted = Wanted { tried: &avoid, hash: None, probe: None };
+        let wanted = PickCriteria { tried: &avoid, hash: None, probe: None };
         let index = connect::pick(self.call.connection, &self.target.local, &self.endpoints, &wanted).ok()?;
         let allowed = replay.is_empty()
             && guards.breaker.is_closed()
@@ -132,7 +132,7 @@ impl Exchange<'_> {
         if !guards.budget.withdraw(Instant::now().into_std()) {
             return None;
         }
-        guards.counts.retries.add("hedge");
+        guards.counters.retries.increment("hedge");
         Some(Asked { index, permit, last: false })
     }
 }

@@ -65,7 +65,7 @@ impl Interception {
 }
 
 /// Probes the families that the outbound port is bound to, for as long as the process lives.
-pub fn watch_over(shared: Arc<Shared>, outbound: &[SocketAddr]) {
+pub fn start_probes(shared: Arc<Shared>, outbound: &[SocketAddr]) {
     shared.interception.expected.store(true, Ordering::Relaxed);
     let probes: Vec<SocketAddr> = outbound
         .iter()

@@ -15,14 +15,14 @@ use http::{HeaderMap, StatusCode, header::CONTENT_LENGTH};
 use tokio::time::{Sleep, sleep};
 
 use super::headers;
-use crate::present::Present;
+use crate::field_set::FieldSet;
 
 /// How long the body is held back: a server that ignores the expectation sends no 100 (RFC 9110 §10.1.1).
 const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Holds a body back until the upstream has sent `100 Continue`, or for a second.
 #[derive(Debug)]
-pub struct Gate(RefCell<State>);
+pub struct ContinueGate(RefCell<State>);
 
 #[derive(Debug)]
 struct State {
@@ -31,7 +31,7 @@ struct State {
     waker: Option<Waker>,
 }
 
-impl Gate {
+impl ContinueGate {
     pub fn new() -> Rc<Self> {
         Rc::new(Self(RefCell::new(State {
             open: false,
@@ -61,12 +61,12 @@ impl Gate {
 
 /// A queue of interim responses for a client, to be written before the final response.
 #[derive(Debug, Default)]
-pub struct Interim(RefCell<VecDeque<Bytes>>);
+pub struct InterimQueue(RefCell<VecDeque<Bytes>>);
 
 /// The most interim responses that are queued; more are dropped.
 const MAX_INTERIM: usize = 16;
 
-impl Interim {
+impl InterimQueue {
     /// Queues a response. The task that polls the request writes it, so it needs no notification.
     fn push(&self, response: Bytes) {
         let mut queue = self.0.borrow_mut();
@@ -82,13 +82,18 @@ impl Interim {
 }
 
 /// Forwards an interim response; `100 Continue` releases the body instead.
-pub fn pass_on(to: &Interim, gate: Option<&Gate>, status: StatusCode, mut headers: HeaderMap) {
+pub fn forward_interim(
+    to: &InterimQueue,
+    gate: Option<&ContinueGate>,
+    status: StatusCode,
+    mut headers: HeaderMap,
+) {
     if status == StatusCode::CONTINUE {
         // The client gets its own 100 when the body is first polled.
-        gate.into_iter().for_each(Gate::open);
+        gate.into_iter().for_each(ContinueGate::open);
         return;
     }
-    let present = Present::of(&headers);
+    let present = FieldSet::of(&headers);
     // A malformed one is dropped: interim responses are optional.
     if headers::remove_hop_by_hop(&mut headers, present).is_ok() {
         headers.remove(CONTENT_LENGTH);

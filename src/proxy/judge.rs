@@ -10,21 +10,21 @@ use super::{
     clock::{Clock, RanOut},
     error::ProxyError,
     exchange::{Ended, Exchange},
-    grpc::GrpcEnd,
+    grpc::GrpcReporter,
     tries::{Number, Over},
 };
 use crate::{
     cause::Cause,
+    field_set::Field,
     model::Side,
-    present::Field,
     resilience::{
-        breaker::Permit,
-        classify::{Advice, ConnectFailure, Ending, GrpcStatus, Health, Outcome},
-        deadline::Limit,
-        outlier::{Change, Evidence},
+        breaker::BreakerPermit,
+        classify::{AttemptOutcome, ConnectFailure, GrpcStatus, Health, OutcomeKind, RetryAdvice},
+        deadline::DeadlineLimit,
+        outlier::{EndpointChange, EndpointOutcome},
     },
-    telemetry::record::Try,
-    upstream::{comeback, local::LocalEndpoint},
+    telemetry::record::AttemptRecord,
+    upstream::{local::LocalEndpoint, reachability},
 };
 
 /// What an attempt weighs in the balancer, as latency, that could not even ask its endpoint.
@@ -53,17 +53,20 @@ impl Exchange<'_> {
         let endpoint = &self.endpoints[over.index];
         let ended = match over.result {
             Ok(Ok(answer)) => {
-                self.call.progress.heard(over.ended);
+                self.call.progress.response_received(over.ended);
                 let response = &answer.response;
                 // Advice counts from upstreams that the configuration names.
                 let named = self.target.index.is_some() && answer.present.has(Field::Retry);
-                let advice = if named { Advice::from_headers(response.headers()) } else { Advice::None };
+                let advice =
+                    if named { RetryAdvice::from_headers(response.headers()) } else { RetryAdvice::None };
                 let told = self.call.grpc && answer.present.has(Field::GrpcStatus);
                 let outcome = match told.then(|| GrpcStatus::from_headers(response.headers())).flatten() {
-                    Some(status) => Outcome::grpc(status, advice, clock.deadline().callers_time_left(now)),
+                    Some(status) => {
+                        AttemptOutcome::grpc(status, advice, clock.deadline().client_time_left(now))
+                    }
                     None => {
-                        let left = clock.deadline().callers_time_left(now);
-                        Outcome::http(response.status(), advice, left)
+                        let left = clock.deadline().client_time_left(now);
+                        AttemptOutcome::http(response.status(), advice, left)
                     }
                 };
                 Ended::Answered(Box::new(answer), outcome)
@@ -71,10 +74,10 @@ impl Exchange<'_> {
             Ok(Err(mut failed)) => {
                 match replay.failure() {
                     None => {}
-                    Some(SourceFailure::ClientGone) => failed.ending = Ending::CallerGone,
+                    Some(SourceFailure::ClientGone) => failed.ending = OutcomeKind::ClientGone,
                     Some(SourceFailure::Malformed(error)) => {
                         let error = ProxyError::malformed(format!("the request's body: {error}"));
-                        failed = Failed::new(Ending::ClientError, error);
+                        failed = Failed::new(OutcomeKind::ClientError, error);
                     }
                 }
                 Ended::Failed(failed)
@@ -83,24 +86,24 @@ impl Exchange<'_> {
         };
         let outcome = match &ended {
             Ended::Answered(_, outcome) => *outcome,
-            Ended::Failed(failed) => Outcome::new(failed.ending),
+            Ended::Failed(failed) => AttemptOutcome::new(failed.ending),
         };
         match outcome.health() {
-            Health::Success => endpoint.observe(took, now),
+            Health::Success => endpoint.observe_latency(took, now),
             Health::Failure => endpoint.observe_failure(took, now),
-            Health::Neutral => match outcome.ending {
-                Ending::ClientShare => endpoint.observe(took, now),
+            Health::Neutral => match outcome.kind {
+                OutcomeKind::ClientShare => endpoint.observe_latency(took, now),
                 // Other endpoints may have a route, or ports left for them.
-                Ending::Connect(ConnectFailure::LocalResource) => {
-                    endpoint.observe(took.max(NOT_ASKED), now);
+                OutcomeKind::Connect(ConnectFailure::LocalResource) => {
+                    endpoint.observe_latency(took.max(NOT_ASKED), now);
                 }
                 _ => {}
             },
         }
-        if let Some(usual) = self.guards().usual_latency()
+        if let Some(usual) = self.guards().p95_latency()
             && (outcome.health() == Health::Success
                 // It took at least so long: else what is cut would never be known to be slow.
-                || matches!(outcome.ending, Ending::ClientShare | Ending::AttemptTimeout))
+                || matches!(outcome.kind, OutcomeKind::ClientShare | OutcomeKind::AttemptTimeout))
         {
             usual.record(took, now);
         }
@@ -114,12 +117,12 @@ impl Exchange<'_> {
         {
             self.guards().quantile(percent, now).record(took, now);
         }
-        self.call.progress.note(|record| {
-            if let Ending::Grpc(status) = outcome.ending {
+        self.call.progress.with_record(|record| {
+            if let OutcomeKind::Grpc(status) = outcome.kind {
                 record.grpc_status = Some(status);
             }
-            if let Some(one) = record.tries.get_mut(over.number) {
-                one.ended = Some(over.ended);
+            if let Some(one) = record.attempts.get_mut(over.number) {
+                one.ended_at = Some(over.ended);
                 one.outcome = Some(outcome);
                 if let Ended::Failed(failed) = &ended {
                     one.error = Some(failed.error.detail.clone());
@@ -134,9 +137,9 @@ impl Exchange<'_> {
     fn report(
         &self,
         mut ended: Ended,
-        outcome: &Outcome,
+        outcome: &AttemptOutcome,
         Reported { endpoint, number, began, now }: Reported<'_>,
-        permit: Option<Permit>,
+        permit: Option<BreakerPermit>,
         clock: &Clock,
     ) -> Ended {
         let guards = self.guards();
@@ -146,79 +149,84 @@ impl Exchange<'_> {
         let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
         if let Ended::Answered(answer, _) = &mut ended
             && self.call.grpc
-            && matches!(outcome.ending, Ending::Http(status) if status.is_success())
-            && !permit.as_ref().is_some_and(Permit::is_trial)
+            && matches!(outcome.kind, OutcomeKind::Http(status) if status.is_success())
+            && !permit.as_ref().is_some_and(BreakerPermit::is_trial)
         {
-            answer.held.grpc = Some(Box::new(GrpcEnd {
+            answer.held.grpc = Some(Box::new(GrpcReporter {
                 local: Rc::clone(&self.target.local),
                 matched: Rc::clone(&self.target.matched),
                 route: self.target.route,
                 endpoint: Rc::clone(endpoint),
                 permit,
-                callers_deadline: clock.deadline().callers(),
+                client_deadline: clock.deadline().client_deadline(),
                 began,
                 random: random(),
             }));
             return ended;
         }
         let local = &self.target.local.upstream;
-        let full = outcome.advice() == Advice::Elsewhere && is_full(&ended);
-        let evidence = Evidence::new(outcome, health, full);
-        endpoint.shared.outcomes.record(outcome.ending, now);
+        let full = outcome.advice() == RetryAdvice::Elsewhere && is_full(&ended);
+        let evidence = EndpointOutcome::new(outcome, health, full);
+        endpoint.shared.outcomes.record(outcome.kind, now);
         let change = endpoint.report(&local.shared, evidence, (began, now), random);
         match change {
-            Some(Change::Ejected(_)) => self.note_try(number, |one| one.ejected = true),
-            Some(Change::Absent | Change::StillAbsent) => {
-                comeback::watch(&local.shared, &self.call.connection.worker.shared.control);
+            Some(EndpointChange::Ejected(_)) => self.note_try(number, |one| one.ejected_endpoint = true),
+            Some(EndpointChange::Absent | EndpointChange::StillAbsent) => {
+                reachability::watch_absent_endpoints(
+                    &local.shared,
+                    &self.call.connection.worker.shared.control_runtime,
+                );
             }
-            Some(Change::Present) | None => {}
+            Some(EndpointChange::Present) | None => {}
         }
         if let Some(permit) = permit {
-            let health = local.blame(endpoint, health, now);
+            let health = local.health_for_breaker(endpoint, health, now);
             let random = if health == Health::Failure { random() } else { 0.0 };
-            let told = (health, evidence.is_absence());
+            let told = (health, evidence.makes_absent());
             let transition = guards.report(self.name(), permit, told, now, random);
             if health == Health::Failure {
-                self.call.progress.note(|record| record.window = Some(guards.breaker.in_window(now)));
+                self.call
+                    .progress
+                    .with_record(|record| record.breaker_window = Some(guards.breaker.window_counts(now)));
             }
             if let Some(transition) = &transition {
-                self.note_try(number, |one| one.breaker = Some(transition.to));
+                self.note_try(number, |one| one.breaker_change = Some(transition.to));
             }
         }
         ended
     }
 
-    pub(super) fn note_try(&self, number: Number, note: impl FnOnce(&mut Try)) {
-        self.call.progress.note(|record| record.tries.get_mut(number).map(note));
+    pub(super) fn note_try(&self, number: Number, note: impl FnOnce(&mut AttemptRecord)) {
+        self.call.progress.with_record(|record| record.attempts.get_mut(number).map(note));
     }
 
     fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, number: Number, took: Duration) -> Failed {
         let name = self.name();
         let address = endpoint.address();
         let (mut ending, mut cause, what) = ran_out.meaning();
-        let unseen = self.call.progress.note(|record| {
-            let is_told = record.tries.get_mut(number).is_some();
+        let unseen = self.call.progress.with_record(|record| {
+            let is_told = record.attempts.get_mut(number).is_some();
             // Of a hedge both are under way.
-            is_told && !record.tries.iter().any(|one| one.ended.is_none() && one.carried)
+            is_told && !record.attempts.iter().any(|one| one.ended_at.is_none() && one.had_connection)
         });
         if unseen == Some(true) && self.connections.queued.get() && !endpoint.pool.h2.is_connecting() {
             // Its turn did not come: that is a matter of this process, and no word about the endpoint.
             let detail = format!(
                 "{name}: no connection to {address} was free for {took:.1?}, within {what}: `limits.max_connections` are in use, or it takes no more streams"
             );
-            if matches!(ran_out, RanOut::Limit(Limit::Attempt | Limit::ClientShare)) {
+            if matches!(ran_out, RanOut::Limit(DeadlineLimit::Attempt | DeadlineLimit::ClientShare)) {
                 cause = Cause::LimitFull;
             }
             let error = ProxyError::new(cause, detail).retry_after(Duration::from_secs(1));
-            return Failed::new(Ending::LocalRefusal, error);
+            return Failed::new(OutcomeKind::LocalRefusal, error);
         }
         if unseen == Some(true) {
             // Nobody has seen anything of it, whichever clock was the shorter one.
             match ending {
-                Ending::AttemptTimeout => {
-                    (ending, cause) = (Ending::Connect(ConnectFailure::Timeout), Cause::ConnectTimeout);
+                OutcomeKind::AttemptTimeout => {
+                    (ending, cause) = (OutcomeKind::Connect(ConnectFailure::Timeout), Cause::ConnectTimeout);
                 }
-                Ending::Timeout => ending = Ending::Connect(ConnectFailure::Timeout),
+                OutcomeKind::Timeout => ending = OutcomeKind::Connect(ConnectFailure::Timeout),
                 _ => {}
             }
             let detail = format!("{name}: no connection to {address} after {took:.1?}, within {what}");
@@ -237,9 +245,9 @@ impl Exchange<'_> {
         };
         if failed
             && self.call.connection.side != Side::Inbound
-            && let Some(trace) = self.call.progress.note(|record| record.context.trace.get())
+            && let Some(trace) = self.call.progress.with_record(|record| record.context.trace.get())
         {
-            self.call.connection.worker.shared.spent.note(trace, Instant::now().into_std());
+            self.call.connection.worker.shared.spent_traces.insert(trace, Instant::now().into_std());
         }
     }
 }

@@ -13,7 +13,7 @@ use super::finish;
 use crate::{
     net::watchdog::Watchdog,
     proxy::worker::Worker,
-    telemetry::record::{End, Record},
+    telemetry::record::{RequestEnd, RequestRecord},
 };
 
 /// The progress of one exchange. Written by its bodies, read by the task that serves it.
@@ -23,7 +23,7 @@ pub struct Progress {
     moved: Cell<Instant>,
     idle_limit: Cell<Option<Duration>>,
     /// When the whole exchange has to end (`max_duration`).
-    over_at: Cell<Option<Instant>>,
+    must_end_at: Cell<Option<Instant>>,
     /// When the request's body was sent completely.
     request_sent: Cell<Option<Instant>>,
     /// The response has begun: from then on `idle_timeout` applies.
@@ -36,7 +36,7 @@ pub struct Progress {
     wake_at: Cell<Option<Instant>>,
     timer_fired: Cell<bool>,
     /// The telemetry record of the request, until it has ended.
-    record: RefCell<Option<(Rc<Worker>, Record)>>,
+    record: RefCell<Option<(Rc<Worker>, RequestRecord)>>,
 }
 
 impl Progress {
@@ -45,7 +45,7 @@ impl Progress {
             started: now,
             moved: Cell::new(now),
             idle_limit: Cell::new(None),
-            over_at: Cell::new(None),
+            must_end_at: Cell::new(None),
             request_sent: Cell::new(None),
             response_begun: Cell::new(false),
             done: Cell::new(false),
@@ -57,12 +57,12 @@ impl Progress {
     }
 
     /// Opens the telemetry record.
-    pub fn open(&self, worker: &Rc<Worker>, record: Record) {
+    pub fn open_record(&self, worker: &Rc<Worker>, record: RequestRecord) {
         *self.record.borrow_mut() = Some((Rc::clone(worker), record));
     }
 
     /// Updates the telemetry record; `None` if the request has ended.
-    pub fn note<T>(&self, note: impl FnOnce(&mut Record) -> T) -> Option<T> {
+    pub fn with_record<T>(&self, note: impl FnOnce(&mut RequestRecord) -> T) -> Option<T> {
         self.record.borrow_mut().as_mut().map(|(_, record)| note(record))
     }
 
@@ -72,11 +72,11 @@ impl Progress {
 
     pub fn set_limits(&self, idle: Option<Duration>, whole: Option<Duration>) {
         self.idle_limit.set(idle);
-        self.over_at.set(whole.map(|whole| self.started + whole));
+        self.must_end_at.set(whole.map(|whole| self.started + whole));
     }
 
-    pub fn over_at(&self) -> Option<Instant> {
-        self.over_at.get()
+    pub fn must_end_at(&self) -> Option<Instant> {
+        self.must_end_at.get()
     }
 
     /// Notes that bytes of a body moved, in either direction. Returns the time.
@@ -94,7 +94,7 @@ impl Progress {
     }
 
     /// Notes that the body is larger than what is buffered: there is no other attempt once it is sent.
-    pub fn unrepeatable(&self) {
+    pub fn mark_unrepeatable(&self) {
         self.repeatable.set(false);
     }
 
@@ -107,37 +107,37 @@ impl Progress {
     }
 
     /// Notes that the response head was received.
-    pub fn heard(&self, now: Instant) {
+    pub fn response_received(&self, now: Instant) {
         self.moved.set(now);
     }
 
     /// Notes that the response begins. From here on `idle_timeout` applies.
-    pub fn answering(&self) {
+    pub fn response_begins(&self) {
         self.response_begun.set(true);
     }
 
     /// Ends the exchange and reports its record. Only the first call counts.
-    pub fn done(&self, end: End, now: Instant) {
+    pub fn done(&self, end: RequestEnd, now: Instant) {
         self.moved.set(now);
         self.done.set(true);
         let mut open = self.record.borrow_mut();
         let Some((worker, record)) = &mut *open else { return };
         record.end = end;
-        record.ended = Some(now);
-        let wanted = finish::finished(worker, record);
-        if wanted.is_nothing() {
+        record.ended_at = Some(now);
+        let wanted = finish::record_request(worker, record);
+        if wanted.is_empty() {
             // The usual case. A record is large, so drop it in place.
             *open = None;
         } else if let Some((worker, record)) = open.take() {
             drop(open);
-            finish::tell(&worker, wanted, record);
+            finish::report_request(&worker, wanted, record);
         }
     }
 
     /// How an exchange ends that is dropped before its response is complete.
-    pub fn left(&self, now: Instant) -> End {
+    pub fn end_when_dropped(&self, now: Instant) -> RequestEnd {
         let cut = self.cut_at().is_some_and(|at| now >= at);
-        if cut { End::Cut } else { End::CallerGone }
+        if cut { RequestEnd::Cut } else { RequestEnd::ClientGone }
     }
 
     pub fn is_done(&self) -> bool {
@@ -162,7 +162,7 @@ impl Progress {
     }
 
     /// Whether that time has come; true once.
-    pub fn take_woken(&self) -> bool {
+    pub fn take_timer_fired(&self) -> bool {
         self.timer_fired.take()
     }
 
@@ -172,7 +172,7 @@ impl Progress {
             return None;
         }
         let idle = self.idle_limit.get().map(|limit| self.moved.get() + limit);
-        match (idle, self.over_at.get()) {
+        match (idle, self.must_end_at.get()) {
             (Some(idle), Some(over)) => Some(idle.min(over)),
             (due, None) | (None, due) => due,
         }
@@ -221,7 +221,7 @@ mod tests {
         let progress = Progress::new(Instant::now());
         progress.set_limits(Some(Duration::from_secs(10)), None);
         assert_eq!(progress.cut_at(), None, "before the response begins the exchange's deadlines apply");
-        progress.answering();
+        progress.response_begins();
         let begun = Instant::now();
         let mut watchdog = Watchdog::default();
         // Progress after the timer was set moves the end without touching the timer.
@@ -245,7 +245,7 @@ mod tests {
     async fn max_duration_bounds_the_whole_exchange() {
         let progress = Progress::new(Instant::now());
         progress.set_limits(Some(Duration::from_secs(10)), Some(Duration::from_secs(3)));
-        progress.answering();
+        progress.response_begins();
         let mut watchdog = Watchdog::default();
         poll_fn(|cx| watchdog.poll_due(cx, progress.cut_at())).await;
         assert_eq!(progress.started().elapsed().as_secs(), 3);

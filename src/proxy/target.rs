@@ -4,12 +4,12 @@ use std::{net::SocketAddr, rc::Rc};
 
 use http::{Method, Request, Version, header::HOST, uri::Authority};
 
-use super::{connection::Connection, error::ProxyError, redirected};
+use super::{connection::Connection, error::ProxyError, redirection};
 use crate::{
     cause::Cause,
-    config::{HostPort, MinTls, Mtls, Unknown},
+    config::{HostPort, MinTls, Mtls, UnknownHostPolicy},
     model::{LocalCluster, Side, View},
-    telemetry::metrics::Way,
+    telemetry::metrics::EntryPoint,
 };
 
 /// The default port of `http://`.
@@ -17,7 +17,7 @@ const HTTP_PORT: u16 = 80;
 
 /// The upstream of a request, the route within it, and how the client chose it.
 #[derive(Debug)]
-pub struct Target {
+pub struct RouteTarget {
     /// The upstream that the request is sent to.
     pub local: Rc<LocalCluster>,
     /// The upstream whose routes were matched: the same, unless a route leads to another upstream.
@@ -27,53 +27,54 @@ pub struct Target {
     /// The index of `matched` in the configuration, for its routes; `None` for the service itself and unknown hosts.
     pub index: Option<usize>,
     /// The endpoint that the client dialled, where it dialled an address and the request names no upstream.
-    pub pinned: Option<SocketAddr>,
+    pub pinned_endpoint: Option<SocketAddr>,
     /// Whether the client chose the address by a name in the request: then `deny_networks` and the proxy's own ports
     /// are checked.
-    pub chosen_by_caller: bool,
+    pub chosen_by_client: bool,
 }
 
 /// The entry point of a request.
-pub fn way<B>(connection: &Connection, request: &Request<B>) -> Way {
+pub fn entry_point<B>(connection: &Connection, request: &Request<B>) -> EntryPoint {
     // Every HTTP/2 request has an `:authority`; an HTTP/1 target has one only in a request to a proxy.
     let named = request.uri().authority().is_some() && request.version() != Version::HTTP_2;
     match &connection.side {
-        Side::Inbound => Way::Inbound,
-        Side::Upstream(_) => Way::Listen,
-        Side::Outbound if connection.redirected_to.is_some() => Way::Redirect,
-        Side::Outbound if named || connection.tunnel_to.is_some() => Way::Proxy,
-        Side::Outbound => Way::Host,
+        Side::Inbound => EntryPoint::Inbound,
+        Side::Upstream(_) => EntryPoint::Listen,
+        Side::Outbound if connection.original_destination.is_some() => EntryPoint::Redirect,
+        Side::Outbound if named || connection.tunnel_destination.is_some() => EntryPoint::Proxy,
+        Side::Outbound => EntryPoint::Host,
     }
 }
 
 /// The destination of bytes that are not HTTP. The outbound port has none, unless the connection was redirected.
-pub fn behind(connection: &Connection) -> Option<Rc<LocalCluster>> {
+pub fn byte_stream_destination(connection: &Connection) -> Option<Rc<LocalCluster>> {
     let view = connection.worker.view();
     match &connection.side {
         Side::Inbound => Some(service(connection, &view)),
-        Side::Outbound => {
-            connection.redirected_to.and_then(|original| redirected::behind(connection, &view, original))
-        }
+        Side::Outbound => connection
+            .original_destination
+            .and_then(|original| redirection::byte_stream_destination(connection, &view, original)),
         Side::Upstream(name) => view.by_name(name).map(|index| Rc::clone(&view.clusters[index])),
     }
 }
 
 /// The service: at `forward_to`, or at the original destination of a redirected connection.
 fn service(connection: &Connection, view: &View) -> Rc<LocalCluster> {
-    match connection.redirected_to {
+    match connection.original_destination {
         Some(address) => connection.worker.service_at(address, view),
         None => Rc::clone(&view.inbound),
     }
 }
 
 /// Whether a client of this connection must, may or may not use mutual TLS.
-pub fn mtls(connection: &Connection) -> Mtls {
+pub fn mtls_mode(connection: &Connection) -> Mtls {
     if connection.side != Side::Inbound {
         return Mtls::Off;
     }
     let view = connection.worker.view();
     let inbound = &view.snapshot.config.inbound;
-    let port_number = connection.redirected_to.map_or(inbound.forward_to.port, |original| original.port());
+    let port_number =
+        connection.original_destination.map_or(inbound.forward_to.port, |original| original.port());
     let port = inbound.ports.iter().find(|port| port.port == port_number);
     let mtls = port.and_then(|port| port.mtls).unwrap_or(inbound.mtls);
     // Without a certificate the proxy cannot terminate TLS: it belongs to the service.
@@ -83,7 +84,7 @@ pub fn mtls(connection: &Connection) -> Mtls {
 /// Whether the current configuration requires a client certificate that this connection lacks. It may have been made
 /// when none was required.
 pub fn lacks_identity(connection: &Connection) -> bool {
-    connection.peer_identity.is_none() && mtls(connection) == Mtls::Strict
+    connection.peer_identity.is_none() && mtls_mode(connection) == Mtls::Strict
 }
 
 /// Whether the current configuration requires a newer version of TLS than this connection uses.
@@ -93,21 +94,25 @@ pub fn has_outdated_tls(connection: &Connection) -> bool {
 }
 
 /// An upstream by its name in the configuration, for a fallback.
-pub fn named(view: &View, name: &str) -> Option<Target> {
+pub fn by_name(view: &View, name: &str) -> Option<RouteTarget> {
     let index = view.by_name(name)?;
     let local = Rc::clone(&view.clusters[index]);
-    Some(Target {
+    Some(RouteTarget {
         matched: Rc::clone(&local),
         local,
         route: None,
         index: Some(index),
-        pinned: None,
-        chosen_by_caller: false,
+        pinned_endpoint: None,
+        chosen_by_client: false,
     })
 }
 
 /// Finds the upstream and the route of a request.
-pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Result<Target, ProxyError> {
+pub fn find<B>(
+    connection: &Connection,
+    view: &View,
+    request: &Request<B>,
+) -> Result<RouteTarget, ProxyError> {
     match &connection.side {
         Side::Inbound => Ok(without_routes(service(connection, view))),
         Side::Upstream(name) => {
@@ -119,11 +124,11 @@ pub fn find<B>(connection: &Connection, view: &View, request: &Request<B>) -> Re
             })?;
             Ok(routed(view, index, request))
         }
-        Side::Outbound if let Some(original) = connection.redirected_to => {
+        Side::Outbound if let Some(original) = connection.original_destination => {
             by_destination(connection, view, original, request)
         }
         Side::Outbound => {
-            let host = match &connection.tunnel_to {
+            let host = match &connection.tunnel_destination {
                 Some(host) => host.clone(),
                 None => requested_host(request)?,
             };
@@ -138,19 +143,19 @@ pub fn by_host<B>(
     view: &View,
     host: &HostPort,
     request: &Request<B>,
-) -> Result<Target, ProxyError> {
+) -> Result<RouteTarget, ProxyError> {
     if let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port)) {
-        return Ok(Target { chosen_by_caller: true, ..routed(view, index, request) });
+        return Ok(RouteTarget { chosen_by_client: true, ..routed(view, index, request) });
     }
     let config = &view.snapshot.config;
-    if config.outbound.unknown == Unknown::Deny {
+    if config.outbound.unknown == UnknownHostPolicy::Deny {
         return Err(ProxyError::new(
             Cause::UnknownUpstream,
             format!("no upstream has the host `{host}`, and `outbound.unknown` is \"deny\""),
         ));
     }
     let local = connection.worker.unknown_host(host, config);
-    Ok(Target { chosen_by_caller: true, ..without_routes(local) })
+    Ok(RouteTarget { chosen_by_client: true, ..without_routes(local) })
 }
 
 /// The upstream of a redirected request's host, else of its original destination, else that address itself.
@@ -159,37 +164,37 @@ fn by_destination<B>(
     view: &View,
     original: SocketAddr,
     request: &Request<B>,
-) -> Result<Target, ProxyError> {
+) -> Result<RouteTarget, ProxyError> {
     let host = requested_host_or_port(request, original.port()).ok();
     if let Some(host) = &host
         && let Some(index) = view.snapshot.router.upstream(&host.host, Some(host.port))
     {
-        return Ok(Target { chosen_by_caller: true, ..routed(view, index, request) });
+        return Ok(RouteTarget { chosen_by_client: true, ..routed(view, index, request) });
     }
-    if let Some(index) = redirected::by_address(view, original) {
+    if let Some(index) = redirection::by_address(view, original) {
         let target = routed(view, index, request);
         // A route may lead to another upstream, which does not have this address.
         let pinned = Rc::ptr_eq(&target.local, &target.matched).then_some(original);
-        return Ok(Target { pinned, ..target });
+        return Ok(RouteTarget { pinned_endpoint: pinned, ..target });
     }
     let config = &view.snapshot.config;
-    if config.outbound.unknown == Unknown::Deny {
+    if config.outbound.unknown == UnknownHostPolicy::Deny {
         let host = host.map_or_else(String::new, |host| format!("the host `{host}` or "));
         return Err(ProxyError::new(
             Cause::UnknownUpstream,
             format!("no upstream has {host}the address {original}, and `outbound.unknown` is \"deny\""),
         ));
     }
-    Ok(without_routes(connection.worker.address(original, config)))
+    Ok(without_routes(connection.worker.unknown_address(original, config)))
 }
 
 /// A target without routes, for what is not an upstream of the configuration.
-fn without_routes(local: Rc<LocalCluster>) -> Target {
+fn without_routes(local: Rc<LocalCluster>) -> RouteTarget {
     let matched = Rc::clone(&local);
-    Target { local, matched, route: None, index: None, pinned: None, chosen_by_caller: false }
+    RouteTarget { local, matched, route: None, index: None, pinned_endpoint: None, chosen_by_client: false }
 }
 
-fn routed<B>(view: &View, index: usize, request: &Request<B>) -> Target {
+fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget {
     let matched = Rc::clone(&view.clusters[index]);
     let route = view
         .snapshot
@@ -198,13 +203,13 @@ fn routed<B>(view: &View, index: usize, request: &Request<B>) -> Target {
         .and_then(|routes| routes.find(request.method(), request.uri().path(), request.headers()));
     let to = route.and_then(|route| matched.cluster.route_to.get(route).copied().flatten());
     let local = to.and_then(|to| view.clusters.get(to)).unwrap_or(&matched);
-    Target {
+    RouteTarget {
         local: Rc::clone(local),
         matched,
         route,
         index: Some(index),
-        pinned: None,
-        chosen_by_caller: false,
+        pinned_endpoint: None,
+        chosen_by_client: false,
     }
 }
 

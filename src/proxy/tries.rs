@@ -19,33 +19,35 @@ use super::{
     deliver::may_be_failure,
     error::ProxyError,
     exchange::{Carried, Ended, Exchange},
-    interim::Gate,
+    interim::ContinueGate,
 };
 use crate::{
     cause::Cause,
-    config::Observed,
+    config::ObservablePolicy,
     header_names::X_OUTRIGGER_ATTEMPT,
     model::Side,
     resilience::{
-        backoff::Hint,
-        breaker::{Permit, Refused},
-        budget::Unsent,
-        classify::{Advice, Ending, Outcome},
+        backoff::RetryHint,
+        breaker::{BreakerPermit, BreakerRefusal},
+        budget::RetryGrant,
+        classify::{AttemptOutcome, OutcomeKind, RetryAdvice},
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
-        retry::{Body as ReplayState, Decision, MOST_RESENT, Moment, Reason, Tried},
+        retry::{
+            BodyState as ReplayState, FailedAttempt, MAX_RESENDS, RetryContext, RetryDecision, StopReason,
+        },
     },
-    telemetry::record::{Try, Why},
-    trace_context::{Context, Span},
+    telemetry::record::{AttemptReason, AttemptRecord},
+    trace_context::{SpanId, TraceContext},
     upstream::{
-        http1::Told,
-        local::{LocalEndpoint, Probe, Wanted},
+        http1::AttemptFields,
+        local::{LocalEndpoint, PickCriteria, Probe},
     },
 };
 
 /// One try to be made.
 pub(super) struct Asked {
     pub index: usize,
-    pub permit: Option<Permit>,
+    pub permit: Option<BreakerPermit>,
     /// No other can follow: the head need not be kept.
     pub last: bool,
 }
@@ -60,7 +62,7 @@ pub(super) struct Over {
     pub index: usize,
     pub began: Instant,
     pub ended: Instant,
-    pub permit: Option<Permit>,
+    pub permit: Option<BreakerPermit>,
     pub number: Number,
 }
 
@@ -68,7 +70,7 @@ impl Over {
     /// It is over now.
     pub(super) fn new(
         result: Result<Result<Answer, Failed>, RanOut>,
-        (index, permit): (usize, Option<Permit>),
+        (index, permit): (usize, Option<BreakerPermit>),
         number: Number,
         began: Instant,
     ) -> Self {
@@ -93,9 +95,9 @@ pub(super) struct SoFar {
 /// What there is of the request's body to send again.
 fn body_of(replay: &Replay) -> ReplayState {
     match replay.replayable() {
-        Replayable::Untouched => ReplayState::Untouched,
-        Replayable::Kept => ReplayState::Replayable,
-        Replayable::Gone => ReplayState::Gone,
+        Replayable::Untouched => ReplayState::Unread,
+        Replayable::Buffered => ReplayState::Replayable,
+        Replayable::Discarded => ReplayState::NotKept,
     }
 }
 
@@ -117,7 +119,7 @@ impl Exchange<'_> {
         let mut so_far = SoFar { counted: 1, free_used: false, resent: 0, tried: Vec::new(), patience: None };
         let mut last_end: Option<Ended> = None;
         // Another try was decided, and what it takes from the budget, if it is not the free one. Not sent, it goes back.
-        let mut again: Option<Option<Unsent<'_>>> = None;
+        let mut again: Option<Option<RetryGrant<'_>>> = None;
         loop {
             let mut now = Instant::now();
             if let Some(ran_out) = carried.clock.spent(progress, now) {
@@ -153,27 +155,27 @@ impl Exchange<'_> {
             if let Some(ended) = last_end.take()
                 && !carried.replay.take_over()
             {
-                self.stopped(Reason::BodyGone.word());
+                self.stopped(StopReason::BodyNotKept.word());
                 return Ok(ended);
             }
             if let Some(lent) = again.take() {
                 let word = match lent {
                     None => "reconnect",
                     Some(lent) => {
-                        lent.sent();
+                        lent.mark_sent();
                         "sent"
                     }
                 };
-                self.guards().counts.retries.add(word);
+                self.guards().counters.retries.increment(word);
             }
 
-            let more = self.retries.another_possible(so_far.counted);
+            let more = self.retries.has_attempt_left(so_far.counted);
             let usual = carried
                 .clock
                 .divides_clients_deadline()
-                .then(|| self.guards().watch_usual_latency(now.into_std()).get());
+                .then(|| self.guards().track_p95_latency(now.into_std()).get());
             carried.clock.begin_try(now, more && self.may_repeat(carried), usual.flatten());
-            let no_free = so_far.free_used && so_far.resent >= MOST_RESENT;
+            let no_free = so_far.free_used && so_far.resent >= MAX_RESENDS;
             let last = !more && no_free && !carried.outgoing.keep;
             let over = self.attempt(Asked { index, permit, last }, now, carried, &mut so_far).await;
             let index = over.index;
@@ -184,12 +186,12 @@ impl Exchange<'_> {
                     return Ok(ended);
                 }
                 Ended::Answered(answer, outcome) => {
-                    (*outcome, Hint::from_headers(answer.response.headers(), SystemTime::now()))
+                    (*outcome, RetryHint::from_headers(answer.response.headers(), SystemTime::now()))
                 }
-                Ended::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
+                Ended::Failed(failed) => (AttemptOutcome::new(failed.ending), RetryHint::None),
             };
 
-            if matches!(outcome.ending, Ending::Connect(_)) || outcome.advice() == Advice::Elsewhere {
+            if matches!(outcome.kind, OutcomeKind::Connect(_)) || outcome.advice() == RetryAdvice::Elsewhere {
                 // Its addresses may have changed before their TTL says so.
                 self.target.local.upstream.shared.refresh();
                 if !last && self.moves_on(&outcome, index, carried, &mut so_far) {
@@ -198,28 +200,28 @@ impl Exchange<'_> {
                 }
                 let in_time = carried.clock.spent(progress, Instant::now()).is_none();
                 if in_time
-                    && matches!(outcome.ending, Ending::Connect(_))
+                    && matches!(outcome.kind, OutcomeKind::Connect(_))
                     && self.has_sibling(index, &so_far.tried)
                 {
                     so_far.tried.push(index);
-                    carried.next = (Why::Sibling, Duration::ZERO);
+                    carried.next = (AttemptReason::Sibling, Duration::ZERO);
                     continue;
                 }
             }
             carried.clock.request_sent(progress);
             let time_left = carried.clock.time_left(progress, Instant::now());
             let now = Instant::now().into_std();
-            let asked = Tried {
+            let asked = FailedAttempt {
                 method: &carried.outgoing.method,
                 grpc: self.call.grpc,
                 idempotency_key: self.call.idempotency_key,
-                tries: so_far.counted,
-                free_used: so_far.free_used,
-                resent: so_far.resent,
+                attempts: so_far.counted,
+                free_retry_used: so_far.free_used,
+                resends: so_far.resent,
                 body: body_of(&carried.replay),
                 committed: false,
             };
-            let moment = Moment {
+            let moment = RetryContext {
                 now,
                 time_left,
                 hint,
@@ -227,13 +229,15 @@ impl Exchange<'_> {
                 budget: &self.guards().budget,
             };
             let retry = match self.retries.decide(&asked, &outcome, &moment) {
-                Decision::Retry(retry) if retry.free || !self.observing(Observed::Retry) => retry,
-                Decision::Retry(_) => {
-                    self.guards().counts.retries.add("observed");
+                RetryDecision::Retry(retry) if retry.free || !self.observing(ObservablePolicy::Retry) => {
+                    retry
+                }
+                RetryDecision::Retry(_) => {
+                    self.guards().counters.retries.increment("observed");
                     return Ok(ended);
                 }
-                Decision::Stop(reason) => {
-                    if outcome.is_failure() || outcome.advice() == Advice::No {
+                RetryDecision::Stop(reason) => {
+                    if outcome.is_failure() || outcome.advice() == RetryAdvice::No {
                         self.stopped(reason.word());
                         tracing::debug!(
                             upstream = self.name(),
@@ -245,7 +249,7 @@ impl Exchange<'_> {
                     return Ok(ended);
                 }
             };
-            again = Some((!retry.free).then(|| self.guards().budget.hold(now)));
+            again = Some((!retry.free).then(|| self.guards().budget.guard_grant(now)));
             if retry.free && outcome.is_unsent() {
                 so_far.resent += 1;
             } else if retry.free {
@@ -254,7 +258,7 @@ impl Exchange<'_> {
                 so_far.counted += 1;
                 so_far.tried.push(index);
             }
-            let why = if retry.free { Why::Reconnect } else { Why::Retry };
+            let why = if retry.free { AttemptReason::Reconnect } else { AttemptReason::Retry };
             carried.next = (why, retry.wait);
             last_end = Some(ended);
             if !retry.wait.is_zero() {
@@ -265,19 +269,25 @@ impl Exchange<'_> {
 
     /// An attempt that ran out of time may have been processed: only what may be done twice can follow it.
     fn may_repeat(&self, carried: &Carried) -> bool {
-        self.retries.may_repeat(&carried.outgoing.method, self.call.idempotency_key)
+        self.retries.may_send_twice(&carried.outgoing.method, self.call.idempotency_key)
     }
 
     /// The endpoint of the next attempt.
     fn choose(&self, carried: &Carried, so_far: &SoFar) -> Result<usize, ProxyError> {
         let repeatable = self.may_repeat(carried) && carried.replay.is_empty();
         let probe = Some(if repeatable { Probe::Repeatable } else { Probe::Any });
-        let wanted = Wanted { tried: &so_far.tried, hash: self.hash, probe };
+        let wanted = PickCriteria { tried: &so_far.tried, hash: self.hash, probe };
         connect::pick(self.call.connection, &self.target.local, &self.endpoints, &wanted)
     }
 
     /// Whether the call goes to another endpoint at once, as this one is absent and another one can be used. Notes that.
-    fn moves_on(&self, outcome: &Outcome, index: usize, carried: &mut Carried, so_far: &mut SoFar) -> bool {
+    fn moves_on(
+        &self,
+        outcome: &AttemptOutcome,
+        index: usize,
+        carried: &mut Carried,
+        so_far: &mut SoFar,
+    ) -> bool {
         let now = Instant::now();
         let another = || {
             let others = self.endpoints.iter().enumerate();
@@ -285,22 +295,26 @@ impl Exchange<'_> {
             untried.any(|(_, endpoint)| endpoint.is_usable(now.into_std()))
         };
         let moves_on = !so_far.tried.contains(&index)
-            && self.retries.may_move_on(outcome, self.endpoints[index].is_absent(), body_of(&carried.replay))
+            && self.retries.may_switch_endpoint(
+                outcome,
+                self.endpoints[index].is_absent(),
+                body_of(&carried.replay),
+            )
             && carried.clock.spent(self.call.progress, now).is_none()
             && another()
-            && self.guards().may_move_on(now.into_std());
+            && self.guards().may_switch_endpoint(now.into_std());
         if moves_on {
             so_far.tried.push(index);
-            carried.next = (Why::NextEndpoint, Duration::ZERO);
-            self.guards().counts.retries.add("next_endpoint");
+            carried.next = (AttemptReason::NextEndpoint, Duration::ZERO);
+            self.guards().counters.retries.increment("next_endpoint");
         }
         moves_on
     }
 
     /// No further try follows a failure.
     fn stopped(&self, why: &'static str) {
-        self.guards().counts.retries.add(why);
-        self.call.progress.note(|record| record.stopped = Some(why));
+        self.guards().counters.retries.increment(why);
+        self.call.progress.with_record(|record| record.retry_stopped = Some(why));
     }
 
     /// Notes that a try begins, and tells the next hop whose it is. Returns where it is noted, and how many there are
@@ -308,45 +322,45 @@ impl Exchange<'_> {
     pub(super) fn begin(
         &self,
         asked: &Asked,
-        (why, waited): (Why, Duration),
+        (why, waited): (AttemptReason, Duration),
         now: Instant,
         outgoing: &mut Outgoing,
     ) -> (Number, u32) {
         let worker = &self.call.connection.worker;
-        let begun = self.call.progress.note(|record| {
+        let begun = self.call.progress.with_record(|record| {
             // A call to the service is one span, whatever it takes to reach it.
             let span = match record.is_inbound() {
                 true => record.context.span,
-                false => worker.with_rng(Span::random),
+                false => worker.with_rng(SpanId::random),
             };
             let shared = &worker.shared;
-            if shared.traces.is_on() {
-                record.context.write(span, &mut outgoing.headers);
+            if shared.traces.is_enabled() {
+                record.context.inject(span, &mut outgoing.headers);
             } else if record.is_inbound()
                 && record.context.parent.is_none()
-                && shared.spent.is_in_use(now.into_std())
+                && shared.spent_traces.is_in_use(now.into_std())
             {
                 // Nobody has named the trace, and the service may pass on no other field: by this its own failing
                 // requests are known to be part of this one. "Not sampled" would silence a service that exports spans.
-                Context { sampled: true, ..record.context }.write(span, &mut outgoing.headers);
+                TraceContext { sampled: true, ..record.context }.inject(span, &mut outgoing.headers);
             }
             let address = self.endpoints[asked.index].address();
-            let mut one = Try::new(why, span, address, outgoing.version, now);
+            let mut one = AttemptRecord::new(why, span, address, outgoing.version, now);
             one.tls = self.connections.tls.is_some();
-            one.waited = waited;
-            one.trial = asked.permit.as_ref().is_some_and(Permit::is_trial);
-            (record.tries.push(one), record.tries.made())
+            one.delay = waited;
+            one.is_breaker_trial = asked.permit.as_ref().is_some_and(BreakerPermit::is_trial);
+            (record.attempts.push(one), record.attempts.count())
         });
         begun.unwrap_or_default()
     }
 
     /// The breaker's leave for one try.
-    pub(super) fn permit(&self, now: Instant) -> Result<Option<Permit>, Refused> {
+    pub(super) fn permit(&self, now: Instant) -> Result<Option<BreakerPermit>, BreakerRefusal> {
         if self.policy.breaker.is_none() {
             return Ok(None);
         }
         let admission = self.guards().breaker.admit(now.into_std());
-        self.guards().note(self.name(), admission.transition);
+        self.guards().record_transition(self.name(), admission.transition);
         admission.permit.map(Some)
     }
 
@@ -354,13 +368,13 @@ impl Exchange<'_> {
     /// moment, it waits for that: at most as long as it would have waited between tries that were refused.
     async fn wait_for_comeback(
         &self,
-        mut refused: Refused,
+        mut refused: BreakerRefusal,
         carried: &mut Carried,
         so_far: &mut SoFar,
-    ) -> Result<Option<Permit>, ProxyError> {
+    ) -> Result<Option<BreakerPermit>, ProxyError> {
         let guards = self.guards();
-        if self.observing(Observed::Breaker) {
-            guards.counts.rejected.add(Cause::BreakerOpen.word());
+        if self.observing(ObservablePolicy::Breaker) {
+            guards.counters.rejected.increment(Cause::BreakerOpen.word());
             tracing::debug!(
                 upstream = self.name(),
                 "the breaker would have refused this call (observed only)"
@@ -368,14 +382,14 @@ impl Exchange<'_> {
             return Ok(None);
         }
         let began = Instant::now();
-        let patience = *so_far.patience.get_or_insert_with(|| began + self.retries.patience());
+        let patience = *so_far.patience.get_or_insert_with(|| began + self.retries.max_absence_wait());
         let until = match carried.clock.until(self.call.progress).at() {
             Some(end) => patience.min(end.into()),
             None => patience,
         };
-        if let Some(_waiting) = guards.absence.wait() {
+        if let Some(_waiting) = guards.reachability.try_wait() {
             loop {
-                let changed = guards.absence.changed();
+                let changed = guards.reachability.changed();
                 match self.permit(Instant::now()) {
                     Ok(permit) => {
                         carried.next.1 += began.elapsed();
@@ -383,12 +397,12 @@ impl Exchange<'_> {
                     }
                     Err(again) => refused = again,
                 }
-                if !guards.absence.is_absent() || timeout_at(until, changed).await.is_err() {
+                if !guards.reachability.is_unreachable() || timeout_at(until, changed).await.is_err() {
                     break;
                 }
             }
         }
-        guards.counts.rejected.add(Cause::BreakerOpen.word());
+        guards.counters.rejected.increment(Cause::BreakerOpen.word());
         Err(admission::breaker_open(self.name(), guards, refused.retry_after))
     }
 
@@ -401,7 +415,7 @@ impl Exchange<'_> {
             return Box::pin(self.hedged((asked, number), began, delay, carried, so_far)).await;
         }
         let Carried { clock, outgoing, replay, .. } = carried;
-        let gate = (self.call.expects_continue && !replay.is_empty()).then(Gate::new);
+        let gate = (self.call.expects_continue && !replay.is_empty()).then(ContinueGate::new);
         let endpoint = &self.endpoints[asked.index];
         let send = pin!(self.send(endpoint, (outgoing, asked.last), replay, gate, (number, began)));
         let result = clock.run(self.call.progress, send).await;
@@ -413,20 +427,20 @@ impl Exchange<'_> {
         endpoint: &'s Rc<LocalEndpoint>,
         (outgoing, last): (&'s mut Outgoing, bool),
         replay: &'s Replay,
-        gate: Option<Rc<Gate>>,
+        gate: Option<Rc<ContinueGate>>,
         (number, began): (Number, Instant),
     ) -> impl Future<Output = Result<Answer, Failed>> + 's {
         let opened_by = gate.clone();
         // A stream may be refused after some of the body was sent, and a fallback may take the body over.
         let (by_http1, keep) = (outgoing.version == Version::HTTP_11, outgoing.keep);
-        let nothing_follows = move |reused| by_http1 && !keep && !self.retries.may_follow(reused);
+        let nothing_follows = move |reused| by_http1 && !keep && !self.retries.may_retry_once_sending(reused);
         let body = move |reused: bool| {
             let connected = (!reused).then(Instant::now);
-            self.note_try(number, |one| (one.carried, one.connected) = (true, connected));
+            self.note_try(number, |one| (one.had_connection, one.connected_at) = (true, connected));
             if nothing_follows(reused) {
-                replay.keep_nothing();
+                replay.stop_buffering();
             }
-            replay.next_try(gate)
+            replay.next_attempt(gate)
         };
         let means = Means {
             name: self.name(),
@@ -452,18 +466,18 @@ impl Exchange<'_> {
             headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
         }
         // No try begins with less than can be told; what the caller said must not go on unchanged in any case.
-        let millis = |left| deadline::millis_to_tell(left).unwrap_or(NonZeroU64::MIN);
+        let millis = |left| deadline::timeout_header_millis(left).unwrap_or(NonZeroU64::MIN);
         let millis_left = left.filter(|_| !self.call.grpc).map(millis);
         if outgoing.version == Version::HTTP_2 {
             if let Some(attempt) = attempt {
                 headers.insert(X_OUTRIGGER_ATTEMPT, attempt.into());
             }
             if let Some(millis) = millis_left {
-                headers.insert(REQUEST_TIMEOUT, self.call.connection.worker.time_told.value(millis));
+                headers.insert(REQUEST_TIMEOUT, self.call.connection.worker.forwarded_timeout.value(millis));
             }
             return;
         }
-        outgoing.told = Told { attempt, millis_left };
+        outgoing.told = AttemptFields { attempt, millis_left };
         if self.call.tells {
             let said = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
             for name in said.into_iter().flatten() {

@@ -20,9 +20,9 @@ use tokio::{
     time::Instant,
 };
 
-use super::detect::{ReadsAsRequest, RequestWatch};
+use super::detect::{HiddenRequest, RequestWatch};
 use crate::{
-    http1::intake::with_room,
+    http1::read_buffer::with_shared_buffer,
     net::{
         io::{Prefixed, SharedTcp},
         watchdog::Watchdog,
@@ -37,21 +37,21 @@ const SPLICE_FROM: u64 = 256 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug)]
-pub enum End {
+pub enum TunnelEnd {
     /// Both sides have closed, or one broke; with the bytes in each direction.
     Closed(io::Result<(u64, u64)>),
     Idle,
     /// `max_duration` has elapsed.
-    Over,
+    MaxDuration,
     /// The client's bytes could be read as a request, which may not pass unchecked.
-    Request(ReadsAsRequest),
+    HiddenRequest(HiddenRequest),
 }
 
 /// Why a direction ended early.
 #[derive(Debug)]
 enum FlowError {
     Io(io::Error),
-    Request(ReadsAsRequest),
+    Request(HiddenRequest),
 }
 
 impl From<io::Error> for FlowError {
@@ -60,20 +60,20 @@ impl From<io::Error> for FlowError {
     }
 }
 
-impl From<ReadsAsRequest> for FlowError {
-    fn from(error: ReadsAsRequest) -> Self {
+impl From<HiddenRequest> for FlowError {
+    fn from(error: HiddenRequest) -> Self {
         Self::Request(error)
     }
 }
 
 /// The state that both directions share.
-struct Noted<'a> {
+struct RelayState<'a> {
     moved: &'a Cell<Instant>,
     watch: &'a RefCell<RequestWatch>,
 }
 
-impl Noted<'_> {
-    fn moves(&self) {
+impl RelayState<'_> {
+    fn note_moved(&self) {
         self.moved.set(Instant::now());
     }
 }
@@ -94,14 +94,14 @@ pub async fn relay<A, B>(
     watch: RequestWatch,
     idle: Option<Duration>,
     over_at: Option<Instant>,
-) -> End
+) -> TunnelEnd
 where
     A: AsyncRead + AsyncWrite + Unpin + 'static,
     B: AsyncRead + AsyncWrite + Unpin + 'static,
 {
     let moved = Cell::new(Instant::now());
     let watch = RefCell::new(watch);
-    let noted = Noted { moved: &moved, watch: &watch };
+    let noted = RelayState { moved: &moved, watch: &watch };
     let plain_tcp = plain_tcp_of(&a).zip(plain_tcp_of(&b));
     let a_to_b = plain_tcp.as_ref().map(|(a, b)| (a, b));
     let b_to_a = plain_tcp.as_ref().map(|(a, b)| (b, a));
@@ -117,12 +117,12 @@ where
         match polled {
             (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
                 return Poll::Ready(match error {
-                    FlowError::Io(error) => End::Closed(Err(error)),
-                    FlowError::Request(error) => End::Request(error),
+                    FlowError::Io(error) => TunnelEnd::Closed(Err(error)),
+                    FlowError::Request(error) => TunnelEnd::HiddenRequest(error),
                 });
             }
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
-                return Poll::Ready(End::Closed(Ok((to_b.carried, to_a.carried))));
+                return Poll::Ready(TunnelEnd::Closed(Ok((to_b.bytes, to_a.bytes))));
             }
             _ => {}
         }
@@ -131,7 +131,9 @@ where
             (Some(idle), Some(over)) => Some(idle.min(over)),
             (due, None) | (None, due) => due,
         };
-        watchdog.poll_due(cx, due).map(|()| if due == over_at { End::Over } else { End::Idle })
+        watchdog
+            .poll_due(cx, due)
+            .map(|()| if due == over_at { TunnelEnd::MaxDuration } else { TunnelEnd::Idle })
     })
     .await
 }
@@ -163,25 +165,25 @@ struct Flow {
     sender: Sender,
     /// Bytes that were read and not written yet.
     pending: Bytes,
-    carried: u64,
-    carries: Carries,
+    bytes: u64,
+    mode: FlowMode,
 }
 
 #[derive(Debug, Default)]
-enum Carries {
+enum FlowMode {
     /// Through a buffer that the thread's tunnels share: an idle tunnel holds none.
     #[default]
-    Copies,
+    Copy,
     /// By `splice`.
-    Pipe(Pipe),
+    Splice(Pipe),
     /// The sender has closed, which has to be forwarded.
-    End,
-    Nothing,
+    ShutDown,
+    Done,
 }
 
 impl Flow {
     fn of(sender: Sender) -> Self {
-        Self { sender, pending: Bytes::new(), carried: 0, carries: Carries::default() }
+        Self { sender, pending: Bytes::new(), bytes: 0, mode: FlowMode::default() }
     }
 
     /// Moves what is available. Ready when the sender has closed and the receiver has everything.
@@ -191,22 +193,22 @@ impl Flow {
         from: &mut A,
         to: &mut B,
         plain_tcp: Option<(&SharedTcp, &SharedTcp)>,
-        noted: &Noted<'_>,
+        noted: &RelayState<'_>,
     ) -> Poll<Result<(), FlowError>>
     where
         A: AsyncRead + Unpin,
         B: AsyncWrite + Unpin,
     {
         loop {
-            match (&mut self.carries, plain_tcp) {
-                (Carries::Nothing, _) => return Poll::Ready(Ok(())),
-                (Carries::Pipe(pipe), Some((from, to))) => {
-                    let count = ready!(pipe.poll_carry(cx, from, to))?;
-                    noted.moves();
+            match (&mut self.mode, plain_tcp) {
+                (FlowMode::Done, _) => return Poll::Ready(Ok(())),
+                (FlowMode::Splice(pipe), Some((from, to))) => {
+                    let count = ready!(pipe.poll_splice(cx, from, to))?;
+                    noted.note_moved();
                     if count == 0 {
-                        self.carries = Carries::End;
+                        self.mode = FlowMode::ShutDown;
                     }
-                    self.carried += count;
+                    self.bytes += count;
                     continue;
                 }
                 _ => {}
@@ -214,11 +216,11 @@ impl Flow {
             while !self.pending.is_empty() {
                 let count = written(ready!(Pin::new(&mut *to).poll_write(cx, &self.pending))?)?;
                 self.pending.advance(count);
-                noted.moves();
+                noted.note_moved();
             }
-            if let Carries::End = self.carries {
+            if let FlowMode::ShutDown = self.mode {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
-                self.carries = Carries::Nothing;
+                self.mode = FlowMode::Done;
                 continue;
             }
             let Poll::Ready(count) = self.poll_copy(cx, from, to, noted.watch)? else {
@@ -226,17 +228,17 @@ impl Flow {
                 ready!(Pin::new(&mut *to).poll_flush(cx))?;
                 return Poll::Pending;
             };
-            noted.moves();
-            self.carried += count;
+            noted.note_moved();
+            self.bytes += count;
             if count == 0 {
-                self.carries = Carries::End;
-            } else if self.carried >= SPLICE_FROM
+                self.mode = FlowMode::ShutDown;
+            } else if self.bytes >= SPLICE_FROM
                 && self.pending.is_empty()
                 && plain_tcp.is_some()
                 && noted.watch.borrow().is_over()
             {
                 // Keep copying if no descriptor is left.
-                self.carries = Pipe::new().map_or(Carries::Copies, Carries::Pipe);
+                self.mode = Pipe::new().map_or(FlowMode::Copy, FlowMode::Splice);
             }
         }
     }
@@ -253,14 +255,14 @@ impl Flow {
         A: AsyncRead + Unpin,
         B: AsyncWrite + Unpin,
     {
-        with_room(|buffer| {
+        with_shared_buffer(|buffer| {
             let mut read = ReadBuf::new(buffer);
             ready!(Pin::new(from).poll_read(cx, &mut read))?;
             let received = read.filled();
             match self.sender {
-                Sender::Client if received.is_empty() => watch.borrow_mut().client_ends()?,
-                Sender::Client => watch.borrow_mut().client_sends(received)?,
-                Sender::Server => watch.borrow_mut().server_answers(received),
+                Sender::Client if received.is_empty() => watch.borrow_mut().end_client()?,
+                Sender::Client => watch.borrow_mut().follow_client(received)?,
+                Sender::Server => watch.borrow_mut().follow_server(received),
             }
             let at_once = match received {
                 [] => 0,

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::{task::spawn_local, time::Instant};
 
 use super::{
-    body::Held,
+    body::RequestResources,
     connection::{Connection, Upgrade},
     detect::RequestWatch,
     tunnel::relay,
@@ -23,7 +23,7 @@ pub fn join(
     connection: &Rc<Connection>,
     mut client_upgrade: Upgrade,
     (service, unread): (UpstreamIo, Bytes),
-    held: (Lease, Held),
+    held: (Lease, RequestResources),
     idle: Option<Duration>,
     over_at: Option<Instant>,
 ) {
@@ -32,7 +32,7 @@ pub fn join(
     spawn_local(async move {
         let _held = held;
         let metrics = &connection.worker.shared.metrics;
-        let _open = if inbound { metrics.inbound.opened() } else { metrics.outbound.opened() };
+        let _open = if inbound { metrics.inbound.count_open() } else { metrics.outbound.count_open() };
         let Some(client) = client_upgrade.stream().await else {
             return tracing::debug!("the client's connection ended before the upgrade");
         };
@@ -40,8 +40,8 @@ pub fn join(
             end = relay(client, Prefixed::new(unread, service), RequestWatch::off(), idle, over_at) => {
                 tracing::debug!(?end, "upgraded connection ended");
             }
-            () = client_upgrade.revoked(&connection) => {}
-            () = connection.stream_distrusted() => {}
+            () = client_upgrade.wait_until_disallowed(&connection) => {}
+            () = connection.wait_until_revoked() => {}
         }
     });
 }

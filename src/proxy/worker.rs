@@ -15,20 +15,20 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 
-use super::{headers::LastNumber, interception::Interception, spent::SpentTraces};
+use super::{exhausted_traces::ExhaustedTraces, headers::LastNumber, interception::Interception};
 use crate::{
     config::{Config, HostPort},
-    durations::Cell,
-    identity::{jwt::TokenCache, store::Store, trust::provider},
+    durations::DurationCell,
+    identity::{jwt::TokenCache, store::IdentityStore, trust::provider},
     model::{
         LocalCluster, Side, Snapshot, View,
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
     rng::Rng,
     telemetry::{
-        calls::{Calls, Teller},
-        metrics::{Connections, Metrics, WorkerLoad},
-        traces::{InFlight, Traces},
+        metrics::{ConnectionCounters, Metrics, WorkerLoad},
+        reporter::{Reporter, RequestTelemetry},
+        traces::{RequestsInFlight, Traces},
     },
 };
 
@@ -41,25 +41,25 @@ pub struct Shared {
     pub snapshot: ArcSwap<Snapshot>,
     pub metrics: Metrics,
     /// The consumers of request records.
-    pub calls: Arc<Calls>,
+    pub request_telemetry: Arc<RequestTelemetry>,
     /// The phase of the drain. Also marked as changed when a configuration is applied, so that connections check
     /// whether it still allows them.
     pub phase: watch::Sender<Phase>,
     /// The process's own listeners; never dialled for a forward-proxy or Host request.
-    pub own: OwnAddresses,
+    pub own_addresses: OwnAddresses,
     /// The hosts that no upstream names, requested so far.
-    pub unknown: UnknownHosts,
+    pub unknown_hosts: UnknownHosts,
     /// The addresses of the service that redirected inbound requests were sent to so far.
     pub inbound_addresses: UnknownHosts,
     /// Whether kernel rules redirect the pod's traffic here.
     pub interception: Interception,
     /// Traces whose retries were already spent by requests of this service.
-    pub spent: SpentTraces,
+    pub spent_traces: ExhaustedTraces,
     pub traces: Traces,
     /// This service's certificates, and the trusted roots.
-    pub identity: Arc<Store>,
+    pub identity: Arc<IdentityStore>,
     /// The control runtime, where workers spawn work that is not part of a request.
-    pub control: Handle,
+    pub control_runtime: Handle,
     /// Identifies this process in `Via`.
     pub instance: String,
 }
@@ -70,7 +70,7 @@ pub enum Phase {
     Running,
     /// `drain_delay`: not ready, still accepting, because clients learn late of the shutdown. Each response asks its
     /// client to close the connection.
-    Leaving,
+    DrainDelay,
     /// Inbound connections finish the requests in flight; outbound continues.
     DrainingInbound,
     /// Outbound connections finish as well.
@@ -92,16 +92,14 @@ impl OwnAddresses {
         self.0.load().iter().any(|own| {
             let own_ip = own.ip().to_canonical();
             own.port() == address.port()
-                && (own_ip == ip
-                    || ip.is_unspecified()
-                    || (own_ip.is_unspecified() && is_of_this_machine(ip)))
+                && (own_ip == ip || ip.is_unspecified() || (own_ip.is_unspecified() && is_local_address(ip)))
         })
     }
 }
 
 /// Whether an address belongs to this machine (or pod): only those can be bound. Called only where the port is one of
 /// the process's own.
-pub fn is_of_this_machine(ip: IpAddr) -> bool {
+pub fn is_local_address(ip: IpAddr) -> bool {
     ip.is_loopback() || UdpSocket::bind((ip, 0)).is_ok()
 }
 
@@ -113,17 +111,17 @@ pub struct Worker {
     unknown: RefCell<UnknownCache>,
     rng: RefCell<Rng>,
     /// The inbound requests in flight, for trace links.
-    pub in_flight: Arc<InFlight>,
+    pub inbound_in_flight: Arc<RequestsInFlight>,
     /// Where records of requests are reported.
-    pub teller: Rc<Teller>,
+    pub reporter: Rc<Reporter>,
     /// Index among the workers.
     index: usize,
     /// Verified tokens of end users.
     pub tokens: RefCell<TokenCache>,
     /// Permits for TLS handshakes with clients.
-    pub handshakes: Semaphore,
+    pub handshake_permits: Semaphore,
     /// The formatted timeout that the last request was forwarded with, reused where the number repeats.
-    pub time_told: LastNumber,
+    pub forwarded_timeout: LastNumber,
 }
 
 type ClusterCache<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
@@ -151,7 +149,7 @@ fn lookup_unknown<K: Clone + Eq + Hash>(
     table: &UnknownHosts,
     (key, host): (&K, impl FnOnce() -> HostPort),
     config: &Arc<Config>,
-    durations: &Arc<Cell>,
+    durations: &Arc<DurationCell>,
 ) -> Rc<LocalCluster> {
     if let Some((shared, local)) = cache.get(key)
         && shared.is_current(config)
@@ -179,19 +177,19 @@ impl Worker {
             let _ = provider().secure_random.fill(&mut [0]);
         }
         let view = View::new(shared.snapshot.load_full(), &shared.instance, None);
-        let in_flight = shared.traces.of_worker();
-        let reporter = Rc::new(Teller::new(&shared.calls));
+        let in_flight = shared.traces.register_worker();
+        let reporter = Rc::new(Reporter::new(&shared.request_telemetry));
         Rc::new(Self {
-            teller: reporter,
+            reporter,
             shared,
-            in_flight,
+            inbound_in_flight: in_flight,
             view: RefCell::new(view),
             unknown: RefCell::default(),
             rng: RefCell::new(Rng::new()),
             index,
             tokens: RefCell::default(),
-            handshakes: Semaphore::new(HANDSHAKES),
-            time_told: LastNumber::default(),
+            handshake_permits: Semaphore::new(HANDSHAKES),
+            forwarded_timeout: LastNumber::default(),
         })
     }
 
@@ -213,21 +211,27 @@ impl Worker {
     /// The state for a host that no upstream names.
     pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
         let cache = &mut self.unknown.borrow_mut().hosts;
-        lookup_unknown(cache, &self.shared.unknown, (host, || host.clone()), config, &self.teller.other)
+        lookup_unknown(
+            cache,
+            &self.shared.unknown_hosts,
+            (host, || host.clone()),
+            config,
+            &self.reporter.other,
+        )
     }
 
     /// The state for an original destination of the service's redirected traffic that no upstream has.
-    pub fn address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
+    pub fn unknown_address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
         let cache = &mut self.unknown.borrow_mut().outbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
-        lookup_unknown(cache, &self.shared.unknown, (&address, host), config, &self.teller.other)
+        lookup_unknown(cache, &self.shared.unknown_hosts, (&address, host), config, &self.reporter.other)
     }
 
     /// The service at the original destination of redirected inbound traffic.
     pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<LocalCluster> {
         let cache = &mut self.unknown.borrow_mut().inbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
-        let durations = &view.inbound.whom.durations;
+        let durations = &view.inbound.destination.durations;
         lookup_unknown(
             cache,
             &self.shared.inbound_addresses,
@@ -247,12 +251,12 @@ impl Worker {
         let mut unknown = self.unknown.borrow_mut();
         // An entry that no worker holds any more is no longer resolved.
         let UnknownCache { hosts, outbound, inbound } = &mut *unknown;
-        hosts.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        outbound.retain(|_, (host, _)| self.shared.unknown.is_kept(host));
-        inbound.retain(|_, (host, _)| self.shared.inbound_addresses.is_kept(host));
+        hosts.retain(|_, (host, _)| self.shared.unknown_hosts.is_active(host));
+        outbound.retain(|_, (host, _)| self.shared.unknown_hosts.is_active(host));
+        inbound.retain(|_, (host, _)| self.shared.inbound_addresses.is_active(host));
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
             // An upstream that was never requested has no connections.
-            if local.upstream.known().is_empty() {
+            if local.upstream.known_endpoints().is_empty() {
                 continue;
             }
             for endpoint in self.with_rng(|rng| local.upstream.endpoints(rng)).iter() {
@@ -267,12 +271,12 @@ impl Worker {
         let view = self.view();
         let unknown = self.unknown.borrow();
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            let eviction = &local.upstream.shared.guards.squeeze;
-            while eviction.is_wanted() {
-                let known = local.upstream.known();
-                let Some(endpoint) = known.iter().find(|it| it.pool.idle_connections() > 0) else { break };
+            let eviction = &local.upstream.shared.guards.eviction;
+            while eviction.is_requested() {
+                let known = local.upstream.known_endpoints();
+                let Some(endpoint) = known.iter().find(|it| it.pool.idle_count() > 0) else { break };
                 if eviction.claim() {
-                    endpoint.pool.close_idle();
+                    endpoint.pool.close_one_idle();
                 }
             }
         }
@@ -283,7 +287,7 @@ impl Worker {
 /// connect elsewhere. Outbound only at its own drain: the service has no other sidecar.
 pub fn announce_phase(side: &Side) -> Phase {
     match side {
-        Side::Inbound => Phase::Leaving,
+        Side::Inbound => Phase::DrainDelay,
         Side::Outbound | Side::Upstream(_) => Phase::DrainingAll,
     }
 }
@@ -297,7 +301,7 @@ pub fn drain_phase(side: &Side) -> Phase {
 }
 
 /// The connection counters of a side.
-pub fn connections<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<Connections> {
+pub fn connection_counts<'a>(shared: &'a Shared, side: &Side) -> &'a Arc<ConnectionCounters> {
     match side {
         Side::Inbound => &shared.metrics.inbound,
         Side::Outbound | Side::Upstream(_) => &shared.metrics.outbound,

@@ -68,8 +68,8 @@ pub enum Scope {
 pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, RedirectError> {
     check_scope(plan, scope, host::is_host_network())?;
     let used = choose(backend, || nftables(plan), || iptables::apply(plan))?;
-    for probe in verify::targets() {
-        verify::arrives(probe, plan.outbound_port).map_err(|source| RedirectError::NotIntercepted {
+    for probe in verify::probe_addresses() {
+        verify::check_arrival(probe, plan.outbound_port).map_err(|source| RedirectError::NotIntercepted {
             probe,
             port: plan.outbound_port,
             source,

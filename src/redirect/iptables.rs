@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::plan::{Hook, Match, Plan, Rule, Verdict};
+use super::plan::{Hook, Match, Plan, Rule, RuleAction};
 
 /// How long to wait for the xtables lock, in seconds.
 const LOCK_TIMEOUT: &str = "5";
@@ -70,15 +70,15 @@ fn rule_arguments(hook: Hook, rule: &Rule, family: Family) -> Option<String> {
             Match::Loopback => write!(arguments, " -o lo"),
             Match::User(user) => write!(arguments, " -m owner --uid-owner {user}"),
             Match::Ports(ports) => write!(arguments, " --dport {}:{}", ports.first, ports.last),
-            Match::To(network) if family.has(network.address) => {
+            Match::Destination(network) if family.has(network.address) => {
                 write!(arguments, " -d {}/{}", network.address, network.prefix)
             }
-            Match::To(_) => return None,
+            Match::Destination(_) => return None,
         };
     }
-    let _ = match rule.verdict {
-        Verdict::LeaveAlone => write!(arguments, " -j RETURN"),
-        Verdict::LeadTo(port) => write!(arguments, " -j REDIRECT --to-ports {port}"),
+    let _ = match rule.action {
+        RuleAction::Accept => write!(arguments, " -j RETURN"),
+        RuleAction::Redirect(port) => write!(arguments, " -j REDIRECT --to-ports {port}"),
     };
     Some(arguments)
 }

@@ -28,4 +28,4 @@ pub use plan::{Plan, PortRange};
 pub const PROBE_PORT: u16 = 4144;
 
 /// The name of our table.
-const NAME: &str = "outrigger";
+const TABLE_NAME: &str = "outrigger";

@@ -3,9 +3,9 @@
 use std::{io, net::IpAddr};
 
 use super::{
-    NAME,
+    TABLE_NAME,
     netlink::{Attributes, Batch},
-    plan::{Hook, Match, Plan, PortRange, Rule, Verdict},
+    plan::{Hook, Match, Plan, PortRange, Rule, RuleAction},
 };
 use crate::config::Network;
 
@@ -50,7 +50,7 @@ pub(super) fn apply(plan: &Plan) -> io::Result<()> {
     table(&mut batch, NEW_TABLE, CREATE);
     for hook in Hook::ALL {
         chain(&mut batch, hook);
-        for Rule { matches, verdict: action, why } in plan.rules(hook) {
+        for Rule { matches, action, comment: why } in plan.rules(hook) {
             rule(&mut batch, hook, why, |expressions| {
                 meta(expressions, Meta::Protocol);
                 compare(expressions, Compare::Equal, &[TCP]);
@@ -76,7 +76,7 @@ fn delete_existing(batch: &mut Batch) {
 }
 
 fn table(batch: &mut Batch, message: u8, flags: u16) {
-    batch.push(message, flags, INET, |table| table.text(1, NAME));
+    batch.push(message, flags, INET, |table| table.text(1, TABLE_NAME));
 }
 
 fn chain_name(hook: Hook) -> &'static str {
@@ -88,7 +88,7 @@ fn chain_name(hook: Hook) -> &'static str {
 
 fn chain(batch: &mut Batch, hook: Hook) {
     batch.push(NEW_CHAIN, CREATE, INET, |chain| {
-        chain.text(1, NAME);
+        chain.text(1, TABLE_NAME);
         chain.text(3, chain_name(hook));
         chain.nested(4, |at| {
             at.number(1, if hook == Hook::Inbound { 0 } else { 3 });
@@ -102,7 +102,7 @@ fn chain(batch: &mut Batch, hook: Hook) {
 
 fn rule(batch: &mut Batch, hook: Hook, why: &str, expressions: impl FnOnce(&mut Attributes<'_>)) {
     batch.push(NEW_RULE, CREATE | APPEND, INET, |rule| {
-        rule.text(1, NAME);
+        rule.text(1, TABLE_NAME);
         rule.text(2, chain_name(hook));
         rule.nested(4, expressions);
         // The comment format of `nft`: type 0, length, text with NUL.
@@ -134,7 +134,7 @@ fn condition(expressions: &mut Attributes<'_>, hook: Hook, rule_match: Match) {
                 compare(expressions, Compare::AtMost, &last.to_be_bytes());
             }
         }
-        Match::To(network) => to(expressions, network),
+        Match::Destination(network) => to(expressions, network),
     }
 }
 
@@ -166,13 +166,13 @@ fn to(expressions: &mut Attributes<'_>, network: Network) {
     compare(expressions, Compare::Equal, &masked);
 }
 
-fn verdict(expressions: &mut Attributes<'_>, verdict: Verdict) {
+fn verdict(expressions: &mut Attributes<'_>, verdict: RuleAction) {
     match verdict {
-        Verdict::LeaveAlone => expression(expressions, "immediate", |data| {
+        RuleAction::Accept => expression(expressions, "immediate", |data| {
             data.number(1, DECISION);
             data.nested(2, |data| data.nested(2, |verdict| verdict.number(1, ACCEPT)));
         }),
-        Verdict::LeadTo(port) => {
+        RuleAction::Redirect(port) => {
             expression(expressions, "immediate", |data| {
                 data.number(1, VALUE);
                 data.nested(2, |data| data.bytes(1, &port.to_be_bytes()));

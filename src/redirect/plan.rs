@@ -101,27 +101,28 @@ pub(super) enum Match {
     Loopback,
     User(u32),
     Ports(PortRange),
-    To(Network),
+    Destination(Network),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    LeaveAlone,
-    LeadTo(u16),
+pub(super) enum RuleAction {
+    Accept,
+    Redirect(u16),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Rule {
     pub matches: Vec<Match>,
-    pub verdict: Verdict,
+    pub action: RuleAction,
     /// The rule's comment in listings.
-    pub why: &'static str,
+    pub comment: &'static str,
 }
 
 impl Plan {
     /// The rules for TCP connections at a hook, in order.
     pub(super) fn rules(&self, hook: Hook) -> Vec<Rule> {
-        let exempt = |matches: Match, why| Rule { matches: vec![matches], verdict: Verdict::LeaveAlone, why };
+        let exempt =
+            |matches: Match, why| Rule { matches: vec![matches], action: RuleAction::Accept, comment: why };
         let mut rules = Vec::new();
         match hook {
             Hook::Inbound => {
@@ -131,22 +132,24 @@ impl Plan {
             }
             Hook::Outbound => {
                 rules.extend(probe_networks().map(|network| Rule {
-                    matches: vec![Match::To(network), Match::Ports(PROBE_PORT.into())],
-                    verdict: Verdict::LeadTo(self.outbound_port),
-                    why: "shows that the rules work",
+                    matches: vec![Match::Destination(network), Match::Ports(PROBE_PORT.into())],
+                    action: RuleAction::Redirect(self.outbound_port),
+                    comment: "shows that the rules work",
                 }));
                 rules.extend(self.users.iter().map(|user| exempt(Match::User(*user), "the proxy's own")));
                 rules.push(exempt(Match::Loopback, "stays in the pod"));
-                rules.push(exempt(Match::To(link_local()), "link-local"));
+                rules.push(exempt(Match::Destination(link_local()), "link-local"));
                 rules.extend(self.skip_outbound.iter().map(|ports| exempt(Match::Ports(*ports), "skipped")));
-                rules.extend(self.skip_networks.iter().map(|network| exempt(Match::To(*network), "skipped")));
+                rules.extend(
+                    self.skip_networks.iter().map(|network| exempt(Match::Destination(*network), "skipped")),
+                );
             }
         }
         let to = match hook {
             Hook::Inbound => self.inbound_port,
             Hook::Outbound => self.outbound_port,
         };
-        rules.push(Rule { matches: Vec::new(), verdict: Verdict::LeadTo(to), why: "all else" });
+        rules.push(Rule { matches: Vec::new(), action: RuleAction::Redirect(to), comment: "all else" });
         rules
     }
 }
@@ -190,15 +193,15 @@ mod tests {
     #[test]
     fn the_proxys_own_connections_are_exempt_before_any_redirection() {
         let rules = example().rules(Hook::Outbound);
-        let at = |verdict: Verdict, matches: &[Match]| {
-            rules.iter().position(|rule| rule.verdict == verdict && rule.matches == matches).unwrap()
+        let at = |verdict: RuleAction, matches: &[Match]| {
+            rules.iter().position(|rule| rule.action == verdict && rule.matches == matches).unwrap()
         };
-        let own = at(Verdict::LeaveAlone, &[Match::User(4140)]);
-        let all = at(Verdict::LeadTo(4140), &[]);
+        let own = at(RuleAction::Accept, &[Match::User(4140)]);
+        let all = at(RuleAction::Redirect(4140), &[]);
         assert!(own < all);
         assert_eq!(all, rules.len() - 1);
         let (probes, rest) = rules.split_at(own);
         assert!(probes.iter().all(|rule| rule.matches.contains(&Match::Ports(PROBE_PORT.into()))));
-        assert_eq!(rest.iter().filter(|rule| rule.verdict != Verdict::LeaveAlone).count(), 1);
+        assert_eq!(rest.iter().filter(|rule| rule.action != RuleAction::Accept).count(), 1);
     }
 }

@@ -3,13 +3,14 @@
 use std::{fmt::Write as _, net::IpAddr};
 
 use super::{
-    NAME,
-    plan::{Hook, Match, Plan, Rule, Verdict},
+    TABLE_NAME,
+    plan::{Hook, Match, Plan, Rule, RuleAction},
 };
 
 /// The whole table. Loading it replaces an earlier one.
 pub(super) fn nft(plan: &Plan) -> String {
-    let mut text = format!("table inet {NAME}\ndelete table inet {NAME}\n\ntable inet {NAME} {{\n");
+    let mut text =
+        format!("table inet {TABLE_NAME}\ndelete table inet {TABLE_NAME}\n\ntable inet {TABLE_NAME} {{\n");
     for hook in Hook::ALL {
         let (chain, at) = match hook {
             Hook::Inbound => ("inbound", "prerouting"),
@@ -18,7 +19,7 @@ pub(super) fn nft(plan: &Plan) -> String {
         let _ = writeln!(text, "\tchain {chain} {{");
         let _ = writeln!(text, "\t\ttype nat hook {at} priority -100; policy accept;");
         for rule in plan.rules(hook) {
-            let _ = writeln!(text, "\t\t{} comment \"{}\"", rule_text(hook, &rule), rule.why);
+            let _ = writeln!(text, "\t\t{} comment \"{}\"", rule_text(hook, &rule), rule.comment);
         }
         text.push_str("\t}\n");
     }
@@ -33,14 +34,14 @@ fn rule_text(hook: Hook, rule: &Rule) -> String {
         Match::Loopback => "oifname \"lo\"".to_owned(),
         Match::User(user) => format!("meta skuid {user}"),
         Match::Ports(ports) => format!("tcp dport {ports}"),
-        Match::To(network) => {
+        Match::Destination(network) => {
             let family = if matches!(network.address, IpAddr::V4(_)) { "ip" } else { "ip6" };
             format!("{family} daddr {}/{}", network.address, network.prefix)
         }
     }));
-    parts.push(match rule.verdict {
-        Verdict::LeaveAlone => "accept".to_owned(),
-        Verdict::LeadTo(port) => format!("redirect to :{port}"),
+    parts.push(match rule.action {
+        RuleAction::Accept => "accept".to_owned(),
+        RuleAction::Redirect(port) => format!("redirect to :{port}"),
     });
     parts.join(" ")
 }

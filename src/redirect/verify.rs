@@ -13,7 +13,7 @@ use super::PROBE_PORT;
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The probe addresses, for the address families of this network namespace.
-pub(super) fn targets() -> Vec<SocketAddr> {
+pub(super) fn probe_addresses() -> Vec<SocketAddr> {
     let families = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
     let available = families.into_iter().filter(|ip| TcpListener::bind((*ip, 0)).is_ok());
     available.map(|ip| SocketAddr::new(ip, PROBE_PORT)).collect()
@@ -21,7 +21,7 @@ pub(super) fn targets() -> Vec<SocketAddr> {
 
 /// Connects to a port on which nothing listens and checks that the connection arrives at the outbound port. If the
 /// proxy is already running, accepting the connection is sufficient.
-pub(super) fn arrives(probe: SocketAddr, outbound_port: u16) -> io::Result<()> {
+pub(super) fn check_arrival(probe: SocketAddr, outbound_port: u16) -> io::Result<()> {
     let listener = match TcpListener::bind((probe.ip(), outbound_port)) {
         Ok(listener) => Some(listener),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,

@@ -89,7 +89,7 @@ impl Gradient {
 
 /// The adaptive limit of an upstream, shared by all workers.
 #[derive(Debug)]
-pub struct Adaptive {
+pub struct AdaptiveLimit {
     /// Of the current window: microseconds, responses, failures.
     latency: AtomicU64,
     responses: AtomicU32,
@@ -100,7 +100,7 @@ pub struct Adaptive {
     epoch: Instant,
 }
 
-impl Adaptive {
+impl AdaptiveLimit {
     /// `max_requests` stays the upper bound.
     pub fn new(max_requests: u32, now: Instant) -> Self {
         Self {
@@ -115,7 +115,7 @@ impl Adaptive {
 
     /// Records an attempt's time to response headers and its outcome; at the end of a window, adjusts the limit.
     /// Usually two atomic additions; the call that ends a window also takes an uncontended lock.
-    pub fn record<N: super::limit::Bell>(
+    pub fn record<N: super::limit::NotifyWaiter>(
         &self,
         latency: Duration,
         health: Health,
@@ -145,7 +145,7 @@ impl Adaptive {
         let window = self.take_window(limit.in_flight(), limit.pending() > 0);
         let moved = self.gradient.lock().unwrap_or_else(PoisonError::into_inner).step(window);
         if moved != limit.limit() {
-            limit.adapt(moved, now);
+            limit.set_adaptive_limit(moved, now);
         }
     }
 
@@ -237,15 +237,15 @@ mod tests {
     #[derive(Debug)]
     struct NoNotify;
 
-    impl super::super::limit::Bell for NoNotify {
-        fn ring(self) {}
+    impl super::super::limit::NotifyWaiter for NoNotify {
+        fn notify(self) {}
     }
 
     #[test]
     fn moves_the_limit_once_a_window() {
         let start = Instant::now();
         let limit = RequestLimit::<NoNotify>::new(LimitSettings::default());
-        let adaptive = Adaptive::new(1024, start);
+        let adaptive = AdaptiveLimit::new(1024, start);
         let ms = Duration::from_millis;
         for n in 0..40 {
             adaptive.record(ms(10), Health::Success, &limit, start + ms(n * 2));

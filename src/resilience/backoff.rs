@@ -29,7 +29,7 @@ const LONGEST_WAIT_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// When the upstream allows a retry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Hint {
+pub enum RetryHint {
     #[default]
     None,
     /// `Retry-After`: not earlier.
@@ -42,7 +42,7 @@ pub enum Hint {
 
 /// The wait before a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
+pub enum BackoffWait {
     For(Duration),
     /// The wait would pass the deadline.
     TooLong,
@@ -60,25 +60,25 @@ impl BackoffSettings {
 
     /// The wait before the n-th retry, from 1. `time_left`: until the request's deadline, if it has one; `random` from
     /// 0 to 1.
-    pub fn wait(&self, n: u32, hint: Hint, time_left: Option<Duration>, random: f64) -> Wait {
+    pub fn wait(&self, n: u32, hint: RetryHint, time_left: Option<Duration>, random: f64) -> BackoffWait {
         let jitter = self.ceiling(n).mul_f64(random.clamp(0.0, 1.0));
         let fits = |wait: Duration| wait < time_left.unwrap_or(LONGEST_WAIT_WITHOUT_DEADLINE);
         match hint {
-            Hint::Never => Wait::Forbidden,
-            Hint::Exactly(wait) | Hint::After(wait) if !fits(wait) => Wait::TooLong,
-            Hint::Exactly(wait) => Wait::For(wait),
+            RetryHint::Never => BackoffWait::Forbidden,
+            RetryHint::Exactly(wait) | RetryHint::After(wait) if !fits(wait) => BackoffWait::TooLong,
+            RetryHint::Exactly(wait) => BackoffWait::For(wait),
             // Jitter is only added: all clients got the same time, and the server refuses earlier requests.
-            Hint::After(wait) => {
+            RetryHint::After(wait) => {
                 let spread = wait.saturating_add(jitter);
-                Wait::For(if fits(spread) { spread } else { wait })
+                BackoffWait::For(if fits(spread) { spread } else { wait })
             }
-            Hint::None if fits(jitter) => Wait::For(jitter),
-            Hint::None => Wait::TooLong,
+            RetryHint::None if fits(jitter) => BackoffWait::For(jitter),
+            RetryHint::None => BackoffWait::TooLong,
         }
     }
 }
 
-impl Hint {
+impl RetryHint {
     /// Reads `grpc-retry-pushback-ms` (gRPC A6) and `Retry-After` (RFC 9110 §10.2.3). `wall` is the time of day.
     pub fn from_headers(headers: &HeaderMap, wall: SystemTime) -> Self {
         if let Some(value) = headers.get("grpc-retry-pushback-ms") {
@@ -115,10 +115,10 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    fn hint(name: &'static str, value: &'static str, wall: SystemTime) -> Hint {
+    fn hint(name: &'static str, value: &'static str, wall: SystemTime) -> RetryHint {
         let mut headers = HeaderMap::new();
         headers.insert(name, HeaderValue::from_static(value));
-        Hint::from_headers(&headers, wall)
+        RetryHint::from_headers(&headers, wall)
     }
 
     #[test]
@@ -133,41 +133,44 @@ mod tests {
     #[test]
     fn jitter_only_adds_to_retry_after() {
         let backoff = BackoffSettings::default();
-        let after = Hint::After(MS * 2000);
+        let after = RetryHint::After(MS * 2000);
         let left = |ms| Some(MS * ms);
-        assert_eq!(backoff.wait(1, after, left(5000), 0.0), Wait::For(MS * 2000));
-        assert_eq!(backoff.wait(1, after, left(5000), 1.0), Wait::For(MS * 2025));
-        assert_eq!(backoff.wait(1, after, left(2010), 1.0), Wait::For(MS * 2000));
-        assert_eq!(backoff.wait(1, after, left(2000), 0.5), Wait::TooLong);
-        assert_eq!(backoff.wait(1, after, None, 0.0), Wait::For(MS * 2000));
-        assert_eq!(backoff.wait(1, Hint::After(Duration::from_secs(3600)), None, 0.0), Wait::TooLong);
+        assert_eq!(backoff.wait(1, after, left(5000), 0.0), BackoffWait::For(MS * 2000));
+        assert_eq!(backoff.wait(1, after, left(5000), 1.0), BackoffWait::For(MS * 2025));
+        assert_eq!(backoff.wait(1, after, left(2010), 1.0), BackoffWait::For(MS * 2000));
+        assert_eq!(backoff.wait(1, after, left(2000), 0.5), BackoffWait::TooLong);
+        assert_eq!(backoff.wait(1, after, None, 0.0), BackoffWait::For(MS * 2000));
+        assert_eq!(
+            backoff.wait(1, RetryHint::After(Duration::from_secs(3600)), None, 0.0),
+            BackoffWait::TooLong
+        );
     }
 
     #[test]
     fn grpc_pushback_is_exact_or_forbids() {
         let backoff = BackoffSettings::default();
-        assert_eq!(backoff.wait(1, Hint::Exactly(MS * 7), None, 1.0), Wait::For(MS * 7));
-        assert_eq!(backoff.wait(1, Hint::Never, None, 0.5), Wait::Forbidden);
+        assert_eq!(backoff.wait(1, RetryHint::Exactly(MS * 7), None, 1.0), BackoffWait::For(MS * 7));
+        assert_eq!(backoff.wait(1, RetryHint::Never, None, 0.5), BackoffWait::Forbidden);
         let now = SystemTime::UNIX_EPOCH;
-        assert_eq!(hint("grpc-retry-pushback-ms", "250", now), Hint::Exactly(MS * 250));
-        assert_eq!(hint("grpc-retry-pushback-ms", "0", now), Hint::Exactly(Duration::ZERO));
+        assert_eq!(hint("grpc-retry-pushback-ms", "250", now), RetryHint::Exactly(MS * 250));
+        assert_eq!(hint("grpc-retry-pushback-ms", "0", now), RetryHint::Exactly(Duration::ZERO));
         for forbids in ["-1", "soon", "", "99999999999"] {
-            assert_eq!(hint("grpc-retry-pushback-ms", forbids, now), Hint::Never, "{forbids}");
+            assert_eq!(hint("grpc-retry-pushback-ms", forbids, now), RetryHint::Never, "{forbids}");
         }
     }
 
     #[test]
     fn reads_both_forms_of_retry_after() {
         let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
-        assert_eq!(hint("retry-after", "120", wall), Hint::After(MS * 120_000));
+        assert_eq!(hint("retry-after", "120", wall), RetryHint::After(MS * 120_000));
         let date = "Sun, 06 Nov 1994 08:49:40 GMT";
-        assert_eq!(hint("retry-after", date, wall), Hint::After(MS * 3000));
-        assert_eq!(hint("retry-after", date, wall + MS * 60_000), Hint::None);
+        assert_eq!(hint("retry-after", date, wall), RetryHint::After(MS * 3000));
+        assert_eq!(hint("retry-after", date, wall + MS * 60_000), RetryHint::None);
         for nonsense in ["", "-3", "1.5", "tomorrow"] {
-            assert_eq!(hint("retry-after", nonsense, wall), Hint::None, "{nonsense}");
+            assert_eq!(hint("retry-after", nonsense, wall), RetryHint::None, "{nonsense}");
         }
         let huge = hint("retry-after", "99999999999999999999999", wall);
-        assert_eq!(BackoffSettings::default().wait(1, huge, Some(MS * 1000), 0.5), Wait::TooLong);
+        assert_eq!(BackoffSettings::default().wait(1, huge, Some(MS * 1000), 0.5), BackoffWait::TooLong);
     }
 
     proptest! {
@@ -178,7 +181,7 @@ mod tests {
             let backoff = BackoffSettings {
                 base: HumanDuration::from_millis(base), max: HumanDuration::from_millis(max),
             };
-            if let Wait::For(wait) = backoff.wait(n, Hint::None, Some(MS * left), random) {
+            if let BackoffWait::For(wait) = backoff.wait(n, RetryHint::None, Some(MS * left), random) {
                 prop_assert!(wait <= backoff.ceiling(n) && wait <= MS * u32::try_from(max).unwrap());
                 prop_assert!(wait < MS * left);
             }

@@ -18,8 +18,8 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use self::machine::{Admitted, Counts, Machine};
-pub use super::growing::Growing;
+use self::machine::{Machine, MachineAdmission, WindowCounts};
+pub use super::growing_duration::GrowingDuration;
 use super::{
     classify::Health,
     window::{SLICES, SlidingCount},
@@ -40,13 +40,13 @@ pub struct BreakerSettings {
     pub min_requests: u32,
     /// How long it stays open; doubles, with jitter, each time a trial fails.
     #[serde(deserialize_with = "open_for")]
-    pub open_for: Growing,
+    pub open_for: GrowingDuration,
     /// Attempts admitted while half open; all must succeed.
     pub trial_requests: u32,
 }
 
-fn open_for<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Growing, D::Error> {
-    Growing::read(BreakerSettings::default().open_for, deserializer)
+fn open_for<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<GrowingDuration, D::Error> {
+    GrowingDuration::read(BreakerSettings::default().open_for, deserializer)
 }
 
 impl Default for BreakerSettings {
@@ -56,7 +56,10 @@ impl Default for BreakerSettings {
             failure_rate: Ratio::constant(0.5),
             window: HumanDuration::from_secs(10),
             min_requests: 20,
-            open_for: Growing { base: HumanDuration::from_secs(5), max: HumanDuration::from_secs(60) },
+            open_for: GrowingDuration {
+                base: HumanDuration::from_secs(5),
+                max: HumanDuration::from_secs(60),
+            },
             trial_requests: 3,
         }
     }
@@ -64,7 +67,7 @@ impl Default for BreakerSettings {
 
 /// The state of a breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum State {
+pub enum BreakerState {
     Closed,
     HalfOpen,
     Open,
@@ -72,7 +75,7 @@ pub enum State {
 
 /// Whether the breaker works automatically or is forced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum BreakerMode {
     Auto,
     /// Forced: admits nothing.
     Open,
@@ -82,14 +85,14 @@ pub enum Mode {
 
 /// Why the breaker entered its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
+pub enum TransitionReason {
     Start,
     ConsecutiveFailures(u32),
     FailureRate {
         failures: u64,
         requests: u64,
     },
-    OpenTimeOver,
+    OpenTimeElapsed,
     /// A request to a previously absent endpoint has succeeded.
     Reachable,
     TrialFailed,
@@ -97,39 +100,39 @@ pub enum Why {
     Manual,
     ManualExpired,
     /// A forced state was set back to auto before it expired.
-    ManualEnded,
+    ManualReset,
 }
 
 /// A change of state, for log, metrics and traces. `from` equals `to` if only the mode changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Transition {
-    pub from: State,
-    pub to: State,
-    pub why: Why,
+pub struct BreakerTransition {
+    pub from: BreakerState,
+    pub to: BreakerState,
+    pub reason: TransitionReason,
     /// When it changes again by itself.
     pub until: Option<Instant>,
 }
 
 /// The state shown in `/status`.
 #[derive(Clone, Copy, Debug)]
-pub struct Report {
-    pub state: State,
-    pub mode: Mode,
+pub struct BreakerReport {
+    pub state: BreakerState,
+    pub mode: BreakerMode,
     pub since: Instant,
-    pub why: Why,
+    pub reason: TransitionReason,
     pub until: Option<Instant>,
 }
 
 /// The result of [`Breaker::admit`].
 #[derive(Debug)]
-pub struct Admission {
-    pub permit: Result<Permit, Refused>,
-    pub transition: Option<Transition>,
+pub struct BreakerAdmission {
+    pub permit: Result<BreakerPermit, BreakerRefusal>,
+    pub transition: Option<BreakerTransition>,
 }
 
 /// The breaker does not admit the attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct BreakerRefusal {
     pub retry_after: Duration,
 }
 
@@ -139,7 +142,7 @@ pub struct Refused {
 /// A trial holds its slot until it is reported. Report as soon as the service has shown that it works (response
 /// headers; for gRPC the status or the first message), not at the end of a stream that may last for hours.
 #[derive(Debug)]
-pub struct Permit {
+pub struct BreakerPermit {
     generation: u64,
     /// `Some` for a trial.
     trial: Option<Arc<Breaker>>,
@@ -173,33 +176,36 @@ impl Breaker {
     }
 
     /// Requests a permit for one attempt.
-    pub fn admit(self: &Arc<Self>, now: Instant) -> Admission {
+    pub fn admit(self: &Arc<Self>, now: Instant) -> BreakerAdmission {
         let gate = self.gate.load(Ordering::Acquire);
         if gate & 1 == 0 {
-            return Admission { permit: Ok(Permit { generation: gate >> 1, trial: None }), transition: None };
+            return BreakerAdmission {
+                permit: Ok(BreakerPermit { generation: gate >> 1, trial: None }),
+                transition: None,
+            };
         }
         let mut machine = self.lock();
-        let transition = machine.settle(now);
+        let transition = machine.apply_time(now);
         let admitted = machine.admit(now);
         self.publish(&machine, transition);
         let generation = machine.generation;
         let permit = match admitted {
-            Admitted::Normally => Ok(Permit { generation, trial: None }),
-            Admitted::AsTrial => Ok(Permit { generation, trial: Some(Arc::clone(self)) }),
-            Admitted::Refused(retry_after) => Err(Refused { retry_after }),
+            MachineAdmission::Normal => Ok(BreakerPermit { generation, trial: None }),
+            MachineAdmission::Trial => Ok(BreakerPermit { generation, trial: Some(Arc::clone(self)) }),
+            MachineAdmission::Refused(retry_after) => Err(BreakerRefusal { retry_after }),
         };
-        Admission { permit, transition }
+        BreakerAdmission { permit, transition }
     }
 
     /// Reports the outcome of an attempt. Attempts admitted before the last transition are ignored. `random` from 0 to
     /// 1.
     pub fn report(
         &self,
-        mut permit: Permit,
+        mut permit: BreakerPermit,
         health: Health,
         now: Instant,
         random: f64,
-    ) -> Option<Transition> {
+    ) -> Option<BreakerTransition> {
         if health == Health::Neutral {
             return None; // Dropping the permit frees its slot.
         }
@@ -208,7 +214,7 @@ impl Breaker {
             if machine.generation != permit.generation {
                 return None;
             }
-            let transition = machine.trial_ended(health == Health::Success, now, random);
+            let transition = machine.record_trial(health == Health::Success, now, random);
             self.publish(&machine, transition);
             return transition;
         }
@@ -223,23 +229,28 @@ impl Breaker {
     }
 
     /// Forces a state, or returns to automatic (`BreakerMode::Auto`). `until`: when it returns to auto by itself.
-    pub fn force(&self, mode: Mode, until: Option<Instant>, now: Instant) -> Option<Transition> {
+    pub fn force(
+        &self,
+        mode: BreakerMode,
+        until: Option<Instant>,
+        now: Instant,
+    ) -> Option<BreakerTransition> {
         let mut machine = self.lock();
-        let transition = machine.force(mode, until, now, Why::Manual);
+        let transition = machine.force(mode, until, now, TransitionReason::Manual);
         self.publish(&machine, transition);
         transition
     }
 
     /// Allows one trial before an open breaker's time has elapsed, since an absent endpoint may be back. If the trial
     /// fails, nothing changes. Returns whether the trial is newly allowed.
-    pub fn offer_trial(&self) -> bool {
-        self.lock().offer_trial()
+    pub fn allow_early_trial(&self) -> bool {
+        self.lock().allow_early_trial()
     }
 
     /// Applies transitions that are due by time, so that a forced state expires, and is reported, without traffic.
-    pub fn tick(&self, now: Instant) -> Option<Transition> {
+    pub fn tick(&self, now: Instant) -> Option<BreakerTransition> {
         let mut machine = self.lock();
-        let transition = machine.settle(now);
+        let transition = machine.apply_time(now);
         self.publish(&machine, transition);
         transition
     }
@@ -254,19 +265,19 @@ impl Breaker {
         }
     }
 
-    pub fn report_state(&self) -> Report {
+    pub fn state_report(&self) -> BreakerReport {
         let machine = self.lock();
-        Report {
+        BreakerReport {
             state: machine.state(),
             mode: machine.mode(),
             since: machine.since,
-            why: machine.why,
+            reason: machine.reason,
             until: machine.until(),
         }
     }
 
     /// Failures and attempts of the window that ends now; both 0 if the failure rate is off.
-    pub fn in_window(&self, now: Instant) -> (u32, u32) {
+    pub fn window_counts(&self, now: Instant) -> (u32, u32) {
         let Some(slice) = self.slice_at(now) else { return (0, 0) };
         let (failures, successes) = (self.failures.sum(slice), self.successes.sum(slice));
         (failures as u32, (failures + successes) as u32)
@@ -286,10 +297,10 @@ impl Breaker {
         }
     }
 
-    fn count_failure(&self, generation: u64, now: Instant, random: f64) -> Option<Transition> {
+    fn count_failure(&self, generation: u64, now: Instant, random: f64) -> Option<BreakerTransition> {
         let mut machine = self.lock();
         // A forced `closed` expires here, since admission through the gate does not check the clock.
-        let settled = machine.settle(now);
+        let settled = machine.apply_time(now);
         if settled.is_some() || machine.generation != generation {
             self.publish(&machine, settled);
             return settled;
@@ -300,7 +311,8 @@ impl Breaker {
             self.failures.add(slice);
             (failures, successes) = (self.failures.sum(slice), self.successes.sum(slice));
         }
-        let transition = machine.failed(Counts { in_a_row: consecutive, failures, successes }, now, random);
+        let transition =
+            machine.record_failure(WindowCounts { consecutive, failures, successes }, now, random);
         self.publish(&machine, transition);
         transition
     }
@@ -313,12 +325,12 @@ impl Breaker {
     }
 
     /// Call it after every step of the machine, while the machine is locked.
-    fn publish(&self, machine: &Machine, transition: Option<Transition>) {
+    fn publish(&self, machine: &Machine, transition: Option<BreakerTransition>) {
         if transition.is_some() {
             self.consecutive_failures.store(0, Ordering::Relaxed);
             self.successes.clear();
             self.failures.clear();
-            let ask = u64::from(machine.state() != State::Closed);
+            let ask = u64::from(machine.state() != BreakerState::Closed);
             self.gate.store(machine.generation << 1 | ask, Ordering::Release);
         }
     }
@@ -336,24 +348,24 @@ fn slice_of(settings: &BreakerSettings) -> u64 {
     slice.max(1_000_000)
 }
 
-impl Permit {
+impl BreakerPermit {
     pub fn is_trial(&self) -> bool {
         self.trial.is_some()
     }
 }
 
-impl Drop for Permit {
+impl Drop for BreakerPermit {
     fn drop(&mut self) {
         if let Some(breaker) = self.trial.take() {
             let mut machine = breaker.lock();
             if machine.generation == self.generation {
-                machine.trial_lost();
+                machine.release_trial();
             }
         }
     }
 }
 
-impl State {
+impl BreakerState {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Closed => "closed",
@@ -372,18 +384,18 @@ impl State {
     }
 }
 
-impl std::fmt::Display for Why {
+impl std::fmt::Display for TransitionReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Start => f.write_str("start"),
             Self::ConsecutiveFailures(count) => write!(f, "{count} failures in a row"),
             Self::FailureRate { failures, requests } => write!(f, "{failures} of {requests} attempts failed"),
-            Self::OpenTimeOver => f.write_str("time to try again"),
+            Self::OpenTimeElapsed => f.write_str("time to try again"),
             Self::Reachable => f.write_str("an endpoint that was absent serves again"),
             Self::TrialFailed => f.write_str("a trial failed"),
             Self::TrialsSucceeded => f.write_str("all trials succeeded"),
             Self::Manual => f.write_str("set by hand"),
-            Self::ManualEnded => f.write_str("set back to auto"),
+            Self::ManualReset => f.write_str("set back to auto"),
             Self::ManualExpired => f.write_str("what was set by hand has expired"),
         }
     }

@@ -123,18 +123,18 @@ pub struct RetryBudget {
 /// A granted retry that has not been sent yet. Dropped before it is [sent](Self::mark_sent), it frees its slot: the
 /// client disconnected, the deadline expired, or the breaker opened meanwhile.
 #[derive(Debug)]
-pub struct Unsent<'a> {
+pub struct RetryGrant<'a> {
     budget: &'a RetryBudget,
     granted_at: Option<Instant>,
 }
 
-impl Unsent<'_> {
-    pub fn sent(mut self) {
+impl RetryGrant<'_> {
+    pub fn mark_sent(mut self) {
         self.granted_at = None;
     }
 }
 
-impl Drop for Unsent<'_> {
+impl Drop for RetryGrant<'_> {
     fn drop(&mut self) {
         if let Some(granted_at) = self.granted_at {
             self.budget.with_slots(granted_at, |slots| slots.cancel(granted_at));
@@ -164,8 +164,8 @@ impl RetryBudget {
     }
 
     /// A guard that frees the slot granted at `granted_at` unless the retry is sent.
-    pub fn hold(&self, granted_at: Instant) -> Unsent<'_> {
-        Unsent { budget: self, granted_at: Some(granted_at) }
+    pub fn guard_grant(&self, granted_at: Instant) -> RetryGrant<'_> {
+        RetryGrant { budget: self, granted_at: Some(granted_at) }
     }
 
     /// How many retries would be granted now.
@@ -252,13 +252,13 @@ mod tests {
     fn an_unsent_retry_frees_its_slot() {
         let (budget, now) = (RetryBudget::new(BudgetSettings::default()), Instant::now());
         assert!(budget.withdraw(now) && budget.withdraw(now + MS));
-        drop(budget.hold(now + MS));
+        drop(budget.guard_grant(now + MS));
         assert_eq!(budget.available(now + MS), 9);
-        budget.hold(now).sent();
+        budget.guard_grant(now).mark_sent();
         assert_eq!(budget.available(now + MS), 9);
         // Paid for by requests meanwhile: it is not freed twice.
         (0..5).for_each(|_| budget.deposit());
-        drop(budget.hold(now));
+        drop(budget.guard_grant(now));
         assert_eq!(budget.available(now + MS), 10);
     }
 
@@ -343,7 +343,7 @@ mod tests {
                     },
                     Event::NotSent => if let Some(index) = log.iter().rposition(|(_, retry)| *retry) {
                         let (at, _) = log.remove(index);
-                        drop(budget.hold(start + Duration::from_millis(at)));
+                        drop(budget.guard_grant(start + Duration::from_millis(at)));
                     },
                     Event::Retries(count) => for _ in 0..count {
                         if budget.withdraw(start + Duration::from_millis(now)) {

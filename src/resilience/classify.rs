@@ -11,7 +11,7 @@ use std::{
 use http::{HeaderMap, StatusCode};
 
 pub use super::grpc::GrpcStatus;
-use super::retry::Condition;
+use super::retry::RetryCondition;
 
 /// The header field by which a sidecar advises the client's sidecar whether to retry.
 pub const RETRY_ADVICE: &str = "x-outrigger-retry";
@@ -22,15 +22,15 @@ const DEADLINE_SLACK: Duration = Duration::from_millis(10);
 
 /// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    pub ending: Ending,
+pub struct AttemptOutcome {
+    pub kind: OutcomeKind,
     /// As received; [`AttemptOutcome::advice`] returns the advice that applies.
-    pub advice: Advice,
+    pub advice: RetryAdvice,
 }
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum OutcomeKind {
     /// A response without a gRPC status.
     Http(StatusCode),
     /// A gRPC status, from headers (Trailers-Only) or trailers.
@@ -49,9 +49,9 @@ pub enum Ending {
     /// `timeout` expired during the attempt.
     Timeout,
     /// The client's deadline, shorter than the proxy's timeout, expired.
-    CallersDeadline,
+    ClientDeadline,
     /// The client closed its connection or stream.
-    CallerGone,
+    ClientGone,
     /// The client's request body is malformed, so the attempt was aborted.
     ClientError,
     /// The proxy did not send the request: breaker, limits, rate limit, an injected fault, drain.
@@ -83,20 +83,20 @@ pub struct Reset {
     /// At least one byte of the request was handed to the kernel.
     pub request_sent: bool,
     /// At least one byte of the response arrived.
-    pub response_begun: bool,
+    pub response_started: bool,
 }
 
 impl Reset {
     /// A pooled connection was lost before any response byte: most likely the upstream closed it as the request was
     /// sent.
     pub const fn is_stale(self) -> bool {
-        self.reused && !self.response_begun
+        self.reused && !self.response_started
     }
 }
 
 /// The retry advice of the upstream's sidecar ([`RETRY_ADVICE`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Advice {
+pub enum RetryAdvice {
     #[default]
     None,
     /// A proxy nearer to the failure has already retried: do not multiply the attempts.
@@ -117,62 +117,62 @@ pub enum Health {
 /// Counts a lost connection once, however many streams it carried: a hundred streams that fail together are one
 /// failure. One per connection.
 #[derive(Debug, Default)]
-pub struct Loss(AtomicBool);
+pub struct ConnectionLoss(AtomicBool);
 
-impl Loss {
+impl ConnectionLoss {
     /// Returns `health` for the first attempt that fails with this connection, `Neutral` for the others. Call it once
     /// per attempt and report the result to breaker and outlier detector. Not for a stream that was reset alone.
-    pub fn weigh(&self, health: Health) -> Health {
+    pub fn count_once(&self, health: Health) -> Health {
         if self.0.swap(true, Ordering::Relaxed) { Health::Neutral } else { health }
     }
 }
 
-impl Ending {
+impl OutcomeKind {
     /// The endpoint refused or did not accept the connection. Only another connection attempt shows whether it does
     /// now.
-    pub const fn found_nobody(self) -> bool {
+    pub const fn is_unreachable(self) -> bool {
         matches!(self, Self::Connect(ConnectFailure::Refused | ConnectFailure::Timeout))
     }
 
     /// The endpoint responded, if only by refusing the stream.
-    pub const fn is_answer(self) -> bool {
+    pub const fn is_response(self) -> bool {
         matches!(self, Self::Http(_) | Self::Grpc(_) | Self::RefusedStream)
     }
 }
 
-impl Outcome {
-    pub const fn new(ending: Ending) -> Self {
-        Self { ending, advice: Advice::None }
+impl AttemptOutcome {
+    pub const fn new(ending: OutcomeKind) -> Self {
+        Self { kind: ending, advice: RetryAdvice::None }
     }
 
     /// A response without a gRPC status, with the advice in its headers. Do not pass the advice of an upstream that
     /// the configuration does not name (use `AttemptOutcome::new`).
     /// `client_time_left`: until the client's deadline where that is shorter than the proxy's timeout. The upstream's
     /// sidecar knows this deadline too, and its 504 may arrive just before the proxy's own timer fires.
-    pub fn http(status: StatusCode, advice: Advice, client_time_left: Option<Duration>) -> Self {
+    pub fn http(status: StatusCode, advice: RetryAdvice, client_time_left: Option<Duration>) -> Self {
         let ending = match client_time_left {
             Some(left) if status == StatusCode::GATEWAY_TIMEOUT && left <= DEADLINE_SLACK => {
-                Ending::CallersDeadline
+                OutcomeKind::ClientDeadline
             }
-            _ => Ending::Http(status),
+            _ => OutcomeKind::Http(status),
         };
-        Self { ending, advice }
+        Self { kind: ending, advice }
     }
 
     /// A gRPC status. `client_time_left`: until the client's deadline where that is shorter than the proxy's timeout. A
     /// service that stops at that deadline behaves correctly.
-    pub fn grpc(status: GrpcStatus, advice: Advice, client_time_left: Option<Duration>) -> Self {
+    pub fn grpc(status: GrpcStatus, advice: RetryAdvice, client_time_left: Option<Duration>) -> Self {
         let gave_up = matches!(status, GrpcStatus::DeadlineExceeded | GrpcStatus::Cancelled);
         let ending = match client_time_left {
-            Some(left) if gave_up && left <= DEADLINE_SLACK => Ending::CallersDeadline,
-            _ => Ending::Grpc(status),
+            Some(left) if gave_up && left <= DEADLINE_SLACK => OutcomeKind::ClientDeadline,
+            _ => OutcomeKind::Grpc(status),
         };
-        Self { ending, advice }
+        Self { kind: ending, advice }
     }
 
     /// Whether the attempt failed from the client's point of view.
     pub fn is_failure(&self) -> bool {
-        self.ending.health() == Health::Failure
+        self.kind.health() == Health::Failure
     }
 
     /// How it counts for the endpoint, and for the upstream with its breaker. A failure from a later hop
@@ -180,68 +180,68 @@ impl Outcome {
     /// already sheds load. A second open breaker on the path would also refuse requests that do not need the failing
     /// service, and would block the trials of the breaker next to the failure.
     pub fn health(&self) -> Health {
-        match (self.advice, self.ending.health()) {
-            (Advice::No, Health::Failure) => Health::Neutral,
+        match (self.advice, self.kind.health()) {
+            (RetryAdvice::No, Health::Failure) => Health::Neutral,
             (_, health) => health,
         }
     }
 
     /// The upstream's advice where it applies: a success cannot have been refused before the service received it.
-    pub fn advice(&self) -> Advice {
+    pub fn advice(&self) -> RetryAdvice {
         match self.advice {
-            Advice::Elsewhere if self.ending.health() == Health::Success => Advice::None,
+            RetryAdvice::Elsewhere if self.kind.health() == Health::Success => RetryAdvice::None,
             advice => advice,
         }
     }
 
     /// Whether the service certainly did not process the request, so that sending it again cannot repeat an effect.
-    pub fn never_reached(&self) -> bool {
-        let ending = match self.ending {
-            Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
-            Ending::Reset(reset) => !reset.request_sent,
+    pub fn is_unprocessed(&self) -> bool {
+        let ending = match self.kind {
+            OutcomeKind::Connect(_) | OutcomeKind::RefusedStream | OutcomeKind::LocalRefusal => true,
+            OutcomeKind::Reset(reset) => !reset.request_sent,
             _ => false,
         };
-        ending || self.advice() == Advice::Elsewhere
+        ending || self.advice() == RetryAdvice::Elsewhere
     }
 
     /// Whether the request counts as never sent (RFC 9113 §8.7): its stream was refused or above the last ID of a
     /// GOAWAY, or its connection was lost before a byte of the request was written.
     pub fn is_unsent(&self) -> bool {
-        match self.ending {
-            Ending::RefusedStream => true,
-            Ending::Reset(reset) => !reset.request_sent && !reset.is_stale(),
+        match self.kind {
+            OutcomeKind::RefusedStream => true,
+            OutcomeKind::Reset(reset) => !reset.request_sent && !reset.is_stale(),
             _ => false,
         }
     }
 
     /// Whether this condition of `retry.on` covers the outcome.
-    pub fn meets(&self, condition: Condition) -> bool {
-        use Condition as C;
-        match (condition, self.ending) {
-            (C::Default, _) => C::DEFAULT.iter().any(|condition| self.meets(*condition)),
-            (C::ConnectFailure, Ending::Connect(_))
-            | (C::RefusedStream, Ending::RefusedStream)
-            | (C::Reset, Ending::Reset(_))
-            | (C::AttemptTimeout, Ending::AttemptTimeout | Ending::ClientShare) => true,
-            (C::GatewayError, Ending::Http(status)) => matches!(status.as_u16(), 502..=504),
-            (C::ServerError, Ending::Http(status)) => status.is_server_error(),
-            (C::Status(code), Ending::Http(status)) => status.as_u16() == code,
-            (C::GrpcUnavailable, Ending::Grpc(status)) => status == GrpcStatus::Unavailable,
-            (C::GrpcResourceExhausted, Ending::Grpc(status)) => status == GrpcStatus::ResourceExhausted,
-            (C::GrpcDeadlineExceeded, Ending::Grpc(status)) => status == GrpcStatus::DeadlineExceeded,
-            (C::GrpcInternal, Ending::Grpc(status)) => status == GrpcStatus::Internal,
-            (C::GrpcCancelled, Ending::Grpc(status)) => status == GrpcStatus::Cancelled,
+    pub fn matches(&self, condition: RetryCondition) -> bool {
+        use RetryCondition as C;
+        match (condition, self.kind) {
+            (C::Default, _) => C::DEFAULT.iter().any(|condition| self.matches(*condition)),
+            (C::ConnectFailure, OutcomeKind::Connect(_))
+            | (C::RefusedStream, OutcomeKind::RefusedStream)
+            | (C::Reset, OutcomeKind::Reset(_))
+            | (C::AttemptTimeout, OutcomeKind::AttemptTimeout | OutcomeKind::ClientShare) => true,
+            (C::GatewayError, OutcomeKind::Http(status)) => matches!(status.as_u16(), 502..=504),
+            (C::ServerError, OutcomeKind::Http(status)) => status.is_server_error(),
+            (C::Status(code), OutcomeKind::Http(status)) => status.as_u16() == code,
+            (C::GrpcUnavailable, OutcomeKind::Grpc(status)) => status == GrpcStatus::Unavailable,
+            (C::GrpcResourceExhausted, OutcomeKind::Grpc(status)) => status == GrpcStatus::ResourceExhausted,
+            (C::GrpcDeadlineExceeded, OutcomeKind::Grpc(status)) => status == GrpcStatus::DeadlineExceeded,
+            (C::GrpcInternal, OutcomeKind::Grpc(status)) => status == GrpcStatus::Internal,
+            (C::GrpcCancelled, OutcomeKind::Grpc(status)) => status == GrpcStatus::Cancelled,
             _ => false,
         }
     }
 
     /// A stable word from a bounded set, for metrics, spans and logs.
     pub fn label(&self) -> &'static str {
-        self.ending.label()
+        self.kind.label()
     }
 }
 
-impl Ending {
+impl OutcomeKind {
     fn health(self) -> Health {
         match self {
             Self::Http(status) => http_health(status),
@@ -253,8 +253,8 @@ impl Ending {
             // A healthy server sheds load or shuts down this way (GOAWAY in a rolling restart).
             Self::RefusedStream => Health::Neutral,
             Self::ClientShare
-            | Self::CallersDeadline
-            | Self::CallerGone
+            | Self::ClientDeadline
+            | Self::ClientGone
             | Self::ClientError
             | Self::LocalRefusal => Health::Neutral,
         }
@@ -284,8 +284,8 @@ impl Ending {
             Self::Reset(_) => "reset",
             Self::AttemptTimeout | Self::ClientShare => "attempt_timeout",
             Self::Timeout => "timeout",
-            Self::CallersDeadline => "deadline",
-            Self::CallerGone => "caller_gone",
+            Self::ClientDeadline => "deadline",
+            Self::ClientGone => "caller_gone",
             Self::ClientError => "client_error",
             Self::LocalRefusal => "local_refusal",
         }
@@ -303,7 +303,7 @@ fn http_health(status: StatusCode) -> Health {
     }
 }
 
-impl Advice {
+impl RetryAdvice {
     /// An unknown value is no advice.
     pub fn from_headers(headers: &HeaderMap) -> Self {
         match headers.get(RETRY_ADVICE).map(http::HeaderValue::as_bytes) {
@@ -329,42 +329,42 @@ pub(super) mod tests {
 
     use super::*;
 
-    const LOST: Reset = Reset { reused: false, request_sent: true, response_begun: false };
+    const LOST: Reset = Reset { reused: false, request_sent: true, response_started: false };
 
     /// One of each kind, with all variations that matter.
-    pub fn every_outcome_kind() -> Vec<Ending> {
-        let mut all: Vec<Ending> =
+    pub fn every_outcome_kind() -> Vec<OutcomeKind> {
+        let mut all: Vec<OutcomeKind> =
             [200, 204, 301, 400, 404, 408, 409, 425, 429, 500, 501, 502, 503, 504, 505, 599]
                 .iter()
                 .filter_map(|code| StatusCode::from_u16(*code).ok())
-                .map(Ending::Http)
+                .map(OutcomeKind::Http)
                 .collect();
-        all.extend((0..=16).map(|code| Ending::Grpc(GrpcStatus::from_code(code))));
+        all.extend((0..=16).map(|code| OutcomeKind::Grpc(GrpcStatus::from_code(code))));
         use ConnectFailure::{Handshake, LocalResource, PeerIdentity, Refused, Timeout, Tls};
-        all.extend([Refused, Timeout, Tls, PeerIdentity, Handshake, LocalResource].map(Ending::Connect));
+        all.extend([Refused, Timeout, Tls, PeerIdentity, Handshake, LocalResource].map(OutcomeKind::Connect));
         for bits in 0..8 {
             let reset =
-                Reset { reused: bits & 1 > 0, request_sent: bits & 2 > 0, response_begun: bits & 4 > 0 };
-            all.push(Ending::Reset(reset));
+                Reset { reused: bits & 1 > 0, request_sent: bits & 2 > 0, response_started: bits & 4 > 0 };
+            all.push(OutcomeKind::Reset(reset));
         }
         all.extend([
-            Ending::RefusedStream,
-            Ending::AttemptTimeout,
-            Ending::ClientShare,
-            Ending::Timeout,
-            Ending::CallersDeadline,
-            Ending::CallerGone,
-            Ending::LocalRefusal,
+            OutcomeKind::RefusedStream,
+            OutcomeKind::AttemptTimeout,
+            OutcomeKind::ClientShare,
+            OutcomeKind::Timeout,
+            OutcomeKind::ClientDeadline,
+            OutcomeKind::ClientGone,
+            OutcomeKind::LocalRefusal,
         ]);
         all
     }
 
-    fn http(code: u16) -> Outcome {
-        Outcome::new(Ending::Http(StatusCode::from_u16(code).unwrap()))
+    fn http(code: u16) -> AttemptOutcome {
+        AttemptOutcome::new(OutcomeKind::Http(StatusCode::from_u16(code).unwrap()))
     }
 
-    fn grpc(status: GrpcStatus) -> Outcome {
-        Outcome::grpc(status, Advice::None, None)
+    fn grpc(status: GrpcStatus) -> AttemptOutcome {
+        AttemptOutcome::grpc(status, RetryAdvice::None, None)
     }
 
     #[test]
@@ -377,22 +377,22 @@ pub(super) mod tests {
         }
         assert_eq!(http(429).health(), Health::Neutral);
         for ending in [
-            Ending::LocalRefusal,
-            Ending::CallerGone,
-            Ending::CallersDeadline,
-            Ending::RefusedStream,
-            Ending::ClientShare,
-            Ending::Connect(ConnectFailure::LocalResource),
+            OutcomeKind::LocalRefusal,
+            OutcomeKind::ClientGone,
+            OutcomeKind::ClientDeadline,
+            OutcomeKind::RefusedStream,
+            OutcomeKind::ClientShare,
+            OutcomeKind::Connect(ConnectFailure::LocalResource),
         ] {
-            assert_eq!(Outcome::new(ending).health(), Health::Neutral, "{ending:?}");
+            assert_eq!(AttemptOutcome::new(ending).health(), Health::Neutral, "{ending:?}");
         }
         for ending in [
-            Ending::Connect(ConnectFailure::Refused),
-            Ending::Reset(LOST),
-            Ending::AttemptTimeout,
-            Ending::Timeout,
+            OutcomeKind::Connect(ConnectFailure::Refused),
+            OutcomeKind::Reset(LOST),
+            OutcomeKind::AttemptTimeout,
+            OutcomeKind::Timeout,
         ] {
-            assert_eq!(Outcome::new(ending).health(), Health::Failure, "{ending:?}");
+            assert_eq!(AttemptOutcome::new(ending).health(), Health::Failure, "{ending:?}");
         }
         use GrpcStatus as G;
         for status in [G::Unknown, G::DeadlineExceeded, G::Internal, G::Unavailable, G::DataLoss] {
@@ -406,28 +406,28 @@ pub(super) mod tests {
 
     #[test]
     fn a_failure_of_a_later_hop_is_neutral_for_the_endpoint() {
-        let outcome = Outcome { advice: Advice::No, ..http(503) };
+        let outcome = AttemptOutcome { advice: RetryAdvice::No, ..http(503) };
         assert!(outcome.is_failure());
         assert_eq!(outcome.health(), Health::Neutral);
-        let refused = Outcome { advice: Advice::Elsewhere, ..http(503) };
+        let refused = AttemptOutcome { advice: RetryAdvice::Elsewhere, ..http(503) };
         assert_eq!(refused.health(), Health::Failure);
-        assert!(refused.never_reached());
-        let success = Outcome { advice: Advice::Elsewhere, ..http(200) };
-        assert!(!success.never_reached() && success.health() == Health::Success);
-        assert!(!outcome.never_reached());
+        assert!(refused.is_unprocessed());
+        let success = AttemptOutcome { advice: RetryAdvice::Elsewhere, ..http(200) };
+        assert!(!success.is_unprocessed() && success.health() == Health::Success);
+        assert!(!outcome.is_unprocessed());
     }
 
     #[test]
     fn a_lost_connection_counts_once() {
-        let loss = Loss::default();
-        let counted: Vec<Health> = (0..100).map(|_| loss.weigh(Health::Failure)).collect();
+        let loss = ConnectionLoss::default();
+        let counted: Vec<Health> = (0..100).map(|_| loss.count_once(Health::Failure)).collect();
         assert_eq!(counted[0], Health::Failure);
         assert!(counted[1..].iter().all(|health| *health == Health::Neutral));
     }
 
     #[test]
     fn a_service_that_stops_at_the_client_deadline_is_not_counted() {
-        let at = |left| Outcome::grpc(GrpcStatus::DeadlineExceeded, Advice::None, left).health();
+        let at = |left| AttemptOutcome::grpc(GrpcStatus::DeadlineExceeded, RetryAdvice::None, left).health();
         assert_eq!(at(Some(Duration::ZERO)), Health::Neutral);
         assert_eq!(at(Some(Duration::from_millis(4))), Health::Neutral);
         assert_eq!(at(Some(Duration::from_secs(4))), Health::Failure);
@@ -437,7 +437,7 @@ pub(super) mod tests {
     /// The upstream's sidecar knows the client's deadline and returns 504 just before the proxy's own timer fires.
     #[test]
     fn a_504_at_the_client_deadline_is_neutral() {
-        let at = |status, left| Outcome::http(status, Advice::None, left).health();
+        let at = |status, left| AttemptOutcome::http(status, RetryAdvice::None, left).health();
         let ms = Duration::from_millis;
         assert_eq!(at(StatusCode::GATEWAY_TIMEOUT, Some(ms(1))), Health::Neutral);
         assert_eq!(at(StatusCode::GATEWAY_TIMEOUT, Some(ms(100))), Health::Failure);
@@ -449,37 +449,46 @@ pub(super) mod tests {
     fn only_refused_or_unsent_requests_are_unprocessed() {
         for ending in every_outcome_kind() {
             let sure = match ending {
-                Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
-                Ending::Reset(reset) => !reset.request_sent,
+                OutcomeKind::Connect(_) | OutcomeKind::RefusedStream | OutcomeKind::LocalRefusal => true,
+                OutcomeKind::Reset(reset) => !reset.request_sent,
                 _ => false,
             };
-            assert_eq!(Outcome::new(ending).never_reached(), sure, "{ending:?}");
+            assert_eq!(AttemptOutcome::new(ending).is_unprocessed(), sure, "{ending:?}");
         }
     }
 
     #[test]
     fn conditions_match_their_outcomes() {
-        assert!(http(503).meets(Condition::GatewayError) && http(503).meets(Condition::Default));
-        assert!(!http(500).meets(Condition::GatewayError) && http(500).meets(Condition::ServerError));
-        assert!(http(429).meets(Condition::Status(429)) && !http(429).meets(Condition::Default));
-        assert!(grpc(GrpcStatus::Unavailable).meets(Condition::Default));
-        assert!(!grpc(GrpcStatus::Internal).meets(Condition::Default));
-        assert!(!Outcome::new(Ending::Timeout).meets(Condition::AttemptTimeout));
-        for ending in [Ending::CallerGone, Ending::CallersDeadline, Ending::LocalRefusal] {
-            let outcome = Outcome::new(ending);
-            assert!(!outcome.meets(Condition::Default) && !outcome.meets(Condition::ServerError));
+        assert!(
+            http(503).matches(RetryCondition::GatewayError) && http(503).matches(RetryCondition::Default)
+        );
+        assert!(
+            !http(500).matches(RetryCondition::GatewayError)
+                && http(500).matches(RetryCondition::ServerError)
+        );
+        assert!(
+            http(429).matches(RetryCondition::Status(429)) && !http(429).matches(RetryCondition::Default)
+        );
+        assert!(grpc(GrpcStatus::Unavailable).matches(RetryCondition::Default));
+        assert!(!grpc(GrpcStatus::Internal).matches(RetryCondition::Default));
+        assert!(!AttemptOutcome::new(OutcomeKind::Timeout).matches(RetryCondition::AttemptTimeout));
+        for ending in [OutcomeKind::ClientGone, OutcomeKind::ClientDeadline, OutcomeKind::LocalRefusal] {
+            let outcome = AttemptOutcome::new(ending);
+            assert!(
+                !outcome.matches(RetryCondition::Default) && !outcome.matches(RetryCondition::ServerError)
+            );
         }
     }
 
     #[test]
     fn reads_the_retry_advice() {
         let mut headers = HeaderMap::new();
-        assert_eq!(Advice::from_headers(&headers), Advice::None);
-        for advice in [Advice::No, Advice::Elsewhere] {
+        assert_eq!(RetryAdvice::from_headers(&headers), RetryAdvice::None);
+        for advice in [RetryAdvice::No, RetryAdvice::Elsewhere] {
             headers.insert(RETRY_ADVICE, HeaderValue::from_static(advice.word().unwrap()));
-            assert_eq!(Advice::from_headers(&headers), advice);
+            assert_eq!(RetryAdvice::from_headers(&headers), advice);
         }
         headers.insert(RETRY_ADVICE, HeaderValue::from_static("perhaps"));
-        assert_eq!(Advice::from_headers(&headers), Advice::None);
+        assert_eq!(RetryAdvice::from_headers(&headers), RetryAdvice::None);
     }
 }

@@ -63,7 +63,7 @@ pub struct Deadline {
 
 /// Which limit ends an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Limit {
+pub enum DeadlineLimit {
     /// `attempt_timeout`: another attempt may follow.
     Attempt,
     /// Half of the time to the client's deadline: another attempt may follow, and the endpoint is not to blame.
@@ -71,19 +71,19 @@ pub enum Limit {
     /// `timeout`: the request fails.
     Timeout,
     /// The client's deadline, shorter than `timeout`: the request fails, and the service is not to blame.
-    Caller,
+    ClientDeadline,
 }
 
 impl Deadline {
     /// From the client's header, which counts from the arrival of the request. [`Self::start`] adds `timeout`, which
     /// counts from when the request body has been sent.
-    pub fn from_caller(arrived: Instant, left: Option<Duration>) -> Self {
+    pub fn from_client(arrived: Instant, left: Option<Duration>) -> Self {
         Self { client: left.and_then(|left| arrived.checked_add(left)), timeout: None }
     }
 
     /// The client's deadline without the policy's `timeout`.
     #[must_use]
-    pub fn callers_only(&self) -> Self {
+    pub fn client_only(&self) -> Self {
         Self { client: self.client, timeout: None }
     }
 
@@ -95,31 +95,33 @@ impl Deadline {
     }
 
     /// The moment, and which limit it belongs to.
-    pub fn at(&self) -> Option<(Instant, Limit)> {
+    pub fn at(&self) -> Option<(Instant, DeadlineLimit)> {
         match (self.client, self.timeout) {
-            (Some(client), Some(timeout)) if client < timeout => Some((client, Limit::Caller)),
-            (_, Some(timeout)) => Some((timeout, Limit::Timeout)),
-            (Some(client), None) => Some((client, Limit::Caller)),
+            (Some(client), Some(timeout)) if client < timeout => {
+                Some((client, DeadlineLimit::ClientDeadline))
+            }
+            (_, Some(timeout)) => Some((timeout, DeadlineLimit::Timeout)),
+            (Some(client), None) => Some((client, DeadlineLimit::ClientDeadline)),
             (None, None) => None,
         }
     }
 
     /// The time left; `None` = no deadline.
-    pub fn left(&self, now: Instant) -> Option<Duration> {
+    pub fn time_left(&self, now: Instant) -> Option<Duration> {
         self.at().map(|(at, _)| at.saturating_duration_since(now))
     }
 
     /// The time left until the client's deadline, if that is nearer than `timeout`.
-    pub fn callers_time_left(&self, now: Instant) -> Option<Duration> {
-        self.callers().map(|at| at.saturating_duration_since(now))
+    pub fn client_time_left(&self, now: Instant) -> Option<Duration> {
+        self.client_deadline().map(|at| at.saturating_duration_since(now))
     }
 
     /// The client's deadline, if it is nearer than `timeout`.
-    pub fn callers(&self) -> Option<Instant> {
-        self.at().and_then(|(at, limit)| (limit == Limit::Caller).then_some(at))
+    pub fn client_deadline(&self) -> Option<Instant> {
+        self.at().and_then(|(at, limit)| (limit == DeadlineLimit::ClientDeadline).then_some(at))
     }
 
-    pub fn expired(&self, now: Instant) -> bool {
+    pub fn is_expired(&self, now: Instant) -> bool {
         self.at().is_some_and(|(at, _)| at <= now)
     }
 
@@ -131,20 +133,20 @@ impl Deadline {
         timeout: AttemptTimeout,
         more: bool,
         usual: Option<Duration>,
-    ) -> Option<(Instant, Limit)> {
+    ) -> Option<(Instant, DeadlineLimit)> {
         let half_to = |at: Instant| now.checked_add(at.saturating_duration_since(now) / 2);
         let own = match timeout {
             AttemptTimeout::Auto if more => self.timeout.and_then(half_to),
             AttemptTimeout::Auto => None,
             AttemptTimeout::Fixed(timeout) => timeout.limit().and_then(|own| now.checked_add(own)),
         };
-        let own = own.map(|at| (at, Limit::Attempt));
-        let share = match (timeout, self.callers()) {
+        let own = own.map(|at| (at, DeadlineLimit::Attempt));
+        let share = match (timeout, self.client_deadline()) {
             (AttemptTimeout::Auto, Some(client)) if more => half_to(client)
                 .filter(|half| {
                     usual.is_some_and(|usual| now.checked_add(usual).is_some_and(|at| at <= *half))
                 })
-                .map(|half| (half, Limit::ClientShare)),
+                .map(|half| (half, DeadlineLimit::ClientShare)),
             _ => None,
         };
         // Of limits at the same moment, the last in this order applies.
@@ -166,7 +168,7 @@ pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
 
 /// The value of `x-request-timeout-ms`: rounded down, so that a later hop does not count on time that is not there.
 /// `None` with less than a millisecond left: the attempt is not worth sending.
-pub fn millis_to_tell(left: Duration) -> Option<NonZeroU64> {
+pub fn timeout_header_millis(left: Duration) -> Option<NonZeroU64> {
     NonZeroU64::new(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
 }
 
@@ -237,23 +239,23 @@ mod tests {
     #[test]
     fn the_nearer_deadline_applies() {
         let now = Instant::now();
-        let mut both = Deadline::from_caller(now, Some(S * 2));
+        let mut both = Deadline::from_client(now, Some(S * 2));
         both.start(now, Some(S * 15));
-        assert_eq!(both.at(), Some((now + S * 2, Limit::Caller)));
-        assert_eq!(both.callers_time_left(now + S), Some(S));
+        assert_eq!(both.at(), Some((now + S * 2, DeadlineLimit::ClientDeadline)));
+        assert_eq!(both.client_time_left(now + S), Some(S));
 
-        let mut generous = Deadline::from_caller(now, Some(S * 60));
-        assert_eq!(generous.left(now), Some(S * 60));
+        let mut generous = Deadline::from_client(now, Some(S * 60));
+        assert_eq!(generous.time_left(now), Some(S * 60));
         generous.start(now + S, Some(S * 15));
-        assert_eq!(generous.at(), Some((now + S * 16, Limit::Timeout)), "a client can only shorten");
+        assert_eq!(generous.at(), Some((now + S * 16, DeadlineLimit::Timeout)), "a client can only shorten");
         generous.start(now + S * 9, Some(S * 15));
-        assert_eq!(generous.left(now + S * 6), Some(S * 10), "started once");
-        assert_eq!(generous.callers_time_left(now), None);
-        assert!(!generous.expired(now + S * 15) && generous.expired(now + S * 16));
+        assert_eq!(generous.time_left(now + S * 6), Some(S * 10), "started once");
+        assert_eq!(generous.client_time_left(now), None);
+        assert!(!generous.is_expired(now + S * 15) && generous.is_expired(now + S * 16));
 
         let mut none = Deadline::default();
         none.start(now, Some(Duration::ZERO));
-        assert_eq!((none.at(), none.left(now), none.expired(now + S * 9999)), (None, None, false));
+        assert_eq!((none.at(), none.time_left(now), none.is_expired(now + S * 9999)), (None, None, false));
     }
 
     #[test]
@@ -263,26 +265,29 @@ mod tests {
         deadline.start(now, Some(S * 8));
         assert_eq!(
             deadline.attempt(now, AttemptTimeout::Auto, true, None),
-            Some((now + S * 4, Limit::Attempt))
+            Some((now + S * 4, DeadlineLimit::Attempt))
         );
         let later = now + S * 4;
         assert_eq!(
             deadline.attempt(later, AttemptTimeout::Auto, true, None),
-            Some((now + S * 6, Limit::Attempt))
+            Some((now + S * 6, DeadlineLimit::Attempt))
         );
         assert_eq!(
             deadline.attempt(later, AttemptTimeout::Auto, false, None),
-            Some((now + S * 8, Limit::Timeout))
+            Some((now + S * 8, DeadlineLimit::Timeout))
         );
-        assert_eq!(deadline.attempt(now, fixed(S), true, None), Some((now + S, Limit::Attempt)));
-        assert_eq!(deadline.attempt(now, fixed(S * 20), true, None), Some((now + S * 8, Limit::Timeout)));
+        assert_eq!(deadline.attempt(now, fixed(S), true, None), Some((now + S, DeadlineLimit::Attempt)));
+        assert_eq!(
+            deadline.attempt(now, fixed(S * 20), true, None),
+            Some((now + S * 8, DeadlineLimit::Timeout))
+        );
         assert_eq!(
             deadline.attempt(now, fixed(Duration::ZERO), true, None),
-            Some((now + S * 8, Limit::Timeout))
+            Some((now + S * 8, DeadlineLimit::Timeout))
         );
         let endless = Deadline::default();
         assert_eq!(endless.attempt(now, AttemptTimeout::Auto, true, None), None);
-        assert_eq!(endless.attempt(now, fixed(S), false, None), Some((now + S, Limit::Attempt)));
+        assert_eq!(endless.attempt(now, fixed(S), false, None), Some((now + S, DeadlineLimit::Attempt)));
     }
 
     /// A client that allows 400 ms is served by a service that takes 300 ms. If half of the deadline is enough for the
@@ -291,28 +296,31 @@ mod tests {
     fn a_clients_short_deadline_is_halved_only_where_the_usual_latency_fits() {
         let now = Instant::now();
         let ms = Duration::from_millis;
-        let mut deadline = Deadline::from_caller(now, Some(ms(400)));
+        let mut deadline = Deadline::from_client(now, Some(ms(400)));
         deadline.start(now, Some(S * 15));
         let attempt =
             |usual: Option<Duration>, more| deadline.attempt(now, AttemptTimeout::Auto, more, usual);
-        let whole = Some((now + ms(400), Limit::Caller));
+        let whole = Some((now + ms(400), DeadlineLimit::ClientDeadline));
         assert_eq!(attempt(None, true), whole, "nothing is known yet");
         assert_eq!(attempt(Some(ms(300)), true), whole);
         assert_eq!(attempt(Some(ms(201)), true), whole);
-        assert_eq!(attempt(Some(ms(200)), true), Some((now + ms(200), Limit::ClientShare)));
+        assert_eq!(attempt(Some(ms(200)), true), Some((now + ms(200), DeadlineLimit::ClientShare)));
         assert_eq!(attempt(Some(ms(50)), false), whole, "no other attempt can follow");
         // Half of `timeout` is the nearer limit: `timeout` is divided.
-        let mut deadline = Deadline::from_caller(now, Some(ms(900)));
+        let mut deadline = Deadline::from_client(now, Some(ms(900)));
         deadline.start(now, Some(S));
         let half = deadline.attempt(now, AttemptTimeout::Auto, true, None);
-        assert_eq!(half, Some((now + ms(500), Limit::Attempt)));
+        assert_eq!(half, Some((now + ms(500), DeadlineLimit::Attempt)));
         // Without `timeout` only the client's deadline applies.
-        let deadline = Deadline::from_caller(now, Some(ms(400)));
+        let deadline = Deadline::from_client(now, Some(ms(400)));
         assert_eq!(
             deadline.attempt(now, AttemptTimeout::Auto, true, None),
-            Some((now + ms(400), Limit::Caller))
+            Some((now + ms(400), DeadlineLimit::ClientDeadline))
         );
-        assert_eq!(deadline.attempt(now, fixed(ms(100)), true, None), Some((now + ms(100), Limit::Attempt)));
+        assert_eq!(
+            deadline.attempt(now, fixed(ms(100)), true, None),
+            Some((now + ms(100), DeadlineLimit::Attempt))
+        );
     }
 
     #[test]
@@ -330,8 +338,8 @@ mod tests {
         }
         assert_eq!(read(&["100", "200"]), None, "two of them mean nothing");
         assert_eq!(read(&[]), None);
-        assert_eq!(millis_to_tell(Duration::from_micros(1999)), NonZeroU64::new(1));
-        assert_eq!(millis_to_tell(Duration::from_micros(999)), None);
+        assert_eq!(timeout_header_millis(Duration::from_micros(1999)), NonZeroU64::new(1));
+        assert_eq!(timeout_header_millis(Duration::from_micros(999)), None);
     }
 
     #[test]
@@ -395,7 +403,7 @@ mod tests {
         ) {
             let arrived = Instant::now();
             let ms = Duration::from_millis;
-            let mut deadline = Deadline::from_caller(arrived, client.map(ms));
+            let mut deadline = Deadline::from_client(arrived, client.map(ms));
             deadline.start(arrived, Some(ms(timeout)));
             let attempt = if auto { AttemptTimeout::Auto } else { fixed(ms(attempt)) };
             let end = deadline.attempt(arrived + ms(begun), attempt, more, usual.map(ms));

@@ -74,7 +74,7 @@ const HALVE_EVERY: u64 = 20;
 ///
 /// Recording is one atomic addition; twice a second one recording also computes the quantile.
 #[derive(Debug)]
-pub struct LiveQuantile {
+pub struct LatencyQuantile {
     /// In percent.
     percent: u8,
     counts: Box<[AtomicU32]>,
@@ -85,7 +85,7 @@ pub struct LiveQuantile {
     epoch: Instant,
 }
 
-impl LiveQuantile {
+impl LatencyQuantile {
     pub fn new(percent: u8, now: Instant) -> Self {
         Self {
             percent,
@@ -173,14 +173,14 @@ fn upper_end(index: usize) -> u64 {
 
 /// A request when its first attempt is sent.
 #[derive(Clone, Copy, Debug)]
-pub struct Call<'a> {
+pub struct HedgeCandidate<'a> {
     pub method: &'a Method,
     /// It has an `Idempotency-Key`.
     pub idempotency_key: bool,
     /// A whole copy of the body can be sent: there is none, or it has been read and kept.
     pub body_ready: bool,
     /// Attempts of the request so far, the first included.
-    pub tries: u32,
+    pub attempts: u32,
     /// `retry.max`, which counts hedges; 0 also where retries are off.
     pub max_retries: u32,
     pub breaker_closed: bool,
@@ -190,13 +190,17 @@ impl HedgeSettings {
     /// How long after the start of the attempt to send a second copy; `None` = never. At that moment, call
     /// [`super::budget::RetryBudget::withdraw`] before sending.
     /// `live` returns the latency at a quantile, in percent, if it is known.
-    pub fn delay(&self, candidate: &Call<'_>, live: impl FnOnce(u8) -> Option<Duration>) -> Option<Duration> {
+    pub fn delay(
+        &self,
+        candidate: &HedgeCandidate<'_>,
+        live: impl FnOnce(u8) -> Option<Duration>,
+    ) -> Option<Duration> {
         // `methods = "all"` allows repeating a failed request, not processing the same request twice at once.
         let idempotent = is_idempotent(candidate.method) || candidate.idempotency_key;
         let allowed = idempotent
             && candidate.body_ready
             && candidate.breaker_closed
-            && candidate.tries <= candidate.max_retries;
+            && candidate.attempts <= candidate.max_retries;
         if !allowed {
             return None;
         }
@@ -227,12 +231,12 @@ mod tests {
         HedgeSettings { after: HedgeAfter::Quantile(95) }
     }
 
-    fn candidate(method: &Method) -> Call<'_> {
-        Call {
+    fn candidate(method: &Method) -> HedgeCandidate<'_> {
+        HedgeCandidate {
             method,
             idempotency_key: false,
             body_ready: true,
-            tries: 1,
+            attempts: 1,
             max_retries: 2,
             breaker_closed: true,
         }
@@ -246,18 +250,18 @@ mod tests {
         assert_eq!(fixed.delay(&get, live), Some(MS * 30));
         let post = candidate(&Method::POST);
         assert_eq!(fixed.delay(&post, live), None);
-        assert_eq!(fixed.delay(&Call { idempotency_key: true, ..post }, live), Some(MS * 30));
-        assert_eq!(fixed.delay(&Call { body_ready: false, ..get }, live), None);
-        assert_eq!(fixed.delay(&Call { breaker_closed: false, ..get }, live), None);
-        assert_eq!(fixed.delay(&Call { tries: 3, ..get }, live), None);
-        assert_eq!(fixed.delay(&Call { max_retries: 0, ..get }, live), None);
+        assert_eq!(fixed.delay(&HedgeCandidate { idempotency_key: true, ..post }, live), Some(MS * 30));
+        assert_eq!(fixed.delay(&HedgeCandidate { body_ready: false, ..get }, live), None);
+        assert_eq!(fixed.delay(&HedgeCandidate { breaker_closed: false, ..get }, live), None);
+        assert_eq!(fixed.delay(&HedgeCandidate { attempts: 3, ..get }, live), None);
+        assert_eq!(fixed.delay(&HedgeCandidate { max_retries: 0, ..get }, live), None);
         assert_eq!(p95().delay(&get, live), None, "nothing is known yet");
     }
 
     #[test]
     fn follows_the_live_latency() {
         let start = Instant::now();
-        let live = LiveQuantile::new(95, start);
+        let live = LatencyQuantile::new(95, start);
         let feed = |latency: Duration, from: u32, to: u32| {
             (from..to).for_each(|n| live.record(latency, start + MS * n * 10));
         };
@@ -290,7 +294,7 @@ mod tests {
             mut micros in prop::collection::vec(1u64..60_000_000, 100..400), percent in 1u8..=99,
         ) {
             let start = Instant::now();
-            let live = LiveQuantile::new(percent, start);
+            let live = LatencyQuantile::new(percent, start);
             for sample in &micros { live.record(Duration::from_micros(*sample), start); }
             micros.sort_unstable();
             let exact = micros[(micros.len() * usize::from(percent)).div_ceil(100) - 1];

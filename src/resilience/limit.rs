@@ -47,18 +47,18 @@ impl Default for LimitSettings {
 
 /// A count that does not exceed its limit: connections, or requests in flight.
 #[derive(Debug)]
-pub struct Counter {
+pub struct BoundedCounter {
     in_use: AtomicU32,
     limit: AtomicU32,
 }
 
-impl Counter {
+impl BoundedCounter {
     pub fn new(limit: u32) -> Self {
         Self { in_use: AtomicU32::new(0), limit: AtomicU32::new(limit) }
     }
 
     /// Acquires one, to be returned by [`Self::release`]; false if the limit is reached.
-    pub fn try_take(&self) -> bool {
+    pub fn try_acquire(&self) -> bool {
         let limit = self.limit.load(Ordering::Relaxed);
         // SeqCst: a request that queues after this failed must see a slot that is released meanwhile.
         self.in_use
@@ -66,14 +66,14 @@ impl Counter {
             .is_ok()
     }
 
-    pub fn give_back(&self) {
+    pub fn release(&self) {
         // More releases than acquisitions would be a bug; it must not wrap round to four billion in use.
         let _ = self
             .in_use
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |in_use| Some(in_use.saturating_sub(1)));
     }
 
-    pub fn taken(&self) -> u32 {
+    pub fn in_use(&self) -> u32 {
         self.in_use.load(Ordering::Relaxed)
     }
 
@@ -88,13 +88,13 @@ impl Counter {
 }
 
 /// Notifies a waiting request. Called under the queue's lock: it must not call back.
-pub trait Bell {
-    fn ring(self);
+pub trait NotifyWaiter {
+    fn notify(self);
 }
 
 /// Why a request cannot be queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
+pub enum LimitRefusal {
     /// `max_requests` are in flight and no request may wait.
     Limit,
     /// `max_pending` requests are waiting already.
@@ -107,13 +107,13 @@ pub enum Full {
 /// [`RequestLimit::finish_wait`], also if the client has disconnected. Dropping the ticket instead may leak a slot.
 #[derive(Debug)]
 #[must_use]
-pub struct Ticket {
+pub struct QueueTicket {
     number: u64,
     granted: Arc<AtomicBool>,
-    pub gives_up: Instant,
+    pub expires_at: Instant,
 }
 
-impl Ticket {
+impl QueueTicket {
     /// Whether a slot has been granted; [`RequestLimit::finish_wait`] acquires it.
     pub fn is_granted(&self) -> bool {
         self.granted.load(Ordering::Relaxed)
@@ -132,56 +132,56 @@ struct Queue<N> {
 struct Waiter<N> {
     number: u64,
     granted: Arc<AtomicBool>,
-    gives_up: Instant,
+    expires_at: Instant,
     notify: N,
 }
 
-impl<N: Bell> Queue<N> {
-    fn push(&mut self, now: Instant, deadline: Option<Instant>, notify: N) -> Result<Ticket, Full> {
+impl<N: NotifyWaiter> Queue<N> {
+    fn push(
+        &mut self,
+        now: Instant,
+        deadline: Option<Instant>,
+        notify: N,
+    ) -> Result<QueueTicket, LimitRefusal> {
         let timeout = now.checked_add(self.settings.pending_timeout.0);
         let expires_at = match (timeout, deadline) {
             (Some(timeout), Some(deadline)) => timeout.min(deadline),
             (timeout, deadline) => timeout.or(deadline).unwrap_or(now),
         };
         if deadline.is_some_and(|deadline| deadline <= now) {
-            return Err(Full::Deadline);
+            return Err(LimitRefusal::Deadline);
         }
         if self.settings.max_pending == 0 || expires_at <= now {
-            return Err(Full::Limit);
+            return Err(LimitRefusal::Limit);
         }
         if self.waiting.len() >= self.settings.max_pending as usize {
             // Only when the queue is full, since it visits every waiter.
             self.drop_expired(now);
         }
         if self.waiting.len() >= self.settings.max_pending as usize {
-            return Err(Full::Queue);
+            return Err(LimitRefusal::Queue);
         }
         let number = self.next_number;
         self.next_number += 1;
         let granted = Arc::new(AtomicBool::new(false));
-        self.waiting.push_back(Waiter {
-            number,
-            granted: Arc::clone(&granted),
-            gives_up: expires_at,
-            notify,
-        });
-        Ok(Ticket { number, granted, gives_up: expires_at })
+        self.waiting.push_back(Waiter { number, granted: Arc::clone(&granted), expires_at, notify });
+        Ok(QueueTicket { number, granted, expires_at })
     }
 
     /// The first waiter that has not expired.
     fn pop(&mut self, now: Instant) -> Option<Waiter<N>> {
         while let Some(waiter) = self.waiting.pop_front() {
-            if waiter.gives_up > now {
+            if waiter.expires_at > now {
                 return Some(waiter);
             }
-            waiter.notify.ring();
+            waiter.notify.notify();
         }
         None
     }
 
     fn drop_expired(&mut self, now: Instant) {
         for waiter in std::mem::take(&mut self.waiting) {
-            if waiter.gives_up > now { self.waiting.push_back(waiter) } else { waiter.notify.ring() }
+            if waiter.expires_at > now { self.waiting.push_back(waiter) } else { waiter.notify.notify() }
         }
     }
 
@@ -195,16 +195,16 @@ impl<N: Bell> Queue<N> {
 /// `max_requests` of one upstream and its queue, shared by all workers. Its state survives a reload.
 #[derive(Debug)]
 pub struct RequestLimit<N> {
-    slots: Counter,
+    slots: BoundedCounter,
     /// The length of the queue, readable without its lock.
     pending: AtomicU32,
     queue: Mutex<Queue<N>>,
 }
 
-impl<N: Bell> RequestLimit<N> {
+impl<N: NotifyWaiter> RequestLimit<N> {
     pub fn new(settings: LimitSettings) -> Self {
         Self {
-            slots: Counter::new(settings.max_requests),
+            slots: BoundedCounter::new(settings.max_requests),
             pending: AtomicU32::new(0),
             queue: Mutex::new(Queue { settings, waiting: VecDeque::new(), next_number: 0 }),
         }
@@ -213,11 +213,16 @@ impl<N: Bell> RequestLimit<N> {
     /// Acquires a slot, to be returned by [`Self::release`]. False if none is free or others wait for one: then call
     /// [`Self::enqueue`].
     pub fn try_acquire(&self) -> bool {
-        self.pending.load(Ordering::SeqCst) == 0 && self.slots.try_take()
+        self.pending.load(Ordering::SeqCst) == 0 && self.slots.try_acquire()
     }
 
     /// Queues a request. It may already be notified when this returns.
-    pub fn wait(&self, now: Instant, deadline: Option<Instant>, notify: N) -> Result<Ticket, Full> {
+    pub fn enqueue(
+        &self,
+        now: Instant,
+        deadline: Option<Instant>,
+        notify: N,
+    ) -> Result<QueueTicket, LimitRefusal> {
         let mut queue = self.lock();
         let ticket = queue.push(now, deadline, notify);
         self.grant_slots(&mut queue, now);
@@ -225,7 +230,7 @@ impl<N: Bell> RequestLimit<N> {
     }
 
     /// Ends the wait: true with a slot, to be returned by [`Self::release`]; false without.
-    pub fn settle(&self, ticket: Ticket) -> bool {
+    pub fn finish_wait(&self, ticket: QueueTicket) -> bool {
         let mut queue = self.lock();
         let waited = queue.remove(ticket.number);
         self.pending.store(len(&queue.waiting), Ordering::SeqCst);
@@ -234,14 +239,14 @@ impl<N: Bell> RequestLimit<N> {
 
     /// Returns a slot; the first waiter gets it. `now` is called only if one waits.
     pub fn release(&self, now: impl FnOnce() -> Instant) {
-        self.slots.give_back();
+        self.slots.release();
         if self.pending.load(Ordering::SeqCst) > 0 {
             self.grant_slots(&mut self.lock(), now());
         }
     }
 
     pub fn in_flight(&self) -> u32 {
-        self.slots.taken()
+        self.slots.in_use()
     }
 
     pub fn pending(&self) -> u32 {
@@ -253,7 +258,7 @@ impl<N: Bell> RequestLimit<N> {
     }
 
     /// Sets the adaptive limit: at least 1, at most `max_requests`.
-    pub fn adapt(&self, limit: u32, now: Instant) {
+    pub fn set_adaptive_limit(&self, limit: u32, now: Instant) {
         let mut queue = self.lock();
         self.slots.set_limit(limit.max(1).min(queue.settings.max_requests));
         self.grant_slots(&mut queue, now);
@@ -270,13 +275,13 @@ impl<N: Bell> RequestLimit<N> {
     fn grant_slots(&self, queue: &mut Queue<N>, now: Instant) {
         // Published before the slots are checked: a concurrent release then sees the queue, or this sees its slot.
         self.pending.store(len(&queue.waiting), Ordering::SeqCst);
-        while !queue.waiting.is_empty() && self.slots.try_take() {
+        while !queue.waiting.is_empty() && self.slots.try_acquire() {
             match queue.pop(now) {
                 Some(waiter) => {
                     waiter.granted.store(true, Ordering::Relaxed);
-                    waiter.notify.ring();
+                    waiter.notify.notify();
                 }
-                None => self.slots.give_back(),
+                None => self.slots.release(),
             }
         }
         self.pending.store(len(&queue.waiting), Ordering::SeqCst);

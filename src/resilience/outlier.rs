@@ -14,8 +14,8 @@
 //! The control thread tries to connect to an absent endpoint (`src/upstream/comeback.rs`). Once it accepts a
 //! connection, a single request probes it. An accepted connection is not enough: the port may be its sidecar's.
 
-mod absence;
 mod endpoint;
+mod probe_schedule;
 
 use std::{
     collections::HashMap,
@@ -30,11 +30,11 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use self::absence::Absence;
 pub use self::endpoint::EndpointHealth;
+use self::probe_schedule::ProbeSchedule;
 use super::{
-    breaker::Growing,
-    classify::{Advice, ConnectFailure, Ending, Health, Outcome},
+    breaker::GrowingDuration,
+    classify::{AttemptOutcome, ConnectFailure, Health, OutcomeKind, RetryAdvice},
 };
 use crate::units::{HumanDuration, Ratio};
 
@@ -46,20 +46,23 @@ pub struct OutlierSettings {
     pub consecutive_failures: u32,
     /// How long an ejected endpoint gets no requests; longer each time.
     #[serde(deserialize_with = "eject_for")]
-    pub eject_for: Growing,
+    pub eject_for: GrowingDuration,
     /// Share of an upstream's endpoints that may be ejected at a time.
     pub max_ejected: Ratio,
 }
 
-fn eject_for<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Growing, D::Error> {
-    Growing::read(OutlierSettings::default().eject_for, deserializer)
+fn eject_for<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<GrowingDuration, D::Error> {
+    GrowingDuration::read(OutlierSettings::default().eject_for, deserializer)
 }
 
 impl Default for OutlierSettings {
     fn default() -> Self {
         Self {
             consecutive_failures: 5,
-            eject_for: Growing { base: HumanDuration::from_secs(10), max: HumanDuration::from_secs(300) },
+            eject_for: GrowingDuration {
+                base: HumanDuration::from_secs(10),
+                max: HumanDuration::from_secs(300),
+            },
             max_ejected: Ratio::constant(0.5),
         }
     }
@@ -67,7 +70,7 @@ impl Default for OutlierSettings {
 
 impl OutlierSettings {
     /// How many of `endpoints` may be ejected at a time.
-    pub fn most_ejected(&self, endpoints: usize) -> usize {
+    pub fn ejection_limit(&self, endpoints: usize) -> usize {
         if *self.max_ejected <= 0.0 {
             return 0;
         }
@@ -79,7 +82,7 @@ impl OutlierSettings {
 
 /// The outcome of an attempt as it counts for its endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Evidence {
+pub enum EndpointOutcome {
     Success,
     Failure,
     Neutral,
@@ -91,16 +94,16 @@ pub enum Evidence {
     NoService,
 }
 
-impl Evidence {
+impl EndpointOutcome {
     /// `health`: how the outcome counts; neutral if its lost connection has been counted already.
     /// `full`: the endpoint refused because its limits are reached, so it is not absent.
-    pub fn new(outcome: &Outcome, health: Health, full: bool) -> Self {
-        match (health, outcome.ending) {
+    pub fn new(outcome: &AttemptOutcome, health: Health, full: bool) -> Self {
+        match (health, outcome.kind) {
             (Health::Success, _) => Self::Success,
             (Health::Neutral, _) => Self::Neutral,
-            (_, Ending::Connect(ConnectFailure::Refused)) => Self::Refused,
-            (_, Ending::Connect(ConnectFailure::Timeout)) => Self::ConnectTimeout,
-            _ if outcome.advice() == Advice::Elsewhere && !full => Self::NoService,
+            (_, OutcomeKind::Connect(ConnectFailure::Refused)) => Self::Refused,
+            (_, OutcomeKind::Connect(ConnectFailure::Timeout)) => Self::ConnectTimeout,
+            _ if outcome.advice() == RetryAdvice::Elsewhere && !full => Self::NoService,
             _ => Self::Failure,
         }
     }
@@ -111,14 +114,14 @@ impl Evidence {
     }
 
     /// Whether it makes the endpoint absent.
-    pub const fn is_absence(self) -> bool {
+    pub const fn makes_absent(self) -> bool {
         matches!(self, Self::Refused | Self::ConnectTimeout | Self::NoService)
     }
 }
 
 /// The change of an endpoint's state after an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum EndpointChange {
     Ejected(Ejection),
     /// It became absent.
     Absent,
@@ -132,13 +135,13 @@ pub enum Change {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ejection {
     pub address: SocketAddr,
-    pub failures_in_a_row: u32,
+    pub consecutive_failures: u32,
     pub until: Instant,
 }
 
 /// A probe of an absent endpoint that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Question {
+pub enum DueProbe {
     /// Check whether it accepts a connection.
     Connection(SocketAddr),
     /// Check whether a request succeeds.
@@ -147,7 +150,7 @@ pub enum Question {
 
 /// The outlier detector of an upstream, shared by all workers. Its state survives a reload.
 #[derive(Debug)]
-pub struct Outliers {
+pub struct OutlierDetector {
     group: Mutex<Group>,
     /// How many endpoints are absent.
     absent: AtomicUsize,
@@ -168,10 +171,10 @@ struct Member {
     /// Consecutive ejections.
     ejections: u32,
     last: Option<(Instant, Duration)>,
-    absence: Option<Absence>,
+    probes: Option<ProbeSchedule>,
 }
 
-impl Outliers {
+impl OutlierDetector {
     pub fn new(settings: OutlierSettings, now: Instant) -> Self {
         Self {
             group: Mutex::new(Group { settings, members: HashMap::new() }),
@@ -192,7 +195,7 @@ impl Outliers {
                 present: true,
                 ejections: 0,
                 last: None,
-                absence: None,
+                probes: None,
             };
             group.members.entry(*address).or_insert_with(new).present = true;
         }
@@ -210,8 +213,8 @@ impl Outliers {
         let group = self.lock();
         let member = group.members.get(address);
         member.is_some_and(|member| {
-            let accepts = |absence: &Absence| absence.by_connection && member.health.awaits_probe(now);
-            member.absence.as_ref().is_some_and(|absence| !accepts(absence))
+            let accepts = |absence: &ProbeSchedule| absence.by_connection && member.health.awaits_probe(now);
+            member.probes.as_ref().is_some_and(|absence| !accepts(absence))
         })
     }
 
@@ -232,19 +235,23 @@ impl Outliers {
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
-        outcome: Evidence,
+        outcome: EndpointOutcome,
         (began, now): (Instant, Instant),
         random: f64,
-    ) -> Option<Change> {
+    ) -> Option<EndpointChange> {
         match outcome {
-            Evidence::Neutral => None,
-            Evidence::Success => {
-                endpoint.succeeded();
+            EndpointOutcome::Neutral => None,
+            EndpointOutcome::Success => {
+                endpoint.record_success();
                 if endpoint.is_absent() { self.restore(address, began) } else { None }
             }
-            Evidence::Failure if endpoint.is_absent() => self.absent(address, outcome, (began, now)),
-            Evidence::Failure => self.failed(address, endpoint, now, random).map(Change::Ejected),
-            absence => self.absent(address, absence, (began, now)),
+            EndpointOutcome::Failure if endpoint.is_absent() => {
+                self.record_absence(address, outcome, (began, now))
+            }
+            EndpointOutcome::Failure => {
+                self.record_failure(address, endpoint, now, random).map(EndpointChange::Ejected)
+            }
+            absence => self.record_absence(address, absence, (began, now)),
         }
     }
 
@@ -253,7 +260,7 @@ impl Outliers {
         self.lock().settings = settings;
     }
 
-    fn failed(
+    fn record_failure(
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
@@ -265,7 +272,7 @@ impl Outliers {
         if endpoint.is_ejected(now) {
             return None;
         }
-        let failures_in_a_row = endpoint.failed(now);
+        let failures_in_a_row = endpoint.record_failure(now);
         let settings = group.settings;
         if settings.consecutive_failures == 0 || failures_in_a_row < settings.consecutive_failures {
             return None;
@@ -273,7 +280,7 @@ impl Outliers {
         let mut counts = StateCounts::default();
         group.members.values().for_each(|member| counts.add(member, now));
         // `max_ejected` is reached: it stays in the balancer, and its next failure checks again.
-        if counts.ejected >= settings.most_ejected(counts.all) || counts.available <= 1 {
+        if counts.ejected >= settings.ejection_limit(counts.all) || counts.available <= 1 {
             endpoint.set_failing();
             return None;
         }
@@ -281,36 +288,36 @@ impl Outliers {
         let ejected_for = member.next_ejection(&settings, now, random);
         let until = now.checked_add(ejected_for)?;
         endpoint.eject(until);
-        Some(Ejection { address: *address, failures_in_a_row, until })
+        Some(Ejection { address: *address, consecutive_failures: failures_in_a_row, until })
     }
 
-    fn absent(
+    fn record_absence(
         &self,
         address: &SocketAddr,
-        outcome: Evidence,
+        outcome: EndpointOutcome,
         (began, now): (Instant, Instant),
-    ) -> Option<Change> {
+    ) -> Option<EndpointChange> {
         let mut group = self.lock();
         let alone = !group
             .members
             .iter()
             .any(|(other, member)| other != address && member.present && member.health.is_serving(now));
         let member = group.members.get_mut(address).filter(|member| member.present)?;
-        let change = if let Some(absence) = &mut member.absence {
-            if !absence.again(outcome, alone, began, now) {
+        let change = if let Some(absence) = &mut member.probes {
+            if !absence.still_absent(outcome, alone, began, now) {
                 return None;
             }
-            Change::StillAbsent
-        } else if outcome == Evidence::Failure {
+            EndpointChange::StillAbsent
+        } else if outcome == EndpointOutcome::Failure {
             // It was restored while this attempt was in flight.
             return None;
         } else {
-            member.absence = Some(Absence::new(outcome, alone, now));
-            Change::Absent
+            member.probes = Some(ProbeSchedule::new(outcome, alone, now));
+            EndpointChange::Absent
         };
-        if let Some(Absence { by_connection, next, .. }) = member.absence {
+        if let Some(ProbeSchedule { by_connection, next, .. }) = member.probes {
             match next.filter(|_| !by_connection) {
-                Some(next) => member.health.probe_from(next),
+                Some(next) => member.health.schedule_probe(next),
                 None => member.health.set_unreachable(),
             }
         }
@@ -319,18 +326,18 @@ impl Outliers {
     }
 
     /// A request to an absent endpoint has succeeded.
-    fn restore(&self, address: &SocketAddr, began: Instant) -> Option<Change> {
+    fn restore(&self, address: &SocketAddr, began: Instant) -> Option<EndpointChange> {
         let mut group = self.lock();
         let member = group.members.get_mut(address)?;
         // An attempt that began before the endpoint became absent does not show that it is back.
-        member.absence.take_if(|absence| began >= absence.since)?;
+        member.probes.take_if(|absence| began >= absence.since)?;
         member.health.set_present();
         self.count_absent(&group);
-        Some(Change::Present)
+        Some(EndpointChange::Present)
     }
 
     /// When the next probe of an absent endpoint is due, if any.
-    pub fn next_question(&self) -> Option<Instant> {
+    pub fn next_probe_at(&self) -> Option<Instant> {
         if !self.any_absent() {
             return None;
         }
@@ -339,19 +346,19 @@ impl Outliers {
     }
 
     /// Takes the probes that are due, at most `most`. A probe is scheduled again only after its result.
-    pub fn questions(&self, most: usize, now: Instant) -> Vec<Question> {
+    pub fn take_due_probes(&self, most: usize, now: Instant) -> Vec<DueProbe> {
         let mut due = Vec::new();
         for (address, member) in &mut self.lock().members {
             if due.len() >= most {
                 break;
             }
             if member.next_probe().is_some_and(|at| at <= now)
-                && let Some(absence) = &mut member.absence
+                && let Some(absence) = &mut member.probes
             {
                 absence.next = None;
                 due.push(match absence.by_connection {
-                    true => Question::Connection(*address),
-                    false => Question::Request(*address),
+                    true => DueProbe::Connection(*address),
+                    false => DueProbe::Request(*address),
                 });
             }
         }
@@ -359,19 +366,19 @@ impl Outliers {
     }
 
     /// Records the result of [`DueProbe::Connection`]. Returns whether a request may probe the endpoint now.
-    pub fn answered(&self, address: &SocketAddr, accepted: bool, now: Instant) -> bool {
+    pub fn record_connection_probe(&self, address: &SocketAddr, accepted: bool, now: Instant) -> bool {
         let mut group = self.lock();
         let alone = !group
             .members
             .iter()
             .any(|(other, member)| other != address && member.present && member.health.is_serving(now));
         let Some(member) = group.members.get_mut(address) else { return false };
-        let Some(absence) = &mut member.absence else { return false };
+        let Some(absence) = &mut member.probes else { return false };
         if accepted {
-            absence.accepted(now);
-            member.health.probe_from(now);
+            absence.connection_accepted(now);
+            member.health.schedule_probe(now);
         } else {
-            absence.again(Evidence::Refused, alone, now, now);
+            absence.still_absent(EndpointOutcome::Refused, alone, now, now);
             member.health.set_unreachable();
         }
         accepted
@@ -379,7 +386,7 @@ impl Outliers {
 
     fn count_absent(&self, group: &Group) {
         let absent =
-            group.members.values().filter(|member| member.present && member.absence.is_some()).count();
+            group.members.values().filter(|member| member.present && member.probes.is_some()).count();
         self.absent.store(absent, Ordering::Relaxed);
     }
 
@@ -408,7 +415,7 @@ impl StateCounts {
 
 impl Member {
     fn next_probe(&self) -> Option<Instant> {
-        self.absence.filter(|_| self.present)?.next
+        self.probes.filter(|_| self.present)?.next
     }
 
     /// Doubles, unless the endpoint has been back for longer than it was ejected.

@@ -66,7 +66,7 @@ impl fmt::Display for RateKey {
 text_value!(RateKey, "RateKey", "upstream, peer or header:NAME", r"upstream|peer|header:.+");
 
 /// The most keys that are distinguished; a further key replaces one that has been idle longest.
-pub const MOST_KEYS: usize = 4096;
+pub const MAX_KEYS: usize = 4096;
 
 /// The number of slots in a set, in which a key's state may be: few enough to check all of them.
 const WAYS: usize = 8;
@@ -99,7 +99,7 @@ impl RateLimit {
     /// `hasher` is an argument, like all randomness. A rate of 0 refuses everything.
     pub fn new(settings: &RateSettings, now: Instant, hasher: RandomState) -> Self {
         let cost = 1_000_000_000u64.checked_div(settings.rate.into()).unwrap_or(u64::MAX);
-        let slots = if settings.per == RateKey::Upstream { 1 } else { MOST_KEYS };
+        let slots = if settings.per == RateKey::Upstream { 1 } else { MAX_KEYS };
         Self {
             cost,
             allowance: cost.saturating_mul(settings.burst.max(1).into()),
@@ -110,7 +110,7 @@ impl RateLimit {
     }
 
     /// Admits one request of this key, or returns how long to wait. With `per = "upstream"` the key is ignored.
-    pub fn take(&self, key: &[u8], now: Instant) -> Result<(), Duration> {
+    pub fn admit(&self, key: &[u8], now: Instant) -> Result<(), Duration> {
         if self.cost == u64::MAX {
             return Err(Duration::from_secs(1));
         }
@@ -172,39 +172,39 @@ mod tests {
     #[test]
     fn admits_a_burst_and_then_the_rate() {
         let (limit, now) = limit(100, 50, RateKey::Upstream);
-        assert_eq!((0..80).filter(|_| limit.take(b"", now).is_ok()).count(), 50);
-        assert_eq!(limit.take(b"", now), Err(MS * 10));
-        assert_eq!(limit.take(b"", now + MS * 4), Err(MS * 6));
-        assert_eq!(limit.take(b"", now + MS * 10), Ok(()), "the returned wait is exact");
-        assert!(limit.take(b"", now + MS * 10).is_err());
+        assert_eq!((0..80).filter(|_| limit.admit(b"", now).is_ok()).count(), 50);
+        assert_eq!(limit.admit(b"", now), Err(MS * 10));
+        assert_eq!(limit.admit(b"", now + MS * 4), Err(MS * 6));
+        assert_eq!(limit.admit(b"", now + MS * 10), Ok(()), "the returned wait is exact");
+        assert!(limit.admit(b"", now + MS * 10).is_err());
         let later = now + Duration::from_secs(3600);
-        assert_eq!((0..80).filter(|_| limit.take(b"", later).is_ok()).count(), 50, "no more than the burst");
+        assert_eq!((0..80).filter(|_| limit.admit(b"", later).is_ok()).count(), 50, "no more than the burst");
     }
 
     #[test]
     fn keys_do_not_share() {
         let (limit, now) = limit(1, 1, RateKey::Peer);
-        assert!(limit.take(b"a", now).is_ok() && limit.take(b"b", now).is_ok());
-        assert!(limit.take(b"a", now).is_err() && limit.take(b"b", now).is_err());
+        assert!(limit.admit(b"a", now).is_ok() && limit.admit(b"b", now).is_ok());
+        assert!(limit.admit(b"a", now).is_err() && limit.admit(b"b", now).is_err());
         let (whole, now) = super::tests::limit(1, 1, RateKey::Upstream);
-        assert!(whole.take(b"a", now).is_ok() && whole.take(b"b", now).is_err());
+        assert!(whole.admit(b"a", now).is_ok() && whole.admit(b"b", now).is_err());
     }
 
     #[test]
     fn a_flood_of_keys_does_not_evict_a_key_over_its_limit() {
         let (limit, now) = limit(1, 100, RateKey::Header("x-user".to_owned()));
-        while limit.take(b"greedy", now).is_ok() {}
+        while limit.admit(b"greedy", now).is_ok() {}
         for n in 0..100_000u32 {
-            let _ = limit.take(&n.to_ne_bytes(), now);
+            let _ = limit.admit(&n.to_ne_bytes(), now);
         }
-        assert!(limit.take(b"greedy", now).is_err());
-        assert_eq!(limit.slots.len(), MOST_KEYS);
+        assert!(limit.admit(b"greedy", now).is_err());
+        assert_eq!(limit.slots.len(), MAX_KEYS);
     }
 
     #[test]
     fn a_rate_of_zero_refuses() {
         let (limit, now) = limit(0, 5, RateKey::Upstream);
-        assert!(limit.take(b"", now).is_err());
+        assert!(limit.admit(b"", now).is_err());
     }
 
     #[test]
@@ -212,7 +212,7 @@ mod tests {
         let (limit, now) = limit(1000, 500, RateKey::Peer);
         let granted: usize = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
-                .map(|_| scope.spawn(|| (0..1000).filter(|_| limit.take(b"p", now).is_ok()).count()))
+                .map(|_| scope.spawn(|| (0..1000).filter(|_| limit.admit(b"p", now).is_ok()).count()))
                 .collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).sum()
         });
@@ -228,7 +228,7 @@ mod tests {
             let (mut now, mut granted) = (0u64, Vec::new());
             for pass in passes {
                 now += pass;
-                if limit.take(b"", start + Duration::from_micros(now)).is_ok() { granted.push(now); }
+                if limit.admit(b"", start + Duration::from_micros(now)).is_ok() { granted.push(now); }
             }
             for (first, from) in granted.iter().enumerate() {
                 for (count, to) in granted[first..].iter().enumerate() {
@@ -241,9 +241,9 @@ mod tests {
         #[test]
         fn the_returned_wait_is_enough(rate in 1u32..2000, burst in 1u32..50, taken in 0u32..100) {
             let (limit, now) = limit(rate, burst, RateKey::Upstream);
-            for _ in 0..taken { let _ = limit.take(b"", now); }
-            if let Err(wait) = limit.take(b"", now) {
-                prop_assert_eq!(limit.take(b"", now + wait), Ok(()));
+            for _ in 0..taken { let _ = limit.admit(b"", now); }
+            if let Err(wait) = limit.admit(b"", now) {
+                prop_assert_eq!(limit.admit(b"", now + wait), Ok(()));
             }
         }
     }

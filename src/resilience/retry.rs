@@ -4,7 +4,9 @@ mod decide;
 #[cfg(test)]
 mod tests;
 
-pub use decide::{Body, Decision, MOST_RESENT, Moment, Reason, Retry, RetryPolicy, Tried};
+pub use decide::{
+    BodyState, FailedAttempt, MAX_RESENDS, Retry, RetryContext, RetryDecision, RetryPolicy, StopReason,
+};
 
 use std::{fmt, str::FromStr};
 
@@ -22,9 +24,9 @@ pub struct RetrySettings {
     /// Attempts after the first, hedges included. 0 = sent at most once, always.
     pub max: u32,
     /// Which failures are retried. `default` stands for the built-in list.
-    pub on: Vec<Condition>,
+    pub on: Vec<RetryCondition>,
     /// `idempotent`, `all`, or a list of methods. A request that certainly did not reach the service may have any.
-    pub methods: Methods,
+    pub methods: RetryMethods,
     /// The wait before a retry: full jitter.
     pub backoff: BackoffSettings,
     /// Bounds retries and hedges together, per upstream.
@@ -37,8 +39,8 @@ impl Default for RetrySettings {
     fn default() -> Self {
         Self {
             max: 2,
-            on: Condition::DEFAULT.to_vec(),
-            methods: Methods::Idempotent,
+            on: RetryCondition::DEFAULT.to_vec(),
+            methods: RetryMethods::Idempotent,
             backoff: BackoffSettings::default(),
             budget: BudgetSettings::default(),
             body_limit: ByteSize(64 << 10),
@@ -48,7 +50,7 @@ impl Default for RetrySettings {
 
 /// A kind of failure that `retry.on` can name.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Condition {
+pub enum RetryCondition {
     /// Stands for [`RetryCondition::DEFAULT`].
     Default,
     ConnectFailure,
@@ -67,7 +69,7 @@ pub enum Condition {
     GrpcCancelled,
 }
 
-impl Condition {
+impl RetryCondition {
     pub const DEFAULT: [Self; 6] = [
         Self::ConnectFailure,
         Self::RefusedStream,
@@ -93,7 +95,7 @@ impl Condition {
     ];
 }
 
-impl FromStr for Condition {
+impl FromStr for RetryCondition {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -113,7 +115,7 @@ impl FromStr for Condition {
     }
 }
 
-impl fmt::Display for Condition {
+impl fmt::Display for RetryCondition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Status(code) => write!(f, "{code}"),
@@ -127,7 +129,7 @@ impl fmt::Display for Condition {
 }
 
 text_value!(
-    Condition,
+    RetryCondition,
     "RetryCondition",
     "an outcome to retry: default, connect-failure, refused-stream, reset, gateway-error, attempt-timeout, 5xx, a status code, grpc-unavailable, …",
     r"default|connect-failure|refused-stream|reset|gateway-error|attempt-timeout|5xx|[0-9]{3}|grpc-[a-z-]+"
@@ -135,14 +137,14 @@ text_value!(
 
 /// The methods whose failed requests may be retried.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Methods {
+pub enum RetryMethods {
     /// GET, HEAD, OPTIONS, TRACE, PUT, DELETE (RFC 9110 §9.2.2), and requests with an `Idempotency-Key`.
     Idempotent,
     All,
     Listed(Vec<String>),
 }
 
-impl Serialize for Methods {
+impl Serialize for RetryMethods {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Idempotent => serializer.serialize_str("idempotent"),
@@ -152,34 +154,34 @@ impl Serialize for Methods {
     }
 }
 
-impl<'de> Deserialize<'de> for Methods {
+impl<'de> Deserialize<'de> for RetryMethods {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct WordOrList;
         impl<'de> de::Visitor<'de> for WordOrList {
-            type Value = Methods;
+            type Value = RetryMethods;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("\"idempotent\", \"all\" or an array of methods")
             }
-            fn visit_str<E: de::Error>(self, word: &str) -> Result<Methods, E> {
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<RetryMethods, E> {
                 match word {
-                    "idempotent" => Ok(Methods::Idempotent),
-                    "all" => Ok(Methods::All),
+                    "idempotent" => Ok(RetryMethods::Idempotent),
+                    "all" => Ok(RetryMethods::All),
                     _ => Err(E::invalid_value(de::Unexpected::Str(word), &self)),
                 }
             }
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Methods, A::Error> {
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<RetryMethods, A::Error> {
                 let mut methods = Vec::new();
                 while let Some(method) = seq.next_element()? {
                     methods.push(method);
                 }
-                Ok(Methods::Listed(methods))
+                Ok(RetryMethods::Listed(methods))
             }
         }
         deserializer.deserialize_any(WordOrList)
     }
 }
 
-impl JsonSchema for Methods {
+impl JsonSchema for RetryMethods {
     fn schema_name() -> std::borrow::Cow<'static, str> {
         "RetryMethods".into()
     }
@@ -191,10 +193,10 @@ impl JsonSchema for Methods {
     }
 }
 
-impl Methods {
+impl RetryMethods {
     /// Whether a request that may have been processed may be sent again. A proxy must not retry a method that is not
     /// idempotent on its own (RFC 9110 §9.2.2). With `all` or a list, the operator permits it.
-    pub fn allow(&self, method: &Method, idempotency_key: bool) -> bool {
+    pub fn allows(&self, method: &Method, idempotency_key: bool) -> bool {
         match self {
             _ if is_idempotent(method) && !matches!(self, Self::Listed(_)) => true,
             Self::All => true,

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use http::{Method, StatusCode};
 
 use super::{
-    backoff::Hint,
+    backoff::RetryHint,
     breaker::{Breaker, BreakerSettings},
     budget::RetryBudget,
-    classify::{Advice, Ending, Health, Outcome},
-    retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+    classify::{AttemptOutcome, Health, OutcomeKind, RetryAdvice},
+    retry::{BodyState, FailedAttempt, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
 };
 
 /// The outbound side of a sidecar, from one service to the next.
@@ -51,17 +51,17 @@ impl Chain {
     }
 
     /// A request at the `index`-th hop; `healthy`: whether the last service succeeds. Returns the client's outcome.
-    fn request(&mut self, index: usize, now: Instant, healthy: bool, needs: usize) -> Outcome {
+    fn request(&mut self, index: usize, now: Instant, healthy: bool, needs: usize) -> AttemptOutcome {
         if index == needs {
             self.load += u32::from(needs == ALL);
             let served = healthy || needs < ALL;
             let status = if served { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-            return Outcome::new(Ending::Http(status));
+            return AttemptOutcome::new(OutcomeKind::Http(status));
         }
         self.hops[index].budget.deposit();
-        let unavailable = Outcome {
-            ending: Ending::Http(StatusCode::SERVICE_UNAVAILABLE),
-            advice: if self.pass_advice { Advice::No } else { Advice::None },
+        let unavailable = AttemptOutcome {
+            kind: OutcomeKind::Http(StatusCode::SERVICE_UNAVAILABLE),
+            advice: if self.pass_advice { RetryAdvice::No } else { RetryAdvice::None },
         };
         let mut attempts = 0;
         loop {
@@ -78,21 +78,29 @@ impl Chain {
                 let health = if control { Health::Failure } else { outcome.health() };
                 hop.breaker.report(permit, health, now, index as f64 / 3.0);
             }
-            let attempt = Tried {
+            let attempt = FailedAttempt {
                 method: &Method::GET,
                 grpc: false,
                 idempotency_key: false,
-                tries: attempts,
-                free_used: false,
-                resent: 0,
-                body: Body::Untouched,
+                attempts,
+                free_retry_used: false,
+                resends: 0,
+                body: BodyState::Unread,
                 committed: false,
             };
-            let context = Moment { now, time_left: None, hint: Hint::None, random: 0.5, budget: &hop.budget };
+            let context = RetryContext {
+                now,
+                time_left: None,
+                hint: RetryHint::None,
+                random: 0.5,
+                budget: &hop.budget,
+            };
             match hop.retry.decide(&attempt, &outcome, &context) {
-                Decision::Retry(_) => {}
-                Decision::Stop(_) if outcome.ending == Ending::Http(StatusCode::OK) => return outcome,
-                Decision::Stop(_) => return unavailable,
+                RetryDecision::Retry(_) => {}
+                RetryDecision::Stop(_) if outcome.kind == OutcomeKind::Http(StatusCode::OK) => {
+                    return outcome;
+                }
+                RetryDecision::Stop(_) => return unavailable,
             }
         }
     }
@@ -102,7 +110,7 @@ impl Chain {
         let at = |n: u32| start + Duration::from_millis(10) * n;
         let requests = from * 100..(from + seconds) * 100;
         requests
-            .filter(|n| self.request(0, at(*n), healthy(*n), ALL).ending == Ending::Http(StatusCode::OK))
+            .filter(|n| self.request(0, at(*n), healthy(*n), ALL).kind == OutcomeKind::Http(StatusCode::OK))
             .count() as u32
     }
 

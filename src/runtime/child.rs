@@ -39,7 +39,7 @@ pub struct Child {
 
 /// What happens to the service when this process is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnOurDeath {
+pub enum OnSidecarDeath {
     /// The kernel kills it too (Linux). The service is started through this program, whose `main` must handle
     /// [`EXEC_COMMAND`].
     Kill,
@@ -87,7 +87,7 @@ impl Child {
     pub fn spawn(
         command: &[OsString],
         env: Vec<(&'static str, String)>,
-        on_our_death: OnOurDeath,
+        on_our_death: OnSidecarDeath,
     ) -> Result<Self, SpawnError> {
         let program = command.first().cloned().unwrap_or_default();
         let failed = |source| SpawnError::new(program.clone(), source);
@@ -135,7 +135,7 @@ impl Child {
 
     /// Waits for its end: its exit code, or 128 + the number of the signal that killed it. Cancel safe; may be called
     /// again.
-    pub async fn ended(&mut self) -> u8 {
+    pub async fn wait(&mut self) -> u8 {
         match self.ended.wait_for(Option::is_some).await.map(|code| *code) {
             Ok(code) => code.unwrap_or(1),
             Err(_) => 1,
@@ -186,11 +186,11 @@ pub fn leads_group() -> bool {
 }
 
 /// This program, where the service is started through it.
-fn own_program(on_our_death: OnOurDeath) -> Option<&'static Path> {
+fn own_program(on_our_death: OnSidecarDeath) -> Option<&'static Path> {
     #[cfg(target_os = "linux")]
     {
         let own = Path::new(OWN_PROGRAM);
-        if on_our_death == OnOurDeath::Kill {
+        if on_our_death == OnSidecarDeath::Kill {
             if own.exists() {
                 return Some(own);
             }
@@ -258,31 +258,32 @@ mod tests {
 
     #[tokio::test]
     async fn the_exit_code_is_returned() {
-        let mut child = Child::spawn(&sh("exit 7"), Vec::new(), OnOurDeath::Leave).unwrap();
-        assert_eq!(child.ended().await, 7);
-        assert_eq!(child.ended().await, 7, "and again");
+        let mut child = Child::spawn(&sh("exit 7"), Vec::new(), OnSidecarDeath::Leave).unwrap();
+        assert_eq!(child.wait().await, 7);
+        assert_eq!(child.wait().await, 7, "and again");
         child.terminate(); // harmless after the end
     }
 
     #[tokio::test]
     async fn the_exit_code_of_a_signal_is_128_and_its_number() {
-        let mut child = Child::spawn(&sh("exec sleep 60"), Vec::new(), OnOurDeath::Leave).unwrap();
+        let mut child = Child::spawn(&sh("exec sleep 60"), Vec::new(), OnSidecarDeath::Leave).unwrap();
         child.terminate();
-        assert_eq!(child.ended().await, 128 + 15);
-        let mut child = Child::spawn(&sh("trap '' TERM; sleep 60"), Vec::new(), OnOurDeath::Leave).unwrap();
+        assert_eq!(child.wait().await, 128 + 15);
+        let mut child =
+            Child::spawn(&sh("trap '' TERM; sleep 60"), Vec::new(), OnSidecarDeath::Leave).unwrap();
         child.kill();
-        assert_eq!(child.ended().await, 128 + 9);
+        assert_eq!(child.wait().await, 128 + 9);
     }
 
     #[tokio::test]
     async fn a_signal_is_forwarded() {
         let script = "trap 'exit 42' USR1; while :; do sleep 0.02; done";
-        let mut child = Child::spawn(&sh(script), Vec::new(), OnOurDeath::Leave).unwrap();
+        let mut child = Child::spawn(&sh(script), Vec::new(), OnSidecarDeath::Leave).unwrap();
         // Before the shell has set its trap, the signal kills it or is lost.
         let code = loop {
             child.forward(Signal::USR1);
             let limit = std::time::Duration::from_millis(20);
-            if let Ok(code) = tokio::time::timeout(limit, child.ended()).await {
+            if let Ok(code) = tokio::time::timeout(limit, child.wait()).await {
                 break code;
             }
         };
@@ -308,18 +309,19 @@ mod tests {
     async fn the_variables_are_set() {
         let env = vec![("http_proxy", "http://127.0.0.1:4140".to_owned())];
         let mut child =
-            Child::spawn(&sh("test \"$http_proxy\" = http://127.0.0.1:4140"), env, OnOurDeath::Leave)
+            Child::spawn(&sh("test \"$http_proxy\" = http://127.0.0.1:4140"), env, OnSidecarDeath::Leave)
                 .unwrap();
-        assert_eq!(child.ended().await, 0);
+        assert_eq!(child.wait().await, 0);
     }
 
     #[tokio::test]
     async fn a_failed_start_has_a_reason() {
-        let error = Child::spawn(&["/no/such/command".into()], Vec::new(), OnOurDeath::Leave).unwrap_err();
+        let error =
+            Child::spawn(&["/no/such/command".into()], Vec::new(), OnSidecarDeath::Leave).unwrap_err();
         assert_eq!(error.exit_code(), 127);
         assert!(error.to_string().contains("no such command"), "{error}");
         let file = tempfile::NamedTempFile::new().unwrap();
-        let error = Child::spawn(&[file.path().into()], Vec::new(), OnOurDeath::Leave).unwrap_err();
+        let error = Child::spawn(&[file.path().into()], Vec::new(), OnSidecarDeath::Leave).unwrap_err();
         assert_eq!(error.exit_code(), 126);
         assert!(error.to_string().contains("not executable"), "{error}");
     }

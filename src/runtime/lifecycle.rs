@@ -26,16 +26,16 @@ use tokio::{
 use super::{
     Addresses, Proxy,
     child::Child,
-    death::{Death, Deaths},
+    failure::{CriticalFailure, FailureMonitor},
     reload::{self, Change, ReloadRequests, Reloads},
     service_port::ServicePort,
-    signals::{self, Signals, Stop, Wish},
+    signals::{self, SignalAction, Signals, StopSignal},
 };
 use crate::{
     config,
     proxy::worker::{Phase, Shared},
-    telemetry::{log::LogHandle, metrics::Connections},
-    watch::Reason,
+    telemetry::{log::LogHandle, metrics::ConnectionCounters},
+    watch::WatchReason,
 };
 
 /// The least time that the service gets to end after SIGTERM, even where the drain took all of `drain_timeout`.
@@ -60,7 +60,7 @@ pub struct Control {
     pub reload_requests: ReloadRequests,
     /// Whether the service accepts connections.
     pub service_port: Arc<ServicePort>,
-    pub deaths: Deaths,
+    pub failures: FailureMonitor,
     discovered: AtomicBool,
     drain: watch::Sender<bool>,
 }
@@ -85,7 +85,7 @@ impl Control {
             reloads,
             reload_requests: ReloadRequests::default(),
             service_port: Arc::default(),
-            deaths: proxy.deaths.clone(),
+            failures: proxy.failures.clone(),
             discovered: AtomicBool::new(false),
             drain: watch::Sender::new(false),
         })
@@ -97,7 +97,7 @@ impl Control {
 
     /// Why the proxy is not ready for new requests; none where it is. Independent of the service.
     pub fn not_ready(&self) -> Option<&'static str> {
-        if self.deaths.happened().is_some() {
+        if self.failures.failure().is_some() {
             return Some("failed: a thread of the process has failed, and the process ends");
         }
         match self.phase() {
@@ -106,7 +106,7 @@ impl Control {
                 identity.or_else(|| self.shared.interception.not_ready())
             }
             Phase::Running => Some("starting: the endpoints of some upstreams are not resolved yet"),
-            Phase::Leaving => Some("leaving: shutting down, requests are still accepted"),
+            Phase::DrainDelay => Some("leaving: shutting down, requests are still accepted"),
             Phase::DrainingInbound => Some("draining: inbound requests in flight are finished"),
             Phase::DrainingAll => Some("stopping"),
         }
@@ -134,16 +134,16 @@ pub struct Lifecycle {
     /// Watches the configuration files.
     pub watcher: config::Watcher,
     /// Stop without waiting: set on a second stop signal, or after a failure.
-    pub at_once: bool,
+    pub stop_now: bool,
 }
 
 /// Why the process ends.
 enum EndCause {
-    Signal(Stop),
+    Signal(StopSignal),
     /// The service ended with this exit code.
     Service(u8),
     /// A critical thread or task failed.
-    Failure(Death),
+    Failure(CriticalFailure),
 }
 
 impl Lifecycle {
@@ -153,18 +153,18 @@ impl Lifecycle {
         let shared = Arc::clone(&self.proxy.shared);
         self.proxy.stop();
         // After the workers, so that requests that were cut off are logged.
-        shared.calls.access_log.finish();
-        if !self.at_once {
+        shared.request_telemetry.access_log.finish();
+        if !self.stop_now {
             tokio::select! {
                 () = shared.traces.flush(FINAL_EXPORT) => {}
-                _ = self.signals.stop() => {}
+                _ = self.signals.next_stop() => {}
             }
         }
         code
     }
 
     async fn run_to_end(&mut self) -> u8 {
-        let Self { proxy, control, child, signals, watcher, changes, at_once } = self;
+        let Self { proxy, control, child, signals, watcher, changes, stop_now: at_once } = self;
         let mut drain = pin!(drain_inbound(proxy, control));
         let (mut drained, mut after_drain) = (false, None);
         let mut first_request = pin!(stays_silent(&control.shared.metrics.outbound));
@@ -172,14 +172,14 @@ impl Lifecycle {
         let cause = loop {
             tokio::select! {
                 action = signals.next() => match action {
-                    Wish::Stop(signal) => break EndCause::Signal(signal),
-                    Wish::Reload => {
-                        control.shared.calls.access_log.reopen();
+                    SignalAction::Stop(signal) => break EndCause::Signal(signal),
+                    SignalAction::Reload => {
+                        control.shared.request_telemetry.access_log.reopen();
                         // SIGHUP confirms the change, whatever the files contain.
-                        watcher.trigger(Reason::Confirmed);
+                        watcher.trigger(WatchReason::Confirmed);
                     }
-                    Wish::DrainThenForward(signal) if !drained => {
-                        let signal_name = signals::name(signal);
+                    SignalAction::DrainThenForward(signal) if !drained => {
+                        let signal_name = signals::signal_name(signal);
                         tracing::info!(signal = signal_name, "draining inbound, then forwarding the signal");
                         control.request_drain();
                         after_drain = Some(signal);
@@ -190,10 +190,10 @@ impl Lifecycle {
                 Some(change) = changes.recv() => {
                     let reason = change.reason;
                     let outcome = reload::apply(proxy, &control.reloads, change);
-                    control.reload_requests.answer(reason, &outcome);
+                    control.reload_requests.reply(reason, &outcome);
                 }
                 code = ended(child) => break EndCause::Service(code),
-                failure = proxy.death() => break EndCause::Failure(failure),
+                failure = proxy.wait_failure() => break EndCause::Failure(failure),
                 () = &mut drain, if !drained => {
                     drained = true;
                     if let (Some(signal), Some(child)) = (after_drain.take(), &child) {
@@ -214,7 +214,7 @@ impl Lifecycle {
         };
         match cause {
             EndCause::Failure(failure) => {
-                tell_of(&failure);
+                log_failure(&failure);
                 // Connections of the failed thread are lost; the service still gets time to end.
                 end_service(child, Instant::now(), MIN_SERVICE_SHUTDOWN).await;
                 *at_once = true;
@@ -223,7 +223,7 @@ impl Lifecycle {
             EndCause::Service(code) => {
                 tracing::info!(code, "the service has ended; stopping");
                 proxy.set_phase(Phase::DrainingAll);
-                proxy.outbound_drained(CLOSING).await;
+                proxy.wait_outbound_drained(CLOSING).await;
                 code
             }
             EndCause::Signal(signal) => {
@@ -243,8 +243,8 @@ impl Lifecycle {
                     let code = end_service(child, deadline, *settings.drain_timeout).await;
                     let service = match (&child, signal) {
                         (Some(_), _) => ServiceState::Ended,
-                        (None, Stop::Terminate | Stop::Quit) => ServiceState::External,
-                        (None, Stop::Interrupt) => ServiceState::NotAwaited,
+                        (None, StopSignal::Terminate | StopSignal::Quit) => ServiceState::External,
+                        (None, StopSignal::Interrupt) => ServiceState::NotAwaited,
                     };
                     drain_outbound(proxy, service, deadline).await;
                     code
@@ -256,8 +256,8 @@ impl Lifecycle {
                         *at_once = true;
                         None
                     }
-                    failure = proxy.death() => {
-                        tell_of(&failure);
+                    failure = proxy.wait_failure() => {
+                        log_failure(&failure);
                         *at_once = true;
                         None
                     }
@@ -266,7 +266,7 @@ impl Lifecycle {
                     (Some(code), _) => code,
                     (None, Some(child)) => {
                         child.kill();
-                        child.ended().await
+                        child.wait().await
                     }
                     (None, None) => 1,
                 }
@@ -276,15 +276,17 @@ impl Lifecycle {
 }
 
 /// Logs the failure that ends the process.
-pub fn tell_of(Death { name, why }: &Death) {
+pub fn log_failure(CriticalFailure { name, reason: why }: &CriticalFailure) {
     tracing::error!("{name} has failed: {why}; the process ends, so that its supervisor restarts it");
 }
 
 /// Acts on a signal that is meant for the service.
-fn act_on_service(action: Wish, child: Option<&Child>) {
+fn act_on_service(action: SignalAction, child: Option<&Child>) {
     match (action, child) {
-        (Wish::Forward(signal) | Wish::DrainThenForward(signal), Some(child)) => child.forward(signal),
-        (Wish::Suspend, Some(child)) => {
+        (SignalAction::Forward(signal) | SignalAction::DrainThenForward(signal), Some(child)) => {
+            child.forward(signal)
+        }
+        (SignalAction::Suspend, Some(child)) => {
             child.forward(rustix::process::Signal::TSTP);
             // As without a handler; SIGCONT resumes both.
             let stopped =
@@ -293,18 +295,23 @@ fn act_on_service(action: Wish, child: Option<&Child>) {
                 tracing::debug!(%error, "cannot suspend on SIGTSTP");
             }
         }
-        (Wish::Ignore(signal) | Wish::Forward(signal) | Wish::DrainThenForward(signal), _) => {
-            tracing::info!(signal = signals::name(signal), "signal ignored: it has no meaning here");
+        (
+            SignalAction::Ignore(signal)
+            | SignalAction::Forward(signal)
+            | SignalAction::DrainThenForward(signal),
+            _,
+        ) => {
+            tracing::info!(signal = signals::signal_name(signal), "signal ignored: it has no meaning here");
         }
-        (Wish::Stop(_) | Wish::Reload | Wish::Suspend, _) => {}
+        (SignalAction::Stop(_) | SignalAction::Reload | SignalAction::Suspend, _) => {}
     }
 }
 
 /// Waits for the next stop signal; signals for the service are still forwarded.
-async fn second_stop(signals: &mut Signals, child: Option<&Child>) -> Stop {
+async fn second_stop(signals: &mut Signals, child: Option<&Child>) -> StopSignal {
     loop {
         match signals.next().await {
-            Wish::Stop(signal) => return signal,
+            SignalAction::Stop(signal) => return signal,
             other => act_on_service(other, child),
         }
     }
@@ -313,7 +320,7 @@ async fn second_stop(signals: &mut Signals, child: Option<&Child>) -> Stop {
 /// Waits for the end of the service, forever where there is none.
 async fn ended(child: &mut Option<Child>) -> u8 {
     match child {
-        Some(child) => child.ended().await,
+        Some(child) => child.wait().await,
         None => std::future::pending().await,
     }
 }
@@ -324,14 +331,14 @@ async fn drain_inbound(proxy: &Proxy, control: &Control) {
     let _ = control.drain.subscribe().wait_for(|requested| *requested).await;
     let settings = control.shared.snapshot.load().config.runtime.clone();
     if let Some(delay) = settings.drain_delay.limit() {
-        proxy.set_phase(Phase::Leaving);
+        proxy.set_phase(Phase::DrainDelay);
         sleep(delay).await;
     }
     let open = || control.shared.metrics.inbound.open.load(Ordering::Relaxed).max(0);
     let before = open();
     proxy.set_phase(Phase::DrainingInbound);
     let began = Instant::now();
-    if proxy.inbound_drained(*settings.drain_timeout).await {
+    if proxy.wait_inbound_drained(*settings.drain_timeout).await {
         tracing::info!(connections = before, took = ?began.elapsed(), "inbound is drained, no connection was cut off");
     } else {
         let cut = open();
@@ -346,12 +353,12 @@ async fn end_service(child: &mut Option<Child>, deadline: Instant, drain_timeout
     let Some(child) = child else { return 0 };
     child.terminate();
     let deadline = deadline.max(Instant::now() + MIN_SERVICE_SHUTDOWN.min(drain_timeout));
-    if let Ok(code) = timeout_at(deadline, child.ended()).await {
+    if let Ok(code) = timeout_at(deadline, child.wait()).await {
         return code;
     }
     tracing::warn!(pid = child.pid(), "the service did not end in time after SIGTERM: killed");
     child.kill();
-    child.ended().await
+    child.wait().await
 }
 
 /// Whether the service may still send requests.
@@ -368,7 +375,7 @@ enum ServiceState {
 async fn drain_outbound(proxy: &Proxy, service: ServiceState, deadline: Instant) {
     if service == ServiceState::External {
         tokio::select! {
-            () = proxy.outbound_quiet() => {}
+            () = proxy.wait_outbound_idle() => {}
             () = sleep_until(deadline) => {}
         }
     }
@@ -378,7 +385,7 @@ async fn drain_outbound(proxy: &Proxy, service: ServiceState, deadline: Instant)
     };
     proxy.set_phase(Phase::DrainingAll);
     let open = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
-    if proxy.outbound_drained(limit).await {
+    if proxy.wait_outbound_drained(limit).await {
         tracing::info!("stopped: outbound is drained too");
     } else {
         let cut = proxy.shared.metrics.outbound.open.load(Ordering::Relaxed).max(0);
@@ -387,7 +394,7 @@ async fn drain_outbound(proxy: &Proxy, service: ServiceState, deadline: Instant)
 }
 
 /// Waits [`FIRST_REQUEST`]; returns whether no outbound connection was opened until then.
-async fn stays_silent(outbound: &Connections) -> bool {
+async fn stays_silent(outbound: &ConnectionCounters) -> bool {
     sleep(FIRST_REQUEST).await;
     outbound.total.load(Ordering::Relaxed) == 0
 }
@@ -398,10 +405,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_service_is_reported_after_a_while() {
-        let (outbound, began) = (Connections::default(), Instant::now());
+        let (outbound, began) = (ConnectionCounters::default(), Instant::now());
         assert!(stays_silent(&outbound).await);
         assert_eq!(began.elapsed(), FIRST_REQUEST);
-        drop(outbound.opened());
+        drop(outbound.count_open());
         assert!(!stays_silent(&outbound).await, "a closed connection counts too");
     }
 }

@@ -5,7 +5,7 @@
 
 pub mod cgroup;
 pub mod child;
-pub mod death;
+pub mod failure;
 pub mod lifecycle;
 pub mod ready_file;
 pub mod reload;
@@ -32,22 +32,22 @@ use crate::{
     config::Config,
     descriptors,
     dns::Resolver,
-    identity::{store::Store, workload},
+    identity::{store::IdentityStore, workload},
     model::{
         Clusters, Side,
-        unknown::{Met, UnknownHosts},
+        unknown::{HostDirection, UnknownHosts},
     },
     proxy::{
         accept::{ListenError, Listener},
+        exhausted_traces::ExhaustedTraces,
         interception::Interception,
-        spent::SpentTraces,
         worker::{OwnAddresses, Phase, Shared},
     },
     rng::Rng,
     telemetry::{metrics::Metrics, traces::Traces},
     watch::{Watcher, watch},
 };
-use death::{Death, Deaths};
+use failure::{CriticalFailure, FailureMonitor};
 
 const TICK: Duration = Duration::from_millis(500);
 
@@ -84,7 +84,7 @@ pub struct Proxy {
     workers: workers::Workers,
     ticking: tokio::task::JoinHandle<()>,
     /// Failures of the threads and tasks that must live as long as the process.
-    pub deaths: Deaths,
+    pub failures: FailureMonitor,
 }
 
 /// Aborts its task when it is dropped.
@@ -99,7 +99,11 @@ impl Drop for AbortOnDrop {
 
 /// Binds the listeners and starts workers, discovery and health checks. Call it inside the control runtime, which runs
 /// discovery. `worker_count` is the number of data-plane threads, at least 1.
-pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Result<Proxy, StartError> {
+pub fn start(
+    config: Arc<Config>,
+    identity: Arc<IdentityStore>,
+    worker_count: u16,
+) -> Result<Proxy, StartError> {
     let resolver = Arc::new(Resolver::from_system().map_err(|e| StartError::Resolver(e.to_string()))?);
     let worker_count = worker_count.max(1);
     let (clusters, snapshot) =
@@ -108,17 +112,17 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
         metrics: Metrics::new(worker_count),
-        calls: Arc::default(),
+        request_telemetry: Arc::default(),
         phase: watch::Sender::new(Phase::Running),
-        own: OwnAddresses::default(),
-        unknown: UnknownHosts::new(Arc::clone(&resolver), Met::ByService),
-        inbound_addresses: UnknownHosts::new(resolver, Met::ByCallers),
+        own_addresses: OwnAddresses::default(),
+        unknown_hosts: UnknownHosts::new(Arc::clone(&resolver), HostDirection::Outbound),
+        inbound_addresses: UnknownHosts::new(resolver, HostDirection::Inbound),
         interception: Interception::default(),
-        spent: SpentTraces::default(),
+        spent_traces: ExhaustedTraces::default(),
         traces: Traces::start(&config, &instance),
         identity,
         instance,
-        control: Handle::current(),
+        control_runtime: Handle::current(),
     });
 
     let mut listeners = Vec::new();
@@ -137,12 +141,12 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         }
     }
     for listener in &listeners {
-        shared.own.add(&listener.addresses());
+        shared.own_addresses.add(&listener.addresses());
     }
 
-    let failures = Deaths::default();
+    let failures = FailureMonitor::default();
     let workers = workers::start(&shared, listeners, worker_count, failures.clone())?;
-    let guard = failures.keep("tick");
+    let guard = failures.guard("tick");
     let ticks = tick(Arc::clone(&shared));
     let ticking = tokio::spawn(async move {
         let _guard = guard;
@@ -156,7 +160,7 @@ pub fn start(config: Arc<Config>, identity: Arc<Store>, worker_count: u16) -> Re
         agent: Mutex::default(),
         workers,
         ticking,
-        deaths: failures,
+        failures,
     };
     proxy.watch_certificates();
     Ok(proxy)
@@ -171,10 +175,10 @@ async fn tick(shared: Arc<Shared>) {
         let snapshot = shared.snapshot.load_full();
         for cluster in &snapshot.clusters {
             let guards = &cluster.upstream.guards;
-            guards.note(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
+            guards.record_transition(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
         }
-        shared.unknown.forget_idle();
-        shared.inbound_addresses.forget_idle();
+        shared.unknown_hosts.drop_idle();
+        shared.inbound_addresses.drop_idle();
     }
 }
 
@@ -204,7 +208,7 @@ impl Proxy {
             return;
         }
         let reloading = Arc::clone(store);
-        match watch("identity-watch", &paths, move |_| drop(reloading.look())) {
+        match watch("identity-watch", &paths, move |_| drop(reloading.reload())) {
             Ok(watcher) => *watched = Some((paths, watcher)),
             Err(error) => tracing::error!(%error, "cannot watch certificate files: new ones need a restart"),
         }
@@ -213,19 +217,19 @@ impl Proxy {
     fn follow_agent(&self) {
         let mut agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
         let store = &self.shared.identity;
-        let socket = store.agent();
+        let socket = store.agent_socket();
         if agent.as_ref().map(|(socket, _)| socket) == socket.as_ref() {
             return;
         }
         *agent = socket.map(|socket| {
-            let following = tokio::spawn(workload::follow(Arc::clone(store), socket.clone()));
+            let following = tokio::spawn(workload::watch_agent(Arc::clone(store), socket.clone()));
             (socket, AbortOnDrop(following))
         });
     }
 
     /// Waits until a thread or task that must live as long as the process fails.
-    pub async fn death(&self) -> Death {
-        self.deaths.first().await
+    pub async fn wait_failure(&self) -> CriticalFailure {
+        self.failures.wait().await
     }
 
     pub fn set_phase(&self, phase: Phase) {
@@ -239,27 +243,27 @@ impl Proxy {
     }
 
     /// Waits until discovery has resolved every configured upstream once, at most `limit`.
-    pub async fn first_discovery(&self, limit: Duration) {
+    pub async fn wait_first_discovery(&self, limit: Duration) {
         let until = Instant::now() + limit;
         let snapshot = self.shared.snapshot.load_full();
         for cluster in &snapshot.clusters {
-            let _ = timeout_at(until, cluster.upstream.resolved()).await;
+            let _ = timeout_at(until, cluster.upstream.wait_until_resolved()).await;
         }
     }
 
     /// Waits until no inbound connection is open and no listener accepts; false when `limit` elapsed first.
-    pub async fn inbound_drained(&self, limit: Duration) -> bool {
-        tokio::time::timeout(limit, self.shared.metrics.inbound.closed()).await.is_ok()
+    pub async fn wait_inbound_drained(&self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.shared.metrics.inbound.wait_closed()).await.is_ok()
     }
 
     /// Waits until no outbound connection is open; listeners may accept more.
-    pub async fn outbound_quiet(&self) {
-        self.shared.metrics.outbound.quiet().await;
+    pub async fn wait_outbound_idle(&self) {
+        self.shared.metrics.outbound.wait_idle().await;
     }
 
     /// Waits until no outbound connection is open and no listener accepts; false when `limit` elapsed first.
-    pub async fn outbound_drained(&self, limit: Duration) -> bool {
-        tokio::time::timeout(limit, self.shared.metrics.outbound.closed()).await.is_ok()
+    pub async fn wait_outbound_drained(&self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.shared.metrics.outbound.wait_closed()).await.is_ok()
     }
 
     /// Stops the workers; requests in flight are cut off.

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 /// The content of the ready file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Ready {
+pub struct ReadyInfo {
     pub outbound: String,
     pub inbound: String,
     /// `host:port`, or `unix:PATH`.
@@ -32,7 +32,7 @@ pub struct ReadyFile {
 
 impl ReadyFile {
     /// Writes the file atomically (temporary file and rename).
-    pub fn write(path: &Path, ready: &Ready) -> io::Result<Self> {
+    pub fn write(path: &Path, ready: &ReadyInfo) -> io::Result<Self> {
         let text = serde_json::to_string(ready)?;
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".{}.tmp", std::process::id()));
@@ -63,10 +63,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ready.json");
         std::fs::write(&path, "of an earlier run").unwrap();
-        let ready = Ready {
+        let ready = ReadyInfo {
             outbound: "127.0.0.1:4140".to_owned(),
             upstreams: [("payments".to_owned(), "127.0.0.1:5001".to_owned())].into(),
-            ..Ready::default()
+            ..ReadyInfo::default()
         };
         let file = ReadyFile::write(&path, &ready).unwrap();
         let read: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -80,6 +80,6 @@ mod tests {
     #[test]
     fn a_missing_directory_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(ReadyFile::write(&dir.path().join("no/ready.json"), &Ready::default()).is_err());
+        assert!(ReadyFile::write(&dir.path().join("no/ready.json"), &ReadyInfo::default()).is_err());
     }
 }

@@ -12,8 +12,8 @@ use tokio::{
 
 use super::Proxy;
 use crate::{
-    config::{Config, Sources, needs_confirmation, needs_restart},
-    watch::Reason,
+    config::{Config, Sources, confirmation_reasons, keys_needing_restart},
+    watch::WatchReason,
 };
 
 /// Limit of requests to reload that wait for their outcome.
@@ -29,10 +29,10 @@ pub struct ReloadState {
     /// When the current configuration was loaded.
     pub loaded: Instant,
     /// Changes that were applied, and changes that were rejected or held back.
-    pub accepted: u64,
-    pub refused: u64,
+    pub accepted_count: u64,
+    pub rejected_count: u64,
     /// Why the current files were rejected or held back; the last good configuration stays in use.
-    pub rejected: Option<String>,
+    pub rejection: Option<String>,
     /// Keys that changed and take effect only after a restart.
     pub restart_needed: Vec<String>,
     /// The configuration at the start, against which `restart_needed` is computed.
@@ -46,9 +46,9 @@ impl Reloads {
         Self(Mutex::new(ReloadState {
             files,
             loaded: Instant::now(),
-            accepted: 0,
-            refused: 0,
-            rejected: None,
+            accepted_count: 0,
+            rejected_count: 0,
+            rejection: None,
             restart_needed: Vec::new(),
             started_with: Arc::clone(&candidate.config),
             sources: Arc::clone(&candidate.sources),
@@ -61,20 +61,20 @@ impl Reloads {
 
     fn accept(&self, candidate: &Candidate, changed: bool) -> Vec<String> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.rejected = None;
-        state.restart_needed = needs_restart(&state.started_with, &candidate.config);
+        state.rejection = None;
+        state.restart_needed = keys_needing_restart(&state.started_with, &candidate.config);
         state.sources = Arc::clone(&candidate.sources);
         if changed {
-            state.accepted += 1;
+            state.accepted_count += 1;
             state.loaded = Instant::now();
         }
         state.restart_needed.clone()
     }
 
-    fn refuse(&self, why: String) {
+    fn reject(&self, why: String) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.refused += 1;
-        state.rejected = Some(why);
+        state.rejected_count += 1;
+        state.rejection = Some(why);
     }
 }
 
@@ -86,18 +86,18 @@ pub struct Candidate {
 }
 
 /// The result of reading the files: a configuration, or diagnostics.
-pub type Read = Result<Candidate, String>;
+pub type LoadResult = Result<Candidate, String>;
 
 /// The result of reading the files, and why they were read.
 #[derive(Debug)]
 pub struct Change {
-    pub read: Read,
-    pub reason: Reason,
+    pub result: LoadResult,
+    pub reason: WatchReason,
 }
 
 /// The outcome of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ReloadOutcome {
     /// The sections and upstreams that changed.
     Applied(Vec<String>),
     /// Valid, but needs confirmation, for this reason.
@@ -107,52 +107,52 @@ pub enum Outcome {
 }
 
 /// Applies a configuration that is valid and needs no confirmation; otherwise logs why and keeps the current one.
-pub fn apply(proxy: &Proxy, reloads: &Reloads, change: Change) -> Outcome {
-    let candidate = match change.read {
+pub fn apply(proxy: &Proxy, reloads: &Reloads, change: Change) -> ReloadOutcome {
+    let candidate = match change.result {
         Ok(candidate) => candidate,
         Err(problems) => return reject(reloads, problems),
     };
     let config = &candidate.config;
     let before = Arc::clone(&proxy.shared.snapshot.load().config);
-    if change.reason != Reason::Confirmed {
+    if change.reason != WatchReason::Confirmed {
         let sources = reloads.state().sources;
-        let reasons = needs_confirmation((&before, &sources), (config, &candidate.sources));
+        let reasons = confirmation_reasons((&before, &sources), (config, &candidate.sources));
         if !reasons.is_empty() {
             return hold(reloads, &reasons);
         }
     }
     let changes = changes(&before, config);
-    if let Err(error) = proxy.shared.calls.configure(&config.telemetry) {
+    if let Err(error) = proxy.shared.request_telemetry.configure(&config.telemetry) {
         return reject(reloads, error.to_string());
     }
     let restart = reloads.accept(&candidate, !changes.is_empty());
     if changes.is_empty() {
-        let _ = proxy.shared.identity.look();
+        let _ = proxy.shared.identity.reload();
         tracing::info!("the configuration was read again; nothing changed");
-        return Outcome::Applied(changes);
+        return ReloadOutcome::Applied(changes);
     }
     proxy.reload(candidate.config);
     tracing::info!("the configuration was read again; changed: {}", changes.join(", "));
     if !restart.is_empty() {
         tracing::warn!("these keys take effect only after a restart: {}", restart.join(", "));
     }
-    Outcome::Applied(changes)
+    ReloadOutcome::Applied(changes)
 }
 
-fn reject(reloads: &Reloads, problems: String) -> Outcome {
+fn reject(reloads: &Reloads, problems: String) -> ReloadOutcome {
     tracing::error!("the configuration is rejected, the last good one stays in use:\n{problems}");
-    reloads.refuse(problems.clone());
-    Outcome::Rejected(problems)
+    reloads.reject(problems.clone());
+    ReloadOutcome::Rejected(problems)
 }
 
-fn hold(reloads: &Reloads, reasons: &[String]) -> Outcome {
+fn hold(reloads: &Reloads, reasons: &[String]) -> ReloadOutcome {
     let why = format!(
         "held back because it protects the service less: {}; to apply it anyway, use `outrigger reload --accept-less-security`, SIGHUP or a restart",
         reasons.join(", ")
     );
     tracing::error!("the configuration is {why}; the last good one stays in use");
-    reloads.refuse(why.clone());
-    Outcome::Held(why)
+    reloads.reject(why.clone());
+    ReloadOutcome::Held(why)
 }
 
 /// Requests to reload the configuration, and their waiters.
@@ -164,13 +164,13 @@ pub struct ReloadRequests {
 
 #[derive(Debug)]
 struct ReloadRequest {
-    reason: Reason,
-    reply: oneshot::Sender<Outcome>,
+    reason: WatchReason,
+    reply: oneshot::Sender<ReloadOutcome>,
 }
 
 impl ReloadRequests {
     /// Requests a reload; returns a receiver of its outcome. `None`: too many requests wait already.
-    pub fn ask(&self, reason: Reason) -> Option<oneshot::Receiver<Outcome>> {
+    pub fn request(&self, reason: WatchReason) -> Option<oneshot::Receiver<ReloadOutcome>> {
         let (reply, outcome) = oneshot::channel();
         let mut waiting = self.waiting();
         waiting.retain(|request| !request.reply.is_closed());
@@ -184,13 +184,13 @@ impl ReloadRequests {
     }
 
     /// Waits for a request; returns the strongest reason of all that wait. Cancel safe.
-    pub async fn next(&self) -> Reason {
+    pub async fn next(&self) -> WatchReason {
         self.arrived.notified().await;
-        self.waiting().iter().map(|request| request.reason).max().unwrap_or(Reason::Asked)
+        self.waiting().iter().map(|request| request.reason).max().unwrap_or(WatchReason::Requested)
     }
 
     /// Sends the outcome of a reload for `reason` to the requests that it satisfies.
-    pub fn answer(&self, reason: Reason, outcome: &Outcome) {
+    pub fn reply(&self, reason: WatchReason, outcome: &ReloadOutcome) {
         let mut waiting = self.waiting();
         for request in waiting.extract_if(.., |request| request.reason <= reason) {
             // The receiver may have been dropped.
@@ -252,37 +252,38 @@ mod tests {
     #[tokio::test]
     async fn a_request_gets_the_outcome_of_a_reload_with_at_least_its_reason() {
         let requests = ReloadRequests::default();
-        let mut plain = requests.ask(Reason::Asked).unwrap();
-        let mut confirmed = requests.ask(Reason::Confirmed).unwrap();
-        assert_eq!(requests.next().await, Reason::Confirmed);
-        requests.answer(Reason::Change, &Outcome::Held(String::new()));
+        let mut plain = requests.request(WatchReason::Requested).unwrap();
+        let mut confirmed = requests.request(WatchReason::Confirmed).unwrap();
+        assert_eq!(requests.next().await, WatchReason::Confirmed);
+        requests.reply(WatchReason::Change, &ReloadOutcome::Held(String::new()));
         assert!(plain.try_recv().is_err());
-        let held = Outcome::Held("why".to_owned());
-        requests.answer(Reason::Asked, &held);
+        let held = ReloadOutcome::Held("why".to_owned());
+        requests.reply(WatchReason::Requested, &held);
         assert_eq!(plain.try_recv(), Ok(held));
         assert!(confirmed.try_recv().is_err(), "no confirmed reload yet");
-        requests.answer(Reason::Confirmed, &Outcome::Applied(Vec::new()));
-        assert_eq!(confirmed.try_recv(), Ok(Outcome::Applied(Vec::new())));
+        requests.reply(WatchReason::Confirmed, &ReloadOutcome::Applied(Vec::new()));
+        assert_eq!(confirmed.try_recv(), Ok(ReloadOutcome::Applied(Vec::new())));
     }
 
     #[tokio::test]
     async fn requests_are_bounded() {
         let requests = ReloadRequests::default();
-        let waiting: Vec<_> = (0..MAX_REQUESTS).map(|_| requests.ask(Reason::Asked).unwrap()).collect();
-        assert!(requests.ask(Reason::Asked).is_none());
+        let waiting: Vec<_> =
+            (0..MAX_REQUESTS).map(|_| requests.request(WatchReason::Requested).unwrap()).collect();
+        assert!(requests.request(WatchReason::Requested).is_none());
         drop(waiting);
-        assert!(requests.ask(Reason::Asked).is_some());
+        assert!(requests.request(WatchReason::Requested).is_some());
     }
 
     #[test]
     fn a_rejection_is_shown_until_a_valid_file_is_read() {
         let config = Candidate { config: Arc::default(), sources: Arc::default() };
         let reloads = Reloads::new(Vec::new(), &config);
-        reloads.refuse("line 3: no".to_owned());
-        assert_eq!(reloads.state().rejected.as_deref(), Some("line 3: no"));
-        assert_eq!(reloads.state().refused, 1);
+        reloads.reject("line 3: no".to_owned());
+        assert_eq!(reloads.state().rejection.as_deref(), Some("line 3: no"));
+        assert_eq!(reloads.state().rejected_count, 1);
         reloads.accept(&config, false);
-        assert_eq!(reloads.state().rejected, None);
-        assert_eq!(reloads.state().accepted, 0, "nothing had changed");
+        assert_eq!(reloads.state().rejection, None);
+        assert_eq!(reloads.state().accepted_count, 0, "nothing had changed");
     }
 }

@@ -23,16 +23,16 @@ pub struct Signals {
     group: Option<GroupSignals>,
     /// SIGWINCH may come from a terminal.
     has_terminal: bool,
-    service: Service,
+    service: ServiceProcess,
 }
 
 /// The service that signals are forwarded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Service {
+pub enum ServiceProcess {
     /// No service: signals are for this process.
     None,
     /// A service in this process's group, on a terminal.
-    InOurGroup,
+    SharedGroup,
     /// A service that leads a group of its own.
     OwnGroup,
 }
@@ -54,14 +54,14 @@ impl GroupSignals {
         })
     }
 
-    async fn next(&mut self, has_terminal: bool) -> Wish {
+    async fn next(&mut self, has_terminal: bool) -> SignalAction {
         tokio::select! {
             Some(()) = self.window.recv() => match has_terminal {
-                true => Wish::Forward(Number::WINCH),
-                false => Wish::DrainThenForward(Number::WINCH),
+                true => SignalAction::Forward(Number::WINCH),
+                false => SignalAction::DrainThenForward(Number::WINCH),
             },
-            Some(()) = self.stop.recv() => Wish::Suspend,
-            Some(()) = self.resume.recv() => Wish::Forward(Number::CONT),
+            Some(()) = self.stop.recv() => SignalAction::Suspend,
+            Some(()) = self.resume.recv() => SignalAction::Forward(Number::CONT),
             else => std::future::pending().await,
         }
     }
@@ -69,32 +69,32 @@ impl GroupSignals {
 
 impl Signals {
     /// Needs a tokio runtime.
-    pub fn new(service: Service) -> io::Result<Self> {
+    pub fn new(service: ServiceProcess) -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
             quit: signal(SignalKind::quit())?,
             user: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?],
-            group: (service == Service::OwnGroup).then(GroupSignals::new).transpose()?,
+            group: (service == ServiceProcess::OwnGroup).then(GroupSignals::new).transpose()?,
             has_terminal: std::fs::File::open("/dev/tty").is_ok(),
             service,
         })
     }
 
     /// Waits for the next stop signal. Cancel safe.
-    pub async fn stop(&mut self) -> Stop {
-        let quits = self.service == Service::None;
+    pub async fn next_stop(&mut self) -> StopSignal {
+        let quits = self.service == ServiceProcess::None;
         tokio::select! {
-            Some(()) = self.terminate.recv() => Stop::Terminate,
-            Some(()) = self.interrupt.recv() => Stop::Interrupt,
-            Some(()) = self.quit.recv(), if quits => Stop::Quit,
+            Some(()) = self.terminate.recv() => StopSignal::Terminate,
+            Some(()) = self.interrupt.recv() => StopSignal::Interrupt,
+            Some(()) = self.quit.recv(), if quits => StopSignal::Quit,
             else => std::future::pending().await,
         }
     }
 
     /// Waits for the next signal. Cancel safe.
-    pub async fn next(&mut self) -> Wish {
+    pub async fn next(&mut self) -> SignalAction {
         let [user1, user2] = &mut self.user;
         let group = async {
             match &mut self.group {
@@ -103,14 +103,21 @@ impl Signals {
             }
         };
         let (quit, user) = match self.service {
-            Service::None => (Wish::Stop(Stop::Quit), Wish::Ignore as fn(Number) -> Wish),
-            Service::InOurGroup => (Wish::Ignore(Number::QUIT), Wish::Forward as fn(Number) -> Wish),
-            Service::OwnGroup => (Wish::DrainThenForward(Number::QUIT), Wish::Forward as fn(Number) -> Wish),
+            ServiceProcess::None => {
+                (SignalAction::Stop(StopSignal::Quit), SignalAction::Ignore as fn(Number) -> SignalAction)
+            }
+            ServiceProcess::SharedGroup => {
+                (SignalAction::Ignore(Number::QUIT), SignalAction::Forward as fn(Number) -> SignalAction)
+            }
+            ServiceProcess::OwnGroup => (
+                SignalAction::DrainThenForward(Number::QUIT),
+                SignalAction::Forward as fn(Number) -> SignalAction,
+            ),
         };
         tokio::select! {
-            Some(()) = self.terminate.recv() => Wish::Stop(Stop::Terminate),
-            Some(()) = self.interrupt.recv() => Wish::Stop(Stop::Interrupt),
-            Some(()) = self.hangup.recv() => Wish::Reload,
+            Some(()) = self.terminate.recv() => SignalAction::Stop(StopSignal::Terminate),
+            Some(()) = self.interrupt.recv() => SignalAction::Stop(StopSignal::Interrupt),
+            Some(()) = self.hangup.recv() => SignalAction::Reload,
             Some(()) = self.quit.recv() => quit,
             Some(()) = user1.recv() => user(Number::USR1),
             Some(()) = user2.recv() => user(Number::USR2),
@@ -122,8 +129,8 @@ impl Signals {
 
 /// What to do on a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wish {
-    Stop(Stop),
+pub enum SignalAction {
+    Stop(StopSignal),
     Reload,
     /// Forward it to the service at once.
     Forward(Number),
@@ -138,7 +145,7 @@ pub enum Wish {
 
 /// A signal that asks for a graceful shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum StopSignal {
     /// SIGTERM: from a supervisor, which also stops the service, in its own time.
     Terminate,
     /// SIGINT: from a person at a terminal, who waits for the end.
@@ -147,7 +154,7 @@ pub enum Stop {
     Quit,
 }
 
-impl std::fmt::Display for Stop {
+impl std::fmt::Display for StopSignal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Terminate => "SIGTERM",
@@ -158,7 +165,7 @@ impl std::fmt::Display for Stop {
 }
 
 /// The name of a signal that can be forwarded.
-pub fn name(signal: Number) -> &'static str {
+pub fn signal_name(signal: Number) -> &'static str {
     match signal {
         Number::QUIT => "SIGQUIT",
         Number::USR1 => "SIGUSR1",

@@ -23,15 +23,15 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{StartError, death::Deaths};
+use super::{StartError, failure::FailureMonitor};
 use crate::{
     model::Side,
     proxy::{
         accept::{self, BACKLOG, Listener, accept_loop, accept_rest},
-        worker::{Shared, Worker, connections, drain_phase},
+        worker::{Shared, Worker, connection_counts, drain_phase},
     },
-    telemetry::metrics::{Awaited, WorkerLoad},
-    upstream::squeeze,
+    telemetry::metrics::{PendingGuard, WorkerLoad},
+    upstream::eviction,
 };
 
 /// Connections handed over to a worker that it has not taken yet: as many as the kernel's backlog of a listener.
@@ -46,7 +46,7 @@ const BUSY_SAMPLE: Duration = Duration::from_millis(100);
 pub struct Workers {
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
-    deaths: Deaths,
+    failures: FailureMonitor,
 }
 
 impl Workers {
@@ -65,15 +65,15 @@ impl Workers {
         Fut: Future<Output = Result<(), String>>,
     {
         let stop = self.stop.subscribe();
-        let guard = self.deaths.keep(name);
+        let guard = self.failures.guard(name);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             match runtime() {
                 Ok(runtime) => {
                     let ended = runtime.block_on(task(stop));
                     runtime.shutdown_background();
-                    guard.end(ended);
+                    guard.finish(ended);
                 }
-                Err(error) => guard.end(Err(format!("cannot start its runtime: {error}"))),
+                Err(error) => guard.finish(Err(format!("cannot start its runtime: {error}"))),
             };
         });
         self.threads.push(thread.map_err(StartError::Worker)?);
@@ -85,10 +85,10 @@ pub(super) fn start(
     shared: &Arc<Shared>,
     listeners: Vec<Listener>,
     count: u16,
-    failures: Deaths,
+    failures: FailureMonitor,
 ) -> Result<Workers, StartError> {
     let stop = watch::Sender::new(false);
-    let mut workers = Workers { stop, threads: Vec::new(), deaths: failures };
+    let mut workers = Workers { stop, threads: Vec::new(), failures };
     if count == 1 {
         let task = {
             let shared = Arc::clone(shared);
@@ -156,7 +156,7 @@ fn runtime() -> io::Result<LocalRuntime> {
 /// Starts accepting on all listeners. Each task ends when its side drains, or fails.
 fn accept_all<D>(listeners: Vec<Listener>, shared: &Shared, deliver: D) -> JoinSet<Result<(), String>>
 where
-    D: FnMut(TcpStream, SocketAddr, &Side, Awaited) + Clone + 'static,
+    D: FnMut(TcpStream, SocketAddr, &Side, PendingGuard) + Clone + 'static,
 {
     let mut tasks = JoinSet::new();
     for listener in listeners {
@@ -171,12 +171,13 @@ where
         for (side, socket) in sockets {
             let mut phase = shared.phase.subscribe();
             let mut deliver = deliver.clone();
-            let counts = Arc::clone(connections(shared, &side));
-            let listening = counts.listening();
+            let counts = Arc::clone(connection_counts(shared, &side));
+            let listening = counts.count_listener();
             tasks.spawn_local(async move {
                 let address =
                     socket.local_addr().map_or_else(|_| String::new(), |address| address.to_string());
-                let mut deliver = |stream, peer, side: &_| deliver(stream, peer, side, counts.coming());
+                let mut deliver =
+                    |stream, peer, side: &_| deliver(stream, peer, side, counts.count_pending());
                 tokio::select! {
                     error = accept_loop(&socket, &side, &mut deliver) => {
                         return Err(format!("its listener on {address} failed: {error}"));
@@ -200,7 +201,7 @@ struct Accepted<S> {
     stream: S,
     peer: SocketAddr,
     side: Side,
-    pending: Awaited,
+    pending: PendingGuard,
 }
 
 type WorkerQueue = mpsc::Sender<Accepted<std::net::TcpStream>>;
@@ -210,7 +211,7 @@ fn hand_over(queues: &[WorkerQueue], loads: &[WorkerLoad], connection: Accepted<
     let candidates = queues.iter().zip(loads).filter(|(queue, _)| queue.capacity() > 0);
     let least = candidates.min_by_key(|(queue, load)| {
         // Differences below 1 % of the time are noise.
-        let busy = load.recent.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
+        let busy = load.recent_busy.load(Ordering::Relaxed) / (BUSY_SAMPLE.as_nanos() as u64 / 100);
         // Including queued connections, so that a burst is spread before the workers have taken any of it.
         let queued = queue.max_capacity() - queue.capacity();
         (busy, load.connections.load(Ordering::Relaxed) + queued)
@@ -247,7 +248,7 @@ async fn housekeeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Rec
     let sweeping = async {
         loop {
             if let Some(load) = worker.load() {
-                load.beat();
+                load.record_heartbeat();
             }
             tokio::time::sleep(SWEEP).await;
             worker.sweep();
@@ -255,7 +256,7 @@ async fn housekeeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Rec
     };
     let releasing = async {
         loop {
-            let requested = squeeze::wanted();
+            let requested = eviction::requested();
             worker.release_idle();
             requested.await;
         }
@@ -268,8 +269,8 @@ async fn housekeeping(worker: &Rc<Worker>, has_peers: bool, mut stop: watch::Rec
             let now = load.busy();
             let busy = u64::try_from((now - before).as_nanos()).unwrap_or(u64::MAX);
             before = now;
-            let average = load.recent.load(Ordering::Relaxed) / 2 + busy / 2;
-            load.recent.store(average, Ordering::Relaxed);
+            let average = load.recent_busy.load(Ordering::Relaxed) / 2 + busy / 2;
+            load.recent_busy.store(average, Ordering::Relaxed);
         }
     };
     tokio::select! {

@@ -18,10 +18,10 @@ use std::{
     time::Duration,
 };
 
-use super::{record::Record, verdict::Kind};
+use super::{record::RequestRecord, verdict::Verdict};
 use crate::config;
+pub use output::AccessLogTarget;
 use output::Output;
-pub use output::Target;
 
 /// Records that wait for a slow reader at most; further ones are dropped and counted.
 const QUEUE: usize = 4096;
@@ -39,14 +39,14 @@ pub struct AccessLog {
     mode: AtomicU8,
     queue: OnceLock<SyncSender<Message>>,
     changes: Arc<Mutex<OutputChanges>>,
-    lines: Arc<Lines>,
+    lines: Arc<LineCounts>,
     /// Receives a message when the thread has finished.
     finished: Mutex<Option<Receiver<()>>>,
 }
 
 /// Counts of lines since the start.
 #[derive(Debug, Default)]
-pub struct Lines {
+pub struct LineCounts {
     pub written: AtomicU64,
     /// Lost because they were not read fast enough.
     pub dropped: AtomicU64,
@@ -56,7 +56,7 @@ pub struct Lines {
 
 #[derive(Debug)]
 enum Message {
-    Request(Arc<Record>),
+    Request(Arc<RequestRecord>),
     /// There are output changes. May be dropped where the queue is full: the thread checks before each batch anyway.
     CheckChanges,
     Stop,
@@ -84,10 +84,10 @@ impl AccessLog {
         &self,
         mode: config::AccessLog,
         file: Option<&PathBuf>,
-        default: Target,
+        default: AccessLogTarget,
     ) -> Result<(), AccessLogError> {
         if mode != config::AccessLog::Off {
-            let target = file.cloned().map_or(default, Target::File);
+            let target = file.cloned().map_or(default, AccessLogTarget::File);
             let output = Output::open(target)?;
             match self.queue.get() {
                 // Does not wait for the thread, which may be blocked by its reader.
@@ -117,16 +117,16 @@ impl AccessLog {
     }
 
     /// Whether a request with this verdict gets a line.
-    pub fn wants(&self, kind: Kind) -> bool {
+    pub fn wants(&self, kind: Verdict) -> bool {
         match self.mode.load(Ordering::Relaxed) {
             0 => false,
-            1 => matches!(kind, Kind::Failed | Kind::Retried),
+            1 => matches!(kind, Verdict::Failed | Verdict::Retried),
             _ => true,
         }
     }
 
     /// Queues a record; never blocks.
-    pub fn send(&self, record: Arc<Record>) {
+    pub fn send(&self, record: Arc<RequestRecord>) {
         let Some(queue) = self.queue.get() else { return };
         if let Err(TrySendError::Full(_)) = queue.try_send(Message::Request(record)) {
             self.lines.dropped.fetch_add(1, Ordering::Relaxed);
@@ -144,7 +144,7 @@ impl AccessLog {
         let _ = queue.try_send(Message::CheckChanges);
     }
 
-    pub fn lines(&self) -> &Lines {
+    pub fn line_counts(&self) -> &LineCounts {
         &self.lines
     }
 
@@ -172,7 +172,7 @@ impl AccessLog {
 fn write_all(
     messages: &Receiver<Message>,
     changes: &Mutex<OutputChanges>,
-    lines: &Lines,
+    lines: &LineCounts,
     mut output: Output,
 ) {
     let mut batch = Vec::new();
@@ -222,7 +222,13 @@ fn apply_changes(changes: &Mutex<OutputChanges>, output: &mut Output) {
 }
 
 /// Writes the batch. `failing`: the last write failed and was logged.
-fn flush(output: &mut Output, batch: &mut Vec<u8>, pending: &mut u64, lines: &Lines, failing: &mut bool) {
+fn flush(
+    output: &mut Output,
+    batch: &mut Vec<u8>,
+    pending: &mut u64,
+    lines: &LineCounts,
+    failing: &mut bool,
+) {
     if batch.is_empty() {
         return;
     }

@@ -10,14 +10,14 @@ use std::{
 
 use tokio::{runtime::RuntimeMetrics, sync::Notify};
 
-use crate::net::alpn::Tls;
+use crate::net::alpn::ConnectionTls;
 
 /// The counters of the process; those of upstreams are in their guards.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    pub inbound: Arc<Connections>,
-    pub outbound: Arc<Connections>,
-    pub ways: Ways,
+    pub inbound: Arc<ConnectionCounters>,
+    pub outbound: Arc<ConnectionCounters>,
+    pub entry_points: EntryPoints,
     /// By worker index.
     pub workers: Vec<WorkerLoad>,
     /// Detected protocols of redirected connections.
@@ -37,7 +37,7 @@ pub struct WorkerLoad {
     /// Client connections that it serves.
     pub connections: AtomicUsize,
     /// Moving average of busy nanoseconds a sample. Sampled only where there are several workers.
-    pub recent: AtomicU64,
+    pub recent_busy: AtomicU64,
     /// Set when its thread has started.
     pub runtime: OnceLock<RuntimeMetrics>,
     created: Instant,
@@ -49,7 +49,7 @@ impl Default for WorkerLoad {
     fn default() -> Self {
         Self {
             connections: AtomicUsize::default(),
-            recent: AtomicU64::default(),
+            recent_busy: AtomicU64::default(),
             runtime: OnceLock::default(),
             created: Instant::now(),
             last_beat: AtomicU64::default(),
@@ -59,13 +59,13 @@ impl Default for WorkerLoad {
 
 impl WorkerLoad {
     /// Notes that its thread runs. Called every second.
-    pub fn beat(&self) {
+    pub fn record_heartbeat(&self) {
         let now = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last_beat.store(now, Ordering::Relaxed);
     }
 
     /// How long ago its thread last ran.
-    pub fn still_for(&self) -> Duration {
+    pub fn stalled_for(&self) -> Duration {
         let last = Duration::from_millis(self.last_beat.load(Ordering::Relaxed));
         self.created.elapsed().saturating_sub(last)
     }
@@ -78,7 +78,7 @@ impl WorkerLoad {
 
 /// How a request, or a byte stream, entered the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum EntryPoint {
     /// From a client, for the service.
     Inbound,
     /// From the service, as to a forward proxy: absolute-form, CONNECT, and requests inside a CONNECT tunnel.
@@ -91,7 +91,7 @@ pub enum Way {
     Listen,
 }
 
-impl Way {
+impl EntryPoint {
     pub const ALL: [Self; 5] = [Self::Inbound, Self::Proxy, Self::Host, Self::Redirect, Self::Listen];
 
     pub const fn word(self) -> &'static str {
@@ -107,7 +107,7 @@ impl Way {
 
 /// The detected protocol of a redirected connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Detected {
+pub enum DetectionOutcome {
     Http1,
     Http2,
     /// TLS that the proxy does not terminate.
@@ -120,7 +120,7 @@ pub enum Detected {
     Declared,
 }
 
-impl Detected {
+impl DetectionOutcome {
     pub const ALL: [Self; 6] =
         [Self::Http1, Self::Http2, Self::Tls, Self::Bytes, Self::ServerFirst, Self::Declared];
 
@@ -147,7 +147,7 @@ const MAX_PORTS: usize = 64;
 struct PortSlot {
     /// 0: free; else [`IN_USE`], direction and port. The last slot counts all other ports.
     key: AtomicU32,
-    counts: [AtomicU64; Detected::ALL.len()],
+    counts: [AtomicU64; DetectionOutcome::ALL.len()],
 }
 
 impl Default for Detections {
@@ -161,7 +161,7 @@ const INBOUND: u32 = 1 << 16;
 
 impl Detections {
     /// Counts one; returns whether it was the first of its protocol on that port.
-    pub fn note(&self, inbound: bool, port: u16, what: Detected) -> bool {
+    pub fn record(&self, inbound: bool, port: u16, what: DetectionOutcome) -> bool {
         let key = IN_USE | if inbound { INBOUND } else { 0 } | u32::from(port);
         let (others, ports) = match self.0.split_last() {
             Some(split) => split,
@@ -182,7 +182,7 @@ impl Detections {
     }
 
     /// Direction, port (none: all others), protocol and count.
-    pub fn read(&self) -> impl Iterator<Item = (&'static str, Option<u16>, Detected, u64)> {
+    pub fn read(&self) -> impl Iterator<Item = (&'static str, Option<u16>, DetectionOutcome, u64)> {
         self.0
             .iter()
             .flat_map(|slot| {
@@ -193,7 +193,7 @@ impl Detections {
                     _ => "outbound",
                 };
                 let port = u16::try_from(key & 0xffff).ok().filter(|_| key != 0);
-                let counts = Detected::ALL.into_iter().zip(&slot.counts);
+                let counts = DetectionOutcome::ALL.into_iter().zip(&slot.counts);
                 counts.map(move |(what, count)| (direction, port, what, count.load(Ordering::Relaxed)))
             })
             .filter(|(.., count)| *count > 0)
@@ -202,9 +202,9 @@ impl Detections {
 
 /// Requests by entry point, and when the last one arrived.
 #[derive(Debug)]
-pub struct Ways {
+pub struct EntryPoints {
     epoch: Instant,
-    points: [EntryPointCount; Way::ALL.len()],
+    points: [EntryPointCount; EntryPoint::ALL.len()],
 }
 
 #[derive(Debug, Default)]
@@ -214,22 +214,22 @@ struct EntryPointCount {
     last: AtomicU64,
 }
 
-impl Default for Ways {
+impl Default for EntryPoints {
     fn default() -> Self {
         Self { epoch: Instant::now(), points: Default::default() }
     }
 }
 
-impl Ways {
+impl EntryPoints {
     /// Counts one that arrived at `now`. Two relaxed atomic operations.
-    pub fn note(&self, way: Way, now: Instant) {
+    pub fn record(&self, way: EntryPoint, now: Instant) {
         let point = &self.points[way as usize];
         point.count.fetch_add(1, Ordering::Relaxed);
         point.last.store(now.saturating_duration_since(self.epoch).as_secs(), Ordering::Relaxed);
     }
 
     /// How many arrived, and how long ago the last one did.
-    pub fn read(&self, way: Way, now: Instant) -> (u64, Option<Duration>) {
+    pub fn read(&self, way: EntryPoint, now: Instant) -> (u64, Option<Duration>) {
         let point = &self.points[way as usize];
         let count = point.count.load(Ordering::Relaxed);
         let last = Duration::from_secs(point.last.load(Ordering::Relaxed));
@@ -240,11 +240,11 @@ impl Ways {
 
 /// The client connections of one direction.
 #[derive(Debug, Default)]
-pub struct Connections {
+pub struct ConnectionCounters {
     pub open: AtomicI64,
     pub total: AtomicU64,
     /// Open connections by TLS; those in neither `Server` nor `Mutual` are plaintext.
-    by_tls: [AtomicI64; Tls::ALL.len()],
+    by_tls: [AtomicI64; ConnectionTls::ALL.len()],
     /// Accepted, and not yet taken over by a worker.
     pending: AtomicI64,
     /// Listeners that still accept.
@@ -254,10 +254,10 @@ pub struct Connections {
 
 /// Counts, until it is dropped, a source of open connections: an accepted connection, or a listener.
 #[derive(Debug)]
-pub struct Awaited<const LISTENER: bool = false>(Arc<Connections>);
+pub struct PendingGuard<const LISTENER: bool = false>(Arc<ConnectionCounters>);
 
-impl<const LISTENER: bool> Awaited<LISTENER> {
-    fn new(of: &Arc<Connections>) -> Self {
+impl<const LISTENER: bool> PendingGuard<LISTENER> {
+    fn new(of: &Arc<ConnectionCounters>) -> Self {
         let this = Self(Arc::clone(of));
         this.count().fetch_add(1, Ordering::AcqRel);
         this
@@ -268,7 +268,7 @@ impl<const LISTENER: bool> Awaited<LISTENER> {
     }
 }
 
-impl<const LISTENER: bool> Drop for Awaited<LISTENER> {
+impl<const LISTENER: bool> Drop for PendingGuard<LISTENER> {
     fn drop(&mut self) {
         if self.count().fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.drained.notify_waiters();
@@ -278,60 +278,60 @@ impl<const LISTENER: bool> Drop for Awaited<LISTENER> {
 
 /// Counts one connection as open until it is dropped.
 #[derive(Debug)]
-pub struct OpenConnection<'a>(&'a Connections);
+pub struct OpenGuard<'a>(&'a ConnectionCounters);
 
 /// Counts one connection as TLS until it is dropped.
 #[derive(Debug)]
-pub struct Protected<'a>(&'a AtomicI64);
+pub struct TlsGuard<'a>(&'a AtomicI64);
 
-impl Drop for Protected<'_> {
+impl Drop for TlsGuard<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Connections {
-    pub fn opened(&self) -> OpenConnection<'_> {
+impl ConnectionCounters {
+    pub fn count_open(&self) -> OpenGuard<'_> {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.total.fetch_add(1, Ordering::Relaxed);
-        OpenConnection(self)
+        OpenGuard(self)
     }
 
     /// Counts an open connection as TLS, after its handshake.
-    pub fn protected(&self, by: Tls) -> Protected<'_> {
+    pub fn count_tls(&self, by: ConnectionTls) -> TlsGuard<'_> {
         let count = &self.by_tls[by as usize];
         count.fetch_add(1, Ordering::Relaxed);
-        Protected(count)
+        TlsGuard(count)
     }
 
     /// The open connections by TLS.
-    pub fn open_by(&self) -> [(Tls, i64); Tls::ALL.len()] {
+    pub fn open_by(&self) -> [(ConnectionTls, i64); ConnectionTls::ALL.len()] {
         let [_, server, mutual] = self.by_tls.each_ref().map(|count| count.load(Ordering::Relaxed));
         let none = (self.open.load(Ordering::Relaxed) - server - mutual).max(0);
-        [(Tls::None, none), (Tls::Server, server), (Tls::Mutual, mutual)]
+        [(ConnectionTls::None, none), (ConnectionTls::Server, server), (ConnectionTls::Mutual, mutual)]
     }
 
     /// Counts an accepted connection that no worker serves yet.
-    pub fn coming(self: &Arc<Self>) -> Awaited {
-        Awaited::new(self)
+    pub fn count_pending(self: &Arc<Self>) -> PendingGuard {
+        PendingGuard::new(self)
     }
 
     /// Counts a listener that accepts.
-    pub fn listening(self: &Arc<Self>) -> Awaited<true> {
-        Awaited::new(self)
+    pub fn count_listener(self: &Arc<Self>) -> PendingGuard<true> {
+        PendingGuard::new(self)
     }
 
     /// Waits until no connection is open or pending; listeners may still accept more.
-    pub async fn quiet(&self) {
+    pub async fn wait_idle(&self) {
         // In this order: a pending connection counts as open before it stops counting as pending.
         self.until(|| self.pending.load(Ordering::Acquire) <= 0 && self.open.load(Ordering::Acquire) <= 0)
             .await;
     }
 
     /// Waits until no connection is open and no listener accepts.
-    pub async fn closed(&self) {
+    pub async fn wait_closed(&self) {
         self.until(|| self.listeners.load(Ordering::Acquire) <= 0).await;
-        self.quiet().await;
+        self.wait_idle().await;
     }
 
     async fn until(&self, reached: impl Fn() -> bool) {
@@ -345,7 +345,7 @@ impl Connections {
     }
 }
 
-impl Drop for OpenConnection<'_> {
+impl Drop for OpenGuard<'_> {
     fn drop(&mut self) {
         if self.0.open.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.drained.notify_waiters();
@@ -360,25 +360,25 @@ mod tests {
     #[test]
     fn only_a_bounded_number_of_ports_is_counted_apart() {
         let detections = Detections::default();
-        assert!(detections.note(false, 6379, Detected::ServerFirst), "the first is reported");
-        assert!(!detections.note(false, 6379, Detected::ServerFirst));
-        assert!(detections.note(true, 6379, Detected::ServerFirst), "directions are counted apart");
+        assert!(detections.record(false, 6379, DetectionOutcome::ServerFirst), "the first is reported");
+        assert!(!detections.record(false, 6379, DetectionOutcome::ServerFirst));
+        assert!(detections.record(true, 6379, DetectionOutcome::ServerFirst), "directions are counted apart");
         for port in 1..200 {
-            detections.note(true, port, Detected::Http1);
+            detections.record(true, port, DetectionOutcome::Http1);
         }
         let read: Vec<_> = detections.read().collect();
-        assert_eq!(read[0], ("outbound", Some(6379), Detected::ServerFirst, 2));
+        assert_eq!(read[0], ("outbound", Some(6379), DetectionOutcome::ServerFirst, 2));
         assert_eq!(read.len(), MAX_PORTS);
-        assert_eq!(read[MAX_PORTS - 1], ("other", None, Detected::Http1, 199 - 61));
+        assert_eq!(read[MAX_PORTS - 1], ("other", None, DetectionOutcome::Http1, 199 - 61));
     }
 
     #[test]
     fn each_entry_point_has_its_own_count_and_time() {
-        let ways = Ways::default();
+        let ways = EntryPoints::default();
         let at = |seconds| ways.epoch + Duration::from_secs(seconds);
-        ways.note(Way::Host, at(3));
-        ways.note(Way::Host, at(5));
-        assert_eq!(ways.read(Way::Host, at(9)), (2, Some(Duration::from_secs(4))));
-        assert_eq!(ways.read(Way::Proxy, at(9)), (0, None));
+        ways.record(EntryPoint::Host, at(3));
+        ways.record(EntryPoint::Host, at(5));
+        assert_eq!(ways.read(EntryPoint::Host, at(9)), (2, Some(Duration::from_secs(4))));
+        assert_eq!(ways.read(EntryPoint::Proxy, at(9)), (0, None));
     }
 }

@@ -13,26 +13,26 @@ use std::{
 use http::{HeaderMap, Method, StatusCode, Version};
 use tokio::time::Instant;
 
-use super::{metrics::Way, spans::Asked};
+use super::{metrics::EntryPoint, spans::SpanRequest};
 use crate::{
     cause::Cause,
-    durations::Key,
+    durations::SeriesKey,
     identity::Peer,
-    model::Whom,
+    model::Destination,
     resilience::{
-        breaker::State,
-        classify::{GrpcStatus, Outcome},
+        breaker::BreakerState,
+        classify::{AttemptOutcome, GrpcStatus},
     },
-    trace_context::{Context, Span},
+    trace_context::{SpanId, TraceContext},
 };
 
 /// Attempts of a request that are recorded one by one; further ones are only counted.
-pub const MOST_TRIES: usize = 16;
+pub const MAX_RECORDED_ATTEMPTS: usize = 16;
 
 /// A request, from its head to the last byte of its response.
 #[derive(Debug)]
-pub struct Record {
-    pub way: Way,
+pub struct RequestRecord {
+    pub entry_point: EntryPoint,
     /// The client's address.
     pub peer: SocketAddr,
     /// The client's connection is TLS.
@@ -44,34 +44,34 @@ pub struct Record {
     pub version: Version,
     pub grpc: bool,
     /// Its trace context.
-    pub context: Context,
+    pub context: TraceContext,
     /// Parts of the request head that only spans need; none where no spans are made.
-    pub asked: Option<Asked>,
+    pub span_request: Option<SpanRequest>,
     /// The upstream whose routes were matched. None: the request was refused before.
-    pub matched: Option<Arc<Whom>>,
+    pub matched: Option<Arc<Destination>>,
     /// Index in `matched`'s routes.
     pub route: Option<usize>,
     /// The upstream that attempts went to: the same, unless a route's `to` or a fallback names another one.
-    pub served: Option<Arc<Whom>>,
-    pub tries: Tries,
+    pub served_by: Option<Arc<Destination>>,
+    pub attempts: AttemptRecords,
     /// Why no further attempt followed a failure: an `outcome` of `outrigger_retries_total`.
-    pub stopped: Option<&'static str>,
+    pub retry_stopped: Option<&'static str>,
     /// Failures and attempts in the breaker's window, as of the last attempt that failed.
-    pub window: Option<(u32, u32)>,
+    pub breaker_window: Option<(u32, u32)>,
     /// Set where the proxy responded in place of the service.
-    pub refused: Option<Refusal>,
+    pub local_response: Option<LocalResponse>,
     /// The cause of the failure that the configured fallback replaced.
-    pub fell_back: Option<&'static str>,
+    pub fallback_cause: Option<&'static str>,
     /// The status that the client got.
     pub status: Option<StatusCode>,
     /// The status of a gRPC request, from headers or trailers.
     pub grpc_status: Option<GrpcStatus>,
-    pub started: Instant,
+    pub started_at: Instant,
     /// When the response head was sent to the client.
-    pub answered: Option<Instant>,
+    pub response_head_at: Option<Instant>,
     /// When the last byte of the response was sent, or the request was cut off.
-    pub ended: Option<Instant>,
-    pub end: End,
+    pub ended_at: Option<Instant>,
+    pub end: RequestEnd,
     /// Bytes of the request body.
     pub bytes_in: u64,
     /// Bytes of the response body.
@@ -80,7 +80,7 @@ pub struct Record {
 
 /// A response that the proxy made itself (a local reply).
 #[derive(Clone, Debug)]
-pub struct Refusal {
+pub struct LocalResponse {
     pub cause: Cause,
     /// The reason, as a sentence.
     pub detail: String,
@@ -88,24 +88,24 @@ pub struct Refusal {
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum End {
+pub enum RequestEnd {
     /// The response was sent to its last byte.
     #[default]
     Complete,
     /// The client closed its connection, or stopped reading, before it had the whole response.
-    CallerGone,
+    ClientGone,
     /// The upstream ended its response in the middle.
     Broken,
     /// No byte moved for `idle_timeout`, or `max_duration` elapsed.
     Cut,
 }
 
-impl End {
+impl RequestEnd {
     /// A stable word, for spans and logs.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Complete => "complete",
-            Self::CallerGone => "caller_gone",
+            Self::ClientGone => "caller_gone",
             Self::Broken => "broken",
             Self::Cut => "cut",
         }
@@ -114,38 +114,38 @@ impl End {
 
 /// One attempt of a request.
 #[derive(Clone, Debug)]
-pub struct Try {
-    pub why: Why,
-    pub span: Span,
+pub struct AttemptRecord {
+    pub reason: AttemptReason,
+    pub span: SpanId,
     pub endpoint: SocketAddr,
     /// HTTP version towards the endpoint.
     pub version: Version,
     /// Sent over TLS.
     pub tls: bool,
-    pub began: Instant,
+    pub started_at: Instant,
     /// How long it was delayed: the back-off, and the wait for an upstream of which no endpoint accepted a connection.
-    pub waited: Duration,
+    pub delay: Duration,
     /// A connection was available, pooled or new.
-    pub carried: bool,
+    pub had_connection: bool,
     /// When a new connection was established; none where a pooled one was used.
-    pub connected: Option<Instant>,
+    pub connected_at: Option<Instant>,
     /// When its response head arrived, or it failed. None: it was cancelled, because the client closed or another
     /// copy won.
-    pub ended: Option<Instant>,
-    pub outcome: Option<Outcome>,
+    pub ended_at: Option<Instant>,
+    pub outcome: Option<AttemptOutcome>,
     /// Why it has no response, as a sentence.
     pub error: Option<String>,
     /// It was a trial of the half-open breaker.
-    pub trial: bool,
+    pub is_breaker_trial: bool,
     /// The state that its outcome changed the breaker to.
-    pub breaker: Option<State>,
+    pub breaker_change: Option<BreakerState>,
     /// Its outcome ejected the endpoint.
-    pub ejected: bool,
+    pub ejected_endpoint: bool,
 }
 
 /// Why an attempt was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
+pub enum AttemptReason {
     First,
     /// The previous attempt failed.
     Retry,
@@ -161,7 +161,7 @@ pub enum Why {
     Fallback,
 }
 
-impl Why {
+impl AttemptReason {
     pub const fn word(self) -> &'static str {
         match self {
             Self::First => "first",
@@ -177,27 +177,27 @@ impl Why {
 
 /// The attempts of a request. The first is stored inline: most requests have no other.
 #[derive(Debug, Default)]
-pub struct Tries {
-    first: Option<Try>,
-    more: Vec<Try>,
+pub struct AttemptRecords {
+    first: Option<AttemptRecord>,
+    more: Vec<AttemptRecord>,
     /// All attempts, recorded or not.
     count: u32,
 }
 
-impl Tries {
+impl AttemptRecords {
     /// Adds one; returns the index for [`Self::get_mut`].
-    pub fn push(&mut self, new: Try) -> usize {
+    pub fn push(&mut self, new: AttemptRecord) -> usize {
         let number = self.count as usize;
         self.count = self.count.saturating_add(1);
         if self.first.is_none() {
             self.first = Some(new);
-        } else if number < MOST_TRIES {
+        } else if number < MAX_RECORDED_ATTEMPTS {
             self.more.push(new);
         }
         number
     }
 
-    pub fn get_mut(&mut self, number: usize) -> Option<&mut Try> {
+    pub fn get_mut(&mut self, number: usize) -> Option<&mut AttemptRecord> {
         match number.checked_sub(1) {
             None => self.first.as_mut(),
             Some(index) => self.more.get_mut(index),
@@ -205,58 +205,64 @@ impl Tries {
     }
 
     /// How many were made, recorded or not.
-    pub const fn made(&self) -> u32 {
+    pub const fn count(&self) -> u32 {
         self.count
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Try> {
+    pub fn iter(&self) -> impl Iterator<Item = &AttemptRecord> {
         self.first.iter().chain(&self.more)
     }
 
     /// The last one that is recorded.
-    pub fn last(&self) -> Option<&Try> {
+    pub fn last(&self) -> Option<&AttemptRecord> {
         self.more.last().or(self.first.as_ref())
     }
 }
 
-impl Try {
-    pub fn new(why: Why, span: Span, endpoint: SocketAddr, version: Version, began: Instant) -> Self {
+impl AttemptRecord {
+    pub fn new(
+        why: AttemptReason,
+        span: SpanId,
+        endpoint: SocketAddr,
+        version: Version,
+        began: Instant,
+    ) -> Self {
         Self {
-            why,
+            reason: why,
             span,
             endpoint,
             version,
             tls: false,
-            began,
-            waited: Duration::ZERO,
-            carried: false,
-            connected: None,
-            ended: None,
+            started_at: began,
+            delay: Duration::ZERO,
+            had_connection: false,
+            connected_at: None,
+            ended_at: None,
             outcome: None,
             error: None,
-            trial: false,
-            breaker: None,
-            ejected: false,
+            is_breaker_trial: false,
+            breaker_change: None,
+            ejected_endpoint: false,
         }
     }
 }
 
-impl Record {
+impl RequestRecord {
     /// What its duration is counted under.
-    pub fn duration_key(&self) -> Key {
-        Key::new(&self.method, self.status.map_or(0, |status| status.as_u16()), error_type(self))
+    pub fn duration_key(&self) -> SeriesKey {
+        SeriesKey::new(&self.method, self.status.map_or(0, |status| status.as_u16()), error_type(self))
     }
 
     pub fn new(
-        way: Way,
+        way: EntryPoint,
         peer: SocketAddr,
         method: Method,
         version: Version,
-        context: Context,
+        context: TraceContext,
         started: Instant,
     ) -> Self {
         Self {
-            way,
+            entry_point: way,
             peer,
             tls: false,
             identity: None,
@@ -264,21 +270,21 @@ impl Record {
             version,
             grpc: false,
             context,
-            asked: None,
+            span_request: None,
             matched: None,
             route: None,
-            served: None,
-            tries: Tries::default(),
-            stopped: None,
-            window: None,
-            refused: None,
-            fell_back: None,
+            served_by: None,
+            attempts: AttemptRecords::default(),
+            retry_stopped: None,
+            breaker_window: None,
+            local_response: None,
+            fallback_cause: None,
             status: None,
             grpc_status: None,
-            started,
-            answered: None,
-            ended: None,
-            end: End::default(),
+            started_at: started,
+            response_head_at: None,
+            ended_at: None,
+            end: RequestEnd::default(),
             bytes_in: 0,
             bytes_out: 0,
         }
@@ -286,7 +292,7 @@ impl Record {
 
     /// Whether this is a request to this service, as opposed to one that the service sends.
     pub fn is_inbound(&self) -> bool {
-        self.way == Way::Inbound
+        self.entry_point == EntryPoint::Inbound
     }
 
     /// `inbound` or `outbound`.
@@ -295,8 +301,8 @@ impl Record {
     }
 
     /// The client: its verified identity, else its IP address.
-    pub fn caller(&self) -> String {
-        self.identity.as_ref().map_or_else(|| dotted(self.peer.ip()), |peer| peer.to_string())
+    pub fn client(&self) -> String {
+        self.identity.as_ref().map_or_else(|| format_ip(self.peer.ip()), |peer| peer.to_string())
     }
 
     /// The pattern of its route, as configured: `POST /v1/charge*`.
@@ -306,20 +312,20 @@ impl Record {
     }
 
     /// Takes the gRPC status from the trailers.
-    pub fn trailers(&mut self, trailers: &HeaderMap) {
+    pub fn read_trailers(&mut self, trailers: &HeaderMap) {
         if self.grpc {
             self.grpc_status = GrpcStatus::from_headers(trailers).or(self.grpc_status);
         }
     }
 
     /// The name of the upstream that attempts went to.
-    pub fn upstream(&self) -> Option<&str> {
-        self.served.as_ref().map(|destination| destination.cluster.settings.name.as_str())
+    pub fn upstream_name(&self) -> Option<&str> {
+        self.served_by.as_ref().map(|destination| destination.cluster.settings.name.as_str())
     }
 
     /// The endpoint of the last recorded attempt.
     pub fn endpoint(&self) -> Option<SocketAddr> {
-        self.tries.last().map(|one| one.endpoint)
+        self.attempts.last().map(|one| one.endpoint)
     }
 
     /// Whether it failed or was retried: exported even where its trace was not sampled (`sample_errors`).
@@ -329,24 +335,24 @@ impl Record {
             None => self.status.is_some_and(|status| status.is_server_error()),
         };
         failed
-            || self.tries.made() > 1
-            || self.fell_back.is_some()
-            || matches!(self.end, End::Broken | End::Cut)
+            || self.attempts.count() > 1
+            || self.fallback_cause.is_some()
+            || matches!(self.end, RequestEnd::Broken | RequestEnd::Cut)
     }
 
     /// The number of its spans.
-    pub fn spans(&self) -> u64 {
-        if self.is_inbound() { 1 } else { 1 + self.tries.iter().count() as u64 }
+    pub fn span_count(&self) -> u64 {
+        if self.is_inbound() { 1 } else { 1 + self.attempts.iter().count() as u64 }
     }
 
     /// From its head to the last byte of its response.
-    pub fn took(&self) -> Duration {
-        self.ended.map_or(Duration::ZERO, |ended| ended.saturating_duration_since(self.started))
+    pub fn duration(&self) -> Duration {
+        self.ended_at.map_or(Duration::ZERO, |ended| ended.saturating_duration_since(self.started_at))
     }
 }
 
 /// Formats an address as `Display` does, in a fifth of the time.
-pub(super) fn dotted(ip: IpAddr) -> String {
+pub(super) fn format_ip(ip: IpAddr) -> String {
     let IpAddr::V4(ip) = ip else { return ip.to_string() };
     let mut text = String::with_capacity("255.255.255.255:65535".len());
     for (index, octet) in ip.octets().into_iter().enumerate() {
@@ -359,11 +365,11 @@ pub(super) fn dotted(ip: IpAddr) -> String {
 }
 
 /// The same with its port.
-pub(super) fn dotted_with_port(address: SocketAddr) -> String {
+pub(super) fn format_address(address: SocketAddr) -> String {
     if address.is_ipv6() {
         return address.to_string();
     }
-    let mut text = dotted(address.ip());
+    let mut text = format_ip(address.ip());
     text.push(':');
     push(&mut text, address.port());
     text
@@ -377,16 +383,16 @@ fn push(text: &mut String, number: u16) {
 }
 
 /// An error that the status does not show.
-fn error_type(record: &Record) -> &'static str {
-    if let Some(refusal) = &record.refused {
+fn error_type(record: &RequestRecord) -> &'static str {
+    if let Some(refusal) = &record.local_response {
         return refusal.cause.word();
     }
-    if let Some(failure) = record.fell_back {
+    if let Some(failure) = record.fallback_cause {
         return failure;
     }
     match (record.end, record.grpc_status) {
-        (End::Complete, None | Some(GrpcStatus::Ok)) => "",
-        (End::Complete, Some(status)) => status.label(),
+        (RequestEnd::Complete, None | Some(GrpcStatus::Ok)) => "",
+        (RequestEnd::Complete, Some(status)) => status.label(),
         (end, _) => end.word(),
     }
 }
@@ -398,7 +404,7 @@ mod tests {
     /// Every request in flight holds one.
     #[test]
     fn a_record_is_small() {
-        assert!(size_of::<Record>() <= 700, "{} bytes", size_of::<Record>());
+        assert!(size_of::<RequestRecord>() <= 700, "{} bytes", size_of::<RequestRecord>());
     }
 
     #[test]
@@ -411,23 +417,29 @@ mod tests {
             "[::ffff:1.2.3.4]:9",
         ] {
             let address: SocketAddr = address.parse().unwrap();
-            assert_eq!(dotted_with_port(address), address.to_string());
-            assert_eq!(dotted(address.ip()), address.ip().to_string());
+            assert_eq!(format_address(address), address.to_string());
+            assert_eq!(format_ip(address.ip()), address.ip().to_string());
         }
     }
 
     #[test]
     fn attempts_are_recorded_up_to_a_bound_and_counted_beyond() {
-        let mut attempts = Tries::default();
+        let mut attempts = AttemptRecords::default();
         assert!(attempts.last().is_none() && attempts.get_mut(0).is_none());
-        let (began, span) = (Instant::now(), Span::new(1).unwrap());
+        let (began, span) = (Instant::now(), SpanId::new(1).unwrap());
         for port in 0..100 {
             let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
-            let number = attempts.push(Try::new(Why::Retry, span, endpoint, Version::HTTP_11, began));
+            let number = attempts.push(AttemptRecord::new(
+                AttemptReason::Retry,
+                span,
+                endpoint,
+                Version::HTTP_11,
+                began,
+            ));
             assert_eq!(number, usize::from(port));
             assert_eq!(attempts.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
         }
-        assert_eq!((attempts.made(), attempts.iter().count()), (100, MOST_TRIES));
+        assert_eq!((attempts.count(), attempts.iter().count()), (100, MAX_RECORDED_ATTEMPTS));
         assert_eq!(attempts.last().map(|one| one.endpoint.port()), Some(15));
     }
 }

@@ -9,57 +9,57 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{
-    record::{Record, Try},
+    record::{AttemptRecord, RequestRecord},
     timestamp::Timestamp,
-    verdict::Kind,
+    verdict::Verdict,
 };
 
 /// How many requests of each verdict are kept. Per verdict, so that failures do not displace slow ones.
-pub const KEPT: usize = 64;
+pub const MAX_PER_VERDICT: usize = 64;
 
 /// The kept requests. Each list has a lock, taken briefly and only by requests that did not simply succeed.
 #[derive(Debug, Default)]
-pub struct Requests {
-    failed: Mutex<VecDeque<Arc<Record>>>,
-    retried: Mutex<VecDeque<Arc<Record>>>,
-    slow: Mutex<VecDeque<Arc<Record>>>,
+pub struct RecentRequests {
+    failed: Mutex<VecDeque<Arc<RequestRecord>>>,
+    retried: Mutex<VecDeque<Arc<RequestRecord>>>,
+    slow: Mutex<VecDeque<Arc<RequestRecord>>>,
 }
 
-impl Requests {
+impl RecentRequests {
     /// Keeps a request; drops the oldest of its verdict where the list is full.
-    pub fn keep(&self, kind: Kind, record: Arc<Record>) {
+    pub fn keep(&self, kind: Verdict, record: Arc<RequestRecord>) {
         let Some(ring) = self.ring(kind) else { return };
         let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
-        let oldest = if ring.len() >= KEPT { ring.pop_front() } else { None };
+        let oldest = if ring.len() >= MAX_PER_VERDICT { ring.pop_front() } else { None };
         ring.push_back(record);
         drop(ring);
         // Outside the lock.
         drop(oldest);
     }
 
-    fn ring(&self, kind: Kind) -> Option<&Mutex<VecDeque<Arc<Record>>>> {
+    fn ring(&self, kind: Verdict) -> Option<&Mutex<VecDeque<Arc<RequestRecord>>>> {
         match kind {
-            Kind::Plain => None,
-            Kind::Failed => Some(&self.failed),
-            Kind::Retried => Some(&self.retried),
-            Kind::Slow => Some(&self.slow),
+            Verdict::Plain => None,
+            Verdict::Failed => Some(&self.failed),
+            Verdict::Retried => Some(&self.retried),
+            Verdict::Slow => Some(&self.slow),
         }
     }
 
     /// All that are kept, the latest end first.
-    pub fn read(&self) -> Vec<Arc<Record>> {
-        let mut all: Vec<Arc<Record>> = [&self.failed, &self.retried, &self.slow]
+    pub fn read(&self) -> Vec<Arc<RequestRecord>> {
+        let mut all: Vec<Arc<RequestRecord>> = [&self.failed, &self.retried, &self.slow]
             .iter()
             .flat_map(|ring| ring.lock().unwrap_or_else(PoisonError::into_inner).clone())
             .collect();
-        all.sort_by_key(|record| std::cmp::Reverse(record.ended));
+        all.sort_by_key(|record| std::cmp::Reverse(record.ended_at));
         all
     }
 }
 
 /// A request as `GET /requests` reports it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Told {
+pub struct RequestReport {
     /// `failed`, `retried` or `slow`.
     pub kind: String,
     /// When it started (RFC 3339).
@@ -97,12 +97,12 @@ pub struct Told {
     pub fell_back: Option<String>,
     /// All that were made; `attempts` lists the first of them.
     pub attempts_made: u32,
-    pub attempts: Vec<ToldTry>,
+    pub attempts: Vec<AttemptReport>,
 }
 
 /// An attempt. Times count from the start of the request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ToldTry {
+pub struct AttemptReport {
     /// `first`, `retry`, `reconnect`, `sibling`, `hedge` or `fallback`.
     pub what: String,
     pub endpoint: String,
@@ -127,55 +127,59 @@ pub struct ToldTry {
     pub ejected: bool,
 }
 
-impl Told {
-    pub fn of(record: &Record) -> Self {
-        let ms = |at: Instant| milliseconds(at, record.started);
-        let ended = record.ended.unwrap_or(record.started);
+impl RequestReport {
+    pub fn from_record(record: &RequestRecord) -> Self {
+        let ms = |at: Instant| milliseconds(at, record.started_at);
+        let ended = record.ended_at.unwrap_or(record.started_at);
         Self {
-            kind: record.kind().word().to_owned(),
-            time: Timestamp::of(record.started).to_string(),
+            kind: record.verdict().word().to_owned(),
+            time: Timestamp::of(record.started_at).to_string(),
             ended_seconds_ago: ended.elapsed().as_secs(),
             direction: record.direction().to_owned(),
-            way: record.way.word().to_owned(),
+            way: record.entry_point.word().to_owned(),
             method: record.method.to_string(),
             status: record.status.map(|status| status.as_u16()),
             grpc_status: record.grpc_status.map(|status| status.label().to_owned()),
             trace_id: record.context.trace.to_string(),
             span_id: record.context.span.to_string(),
             sampled: record.context.sampled,
-            peer: record.caller(),
-            upstream: record.upstream().map(ToOwned::to_owned),
+            peer: record.client(),
+            upstream: record.upstream_name().map(ToOwned::to_owned),
             route: record.route_name(),
             reason: record.reason().map(ToOwned::to_owned),
-            why: record.why(),
-            answered_ms: record.answered.map(ms),
+            why: record.explanation(),
+            answered_ms: record.response_head_at.map(ms),
             duration_ms: ms(ended),
             bytes_in: record.bytes_in,
             bytes_out: record.bytes_out,
             end: record.end.word().to_owned(),
-            stopped: record.stopped.map(ToOwned::to_owned),
-            fell_back: record.fell_back.map(ToOwned::to_owned),
-            attempts_made: record.tries.made(),
-            attempts: record.tries.iter().map(|one| ToldTry::of(one, record.started)).collect(),
+            stopped: record.retry_stopped.map(ToOwned::to_owned),
+            fell_back: record.fallback_cause.map(ToOwned::to_owned),
+            attempts_made: record.attempts.count(),
+            attempts: record
+                .attempts
+                .iter()
+                .map(|one| AttemptReport::from_record(one, record.started_at))
+                .collect(),
         }
     }
 }
 
-impl ToldTry {
-    fn of(one: &Try, started: Instant) -> Self {
+impl AttemptReport {
+    fn from_record(one: &AttemptRecord, started: Instant) -> Self {
         let ms = |at: Instant| milliseconds(at, started);
         Self {
-            what: one.why.word().to_owned(),
+            what: one.reason.word().to_owned(),
             endpoint: one.endpoint.to_string(),
-            began_ms: ms(one.began),
-            waited_ms: milliseconds(started + one.waited, started),
-            connected_ms: one.connected.map(ms),
-            ended_ms: one.ended.map(ms),
+            began_ms: ms(one.started_at),
+            waited_ms: milliseconds(started + one.delay, started),
+            connected_ms: one.connected_at.map(ms),
+            ended_ms: one.ended_at.map(ms),
             outcome: one.outcome.map(|outcome| outcome.label().to_owned()),
             error: one.error.clone(),
-            trial: one.trial,
-            breaker: one.breaker.map(|state| state.word().to_owned()),
-            ejected: one.ejected,
+            trial: one.is_breaker_trial,
+            breaker: one.breaker_change.map(|state| state.word().to_owned()),
+            ejected: one.ejected_endpoint,
         }
     }
 }
@@ -191,14 +195,14 @@ mod tests {
 
     #[test]
     fn the_last_of_each_verdict_are_kept() {
-        let requests = Requests::default();
-        requests.keep(Kind::Slow, Arc::new(record(200)));
-        for _ in 0..KEPT + 10 {
-            requests.keep(Kind::Failed, Arc::new(record(503)));
+        let requests = RecentRequests::default();
+        requests.keep(Verdict::Slow, Arc::new(record(200)));
+        for _ in 0..MAX_PER_VERDICT + 10 {
+            requests.keep(Verdict::Failed, Arc::new(record(503)));
         }
-        requests.keep(Kind::Plain, Arc::new(record(200)));
+        requests.keep(Verdict::Plain, Arc::new(record(200)));
         let all = requests.read();
-        assert_eq!(all.len(), KEPT + 1, "failures do not displace a slow request");
-        assert!(all.is_sorted_by_key(|record| std::cmp::Reverse(record.ended)));
+        assert_eq!(all.len(), MAX_PER_VERDICT + 1, "failures do not displace a slow request");
+        assert!(all.is_sorted_by_key(|record| std::cmp::Reverse(record.ended_at)));
     }
 }

@@ -20,10 +20,10 @@ use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 use opentelemetry_semantic_conventions::SCHEMA_URL;
 use tokio::time::Instant;
 
-use super::record::{Record, Try};
+use super::record::{AttemptRecord, RequestRecord};
 use crate::{
-    resilience::classify::Ending,
-    trace_context::{Context, Span},
+    resilience::classify::OutcomeKind,
+    trace_context::{SpanId, TraceContext},
 };
 
 /// The instrumentation scope of all spans: this crate.
@@ -36,14 +36,14 @@ pub fn scope() -> InstrumentationScope {
 
 /// Parts of the request head that only spans need. Spans omit the query string, which may hold secrets.
 #[derive(Clone, Debug)]
-pub struct Asked {
+pub struct SpanRequest {
     uri: Uri,
     host: Option<HeaderValue>,
     agent: Option<HeaderValue>,
 }
 
-impl Asked {
-    pub fn of<B>(request: &http::Request<B>) -> Self {
+impl SpanRequest {
+    pub fn from_request<B>(request: &http::Request<B>) -> Self {
         let headers = request.headers();
         let field = |name: HeaderName| headers.get(name).cloned();
         Self { uri: request.uri().clone(), host: field(HOST), agent: field(USER_AGENT) }
@@ -79,18 +79,23 @@ impl WallClock {
 }
 
 /// Appends the spans of a request to `out`.
-pub fn add(record: &Record, wall: &WallClock, scope: &InstrumentationScope, out: &mut Vec<SpanData>) {
+pub fn append_spans(
+    record: &RequestRecord,
+    wall: &WallClock,
+    scope: &InstrumentationScope,
+    out: &mut Vec<SpanData>,
+) {
     let spans = Spans { record, wall, scope };
     if record.is_inbound() {
         out.push(spans.server());
         return;
     }
     out.push(spans.request());
-    out.extend(record.tries.iter().enumerate().map(|(number, one)| spans.client(number, one)));
+    out.extend(record.attempts.iter().enumerate().map(|(number, one)| spans.client(number, one)));
 }
 
 struct Spans<'a> {
-    record: &'a Record,
+    record: &'a RequestRecord,
     wall: &'a WallClock,
     scope: &'a InstrumentationScope,
 }
@@ -108,36 +113,39 @@ impl Spans<'_> {
         span
     }
 
-    fn client(&self, number: usize, one: &Try) -> SpanData {
+    fn client(&self, number: usize, one: &AttemptRecord) -> SpanData {
         let record = self.record;
         // The span of the attempt whose response was forwarded lasts to the end of that response.
         let forwarded = self.is_last(number)
-            && matches!(one.outcome.map(|outcome| outcome.ending), Some(Ending::Http(_) | Ending::Grpc(_)));
-        let ended = if forwarded { record.ended } else { one.ended };
+            && matches!(
+                one.outcome.map(|outcome| outcome.kind),
+                Some(OutcomeKind::Http(_) | OutcomeKind::Grpc(_))
+            );
+        let ended = if forwarded { record.ended_at } else { one.ended_at };
         let mut span = self.span(one.span, SpanKind::Client, self.attempt_attributes(number, one));
         span.parent_span_id = span_id(record.context.span);
         span.parent_span_is_remote = false;
-        span.start_time = self.wall.at(one.began);
-        span.end_time = self.wall.at(ended.or(record.ended).unwrap_or(one.began));
+        span.start_time = self.wall.at(one.started_at);
+        span.end_time = self.wall.at(ended.or(record.ended_at).unwrap_or(one.started_at));
         span.events.events = self.attempt_events(one);
         span.links = SpanLinks::default();
         span
     }
 
     fn is_last(&self, number: usize) -> bool {
-        number + 1 == self.record.tries.made() as usize
+        number + 1 == self.record.attempts.count() as usize
     }
 
     fn authority(&self) -> Option<&str> {
-        self.record.asked.as_ref()?.authority()
+        self.record.span_request.as_ref()?.authority()
     }
 
     fn rpc_method(&self) -> Option<String> {
-        let path = self.record.asked.as_ref()?.uri.path();
+        let path = self.record.span_request.as_ref()?.uri.path();
         path.strip_prefix('/').filter(|method| method.contains('/')).map(ToOwned::to_owned)
     }
 
-    fn span(&self, id: Span, kind: SpanKind, (attributes, status): attributes::Content) -> SpanData {
+    fn span(&self, id: SpanId, kind: SpanKind, (attributes, status): attributes::Content) -> SpanData {
         let record = self.record;
         let context = &record.context;
         let mut links = SpanLinks::default();
@@ -164,8 +172,8 @@ impl Spans<'_> {
             parent_span_is_remote: context.parent.is_some(),
             span_kind: kind,
             name: self.name(),
-            start_time: self.wall.at(record.started),
-            end_time: self.wall.at(record.ended.unwrap_or(record.started)),
+            start_time: self.wall.at(record.started_at),
+            end_time: self.wall.at(record.ended_at.unwrap_or(record.started_at)),
             attributes,
             dropped_attributes_count: 0,
             events: SpanEvents::default(),
@@ -184,11 +192,11 @@ impl Spans<'_> {
     }
 }
 
-fn flags(context: &Context) -> TraceFlags {
+fn flags(context: &TraceContext) -> TraceFlags {
     let random = if context.random { 2 } else { 0 };
     TraceFlags::new(u8::from(context.sampled) | random)
 }
 
-fn span_id(span: Span) -> opentelemetry::SpanId {
+fn span_id(span: SpanId) -> opentelemetry::SpanId {
     opentelemetry::SpanId::from(span.get())
 }

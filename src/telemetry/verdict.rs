@@ -4,21 +4,21 @@
 
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
-use super::record::{End, Record, Try, Why};
+use super::record::{AttemptReason, AttemptRecord, RequestEnd, RequestRecord};
 use crate::resilience::{
-    breaker::State,
-    classify::{ConnectFailure, Ending, GrpcStatus, Outcome},
+    breaker::BreakerState,
+    classify::{AttemptOutcome, ConnectFailure, GrpcStatus, OutcomeKind},
 };
 
 /// A request whose response head takes this long is reported as slow.
-pub const SLOW: Duration = Duration::from_secs(1);
+pub const SLOW_AFTER: Duration = Duration::from_secs(1);
 
 /// The longest explanation, in bytes.
 const MAX_EXPLANATION: usize = 1000;
 
 /// How a request is classified for access log and `GET /requests`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum Verdict {
     /// An ordinary success.
     Plain,
     /// The client got no good response, or only a fallback.
@@ -29,7 +29,7 @@ pub enum Kind {
     Slow,
 }
 
-impl Kind {
+impl Verdict {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Plain => "plain",
@@ -40,79 +40,83 @@ impl Kind {
     }
 }
 
-impl Record {
-    pub fn kind(&self) -> Kind {
-        let gone = self.end == End::CallerGone && self.status.is_none();
-        let broken = matches!(self.end, End::Broken | End::Cut);
+impl RequestRecord {
+    pub fn verdict(&self) -> Verdict {
+        let gone = self.end == RequestEnd::ClientGone && self.status.is_none();
+        let broken = matches!(self.end, RequestEnd::Broken | RequestEnd::Cut);
         let status = self.status.is_some_and(|status| status.is_server_error());
         let grpc = self.grpc_status.is_some_and(is_failure);
-        if gone || broken || status || grpc || self.refused.is_some() || self.fell_back.is_some() {
-            Kind::Failed
-        } else if self.tries.made() > 1 {
-            Kind::Retried
-        } else if self.response_time().is_some_and(|took| took >= SLOW) {
-            Kind::Slow
+        if gone || broken || status || grpc || self.local_response.is_some() || self.fallback_cause.is_some()
+        {
+            Verdict::Failed
+        } else if self.attempts.count() > 1 {
+            Verdict::Retried
+        } else if self.response_time().is_some_and(|took| took >= SLOW_AFTER) {
+            Verdict::Slow
         } else {
-            Kind::Plain
+            Verdict::Plain
         }
     }
 
     /// From the start of the request to the response head.
     fn response_time(&self) -> Option<Duration> {
-        self.answered.map(|at| at.saturating_duration_since(self.started))
+        self.response_head_at.map(|at| at.saturating_duration_since(self.started_at))
     }
 
     /// The stable word for why the request was not a plain success: a cause of `docs/errors.md`, how it ended, or the
     /// outcome of an attempt.
     pub fn reason(&self) -> Option<&'static str> {
-        if let Some(refusal) = &self.refused {
+        if let Some(refusal) = &self.local_response {
             return Some(refusal.cause.word());
         }
-        if let Some(failure) = self.fell_back {
+        if let Some(failure) = self.fallback_cause {
             return Some(failure);
         }
-        if self.end != End::Complete {
+        if self.end != RequestEnd::Complete {
             return Some(self.end.word());
         }
         if let Some(status) = self.grpc_status.filter(|status| *status != GrpcStatus::Ok) {
             return Some(status.label());
         }
         if let Some(status) = self.status.filter(|status| status.as_u16() >= 400) {
-            return Some(Outcome::new(Ending::Http(status)).label());
+            return Some(AttemptOutcome::new(OutcomeKind::Http(status)).label());
         }
         // The last attempt succeeded, so the reason is the outcome of the last failed one.
         let failed =
-            self.tries.iter().filter_map(|one| one.outcome).filter(|outcome| !is_good(outcome)).last();
-        match self.kind() {
-            Kind::Retried => Some(failed.map_or("retried", |outcome| outcome.label())),
-            Kind::Slow => Some("slow"),
-            Kind::Failed | Kind::Plain => None,
+            self.attempts.iter().filter_map(|one| one.outcome).filter(|outcome| !is_good(outcome)).last();
+        match self.verdict() {
+            Verdict::Retried => Some(failed.map_or("retried", |outcome| outcome.label())),
+            Verdict::Slow => Some("slow"),
+            Verdict::Failed | Verdict::Plain => None,
         }
     }
 
     /// The same as a sentence; none for a plain success.
-    pub fn why(&self) -> Option<String> {
+    pub fn explanation(&self) -> Option<String> {
         self.reason()?;
         let mut clauses = Vec::new();
         clauses.extend(self.describe_attempts());
-        let lone = self.refused.is_none() && self.fell_back.is_none() && self.tries.made() <= 1;
-        if lone && clauses.is_empty() && self.end == End::Complete {
+        let lone =
+            self.local_response.is_none() && self.fallback_cause.is_none() && self.attempts.count() <= 1;
+        if lone && clauses.is_empty() && self.end == RequestEnd::Complete {
             clauses.push(self.describe_response());
         }
         // Inbound has no retries unless configured, so their absence needs no explanation.
-        if let Some(stopped) = self.stopped.filter(|word| *word != "not_retryable" || !self.is_inbound()) {
+        if let Some(stopped) =
+            self.retry_stopped.filter(|word| *word != "not_retryable" || !self.is_inbound())
+        {
             clauses.push(format!("no further attempt: {}", describe_stop(stopped)));
         }
-        if let Some(refusal) = &self.refused {
-            let repeated = self.tries.last().and_then(|one| one.error.as_ref()) == Some(&refusal.detail);
-            if !repeated || self.tries.made() == 1 {
+        if let Some(refusal) = &self.local_response {
+            let repeated = self.attempts.last().and_then(|one| one.error.as_ref()) == Some(&refusal.detail);
+            if !repeated || self.attempts.count() == 1 {
                 // The refusal describes the failure of a single attempt in more detail.
                 clauses.retain(|_| !repeated);
                 clauses.push(refusal.detail.clone());
             }
         }
-        if let Some(failure) = self.fell_back {
-            let to_upstream = self.tries.iter().any(|one| one.why == Why::Fallback);
+        if let Some(failure) = self.fallback_cause {
+            let to_upstream = self.attempts.iter().any(|one| one.reason == AttemptReason::Fallback);
             let what = if to_upstream {
                 "the request went to the fallback upstream"
             } else {
@@ -121,10 +125,10 @@ impl Record {
             clauses.push(format!("fallback ({failure}): {what}"));
         }
         clauses.extend(self.describe_end());
-        if self.refused.is_none() && self.tries.made() <= 1 && clauses.is_empty() {
+        if self.local_response.is_none() && self.attempts.count() <= 1 && clauses.is_empty() {
             clauses.push(self.describe_response());
         }
-        if let Some(took) = self.response_time().filter(|took| *took >= SLOW) {
+        if let Some(took) = self.response_time().filter(|took| *took >= SLOW_AFTER) {
             clauses.push(format!("the response began after {took:.1?}"));
         }
         clauses.extend(self.describe_guards());
@@ -133,10 +137,10 @@ impl Record {
 
     /// `connect to 10.0.0.3:8080 refused twice, third attempt answered 200`.
     fn describe_attempts(&self) -> Option<String> {
-        if self.tries.made() < 2 {
-            return self.tries.last().filter(|one| one.error.is_some()).map(describe_attempt);
+        if self.attempts.count() < 2 {
+            return self.attempts.last().filter(|one| one.error.is_some()).map(describe_attempt);
         }
-        let recorded: Vec<&Try> = self.tries.iter().collect();
+        let recorded: Vec<&AttemptRecord> = self.attempts.iter().collect();
         let mut out = String::new();
         let mut at = 0;
         let mut before = None;
@@ -147,8 +151,8 @@ impl Record {
             if at > 0 {
                 out.push_str(", ");
             }
-            if same == 1 && at > 0 && (last || one.why != Why::Retry) {
-                let _ = write!(out, "{} {}", attempt_name(at + 1, one.why), describe_outcome(one, before));
+            if same == 1 && at > 0 && (last || one.reason != AttemptReason::Retry) {
+                let _ = write!(out, "{} {}", attempt_name(at + 1, one.reason), describe_outcome(one, before));
             } else {
                 out.push_str(&words);
                 out.push_str(&times(same));
@@ -156,11 +160,11 @@ impl Record {
             before = Some(one.endpoint);
             at += same;
         }
-        let unrecorded = self.tries.made() as usize - recorded.len();
+        let unrecorded = self.attempts.count() as usize - recorded.len();
         if unrecorded > 0 {
             let _ = write!(out, ", {unrecorded} more attempts");
         }
-        let waited: Duration = recorded.iter().map(|one| one.waited).sum();
+        let waited: Duration = recorded.iter().map(|one| one.delay).sum();
         if !waited.is_zero() {
             let _ = write!(out, ", after {waited:.0?} of waiting in between");
         }
@@ -168,27 +172,28 @@ impl Record {
     }
 
     fn describe_end(&self) -> Option<String> {
-        let took = self.took();
+        let took = self.duration();
         match (self.end, self.status) {
-            (End::Complete, _) => None,
-            (End::CallerGone, None) => {
+            (RequestEnd::Complete, _) => None,
+            (RequestEnd::ClientGone, None) => {
                 Some(format!("the client closed its connection after {took:.1?}, before the response"))
             }
-            (End::CallerGone, Some(_)) => {
+            (RequestEnd::ClientGone, Some(_)) => {
                 Some("the client closed its connection before the end of the response".to_owned())
             }
-            (End::Broken, _) => Some(format!("the response broke off after {} bytes", self.bytes_out)),
-            (End::Cut, _) => Some(format!(
+            (RequestEnd::Broken, _) => Some(format!("the response broke off after {} bytes", self.bytes_out)),
+            (RequestEnd::Cut, _) => Some(format!(
                 "cut off after {took:.1?}: no byte moved for `idle_timeout`, or `max_duration` elapsed"
             )),
         }
     }
 
     fn describe_response(&self) -> String {
-        let is_response = |one: &Try| {
-            one.outcome.is_none_or(|outcome| matches!(outcome.ending, Ending::Http(_) | Ending::Grpc(_)))
+        let is_response = |one: &AttemptRecord| {
+            one.outcome
+                .is_none_or(|outcome| matches!(outcome.kind, OutcomeKind::Http(_) | OutcomeKind::Grpc(_)))
         };
-        match (self.tries.last(), self.status) {
+        match (self.attempts.last(), self.status) {
             (Some(one), Some(status)) if is_response(one) => {
                 let grpc = self.grpc_status.filter(|status| *status != GrpcStatus::Ok);
                 let what =
@@ -207,21 +212,21 @@ impl Record {
     /// The effect on the guards: `breaker 7/20 failures`, an endpoint that was ejected.
     fn describe_guards(&self) -> Vec<String> {
         let mut clauses: Vec<String> = self
-            .tries
+            .attempts
             .iter()
-            .filter(|one| one.ejected)
+            .filter(|one| one.ejected_endpoint)
             .map(|one| format!("{} was ejected", one.endpoint))
             .collect();
-        if self.stopped == Some("breaker_open") {
+        if self.retry_stopped == Some("breaker_open") {
             // The reason says it already.
-        } else if let Some(state) = self.tries.iter().filter_map(|one| one.breaker).last() {
+        } else if let Some(state) = self.attempts.iter().filter_map(|one| one.breaker_change).last() {
             let state = match state {
-                State::Closed => "closed",
-                State::HalfOpen => "half opened",
-                State::Open => "opened",
+                BreakerState::Closed => "closed",
+                BreakerState::HalfOpen => "half opened",
+                BreakerState::Open => "opened",
             };
             clauses.push(format!("the breaker {state}"));
-        } else if let Some((failures, attempts)) = self.window.filter(|(failures, _)| *failures > 0) {
+        } else if let Some((failures, attempts)) = self.breaker_window.filter(|(failures, _)| *failures > 0) {
             clauses.push(format!("breaker {failures}/{attempts} failures"));
         }
         clauses
@@ -230,25 +235,25 @@ impl Record {
 
 /// Whether a gRPC status is the service's failure, as opposed to an error in the request.
 fn is_failure(status: GrpcStatus) -> bool {
-    Outcome::new(Ending::Grpc(status)).is_failure() || status == GrpcStatus::ResourceExhausted
+    AttemptOutcome::new(OutcomeKind::Grpc(status)).is_failure() || status == GrpcStatus::ResourceExhausted
 }
 
-fn is_good(outcome: &Outcome) -> bool {
-    match outcome.ending {
-        Ending::Http(status) => status.as_u16() < 400,
-        Ending::Grpc(status) => status == GrpcStatus::Ok,
+fn is_good(outcome: &AttemptOutcome) -> bool {
+    match outcome.kind {
+        OutcomeKind::Http(status) => status.as_u16() < 400,
+        OutcomeKind::Grpc(status) => status == GrpcStatus::Ok,
         _ => false,
     }
 }
 
 /// The outcome of an attempt, with the endpoint.
-fn describe_attempt(one: &Try) -> String {
+fn describe_attempt(one: &AttemptRecord) -> String {
     let at = one.endpoint;
-    match one.outcome.map(|outcome| outcome.ending) {
+    match one.outcome.map(|outcome| outcome.kind) {
         None => format!("the attempt at {at} was cancelled"),
-        Some(Ending::Http(status)) => format!("{at} answered {}", status.as_u16()),
-        Some(Ending::Grpc(status)) => format!("{at} answered {}", status.label()),
-        Some(Ending::Connect(failure)) => match failure {
+        Some(OutcomeKind::Http(status)) => format!("{at} answered {}", status.as_u16()),
+        Some(OutcomeKind::Grpc(status)) => format!("{at} answered {}", status.label()),
+        Some(OutcomeKind::Connect(failure)) => match failure {
             ConnectFailure::Refused => format!("connect to {at} refused"),
             ConnectFailure::Timeout => format!("connect to {at} timed out"),
             ConnectFailure::Tls => format!("TLS with {at} failed"),
@@ -258,40 +263,43 @@ fn describe_attempt(one: &Try) -> String {
             }
             ConnectFailure::Handshake => format!("the HTTP/2 handshake with {at} failed"),
         },
-        Some(Ending::RefusedStream) => format!("{at} refused the stream"),
-        Some(Ending::Reset(reset)) if reset.is_stale() => {
+        Some(OutcomeKind::RefusedStream) => format!("{at} refused the stream"),
+        Some(OutcomeKind::Reset(reset)) if reset.is_stale() => {
             format!("{at} had just closed the pooled connection")
         }
-        Some(Ending::Reset(_)) => format!("{at} broke the connection"),
-        Some(Ending::AttemptTimeout) => format!("no response from {at} within attempt_timeout"),
-        Some(Ending::ClientShare) => {
+        Some(OutcomeKind::Reset(_)) => format!("{at} broke the connection"),
+        Some(OutcomeKind::AttemptTimeout) => format!("no response from {at} within attempt_timeout"),
+        Some(OutcomeKind::ClientShare) => {
             format!("no response from {at} within half of what was left of the client's deadline")
         }
-        Some(Ending::Timeout) => format!("no response from {at} within timeout"),
-        Some(Ending::CallersDeadline) => format!("no response from {at} within the client's deadline"),
-        Some(Ending::CallerGone) => format!("the client closed its connection before {at} responded"),
-        Some(Ending::ClientError) => format!("the request to {at} was aborted: its body is malformed"),
-        Some(Ending::LocalRefusal) => format!("a connection to {at} was not allowed"),
+        Some(OutcomeKind::Timeout) => format!("no response from {at} within timeout"),
+        Some(OutcomeKind::ClientDeadline) => format!("no response from {at} within the client's deadline"),
+        Some(OutcomeKind::ClientGone) => format!("the client closed its connection before {at} responded"),
+        Some(OutcomeKind::ClientError) => format!("the request to {at} was aborted: its body is malformed"),
+        Some(OutcomeKind::LocalRefusal) => format!("a connection to {at} was not allowed"),
     }
 }
 
 /// The outcome, to follow the attempt's name. Names the endpoint unless it is that of the previous attempt.
-fn describe_outcome(one: &Try, before: Option<SocketAddr>) -> String {
-    let answered = match one.outcome.map(|outcome| outcome.ending) {
-        Some(Ending::Http(status)) => format!("answered {}", status.as_u16()),
-        Some(Ending::Grpc(status)) => format!("answered {}", status.label()),
+fn describe_outcome(one: &AttemptRecord, before: Option<SocketAddr>) -> String {
+    let answered = match one.outcome.map(|outcome| outcome.kind) {
+        Some(OutcomeKind::Http(status)) => format!("answered {}", status.as_u16()),
+        Some(OutcomeKind::Grpc(status)) => format!("answered {}", status.label()),
         _ => return format!("failed: {}", describe_attempt(one)),
     };
     if before == Some(one.endpoint) { answered } else { format!("at {} {answered}", one.endpoint) }
 }
 
-fn attempt_name(number: usize, why: Why) -> String {
+fn attempt_name(number: usize, why: AttemptReason) -> String {
     const NAMES: [&str; 6] = ["first", "second", "third", "fourth", "fifth", "sixth"];
     match why {
-        Why::Hedge => "hedge".to_owned(),
-        Why::Fallback => "the fallback".to_owned(),
-        Why::Sibling => "the host's other address".to_owned(),
-        Why::First | Why::Retry | Why::Reconnect | Why::NextEndpoint => match NAMES.get(number - 1) {
+        AttemptReason::Hedge => "hedge".to_owned(),
+        AttemptReason::Fallback => "the fallback".to_owned(),
+        AttemptReason::Sibling => "the host's other address".to_owned(),
+        AttemptReason::First
+        | AttemptReason::Retry
+        | AttemptReason::Reconnect
+        | AttemptReason::NextEndpoint => match NAMES.get(number - 1) {
             Some(name) => format!("{name} attempt"),
             None => format!("attempt {number}"),
         },

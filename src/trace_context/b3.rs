@@ -3,8 +3,8 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{
-    Caller, Context, Forms,
-    ids::{self, Span, Trace},
+    B3Formats, ParentContext, TraceContext,
+    ids::{self, SpanId, TraceId},
 };
 
 const B3: HeaderName = HeaderName::from_static("b3");
@@ -16,14 +16,14 @@ const FLAGS: HeaderName = HeaderName::from_static("x-b3-flags");
 
 /// The content of B3 fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum B3 {
-    Caller(Caller),
+pub enum B3Context {
+    Parent(ParentContext),
     /// A sampling decision without a trace.
     Decision(bool),
 }
 
 /// Reads B3. Notes in `forms` which format was used, so that the request goes on in the same one.
-pub fn read(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
+pub fn read(headers: &HeaderMap, forms: &mut B3Formats) -> Option<B3Context> {
     if let Some(value) = text(headers, &B3) {
         forms.b3_single = true;
         if let Some(context) = single(value, forms) {
@@ -38,9 +38,9 @@ pub fn read(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
 }
 
 /// `trace-span[-sampled[-parent]]`, or a sampling decision alone.
-fn single(value: &str, forms: &mut Forms) -> Option<B3> {
+fn single(value: &str, forms: &mut B3Formats) -> Option<B3Context> {
     if let Some(sampled) = decision(value, forms) {
-        return Some(B3::Decision(sampled));
+        return Some(B3Context::Decision(sampled));
     }
     let mut parts = value.split('-');
     let (trace, span) = (trace(parts.next()?)?, span(parts.next()?)?);
@@ -51,11 +51,11 @@ fn single(value: &str, forms: &mut Forms) -> Option<B3> {
     if let Some(parent) = parts.next() {
         self::span(parent)?;
     }
-    let parent = Caller { trace, span, sampled, random: false };
-    parts.next().is_none().then_some(B3::Caller(parent))
+    let parent = ParentContext { trace, span, sampled, random: false };
+    parts.next().is_none().then_some(B3Context::Parent(parent))
 }
 
-fn decision(word: &str, forms: &mut Forms) -> Option<bool> {
+fn decision(word: &str, forms: &mut B3Formats) -> Option<bool> {
     match word {
         "0" => Some(false),
         "1" => Some(true),
@@ -67,7 +67,7 @@ fn decision(word: &str, forms: &mut Forms) -> Option<bool> {
     }
 }
 
-fn multi(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
+fn multi(headers: &HeaderMap, forms: &mut B3Formats) -> Option<B3Context> {
     let sampled = match (text(headers, &FLAGS), text(headers, &SAMPLED)) {
         (Some("1"), _) => {
             forms.debug = true;
@@ -80,8 +80,8 @@ fn multi(headers: &HeaderMap, forms: &mut Forms) -> Option<B3> {
     };
     let ids = text(headers, &TRACE_ID).and_then(trace).zip(text(headers, &SPAN_ID).and_then(span));
     match ids {
-        Some((trace, span)) => Some(B3::Caller(Caller { trace, span, sampled, random: false })),
-        None => sampled.map(B3::Decision),
+        Some((trace, span)) => Some(B3Context::Parent(ParentContext { trace, span, sampled, random: false })),
+        None => sampled.map(B3Context::Decision),
     }
 }
 
@@ -90,23 +90,23 @@ fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
 }
 
 /// A 64-bit ID is the lower half of a 128-bit one.
-fn trace(text: &str) -> Option<Trace> {
+fn trace(text: &str) -> Option<TraceId> {
     if !matches!(text.len(), 16 | 32) {
         return None;
     }
-    Trace::new(ids::any(text, 32)?)
+    TraceId::new(ids::parse_hex(text, 32)?)
 }
 
-fn span(text: &str) -> Option<Span> {
+fn span(text: &str) -> Option<SpanId> {
     if text.len() != 16 {
         return None;
     }
-    Span::new(ids::any(text, 16)? as u64)
+    SpanId::new(ids::parse_hex(text, 16)? as u64)
 }
 
 /// Writes the B3 formats that the client used.
-pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
-    let forms = context.forms;
+pub fn write(context: &TraceContext, span: SpanId, headers: &mut HeaderMap) {
+    let forms = context.formats;
     if !forms.b3_single && !forms.b3_multi {
         return;
     }
@@ -148,8 +148,8 @@ mod tests {
     use super::*;
     use crate::trace_context::tests::headers;
 
-    fn reads(fields: &[(&str, &str)]) -> Option<B3> {
-        read(&headers(fields), &mut Forms::default())
+    fn reads(fields: &[(&str, &str)]) -> Option<B3Context> {
+        read(&headers(fields), &mut B3Formats::default())
     }
 
     #[test]
@@ -173,10 +173,10 @@ mod tests {
         }
         assert_eq!(reads(&[("x-b3-traceid", "xyz"), ("x-b3-spanid", SPAN)]), None);
         assert_eq!(reads(&[("x-b3-traceid", TRACE)]), None, "no span");
-        assert_eq!(reads(&[("x-b3-sampled", "false")]), Some(B3::Decision(false)));
+        assert_eq!(reads(&[("x-b3-sampled", "false")]), Some(B3Context::Decision(false)));
         let parent = |sampled| {
             let (trace, span) = (trace(TRACE).unwrap(), span(SPAN).unwrap());
-            Some(B3::Caller(Caller { trace, span, sampled, random: false }))
+            Some(B3Context::Parent(ParentContext { trace, span, sampled, random: false }))
         };
         // An invalid single field does not hide valid ones in the other format.
         let both = [("b3", "nonsense"), ("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN)];

@@ -6,13 +6,13 @@ use crate::rng::Rng;
 
 /// The ID of a trace; never zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Trace(u128);
+pub struct TraceId(u128);
 
 /// The ID of a span; never zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Span(u64);
+pub struct SpanId(u64);
 
-impl Trace {
+impl TraceId {
     pub fn new(id: u128) -> Option<Self> {
         (id != 0).then_some(Self(id))
     }
@@ -27,7 +27,7 @@ impl Trace {
 
     /// Parses 32 lower-case hexadecimal digits.
     pub fn parse(text: &[u8]) -> Option<Self> {
-        Self::new(lower(text).filter(|_| text.len() == 32)?)
+        Self::new(parse_lower_hex(text).filter(|_| text.len() == 32)?)
     }
 
     /// Writes 32 hexadecimal digits into `out`.
@@ -36,7 +36,7 @@ impl Trace {
     }
 }
 
-impl Span {
+impl SpanId {
     pub fn new(id: u64) -> Option<Self> {
         (id != 0).then_some(Self(id))
     }
@@ -54,7 +54,7 @@ impl Span {
     }
 }
 
-impl fmt::Display for Trace {
+impl fmt::Display for TraceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = [0; 32];
         self.encode(&mut text);
@@ -62,7 +62,7 @@ impl fmt::Display for Trace {
     }
 }
 
-impl fmt::Display for Span {
+impl fmt::Display for SpanId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = [0; 16];
         self.encode(&mut text);
@@ -70,13 +70,13 @@ impl fmt::Display for Span {
     }
 }
 
-impl fmt::Debug for Trace {
+impl fmt::Debug for TraceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
     }
 }
 
-impl fmt::Debug for Span {
+impl fmt::Debug for SpanId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
     }
@@ -93,7 +93,7 @@ fn encode<const N: usize>(number: [u8; N], out: &mut [u8]) {
 }
 
 /// Parses lower-case hexadecimal digits.
-pub(super) fn lower(text: &[u8]) -> Option<u128> {
+pub(super) fn parse_lower_hex(text: &[u8]) -> Option<u128> {
     text.iter().try_fold(0u128, |number, byte| {
         let digit = match byte {
             b'0'..=b'9' => byte - b'0',
@@ -105,7 +105,7 @@ pub(super) fn lower(text: &[u8]) -> Option<u128> {
 }
 
 /// Parses 1 to `most` hexadecimal digits of either case.
-pub(super) fn any(text: &str, most: usize) -> Option<u128> {
+pub(super) fn parse_hex(text: &str, most: usize) -> Option<u128> {
     if text.is_empty() || text.len() > most || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
     }

@@ -3,15 +3,15 @@
 use http::{HeaderMap, HeaderName};
 
 use super::{
-    Caller,
-    ids::{self, Span, Trace},
+    ParentContext,
+    ids::{self, SpanId, TraceId},
 };
 
 const UBER_TRACE_ID: HeaderName = HeaderName::from_static("uber-trace-id");
 const SAMPLED: u128 = 1;
 
 /// `trace:span:parent:flags`. Leading zeros may be missing, colons may be percent-encoded.
-pub fn read(headers: &HeaderMap) -> Option<Caller> {
+pub fn read(headers: &HeaderMap) -> Option<ParentContext> {
     let text = headers.get(UBER_TRACE_ID)?.to_str().ok()?;
     let decoded;
     let text = if text.contains('%') {
@@ -21,11 +21,11 @@ pub fn read(headers: &HeaderMap) -> Option<Caller> {
         text
     };
     let mut parts = text.split(':');
-    let trace = Trace::new(ids::any(parts.next()?, 32)?)?;
-    let span = Span::new(ids::any(parts.next()?, 16)? as u64)?;
+    let trace = TraceId::new(ids::parse_hex(parts.next()?, 32)?)?;
+    let span = SpanId::new(ids::parse_hex(parts.next()?, 16)? as u64)?;
     let _deprecated_parent = parts.next()?;
-    let flags = ids::any(parts.next()?, 2)?;
-    let parent = Caller { trace, span, sampled: Some(flags & SAMPLED != 0), random: false };
+    let flags = ids::parse_hex(parts.next()?, 2)?;
+    let parent = ParentContext { trace, span, sampled: Some(flags & SAMPLED != 0), random: false };
     parts.next().is_none().then_some(parent)
 }
 

@@ -9,7 +9,7 @@ mod jaeger;
 mod sampling;
 mod w3c;
 
-pub use ids::{Span, Trace};
+pub use ids::{SpanId, TraceId};
 pub use sampling::Sampler;
 
 use http::HeaderMap;
@@ -18,10 +18,10 @@ use crate::rng::Rng;
 
 /// The trace context of the client: the parent of this request's span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Caller {
-    pub trace: Trace,
+pub struct ParentContext {
+    pub trace: TraceId,
     /// The client's span.
-    pub span: Span,
+    pub span: SpanId,
     /// None: the decision is left to the next hop (B3).
     pub sampled: Option<bool>,
     /// The last seven bytes of the trace ID are random (level 2).
@@ -30,7 +30,7 @@ pub struct Caller {
 
 /// The formats besides W3C that are written for the next hop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Forms {
+pub struct B3Formats {
     pub b3_single: bool,
     pub b3_multi: bool,
     /// The B3 debug flag: sample regardless of cost.
@@ -39,77 +39,77 @@ pub struct Forms {
 
 /// The trace context in a request's head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Said {
-    pub caller: Option<Caller>,
+pub struct IncomingContext {
+    pub parent: Option<ParentContext>,
     /// A decision without a trace (`b3: 0`).
     pub sampled: Option<bool>,
-    pub forms: Forms,
+    pub formats: B3Formats,
     /// There is a `tracestate` without a valid `traceparent`, so it is dropped.
     pub stale_state: bool,
     /// The request ID: the trace ID where the head names no trace.
-    pub request: Option<Trace>,
+    pub request_id: Option<TraceId>,
 }
 
 /// Extracts the trace context from a request's head.
-pub fn read(headers: &HeaderMap) -> Said {
-    let mut incoming = Said::default();
+pub fn read(headers: &HeaderMap) -> IncomingContext {
+    let mut incoming = IncomingContext::default();
     // Read even where W3C takes precedence: attempts carry B3 in the client's format.
-    let b3 = b3::read(headers, &mut incoming.forms);
+    let b3 = b3::read(headers, &mut incoming.formats);
     if let Some(parent) = w3c::read(headers) {
-        return Said { caller: Some(parent), ..incoming };
+        return IncomingContext { parent: Some(parent), ..incoming };
     }
     incoming.stale_state = headers.contains_key(w3c::TRACESTATE);
     match b3 {
-        Some(b3::B3::Caller(parent)) => Said { caller: Some(parent), ..incoming },
-        Some(b3::B3::Decision(sampled)) => Said { sampled: Some(sampled), ..incoming },
-        None => Said { caller: jaeger::read(headers), ..incoming },
+        Some(b3::B3Context::Parent(parent)) => IncomingContext { parent: Some(parent), ..incoming },
+        Some(b3::B3Context::Decision(sampled)) => IncomingContext { sampled: Some(sampled), ..incoming },
+        None => IncomingContext { parent: jaeger::read(headers), ..incoming },
     }
 }
 
 /// The trace context of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Context {
-    pub trace: Trace,
+pub struct TraceContext {
+    pub trace: TraceId,
     /// The span of this request.
-    pub span: Span,
+    pub span: SpanId,
     /// The client's span; none: the trace starts here.
-    pub parent: Option<Span>,
+    pub parent: Option<SpanId>,
     pub sampled: bool,
     pub random: bool,
-    pub forms: Forms,
+    pub formats: B3Formats,
     /// The `tracestate` field does not belong to this trace and is removed.
     pub stale_state: bool,
     /// The span of an inbound request that this one probably belongs to.
-    pub link: Option<Link>,
+    pub link: Option<SpanLink>,
 }
 
 /// A span of another trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
-    pub trace: Trace,
-    pub span: Span,
+pub struct SpanLink {
+    pub trace: TraceId,
+    pub span: SpanId,
     pub sampled: bool,
 }
 
-impl Context {
+impl TraceContext {
     /// `decide`: whether to sample a trace without a decision. IDs are generated even where nothing is exported: error
     /// responses carry the trace ID.
-    pub fn new(incoming: &Said, rng: &mut Rng, decide: impl FnOnce(Trace) -> bool) -> Self {
-        let span = Span::random(rng);
-        let forms = incoming.forms;
-        match incoming.caller {
+    pub fn new(incoming: &IncomingContext, rng: &mut Rng, decide: impl FnOnce(TraceId) -> bool) -> Self {
+        let span = SpanId::random(rng);
+        let forms = incoming.formats;
+        match incoming.parent {
             Some(parent) => Self {
                 trace: parent.trace,
                 span,
                 parent: Some(parent.span),
                 sampled: parent.sampled.unwrap_or_else(|| decide(parent.trace)),
                 random: parent.random,
-                forms,
+                formats: forms,
                 stale_state: incoming.stale_state,
                 link: None,
             },
             None => {
-                let trace = incoming.request.unwrap_or_else(|| Trace::random(rng));
+                let trace = incoming.request_id.unwrap_or_else(|| TraceId::random(rng));
                 let sampled = incoming.sampled.unwrap_or_else(|| decide(trace));
                 Self {
                     trace,
@@ -117,7 +117,7 @@ impl Context {
                     parent: None,
                     sampled,
                     random: true,
-                    forms,
+                    formats: forms,
                     stale_state: incoming.stale_state,
                     link: None,
                 }
@@ -126,7 +126,7 @@ impl Context {
     }
 
     /// Injects the context into an attempt's head, with `span` as the parent.
-    pub fn write(&self, span: Span, headers: &mut HeaderMap) {
+    pub fn inject(&self, span: SpanId, headers: &mut HeaderMap) {
         w3c::write(self, span, headers);
         b3::write(self, span, headers);
     }
@@ -154,10 +154,10 @@ pub(crate) mod tests {
     const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
     const SPAN: &str = "b7ad6b7169203331";
 
-    fn context(fields: &[(&str, &str)], decide: bool) -> (Context, HeaderMap) {
+    fn context(fields: &[(&str, &str)], decide: bool) -> (TraceContext, HeaderMap) {
         let mut map = headers(fields);
-        let context = Context::new(&read(&map), &mut Rng::from_seed(1), |_| decide);
-        context.write(context.span, &mut map);
+        let context = TraceContext::new(&read(&map), &mut Rng::from_seed(1), |_| decide);
+        context.inject(context.span, &mut map);
         (context, map)
     }
 
@@ -249,7 +249,7 @@ pub(crate) mod tests {
                 true,
             );
             let again = read(&map);
-            let parent = again.caller.expect("the written context is valid");
+            let parent = again.parent.expect("the written context is valid");
             let expected = (context.trace, context.span, Some(context.sampled));
             prop_assert_eq!((parent.trace, parent.span, parent.sampled), expected);
         }

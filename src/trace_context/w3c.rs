@@ -3,8 +3,8 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{
-    Caller, Context,
-    ids::{self, Span, Trace},
+    ParentContext, TraceContext,
+    ids::{self, SpanId, TraceId},
 };
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -16,13 +16,13 @@ const SAMPLED: u128 = 1;
 const RANDOM: u128 = 2;
 
 /// Reads `traceparent` (§3.2). Of a later version, only the part that this version defines is read.
-pub fn read(headers: &HeaderMap) -> Option<Caller> {
+pub fn read(headers: &HeaderMap) -> Option<ParentContext> {
     let mut fields = headers.get_all(TRACEPARENT).iter();
     let text = fields.next()?.as_bytes();
     if fields.next().is_some() || text.len() < LENGTH {
         return None;
     }
-    let version = ids::lower(&text[..2])?;
+    let version = ids::parse_lower_hex(&text[..2])?;
     let is_complete = match version {
         0 => text.len() == LENGTH,
         0xff => false,
@@ -31,16 +31,16 @@ pub fn read(headers: &HeaderMap) -> Option<Caller> {
     if !is_complete || [text[2], text[35], text[52]] != *b"---" {
         return None;
     }
-    let flags = ids::lower(&text[53..LENGTH])?;
-    Some(Caller {
-        trace: Trace::new(ids::lower(&text[3..35])?)?,
-        span: Span::new(ids::lower(&text[36..52])? as u64)?,
+    let flags = ids::parse_lower_hex(&text[53..LENGTH])?;
+    Some(ParentContext {
+        trace: TraceId::new(ids::parse_lower_hex(&text[3..35])?)?,
+        span: SpanId::new(ids::parse_lower_hex(&text[36..52])? as u64)?,
         sampled: Some(flags & SAMPLED != 0),
         random: flags & RANDOM != 0,
     })
 }
 
-pub fn write(context: &Context, span: Span, headers: &mut HeaderMap) {
+pub fn write(context: &TraceContext, span: SpanId, headers: &mut HeaderMap) {
     let mut text = *b"00-................................-................-00";
     context.trace.encode(&mut text[3..35]);
     span.encode(&mut text[36..52]);

@@ -151,7 +151,7 @@ impl Balancer {
     }
 
     /// The index of the endpoint for a hash, whatever its state; `None` unless balancing by hash.
-    pub fn named(&self, hash: Option<u64>) -> Option<usize> {
+    pub fn hash_target(&self, hash: Option<u64>) -> Option<usize> {
         hash.filter(|_| self.algorithm == Algorithm::Hash).and_then(|hash| self.rendezvous(hash, |_| true))
     }
 

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
-use super::pool::AnswerError;
+use super::pool::ResponseError;
 use crate::http1;
 
 /// Why a body ended early.
@@ -18,12 +18,12 @@ pub enum BodyError {
     #[error(transparent)]
     Peer(#[from] h2::Error),
     #[error(transparent)]
-    Answer(#[from] AnswerError),
+    Response(#[from] ResponseError),
     #[error(transparent)]
-    Caller(#[from] http1::Error),
+    Client(#[from] http1::Error),
     /// A newer attempt reads the request's body.
     #[error("a newer attempt has taken over the request's body")]
-    TakenOver,
+    Superseded,
 }
 
 /// What is left of a request's body; `None`: there is none, or no more of it.

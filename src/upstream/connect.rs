@@ -15,11 +15,11 @@ use crate::{
     descriptors,
     identity::{
         Peer,
-        handshake::{self, Proven, TlsFailure},
+        handshake::{self, TlsFailure, VerifiedPeer},
         tls::ClientTls,
     },
     net::{
-        alpn::{Speaks, Tls},
+        alpn::{ApplicationProtocol, ConnectionTls},
         io::SharedTcp,
     },
 };
@@ -31,17 +31,17 @@ pub enum ConnectError {
     #[error("{address} refused the connection ({source})")]
     Refused { address: SocketAddr, source: Rc<io::Error> },
     /// This process or machine lacked a resource for the attempt; it says nothing about the endpoint.
-    #[error("no connection to {address}: {} ({source})", descriptors::missing(source).unwrap_or("a local error"))]
+    #[error("no connection to {address}: {} ({source})", descriptors::missing_resource(source).unwrap_or("a local error"))]
     LocalResource { address: SocketAddr, source: Rc<io::Error> },
     #[error("{address} did not accept a connection within {limit:?}")]
     Timeout { address: SocketAddr, limit: Duration },
     #[error("{limit} connections to this upstream are open already (`limits.max_connections`)")]
-    Limit { limit: u32 },
+    ConnectionLimit { limit: u32 },
     #[error(
         "no HTTP/2 stream was free within {waited:?}: the endpoint allows {limit} concurrent streams per connection \
          (SETTINGS_MAX_CONCURRENT_STREAMS), and {connections} connections are open"
     )]
-    Streams { limit: u32, connections: usize, waited: Duration },
+    StreamLimit { limit: u32, connections: usize, waited: Duration },
     #[error("HTTP/2 handshake with {address} failed ({reason})")]
     Handshake { address: SocketAddr, reason: String },
     #[error("{address}: {failure}")]
@@ -72,27 +72,27 @@ impl PartialEq for TlsTarget {
 
 /// An open connection.
 #[derive(Debug)]
-pub struct Connected {
+pub struct NewConnection {
     pub io: UpstreamIo,
     pub tcp: SharedTcp,
     /// The verified identity of the server; none without TLS.
-    pub proof: Option<Box<Proof>>,
+    pub verification: Option<Box<PeerVerification>>,
 }
 
-impl Connected {
+impl NewConnection {
     /// How the connection is protected, for metrics.
-    pub fn protection(&self) -> Tls {
-        match &self.proof {
-            None => Tls::None,
-            Some(proof) if proof.client.settings.mode == TlsMode::Mutual => Tls::Mutual,
-            Some(_) => Tls::Server,
+    pub fn protection(&self) -> ConnectionTls {
+        match &self.verification {
+            None => ConnectionTls::None,
+            Some(proof) if proof.client.settings.mode == TlsMode::Mutual => ConnectionTls::Mutual,
+            Some(_) => ConnectionTls::Server,
         }
     }
 }
 
 /// The verified identity of a server, the settings that verified it, and when its certificates expire.
 #[derive(Debug)]
-pub struct Proof {
+pub struct PeerVerification {
     pub peer: Peer,
     chain: Vec<CertificateDer<'static>>,
     valid_until: SystemTime,
@@ -101,10 +101,10 @@ pub struct Proof {
     verified_generation: Cell<u64>,
 }
 
-impl Proof {
+impl PeerVerification {
     /// Whether a connection verified this way may carry a request that needs `target`. If the trusted roots have
     /// changed since, the certificate chain is verified again, once.
-    pub fn fits(&self, target: &TlsTarget) -> bool {
+    pub fn matches_target(&self, target: &TlsTarget) -> bool {
         if !Arc::ptr_eq(&self.client, &target.client) || *self.name != *target.name {
             return false;
         }
@@ -112,7 +112,7 @@ impl Proof {
     }
 
     /// Whether it was verified by these settings and is still trusted. The server name does not matter.
-    pub fn is_of(&self, client: &Arc<ClientTls>) -> bool {
+    pub fn uses_settings(&self, client: &Arc<ClientTls>) -> bool {
         Arc::ptr_eq(&self.client, client) && self.is_still_trusted()
     }
 
@@ -121,8 +121,8 @@ impl Proof {
         if self.verified_generation.get() == generation {
             return true;
         }
-        let verdict = match &**self.client.now() {
-            Ok(now) => now.still_believes(&self.chain).map(drop).map_err(|refusal| refusal.to_string()),
+        let verdict = match &**self.client.current() {
+            Ok(now) => now.reverify(&self.chain).map(drop).map_err(|refusal| refusal.to_string()),
             Err(reason) => Err(reason.clone()),
         };
         match verdict {
@@ -140,35 +140,35 @@ impl Proof {
     }
 
     /// When the client certificate of this sidecar expired, if it has.
-    pub fn own_expired(&self) -> Option<SystemTime> {
-        self.client.now().as_ref().as_ref().ok()?.own_expired()
+    pub fn client_certificate_expired_at(&self) -> Option<SystemTime> {
+        self.client.current().as_ref().as_ref().ok()?.own_certificate_expired_at()
     }
 }
 
 /// How long the kernel waits for the peer of a connection.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct TcpLimits {
+pub struct TcpTimeouts {
     /// To establish the connection, including TLS.
     pub connect: Option<Duration>,
     /// For the acknowledgement of sent bytes (TCP_USER_TIMEOUT).
-    pub user: Option<Duration>,
+    pub user_timeout: Option<Duration>,
 }
 
 /// Opens a connection within `limits`, with TLS if `tls` is given.
 pub async fn connect(
     address: SocketAddr,
-    limits: TcpLimits,
+    limits: TcpTimeouts,
     tls: Option<&TlsTarget>,
-    protocol: Speaks,
-) -> Result<Connected, ConnectError> {
+    protocol: ApplicationProtocol,
+) -> Result<NewConnection, ConnectError> {
     let connecting = async {
         let stream = descriptors::connect(address).await;
         let tcp = stream.map(SharedTcp::new).map_err(|error| ConnectError::from_io(address, error))?;
-        if limits.user.is_some() {
-            tcp.set_user_timeout(limits.user);
+        if limits.user_timeout.is_some() {
+            tcp.set_user_timeout(limits.user_timeout);
         }
         match tls {
-            None => Ok(Connected { io: UpstreamIo::Plain(tcp.clone()), tcp, proof: None }),
+            None => Ok(NewConnection { io: UpstreamIo::Plain(tcp.clone()), tcp, verification: None }),
             Some(target) => Box::pin(secure(address, tcp, target, protocol)).await,
         }
     };
@@ -184,14 +184,14 @@ async fn secure(
     address: SocketAddr,
     tcp: SharedTcp,
     target: &TlsTarget,
-    protocol: Speaks,
-) -> Result<Connected, ConnectError> {
+    protocol: ApplicationProtocol,
+) -> Result<NewConnection, ConnectError> {
     // Read before the handshake: a change of the roots meanwhile leads to another verification.
     let generation = target.client.generation();
     let connecting = handshake::connect(&target.client, &target.name, protocol, tcp.clone());
-    let (stream, Proven { peer, chain, valid_until }) =
+    let (stream, VerifiedPeer { peer, chain, valid_until }) =
         connecting.await.map_err(|failure| ConnectError::Tls { address, failure: Rc::new(failure) })?;
-    let proof = Box::new(Proof {
+    let proof = Box::new(PeerVerification {
         peer,
         chain,
         valid_until,
@@ -199,5 +199,5 @@ async fn secure(
         name: Arc::clone(&target.name),
         verified_generation: Cell::new(generation),
     });
-    Ok(Connected { io: UpstreamIo::Tls(Box::new(stream)), tcp, proof: Some(proof) })
+    Ok(NewConnection { io: UpstreamIo::Tls(Box::new(stream)), tcp, verification: Some(proof) })
 }

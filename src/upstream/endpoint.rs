@@ -56,7 +56,7 @@ impl EndpointState {
 
 /// An endpoint as discovery returned it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct DiscoveredEndpoint {
     pub address: SocketAddr,
     pub host: Option<Arc<str>>,
     pub weight: u32,
@@ -82,7 +82,7 @@ pub enum Resolution {
 }
 
 impl Endpoint {
-    pub(super) fn new(discovered: Found) -> Self {
+    pub(super) fn new(discovered: DiscoveredEndpoint) -> Self {
         Self {
             address: discovered.address,
             host: discovered.host,
@@ -110,7 +110,7 @@ impl Endpoint {
 
 impl EndpointSet {
     /// The next set. Endpoints that stay keep their object, and so their state. Duplicates are dropped.
-    pub(super) fn updated(&self, discovered: Vec<Found>) -> Self {
+    pub(super) fn with_endpoints(&self, discovered: Vec<DiscoveredEndpoint>) -> Self {
         let old: HashMap<_, _> = self.endpoints.iter().map(|e| ((e.address, e.host.clone()), e)).collect();
         let mut seen = HashSet::with_capacity(discovered.len());
         let endpoints = discovered
@@ -127,7 +127,7 @@ impl EndpointSet {
         Self { generation: self.generation + 1, endpoints, resolution: Resolution::Ready }
     }
 
-    pub(super) fn failed(&self, error: DiscoveryError) -> Self {
+    pub(super) fn with_failure(&self, error: DiscoveryError) -> Self {
         Self {
             generation: self.generation + 1,
             endpoints: self.endpoints.clone(),
@@ -140,17 +140,21 @@ impl EndpointSet {
 mod tests {
     use super::*;
 
-    fn discovered(port: u16, weight: u32) -> Found {
-        Found { address: SocketAddr::from(([127, 0, 0, 1], port)), host: Some("a".into()), weight }
+    fn discovered(port: u16, weight: u32) -> DiscoveredEndpoint {
+        DiscoveredEndpoint {
+            address: SocketAddr::from(([127, 0, 0, 1], port)),
+            host: Some("a".into()),
+            weight,
+        }
     }
 
     #[test]
     fn remaining_endpoints_keep_their_state() {
         let first =
-            EndpointSet::default().updated(vec![discovered(1, 1), discovered(2, 1), discovered(3, 1)]);
+            EndpointSet::default().with_endpoints(vec![discovered(1, 1), discovered(2, 1), discovered(3, 1)]);
         first.endpoints[0].set_healthy(false);
         first.endpoints[1].set_healthy(false);
-        let second = first.updated(vec![discovered(4, 1), discovered(2, 5), discovered(1, 1)]);
+        let second = first.with_endpoints(vec![discovered(4, 1), discovered(2, 5), discovered(1, 1)]);
         assert_eq!(second.generation, 2);
         assert!(Arc::ptr_eq(&second.endpoints[2], &first.endpoints[0]), "the same object");
         let reweighted = &second.endpoints[1];
@@ -161,7 +165,8 @@ mod tests {
 
     #[test]
     fn duplicate_endpoints_are_dropped() {
-        let set = EndpointSet::default().updated(vec![discovered(1, 1), discovered(1, 1), discovered(2, 0)]);
+        let set =
+            EndpointSet::default().with_endpoints(vec![discovered(1, 1), discovered(1, 1), discovered(2, 0)]);
         assert_eq!(
             set.endpoints.iter().map(|e| (e.address.port(), e.weight())).collect::<Vec<_>>(),
             [(1, 1), (2, 1)]

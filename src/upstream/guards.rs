@@ -15,22 +15,22 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::time::timeout;
 
 use super::{
-    comeback::Absence,
     connect::ConnectError,
-    squeeze::{self, Squeeze},
+    eviction::{self, Eviction},
+    reachability::Reachability,
 };
 use crate::{
     config::Policy,
     durations::Durations,
-    net::alpn::Tls,
+    net::alpn::ConnectionTls,
     resilience::{
-        adaptive::Adaptive,
-        breaker::{Breaker, BreakerSettings, Permit, State, Transition},
+        adaptive::AdaptiveLimit,
+        breaker::{Breaker, BreakerPermit, BreakerSettings, BreakerState, BreakerTransition},
         budget::{BudgetSettings, RetryBudget},
         classify::Health,
-        hedge::LiveQuantile,
-        limit::{Bell, Counter, LimitSettings, RequestLimit},
-        outlier::{OutlierSettings, Outliers},
+        hedge::LatencyQuantile,
+        limit::{BoundedCounter, LimitSettings, NotifyWaiter, RequestLimit},
+        outlier::{OutlierDetector, OutlierSettings},
         rate::{RateKey, RateLimit, RateSettings},
     },
 };
@@ -48,44 +48,44 @@ const SWITCH_RATE: RateSettings = RateSettings { rate: 1000, burst: 1000, per: R
 pub struct Guards {
     pub breaker: Arc<Breaker>,
     /// Whether the breaker is open because the endpoints are absent: then it may close before its time is over.
-    pub absence: Absence,
-    pub outliers: Outliers,
+    pub reachability: Reachability,
+    pub outliers: OutlierDetector,
     pub budget: RetryBudget,
-    pub requests: RequestLimit<Woken>,
-    pub connections: Counter,
+    pub requests: RequestLimit<QueuedWaker>,
+    pub connections: BoundedCounter,
     /// Open connections by how they are protected.
-    open: [AtomicI64; Tls::ALL.len()],
+    open: [AtomicI64; ConnectionTls::ALL.len()],
     /// Closes an idle connection when `max_connections` is reached and another one is needed.
-    pub squeeze: Squeeze,
+    pub eviction: Eviction,
     /// Adjusts the request limit by latency, if enabled.
-    pub adaptive: ArcSwapOption<Adaptive>,
+    pub adaptive: ArcSwapOption<AdaptiveLimit>,
     /// Bounds attempts that switch to another endpoint without using retry budget.
     switch_rate: RateLimit,
     rates: Mutex<Vec<(RateSettings, Arc<RateLimit>)>>,
     /// By percent. Replaced as a whole when one is added, so that a lookup never blocks.
-    quantiles: ArcSwap<Vec<(u8, Arc<LiveQuantile>)>>,
+    quantiles: ArcSwap<Vec<(u8, Arc<LatencyQuantile>)>>,
     /// The 95th percentile of all latencies, from its first use on.
-    usual_latency: OnceLock<LiveQuantile>,
-    pub counts: Counts,
+    usual_latency: OnceLock<LatencyQuantile>,
+    pub counters: PolicyCounters,
     /// The durations of its requests.
     pub durations: Durations,
 }
 
 /// Wakes a request that is queued for a permit.
 #[derive(Debug)]
-pub struct Woken(pub Waker);
+pub struct QueuedWaker(pub Waker);
 
-impl Bell for Woken {
-    fn ring(self) {
+impl NotifyWaiter for QueuedWaker {
+    fn notify(self) {
         self.0.wake();
     }
 }
 
 /// A permit for one request in flight; dropping it releases it.
 #[derive(Debug)]
-pub struct Place(pub Arc<Guards>);
+pub struct RequestPermit(pub Arc<Guards>);
 
-impl Drop for Place {
+impl Drop for RequestPermit {
     fn drop(&mut self) {
         self.0.requests.release(Instant::now);
     }
@@ -96,41 +96,43 @@ impl Drop for Place {
 pub struct ConnectionSlot {
     guards: Arc<Guards>,
     /// How the connection is protected, once it is open.
-    opened: Option<Tls>,
+    opened: Option<ConnectionTls>,
 }
 
 impl ConnectionSlot {
     /// Acquires a slot for one more connection. At the limit an idle connection is closed for it, if there is one.
-    pub async fn take(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
+    pub async fn acquire(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
         if let Some(slot) = Self::try_take(guards) {
             return Ok(slot);
         }
-        let request = guards.squeeze.want();
-        let acquired = timeout(squeeze::PATIENCE, async {
+        let request = guards.eviction.request();
+        let acquired = timeout(eviction::EVICTION_TIMEOUT, async {
             loop {
-                let freed = request.freed();
+                let freed = request.slot_freed();
                 if let Some(slot) = Self::try_take(guards) {
                     return slot;
                 }
-                request.again();
+                request.request_another();
                 freed.await;
             }
         });
-        Box::pin(acquired).await.map_err(|_| ConnectError::Limit { limit: guards.connections.limit() })
+        Box::pin(acquired)
+            .await
+            .map_err(|_| ConnectError::ConnectionLimit { limit: guards.connections.limit() })
     }
 
     /// Whether a request needs this slot, and no other connection has been closed for it. If so, this one must be.
-    pub fn is_claimed(&self) -> bool {
-        self.guards.squeeze.claim()
+    pub fn claim_eviction(&self) -> bool {
+        self.guards.eviction.claim()
     }
 
     fn try_take(guards: &Arc<Guards>) -> Option<Self> {
-        guards.connections.try_take().then(|| Self { guards: Arc::clone(guards), opened: None })
+        guards.connections.try_acquire().then(|| Self { guards: Arc::clone(guards), opened: None })
     }
 
     /// Counts the connection as open.
     #[must_use]
-    pub fn opened(mut self, protection: Tls) -> Self {
+    pub fn mark_open(mut self, protection: ConnectionTls) -> Self {
         self.guards.open[protection as usize].fetch_add(1, Ordering::Relaxed);
         self.opened = Some(protection);
         self
@@ -142,56 +144,56 @@ impl Drop for ConnectionSlot {
         if let Some(protection) = self.opened {
             self.guards.open[protection as usize].fetch_sub(1, Ordering::Relaxed);
         }
-        self.guards.connections.give_back();
-        self.guards.squeeze.freed();
+        self.guards.connections.release();
+        self.guards.eviction.notify_slot_freed();
     }
 }
 
 /// Counters of the policies, for metrics.
 #[derive(Debug)]
-pub struct Counts {
+pub struct PolicyCounters {
     /// By what followed a failed attempt.
-    pub retries: Tally,
+    pub retries: LabeledCounters,
     /// By the reason for which a request was rejected.
-    pub rejected: Tally,
+    pub rejected: LabeledCounters,
     /// By the new state of the breaker.
-    pub transitions: Tally,
+    pub transitions: LabeledCounters,
 }
 
 /// Counters for a fixed set of labels. Incremented on failures only, so a linear search is cheap enough.
 #[derive(Debug)]
-pub struct Tally(Vec<(&'static str, AtomicU64)>);
+pub struct LabeledCounters(Vec<(&'static str, AtomicU64)>);
 
-impl Tally {
+impl LabeledCounters {
     pub fn new(words: &[&'static str]) -> Self {
         Self(words.iter().map(|word| (*word, AtomicU64::new(0))).collect())
     }
 
     /// Increments the counter of a label; an unknown label is ignored.
-    pub fn add(&self, word: &str) {
+    pub fn increment(&self, word: &str) {
         if let Some((_, count)) = self.0.iter().find(|(known, _)| *known == word) {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn is_zero(&self) -> bool {
-        self.read().all(|(_, count)| count == 0)
+        self.iter().all(|(_, count)| count == 0)
     }
 
     /// Adds the counts of another one with the same labels.
     fn absorb(&self, other: &Self) {
-        for ((_, count), (_, more)) in self.0.iter().zip(other.read()) {
+        for ((_, count), (_, more)) in self.0.iter().zip(other.iter()) {
             count.fetch_add(more, Ordering::Relaxed);
         }
     }
 
     /// All labels with their counts.
-    pub fn read(&self) -> impl Iterator<Item = (&'static str, u64)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
         self.0.iter().map(|(word, count)| (*word, count.load(Ordering::Relaxed)))
     }
 }
 
-impl Counts {
+impl PolicyCounters {
     pub fn is_zero(&self) -> bool {
         self.retries.is_zero() && self.rejected.is_zero() && self.transitions.is_zero()
     }
@@ -204,10 +206,10 @@ impl Counts {
     }
 }
 
-impl Default for Counts {
+impl Default for PolicyCounters {
     fn default() -> Self {
         Self {
-            retries: Tally::new(&[
+            retries: LabeledCounters::new(&[
                 "sent",
                 "hedge",
                 "hedge_won",
@@ -226,7 +228,7 @@ impl Default for Counts {
                 "budget",
                 "breaker_open",
             ]),
-            rejected: Tally::new(&[
+            rejected: LabeledCounters::new(&[
                 "breaker_open",
                 "queue_full",
                 "limit_full",
@@ -242,33 +244,33 @@ impl Default for Counts {
                 "timeout",
                 "attempt_timeout",
             ]),
-            transitions: Tally::new(&["closed", "half_open", "open"]),
+            transitions: LabeledCounters::new(&["closed", "half_open", "open"]),
         }
     }
 }
 
 impl Guards {
     /// The number of open connections by protection.
-    pub fn open_by(&self) -> [(Tls, i64); Tls::ALL.len()] {
-        Tls::ALL.map(|tls| (tls, self.open[tls as usize].load(Ordering::Relaxed)))
+    pub fn open_connections(&self) -> [(ConnectionTls, i64); ConnectionTls::ALL.len()] {
+        ConnectionTls::ALL.map(|tls| (tls, self.open[tls as usize].load(Ordering::Relaxed)))
     }
 
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self {
             breaker: Breaker::new(BreakerSettings::default(), now),
-            absence: Absence::new(LimitSettings::default().max_pending),
-            outliers: Outliers::new(OutlierSettings::default(), now),
+            reachability: Reachability::new(LimitSettings::default().max_pending),
+            outliers: OutlierDetector::new(OutlierSettings::default(), now),
             budget: RetryBudget::new(BudgetSettings::default()),
             requests: RequestLimit::new(LimitSettings::default()),
-            connections: Counter::new(LimitSettings::default().max_connections),
+            connections: BoundedCounter::new(LimitSettings::default().max_connections),
             open: Default::default(),
-            squeeze: Squeeze::default(),
+            eviction: Eviction::default(),
             adaptive: ArcSwapOption::empty(),
             switch_rate: RateLimit::new(&SWITCH_RATE, now, RandomState::new()),
             rates: Mutex::default(),
             quantiles: ArcSwap::default(),
             usual_latency: OnceLock::new(),
-            counts: Counts::default(),
+            counters: PolicyCounters::default(),
             durations: Durations::default(),
         })
     }
@@ -289,19 +291,19 @@ impl Guards {
             self.requests.configure(limits, now);
             let adaptive = self.adaptive.load_full().filter(|_| limits.adaptive);
             if limits.adaptive && adaptive.is_none() {
-                self.requests.adapt(ADAPTIVE_START, now);
-                self.adaptive.store(Some(Arc::new(Adaptive::new(limits.max_requests, now))));
+                self.requests.set_adaptive_limit(ADAPTIVE_START, now);
+                self.adaptive.store(Some(Arc::new(AdaptiveLimit::new(limits.max_requests, now))));
             } else if let Some(adaptive) = adaptive {
                 // The learned limit outlives a reload; `adapt` keeps it below the new `max_requests`.
                 adaptive.configure(limits.max_requests);
-                self.requests.adapt(learned, now);
+                self.requests.set_adaptive_limit(learned, now);
             } else {
                 self.adaptive.store(None);
             }
         }
         let connections = policy.limits.0.map_or(u32::MAX, |limits| limits.max_connections);
         self.connections.set_limit(connections);
-        self.absence.set_most_waiting(policy.limits.0.unwrap_or_default().max_pending);
+        self.reachability.set_max_waiting(policy.limits.0.unwrap_or_default().max_pending);
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         rates.retain(|(_, limit)| Arc::strong_count(limit) > 1);
     }
@@ -318,14 +320,14 @@ impl Guards {
     }
 
     /// The live latency at a quantile, in percent. Lock-free.
-    pub fn quantile(&self, percent: u8, now: Instant) -> Arc<LiveQuantile> {
-        let find = |known: &[(u8, Arc<LiveQuantile>)]| {
+    pub fn quantile(&self, percent: u8, now: Instant) -> Arc<LatencyQuantile> {
+        let find = |known: &[(u8, Arc<LatencyQuantile>)]| {
             known.iter().find(|(of, _)| *of == percent).map(|(_, live)| Arc::clone(live))
         };
         if let Some(live) = find(&self.quantiles.load()) {
             return live;
         }
-        let new = Arc::new(LiveQuantile::new(percent, now));
+        let new = Arc::new(LatencyQuantile::new(percent, now));
         self.quantiles.rcu(|known| {
             let added = (percent, Arc::clone(&new));
             // Another worker may have added it first.
@@ -336,12 +338,12 @@ impl Guards {
     }
 
     /// The latency that responses rarely exceed. Recorded from the first use on, so not known at once.
-    pub fn watch_usual_latency(&self, now: Instant) -> &LiveQuantile {
-        self.usual_latency.get_or_init(|| LiveQuantile::new(USUAL_PERCENTILE, now))
+    pub fn track_p95_latency(&self, now: Instant) -> &LatencyQuantile {
+        self.usual_latency.get_or_init(|| LatencyQuantile::new(USUAL_PERCENTILE, now))
     }
 
     /// The same, if it is in use.
-    pub fn usual_latency(&self) -> Option<&LiveQuantile> {
+    pub fn p95_latency(&self) -> Option<&LatencyQuantile> {
         self.usual_latency.get()
     }
 
@@ -349,14 +351,14 @@ impl Guards {
     pub fn report(
         &self,
         upstream: &str,
-        permit: Permit,
+        permit: BreakerPermit,
         (health, absent): (Health, bool),
         now: Instant,
         random: f64,
-    ) -> Option<Transition> {
+    ) -> Option<BreakerTransition> {
         let transition = self.breaker.report(permit, health, now, random);
         self.apply_transition(upstream, transition, absent);
-        if transition.is_some_and(|transition| transition.to == State::Open)
+        if transition.is_some_and(|transition| transition.to == BreakerState::Open)
             && self.outliers.awaits_probe(now)
         {
             self.offer_trial();
@@ -367,30 +369,30 @@ impl Guards {
     /// Lets one request through an open breaker to probe an endpoint, and notifies waiting requests. They may have
     /// been notified of the change to "open" before, when there was no trial yet.
     pub fn offer_trial(&self) {
-        if self.breaker.offer_trial() {
-            self.absence.wake();
+        if self.breaker.allow_early_trial() {
+            self.reachability.notify_waiters();
         }
     }
 
     /// Whether one more attempt may switch to another endpoint at once, because this one accepted no connection.
-    pub fn may_move_on(&self, now: Instant) -> bool {
-        self.switch_rate.take(&[], now).is_ok()
+    pub fn may_switch_endpoint(&self, now: Instant) -> bool {
+        self.switch_rate.admit(&[], now).is_ok()
     }
 
     /// Counts and logs a transition of the breaker.
-    pub fn note(&self, upstream: &str, transition: Option<Transition>) {
+    pub fn record_transition(&self, upstream: &str, transition: Option<BreakerTransition>) {
         self.apply_transition(upstream, transition, false);
     }
 
-    fn apply_transition(&self, upstream: &str, transition: Option<Transition>, absent: bool) {
+    fn apply_transition(&self, upstream: &str, transition: Option<BreakerTransition>, absent: bool) {
         if let Some(transition) = transition {
-            self.absence.note(&transition, absent);
-            self.counts.transitions.add(transition.to.word());
+            self.reachability.record_transition(&transition, absent);
+            self.counters.transitions.increment(transition.to.word());
             tracing::warn!(
                 upstream,
                 from = transition.from.word(),
                 to = transition.to.word(),
-                why = %transition.why,
+                why = %transition.reason,
                 "circuit breaker"
             );
         }

@@ -7,7 +7,7 @@ mod check;
 #[cfg(test)]
 mod tests;
 
-pub use check::{CheckError, Stream, alongside, grpc as ask_grpc};
+pub use check::{CheckError, CheckStream, check_grpc_health as ask_grpc, run_on_connection};
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -25,7 +25,7 @@ use tokio::{
 
 use super::{Endpoint, Upstream, connect::TlsTarget};
 use crate::{
-    config::{Health, Protocol},
+    config::{HealthCheck, Protocol},
     rng::Rng,
 };
 
@@ -39,7 +39,7 @@ const MIN_INTERVAL: Duration = Duration::from_millis(10);
 /// What to check, and how.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckSettings {
-    pub health: Health,
+    pub health: HealthCheck,
     /// The upstream's: with [`Protocol::H2`], HTTP checks use HTTP/2 with prior knowledge.
     pub protocol: Protocol,
     pub tls: Option<TlsTarget>,
@@ -72,7 +72,7 @@ impl Threshold {
     }
 
     /// Records the result of a check; `true` if the state of the endpoint has changed.
-    pub fn record(&mut self, passed: bool, settings: &Health) -> bool {
+    pub fn record(&mut self, passed: bool, settings: &HealthCheck) -> bool {
         if passed == self.healthy {
             self.contrary = 0;
             return false;
@@ -141,7 +141,7 @@ struct CheckedEndpoint {
 
 impl Checker {
     async fn run(mut self) {
-        let mut changes = self.upstream.changes();
+        let mut changes = self.upstream.subscribe();
         self.sync_endpoints();
         loop {
             self.start_due();

@@ -55,7 +55,7 @@
 //!   slot.
 //! - IDLE: no task waits. The pool checks the connection before reuse and about once a second, with a no-op waker.
 
-mod line;
+mod client_connection;
 #[cfg(test)]
 mod tests;
 
@@ -79,15 +79,15 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-pub use self::line::Bodiless;
-use self::line::Line;
+use self::client_connection::ClientConnection;
+pub use self::client_connection::NoBodyReason;
 use super::{
     RequestBody,
-    connect::{ConnectError, Connected, Proof, connect},
+    connect::{ConnectError, NewConnection, PeerVerification, connect},
     guards::{ConnectionSlot, Guards},
     local::LocalEndpoint,
     pool::{ConnectionSettings, retire_at},
-    stream::{Idle, UpstreamIo},
+    stream::{IdleState, UpstreamIo},
 };
 
 use crate::{
@@ -95,10 +95,10 @@ use crate::{
     header_names::X_OUTRIGGER_ATTEMPT,
     http1::{
         Error,
-        head::{ResponseHead, Spelling, decimal, write_field},
+        head::{ResponseHead, Spelling, format_decimal, write_field},
         target::RawTarget,
     },
-    net::{alpn::Speaks, io::SharedTcp},
+    net::{alpn::ApplicationProtocol, io::SharedTcp},
     resilience::deadline::REQUEST_TIMEOUT,
 };
 
@@ -111,10 +111,10 @@ const SETTLE: Duration = Duration::from_millis(10);
 
 /// Whether a connection can carry another exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rest {
+pub enum ReuseVerdict {
     Reusable,
     /// It is closed: one side does not keep it alive, or the exchange was incomplete.
-    Ends,
+    Close,
     /// It is closed because more than the response was received.
     Unsolicited,
 }
@@ -122,58 +122,58 @@ pub enum Rest {
 /// An HTTP/1.1 connection. When it is dropped idle, it closes gracefully (TLS `close_notify`) as far as that does not
 /// block.
 #[derive(Debug)]
-pub struct Http1 {
+pub struct Http1Connection {
     // Shared with the upload task. One pointer, because the connection is moved around often.
-    opened: Rc<Opened>,
+    inner: Rc<ConnectionInner>,
     /// When the last response ended.
     pub idle_since: Instant,
     /// It settles until then, see [`SETTLE`].
     pub reusable_from: Instant,
     /// The idle timeout that `Keep-Alive: timeout=` announced.
-    pub told: Option<Duration>,
+    pub announced_idle_timeout: Option<Duration>,
 }
 
 #[derive(Debug)]
-struct Opened {
+struct ConnectionInner {
     /// Borrowed within one poll only, never across an `await`: the request's task and the upload task share it.
-    line: RefCell<Line>,
+    connection: RefCell<ClientConnection>,
     tcp: SharedTcp,
     keep_spelling: bool,
     retire_at: Option<Instant>,
     /// See [`ConnectionSettings`].
-    lifts_user_timeout: bool,
+    clear_user_timeout_on_upgrade: bool,
     /// The verified server identity, if TLS.
-    proof: Option<Box<Proof>>,
+    verification: Option<Box<PeerVerification>>,
     // Last: the slot is released after everything else.
     slot: ConnectionSlot,
 }
 
 /// The head of a request to be sent, borrowed from the caller of [`Http1Connection::send`].
 #[derive(Clone, Copy, Debug)]
-pub struct Head<'a> {
+pub struct OutgoingHead<'a> {
     pub method: &'a Method,
     pub target: &'a Uri,
     /// Path and query as the client sent them, if `target` has a normalized form.
     pub raw_target: Option<&'a RawTarget>,
     pub fields: &'a HeaderMap,
     pub spelling: Option<&'a Spelling>,
-    pub told: Told,
+    pub attempt_fields: AttemptFields,
 }
 
 /// Header fields of one attempt that are written directly, without a copy of the request's header map.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Told {
+pub struct AttemptFields {
     /// The number of the attempt, from 1.
     pub attempt: Option<u32>,
     /// The time until the deadline, in milliseconds.
     pub millis_left: Option<NonZeroU64>,
 }
 
-impl Told {
+impl AttemptFields {
     /// Writes the header fields.
     pub fn write(self, out: &mut Vec<u8>) {
         let mut write = |name: &HeaderName, number: u64| {
-            write_field(out, name.as_str().as_bytes(), decimal(&mut [0; 20], number));
+            write_field(out, name.as_str().as_bytes(), format_decimal(&mut [0; 20], number));
         };
         if let Some(attempt) = self.attempt {
             write(&X_OUTRIGGER_ATTEMPT, attempt.into());
@@ -184,7 +184,7 @@ impl Told {
     }
 }
 
-impl Http1 {
+impl Http1Connection {
     /// Waits for a connection slot and opens a connection.
     ///
     /// # Errors
@@ -197,23 +197,24 @@ impl Http1 {
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
         settings.queued.set(true);
-        let slot = ConnectionSlot::take(guards).await;
+        let slot = ConnectionSlot::acquire(guards).await;
         settings.queued.set(false);
         let slot = slot?;
-        let connected = connect(address, settings.tcp, settings.tls.as_ref(), Speaks::Http1).await?;
-        let slot = slot.opened(connected.protection());
-        let Connected { io, tcp, proof } = connected;
+        let connected =
+            connect(address, settings.tcp, settings.tls.as_ref(), ApplicationProtocol::Http1).await?;
+        let slot = slot.mark_open(connected.protection());
+        let NewConnection { io, tcp, verification: proof } = connected;
         let now = Instant::now();
-        let opened = Opened {
-            line: RefCell::new(Line::new(io)),
+        let opened = ConnectionInner {
+            connection: RefCell::new(ClientConnection::new(io)),
             tcp,
             keep_spelling: settings.header_case == HeaderCase::Preserve,
             retire_at: retire_at(settings, proof.as_deref(), now),
-            lifts_user_timeout: settings.lifts_user_timeout,
-            proof,
+            clear_user_timeout_on_upgrade: settings.clear_user_timeout_on_upgrade,
+            verification: proof,
             slot,
         };
-        Ok(Self { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None })
+        Ok(Self { inner: Rc::new(opened), idle_since: now, reusable_from: now, announced_idle_timeout: None })
     }
 
     /// Sends a request and waits for the head of its response. `interim` receives the interim responses (1xx) before
@@ -223,17 +224,17 @@ impl Http1 {
     /// a server may wait for the rest of the request before it sends the rest of the response.
     pub async fn send(
         &mut self,
-        head: Head<'_>,
+        head: OutgoingHead<'_>,
         body: RequestBody,
         mut interim: impl FnMut(StatusCode, HeaderMap),
     ) -> Result<ResponseHead, Error> {
-        let connection = &self.opened.line;
-        connection.borrow_mut().begin(head, body)?;
+        let connection = &self.inner.connection;
+        connection.borrow_mut().start_request(head, body)?;
         // The pool has checked the connection in this very poll. If the first write has to wait, it is checked again.
         let (mut checked, mut broken) = (true, false);
         let response = poll_fn(|cx| {
             let connection = &mut *connection.borrow_mut();
-            if !checked && connection.is_untouched() && connection.look() != Idle::Quiet {
+            if !checked && connection.is_reused_and_unsent() && connection.check_idle() != IdleState::Quiet {
                 return Poll::Ready(Err(Error::Closed));
             }
             checked = false;
@@ -243,7 +244,7 @@ impl Http1 {
                     // of an upload, or a TLS alert about our certificate): this is in the kernel's receive buffer,
                     // followed by the end.
                     Poll::Ready(Err(Error::Io(error)))
-                        if is_peer_close(&error) && !connection.is_untouched() =>
+                        if is_peer_close(&error) && !connection.is_reused_and_unsent() =>
                     {
                         broken = true
                     }
@@ -251,24 +252,24 @@ impl Http1 {
                     _ => {}
                 }
             }
-            if connection.is_untouched() {
+            if connection.is_reused_and_unsent() {
                 // `poll_request` is pending: the socket, or the request body, has stored the waker.
                 return Poll::Pending;
             }
-            connection.poll_answer(cx, head.method, self.opened.keep_spelling, &mut interim)
+            connection.poll_response_head(cx, head.method, self.inner.keep_spelling, &mut interim)
         })
         .await?;
         let mut connection = connection.borrow_mut();
         if !broken && !connection.is_sent() {
             // Its first poll replaces this task's wakers in the request body and in the write direction of the socket.
-            spawn_local(upload(Rc::clone(&self.opened)));
+            spawn_local(upload(Rc::clone(&self.inner)));
         } else if response.status == StatusCode::REQUEST_TIMEOUT
-            && connection.reused
-            && !connection.persists
+            && connection.is_reused
+            && !connection.is_persistent
             && head.method.is_idempotent()
         {
             // The service timed out waiting for a request just before this one arrived (RFC 9110 §15.5.9).
-            connection.heard = false;
+            connection.has_received_bytes = false;
             return Err(Error::Closed);
         }
         Ok(response)
@@ -276,93 +277,93 @@ impl Http1 {
 
     /// Polls the next frame of the response body.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        self.opened.line.borrow_mut().poll_frame(cx)
+        self.inner.connection.borrow_mut().poll_frame(cx)
     }
 
     /// Whether the response body is known to be complete without reading on.
     pub fn is_end_stream(&self) -> bool {
-        self.opened.line.borrow().decoder.is_over()
+        self.inner.connection.borrow().decoder.is_complete()
     }
 
     /// The remaining length of the response body, if known.
-    pub fn length(&self) -> Option<u64> {
-        self.opened.line.borrow().decoder.length()
+    pub fn remaining_length(&self) -> Option<u64> {
+        self.inner.connection.borrow().decoder.remaining_length()
     }
 
     /// The byte stream after an upgrade, and the bytes already received on it.
-    pub fn take_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
-        let mut connection = self.opened.line.borrow_mut();
-        connection.persists = false;
+    pub fn take_upgraded_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
+        let mut connection = self.inner.connection.borrow_mut();
+        connection.is_persistent = false;
         if !connection.is_sent() {
             // The endpoint would take the rest of the request for the new protocol.
-            connection.give_up();
+            connection.abort();
             return None;
         }
-        if self.opened.lifts_user_timeout {
-            self.opened.tcp.set_user_timeout(None);
+        if self.inner.clear_user_timeout_on_upgrade {
+            self.inner.tcp.set_user_timeout(None);
         }
-        let unread = std::mem::take(&mut connection.intake).into_unread();
+        let unread = std::mem::take(&mut connection.read_buffer).into_unread();
         connection.io.take().map(|io| (io, unread))
     }
 
     /// Ends an exchange whose response was read to its end. `settles`: unsolicited bytes may follow.
-    pub fn rest(&mut self, settles: bool, now: Instant) -> Rest {
+    pub fn finish_exchange(&mut self, settles: bool, now: Instant) -> ReuseVerdict {
         self.idle_since = now;
-        let mut connection = self.opened.line.borrow_mut();
+        let mut connection = self.inner.connection.borrow_mut();
         self.reusable_from = if settles { now + SETTLE } else { now };
-        let persisted = connection.persists;
-        if connection.listen() == Idle::Unsolicited && persisted {
-            return Rest::Unsolicited;
+        let persisted = connection.is_persistent;
+        if connection.check_idle_readiness() == IdleState::Unsolicited && persisted {
+            return ReuseVerdict::Unsolicited;
         }
-        let reusable = connection.is_usable() && !self.opened.slot.is_claimed() && !self.is_retired(now);
-        connection.reused = true;
-        if reusable { Rest::Reusable } else { Rest::Ends }
+        let reusable = connection.is_usable() && !self.inner.slot.claim_eviction() && !self.is_retired(now);
+        connection.is_reused = true;
+        if reusable { ReuseVerdict::Reusable } else { ReuseVerdict::Close }
     }
 
     /// Why the last response had no body regardless of its header fields.
-    pub fn bodiless(&self) -> Option<Bodiless> {
-        self.opened.line.borrow().bodiless
+    pub fn no_body_reason(&self) -> Option<NoBodyReason> {
+        self.inner.connection.borrow().no_body_reason
     }
 
     /// Records what was received while idle, as far as the runtime already knows of it: session tickets, or the end.
-    pub fn listen(&mut self) -> Idle {
-        self.opened.line.borrow_mut().listen()
+    pub fn check_idle_readiness(&mut self) -> IdleState {
+        self.inner.connection.borrow_mut().check_idle_readiness()
     }
 
     /// Asks the kernel whether anything was received while idle. Must be called just before a request is sent, in the
     /// same poll of the task: what is received later cannot be distinguished from its response.
-    pub fn look(&mut self) -> Idle {
-        self.opened.line.borrow_mut().look()
+    pub fn check_idle(&mut self) -> IdleState {
+        self.inner.connection.borrow_mut().check_idle()
     }
 
     /// Whether it is known to be closed.
     pub fn is_closed(&self) -> bool {
-        !self.opened.line.borrow().persists
+        !self.inner.connection.borrow().is_persistent
     }
 
     /// The endpoint's address, for messages.
     pub fn peer(&self) -> Option<SocketAddr> {
-        self.opened.tcp.peer_addr().ok()
+        self.inner.tcp.peer_addr().ok()
     }
 
     /// Whether it has reached its maximum age, or the server's certificate has expired.
     pub fn is_retired(&self, now: Instant) -> bool {
-        self.opened.retire_at.is_some_and(|at| now >= at)
+        self.inner.retire_at.is_some_and(|at| now >= at)
     }
 
     /// The verified server identity, if TLS.
-    pub fn proof(&self) -> Option<&Proof> {
-        self.opened.proof.as_deref()
+    pub fn peer_verification(&self) -> Option<&PeerVerification> {
+        self.inner.verification.as_deref()
     }
 
     /// Whether a byte of a response was received.
-    pub fn heard_anything(&self) -> bool {
-        self.opened.line.borrow().heard
+    pub fn has_received_bytes(&self) -> bool {
+        self.inner.connection.borrow().has_received_bytes
     }
 
     /// Whether a byte of the request may have reached the endpoint.
-    pub fn sent_anything(&self) -> bool {
-        self.opened.line.borrow().sent
+    pub fn has_sent_bytes(&self) -> bool {
+        self.inner.connection.borrow().has_sent_bytes
     }
 }
 
@@ -373,32 +374,32 @@ fn is_peer_close(error: &io::Error) -> bool {
 }
 
 /// Sends the rest of a request after an early response, as long as the endpoint accepts it.
-async fn upload(opened: Rc<Opened>) {
+async fn upload(opened: Rc<ConnectionInner>) {
     loop {
-        let before = opened.line.borrow().outlet.written_so_far();
+        let before = opened.connection.borrow().write_buffer.total_written();
         let sent = poll_fn(|cx| {
-            let mut connection = opened.line.borrow_mut();
+            let mut connection = opened.connection.borrow_mut();
             // For `abort`, which drops the socket and with it the waker that is stored there.
-            connection.uploader = Some(cx.waker().clone());
+            connection.upload_waker = Some(cx.waker().clone());
             connection.poll_request(cx).map(drop)
         });
         if timeout(UPLOAD_STALL, sent).await.is_ok() {
             return;
         }
-        let mut connection = opened.line.borrow_mut();
+        let mut connection = opened.connection.borrow_mut();
         // The timeout only counts if nothing at all was written meanwhile.
-        if connection.outlet.written_so_far() == before {
-            return connection.give_up();
+        if connection.write_buffer.total_written() == before {
+            return connection.abort();
         }
     }
 }
 
-impl Drop for Http1 {
+impl Drop for Http1Connection {
     fn drop(&mut self) {
-        let mut connection = self.opened.line.borrow_mut();
-        if !connection.decoder.is_over() {
+        let mut connection = self.inner.connection.borrow_mut();
+        if !connection.decoder.is_complete() {
             // The response is not read any more, so the rest of the request is not sent either.
-            connection.give_up();
+            connection.abort();
         }
     }
 }

@@ -31,7 +31,7 @@ use tokio::{
 use self::waiters::Waiters;
 use super::{
     RequestBody,
-    connect::{ConnectError, Connected, Proof, connect},
+    connect::{ConnectError, NewConnection, PeerVerification, connect},
     guards::ConnectionSlot,
     local::LocalEndpoint,
     pool::{ConnectionSettings, retire_at},
@@ -39,23 +39,23 @@ use super::{
 use crate::{
     http1::framing::MAX_HEADER_LIST,
     http2::{
-        MOST_STREAM_ERRORS, REMEMBERED_RESETS, RESET_MEMORY,
-        body::Body,
+        MAX_RESET_STREAMS, MAX_STREAM_ERRORS, RESET_STREAM_DURATION,
+        body::StreamBody,
         fields,
-        guard::Guarded,
+        header_filter::HeaderFilter,
         send::BodySender,
-        wire::{Wire, Wired},
+        wire_state::{ObservedIo, WireState},
     },
-    net::alpn::Speaks,
-    resilience::classify::Loss,
+    net::alpn::ApplicationProtocol,
+    resilience::classify::ConnectionLoss,
 };
 
 /// Streams in flight on a connection above which another connection is opened.
-const MOST_STREAMS: u32 = 64;
+const MAX_STREAMS: u32 = 64;
 /// What a stream may receive before any of it is read: the memory that a slow client holds.
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// All streams may fill their windows, and the next one still gets data. It bounds the memory of a connection.
-const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MOST_STREAMS;
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
 /// Streams that `h2` opens before the endpoint's SETTINGS arrive. Requests wait for them, for a limited time.
 const STREAMS_BEFORE_SETTINGS: usize = 1;
 /// A connection whose send window has been exhausted for this long gets no further request with a body.
@@ -72,18 +72,18 @@ pub struct PingSettings {
 
 /// A connection. Its task ends when this and all its streams are dropped.
 #[derive(Debug)]
-pub struct Http2 {
+pub struct Http2Connection {
     sender: SendRequest<Bytes>,
-    state: Rc<State>,
+    state: Rc<ConnectionState>,
     retire_at: Option<Instant>,
-    proof: Option<Box<Proof>>,
-    loss: Loss,
+    verification: Option<Box<PeerVerification>>,
+    loss: ConnectionLoss,
 }
 
 /// The state that a connection's task shares with its streams and the pool.
 #[derive(Debug)]
-struct State {
-    wire: Rc<Wire>,
+struct ConnectionState {
+    wire: Rc<WireState>,
     /// Streams in flight, including those whose request is still being sent.
     streams: Cell<u32>,
     /// The most concurrent streams that the endpoint allows; 0 until anything was received.
@@ -104,30 +104,30 @@ struct State {
 
 /// A stream of a connection, counted until it is dropped.
 #[derive(Debug)]
-pub struct Stream {
-    connection: Rc<Http2>,
+pub struct Http2Stream {
+    connection: Rc<Http2Connection>,
     slot: Rc<StreamSlot>,
     upload: Option<AbortHandle>,
     sent_at: Option<Instant>,
     response_started: bool,
     /// The response body, once its head has arrived.
-    body: Option<Body>,
+    body: Option<StreamBody>,
     /// The response has been read to its end.
     complete: bool,
 }
 
 #[derive(Debug)]
-struct StreamSlot(Rc<State>);
+struct StreamSlot(Rc<ConnectionState>);
 
 /// Why there is no response.
 #[derive(Debug)]
 pub struct RequestError {
     pub error: h2::Error,
     /// Nothing of the request was sent, and nothing of its body was read.
-    pub unsent: bool,
+    pub is_unsent: bool,
 }
 
-impl Http2 {
+impl Http2Connection {
     async fn open(
         endpoint: &LocalEndpoint,
         settings: &ConnectionSettings,
@@ -135,15 +135,16 @@ impl Http2 {
         changed: &Rc<Waiters>,
     ) -> Result<Rc<Self>, ConnectError> {
         let address = endpoint.shared.address;
-        let connected = connect(address, settings.tcp, settings.tls.as_ref(), Speaks::H2).await?;
-        let slot = slot.opened(connected.protection());
-        let Connected { io, proof, .. } = connected;
-        let wire = Wire::client();
-        let made = builder().handshake(Wired::new(Guarded::of_server(io, &wire), &wire)).await;
+        let connected =
+            connect(address, settings.tcp, settings.tls.as_ref(), ApplicationProtocol::H2).await?;
+        let slot = slot.mark_open(connected.protection());
+        let NewConnection { io, verification: proof, .. } = connected;
+        let wire = WireState::client();
+        let made = builder().handshake(ObservedIo::new(HeaderFilter::for_server(io, &wire), &wire)).await;
         let (sender, mut h2) =
             made.map_err(|error| ConnectError::Handshake { address, reason: error.to_string() })?;
         let now = Instant::now();
-        let state = Rc::new(State {
+        let state = Rc::new(ConnectionState {
             wire,
             streams: Cell::new(0),
             limit: Cell::new(0),
@@ -165,8 +166,8 @@ impl Http2 {
             sender,
             state,
             retire_at: retire_at(settings, proof.as_deref(), now),
-            proof,
-            loss: Loss::default(),
+            verification: proof,
+            loss: ConnectionLoss::default(),
         }))
     }
 
@@ -180,19 +181,19 @@ impl Http2 {
     }
 
     /// Whether one more stream may be opened now.
-    fn has_room(&self) -> bool {
+    fn has_free_stream(&self) -> bool {
         self.state.ping_sent.get().is_none() && self.state.streams.get() < self.state.limit.get()
     }
 
     /// Whether request bodies have exhausted its send window, and the endpoint does not extend it.
-    fn is_held(&self, now: Instant) -> bool {
+    fn is_window_exhausted(&self, now: Instant) -> bool {
         let since = self.state.wire.window_empty_since();
         since.is_some_and(|since| now.saturating_duration_since(since) >= WINDOW_EXHAUSTED_FOR)
     }
 
     /// Whether it has no free stream only because the endpoint has not allowed any yet: another connection would have
     /// none either.
-    fn is_opening(&self) -> bool {
+    fn awaits_stream_limit(&self) -> bool {
         let state = &self.state;
         !state.closed.get() && state.limit.get() == 0 && state.streams.get() == 0
     }
@@ -202,9 +203,9 @@ impl Http2 {
     }
 }
 
-impl Drop for Http2 {
+impl Drop for Http2Connection {
     fn drop(&mut self) {
-        self.state.wake();
+        self.state.wake_task();
     }
 }
 
@@ -216,22 +217,22 @@ fn builder() -> Builder {
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEADER_LIST)
-        .max_local_error_reset_streams(Some(MOST_STREAM_ERRORS))
-        .max_concurrent_reset_streams(REMEMBERED_RESETS)
-        .reset_stream_duration(RESET_MEMORY);
+        .max_local_error_reset_streams(Some(MAX_STREAM_ERRORS))
+        .max_concurrent_reset_streams(MAX_RESET_STREAMS)
+        .reset_stream_duration(RESET_STREAM_DURATION);
     builder
 }
 
-impl State {
+impl ConnectionState {
     /// Stores the waker of the connection's task, mostly the same as before.
-    fn note_task(&self, waker: &Waker) {
+    fn store_waker(&self, waker: &Waker) {
         let mut task = self.task.borrow_mut();
         if !task.as_ref().is_some_and(|task| task.will_wake(waker)) {
             *task = Some(waker.clone());
         }
     }
 
-    fn wake(&self) {
+    fn wake_task(&self) {
         if let Some(task) = self.task.take() {
             task.wake();
         }
@@ -239,7 +240,7 @@ impl State {
 }
 
 impl StreamSlot {
-    fn new(state: &Rc<State>) -> Rc<Self> {
+    fn new(state: &Rc<ConnectionState>) -> Rc<Self> {
         state.streams.set(state.streams.get() + 1);
         Rc::new(Self(Rc::clone(state)))
     }
@@ -250,12 +251,12 @@ impl Drop for StreamSlot {
         let state = &self.0;
         state.streams.set(state.streams.get().saturating_sub(1));
         state.idle_since.set(Instant::now());
-        state.changed.wake_one();
+        state.changed.notify_one();
     }
 }
 
-impl Stream {
-    fn new(connection: Rc<Http2>) -> Self {
+impl Http2Stream {
+    fn new(connection: Rc<Http2Connection>) -> Self {
         let slot = StreamSlot::new(&connection.state);
         Self {
             connection,
@@ -279,15 +280,15 @@ impl Stream {
         let ends = body.is_end_stream();
         let now = Instant::now();
         let sent = self.connection.sender.clone().send_request(request, ends);
-        let (response, stream) = sent.map_err(|error| RequestError { error, unsent: true })?;
+        let (response, stream) = sent.map_err(|error| RequestError { error, is_unsent: true })?;
         self.sent_at = Some(now);
         if !ends {
             self.upload(BodySender::new(body, stream)).await;
         }
-        let response = response.await.map_err(|error| RequestError { error, unsent: false })?;
+        let response = response.await.map_err(|error| RequestError { error, is_unsent: false })?;
         self.response_started = true;
         let (head, stream) = response.into_parts();
-        let body = Body::of_response(stream, &head.headers, &self.connection.state.wire);
+        let body = StreamBody::of_response(stream, &head.headers, &self.connection.state.wire);
         self.complete = body.is_end_stream();
         self.body = Some(body);
         Ok(Response::from_parts(head, ()))
@@ -310,34 +311,34 @@ impl Stream {
     }
 
     /// Whether it is the only stream of its connection.
-    pub fn is_alone(&self) -> bool {
+    pub fn is_only_stream(&self) -> bool {
         self.connection.state.streams.get() == 1
     }
 
     /// The verified server identity, if TLS.
-    pub fn proof(&self) -> Option<&Proof> {
-        self.connection.proof.as_deref()
+    pub fn peer_verification(&self) -> Option<&PeerVerification> {
+        self.connection.verification.as_deref()
     }
 
-    pub fn loss(&self) -> &Loss {
+    pub fn loss(&self) -> &ConnectionLoss {
         &self.connection.loss
     }
 
-    pub fn body(&mut self) -> Option<&mut Body> {
+    pub fn body(&mut self) -> Option<&mut StreamBody> {
         self.body.as_mut()
     }
 
-    pub fn peek_body(&self) -> Option<&Body> {
+    pub fn peek_body(&self) -> Option<&StreamBody> {
         self.body.as_ref()
     }
 
     /// Marks the response as read to its end: the rest of the request is still sent.
-    pub fn finished(&mut self) {
+    pub fn mark_complete(&mut self) {
         self.complete = true;
     }
 }
 
-impl Drop for Stream {
+impl Drop for Http2Stream {
     fn drop(&mut self) {
         if !self.complete
             && let Some(upload) = &self.upload
@@ -346,10 +347,11 @@ impl Drop for Stream {
         }
         // Cancelled by its client, or by a deadline here. If the endpoint has sent anything meanwhile, it is alive.
         let state = &self.connection.state;
-        let silent = self.sent_at.is_some_and(|sent| state.wire.heard().is_none_or(|heard| heard <= sent));
+        let silent =
+            self.sent_at.is_some_and(|sent| state.wire.last_received().is_none_or(|heard| heard <= sent));
         if !self.response_started && silent && !state.closed.get() {
             state.ping_wanted.set(true);
-            state.wake();
+            state.wake_task();
         }
     }
 }

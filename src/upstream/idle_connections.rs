@@ -10,12 +10,12 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    http1::{Http1, Rest},
-    idle::Learned,
-    pool::{ConnectionSettings, fits, is_of},
-    stream::Idle,
+    http1::{Http1Connection, ReuseVerdict},
+    idle_timeout::LearnedIdleTimeout,
+    pool::{ConnectionSettings, matches_settings, uses_current_tls},
+    stream::IdleState,
 };
-use crate::{config::PoolIdle, identity::tls::ClientTls};
+use crate::{config::PoolIdleTimeout, identity::tls::ClientTls};
 
 /// The most idle connections that are kept.
 const MAX_IDLE: usize = 512;
@@ -29,9 +29,9 @@ const COMPLIANT_AFTER: u8 = 8;
 /// See the [module](self).
 #[derive(Debug, Default)]
 pub struct IdleConnections {
-    stack: RefCell<Vec<Http1>>,
+    stack: RefCell<Vec<Http1Connection>>,
     /// The idle timeout learned from connections that the endpoint closed.
-    learned: Cell<Learned>,
+    learned: Cell<LearnedIdleTimeout>,
     /// Until when connections settle before reuse, because the endpoint has sent unsolicited bytes.
     settle_until: Cell<Option<Instant>>,
     /// How many responses to HEAD, and how many 204 or 304, were followed by nothing while their connections settled.
@@ -41,46 +41,47 @@ pub struct IdleConnections {
 impl IdleConnections {
     /// Takes connections off the stack until one is usable. It is checked just now: if its request is written in the
     /// same poll of the task, no unread bytes precede the response.
-    pub fn pop(&self, settings: &ConnectionSettings, now: Instant) -> Option<Http1> {
+    pub fn pop(&self, settings: &ConnectionSettings, now: Instant) -> Option<Http1Connection> {
         let mut stack = self.stack.borrow_mut();
         // A connection with another TLS server name stays for requests to that name.
-        let reusable =
-            |connection: &Http1| connection.reusable_from <= now && fits(connection.proof(), settings);
+        let reusable = |connection: &Http1Connection| {
+            connection.reusable_from <= now && matches_settings(connection.peer_verification(), settings)
+        };
         while let Some(at) = stack.iter().rposition(reusable) {
             let mut connection = stack.remove(at);
             let age = now.saturating_duration_since(connection.idle_since);
             if age >= self.limit(&connection, settings.pool_idle, now) || connection.is_retired(now) {
                 continue;
             }
-            match connection.look() {
-                Idle::Quiet => {
-                    self.learn(|learned| learned.outlived(age));
+            match connection.check_idle() {
+                IdleState::Quiet => {
+                    self.learn(|learned| learned.record_survivor(age));
                     if connection.reusable_from > connection.idle_since {
                         self.record_compliant(&connection);
                     }
                     return Some(connection);
                 }
-                Idle::Closed => self.learn(|learned| learned.closed(age, now)),
-                Idle::Unsolicited => self.record_unsolicited(&connection, now),
+                IdleState::Closed => self.learn(|learned| learned.record_close(age, now)),
+                IdleState::Unsolicited => self.record_unsolicited(&connection, now),
             }
         }
         None
     }
 
     /// Returns a connection whose response was read to its end, if it can be reused.
-    pub fn put_back(&self, mut connection: Http1, now: Instant) {
+    pub fn put_back(&self, mut connection: Http1Connection, now: Instant) {
         let noisy = self.settle_until.get().is_some_and(|until| now < until);
         let unknown = |kind| self.compliant[kind as usize].get() < COMPLIANT_AFTER;
-        let settles = noisy || connection.bodiless().is_some_and(unknown);
-        match connection.rest(settles, now) {
-            Rest::Reusable => {
+        let settles = noisy || connection.no_body_reason().is_some_and(unknown);
+        match connection.finish_exchange(settles, now) {
+            ReuseVerdict::Reusable => {
                 let mut stack = self.stack.borrow_mut();
                 if stack.len() < MAX_IDLE {
                     stack.push(connection);
                 }
             }
-            Rest::Ends => {}
-            Rest::Unsolicited => self.record_unsolicited(&connection, now),
+            ReuseVerdict::Close => {}
+            ReuseVerdict::Unsolicited => self.record_unsolicited(&connection, now),
         }
     }
 
@@ -95,19 +96,19 @@ impl IdleConnections {
     }
 
     /// Closes connections that have been idle for too long or were opened with other TLS settings.
-    pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>, now: Instant) {
+    pub fn sweep(&self, setting: PoolIdleTimeout, tls: Option<&Arc<ClientTls>>, now: Instant) {
         self.stack.borrow_mut().retain_mut(|connection| {
-            if !is_of(connection.proof(), tls) {
+            if !uses_current_tls(connection.peer_verification(), tls) {
                 return false;
             }
             let age = now.saturating_duration_since(connection.idle_since);
-            match connection.listen() {
-                Idle::Quiet => age < self.limit(connection, setting, now) && !connection.is_retired(now),
-                Idle::Closed => {
-                    self.learn(|learned| learned.closed(age, now));
+            match connection.check_idle_readiness() {
+                IdleState::Quiet => age < self.limit(connection, setting, now) && !connection.is_retired(now),
+                IdleState::Closed => {
+                    self.learn(|learned| learned.record_close(age, now));
                     false
                 }
-                Idle::Unsolicited => {
+                IdleState::Unsolicited => {
                     self.record_unsolicited(connection, now);
                     false
                 }
@@ -116,8 +117,8 @@ impl IdleConnections {
     }
 
     /// Records that the endpoint accepts no connections: what it closed just now was not closed for idling.
-    pub fn connect_failed(&self) {
-        self.learn(Learned::restarted);
+    pub fn record_connect_failure(&self) {
+        self.learn(LearnedIdleTimeout::record_restart);
         self.reset_compliant();
     }
 
@@ -125,25 +126,25 @@ impl IdleConnections {
         self.stack.borrow().len()
     }
 
-    fn limit(&self, connection: &Http1, setting: PoolIdle, now: Instant) -> Duration {
+    fn limit(&self, connection: &Http1Connection, setting: PoolIdleTimeout, now: Instant) -> Duration {
         match setting {
-            PoolIdle::Fixed(limit) => *limit,
-            PoolIdle::Auto => {
-                let announced = connection.told.unwrap_or(IDLE_UNKNOWN);
+            PoolIdleTimeout::Fixed(limit) => *limit,
+            PoolIdleTimeout::Auto => {
+                let announced = connection.announced_idle_timeout.unwrap_or(IDLE_UNKNOWN);
                 self.learned.get().limit(now).map_or(announced, |learned| learned.min(announced))
             }
         }
     }
 
-    fn learn(&self, update: impl FnOnce(&mut Learned)) {
+    fn learn(&self, update: impl FnOnce(&mut LearnedIdleTimeout)) {
         let mut learned = self.learned.get();
         update(&mut learned);
         self.learned.set(learned);
     }
 
     /// Records that nothing followed a bodiless response while its connection settled.
-    fn record_compliant(&self, connection: &Http1) {
-        if let Some(kind) = connection.bodiless() {
+    fn record_compliant(&self, connection: &Http1Connection) {
+        if let Some(kind) = connection.no_body_reason() {
             let count = &self.compliant[kind as usize];
             count.set(count.get().saturating_add(1));
         }
@@ -155,7 +156,7 @@ impl IdleConnections {
 
     /// Records unsolicited bytes from the endpoint. From now on its connections settle before reuse, so that further
     /// such bytes are detected.
-    fn record_unsolicited(&self, connection: &Http1, now: Instant) {
+    fn record_unsolicited(&self, connection: &Http1Connection, now: Instant) {
         self.reset_compliant();
         let known = self.settle_until.replace(now.checked_add(SETTLE_PERIOD));
         if known.is_none_or(|until| now >= until) {

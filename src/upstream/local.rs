@@ -18,7 +18,7 @@ use crate::{
     config::Balance,
     resilience::{
         classify::Health,
-        outlier::{Change, EndpointHealth, Evidence},
+        outlier::{EndpointChange, EndpointHealth, EndpointOutcome},
     },
     rng::Rng,
 };
@@ -37,7 +37,7 @@ pub struct LocalUpstream {
 
 /// Criteria for the endpoint of an attempt.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
+pub struct PickCriteria<'a> {
     /// Endpoints to avoid, by index, because they have failed this request.
     pub tried: &'a [usize],
     /// The key of hash balancing.
@@ -131,7 +131,7 @@ impl LocalUpstream {
     pub fn pick(
         &self,
         endpoints: &[Rc<LocalEndpoint>],
-        wanted: &Wanted<'_>,
+        wanted: &PickCriteria<'_>,
         now: Instant,
         rng: &mut Rng,
     ) -> Option<usize> {
@@ -157,11 +157,11 @@ impl LocalUpstream {
     fn claim_probe(
         &self,
         endpoints: &[Rc<LocalEndpoint>],
-        wanted: &Wanted<'_>,
+        wanted: &PickCriteria<'_>,
         now: Instant,
     ) -> Option<usize> {
         let repeatable = wanted.probe? == Probe::Repeatable;
-        let named = self.balance.borrow().1.named(wanted.hash);
+        let named = self.balance.borrow().1.hash_target(wanted.hash);
         let may_probe =
             |index: &usize| !wanted.tried.contains(index) && named.is_none_or(|named| named == *index);
         let mut candidates = (0..endpoints.len()).filter(may_probe);
@@ -200,7 +200,7 @@ impl LocalUpstream {
 
     /// What an outcome at this endpoint means for the breaker, which covers the whole upstream: a failure at an
     /// endpoint that is ejected, absent or failing is neutral as long as another endpoint serves.
-    pub fn blame(&self, endpoint: &LocalEndpoint, health: Health, now: Instant) -> Health {
+    pub fn health_for_breaker(&self, endpoint: &LocalEndpoint, health: Health, now: Instant) -> Health {
         let serves = |other: &Rc<LocalEndpoint>| !std::ptr::eq(&**other, endpoint) && other.is_serving(now);
         let excused = health == Health::Failure
             && !endpoint.is_serving(now)
@@ -209,7 +209,7 @@ impl LocalUpstream {
     }
 
     /// The endpoints that this worker has used, without checking for a new generation.
-    pub fn known(&self) -> Rc<[Rc<LocalEndpoint>]> {
+    pub fn known_endpoints(&self) -> Rc<[Rc<LocalEndpoint>]> {
         Rc::clone(&self.endpoints.borrow())
     }
 }
@@ -233,17 +233,17 @@ impl LocalEndpoint {
     }
 
     /// Counts something without a response of its own, a tunnel, until the guard is dropped.
-    pub fn enter(self: &Rc<Self>) -> InFlight {
+    pub fn count_in_flight(self: &Rc<Self>) -> InFlight {
         self.in_flight.set(self.in_flight.get() + 1);
         InFlight { endpoint: Rc::clone(self), awaits_head: Cell::new(false) }
     }
 
     /// Counts a request until the guard is dropped. Its response is awaited from `now` on.
-    pub fn ask(self: &Rc<Self>, now: Instant) -> InFlight {
+    pub fn start_request(self: &Rc<Self>, now: Instant) -> InFlight {
         let awaited = self.awaited.get();
         let since = if awaited.requests == 0 { now } else { awaited.since };
         self.awaited.set(AwaitedResponses { requests: awaited.requests + 1, since });
-        let in_flight = self.enter();
+        let in_flight = self.count_in_flight();
         in_flight.awaits_head.set(true);
         in_flight
     }
@@ -253,37 +253,39 @@ impl LocalEndpoint {
     pub fn report(
         &self,
         upstream: &Upstream,
-        evidence: Evidence,
+        evidence: EndpointOutcome,
         (began, now): (Instant, Instant),
         random: impl FnOnce() -> f64,
-    ) -> Option<Change> {
+    ) -> Option<EndpointChange> {
         let (health, name, endpoint) = (self.health.as_ref()?, &*upstream.name, self.address());
-        let random = if evidence == Evidence::Failure { random() } else { 0.0 };
+        let random = if evidence == EndpointOutcome::Failure { random() } else { 0.0 };
         let outliers = &upstream.guards.outliers;
         let change = outliers.report(&endpoint, health, evidence, (began, now), random)?;
         match &change {
-            Change::Ejected(ejection) => {
+            EndpointChange::Ejected(ejection) => {
                 tracing::warn!(
                     upstream = name,
                     %endpoint,
-                    failures = ejection.failures_in_a_row,
+                    failures = ejection.consecutive_failures,
                     "endpoint ejected"
                 );
                 // It may have been replaced. For an endpoint that accepts no connections, the task in `reachability`
                 // asks for a refresh.
                 upstream.refresh();
             }
-            Change::Absent if evidence == Evidence::NoService => {
+            EndpointChange::Absent if evidence == EndpointOutcome::NoService => {
                 tracing::warn!(upstream = name, %endpoint, "endpoint has no service behind it");
             }
-            Change::Absent => tracing::warn!(upstream = name, %endpoint, "endpoint accepts no connections"),
-            Change::Present => {
+            EndpointChange::Absent => {
+                tracing::warn!(upstream = name, %endpoint, "endpoint accepts no connections")
+            }
+            EndpointChange::Present => {
                 tracing::info!(upstream = name, %endpoint, "endpoint serves again");
                 // The breaker may have opened while the probe was in flight: with the endpoint restored, no further
                 // probe would offer a trial, and a serving endpoint would wait out `open_for`.
                 upstream.guards.offer_trial();
             }
-            Change::StillAbsent => {}
+            EndpointChange::StillAbsent => {}
         }
         Some(change)
     }
@@ -314,7 +316,7 @@ impl LocalEndpoint {
     /// Records that it was chosen for an attempt.
     fn mark_chosen(&self, now: Instant) {
         if let Some(health) = &self.health {
-            health.chosen(now);
+            health.record_chosen(now);
         }
     }
 
@@ -322,14 +324,14 @@ impl LocalEndpoint {
     /// like a fast one.
     pub fn observe_failure(&self, took: Duration, now: Instant) {
         if took.as_secs_f64() > self.latency.get().cost(now) {
-            self.observe(took, now);
+            self.observe_latency(took, now);
         } else {
             self.awaited.set(AwaitedResponses { since: now, ..self.awaited.get() });
         }
     }
 
     /// Records how long a request took to response headers, or to fail.
-    pub fn observe(&self, latency: Duration, now: Instant) {
+    pub fn observe_latency(&self, latency: Duration, now: Instant) {
         let mut average = self.latency.get();
         average.observe(latency, now);
         self.latency.set(average);
@@ -339,7 +341,7 @@ impl LocalEndpoint {
 
 impl InFlight {
     /// Records that the response head was received.
-    pub fn answered(&self) {
+    pub fn response_started(&self) {
         if self.awaits_head.take() {
             let awaited = self.endpoint.awaited.get();
             let requests = awaited.requests.saturating_sub(1);
@@ -350,7 +352,7 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.answered();
+        self.response_started();
         self.endpoint.in_flight.set(self.endpoint.in_flight.get().saturating_sub(1));
     }
 }
@@ -385,7 +387,7 @@ impl Candidate for Rc<LocalEndpoint> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upstream::endpoint::Found;
+    use crate::upstream::endpoint::DiscoveredEndpoint;
 
     /// An endpoint that accepts requests and never responds counts as slow while they wait, not only once they have
     /// failed; a long response that has started is no wait.
@@ -393,20 +395,21 @@ mod tests {
     fn an_endpoint_is_as_slow_as_its_silence() {
         let start = Instant::now();
         let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
-        let discovered = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let discovered =
+            DiscoveredEndpoint { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
         let shared = Arc::new(Endpoint::new(discovered));
         let endpoint = Rc::new(LocalEndpoint::new(shared, None, start));
-        endpoint.observe(Duration::from_millis(50), at(0.0));
+        endpoint.observe_latency(Duration::from_millis(50), at(0.0));
         assert!(endpoint.latency(at(5.0)) < 0.05, "no request waits");
 
-        let first = endpoint.ask(at(5.0));
+        let first = endpoint.start_request(at(5.0));
         assert!(endpoint.latency(at(5.01)) < 0.05);
         assert!((endpoint.latency(at(7.0)) - 2.0).abs() < 1e-6, "silent for two seconds");
-        let second = endpoint.ask(at(8.0));
+        let second = endpoint.start_request(at(8.0));
         assert!((endpoint.latency(at(8.0)) - 3.0).abs() < 1e-6, "a new request is no sign of life");
 
-        second.answered();
-        endpoint.observe(Duration::from_millis(50), at(8.05));
+        second.response_started();
+        endpoint.observe_latency(Duration::from_millis(50), at(8.05));
         assert!(endpoint.latency(at(8.06)) < 0.06, "a response is");
         drop(first);
         assert!(
@@ -414,7 +417,7 @@ mod tests {
             "the second response is still in progress, but has started"
         );
         assert_eq!(endpoint.in_flight(), 1);
-        let _tunnel = endpoint.enter();
+        let _tunnel = endpoint.count_in_flight();
         assert!(endpoint.latency(at(90.0)) < 0.05);
     }
 }

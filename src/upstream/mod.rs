@@ -2,27 +2,27 @@
 
 pub mod balance;
 mod body;
-pub mod comeback;
 pub mod connect;
 mod discovery_error;
 mod endpoint;
+pub mod eviction;
 pub mod guards;
 pub mod health;
 pub mod http1;
 pub mod http2;
-mod idle;
 mod idle_connections;
+mod idle_timeout;
 pub mod local;
 #[cfg(test)]
 mod outage_tests;
 pub mod outcomes;
 pub mod pool;
-pub mod squeeze;
+pub mod reachability;
 pub mod stream;
 
 pub use body::{BodyError, RequestBody};
 pub use discovery_error::DiscoveryError;
-pub use endpoint::{Endpoint, EndpointSet, EndpointState, Found, Resolution};
+pub use endpoint::{DiscoveredEndpoint, Endpoint, EndpointSet, EndpointState, Resolution};
 pub use pool::Lease;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
@@ -73,8 +73,8 @@ impl Upstream {
 
     /// Publishes the result of a discovery. An endpoint that was there before keeps its state; workers drain a
     /// removed one when they see the new generation.
-    pub fn publish(&self, endpoints: Vec<Found>) {
-        let next = self.endpoints.load().updated(endpoints);
+    pub fn publish(&self, endpoints: Vec<DiscoveredEndpoint>) {
+        let next = self.endpoints.load().with_endpoints(endpoints);
         let addresses: Vec<SocketAddr> = next.endpoints.iter().map(|endpoint| endpoint.address).collect();
         self.guards.outliers.update(&addresses, Instant::now());
         self.replace(next);
@@ -82,8 +82,8 @@ impl Upstream {
 
     /// Records that discovery failed. The previous endpoints stay in use; requests report the error only if there are
     /// none.
-    pub fn discovery_failed(&self, error: DiscoveryError) {
-        let next = self.endpoints.load().failed(error);
+    pub fn record_discovery_failure(&self, error: DiscoveryError) {
+        let next = self.endpoints.load().with_failure(error);
         self.replace(next);
     }
 
@@ -94,7 +94,7 @@ impl Upstream {
     }
 
     /// Waits for the first result of discovery, success or failure.
-    pub async fn resolved(&self) {
+    pub async fn wait_until_resolved(&self) {
         let mut changes = self.generation.subscribe();
         // `self` holds the sender, so this ends only by the condition.
         let _ = changes.wait_for(|generation| *generation > 0).await;
@@ -106,12 +106,12 @@ impl Upstream {
         self.refresh.notify_one();
     }
 
-    pub(crate) async fn refresh_wanted(&self) {
+    pub(crate) async fn refresh_requested(&self) {
         self.refresh.notified().await;
     }
 
     /// Subscribes to new generations of the endpoint set.
-    pub fn changes(&self) -> watch::Receiver<u64> {
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.generation.subscribe()
     }
 }

@@ -12,18 +12,18 @@ use http::{Method, StatusCode};
 use proptest::prelude::*;
 
 use super::{
-    Found, Upstream,
+    DiscoveredEndpoint, Upstream,
     balance::hash_key,
-    local::{InFlight, LocalEndpoint, LocalUpstream, Probe, Wanted},
+    local::{InFlight, LocalEndpoint, LocalUpstream, PickCriteria, Probe},
 };
 use crate::{
     config::{Balance, Policy},
     resilience::{
-        backoff::Hint,
-        breaker::{Permit, State},
-        classify::{Advice, ConnectFailure, Ending, Health, Outcome, Reset},
-        outlier::{Evidence, Question},
-        retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+        backoff::RetryHint,
+        breaker::{BreakerPermit, BreakerState},
+        classify::{AttemptOutcome, ConnectFailure, Health, OutcomeKind, Reset, RetryAdvice},
+        outlier::{DueProbe, EndpointOutcome},
+        retry::{BodyState, FailedAttempt, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
     },
     rng::Rng,
 };
@@ -50,8 +50,8 @@ type Schedule = Vec<(u64, Mode)>;
 struct Attempt {
     index: usize,
     started: Duration,
-    permit: Permit,
-    outcome: Outcome,
+    permit: BreakerPermit,
+    outcome: AttemptOutcome,
     _in_flight: InFlight,
 }
 
@@ -83,7 +83,7 @@ struct Simulation {
 impl Simulation {
     fn new(schedules: Vec<Schedule>, balance: &Balance, seed: u64) -> Self {
         let upstream = Upstream::new("up");
-        let discovered = |(port, _): (usize, _)| Found {
+        let discovered = |(port, _): (usize, _)| DiscoveredEndpoint {
             address: ([10, 0, 0, 1], port as u16 + 1).into(),
             host: None,
             weight: 1,
@@ -147,19 +147,19 @@ impl Simulation {
     /// What the control thread does until that time.
     fn probe_absent(&mut self, until: Duration) {
         let guards = Arc::clone(&self.upstream.guards);
-        while let Some(at) = guards.outliers.next_question().filter(|at| *at <= self.start + until) {
+        while let Some(at) = guards.outliers.next_probe_at().filter(|at| *at <= self.start + until) {
             self.now = self.now.max(at.saturating_duration_since(self.start));
-            for question in guards.outliers.questions(16, self.at().max(at)) {
+            for question in guards.outliers.take_due_probes(16, self.at().max(at)) {
                 let may_try = match question {
-                    Question::Request(_) => true,
-                    Question::Connection(address) => {
+                    DueProbe::Request(_) => true,
+                    DueProbe::Connection(address) => {
                         let index = usize::from(address.port()) - 1;
                         let accepts = self.mode(index, self.now) != Mode::Down;
-                        guards.outliers.answered(&address, accepts, self.at())
+                        guards.outliers.record_connection_probe(&address, accepts, self.at())
                     }
                 };
                 if may_try {
-                    guards.breaker.offer_trial();
+                    guards.breaker.allow_early_trial();
                 }
             }
         }
@@ -178,33 +178,35 @@ impl Simulation {
             guards.budget.deposit();
         }
         let admission = guards.breaker.admit(now);
-        guards.note("up", admission.transition);
+        guards.record_transition("up", admission.transition);
         let Ok(permit) = admission.permit else {
             let since = *request.waiting_since.get_or_insert(self.now);
-            if guards.absence.is_absent() && self.now - since < self.retries.patience() {
+            if guards.reachability.is_unreachable() && self.now - since < self.retries.max_absence_wait() {
                 return self.schedule(self.now + MS * 5, request);
             }
             return self.failed.push(self.now);
         };
-        let wanted = Wanted { tried: &request.tried, hash: None, probe: Some(Probe::Repeatable) };
+        let wanted = PickCriteria { tried: &request.tried, hash: None, probe: Some(Probe::Repeatable) };
         let Some(index) = self.local.pick(&self.endpoints, &wanted, now, &mut self.rng) else {
             return self.failed.push(self.now);
         };
-        let http = |status| Ending::Http(StatusCode::from_u16(status).unwrap());
+        let http = |status| OutcomeKind::Http(StatusCode::from_u16(status).unwrap());
         let (took, ending, advice) = match self.mode(index, self.now) {
-            Mode::Healthy => (LATENCY, http(200), Advice::None),
-            Mode::Down => (MS, Ending::Connect(ConnectFailure::Refused), Advice::None),
-            Mode::NoService => (MS * 2, http(502), Advice::Elsewhere),
-            Mode::Failing => (MS * 2, http(503), Advice::None),
-            Mode::Untrusted => (MS * 3, Ending::Connect(ConnectFailure::PeerIdentity), Advice::None),
+            Mode::Healthy => (LATENCY, http(200), RetryAdvice::None),
+            Mode::Down => (MS, OutcomeKind::Connect(ConnectFailure::Refused), RetryAdvice::None),
+            Mode::NoService => (MS * 2, http(502), RetryAdvice::Elsewhere),
+            Mode::Failing => (MS * 2, http(503), RetryAdvice::None),
+            Mode::Untrusted => {
+                (MS * 3, OutcomeKind::Connect(ConnectFailure::PeerIdentity), RetryAdvice::None)
+            }
         };
-        let mut outcome = Outcome { ending, advice };
+        let mut outcome = AttemptOutcome { kind: ending, advice };
         let mut end = self.now + took;
         if let Some(down) = self.goes_down(index, end).filter(|_| ending == http(200)) {
-            let reset = Reset { reused: false, request_sent: true, response_begun: false };
-            (end, outcome) = (down, Outcome::new(Ending::Reset(reset)));
+            let reset = Reset { reused: false, request_sent: true, response_started: false };
+            (end, outcome) = (down, AttemptOutcome::new(OutcomeKind::Reset(reset)));
         }
-        let _in_flight = self.endpoints[index].ask(now);
+        let _in_flight = self.endpoints[index].start_request(now);
         request.attempt = Some(Attempt { index, started: self.now, permit, outcome, _in_flight });
         self.schedule(end, request);
     }
@@ -215,16 +217,16 @@ impl Simulation {
         let endpoint = Rc::clone(&self.endpoints[index]);
         let health = outcome.health();
         if health == Health::Success {
-            endpoint.observe(self.now - started, now);
+            endpoint.observe_latency(self.now - started, now);
         } else {
             endpoint.observe_failure(self.now - started, now);
         }
-        let evidence = Evidence::new(&outcome, health, false);
+        let evidence = EndpointOutcome::new(&outcome, health, false);
         let random = self.rng.unit_f64();
         endpoint.report(&self.upstream, evidence, (self.start + started, now), || random);
-        let blamed = self.local.blame(&endpoint, health, now);
-        let transition = guards.report("up", permit, (blamed, evidence.is_absence()), now, random);
-        self.openings += u32::from(transition.is_some_and(|transition| transition.to == State::Open));
+        let blamed = self.local.health_for_breaker(&endpoint, health, now);
+        let transition = guards.report("up", permit, (blamed, evidence.makes_absent()), now, random);
+        self.openings += u32::from(transition.is_some_and(|transition| transition.to == BreakerState::Open));
         if health == Health::Success {
             return;
         }
@@ -232,30 +234,31 @@ impl Simulation {
             other != index && !request.tried.contains(&other) && endpoint.is_usable(now)
         };
         if !request.tried.contains(&index)
-            && self.retries.may_move_on(&outcome, endpoint.is_absent(), Body::Untouched)
+            && self.retries.may_switch_endpoint(&outcome, endpoint.is_absent(), BodyState::Unread)
             && self.endpoints.iter().enumerate().any(another)
         {
             request.tried.push(index);
             return self.schedule(self.now, request);
         }
-        let tried = Tried {
+        let tried = FailedAttempt {
             method: &Method::GET,
             grpc: false,
             idempotency_key: false,
-            tries: request.attempts,
-            free_used: false,
-            resent: 0,
-            body: Body::Untouched,
+            attempts: request.attempts,
+            free_retry_used: false,
+            resends: 0,
+            body: BodyState::Unread,
             committed: false,
         };
-        let moment = Moment { now, time_left: None, hint: Hint::None, random, budget: &guards.budget };
+        let moment =
+            RetryContext { now, time_left: None, hint: RetryHint::None, random, budget: &guards.budget };
         match self.retries.decide(&tried, &outcome, &moment) {
-            Decision::Retry(retry) => {
+            RetryDecision::Retry(retry) => {
                 request.attempts += 1;
                 request.tried.push(index);
                 self.schedule(self.now + retry.wait, request);
             }
-            Decision::Stop(_) => self.failed.push(self.now),
+            RetryDecision::Stop(_) => self.failed.push(self.now),
         }
     }
 
@@ -425,7 +428,7 @@ fn a_request_balanced_by_hash_probes_no_other_endpoint() {
     let mut simulation = Simulation::new(vec![vec![]; 3], &Balance::HashHeader("x-user".to_owned()), 7);
     let pick = |simulation: &Simulation, user: u32| {
         let hash = Some(hash_key(&user.to_be_bytes()));
-        let wanted = Wanted { tried: &[], hash, probe: Some(Probe::Repeatable) };
+        let wanted = PickCriteria { tried: &[], hash, probe: Some(Probe::Repeatable) };
         simulation
             .local
             .pick(&simulation.endpoints, &wanted, simulation.at(), &mut Rng::from_seed(1))
@@ -433,7 +436,7 @@ fn a_request_balanced_by_hash_probes_no_other_endpoint() {
     };
     let homes: Vec<usize> = (0..300).map(|user| pick(&simulation, user)).collect();
     let gone = Rc::clone(&simulation.endpoints[0]);
-    gone.report(&simulation.upstream, Evidence::NoService, (simulation.at(), simulation.at()), || 0.5);
+    gone.report(&simulation.upstream, EndpointOutcome::NoService, (simulation.at(), simulation.at()), || 0.5);
     assert!(gone.is_absent());
     let mut probes = 0;
     for (user, home) in homes.into_iter().enumerate() {

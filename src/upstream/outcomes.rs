@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::resilience::{
-    classify::{Ending, Health, Outcome},
+    classify::{AttemptOutcome, Health, OutcomeKind},
     window::{SLICES, SlidingCount},
 };
 
@@ -26,7 +26,7 @@ pub struct RecentOutcomes {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LastError {
     /// A cause of `docs/errors.md`, or the response status.
-    pub word: String,
+    pub reason: String,
     pub at: Instant,
 }
 
@@ -43,18 +43,18 @@ impl Default for RecentOutcomes {
 
 impl RecentOutcomes {
     /// Records the outcome of an attempt. An outcome that says nothing about the endpoint does not count.
-    pub fn record(&self, ending: Ending, now: Instant) {
-        match Outcome::new(ending).health() {
+    pub fn record(&self, ending: OutcomeKind, now: Instant) {
+        match AttemptOutcome::new(ending).health() {
             Health::Neutral => {}
             Health::Success => self.successes.add(self.slice(now)),
             Health::Failure => {
                 self.failures.add(self.slice(now));
                 let word = match ending {
-                    Ending::Http(status) => status.as_str().to_owned(),
-                    ending => Outcome::new(ending).label().to_owned(),
+                    OutcomeKind::Http(status) => status.as_str().to_owned(),
+                    ending => AttemptOutcome::new(ending).label().to_owned(),
                 };
                 *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) =
-                    Some(LastError { word, at: now });
+                    Some(LastError { reason: word, at: now });
             }
         }
     }
@@ -92,15 +92,15 @@ mod tests {
         assert_eq!((outcomes.success_share(at(0)), outcomes.last_error()), (None, None));
         for n in 0..4 {
             let status = if n == 0 { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
-            outcomes.record(Ending::Http(status), at(0));
+            outcomes.record(OutcomeKind::Http(status), at(0));
         }
-        outcomes.record(Ending::CallerGone, at(1));
+        outcomes.record(OutcomeKind::ClientGone, at(1));
         assert_eq!(outcomes.success_share(at(1)), Some(0.75));
-        assert_eq!(outcomes.last_error().map(|error| error.word).as_deref(), Some("503"));
-        outcomes.record(Ending::Connect(ConnectFailure::Refused), at(20));
+        assert_eq!(outcomes.last_error().map(|error| error.reason).as_deref(), Some("503"));
+        outcomes.record(OutcomeKind::Connect(ConnectFailure::Refused), at(20));
         assert_eq!(outcomes.success_share(at(20)), Some(0.0));
         assert_eq!(outcomes.success_share(at(40)), None);
         let last = outcomes.last_error().unwrap();
-        assert_eq!((last.word.as_str(), last.at), ("connect_refused", at(20)));
+        assert_eq!((last.reason.as_str(), last.at), ("connect_refused", at(20)));
     }
 }

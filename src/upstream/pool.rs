@@ -18,29 +18,29 @@ use http_body::{Body, Frame};
 use tokio::time::Instant;
 
 use super::{
-    connect::{ConnectError, Proof, TcpLimits, TlsTarget},
+    connect::{ConnectError, PeerVerification, TcpTimeouts, TlsTarget},
     guards::Guards,
-    http1::Http1,
-    http2::{PingSettings, Stream, pool::Http2Pool},
-    idle::keep_alive_timeout,
+    http1::Http1Connection,
+    http2::{Http2Stream, PingSettings, pool::Http2Pool},
     idle_connections::IdleConnections,
+    idle_timeout::keep_alive_timeout,
     local::LocalEndpoint,
     stream::UpstreamIo,
 };
 use crate::{
-    config::{HeaderCase, PoolIdle},
+    config::{HeaderCase, PoolIdleTimeout},
     http1,
     identity::tls::ClientTls,
-    resilience::classify::Loss,
+    resilience::classify::ConnectionLoss,
 };
 
 /// The settings of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionSettings {
-    pub tcp: TcpLimits,
+    pub tcp: TcpTimeouts,
     /// An upgraded connection gets the kernel's default TCP_USER_TIMEOUT back: it may be silent for longer.
-    pub lifts_user_timeout: bool,
-    pub pool_idle: PoolIdle,
+    pub clear_user_timeout_on_upgrade: bool,
+    pub pool_idle: PoolIdleTimeout,
     pub header_case: HeaderCase,
     /// Randomized for each connection, so that they do not all expire at once.
     pub max_age: Option<Duration>,
@@ -63,8 +63,8 @@ pub struct Pool {
 /// A connection, or a stream of one, in use by a request.
 #[derive(Debug)]
 pub enum Lease {
-    H1 { connection: Http1, endpoint: Rc<LocalEndpoint>, reused: bool },
-    H2 { stream: Box<Stream>, reused: bool },
+    H1 { connection: Http1Connection, endpoint: Rc<LocalEndpoint>, reused: bool },
+    H2 { stream: Box<Http2Stream>, reused: bool },
 }
 
 /// Part of the message of `h2` when it refuses to send a request because of its header fields.
@@ -72,14 +72,14 @@ const MALFORMED_HEADERS: &str = "malformed headers";
 
 /// Why there is no response, or why it broke off.
 #[derive(Debug, thiserror::Error)]
-pub enum AnswerError {
+pub enum ResponseError {
     #[error(transparent)]
     Http1(#[from] http1::Error),
     #[error(transparent)]
     Http2(#[from] h2::Error),
 }
 
-impl AnswerError {
+impl ResponseError {
     /// Whether the received bytes are not valid HTTP.
     pub fn is_malformed(&self) -> bool {
         match self {
@@ -92,9 +92,9 @@ impl AnswerError {
     }
 
     /// Whether the request is at fault, so that the endpoint is not to blame.
-    pub fn is_of_request(&self) -> bool {
+    pub fn is_request_fault(&self) -> bool {
         match self {
-            Self::Http1(error) => error.is_of_sender(),
+            Self::Http1(error) => error.is_sender_fault(),
             // `h2` distinguishes kinds of misuse by message only.
             Self::Http2(error) => error.to_string().contains(MALFORMED_HEADERS),
         }
@@ -120,50 +120,50 @@ impl Pool {
         if let Some(connection) = endpoint.pool.idle.pop(settings, now) {
             return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
         }
-        let opened = Box::pin(Http1::open(endpoint, settings, guards)).await;
+        let opened = Box::pin(Http1Connection::open(endpoint, settings, guards)).await;
         let connection = opened.inspect_err(|error| {
             if matches!(error, ConnectError::Refused { .. } | ConnectError::Timeout { .. }) {
-                endpoint.pool.idle.connect_failed();
+                endpoint.pool.idle.record_connect_failure();
             }
         })?;
         Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: false })
     }
 
     /// Closes an idle connection, if there is one; its slot is released when its task has ended.
-    pub fn close_idle(&self) {
+    pub fn close_one_idle(&self) {
         if self.idle.close_oldest() {
             return;
         }
-        self.h2.close_idle();
+        self.h2.close_one_idle();
     }
 
     /// Closes connections that have been idle for too long. Called about once a second.
-    pub fn sweep(&self, setting: PoolIdle, tls: Option<&Arc<ClientTls>>) {
+    pub fn sweep(&self, setting: PoolIdleTimeout, tls: Option<&Arc<ClientTls>>) {
         let now = Instant::now();
         self.idle.sweep(setting, tls, now);
         self.h2.sweep(tls);
     }
 
     /// How many connections are idle.
-    pub fn idle_connections(&self) -> usize {
-        self.idle.len() + self.h2.idle()
+    pub fn idle_count(&self) -> usize {
+        self.idle.len() + self.h2.idle_count()
     }
 }
 
 /// Whether a connection has the peer identity and TLS settings that a request needs.
-pub(super) fn fits(proof: Option<&Proof>, settings: &ConnectionSettings) -> bool {
+pub(super) fn matches_settings(proof: Option<&PeerVerification>, settings: &ConnectionSettings) -> bool {
     match (proof, &settings.tls) {
         (None, None) => true,
-        (Some(proof), Some(target)) => proof.fits(target),
+        (Some(proof), Some(target)) => proof.matches_target(target),
         _ => false,
     }
 }
 
 /// Whether a connection was opened with the current TLS settings.
-pub(super) fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool {
+pub(super) fn uses_current_tls(proof: Option<&PeerVerification>, tls: Option<&Arc<ClientTls>>) -> bool {
     match (proof, tls) {
         (None, None) => true,
-        (Some(proof), Some(client)) => proof.is_of(client),
+        (Some(proof), Some(client)) => proof.uses_settings(client),
         _ => false,
     }
 }
@@ -171,7 +171,7 @@ pub(super) fn is_of(proof: Option<&Proof>, tls: Option<&Arc<ClientTls>>) -> bool
 /// When a connection is retired: at its maximum age, or when the server's certificate expires, whichever is first.
 pub(super) fn retire_at(
     settings: &ConnectionSettings,
-    proof: Option<&Proof>,
+    proof: Option<&PeerVerification>,
     now: Instant,
 ) -> Option<Instant> {
     let expiry = proof.and_then(|proof| now.checked_add(proof.expires_in()));
@@ -185,24 +185,24 @@ pub(super) fn retire_at(
 impl Lease {
     /// Whether the connection has carried a request before: if so, a close without a response says nothing about the
     /// upstream.
-    pub fn reused(&self) -> bool {
+    pub fn is_reused(&self) -> bool {
         match self {
             Self::H1 { reused, .. } => *reused,
             // With other streams on it, it was not idle.
-            Self::H2 { stream, reused } => *reused && stream.is_alone(),
+            Self::H2 { stream, reused } => *reused && stream.is_only_stream(),
         }
     }
 
     /// The verified server identity, if TLS.
-    pub fn proof(&self) -> Option<&Proof> {
+    pub fn peer_verification(&self) -> Option<&PeerVerification> {
         match self {
-            Self::H1 { connection, .. } => connection.proof(),
-            Self::H2 { stream, .. } => stream.proof(),
+            Self::H1 { connection, .. } => connection.peer_verification(),
+            Self::H2 { stream, .. } => stream.peer_verification(),
         }
     }
 
     /// Counts the loss of a multiplexed connection once, however many requests it fails.
-    pub fn loss(&self) -> Option<&Loss> {
+    pub fn loss(&self) -> Option<&ConnectionLoss> {
         match self {
             Self::H1 { .. } => None,
             Self::H2 { stream, .. } => Some(stream.loss()),
@@ -210,21 +210,21 @@ impl Lease {
     }
 
     /// Whether a byte of a response was received, if known: bytes on an HTTP/2 connection may belong to any stream.
-    pub fn heard_anything(&self) -> bool {
-        matches!(self, Self::H1 { connection, .. } if connection.heard_anything())
+    pub fn has_received_bytes(&self) -> bool {
+        matches!(self, Self::H1 { connection, .. } if connection.has_received_bytes())
     }
 
     /// Whether a byte of the request may have reached the endpoint; HTTP/1.1 only.
-    pub fn sent_anything(&self) -> bool {
-        matches!(self, Self::H1 { connection, .. } if connection.sent_anything())
+    pub fn has_sent_bytes(&self) -> bool {
+        matches!(self, Self::H1 { connection, .. } if connection.has_sent_bytes())
     }
 
     /// Polls the next frame of the response body.
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ResponseError>>> {
         match self {
-            Self::H1 { connection, .. } => connection.poll_frame(cx).map_err(AnswerError::from),
+            Self::H1 { connection, .. } => connection.poll_frame(cx).map_err(ResponseError::from),
             Self::H2 { stream, .. } => match stream.body() {
-                Some(body) => Pin::new(body).poll_frame(cx).map_err(AnswerError::from),
+                Some(body) => Pin::new(body).poll_frame(cx).map_err(ResponseError::from),
                 None => Poll::Ready(None),
             },
         }
@@ -239,23 +239,23 @@ impl Lease {
     }
 
     /// The remaining length of the response body, if known.
-    pub fn length(&self) -> Option<u64> {
+    pub fn remaining_length(&self) -> Option<u64> {
         match self {
-            Self::H1 { connection, .. } => connection.length(),
+            Self::H1 { connection, .. } => connection.remaining_length(),
             Self::H2 { stream, .. } => stream.peek_body().map_or(Some(0), |body| body.size_hint().exact()),
         }
     }
 
     /// The byte stream after an upgrade, and the bytes already received on it. None for HTTP/2.
-    pub fn take_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
+    pub fn take_upgraded_stream(&mut self) -> Option<(UpstreamIo, Bytes)> {
         match self {
-            Self::H1 { connection, .. } => connection.take_stream(),
+            Self::H1 { connection, .. } => connection.take_upgraded_stream(),
             Self::H2 { .. } => None,
         }
     }
 
     /// Takes the idle timeout from the response's `Keep-Alive: timeout=`.
-    pub fn heard(&mut self, headers: &HeaderMap) {
+    pub fn record_keep_alive(&mut self, headers: &HeaderMap) {
         if let Self::H1 { connection, .. } = self
             && let Some(announced) =
                 headers.get("keep-alive").and_then(|value| keep_alive_timeout(value.to_str().ok()?))
@@ -263,19 +263,19 @@ impl Lease {
             // The upstream's timer starts when it writes, this one when the response is read; and the next request must
             // still arrive in time.
             let margin = (announced / 10).clamp(Duration::from_millis(100), Duration::from_secs(1));
-            connection.told = Some(announced.saturating_sub(margin));
+            connection.announced_idle_timeout = Some(announced.saturating_sub(margin));
         }
     }
 
     /// Releases the connection after the response was read to its end. `whole_request`: the request was written
     /// completely.
-    pub fn finished(self, whole_request: bool, now: Instant) {
+    pub fn release(self, whole_request: bool, now: Instant) {
         match self {
             Self::H1 { connection, endpoint, .. } if whole_request => {
                 endpoint.pool.idle.put_back(connection, now)
             }
             Self::H1 { .. } => {}
-            Self::H2 { mut stream, .. } => stream.finished(),
+            Self::H2 { mut stream, .. } => stream.mark_complete(),
         }
     }
 }
@@ -293,19 +293,19 @@ mod tests {
         let (client, _server) = duplex(1 << 16);
         let (mut sender, _connection) = h2::client::handshake(client).await.unwrap();
         let request = Request::builder().uri("http://a/").header("connection", "close").body(()).unwrap();
-        let error = AnswerError::from(sender.send_request(request, true).unwrap_err());
-        assert!(error.is_of_request(), "{error}");
-        assert!(!AnswerError::from(h2::Error::from(h2::Reason::PROTOCOL_ERROR)).is_of_request());
+        let error = ResponseError::from(sender.send_request(request, true).unwrap_err());
+        assert!(error.is_request_fault(), "{error}");
+        assert!(!ResponseError::from(h2::Error::from(h2::Reason::PROTOCOL_ERROR)).is_request_fault());
     }
 
     #[test]
     fn an_unsendable_request_is_not_the_fault_of_its_endpoint() {
         use http1::framing::FramingError;
-        for error in [http1::Error::Unsendable(FramingError::Length), http1::Error::WrongLength] {
-            let error = AnswerError::from(error);
-            assert!(error.is_of_request() && !error.is_malformed(), "{error}");
+        for error in [http1::Error::Unsendable(FramingError::Length), http1::Error::LengthMismatch] {
+            let error = ResponseError::from(error);
+            assert!(error.is_request_fault() && !error.is_malformed(), "{error}");
         }
-        let response = AnswerError::from(http1::Error::Framing(FramingError::Length));
-        assert!(response.is_malformed() && !response.is_of_request());
+        let response = ResponseError::from(http1::Error::Framing(FramingError::Length));
+        assert!(response.is_malformed() && !response.is_request_fault());
     }
 }

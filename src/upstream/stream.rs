@@ -21,7 +21,7 @@ pub enum UpstreamIo {
 
 /// The state of an idle connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Idle {
+pub enum IdleState {
     /// Open, and nothing has been received.
     Quiet,
     /// The endpoint has closed it.
@@ -31,7 +31,7 @@ pub enum Idle {
     Unsolicited,
 }
 
-impl Idle {
+impl IdleState {
     /// How many of the first bytes classify what was received: up to the status code.
     const PREFIX_LENGTH: usize = "HTTP/1.1 408".len();
 
@@ -58,14 +58,14 @@ impl UpstreamIo {
 
     /// Checks an idle connection, with one system call if nothing was received. On TLS this processes records that
     /// carry no application data, such as session tickets.
-    pub fn look(&mut self) -> Idle {
-        let mut start = [0; Idle::PREFIX_LENGTH];
+    pub fn check_idle(&mut self) -> IdleState {
+        let mut start = [0; IdleState::PREFIX_LENGTH];
         match self {
             Self::Plain(tcp) => match tcp.peek_now(&mut start) {
-                Ok(0) => Idle::Closed,
-                Ok(count) => Idle::of_bytes(&start[..count]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Idle::Quiet,
-                Err(_) => Idle::Closed,
+                Ok(0) => IdleState::Closed,
+                Ok(count) => IdleState::of_bytes(&start[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => IdleState::Quiet,
+                Err(_) => IdleState::Closed,
             },
             Self::Tls(tls) => check_idle_tls(tls),
         }
@@ -80,24 +80,24 @@ impl UpstreamIo {
     }
 }
 
-fn check_idle_tls(tls: &mut TlsStream<SharedTcp>) -> Idle {
+fn check_idle_tls(tls: &mut TlsStream<SharedTcp>) -> IdleState {
     let (tcp, session) = tls.get_mut();
     loop {
         match session.read_tls(&mut tcp.reader_now()) {
-            Ok(0) => return Idle::Closed,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Idle::Quiet,
-            Err(_) => return Idle::Closed,
+            Ok(0) => return IdleState::Closed,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return IdleState::Quiet,
+            Err(_) => return IdleState::Closed,
             Ok(_) => {}
         }
         match session.process_new_packets() {
             Ok(state) if state.plaintext_bytes_to_read() > 0 => {
-                let mut start = [0; Idle::PREFIX_LENGTH];
+                let mut start = [0; IdleState::PREFIX_LENGTH];
                 let count = session.reader().read(&mut start).unwrap_or(0);
-                return Idle::of_bytes(&start[..count]);
+                return IdleState::of_bytes(&start[..count]);
             }
-            Ok(state) if state.peer_has_closed() => return Idle::Closed,
+            Ok(state) if state.peer_has_closed() => return IdleState::Closed,
             Ok(_) => {}
-            Err(_) => return Idle::Closed,
+            Err(_) => return IdleState::Closed,
         }
     }
 }

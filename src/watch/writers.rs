@@ -87,7 +87,7 @@ fn is_plain_file(path: &Path) -> bool {
 /// Observes files through their directories: editors replace files, and ConfigMaps, Secrets and CSI drivers swap a link
 /// next to them.
 #[derive(Debug)]
-pub struct Observer {
+pub struct FileObserver {
     writers: Arc<Mutex<Writers>>,
     files: Vec<PathBuf>,
     /// `None`: the system reports no events, the files are only polled.
@@ -95,7 +95,7 @@ pub struct Observer {
     directories: BTreeSet<PathBuf>,
 }
 
-impl Observer {
+impl FileObserver {
     /// Calls `changed`, on its own thread, whenever one of `files` may have changed.
     pub fn new(files: &[PathBuf], changed: impl Fn() + Send + 'static) -> Self {
         let files: Vec<PathBuf> = files.iter().map(|file| absolute(file)).collect();
@@ -141,27 +141,27 @@ impl Observer {
     }
 
     /// A file that is open for writing, if any.
-    pub fn being_written(&self) -> Option<PathBuf> {
+    pub fn file_being_written(&self) -> Option<PathBuf> {
         let writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
         writers.being_written(Instant::now()).map(Path::to_owned)
     }
 
     /// The stamps of the files, which change with their content.
-    pub fn stamps(&self) -> Vec<Option<Stamp>> {
-        self.files.iter().map(|file| Stamp::of(file).ok()).collect()
+    pub fn stamps(&self) -> Vec<Option<FileStamp>> {
+        self.files.iter().map(|file| FileStamp::of(file).ok()).collect()
     }
 }
 
 /// Identity, length and times of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub struct FileStamp {
     inode: (u64, u64),
     length: u64,
     modified: (i64, i64),
     changed: (i64, i64),
 }
 
-impl Stamp {
+impl FileStamp {
     fn of(file: &Path) -> io::Result<Self> {
         let of = fs::metadata(file)?;
         Ok(Self {

@@ -18,7 +18,7 @@ use crate::support::{
     issuer::good_claims,
     pki::{Pki, id},
     text,
-    tls::TlsCaller,
+    tls::TlsClient,
     tokens::{Signer, jwks},
 };
 
@@ -159,7 +159,7 @@ fn a_truncated_allow_entry_admits_no_client() {
     let checkout = pki.issue("checkout", |_| {});
     let is_let_in = |path: &str| {
         let request = format!("GET {path} HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
-        let said = TlsCaller::new(Some(&checkout), &["http/1.1"]).say(proxy.inbound(), &request);
+        let said = TlsClient::new(Some(&checkout), &["http/1.1"]).send_and_read(proxy.inbound(), &request);
         said.is_ok_and(|text| text.contains("reached"))
     };
     assert!(is_let_in("/public") && !is_let_in("/admin"));
@@ -279,7 +279,7 @@ fn certificates_roots_and_revocations_survive_a_slow_writer_and_an_emptied_file(
     let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
     let gets = "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n";
     let reaches = |certificate| {
-        let said = TlsCaller::new(Some(certificate), &["http/1.1"]).say(server.inbound(), gets);
+        let said = TlsClient::new(Some(certificate), &["http/1.1"]).send_and_read(server.inbound(), gets);
         said.is_ok_and(|text| text.contains("reached"))
     };
     let holds = || reaches(&good) && !reaches(&revoked);
@@ -319,7 +319,7 @@ fn switching_to_strict_drains_live_plaintext_connections() {
     assert_eq!(busy.ask(GET).status(), 200);
     let mut idle = RawClient::connect(proxy.inbound());
     assert_eq!(idle.ask(GET).status(), 200);
-    let mut tls = TlsCaller::new(None, &["http/1.1"]).connect(proxy.inbound());
+    let mut tls = TlsClient::new(None, &["http/1.1"]).connect(proxy.inbound());
     tls.write_all(GET.as_bytes()).expect("write");
     let mut seen = [0; 4096];
     let count = tls.read(&mut seen).expect("a response");
@@ -354,7 +354,7 @@ fn switching_to_strict_drains_live_plaintext_http2() {
     eventually("strict", || plaintext(proxy.inbound()) == 403);
     client.headers(3, &get("/"), true);
     let end = client.end_of(3);
-    assert!(!matches!(end, End::Answer(Some(200)) | End::Silent), "it is still served: {end:?}");
+    assert!(!matches!(end, End::Response(Some(200)) | End::Silent), "it is still served: {end:?}");
 }
 
 #[test]
@@ -398,7 +398,7 @@ fn revoking_a_peer_cuts_its_byte_streams() {
         let expires = std::time::SystemTime::now() + Duration::from_secs(5);
         let expiring = pki.issue("checkout", |p| p.not_after = expires.into());
         let open = |certificate| {
-            let mut stream = TlsCaller::new(Some(certificate), alpn).connect(proxy.inbound());
+            let mut stream = TlsClient::new(Some(certificate), alpn).connect(proxy.inbound());
             stream.write_all(opening.as_bytes()).expect("write");
             let mut seen = Vec::new();
             while !seen.ends_with(response) {

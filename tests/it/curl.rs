@@ -4,7 +4,7 @@ use std::process::Command;
 
 use http_body_util::BodyExt;
 
-use crate::support::{Answer, Daemon, Proxy, Upstream, has_tool, text, tool};
+use crate::support::{Daemon, Proxy, Upstream, UpstreamResponse, has_tool, text, tool};
 
 /// curl's standard output; fails if curl fails.
 #[track_caller]
@@ -18,7 +18,7 @@ fn curl(arguments: &[&str]) -> String {
 }
 
 /// Answers with what it received: method, path, version and body size.
-async fn mirror(request: hyper::Request<hyper::body::Incoming>) -> Answer {
+async fn mirror(request: hyper::Request<hyper::body::Incoming>) -> UpstreamResponse {
     let (head, body) = request.into_parts();
     let size = body.collect().await.map(|body| body.to_bytes().len());
     text(format!("{} {} {:?} {size:?}", head.method, head.uri.path(), head.version))

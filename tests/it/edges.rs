@@ -10,7 +10,7 @@ use std::{
 use http_body_util::BodyExt;
 
 use crate::support::{
-    PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually, free_port,
+    Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually, free_port,
     strict::{self, Progress},
     text,
 };
@@ -49,7 +49,7 @@ fn a_body_read_past_the_buffer_is_not_retried_in_part() {
     let proxy = Proxy::start(config(server.address(), "", "retry = { max = 2, body_limit = \"1KiB\" }"));
     let mut client = RawClient::connect(proxy.outbound());
     client.send("PUT / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nbegin\r\n");
-    early_answer.recv_timeout(PATIENCE).expect("an early answer");
+    early_answer.recv_timeout(WAIT_LIMIT).expect("an early answer");
     for _ in 0..8 {
         client.send(format!("400\r\n{}\r\n", "x".repeat(0x400)));
     }
@@ -69,7 +69,7 @@ fn a_connection_is_reused_after_a_late_body() {
         text("ok")
     });
     let proxy = Proxy::start(config(upstream.address(), "", ""));
-    let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_secs(12));
+    let mut client = RawClient::connect(proxy.outbound()).with_read_timeout(Duration::from_secs(12));
     client.send("POST / HTTP/1.1\r\nHost: up\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n");
     client.read_until(b"100 Continue\r\n\r\n");
     assert_eq!(client.ask("body").text(), "ok");
@@ -175,9 +175,9 @@ fn a_late_request_gets_an_error_while_the_service_is_down() {
     let unused_address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
     let proxy = Proxy::start(config(unused_address, "", "listen = \"127.0.0.1:0\""));
     for address in [proxy.inbound(), proxy.upstream("up")] {
-        let mut client = RawClient::connect(address).patience(Duration::from_millis(500));
+        let mut client = RawClient::connect(address).with_read_timeout(Duration::from_millis(500));
         assert!(!client.read_to_close().1, "closed before the request");
-        let mut client = client.patience(PATIENCE);
+        let mut client = client.with_read_timeout(WAIT_LIMIT);
         assert_eq!(client.ask(GET).status(), 502);
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     identity::metric,
-    support::{Proxy, RawClient, RawServer, eventually, nobody, strict::Message},
+    support::{Proxy, RawClient, RawServer, eventually, refusing_address, strict::Message},
 };
 
 /// Reads until `needle` has arrived.
@@ -69,7 +69,7 @@ fn the_service_answers_expect_100_continue() {
         let mut client = RawClient::connect(address);
         client.send("POST / HTTP/1.1\r\nHost: up\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n");
         let head =
-            head_seen.recv_timeout(crate::support::PATIENCE).expect("the head goes on without the body");
+            head_seen.recv_timeout(crate::support::WAIT_LIMIT).expect("the head goes on without the body");
         assert!(head.contains("expect: 100-continue"), "{head}");
         go.send(()).expect("the server waits");
         let interim = client.read_until(b"\r\n\r\n");
@@ -113,7 +113,7 @@ fn a_client_disconnect_during_an_early_response_is_detected() {
         client.send("POST / HTTP/1.1\r\nHost: up\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n");
         assert!(!client.read_until(b"early").is_empty());
         drop(client);
-        end_seen.recv_timeout(crate::support::PATIENCE).expect("the service sees the end");
+        end_seen.recv_timeout(crate::support::WAIT_LIMIT).expect("the service sees the end");
     }
 }
 
@@ -246,7 +246,7 @@ fn inbound_adds_forwarded_headers() {
 /// A refused connection is a 502 with everything that §4.6 promises.
 #[test]
 fn proxy_generated_errors_are_marked() {
-    let refused = nobody();
+    let refused = refusing_address();
     let proxy = Proxy::start(format!(
         "[service]\nname = \"shop\"\n[[upstream]]\nname = \"up\"\nendpoints = [\"{refused}\"]\n"
     ));

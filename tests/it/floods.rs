@@ -159,7 +159,7 @@ fn hpack_bomb_ends_its_connection_only() {
         client.headers(1, &block, true);
         let end = client.end_of(1);
         assert!(
-            matches!(end, End::Answer(Some(431 | 400)) | End::Reset(_) | End::GoAway(_) | End::Closed),
+            matches!(end, End::Response(Some(431 | 400)) | End::Reset(_) | End::GoAway(_) | End::Closed),
             "a header list of 36 MiB: {end:?}"
         );
         let grown = proxy.resident_kib().saturating_sub(before);
@@ -207,7 +207,7 @@ fn slow_request_heads_time_out() {
     let mut clients = Vec::new();
     for address in [proxy.outbound(), proxy.inbound()] {
         for begin in begins {
-            let mut client = RawClient::connect(address).patience(Duration::from_secs(25));
+            let mut client = RawClient::connect(address).with_read_timeout(Duration::from_secs(25));
             client.send(begin);
             clients.push((begin, client));
         }

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use crate::support::{Daemon, Proxy, nobody, peer_script, python_with};
+use crate::support::{Daemon, Proxy, peer_script, python_with, refusing_address};
 
 fn server(python: &Path) -> (Daemon, SocketAddr) {
     let script = peer_script("grpc_server.py").display().to_string();
@@ -52,7 +52,7 @@ fn all_grpc_method_kinds_work() {
 #[test]
 fn a_rejected_grpc_request_is_unavailable() {
     let Some(python) = python() else { return };
-    let refused = nobody();
+    let refused = refusing_address();
     let proxy = Proxy::start(format!("[[upstream]]\nname = \"up\"\nendpoints = [\"{refused}\"]\n"));
     client(&python, &[&proxy.outbound().to_string(), "up", "refused"], None);
 }

@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 
 use outrigger::{
-    config::{Health, Protocol},
+    config::{HealthCheck, Protocol},
     units::HumanDuration,
     upstream::{
-        Found, Upstream,
+        DiscoveredEndpoint, Upstream,
         health::{self, CheckSettings},
     },
 };
@@ -29,17 +29,17 @@ fn grpc_health_checks_agree_with_the_grpcio_health_service() {
         .expect("a runtime");
     for (service, expected) in [("", true), ("good", true), ("bad", false), ("nobody", false)] {
         let upstream = Upstream::new("grpc");
-        upstream.publish(vec![Found { address, host: None, weight: 1 }]);
+        upstream.publish(vec![DiscoveredEndpoint { address, host: None, weight: 1 }]);
         let endpoint = upstream.endpoints().endpoints[0].clone();
         // A check must reach the opposite verdict first, so that every verdict comes from a completed check.
         endpoint.set_healthy(!expected);
-        let settings = Health {
+        let settings = HealthCheck {
             grpc: Some(service.to_owned()),
             interval: HumanDuration::from_millis(20),
             timeout: HumanDuration::from_secs(5),
             unhealthy_after: 2,
             healthy_after: 2,
-            ..Health::default()
+            ..HealthCheck::default()
         };
         let _checks = health::spawn(
             CheckSettings { health: settings, protocol: Protocol::Auto, tls: None },

@@ -23,7 +23,6 @@ const BANNED_WORDS: &[(&str, &str)] = &[
     ("heeds", "follows, honours, respects"),
     ("proven", "verified"),
     ("room", "buffer, pool, free list, slab; capacity, slot"),
-    ("tells", "reports, records, logs; `distinguishes` for `tells apart`"),
     ("wish", "connection option, setting, request"),
     ("believed", "verified, trusted, accepted"),
     ("believes", "verifies, trusts, accepts"),
@@ -40,7 +39,6 @@ const BANNED_WORDS: &[(&str, &str)] = &[
     ("comes to", "results in, reaches, is"),
     ("is woken", "is notified, is polled"),
     ("lends", "allows, grants"),
-    ("stands", "is, remains, is set"),
     ("the dead", "failed, closed or unreachable: what it is"),
 ];
 
@@ -68,7 +66,8 @@ const BANNED_NAMES: &[(&str, &str)] = &[
 ];
 
 /// Where a banned word is the right one: (file, word, why). An entry without an occurrence fails the test.
-const ALLOWED: &[(&str, &str, &str)] = &[];
+const ALLOWED: &[(&str, &str, &str)] =
+    &[("docs/glossary.md", "way in", "no phrase: the label `way`, in status, metrics and spans")];
 
 fn rust_files(directory: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();

@@ -8,13 +8,13 @@ use std::{
 use http_body_util::BodyExt;
 
 use crate::{
-    identity::callee,
+    identity::server_sidecar,
     support::{
         Proxy, RawClient, Upstream, eventually,
         pki::{Pki, id, uri},
         strict::{self, Message, Progress},
         text,
-        tls::TlsCaller,
+        tls::TlsClient,
     },
 };
 
@@ -146,10 +146,10 @@ fn requests_on_idle_connections_are_served() {
 #[test]
 fn requests_on_idle_mutual_tls_connections_are_served() {
     let (pki, service) = (Pki::new(), echo());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
     for alpn in [&["http/1.1"][..], &[]] {
-        let client = TlsCaller::new(Some(&certificate), alpn);
+        let client = TlsClient::new(Some(&certificate), alpn);
         is_served(crowd(|| Client::new(client.connect(server.inbound()))));
     }
 }
@@ -163,9 +163,9 @@ fn a_connection_with_an_unread_response_is_not_idle() {
         text(if request.uri().path() == "/large" { vec![b'x'; LARGE] } else { b"/".to_vec() })
     });
     let pki = Pki::new();
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
-    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&certificate), &["http/1.1"]);
     let mut clients = crowd(|| Client::new(client.connect(server.inbound())));
     let mut slow = clients.pop().expect("a crowd");
     for _ in 0..3 {

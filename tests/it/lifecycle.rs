@@ -166,11 +166,11 @@ fn http2_streams_in_flight_finish_during_the_drain() {
     assert!(last >= 5, "what crosses the GOAWAY is still taken: {last}");
     // Sent before the client could know: it is served.
     client.headers(5, &h2::get("/"), true);
-    assert_eq!(client.end_of(5), h2::End::Answer(Some(200)));
+    assert_eq!(client.end_of(5), h2::End::Response(Some(200)));
     eventually("the listener to close", || std::net::TcpStream::connect(proxy.inbound()).is_err());
     assert!(proxy.is_running(), "a stream is in flight");
     go.notify_one();
-    assert_eq!(client.end_of(3), h2::End::Answer(Some(200)));
+    assert_eq!(client.end_of(3), h2::End::Response(Some(200)));
     assert_eq!(proxy.wait().code(), Some(0));
 }
 

@@ -10,11 +10,11 @@ use crate::config_changes::{
     GET, UPGRADE, admin, echo_server, is_rejected, plaintext, reload, service, status, strict,
 };
 use crate::support::{
-    PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
+    Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually,
     h2::GOAWAY,
     pki::Pki,
     text,
-    tls::{TlsCaller, TlsSocket},
+    tls::{TlsClient, TlsSocket},
 };
 
 /// A server whose response begins and does not end.
@@ -45,8 +45,8 @@ fn read_to_end(stream: &mut impl Read) -> Vec<u8> {
     rest
 }
 
-fn handshakes(client: &TlsCaller, address: SocketAddr) -> bool {
-    let said = client.say(address, "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
+fn handshakes(client: &TlsClient, address: SocketAddr) -> bool {
+    let said = client.send_and_read(address, "GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
     said.is_ok_and(|text| text.starts_with("HTTP/1.1 "))
 }
 
@@ -58,7 +58,7 @@ fn raising_min_tls_drains_live_tls_1_2_connections() {
     let old = strict(&pki, service.address()).replace("[inbound]", "min_tls = \"1.2\"\n[inbound]");
     let proxy = Proxy::start(old.clone());
     let certificate = pki.issue("checkout", |_| {});
-    let client = |alpn: &str| TlsCaller::by_tls12(Some(&certificate), &[alpn]);
+    let client = |alpn: &str| TlsClient::with_tls12(Some(&certificate), &[alpn]);
     let http1 = || -> TlsSocket {
         let mut stream = client("http/1.1").connect(proxy.inbound());
         stream.write_all(GET.as_bytes()).expect("write");
@@ -68,7 +68,7 @@ fn raising_min_tls_drains_live_tls_1_2_connections() {
     let (mut busy, mut idle) = (http1(), http1());
     let mut two = client("h2").connect(proxy.inbound());
     two.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").expect("write");
-    let mut newer = TlsCaller::new(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
+    let mut newer = TlsClient::new(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
     newer.write_all(GET.as_bytes()).expect("write");
     read_until(&mut newer, b"reached the service");
 
@@ -101,13 +101,13 @@ fn an_endless_response_is_cut_after_drain_timeout() {
     let certificate = pki.issue("checkout", |_| {});
     // TLS 1.2 where 1.3 is required; plaintext where a certificate is required.
     let proxy = Proxy::start(old.clone());
-    let mut tls = TlsCaller::by_tls12(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
+    let mut tls = TlsClient::with_tls12(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
     tls.write_all(GET.as_bytes()).expect("write");
     read_until(&mut tls, b"half");
     let began = Instant::now();
     proxy.reconfigure(&old.replace("min_tls = \"1.2\"", "min_tls = \"1.3\""));
     assert!(read_to_end(&mut tls).is_empty());
-    assert!((LIMIT..PATIENCE).contains(&began.elapsed()), "{:?}", began.elapsed());
+    assert!((LIMIT..WAIT_LIMIT).contains(&began.elapsed()), "{:?}", began.elapsed());
 
     let proxy = Proxy::start(old.replace("mtls = \"strict\"", "mtls = \"permissive\""));
     let mut plain = RawClient::connect(proxy.inbound());
@@ -117,7 +117,7 @@ fn an_endless_response_is_cut_after_drain_timeout() {
     let began = Instant::now();
     proxy.reconfigure(&old);
     assert!(plain.read_to_close().0.is_empty());
-    assert!((LIMIT..PATIENCE).contains(&began.elapsed()), "{:?}", began.elapsed());
+    assert!((LIMIT..WAIT_LIMIT).contains(&began.elapsed()), "{:?}", began.elapsed());
     assert_eq!(plaintext(proxy.inbound()), 403);
 }
 
@@ -136,7 +136,7 @@ fn tightening_allow_cuts_live_tunnels_and_upgrades() {
             strict(&pki, echo.address()).replace("[outbound]", &format!("{entries}[outbound]")) + &rest
         };
         let proxy = Proxy::start(config(&["checkout", "other"]));
-        let mut client = TlsCaller::new(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
+        let mut client = TlsClient::new(Some(&certificate), &["http/1.1"]).connect(proxy.inbound());
         client.write_all(opening.as_bytes()).expect("write");
         read_until(&mut client, response);
         // A reload that still admits it does not touch it.

@@ -13,12 +13,12 @@ use std::{
 };
 
 use crate::{
-    identity::callee,
+    identity::server_sidecar,
     support::{
         Launch, Proxy, RawClient, Upstream, free_port, has_tool,
         pki::{Pki, id, uri},
         text,
-        tls::TlsCaller,
+        tls::TlsClient,
         tool,
     },
 };
@@ -75,9 +75,9 @@ fn ten_thousand_idle_connections() {
 #[ignore = "2,000 connections; for the release build"]
 fn two_thousand_idle_connections_by_mutual_tls() {
     let (pki, upstream) = (Pki::new(), Upstream::http1(|_| async { text("ok") }));
-    let server = callee(&pki, upstream.address(), "");
+    let server = server_sidecar(&pki, upstream.address(), "");
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
-    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&certificate), &["http/1.1"]);
     let bytes = bytes_of_idle(&server, 2000, "inbound by mutual TLS", || {
         let mut socket = client.connect(server.inbound());
         socket.write_all(REQUEST.as_bytes()).expect("a request");
@@ -98,7 +98,7 @@ fn two_thousand_idle_connections_by_mutual_tls() {
 fn startup_uses_little_cpu_time() {
     let (pki, upstream) = (Pki::new(), Upstream::http1(|_| async { text("ok") }));
     let certificate = pki.issue("checkout", |params| params.subject_alt_names = vec![uri(&id("checkout"))]);
-    let tls = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let tls = TlsClient::new(Some(&certificate), &["http/1.1"]);
     let many: String = (0..1000)
         .map(|n| {
             format!(
@@ -113,8 +113,9 @@ fn startup_uses_little_cpu_time() {
         proxy
     };
     let ask_by_tls = || {
-        let proxy = callee(&pki, upstream.address(), "");
-        let said = tls.say(proxy.inbound(), &REQUEST.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
+        let proxy = server_sidecar(&pki, upstream.address(), "");
+        let said =
+            tls.send_and_read(proxy.inbound(), &REQUEST.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"));
         assert!(said.expect("a response").starts_with("HTTP/1.1 200"));
         proxy
     };

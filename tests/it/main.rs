@@ -23,6 +23,7 @@ mod edges;
 mod endpoints;
 mod exchange;
 mod floods;
+mod floors;
 mod grpc;
 mod h2spec;
 mod health;

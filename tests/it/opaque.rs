@@ -11,13 +11,13 @@ use std::{
 };
 
 use crate::{
-    identity::{callee, caller, metric},
+    identity::{client_sidecar, metric, server_sidecar},
     support::{
-        Daemon, PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually, free_port, has_tool,
+        Daemon, Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually, free_port, has_tool,
         peer_script,
         pki::Pki,
         python_with, text,
-        tls::{TlsCaller, TlsServer},
+        tls::{TlsClient, TlsServer},
         tool,
     },
 };
@@ -153,9 +153,9 @@ fn no_opener_reaches(service: SocketAddr) {
 
     let pki = Pki::new();
     let mine = pki.issue("checkout", |_| {});
-    let (port, alpn_less) = (service.port(), TlsCaller::new(Some(&mine), &[]));
-    let strict = callee(&pki, service, "");
-    let permissive = callee(&pki, service, "mtls = \"permissive\"\n");
+    let (port, alpn_less) = (service.port(), TlsClient::new(Some(&mine), &[]));
+    let strict = server_sidecar(&pki, service, "");
+    let permissive = server_sidecar(&pki, service, "mtls = \"permissive\"\n");
     let upstream = "[[upstream]]\nname = \"up\"\nlisten = \"127.0.0.1:0\"\n";
     let open = Proxy::start(format!(
         "[inbound]\nforward_to = \"{service}\"\n{upstream}endpoints = [\"{service}\"]\n[upstream.rate_limit]\nrate = 1000\nburst = 1000\n"
@@ -166,7 +166,7 @@ fn no_opener_reaches(service: SocketAddr) {
     let mut wrong = String::new();
     for opener in openers() {
         let tunnel = || {
-            let mut client = RawClient::connect(open.outbound()).patience(Duration::from_secs(2));
+            let mut client = RawClient::connect(open.outbound()).with_read_timeout(Duration::from_secs(2));
             client.send("CONNECT up:80 HTTP/1.1\r\nHost: up:80\r\n\r\n");
             client.read_until(b"\r\n\r\n");
             client.stream
@@ -192,7 +192,7 @@ fn no_opener_reaches(service: SocketAddr) {
             }
         }
     }
-    let sidecar = TlsCaller::new(Some(&mine), &["outrigger-tcp"]);
+    let sidecar = TlsClient::new(Some(&mine), &["outrigger-tcp"]);
     for parts in split_openers() {
         for (listener, response) in [
             ("byte stream of a sidecar", send_parts(sidecar.connect(strict.inbound()), &parts)),
@@ -378,7 +378,7 @@ fn is_refused(mut stream: impl Read + Write, says: &str) {
 
 fn connect(address: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(address).expect("connect");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    stream.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout");
     stream
 }
 
@@ -388,9 +388,9 @@ fn sidecars_negotiate_byte_streams_by_alpn() {
     let (server, _) = echo(b"");
     let pki = Pki::new();
     let port = server.address().port();
-    let auto = callee(&pki, server.address(), "");
+    let auto = server_sidecar(&pki, server.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let stranger = TlsCaller::new(Some(&mine), &[]);
+    let stranger = TlsClient::new(Some(&mine), &[]);
     is_refused(stranger.connect(auto.inbound()), &format!("port = {port}"));
     eventually("the log", || {
         auto.stderr().contains("bytes that are not HTTP came from an authenticated peer")
@@ -398,13 +398,16 @@ fn sidecars_negotiate_byte_streams_by_alpn() {
     assert_eq!(metric(&auto, REFUSED), 1.0);
     for protocol in ["auto", "tcp"] {
         let more = format!("protocol = \"{protocol}\"\nlisten = \"127.0.0.1:0\"\n");
-        let here = caller(&pki, auto.inbound(), &more);
+        let here = client_sidecar(&pki, auto.inbound(), &more);
         is_echoed(connect(here.upstream("payments")));
     }
-    let declared =
-        callee(&pki, server.address(), &format!("[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n"));
+    let declared = server_sidecar(
+        &pki,
+        server.address(),
+        &format!("[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n"),
+    );
     is_echoed(stranger.connect(declared.inbound()));
-    let here = caller(&pki, declared.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
+    let here = client_sidecar(&pki, declared.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
     is_echoed(connect(here.upstream("payments")));
 }
 
@@ -413,9 +416,9 @@ fn sidecars_negotiate_byte_streams_by_alpn() {
 fn no_request_passes_in_a_negotiated_byte_stream() {
     let (server, seen) = echo(b"");
     let pki = Pki::new();
-    let auto = callee(&pki, server.address(), "");
+    let auto = server_sidecar(&pki, server.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let sidecar = TlsCaller::new(Some(&mine), &["outrigger-tcp"]);
+    let sidecar = TlsClient::new(Some(&mine), &["outrigger-tcp"]);
     is_echoed(sidecar.connect(auto.inbound()));
     seen.lock().expect("no panic").clear();
     for opener in openers() {
@@ -431,12 +434,12 @@ fn no_request_passes_in_a_negotiated_byte_stream() {
 fn byte_streams_to_a_service_with_request_policies_are_refused_in_the_handshake() {
     let service = Upstream::http1(|_| async { text("hello") });
     let pki = Pki::new();
-    let checked = callee(
+    let checked = server_sidecar(
         &pki,
         service.address(),
         "[[inbound.allow]]\nidentity = [\"spiffe://shop.example/ns/shop/sa/*\"]\n",
     );
-    let here = caller(&pki, checked.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
+    let here = client_sidecar(&pki, checked.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
     let mut client = RawClient::connect(here.upstream("payments"));
     client.send(REDIS);
     assert!(client.read_to_close().1);
@@ -445,7 +448,7 @@ fn byte_streams_to_a_service_with_request_policies_are_refused_in_the_handshake(
     });
     let refused = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"no_protocol\"}";
     assert_eq!(metric(&checked, refused), 1.0);
-    let here = caller(&pki, checked.inbound(), "");
+    let here = client_sidecar(&pki, checked.inbound(), "");
     let mut client = RawClient::connect(here.outbound());
     client.send("CONNECT payments:80 HTTP/1.1\r\nHost: payments:80\r\n\r\n");
     assert!(client.read_until(b"\r\n\r\n").starts_with(b"HTTP/1.1 200 "));
@@ -555,8 +558,8 @@ fn the_clients_own_tls_passes_through_a_tunnel() {
     let mut client = RawClient::connect(proxy.outbound());
     client.send("CONNECT up:443 HTTP/1.1\r\nHost: up:443\r\n\r\n");
     client.read_until(b"\r\n\r\n");
-    let tls = TlsCaller::new(None, &[]).over(client.stream);
-    let said = TlsCaller::say_on(tls, "GET / HTTP/1.1\r\n\r\n");
+    let tls = TlsClient::new(None, &[]).connect_over(client.stream);
+    let said = TlsClient::send_and_read_on(tls, "GET / HTTP/1.1\r\n\r\n");
     assert!(said.as_ref().is_ok_and(|said| said.ends_with("hello")), "{said:?}");
 }
 

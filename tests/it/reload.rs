@@ -631,7 +631,7 @@ struct Addresses {
 impl Addresses {
     fn new(service: &RawServer, other: &RawServer) -> Self {
         let (service, other) = (service.address(), other.address());
-        Self { service, other, refuses: crate::support::nobody(), full: full_backlog() }
+        Self { service, other, refuses: crate::support::refusing_address(), full: full_backlog() }
     }
 
     fn config(&self, lines: &str) -> String {
@@ -745,7 +745,7 @@ fn check(key: &str, case: &Case, addresses: Addresses) -> Result<(), String> {
             if probed == expected {
                 return Ok(());
             }
-            if begin.elapsed() > crate::support::PATIENCE {
+            if begin.elapsed() > crate::support::WAIT_LIMIT {
                 return Err(format!("{key}: `{probed}`, not `{expected}`\n{}", stage.proxy.stderr()));
             }
             thread::sleep(Duration::from_millis(20));

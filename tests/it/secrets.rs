@@ -2,7 +2,7 @@
 
 use std::{fs, process::Command};
 
-use crate::support::{Launch, RawClient, Upstream, binary, eventually, nobody, text};
+use crate::support::{Launch, RawClient, Upstream, binary, eventually, refusing_address, text};
 
 const CANARY: &str = "Canary4711";
 
@@ -42,7 +42,7 @@ fn no_output_shows_a_credential() {
         let sent = request.headers().get("authorization").is_some();
         text(if sent { "it was sent" } else { "it was not sent" })
     });
-    let config = config(&service.address().to_string(), &nobody().to_string());
+    let config = config(&service.address().to_string(), &refusing_address().to_string());
     let variables = [("OTLP_PASSWORD", CANARY), ("TIER_TOKEN", CANARY)];
     let launch = Launch::new(config.clone()).arg("--log").arg("debug");
     let launch = variables.iter().fold(launch, |launch, (name, value)| launch.env(name, value));

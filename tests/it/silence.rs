@@ -10,14 +10,14 @@ use std::{
 };
 
 use crate::{
-    identity::{GET, callee},
+    identity::{GET, server_sidecar},
     support::{
-        Launch, PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
+        Launch, Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually,
         h2::{self, H2Client},
         peer_script,
         pki::Pki,
         python_with, skip, text,
-        tls::TlsCaller,
+        tls::TlsClient,
     },
 };
 
@@ -62,7 +62,7 @@ fn a_silent_client_is_disconnected_after_ten_seconds() {
             });
         }
     });
-    kept = kept.patience(Duration::from_millis(500));
+    kept = kept.with_read_timeout(Duration::from_millis(500));
     assert!(!kept.read_to_close().1, "a port that is `tcp` may stand still for tunnel_idle_timeout");
 }
 
@@ -135,7 +135,7 @@ fn connections_in_the_accept_queue_are_served_at_shutdown() {
             assert_eq!((response.status(), response.field("connection")), (200, Some("close")));
         }
         for client in &mut http2 {
-            assert_eq!(client.end_of(1), h2::End::Answer(Some(200)));
+            assert_eq!(client.end_of(1), h2::End::Response(Some(200)));
         }
         assert_eq!(proxy.wait().code(), Some(0));
     }
@@ -146,17 +146,18 @@ fn connections_in_the_accept_queue_are_served_at_shutdown() {
 fn a_tls_handshake_in_progress_at_shutdown_gets_its_response() {
     const CLIENTS: usize = 20;
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
-    let mut proxy = callee(&pki, service.address(), "");
+    let mut proxy = server_sidecar(&pki, service.address(), "");
     let mine = pki.issue("checkout", |_| {});
     let inbound = proxy.inbound();
     let responses = thread::scope(|scope| {
         let mut asking = Vec::new();
         stopped_then_terminated(&proxy, || {
             for number in 0..CLIENTS {
-                let client = TlsCaller::new(Some(&mine), if number % 2 == 0 { &["http/1.1"] } else { &[] });
+                let client = TlsClient::new(Some(&mine), if number % 2 == 0 { &["http/1.1"] } else { &[] });
                 let stream = TcpStream::connect(inbound).expect("connect");
-                stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-                asking.push(scope.spawn(move || TlsCaller::say_on(client.over(stream), GET)));
+                stream.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout");
+                asking
+                    .push(scope.spawn(move || TlsClient::send_and_read_on(client.connect_over(stream), GET)));
             }
         });
         asking.into_iter().map(|asked| asked.join().expect("no panic")).collect::<Vec<_>>()
@@ -302,15 +303,15 @@ fn a_kernel_without_ipv6_listens_on_ipv4() {
 #[test]
 fn a_slow_client_hello_is_served_under_strict() {
     let (pki, service) = (Pki::new(), Upstream::http1(|_| async { text("hello") }));
-    let proxy = callee(&pki, service.address(), "");
+    let proxy = server_sidecar(&pki, service.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let client = TlsCaller::new(Some(&mine), &[]);
+    let client = TlsClient::new(Some(&mine), &[]);
     for wait in [Duration::ZERO, Duration::from_millis(1500)] {
         let stream = TcpStream::connect(proxy.inbound()).expect("connect");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout");
         // The time that the client takes.
         thread::sleep(wait);
-        let response = TlsCaller::say_on(client.over(stream), GET);
+        let response = TlsClient::send_and_read_on(client.connect_over(stream), GET);
         assert!(
             response.as_ref().is_ok_and(|response| response.ends_with("hello")),
             "after {wait:?}: {response:?}"

@@ -12,7 +12,8 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Daemon, PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually, free_port, has_tool, nobody,
+    Daemon, Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually, free_port, has_tool,
+    refusing_address,
     strict::{self, Message, Progress},
     text,
 };
@@ -98,7 +99,10 @@ fn nothing_after_a_rejected_connect_is_served() {
     });
     let proxy = Proxy::start(
         config(server.address())
-            + &format!("[[upstream]]\nname = \"down\"\nendpoints = [\"{}\"]\nretry = false\n", nobody()),
+            + &format!(
+                "[[upstream]]\nname = \"down\"\nendpoints = [\"{}\"]\nretry = false\n",
+                refusing_address()
+            ),
     );
     for (address, to) in [
         (proxy.outbound(), "up"),
@@ -128,7 +132,7 @@ fn nothing_after_a_rejected_connect_is_served() {
 /// Bytes that do not parse as a request get a response, are counted, and are logged like any other rejection.
 #[test]
 fn requests_rejected_by_the_parser_are_logged_and_counted() {
-    let proxy = Proxy::start(config(nobody()));
+    let proxy = Proxy::start(config(refusing_address()));
     let many = "a: b\r\n".repeat(101);
     let long = "a".repeat(70_000);
     let mut count = 0;
@@ -374,11 +378,11 @@ fn unusual_targets_are_forwarded_byte_for_byte() {
         let line = [b"GET ", target, b" HTTP/1.1"].concat();
         for address in both(&proxy) {
             assert_eq!(RawClient::connect(address).ask(get(target)).status(), 200);
-            assert_eq!(seen.recv_timeout(PATIENCE).expect("a request"), line, "{}", target.escape_ascii());
+            assert_eq!(seen.recv_timeout(WAIT_LIMIT).expect("a request"), line, "{}", target.escape_ascii());
         }
         let absolute = get(&[b"http://up", target].concat());
         assert_eq!(RawClient::connect(proxy.outbound()).ask(absolute).status(), 200);
-        assert_eq!(seen.recv_timeout(PATIENCE).expect("a request"), line, "{}", target.escape_ascii());
+        assert_eq!(seen.recv_timeout(WAIT_LIMIT).expect("a request"), line, "{}", target.escape_ascii());
     }
 }
 
@@ -513,7 +517,7 @@ fn te_is_forwarded_with_its_connection_option() {
 }
 
 /// Trailers of this many bytes after a body.
-fn with_trailers(bytes: usize) -> crate::support::Answer {
+fn with_trailers(bytes: usize) -> crate::support::UpstreamResponse {
     use http_body_util::BodyExt;
     let fields = (0..bytes / 1000).map(|at| {
         let name = http::HeaderName::try_from(format!("x-{at}")).expect("a name");

@@ -31,7 +31,7 @@ pub struct Frame {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
     /// The status of its response, if our small HPACK decoder knows it.
-    Answer(Option<u16>),
+    Response(Option<u16>),
     /// RST_STREAM with this code.
     Reset(u32),
     /// GOAWAY with this code.
@@ -192,11 +192,11 @@ impl H2Client {
                     HEADERS => {
                         status = status.or(Some(self::status(&frame.payload)));
                         if frame.flags & END_STREAM != 0 {
-                            return End::Answer(status.flatten());
+                            return End::Response(status.flatten());
                         }
                     }
-                    DATA if frame.flags & END_STREAM != 0 => return End::Answer(status.flatten()),
-                    RST_STREAM => return End::Answer(status.flatten()),
+                    DATA if frame.flags & END_STREAM != 0 => return End::Response(status.flatten()),
+                    RST_STREAM => return End::Response(status.flatten()),
                     _ => {}
                 },
                 Ok(_) => {}
@@ -218,6 +218,6 @@ impl H2Client {
     #[track_caller]
     pub fn must_get(&mut self, stream: u32, path: &str) {
         self.headers(stream, &get(path), true);
-        assert_eq!(self.end_of(stream), End::Answer(Some(200)));
+        assert_eq!(self.end_of(stream), End::Response(Some(200)));
     }
 }

@@ -92,7 +92,7 @@ async fn accept<F, R>(
 }
 
 /// Responds without a body.
-pub fn answer(respond: &mut SendResponse<Bytes>, status: u16) {
+pub fn send_status(respond: &mut SendResponse<Bytes>, status: u16) {
     let mut response = Response::new(());
     *response.status_mut() = status.try_into().expect("a status");
     let _ = respond.send_response(response, true);

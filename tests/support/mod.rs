@@ -27,27 +27,27 @@ use std::{
 use socket2::{Domain, Socket, Type};
 
 pub use dns::Dns;
-pub use proxy::{Launch, Proxy, binary, binary_for_all, signal};
+pub use proxy::{Launch, Proxy, binary, binary_for_any_user, signal};
 pub use raw::{RawClient, RawServer};
 pub use tools::{Daemon, has_tool, peer_script, python_with, skip, tool};
-pub use upstream::{Answer, Upstream, text};
+pub use upstream::{Upstream, UpstreamResponse, text};
 
 /// How long anything that must happen may take on a slow and busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const WAIT_LIMIT: Duration = Duration::from_secs(20);
 
 /// Waits until `condition` holds; fails the test, saying `what`, if it does not within [`PATIENCE`].
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for: {what}");
+        assert!(begin.elapsed() < WAIT_LIMIT, "waited {WAIT_LIMIT:?} in vain for: {what}");
         thread::sleep(Duration::from_millis(5));
     }
 }
 
 /// An address that refuses connections: bound until the process ends and never listened to, so that no other process
 /// gets it.
-pub fn nobody() -> SocketAddr {
+pub fn refusing_address() -> SocketAddr {
     let kept = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     kept.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
     let address = kept.local_addr().ok().and_then(|address| address.as_socket()).expect("its address");

@@ -21,13 +21,13 @@ use tokio_rustls::TlsAcceptor;
 use super::{tls::server_config, upstream::LocalExec};
 
 /// A received request.
-pub struct Got {
+pub struct ExportRequest {
     pub path: String,
     pub fields: HeaderMap,
     pub request: ExportTraceServiceRequest,
 }
 
-impl Got {
+impl ExportRequest {
     pub fn field(&self, name: &str) -> &str {
         self.fields.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
     }
@@ -42,7 +42,7 @@ impl Got {
 /// Accepts OTLP over TLS, by gRPC or HTTP. It ends with the test's process.
 pub struct Collector {
     address: SocketAddr,
-    got: Arc<Mutex<Vec<Got>>>,
+    got: Arc<Mutex<Vec<ExportRequest>>>,
 }
 
 impl Collector {
@@ -52,7 +52,7 @@ impl Collector {
         let address = listener.local_addr().expect("an address");
         let alpn: &[&str] = if grpc { &["h2"] } else { &["http/1.1"] };
         let acceptor = TlsAcceptor::from(Arc::new(server_config(certificate, None, alpn)));
-        let got = Arc::<Mutex<Vec<Got>>>::default();
+        let got = Arc::<Mutex<Vec<ExportRequest>>>::default();
         let kept = Arc::clone(&got);
         thread::spawn(move || {
             let runtime = runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -66,7 +66,7 @@ impl Collector {
     }
 
     /// Takes all that has arrived since.
-    pub fn take(&self) -> Vec<Got> {
+    pub fn take(&self) -> Vec<ExportRequest> {
         std::mem::take(&mut self.got.lock().expect("a lock"))
     }
 }
@@ -75,7 +75,7 @@ async fn serve(
     listener: std::net::TcpListener,
     acceptor: TlsAcceptor,
     grpc: bool,
-    got: Arc<Mutex<Vec<Got>>>,
+    got: Arc<Mutex<Vec<ExportRequest>>>,
 ) {
     let listener = TcpListener::from_std(listener).expect("a listener");
     while let Ok((stream, _)) = listener.accept().await {
@@ -100,7 +100,7 @@ async fn serve(
 async fn answer(
     request: Request<Incoming>,
     grpc: bool,
-    got: &Mutex<Vec<Got>>,
+    got: &Mutex<Vec<ExportRequest>>,
 ) -> Response<impl hyper::body::Body<Data = Bytes, Error = Infallible> + use<>> {
     let (head, body) = request.into_parts();
     let mut body = body.collect().await.expect("a body").to_bytes();
@@ -119,7 +119,7 @@ async fn answer(
     }
     let request = ExportTraceServiceRequest::decode(&bytes[..]).expect("protobuf");
     let path = head.uri.path().to_owned();
-    got.lock().expect("a lock").push(Got { path, fields: head.headers, request });
+    got.lock().expect("a lock").push(ExportRequest { path, fields: head.headers, request });
     // An empty message means success.
     let (kind, message, trailers) = match grpc {
         true => ("application/grpc", &[0; 5][..], Some(("grpc-status", HeaderValue::from_static("0")))),

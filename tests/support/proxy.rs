@@ -16,7 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::{
-    PATIENCE, eventually,
+    WAIT_LIMIT, eventually,
     netns::{PROXY_USER, Pod},
 };
 
@@ -51,7 +51,7 @@ pub fn binary() -> PathBuf {
 }
 
 /// The same where every user can run it: a checkout may be in a directory that only its owner may enter.
-pub fn binary_for_all() -> PathBuf {
+pub fn binary_for_any_user() -> PathBuf {
     static COPY: OnceLock<PathBuf> = OnceLock::new();
     let open = |path: &Path| fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o001 != 0);
     let binary = binary();
@@ -133,7 +133,7 @@ impl Launch {
             if let Some(status) = proxy.child.try_wait().expect("wait") {
                 panic!("the proxy ended before it was ready: {status}\n{}", proxy.stderr());
             }
-            assert!(begin.elapsed() < PATIENCE, "the proxy is not ready:\n{}", proxy.stderr());
+            assert!(begin.elapsed() < WAIT_LIMIT, "the proxy is not ready:\n{}", proxy.stderr());
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -149,7 +149,7 @@ impl Launch {
         }
         fs::write(path("outrigger.toml"), &self.config).expect("write");
         let mut words = self.wrapper;
-        words.push(if self.in_pod { binary_for_all() } else { binary() }.into());
+        words.push(if self.in_pod { binary_for_any_user() } else { binary() }.into());
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).arg("run").arg("-c").arg(path("base.toml"));
         command.arg("-c").arg(path("outrigger.toml")).arg("--ready-file").arg(path("ready.json"));

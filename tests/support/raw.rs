@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    PATIENCE,
+    WAIT_LIMIT,
     strict::{self, Message, Progress},
 };
 
@@ -27,14 +27,14 @@ impl RawClient {
     #[track_caller]
     pub fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).expect("connect");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout");
+        stream.set_write_timeout(Some(WAIT_LIMIT)).expect("a timeout");
         stream.set_nodelay(true).expect("nodelay");
         Self { stream, buffer: Vec::new() }
     }
 
     /// Stops reading after this long.
-    pub fn patience(self, limit: Duration) -> Self {
+    pub fn with_read_timeout(self, limit: Duration) -> Self {
         self.stream.set_read_timeout(Some(limit)).expect("a timeout");
         self
     }

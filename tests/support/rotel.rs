@@ -16,7 +16,7 @@ pub struct Rotel {
 
 /// A received span.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct ReceivedSpan {
     pub service: String,
     pub name: String,
     /// `SERVER`, `CLIENT`, `INTERNAL`.
@@ -33,7 +33,7 @@ pub struct Seen {
     pub links: Vec<(String, String)>,
 }
 
-impl Seen {
+impl ReceivedSpan {
     pub fn attribute(&self, key: &str) -> &str {
         self.attributes.get(key).map_or("", String::as_str)
     }
@@ -70,13 +70,13 @@ impl Rotel {
     }
 
     /// All spans so far.
-    pub fn spans(&self) -> Vec<Seen> {
+    pub fn spans(&self) -> Vec<ReceivedSpan> {
         parse(&self.daemon.output())
     }
 
     /// Waits for at least `count` spans, and a moment longer in case more arrive.
     #[track_caller]
-    pub fn wait_for(&self, count: usize) -> Vec<Seen> {
+    pub fn wait_for(&self, count: usize) -> Vec<ReceivedSpan> {
         let mut spans = Vec::new();
         eventually(&format!("{count} spans at the collector"), || {
             spans = self.spans();
@@ -99,15 +99,15 @@ enum Place {
     Link,
 }
 
-fn parse(text: &str) -> Vec<Seen> {
-    let (mut spans, mut service, mut place) = (Vec::<Seen>::new(), String::new(), Place::Resource);
+fn parse(text: &str) -> Vec<ReceivedSpan> {
+    let (mut spans, mut service, mut place) = (Vec::<ReceivedSpan>::new(), String::new(), Place::Resource);
     for line in text.lines() {
         let line = line.trim();
         if line.starts_with("ResourceSpans #") {
             place = Place::Resource;
         } else if line.starts_with("Span #") {
             place = Place::Span;
-            spans.push(Seen { service: service.clone(), ..Seen::default() });
+            spans.push(ReceivedSpan { service: service.clone(), ..ReceivedSpan::default() });
         } else if line.starts_with("SpanEvent #") {
             place = Place::Event;
         } else if line.starts_with("SpanLink #") {

@@ -14,7 +14,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
 
-use super::PATIENCE;
+use super::WAIT_LIMIT;
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
@@ -62,13 +62,13 @@ impl ServerCertVerifier for AcceptAnyCertificate {
 }
 
 /// A TLS client with any certificate.
-pub struct TlsCaller {
+pub struct TlsClient {
     config: Arc<ClientConfig>,
 }
 
 pub type TlsSocket = StreamOwned<ClientConnection, TcpStream>;
 
-impl TlsCaller {
+impl TlsClient {
     pub fn new(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
         Self::with_versions(certificate, alpn, rustls::DEFAULT_VERSIONS)
     }
@@ -95,7 +95,7 @@ impl TlsCaller {
     }
 
     /// The same by TLS 1.2.
-    pub fn by_tls12(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
+    pub fn with_tls12(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
         let versions = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS12]);
         let builder = versions.expect("versions").dangerous();
@@ -111,24 +111,24 @@ impl TlsCaller {
     #[track_caller]
     pub fn connect(&self, address: SocketAddr) -> TlsSocket {
         let stream = TcpStream::connect(address).expect("connect");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        self.over(stream)
+        stream.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout");
+        self.connect_over(stream)
     }
 
     /// The same over an open connection.
-    pub fn over(&self, stream: TcpStream) -> TlsSocket {
+    pub fn connect_over(&self, stream: TcpStream) -> TlsSocket {
         let name = ServerName::try_from("localhost").expect("a name");
         let connection = ClientConnection::new(Arc::clone(&self.config), name).expect("a connection");
         StreamOwned::new(connection, stream)
     }
 
     /// The response to some bytes, up to the close by the other side; or the error.
-    pub fn say(&self, address: SocketAddr, bytes: &str) -> io::Result<String> {
-        Self::say_on(self.connect(address), bytes)
+    pub fn send_and_read(&self, address: SocketAddr, bytes: &str) -> io::Result<String> {
+        Self::send_and_read_on(self.connect(address), bytes)
     }
 
     /// The same over an open connection.
-    pub fn say_on(mut stream: TlsSocket, bytes: &str) -> io::Result<String> {
+    pub fn send_and_read_on(mut stream: TlsSocket, bytes: &str) -> io::Result<String> {
         stream.write_all(bytes.as_bytes())?;
         let mut response = Vec::new();
         match stream.read_to_end(&mut response) {

@@ -9,7 +9,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{PATIENCE, proxy::signal, wait_for_port};
+use super::{WAIT_LIMIT, proxy::signal, wait_for_port};
 
 fn home() -> PathBuf {
     std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default()
@@ -148,7 +148,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         signal(self.pid(), "TERM");
         let begin = std::time::Instant::now();
-        while matches!(self.child.try_wait(), Ok(None)) && begin.elapsed() < PATIENCE / 4 {
+        while matches!(self.child.try_wait(), Ok(None)) && begin.elapsed() < WAIT_LIMIT / 4 {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         let _ = self.child.kill();

@@ -8,7 +8,7 @@ use hyper::{Request, Response, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, runtime, sync::oneshot, task::LocalSet};
 
-pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+pub type UpstreamResponse = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 /// A server on its own thread. Dropping it closes all its connections.
 pub struct Upstream {
@@ -17,7 +17,7 @@ pub struct Upstream {
 }
 
 /// 200 with this text.
-pub fn text(body: impl Into<Bytes>) -> Answer {
+pub fn text(body: impl Into<Bytes>) -> UpstreamResponse {
     Response::new(Full::new(body.into()).boxed_unsync())
 }
 
@@ -26,7 +26,7 @@ impl Upstream {
     pub fn http1<F, R>(handle: F) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         Self::start(handle, false)
     }
@@ -35,7 +35,7 @@ impl Upstream {
     pub fn h2c<F, R>(handle: F) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         Self::start(handle, true)
     }
@@ -43,7 +43,7 @@ impl Upstream {
     fn start<F, R>(handle: F, h2: bool) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         Self::with_peer(h2, move |_, request| handle(request))
     }
@@ -52,7 +52,7 @@ impl Upstream {
     pub fn with_peer<F, R>(h2: bool, handle: F) -> Self
     where
         F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         Self::at(([127, 0, 0, 1], 0).into(), h2, handle)
     }
@@ -61,7 +61,7 @@ impl Upstream {
     pub fn at<F, R>(address: SocketAddr, h2: bool, handle: F) -> Self
     where
         F: Fn(SocketAddr, Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         let listener = std::net::TcpListener::bind(address).expect("bind");
         listener.set_nonblocking(true).expect("non-blocking");
@@ -88,7 +88,7 @@ impl Upstream {
 async fn accept<F, R>(listener: TcpListener, handle: Rc<F>, h2: bool)
 where
     F: Fn(SocketAddr, Request<Incoming>) -> R + 'static,
-    R: Future<Output = Answer> + 'static,
+    R: Future<Output = UpstreamResponse> + 'static,
 {
     while let Ok((stream, peer)) = listener.accept().await {
         let _ = stream.set_nodelay(true);

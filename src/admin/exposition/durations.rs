@@ -9,7 +9,7 @@ use std::{
 use super::upstreams::OTHER;
 use crate::{
     config::{HostMatch, Upstream},
-    durations::{BOUNDS, Histogram, Key, Read},
+    durations::{BOUNDS, Histogram, Histograms, SeriesKey},
     proxy::worker::Shared,
 };
 
@@ -22,21 +22,23 @@ const CLIENT: &str = "http_client_request_duration_seconds";
 /// Histograms of inbound requests, and of outbound ones by upstream and its address.
 #[derive(Debug)]
 pub struct DurationRows {
-    server: Read,
-    client: BTreeMap<(String, Option<String>), Read>,
+    server: Histograms,
+    client: BTreeMap<(String, Option<String>), Histograms>,
 }
 
 impl DurationRows {
     pub fn of(shared: &Shared) -> Self {
         let snapshot = shared.snapshot.load();
-        let mut rows = Self { server: Read::new(), client: BTreeMap::new() };
+        let mut rows = Self { server: Histograms::new(), client: BTreeMap::new() };
         snapshot.inbound.upstream.guards.durations.add_to(&mut rows.server);
-        shared.calls.refused_inbound.add_to(&mut rows.server);
+        shared.request_telemetry.refused_inbound.add_to(&mut rows.server);
         for cluster in &snapshot.clusters {
             let row = rows.client.entry((cluster.upstream.name.to_string(), address(&cluster.settings)));
             cluster.upstream.guards.durations.add_to(row.or_default());
         }
-        for (name, durations) in [(OTHER, &shared.calls.other), (NONE, &shared.calls.refused_outbound)] {
+        for (name, durations) in
+            [(OTHER, &shared.request_telemetry.other), (NONE, &shared.request_telemetry.refused_outbound)]
+        {
             durations.add_to(rows.client.entry((name.to_owned(), None)).or_default());
         }
         rows
@@ -69,7 +71,7 @@ fn address(settings: &Upstream) -> Option<String> {
 }
 
 /// Formats the labels, without the braces.
-fn labels(key: &Key, inbound: bool, upstream: Option<&(String, Option<String>)>) -> String {
+fn labels(key: &SeriesKey, inbound: bool, upstream: Option<&(String, Option<String>)>) -> String {
     let mut labels = format!("http_request_method=\"{}\"", key.method());
     let mut add = |name: &str, value: Option<&str>| {
         if let Some(value) = value {
@@ -114,23 +116,23 @@ mod tests {
 
     use super::*;
     use crate::{
-        durations::{Cell, Durations},
+        durations::{DurationCell, Durations},
         telemetry::verdict::tests::record,
-        trace_context::{Span, Trace},
+        trace_context::{SpanId, TraceId},
     };
 
     #[test]
     fn a_histogram_is_written_with_its_exemplars() {
         let durations = Durations::default();
-        let cell: &Cell = &durations.cell();
-        let ids = Trace::new(0xab).zip(Span::new(0xcd));
+        let cell: &DurationCell = &durations.cell();
+        let ids = TraceId::new(0xab).zip(SpanId::new(0xcd));
         let key = record(404).duration_key();
         cell.observe(key, Duration::from_millis(20), ids);
         cell.observe(key, Duration::from_secs(20), None);
-        let mut client = Read::new();
+        let mut client = Histograms::new();
         durations.add_to(&mut client);
         let upstream = ("a \"b\"".to_owned(), Some("b.example".to_owned()));
-        let rows = DurationRows { server: Read::new(), client: [(upstream, client)].into() };
+        let rows = DurationRows { server: Histograms::new(), client: [(upstream, client)].into() };
         let mut out = String::new();
         rows.write(&mut out).unwrap();
         let labels = r#"http_request_method="GET",http_response_status_code="404",error_type="404",upstream="a \"b\"",server_address="b.example""#;

@@ -6,13 +6,13 @@ use http::{HeaderMap, header::ACCEPT};
 
 /// An exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub enum ExpositionFormat {
     OpenMetrics,
     /// Prometheus text 0.0.4: no exemplars, no units.
     Prometheus,
 }
 
-impl Format {
+impl ExpositionFormat {
     pub const fn content_type(self) -> &'static str {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -21,7 +21,7 @@ impl Format {
     }
 
     /// Negotiates by `Accept` (RFC 9110 §12.5.1): OpenMetrics, unless plain text has the higher quality value.
-    pub fn wanted(headers: &HeaderMap) -> Self {
+    pub fn negotiate(headers: &HeaderMap) -> Self {
         let mut open_metrics = 0.0_f32;
         let mut plain = 0.0_f32;
         let fields = headers.get_all(ACCEPT).iter().filter_map(|field| field.to_str().ok());
@@ -84,16 +84,16 @@ mod tests {
         let wanted = |accept: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(ACCEPT, HeaderValue::from_static(accept));
-            Format::wanted(&headers)
+            ExpositionFormat::negotiate(&headers)
         };
-        assert_eq!(Format::wanted(&HeaderMap::new()), Format::OpenMetrics);
+        assert_eq!(ExpositionFormat::negotiate(&HeaderMap::new()), ExpositionFormat::OpenMetrics);
         for accept in [
             "*/*",
             "application/openmetrics-text",
             "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
             "text/html",
         ] {
-            assert_eq!(wanted(accept), Format::OpenMetrics, "{accept}");
+            assert_eq!(wanted(accept), ExpositionFormat::OpenMetrics, "{accept}");
         }
         for accept in [
             "text/plain",
@@ -101,7 +101,7 @@ mod tests {
             "text/plain;version=0.0.4;q=1,*/*;q=0.1",
             "application/openmetrics-text;q=0.2, text/plain;q=0.3",
         ] {
-            assert_eq!(wanted(accept), Format::Prometheus, "{accept}");
+            assert_eq!(wanted(accept), ExpositionFormat::Prometheus, "{accept}");
         }
     }
 

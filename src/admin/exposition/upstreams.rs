@@ -13,7 +13,7 @@ use crate::{
     proxy::worker::Shared,
     upstream::{
         EndpointState,
-        guards::{Counts, Tally},
+        guards::{LabeledCounters, PolicyCounters},
     },
 };
 
@@ -29,7 +29,7 @@ pub struct UpstreamRows(BTreeMap<String, Row>);
 
 #[derive(Debug, Default)]
 struct Row {
-    counts: Counts,
+    counts: PolicyCounters,
     /// The lowest of all clusters in this row.
     budget: Option<usize>,
     /// The highest gauge value (most open) of all; none without a breaker.
@@ -52,7 +52,7 @@ impl UpstreamRows {
         let service = rows.row(INBOUND);
         service.counts.absorb(&forgotten);
         addresses.iter().chain([&snapshot.inbound]).for_each(|cluster| service.add(cluster, now));
-        let (hosts, forgotten) = shared.unknown.read();
+        let (hosts, forgotten) = shared.unknown_hosts.read();
         if !hosts.is_empty() || !forgotten.is_zero() {
             let row = rows.row(OTHER);
             row.counts.absorb(&forgotten);
@@ -94,11 +94,11 @@ impl UpstreamRows {
         name: &str,
         help: &str,
         key: &'static str,
-        of: impl Fn(&Counts) -> &Tally,
+        of: impl Fn(&PolicyCounters) -> &LabeledCounters,
     ) -> fmt::Result {
         let members = self.0.iter().flat_map(|(upstream, row)| {
             of(&row.counts)
-                .read()
+                .iter()
                 .map(move |(word, count)| (labels(upstream, key, word), ConstCounter::new(count)))
         });
         family(encoder, name, help, None, members)
@@ -122,13 +122,13 @@ impl Row {
     fn add(&mut self, cluster: &Cluster, now: Instant) {
         let (upstream, policy) = (&cluster.upstream, &cluster.settings.policy);
         let guards = &upstream.guards;
-        self.counts.absorb(&guards.counts);
+        self.counts.absorb(&guards.counters);
         if policy.retry.is_some() {
             let available = guards.budget.available(now);
             self.budget = Some(self.budget.map_or(available, |least| least.min(available)));
         }
         if cluster.has_breaker() {
-            self.breaker = self.breaker.max(Some(guards.breaker.report_state().state.gauge()));
+            self.breaker = self.breaker.max(Some(guards.breaker.state_report().state.gauge()));
         }
         if policy.limits.is_some() {
             let in_flight = u64::from(guards.requests.in_flight());

@@ -6,7 +6,7 @@ use crate::{
     config::{Config, Endpoints, Node, Origin, Problem},
     discovery,
     identity::{
-        files::{self, Key},
+        files::{self, FileKey},
         jwt::KeySet,
     },
 };
@@ -18,8 +18,8 @@ pub(super) fn problems(config: &Config, tree: &Node) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (key, error) in files::check(config, SystemTime::now()) {
         let origin = match key {
-            Key::Own(key) => at(tree, &["identity", key]),
-            Key::Upstream(index) => of_upstream(tree, index, &["ca"]),
+            FileKey::Identity(key) => at(tree, &["identity", key]),
+            FileKey::Upstream(index) => of_upstream(tree, index, &["ca"]),
         };
         problems.push(Problem::error(origin, error.to_string()).label(NAMED_HERE));
     }

@@ -1,30 +1,36 @@
 //! `explain --inbound`: authorization of the request.
 
-use super::{target::Target, verdict::Verdict};
+use super::{explanation::Explanation, request::ExplainedRequest};
 use crate::{
-    authorization::{Asked, PathPattern, Rules, Token, What, unambiguous},
-    config::Loaded,
+    authorization::{
+        AllowList, AuthorizationRequest, EndUserToken, PathPattern, RequestedOperation, check_unambiguous,
+    },
+    config::LoadedConfig,
     url_path::normalise,
 };
 
 /// Adds the allow entry that matches the given peer, or without a peer the identities that each entry allows.
-pub(super) fn authorization(verdict: &mut Verdict, loaded: &Loaded, target: &Target) {
+pub(super) fn authorization(verdict: &mut Explanation, loaded: &LoadedConfig, target: &ExplainedRequest) {
     let inbound = &loaded.config.inbound;
-    let rules = Rules::new(&inbound.allow);
+    let rules = AllowList::new(&inbound.allow);
     let path = target.path.path();
     let excepts = inbound.jwt.as_ref().is_some_and(|jwt| !jwt.except.is_empty());
-    if (rules.look_at_paths() || excepts)
-        && let Err(ambiguous) = unambiguous(path)
+    if (rules.uses_paths() || excepts)
+        && let Err(ambiguous) = check_unambiguous(path)
     {
         verdict.fact("refused", format!("malformed, 400: {ambiguous}"), None);
         return;
     }
-    let place = |entry: usize| loaded.allow_origin(entry).and_then(|origin| loaded.sources.place(origin));
-    let what = What::Call { method: &target.method, path };
+    let place = |entry: usize| loaded.allow_origin(entry).and_then(|origin| loaded.sources.position(origin));
+    let what = RequestedOperation::Http { method: &target.method, path };
     if rules.is_empty() {
         verdict.fact("allow", "no entry: every client that passes mtls".to_owned(), None);
     } else if target.peer.is_some() {
-        match rules.decide(&Asked { peer: target.peer.as_ref(), what, token: Token::Unread }) {
+        match rules.decide(&AuthorizationRequest {
+            peer: target.peer.as_ref(),
+            operation: what,
+            token: EndUserToken::Unverified,
+        }) {
             Ok(Some(at)) => {
                 let claims = claims(&inbound.allow[at].claims);
                 verdict.fact("allow", format!("entry {}{claims}", at + 1), place(at));
@@ -35,7 +41,7 @@ pub(super) fn authorization(verdict: &mut Verdict, loaded: &Loaded, target: &Tar
     } else {
         let mut refused = true;
         for (at, (entry, allow)) in rules.entries().iter().zip(&inbound.allow).enumerate() {
-            if entry.takes(what) {
+            if entry.allows_operation(what) {
                 refused = false;
                 let identities = allow.identity.join(", ");
                 let claims = claims(&allow.claims);

@@ -2,7 +2,7 @@
 
 use super::{Lints, is_loopback_host};
 use crate::{
-    authorization::Rules,
+    authorization::AllowList,
     config::{Config, Endpoints, Mtls, Node, TlsMode},
 };
 
@@ -45,7 +45,7 @@ impl Lints<'_> {
             let help = "without mutual TLS no client has an identity: set [identity] and `mtls`";
             self.warn(place(0), "this allow list matches no client", help);
         }
-        let rules = Rules::new(&inbound.allow);
+        let rules = AllowList::new(&inbound.allow);
         for (at, entry) in rules.entries().iter().enumerate() {
             if let Some(wider) = rules.entries()[..at].iter().position(|earlier| earlier.covers(entry)) {
                 let message = format!("entry {} allows only what entry {} already allows", at + 1, wider + 1);

@@ -8,7 +8,7 @@ fn env(name: &str) -> Option<String> {
     (name == "OTEL_SERVICE_NAME").then(|| "shop".to_owned())
 }
 
-fn try_load(texts: &[&str]) -> Result<Loaded, Diagnostics> {
+fn try_load(texts: &[&str]) -> Result<LoadedConfig, Diagnostics> {
     let source =
         |(at, text): (usize, &&str)| Source { path: format!("{at}.toml").into(), text: (*text).to_owned() };
     load_sources(Sources(texts.iter().enumerate().map(source).collect()), &env)
@@ -233,12 +233,12 @@ fn each_problem_is_reported_once() {
 #[test]
 fn finds_the_files() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(files(&[], dir.path(), &|_| None), [""; 0].map(PathBuf::from));
+    assert_eq!(config_files(&[], dir.path(), &|_| None), [""; 0].map(PathBuf::from));
     std::fs::write(dir.path().join("outrigger.toml"), "").unwrap();
-    assert_eq!(files(&[], dir.path(), &|_| None), [dir.path().join("outrigger.toml")]);
+    assert_eq!(config_files(&[], dir.path(), &|_| None), [dir.path().join("outrigger.toml")]);
     let env = |name: &str| (name == "OUTRIGGER_CONFIG").then(|| "/e.toml".to_owned());
-    assert_eq!(files(&[], dir.path(), &env), [PathBuf::from("/e.toml")]);
-    assert_eq!(files(&["x.toml".into()], dir.path(), &env), [PathBuf::from("x.toml")]);
+    assert_eq!(config_files(&[], dir.path(), &env), [PathBuf::from("/e.toml")]);
+    assert_eq!(config_files(&["x.toml".into()], dir.path(), &env), [PathBuf::from("x.toml")]);
     let text = load(&["/none/x.toml".into()], &env).unwrap_err().to_string();
     assert_eq!(text, "error: cannot read /none/x.toml: there is no such file\n\n");
 }
@@ -267,7 +267,7 @@ fn thousands_of_upstreams_load_quickly() {
     assert!(start.elapsed() < std::time::Duration::from_secs(30), "{:?}", start.elapsed());
     // An error in each of them is no slower, and the list is bounded.
     let found = try_load(&[&text.replace("timeout", "timout")]).unwrap_err();
-    assert_eq!((found.count().0, found.left_out > 9_000), (100, true));
+    assert_eq!((found.count().0, found.omitted > 9_000), (100, true));
 }
 
 proptest::proptest! {

@@ -14,7 +14,7 @@ use super::{
 pub(super) use identity::identity;
 pub(super) use policy::policy;
 pub(super) use sections::sections;
-pub(super) use upstream::{between, references, route, upstream};
+pub(super) use upstream::{across_upstreams, references, route, upstream};
 
 /// A table to check, and its problems.
 struct Check<'a> {
@@ -45,7 +45,7 @@ impl Check<'_> {
     }
 
     /// An error if a list is empty, unless it has items that could not be read.
-    fn filled<T>(&mut self, list: &[T], path: &[&str], message: &str, help: &str) {
+    fn require_items<T>(&mut self, list: &[T], path: &[&str], message: &str, help: &str) {
         let written = path.iter().try_fold(self.node, |node, step| node.get(step));
         if list.is_empty() && !written.is_some_and(Node::is_filled_list) {
             self.error(path, message, help);
@@ -53,7 +53,7 @@ impl Check<'_> {
     }
 
     /// An error about something missing, unless `holds`.
-    fn need(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
+    fn require_present(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
         if !holds {
             let origin = self.at(path);
             self.problems.push(Problem::error(origin, message).help(help).about_missing());
@@ -61,7 +61,7 @@ impl Check<'_> {
     }
 
     /// An error unless `holds`.
-    fn expect(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
+    fn require(&mut self, holds: bool, path: &[&str], message: &str, help: &str) {
         if !holds {
             self.error(path, message, help);
         }

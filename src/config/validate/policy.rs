@@ -6,12 +6,12 @@ use super::Check;
 use crate::{
     config::{Node, Policy, diagnostic::Problems},
     resilience::{
-        breaker::{BreakerSettings, Growing},
+        breaker::{BreakerSettings, GrowingDuration},
         fallback::FallbackSettings,
         hedge::HedgeAfter,
         limit::LimitSettings,
         rate::{RateKey, RateSettings},
-        retry::{Methods, RetrySettings},
+        retry::{RetryMethods, RetrySettings},
     },
     units::HumanDuration,
 };
@@ -49,7 +49,7 @@ pub(in super::super) fn policy(policy: &Policy, node: &Node, problems: &mut Prob
         && let HedgeAfter::Fixed(after) = hedge.after
     {
         let help = "write a duration, e.g. \"50ms\", or a quantile, e.g. \"p95\"";
-        check.expect(
+        check.require(
             !after.is_zero(),
             &["hedge", "after"],
             "a hedge after 0 would double every request",
@@ -73,7 +73,7 @@ impl Check<'_> {
             let help = "at most 64MiB: this much may be kept for every request in flight";
             self.error(&["retry", "body_limit"], "the body limit is too large", help);
         }
-        if let Methods::Listed(methods) = &retry.methods {
+        if let RetryMethods::Listed(methods) = &retry.methods {
             for (at, method) in methods.iter().enumerate() {
                 self.method(&["retry", "methods", &at.to_string()], method);
             }
@@ -90,23 +90,28 @@ impl Check<'_> {
         self.growing(&["breaker", "open_for"], breaker.open_for);
         let help = "write at least 1; `breaker = false` switches it off";
         let trials = &["breaker", "trial_requests"];
-        self.expect(breaker.trial_requests > 0, trials, "without trials it would stay open for ever", help);
+        self.require(breaker.trial_requests > 0, trials, "without trials it would stay open for ever", help);
         let least = &["breaker", "min_requests"];
-        self.expect(breaker.min_requests > 0, least, "a rate needs at least one request", "write at least 1");
+        self.require(
+            breaker.min_requests > 0,
+            least,
+            "a rate needs at least one request",
+            "write at least 1",
+        );
     }
 
     fn limits(&mut self, limits: &LimitSettings) {
         let help = "write at least 1; `limits = false` switches all limits off";
         let message = "a limit of 0 would refuse every request";
-        self.expect(limits.max_connections > 0, &["limits", "max_connections"], message, help);
-        self.expect(limits.max_requests > 0, &["limits", "max_requests"], message, help);
+        self.require(limits.max_connections > 0, &["limits", "max_connections"], message, help);
+        self.require(limits.max_requests > 0, &["limits", "max_requests"], message, help);
     }
 
     fn rate(&mut self, rate: &RateSettings) {
         let help = "write at least 1; `rate_limit = false` switches it off";
         let message = "a rate limit of 0 would refuse every request";
-        self.expect(rate.rate > 0, &["rate_limit", "rate"], message, help);
-        self.expect(rate.burst > 0, &["rate_limit", "burst"], message, help);
+        self.require(rate.rate > 0, &["rate_limit", "rate"], message, help);
+        self.require(rate.burst > 0, &["rate_limit", "burst"], message, help);
         if let RateKey::Header(name) = &rate.per {
             self.header_name(&["rate_limit", "per"], name);
         }
@@ -126,7 +131,7 @@ impl Check<'_> {
     }
 
     fn status(&mut self, path: &[&str], status: u16) {
-        self.expect(
+        self.require(
             (200..=599).contains(&status),
             path,
             "this is not a final status code",
@@ -136,10 +141,10 @@ impl Check<'_> {
 
     fn window(&mut self, path: &[&str], window: HumanDuration) {
         let fits = (MIN_WINDOW..=MAX_WINDOW).contains(&*window);
-        self.expect(fits, path, "this window is too short or too long", "write \"1s\" to \"1h\"");
+        self.require(fits, path, "this window is too short or too long", "write \"1s\" to \"1h\"");
     }
 
-    fn growing(&mut self, path: &[&str], growing: Growing) {
+    fn growing(&mut self, path: &[&str], growing: GrowingDuration) {
         if growing.base.is_zero() {
             self.error(path, "`base` is 0", "write e.g. `base = \"5s\"`");
         } else if growing.base > growing.max {

@@ -6,9 +6,11 @@ use http::HeaderName;
 
 use super::Check;
 use crate::{
-    authorization::Allow,
-    authorization::Pattern,
-    config::{AdminListen, Config, Identity, Jwt, ListenAddr, Node, Problem, Socket, diagnostic::Problems},
+    authorization::AllowSettings,
+    authorization::IdentityPattern,
+    config::{
+        AdminListen, AgentAddress, Config, Identity, Jwt, ListenAddr, Node, Problem, diagnostic::Problems,
+    },
 };
 
 const MAX_WORKERS: u16 = 256;
@@ -18,10 +20,10 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
     let mut check = Check { node: root, problems };
     let name = &config.service.name;
     let fits = !name.is_empty() && name.len() <= 255 && !name.chars().any(char::is_control);
-    check.expect(fits, &["service", "name"], "this cannot be a service's name", "write 1 to 255 characters");
+    check.require(fits, &["service", "name"], "this cannot be a service's name", "write 1 to 255 characters");
     if let Some(workers) = config.runtime.workers {
         let help = format!("write 1 to {MAX_WORKERS}, or remove this key for the container's CPU limit");
-        check.expect(
+        check.require(
             (1..=MAX_WORKERS).contains(&workers),
             &["runtime", "workers"],
             "the number of workers is out of range",
@@ -30,15 +32,16 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
     }
     let forward_to = &config.inbound.forward_to;
     let help = "write the address of the service, e.g. \"127.0.0.1:8080\"";
-    check.expect(forward_to.port > 0, &["inbound", "forward_to"], "port 0 cannot be connected to", help);
-    let local = forward_to.host == "localhost" || forward_to.literal().is_some_and(|a| a.ip().is_loopback());
+    check.require(forward_to.port > 0, &["inbound", "forward_to"], "port 0 cannot be connected to", help);
+    let local =
+        forward_to.host == "localhost" || forward_to.socket_addr().is_some_and(|a| a.ip().is_loopback());
     if local && forward_to.port == config.inbound.listen.0.port && forward_to.port > 0 {
         check.error(&["inbound", "forward_to"], "the proxy would forward to itself", help);
     }
     let mut ports = HashMap::new();
     for (at, port) in config.inbound.ports.iter().enumerate() {
         let path = ["inbound", "port", &at.to_string(), "port"];
-        check.expect(port.port > 0, &path, "no service is at port 0", "write the service's port");
+        check.require(port.port > 0, &path, "no service is at port 0", "write the service's port");
         if ports.insert(port.port, at).is_some() {
             check.error(&path, format!("port {} is described twice", port.port), "combine the two entries");
         }
@@ -58,17 +61,17 @@ pub(in super::super) fn sections(config: &Config, root: &Node, problems: &mut Pr
         let fits = ["http://", "https://"].iter().any(|scheme| otlp.starts_with(scheme));
         let fits = fits && otlp.parse::<http::Uri>().is_ok();
         let help = "write e.g. \"http://127.0.0.1:4317\"";
-        check.expect(fits, &["telemetry", "otlp"], "this is not a collector's URL", help);
+        check.require(fits, &["telemetry", "otlp"], "this is not a collector's URL", help);
     }
     listeners(config, root, problems);
 }
 
 impl Check<'_> {
-    fn allow(&mut self, allow: &Allow, has_jwt: bool) {
+    fn allow(&mut self, allow: &AllowSettings, has_jwt: bool) {
         let help = "name at least one SPIFFE ID";
-        self.filled(&allow.identity, &["identity"], "no client would be allowed", help);
+        self.require_items(&allow.identity, &["identity"], "no client would be allowed", help);
         for (at, id) in allow.identity.iter().enumerate() {
-            if let Err(reason) = id.parse::<Pattern>() {
+            if let Err(reason) = id.parse::<IdentityPattern>() {
                 let help = "write e.g. \"spiffe://shop.example/ns/shop/sa/*\", or \"dns:NAME\"";
                 self.error(
                     &["identity", &at.to_string()],
@@ -84,7 +87,7 @@ impl Check<'_> {
             self.path_pattern(&["paths", &at.to_string()], path);
         }
         let help = "add [inbound.jwt], or remove `claims`";
-        self.expect(
+        self.require(
             has_jwt || allow.claims.is_empty(),
             &["claims"],
             "no token is verified that could have these claims",
@@ -94,12 +97,12 @@ impl Check<'_> {
 
     fn jwt(&mut self, jwt: &Jwt) {
         let at = |key: &'static str| ["inbound", "jwt", key];
-        self.expect(!jwt.issuer.is_empty(), &at("issuer"), "the issuer is empty", "write the token's `iss`");
+        self.require(!jwt.issuer.is_empty(), &at("issuer"), "the issuer is empty", "write the token's `iss`");
         let help = "name at least one; a token for another service must not pass here";
-        self.filled(&jwt.audiences, &at("audiences"), "there is no audience", help);
+        self.require_items(&jwt.audiences, &at("audiences"), "there is no audience", help);
         let jwks = jwt.jwks.expose();
         let fits = jwks.starts_with('/') || is_url(jwks);
-        self.expect(
+        self.require(
             fits,
             &at("jwks"),
             "this is neither a URL nor an absolute path",
@@ -132,14 +135,14 @@ impl Check<'_> {
                 );
             }
             (Some(socket), false) => {
-                let fits = socket.parse::<Socket>().is_ok();
+                let fits = socket.parse::<AgentAddress>().is_ok();
                 let help = "write e.g. \"unix:///run/spire/sockets/agent.sock\"";
-                self.expect(fits, &["identity", "spiffe"], "this is not a Workload API address", help);
+                self.require(fits, &["identity", "spiffe"], "this is not a Workload API address", help);
             }
             (None, _) => {
                 let help = "add `cert`, `key` and `ca`, or `spiffe`";
                 let complete = identity.cert.is_some() && identity.key.is_some() && identity.ca.is_some();
-                self.need(complete, &["identity"], "the identity is not complete", help);
+                self.require_present(complete, &["identity"], "the identity is not complete", help);
             }
         }
     }
@@ -228,9 +231,10 @@ fn listeners(config: &Config, root: &Node, problems: &mut Problems) {
 /// Whether two listen addresses with the same port conflict.
 fn overlap(a: &ListenAddr, b: &ListenAddr) -> bool {
     let wild =
-        |address: &ListenAddr| address.0.literal().is_some_and(|address| address.ip().is_unspecified());
+        |address: &ListenAddr| address.0.socket_addr().is_some_and(|address| address.ip().is_unspecified());
     let local = |address: &ListenAddr| {
-        address.0.host == "localhost" || address.0.literal().is_some_and(|address| address.ip().is_loopback())
+        address.0.host == "localhost"
+            || address.0.socket_addr().is_some_and(|address| address.ip().is_loopback())
     };
     let any_local = |a: &ListenAddr, b: &ListenAddr| a.0.host == "localhost" && local(b);
     a == b || wild(a) || wild(b) || any_local(a, b) || any_local(b, a)

@@ -5,7 +5,8 @@ use std::collections::{HashMap, HashSet};
 use super::{Check, identity, sections::is_url};
 use crate::{
     config::{
-        Balance, Endpoints, HeaderEdits, Health, HostPattern, Match, Node, Problem, Route, Upstream,
+        Balance, Endpoints, HeaderEdits, HealthCheck, HostPattern, Node, Problem, Route, RouteMatch,
+        Upstream,
         diagnostic::{Problems, did_you_mean},
         source::Origin,
     },
@@ -46,20 +47,20 @@ pub(in super::super) fn upstream(
         check.health(health);
     }
     let message = "a PING timeout of 0 would always expire";
-    check.expect(!upstream.ping_timeout.is_zero(), &["ping_timeout"], message, "write e.g. \"2s\"");
+    check.require(!upstream.ping_timeout.is_zero(), &["ping_timeout"], message, "write e.g. \"2s\"");
     if let Balance::HashHeader(header) = &upstream.balance {
         check.header_name(&["balance"], header);
     }
     identity::upstream(&mut check, upstream, has_identity);
     if let Some(oauth2) = &upstream.oauth2 {
-        check.expect(
+        check.require(
             is_url(oauth2.token_url.expose()),
             &["oauth2", "token_url"],
             "this is not a URL",
             "write https://…",
         );
         let id = &oauth2.client_id;
-        check.expect(
+        check.require(
             !id.is_empty(),
             &["oauth2", "client_id"],
             "the client has no ID",
@@ -68,7 +69,7 @@ pub(in super::super) fn upstream(
         for (at, scope) in oauth2.scopes.iter().enumerate() {
             let fits =
                 !scope.is_empty() && scope.bytes().all(|b| matches!(b, 0x21 | 0x23..=0x5b | 0x5d..=0x7e));
-            check.expect(
+            check.require(
                 fits,
                 &["oauth2", "scopes", &at.to_string()],
                 "this is not a single scope",
@@ -85,11 +86,11 @@ pub(in super::super) fn route(route: &Route, node: &Node, problems: &mut Problem
     if let Some(to) = &route.path_rewrite {
         let matched = node.get("match").and_then(|matches| matches.get("path")).is_some();
         let help = "add `match = { path = \"/…*\" }`, whose literal prefix is replaced";
-        check.need(matched, &["path_rewrite"], "there is no matched path to rewrite", help);
+        check.require_present(matched, &["path_rewrite"], "there is no matched path to rewrite", help);
         let fits = to.starts_with('/') && !to.contains(['?', '#', '*']);
         let fits = fits && http::uri::PathAndQuery::try_from(to.as_str()).is_ok();
         let help = "write e.g. \"/charge\"; the rest of the path and the query are kept";
-        check.expect(fits, &["path_rewrite"], "this is not a path", help);
+        check.require(fits, &["path_rewrite"], "this is not a path", help);
     }
     check.edits("request_headers", &route.request_headers);
     check.edits("response_headers", &route.response_headers);
@@ -100,48 +101,48 @@ impl Check<'_> {
         let help = "write e.g. [\"10.0.0.1:8080\"] or \"dns://HOST:PORT\"";
         match endpoints {
             Endpoints::Fixed(list) => {
-                self.filled(list, &["endpoints"], "there is no endpoint", help);
+                self.require_items(list, &["endpoints"], "there is no endpoint", help);
                 for (at, address) in list.iter().enumerate() {
                     let path = ["endpoints", &at.to_string()];
-                    self.expect(address.port > 0, &path, "port 0 cannot be connected to", help);
+                    self.require(address.port > 0, &path, "port 0 cannot be connected to", help);
                 }
             }
             Endpoints::Dns(address) => {
-                self.expect(address.port > 0, &["endpoints"], "port 0 cannot be connected to", help);
+                self.require(address.port > 0, &["endpoints"], "port 0 cannot be connected to", help);
             }
             Endpoints::Kubernetes { namespace, service, port } => {
                 let fits = ![namespace, service, port].into_iter().any(|part| part.is_empty());
                 let help = "write \"k8s://NAMESPACE/SERVICE:PORT\"";
-                self.expect(fits, &["endpoints"], "a part is empty", help);
+                self.require(fits, &["endpoints"], "a part is empty", help);
             }
             Endpoints::Srv(_) | Endpoints::File(_) => {}
         }
     }
 
-    fn health(&mut self, health: &Health) {
+    fn health(&mut self, health: &HealthCheck) {
         let kinds = usize::from(health.path.is_some())
             + usize::from(health.grpc.is_some())
             + usize::from(health.tcp.is_some());
         let help = "write one of `path = \"/healthz\"`, `grpc = \"SERVICE\"` and `tcp = true`";
         let message = "a health check needs exactly one of `path`, `grpc` and `tcp`";
-        self.need(kinds > 0, &["health"], message, help);
-        self.expect(kinds < 2, &["health"], message, help);
-        self.expect(health.tcp != Some(false), &["health", "tcp"], "`tcp = false` checks nothing", help);
+        self.require_present(kinds > 0, &["health"], message, help);
+        self.require(kinds < 2, &["health"], message, help);
+        self.require(health.tcp != Some(false), &["health", "tcp"], "`tcp = false` checks nothing", help);
         if let Some(path) = &health.path {
             let fits = path.starts_with('/') && http::uri::PathAndQuery::try_from(path.as_str()).is_ok();
-            self.expect(fits, &["health", "path"], "this is not a path", "write e.g. \"/healthz\"");
+            self.require(fits, &["health", "path"], "this is not a path", "write e.g. \"/healthz\"");
         }
         let message = "a health check without time would never succeed";
-        self.expect(!health.interval.is_zero(), &["health", "interval"], message, "write e.g. \"10s\"");
-        self.expect(!health.timeout.is_zero(), &["health", "timeout"], message, "write e.g. \"1s\"");
+        self.require(!health.interval.is_zero(), &["health", "interval"], message, "write e.g. \"10s\"");
+        self.require(!health.timeout.is_zero(), &["health", "timeout"], message, "write e.g. \"1s\"");
         for (key, count) in
             [("unhealthy_after", health.unhealthy_after), ("healthy_after", health.healthy_after)]
         {
-            self.expect(count > 0, &["health", key], "this count must be at least 1", "write at least 1");
+            self.require(count > 0, &["health", key], "this count must be at least 1", "write at least 1");
         }
     }
 
-    fn matches(&mut self, matches: &Match) {
+    fn matches(&mut self, matches: &RouteMatch) {
         for (at, method) in matches.methods.iter().enumerate() {
             self.method(&["match", "methods", &at.to_string()], method);
         }
@@ -199,7 +200,7 @@ impl Check<'_> {
 }
 
 /// Checks conditions between upstreams, each with its node.
-pub(in super::super) fn between(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
+pub(in super::super) fn across_upstreams(upstreams: &[(Upstream, &Node)], problems: &mut Problems) {
     unique_names(upstreams, problems);
     unique_hosts(upstreams, problems);
     let mut edges: HashMap<&str, Vec<(&str, Option<Origin>)>> = HashMap::new();

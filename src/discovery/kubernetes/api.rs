@@ -10,9 +10,9 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Request, StatusCode, header::AUTHORIZATION};
 use tokio::time::{Instant, timeout_at};
 
-use super::slices::{Event, Failure, List};
+use super::slices::{ApiStatus, SliceList, WatchEvent};
 use crate::{
-    fetch::{Fetcher, Limits, Streaming},
+    fetch::{FetchLimits, Fetcher, ResponseStream},
     upstream::DiscoveryError,
 };
 
@@ -22,7 +22,7 @@ const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// The URL of another API server than that of the cluster.
 const API_ENV: &str = "OUTRIGGER_KUBERNETES_API";
 /// Limits for a list: a thousand endpoints are half a megabyte.
-const LIST: Limits = Limits { patience: Duration::from_secs(20), answer: 32 << 20 };
+const LIST: FetchLimits = FetchLimits { timeout: Duration::from_secs(20), max_body: 32 << 20 };
 /// The longest line of a watch: an object has at most a megabyte and a half.
 const MAX_EVENT: usize = 4 << 20;
 /// After this time the server ends a watch, and it is resumed.
@@ -32,7 +32,7 @@ const WATCH_DEADLINE: Duration = Duration::from_secs(WATCH_SECONDS + 20);
 
 /// Queries the slices of one service.
 #[derive(Debug)]
-pub struct Api {
+pub struct EndpointSliceApi {
     fetcher: Fetcher,
     namespace: String,
     service: String,
@@ -40,13 +40,13 @@ pub struct Api {
 
 /// Why a list or a watch failed.
 #[derive(Debug)]
-pub enum Refused {
+pub enum KubernetesApiError {
     /// The server no longer has the events after the given version (410).
-    TooOld,
+    VersionExpired,
     Failed(String),
 }
 
-impl Api {
+impl EndpointSliceApi {
     pub fn new(fetcher: Fetcher, namespace: String, service: String) -> Self {
         Self { fetcher, namespace, service }
     }
@@ -56,23 +56,24 @@ impl Api {
         DiscoveryError::Kubernetes { service, reason }
     }
 
-    pub async fn list(&self) -> Result<List, Refused> {
+    pub async fn list(&self) -> Result<SliceList, KubernetesApiError> {
         let response = self.fetcher()?.fetch(self.request("")?, LIST).await;
-        let response = response.map_err(|error| Refused::Failed(error.to_string()))?;
+        let response = response.map_err(|error| KubernetesApiError::Failed(error.to_string()))?;
         if response.status() != StatusCode::OK {
             return Err(api_error(response.status(), response.body()));
         }
-        serde_json::from_slice(response.body())
-            .map_err(|error| Refused::Failed(format!("the list of the API server cannot be parsed: {error}")))
+        serde_json::from_slice(response.body()).map_err(|error| {
+            KubernetesApiError::Failed(format!("the list of the API server cannot be parsed: {error}"))
+        })
     }
 
     /// Watches the events after a version.
-    pub async fn watch(&self, version: &str) -> Result<Watch, Refused> {
+    pub async fn watch(&self, version: &str) -> Result<Watch, KubernetesApiError> {
         let query = format!(
             "&watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={WATCH_SECONDS}"
         );
-        let response = self.fetcher()?.stream(self.request(&query)?, LIST.patience).await;
-        let response = response.map_err(|error| Refused::Failed(error.to_string()))?;
+        let response = self.fetcher()?.stream(self.request(&query)?, LIST.timeout).await;
+        let response = response.map_err(|error| KubernetesApiError::Failed(error.to_string()))?;
         let status = response.status();
         if status != StatusCode::OK {
             return Err(api_error(status, &[]));
@@ -80,7 +81,7 @@ impl Api {
         Ok(Watch { stream: response.into_body(), line: BytesMut::new(), started: Instant::now() })
     }
 
-    fn request(&self, query: &str) -> Result<Request<Bytes>, Refused> {
+    fn request(&self, query: &str) -> Result<Request<Bytes>, KubernetesApiError> {
         let (namespace, service) = (&self.namespace, &self.service);
         let url = format!(
             "{}/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices\
@@ -90,20 +91,25 @@ impl Api {
         // Read each time, because the kubelet renews it.
         let path = service_account_dir().join("token");
         let token = std::fs::read_to_string(&path).map_err(|error| {
-            Refused::Failed(format!("{}: {error}; is the service account's token mounted?", path.display()))
+            KubernetesApiError::Failed(format!(
+                "{}: {error}; is the service account's token mounted?",
+                path.display()
+            ))
         })?;
-        let bearer = HeaderValue::try_from(format!("Bearer {}", token.trim()))
-            .map_err(|_| Refused::Failed(format!("{}: the file does not contain a token", path.display())))?;
-        let mut request =
-            Request::get(url).body(Bytes::new()).map_err(|error| Refused::Failed(error.to_string()))?;
+        let bearer = HeaderValue::try_from(format!("Bearer {}", token.trim())).map_err(|_| {
+            KubernetesApiError::Failed(format!("{}: the file does not contain a token", path.display()))
+        })?;
+        let mut request = Request::get(url)
+            .body(Bytes::new())
+            .map_err(|error| KubernetesApiError::Failed(error.to_string()))?;
         request.headers_mut().insert(AUTHORIZATION, bearer);
         Ok(request)
     }
 
     /// With the current CA of the cluster.
-    fn fetcher(&self) -> Result<Fetcher, Refused> {
+    fn fetcher(&self) -> Result<Fetcher, KubernetesApiError> {
         let path: PathBuf = service_account_dir().join("ca.crt");
-        self.fetcher.trusting(&path).map_err(|error| Refused::Failed(error.to_string()))
+        self.fetcher.with_roots_from(&path).map_err(|error| KubernetesApiError::Failed(error.to_string()))
     }
 }
 
@@ -111,13 +117,13 @@ fn service_account_dir() -> PathBuf {
     env::var_os(ACCOUNT_ENV).map_or_else(|| Path::new(ACCOUNT).to_owned(), PathBuf::from)
 }
 
-fn api_server_url() -> Result<String, Refused> {
+fn api_server_url() -> Result<String, KubernetesApiError> {
     if let Ok(url) = env::var(API_ENV) {
         return Ok(url.trim_end_matches('/').to_owned());
     }
     let (Ok(host), Ok(port)) = (env::var("KUBERNETES_SERVICE_HOST"), env::var("KUBERNETES_SERVICE_PORT"))
     else {
-        return Err(Refused::Failed(format!(
+        return Err(KubernetesApiError::Failed(format!(
             "not running in a pod: KUBERNETES_SERVICE_HOST is not set (outside of a cluster, set {API_ENV} \
              to the URL of an API server)"
         )));
@@ -125,10 +131,10 @@ fn api_server_url() -> Result<String, Refused> {
     Ok(if host.contains(':') { format!("https://[{host}]:{port}") } else { format!("https://{host}:{port}") })
 }
 
-fn api_error(status: StatusCode, body: &[u8]) -> Refused {
-    let failure: Failure = serde_json::from_slice(body).unwrap_or_default();
+fn api_error(status: StatusCode, body: &[u8]) -> KubernetesApiError {
+    let failure: ApiStatus = serde_json::from_slice(body).unwrap_or_default();
     let help = match status {
-        StatusCode::GONE => return Refused::TooOld,
+        StatusCode::GONE => return KubernetesApiError::VersionExpired,
         StatusCode::UNAUTHORIZED => "; is the token of the service account from this cluster?",
         StatusCode::FORBIDDEN => {
             "; allow the service account to list and watch endpointslices in that namespace"
@@ -136,7 +142,7 @@ fn api_error(status: StatusCode, body: &[u8]) -> Refused {
         _ => "",
     };
     let separator = if failure.message.is_empty() { "" } else { ": " };
-    Refused::Failed(format!(
+    KubernetesApiError::Failed(format!(
         "the API server responded with {}{separator}{}{help}",
         status.as_u16(),
         failure.message
@@ -146,14 +152,14 @@ fn api_error(status: StatusCode, body: &[u8]) -> Refused {
 /// An open watch. A partly read line is kept if `next` is cancelled.
 #[derive(Debug)]
 pub struct Watch {
-    stream: Streaming,
+    stream: ResponseStream,
     line: BytesMut,
     pub started: Instant,
 }
 
 impl Watch {
     /// The next event; none when the server has ended the watch, which it does regularly.
-    pub async fn next(&mut self) -> Result<Option<Event>, String> {
+    pub async fn next(&mut self) -> Result<Option<WatchEvent>, String> {
         loop {
             if let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
                 let line = self.line.split_to(end + 1);

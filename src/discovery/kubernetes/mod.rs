@@ -12,10 +12,10 @@ use std::{env, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
-use super::source::Target;
+use super::source::UnresolvedEndpoint;
 use crate::{fetch::Fetcher, upstream::DiscoveryError};
-use api::{Api, Refused, Watch};
-use slices::{Event, Failure, Kind, Metadata, Slice, Slices};
+use api::{EndpointSliceApi, KubernetesApiError, Watch};
+use slices::{ApiStatus, EndpointSlice, EventKind, Metadata, ServiceSlices, WatchEvent};
 
 /// The zone this proxy runs in, for the zone hints of endpoints.
 const ZONE_ENV: &str = "OUTRIGGER_ZONE";
@@ -26,9 +26,9 @@ const MIN_WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The endpoints of one service.
 #[derive(Debug)]
-pub struct Kubernetes {
-    api: Api,
-    slices: Slices,
+pub struct KubernetesSource {
+    api: EndpointSliceApi,
+    slices: ServiceSlices,
     /// The resource version of the slices; none: they must be listed.
     version: Option<String>,
     watch: Option<Watch>,
@@ -36,12 +36,12 @@ pub struct Kubernetes {
     resume_at: Option<Instant>,
 }
 
-impl Kubernetes {
+impl KubernetesSource {
     pub fn new(fetcher: Fetcher, namespace: String, service: String, port: String) -> Self {
         let zone = env::var(ZONE_ENV).ok().filter(|zone| !zone.is_empty());
         Self {
-            api: Api::new(fetcher, namespace, service),
-            slices: Slices::new(port, zone),
+            api: EndpointSliceApi::new(fetcher, namespace, service),
+            slices: ServiceSlices::new(port, zone),
             version: None,
             watch: None,
             resume_at: None,
@@ -49,7 +49,7 @@ impl Kubernetes {
     }
 
     /// The current endpoints. Lists them, or resumes the watch, if necessary.
-    pub async fn read(&mut self) -> Result<Vec<Target>, DiscoveryError> {
+    pub async fn read(&mut self) -> Result<Vec<UnresolvedEndpoint>, DiscoveryError> {
         self.resume_at = None;
         // A version that was just listed is too old at most once.
         for _ in 0..2 {
@@ -57,14 +57,14 @@ impl Kubernetes {
                 Ok(()) => {
                     return self.slices.targets().map_err(|error| self.api.failed(error.to_string()));
                 }
-                Err(Refused::TooOld) => self.version = None,
-                Err(Refused::Failed(reason)) => return Err(self.api.failed(reason)),
+                Err(KubernetesApiError::VersionExpired) => self.version = None,
+                Err(KubernetesApiError::Failed(reason)) => return Err(self.api.failed(reason)),
             }
         }
         Err(self.api.failed("the resource version that was just listed is too old to be watched".to_owned()))
     }
 
-    async fn catch_up(&mut self) -> Result<(), Refused> {
+    async fn catch_up(&mut self) -> Result<(), KubernetesApiError> {
         if self.watch.is_some() {
             return Ok(());
         }
@@ -109,31 +109,31 @@ impl Kubernetes {
     }
 
     /// Applies an event. Returns whether the endpoints have changed, or why the watch cannot continue.
-    fn apply_event(&mut self, event: Event) -> Result<bool, String> {
+    fn apply_event(&mut self, event: WatchEvent) -> Result<bool, String> {
         let unreadable = |error: serde_json::Error| format!("an event cannot be read: {error}");
         let (changed, metadata) = match event.kind {
-            Kind::Added | Kind::Modified => {
-                let slice: Slice = serde_json::from_value(event.object).map_err(unreadable)?;
+            EventKind::Added | EventKind::Modified => {
+                let slice: EndpointSlice = serde_json::from_value(event.object).map_err(unreadable)?;
                 (self.slices.update(&slice), slice.metadata)
             }
-            Kind::Deleted => {
-                let slice: Slice = serde_json::from_value(event.object).map_err(unreadable)?;
+            EventKind::Deleted => {
+                let slice: EndpointSlice = serde_json::from_value(event.object).map_err(unreadable)?;
                 (self.slices.remove(&slice.metadata.name), slice.metadata)
             }
-            Kind::Bookmark => {
+            EventKind::Bookmark => {
                 let mut object = event.object;
                 let metadata: Metadata =
                     serde_json::from_value(object["metadata"].take()).map_err(unreadable)?;
                 (false, metadata)
             }
-            Kind::Error => {
-                let failure: Failure = serde_json::from_value(event.object).unwrap_or_default();
+            EventKind::Error => {
+                let failure: ApiStatus = serde_json::from_value(event.object).unwrap_or_default();
                 if failure.code == EXPIRED {
                     self.version = None;
                 }
                 return Err(failure.message);
             }
-            Kind::Unknown => return Ok(false),
+            EventKind::Unknown => return Ok(false),
         };
         if !metadata.resource_version.is_empty() {
             self.version = Some(metadata.resource_version);

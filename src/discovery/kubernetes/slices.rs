@@ -7,7 +7,7 @@ use std::{
 
 use serde::Deserialize;
 
-use super::super::source::Target;
+use super::super::source::UnresolvedEndpoint;
 use crate::config::HostPort;
 
 /// How much more often an endpoint with a hint for this zone is chosen. Others are used when those fail.
@@ -17,10 +17,10 @@ const TERMINATING: u16 = 1;
 
 /// A list, as far as it is used here.
 #[derive(Debug, Deserialize)]
-pub struct List {
+pub struct SliceList {
     pub metadata: Metadata,
     #[serde(default)]
-    pub items: Vec<Slice>,
+    pub items: Vec<EndpointSlice>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -32,7 +32,7 @@ pub struct Metadata {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Slice {
+pub struct EndpointSlice {
     pub metadata: Metadata,
     #[serde(default)]
     endpoints: Option<Vec<Endpoint>>,
@@ -79,15 +79,15 @@ struct Port {
 
 /// An event of a watch.
 #[derive(Debug, Deserialize)]
-pub struct Event {
+pub struct WatchEvent {
     #[serde(rename = "type")]
-    pub kind: Kind,
+    pub kind: EventKind,
     pub object: serde_json::Value,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
-pub enum Kind {
+pub enum EventKind {
     Added,
     Modified,
     Deleted,
@@ -101,14 +101,14 @@ pub enum Kind {
 /// The fields of a `Status` object that are used here.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct Failure {
+pub struct ApiStatus {
     pub message: String,
     pub code: u16,
 }
 
 /// The endpoints of one service's port, by slice. Nothing else of the slices is stored.
 #[derive(Debug)]
-pub struct Slices {
+pub struct ServiceSlices {
     port: String,
     /// The zone of this proxy.
     zone: Option<String>,
@@ -118,7 +118,7 @@ pub struct Slices {
 /// The endpoints of one slice.
 #[derive(Debug, Default, PartialEq)]
 struct SliceEndpoints {
-    targets: Vec<Target>,
+    targets: Vec<UnresolvedEndpoint>,
     /// Its ports, if the configured one is not among them.
     other_ports: Option<String>,
 }
@@ -134,13 +134,13 @@ pub struct NoSuchPort {
     available: String,
 }
 
-impl Slices {
+impl ServiceSlices {
     pub fn new(port: String, zone: Option<String>) -> Self {
         Self { port, zone, slices: BTreeMap::new() }
     }
 
     /// Replaces everything by a whole list.
-    pub fn replace(&mut self, slices: &[Slice]) {
+    pub fn replace(&mut self, slices: &[EndpointSlice]) {
         self.slices.clear();
         for slice in slices {
             self.update(slice);
@@ -148,7 +148,7 @@ impl Slices {
     }
 
     /// Applies one slice; returns whether it changed anything.
-    pub fn update(&mut self, slice: &Slice) -> bool {
+    pub fn update(&mut self, slice: &EndpointSlice) -> bool {
         let endpoints = self.endpoints_of(slice);
         let changed = self.slices.get(&slice.metadata.name) != Some(&endpoints);
         self.slices.insert(slice.metadata.name.clone(), endpoints);
@@ -165,15 +165,16 @@ impl Slices {
     /// # Errors
     ///
     /// If there are endpoints, but none has the port.
-    pub fn targets(&self) -> Result<Vec<Target>, NoSuchPort> {
-        let targets: Vec<Target> = self.slices.values().flat_map(|slice| &slice.targets).cloned().collect();
+    pub fn targets(&self) -> Result<Vec<UnresolvedEndpoint>, NoSuchPort> {
+        let targets: Vec<UnresolvedEndpoint> =
+            self.slices.values().flat_map(|slice| &slice.targets).cloned().collect();
         match self.slices.values().find_map(|slice| slice.other_ports.clone()) {
             Some(available) if targets.is_empty() => Err(NoSuchPort { port: self.port.clone(), available }),
             _ => Ok(targets),
         }
     }
 
-    fn endpoints_of(&self, slice: &Slice) -> SliceEndpoints {
+    fn endpoints_of(&self, slice: &EndpointSlice) -> SliceEndpoints {
         let ports = slice.ports.as_deref().unwrap_or_default();
         let endpoints = || slice.endpoints.iter().flatten();
         match self.port(ports) {
@@ -200,7 +201,7 @@ impl Slices {
     }
 
     /// `None`: it is not used.
-    fn target(&self, endpoint: &Endpoint, port: u16) -> Option<Target> {
+    fn target(&self, endpoint: &Endpoint, port: u16) -> Option<UnresolvedEndpoint> {
         let Conditions { ready, serving } = endpoint.conditions;
         // Unspecified readiness counts as ready, as the API documents it.
         let ready = ready.unwrap_or(true);
@@ -213,9 +214,15 @@ impl Slices {
         let is_same_zone =
             self.zone.as_ref().is_some_and(|own| zones.into_iter().any(|zone| zone.name == *own));
         let address = SocketAddr::new(ip, port);
-        let target =
-            Target::new(HostPort::new(ip.to_string(), port), if is_same_zone { SAME_ZONE } else { 1 });
-        Some(Target { priority: if ready { 0 } else { TERMINATING }, known: vec![address.ip()], ..target })
+        let target = UnresolvedEndpoint::new(
+            HostPort::new(ip.to_string(), port),
+            if is_same_zone { SAME_ZONE } else { 1 },
+        );
+        Some(UnresolvedEndpoint {
+            priority: if ready { 0 } else { TERMINATING },
+            known_addresses: vec![address.ip()],
+            ..target
+        })
     }
 }
 
@@ -238,19 +245,20 @@ mod tests {
 
     use super::*;
 
-    fn slice(name: &str, endpoints: serde_json::Value, ports: serde_json::Value) -> Slice {
+    fn slice(name: &str, endpoints: serde_json::Value, ports: serde_json::Value) -> EndpointSlice {
         let slice = json!({"metadata": {"name": name}, "addressType": "IPv4", "endpoints": endpoints, "ports": ports});
         serde_json::from_value(slice).unwrap()
     }
 
-    fn describe(slices: &Slices) -> Vec<String> {
-        let text = |target: Target| format!("{}*{}@{}", target.address, target.weight, target.priority);
+    fn describe(slices: &ServiceSlices) -> Vec<String> {
+        let text =
+            |target: UnresolvedEndpoint| format!("{}*{}@{}", target.address, target.weight, target.priority);
         slices.targets().into_iter().flatten().map(text).collect()
     }
 
     #[test]
     fn ready_endpoints_are_used_and_terminating_ones_as_a_last_resort() {
-        let mut slices = Slices::new("http".to_owned(), None);
+        let mut slices = ServiceSlices::new("http".to_owned(), None);
         let endpoint = |last: u8, conditions: serde_json::Value| {
             let address = format!("10.0.0.{last}");
             json!({"addresses": [address], "conditions": conditions})
@@ -292,7 +300,7 @@ mod tests {
             ("80", &one, Some("10.0.0.1:8080*1@0")),
             ("http", &one, None),
         ] {
-            let mut slices = Slices::new(asked.to_owned(), None);
+            let mut slices = ServiceSlices::new(asked.to_owned(), None);
             slices.update(&slice("a", json!([{"addresses": ["10.0.0.1"]}]), ports.clone()));
             assert_eq!(describe(&slices).first().map(String::as_str), expected, "{asked} of {ports}");
         }
@@ -302,7 +310,7 @@ mod tests {
     fn a_missing_port_is_reported_with_the_available_ones() {
         let ports = json!([{"name": "http", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 53}]);
         let endpoints = json!([{"addresses": ["10.0.0.1"]}]);
-        let mut slices = Slices::new("80".to_owned(), None);
+        let mut slices = ServiceSlices::new("80".to_owned(), None);
         assert_eq!(slices.targets().ok(), Some(Vec::new()), "no endpoint yet");
         slices.update(&slice("a", json!(null), ports.clone()));
         assert_eq!(slices.targets().ok(), Some(Vec::new()), "no endpoint now");
@@ -326,7 +334,7 @@ mod tests {
 
     #[test]
     fn endpoints_for_this_zone_weigh_more() {
-        let mut slices = Slices::new("80".to_owned(), Some("a".to_owned()));
+        let mut slices = ServiceSlices::new("80".to_owned(), Some("a".to_owned()));
         let hinted = |address: &str, zones: &[&str]| {
             let zones: Vec<_> = zones.iter().map(|zone| json!({"name": zone})).collect();
             json!({"addresses": [address], "hints": {"forZones": zones}})

@@ -7,13 +7,13 @@ fn decode(body: &[u8], read: usize) -> Result<(usize, Vec<u8>, Option<HeaderMap>
     let (mut parts, mut data, mut reads) = (0, Vec::new(), body.chunks(read));
     loop {
         match decoder.decode(&mut input)? {
-            Decoded::Data(part) => {
+            DecodeResult::Data(part) => {
                 parts += 1;
                 data.extend_from_slice(&part);
             }
-            Decoded::Trailers(trailers) => return Ok((parts, data, Some(trailers), input)),
-            Decoded::End => return Ok((parts, data, None, input)),
-            Decoded::More => input.extend_from_slice(reads.next().expect("a whole body")),
+            DecodeResult::Trailers(trailers) => return Ok((parts, data, Some(trailers), input)),
+            DecodeResult::End => return Ok((parts, data, None, input)),
+            DecodeResult::NeedMore => input.extend_from_slice(reads.next().expect("a whole body")),
         }
     }
 }
@@ -104,7 +104,7 @@ fn large_chunks_are_not_joined_and_no_data_is_lost() {
 #[test]
 fn small_chunks_do_not_keep_a_large_buffer_alive() {
     let mut input = BytesMut::from(&b"1\r\nx\r\n".repeat(2000)[..]);
-    let Ok(Decoded::Data(data)) = Decoder::new(Framing::Chunked).decode(&mut input) else {
+    let Ok(DecodeResult::Data(data)) = Decoder::new(Framing::Chunked).decode(&mut input) else {
         panic!("no data")
     };
     let held = data.try_into_mut().map(|data| data.capacity()).unwrap();

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use http::{Method, StatusCode};
 
 use super::BlockKind;
-use crate::{http1::framing::MAX_TRAILERS, http2::octets};
+use crate::{http1::framing::MAX_TRAILERS, http2::field_bytes};
 
 /// The overhead of an entry beside its text (RFC 7541 §4.1).
 const OVERHEAD: usize = 32;
@@ -38,7 +38,7 @@ pub enum FieldFault {
 
 /// The kinds of field names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Name {
+pub(super) enum NameKind {
     Method,
     Status,
     Path,
@@ -52,23 +52,23 @@ pub(super) enum Name {
     Te,
     ContentLength,
     UnknownPseudo,
-    Wrong,
+    Invalid,
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub name: Name,
+pub(super) struct TableEntry {
+    pub name: NameKind,
     pub name_length: usize,
     pub value_length: usize,
     pub fault: Option<FieldFault>,
     /// `h2` would fail to decode it, and end the connection.
-    pub undecodable: bool,
+    pub is_undecodable: bool,
     /// A `:path` that `h2` decodes but cannot hold.
     pub path: Option<Rc<[u8]>>,
 }
 
 /// The state of a message while its block is read.
-pub(super) struct Message {
+pub(super) struct MessageState {
     kind: BlockKind,
     pub fault: Option<FieldFault>,
     /// Pseudo-header fields so far, as bits.
@@ -79,7 +79,7 @@ pub(super) struct Message {
     pub path: Option<Rc<[u8]>>,
 }
 
-impl Name {
+impl NameKind {
     pub fn of(name: &[u8]) -> Self {
         match name {
             b":method" => Self::Method,
@@ -94,9 +94,9 @@ impl Name {
             b"connection" | b"keep-alive" | b"proxy-connection" | b"transfer-encoding" | b"upgrade" => {
                 Self::Connection
             }
-            [] => Self::Wrong,
-            _ if octets::is_field_name(name) => Self::Field,
-            _ => Self::Wrong,
+            [] => Self::Invalid,
+            _ if field_bytes::is_field_name(name) => Self::Field,
+            _ => Self::Invalid,
         }
     }
 
@@ -115,14 +115,16 @@ impl Name {
             Self::Path | Self::Authority | Self::Scheme | Self::Protocol => {
                 value.is_ascii() || std::str::from_utf8(value).is_ok()
             }
-            Self::Field | Self::Connection | Self::Te | Self::ContentLength => octets::is_field_value(value),
-            Self::UnknownPseudo | Self::Wrong => false,
+            Self::Field | Self::Connection | Self::Te | Self::ContentLength => {
+                field_bytes::is_field_value(value)
+            }
+            Self::UnknownPseudo | Self::Invalid => false,
         }
     }
 
     fn fault(self, value: &[u8], is_decodable: bool) -> Option<FieldFault> {
         match self {
-            Self::Wrong => Some(FieldFault::Name),
+            Self::Invalid => Some(FieldFault::Name),
             Self::UnknownPseudo => Some(FieldFault::PseudoHeader),
             Self::Connection => Some(FieldFault::ConnectionField),
             Self::Path if value.iter().any(|byte| *byte <= b' ' || *byte == 0x7f) => {
@@ -138,39 +140,40 @@ impl Name {
     }
 }
 
-impl Entry {
-    pub fn new(name: Name, name_length: usize, value: &[u8]) -> Self {
+impl TableEntry {
+    pub fn new(name: NameKind, name_length: usize, value: &[u8]) -> Self {
         // A path that other servers accept is forwarded (`http1::target`), though no URI may have it; a fragment is
         // rejected there.
         let odd = |byte: &u8| matches!(byte, b'"' | b'<' | b'>' | b'`' | b'#');
         let is_decodable = name.is_decodable(value);
-        let is_odd =
-            name == Name::Path && value.first() == Some(&b'/') && (!is_decodable || value.iter().any(odd));
+        let is_odd = name == NameKind::Path
+            && value.first() == Some(&b'/')
+            && (!is_decodable || value.iter().any(odd));
         let path = is_odd.then(|| Rc::from(value));
         let fault = name.fault(value, is_decodable || is_odd);
         let undecodable = !is_decodable && !is_odd;
-        Self { name, name_length, value_length: value.len(), fault, undecodable, path }
+        Self { name, name_length, value_length: value.len(), fault, is_undecodable: undecodable, path }
     }
 }
 
-impl Message {
+impl MessageState {
     pub const fn new(kind: BlockKind) -> Self {
         Self { kind, fault: None, pseudo: 0, has_fields: false, size: 0, path: None }
     }
 
-    pub fn add(&mut self, entry: &Entry) {
+    pub fn add(&mut self, entry: &TableEntry) {
         self.size += entry.size();
         let fault = if self.kind == BlockKind::Response {
-            entry.fault.filter(|_| entry.undecodable)
+            entry.fault.filter(|_| entry.is_undecodable)
         } else if !entry.name.is_pseudo() {
             self.has_fields = true;
-            let too_large = self.is_too_large().then_some(FieldFault::TrailersTooLarge);
+            let too_large = self.is_trailer_section_too_large().then_some(FieldFault::TrailersTooLarge);
             entry.fault.or(too_large)
         } else if self.is_trailers() {
             Some(FieldFault::PseudoHeaderInTrailers)
         } else {
             let bit = 1 << entry.name as u16;
-            let misplaced = self.has_fields || self.pseudo & bit != 0 || entry.name == Name::Status;
+            let misplaced = self.has_fields || self.pseudo & bit != 0 || entry.name == NameKind::Status;
             self.pseudo |= bit;
             if entry.path.is_some() {
                 self.path.clone_from(&entry.path);
@@ -185,22 +188,22 @@ impl Message {
     }
 
     /// `h2` would truncate such trailers silently. It rejects a head that is too large.
-    pub const fn is_too_large(&self) -> bool {
+    pub const fn is_trailer_section_too_large(&self) -> bool {
         self.is_trailers() && self.size > MAX_TRAILERS
     }
 }
 
-impl Entry {
+impl TableEntry {
     pub const fn size(&self) -> usize {
         self.name_length + self.value_length + OVERHEAD
     }
 
     /// Writes a literal of the same size in the table that `h2` can decode. `name` is the start of the replaced
     /// literal: later fields may refer to the name, if it is well-formed.
-    pub fn write_in_place(&mut self, name: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    pub fn write_replacement(&mut self, name: &[u8], out: &mut Vec<u8>) -> Option<()> {
         let keeps_name = match self.name {
-            Name::Method => self.value_length > 0,
-            Name::Status | Name::UnknownPseudo | Name::Wrong => false,
+            NameKind::Method => self.value_length > 0,
+            NameKind::Status | NameKind::UnknownPseudo | NameKind::Invalid => false,
             _ => true,
         };
         if keeps_name {
@@ -208,7 +211,7 @@ impl Entry {
             write_filler(self.value_length, out);
             return Some(());
         }
-        self.name = Name::Wrong;
+        self.name = NameKind::Invalid;
         // A name has at least one byte.
         let name_length = self.name_length.max(1);
         let value_length = (self.name_length + self.value_length).checked_sub(name_length)?;
@@ -220,7 +223,7 @@ impl Entry {
 }
 
 /// Writes a path of the same length that `h2` can hold.
-pub(super) fn write_stand_in(path: &[u8], out: &mut Vec<u8>) {
+pub(super) fn write_placeholder_path(path: &[u8], out: &mut Vec<u8>) {
     write_length(path.len(), out);
     out.extend(path.iter().map(|byte| match byte {
         b'"' | b'<' | b'>' | b'`' | b'#' | 0x80.. => b'x',

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use tokio::io::duplex;
 
 use super::{
-    super::{guard::Guarded, wire::Wire},
+    super::{header_filter::HeaderFilter, wire_state::WireState},
     *,
 };
 
@@ -57,7 +57,7 @@ proptest! {
                 }
             };
             let server_task = async {
-                let mut server = h2::server::handshake::<_>(Guarded::new(server, &Wire::server())).await.unwrap();
+                let mut server = h2::server::handshake::<_>(HeaderFilter::for_client(server, &WireState::server())).await.unwrap();
                 let mut got = Vec::new();
                 while let Some(Ok((request, mut respond))) = server.accept().await {
                     got.push(request.headers().clone());

@@ -8,7 +8,7 @@ use std::{collections::HashMap, mem, rc::Rc};
 
 use super::{
     KeySet,
-    token::{Claims, Expected, Invalid, MAX_TOKEN, verify},
+    token::{Claims, MAX_TOKEN, TokenError, TokenRequirements, verify},
 };
 
 /// The limits of each generation: tokens, and their total bytes.
@@ -38,10 +38,10 @@ impl TokenCache {
     pub fn verify(
         &mut self,
         token: &str,
-        (settings, expected): (u64, &Expected),
+        (settings, expected): (u64, &TokenRequirements),
         keys: &KeySet,
         now: u64,
-    ) -> Result<Rc<Claims>, Invalid> {
+    ) -> Result<Rc<Claims>, TokenError> {
         let basis = Basis { settings, keys: keys.generation };
         if basis != self.basis {
             *self = Self { basis, ..Self::default() };
@@ -72,8 +72,8 @@ mod tests {
 
     const NOW: u64 = 1_800_000_000;
 
-    fn expected() -> Expected {
-        Expected { issuer: "i".to_owned(), audiences: vec!["a".to_owned()] }
+    fn expected() -> TokenRequirements {
+        TokenRequirements { issuer: "i".to_owned(), audiences: vec!["a".to_owned()] }
     }
 
     fn keys(signer: &Signer) -> KeySet {
@@ -92,7 +92,7 @@ mod tests {
         let first = cache.verify(&token, (1, &expected), &keys, NOW).unwrap();
         let second = cache.verify(&token, (1, &expected), &keys, NOW).unwrap();
         assert!(Rc::ptr_eq(&first, &second));
-        assert_eq!(cache.verify(&token, (1, &expected), &keys, NOW + 90), Err(Invalid::Expired(30)));
+        assert_eq!(cache.verify(&token, (1, &expected), &keys, NOW + 90), Err(TokenError::Expired(30)));
         assert!(cache.verify(&format!("{token}A"), (1, &expected), &keys, NOW).is_err());
     }
 
@@ -103,9 +103,9 @@ mod tests {
         let new = keys(&Signer::ed("d"));
         let mut cache = TokenCache::default();
         assert!(cache.verify(&token, (1, &expected), &old, NOW).is_ok());
-        assert_eq!(cache.verify(&token, (1, &expected), &new, NOW), Err(Invalid::Signature));
+        assert_eq!(cache.verify(&token, (1, &expected), &new, NOW), Err(TokenError::Signature));
         assert!(cache.verify(&token, (1, &expected), &old, NOW).is_ok());
-        let stricter = Expected { audiences: vec!["b".to_owned()], ..expected };
+        let stricter = TokenRequirements { audiences: vec!["b".to_owned()], ..expected };
         assert!(cache.verify(&token, (2, &stricter), &old, NOW).is_err());
     }
 

@@ -27,17 +27,17 @@ use tokio::{
 
 use super::{
     keys::KeySet,
-    refresh::{Refresh, freshness},
+    refresh::{RefreshSchedule, freshness},
 };
 use crate::{
     config,
-    fetch::{FetchError, Fetcher, Limits},
+    fetch::{FetchError, FetchLimits, Fetcher},
     rng::Rng,
     watch::{Watcher, watch as watch_files},
 };
 
 /// Limits of one fetch.
-const LIMITS: Limits = Limits { patience: Duration::from_secs(5), answer: 512 * 1024 };
+const LIMITS: FetchLimits = FetchLimits { timeout: Duration::from_secs(5), max_body: 512 * 1024 };
 /// How long a request waits for newer keys.
 const KEYS_TIMEOUT: Duration = Duration::from_secs(6);
 /// Most requests that wait at a time; more get a response at once.
@@ -54,24 +54,24 @@ pub struct Issuer {
     rounds: watch::Sender<u64>,
     wanted: Notify,
     waiters: AtomicUsize,
-    told: Mutex<Told>,
+    report: Mutex<IssuerReport>,
 }
 
 /// The state of an issuer, for `/status` and metrics.
 #[derive(Clone, Debug, Default)]
-pub struct Told {
+pub struct IssuerReport {
     /// Successful and failed fetches.
     pub fetched: u64,
     pub failed: u64,
     /// When keys were last fetched.
-    pub last: Option<Instant>,
+    pub last_success: Option<Instant>,
     /// Why the last fetch failed, if it did.
     pub error: Option<String>,
 }
 
 /// Refreshes an [`Issuer`] until it is dropped.
 #[derive(Debug)]
-pub struct Watch {
+pub struct KeyRefresher {
     pub issuer: Arc<Issuer>,
     settings: config::Jwt,
     _source: Source,
@@ -98,7 +98,7 @@ enum FetchKeysError {
     Keys(#[from] super::keys::KeysError),
 }
 
-impl Watch {
+impl KeyRefresher {
     /// Starts on `runtime`, the control thread's.
     pub fn start(settings: &config::Jwt, fetcher: &Fetcher, runtime: &Handle) -> Self {
         let issuer = Arc::new(Issuer::new());
@@ -120,7 +120,7 @@ impl Watch {
     }
 
     /// Whether `settings` have the same key source.
-    pub fn serves(&self, settings: &config::Jwt) -> bool {
+    pub fn has_same_source(&self, settings: &config::Jwt) -> bool {
         self.settings.jwks == settings.jwks && self.settings.ca == settings.ca
     }
 }
@@ -142,7 +142,7 @@ impl Issuer {
             rounds: watch::Sender::new(0),
             wanted: Notify::new(),
             waiters: AtomicUsize::new(0),
-            told: Mutex::default(),
+            report: Mutex::default(),
         }
     }
 
@@ -151,12 +151,12 @@ impl Issuer {
         self.current.load_full()
     }
 
-    pub fn told(&self) -> Told {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn report(&self) -> IssuerReport {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Waits for newer keys than those of `generation` (0: any). `None`: there are none, or no fetch is allowed now.
-    pub async fn newer(&self, generation: u64) -> Option<Arc<KeySet>> {
+    pub async fn wait_for_newer_keys(&self, generation: u64) -> Option<Arc<KeySet>> {
         let newer = || self.keys().filter(|keys| keys.generation != generation);
         let mut rounds = self.rounds.subscribe();
         if let Some(keys) = newer() {
@@ -181,11 +181,11 @@ impl Issuer {
     }
 
     fn finish_fetch(&self, error: Option<String>) {
-        let mut report = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
         match &error {
             None => {
                 report.fetched += 1;
-                report.last = Some(Instant::now());
+                report.last_success = Some(Instant::now());
             }
             Some(_) => report.failed += 1,
         }
@@ -212,28 +212,28 @@ impl Drop for Waiter<'_> {
 }
 
 async fn refresh_loop(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issuer>) {
-    let mut refresh = Refresh::default();
+    let mut refresh = RefreshSchedule::default();
     let mut rng = Rng::new();
     loop {
         tokio::select! {
             () = sleep_until(issuer.started + refresh.due()) => {}
             () = issuer.wanted.notified() => {
-                if issuer.started.elapsed() < refresh.allowed() {
+                if issuer.started.elapsed() < refresh.earliest_start() {
                     continue;
                 }
             }
         }
-        refresh.begin(issuer.started.elapsed());
+        refresh.record_start(issuer.started.elapsed());
         let fetched = fetch(&settings, &fetcher).await;
         let now = issuer.started.elapsed();
         let error = match fetched {
             Ok((keys, fresh)) => {
                 issuer.set_keys(keys);
-                refresh.succeeded(now, fresh, rng.unit_f64());
+                refresh.record_success(now, fresh, rng.unit_f64());
                 None
             }
             Err(error) => {
-                refresh.failed(now, rng.unit_f64());
+                refresh.record_failure(now, rng.unit_f64());
                 let error = error.to_string();
                 tracing::warn!(
                     jwks = %settings.jwks,
@@ -244,7 +244,7 @@ async fn refresh_loop(settings: config::Jwt, fetcher: Fetcher, issuer: Arc<Issue
                 Some(error)
             }
         };
-        let earliest = u64::try_from(refresh.allowed().as_millis()).unwrap_or(u64::MAX);
+        let earliest = u64::try_from(refresh.earliest_start().as_millis()).unwrap_or(u64::MAX);
         issuer.earliest.store(earliest, Ordering::Release);
         issuer.finish_fetch(error);
     }
@@ -258,7 +258,7 @@ async fn fetch(
         Request::get(settings.jwks.expose()).header(ACCEPT, "application/jwk-set+json, application/json");
     let request = request.body(Bytes::new()).map_err(|_| FetchKeysError::Url(settings.jwks.to_string()))?;
     // The CA file is read each time: it may have been replaced.
-    let trusting = settings.ca.as_deref().map(|ca| fetcher.trusting(ca)).transpose()?;
+    let trusting = settings.ca.as_deref().map(|ca| fetcher.with_roots_from(ca)).transpose()?;
     let answer = trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?;
     if answer.status() != StatusCode::OK {
         return Err(FetchKeysError::Status(answer.status()));
@@ -291,9 +291,9 @@ fn reload_file(path: &Path, known: &mut Option<Result<Vec<u8>, String>>, issuer:
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     // One byte more than allowed distinguishes a file of exactly that size from a larger one.
-    File::open(path)?.take(LIMITS.answer as u64 + 1).read_to_end(&mut content)?;
-    if content.len() > LIMITS.answer {
-        return Err(io::Error::other(format!("larger than {} bytes", LIMITS.answer)));
+    File::open(path)?.take(LIMITS.max_body as u64 + 1).read_to_end(&mut content)?;
+    if content.len() > LIMITS.max_body {
+        return Err(io::Error::other(format!("larger than {} bytes", LIMITS.max_body)));
     }
     Ok(content)
 }

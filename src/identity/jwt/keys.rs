@@ -29,7 +29,7 @@ pub enum Algorithm {
 
 /// A public key and the one algorithm it verifies.
 #[derive(Clone, Debug)]
-pub struct Key {
+pub struct VerificationKey {
     pub id: Option<String>,
     pub algorithm: Algorithm,
     key: DecodingKey,
@@ -38,7 +38,7 @@ pub struct Key {
 /// The public keys of an issuer.
 #[derive(Clone, Debug)]
 pub struct KeySet {
-    pub keys: Vec<Key>,
+    pub keys: Vec<VerificationKey>,
     /// The ignored keys, and why.
     pub skipped: Vec<String>,
     /// Unique for each parsed set.
@@ -96,7 +96,7 @@ impl fmt::Display for Algorithm {
     }
 }
 
-impl Key {
+impl VerificationKey {
     /// Whether `signature`, base64url as in the token, is valid for this key and `message`.
     pub fn verifies(&self, message: &[u8], signature: &str) -> bool {
         let signed = match self.algorithm {
@@ -178,7 +178,7 @@ impl KeySet {
                 None => format!("key {at}"),
             };
             let read = Jwk::deserialize(value).map_err(|error| error.to_string());
-            match read.and_then(|jwk| Key::read(&jwk)) {
+            match read.and_then(|jwk| VerificationKey::read(&jwk)) {
                 Ok(_) if keys.len() >= MAX_KEYS => skipped.push(format!("{name}: only {MAX_KEYS} are kept")),
                 Ok(key) => keys.push(key),
                 Err(reason) => skipped.push(format!("{name}: {reason}")),
@@ -192,7 +192,7 @@ impl KeySet {
     }
 
     /// The keys that may have signed a token: those with its key ID, else those without one; all if it has no key ID.
-    pub fn candidates<'a>(&'a self, id: Option<&'a str>) -> impl Iterator<Item = &'a Key> {
+    pub fn candidates<'a>(&'a self, id: Option<&'a str>) -> impl Iterator<Item = &'a VerificationKey> {
         let named = id.is_some_and(|id| self.keys.iter().any(|key| key.id.as_deref() == Some(id)));
         self.keys.iter().filter(move |key| match id {
             Some(_) if named => key.id.as_deref() == id,

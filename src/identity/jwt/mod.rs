@@ -19,4 +19,4 @@ pub mod token;
 pub use cache::TokenCache;
 pub use issuer::Issuer;
 pub use keys::KeySet;
-pub use token::{Claims, Expected, Invalid};
+pub use token::{Claims, TokenError, TokenRequirements};

@@ -20,40 +20,40 @@ const JITTER: f64 = 0.1;
 
 /// Times count from any fixed moment.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Refresh {
+pub struct RefreshSchedule {
     started: Option<Duration>,
     due: Duration,
     failures: u32,
 }
 
-impl Refresh {
+impl RefreshSchedule {
     /// When the next periodic fetch is due; the first at once.
     pub const fn due(&self) -> Duration {
         self.due
     }
 
     /// The earliest start of a fetch on demand.
-    pub fn allowed(&self) -> Duration {
+    pub fn earliest_start(&self) -> Duration {
         self.started.map_or(Duration::ZERO, |started| started + MIN_INTERVAL)
     }
 
     /// Records the start of a fetch.
-    pub fn begin(&mut self, now: Duration) {
+    pub fn record_start(&mut self, now: Duration) {
         self.started = Some(now);
     }
 
     /// Records a successful fetch of keys that are fresh for `age`. `random`: 0..1.
-    pub fn succeeded(&mut self, now: Duration, age: Option<Duration>, random: f64) {
+    pub fn record_success(&mut self, now: Duration, age: Option<Duration>, random: f64) {
         self.failures = 0;
         let age = age.unwrap_or(DEFAULT_AGE).clamp(MIN_AGE, MAX_AGE);
         self.due = now + shortened(age, random);
     }
 
     /// Records a failed fetch.
-    pub fn failed(&mut self, now: Duration, random: f64) {
+    pub fn record_failure(&mut self, now: Duration, random: f64) {
         let wait = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
         self.failures += 1;
-        self.due = (now + shortened(wait, random)).max(self.allowed());
+        self.due = (now + shortened(wait, random)).max(self.earliest_start());
     }
 }
 
@@ -91,30 +91,30 @@ mod tests {
     #[test]
     fn the_issuers_max_age_is_clamped() {
         for (max_age, expected) in [(None, 600), (Some(0), 60), (Some(300), 300), (Some(86_400), 3600)] {
-            let mut refresh = Refresh::default();
+            let mut refresh = RefreshSchedule::default();
             assert_eq!(refresh.due(), S(0));
-            refresh.begin(S(100));
-            refresh.succeeded(S(101), max_age.map(S), 0.0);
+            refresh.record_start(S(100));
+            refresh.record_success(S(101), max_age.map(S), 0.0);
             assert_eq!(refresh.due(), S(101 + expected), "{max_age:?}");
         }
     }
 
     #[test]
     fn failures_back_off_exponentially() {
-        let mut refresh = Refresh::default();
+        let mut refresh = RefreshSchedule::default();
         let mut now = S(0);
         let mut waits = Vec::new();
         for _ in 0..8 {
-            refresh.begin(now);
-            refresh.failed(now, 0.0);
+            refresh.record_start(now);
+            refresh.record_failure(now, 0.0);
             waits.push((refresh.due() - now).as_secs());
             now = refresh.due();
         }
         assert_eq!(waits, [5, 10, 20, 40, 80, 160, 300, 300]);
-        refresh.begin(now);
-        refresh.succeeded(now, None, 0.0);
-        refresh.begin(now + S(600));
-        refresh.failed(now + S(600), 0.0);
+        refresh.record_start(now);
+        refresh.record_success(now, None, 0.0);
+        refresh.record_start(now + S(600));
+        refresh.record_failure(now + S(600), 0.0);
         assert_eq!(refresh.due(), now + S(605));
     }
 
@@ -144,17 +144,17 @@ mod tests {
         fn many_unknown_keys_cause_few_fetches(
             requests in proptest::collection::vec((0_u64..2_000, any::<bool>(), 0.0..1.0_f64), 1..200),
         ) {
-            let mut refresh = Refresh::default();
+            let mut refresh = RefreshSchedule::default();
             let (mut now, mut started) = (S(0), Vec::new());
             for (wait, good, random) in requests {
                 now += Duration::from_millis(wait);
-                if now >= refresh.allowed() || now >= refresh.due() {
-                    refresh.begin(now);
+                if now >= refresh.earliest_start() || now >= refresh.due() {
+                    refresh.record_start(now);
                     started.push(now);
                     if good {
-                        refresh.succeeded(now, None, random);
+                        refresh.record_success(now, None, random);
                     } else {
-                        refresh.failed(now, random);
+                        refresh.record_failure(now, random);
                     }
                 }
             }

@@ -21,7 +21,7 @@ const MAX_KEYS_TRIED: usize = 4;
 
 /// What a token must contain to be accepted by this service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Expected {
+pub struct TokenRequirements {
     pub issuer: String,
     /// Any of these.
     pub audiences: Vec<String>,
@@ -38,11 +38,11 @@ pub struct Claims {
 
 /// Why a token is rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
+pub enum TokenError {
     #[error("the request has no bearer token")]
     Missing,
     #[error("more than one Authorization field")]
-    Several,
+    MultipleFields,
     #[error("the token is longer than {MAX_TOKEN} bytes")]
     TooLong,
     #[error("this is not a JWT: {0}")]
@@ -62,10 +62,10 @@ pub enum Invalid {
     #[error("the token expired {0} s ago")]
     Expired(u64),
     #[error("the token becomes valid in {0} s")]
-    Early(u64),
+    NotYetValid(u64),
     /// The only error that newer keys may resolve.
     #[error("the issuer has no key {0}")]
-    UnknownKey(KeyName),
+    UnknownKey(KeyId),
     #[error("the token's key is for {key}, but the token declares {token}")]
     OtherAlgorithm { key: Algorithm, token: Algorithm },
     #[error("the token's signature is invalid")]
@@ -74,9 +74,9 @@ pub enum Invalid {
 
 /// The key ID in a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeyName(pub Option<String>);
+pub struct KeyId(pub Option<String>);
 
-impl fmt::Display for KeyName {
+impl fmt::Display for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             // Untrusted text: shortened, without control characters.
@@ -134,29 +134,34 @@ impl<'de> Deserialize<'de> for UniqueClaims {
 ///
 /// # Errors
 /// See [`TokenError`].
-pub fn verify(token: &str, expected: &Expected, keys: &KeySet, now: u64) -> Result<Claims, Invalid> {
+pub fn verify(
+    token: &str,
+    expected: &TokenRequirements,
+    keys: &KeySet,
+    now: u64,
+) -> Result<Claims, TokenError> {
     if token.len() > MAX_TOKEN {
-        return Err(Invalid::TooLong);
+        return Err(TokenError::TooLong);
     }
     let mut parts = token.split('.');
     let (Some(header), Some(payload), Some(signature), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
     else {
-        return Err(Invalid::Malformed("it does not have three parts"));
+        return Err(TokenError::Malformed("it does not have three parts"));
     };
     let header_json = decode(header, "its header is not base64url")?;
     let header: Header<'_> = serde_json::from_slice(&header_json)
-        .map_err(|_| Invalid::Malformed("its header is not a JWS header"))?;
+        .map_err(|_| TokenError::Malformed("its header is not a JWS header"))?;
     let algorithm = check_header(&header)?;
     let payload = decode(payload, "its claims are not base64url")?;
-    let UniqueClaims(all) =
-        serde_json::from_slice(&payload).map_err(|_| Invalid::Malformed("its claims are not an object"))?;
+    let UniqueClaims(all) = serde_json::from_slice(&payload)
+        .map_err(|_| TokenError::Malformed("its claims are not an object"))?;
     let claims = Claims::new(all)?;
     claims.check(expected)?;
     claims.check_time(now)?;
 
     let id = header.kid.as_deref();
-    let unknown = || Invalid::UnknownKey(KeyName(id.map(str::to_owned)));
+    let unknown = || TokenError::UnknownKey(KeyId(id.map(str::to_owned)));
     let mut other = None;
     let mut tried = 0;
     let message = &token.as_bytes()[..token.len() - signature.len() - 1];
@@ -174,48 +179,48 @@ pub fn verify(token: &str, expected: &Expected, keys: &KeySet, now: u64) -> Resu
         }
     }
     Err(match (tried, other.filter(|_| id.is_some())) {
-        (0, Some(key)) => Invalid::OtherAlgorithm { key, token: algorithm },
+        (0, Some(key)) => TokenError::OtherAlgorithm { key, token: algorithm },
         (0, None) => unknown(),
-        _ => Invalid::Signature,
+        _ => TokenError::Signature,
     })
 }
 
-fn decode(part: &str, reason: &'static str) -> Result<Vec<u8>, Invalid> {
-    URL_SAFE_NO_PAD.decode(part).map_err(|_| Invalid::Malformed(reason))
+fn decode(part: &str, reason: &'static str) -> Result<Vec<u8>, TokenError> {
+    URL_SAFE_NO_PAD.decode(part).map_err(|_| TokenError::Malformed(reason))
 }
 
-fn check_header(header: &Header<'_>) -> Result<Algorithm, Invalid> {
+fn check_header(header: &Header<'_>) -> Result<Algorithm, TokenError> {
     if header.crit.is_some() {
-        return Err(Invalid::Critical);
+        return Err(TokenError::Critical);
     }
     let algorithm = Algorithm::named(&header.alg)
-        .ok_or_else(|| Invalid::Algorithm(header.alg.chars().take(20).map(printable).collect()))?;
+        .ok_or_else(|| TokenError::Algorithm(header.alg.chars().take(20).map(printable).collect()))?;
     if let Some(typ) = &header.typ {
         // RFC 8725 §3.11: tokens of another kind (`dpop+jwt`, `logout+jwt`) may be signed by the same key.
         let kind = typ.to_ascii_lowercase();
         let kind = kind.strip_prefix("application/").unwrap_or(&kind);
         if !matches!(kind, "jwt" | "at+jwt") {
-            return Err(Invalid::Type(typ.chars().take(40).map(printable).collect()));
+            return Err(TokenError::Type(typ.chars().take(40).map(printable).collect()));
         }
     }
     Ok(algorithm)
 }
 
 impl Claims {
-    fn new(all: Map<String, Value>) -> Result<Self, Invalid> {
+    fn new(all: Map<String, Value>) -> Result<Self, TokenError> {
         let time = |name: &'static str| match all.get(name) {
             None => Ok(None),
-            Some(value) => value.as_f64().filter(|at| *at >= 0.0).map(Some).ok_or(Invalid::Claim(name)),
+            Some(value) => value.as_f64().filter(|at| *at >= 0.0).map(Some).ok_or(TokenError::Claim(name)),
         };
-        let expires = time("exp")?.ok_or(Invalid::Claim("exp"))?;
+        let expires = time("exp")?.ok_or(TokenError::Claim("exp"))?;
         let not_before = time("nbf")?;
         Ok(Self { all: ClaimSet(all), expires, not_before })
     }
 
-    fn check(&self, expected: &Expected) -> Result<(), Invalid> {
-        let issuer = self.all.get("iss").and_then(Value::as_str).ok_or(Invalid::Claim("iss"))?;
+    fn check(&self, expected: &TokenRequirements) -> Result<(), TokenError> {
+        let issuer = self.all.get("iss").and_then(Value::as_str).ok_or(TokenError::Claim("iss"))?;
         if issuer != expected.issuer {
-            return Err(Invalid::Issuer(expected.issuer.clone()));
+            return Err(TokenError::Issuer(expected.issuer.clone()));
         }
         let is_expected = |audience: &Value| {
             audience
@@ -225,10 +230,10 @@ impl Claims {
         let matches = match self.all.get("aud") {
             Some(Value::Array(audiences)) => audiences.iter().any(is_expected),
             Some(audience @ Value::String(_)) => is_expected(audience),
-            _ => return Err(Invalid::Claim("aud")),
+            _ => return Err(TokenError::Claim("aud")),
         };
         let names = || expected.audiences.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>();
-        if matches { Ok(()) } else { Err(Invalid::Audience(names().join(", "))) }
+        if matches { Ok(()) } else { Err(TokenError::Audience(names().join(", "))) }
     }
 
     /// Checks `exp` and `nbf` at `now`, in seconds since 1970.
@@ -241,13 +246,13 @@ impl Claims {
         clippy::cast_sign_loss,
         reason = "seconds since 1970 are small, and the error contains a duration"
     )]
-    pub fn check_time(&self, now: u64) -> Result<(), Invalid> {
+    pub fn check_time(&self, now: u64) -> Result<(), TokenError> {
         let (now, leeway) = (now as f64, LEEWAY as f64);
         if now >= self.expires + leeway {
-            return Err(Invalid::Expired((now - self.expires) as u64));
+            return Err(TokenError::Expired((now - self.expires) as u64));
         }
         match self.not_before {
-            Some(from) if from > now + leeway => Err(Invalid::Early((from - now) as u64)),
+            Some(from) if from > now + leeway => Err(TokenError::NotYetValid((from - now) as u64)),
             _ => Ok(()),
         }
     }
@@ -273,8 +278,8 @@ mod tests {
 
     const NOW: u64 = 1_800_000_000;
 
-    fn expected() -> Expected {
-        Expected { issuer: "https://id.example".to_owned(), audiences: vec!["checkout".to_owned()] }
+    fn expected() -> TokenRequirements {
+        TokenRequirements { issuer: "https://id.example".to_owned(), audiences: vec!["checkout".to_owned()] }
     }
 
     fn good() -> Value {
@@ -291,7 +296,7 @@ mod tests {
         KeySet::parse(jwks(signers).as_bytes()).unwrap()
     }
 
-    fn verify_error(token: &str, keys: &KeySet) -> Invalid {
+    fn verify_error(token: &str, keys: &KeySet) -> TokenError {
         verify(token, &expected(), keys, NOW).unwrap_err()
     }
 
@@ -307,7 +312,7 @@ mod tests {
             assert!(verify(&stranger.token(&good()), &expected(), &all, NOW).is_err());
         }
         let other = Signer::ec("e");
-        assert_eq!(verify_error(&other.token(&good()), &all), Invalid::Signature);
+        assert_eq!(verify_error(&other.token(&good()), &all), TokenError::Signature);
         let anonymous = signers[2].token_with(&json!({ "kid": null }), &good());
         assert!(
             verify(&anonymous, &expected(), &all, NOW).is_ok(),
@@ -319,19 +324,19 @@ mod tests {
     fn algorithms_are_not_confused() {
         let rsa = Signer::rsa("r");
         let keys = keys(&[&rsa, &Signer::ec("e")]);
-        assert_eq!(verify_error(&rsa.confused(&good()), &keys), Invalid::Algorithm("HS256".to_owned()));
+        assert_eq!(verify_error(&rsa.confused(&good()), &keys), TokenError::Algorithm("HS256".to_owned()));
         for none in ["none", "None", "NONE", "nOnE", "", "RS512", "PS256", "HS256", "ES384"] {
             let token = rsa.token_with(&json!({ "alg": none }), &good());
-            assert_eq!(verify_error(&token, &keys), Invalid::Algorithm(none.to_owned()), "{none}");
+            assert_eq!(verify_error(&token, &keys), TokenError::Algorithm(none.to_owned()), "{none}");
             let unsigned = format!("{}.", token.rsplit_once('.').unwrap().0);
-            assert_eq!(verify_error(&unsigned, &keys), Invalid::Algorithm(none.to_owned()), "{none}");
+            assert_eq!(verify_error(&unsigned, &keys), TokenError::Algorithm(none.to_owned()), "{none}");
         }
         // An RSA key never verifies an ECDSA signature, whatever the token declares.
         let token = rsa.token_with(&json!({ "alg": "ES256" }), &good());
         let (key, token_says) = (Algorithm::Rs256, Algorithm::Es256);
-        assert_eq!(verify_error(&token, &keys), Invalid::OtherAlgorithm { key, token: token_says });
+        assert_eq!(verify_error(&token, &keys), TokenError::OtherAlgorithm { key, token: token_says });
         let unsigned = format!("{}.", rsa.token(&good()).rsplit_once('.').unwrap().0);
-        assert_eq!(verify_error(&unsigned, &keys), Invalid::Signature);
+        assert_eq!(verify_error(&unsigned, &keys), TokenError::Signature);
     }
 
     #[test]
@@ -340,11 +345,11 @@ mod tests {
         let keys = keys(&[&signer]);
         let embedded =
             json!({ "jwk": attacker.jwk(), "jku": "https://evil.example", "x5u": "https://evil.example" });
-        let unknown = Invalid::UnknownKey(KeyName(Some("mine".to_owned())));
+        let unknown = TokenError::UnknownKey(KeyId(Some("mine".to_owned())));
         assert_eq!(verify_error(&attacker.token_with(&embedded, &good()), &keys), unknown);
         let mut embedded = embedded;
         embedded["kid"] = json!("e");
-        assert_eq!(verify_error(&attacker.token_with(&embedded, &good()), &keys), Invalid::Signature);
+        assert_eq!(verify_error(&attacker.token_with(&embedded, &good()), &keys), TokenError::Signature);
         assert!(verify(&signer.token_with(&embedded, &good()), &expected(), &keys, NOW).is_ok());
     }
 
@@ -353,7 +358,7 @@ mod tests {
         let signer = Signer::ec("e");
         let keys = keys(&[&signer]);
         let token = signer.token_with(&json!({ "crit": ["b64"], "b64": false }), &good());
-        assert_eq!(verify_error(&token, &keys), Invalid::Critical);
+        assert_eq!(verify_error(&token, &keys), TokenError::Critical);
         for (typ, accepted) in
             [("JWT", true), ("at+jwt", true), ("application/at+JWT", true), ("dpop+jwt", false)]
         {
@@ -367,35 +372,38 @@ mod tests {
         let signer = Signer::ec("e");
         let keys = keys(&[&signer]);
         let at = |claims: Value| verify(&signer.token(&claims), &expected(), &keys, NOW).map(drop);
-        let audience = || Invalid::Audience("`checkout`".to_owned());
+        let audience = || TokenError::Audience("`checkout`".to_owned());
         for (claims, outcome) in [
             (
                 with("iss", json!("https://evil.example")),
-                Err(Invalid::Issuer("https://id.example".to_owned())),
+                Err(TokenError::Issuer("https://id.example".to_owned())),
             ),
-            (with("iss", json!(["https://id.example", "https://evil.example"])), Err(Invalid::Claim("iss"))),
-            (with("iss", Value::Null), Err(Invalid::Claim("iss"))),
+            (
+                with("iss", json!(["https://id.example", "https://evil.example"])),
+                Err(TokenError::Claim("iss")),
+            ),
+            (with("iss", Value::Null), Err(TokenError::Claim("iss"))),
             (with("aud", json!("billing")), Err(audience())),
             (with("aud", json!(["billing", "checkout"])), Ok(())),
             (with("aud", json!([])), Err(audience())),
-            (with("aud", Value::Null), Err(Invalid::Claim("aud"))),
+            (with("aud", Value::Null), Err(TokenError::Claim("aud"))),
             (with("aud", json!("checkout billing")), Err(audience())),
             (with("exp", json!(NOW - LEEWAY + 1)), Ok(())),
-            (with("exp", json!(NOW - LEEWAY)), Err(Invalid::Expired(LEEWAY))),
-            (with("exp", json!(0)), Err(Invalid::Expired(NOW))),
-            (with("exp", json!("soon")), Err(Invalid::Claim("exp"))),
-            (with("exp", json!(-1)), Err(Invalid::Claim("exp"))),
-            (with("exp", Value::Null), Err(Invalid::Claim("exp"))),
+            (with("exp", json!(NOW - LEEWAY)), Err(TokenError::Expired(LEEWAY))),
+            (with("exp", json!(0)), Err(TokenError::Expired(NOW))),
+            (with("exp", json!("soon")), Err(TokenError::Claim("exp"))),
+            (with("exp", json!(-1)), Err(TokenError::Claim("exp"))),
+            (with("exp", Value::Null), Err(TokenError::Claim("exp"))),
             (with("exp", json!(NOW as f64 + 0.5)), Ok(())),
             (with("nbf", json!(NOW + LEEWAY)), Ok(())),
-            (with("nbf", json!(NOW + LEEWAY + 1)), Err(Invalid::Early(LEEWAY + 1))),
-            (with("nbf", json!(true)), Err(Invalid::Claim("nbf"))),
+            (with("nbf", json!(NOW + LEEWAY + 1)), Err(TokenError::NotYetValid(LEEWAY + 1))),
+            (with("nbf", json!(true)), Err(TokenError::Claim("nbf"))),
         ] {
             assert_eq!(at(claims.clone()), outcome, "{claims}");
         }
         let mut endless = good();
         endless.as_object_mut().unwrap().remove("exp");
-        assert_eq!(at(endless), Err(Invalid::Claim("exp")));
+        assert_eq!(at(endless), Err(TokenError::Claim("exp")));
     }
 
     #[test]
@@ -404,10 +412,10 @@ mod tests {
         let keys = keys(&[&signer]);
         let text = good().to_string().replacen('{', r#"{"sub":"root","#, 1);
         let token = format!("{}.{}.AAAA", encode(r#"{"alg":"ES256","kid":"e"}"#), encode(text));
-        assert_eq!(verify_error(&token, &keys), Invalid::Malformed("its claims are not an object"));
+        assert_eq!(verify_error(&token, &keys), TokenError::Malformed("its claims are not an object"));
         let token =
             format!("{}.{}.AAAA", encode(r#"{"alg":"none","alg":"ES256"}"#), encode(good().to_string()));
-        assert_eq!(verify_error(&token, &keys), Invalid::Malformed("its header is not a JWS header"));
+        assert_eq!(verify_error(&token, &keys), TokenError::Malformed("its header is not a JWS header"));
     }
 
     #[test]
@@ -440,7 +448,7 @@ mod tests {
         let signer = Signer::ec(&format!("\n\u{7f}{}", "k".repeat(500)));
         let error = verify_error(&signer.token(&good()), &keys(&[&Signer::ec("e")])).to_string();
         assert!(error.len() < 150 && !error.contains('\n'), "{error}");
-        assert_eq!(verify_error(&"a".repeat(MAX_TOKEN + 1), &keys(&[&Signer::ec("e")])), Invalid::TooLong);
+        assert_eq!(verify_error(&"a".repeat(MAX_TOKEN + 1), &keys(&[&Signer::ec("e")])), TokenError::TooLong);
     }
 
     proptest! {

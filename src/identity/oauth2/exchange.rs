@@ -12,21 +12,21 @@ use serde::Deserialize;
 
 use crate::{
     config::Oauth2,
-    fetch::{FetchError, Fetcher, Limits},
+    fetch::{FetchError, FetchLimits, Fetcher},
 };
 
-const LIMITS: Limits = Limits { patience: Duration::from_secs(5), answer: 64 * 1024 };
+const LIMITS: FetchLimits = FetchLimits { timeout: Duration::from_secs(5), max_body: 64 * 1024 };
 /// The largest secret file, in bytes.
 const MAX_SECRET: usize = 64 * 1024;
 
 /// An access token, as the header field value that carries it.
-pub struct Granted {
+pub struct AccessToken {
     /// `Bearer …`, marked as sensitive: not logged, not indexed by header compression.
     pub field: HeaderValue,
     pub expires_in: Option<Duration>,
 }
 
-impl fmt::Debug for Granted {
+impl fmt::Debug for AccessToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Granted").field("expires_in", &self.expires_in).finish_non_exhaustive()
     }
@@ -34,7 +34,7 @@ impl fmt::Debug for Granted {
 
 /// Why a token request failed. Contains neither the secret nor a token.
 #[derive(Debug, thiserror::Error)]
-pub enum NoToken {
+pub enum TokenRequestError {
     #[error("{path}: {reason}")]
     Secret { path: PathBuf, reason: String },
     #[error("`{0}` is not a URL")]
@@ -42,17 +42,17 @@ pub enum NoToken {
     #[error(transparent)]
     Fetch(#[from] FetchError),
     #[error("the token endpoint rejects the request: {0}")]
-    Refused(String),
+    Rejected(String),
     #[error("the token endpoint responded with {0}")]
     Status(http::StatusCode),
     #[error("the token endpoint's response is invalid: {0}")]
-    Answer(&'static str),
+    InvalidResponse(&'static str),
 }
 
 /// Requests a token. The secret is read each time: it may have been rotated.
-pub async fn ask(settings: &Oauth2, fetcher: &Fetcher) -> Result<Granted, NoToken> {
+pub async fn request_token(settings: &Oauth2, fetcher: &Fetcher) -> Result<AccessToken, TokenRequestError> {
     let path = &settings.client_secret_file;
-    let secret_error = |reason: String| NoToken::Secret { path: path.clone(), reason };
+    let secret_error = |reason: String| TokenRequestError::Secret { path: path.clone(), reason };
     let secret = tokio::fs::read(path).await.map_err(|error| secret_error(error.to_string()))?;
     if secret.len() > MAX_SECRET {
         return Err(secret_error(format!("longer than {MAX_SECRET} bytes")));
@@ -62,13 +62,13 @@ pub async fn ask(settings: &Oauth2, fetcher: &Fetcher) -> Result<Granted, NoToke
     if secret.is_empty() {
         return Err(secret_error("empty".to_owned()));
     }
-    let trusting = settings.ca.as_deref().map(|ca| fetcher.trusting(ca)).transpose()?;
+    let trusting = settings.ca.as_deref().map(|ca| fetcher.with_roots_from(ca)).transpose()?;
     let request = request(settings, secret)?;
     parse(trusting.as_ref().unwrap_or(fetcher).fetch(request, LIMITS).await?)
 }
 
 /// Authenticates the client with HTTP Basic, which every server must support (§2.3.1).
-fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, NoToken> {
+fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, TokenRequestError> {
     let credentials = format!("{}:{}", url_encoded(&settings.client_id), url_encoded(secret));
     let mut body = "grant_type=client_credentials".to_owned();
     if !settings.scopes.is_empty() {
@@ -81,7 +81,7 @@ fn request(settings: &Oauth2, secret: &str) -> Result<Request<Bytes>, NoToken> {
         .header(http::header::CONTENT_LENGTH, body.len())
         .header(ACCEPT, "application/json")
         .body(Bytes::from(body))
-        .map_err(|_| NoToken::Url(settings.token_url.to_string()))
+        .map_err(|_| TokenRequestError::Url(settings.token_url.to_string()))
 }
 
 /// `application/x-www-form-urlencoded` (RFC 6749 appendix B), with `%20` for a space: every decoder of `+` accepts it,
@@ -97,7 +97,7 @@ fn url_encoded(text: &str) -> String {
     })
 }
 
-fn parse(response: Response<Bytes>) -> Result<Granted, NoToken> {
+fn parse(response: Response<Bytes>) -> Result<AccessToken, TokenRequestError> {
     #[derive(Deserialize)]
     struct Failure {
         error: String,
@@ -114,31 +114,39 @@ fn parse(response: Response<Bytes>) -> Result<Granted, NoToken> {
     // A byte order mark is not JSON (RFC 8259 §8.1), but some servers send one.
     let json = response.body().strip_prefix("\u{feff}".as_bytes()).unwrap_or(response.body());
     if !status.is_success() {
-        let failure: Failure = serde_json::from_slice(json).map_err(|_| NoToken::Status(status))?;
+        let failure: Failure = serde_json::from_slice(json).map_err(|_| TokenRequestError::Status(status))?;
         let reason = match failure.error_description {
             Some(description) => format!("{} ({description})", failure.error),
             None => failure.error,
         };
-        return Err(NoToken::Refused(reason.chars().filter(|c| !c.is_control()).take(300).collect()));
+        return Err(TokenRequestError::Rejected(
+            reason.chars().filter(|c| !c.is_control()).take(300).collect(),
+        ));
     }
-    let success: Success = serde_json::from_slice(json)
-        .map_err(|_| NoToken::Answer("it is not a JSON object with `access_token` (RFC 6749 §5.1)"))?;
+    let success: Success = serde_json::from_slice(json).map_err(|_| {
+        TokenRequestError::InvalidResponse("it is not a JSON object with `access_token` (RFC 6749 §5.1)")
+    })?;
     let kind = success.token_type.as_deref().map_or("", str::trim);
     if !kind.is_empty() && !kind.eq_ignore_ascii_case("bearer") {
-        return Err(NoToken::Answer("its `token_type` is not Bearer"));
+        return Err(TokenRequestError::InvalidResponse("its `token_type` is not Bearer"));
     }
     let visible = |byte: u8| (0x21..=0x7e).contains(&byte);
     if success.access_token.is_empty() || !success.access_token.bytes().all(visible) {
-        return Err(NoToken::Answer("its `access_token` is not allowed in a header field"));
+        return Err(TokenRequestError::InvalidResponse(
+            "its `access_token` is not allowed in a header field",
+        ));
     }
     let expires_in = match success.expires_in.as_ref().and_then(seconds) {
-        Some(seconds) if seconds < 1.0 => return Err(NoToken::Answer("its token has already expired")),
+        Some(seconds) if seconds < 1.0 => {
+            return Err(TokenRequestError::InvalidResponse("its token has already expired"));
+        }
         other => other.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
     };
-    let mut field = HeaderValue::try_from(format!("Bearer {}", success.access_token))
-        .map_err(|_| NoToken::Answer("its `access_token` is not allowed in a header field"))?;
+    let mut field = HeaderValue::try_from(format!("Bearer {}", success.access_token)).map_err(|_| {
+        TokenRequestError::InvalidResponse("its `access_token` is not allowed in a header field")
+    })?;
     field.set_sensitive(true);
-    Ok(Granted { field, expires_in })
+    Ok(AccessToken { field, expires_in })
 }
 
 /// A number of seconds, which some servers send as a string.
@@ -153,7 +161,7 @@ mod tests {
 
     fn settings() -> Oauth2 {
         Oauth2 {
-            token_url: Secret::url("https://id.example/token?tenant=1"),
+            token_url: Secret::redact_url("https://id.example/token?tenant=1"),
             client_id: "check out:1".to_owned(),
             client_secret_file: "/run/secret".into(),
             scopes: vec!["pay".to_owned(), "read:all".to_owned()],
@@ -161,7 +169,7 @@ mod tests {
         }
     }
 
-    fn parse_body(status: u16, body: &str) -> Result<Granted, String> {
+    fn parse_body(status: u16, body: &str) -> Result<AccessToken, String> {
         let response = Response::builder().status(status).body(Bytes::from(body.to_owned())).unwrap();
         parse(response).map_err(|error| error.to_string())
     }

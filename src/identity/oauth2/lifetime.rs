@@ -38,7 +38,7 @@ impl Lifetime {
 
     /// Records a token that arrived at `now`, requested at `requested` and valid for `expires_in` from then on.
     /// `random`: 0..1.
-    pub fn succeeded(
+    pub fn record_success(
         &mut self,
         requested: Duration,
         now: Duration,
@@ -55,14 +55,14 @@ impl Lifetime {
     }
 
     /// Records a failed request.
-    pub fn failed(&mut self, now: Duration, random: f64) {
+    pub fn record_failure(&mut self, now: Duration, random: f64) {
         let wait = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
         self.failures += 1;
         self.due = now + wait.mul_f64(1.0 - 0.2 * random.clamp(0.0, 1.0));
     }
 
     /// Records that the upstream rejects the token; a new one is due unless this one is itself new.
-    pub fn refused(&mut self, now: Duration) {
+    pub fn record_rejection(&mut self, now: Duration) {
         if self.failures == 0 && self.fetched.is_some_and(|fetched| now >= fetched + MIN_AGE) {
             self.due = self.due.min(now);
         }
@@ -88,7 +88,7 @@ mod tests {
             for (random, due) in [(0.0, from), (1.0, to)] {
                 let mut lifetime = Lifetime::default();
                 assert_eq!(lifetime.due(), S(0));
-                lifetime.succeeded(S(100), S(100), seconds.map(S), random);
+                lifetime.record_success(S(100), S(100), seconds.map(S), random);
                 assert_eq!(lifetime.usable_until(), S(100 + until));
                 assert!(lifetime.due().abs_diff(S(100 + due)) <= S(1), "{:?}", lifetime.due());
             }
@@ -98,10 +98,10 @@ mod tests {
     #[test]
     fn failures_back_off_and_keep_the_token() {
         let mut lifetime = Lifetime::default();
-        lifetime.succeeded(S(0), S(0), Some(S(100)), 0.0);
+        lifetime.record_success(S(0), S(0), Some(S(100)), 0.0);
         let (mut now, mut waits) = (lifetime.due(), Vec::new());
         for _ in 0..9 {
-            lifetime.failed(now, 0.0);
+            lifetime.record_failure(now, 0.0);
             waits.push((lifetime.due() - now).as_millis());
             now = lifetime.due();
         }
@@ -112,11 +112,11 @@ mod tests {
     #[test]
     fn a_rejected_token_is_replaced_unless_it_is_new() {
         let mut lifetime = Lifetime::default();
-        lifetime.succeeded(S(0), S(0), Some(S(3600)), 0.0);
+        lifetime.record_success(S(0), S(0), Some(S(3600)), 0.0);
         let due = lifetime.due();
-        lifetime.refused(S(9));
+        lifetime.record_rejection(S(9));
         assert_eq!(lifetime.due(), due);
-        lifetime.refused(S(10));
+        lifetime.record_rejection(S(10));
         assert_eq!(lifetime.due(), S(10));
     }
 
@@ -125,7 +125,7 @@ mod tests {
         #[test]
         fn renewal_comes_before_expiry(seconds in 2_u64..1_000_000, took in 0_u64..2, random in 0.0..1.0_f64) {
             let mut lifetime = Lifetime::default();
-            lifetime.succeeded(S(5), S(5 + took), Some(S(seconds)), random);
+            lifetime.record_success(S(5), S(5 + took), Some(S(seconds)), random);
             prop_assert!(lifetime.due() > S(5));
             if seconds >= 20 {
                 prop_assert!(lifetime.due() < lifetime.usable_until());

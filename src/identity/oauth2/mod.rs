@@ -7,7 +7,7 @@
 mod exchange;
 mod lifetime;
 
-pub use exchange::NoToken;
+pub use exchange::TokenRequestError;
 
 use std::{
     sync::{
@@ -34,13 +34,13 @@ const TOKEN_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// The token for one upstream, as workers see it.
 #[derive(Debug)]
-pub struct OwnToken {
+pub struct UpstreamToken {
     current: ArcSwapOption<CurrentToken>,
     started: Instant,
     /// Whether requests have used the token since it was fetched.
     used: AtomicBool,
     /// Whether the upstream rejected it.
-    refused: AtomicBool,
+    rejected: AtomicBool,
     /// Requests that wait for a token.
     waiters: AtomicUsize,
     /// When the next fetch is due after a failure, in milliseconds since `started`.
@@ -48,7 +48,7 @@ pub struct OwnToken {
     /// Counts finished fetches.
     rounds: watch::Sender<u64>,
     wanted: Notify,
-    told: Mutex<Told>,
+    report: Mutex<TokenReport>,
 }
 
 #[derive(Debug)]
@@ -59,7 +59,7 @@ struct CurrentToken {
 
 /// The state of a token, for `/status` and metrics.
 #[derive(Clone, Debug, Default)]
-pub struct Told {
+pub struct TokenReport {
     pub fetched: u64,
     pub failed: u64,
     /// Why the last request failed, if it did.
@@ -68,53 +68,53 @@ pub struct Told {
 
 /// Renews an [`UpstreamToken`] until it is dropped.
 #[derive(Debug)]
-pub struct Keeper {
-    pub token: Arc<OwnToken>,
+pub struct TokenRenewer {
+    pub token: Arc<UpstreamToken>,
     pub settings: Oauth2,
     task: JoinHandle<()>,
 }
 
 /// There is no token, and none will arrive in time.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("cannot get an access token for it: {why}")]
-pub struct Unavailable {
-    pub why: String,
+#[error("cannot get an access token for it: {reason}")]
+pub struct TokenUnavailable {
+    pub reason: String,
     /// When the next fetch is due.
     pub retry_after: Duration,
 }
 
-impl Keeper {
+impl TokenRenewer {
     /// Starts on `runtime`, the control thread's.
     pub fn start(upstream: &str, settings: &Oauth2, fetcher: &Fetcher, runtime: &Handle) -> Self {
-        let token = Arc::new(OwnToken::new());
+        let token = Arc::new(UpstreamToken::new());
         let renewing = renew_loop(upstream.to_owned(), settings.clone(), fetcher.clone(), Arc::clone(&token));
         Self { token, settings: settings.clone(), task: runtime.spawn(renewing) }
     }
 }
 
-impl Drop for Keeper {
+impl Drop for TokenRenewer {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl OwnToken {
+impl UpstreamToken {
     fn new() -> Self {
         Self {
             current: ArcSwapOption::empty(),
             started: Instant::now(),
             used: AtomicBool::new(false),
-            refused: AtomicBool::new(false),
+            rejected: AtomicBool::new(false),
             waiters: AtomicUsize::new(0),
             retry_at: AtomicU64::new(0),
             rounds: watch::Sender::new(0),
             wanted: Notify::new(),
-            told: Mutex::default(),
+            report: Mutex::default(),
         }
     }
 
     /// The field value to send, if there is a valid token.
-    pub fn ready(&self, now: Instant) -> Option<HeaderValue> {
+    pub fn current_field(&self, now: Instant) -> Option<HeaderValue> {
         let current = self.current.load();
         let current = current.as_ref().filter(|current| now < current.usable_until)?;
         // Written once per token, so the cache line stays shared between workers.
@@ -126,7 +126,7 @@ impl OwnToken {
     }
 
     /// How long the current token will still be used.
-    pub fn good_for(&self, now: Instant) -> Option<Duration> {
+    pub fn valid_for(&self, now: Instant) -> Option<Duration> {
         let usable_until = self.current.load().as_ref()?.usable_until;
         usable_until.checked_duration_since(now).filter(|left| !left.is_zero())
     }
@@ -135,10 +135,10 @@ impl OwnToken {
     ///
     /// # Errors
     /// [`TokenUnavailable`]: that fetch failed, or does not finish in time.
-    pub async fn field(&self) -> Result<HeaderValue, Unavailable> {
+    pub async fn wait_for_field(&self) -> Result<HeaderValue, TokenUnavailable> {
         let mut rounds = self.rounds.subscribe();
         let now = Instant::now();
-        if let Some(field) = self.ready(now) {
+        if let Some(field) = self.current_field(now) {
             return Ok(field);
         }
         let give_up_at = now + TOKEN_TIMEOUT;
@@ -150,25 +150,25 @@ impl OwnToken {
             let _ = timeout_at(give_up_at, rounds.changed()).await;
         }
         let now = Instant::now();
-        self.ready(now).ok_or_else(|| {
-            let error = self.told().error;
+        self.current_field(now).ok_or_else(|| {
+            let error = self.report().error;
             let retry_at = self.started + Duration::from_millis(self.retry_at.load(Ordering::Acquire));
-            Unavailable {
-                why: error.unwrap_or_else(|| "the token endpoint has not responded yet".to_owned()),
+            TokenUnavailable {
+                reason: error.unwrap_or_else(|| "the token endpoint has not responded yet".to_owned()),
                 retry_after: retry_at.saturating_duration_since(now).max(Duration::from_secs(1)),
             }
         })
     }
 
     /// Records a 401 from the upstream for a request with this token: it is replaced soon, unless it is new.
-    pub fn refused(&self) {
-        if !self.refused.swap(true, Ordering::Relaxed) {
+    pub fn report_unauthorized(&self) {
+        if !self.rejected.swap(true, Ordering::Relaxed) {
             self.wanted.notify_one();
         }
     }
 
-    pub fn told(&self) -> Told {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn report(&self) -> TokenReport {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn since_start(&self) -> Duration {
@@ -191,7 +191,7 @@ impl Drop for Waiter<'_> {
     }
 }
 
-async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token: Arc<OwnToken>) {
+async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token: Arc<UpstreamToken>) {
     let mut lifetime = Lifetime::default();
     let mut rng = Rng::new();
     let mut first = true;
@@ -199,11 +199,11 @@ async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token:
         token.wait_until_due(&mut lifetime, first).await;
         first = false;
         let requested = token.since_start();
-        let granted = exchange::ask(&settings, &fetcher).await;
+        let granted = exchange::request_token(&settings, &fetcher).await;
         let now = token.since_start();
         let error = match granted {
             Ok(granted) => {
-                lifetime.succeeded(requested, now, granted.expires_in, rng.unit_f64());
+                lifetime.record_success(requested, now, granted.expires_in, rng.unit_f64());
                 let usable_until = token.started + lifetime.usable_until();
                 token.current.store(Some(Arc::new(CurrentToken { field: granted.field, usable_until })));
                 token.used.store(false, Ordering::Relaxed);
@@ -211,7 +211,7 @@ async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token:
                 None
             }
             Err(error) => {
-                lifetime.failed(now, rng.unit_f64());
+                lifetime.record_failure(now, rng.unit_f64());
                 let error = error.to_string();
                 let retry_in = lifetime.due().saturating_sub(now);
                 tracing::warn!(
@@ -226,7 +226,7 @@ async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token:
             }
         };
         {
-            let mut report = token.told.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut report = token.report.lock().unwrap_or_else(PoisonError::into_inner);
             if error.is_none() {
                 report.fetched += 1
             } else {
@@ -238,12 +238,12 @@ async fn renew_loop(upstream: String, settings: Oauth2, fetcher: Fetcher, token:
     }
 }
 
-impl OwnToken {
+impl UpstreamToken {
     /// Waits until a fetch is due and a request needs the token.
     async fn wait_until_due(&self, lifetime: &mut Lifetime, first: bool) {
         loop {
-            if self.refused.swap(false, Ordering::Relaxed) {
-                lifetime.refused(self.since_start());
+            if self.rejected.swap(false, Ordering::Relaxed) {
+                lifetime.record_rejection(self.since_start());
             }
             tokio::select! {
                 () = sleep_until(self.started + lifetime.due()) => {}

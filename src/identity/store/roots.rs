@@ -9,14 +9,14 @@ use std::{
 
 use super::super::{
     files,
-    material::{self, Expiry, Material, MaterialError, Text},
+    material::{self, EncodedFile, Expiry, Material, MaterialError},
     trust::{Bundle, Trust},
 };
 use crate::config::{TlsMode, UpstreamTls};
 
 /// Roots by file, and those of the system once they have been needed.
 #[derive(Debug, Default)]
-pub struct Roots {
+pub struct UpstreamRoots {
     files: HashMap<PathBuf, File>,
     system: Option<Result<Arc<Trust>, String>>,
 }
@@ -24,25 +24,29 @@ pub struct Roots {
 /// A file of roots: its content and the result of parsing it.
 #[derive(Debug)]
 struct File {
-    text: Option<Text>,
+    text: Option<EncodedFile>,
     trust: Result<Arc<Trust>, String>,
     expiries: Vec<Expiry>,
     /// Why the newest content was rejected, if an earlier one is in use.
-    refused: Option<String>,
+    rejection: Option<String>,
 }
 
-impl Roots {
+impl UpstreamRoots {
     /// The roots for an upstream. The revocation lists of `[identity]` apply to upstreams with `ca` too.
-    pub fn of(&mut self, settings: &UpstreamTls, own: Option<&Material>) -> Result<Arc<Trust>, String> {
+    pub fn for_upstream(
+        &mut self,
+        settings: &UpstreamTls,
+        own: Option<&Material>,
+    ) -> Result<Arc<Trust>, String> {
         match (&settings.ca, settings.mode) {
             (Some(path), _) => {
                 let file = self.files.entry(path.clone()).or_insert_with(|| {
                     let mut file = File::unread();
-                    file.look(path, SystemTime::now());
+                    file.reload(path, SystemTime::now());
                     file
                 });
                 let trust = file.trust.clone()?;
-                Ok(own.map_or(trust.clone(), |own| Arc::new(trust.revoked_as_in(&own.trust))))
+                Ok(own.map_or(trust.clone(), |own| Arc::new(trust.with_revocations_of(&own.trust))))
             }
             (None, TlsMode::Mutual) => own
                 .map(|own| Arc::clone(&own.trust))
@@ -52,9 +56,9 @@ impl Roots {
     }
 
     /// Reads the files again and drops those no longer in `wanted`. Returns whether any changed.
-    pub fn look(&mut self, wanted: &[PathBuf], now: SystemTime) -> bool {
+    pub fn reload(&mut self, wanted: &[PathBuf], now: SystemTime) -> bool {
         self.files.retain(|path, _| wanted.contains(path));
-        self.files.iter_mut().fold(false, |changed, (path, file)| file.look(path, now) | changed)
+        self.files.iter_mut().fold(false, |changed, (path, file)| file.reload(path, now) | changed)
     }
 
     pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
@@ -66,23 +70,23 @@ impl Roots {
     }
 
     /// Why the newest content of some file was rejected.
-    pub fn refused(&self) -> Option<&String> {
-        self.files.values().find_map(|file| file.refused.as_ref())
+    pub fn rejection(&self) -> Option<&String> {
+        self.files.values().find_map(|file| file.rejection.as_ref())
     }
 }
 
 impl File {
     fn unread() -> Self {
-        Self { text: None, trust: Err("not read yet".to_owned()), expiries: Vec::new(), refused: None }
+        Self { text: None, trust: Err("not read yet".to_owned()), expiries: Vec::new(), rejection: None }
     }
 
     /// Reads the file and applies valid changes. Returns whether the roots in use changed.
-    fn look(&mut self, path: &Path, now: SystemTime) -> bool {
+    fn reload(&mut self, path: &Path, now: SystemTime) -> bool {
         let read = files::read_ca(path);
         if let (Ok(text), Some(known)) = (&read, &self.text)
             && text == known
         {
-            self.refused = None;
+            self.rejection = None;
             return false;
         }
         match read.and_then(|text| Self::checked(text, now)) {
@@ -94,19 +98,19 @@ impl File {
         }
     }
 
-    fn checked(text: Text, now: SystemTime) -> Result<Self, MaterialError> {
+    fn checked(text: EncodedFile, now: SystemTime) -> Result<Self, MaterialError> {
         let ca = [(None, text)];
-        let trust = Arc::new(material::trust(&ca, &[], now)?);
+        let trust = Arc::new(material::build_trust(&ca, &[], now)?);
         let expiries = material::trust_expiries(&ca, &[]);
         let [(_, text)] = ca;
-        Ok(Self { text: Some(text), trust: Ok(trust), expiries, refused: None })
+        Ok(Self { text: Some(text), trust: Ok(trust), expiries, rejection: None })
     }
 
     fn refuse(&mut self, reason: String) -> bool {
-        if self.refused.as_ref() != Some(&reason) {
+        if self.rejection.as_ref() != Some(&reason) {
             tracing::error!("CA certificates of an upstream rejected: {reason}");
         }
-        self.refused = Some(reason.clone());
+        self.rejection = Some(reason.clone());
         let is_new = self.text.is_none() && self.trust.as_ref().err() != Some(&reason);
         if is_new {
             self.trust = Err(reason);

@@ -5,12 +5,12 @@ use rustls_pki_types::pem::PemObject;
 
 use super::*;
 use crate::identity::{
-    material::{self, Content, Text},
+    material::{self, EncodedContent, EncodedFile},
     test_pki::{Params, Pki, dns, id, uri},
 };
 
-fn text(name: &str, pem: &str) -> Text {
-    Text { path: name.into(), content: Content::Pem(pem.as_bytes().to_vec()) }
+fn text(name: &str, pem: &str) -> EncodedFile {
+    EncodedFile { path: name.into(), content: EncodedContent::Pem(pem.as_bytes().to_vec()) }
 }
 
 /// Roots, each for a trust domain or for all, and the serial numbers that their CAs have revoked.
@@ -25,7 +25,7 @@ fn trust(roots: &[(Option<&str>, &Pki)], revoked: &[(&Pki, &[u64])]) -> Trust {
         .iter()
         .map(|(pki, serials)| text("crl", &std::fs::read_to_string(pki.revoke(serials)).unwrap()))
         .collect();
-    material::trust(&ca, &crl, SystemTime::now()).unwrap()
+    material::build_trust(&ca, &crl, SystemTime::now()).unwrap()
 }
 
 fn issue(pki: &Pki, change: impl FnOnce(&mut Params)) -> CertificateDer<'static> {
@@ -77,7 +77,7 @@ fn certificates_are_accepted_within_their_validity() {
         all.verify(&leaf, &[], now, Role::Client)
     };
     assert!(in_2030(1).is_ok());
-    assert!(matches!(in_2030(40), Err(Refusal::Expired(_))));
+    assert!(matches!(in_2030(40), Err(VerifyError::Expired(_))));
     assert_rejected("not valid before 2030-01-01", &all, &leaf);
 }
 
@@ -110,8 +110,12 @@ fn a_revocation_list_covers_one_issuer() {
     // Upstreams with their own roots: revocation lists from `[identity]` apply too.
     let partner = trust(&[(None, &partner_pki)], &[]);
     assert!(verify(&partner, &numbered(&partner_pki, 8), Role::Client).is_ok());
-    assert_rejected("revoked", &partner.revoked_as_in(&both), &numbered(&partner_pki, 8));
-    assert_rejected("not issued by a trusted CA", &partner.revoked_as_in(&both), &numbered(&own_pki, 8));
+    assert_rejected("revoked", &partner.with_revocations_of(&both), &numbered(&partner_pki, 8));
+    assert_rejected(
+        "not issued by a trusted CA",
+        &partner.with_revocations_of(&both),
+        &numbered(&own_pki, 8),
+    );
 }
 
 #[test]
@@ -120,8 +124,9 @@ fn the_server_identity_must_be_expected() {
     let all = trust(&[(None, &pki)], &[]);
     let expected = |leaf: &CertificateDer<'_>, patterns: &[&str]| {
         let peer = verify(&all, leaf, Role::Server).unwrap();
-        let patterns: Vec<Pattern> = patterns.iter().map(|pattern| pattern.parse().unwrap()).collect();
-        expect(&peer, leaf, &patterns).map_err(|refusal| refusal.to_string())
+        let patterns: Vec<IdentityPattern> =
+            patterns.iter().map(|pattern| pattern.parse().unwrap()).collect();
+        check_identity(&peer, leaf, &patterns).map_err(|refusal| refusal.to_string())
     };
     let payments = issue(&pki, |_| {});
     assert!(expected(&payments, &[&id("orders"), &id("payments")]).is_ok());
@@ -133,7 +138,7 @@ fn the_server_identity_must_be_expected() {
     assert!(expected(&named, &["dns:example"]).is_err());
 
     let peer = verify(&all, &named, Role::Server).unwrap();
-    let name = |name: &'static str| expect_name(&peer, &named, &ServerName::try_from(name).unwrap());
+    let name = |name: &'static str| check_name(&peer, &named, &ServerName::try_from(name).unwrap());
     assert!(name("payments.example").is_ok());
     let message = name("orders.example").unwrap_err().to_string();
     assert_eq!(message, "its certificate names payments.example; expected orders.example");
@@ -146,17 +151,17 @@ fn verify_errors_round_trip_through_rustls() {
     let all = trust(&[(None, &pki)], &[]);
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_893_456_000);
     for refusal in [
-        Refusal::Expired(at),
-        Refusal::NotYet(at),
-        Refusal::UnknownIssuer("all".to_owned()),
-        Refusal::Revoked,
-        Refusal::Purpose("client"),
-        Refusal::NotExpected { is: "a".to_owned(), expected: "b".to_owned() },
-        Refusal::Peer(PeerError::Ca),
+        VerifyError::Expired(at),
+        VerifyError::NotYetValid(at),
+        VerifyError::UnknownIssuer("all".to_owned()),
+        VerifyError::Revoked,
+        VerifyError::Purpose("client"),
+        VerifyError::UnexpectedIdentity { is: "a".to_owned(), expected: "b".to_owned() },
+        VerifyError::Peer(PeerError::Ca),
     ] {
         let text_before = refusal.to_string();
-        let unwrapped = refused(&refusal.into(), &all, Role::Client).unwrap();
+        let unwrapped = from_rustls_error(&refusal.into(), &all, Role::Client).unwrap();
         assert_eq!(unwrapped.to_string(), text_before);
     }
-    assert!(refused(&rustls::Error::DecryptError, &all, Role::Client).is_none());
+    assert!(from_rustls_error(&rustls::Error::DecryptError, &all, Role::Client).is_none());
 }

@@ -16,7 +16,7 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use crate::config::Socket;
+use crate::config::AgentAddress;
 
 /// Required in every request, against server-side request forgery (SPIFFE Workload Endpoint §3).
 const SECURITY_HEADER: &str = "workload.spiffe.io";
@@ -79,10 +79,10 @@ fn root_cause(error: &tonic::transport::Error) -> String {
 /// # Errors
 ///
 /// If the agent is unreachable or rejects the request.
-pub async fn subscribe(socket: &Socket) -> Result<Streaming<X509SvidResponse>, ApiError> {
+pub async fn subscribe(socket: &AgentAddress) -> Result<Streaming<X509SvidResponse>, ApiError> {
     let channel = match socket.clone() {
-        Socket::Tcp(address) => Endpoint::try_from(format!("http://{address}"))?.connect().await?,
-        Socket::Unix(path) => connect_unix(path).await?,
+        AgentAddress::Tcp(address) => Endpoint::try_from(format!("http://{address}"))?.connect().await?,
+        AgentAddress::Unix(path) => connect_unix(path).await?,
     };
     let mut grpc = Grpc::new(channel).max_decoding_message_size(MAX_ANSWER);
     grpc.ready().await?;

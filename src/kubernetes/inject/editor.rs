@@ -10,11 +10,11 @@ use super::InjectError;
 use crate::kubernetes::patch::{Operation, escape, segments};
 
 /// The annotation that contains the [`InjectionRecord`].
-pub const RECORD: &str = "outrigger.dev/injected";
+pub const RECORD_ANNOTATION: &str = "outrigger.dev/injected";
 
 /// The changes that injection made to a pod.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Record {
+pub struct InjectionRecord {
     /// The version of Outrigger that injected.
     pub version: String,
     pub undo: Vec<Undo>,
@@ -29,15 +29,15 @@ pub enum Undo {
         at: String,
         members: Vec<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        before: Option<Before>,
+        before: Option<PreviousValue>,
     },
     /// A value was replaced.
-    Set { at: String, was: Before },
+    Set { at: String, was: PreviousValue },
 }
 
 /// The previous value.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Before {
+pub struct PreviousValue {
     /// `None`: the key did not exist; null is a value.
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub value: Option<Value>,
@@ -52,20 +52,20 @@ fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<V
 
 /// A patch operation, with the original text to restore if there is one.
 #[derive(Debug)]
-pub struct Step {
+pub struct PatchStep {
     pub operation: Operation,
     /// The original text of the value.
     pub text: Option<String>,
 }
 
 /// Returns the original text of the value at a path, if it differs from the default formatting.
-pub type Written<'w> = &'w dyn Fn(&str) -> Option<String>;
+pub type OriginalText<'w> = &'w dyn Fn(&str) -> Option<String>;
 
-pub struct Editor<'w> {
+pub struct PodEditor<'w> {
     pod: Value,
     operations: Vec<Operation>,
     undo: Vec<Undo>,
-    written: Written<'w>,
+    written: OriginalText<'w>,
 }
 
 /// The map member with that key, or the list member with that `name`.
@@ -88,8 +88,8 @@ pub fn resolve<'v>(pod: &'v Value, at: &str) -> Option<(String, &'v Value)> {
     })
 }
 
-impl<'w> Editor<'w> {
-    pub fn new(pod: Value, written: Written<'w>) -> Self {
+impl<'w> PodEditor<'w> {
+    pub fn new(pod: Value, written: OriginalText<'w>) -> Self {
         Self { pod, operations: Vec::new(), undo: Vec::new(), written }
     }
 
@@ -103,8 +103,8 @@ impl<'w> Editor<'w> {
         Ok(())
     }
 
-    fn before(&self, at: &str, value: Option<Value>) -> Before {
-        Before { text: value.as_ref().and_then(|_| (self.written)(at)), value }
+    fn before(&self, at: &str, value: Option<Value>) -> PreviousValue {
+        PreviousValue { text: value.as_ref().and_then(|_| (self.written)(at)), value }
     }
 
     /// Adds entries to a map, which is created if missing.
@@ -160,7 +160,7 @@ impl<'w> Editor<'w> {
         match resolve(&self.pod, parent) {
             Some((path, Value::Object(map))) if !map.is_empty() => {
                 self.apply(Operation::Add { path: format!("{path}/{key}"), value })?;
-                let before = Some(Before { value: None, text: None });
+                let before = Some(PreviousValue { value: None, text: None });
                 self.undo.push(Undo::Put { at: at.to_owned(), members, before });
                 Ok(())
             }
@@ -184,10 +184,12 @@ impl<'w> Editor<'w> {
 
     /// Adds annotations, including the record, and returns all operations.
     pub fn finish(mut self, mut annotations: Map<String, Value>) -> Result<Vec<Operation>, InjectError> {
-        annotations.insert(RECORD.to_owned(), Value::Null);
+        annotations.insert(RECORD_ANNOTATION.to_owned(), Value::Null);
         self.put_entries("/metadata/annotations", annotations)?;
-        let record =
-            Record { version: env!("CARGO_PKG_VERSION").to_owned(), undo: std::mem::take(&mut self.undo) };
+        let record = InjectionRecord {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            undo: std::mem::take(&mut self.undo),
+        };
         let record =
             serde_json::to_string(&record).map_err(|error| InjectError::Record(error.to_string()))?;
         // The record also covers its own annotation, so it is filled in last.
@@ -195,10 +197,10 @@ impl<'w> Editor<'w> {
             let (Operation::Add { path, value } | Operation::Replace { path, value }) = operation else {
                 continue;
             };
-            let target = match path.ends_with(&escape(RECORD)) {
+            let target = match path.ends_with(&escape(RECORD_ANNOTATION)) {
                 true => Some(value),
-                false if path.ends_with("/annotations") => value.get_mut(RECORD),
-                false => value.pointer_mut(&format!("/annotations/{}", escape(RECORD))),
+                false if path.ends_with("/annotations") => value.get_mut(RECORD_ANNOTATION),
+                false => value.pointer_mut(&format!("/annotations/{}", escape(RECORD_ANNOTATION))),
             };
             if let Some(target) = target {
                 *target = record.into();
@@ -214,8 +216,8 @@ impl<'w> Editor<'w> {
 /// # Errors
 ///
 /// If the annotation is not a valid record.
-pub fn record(pod: &Value) -> Result<Option<Record>, InjectError> {
-    let Some(text) = pod["metadata"]["annotations"].get(RECORD) else { return Ok(None) };
+pub fn record(pod: &Value) -> Result<Option<InjectionRecord>, InjectError> {
+    let Some(text) = pod["metadata"]["annotations"].get(RECORD_ANNOTATION) else { return Ok(None) };
     let text = text.as_str().unwrap_or_default();
     serde_json::from_str(text).map(Some).map_err(|error| InjectError::Record(error.to_string()))
 }
@@ -225,12 +227,12 @@ pub fn record(pod: &Value) -> Result<Option<Record>, InjectError> {
 /// # Errors
 ///
 /// If the record does not match the pod.
-pub fn undo(pod: &Value) -> Result<Vec<Step>, InjectError> {
+pub fn undo(pod: &Value) -> Result<Vec<PatchStep>, InjectError> {
     let Some(record) = record(pod)? else { return Ok(Vec::new()) };
     let (mut pod, mut steps) = (pod.clone(), Vec::new());
     let mut step = |pod: &mut Value, operation: Operation, text| {
         operation.apply(pod)?;
-        steps.push(Step { operation, text });
+        steps.push(PatchStep { operation, text });
         Ok::<_, InjectError>(())
     };
     for change in record.undo.into_iter().rev() {
@@ -247,10 +249,10 @@ pub fn undo(pod: &Value) -> Result<Vec<Step>, InjectError> {
                 let size =
                     existing.as_array().map(Vec::len).or(existing.as_object().map(Map::len)).unwrap_or(0);
                 match before {
-                    Some(Before { value: None, .. }) if injected_count == size => {
+                    Some(PreviousValue { value: None, .. }) if injected_count == size => {
                         step(&mut pod, Operation::Remove { path }, None)?;
                     }
-                    Some(Before { value: Some(value), text }) if injected_count == size => {
+                    Some(PreviousValue { value: Some(value), text }) if injected_count == size => {
                         step(&mut pod, Operation::Replace { path, value }, text)?;
                     }
                     _ => {

@@ -4,11 +4,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use serde_json::{Value, json};
 
-use super::{InjectError, Note, editor::Editor, proxy_config::OUTBOUND};
+use super::{InjectError, Note, editor::PodEditor, proxy_config::OUTBOUND};
 use crate::runtime::service_env;
 
 /// Sets the variables in all containers of the pod. Variables that a container already sets are kept.
-pub fn extend(editor: &mut Editor<'_>, notes: &mut Vec<Note>) -> Result<(), InjectError> {
+pub fn extend(editor: &mut PodEditor<'_>, notes: &mut Vec<Note>) -> Result<(), InjectError> {
     let outbound = SocketAddr::from((Ipv4Addr::LOCALHOST, OUTBOUND));
     for list in ["initContainers", "containers"] {
         let containers = editor.pod()["spec"][list].as_array().cloned().unwrap_or_default();

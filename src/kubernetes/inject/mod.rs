@@ -15,20 +15,20 @@ mod tests;
 
 use serde_json::{Map, Value, json};
 
-use editor::{Editor, Written};
-pub use editor::{RECORD, Step, resolve, undo};
+use editor::{OriginalText, PodEditor};
+pub use editor::{PatchStep, RECORD_ANNOTATION, resolve, undo};
 pub use settings::{Defaults, KEYS, PREFIX};
 use settings::{Mode, Settings};
 pub use sidecar::{CONFIG_KEY, CONFIG_MAP, UID};
 
-use super::patch::{NoSuchPlace, Operation};
+use super::patch::{NoSuchPath, Operation};
 
 /// The name of the proxy's container.
 pub const SIDECAR: &str = "outrigger";
 /// The name of the init container that installs the kernel rules.
 pub const REDIRECT: &str = "outrigger-redirect";
 /// The label or annotation that opts a pod in or out.
-pub const SWITCH: &str = "outrigger.dev/inject";
+pub const INJECT_KEY: &str = "outrigger.dev/inject";
 /// Where certificate files are mounted.
 pub const IDENTITY_DIRECTORY: &str = "/var/run/secrets/outrigger";
 /// The agent's socket, as SPIRE's CSI driver mounts it.
@@ -44,15 +44,15 @@ pub enum InjectError {
     #[error("{path} is not {expected}")]
     Shape { path: String, expected: &'static str },
     #[error("there is a {kind} `{name}` that injection did not add: rename it")]
-    Taken { kind: &'static str, name: String },
+    NameConflict { kind: &'static str, name: String },
     #[error(
         "{whose} runs as user {UID}, the proxy's user: its requests would bypass the proxy; choose another runAsUser"
     )]
-    User { whose: String },
-    #[error("the annotation {RECORD} is invalid ({0}): remove it and the sidecar by hand")]
+    ReservedUser { whose: String },
+    #[error("the annotation {RECORD_ANNOTATION} is invalid ({0}): remove it and the sidecar by hand")]
     Record(String),
-    #[error("the annotation {RECORD} does not match the pod: {0}")]
-    Misfit(#[from] NoSuchPlace),
+    #[error("the annotation {RECORD_ANNOTATION} does not match the pod: {0}")]
+    RecordMismatch(#[from] NoSuchPath),
 }
 
 /// A warning for the user who injects.
@@ -67,13 +67,13 @@ impl Note {
 
 /// The outcome of injection.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum InjectOutcome {
     Patch {
         operations: Vec<Operation>,
         notes: Vec<Note>,
     },
     /// The pod is left unchanged; the reason, unless it opted out.
-    Leave(Option<String>),
+    Skip(Option<String>),
 }
 
 /// The controller of a pod.
@@ -94,26 +94,26 @@ pub fn inject(
     pod: &Value,
     owner: Owner<'_>,
     defaults: &Defaults,
-    written: Written<'_>,
-) -> Result<Outcome, InjectError> {
+    written: OriginalText<'_>,
+) -> Result<InjectOutcome, InjectError> {
     let (spec, annotations) = (&pod["spec"], &pod["metadata"]["annotations"]);
     if opted_out(pod) {
-        return Ok(Outcome::Leave(None));
+        return Ok(InjectOutcome::Skip(None));
     }
     if let Some(reason) = unsupported_reason(spec) {
-        return Ok(Outcome::Leave(Some(reason.to_owned())));
+        return Ok(InjectOutcome::Skip(Some(reason.to_owned())));
     }
     let mut settings = defaults.read(annotations)?;
     let is_job = ["Job", "CronJob"].contains(&owner.kind);
     if is_job && !settings.native_sidecar {
         let reason = "without native sidecars the sidecar never ends, so neither would the Job: remove outrigger.dev/native-sidecar, or start the command with `outrigger run -- CMD`";
-        return Ok(Outcome::Leave(Some(reason.to_owned())));
+        return Ok(InjectOutcome::Skip(Some(reason.to_owned())));
     }
     check(pod, &settings)?;
 
     let mut notes = Vec::new();
     let is_long_running = spec["restartPolicy"].as_str().is_none_or(|policy| policy == "Always");
-    if !is_long_running && !settings.drain_delay_is_own {
+    if !is_long_running && !settings.has_own_drain_delay {
         // It ends with its work and serves no clients: a drain delay would only make the Job take longer.
         settings.drain_delay = 0;
     }
@@ -128,7 +128,7 @@ pub fn inject(
         }));
         settings.drain_delay = max_delay;
     }
-    let mut editor = Editor::new(pod.clone(), written);
+    let mut editor = PodEditor::new(pod.clone(), written);
     let probes = match settings.mode {
         Mode::Redirect => probes::rewrite(&mut editor, &settings, &mut notes)?,
         Mode::Env => {
@@ -150,19 +150,19 @@ pub fn inject(
     }
     editor.put_items("/spec/volumes", usize::MAX, sidecar::volumes(&settings))?;
     let added = metadata_annotations(spec, annotations, &settings, &mut notes);
-    Ok(Outcome::Patch { operations: editor.finish(added)?, notes })
+    Ok(InjectOutcome::Patch { operations: editor.finish(added)?, notes })
 }
 
 /// Whether the pod is already injected.
 pub fn is_injected(pod: &Value) -> bool {
     let existing = |list: &str| members(&pod["spec"], list).any(|container| container["name"] == SIDECAR);
-    pod["metadata"]["annotations"].get(RECORD).is_some()
+    pod["metadata"]["annotations"].get(RECORD_ANNOTATION).is_some()
         && (existing("initContainers") || existing("containers"))
 }
 
 /// Whether a workload or pod opts out, by label or annotation.
 pub fn opted_out(object: &Value) -> bool {
-    ["annotations", "labels"].iter().any(|kind| object["metadata"][kind][SWITCH] == "disabled")
+    ["annotations", "labels"].iter().any(|kind| object["metadata"][kind][INJECT_KEY] == "disabled")
 }
 
 fn members<'v>(spec: &'v Value, list: &str) -> impl Iterator<Item = &'v Value> {
@@ -181,7 +181,7 @@ fn unsupported_reason(spec: &Value) -> Option<&'static str> {
 
 fn check(pod: &Value, settings: &Settings) -> Result<(), InjectError> {
     let spec = &pod["spec"];
-    let conflict = |kind, name: &str| Err(InjectError::Taken { kind, name: name.to_owned() });
+    let conflict = |kind, name: &str| Err(InjectError::NameConflict { kind, name: name.to_owned() });
     if members(spec, "containers").next().is_none() {
         return Err(InjectError::Shape {
             path: "spec.containers".to_owned(),
@@ -200,11 +200,11 @@ fn check(pod: &Value, settings: &Settings) -> Result<(), InjectError> {
             return conflict("container", name);
         }
         if settings.mode == Mode::Redirect && uid(&container["securityContext"]) {
-            return Err(InjectError::User { whose: format!("container `{name}`") });
+            return Err(InjectError::ReservedUser { whose: format!("container `{name}`") });
         }
     }
     if settings.mode == Mode::Redirect && uid(&spec["securityContext"]) {
-        return Err(InjectError::User { whose: "the pod".to_owned() });
+        return Err(InjectError::ReservedUser { whose: "the pod".to_owned() });
     }
     match members(spec, "volumes")
         .filter_map(|volume| volume["name"].as_str())
@@ -228,7 +228,7 @@ fn prestop_seconds(drain_delay: u64, grace: u64) -> u64 {
 
 /// Adds a sleep to containers without a preStop hook, because clients learn of the termination with a delay.
 fn add_prestop_sleep(
-    editor: &mut Editor<'_>,
+    editor: &mut PodEditor<'_>,
     settings: &Settings,
     seconds: u64,
     notes: &mut Vec<Note>,

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     InjectError, Note,
-    editor::Editor,
+    editor::PodEditor,
     proxy_config::PROBE,
     settings::{Settings, ranges},
 };
@@ -29,7 +29,7 @@ const HOOK_TIMEOUT: u64 = 30;
 
 /// Points the probes of all containers at the sidecar. Returns the original ones for `OUTRIGGER_PROBES`.
 pub fn rewrite(
-    editor: &mut Editor<'_>,
+    editor: &mut PodEditor<'_>,
     settings: &Settings,
     notes: &mut Vec<Note>,
 ) -> Result<Map<String, Value>, InjectError> {

@@ -36,7 +36,7 @@ pub fn grace(spec: &Value) -> u64 {
 }
 
 /// The layer derived from the pod's spec: the service's port and the drain timeout.
-pub fn base(spec: &Value, settings: &Settings) -> String {
+pub fn base_layer(spec: &Value, settings: &Settings) -> String {
     let drain = grace(spec).saturating_sub(settings.drain_delay + MARGIN).clamp(1, MAX_DRAIN);
     let mut text = format!("[runtime]\ndrain_timeout = \"{drain}s\"\n");
     if let Some(port) = first_port(spec) {
@@ -53,7 +53,7 @@ fn first_port(spec: &Value) -> Option<u64> {
 }
 
 /// The layer above the ConfigMap.
-pub fn pinned(settings: &Settings) -> String {
+pub fn pod_layer(settings: &Settings) -> String {
     let mut text = format!(
         "[runtime]\ndrain_delay = \"{}s\"\n\n[inbound]\nlisten = \"[::]:{INBOUND}\"\n",
         settings.drain_delay
@@ -104,10 +104,10 @@ mod tests {
         for identity in ["none", "csi-spiffe", "spire", "secret/x"] {
             let annotations = json!({"outrigger.dev/identity": identity, "outrigger.dev/app-port": "3000"});
             let settings = Defaults::default().read(&annotations).unwrap();
-            check("pod", &pinned(&settings)).unwrap();
+            check("pod", &pod_layer(&settings)).unwrap();
             let spec = json!({"containers": [{"ports": [{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 80}]}]});
-            assert!(base(&spec, &settings).contains("127.0.0.1:80\""));
-            check("base", &base(&spec, &settings)).unwrap();
+            assert!(base_layer(&spec, &settings).contains("127.0.0.1:80\""));
+            check("base", &base_layer(&spec, &settings)).unwrap();
         }
     }
 
@@ -116,7 +116,7 @@ mod tests {
         let settings = Defaults::default().read(&Value::Null).unwrap();
         for (grace, expected) in [(None, "24s"), (Some(120), "25s"), (Some(10), "4s"), (Some(0), "1s")] {
             let spec = json!({"terminationGracePeriodSeconds": grace});
-            assert!(base(&spec, &settings).contains(expected), "{grace:?}");
+            assert!(base_layer(&spec, &settings).contains(expected), "{grace:?}");
         }
     }
 

@@ -73,26 +73,26 @@ pub struct Settings {
     /// Seconds.
     pub drain_delay: u64,
     /// Whether the pod's own annotation sets that delay.
-    pub drain_delay_is_own: bool,
+    pub has_own_drain_delay: bool,
     pub native_sidecar: bool,
     /// Configuration layers above and below the ConfigMap.
-    pub proxy: Layers,
+    pub proxy: ProxyLayers,
 }
 
 /// Configuration of all proxies, as TOML.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Layers {
+pub struct ProxyLayers {
     /// Overrides the ConfigMap.
-    pub above: Option<String>,
+    pub overrides: Option<String>,
     /// Defaults below the ConfigMap.
-    pub beneath: Option<String>,
+    pub defaults: Option<String>,
 }
 
 /// Defaults for pods without annotations; `--defaults FILE`.
 #[derive(Clone, Debug, Default)]
 pub struct Defaults {
     values: BTreeMap<String, String>,
-    proxy: Layers,
+    proxy: ProxyLayers,
 }
 
 impl Defaults {
@@ -113,7 +113,7 @@ impl Defaults {
                 ("proxy" | "proxy-defaults", toml::Value::Table(proxy)) => {
                     let text = toml::to_string(&proxy).map_err(|error| invalid(error.to_string()))?;
                     super::proxy_config::check(&format!("[{key}]"), &text).map_err(invalid)?;
-                    let Layers { above, beneath } = &mut defaults.proxy;
+                    let ProxyLayers { overrides: above, defaults: beneath } = &mut defaults.proxy;
                     *if key == "proxy" { above } else { beneath } = Some(text);
                 }
                 ("proxy" | "proxy-defaults", _) => {
@@ -222,7 +222,7 @@ impl Defaults {
                     invalid_value("drain-delay", text, "whole seconds up to 5m, like `5s`; `0s` for none")
                 })?,
             },
-            drain_delay_is_own: annotations.get(format!("{PREFIX}drain-delay")).is_some(),
+            has_own_drain_delay: annotations.get(format!("{PREFIX}drain-delay")).is_some(),
             proxy: self.proxy.clone(),
         })
     }
@@ -360,8 +360,8 @@ mod tests {
         let settings = defaults.read(&json!({"outrigger.dev/memory": "64Mi"})).unwrap();
         assert_eq!((&*settings.image, &*settings.memory), ("r.example/o:1", "64Mi"));
         assert_eq!(settings.app_port, Some(9000));
-        assert_eq!(settings.proxy.above.as_deref(), Some("[inbound]\nmtls = \"off\"\n"));
-        assert_eq!(settings.proxy.beneath.as_deref(), Some("[telemetry]\nsample = 0.5\n"));
+        assert_eq!(settings.proxy.overrides.as_deref(), Some("[inbound]\nmtls = \"off\"\n"));
+        assert_eq!(settings.proxy.defaults.as_deref(), Some("[telemetry]\nsample = 0.5\n"));
         for (text, expected) in [
             ("imaeg = \"x\"", "did you mean `image`?"),
             ("mode = \"x\"", "`x` is not `redirect` or `env`"),

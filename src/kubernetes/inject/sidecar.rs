@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     IDENTITY_DIRECTORY, REDIRECT, SIDECAR, SPIRE_SOCKET,
     proxy_config::{self, INBOUND, OUTBOUND, PROBE},
-    settings::{Identity, Layers, Mode, Settings, amount},
+    settings::{Identity, Mode, ProxyLayers, Settings, amount},
 };
 
 /// The user that the proxy runs as; redirection exempts its traffic.
@@ -67,22 +67,22 @@ pub fn sidecar(spec: &Value, settings: &Settings, service: &str, probes: &Map<St
     let mut args = vec!["run".to_owned()];
     let mut config = |from: String| args.extend(["-c".to_owned(), from]);
     config("env:OUTRIGGER_BASE".to_owned());
-    if settings.proxy.beneath.is_some() {
+    if settings.proxy.defaults.is_some() {
         config("env:OUTRIGGER_DEFAULTS".to_owned());
     }
     let optional = if settings.config.is_none() { "optional:" } else { "" };
     config(format!("{optional}{CONFIG_DIRECTORY}/{CONFIG_KEY}"));
-    if settings.proxy.above.is_some() {
+    if settings.proxy.overrides.is_some() {
         config("env:OUTRIGGER_PROXY".to_owned());
     }
     config("env:OUTRIGGER_POD".to_owned());
 
     let mut env = vec![
         variable("OTEL_SERVICE_NAME", service),
-        variable("OUTRIGGER_BASE", &proxy_config::base(spec, settings)),
-        variable("OUTRIGGER_POD", &proxy_config::pinned(settings)),
+        variable("OUTRIGGER_BASE", &proxy_config::base_layer(spec, settings)),
+        variable("OUTRIGGER_POD", &proxy_config::pod_layer(settings)),
     ];
-    let Layers { above, beneath } = &settings.proxy;
+    let ProxyLayers { overrides: above, defaults: beneath } = &settings.proxy;
     for (name, text) in [("OUTRIGGER_DEFAULTS", beneath), ("OUTRIGGER_PROXY", above)] {
         env.extend(text.as_deref().map(|text| variable(name, text)));
     }

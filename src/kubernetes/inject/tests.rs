@@ -8,8 +8,8 @@ const DEPLOYMENT: Owner<'_> = Owner { kind: "Deployment", name: "checkout" };
 
 fn operations(pod: &Value, owner: Owner<'_>) -> (Vec<Operation>, Vec<Note>) {
     match inject(pod, owner, &Defaults::default(), &|_| None).unwrap() {
-        Outcome::Patch { operations, notes } => (operations, notes),
-        Outcome::Leave(reason) => panic!("left as it is: {reason:?}"),
+        InjectOutcome::Patch { operations, notes } => (operations, notes),
+        InjectOutcome::Skip(reason) => panic!("left as it is: {reason:?}"),
     }
 }
 
@@ -154,7 +154,8 @@ fn without_native_sidecars_redirection_is_the_last_init_container() {
     assert_eq!(app["lifecycle"]["preStop"]["exec"]["command"], json!(["sleep", "8"]));
     assert_eq!(after["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"], "app");
     let job = Owner { kind: "Job", name: "j" };
-    let Outcome::Leave(Some(reason)) = inject(&pod, job, &Defaults::default(), &|_| None).unwrap() else {
+    let InjectOutcome::Skip(Some(reason)) = inject(&pod, job, &Defaults::default(), &|_| None).unwrap()
+    else {
         panic!()
     };
     assert!(reason.contains("neither would the Job"), "{reason}");
@@ -315,8 +316,8 @@ fn pods_that_would_bypass_the_proxy_are_rejected() {
 #[test]
 fn unsupported_and_opted_out_pods_are_skipped() {
     let leave = |pod: Value| match inject(&pod, DEPLOYMENT, &Defaults::default(), &|_| None).unwrap() {
-        Outcome::Leave(reason) => reason,
-        Outcome::Patch { .. } => panic!("patched"),
+        InjectOutcome::Skip(reason) => reason,
+        InjectOutcome::Patch { .. } => panic!("patched"),
     };
     assert!(
         leave(json!({"spec": {"hostNetwork": true, "containers": [{"name": "a"}]}}))

@@ -3,9 +3,9 @@
 //! It sends no requests to an API server and needs no permissions in the cluster: each review contains all it needs.
 //! If it cannot respond, the `failurePolicy` of its configuration decides.
 
-mod arrivals;
+mod body_buffers;
 mod certificate;
-mod places;
+mod connection_slots;
 pub mod review;
 
 use std::{
@@ -40,11 +40,11 @@ use tokio_rustls::TlsAcceptor;
 use tower::{ServiceBuilder, service_fn};
 use tower_http::{catch_panic::CatchPanicLayer, limit::RequestBodyLimitLayer, timeout::TimeoutLayer};
 
-use arrivals::{Arrivals, Failure};
+use body_buffers::{BodyBuffers, BodyError};
 use certificate::Certificate;
 pub use certificate::CertificateError;
-use places::{Place, Places};
-use review::{Question, answer};
+use connection_slots::{ConnectionSlot, ConnectionSlots};
+use review::{ReviewKind, review_response};
 
 use super::inject::{Defaults, InjectError};
 use crate::{config::ListenAddr, identity::tls::ALPN_H2, proxy::accept};
@@ -111,8 +111,8 @@ pub enum DefaultsError {
 struct WebhookState {
     defaults: ArcSwap<Defaults>,
     own_namespace: Option<String>,
-    small: Arrivals,
-    large: Arrivals,
+    small: BodyBuffers,
+    large: BodyBuffers,
 }
 
 /// Serves until `stop` completes, then drains.
@@ -126,8 +126,8 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     let state = Arc::new(WebhookState {
         defaults: ArcSwap::from_pointee(defaults),
         own_namespace: settings.own_namespace,
-        small: Arrivals::new(SMALL_BODIES),
-        large: Arrivals::new(LARGE_BODIES),
+        small: BodyBuffers::new(SMALL_BODIES),
+        large: BodyBuffers::new(LARGE_BODIES),
     });
     let error_for = |source| WebhookError::Listen { address: settings.listen.to_string(), source };
     let listeners = accept::bind(&settings.listen).map_err(error_for)?;
@@ -207,7 +207,7 @@ async fn accept_all(
     state: Arc<WebhookState>,
     mut phases: watch::Receiver<Phase>,
 ) {
-    let slots = Arc::new(Places::new(MAX_CONNECTIONS));
+    let slots = Arc::new(ConnectionSlots::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
@@ -216,7 +216,7 @@ async fn accept_all(
                 let (stream, _) = listener.accept().await?;
                 // Otherwise a response waits up to 40 ms for the acknowledgement of the last handshake message.
                 let _ = stream.set_nodelay(true);
-                Ok::<_, io::Error>((stream, slots.enter().await))
+                Ok::<_, io::Error>((stream, slots.acquire().await))
             } => accepted,
             _ = phases.wait_for(|phase| *phase == Phase::Closing) => break,
         };
@@ -227,7 +227,7 @@ async fn accept_all(
                 connections.spawn(async move {
                     tokio::select! {
                         () = connection(stream, acceptor, state, Arc::clone(&slot), phases) => {}
-                        () = slot.lost() => tracing::debug!("idle connection evicted"),
+                        () = slot.wait_for_eviction() => tracing::debug!("idle connection evicted"),
                     }
                 });
             }
@@ -245,7 +245,7 @@ async fn connection(
     stream: TcpStream,
     acceptor: TlsAcceptor,
     state: Arc<WebhookState>,
-    slot: Arc<Place>,
+    slot: Arc<ConnectionSlot>,
     mut phases: watch::Receiver<Phase>,
 ) {
     let started = Instant::now();
@@ -319,14 +319,14 @@ async fn connection(
 
 type HttpResponse = Response<Full<Bytes>>;
 
-async fn respond<B>(request: Request<B>, state: &WebhookState, slot: &Place) -> HttpResponse
+async fn respond<B>(request: Request<B>, state: &WebhookState, slot: &ConnectionSlot) -> HttpResponse
 where
     B: Body<Data: Send, Error: std::fmt::Display>,
 {
     let question = match (request.uri().path(), request.method()) {
         ("/healthz", &Method::GET | &Method::HEAD) => return plain(StatusCode::OK, "ok\n"),
-        ("/mutate", &Method::POST) => Question::Mutate,
-        ("/validate", &Method::POST) => Question::Validate,
+        ("/mutate", &Method::POST) => ReviewKind::Mutate,
+        ("/validate", &Method::POST) => ReviewKind::Validate,
         ("/mutate" | "/validate", _) => return plain(StatusCode::METHOD_NOT_ALLOWED, "use POST\n"),
         _ => return plain(StatusCode::NOT_FOUND, "available paths: /mutate, /validate, /healthz\n"),
     };
@@ -341,14 +341,14 @@ where
         Ok(body) => body,
         Err(error) => {
             let status = match error {
-                Failure::Broken(_) => StatusCode::PAYLOAD_TOO_LARGE,
-                Failure::Evicted => StatusCode::SERVICE_UNAVAILABLE,
+                BodyError::Broken(_) => StatusCode::PAYLOAD_TOO_LARGE,
+                BodyError::Evicted => StatusCode::SERVICE_UNAVAILABLE,
             };
             return plain(status, &format!("{error}\n"));
         }
     };
-    slot.used();
-    match answer(question, &body.bytes, &state.defaults.load(), state.own_namespace.as_deref()) {
+    slot.mark_active();
+    match review_response(question, &body.bytes, &state.defaults.load(), state.own_namespace.as_deref()) {
         Ok(review) => {
             let mut response = plain(StatusCode::OK, &review);
             response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::kubernetes::{
-    inject::{self, CONFIG_KEY, Defaults, InjectError, Outcome, Owner, proxy_config},
+    inject::{self, CONFIG_KEY, Defaults, InjectError, InjectOutcome, Owner, proxy_config},
     patch::Operation,
 };
 
@@ -38,7 +38,7 @@ pub enum ReviewError {
 
 /// The kind of webhook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Question {
+pub enum ReviewKind {
     /// Inject a pod.
     Mutate,
     /// Validate a ConfigMap.
@@ -97,8 +97,8 @@ impl Decision {
 /// # Errors
 ///
 /// If the body is not a valid review, or it or the response is too large.
-pub fn answer(
-    question: Question,
+pub fn review_response(
+    question: ReviewKind,
     body: &[u8],
     defaults: &Defaults,
     own: Option<&str>,
@@ -112,8 +112,8 @@ pub fn answer(
     }
     let request = review.request.ok_or(ReviewError::NoRequest)?;
     let decision = match question {
-        Question::Mutate => mutate(&request, defaults, own),
-        Question::Validate => validate(&request),
+        ReviewKind::Mutate => mutate(&request, defaults, own),
+        ReviewKind::Validate => validate(&request),
     };
     log_decision(&request, &decision);
     let mut response = json!({"uid": request.uid, "allowed": decision.rejection.is_none()});
@@ -198,9 +198,9 @@ fn patch(pod: &Value, owner: Owner<'_>, defaults: &Defaults) -> Result<Decision,
         patch.push(step.operation);
     }
     Ok(match inject::inject(&pod, owner, defaults, &|_| None)? {
-        Outcome::Leave(None) => Decision::default(),
-        Outcome::Leave(Some(reason)) => Decision::warn(format!("no sidecar: {reason}")),
-        Outcome::Patch { operations, notes } => {
+        InjectOutcome::Skip(None) => Decision::default(),
+        InjectOutcome::Skip(Some(reason)) => Decision::warn(format!("no sidecar: {reason}")),
+        InjectOutcome::Patch { operations, notes } => {
             patch.extend(operations);
             Decision { patch, warnings: notes.into_iter().map(|note| note.0).collect(), rejection: None }
         }
@@ -236,8 +236,8 @@ mod tests {
         .into_bytes()
     }
 
-    fn ask(question: Question, body: &[u8]) -> Value {
-        let answer = answer(question, body, &Defaults::default(), Some("outrigger-system")).unwrap();
+    fn ask(question: ReviewKind, body: &[u8]) -> Value {
+        let answer = review_response(question, body, &Defaults::default(), Some("outrigger-system")).unwrap();
         let answer: Value = serde_json::from_str(&answer).unwrap();
         assert_eq!(answer["response"]["uid"], "u-1");
         answer["response"].clone()
@@ -251,7 +251,7 @@ mod tests {
     fn pods_are_injected_except_in_excluded_namespaces() {
         let plain = pod(&json!({}));
         let patched = |namespace, operation| {
-            let response = ask(Question::Mutate, &review("Pod", namespace, operation, &plain));
+            let response = ask(ReviewKind::Mutate, &review("Pod", namespace, operation, &plain));
             assert_eq!(response["allowed"], true);
             response.get("patch").is_some()
         };
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn a_pod_with_an_invalid_annotation_is_rejected() {
         let body = review("Pod", "shop", "CREATE", &pod(&json!({"outrigger.dev/mode": "x"})));
-        let response = ask(Question::Mutate, &body);
+        let response = ask(ReviewKind::Mutate, &body);
         assert_eq!((&response["allowed"], &response["status"]["code"]), (&false.into(), &422.into()));
         assert!(response["status"]["message"].as_str().unwrap().contains("outrigger.dev/mode"), "{response}");
     }
@@ -275,7 +275,7 @@ mod tests {
         let first = patch(&injected, Owner { kind: "Pod", name: "p" }, &Defaults::default()).unwrap();
         first.patch.iter().for_each(|operation| operation.apply(&mut injected).unwrap());
         let whole = injected.clone();
-        assert!(ask(Question::Mutate, &review("Pod", "shop", "CREATE", &injected)).get("patch").is_none());
+        assert!(ask(ReviewKind::Mutate, &review("Pod", "shop", "CREATE", &injected)).get("patch").is_none());
         injected["spec"].as_object_mut().unwrap().shift_remove("initContainers");
         let second = patch(&injected, Owner { kind: "Pod", name: "p" }, &Defaults::default()).unwrap();
         second.patch.iter().for_each(|operation| operation.apply(&mut injected).unwrap());
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn an_invalid_configuration_is_rejected_with_its_line() {
         let ask = |data: Value| {
-            ask(Question::Validate, &review("ConfigMap", "shop", "UPDATE", &json!({"data": data})))
+            ask(ReviewKind::Validate, &review("ConfigMap", "shop", "UPDATE", &json!({"data": data})))
         };
         let response = ask(json!({"outrigger.toml": "[inbound]\nmtsl = \"strict\"\n"}));
         let message = response["status"]["message"].as_str().unwrap();
@@ -309,14 +309,14 @@ mod tests {
         let args = |count: usize| json!({"spec": {"containers": [{"name": "a", "args": vec![""; count]}]}});
         let answer = |count: usize| {
             let body = review("Pod", "shop", "CREATE", &args(count));
-            answer(Question::Mutate, &body, &Defaults::default(), None).map(|_| ())
+            review_response(ReviewKind::Mutate, &body, &Defaults::default(), None).map(|_| ())
         };
         assert!(answer(1000).is_ok());
         assert!(matches!(answer(MAX_VALUES), Err(ReviewError::TooManyValues)));
         // A long string is one value.
         let text = "a = [1, 2]\n".repeat(MAX_VALUES);
         let body = review("ConfigMap", "shop", "CREATE", &json!({"data": {"other": text}}));
-        assert!(super::answer(Question::Validate, &body, &Defaults::default(), None).is_ok());
+        assert!(super::review_response(ReviewKind::Validate, &body, &Defaults::default(), None).is_ok());
     }
 
     #[test]
@@ -329,10 +329,13 @@ mod tests {
             r#"{"apiVersion":"admission.k8s.io/v1beta1","kind":"AdmissionReview"}"#,
             r#"{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}"#,
         ] {
-            assert!(answer(Question::Mutate, body.as_bytes(), &Defaults::default(), None).is_err(), "{body}");
+            assert!(
+                review_response(ReviewKind::Mutate, body.as_bytes(), &Defaults::default(), None).is_err(),
+                "{body}"
+            );
         }
         let deep = format!("{{\"a\":{}", "[".repeat(100_000));
-        assert!(answer(Question::Mutate, deep.as_bytes(), &Defaults::default(), None).is_err());
+        assert!(review_response(ReviewKind::Mutate, deep.as_bytes(), &Defaults::default(), None).is_err());
         for object in [
             Value::Null,
             json!([]),
@@ -342,7 +345,7 @@ mod tests {
             json!({"metadata": 5, "spec": {"containers": [{"name": "a"}]}}),
             json!({"spec": {"containers": [{"name": "a", "env": "x", "livenessProbe": 1, "lifecycle": []}], "initContainers": {}, "volumes": 7}}),
         ] {
-            let response = ask(Question::Mutate, &review("Pod", "shop", "CREATE", &object));
+            let response = ask(ReviewKind::Mutate, &review("Pod", "shop", "CREATE", &object));
             assert!(response["allowed"] == false, "{object} {response}");
         }
     }
@@ -356,7 +359,7 @@ mod tests {
             let annotations = json!({"outrigger.dev/mode": mode});
             let pod = json!({"metadata": {"annotations": annotations}, "spec": {"containers": containers}});
             let body = review("Pod", "shop", "CREATE", &pod);
-            answer(Question::Mutate, &body, &Defaults::default(), None)
+            review_response(ReviewKind::Mutate, &body, &Defaults::default(), None)
         };
         for mode in ["redirect", "env"] {
             assert!(with(40, mode).is_ok());
@@ -364,6 +367,6 @@ mod tests {
         }
         let broken = "= 1\n".repeat(100_000);
         let broken = review("ConfigMap", "shop", "CREATE", &json!({"data": {CONFIG_KEY: broken}}));
-        assert_eq!(ask(Question::Validate, &broken)["allowed"], false);
+        assert_eq!(ask(ReviewKind::Validate, &broken)["allowed"], false);
     }
 }

@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use super::{
-    parse::{Document, Entry, Kind, Node},
+    parse::{Document, MapEntry, Node, NodeKind},
     write,
 };
 use crate::kubernetes::patch::{Operation, segments};
@@ -13,17 +13,17 @@ use crate::kubernetes::patch::{Operation, segments};
 /// The text cannot be edited in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("anchors, aliases or an unsupported layout prevent editing in place")]
-pub struct TooUnusual;
+pub struct UnsupportedLayout;
 
 /// Applies an operation to the text.
 ///
 /// # Errors
 ///
 /// If the value is shared by an alias, or the layout is not supported.
-pub fn apply(text: &str, operation: &Operation) -> Result<String, TooUnusual> {
-    let document = Document::parse(text).map_err(|_| TooUnusual)?;
+pub fn apply(text: &str, operation: &Operation) -> Result<String, UnsupportedLayout> {
+    let document = Document::parse(text).map_err(|_| UnsupportedLayout)?;
     let path = segments(operation.path());
-    let (last, parents) = path.split_last().ok_or(TooUnusual)?;
+    let (last, parents) = path.split_last().ok_or(UnsupportedLayout)?;
     let container = find(&document, parents)?;
     let edit = match operation {
         Operation::Add { value, .. } => container.add(text, last, value)?,
@@ -34,7 +34,7 @@ pub fn apply(text: &str, operation: &Operation) -> Result<String, TooUnusual> {
 }
 
 /// The text of the value at this path, from after the colon; for [`restore`].
-pub fn raw<'t>(text: &'t str, document: &Document, path: &str) -> Option<&'t str> {
+pub fn original_text<'t>(text: &'t str, document: &Document, path: &str) -> Option<&'t str> {
     let path = segments(path);
     let (last, parents) = path.split_last()?;
     let entry = find(document, parents).ok()?.entry(last).ok()?;
@@ -42,7 +42,7 @@ pub fn raw<'t>(text: &'t str, document: &Document, path: &str) -> Option<&'t str
 }
 
 /// Whether the text of the value is what [`apply`] would write.
-pub fn is_usual(text: &str, document: &Document, path: &str, value: &Value) -> bool {
+pub fn is_default_format(text: &str, document: &Document, path: &str, value: &Value) -> bool {
     let edited = apply(text, &Operation::Replace { path: path.to_owned(), value: value.clone() });
     document.root.is_some() && edited.as_deref() == Ok(text)
 }
@@ -52,10 +52,10 @@ pub fn is_usual(text: &str, document: &Document, path: &str, value: &Value) -> b
 /// # Errors
 ///
 /// Like [`apply`].
-pub fn restore(text: &str, path: &str, raw: &str) -> Result<String, TooUnusual> {
-    let document = Document::parse(text).map_err(|_| TooUnusual)?;
+pub fn restore(text: &str, path: &str, raw: &str) -> Result<String, UnsupportedLayout> {
+    let document = Document::parse(text).map_err(|_| UnsupportedLayout)?;
     let path = segments(path);
-    let (last, parents) = path.split_last().ok_or(TooUnusual)?;
+    let (last, parents) = path.split_last().ok_or(UnsupportedLayout)?;
     let entry = find(&document, parents)?.entry(last)?;
     let edit = Edit { from: after_colon(text, entry)?, to: entry.node.end, with: raw.to_owned() };
     Ok(edit.apply_to(text))
@@ -80,90 +80,93 @@ struct Container<'d> {
     key_end: Option<usize>,
 }
 
-fn find<'d>(document: &'d Document, path: &[String]) -> Result<Container<'d>, TooUnusual> {
-    let mut container = Container { node: document.root.as_ref().ok_or(TooUnusual)?, key_end: None };
+fn find<'d>(document: &'d Document, path: &[String]) -> Result<Container<'d>, UnsupportedLayout> {
+    let mut container = Container { node: document.root.as_ref().ok_or(UnsupportedLayout)?, key_end: None };
     for segment in path {
         container = match &container.node.kind {
-            _ if container.node.shared => return Err(TooUnusual),
-            Kind::Map { .. } => {
+            _ if container.node.is_shared => return Err(UnsupportedLayout),
+            NodeKind::Map { .. } => {
                 let entry = container.entry(segment)?;
                 Container { node: &entry.node, key_end: Some(entry.key_end) }
             }
-            Kind::Seq { items, .. } => {
-                let item = segment.parse().ok().and_then(|at: usize| items.get(at)).ok_or(TooUnusual)?;
+            NodeKind::Seq { items, .. } => {
+                let item =
+                    segment.parse().ok().and_then(|at: usize| items.get(at)).ok_or(UnsupportedLayout)?;
                 Container { node: item, key_end: None }
             }
-            _ => return Err(TooUnusual),
+            _ => return Err(UnsupportedLayout),
         };
     }
-    if container.node.shared { Err(TooUnusual) } else { Ok(container) }
+    if container.node.is_shared { Err(UnsupportedLayout) } else { Ok(container) }
 }
 
 impl<'d> Container<'d> {
-    fn entry(&self, key: &str) -> Result<&'d Entry, TooUnusual> {
-        let Kind::Map { entries, .. } = &self.node.kind else { return Err(TooUnusual) };
-        entries.iter().find(|entry| entry.key == key).ok_or(TooUnusual)
+    fn entry(&self, key: &str) -> Result<&'d MapEntry, UnsupportedLayout> {
+        let NodeKind::Map { entries, .. } = &self.node.kind else { return Err(UnsupportedLayout) };
+        entries.iter().find(|entry| entry.key == key).ok_or(UnsupportedLayout)
     }
 
-    fn add(&self, text: &str, last: &str, value: &Value) -> Result<Edit, TooUnusual> {
+    fn add(&self, text: &str, last: &str, value: &Value) -> Result<Edit, UnsupportedLayout> {
         let insert = |at: usize, with: String| Ok(Edit { from: at, to: at, with });
         let lines = |at: usize, lines: String| {
             let nl = newline(text);
             insert(at, format!("{nl}{}", lines.replace('\n', nl)))
         };
         match &self.node.kind {
-            Kind::Map { flow: true, entries } => {
-                let after = entries.last().ok_or(TooUnusual)?.node.end;
+            NodeKind::Map { flow: true, entries } => {
+                let after = entries.last().ok_or(UnsupportedLayout)?.node.end;
                 insert(after, format!(", {}: {value}", Value::from(last)))
             }
-            Kind::Map { flow: false, entries } => {
-                let (first, after) = (entries.first().ok_or(TooUnusual)?, entries.last().ok_or(TooUnusual)?);
+            NodeKind::Map { flow: false, entries } => {
+                let (first, after) =
+                    (entries.first().ok_or(UnsupportedLayout)?, entries.last().ok_or(UnsupportedLayout)?);
                 let indent = column(text, first.key_start);
                 lines(line_end(text, after.node.end), write::entry(last, value, indent))
             }
-            Kind::Seq { flow, items } => {
-                let at: usize = last.parse().map_err(|_| TooUnusual)?;
-                let first = items.first().ok_or(TooUnusual)?;
+            NodeKind::Seq { flow, items } => {
+                let at: usize = last.parse().map_err(|_| UnsupportedLayout)?;
+                let first = items.first().ok_or(UnsupportedLayout)?;
                 match (at.checked_sub(1).and_then(|before| items.get(before)), flow) {
                     (None, true) => insert(first.start, format!("{value}, ")),
                     (Some(before), true) => insert(before.end, format!(", {value}")),
                     (before, false) => {
                         let dash = dash(text, first)?;
-                        let after = before.map(|before| before.end).or(self.key_end).ok_or(TooUnusual)?;
+                        let after =
+                            before.map(|before| before.end).or(self.key_end).ok_or(UnsupportedLayout)?;
                         lines(line_end(text, after), write::item(value, column(text, dash)))
                     }
                 }
             }
-            _ => Err(TooUnusual),
+            _ => Err(UnsupportedLayout),
         }
     }
 
-    fn replace(&self, text: &str, last: &str, value: &Value) -> Result<Edit, TooUnusual> {
-        let Kind::Map { flow, .. } = self.node.kind else { return Err(TooUnusual) };
+    fn replace(&self, text: &str, last: &str, value: &Value) -> Result<Edit, UnsupportedLayout> {
+        let NodeKind::Map { flow, .. } = self.node.kind else { return Err(UnsupportedLayout) };
         let entry = self.entry(last)?;
         if flow {
             return Ok(Edit { from: entry.node.start, to: entry.node.end, with: value.to_string() });
         }
-        let with = write::behind_key(value, column(text, entry.key_start));
+        let with = write::after_key(value, column(text, entry.key_start));
         let with = with.replace('\n', newline(text));
         Ok(Edit { from: after_colon(text, entry)?, to: entry.node.end, with })
     }
 
-    fn remove(&self, text: &str, last: &str) -> Result<Edit, TooUnusual> {
+    fn remove(&self, text: &str, last: &str) -> Result<Edit, UnsupportedLayout> {
         // Start and end of each member; with the dash for items in block style.
         let (flow, at, spans): (bool, usize, Vec<(usize, usize)>) = match &self.node.kind {
-            Kind::Map { flow, entries } => {
-                let at = entries.iter().position(|entry| entry.key == last).ok_or(TooUnusual)?;
+            NodeKind::Map { flow, entries } => {
+                let at = entries.iter().position(|entry| entry.key == last).ok_or(UnsupportedLayout)?;
                 (*flow, at, entries.iter().map(|entry| (entry.key_start, entry.node.end)).collect())
             }
-            Kind::Seq { flow, items } => {
+            NodeKind::Seq { flow, items } => {
                 let start = |item: &Node| if *flow { Ok(item.start) } else { dash(text, item) };
                 let spans = items.iter().map(|item| Ok((start(item)?, item.end)));
-                (*flow, last.parse().map_err(|_| TooUnusual)?, spans.collect::<Result<_, _>>()?)
+                (*flow, last.parse().map_err(|_| UnsupportedLayout)?, spans.collect::<Result<_, _>>()?)
             }
-            _ => return Err(TooUnusual),
+            _ => return Err(UnsupportedLayout),
         };
-        let (start, end) = *spans.get(at).ok_or(TooUnusual)?;
+        let (start, end) = *spans.get(at).ok_or(UnsupportedLayout)?;
         let (from, to) = if flow {
             match (at.checked_sub(1), spans.get(at + 1)) {
                 (Some(before), _) => (spans[before].1, end),
@@ -174,7 +177,7 @@ impl<'d> Container<'d> {
             let line = line_start(text, start);
             // The first key of an item follows the dash, so the line cannot be removed.
             if spans.len() == 1 || !text[line..start].trim().is_empty() {
-                return Err(TooUnusual);
+                return Err(UnsupportedLayout);
             }
             let line_break = line.checked_sub(1).map(|at| at - usize::from(text[..at].ends_with('\r')));
             match line_break {
@@ -186,16 +189,16 @@ impl<'d> Container<'d> {
     }
 }
 
-fn after_colon(text: &str, entry: &Entry) -> Result<usize, TooUnusual> {
-    let gap = text[entry.key_end..].find(':').ok_or(TooUnusual)?;
+fn after_colon(text: &str, entry: &MapEntry) -> Result<usize, UnsupportedLayout> {
+    let gap = text[entry.key_end..].find(':').ok_or(UnsupportedLayout)?;
     let only_space = text[entry.key_end..entry.key_end + gap].trim().is_empty();
-    if only_space { Ok(entry.key_end + gap + 1) } else { Err(TooUnusual) }
+    if only_space { Ok(entry.key_end + gap + 1) } else { Err(UnsupportedLayout) }
 }
 
 /// The position of the dash of an item in block style.
-fn dash(text: &str, item: &Node) -> Result<usize, TooUnusual> {
+fn dash(text: &str, item: &Node) -> Result<usize, UnsupportedLayout> {
     let before = text[..item.start].trim_end_matches([' ', '\t']);
-    if before.ends_with('-') { Ok(before.len() - 1) } else { Err(TooUnusual) }
+    if before.ends_with('-') { Ok(before.len() - 1) } else { Err(UnsupportedLayout) }
 }
 
 fn line_start(text: &str, at: usize) -> usize {
@@ -275,7 +278,7 @@ mod tests {
             "q: 1\np:   {} # none",
         ] {
             let document = Document::parse(text).unwrap();
-            let original = raw(text, &document, "/p").unwrap().to_owned();
+            let original = original_text(text, &document, "/p").unwrap().to_owned();
             let edited =
                 apply(text, &Operation::Replace { path: "/p".into(), value: json!({"x": [1]}) }).unwrap();
             assert_eq!(

@@ -29,20 +29,20 @@ pub struct Document {
 /// A value and its byte offsets.
 #[derive(Clone, Debug)]
 pub struct Node {
-    pub kind: Kind,
+    pub kind: NodeKind,
     pub start: usize,
     /// After its last character; following comments and blank lines are not included.
     pub end: usize,
     /// An alias, or a value with an anchor or a tag: it must not be edited.
-    pub shared: bool,
+    pub is_shared: bool,
 }
 
 #[derive(Clone, Debug)]
-pub enum Kind {
+pub enum NodeKind {
     Scalar(Value),
     Map {
         flow: bool,
-        entries: Vec<Entry>,
+        entries: Vec<MapEntry>,
     },
     Seq {
         flow: bool,
@@ -53,7 +53,7 @@ pub enum Kind {
 }
 
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct MapEntry {
     pub key: String,
     pub key_start: usize,
     pub key_end: usize,
@@ -85,7 +85,8 @@ impl Document {
                 Some((event, span)) => {
                     let node = reader.node(event, span, 0)?;
                     // The parser emits an empty scalar for a missing document.
-                    let nothing = matches!(node.kind, Kind::Scalar(Value::Null)) && node.start == node.end;
+                    let nothing =
+                        matches!(node.kind, NodeKind::Scalar(Value::Null)) && node.start == node.end;
                     if !nothing && root.replace(node).is_some() {
                         return Err(YamlError { line: 1, reason: "unexpected second document".to_owned() });
                     }
@@ -104,10 +105,10 @@ impl Node {
     /// The value, with merge keys (`<<`) applied.
     pub fn value(&self) -> Value {
         match &self.kind {
-            Kind::Scalar(value) => value.clone(),
-            Kind::Alias(value) => Value::clone(value),
-            Kind::Seq { items, .. } => items.iter().map(Self::value).collect(),
-            Kind::Map { entries, .. } => {
+            NodeKind::Scalar(value) => value.clone(),
+            NodeKind::Alias(value) => Value::clone(value),
+            NodeKind::Seq { items, .. } => items.iter().map(Self::value).collect(),
+            NodeKind::Map { entries, .. } => {
                 let mut map = Map::new();
                 for entry in entries.iter().filter(|entry| entry.key != "<<") {
                     map.insert(entry.key.clone(), entry.node.value());
@@ -188,7 +189,7 @@ impl<'t> Reader<'t> {
                 let value =
                     self.anchors.get(&anchor).ok_or_else(|| error("alias of an undefined anchor"))?.clone();
                 self.values += size(&value);
-                (Node { kind: Kind::Alias(value), start, end, shared: true }, 0)
+                (Node { kind: NodeKind::Alias(value), start, end, is_shared: true }, 0)
             }
             Event::Scalar(text, style, anchor, tag) => {
                 let value = scalar(&text, style, tag.as_deref());
@@ -198,7 +199,15 @@ impl<'t> Reader<'t> {
                     ScalarStyle::DoubleQuoted => start + quoted_length(&self.text[start..], '"'),
                     _ => start + self.text[start..end].trim_end().len(),
                 };
-                (Node { kind: Kind::Scalar(value), start, end, shared: anchor != 0 || tag.is_some() }, anchor)
+                (
+                    Node {
+                        kind: NodeKind::Scalar(value),
+                        start,
+                        end,
+                        is_shared: anchor != 0 || tag.is_some(),
+                    },
+                    anchor,
+                )
             }
             Event::SequenceStart(anchor, tag) => {
                 let (mut items, mut end) = (Vec::new(), start);
@@ -207,7 +216,10 @@ impl<'t> Reader<'t> {
                     if event == Event::SequenceEnd {
                         let end = if flow { self.after_bracket(span) } else { end };
                         let shared = anchor != 0 || tag.is_some();
-                        break (Node { kind: Kind::Seq { flow, items }, start, end, shared }, anchor);
+                        break (
+                            Node { kind: NodeKind::Seq { flow, items }, start, end, is_shared: shared },
+                            anchor,
+                        );
                     }
                     let item = self.node(event, span, depth + 1)?;
                     end = end.max(item.end);
@@ -221,7 +233,10 @@ impl<'t> Reader<'t> {
                     if event == Event::MappingEnd {
                         let end = if flow { self.after_bracket(span) } else { end };
                         let shared = anchor != 0 || tag.is_some();
-                        break (Node { kind: Kind::Map { flow, entries }, start, end, shared }, anchor);
+                        break (
+                            Node { kind: NodeKind::Map { flow, entries }, start, end, is_shared: shared },
+                            anchor,
+                        );
                     }
                     let entry = self.entry(event, span, depth)?;
                     end = end.max(entry.node.end);
@@ -236,7 +251,7 @@ impl<'t> Reader<'t> {
         Ok(node)
     }
 
-    fn entry(&mut self, event: Event<'t>, span: Span, depth: usize) -> Result<Entry, YamlError> {
+    fn entry(&mut self, event: Event<'t>, span: Span, depth: usize) -> Result<MapEntry, YamlError> {
         let line = span.start.line();
         let (key_start, key_end) = (self.at(span.start.index()), self.at(span.end.index()));
         let key = match event {
@@ -251,7 +266,7 @@ impl<'t> Reader<'t> {
             let colon = self.text[key_end..].find(':').map_or(key_end, |at| key_end + at + 1);
             (node.start, node.end) = (colon, colon);
         }
-        Ok(Entry { key, key_start, key_end, node })
+        Ok(MapEntry { key, key_start, key_end, node })
     }
 }
 
@@ -377,8 +392,8 @@ mod tests {
                 let text = format!("{before}{flow}{behind}");
                 let document = Document::parse(&text).unwrap();
                 let inner = match &document.root.as_ref().unwrap().kind {
-                    Kind::Map { entries, .. } => &entries[0].node,
-                    Kind::Seq { items, .. } => &items[0],
+                    NodeKind::Map { entries, .. } => &entries[0].node,
+                    NodeKind::Seq { items, .. } => &items[0],
                     other => panic!("{other:?}"),
                 };
                 assert_eq!(&text[inner.start..inner.end], flow, "{text}");
@@ -386,7 +401,7 @@ mod tests {
         }
         let text = "a:\n  - b: c # of c\n\n# of d\nd:\n";
         let document = Document::parse(text).unwrap();
-        let Kind::Map { entries, .. } = &document.root.as_ref().unwrap().kind else { panic!() };
+        let NodeKind::Map { entries, .. } = &document.root.as_ref().unwrap().kind else { panic!() };
         assert_eq!(&text[entries[0].node.start..entries[0].node.end], "- b: c");
         assert_eq!(entries[1].node.end, text.len() - 1);
     }

@@ -18,7 +18,7 @@ pub fn document(value: &Value) -> String {
 }
 
 /// The text after `key:`, whose key is indented by `indent`: ` x`, or a line break and a block.
-pub fn behind_key(value: &Value, indent: usize) -> String {
+pub fn after_key(value: &Value, indent: usize) -> String {
     match value {
         Value::Object(map) if !map.is_empty() => format!("\n{}", lines(value, indent + 2)),
         Value::Array(list) if !list.is_empty() => format!("\n{}", lines(value, indent + 2)),
@@ -28,7 +28,7 @@ pub fn behind_key(value: &Value, indent: usize) -> String {
 
 /// `key: value`, without a final line break.
 pub fn entry(key: &str, value: &Value, indent: usize) -> String {
-    format!("{:indent$}{}:{}", "", quoted(key), behind_key(value, indent))
+    format!("{:indent$}{}:{}", "", quoted(key), after_key(value, indent))
 }
 
 /// `- value`, without a final line break.

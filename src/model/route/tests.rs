@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{Endpoints, HeaderEdits, Match, Policy, Upstream},
+    config::{Endpoints, HeaderEdits, Policy, RouteMatch, Upstream},
     redact::Secret,
 };
 
@@ -15,10 +15,13 @@ fn upstream(name: &str, hosts: &[&str]) -> Upstream {
 
 fn route(methods: &[&str], path: Option<&str>, headers: &[(&str, &str)]) -> Route {
     Route {
-        matches: Match {
+        matches: RouteMatch {
             methods: methods.iter().map(ToString::to_string).collect(),
             path: path.map(str::to_owned),
-            headers: headers.iter().map(|(name, value)| (name.to_string(), Secret::url(*value))).collect(),
+            headers: headers
+                .iter()
+                .map(|(name, value)| (name.to_string(), Secret::redact_url(*value)))
+                .collect(),
         },
         to: None,
         path_rewrite: None,

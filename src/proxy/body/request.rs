@@ -17,29 +17,29 @@ use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::kept::Kept;
+use super::replay_buffer::ReplayBuffer;
 use crate::{
+    field_set::FieldSet,
     http1::{self, framing::FramingError},
     http2,
-    present::Present,
-    proxy::{connection, headers, interim::Gate, progress::Progress},
+    proxy::{connection, headers, interim::ContinueGate, progress::Progress},
     upstream::{self, BodyError},
 };
 
 /// A request's body as received from its client.
 #[derive(Debug)]
-pub enum CallerBody {
+pub enum ClientBody {
     Http1(connection::Body),
-    Http2(http2::body::Body),
+    Http2(http2::body::StreamBody),
 }
 
-impl Default for CallerBody {
+impl Default for ClientBody {
     fn default() -> Self {
         Self::Http1(connection::Body::default())
     }
 }
 
-impl Body for CallerBody {
+impl Body for ClientBody {
     type Data = Bytes;
     type Error = BodyError;
 
@@ -79,16 +79,16 @@ struct AttemptBody {
     /// How many bytes this attempt has sent.
     sent: u64,
     trailers_sent: bool,
-    gate: Option<Rc<Gate>>,
+    gate: Option<Rc<ContinueGate>>,
     whole: Rc<Cell<bool>>,
 }
 
 /// Whether one attempt has sent its whole request. Other attempts of the same request do not matter to its connection.
 #[derive(Clone, Debug)]
-pub struct Sent(Option<Rc<Cell<bool>>>);
+pub struct UploadStatus(Option<Rc<Cell<bool>>>);
 
-impl Sent {
-    pub fn is_whole(&self) -> bool {
+impl UploadStatus {
+    pub fn is_complete(&self) -> bool {
         self.0.as_ref().is_none_or(|whole| whole.get())
     }
 }
@@ -96,11 +96,11 @@ impl Sent {
 /// The client's body, with a copy of its beginning where the policy allows another attempt.
 #[derive(Debug)]
 struct Source {
-    body: CallerBody,
+    body: ClientBody,
     progress: Rc<Progress>,
     /// The attempt that may read. An earlier one that still runs must not take bytes away from it.
     current: u32,
-    kept: Kept,
+    buffer: ReplayBuffer,
     trailers: Option<HeaderMap>,
     /// The most bytes that may be buffered.
     limit: u64,
@@ -133,14 +133,14 @@ pub enum Replayable {
     /// Nothing of it was read, or there is none.
     Untouched,
     /// Everything that was read is buffered.
-    Kept,
+    Buffered,
     /// More than the limit was read, and the buffer was dropped.
-    Gone,
+    Discarded,
 }
 
 impl Replay {
     /// `limit`: the most bytes that are buffered for another attempt; 0 buffers none.
-    pub fn new(source: CallerBody, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
+    pub fn new(source: ClientBody, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
         if source.is_end_stream() {
             // The request was complete with its head.
             progress.request_sent(progress.started());
@@ -150,7 +150,7 @@ impl Replay {
             body: source,
             progress: Rc::clone(progress),
             current: 0,
-            kept: Kept::default(),
+            buffer: ReplayBuffer::default(),
             trailers: None,
             limit,
             touched: false,
@@ -162,7 +162,7 @@ impl Replay {
     }
 
     /// The body for the next attempt. The views of earlier attempts return an error from now on.
-    pub fn next_try(&self, gate: Option<Rc<Gate>>) -> RequestBody {
+    pub fn next_attempt(&self, gate: Option<Rc<ContinueGate>>) -> RequestBody {
         RequestBody(self.0.as_ref().map(|kept| {
             let mut inner = kept.borrow_mut();
             inner.current += 1;
@@ -173,7 +173,7 @@ impl Replay {
     }
 
     /// Buffers no further bytes: no other attempt can follow.
-    pub fn keep_nothing(&self) {
+    pub fn stop_buffering(&self) {
         if let Some(source) = &self.0 {
             source.borrow_mut().limit = 0;
         }
@@ -192,8 +192,8 @@ impl Replay {
         match self.0.as_ref().map(|kept| kept.borrow()) {
             None => Replayable::Untouched,
             Some(kept) if !kept.touched => Replayable::Untouched,
-            Some(kept) if kept.overflowed => Replayable::Gone,
-            Some(_) => Replayable::Kept,
+            Some(kept) if kept.overflowed => Replayable::Discarded,
+            Some(_) => Replayable::Buffered,
         }
     }
 
@@ -216,7 +216,7 @@ impl Source {
             Some(Err(error)) => {
                 // The first error is the cause.
                 self.failure.get_or_insert(match &error {
-                    BodyError::Caller(http1::Error::Framing(error)) => SourceFailure::Malformed(*error),
+                    BodyError::Client(http1::Error::Framing(error)) => SourceFailure::Malformed(*error),
                     BodyError::Peer(error) if is_malformed(error) => {
                         SourceFailure::Malformed(FramingError::Http2)
                     }
@@ -232,13 +232,13 @@ impl Source {
         };
         let now = self.progress.moved();
         if let Some(data) = frame.data_ref() {
-            self.progress.note(|record| record.bytes_in += data.len() as u64);
-            if self.overflowed || self.kept.length().saturating_add(data.len() as u64) > self.limit {
+            self.progress.with_record(|record| record.bytes_in += data.len() as u64);
+            if self.overflowed || self.buffer.length().saturating_add(data.len() as u64) > self.limit {
                 self.overflowed = true;
-                self.progress.unrepeatable();
-                self.kept = Kept::default();
+                self.progress.mark_unrepeatable();
+                self.buffer = ReplayBuffer::default();
             } else {
-                self.kept.push(data);
+                self.buffer.push(data);
             }
         } else if let Some(trailers) = frame.trailers_ref()
             && !self.overflowed
@@ -262,7 +262,7 @@ fn is_malformed(error: &h2::Error) -> bool {
 fn without_spoofed(frame: Frame<Bytes>, claims: Option<&[(HeaderName, String)]>) -> Frame<Bytes> {
     match frame.into_trailers() {
         Ok(mut trailers) => {
-            let present = Present::of(&trailers);
+            let present = FieldSet::of(&trailers);
             headers::remove_spoofed(&mut trailers, present);
             for (name, _) in claims.into_iter().flatten() {
                 headers::remove_spellings(&mut trailers, name);
@@ -284,8 +284,8 @@ impl RequestBody {
     }
 
     /// Whether all of it was sent, for after the body was given to its connection.
-    pub fn sent(&self) -> Sent {
-        Sent(self.0.as_ref().map(|this| Rc::clone(&this.whole)))
+    pub fn upload_status(&self) -> UploadStatus {
+        UploadStatus(self.0.as_ref().map(|this| Rc::clone(&this.whole)))
     }
 }
 
@@ -296,9 +296,9 @@ impl AttemptBody {
         }
         let mut source = self.source.borrow_mut();
         if source.current != self.number {
-            return Poll::Ready(Some(Err(BodyError::TakenOver)));
+            return Poll::Ready(Some(Err(BodyError::Superseded)));
         }
-        if let Some(data) = source.kept.part_at(self.sent) {
+        if let Some(data) = source.buffer.part_at(self.sent) {
             self.sent += data.len() as u64;
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
@@ -319,7 +319,7 @@ impl AttemptBody {
         let source = self.source.borrow();
         source.ended
             && source.current == self.number
-            && self.sent >= source.kept.length()
+            && self.sent >= source.buffer.length()
             && (self.trailers_sent || source.trailers.is_none())
     }
 }
@@ -349,7 +349,7 @@ impl Body for RequestBody {
         let source = this.source.borrow();
         if source.touched {
             // The rest of the source, and the rest of the buffer that this attempt has not sent.
-            let buffered = source.kept.length().saturating_sub(this.sent);
+            let buffered = source.buffer.length().saturating_sub(this.sent);
             return match source.body.size_hint().exact() {
                 Some(rest) => SizeHint::with_exact(rest + buffered),
                 None => SizeHint::default(),

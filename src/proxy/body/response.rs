@@ -11,16 +11,16 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use super::Sent;
+use super::UploadStatus;
 use crate::{
     cause::GrpcCode,
     http1::{
         self,
-        framing::{FramingError, is_too_large},
+        framing::{FramingError, is_trailer_section_too_large},
     },
-    proxy::{grpc::GrpcEnd, progress::Progress},
-    telemetry::record::End,
-    upstream::{BodyError, Lease, guards::Place, local::InFlight, pool::AnswerError},
+    proxy::{grpc::GrpcReporter, progress::Progress},
+    telemetry::record::RequestEnd,
+    upstream::{BodyError, Lease, guards::RequestPermit, local::InFlight, pool::ResponseError},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -31,29 +31,29 @@ const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 pub enum ResponseBody {
     Empty,
     Whole(Option<Bytes>),
-    Streaming(Box<Streaming>),
+    Streaming(Box<StreamingBody>),
 }
 
 /// An upstream's body. Holds the upstream connection until the body has ended.
 #[derive(Debug)]
-pub struct Streaming {
+pub struct StreamingBody {
     /// The upstream connection.
     lease: Option<Lease>,
     progress: Rc<Progress>,
-    held: Held,
+    resources: RequestResources,
 }
 
 /// The resources that a request holds until its response has ended.
 #[derive(Debug)]
-pub struct Held {
+pub struct RequestResources {
     /// Counts the request at its endpoint.
     pub in_flight: InFlight,
     /// Whether the attempt has sent its whole request.
-    pub sent: Sent,
+    pub upload: UploadStatus,
     /// The permit for a request in flight.
-    pub place: Option<Place>,
+    pub permit: Option<RequestPermit>,
     /// Reports the gRPC status in the trailers.
-    pub grpc: Option<Box<GrpcEnd>>,
+    pub grpc: Option<Box<GrpcReporter>>,
 }
 
 impl ResponseBody {
@@ -62,36 +62,36 @@ impl ResponseBody {
     }
 
     /// A body that is streamed. A connection whose response has already ended returns to its pool at once.
-    pub fn streaming(lease: Lease, held: Held, progress: Rc<Progress>) -> Self {
+    pub fn streaming(lease: Lease, held: RequestResources, progress: Rc<Progress>) -> Self {
         if lease.is_end_stream() {
-            lease.finished(held.sent.is_whole(), progress.last_moved());
+            lease.release(held.upload.is_complete(), progress.last_moved());
             return Self::Empty;
         }
-        Self::Streaming(Box::new(Streaming { lease: Some(lease), progress, held }))
+        Self::Streaming(Box::new(StreamingBody { lease: Some(lease), progress, resources: held }))
     }
 }
 
-impl Streaming {
+impl StreamingBody {
     /// Reports the outcome of a gRPC request at its end. A request that its client cancels is not reported.
-    fn report_grpc_end(&mut self, frame: &Option<Result<Frame<Bytes>, AnswerError>>) {
-        let Some(grpc) = self.held.grpc.take() else { return };
+    fn report_grpc_end(&mut self, frame: &Option<Result<Frame<Bytes>, ResponseError>>) {
+        let Some(grpc) = self.resources.grpc.take() else { return };
         match frame {
             Some(Ok(frame)) => match frame.trailers_ref() {
-                Some(trailers) => grpc.ended(trailers),
-                None => self.held.grpc = Some(grpc),
+                Some(trailers) => grpc.report_trailers(trailers),
+                None => self.resources.grpc = Some(grpc),
             },
-            Some(Err(error)) => grpc.broke(error, self.lease.as_ref()),
-            None => grpc.ended(&HeaderMap::new()),
+            Some(Err(error)) => grpc.report_reset(error, self.lease.as_ref()),
+            None => grpc.report_trailers(&HeaderMap::new()),
         }
     }
 
     /// Trailers that are too large to be forwarded are an error of this response; they are never truncated.
-    fn check_trailers(&self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, AnswerError> {
-        if !frame.trailers_ref().is_some_and(is_too_large) {
+    fn check_trailers(&self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, ResponseError> {
+        if !frame.trailers_ref().is_some_and(is_trailer_section_too_large) {
             return Ok(frame);
         }
         let error = http1::Error::from(FramingError::TooManyTrailers);
-        if self.progress.note(|record| record.grpc) == Some(true) {
+        if self.progress.with_record(|record| record.grpc) == Some(true) {
             // As in gRPC libraries: RESOURCE_EXHAUSTED.
             let status = HeaderValue::from(u16::from(GrpcCode::ResourceExhausted as u8));
             let message = HeaderValue::from_static("the trailers of the response are larger than 64 KiB");
@@ -103,22 +103,22 @@ impl Streaming {
     }
 
     fn finished(&mut self, now: Instant) {
-        self.progress.done(End::Complete, now);
-        if let Some(grpc) = self.held.grpc.take() {
-            grpc.ended(&HeaderMap::new());
+        self.progress.done(RequestEnd::Complete, now);
+        if let Some(grpc) = self.resources.grpc.take() {
+            grpc.report_trailers(&HeaderMap::new());
         }
         if let Some(lease) = self.lease.take() {
             // After a response that precedes the end of its request the connection cannot be reused.
-            lease.finished(self.held.sent.is_whole(), now);
+            lease.release(self.resources.upload.is_complete(), now);
         }
     }
 }
 
-impl Drop for Streaming {
+impl Drop for StreamingBody {
     fn drop(&mut self) {
         if !self.progress.is_done() {
             let now = Instant::now();
-            self.progress.done(self.progress.left(now), now);
+            self.progress.done(self.progress.end_when_dropped(now), now);
         }
     }
 }
@@ -146,12 +146,12 @@ impl Body for ResponseBody {
         let now = this.progress.moved();
         if let Some(Ok(frame)) = &frame {
             if let Some(trailers) = frame.trailers_ref() {
-                this.progress.note(|record| record.trailers(trailers));
+                this.progress.with_record(|record| record.read_trailers(trailers));
             } else if let Some(data) = frame.data_ref() {
-                this.progress.note(|record| record.bytes_out += data.len() as u64);
+                this.progress.with_record(|record| record.bytes_out += data.len() as u64);
             }
         }
-        if this.held.grpc.is_some() {
+        if this.resources.grpc.is_some() {
             this.report_grpc_end(&frame);
         }
         match &frame {
@@ -160,7 +160,7 @@ impl Body for ResponseBody {
             Some(Ok(_)) => {}
             Some(Err(_)) => {
                 this.lease = None;
-                this.progress.done(End::Broken, now);
+                this.progress.done(RequestEnd::Broken, now);
             }
             None => this.finished(now),
         }
@@ -180,7 +180,7 @@ impl Body for ResponseBody {
             Self::Empty => SizeHint::with_exact(0),
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Streaming(streaming) => {
-                let length = streaming.lease.as_ref().map_or(Some(0), Lease::length);
+                let length = streaming.lease.as_ref().map_or(Some(0), Lease::remaining_length);
                 length.map_or_else(SizeHint::default, SizeHint::with_exact)
             }
         }

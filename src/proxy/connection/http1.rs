@@ -1,9 +1,9 @@
 //! HTTP/1.1 from clients: request by request, in one task. [`server_connection`] has the bytes, [`response_head`] the
 //! head of a response.
 
-mod answer;
 pub mod body;
-pub mod link;
+mod response_head;
+pub mod server_connection;
 #[cfg(test)]
 mod tests;
 
@@ -21,53 +21,53 @@ use http::{Method, Request, Response, Version, header::CONTENT_LENGTH};
 use http_body::Body as _;
 use tokio::time::Instant;
 
-pub use answer::date;
+pub use response_head::date;
 
 use self::{
-    answer::{Asked, Plan, write_head},
     body::Body,
-    link::Link,
+    response_head::{RequestInfo, ResponsePlan, write_head},
+    server_connection::ServerConnection,
 };
-use super::{Connection, ConnectionError, Leaving};
+use super::{Connection, ConnectionError, DrainWatch};
 use crate::{
+    field_set::{Field, FieldSet},
     http1::{
         Error,
         framing::{Framing, FramingError},
-        head::{RequestHead, leave},
+        head::{RequestHead, recycle_header_map},
     },
     net::{io::Io, watchdog::Watchdog},
-    present::{Field, Present},
     proxy::{
-        body::{CallerBody, ResponseBody},
-        call,
+        body::{ClientBody, ResponseBody},
+        future_pool::PooledFuture,
         progress::{Progress, poll_watched},
-        room::Room,
+        request_handler,
     },
 };
 
-type SharedConnection = Rc<RefCell<Link>>;
+type SharedConnection = Rc<RefCell<ServerConnection>>;
 
 /// Shuts the connection down when it is no longer served.
-struct Served(SharedConnection);
+struct ConnectionGuard(SharedConnection);
 
-impl Drop for Served {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        self.0.borrow_mut().end();
+        self.0.borrow_mut().shut_down();
     }
 }
 
 /// A request to be handled.
 struct PendingRequest {
-    request: Request<CallerBody>,
-    present: Present,
-    request_info: Asked,
+    request: Request<ClientBody>,
+    present: FieldSet,
+    request_info: RequestInfo,
     progress: Rc<Progress>,
 }
 
 /// Bytes that are not a valid request, and why.
 struct RefusedRequest {
     /// As far as it was parsed.
-    request: Request<CallerBody>,
+    request: Request<ClientBody>,
     error: Error,
 }
 
@@ -89,25 +89,27 @@ impl Connection {
         stream: Box<dyn Io>,
         read_ahead: Bytes,
     ) -> Result<(), ConnectionError> {
-        let served = Served(Link::new(stream, read_ahead));
+        let served = ConnectionGuard(ServerConnection::new(stream, read_ahead));
         let connection = &served.0;
         let mut requests = pin!(self.requests(connection));
-        let (mut drain, mut watchdog) = (Leaving::new(self), Watchdog::default());
-        let mut closing = pin!(self.closing());
+        let (mut drain, mut watchdog) = (DrainWatch::new(self), Watchdog::default());
+        let mut closing = pin!(self.wait_for_close());
         poll_fn(|cx| {
             if drain.poll(cx, self, closing.as_mut()) {
-                connection.borrow_mut().leave();
+                connection.borrow_mut().stop_reading_requests();
             }
             if let Poll::Ready(cut) = drain.poll_cut(cx) {
                 return Poll::Ready(Err(cut));
             }
             let look = || {
                 let exchange = self.exchange.borrow().clone();
-                let (due, _) = connection.borrow().due(exchange.as_deref());
+                let (due, _) = connection.borrow().next_deadline(exchange.as_deref());
                 (exchange, due)
             };
             let served = ready!(poll_watched(cx, &mut watchdog, |cx| requests.as_mut().poll(cx), look));
-            let cut = || ConnectionError::Cut(connection.borrow().due(self.exchange.borrow().as_deref()).1);
+            let cut = || {
+                ConnectionError::Cut(connection.borrow().next_deadline(self.exchange.borrow().as_deref()).1)
+            };
             Poll::Ready(served.unwrap_or_else(|| Err(cut())))
         })
         .await
@@ -119,8 +121,8 @@ impl Connection {
             let head = match poll_fn(|cx| connection.borrow_mut().poll_head(cx, keeps_spelling)).await {
                 Ok(Some(head)) => head,
                 // Closing with unread bytes resets the connection, which could destroy the last response.
-                Ok(None) => break connection.borrow_mut().has_more(),
-                Err(Error::CutOff) => break false,
+                Ok(None) => break connection.borrow_mut().has_unread_bytes(),
+                Err(Error::UnexpectedEnd) => break false,
                 Err(Error::Io(error)) => return Err(error.into()),
                 Err(error) => {
                     self.refuse(connection, unparsed_request(connection, error)).await?;
@@ -130,7 +132,7 @@ impl Connection {
             // Boxed, so that an idle connection does not hold the memory of a request.
             let exchange = self
                 .begin_exchange(connection, head)
-                .map(|pending| Room::new(self.exchange(connection, pending)));
+                .map(|pending| PooledFuture::new(self.exchange(connection, pending)));
             let after = match exchange {
                 Ok(exchange) => exchange.await?,
                 Err(refused) => {
@@ -159,7 +161,7 @@ impl Connection {
         mut head: RequestHead,
     ) -> Result<PendingRequest, Box<RefusedRequest>> {
         let mut present = head.present;
-        let mut request_info = Asked::of(&head);
+        let mut request_info = RequestInfo::of(&head);
         if present.has(Field::ContentLength) && present.has(Field::TransferEncoding) {
             // Forward it as `chunked` alone, and close the connection after it (RFC 9112 §6.3).
             head.fields.remove(CONTENT_LENGTH);
@@ -174,7 +176,7 @@ impl Connection {
             }
         };
         let expects_continue = present.has(Field::Expect) && head.version == Version::HTTP_11;
-        let body = Link::begin(connection, framing, expects_continue);
+        let body = ServerConnection::begin_request(connection, framing, expects_continue);
         let progress = Rc::new(Progress::new(Instant::now()));
         self.exchange.replace(Some(Rc::clone(&progress)));
         Ok(PendingRequest { request: request(head, body), present, request_info, progress })
@@ -189,13 +191,13 @@ impl Connection {
         let (this, connection) = (Rc::clone(self), Rc::clone(connection));
         Box::pin(async move {
             let RefusedRequest { mut request, error } = *refused;
-            let error = connection.borrow().explain(&error, request.uri().path());
-            let present = Present::of(request.headers());
+            let error = connection.borrow().parse_error(&error, request.uri().path());
+            let present = FieldSet::of(request.headers());
             let progress = Rc::new(Progress::new(Instant::now()));
-            let mut response = call::refuse(&this, &mut request, present, &error, &progress);
-            let request_info = Asked::closing(request.version(), request.method());
+            let mut response = request_handler::refuse(&this, &mut request, present, &error, &progress);
+            let request_info = RequestInfo::closing(request.version(), request.method());
             let mut plan =
-                write_head(connection.borrow_mut().outlet.head(), &mut response, &request_info, false);
+                write_head(connection.borrow_mut().outlet.head_buffer(), &mut response, &request_info, false);
             // The body is complete, so sending cannot fail midway.
             send(&connection, response.into_body(), &mut plan).await.map(drop)
         })
@@ -212,7 +214,7 @@ impl Connection {
         async move {
             let response = {
                 let PendingRequest { request, present, progress, .. } = &mut pending;
-                let handled = pin!(call::answer(&this, request, *present, progress));
+                let handled = pin!(request_handler::handle(&this, request, *present, progress));
                 this.wait_for_response(&connection, handled).await?
             };
             // The rest of the body is not needed.
@@ -228,19 +230,20 @@ impl Connection {
         mut response: Response<ResponseBody>,
         PendingRequest { request_info, progress, .. }: &PendingRequest,
     ) -> Result<NextStep, ConnectionError> {
-        connection.borrow_mut().give_up_unasked();
-        let request_finished = poll_fn(|cx| Poll::Ready(connection.borrow_mut().is_request_over(cx))).await;
+        connection.borrow_mut().abandon_unrequested_body();
+        let request_finished =
+            poll_fn(|cx| Poll::Ready(connection.borrow_mut().poll_request_finished(cx))).await;
         // A body that is still being read will reach its end.
-        let may_persist = !matches!(request_finished, Poll::Ready(false)) && !self.is_leaving();
-        let switched = request_info.is_switched_by(response.status());
+        let may_persist = !matches!(request_finished, Poll::Ready(false)) && !self.is_close_requested();
+        let switched = request_info.switches_protocol(response.status());
         let mut plan = write_head(
-            connection.borrow_mut().answer(&self.interim),
+            connection.borrow_mut().begin_response(&self.interim),
             &mut response,
             request_info,
             may_persist,
         );
         let (parts, body) = response.into_parts();
-        leave(parts.headers);
+        recycle_header_map(parts.headers);
         if let Err(error) = send(connection, body, &mut plan).await? {
             tracing::debug!(%error, "response broke off");
             // Its framing shows that it is incomplete. The complete responses before it must still arrive.
@@ -257,26 +260,26 @@ impl Connection {
                 && request_finished == Poll::Ready(true)
             {
                 // The receiver may be gone.
-                let _ = handover.send(connection.borrow_mut().hand_over());
+                let _ = handover.send(connection.borrow_mut().take_stream());
                 return Ok(NextStep::HandedOver);
             }
             return Ok(NextStep::Close { lingers: true });
         }
         let request_finished = poll_fn(|cx| {
             let mut connection = connection.borrow_mut();
-            match connection.is_request_over(cx) {
+            match connection.poll_request_finished(cx) {
                 Poll::Ready(request_finished) => Poll::Ready(Ok(request_finished)),
-                Poll::Pending => connection.poll_gone(cx).map(Err),
+                Poll::Pending => connection.poll_client_closed(cx).map(Err),
             }
         })
         .await?;
         if !request_finished || !plan.persists {
-            let more = |connection: &SharedConnection| connection.borrow_mut().has_more();
+            let more = |connection: &SharedConnection| connection.borrow_mut().has_unread_bytes();
             return Ok(NextStep::Close {
-                lingers: !request_finished || request_info.may_switch() || more(connection),
+                lingers: !request_finished || request_info.may_switch_protocol() || more(connection),
             });
         }
-        connection.borrow_mut().rest(progress.last_moved());
+        connection.borrow_mut().become_idle(progress.last_moved());
         self.exchange.take();
         Ok(NextStep::NextRequest)
     }
@@ -293,15 +296,15 @@ impl Connection {
             }
             let mut connection = connection.borrow_mut();
             connection.poll_interim(cx, &self.interim)?;
-            connection.poll_gone(cx).map(|error| Err(error.into()))
+            connection.poll_client_closed(cx).map(|error| Err(error.into()))
         })
         .await
     }
 }
 
 /// The request of a parsed head.
-fn request(head: RequestHead, body: Body) -> Request<CallerBody> {
-    let mut request = Request::new(CallerBody::Http1(body));
+fn request(head: RequestHead, body: Body) -> Request<ClientBody> {
+    let mut request = Request::new(ClientBody::Http1(body));
     *request.method_mut() = head.method;
     *request.uri_mut() = head.target;
     *request.version_mut() = head.version;
@@ -317,7 +320,7 @@ fn request(head: RequestHead, body: Body) -> Request<CallerBody> {
 
 /// The framing of a request's body. Content-Length must be one number of digits only, as no two parsers read that
 /// differently.
-fn framing(head: &RequestHead, present: Present) -> Result<Framing, FramingError> {
+fn framing(head: &RequestHead, present: FieldSet) -> Result<Framing, FramingError> {
     let (length, coding) = (present.has(Field::ContentLength), present.has(Field::TransferEncoding));
     if !length && !coding {
         return Ok(Framing::EMPTY);
@@ -331,8 +334,8 @@ fn framing(head: &RequestHead, present: Present) -> Result<Framing, FramingError
 
 /// A request whose head could not be parsed, as far as its start line is known.
 fn unparsed_request(connection: &SharedConnection, error: Error) -> Box<RefusedRequest> {
-    let line = connection.borrow().refused_line();
-    let mut request = Request::new(CallerBody::default());
+    let line = connection.borrow().refused_start_line();
+    let mut request = Request::new(ClientBody::default());
     // Shown in logs; no method has this name.
     let unknown = || Method::from_bytes(b"-").unwrap_or_default();
     *request.method_mut() = line.method.unwrap_or_else(unknown);
@@ -345,11 +348,11 @@ fn unparsed_request(connection: &SharedConnection, error: Error) -> Box<RefusedR
 async fn send(
     connection: &SharedConnection,
     mut body: ResponseBody,
-    plan: &mut Plan,
+    plan: &mut ResponsePlan,
 ) -> Result<Result<(), Error>, ConnectionError> {
     let mut ended = plan.bodiless || body.is_end_stream();
     while !ended {
-        if !connection.borrow().outlet.has_room() {
+        if !connection.borrow().outlet.accepts_more() {
             flush(connection).await?;
         }
         let part = poll_fn(|cx| {
@@ -360,7 +363,7 @@ async fn send(
             let mut connection = connection.borrow_mut();
             match connection.poll_flush(cx) {
                 Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-                _ => connection.poll_gone(cx).map(Err),
+                _ => connection.poll_client_closed(cx).map(Err),
             }
         })
         .await?;
@@ -380,7 +383,7 @@ async fn flush(connection: &SharedConnection) -> Result<(), ConnectionError> {
         let mut connection = connection.borrow_mut();
         match connection.poll_flush(cx) {
             Poll::Ready(flushed) => Poll::Ready(flushed),
-            Poll::Pending => connection.poll_gone(cx).map(Err),
+            Poll::Pending => connection.poll_client_closed(cx).map(Err),
         }
     });
     Ok(flushed.await?)

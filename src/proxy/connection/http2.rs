@@ -23,17 +23,17 @@ use tokio::{
     time::Instant,
 };
 
-use super::{CALLER_IDLE, Connection, ConnectionError, Leaving, WRITE_STALL};
+use super::{CLIENT_IDLE_TIMEOUT, Connection, ConnectionError, DrainWatch, WRITE_STALL_TIMEOUT};
 use crate::{
     http1::MAX_HEAD_BYTES,
     http2::{
-        ERRORS_TO_RETIRE, MOST_STREAM_ERRORS, PING_CLOSES_AFTER, REMEMBERED_RESETS, RESET_MEMORY,
-        guard::Guarded,
-        wire::{Wire, Wired},
+        ERRORS_TO_RETIRE, MAX_RESET_STREAMS, MAX_STREAM_ERRORS, PING_TIMEOUT, RESET_STREAM_DURATION,
+        header_filter::HeaderFilter,
+        wire_state::{ObservedIo, WireState},
     },
     net::watchdog::Watchdog,
     proxy::progress::poll_watched,
-    resilience::conduct::{Conduct, Verdict},
+    resilience::http2_abuse::{AbuseDetector, AbuseVerdict},
 };
 
 /// The streams that a client may have open on one connection.
@@ -52,18 +52,18 @@ const PING_INTERVAL: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 struct Session {
     connection: Rc<Connection>,
-    wire: Rc<Wire>,
-    conduct: RefCell<Conduct>,
+    wire: Rc<WireState>,
+    conduct: RefCell<AbuseDetector>,
 }
 
 /// The connection's task.
 struct Driver<S> {
     session: Rc<Session>,
-    h2: server::Connection<Wired<Guarded<S>>, Bytes>,
+    h2: server::Connection<ObservedIo<HeaderFilter<S>>, Bytes>,
     ping: Option<PingPong>,
     ping_sent: Option<Instant>,
     watchdog: Watchdog,
-    verdict: Verdict,
+    verdict: AbuseVerdict,
 }
 
 impl Connection {
@@ -72,13 +72,13 @@ impl Connection {
         S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         self.http2.set(true);
-        let wire = Wire::server();
-        let conduct = RefCell::new(Conduct::new(ERRORS_TO_RETIRE, std::time::Instant::now()));
+        let wire = WireState::server();
+        let conduct = RefCell::new(AbuseDetector::new(ERRORS_TO_RETIRE, std::time::Instant::now()));
         let session = Rc::new(Session { connection: Rc::clone(self), wire, conduct });
-        let mut drain = Leaving::new(self);
-        let mut closing = pin!(self.closing());
-        let mut handshake =
-            builder().handshake(Wired::new(Guarded::new(stream, &session.wire), &session.wire));
+        let mut drain = DrainWatch::new(self);
+        let mut closing = pin!(self.wait_for_close());
+        let mut handshake = builder()
+            .handshake(ObservedIo::new(HeaderFilter::for_client(stream, &session.wire), &session.wire));
         let (mut watchdog, mut close_requested) = (Watchdog::default(), false);
         let h2 = poll_fn(|cx| {
             close_requested |= drain.poll(cx, self, closing.as_mut());
@@ -94,7 +94,7 @@ impl Connection {
             h2.graceful_shutdown();
         }
         let ping = h2.ping_pong();
-        let verdict = Verdict::Proper;
+        let verdict = AbuseVerdict::Acceptable;
         let mut driver = Driver { session, h2, ping, ping_sent: None, watchdog, verdict };
         poll_fn(|cx| {
             if drain.poll(cx, self, closing.as_mut()) {
@@ -117,9 +117,9 @@ fn builder() -> Builder {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEAD_BYTES as u32)
         .max_pending_accept_reset_streams(MAX_RESET_BEFORE_ACCEPT)
-        .max_local_error_reset_streams(Some(MOST_STREAM_ERRORS))
-        .max_concurrent_reset_streams(REMEMBERED_RESETS)
-        .reset_stream_duration(RESET_MEMORY);
+        .max_local_error_reset_streams(Some(MAX_STREAM_ERRORS))
+        .max_concurrent_reset_streams(MAX_RESET_STREAMS)
+        .reset_stream_duration(RESET_STREAM_DURATION);
     builder
 }
 
@@ -166,10 +166,10 @@ where
         let (faults, refusals) = (self.session.wire.take_faults(), self.session.wire.take_refusals());
         let mut conduct = self.session.conduct.borrow_mut();
         if faults > 0 {
-            conduct.faults(faults, now);
+            conduct.record_client_errors(faults, now);
         }
         if refusals > 0 {
-            conduct.refusals(refusals);
+            conduct.record_refusals(refusals);
         }
         let verdict = conduct.verdict();
         if verdict <= self.verdict {
@@ -178,12 +178,12 @@ where
         self.verdict = verdict;
         let peer = self.session.connection.address;
         match verdict {
-            Verdict::Proper => return false,
-            Verdict::Retire => {
+            AbuseVerdict::Acceptable => return false,
+            AbuseVerdict::Retire => {
                 tracing::info!(%peer, "HTTP/2 connection retired: too many stream errors or resets");
                 self.h2.graceful_shutdown();
             }
-            Verdict::Close => {
+            AbuseVerdict::Close => {
                 tracing::warn!(%peer, "HTTP/2 connection closed: the client floods it with stream errors or resets");
                 self.h2.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
             }
@@ -195,11 +195,11 @@ where
     fn poll_ping(&mut self, cx: &mut Context<'_>) -> Instant {
         if let (Some(ping), Some(sent)) = (&mut self.ping, self.ping_sent) {
             if ping.poll_pong(cx).is_pending() {
-                return sent + PING_CLOSES_AFTER;
+                return sent + PING_TIMEOUT;
             }
             self.ping_sent = None;
         }
-        self.session.wire.heard().unwrap_or_else(Instant::now) + PING_INTERVAL
+        self.session.wire.last_received().unwrap_or_else(Instant::now) + PING_INTERVAL
     }
 
     fn send_ping(&mut self) {
@@ -212,10 +212,12 @@ where
 impl Session {
     /// When the connection is cut unless there is progress, and why.
     fn stall(&self) -> (Option<Instant>, &'static str) {
-        match self.wire.blocked() {
-            Some(since) => (Some(since + WRITE_STALL), "the client reads nothing of what is written to it"),
+        match self.wire.write_blocked_since() {
+            Some(since) => {
+                (Some(since + WRITE_STALL_TIMEOUT), "the client reads nothing of what is written to it")
+            }
             None if self.connection.streams.get() > 0 => (None, ""),
-            None => (Some(self.connection.idle_since.get() + CALLER_IDLE), "idle"),
+            None => (Some(self.connection.idle_since.get() + CLIENT_IDLE_TIMEOUT), "idle"),
         }
     }
 

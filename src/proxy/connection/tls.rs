@@ -15,27 +15,27 @@ use tokio::{
 };
 
 use super::{
-    Connection, ConnectionError, Found, HEADER_TIMEOUT,
-    leaving::looked_at,
-    spoken::{BegunBytes, Plain},
+    Connection, ConnectionError, ConnectionInfo, HEADER_TIMEOUT,
+    drain_watch::wait_until_some,
+    protocol::{ByteStreamOrigin, PlaintextOptions},
 };
 use crate::{
     config::{Mtls, Protocol},
     identity::{
-        handshake::{self, FailureKind, Met, PortOffer, Proven, TlsFailure},
-        tls::Offer,
-        trust::{Refusal, Role},
+        handshake::{self, AcceptedTls, FailureKind, PortAlpn, TlsFailure, VerifiedPeer},
+        tls::AlpnOffer,
+        trust::{Role, VerifyError},
     },
     model::{LocalCluster, Side},
     net::{
-        alpn::{Speaks, Tls},
+        alpn::{ApplicationProtocol, ConnectionTls},
         io::{Prefixed, SharedTcp},
     },
     proxy::{
         authorize, connect,
-        detect::{RequestWatch, Spoken},
+        detect::{DetectedProtocol, RequestWatch},
         error::ProxyError,
-        opaque::Verdict,
+        opaque::ByteStreamVerdict,
         target,
     },
 };
@@ -55,18 +55,18 @@ fn handshake_timeout() -> TlsFailure {
 
 impl Connection {
     /// The connection inside TLS on this one.
-    fn inside_tls(&self, proven: Option<Proven>, tls12: bool) -> Rc<Self> {
+    fn inside_tls(&self, proven: Option<VerifiedPeer>, tls12: bool) -> Rc<Self> {
         let (peer_identity, presented) = match proven {
-            Some(Proven { peer, chain, .. }) => (Some(Arc::new(peer)), Some(chain.into())),
+            Some(VerifiedPeer { peer, chain, .. }) => (Some(Arc::new(peer)), Some(chain.into())),
             None => (None, None),
         };
-        self.inside(Found {
+        self.inner(ConnectionInfo {
             tls: true,
             tls12,
             peer_identity,
-            presented,
-            redirected_to: self.redirected_to,
-            tunnel_to: None,
+            presented_chain: presented,
+            original_destination: self.original_destination,
+            tunnel_destination: None,
         })
     }
 
@@ -82,47 +82,52 @@ impl Connection {
         let counts = &worker.shared.identity.handshakes.inbound;
         let protocol = destination.cluster.settings.protocol;
         let http = match protocol {
-            Protocol::Auto | Protocol::Http1 => Offer::Http1First,
-            Protocol::H2 => Offer::H2First,
-            Protocol::Tcp => Offer::Nothing,
+            Protocol::Auto | Protocol::Http1 => AlpnOffer::Http1First,
+            Protocol::H2 => AlpnOffer::H2First,
+            Protocol::Tcp => AlpnOffer::NoAlpn,
         };
-        let offer = PortOffer { http, byte_streams: self.byte_rules(destination, true).takes_bytes() };
+        let offer =
+            PortAlpn { http, byte_streams: self.byte_stream_rules(destination, true).allows_client_first() };
         let handshake = async {
-            let Ok(_permit) = worker.handshakes.acquire().await else { return Err(certificate_not_ready()) };
+            let Ok(_permit) = worker.handshake_permits.acquire().await else {
+                return Err(certificate_not_ready());
+            };
             let server = worker.shared.identity.server().clone().ok_or_else(certificate_not_ready)?;
             handshake::accept(&server, mtls == Mtls::Strict, offer, Prefixed::new(read_ahead, stream)).await
         };
         // Boxed: the handshake's kilobytes are freed when it ends, and an idle connection does not hold them.
         let accepted =
             Box::pin(timeout(HEADER_TIMEOUT, handshake)).await.unwrap_or_else(|_| Err(handshake_timeout()));
-        let Met { stream, proven, speaks, tls12, resumed } = accepted.map_err(|failure| {
-            counts.failed(failure.kind);
-            // The log suppresses repetitions.
-            tracing::warn!(peer = ?self.peer, "client refused: {failure}");
-            ConnectionError::Cut("the TLS handshake failed")
-        })?;
-        counts.done(resumed);
-        let by = if proven.is_some() { Tls::Mutual } else { Tls::Server };
-        let _protected = worker.shared.metrics.inbound.protected(by);
+        let AcceptedTls { stream, verified: proven, protocol: speaks, tls12, resumed } =
+            accepted.map_err(|failure| {
+                counts.record_failure(failure.kind);
+                // The log suppresses repetitions.
+                tracing::warn!(peer = ?self.peer, "client refused: {failure}");
+                ConnectionError::Cut("the TLS handshake failed")
+            })?;
+        counts.record_success(resumed);
+        let by = if proven.is_some() { ConnectionTls::Mutual } else { ConnectionTls::Server };
+        let _protected = worker.shared.metrics.inbound.count_tls(by);
         let inside = self.inside_tls(proven, tls12);
         // An `async fn` stores its arguments twice: pass a pointer, not the whole TLS state.
         let stream = Box::new(stream);
         match speaks {
             _ if protocol == Protocol::Tcp => {
                 let (upstream, _in_use) = Box::pin(connect::dial(&inside, destination)).await?;
-                Box::pin(inside.carry(
+                Box::pin(inside.relay_byte_stream(
                     stream,
                     upstream,
                     destination,
-                    (RequestWatch::off(), BegunBytes::default()),
+                    (RequestWatch::off(), ByteStreamOrigin::default()),
                 ))
                 .await
             }
-            Some(Speaks::H2) => Box::pin(inside.serve_http2(stream)).await,
-            Some(Speaks::Http1) => inside.serve_http1(stream, Bytes::new()).await,
-            Some(Speaks::Bytes | Speaks::ByteStream) | None => {
-                let is_negotiated = speaks == Some(Speaks::ByteStream);
-                let plain = Plain { destination: Some(destination), mtls: Mtls::Off, is_negotiated };
+            Some(ApplicationProtocol::H2) => Box::pin(inside.serve_http2(stream)).await,
+            Some(ApplicationProtocol::Http1) => inside.serve_http1(stream, Bytes::new()).await,
+            Some(ApplicationProtocol::Opaque | ApplicationProtocol::ByteStream) | None => {
+                let is_negotiated = speaks == Some(ApplicationProtocol::ByteStream);
+                let plain =
+                    PlaintextOptions { destination: Some(destination), mtls: Mtls::Off, is_negotiated };
                 Box::pin(inside.serve_plain(stream, plain)).await.map(drop)
             }
         }
@@ -131,7 +136,7 @@ impl Connection {
     /// Refuses a client that did not use TLS: every HTTP request gets an error response, anything else is closed.
     pub(super) async fn refuse_plaintext<S>(
         self: &Rc<Self>,
-        detected: Spoken,
+        detected: DetectedProtocol,
         stream: S,
         read_ahead: Bytes,
     ) -> Result<(), ConnectionError>
@@ -142,36 +147,36 @@ impl Connection {
         tracing::warn!(peer = ?self.peer, "client refused: it came without TLS, and `inbound.mtls` is \"strict\"");
         self.refused_plaintext.set(true);
         match detected {
-            Spoken::Http1 => self.serve_http1(Box::new(stream), read_ahead).await,
-            Spoken::H2 => self.serve_http2(Prefixed::new(read_ahead, stream)).await,
+            DetectedProtocol::Http1 => self.serve_http1(Box::new(stream), read_ahead).await,
+            DetectedProtocol::H2 => self.serve_http2(Prefixed::new(read_ahead, stream)).await,
             _ => Err(ConnectionError::Cut("plaintext is refused: `inbound.mtls` is \"strict\"")),
         }
     }
 
     /// Waits until the configuration requires a client certificate that this connection lacks, or newer TLS.
-    pub(super) async fn outdated(&self) {
-        let reason = looked_at(&self.worker.shared.phase, || self.refusal_by_now()).await;
+    pub(super) async fn wait_until_outdated(&self) {
+        let reason = wait_until_some(&self.worker.shared.phase, || self.refusal_by_current_config()).await;
         tracing::info!(peer = ?self.peer, "closing a connection: {reason}");
     }
 
     /// Waits until the configuration no longer allows a byte stream of this origin.
-    pub(super) async fn no_longer_allowed(&self, origin: BegunBytes) -> ConnectionError {
+    pub(super) async fn wait_until_disallowed(&self, origin: ByteStreamOrigin) -> ConnectionError {
         let mut applied = self.worker.shared.phase.subscribe();
         loop {
             if applied.changed().await.is_err() {
                 return pending().await;
             }
-            if let Some(reason) = self.refusal_by_now() {
+            if let Some(reason) = self.refusal_by_current_config() {
                 return reason;
             }
-            let Some(destination) = target::behind(self) else { continue };
+            let Some(destination) = target::byte_stream_destination(self) else { continue };
             if self.side == Side::Inbound
-                && let Err(error) = authorize::bytes(self, &self.worker.view(), &destination)
+                && let Err(error) = authorize::check_byte_stream(self, &self.worker.view(), &destination)
             {
                 return error.into();
             }
-            let rules = self.byte_rules(&destination, origin.is_negotiated);
-            if let Verdict::Refused(reason) = rules.decide_spoken(origin.detected) {
+            let rules = self.byte_stream_rules(&destination, origin.is_negotiated);
+            if let ByteStreamVerdict::Refused(reason) = rules.decide(origin.detected) {
                 return ProxyError::malformed(format!("byte stream cut: {reason}; {}", self.remedy())).into();
             }
         }
@@ -179,14 +184,14 @@ impl Connection {
 
     /// Waits until the certificate of a byte stream's peer is revoked. Its expiry, or the removal of its root after a
     /// rotation, does not end a byte stream: a peer that has renewed in time cannot present the new certificate on it.
-    pub async fn stream_distrusted(&self) {
+    pub async fn wait_until_revoked(&self) {
         let store = &self.worker.shared.identity;
         let mut changes = store.changes();
         let began = UnixTime::now();
-        let Some((peer, chain)) = self.peer_identity.as_ref().zip(self.presented.as_deref()) else {
+        let Some((peer, chain)) = self.peer_identity.as_ref().zip(self.presented_chain.as_deref()) else {
             return pending().await;
         };
-        while !matches!(self.trust_failure(chain, began), Some(Refusal::Revoked)) {
+        while !matches!(self.trust_failure(chain, began), Some(VerifyError::Revoked)) {
             if changes.changed().await.is_err() {
                 return pending().await;
             }
@@ -195,14 +200,14 @@ impl Connection {
     }
 
     /// Why a chain is not trusted; `None` without an identity of this service, as there are no roots then.
-    fn trust_failure(&self, chain: &[CertificateDer<'static>], at: UnixTime) -> Option<Refusal> {
+    fn trust_failure(&self, chain: &[CertificateDer<'static>], at: UnixTime) -> Option<VerifyError> {
         let (leaf, intermediates) = chain.split_first()?;
         let server = self.worker.shared.identity.server();
         server.as_ref()?.trust.verify(leaf, intermediates, at, Role::Client).err()
     }
 
     /// Waits until the client's certificate has expired or is no longer trusted.
-    pub(super) async fn distrusted(&self, chain: &[CertificateDer<'static>]) {
+    pub(super) async fn wait_until_distrusted(&self, chain: &[CertificateDer<'static>]) {
         let store = &self.worker.shared.identity;
         let mut changes = store.changes();
         let Some(peer) = &self.peer_identity else { return pending().await };

@@ -32,16 +32,16 @@ impl Upgrade {
     }
 
     /// Waits until the configuration would no longer allow the request that was upgraded.
-    pub async fn revoked(&self, connection: &Connection) {
+    pub async fn wait_until_disallowed(&self, connection: &Connection) {
         let Some(allowed_request) = &self.allowed_request else { return std::future::pending().await };
         let mut applied = connection.worker.shared.phase.subscribe();
         loop {
-            let allowed = authorize::upgraded(
+            let allowed = authorize::check_upgrade(
                 connection,
                 &connection.worker.view(),
                 (&allowed_request.0, &allowed_request.1),
             );
-            let reason = connection.refusal_by_now().or(allowed.err().map(ConnectionError::from));
+            let reason = connection.refusal_by_current_config().or(allowed.err().map(ConnectionError::from));
             if let Some(reason) = reason {
                 return tracing::info!(peer = ?connection.peer, "upgraded connection cut: {reason}");
             }

@@ -4,7 +4,7 @@
 //! request, accept any word as a method, end lines at a bare LF, and ignore the version. Bytes that any of them could
 //! read as a request count as HTTP here, so that the proxy's own parser reads them, and refuses what is invalid.
 
-use super::Spoken;
+use super::DetectedProtocol;
 
 /// The client connection preface of HTTP/2 (RFC 9113 §3.4).
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -20,30 +20,30 @@ const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
 /// Classifies all bytes of a client that has ended its stream. Some servers take the end of the stream for the end of
 /// the line and of the header.
-pub fn classify_ended(bytes: &[u8]) -> Spoken {
+pub fn classify_ended(bytes: &[u8]) -> DetectedProtocol {
     let line = [bytes, b"\n"].concat();
     match bytes {
-        [] => Spoken::Nothing,
-        _ => classify(&line).unwrap_or(Spoken::Other),
+        [] => DetectedProtocol::Nothing,
+        _ => classify(&line).unwrap_or(DetectedProtocol::Other),
     }
 }
 
 /// Classifies the first bytes of a client. `None`: more bytes are needed.
-pub fn classify(bytes: &[u8]) -> Option<Spoken> {
+pub fn classify(bytes: &[u8]) -> Option<DetectedProtocol> {
     if bytes.starts_with(H2_PREFACE) {
-        return Some(Spoken::H2);
+        return Some(DetectedProtocol::H2);
     }
     if H2_PREFACE.starts_with(bytes) {
         return None;
     }
     match bytes {
         // A handshake record of SSL 3.0 or later (RFC 8446 §5.1).
-        [0x16, 0x03, minor, ..] if *minor <= 4 => return Some(Spoken::Tls),
+        [0x16, 0x03, minor, ..] if *minor <= 4 => return Some(DetectedProtocol::Tls),
         [0x16] | [0x16, 0x03] => return None,
         _ => {}
     }
     if bytes.starts_with(PROXY_V1) || bytes.starts_with(PROXY_V2) {
-        return Some(Spoken::Http1);
+        return Some(DetectedProtocol::Http1);
     }
     if PROXY_V2.starts_with(bytes) {
         return None;
@@ -56,23 +56,23 @@ pub fn classify(bytes: &[u8]) -> Option<Spoken> {
     if rest.is_empty() {
         return match may_wait {
             true if bytes.len() <= MAX_LINE => None,
-            true => Some(Spoken::Http1),
-            false => Some(Spoken::Other),
+            true => Some(DetectedProtocol::Http1),
+            false => Some(DetectedProtocol::Other),
         };
     }
     if let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
         let is_request = is_request_line(&rest[..end]);
-        return Some(if is_request { Spoken::Http1 } else { Spoken::Other });
+        return Some(if is_request { DetectedProtocol::Http1 } else { DetectedProtocol::Other });
     }
     classify_partial_line(rest, may_wait)
 }
 
 /// Classifies a line that has not ended.
-fn classify_partial_line(line: &[u8], may_wait: bool) -> Option<Spoken> {
+fn classify_partial_line(line: &[u8], may_wait: bool) -> Option<DetectedProtocol> {
     let word = line.iter().take_while(|byte| is_token_byte(**byte)).count();
     let (method, rest) = line.split_at(word);
     if word > MAX_METHOD {
-        return Some(Spoken::Http1);
+        return Some(DetectedProtocol::Http1);
     }
     match rest {
         [] if may_wait => None,
@@ -83,15 +83,15 @@ fn classify_partial_line(line: &[u8], may_wait: bool) -> Option<Spoken> {
             if method == b"CONNECT"
                 || is_upper_case && (begins(b"/") || begins(b"http://") || begins(b"https://"))
             {
-                return Some(Spoken::Http1);
+                return Some(DetectedProtocol::Http1);
             }
             if target.iter().any(|byte| is_control(*byte)) || !may_wait {
-                return Some(Spoken::Other);
+                return Some(DetectedProtocol::Other);
             }
             // The HTTP parser refuses it as too long.
-            (line.len() > MAX_LINE).then_some(Spoken::Http1)
+            (line.len() > MAX_LINE).then_some(DetectedProtocol::Http1)
         }
-        _ => Some(Spoken::Other),
+        _ => Some(DetectedProtocol::Other),
     }
 }
 
@@ -182,38 +182,38 @@ mod tests {
     #[test]
     fn detects_protocols_with_the_fewest_bytes() {
         for (bytes, expected) in [
-            (&b"GET / HTTP/1.1\r\n"[..], Some(Spoken::Http1)),
-            (b"GET /", Some(Spoken::Http1)),
+            (&b"GET / HTTP/1.1\r\n"[..], Some(DetectedProtocol::Http1)),
+            (b"GET /", Some(DetectedProtocol::Http1)),
             (b"GET ", None),
             (b"GET http:/", None),
-            (b"GET http://a", Some(Spoken::Http1)),
-            (b"CONNECT ", Some(Spoken::Http1)),
-            (b"GET a HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"get / HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"set key 0 0 5\r\n", Some(Spoken::Other)),
-            (b"get key\r\n", Some(Spoken::Other)),
-            (b"KEYS *\r\n", Some(Spoken::Other)),
-            (b"GET key\n", Some(Spoken::Other)),
-            (b"NICK outrigger\r\n", Some(Spoken::Other)),
+            (b"GET http://a", Some(DetectedProtocol::Http1)),
+            (b"CONNECT ", Some(DetectedProtocol::Http1)),
+            (b"GET a HTTP/1.1\r\n", Some(DetectedProtocol::Http1)),
+            (b"get / HTTP/1.1\r\n", Some(DetectedProtocol::Http1)),
+            (b"set key 0 0 5\r\n", Some(DetectedProtocol::Other)),
+            (b"get key\r\n", Some(DetectedProtocol::Other)),
+            (b"KEYS *\r\n", Some(DetectedProtocol::Other)),
+            (b"GET key\n", Some(DetectedProtocol::Other)),
+            (b"NICK outrigger\r\n", Some(DetectedProtocol::Other)),
             (b"GE", None),
             (b"", None),
             (b"\r\n", None),
-            (b"\r\nPOST /", Some(Spoken::Http1)),
-            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Some(Spoken::H2)),
+            (b"\r\nPOST /", Some(DetectedProtocol::Http1)),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Some(DetectedProtocol::H2)),
             (b"PRI * HTTP/2.0\r\n\r\n", None),
-            (b"PRI * HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"M-SEARCH * HTTP/1.1\r\n", Some(Spoken::Http1)),
-            (b"\x16\x03\x01\x02\x00\x01", Some(Spoken::Tls)),
+            (b"PRI * HTTP/1.1\r\n", Some(DetectedProtocol::Http1)),
+            (b"M-SEARCH * HTTP/1.1\r\n", Some(DetectedProtocol::Http1)),
+            (b"\x16\x03\x01\x02\x00\x01", Some(DetectedProtocol::Tls)),
             (b"\x16\x03", None),
-            (b"\x16\x04\x01", Some(Spoken::Other)),
-            (b"*1\r\n$4\r\nPING\r\n", Some(Spoken::Other)),
-            (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Some(Spoken::Other)),
+            (b"\x16\x04\x01", Some(DetectedProtocol::Other)),
+            (b"*1\r\n$4\r\nPING\r\n", Some(DetectedProtocol::Other)),
+            (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Some(DetectedProtocol::Other)),
             // A request of Cassandra: only control characters, and its client waits for the response.
-            (b"\x04\x00\x00\x00\x05\x00\x00\x00\x00", Some(Spoken::Other)),
+            (b"\x04\x00\x00\x00\x05\x00\x00\x00\x00", Some(DetectedProtocol::Other)),
             // A request of Kafka that ends in a word.
-            (b"\x00\x00\x00\x0f\x00\x12\x00\x00\x00\x00\x00\x00\x00\x05hello", Some(Spoken::Other)),
-            (b"<?xml version='1.0'?><stream:stream to='a'>", Some(Spoken::Other)),
-            (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Spoken::Other)),
+            (b"\x00\x00\x00\x0f\x00\x12\x00\x00\x00\x00\x00\x00\x00\x05hello", Some(DetectedProtocol::Other)),
+            (b"<?xml version='1.0'?><stream:stream to='a'>", Some(DetectedProtocol::Other)),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", Some(DetectedProtocol::Other)),
         ] {
             assert_eq!(classify(bytes), expected, "{:?}", String::from_utf8_lossy(bytes));
         }
@@ -261,7 +261,12 @@ mod tests {
         for (begin, method) in begins.into_iter().flat_map(|begin| methods.map(|method| (begin, method))) {
             for end in ends {
                 let opener = line(begin, method, end);
-                assert_eq!(classify(&opener), Some(Spoken::Http1), "{:?}", opener.escape_ascii().to_string());
+                assert_eq!(
+                    classify(&opener),
+                    Some(DetectedProtocol::Http1),
+                    "{:?}",
+                    opener.escape_ascii().to_string()
+                );
             }
         }
         for other in [
@@ -276,7 +281,7 @@ mod tests {
             b"PRI * HTTP/2.0\n\nSM\n\n",
             b"\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         ] {
-            assert_eq!(classify(other), Some(Spoken::Http1), "{}", other.escape_ascii());
+            assert_eq!(classify(other), Some(DetectedProtocol::Http1), "{}", other.escape_ascii());
         }
     }
 

@@ -11,7 +11,7 @@ use super::opening::{HTTP_NAME, is_control, is_skipped_byte, separates_words, se
 /// The bytes could be read as an HTTP request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a server could read these bytes as an HTTP request")]
-pub struct ReadsAsRequest;
+pub struct HiddenRequest;
 
 /// See the first lines of this file. It gets the client's bytes before they are forwarded, and the server's.
 #[derive(Debug)]
@@ -131,7 +131,7 @@ impl RequestWatch {
     /// # Errors
     ///
     /// Neither these bytes nor later ones may be forwarded, and the server must not see an orderly end of the stream.
-    pub fn client_sends(&mut self, bytes: &[u8]) -> Result<(), ReadsAsRequest> {
+    pub fn follow_client(&mut self, bytes: &[u8]) -> Result<(), HiddenRequest> {
         let Some(state) = &mut self.state else { return Ok(()) };
         for byte in bytes {
             state.loose.step(*byte)?;
@@ -150,17 +150,17 @@ impl RequestWatch {
     /// # Errors
     ///
     /// The end may not be forwarded: the server must see a reset.
-    pub fn client_ends(&mut self) -> Result<(), ReadsAsRequest> {
+    pub fn end_client(&mut self) -> Result<(), HiddenRequest> {
         let Some(state) = &mut self.state else { return Ok(()) };
         if state.loose.is_request() || state.strict.is_request() || state.three_words.is_request() {
-            return Err(ReadsAsRequest);
+            return Err(HiddenRequest);
         }
         self.state = None;
         Ok(())
     }
 
     /// Follows the server's bytes: if they are not HTTP, the watch ends.
-    pub fn server_answers(&mut self, bytes: &[u8]) {
+    pub fn follow_server(&mut self, bytes: &[u8]) {
         const FRAME_HEADER: usize = 9;
         let Some(state) = &mut self.state else { return };
         let more = FRAME_HEADER.saturating_sub(state.server_bytes.len()).min(bytes.len());
@@ -172,12 +172,12 @@ impl RequestWatch {
 }
 
 impl LooseLine {
-    fn step(&mut self, byte: u8) -> Result<(), ReadsAsRequest> {
+    fn step(&mut self, byte: u8) -> Result<(), HiddenRequest> {
         match byte {
             _ if self.is_over => {}
             byte if self.words == 0 && is_skipped_byte(byte) => {}
             // A server could end lines at CR alone.
-            b'\n' | b'\r' if self.is_request() => return Err(ReadsAsRequest),
+            b'\n' | b'\r' if self.is_request() => return Err(HiddenRequest),
             b'\n' => self.is_over = true,
             byte if separates_words(byte) => self.in_word = false,
             byte => self.word_byte(byte),
@@ -225,11 +225,11 @@ impl LooseLine {
 }
 
 impl StrictLine {
-    fn step(&mut self, byte: u8) -> Result<(), ReadsAsRequest> {
+    fn step(&mut self, byte: u8) -> Result<(), HiddenRequest> {
         let last = std::mem::replace(&mut self.last, byte);
         match byte {
             _ if self.is_over => {}
-            b'\n' if last == b'\r' && self.is_request() => return Err(ReadsAsRequest),
+            b'\n' if last == b'\r' && self.is_request() => return Err(HiddenRequest),
             // An empty line is skipped.
             b'\n' if last == b'\r' => self.is_over = !self.is_empty,
             byte => self.line_byte(last, byte),
@@ -264,11 +264,11 @@ impl StrictLine {
 }
 
 impl ThreeWords {
-    fn step(&mut self, byte: u8) -> Result<(), ReadsAsRequest> {
+    fn step(&mut self, byte: u8) -> Result<(), HiddenRequest> {
         let last = std::mem::replace(&mut self.last, byte);
         match byte {
             _ if self.is_over => {}
-            b'\n' if last == b'\r' && self.is_request() => return Err(ReadsAsRequest),
+            b'\n' if last == b'\r' && self.is_request() => return Err(HiddenRequest),
             b'\n' if last == b'\r' => self.is_over = self.words > 0,
             b'\t'..=b'\r' | b' ' => self.in_word = false,
             byte => {

@@ -8,7 +8,7 @@ use std::{
 
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use crate::{descriptors::Purpose, net::io::SharedTcp};
+use crate::{descriptors::DescriptorPurpose, net::io::SharedTcp};
 
 /// The default capacity of a pipe.
 const PIPE_CAPACITY: usize = 64 * 1024;
@@ -25,14 +25,14 @@ pub struct Pipe {
 impl Pipe {
     pub fn new() -> io::Result<Self> {
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        if !Purpose::Dial.allows(&write_end) {
+        if !DescriptorPurpose::Dial.allows(&write_end) {
             return Err(rustix::io::Errno::MFILE.into());
         }
         Ok(Self { write_end, read_end, holds: 0 })
     }
 
     /// Moves some bytes; returns how many were read. 0: the sender has closed, and everything is written.
-    pub fn poll_carry(
+    pub fn poll_splice(
         &mut self,
         cx: &mut Context<'_>,
         from: &SharedTcp,

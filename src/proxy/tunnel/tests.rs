@@ -20,7 +20,7 @@ async fn only_an_idle_tunnel_ends() {
         Instant::now()
     };
     let (end, last) = tokio::join!(relay, talk);
-    assert!(matches!(end, End::Idle));
+    assert!(matches!(end, TunnelEnd::Idle));
     assert_eq!(last.elapsed().as_secs(), 10);
 }
 
@@ -42,7 +42,7 @@ async fn a_half_close_is_forwarded() {
     };
     let (end, texts) = tokio::join!(relay, talk);
     assert_eq!(texts, ("question".to_owned(), "answer".to_owned()));
-    assert!(matches!(end, End::Closed(Ok((8, 6)))));
+    assert!(matches!(end, TunnelEnd::Closed(Ok((8, 6)))));
 }
 
 /// Both ends of a connection.
@@ -91,7 +91,7 @@ async fn bulk_data_is_spliced_without_loss() {
         assert!(got_left == download);
     };
     let (end, ()) = tokio::join!(relay, talk);
-    assert!(matches!(end, End::Closed(Ok((5_000_006, 3_000_001)))), "{end:?}");
+    assert!(matches!(end, TunnelEnd::Closed(Ok((5_000_006, 3_000_001)))), "{end:?}");
 }
 
 #[tokio::test]
@@ -99,7 +99,7 @@ async fn only_bulk_data_takes_a_pipe() {
     let ((mut left, a), (mut right, b)) = (connected().await, connected().await);
     let (mut from, mut to) = (a.clone(), b.clone());
     let (moved, watch) = (Cell::new(Instant::now()), RefCell::new(RequestWatch::off()));
-    let noted = Noted { moved: &moved, watch: &watch };
+    let noted = RelayState { moved: &moved, watch: &watch };
     let mut flow = Flow::of(Sender::Client);
     let carry = async {
         poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &noted)).await.unwrap();
@@ -110,7 +110,7 @@ async fn only_bulk_data_takes_a_pipe() {
         right.read_to_end(&mut Vec::new()).await.unwrap();
     };
     tokio::join!(carry, talk);
-    assert!(matches!(flow.carries, Carries::Nothing) && flow.carried == 8);
+    assert!(matches!(flow.mode, FlowMode::Done) && flow.bytes == 8);
 
     let (mut left, a) = connected().await;
     let (mut right, b) = connected().await;
@@ -127,7 +127,7 @@ async fn only_bulk_data_takes_a_pipe() {
         _ = poll_fn(|cx| flow.poll(cx, &mut from, &mut to, Some((&a, &b)), &noted)) => unreachable!("neither side closes"),
         () = reads => {}
     }
-    assert!(matches!(flow.carries, Carries::Pipe(_)), "{flow:?}");
+    assert!(matches!(flow.mode, FlowMode::Splice(_)), "{flow:?}");
 }
 
 /// Bytes that could be read as a request do not reach the server; the bytes before them do.
@@ -146,6 +146,6 @@ async fn a_request_hidden_in_a_byte_stream_is_cut_off() {
         rest
     };
     let (end, rest) = tokio::join!(relay, talk);
-    assert!(matches!(end, End::Request(_)));
+    assert!(matches!(end, TunnelEnd::HiddenRequest(_)));
     assert_eq!(rest, b"", "no byte of the header");
 }

@@ -2,20 +2,20 @@
 
 use std::time::{Duration, Instant};
 
-use super::{BreakerSettings, Mode, State, Transition, Why};
+use super::{BreakerMode, BreakerSettings, BreakerState, BreakerTransition, TransitionReason};
 
 /// See [`super::Breaker`] for the guarantees.
 #[derive(Debug)]
 pub struct Machine {
     pub settings: BreakerSettings,
     phase: Phase,
-    mode: Mode,
+    mode: BreakerMode,
     /// When [`BreakerMode::Open`] or [`BreakerMode::Closed`] returns to auto.
     mode_until: Option<Instant>,
     /// Incremented by every transition, to distinguish attempts admitted before it from those after it.
     pub generation: u64,
     pub since: Instant,
-    pub why: Why,
+    pub reason: TransitionReason,
     /// How often it has opened since it was last closed.
     openings: u32,
 }
@@ -46,17 +46,17 @@ enum EarlyTrial {
 
 /// The result of [`Machine::admit`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Admitted {
-    Normally,
-    AsTrial,
+pub enum MachineAdmission {
+    Normal,
+    Trial,
     /// With the time after which another attempt may be admitted.
     Refused(Duration),
 }
 
 /// The counts at a failure, this failure included; failures and successes are those of the window.
 #[derive(Clone, Copy, Debug)]
-pub struct Counts {
-    pub in_a_row: u32,
+pub struct WindowCounts {
+    pub consecutive: u32,
     pub failures: u64,
     pub successes: u64,
 }
@@ -69,49 +69,49 @@ impl Machine {
         Self {
             settings,
             phase: Phase::Closed,
-            mode: Mode::Auto,
+            mode: BreakerMode::Auto,
             mode_until: None,
             generation: 0,
             since: now,
-            why: Why::Start,
+            reason: TransitionReason::Start,
             openings: 0,
         }
     }
 
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> BreakerState {
         match (self.mode, self.phase) {
-            (Mode::Open, _) => State::Open,
-            (Mode::Closed, _) | (Mode::Auto, Phase::Closed) => State::Closed,
-            (Mode::Auto, Phase::Open { .. }) => State::Open,
-            (Mode::Auto, Phase::HalfOpen { .. }) => State::HalfOpen,
+            (BreakerMode::Open, _) => BreakerState::Open,
+            (BreakerMode::Closed, _) | (BreakerMode::Auto, Phase::Closed) => BreakerState::Closed,
+            (BreakerMode::Auto, Phase::Open { .. }) => BreakerState::Open,
+            (BreakerMode::Auto, Phase::HalfOpen { .. }) => BreakerState::HalfOpen,
         }
     }
 
-    pub fn mode(&self) -> Mode {
+    pub fn mode(&self) -> BreakerMode {
         self.mode
     }
 
     /// When the state changes by itself, if it does.
     pub fn until(&self) -> Option<Instant> {
         match (self.mode, self.phase) {
-            (Mode::Auto, Phase::Open { until, .. }) => Some(until),
-            (Mode::Auto, _) => None,
+            (BreakerMode::Auto, Phase::Open { until, .. }) => Some(until),
+            (BreakerMode::Auto, _) => None,
             _ => self.mode_until,
         }
     }
 
     /// Applies transitions that are due by time: a forced state returns to auto, an open breaker becomes half open.
-    pub fn settle(&mut self, now: Instant) -> Option<Transition> {
-        if self.mode != Mode::Auto && self.mode_until.is_some_and(|until| until <= now) {
-            return self.force(Mode::Auto, None, now, Why::ManualExpired);
+    pub fn apply_time(&mut self, now: Instant) -> Option<BreakerTransition> {
+        if self.mode != BreakerMode::Auto && self.mode_until.is_some_and(|until| until <= now) {
+            return self.force(BreakerMode::Auto, None, now, TransitionReason::ManualExpired);
         }
         match (self.mode, self.phase) {
-            (Mode::Auto, Phase::Open { until, .. }) if until <= now => {
+            (BreakerMode::Auto, Phase::Open { until, .. }) if until <= now => {
                 let half_open = Phase::HalfOpen { in_flight: 0, succeeded: 0, resume: None };
-                Some(self.enter(half_open, Why::OpenTimeOver, now))
+                Some(self.enter(half_open, TransitionReason::OpenTimeElapsed, now))
             }
             // A reload requires fewer trials than have succeeded already.
-            (Mode::Auto, Phase::HalfOpen { succeeded, .. }) if succeeded >= self.trials() => {
+            (BreakerMode::Auto, Phase::HalfOpen { succeeded, .. }) if succeeded >= self.trials() => {
                 Some(self.close(now))
             }
             _ => None,
@@ -122,15 +122,15 @@ impl Machine {
         self.settings.trial_requests.max(1)
     }
 
-    fn close(&mut self, now: Instant) -> Transition {
+    fn close(&mut self, now: Instant) -> BreakerTransition {
         self.openings = 0;
-        self.enter(Phase::Closed, Why::TrialsSucceeded, now)
+        self.enter(Phase::Closed, TransitionReason::TrialsSucceeded, now)
     }
 
     /// Allows one early trial, since an absent endpoint may be back. Returns whether it is newly allowed.
-    pub fn offer_trial(&mut self) -> bool {
+    pub fn allow_early_trial(&mut self) -> bool {
         match (self.mode, &mut self.phase) {
-            (Mode::Auto, Phase::Open { early, .. }) if *early == EarlyTrial::None => {
+            (BreakerMode::Auto, Phase::Open { early, .. }) if *early == EarlyTrial::None => {
                 *early = EarlyTrial::Allowed;
                 true
             }
@@ -139,30 +139,37 @@ impl Machine {
     }
 
     /// Whether to admit an attempt now. Call [`Self::apply_time`] first.
-    pub fn admit(&mut self, now: Instant) -> Admitted {
+    pub fn admit(&mut self, now: Instant) -> MachineAdmission {
         let wait = |until: Instant| until.saturating_duration_since(now);
         match (self.mode, &mut self.phase) {
-            (Mode::Closed, _) | (Mode::Auto, Phase::Closed) => Admitted::Normally,
-            (Mode::Open, _) => Admitted::Refused(self.mode_until.map_or(WAIT_FOR_TRIALS, wait)),
-            (Mode::Auto, Phase::Open { early: early @ EarlyTrial::Allowed, .. }) => {
-                *early = EarlyTrial::InFlight;
-                Admitted::AsTrial
+            (BreakerMode::Closed, _) | (BreakerMode::Auto, Phase::Closed) => MachineAdmission::Normal,
+            (BreakerMode::Open, _) => {
+                MachineAdmission::Refused(self.mode_until.map_or(WAIT_FOR_TRIALS, wait))
             }
-            (Mode::Auto, Phase::Open { until, .. }) => Admitted::Refused(wait(*until)),
-            (Mode::Auto, Phase::HalfOpen { in_flight, succeeded, .. }) => {
+            (BreakerMode::Auto, Phase::Open { early: early @ EarlyTrial::Allowed, .. }) => {
+                *early = EarlyTrial::InFlight;
+                MachineAdmission::Trial
+            }
+            (BreakerMode::Auto, Phase::Open { until, .. }) => MachineAdmission::Refused(wait(*until)),
+            (BreakerMode::Auto, Phase::HalfOpen { in_flight, succeeded, .. }) => {
                 if in_flight.saturating_add(*succeeded) < self.settings.trial_requests.max(1) {
                     *in_flight += 1;
-                    Admitted::AsTrial
+                    MachineAdmission::Trial
                 } else {
-                    Admitted::Refused(WAIT_FOR_TRIALS)
+                    MachineAdmission::Refused(WAIT_FOR_TRIALS)
                 }
             }
         }
     }
 
     /// An attempt that was admitted while closed has failed.
-    pub fn failed(&mut self, counts: Counts, now: Instant, random: f64) -> Option<Transition> {
-        if self.mode != Mode::Auto || !matches!(self.phase, Phase::Closed) {
+    pub fn record_failure(
+        &mut self,
+        counts: WindowCounts,
+        now: Instant,
+        random: f64,
+    ) -> Option<BreakerTransition> {
+        if self.mode != BreakerMode::Auto || !matches!(self.phase, Phase::Closed) {
             return None;
         }
         let why = self.reason_to_open(counts)?;
@@ -171,8 +178,8 @@ impl Machine {
 
     /// A trial has ended. An early trial that fails changes nothing: neither when the breaker becomes half open nor how
     /// long it will be open the next time.
-    pub fn trial_ended(&mut self, success: bool, now: Instant, random: f64) -> Option<Transition> {
-        if self.mode != Mode::Auto {
+    pub fn record_trial(&mut self, success: bool, now: Instant, random: f64) -> Option<BreakerTransition> {
+        if self.mode != BreakerMode::Auto {
             return None;
         }
         let trials = self.trials();
@@ -185,13 +192,13 @@ impl Machine {
             Phase::Open { .. } if trials <= 1 => Some(self.close(now)),
             Phase::Open { until, .. } => {
                 let half_open = Phase::HalfOpen { in_flight: 0, succeeded: 1, resume: Some(*until) };
-                Some(self.enter(half_open, Why::Reachable, now))
+                Some(self.enter(half_open, TransitionReason::Reachable, now))
             }
             Phase::HalfOpen { resume: Some(until), .. } if !success && *until > now => {
                 let open = Phase::Open { until: *until, early: EarlyTrial::None };
-                Some(self.enter(open, Why::TrialFailed, now))
+                Some(self.enter(open, TransitionReason::TrialFailed, now))
             }
-            Phase::HalfOpen { .. } if !success => Some(self.open(Why::TrialFailed, now, random)),
+            Phase::HalfOpen { .. } if !success => Some(self.open(TransitionReason::TrialFailed, now, random)),
             Phase::HalfOpen { in_flight, succeeded, .. } => {
                 *in_flight = in_flight.saturating_sub(1);
                 *succeeded += 1;
@@ -201,7 +208,7 @@ impl Machine {
     }
 
     /// A trial without a result: dropped, cancelled, or neutral. Another one may use its slot.
-    pub fn trial_lost(&mut self) {
+    pub fn release_trial(&mut self) {
         match &mut self.phase {
             Phase::Closed => {}
             Phase::Open { early, .. } if *early == EarlyTrial::InFlight => *early = EarlyTrial::Allowed,
@@ -213,37 +220,41 @@ impl Machine {
     /// Forces a state, or returns to automatic. Discards the counts and the history.
     pub fn force(
         &mut self,
-        mode: Mode,
+        mode: BreakerMode,
         until: Option<Instant>,
         now: Instant,
-        why: Why,
-    ) -> Option<Transition> {
-        if mode == Mode::Auto && self.mode == Mode::Auto {
+        why: TransitionReason,
+    ) -> Option<BreakerTransition> {
+        if mode == BreakerMode::Auto && self.mode == BreakerMode::Auto {
             return None;
         }
-        let why = if mode == Mode::Auto && why == Why::Manual { Why::ManualEnded } else { why };
+        let why = if mode == BreakerMode::Auto && why == TransitionReason::Manual {
+            TransitionReason::ManualReset
+        } else {
+            why
+        };
         let from = self.state();
         self.mode = mode;
-        self.mode_until = until.filter(|_| mode != Mode::Auto);
+        self.mode_until = until.filter(|_| mode != BreakerMode::Auto);
         self.openings = 0;
         let transition = self.enter(Phase::Closed, why, now);
-        Some(Transition { from, ..transition })
+        Some(BreakerTransition { from, ..transition })
     }
 
-    fn reason_to_open(&self, counts: Counts) -> Option<Why> {
+    fn reason_to_open(&self, counts: WindowCounts) -> Option<TransitionReason> {
         let BreakerSettings { consecutive_failures, failure_rate, min_requests, .. } = self.settings;
-        if consecutive_failures > 0 && counts.in_a_row >= consecutive_failures {
-            return Some(Why::ConsecutiveFailures(counts.in_a_row));
+        if consecutive_failures > 0 && counts.consecutive >= consecutive_failures {
+            return Some(TransitionReason::ConsecutiveFailures(counts.consecutive));
         }
         let requests = counts.failures + counts.successes;
         let enough = requests >= u64::from(min_requests.max(1));
         if *failure_rate > 0.0 && enough && counts.failures as f64 >= *failure_rate * requests as f64 {
-            return Some(Why::FailureRate { failures: counts.failures, requests });
+            return Some(TransitionReason::FailureRate { failures: counts.failures, requests });
         }
         None
     }
 
-    fn open(&mut self, why: Why, now: Instant, random: f64) -> Transition {
+    fn open(&mut self, why: TransitionReason, now: Instant, random: f64) -> BreakerTransition {
         let open_for = self.settings.open_for.nth(self.openings, random);
         self.openings = self.openings.saturating_add(1);
         // A time that `Instant` cannot represent is replaced by a day.
@@ -251,12 +262,12 @@ impl Machine {
         self.enter(Phase::Open { until, early: EarlyTrial::None }, why, now)
     }
 
-    fn enter(&mut self, phase: Phase, why: Why, now: Instant) -> Transition {
+    fn enter(&mut self, phase: Phase, why: TransitionReason, now: Instant) -> BreakerTransition {
         let from = self.state();
         self.phase = phase;
         self.generation += 1;
         self.since = now;
-        self.why = why;
-        Transition { from, to: self.state(), why, until: self.until() }
+        self.reason = why;
+        BreakerTransition { from, to: self.state(), reason: why, until: self.until() }
     }
 }

@@ -5,7 +5,7 @@ use super::*;
 const S: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
 
-fn fail(breaker: &Arc<Breaker>, now: Instant) -> Option<Transition> {
+fn fail(breaker: &Arc<Breaker>, now: Instant) -> Option<BreakerTransition> {
     try_once(breaker, Health::Failure, now)
 }
 
@@ -15,7 +15,7 @@ fn fail_times(times: u32, breaker: &Arc<Breaker>, now: Instant) {
     }
 }
 
-fn try_once(breaker: &Arc<Breaker>, health: Health, now: Instant) -> Option<Transition> {
+fn try_once(breaker: &Arc<Breaker>, health: Health, now: Instant) -> Option<BreakerTransition> {
     let admission = breaker.admit(now);
     let transition = breaker.report(admission.permit.unwrap(), health, now, 0.5);
     transition.or(admission.transition)
@@ -28,7 +28,7 @@ fn refused(breaker: &Arc<Breaker>, now: Instant) -> Option<Duration> {
 fn opened(now: Instant) -> Arc<Breaker> {
     let breaker = Breaker::new(BreakerSettings::default(), now);
     fail_times(10, &breaker, now);
-    assert_eq!(breaker.report_state().state, State::Open);
+    assert_eq!(breaker.state_report().state, BreakerState::Open);
     breaker
 }
 
@@ -45,8 +45,8 @@ fn opens_after_consecutive_failures_with_the_reason() {
         try_once(&breaker, Health::Neutral, now);
     }
     let transition = fail(&breaker, now).unwrap();
-    assert_eq!((transition.from, transition.to), (State::Closed, State::Open));
-    assert_eq!(transition.why.to_string(), "10 failures in a row");
+    assert_eq!((transition.from, transition.to), (BreakerState::Closed, BreakerState::Open));
+    assert_eq!(transition.reason.to_string(), "10 failures in a row");
     assert_eq!(transition.until, Some(now + S * 5));
     assert_eq!(refused(&breaker, now + S), Some(S * 4));
     assert!(!breaker.is_closed());
@@ -63,8 +63,8 @@ fn opens_at_the_failure_rate_once_there_are_enough_requests() {
             assert_eq!(fail(&breaker, now + MS * n), None);
         }
     }
-    let why = fail(&breaker, now + S).unwrap().why;
-    assert_eq!(why, Why::FailureRate { failures: 10, requests: 20 });
+    let why = fail(&breaker, now + S).unwrap().reason;
+    assert_eq!(why, TransitionReason::FailureRate { failures: 10, requests: 20 });
 
     let forgetful = Breaker::new(settings, now);
     fail_times(19, &forgetful, now);
@@ -81,15 +81,18 @@ fn half_open_closes_only_when_all_trials_succeed() {
     let breaker = opened(start);
     let now = start + S * 5;
     let first = breaker.admit(now);
-    assert_eq!(first.transition.map(|t| (t.from, t.to)), Some((State::Open, State::HalfOpen)));
+    assert_eq!(first.transition.map(|t| (t.from, t.to)), Some((BreakerState::Open, BreakerState::HalfOpen)));
     let trials =
         [first.permit.unwrap(), breaker.admit(now).permit.unwrap(), breaker.admit(now).permit.unwrap()];
-    assert!(trials.iter().all(Permit::is_trial));
+    assert!(trials.iter().all(BreakerPermit::is_trial));
     assert!(refused(&breaker, now).is_some());
     let transitions: Vec<_> =
         trials.into_iter().map(|trial| breaker.report(trial, Health::Success, now, 0.5)).collect();
     assert_eq!(transitions[..2], [None, None]);
-    assert_eq!(transitions[2].map(|t| (t.to, t.why)), Some((State::Closed, Why::TrialsSucceeded)));
+    assert_eq!(
+        transitions[2].map(|t| (t.to, t.reason)),
+        Some((BreakerState::Closed, TransitionReason::TrialsSucceeded))
+    );
     assert!(breaker.is_closed());
 }
 
@@ -115,7 +118,7 @@ fn a_dropped_trial_frees_its_slot() {
     let start = Instant::now();
     let breaker = opened(start);
     let now = start + S * 5;
-    let mut trials: Vec<Permit> = (0..3).map(|_| breaker.admit(now).permit.unwrap()).collect();
+    let mut trials: Vec<BreakerPermit> = (0..3).map(|_| breaker.admit(now).permit.unwrap()).collect();
     assert!(refused(&breaker, now).is_some());
     drop(trials.pop());
     let again = breaker.admit(now).permit.unwrap();
@@ -128,7 +131,7 @@ fn a_dropped_trial_frees_its_slot() {
 fn ignores_attempts_admitted_before_a_transition() {
     let start = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), start);
-    let mut old: Vec<Permit> = (0..30).map(|_| breaker.admit(start).permit.unwrap()).collect();
+    let mut old: Vec<BreakerPermit> = (0..30).map(|_| breaker.admit(start).permit.unwrap()).collect();
     fail_times(10, &breaker, start);
     let now = start + S * 5;
     let trial = breaker.admit(now).permit.unwrap();
@@ -138,13 +141,13 @@ fn ignores_attempts_admitted_before_a_transition() {
     for permit in old.drain(..10) {
         assert_eq!(breaker.report(permit, Health::Failure, now, 0.5), None);
     }
-    assert_eq!(breaker.report_state().state, State::HalfOpen);
+    assert_eq!(breaker.state_report().state, BreakerState::HalfOpen);
     breaker.report(trial, Health::Failure, now, 0.5);
-    let since = breaker.report_state().since;
+    let since = breaker.state_report().since;
     for permit in old {
         assert_eq!(breaker.report(permit, Health::Failure, now + S, 0.5), None);
     }
-    assert_eq!(breaker.report_state().since, since);
+    assert_eq!(breaker.state_report().since, since);
 }
 
 #[test]
@@ -159,7 +162,7 @@ fn a_success_from_before_a_transition_does_not_reset_consecutive_failures() {
     }
     fail_times(9, &breaker, now);
     assert_eq!(breaker.report(old, Health::Success, now, 0.5), None);
-    assert_eq!(fail(&breaker, now).map(|t| t.to), Some(State::Open));
+    assert_eq!(fail(&breaker, now).map(|t| t.to), Some(BreakerState::Open));
 }
 
 #[test]
@@ -170,7 +173,7 @@ fn a_trial_of_an_earlier_generation_frees_no_slot() {
     let late = breaker.admit(now).permit.unwrap();
     fail(&breaker, now);
     let now = now + S * 10;
-    let _trials: Vec<Permit> = (0..3).map(|_| breaker.admit(now).permit.unwrap()).collect();
+    let _trials: Vec<BreakerPermit> = (0..3).map(|_| breaker.admit(now).permit.unwrap()).collect();
     drop(late);
     assert!(refused(&breaker, now).is_some());
 }
@@ -179,29 +182,32 @@ fn a_trial_of_an_earlier_generation_frees_no_slot() {
 fn a_forced_state_expires() {
     let now = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), now);
-    let transition = breaker.force(Mode::Open, Some(now + S * 60), now).unwrap();
-    assert_eq!((transition.to, transition.why), (State::Open, Why::Manual));
+    let transition = breaker.force(BreakerMode::Open, Some(now + S * 60), now).unwrap();
+    assert_eq!((transition.to, transition.reason), (BreakerState::Open, TransitionReason::Manual));
     assert_eq!(refused(&breaker, now + S * 59), Some(S));
     assert!(breaker.admit(now + S * 60).permit.is_ok());
-    assert_eq!(breaker.report_state().why, Why::ManualExpired);
+    assert_eq!(breaker.state_report().reason, TransitionReason::ManualExpired);
 
-    breaker.force(Mode::Closed, Some(now + S * 120), now);
+    breaker.force(BreakerMode::Closed, Some(now + S * 120), now);
     assert!((0..100).all(|_| fail(&breaker, now + S * 61).is_none()), "forced closed stays closed");
     let expired = fail(&breaker, now + S * 120).unwrap();
-    assert_eq!(expired.why, Why::ManualExpired);
+    assert_eq!(expired.reason, TransitionReason::ManualExpired);
     fail_times(10, &breaker, now + S * 121);
-    assert_eq!(breaker.report_state().state, State::Open);
+    assert_eq!(breaker.state_report().state, BreakerState::Open);
 
-    breaker.force(Mode::Open, Some(now + S * 200), now + S * 122);
-    let reset_to_auto = breaker.force(Mode::Auto, None, now + S * 122).unwrap();
-    assert_eq!((reset_to_auto.to, reset_to_auto.why), (State::Closed, Why::ManualEnded));
-    assert!(!breaker.report_state().why.to_string().contains("by hand"));
+    breaker.force(BreakerMode::Open, Some(now + S * 200), now + S * 122);
+    let reset_to_auto = breaker.force(BreakerMode::Auto, None, now + S * 122).unwrap();
+    assert_eq!(
+        (reset_to_auto.to, reset_to_auto.reason),
+        (BreakerState::Closed, TransitionReason::ManualReset)
+    );
+    assert!(!breaker.state_report().reason.to_string().contains("by hand"));
 
-    breaker.force(Mode::Closed, Some(now + S * 200), now + S * 122);
+    breaker.force(BreakerMode::Closed, Some(now + S * 200), now + S * 122);
     assert_eq!(breaker.tick(now + S * 199), None);
-    assert_eq!(breaker.tick(now + S * 200).map(|t| t.to), Some(State::Closed));
-    assert_eq!(breaker.report_state().mode, Mode::Auto);
-    assert_eq!(breaker.force(Mode::Auto, None, now), None, "it was auto already");
+    assert_eq!(breaker.tick(now + S * 200).map(|t| t.to), Some(BreakerState::Closed));
+    assert_eq!(breaker.state_report().mode, BreakerMode::Auto);
+    assert_eq!(breaker.force(BreakerMode::Auto, None, now), None, "it was auto already");
 }
 
 #[test]
@@ -223,7 +229,7 @@ fn a_reload_with_fewer_trials_closes_a_half_open_breaker() {
     for _ in 0..2 {
         try_once(&breaker, Health::Success, start + S * 5);
     }
-    assert_eq!(breaker.report_state().state, State::HalfOpen);
+    assert_eq!(breaker.state_report().state, BreakerState::HalfOpen);
     breaker.configure(BreakerSettings { trial_requests: 1, ..BreakerSettings::default() });
     assert!(breaker.admit(start + S * 6).permit.is_ok(), "two have succeeded, one is required");
     assert!(breaker.is_closed());
@@ -247,7 +253,7 @@ fn workers_share_one_state() {
         threads.into_iter().map(|thread| thread.join().unwrap()).sum()
     });
     assert_eq!(opened, 1, "it opens once, whichever worker reports");
-    assert_eq!(breaker.report_state().state, State::Open);
+    assert_eq!(breaker.state_report().state, BreakerState::Open);
 }
 
 #[derive(Clone, Debug)]
@@ -257,12 +263,12 @@ enum Event {
     Lose(usize),
     Pass(u16),
     OfferTrial,
-    Force(Mode, Option<u16>),
+    Force(BreakerMode, Option<u16>),
 }
 
 fn event() -> impl Strategy<Value = Event> {
     let health = || prop_oneof![Just(Health::Success), Just(Health::Failure), Just(Health::Neutral)];
-    let mode = prop_oneof![Just(Mode::Auto), Just(Mode::Open), Just(Mode::Closed)];
+    let mode = prop_oneof![Just(BreakerMode::Auto), Just(BreakerMode::Open), Just(BreakerMode::Closed)];
     prop_oneof![
         8 => Just(Event::Admit),
         6 => (any::<usize>(), health()).prop_map(|(which, health)| Event::Report(which, health)),
@@ -281,18 +287,18 @@ proptest! {
     ) {
         let settings = BreakerSettings {
             trial_requests, consecutive_failures, min_requests: 4, window: HumanDuration::from_secs(2),
-            open_for: Growing { base: HumanDuration::from_secs(1), max: HumanDuration::from_secs(4) },
+            open_for: GrowingDuration { base: HumanDuration::from_secs(1), max: HumanDuration::from_secs(4) },
             ..BreakerSettings::default()
         };
         let mut now = Instant::now();
         let breaker = Breaker::new(settings, now);
-        let mut out: Vec<Permit> = Vec::new();
-        let mut state = State::Closed;
+        let mut out: Vec<BreakerPermit> = Vec::new();
+        let mut state = BreakerState::Closed;
         let mut offered = false;
         for event in events {
             let transition = match event {
                 Event::Pass(ms) => { now += MS * u32::from(ms); None }
-                Event::OfferTrial => { offered |= breaker.offer_trial(); None }
+                Event::OfferTrial => { offered |= breaker.allow_early_trial(); None }
                 Event::Lose(which) => { if !out.is_empty() { out.swap_remove(which % out.len()); } None }
                 Event::Force(mode, after) => breaker.force(mode, after.map(|ms| now + MS * u32::from(ms)), now),
                 Event::Admit => {
@@ -300,11 +306,11 @@ proptest! {
                     if let Some(transition) = admission.transition { state = transition.to; }
                     match admission.permit {
                         Ok(permit) => {
-                            prop_assert_eq!(permit.is_trial(), state != State::Closed);
-                            prop_assert!(state != State::Open || offered);
+                            prop_assert_eq!(permit.is_trial(), state != BreakerState::Closed);
+                            prop_assert!(state != BreakerState::Open || offered);
                             out.push(permit);
                         }
-                        Err(_) => prop_assert!(state != State::Closed),
+                        Err(_) => prop_assert!(state != BreakerState::Closed),
                     }
                     None
                 }
@@ -318,25 +324,25 @@ proptest! {
                 prop_assert_eq!(transition.from, state);
                 state = transition.to;
             }
-            let report = breaker.report_state();
+            let report = breaker.state_report();
             prop_assert_eq!(report.state, state, "every change is reported");
-            prop_assert_eq!(breaker.is_closed(), state == State::Closed);
+            prop_assert_eq!(breaker.is_closed(), state == BreakerState::Closed);
             let live = report_generation(&breaker);
             let trials = out.iter().filter(|permit| permit.is_trial() && permit.generation == live).count();
             prop_assert!(trials <= trial_requests as usize);
             // Open always ends by itself, unless it is forced.
-            prop_assert!(state != State::Open || report.until.is_some() || report.mode == Mode::Open);
+            prop_assert!(state != BreakerState::Open || report.until.is_some() || report.mode == BreakerMode::Open);
         }
         // Once the upstream succeeds again, it closes.
         drop(out);
-        breaker.force(Mode::Auto, None, now);
+        breaker.force(BreakerMode::Auto, None, now);
         for _ in 0..20 {
             now += S * 4;
             if let Ok(permit) = breaker.admit(now).permit {
                 breaker.report(permit, Health::Success, now, random);
             }
         }
-        prop_assert_eq!(breaker.report_state().state, State::Closed);
+        prop_assert_eq!(breaker.state_report().state, BreakerState::Closed);
     }
 }
 
@@ -348,19 +354,19 @@ fn report_generation(breaker: &Breaker) -> u64 {
 fn an_early_trial_that_succeeds_half_opens_the_breaker() {
     let now = Instant::now();
     let breaker = Breaker::new(BreakerSettings::default(), now);
-    assert!(!breaker.offer_trial(), "closed: nothing to do");
+    assert!(!breaker.allow_early_trial(), "closed: nothing to do");
     let breaker = opened(now);
-    assert!(breaker.offer_trial());
-    assert!(!breaker.offer_trial(), "one at a time");
+    assert!(breaker.allow_early_trial());
+    assert!(!breaker.allow_early_trial(), "one at a time");
     let trial = breaker.admit(now).permit.unwrap();
     assert!(trial.is_trial() && refused(&breaker, now).is_some());
-    assert_eq!(breaker.report_state().state, State::Open, "nothing has succeeded yet");
+    assert_eq!(breaker.state_report().state, BreakerState::Open, "nothing has succeeded yet");
     let transition = breaker.report(trial, Health::Success, now, 0.5).unwrap();
-    assert_eq!((transition.to, transition.why), (State::HalfOpen, Why::Reachable));
+    assert_eq!((transition.to, transition.reason), (BreakerState::HalfOpen, TransitionReason::Reachable));
     assert_eq!(try_once(&breaker, Health::Success, now), None);
-    assert_eq!(try_once(&breaker, Health::Success, now).map(|t| t.to), Some(State::Closed));
-    breaker.force(Mode::Open, None, now);
-    assert!(!breaker.offer_trial(), "a forced state admits no trial");
+    assert_eq!(try_once(&breaker, Health::Success, now).map(|t| t.to), Some(BreakerState::Closed));
+    breaker.force(BreakerMode::Open, None, now);
+    assert!(!breaker.allow_early_trial(), "a forced state admits no trial");
 }
 
 #[test]
@@ -369,15 +375,15 @@ fn an_early_trial_that_fails_changes_nothing() {
     let breaker = opened(start);
     for n in 1..200u32 {
         let now = start + MS * 10 * n;
-        assert!(breaker.offer_trial(), "after every failed one");
+        assert!(breaker.allow_early_trial(), "after every failed one");
         assert_eq!(try_once(&breaker, Health::Failure, now), None);
-        assert_eq!(breaker.report_state().until, Some(start + S * 5));
+        assert_eq!(breaker.state_report().until, Some(start + S * 5));
     }
     // Nor does one that fails after another one has succeeded.
-    breaker.offer_trial();
+    breaker.allow_early_trial();
     try_once(&breaker, Health::Success, start + S * 3).unwrap();
     let transition = try_once(&breaker, Health::Failure, start + S * 3).unwrap();
-    assert_eq!((transition.to, transition.until), (State::Open, Some(start + S * 5)));
+    assert_eq!((transition.to, transition.until), (BreakerState::Open, Some(start + S * 5)));
     // A trial after the open time does.
     let permit = breaker.admit(start + S * 5).permit.unwrap();
     let transition = breaker.report(permit, Health::Failure, start + S * 5, 0.0).unwrap();
@@ -388,7 +394,7 @@ fn an_early_trial_that_fails_changes_nothing() {
 fn a_dropped_early_trial_can_be_repeated() {
     let now = Instant::now();
     let breaker = opened(now);
-    breaker.offer_trial();
+    breaker.allow_early_trial();
     drop(breaker.admit(now).permit.unwrap());
     assert!(breaker.admit(now).permit.unwrap().is_trial());
 }

@@ -94,7 +94,7 @@ impl EndpointHealth {
     }
 
     /// The balancer chose it. If it was avoided, it gets its next request only after a pause or a success.
-    pub fn chosen(&self, now: Instant) {
+    pub fn record_chosen(&self, now: Instant) {
         if self.avoided_until.load(Ordering::Relaxed) != 0 {
             self.avoid(self.consecutive_failures(), now);
         }
@@ -110,7 +110,7 @@ impl EndpointHealth {
     }
 
     /// A request succeeded. Writes nothing unless a request has failed before.
-    pub(super) fn succeeded(&self) {
+    pub(super) fn record_success(&self) {
         if self.consecutive_failures() != 0 || self.avoided_until.load(Ordering::Relaxed) != 0 {
             self.consecutive_failures.store(0, Ordering::Relaxed);
             self.avoided_until.store(0, Ordering::Relaxed);
@@ -119,7 +119,7 @@ impl EndpointHealth {
     }
 
     /// A request failed. Returns the number of consecutive failures.
-    pub(super) fn failed(&self, now: Instant) -> u32 {
+    pub(super) fn record_failure(&self, now: Instant) -> u32 {
         let failures = self.consecutive_failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         if failures > 1 {
             self.avoid(failures, now);
@@ -146,7 +146,7 @@ impl EndpointHealth {
     }
 
     /// It is absent, and a request may probe it from `at` on.
-    pub(super) fn probe_from(&self, at: Instant) {
+    pub(super) fn schedule_probe(&self, at: Instant) {
         self.probe_at.store(self.millis(at).max(1), Ordering::Relaxed);
     }
 

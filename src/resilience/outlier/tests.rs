@@ -7,14 +7,14 @@ const S: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
 
 struct Fleet {
-    outliers: Outliers,
+    outliers: OutlierDetector,
     addresses: Vec<SocketAddr>,
 }
 
 impl Fleet {
     fn new(count: u16, settings: OutlierSettings, now: Instant) -> Self {
         let addresses: Vec<_> = (1..=count).map(|port| SocketAddr::from(([10, 0, 0, 1], port))).collect();
-        let outliers = Outliers::new(settings, now);
+        let outliers = OutlierDetector::new(settings, now);
         outliers.update(&addresses, now);
         Self { outliers, addresses }
     }
@@ -24,20 +24,27 @@ impl Fleet {
     }
 
     /// An attempt that began and ended now.
-    fn report(&self, index: usize, outcome: Evidence, now: Instant) -> Option<Change> {
+    fn report(&self, index: usize, outcome: EndpointOutcome, now: Instant) -> Option<EndpointChange> {
         self.late_report(index, outcome, (now, now))
     }
 
-    fn late_report(&self, index: usize, outcome: Evidence, times: (Instant, Instant)) -> Option<Change> {
+    fn late_report(
+        &self,
+        index: usize,
+        outcome: EndpointOutcome,
+        times: (Instant, Instant),
+    ) -> Option<EndpointChange> {
         let address = &self.addresses[index];
         let endpoint = self.outliers.endpoint(address)?;
         self.outliers.report(address, &endpoint, outcome, times, 0.0)
     }
 
     fn fail(&self, index: usize, times: u32, now: Instant) -> Option<Ejection> {
-        let changes = (0..times).filter_map(|_| self.report(index, Evidence::Failure, now));
+        let changes = (0..times).filter_map(|_| self.report(index, EndpointOutcome::Failure, now));
         changes
-            .filter_map(|change| if let Change::Ejected(ejection) = change { Some(ejection) } else { None })
+            .filter_map(
+                |change| if let EndpointChange::Ejected(ejection) = change { Some(ejection) } else { None },
+            )
             .last()
     }
 
@@ -55,7 +62,7 @@ impl Fleet {
 fn max_ejected_for_every_number_of_endpoints() {
     let most = |ratio: f64, endpoints| {
         let settings = OutlierSettings { max_ejected: Ratio::constant(ratio), ..Default::default() };
-        settings.most_ejected(endpoints)
+        settings.ejection_limit(endpoints)
     };
     assert_eq!((0..=6).map(|n| most(0.5, n)).collect::<Vec<_>>(), [0, 0, 1, 1, 2, 2, 3]);
     assert_eq!((0..=4).map(|n| most(1.0, n)).collect::<Vec<_>>(), [0, 0, 1, 2, 3]);
@@ -77,10 +84,10 @@ fn one_of_two_and_of_three_may_be_ejected() {
     for count in [2, 3] {
         let fleet = Fleet::new(count, OutlierSettings::default(), now);
         assert_eq!(fleet.fail(0, 4, now), None);
-        assert_eq!(fleet.report(0, Evidence::Success, now), None);
+        assert_eq!(fleet.report(0, EndpointOutcome::Success, now), None);
         assert_eq!(fleet.fail(0, 4, now), None, "a success resets the count");
         let ejection = fleet.fail(0, 1, now).unwrap();
-        assert_eq!((ejection.failures_in_a_row, ejection.until), (5, now + S * 10));
+        assert_eq!((ejection.consecutive_failures, ejection.until), (5, now + S * 10));
         assert_eq!(fleet.fail(1, 100, now), None, "max_ejected is reached");
         assert_eq!(fleet.ejected(now + S * 9), 1);
         assert_eq!(fleet.ejected(now + S * 11), 0);
@@ -132,11 +139,11 @@ fn updates_keep_state_by_address() {
 #[test]
 fn a_refused_connection_makes_absent_whatever_max_ejected() {
     let now = Instant::now();
-    for outcome in [Evidence::Refused, Evidence::ConnectTimeout, Evidence::NoService] {
+    for outcome in [EndpointOutcome::Refused, EndpointOutcome::ConnectTimeout, EndpointOutcome::NoService] {
         let none = OutlierSettings { max_ejected: Ratio::constant(0.0), ..OutlierSettings::default() };
         let fleet = Fleet::new(3, none, now);
         for index in 0..3 {
-            assert_eq!(fleet.report(index, outcome, now), Some(Change::Absent), "{outcome:?}");
+            assert_eq!(fleet.report(index, outcome, now), Some(EndpointChange::Absent), "{outcome:?}");
             assert!(!fleet.health(index).is_available(now));
         }
         assert_eq!((fleet.absent(), fleet.ejected(now)), (3, 0));
@@ -147,8 +154,8 @@ fn a_refused_connection_makes_absent_whatever_max_ejected() {
 fn absent_endpoints_do_not_count_as_ejected_but_the_last_one_stays() {
     let now = Instant::now();
     let fleet = Fleet::new(4, OutlierSettings::default(), now);
-    fleet.report(0, Evidence::Refused, now);
-    fleet.report(1, Evidence::NoService, now);
+    fleet.report(0, EndpointOutcome::Refused, now);
+    fleet.report(1, EndpointOutcome::NoService, now);
     assert!(fleet.fail(2, 5, now).is_some());
     assert_eq!(fleet.fail(3, 100, now), None, "no other endpoint serves");
     assert!(!fleet.health(3).is_serving(now), "and it is known to fail");
@@ -158,31 +165,34 @@ fn absent_endpoints_do_not_count_as_ejected_but_the_last_one_stays() {
 fn a_refusing_endpoint_is_probed_by_connections_then_by_a_request() {
     let now = Instant::now();
     let fleet = Fleet::new(3, OutlierSettings::default(), now);
-    assert_eq!(fleet.outliers.next_question(), None);
-    fleet.report(0, Evidence::Refused, now);
-    let mut at = fleet.outliers.next_question().unwrap();
+    assert_eq!(fleet.outliers.next_probe_at(), None);
+    fleet.report(0, EndpointOutcome::Refused, now);
+    let mut at = fleet.outliers.next_probe_at().unwrap();
     assert_eq!(at, now + MS * 10);
-    assert_eq!(fleet.outliers.questions(9, now), [], "not yet");
+    assert_eq!(fleet.outliers.take_due_probes(9, now), [], "not yet");
     let mut probes = 0;
     while at < now + S * 8 {
-        assert_eq!(fleet.outliers.questions(9, at), [Question::Connection(fleet.addresses[0])]);
-        assert_eq!(fleet.outliers.questions(9, at), [], "once at a time");
+        assert_eq!(fleet.outliers.take_due_probes(9, at), [DueProbe::Connection(fleet.addresses[0])]);
+        assert_eq!(fleet.outliers.take_due_probes(9, at), [], "once at a time");
         assert!(!fleet.health(0).claim_probe(true, at));
-        assert!(!fleet.outliers.answered(&fleet.addresses[0], false, at));
-        let next = fleet.outliers.next_question().unwrap();
+        assert!(!fleet.outliers.record_connection_probe(&fleet.addresses[0], false, at));
+        let next = fleet.outliers.next_probe_at().unwrap();
         assert!(next - at >= MS * 10 && next - at <= MS * 100, "{:?}", next - at);
         (at, probes) = (next, probes + 1);
     }
     assert!(probes < 400, "{probes} in 8 s");
-    assert!(!fleet.outliers.answered(&fleet.addresses[1], true, at), "another one is not absent");
-    fleet.outliers.questions(9, at);
-    assert!(fleet.outliers.answered(&fleet.addresses[0], true, at));
+    assert!(
+        !fleet.outliers.record_connection_probe(&fleet.addresses[1], true, at),
+        "another one is not absent"
+    );
+    fleet.outliers.take_due_probes(9, at);
+    assert!(fleet.outliers.record_connection_probe(&fleet.addresses[0], true, at));
     assert!(!fleet.health(0).is_available(at), "that it accepts connections is not enough");
-    assert_eq!(fleet.outliers.next_question(), None);
+    assert_eq!(fleet.outliers.next_probe_at(), None);
     assert!(fleet.health(0).claim_probe(true, at));
     assert!(!fleet.health(0).claim_probe(true, at), "by one request");
     assert!(fleet.health(0).claim_probe(true, at + S), "and by another one if there is no result");
-    assert_eq!(fleet.report(0, Evidence::Success, at + S), Some(Change::Present));
+    assert_eq!(fleet.report(0, EndpointOutcome::Success, at + S), Some(EndpointChange::Present));
     assert!(fleet.health(0).is_available(at + S));
     assert!(!fleet.outliers.any_absent());
 }
@@ -191,32 +201,32 @@ fn a_refusing_endpoint_is_probed_by_connections_then_by_a_request() {
 fn attempts_that_began_before_the_absence_are_ignored() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
-    fleet.report(0, Evidence::Refused, now + S);
-    assert_eq!(fleet.late_report(0, Evidence::Success, (now, now + S * 2)), None);
+    fleet.report(0, EndpointOutcome::Refused, now + S);
+    assert_eq!(fleet.late_report(0, EndpointOutcome::Success, (now, now + S * 2)), None);
     assert_eq!(fleet.absent(), 1);
     // Many attempts that fail together move the next probe once.
-    let next = fleet.outliers.next_question();
+    let next = fleet.outliers.next_probe_at();
     for _ in 0..50 {
-        assert_eq!(fleet.late_report(0, Evidence::Failure, (now, now + S * 2)), None);
-        assert_eq!(fleet.report(0, Evidence::Refused, now + S), None);
+        assert_eq!(fleet.late_report(0, EndpointOutcome::Failure, (now, now + S * 2)), None);
+        assert_eq!(fleet.report(0, EndpointOutcome::Refused, now + S), None);
     }
-    assert_eq!(fleet.outliers.next_question(), next);
+    assert_eq!(fleet.outliers.next_probe_at(), next);
 }
 
 #[test]
 fn an_endpoint_without_service_is_probed_in_proportion_to_its_absence() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
-    fleet.report(0, Evidence::NoService, now);
+    fleet.report(0, EndpointOutcome::NoService, now);
     let mut at = now;
     let mut probes = 0;
     while at < now + S * 30 {
-        let next = fleet.outliers.next_question().unwrap();
+        let next = fleet.outliers.next_probe_at().unwrap();
         assert!(next - at >= MS * 50 && next - at <= S, "{:?}", next - at);
         assert!(!fleet.health(0).claim_probe(true, next - MS * 2));
-        assert_eq!(fleet.outliers.questions(9, next), [Question::Request(fleet.addresses[0])]);
+        assert_eq!(fleet.outliers.take_due_probes(9, next), [DueProbe::Request(fleet.addresses[0])]);
         assert!(fleet.health(0).claim_probe(true, next));
-        fleet.report(0, Evidence::NoService, next);
+        fleet.report(0, EndpointOutcome::NoService, next);
         (at, probes) = (next, probes + 1);
     }
     assert!(probes < 100, "{probes} in 30 s");
@@ -226,14 +236,14 @@ fn an_endpoint_without_service_is_probed_in_proportion_to_its_absence() {
 fn failed_probes_double_the_interval() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
-    fleet.report(0, Evidence::Refused, now);
-    fleet.outliers.questions(9, now + S);
-    assert!(fleet.outliers.answered(&fleet.addresses[0], true, now + S));
+    fleet.report(0, EndpointOutcome::Refused, now);
+    fleet.outliers.take_due_probes(9, now + S);
+    assert!(fleet.outliers.record_connection_probe(&fleet.addresses[0], true, now + S));
     let mut at = now + S;
     for doublings in 0..12u32 {
         assert!(fleet.health(0).claim_probe(true, at));
-        assert_eq!(fleet.report(0, Evidence::Failure, at), Some(Change::StillAbsent));
-        let next = fleet.outliers.next_question().unwrap();
+        assert_eq!(fleet.report(0, EndpointOutcome::Failure, at), Some(EndpointChange::StillAbsent));
+        let next = fleet.outliers.next_probe_at().unwrap();
         assert_eq!(next - at, (MS * 50 * (1 << doublings.min(10))).min(S * 60));
         at = next + MS;
     }
@@ -244,9 +254,9 @@ fn failed_probes_double_the_interval() {
 fn a_request_that_cannot_be_retried_probes_only_after_a_second() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
-    fleet.report(0, Evidence::Refused, now);
+    fleet.report(0, EndpointOutcome::Refused, now);
     let now = now + S;
-    fleet.outliers.answered(&fleet.addresses[0], true, now);
+    fleet.outliers.record_connection_probe(&fleet.addresses[0], true, now);
     assert!(!fleet.health(0).claim_probe(false, now + MS * 900));
     assert!(fleet.health(0).claim_probe(false, now + MS * 1000));
 }
@@ -255,12 +265,12 @@ fn a_request_that_cannot_be_retried_probes_only_after_a_second() {
 fn a_removed_endpoint_is_not_probed_and_returns_as_new() {
     let now = Instant::now();
     let fleet = Fleet::new(4, OutlierSettings::default(), now);
-    fleet.report(0, Evidence::Refused, now);
-    fleet.report(1, Evidence::Refused, now);
-    assert_eq!(fleet.outliers.questions(1, now + S).len(), 1, "at most as many as requested");
+    fleet.report(0, EndpointOutcome::Refused, now);
+    fleet.report(1, EndpointOutcome::Refused, now);
+    assert_eq!(fleet.outliers.take_due_probes(1, now + S).len(), 1, "at most as many as requested");
     fleet.outliers.update(&fleet.addresses[2..], now + S);
     assert!(!fleet.outliers.any_absent());
-    assert_eq!(fleet.outliers.next_question(), None);
+    assert_eq!(fleet.outliers.next_probe_at(), None);
     fleet.outliers.update(&fleet.addresses, now + S);
     assert_eq!(fleet.absent(), 0);
 }
@@ -275,16 +285,16 @@ fn consecutive_failures_make_an_endpoint_avoided() {
     assert!(fleet.health(0).is_avoided(now + MS * 199));
     let at = now + MS * 200;
     assert!(!fleet.health(0).is_avoided(at));
-    fleet.health(0).chosen(at);
+    fleet.health(0).record_chosen(at);
     assert!(fleet.health(0).is_avoided(at), "one at a time");
     fleet.fail(0, 1, at);
     assert!(fleet.health(0).is_avoided(at + MS * 399));
-    fleet.report(0, Evidence::Success, at);
+    fleet.report(0, EndpointOutcome::Success, at);
     assert!(!fleet.health(0).is_avoided(at));
     // A restored endpoint first gets a single request.
     let until = fleet.fail(0, 5, at).unwrap().until + MS;
     assert!(fleet.health(0).is_available(until) && !fleet.health(0).is_avoided(until));
-    fleet.health(0).chosen(until);
+    fleet.health(0).record_chosen(until);
     assert!(fleet.health(0).is_avoided(until));
 }
 
@@ -303,14 +313,14 @@ proptest! {
     ) {
         let settings = OutlierSettings {
             max_ejected: Ratio::constant(ratio), consecutive_failures: 2,
-            eject_for: Growing { base: HumanDuration::from_secs(5), max: HumanDuration::from_secs(60) },
+            eject_for: GrowingDuration { base: HumanDuration::from_secs(5), max: HumanDuration::from_secs(60) },
         };
         let mut now = Instant::now();
         let fleet = Fleet::new(count, settings, now);
         for (index, kind, pass) in events {
-            let outcome = [Evidence::Success, Evidence::Failure, Evidence::Failure, Evidence::Refused][usize::from(kind)];
+            let outcome = [EndpointOutcome::Success, EndpointOutcome::Failure, EndpointOutcome::Failure, EndpointOutcome::Refused][usize::from(kind)];
             fleet.report(index.index(fleet.addresses.len()), outcome, now);
-            prop_assert!(fleet.ejected(now) <= settings.most_ejected(count.into()));
+            prop_assert!(fleet.ejected(now) <= settings.ejection_limit(count.into()));
             prop_assert!(fleet.ejected(now) < usize::from(count));
             if kind == 3 { now += Duration::from_millis(pass); }
         }

@@ -6,47 +6,47 @@ use http::Method;
 
 use super::{
     super::{
-        backoff::{Hint, Wait},
+        backoff::{BackoffWait, RetryHint},
         budget::RetryBudget,
-        classify::{Advice, Ending, Outcome},
+        classify::{AttemptOutcome, OutcomeKind, RetryAdvice},
     },
     RetrySettings, is_idempotent,
 };
 
 /// Whether the request body can be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Body {
+pub enum BodyState {
     /// None of it has been read from the client yet, or there is none.
-    Untouched,
+    Unread,
     /// All that has been read so far was kept.
     Replayable,
     /// Part of it was sent and not kept: it exceeds `body_limit`.
-    Gone,
+    NotKept,
 }
 
 /// A failed attempt, and what the request has used up so far.
 #[derive(Clone, Copy, Debug)]
-pub struct Tried<'a> {
+pub struct FailedAttempt<'a> {
     pub method: &'a Method,
     pub grpc: bool,
     /// The request has an `Idempotency-Key`.
     pub idempotency_key: bool,
     /// Attempts sent so far, including the failed one and hedges, excluding free ones.
-    pub tries: u32,
+    pub attempts: u32,
     /// A free retry ([`Retry::free`]) has been sent for a stale keep-alive race.
-    pub free_used: bool,
+    pub free_retry_used: bool,
     /// Free retries of attempts that count as never sent.
-    pub resent: u32,
-    pub body: Body,
+    pub resends: u32,
+    pub body: BodyState,
     /// Response headers have been sent to the client.
     pub committed: bool,
 }
 
 /// What follows a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decision {
+pub enum RetryDecision {
     Retry(Retry),
-    Stop(Reason),
+    Stop(StopReason),
 }
 
 /// A retry, at another endpoint if there is one.
@@ -61,18 +61,18 @@ pub struct Retry {
 
 /// Why there is no retry: `outcome` in `outrigger_retries_total`, spans and the access log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reason {
+pub enum StopReason {
     /// `retry.on` does not cover the outcome, or retries are off.
     NotRetryable,
     /// The upstream's sidecar advised against it: a proxy nearer to the failure has already retried.
     Suppressed,
     /// Response headers have been sent.
     Committed,
-    MaxTries,
+    MaxAttempts,
     /// The request may have been processed, and its method does not allow sending it twice.
     Method,
     /// The body was too large to keep.
-    BodyGone,
+    BodyNotKept,
     /// The back-off would pass the deadline.
     Deadline,
     /// `Retry-After` or gRPC pushback is longer than the time left.
@@ -82,15 +82,15 @@ pub enum Reason {
     Budget,
 }
 
-impl Reason {
+impl StopReason {
     pub const fn word(self) -> &'static str {
         match self {
             Self::NotRetryable => "not_retryable",
             Self::Suppressed => "suppressed",
             Self::Committed => "committed",
-            Self::MaxTries => "max_tries",
+            Self::MaxAttempts => "max_tries",
             Self::Method => "method",
-            Self::BodyGone => "body_gone",
+            Self::BodyNotKept => "body_gone",
             Self::Deadline => "deadline",
             Self::RetryAfter => "retry_after",
             Self::Pushback => "pushback",
@@ -101,11 +101,11 @@ impl Reason {
 
 /// Time, random number and budget of a retry decision.
 #[derive(Clone, Copy, Debug)]
-pub struct Moment<'a> {
+pub struct RetryContext<'a> {
     pub now: Instant,
     /// Until the request's deadline; `None` = no deadline.
     pub time_left: Option<Duration>,
-    pub hint: Hint,
+    pub hint: RetryHint,
     /// From 0 to 1, drawn for this decision.
     pub random: f64,
     pub budget: &'a RetryBudget,
@@ -113,7 +113,7 @@ pub struct Moment<'a> {
 
 /// The most free retries of attempts that count as never sent. It bounds those against an endpoint that refuses
 /// everything.
-pub const MOST_RESENT: u32 = 2;
+pub const MAX_RESENDS: u32 = 2;
 /// The longest wait for an upstream that is absent, however long the back-off: its clients get an error soon.
 const MAX_ABSENCE_WAIT: Duration = Duration::from_millis(250);
 /// More back-offs than these exceed [`MAX_ABSENCE_WAIT`] for any `base` of a millisecond or more.
@@ -149,7 +149,7 @@ impl RetryPolicy {
 
     /// Whether a retry is possible once an attempt has begun to send its request over HTTP/1.1. `reused`: its
     /// connection has carried a request before.
-    pub fn may_follow(&self, reused: bool) -> bool {
+    pub fn may_retry_once_sending(&self, reused: bool) -> bool {
         match &self.settings {
             // Without settings only the stale keep-alive race is retried.
             None => reused,
@@ -158,105 +158,118 @@ impl RetryPolicy {
     }
 
     /// Whether `retry.max` allows another attempt after this many attempts.
-    pub fn another_possible(&self, attempts: u32) -> bool {
+    pub fn has_attempt_left(&self, attempts: u32) -> bool {
         self.settings.as_ref().is_some_and(|settings| attempts <= settings.max)
     }
 
     /// The longest that all back-offs together can take. A request may wait that long for an upstream whose endpoints
     /// are all absent.
-    pub fn patience(&self) -> Duration {
+    pub fn max_absence_wait(&self) -> Duration {
         let Some(settings) = &self.settings else { return Duration::ZERO };
         let waits = (1..=settings.max.min(MAX_SUMMED_BACKOFFS)).map(|n| settings.backoff.ceiling(n));
         waits.fold(Duration::ZERO, Duration::saturating_add).min(MAX_ABSENCE_WAIT)
     }
 
     /// Whether a request that may have been processed may be sent again. If so, half of the time is reserved for it.
-    pub fn may_repeat(&self, method: &Method, idempotency_key: bool) -> bool {
-        self.settings.as_ref().is_some_and(|settings| settings.methods.allow(method, idempotency_key))
+    pub fn may_send_twice(&self, method: &Method, idempotency_key: bool) -> bool {
+        self.settings.as_ref().is_some_and(|settings| settings.methods.allows(method, idempotency_key))
     }
 
     /// Whether `retry.on` or the upstream's advice makes this outcome retryable.
-    pub fn names(&self, outcome: &Outcome) -> bool {
+    pub fn is_retryable(&self, outcome: &AttemptOutcome) -> bool {
         self.settings.as_ref().is_some_and(|settings| {
-            settings.on.iter().any(|condition| outcome.meets(*condition))
-                || outcome.advice() == Advice::Elsewhere
+            settings.on.iter().any(|condition| outcome.matches(*condition))
+                || outcome.advice() == RetryAdvice::Elsewhere
         })
     }
 
     /// Whether a request that certainly did not reach the service may go to another endpoint at once, as if that one
     /// had been chosen first. This spends neither an attempt nor budget. Only if this attempt found its endpoint
     /// `absent`, which happens once per endpoint: the balancer does not choose it afterwards.
-    pub fn may_move_on(&self, outcome: &Outcome, absent: bool, body: Body) -> bool {
+    pub fn may_switch_endpoint(&self, outcome: &AttemptOutcome, absent: bool, body: BodyState) -> bool {
         absent
-            && self.another_possible(1)
-            && outcome.never_reached()
-            && body != Body::Gone
-            && self.names(outcome)
+            && self.has_attempt_left(1)
+            && outcome.is_unprocessed()
+            && body != BodyState::NotKept
+            && self.is_retryable(outcome)
     }
 
     /// The whole decision. For a retry that is not free, it has withdrawn from the budget.
-    pub fn decide(&self, attempt: &Tried<'_>, outcome: &Outcome, context: &Moment<'_>) -> Decision {
+    pub fn decide(
+        &self,
+        attempt: &FailedAttempt<'_>,
+        outcome: &AttemptOutcome,
+        context: &RetryContext<'_>,
+    ) -> RetryDecision {
         let free = match self.eligible(attempt, outcome) {
             Ok(free) => free,
-            Err(reason) => return Decision::Stop(reason),
+            Err(reason) => return RetryDecision::Stop(reason),
         };
         if free {
             let in_time = context.time_left.is_none_or(|left| !left.is_zero());
             return if in_time {
-                Decision::Retry(Retry { wait: Duration::ZERO, free })
+                RetryDecision::Retry(Retry { wait: Duration::ZERO, free })
             } else {
-                Decision::Stop(Reason::Deadline)
+                RetryDecision::Stop(StopReason::Deadline)
             };
         }
-        let Some(settings) = &self.settings else { return Decision::Stop(Reason::NotRetryable) };
-        match settings.backoff.wait(attempt.tries, context.hint, context.time_left, context.random) {
-            Wait::Forbidden => Decision::Stop(Reason::Pushback),
-            Wait::TooLong if context.hint == Hint::None => Decision::Stop(Reason::Deadline),
-            Wait::TooLong => Decision::Stop(Reason::RetryAfter),
+        let Some(settings) = &self.settings else { return RetryDecision::Stop(StopReason::NotRetryable) };
+        match settings.backoff.wait(attempt.attempts, context.hint, context.time_left, context.random) {
+            BackoffWait::Forbidden => RetryDecision::Stop(StopReason::Pushback),
+            BackoffWait::TooLong if context.hint == RetryHint::None => {
+                RetryDecision::Stop(StopReason::Deadline)
+            }
+            BackoffWait::TooLong => RetryDecision::Stop(StopReason::RetryAfter),
             // Last, so that no budget is spent on a retry that is not sent.
-            Wait::For(_) if !context.budget.withdraw(context.now) => Decision::Stop(Reason::Budget),
-            Wait::For(wait) => Decision::Retry(Retry { wait, free }),
+            BackoffWait::For(_) if !context.budget.withdraw(context.now) => {
+                RetryDecision::Stop(StopReason::Budget)
+            }
+            BackoffWait::For(wait) => RetryDecision::Retry(Retry { wait, free }),
         }
     }
 
     /// The part of the decision that depends neither on time nor on budget; `Ok(true)` = a free retry.
-    pub(super) fn eligible(&self, attempt: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
-        let stale = is_stale(outcome) && !attempt.free_used;
-        let unsent = outcome.is_unsent() && attempt.resent < MOST_RESENT;
-        let named = self.names(outcome)
+    pub(super) fn eligible(
+        &self,
+        attempt: &FailedAttempt<'_>,
+        outcome: &AttemptOutcome,
+    ) -> Result<bool, StopReason> {
+        let stale = is_stale(outcome) && !attempt.free_retry_used;
+        let unsent = outcome.is_unsent() && attempt.resends < MAX_RESENDS;
+        let named = self.is_retryable(outcome)
             // gRPC's transparent retry needs no configuration (A6).
-            || (self.settings.is_some() && attempt.grpc && outcome.ending == Ending::RefusedStream);
+            || (self.settings.is_some() && attempt.grpc && outcome.kind == OutcomeKind::RefusedStream);
         let is_at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
         let method_allows = match &self.settings {
-            Some(settings) => settings.methods.allow(attempt.method, attempt.idempotency_key),
+            Some(settings) => settings.methods.allows(attempt.method, attempt.idempotency_key),
             None => is_idempotent(attempt.method) || attempt.idempotency_key,
         };
-        let may_send_twice = outcome.never_reached() || method_allows;
+        let may_send_twice = outcome.is_unprocessed() || method_allows;
 
         if !stale && !unsent && !named {
-            return Err(Reason::NotRetryable);
+            return Err(StopReason::NotRetryable);
         }
-        if outcome.advice() == Advice::No {
-            return Err(Reason::Suppressed);
+        if outcome.advice() == RetryAdvice::No {
+            return Err(StopReason::Suppressed);
         }
         if attempt.committed {
-            return Err(Reason::Committed);
+            return Err(StopReason::Committed);
         }
         let free = (stale || unsent) && !is_at_most_once;
-        if !free && !self.another_possible(attempt.tries) {
-            return Err(Reason::MaxTries);
+        if !free && !self.has_attempt_left(attempt.attempts) {
+            return Err(StopReason::MaxAttempts);
         }
         if !may_send_twice {
-            return Err(Reason::Method);
+            return Err(StopReason::Method);
         }
-        if attempt.body == Body::Gone {
-            return Err(Reason::BodyGone);
+        if attempt.body == BodyState::NotKept {
+            return Err(StopReason::BodyNotKept);
         }
         Ok(free)
     }
 }
 
 /// See [`Reset::is_stale`](super::super::classify::Reset::is_stale).
-fn is_stale(outcome: &Outcome) -> bool {
-    matches!(outcome.ending, Ending::Reset(reset) if reset.is_stale())
+fn is_stale(outcome: &AttemptOutcome) -> bool {
+    matches!(outcome.kind, OutcomeKind::Reset(reset) if reset.is_stale())
 }

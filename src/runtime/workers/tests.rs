@@ -1,8 +1,8 @@
 use super::*;
-use crate::runtime::death::Death;
+use crate::runtime::failure::CriticalFailure;
 
 fn workers() -> Workers {
-    Workers { stop: watch::Sender::new(false), threads: Vec::new(), deaths: Deaths::default() }
+    Workers { stop: watch::Sender::new(false), threads: Vec::new(), failures: FailureMonitor::default() }
 }
 
 /// Housekeeping runs in a worker's main task, and a listener's failure ends it.
@@ -14,15 +14,15 @@ async fn a_worker_that_panics_or_fails_is_reported_by_its_name() {
     }
     let mut panicking = workers();
     panicking.spawn("worker-1", |_| panics()).unwrap();
-    let failure = Death { name: "worker-1".to_owned(), why: "it panicked".to_owned() };
-    assert_eq!(panicking.deaths.first().await, failure);
-    assert_eq!(panicking.deaths.happened(), Some(&failure));
+    let failure = CriticalFailure { name: "worker-1".to_owned(), reason: "it panicked".to_owned() };
+    assert_eq!(panicking.failures.wait().await, failure);
+    assert_eq!(panicking.failures.failure(), Some(&failure));
     panicking.stop();
 
     let mut failing = workers();
     failing.spawn("accept", |_| async { Err("its listener is gone".to_owned()) }).unwrap();
-    let failure = Death { name: "accept".to_owned(), why: "its listener is gone".to_owned() };
-    assert_eq!(failing.deaths.first().await, failure);
+    let failure = CriticalFailure { name: "accept".to_owned(), reason: "its listener is gone".to_owned() };
+    assert_eq!(failing.failures.wait().await, failure);
     failing.stop();
 }
 
@@ -34,9 +34,9 @@ async fn a_worker_that_is_stopped_is_not_reported() {
         Ok(())
     };
     workers.spawn("worker-0", stops).unwrap();
-    let monitor = workers.deaths.clone();
+    let monitor = workers.failures.clone();
     workers.stop();
-    assert_eq!(monitor.happened(), None);
+    assert_eq!(monitor.failure(), None);
 }
 
 /// Accepting and taking connections over run in tasks of their own.

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::telemetry::{
-    record::{Record, dotted_with_port},
+    record::{RequestRecord, format_address},
     requests::milliseconds,
     timestamp::Timestamp,
 };
@@ -32,23 +32,23 @@ struct AccessLogLine<'a> {
 }
 
 /// Appends the line of a request, with a newline.
-pub fn write(out: &mut Vec<u8>, record: &Record) {
+pub fn write(out: &mut Vec<u8>, record: &RequestRecord) {
     let line = AccessLogLine {
-        time: Timestamp::of(record.started).to_string(),
+        time: Timestamp::of(record.started_at).to_string(),
         direction: record.direction(),
         method: record.method.as_str(),
         status: record.status.map(|status| status.as_u16()),
         trace_id: record.context.trace.to_string(),
-        peer: record.caller(),
-        upstream: record.upstream(),
-        endpoint: record.endpoint().map(dotted_with_port),
+        peer: record.client(),
+        upstream: record.upstream_name(),
+        endpoint: record.endpoint().map(format_address),
         route: record.route_name(),
-        attempts: record.tries.made(),
+        attempts: record.attempts.count(),
         reason: record.reason(),
-        why: record.why(),
+        why: record.explanation(),
         bytes_in: record.bytes_in,
         bytes_out: record.bytes_out,
-        duration_ms: milliseconds(record.ended.unwrap_or(record.started), record.started),
+        duration_ms: milliseconds(record.ended_at.unwrap_or(record.started_at), record.started_at),
     };
     let before = out.len();
     out.reserve(TYPICAL_LENGTH);

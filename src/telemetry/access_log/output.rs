@@ -16,7 +16,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where access log lines go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum AccessLogTarget {
     Stdout,
     /// The default under `run -- CMD`, where stdout belongs to the service.
     Stderr,
@@ -32,11 +32,11 @@ pub enum Output {
 }
 
 impl Output {
-    pub fn open(target: Target) -> Result<Self, AccessLogError> {
+    pub fn open(target: AccessLogTarget) -> Result<Self, AccessLogError> {
         match target {
-            Target::Stdout => Ok(Self::Stdout),
-            Target::Stderr => Ok(Self::Stderr),
-            Target::File(path) => match open(&path) {
+            AccessLogTarget::Stdout => Ok(Self::Stdout),
+            AccessLogTarget::Stderr => Ok(Self::Stderr),
+            AccessLogTarget::File(path) => match open(&path) {
                 Ok(file) => Ok(Self::File { path, file, checked: Instant::now() }),
                 Err(source) => Err(AccessLogError::File { path, source }),
             },

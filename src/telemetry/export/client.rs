@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use opentelemetry_http::{HttpClient, HttpError};
 
-use crate::fetch::{Fetcher, Limits};
+use crate::fetch::{FetchLimits, Fetcher};
 
 /// Limit of the collector's response body: a status, or the spans that it rejected.
 const MAX_RESPONSE: usize = 64 * 1024;
@@ -48,7 +48,7 @@ impl HttpClient for Client {
         'this: 'sending,
         Self: 'sending,
     {
-        let limits = Limits { patience: self.timeout, answer: MAX_RESPONSE };
+        let limits = FetchLimits { timeout: self.timeout, max_body: MAX_RESPONSE };
         Box::pin(async move {
             let response = self.fetcher.fetch(request, limits).await;
             self.failure.set(response.as_ref().err().map(ToString::to_string));

@@ -4,10 +4,10 @@
 //! slow or missing collector cannot delay the data path: when the queue is full, spans are dropped and counted.
 
 mod client;
-mod destination;
+mod collector;
 mod sender;
 
-pub use destination::Destination;
+pub use collector::Collector;
 
 use std::{
     io,
@@ -23,7 +23,7 @@ use opentelemetry::KeyValue;
 use opentelemetry_sdk::Resource;
 use tokio::sync::{mpsc, oneshot};
 
-use super::record::Record;
+use super::record::RequestRecord;
 
 /// How spans are batched, from OpenTelemetry's environment variables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ impl Batching {
 
 /// Counts of spans by outcome.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct SpanCounts {
     pub exported: AtomicU64,
     /// The queue was full.
     pub dropped: AtomicU64,
@@ -66,9 +66,9 @@ pub struct Counts {
     pub failed: AtomicU64,
 }
 
-impl Counts {
+impl SpanCounts {
     /// By word: `exported`, `queue_full`, `failed`.
-    pub fn read(&self) -> [(&'static str, u64); 3] {
+    pub fn extract(&self) -> [(&'static str, u64); 3] {
         [("exported", &self.exported), ("queue_full", &self.dropped), ("failed", &self.failed)]
             .map(|(word, count)| (word, count.load(Ordering::Relaxed)))
     }
@@ -77,21 +77,21 @@ impl Counts {
 /// The workers' handle on the export thread.
 #[derive(Debug)]
 pub struct Export {
-    queue: mpsc::Sender<Arc<Record>>,
+    queue: mpsc::Sender<Arc<RequestRecord>>,
     capacity: usize,
-    pub destination: Destination,
-    pub state: std::sync::Arc<State>,
+    pub destination: Collector,
+    pub state: std::sync::Arc<ExportState>,
     shutdown: Mutex<Option<Shutdown>>,
 }
 
 /// The state of the export, for status and metrics.
 #[derive(Debug, Default)]
-pub struct State {
-    pub counts: Counts,
+pub struct ExportState {
+    pub counts: SpanCounts,
     last_error: Mutex<Option<(String, Instant)>>,
 }
 
-impl State {
+impl ExportState {
     fn set_error(&self, error: Option<String>) {
         *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) =
             error.map(|error| (error, Instant::now()));
@@ -124,7 +124,7 @@ impl Export {
     /// # Errors
     /// The thread cannot be started.
     pub fn start(
-        destination: Destination,
+        destination: Collector,
         batching: Batching,
         service: &str,
         instance: &str,
@@ -133,7 +133,7 @@ impl Export {
         let (queue, records) = mpsc::channel(batching.queue);
         let (request, shutdown) = oneshot::channel();
         let (finish, done) = oneshot::channel();
-        let state = std::sync::Arc::<State>::default();
+        let state = std::sync::Arc::<ExportState>::default();
         let exporter = sender::ExportThread {
             records,
             shutdown,
@@ -152,16 +152,16 @@ impl Export {
     }
 
     /// Queues a record; never blocks.
-    pub fn send(&self, record: Arc<Record>) {
+    pub fn send(&self, record: Arc<RequestRecord>) {
         if let Err(mpsc::error::TrySendError::Full(record) | mpsc::error::TrySendError::Closed(record)) =
             self.queue.try_send(record)
         {
-            self.state.counts.dropped.fetch_add(record.spans(), Ordering::Relaxed);
+            self.state.counts.dropped.fetch_add(record.span_count(), Ordering::Relaxed);
         }
     }
 
     /// Requests in the queue, and its capacity.
-    pub fn waiting(&self) -> (usize, usize) {
+    pub fn queued(&self) -> (usize, usize) {
         (self.capacity.saturating_sub(self.queue.capacity()), self.capacity)
     }
 

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    Batching, Destination, State,
+    Batching, Collector, ExportState,
     client::{Client, LastFailure},
 };
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
     dns::Resolver,
     fetch::Fetcher,
     telemetry::{
-        record::Record,
+        record::RequestRecord,
         spans::{self, WallClock},
     },
 };
@@ -42,13 +42,13 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The state of the export thread.
 pub struct ExportThread {
-    pub records: mpsc::Receiver<Arc<Record>>,
+    pub records: mpsc::Receiver<Arc<RequestRecord>>,
     /// Receives the request to export what is queued and end.
     pub shutdown: oneshot::Receiver<()>,
     pub batching: Batching,
-    pub destination: Destination,
+    pub destination: Collector,
     pub resource: Resource,
-    pub state: Arc<State>,
+    pub state: Arc<ExportState>,
 }
 
 /// The outcome of one batch.
@@ -88,7 +88,7 @@ impl ExportThread {
                 let wall = WallClock::now();
                 let mut batch = Vec::with_capacity(2 * records.len());
                 for record in records.drain(..) {
-                    spans::add(&record, &wall, &scope, &mut batch);
+                    spans::append_spans(&record, &wall, &scope, &mut batch);
                 }
                 let mut result = self.send(&exporter, batch).await;
                 result.failed = result.failed.map(|error| failure.take().unwrap_or(error));
@@ -100,7 +100,7 @@ impl ExportThread {
     }
 
     /// Gathers a batch. False: the queue is closed and empty.
-    async fn gather(&mut self, records: &mut Vec<Arc<Record>>) -> bool {
+    async fn gather(&mut self, records: &mut Vec<Arc<RequestRecord>>) -> bool {
         let max = self.batching.batch;
         let Self { records: queue, shutdown, .. } = self;
         // Shutting down: send what is queued without waiting for more.
@@ -159,7 +159,7 @@ impl ExportThread {
         loop {
             tokio::select! {
                 record = self.records.recv() => match record {
-                    Some(record) => self.state.counts.failed.fetch_add(record.spans(), Ordering::Relaxed),
+                    Some(record) => self.state.counts.failed.fetch_add(record.span_count(), Ordering::Relaxed),
                     None => return,
                 },
                 _ = &mut self.shutdown => return,
@@ -169,7 +169,7 @@ impl ExportThread {
 }
 
 /// Builds the exporter, which itself reads headers, compression and timeout from `OTEL_EXPORTER_OTLP_…`.
-fn exporter(to: &Destination, failure: &LastFailure) -> Result<SpanExporter, String> {
+fn exporter(to: &Collector, failure: &LastFailure) -> Result<SpanExporter, String> {
     let roots = certificate();
     let built = match to.protocol {
         OtlpProtocol::Grpc => {
@@ -195,7 +195,7 @@ fn exporter(to: &Destination, failure: &LastFailure) -> Result<SpanExporter, Str
             let resolver = Resolver::from_system().map_err(|error| error.to_string())?;
             let mut fetcher = Fetcher::new(Arc::new(resolver));
             if let Some(path) = &roots {
-                fetcher = fetcher.trusting(path).map_err(|error| error.to_string())?;
+                fetcher = fetcher.with_roots_from(path).map_err(|error| error.to_string())?;
             }
             let credentials = to.credentials.as_ref().and_then(|field| field.to_str().ok());
             let headers = credentials.map(|field| ("authorization".to_owned(), field.to_owned()));

@@ -127,7 +127,7 @@ fn without_credentials(line: Vec<u8>) -> Vec<u8> {
         return line;
     }
     match String::from_utf8(line) {
-        Ok(text) => match redact::without_userinfo(&text) {
+        Ok(text) => match redact::redact_userinfo(&text) {
             Cow::Borrowed(_) => text.into_bytes(),
             Cow::Owned(shown) => shown.into_bytes(),
         },

@@ -8,10 +8,10 @@ use opentelemetry_semantic_conventions::attribute::{
     SERVER_ADDRESS, SERVER_PORT, URL_FULL, URL_PATH, URL_SCHEME, USER_AGENT_ORIGINAL,
 };
 
-use super::{Asked, Spans};
+use super::{SpanRequest, Spans};
 use crate::{
-    resilience::classify::{Ending, GrpcStatus},
-    telemetry::record::{End, Try},
+    resilience::classify::{GrpcStatus, OutcomeKind},
+    telemetry::record::{AttemptRecord, RequestEnd},
 };
 
 // Also in the conventions, but not yet stable in the library.
@@ -52,7 +52,7 @@ impl Spans<'_> {
         attributes.set(NETWORK_PEER_ADDRESS, record.peer.ip().to_string());
         attributes.set(NETWORK_PEER_PORT, i64::from(record.peer.port()));
         attributes.set(NETWORK_PROTOCOL_VERSION, protocol(record.version));
-        attributes.set_if(USER_AGENT_ORIGINAL, record.asked.as_ref().and_then(Asked::agent));
+        attributes.set_if(USER_AGENT_ORIGINAL, record.span_request.as_ref().and_then(SpanRequest::agent));
         attributes.set_if("outrigger.peer.identity", record.identity.as_ref().map(|peer| peer.to_string()));
         let status = self.finish(&mut attributes);
         (attributes.0, status)
@@ -64,18 +64,18 @@ impl Spans<'_> {
         let mut attributes = self.common();
         self.address(record.tls, &mut attributes);
         attributes.set_if(URL_PATH, self.path());
-        attributes.set("outrigger.way", record.way.word());
-        attributes.set_if("outrigger.upstream", record.upstream().map(ToOwned::to_owned));
+        attributes.set("outrigger.way", record.entry_point.word());
+        attributes.set_if("outrigger.upstream", record.upstream_name().map(ToOwned::to_owned));
         attributes.set_if("outrigger.route", self.route());
         let status = self.finish(&mut attributes);
         (attributes.0, status)
     }
 
     /// For the CLIENT span of one attempt.
-    pub fn attempt_attributes(&self, number: usize, one: &Try) -> Content {
+    pub fn attempt_attributes(&self, number: usize, one: &AttemptRecord) -> Content {
         let mut attributes = self.common();
         self.address(one.tls, &mut attributes);
-        if let (Some(authority), Some(asked)) = (self.authority(), &self.record.asked) {
+        if let (Some(authority), Some(asked)) = (self.authority(), &self.record.span_request) {
             attributes.set(URL_FULL, format!("{}://{authority}{}", scheme(one.tls), asked.uri.path()));
         }
         attributes.set(NETWORK_PEER_ADDRESS, one.endpoint.ip().to_string());
@@ -84,12 +84,12 @@ impl Spans<'_> {
         if number > 0 {
             attributes.set(HTTP_REQUEST_RESEND_COUNT, number as i64);
         }
-        attributes.set("outrigger.attempt.why", one.why.word());
-        if !one.waited.is_zero() {
-            attributes.set("outrigger.attempt.backoff_ms", one.waited.as_secs_f64() * 1e3);
+        attributes.set("outrigger.attempt.why", one.reason.word());
+        if !one.delay.is_zero() {
+            attributes.set("outrigger.attempt.backoff_ms", one.delay.as_secs_f64() * 1e3);
         }
-        attributes.set("outrigger.connection.reused", one.carried && one.connected.is_none());
-        if one.trial {
+        attributes.set("outrigger.connection.reused", one.had_connection && one.connected_at.is_none());
+        if one.is_breaker_trial {
             attributes.set("outrigger.breaker.trial", true);
         }
         let status = self.outcome(self.is_last(number), one, &mut attributes);
@@ -98,20 +98,22 @@ impl Spans<'_> {
 
     /// The outcome of an attempt. The gRPC status of a response is known only at its end, so it belongs to the last
     /// attempt.
-    fn outcome(&self, last: bool, one: &Try, attributes: &mut Attributes) -> Status {
+    fn outcome(&self, last: bool, one: &AttemptRecord, attributes: &mut Attributes) -> Status {
         let Some(outcome) = one.outcome else {
             attributes.set("outrigger.attempt.outcome", "cancelled");
             return Status::Unset;
         };
         attributes.set("outrigger.attempt.outcome", outcome.label());
         attributes.set_if("outrigger.advice", outcome.advice().word());
-        match (outcome.ending, self.record.grpc_status.filter(|_| last)) {
-            (Ending::Grpc(status), _) | (Ending::Http(_), Some(status)) => rpc(status, false, attributes),
-            (Ending::Http(status), None) => {
+        match (outcome.kind, self.record.grpc_status.filter(|_| last)) {
+            (OutcomeKind::Grpc(status), _) | (OutcomeKind::Http(_), Some(status)) => {
+                rpc(status, false, attributes)
+            }
+            (OutcomeKind::Http(status), None) => {
                 attributes.set(HTTP_RESPONSE_STATUS_CODE, i64::from(status.as_u16()));
                 error_if(status.as_u16() >= 400, || status.as_str().to_owned().into(), attributes)
             }
-            (Ending::CallerGone | Ending::CallersDeadline, _) => Status::Unset,
+            (OutcomeKind::ClientGone | OutcomeKind::ClientDeadline, _) => Status::Unset,
             _ => {
                 attributes.set(ERROR_TYPE, outcome.label());
                 Status::error(one.error.clone().unwrap_or_default())
@@ -135,7 +137,7 @@ impl Spans<'_> {
     }
 
     fn path(&self) -> Option<String> {
-        self.record.asked.as_ref().map(|asked| asked.uri.path().to_owned())
+        self.record.span_request.as_ref().map(|asked| asked.uri.path().to_owned())
     }
 
     /// The pattern of the route that matched.
@@ -162,13 +164,13 @@ impl Spans<'_> {
         attributes.set_if(HTTP_RESPONSE_STATUS_CODE, record.status.map(|status| i64::from(status.as_u16())));
         attributes.set(HTTP_REQUEST_BODY_SIZE, size(record.bytes_in));
         attributes.set(HTTP_RESPONSE_BODY_SIZE, size(record.bytes_out));
-        attributes.set("outrigger.attempts", i64::from(record.tries.made()));
-        attributes.set_if("outrigger.retry.stopped", record.stopped);
-        attributes.set_if("outrigger.fallback", record.fell_back);
-        if record.end != End::Complete {
+        attributes.set("outrigger.attempts", i64::from(record.attempts.count()));
+        attributes.set_if("outrigger.retry.stopped", record.retry_stopped);
+        attributes.set_if("outrigger.fallback", record.fallback_cause);
+        if record.end != RequestEnd::Complete {
             attributes.set("outrigger.end", record.end.word());
         }
-        if let Some(refusal) = &record.refused {
+        if let Some(refusal) = &record.local_response {
             let word = refusal.cause.word();
             attributes.set("outrigger.cause", word);
             if refusal.cause.status().is_server_error() || !record.is_inbound() {
@@ -178,16 +180,16 @@ impl Spans<'_> {
             return Status::Unset;
         }
         match (record.end, record.grpc_status, record.status) {
-            (End::CallerGone, ..) => Status::Unset,
-            (End::Broken | End::Cut, ..) => {
+            (RequestEnd::ClientGone, ..) => Status::Unset,
+            (RequestEnd::Broken | RequestEnd::Cut, ..) => {
                 attributes.set(ERROR_TYPE, record.end.word());
                 Status::error("")
             }
-            (End::Complete, Some(grpc), _) => rpc(grpc, true, attributes),
-            (End::Complete, None, Some(status)) => {
+            (RequestEnd::Complete, Some(grpc), _) => rpc(grpc, true, attributes),
+            (RequestEnd::Complete, None, Some(status)) => {
                 error_if(status.is_server_error(), || status.as_str().to_owned().into(), attributes)
             }
-            (End::Complete, None, None) => Status::Unset,
+            (RequestEnd::Complete, None, None) => Status::Unset,
         }
     }
 }

@@ -6,8 +6,8 @@ use std::{net::SocketAddr, time::Duration};
 use super::*;
 use crate::{
     resilience::{
-        limit::Full,
-        outlier::{Change, Evidence},
+        limit::LimitRefusal,
+        outlier::{EndpointChange, EndpointOutcome},
         retry::RetrySettings,
     },
     units::Toggle,
@@ -43,8 +43,8 @@ fn fail(guards: &Guards, times: u32, now: Instant) -> (bool, Option<Instant>) {
             guards.breaker.report(permit, Health::Failure, now, 0.0);
         }
     }
-    let report = guards.breaker.report_state();
-    (report.state == State::Open, report.until)
+    let report = guards.breaker.state_report();
+    (report.state == BreakerState::Open, report.until)
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn breaker_open_for_and_trial_requests() {
     let half_open = half_open + S * 300;
     let permit = guards.breaker.admit(half_open).permit.expect("a trial");
     guards.breaker.report(permit, Health::Success, half_open, 0.0);
-    assert_eq!(guards.breaker.report_state().state, State::Closed, "one trial is enough");
+    assert_eq!(guards.breaker.state_report().state, BreakerState::Closed, "one trial is enough");
 }
 
 fn addresses(count: u16) -> Vec<SocketAddr> {
@@ -118,8 +118,8 @@ fn addresses(count: u16) -> Vec<SocketAddr> {
 /// One failure at an endpoint. Returns until when it is ejected then.
 fn fail_at(guards: &Guards, address: SocketAddr, now: Instant) -> Option<Instant> {
     let health = guards.outliers.endpoint(&address).expect("it is there");
-    match guards.outliers.report(&address, &health, Evidence::Failure, (now, now), 0.0)? {
-        Change::Ejected(ejection) => Some(ejection.until),
+    match guards.outliers.report(&address, &health, EndpointOutcome::Failure, (now, now), 0.0)? {
+        EndpointChange::Ejected(ejection) => Some(ejection.until),
         _ => None,
     }
 }
@@ -174,20 +174,20 @@ fn retry_budget_keys() {
 fn limits_keys() {
     let now = Instant::now();
     let guards = Guards::new(now);
-    let waits = || guards.requests.wait(now, None, Woken(Waker::noop().clone()));
+    let waits = || guards.requests.enqueue(now, None, QueuedWaker(Waker::noop().clone()));
     reload(&guards, "limits = { max_requests = 1, max_pending = 0, max_connections = 1 }", now);
     assert!(guards.requests.try_acquire() && !guards.requests.try_acquire());
-    assert!(guards.connections.try_take() && !guards.connections.try_take());
-    assert!(matches!(waits(), Err(Full::Limit | Full::Queue)));
+    assert!(guards.connections.try_acquire() && !guards.connections.try_acquire());
+    assert!(matches!(waits(), Err(LimitRefusal::Limit | LimitRefusal::Queue)));
     reload(&guards, "limits = { max_requests = 2, max_pending = 0, max_connections = 2 }", now);
     assert!(guards.requests.try_acquire() && !guards.requests.try_acquire(), "max_requests");
-    assert!(guards.connections.try_take() && !guards.connections.try_take(), "max_connections");
+    assert!(guards.connections.try_acquire() && !guards.connections.try_acquire(), "max_connections");
     reload(&guards, "limits = { max_requests = 2, max_pending = 2, pending_timeout = \"3s\" }", now);
     let first = waits().expect("max_pending");
     reload(&guards, "limits = { max_requests = 2, max_pending = 2, pending_timeout = \"7s\" }", now);
     let second = waits().expect("max_pending");
-    assert_eq!((first.gives_up, second.gives_up), (now + S * 3, now + S * 7), "pending_timeout");
-    assert!(!guards.requests.settle(first) && !guards.requests.settle(second));
+    assert_eq!((first.expires_at, second.expires_at), (now + S * 3, now + S * 7), "pending_timeout");
+    assert!(!guards.requests.finish_wait(first) && !guards.requests.finish_wait(second));
     reload(&guards, "limits = { adaptive = true }", now);
     assert_eq!(guards.requests.limit(), ADAPTIVE_START, "adaptive");
 }
@@ -200,5 +200,5 @@ fn a_reload_keeps_the_state() {
     reload(&guards, "breaker = { consecutive_failures = 2 }", now);
     assert!(fail(&guards, 2, now).0);
     reload(&guards, "breaker = { consecutive_failures = 50 }\nlimits = { max_requests = 3 }", now);
-    assert!(guards.breaker.report_state().state == State::Open);
+    assert!(guards.breaker.state_report().state == BreakerState::Open);
 }

@@ -46,7 +46,7 @@ fn an_offered_trial_notifies_waiting_requests() {
     while let Ok(permit) = guards.breaker.admit(now).permit {
         let _ = guards.report("up", permit, (Health::Failure, true), now, 0.5);
     }
-    let mut changed = std::pin::pin!(guards.absence.changed());
+    let mut changed = std::pin::pin!(guards.reachability.changed());
     let mut cx = Context::from_waker(Waker::noop());
     assert!(changed.as_mut().poll(&mut cx).is_pending());
     guards.offer_trial();
@@ -72,7 +72,7 @@ fn a_reload_keeps_what_the_adaptive_limit_has_learned() {
     let policy = Policy { limits: Toggle::on(limits), ..Policy::default() };
     guards.configure(&policy, now);
     assert_eq!(guards.requests.limit(), ADAPTIVE_START);
-    guards.requests.adapt(77, now);
+    guards.requests.set_adaptive_limit(77, now);
     guards.configure(&policy, now);
     assert_eq!(guards.requests.limit(), 77);
     let smaller = LimitSettings { max_requests: 50, ..limits };

@@ -14,10 +14,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{
-    config::{Health, Protocol},
+    config::{HealthCheck, Protocol},
     descriptors,
     identity::handshake::{self, TlsFailure},
-    net::alpn::Speaks,
+    net::alpn::ApplicationProtocol,
     upstream::{Endpoint, health::CheckSettings},
 };
 
@@ -66,9 +66,9 @@ pub(super) async fn run(
             return check_protocol(stream, &health, protocol, &endpoint, limit).await;
         };
         let speaks = match (&health.path, &health.grpc, protocol) {
-            (None, None, _) => Speaks::Bytes,
-            (Some(_), _, Protocol::Auto | Protocol::Http1 | Protocol::Tcp) => Speaks::Http1,
-            _ => Speaks::H2,
+            (None, None, _) => ApplicationProtocol::Opaque,
+            (Some(_), _, Protocol::Auto | Protocol::Http1 | Protocol::Tcp) => ApplicationProtocol::Http1,
+            _ => ApplicationProtocol::H2,
         };
         let (stream, _) = handshake::connect(&target.client, &target.name, speaks, stream).await?;
         check_protocol(stream, &health, protocol, &endpoint, limit).await
@@ -76,9 +76,9 @@ pub(super) async fn run(
     tokio::time::timeout(limit, check).await.unwrap_or(Err(CheckError::Timeout(limit)))
 }
 
-async fn check_protocol<S: Stream>(
+async fn check_protocol<S: CheckStream>(
     stream: S,
-    health: &Health,
+    health: &HealthCheck,
     protocol: Protocol,
     endpoint: &Endpoint,
     limit: Duration,
@@ -86,21 +86,21 @@ async fn check_protocol<S: Stream>(
     let authority = authority(endpoint.host.as_deref(), endpoint.address);
     match (&health.path, &health.grpc) {
         (Some(path), _) => http(stream, protocol, &authority, path).await,
-        (None, Some(service)) => grpc(stream, &authority, service, limit).await,
+        (None, Some(service)) => check_grpc_health(stream, &authority, service, limit).await,
         (None, None) => Ok(()),
     }
 }
 
 /// TCP, or TLS over TCP.
-pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
+pub trait CheckStream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> CheckStream for S {}
 
 fn authority(host: Option<&str>, address: SocketAddr) -> String {
     host.map_or_else(|| address.to_string(), |host| format!("{host}:{}", address.port()))
 }
 
 async fn http(
-    stream: impl Stream,
+    stream: impl CheckStream,
     protocol: Protocol,
     authority: &str,
     path: &str,
@@ -115,7 +115,7 @@ async fn http(
             .header(header::CONNECTION, "close")
             .body(Full::<Bytes>::default())?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        alongside(connection, async { sender.send_request(request).await }).await?.status()
+        run_on_connection(connection, async { sender.send_request(request).await }).await?.status()
     };
     if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
 }
@@ -125,8 +125,8 @@ async fn http(
 /// # Errors
 ///
 /// Unless the response says that the service is serving.
-pub async fn grpc(
-    stream: impl Stream,
+pub async fn check_grpc_health(
+    stream: impl CheckStream,
     authority: &str,
     service: &str,
     limit: Duration,
@@ -166,17 +166,17 @@ fn grpc_status(fields: &HeaderMap) -> Result<(), CheckError> {
 }
 
 async fn send_h2<T>(
-    stream: impl Stream,
+    stream: impl CheckStream,
     request: Request<Full<Bytes>>,
     read: impl AsyncFnOnce(Response<Incoming>) -> Result<T, CheckError>,
 ) -> Result<T, CheckError> {
     let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-    alongside(connection, async { read(sender.send_request(request).await?).await }).await
+    run_on_connection(connection, async { read(sender.send_request(request).await?).await }).await
 }
 
 /// Drives a connection until the exchange on it is complete. How the connection itself ends does not matter: the
 /// exchange reports errors.
-pub async fn alongside<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
+pub async fn run_on_connection<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
     let connection = async {
         connection.await;
         std::future::pending::<std::convert::Infallible>().await

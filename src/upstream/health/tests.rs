@@ -13,15 +13,15 @@ use proptest::prelude::*;
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::{units::HumanDuration, upstream::Found};
+use crate::{units::HumanDuration, upstream::DiscoveredEndpoint};
 
-fn settings() -> Health {
-    Health {
+fn settings() -> HealthCheck {
+    HealthCheck {
         interval: HumanDuration::from_millis(20),
         timeout: HumanDuration::from_millis(500),
         unhealthy_after: 2,
         healthy_after: 2,
-        ..Health::default()
+        ..HealthCheck::default()
     }
 }
 
@@ -115,8 +115,11 @@ async fn respond(
 }
 
 fn publish(upstream: &Upstream, addresses: &[SocketAddr]) {
-    let discovered =
-        |address: &SocketAddr| Found { address: *address, host: Some("svc.test".into()), weight: 1 };
+    let discovered = |address: &SocketAddr| DiscoveredEndpoint {
+        address: *address,
+        host: Some("svc.test".into()),
+        weight: 1,
+    };
     upstream.publish(addresses.iter().map(discovered).collect());
 }
 
@@ -133,7 +136,11 @@ async fn until(condition: impl Fn() -> bool) {
     tokio::time::timeout(Duration::from_secs(20), reached).await.unwrap();
 }
 
-fn start(settings: Health, protocol: Protocol, addresses: &[SocketAddr]) -> (Arc<Upstream>, HealthChecks) {
+fn start(
+    settings: HealthCheck,
+    protocol: Protocol,
+    addresses: &[SocketAddr],
+) -> (Arc<Upstream>, HealthChecks) {
     let upstream = Upstream::new("svc");
     publish(&upstream, addresses);
     let checks = spawn(plain(settings, protocol), upstream.clone(), &Handle::current());
@@ -144,7 +151,7 @@ fn start(settings: Health, protocol: Protocol, addresses: &[SocketAddr]) -> (Arc
 async fn http_checks_ask_for_the_path_and_follow_the_status() {
     for (protocol, h2) in [(Protocol::Auto, false), (Protocol::H2, true)] {
         let server = Server::start(h2).await;
-        let settings = Health { path: Some("/healthz?full=1".to_owned()), ..settings() };
+        let settings = HealthCheck { path: Some("/healthz?full=1".to_owned()), ..settings() };
         let (upstream, _checks) = start(settings, protocol, &[server.address]);
         until(|| !server.requests().is_empty()).await;
         let (uri, headers, _) = server.requests().remove(0);
@@ -168,7 +175,7 @@ async fn http_checks_ask_for_the_path_and_follow_the_status() {
 async fn grpc_checks_speak_the_health_protocol() {
     let server = Server::start(true).await;
     server.configure(|behavior| behavior.grpc = Some((1, "0")));
-    let settings = Health { grpc: Some("shop.Orders".to_owned()), ..settings() };
+    let settings = HealthCheck { grpc: Some("shop.Orders".to_owned()), ..settings() };
     let (upstream, _checks) = start(settings, Protocol::Auto, &[server.address]);
     until(|| server.requests().len() > 2).await;
     assert_eq!(healthy(&upstream), [true]);
@@ -198,7 +205,7 @@ async fn grpc_checks_speak_the_health_protocol() {
 async fn tcp_checks_follow_the_listener_and_the_set() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let settings = Health { tcp: Some(true), ..settings() };
+    let settings = HealthCheck { tcp: Some(true), ..settings() };
     let (upstream, checks) = start(settings, Protocol::Tcp, &[address]);
     tokio::time::timeout(Duration::from_secs(10), listener.accept()).await.unwrap().unwrap();
     drop(listener);
@@ -218,12 +225,12 @@ async fn tcp_checks_follow_the_listener_and_the_set() {
 async fn new_settings_take_effect_at_once_and_keep_the_state() {
     let server = Server::start(false).await;
     server.configure(|behavior| behavior.status = 500);
-    let first = Health { path: Some("/old".to_owned()), ..settings() };
+    let first = HealthCheck { path: Some("/old".to_owned()), ..settings() };
     let (upstream, checks) = start(first, Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
     let hour = HumanDuration::from_secs(3600);
     checks.reconfigure(plain(
-        Health { path: Some("/new".to_owned()), interval: hour, ..settings() },
+        HealthCheck { path: Some("/new".to_owned()), interval: hour, ..settings() },
         Protocol::Auto,
     ));
     until(|| server.requests().iter().any(|(uri, ..)| uri == "/new")).await;
@@ -234,7 +241,7 @@ async fn new_settings_take_effect_at_once_and_keep_the_state() {
 async fn replacing_checks_determine_the_final_state() {
     let server = Server::start(false).await;
     server.configure(|behavior| behavior.status = 500);
-    let settings = Health { path: Some("/".to_owned()), ..settings() };
+    let settings = HealthCheck { path: Some("/".to_owned()), ..settings() };
     let (upstream, first) = start(settings.clone(), Protocol::Auto, &[server.address]);
     until(|| healthy(&upstream) == [false]).await;
     let requests = server.requests().len();
@@ -245,13 +252,13 @@ async fn replacing_checks_determine_the_final_state() {
     until(|| healthy(&upstream) == [false]).await;
 }
 
-fn plain(health: Health, protocol: Protocol) -> CheckSettings {
+fn plain(health: HealthCheck, protocol: Protocol) -> CheckSettings {
     CheckSettings { health, protocol, tls: None }
 }
 
 #[test]
 fn results_in_a_row_change_the_state() {
-    let settings = Health { unhealthy_after: 3, healthy_after: 2, ..Health::default() };
+    let settings = HealthCheck { unhealthy_after: 3, healthy_after: 2, ..HealthCheck::default() };
     let mut threshold = Threshold::new(true);
     let results = [false, false, true, false, false, false, false, true, false, true, true, true];
     let states: Vec<_> = results
@@ -272,7 +279,7 @@ proptest! {
         unhealthy_after in 1u32..5,
         healthy_after in 1u32..5,
     ) {
-        let settings = Health { unhealthy_after, healthy_after, ..Health::default() };
+        let settings = HealthCheck { unhealthy_after, healthy_after, ..HealthCheck::default() };
         let mut threshold = Threshold::new(true);
         let (mut run, mut last, mut expected) = (0, None, true);
         for passed in results {

@@ -24,9 +24,10 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, server::TlsStream};
 
 use super::*;
 use crate::{
-    config::PoolIdle,
+    config::PoolIdleTimeout,
     upstream::{
-        BodyError, connect::TcpLimits, guards::Guards, http2::PingSettings, idle_connections::IdleConnections,
+        BodyError, connect::TcpTimeouts, guards::Guards, http2::PingSettings,
+        idle_connections::IdleConnections,
     },
 };
 
@@ -34,19 +35,19 @@ use crate::{
 const LONG: usize = 40_000;
 
 /// A connection and its peer.
-async fn connection() -> (Http1, TcpStream) {
+async fn connection() -> (Http1Connection, TcpStream) {
     let (socket, peer) = streams(None).await;
     (opened(UpstreamIo::Plain(socket.clone()), socket).await, peer)
 }
 
 /// A connection of which the kernel buffers little before the peer reads.
-async fn narrow_connection() -> (Http1, TcpStream) {
+async fn narrow_connection() -> (Http1Connection, TcpStream) {
     let (socket, peer) = streams(Some(4096)).await;
     (opened(UpstreamIo::Plain(socket.clone()), socket).await, peer)
 }
 
 /// The same with TLS.
-async fn narrow_tls() -> (Http1, TlsStream<TcpStream>) {
+async fn narrow_tls() -> (Http1Connection, TlsStream<TcpStream>) {
     let (socket, peer) = streams(Some(4096)).await;
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let (certificate, key) = (made.cert.der().clone(), made.signing_key.serialize_der());
@@ -78,23 +79,28 @@ async fn streams(buffer_size: Option<u32>) -> (SharedTcp, TcpStream) {
     (SharedTcp::new(socket), listener.accept().await.unwrap().0)
 }
 
-async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1 {
-    let slot = ConnectionSlot::take(&Guards::new(std::time::Instant::now())).await.unwrap();
-    let opened = Opened {
-        line: RefCell::new(Line::new(io)),
+async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1Connection {
+    let slot = ConnectionSlot::acquire(&Guards::new(std::time::Instant::now())).await.unwrap();
+    let opened = ConnectionInner {
+        connection: RefCell::new(ClientConnection::new(io)),
         tcp,
         keep_spelling: false,
         retire_at: None,
-        lifts_user_timeout: true,
-        proof: None,
-        slot: slot.opened(crate::net::alpn::Tls::None),
+        clear_user_timeout_on_upgrade: true,
+        verification: None,
+        slot: slot.mark_open(crate::net::alpn::ConnectionTls::None),
     };
     let now = Instant::now();
-    Http1 { opened: Rc::new(opened), idle_since: now, reusable_from: now, told: None }
+    Http1Connection {
+        inner: Rc::new(opened),
+        idle_since: now,
+        reusable_from: now,
+        announced_idle_timeout: None,
+    }
 }
 
 /// Sends `GET /`; returns the response head, and the interim responses before it.
-async fn get(connection: &mut Http1) -> (Result<ResponseHead, Error>, Vec<u16>) {
+async fn get(connection: &mut Http1Connection) -> (Result<ResponseHead, Error>, Vec<u16>) {
     let mut interim = Vec::new();
     let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
     let on_interim = |status: StatusCode, _| interim.push(status.as_u16());
@@ -102,8 +108,15 @@ async fn get(connection: &mut Http1) -> (Result<ResponseHead, Error>, Vec<u16>) 
     (response, interim)
 }
 
-fn head<'a>(target: &'a Uri, fields: &'a HeaderMap) -> Head<'a> {
-    Head { method: &Method::GET, target, raw_target: None, fields, spelling: None, told: Told::default() }
+fn head<'a>(target: &'a Uri, fields: &'a HeaderMap) -> OutgoingHead<'a> {
+    OutgoingHead {
+        method: &Method::GET,
+        target,
+        raw_target: None,
+        fields,
+        spelling: None,
+        attempt_fields: AttemptFields::default(),
+    }
 }
 
 /// Fields that make a head of about [`LONG`] bytes.
@@ -111,7 +124,7 @@ fn long() -> HeaderMap {
     HeaderMap::from_iter([(COOKIE, HeaderValue::from_str(&"x".repeat(LONG)).unwrap())])
 }
 
-async fn body(connection: &mut Http1) -> Result<Vec<u8>, Error> {
+async fn body(connection: &mut Http1Connection) -> Result<Vec<u8>, Error> {
     let mut body = Vec::new();
     while let Some(frame) = poll_fn(|cx| connection.poll_frame(cx)).await {
         body.extend_from_slice(&frame?.into_data().unwrap_or_default());
@@ -139,7 +152,7 @@ async fn a_connection_carries_one_request_after_the_other() {
         let ((response, interim), ()) = tokio::join!(get(&mut connection), responses);
         assert_eq!((response.unwrap().status, interim), (StatusCode::OK, vec![103]));
         assert_eq!(body(&mut connection).await.unwrap(), b"hello");
-        assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
+        assert_eq!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Reusable);
     }
 }
 
@@ -158,7 +171,7 @@ async fn a_connection_that_is_not_clean_is_not_used_again() {
         peer.write_all(answer.as_bytes()).await.unwrap();
         get(&mut connection).await.0.unwrap();
         assert_eq!(body(&mut connection).await.unwrap(), b"ok");
-        assert_ne!(connection.rest(false, Instant::now()), Rest::Reusable, "{why}");
+        assert_ne!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Reusable, "{why}");
     }
 }
 
@@ -167,21 +180,21 @@ async fn a_close_before_the_response_differs_from_one_in_its_middle() {
     let (mut connection, peer) = connection().await;
     drop(peer);
     let (response, _) = get(&mut connection).await;
-    assert!(response.is_err() && !connection.heard_anything());
+    assert!(response.is_err() && !connection.has_received_bytes());
 
     for partial in ["H", "HTTP/1.1 103 Early Hints\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n"] {
         let (mut connection, mut peer) = self::connection().await;
         peer.write_all(partial.as_bytes()).await.unwrap();
         peer.shutdown().await.unwrap();
         let (response, _) = get(&mut connection).await;
-        assert!(response.is_err() && connection.heard_anything(), "{partial}");
+        assert!(response.is_err() && connection.has_received_bytes(), "{partial}");
     }
 
     let (mut connection, mut peer) = self::connection().await;
     peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel").await.unwrap();
     peer.shutdown().await.unwrap();
     get(&mut connection).await.0.unwrap();
-    assert!(matches!(body(&mut connection).await, Err(Error::CutOff)));
+    assert!(matches!(body(&mut connection).await, Err(Error::UnexpectedEnd)));
     assert!(connection.is_closed());
 }
 
@@ -201,8 +214,8 @@ async fn a_request_without_valid_framing_is_not_sent() {
         }
         let sent = connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()).await;
         let error = sent.unwrap_err();
-        assert!(error.is_of_sender() && error.to_string().contains(expected), "{values:?}: {error}");
-        assert!(!connection.sent_anything());
+        assert!(error.is_sender_fault() && error.to_string().contains(expected), "{values:?}: {error}");
+        assert!(!connection.has_sent_bytes());
     }
 }
 
@@ -210,29 +223,31 @@ async fn a_request_without_valid_framing_is_not_sent() {
 async fn unsolicited_bytes_close_an_idle_connection() {
     let stray = &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..];
     let timeout = &b"HTTP/1.1 408 Request Timeout\r\n\r\n"[..];
-    for (unsolicited, idle) in [(stray, Idle::Unsolicited), (timeout, Idle::Closed), (b"", Idle::Closed)] {
+    for (unsolicited, idle) in
+        [(stray, IdleState::Unsolicited), (timeout, IdleState::Closed), (b"", IdleState::Closed)]
+    {
         let (mut connection, mut peer) = connection().await;
-        assert_eq!([connection.listen(), connection.look()], [Idle::Quiet; 2]);
+        assert_eq!([connection.check_idle_readiness(), connection.check_idle()], [IdleState::Quiet; 2]);
         peer.write_all(unsolicited).await.unwrap();
         peer.shutdown().await.unwrap();
-        until(|| connection.listen() != Idle::Quiet).await;
-        assert_eq!((connection.listen(), connection.is_closed()), (idle, true));
+        until(|| connection.check_idle_readiness() != IdleState::Quiet).await;
+        assert_eq!((connection.check_idle_readiness(), connection.is_closed()), (idle, true));
     }
 }
 
 /// A worker that has not polled epoll since the bytes arrived does not know of them. The kernel does.
 #[tokio::test]
 async fn the_check_before_reuse_sees_what_the_runtime_does_not_know_yet() {
-    for (unsolicited, idle) in [(&b"stray bytes"[..], Idle::Unsolicited), (b"", Idle::Closed)] {
+    for (unsolicited, idle) in [(&b"stray bytes"[..], IdleState::Unsolicited), (b"", IdleState::Closed)] {
         let (mut connection, peer) = connection().await;
-        assert_eq!(connection.listen(), Idle::Quiet);
+        assert_eq!(connection.check_idle_readiness(), IdleState::Quiet);
         // The runtime does not run in between.
         peer.try_write(unsolicited).unwrap();
         if unsolicited.is_empty() {
             drop(peer);
         }
-        assert_eq!(connection.listen(), Idle::Quiet, "the runtime does not know yet");
-        assert_eq!((connection.look(), connection.is_closed()), (idle, true));
+        assert_eq!(connection.check_idle_readiness(), IdleState::Quiet, "the runtime does not know yet");
+        assert_eq!((connection.check_idle(), connection.is_closed()), (idle, true));
     }
 }
 
@@ -241,14 +256,14 @@ async fn the_check_before_reuse_sees_what_the_runtime_does_not_know_yet() {
 async fn the_check_before_reuse_processes_tls_records() {
     let (mut connection, mut peer) = narrow_tls().await;
     // The session tickets after the handshake.
-    assert_eq!(connection.look(), Idle::Quiet);
+    assert_eq!(connection.check_idle(), IdleState::Quiet);
     peer.write_all(b"stray bytes").await.unwrap();
-    until(|| connection.look() == Idle::Unsolicited).await;
+    until(|| connection.check_idle() == IdleState::Unsolicited).await;
     assert!(connection.is_closed());
 
     let (mut connection, mut peer) = narrow_tls().await;
     peer.shutdown().await.unwrap();
-    until(|| connection.look() == Idle::Closed).await;
+    until(|| connection.check_idle() == IdleState::Closed).await;
 }
 
 /// The pool's check no longer holds when the request is written in a later poll.
@@ -257,7 +272,7 @@ async fn a_write_that_had_to_wait_is_preceded_by_another_check() {
     let (mut connection, mut peer) = connection().await;
     peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
     get(&mut connection).await.0.unwrap();
-    assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
+    assert_eq!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Reusable);
     let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
     let failed = {
         let mut sending = pin!(connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()));
@@ -274,17 +289,17 @@ async fn a_write_that_had_to_wait_is_preceded_by_another_check() {
     };
     assert!(matches!(failed, Err(Error::Closed)), "{failed:?}");
     assert!(
-        !connection.sent_anything() && !connection.heard_anything(),
+        !connection.has_sent_bytes() && !connection.has_received_bytes(),
         "it can be sent to another endpoint"
     );
 }
 
 /// A connection that has carried one request, and its peer.
-async fn connection_after(method: Method, status: &str) -> (Http1, TcpStream) {
+async fn connection_after(method: Method, status: &str) -> (Http1Connection, TcpStream) {
     let (mut connection, mut peer) = connection().await;
     peer.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").as_bytes()).await.unwrap();
     let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
-    let head = Head { method: &method, ..head(&target, &fields) };
+    let head = OutgoingHead { method: &method, ..head(&target, &fields) };
     connection.send(head, RequestBody::empty(), |_, _| ()).await.unwrap();
     (connection, peer)
 }
@@ -338,9 +353,9 @@ async fn connections_of_a_compliant_endpoint_are_reused_at_once() {
 
 fn plain() -> ConnectionSettings {
     ConnectionSettings {
-        tcp: TcpLimits::default(),
-        lifts_user_timeout: true,
-        pool_idle: PoolIdle::Auto,
+        tcp: TcpTimeouts::default(),
+        clear_user_timeout_on_upgrade: true,
+        pool_idle: PoolIdleTimeout::Auto,
         header_case: HeaderCase::default(),
         max_age: None,
         tls: None,
@@ -355,12 +370,12 @@ fn plain() -> ConnectionSettings {
 async fn an_expired_connection_expires_no_other() {
     let (idle, start) = (IdleConnections::default(), Instant::now());
     let (mut lasting, _peer) = connection().await;
-    lasting.told = Some(Duration::from_secs(60));
+    lasting.announced_idle_timeout = Some(Duration::from_secs(60));
     idle.put_back(lasting, start);
     let (short, _peer) = connection().await;
     idle.put_back(short, start + Duration::from_secs(1));
     let popped = idle.pop(&plain(), start + Duration::from_secs(10)).unwrap();
-    assert_eq!((popped.told, idle.len()), (Some(Duration::from_secs(60)), 0));
+    assert_eq!((popped.announced_idle_timeout, idle.len()), (Some(Duration::from_secs(60)), 0));
 }
 
 #[tokio::test]
@@ -387,8 +402,8 @@ async fn a_peer_that_acknowledges_nothing_times_out() {
     far.set_recv_buffer_size(4096).unwrap();
     far.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = far.listen(1).unwrap();
-    let limits = TcpLimits { connect: None, user: Some(Duration::from_secs(1)) };
-    let connecting = connect(listener.local_addr().unwrap(), limits, None, Speaks::Http1);
+    let limits = TcpTimeouts { connect: None, user_timeout: Some(Duration::from_secs(1)) };
+    let connecting = connect(listener.local_addr().unwrap(), limits, None, ApplicationProtocol::Http1);
     let (connected, accepted) = tokio::join!(connecting, listener.accept());
     let (mut io, _silent) = (connected.unwrap().io, accepted.unwrap());
     let endless = async { while io.write_all(&[0; 64 * 1024]).await.is_ok() {} };
@@ -405,10 +420,10 @@ async fn a_408_on_a_reused_connection_is_not_a_response() {
         if reused {
             peer.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
             get(&mut connection).await.0.unwrap();
-            assert_eq!(connection.rest(false, Instant::now()), Rest::Reusable);
+            assert_eq!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Reusable);
         }
         let (target, fields) = (Uri::from_static("/"), HeaderMap::new());
-        let head = Head { method: &method, ..head(&target, &fields) };
+        let head = OutgoingHead { method: &method, ..head(&target, &fields) };
         let response = {
             let mut sending = pin!(connection.send(head, RequestBody::empty(), |_, _| ()));
             assert!(poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await.is_pending());
@@ -417,7 +432,7 @@ async fn a_408_on_a_reused_connection_is_not_a_response() {
             sending.await
         };
         assert_eq!(response.is_ok(), delivered, "{method}, reused: {reused}");
-        assert!(delivered || connection.sent_anything() && !connection.heard_anything());
+        assert!(delivered || connection.has_sent_bytes() && !connection.has_received_bytes());
     }
 }
 
@@ -441,7 +456,7 @@ impl Body for Upload {
         }
         let mut space = [0; 100];
         let mut buffer = ReadBuf::new(&mut space);
-        ready!(Pin::new(&mut this.client).poll_read(cx, &mut buffer)).map_err(|_| BodyError::TakenOver)?;
+        ready!(Pin::new(&mut this.client).poll_read(cx, &mut buffer)).map_err(|_| BodyError::Superseded)?;
         this.left -= buffer.filled().len();
         Poll::Ready(Some(Ok(Frame::data(Bytes::copy_from_slice(buffer.filled())))))
     }
@@ -463,7 +478,7 @@ async fn a_response_is_read_although_the_upload_fails() {
     LocalSet::new().run_until(exchanges).await;
 }
 
-async fn refuses_upload(mut connection: Http1, mut peer: impl AsyncWrite + Unpin) {
+async fn refuses_upload(mut connection: Http1Connection, mut peer: impl AsyncWrite + Unpin) {
     let (mut client, end) = duplex(100);
     let upload = RequestBody::new(Upload { client: end, left: 4 });
     let (target, fields) = (Uri::from_static("/"), HeaderMap::from_iter([(CONTENT_LENGTH, 4.into())]));
@@ -485,7 +500,7 @@ async fn refuses_upload(mut connection: Http1, mut peer: impl AsyncWrite + Unpin
     };
     assert_eq!(response.unwrap().status, StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(body(&mut connection).await.unwrap(), b"large");
-    assert_eq!(connection.rest(false, Instant::now()), Rest::Ends);
+    assert_eq!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Close);
 }
 
 #[tokio::test]
@@ -494,9 +509,9 @@ async fn a_body_delimited_by_close_is_complete() {
     peer.write_all(b"HTTP/1.1 200 OK\r\n\r\nall of it").await.unwrap();
     peer.shutdown().await.unwrap();
     get(&mut connection).await.0.unwrap();
-    assert_eq!(connection.length(), None);
+    assert_eq!(connection.remaining_length(), None);
     assert_eq!(body(&mut connection).await.unwrap(), b"all of it");
-    assert_eq!(connection.rest(false, Instant::now()), Rest::Ends);
+    assert_eq!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Close);
 }
 
 #[tokio::test]
@@ -505,9 +520,9 @@ async fn bytes_after_an_upgrade_are_handed_over() {
     peer.write_all(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nfirst bytes").await.unwrap();
     let (response, _) = get(&mut connection).await;
     assert_eq!(response.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
-    let (_, unread) = connection.take_stream().unwrap();
+    let (_, unread) = connection.take_upgraded_stream().unwrap();
     assert_eq!(&unread[..], b"first bytes");
-    assert!(connection.take_stream().is_none() && connection.is_closed());
+    assert!(connection.take_upgraded_stream().is_none() && connection.is_closed());
 }
 
 /// TLS buffers more than the kernel. Until the kernel has its last record, the request does not count as sent.
@@ -515,11 +530,11 @@ async fn bytes_after_an_upgrade_are_handed_over() {
 async fn a_request_is_sent_when_its_last_tls_record_is() {
     let (connection, mut peer) = narrow_tls().await;
     let (target, fields, mut got) = (Uri::from_static("/"), long(), Vec::new());
-    let inner = || connection.opened.line.borrow_mut();
-    inner().begin(head(&target, &fields), RequestBody::empty()).unwrap();
+    let inner = || connection.inner.connection.borrow_mut();
+    inner().start_request(head(&target, &fields), RequestBody::empty()).unwrap();
     let first = poll_fn(|cx| Poll::Ready(inner().poll_request(cx))).await;
-    assert!(inner().outlet.is_empty(), "the TLS session has buffered all of it");
-    assert!(first.is_pending() && !inner().is_sent() && inner().sent, "the kernel has not");
+    assert!(inner().write_buffer.is_empty(), "the TLS session has buffered all of it");
+    assert!(first.is_pending() && !inner().is_sent() && inner().has_sent_bytes, "the kernel has not");
     let reads = async {
         while !got.ends_with(b"\r\n\r\n") {
             assert_ne!(peer.read_buf(&mut got).await.unwrap(), 0, "cut after {} bytes", got.len());
@@ -539,7 +554,7 @@ async fn tls_records_are_sent_after_an_early_response() {
         let (target, fields, mut got) = (Uri::from_static("/"), long(), Vec::new());
         let response = connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()).await;
         assert_eq!(response.unwrap().status, StatusCode::OK);
-        assert_eq!(connection.rest(false, Instant::now()), Rest::Ends, "it is not clean");
+        assert_eq!(connection.finish_exchange(false, Instant::now()), ReuseVerdict::Close, "it is not clean");
         drop(connection);
         while !got.ends_with(b"\r\n\r\n") {
             assert_ne!(peer.read_buf(&mut got).await.unwrap_or(0), 0, "cut after {} bytes", got.len());
@@ -558,7 +573,7 @@ async fn a_partially_sent_head_counts_as_sent() {
         if !partially_sent {
             // With a reset: otherwise the kernel accepts bytes that are never delivered.
             peer.take().unwrap().set_zero_linger().unwrap();
-            until(|| connection.look() != Idle::Quiet).await;
+            until(|| connection.check_idle() != IdleState::Quiet).await;
         }
         let failed = {
             let mut sending = pin!(connection.send(head(&target, &fields), RequestBody::empty(), |_, _| ()));
@@ -570,8 +585,8 @@ async fn a_partially_sent_head_counts_as_sent() {
                 Poll::Pending => sending.await,
             }
         };
-        assert!(failed.is_err() && !connection.heard_anything(), "{failed:?}");
-        assert_eq!(connection.sent_anything(), partially_sent);
+        assert!(failed.is_err() && !connection.has_received_bytes(), "{failed:?}");
+        assert_eq!(connection.has_sent_bytes(), partially_sent);
     }
 }
 
@@ -587,7 +602,7 @@ async fn no_upgrade_before_the_request_is_sent() {
         client.write_all(b"bo").await.unwrap();
         let response = connection.send(head(&target, &fields), upload, |_, _| ()).await;
         assert_eq!(response.unwrap().status, StatusCode::SWITCHING_PROTOCOLS);
-        assert!(connection.take_stream().is_none() && connection.is_closed());
+        assert!(connection.take_upgraded_stream().is_none() && connection.is_closed());
         // The rest of the request is not sent either, now that another protocol is in use.
         drop(connection);
         client.write_all(b"dy").await.unwrap();

@@ -13,9 +13,9 @@ use bytes::Bytes;
 use h2::{Ping, PingPong, client::Connection};
 use tokio::time::Instant;
 
-use super::{super::stream::UpstreamIo, MOST_STREAMS, PingSettings, State};
+use super::{super::stream::UpstreamIo, ConnectionState, MAX_STREAMS, PingSettings};
 use crate::{
-    http2::{ERRORS_TO_RETIRE, guard::Guarded, wire::Wired},
+    http2::{ERRORS_TO_RETIRE, header_filter::HeaderFilter, wire_state::ObservedIo},
     net::watchdog::Watchdog,
 };
 
@@ -29,8 +29,8 @@ const CLOSES_AFTER: u32 = 10;
 
 /// Completes when the connection has ended.
 pub(super) struct Driver {
-    h2: Connection<Wired<Guarded<UpstreamIo>>, Bytes>,
-    state: Rc<State>,
+    h2: Connection<ObservedIo<HeaderFilter<UpstreamIo>>, Bytes>,
+    state: Rc<ConnectionState>,
     ping: Option<PingPong>,
     settings: PingSettings,
     pings: Pings,
@@ -65,8 +65,8 @@ impl Pings {
 
 impl Driver {
     pub(super) fn new(
-        h2: Connection<Wired<Guarded<UpstreamIo>>, Bytes>,
-        state: Rc<State>,
+        h2: Connection<ObservedIo<HeaderFilter<UpstreamIo>>, Bytes>,
+        state: Rc<ConnectionState>,
         ping: Option<PingPong>,
         settings: PingSettings,
     ) -> Self {
@@ -76,13 +76,12 @@ impl Driver {
     /// Applies what the endpoint has sent about itself.
     fn apply_peer_settings(&mut self) {
         let state = &self.state;
-        if state.wire.heard().is_none() {
+        if state.wire.last_received().is_none() {
             return;
         }
-        let limit =
-            u32::try_from(self.h2.max_concurrent_send_streams()).unwrap_or(u32::MAX).min(MOST_STREAMS);
+        let limit = u32::try_from(self.h2.max_concurrent_send_streams()).unwrap_or(u32::MAX).min(MAX_STREAMS);
         if state.limit.replace(limit) < limit {
-            state.changed.wake_all();
+            state.changed.notify_all();
         }
         self.errors =
             self.errors.saturating_add(state.wire.take_faults()).saturating_add(state.wire.take_refusals());
@@ -93,7 +92,7 @@ impl Driver {
 
     fn retire(&self) {
         self.state.retired.set(true);
-        self.state.changed.wake_all();
+        self.state.changed.notify_all();
     }
 
     /// Sends a PING if one is wanted. Returns when the next action about PINGs is due, and whether the connection
@@ -109,17 +108,17 @@ impl Driver {
             state.ping_sent.set(None);
             // A PING requested meanwhile has its answer as well.
             state.ping_wanted.set(false);
-            state.changed.wake_all();
+            state.changed.notify_all();
         }
         let now = Instant::now();
-        if state.ping_wanted.take() && self.pings.may_send(state.wire.messages(), now) {
+        if state.ping_wanted.take() && self.pings.may_send(state.wire.messages_received(), now) {
             return (None, self.send_ping(now));
         }
-        let heard = state.wire.heard().unwrap_or(now);
+        let heard = state.wire.last_received().unwrap_or(now);
         let due = (state.streams.get() > 0).then_some(self.settings.interval).flatten().map(|interval| {
             let quiet = self.pings.last.map(|last| last + QUIET_INTERVAL);
             let due = heard + interval;
-            if self.pings.may_send(state.wire.messages(), due) {
+            if self.pings.may_send(state.wire.messages_received(), due) {
                 due
             } else {
                 quiet.map_or(due, |quiet| quiet.max(due))
@@ -132,7 +131,7 @@ impl Driver {
     fn send_ping(&mut self, now: Instant) -> bool {
         let sent = self.ping.as_mut().is_some_and(|ping| ping.send_ping(Ping::opaque()).is_ok());
         if sent {
-            self.pings.sent(self.state.wire.messages(), now);
+            self.pings.sent(self.state.wire.messages_received(), now);
             self.state.ping_sent.set(Some(now));
         }
         sent
@@ -151,7 +150,7 @@ impl Future for Driver {
                 }
                 return Poll::Ready(());
             }
-            this.state.note_task(cx.waker());
+            this.state.store_waker(cx.waker());
             this.apply_peer_settings();
             let (due, sent) = this.poll_ping(cx);
             if sent {
@@ -180,7 +179,7 @@ impl Future for Driver {
 impl Drop for Driver {
     fn drop(&mut self) {
         self.state.closed.set(true);
-        self.state.changed.wake_all();
+        self.state.changed.notify_all();
     }
 }
 

@@ -13,14 +13,14 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Http2, Stream, waiters::Waiters};
+use super::{Http2Connection, Http2Stream, waiters::Waiters};
 use crate::{
     identity::tls::ClientTls,
     upstream::{
         connect::{ConnectError, TlsTarget},
         guards::{ConnectionSlot, Guards},
         local::LocalEndpoint,
-        pool::{ConnectionSettings, Lease, fits, is_of},
+        pool::{ConnectionSettings, Lease, matches_settings, uses_current_tls},
     },
 };
 
@@ -29,7 +29,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 /// The HTTP/2 connections to one endpoint.
 #[derive(Debug, Default)]
 pub struct Http2Pool {
-    connections: RefCell<Vec<Rc<Http2>>>,
+    connections: RefCell<Vec<Rc<Http2Connection>>>,
     /// At most one for each TLS name.
     dials: RefCell<Vec<Rc<Dial>>>,
     /// Notified when a stream, a connection, or the end of a dial may serve a waiting request.
@@ -40,16 +40,16 @@ pub struct Http2Pool {
 #[derive(Debug)]
 struct Dial {
     tls: Option<TlsTarget>,
-    outcome: RefCell<Option<Result<Rc<Http2>, ConnectError>>>,
+    outcome: RefCell<Option<Result<Rc<Http2Connection>, ConnectError>>>,
     /// It has a connection slot, and is connecting.
     connects: Cell<bool>,
 }
 
 /// What the pool has for a request.
 enum Choice {
-    Available(Rc<Http2>),
+    Available(Rc<Http2Connection>),
     /// A connection has no stream yet, and another one would have none either.
-    Opening(Rc<Http2>),
+    Opening(Rc<Http2Connection>),
     /// All connections are fully used.
     Full,
 }
@@ -79,11 +79,11 @@ impl Http2Pool {
     ) -> Result<Lease, ConnectError> {
         let until = Instant::now() + settings.stream_wait;
         let mut dialled = false;
-        let mut opening: Option<Rc<Http2>> = None;
-        let waiter = self.changed.enter();
+        let mut opening: Option<Rc<Http2Connection>> = None;
+        let waiter = self.changed.register();
         loop {
             // Before checking, so that no notification is lost.
-            let changed = self.changed.changed();
+            let changed = self.changed.notified();
             // Closed before its first use: the attempt to send on it reports why.
             if let Some(connection) = opening.take_if(|connection| connection.state.closed.get()) {
                 return Ok(lease(connection, false));
@@ -96,14 +96,14 @@ impl Http2Pool {
                 Choice::Available(connection) => return Ok(lease(connection, !dialled)),
                 Choice::Opening(connection) => {
                     // If anything was received, the endpoint allows no streams for now.
-                    settings.queued.set(connection.state.wire.heard().is_some());
+                    settings.queued.set(connection.state.wire.last_received().is_some());
                     if timeout_at(until, changed).await.is_ok() {
                         (opening, dialled) = (Some(connection), true);
                         continue;
                     }
                     // An endpoint that has sent nothing gets the request all the same: its silence then counts as
                     // that of an attempt.
-                    let silent = connection.state.wire.heard().is_none();
+                    let silent = connection.state.wire.last_received().is_none();
                     return if silent { Ok(lease(connection, false)) } else { Err(self.no_stream(settings)) };
                 }
                 Choice::Full => self.dial(endpoint, settings, guards),
@@ -116,7 +116,7 @@ impl Http2Pool {
             match outcome {
                 Some(Ok(connection)) => opening = Some(connection),
                 None => {}
-                Some(Err(ConnectError::Limit { .. })) if self.has_any(settings) => {
+                Some(Err(ConnectError::ConnectionLimit { .. })) if self.has_any(settings) => {
                     // The existing connections have to suffice. Each dial has waited for a slot.
                     upload = false;
                     if Instant::now() >= until {
@@ -133,12 +133,14 @@ impl Http2Pool {
         self.retire(now);
         let connections = self.connections.borrow();
         let mut opening = None;
-        for connection in connections.iter().filter(|connection| fits(connection.proof.as_deref(), settings))
+        for connection in connections
+            .iter()
+            .filter(|connection| matches_settings(connection.verification.as_deref(), settings))
         {
-            if connection.has_room() && !(upload && connection.is_held(now)) {
+            if connection.has_free_stream() && !(upload && connection.is_window_exhausted(now)) {
                 return Choice::Available(Rc::clone(connection));
             }
-            if connection.is_opening() {
+            if connection.awaits_stream_limit() {
                 opening = Some(Rc::clone(connection));
             }
         }
@@ -147,14 +149,14 @@ impl Http2Pool {
 
     fn has_any(&self, settings: &ConnectionSettings) -> bool {
         let connections = self.connections.borrow();
-        connections.iter().any(|connection| fits(connection.proof.as_deref(), settings))
+        connections.iter().any(|connection| matches_settings(connection.verification.as_deref(), settings))
     }
 
     fn no_stream(&self, settings: &ConnectionSettings) -> ConnectError {
         let connections = self.connections.borrow();
         let limit =
             connections.iter().map(|connection| connection.state.limit.get()).max().unwrap_or_default();
-        ConnectError::Streams { limit, connections: connections.len(), waited: settings.stream_wait }
+        ConnectError::StreamLimit { limit, connections: connections.len(), waited: settings.stream_wait }
     }
 
     /// The dial in progress to the same TLS name, else a new one. In a task of its own: a cancelled request must not
@@ -180,10 +182,10 @@ impl Http2Pool {
         let guard = DialGuard { endpoint: Rc::clone(endpoint), dial: Rc::clone(&dial) };
         spawn_local(async move {
             let pool = &guard.endpoint.pool.h2;
-            let outcome = match ConnectionSlot::take(&guards).await {
+            let outcome = match ConnectionSlot::acquire(&guards).await {
                 Ok(slot) => {
                     guard.dial.connects.set(true);
-                    Http2::open(&guard.endpoint, &settings, slot, &pool.changed).await
+                    Http2Connection::open(&guard.endpoint, &settings, slot, &pool.changed).await
                 }
                 Err(error) => Err(error),
             };
@@ -205,12 +207,14 @@ impl Http2Pool {
 
     /// Closes connections that have been idle for too long or were opened with other TLS settings.
     pub fn sweep(&self, tls: Option<&Arc<ClientTls>>) {
-        self.connections.borrow_mut().retain(|connection| is_of(connection.proof.as_deref(), tls));
+        self.connections
+            .borrow_mut()
+            .retain(|connection| uses_current_tls(connection.verification.as_deref(), tls));
         self.retire(Instant::now());
     }
 
     /// Closes an idle connection, if there is one; its slot is released when its task has ended.
-    pub fn close_idle(&self) {
+    pub fn close_one_idle(&self) {
         let mut connections = self.connections.borrow_mut();
         if let Some(index) = connections.iter().position(|connection| connection.is_idle()) {
             drop(connections.remove(index));
@@ -223,7 +227,7 @@ impl Http2Pool {
     }
 
     /// How many connections are idle.
-    pub fn idle(&self) -> usize {
+    pub fn idle_count(&self) -> usize {
         self.connections.borrow().iter().filter(|connection| connection.is_idle()).count()
     }
 }
@@ -242,12 +246,12 @@ impl Drop for DialGuard {
             Err(ConnectError::Handshake { address, reason: "the dial was cancelled".to_owned() })
         });
         pool.dials.borrow_mut().retain(|dial| !Rc::ptr_eq(dial, &self.dial));
-        pool.changed.wake_all();
+        pool.changed.notify_all();
     }
 }
 
-fn lease(connection: Rc<Http2>, reused: bool) -> Lease {
-    Lease::H2 { stream: Box::new(Stream::new(connection)), reused }
+fn lease(connection: Rc<Http2Connection>, reused: bool) -> Lease {
+    Lease::H2 { stream: Box::new(Http2Stream::new(connection)), reused }
 }
 
 #[cfg(test)]
@@ -263,15 +267,15 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{HeaderCase, MinTls, PoolIdle, UpstreamTls},
-        upstream::{Endpoint, Found, http2::PingSettings},
+        config::{HeaderCase, MinTls, PoolIdleTimeout, UpstreamTls},
+        upstream::{DiscoveredEndpoint, Endpoint, http2::PingSettings},
     };
 
     fn settings(tls: Option<TlsTarget>) -> ConnectionSettings {
         ConnectionSettings {
-            tcp: crate::upstream::connect::TcpLimits::default(),
-            lifts_user_timeout: true,
-            pool_idle: PoolIdle::Auto,
+            tcp: crate::upstream::connect::TcpTimeouts::default(),
+            clear_user_timeout_on_upgrade: true,
+            pool_idle: PoolIdleTimeout::Auto,
             header_case: HeaderCase::default(),
             max_age: None,
             tls,
@@ -284,7 +288,8 @@ mod tests {
     /// The error of a dial, and a connection that was closed at once, belong to one server name.
     #[tokio::test]
     async fn a_dial_is_shared_by_requests_for_the_same_tls_name_only() {
-        let discovered = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let discovered =
+            DiscoveredEndpoint { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
         let now = std::time::Instant::now();
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
         let (pool, guards) = (&endpoint.pool.h2, Guards::new(now));
@@ -308,7 +313,8 @@ mod tests {
     /// However a dial ends, even by a panic: the requests that wait for it are notified.
     #[tokio::test]
     async fn a_cancelled_dial_leaves_no_request_waiting() {
-        let discovered = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let discovered =
+            DiscoveredEndpoint { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
         let now = std::time::Instant::now();
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
         let pool = &endpoint.pool.h2;

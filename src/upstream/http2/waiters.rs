@@ -19,24 +19,24 @@ pub(super) struct Waiters {
 pub(super) struct Waiter<'a>(&'a Waiters);
 
 impl Waiters {
-    pub fn enter(&self) -> Waiter<'_> {
+    pub fn register(&self) -> Waiter<'_> {
         self.waiting.set(self.waiting.get() + 1);
         Waiter(self)
     }
 
     /// A stream was freed.
-    pub fn wake_one(&self) {
+    pub fn notify_one(&self) {
         self.passes.set(self.waiting.get());
         self.notify.notify_one();
     }
 
     /// Something has changed that may serve any waiting request.
-    pub fn wake_all(&self) {
+    pub fn notify_all(&self) {
         self.notify.notify_waiters();
     }
 
     /// Call it before checking for a stream, so that no notification is lost.
-    pub fn changed(&self) -> Notified<'_> {
+    pub fn notified(&self) -> Notified<'_> {
         self.notify.notified()
     }
 }
@@ -74,13 +74,13 @@ mod tests {
     async fn an_unused_notification_reaches_each_waiting_request_once() {
         let waiters = Waiters::default();
         let mut cx = Context::from_waker(Waker::noop());
-        let (first, second, third) = (waiters.enter(), waiters.enter(), waiters.enter());
+        let (first, second, third) = (waiters.register(), waiters.register(), waiters.register());
         let mut changed =
-            [Box::pin(waiters.changed()), Box::pin(waiters.changed()), Box::pin(waiters.changed())];
+            [Box::pin(waiters.notified()), Box::pin(waiters.notified()), Box::pin(waiters.notified())];
         let mut notified = |at: usize| {
             let is_ready = changed[at].as_mut().poll(&mut cx).is_ready();
             if is_ready {
-                changed[at].set(waiters.changed());
+                changed[at].set(waiters.notified());
                 let _ = changed[at].as_mut().poll(&mut cx);
             }
             is_ready
@@ -88,7 +88,7 @@ mod tests {
         for at in 0..3 {
             assert!(!notified(at));
         }
-        waiters.wake_one();
+        waiters.notify_one();
         assert_eq!([notified(0), notified(1), notified(2)], [true, false, false]);
         first.pass_on();
         assert_eq!([notified(0), notified(1), notified(2)], [false, true, false]);
@@ -97,9 +97,9 @@ mod tests {
         third.pass_on();
         assert_eq!([notified(0), notified(1), notified(2)], [false, false, false], "none is left");
         drop((second, third));
-        waiters.wake_one();
+        waiters.notify_one();
         assert!(notified(0) || notified(1) || notified(2));
         first.pass_on();
-        assert!(pin!(waiters.changed()).poll(&mut cx).is_pending(), "it does not notify itself forever");
+        assert!(pin!(waiters.notified()).poll(&mut cx).is_pending(), "it does not notify itself forever");
     }
 }

@@ -44,7 +44,7 @@ fn a_client_without_a_certificate_matches_no_peer_entry() {
     let response =
         ask(&proxy, "POST /pkg.Service/Method", "content-type: application/grpc\r\ncontent-length: 0\r\n");
     assert_eq!((response.status(), response.field("grpc-status")), (200, Some("7")), "PERMISSION_DENIED");
-    assert_eq!(echo.calls(), 0);
+    assert_eq!(echo.request_count(), 0);
     // A connection with another protocol is rejected, too.
     let service = RawServer::scripted(b"welcome\r\n");
     let raw = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n{RULES}", service.address()));
@@ -72,8 +72,8 @@ fn ambiguous_paths_are_malformed() {
     // The same over HTTP/2, whose path is not part of a text line.
     let mut client = h2::H2Client::connect(proxy.inbound());
     client.headers(1, &h2::get("/v1/..%2fx"), true);
-    assert_eq!(client.end_of(1), h2::End::Answer(Some(400)));
-    assert_eq!(echo.calls(), 0);
+    assert_eq!(client.end_of(1), h2::End::Response(Some(400)));
+    assert_eq!(echo.request_count(), 0);
 }
 
 #[test]

@@ -34,7 +34,7 @@ impl Echo {
         Self { server, calls }
     }
 
-    fn calls(&self) -> usize {
+    fn request_count(&self) -> usize {
         self.calls.load(Ordering::SeqCst)
     }
 }

@@ -7,7 +7,7 @@ use crate::support::{
     Proxy, RawClient, RawServer,
     issuer::{ISSUER, Issuer, good_claims},
     pki::{Pki, dns, id, uri},
-    tls::TlsCaller,
+    tls::TlsClient,
     tokens::Signer,
 };
 
@@ -35,9 +35,9 @@ fn call(pki: &Pki, proxy: &Proxy, name: &str, line: &str, head: &str) -> (u16, S
             None => vec![uri(&id(name)), dns(name)],
         };
     });
-    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&certificate), &["http/1.1"]);
     let request = format!("{line} HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n{head}\r\n");
-    let response = client.say(proxy.inbound(), &request).expect("a response");
+    let response = client.send_and_read(proxy.inbound(), &request).expect("a response");
     let status = response.get(9..12).and_then(|status| status.parse().ok()).unwrap_or(0);
     (status, response)
 }
@@ -67,7 +67,7 @@ fn peers_may_send_what_a_matching_entry_allows() {
     }
     let (_, problem) = call(&pki, &proxy, "cart", "DELETE /v1/orders", "");
     assert!(problem.contains("nearest: entry 1 has the identity but not the method"), "{problem}");
-    assert_eq!(echo.calls(), 3);
+    assert_eq!(echo.request_count(), 3);
 }
 
 #[test]
@@ -102,9 +102,10 @@ fn byte_streams_pass_where_an_entry_names_only_the_peer() {
     let undeclared = Proxy::start(undeclared);
     for (peer, passes) in [("root", true), ("cart", false), ("stranger", false)] {
         let certificate = pki.issue(peer, |params| params.subject_alt_names = vec![uri(&id(peer))]);
-        let response = TlsCaller::new(Some(&certificate), &[]).say(proxy.inbound(), "\x01\x02\x03");
+        let response = TlsClient::new(Some(&certificate), &[]).send_and_read(proxy.inbound(), "\x01\x02\x03");
         assert_eq!(response.is_ok_and(|response| response == "welcome\r\n"), passes, "{peer}");
-        let response = TlsCaller::new(Some(&certificate), &[]).say(undeclared.inbound(), "\x01\x02\x03");
+        let response =
+            TlsClient::new(Some(&certificate), &[]).send_and_read(undeclared.inbound(), "\x01\x02\x03");
         assert!(
             response.is_ok_and(|response| response.starts_with("HTTP/1.1 400 ")),
             "{peer}: not declared `tcp`"

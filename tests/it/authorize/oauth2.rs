@@ -150,7 +150,7 @@ fn a_missing_client_secret_is_reported() {
     assert_eq!(response.status(), 503);
     let text = String::from_utf8_lossy(&response.body).into_owned();
     assert!(text.contains("/secret: No such file"), "{text}");
-    assert_eq!(client.echo.calls(), 0, "nothing goes out without its token");
+    assert_eq!(client.echo.request_count(), 0, "nothing goes out without its token");
 }
 
 #[test]

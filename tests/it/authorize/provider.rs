@@ -8,7 +8,7 @@ use crate::{
     identity::admin,
     support::{
         Daemon, Proxy, RawClient, eventually, peer_script, pki::Pki, python_with, strict::Message,
-        tls::TlsCaller,
+        tls::TlsClient,
     },
 };
 
@@ -45,7 +45,7 @@ impl Provider {
         let request = format!(
             "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );
-        let response = TlsCaller::new(None, &[]).say(self.address, &request).expect("a response");
+        let response = TlsClient::new(None, &[]).send_and_read(self.address, &request).expect("a response");
         assert!(response.starts_with("HTTP/1.1 200"), "{response}");
         response.split("\r\n\r\n").nth(1).expect("a body").to_owned()
     }

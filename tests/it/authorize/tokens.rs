@@ -65,7 +65,7 @@ fn only_requests_with_a_valid_token_reach_the_service() {
             "the service gets it as it came: {seen}"
         );
     }
-    let passed = echo.calls();
+    let passed = echo.request_count();
 
     let with = |name: &str, value: Value| {
         let mut claims = good_claims();
@@ -112,7 +112,7 @@ fn only_requests_with_a_valid_token_reach_the_service() {
     // An upgrade is a request like any other.
     let upgrade = "Connection: upgrade\r\nUpgrade: websocket\r\n";
     assert_eq!(ask(proxy.inbound(), upgrade).status(), 401);
-    assert_eq!(echo.calls(), passed, "the service has seen nothing of all that");
+    assert_eq!(echo.request_count(), passed, "the service has seen nothing of all that");
     assert_eq!(metric(&proxy, "outrigger_rejected_total{upstream=\"inbound\",reason=\"jwt_invalid\"}"), 16);
 }
 
@@ -175,7 +175,7 @@ fn exempt_paths_need_no_token_but_ambiguous_spellings_do() {
     let response = RawClient::connect(proxy.inbound())
         .ask(format!("GET /public/a HTTP/1.1\r\nHost: checkout\r\n{moved}\r\n"));
     assert_eq!(response.status(), 400);
-    assert_eq!(echo.calls(), 3);
+    assert_eq!(echo.request_count(), 3);
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn no_request_waits_for_keys_past_its_deadline() {
     assert_eq!(response.status(), 504);
     assert_eq!(problem(&response)["cause"], "deadline");
     assert!(begin.elapsed() < Duration::from_secs(4), "not as long as the fetch takes");
-    assert_eq!(echo.calls(), 0);
+    assert_eq!(echo.request_count(), 0);
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn observed_invalid_tokens_are_counted_logged_and_forwarded() {
     assert_eq!(ask_with(proxy.inbound(), "a.b.c").status(), 200);
     assert_eq!(metric(&proxy, "outrigger_rejected_total{upstream=\"inbound\",reason=\"jwt_invalid\"}"), 2);
     eventually("the log", || proxy.stderr().contains("would be refused (observed only)"));
-    assert_eq!(echo.calls(), 2);
+    assert_eq!(echo.request_count(), 2);
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn an_invalid_content_length_counts_against_no_upstream() {
         let stream = 1 + 2 * number;
         client.headers(stream, &h2::request("POST", "up", "/", &[("content-length", "")]), true);
         let end = client.end_of(stream);
-        assert!(matches!(end, h2::End::Answer(Some(400)) | h2::End::Reset(1)), "{number}: {end:?}");
+        assert!(matches!(end, h2::End::Response(Some(400)) | h2::End::Reset(1)), "{number}: {end:?}");
     }
     client.must_get(1 + 2 * count, "/after");
     let metrics = page(&proxy, "/metrics");

@@ -61,7 +61,7 @@ fn a_thousand_early_responses_to_uploads_keep_their_connection() {
         }
     }
     client.send(h2::frame(DATA, END_STREAM, 1, b"done"));
-    assert_eq!(client.end_of(1), End::Answer(Some(200)));
+    assert_eq!(client.end_of(1), End::Response(Some(200)));
     client.must_get(20_001, "/after");
 }
 
@@ -117,7 +117,7 @@ fn malformed_requests_reset_only_their_streams() {
         assert_eq!(client.end_of(stream), End::Reset(PROTOCOL_ERROR), "request {number}");
     }
     client.send(h2::frame(DATA, END_STREAM, 1, b"done"));
-    assert_eq!(client.end_of(1), End::Answer(Some(200)));
+    assert_eq!(client.end_of(1), End::Response(Some(200)));
     client.must_get(1001, "/after");
 }
 

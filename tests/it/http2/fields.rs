@@ -134,11 +134,11 @@ fn invalid_fields_reset_only_their_stream() {
         field
     };
     assert_eq!(indexed(1001, &mut client, &in_table("x-bad", "a\0")), End::Reset(PROTOCOL_ERROR));
-    assert_eq!(indexed(1003, &mut client, &in_table("x-good", "1")), End::Answer(Some(200)));
-    assert_eq!(indexed(1005, &mut client, &[0xbe]), End::Answer(Some(200)), "the good one");
+    assert_eq!(indexed(1003, &mut client, &in_table("x-good", "1")), End::Response(Some(200)));
+    assert_eq!(indexed(1005, &mut client, &[0xbe]), End::Response(Some(200)), "the good one");
     assert_eq!(indexed(1007, &mut client, &[0xbf]), End::Reset(PROTOCOL_ERROR), "the bad one");
     // Never indexed, with the name of the invalid field (index 63) and another value.
-    assert_eq!(indexed(1009, &mut client, &[0x1f, 48, 2, b'o', b'k']), End::Answer(Some(200)));
+    assert_eq!(indexed(1009, &mut client, &[0x1f, 48, 2, b'o', b'k']), End::Response(Some(200)));
     let seen = seen.lock().expect("no panic");
     assert!(
         seen.iter().any(|fields| fields.get("x-bad").is_some_and(|value| value == "ok")),

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     support::{
-        PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
+        Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually,
         h2::{self, DATA, End, H2Client},
         text,
     },
@@ -49,7 +49,7 @@ fn is_counted(proxy: &Proxy, count: u64, what: &str) {
     let began = std::time::Instant::now();
     while malformed(proxy, "up") != count {
         let found = malformed(proxy, "up");
-        assert!(began.elapsed() < PATIENCE, "{what}: {found} of {count} counted; {}", last_request(proxy));
+        assert!(began.elapsed() < WAIT_LIMIT, "{what}: {found} of {count} counted; {}", last_request(proxy));
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
@@ -99,14 +99,14 @@ fn rejected_http2_requests_are_counted_once_and_logged_with_their_target() {
             400,
             vec!["9113"],
         ),
-        (h2::request("GET", "up", "/l", &too_large), End::Answer(Some(431)), 431, vec!["too large"]),
+        (h2::request("GET", "up", "/l", &too_large), End::Response(Some(431)), 431, vec!["too large"]),
         (
             h2::request("GET", "up", "/a?b#frag", &[]),
-            End::Answer(Some(400)),
+            End::Response(Some(400)),
             400,
             vec!["a fragment", "`/a?…`"],
         ),
-        (h2::request("GET", "up", "/\"#", &[]), End::Answer(Some(400)), 400, vec!["a fragment"]),
+        (h2::request("GET", "up", "/\"#", &[]), End::Response(Some(400)), 400, vec!["a fragment"]),
     ];
     let mut lines = 0;
     for (upstream, address) in listeners(&proxy) {
@@ -193,9 +193,9 @@ fn unusual_paths_are_forwarded_byte_for_byte() {
             let again = [&[0x0f, 62 - 15][..], &path[7..]].concat();
             for path in [&path[..], &[0xbe], &again] {
                 client.headers(stream, &[&head[..], path].concat(), true);
-                assert_eq!(client.end_of(stream), End::Answer(Some(200)), "{}", target.escape_ascii());
+                assert_eq!(client.end_of(stream), End::Response(Some(200)), "{}", target.escape_ascii());
                 assert_eq!(
-                    seen.recv_timeout(PATIENCE).expect("a request"),
+                    seen.recv_timeout(WAIT_LIMIT).expect("a request"),
                     line,
                     "{}",
                     target.escape_ascii()
@@ -245,9 +245,9 @@ fn malformed_request_trailers_reset_only_their_stream() {
             let stream = 1 + 2 * at as u32;
             client.headers(stream, &h2::request("POST", "up", "/", &[("te", "trailers")]), false);
             client.send(h2::frame(DATA, 0, stream, b"body"));
-            seen.recv_timeout(PATIENCE).expect("a request");
+            seen.recv_timeout(WAIT_LIMIT).expect("a request");
             send_fields(&mut client, stream, &trailers, true);
-            let end = if is_bad { End::Reset(PROTOCOL_ERROR) } else { End::Answer(Some(200)) };
+            let end = if is_bad { End::Reset(PROTOCOL_ERROR) } else { End::Response(Some(200)) };
             assert_eq!(client.end_of(stream), end, "{protocol}, case {at}");
             if is_bad {
                 counted += 1;
@@ -258,12 +258,12 @@ fn malformed_request_trailers_reset_only_their_stream() {
         }
         // Data whose length does not match Content-Length.
         client.headers(101, &h2::request("POST", "up", "/", &[("content-length", "5")]), false);
-        seen.recv_timeout(PATIENCE).expect("a request");
+        seen.recv_timeout(WAIT_LIMIT).expect("a request");
         client.send(h2::frame(DATA, h2::END_STREAM, 101, b"body"));
         assert_eq!(client.end_of(101), End::Reset(PROTOCOL_ERROR));
         is_counted(&proxy, counted + 1, protocol);
         client.must_get(103, "/after");
-        seen.recv_timeout(PATIENCE).expect("a request");
+        seen.recv_timeout(WAIT_LIMIT).expect("a request");
     }
 }
 

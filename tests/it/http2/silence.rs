@@ -10,14 +10,14 @@ use std::{
 
 use super::proxy;
 use crate::support::{
-    PATIENCE, RawClient, RawServer, eventually,
+    RawClient, RawServer, WAIT_LIMIT, eventually,
     h2::{ACK, Frame, H2Client, HEADERS, PING, SETTINGS, block, frame},
 };
 
 const BRIEF: &str = "attempt_timeout = \"300ms\"\nretry = false\nping_timeout = \"500ms\"\nbreaker = false";
 
 fn accept(stream: TcpStream) -> Option<H2Client> {
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
     let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
     peer.raw.peek(24).ok()?;
     peer.raw.buffer.drain(..24);
@@ -42,7 +42,7 @@ fn an_unresponsive_connection_gets_no_more_requests() {
                 peer.headers(stream, &block(&[(":status", "200")]), true);
                 if first {
                     // Not even read any more; closed at the end of the test.
-                    std::thread::sleep(PATIENCE);
+                    std::thread::sleep(WAIT_LIMIT);
                     return;
                 }
             }
@@ -96,14 +96,14 @@ fn pings_detect_a_dead_peer_of_an_idle_stream() {
         while let Ok(Frame { kind, stream, .. }) = peer.next() {
             if kind == HEADERS {
                 peer.send(frame(HEADERS, 4, stream, &block(&[(":status", "200")])));
-                std::thread::sleep(PATIENCE * 2);
+                std::thread::sleep(WAIT_LIMIT * 2);
                 return;
             }
         }
     });
     let proxy = proxy(server.address(), "ping_interval = \"1s\"\nping_timeout = \"500ms\"");
     // Less than the peer takes to close.
-    let mut client = RawClient::connect(proxy.outbound()).patience(PATIENCE);
+    let mut client = RawClient::connect(proxy.outbound()).with_read_timeout(WAIT_LIMIT);
     client.send("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
     let (_, closed) = client.read_to_close();
     assert!(closed, "still open");

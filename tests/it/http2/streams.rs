@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use super::proxy;
 use crate::support::{
-    PATIENCE, Proxy, RawClient, RawServer, eventually,
+    Proxy, RawClient, RawServer, WAIT_LIMIT, eventually,
     h2::{Frame, H2Client, HEADERS, SETTINGS, block, frame},
     h2_server::{H2Server, client, request},
 };
@@ -65,7 +65,7 @@ async fn streams_of_http2_clients_above_the_limit_get_another_connection() {
             sender = sender.ready().await.expect("the connection lives");
             let (response, _) = sender.send_request(request("GET", "up", "/"), true).expect("sent");
             let response =
-                tokio::time::timeout(PATIENCE, response).await.expect("in time").expect("a response");
+                tokio::time::timeout(WAIT_LIMIT, response).await.expect("in time").expect("a response");
             assert_eq!(response.status(), 200);
             open.push(response);
         }
@@ -82,7 +82,7 @@ fn requests_queue_at_max_connections_and_are_then_rejected() {
     let mut answered = ask_all(proxy.outbound(), 14);
     let refused = answered.iter().filter(|(status, _)| *status == 503).count();
     assert_eq!((refused, server.connections()), (4, 2));
-    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
+    assert!(began.elapsed() < WAIT_LIMIT / 2, "{:?}", began.elapsed());
     let (_, client) = answered.iter_mut().find(|(status, _)| *status == 503).expect("one");
     let response = client.response().expect("well-formed").expect("a response");
     let said = response.field("proxy-status").unwrap_or_default();
@@ -145,7 +145,7 @@ fn wait_counts_against_no_endpoint(proxy: &Proxy) {
 }
 
 fn accept(stream: TcpStream, limit: u32) -> Option<H2Client> {
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
     let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
     peer.raw.peek(24).ok()?;
     peer.raw.buffer.drain(..24);
@@ -177,7 +177,7 @@ fn requests_wait_while_the_stream_limit_is_zero() {
         let Some(mut peer) = accept(stream, 0) else { return };
         // The first request may be sent before the limit is known.
         if let Ok(allowed) = allowed.lock() {
-            let _ = allowed.recv_timeout(PATIENCE);
+            let _ = allowed.recv_timeout(WAIT_LIMIT);
         }
         set_limit(&mut peer, 10);
         while let Some(stream) = next_request(&mut peer) {

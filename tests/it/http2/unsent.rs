@@ -13,7 +13,7 @@ use http_body_util::BodyExt;
 
 use super::proxy;
 use crate::support::{
-    PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
+    Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually,
     h2::{END_STREAM, Frame, GOAWAY, H2Client, RST_STREAM, SETTINGS, block, frame},
     text,
 };
@@ -23,7 +23,7 @@ const REFUSED_STREAM: u32 = 7;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
 fn accept(stream: TcpStream) -> Option<H2Client> {
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
     let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
     peer.raw.peek(24).ok()?;
     peer.raw.buffer.drain(..24);

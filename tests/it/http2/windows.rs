@@ -8,8 +8,8 @@ use tokio::time::timeout;
 
 use super::proxy;
 use crate::support::{
-    PATIENCE, Proxy, RawClient, Upstream,
-    h2_server::{H2Server, answer, client, request},
+    Proxy, RawClient, Upstream, WAIT_LIMIT,
+    h2_server::{H2Server, client, request, send_status},
     text,
 };
 
@@ -39,7 +39,7 @@ fn server() -> H2Server {
             "/small" => 1,
             _ => {
                 read(request.body_mut()).await;
-                return answer(&mut respond, 200);
+                return send_status(&mut respond, 200);
             }
         };
         let Ok(mut body) = respond.send_response(http::Response::new(()), false) else { return };
@@ -151,7 +151,7 @@ async fn stuck_uploads_do_not_block_other_streams() {
             async move { upload(&sender, host, "/stuck", Duration::from_secs(60)).await },
         ));
     }
-    let arrived = timeout(PATIENCE, async {
+    let arrived = timeout(WAIT_LIMIT, async {
         while h2.requests() < 30 {
             tokio::task::yield_now().await;
         }

@@ -5,12 +5,12 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use super::{GET, admin, call, callee, caller, metric};
+use super::{GET, admin, client_sidecar, metric, send_get, server_sidecar};
 use crate::support::{
     Proxy, Upstream, eventually,
     pki::{Pki, id, uri},
     text,
-    tls::{TlsCaller, TlsServer, tls12_config},
+    tls::{TlsClient, TlsServer, tls12_config},
 };
 
 /// Long enough to start with, short enough to wait for.
@@ -35,29 +35,29 @@ fn resumed(server: &Proxy) -> f64 {
 
 /// Connects twice, the second time with the session of the first.
 #[track_caller]
-fn is_accepted_twice(client: &TlsCaller, server: &Proxy) {
+fn is_accepted_twice(client: &TlsClient, server: &Proxy) {
     let before = resumed(server);
     for _ in 0..2 {
-        let response = client.say(server.inbound(), GET).expect("a response");
+        let response = client.send_and_read(server.inbound(), GET).expect("a response");
         assert!(response.starts_with("HTTP/1.1 200"), "{response}{}", server.stderr());
     }
     assert!(resumed(server) > before, "the second one resumes");
 }
 
-fn is_refused(client: &TlsCaller, server: &Proxy) -> bool {
-    !client.say(server.inbound(), GET).is_ok_and(|response| response.contains("200"))
+fn is_refused(client: &TlsClient, server: &Proxy) -> bool {
+    !client.send_and_read(server.inbound(), GET).is_ok_and(|response| response.contains("200"))
 }
 
 #[test]
 fn a_client_whose_certificate_has_expired_cannot_resume() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let at = expires();
     let certificate = pki.issue("checkout", |params| {
         params.subject_alt_names = vec![uri(&id("checkout"))];
         params.not_after = at.into();
     });
-    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&certificate), &["http/1.1"]);
     is_accepted_twice(&client, &server);
     wait_until(at);
     assert!(is_refused(&client, &server));
@@ -67,10 +67,10 @@ fn a_client_whose_certificate_has_expired_cannot_resume() {
 #[test]
 fn a_client_whose_intermediate_has_expired_cannot_resume() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let at = expires();
     let certificate = pki.issue_below("checkout", at);
-    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&certificate), &["http/1.1"]);
     is_accepted_twice(&client, &server);
     wait_until(at);
     assert!(is_refused(&client, &server));
@@ -89,7 +89,7 @@ fn a_client_whose_certificate_was_revoked_cannot_resume() {
         params.subject_alt_names = vec![uri(&id("checkout"))];
         params.serial_number = Some(4711_u64.into());
     });
-    let client = TlsCaller::new(Some(&certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&certificate), &["http/1.1"]);
     is_accepted_twice(&client, &server);
     pki.revoke(&[4711]);
     eventually("the revoked one to be refused", || is_refused(&client, &server));
@@ -102,14 +102,14 @@ fn a_server_whose_certificate_has_expired_cannot_be_resumed() {
     let at = expires();
     let certificate = pki.issue("payments", |params| params.not_after = at.into());
     let server = TlsServer::start(&certificate, None, &["http/1.1"]);
-    let client = caller(&pki, server.address(), "retry = false\n");
+    let client = client_sidecar(&pki, server.address(), "retry = false\n");
     for _ in 0..2 {
-        assert_eq!(call(&client).0, 200, "{}", client.stderr());
+        assert_eq!(send_get(&client).0, 200, "{}", client.stderr());
     }
     let resumed = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"resumed\"}";
     assert!(metric(&client, resumed) > 0.0);
     wait_until(at);
-    let (status, problem) = call(&client);
+    let (status, problem) = send_get(&client);
     assert!(status >= 500 && problem.contains("expired"), "{status} {problem}");
 }
 
@@ -117,7 +117,7 @@ fn a_server_whose_certificate_has_expired_cannot_be_resumed() {
 #[test]
 fn an_own_expired_certificate_is_reported_and_counts_against_no_upstream() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let at = expires();
     pki.write_ca();
     pki.write_leaf("checkout", |params| params.not_after = at.into());
@@ -128,10 +128,10 @@ fn an_own_expired_certificate_is_reported_and_counts_against_no_upstream() {
         server.inbound(),
         id("payments")
     ));
-    assert_eq!(call(&client).0, 200, "{}", client.stderr());
+    assert_eq!(send_get(&client).0, 200, "{}", client.stderr());
     wait_until(at);
     for number in 0..12 {
-        let (status, problem) = call(&client);
+        let (status, problem) = send_get(&client);
         let problem: Value = serde_json::from_str(&problem).expect("JSON");
         let is_tls_failure = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
         assert!(status == 502 && is_tls_failure, "{number}: {status} {problem}");
@@ -159,7 +159,7 @@ fn a_tls_1_2_only_upstream_is_reached_where_min_tls_allows() {
             server.address()
         ))
     };
-    let (status, problem) = call(&proxy(""));
+    let (status, problem) = send_get(&proxy(""));
     assert!(status == 502 && problem.contains("min_tls"), "{status} {problem}");
-    assert_eq!(call(&proxy("min_tls = \"1.2\"\n")), (200, "hello".to_owned()));
+    assert_eq!(send_get(&proxy("min_tls = \"1.2\"\n")), (200, "hello".to_owned()));
 }

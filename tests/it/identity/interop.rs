@@ -4,12 +4,12 @@ use std::{net::SocketAddr, process::Command};
 
 use serde_json::json;
 
-use super::{GET, call, callee};
+use super::{GET, send_get, server_sidecar};
 use crate::support::{
     Daemon, Proxy, RawClient, Upstream, free_port, has_tool,
     pki::{Pki, id},
     text,
-    tls::TlsCaller,
+    tls::TlsClient,
     tool,
 };
 
@@ -23,7 +23,7 @@ fn service() -> Upstream {
 
 /// A sidecar that connects to `address` by mutual TLS as `payments`.
 fn client_sidecar_of(pki: &Pki, address: SocketAddr) -> Proxy {
-    super::caller(pki, address, "")
+    super::client_sidecar(pki, address, "")
 }
 
 /// Another proxy between two sidecars: certificates for both sides, a sidecar as its upstream, and two ports for it.
@@ -40,7 +40,7 @@ struct Between {
 impl Between {
     fn new() -> Self {
         let (pki, service) = (Pki::new(), service());
-        let server = callee(&pki, service.address(), "");
+        let server = server_sidecar(&pki, service.address(), "");
         pki.write_leaf("checkout", |_| {});
         Self { pki, service, server, port: free_port(), front: free_port() }
     }
@@ -59,7 +59,7 @@ fn curl_and_openssl_as_clients() {
         return;
     }
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     pki.write_leaf("checkout", |_| {});
     let (ca, cert, key) = (pki.path("ca.crt"), pki.path("checkout.crt"), pki.path("checkout.key"));
     let port = server.inbound().port();
@@ -160,7 +160,7 @@ fn haproxy_as_server_and_as_client() {
         return;
     }
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     pki.write_leaf("checkout", |_| {});
     for name in ["payments", "checkout"] {
         let both = ["crt", "key"]
@@ -183,7 +183,7 @@ fn haproxy_as_server_and_as_client() {
         Daemon::start("haproxy", &["-db", "-f", "@DIR@/conf"], &[("conf", &config)]).listening(local(port));
     let client = client_sidecar_of(&pki, local(port));
     for _ in 0..5 {
-        assert_eq!(call(&client), (200, "hello".to_owned()));
+        assert_eq!(send_get(&client), (200, "hello".to_owned()));
     }
     is_accepted(local(front), &server);
 }
@@ -220,7 +220,7 @@ fn openssl_as_server() {
     ];
     let _server = Daemon::start("openssl", &args, &[]).listening(local(port));
     for _ in 0..3 {
-        let (status, page) = call(&client);
+        let (status, page) = send_get(&client);
         assert_eq!(status, 200, "{page}");
         assert!(page.contains("TLSv1.3") && page.contains("Client certificate"), "{page}");
     }
@@ -298,15 +298,15 @@ fn envoy_as_server_and_as_client() {
         Daemon::start("envoy", &arguments, &[("conf.json", &config.to_string())]).listening(local(port));
     let client = client_sidecar_of(&pki, local(port));
     for _ in 0..5 {
-        assert_eq!(call(&client), (200, "hello".to_owned()));
+        assert_eq!(send_get(&client), (200, "hello".to_owned()));
     }
     is_accepted(local(front), &server);
     // Both sides reject another identity.
-    let stranger = super::caller(&pki, local(port), "");
+    let stranger = super::client_sidecar(&pki, local(port), "");
     pki.write_leaf("checkout", |p| p.subject_alt_names = vec![crate::support::pki::uri(&id("stranger"))]);
     let refused = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
     crate::support::eventually("the stranger's certificate", || super::metric(&stranger, refused) > 1.0);
-    let (status, body) = call(&stranger);
+    let (status, body) = send_get(&stranger);
     assert_eq!(status, 502, "{body}");
     assert!(body.contains("our certificate"), "{body}");
 }
@@ -341,12 +341,12 @@ fn certificates_from_outrigger_certs_work() {
         identity("checkout"),
         server.inbound()
     ));
-    assert_eq!(call(&client), (200, "hello".to_owned()));
+    assert_eq!(send_get(&client), (200, "hello".to_owned()));
     // Another trust domain, though the root is in the same file.
     let pki = Pki::new();
     let stranger =
         pki.issue("x", |p| p.subject_alt_names = vec![crate::support::pki::uri("spiffe://else.example/x")]);
-    let said = TlsCaller::new(Some(&stranger), &[]).say(server.inbound(), GET);
+    let said = TlsClient::new(Some(&stranger), &[]).send_and_read(server.inbound(), GET);
     assert!(!said.as_ref().is_ok_and(|text| text.contains("hello")), "{said:?}");
     crate::support::eventually("the reason", || {
         server.stderr().contains("whose trust domain is not trusted")

@@ -16,13 +16,13 @@ use crate::support::{
 };
 
 /// The sidecar of a service that accepts mutual TLS only.
-pub fn callee(pki: &Pki, service: SocketAddr, more: &str) -> Proxy {
+pub fn server_sidecar(pki: &Pki, service: SocketAddr, more: &str) -> Proxy {
     let identity = pki.identity("payments");
     Proxy::start(format!("{identity}[inbound]\nforward_to = \"{service}\"\n{more}"))
 }
 
 /// The sidecar of its client, which knows it as `payments`.
-pub fn caller(pki: &Pki, server: SocketAddr, more: &str) -> Proxy {
+pub fn client_sidecar(pki: &Pki, server: SocketAddr, more: &str) -> Proxy {
     let identity = pki.identity("checkout");
     let payments = id("payments");
     Proxy::start(format!(
@@ -32,7 +32,7 @@ pub fn caller(pki: &Pki, server: SocketAddr, more: &str) -> Proxy {
 
 /// A request through the outbound port: status and body.
 #[track_caller]
-pub fn call(proxy: &Proxy) -> (u16, String) {
+pub fn send_get(proxy: &Proxy) -> (u16, String) {
     let response = RawClient::connect(proxy.outbound())
         .ask("GET / HTTP/1.1\r\nHost: payments\r\nConnection: close\r\n\r\n");
     (response.status(), response.text())

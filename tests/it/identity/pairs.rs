@@ -8,12 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{call, callee, caller, metric};
+use super::{client_sidecar, metric, send_get, server_sidecar};
 use crate::support::{
     Daemon, Proxy, RawClient, RawServer, Upstream, eventually, has_tool, peer_script,
     pki::{Pki, dns, id},
     python_with, text,
-    tls::{TlsCaller, TlsServer, server_config},
+    tls::{TlsClient, TlsServer, server_config},
     tool,
 };
 
@@ -24,8 +24,8 @@ fn service() -> Upstream {
 #[test]
 fn http1_requests_reuse_mutual_tls_connections() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
-    let caller = caller(&pki, server.inbound(), "");
+    let server = server_sidecar(&pki, service.address(), "");
+    let caller = client_sidecar(&pki, server.inbound(), "");
     let mut client = RawClient::connect(caller.outbound());
     for _ in 0..50 {
         let response = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
@@ -55,8 +55,8 @@ fn http2_carries_large_bodies_over_mutual_tls() {
         let body = request.into_body().collect().await.expect("a body").to_bytes();
         text(body)
     });
-    let server = callee(&pki, service.address(), "");
-    let client = caller(&pki, server.inbound(), "protocol = \"h2\"\n");
+    let server = server_sidecar(&pki, service.address(), "");
+    let client = client_sidecar(&pki, server.inbound(), "protocol = \"h2\"\n");
     let file = pki.write("large", &"0123456789abcdef".repeat(256 * 1024));
     let output = Command::new(tool("curl").expect("checked before"))
         .args(["-s", "--http2-prior-knowledge", "-H", "Host: payments", "--data-binary"])
@@ -75,8 +75,8 @@ fn all_grpc_method_kinds_work_over_mutual_tls() {
     let output = server.wait_for_output("port ");
     let port: u16 = output.split("port ").nth(1).and_then(|rest| rest.trim().parse().ok()).expect("a port");
     let pki = Pki::new();
-    let callee = callee(&pki, SocketAddr::from(([127, 0, 0, 1], port)), "");
-    let client = caller(&pki, callee.inbound(), "");
+    let callee = server_sidecar(&pki, SocketAddr::from(([127, 0, 0, 1], port)), "");
+    let client = client_sidecar(&pki, callee.inbound(), "");
     let output = Command::new(python)
         .arg(peer_script("grpc_client.py"))
         .args([&client.outbound().to_string(), "payments"])
@@ -97,8 +97,8 @@ fn upgraded_connections_work_over_mutual_tls() {
         }
     });
     let pki = Pki::new();
-    let callee = callee(&pki, server.address(), "");
-    let caller = caller(&pki, callee.inbound(), "");
+    let callee = server_sidecar(&pki, server.address(), "");
+    let caller = client_sidecar(&pki, callee.inbound(), "");
     let mut client = RawClient::connect(caller.outbound());
     client.send("GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n");
     let head = client.read_until(b"\r\n\r\n");
@@ -122,8 +122,8 @@ fn server_first_protocols_work_over_mutual_tls() {
     let pki = Pki::new();
     let port = server.address().port();
     let tcp = format!("[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n");
-    let strict = callee(&pki, server.address(), &tcp);
-    let caller = caller(&pki, strict.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
+    let strict = server_sidecar(&pki, server.address(), &tcp);
+    let caller = client_sidecar(&pki, strict.inbound(), "protocol = \"tcp\"\nlisten = \"127.0.0.1:0\"\n");
     let greets = |address| {
         let mut client = RawClient::connect(address);
         client.read_until(b"220 ready\r\n");
@@ -132,12 +132,12 @@ fn server_first_protocols_work_over_mutual_tls() {
     };
     greets(caller.upstream("payments"));
     // Permissive cannot detect the protocol here, so it forwards bytes.
-    let permissive = callee(&pki, server.address(), &format!("mtls = \"permissive\"\n{tcp}"));
+    let permissive = server_sidecar(&pki, server.address(), &format!("mtls = \"permissive\"\n{tcp}"));
     greets(permissive.inbound());
     // An undeclared port is delayed by protocol detection but works, with TLS too.
-    let undeclared = callee(&pki, server.address(), "");
+    let undeclared = server_sidecar(&pki, server.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let mut stream = TlsCaller::new(Some(&mine), &[]).connect(undeclared.inbound());
+    let mut stream = TlsClient::new(Some(&mine), &[]).connect(undeclared.inbound());
     let mut greeting = [0; 11];
     stream.read_exact(&mut greeting).expect("a greeting");
     assert_eq!(&greeting, b"220 ready\r\n");
@@ -150,7 +150,7 @@ fn ports_declared_tcp_skip_protocol_detection() {
     let pki = Pki::new();
     let port = server.address().port();
     let tcp = format!("mtls = \"permissive\"\n[[inbound.port]]\nport = {port}\nprotocol = \"tcp\"\n");
-    let callee = callee(&pki, server.address(), &tcp);
+    let callee = server_sidecar(&pki, server.address(), &tcp);
     let fastest = (0..10).map(|_| {
         let begun = Instant::now();
         RawClient::connect(callee.inbound()).read_until(b"220");
@@ -163,34 +163,34 @@ fn ports_declared_tcp_skip_protocol_detection() {
 #[test]
 fn permissive_accepts_tls_and_plaintext_and_off_accepts_plaintext() {
     let (pki, service) = (Pki::new(), service());
-    let permissive = callee(&pki, service.address(), "mtls = \"permissive\"\n");
+    let permissive = server_sidecar(&pki, service.address(), "mtls = \"permissive\"\n");
     let plain = |proxy: &Proxy| {
         RawClient::connect(proxy.inbound())
             .ask("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             .status()
     };
     assert_eq!(plain(&permissive), 200);
-    assert_eq!(call(&caller(&pki, permissive.inbound(), "")).0, 200);
+    assert_eq!(send_get(&client_sidecar(&pki, permissive.inbound(), "")).0, 200);
     // TLS without a client certificate has the same rights as plaintext.
-    let anonymous = TlsCaller::new(None, &["http/1.1"]).say(permissive.inbound(), super::GET);
+    let anonymous = TlsClient::new(None, &["http/1.1"]).send_and_read(permissive.inbound(), super::GET);
     assert!(anonymous.expect("a response").contains("hello"));
-    let off = callee(&pki, service.address(), "mtls = \"off\"\n");
+    let off = server_sidecar(&pki, service.address(), "mtls = \"off\"\n");
     assert_eq!(plain(&off), 200);
     let port = service.address().port();
     let one_port = format!("[[inbound.port]]\nport = {port}\nmtls = \"off\"\n");
-    assert_eq!(plain(&callee(&pki, service.address(), &one_port)), 200);
+    assert_eq!(plain(&server_sidecar(&pki, service.address(), &one_port)), 200);
 }
 
 #[test]
 fn health_checks_use_tls() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let health = "health = { path = \"/\", interval = \"50ms\", unhealthy_after = 1 }\n";
-    let good = caller(&pki, server.inbound(), health);
+    let good = client_sidecar(&pki, server.inbound(), health);
     let checks = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"full\"}";
     let resumed = "outrigger_tls_handshakes_total{direction=\"outbound\",outcome=\"resumed\"}";
     eventually("some checks", || metric(&good, checks) + metric(&good, resumed) >= 3.0);
-    assert_eq!(call(&good).0, 200);
+    assert_eq!(send_get(&good).0, 200);
     // With another expected identity the endpoint is unhealthy, and the log says why.
     let stranger = id("stranger");
     let identity = pki.identity("checkout");
@@ -206,11 +206,11 @@ fn health_checks_use_tls() {
 #[test]
 fn tls_sessions_are_resumed() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let mine = pki.issue("checkout", |_| {});
-    let client = TlsCaller::new(Some(&mine), &["http/1.1"]);
+    let client = TlsClient::new(Some(&mine), &["http/1.1"]);
     for _ in 0..5 {
-        assert!(client.say(server.inbound(), super::GET).expect("a response").contains("hello"));
+        assert!(client.send_and_read(server.inbound(), super::GET).expect("a response").contains("hello"));
     }
     let resumed =
         metric(&server, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"resumed\"}");
@@ -221,9 +221,9 @@ fn tls_sessions_are_resumed() {
 #[test]
 fn silent_clients_before_the_handshake_do_not_block_others() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let _idle: Vec<_> = (0..20).map(|_| TcpStream::connect(server.inbound()).expect("connects")).collect();
-    assert_eq!(call(&caller(&pki, server.inbound(), "")).0, 200);
+    assert_eq!(send_get(&client_sidecar(&pki, server.inbound(), "")).0, 200);
 }
 
 /// The requested host determines the expected server name, in a tunnel too.
@@ -261,9 +261,9 @@ fn websocket_libraries_work_over_mutual_tls() {
     let output = server.wait_for_output("port ");
     let port: u16 = output.split("port ").nth(1).and_then(|rest| rest.trim().parse().ok()).expect("a port");
     let pki = Pki::new();
-    let callee = callee(&pki, ([127, 0, 0, 1], port).into(), "");
+    let callee = server_sidecar(&pki, ([127, 0, 0, 1], port).into(), "");
     let local = crate::support::free_port();
-    let client = caller(&pki, callee.inbound(), &format!("listen = \"127.0.0.1:{local}\"\n"));
+    let client = client_sidecar(&pki, callee.inbound(), &format!("listen = \"127.0.0.1:{local}\"\n"));
     for _ in 0..3 {
         let url = format!("ws://127.0.0.1:{local}/chat");
         let ran =

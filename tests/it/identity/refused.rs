@@ -2,12 +2,12 @@
 
 use std::process::Command;
 
-use super::{GET, admin, call, callee, caller, metric};
+use super::{GET, admin, client_sidecar, metric, send_get, server_sidecar};
 use crate::support::{
     Launch, Proxy, RawClient, Upstream, binary, eventually,
     pki::{Pki, dns, id, uri},
     text,
-    tls::{TlsCaller, TlsServer},
+    tls::{TlsClient, TlsServer},
 };
 use rcgen::{BasicConstraints, ExtendedKeyUsagePurpose, IsCa};
 
@@ -60,11 +60,11 @@ fn clients_with_bad_certificates_do_not_reach_the_service() {
     let revoked = pki.issue("checkout", |p| p.serial_number = Some(4711_u64.into()));
     cases.push(("revoked", revoked, "has been revoked"));
     for (what, certificate, says) in &cases {
-        let response = TlsCaller::new(Some(certificate), &["http/1.1"]).say(server.inbound(), GET);
+        let response = TlsClient::new(Some(certificate), &["http/1.1"]).send_and_read(server.inbound(), GET);
         assert!(!response.as_ref().is_ok_and(|text| text.contains("reached")), "{what}: {response:?}");
         eventually(what, || server.stderr().contains(says));
     }
-    let anonymous = TlsCaller::new(None, &["http/1.1"]).say(server.inbound(), GET);
+    let anonymous = TlsClient::new(None, &["http/1.1"]).send_and_read(server.inbound(), GET);
     assert!(!anonymous.as_ref().is_ok_and(|text| text.contains("reached")), "{anonymous:?}");
     eventually("no certificate", || server.stderr().contains("it showed no certificate"));
     let failed = "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"peer_identity\"}";
@@ -74,7 +74,10 @@ fn clients_with_bad_certificates_do_not_reach_the_service() {
     // A valid certificate is still accepted.
     let good = pki.issue("checkout", |_| {});
     assert!(
-        TlsCaller::new(Some(&good), &[]).say(server.inbound(), GET).expect("a response").contains("reached")
+        TlsClient::new(Some(&good), &[])
+            .send_and_read(server.inbound(), GET)
+            .expect("a response")
+            .contains("reached")
     );
 }
 
@@ -94,7 +97,7 @@ fn servers_with_bad_certificates_get_no_request() {
     ));
     for (what, certificate, says) in cases {
         let server = TlsServer::start(&certificate, Some(&pki.ca_pem()), &["http/1.1"]);
-        let client = caller(&pki, server.address(), "");
+        let client = client_sidecar(&pki, server.address(), "");
         let response = RawClient::connect(client.outbound()).ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
         let body = response.text();
         assert_eq!(response.status(), 502, "{what}: {body}");
@@ -110,8 +113,8 @@ fn a_server_that_rejects_our_certificate_is_reported() {
     let (pki, other) = (Pki::new(), Pki::new());
     let server = TlsServer::start(&pki.issue("payments", |_| {}), Some(&other.ca_pem()), &["http/1.1"]);
     let good = TlsServer::start(&pki.issue("payments", |_| {}), Some(&pki.ca_pem()), &["http/1.1"]);
-    let one = caller(&pki, server.address(), "");
-    let (status, body) = call(&one);
+    let one = client_sidecar(&pki, server.address(), "");
+    let (status, body) = send_get(&one);
     assert_eq!(status, 502, "{body}");
     assert!(body.contains("tls_failure") && body.contains("our certificate"), "{body}");
 
@@ -130,7 +133,7 @@ fn a_server_that_rejects_our_certificate_is_reported() {
 #[test]
 fn a_server_without_tls_is_reported() {
     let (pki, service) = (Pki::new(), service());
-    let (status, body) = call(&caller(&pki, service.address(), ""));
+    let (status, body) = send_get(&client_sidecar(&pki, service.address(), ""));
     assert_eq!(status, 502, "{body}");
     assert!(body.contains("tls_failure") && body.contains("does not speak TLS"), "{body}");
 }
@@ -138,7 +141,7 @@ fn a_server_without_tls_is_reported() {
 #[test]
 fn strict_rejects_plaintext_with_a_reason() {
     let (pki, service) = (Pki::new(), service());
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let mut client = RawClient::connect(server.inbound());
     let response = client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n");
     let body = response.text();
@@ -208,6 +211,6 @@ fn the_start_waits_for_identity_files() {
         pki.write_leaf("payments", |_| {});
         let server = started.join().expect("it starts");
         assert_eq!(admin(&server, "/ready").0, 200);
-        assert_eq!(call(&caller(&pki, server.inbound(), "")).0, 200);
+        assert_eq!(send_get(&client_sidecar(&pki, server.inbound(), "")).0, 200);
     });
 }

@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{GET, admin, call, callee, caller, metric};
-use crate::support::{Proxy, RawClient, RawServer, Upstream, eventually, pki::Pki, text, tls::TlsCaller};
+use super::{GET, admin, client_sidecar, metric, send_get, server_sidecar};
+use crate::support::{Proxy, RawClient, RawServer, Upstream, eventually, pki::Pki, text, tls::TlsClient};
 
 const ACCEPTED: &str = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
 const REFUSED: &str = "outrigger_certificate_loads_total{outcome=\"refused\"}";
@@ -67,10 +67,10 @@ fn fifty_rotations_under_load_fail_no_request() {
     });
     // Connections are renewed from time to time, so that each certificate is used.
     let brief = "max_connection_age = \"200ms\"\n";
-    let server = callee(&pki, service.address(), "");
-    let client = caller(&pki, server.inbound(), brief);
-    let echo_callee = super::callee(&pki, echo.address(), "");
-    let echo_caller = super::caller(&pki, echo_callee.inbound(), "");
+    let server = server_sidecar(&pki, service.address(), "");
+    let client = client_sidecar(&pki, server.inbound(), brief);
+    let echo_callee = super::server_sidecar(&pki, echo.address(), "");
+    let echo_caller = super::client_sidecar(&pki, echo_callee.inbound(), "");
     let mut long = RawClient::connect(echo_caller.outbound());
     long.send("GET / HTTP/1.1\r\nHost: payments\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n");
     long.read_until(b"Upgrade: echo\r\n\r\n".to_ascii_lowercase().as_slice());
@@ -144,7 +144,7 @@ fn connections_of_a_client_whose_ca_was_removed_are_drained() {
     };
     let address = service.address();
     let server = Proxy::start(format!("{identity}[inbound]\nforward_to = \"{address}\"\n"));
-    let client = TlsCaller::new(Some(&client_certificate), &["http/1.1"]);
+    let client = TlsClient::new(Some(&client_certificate), &["http/1.1"]);
     let mut open = client.connect(server.inbound());
     open.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("writes");
     let mut seen = [0; 4096];
@@ -156,7 +156,7 @@ fn connections_of_a_client_whose_ca_was_removed_are_drained() {
     let mut rest = Vec::new();
     let _ = open.read_to_end(&mut rest);
     assert!(server.stderr().contains("its client is no longer trusted"), "{}", server.stderr());
-    let again = client.say(server.inbound(), GET);
+    let again = client.send_and_read(server.inbound(), GET);
     assert!(!again.as_ref().is_ok_and(|text| text.contains("hello")), "{again:?}");
 }
 
@@ -165,7 +165,7 @@ fn connections_of_a_client_whose_ca_was_removed_are_drained() {
 fn connections_to_a_server_whose_ca_was_removed_are_not_reused() {
     let mut pki = Pki::new();
     let service = Upstream::http1(|_| async { text("hello") });
-    let server = callee(&pki, service.address(), "");
+    let server = server_sidecar(&pki, service.address(), "");
     let old = pki.ca_pem();
     let caller_ca = {
         pki.renew_ca("the next CA");
@@ -181,11 +181,11 @@ fn connections_to_a_server_whose_ca_was_removed_are_not_reused() {
     let client = Proxy::start(format!(
         "[identity]\ncert = {cert:?}\nkey = {key:?}\nca = {caller_ca:?}\n[[upstream]]\nname = \"payments\"\nendpoints = [\"{inbound}\"]\nidentity = [\"{payments}\"]\n"
     ));
-    assert_eq!(call(&client).0, 200);
+    assert_eq!(send_get(&client).0, 200);
     let before = metric(&client, ACCEPTED);
     pki.write("both.crt", &pki.ca_pem());
     accepted_loads(&client, before);
-    let (status, body) = call(&client);
+    let (status, body) = send_get(&client);
     assert_eq!(status, 502);
     assert!(body.contains("not issued by a trusted CA"), "{body}");
 }

@@ -1,11 +1,11 @@
 //! Certificates from a SPIFFE Workload API: rotation, and an agent that goes down and comes back.
 
-use super::{admin, call, metric};
+use super::{admin, metric, send_get};
 use crate::support::{
     Daemon, Proxy, Upstream, eventually, peer_script,
     pki::{Pki, id, uri},
     python_with, text,
-    tls::TlsCaller,
+    tls::TlsClient,
 };
 
 const ACCEPTED: &str = "outrigger_certificate_loads_total{outcome=\"accepted\"}";
@@ -76,31 +76,31 @@ fn certificates_survive_rotation_and_restart_of_the_agent() {
     let (status, why) = admin(&client, "/ready");
     assert_eq!(status, 503);
     assert!(why.contains("there is no valid certificate yet"), "{why}");
-    let (status, body) = call(&client);
+    let (status, body) = send_get(&client);
     assert_eq!(status, 502);
     assert!(body.contains("no valid certificate yet"), "{body}");
     eventually("the status", || admin(&client, "/status").1.contains("agent.sock"));
     client_agent.start();
     eventually("an identity", || admin(&client, "/ready").0 == 200);
-    assert_eq!(call(&client), (200, "hello".to_owned()));
+    assert_eq!(send_get(&client), (200, "hello".to_owned()));
 
     for _ in 0..5 {
         let before = metric(&client, ACCEPTED);
         client_agent.publish(&ca, "checkout");
         eventually("a rotation", || metric(&client, ACCEPTED) > before);
-        assert_eq!(call(&client).0, 200);
+        assert_eq!(send_get(&client).0, 200);
     }
     // The last certificate stays in use while the agent is down.
     client_agent.daemon = None;
     eventually("the status", || metric(&client, "outrigger_certificate_refused") == 1.0);
     assert_eq!(admin(&client, "/ready").0, 200);
-    assert_eq!(call(&client).0, 200);
+    assert_eq!(send_get(&client).0, 200);
     let before = metric(&client, ACCEPTED);
     client_agent.publish(&ca, "checkout");
     client_agent.start();
     eventually("the agent's return", || metric(&client, ACCEPTED) > before);
     eventually("the status", || metric(&client, "outrigger_certificate_refused") == 0.0);
-    assert_eq!(call(&client).0, 200);
+    assert_eq!(send_get(&client).0, 200);
 }
 
 /// `identity.spiffe` changes while the sidecar runs.
@@ -123,7 +123,7 @@ fn a_reload_switches_to_another_agent() {
     server.reconfigure(&file(&other));
     eventually("the other agent's", || is_identity("orders") && !is_identity("payments"));
     let mut client =
-        TlsCaller::new(Some(&ca.issue("checkout", |_| {})), &["http/1.1"]).connect(server.inbound());
+        TlsClient::new(Some(&ca.issue("checkout", |_| {})), &["http/1.1"]).connect(server.inbound());
     while client.conn.is_handshaking() {
         client.conn.complete_io(&mut client.sock).expect("a handshake");
     }
@@ -148,7 +148,7 @@ fn federated_trust_domains_are_verified_by_their_own_roots() {
     eventually("an identity", || admin(&server, "/ready").0 == 200);
     let ask = |pki: &Pki, id: &str| {
         let certificate = pki.issue("x", |p| p.subject_alt_names = vec![uri(id)]);
-        let said = TlsCaller::new(Some(&certificate), &[]).say(server.inbound(), super::GET);
+        let said = TlsClient::new(Some(&certificate), &[]).send_and_read(server.inbound(), super::GET);
         said.is_ok_and(|said| said.contains("hello"))
     };
     assert!(ask(&ca, "spiffe://shop.example/a"));
@@ -174,11 +174,11 @@ fn certificates_revoked_by_the_agent_are_rejected() {
     eventually("an identity", || admin(&server, "/ready").0 == 200);
     let client = |serial: u64| {
         let certificate = ca.issue("checkout", |p| p.serial_number = Some(serial.into()));
-        TlsCaller::new(Some(&certificate), &[])
+        TlsClient::new(Some(&certificate), &[])
     };
     let (good, revoked) = (client(1001), client(1002));
-    let is_served = |client: &TlsCaller| {
-        client.say(server.inbound(), super::GET).is_ok_and(|said| said.contains("hello"))
+    let is_served = |client: &TlsClient| {
+        client.send_and_read(server.inbound(), super::GET).is_ok_and(|said| said.contains("hello"))
     };
     assert!(is_served(&good) && is_served(&revoked));
     let before = metric(&server, ACCEPTED);

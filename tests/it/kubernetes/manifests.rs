@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use outrigger::kubernetes::inject::{CONFIG_KEY, Defaults, Outcome, Owner, inject, proxy_config};
+use outrigger::kubernetes::inject::{CONFIG_KEY, Defaults, InjectOutcome, Owner, inject, proxy_config};
 use serde_json::{Value, json};
 
 use super::{outrigger, validate, values};
@@ -157,7 +157,7 @@ fn the_manifests_agree_with_the_code() {
         let owner = Owner { kind: "Deployment", name };
         let template = &named(name)["spec"]["template"];
         let outcome = inject(template, owner, &defaults, &|_| None).expect("it can be injected");
-        let Outcome::Patch { operations, notes } = outcome else { panic!("{name} gets nothing") };
+        let InjectOutcome::Patch { operations, notes } = outcome else { panic!("{name} gets nothing") };
         assert_eq!(notes, []);
         let patch = serde_json::to_string(&operations).expect("JSON");
         assert_eq!(patch.contains("NET_ADMIN"), privileged, "{name}");

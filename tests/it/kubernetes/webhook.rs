@@ -19,7 +19,7 @@ use crate::support::{
     Daemon, binary, eventually, has_tool,
     pki::Pki,
     signal,
-    tls::{TlsCaller, TlsSocket},
+    tls::{TlsClient, TlsSocket},
     tool,
 };
 
@@ -63,7 +63,8 @@ impl Webhook {
             "{head} HTTP/1.1\r\nhost: outrigger.outrigger-system.svc\r\nconnection: close\r\ncontent-length: {}\r\ncontent-type: application/json\r\n\r\n{body}",
             body.len()
         );
-        let response = TlsCaller::new(None, &["http/1.1"]).say(self.address, &request).expect("a response");
+        let response =
+            TlsClient::new(None, &["http/1.1"]).send_and_read(self.address, &request).expect("a response");
         let status = response.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
         (status, response.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
     }
@@ -79,7 +80,7 @@ impl Webhook {
 
     /// Sends the beginning of something and then nothing.
     fn begin(&self, length: usize, sent: usize) -> TlsSocket {
-        let mut client = TlsCaller::new(None, &["http/1.1"]).connect(self.address);
+        let mut client = TlsClient::new(None, &["http/1.1"]).connect(self.address);
         let head = format!(
             "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
         );
@@ -228,12 +229,13 @@ fn hostile_input_is_rejected_and_the_next_review_answered() {
         "POST /mutate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         (8 << 20) + 1
     );
-    let response = TlsCaller::new(None, &["http/1.1"]).say(webhook.address, &long).expect("a response");
+    let response =
+        TlsClient::new(None, &["http/1.1"]).send_and_read(webhook.address, &long).expect("a response");
     assert!(response.starts_with("HTTP/1.1 413 "), "{response}");
     // Bytes that are not TLS, and TLS without a request.
     let mut plain = TcpStream::connect(webhook.address).expect("connect");
     plain.write_all(b"POST /mutate HTTP/1.1\r\n\r\n").expect("write");
-    let _silent = TlsCaller::new(None, &[]).connect(webhook.address);
+    let _silent = TlsClient::new(None, &[]).connect(webhook.address);
     let (_, recording) = recordings().into_iter().find(|(name, _)| name == "plain.json").expect("plain.json");
     assert!(webhook.ask("/mutate", &recording["review"]).get("patch").is_some());
 }
@@ -341,7 +343,7 @@ fn valid_new_certificates_and_defaults_are_applied_and_broken_ones_rejected() {
     let defaults = pki.write("defaults.toml", "image = \"r.example/o:1\"\n");
     let webhook = Webhook::start(&pki, &["--defaults", &defaults.display().to_string()]);
     let shown = || {
-        let mut stream = TlsCaller::new(None, &["http/1.1"]).connect(webhook.address);
+        let mut stream = TlsClient::new(None, &["http/1.1"]).connect(webhook.address);
         stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").expect("write");
         Read::read(&mut stream, &mut [0; 64]).expect("a response");
         stream.conn.peer_certificates().expect("a certificate")[0].to_vec()
@@ -421,7 +423,7 @@ fn a_webhook_drains_its_connections_before_it_exits() {
     let webhook = Webhook::start(&pki, &[]);
     let request = "GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n";
     let mut kept: Vec<TlsSocket> =
-        (0..3).map(|_| TlsCaller::new(None, &["http/1.1"]).connect(webhook.address)).collect();
+        (0..3).map(|_| TlsClient::new(None, &["http/1.1"]).connect(webhook.address)).collect();
     let ask = |stream: &mut TlsSocket| {
         stream.write_all(request.as_bytes()).expect("it is open");
         let mut response = String::new();

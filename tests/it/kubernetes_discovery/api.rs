@@ -81,7 +81,7 @@ impl Api {
         self.state.with(|state| state.list = list);
     }
 
-    pub fn happens(&self, event: Value) {
+    pub fn send_event(&self, event: Value) {
         self.state.with(|state| state.events.push(event));
     }
 
@@ -89,23 +89,23 @@ impl Api {
         self.state.with(|state| state.token = token.to_owned());
     }
 
-    pub fn ends_watches(&self) {
+    pub fn end_watches(&self) {
         self.state.with(|state| state.generation += 1);
     }
 
-    pub fn goes_away(&self, away: bool) {
+    pub fn set_unreachable(&self, away: bool) {
         self.state.with(|state| {
             state.away = away;
             state.generation += 1;
         });
     }
 
-    pub fn forgets(&self, forgetful: bool) {
+    pub fn set_history_expired(&self, forgetful: bool) {
         self.state.with(|state| state.forgetful = forgetful);
     }
 
     /// The requests so far, lists and watches.
-    pub fn asked(&self) -> (Vec<String>, Vec<String>) {
+    pub fn requests(&self) -> (Vec<String>, Vec<String>) {
         let asked = self.state.with(|state| state.asked.clone());
         asked.into_iter().partition(|line| !line.contains("watch=1"))
     }

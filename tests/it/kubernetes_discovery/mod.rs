@@ -88,7 +88,7 @@ fn wait_for_endpoints(proxy: &Proxy, expected: &[&str]) {
     let began = std::time::Instant::now();
     while !look() {
         assert!(
-            began.elapsed() < crate::support::PATIENCE,
+            began.elapsed() < crate::support::WAIT_LIMIT,
             "expected {expected:?}, have {:?}: {}",
             endpoints(proxy, 0),
             status(proxy, 0)
@@ -110,7 +110,7 @@ fn endpoints_follow_the_api_server() {
 
     let events = recorded("watch")["events"].as_array().cloned().expect("events");
     let mut events = events.into_iter();
-    let mut next = || api.happens(events.next().expect("another event"));
+    let mut next = || api.send_event(events.next().expect("another event"));
     next();
     wait_for_endpoints(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
     // All endpoints of one slice terminate: the ready ones of the other slice get the requests.
@@ -122,12 +122,12 @@ fn endpoints_follow_the_api_server() {
     next();
     next();
     eventually("the bookmark to be read, and the watch resumed there", || {
-        api.ends_watches();
+        api.end_watches();
         std::thread::sleep(std::time::Duration::from_millis(50));
-        api.asked().1.iter().filter(|line| line.contains("resourceVersion=251&")).count() >= 2
+        api.requests().1.iter().filter(|line| line.contains("resourceVersion=251&")).count() >= 2
     });
     assert_eq!(endpoints(&proxy, 0), ["10.244.2.21:8080", LISTED[2]]);
-    assert_eq!(api.asked().0.len(), 2, "each upstream listed once: {:?}", api.asked());
+    assert_eq!(api.requests().0.len(), 2, "each upstream listed once: {:?}", api.requests());
 }
 
 #[test]
@@ -141,16 +141,16 @@ fn an_expired_resource_version_is_listed_again() {
     list["items"].as_array_mut().expect("items").truncate(1);
     api.list(list.clone());
     // An event in the stream, as recorded.
-    api.happens(recorded("gone")["events"][0].clone());
+    api.send_event(recorded("gone")["events"][0].clone());
     wait_for_endpoints(&proxy, &LISTED[..2]);
     // The response to a watch: listing does not help while that lasts, and nothing is lost.
-    api.forgets(true);
-    api.ends_watches();
+    api.set_history_expired(true);
+    api.end_watches();
     eventually("it is said", || status(&proxy, 0).to_string().contains("too old to be watched"));
     assert_eq!(endpoints(&proxy, 0), LISTED[..2]);
     list["items"][0]["endpoints"].as_array_mut().expect("endpoints").truncate(1);
     api.list(list);
-    api.forgets(false);
+    api.set_history_expired(false);
     wait_for_endpoints(&proxy, &LISTED[..1]);
 }
 
@@ -160,14 +160,14 @@ fn the_last_good_endpoints_outlive_the_api_server() {
     let api = Api::start(&pki, "good");
     let proxy = start(CONFIG, &pki, &api, "good", "");
     wait_for_endpoints(&proxy, &LISTED);
-    api.goes_away(true);
+    api.set_unreachable(true);
     eventually("it is said", || status(&proxy, 0)["discovery"].to_string().contains("failed"));
     assert_eq!(endpoints(&proxy, 0), LISTED);
-    api.happens(recorded("watch")["events"][0].clone());
-    api.goes_away(false);
+    api.send_event(recorded("watch")["events"][0].clone());
+    api.set_unreachable(false);
     wait_for_endpoints(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
     eventually("it is well again", || status(&proxy, 0)["discovery"] == "ready");
-    assert_eq!(api.asked().0.len(), 2, "resumed, not listed: {:?}", api.asked());
+    assert_eq!(api.requests().0.len(), 2, "resumed, not listed: {:?}", api.requests());
 }
 
 #[test]
@@ -185,8 +185,8 @@ fn a_renewed_token_is_read_again() {
     wait_for_endpoints(&proxy, &LISTED);
     api.token("newest");
     pki.write("token", "newest\n");
-    api.ends_watches();
-    api.happens(recorded("watch")["events"][0].clone());
+    api.end_watches();
+    api.send_event(recorded("watch")["events"][0].clone());
     wait_for_endpoints(&proxy, &["10.244.0.11:8080", "10.244.0.13:8080", LISTED[1], LISTED[2]]);
 }
 
@@ -214,10 +214,10 @@ fn memory_used(services: usize, each: usize) -> u64 {
     for mut slice in all.into_iter().rev() {
         slice["metadata"]["resourceVersion"] = json!("3");
         slice["endpoints"].as_array_mut().expect("endpoints").pop();
-        api.happens(json!({"type": "MODIFIED", "object": slice}));
+        api.send_event(json!({"type": "MODIFIED", "object": slice}));
     }
     eventually("the changes to be known", || have(each - slices_each));
-    let (lists, watches) = api.asked();
+    let (lists, watches) = api.requests();
     assert_eq!(lists.len(), 2, "{lists:?}");
     for asked in lists.iter().chain(&watches) {
         let ours =
@@ -244,7 +244,7 @@ fn watches_of_removed_upstreams_end() {
     let proxy = start(TWO_SERVICES, &pki, &api, "good", "");
     let watches = |service: &str| {
         let of = format!("%3D{service}&");
-        api.asked().1.iter().filter(|line| line.contains(&of)).count()
+        api.requests().1.iter().filter(|line| line.contains(&of)).count()
     };
     eventually("both to be watched", || watches("service-0") > 0 && watches("service-1") > 0);
     let (one, _) = TWO_SERVICES.rsplit_once("[[upstream]]").expect("two");
@@ -253,10 +253,10 @@ fn watches_of_removed_upstreams_end() {
     let before = watches("service-1");
     for _ in 0..2 {
         let again = watches("service-0") + 1;
-        api.ends_watches();
+        api.end_watches();
         eventually("the other one to be watched again", || watches("service-0") >= again);
     }
-    assert_eq!(watches("service-1"), before, "{:?}", api.asked());
+    assert_eq!(watches("service-1"), before, "{:?}", api.requests());
 }
 
 /// `--nocapture` prints the figures of docs/kubernetes.md.
@@ -291,7 +291,7 @@ fn requests_prefer_endpoints_of_this_zone() {
     // No longer among the endpoints that get requests.
     let mut gone = slice("a", &far, "zone-a");
     gone["metadata"]["resourceVersion"] = json!("3");
-    api.happens(json!({"type": "DELETED", "object": gone}));
+    api.send_event(json!({"type": "DELETED", "object": gone}));
     eventually("the other one alone", || endpoints(&proxy, 0).len() == 1);
     assert_eq!(client.ask("GET / HTTP/1.1\r\nHost: payments\r\n\r\n").text(), "far");
 }

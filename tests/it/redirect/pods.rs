@@ -11,11 +11,12 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Answer, Daemon, Launch, Proxy, RawClient, RawServer, Upstream, binary_for_all, eventually, has_tool,
+    Daemon, Launch, Proxy, RawClient, RawServer, Upstream, UpstreamResponse, binary_for_any_user, eventually,
+    has_tool,
     netns::{Lan, PROXY_USER, Pod},
     pki::{Pki, id},
     text,
-    tls::{TlsCaller, TlsServer},
+    tls::{TlsClient, TlsServer},
 };
 
 pub fn at(port: u16) -> SocketAddr {
@@ -28,7 +29,7 @@ pub fn service(pod: &Pod, port: u16, word: &'static str) -> Upstream {
         Upstream::at(at(port), false, move |_, request| async move {
             let field = |name| request.headers().get(name).map_or("-", |value| value.to_str().unwrap_or("?"));
             let (by, via) = (field("x-forwarded-client-cert"), field("via"));
-            text(format!("{word} host={} by={by} via={via}", field("host"))) as Answer
+            text(format!("{word} host={} by={by} via={via}", field("host"))) as UpstreamResponse
         })
     })
 }
@@ -273,7 +274,7 @@ fn the_services_own_tls_is_forwarded_by_sni() {
     let _proxy = sidecar(&client, &named);
     let unreachable: SocketAddr = "10.77.0.200:8443".parse().expect("an address");
     for address in [v6, unreachable] {
-        let said = client.run(|| TlsCaller::new(None, &[]).say(address, "GET / HTTP/1.1\r\n\r\n"));
+        let said = client.run(|| TlsClient::new(None, &[]).send_and_read(address, "GET / HTTP/1.1\r\n\r\n"));
         assert!(said.as_ref().is_ok_and(|said| said.ends_with("hello")), "{address}: {said:?}");
     }
     counted(&client, "outrigger_detected_total{direction=\"outbound\",port=\"8443\",protocol=\"tls\"} 2");
@@ -318,13 +319,13 @@ fn every_port_of_the_service_is_reached_with_its_own_policy() {
             assert_eq!(limit(address), Some(&7.into()), "{address} in {status:#}");
         }
     }
-    let shown = server.command(0, &[binary_for_all().to_str().expect("a path"), "status"]);
+    let shown = server.command(0, &[binary_for_any_user().to_str().expect("a path"), "status"]);
     let row = format!("(the service at {})", server.addresses(8080)[1]);
     assert!(String::from_utf8_lossy(&shown.stdout).contains(&row), "{shown:?}");
 
     // And a breaker, which can be set by hand.
     for address in server.addresses(8080) {
-        let (binary, name) = (binary_for_all(), address.to_string());
+        let (binary, name) = (binary_for_any_user(), address.to_string());
         let words = [binary.to_str().expect("a path"), "set", "breaker", &name, "open"];
         let set = server.command(PROXY_USER, &words);
         assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));

@@ -8,7 +8,7 @@ use std::{
 
 use super::pods::{at, pki, service, sidecar};
 use crate::support::{
-    Proxy, RawClient, Upstream, binary_for_all, has_tool,
+    Proxy, RawClient, Upstream, binary_for_any_user, has_tool,
     netns::{Lan, PROXY_USER, Pod},
     pki::{Pki, id},
     text, tool,
@@ -43,7 +43,7 @@ impl Replica {
     /// Ends a pod with a native sidecar as the kubelet does: the preStop hooks run at once; the service gets SIGTERM
     /// after its own hook; the sidecar when the service has exited. Meanwhile the service sends requests.
     fn end(mut self, database: &Pod) {
-        let drain = self.pod.command(PROXY_USER, &[binary_for_all().to_str().expect("a path"), "drain"]);
+        let drain = self.pod.command(PROXY_USER, &[binary_for_any_user().to_str().expect("a path"), "drain"]);
         assert!(drain.status.success(), "{}", String::from_utf8_lossy(&drain.stderr));
         for _ in 0..40 {
             let address = database.addresses(5432)[0];

@@ -188,7 +188,7 @@ fn skipped_networks_bypass_the_proxy() {
 fn missing_privileges_are_reported() {
     let Some(lan) = Lan::new() else { return };
     let pod = lan.pod();
-    let binary = crate::support::binary_for_all();
+    let binary = crate::support::binary_for_any_user();
     let output = pod.command(1000, &[binary.to_str().expect("a path"), "redirect", "apply"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr_of(&output).contains("NET_ADMIN"), "{}", stderr_of(&output));
@@ -208,7 +208,7 @@ fn the_host_network_is_refused_unless_requested() {
         return skip("root becomes another user for this");
     }
     let apply = |more: &[&str]| {
-        let binary = crate::support::binary_for_all();
+        let binary = crate::support::binary_for_any_user();
         let mut command = std::process::Command::new(tool("setpriv").expect("checked before"));
         command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"]);
         command.arg(binary).args(["redirect", "apply"]).args(more).output().expect("it runs")

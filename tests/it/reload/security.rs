@@ -10,7 +10,7 @@ use crate::support::{
     issuer::{ISSUER, Issuer, good_claims},
     pki::{Pki, id},
     text,
-    tls::{TlsCaller, TlsServer, server_config, tls12_config},
+    tls::{TlsClient, TlsServer, server_config, tls12_config},
     tokens::{Signer, jwks},
 };
 
@@ -124,8 +124,8 @@ fn strict(files: [&std::path::Path; 3], service: SocketAddr, more: &str) -> Stri
     )
 }
 
-fn is_served(client: &TlsCaller, proxy: &Proxy) -> bool {
-    client.say(proxy.inbound(), GET).is_ok_and(|response| response.starts_with("HTTP/1.1 200"))
+fn is_served(client: &TlsClient, proxy: &Proxy) -> bool {
+    client.send_and_read(proxy.inbound(), GET).is_ok_and(|response| response.starts_with("HTTP/1.1 200"))
 }
 
 #[test]
@@ -141,8 +141,8 @@ fn every_key_of_identity_applies_after_a_reload() {
     let first = strict([&cert, &key, &ca], address, "");
     let certificate = pki.issue("checkout", |params| params.serial_number = Some(77_u64.into()));
     let (mine, stranger) = (
-        TlsCaller::new(Some(&certificate), &["http/1.1"]),
-        TlsCaller::new(Some(&others.issue("checkout", |_| {})), &["http/1.1"]),
+        TlsClient::new(Some(&certificate), &["http/1.1"]),
+        TlsClient::new(Some(&others.issue("checkout", |_| {})), &["http/1.1"]),
     );
     let shown = |proxy: &Proxy| {
         let mut socket = mine.connect(proxy.inbound());
@@ -171,7 +171,7 @@ fn every_key_of_identity_applies_after_a_reload() {
     assert!(is_served(&mine, &proxy));
 
     let proxy = Proxy::start(first.clone());
-    let old = TlsCaller::tls12(&certificate);
+    let old = TlsClient::tls12(&certificate);
     assert!(!is_served(&old, &proxy), "1.3 is the least");
     proxy.reconfigure(&strict([&cert, &key, &ca], address, "min_tls = \"1.2\""));
     eventually("`min_tls` to act", || is_served(&old, &proxy));
@@ -182,7 +182,7 @@ fn every_key_of_identity_applies_after_a_reload() {
     assert!(is_served(&mine, &proxy));
     proxy.reconfigure(&strict([&cert, &key, &ca], address, &format!("crl = {crl:?}")));
     eventually("`crl` to act", || !is_served(&mine, &proxy));
-    let well = TlsCaller::new(Some(&pki.issue("checkout", |_| {})), &["http/1.1"]);
+    let well = TlsClient::new(Some(&pki.issue("checkout", |_| {})), &["http/1.1"]);
     assert!(is_served(&well, &proxy), "another of the same service");
 }
 

@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use super::{Service, ask, assert_cause, get, nobody, post, proxy, request, storm::between, upstream};
+use super::{
+    Service, ask, assert_cause, get, post, proxy, refusing_address, request, storm::forwarding_service,
+    upstream,
+};
 use crate::support::{Proxy, RawClient};
 
 /// The trace context of a request.
@@ -20,7 +23,7 @@ fn advice_no_stops_retries_and_is_not_forwarded() {
     let response = get(&proxy);
     assert_eq!(response.status(), 503);
     assert_eq!(response.field("x-outrigger-retry"), None, "{response:?}");
-    assert_eq!(service.calls(), 1);
+    assert_eq!(service.request_count(), 1);
 }
 
 /// A failure from further upstream would have come from any endpoint, and a breaker next to it sheds load
@@ -35,7 +38,7 @@ fn advice_no_ejects_no_endpoint_and_opens_no_breaker() {
     for _ in 0..10 {
         get(&two);
     }
-    assert_eq!((bad.calls(), good.calls()), (5, 5));
+    assert_eq!((bad.request_count(), good.request_count()), (5, 5));
     let alone = Service::new(|seen, _| match seen.header("x-needs") {
         Some(_) => (503, "x-outrigger-retry", "no"),
         None => (200, "x-a", "b"),
@@ -59,13 +62,13 @@ fn advice_of_unknown_upstreams_is_ignored() {
     let proxy = Proxy::start("");
     let url = format!("GET http://{0}/ HTTP/1.1\r\nHost: {0}\r\n\r\n", service.address());
     assert_eq!(ask(&proxy, url).status(), 503);
-    assert_eq!(service.calls(), 3);
+    assert_eq!(service.request_count(), 3);
 }
 
 #[test]
 fn advice_elsewhere_lets_a_post_be_retried() {
     let good = Service::new(|_, _| 200);
-    let down = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", nobody()));
+    let down = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", refusing_address()));
     let well = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", good.address()));
     let direct = RawClient::connect(down.inbound()).ask(post("", "pay"));
     assert_cause(&direct, 502, "connect_refused");
@@ -76,7 +79,7 @@ fn advice_elsewhere_lets_a_post_be_retried() {
         let response = ask(&client, post("", "pay"));
         assert_eq!((response.status(), response.field("x-outrigger-retry")), (200, None), "{response:?}");
     }
-    assert_eq!(good.calls(), 4);
+    assert_eq!(good.request_count(), 4);
 }
 
 /// The field is for proxies: no service sees it, none can set it.
@@ -94,7 +97,7 @@ fn advice_never_reaches_a_service() {
 #[track_caller]
 fn advice(endpoint: SocketAddr, keys: &str, forward: bool, calls: usize) -> Option<String> {
     let outbound = Arc::<OnceLock<SocketAddr>>::default();
-    let service = between(outbound.clone(), forward);
+    let service = forwarding_service(outbound.clone(), forward);
     let config =
         format!("[inbound]\nforward_to = \"{}\"\n", service.address()) + &upstream("up", &[endpoint], keys);
     let sidecar = Proxy::start(config);
@@ -112,14 +115,14 @@ fn advice(endpoint: SocketAddr, keys: &str, forward: bool, calls: usize) -> Opti
 fn exhausted_retries_in_the_same_trace_give_advice_no() {
     let failing = Service::new(|_, _| 503);
     assert_eq!(advice(failing.address(), "", true, 1).as_deref(), Some("no"));
-    assert_eq!(advice(nobody(), "", true, 1).as_deref(), Some("no"));
+    assert_eq!(advice(refusing_address(), "", true, 1).as_deref(), Some("no"));
     // A request that may be sent once has no attempts left after that one.
     assert_eq!(advice(failing.address(), "retry = { max = 0 }", true, 1).as_deref(), Some("no"));
     // Nor may a hop further up retry what this hop's policy does not retry, by method or by status.
     assert_eq!(advice(failing.address(), "retry = { methods = [\"PUT\"] }", true, 1).as_deref(), Some("no"));
     let broken = Service::new(|_, _| 500);
     assert_eq!(advice(broken.address(), "", true, 1).as_deref(), Some("no"));
-    assert_eq!(broken.calls(), 1);
+    assert_eq!(broken.request_count(), 1);
     // Never by guessing: without the trace context the two requests cannot be linked.
     assert_eq!(advice(failing.address(), "", false, 1), None);
 }
@@ -130,5 +133,5 @@ fn an_open_breaker_gives_advice_no() {
     let failing = Service::new(|_, _| 500);
     let keys = "breaker = { consecutive_failures = 1 }\nretry = false";
     assert_eq!(advice(failing.address(), keys, true, 2).as_deref(), Some("no"));
-    assert_eq!(failing.calls(), 1);
+    assert_eq!(failing.request_count(), 1);
 }

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Reply, Seen, Service, ask, assert_cause, get, nobody, post, proxy, refused, request, retries, upstream,
+    ReceivedRequest, Reply, Service, ask, assert_cause, get, post, proxy, refused, refusing_address, request,
+    retries, upstream,
 };
 use crate::support::{Proxy, RawClient, Upstream, eventually, text};
 
@@ -17,10 +18,10 @@ fn a_hedge_overtakes_a_slow_response() {
     for _ in 0..6 {
         assert_eq!(get(&proxy).status(), 200);
     }
-    assert_eq!(quick.calls(), 6);
-    let slow_calls = slow.calls();
+    assert_eq!(quick.request_count(), 6);
+    let slow_calls = slow.request_count();
     assert!(slow_calls >= 2, "the slower attempt counts neither for breaker nor for ejection");
-    eventually("every loser to be cancelled", || slow.left() == slow_calls);
+    eventually("every loser to be cancelled", || slow.cancelled_count() == slow_calls);
 }
 
 /// The response to a failed hedge is not forwarded while the other attempt may still succeed, but the failure counts.
@@ -54,7 +55,7 @@ fn only_idempotent_requests_are_hedged() {
     );
     // `all` allows to retry a failed request, not to run it twice at once.
     let responses: Vec<_> = (0..2).map(|_| ask(&proxy, post("", "pay")).status()).collect();
-    assert_eq!((slow.calls(), quick.calls()), (1, 1), "{responses:?}");
+    assert_eq!((slow.request_count(), quick.request_count()), (1, 1), "{responses:?}");
 }
 
 #[test]
@@ -63,7 +64,7 @@ fn faults_are_injected_before_the_upstream() {
     let refused = proxy(&[service.address()], "fault = { abort = 418, abort_ratio = 1.0 }");
     let response = get(&refused);
     assert_cause(&response, 418, "fault_injected");
-    assert_eq!(service.calls(), 0);
+    assert_eq!(service.request_count(), 0);
 
     let delayed = proxy(&[service.address()], "fault = { delay = \"300ms\", delay_ratio = 1.0 }");
     let began = std::time::Instant::now();
@@ -75,7 +76,7 @@ fn faults_are_injected_before_the_upstream() {
 fn a_fallback_response_replaces_a_failure() {
     let keys = "fallback = { status = 200, body = \"[]\", content_type = \"application/json\" }";
     let failing = Service::new(|seen, _| if seen.path == "/missing" { 404 } else { 503 });
-    for endpoint in [nobody(), failing.address()] {
+    for endpoint in [refusing_address(), failing.address()] {
         let proxy = proxy(&[endpoint], keys);
         let response = get(&proxy);
         assert_eq!((response.status(), response.text().as_str()), (200, "[]"));
@@ -91,7 +92,7 @@ fn a_fallback_response_replaces_a_failure() {
 #[test]
 fn a_fallback_upstream_serves_instead() {
     let standby = Service::new(|_, _| 200);
-    let config = upstream("up", &[nobody()], "fallback = { upstream = \"dr\" }")
+    let config = upstream("up", &[refusing_address()], "fallback = { upstream = \"dr\" }")
         + &upstream("dr", &[standby.address()], "");
     let proxy = Proxy::start(config);
     assert_eq!(get(&proxy).status(), 200);
@@ -104,11 +105,11 @@ fn a_fallback_upstream_serves_instead() {
 #[test]
 fn a_fallback_upstream_uses_its_own_protocol() {
     for (first, second) in [("http1", "h2"), ("h2", "http1")] {
-        let response = |_: &Seen, _: usize| 200;
+        let response = |_: &ReceivedRequest, _: usize| 200;
         let standby = if second == "h2" { Service::h2(response) } else { Service::new(response) };
         let config = upstream(
             "up",
-            &[nobody()],
+            &[refusing_address()],
             &format!("protocol = \"{first}\"\nfallback = {{ upstream = \"dr\" }}"),
         ) + &upstream("dr", &[standby.address()], &format!("protocol = \"{second}\""));
         let proxy = Proxy::start(config);
@@ -145,7 +146,7 @@ fn observed_policies_reject_nothing() {
         let response = get(&proxy);
         let expected = if number <= 6 { 503 } else { 200 };
         assert_eq!(
-            (response.status(), service.calls()),
+            (response.status(), service.request_count()),
             (expected, number),
             "one request, one attempt: {response:?}"
         );
@@ -190,7 +191,7 @@ fn an_observed_limit_queues_no_request() {
     let proxy = Proxy::start(config);
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", "x-hang: 1\r\n"));
-    eventually("the first to have the slot", || service.calls() == 1);
+    eventually("the first to have the slot", || service.request_count() == 1);
     assert_eq!(get(&proxy).status(), 200);
     assert_eq!(refused(&proxy, "limit_full"), 1);
 }

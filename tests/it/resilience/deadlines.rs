@@ -89,8 +89,8 @@ fn a_hanging_attempt_leaves_time_for_another() {
         let service = Service::new(|_, number| if number == 1 { Reply::Never } else { Reply::from(200) });
         let proxy = proxy(&[service.address()], &format!("timeout = \"3s\"\n{attempt}"));
         assert_eq!(get(&proxy).status(), 200, "{attempt:?}");
-        assert_eq!(service.calls(), 2);
-        eventually("the first to be cancelled", || service.left() == 1);
+        assert_eq!(service.request_count(), 2);
+        eventually("the first to be cancelled", || service.cancelled_count() == 1);
     }
 }
 
@@ -102,7 +102,7 @@ fn a_request_that_cannot_be_retried_gets_all_the_time() {
     let began = Instant::now();
     assert_cause(&ask(&proxy, super::post("", "pay")), 504, "timeout");
     assert!(began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
-    assert_eq!(service.calls(), 1);
+    assert_eq!(service.request_count(), 1);
 }
 
 /// `timeout` starts when the body has been sent: it does not cut off a slow upload.
@@ -128,7 +128,7 @@ fn no_attempt_starts_with_less_than_a_millisecond_left() {
     let service = Service::new(|_, _| 200);
     let proxy = proxy(&[service.address()], "");
     assert_cause(&ask(&proxy, request("GET", "x-request-timeout-ms: 1\r\n")), 504, "deadline");
-    assert_eq!(service.calls(), 0);
+    assert_eq!(service.request_count(), 0);
 }
 
 /// Neither a slow DNS server nor an injected delay extends a request past its deadline.
@@ -150,7 +150,7 @@ fn dns_and_fault_delays_count_towards_the_timeout() {
     let began = Instant::now();
     assert_cause(&get(&proxy), 504, "timeout");
     assert!((300..9000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
-    assert_eq!(service.calls(), 0);
+    assert_eq!(service.request_count(), 0);
 }
 
 /// A slow service, and how many requests reached it.
@@ -207,7 +207,7 @@ fn a_client_deadline_is_split_when_usual_latency_fits_in_half() {
     let hang = format!("GET /hang HTTP/1.1\r\nHost: up\r\n{deadline}\r\n");
     // Enough requests over enough time that the usual latency is known.
     let began = Instant::now();
-    while began.elapsed() < Duration::from_millis(1200) || service.calls() < 150 {
+    while began.elapsed() < Duration::from_millis(1200) || service.request_count() < 150 {
         assert_eq!(client.ask(request("GET", deadline)).status(), 200);
     }
     let began = Instant::now();

@@ -3,7 +3,7 @@
 
 use std::{fs, net::SocketAddr, time::Duration};
 
-use super::{Reply, Seen, Service, assert_cause, metric, refused, request, status, upstream};
+use super::{ReceivedRequest, Reply, Service, assert_cause, metric, refused, request, status, upstream};
 use crate::support::{
     Launch, Proxy, RawClient, Upstream, eventually,
     netns::{Lan, Pod},
@@ -54,7 +54,7 @@ fn the_soft_limit_of_open_files_is_raised_but_not_for_the_service() {
 /// no endpoint is counted against, and all recovers when the clients disconnect.
 #[test]
 fn descriptor_exhaustion_is_reported_and_counts_against_no_upstream() {
-    let hang_or_not = |seen: &Seen, _| match seen.path.as_str() {
+    let hang_or_not = |seen: &ReceivedRequest, _| match seen.path.as_str() {
         "/hang" => Reply::Never,
         _ => 200.into(),
     };
@@ -67,7 +67,7 @@ fn descriptor_exhaustion_is_reported_and_counts_against_no_upstream() {
     let mut failed: Option<Message> = None;
     let mut held = Vec::new();
     for _ in 0..200 {
-        let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(100));
+        let mut client = RawClient::connect(proxy.outbound()).with_read_timeout(Duration::from_millis(100));
         client.send(hang);
         if let Some(response) = client.response().expect("HTTP") {
             failed = Some(response);
@@ -96,7 +96,7 @@ fn descriptor_exhaustion_is_reported_and_counts_against_no_upstream() {
 
     drop((held, more));
     eventually("requests to be served again", || {
-        let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_secs(1));
+        let mut client = RawClient::connect(proxy.outbound()).with_read_timeout(Duration::from_secs(1));
         client.send(request("GET", ""));
         client.response().is_ok_and(|response| response.is_some_and(|response| response.status() == 200))
     });
@@ -142,7 +142,7 @@ fn port_exhaustion_is_reported_and_counts_against_no_upstream() {
     let outbound = at(&pod, proxy.outbound());
     let ask = |patience: Duration| {
         client.run(|| {
-            let mut asking = RawClient::connect(outbound).patience(patience);
+            let mut asking = RawClient::connect(outbound).with_read_timeout(patience);
             asking.send(request("GET", ""));
             let response = asking.response().expect("HTTP");
             (asking, response)

@@ -11,7 +11,9 @@ use std::{
 
 use socket2::{Domain, Socket, Type};
 
-use super::{Reply, Service, ask, assert_cause, get, nobody, proxy, request, serve_at, status, upstream};
+use super::{
+    Reply, Service, ask, assert_cause, get, proxy, refusing_address, request, serve_at, status, upstream,
+};
 use crate::support::{Proxy, RawClient, eventually};
 
 /// A service that can be switched between working and failing.
@@ -34,14 +36,14 @@ fn the_breaker_opens_probes_and_closes() {
     let refused = get(&proxy);
     assert_cause(&refused, 503, "breaker_open");
     assert!(refused.field("retry-after").is_some(), "{refused:?}");
-    assert_eq!(service.calls(), 4, "open: no request passes");
+    assert_eq!(service.request_count(), 4, "open: no request passes");
     // A failed trial opens it again, so a failing service gets one request each time.
     let mut fives = 0;
     eventually("two failed trials", || {
         fives += u32::from(get(&proxy).status() == 500);
         fives == 2
     });
-    assert_eq!(service.calls(), 6);
+    assert_eq!(service.request_count(), 6);
     well.store(true, Ordering::Relaxed);
     eventually("the breaker to close", || get(&proxy).status() == 200);
     for _ in 0..10 {
@@ -114,7 +116,7 @@ fn a_request_waits_briefly_for_an_unreachable_upstream() {
     let most = Duration::from_millis(250);
     let keys = "breaker = { consecutive_failures = 1, open_for = { base = \"10m\", max = \"10m\" } }";
     let waiting = proxy(
-        &[nobody()],
+        &[refusing_address()],
         &format!("retry = {{ backoff = {{ base = \"10s\", max = \"10s\" }} }}\ntimeout = \"5s\"\n{keys}"),
     );
     // Its first attempt opens the breaker.
@@ -155,7 +157,7 @@ fn a_reload_keeps_the_breaker_state() {
         eventually("the change to take effect", || ask(&proxy, &call).status() == 200);
         let _third = get(&proxy);
         assert_cause(&get(&proxy), 503, "breaker_open");
-        assert_eq!(service.calls(), 3);
+        assert_eq!(service.request_count(), 3);
     }
 }
 
@@ -186,7 +188,7 @@ fn a_cancelled_trial_request_frees_its_slot() {
     }
     let mut hanging = None;
     eventually("a trial that hangs", || {
-        let mut client = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(200));
+        let mut client = RawClient::connect(proxy.outbound()).with_read_timeout(Duration::from_millis(200));
         client.send(request("GET", "x-want: hang\r\n"));
         let silent = matches!(client.response(), Ok(None));
         hanging = Some(client);
@@ -211,8 +213,8 @@ fn a_failing_endpoint_is_ejected() {
     for _ in 0..60 {
         assert_eq!(get(&proxy).status(), 200);
     }
-    assert_eq!(bad.calls(), 5, "five failures, then out");
-    assert_eq!(good.calls() + other.calls(), 60);
+    assert_eq!(bad.request_count(), 5, "five failures, then out");
+    assert_eq!(good.request_count() + other.request_count(), 60);
 }
 
 /// If all endpoints fail, at most `max_ejected` are out: the rest still get requests.
@@ -227,7 +229,7 @@ fn ejection_stops_at_max_ejected() {
     for _ in 0..30 {
         assert_eq!(get(&proxy).status(), 500, "answered by an endpoint, not by `no_endpoint`");
     }
-    let mut counts: Vec<_> = services.iter().map(Service::calls).collect();
+    let mut counts: Vec<_> = services.iter().map(Service::request_count).collect();
     counts.sort_unstable();
     assert!(counts[0] == 2 && counts[1] > 5, "one of three is out: {counts:?}");
 }
@@ -243,14 +245,15 @@ fn requests_above_the_limit_queue_and_then_are_rejected() {
     );
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", "x-hang: 1\r\n"));
-    eventually("the first to have the slot", || service.calls() == 1);
+    eventually("the first to have the slot", || service.request_count() == 1);
     thread::scope(|scope| {
         let second = scope.spawn(|| get(&proxy));
         // The second may not be queued yet when the next arrives; a request that arrives while one is queued is
         // rejected.
         let mut queued = Vec::new();
         eventually("a third to be refused", || {
-            let mut third = RawClient::connect(proxy.outbound()).patience(Duration::from_millis(100));
+            let mut third =
+                RawClient::connect(proxy.outbound()).with_read_timeout(Duration::from_millis(100));
             third.send(request("GET", "x-hang: 1\r\n"));
             let response = third.response();
             let Ok(Some(response)) = response else {
@@ -261,7 +264,7 @@ fn requests_above_the_limit_queue_and_then_are_rejected() {
             assert!(response.field("retry-after").is_some(), "{response:?}");
             true
         });
-        assert_eq!(service.calls(), 1);
+        assert_eq!(service.request_count(), 1);
         drop(queued);
         drop(first);
         let response = second.join().expect("no panic");
@@ -277,12 +280,12 @@ fn a_request_that_queues_too_long_gets_a_queue_timeout() {
     let proxy = proxy(&[service.address()], "limits = { max_requests = 1, pending_timeout = \"50ms\" }");
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", ""));
-    eventually("the first to have the slot", || service.calls() == 1);
+    eventually("the first to have the slot", || service.request_count() == 1);
     assert_cause(&get(&proxy), 503, "limit_full");
     // No request is queued past its deadline.
     let response = ask(&proxy, request("GET", "x-request-timeout-ms: 5\r\n"));
     assert_cause(&response, 504, "deadline");
-    assert_eq!(service.calls(), 1);
+    assert_eq!(service.request_count(), 1);
 }
 
 #[test]
@@ -291,9 +294,9 @@ fn max_connections_is_enforced() {
     let proxy = proxy(&[service.address()], "limits = { max_connections = 1, pending_timeout = \"50ms\" }");
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", ""));
-    eventually("the first to have the connection", || service.calls() == 1);
+    eventually("the first to have the connection", || service.request_count() == 1);
     assert_cause(&get(&proxy), 503, "limit_full");
-    assert_eq!(service.calls(), 1);
+    assert_eq!(service.request_count(), 1);
 }
 
 /// At the limit an idle connection is closed for a new one: at another endpoint, and on another worker.
@@ -334,7 +337,7 @@ fn a_rate_limit_is_enforced() {
     assert!(served >= 3, "{served} of the burst");
     assert_cause(&refused, 429, "rate_limited");
     assert_eq!(refused.field("retry-after"), Some("1"));
-    assert_eq!(service.calls() as u64, served);
+    assert_eq!(service.request_count() as u64, served);
 
     let limited =
         proxy(&[service.address()], "rate_limit = { rate = 1, burst = 1, per = \"header:x-tenant\" }");
@@ -354,13 +357,13 @@ fn a_retry_prefers_an_ejected_endpoint_to_one_that_just_refused() {
     );
     eventually("the first to be called, and ejected for its answer", || {
         assert_eq!(get(&proxy).status(), 200);
-        well_again.calls() == 1
+        well_again.request_count() == 1
     });
     assert_eq!(get(&proxy).status(), 200);
-    assert_eq!(well_again.calls(), 1, "it is out");
+    assert_eq!(well_again.request_count(), 1, "it is out");
     drop(goes);
     assert_eq!(get(&proxy).status(), 200);
-    assert_eq!(well_again.calls(), 2);
+    assert_eq!(well_again.request_count(), 2);
 }
 
 /// A restarted endpoint is restored as soon as it serves; one that sent errors stays ejected for its time.
@@ -380,7 +383,7 @@ fn an_absent_endpoint_is_restored_when_it_serves() {
         let said = proxy.stderr();
         said.contains("accepts no connections") && said.contains("endpoint ejected")
     });
-    let before = bad.calls();
+    let before = bad.request_count();
     for _ in 0..10 {
         assert_eq!(get(&proxy).status(), 200, "nothing listens at {address} yet");
     }
@@ -397,14 +400,18 @@ fn an_absent_endpoint_is_restored_when_it_serves() {
     for _ in 0..10 {
         assert_eq!(get(&proxy).status(), 200);
     }
-    assert_eq!(bad.calls(), before, "an ejected endpoint stays ejected although it accepts connections");
+    assert_eq!(
+        bad.request_count(),
+        before,
+        "an ejected endpoint stays ejected although it accepts connections"
+    );
 }
 
 /// A failing endpoint is still `healthy` if nothing ejects it, so the status also shows how requests fare.
 #[test]
 fn the_status_shows_success_rate_and_last_error_of_each_endpoint() {
     let (good, bad) = (Service::new(|_, _| 200), Service::new(|_, _| 500));
-    let down = nobody();
+    let down = refusing_address();
     let keys = "balance = \"round-robin\"\nretry = false\nbreaker = false\noutlier = false";
     let proxy = Proxy::start(upstream("up", &[good.address(), bad.address(), down], keys));
     for _ in 0..6 {

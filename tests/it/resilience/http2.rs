@@ -20,7 +20,7 @@ const CANCEL: u32 = 8;
 
 /// Reads the peer's preface.
 fn accept(stream: TcpStream) -> Option<H2Client> {
-    stream.set_read_timeout(Some(crate::support::PATIENCE)).ok()?;
+    stream.set_read_timeout(Some(crate::support::WAIT_LIMIT)).ok()?;
     let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
     peer.raw.peek(24).ok()?;
     peer.raw.buffer.drain(..24);
@@ -110,7 +110,7 @@ fn grpc_unavailable_is_retried_where_the_route_allows_all_methods() {
         let proxy = proxy(&[service.address()], &format!("protocol = \"h2\"\n{keys}"));
         let response = ask(&proxy, post("Content-Type: application/grpc\r\n", "\0\0\0\0\0"));
         assert_eq!((response.status(), response.field("grpc-status")), (200, Some(status)), "{response:?}");
-        assert_eq!(service.calls(), attempts);
+        assert_eq!(service.request_count(), attempts);
     }
 }
 
@@ -135,7 +135,7 @@ fn grpc_retry_pushback_is_obeyed() {
         let response = ask(&proxy, post(GRPC_HEADERS, "\0\0\0\0\0"));
         let status = if attempts_made == 2 { "0" } else { "14" };
         assert_eq!(
-            (response.field("grpc-status"), service.calls()),
+            (response.field("grpc-status"), service.request_count()),
             (Some(status), attempts_made),
             "{value}: {response:?}"
         );
@@ -153,7 +153,7 @@ fn a_failing_grpc_status_counts_for_the_breaker() {
     for _ in 0..5 {
         assert_eq!(ask(&proxy, &call).field("grpc-status"), Some("14"));
     }
-    assert_eq!(service.calls(), 3, "then the breaker answers");
+    assert_eq!(service.request_count(), 3, "then the breaker answers");
 }
 
 /// A stream that is reset after its headers has failed, too: it counts for breaker and metrics as a status would.
@@ -184,5 +184,5 @@ fn a_grpc_response_without_a_status_counts_as_a_failure() {
     for _ in 0..6 {
         ask(&proxy, &call);
     }
-    assert_eq!(service.calls(), 3, "then the breaker answers");
+    assert_eq!(service.request_count(), 3, "then the breaker answers");
 }

@@ -92,7 +92,7 @@ fn queued_requests_past_their_deadline_are_dropped() {
     let proxy = proxy(&[service.address()], keys);
     let mut first = RawClient::connect(proxy.outbound());
     first.send(request("GET", "x-hang: 1\r\n"));
-    eventually("the first to have the slot", || service.calls() == 1);
+    eventually("the first to have the slot", || service.request_count() == 1);
     let hurried = ask(&proxy, request("GET", "x-mark: late\r\nx-request-timeout-ms: 150\r\n"));
     assert_cause(&hurried, 504, "deadline");
     thread::scope(|scope| {
@@ -116,7 +116,7 @@ fn client_at(from: [u8; 4], to: SocketAddr) -> RawClient {
     };
     let stream = runtime.block_on(connect).expect("connect");
     stream.set_nonblocking(false).expect("blocking");
-    stream.set_read_timeout(Some(crate::support::PATIENCE)).expect("a timeout");
+    stream.set_read_timeout(Some(crate::support::WAIT_LIMIT)).expect("a timeout");
     RawClient { stream, buffer: Vec::new() }
 }
 

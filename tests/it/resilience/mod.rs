@@ -27,17 +27,19 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::{HeaderMap, Request, body::Incoming};
 
-use crate::support::{Answer, Proxy, RawClient, RawServer, Upstream, nobody, strict::Message, text};
+use crate::support::{
+    Proxy, RawClient, RawServer, Upstream, UpstreamResponse, refusing_address, strict::Message, text,
+};
 
 /// A request as a service received it.
 #[derive(Clone, Debug)]
-struct Seen {
+struct ReceivedRequest {
     path: String,
     headers: HeaderMap,
     body: Bytes,
 }
 
-impl Seen {
+impl ReceivedRequest {
     fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
@@ -49,7 +51,7 @@ impl Seen {
 
 /// The response of a service to a request.
 enum Reply {
-    Now(Answer),
+    Now(UpstreamResponse),
     /// Never responds; the request ends when the client disconnects.
     Never,
 }
@@ -74,7 +76,7 @@ impl From<(u16, &'static str, &'static str)> for Reply {
 /// A service that responds by a rule and records what it received.
 struct Service {
     upstream: Upstream,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    seen: Arc<Mutex<Vec<ReceivedRequest>>>,
     /// Requests whose client disconnected before the response.
     left: Arc<AtomicUsize>,
 }
@@ -89,17 +91,20 @@ impl Drop for CountOnDrop {
 
 impl Service {
     /// The rule gets the request and its number, from 1.
-    fn new<R: Into<Reply>>(rule: impl Fn(&Seen, usize) -> R + Send + Sync + 'static) -> Self {
+    fn new<R: Into<Reply>>(rule: impl Fn(&ReceivedRequest, usize) -> R + Send + Sync + 'static) -> Self {
         Self::start(rule, false)
     }
 
     /// HTTP/2 with prior knowledge.
-    fn h2<R: Into<Reply>>(rule: impl Fn(&Seen, usize) -> R + Send + Sync + 'static) -> Self {
+    fn h2<R: Into<Reply>>(rule: impl Fn(&ReceivedRequest, usize) -> R + Send + Sync + 'static) -> Self {
         Self::start(rule, true)
     }
 
-    fn start<R: Into<Reply>>(rule: impl Fn(&Seen, usize) -> R + Send + Sync + 'static, h2: bool) -> Self {
-        let (seen, left) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<AtomicUsize>::default());
+    fn start<R: Into<Reply>>(
+        rule: impl Fn(&ReceivedRequest, usize) -> R + Send + Sync + 'static,
+        h2: bool,
+    ) -> Self {
+        let (seen, left) = (Arc::<Mutex<Vec<ReceivedRequest>>>::default(), Arc::<AtomicUsize>::default());
         let (log, cancelled, rule) = (seen.clone(), left.clone(), Arc::new(rule));
         let handle = move |request: Request<Incoming>| {
             let (log, cancelled, rule) = (log.clone(), cancelled.clone(), rule.clone());
@@ -107,7 +112,7 @@ impl Service {
                 let (head, body) = request.into_parts();
                 let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
                 let path = head.uri.path().to_owned();
-                let seen = Seen { path, headers: head.headers, body };
+                let seen = ReceivedRequest { path, headers: head.headers, body };
                 let number = {
                     let mut log = log.lock().expect("no panic");
                     log.push(seen.clone());
@@ -130,15 +135,15 @@ impl Service {
         self.upstream.address()
     }
 
-    fn seen(&self) -> Vec<Seen> {
+    fn seen(&self) -> Vec<ReceivedRequest> {
         self.seen.lock().expect("no panic").clone()
     }
 
-    fn calls(&self) -> usize {
+    fn request_count(&self) -> usize {
         self.seen.lock().expect("no panic").len()
     }
 
-    fn left(&self) -> usize {
+    fn cancelled_count(&self) -> usize {
         self.left.load(Ordering::Relaxed)
     }
 }

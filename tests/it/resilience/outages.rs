@@ -10,7 +10,8 @@ use std::{
 };
 
 use super::{
-    Service, ask, assert_cause, get, metric, nobody, page, post, proxy, request, retries, serve_at, status,
+    Service, ask, assert_cause, get, metric, page, post, proxy, refusing_address, request, retries, serve_at,
+    status,
 };
 use crate::support::{
     Dns, Launch, Proxy, RawClient, RawServer, Upstream, eventually,
@@ -29,7 +30,7 @@ fn transitions(proxy: &Proxy, to: &str) -> u64 {
 #[test]
 fn a_refused_connection_is_retried_elsewhere_without_budget() {
     let well = Service::new(|_, _| 200);
-    let endpoints = [nobody(), nobody(), well.address()];
+    let endpoints = [refusing_address(), refusing_address(), well.address()];
     for more in ["", "balance = \"least-request\"\n", "balance = \"round-robin\"\n"] {
         let config = super::upstream("up", &endpoints, &format!("{more}{NO_BUDGET}"));
         let proxy = Proxy::start(config);
@@ -51,7 +52,7 @@ fn dead_endpoints_attract_no_requests() {
         tokio::time::sleep(Duration::from_millis(120)).await;
         text("ok")
     });
-    let endpoints = [nobody(), nobody(), slow.address()];
+    let endpoints = [refusing_address(), refusing_address(), slow.address()];
     let proxy = Proxy::start(super::upstream("up", &endpoints, NO_BUDGET));
     let failed = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -95,7 +96,7 @@ fn the_breaker_stays_closed_while_one_endpoint_serves() {
 #[test]
 fn the_breaker_opens_when_all_endpoints_fail() {
     let bad = Service::new(|_, _| 503);
-    let proxy = proxy(&[nobody(), bad.address(), nobody()], "retry = false");
+    let proxy = proxy(&[refusing_address(), bad.address(), refusing_address()], "retry = false");
     eventually("the breaker to open", || {
         let _ = get(&proxy);
         transitions(&proxy, "open") == 1
@@ -106,7 +107,7 @@ fn the_breaker_opens_when_all_endpoints_fail() {
 /// The port of a sidecar accepts connections whether or not its service runs.
 #[test]
 fn an_endpoint_without_a_service_behind_its_sidecar_is_ejected_until_it_serves() {
-    let place = nobody();
+    let place = refusing_address();
     let (down, good) =
         (Proxy::start(format!("[inbound]\nforward_to = \"{place}\"\n")), Service::new(|_, _| 200));
     let well = Proxy::start(format!("[inbound]\nforward_to = \"{}\"\n", good.address()));

@@ -212,8 +212,8 @@ fn a_connection_with_an_unfinished_request_is_not_reused() {
                 _ => {
                     let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
                     // Reads no more and stays open until the proxy gives up or the test ends.
-                    let _ = stream.set_read_timeout(Some(crate::support::PATIENCE));
-                    std::thread::park_timeout(crate::support::PATIENCE);
+                    let _ = stream.set_read_timeout(Some(crate::support::WAIT_LIMIT));
+                    std::thread::park_timeout(crate::support::WAIT_LIMIT);
                 }
             }
         }

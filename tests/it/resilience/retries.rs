@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Seen, Service, ask, assert_cause, get, nobody, post, proxy, request, retries};
+use super::{
+    ReceivedRequest, Service, ask, assert_cause, get, post, proxy, refusing_address, request, retries,
+};
 use crate::support::{Proxy, RawServer};
 
 fn failing() -> Service {
@@ -24,7 +26,7 @@ fn attempts_for(status: u16, keys: &str, call: &str) -> usize {
     let service = Service::new(move |_, _| status);
     let proxy = proxy(&[service.address()], keys);
     assert_eq!(ask(&proxy, call).status(), status);
-    service.calls()
+    service.request_count()
 }
 
 /// A response that is forwarded after a failed retry has the full idle timeout: its timer does not run while it is
@@ -56,8 +58,8 @@ fn a_get_is_retried_on_another_endpoint() {
     for _ in 0..4 {
         assert_eq!(get(&proxy).status(), 200);
     }
-    assert_eq!(good.calls(), 4, "every request ends here");
-    assert!(bad.calls() >= 1, "some begin there");
+    assert_eq!(good.request_count(), 4, "every request ends here");
+    assert!(bad.request_count() >= 1, "some begin there");
     let attempts: Vec<_> = good.seen().iter().map(|seen| seen.number("x-outrigger-attempt")).collect();
     assert!(attempts.contains(&Some(2)) && attempts.iter().all(Option::is_some), "{attempts:?}");
 }
@@ -93,21 +95,21 @@ fn only_retryable_statuses_are_retried() {
 #[test]
 fn a_refused_connection_is_retried_elsewhere_for_any_method() {
     let good = well();
-    let proxy = proxy(&[nobody(), good.address()], "");
+    let proxy = proxy(&[refusing_address(), good.address()], "");
     for _ in 0..4 {
         assert_eq!(ask(&proxy, post("", "pay")).status(), 200);
     }
-    assert_eq!(good.calls(), 4);
+    assert_eq!(good.request_count(), 4);
 }
 
 #[test]
 fn max_0_also_applies_to_refused_connections() {
     let good = well();
-    let proxy = proxy(&[nobody(), good.address()], "retry = { max = 0 }");
+    let proxy = proxy(&[refusing_address(), good.address()], "retry = { max = 0 }");
     let responses: Vec<u16> = (0..4).map(|_| get(&proxy).status()).collect();
     // The first request to the dead endpoint fails; from then on none is sent there.
     assert_eq!(responses.iter().filter(|status| **status == 502).count(), 1, "{responses:?}");
-    assert_eq!(good.calls(), 3);
+    assert_eq!(good.request_count(), 3);
 }
 
 #[test]
@@ -123,7 +125,7 @@ fn retry_after_is_honoured_within_the_deadline() {
     let short = proxy(&[service.address()], "");
     let response = get(&short);
     assert_eq!((response.status(), response.field("retry-after")), (503, Some("100")), "the client may wait");
-    assert_eq!(service.calls(), 1);
+    assert_eq!(service.request_count(), 1);
 }
 
 /// The service's response reaches the client unchanged, with the number of attempts.
@@ -152,7 +154,7 @@ fn a_buffered_body_is_retried_and_a_larger_one_is_not() {
         let gone = u64::from(length > limit);
         assert_eq!(retries(&proxy, "body_gone"), gone, "the reason can be seen");
         assert!(
-            seen.iter().all(|Seen { body: got, .. }| got == body.as_bytes()),
+            seen.iter().all(|ReceivedRequest { body: got, .. }| got == body.as_bytes()),
             "each try is the whole body"
         );
     }
@@ -172,7 +174,7 @@ fn the_budget_bounds_all_retries() {
             assert_eq!(get(&proxy).status(), 503);
         }
         let windows = 1 + usize::try_from(began.elapsed().as_secs() / 5).expect("short");
-        let retries = service.calls() - 30;
+        let retries = service.request_count() - 30;
         assert!(retries <= most * windows, "{retries} retries of {budget}");
         assert!(most == 0 || retries >= most, "{retries}: what the budget has is spent");
     }
@@ -185,9 +187,9 @@ fn no_attempt_starts_after_the_timeout() {
     let proxy =
         proxy(&[service.address()], "timeout = \"600ms\"\nattempt_timeout = \"250ms\"\nretry = { max = 20 }");
     assert_cause(&get(&proxy), 504, "");
-    let calls = service.calls();
+    let calls = service.request_count();
     assert!((2..=3).contains(&calls), "{calls} attempts of 250 ms in 600 ms");
-    crate::support::eventually("all attempts to be cancelled", || service.left() == calls);
+    crate::support::eventually("all attempts to be cancelled", || service.cancelled_count() == calls);
 }
 
 /// A service on one of the two addresses of `localhost`, whose pooled connection has gone stale: at whichever address
@@ -234,14 +236,14 @@ fn a_denied_second_address_does_not_hide_the_services_response() {
     let port = service.address().port();
     let proxy = Proxy::start(format!("[inbound]\nlisten = \"[::1]:{port}\"\n[defaults]\nbreaker = false\n"));
     for _ in 0..20 {
-        let before = service.calls();
+        let before = service.request_count();
         let response =
             ask(&proxy, format!("GET http://localhost:{port}/ HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"));
-        if service.calls() > before {
+        if service.request_count() > before {
             assert_eq!(response.status(), 503, "{response:?}");
         } else {
             assert_cause(&response, 502, "denied_network");
         }
     }
-    assert!(service.calls() > 0);
+    assert!(service.request_count() > 0);
 }

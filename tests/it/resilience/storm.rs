@@ -20,14 +20,14 @@ use tokio::{
 };
 
 use super::{Service, upstream};
-use crate::support::{Answer, Proxy, RawClient, Upstream, text};
+use crate::support::{Proxy, RawClient, Upstream, UpstreamResponse, text};
 
 /// Requests a second.
 const DEMAND: u32 = 100;
 const CLIENTS: u32 = 8;
 
 /// One GET through a sidecar's outbound port; the status, or 0 if the sidecar does not respond.
-pub async fn call(outbound: SocketAddr, host: &str, more: &str) -> u16 {
+pub async fn get_status(outbound: SocketAddr, host: &str, more: &str) -> u16 {
     let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{more}\r\n");
     let exchange = async {
         let mut stream = TcpStream::connect(outbound).await?;
@@ -42,7 +42,7 @@ pub async fn call(outbound: SocketAddr, host: &str, more: &str) -> u16 {
 
 /// A service that responds with the status of its own request through its sidecar. `forward`: it forwards the trace
 /// context.
-pub fn between(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
+pub fn forwarding_service(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
     Upstream::http1(move |request| {
         let outbound = outbound.clone();
         async move {
@@ -51,10 +51,10 @@ pub fn between(outbound: Arc<OnceLock<SocketAddr>>, forward: bool) -> Upstream {
                 format!("traceparent: {}\r\n", trace.to_str().unwrap_or_default())
             });
             let status = match outbound.get() {
-                Some(address) => call(*address, "up", &trace).await,
+                Some(address) => get_status(*address, "up", &trace).await,
                 None => 500,
             };
-            let mut response: Answer = text("between");
+            let mut response: UpstreamResponse = text("between");
             *response.status_mut() = status.try_into().unwrap_or(hyper::StatusCode::BAD_GATEWAY);
             response
         }
@@ -84,7 +84,7 @@ impl Chain {
         let mut row = Vec::new();
         for _ in 0..2 {
             let outbound = Arc::<OnceLock<SocketAddr>>::default();
-            let service = between(outbound.clone(), forward);
+            let service = forwarding_service(outbound.clone(), forward);
             let inbound = format!("[inbound]\nforward_to = \"{}\"\n", service.address());
             let sidecar = Proxy::start(inbound + &upstream("up", &[next], keys));
             outbound.set(sidecar.outbound()).expect("once");
@@ -141,7 +141,7 @@ fn phase(chain: &Chain, failing: usize, length: Duration) -> Phase {
 
 fn phase_of(chain: &Chain, failing: usize, length: Duration, traced: bool) -> Phase {
     chain.failing.store(failing, Ordering::Relaxed);
-    let before = chain.last.calls();
+    let before = chain.last.request_count();
     let (requests, failed, slowest) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     chain.load(length, traced, |_, status, took| {
         requests.fetch_add(1, Ordering::Relaxed);
@@ -151,7 +151,7 @@ fn phase_of(chain: &Chain, failing: usize, length: Duration, traced: bool) -> Ph
     Phase {
         requests: requests.into_inner(),
         failed: failed.into_inner(),
-        reached: chain.last.calls() - before,
+        reached: chain.last.request_count() - before,
         slowest: Duration::from_millis(slowest.into_inner() as u64),
     }
 }
@@ -238,7 +238,7 @@ fn experiment() {
         let (mut results, mut at) = (Vec::new(), 0);
         for (failing, length) in phases {
             chain.failing.store(failing, Ordering::Relaxed);
-            let (offset, before) = (at, chain.last.calls());
+            let (offset, before) = (at, chain.last.request_count());
             let slowest = AtomicUsize::new(0);
             let bad = AtomicUsize::new(0);
             thread::scope(|scope| {
@@ -247,7 +247,7 @@ fn experiment() {
                     for second in 0..length {
                         let next = begin + Duration::from_secs(second + 1);
                         thread::sleep(next.saturating_duration_since(Instant::now()));
-                        let now = chain.last.calls();
+                        let now = chain.last.request_count();
                         reached[(offset + second) as usize].store(now - seen, Ordering::Relaxed);
                         seen = now;
                     }
@@ -262,7 +262,7 @@ fn experiment() {
             });
             at += length;
             let demand = length * u64::from(DEMAND);
-            let load = (chain.last.calls() - before) as f64 / demand as f64;
+            let load = (chain.last.request_count() - before) as f64 / demand as f64;
             let success = 100.0 - bad.load(Ordering::Relaxed) as f64 * 100.0 / demand as f64;
             results.push((load, success, slowest.into_inner()));
         }

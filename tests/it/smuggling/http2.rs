@@ -136,7 +136,7 @@ fn no_ambiguous_http1_request_is_made_from_http2() {
     let mut failures = Vec::new();
     for case in cases() {
         let mut client = H2Client::connect(proxy.outbound());
-        client.raw = client.raw.patience(Duration::from_secs(5));
+        client.raw = client.raw.with_read_timeout(Duration::from_secs(5));
         let ends = case.body.is_none();
         client.headers(1, &h2::block(&case.fields), ends);
         if let Some(body) = case.body {
@@ -148,12 +148,12 @@ fn no_ambiguous_http1_request_is_made_from_http2() {
         }
         let end = client.end_of(1);
         let seen = recorder.take();
-        let refused = !matches!(end, End::Answer(Some(..=399) | None) | End::Silent);
+        let refused = !matches!(end, End::Response(Some(..=399) | None) | End::Silent);
         let well = match (&seen.requests[..], case.passes) {
             _ if !seen.wrong.is_empty() => false,
             ([], None) => refused,
             ([], Some(_)) => refused && case.either,
-            ([request], Some(check)) => check(request) && end == End::Answer(Some(200)),
+            ([request], Some(check)) => check(request) && end == End::Response(Some(200)),
             _ => false,
         };
         if !well {

@@ -160,7 +160,7 @@ fn no_ambiguous_request_reaches_the_service() {
 }
 
 fn run(case: &Case, client: RawClient, recorder: &Recorder) -> Result<(), String> {
-    let mut client = client.patience(Duration::from_secs(3));
+    let mut client = client.with_read_timeout(Duration::from_secs(3));
     client.send(&case.raw);
     let response = client.response()?;
     let (rest, closed) =

@@ -258,7 +258,7 @@ fn no_ambiguous_response_reaches_the_client() {
 }
 
 fn run(case: &Case, number: usize, address: std::net::SocketAddr) -> Result<(), String> {
-    let mut client = RawClient::connect(address).patience(Duration::from_secs(5));
+    let mut client = RawClient::connect(address).with_read_timeout(Duration::from_secs(5));
     client.send(format!("GET /attack/{number} HTTP/1.1\r\nHost: up\r\n\r\n"));
     let response = client.response()?;
     let failed = response.as_ref().is_none_or(|response| response.status() >= 500);

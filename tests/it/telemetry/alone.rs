@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{NONE, Pair, get, sidecar};
-use crate::support::{Proxy, RawClient, Upstream, eventually, nobody, text};
+use crate::support::{Proxy, RawClient, Upstream, eventually, refusing_address, text};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CLIENT_SPAN: &str = "00f067aa0ba902b7";
@@ -97,7 +97,7 @@ fn logs_of_all_sidecars_on_the_path_name_the_same_trace() {
     assert_eq!(get(pair.first.outbound(), "/", &[]), 200);
     assert_eq!(logged(&pair.first, 1), logged(&pair.second, 1));
 
-    let proxy = sidecar(nobody(), "").start();
+    let proxy = sidecar(refusing_address(), "").start();
     let response = RawClient::connect(proxy.outbound()).ask("GET / HTTP/1.1\r\nHost: up\r\n\r\n");
     let problem: Value = serde_json::from_str(&response.text()).expect("JSON");
     assert_eq!(problem["trace_id"].as_str(), Some(logged(&proxy, 1)[0].as_str()));

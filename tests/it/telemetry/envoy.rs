@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{B3, Pair, W3C, get, traces::otlp};
 use crate::support::{
     Daemon, free_port, has_tool,
-    rotel::{Rotel, Seen},
+    rotel::{ReceivedSpan, Rotel},
     text,
 };
 
@@ -66,7 +66,7 @@ fn opentelemetry(service: &str) -> Value {
 
 /// The span that has this parent.
 #[track_caller]
-fn child<'s>(spans: &'s [Seen], parent: &str, service: &str, kind: &str) -> &'s Seen {
+fn child<'s>(spans: &'s [ReceivedSpan], parent: &str, service: &str, kind: &str) -> &'s ReceivedSpan {
     let mut found = spans.iter().filter(|span| {
         (span.parent.as_str(), span.service.as_str(), span.kind.as_str()) == (parent, service, kind)
     });

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, process::Command};
 use super::traces::otlp;
 use crate::support::{
     Daemon, Proxy, eventually, peer_script, python_with,
-    rotel::{Rotel, Seen},
+    rotel::{ReceivedSpan, Rotel},
 };
 
 #[test]
@@ -43,7 +43,7 @@ fn grpc_spans_have_method_and_status() {
         ("Missing", "UNIMPLEMENTED", true, true),
     ] {
         let name = format!("test.Test/{method}");
-        let mut spans = Vec::<Seen>::new();
+        let mut spans = Vec::<ReceivedSpan>::new();
         eventually(&format!("the spans of {name}"), || {
             spans = rotel.spans().into_iter().filter(|span| span.name == name).collect();
             ["SERVER", "CLIENT", "INTERNAL"].iter().all(|kind| spans.iter().any(|span| span.kind == *kind))

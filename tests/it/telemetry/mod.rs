@@ -21,7 +21,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::{Request, body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 
-use crate::support::{Answer, Launch, Proxy, RawClient, Upstream, text};
+use crate::support::{Launch, Proxy, RawClient, Upstream, UpstreamResponse, text};
 
 /// Two services with a sidecar each: a client sends to the first, which responds with the response of the second.
 pub struct Pair {
@@ -43,7 +43,7 @@ impl Pair {
     pub fn start<F, R>(telemetry: &str, forwards: &'static [&'static str], serve: F) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         Self::start_around(telemetry, forwards, serve, |second| second)
     }
@@ -57,7 +57,7 @@ impl Pair {
     ) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Send + 'static,
-        R: Future<Output = Answer> + 'static,
+        R: Future<Output = UpstreamResponse> + 'static,
     {
         let back = Upstream::http1(serve);
         let second = Proxy::start(format!(
@@ -94,7 +94,7 @@ impl Pair {
     }
 }
 
-async fn call_out(to: SocketAddr, request: Request<Empty<Bytes>>) -> Answer {
+async fn call_out(to: SocketAddr, request: Request<Empty<Bytes>>) -> UpstreamResponse {
     let stream = tokio::net::TcpStream::connect(to).await.expect("the sidecar accepts");
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.expect("a connection");
     tokio::task::spawn_local(async move { drop(connection.await) });

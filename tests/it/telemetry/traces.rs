@@ -9,8 +9,8 @@ use http::StatusCode;
 
 use super::{B3, NONE, Pair, W3C, get, sidecar};
 use crate::support::{
-    Proxy, RawClient, Upstream, eventually, nobody,
-    rotel::{Rotel, Seen},
+    Proxy, RawClient, Upstream, eventually, refusing_address,
+    rotel::{ReceivedSpan, Rotel},
     text,
 };
 
@@ -24,7 +24,8 @@ pub fn otlp(rotel: &Rotel) -> String {
 
 /// Answers the first request with 503.
 pub fn fails_once()
--> impl Fn(http::Request<hyper::body::Incoming>) -> std::future::Ready<crate::support::Answer> + Send {
+-> impl Fn(http::Request<hyper::body::Incoming>) -> std::future::Ready<crate::support::UpstreamResponse> + Send
+{
     let requests = AtomicUsize::new(0);
     move |_| {
         let mut response = text("well");
@@ -35,8 +36,8 @@ pub fn fails_once()
     }
 }
 
-fn of<'s>(spans: &'s [Seen], service: &str, kind: &str) -> Vec<&'s Seen> {
-    let mut found: Vec<&Seen> =
+fn of<'s>(spans: &'s [ReceivedSpan], service: &str, kind: &str) -> Vec<&'s ReceivedSpan> {
+    let mut found: Vec<&ReceivedSpan> =
         spans.iter().filter(|span| span.service == service && span.kind == kind).collect();
     found.sort_by_key(|span| span.attribute("http.request.resend_count").to_owned());
     found
@@ -91,7 +92,8 @@ fn one_trace(telemetry: &str, rotel: &Rotel) {
     assert_eq!(retried.attribute("network.peer.port"), pair.second.inbound().port().to_string());
 
     let servers = of(&spans, "second", "SERVER");
-    let child = |parent: &Seen| servers.iter().find(|span| span.parent == parent.id).expect("a child");
+    let child =
+        |parent: &ReceivedSpan| servers.iter().find(|span| span.parent == parent.id).expect("a child");
     assert_eq!((child(failed).status.as_str(), child(retried).status.as_str()), ("ERROR", "UNSET"));
     assert_eq!((spans.len(), servers.len()), (6, 2));
 }
@@ -185,7 +187,7 @@ fn a_client_with_b3_headers_is_in_the_same_trace() {
 #[test]
 fn a_span_of_a_rejected_request_has_its_cause() {
     let Some(rotel) = Rotel::start() else { return };
-    let proxy = sidecar(nobody(), &format!("{}sample = 0\n", otlp(&rotel))).start();
+    let proxy = sidecar(refusing_address(), &format!("{}sample = 0\n", otlp(&rotel))).start();
     assert_eq!(get(proxy.outbound(), "/", &[]), 502);
     let spans = rotel.wait_for(4);
     let call = of(&spans, "lone", "INTERNAL")[0];

@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::{http1::framing::Framing, proxy::connection::Link};
+use crate::{http1::framing::Framing, proxy::connection::ServerConnection};
 
 /// The next event.
 #[derive(Clone, Copy, Debug)]
@@ -45,10 +45,11 @@ impl ClientEnd {
 }
 
 /// A connection that has received a request's head, and the body of that request.
-fn connection_with_body(framing: Framing) -> (ClientEnd, CallerBody) {
+fn connection_with_body(framing: Framing) -> (ClientEnd, ClientBody) {
     let (client, end) = duplex(1 << 16);
-    let body = Link::begin(&Link::new(Box::new(end), Bytes::new()), framing, false);
-    (ClientEnd(client), CallerBody::Http1(body))
+    let body =
+        ServerConnection::begin_request(&ServerConnection::new(Box::new(end), Bytes::new()), framing, false);
+    (ClientEnd(client), ClientBody::Http1(body))
 }
 
 /// The memory for a body depends on its size, not on the pieces in which the client sends it.
@@ -59,9 +60,9 @@ fn a_body_in_one_byte_chunks_is_buffered_in_little_more_than_its_size() {
         let (mut client, source) = connection_with_body(Framing::Chunked);
         let progress = Rc::new(Progress::new(Instant::now()));
         let replay = Replay::new(source, limit, None, &progress);
-        let mut reader = Reader::new(replay.next_try(None));
+        let mut reader = Reader::new(replay.next_attempt(None));
         if nothing {
-            replay.keep_nothing();
+            replay.stop_buffering();
         }
         // The worst case: each chunk in a segment of its own.
         for _ in 0..LENGTH {
@@ -69,14 +70,14 @@ fn a_body_in_one_byte_chunks_is_buffered_in_little_more_than_its_size() {
             assert!(reader.read().unwrap());
         }
         assert_eq!(reader.got.len(), LENGTH);
-        let held = replay.0.as_ref().unwrap().borrow().kept.held();
+        let held = replay.0.as_ref().unwrap().borrow().buffer.allocated();
         (held, replay.replayable())
     };
     let (held, replayable) = buffer_with(LENGTH as u64, false);
-    assert!(held <= 2 * LENGTH + 1024 && replayable == Replayable::Kept, "{held} bytes");
-    assert_eq!(buffer_with(LENGTH as u64 - 1, false), (0, Replayable::Gone));
-    assert_eq!(buffer_with(LENGTH as u64, true), (0, Replayable::Gone));
-    assert_eq!(buffer_with(0, false), (0, Replayable::Gone));
+    assert!(held <= 2 * LENGTH + 1024 && replayable == Replayable::Buffered, "{held} bytes");
+    assert_eq!(buffer_with(LENGTH as u64 - 1, false), (0, Replayable::Discarded));
+    assert_eq!(buffer_with(LENGTH as u64, true), (0, Replayable::Discarded));
+    assert_eq!(buffer_with(0, false), (0, Replayable::Discarded));
 }
 
 /// The first error stays the cause, although later reads fail as well.
@@ -88,14 +89,14 @@ fn a_malformed_body_is_not_reported_as_a_closed_client() {
     let malformed = replay(source);
     client.send(b"5\r\nhello\r\nzz\r\n");
     for _ in 0..2 {
-        let mut reader = Reader::new(malformed.next_try(None));
+        let mut reader = Reader::new(malformed.next_attempt(None));
         while reader.read().is_ok() {}
         assert_eq!(malformed.failure(), Some(SourceFailure::Malformed(FramingError::ChunkSize)));
     }
     let (client, source) = connection_with_body(Framing::Chunked);
     drop(client);
     let gone = replay(source);
-    assert!(Reader::new(gone.next_try(None)).read().is_err());
+    assert!(Reader::new(gone.next_attempt(None)).read().is_err());
     assert_eq!(gone.failure(), Some(SourceFailure::ClientGone));
 }
 
@@ -139,7 +140,7 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
     let (mut client, source) = connection_with_body(framing);
     let progress = Rc::new(Progress::new(Instant::now()));
     let replay = Replay::new(source, limit, None, &progress);
-    let mut attempts = vec![Reader::new(replay.next_try(None))];
+    let mut attempts = vec![Reader::new(replay.next_attempt(None))];
     let mut sent_count = 0;
     let mut send = |client: &mut ClientEnd, count: usize| {
         let chunk = &body[sent_count..body.len().min(sent_count + count)];
@@ -165,10 +166,10 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
                 }
             }
             Event::Retry => {
-                let gone = replay.replayable() == Replayable::Gone;
+                let gone = replay.replayable() == Replayable::Discarded;
                 prop_assert_eq!(replay.take_over(), !gone);
                 if !gone {
-                    attempts.push(Reader::new(replay.next_try(None)));
+                    attempts.push(Reader::new(replay.next_attempt(None)));
                 }
             }
             Event::OldAttemptReads => {
@@ -194,17 +195,21 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
         client.send(b"0\r\nx-sum: 1\r\n\r\n");
     }
     let newest = attempts.last_mut().expect("there is one");
-    let sent = newest.body.sent();
+    let sent = newest.body.upload_status();
     while !newest.ended {
         let moved = newest.read().map_err(|error| fail(&error))?;
         prop_assert!(moved || !newest.body.is_end_stream(), "it ends without reporting its end");
     }
     prop_assert_eq!(&newest.got, body);
-    prop_assert!(sent.is_whole() && newest.body.is_end_stream());
+    prop_assert!(sent.is_complete() && newest.body.is_end_stream());
     let trailers = newest.trailers.as_ref().and_then(|trailers| trailers.get("x-sum"));
     prop_assert_eq!(trailers.is_some(), chunked, "trailers are sent as well");
     let kept = body.len() as u64 <= limit;
-    prop_assert_eq!(replay.replayable() != Replayable::Gone, kept, "buffered up to the limit and no further");
+    prop_assert_eq!(
+        replay.replayable() != Replayable::Discarded,
+        kept,
+        "buffered up to the limit and no further"
+    );
     Ok(Run { received: newest.got.clone(), attempts: attempts.len() })
 }
 
@@ -251,12 +256,12 @@ fn a_later_attempt_is_as_long_as_the_first() {
     let progress = Rc::new(Progress::new(Instant::now()));
     let replay = Replay::new(source, 100, None, &progress);
     for chunk in [b"0123", b"4567"] {
-        let mut reader = Reader::new(replay.next_try(None));
+        let mut reader = Reader::new(replay.next_attempt(None));
         assert_eq!(reader.body.size_hint().exact(), Some(10));
         client.send(chunk);
         while reader.read().expect("no error") {
             assert_eq!(reader.body.size_hint().exact(), Some(10 - reader.got.len() as u64));
         }
     }
-    assert_eq!(replay.next_try(None).size_hint().exact(), Some(10));
+    assert_eq!(replay.next_attempt(None).size_hint().exact(), Some(10));
 }

@@ -10,15 +10,15 @@ use std::{
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
-use super::link::Link;
+use super::server_connection::ServerConnection;
 use crate::http1::Error;
 
 /// `None`: it has ended. Dropped earlier, the rest of the body is discarded.
 #[derive(Debug, Default)]
-pub struct Body(Option<Rc<RefCell<Link>>>);
+pub struct Body(Option<Rc<RefCell<ServerConnection>>>);
 
 impl Body {
-    pub(super) fn of(connection: &Rc<RefCell<Link>>) -> Self {
+    pub(super) fn of(connection: &Rc<RefCell<ServerConnection>>) -> Self {
         Self(Some(Rc::clone(connection)))
     }
 }
@@ -34,7 +34,7 @@ impl http_body::Body for Body {
         let Some(connection) = &self.0 else { return Poll::Ready(None) };
         let mut connection = connection.borrow_mut();
         let frame = ready!(connection.poll_body(cx));
-        let finished = connection.is_body_over();
+        let finished = connection.is_body_finished();
         drop(connection);
         if finished {
             // The following bytes belong to another request.
@@ -48,7 +48,7 @@ impl http_body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let length = self.0.as_ref().map_or(Some(0), |connection| connection.borrow().length());
+        let length = self.0.as_ref().map_or(Some(0), |connection| connection.borrow().body_length());
         length.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
@@ -56,7 +56,7 @@ impl http_body::Body for Body {
 impl Drop for Body {
     fn drop(&mut self) {
         if let Some(connection) = self.0.take() {
-            connection.borrow_mut().let_body_go();
+            connection.borrow_mut().discard_body();
         }
     }
 }

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter, DuplexStream, duplex};
 use super::{super::HEADER_TIMEOUT, *};
 use crate::{
     config::{Source, Sources, load_sources},
-    http1::head::Wish,
+    http1::head::ConnectionOptions,
     model::Side,
     proxy::worker::{Phase, Worker},
     runtime::{self, Proxy},
@@ -205,7 +205,7 @@ async fn an_idle_connection_ends_after_an_hour() {
     })
     .await;
     assert!(is_cut(&ended, "idle"), "{ended:?}");
-    assert_eq!(begun.elapsed(), super::super::CALLER_IDLE);
+    assert_eq!(begun.elapsed(), super::super::CLIENT_IDLE_TIMEOUT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -277,7 +277,7 @@ async fn a_client_that_reads_nothing_is_cut() {
     })
     .await;
     assert!(is_cut(&ended, "reads nothing"), "{ended:?}");
-    assert_eq!(begun.elapsed(), super::super::WRITE_STALL);
+    assert_eq!(begun.elapsed(), super::super::WRITE_STALL_TIMEOUT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -342,7 +342,7 @@ async fn a_draining_connection_serves_its_last_request() {
     })
     .await;
     ended.unwrap();
-    assert_eq!(begun.elapsed(), super::super::LAST_CALL);
+    assert_eq!(begun.elapsed(), super::super::CLOSE_GRACE);
     let (ended, ()) = serve(1 << 16, |mut client, shared| async move {
         client.send(GET_SLOW).await;
         tokio::time::sleep(SLOW / 2).await;
@@ -358,8 +358,8 @@ async fn a_draining_connection_serves_its_last_request() {
 #[tokio::test(start_paused = true)]
 async fn a_body_breaks_off_when_its_connection_is_cut() {
     let (mut near, far) = duplex(1 << 16);
-    let served = Served(Link::new(Box::new(far), Bytes::new()));
-    let mut body = Link::begin(&served.0, Framing::Length(10), false);
+    let served = ConnectionGuard(ServerConnection::new(Box::new(far), Bytes::new()));
+    let mut body = ServerConnection::begin_request(&served.0, Framing::Length(10), false);
     near.write_all(b"half").await.unwrap();
     let reads = async {
         let first = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
@@ -371,7 +371,7 @@ async fn a_body_breaks_off_when_its_connection_is_cut() {
         drop(served);
     };
     let (second, ()) = tokio::join!(reads, cut);
-    assert!(matches!(second, Some(Err(Error::CutOff))), "{second:?}");
+    assert!(matches!(second, Some(Err(Error::UnexpectedEnd))), "{second:?}");
     assert!(!body.is_end_stream(), "half a body has not ended");
     assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "the stream is closed although the body is still held");
 }
@@ -381,11 +381,11 @@ async fn a_body_breaks_off_when_its_connection_is_cut() {
 async fn a_response_is_written_when_its_last_record_is() {
     let (mut near, far) = duplex(64);
     // Like TLS, it accepts all bytes and passes them on when it is flushed.
-    let connection = Link::new(Box::new(BufWriter::new(far)), Bytes::new());
-    connection.borrow_mut().outlet.head().extend_from_slice(&[b'x'; 1000]);
+    let connection = ServerConnection::new(Box::new(BufWriter::new(far)), Bytes::new());
+    connection.borrow_mut().outlet.head_buffer().extend_from_slice(&[b'x'; 1000]);
     let first = poll_fn(|cx| Poll::Ready(connection.borrow_mut().poll_flush(cx))).await;
     assert!(first.is_pending() && connection.borrow().outlet.is_empty());
-    let is_blocked = || connection.borrow().due(None).1.contains("reads nothing");
+    let is_blocked = || connection.borrow().next_deadline(None).1.contains("reads nothing");
     assert!(is_blocked());
     let mut got = Vec::new();
     let reads = async {
@@ -396,17 +396,26 @@ async fn a_response_is_written_when_its_last_record_is() {
     let flushes = async {
         poll_fn(|cx| connection.borrow_mut().poll_flush(cx)).await.unwrap();
         // What the socket has not taken by now is lost.
-        connection.borrow_mut().end();
+        connection.borrow_mut().shut_down();
     };
     tokio::join!(flushes, reads);
     assert!(!is_blocked());
 }
 
-fn request_info(method: Method, version: Version, fields: HeaderMap) -> Asked {
-    let present = Present::of(&fields);
-    let (target, connection) = (Uri::from_static("/"), Wish::default());
+fn request_info(method: Method, version: Version, fields: HeaderMap) -> RequestInfo {
+    let present = FieldSet::of(&fields);
+    let (target, connection) = (Uri::from_static("/"), ConnectionOptions::default());
     let (raw_target, spelling) = (None, None);
-    Asked::of(&RequestHead { method, target, raw_target, version, fields, present, connection, spelling })
+    RequestInfo::of(&RequestHead {
+        method,
+        target,
+        raw_target,
+        version,
+        fields,
+        present,
+        connection,
+        spelling,
+    })
 }
 
 /// A head as written, and how its body is sent.
@@ -414,8 +423,8 @@ fn written(
     status: u16,
     length: Option<&'static str>,
     body: ResponseBody,
-    request_info: &Asked,
-) -> (String, Plan) {
+    request_info: &RequestInfo,
+) -> (String, ResponsePlan) {
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(status).unwrap();
     if let Some(length) = length {

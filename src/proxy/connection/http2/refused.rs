@@ -10,13 +10,13 @@ use tokio::{task::spawn_local, time::Instant};
 
 use super::{Session, stream::Stream};
 use crate::{
+    field_set::FieldSet,
     http1::{
         head::HeadError,
-        target::{Target, shown},
+        target::{RequestTarget, loggable_target},
     },
-    http2::{arrivals::RefusedRequest, fields},
-    present::Present,
-    proxy::{body::CallerBody, call, error::ProxyError, progress::Progress},
+    http2::{fields, pending_requests::RejectedRequest},
+    proxy::{body::ClientBody, error::ProxyError, progress::Progress, request_handler},
 };
 
 /// A request that `h2` accepted and the proxy refuses.
@@ -29,7 +29,7 @@ pub(super) struct MalformedRequest {
 
 impl Session {
     /// Checks what `h2` does not check. `path`: the path as received, where `h2` was given a placeholder for it.
-    pub(super) fn checked(
+    pub(super) fn check(
         &self,
         mut request: Request<RecvStream>,
         path: Option<Rc<[u8]>>,
@@ -37,7 +37,7 @@ impl Session {
         if let Some(path) = path
             && let Err(why) = restore_path(&mut request, &path)
         {
-            let error = explain(why, Some(&shown(&path)));
+            let error = explain(why, Some(&loggable_target(&path)));
             return Err(Box::new(MalformedRequest { request, error, answered: true }));
         }
         let why = if !fields::are_valid(request.headers()) {
@@ -47,7 +47,7 @@ impl Session {
         } else {
             return Ok(request);
         };
-        let target = request.uri().path_and_query().map(|path| shown(path.as_str().as_bytes()));
+        let target = request.uri().path_and_query().map(|path| loggable_target(path.as_str().as_bytes()));
         let error = explain(why, target.as_deref());
         Err(Box::new(MalformedRequest { request, error, answered: false }))
     }
@@ -56,35 +56,43 @@ impl Session {
     pub(super) fn refuse(self: &Rc<Self>, refused: MalformedRequest, mut respond: SendResponse<Bytes>) {
         let MalformedRequest { request, error, answered } = refused;
         let progress = Rc::new(Progress::new(Instant::now()));
-        let mut request = request.map(|_| CallerBody::default());
-        let present = Present::of(request.headers());
-        let response = call::refuse(&self.connection, &mut request, present, &error, &progress);
+        let mut request = request.map(|_| ClientBody::default());
+        let present = FieldSet::of(request.headers());
+        let response = request_handler::refuse(&self.connection, &mut request, present, &error, &progress);
         if !answered {
             return respond.send_reset(Reason::PROTOCOL_ERROR);
         }
         let stream = Stream::new(self, respond, progress);
-        spawn_local(stream.carry(ready(response)));
+        spawn_local(stream.serve(ready(response)));
     }
 
     /// Counts and logs the requests that `h2` refused.
     pub(super) fn report_refused(&self) {
-        for RefusedRequest { note, too_large } in self.wire.arrivals.take_refused() {
+        for RejectedRequest { details: note, is_too_large: too_large } in
+            self.wire.pending_requests.take_rejected()
+        {
             let note = note.unwrap_or_default();
-            let target = note.line.target.as_deref();
+            let target = note.request_line.target.as_deref();
             let error = match note.fault {
                 Some(fault) => explain(fault, target),
                 None if too_large => explain("the head is too large", target)
                     .with_status(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE),
                 None => explain("malformed message (RFC 9113 §8.1.1)", target),
             };
-            let mut request = Request::new(CallerBody::default());
+            let mut request = Request::new(ClientBody::default());
             // Shown in logs; no method has this name.
             let unknown = || Method::from_bytes(b"-").unwrap_or_default();
-            *request.method_mut() = note.line.method.unwrap_or_else(unknown);
+            *request.method_mut() = note.request_line.method.unwrap_or_else(unknown);
             *request.version_mut() = Version::HTTP_2;
             let progress = Progress::new(Instant::now());
             // `h2` has already reset the stream.
-            drop(call::refuse(&self.connection, &mut request, Present::default(), &error, &progress));
+            drop(request_handler::refuse(
+                &self.connection,
+                &mut request,
+                FieldSet::default(),
+                &error,
+                &progress,
+            ));
         }
     }
 }
@@ -101,7 +109,7 @@ fn has_body_length(request: &Request<RecvStream>) -> bool {
 
 /// Replaces the placeholder by the path as received, parsed as on HTTP/1.1.
 fn restore_path(request: &mut Request<RecvStream>, path: &[u8]) -> Result<(), HeadError> {
-    let target = Target::parse(request.method(), Bytes::copy_from_slice(path), path)?;
+    let target = RequestTarget::parse(request.method(), Bytes::copy_from_slice(path), path)?;
     let mut parts = request.uri().clone().into_parts();
     parts.path_and_query = target.uri.into_parts().path_and_query;
     *request.uri_mut() = Uri::from_parts(parts).map_err(|_| HeadError::Target)?;

@@ -23,14 +23,14 @@ use super::{
     Session,
 };
 use crate::{
-    http2::{body::Body, fields, send::BodySender, tunnel::Tunnel},
+    field_set::FieldSet,
+    http2::{body::StreamBody, fields, send::BodySender, tunnel::Tunnel},
     net::{io::Io, watchdog::Watchdog},
-    present::Present,
     proxy::{
-        body::{CallerBody, ResponseBody},
-        call,
+        body::{ClientBody, ResponseBody},
+        future_pool::PooledFuture,
         progress::{Progress, poll_watched},
-        room::Room,
+        request_handler,
     },
 };
 
@@ -81,28 +81,28 @@ impl Session {
                 return;
             }
             // The client reset it before it was accepted.
-            self.wire.arrivals.handed_over(respond.stream_id().into());
-            self.conduct.borrow_mut().taken_back(Duration::ZERO, now.into_std());
+            self.wire.pending_requests.remove_accepted(respond.stream_id().into());
+            self.conduct.borrow_mut().record_early_reset(Duration::ZERO, now.into_std());
             return;
         }
-        let note = self.wire.arrivals.handed_over(respond.stream_id().into());
+        let note = self.wire.pending_requests.remove_accepted(respond.stream_id().into());
         let path = note.and_then(|note| note.path);
-        let request = match self.checked(request, path) {
+        let request = match self.check(request, path) {
             Ok(request) => request,
             Err(refused) => return self.refuse(*refused, respond),
         };
         let progress = Rc::new(Progress::new(now));
-        let present = Present::of(request.headers());
+        let present = FieldSet::of(request.headers());
         let (head, body) = request.into_parts();
         let (mut malformed, mut tunnel) = (None, None);
         let body = if head.method == Method::CONNECT {
             tunnel = Some(body);
-            CallerBody::default()
+            ClientBody::default()
         } else if body.is_end_stream() {
-            CallerBody::default()
+            ClientBody::default()
         } else {
             let found = malformed.insert(Rc::default());
-            CallerBody::Http2(Body::of_request(body, &head.headers, Rc::clone(found)))
+            ClientBody::Http2(StreamBody::of_request(body, &head.headers, Rc::clone(found)))
         };
         let mut request = Request::from_parts(head, body);
         let stream =
@@ -112,10 +112,12 @@ impl Session {
         // Boxed, as the future is moved several times.
         let handled = {
             let progress = Rc::clone(&progress);
-            Room::new(async move { call::answer(&connection, &mut request, present, &progress).await })
+            PooledFuture::new(async move {
+                request_handler::handle(&connection, &mut request, present, &progress).await
+            })
         };
         spawn_local(async move {
-            let mut served = pin!(stream.carry(handled));
+            let mut served = pin!(stream.serve(handled));
             let mut watchdog = Watchdog::default();
             let look = || (Some(Rc::clone(&progress)), progress.cut_at());
             poll_fn(|cx| poll_watched(cx, &mut watchdog, |cx| served.as_mut().poll(cx), look).map(drop))
@@ -132,7 +134,7 @@ impl Stream {
     }
 
     /// Handles the request and sends the response. The stream is reset if this is dropped early.
-    pub(super) async fn carry(mut self, request: impl Future<Output = Response<ResponseBody>>) {
+    pub(super) async fn serve(mut self, request: impl Future<Output = Response<ResponseBody>>) {
         let mut handover = None;
         let response = {
             let mut request = pin!(request);
@@ -195,14 +197,14 @@ impl Stream {
             return Poll::Ready(Some(response));
         }
         let _ = ready!(self.respond.poll_reset(cx));
-        if self.malformed.is_some() && self.session.wire.has_faulted(self.respond.stream_id().into()) {
+        if self.malformed.is_some() && self.session.wire.has_peer_fault(self.respond.stream_id().into()) {
             // The stream was reset on this side for what the client sent: reading the body fails, which ends the
             // request.
             return Poll::Pending;
         }
         let now = Instant::now();
         let age = now - self.progress.started();
-        self.session.conduct.borrow_mut().taken_back(age, now.into_std());
+        self.session.conduct.borrow_mut().record_early_reset(age, now.into_std());
         Poll::Ready(None)
     }
 }

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::proxy::detect::{Spoken, classify, classify_ended};
+use crate::proxy::detect::{DetectedProtocol, classify, classify_ended};
 
 /// Models of lenient servers: the end of what they read as a request line. The end of the stream (`ended`) ends the
 /// line as well.
@@ -83,18 +83,18 @@ fn delivered<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, bool) {
             None => break classify_ended(&seen),
         }
     };
-    if !matches!(detected, Spoken::Other | Spoken::Tls) {
+    if !matches!(detected, DetectedProtocol::Other | DetectedProtocol::Tls) {
         return (passed, false);
     }
     // Like the tunnel.
     let mut watch = RequestWatch::default();
     for part in std::iter::once(&seen[..]).chain(parts) {
-        if watch.client_sends(part).is_err() {
+        if watch.follow_client(part).is_err() {
             return (passed, false);
         }
         passed.extend_from_slice(part);
     }
-    let ended = watch.client_ends().is_ok();
+    let ended = watch.end_client().is_ok();
     (passed, ended)
 }
 
@@ -196,11 +196,11 @@ proptest! {
     fn parts_do_not_matter(bytes in request_with_noise(), part in 1_usize..20) {
         let mut whole = RequestWatch::default();
         let mut parts = RequestWatch::default();
-        let at_once = whole.client_sends(&bytes);
-        let in_parts = bytes.chunks(part).try_for_each(|part| parts.client_sends(part));
+        let at_once = whole.follow_client(&bytes);
+        let in_parts = bytes.chunks(part).try_for_each(|part| parts.follow_client(part));
         prop_assert_eq!(at_once, in_parts);
         // A server may read a stream that ends without a line end like one with a line end.
-        prop_assert_eq!(whole.client_ends(), parts.client_ends());
+        prop_assert_eq!(whole.end_client(), parts.end_client());
     }
 }
 
@@ -242,14 +242,14 @@ fn no_split_hides_a_signature() {
 #[test]
 fn no_number_of_bytes_ends_the_watch_within_a_line() {
     let mut watch = RequestWatch::default();
-    watch.client_sends(&vec![1; 3 * 1024 * 1024]).unwrap();
+    watch.follow_client(&vec![1; 3 * 1024 * 1024]).unwrap();
     assert!(!watch.is_over());
-    watch.client_sends(&vec![b'A'; 3 * 1024 * 1024]).unwrap();
+    watch.follow_client(&vec![b'A'; 3 * 1024 * 1024]).unwrap();
     assert!(!watch.is_over());
-    assert_eq!(watch.client_sends(b" /x HTTP/1.1\r\n"), Err(ReadsAsRequest));
+    assert_eq!(watch.follow_client(b" /x HTTP/1.1\r\n"), Err(HiddenRequest));
     // Binary data is soon known not to be a request line.
     let mut watch = RequestWatch::default();
-    watch.client_sends(b"\x01\x02 \x03 binary\n").unwrap();
+    watch.follow_client(b"\x01\x02 \x03 binary\n").unwrap();
     assert!(watch.is_over());
 }
 
@@ -258,13 +258,13 @@ fn no_number_of_bytes_ends_the_watch_within_a_line() {
 fn the_end_of_the_stream_ends_a_request() {
     for line in [&b"\x01\x02 /x HTTP/1.1"[..], b"\x01\x02 /x \x01", b"GET /x", b"\0\0GET\t/x\tFOO"] {
         let mut watch = RequestWatch::default();
-        assert_eq!(watch.client_sends(line), Ok(()));
-        assert_eq!(watch.client_ends(), Err(ReadsAsRequest), "{}", line.escape_ascii());
+        assert_eq!(watch.follow_client(line), Ok(()));
+        assert_eq!(watch.end_client(), Err(HiddenRequest), "{}", line.escape_ascii());
     }
     for line in [&b""[..], b"\x01\x02", b"PING", b"set key 0 0 5", b"0032git-upload-pack /a.git\0host=a\0"] {
         let mut watch = RequestWatch::default();
-        assert_eq!(watch.client_sends(line), Ok(()));
-        assert_eq!(watch.client_ends(), Ok(()), "{}", line.escape_ascii());
+        assert_eq!(watch.follow_client(line), Ok(()));
+        assert_eq!(watch.end_client(), Ok(()), "{}", line.escape_ascii());
         assert!(watch.is_over());
     }
 }
@@ -280,26 +280,26 @@ fn other_protocols_pass() {
         ("memcached", b"set key 0 0 4\r\n\r\n\r\n\r\n"),
     ] {
         let mut watch = RequestWatch::default();
-        assert_eq!(watch.client_sends(client), Ok(()), "{name}");
+        assert_eq!(watch.follow_client(client), Ok(()), "{name}");
         assert!(watch.is_over(), "{name}: its first line is not one of HTTP");
     }
     let mut watch = RequestWatch::default();
-    watch.client_sends(b"\0\0\0\x29\0\x03\0\0user\0bob\0\0").unwrap();
+    watch.follow_client(b"\0\0\0\x29\0\x03\0\0user\0bob\0\0").unwrap();
     assert!(!watch.is_over());
-    watch.server_answers(b"R\0\0\0\x08");
+    watch.follow_server(b"R\0\0\0\x08");
     assert!(watch.is_over());
-    assert_eq!(watch.client_sends(b"Q\0\0\0\x1aSELECT /x FROM t\r\n\r\n"), Ok(()));
+    assert_eq!(watch.follow_client(b"Q\0\0\0\x1aSELECT /x FROM t\r\n\r\n"), Ok(()));
 }
 
 #[test]
 fn http_from_the_server_does_not_end_the_watch() {
     for answer in [&b"HTTP/1.1 400 Bad Request\r\n"[..], b"\0\0\x12\x04\0\0\0\0\0"] {
         let mut watch = RequestWatch::default();
-        watch.client_sends(b"\x01\x02").unwrap();
+        watch.follow_client(b"\x01\x02").unwrap();
         for byte in answer.chunks(1) {
-            watch.server_answers(byte);
+            watch.follow_server(byte);
         }
-        assert_eq!(watch.client_sends(b" /x 0\r\n"), Err(ReadsAsRequest), "{}", answer.escape_ascii());
+        assert_eq!(watch.follow_client(b" /x 0\r\n"), Err(HiddenRequest), "{}", answer.escape_ascii());
     }
 }
 
@@ -307,6 +307,6 @@ fn http_from_the_server_does_not_end_the_watch() {
 fn the_http2_preface_is_cut_off() {
     let mut watch = RequestWatch::default();
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    assert_eq!(watch.client_sends(&preface[..14]), Ok(()));
-    assert_eq!(watch.client_sends(&preface[14..]), Err(ReadsAsRequest));
+    assert_eq!(watch.follow_client(&preface[..14]), Ok(()));
+    assert_eq!(watch.follow_client(&preface[14..]), Err(HiddenRequest));
 }
