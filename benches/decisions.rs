@@ -15,10 +15,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Vers
 use outrigger::{
     config::{Balance, ForwardedHeaders, HeaderEdits, Source, Sources, load_sources},
     field_set::FieldSet,
+    model::{CompiledEdits, Router, Via},
     proxy::{
         guard,
-        headers::{self, CompiledEdits, ForwardedClient, Via},
-        route::Router,
+        headers::{self, ForwardedClient},
     },
     resilience::{
         backoff::RetryHint,

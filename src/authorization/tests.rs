@@ -312,7 +312,7 @@ proptest! {
         let by_one_entry = all.entries().iter().position(|entry| {
             let (peer, method) = (client.map(peer), method.parse().unwrap());
             let operation = RequestedOperation::Http { method: &method, path };
-            entry.first_mismatch(&AuthorizationRequest { peer: peer.as_ref(), operation: operation, token: EndUserToken::None }, path).is_none()
+            entry.first_mismatch(&AuthorizationRequest { peer: peer.as_ref(), operation, token: EndUserToken::None }, path).is_none()
         });
         prop_assert_eq!(ask(&all, client, method, path).ok(), by_one_entry.map(Some));
     }
