@@ -148,7 +148,7 @@ fn explain_shows_which_entry_a_request_would_match() {
     for (arguments, expected) in [
         (&["GET", "/v1/orders"][..], "entry 1: spiffe://shop.example/ns/shop/sa/*"),
         (&["GET", "/v1/orders"], "entry 2: spiffe://shop.example/ns/shop/sa/root"),
-        (&["GET", "/v1/orders"], "of https://id.example, for a"),
+        (&["GET", "/v1/orders"], "issued by https://id.example, for a"),
         (&["GET", "/v1/orders", "--peer", cart], "entry 1 "),
         (&["GET", "/v1/orders", "--peer", cart], "o.toml:2"),
         (&["DELETE", "/v1/orders", "--peer", cart], "entry 1 has the identity but not the method"),
