@@ -1,4 +1,4 @@
-//! Whether a call may go to its upstream at all: rate limit, places in flight, injected faults.
+//! Whether a request may go to its upstream at all: rate limit, requests in flight, injected faults.
 
 use std::{
     future::{Future, poll_fn},
@@ -7,13 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{sleep, sleep_until};
 
 use super::{
-    clock::Until,
-    connection::Connection,
+    clock::WaitLimit,
     error::{Cause, ProxyError},
+    origin::Origin,
+    target::Target,
 };
 use crate::{
     config::{Observed, Policy},
@@ -22,29 +23,29 @@ use crate::{
         observe::enforce,
         rate::{RateKey, RateLimit, RateSettings},
     },
-    runtime::{LocalCluster, View},
+    runtime::Worker,
     upstream::guards::{Guards, Place, Woken},
 };
 
-/// Lets a call in, or says why not. `until`: how long the call may wait at all.
+/// Admits a request to its upstream, or says why not. `until`: how long the request may wait at all.
 pub async fn admit(
-    connection: &Connection,
-    view: &View,
-    local: &LocalCluster,
+    origin: &Origin<'_>,
+    target: &Target,
     policy: &Policy,
-    rate: Option<&Arc<RateLimit>>,
     headers: &HeaderMap,
-    until: Until,
+    until: WaitLimit,
 ) -> Result<Option<Place>, ProxyError> {
+    let local = &target.local;
     let guards = &local.upstream.shared.guards;
     let name = &local.cluster.settings.name;
-    let observing = |policy| view.snapshot.config.runtime.observe.contains(&policy);
+    let observing = |policy| origin.view.snapshot.config.runtime.observe.contains(&policy);
     let note = |error: &ProxyError| {
         guards.counts.rejected.add(error.cause.word());
         tracing::debug!(upstream = name, %error, "refused");
     };
+    let rate = target.matched.cluster.rate_limit(target.route);
     if let (Some(settings), Some(rate)) = (&policy.rate_limit.0, rate) {
-        let taken = take_rate(settings, rate, connection, headers, name);
+        let taken = take_rate(settings, rate, origin.peer, headers, name);
         enforce(taken, observing(Observed::RateLimit), note)?;
     }
     let mut place = None;
@@ -54,7 +55,7 @@ pub async fn admit(
     }
     if policy.fault.0.is_some() {
         enforce(
-            inject(connection, policy, name, observing(Observed::Fault), until).await,
+            inject(origin.worker, policy, name, observing(Observed::Fault), until).await,
             observing(Observed::Fault),
             note,
         )?;
@@ -65,13 +66,13 @@ pub async fn admit(
 fn take_rate(
     settings: &RateSettings,
     rate: &RateLimit,
-    connection: &Connection,
+    peer: &HeaderValue,
     headers: &HeaderMap,
     name: &str,
 ) -> Result<(), ProxyError> {
     let key = match &settings.per {
         RateKey::Upstream => &b""[..],
-        RateKey::Peer => connection.peer.as_bytes(),
+        RateKey::Peer => peer.as_bytes(),
         RateKey::Header(header) => headers.get(header).map_or(&b""[..], |value| value.as_bytes()),
     };
     rate.take(key, Instant::now()).map_err(|wait| {
@@ -157,17 +158,17 @@ impl Drop for Queued<'_> {
 
 /// Rehearses failures: delays the call, refuses it, or both.
 async fn inject(
-    connection: &Connection,
+    worker: &Worker,
     policy: &Policy,
     name: &str,
     observing: bool,
-    until: Until,
+    until: WaitLimit,
 ) -> Result<(), ProxyError> {
     let Some(settings) = &policy.fault.0 else { return Ok(()) };
-    let fault = connection.worker.with_rng(|rng| settings.decide(rng.unit_f64(), rng.unit_f64()));
+    let fault = worker.with_rng(|rng| settings.decide(rng.unit_f64(), rng.unit_f64()));
     if let Some(delay) = fault.delay.filter(|_| !observing) {
         let waited = Box::pin(until.wait(sleep(delay))).await;
-        waited.map_err(|ran_out| ran_out.unsent(name, "the delay that `fault` injects"))?;
+        waited.map_err(|time_limit| time_limit.unsent(name, "the delay that `fault` injects"))?;
     }
     match fault.abort.and_then(|status| StatusCode::from_u16(status).ok()) {
         Some(status) => {

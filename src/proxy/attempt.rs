@@ -1,4 +1,4 @@
-//! One try: a connection, the request, the response's head.
+//! One attempt: a connection, the request, the head of the response.
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
@@ -27,7 +27,7 @@ use crate::{
     },
 };
 
-/// What a try sends, beside the body.
+/// What an attempt sends, beside the body.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
     pub method: Method,
@@ -35,40 +35,40 @@ pub struct Outgoing {
     /// `HTTP_11` or `HTTP_2`.
     pub version: Version,
     pub headers: HeaderMap,
-    /// Has the caller's spelling of header names for a service that insists, and a target that `uri` cannot hold.
+    /// Has the client's spelling of header names for a service that insists, and a target that `uri` cannot hold.
     pub extensions: http::Extensions,
-    /// Another upstream may have to be asked after all tries.
+    /// A fallback may send it to another upstream after all attempts.
     pub keep: bool,
     pub told: Told,
 }
 
 /// A response's head, with what is held until its body, which comes by the lease, has ended.
 #[derive(Debug)]
-pub struct Answer {
-    pub response: Response<()>,
-    /// What its head has.
+pub struct UpstreamResponse {
+    pub head: Response<()>,
+    /// Which fields the head has.
     pub present: Present,
     pub lease: Lease,
     pub held: Held,
 }
 
-/// A try without a response.
+/// An attempt without a response.
 #[derive(Debug)]
-pub struct Failed {
+pub struct AttemptError {
     pub ending: Ending,
     pub error: ProxyError,
-    /// Its connection was lost with others on it, and one of those has been counted already.
+    /// Its connection was lost with other requests on it, and one of those has been counted already.
     pub counted: bool,
 }
 
-impl Failed {
+impl AttemptError {
     pub fn new(ending: Ending, error: ProxyError) -> Self {
         Self { ending, error, counted: false }
     }
 }
 
 impl Outgoing {
-    /// The host that the caller asked for.
+    /// The host that the client asked for.
     pub fn host(&self) -> Option<&str> {
         let of_uri = self.uri.authority().map(Authority::as_str);
         of_uri.or_else(|| self.headers.get(HOST)?.to_str().ok())
@@ -94,31 +94,32 @@ impl Outgoing {
     }
 }
 
-/// What a try is made with.
-pub struct Means<'a> {
+/// What an attempt is made with.
+pub struct AttemptContext<'a> {
     pub name: &'a str,
     pub endpoint: &'a Rc<LocalEndpoint>,
     pub settings: &'a ConnectionSettings,
     pub guards: &'a Arc<Guards>,
-    /// Who is told of interim answers.
+    /// Takes interim responses for the client.
     pub interim: Option<&'a Interim>,
     /// Holds the body back until the endpoint has said `100 Continue`.
     pub gate: Option<Rc<Gate>>,
     /// The request has a body.
     pub uploads: bool,
+    /// No attempt can follow this one, so the head need not be kept. Heeded once there is a connection: an endpoint that
+    /// cannot be reached is never the last.
+    pub is_last: bool,
+    pub began: Instant,
 }
 
 /// Sends a request to an endpoint. `body` makes its body once there is a connection, and is told whether that has been
-/// used before. `last`: no try can follow this one. Only said to a connection that there is, as nobody who cannot be
-/// reached is ever the last to be tried.
+/// used before.
 pub async fn send(
-    means: Means<'_>,
+    context: AttemptContext<'_>,
     outgoing: &mut Outgoing,
-    last: bool,
-    began: Instant,
     body: impl FnOnce(bool) -> RequestBody,
-) -> Result<Answer, Failed> {
-    let Means { name, endpoint, settings, guards, interim, gate, uploads } = means;
+) -> Result<UpstreamResponse, AttemptError> {
+    let AttemptContext { name, endpoint, settings, guards, interim, gate, uploads, is_last, began } = context;
     let in_flight = endpoint.ask(began.into_std());
     let lease = match outgoing.version {
         Version::HTTP_2 => Http2Pool::stream(endpoint, settings, guards, uploads).await,
@@ -128,7 +129,7 @@ pub async fn send(
         if let ConnectError::LocalResource { .. } = error {
             guards.counts.rejected.add(Cause::LocalResource.word());
         }
-        Failed::new(connect_ending(&error), connect_failed(name, &error))
+        AttemptError::new(connect_ending(&error), connect_failed(name, &error))
     })?;
     let stale = lease.reused();
     let body = body(stale);
@@ -146,7 +147,7 @@ pub async fn send(
         }
         Lease::H2 { stream, .. } => {
             // Boxed: else each request over HTTP/1 would hold room for it.
-            let answered = Box::pin(stream.send(outgoing.request(last), body)).await;
+            let answered = Box::pin(stream.send(outgoing.request(is_last), body)).await;
             answered
                 .map(|response| (Present::of(response.headers()), response))
                 .map_err(|failed| (AnswerError::from(failed.error), failed.unsent))
@@ -155,7 +156,12 @@ pub async fn send(
     match answered {
         Ok((present, response)) => {
             in_flight.answered();
-            Ok(Answer { response, present, lease, held: Held { in_flight, sent, place: None, grpc: None } })
+            Ok(UpstreamResponse {
+                head: response,
+                present,
+                lease,
+                held: Held { in_flight, sent, place: None, grpc: None },
+            })
         }
         Err((error, unsent)) => Err(classify(name, endpoint.address(), &error, unsent, stale, &lease)),
     }
@@ -188,20 +194,23 @@ fn classify(
     unsent: bool,
     stale: bool,
     lease: &Lease,
-) -> Failed {
+) -> AttemptError {
     // With TLS 1.3 the endpoint looks at our certificate when we believe the handshake to be done.
     let refuses_this_alone = lease.heard_anything() || error.h2().is_some_and(h2::Error::is_reset);
     if !refuses_this_alone && let Some(at) = lease.proof().and_then(Proof::own_expired) {
         let detail = format!("{name}: {address}: {}", own_has_expired(at));
-        return Failed::new(Ending::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
+        return AttemptError::new(Ending::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
     }
     if let Some(failure) = refused_after(error) {
         let detail = format!("{name}: {address}: {failure}");
-        return Failed::new(Ending::Connect(ConnectFailure::Tls), ProxyError::new(Cause::TlsFailure, detail));
+        return AttemptError::new(
+            Ending::Connect(ConnectFailure::Tls),
+            ProxyError::new(Cause::TlsFailure, detail),
+        );
     }
     if error.is_of_request() {
         let told = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
-        return Failed::new(Ending::ClientError, told);
+        return AttemptError::new(Ending::ClientError, told);
     }
     let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {
@@ -210,7 +219,7 @@ fn classify(
     });
     if refused {
         let detail = format!("{name}: {address} refused the stream before it was processed");
-        return Failed::new(Ending::RefusedStream, ProxyError::new(Cause::Reset, detail));
+        return AttemptError::new(Ending::RefusedStream, ProxyError::new(Cause::Reset, detail));
     }
     let response_begun = error.is_malformed() || lease.heard_anything();
     let request_sent = response_begun || !unsent;
@@ -227,7 +236,7 @@ fn classify(
         _ => "",
     };
     let told = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
-    Failed { counted: is_counted(error, lease), ..Failed::new(Ending::Reset(reset), told) }
+    AttemptError { counted: is_counted(error, lease), ..AttemptError::new(Ending::Reset(reset), told) }
 }
 
 /// Whether an error is the loss of a connection that another call on it has told of. Ask once a try.

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
-    clock::Until,
+    clock::WaitLimit,
     connection::Connection,
     error::{Cause, Challenge, ProxyError},
     headers,
@@ -199,7 +199,7 @@ async fn newer(
 ) -> Result<Option<Arc<KeySet>>, ProxyError> {
     let left = if headers::is_grpc(headers) { grpc_timeout(headers) } else { request_timeout(headers) };
     let deadline = Deadline::from_caller(started.into_std(), left);
-    let waited = Box::pin(Until::callers(deadline).wait(users.issuer.newer(generation))).await;
+    let waited = Box::pin(WaitLimit::callers(deadline).wait(users.issuer.newer(generation))).await;
     waited.map_err(|ran_out| ran_out.unsent(&users.expected.issuer, "the keys that tokens are checked by"))
 }
 

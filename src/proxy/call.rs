@@ -23,6 +23,7 @@ use super::{
     error::{Cause, Context, ProxyError, respond},
     exchange, guard,
     headers::{self, X_OUTRIGGER_RETRY, X_REQUEST_ID},
+    origin::Origin,
     progress::Progress,
     target,
 };
@@ -254,7 +255,8 @@ async fn handle(
         record.matched = Some(Arc::clone(&target.matched.whom));
         record.route = target.route;
     });
-    let response = exchange::run(connection, view, &target, request, present, progress).await;
+    let origin = Origin::of(connection, view, progress);
+    let response = exchange::run(&origin, &target, request, present).await;
     if let Err(error) = &response
         && error.cause == Cause::Malformed
     {

@@ -12,7 +12,7 @@ use tokio::{task::spawn_local, time::timeout};
 use super::{
     attempt::connect_ending,
     body::{CallerBody, ResponseBody},
-    clock::Until,
+    clock::WaitLimit,
     connection::Connection,
     error::{Cause, ProxyError},
     target::{self, Target},
@@ -25,7 +25,7 @@ use crate::{
         classify::{Health, Outcome},
         outlier::{Change, Evidence},
     },
-    runtime::{Cluster, LocalCluster, Shared, Snapshot, View},
+    runtime::{Cluster, LocalCluster, Shared, Snapshot, View, Worker},
     upstream::{
         EndpointSet, Resolution, comeback,
         connect::{ConnectError, TcpLimits, TlsTarget, connect},
@@ -101,7 +101,7 @@ async fn dial_allowed(
     tls: Option<TlsTarget>,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
 ) -> Result<(UpstreamIo, Dialled), DialError> {
-    let mut endpoints = endpoints(connection, to, Until::default()).await?;
+    let mut endpoints = endpoints(&connection.worker, to, WaitLimit::default()).await?;
     if let Some(dialled) = connection.outward() {
         // Whoever dialled one of several meant that one.
         endpoints = only(dialled, &endpoints).unwrap_or(endpoints);
@@ -117,7 +117,7 @@ async fn dial_allowed(
     let mut tried = Vec::new();
     loop {
         let wanted = Wanted { tried: &tried, hash: None, probe: Some(Probe::Repeatable) };
-        let endpoint = pick(connection, to, &endpoints, &wanted)?;
+        let endpoint = pick(&connection.worker, to, &endpoints, &wanted)?;
         allowed(endpoints[endpoint].address())?;
         let began = Instant::now();
         let connected =
@@ -176,19 +176,19 @@ pub fn only(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Option<Rc<[
 
 /// The endpoints of an upstream; waits where discovery has not answered yet, as long as the call may.
 pub async fn endpoints(
-    connection: &Connection,
+    worker: &Worker,
     to: &LocalCluster,
-    until: Until,
+    until: WaitLimit,
 ) -> Result<Rc<[Rc<LocalEndpoint>]>, ProxyError> {
     let shared = &to.upstream.shared;
     if shared.endpoints().generation == 0 {
         let name = &to.cluster.settings.name;
         let answered = Box::pin(until.wait(timeout(DISCOVERY_PATIENCE, shared.resolved()))).await;
-        answered.map_err(|ran_out| ran_out.unsent(name, "its endpoints to be known"))?.map_err(|_| {
-            ProxyError::new(Cause::DnsTimeout, format!("{name}: its endpoints are not known yet"))
-        })?;
+        answered.map_err(|time_limit| time_limit.unsent(name, "its endpoints to be known"))?.map_err(
+            |_| ProxyError::new(Cause::DnsTimeout, format!("{name}: its endpoints are not known yet")),
+        )?;
     }
-    let endpoints = connection.worker.with_rng(|rng| to.upstream.endpoints(rng));
+    let endpoints = worker.with_rng(|rng| to.upstream.endpoints(rng));
     if endpoints.is_empty() {
         shared.refresh();
         return Err(nothing_found(&to.cluster.settings.name, &shared.endpoints()));
@@ -198,13 +198,13 @@ pub async fn endpoints(
 
 /// The index of the endpoint for the next attempt.
 pub fn pick(
-    connection: &Connection,
+    worker: &Worker,
     to: &LocalCluster,
     endpoints: &[Rc<LocalEndpoint>],
     wanted: &Wanted<'_>,
 ) -> Result<usize, ProxyError> {
     let now = Instant::now();
-    connection.worker.with_rng(|rng| to.upstream.pick(endpoints, wanted, now, rng)).ok_or_else(|| {
+    worker.with_rng(|rng| to.upstream.pick(endpoints, wanted, now, rng)).ok_or_else(|| {
         let unhealthy = endpoints.iter().filter(|endpoint| !endpoint.shared.is_healthy()).count();
         let detail = format!(
             "{}: none of its {} endpoints can be used ({unhealthy} failed their health checks)",
@@ -254,7 +254,7 @@ pub fn connect_failed(name: &str, error: &ConnectError) -> ProxyError {
 /// Refuses addresses that a caller must not reach by naming them: this proxy itself, and what hands out credentials.
 pub fn check_address(
     view: &View,
-    connection: &Connection,
+    worker: &Worker,
     target: &Target,
     address: SocketAddr,
 ) -> Result<(), ProxyError> {
@@ -263,7 +263,7 @@ pub fn check_address(
     }
     let cluster = &target.local.cluster;
     let name = &cluster.settings.name;
-    denial(&connection.worker.shared, &view.snapshot, cluster, address).map_or(Ok(()), |denial| {
+    denial(&worker.shared, &view.snapshot, cluster, address).map_or(Ok(()), |denial| {
         let why = match denial {
             Denial::Own => {
                 "a port of this proxy itself; use it as `http_proxy`, or send the `Host` of an upstream"
@@ -321,7 +321,7 @@ pub async fn open_tunnel(
     let target = target::by_host(connection, view, &to, request)?;
     // Whom the caller named is who must answer, where nothing else says.
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
-    let allowed = |address| check_address(view, connection, &target, address);
+    let allowed = |address| check_address(view, &connection.worker, &target, address);
     let dialled = match dial_allowed(connection, &target.local, tls, allowed).await {
         Ok(dialled) => Some(dialled),
         // What comes through the tunnel may be requests.

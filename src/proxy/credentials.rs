@@ -4,9 +4,9 @@ use http::{HeaderMap, HeaderValue, StatusCode, header::AUTHORIZATION};
 use tokio::time::Instant;
 
 use super::{
-    clock::Until,
+    clock::WaitLimit,
     error::{Cause, ProxyError},
-    exchange::Carried,
+    exchange::RequestState,
 };
 use crate::runtime::LocalCluster;
 
@@ -18,11 +18,11 @@ pub struct SetAside(Vec<HeaderValue>);
 /// Puts the upstream's token into the call, if it has one; waits for it, no longer than `until`.
 pub(super) async fn attach(
     local: &LocalCluster,
-    carried: &mut Carried,
-    until: Until,
+    state: &mut RequestState,
+    until: WaitLimit,
 ) -> Result<(), ProxyError> {
-    let headers = &mut carried.outgoing.headers;
-    if let Some(SetAside(callers)) = carried.set_aside.take() {
+    let headers = &mut state.outgoing.headers;
+    if let Some(SetAside(callers)) = state.set_aside.take() {
         headers.remove(AUTHORIZATION);
         for value in callers {
             headers.append(AUTHORIZATION, value);
@@ -34,14 +34,14 @@ pub(super) async fn attach(
         None => {
             let name = &local.cluster.settings.name;
             let waited = Box::pin(until.wait(token.field())).await;
-            waited.map_err(|ran_out| ran_out.unsent(name, "a token"))?.map_err(|error| {
+            waited.map_err(|time_limit| time_limit.unsent(name, "a token"))?.map_err(|error| {
                 local.upstream.shared.guards.counts.rejected.add(Cause::AuthUnavailable.word());
                 let told = ProxyError::new(Cause::AuthUnavailable, format!("{name}: {error}"));
                 told.retry_after(error.retry_after)
             })?
         }
     };
-    carried.set_aside = Some(replace(&mut carried.outgoing.headers, field));
+    state.set_aside = Some(replace(&mut state.outgoing.headers, field));
     Ok(())
 }
 

@@ -9,12 +9,11 @@ use http::{
 
 use super::{
     accept::Side,
-    attempt::Answer,
+    attempt::UpstreamResponse,
     body::{Held, ResponseBody},
-    connection::Upgrade,
     credentials,
     error::{Cause, ProxyError},
-    exchange::Exchange,
+    exchange::{ClientProtocol, Exchange},
     guard,
     headers::{self, X_OUTRIGGER_RETRY},
     upgrade,
@@ -32,13 +31,12 @@ const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 /// Hands an upstream's answer on.
 pub fn hand_on(
     exchange: &Exchange<'_>,
-    answer: Answer,
+    response: UpstreamResponse,
     outcome: &Outcome,
-    callers_version: Version,
-    callers_upgrade: Option<Upgrade>,
+    client: ClientProtocol,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    let Answer { mut response, present, mut lease, held } = answer;
-    let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
+    let UpstreamResponse { head: mut response, present, mut lease, held } = response;
+    let (origin, target) = (exchange.request.origin, exchange.target);
     let status = response.status();
     if present.has(Field::KeepAlive) {
         lease.heard(response.headers());
@@ -53,21 +51,22 @@ pub fn hand_on(
     if present.has(Field::Retry) {
         response.headers_mut().remove(X_OUTRIGGER_RETRY);
     }
-    if connection.side == Side::Inbound {
+    if *origin.side == Side::Inbound {
         advise(exchange, &mut response, present);
     } else {
         let received = response.version();
-        view.names.via(&connection.side).append(response.headers_mut(), received);
+        origin.view.names.via(origin.side).append(response.headers_mut(), received);
     }
     if let Some(edits) = target.route.and_then(|route| target.matched.cluster.edits.get(route)) {
         edits.response.apply(response.headers_mut());
     }
-    let tries = exchange.call.progress.note(|record| record.tries.made()).unwrap_or(0);
+    let tries = origin.progress.note(|record| record.tries.made()).unwrap_or(0);
     if tries > 1 && may_be_failure(status, present) {
         append_proxy_status(exchange, response.headers_mut(), status, outcome, tries);
     }
     if status == StatusCode::SWITCHING_PROTOCOLS {
-        let (Some(callers), Some(protocol)) = (callers_upgrade, said.upgrade) else {
+        let (Some(upgrade), Some(connection), Some(protocol)) = (client.upgrade, origin.client, said.upgrade)
+        else {
             return Err(broken(ProxyError::malformed("101 to a request that asked for no upgrade")));
         };
         let Some(stream) = lease.take_stream() else {
@@ -76,17 +75,17 @@ pub fn hand_on(
         let idle = exchange.policy.tunnel_idle_timeout.limit();
         // A tunnel counts among the connections only.
         let held = Held { place: None, ..held };
-        upgrade::join(connection, callers, stream, (lease, held), idle, exchange.call.progress.over_at());
+        upgrade::join(connection, upgrade, stream, (lease, held), idle, origin.progress.over_at());
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(UPGRADE, protocol);
         return Ok(response.map(|_| ResponseBody::Empty));
     }
-    if callers_version == Version::HTTP_2 && present.has(Field::RequestId) {
+    if client.version == Version::HTTP_2 && present.has(Field::RequestId) {
         headers::keep_unindexed(response.headers_mut());
     }
-    *response.version_mut() = callers_version;
-    exchange.call.progress.answering();
-    let progress = Rc::clone(exchange.call.progress);
+    *response.version_mut() = client.version;
+    origin.progress.answering();
+    let progress = Rc::clone(origin.progress);
     Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))
 }
 
@@ -100,7 +99,7 @@ fn append_proxy_status(
 ) {
     let member = format!(
         "{}; received-status={}; details=\"{}, {tries} attempts\"",
-        exchange.call.view.names.deployment,
+        exchange.request.origin.view.names.deployment,
         status.as_u16(),
         outcome.label(),
     );
@@ -112,9 +111,9 @@ fn append_proxy_status(
 /// Tells the caller's sidecar not to try again what this service's own calls have tried enough.
 fn advise(exchange: &Exchange<'_>, response: &mut Response<()>, present: Present) {
     let failed = response.status().is_server_error() || present.has(Field::GrpcStatus);
-    let spent = &exchange.call.connection.worker.shared.spent;
+    let spent = &exchange.worker().shared.spent;
     if failed
-        && let Some(trace) = exchange.call.progress.note(|record| record.context.trace.get())
+        && let Some(trace) = exchange.progress().note(|record| record.context.trace.get())
         && spent.contains(trace, std::time::Instant::now())
         && let Some(word) = Advice::No.word()
     {

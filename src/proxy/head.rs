@@ -11,9 +11,9 @@ use http::{
 use super::{
     accept::Side,
     attempt::Outgoing,
-    connection::Connection,
     error::ProxyError,
     headers::{self, Caller, X_FORWARDED_CLIENT_CERT},
+    origin::Origin,
     target::Target,
 };
 use crate::{
@@ -25,14 +25,13 @@ use crate::{
 
 /// Makes the caller's head the one that is sent on. Returns the protocol the caller asks to change to.
 pub fn prepare<B>(
-    connection: &Connection,
-    view: &View,
+    origin: &Origin<'_>,
     target: &Target,
     request: &mut Request<B>,
     present: Present,
     version: Version,
 ) -> Result<Option<HeaderValue>, ProxyError> {
-    let (callers_version, side) = (request.version(), &connection.side);
+    let (callers_version, side, view) = (request.version(), origin.side, origin.view);
     let headers = request.headers_mut();
     let said = headers::remove_hop_by_hop(headers, present)?;
     if present.has(Field::Te) && version == Version::HTTP_11 {
@@ -51,9 +50,9 @@ pub fn prepare<B>(
             authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
         let caller =
-            Caller { address: &connection.peer, proto: if connection.tls { "https" } else { "http" }, host };
+            Caller { address: origin.peer, proto: if origin.is_tls { "https" } else { "http" }, host };
         let headers = request.headers_mut();
-        if let Some(value) = connection.client_cert() {
+        if let Some(value) = origin.identity {
             headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
         }
         headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, caller);

@@ -1,4 +1,4 @@
-//! What came of a try, told once to everyone who acts on it: breaker, outlier detection, balancer, hedge, adaptive limit.
+//! The outcome of an attempt, reported once: to breaker, outlier detection, balancer, hedge and adaptive limit.
 
 use std::{rc::Rc, time::Duration};
 
@@ -6,13 +6,13 @@ use tokio::time::Instant;
 
 use super::{
     accept::Side,
-    attempt::Failed,
+    attempt::AttemptError,
+    attempts::{AttemptNumber, FinishedAttempt, StartedAttempt},
     body::{Replay, SourceFailure},
-    clock::{Clock, RanOut},
+    clock::{Clock, TimeLimit},
     error::{Cause, ProxyError},
-    exchange::{Ended, Exchange},
+    exchange::{AttemptResult, Exchange},
     grpc::GrpcEnd,
-    tries::{Number, Over},
 };
 use crate::{
     present::Field,
@@ -26,46 +26,48 @@ use crate::{
     upstream::{comeback, local::LocalEndpoint},
 };
 
-/// What an attempt weighs in the balancer, as latency, that could not even ask its endpoint.
+/// What an attempt that could not even reach for its endpoint weighs in the balancer, as latency.
 const NOT_ASKED: Duration = Duration::from_secs(1);
 
 /// Whose outcome is reported, and when it began and ended.
 struct Reported<'a> {
     endpoint: &'a Rc<LocalEndpoint>,
-    number: Number,
+    number: AttemptNumber,
     began: std::time::Instant,
     now: std::time::Instant,
 }
 
 /// Whether the endpoint's sidecar refused a request since it had too many: then it is there, and says so.
-fn is_full(ended: &Ended) -> bool {
-    let Ended::Answered(answer, _) = ended else { return false };
-    let said = answer.response.headers().get_all("proxy-status");
+fn is_full(ended: &AttemptResult) -> bool {
+    let AttemptResult::Response(response, _) = ended else { return false };
+    let said = response.head.headers().get_all("proxy-status");
     let full = b"connection_limit_reached";
     said.iter().any(|value| value.as_bytes().windows(full.len()).any(|part| part == full))
 }
 
 impl Exchange<'_> {
-    /// What a try's end means, told to breaker, outlier detection and balancer.
-    pub(super) fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
-        let (now, took) = (over.ended.into_std(), over.ended - over.began);
-        let endpoint = &self.endpoints[over.index];
-        let ended = match over.result {
-            Ok(Ok(answer)) => {
-                self.call.progress.heard(over.ended);
-                let response = &answer.response;
+    /// Classifies how an attempt ended, and reports it.
+    pub(super) fn judge(&self, finished: FinishedAttempt, replay: &Replay, clock: &Clock) -> AttemptResult {
+        let FinishedAttempt { attempt, result, ended: ended_at } = finished;
+        let StartedAttempt { index, permit, number, began } = attempt;
+        let (now, took) = (ended_at.into_std(), ended_at - began);
+        let endpoint = &self.endpoints[index];
+        let ended = match result {
+            Ok(Ok(response)) => {
+                self.progress().heard(ended_at);
+                let head = &response.head;
                 // Advice counts from upstreams that the configuration names.
-                let named = self.target.index.is_some() && answer.present.has(Field::Retry);
-                let advice = if named { Advice::from_headers(response.headers()) } else { Advice::None };
-                let told = self.call.grpc && answer.present.has(Field::GrpcStatus);
-                let outcome = match told.then(|| GrpcStatus::from_headers(response.headers())).flatten() {
+                let named = self.target.index.is_some() && response.present.has(Field::Retry);
+                let advice = if named { Advice::from_headers(head.headers()) } else { Advice::None };
+                let told = self.request.grpc && response.present.has(Field::GrpcStatus);
+                let outcome = match told.then(|| GrpcStatus::from_headers(head.headers())).flatten() {
                     Some(status) => Outcome::grpc(status, advice, clock.deadline().callers_time_left(now)),
                     None => {
                         let left = clock.deadline().callers_time_left(now);
-                        Outcome::http(response.status(), advice, left)
+                        Outcome::http(head.status(), advice, left)
                     }
                 };
-                Ended::Answered(Box::new(answer), outcome)
+                AttemptResult::Response(Box::new(response), outcome)
             }
             Ok(Err(mut failed)) => {
                 match replay.failure() {
@@ -73,16 +75,16 @@ impl Exchange<'_> {
                     Some(SourceFailure::ClientGone) => failed.ending = Ending::CallerGone,
                     Some(SourceFailure::Malformed(error)) => {
                         let error = ProxyError::malformed(format!("the request's body: {error}"));
-                        failed = Failed::new(Ending::ClientError, error);
+                        failed = AttemptError::new(Ending::ClientError, error);
                     }
                 }
-                Ended::Failed(failed)
+                AttemptResult::Failed(failed)
             }
-            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, over.number, took)),
+            Err(time_limit) => AttemptResult::Failed(self.timed_out(time_limit, endpoint, number, took)),
         };
         let outcome = match &ended {
-            Ended::Answered(_, outcome) => *outcome,
-            Ended::Failed(failed) => Outcome::new(failed.ending),
+            AttemptResult::Response(_, outcome) => *outcome,
+            AttemptResult::Failed(failed) => Outcome::new(failed.ending),
         };
         match outcome.health() {
             Health::Success => endpoint.observe(took, now),
@@ -113,42 +115,42 @@ impl Exchange<'_> {
         {
             self.guards().quantile(percent, now).record(took, now);
         }
-        self.call.progress.note(|record| {
+        self.progress().note(|record| {
             if let Ending::Grpc(status) = outcome.ending {
                 record.grpc_status = Some(status);
             }
-            if let Some(one) = record.tries.get_mut(over.number) {
-                one.ended = Some(over.ended);
+            if let Some(one) = record.tries.get_mut(number) {
+                one.ended = Some(ended_at);
                 one.outcome = Some(outcome);
-                if let Ended::Failed(failed) = &ended {
+                if let AttemptResult::Failed(failed) = &ended {
                     one.error = Some(failed.error.detail.clone());
                 }
             }
         });
-        let reported = Reported { endpoint, number: over.number, began: over.began.into_std(), now };
-        self.report(ended, &outcome, reported, over.permit, clock)
+        let reported = Reported { endpoint, number, began: began.into_std(), now };
+        self.report(ended, &outcome, reported, permit, clock)
     }
 
-    /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
+    /// Reports to breaker and outlier detection. A gRPC request whose response has only begun is reported at its end.
     fn report(
         &self,
-        mut ended: Ended,
+        mut ended: AttemptResult,
         outcome: &Outcome,
         Reported { endpoint, number, began, now }: Reported<'_>,
         permit: Option<Permit>,
         clock: &Clock,
-    ) -> Ended {
+    ) -> AttemptResult {
         let guards = self.guards();
         // A connection that was lost with many calls on it counts once.
-        let counted = matches!(&ended, Ended::Failed(failed) if failed.counted);
+        let counted = matches!(&ended, AttemptResult::Failed(failed) if failed.counted);
         let health = if counted { Health::Neutral } else { outcome.health() };
-        let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
-        if let Ended::Answered(answer, _) = &mut ended
-            && self.call.grpc
+        let random = || self.worker().with_rng(|rng| rng.unit_f64());
+        if let AttemptResult::Response(response, _) = &mut ended
+            && self.request.grpc
             && matches!(outcome.ending, Ending::Http(status) if status.is_success())
             && !permit.as_ref().is_some_and(Permit::is_trial)
         {
-            answer.held.grpc = Some(Box::new(GrpcEnd {
+            response.held.grpc = Some(Box::new(GrpcEnd {
                 local: Rc::clone(&self.target.local),
                 matched: Rc::clone(&self.target.matched),
                 route: self.target.route,
@@ -168,7 +170,7 @@ impl Exchange<'_> {
         match change {
             Some(Change::Ejected(_)) => self.note_try(number, |one| one.ejected = true),
             Some(Change::Absent | Change::StillAbsent) => {
-                comeback::watch(&local.shared, &self.call.connection.worker.shared.control);
+                comeback::watch(&local.shared, &self.worker().shared.control);
             }
             Some(Change::Present) | None => {}
         }
@@ -178,7 +180,7 @@ impl Exchange<'_> {
             let told = (health, evidence.is_absence());
             let transition = guards.report(self.name(), permit, told, now, random);
             if health == Health::Failure {
-                self.call.progress.note(|record| record.window = Some(guards.breaker.in_window(now)));
+                self.progress().note(|record| record.window = Some(guards.breaker.in_window(now)));
             }
             if let Some(transition) = &transition {
                 self.note_try(number, |one| one.breaker = Some(transition.to));
@@ -187,15 +189,21 @@ impl Exchange<'_> {
         ended
     }
 
-    pub(super) fn note_try(&self, number: Number, note: impl FnOnce(&mut Try)) {
-        self.call.progress.note(|record| record.tries.get_mut(number).map(note));
+    pub(super) fn note_try(&self, number: AttemptNumber, note: impl FnOnce(&mut Try)) {
+        self.progress().note(|record| record.tries.get_mut(number).map(note));
     }
 
-    fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, number: Number, took: Duration) -> Failed {
+    fn timed_out(
+        &self,
+        time_limit: TimeLimit,
+        endpoint: &LocalEndpoint,
+        number: AttemptNumber,
+        took: Duration,
+    ) -> AttemptError {
         let name = self.name();
         let address = endpoint.address();
-        let (mut ending, mut cause, what) = ran_out.meaning();
-        let unseen = self.call.progress.note(|record| {
+        let (mut ending, mut cause, what) = time_limit.meaning();
+        let unseen = self.progress().note(|record| {
             let is_told = record.tries.get_mut(number).is_some();
             // Of a hedge both are under way.
             is_told && !record.tries.iter().any(|one| one.ended.is_none() && one.carried)
@@ -205,11 +213,11 @@ impl Exchange<'_> {
             let detail = format!(
                 "{name}: no connection to {address} was free for {took:.1?}, within {what}: `limits.max_connections` are in use, or it takes no more streams"
             );
-            if matches!(ran_out, RanOut::Limit(Limit::Attempt | Limit::ClientShare)) {
+            if matches!(time_limit, TimeLimit::Limit(Limit::Attempt | Limit::ClientShare)) {
                 cause = Cause::LimitFull;
             }
             let error = ProxyError::new(cause, detail).retry_after(Duration::from_secs(1));
-            return Failed::new(Ending::LocalRefusal, error);
+            return AttemptError::new(Ending::LocalRefusal, error);
         }
         if unseen == Some(true) {
             // Nobody has seen anything of it, whichever clock was the shorter one.
@@ -221,24 +229,24 @@ impl Exchange<'_> {
                 _ => {}
             }
             let detail = format!("{name}: no connection to {address} after {took:.1?}, within {what}");
-            return Failed::new(ending, ProxyError::new(cause, detail));
+            return AttemptError::new(ending, ProxyError::new(cause, detail));
         }
         let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
-        Failed::new(ending, ProxyError::new(cause, detail))
+        AttemptError::new(ending, ProxyError::new(cause, detail))
     }
 
-    /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
-    pub(super) fn note_spent(&self, ended: &Result<Ended, ProxyError>) {
+    /// Remembers that this trace's attempts were spent here: the inbound side then asks the client not to repeat them.
+    pub(super) fn note_spent(&self, ended: &Result<AttemptResult, ProxyError>) {
         let failed = match ended {
-            Ok(Ended::Answered(_, outcome)) => outcome.is_failure(),
-            Ok(Ended::Failed(failed)) => failed.error.cause.is_exhaustion(),
+            Ok(AttemptResult::Response(_, outcome)) => outcome.is_failure(),
+            Ok(AttemptResult::Failed(failed)) => failed.error.cause.is_exhaustion(),
             Err(error) => error.cause.is_exhaustion(),
         };
         if failed
-            && self.call.connection.side != Side::Inbound
-            && let Some(trace) = self.call.progress.note(|record| record.context.trace.get())
+            && *self.request.origin.side != Side::Inbound
+            && let Some(trace) = self.progress().note(|record| record.context.trace.get())
         {
-            self.call.connection.worker.shared.spent.note(trace, Instant::now().into_std());
+            self.worker().shared.spent.note(trace, Instant::now().into_std());
         }
     }
 }

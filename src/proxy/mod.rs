@@ -1,7 +1,7 @@
 //! The data path, in the order in which a call meets it.
 //!
 //! ```text
-//! accept ─▶ connection ─▶ call ─▶ target ─▶ exchange ─▶ tries ─▶ attempt ─▶ (upstream::pool)
+//! accept ─▶ connection ─▶ call ─▶ target ─▶ exchange ─▶ attempts ─▶ attempt ─▶ (upstream::pool)
 //!              │            │                  │          │
 //!           detect        guard            admission    judge, hedged
 //!           tunnel        authorize        credentials  body, headers, interim
@@ -11,6 +11,7 @@
 pub mod accept;
 mod admission;
 mod attempt;
+mod attempts;
 mod authorize;
 pub mod body;
 pub mod call;
@@ -31,13 +32,13 @@ mod interim;
 pub mod io;
 mod judge;
 mod opaque;
+pub mod origin;
 pub mod progress;
 pub mod redirected;
 pub mod room;
 pub mod route;
 pub mod spent;
 pub mod target;
-mod tries;
 pub mod tunnel;
 pub mod unknown;
 mod upgrade;

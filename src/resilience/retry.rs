@@ -1,10 +1,15 @@
 //! When a failed try may be followed by another (RFC 9110 §9.2.2, RFC 9113 §8.7, gRPC A6).
 
 mod decide;
+mod plan;
 #[cfg(test)]
 mod tests;
 
-pub use decide::{Body, Decision, MOST_RESENT, Moment, Reason, Retry, RetryPolicy, Tried};
+pub use decide::{Body, Decision, FailedAttempt, MOST_RESENT, Moment, Reason, Retry, RetryPolicy};
+pub use plan::{
+    Action, AttemptKind, AttemptOutcome, Event, Finish, NextAttempt, RequestCopy, RequestTraits, RetryPlan,
+    SharedLimits, Stop,
+};
 
 use std::{fmt, str::FromStr};
 

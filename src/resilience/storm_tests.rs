@@ -9,7 +9,7 @@ use super::{
     breaker::{Breaker, BreakerSettings},
     budget::RetryBudget,
     classify::{Advice, Ending, Health, Outcome},
-    retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+    retry::{Body, Decision, FailedAttempt, Moment, RetryPolicy, RetrySettings},
 };
 
 /// The way from one service to the next: the outbound side of a sidecar.
@@ -72,18 +72,17 @@ impl Row {
                 let health = if control { Health::Failure } else { outcome.health() };
                 hop.breaker.report(permit, health, now, index as f64 / 3.0);
             }
-            let tried = Tried {
-                method: &Method::GET,
-                grpc: false,
-                idempotency_key: false,
-                tries,
+            let attempt = FailedAttempt {
+                is_repeatable: hop.retry.is_repeatable(&Method::GET, false),
+                is_grpc: false,
+                attempts: tries,
                 free_used: false,
                 resent: 0,
                 body: Body::Untouched,
-                committed: false,
+                is_committed: false,
             };
             let moment = Moment { now, time_left: None, hint: Hint::None, random: 0.5, budget: &hop.budget };
-            match hop.retry.decide(&tried, &outcome, &moment) {
+            match hop.retry.decide(&attempt, &outcome, &moment) {
                 Decision::Retry(_) => {}
                 Decision::Stop(_) if outcome.ending == Ending::Http(StatusCode::OK) => return outcome,
                 Decision::Stop(_) => return unavailable,

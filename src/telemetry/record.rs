@@ -24,6 +24,7 @@ use crate::{
     resilience::{
         breaker::State,
         classify::{GrpcStatus, Outcome},
+        retry::AttemptKind,
     },
     runtime::Whom,
 };
@@ -117,7 +118,7 @@ impl End {
 /// One try of a call.
 #[derive(Clone, Debug)]
 pub struct Try {
-    pub why: Why,
+    pub why: AttemptKind,
     pub span: Span,
     pub endpoint: SocketAddr,
     /// By which it was sent.
@@ -142,38 +143,6 @@ pub struct Try {
     pub breaker: Option<State>,
     /// Its endpoint was ejected by its outcome.
     pub ejected: bool,
-}
-
-/// What a try is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    First,
-    /// The one before failed.
-    Retry,
-    /// Mends a race of our own pool; costs no try.
-    Reconnect,
-    /// The endpoint before accepted no connection, or is known to be absent; costs no try.
-    NextEndpoint,
-    /// The other address of `localhost`.
-    Sibling,
-    /// A second copy beside a slow one.
-    Hedge,
-    /// At the upstream that is asked in place of the first one.
-    Fallback,
-}
-
-impl Why {
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::First => "first",
-            Self::Retry => "retry",
-            Self::Reconnect => "reconnect",
-            Self::NextEndpoint => "next_endpoint",
-            Self::Sibling => "sibling",
-            Self::Hedge => "hedge",
-            Self::Fallback => "fallback",
-        }
-    }
 }
 
 /// The tries of a call. The first needs no room of its own: most calls have no other.
@@ -221,7 +190,7 @@ impl Tries {
 }
 
 impl Try {
-    pub fn new(why: Why, span: Span, endpoint: SocketAddr, version: Version, began: Instant) -> Self {
+    pub fn new(why: AttemptKind, span: Span, endpoint: SocketAddr, version: Version, began: Instant) -> Self {
         Self {
             why,
             span,
@@ -404,7 +373,7 @@ mod tests {
         let (began, span) = (Instant::now(), Span::new(1).unwrap());
         for port in 0..100 {
             let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
-            let number = tries.push(Try::new(Why::Retry, span, endpoint, Version::HTTP_11, began));
+            let number = tries.push(Try::new(AttemptKind::Retry, span, endpoint, Version::HTTP_11, began));
             assert_eq!(number, usize::from(port));
             assert_eq!(tries.get_mut(number).map(|one| one.endpoint.port()), (port < 16).then_some(port));
         }

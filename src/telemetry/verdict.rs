@@ -4,10 +4,11 @@
 
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
-use super::record::{End, Record, Try, Why};
+use super::record::{End, Record, Try};
 use crate::resilience::{
     breaker::State,
     classify::{ConnectFailure, Ending, GrpcStatus, Outcome},
+    retry::AttemptKind,
 };
 
 /// An answer whose head takes as long is worth a look.
@@ -112,7 +113,7 @@ impl Record {
             }
         }
         if let Some(failure) = self.fell_back {
-            let asked = self.tries.iter().any(|one| one.why == Why::Fallback);
+            let asked = self.tries.iter().any(|one| one.why == AttemptKind::Fallback);
             let what = if asked {
                 "another upstream was asked in its place"
             } else {
@@ -147,7 +148,7 @@ impl Record {
             if at > 0 {
                 out.push_str(", ");
             }
-            if same == 1 && at > 0 && (last || one.why != Why::Retry) {
+            if same == 1 && at > 0 && (last || one.why != AttemptKind::Retry) {
                 let _ = write!(out, "{} {}", name_of(at + 1, one.why), ending_in_words(one, before));
             } else {
                 out.push_str(&words);
@@ -283,16 +284,18 @@ fn ending_in_words(one: &Try, before: Option<SocketAddr>) -> String {
     if before == Some(one.endpoint) { answered } else { format!("at {} {answered}", one.endpoint) }
 }
 
-fn name_of(number: usize, why: Why) -> String {
+fn name_of(number: usize, why: AttemptKind) -> String {
     const NAMES: [&str; 6] = ["first", "second", "third", "fourth", "fifth", "sixth"];
     match why {
-        Why::Hedge => "hedge".to_owned(),
-        Why::Fallback => "the fallback".to_owned(),
-        Why::Sibling => "the host's other address".to_owned(),
-        Why::First | Why::Retry | Why::Reconnect | Why::NextEndpoint => match NAMES.get(number - 1) {
-            Some(name) => format!("{name} try"),
-            None => format!("try {number}"),
-        },
+        AttemptKind::Hedge => "hedge".to_owned(),
+        AttemptKind::Fallback => "the fallback".to_owned(),
+        AttemptKind::Sibling => "the host's other address".to_owned(),
+        AttemptKind::First | AttemptKind::Retry | AttemptKind::Reconnect | AttemptKind::NextEndpoint => {
+            match NAMES.get(number - 1) {
+                Some(name) => format!("{name} try"),
+                None => format!("try {number}"),
+            }
+        }
     }
 }
 

@@ -30,6 +30,7 @@ use crate::{
         limit::{Bell, Counter, LimitSettings, RequestLimit},
         outlier::{OutlierSettings, Outliers},
         rate::{RateKey, RateLimit, RateSettings},
+        retry::SharedLimits,
     },
     telemetry::{durations::Durations, metrics::Tls},
 };
@@ -371,9 +372,9 @@ impl Guards {
         }
     }
 
-    /// Whether one more attempt may go to another endpoint at once, as this one accepted no connection.
-    pub fn may_move_on(&self, now: Instant) -> bool {
-        self.moves.take(&[], now).is_ok()
+    /// What bounds the attempts of all requests to this upstream together.
+    pub fn attempt_limits(&self) -> SharedLimits<'_> {
+        SharedLimits { budget: &self.budget, moves: &self.moves }
     }
 
     /// Counts and tells a change of the breaker.

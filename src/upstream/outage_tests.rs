@@ -23,7 +23,7 @@ use crate::{
         breaker::{Permit, State},
         classify::{Advice, ConnectFailure, Ending, Health, Outcome, Reset},
         outlier::{Evidence, Question},
-        retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+        retry::{Body, Decision, FailedAttempt, Moment, RetryPolicy, RetrySettings},
     },
     rng::Rng,
 };
@@ -238,18 +238,17 @@ impl Lab {
             call.tried.push(index);
             return self.schedule(self.now, call);
         }
-        let tried = Tried {
-            method: &Method::GET,
-            grpc: false,
-            idempotency_key: false,
-            tries: call.tries,
+        let failed = FailedAttempt {
+            is_repeatable: self.retries.is_repeatable(&Method::GET, false),
+            is_grpc: false,
+            attempts: call.tries,
             free_used: false,
             resent: 0,
             body: Body::Untouched,
-            committed: false,
+            is_committed: false,
         };
         let moment = Moment { now, time_left: None, hint: Hint::None, random, budget: &guards.budget };
-        match self.retries.decide(&tried, &outcome, &moment) {
+        match self.retries.decide(&failed, &outcome, &moment) {
             Decision::Retry(retry) => {
                 call.tries += 1;
                 call.tried.push(index);

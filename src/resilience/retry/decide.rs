@@ -24,22 +24,21 @@ pub enum Body {
     Gone,
 }
 
-/// What is known when a try has failed.
+/// What is known when an attempt has failed.
 #[derive(Clone, Copy, Debug)]
-pub struct Tried<'a> {
-    pub method: &'a Method,
-    pub grpc: bool,
-    /// The request has an `Idempotency-Key`.
-    pub idempotency_key: bool,
-    /// Tries sent so far, the failed one and hedges included, free ones not.
-    pub tries: u32,
-    /// A free try ([`Retry::free`]) has been sent for a race of our own pool.
+pub struct FailedAttempt {
+    /// See [`RetryPolicy::is_repeatable`].
+    pub is_repeatable: bool,
+    pub is_grpc: bool,
+    /// Attempts so far, the failed one and hedges included, free ones not.
+    pub attempts: u32,
+    /// A free attempt ([`Retry::free`]) has been made for a race of the connection pool.
     pub free_used: bool,
-    /// Free tries that followed ones that count as never sent.
+    /// Free attempts that followed ones that count as never sent.
     pub resent: u32,
     pub body: Body,
-    /// Response headers went to the caller: nothing can be taken back.
-    pub committed: bool,
+    /// Response headers went to the client: nothing can be taken back.
+    pub is_committed: bool,
 }
 
 /// What follows a failed try.
@@ -169,9 +168,17 @@ impl RetryPolicy {
         waits.fold(Duration::ZERO, Duration::saturating_add).min(LONGEST_PATIENCE)
     }
 
-    /// Whether a request that may have been processed may be sent again. Then half of the time is kept for that.
-    pub fn may_repeat(&self, method: &Method, idempotency_key: bool) -> bool {
-        self.settings.as_ref().is_some_and(|settings| settings.methods.allow(method, idempotency_key))
+    /// Whether failures are retried at all: false for `retry = false`.
+    pub fn is_on(&self) -> bool {
+        self.settings.is_some()
+    }
+
+    /// Whether a request that may have been processed may be sent again.
+    pub fn is_repeatable(&self, method: &Method, idempotency_key: bool) -> bool {
+        match &self.settings {
+            Some(settings) => settings.methods.allow(method, idempotency_key),
+            None => is_idempotent(method) || idempotency_key,
+        }
     }
 
     /// Whether what happened is something to try again at all.
@@ -194,8 +201,8 @@ impl RetryPolicy {
     }
 
     /// The whole decision. Where it says retry, the budget has been charged.
-    pub fn decide(&self, tried: &Tried<'_>, outcome: &Outcome, moment: &Moment<'_>) -> Decision {
-        let free = match self.eligible(tried, outcome) {
+    pub fn decide(&self, attempt: &FailedAttempt, outcome: &Outcome, moment: &Moment<'_>) -> Decision {
+        let free = match self.eligible(attempt, outcome) {
             Ok(free) => free,
             Err(reason) => return Decision::Stop(reason),
         };
@@ -208,7 +215,7 @@ impl RetryPolicy {
             };
         }
         let Some(settings) = &self.settings else { return Decision::Stop(Reason::NotRetryable) };
-        match settings.backoff.wait(tried.tries, moment.hint, moment.time_left, moment.random) {
+        match settings.backoff.wait(attempt.attempts, moment.hint, moment.time_left, moment.random) {
             Wait::Forbidden => Decision::Stop(Reason::Pushback),
             Wait::TooLong if moment.hint == Hint::None => Decision::Stop(Reason::Deadline),
             Wait::TooLong => Decision::Stop(Reason::RetryAfter),
@@ -219,18 +226,14 @@ impl RetryPolicy {
     }
 
     /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free try.
-    pub(super) fn eligible(&self, tried: &Tried<'_>, outcome: &Outcome) -> Result<bool, Reason> {
-        let stale = is_stale(outcome) && !tried.free_used;
-        let unsent = outcome.is_unsent() && tried.resent < MOST_RESENT;
+    pub(super) fn eligible(&self, attempt: &FailedAttempt, outcome: &Outcome) -> Result<bool, Reason> {
+        let stale = is_stale(outcome) && !attempt.free_used;
+        let unsent = outcome.is_unsent() && attempt.resent < MOST_RESENT;
         let named = self.names(outcome)
             // gRPC's own transparent retry needs no configuration (A6).
-            || (self.settings.is_some() && tried.grpc && outcome.ending == Ending::RefusedStream);
+            || (self.settings.is_some() && attempt.is_grpc && outcome.ending == Ending::RefusedStream);
         let at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
-        let by_method = match &self.settings {
-            Some(settings) => settings.methods.allow(tried.method, tried.idempotency_key),
-            None => is_idempotent(tried.method) || tried.idempotency_key,
-        };
-        let twice_is_safe = outcome.never_reached() || by_method;
+        let twice_is_safe = outcome.never_reached() || attempt.is_repeatable;
 
         if !stale && !unsent && !named {
             return Err(Reason::NotRetryable);
@@ -238,17 +241,17 @@ impl RetryPolicy {
         if outcome.advice() == Advice::No {
             return Err(Reason::Suppressed);
         }
-        if tried.committed {
+        if attempt.is_committed {
             return Err(Reason::Committed);
         }
         let free = (stale || unsent) && !at_most_once;
-        if !free && !self.another_possible(tried.tries) {
+        if !free && !self.another_possible(attempt.attempts) {
             return Err(Reason::MaxTries);
         }
         if !twice_is_safe {
             return Err(Reason::Method);
         }
-        if tried.body == Body::Gone {
+        if attempt.body == Body::Gone {
             return Err(Reason::BodyGone);
         }
         Ok(free)

@@ -40,16 +40,16 @@ fn moment(budget: &RetryBudget) -> Moment<'_> {
     }
 }
 
-fn tried(method: &Method) -> Tried<'_> {
-    Tried {
-        method,
-        grpc: false,
-        idempotency_key: false,
-        tries: 1,
+/// The first attempt of a request without an `Idempotency-Key`, under this policy.
+fn first(policy: &RetryPolicy, method: &Method) -> FailedAttempt {
+    FailedAttempt {
+        is_repeatable: policy.is_repeatable(method, false),
+        is_grpc: false,
+        attempts: 1,
         free_used: false,
         resent: 0,
         body: Body::Untouched,
-        committed: false,
+        is_committed: false,
     }
 }
 
@@ -64,9 +64,14 @@ fn every_outcome() -> impl Iterator<Item = Outcome> {
 }
 
 /// The safety rule written anew, from the standards and not from the code: may this be sent again at all?
-fn may_be_sent_again(policy: &Option<RetrySettings>, tried: &Tried<'_>, outcome: &Outcome) -> bool {
-    let idempotent = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"].contains(&tried.method.as_str())
-        || tried.idempotency_key;
+fn may_be_sent_again(
+    policy: &Option<RetrySettings>,
+    (method, idempotency_key): (&Method, bool),
+    attempt: &FailedAttempt,
+    outcome: &Outcome,
+) -> bool {
+    let idempotent =
+        ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"].contains(&method.as_str()) || idempotency_key;
     let unprocessed = match outcome.ending {
         Ending::Connect(_) | Ending::RefusedStream | Ending::LocalRefusal => true,
         Ending::Reset(reset) => !reset.request_sent,
@@ -75,24 +80,24 @@ fn may_be_sent_again(policy: &Option<RetrySettings>, tried: &Tried<'_>, outcome:
     } || (outcome.advice == Advice::Elsewhere
         && !matches!(outcome.ending, Ending::Http(_)));
     let stale = matches!(outcome.ending, Ending::Reset(r) if r.reused && !r.response_begun);
-    let unsent = tried.resent < 2
+    let unsent = attempt.resent < 2
         && match outcome.ending {
             Ending::RefusedStream => true,
             Ending::Reset(reset) => !reset.request_sent && !stale,
             _ => false,
         };
-    let on_request = !tried.committed && tried.body != Body::Gone && outcome.advice != Advice::No;
+    let on_request = !attempt.is_committed && attempt.body != Body::Gone && outcome.advice != Advice::No;
     on_request
         && match policy {
-            None => unsent || (stale && !tried.free_used && (idempotent || unprocessed)),
+            None => unsent || (stale && !attempt.free_used && (idempotent || unprocessed)),
             Some(settings) => {
                 let methods = match &settings.methods {
                     Methods::All => true,
                     Methods::Idempotent => idempotent,
-                    Methods::Listed(list) => list.iter().any(|m| m == tried.method.as_str()),
+                    Methods::Listed(list) => list.iter().any(|m| m == method.as_str()),
                 };
                 settings.max > 0
-                    && (tried.tries <= settings.max || unsent || (stale && !tried.free_used))
+                    && (attempt.attempts <= settings.max || unsent || (stale && !attempt.free_used))
                     && (methods || unprocessed)
             }
         }
@@ -121,24 +126,29 @@ fn never_sent_twice_unless_it_may_be() {
         let policy = RetryPolicy::new(settings.clone());
         for (method, body) in METHODS.iter().flat_map(|method| BODIES.map(|body| (method, body))) {
             for bits in 0..32u32 {
-                let tried = Tried {
-                    method,
-                    grpc: bits & 1 > 0,
-                    idempotency_key: bits & 2 > 0,
-                    tries: 1 + (bits & 4) / 2,
+                let idempotency_key = bits & 2 > 0;
+                let attempt = FailedAttempt {
+                    is_repeatable: policy.is_repeatable(method, idempotency_key),
+                    is_grpc: bits & 1 > 0,
+                    attempts: 1 + (bits & 4) / 2,
                     free_used: bits & 8 > 0,
                     resent: bits / 16 * 2,
                     body,
-                    committed: false,
+                    is_committed: false,
                 };
                 for outcome in &outcomes {
-                    for tried in [tried, Tried { committed: true, ..tried }] {
-                        match policy.eligible(&tried, outcome) {
+                    for attempt in [attempt, FailedAttempt { is_committed: true, ..attempt }] {
+                        match policy.eligible(&attempt, outcome) {
                             Ok(_) => {
                                 sent += 1;
                                 assert!(
-                                    may_be_sent_again(&settings, &tried, outcome),
-                                    "{settings:?} {tried:?} {outcome:?}"
+                                    may_be_sent_again(
+                                        &settings,
+                                        (method, idempotency_key),
+                                        &attempt,
+                                        outcome
+                                    ),
+                                    "{settings:?} {method} {attempt:?} {outcome:?}"
                                 );
                             }
                             Err(_) => held += 1,
@@ -152,7 +162,7 @@ fn never_sent_twice_unless_it_may_be() {
     // And the same through the whole decision, for what most need it.
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
     for outcome in outcomes.iter().filter(|outcome| !outcome.never_reached()) {
-        let decision = policy.decide(&tried(&Method::POST), outcome, &moment(&budget));
+        let decision = policy.decide(&first(&policy, &Method::POST), outcome, &moment(&budget));
         assert!(matches!(decision, Decision::Stop(_)), "{outcome:?}");
     }
 }
@@ -161,26 +171,30 @@ fn never_sent_twice_unless_it_may_be() {
 fn what_should_be_retried_is() {
     let budget = rich();
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
-    let retries = |tried: Tried<'_>, outcome| {
-        matches!(policy.decide(&tried, &outcome, &moment(&budget)), Decision::Retry(_))
+    let retries = |attempt: FailedAttempt, outcome| {
+        matches!(policy.decide(&attempt, &outcome, &moment(&budget)), Decision::Retry(_))
     };
+    let (get, post) = (first(&policy, &Method::GET), first(&policy, &Method::POST));
+    let is_repeatable = policy.is_repeatable(&Method::POST, true);
     for code in [502, 503, 504] {
-        assert!(retries(tried(&Method::GET), http(code)));
-        assert!(!retries(tried(&Method::POST), http(code)));
-        assert!(retries(Tried { idempotency_key: true, ..tried(&Method::POST) }, http(code)));
+        assert!(retries(get, http(code)));
+        assert!(!retries(post, http(code)));
+        assert!(retries(FailedAttempt { is_repeatable, ..post }, http(code)));
     }
-    assert!(!retries(tried(&Method::GET), http(500)));
-    assert!(!retries(tried(&Method::GET), http(200)));
-    assert!(retries(tried(&Method::POST), Outcome::new(Ending::RefusedStream)));
+    assert!(!retries(get, http(500)));
+    assert!(!retries(get, http(200)));
+    assert!(retries(post, Outcome::new(Ending::RefusedStream)));
     let elsewhere = Outcome { advice: Advice::Elsewhere, ..http(503) };
-    assert!(retries(tried(&Method::POST), elsewhere));
+    assert!(retries(post, elsewhere));
     let well = Outcome { advice: Advice::Elsewhere, ..http(200) };
-    assert!(!retries(tried(&Method::GET), well), "what went well is not done again, whatever is said");
-    let grpc = Tried { grpc: true, ..tried(&Method::POST) };
+    assert!(!retries(get, well), "what went well is not done again, whatever is said");
+    let grpc = FailedAttempt { is_grpc: true, ..post };
     let unavailable = Outcome::grpc(GrpcStatus::Unavailable, Advice::None, None);
     assert!(!retries(grpc, unavailable));
     let all = RetrySettings { methods: Methods::All, ..RetrySettings::default() };
-    let decision = RetryPolicy::new(Some(all)).decide(&grpc, &unavailable, &moment(&budget));
+    let all = RetryPolicy::new(Some(all));
+    let grpc = FailedAttempt { is_grpc: true, ..first(&all, &Method::POST) };
+    let decision = all.decide(&grpc, &unavailable, &moment(&budget));
     assert!(matches!(decision, Decision::Retry(_)));
 }
 
@@ -188,9 +202,9 @@ fn what_should_be_retried_is() {
 fn every_reason_is_given_where_it_holds() {
     let budget = rich();
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
-    let get = tried(&Method::GET);
-    let reason = |tried: Tried<'_>, outcome: Outcome, moment: Moment<'_>| match policy
-        .decide(&tried, &outcome, &moment)
+    let (get, post) = (first(&policy, &Method::GET), first(&policy, &Method::POST));
+    let reason = |attempt: FailedAttempt, outcome: Outcome, moment: Moment<'_>| match policy
+        .decide(&attempt, &outcome, &moment)
     {
         Decision::Stop(reason) => reason,
         Decision::Retry(retry) => panic!("{retry:?}"),
@@ -199,10 +213,10 @@ fn every_reason_is_given_where_it_holds() {
     assert_eq!(reason(get, http(404), now), Reason::NotRetryable);
     assert_eq!(reason(get, Outcome { advice: Advice::No, ..http(503) }, now), Reason::Suppressed);
     assert_eq!(reason(get, Outcome { advice: Advice::No, ..http(404) }, now), Reason::NotRetryable);
-    assert_eq!(reason(Tried { committed: true, ..get }, http(503), now), Reason::Committed);
-    assert_eq!(reason(Tried { tries: 3, ..get }, http(503), now), Reason::MaxTries);
-    assert_eq!(reason(tried(&Method::POST), http(503), now), Reason::Method);
-    assert_eq!(reason(Tried { body: Body::Gone, ..get }, http(503), now), Reason::BodyGone);
+    assert_eq!(reason(FailedAttempt { is_committed: true, ..get }, http(503), now), Reason::Committed);
+    assert_eq!(reason(FailedAttempt { attempts: 3, ..get }, http(503), now), Reason::MaxTries);
+    assert_eq!(reason(post, http(503), now), Reason::Method);
+    assert_eq!(reason(FailedAttempt { body: Body::Gone, ..get }, http(503), now), Reason::BodyGone);
     let hurry = Moment { time_left: Some(Duration::from_millis(5)), ..now };
     assert_eq!(reason(get, http(503), hurry), Reason::Deadline);
     let asked = Moment { hint: Hint::After(Duration::from_secs(30)), ..now };
@@ -230,17 +244,18 @@ fn the_stale_keep_alive_race_is_mended_once_and_free() {
     let free = Decision::Retry(Retry { wait: Duration::ZERO, free: true });
     for settings in [None, Some(RetrySettings::default())] {
         let policy = RetryPolicy::new(settings);
-        assert_eq!(policy.decide(&tried(&Method::GET), &race(true), &now), free);
-        assert_eq!(policy.decide(&tried(&Method::POST), &race(false), &now), free);
-        let stop = |tried: Tried<'_>, outcome: Outcome| {
-            matches!(policy.decide(&tried, &outcome, &now), Decision::Stop(_))
+        let (get, post) = (first(&policy, &Method::GET), first(&policy, &Method::POST));
+        assert_eq!(policy.decide(&get, &race(true), &now), free);
+        assert_eq!(policy.decide(&post, &race(false), &now), free);
+        let stop = |attempt: FailedAttempt, outcome: Outcome| {
+            matches!(policy.decide(&attempt, &outcome, &now), Decision::Stop(_))
         };
-        assert!(stop(tried(&Method::POST), race(true)));
-        assert!(stop(Tried { free_used: true, ..tried(&Method::GET) }, race(true)));
+        assert!(stop(post, race(true)));
+        assert!(stop(FailedAttempt { free_used: true, ..get }, race(true)));
     }
     let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
     assert_eq!(
-        never.decide(&tried(&Method::GET), &race(false), &now),
+        never.decide(&first(&never, &Method::GET), &race(false), &now),
         Decision::Stop(Reason::MaxTries),
         "max = 0 is at most once, always"
     );
@@ -259,17 +274,18 @@ fn what_was_never_sent_goes_out_again_for_free() {
     let unwritten = Reset { reused: false, request_sent: false, response_begun: false };
     for outcome in [Ending::RefusedStream, Ending::Reset(unwritten)].map(Outcome::new) {
         let off = RetryPolicy::new(None);
+        let post = first(&off, &Method::POST);
         let free = Decision::Retry(Retry { wait: Duration::ZERO, free: true });
         for resent in 0..MOST_RESENT {
-            let tried = Tried { resent, ..tried(&Method::POST) };
-            assert_eq!(off.decide(&tried, &outcome, &now), free, "{outcome:?} {resent}");
+            let attempt = FailedAttempt { resent, ..post };
+            assert_eq!(off.decide(&attempt, &outcome, &now), free, "{outcome:?} {resent}");
         }
-        let spent = Tried { resent: MOST_RESENT, ..tried(&Method::POST) };
+        let spent = FailedAttempt { resent: MOST_RESENT, ..post };
         assert_eq!(off.decide(&spent, &outcome, &now), Decision::Stop(Reason::NotRetryable));
-        let gone = Tried { body: Body::Gone, ..tried(&Method::POST) };
+        let gone = FailedAttempt { body: Body::Gone, ..post };
         assert_eq!(off.decide(&gone, &outcome, &now), Decision::Stop(Reason::BodyGone));
         let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
-        assert!(matches!(never.decide(&tried(&Method::GET), &outcome, &now), Decision::Stop(_)));
+        assert!(matches!(never.decide(&first(&never, &Method::GET), &outcome, &now), Decision::Stop(_)));
     }
 }
 

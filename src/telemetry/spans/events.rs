@@ -5,8 +5,8 @@ use tokio::time::Instant;
 
 use super::Spans;
 use crate::{
-    resilience::classify::Advice,
-    telemetry::record::{Try, Why},
+    resilience::{classify::Advice, retry::AttemptKind},
+    telemetry::record::Try,
 };
 
 impl Spans<'_> {
@@ -19,7 +19,7 @@ impl Spans<'_> {
         };
         let mut before: Option<&Try> = None;
         for one in record.tries.iter() {
-            if let (Some(before), Why::Retry | Why::Reconnect) = (before, one.why) {
+            if let (Some(before), AttemptKind::Retry | AttemptKind::Reconnect) = (before, one.why) {
                 let attributes = vec![
                     KeyValue::new("why", one.why.word()),
                     KeyValue::new("outcome", before.outcome.map_or("cancelled", |outcome| outcome.label())),

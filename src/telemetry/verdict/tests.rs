@@ -33,7 +33,7 @@ fn http(status: u16) -> Ending {
 
 fn with(mut record: Record, tries: &[(&str, Ending)]) -> Record {
     for (number, (endpoint, ending)) in tries.iter().enumerate() {
-        let why = if number == 0 { Why::First } else { Why::Retry };
+        let why = if number == 0 { AttemptKind::First } else { AttemptKind::Retry };
         let mut one =
             Try::new(why, record.context.span, endpoint.parse().unwrap(), Version::HTTP_11, record.started);
         one.outcome = Some(Outcome { ending: *ending, advice: Advice::None });
@@ -79,7 +79,7 @@ fn tries_are_told_as_a_person_would() {
 
     let mut hedged = with(record(200), &[(A, http(200)), (B, http(200))]);
     hedged.tries.get_mut(0).unwrap().outcome = None;
-    hedged.tries.get_mut(1).unwrap().why = Why::Hedge;
+    hedged.tries.get_mut(1).unwrap().why = AttemptKind::Hedge;
     let why = "10.0.0.3:8080 was given up, hedge at 10.0.0.4:8080 answered 200";
     check(&hedged, Kind::Retried, "retried", why);
 

@@ -1,0 +1,495 @@
+//! The attempts of a request at one upstream: performs what [`RetryPlan`] says, until one of them has the response.
+
+use std::{
+    num::NonZeroU64,
+    pin::pin,
+    rc::Rc,
+    time::{Duration, SystemTime},
+};
+
+use http::Version;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::{
+    accept::Side,
+    admission,
+    attempt::{self, AttemptContext, AttemptError, Outgoing, UpstreamResponse},
+    body::{Replay, Replayable},
+    clock::{Clock, TimeLimit},
+    connect,
+    deliver::may_be_failure,
+    error::{Cause, ProxyError},
+    exchange::{AttemptResult, Exchange, RequestState},
+    headers::X_OUTRIGGER_ATTEMPT,
+    interim::Gate,
+};
+use crate::{
+    config::Observed,
+    resilience::{
+        backoff::Hint,
+        breaker::{Permit, Refused},
+        classify::{Advice, Ending, Outcome},
+        deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
+        retry::{
+            Action, AttemptKind, AttemptOutcome, Body as ReplayState, Event, Finish, RequestTraits,
+            RetryPlan, Stop,
+        },
+    },
+    telemetry::{
+        propagation::{Context, Span},
+        record::Try,
+    },
+    upstream::{
+        http1::Told,
+        local::{Probe, Wanted},
+    },
+};
+
+/// An attempt to be made.
+pub(super) struct PlannedAttempt {
+    /// Of its endpoint.
+    pub index: usize,
+    pub permit: Option<Permit>,
+    pub kind: AttemptKind,
+    /// For how long it was held back.
+    pub waited: Duration,
+    /// No attempt can follow it.
+    pub is_last: bool,
+}
+
+/// Where an attempt is recorded.
+pub(super) type AttemptNumber = usize;
+
+/// An attempt under way.
+pub(super) struct StartedAttempt {
+    /// Of its endpoint.
+    pub index: usize,
+    pub permit: Option<Permit>,
+    pub number: AttemptNumber,
+    pub began: Instant,
+}
+
+/// An attempt that is over. With a hedge it may be another one than was started first.
+pub(super) struct FinishedAttempt {
+    pub attempt: StartedAttempt,
+    pub result: Result<Result<UpstreamResponse, AttemptError>, TimeLimit>,
+    pub ended: Instant,
+}
+
+impl StartedAttempt {
+    /// It is over now.
+    pub(super) fn finish(
+        self,
+        result: Result<Result<UpstreamResponse, AttemptError>, TimeLimit>,
+    ) -> FinishedAttempt {
+        FinishedAttempt { attempt: self, result, ended: Instant::now() }
+    }
+
+    /// `is_last`: no attempt can follow, so the head need not be kept.
+    pub(super) fn dispatch(&self, is_last: bool) -> Dispatch {
+        Dispatch { index: self.index, number: self.number, began: self.began, is_last }
+    }
+}
+
+/// What is sent where: an attempt without its permit.
+#[derive(Clone, Copy)]
+pub(super) struct Dispatch {
+    index: usize,
+    number: AttemptNumber,
+    began: Instant,
+    is_last: bool,
+}
+
+/// What there is of the request's body to send again.
+fn body_of(replay: &Replay) -> ReplayState {
+    match replay.replayable() {
+        Replayable::Untouched => ReplayState::Untouched,
+        Replayable::Kept => ReplayState::Replayable,
+        Replayable::Gone => ReplayState::Gone,
+    }
+}
+
+impl Exchange<'_> {
+    /// Makes attempts until one has a response to pass on, or no other may follow.
+    pub(super) async fn run_attempts(&self, state: &mut RequestState) -> Result<AttemptResult, ProxyError> {
+        let progress = self.progress();
+        let traits = RequestTraits {
+            is_repeatable: self.retries.is_repeatable(&state.outgoing.method, self.request.idempotency_key),
+            is_grpc: self.request.grpc,
+            keeps_head: state.outgoing.keep,
+            observes_retries: self.observing(Observed::Retry),
+        };
+        let mut plan = RetryPlan::new(self.retries, self.guards().attempt_limits(), traits, state.first);
+        let mut now = Instant::now();
+        let mut event = Event::Ready { time_left: state.clock.time_left(progress, now) };
+        let (mut permit, mut index) = (None, 0);
+        let mut last: Option<AttemptResult> = None;
+        let mut unavailable: Option<Box<ProxyError>> = None;
+        loop {
+            event = match plan.next(event, now.into_std()) {
+                Action::Admit => match self.permit(now) {
+                    Ok(granted) => {
+                        permit = granted;
+                        Event::Admitted
+                    }
+                    Err(_) if self.observing(Observed::Breaker) => {
+                        self.note_observed_refusal();
+                        Event::Admitted
+                    }
+                    Err(Refused { retry_after }) => {
+                        Event::Refused { retry_after, time_left: state.clock.time_left(progress, now) }
+                    }
+                },
+                Action::AwaitRecovery { until, retry_after } => {
+                    // Boxed, as every path that few requests take: else its size would be every request's.
+                    let admitted = Box::pin(self.await_recovery(until.into(), Refused { retry_after })).await;
+                    now = Instant::now();
+                    match admitted {
+                        Ok(granted) => {
+                            permit = granted;
+                            Event::Admitted
+                        }
+                        Err(Refused { retry_after }) => Event::Refused { retry_after, time_left: None },
+                    }
+                }
+                Action::Pick => match self.pick(&plan, &state.replay) {
+                    Ok(picked) => {
+                        index = picked;
+                        // An early response leaves its attempt reading: during the wait it may have read more than is
+                        // kept.
+                        Event::Picked { has_body: last.is_none() || state.replay.take_over() }
+                    }
+                    Err(error) => {
+                        unavailable = Some(Box::new(error));
+                        Event::Unavailable
+                    }
+                },
+                Action::Send(next) => {
+                    drop(last.take());
+                    self.count_retry(next.kind);
+                    let usual = state
+                        .clock
+                        .divides_clients_deadline()
+                        .then(|| self.guards().watch_usual_latency(now.into_std()).get());
+                    state.clock.begin_attempt(now, next.shares_time, usual.flatten());
+                    let planned = PlannedAttempt {
+                        index,
+                        permit: permit.take(),
+                        kind: next.kind,
+                        waited: next.waited,
+                        is_last: next.is_last,
+                    };
+                    let finished = self.attempt(planned, now, state, &mut plan).await;
+                    index = finished.attempt.index;
+                    let result = self.judge(finished, &state.replay, &state.clock);
+                    let event = match &result {
+                        AttemptResult::Response(response, _)
+                            if !may_be_failure(response.head.status(), response.present) =>
+                        {
+                            Event::Succeeded
+                        }
+                        result => {
+                            now = Instant::now();
+                            self.failure(result, index, &plan, state, now)
+                        }
+                    };
+                    last = Some(result);
+                    event
+                }
+                Action::Wait(wait) => {
+                    sleep(wait).await;
+                    now = Instant::now();
+                    Event::Ready { time_left: state.clock.time_left(progress, now) }
+                }
+                Action::Finish(finish) => {
+                    if last.is_some() && plan.kind() != AttemptKind::First {
+                        // The response may have come before a wait for an attempt that was then not made.
+                        progress.moved();
+                    }
+                    return self.conclude(finish, last, unavailable, &state.clock);
+                }
+                // Of a hedge, which is over with its attempt.
+                Action::PickCopy | Action::SendCopy | Action::AwaitCopies | Action::Settle(_) => {
+                    Event::Unavailable
+                }
+            };
+        }
+    }
+
+    /// What is known of an attempt that may have failed, and what can be done about it.
+    fn failure(
+        &self,
+        result: &AttemptResult,
+        index: usize,
+        plan: &RetryPlan<'_>,
+        state: &mut RequestState,
+        now: Instant,
+    ) -> Event {
+        let (outcome, hint) = match result {
+            AttemptResult::Response(response, outcome) => {
+                (*outcome, Hint::from_headers(response.head.headers(), SystemTime::now()))
+            }
+            AttemptResult::Failed(failed) => (Outcome::new(failed.ending), Hint::None),
+        };
+        let leads_elsewhere =
+            matches!(outcome.ending, Ending::Connect(_)) || outcome.advice() == Advice::Elsewhere;
+        if leads_elsewhere {
+            // Its addresses may have changed before their TTL says so.
+            self.target.local.upstream.shared.refresh();
+        }
+        state.clock.request_sent(self.progress());
+        let failed_endpoints = plan.failed_endpoints();
+        Event::Failed(AttemptOutcome {
+            endpoint: index,
+            outcome,
+            hint,
+            body: body_of(&state.replay),
+            time_left: state.clock.time_left(self.progress(), now),
+            random: self.worker().with_rng(|rng| rng.unit_f64()),
+            is_absent: self.endpoints[index].is_absent(),
+            has_alternative: leads_elsewhere && self.has_alternative(index, failed_endpoints, now),
+            has_sibling: leads_elsewhere && self.has_sibling(index, failed_endpoints),
+        })
+    }
+
+    /// Whether an endpoint that this request has not failed at can be used.
+    fn has_alternative(&self, index: usize, failed: &[usize], now: Instant) -> bool {
+        let mut others = self.endpoints.iter().enumerate();
+        others.any(|(other, endpoint)| {
+            other != index && !failed.contains(&other) && endpoint.is_usable(now.into_std())
+        })
+    }
+
+    /// Whether the endpoint is one of the two addresses of `localhost` and the other one has not been tried. A service
+    /// listens on one of them as a rule; finding out which is no retry.
+    fn has_sibling(&self, index: usize, failed: &[usize]) -> bool {
+        let endpoint = &self.endpoints[index].shared;
+        endpoint.host.is_some()
+            && endpoint.address.ip().is_loopback()
+            && self.endpoints.iter().enumerate().any(|(other, sibling)| {
+                other != index && !failed.contains(&other) && sibling.shared.host == endpoint.host
+            })
+    }
+
+    /// The endpoint of the next attempt.
+    fn pick(&self, plan: &RetryPlan<'_>, replay: &Replay) -> Result<usize, ProxyError> {
+        let probe = if plan.is_repeatable() && replay.is_empty() { Probe::Repeatable } else { Probe::Any };
+        let wanted = Wanted { tried: plan.failed_endpoints(), hash: self.hash, probe: Some(probe) };
+        let origin = self.request.origin;
+        let index = connect::pick(origin.worker, &self.target.local, &self.endpoints, &wanted)?;
+        connect::check_address(origin.view, origin.worker, self.target, self.endpoints[index].address())?;
+        Ok(index)
+    }
+
+    /// The result of the attempts, or why there is none.
+    fn conclude(
+        &self,
+        finish: Finish,
+        last: Option<AttemptResult>,
+        unavailable: Option<Box<ProxyError>>,
+        clock: &Clock,
+    ) -> Result<AttemptResult, ProxyError> {
+        match finish {
+            Finish::Result(Stop::Settled) => {}
+            Finish::Result(Stop::Reason(reason)) => {
+                self.note_stop(reason.word());
+                let upstream = self.name();
+                tracing::debug!(upstream, reason = reason.word(), "no further attempt");
+            }
+            Finish::Result(Stop::BreakerOpen) => {
+                self.guards().counts.rejected.add(Cause::BreakerOpen.word());
+                self.note_stop(Cause::BreakerOpen.word());
+            }
+            Finish::Result(Stop::Observed) => self.guards().counts.retries.add("observed"),
+            Finish::Refused { retry_after } => {
+                self.guards().counts.rejected.add(Cause::BreakerOpen.word());
+                return Err(admission::breaker_open(self.name(), self.guards(), retry_after));
+            }
+            Finish::Expired => {
+                let limit = clock.expired(self.progress(), Instant::now());
+                return Err(limit.unwrap_or(TimeLimit::Whole).unsent(self.name(), "its turn"));
+            }
+            Finish::Unavailable => {}
+        }
+        last.ok_or_else(|| {
+            let bug =
+                || Box::new(ProxyError::new(Cause::Internal, "an attempt was neither made nor refused"));
+            *unavailable.unwrap_or_else(bug)
+        })
+    }
+
+    /// Counts an attempt that is another one of the same request.
+    fn count_retry(&self, kind: AttemptKind) {
+        let word = match kind {
+            AttemptKind::Retry => "sent",
+            AttemptKind::Reconnect => "reconnect",
+            _ => return,
+        };
+        self.guards().counts.retries.add(word);
+    }
+
+    /// No further attempt follows a failure.
+    fn note_stop(&self, reason: &'static str) {
+        self.guards().counts.retries.add(reason);
+        self.progress().note(|record| record.stopped = Some(reason));
+    }
+
+    fn note_observed_refusal(&self) {
+        self.guards().counts.rejected.add(Cause::BreakerOpen.word());
+        let upstream = self.name();
+        tracing::debug!(upstream, "the breaker would have refused this request (observed only)");
+    }
+
+    /// Records that an attempt begins, and names its span to the next hop. Returns also how many there are with it.
+    pub(super) fn begin(
+        &self,
+        planned: PlannedAttempt,
+        now: Instant,
+        outgoing: &mut Outgoing,
+    ) -> (StartedAttempt, u32) {
+        let worker = self.worker();
+        let begun = self.progress().note(|record| {
+            // A request to the service is one span, whatever it takes to reach it.
+            let span = match record.is_inbound() {
+                true => record.context.span,
+                false => worker.with_rng(Span::random),
+            };
+            let shared = &worker.shared;
+            if shared.traces.is_on() {
+                record.context.write(span, &mut outgoing.headers);
+            } else if record.is_inbound()
+                && record.context.parent.is_none()
+                && shared.spent.is_in_use(now.into_std())
+            {
+                // Nobody has named the trace, and the service may pass on no other field: by this its own failing
+                // requests are known to be part of this one. "Not sampled" would silence a service that exports spans.
+                Context { sampled: true, ..record.context }.write(span, &mut outgoing.headers);
+            }
+            let address = self.endpoints[planned.index].address();
+            let mut one = Try::new(planned.kind, span, address, outgoing.version, now);
+            one.tls = self.connections.tls.is_some();
+            one.waited = planned.waited;
+            one.trial = planned.permit.as_ref().is_some_and(Permit::is_trial);
+            (record.tries.push(one), record.tries.made())
+        });
+        let (number, made) = begun.unwrap_or_default();
+        let PlannedAttempt { index, permit, .. } = planned;
+        (StartedAttempt { index, permit, number, began: now }, made)
+    }
+
+    /// The breaker's permit for one attempt; none where there is no breaker.
+    pub(super) fn permit(&self, now: Instant) -> Result<Option<Permit>, Refused> {
+        if self.policy.breaker.is_none() {
+            return Ok(None);
+        }
+        let admission = self.guards().breaker.admit(now.into_std());
+        self.guards().note(self.name(), admission.transition);
+        admission.permit.map(Some)
+    }
+
+    /// Waits until the breaker admits an attempt. It is open because no endpoint was there, and closes as soon as one is.
+    async fn await_recovery(&self, until: Instant, mut refused: Refused) -> Result<Option<Permit>, Refused> {
+        let absence = &self.guards().absence;
+        if let Some(_waiting) = absence.wait() {
+            loop {
+                let changed = absence.changed();
+                match self.permit(Instant::now()) {
+                    Ok(permit) => return Ok(permit),
+                    Err(again) => refused = again,
+                }
+                if !absence.is_absent() || timeout_at(until, changed).await.is_err() {
+                    break;
+                }
+            }
+        }
+        Err(refused)
+    }
+
+    /// One attempt, under the clock; with a second copy where the policy wants one.
+    async fn attempt(
+        &self,
+        planned: PlannedAttempt,
+        now: Instant,
+        state: &mut RequestState,
+        plan: &mut RetryPlan<'_>,
+    ) -> FinishedAttempt {
+        let is_last = planned.is_last;
+        let (started, made) = self.begin(planned, now, &mut state.outgoing);
+        self.tell_next_hop(state.clock.left(now), &mut state.outgoing, made);
+        if let Some(delay) = self.hedge_delay(&state.outgoing, &state.replay, plan.attempts()) {
+            // Boxed, as every path that few requests take.
+            return Box::pin(self.hedged(started, delay, state, plan)).await;
+        }
+        let RequestState { clock, outgoing, replay, .. } = state;
+        let gate = (self.request.expects_continue && !replay.is_empty()).then(Gate::new);
+        let send = pin!(self.send(started.dispatch(is_last), outgoing, replay, gate));
+        let result = clock.run(self.progress(), send).await;
+        started.finish(result)
+    }
+
+    pub(super) fn send<'s>(
+        &'s self,
+        dispatch: Dispatch,
+        outgoing: &'s mut Outgoing,
+        replay: &'s Replay,
+        gate: Option<Rc<Gate>>,
+    ) -> impl Future<Output = Result<UpstreamResponse, AttemptError>> + 's {
+        let Dispatch { index, number, began, is_last } = dispatch;
+        let opened_by = gate.clone();
+        // A stream may be refused after some of the body was sent, and a fallback may take the body over.
+        let (by_http1, keep) = (outgoing.version == Version::HTTP_11, outgoing.keep);
+        let nothing_follows = move |reused| by_http1 && !keep && !self.retries.may_follow(reused);
+        let body = move |reused: bool| {
+            let connected = (!reused).then(Instant::now);
+            self.note_try(number, |one| (one.carried, one.connected) = (true, connected));
+            if nothing_follows(reused) {
+                replay.keep_nothing();
+            }
+            replay.next_try(gate)
+        };
+        let context = AttemptContext {
+            name: self.name(),
+            endpoint: &self.endpoints[index],
+            settings: &self.connections,
+            guards: self.guards(),
+            interim: self.request.interim,
+            gate: opened_by,
+            uploads: !replay.is_empty(),
+            is_last,
+            began,
+        };
+        attempt::send(context, outgoing, body)
+    }
+
+    /// Tells the next hop which attempt this is, and how much time is left.
+    pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
+        let headers = &mut outgoing.headers;
+        // The service hears what its client's sidecar said.
+        let attempt = (*self.request.origin.side != Side::Inbound).then_some(number);
+        if self.request.grpc
+            && let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT))
+        {
+            // Only shortened, never made from `timeout`.
+            headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
+        }
+        // No attempt begins with less than can be told; what the client said must not go on unchanged in any case.
+        let millis = |left| deadline::millis_to_tell(left).unwrap_or(NonZeroU64::MIN);
+        let millis_left = left.filter(|_| !self.request.grpc).map(millis);
+        if outgoing.version == Version::HTTP_2 {
+            if let Some(attempt) = attempt {
+                headers.insert(X_OUTRIGGER_ATTEMPT, attempt.into());
+            }
+            if let Some(millis) = millis_left {
+                headers.insert(REQUEST_TIMEOUT, self.worker().time_told.value(millis));
+            }
+            return;
+        }
+        outgoing.told = Told { attempt, millis_left };
+        if self.request.tells {
+            let said = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
+            for name in said.into_iter().flatten() {
+                headers.remove(name);
+            }
+        }
+    }
+}
