@@ -28,7 +28,7 @@ use outrigger::{
         limit::{Bell, LimitSettings, RequestLimit},
         outlier::{Evidence, OutlierSettings, Outliers},
         rate::{RateKey, RateLimit, RateSettings},
-        retry::{Body, Decision, Moment, RetryPolicy, RetrySettings, Tried},
+        retry::{Body, Decision, FailedAttempt, Moment, RetryPolicy, RetrySettings},
     },
     rng::Rng,
     units::Ratio,
@@ -42,16 +42,15 @@ fn retry(c: &mut Criterion) {
     // One that never runs dry, so that every round decides the same.
     let settings =
         BudgetSettings { ratio: Ratio::constant(1.0), min_per_second: 1000, ..BudgetSettings::default() };
-    let (budget, method, begin) = (RetryBudget::new(settings), Method::GET, Instant::now());
-    let tried = Tried {
-        method: &method,
-        grpc: false,
-        idempotency_key: false,
-        tries: 1,
+    let (budget, begin) = (RetryBudget::new(settings), Instant::now());
+    let tried = FailedAttempt {
+        is_repeatable: policy.is_repeatable(&Method::GET, false),
+        is_grpc: false,
+        attempts: 1,
         free_used: false,
         resent: 0,
         body: Body::Untouched,
-        committed: false,
+        is_committed: false,
     };
     let mut group = c.benchmark_group("retry");
     for (name, status) in [("a good answer", StatusCode::OK), ("a 503", StatusCode::SERVICE_UNAVAILABLE)] {

@@ -132,7 +132,7 @@ async fn wait_for_place(guards: &Arc<Guards>, deadline: Option<Instant>) -> Resu
     .await
 }
 
-/// A ticket that is settled however the wait ends, so that no place is lost with a caller who left.
+/// A ticket that is settled however the wait ends, so that no permit is lost with a client that left.
 struct Queued<'a> {
     guards: &'a Arc<Guards>,
     ticket: Option<crate::resilience::limit::Ticket>,
@@ -156,7 +156,7 @@ impl Drop for Queued<'_> {
     }
 }
 
-/// Rehearses failures: delays the call, refuses it, or both.
+/// Rehearses failures: delays the request, refuses it, or both.
 async fn inject(
     worker: &Worker,
     policy: &Policy,

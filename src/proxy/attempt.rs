@@ -81,7 +81,7 @@ impl Outgoing {
         Head { method, target, raw_target, fields, spelling, told: self.told }
     }
 
-    /// As HTTP/2 sends it. `last`: no try can follow this one, and nothing is left of it.
+    /// As HTTP/2 sends it. `last`: no attempt can follow this one, and nothing is left of it.
     fn request(&mut self, last: bool) -> Request<()> {
         let headers = if last { std::mem::take(&mut self.headers) } else { self.headers.clone() };
         let mut request = Request::new(());
@@ -112,8 +112,8 @@ pub struct AttemptContext<'a> {
     pub began: Instant,
 }
 
-/// Sends a request to an endpoint. `body` makes its body once there is a connection, and is told whether that has been
-/// used before.
+/// Sends a request to an endpoint. `body` makes its body once there is a connection; its argument: that has been used
+/// before.
 pub async fn send(
     context: AttemptContext<'_>,
     outgoing: &mut Outgoing,
@@ -239,7 +239,7 @@ fn classify(
     AttemptError { counted: is_counted(error, lease), ..AttemptError::new(Ending::Reset(reset), told) }
 }
 
-/// Whether an error is the loss of a connection that another call on it has told of. Ask once a try.
+/// Whether an error is the loss of a connection that another request on it has reported. Ask once for each attempt.
 pub fn is_counted(error: &AnswerError, lease: &Lease) -> bool {
     let one_stream_only = error.h2().is_some_and(h2::Error::is_reset);
     !one_stream_only && lease.loss().is_some_and(|loss| loss.weigh(Health::Failure) == Health::Neutral)

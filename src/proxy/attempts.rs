@@ -1,7 +1,6 @@
 //! The attempts of a request at one upstream: performs what [`RetryPlan`] says, until one of them has the response.
 
 use std::{
-    num::NonZeroU64,
     pin::pin,
     rc::Rc,
     time::{Duration, SystemTime},
@@ -11,7 +10,6 @@ use http::Version;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
-    accept::Side,
     admission,
     attempt::{self, AttemptContext, AttemptError, Outgoing, UpstreamResponse},
     body::{Replay, Replayable},
@@ -20,7 +18,6 @@ use super::{
     deliver::may_be_failure,
     error::{Cause, ProxyError},
     exchange::{AttemptResult, Exchange, RequestState},
-    headers::X_OUTRIGGER_ATTEMPT,
     interim::Gate,
 };
 use crate::{
@@ -29,20 +26,12 @@ use crate::{
         backoff::Hint,
         breaker::{Permit, Refused},
         classify::{Advice, Ending, Outcome},
-        deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
         retry::{
             Action, AttemptKind, AttemptOutcome, Body as ReplayState, Event, Finish, RequestTraits,
             RetryPlan, Stop,
         },
     },
-    telemetry::{
-        propagation::{Context, Span},
-        record::Try,
-    },
-    upstream::{
-        http1::Told,
-        local::{Probe, Wanted},
-    },
+    upstream::local::{Probe, Wanted},
 };
 
 /// An attempt to be made.
@@ -127,7 +116,7 @@ impl Exchange<'_> {
         let mut unavailable: Option<Box<ProxyError>> = None;
         loop {
             event = match plan.next(event, now.into_std()) {
-                Action::Admit => match self.permit(now) {
+                Action::Admit => match self.admit(plan.kind(), now) {
                     Ok(granted) => {
                         permit = granted;
                         Event::Admitted
@@ -340,41 +329,12 @@ impl Exchange<'_> {
         tracing::debug!(upstream, "the breaker would have refused this request (observed only)");
     }
 
-    /// Records that an attempt begins, and names its span to the next hop. Returns also how many there are with it.
-    pub(super) fn begin(
-        &self,
-        planned: PlannedAttempt,
-        now: Instant,
-        outgoing: &mut Outgoing,
-    ) -> (StartedAttempt, u32) {
-        let worker = self.worker();
-        let begun = self.progress().note(|record| {
-            // A request to the service is one span, whatever it takes to reach it.
-            let span = match record.is_inbound() {
-                true => record.context.span,
-                false => worker.with_rng(Span::random),
-            };
-            let shared = &worker.shared;
-            if shared.traces.is_on() {
-                record.context.write(span, &mut outgoing.headers);
-            } else if record.is_inbound()
-                && record.context.parent.is_none()
-                && shared.spent.is_in_use(now.into_std())
-            {
-                // Nobody has named the trace, and the service may pass on no other field: by this its own failing
-                // requests are known to be part of this one. "Not sampled" would silence a service that exports spans.
-                Context { sampled: true, ..record.context }.write(span, &mut outgoing.headers);
-            }
-            let address = self.endpoints[planned.index].address();
-            let mut one = Try::new(planned.kind, span, address, outgoing.version, now);
-            one.tls = self.connections.tls.is_some();
-            one.waited = planned.waited;
-            one.trial = planned.permit.as_ref().is_some_and(Permit::is_trial);
-            (record.tries.push(one), record.tries.made())
-        });
-        let (number, made) = begun.unwrap_or_default();
-        let PlannedAttempt { index, permit, .. } = planned;
-        (StartedAttempt { index, permit, number, began: now }, made)
+    /// Asks the breaker for an attempt that was decided on.
+    fn admit(&self, kind: AttemptKind, now: Instant) -> Result<Option<Permit>, Refused> {
+        if kind == AttemptKind::NextEndpoint {
+            self.guards().counts.retries.add(kind.word());
+        }
+        self.permit(now)
     }
 
     /// The breaker's permit for one attempt; none where there is no breaker.
@@ -459,37 +419,5 @@ impl Exchange<'_> {
             began,
         };
         attempt::send(context, outgoing, body)
-    }
-
-    /// Tells the next hop which attempt this is, and how much time is left.
-    pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
-        let headers = &mut outgoing.headers;
-        // The service hears what its client's sidecar said.
-        let attempt = (*self.request.origin.side != Side::Inbound).then_some(number);
-        if self.request.grpc
-            && let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT))
-        {
-            // Only shortened, never made from `timeout`.
-            headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
-        }
-        // No attempt begins with less than can be told; what the client said must not go on unchanged in any case.
-        let millis = |left| deadline::millis_to_tell(left).unwrap_or(NonZeroU64::MIN);
-        let millis_left = left.filter(|_| !self.request.grpc).map(millis);
-        if outgoing.version == Version::HTTP_2 {
-            if let Some(attempt) = attempt {
-                headers.insert(X_OUTRIGGER_ATTEMPT, attempt.into());
-            }
-            if let Some(millis) = millis_left {
-                headers.insert(REQUEST_TIMEOUT, self.worker().time_told.value(millis));
-            }
-            return;
-        }
-        outgoing.told = Told { attempt, millis_left };
-        if self.request.tells {
-            let said = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
-            for name in said.into_iter().flatten() {
-                headers.remove(name);
-            }
-        }
     }
 }

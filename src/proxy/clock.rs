@@ -64,7 +64,7 @@ impl TimeLimit {
 pub struct WaitLimit(Option<(Instant, TimeLimit)>);
 
 impl WaitLimit {
-    /// As long as the caller waits for an answer.
+    /// As long as the client waits for a response.
     pub fn callers(deadline: Deadline) -> Self {
         let at = deadline.at().map(|(at, limit)| (at.into(), TimeLimit::Limit(limit)));
         Self(at)
@@ -88,10 +88,10 @@ pub struct Clock {
     deadline: Deadline,
     timeout: Option<Duration>,
     attempt_timeout: AttemptTimeout,
-    /// The limit of the try under way, once its clock runs.
+    /// The limit of the attempt under way, once its clock runs.
     this_attempt: Option<Option<(Instant, Limit)>>,
     attempt_began: Instant,
-    /// Another try may follow the one under way.
+    /// Another attempt may follow the one under way.
     more: bool,
     /// The latency that the upstream's responses rarely exceed, in microseconds; 0 where it is not known. Small, as every
     /// request has room for it.
@@ -119,7 +119,7 @@ impl Clock {
         }
     }
 
-    /// For another upstream that is asked after the first one: a time of its own; the caller's deadline stays.
+    /// For the fallback's upstream: a time of its own; the client's deadline stays.
     pub fn afresh(
         &self,
         (timeout, attempt): (Option<Duration>, AttemptTimeout),
@@ -138,7 +138,7 @@ impl Clock {
         self.attempt_timeout == AttemptTimeout::Auto && self.deadline.callers().is_some()
     }
 
-    /// A try begins; `more`: another may follow it. `usual`: see [`Deadline::attempt`].
+    /// An attempt begins; `more`: another may follow it. `usual`: see [`Deadline::attempt`].
     pub fn begin_attempt(&mut self, now: Instant, more: bool, usual: Option<Duration>) {
         self.attempt_began = now;
         self.usual_micros =
@@ -148,7 +148,7 @@ impl Clock {
         self.look_at = self.attempt_began;
     }
 
-    /// What is left of the call, to be told to the next hop; `None` = no limit.
+    /// How much time is left, for the next hop; `None` = no limit.
     pub fn left(&self, now: Instant) -> Option<Duration> {
         match (self.deadline.left(now.into_std()), self.timeout) {
             // Before the body is sent our own clock stands still: all of it is left.
@@ -161,7 +161,7 @@ impl Clock {
         &self.deadline
     }
 
-    /// Until when the call may wait before its first try.
+    /// Until when the request may wait before its first attempt.
     pub fn until(&self, progress: &Progress) -> WaitLimit {
         let limit = self.deadline.at().map(|(at, limit)| (Instant::from_std(at), TimeLimit::Limit(limit)));
         let whole = progress.over_at().map(|at| (at, TimeLimit::Whole));
@@ -173,14 +173,14 @@ impl Clock {
         self.until(progress).0.map(|(at, _)| at.saturating_duration_since(now))
     }
 
-    /// Whether less is left than the next hop can be told of: then a try is not worth sending.
+    /// The limit that leaves less time than the next hop can be told of: then an attempt is not worth sending.
     pub fn expired(&self, progress: &Progress, now: Instant) -> Option<TimeLimit> {
         let (at, time_limit) = self.until(progress).0?;
         let left = at.saturating_duration_since(now);
         deadline::millis_to_tell(left).is_none().then_some(time_limit)
     }
 
-    /// Starts the clock of the call where the request has been sent.
+    /// Starts the request's clock where the request has been sent.
     pub fn request_sent(&mut self, progress: &Progress) {
         if let Some(sent) = progress.request_sent_at() {
             self.deadline.start(sent.into_std(), self.timeout);

@@ -31,6 +31,7 @@ mod hedged;
 mod interim;
 pub mod io;
 mod judge;
+mod next_hop;
 mod opaque;
 pub mod origin;
 pub mod progress;

@@ -1,4 +1,4 @@
-//! The decision after a failed try.
+//! The decision after a failed attempt.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use super::{
 /// What there is of the request's body to send again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// Nothing of it was taken from the caller yet, or there is none.
+    /// Nothing of it was read from the client yet, or there is none.
     Untouched,
     /// All that was taken so far was kept.
     Replayable,
@@ -41,24 +41,24 @@ pub struct FailedAttempt {
     pub is_committed: bool,
 }
 
-/// What follows a failed try.
+/// What follows a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     Retry(Retry),
     Stop(Reason),
 }
 
-/// A further try, at another endpoint where there is one.
+/// A further attempt, at another endpoint where there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     /// How long to wait before it.
     pub wait: Duration,
-    /// It mends a race of our own pool, or follows one that counts as never sent; so it costs neither a try nor budget and
+    /// It mends a race of our own pool, or follows one that counts as never sent; so it costs neither an attempt nor budget and
     /// waits for nothing. Once a request, or [`MOST_RESENT`] times.
     pub free: bool,
 }
 
-/// Why there is no further try: `outcome` in `outrigger_retries_total`, spans and the access log.
+/// Why there is no further attempt: `outcome` in `outrigger_retries_total`, spans and the access log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// `retry.on` does not name what happened, or retries are off.
@@ -72,7 +72,7 @@ pub enum Reason {
     Method,
     /// The body was too large to keep.
     BodyGone,
-    /// No time is left for the wait and a try.
+    /// No time is left for the wait and an attempt.
     Deadline,
     /// `Retry-After` or gRPC push-back is longer than the time left.
     RetryAfter,
@@ -102,7 +102,7 @@ impl Reason {
 #[derive(Clone, Copy, Debug)]
 pub struct Moment<'a> {
     pub now: Instant,
-    /// Of the call's deadline; `None` = it has none.
+    /// Of the request's deadline; `None` = it has none.
     pub time_left: Option<Duration>,
     pub hint: Hint,
     /// From 0 to 1, drawn for this decision.
@@ -145,7 +145,7 @@ impl RetryPolicy {
         }
     }
 
-    /// Whether any try could follow one whose request has begun to be sent by HTTP/1.1. `reused`: its connection has
+    /// Whether any attempt could follow one whose request has begun to be sent by HTTP/1.1. `reused`: its connection has
     /// carried a request before.
     pub fn may_follow(&self, reused: bool) -> bool {
         match &self.settings {
@@ -155,12 +155,12 @@ impl RetryPolicy {
         }
     }
 
-    /// Whether a failure of the n-th try (from 1) could be followed by another, as far as the count goes.
+    /// Whether a failure of the n-th attempt (from 1) could be followed by another, as far as the count goes.
     pub fn another_possible(&self, tries: u32) -> bool {
         self.settings.as_ref().is_some_and(|settings| tries <= settings.max)
     }
 
-    /// How long all waits before further tries can take together: so long a call may wait for an upstream that is
+    /// How long all waits before further attempts can take together: so long a request may wait for an upstream that is
     /// not there.
     pub fn patience(&self) -> Duration {
         let Some(settings) = &self.settings else { return Duration::ZERO };
@@ -219,13 +219,13 @@ impl RetryPolicy {
             Wait::Forbidden => Decision::Stop(Reason::Pushback),
             Wait::TooLong if moment.hint == Hint::None => Decision::Stop(Reason::Deadline),
             Wait::TooLong => Decision::Stop(Reason::RetryAfter),
-            // Last, so that nothing is spent on a try that isn't sent.
+            // Last, so that nothing is spent on an attempt that is not sent.
             Wait::For(_) if !moment.budget.withdraw(moment.now) => Decision::Stop(Reason::Budget),
             Wait::For(wait) => Decision::Retry(Retry { wait, free }),
         }
     }
 
-    /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free try.
+    /// What the request and the failure allow, whatever the time and the budget; `Ok(true)` = a free attempt.
     pub(super) fn eligible(&self, attempt: &FailedAttempt, outcome: &Outcome) -> Result<bool, Reason> {
         let stale = is_stale(outcome) && !attempt.free_used;
         let unsent = outcome.is_unsent() && attempt.resent < MOST_RESENT;

@@ -15,15 +15,16 @@ use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 use super::{
     super::{
         super::{
-            backoff::BackoffSettings,
+            backoff::{BackoffSettings, Hint},
             breaker::{Breaker, BreakerSettings, Growing, Permit},
-            budget::BudgetSettings,
-            classify::{ConnectFailure, Reset},
+            budget::{BudgetSettings, RetryBudget},
+            classify::{ConnectFailure, Outcome, Reset},
             hedge::{self, HedgeAfter, HedgeSettings},
             outlier::{EndpointHealth, Evidence, OutlierSettings, Outliers},
-            rate::{RateKey, RateSettings},
+            rate::{RateKey, RateLimit, RateSettings},
         },
         Methods, RetrySettings,
+        decide::Body,
     },
     *,
 };
