@@ -42,16 +42,15 @@ fn retry(c: &mut Criterion) {
     // A budget that is never exhausted, so that every round decides the same.
     let settings =
         BudgetSettings { ratio: Ratio::constant(1.0), min_per_second: 1000, ..BudgetSettings::default() };
-    let (budget, method, begin) = (RetryBudget::new(settings), Method::GET, Instant::now());
+    let (budget, begin) = (RetryBudget::new(settings), Instant::now());
     let tried = FailedAttempt {
-        method: &method,
-        grpc: false,
-        idempotency_key: false,
+        is_repeatable: policy.is_repeatable(&Method::GET, false),
+        is_grpc: false,
         attempts: 1,
         free_retry_used: false,
         resends: 0,
         body: BodyState::Unread,
-        committed: false,
+        is_committed: false,
     };
     let mut group = c.benchmark_group("retry");
     for (name, status) in [("a good answer", StatusCode::OK), ("a 503", StatusCode::SERVICE_UNAVAILABLE)] {

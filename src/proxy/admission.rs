@@ -1,4 +1,4 @@
-//! Whether a call may go to its upstream at all: rate limit, places in flight, injected faults.
+//! Whether a request may go to its upstream at all: rate limit, requests in flight, injected faults.
 
 use std::{
     future::{Future, poll_fn},
@@ -7,14 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{sleep, sleep_until};
 
-use super::{clock::Until, connection::Connection, error::ProxyError};
+use super::{clock::WaitLimit, error::ProxyError, origin::Origin, target::RouteTarget, worker::Worker};
 use crate::{
     cause::Cause,
     config::{ObservablePolicy, Policy},
-    model::{LocalCluster, View},
     resilience::{
         limit::{LimitRefusal, LimitSettings},
         observe::enforce,
@@ -23,25 +22,25 @@ use crate::{
     upstream::guards::{Guards, QueuedWaker, RequestPermit},
 };
 
-/// Lets a call in, or says why not. `until`: how long the call may wait at all.
+/// Admits a request to its upstream, or says why not. `until`: how long the request may wait at all.
 pub async fn admit(
-    connection: &Connection,
-    view: &View,
-    local: &LocalCluster,
+    origin: &Origin<'_>,
+    target: &RouteTarget,
     policy: &Policy,
-    rate: Option<&Arc<RateLimit>>,
     headers: &HeaderMap,
-    until: Until,
+    until: WaitLimit,
 ) -> Result<Option<RequestPermit>, ProxyError> {
+    let local = &target.local;
     let guards = &local.upstream.shared.guards;
     let name = &local.cluster.settings.name;
-    let observing = |policy| view.snapshot.config.runtime.observe.contains(&policy);
+    let observing = |policy| origin.view.snapshot.config.runtime.observe.contains(&policy);
     let note = |error: &ProxyError| {
         guards.counters.rejected.increment(error.cause.word());
         tracing::debug!(upstream = name, %error, "refused");
     };
+    let rate = target.matched.cluster.rate_limit(target.route);
     if let (Some(settings), Some(rate)) = (&policy.rate_limit.0, rate) {
-        let taken = take_rate(settings, rate, connection, headers, name);
+        let taken = take_rate(settings, rate, origin.peer, headers, name);
         enforce(taken, observing(ObservablePolicy::RateLimit), note)?;
     }
     let mut place = None;
@@ -51,7 +50,7 @@ pub async fn admit(
     }
     if policy.fault.0.is_some() {
         enforce(
-            inject(connection, policy, name, observing(ObservablePolicy::Fault), until).await,
+            inject(origin.worker, policy, name, observing(ObservablePolicy::Fault), until).await,
             observing(ObservablePolicy::Fault),
             note,
         )?;
@@ -62,13 +61,13 @@ pub async fn admit(
 fn take_rate(
     settings: &RateSettings,
     rate: &RateLimit,
-    connection: &Connection,
+    peer: &HeaderValue,
     headers: &HeaderMap,
     name: &str,
 ) -> Result<(), ProxyError> {
     let key = match &settings.per {
         RateKey::Upstream => &b""[..],
-        RateKey::Peer => connection.peer.as_bytes(),
+        RateKey::Peer => peer.as_bytes(),
         RateKey::Header(header) => headers.get(header).map_or(&b""[..], |value| value.as_bytes()),
     };
     rate.admit(key, Instant::now()).map_err(|wait| {
@@ -112,8 +111,8 @@ async fn wait_for_place(
     let mut patience = None;
     poll_fn(|cx| {
         let Some(ticket) = &mut waiting else {
-            let bell = QueuedWaker(cx.waker().clone());
-            let ticket = match guards.requests.enqueue(Instant::now(), deadline, bell) {
+            let waker = QueuedWaker(cx.waker().clone());
+            let ticket = match guards.requests.enqueue(Instant::now(), deadline, waker) {
                 Ok(ticket) => ticket,
                 Err(full) => return Poll::Ready(Err(full)),
             };
@@ -137,7 +136,7 @@ async fn wait_for_place(
     .await
 }
 
-/// A ticket that is settled however the wait ends, so that no place is lost with a caller who left.
+/// A ticket that is settled however the wait ends, so that no permit is lost with a client that left.
 struct Queued<'a> {
     guards: &'a Arc<Guards>,
     ticket: Option<crate::resilience::limit::QueueTicket>,
@@ -161,19 +160,19 @@ impl Drop for Queued<'_> {
     }
 }
 
-/// Rehearses failures: delays the call, refuses it, or both.
+/// Rehearses failures: delays the request, refuses it, or both.
 async fn inject(
-    connection: &Connection,
+    worker: &Worker,
     policy: &Policy,
     name: &str,
     observing: bool,
-    until: Until,
+    until: WaitLimit,
 ) -> Result<(), ProxyError> {
     let Some(settings) = &policy.fault.0 else { return Ok(()) };
-    let fault = connection.worker.with_rng(|rng| settings.decide(rng.unit_f64(), rng.unit_f64()));
+    let fault = worker.with_rng(|rng| settings.decide(rng.unit_f64(), rng.unit_f64()));
     if let Some(delay) = fault.delay.filter(|_| !observing) {
         let waited = Box::pin(until.wait(sleep(delay))).await;
-        waited.map_err(|ran_out| ran_out.unsent(name, "the delay that `fault` injects"))?;
+        waited.map_err(|time_limit| time_limit.unsent(name, "the delay that `fault` injects"))?;
     }
     match fault.abort.and_then(|status| StatusCode::from_u16(status).ok()) {
         Some(status) => {

@@ -1,4 +1,4 @@
-//! One try: a connection, the request, the response's head.
+//! One attempt: a connection, the request, the head of the response.
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
@@ -28,7 +28,7 @@ use crate::{
     },
 };
 
-/// What a try sends, beside the body.
+/// What an attempt sends, beside the body.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
     pub method: Method,
@@ -36,40 +36,40 @@ pub struct Outgoing {
     /// `HTTP_11` or `HTTP_2`.
     pub version: Version,
     pub headers: HeaderMap,
-    /// Has the caller's spelling of header names for a service that insists, and a target that `uri` cannot hold.
+    /// Has the client's spelling of header names for a service that insists, and a target that `uri` cannot hold.
     pub extensions: http::Extensions,
-    /// Another upstream may have to be asked after all tries.
+    /// A fallback may send it to another upstream after all attempts.
     pub keep: bool,
-    pub told: AttemptFields,
+    pub attempt_fields: AttemptFields,
 }
 
 /// A response's head, with what is held until its body, which comes by the lease, has ended.
 #[derive(Debug)]
-pub struct Answer {
-    pub response: Response<()>,
-    /// What its head has.
+pub struct UpstreamResponse {
+    pub head: Response<()>,
+    /// Which fields the head has.
     pub present: FieldSet,
     pub lease: Lease,
     pub held: RequestResources,
 }
 
-/// A try without a response.
+/// An attempt without a response.
 #[derive(Debug)]
-pub struct Failed {
+pub struct AttemptError {
     pub ending: OutcomeKind,
     pub error: ProxyError,
-    /// Its connection was lost with others on it, and one of those has been counted already.
+    /// Its connection was lost with other requests on it, and one of those has been counted already.
     pub counted: bool,
 }
 
-impl Failed {
+impl AttemptError {
     pub fn new(ending: OutcomeKind, error: ProxyError) -> Self {
         Self { ending, error, counted: false }
     }
 }
 
 impl Outgoing {
-    /// The host that the caller asked for.
+    /// The host that the client asked for.
     pub fn host(&self) -> Option<&str> {
         let of_uri = self.uri.authority().map(Authority::as_str);
         of_uri.or_else(|| self.headers.get(HOST)?.to_str().ok())
@@ -79,10 +79,10 @@ impl Outgoing {
     fn borrow(&self) -> OutgoingHead<'_> {
         let (spelling, raw_target) = (self.extensions.get(), self.extensions.get());
         let (method, target, fields) = (&self.method, &self.uri, &self.headers);
-        OutgoingHead { method, target, raw_target, fields, spelling, attempt_fields: self.told }
+        OutgoingHead { method, target, raw_target, fields, spelling, attempt_fields: self.attempt_fields }
     }
 
-    /// As HTTP/2 sends it. `last`: no try can follow this one, and nothing is left of it.
+    /// As HTTP/2 sends it. `last`: no attempt can follow this one, and nothing is left of it.
     fn request(&mut self, last: bool) -> Request<()> {
         let headers = if last { std::mem::take(&mut self.headers) } else { self.headers.clone() };
         let mut request = Request::new(());
@@ -95,31 +95,32 @@ impl Outgoing {
     }
 }
 
-/// What a try is made with.
-pub struct Means<'a> {
+/// What an attempt is made with.
+pub struct AttemptContext<'a> {
     pub name: &'a str,
     pub endpoint: &'a Rc<LocalEndpoint>,
     pub settings: &'a ConnectionSettings,
     pub guards: &'a Arc<Guards>,
-    /// Who is told of interim answers.
+    /// Takes interim responses for the client.
     pub interim: Option<&'a InterimQueue>,
     /// Holds the body back until the endpoint has said `100 Continue`.
     pub gate: Option<Rc<ContinueGate>>,
     /// The request has a body.
     pub uploads: bool,
+    /// No attempt can follow this one, so the head need not be kept. Heeded once there is a connection: an endpoint that
+    /// cannot be reached is never the last.
+    pub is_last: bool,
+    pub began: Instant,
 }
 
-/// Sends a request to an endpoint. `body` makes its body once there is a connection, and is told whether that has been
-/// used before. `last`: no try can follow this one. Only said to a connection that there is, as nobody who cannot be
-/// reached is ever the last to be tried.
+/// Sends a request to an endpoint. `body` makes its body once there is a connection; its argument: that has been used
+/// before.
 pub async fn send(
-    means: Means<'_>,
+    context: AttemptContext<'_>,
     outgoing: &mut Outgoing,
-    last: bool,
-    began: Instant,
     body: impl FnOnce(bool) -> RequestBody,
-) -> Result<Answer, Failed> {
-    let Means { name, endpoint, settings, guards, interim, gate, uploads } = means;
+) -> Result<UpstreamResponse, AttemptError> {
+    let AttemptContext { name, endpoint, settings, guards, interim, gate, uploads, is_last, began } = context;
     let in_flight = endpoint.start_request(began.into_std());
     let lease = match outgoing.version {
         Version::HTTP_2 => Http2Pool::stream(endpoint, settings, guards, uploads).await,
@@ -129,7 +130,7 @@ pub async fn send(
         if let ConnectError::LocalResource { .. } = error {
             guards.counters.rejected.increment(Cause::LocalResource.word());
         }
-        Failed::new(connect_ending(&error), connect_error(name, &error))
+        AttemptError::new(connect_ending(&error), connect_error(name, &error))
     })?;
     let stale = lease.is_reused();
     let body = body(stale);
@@ -147,8 +148,8 @@ pub async fn send(
             answered.map_err(|error| (error.into(), !lease.has_sent_bytes()))
         }
         Lease::H2 { stream, .. } => {
-            // Boxed: else each request over HTTP/1 would hold room for it.
-            let answered = Box::pin(stream.send(outgoing.request(last), body)).await;
+            // Boxed: otherwise the future of each HTTP/1 request would be as large.
+            let answered = Box::pin(stream.send(outgoing.request(is_last), body)).await;
             answered
                 .map(|response| (FieldSet::of(response.headers()), response))
                 .map_err(|failed| (ResponseError::from(failed.error), failed.is_unsent))
@@ -157,8 +158,8 @@ pub async fn send(
     match answered {
         Ok((present, response)) => {
             in_flight.response_started();
-            Ok(Answer {
-                response,
+            Ok(UpstreamResponse {
+                head: response,
                 present,
                 lease,
                 held: RequestResources { in_flight, upload: sent, permit: None, grpc: None },
@@ -197,25 +198,25 @@ fn classify(
     unsent: bool,
     stale: bool,
     lease: &Lease,
-) -> Failed {
+) -> AttemptError {
     // With TLS 1.3 the endpoint looks at our certificate when we believe the handshake to be done.
     let refuses_this_alone = lease.has_received_bytes() || error.h2().is_some_and(h2::Error::is_reset);
     if !refuses_this_alone
         && let Some(at) = lease.peer_verification().and_then(PeerVerification::client_certificate_expired_at)
     {
         let detail = format!("{name}: {address}: {}", own_certificate_expired(at));
-        return Failed::new(OutcomeKind::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
+        return AttemptError::new(OutcomeKind::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
     }
     if let Some(failure) = rejected_after_handshake(error) {
         let detail = format!("{name}: {address}: {failure}");
-        return Failed::new(
+        return AttemptError::new(
             OutcomeKind::Connect(ConnectFailure::Tls),
             ProxyError::new(Cause::TlsFailure, detail),
         );
     }
     if error.is_request_fault() {
-        let told = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
-        return Failed::new(OutcomeKind::ClientError, told);
+        let error = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
+        return AttemptError::new(OutcomeKind::ClientError, error);
     }
     let h2 = error.h2();
     let refused = h2.is_some_and(|h2| {
@@ -224,7 +225,7 @@ fn classify(
     });
     if refused {
         let detail = format!("{name}: {address} refused the stream before it was processed");
-        return Failed::new(OutcomeKind::RefusedStream, ProxyError::new(Cause::Reset, detail));
+        return AttemptError::new(OutcomeKind::RefusedStream, ProxyError::new(Cause::Reset, detail));
     }
     let response_begun = error.is_malformed() || lease.has_received_bytes();
     let request_sent = response_begun || !unsent;
@@ -240,11 +241,14 @@ fn classify(
         }
         _ => "",
     };
-    let told = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
-    Failed { counted: is_counted(error, lease), ..Failed::new(OutcomeKind::Reset(reset), told) }
+    let proxy_error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
+    AttemptError {
+        counted: is_counted(error, lease),
+        ..AttemptError::new(OutcomeKind::Reset(reset), proxy_error)
+    }
 }
 
-/// Whether an error is the loss of a connection that another call on it has told of. Ask once a try.
+/// Whether an error is the loss of a connection that another request on it has reported. Ask once for each attempt.
 pub fn is_counted(error: &ResponseError, lease: &Lease) -> bool {
     let one_stream_only = error.h2().is_some_and(h2::Error::is_reset);
     !one_stream_only && lease.loss().is_some_and(|loss| loss.count_once(Health::Failure) == Health::Neutral)

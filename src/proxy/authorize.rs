@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{
-    clock::Until,
+    clock::WaitLimit,
     connection::Connection,
     error::{Challenge, ProxyError},
     headers,
@@ -213,7 +213,8 @@ async fn wait_for_newer_keys(
 ) -> Result<Option<Arc<KeySet>>, ProxyError> {
     let left = if headers::is_grpc(headers) { grpc_timeout(headers) } else { request_timeout(headers) };
     let deadline = Deadline::from_client(started.into_std(), left);
-    let waited = Box::pin(Until::callers(deadline).wait(users.issuer.wait_for_newer_keys(generation))).await;
+    let waited =
+        Box::pin(WaitLimit::callers(deadline).wait(users.issuer.wait_for_newer_keys(generation))).await;
     waited.map_err(|expired| expired.unsent(&users.expected.issuer, "the keys that tokens are verified with"))
 }
 

@@ -1,6 +1,6 @@
-//! The clocks of a call until response headers (product: `timeout`, `attempt_timeout`, the caller's deadline).
+//! The clocks of a request until response headers: `timeout`, `attempt_timeout`, the client's deadline.
 //!
-//! They need no timer of their own: the task that runs the call wakes it when [`Progress`] says so.
+//! They need no timer of their own: the task that runs the request polls it when [`Progress`] says so.
 
 use std::{
     future::{Future, poll_fn},
@@ -21,9 +21,9 @@ use crate::{
     },
 };
 
-/// What ran out.
+/// Which limit has expired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RanOut {
+pub enum TimeLimit {
     Limit(DeadlineLimit),
     /// Nothing of the request's body moved for `idle_timeout`.
     Upload,
@@ -31,8 +31,8 @@ pub enum RanOut {
     Whole,
 }
 
-impl RanOut {
-    /// What it means for the one who was waited for, what the caller is told, and whose limit it was.
+impl TimeLimit {
+    /// What it means for the endpoint, the cause for the client, and whose limit it was.
     pub fn meaning(self) -> (OutcomeKind, Cause, &'static str) {
         match self {
             Self::Limit(DeadlineLimit::Attempt) => {
@@ -54,21 +54,21 @@ impl RanOut {
         }
     }
 
-    /// The error of a call that ran out of time before anything was sent.
+    /// The error of a request whose time was over before anything was sent.
     pub fn unsent(self, name: &str, waited_for: &str) -> ProxyError {
         let (_, cause, limit) = self.meaning();
         ProxyError::new(cause, format!("{name}: {limit} passed while it waited for {waited_for}"))
     }
 }
 
-/// Until when a call may wait for what comes before its tries, and what ends it then.
+/// Until when a request may wait for what comes before its attempts, and which limit ends it then.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Until(Option<(Instant, RanOut)>);
+pub struct WaitLimit(Option<(Instant, TimeLimit)>);
 
-impl Until {
-    /// As long as the caller waits for an answer.
+impl WaitLimit {
+    /// As long as the client waits for a response.
     pub fn callers(deadline: Deadline) -> Self {
-        let at = deadline.at().map(|(at, limit)| (at.into(), RanOut::Limit(limit)));
+        let at = deadline.at().map(|(at, limit)| (at.into(), TimeLimit::Limit(limit)));
         Self(at)
     }
 
@@ -77,10 +77,10 @@ impl Until {
     }
 
     /// Waits for `work`, but no longer. It has a timer of its own: for what few calls wait for.
-    pub async fn wait<F: Future>(self, work: F) -> Result<F::Output, RanOut> {
+    pub async fn wait<F: Future>(self, work: F) -> Result<F::Output, TimeLimit> {
         match self.0 {
             None => Ok(work.await),
-            Some((at, ran_out)) => timeout_at(at, work).await.map_err(|_| ran_out),
+            Some((at, time_limit)) => timeout_at(at, work).await.map_err(|_| time_limit),
         }
     }
 }
@@ -90,13 +90,13 @@ pub struct Clock {
     deadline: Deadline,
     timeout: Option<Duration>,
     attempt_timeout: AttemptTimeout,
-    /// The limit of the try under way, once its clock runs.
-    this_try: Option<Option<(Instant, DeadlineLimit)>>,
-    try_began: Instant,
-    /// Another try may follow the one under way.
+    /// The limit of the attempt under way, once its clock runs.
+    this_attempt: Option<Option<(Instant, DeadlineLimit)>>,
+    attempt_began: Instant,
+    /// Another attempt may follow the one under way.
     more: bool,
-    /// The latency that the upstream's responses rarely exceed, in microseconds; 0 where it is not known. Small, as every
-    /// request has room for it.
+    /// The latency that the upstream's responses rarely exceed, in microseconds; 0 where it is not known. Small, as each
+    /// request stores it.
     usual_micros: u32,
     /// When to look again whether the body has been sent.
     look_at: Instant,
@@ -113,15 +113,15 @@ impl Clock {
             deadline,
             timeout,
             attempt_timeout,
-            this_try: None,
-            try_began: now,
+            this_attempt: None,
+            attempt_began: now,
             more: false,
             usual_micros: 0,
             look_at: now,
         }
     }
 
-    /// For another upstream that is asked after the first one: a time of its own; the caller's deadline stays.
+    /// For the fallback's upstream: a time of its own; the client's deadline stays.
     pub fn afresh(
         &self,
         (timeout, attempt): (Option<Duration>, AttemptTimeout),
@@ -140,17 +140,17 @@ impl Clock {
         self.attempt_timeout == AttemptTimeout::Auto && self.deadline.client_deadline().is_some()
     }
 
-    /// A try begins; `more`: another may follow it. `usual`: see [`Deadline::attempt`].
-    pub fn begin_try(&mut self, now: Instant, more: bool, usual: Option<Duration>) {
-        self.try_began = now;
+    /// An attempt begins; `more`: another may follow it. `usual`: see [`Deadline::attempt`].
+    pub fn begin_attempt(&mut self, now: Instant, more: bool, usual: Option<Duration>) {
+        self.attempt_began = now;
         self.usual_micros =
             usual.map_or(0, |usual| u32::try_from(usual.as_micros()).unwrap_or(u32::MAX).max(1));
-        self.this_try = None;
+        self.this_attempt = None;
         self.more = more;
-        self.look_at = self.try_began;
+        self.look_at = self.attempt_began;
     }
 
-    /// What is left of the call, to be told to the next hop; `None` = no limit.
+    /// How much time is left, for the next hop; `None` = no limit.
     pub fn left(&self, now: Instant) -> Option<Duration> {
         match (self.deadline.time_left(now.into_std()), self.timeout) {
             // Before the body is sent our own clock stands still: all of it is left.
@@ -163,11 +163,11 @@ impl Clock {
         &self.deadline
     }
 
-    /// Until when the call may wait before its first try.
-    pub fn until(&self, progress: &Progress) -> Until {
-        let limit = self.deadline.at().map(|(at, limit)| (Instant::from_std(at), RanOut::Limit(limit)));
-        let whole = progress.must_end_at().map(|at| (at, RanOut::Whole));
-        Until(limit.into_iter().chain(whole).min_by_key(|(at, _)| *at))
+    /// Until when the request may wait before its first attempt.
+    pub fn until(&self, progress: &Progress) -> WaitLimit {
+        let limit = self.deadline.at().map(|(at, limit)| (Instant::from_std(at), TimeLimit::Limit(limit)));
+        let whole = progress.must_end_at().map(|at| (at, TimeLimit::Whole));
+        WaitLimit(limit.into_iter().chain(whole).min_by_key(|(at, _)| *at))
     }
 
     /// How long the exchange may still take: to the deadline, or to the end of `max_duration`.
@@ -175,14 +175,14 @@ impl Clock {
         self.until(progress).0.map(|(at, _)| at.saturating_duration_since(now))
     }
 
-    /// Whether less is left than the next hop can be told of: then a try is not worth sending.
-    pub fn spent(&self, progress: &Progress, now: Instant) -> Option<RanOut> {
-        let (at, ran_out) = self.until(progress).0?;
+    /// The limit that leaves less time than the next hop can be sent: then no attempt is sent.
+    pub fn expired(&self, progress: &Progress, now: Instant) -> Option<TimeLimit> {
+        let (at, time_limit) = self.until(progress).0?;
         let left = at.saturating_duration_since(now);
-        deadline::timeout_header_millis(left).is_none().then_some(ran_out)
+        deadline::timeout_header_millis(left).is_none().then_some(time_limit)
     }
 
-    /// Starts the clock of the call where the request has been sent.
+    /// Starts the request's clock where the request has been sent.
     pub fn request_sent(&mut self, progress: &Progress) {
         if let Some(sent) = progress.request_sent_at() {
             self.deadline.start(sent.into_std(), self.timeout);
@@ -194,15 +194,15 @@ impl Clock {
         &mut self,
         progress: &Progress,
         mut work: Pin<&mut F>,
-    ) -> Result<F::Output, RanOut> {
+    ) -> Result<F::Output, TimeLimit> {
         let result = poll_fn(|cx| {
             if let Poll::Ready(output) = work.as_mut().poll(cx) {
                 return Poll::Ready(Ok(output));
             }
             let woken = progress.take_timer_fired();
             match self.due(progress) {
-                Some((due, Some(ran_out))) if woken && Instant::now() >= due => {
-                    return Poll::Ready(Err(ran_out));
+                Some((due, Some(time_limit))) if woken && Instant::now() >= due => {
+                    return Poll::Ready(Err(time_limit));
                 }
                 Some((due, _)) => progress.wake_at(Some(due)),
                 None => progress.wake_at(None),
@@ -215,22 +215,22 @@ impl Clock {
     }
 
     /// What comes next: a limit, or (`None`) a moment to look again.
-    fn due(&mut self, progress: &Progress) -> Option<(Instant, Option<RanOut>)> {
-        let whole = progress.must_end_at().map(|at| (at, Some(RanOut::Whole)));
+    fn due(&mut self, progress: &Progress) -> Option<(Instant, Option<TimeLimit>)> {
+        let whole = progress.must_end_at().map(|at| (at, Some(TimeLimit::Whole)));
         self.request_sent(progress);
         if let Some(sent) = progress.request_sent_at() {
             let more = self.more && progress.is_repeatable();
-            let this_try = *self.this_try.get_or_insert_with(|| {
-                let began = sent.max(self.try_began);
+            let this_attempt = *self.this_attempt.get_or_insert_with(|| {
+                let began = sent.max(self.attempt_began);
                 let usual = (self.usual_micros != 0).then(|| Duration::from_micros(self.usual_micros.into()));
                 let limit = self.deadline.attempt(began.into_std(), self.attempt_timeout, more, usual);
                 limit.map(|(at, limit)| (Instant::from_std(at), limit))
             });
-            return earliest(whole, this_try.map(|(at, limit)| (at, Some(RanOut::Limit(limit)))));
+            return earliest(whole, this_attempt.map(|(at, limit)| (at, Some(TimeLimit::Limit(limit)))));
         }
-        let stalls = progress.upload_stalls_at().map(|at| (at, Some(RanOut::Upload)));
+        let stalls = progress.upload_stalls_at().map(|at| (at, Some(TimeLimit::Upload)));
         let callers =
-            self.deadline.at().map(|(at, limit)| (Instant::from_std(at), Some(RanOut::Limit(limit))));
+            self.deadline.at().map(|(at, limit)| (Instant::from_std(at), Some(TimeLimit::Limit(limit))));
         // Whatever is to run from the end of the body on cannot run out before this.
         let look = self.shortest().map(|shortest| {
             let now = Instant::now();
@@ -254,7 +254,7 @@ impl Clock {
     }
 }
 
-type Due = Option<(Instant, Option<RanOut>)>;
+type Due = Option<(Instant, Option<TimeLimit>)>;
 
 fn earliest(a: Due, b: Due) -> Due {
     match (a, b) {

@@ -12,7 +12,7 @@ use tokio::{task::spawn_local, time::timeout};
 use super::{
     attempt::connect_ending,
     body::{ClientBody, ResponseBody},
-    clock::Until,
+    clock::WaitLimit,
     connection::Connection,
     error::ProxyError,
     target::{self, RouteTarget},
@@ -24,7 +24,7 @@ use crate::{
     identity::handshake::FailureKind,
     model::{Cluster, LocalCluster, Snapshot, View},
     net::alpn::ApplicationProtocol,
-    proxy::worker::Shared,
+    proxy::worker::{Shared, Worker},
     resilience::{
         classify::{AttemptOutcome, Health},
         outlier::{EndpointChange, EndpointOutcome},
@@ -108,7 +108,7 @@ async fn dial_allowed(
     tls: Option<TlsTarget>,
     allowed: impl Fn(SocketAddr) -> Result<(), ProxyError>,
 ) -> Result<(UpstreamIo, ByteStreamGuard), DialError> {
-    let mut endpoints = endpoints(connection, to, Until::default()).await?;
+    let mut endpoints = endpoints(&connection.worker, to, WaitLimit::default()).await?;
     if let Some(dialled) = connection.outbound_destination() {
         // A client that dialled one of several endpoints meant that one.
         endpoints = endpoint_at(dialled, &endpoints).unwrap_or(endpoints);
@@ -124,7 +124,7 @@ async fn dial_allowed(
     let mut tried = Vec::new();
     loop {
         let wanted = PickCriteria { tried: &tried, hash: None, probe: Some(Probe::Repeatable) };
-        let endpoint = pick(connection, to, &endpoints, &wanted)?;
+        let endpoint = pick(&connection.worker, to, &endpoints, &wanted)?;
         allowed(endpoints[endpoint].address())?;
         let began = Instant::now();
         let connected =
@@ -184,9 +184,9 @@ pub fn endpoint_at(address: SocketAddr, endpoints: &[Rc<LocalEndpoint>]) -> Opti
 
 /// The endpoints of an upstream. Waits for the first result of discovery, no longer than the request may.
 pub async fn endpoints(
-    connection: &Connection,
+    worker: &Worker,
     to: &LocalCluster,
-    until: Until,
+    until: WaitLimit,
 ) -> Result<Rc<[Rc<LocalEndpoint>]>, ProxyError> {
     let shared = &to.upstream.shared;
     if shared.endpoints().generation == 0 {
@@ -199,7 +199,7 @@ pub async fn endpoints(
             )
         })?;
     }
-    let endpoints = connection.worker.with_rng(|rng| to.upstream.endpoints(rng));
+    let endpoints = worker.with_rng(|rng| to.upstream.endpoints(rng));
     if endpoints.is_empty() {
         shared.refresh();
         return Err(no_endpoints_error(&to.cluster.settings.name, &shared.endpoints()));
@@ -209,13 +209,13 @@ pub async fn endpoints(
 
 /// Picks the endpoint of the next attempt; returns its index.
 pub fn pick(
-    connection: &Connection,
+    worker: &Worker,
     to: &LocalCluster,
     endpoints: &[Rc<LocalEndpoint>],
     wanted: &PickCriteria<'_>,
 ) -> Result<usize, ProxyError> {
     let now = Instant::now();
-    connection.worker.with_rng(|rng| to.upstream.pick(endpoints, wanted, now, rng)).ok_or_else(|| {
+    worker.with_rng(|rng| to.upstream.pick(endpoints, wanted, now, rng)).ok_or_else(|| {
         let unhealthy = endpoints.iter().filter(|endpoint| !endpoint.shared.is_healthy()).count();
         let detail = format!(
             "{}: none of its {} endpoints can be used ({unhealthy} failed their health checks)",
@@ -265,7 +265,7 @@ pub fn connect_error(name: &str, error: &ConnectError) -> ProxyError {
 /// Refuses addresses that a client must not reach by naming them: this proxy itself, and `deny_networks`.
 pub fn check_address(
     view: &View,
-    connection: &Connection,
+    worker: &Worker,
     target: &RouteTarget,
     address: SocketAddr,
 ) -> Result<(), ProxyError> {
@@ -274,7 +274,7 @@ pub fn check_address(
     }
     let cluster = &target.local.cluster;
     let name = &cluster.settings.name;
-    denial(&connection.worker.shared, &view.snapshot, cluster, address).map_or(Ok(()), |denial| {
+    denial(&worker.shared, &view.snapshot, cluster, address).map_or(Ok(()), |denial| {
         let reason = match denial {
             Denial::Own => {
                 "a port of this proxy itself; use it as `http_proxy`, or send the `Host` of an upstream"
@@ -332,7 +332,7 @@ pub async fn open_tunnel(
     let target = target::by_host(connection, view, &to, request)?;
     // The server must have the identity that the client named, unless the configuration names another one.
     let tls = target.local.cluster.tls_target(Some(authority.as_str()));
-    let allowed = |address| check_address(view, connection, &target, address);
+    let allowed = |address| check_address(view, &connection.worker, &target, address);
     let dialled = match dial_allowed(connection, &target.local, tls, allowed).await {
         Ok(dialled) => Some(dialled),
         // The tunnel may still carry requests.

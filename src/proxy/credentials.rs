@@ -3,7 +3,7 @@
 use http::{HeaderMap, HeaderValue, StatusCode, header::AUTHORIZATION};
 use tokio::time::Instant;
 
-use super::{clock::Until, error::ProxyError, exchange::Carried};
+use super::{clock::WaitLimit, error::ProxyError, exchange::RequestState};
 use crate::{cause::Cause, model::LocalCluster};
 
 /// The client's Authorization fields, kept for a fallback upstream: no upstream may get the token of another.
@@ -13,11 +13,11 @@ pub struct ClientAuthorization(Vec<HeaderValue>);
 /// Puts the upstream's token into the request, if the upstream has one; waits for it no longer than `until`.
 pub(super) async fn attach(
     local: &LocalCluster,
-    carried: &mut Carried,
-    until: Until,
+    state: &mut RequestState,
+    until: WaitLimit,
 ) -> Result<(), ProxyError> {
-    let headers = &mut carried.outgoing.headers;
-    if let Some(ClientAuthorization(client_values)) = carried.set_aside.take() {
+    let headers = &mut state.outgoing.headers;
+    if let Some(ClientAuthorization(client_values)) = state.set_aside.take() {
         headers.remove(AUTHORIZATION);
         for value in client_values {
             headers.append(AUTHORIZATION, value);
@@ -36,7 +36,7 @@ pub(super) async fn attach(
             })?
         }
     };
-    carried.set_aside = Some(replace(&mut carried.outgoing.headers, field));
+    state.set_aside = Some(replace(&mut state.outgoing.headers, field));
     Ok(())
 }
 

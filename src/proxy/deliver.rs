@@ -8,12 +8,11 @@ use http::{
 };
 
 use super::{
-    attempt::Answer,
+    attempt::UpstreamResponse,
     body::{RequestResources, ResponseBody},
-    connection::Upgrade,
     credentials,
     error::ProxyError,
-    exchange::Exchange,
+    exchange::{ClientProtocol, Exchange},
     guard, headers, upgrade,
 };
 use crate::{
@@ -32,13 +31,12 @@ const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 /// Makes the client's response from an upstream's: removes hop-by-hop fields, adds `Via`, applies the route's edits.
 pub fn forward_response(
     exchange: &Exchange<'_>,
-    answer: Answer,
+    response: UpstreamResponse,
     outcome: &AttemptOutcome,
-    client_version: Version,
-    client_upgrade: Option<Upgrade>,
+    client: ClientProtocol,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    let Answer { mut response, present, mut lease, held } = answer;
-    let (connection, view, target) = (exchange.call.connection, exchange.call.view, exchange.target);
+    let UpstreamResponse { head: mut response, present, mut lease, held } = response;
+    let (origin, target) = (exchange.request.origin, exchange.target);
     let status = response.status();
     if present.has(Field::KeepAlive) {
         lease.record_keep_alive(response.headers());
@@ -53,21 +51,23 @@ pub fn forward_response(
     if present.has(Field::Retry) {
         response.headers_mut().remove(X_OUTRIGGER_RETRY);
     }
-    if connection.side == Side::Inbound {
+    if *origin.side == Side::Inbound {
         add_retry_advice(exchange, &mut response, present);
     } else {
         let received = response.version();
-        view.proxy_names.via(&connection.side).append(response.headers_mut(), received);
+        origin.view.proxy_names.via(origin.side).append(response.headers_mut(), received);
     }
     if let Some(edits) = target.route.and_then(|route| target.matched.cluster.header_edits.get(route)) {
         edits.response.apply(response.headers_mut());
     }
-    let attempts = exchange.call.progress.with_record(|record| record.attempts.count()).unwrap_or(0);
+    let attempts = origin.progress.with_record(|record| record.attempts.count()).unwrap_or(0);
     if attempts > 1 && may_be_failure(status, present) {
         append_proxy_status(exchange, response.headers_mut(), status, outcome, attempts);
     }
     if status == StatusCode::SWITCHING_PROTOCOLS {
-        let (Some(upgrade_stream), Some(protocol)) = (client_upgrade, hop_by_hop.upgrade) else {
+        let (Some(upgrade_stream), Some(connection), Some(protocol)) =
+            (client.upgrade, origin.client, hop_by_hop.upgrade)
+        else {
             return Err(broken(ProxyError::malformed("the upstream sent 101 to a request without Upgrade")));
         };
         let Some(service_stream) = lease.take_upgraded_stream() else {
@@ -82,18 +82,18 @@ pub fn forward_response(
             service_stream,
             (lease, held),
             idle,
-            exchange.call.progress.must_end_at(),
+            origin.progress.must_end_at(),
         );
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         response.headers_mut().insert(UPGRADE, protocol);
         return Ok(response.map(|_| ResponseBody::Empty));
     }
-    if client_version == Version::HTTP_2 && present.has(Field::RequestId) {
+    if client.version == Version::HTTP_2 && present.has(Field::RequestId) {
         headers::keep_unindexed(response.headers_mut());
     }
-    *response.version_mut() = client_version;
-    exchange.call.progress.response_begins();
-    let progress = Rc::clone(exchange.call.progress);
+    *response.version_mut() = client.version;
+    origin.progress.response_begins();
+    let progress = Rc::clone(origin.progress);
     Ok(response.map(|()| ResponseBody::streaming(lease, held, progress)))
 }
 
@@ -107,7 +107,7 @@ fn append_proxy_status(
 ) {
     let member = format!(
         "{}; received-status={}; details=\"{}, {attempts} attempts\"",
-        exchange.call.view.proxy_names.deployment,
+        exchange.request.origin.view.proxy_names.deployment,
         status.as_u16(),
         outcome.label(),
     );
@@ -119,9 +119,9 @@ fn append_proxy_status(
 /// Asks the client's sidecar not to retry a request that failed because this service's own retries were exhausted.
 fn add_retry_advice(exchange: &Exchange<'_>, response: &mut Response<()>, present: FieldSet) {
     let failed = response.status().is_server_error() || present.has(Field::GrpcStatus);
-    let spent = &exchange.call.connection.worker.shared.spent_traces;
+    let spent = &exchange.worker().shared.spent_traces;
     if failed
-        && let Some(trace) = exchange.call.progress.with_record(|record| record.context.trace.get())
+        && let Some(trace) = exchange.progress().with_record(|record| record.context.trace.get())
         && spent.contains(trace, std::time::Instant::now())
         && let Some(word) = RetryAdvice::No.word()
     {

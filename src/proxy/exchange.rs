@@ -1,14 +1,19 @@
-//! A call to an upstream: admission, its tries, and the one response that comes of them.
+//! A request to an upstream: admission, its attempts, and the one response that comes of them.
 //!
 //! ```text
-//! run: clocks ─▶ head ─▶ serve ─────────────────────────────────────▶ deliver
-//!                          │ admission: rate · place · fault             ▲
-//!                          └ tries: breaker · balance · attempt ─ judge ─┘
-//!                               ▲                                  │
-//!                               └────── wait ◀── retry? ◀──────────┘
+//! run: prepare ─▶ serve ─────────────────────────────────────────▶ pass_on
+//!                   │ admission: rate · permit · fault                ▲
+//!                   └ RetryPlan: breaker · balance · attempt ─ judge ─┘
+//!                               ▲                               │
+//!                               └──────── wait ◀── retry? ◀─────┘
 //! ```
 //!
-//! The second line is in [`super::admission`], the third and the fourth are in [`super::tries`] and [`super::judge`].
+//! `serve` is called once more where the fallback names another upstream. Admission is in [`super::admission`], the
+//! decisions of the attempt loop are in [`RetryPlan`](crate::resilience::retry::RetryPlan), which
+//! [`super::attempts`] and [`super::judge`] carry out.
+
+#[cfg(test)]
+mod tests;
 
 use std::{cell::Cell, mem::take, rc::Rc, sync::Arc, time::Duration};
 
@@ -16,73 +21,74 @@ use http::{HeaderMap, Request, Response, Version, header::COOKIE};
 
 use super::{
     admission,
-    attempt::{Answer, Failed, Outgoing},
+    attempt::{AttemptError, Outgoing, UpstreamResponse},
     body::{ClientBody, Replay, ResponseBody},
     clock::Clock,
     connect,
-    connection::{Connection, Upgrade},
+    connection::Upgrade,
     credentials::{self, ClientAuthorization},
     deliver,
     error::ProxyError,
     head,
+    interim::InterimQueue,
+    origin::Origin,
     progress::Progress,
     target::{self, RouteTarget},
+    worker::Worker,
 };
 use crate::{
     cause::Cause,
     config::{AttemptTimeout, Balance, ObservablePolicy, Policy, Protocol, UserTimeout},
     field_set::{Field, FieldSet},
     http1::head::recycle_header_map,
-    model::{Side, View},
+    model::Side,
     net::alpn::ApplicationProtocol,
     resilience::{
         classify::AttemptOutcome,
         deadline::{self, Deadline},
-        retry::RetryPolicy,
+        retry::{AttemptKind, RetryPolicy},
     },
-    telemetry::record::{AttemptReason, AttemptRecord},
+    telemetry::record::AttemptRecord,
     upstream::{
         balance::hash_key, connect::TcpTimeouts, guards::Guards, http2::PingSettings, local::LocalEndpoint,
         pool::ConnectionSettings,
     },
 };
 
-/// What holds for a call, whichever upstream serves it in the end.
+/// What holds for a request, whichever upstream serves it in the end.
 #[derive(Clone, Copy)]
-pub struct Call<'a> {
-    pub connection: &'a Rc<Connection>,
-    pub view: &'a View,
-    pub progress: &'a Rc<Progress>,
+pub struct RequestContext<'a> {
+    pub origin: &'a Origin<'a>,
     pub(super) grpc: bool,
     pub(super) idempotency_key: bool,
-    /// What the next hop is told of a try may be among the fields already.
+    /// Fields that describe an attempt to the next hop may be present already: replace them.
     pub(super) tells: bool,
     /// The body waits for the upstream's `100 Continue`.
     pub(super) expects_continue: bool,
-    /// The caller can be told of interim responses: HTTP/1.1 on both sides.
-    pub(super) interim: bool,
+    /// Takes interim responses for the client: HTTP/1.1 on both sides.
+    pub(super) interim: Option<&'a InterimQueue>,
 }
 
-/// How the caller came, and its stream, where it asks to change the protocol.
-struct Callers {
-    version: Version,
-    upgrade: Option<Upgrade>,
+/// The client's protocol, and its stream, where it asks to change the protocol.
+pub struct ClientProtocol {
+    pub version: Version,
+    pub upgrade: Option<Upgrade>,
 }
 
-/// What a call takes along from try to try, and to the upstream that is asked in place of the first one.
-pub(super) struct Carried {
+/// What a request takes along from attempt to attempt, and to the upstream that the fallback names.
+pub(super) struct RequestState {
     pub clock: Clock,
     pub outgoing: Outgoing,
     pub replay: Replay,
-    /// What the next try is for, and how long it was waited for.
-    pub next: (AttemptReason, Duration),
-    /// The caller's own credentials, while a token of ours stands in their place.
+    /// What the first attempt at the upstream is for.
+    pub first: AttemptKind,
+    /// The client's own credentials, while a token of this service replaces them.
     pub(super) set_aside: Option<ClientAuthorization>,
 }
 
-/// A call to one upstream.
+/// A request to one upstream.
 pub struct Exchange<'a> {
-    pub call: &'a Call<'a>,
+    pub request: &'a RequestContext<'a>,
     pub target: &'a RouteTarget,
     pub policy: &'a Policy,
     pub(super) retries: &'a RetryPolicy,
@@ -92,54 +98,93 @@ pub struct Exchange<'a> {
     pub(super) hash: Option<u64>,
 }
 
-/// How the tries ended, and what there is to show for it.
-pub enum Ended {
-    Answered(Box<Answer>, AttemptOutcome),
-    Failed(Failed),
+/// How an attempt ended, and what there is to show for it.
+pub enum AttemptResult {
+    Response(Box<UpstreamResponse>, AttemptOutcome),
+    Failed(AttemptError),
 }
 
-/// Carries a call: prepares its head, has it served, and hands the answer on, or the fallback.
+/// Proxies a request: prepares its head, has an upstream serve it, and the fallback's upstream if that fails; passes on
+/// the response.
 pub async fn run(
-    connection: &Rc<Connection>,
-    view: &View,
+    origin: &Origin<'_>,
     target: &RouteTarget,
     request: &mut Request<ClientBody>,
     present: FieldSet,
-    progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
+    let view = origin.view;
+    let (policy, _) = target.matched.cluster.policy(target.route);
+    let (context, client, mut state) = prepare(origin, target, request, present)?;
+    let result = serve(&context, target, &mut state).await;
+    if view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout) {
+        note_overrun(target, timeouts(policy, context.grpc, false), origin.progress);
+    }
+    if let Some(fallback) = &policy.fallback.0
+        && let Some(reason) = failure(&result)
+    {
+        let Some(other) = &fallback.upstream else {
+            origin.progress.with_record(|record| record.fallback_cause = Some(reason));
+            return Ok(deliver::fallback_response(fallback, &view.proxy_names.deployment, reason));
+        };
+        if let Some(other) = target::by_name(view, other)
+            && state.replay.take_over()
+        {
+            // Its connection and its permit are not needed any more.
+            drop(result);
+            origin.progress.with_record(|record| record.fallback_cause = Some(reason));
+            // Boxed, as every path that few requests take.
+            return Box::pin(async move {
+                let (context, client) = redirect(context, &other, &mut state, client)?;
+                let result = serve(&context, &other, &mut state).await;
+                pass_on(result?, client)
+            })
+            .await;
+        }
+    }
+    recycle_header_map(state.outgoing.headers);
+    pass_on(result?, client)
+}
+
+/// Takes the request apart for its first upstream.
+fn prepare<'a>(
+    origin: &'a Origin<'a>,
+    target: &RouteTarget,
+    request: &mut Request<ClientBody>,
+    present: FieldSet,
+) -> Result<(RequestContext<'a>, ClientProtocol, RequestState), ProxyError> {
+    let Origin { view, progress, .. } = *origin;
     let cluster = &target.local.cluster;
     let (policy, retries) = target.matched.cluster.policy(target.route);
     let grpc = progress.with_record(|record| record.grpc).unwrap_or_default();
-    let callers_upgrade = present.has(Field::Upgrade).then(|| connection.upgrade(request));
-    let callers_version = request.version();
-    let version = version_for(cluster.settings.protocol, callers_version);
-    let http1 = callers_version != Version::HTTP_2 && version == Version::HTTP_11;
+    let clients_upgrade =
+        origin.client.filter(|_| present.has(Field::Upgrade)).map(|client| client.upgrade(request));
+    let clients_version = request.version();
+    let version = version_for(cluster.settings.protocol, clients_version);
+    let http1 = clients_version != Version::HTTP_2 && version == Version::HTTP_11;
 
     let observed_timeout = view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
-    let callers = callers_time(grpc, present, request.headers());
-    let deadline = Deadline::from_client(progress.started().into_std(), callers);
+    let deadline = deadline_of(origin, grpc, present, request.headers());
     let (timeout, attempt) = timeouts(policy, grpc, observed_timeout);
     let clock = Clock::new(deadline, timeout, attempt, progress.started());
     let idle = if grpc { policy.tunnel_idle_timeout } else { policy.idle_timeout };
     progress.set_limits(idle.limit(), policy.max_duration.limit());
 
-    let upgrade = head::prepare(connection, view, target, request, present, version)?;
-    let upgrade = upgrade.filter(|_| http1 && callers_version == Version::HTTP_11);
+    let upgrade = head::prepare(origin, target, request, present, version)?;
+    let upgrade = upgrade.filter(|_| http1 && clients_version == Version::HTTP_11);
     let edited = target.route.is_some_and(|route| target.matched.cluster.header_edits.get(route).is_some());
-    let call = Call {
-        connection,
-        view,
-        progress,
+    let both_http11 = http1 && clients_version == Version::HTTP_11;
+    let context = RequestContext {
+        origin,
         grpc,
         idempotency_key: present.has(Field::IdempotencyKey),
         tells: edited || present.has(Field::RequestTimeout) || present.has(Field::Attempt),
-        expects_continue: http1 && callers_version == Version::HTTP_11 && present.has(Field::Expect),
-        interim: http1 && callers_version == Version::HTTP_11,
+        expects_continue: both_http11 && present.has(Field::Expect),
+        interim: origin.client.filter(|_| both_http11).map(|client| &client.interim),
     };
     let users = view.snapshot.gate.as_ref().and_then(|gate| gate.jwt.as_ref());
-    let users = users.filter(|users| connection.side == Side::Inbound && !users.claim_headers.is_empty());
+    let users = users.filter(|users| *origin.side == Side::Inbound && !users.claim_headers.is_empty());
     let claims = users.map(|users| Arc::clone(&users.claim_headers));
-    let limit = retries.body_limit(request.method(), call.idempotency_key, version == Version::HTTP_2);
+    let limit = retries.body_limit(request.method(), context.idempotency_key, version == Version::HTTP_2);
     let replay = Replay::new(take(request.body_mut()), limit, claims, progress);
     let mut outgoing = head::outgoing(
         request,
@@ -150,88 +195,66 @@ pub async fn run(
         cluster.tls.is_some(),
     )?;
     outgoing.keep = policy.fallback.is_some();
-
-    let mut carried =
-        Carried { clock, outgoing, replay, next: (AttemptReason::First, Duration::ZERO), set_aside: None };
-    let callers =
-        Callers { version: callers_version, upgrade: callers_upgrade.filter(|_| upgrade.is_some()) };
-    drop(upgrade);
-    let ended = serve(&call, target, policy, retries, &mut carried).await;
-    if observed_timeout {
-        note_overrun(target, timeouts(policy, grpc, false), progress);
-    }
-    if let Some(fallback) = &policy.fallback.0
-        && let Some(why) = failure(&ended)
-    {
-        let Some(other) = &fallback.upstream else {
-            progress.with_record(|record| record.fallback_cause = Some(why));
-            return Ok(deliver::fallback_response(fallback, &view.proxy_names.deployment, why));
-        };
-        if let Some(other) = target::by_name(view, other)
-            && carried.replay.take_over()
-        {
-            // Its connection and its place are not needed any more.
-            drop(ended);
-            return Box::pin(fall_back(call, other, why, carried, callers)).await;
-        }
-    }
-    recycle_header_map(carried.outgoing.headers);
-    finish(ended?, callers)
+    let client =
+        ClientProtocol { version: clients_version, upgrade: clients_upgrade.filter(|_| upgrade.is_some()) };
+    Ok((
+        context,
+        client,
+        RequestState { clock, outgoing, replay, first: AttemptKind::First, set_aside: None },
+    ))
 }
 
 /// Why there may be need of a fallback.
-fn failure(ended: &Result<(Exchange<'_>, Ended), ProxyError>) -> Option<&'static str> {
-    let error = match ended {
-        Ok((_, Ended::Answered(_, outcome))) => return outcome.is_failure().then(|| outcome.label()),
-        Ok((_, Ended::Failed(failed))) => &failed.error,
+fn failure(result: &Result<(Exchange<'_>, AttemptResult), ProxyError>) -> Option<&'static str> {
+    let error = match result {
+        Ok((_, AttemptResult::Response(_, outcome))) => {
+            return outcome.is_failure().then(|| outcome.label());
+        }
+        Ok((_, AttemptResult::Failed(failed))) => &failed.error,
         Err(error) => error,
     };
     error.cause.is_exhaustion().then(|| error.cause.word())
 }
 
-/// Has another upstream serve a call.
-async fn fall_back(
-    mut call: Call<'_>,
-    other: RouteTarget,
-    why: &'static str,
-    mut carried: Carried,
-    mut callers: Callers,
-) -> Result<Response<ResponseBody>, ProxyError> {
+/// Prepares the request for the fallback's upstream, which may take another protocol.
+fn redirect<'a>(
+    mut context: RequestContext<'a>,
+    other: &RouteTarget,
+    state: &mut RequestState,
+    mut client: ClientProtocol,
+) -> Result<(RequestContext<'a>, ClientProtocol), ProxyError> {
     let cluster = &other.local.cluster;
-    let version = version_for(cluster.settings.protocol, callers.version);
-    let has_body = !carried.replay.is_empty();
-    // By HTTP/2 it was told among the fields.
-    call.tells |= carried.outgoing.version == Version::HTTP_2;
+    let version = version_for(cluster.settings.protocol, client.version);
+    let has_body = !state.replay.is_empty();
+    // With HTTP/2 they are ordinary fields.
+    context.tells |= state.outgoing.version == Version::HTTP_2;
     head::convert_head(
-        &mut carried.outgoing,
+        &mut state.outgoing,
         version,
         &cluster.settings.name,
         has_body,
         cluster.tls.is_some(),
     )?;
     if version != Version::HTTP_11 {
-        (call.interim, call.expects_continue, callers.upgrade) = (false, false, None);
+        (context.interim, context.expects_continue, client.upgrade) = (None, false, None);
     }
-    let (policy, retries) = other.matched.cluster.policy(None);
-    call.progress.with_record(|record| {
-        record.fallback_cause = Some(why);
-        record.served_by = Some(Arc::clone(&other.local.destination));
-    });
-    carried.next = (AttemptReason::Fallback, Duration::ZERO);
-    let observed = call.view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
-    carried.clock = carried.clock.afresh(timeouts(policy, call.grpc, observed), call.progress);
-    let ended = serve(&call, &other, policy, retries, &mut carried).await;
-    finish(ended?, callers)
+    let Origin { view, progress, .. } = *context.origin;
+    progress.with_record(|record| record.served_by = Some(Arc::clone(&other.local.destination)));
+    state.first = AttemptKind::Fallback;
+    let (policy, _) = other.matched.cluster.policy(other.route);
+    let observed = view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
+    state.clock = state.clock.afresh(timeouts(policy, context.grpc, observed), progress);
+    Ok((context, client))
 }
 
-fn finish(
-    (exchange, ended): (Exchange<'_>, Ended),
-    callers: Callers,
+fn pass_on(
+    (exchange, result): (Exchange<'_>, AttemptResult),
+    client: ClientProtocol,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    match ended {
-        Ended::Failed(failed) => Err(failed.error),
-        Ended::Answered(answer, outcome) => {
-            deliver::forward_response(&exchange, *answer, &outcome, callers.version, callers.upgrade)
+    match result {
+        AttemptResult::Failed(failed) => Err(failed.error),
+        AttemptResult::Response(response, outcome) => {
+            deliver::forward_response(&exchange, *response, &outcome, client)
         }
     }
 }
@@ -246,26 +269,25 @@ fn version_for(protocol: Protocol, callers: Version) -> Version {
     }
 }
 
-/// Has an upstream serve the call, if its guards let it in.
+/// Has an upstream serve the request, if its guards admit it: the first one, and then the fallback's.
 async fn serve<'a>(
-    call: &'a Call<'a>,
+    context: &'a RequestContext<'a>,
     target: &'a RouteTarget,
-    policy: &'a Policy,
-    retries: &'a RetryPolicy,
-    carried: &mut Carried,
-) -> Result<(Exchange<'a>, Ended), ProxyError> {
+    state: &mut RequestState,
+) -> Result<(Exchange<'a>, AttemptResult), ProxyError> {
+    let Origin { worker, progress, .. } = *context.origin;
+    let (policy, retries) = target.matched.cluster.policy(target.route);
     let local = &target.local;
     let settings = &local.cluster.settings;
-    carried.clock.request_sent(call.progress);
-    let headers = &carried.outgoing.headers;
-    let until = carried.clock.until(call.progress);
-    let rate = target.matched.cluster.rate_limit(target.route);
-    let place = admission::admit(call.connection, call.view, local, policy, rate, headers, until).await?;
+    state.clock.request_sent(progress);
+    let headers = &state.outgoing.headers;
+    let until = state.clock.until(progress);
+    let permit = admission::admit(context.origin, target, policy, headers, until).await?;
     let hash = hash(&settings.balance, headers);
-    credentials::attach(local, carried, until).await?;
+    credentials::attach(local, state, until).await?;
     let max_age = settings.max_connection_age.limit();
-    let http2 = carried.outgoing.version == Version::HTTP_2;
-    let mut endpoints = connect::endpoints(call.connection, local, until).await?;
+    let http2 = state.outgoing.version == Version::HTTP_2;
+    let mut endpoints = connect::endpoints(worker, local, until).await?;
     if let Some(pinned) = target.pinned_endpoint {
         endpoints = connect::endpoint_at(pinned, &endpoints).unwrap_or(endpoints);
     }
@@ -284,34 +306,38 @@ async fn serve<'a>(
             pool_idle: settings.pool_idle_timeout,
             header_case: settings.header_case,
             // Drawn anew, so that not all connections end at once.
-            max_age: max_age.map(|age| call.connection.worker.with_rng(|rng| rng.jitter(age, 0.1))),
+            max_age: max_age.map(|age| worker.with_rng(|rng| rng.jitter(age, 0.1))),
             ping: PingSettings { interval: settings.ping_interval.limit(), timeout: settings.ping_timeout.0 },
             stream_wait: policy.limits.0.unwrap_or_default().pending_timeout.0,
             queued: Cell::default(),
-            tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(carried.outgoing.host())),
+            tls: local.cluster.tls.as_ref().and_then(|_| local.cluster.tls_target(state.outgoing.host())),
         }),
         hash,
-        call,
+        request: context,
         target,
         policy,
         retries,
     };
     exchange.guards().budget.deposit();
-    let ended = exchange.tries(carried).await;
-    exchange.note_spent(&ended);
-    let mut ended = ended?;
-    if carried.next.0 != AttemptReason::First {
-        // It may have come before a wait for another try that was then not made.
-        call.progress.moved();
+    let result = exchange.run_attempts(state).await;
+    exchange.note_spent(&result);
+    let mut result = result?;
+    if let AttemptResult::Response(response, _) = &mut result {
+        response.held.permit = permit;
     }
-    if let Ended::Answered(answer, _) = &mut ended {
-        answer.held.permit = place;
-    }
-    Ok((exchange, ended))
+    Ok((exchange, result))
 }
 
-/// How much time the caller has.
-fn callers_time(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Option<Duration> {
+/// Until when the client, or whoever else is the origin, waits for a response.
+fn deadline_of(origin: &Origin<'_>, grpc: bool, present: FieldSet, headers: &HeaderMap) -> Deadline {
+    let started = origin.progress.started();
+    let own = origin.deadline.map(|at| at.saturating_duration_since(started));
+    let left = told_time(grpc, present, headers).into_iter().chain(own).min();
+    Deadline::from_client(started.into_std(), left)
+}
+
+/// How much time the request says that it has.
+fn told_time(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Option<Duration> {
     if grpc && present.has(Field::GrpcTimeout) {
         deadline::grpc_timeout(headers)
     } else if !grpc && present.has(Field::RequestTimeout) {
@@ -321,7 +347,7 @@ fn callers_time(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Option<Du
     }
 }
 
-/// The limits of a call. gRPC has none but its own, unless a route sets them.
+/// The time limits of a request. gRPC has none but its own, unless a route sets them.
 fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, AttemptTimeout) {
     let timeout = policy.timeout.limit().filter(|_| !observed && (!grpc || policy.route_sets_timeout));
     let attempt = if observed || (grpc && !policy.route_sets_attempt_timeout) {
@@ -332,7 +358,7 @@ fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, A
     (timeout, attempt)
 }
 
-/// Counts a call that `timeout`, or a fixed `attempt_timeout`, would have ended.
+/// Counts a request that `timeout`, or a fixed `attempt_timeout`, would have ended.
 fn note_overrun(
     target: &RouteTarget,
     (timeout, attempt): (Option<Duration>, AttemptTimeout),
@@ -356,7 +382,7 @@ fn note_overrun(
     };
     target.local.upstream.shared.guards.counters.rejected.increment(cause.word());
     let upstream = &target.local.cluster.settings.name;
-    tracing::info!(upstream, "`{}` would have ended this call (observed only)", cause.word());
+    tracing::info!(upstream, "`{}` would have ended this request (observed only)", cause.word());
 }
 
 /// What balances by hash.
@@ -384,7 +410,15 @@ impl<'a> Exchange<'a> {
         &self.target.local.upstream.shared.guards
     }
 
+    pub(super) fn worker(&self) -> &'a Rc<Worker> {
+        self.request.origin.worker
+    }
+
+    pub(super) fn progress(&self) -> &'a Rc<Progress> {
+        self.request.origin.progress
+    }
+
     pub(super) fn observing(&self, policy: ObservablePolicy) -> bool {
-        self.call.view.snapshot.config.runtime.observe.contains(&policy)
+        self.request.origin.view.snapshot.config.runtime.observe.contains(&policy)
     }
 }

@@ -10,9 +10,9 @@ use http::{
 
 use super::{
     attempt::Outgoing,
-    connection::Connection,
     error::ProxyError,
     headers::{self, ForwardedClient},
+    origin::Origin,
     target::RouteTarget,
 };
 use crate::{
@@ -25,14 +25,13 @@ use crate::{
 
 /// Edits the client's request head for forwarding. Returns the protocol of an upgrade that the client requests.
 pub fn prepare<B>(
-    connection: &Connection,
-    view: &View,
+    origin: &Origin<'_>,
     target: &RouteTarget,
     request: &mut Request<B>,
     present: FieldSet,
     version: Version,
 ) -> Result<Option<HeaderValue>, ProxyError> {
-    let (client_version, side) = (request.version(), &connection.side);
+    let (client_version, side, view) = (request.version(), origin.side, origin.view);
     let headers = request.headers_mut();
     let hop_by_hop = headers::remove_hop_by_hop(headers, present)?;
     if present.has(Field::Te) && version == Version::HTTP_11 {
@@ -51,12 +50,12 @@ pub fn prepare<B>(
             authority.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
         });
         let client = ForwardedClient {
-            address: &connection.peer,
-            proto: if connection.tls { "https" } else { "http" },
+            address: origin.peer,
+            proto: if origin.is_tls { "https" } else { "http" },
             host,
         };
         let headers = request.headers_mut();
-        if let Some(value) = connection.client_cert() {
+        if let Some(value) = origin.identity {
             headers.insert(X_FORWARDED_CLIENT_CERT, value.clone());
         }
         headers::set_forwarded(headers, view.snapshot.config.inbound.forwarded, client);
@@ -133,7 +132,15 @@ pub fn outgoing<B>(
         headers.insert(UPGRADE, protocol.clone());
     }
     let (method, extensions) = (take(request.method_mut()), take(request.extensions_mut()));
-    Ok(Outgoing { method, uri, version, headers, extensions, keep: false, told: AttemptFields::default() })
+    Ok(Outgoing {
+        method,
+        uri,
+        version,
+        headers,
+        extensions,
+        keep: false,
+        attempt_fields: AttemptFields::default(),
+    })
 }
 
 /// Converts the head for another upstream, which may use another protocol.

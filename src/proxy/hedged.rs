@@ -1,107 +1,100 @@
-//! Hedging: a second copy of an idempotent request where the first is slow.
+//! Hedging: a second copy of an idempotent request where the first is slow. Performs what [`RetryPlan`] says.
 
 use std::{pin::pin, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
 use super::{
-    attempt::{Answer, Failed, Outgoing},
+    attempt::{AttemptError, Outgoing, UpstreamResponse},
+    attempts::{AttemptNumber, FinishedAttempt, PlannedAttempt, StartedAttempt},
     body::Replay,
     connect,
     deliver::may_be_failure,
-    exchange::{Carried, Exchange},
-    tries::{Asked, Number, Over, SoFar},
+    exchange::{Exchange, RequestState},
 };
 use crate::{
-    resilience::{deadline::timeout_header_millis, hedge},
-    telemetry::record::AttemptReason,
+    resilience::{
+        hedge,
+        retry::{Action, AttemptKind, Event, RequestCopy, RetryPlan},
+    },
     upstream::local::PickCriteria,
 };
 
 impl Exchange<'_> {
-    /// One try under the clock, and a second copy at another endpoint if no answer has come after `delay`.
+    /// One attempt under the clock, and a second copy at another endpoint if no response has come after `delay`.
     pub(super) async fn hedged(
         &self,
-        asked: (Asked, Number),
-        began: Instant,
+        started: StartedAttempt,
         delay: Duration,
-        carried: &mut Carried,
-        so_far: &mut SoFar,
-    ) -> Over {
-        let Carried { clock, outgoing, replay, .. } = carried;
+        state: &mut RequestState,
+        plan: &mut RetryPlan<'_>,
+    ) -> FinishedAttempt {
+        let RequestState { clock, outgoing, replay, .. } = state;
         let replay = &*replay;
-        let SoFar { counted, tried, .. } = so_far;
+        let (index, began) = (started.index, started.began);
         let left = clock.left(began);
         let mut head = outgoing.clone();
-        let send =
-            self.send(&self.endpoints[asked.0.index], (&mut head, true), replay, None, (asked.1, began));
-        let (mut first, mut second) = (Some(asked), None);
+        let send = self.send(started.dispatch(true), &mut head, replay, None);
+        let (mut first, mut second) = (Some(started), None);
         // The copy that failed while the other one was still under way.
         let mut lost = None;
-        let over = |result, (asked, number): (Asked, Number), began| {
-            Over::new(Ok(result), (asked.index, asked.permit), number, began)
-        };
         let mut work = Box::pin(async {
             let mut send = pin!(send);
             tokio::select! {
                 biased;
-                result = &mut send => return (result, began),
+                result = &mut send => return result,
                 () = sleep(delay) => {}
             }
-            let left = left.map(|left| left.saturating_sub(began.elapsed()));
-            let in_time = left.is_none_or(|left| timeout_header_millis(left).is_some());
-            let asked = first.as_ref().map_or(0, |(asked, _)| asked.index);
-            let other = if in_time { self.hedge(asked, replay, tried) } else { None };
-            let Some(other) = other else { return (send.await, began) };
-            *counted += 1;
-            let sent = Instant::now();
-            let (number, made) = self.begin(&other, (AttemptReason::Hedge, Duration::ZERO), sent, outgoing);
-            tried.push(other.index);
-            self.tell_next_hop(left, outgoing, made);
-            let endpoint = &self.endpoints[other.index];
-            let mut copy = pin!(self.send(endpoint, (outgoing, false), replay, None, (number, sent)));
-            second = Some((other, number));
-            // Whichever answers well first; a failure waits for the other one.
-            tokio::select! {
-                result = &mut send => {
-                    if succeeded(&result) { second = None; return (result, began) }
-                    lost = first.take().map(|asked| over(result, asked, began));
-                    (copy.await, sent)
+            let time_left = left.map(|left| left.saturating_sub(began.elapsed()));
+            let Some(planned) = self.plan_copy(index, time_left, replay, plan) else { return send.await };
+            let (copy, made) = self.begin(planned, Instant::now(), outgoing);
+            self.tell_next_hop(time_left, outgoing, made);
+            let mut send_copy = pin!(self.send(copy.dispatch(false), outgoing, replay, None));
+            second = Some(copy);
+            loop {
+                let (copy, result) = tokio::select! {
+                    result = &mut send, if first.is_some() => (RequestCopy::First, result),
+                    result = &mut send_copy, if second.is_some() => (RequestCopy::Hedge, result),
+                };
+                let event = Event::CopyEnded { copy, succeeded: succeeded(&result) };
+                let is_settled = matches!(plan.next(event, Instant::now().into_std()), Action::Settle(_));
+                let (this, other) = match copy {
+                    RequestCopy::First => (&mut first, &mut second),
+                    RequestCopy::Hedge => (&mut second, &mut first),
+                };
+                if is_settled {
+                    // The other copy is cancelled and counts nowhere: its permit is dropped.
+                    *other = None;
+                    return result;
                 }
-                result = &mut copy => {
-                    if succeeded(&result) { first = None; return (result, sent) }
-                    lost = second.take().map(|asked| over(result, asked, sent));
-                    (send.await, began)
-                }
+                lost = this.take().map(|attempt| attempt.finish(Ok(result)));
             }
         });
-        let result = clock.run(self.call.progress, work.as_mut()).await;
-        // The loser is cancelled here and counts nowhere: its permit is dropped.
+        let result = clock.run(self.progress(), work.as_mut()).await;
         drop(work);
-        let (result, began) = match result {
-            Ok((result, began)) => (Ok(result), began),
-            Err(ran_out) => (Err(ran_out), began),
-        };
         if let Some(lost) = lost {
             self.judge(lost, replay, clock);
         }
         if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
             self.guards().counters.retries.increment("hedge_won");
         }
-        let (index, permit, number) = first
-            .or(second)
-            .map_or((0, None, Number::MAX), |(asked, number)| (asked.index, asked.permit, number));
-        Over::new(result, (index, permit), number, began)
+        let unknown = || StartedAttempt { index, permit: None, number: AttemptNumber::MAX, began };
+        first.or(second).unwrap_or_else(unknown).finish(result)
     }
 
     /// How long after the first copy a second one is to be sent.
-    pub(super) fn hedge_delay(&self, outgoing: &Outgoing, replay: &Replay, tries: u32) -> Option<Duration> {
+    pub(super) fn hedge_delay(
+        &self,
+        outgoing: &Outgoing,
+        replay: &Replay,
+        attempts: u32,
+    ) -> Option<Duration> {
         let settings = self.policy.hedge.0?;
         let call = hedge::HedgeCandidate {
             method: &outgoing.method,
-            idempotency_key: self.call.idempotency_key,
+            idempotency_key: self.request.idempotency_key,
             body_ready: replay.is_empty(),
-            attempts: tries,
+            attempts,
             max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
             breaker_closed: self.guards().breaker.is_closed(),
         };
@@ -109,35 +102,40 @@ impl Exchange<'_> {
         settings.delay(&call, |percent| self.guards().quantile(percent, now).get())
     }
 
-    /// Where the second copy goes, if it may be sent.
-    fn hedge(&self, first: usize, replay: &Replay, tried: &[usize]) -> Option<Asked> {
-        let guards = self.guards();
-        let avoid: Vec<usize> = tried.iter().copied().chain([first]).collect();
-        let wanted = PickCriteria { tried: &avoid, hash: None, probe: None };
-        let index = connect::pick(self.call.connection, &self.target.local, &self.endpoints, &wanted).ok()?;
-        let allowed = replay.is_empty()
-            && guards.breaker.is_closed()
-            && connect::check_address(
-                self.call.view,
-                self.call.connection,
-                self.target,
-                self.endpoints[index].address(),
-            )
-            .is_ok();
-        if !allowed {
+    /// Where the second copy goes, if it may be sent. `first`: the endpoint of the first one.
+    fn plan_copy(
+        &self,
+        first: usize,
+        time_left: Option<Duration>,
+        replay: &Replay,
+        plan: &mut RetryPlan<'_>,
+    ) -> Option<PlannedAttempt> {
+        let now = Instant::now();
+        if plan.next(Event::HedgeDue { time_left }, now.into_std()) != Action::PickCopy {
             return None;
         }
-        let permit = self.permit(Instant::now()).ok()?;
-        // Last, so that nothing is spent on a copy that isn't sent.
-        if !guards.budget.withdraw(Instant::now().into_std()) {
+        let avoided: Vec<usize> = plan.failed_endpoints().iter().copied().chain([first]).collect();
+        let wanted = PickCriteria { tried: &avoided, hash: None, probe: None };
+        let origin = self.request.origin;
+        let index = connect::pick(origin.worker, &self.target.local, &self.endpoints, &wanted).ok()?;
+        let address = self.endpoints[index].address();
+        let is_allowed = replay.is_empty()
+            && self.guards().breaker.is_closed()
+            && connect::check_address(origin.view, origin.worker, self.target, address).is_ok();
+        if !is_allowed {
             return None;
         }
-        guards.counters.retries.increment("hedge");
-        Some(Asked { index, permit, last: false })
+        let permit = self.permit(now).ok()?;
+        if plan.next(Event::CopyAdmitted { endpoint: index }, now.into_std()) != Action::SendCopy {
+            return None;
+        }
+        self.guards().counters.retries.increment("hedge");
+        let (kind, waited) = (AttemptKind::Hedge, Duration::ZERO);
+        Some(PlannedAttempt { index, permit, kind, waited, is_last: false })
     }
 }
 
-/// Whether a copy's answer ends the race with the other copy.
-fn succeeded(result: &Result<Answer, Failed>) -> bool {
-    result.as_ref().is_ok_and(|answer| !may_be_failure(answer.response.status(), answer.present))
+/// Whether a copy's response ends the race with the other copy.
+fn succeeded(result: &Result<UpstreamResponse, AttemptError>) -> bool {
+    result.as_ref().is_ok_and(|response| !may_be_failure(response.head.status(), response.present))
 }

@@ -1,17 +1,17 @@
-//! What came of a try, told once to everyone who acts on it: breaker, outlier detection, balancer, hedge, adaptive limit.
+//! The outcome of an attempt, reported once: to breaker, outlier detection, balancer, hedge and adaptive limit.
 
 use std::{rc::Rc, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{
-    attempt::Failed,
+    attempt::AttemptError,
+    attempts::{AttemptNumber, FinishedAttempt, StartedAttempt},
     body::{Replay, SourceFailure},
-    clock::{Clock, RanOut},
+    clock::{Clock, TimeLimit},
     error::ProxyError,
-    exchange::{Ended, Exchange},
+    exchange::{AttemptResult, Exchange},
     grpc::GrpcReporter,
-    tries::{Number, Over},
 };
 use crate::{
     cause::Cause,
@@ -27,49 +27,52 @@ use crate::{
     upstream::{local::LocalEndpoint, reachability},
 };
 
-/// What an attempt weighs in the balancer, as latency, that could not even ask its endpoint.
+/// What an attempt that could not even reach for its endpoint weighs in the balancer, as latency.
 const NOT_ASKED: Duration = Duration::from_secs(1);
 
 /// Whose outcome is reported, and when it began and ended.
 struct Reported<'a> {
     endpoint: &'a Rc<LocalEndpoint>,
-    number: Number,
+    number: AttemptNumber,
     began: std::time::Instant,
     now: std::time::Instant,
 }
 
 /// Whether the endpoint's sidecar refused a request since it had too many: then it is there, and says so.
-fn is_full(ended: &Ended) -> bool {
-    let Ended::Answered(answer, _) = ended else { return false };
-    let said = answer.response.headers().get_all("proxy-status");
+fn is_full(ended: &AttemptResult) -> bool {
+    let AttemptResult::Response(response, _) = ended else { return false };
+    let said = response.head.headers().get_all("proxy-status");
     let full = b"connection_limit_reached";
     said.iter().any(|value| value.as_bytes().windows(full.len()).any(|part| part == full))
 }
 
 impl Exchange<'_> {
-    /// What a try's end means, told to breaker, outlier detection and balancer.
-    pub(super) fn judge(&self, over: Over, replay: &Replay, clock: &Clock) -> Ended {
-        let (now, took) = (over.ended.into_std(), over.ended - over.began);
-        let endpoint = &self.endpoints[over.index];
-        let ended = match over.result {
-            Ok(Ok(answer)) => {
-                self.call.progress.response_received(over.ended);
-                let response = &answer.response;
+    /// Classifies how an attempt ended, and reports it.
+    pub(super) fn judge(&self, finished: FinishedAttempt, replay: &Replay, clock: &Clock) -> AttemptResult {
+        let FinishedAttempt { attempt, result, ended: ended_at } = finished;
+        let StartedAttempt { index, permit, number, began } = attempt;
+        let (now, took) = (ended_at.into_std(), ended_at - began);
+        let endpoint = &self.endpoints[index];
+        let ended = match result {
+            Ok(Ok(response)) => {
+                self.progress().response_received(ended_at);
+                let head = &response.head;
                 // Advice counts from upstreams that the configuration names.
-                let named = self.target.index.is_some() && answer.present.has(Field::Retry);
+                let named = self.target.index.is_some() && response.present.has(Field::Retry);
                 let advice =
-                    if named { RetryAdvice::from_headers(response.headers()) } else { RetryAdvice::None };
-                let told = self.call.grpc && answer.present.has(Field::GrpcStatus);
-                let outcome = match told.then(|| GrpcStatus::from_headers(response.headers())).flatten() {
-                    Some(status) => {
-                        AttemptOutcome::grpc(status, advice, clock.deadline().client_time_left(now))
-                    }
-                    None => {
-                        let left = clock.deadline().client_time_left(now);
-                        AttemptOutcome::http(response.status(), advice, left)
-                    }
-                };
-                Ended::Answered(Box::new(answer), outcome)
+                    if named { RetryAdvice::from_headers(head.headers()) } else { RetryAdvice::None };
+                let is_grpc_response = self.request.grpc && response.present.has(Field::GrpcStatus);
+                let outcome =
+                    match is_grpc_response.then(|| GrpcStatus::from_headers(head.headers())).flatten() {
+                        Some(status) => {
+                            AttemptOutcome::grpc(status, advice, clock.deadline().client_time_left(now))
+                        }
+                        None => {
+                            let left = clock.deadline().client_time_left(now);
+                            AttemptOutcome::http(head.status(), advice, left)
+                        }
+                    };
+                AttemptResult::Response(Box::new(response), outcome)
             }
             Ok(Err(mut failed)) => {
                 match replay.failure() {
@@ -77,16 +80,16 @@ impl Exchange<'_> {
                     Some(SourceFailure::ClientGone) => failed.ending = OutcomeKind::ClientGone,
                     Some(SourceFailure::Malformed(error)) => {
                         let error = ProxyError::malformed(format!("the request's body: {error}"));
-                        failed = Failed::new(OutcomeKind::ClientError, error);
+                        failed = AttemptError::new(OutcomeKind::ClientError, error);
                     }
                 }
-                Ended::Failed(failed)
+                AttemptResult::Failed(failed)
             }
-            Err(ran_out) => Ended::Failed(self.timed_out(ran_out, endpoint, over.number, took)),
+            Err(time_limit) => AttemptResult::Failed(self.timed_out(time_limit, endpoint, number, took)),
         };
         let outcome = match &ended {
-            Ended::Answered(_, outcome) => *outcome,
-            Ended::Failed(failed) => AttemptOutcome::new(failed.ending),
+            AttemptResult::Response(_, outcome) => *outcome,
+            AttemptResult::Failed(failed) => AttemptOutcome::new(failed.ending),
         };
         match outcome.health() {
             Health::Success => endpoint.observe_latency(took, now),
@@ -117,42 +120,42 @@ impl Exchange<'_> {
         {
             self.guards().quantile(percent, now).record(took, now);
         }
-        self.call.progress.with_record(|record| {
+        self.progress().with_record(|record| {
             if let OutcomeKind::Grpc(status) = outcome.kind {
                 record.grpc_status = Some(status);
             }
-            if let Some(one) = record.attempts.get_mut(over.number) {
-                one.ended_at = Some(over.ended);
+            if let Some(one) = record.attempts.get_mut(number) {
+                one.ended_at = Some(ended_at);
                 one.outcome = Some(outcome);
-                if let Ended::Failed(failed) = &ended {
+                if let AttemptResult::Failed(failed) = &ended {
                     one.error = Some(failed.error.detail.clone());
                 }
             }
         });
-        let reported = Reported { endpoint, number: over.number, began: over.began.into_std(), now };
-        self.report(ended, &outcome, reported, over.permit, clock)
+        let reported = Reported { endpoint, number, began: began.into_std(), now };
+        self.report(ended, &outcome, reported, permit, clock)
     }
 
-    /// Tells breaker and outlier detection. A gRPC call that has only begun to answer is told of at its end.
+    /// Reports to breaker and outlier detection. A gRPC request whose response has only begun is reported at its end.
     fn report(
         &self,
-        mut ended: Ended,
+        mut ended: AttemptResult,
         outcome: &AttemptOutcome,
         Reported { endpoint, number, began, now }: Reported<'_>,
         permit: Option<BreakerPermit>,
         clock: &Clock,
-    ) -> Ended {
+    ) -> AttemptResult {
         let guards = self.guards();
         // A connection that was lost with many calls on it counts once.
-        let counted = matches!(&ended, Ended::Failed(failed) if failed.counted);
+        let counted = matches!(&ended, AttemptResult::Failed(failed) if failed.counted);
         let health = if counted { Health::Neutral } else { outcome.health() };
-        let random = || self.call.connection.worker.with_rng(|rng| rng.unit_f64());
-        if let Ended::Answered(answer, _) = &mut ended
-            && self.call.grpc
+        let random = || self.worker().with_rng(|rng| rng.unit_f64());
+        if let AttemptResult::Response(response, _) = &mut ended
+            && self.request.grpc
             && matches!(outcome.kind, OutcomeKind::Http(status) if status.is_success())
             && !permit.as_ref().is_some_and(BreakerPermit::is_trial)
         {
-            answer.held.grpc = Some(Box::new(GrpcReporter {
+            response.held.grpc = Some(Box::new(GrpcReporter {
                 local: Rc::clone(&self.target.local),
                 matched: Rc::clone(&self.target.matched),
                 route: self.target.route,
@@ -172,21 +175,17 @@ impl Exchange<'_> {
         match change {
             Some(EndpointChange::Ejected(_)) => self.note_try(number, |one| one.ejected_endpoint = true),
             Some(EndpointChange::Absent | EndpointChange::StillAbsent) => {
-                reachability::watch_absent_endpoints(
-                    &local.shared,
-                    &self.call.connection.worker.shared.control_runtime,
-                );
+                reachability::watch_absent_endpoints(&local.shared, &self.worker().shared.control_runtime);
             }
             Some(EndpointChange::Present) | None => {}
         }
         if let Some(permit) = permit {
             let health = local.health_for_breaker(endpoint, health, now);
             let random = if health == Health::Failure { random() } else { 0.0 };
-            let told = (health, evidence.makes_absent());
-            let transition = guards.report(self.name(), permit, told, now, random);
+            let result = (health, evidence.makes_absent());
+            let transition = guards.report(self.name(), permit, result, now, random);
             if health == Health::Failure {
-                self.call
-                    .progress
+                self.progress()
                     .with_record(|record| record.breaker_window = Some(guards.breaker.window_counts(now)));
             }
             if let Some(transition) = &transition {
@@ -196,15 +195,21 @@ impl Exchange<'_> {
         ended
     }
 
-    pub(super) fn note_try(&self, number: Number, note: impl FnOnce(&mut AttemptRecord)) {
-        self.call.progress.with_record(|record| record.attempts.get_mut(number).map(note));
+    pub(super) fn note_try(&self, number: AttemptNumber, note: impl FnOnce(&mut AttemptRecord)) {
+        self.progress().with_record(|record| record.attempts.get_mut(number).map(note));
     }
 
-    fn timed_out(&self, ran_out: RanOut, endpoint: &LocalEndpoint, number: Number, took: Duration) -> Failed {
+    fn timed_out(
+        &self,
+        time_limit: TimeLimit,
+        endpoint: &LocalEndpoint,
+        number: AttemptNumber,
+        took: Duration,
+    ) -> AttemptError {
         let name = self.name();
         let address = endpoint.address();
-        let (mut ending, mut cause, what) = ran_out.meaning();
-        let unseen = self.call.progress.with_record(|record| {
+        let (mut ending, mut cause, what) = time_limit.meaning();
+        let unseen = self.progress().with_record(|record| {
             let is_told = record.attempts.get_mut(number).is_some();
             // Of a hedge both are under way.
             is_told && !record.attempts.iter().any(|one| one.ended_at.is_none() && one.had_connection)
@@ -214,11 +219,11 @@ impl Exchange<'_> {
             let detail = format!(
                 "{name}: no connection to {address} was free for {took:.1?}, within {what}: `limits.max_connections` are in use, or it takes no more streams"
             );
-            if matches!(ran_out, RanOut::Limit(DeadlineLimit::Attempt | DeadlineLimit::ClientShare)) {
+            if matches!(time_limit, TimeLimit::Limit(DeadlineLimit::Attempt | DeadlineLimit::ClientShare)) {
                 cause = Cause::LimitFull;
             }
             let error = ProxyError::new(cause, detail).retry_after(Duration::from_secs(1));
-            return Failed::new(OutcomeKind::LocalRefusal, error);
+            return AttemptError::new(OutcomeKind::LocalRefusal, error);
         }
         if unseen == Some(true) {
             // Nobody has seen anything of it, whichever clock was the shorter one.
@@ -230,24 +235,24 @@ impl Exchange<'_> {
                 _ => {}
             }
             let detail = format!("{name}: no connection to {address} after {took:.1?}, within {what}");
-            return Failed::new(ending, ProxyError::new(cause, detail));
+            return AttemptError::new(ending, ProxyError::new(cause, detail));
         }
         let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
-        Failed::new(ending, ProxyError::new(cause, detail))
+        AttemptError::new(ending, ProxyError::new(cause, detail))
     }
 
-    /// Remembers that this trace's tries were spent here: the inbound side then asks the caller not to repeat them.
-    pub(super) fn note_spent(&self, ended: &Result<Ended, ProxyError>) {
+    /// Remembers that this trace's attempts were spent here: the inbound side then asks the client not to repeat them.
+    pub(super) fn note_spent(&self, ended: &Result<AttemptResult, ProxyError>) {
         let failed = match ended {
-            Ok(Ended::Answered(_, outcome)) => outcome.is_failure(),
-            Ok(Ended::Failed(failed)) => failed.error.cause.is_exhaustion(),
+            Ok(AttemptResult::Response(_, outcome)) => outcome.is_failure(),
+            Ok(AttemptResult::Failed(failed)) => failed.error.cause.is_exhaustion(),
             Err(error) => error.cause.is_exhaustion(),
         };
         if failed
-            && self.call.connection.side != Side::Inbound
-            && let Some(trace) = self.call.progress.with_record(|record| record.context.trace.get())
+            && *self.request.origin.side != Side::Inbound
+            && let Some(trace) = self.progress().with_record(|record| record.context.trace.get())
         {
-            self.call.connection.worker.shared.spent_traces.insert(trace, Instant::now().into_std());
+            self.worker().shared.spent_traces.insert(trace, Instant::now().into_std());
         }
     }
 }

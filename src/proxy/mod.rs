@@ -1,7 +1,7 @@
 //! The data path, in the order in which a request passes it.
 //!
 //! ```text
-//! accept ─▶ connection ─▶ request_handler ─▶ target ─▶ exchange ─▶ tries ─▶ attempt ─▶ (upstream::pool)
+//! accept ─▶ connection ─▶ request_handler ─▶ target ─▶ exchange ─▶ attempts ─▶ attempt ─▶ (upstream::pool)
 //!              │            │                             │          │
 //!           detect        guard                       admission    judge, hedged
 //!           tunnel        authorize                   credentials  body, headers, interim
@@ -11,6 +11,7 @@
 pub mod accept;
 mod admission;
 mod attempt;
+mod attempts;
 mod authorize;
 pub mod body;
 mod clock;
@@ -32,12 +33,13 @@ mod hedged;
 pub mod interception;
 mod interim;
 mod judge;
+mod next_hop;
 mod opaque;
+pub mod origin;
 pub mod progress;
 pub mod redirection;
 pub mod request_handler;
 pub mod target;
-mod tries;
 pub mod tunnel;
 mod upgrade;
 pub mod worker;

@@ -21,6 +21,7 @@ use super::{
     connection::Connection,
     error::{ErrorContext, ProxyError, respond},
     exchange, guard, headers,
+    origin::Origin,
     progress::Progress,
     target,
 };
@@ -254,7 +255,8 @@ async fn check_and_forward(
         record.matched = Some(Arc::clone(&target.matched.destination));
         record.route = target.route;
     });
-    let response = exchange::run(connection, view, &target, request, present, progress).await;
+    let origin = Origin::of(connection, view, progress);
+    let response = exchange::run(&origin, &target, request, present).await;
     if let Err(error) = &response
         && error.cause == Cause::Malformed
     {

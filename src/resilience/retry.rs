@@ -1,11 +1,16 @@
 //! Whether a failed attempt may be retried (RFC 9110 §9.2.2, RFC 9113 §8.7, gRPC A6).
 
 mod decide;
+mod plan;
 #[cfg(test)]
 mod tests;
 
 pub use decide::{
     BodyState, FailedAttempt, MAX_RESENDS, Retry, RetryContext, RetryDecision, RetryPolicy, StopReason,
+};
+pub use plan::{
+    Action, AttemptFailure, AttemptKind, Event, Finish, NextAttempt, RequestCopy, RequestTraits, RetryPlan,
+    SharedLimits, Stop,
 };
 
 use std::{fmt, str::FromStr};

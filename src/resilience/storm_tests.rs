@@ -79,14 +79,13 @@ impl Chain {
                 hop.breaker.report(permit, health, now, index as f64 / 3.0);
             }
             let attempt = FailedAttempt {
-                method: &Method::GET,
-                grpc: false,
-                idempotency_key: false,
+                is_repeatable: hop.retry.is_repeatable(&Method::GET, false),
+                is_grpc: false,
                 attempts,
                 free_retry_used: false,
                 resends: 0,
                 body: BodyState::Unread,
-                committed: false,
+                is_committed: false,
             };
             let context = RetryContext {
                 now,

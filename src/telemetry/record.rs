@@ -22,6 +22,7 @@ use crate::{
     resilience::{
         breaker::BreakerState,
         classify::{AttemptOutcome, GrpcStatus},
+        retry::AttemptKind,
     },
     trace_context::{SpanId, TraceContext},
 };
@@ -115,7 +116,7 @@ impl RequestEnd {
 /// One attempt of a request.
 #[derive(Clone, Debug)]
 pub struct AttemptRecord {
-    pub reason: AttemptReason,
+    pub reason: AttemptKind,
     pub span: SpanId,
     pub endpoint: SocketAddr,
     /// HTTP version towards the endpoint.
@@ -141,38 +142,6 @@ pub struct AttemptRecord {
     pub breaker_change: Option<BreakerState>,
     /// Its outcome ejected the endpoint.
     pub ejected_endpoint: bool,
-}
-
-/// Why an attempt was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttemptReason {
-    First,
-    /// The previous attempt failed.
-    Retry,
-    /// A pooled connection turned out to be closed (stale keep-alive race); not counted by `retry.max`.
-    Reconnect,
-    /// The previous endpoint accepted no connection, or is known to be absent; not counted by `retry.max`.
-    NextEndpoint,
-    /// The other address of `localhost`.
-    Sibling,
-    /// A second copy of a slow request.
-    Hedge,
-    /// To the upstream that `fallback` names.
-    Fallback,
-}
-
-impl AttemptReason {
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::First => "first",
-            Self::Retry => "retry",
-            Self::Reconnect => "reconnect",
-            Self::NextEndpoint => "next_endpoint",
-            Self::Sibling => "sibling",
-            Self::Hedge => "hedge",
-            Self::Fallback => "fallback",
-        }
-    }
 }
 
 /// The attempts of a request. The first is stored inline: most requests have no other.
@@ -221,7 +190,7 @@ impl AttemptRecords {
 
 impl AttemptRecord {
     pub fn new(
-        why: AttemptReason,
+        why: AttemptKind,
         span: SpanId,
         endpoint: SocketAddr,
         version: Version,
@@ -430,7 +399,7 @@ mod tests {
         for port in 0..100 {
             let endpoint = SocketAddr::from(([127, 0, 0, 1], port));
             let number = attempts.push(AttemptRecord::new(
-                AttemptReason::Retry,
+                AttemptKind::Retry,
                 span,
                 endpoint,
                 Version::HTTP_11,

@@ -4,10 +4,11 @@
 
 use std::{fmt::Write, net::SocketAddr, time::Duration};
 
-use super::record::{AttemptReason, AttemptRecord, RequestEnd, RequestRecord};
+use super::record::{AttemptRecord, RequestEnd, RequestRecord};
 use crate::resilience::{
     breaker::BreakerState,
     classify::{AttemptOutcome, ConnectFailure, GrpcStatus, OutcomeKind},
+    retry::AttemptKind,
 };
 
 /// A request whose response head takes this long is reported as slow.
@@ -116,7 +117,7 @@ impl RequestRecord {
             }
         }
         if let Some(failure) = self.fallback_cause {
-            let to_upstream = self.attempts.iter().any(|one| one.reason == AttemptReason::Fallback);
+            let to_upstream = self.attempts.iter().any(|one| one.reason == AttemptKind::Fallback);
             let what = if to_upstream {
                 "the request went to the fallback upstream"
             } else {
@@ -151,7 +152,7 @@ impl RequestRecord {
             if at > 0 {
                 out.push_str(", ");
             }
-            if same == 1 && at > 0 && (last || one.reason != AttemptReason::Retry) {
+            if same == 1 && at > 0 && (last || one.reason != AttemptKind::Retry) {
                 let _ = write!(out, "{} {}", attempt_name(at + 1, one.reason), describe_outcome(one, before));
             } else {
                 out.push_str(&words);
@@ -290,19 +291,18 @@ fn describe_outcome(one: &AttemptRecord, before: Option<SocketAddr>) -> String {
     if before == Some(one.endpoint) { answered } else { format!("at {} {answered}", one.endpoint) }
 }
 
-fn attempt_name(number: usize, why: AttemptReason) -> String {
+fn attempt_name(number: usize, why: AttemptKind) -> String {
     const NAMES: [&str; 6] = ["first", "second", "third", "fourth", "fifth", "sixth"];
     match why {
-        AttemptReason::Hedge => "hedge".to_owned(),
-        AttemptReason::Fallback => "the fallback".to_owned(),
-        AttemptReason::Sibling => "the host's other address".to_owned(),
-        AttemptReason::First
-        | AttemptReason::Retry
-        | AttemptReason::Reconnect
-        | AttemptReason::NextEndpoint => match NAMES.get(number - 1) {
-            Some(name) => format!("{name} attempt"),
-            None => format!("attempt {number}"),
-        },
+        AttemptKind::Hedge => "hedge".to_owned(),
+        AttemptKind::Fallback => "the fallback".to_owned(),
+        AttemptKind::Sibling => "the host's other address".to_owned(),
+        AttemptKind::First | AttemptKind::Retry | AttemptKind::Reconnect | AttemptKind::NextEndpoint => {
+            match NAMES.get(number - 1) {
+                Some(name) => format!("{name} attempt"),
+                None => format!("attempt {number}"),
+            }
+        }
     }
 }
 

@@ -32,6 +32,7 @@ use crate::{
         limit::{BoundedCounter, LimitSettings, NotifyWaiter, RequestLimit},
         outlier::{OutlierDetector, OutlierSettings},
         rate::{RateKey, RateLimit, RateSettings},
+        retry::SharedLimits,
     },
 };
 
@@ -374,9 +375,9 @@ impl Guards {
         }
     }
 
-    /// Whether one more attempt may switch to another endpoint at once, because this one accepted no connection.
-    pub fn may_switch_endpoint(&self, now: Instant) -> bool {
-        self.switch_rate.admit(&[], now).is_ok()
+    /// What bounds the attempts of all requests to this upstream together.
+    pub fn attempt_limits(&self) -> SharedLimits<'_> {
+        SharedLimits { budget: &self.budget, moves: &self.switch_rate }
     }
 
     /// Counts and logs a transition of the breaker.

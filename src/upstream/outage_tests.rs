@@ -240,19 +240,18 @@ impl Simulation {
             request.tried.push(index);
             return self.schedule(self.now, request);
         }
-        let tried = FailedAttempt {
-            method: &Method::GET,
-            grpc: false,
-            idempotency_key: false,
+        let failed = FailedAttempt {
+            is_repeatable: self.retries.is_repeatable(&Method::GET, false),
+            is_grpc: false,
             attempts: request.attempts,
             free_retry_used: false,
             resends: 0,
             body: BodyState::Unread,
-            committed: false,
+            is_committed: false,
         };
         let moment =
             RetryContext { now, time_left: None, hint: RetryHint::None, random, budget: &guards.budget };
-        match self.retries.decide(&tried, &outcome, &moment) {
+        match self.retries.decide(&failed, &outcome, &moment) {
             RetryDecision::Retry(retry) => {
                 request.attempts += 1;
                 request.tried.push(index);

@@ -55,8 +55,8 @@ fn handshake_timeout() -> TlsFailure {
 
 impl Connection {
     /// The connection inside TLS on this one.
-    fn inside_tls(&self, proven: Option<VerifiedPeer>, tls12: bool) -> Rc<Self> {
-        let (peer_identity, presented) = match proven {
+    fn inside_tls(&self, peer: Option<VerifiedPeer>, tls12: bool) -> Rc<Self> {
+        let (peer_identity, presented) = match peer {
             Some(VerifiedPeer { peer, chain, .. }) => (Some(Arc::new(peer)), Some(chain.into())),
             None => (None, None),
         };
@@ -98,7 +98,7 @@ impl Connection {
         // Boxed: the handshake's kilobytes are freed when it ends, and an idle connection does not hold them.
         let accepted =
             Box::pin(timeout(HEADER_TIMEOUT, handshake)).await.unwrap_or_else(|_| Err(handshake_timeout()));
-        let AcceptedTls { stream, verified: proven, protocol: speaks, tls12, resumed } =
+        let AcceptedTls { stream, verified: peer, protocol: speaks, tls12, resumed } =
             accepted.map_err(|failure| {
                 counts.record_failure(failure.kind);
                 // The log suppresses repetitions.
@@ -106,9 +106,9 @@ impl Connection {
                 ConnectionError::Cut("the TLS handshake failed")
             })?;
         counts.record_success(resumed);
-        let by = if proven.is_some() { ConnectionTls::Mutual } else { ConnectionTls::Server };
+        let by = if peer.is_some() { ConnectionTls::Mutual } else { ConnectionTls::Server };
         let _protected = worker.shared.metrics.inbound.count_tls(by);
-        let inside = self.inside_tls(proven, tls12);
+        let inside = self.inside_tls(peer, tls12);
         // An `async fn` stores its arguments twice: pass a pointer, not the whole TLS state.
         let stream = Box::new(stream);
         match speaks {

@@ -2,7 +2,7 @@
 //!
 //! The first bytes of a connection do not decide everything. A JDK server takes any bytes before the first space for a
 //! method, and ignores the version: a binary message, even a ClientHello, can continue as a request line. So the filter
-//! follows the client's first line, in each way in which servers end lines, until it can no longer be a request line,
+//! follows the client's first line, with every line ending that servers accept, until it can be no request line,
 //! or until the server has sent something that is not HTTP. Nothing else ends the watch: servers differ in how long a
 //! line and a header may be, so no number of bytes is enough. The byte that ends a request line does not pass.
 

@@ -26,11 +26,10 @@ pub enum BodyState {
 
 /// A failed attempt, and what the request has used up so far.
 #[derive(Clone, Copy, Debug)]
-pub struct FailedAttempt<'a> {
-    pub method: &'a Method,
-    pub grpc: bool,
-    /// The request has an `Idempotency-Key`.
-    pub idempotency_key: bool,
+pub struct FailedAttempt {
+    /// See [`RetryPolicy::is_repeatable`].
+    pub is_repeatable: bool,
+    pub is_grpc: bool,
     /// Attempts sent so far, including the failed one and hedges, excluding free ones.
     pub attempts: u32,
     /// A free retry ([`Retry::free`]) has been sent for a stale keep-alive race.
@@ -39,7 +38,7 @@ pub struct FailedAttempt<'a> {
     pub resends: u32,
     pub body: BodyState,
     /// Response headers have been sent to the client.
-    pub committed: bool,
+    pub is_committed: bool,
 }
 
 /// What follows a failed attempt.
@@ -170,9 +169,17 @@ impl RetryPolicy {
         waits.fold(Duration::ZERO, Duration::saturating_add).min(MAX_ABSENCE_WAIT)
     }
 
-    /// Whether a request that may have been processed may be sent again. If so, half of the time is reserved for it.
-    pub fn may_send_twice(&self, method: &Method, idempotency_key: bool) -> bool {
-        self.settings.as_ref().is_some_and(|settings| settings.methods.allows(method, idempotency_key))
+    /// Whether failures are retried at all: false for `retry = false`.
+    pub fn is_on(&self) -> bool {
+        self.settings.is_some()
+    }
+
+    /// Whether a request that may have been processed may be sent again.
+    pub fn is_repeatable(&self, method: &Method, idempotency_key: bool) -> bool {
+        match &self.settings {
+            Some(settings) => settings.methods.allows(method, idempotency_key),
+            None => is_idempotent(method) || idempotency_key,
+        }
     }
 
     /// Whether `retry.on` or the upstream's advice makes this outcome retryable.
@@ -197,7 +204,7 @@ impl RetryPolicy {
     /// The whole decision. For a retry that is not free, it has withdrawn from the budget.
     pub fn decide(
         &self,
-        attempt: &FailedAttempt<'_>,
+        attempt: &FailedAttempt,
         outcome: &AttemptOutcome,
         context: &RetryContext<'_>,
     ) -> RetryDecision {
@@ -231,20 +238,16 @@ impl RetryPolicy {
     /// The part of the decision that depends neither on time nor on budget; `Ok(true)` = a free retry.
     pub(super) fn eligible(
         &self,
-        attempt: &FailedAttempt<'_>,
+        attempt: &FailedAttempt,
         outcome: &AttemptOutcome,
     ) -> Result<bool, StopReason> {
         let stale = is_stale(outcome) && !attempt.free_retry_used;
         let unsent = outcome.is_unsent() && attempt.resends < MAX_RESENDS;
         let named = self.is_retryable(outcome)
             // gRPC's transparent retry needs no configuration (A6).
-            || (self.settings.is_some() && attempt.grpc && outcome.kind == OutcomeKind::RefusedStream);
+            || (self.settings.is_some() && attempt.is_grpc && outcome.kind == OutcomeKind::RefusedStream);
         let is_at_most_once = self.settings.as_ref().is_some_and(|settings| settings.max == 0);
-        let method_allows = match &self.settings {
-            Some(settings) => settings.methods.allows(attempt.method, attempt.idempotency_key),
-            None => is_idempotent(attempt.method) || attempt.idempotency_key,
-        };
-        let may_send_twice = outcome.is_unprocessed() || method_allows;
+        let may_send_twice = outcome.is_unprocessed() || attempt.is_repeatable;
 
         if !stale && !unsent && !named {
             return Err(StopReason::NotRetryable);
@@ -252,7 +255,7 @@ impl RetryPolicy {
         if outcome.advice() == RetryAdvice::No {
             return Err(StopReason::Suppressed);
         }
-        if attempt.committed {
+        if attempt.is_committed {
             return Err(StopReason::Committed);
         }
         let free = (stale || unsent) && !is_at_most_once;

@@ -43,16 +43,16 @@ fn context(budget: &RetryBudget) -> RetryContext<'_> {
     }
 }
 
-fn attempt(method: &Method) -> FailedAttempt<'_> {
+/// The first attempt of a request without an `Idempotency-Key`, under this policy.
+fn first(policy: &RetryPolicy, method: &Method) -> FailedAttempt {
     FailedAttempt {
-        method,
-        grpc: false,
-        idempotency_key: false,
+        is_repeatable: policy.is_repeatable(method, false),
+        is_grpc: false,
         attempts: 1,
         free_retry_used: false,
         resends: 0,
         body: BodyState::Unread,
-        committed: false,
+        is_committed: false,
     }
 }
 
@@ -70,11 +70,12 @@ fn every_outcome() -> impl Iterator<Item = AttemptOutcome> {
 /// The safety rule, written again from the standards and not from the code: may this request be sent again?
 fn may_be_sent_again(
     policy: &Option<RetrySettings>,
-    attempt: &FailedAttempt<'_>,
+    (method, idempotency_key): (&Method, bool),
+    attempt: &FailedAttempt,
     outcome: &AttemptOutcome,
 ) -> bool {
-    let idempotent = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"].contains(&attempt.method.as_str())
-        || attempt.idempotency_key;
+    let idempotent =
+        ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"].contains(&method.as_str()) || idempotency_key;
     let unprocessed = match outcome.kind {
         OutcomeKind::Connect(_) | OutcomeKind::RefusedStream | OutcomeKind::LocalRefusal => true,
         OutcomeKind::Reset(reset) => !reset.request_sent,
@@ -90,7 +91,7 @@ fn may_be_sent_again(
             _ => false,
         };
     let on_request =
-        !attempt.committed && attempt.body != BodyState::NotKept && outcome.advice != RetryAdvice::No;
+        !attempt.is_committed && attempt.body != BodyState::NotKept && outcome.advice != RetryAdvice::No;
     on_request
         && match policy {
             None => unsent || (stale && !attempt.free_retry_used && (idempotent || unprocessed)),
@@ -98,7 +99,7 @@ fn may_be_sent_again(
                 let methods = match &settings.methods {
                     RetryMethods::All => true,
                     RetryMethods::Idempotent => idempotent,
-                    RetryMethods::Listed(list) => list.iter().any(|m| m == attempt.method.as_str()),
+                    RetryMethods::Listed(list) => list.iter().any(|m| m == method.as_str()),
                 };
                 settings.max > 0
                     && (attempt.attempts <= settings.max || unsent || (stale && !attempt.free_retry_used))
@@ -130,24 +131,29 @@ fn sends_twice_only_when_allowed() {
         let policy = RetryPolicy::new(settings.clone());
         for (method, body) in METHODS.iter().flat_map(|method| BODIES.map(|body| (method, body))) {
             for bits in 0..32u32 {
+                let idempotency_key = bits & 2 > 0;
                 let attempt = FailedAttempt {
-                    method,
-                    grpc: bits & 1 > 0,
-                    idempotency_key: bits & 2 > 0,
+                    is_repeatable: policy.is_repeatable(method, idempotency_key),
+                    is_grpc: bits & 1 > 0,
                     attempts: 1 + (bits & 4) / 2,
                     free_retry_used: bits & 8 > 0,
                     resends: bits / 16 * 2,
                     body,
-                    committed: false,
+                    is_committed: false,
                 };
                 for outcome in &outcomes {
-                    for attempt in [attempt, FailedAttempt { committed: true, ..attempt }] {
+                    for attempt in [attempt, FailedAttempt { is_committed: true, ..attempt }] {
                         match policy.eligible(&attempt, outcome) {
                             Ok(_) => {
                                 sent += 1;
                                 assert!(
-                                    may_be_sent_again(&settings, &attempt, outcome),
-                                    "{settings:?} {attempt:?} {outcome:?}"
+                                    may_be_sent_again(
+                                        &settings,
+                                        (method, idempotency_key),
+                                        &attempt,
+                                        outcome
+                                    ),
+                                    "{settings:?} {method} {attempt:?} {outcome:?}"
                                 );
                             }
                             Err(_) => rejected += 1,
@@ -161,7 +167,7 @@ fn sends_twice_only_when_allowed() {
     // The same through the whole decision, for requests that may have been processed and are not idempotent.
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
     for outcome in outcomes.iter().filter(|outcome| !outcome.is_unprocessed()) {
-        let decision = policy.decide(&attempt(&Method::POST), outcome, &context(&budget));
+        let decision = policy.decide(&first(&policy, &Method::POST), outcome, &context(&budget));
         assert!(matches!(decision, RetryDecision::Stop(_)), "{outcome:?}");
     }
 }
@@ -170,26 +176,30 @@ fn sends_twice_only_when_allowed() {
 fn retries_retryable_outcomes() {
     let budget = ample_budget();
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
-    let retries = |attempt: FailedAttempt<'_>, outcome| {
+    let retries = |attempt: FailedAttempt, outcome| {
         matches!(policy.decide(&attempt, &outcome, &context(&budget)), RetryDecision::Retry(_))
     };
+    let (get, post) = (first(&policy, &Method::GET), first(&policy, &Method::POST));
+    let is_repeatable = policy.is_repeatable(&Method::POST, true);
     for code in [502, 503, 504] {
-        assert!(retries(attempt(&Method::GET), http(code)));
-        assert!(!retries(attempt(&Method::POST), http(code)));
-        assert!(retries(FailedAttempt { idempotency_key: true, ..attempt(&Method::POST) }, http(code)));
+        assert!(retries(get, http(code)));
+        assert!(!retries(post, http(code)));
+        assert!(retries(FailedAttempt { is_repeatable, ..post }, http(code)));
     }
-    assert!(!retries(attempt(&Method::GET), http(500)));
-    assert!(!retries(attempt(&Method::GET), http(200)));
-    assert!(retries(attempt(&Method::POST), AttemptOutcome::new(OutcomeKind::RefusedStream)));
+    assert!(!retries(get, http(500)));
+    assert!(!retries(get, http(200)));
+    assert!(retries(post, AttemptOutcome::new(OutcomeKind::RefusedStream)));
     let elsewhere = AttemptOutcome { advice: RetryAdvice::Elsewhere, ..http(503) };
-    assert!(retries(attempt(&Method::POST), elsewhere));
+    assert!(retries(post, elsewhere));
     let success = AttemptOutcome { advice: RetryAdvice::Elsewhere, ..http(200) };
-    assert!(!retries(attempt(&Method::GET), success), "a success is not retried, whatever the advice");
-    let grpc = FailedAttempt { grpc: true, ..attempt(&Method::POST) };
+    assert!(!retries(get, success), "a success is not retried, whatever the advice");
+    let grpc = FailedAttempt { is_grpc: true, ..post };
     let unavailable = AttemptOutcome::grpc(GrpcStatus::Unavailable, RetryAdvice::None, None);
     assert!(!retries(grpc, unavailable));
     let all = RetrySettings { methods: RetryMethods::All, ..RetrySettings::default() };
-    let decision = RetryPolicy::new(Some(all)).decide(&grpc, &unavailable, &context(&budget));
+    let all = RetryPolicy::new(Some(all));
+    let grpc = FailedAttempt { is_grpc: true, ..first(&all, &Method::POST) };
+    let decision = all.decide(&grpc, &unavailable, &context(&budget));
     assert!(matches!(decision, RetryDecision::Retry(_)));
 }
 
@@ -197,8 +207,8 @@ fn retries_retryable_outcomes() {
 fn stops_with_the_right_reason() {
     let budget = ample_budget();
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
-    let get = attempt(&Method::GET);
-    let reason = |attempt: FailedAttempt<'_>, outcome: AttemptOutcome, context: RetryContext<'_>| match policy
+    let (get, post) = (first(&policy, &Method::GET), first(&policy, &Method::POST));
+    let reason = |attempt: FailedAttempt, outcome: AttemptOutcome, context: RetryContext<'_>| match policy
         .decide(&attempt, &outcome, &context)
     {
         RetryDecision::Stop(reason) => reason,
@@ -214,9 +224,9 @@ fn stops_with_the_right_reason() {
         reason(get, AttemptOutcome { advice: RetryAdvice::No, ..http(404) }, now),
         StopReason::NotRetryable
     );
-    assert_eq!(reason(FailedAttempt { committed: true, ..get }, http(503), now), StopReason::Committed);
+    assert_eq!(reason(FailedAttempt { is_committed: true, ..get }, http(503), now), StopReason::Committed);
     assert_eq!(reason(FailedAttempt { attempts: 3, ..get }, http(503), now), StopReason::MaxAttempts);
-    assert_eq!(reason(attempt(&Method::POST), http(503), now), StopReason::Method);
+    assert_eq!(reason(post, http(503), now), StopReason::Method);
     assert_eq!(
         reason(FailedAttempt { body: BodyState::NotKept, ..get }, http(503), now),
         StopReason::BodyNotKept
@@ -248,17 +258,18 @@ fn retries_a_stale_keep_alive_race_once_for_free() {
     let free = RetryDecision::Retry(Retry { wait: Duration::ZERO, free: true });
     for settings in [None, Some(RetrySettings::default())] {
         let policy = RetryPolicy::new(settings);
-        assert_eq!(policy.decide(&attempt(&Method::GET), &race(true), &now), free);
-        assert_eq!(policy.decide(&attempt(&Method::POST), &race(false), &now), free);
-        let stop = |attempt: FailedAttempt<'_>, outcome: AttemptOutcome| {
+        let (get, post) = (first(&policy, &Method::GET), first(&policy, &Method::POST));
+        assert_eq!(policy.decide(&get, &race(true), &now), free);
+        assert_eq!(policy.decide(&post, &race(false), &now), free);
+        let stop = |attempt: FailedAttempt, outcome: AttemptOutcome| {
             matches!(policy.decide(&attempt, &outcome, &now), RetryDecision::Stop(_))
         };
-        assert!(stop(attempt(&Method::POST), race(true)));
-        assert!(stop(FailedAttempt { free_retry_used: true, ..attempt(&Method::GET) }, race(true)));
+        assert!(stop(post, race(true)));
+        assert!(stop(FailedAttempt { free_retry_used: true, ..get }, race(true)));
     }
     let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
     assert_eq!(
-        never.decide(&attempt(&Method::GET), &race(false), &now),
+        never.decide(&first(&never, &Method::GET), &race(false), &now),
         RetryDecision::Stop(StopReason::MaxAttempts),
         "max = 0 is at most once, always"
     );
@@ -277,17 +288,18 @@ fn resends_an_unsent_request_for_free() {
     let unwritten = Reset { reused: false, request_sent: false, response_started: false };
     for outcome in [OutcomeKind::RefusedStream, OutcomeKind::Reset(unwritten)].map(AttemptOutcome::new) {
         let off = RetryPolicy::new(None);
+        let post = first(&off, &Method::POST);
         let free = RetryDecision::Retry(Retry { wait: Duration::ZERO, free: true });
         for resent in 0..MAX_RESENDS {
-            let attempt = FailedAttempt { resends: resent, ..attempt(&Method::POST) };
+            let attempt = FailedAttempt { resends: resent, ..post };
             assert_eq!(off.decide(&attempt, &outcome, &now), free, "{outcome:?} {resent}");
         }
-        let spent = FailedAttempt { resends: MAX_RESENDS, ..attempt(&Method::POST) };
+        let spent = FailedAttempt { resends: MAX_RESENDS, ..post };
         assert_eq!(off.decide(&spent, &outcome, &now), RetryDecision::Stop(StopReason::NotRetryable));
-        let gone = FailedAttempt { body: BodyState::NotKept, ..attempt(&Method::POST) };
+        let gone = FailedAttempt { body: BodyState::NotKept, ..post };
         assert_eq!(off.decide(&gone, &outcome, &now), RetryDecision::Stop(StopReason::BodyNotKept));
         let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
-        assert!(matches!(never.decide(&attempt(&Method::GET), &outcome, &now), RetryDecision::Stop(_)));
+        assert!(matches!(never.decide(&first(&never, &Method::GET), &outcome, &now), RetryDecision::Stop(_)));
     }
 }
 

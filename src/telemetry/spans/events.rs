@@ -5,8 +5,8 @@ use tokio::time::Instant;
 
 use super::Spans;
 use crate::{
-    resilience::classify::RetryAdvice,
-    telemetry::record::{AttemptReason, AttemptRecord},
+    resilience::{classify::RetryAdvice, retry::AttemptKind},
+    telemetry::record::AttemptRecord,
 };
 
 impl Spans<'_> {
@@ -19,7 +19,7 @@ impl Spans<'_> {
         };
         let mut before: Option<&AttemptRecord> = None;
         for one in record.attempts.iter() {
-            if let (Some(before), AttemptReason::Retry | AttemptReason::Reconnect) = (before, one.reason) {
+            if let (Some(before), AttemptKind::Retry | AttemptKind::Reconnect) = (before, one.reason) {
                 let attributes = vec![
                     KeyValue::new("why", one.reason.word()),
                     KeyValue::new("outcome", before.outcome.map_or("cancelled", |outcome| outcome.label())),

@@ -31,7 +31,7 @@ fn http(status: u16) -> OutcomeKind {
 
 fn with(mut record: RequestRecord, attempts: &[(&str, OutcomeKind)]) -> RequestRecord {
     for (number, (endpoint, ending)) in attempts.iter().enumerate() {
-        let why = if number == 0 { AttemptReason::First } else { AttemptReason::Retry };
+        let why = if number == 0 { AttemptKind::First } else { AttemptKind::Retry };
         let mut one = AttemptRecord::new(
             why,
             record.context.span,
@@ -85,7 +85,7 @@ fn attempts_are_described_in_a_sentence() {
 
     let mut hedged = with(record(200), &[(A, http(200)), (B, http(200))]);
     hedged.attempts.get_mut(0).unwrap().outcome = None;
-    hedged.attempts.get_mut(1).unwrap().reason = AttemptReason::Hedge;
+    hedged.attempts.get_mut(1).unwrap().reason = AttemptKind::Hedge;
     let why = "the attempt at 10.0.0.3:8080 was cancelled, hedge at 10.0.0.4:8080 answered 200";
     check(&hedged, Verdict::Retried, "retried", why);
 

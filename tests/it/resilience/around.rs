@@ -176,7 +176,7 @@ fn an_observed_timeout_ends_nothing() {
             assert_eq!(get(&proxy).status(), 200, "{keys}");
             assert_eq!(refused(&proxy, reason), number, "{keys}");
         }
-        let message = format!("`{reason}` would have ended this call");
+        let message = format!("`{reason}` would have ended this request");
         eventually("it to be said", || proxy.stderr().contains(&message));
     }
 }

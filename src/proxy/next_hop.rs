@@ -1,0 +1,93 @@
+//! What is recorded as an attempt begins, and what the next hop learns of it: span, number, time left.
+
+use std::{num::NonZeroU64, time::Duration};
+
+use http::Version;
+use tokio::time::Instant;
+
+use super::{
+    attempt::Outgoing,
+    attempts::{PlannedAttempt, StartedAttempt},
+    exchange::Exchange,
+};
+use crate::{header_names::X_OUTRIGGER_ATTEMPT, model::Side};
+use crate::{
+    resilience::{
+        breaker::BreakerPermit,
+        deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
+    },
+    telemetry::record::AttemptRecord,
+    trace_context::{SpanId, TraceContext},
+    upstream::http1::AttemptFields,
+};
+
+impl Exchange<'_> {
+    /// Records that an attempt begins, and names its span to the next hop. Returns also how many there are with it.
+    pub(super) fn begin(
+        &self,
+        planned: PlannedAttempt,
+        now: Instant,
+        outgoing: &mut Outgoing,
+    ) -> (StartedAttempt, u32) {
+        let worker = self.worker();
+        let begun = self.progress().with_record(|record| {
+            // A request to the service is one span, whatever it takes to reach it.
+            let span = match record.is_inbound() {
+                true => record.context.span,
+                false => worker.with_rng(SpanId::random),
+            };
+            let shared = &worker.shared;
+            if shared.traces.is_enabled() {
+                record.context.inject(span, &mut outgoing.headers);
+            } else if record.is_inbound()
+                && record.context.parent.is_none()
+                && shared.spent_traces.is_in_use(now.into_std())
+            {
+                // Nobody has named the trace, and the service may pass on no other field: by this its own failing
+                // requests are known to be part of this one. "Not sampled" would silence a service that exports spans.
+                TraceContext { sampled: true, ..record.context }.inject(span, &mut outgoing.headers);
+            }
+            let address = self.endpoints[planned.index].address();
+            let mut one = AttemptRecord::new(planned.kind, span, address, outgoing.version, now);
+            one.tls = self.connections.tls.is_some();
+            one.delay = planned.waited;
+            one.is_breaker_trial = planned.permit.as_ref().is_some_and(BreakerPermit::is_trial);
+            (record.attempts.push(one), record.attempts.count())
+        });
+        let (number, made) = begun.unwrap_or_default();
+        let PlannedAttempt { index, permit, .. } = planned;
+        (StartedAttempt { index, permit, number, began: now }, made)
+    }
+
+    /// Tells the next hop which attempt this is, and how much time is left.
+    pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
+        let headers = &mut outgoing.headers;
+        // The service hears what its client's sidecar said.
+        let attempt = (*self.request.origin.side != Side::Inbound).then_some(number);
+        if self.request.grpc
+            && let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT))
+        {
+            // Only shortened, never made from `timeout`.
+            headers.insert(GRPC_TIMEOUT, deadline::grpc_timeout_value(left));
+        }
+        // No attempt begins with less than the field can express; the client's own value must never pass unchanged.
+        let millis = |left| deadline::timeout_header_millis(left).unwrap_or(NonZeroU64::MIN);
+        let millis_left = left.filter(|_| !self.request.grpc).map(millis);
+        if outgoing.version == Version::HTTP_2 {
+            if let Some(attempt) = attempt {
+                headers.insert(X_OUTRIGGER_ATTEMPT, attempt.into());
+            }
+            if let Some(millis) = millis_left {
+                headers.insert(REQUEST_TIMEOUT, self.worker().forwarded_timeout.value(millis));
+            }
+            return;
+        }
+        outgoing.attempt_fields = AttemptFields { attempt, millis_left };
+        if self.request.tells {
+            let said = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
+            for name in said.into_iter().flatten() {
+                headers.remove(name);
+            }
+        }
+    }
+}
