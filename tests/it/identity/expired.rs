@@ -1,15 +1,20 @@
 //! What has expired or was revoked is refused on a resumed session as on a new one; and TLS of other ages and purposes.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    io::{Read, Write},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use rustls::{ServerConnection, StreamOwned};
 use serde_json::Value;
 
 use super::{GET, admin, call, callee, caller, metric};
 use crate::support::{
-    Proxy, Upstream, eventually,
+    Proxy, RawServer, Upstream, eventually,
     pki::{Pki, id, uri},
     text,
-    tls::{TlsCaller, TlsServer, tls12_config},
+    tls::{TlsCaller, TlsServer, server_config, tls12_config},
 };
 
 /// Long enough to start with, short enough to wait for.
@@ -112,37 +117,69 @@ fn a_server_whose_certificate_has_expired_cannot_be_resumed() {
     assert!(status >= 500 && problem.contains("expired"), "{status} {problem}");
 }
 
-/// That is nobody's fault but ours, and is told so.
+/// A server of mutual TLS that hangs up without an alert on a client whose certificate it rejects, as by TLS 1.3 it does
+/// after the client has sent its request.
+fn server_without_alerts(pki: &Pki) -> RawServer {
+    let mut config = server_config(&pki.issue("payments", |_| {}), Some(&pki.ca_pem()), &["http/1.1"]);
+    // A resumed session would show no certificate.
+    config.send_tls13_tickets = 0;
+    let config = Arc::new(config);
+    RawServer::start(move |mut stream| {
+        let mut tls = ServerConnection::new(Arc::clone(&config)).expect("a connection");
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            while tls.wants_write() {
+                if tls.write_tls(&mut stream).is_err() {
+                    return;
+                }
+            }
+            let is_open = tls.read_tls(&mut stream).is_ok_and(|read| read > 0);
+            // The alert that says why is not written.
+            if !is_open || tls.process_new_packets().is_err() {
+                return;
+            }
+            // "Would block" says no more than that there is nothing yet.
+            let _ = tls.reader().read_to_end(&mut request);
+        }
+        let _ = StreamOwned::new(tls, stream)
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok");
+    })
+}
+
+/// That is nobody's fault but ours, and is told so: whether its peer says what is wrong or just hangs up.
 #[test]
 fn a_clients_own_expired_certificate_is_told_and_counted_against_nobody() {
     let (pki, service) = (Pki::new(), service());
-    let callee = callee(&pki, service.address(), "");
+    let (callee, silent) = (callee(&pki, service.address(), ""), server_without_alerts(&pki));
     let at = expires();
     pki.write_ca();
     pki.write_leaf("checkout", |params| params.not_after = at.into());
     let identity = pki.section("checkout");
-    let caller = Proxy::start(format!(
-        "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\nidentity = [\"{}\"]\n\
-         breaker = {{ consecutive_failures = 3 }}\noutlier = {{ consecutive_failures = 3 }}\n",
-        callee.inbound(),
-        id("payments")
-    ));
-    assert_eq!(call(&caller).0, 200, "{}", caller.stderr());
-    wait_until(at);
-    for number in 0..12 {
-        let (status, problem) = call(&caller);
-        let problem: Value = serde_json::from_str(&problem).expect("JSON");
-        let told = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
-        assert!(status == 502 && told, "{number}: {status} {problem}");
-        assert!(
-            problem["detail"].as_str().is_some_and(|detail| detail.contains("our certificate")),
-            "{problem}"
-        );
+    let callers = [callee.inbound(), silent.address()].map(|endpoint| {
+        Proxy::start(format!(
+            "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{endpoint}\"]\nidentity = [\"{}\"]\n\
+             breaker = {{ consecutive_failures = 3 }}\noutlier = {{ consecutive_failures = 3 }}\n",
+            id("payments")
+        ))
+    });
+    for caller in &callers {
+        assert_eq!(call(caller).0, 200, "{}", caller.stderr());
     }
-    let status: Value = serde_json::from_str(&admin(&caller, "/status").1).expect("JSON");
-    let upstream = &status["upstreams"][0];
-    assert_eq!(upstream["breaker"]["state"], "closed", "{upstream}");
-    assert_eq!(upstream["endpoints"][0]["state"], "healthy", "{upstream}");
+    wait_until(at);
+    for (caller, peer) in callers.iter().zip(["a peer that says why", "a peer that hangs up"]) {
+        for number in 0..12 {
+            let (status, problem) = call(caller);
+            let problem: Value = serde_json::from_str(&problem).expect("JSON");
+            let told = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
+            assert!(status == 502 && told, "{peer}, {number}: {status} {problem}");
+            let detail = problem["detail"].as_str().unwrap_or_default();
+            assert!(detail.contains("our certificate"), "{peer}: {problem}");
+        }
+        let status: Value = serde_json::from_str(&admin(caller, "/status").1).expect("JSON");
+        let upstream = &status["upstreams"][0];
+        assert_eq!(upstream["breaker"]["state"], "closed", "{peer}: {upstream}");
+        assert_eq!(upstream["endpoints"][0]["state"], "healthy", "{peer}: {upstream}");
+    }
 }
 
 /// Without an identity, too.
