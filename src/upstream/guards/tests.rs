@@ -81,3 +81,37 @@ fn a_reload_keeps_what_the_adaptive_limit_has_learned() {
     guards.configure(&Policy::default(), now);
     assert_eq!(guards.requests.limit(), LimitSettings::default().max_requests, "switched off");
 }
+
+/// Of requests that find their endpoint absent: a flood of them must not become a flood of connections.
+#[test]
+fn so_many_requests_move_on_to_another_endpoint_in_a_second() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    let moved = |at| (0..5000).filter(|_| guards.may_move_on(at)).count();
+    assert_eq!(moved(now), 1000);
+    let half = moved(now + std::time::Duration::from_millis(500));
+    assert!((499..=500).contains(&half), "{half}");
+}
+
+/// One that accepted a connection again while the breaker was still closed is asked as soon as it opens: nothing else would
+/// offer a trial before the breaker's time is over.
+#[test]
+fn a_breaker_that_opens_while_an_endpoint_awaits_its_probe_lets_a_trial_through() {
+    use crate::resilience::{classify::Health, outlier::Evidence};
+    let now = Instant::now();
+    for awaits_probe in [false, true] {
+        let guards = Guards::new(now);
+        guards.configure(&Policy::default(), now);
+        let address = ([127, 0, 0, 1], 1).into();
+        guards.outliers.update(&[address], now);
+        let health = guards.outliers.endpoint(&address).expect("it is there");
+        guards.outliers.report(&address, &health, Evidence::Refused, (now, now), 0.5);
+        guards.outliers.answered(&address, awaits_probe, now);
+        while let Ok(permit) = guards.breaker.admit(now).permit {
+            if guards.report("up", permit, (Health::Failure, true), now, 0.5).is_some() {
+                break;
+            }
+        }
+        assert_eq!(guards.breaker.admit(now).permit.is_ok(), awaits_probe);
+    }
+}
