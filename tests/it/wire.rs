@@ -350,9 +350,8 @@ fn get(target: &[u8]) -> Vec<u8> {
     [b"GET ", target, b" HTTP/1.1\r\nHost: up\r\n\r\n"].concat()
 }
 
-/// What RFC 3986 forbids and every server takes goes on byte for byte.
-#[test]
-fn odd_targets_are_carried_byte_for_byte() {
+/// A server that answers 200 to each request, and the first line of each.
+pub fn first_lines() -> (RawServer, mpsc::Receiver<Vec<u8>>) {
     let (saw, seen) = mpsc::channel();
     let server = RawServer::start(move |mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
@@ -368,6 +367,13 @@ fn odd_targets_are_carried_byte_for_byte() {
             }
         }
     });
+    (server, seen)
+}
+
+/// What RFC 3986 forbids and every server takes goes on byte for byte.
+#[test]
+fn odd_targets_are_carried_byte_for_byte() {
+    let (server, seen) = first_lines();
     let proxy = Proxy::start(config(server.address()));
     for target in ODD {
         let line = [b"GET ", target, b" HTTP/1.1"].concat();
@@ -609,8 +615,10 @@ fn an_expectation_of_http_1_0_is_ignored() {
             client.send(format!(
                 "PUT / HTTP/1.0\r\nHost: up\r\nExpect: {expect}\r\nContent-Length: 4\r\n\r\nbody"
             ));
-            let answer = client.response().expect("well-formed").expect("an answer");
-            assert_eq!((answer.status(), answer.text().as_str()), (200, ""), "{answer:?}");
+            let answer = String::from_utf8_lossy(&client.read_to_close().0).into_owned();
+            // An interim response would be taken for the response.
+            let is_ok = answer.starts_with("HTTP/1.0 200 ") || answer.starts_with("HTTP/1.1 200 ");
+            assert!(is_ok && answer.ends_with("\r\n\r\n"), "{answer}");
             // A second is how long a body is held back for a server that says nothing.
             assert!(began.elapsed() < Duration::from_secs(1), "held for {:?}", began.elapsed());
         }

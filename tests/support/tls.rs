@@ -73,11 +73,6 @@ impl TlsCaller {
         Self::with_versions(certificate, alpn, rustls::DEFAULT_VERSIONS)
     }
 
-    /// One that speaks nothing newer than TLS 1.2.
-    pub fn tls12(certificate: &(String, String)) -> Self {
-        Self::with_versions(Some(certificate), &["http/1.1"], &[&rustls::version::TLS12])
-    }
-
     fn with_versions(
         certificate: Option<&(String, String)>,
         alpn: &[&str],
@@ -96,16 +91,7 @@ impl TlsCaller {
 
     /// The same by TLS 1.2.
     pub fn by_tls12(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
-        let versions = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS12]);
-        let builder = versions.expect("versions").dangerous();
-        let builder = builder.with_custom_certificate_verifier(Arc::new(Gullible(provider())));
-        let mut config = match certificate.map(parsed) {
-            Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("a certificate"),
-            None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        Self { config: Arc::new(config) }
+        Self::with_versions(certificate, alpn, &[&rustls::version::TLS12])
     }
 
     #[track_caller]

@@ -1,22 +1,18 @@
 //! What HTTP/2 requests are refused for is told of as it is for HTTP/1.1: counted once, logged with its target; and what every
 //! server takes is carried.
 
-use std::{
-    io::{Read, Write},
-    net::SocketAddr,
-    sync::mpsc,
-};
+use std::{net::SocketAddr, sync::mpsc};
 
 use http_body_util::BodyExt;
 use serde_json::Value;
 
 use crate::{
     support::{
-        PATIENCE, Proxy, RawClient, RawServer, Upstream, eventually,
+        PATIENCE, Proxy, RawClient, Upstream, eventually,
         h2::{self, DATA, End, H2Client},
         text,
     },
-    wire::{ODD, config, last_request, malformed},
+    wire::{ODD, config, first_lines, last_request, malformed},
 };
 
 const PROTOCOL_ERROR: u32 = 1;
@@ -158,21 +154,7 @@ fn a_fragment_in_a_path_is_answered_with_400() {
 /// What RFC 3986 forbids and every server takes goes on byte for byte, also where a client's encoder takes it out of its table.
 #[test]
 fn odd_paths_are_carried_byte_for_byte() {
-    let (saw, seen) = mpsc::channel();
-    let server = RawServer::start(move |mut stream| {
-        let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
-        while let Ok(count @ 1..) = stream.read(&mut chunk) {
-            got.extend_from_slice(&chunk[..count]);
-            if got.ends_with(b"\r\n\r\n") {
-                let line = got.split(|byte| *byte == b'\r').next().unwrap_or_default().to_vec();
-                let _ = saw.send(line);
-                got.clear();
-                if stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").is_err() {
-                    return;
-                }
-            }
-        }
-    });
+    let (server, seen) = first_lines();
     let proxy = Proxy::start(format!(
         "[inbound]\nforward_to = \"{0}\"\n[[inbound.port]]\nport = {1}\nprotocol = \"http1\"\n\
          [[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{0}\"]\n",
