@@ -83,6 +83,10 @@ pub enum Evidence {
     Success,
     Failure,
     Neutral,
+    /// A failure: it accepted a connection, which broke before any byte of the response.
+    Reset,
+    /// The same of a pooled connection. Most likely the endpoint closed it just as it was used, which is no failure.
+    StaleConnection,
     /// It refused the connection.
     Refused,
     /// It did not accept a connection in time.
@@ -97,7 +101,9 @@ impl Evidence {
     pub fn new(outcome: &Outcome, health: Health, full: bool) -> Self {
         match (health, outcome.ending) {
             (Health::Success, _) => Self::Success,
+            (Health::Neutral, Ending::Reset(reset)) if reset.is_stale() => Self::StaleConnection,
             (Health::Neutral, _) => Self::Neutral,
+            (Health::Failure, Ending::Reset(reset)) if !reset.response_begun => Self::Reset,
             (_, Ending::Connect(ConnectFailure::Refused)) => Self::Refused,
             (_, Ending::Connect(ConnectFailure::Timeout)) => Self::ConnectTimeout,
             _ if outcome.advice() == Advice::Elsewhere && !full => Self::NoService,
@@ -108,6 +114,11 @@ impl Evidence {
     /// No connection: asking for one again tells whether that has changed.
     pub const fn is_unreachable(self) -> bool {
         matches!(self, Self::Refused | Self::ConnectTimeout)
+    }
+
+    /// Whether it counts towards an ejection.
+    pub const fn is_failure(self) -> bool {
+        matches!(self, Self::Failure | Self::Reset)
     }
 
     /// Whether it makes its endpoint absent.
@@ -242,8 +253,19 @@ impl Outliers {
                 endpoint.succeeded();
                 if endpoint.is_absent() { self.prove(address, began) } else { None }
             }
-            Evidence::Failure if endpoint.is_absent() => self.absent(address, evidence, (began, now)),
-            Evidence::Failure => self.failed(address, endpoint, now, random).map(Change::Ejected),
+            Evidence::StaleConnection => {
+                endpoint.suspect(now);
+                None
+            }
+            failure if failure.is_failure() => {
+                if failure == Evidence::Reset {
+                    endpoint.suspect(now);
+                }
+                if endpoint.is_absent() {
+                    return self.absent(address, Evidence::Failure, (began, now));
+                }
+                self.failed(address, endpoint, now, random).map(Change::Ejected)
+            }
             absence => self.absent(address, absence, (began, now)),
         }
     }

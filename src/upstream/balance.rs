@@ -34,6 +34,8 @@ pub trait Candidate {
     fn usable(&self, now: Instant) -> bool;
     /// Requests have just failed here: by load or latency it is chosen only where no other can be used.
     fn avoided(&self, now: Instant) -> bool;
+    /// It was avoided, and nothing has succeeded there since: a retry goes to it only where no other can be used.
+    fn suspected(&self) -> bool;
     /// The latency to expect, e.g. of [`PeakEwma::cost`]; any unit, the same for all.
     fn latency(&self, now: Instant) -> f64;
     /// Calls that it has not answered yet.
@@ -134,6 +136,13 @@ impl Balancer {
         let fresh = |i: usize| candidates[i].usable(now) && !tried.contains(&i);
         // One that fails at once always has the least latency and load. In turn or by hash, everyone gets its share.
         if matches!(self.kind, Kind::P2c | Kind::LeastRequest) {
+            // A request that has failed once is not to find out whether another one still does.
+            let well = |i: usize| fresh(i) && !candidates[i].suspected();
+            if !tried.is_empty()
+                && let Some(picked) = self.pick_where(candidates, now, rng, hash, well)
+            {
+                return Some(picked);
+            }
             let good = |i: usize| fresh(i) && !candidates[i].avoided(now);
             let picked = self.pick_where(candidates, now, rng, hash, good);
             if picked.is_some() {

@@ -258,7 +258,7 @@ impl LocalEndpoint {
         random: impl FnOnce() -> f64,
     ) -> Option<Change> {
         let (health, name, endpoint) = (self.health.as_ref()?, &*upstream.name, self.address());
-        let random = if evidence == Evidence::Failure { random() } else { 0.0 };
+        let random = if evidence.is_failure() { random() } else { 0.0 };
         let outliers = &upstream.guards.outliers;
         let change = outliers.report(&endpoint, health, evidence, (began, now), random)?;
         match &change {
@@ -355,6 +355,9 @@ impl Candidate for Rc<LocalEndpoint> {
     fn avoided(&self, now: Instant) -> bool {
         self.health.as_ref().is_some_and(|health| health.is_avoided(now))
     }
+    fn suspected(&self) -> bool {
+        self.health.as_ref().is_some_and(|health| health.is_suspected())
+    }
     fn latency(&self, now: Instant) -> f64 {
         let expected = self.latency.get().cost(now);
         match self.waiting.get() {
@@ -377,6 +380,22 @@ impl Candidate for Rc<LocalEndpoint> {
 mod tests {
     use super::*;
     use crate::upstream::endpoint::Found;
+
+    /// Else an endpoint that fails at once attracts requests: by its speed, or, if a failure cost a fixed time, as soon as
+    /// those that serve have more than that to do.
+    #[test]
+    fn a_failure_changes_the_expected_latency_only_where_it_took_longer() {
+        let now = Instant::now();
+        let found = Found { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(found)), None, now));
+        endpoint.observe(Duration::from_millis(120), now);
+        for _ in 0..100 {
+            endpoint.observe_failure(Duration::from_millis(1), now);
+        }
+        assert!((endpoint.latency(now) - 0.12).abs() < 1e-6, "{}", endpoint.latency(now));
+        endpoint.observe_failure(Duration::from_millis(300), now);
+        assert!((endpoint.latency(now) - 0.3).abs() < 1e-6, "{}", endpoint.latency(now));
+    }
 
     /// An endpoint that takes calls and never answers is seen to be slow while they wait, not only once they have
     /// failed; a long answer that has begun is no wait.

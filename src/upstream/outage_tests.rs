@@ -40,6 +40,8 @@ enum Mode {
     Elsewhere,
     /// It answers 503.
     Failing,
+    /// It accepts connections and resets them, those that are pooled as well, once a request comes.
+    Resetting,
     /// The TLS handshake fails, as by a mistaken CRL.
     Untrusted,
 }
@@ -59,6 +61,7 @@ struct Attempt {
 struct Call {
     tries: u32,
     tried: Vec<usize>,
+    free_used: bool,
     waiting_since: Option<Duration>,
     attempt: Option<Attempt>,
 }
@@ -68,6 +71,8 @@ struct Lab {
     local: Rc<LocalUpstream>,
     endpoints: Rc<[Rc<LocalEndpoint>]>,
     schedules: Vec<Schedule>,
+    /// Idle connections to each replica.
+    pooled: Vec<u32>,
     retries: RetryPolicy,
     rng: Rng,
     start: Instant,
@@ -101,6 +106,7 @@ impl Lab {
             sent: 0,
             failed: Vec::new(),
             openings: 0,
+            pooled: vec![0; schedules.len()],
             upstream,
             local,
             schedules,
@@ -190,12 +196,18 @@ impl Lab {
         let Some(index) = self.local.pick(&self.endpoints, &wanted, now, &mut self.rng) else {
             return self.failed.push(self.now);
         };
+        let reused = self.pooled[index] > 0;
+        self.pooled[index] -= u32::from(reused);
         let http = |status| Ending::Http(StatusCode::from_u16(status).unwrap());
         let (took, ending, advice) = match self.mode(index, self.now) {
             Mode::Well => (LATENCY, http(200), Advice::None),
             Mode::Down => (MS, Ending::Connect(ConnectFailure::Refused), Advice::None),
             Mode::Elsewhere => (MS * 2, http(502), Advice::Elsewhere),
             Mode::Failing => (MS * 2, http(503), Advice::None),
+            Mode::Resetting => {
+                let reset = Reset { reused, request_sent: true, response_begun: false };
+                (MS, Ending::Reset(reset), Advice::None)
+            }
             Mode::Untrusted => (MS * 3, Ending::Connect(ConnectFailure::PeerIdentity), Advice::None),
         };
         let mut outcome = Outcome { ending, advice };
@@ -225,6 +237,9 @@ impl Lab {
         let blamed = self.local.blame(&endpoint, health, now);
         let transition = guards.report("up", permit, (blamed, evidence.is_absence()), now, random);
         self.openings += u32::from(transition.is_some_and(|transition| transition.to == State::Open));
+        if outcome.ending.is_answer() {
+            self.pooled[index] += 1;
+        }
         if health == Health::Success {
             return;
         }
@@ -243,13 +258,17 @@ impl Lab {
             grpc: false,
             idempotency_key: false,
             tries: call.tries,
-            free_used: false,
+            free_used: call.free_used,
             resent: 0,
             body: Body::Untouched,
             committed: false,
         };
         let moment = Moment { now, time_left: None, hint: Hint::None, random, budget: &guards.budget };
         match self.retries.decide(&tried, &outcome, &moment) {
+            Decision::Retry(retry) if retry.free => {
+                call.free_used = true;
+                self.schedule(self.now, call);
+            }
             Decision::Retry(retry) => {
                 call.tries += 1;
                 call.tried.push(index);
@@ -324,6 +343,22 @@ fn what_some_replicas_can_serve_does_not_fail() {
                 );
                 assert_eq!(lab.openings, 0, "{name}, {balance}, {rate}/s");
             }
+        }
+    }
+}
+
+/// Four of five accept connections and reset them from one moment on. Whoever meets one keeps the others from it, so that
+/// few requests meet four of them.
+#[test]
+fn what_is_left_of_five_serves_where_four_reset_at_the_same_moment() {
+    const RUNS: u64 = 300;
+    let schedules = [vec![vec![(1000, Mode::Resetting)]; 4], vec![vec![]]].concat();
+    for balance in [Balance::P2c, Balance::LeastRequest] {
+        for rate in [50, 100, 200] {
+            let failed = |seed| Lab::new(schedules.clone(), &balance, seed).run(rate, 3).failed.len();
+            let failed: usize = (0..RUNS).map(failed).sum();
+            println!("{balance}, {rate}/s: {failed} requests failed in {RUNS} runs");
+            assert!(failed as u64 * 2 <= RUNS, "{balance}, {rate}/s: {failed} failed in {RUNS} runs");
         }
     }
 }

@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the balancer avoids an endpoint after its second consecutive failure; doubles with each further one.
+/// How long the balancer avoids an endpoint after a connection to it broke, or after its second consecutive failure; doubles
+/// with each further one.
 const FIRST_AVOIDANCE: Duration = Duration::from_millis(200);
 const LONGEST_AVOIDANCE: Duration = Duration::from_secs(5);
 /// A request that probes an absent endpoint has this long; then another one may.
@@ -91,6 +92,11 @@ impl EndpointHealth {
         until != 0 && self.millis(now) < until
     }
 
+    /// Whether it was avoided, and no request has succeeded since.
+    pub fn is_suspected(&self) -> bool {
+        self.avoided_until.load(Ordering::Relaxed) != 0
+    }
+
     /// The balancer chose it. If it was avoided, the next request comes only after a while or a success.
     pub fn chosen(&self, now: Instant) {
         if self.avoided_until.load(Ordering::Relaxed) != 0 {
@@ -123,6 +129,14 @@ impl EndpointHealth {
             self.avoid(failures, now);
         }
         failures
+    }
+
+    /// A connection broke before any byte of a response. Once is enough: where several endpoints vanish at the same moment,
+    /// each broken connection keeps all other requests from its endpoint, so that few requests meet a second one.
+    pub(super) fn suspect(&self, now: Instant) {
+        if self.avoided_until.load(Ordering::Relaxed) == 0 {
+            self.avoid(self.failures_in_a_row(), now);
+        }
     }
 
     pub(super) fn set_failing(&self) {

@@ -284,6 +284,25 @@ fn an_endpoint_that_fails_in_a_row_is_avoided_but_for_a_request_now_and_then() {
     assert!(fleet.health(0).is_avoided(until));
 }
 
+/// Of several that vanish at the same moment, each is avoided from the first broken connection on.
+#[test]
+fn an_endpoint_is_avoided_as_soon_as_a_connection_to_it_breaks() {
+    let now = Instant::now();
+    for (evidence, counts) in [(Evidence::Reset, true), (Evidence::StaleConnection, false)] {
+        let settings = OutlierSettings { consecutive_failures: 2, ..OutlierSettings::default() };
+        let fleet = Fleet::new(3, settings, now);
+        fleet.report(0, evidence, now);
+        assert!(fleet.health(0).is_avoided(now + MS * 199), "{evidence:?}");
+        assert!(!fleet.health(0).is_avoided(now + MS * 200), "{evidence:?}");
+        fleet.report(0, Evidence::Success, now);
+        assert!(!fleet.health(0).is_avoided(now), "{evidence:?}: it serves");
+        for _ in 0..2 {
+            fleet.report(0, evidence, now);
+        }
+        assert_eq!(fleet.health(0).is_ejected(now), counts, "{evidence:?}");
+    }
+}
+
 #[test]
 fn off_ejects_nobody() {
     let now = Instant::now();

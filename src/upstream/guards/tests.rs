@@ -107,11 +107,12 @@ fn a_breaker_that_opens_while_an_endpoint_awaits_its_probe_lets_a_trial_through(
         let health = guards.outliers.endpoint(&address).expect("it is there");
         guards.outliers.report(&address, &health, Evidence::Refused, (now, now), 0.5);
         guards.outliers.answered(&address, awaits_probe, now);
-        while let Ok(permit) = guards.breaker.admit(now).permit {
-            if guards.report("up", permit, (Health::Failure, true), now, 0.5).is_some() {
+        let later = now + std::time::Duration::from_millis(10);
+        while let Ok(permit) = guards.breaker.admit(later).permit {
+            if guards.report("up", permit, (Health::Failure, true), later, 0.5).is_some() {
                 break;
             }
         }
-        assert_eq!(guards.breaker.admit(now).permit.is_ok(), awaits_probe);
+        assert_eq!(guards.breaker.admit(later).permit.is_ok(), awaits_probe);
     }
 }
