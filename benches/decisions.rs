@@ -141,6 +141,9 @@ impl Candidate for Endpoint {
     fn avoided(&self, _: Instant) -> bool {
         false
     }
+    fn suspected(&self) -> bool {
+        false
+    }
     fn latency(&self, now: Instant) -> f64 {
         self.latency.cost(now)
     }

@@ -86,6 +86,11 @@ pub enum EndpointOutcome {
     Success,
     Failure,
     Neutral,
+    /// A failure: its connection broke before any byte of the response.
+    Reset,
+    /// A pooled connection broke before any byte of the response. Most likely the endpoint closed it just as it was
+    /// reused, which does not count as a failure.
+    StaleConnection,
     /// It refused the connection.
     Refused,
     /// It did not accept a connection in time.
@@ -100,7 +105,9 @@ impl EndpointOutcome {
     pub fn new(outcome: &AttemptOutcome, health: Health, full: bool) -> Self {
         match (health, outcome.kind) {
             (Health::Success, _) => Self::Success,
+            (Health::Neutral, OutcomeKind::Reset(reset)) if reset.is_stale() => Self::StaleConnection,
             (Health::Neutral, _) => Self::Neutral,
+            (Health::Failure, OutcomeKind::Reset(reset)) if !reset.response_started => Self::Reset,
             (_, OutcomeKind::Connect(ConnectFailure::Refused)) => Self::Refused,
             (_, OutcomeKind::Connect(ConnectFailure::Timeout)) => Self::ConnectTimeout,
             _ if outcome.advice() == RetryAdvice::Elsewhere && !full => Self::NoService,
@@ -111,6 +118,11 @@ impl EndpointOutcome {
     /// There was no connection. Another connection attempt shows whether the endpoint is back.
     pub const fn is_unreachable(self) -> bool {
         matches!(self, Self::Refused | Self::ConnectTimeout)
+    }
+
+    /// Whether it counts towards an ejection.
+    pub const fn is_failure(self) -> bool {
+        matches!(self, Self::Failure | Self::Reset)
     }
 
     /// Whether it makes the endpoint absent.
@@ -245,10 +257,17 @@ impl OutlierDetector {
                 endpoint.record_success();
                 if endpoint.is_absent() { self.restore(address, began) } else { None }
             }
-            EndpointOutcome::Failure if endpoint.is_absent() => {
-                self.record_absence(address, outcome, (began, now))
+            EndpointOutcome::StaleConnection => {
+                endpoint.mark_suspected(now);
+                None
             }
-            EndpointOutcome::Failure => {
+            failure if failure.is_failure() => {
+                if failure == EndpointOutcome::Reset {
+                    endpoint.mark_suspected(now);
+                }
+                if endpoint.is_absent() {
+                    return self.record_absence(address, EndpointOutcome::Failure, (began, now));
+                }
                 self.record_failure(address, endpoint, now, random).map(EndpointChange::Ejected)
             }
             absence => self.record_absence(address, absence, (began, now)),

@@ -32,8 +32,11 @@ use crate::{
 pub trait Candidate {
     /// Healthy, and neither ejected nor absent.
     fn usable(&self, now: Instant) -> bool;
-    /// Whether requests have failed here in a row: by load or latency it is chosen only if no other one is usable.
+    /// Whether requests have failed here in a row or a connection broke: by load or latency it is chosen only if no other
+    /// one is usable.
     fn avoided(&self, now: Instant) -> bool;
+    /// Whether it was avoided and no request has succeeded since: a retry goes to it only if no other one is usable.
+    fn suspected(&self) -> bool;
     /// The expected latency, e.g. [`PeakEwma::cost`]; any unit, the same for all candidates.
     fn latency(&self, now: Instant) -> f64;
     /// Requests that it has not responded to yet.
@@ -137,6 +140,13 @@ impl Balancer {
         // An endpoint that fails at once always has the least latency and load. Round-robin and hash give each its
         // share anyway.
         if matches!(self.algorithm, Algorithm::P2c | Algorithm::LeastRequest) {
+            // A request that has failed once must not test whether another endpoint still fails.
+            let unsuspected = |i: usize| untried(i) && !candidates[i].suspected();
+            if !tried.is_empty()
+                && let Some(picked) = self.pick_where(candidates, now, rng, hash, unsuspected)
+            {
+                return Some(picked);
+            }
             let preferred = |i: usize| untried(i) && !candidates[i].avoided(now);
             let picked = self.pick_where(candidates, now, rng, hash, preferred);
             if picked.is_some() {

@@ -258,7 +258,7 @@ impl LocalEndpoint {
         random: impl FnOnce() -> f64,
     ) -> Option<EndpointChange> {
         let (health, name, endpoint) = (self.health.as_ref()?, &*upstream.name, self.address());
-        let random = if evidence == EndpointOutcome::Failure { random() } else { 0.0 };
+        let random = if evidence.is_failure() { random() } else { 0.0 };
         let outliers = &upstream.guards.outliers;
         let change = outliers.report(&endpoint, health, evidence, (began, now), random)?;
         match &change {
@@ -364,6 +364,9 @@ impl Candidate for Rc<LocalEndpoint> {
     fn avoided(&self, now: Instant) -> bool {
         self.health.as_ref().is_some_and(|health| health.is_avoided(now))
     }
+    fn suspected(&self) -> bool {
+        self.health.as_ref().is_some_and(|health| health.is_suspected())
+    }
     fn latency(&self, now: Instant) -> f64 {
         let expected = self.latency.get().cost(now);
         match self.awaited.get() {
@@ -388,6 +391,23 @@ impl Candidate for Rc<LocalEndpoint> {
 mod tests {
     use super::*;
     use crate::upstream::endpoint::DiscoveredEndpoint;
+
+    /// Otherwise an endpoint that fails at once attracts requests: by its speed, or, if each failure cost a fixed time,
+    /// as soon as the endpoints that serve have a higher latency than that.
+    #[test]
+    fn only_a_slower_failure_changes_the_expected_latency() {
+        let now = Instant::now();
+        let discovered =
+            DiscoveredEndpoint { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
+        endpoint.observe_latency(Duration::from_millis(120), now);
+        for _ in 0..100 {
+            endpoint.observe_failure(Duration::from_millis(1), now);
+        }
+        assert!((endpoint.latency(now) - 0.12).abs() < 1e-6, "{}", endpoint.latency(now));
+        endpoint.observe_failure(Duration::from_millis(300), now);
+        assert!((endpoint.latency(now) - 0.3).abs() < 1e-6, "{}", endpoint.latency(now));
+    }
 
     /// An endpoint that accepts requests and never responds counts as slow while they wait, not only once they have
     /// failed; a long response that has started is no wait.

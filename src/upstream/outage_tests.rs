@@ -40,6 +40,8 @@ enum Mode {
     NoService,
     /// It responds with 503.
     Failing,
+    /// It accepts connections and resets them, pooled ones too, as soon as a request arrives.
+    Resetting,
     /// The TLS handshake fails, as with a mistaken CRL.
     Untrusted,
 }
@@ -59,6 +61,7 @@ struct Attempt {
 struct SimulatedRequest {
     attempts: u32,
     tried: Vec<usize>,
+    free_retry_used: bool,
     waiting_since: Option<Duration>,
     attempt: Option<Attempt>,
 }
@@ -68,6 +71,8 @@ struct Simulation {
     local: Rc<LocalUpstream>,
     endpoints: Rc<[Rc<LocalEndpoint>]>,
     schedules: Vec<Schedule>,
+    /// Idle connections to each replica.
+    pooled: Vec<u32>,
     retries: RetryPolicy,
     rng: Rng,
     start: Instant,
@@ -101,6 +106,7 @@ impl Simulation {
             sent: 0,
             failed: Vec::new(),
             openings: 0,
+            pooled: vec![0; schedules.len()],
             upstream,
             local,
             schedules,
@@ -190,12 +196,18 @@ impl Simulation {
         let Some(index) = self.local.pick(&self.endpoints, &wanted, now, &mut self.rng) else {
             return self.failed.push(self.now);
         };
+        let reused = self.pooled[index] > 0;
+        self.pooled[index] -= u32::from(reused);
         let http = |status| OutcomeKind::Http(StatusCode::from_u16(status).unwrap());
         let (took, ending, advice) = match self.mode(index, self.now) {
             Mode::Healthy => (LATENCY, http(200), RetryAdvice::None),
             Mode::Down => (MS, OutcomeKind::Connect(ConnectFailure::Refused), RetryAdvice::None),
             Mode::NoService => (MS * 2, http(502), RetryAdvice::Elsewhere),
             Mode::Failing => (MS * 2, http(503), RetryAdvice::None),
+            Mode::Resetting => {
+                let reset = Reset { reused, request_sent: true, response_started: false };
+                (MS, OutcomeKind::Reset(reset), RetryAdvice::None)
+            }
             Mode::Untrusted => {
                 (MS * 3, OutcomeKind::Connect(ConnectFailure::PeerIdentity), RetryAdvice::None)
             }
@@ -227,6 +239,9 @@ impl Simulation {
         let blamed = self.local.health_for_breaker(&endpoint, health, now);
         let transition = guards.report("up", permit, (blamed, evidence.makes_absent()), now, random);
         self.openings += u32::from(transition.is_some_and(|transition| transition.to == BreakerState::Open));
+        if outcome.kind.is_response() {
+            self.pooled[index] += 1;
+        }
         if health == Health::Success {
             return;
         }
@@ -244,7 +259,7 @@ impl Simulation {
             is_repeatable: self.retries.is_repeatable(&Method::GET, false),
             is_grpc: false,
             attempts: request.attempts,
-            free_retry_used: false,
+            free_retry_used: request.free_retry_used,
             resends: 0,
             body: BodyState::Unread,
             is_committed: false,
@@ -252,6 +267,10 @@ impl Simulation {
         let moment =
             RetryContext { now, time_left: None, hint: RetryHint::None, random, budget: &guards.budget };
         match self.retries.decide(&failed, &outcome, &moment) {
+            RetryDecision::Retry(retry) if retry.free => {
+                request.free_retry_used = true;
+                self.schedule(self.now, request);
+            }
             RetryDecision::Retry(retry) => {
                 request.attempts += 1;
                 request.tried.push(index);
@@ -332,6 +351,22 @@ fn no_request_fails_that_some_replica_can_serve() {
                 );
                 assert_eq!(simulation.openings, 0, "{name}, {balance}, {rate}/s");
             }
+        }
+    }
+}
+
+/// Four of five accept connections and reset them from the same moment on. Each request that hits one keeps other
+/// requests away from it, so few requests hit all four.
+#[test]
+fn the_last_of_five_serves_when_four_reset_at_the_same_moment() {
+    const RUNS: u64 = 300;
+    let schedules = [vec![vec![(1000, Mode::Resetting)]; 4], vec![vec![]]].concat();
+    for balance in [Balance::P2c, Balance::LeastRequest] {
+        for rate in [50, 100, 200] {
+            let failed = |seed| Simulation::new(schedules.clone(), &balance, seed).run(rate, 3).failed.len();
+            let failed: usize = (0..RUNS).map(failed).sum();
+            println!("{balance}, {rate}/s: {failed} requests failed in {RUNS} runs");
+            assert!(failed as u64 * 2 <= RUNS, "{balance}, {rate}/s: {failed} failed in {RUNS} runs");
         }
     }
 }

@@ -355,9 +355,8 @@ fn get(target: &[u8]) -> Vec<u8> {
     [b"GET ", target, b" HTTP/1.1\r\nHost: up\r\n\r\n"].concat()
 }
 
-/// Characters that RFC 3986 forbids and every server accepts are forwarded byte for byte.
-#[test]
-fn unusual_targets_are_forwarded_byte_for_byte() {
+/// A server that responds with 200 to each request, and the start lines that it receives.
+pub fn start_line_server() -> (RawServer, mpsc::Receiver<Vec<u8>>) {
     let (saw, seen) = mpsc::channel();
     let server = RawServer::start(move |mut stream| {
         let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
@@ -373,6 +372,13 @@ fn unusual_targets_are_forwarded_byte_for_byte() {
             }
         }
     });
+    (server, seen)
+}
+
+/// Characters that RFC 3986 forbids and every server accepts are forwarded byte for byte.
+#[test]
+fn unusual_targets_are_forwarded_byte_for_byte() {
+    let (server, seen) = start_line_server();
     let proxy = Proxy::start(config(server.address()));
     for target in UNUSUAL {
         let line = [b"GET ", target, b" HTTP/1.1"].concat();
@@ -618,8 +624,10 @@ fn an_expectation_of_http_1_0_is_ignored() {
             client.send(format!(
                 "PUT / HTTP/1.0\r\nHost: up\r\nExpect: {expect}\r\nContent-Length: 4\r\n\r\nbody"
             ));
-            let response = client.response().expect("well-formed").expect("a response");
-            assert_eq!((response.status(), response.text().as_str()), (200, ""), "{response:?}");
+            let response = String::from_utf8_lossy(&client.read_to_close().0).into_owned();
+            // An HTTP/1.0 client would take an interim response for the final one.
+            let is_ok = response.starts_with("HTTP/1.0 200 ") || response.starts_with("HTTP/1.1 200 ");
+            assert!(is_ok && response.ends_with("\r\n\r\n"), "{response}");
             // The proxy waits one second for a server that does not send 100 before it forwards the body.
             assert!(began.elapsed() < Duration::from_secs(1), "held for {:?}", began.elapsed());
         }

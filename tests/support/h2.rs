@@ -1,8 +1,8 @@
 //! Hand-made HTTP/2 frames, so that they can be invalid.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 
-use super::RawClient;
+use super::{RawClient, WAIT_LIMIT};
 
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
@@ -139,6 +139,21 @@ impl H2Client {
         raw.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
         raw.send(frame(SETTINGS, 0, 0, &[]));
         Self { raw }
+    }
+
+    /// The server side of an accepted connection: reads the client's preface and sends SETTINGS.
+    pub fn accept(stream: TcpStream) -> Option<Self> {
+        Self::accept_with(stream, &[])
+    }
+
+    /// Like [`Self::accept`], with this payload of SETTINGS.
+    pub fn accept_with(stream: TcpStream, settings: &[u8]) -> Option<Self> {
+        stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
+        let mut peer = Self { raw: RawClient { stream, buffer: Vec::new() } };
+        peer.raw.peek(24).ok()?;
+        peer.raw.buffer.drain(..24);
+        peer.send(frame(SETTINGS, 0, 0, settings));
+        Some(peer)
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> bool {

@@ -73,11 +73,6 @@ impl TlsClient {
         Self::with_versions(certificate, alpn, rustls::DEFAULT_VERSIONS)
     }
 
-    /// A client that speaks at most TLS 1.2.
-    pub fn tls12(certificate: &(String, String)) -> Self {
-        Self::with_versions(Some(certificate), &["http/1.1"], &[&rustls::version::TLS12])
-    }
-
     fn with_versions(
         certificate: Option<&(String, String)>,
         alpn: &[&str],
@@ -94,18 +89,9 @@ impl TlsClient {
         Self { config: Arc::new(config) }
     }
 
-    /// The same by TLS 1.2.
+    /// A client that speaks at most TLS 1.2.
     pub fn with_tls12(certificate: Option<&(String, String)>, alpn: &[&str]) -> Self {
-        let versions = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS12]);
-        let builder = versions.expect("versions").dangerous();
-        let builder = builder.with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider())));
-        let mut config = match certificate.map(parsed) {
-            Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("a certificate"),
-            None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        Self { config: Arc::new(config) }
+        Self::with_versions(certificate, alpn, &[&rustls::version::TLS12])
     }
 
     #[track_caller]

@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the balancer avoids an endpoint after its second consecutive failure; doubles with each further failure.
+/// How long the balancer avoids an endpoint after a connection to it broke or after its second consecutive failure;
+/// doubles with each further failure.
 const FIRST_AVOIDANCE: Duration = Duration::from_millis(200);
 const LONGEST_AVOIDANCE: Duration = Duration::from_secs(5);
 /// After this time without a result, another request may probe an absent endpoint.
@@ -93,6 +94,11 @@ impl EndpointHealth {
         until != 0 && self.millis(now) < until
     }
 
+    /// Whether it was avoided, and no request has succeeded since.
+    pub fn is_suspected(&self) -> bool {
+        self.avoided_until.load(Ordering::Relaxed) != 0
+    }
+
     /// The balancer chose it. If it was avoided, it gets its next request only after a pause or a success.
     pub fn record_chosen(&self, now: Instant) {
         if self.avoided_until.load(Ordering::Relaxed) != 0 {
@@ -125,6 +131,15 @@ impl EndpointHealth {
             self.avoid(failures, now);
         }
         failures
+    }
+
+    /// A connection broke before any byte of a response. One is enough to avoid the endpoint: if several endpoints fail
+    /// at the same moment, each broken connection keeps other requests away from its endpoint, so few requests hit a
+    /// second one.
+    pub(super) fn mark_suspected(&self, now: Instant) {
+        if self.avoided_until.load(Ordering::Relaxed) == 0 {
+            self.avoid(self.consecutive_failures(), now);
+        }
     }
 
     pub(super) fn set_failing(&self) {

@@ -298,6 +298,25 @@ fn consecutive_failures_make_an_endpoint_avoided() {
     assert!(fleet.health(0).is_avoided(until));
 }
 
+/// Of several endpoints that fail at the same moment, each is avoided from its first broken connection on.
+#[test]
+fn the_first_broken_connection_makes_an_endpoint_avoided() {
+    let now = Instant::now();
+    for (outcome, counts) in [(EndpointOutcome::Reset, true), (EndpointOutcome::StaleConnection, false)] {
+        let settings = OutlierSettings { consecutive_failures: 2, ..OutlierSettings::default() };
+        let fleet = Fleet::new(3, settings, now);
+        fleet.report(0, outcome, now);
+        assert!(fleet.health(0).is_avoided(now + MS * 199), "{outcome:?}");
+        assert!(!fleet.health(0).is_avoided(now + MS * 200), "{outcome:?}");
+        fleet.report(0, EndpointOutcome::Success, now);
+        assert!(!fleet.health(0).is_avoided(now), "{outcome:?}: it serves");
+        for _ in 0..2 {
+            fleet.report(0, outcome, now);
+        }
+        assert_eq!(fleet.health(0).is_ejected(now), counts, "{outcome:?}");
+    }
+}
+
 #[test]
 fn off_ejects_nothing() {
     let now = Instant::now();

@@ -7,6 +7,7 @@ use crate::rng::Rng;
 struct Fake {
     usable: bool,
     avoided: bool,
+    suspected: bool,
     latency: f64,
     in_flight: u32,
     weight: u32,
@@ -19,6 +20,9 @@ impl Candidate for Fake {
     }
     fn avoided(&self, _: Instant) -> bool {
         self.avoided
+    }
+    fn suspected(&self) -> bool {
+        self.suspected
     }
     fn latency(&self, _: Instant) -> f64 {
         self.latency
@@ -45,6 +49,7 @@ fn endpoints(weights: &[u32]) -> Vec<Fake> {
     let endpoint = |(i, weight): (usize, &u32)| Fake {
         usable: true,
         avoided: false,
+        suspected: false,
         latency: 0.01,
         in_flight: 0,
         weight: *weight,
@@ -153,6 +158,7 @@ fn any_endpoints() -> impl Strategy<Value = Vec<Fake>> {
         |(usable, latency, in_flight, weight)| Fake {
             usable,
             avoided: false,
+            suspected: false,
             latency,
             in_flight,
             weight,
@@ -263,4 +269,31 @@ fn a_clock_that_goes_back_is_harmless() {
     let mut average = PeakEwma::new(now);
     average.observe(Duration::from_millis(5), now - Duration::from_secs(50));
     assert!(average.cost(now - Duration::from_secs(60)).is_finite());
+}
+
+/// By load or latency only: round-robin and hash give each its share.
+#[test]
+fn requests_skip_avoided_endpoints_and_retries_suspected_ones_too() {
+    let now = Instant::now();
+    for (algorithm, skips) in ALGORITHMS.into_iter().zip([true, true, false, false]) {
+        let mut rng = Rng::from_seed(7);
+        let mut all = endpoints(&[1; 4]);
+        let mut balancer = Balancer::new(&algorithm());
+        let mut picked = |all: &[Fake], tried: &[usize]| -> Vec<usize> {
+            let mut picked: Vec<usize> = (0..400)
+                .filter_map(|hash| balancer.pick(all, now, &mut rng, tried, Some(mix(hash))))
+                .collect();
+            picked.sort_unstable();
+            picked.dedup();
+            picked
+        };
+        assert_eq!(picked(&all, &[0]), [1, 2, 3]);
+        (all[0].avoided, all[0].suspected, all[1].suspected) = (true, true, true);
+        assert_eq!(picked(&all, &[]), if skips { vec![1, 2, 3] } else { vec![0, 1, 2, 3] });
+        assert_eq!(picked(&all, &[2]), if skips { vec![3] } else { vec![0, 1, 3] });
+        all[3].usable = false;
+        assert_eq!(picked(&all, &[2]), if skips { vec![1] } else { vec![0, 1] }, "no other is left");
+        all[1].usable = false;
+        assert_eq!(picked(&all, &[2]), [0], "nor is endpoint 1");
+    }
 }

@@ -81,3 +81,38 @@ fn a_reload_keeps_what_the_adaptive_limit_has_learned() {
     guards.configure(&Policy::default(), now);
     assert_eq!(guards.requests.limit(), LimitSettings::default().max_requests, "switched off");
 }
+
+/// A flood of requests to absent endpoints must not become a flood of connections.
+#[test]
+fn requests_that_switch_endpoints_are_limited_per_second() {
+    let now = Instant::now();
+    let guards = Guards::new(now);
+    let switched = |at| (0..5000).filter(|_| guards.may_switch_endpoint(at)).count();
+    assert_eq!(switched(now), 1000);
+    let half = switched(now + std::time::Duration::from_millis(500));
+    assert!((499..=500).contains(&half), "{half}");
+}
+
+/// If an endpoint accepted a connection again while the breaker was still closed, the breaker admits a trial as soon as it
+/// opens: nothing else would offer one before `open_for` has elapsed.
+#[test]
+fn a_breaker_that_opens_while_an_endpoint_awaits_its_probe_admits_a_trial() {
+    use crate::resilience::{classify::Health, outlier::EndpointOutcome};
+    let now = Instant::now();
+    for awaits_probe in [false, true] {
+        let guards = Guards::new(now);
+        guards.configure(&Policy::default(), now);
+        let address = ([127, 0, 0, 1], 1).into();
+        guards.outliers.update(&[address], now);
+        let health = guards.outliers.endpoint(&address).expect("a known endpoint");
+        guards.outliers.report(&address, &health, EndpointOutcome::Refused, (now, now), 0.5);
+        guards.outliers.record_connection_probe(&address, awaits_probe, now);
+        let later = now + std::time::Duration::from_millis(10);
+        while let Ok(permit) = guards.breaker.admit(later).permit {
+            if guards.report("up", permit, (Health::Failure, true), later, 0.5).is_some() {
+                break;
+            }
+        }
+        assert_eq!(guards.breaker.admit(later).permit.is_ok(), awaits_probe);
+    }
+}

@@ -268,7 +268,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{HeaderCase, MinTls, PoolIdleTimeout, UpstreamTls},
-        upstream::{DiscoveredEndpoint, Endpoint, http2::PingSettings},
+        upstream::{DiscoveredEndpoint, Endpoint, body::RequestBody, http2::PingSettings},
     };
 
     fn settings(tls: Option<TlsTarget>) -> ConnectionSettings {
@@ -308,6 +308,33 @@ mod tests {
         set.await;
         assert!(pool.dials.borrow().is_empty());
         assert!(matches!(&*first.outcome.borrow(), Some(Err(_))));
+    }
+
+    /// The request has not been sent: it may be sent again, whatever its method.
+    #[tokio::test]
+    async fn a_request_on_a_closed_connection_is_unsent() {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let discovered =
+            DiscoveredEndpoint { address: listener.local_addr().unwrap(), host: None, weight: 1 };
+        let now = std::time::Instant::now();
+        let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
+        let (guards, settings) = (Guards::new(now), settings(None));
+        let run = async {
+            let accepted = tokio::task::spawn_local(async move {
+                let (stream, _) = listener.accept().await.unwrap();
+                h2::server::handshake(stream).await.unwrap()
+            });
+            let lease = Http2Pool::stream(&endpoint, &settings, &guards, false).await;
+            let Ok(Lease::H2 { mut stream, .. }) = lease else { panic!("a stream") };
+            drop(accepted.await.unwrap());
+            while !stream.connection.state.closed.get() {
+                tokio::task::yield_now().await;
+            }
+            let request = http::Request::post("http://up/").body(()).unwrap();
+            stream.send(request, RequestBody::empty()).await
+        };
+        let sent = LocalSet::new().run_until(tokio::time::timeout(Wait::from_secs(20), run)).await;
+        assert!(sent.expect("in time").is_err_and(|error| error.is_unsent));
     }
 
     /// However a dial ends, even by a panic: the requests that wait for it are notified.

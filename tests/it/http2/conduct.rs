@@ -1,11 +1,14 @@
 //! Ordinary clients keep their connection, however many of their requests are rejected; clients that flood it do not.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::watch;
 
 use crate::support::{
-    Proxy, Upstream,
+    Proxy, Upstream, eventually,
     h2::{self, DATA, END_STREAM, End, Frame, GOAWAY, H2Client, RST_STREAM},
     text,
 };
@@ -27,6 +30,40 @@ fn proxy() -> (Upstream, Proxy) {
     (upstream, proxy)
 }
 
+const BATCHES: u32 = 11;
+/// Longer than `h2` remembers a reset stream by default, and longer than any round trip.
+const LATE: Duration = Duration::from_secs(2);
+
+/// Sends the frames that were in flight on a stream when it was reset: data, a window update, trailers, each alone and
+/// combined.
+fn send_late_frames(client: &mut H2Client, stream: u32) {
+    let kind = stream / 2 % 4;
+    if kind < 2 {
+        for _ in 0..8 {
+            client.send(h2::frame(DATA, 0, stream, &[b'x'; 1000]));
+        }
+    }
+    if kind == 3 {
+        client.send(h2::frame(h2::WINDOW_UPDATE, 0, stream, &1000_u32.to_be_bytes()));
+    }
+    if kind > 0 {
+        client.headers(stream, &h2::block(&[("x-late", "1")]), true);
+    }
+}
+
+/// Waits until the proxy has read everything that was sent. It must not respond to any of it.
+fn must_ignore_sent_frames(client: &mut H2Client) {
+    client.send(h2::frame(h2::PING, 0, 0, b"all read"));
+    loop {
+        let Frame { kind, flags, stream, payload } = client.next().expect("a frame");
+        assert!(kind != GOAWAY, "GOAWAY {:?}", String::from_utf8_lossy(&payload));
+        assert!(kind != RST_STREAM, "stream {stream} is reset again: {payload:?}");
+        if kind == h2::PING && flags & h2::ACK != 0 {
+            return;
+        }
+    }
+}
+
 /// Uploads that get a 403 of the proxy before they are read: their data in flight when they are reset is no offence,
 /// however much it is and however late it arrives.
 #[test]
@@ -38,9 +75,9 @@ fn a_thousand_early_responses_to_uploads_keep_their_connection() {
     // A legitimate upload in parallel.
     client.headers(1, &h2::request("POST", "up", "/innocent", &[]), false);
     let post = h2::request("POST", "nowhere", "/", &[("content-type", "text/plain")]);
-    let late = h2::block(&[("x-late", "1")]);
-    for batch in 0..10 {
-        let streams: Vec<u32> = (0..100).map(|number| 3 + 2 * (batch * 100 + number)).collect();
+    for batch in 0..BATCHES {
+        // Together with the legitimate upload, as many as may be open.
+        let streams: Vec<u32> = (0..99).map(|number| 3 + 2 * (batch * 99 + number)).collect();
         for stream in &streams {
             client.headers(*stream, &post, false);
         }
@@ -50,15 +87,15 @@ fn a_thousand_early_responses_to_uploads_keep_their_connection() {
             assert!(kind != GOAWAY, "GOAWAY {:?}", String::from_utf8_lossy(&payload));
             answered += usize::from(kind == RST_STREAM && stream != 1);
         }
-        // Only now arrives what was sent before the client knew: data, and for every other stream its end by trailers.
-        for stream in &streams {
-            for _ in 0..8 {
-                client.send(h2::frame(DATA, 0, *stream, &[b'x'; 1000]));
-            }
-            if stream % 4 == 1 {
-                client.headers(*stream, &late, true);
-            }
+        if batch == BATCHES - 1 {
+            let answered_at = Instant::now();
+            eventually("a long round trip", || answered_at.elapsed() > LATE);
         }
+        // Only now arrives what was sent before the client knew of the reset.
+        for stream in &streams {
+            send_late_frames(&mut client, *stream);
+        }
+        must_ignore_sent_frames(&mut client);
     }
     client.send(h2::frame(DATA, END_STREAM, 1, b"done"));
     assert_eq!(client.end_of(1), End::Response(Some(200)));

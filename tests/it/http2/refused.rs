@@ -1,22 +1,18 @@
 //! Rejected HTTP/2 requests are reported like HTTP/1.1 ones: counted once and logged with their target. What every
 //! server accepts is forwarded.
 
-use std::{
-    io::{Read, Write},
-    net::SocketAddr,
-    sync::mpsc,
-};
+use std::{net::SocketAddr, sync::mpsc};
 
 use http_body_util::BodyExt;
 use serde_json::Value;
 
 use crate::{
     support::{
-        Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually,
+        Proxy, RawClient, Upstream, WAIT_LIMIT, eventually,
         h2::{self, DATA, End, H2Client},
         text,
     },
-    wire::{UNUSUAL, config, last_request, malformed},
+    wire::{UNUSUAL, config, last_request, malformed, start_line_server},
 };
 
 const PROTOCOL_ERROR: u32 = 1;
@@ -159,21 +155,7 @@ fn a_fragment_in_a_path_is_answered_with_400() {
 /// takes them from its dynamic table.
 #[test]
 fn unusual_paths_are_forwarded_byte_for_byte() {
-    let (saw, seen) = mpsc::channel();
-    let server = RawServer::start(move |mut stream| {
-        let (mut got, mut chunk) = (Vec::new(), [0; 4096]);
-        while let Ok(count @ 1..) = stream.read(&mut chunk) {
-            got.extend_from_slice(&chunk[..count]);
-            if got.ends_with(b"\r\n\r\n") {
-                let line = got.split(|byte| *byte == b'\r').next().unwrap_or_default().to_vec();
-                let _ = saw.send(line);
-                got.clear();
-                if stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").is_err() {
-                    return;
-                }
-            }
-        }
-    });
+    let (server, seen) = start_line_server();
     let proxy = Proxy::start(format!(
         "[inbound]\nforward_to = \"{0}\"\n[[inbound.port]]\nport = {1}\nprotocol = \"http1\"\n\
          [[upstream]]\nname = \"up\"\nprotocol = \"http1\"\nendpoints = [\"{0}\"]\n",

@@ -1,29 +1,17 @@
 //! The first deadline that passes on a dead connection detects it.
 
-use std::{
-    net::TcpStream,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
 };
 
 use super::proxy;
 use crate::support::{
     RawClient, RawServer, WAIT_LIMIT, eventually,
-    h2::{ACK, Frame, H2Client, HEADERS, PING, SETTINGS, block, frame},
+    h2::{ACK, Frame, H2Client, HEADERS, PING, block, frame},
 };
 
 const BRIEF: &str = "attempt_timeout = \"300ms\"\nretry = false\nping_timeout = \"500ms\"\nbreaker = false";
-
-fn accept(stream: TcpStream) -> Option<H2Client> {
-    stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
-    let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
-    peer.raw.peek(24).ok()?;
-    peer.raw.buffer.drain(..24);
-    peer.send(frame(SETTINGS, 0, 0, &[]));
-    Some(peer)
-}
 
 fn ask(address: std::net::SocketAddr) -> u16 {
     RawClient::connect(address).ask("GET / HTTP/1.1\r\nHost: up\r\nConnection: close\r\n\r\n").status()
@@ -36,7 +24,7 @@ fn an_unresponsive_connection_gets_no_more_requests() {
     let number = AtomicUsize::new(0);
     let server = RawServer::start(move |stream| {
         let first = number.fetch_add(1, Ordering::Relaxed) == 0;
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         while let Ok(Frame { kind, stream, .. }) = peer.next() {
             if kind == HEADERS {
                 peer.headers(stream, &block(&[(":status", "200")]), true);
@@ -63,7 +51,7 @@ fn a_slow_service_keeps_its_connection() {
     let pings = Arc::<AtomicUsize>::default();
     let count = pings.clone();
     let server = RawServer::start(move |stream| {
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         let mut requests = 0;
         while let Ok(Frame { kind, flags, stream, .. }) = peer.next() {
             if kind == PING && flags & ACK == 0 {
@@ -92,7 +80,7 @@ fn a_slow_service_keeps_its_connection() {
 #[test]
 fn pings_detect_a_dead_peer_of_an_idle_stream() {
     let server = RawServer::start(move |stream| {
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         while let Ok(Frame { kind, stream, .. }) = peer.next() {
             if kind == HEADERS {
                 peer.send(frame(HEADERS, 4, stream, &block(&[(":status", "200")])));

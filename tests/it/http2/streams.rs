@@ -145,18 +145,16 @@ fn wait_counts_against_no_endpoint(proxy: &Proxy) {
 }
 
 fn accept(stream: TcpStream, limit: u32) -> Option<H2Client> {
-    stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
-    let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
-    peer.raw.peek(24).ok()?;
-    peer.raw.buffer.drain(..24);
-    set_limit(&mut peer, limit);
-    Some(peer)
+    H2Client::accept_with(stream, &stream_limit(limit))
+}
+
+/// The payload of SETTINGS with this stream limit.
+fn stream_limit(limit: u32) -> Vec<u8> {
+    [&MAX_CONCURRENT_STREAMS[..], &limit.to_be_bytes()].concat()
 }
 
 fn set_limit(peer: &mut H2Client, limit: u32) {
-    let mut setting = MAX_CONCURRENT_STREAMS.to_vec();
-    setting.extend(limit.to_be_bytes());
-    peer.send(frame(SETTINGS, 0, 0, &setting));
+    peer.send(frame(SETTINGS, 0, 0, &stream_limit(limit)));
 }
 
 /// The stream of the next request.

@@ -1,7 +1,6 @@
 //! A request that was certainly not sent or not processed is sent again, even with `retry = false`.
 
 use std::{
-    net::TcpStream,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -13,23 +12,14 @@ use http_body_util::BodyExt;
 
 use super::proxy;
 use crate::support::{
-    Proxy, RawClient, RawServer, Upstream, WAIT_LIMIT, eventually,
-    h2::{END_STREAM, Frame, GOAWAY, H2Client, RST_STREAM, SETTINGS, block, frame},
+    Proxy, RawClient, RawServer, Upstream, eventually,
+    h2::{END_STREAM, Frame, GOAWAY, H2Client, RST_STREAM, block, frame},
     text,
 };
 
 const OFF: &str = "retry = false\nbreaker = false";
 const REFUSED_STREAM: u32 = 7;
 const ENHANCE_YOUR_CALM: u32 = 11;
-
-fn accept(stream: TcpStream) -> Option<H2Client> {
-    stream.set_read_timeout(Some(WAIT_LIMIT)).ok()?;
-    let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
-    peer.raw.peek(24).ok()?;
-    peer.raw.buffer.drain(..24);
-    peer.send(frame(SETTINGS, 0, 0, &[]));
-    Some(peer)
-}
 
 /// A server whose first connections end by `end(peer, streams)` after this many requests; later ones respond. Also
 /// returns how many requests got a response.
@@ -42,7 +32,7 @@ fn server(
     let count = answered.clone();
     let server = RawServer::start(move |stream| {
         let ends = number.fetch_add(1, Ordering::Relaxed) < connections;
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         let mut streams = Vec::new();
         while let Ok(Frame { flags, stream, kind, .. }) = peer.next() {
             if stream == 0 || flags & END_STREAM == 0 || kind > 1 {
@@ -117,7 +107,7 @@ fn resends_to_an_endpoint_that_refuses_all_streams_are_bounded() {
     let requests = Arc::<AtomicUsize>::default();
     let count = requests.clone();
     let server = RawServer::start(move |stream| {
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         while let Ok(Frame { flags, stream, kind, .. }) = peer.next() {
             if stream > 0 && kind <= 1 && flags & END_STREAM != 0 {
                 count.fetch_add(1, Ordering::Relaxed);
@@ -136,7 +126,7 @@ fn no_request_is_lost_when_connections_reach_their_maximum_age() {
     let answered = Arc::<AtomicUsize>::default();
     let count = answered.clone();
     let server = RawServer::start(move |stream| {
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         let (mut served, mut last) = (0, 0);
         while let Ok(Frame { flags, stream, kind, .. }) = peer.next() {
             if stream == 0 || kind > 1 || flags & END_STREAM == 0 || (last > 0 && stream > last) {

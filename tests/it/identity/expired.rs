@@ -1,16 +1,21 @@
 //! Expired and revoked certificates are rejected on a resumed session as on a new one; other TLS versions and key
 //! usages.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    io::{Read, Write},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use rustls::{ServerConnection, StreamOwned};
 use serde_json::Value;
 
 use super::{GET, admin, client_sidecar, metric, send_get, server_sidecar};
 use crate::support::{
-    Proxy, Upstream, eventually,
+    Proxy, RawServer, Upstream, eventually,
     pki::{Pki, id, uri},
     text,
-    tls::{TlsClient, TlsServer, tls12_config},
+    tls::{TlsClient, TlsServer, server_config, tls12_config},
 };
 
 /// Long enough to start with, short enough to wait for.
@@ -113,37 +118,70 @@ fn a_server_whose_certificate_has_expired_cannot_be_resumed() {
     assert!(status >= 500 && problem.contains("expired"), "{status} {problem}");
 }
 
-/// An expired certificate of our own counts against no upstream and is reported as our own.
+/// An mTLS server that closes without an alert if it rejects a client's certificate. With TLS 1.3 that happens after the
+/// client has sent its request.
+fn server_without_alerts(pki: &Pki) -> RawServer {
+    let mut config = server_config(&pki.issue("payments", |_| {}), Some(&pki.ca_pem()), &["http/1.1"]);
+    // A resumed session would show no certificate.
+    config.send_tls13_tickets = 0;
+    let config = Arc::new(config);
+    RawServer::start(move |mut stream| {
+        let mut tls = ServerConnection::new(Arc::clone(&config)).expect("a connection");
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            while tls.wants_write() {
+                if tls.write_tls(&mut stream).is_err() {
+                    return;
+                }
+            }
+            let is_open = tls.read_tls(&mut stream).is_ok_and(|read| read > 0);
+            // The alert that gives the reason is not written.
+            if !is_open || tls.process_new_packets().is_err() {
+                return;
+            }
+            // `WouldBlock` only means that nothing more has been received yet.
+            let _ = tls.reader().read_to_end(&mut request);
+        }
+        let _ = StreamOwned::new(tls, stream)
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok");
+    })
+}
+
+/// An expired certificate of our own counts against no upstream and is reported as our own, whether the peer sends an
+/// alert or just closes the connection.
 #[test]
 fn an_own_expired_certificate_is_reported_and_counts_against_no_upstream() {
     let (pki, service) = (Pki::new(), service());
-    let server = server_sidecar(&pki, service.address(), "");
+    let (server, silent) = (server_sidecar(&pki, service.address(), ""), server_without_alerts(&pki));
     let at = expires();
     pki.write_ca();
     pki.write_leaf("checkout", |params| params.not_after = at.into());
     let identity = pki.section("checkout");
-    let client = Proxy::start(format!(
-        "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{}\"]\nidentity = [\"{}\"]\n\
-         breaker = {{ consecutive_failures = 3 }}\noutlier = {{ consecutive_failures = 3 }}\n",
-        server.inbound(),
-        id("payments")
-    ));
-    assert_eq!(send_get(&client).0, 200, "{}", client.stderr());
-    wait_until(at);
-    for number in 0..12 {
-        let (status, problem) = send_get(&client);
-        let problem: Value = serde_json::from_str(&problem).expect("JSON");
-        let is_tls_failure = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
-        assert!(status == 502 && is_tls_failure, "{number}: {status} {problem}");
-        assert!(
-            problem["detail"].as_str().is_some_and(|detail| detail.contains("our certificate")),
-            "{problem}"
-        );
+    let clients = [server.inbound(), silent.address()].map(|endpoint| {
+        Proxy::start(format!(
+            "{identity}[[upstream]]\nname = \"payments\"\nendpoints = [\"{endpoint}\"]\nidentity = [\"{}\"]\n\
+             breaker = {{ consecutive_failures = 3 }}\noutlier = {{ consecutive_failures = 3 }}\n",
+            id("payments")
+        ))
+    });
+    for client in &clients {
+        assert_eq!(send_get(client).0, 200, "{}", client.stderr());
     }
-    let status: Value = serde_json::from_str(&admin(&client, "/status").1).expect("JSON");
-    let upstream = &status["upstreams"][0];
-    assert_eq!(upstream["breaker"]["state"], "closed", "{upstream}");
-    assert_eq!(upstream["endpoints"][0]["state"], "healthy", "{upstream}");
+    wait_until(at);
+    for (client, peer) in clients.iter().zip(["a peer that sends an alert", "a peer that closes"]) {
+        for number in 0..12 {
+            let (status, problem) = send_get(client);
+            let problem: Value = serde_json::from_str(&problem).expect("JSON");
+            let is_tls_failure = problem["type"].as_str().is_some_and(|kind| kind.ends_with("tls_failure"));
+            assert!(status == 502 && is_tls_failure, "{peer}, {number}: {status} {problem}");
+            let detail = problem["detail"].as_str().unwrap_or_default();
+            assert!(detail.contains("our certificate"), "{peer}: {problem}");
+        }
+        let status: Value = serde_json::from_str(&admin(client, "/status").1).expect("JSON");
+        let upstream = &status["upstreams"][0];
+        assert_eq!(upstream["breaker"]["state"], "closed", "{peer}: {upstream}");
+        assert_eq!(upstream["endpoints"][0]["state"], "healthy", "{peer}: {upstream}");
+    }
 }
 
 /// Without an `[identity]`, too.

@@ -171,7 +171,7 @@ fn every_key_of_identity_applies_after_a_reload() {
     assert!(is_served(&mine, &proxy));
 
     let proxy = Proxy::start(first.clone());
-    let old = TlsClient::tls12(&certificate);
+    let old = TlsClient::with_tls12(Some(&certificate), &["http/1.1"]);
     assert!(!is_served(&old, &proxy), "1.3 is the least");
     proxy.reconfigure(&strict([&cert, &key, &ca], address, "min_tls = \"1.2\""));
     eventually("`min_tls` to act", || is_served(&old, &proxy));

@@ -1,7 +1,6 @@
 //! HTTP/2 and gRPC signals about whether a request was processed.
 
 use std::{
-    net::TcpStream,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -12,21 +11,11 @@ use std::{
 use super::{Reply, Service, ask, post, proxy, retries};
 use crate::support::{
     RawClient, RawServer, eventually,
-    h2::{DATA, END_STREAM, Frame, GOAWAY, H2Client, HEADERS, RST_STREAM, SETTINGS, block, frame},
+    h2::{DATA, END_STREAM, Frame, GOAWAY, H2Client, HEADERS, RST_STREAM, block, frame},
 };
 
 const REFUSED_STREAM: u32 = 7;
 const CANCEL: u32 = 8;
-
-/// Reads the peer's preface.
-fn accept(stream: TcpStream) -> Option<H2Client> {
-    stream.set_read_timeout(Some(crate::support::WAIT_LIMIT)).ok()?;
-    let mut peer = H2Client { raw: RawClient { stream, buffer: Vec::new() } };
-    peer.raw.peek(24).ok()?;
-    peer.raw.buffer.drain(..24);
-    peer.send(frame(SETTINGS, 0, 0, &[]));
-    Some(peer)
-}
 
 /// A server whose requests up to `failures` end by `fail(peer, stream)`, later ones with 200.
 fn server(
@@ -36,7 +25,7 @@ fn server(
     let requests = Arc::<AtomicUsize>::default();
     let count = requests.clone();
     let server = RawServer::start(move |stream| {
-        let Some(mut peer) = accept(stream) else { return };
+        let Some(mut peer) = H2Client::accept(stream) else { return };
         while let Ok(Frame { kind, flags, stream, .. }) = peer.next() {
             if !matches!(kind, HEADERS | DATA) || flags & END_STREAM == 0 {
                 continue;
