@@ -1,9 +1,8 @@
-//! Identity of this service and its peers: certificates, TLS, authorization of inbound requests, tokens.
+//! Identity of this service and its peers: certificates, trust, TLS, tokens. SPIFFE IDs, verified peers and the decision
+//! who may send which request are below, in [`crate::authorization`].
 //!
 //! | file | what is in it |
 //! | --- | --- |
-//! | [`spiffe`] | SPIFFE IDs, trust domains, patterns that match peers |
-//! | [`peer`] | the identity of a verified peer |
 //! | [`material`], [`files`] | certificate, key and roots: read and checked before use |
 //! | [`trust`] | verification of a certificate chain against roots and revocation lists |
 //! | [`workload`] | certificates from an agent: the SPIFFE Workload API |
@@ -12,7 +11,6 @@
 //! | [`issue`] | a throw-away CA for development |
 //! | [`handshake`], [`counts`] | TLS handshakes, their errors and counters |
 //! | [`access_policy`] | `[[inbound.allow]]` and `[inbound.jwt]`, compiled from the configuration |
-//! | [`authorize`] | the decision: allow entries against one request |
 //! | [`jwt`] | tokens of end users, and the keys that verify them |
 //! | [`oauth2`] | tokens that this service presents to its upstreams |
 //! | [`xfcc`] | `x-forwarded-client-cert`: the peer identity for the service |

@@ -2,7 +2,7 @@
 //!
 //! The control thread probes with connections. An endpoint that accepts a connection again is not restored yet: one
 //! request is sent to it and decides. While the breaker is open, that request is an early trial: it is sent before
-//! the open time is over, and its failure changes nothing. `src/resilience/outlier/absence.rs` decides when to probe.
+//! the open time is over, and its failure changes nothing. `src/resilience/outlier/probe_schedule.rs` decides when to probe.
 //!
 //! A request that the breaker rejects may wait for such a trial, no longer than it would have waited between rejected
 //! attempts, and without sending anything.

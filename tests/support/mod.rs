@@ -35,7 +35,7 @@ pub use upstream::{Upstream, UpstreamResponse, text};
 /// How long anything that must happen may take on a slow and busy machine.
 pub const WAIT_LIMIT: Duration = Duration::from_secs(20);
 
-/// Waits until `condition` holds; fails the test, saying `what`, if it does not within [`PATIENCE`].
+/// Waits until `condition` holds; fails the test, saying `what`, if it does not within [`WAIT_LIMIT`].
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();

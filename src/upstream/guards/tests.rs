@@ -87,7 +87,7 @@ fn a_reload_keeps_what_the_adaptive_limit_has_learned() {
 fn requests_that_switch_endpoints_are_limited_per_second() {
     let now = Instant::now();
     let guards = Guards::new(now);
-    let switched = |at| (0..5000).filter(|_| guards.may_switch_endpoint(at)).count();
+    let switched = |at| (0..5000).filter(|_| guards.attempt_limits().moves.admit(&[], at).is_ok()).count();
     assert_eq!(switched(now), 1000);
     let half = switched(now + std::time::Duration::from_millis(500));
     assert!((499..=500).contains(&half), "{half}");

@@ -177,7 +177,7 @@ fn server_first_protocols_work_through_redirection() {
         "outrigger_detected_total{direction=\"inbound\",port=\"2525\",protocol=\"server_first\"} 2",
     );
     counted(&server, "outrigger_tls_handshakes_total{direction=\"inbound\",outcome=\"full\"} 1");
-    eventually("a hint", || here.stderr().contains("connections to port 2525 wait for their server"));
+    eventually("a hint", || here.stderr().contains("the server of port 2525 sends first"));
 }
 
 /// HTTP on a declared port passes as bytes; otherwise each sidecar would add its header fields.
