@@ -2,7 +2,8 @@
 //!
 //! # The modules
 //!
-//! The lowest first: a module imports only from lines above its own (`tests/it/floors.rs` holds the order).
+//! The lowest first: a module imports only from lines above its own; `http2` also from `http1` (`tests/it/floors.rs` holds
+//! the order).
 //!
 //! | module | contents |
 //! | --- | --- |
@@ -30,14 +31,18 @@
 //! # The life of a request
 //!
 //! A worker accepts a connection ([`proxy::accept`]), detects its protocol ([`proxy::detect`]) and passes each request to
-//! the request handler, which rejects what two readers could read differently. [`proxy::target`] finds upstream and
-//! route. [`proxy::exchange`] asks the upstream's guards for permits and sends attempts until one succeeds or no further
-//! one is allowed: the breaker's permit, an endpoint, a connection, the request, the response head. The outcome of an
-//! attempt is classified once ([`resilience::classify`]) and reported to every policy. Then the body streams. Any failure
-//! on the way becomes a response that says what failed and why, in [`proxy::error`] alone.
+//! [`proxy::request_handler`], which rejects ambiguous requests. [`proxy::target`] finds upstream and route.
+//! [`proxy::exchange`] admits the request (rate limit, requests in flight) and sends attempts until one succeeds or no
+//! further one is allowed. Each attempt takes a breaker permit, picks an endpoint, takes a connection, sends the request
+//! and reads the response head. Its outcome is classified once ([`resilience::classify`]) and reported to every policy.
+//! Then the body streams. A failure before the response head becomes an error response, made only in [`proxy::error`]; a
+//! later one aborts the body.
 //!
 //! Everything slow runs on the control thread ([`runtime`]); workers see the configuration as a snapshot that is replaced
 //! as a whole. `ARCHITECTURE.md` describes the mechanisms and their reasons.
+
+// The library serves this package's binary and tests: its documentation is read with private items.
+#![allow(rustdoc::private_intra_doc_links)]
 
 pub mod admin;
 pub mod authorization;

@@ -48,7 +48,7 @@ pub(super) struct InboundKeys {
     listen: ListenAddr,
     /// The address of the service. `run --app` sets it.
     forward_to: HostPort,
-    /// Default: strict where [identity] is set, else off.
+    /// Default: strict where `[identity]` is set, else off.
     mtls: Option<Mtls>,
     /// Whether to replace, append to or keep `x-forwarded-for`, `-proto` and `-host`.
     forwarded: ForwardedHeaders,
@@ -82,19 +82,19 @@ pub(super) struct UpstreamKeys {
     /// `auto` is the client's protocol.
     #[serde(default)]
     protocol: Protocol,
-    /// Default: mutual where [identity] is set and `identity` is, else off.
+    /// Default: mutual where `[identity]` is set and `identity` is, else off.
     #[serde(default)]
     tls: Option<TlsMode>,
     /// SNI, and the name that must match under simple; default: the requested host.
     #[serde(default)]
     server_name: Option<String>,
-    /// Default: system roots for simple, [identity].ca for mutual.
+    /// Default: system roots for simple, `[identity].ca` for mutual.
     #[serde(default)]
     ca: Option<std::path::PathBuf>,
     /// SPIFFE IDs of which the endpoint must have one.
     #[serde(default)]
     identity: Vec<String>,
-    /// The lowest TLS version to it; default: that of [identity], else 1.3.
+    /// The lowest TLS version to it; default: that of `[identity]`, else 1.3.
     #[serde(default)]
     min_tls: Option<MinTls>,
     /// How an endpoint is chosen.

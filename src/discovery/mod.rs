@@ -1,7 +1,7 @@
 //! Discovery of the endpoints of an upstream: from a fixed list, DNS, a file, or a Kubernetes API server.
 //!
 //! Each source is a task on the control thread that publishes its endpoints to its
-//! [`Upstream`](crate::upstream::Upstream), again whenever they change. If the source fails, the last good set stays
+//! [`Upstream`], again whenever they change. If the source fails, the last good set stays
 //! in use.
 //!
 //! ```text

@@ -93,10 +93,10 @@ async fn take_place(
                 (Cause::LimitFull, format!("{} requests are in flight", settings.max_requests))
             }
             LimitRefusal::Queue => {
-                (Cause::QueueFull, format!("{} requests wait already", settings.max_pending))
+                (Cause::QueueFull, format!("{} requests are queued already", settings.max_pending))
             }
             LimitRefusal::Deadline => {
-                (Cause::Deadline, "its deadline passed while it waited for a place".to_owned())
+                (Cause::Deadline, "its deadline passed while it waited for a permit".to_owned())
             }
         };
         ProxyError::new(cause, format!("{name}: {what}")).retry_after(settings.retry_after())
@@ -108,7 +108,7 @@ async fn wait_for_place(
     deadline: Option<Instant>,
 ) -> Result<RequestPermit, LimitRefusal> {
     let mut waiting = None;
-    let mut patience = None;
+    let mut timer = None;
     poll_fn(|cx| {
         let Some(ticket) = &mut waiting else {
             let waker = QueuedWaker(cx.waker().clone());
@@ -116,9 +116,9 @@ async fn wait_for_place(
                 Ok(ticket) => ticket,
                 Err(full) => return Poll::Ready(Err(full)),
             };
-            let timer = patience.insert(Box::pin(sleep_until(ticket.expires_at.into())));
-            // Registers the timer; a place may have come already.
-            let _ = timer.as_mut().poll(cx);
+            let expiry = timer.insert(Box::pin(sleep_until(ticket.expires_at.into())));
+            // Registers the timer; a permit may be granted already.
+            let _ = expiry.as_mut().poll(cx);
             let settled = ticket.is_granted();
             waiting = Some(Queued { guards, ticket: Some(ticket) });
             if settled {
@@ -126,7 +126,7 @@ async fn wait_for_place(
             }
             return Poll::Pending;
         };
-        let over = patience.as_mut().is_none_or(|timer| timer.as_mut().poll(cx).is_ready());
+        let over = timer.as_mut().is_none_or(|timer| timer.as_mut().poll(cx).is_ready());
         if !over && !ticket.is_granted() {
             return Poll::Pending;
         }

@@ -36,14 +36,14 @@ pub struct Outgoing {
     /// `HTTP_11` or `HTTP_2`.
     pub version: Version,
     pub headers: HeaderMap,
-    /// Has the client's spelling of header names for a service that insists, and a target that `uri` cannot hold.
+    /// The client's spelling of header names for a service that depends on it, and a target that `uri` cannot hold.
     pub extensions: http::Extensions,
     /// A fallback may send it to another upstream after all attempts.
     pub keep: bool,
     pub attempt_fields: AttemptFields,
 }
 
-/// A response's head, with what is held until its body, which comes by the lease, has ended.
+/// A response's head, with what is held until its body, which the lease reads, has ended.
 #[derive(Debug)]
 pub struct UpstreamResponse {
     pub head: Response<()>,
@@ -107,8 +107,8 @@ pub struct AttemptContext<'a> {
     pub gate: Option<Rc<ContinueGate>>,
     /// The request has a body.
     pub uploads: bool,
-    /// No attempt can follow this one, so the head need not be kept. Heeded once there is a connection: an endpoint that
-    /// cannot be reached is never the last.
+    /// No attempt can follow this one, so the head need not be kept. Applied only after a connection is obtained, because
+    /// another attempt may always follow a failed connect.
     pub is_last: bool,
     pub began: Instant,
 }
@@ -231,13 +231,13 @@ fn classify(
     let request_sent = response_begun || !unsent;
     let reset = Reset { reused: stale && !response_begun, request_sent, response_started: response_begun };
     let what = match (error.is_malformed(), h2.and_then(h2::Error::reason)) {
-        (true, _) => format!("answered with something that is not valid HTTP ({error})"),
+        (true, _) => format!("sent a response that is not valid HTTP ({error})"),
         (_, Some(reason)) => format!("reset the stream ({reason})"),
-        _ => "closed the connection before it answered".to_owned(),
+        _ => "closed the connection before it responded".to_owned(),
     };
     let hint = match lease {
         Lease::H2 { reused: false, .. } if !h2.is_some_and(h2::Error::is_reset) => {
-            "; it was called by HTTP/2 as its caller came by that: if it speaks HTTP/1.1 only, say so by `protocol = \"http1\"` (of the upstream; for the service itself, of an `[[inbound.port]]`)"
+            "; HTTP/2 was used because the client used it: if this server speaks HTTP/1.1 only, set `protocol = \"http1\"` in its `[[upstream]]` (for the service, in `[[inbound.port]]`)"
         }
         _ => "",
     };

@@ -37,7 +37,7 @@ use crate::{
 
 /// An attempt to be made.
 pub(super) struct PlannedAttempt {
-    /// Of its endpoint.
+    /// The index of its endpoint.
     pub index: usize,
     pub permit: Option<BreakerPermit>,
     pub kind: AttemptKind,
@@ -47,12 +47,12 @@ pub(super) struct PlannedAttempt {
     pub is_last: bool,
 }
 
-/// Where an attempt is recorded.
+/// The index of an attempt's record, from 0.
 pub(super) type AttemptNumber = usize;
 
 /// An attempt under way.
 pub(super) struct StartedAttempt {
-    /// Of its endpoint.
+    /// The index of its endpoint.
     pub index: usize,
     pub permit: Option<BreakerPermit>,
     pub number: AttemptNumber,
@@ -104,12 +104,14 @@ impl Exchange<'_> {
     pub(super) async fn run_attempts(&self, state: &mut RequestState) -> Result<AttemptResult, ProxyError> {
         let progress = self.progress();
         let traits = RequestTraits {
-            is_repeatable: self.retries.is_repeatable(&state.outgoing.method, self.request.idempotency_key),
+            is_repeatable: self
+                .retry_policy
+                .is_repeatable(&state.outgoing.method, self.request.idempotency_key),
             is_grpc: self.request.grpc,
             keeps_head: state.outgoing.keep,
             observes_retries: self.observing(ObservablePolicy::Retry),
         };
-        let mut plan = RetryPlan::new(self.retries, self.guards().attempt_limits(), traits, state.first);
+        let mut plan = RetryPlan::new(self.retry_policy, self.guards().attempt_limits(), traits, state.first);
         let mut now = Instant::now();
         let mut event = Event::Ready { time_left: state.clock.time_left(progress, now) };
         let (mut permit, mut index) = (None, 0);
@@ -148,8 +150,8 @@ impl Exchange<'_> {
                 Action::Pick => match self.pick(&plan, &state.replay) {
                     Ok(picked) => {
                         index = picked;
-                        // An early response leaves its attempt reading: during the wait it may have read more than is
-                        // kept.
+                        // After an early response the upload continues. During the back-off it may have read more of the
+                        // body than `Replay` buffers; then no retry is possible.
                         Event::Picked { has_body: last.is_none() || state.replay.take_over() }
                     }
                     Err(error) => {
@@ -201,7 +203,7 @@ impl Exchange<'_> {
                     }
                     return self.conclude(finish, last, unavailable, &state.clock);
                 }
-                // Of a hedge, which is over with its attempt.
+                // Actions of a hedge, which ends with its attempt.
                 Action::PickCopy | Action::SendCopy | Action::AwaitCopies | Action::Settle(_) => {
                     Event::Unavailable
                 }
@@ -300,7 +302,7 @@ impl Exchange<'_> {
             }
             Finish::Expired => {
                 let limit = clock.expired(self.progress(), Instant::now());
-                return Err(limit.unwrap_or(TimeLimit::Whole).unsent(self.name(), "its turn"));
+                return Err(limit.unwrap_or(TimeLimit::Whole).unsent(self.name(), "its first attempt"));
             }
             Finish::Unavailable => {}
         }
@@ -406,10 +408,11 @@ impl Exchange<'_> {
         let opened_by = gate.clone();
         // A stream may be refused after some of the body was sent, and a fallback may take the body over.
         let (by_http1, keep) = (outgoing.version == Version::HTTP_11, outgoing.keep);
-        let nothing_follows = move |reused| by_http1 && !keep && !self.retries.may_retry_once_sending(reused);
+        let nothing_follows =
+            move |reused| by_http1 && !keep && !self.retry_policy.may_retry_once_sending(reused);
         let body = move |reused: bool| {
             let connected = (!reused).then(Instant::now);
-            self.note_try(number, |one| (one.had_connection, one.connected_at) = (true, connected));
+            self.update_attempt(number, |one| (one.had_connection, one.connected_at) = (true, connected));
             if nothing_follows(reused) {
                 replay.stop_buffering();
             }

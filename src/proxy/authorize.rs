@@ -214,7 +214,7 @@ async fn wait_for_newer_keys(
     let left = if headers::is_grpc(headers) { grpc_timeout(headers) } else { request_timeout(headers) };
     let deadline = Deadline::from_client(started.into_std(), left);
     let waited =
-        Box::pin(WaitLimit::callers(deadline).wait(users.issuer.wait_for_newer_keys(generation))).await;
+        Box::pin(WaitLimit::client(deadline).wait(users.issuer.wait_for_newer_keys(generation))).await;
     waited.map_err(|expired| expired.unsent(&users.expected.issuer, "the keys that tokens are verified with"))
 }
 

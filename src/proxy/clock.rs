@@ -32,7 +32,7 @@ pub enum TimeLimit {
 }
 
 impl TimeLimit {
-    /// What it means for the endpoint, the cause for the client, and whose limit it was.
+    /// The outcome for the endpoint, the cause for the client, and the name of the limit.
     pub fn meaning(self) -> (OutcomeKind, Cause, &'static str) {
         match self {
             Self::Limit(DeadlineLimit::Attempt) => {
@@ -45,7 +45,7 @@ impl TimeLimit {
             ),
             Self::Limit(DeadlineLimit::Timeout) => (OutcomeKind::Timeout, Cause::Timeout, "`timeout`"),
             Self::Limit(DeadlineLimit::ClientDeadline) => {
-                (OutcomeKind::ClientDeadline, Cause::Deadline, "the caller's deadline")
+                (OutcomeKind::ClientDeadline, Cause::Deadline, "the client's deadline")
             }
             Self::Upload => {
                 (OutcomeKind::ClientGone, Cause::Timeout, "`idle_timeout`: the request's body stood still")
@@ -54,20 +54,20 @@ impl TimeLimit {
         }
     }
 
-    /// The error of a request whose time was over before anything was sent.
+    /// The error of a request whose time expired before anything was sent.
     pub fn unsent(self, name: &str, waited_for: &str) -> ProxyError {
         let (_, cause, limit) = self.meaning();
         ProxyError::new(cause, format!("{name}: {limit} passed while it waited for {waited_for}"))
     }
 }
 
-/// Until when a request may wait for what comes before its attempts, and which limit ends it then.
+/// Until when a request may wait before its first attempt, and which limit ends the wait.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WaitLimit(Option<(Instant, TimeLimit)>);
 
 impl WaitLimit {
     /// As long as the client waits for a response.
-    pub fn callers(deadline: Deadline) -> Self {
+    pub fn client(deadline: Deadline) -> Self {
         let at = deadline.at().map(|(at, limit)| (at.into(), TimeLimit::Limit(limit)));
         Self(at)
     }
@@ -76,7 +76,7 @@ impl WaitLimit {
         self.0.map(|(at, _)| at.into_std())
     }
 
-    /// Waits for `work`, but no longer. It has a timer of its own: for what few calls wait for.
+    /// Waits for `work`, but no longer. It has a timer of its own, for waits that are rare.
     pub async fn wait<F: Future>(self, work: F) -> Result<F::Output, TimeLimit> {
         match self.0 {
             None => Ok(work.await),
@@ -175,7 +175,7 @@ impl Clock {
         self.until(progress).0.map(|(at, _)| at.saturating_duration_since(now))
     }
 
-    /// The limit that leaves less time than the next hop can be sent: then no attempt is sent.
+    /// The limit that leaves less time than the timeout field can express (1 ms), if any. No attempt is sent then.
     pub fn expired(&self, progress: &Progress, now: Instant) -> Option<TimeLimit> {
         let (at, time_limit) = self.until(progress).0?;
         let left = at.saturating_duration_since(now);
@@ -229,9 +229,9 @@ impl Clock {
             return earliest(whole, this_attempt.map(|(at, limit)| (at, Some(TimeLimit::Limit(limit)))));
         }
         let stalls = progress.upload_stalls_at().map(|at| (at, Some(TimeLimit::Upload)));
-        let callers =
+        let client =
             self.deadline.at().map(|(at, limit)| (Instant::from_std(at), Some(TimeLimit::Limit(limit))));
-        // Whatever is to run from the end of the body on cannot run out before this.
+        // Timeouts that start when the body is sent cannot expire before this moment, so there is no need to look earlier.
         let look = self.shortest().map(|shortest| {
             let now = Instant::now();
             if now >= self.look_at {
@@ -239,7 +239,7 @@ impl Clock {
             }
             (self.look_at, None)
         });
-        earliest(earliest(whole, stalls), earliest(callers, look))
+        earliest(earliest(whole, stalls), earliest(client, look))
     }
 
     fn shortest(&self) -> Option<Duration> {

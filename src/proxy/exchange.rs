@@ -55,14 +55,14 @@ use crate::{
     },
 };
 
-/// What holds for a request, whichever upstream serves it in the end.
+/// What is the same for every upstream that a request is sent to.
 #[derive(Clone, Copy)]
 pub struct RequestContext<'a> {
     pub origin: &'a Origin<'a>,
     pub(super) grpc: bool,
     pub(super) idempotency_key: bool,
     /// Fields that describe an attempt to the next hop may be present already: replace them.
-    pub(super) tells: bool,
+    pub(super) replaces_attempt_fields: bool,
     /// The body waits for the upstream's `100 Continue`.
     pub(super) expects_continue: bool,
     /// Takes interim responses for the client: HTTP/1.1 on both sides.
@@ -75,7 +75,7 @@ pub struct ClientProtocol {
     pub upgrade: Option<Upgrade>,
 }
 
-/// What a request takes along from attempt to attempt, and to the upstream that the fallback names.
+/// What a request keeps from attempt to attempt, and for the fallback's upstream.
 pub(super) struct RequestState {
     pub clock: Clock,
     pub outgoing: Outgoing,
@@ -91,21 +91,21 @@ pub struct Exchange<'a> {
     pub request: &'a RequestContext<'a>,
     pub target: &'a RouteTarget,
     pub policy: &'a Policy,
-    pub(super) retries: &'a RetryPolicy,
+    pub(super) retry_policy: &'a RetryPolicy,
     pub(super) endpoints: Rc<[Rc<LocalEndpoint>]>,
-    /// Boxed: it would lie in a request's future twice.
+    /// Boxed: otherwise a request's future would hold it twice.
     pub(super) connections: Box<ConnectionSettings>,
     pub(super) hash: Option<u64>,
 }
 
-/// How an attempt ended, and what there is to show for it.
+/// How an attempt ended.
 pub enum AttemptResult {
     Response(Box<UpstreamResponse>, AttemptOutcome),
     Failed(AttemptError),
 }
 
-/// Proxies a request: prepares its head, has an upstream serve it, and the fallback's upstream if that fails; passes on
-/// the response.
+/// Proxies a request: prepares its head, sends it to its upstream, and to the fallback's if that fails; forwards the
+/// response.
 pub async fn run(
     origin: &Origin<'_>,
     target: &RouteTarget,
@@ -134,7 +134,7 @@ pub async fn run(
             origin.progress.with_record(|record| record.fallback_cause = Some(reason));
             // Boxed, as every path that few requests take.
             return Box::pin(async move {
-                let (context, client) = redirect(context, &other, &mut state, client)?;
+                let (context, client) = prepare_fallback(context, &other, &mut state, client)?;
                 let result = serve(&context, &other, &mut state).await;
                 pass_on(result?, client)
             })
@@ -154,7 +154,7 @@ fn prepare<'a>(
 ) -> Result<(RequestContext<'a>, ClientProtocol, RequestState), ProxyError> {
     let Origin { view, progress, .. } = *origin;
     let cluster = &target.local.cluster;
-    let (policy, retries) = target.matched.cluster.policy(target.route);
+    let (policy, retry_policy) = target.matched.cluster.policy(target.route);
     let grpc = progress.with_record(|record| record.grpc).unwrap_or_default();
     let clients_upgrade =
         origin.client.filter(|_| present.has(Field::Upgrade)).map(|client| client.upgrade(request));
@@ -177,14 +177,15 @@ fn prepare<'a>(
         origin,
         grpc,
         idempotency_key: present.has(Field::IdempotencyKey),
-        tells: edited || present.has(Field::RequestTimeout) || present.has(Field::Attempt),
+        replaces_attempt_fields: edited || present.has(Field::RequestTimeout) || present.has(Field::Attempt),
         expects_continue: both_http11 && present.has(Field::Expect),
         interim: origin.client.filter(|_| both_http11).map(|client| &client.interim),
     };
     let users = view.snapshot.gate.as_ref().and_then(|gate| gate.jwt.as_ref());
     let users = users.filter(|users| *origin.side == Side::Inbound && !users.claim_headers.is_empty());
     let claims = users.map(|users| Arc::clone(&users.claim_headers));
-    let limit = retries.body_limit(request.method(), context.idempotency_key, version == Version::HTTP_2);
+    let limit =
+        retry_policy.body_limit(request.method(), context.idempotency_key, version == Version::HTTP_2);
     let replay = Replay::new(take(request.body_mut()), limit, claims, progress);
     let mut outgoing = head::outgoing(
         request,
@@ -217,7 +218,7 @@ fn failure(result: &Result<(Exchange<'_>, AttemptResult), ProxyError>) -> Option
 }
 
 /// Prepares the request for the fallback's upstream, which may take another protocol.
-fn redirect<'a>(
+fn prepare_fallback<'a>(
     mut context: RequestContext<'a>,
     other: &RouteTarget,
     state: &mut RequestState,
@@ -227,7 +228,7 @@ fn redirect<'a>(
     let version = version_for(cluster.settings.protocol, client.version);
     let has_body = !state.replay.is_empty();
     // With HTTP/2 they are ordinary fields.
-    context.tells |= state.outgoing.version == Version::HTTP_2;
+    context.replaces_attempt_fields |= state.outgoing.version == Version::HTTP_2;
     head::convert_head(
         &mut state.outgoing,
         version,
@@ -259,24 +260,24 @@ fn pass_on(
     }
 }
 
-/// What an upstream is called by.
-fn version_for(protocol: Protocol, callers: Version) -> Version {
+/// The HTTP version of requests to an upstream.
+fn version_for(protocol: Protocol, client: Version) -> Version {
     match protocol {
         Protocol::H2 => Version::HTTP_2,
         Protocol::Http1 => Version::HTTP_11,
-        Protocol::Auto | Protocol::Tcp if callers == Version::HTTP_2 => Version::HTTP_2,
+        Protocol::Auto | Protocol::Tcp if client == Version::HTTP_2 => Version::HTTP_2,
         Protocol::Auto | Protocol::Tcp => Version::HTTP_11,
     }
 }
 
-/// Has an upstream serve the request, if its guards admit it: the first one, and then the fallback's.
+/// Sends the request to an upstream, if its guards admit it: to the first one, and then to the fallback's.
 async fn serve<'a>(
     context: &'a RequestContext<'a>,
     target: &'a RouteTarget,
     state: &mut RequestState,
 ) -> Result<(Exchange<'a>, AttemptResult), ProxyError> {
     let Origin { worker, progress, .. } = *context.origin;
-    let (policy, retries) = target.matched.cluster.policy(target.route);
+    let (policy, retry_policy) = target.matched.cluster.policy(target.route);
     let local = &target.local;
     let settings = &local.cluster.settings;
     state.clock.request_sent(progress);
@@ -305,7 +306,7 @@ async fn serve<'a>(
             clear_user_timeout_on_upgrade: settings.tcp_user_timeout == UserTimeout::Auto,
             pool_idle: settings.pool_idle_timeout,
             header_case: settings.header_case,
-            // Drawn anew, so that not all connections end at once.
+            // With jitter, so that connections do not all end at once.
             max_age: max_age.map(|age| worker.with_rng(|rng| rng.jitter(age, 0.1))),
             ping: PingSettings { interval: settings.ping_interval.limit(), timeout: settings.ping_timeout.0 },
             stream_wait: policy.limits.0.unwrap_or_default().pending_timeout.0,
@@ -316,11 +317,11 @@ async fn serve<'a>(
         request: context,
         target,
         policy,
-        retries,
+        retry_policy,
     };
     exchange.guards().budget.deposit();
     let result = exchange.run_attempts(state).await;
-    exchange.note_spent(&result);
+    exchange.record_exhausted(&result);
     let mut result = result?;
     if let AttemptResult::Response(response, _) = &mut result {
         response.held.permit = permit;
@@ -328,16 +329,16 @@ async fn serve<'a>(
     Ok((exchange, result))
 }
 
-/// Until when the client, or whoever else is the origin, waits for a response.
+/// Until when the origin, usually a client, waits for a response.
 fn deadline_of(origin: &Origin<'_>, grpc: bool, present: FieldSet, headers: &HeaderMap) -> Deadline {
     let started = origin.progress.started();
     let own = origin.deadline.map(|at| at.saturating_duration_since(started));
-    let left = told_time(grpc, present, headers).into_iter().chain(own).min();
+    let left = time_from_headers(grpc, present, headers).into_iter().chain(own).min();
     Deadline::from_client(started.into_std(), left)
 }
 
-/// How much time the request says that it has.
-fn told_time(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Option<Duration> {
+/// The timeout in the request's own fields.
+fn time_from_headers(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Option<Duration> {
     if grpc && present.has(Field::GrpcTimeout) {
         deadline::grpc_timeout(headers)
     } else if !grpc && present.has(Field::RequestTimeout) {

@@ -27,10 +27,10 @@ use crate::{
     upstream::{local::LocalEndpoint, reachability},
 };
 
-/// What an attempt that could not even reach for its endpoint weighs in the balancer, as latency.
-const NOT_ASKED: Duration = Duration::from_secs(1);
+/// The latency that the balancer records for an attempt that failed before it reached its endpoint.
+const UNSENT_LATENCY: Duration = Duration::from_secs(1);
 
-/// Whose outcome is reported, and when it began and ended.
+/// The attempt whose outcome is reported, and when it began and ended.
 struct Reported<'a> {
     endpoint: &'a Rc<LocalEndpoint>,
     number: AttemptNumber,
@@ -38,12 +38,13 @@ struct Reported<'a> {
     now: std::time::Instant,
 }
 
-/// Whether the endpoint's sidecar refused a request since it had too many: then it is there, and says so.
+/// Whether the endpoint's sidecar rejected the request because its limit is reached. Such an endpoint is reachable, so
+/// it is not absent.
 fn is_full(ended: &AttemptResult) -> bool {
     let AttemptResult::Response(response, _) = ended else { return false };
-    let said = response.head.headers().get_all("proxy-status");
+    let values = response.head.headers().get_all("proxy-status");
     let full = b"connection_limit_reached";
-    said.iter().any(|value| value.as_bytes().windows(full.len()).any(|part| part == full))
+    values.iter().any(|value| value.as_bytes().windows(full.len()).any(|part| part == full))
 }
 
 impl Exchange<'_> {
@@ -98,14 +99,15 @@ impl Exchange<'_> {
                 OutcomeKind::ClientShare => endpoint.observe_latency(took, now),
                 // Other endpoints may have a route, or ports left for them.
                 OutcomeKind::Connect(ConnectFailure::LocalResource) => {
-                    endpoint.observe_latency(took.max(NOT_ASKED), now);
+                    endpoint.observe_latency(took.max(UNSENT_LATENCY), now);
                 }
                 _ => {}
             },
         }
         if let Some(usual) = self.guards().p95_latency()
             && (outcome.health() == Health::Success
-                // It took at least so long: else what is cut would never be known to be slow.
+                // An attempt that timed out took at least this long. Without such samples the percentile would never
+                // exceed the timeout.
                 || matches!(outcome.kind, OutcomeKind::ClientShare | OutcomeKind::AttemptTimeout))
         {
             usual.record(took, now);
@@ -173,7 +175,9 @@ impl Exchange<'_> {
         endpoint.shared.outcomes.record(outcome.kind, now);
         let change = endpoint.report(&local.shared, evidence, (began, now), random);
         match change {
-            Some(EndpointChange::Ejected(_)) => self.note_try(number, |one| one.ejected_endpoint = true),
+            Some(EndpointChange::Ejected(_)) => {
+                self.update_attempt(number, |one| one.ejected_endpoint = true)
+            }
             Some(EndpointChange::Absent | EndpointChange::StillAbsent) => {
                 reachability::watch_absent_endpoints(&local.shared, &self.worker().shared.control_runtime);
             }
@@ -189,13 +193,13 @@ impl Exchange<'_> {
                     .with_record(|record| record.breaker_window = Some(guards.breaker.window_counts(now)));
             }
             if let Some(transition) = &transition {
-                self.note_try(number, |one| one.breaker_change = Some(transition.to));
+                self.update_attempt(number, |one| one.breaker_change = Some(transition.to));
             }
         }
         ended
     }
 
-    pub(super) fn note_try(&self, number: AttemptNumber, note: impl FnOnce(&mut AttemptRecord)) {
+    pub(super) fn update_attempt(&self, number: AttemptNumber, note: impl FnOnce(&mut AttemptRecord)) {
         self.progress().with_record(|record| record.attempts.get_mut(number).map(note));
     }
 
@@ -210,12 +214,12 @@ impl Exchange<'_> {
         let address = endpoint.address();
         let (mut ending, mut cause, what) = time_limit.meaning();
         let unseen = self.progress().with_record(|record| {
-            let is_told = record.attempts.get_mut(number).is_some();
-            // Of a hedge both are under way.
-            is_told && !record.attempts.iter().any(|one| one.ended_at.is_none() && one.had_connection)
+            let is_recorded = record.attempts.get_mut(number).is_some();
+            // With a hedge, both copies are under way.
+            is_recorded && !record.attempts.iter().any(|one| one.ended_at.is_none() && one.had_connection)
         });
         if unseen == Some(true) && self.connections.queued.get() && !endpoint.pool.h2.is_connecting() {
-            // Its turn did not come: that is a matter of this process, and no word about the endpoint.
+            // It waited for a connection all the time: a limit of this process, and no evidence about the endpoint.
             let detail = format!(
                 "{name}: no connection to {address} was free for {took:.1?}, within {what}: `limits.max_connections` are in use, or it takes no more streams"
             );
@@ -226,7 +230,7 @@ impl Exchange<'_> {
             return AttemptError::new(OutcomeKind::LocalRefusal, error);
         }
         if unseen == Some(true) {
-            // Nobody has seen anything of it, whichever clock was the shorter one.
+            // No connection was established, so this is a connect timeout, whichever limit expired.
             match ending {
                 OutcomeKind::AttemptTimeout => {
                     (ending, cause) = (OutcomeKind::Connect(ConnectFailure::Timeout), Cause::ConnectTimeout);
@@ -237,12 +241,12 @@ impl Exchange<'_> {
             let detail = format!("{name}: no connection to {address} after {took:.1?}, within {what}");
             return AttemptError::new(ending, ProxyError::new(cause, detail));
         }
-        let detail = format!("{name}: no answer from {address} after {took:.1?}, within {what}");
+        let detail = format!("{name}: no response from {address} after {took:.1?}, within {what}");
         AttemptError::new(ending, ProxyError::new(cause, detail))
     }
 
-    /// Remembers that this trace's attempts were spent here: the inbound side then asks the client not to repeat them.
-    pub(super) fn note_spent(&self, ended: &Result<AttemptResult, ProxyError>) {
+    /// Remembers that this trace's attempts are exhausted here: the inbound side then asks the client not to repeat them.
+    pub(super) fn record_exhausted(&self, ended: &Result<AttemptResult, ProxyError>) {
         let failed = match ended {
             Ok(AttemptResult::Response(_, outcome)) => outcome.is_failure(),
             Ok(AttemptResult::Failed(failed)) => failed.error.cause.is_exhaustion(),

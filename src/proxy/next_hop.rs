@@ -22,7 +22,7 @@ use crate::{
 };
 
 impl Exchange<'_> {
-    /// Records that an attempt begins, and names its span to the next hop. Returns also how many there are with it.
+    /// Records that an attempt begins, and writes its span for the next hop. Returns also the number of attempts so far.
     pub(super) fn begin(
         &self,
         planned: PlannedAttempt,
@@ -30,7 +30,7 @@ impl Exchange<'_> {
         outgoing: &mut Outgoing,
     ) -> (StartedAttempt, u32) {
         let worker = self.worker();
-        let begun = self.progress().with_record(|record| {
+        let started = self.progress().with_record(|record| {
             // A request to the service is one span, whatever it takes to reach it.
             let span = match record.is_inbound() {
                 true => record.context.span,
@@ -43,8 +43,9 @@ impl Exchange<'_> {
                 && record.context.parent.is_none()
                 && shared.spent_traces.is_in_use(now.into_std())
             {
-                // Nobody has named the trace, and the service may pass on no other field: by this its own failing
-                // requests are known to be part of this one. "Not sampled" would silence a service that exports spans.
+                // The client sent no trace context. `traceparent` may be the only field that the service forwards: it
+                // assigns the service's failing outbound requests to this one. The flag is "sampled": otherwise a service
+                // that exports spans would export none.
                 TraceContext { sampled: true, ..record.context }.inject(span, &mut outgoing.headers);
             }
             let address = self.endpoints[planned.index].address();
@@ -54,15 +55,15 @@ impl Exchange<'_> {
             one.is_breaker_trial = planned.permit.as_ref().is_some_and(BreakerPermit::is_trial);
             (record.attempts.push(one), record.attempts.count())
         });
-        let (number, made) = begun.unwrap_or_default();
+        let (number, count) = started.unwrap_or_default();
         let PlannedAttempt { index, permit, .. } = planned;
-        (StartedAttempt { index, permit, number, began: now }, made)
+        (StartedAttempt { index, permit, number, began: now }, count)
     }
 
-    /// Tells the next hop which attempt this is, and how much time is left.
+    /// Writes which attempt this is, and how much time is left, for the next hop.
     pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
-        // The service hears what its client's sidecar said.
+        // The service gets the number that the client's sidecar sent.
         let attempt = (*self.request.origin.side != Side::Inbound).then_some(number);
         if self.request.grpc
             && let Some(left) = left.filter(|_| headers.contains_key(GRPC_TIMEOUT))
@@ -83,9 +84,9 @@ impl Exchange<'_> {
             return;
         }
         outgoing.attempt_fields = AttemptFields { attempt, millis_left };
-        if self.request.tells {
-            let said = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
-            for name in said.into_iter().flatten() {
+        if self.request.replaces_attempt_fields {
+            let names = [attempt.map(|_| X_OUTRIGGER_ATTEMPT), millis_left.map(|_| REQUEST_TIMEOUT)];
+            for name in names.into_iter().flatten() {
                 headers.remove(name);
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! It is part of the request's [`Progress`](crate::proxy::progress::Progress), which every stage of the data path can
 //! reach, so a successful request allocates nothing for it. Spans, metrics, access log and `/requests` are all made of
-//! it, in [`record_request`](super::record_request).
+//! it, in `record_request` of `src/proxy/finish.rs`.
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -47,7 +47,7 @@ pub fn is_default_format(text: &str, document: &Document, path: &str, value: &Va
     document.root.is_some() && edited.as_deref() == Ok(text)
 }
 
-/// Restores text returned by [`raw`].
+/// Restores text that was replaced by placeholders.
 ///
 /// # Errors
 ///

@@ -2,7 +2,7 @@
 //! quotes.
 //!
 //! A document is parsed into a tree with the byte offsets of its values ([`parse`]); edits insert or remove lines of
-//! the text ([`edit`]); [`write`] formats new values. Callers parse the edited text again and compare. If that fails
+//! the text ([`edit`]); [`mod@write`] formats new values. Callers parse the edited text again and compare. If that fails
 //! (anchors in the edited part), the whole document is rewritten.
 
 pub mod edit;

@@ -120,7 +120,7 @@ pub enum SourceFailure {
     Malformed(FramingError),
 }
 
-/// See [`crate::identity::gate::Users::claim_headers`].
+/// See `claim_headers` in [`crate::identity::access_policy`].
 pub type ClaimFields = Arc<[(HeaderName, String)]>;
 
 /// The client's body, of which each attempt gets its own view.

@@ -1,5 +1,5 @@
 //! HTTP/2 from clients: a task for the connection, one for each stream, and a watchdog for both. A stalled connection
-//! is cut, a draining one gets GOAWAY, and an abused one is closed ([`crate::resilience::conduct`]).
+//! is cut, a draining one gets GOAWAY, and an abused one is closed ([`crate::resilience::http2_abuse`]).
 
 mod refused;
 mod stream;

@@ -311,14 +311,15 @@ impl<'a> RetryPlan<'a> {
         Action::Wait(wait)
     }
 
-    /// No attempt is sent: the result of the one before says more than why.
+    /// Finishes without another attempt. The last attempt's result, if there is one, is returned: it tells the client more
+    /// than the reason for stopping.
     fn finish_early(&mut self, stop: Stop, finish: Finish) -> Action {
         let finish = if self.has_result { Finish::Result(stop) } else { finish };
         self.finish(finish)
     }
 
     fn finish(&mut self, finish: Finish) -> Action {
-        // Returns to the budget what was not sent.
+        // An unsent grant goes back to the budget.
         self.held = None;
         self.step = Step::Finished;
         Action::Finish(finish)

@@ -187,7 +187,7 @@ pub enum Stop {
     Reason(StopReason),
     /// The breaker has opened meanwhile.
     BreakerOpen,
-    /// One would follow, but retries are only observed. What it would have cost stays spent, so that the budget is observed
-    /// too.
+    /// A retry would follow, but `observe` includes retries. Its budget slot stays taken, so that an exhausted budget is
+    /// observed too.
     Observed,
 }
