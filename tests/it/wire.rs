@@ -146,7 +146,7 @@ fn requests_rejected_by_the_parser_are_logged_and_counted() {
         ("GET /n HTTP/1.1\r\nHost: up\na: b\r\n\r\n".to_owned(), 400, "LF without CR", "/n"),
         ("GET /n HTTP/1.1\r\nHost: up\n\r\n".to_owned(), 400, "LF without CR", "/n"),
         ("GET /n HTTP/1.1\r\nHost: up\r\n\n".to_owned(), 400, "LF without CR", "/n"),
-        (format!("GET /m HTTP/1.1\r\n{many}\r\n"), 431, "100 fields", "/m"),
+        (format!("GET /m HTTP/1.1\r\n{many}\r\n"), 431, "100 header fields", "/m"),
         (format!("GET /l HTTP/1.1\r\na: {long}\r\n\r\n"), 431, "65536 bytes", "/l"),
         (
             "POST /c HTTP/1.1\r\nHost: up\r\nContent-Length: +1\r\n\r\n".to_owned(),
