@@ -141,7 +141,7 @@ impl Candidate for Endpoint {
     fn avoided(&self, _: Instant) -> bool {
         false
     }
-    fn suspected(&self) -> bool {
+    fn suspected(&self, _: Instant) -> bool {
         false
     }
     fn latency(&self, now: Instant) -> f64 {

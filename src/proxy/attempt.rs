@@ -60,11 +60,13 @@ pub struct AttemptError {
     pub error: ProxyError,
     /// Its connection was lost with other requests on it, and one of those has been counted already.
     pub counted: bool,
+    /// Only its stream was reset; its connection, by HTTP/2, is intact.
+    pub stream_only: bool,
 }
 
 impl AttemptError {
     pub fn new(ending: OutcomeKind, error: ProxyError) -> Self {
-        Self { ending, error, counted: false }
+        Self { ending, error, counted: false, stream_only: false }
     }
 }
 
@@ -244,6 +246,7 @@ fn classify(
     let proxy_error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
     AttemptError {
         counted: is_counted(error, lease),
+        stream_only: h2.is_some_and(h2::Error::is_reset),
         ..AttemptError::new(OutcomeKind::Reset(reset), proxy_error)
     }
 }

@@ -288,8 +288,13 @@ impl Exchange<'_> {
             Finish::Result(Stop::Settled) => {}
             Finish::Result(Stop::Reason(reason)) => {
                 self.note_stop(reason.word());
+                let outcome = match &last {
+                    Some(AttemptResult::Response(_, outcome)) => outcome.label(),
+                    Some(AttemptResult::Failed(failed)) => AttemptOutcome::new(failed.ending).label(),
+                    None => "",
+                };
                 let upstream = self.name();
-                tracing::debug!(upstream, reason = reason.word(), "no further attempt");
+                tracing::debug!(upstream, outcome, reason = reason.word(), "no further attempt");
             }
             Finish::Result(Stop::BreakerOpen) => {
                 self.guards().counters.rejected.increment(Cause::BreakerOpen.word());
@@ -304,13 +309,15 @@ impl Exchange<'_> {
                 let limit = clock.expired(self.progress(), Instant::now());
                 return Err(limit.unwrap_or(TimeLimit::Whole).unsent(self.name(), "its first attempt"));
             }
-            Finish::Unavailable => {}
+            Finish::Unavailable => {
+                // Why there is no endpoint says more than how an address of the same host failed before.
+                if let Some(error) = unavailable {
+                    self.guards().counters.rejected.increment(error.cause.word());
+                    return Err(*error);
+                }
+            }
         }
-        last.ok_or_else(|| {
-            let bug =
-                || Box::new(ProxyError::new(Cause::Internal, "an attempt was neither made nor refused"));
-            *unavailable.unwrap_or_else(bug)
-        })
+        last.ok_or_else(|| ProxyError::new(Cause::Internal, "an attempt was neither made nor refused"))
     }
 
     /// Counts an attempt that is another one of the same request.

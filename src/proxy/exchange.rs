@@ -178,7 +178,7 @@ fn prepare<'a>(
         grpc,
         idempotency_key: present.has(Field::IdempotencyKey),
         replaces_attempt_fields: edited || present.has(Field::RequestTimeout) || present.has(Field::Attempt),
-        expects_continue: both_http11 && present.has(Field::Expect),
+        expects_continue: both_http11 && origin.client.is_some() && present.has(Field::Expect),
         interim: origin.client.filter(|_| both_http11).map(|client| &client.interim),
     };
     let users = view.snapshot.gate.as_ref().and_then(|gate| gate.jwt.as_ref());

@@ -171,7 +171,10 @@ impl Exchange<'_> {
         }
         let local = &self.target.local.upstream;
         let full = outcome.advice() == RetryAdvice::Elsewhere && is_full(&ended);
-        let evidence = EndpointOutcome::new(outcome, health, full);
+        let mut evidence = EndpointOutcome::new(outcome, health, full);
+        if matches!(&ended, AttemptResult::Failed(failed) if failed.stream_only) {
+            evidence = evidence.of_stream();
+        }
         endpoint.shared.outcomes.record(outcome.kind, now);
         let change = endpoint.report(&local.shared, evidence, (began, now), random);
         match change {

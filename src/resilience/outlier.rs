@@ -11,7 +11,7 @@
 //! | 1 | none: the breaker handles an upstream that fails as a whole |
 //! | 2 or more | `max_ejected` of them, rounded down, but at least one and never the last that is not absent |
 //!
-//! The control thread tries to connect to an absent endpoint (`src/upstream/comeback.rs`). Once it accepts a
+//! The control thread tries to connect to an absent endpoint (`src/upstream/reachability.rs`). Once it accepts a
 //! connection, a single request probes it. An accepted connection is not enough: the port may be its sidecar's.
 
 mod endpoint;
@@ -112,6 +112,15 @@ impl EndpointOutcome {
             (_, OutcomeKind::Connect(ConnectFailure::Timeout)) => Self::ConnectTimeout,
             _ if outcome.advice() == RetryAdvice::Elsewhere && !full => Self::NoService,
             _ => Self::Failure,
+        }
+    }
+
+    /// The same if only the stream of the attempt was reset (HTTP/2): its connection is intact, so nothing is suspected.
+    pub const fn of_stream(self) -> Self {
+        match self {
+            Self::Reset => Self::Failure,
+            Self::StaleConnection => Self::Neutral,
+            other => other,
         }
     }
 

@@ -35,8 +35,9 @@ pub trait Candidate {
     /// Whether requests have failed here in a row or a connection broke: by load or latency it is chosen only if no other
     /// one is usable.
     fn avoided(&self, now: Instant) -> bool;
-    /// Whether it was avoided and no request has succeeded since: a retry goes to it only if no other one is usable.
-    fn suspected(&self) -> bool;
+    /// Whether requests have failed here in a row without a success since, or a connection broke lately: a retry goes to
+    /// it only if no other one is usable.
+    fn suspected(&self, now: Instant) -> bool;
     /// The expected latency, e.g. [`PeakEwma::cost`]; any unit, the same for all candidates.
     fn latency(&self, now: Instant) -> f64;
     /// Requests that it has not responded to yet.
@@ -141,7 +142,7 @@ impl Balancer {
         // share anyway.
         if matches!(self.algorithm, Algorithm::P2c | Algorithm::LeastRequest) {
             // A request that has failed once must not test whether another endpoint still fails.
-            let unsuspected = |i: usize| untried(i) && !candidates[i].suspected();
+            let unsuspected = |i: usize| untried(i) && !candidates[i].suspected(now);
             if !tried.is_empty()
                 && let Some(picked) = self.pick_where(candidates, now, rng, hash, unsuspected)
             {

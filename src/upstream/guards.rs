@@ -236,6 +236,7 @@ impl Default for PolicyCounters {
                 "local_resource",
                 "rate_limited",
                 "fault_injected",
+                "deadline",
                 "no_endpoint",
                 "not_allowed",
                 "jwt_invalid",
@@ -295,7 +296,7 @@ impl Guards {
                 self.requests.set_adaptive_limit(ADAPTIVE_START, now);
                 self.adaptive.store(Some(Arc::new(AdaptiveLimit::new(limits.max_requests, now))));
             } else if let Some(adaptive) = adaptive {
-                // The learned limit outlives a reload; `adapt` keeps it below the new `max_requests`.
+                // The learned limit outlives a reload; the adaptive limit stays below the new `max_requests`.
                 adaptive.configure(limits.max_requests);
                 self.requests.set_adaptive_limit(learned, now);
             } else {

@@ -364,8 +364,8 @@ impl Candidate for Rc<LocalEndpoint> {
     fn avoided(&self, now: Instant) -> bool {
         self.health.as_ref().is_some_and(|health| health.is_avoided(now))
     }
-    fn suspected(&self) -> bool {
-        self.health.as_ref().is_some_and(|health| health.is_suspected())
+    fn suspected(&self, now: Instant) -> bool {
+        self.health.as_ref().is_some_and(|health| health.is_suspected(now))
     }
     fn latency(&self, now: Instant) -> f64 {
         let expected = self.latency.get().cost(now);

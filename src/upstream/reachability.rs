@@ -156,7 +156,7 @@ pub fn watch_absent_endpoints(upstream: &Arc<Upstream>, control: &Handle) {
                 }
             }
             absence.is_probing.store(false, Ordering::Release);
-            // An endpoint may have become absent in between, while `watched` was still set.
+            // An endpoint may have become absent in between, while `is_probing` was still set.
             let more = upstream.strong_count() > 0 && outliers.any_absent();
             if !more || absence.is_probing.swap(true, Ordering::AcqRel) {
                 return;

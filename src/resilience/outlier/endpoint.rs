@@ -6,8 +6,10 @@ use std::{
 };
 
 /// How long the balancer avoids an endpoint after a connection to it broke or after its second consecutive failure;
-/// doubles with each further failure.
+/// after two or more failures in a row it doubles with each further one.
 const FIRST_AVOIDANCE: Duration = Duration::from_millis(200);
+/// For how long retries go elsewhere after a connection to an endpoint broke.
+const SUSPICION: Duration = Duration::from_secs(2);
 const LONGEST_AVOIDANCE: Duration = Duration::from_secs(5);
 /// After this time without a result, another request may probe an absent endpoint.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -29,6 +31,8 @@ pub struct EndpointHealth {
     probe_at: AtomicU64,
     /// Until then the balancer prefers others; afterwards it sends one request at a time, until one succeeds.
     avoided_until: AtomicU64,
+    /// A connection broke: until then the balancer prefers others. It passes by itself.
+    suspected_until: AtomicU64,
     /// It failed often enough to be ejected, but `max_ejected` is reached.
     failing: AtomicBool,
     epoch: Instant,
@@ -41,6 +45,7 @@ impl EndpointHealth {
             ejected_until: AtomicU64::new(0),
             probe_at: AtomicU64::new(PRESENT),
             avoided_until: AtomicU64::new(0),
+            suspected_until: AtomicU64::new(0),
             failing: AtomicBool::new(false),
             epoch,
         }
@@ -88,15 +93,20 @@ impl EndpointHealth {
             .and_then(|until| self.epoch.checked_add(until))
     }
 
-    /// Whether the balancer prefers other endpoints, since requests to this one have just failed.
+    /// Whether the balancer prefers other endpoints, since requests to this one have just failed or a connection has just
+    /// broken.
     pub fn is_avoided(&self, now: Instant) -> bool {
-        let until = self.avoided_until.load(Ordering::Relaxed);
+        let until =
+            self.avoided_until.load(Ordering::Relaxed).max(self.suspected_until.load(Ordering::Relaxed));
         until != 0 && self.millis(now) < until
     }
 
-    /// Whether it was avoided, and no request has succeeded since.
-    pub fn is_suspected(&self) -> bool {
+    /// Whether a retry should go elsewhere: it failed twice in a row and no request has succeeded since, or a connection
+    /// broke within the last [`SUSPICION`].
+    pub fn is_suspected(&self, now: Instant) -> bool {
+        let until = self.suspected_until.load(Ordering::Relaxed);
         self.avoided_until.load(Ordering::Relaxed) != 0
+            || (until != 0 && self.millis(now) < until.saturating_add(millis(SUSPICION - FIRST_AVOIDANCE)))
     }
 
     /// The balancer chose it. If it was avoided, it gets its next request only after a pause or a success.
@@ -117,9 +127,13 @@ impl EndpointHealth {
 
     /// A request succeeded. Writes nothing unless a request has failed before.
     pub(super) fn record_success(&self) {
-        if self.consecutive_failures() != 0 || self.avoided_until.load(Ordering::Relaxed) != 0 {
+        if self.consecutive_failures() != 0
+            || self.avoided_until.load(Ordering::Relaxed) != 0
+            || self.suspected_until.load(Ordering::Relaxed) != 0
+        {
             self.consecutive_failures.store(0, Ordering::Relaxed);
             self.avoided_until.store(0, Ordering::Relaxed);
+            self.suspected_until.store(0, Ordering::Relaxed);
             self.failing.store(false, Ordering::Relaxed);
         }
     }
@@ -135,11 +149,10 @@ impl EndpointHealth {
 
     /// A connection broke before any byte of a response. One is enough to avoid the endpoint: if several endpoints fail
     /// at the same moment, each broken connection keeps other requests away from its endpoint, so few requests hit a
-    /// second one.
+    /// second one. It passes by itself: an endpoint whose requests report no success for long, such as gRPC streams that
+    /// their clients cancel, must get its share again.
     pub(super) fn mark_suspected(&self, now: Instant) {
-        if self.avoided_until.load(Ordering::Relaxed) == 0 {
-            self.avoid(self.consecutive_failures(), now);
-        }
+        self.suspected_until.store(self.millis(now + FIRST_AVOIDANCE).max(1), Ordering::Relaxed);
     }
 
     pub(super) fn set_failing(&self) {

@@ -317,6 +317,35 @@ fn the_first_broken_connection_makes_an_endpoint_avoided() {
     }
 }
 
+/// Requests may report no success for long, as gRPC streams that their clients cancel: the endpoint gets its share again.
+#[test]
+fn suspicion_passes_without_a_success() {
+    let now = Instant::now();
+    for outcome in [EndpointOutcome::Reset, EndpointOutcome::StaleConnection] {
+        let fleet = Fleet::new(3, OutlierSettings::default(), now);
+        fleet.report(0, outcome, now);
+        assert!(fleet.health(0).is_suspected(now + MS * 1990), "{outcome:?}");
+        for pause in [200, 250, 3000] {
+            let at = now + MS * pause;
+            assert!(!fleet.health(0).is_avoided(at), "{outcome:?} after {pause} ms");
+            fleet.health(0).record_chosen(at);
+        }
+        assert!(!fleet.health(0).is_suspected(now + MS * 2010), "{outcome:?}");
+    }
+}
+
+/// The reset of one HTTP/2 stream says nothing about its connection.
+#[test]
+fn a_reset_stream_raises_no_suspicion() {
+    let now = Instant::now();
+    let fleet = Fleet::new(3, OutlierSettings::default(), now);
+    for outcome in [EndpointOutcome::Reset.of_stream(), EndpointOutcome::StaleConnection.of_stream()] {
+        fleet.report(0, outcome, now);
+        assert!(!fleet.health(0).is_avoided(now) && !fleet.health(0).is_suspected(now), "{outcome:?}");
+    }
+    assert_eq!(EndpointOutcome::Reset.of_stream(), EndpointOutcome::Failure, "it counts towards an ejection");
+}
+
 #[test]
 fn off_ejects_nothing() {
     let now = Instant::now();

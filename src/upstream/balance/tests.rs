@@ -21,7 +21,7 @@ impl Candidate for Fake {
     fn avoided(&self, _: Instant) -> bool {
         self.avoided
     }
-    fn suspected(&self) -> bool {
+    fn suspected(&self, _: Instant) -> bool {
         self.suspected
     }
     fn latency(&self, _: Instant) -> f64 {

@@ -229,6 +229,18 @@ fn a_resent_request_is_complete_at_both_addresses_of_localhost() {
     }
 }
 
+/// The address of `localhost` that refuses says less than that its other one is the proxy itself.
+#[test]
+fn a_refused_address_does_not_hide_that_the_other_one_is_denied() {
+    let proxy = Proxy::start("[defaults]\nretry = false\nbreaker = false\n".to_owned());
+    let port = proxy.outbound().port();
+    for _ in 0..8 {
+        let response =
+            ask(&proxy, format!("GET http://localhost:{port}/ HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"));
+        assert_cause(&response, 502, "denied_network");
+    }
+}
+
 /// The service's response says more than that its other address is denied.
 #[test]
 fn a_denied_second_address_does_not_hide_the_services_response() {
