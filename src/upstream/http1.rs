@@ -57,6 +57,8 @@
 
 mod client_connection;
 #[cfg(test)]
+mod conformance_tests;
+#[cfg(test)]
 mod tests;
 
 use std::{

@@ -2,6 +2,8 @@
 //! head of a response.
 
 pub mod body;
+#[cfg(test)]
+mod conformance_tests;
 mod response_head;
 pub mod server_connection;
 #[cfg(test)]
