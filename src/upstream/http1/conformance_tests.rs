@@ -174,6 +174,10 @@ exchanges! {
     chunked_and_a_length, "RFC 9112 §6.3 rule 3", "GET",
         ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", Waits),
         ok(200, "ok"), false;
+    a_change_of_protocol, "RFC 9110 §15.2.2", "GET",
+        ("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", Waits), ok(101, ""), false;
+    a_change_of_protocol_with_a_length, "RFC 9110 §15.2.2", "GET",
+        ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nContent-Length: 0\r\n\r\n", Waits), ok(101, ""), false;
     closed_after_the_response, "RFC 9112 §9.5", "GET", ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", Closes),
         ok(200, "ok"), false;
 }
