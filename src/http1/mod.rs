@@ -2,6 +2,8 @@
 //! module decide which messages are sent and what becomes of a connection: `proxy::connection` towards clients,
 //! `upstream::http1` towards endpoints.
 
+#[cfg(test)]
+mod conformance_tests;
 pub mod decoder;
 pub mod framing;
 pub mod head;

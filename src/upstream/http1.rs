@@ -7,38 +7,44 @@
 //! # States
 //!
 //! ```text
-//!                           start_request
-//! opened ---------> IDLE ---------------------> SENDING ----- all written ----> WAITING
-//!                   ^  |                         |    |                            |
-//!                   |  | closed by the endpoint, |    | final head                 | final head
-//!                   |  | unsolicited bytes,      |    | (early response)           |
-//!                   |  | expired                 |    v                            v
-//!                   |  |                         |  UPLOADING -- all written --> READING
-//!                   |  |        read or write    |    |                          |  |  |
-//!                   |  |        error            |    | aborted, or stalled for  |  |  | upgrade
-//!                   |  v                         v    v UPLOAD_STALL             |  |  v
-//!                   | CLOSED <----------------------- not reusable, or aborted --+  | UPGRADED
-//!                   |                                                               |
-//!                   +------------------- finish_exchange: reusable -----------------+
+//!           start_request           all written
+//! opened --> IDLE ---------> SENDING -----------> WAITING
+//!            ^  |               |                    |
+//!            |  |               | final head         | final head
+//!            |  |               |                    |
+//!            |  |               v     all written    v    take_upgraded_stream
+//!            |  |           UPLOADING ----------> READING ----------------------> UPGRADED
+//!            |  |               |                    |
+//!            |  |               | end of response    |
+//!            |  |               v                    |
+//!            |  |          UPLOAD ONLY               |
+//!            |  |                                    |
+//!            |  +--> CLOSED <-- each other state     |
+//!            |                                       |
+//!            +------- finish_exchange: Reusable -----+
 //! ```
 //!
-//! No field stores the state; it follows from those of [`ClientConnection`]:
+//! No field stores the state; it follows from those of [`ClientConnection`], from whether [`Http1Connection::send`] is
+//! running, and from whether the upload task exists:
 //!
-//! | state | meaning | fields |
-//! | --- | --- | --- |
-//! | IDLE | in the pool | `is_usable` |
-//! | SENDING | `send` writes the request and reads the response | not `is_sent`, decoder over |
-//! | WAITING | `send` waits for the response head | `is_sent`, decoder over |
-//! | UPLOADING | the response is read, a separate task writes the request | not `is_sent` |
-//! | READING | the response body is read | `is_sent`, decoder not over |
-//! | UPGRADED | `take_upgraded_stream` has handed out the byte stream | `io` is `None` |
-//! | CLOSED | dropped; carries no further request | `io` is `None`, or not `is_persistent` |
+//! | state | meaning | `is_sent` | decoder | closed by |
+//! | --- | --- | --- | --- | --- |
+//! | IDLE | in the pool, `is_usable` | yes | complete | the endpoint, unsolicited bytes, expiry, eviction |
+//! | SENDING | `send` writes the request and reads the response head | no | complete | an error, a dropped `send` |
+//! | WAITING | `send` waits for the response head | yes | complete | an error, a dropped `send` |
+//! | UPLOADING | the response is read, a separate task writes the request | no | not complete | `abort`: the response is not read to its end, [`UPLOAD_STALL`], an upgrade |
+//! | UPLOAD ONLY | the same task writes the request, its response has ended | no | complete | the end of the request, an error, [`UPLOAD_STALL`] |
+//! | READING | the response body is read | yes | complete at its end | `abort`: it is not read to its end; `finish_exchange`: not reusable |
+//! | UPGRADED | the byte stream is handed out, `io` is `None` | yes | complete | its owner |
+//! | CLOSED | dropped; after `abort` `io` is `None` | | | |
 //!
+//! - `is_persistent` is false as soon as it is known that no other request follows. The exchange continues.
+//! - A request that `start_request` rejects does not change the state: nothing of it is written.
 //! - An interim response (1xx except 101) does not change the state.
 //! - A reused connection is not read before the first byte of the request is written: an earlier byte cannot belong to
 //!   its response.
-//! - A write error by which the endpoint has closed the connection ends writing only. The endpoint may have sent a
-//!   response before, so `send` reads on; the connection is not reused.
+//! - A write error by which the endpoint has closed the connection ends writing only: SENDING becomes WAITING. The
+//!   endpoint may have sent a response before, so `send` reads on; the connection is not reused.
 //!
 //! # Wakers
 //!
@@ -47,15 +53,19 @@
 //!
 //! - SENDING, WAITING: the request's task polls both directions. It is polled again when the socket is readable or
 //!   writable, or when the client has sent more of the request body.
-//! - UPLOADING: the upload task polls the request body and the write direction, the request's task the read direction.
+//! - UPLOADING, UPLOAD ONLY: the upload task polls the request body and the write direction, the request's task, in
+//!   UPLOADING, the read direction.
 //!   The first poll of the upload task replaces the wakers that the request's task left in the body and in the write
 //!   direction.
+//! - READING: the request's task polls the read direction.
 //! - `abort` drops the socket together with its wakers. So the upload task also leaves its waker in `upload_waker`, and
 //!   `abort` wakes it. The task then finds no `io`, ends, and drops its reference to the connection, which releases the
 //!   slot.
 //! - IDLE: no task waits. The pool checks the connection before reuse and about once a second, with a no-op waker.
 
 mod client_connection;
+#[cfg(test)]
+mod conformance_tests;
 #[cfg(test)]
 mod tests;
 

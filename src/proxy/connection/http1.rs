@@ -1,7 +1,52 @@
 //! HTTP/1.1 from clients: request by request, in one task. [`server_connection`] has the bytes, [`response_head`] the
 //! head of a response.
+//!
+//! # States
+//!
+//! Of a [`ServerConnection`] (`Stage`), and what leads to the next:
+//!
+//! ```text
+//!            part of a head       whole head
+//! new --> IDLE ---------> HEAD ----------------> EXCHANGE ------------------> HANDED OVER
+//!         ^ | |            |                     ^ |  |    take_stream: 101,
+//!         | | +----------- | -- whole head ------+ |  |    2xx to CONNECT
+//!         | |              |                       |  |
+//!         | |              |                       |  | Close: no other request may follow
+//!         | | no request   | malformed, cut short, |  |
+//!         | | follows      | no request follows    |  |
+//!         | +--------------+--> CLOSING <-------------+
+//!         |                                        |
+//!         +-- become_idle: the response is sent, --+
+//!             its request received, both persist
+//! ```
+//!
+//! Each state ends with `shut_down`: after CLOSING, when a deadline of `next_deadline` has passed, when the client is gone
+//! while it is served, or when the drain ends. A malformed head or framing gets its response in IDLE or HEAD.
+//!
+//! What is still to be received of the request in EXCHANGE (`RequestRest`):
+//!
+//! | state | meaning | next |
+//! | --- | --- | --- |
+//! | Nothing | the next bytes are another request | `begin_request` with a body: Body |
+//! | Body | its reader polls it | the last frame: Nothing; `discard_body`: Unneeded; an error, `shut_down`, a final response before `100 Continue`: Broken |
+//! | Unneeded | read and dropped as far as it has arrived, up to 64 KiB | its end: Nothing; an error: Broken; else the connection closes |
+//! | Broken | its end is unknown | the connection closes |
+//!
+//! # Wakers
+//!
+//! The socket keeps one waker for each direction. Two tasks poll the connection: the one that serves it, and the reader of
+//! the request's body, if that is another.
+//!
+//! - Reading: the reader while it waits for bytes (`is_reader_waiting`). Otherwise the serving task, which so notices that
+//!   the client closes; not while bytes are unread, because the end of the stream is behind them.
+//! - Writing: only the serving task. The reader puts `100 Continue` into the buffer and wakes it.
+//! - `task` has the serving task's waker for what no socket reports: the body's end, if it awaits that (`awaits_body`); a
+//!   body that broke or was discarded, because from then on it has to notice the close itself.
+//! - `reader` has the reader's: `shut_down` replaces the socket, so it wakes the reader, which gets an error.
 
 pub mod body;
+#[cfg(test)]
+mod conformance_tests;
 mod response_head;
 pub mod server_connection;
 #[cfg(test)]

@@ -210,7 +210,9 @@ impl ClientConnection {
             let ambiguous = framing == Framing::Chunked && head.present.has(Field::ContentLength);
             self.is_persistent &= is_persistent(head.version, head.connection, &head.fields, head.present)
                 && framing != Framing::UntilClose
-                && !ambiguous;
+                && !ambiguous
+                // What follows is another protocol, whether or not its stream is taken.
+                && head.status != StatusCode::SWITCHING_PROTOCOLS;
             return Poll::Ready(Ok(head));
         }
     }

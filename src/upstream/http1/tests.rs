@@ -35,7 +35,7 @@ use crate::{
 const LONG: usize = 40_000;
 
 /// A connection and its peer.
-async fn connection() -> (Http1Connection, TcpStream) {
+pub(super) async fn connection() -> (Http1Connection, TcpStream) {
     let (socket, peer) = streams(None).await;
     (opened(UpstreamIo::Plain(socket.clone()), socket).await, peer)
 }
@@ -108,7 +108,7 @@ async fn get(connection: &mut Http1Connection) -> (Result<ResponseHead, Error>, 
     (response, interim)
 }
 
-fn head<'a>(target: &'a Uri, fields: &'a HeaderMap) -> OutgoingHead<'a> {
+pub(super) fn head<'a>(target: &'a Uri, fields: &'a HeaderMap) -> OutgoingHead<'a> {
     OutgoingHead {
         method: &Method::GET,
         target,
@@ -124,7 +124,7 @@ fn long() -> HeaderMap {
     HeaderMap::from_iter([(COOKIE, HeaderValue::from_str(&"x".repeat(LONG)).unwrap())])
 }
 
-async fn body(connection: &mut Http1Connection) -> Result<Vec<u8>, Error> {
+pub(super) async fn body(connection: &mut Http1Connection) -> Result<Vec<u8>, Error> {
     let mut body = Vec::new();
     while let Some(frame) = poll_fn(|cx| connection.poll_frame(cx)).await {
         body.extend_from_slice(&frame?.into_data().unwrap_or_default());

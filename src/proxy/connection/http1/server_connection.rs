@@ -1,4 +1,5 @@
-//! The server side of an HTTP/1 connection: the state of its input and output, and its timeouts.
+//! The server side of an HTTP/1 connection: the state of its input and output, and its timeouts. States and wakers: see
+//! the [parent module](super).
 //!
 //! Shared by the task that serves the connection and the reader of the request's body, which may be another task.
 
@@ -45,7 +46,7 @@ const MAX_LINGER_BYTES: usize = 1024 * 1024;
 const MAX_UNNEEDED_BODY: usize = 64 * 1024;
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
-/// An HTTP/1 connection from a client. See the first lines of this file.
+/// An HTTP/1 connection from a client. See the [module](self).
 pub struct ServerConnection {
     stream: Box<dyn Io>,
     intake: ReadBuffer,

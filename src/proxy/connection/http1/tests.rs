@@ -15,7 +15,7 @@ use crate::{
 };
 
 const SLOW: Duration = Duration::from_secs(5);
-const CONFIG: &str = r#"
+pub(super) const CONFIG: &str = r#"
     inbound.listen = "127.0.0.1:0"
     outbound.listen = "127.0.0.1:0"
     [[upstream]]
@@ -47,15 +47,15 @@ async fn serve<F: Future>(
     outcome
 }
 
-struct Client(DuplexStream, Vec<u8>);
+pub(super) struct Client(pub(super) DuplexStream, pub(super) Vec<u8>);
 
 impl Client {
-    async fn send(&mut self, bytes: &str) {
+    pub(super) async fn send(&mut self, bytes: &str) {
         self.0.write_all(bytes.as_bytes()).await.unwrap();
     }
 
     /// The head of the next response, which has no body.
-    async fn head(&mut self) -> String {
+    pub(super) async fn head(&mut self) -> String {
         let end = loop {
             if let Some(at) = self.1.windows(4).position(|four| four == b"\r\n\r\n") {
                 break at + 4;
@@ -66,7 +66,7 @@ impl Client {
     }
 
     /// The head of the next response, whose body is read and dropped.
-    async fn response(&mut self) -> String {
+    pub(super) async fn response(&mut self) -> String {
         let head = self.head().await;
         let length = head.split("content-length: ").nth(1).and_then(|rest| rest.split('\r').next());
         let length: usize = length.map_or(0, |length| length.parse().unwrap());
@@ -77,7 +77,7 @@ impl Client {
         head
     }
 
-    async fn is_closed(&mut self) -> bool {
+    pub(super) async fn is_closed(&mut self) -> bool {
         self.1.is_empty() && matches!(self.0.read(&mut [0]).await, Ok(0) | Err(_))
     }
 }
