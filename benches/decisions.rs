@@ -17,8 +17,8 @@ use outrigger::{
     field_set::FieldSet,
     model::{CompiledEdits, Router, Via},
     proxy::{
-        guard,
         headers::{self, ForwardedClient},
+        request_check,
     },
     resilience::{
         backoff::RetryHint,
@@ -26,9 +26,9 @@ use outrigger::{
         budget::{BudgetSettings, RetryBudget},
         classify::{AttemptOutcome, Health, RetryAdvice},
         limit::{LimitSettings, NotifyWaiter, RequestLimit},
-        outlier::{EndpointOutcome, OutlierDetector, OutlierSettings},
+        outlier::{AttemptTimes, EndpointOutcome, OutlierDetector, OutlierSettings},
         rate::{RateKey, RateLimit, RateSettings},
-        retry::{BodyState, FailedAttempt, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
+        retry::{FailedAttempt, Replayability, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
     },
     rng::Rng,
     units::Ratio,
@@ -49,7 +49,7 @@ fn retry(c: &mut Criterion) {
         attempts: 1,
         free_retry_used: false,
         resends: 0,
-        body: BodyState::Unread,
+        body: Replayability::Unread,
         is_committed: false,
     };
     let mut group = c.benchmark_group("retry");
@@ -75,9 +75,9 @@ fn retry(c: &mut Criterion) {
     group.bench_function("a request in the budget", |b| b.iter(|| budget.deposit()));
 }
 
-fn guards(c: &mut Criterion) {
+fn policy_state(c: &mut Criterion) {
     let now = Instant::now();
-    let mut group = c.benchmark_group("guards");
+    let mut group = c.benchmark_group("policy_state");
     for (name, health) in [("success", Health::Success), ("failure", Health::Failure)] {
         // It stays closed, whatever is reported to it.
         let settings =
@@ -99,7 +99,8 @@ fn guards(c: &mut Criterion) {
         group.bench_function(format!("ejection, a {name}"), |b| {
             let evidence =
                 if health == Health::Success { EndpointOutcome::Success } else { EndpointOutcome::Failure };
-            b.iter(|| outliers.report(&address, &endpoint, evidence, (now, now), 0.5));
+            let times = AttemptTimes { began: now, ended: now };
+            b.iter(|| outliers.report(&address, &endpoint, evidence, times, 0.5));
         });
     }
     let limit = RequestLimit::<Silent>::new(LimitSettings::default());
@@ -238,7 +239,7 @@ fn rewriting(c: &mut Criterion) {
     *request.headers_mut() = request_headers();
     group.bench_function("which fields there are", |b| b.iter(|| FieldSet::of(black_box(request.headers()))));
     let present = FieldSet::of(request.headers());
-    group.bench_function("guard", |b| b.iter(|| guard::check(black_box(&request), present).is_ok()));
+    group.bench_function("guard", |b| b.iter(|| request_check::check(black_box(&request), present).is_ok()));
     let setup = request_headers;
     let small = criterion::BatchSize::SmallInput;
     group.bench_function("rewrite", |b| {
@@ -277,5 +278,5 @@ fn rewriting(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, retry, guards, balance, routing, rewriting);
+criterion_group!(benches, retry, policy_state, balance, routing, rewriting);
 criterion_main!(benches);

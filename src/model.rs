@@ -13,4 +13,4 @@ pub use names::{ProxyNames, Via};
 pub use route::*;
 pub use side::Side;
 pub use snapshot::{Cluster, ClusterTls, Clusters, Snapshot, inbound_settings};
-pub use view::{Destination, LocalCluster, View};
+pub use view::{Destination, View, WorkerCluster};

@@ -14,7 +14,7 @@ use http::{
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 
-use super::{breaker, guard, probes::Probes, reload, status::Status, token::AdminToken};
+use super::{breaker, host_check, probes::Probes, reload, status::Status, token::AdminToken};
 use crate::{
     admin::exposition::{self, ExpositionFormat},
     redact::redact_userinfo,
@@ -154,7 +154,7 @@ impl Api {
     /// The handler of this request, or the response that rejects it.
     fn admit(&self, parts: &Parts) -> Result<Handler, Box<ApiResponse>> {
         let probe_only = matches!(self.access, Access::Probe(_));
-        if matches!(self.access, Access::Token(_)) && !guard::host_is_local(&parts.uri, &parts.headers) {
+        if matches!(self.access, Access::Token(_)) && !host_check::host_is_local(&parts.uri, &parts.headers) {
             return Err(Box::new(problem(
                 StatusCode::FORBIDDEN,
                 "Not a name of this machine",

@@ -106,10 +106,10 @@ pub fn force(control: &Control, name: &str, body: &[u8]) -> ApiResponse {
     }
     let now = Instant::now();
     let mode = BreakerMode::from(request.state);
-    let guards = &cluster.upstream.guards;
+    let policy_state = &cluster.upstream.policy_state;
     let until = if mode == BreakerMode::Auto { None } else { now.checked_add(duration) };
-    let transition = guards.breaker.force(mode, until, now);
-    guards.record_transition(name, transition);
+    let transition = policy_state.breaker.force(mode, until, now);
+    policy_state.record_transition(name, transition);
     // `auto` has no end.
     let forced_for = until.map(|_| tracing::field::debug(duration));
     tracing::info!(

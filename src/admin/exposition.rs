@@ -244,7 +244,7 @@ fn upstream_connections(
     let (hosts, _) = unknown.read();
     let clusters = || snapshot.clusters.iter().chain(&hosts);
     ConnectionTls::ALL.map(|tls| {
-        let of = |cluster: &Arc<Cluster>| cluster.upstream.guards.open_connections()[tls as usize].1;
+        let of = |cluster: &Arc<Cluster>| cluster.upstream.policy_state.open_connections()[tls as usize].1;
         (tls, clusters().map(of).sum())
     })
 }

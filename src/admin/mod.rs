@@ -6,7 +6,7 @@ mod api;
 pub mod breaker;
 pub mod client;
 pub mod exposition;
-mod guard;
+mod host_check;
 mod listen;
 mod probes;
 pub mod reload;

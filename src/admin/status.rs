@@ -15,7 +15,7 @@ use crate::{
     identity::{Date, material, store::IdentityReport},
     model::{Cluster, Snapshot},
     proxy::{
-        connect::may_be_reached,
+        address_check::may_be_reached,
         worker::{Phase, Shared},
     },
     runtime::lifecycle::Control,

@@ -11,7 +11,7 @@ use super::token_status::TokenStatus;
 use crate::{
     model::Cluster,
     resilience::breaker::BreakerMode,
-    upstream::{Endpoint, EndpointState, Resolution, guards::LabeledCounters},
+    upstream::{Endpoint, EndpointState, Resolution, policy_state::LabeledCounters},
 };
 
 /// An upstream, or the service itself.
@@ -93,7 +93,7 @@ impl UpstreamStatus {
     pub fn of(cluster: &Cluster, now: Instant) -> Self {
         let upstream = &cluster.upstream;
         let set = upstream.endpoints();
-        let guards = &upstream.guards;
+        let policy_state = &upstream.policy_state;
         let policy = &cluster.settings.policy;
         Self {
             name: upstream.name.to_string(),
@@ -109,16 +109,19 @@ impl UpstreamStatus {
                 .map(|endpoint| EndpointStatus::of(endpoint, upstream.state_of(endpoint, now), now))
                 .collect(),
             breaker: BreakerStatus::of(cluster, now),
-            budget: policy.retry.as_ref().map(|_| BudgetStatus { available: guards.budget.available(now) }),
+            budget: policy
+                .retry
+                .as_ref()
+                .map(|_| BudgetStatus { available: policy_state.budget.available(now) }),
             limits: policy.limits.as_ref().map(|_| LimitsStatus {
-                in_flight: guards.requests.in_flight(),
-                pending: guards.requests.pending(),
-                max_requests: guards.requests.limit(),
-                connections: guards.connections.in_use(),
-                max_connections: guards.connections.limit(),
+                in_flight: policy_state.requests.in_flight(),
+                pending: policy_state.requests.pending(),
+                max_requests: policy_state.requests.limit(),
+                connections: policy_state.connections.in_use(),
+                max_connections: policy_state.connections.limit(),
             }),
-            retries: nonzero(&guards.counters.retries),
-            rejected: nonzero(&guards.counters.rejected),
+            retries: nonzero(&policy_state.counters.retries),
+            rejected: nonzero(&policy_state.counters.rejected),
             token: cluster.token.as_deref().map(TokenStatus::of),
         }
     }
@@ -159,7 +162,7 @@ impl EndpointStatus {
 
 impl BreakerStatus {
     pub fn of(cluster: &Cluster, now: Instant) -> Self {
-        let report = cluster.upstream.guards.breaker.state_report();
+        let report = cluster.upstream.policy_state.breaker.state_report();
         let mode = if cluster.has_breaker() { mode_word(report.mode) } else { "off" };
         Self {
             state: report.state.word().to_owned(),

@@ -10,12 +10,19 @@ use super::{
 };
 use crate::authorization::AllowSettings;
 
+/// A configuration and the text that it was read from.
+#[derive(Clone, Copy, Debug)]
+pub struct Revision<'a> {
+    pub config: &'a Config,
+    pub sources: &'a Sources,
+}
+
 /// The reasons why a new configuration must be confirmed before it replaces the old one, a phrase each; empty if it may
 /// be applied at once.
-pub fn confirmation_reasons(old: (&Config, &Sources), new: (&Config, &Sources)) -> Vec<String> {
+pub fn confirmation_reasons(old: Revision<'_>, new: Revision<'_>) -> Vec<String> {
     let mut reasons: Vec<String> =
-        emptied(old.1, new.1).map(|path| format!("{} is empty now", path.display())).collect();
-    reasons.extend(less_secure(old.0, new.0));
+        emptied(old.sources, new.sources).map(|path| format!("{} is empty now", path.display())).collect();
+    reasons.extend(less_secure(old.config, new.config));
     reasons
 }
 
@@ -203,7 +210,10 @@ mod tests {
 
     fn reasons(old: &str, new: &str) -> Vec<String> {
         let (old, new) = (load(old), load(new));
-        confirmation_reasons((&old.config, &old.sources), (&new.config, &new.sources))
+        confirmation_reasons(
+            Revision { config: &old.config, sources: &old.sources },
+            Revision { config: &new.config, sources: &new.sources },
+        )
     }
 
     #[test]

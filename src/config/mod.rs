@@ -34,7 +34,7 @@ mod watch;
 
 pub use address::{AdminListen, HostMatch, HostPattern, HostPort, ListenAddr, Network};
 pub use agent::{AgentAddress, InvalidAgentAddress};
-pub use confirm::confirmation_reasons;
+pub use confirm::{Revision, confirmation_reasons};
 pub use diagnostic::{Diagnostics, MAX_PROBLEMS, Problem, Severity, did_you_mean};
 pub use document::{EXAMPLE, json_schema};
 pub use effective::tree as effective_tree;

@@ -305,9 +305,9 @@ async fn srv_records_set_ports_weights_and_priorities() {
     let service = |records| Reply::Records { answers: records, additionals: Vec::new() };
     let name = "_http._tcp.pay.test";
     let records = vec![
-        srv(name, 1, 20, 1, "spare.test", 9000),
-        srv(name, 1, 10, 5, "b.test", 8002),
-        srv(name, 1, 10, 0, "a.test", 8001),
+        srv(name, 20, 1, "spare.test", 9000),
+        srv(name, 10, 5, "b.test", 8002),
+        srv(name, 10, 0, "a.test", 8001),
     ];
     dns.set(name, RecordType::SRV, service(records));
     dns.addresses("a.test", 60, &["10.0.0.1"]);
@@ -320,19 +320,19 @@ async fn srv_records_set_ports_weights_and_priorities() {
 
     // The response may contain the addresses; then they are not queried.
     let glue = vec![record("c.test", 60, RData::A("10.0.0.4".parse().unwrap()))];
-    let records = vec![srv(name, 1, 1, 2, "c.test", 8003)];
+    let records = vec![srv(name, 1, 2, "c.test", 8003)];
     dns.set(name, RecordType::SRV, Reply::Records { answers: records, additionals: glue });
     until_shown(&upstream, &["10.0.0.4:8003*2"]).await;
     assert_eq!(dns.query_count("c.test"), 0);
 
     // No name of the first priority exists: the second is used, and the reason is shown.
-    let records = vec![srv(name, 1, 1, 1, "gone.test", 8003), srv(name, 1, 2, 1, "spare.test", 9000)];
+    let records = vec![srv(name, 1, 1, "gone.test", 8003), srv(name, 2, 1, "spare.test", 9000)];
     dns.set(name, RecordType::SRV, service(records));
     until(&upstream, |set| shown(set) == ["10.0.0.3:9000"]).await;
     until_failed(&upstream).await;
 
     // "." states that there is no such service: like any failure, it removes nothing.
-    dns.set(name, RecordType::SRV, service(vec![srv(name, 1, 0, 0, ".", 0)]));
+    dns.set(name, RecordType::SRV, service(vec![srv(name, 0, 0, ".", 0)]));
     until(
         &upstream,
         |set| matches!(&set.resolution, Resolution::Failed(error) if error.to_string().contains("pay.test")),

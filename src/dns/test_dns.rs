@@ -92,8 +92,9 @@ pub fn cname(name: &str, ttl: u32, target: &str) -> Record {
     record(name, ttl, RData::CNAME(rdata::CNAME(fqdn(target))))
 }
 
-pub fn srv(name: &str, ttl: u32, priority: u16, weight: u16, target: &str, port: u16) -> Record {
-    record(name, ttl, RData::SRV(rdata::SRV::new(priority, weight, port, fqdn(target))))
+/// A record with a TTL of one second.
+pub fn srv(name: &str, priority: u16, weight: u16, target: &str, port: u16) -> Record {
+    record(name, 1, RData::SRV(rdata::SRV::new(priority, weight, port, fqdn(target))))
 }
 
 fn fqdn(name: &str) -> Name {

@@ -138,11 +138,11 @@ impl Cluster {
         let retries = RetryPolicy::new(settings.policy.retry.0.clone());
         let now = Instant::now();
         let rate_of = |policy: &Policy| {
-            policy.rate_limit.as_ref().map(|settings| upstream.guards.rate_limit(settings, now))
+            policy.rate_limit.as_ref().map(|settings| upstream.policy_state.rate_limit(settings, now))
         };
         let route_rates = settings.routes.iter().map(|route| rate_of(&route.policy)).collect();
         let rate = rate_of(&settings.policy);
-        upstream.guards.configure(&settings.policy, now);
+        upstream.policy_state.configure(&settings.policy, now);
         let looked_up = !matches!(&settings.endpoints, Endpoints::Fixed(list) if list.iter().all(|e| e.socket_addr().is_some()));
         let tls = client.map(|client| ClusterTls::new(&settings, client));
         Self {

@@ -15,7 +15,7 @@ use crate::{
     discovery::{self, Discovery},
     dns::Resolver,
     model::{Cluster, inbound_settings},
-    upstream::{Upstream, guards::PolicyCounters},
+    upstream::{Upstream, policy_state::PolicyCounters},
 };
 
 /// The most hosts that are known at a time; the one that was unused for longest is dropped for a new one.
@@ -70,7 +70,7 @@ impl UnknownHosts {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let known = hosts.get(host).filter(|known| Arc::ptr_eq(&known.config, config)).cloned();
         let found = known.unwrap_or_else(|| {
-            // Endpoints and guards outlive a reload.
+            // Endpoints and policy state outlive a reload.
             let upstream = hosts
                 .get(host)
                 .map_or_else(|| Upstream::new(host.to_string()), |old| Arc::clone(&old.cluster.upstream));
@@ -171,7 +171,7 @@ impl UnknownHosts {
 
 impl UnknownHost {
     fn counts(&self) -> &PolicyCounters {
-        &self.cluster.upstream.guards.counters
+        &self.cluster.upstream.policy_state.counters
     }
 
     fn is_idle(&self, now: u64) -> bool {

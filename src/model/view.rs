@@ -10,10 +10,10 @@ use crate::{config::HeaderCase, durations::DurationCell, upstream::local::LocalU
 pub struct View {
     pub snapshot: Arc<Snapshot>,
     /// In the order of the snapshot's clusters.
-    pub clusters: Vec<Rc<LocalCluster>>,
+    pub clusters: Vec<Rc<WorkerCluster>>,
     /// Indices into `clusters`, sorted by name.
     names_in_order: Vec<usize>,
-    pub inbound: Rc<LocalCluster>,
+    pub inbound: Rc<WorkerCluster>,
     pub proxy_names: ProxyNames,
     /// Whether any upstream preserves the client's spelling of header names (`header_case`).
     pub preserves_case: bool,
@@ -21,7 +21,7 @@ pub struct View {
 
 /// An upstream with its current settings and this worker's state of it.
 #[derive(Debug)]
-pub struct LocalCluster {
+pub struct WorkerCluster {
     pub cluster: Arc<Cluster>,
     pub upstream: Rc<LocalUpstream>,
     /// The same upstream, as records of requests refer to it.
@@ -37,7 +37,7 @@ pub struct Destination {
     pub durations: Arc<DurationCell>,
 }
 
-impl LocalCluster {
+impl WorkerCluster {
     /// Keeps the worker's state where `old` is the same upstream.
     pub fn new(
         cluster: &Arc<Cluster>,
@@ -63,7 +63,7 @@ impl LocalCluster {
 
 impl View {
     pub fn new(snapshot: Arc<Snapshot>, instance: &str, old: Option<&Self>) -> Rc<Self> {
-        let known: HashMap<*const _, &Rc<LocalCluster>> = old
+        let known: HashMap<*const _, &Rc<WorkerCluster>> = old
             .into_iter()
             .flat_map(|old| old.clusters.iter().chain([&old.inbound]))
             .map(|local| (Arc::as_ptr(&local.upstream.shared), local))
@@ -71,7 +71,7 @@ impl View {
         let local = |cluster: &Arc<Cluster>| {
             let upstream = &cluster.upstream;
             let old = known.get(&Arc::as_ptr(upstream)).copied();
-            LocalCluster::new(cluster, old, || upstream.guards.durations.cell())
+            WorkerCluster::new(cluster, old, || upstream.policy_state.durations.cell())
         };
         let clusters: Vec<_> = snapshot.clusters.iter().map(local).collect();
         let mut names_in_order: Vec<_> = (0..clusters.len()).collect();

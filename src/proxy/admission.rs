@@ -19,7 +19,7 @@ use crate::{
         observe::enforce,
         rate::{RateKey, RateLimit, RateSettings},
     },
-    upstream::guards::{Guards, QueuedWaker, RequestPermit},
+    upstream::policy_state::{PolicyState, QueuedWaker, RequestPermit},
 };
 
 /// Admits a request to its upstream, or says why not. `until`: how long the request may wait at all.
@@ -30,22 +30,22 @@ pub async fn admit(
     headers: &HeaderMap,
     until: WaitLimit,
 ) -> Result<Option<RequestPermit>, ProxyError> {
-    let local = &target.local;
-    let guards = &local.upstream.shared.guards;
+    let local = &target.serving;
+    let policy_state = &local.upstream.shared.policy_state;
     let name = &local.cluster.settings.name;
     let observing = |policy| origin.view.snapshot.config.runtime.observe.contains(&policy);
     let note = |error: &ProxyError| {
-        guards.counters.rejected.increment(error.cause.word());
+        policy_state.counters.rejected.increment(error.cause.word());
         tracing::debug!(upstream = name, %error, "refused");
     };
-    let rate = target.matched.cluster.rate_limit(target.route);
+    let rate = target.route_owner.cluster.rate_limit(target.route);
     if let (Some(settings), Some(rate)) = (&policy.rate_limit.0, rate) {
         let taken = take_rate(settings, rate, origin.peer, headers, name);
         enforce(taken, observing(ObservablePolicy::RateLimit), note)?;
     }
     let mut place = None;
     if let Some(settings) = &policy.limits.0 {
-        let taken = take_place(guards, settings, until.at(), name).await;
+        let taken = acquire_permit(policy_state, settings, until.at(), name).await;
         place = enforce(taken, observing(ObservablePolicy::Limits), note)?;
     }
     if policy.fault.0.is_some() {
@@ -77,16 +77,16 @@ fn take_rate(
 }
 
 /// Takes a place among the requests in flight; waits for one where there is none.
-async fn take_place(
-    guards: &Arc<Guards>,
+async fn acquire_permit(
+    policy_state: &Arc<PolicyState>,
     settings: &LimitSettings,
     deadline: Option<Instant>,
     name: &str,
 ) -> Result<RequestPermit, ProxyError> {
-    if guards.requests.try_acquire() {
-        return Ok(RequestPermit(Arc::clone(guards)));
+    if policy_state.requests.try_acquire() {
+        return Ok(RequestPermit(Arc::clone(policy_state)));
     }
-    let waited = Box::pin(wait_for_place(guards, deadline)).await;
+    let waited = Box::pin(wait_for_permit(policy_state, deadline)).await;
     waited.map_err(|full| {
         let (cause, what) = match full {
             LimitRefusal::Limit => {
@@ -103,8 +103,8 @@ async fn take_place(
     })
 }
 
-async fn wait_for_place(
-    guards: &Arc<Guards>,
+async fn wait_for_permit(
+    policy_state: &Arc<PolicyState>,
     deadline: Option<Instant>,
 ) -> Result<RequestPermit, LimitRefusal> {
     let mut waiting = None;
@@ -112,7 +112,7 @@ async fn wait_for_place(
     poll_fn(|cx| {
         let Some(ticket) = &mut waiting else {
             let waker = QueuedWaker(cx.waker().clone());
-            let ticket = match guards.requests.enqueue(Instant::now(), deadline, waker) {
+            let ticket = match policy_state.requests.enqueue(Instant::now(), deadline, waker) {
                 Ok(ticket) => ticket,
                 Err(full) => return Poll::Ready(Err(full)),
             };
@@ -120,7 +120,7 @@ async fn wait_for_place(
             // Registers the timer; a permit may be granted already.
             let _ = expiry.as_mut().poll(cx);
             let settled = ticket.is_granted();
-            waiting = Some(Queued { guards, ticket: Some(ticket) });
+            waiting = Some(Queued { policy_state, ticket: Some(ticket) });
             if settled {
                 cx.waker().wake_by_ref();
             }
@@ -138,7 +138,7 @@ async fn wait_for_place(
 
 /// A ticket that is settled however the wait ends, so that no permit is lost with a client that left.
 struct Queued<'a> {
-    guards: &'a Arc<Guards>,
+    policy_state: &'a Arc<PolicyState>,
     ticket: Option<crate::resilience::limit::QueueTicket>,
 }
 
@@ -148,8 +148,8 @@ impl Queued<'_> {
     }
 
     fn settle(&mut self) -> Option<RequestPermit> {
-        let granted = self.guards.requests.finish_wait(self.ticket.take()?);
-        granted.then(|| RequestPermit(Arc::clone(self.guards)))
+        let granted = self.policy_state.requests.finish_wait(self.ticket.take()?);
+        granted.then(|| RequestPermit(Arc::clone(self.policy_state)))
     }
 }
 
@@ -184,8 +184,8 @@ async fn inject(
 }
 
 /// A breaker that is open.
-pub fn breaker_open(name: &str, guards: &Guards, retry_after: Duration) -> ProxyError {
-    let report = guards.breaker.state_report();
+pub fn breaker_open(name: &str, policy_state: &PolicyState, retry_after: Duration) -> ProxyError {
+    let report = policy_state.breaker.state_report();
     ProxyError::new(
         Cause::BreakerOpen,
         format!("{name}: its circuit breaker is {} ({})", report.state.word(), report.reason),

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     body::{RequestBody, RequestResources},
-    connect::connect_error,
+    endpoints::connect_error,
     error::ProxyError,
     headers,
     interim::{self, ContinueGate, InterimQueue},
@@ -20,10 +20,10 @@ use crate::{
     upstream::{
         Lease,
         connect::{ConnectError, PeerVerification},
-        guards::Guards,
         http1::{AttemptFields, OutgoingHead},
         http2::pool::Http2Pool,
         local::LocalEndpoint,
+        policy_state::PolicyState,
         pool::{ConnectionSettings, Pool, ResponseError},
     },
 };
@@ -102,7 +102,7 @@ pub struct AttemptContext<'a> {
     pub name: &'a str,
     pub endpoint: &'a Rc<LocalEndpoint>,
     pub settings: &'a ConnectionSettings,
-    pub guards: &'a Arc<Guards>,
+    pub policy_state: &'a Arc<PolicyState>,
     /// Takes interim responses for the client.
     pub interim: Option<&'a InterimQueue>,
     /// Holds the body back until the endpoint has said `100 Continue`.
@@ -122,15 +122,16 @@ pub async fn send(
     outgoing: &mut Outgoing,
     body: impl FnOnce(bool) -> RequestBody,
 ) -> Result<UpstreamResponse, AttemptError> {
-    let AttemptContext { name, endpoint, settings, guards, interim, gate, uploads, is_last, began } = context;
+    let AttemptContext { name, endpoint, settings, policy_state, interim, gate, uploads, is_last, began } =
+        context;
     let in_flight = endpoint.start_request(began.into_std());
     let lease = match outgoing.version {
-        Version::HTTP_2 => Http2Pool::stream(endpoint, settings, guards, uploads).await,
-        _ => Pool::h1(endpoint, settings, guards, began).await,
+        Version::HTTP_2 => Http2Pool::stream(endpoint, settings, policy_state, uploads).await,
+        _ => Pool::h1(endpoint, settings, policy_state, began).await,
     };
     let mut lease = lease.map_err(|error| {
         if let ConnectError::LocalResource { .. } = error {
-            guards.counters.rejected.increment(Cause::LocalResource.word());
+            policy_state.counters.rejected.increment(Cause::LocalResource.word());
         }
         AttemptError::new(connect_ending(&error), connect_error(name, &error))
     })?;
@@ -167,7 +168,10 @@ pub async fn send(
                 held: RequestResources { in_flight, upload: sent, permit: None, grpc: None },
             })
         }
-        Err((error, unsent)) => Err(classify(name, endpoint.address(), &error, unsent, stale, &lease)),
+        Err((error, unsent)) => {
+            let broken = BrokenAttempt { name, address: endpoint.address(), lease: &lease, unsent, stale };
+            Err(broken.classify(&error))
+        }
     }
 }
 
@@ -192,62 +196,72 @@ pub fn connect_ending(error: &ConnectError) -> OutcomeKind {
     OutcomeKind::Connect(failure)
 }
 
-/// What a broken connection means.
-fn classify(
-    name: &str,
+/// A request that broke on its connection.
+struct BrokenAttempt<'a> {
+    /// The upstream's name.
+    name: &'a str,
     address: SocketAddr,
-    error: &ResponseError,
+    lease: &'a Lease,
+    /// No byte of the request was sent.
     unsent: bool,
+    /// The connection had been idle: the endpoint may have closed it before it saw the request.
     stale: bool,
-    lease: &Lease,
-) -> AttemptError {
-    // With TLS 1.3 the endpoint looks at our certificate when we believe the handshake to be done.
-    let refuses_this_alone = lease.has_received_bytes() || error.h2().is_some_and(h2::Error::is_reset);
-    if !refuses_this_alone
-        && let Some(at) = lease.peer_verification().and_then(PeerVerification::client_certificate_expired_at)
-    {
-        let detail = format!("{name}: {address}: {}", own_certificate_expired(at));
-        return AttemptError::new(OutcomeKind::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
-    }
-    if let Some(failure) = rejected_after_handshake(error) {
-        let detail = format!("{name}: {address}: {failure}");
-        return AttemptError::new(
-            OutcomeKind::Connect(ConnectFailure::Tls),
-            ProxyError::new(Cause::TlsFailure, detail),
-        );
-    }
-    if error.is_request_fault() {
-        let error = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
-        return AttemptError::new(OutcomeKind::ClientError, error);
-    }
-    let h2 = error.h2();
-    let refused = h2.is_some_and(|h2| {
-        // `h2` gives the endpoint's GOAWAY as the error of streams above its last id only, whatever its code.
-        h2.reason() == Some(h2::Reason::REFUSED_STREAM) || (h2.is_go_away() && h2.is_remote())
-    });
-    if refused {
-        let detail = format!("{name}: {address} refused the stream before it was processed");
-        return AttemptError::new(OutcomeKind::RefusedStream, ProxyError::new(Cause::Reset, detail));
-    }
-    let response_begun = error.is_malformed() || lease.has_received_bytes();
-    let request_sent = response_begun || !unsent;
-    let reset = Reset { reused: stale && !response_begun, request_sent, response_started: response_begun };
-    let what = match (error.is_malformed(), h2.and_then(h2::Error::reason)) {
-        (true, _) => format!("sent a response that is not valid HTTP ({error})"),
-        (_, Some(reason)) => format!("reset the stream ({reason})"),
-        _ => "closed the connection before it responded".to_owned(),
-    };
-    let hint = match lease {
-        Lease::H2 { reused: false, .. } if !h2.is_some_and(h2::Error::is_reset) => {
-            "; HTTP/2 was used because the client used it: if this server speaks HTTP/1.1 only, set `protocol = \"http1\"` in its `[[upstream]]` (for the service, in `[[inbound.port]]`)"
+}
+
+impl BrokenAttempt<'_> {
+    /// What the error means.
+    fn classify(&self, error: &ResponseError) -> AttemptError {
+        let Self { name, address, lease, unsent, stale } = *self;
+        // With TLS 1.3 the endpoint looks at our certificate when we believe the handshake to be done.
+        let refuses_this_alone = lease.has_received_bytes() || error.h2().is_some_and(h2::Error::is_reset);
+        if !refuses_this_alone
+            && let Some(at) =
+                lease.peer_verification().and_then(PeerVerification::client_certificate_expired_at)
+        {
+            let detail = format!("{name}: {address}: {}", own_certificate_expired(at));
+            return AttemptError::new(OutcomeKind::LocalRefusal, ProxyError::new(Cause::TlsFailure, detail));
         }
-        _ => "",
-    };
-    let proxy_error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
-    AttemptError {
-        counted: is_counted(error, lease),
-        stream_only: h2.is_some_and(h2::Error::is_reset),
-        ..AttemptError::new(OutcomeKind::Reset(reset), proxy_error)
+        if let Some(failure) = rejected_after_handshake(error) {
+            let detail = format!("{name}: {address}: {failure}");
+            return AttemptError::new(
+                OutcomeKind::Connect(ConnectFailure::Tls),
+                ProxyError::new(Cause::TlsFailure, detail),
+            );
+        }
+        if error.is_request_fault() {
+            let error = ProxyError::malformed(format!("the request cannot be sent to {name}: {error}"));
+            return AttemptError::new(OutcomeKind::ClientError, error);
+        }
+        let h2 = error.h2();
+        let refused = h2.is_some_and(|h2| {
+            // `h2` gives the endpoint's GOAWAY as the error of streams above its last id only, whatever its code.
+            h2.reason() == Some(h2::Reason::REFUSED_STREAM) || (h2.is_go_away() && h2.is_remote())
+        });
+        if refused {
+            let detail = format!("{name}: {address} refused the stream before it was processed");
+            return AttemptError::new(OutcomeKind::RefusedStream, ProxyError::new(Cause::Reset, detail));
+        }
+        let response_begun = error.is_malformed() || lease.has_received_bytes();
+        let request_sent = response_begun || !unsent;
+        let reset =
+            Reset { reused: stale && !response_begun, request_sent, response_started: response_begun };
+        let what = match (error.is_malformed(), h2.and_then(h2::Error::reason)) {
+            (true, _) => format!("sent a response that is not valid HTTP ({error})"),
+            (_, Some(reason)) => format!("reset the stream ({reason})"),
+            _ => "closed the connection before it responded".to_owned(),
+        };
+        let hint = match lease {
+            Lease::H2 { reused: false, .. } if !h2.is_some_and(h2::Error::is_reset) => {
+                "; HTTP/2 was used because the client used it: if this server speaks HTTP/1.1 only, set `protocol = \"http1\"` in its `[[upstream]]` (for the service, in `[[inbound.port]]`)"
+            }
+            _ => "",
+        };
+        let proxy_error = ProxyError::new(Cause::Reset, format!("{name}: {address} {what}{hint}"));
+        AttemptError {
+            counted: is_counted(error, lease),
+            stream_only: h2.is_some_and(h2::Error::is_reset),
+            ..AttemptError::new(OutcomeKind::Reset(reset), proxy_error)
+        }
     }
 }
 

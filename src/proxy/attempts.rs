@@ -10,27 +10,24 @@ use http::Version;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{
-    admission,
+    address_check, admission,
     attempt::{self, AttemptContext, AttemptError, Outgoing, UpstreamResponse},
-    body::{Replay, Replayable},
+    body::Replay,
     clock::{Clock, TimeLimit},
-    connect,
     deliver::may_be_failure,
+    endpoints,
     error::ProxyError,
     exchange::{AttemptResult, Exchange, RequestState},
     interim::ContinueGate,
 };
-use crate::cause::Cause;
 use crate::{
+    cause::Cause,
     config::ObservablePolicy,
     resilience::{
         backoff::RetryHint,
         breaker::{BreakerPermit, BreakerRefusal},
         classify::{AttemptOutcome, OutcomeKind, RetryAdvice},
-        retry::{
-            Action, AttemptFailure, AttemptKind, BodyState as ReplayState, Event, Finish, RequestTraits,
-            RetryPlan, Stop,
-        },
+        retry::{Action, AttemptFailure, AttemptKind, Event, Finish, RequestTraits, RetryPlan, Stop},
     },
     upstream::local::{PickCriteria, Probe},
 };
@@ -38,7 +35,7 @@ use crate::{
 /// An attempt to be made.
 pub(super) struct PlannedAttempt {
     /// The index of its endpoint.
-    pub index: usize,
+    pub endpoint_index: usize,
     pub permit: Option<BreakerPermit>,
     pub kind: AttemptKind,
     /// For how long it was held back.
@@ -48,14 +45,14 @@ pub(super) struct PlannedAttempt {
 }
 
 /// The index of an attempt's record, from 0.
-pub(super) type AttemptNumber = usize;
+pub(super) type RecordIndex = usize;
 
 /// An attempt under way.
 pub(super) struct StartedAttempt {
     /// The index of its endpoint.
-    pub index: usize,
+    pub endpoint_index: usize,
     pub permit: Option<BreakerPermit>,
-    pub number: AttemptNumber,
+    pub record_index: RecordIndex,
     pub began: Instant,
 }
 
@@ -77,26 +74,22 @@ impl StartedAttempt {
 
     /// `is_last`: no attempt can follow, so the head need not be kept.
     pub(super) fn dispatch(&self, is_last: bool) -> Dispatch {
-        Dispatch { index: self.index, number: self.number, began: self.began, is_last }
+        Dispatch {
+            endpoint_index: self.endpoint_index,
+            record_index: self.record_index,
+            began: self.began,
+            is_last,
+        }
     }
 }
 
 /// What is sent where: an attempt without its permit.
 #[derive(Clone, Copy)]
 pub(super) struct Dispatch {
-    index: usize,
-    number: AttemptNumber,
+    endpoint_index: usize,
+    record_index: RecordIndex,
     began: Instant,
     is_last: bool,
-}
-
-/// What there is of the request's body to send again.
-fn body_of(replay: &Replay) -> ReplayState {
-    match replay.replayable() {
-        Replayable::Untouched => ReplayState::Unread,
-        Replayable::Buffered => ReplayState::Replayable,
-        Replayable::Discarded => ReplayState::NotKept,
-    }
 }
 
 impl Exchange<'_> {
@@ -111,7 +104,8 @@ impl Exchange<'_> {
             keeps_head: state.outgoing.keep,
             observes_retries: self.observing(ObservablePolicy::Retry),
         };
-        let mut plan = RetryPlan::new(self.retry_policy, self.guards().attempt_limits(), traits, state.first);
+        let mut plan =
+            RetryPlan::new(self.retry_policy, self.policy_state().attempt_limits(), traits, state.first);
         let mut now = Instant::now();
         let mut event = Event::Ready { time_left: state.clock.time_left(progress, now) };
         let (mut permit, mut index) = (None, 0);
@@ -119,7 +113,7 @@ impl Exchange<'_> {
         let mut unavailable: Option<Box<ProxyError>> = None;
         loop {
             event = match plan.next(event, now.into_std()) {
-                Action::Admit => match self.admit(plan.kind(), now) {
+                Action::Admit => match self.acquire_breaker_permit(plan.kind(), now) {
                     Ok(granted) => {
                         permit = granted;
                         Event::Admitted
@@ -165,17 +159,17 @@ impl Exchange<'_> {
                     let usual = state
                         .clock
                         .divides_clients_deadline()
-                        .then(|| self.guards().track_p95_latency(now.into_std()).get());
+                        .then(|| self.policy_state().track_p95_latency(now.into_std()).get());
                     state.clock.begin_attempt(now, next.shares_time, usual.flatten());
                     let planned = PlannedAttempt {
-                        index,
+                        endpoint_index: index,
                         permit: permit.take(),
                         kind: next.kind,
                         waited: next.waited,
                         is_last: next.is_last,
                     };
                     let finished = self.attempt(planned, now, state, &mut plan).await;
-                    index = finished.attempt.index;
+                    index = finished.attempt.endpoint_index;
                     let result = self.judge(finished, &state.replay, &state.clock);
                     let event = match &result {
                         AttemptResult::Response(response, _)
@@ -230,7 +224,7 @@ impl Exchange<'_> {
             matches!(outcome.kind, OutcomeKind::Connect(_)) || outcome.advice() == RetryAdvice::Elsewhere;
         if leads_elsewhere {
             // Its addresses may have changed before their TTL says so.
-            self.target.local.upstream.shared.refresh();
+            self.target.serving.upstream.shared.refresh();
         }
         state.clock.request_sent(self.progress());
         let failed_endpoints = plan.failed_endpoints();
@@ -238,7 +232,7 @@ impl Exchange<'_> {
             endpoint: index,
             outcome,
             hint,
-            body: body_of(&state.replay),
+            body: state.replay.replayability(),
             time_left: state.clock.time_left(self.progress(), now),
             random: self.worker().with_rng(|rng| rng.unit_f64()),
             is_absent: self.endpoints[index].is_absent(),
@@ -271,8 +265,13 @@ impl Exchange<'_> {
         let probe = if plan.is_repeatable() && replay.is_empty() { Probe::Repeatable } else { Probe::Any };
         let wanted = PickCriteria { tried: plan.failed_endpoints(), hash: self.hash, probe: Some(probe) };
         let origin = self.request.origin;
-        let index = connect::pick(origin.worker, &self.target.local, &self.endpoints, &wanted)?;
-        connect::check_address(origin.view, origin.worker, self.target, self.endpoints[index].address())?;
+        let index = endpoints::pick(origin.worker, &self.target.serving, &self.endpoints, &wanted)?;
+        address_check::check_address(
+            origin.view,
+            origin.worker,
+            self.target,
+            self.endpoints[index].address(),
+        )?;
         Ok(index)
     }
 
@@ -297,13 +296,13 @@ impl Exchange<'_> {
                 tracing::debug!(upstream, outcome, reason = reason.word(), "no further attempt");
             }
             Finish::Result(Stop::BreakerOpen) => {
-                self.guards().counters.rejected.increment(Cause::BreakerOpen.word());
+                self.policy_state().counters.rejected.increment(Cause::BreakerOpen.word());
                 self.note_stop(Cause::BreakerOpen.word());
             }
-            Finish::Result(Stop::Observed) => self.guards().counters.retries.increment("observed"),
+            Finish::Result(Stop::Observed) => self.policy_state().counters.retries.increment("observed"),
             Finish::Refused { retry_after } => {
-                self.guards().counters.rejected.increment(Cause::BreakerOpen.word());
-                return Err(admission::breaker_open(self.name(), self.guards(), retry_after));
+                self.policy_state().counters.rejected.increment(Cause::BreakerOpen.word());
+                return Err(admission::breaker_open(self.name(), self.policy_state(), retry_after));
             }
             Finish::Expired => {
                 let limit = clock.expired(self.progress(), Instant::now());
@@ -312,7 +311,7 @@ impl Exchange<'_> {
             Finish::Unavailable => {
                 // Why there is no endpoint says more than how an address of the same host failed before.
                 if let Some(error) = unavailable {
-                    self.guards().counters.rejected.increment(error.cause.word());
+                    self.policy_state().counters.rejected.increment(error.cause.word());
                     return Err(*error);
                 }
             }
@@ -327,25 +326,29 @@ impl Exchange<'_> {
             AttemptKind::Reconnect => "reconnect",
             _ => return,
         };
-        self.guards().counters.retries.increment(word);
+        self.policy_state().counters.retries.increment(word);
     }
 
     /// No further attempt follows a failure.
     fn note_stop(&self, reason: &'static str) {
-        self.guards().counters.retries.increment(reason);
+        self.policy_state().counters.retries.increment(reason);
         self.progress().with_record(|record| record.retry_stopped = Some(reason));
     }
 
     fn note_observed_refusal(&self) {
-        self.guards().counters.rejected.increment(Cause::BreakerOpen.word());
+        self.policy_state().counters.rejected.increment(Cause::BreakerOpen.word());
         let upstream = self.name();
         tracing::debug!(upstream, "the breaker would have refused this request (observed only)");
     }
 
     /// Asks the breaker for an attempt that was decided on.
-    fn admit(&self, kind: AttemptKind, now: Instant) -> Result<Option<BreakerPermit>, BreakerRefusal> {
+    fn acquire_breaker_permit(
+        &self,
+        kind: AttemptKind,
+        now: Instant,
+    ) -> Result<Option<BreakerPermit>, BreakerRefusal> {
         if kind == AttemptKind::NextEndpoint {
-            self.guards().counters.retries.increment(kind.word());
+            self.policy_state().counters.retries.increment(kind.word());
         }
         self.permit(now)
     }
@@ -355,8 +358,8 @@ impl Exchange<'_> {
         if self.policy.breaker.is_none() {
             return Ok(None);
         }
-        let admission = self.guards().breaker.admit(now.into_std());
-        self.guards().record_transition(self.name(), admission.transition);
+        let admission = self.policy_state().breaker.admit(now.into_std());
+        self.policy_state().record_transition(self.name(), admission.transition);
         admission.permit.map(Some)
     }
 
@@ -366,7 +369,7 @@ impl Exchange<'_> {
         until: Instant,
         mut refused: BreakerRefusal,
     ) -> Result<Option<BreakerPermit>, BreakerRefusal> {
-        let absence = &self.guards().reachability;
+        let absence = &self.policy_state().reachability;
         if let Some(_waiting) = absence.try_wait() {
             loop {
                 let changed = absence.changed();
@@ -391,8 +394,8 @@ impl Exchange<'_> {
         plan: &mut RetryPlan<'_>,
     ) -> FinishedAttempt {
         let is_last = planned.is_last;
-        let (started, made) = self.begin(planned, now, &mut state.outgoing);
-        self.tell_next_hop(state.clock.left(now), &mut state.outgoing, made);
+        let (started, made) = self.begin_attempt(planned, now, &mut state.outgoing);
+        self.write_attempt_fields(state.clock.left(now), &mut state.outgoing, made);
         if let Some(delay) = self.hedge_delay(&state.outgoing, &state.replay, plan.attempts()) {
             // Boxed, as every path that few requests take.
             return Box::pin(self.hedged(started, delay, state, plan)).await;
@@ -411,7 +414,7 @@ impl Exchange<'_> {
         replay: &'s Replay,
         gate: Option<Rc<ContinueGate>>,
     ) -> impl Future<Output = Result<UpstreamResponse, AttemptError>> + 's {
-        let Dispatch { index, number, began, is_last } = dispatch;
+        let Dispatch { endpoint_index: index, record_index, began, is_last } = dispatch;
         let opened_by = gate.clone();
         // A stream may be refused after some of the body was sent, and a fallback may take the body over.
         let (by_http1, keep) = (outgoing.version == Version::HTTP_11, outgoing.keep);
@@ -419,7 +422,9 @@ impl Exchange<'_> {
             move |reused| by_http1 && !keep && !self.retry_policy.may_retry_once_sending(reused);
         let body = move |reused: bool| {
             let connected = (!reused).then(Instant::now);
-            self.update_attempt(number, |one| (one.had_connection, one.connected_at) = (true, connected));
+            self.update_attempt(record_index, |one| {
+                (one.had_connection, one.connected_at) = (true, connected)
+            });
             if nothing_follows(reused) {
                 replay.stop_buffering();
             }
@@ -429,7 +434,7 @@ impl Exchange<'_> {
             name: self.name(),
             endpoint: &self.endpoints[index],
             settings: &self.connections,
-            guards: self.guards(),
+            policy_state: self.policy_state(),
             interim: self.request.interim,
             gate: opened_by,
             uploads: !replay.is_empty(),

@@ -28,7 +28,7 @@ use crate::{
         access_policy::{AccessPolicy, JwtPolicy},
         jwt::{Claims, KeySet, TokenError},
     },
-    model::{LocalCluster, View},
+    model::{View, WorkerCluster},
     resilience::{
         deadline::{Deadline, grpc_timeout, request_timeout},
         observe::enforce,
@@ -54,7 +54,7 @@ pub async fn check_request<B>(
     let note = |error: &ProxyError, observed: bool| {
         // Malformed requests are counted where their response is made.
         if observed || error.cause != Cause::Malformed {
-            view.inbound.upstream.shared.guards.counters.rejected.increment(error.cause.word());
+            view.inbound.upstream.shared.policy_state.counters.rejected.increment(error.cause.word());
         }
         let method = request.method().as_str();
         if observed {
@@ -104,10 +104,10 @@ pub async fn check_request<B>(
 ///
 /// Byte streams carry no token. Where tokens are required, they pass only on a port that is declared `tcp`: otherwise a
 /// client could send HTTP in a form that this proxy does not recognise, and need no token.
-pub fn check_byte_stream(connection: &Connection, view: &View, to: &LocalCluster) -> Result<(), ProxyError> {
+pub fn check_byte_stream(connection: &Connection, view: &View, to: &WorkerCluster) -> Result<(), ProxyError> {
     let Some(gate) = &view.snapshot.gate else { return Ok(()) };
     let note = |error: &ProxyError, observed: bool| {
-        to.upstream.shared.guards.counters.rejected.increment(error.cause.word());
+        to.upstream.shared.policy_state.counters.rejected.increment(error.cause.word());
         let outcome = if observed { "would be refused (observed only)" } else { "refused" };
         tracing::info!(%error, "byte stream: {outcome}");
     };
@@ -131,7 +131,8 @@ pub fn check_byte_stream(connection: &Connection, view: &View, to: &LocalCluster
 pub fn check_upgrade(
     connection: &Connection,
     view: &View,
-    (method, path): (&Method, &str),
+    method: &Method,
+    path: &str,
 ) -> Result<(), ProxyError> {
     let Some(gate) = view.snapshot.gate.as_ref().filter(|gate| !gate.observe_allow) else { return Ok(()) };
     let token = if gate.jwt.is_some() { EndUserToken::Unverified } else { EndUserToken::None };
@@ -189,7 +190,7 @@ async fn verify_token(
     };
     let verify = |keys| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        connection.worker.tokens.borrow_mut().verify(token, (users.id, &users.expected), keys, now)
+        connection.worker.tokens.borrow_mut().verify(token, users.id, &users.expected, keys, now)
     };
     let verified = match verify(&keys) {
         // It may be signed with a new key.

@@ -4,5 +4,5 @@ mod replay_buffer;
 mod request;
 mod response;
 
-pub use request::{ClaimFields, ClientBody, Replay, Replayable, RequestBody, SourceFailure, UploadStatus};
+pub use request::{ClaimFields, ClientBody, Replay, RequestBody, SourceFailure, UploadStatus};
 pub use response::{RequestResources, ResponseBody, StreamingBody};

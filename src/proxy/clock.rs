@@ -85,6 +85,15 @@ impl WaitLimit {
     }
 }
 
+/// The time limits that the configuration sets a request.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestTimeouts {
+    /// `timeout`; `None` = no limit.
+    pub request: Option<Duration>,
+    /// `attempt_timeout`.
+    pub attempt: AttemptTimeout,
+}
+
 #[derive(Debug)]
 pub struct Clock {
     deadline: Deadline,
@@ -103,16 +112,11 @@ pub struct Clock {
 }
 
 impl Clock {
-    pub fn new(
-        deadline: Deadline,
-        timeout: Option<Duration>,
-        attempt_timeout: AttemptTimeout,
-        now: Instant,
-    ) -> Self {
+    pub fn new(deadline: Deadline, limits: RequestTimeouts, now: Instant) -> Self {
         Self {
             deadline,
-            timeout,
-            attempt_timeout,
+            timeout: limits.request,
+            attempt_timeout: limits.attempt,
             this_attempt: None,
             attempt_began: now,
             more: false,
@@ -122,17 +126,13 @@ impl Clock {
     }
 
     /// For the fallback's upstream: a time of its own; the client's deadline stays.
-    pub fn afresh(
-        &self,
-        (timeout, attempt): (Option<Duration>, AttemptTimeout),
-        progress: &Progress,
-    ) -> Self {
+    pub fn afresh(&self, limits: RequestTimeouts, progress: &Progress) -> Self {
         let now = Instant::now();
         let mut deadline = self.deadline.client_only();
         if progress.request_sent_at().is_some() {
-            deadline.start(now.into_std(), timeout);
+            deadline.start(now.into_std(), limits.request);
         }
-        Self::new(deadline, timeout, attempt, now)
+        Self::new(deadline, limits, now)
     }
 
     /// Whether the upstream's usual latency matters: the client's own deadline could be divided.

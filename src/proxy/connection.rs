@@ -30,7 +30,7 @@ use tokio::{
 };
 
 use super::{
-    connect, detect::RequestWatch, error::ProxyError, interim::InterimQueue, progress::Progress, redirection,
+    detect::RequestWatch, dial, error::ProxyError, interim::InterimQueue, progress::Progress, redirection,
     target,
 };
 use crate::{
@@ -163,7 +163,8 @@ impl Connection {
         Self::begin(
             worker,
             side,
-            (address, peer),
+            address,
+            peer,
             ConnectionInfo { original_destination: redirected_to, ..ConnectionInfo::default() },
         )
     }
@@ -171,7 +172,8 @@ impl Connection {
     fn begin(
         worker: &Rc<Worker>,
         side: Side,
-        (address, peer): (SocketAddr, HeaderValue),
+        address: SocketAddr,
+        peer: HeaderValue,
         found: ConnectionInfo,
     ) -> Rc<Self> {
         Rc::new(Self {
@@ -200,7 +202,7 @@ impl Connection {
 
     /// The connection inside this one (TLS, CONNECT).
     fn inner(&self, found: ConnectionInfo) -> Rc<Self> {
-        Self::begin(&self.worker, self.side.clone(), (self.address, self.peer.clone()), found)
+        Self::begin(&self.worker, self.side.clone(), self.address, self.peer.clone(), found)
     }
 
     /// The connection inside a CONNECT tunnel on this one.
@@ -229,12 +231,13 @@ impl Connection {
             }
             self.note_detected(DetectionOutcome::Declared);
             // Does not wait for the client, which may be waiting for the server; so TLS cannot be detected.
-            let (upstream, _in_use) = Box::pin(connect::dial(self, destination)).await?;
+            let (upstream, _in_use) = Box::pin(dial::dial(self, destination)).await?;
             return Box::pin(self.relay_byte_stream(
                 stream,
                 upstream,
                 destination,
-                (RequestWatch::off(), ByteStreamOrigin::default()),
+                RequestWatch::off(),
+                ByteStreamOrigin::default(),
             ))
             .await;
         }

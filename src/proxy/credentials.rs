@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header::AUTHORIZATION};
 use tokio::time::Instant;
 
 use super::{clock::WaitLimit, error::ProxyError, exchange::RequestState};
-use crate::{cause::Cause, model::LocalCluster};
+use crate::{cause::Cause, model::WorkerCluster};
 
 /// The client's Authorization fields, kept for a fallback upstream: no upstream may get the token of another.
 #[derive(Debug)]
@@ -12,7 +12,7 @@ pub struct ClientAuthorization(Vec<HeaderValue>);
 
 /// Puts the upstream's token into the request, if the upstream has one; waits for it no longer than `until`.
 pub(super) async fn attach(
-    local: &LocalCluster,
+    local: &WorkerCluster,
     state: &mut RequestState,
     until: WaitLimit,
 ) -> Result<(), ProxyError> {
@@ -30,7 +30,7 @@ pub(super) async fn attach(
             let name = &local.cluster.settings.name;
             let waited = Box::pin(until.wait(token.wait_for_field())).await;
             waited.map_err(|expired| expired.unsent(name, "a token"))?.map_err(|error| {
-                local.upstream.shared.guards.counters.rejected.increment(Cause::AuthUnavailable.word());
+                local.upstream.shared.policy_state.counters.rejected.increment(Cause::AuthUnavailable.word());
                 let failure = ProxyError::new(Cause::AuthUnavailable, format!("{name}: {error}"));
                 failure.retry_after(error.retry_after)
             })?
@@ -47,7 +47,7 @@ fn replace(headers: &mut HeaderMap, field: HeaderValue) -> ClientAuthorization {
 }
 
 /// Reports to the token's source that the upstream has rejected the token.
-pub(super) fn note_unauthorized(local: &LocalCluster, status: StatusCode) {
+pub(super) fn note_unauthorized(local: &WorkerCluster, status: StatusCode) {
     if status == StatusCode::UNAUTHORIZED
         && let Some(token) = &local.cluster.token
     {

@@ -13,7 +13,8 @@ use super::{
     credentials,
     error::ProxyError,
     exchange::{ClientProtocol, Exchange},
-    guard, headers, upgrade,
+    headers, request_check,
+    upgrade::{self, UpgradedUpstream},
 };
 use crate::{
     cause::Cause,
@@ -41,12 +42,12 @@ pub fn forward_response(
     if present.has(Field::KeepAlive) {
         lease.record_keep_alive(response.headers());
     }
-    credentials::note_unauthorized(&target.local, status);
+    credentials::note_unauthorized(&target.serving, status);
     let broken = |error: ProxyError| {
         let detail = format!("{}: the response cannot be forwarded: {}", exchange.name(), error.detail);
         ProxyError::new(Cause::Reset, detail)
     };
-    guard::only_chunked(response.headers(), present).map_err(broken)?;
+    request_check::only_chunked(response.headers(), present).map_err(broken)?;
     let hop_by_hop = headers::remove_hop_by_hop(response.headers_mut(), present).map_err(broken)?;
     if present.has(Field::Retry) {
         response.headers_mut().remove(X_OUTRIGGER_RETRY);
@@ -57,7 +58,7 @@ pub fn forward_response(
         let received = response.version();
         origin.view.proxy_names.via(origin.side).append(response.headers_mut(), received);
     }
-    if let Some(edits) = target.route.and_then(|route| target.matched.cluster.header_edits.get(route)) {
+    if let Some(edits) = target.route.and_then(|route| target.route_owner.cluster.header_edits.get(route)) {
         edits.response.apply(response.headers_mut());
     }
     let attempts = origin.progress.with_record(|record| record.attempts.count()).unwrap_or(0);
@@ -70,17 +71,16 @@ pub fn forward_response(
         else {
             return Err(broken(ProxyError::malformed("the upstream sent 101 to a request without Upgrade")));
         };
-        let Some(service_stream) = lease.take_upgraded_stream() else {
+        let Some((io, unread)) = lease.take_upgraded_stream() else {
             return Err(broken(ProxyError::malformed("101 before all of the request was sent")));
         };
         let idle = exchange.policy.tunnel_idle_timeout.limit();
         // A tunnel counts as a connection, not as a request in flight.
-        let held = RequestResources { permit: None, ..held };
+        let resources = RequestResources { permit: None, ..held };
         upgrade::join(
             connection,
             upgrade_stream,
-            service_stream,
-            (lease, held),
+            UpgradedUpstream { io, unread, lease, resources },
             idle,
             origin.progress.must_end_at(),
         );

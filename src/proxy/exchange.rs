@@ -1,11 +1,11 @@
 //! A request to an upstream: admission, its attempts, and the one response that comes of them.
 //!
 //! ```text
-//! run: prepare ─▶ serve ─────────────────────────────────────────▶ pass_on
-//!                   │ admission: rate · permit · fault                ▲
-//!                   └ RetryPlan: breaker · balance · attempt ─ judge ─┘
-//!                               ▲                               │
-//!                               └──────── wait ◀── retry? ◀─────┘
+//! run: prepare_request ─▶ serve ───────────────────────────────────▶ into_client_response
+//!                           │ admission: rate · permit · fault                ▲
+//!                           └ RetryPlan: breaker · balance · attempt ─ judge ─┘
+//!                                       ▲                               │
+//!                                       └──────── wait ◀── retry? ◀─────┘
 //! ```
 //!
 //! `serve` is called once more where the fallback names another upstream. Admission is in [`super::admission`], the
@@ -23,13 +23,12 @@ use super::{
     admission,
     attempt::{AttemptError, Outgoing, UpstreamResponse},
     body::{ClientBody, Replay, ResponseBody},
-    clock::Clock,
-    connect,
+    clock::{Clock, RequestTimeouts},
     connection::Upgrade,
     credentials::{self, ClientAuthorization},
-    deliver,
+    deliver, endpoints,
     error::ProxyError,
-    head,
+    head::{self, HeadFormat},
     interim::InterimQueue,
     origin::Origin,
     progress::Progress,
@@ -50,8 +49,8 @@ use crate::{
     },
     telemetry::record::AttemptRecord,
     upstream::{
-        balance::hash_key, connect::TcpTimeouts, guards::Guards, http2::PingSettings, local::LocalEndpoint,
-        pool::ConnectionSettings,
+        balance::hash_key, connect::TcpTimeouts, http2::PingSettings, local::LocalEndpoint,
+        policy_state::PolicyState, pool::ConnectionSettings,
     },
 };
 
@@ -113,8 +112,8 @@ pub async fn run(
     present: FieldSet,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     let view = origin.view;
-    let (policy, _) = target.matched.cluster.policy(target.route);
-    let (context, client, mut state) = prepare(origin, target, request, present)?;
+    let (policy, _) = target.route_owner.cluster.policy(target.route);
+    let (context, client, mut state) = prepare_request(origin, target, request, present)?;
     let result = serve(&context, target, &mut state).await;
     if view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout) {
         note_overrun(target, timeouts(policy, context.grpc, false), origin.progress);
@@ -135,26 +134,27 @@ pub async fn run(
             // Boxed, as every path that few requests take.
             return Box::pin(async move {
                 let (context, client) = prepare_fallback(context, &other, &mut state, client)?;
-                let result = serve(&context, &other, &mut state).await;
-                pass_on(result?, client)
+                let (exchange, result) = serve(&context, &other, &mut state).await?;
+                into_client_response(&exchange, result, client)
             })
             .await;
         }
     }
     recycle_header_map(state.outgoing.headers);
-    pass_on(result?, client)
+    let (exchange, result) = result?;
+    into_client_response(&exchange, result, client)
 }
 
 /// Takes the request apart for its first upstream.
-fn prepare<'a>(
+fn prepare_request<'a>(
     origin: &'a Origin<'a>,
     target: &RouteTarget,
     request: &mut Request<ClientBody>,
     present: FieldSet,
 ) -> Result<(RequestContext<'a>, ClientProtocol, RequestState), ProxyError> {
     let Origin { view, progress, .. } = *origin;
-    let cluster = &target.local.cluster;
-    let (policy, retry_policy) = target.matched.cluster.policy(target.route);
+    let cluster = &target.serving.cluster;
+    let (policy, retry_policy) = target.route_owner.cluster.policy(target.route);
     let grpc = progress.with_record(|record| record.grpc).unwrap_or_default();
     let clients_upgrade =
         origin.client.filter(|_| present.has(Field::Upgrade)).map(|client| client.upgrade(request));
@@ -164,14 +164,14 @@ fn prepare<'a>(
 
     let observed_timeout = view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
     let deadline = deadline_of(origin, grpc, present, request.headers());
-    let (timeout, attempt) = timeouts(policy, grpc, observed_timeout);
-    let clock = Clock::new(deadline, timeout, attempt, progress.started());
+    let clock = Clock::new(deadline, timeouts(policy, grpc, observed_timeout), progress.started());
     let idle = if grpc { policy.tunnel_idle_timeout } else { policy.idle_timeout };
     progress.set_limits(idle.limit(), policy.max_duration.limit());
 
-    let upgrade = head::prepare(origin, target, request, present, version)?;
+    let upgrade = head::edit_request(origin, target, request, present, version)?;
     let upgrade = upgrade.filter(|_| http1 && clients_version == Version::HTTP_11);
-    let edited = target.route.is_some_and(|route| target.matched.cluster.header_edits.get(route).is_some());
+    let edited =
+        target.route.is_some_and(|route| target.route_owner.cluster.header_edits.get(route).is_some());
     let both_http11 = http1 && clients_version == Version::HTTP_11;
     let context = RequestContext {
         origin,
@@ -187,14 +187,8 @@ fn prepare<'a>(
     let limit =
         retry_policy.body_limit(request.method(), context.idempotency_key, version == Version::HTTP_2);
     let replay = Replay::new(take(request.body_mut()), limit, claims, progress);
-    let mut outgoing = head::outgoing(
-        request,
-        version,
-        &cluster.settings.name,
-        upgrade.as_ref(),
-        !replay.is_empty(),
-        cluster.tls.is_some(),
-    )?;
+    let format = HeadFormat::new(cluster, version, !replay.is_empty());
+    let mut outgoing = head::take_head(request, format, upgrade.as_ref())?;
     outgoing.keep = policy.fallback.is_some();
     let client =
         ClientProtocol { version: clients_version, upgrade: clients_upgrade.filter(|_| upgrade.is_some()) };
@@ -224,38 +218,33 @@ fn prepare_fallback<'a>(
     state: &mut RequestState,
     mut client: ClientProtocol,
 ) -> Result<(RequestContext<'a>, ClientProtocol), ProxyError> {
-    let cluster = &other.local.cluster;
+    let cluster = &other.serving.cluster;
     let version = version_for(cluster.settings.protocol, client.version);
-    let has_body = !state.replay.is_empty();
     // With HTTP/2 they are ordinary fields.
     context.replaces_attempt_fields |= state.outgoing.version == Version::HTTP_2;
-    head::convert_head(
-        &mut state.outgoing,
-        version,
-        &cluster.settings.name,
-        has_body,
-        cluster.tls.is_some(),
-    )?;
+    let format = HeadFormat::new(cluster, version, !state.replay.is_empty());
+    head::convert_head(&mut state.outgoing, format)?;
     if version != Version::HTTP_11 {
         (context.interim, context.expects_continue, client.upgrade) = (None, false, None);
     }
     let Origin { view, progress, .. } = *context.origin;
-    progress.with_record(|record| record.served_by = Some(Arc::clone(&other.local.destination)));
+    progress.with_record(|record| record.served_by = Some(Arc::clone(&other.serving.destination)));
     state.first = AttemptKind::Fallback;
-    let (policy, _) = other.matched.cluster.policy(other.route);
+    let (policy, _) = other.route_owner.cluster.policy(other.route);
     let observed = view.snapshot.config.runtime.observe.contains(&ObservablePolicy::Timeout);
     state.clock = state.clock.afresh(timeouts(policy, context.grpc, observed), progress);
     Ok((context, client))
 }
 
-fn pass_on(
-    (exchange, result): (Exchange<'_>, AttemptResult),
+fn into_client_response(
+    exchange: &Exchange<'_>,
+    result: AttemptResult,
     client: ClientProtocol,
 ) -> Result<Response<ResponseBody>, ProxyError> {
     match result {
         AttemptResult::Failed(failed) => Err(failed.error),
         AttemptResult::Response(response, outcome) => {
-            deliver::forward_response(&exchange, *response, &outcome, client)
+            deliver::forward_response(exchange, *response, &outcome, client)
         }
     }
 }
@@ -270,15 +259,15 @@ fn version_for(protocol: Protocol, client: Version) -> Version {
     }
 }
 
-/// Sends the request to an upstream, if its guards admit it: to the first one, and then to the fallback's.
+/// Sends the request to an upstream, if its policies admit it: to the first one, and then to the fallback's.
 async fn serve<'a>(
     context: &'a RequestContext<'a>,
     target: &'a RouteTarget,
     state: &mut RequestState,
 ) -> Result<(Exchange<'a>, AttemptResult), ProxyError> {
     let Origin { worker, progress, .. } = *context.origin;
-    let (policy, retry_policy) = target.matched.cluster.policy(target.route);
-    let local = &target.local;
+    let (policy, retry_policy) = target.route_owner.cluster.policy(target.route);
+    let local = &target.serving;
     let settings = &local.cluster.settings;
     state.clock.request_sent(progress);
     let headers = &state.outgoing.headers;
@@ -288,9 +277,9 @@ async fn serve<'a>(
     credentials::attach(local, state, until).await?;
     let max_age = settings.max_connection_age.limit();
     let http2 = state.outgoing.version == Version::HTTP_2;
-    let mut endpoints = connect::endpoints(worker, local, until).await?;
+    let mut endpoints = endpoints::endpoints(worker, local, until).await?;
     if let Some(pinned) = target.pinned_endpoint {
-        endpoints = connect::endpoint_at(pinned, &endpoints).unwrap_or(endpoints);
+        endpoints = endpoints::endpoint_at(pinned, &endpoints).unwrap_or(endpoints);
     }
     let exchange = Exchange {
         endpoints,
@@ -319,7 +308,7 @@ async fn serve<'a>(
         policy,
         retry_policy,
     };
-    exchange.guards().budget.deposit();
+    exchange.policy_state().budget.deposit();
     let result = exchange.run_attempts(state).await;
     exchange.record_exhausted(&result);
     let mut result = result?;
@@ -349,22 +338,18 @@ fn time_from_headers(grpc: bool, present: FieldSet, headers: &HeaderMap) -> Opti
 }
 
 /// The time limits of a request. gRPC has none but its own, unless a route sets them.
-fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> (Option<Duration>, AttemptTimeout) {
-    let timeout = policy.timeout.limit().filter(|_| !observed && (!grpc || policy.route_sets_timeout));
+fn timeouts(policy: &Policy, grpc: bool, observed: bool) -> RequestTimeouts {
+    let request = policy.timeout.limit().filter(|_| !observed && (!grpc || policy.route_sets_timeout));
     let attempt = if observed || (grpc && !policy.route_sets_attempt_timeout) {
         AttemptTimeout::Fixed(Default::default())
     } else {
         policy.attempt_timeout
     };
-    (timeout, attempt)
+    RequestTimeouts { request, attempt }
 }
 
 /// Counts a request that `timeout`, or a fixed `attempt_timeout`, would have ended.
-fn note_overrun(
-    target: &RouteTarget,
-    (timeout, attempt): (Option<Duration>, AttemptTimeout),
-    progress: &Progress,
-) {
+fn note_overrun(target: &RouteTarget, limits: RequestTimeouts, progress: &Progress) {
     let waited = |limit: &Duration| progress.request_sent_at().is_some_and(|sent| sent.elapsed() > *limit);
     let tried = |limit: &Duration| {
         let sent = progress.request_sent_at();
@@ -374,15 +359,16 @@ fn note_overrun(
         };
         progress.with_record(|record| record.attempts.iter().any(too_long)).unwrap_or_default()
     };
-    let cause = if timeout.filter(waited).is_some() {
+    let cause = if limits.request.filter(waited).is_some() {
         Cause::Timeout
-    } else if matches!(attempt, AttemptTimeout::Fixed(limit) if limit.limit().filter(tried).is_some()) {
+    } else if matches!(limits.attempt, AttemptTimeout::Fixed(limit) if limit.limit().filter(tried).is_some())
+    {
         Cause::AttemptTimeout
     } else {
         return;
     };
-    target.local.upstream.shared.guards.counters.rejected.increment(cause.word());
-    let upstream = &target.local.cluster.settings.name;
+    target.serving.upstream.shared.policy_state.counters.rejected.increment(cause.word());
+    let upstream = &target.serving.cluster.settings.name;
     tracing::info!(upstream, "`{}` would have ended this request (observed only)", cause.word());
 }
 
@@ -404,11 +390,11 @@ fn hash(balance: &Balance, headers: &HeaderMap) -> Option<u64> {
 
 impl<'a> Exchange<'a> {
     pub fn name(&self) -> &'a str {
-        &self.target.local.cluster.settings.name
+        &self.target.serving.cluster.settings.name
     }
 
-    pub(super) fn guards(&self) -> &'a Arc<Guards> {
-        &self.target.local.upstream.shared.guards
+    pub(super) fn policy_state(&self) -> &'a Arc<PolicyState> {
+        &self.target.serving.upstream.shared.policy_state
     }
 
     pub(super) fn worker(&self) -> &'a Rc<Worker> {

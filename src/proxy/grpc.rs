@@ -6,14 +6,14 @@ use http::HeaderMap;
 
 use super::attempt;
 use crate::{
-    model::LocalCluster,
+    model::WorkerCluster,
     resilience::{
         breaker::BreakerPermit,
         classify::{AttemptOutcome, GrpcStatus, Health, OutcomeKind, Reset, RetryAdvice},
-        outlier::EndpointOutcome,
+        outlier::{AttemptTimes, EndpointOutcome},
         retry::StopReason,
     },
-    upstream::{Lease, local::LocalEndpoint, pool::ResponseError},
+    upstream::{Lease, local::LocalEndpoint, policy_state::BreakerOutcome, pool::ResponseError},
 };
 
 /// What is needed to report the outcome of a gRPC request at its end. Reports nothing if dropped (the client
@@ -21,9 +21,9 @@ use crate::{
 #[derive(Debug)]
 pub struct GrpcReporter {
     /// The upstream of the request.
-    pub local: Rc<LocalCluster>,
+    pub serving: Rc<WorkerCluster>,
     /// The upstream and route whose policy applies.
-    pub matched: Rc<LocalCluster>,
+    pub route_owner: Rc<WorkerCluster>,
     pub route: Option<usize>,
     pub endpoint: Rc<LocalEndpoint>,
     pub permit: Option<BreakerPermit>,
@@ -63,28 +63,32 @@ impl GrpcReporter {
 
     /// `counted`: another request on the same connection has already reported its loss.
     fn report(self, outcome: &AttemptOutcome, counted: bool) {
-        let (guards, now) = (&self.local.upstream.shared.guards, Instant::now());
+        let (policy_state, now) = (&self.serving.upstream.shared.policy_state, Instant::now());
         let health = if counted { Health::Neutral } else { outcome.health() };
         if outcome.is_failure() {
-            let (_, retries) = self.matched.cluster.policy(self.route);
+            let (_, retries) = self.route_owner.cluster.policy(self.route);
             let reason =
                 if retries.is_retryable(outcome) { StopReason::Committed } else { StopReason::NotRetryable };
-            guards.counters.retries.increment(reason.word());
+            policy_state.counters.retries.increment(reason.word());
             tracing::debug!(
-                upstream = self.local.cluster.settings.name,
+                upstream = self.serving.cluster.settings.name,
                 endpoint = %self.endpoint.address(),
                 outcome = outcome.label(),
                 reason = reason.word(),
                 "gRPC request failed after its response had begun"
             );
         }
-        let local = &self.local.upstream;
+        let local = &self.serving.upstream;
         let evidence = EndpointOutcome::new(outcome, health, false);
         self.endpoint.shared.outcomes.record(outcome.kind, now);
-        self.endpoint.report(&local.shared, evidence, (self.began, now), || self.random);
+        self.endpoint
+            .report(&local.shared, evidence, AttemptTimes { began: self.began, ended: now }, || self.random);
         if let Some(permit) = self.permit {
-            let verdict = (local.health_for_breaker(&self.endpoint, health, now), evidence.makes_absent());
-            guards.report(&self.local.cluster.settings.name, permit, verdict, now, self.random);
+            let verdict = BreakerOutcome {
+                health: local.health_for_breaker(&self.endpoint, health, now),
+                is_absence: evidence.makes_absent(),
+            };
+            policy_state.report(&self.serving.cluster.settings.name, permit, verdict, now, self.random);
         }
     }
 }

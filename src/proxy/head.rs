@@ -19,12 +19,12 @@ use crate::{
     field_set::{Field, FieldSet},
     header_names::X_FORWARDED_CLIENT_CERT,
     http1::target::RawTarget,
-    model::{Side, View},
+    model::{Cluster, Side, View},
     upstream::http1::AttemptFields,
 };
 
 /// Edits the client's request head for forwarding. Returns the protocol of an upgrade that the client requests.
-pub fn prepare<B>(
+pub fn edit_request<B>(
     origin: &Origin<'_>,
     target: &RouteTarget,
     request: &mut Request<B>,
@@ -84,7 +84,7 @@ fn apply_route_edits<B>(
     request: &mut Request<B>,
 ) -> Result<(), ProxyError> {
     let malformed = |error: uri::InvalidUriParts| ProxyError::malformed(error.to_string());
-    if let Some(edits) = target.matched.cluster.header_edits.get(route) {
+    if let Some(edits) = target.route_owner.cluster.header_edits.get(route) {
         let headers = request.headers_mut();
         edits.request.apply(headers);
         if edits.request.sets(&HOST)
@@ -102,7 +102,7 @@ fn apply_route_edits<B>(
             *request.uri_mut() = Uri::from_parts(parts).map_err(malformed)?;
         }
     }
-    if let Some(routes) = target.index.and_then(|index| view.snapshot.router.routes(index))
+    if let Some(routes) = target.route_owner_index.and_then(|index| view.snapshot.router.routes(index))
         && let Some(path) = request.uri().path_and_query()
         && let Some(rewritten) = routes.rewrite(route, path)
     {
@@ -115,17 +115,30 @@ fn apply_route_edits<B>(
     Ok(())
 }
 
+/// What the form of a request head depends on, beside the request.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadFormat<'a> {
+    pub version: Version,
+    /// The upstream's name: the host of a request that names none.
+    pub name: &'a str,
+    pub has_body: bool,
+    pub tls: bool,
+}
+
+impl<'a> HeadFormat<'a> {
+    pub fn new(cluster: &'a Cluster, version: Version, has_body: bool) -> Self {
+        Self { version, name: &cluster.settings.name, has_body, tls: cluster.tls.is_some() }
+    }
+}
+
 /// Takes the head out of a request, in the form of the upstream's protocol.
-pub fn outgoing<B>(
+pub fn take_head<B>(
     request: &mut Request<B>,
-    version: Version,
-    name: &str,
+    format: HeadFormat<'_>,
     upgrade: Option<&HeaderValue>,
-    has_body: bool,
-    tls: bool,
 ) -> Result<Outgoing, ProxyError> {
     let mut headers = take(request.headers_mut());
-    let uri = convert_target(take(request.uri_mut()), &mut headers, version, name, has_body, tls)?;
+    let uri = convert_target(take(request.uri_mut()), &mut headers, format)?;
     if let Some(protocol) = upgrade {
         let options = if headers.contains_key(CONNECTION) { "upgrade, te" } else { "upgrade" };
         headers.insert(CONNECTION, HeaderValue::from_static(options));
@@ -135,7 +148,7 @@ pub fn outgoing<B>(
     Ok(Outgoing {
         method,
         uri,
-        version,
+        version: format.version,
         headers,
         extensions,
         keep: false,
@@ -144,13 +157,8 @@ pub fn outgoing<B>(
 }
 
 /// Converts the head for another upstream, which may use another protocol.
-pub fn convert_head(
-    outgoing: &mut Outgoing,
-    version: Version,
-    name: &str,
-    has_body: bool,
-    tls: bool,
-) -> Result<(), ProxyError> {
+pub fn convert_head(outgoing: &mut Outgoing, format: HeadFormat<'_>) -> Result<(), ProxyError> {
+    let version = format.version;
     if outgoing.version == version && version == Version::HTTP_11 {
         return Ok(());
     }
@@ -163,7 +171,7 @@ pub fn convert_head(
         headers::join_cookies(headers);
         announce_te(headers);
     }
-    outgoing.uri = convert_target(take(&mut outgoing.uri), headers, version, name, has_body, tls)?;
+    outgoing.uri = convert_target(take(&mut outgoing.uri), headers, format)?;
     outgoing.version = version;
     Ok(())
 }
@@ -172,10 +180,7 @@ pub fn convert_head(
 fn convert_target(
     uri: Uri,
     headers: &mut HeaderMap,
-    version: Version,
-    name: &str,
-    has_body: bool,
-    tls: bool,
+    HeadFormat { version, name, has_body, tls }: HeadFormat<'_>,
 ) -> Result<Uri, ProxyError> {
     let malformed = |error: http::Error| ProxyError::malformed(error.to_string());
     if version == Version::HTTP_2 {

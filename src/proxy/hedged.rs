@@ -5,11 +5,12 @@ use std::{pin::pin, time::Duration};
 use tokio::time::{Instant, sleep};
 
 use super::{
+    address_check,
     attempt::{AttemptError, Outgoing, UpstreamResponse},
-    attempts::{AttemptNumber, FinishedAttempt, PlannedAttempt, StartedAttempt},
+    attempts::{FinishedAttempt, PlannedAttempt, RecordIndex, StartedAttempt},
     body::Replay,
-    connect,
     deliver::may_be_failure,
+    endpoints,
     exchange::{Exchange, RequestState},
 };
 use crate::{
@@ -31,7 +32,7 @@ impl Exchange<'_> {
     ) -> FinishedAttempt {
         let RequestState { clock, outgoing, replay, .. } = state;
         let replay = &*replay;
-        let (index, began) = (started.index, started.began);
+        let (index, began) = (started.endpoint_index, started.began);
         let left = clock.left(began);
         let mut head = outgoing.clone();
         let send = self.send(started.dispatch(true), &mut head, replay, None);
@@ -47,8 +48,8 @@ impl Exchange<'_> {
             }
             let time_left = left.map(|left| left.saturating_sub(began.elapsed()));
             let Some(planned) = self.plan_copy(index, time_left, replay, plan) else { return send.await };
-            let (copy, made) = self.begin(planned, Instant::now(), outgoing);
-            self.tell_next_hop(time_left, outgoing, made);
+            let (copy, made) = self.begin_attempt(planned, Instant::now(), outgoing);
+            self.write_attempt_fields(time_left, outgoing, made);
             let mut send_copy = pin!(self.send(copy.dispatch(false), outgoing, replay, None));
             second = Some(copy);
             loop {
@@ -76,9 +77,10 @@ impl Exchange<'_> {
             self.judge(lost, replay, clock);
         }
         if first.is_none() && second.is_some() && result.as_ref().is_ok_and(succeeded) {
-            self.guards().counters.retries.increment("hedge_won");
+            self.policy_state().counters.retries.increment("hedge_won");
         }
-        let unknown = || StartedAttempt { index, permit: None, number: AttemptNumber::MAX, began };
+        let unknown =
+            || StartedAttempt { endpoint_index: index, permit: None, record_index: RecordIndex::MAX, began };
         first.or(second).unwrap_or_else(unknown).finish(result)
     }
 
@@ -96,10 +98,10 @@ impl Exchange<'_> {
             body_ready: replay.is_empty(),
             attempts,
             max_retries: self.policy.retry.as_ref().map_or(0, |retry| retry.max),
-            breaker_closed: self.guards().breaker.is_closed(),
+            breaker_closed: self.policy_state().breaker.is_closed(),
         };
         let now = Instant::now().into_std();
-        settings.delay(&call, |percent| self.guards().quantile(percent, now).get())
+        settings.delay(&call, |percent| self.policy_state().quantile(percent, now).get())
     }
 
     /// Where the second copy goes, if it may be sent. `first`: the endpoint of the first one.
@@ -117,11 +119,11 @@ impl Exchange<'_> {
         let avoided: Vec<usize> = plan.failed_endpoints().iter().copied().chain([first]).collect();
         let wanted = PickCriteria { tried: &avoided, hash: None, probe: None };
         let origin = self.request.origin;
-        let index = connect::pick(origin.worker, &self.target.local, &self.endpoints, &wanted).ok()?;
+        let index = endpoints::pick(origin.worker, &self.target.serving, &self.endpoints, &wanted).ok()?;
         let address = self.endpoints[index].address();
         let is_allowed = replay.is_empty()
-            && self.guards().breaker.is_closed()
-            && connect::check_address(origin.view, origin.worker, self.target, address).is_ok();
+            && self.policy_state().breaker.is_closed()
+            && address_check::check_address(origin.view, origin.worker, self.target, address).is_ok();
         if !is_allowed {
             return None;
         }
@@ -129,9 +131,9 @@ impl Exchange<'_> {
         if plan.next(Event::CopyAdmitted { endpoint: index }, now.into_std()) != Action::SendCopy {
             return None;
         }
-        self.guards().counters.retries.increment("hedge");
+        self.policy_state().counters.retries.increment("hedge");
         let (kind, waited) = (AttemptKind::Hedge, Duration::ZERO);
-        Some(PlannedAttempt { index, permit, kind, waited, is_last: false })
+        Some(PlannedAttempt { endpoint_index: index, permit, kind, waited, is_last: false })
     }
 }
 

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     attempt::AttemptError,
-    attempts::{AttemptNumber, FinishedAttempt, StartedAttempt},
+    attempts::{FinishedAttempt, RecordIndex, StartedAttempt},
     body::{Replay, SourceFailure},
     clock::{Clock, TimeLimit},
     error::ProxyError,
@@ -21,10 +21,10 @@ use crate::{
         breaker::BreakerPermit,
         classify::{AttemptOutcome, ConnectFailure, GrpcStatus, Health, OutcomeKind, RetryAdvice},
         deadline::DeadlineLimit,
-        outlier::{EndpointChange, EndpointOutcome},
+        outlier::{AttemptTimes, EndpointChange, EndpointOutcome},
     },
     telemetry::record::AttemptRecord,
-    upstream::{local::LocalEndpoint, reachability},
+    upstream::{local::LocalEndpoint, policy_state::BreakerOutcome, reachability},
 };
 
 /// The latency that the balancer records for an attempt that failed before it reached its endpoint.
@@ -33,7 +33,7 @@ const UNSENT_LATENCY: Duration = Duration::from_secs(1);
 /// The attempt whose outcome is reported, and when it began and ended.
 struct Reported<'a> {
     endpoint: &'a Rc<LocalEndpoint>,
-    number: AttemptNumber,
+    record_index: RecordIndex,
     began: std::time::Instant,
     now: std::time::Instant,
 }
@@ -51,7 +51,7 @@ impl Exchange<'_> {
     /// Classifies how an attempt ended, and reports it.
     pub(super) fn judge(&self, finished: FinishedAttempt, replay: &Replay, clock: &Clock) -> AttemptResult {
         let FinishedAttempt { attempt, result, ended: ended_at } = finished;
-        let StartedAttempt { index, permit, number, began } = attempt;
+        let StartedAttempt { endpoint_index: index, permit, record_index, began } = attempt;
         let (now, took) = (ended_at.into_std(), ended_at - began);
         let endpoint = &self.endpoints[index];
         let ended = match result {
@@ -59,7 +59,7 @@ impl Exchange<'_> {
                 self.progress().response_received(ended_at);
                 let head = &response.head;
                 // Advice counts from upstreams that the configuration names.
-                let named = self.target.index.is_some() && response.present.has(Field::Retry);
+                let named = self.target.route_owner_index.is_some() && response.present.has(Field::Retry);
                 let advice =
                     if named { RetryAdvice::from_headers(head.headers()) } else { RetryAdvice::None };
                 let is_grpc_response = self.request.grpc && response.present.has(Field::GrpcStatus);
@@ -86,7 +86,9 @@ impl Exchange<'_> {
                 }
                 AttemptResult::Failed(failed)
             }
-            Err(time_limit) => AttemptResult::Failed(self.timed_out(time_limit, endpoint, number, took)),
+            Err(time_limit) => {
+                AttemptResult::Failed(self.timed_out(time_limit, endpoint, record_index, took))
+            }
         };
         let outcome = match &ended {
             AttemptResult::Response(_, outcome) => *outcome,
@@ -104,7 +106,7 @@ impl Exchange<'_> {
                 _ => {}
             },
         }
-        if let Some(usual) = self.guards().p95_latency()
+        if let Some(usual) = self.policy_state().p95_latency()
             && (outcome.health() == Health::Success
                 // An attempt that timed out took at least this long. Without such samples the percentile would never
                 // exceed the timeout.
@@ -113,20 +115,20 @@ impl Exchange<'_> {
             usual.record(took, now);
         }
         if self.policy.limits.is_some_and(|limits| limits.adaptive)
-            && let Some(adaptive) = &*self.guards().adaptive.load()
+            && let Some(adaptive) = &*self.policy_state().adaptive.load()
         {
-            adaptive.record(took, outcome.health(), &self.guards().requests, now);
+            adaptive.record(took, outcome.health(), &self.policy_state().requests, now);
         }
         if let (Some(hedge), Health::Success) = (&self.policy.hedge.0, outcome.health())
             && let Some(percent) = hedge.percent()
         {
-            self.guards().quantile(percent, now).record(took, now);
+            self.policy_state().quantile(percent, now).record(took, now);
         }
         self.progress().with_record(|record| {
             if let OutcomeKind::Grpc(status) = outcome.kind {
                 record.grpc_status = Some(status);
             }
-            if let Some(one) = record.attempts.get_mut(number) {
+            if let Some(one) = record.attempts.get_mut(record_index) {
                 one.ended_at = Some(ended_at);
                 one.outcome = Some(outcome);
                 if let AttemptResult::Failed(failed) = &ended {
@@ -134,7 +136,7 @@ impl Exchange<'_> {
                 }
             }
         });
-        let reported = Reported { endpoint, number, began: began.into_std(), now };
+        let reported = Reported { endpoint, record_index, began: began.into_std(), now };
         self.report(ended, &outcome, reported, permit, clock)
     }
 
@@ -143,11 +145,11 @@ impl Exchange<'_> {
         &self,
         mut ended: AttemptResult,
         outcome: &AttemptOutcome,
-        Reported { endpoint, number, began, now }: Reported<'_>,
+        Reported { endpoint, record_index, began, now }: Reported<'_>,
         permit: Option<BreakerPermit>,
         clock: &Clock,
     ) -> AttemptResult {
-        let guards = self.guards();
+        let policy_state = self.policy_state();
         // A connection that was lost with many calls on it counts once.
         let counted = matches!(&ended, AttemptResult::Failed(failed) if failed.counted);
         let health = if counted { Health::Neutral } else { outcome.health() };
@@ -158,8 +160,8 @@ impl Exchange<'_> {
             && !permit.as_ref().is_some_and(BreakerPermit::is_trial)
         {
             response.held.grpc = Some(Box::new(GrpcReporter {
-                local: Rc::clone(&self.target.local),
-                matched: Rc::clone(&self.target.matched),
+                serving: Rc::clone(&self.target.serving),
+                route_owner: Rc::clone(&self.target.route_owner),
                 route: self.target.route,
                 endpoint: Rc::clone(endpoint),
                 permit,
@@ -169,17 +171,17 @@ impl Exchange<'_> {
             }));
             return ended;
         }
-        let local = &self.target.local.upstream;
+        let local = &self.target.serving.upstream;
         let full = outcome.advice() == RetryAdvice::Elsewhere && is_full(&ended);
         let mut evidence = EndpointOutcome::new(outcome, health, full);
         if matches!(&ended, AttemptResult::Failed(failed) if failed.stream_only) {
             evidence = evidence.of_stream();
         }
         endpoint.shared.outcomes.record(outcome.kind, now);
-        let change = endpoint.report(&local.shared, evidence, (began, now), random);
+        let change = endpoint.report(&local.shared, evidence, AttemptTimes { began, ended: now }, random);
         match change {
             Some(EndpointChange::Ejected(_)) => {
-                self.update_attempt(number, |one| one.ejected_endpoint = true)
+                self.update_attempt(record_index, |one| one.ejected_endpoint = true)
             }
             Some(EndpointChange::Absent | EndpointChange::StillAbsent) => {
                 reachability::watch_absent_endpoints(&local.shared, &self.worker().shared.control_runtime);
@@ -189,35 +191,36 @@ impl Exchange<'_> {
         if let Some(permit) = permit {
             let health = local.health_for_breaker(endpoint, health, now);
             let random = if health == Health::Failure { random() } else { 0.0 };
-            let result = (health, evidence.makes_absent());
-            let transition = guards.report(self.name(), permit, result, now, random);
+            let result = BreakerOutcome { health, is_absence: evidence.makes_absent() };
+            let transition = policy_state.report(self.name(), permit, result, now, random);
             if health == Health::Failure {
-                self.progress()
-                    .with_record(|record| record.breaker_window = Some(guards.breaker.window_counts(now)));
+                self.progress().with_record(|record| {
+                    record.breaker_window = Some(policy_state.breaker.window_counts(now))
+                });
             }
             if let Some(transition) = &transition {
-                self.update_attempt(number, |one| one.breaker_change = Some(transition.to));
+                self.update_attempt(record_index, |one| one.breaker_change = Some(transition.to));
             }
         }
         ended
     }
 
-    pub(super) fn update_attempt(&self, number: AttemptNumber, note: impl FnOnce(&mut AttemptRecord)) {
-        self.progress().with_record(|record| record.attempts.get_mut(number).map(note));
+    pub(super) fn update_attempt(&self, record_index: RecordIndex, note: impl FnOnce(&mut AttemptRecord)) {
+        self.progress().with_record(|record| record.attempts.get_mut(record_index).map(note));
     }
 
     fn timed_out(
         &self,
         time_limit: TimeLimit,
         endpoint: &LocalEndpoint,
-        number: AttemptNumber,
+        record_index: RecordIndex,
         took: Duration,
     ) -> AttemptError {
         let name = self.name();
         let address = endpoint.address();
         let (mut ending, mut cause, what) = time_limit.meaning();
         let unseen = self.progress().with_record(|record| {
-            let is_recorded = record.attempts.get_mut(number).is_some();
+            let is_recorded = record.attempts.get_mut(record_index).is_some();
             // With a hedge, both copies are under way.
             is_recorded && !record.attempts.iter().any(|one| one.ended_at.is_none() && one.had_connection)
         });

@@ -3,30 +3,32 @@
 //! ```text
 //! accept ─▶ connection ─▶ request_handler ─▶ target ─▶ exchange ─▶ attempts ─▶ attempt ─▶ (upstream::pool)
 //!              │            │                             │          │
-//!           detect        guard                       admission    judge, hedged
+//!           detect        request_check               admission    judge, hedged
 //!           tunnel        authorize                   credentials  body, headers, interim
 //!                         error                       deliver
 //! ```
 
 pub mod accept;
+pub mod address_check;
 mod admission;
 mod attempt;
 mod attempts;
 mod authorize;
 pub mod body;
 mod clock;
-pub mod connect;
+mod connect_method;
 pub mod connection;
 mod credentials;
 mod deliver;
 pub mod detect;
+pub mod dial;
+mod endpoints;
 pub mod error;
 pub mod exchange;
 pub mod exhausted_traces;
 mod finish;
 pub mod future_pool;
 mod grpc;
-pub mod guard;
 mod head;
 pub mod headers;
 mod hedged;
@@ -38,6 +40,7 @@ mod opaque;
 pub mod origin;
 pub mod progress;
 pub mod redirection;
+pub mod request_check;
 pub mod request_handler;
 pub mod target;
 pub mod tunnel;

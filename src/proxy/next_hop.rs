@@ -10,8 +10,9 @@ use super::{
     attempts::{PlannedAttempt, StartedAttempt},
     exchange::Exchange,
 };
-use crate::{header_names::X_OUTRIGGER_ATTEMPT, model::Side};
 use crate::{
+    header_names::X_OUTRIGGER_ATTEMPT,
+    model::Side,
     resilience::{
         breaker::BreakerPermit,
         deadline::{self, GRPC_TIMEOUT, REQUEST_TIMEOUT},
@@ -23,7 +24,7 @@ use crate::{
 
 impl Exchange<'_> {
     /// Records that an attempt begins, and writes its span for the next hop. Returns also the number of attempts so far.
-    pub(super) fn begin(
+    pub(super) fn begin_attempt(
         &self,
         planned: PlannedAttempt,
         now: Instant,
@@ -48,20 +49,20 @@ impl Exchange<'_> {
                 // that exports spans would export none.
                 TraceContext { sampled: true, ..record.context }.inject(span, &mut outgoing.headers);
             }
-            let address = self.endpoints[planned.index].address();
+            let address = self.endpoints[planned.endpoint_index].address();
             let mut one = AttemptRecord::new(planned.kind, span, address, outgoing.version, now);
             one.tls = self.connections.tls.is_some();
             one.delay = planned.waited;
             one.is_breaker_trial = planned.permit.as_ref().is_some_and(BreakerPermit::is_trial);
             (record.attempts.push(one), record.attempts.count())
         });
-        let (number, count) = started.unwrap_or_default();
-        let PlannedAttempt { index, permit, .. } = planned;
-        (StartedAttempt { index, permit, number, began: now }, count)
+        let (record_index, count) = started.unwrap_or_default();
+        let PlannedAttempt { endpoint_index: index, permit, .. } = planned;
+        (StartedAttempt { endpoint_index: index, permit, record_index, began: now }, count)
     }
 
     /// Writes which attempt this is, and how much time is left, for the next hop.
-    pub(super) fn tell_next_hop(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
+    pub(super) fn write_attempt_fields(&self, left: Option<Duration>, outgoing: &mut Outgoing, number: u32) {
         let headers = &mut outgoing.headers;
         // The service gets the number that the client's sidecar sent.
         let attempt = (*self.request.origin.side != Side::Inbound).then_some(number);

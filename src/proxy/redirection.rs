@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{HostMatch, TlsMode, UnknownHostPolicy},
-    model::{LocalCluster, Side, View},
+    model::{Side, View, WorkerCluster},
     proxy::worker::is_local_address,
     redirect::PROBE_PORT,
     telemetry::metrics::DetectionOutcome,
@@ -69,7 +69,7 @@ pub fn by_address(view: &View, address: SocketAddr) -> Option<usize> {
         let hosts = &view.clusters[*index].cluster.settings.hosts;
         hosts.iter().any(|host| matches!(&host.host, HostMatch::Exact(name) if *name == ip))
     });
-    let has = |local: &Rc<LocalCluster>| {
+    let has = |local: &Rc<WorkerCluster>| {
         local.upstream.shared.endpoints().endpoints.iter().any(|endpoint| endpoint.address == address)
     };
     named.or_else(|| view.clusters.iter().position(has))
@@ -80,7 +80,7 @@ pub fn byte_stream_destination(
     connection: &Connection,
     view: &View,
     original: SocketAddr,
-) -> Option<Rc<LocalCluster>> {
+) -> Option<Rc<WorkerCluster>> {
     if let Some(index) = by_address(view, original) {
         return Some(Rc::clone(&view.clusters[index]));
     }
@@ -153,8 +153,8 @@ impl Connection {
         detector: &mut Detector,
         stream: &mut S,
         original: SocketAddr,
-        destination: Option<&Rc<LocalCluster>>,
-    ) -> io::Result<Option<Rc<LocalCluster>>> {
+        destination: Option<&Rc<WorkerCluster>>,
+    ) -> io::Result<Option<Rc<WorkerCluster>>> {
         let name = detector.server_name(stream).await?;
         let view = self.worker.view();
         let index = name.and_then(|name| view.snapshot.router.upstream(&name, Some(original.port())));
@@ -164,6 +164,6 @@ impl Connection {
 
 /// Whether the upstream is a plain TLS server, not a sidecar. TLS that the service itself speaks then passes as it is;
 /// between sidecars it is carried inside mutual TLS.
-pub fn is_tls_server(to: &LocalCluster) -> bool {
+pub fn is_tls_server(to: &WorkerCluster) -> bool {
     to.cluster.settings.tls.mode == TlsMode::Simple
 }

@@ -17,23 +17,23 @@ use tokio::time::Instant;
 use super::{
     authorize,
     body::{ClientBody, ResponseBody},
-    connect,
+    connect_method,
     connection::Connection,
     error::{ErrorContext, ProxyError, respond},
-    exchange, guard, headers,
+    exchange, headers,
     origin::Origin,
     progress::Progress,
-    target,
+    request_check, target,
 };
 use crate::{
     cause::Cause,
     field_set::{Field, FieldSet},
     header_names::{X_OUTRIGGER_RETRY, X_REQUEST_ID},
-    model::{LocalCluster, Side, View},
+    model::{Side, View, WorkerCluster},
     resilience::classify::RetryAdvice,
     telemetry::{
         metrics::EntryPoint,
-        record::{LocalResponse, RequestEnd, RequestRecord},
+        record::{LocalResponse, RequestEnd, RequestRecord, RequestStart},
         spans::SpanRequest,
     },
     trace_context::{self, TraceId},
@@ -51,13 +51,14 @@ pub async fn handle(
     let view = connection.worker.view();
     let http1 = request.version() != Version::HTTP_2;
     let request_id = RequestId::of(connection, request, present);
-    let grpc = open_record(connection, &view, request, (present, &request_id), progress);
+    let grpc =
+        open_record(connection, &view, ReceivedHead { request, present, request_id: &request_id }, progress);
     let _client_gone = ClientGoneGuard(progress);
 
     let result = catch_panic(pin!(check_and_forward(connection, &view, request, present, progress))).await;
     let response = result
         .and_then(|response| response)
-        .unwrap_or_else(|error| error_response(connection, &view, &error, (&request_id, grpc), progress));
+        .unwrap_or_else(|error| error_response(connection, &error, &request_id, grpc, progress));
     record_response(connection, response, http1, progress)
 }
 
@@ -71,19 +72,21 @@ pub fn refuse(
 ) -> Response<ResponseBody> {
     let view = connection.worker.view();
     let request_id = RequestId::of(connection, request, present);
-    let grpc = open_record(connection, &view, request, (present, &request_id), progress);
-    let response = error_response(connection, &view, error, (&request_id, grpc), progress);
+    let grpc =
+        open_record(connection, &view, ReceivedHead { request, present, request_id: &request_id }, progress);
+    let response = error_response(connection, error, &request_id, grpc, progress);
     record_response(connection, response, true, progress)
 }
 
 /// Turns an error into a response and writes it to the request's record.
 fn error_response(
     connection: &Connection,
-    view: &View,
     error: &ProxyError,
-    (request_id, grpc): (&RequestId, bool),
+    request_id: &RequestId,
+    grpc: bool,
     progress: &Progress,
 ) -> Response<ResponseBody> {
+    let view = connection.worker.view();
     let request_id = request_id.text();
     let made = progress.with_record(|record| {
         let next_hop = match connection.side {
@@ -102,7 +105,7 @@ fn error_response(
         let response = respond(error, &context);
         record.local_response = Some(LocalResponse { cause: error.cause, detail: error.detail.clone() });
         if error.cause == Cause::Malformed && record.served_by.is_none() {
-            count_malformed(connection, view);
+            count_malformed(connection, &view);
         }
         (response, record.version != Version::HTTP_2)
     });
@@ -124,7 +127,8 @@ fn error_response(
 /// Counts a request that was refused as malformed before it had an upstream.
 fn count_malformed(connection: &Connection, view: &View) {
     let word = Cause::Malformed.word();
-    let counts = |cluster: &LocalCluster| cluster.upstream.shared.guards.counters.rejected.increment(word);
+    let counts =
+        |cluster: &WorkerCluster| cluster.upstream.shared.policy_state.counters.rejected.increment(word);
     match &connection.side {
         Side::Inbound => counts(&view.inbound),
         Side::Upstream(name) => {
@@ -180,12 +184,18 @@ impl Drop for ClientGoneGuard<'_> {
     }
 }
 
+/// A request of which nothing has been checked yet.
+struct ReceivedHead<'a> {
+    request: &'a Request<ClientBody>,
+    present: FieldSet,
+    request_id: &'a RequestId,
+}
+
 /// Opens the request's telemetry record. Returns whether the request is gRPC.
 fn open_record(
     connection: &Connection,
     view: &View,
-    request: &Request<ClientBody>,
-    (present, request_id): (FieldSet, &RequestId),
+    ReceivedHead { request, present, request_id }: ReceivedHead<'_>,
     progress: &Progress,
 ) -> bool {
     let (entry_point, started) = (target::entry_point(connection, request), progress.started());
@@ -204,8 +214,14 @@ fn open_record(
     let telemetry = &view.snapshot.config.telemetry;
     let context =
         worker.with_rng(|rng| traces.context(&incoming, inbound, telemetry, rng, started.into_std()));
-    let (method, version) = (request.method().clone(), request.version());
-    let mut record = RequestRecord::new(entry_point, connection.address, method, version, context, started);
+    let mut record = RequestRecord::new(RequestStart {
+        entry_point,
+        peer: connection.address,
+        method: request.method().clone(),
+        version: request.version(),
+        context,
+        started_at: started,
+    });
     record.grpc = grpc;
     record.tls = connection.tls;
     record.identity.clone_from(&connection.peer_identity);
@@ -226,7 +242,7 @@ async fn check_and_forward(
     present: FieldSet,
     progress: &Rc<Progress>,
 ) -> Result<Response<ResponseBody>, ProxyError> {
-    guard::check(request, present)?;
+    request_check::check(request, present)?;
     if connection.refused_plaintext() || target::lacks_identity(connection) {
         connection.close_after_response();
         return Err(ProxyError::new(
@@ -234,7 +250,7 @@ async fn check_and_forward(
             "this service requires mutual TLS (`inbound.mtls` is \"strict\"), and the connection is plaintext or has no client certificate: send requests through a sidecar, or set `inbound.mtls` to \"permissive\"",
         ));
     }
-    guard::check_loop(request.headers(), present, &view.proxy_names.via(&connection.side).pseudonym)?;
+    request_check::check_loop(request.headers(), present, &view.proxy_names.via(&connection.side).pseudonym)?;
     if connection.side == Side::Inbound {
         authorize::check_request(connection, view, request, progress.started()).await?;
     }
@@ -244,15 +260,15 @@ async fn check_and_forward(
                 "CONNECT on a redirected connection: the service uses a proxy of its own; leave that proxy's port alone (`outrigger redirect apply --skip-outbound-ports PORT`)",
             )
             .with_status(StatusCode::METHOD_NOT_ALLOWED)),
-            (Side::Outbound, None) => Box::pin(connect::open_tunnel(connection, view, request)).await,
+            (Side::Outbound, None) => Box::pin(connect_method::open_tunnel(connection, view, request)).await,
             _ => Err(ProxyError::malformed("CONNECT is accepted on the outbound port only")
                 .with_status(StatusCode::METHOD_NOT_ALLOWED)),
         };
     }
     let target = target::find(connection, view, request)?;
     progress.with_record(|record| {
-        record.served_by = Some(Arc::clone(&target.local.destination));
-        record.matched = Some(Arc::clone(&target.matched.destination));
+        record.served_by = Some(Arc::clone(&target.serving.destination));
+        record.matched = Some(Arc::clone(&target.route_owner.destination));
         record.route = target.route;
     });
     let origin = Origin::of(connection, view, progress);
@@ -260,7 +276,7 @@ async fn check_and_forward(
     if let Err(error) = &response
         && error.cause == Cause::Malformed
     {
-        target.local.upstream.shared.guards.counters.rejected.increment(error.cause.word());
+        target.serving.upstream.shared.policy_state.counters.rejected.increment(error.cause.word());
     }
     response
 }

@@ -8,7 +8,7 @@ use super::{connection::Connection, error::ProxyError, redirection};
 use crate::{
     cause::Cause,
     config::{HostPort, MinTls, Mtls, UnknownHostPolicy},
-    model::{LocalCluster, Side, View},
+    model::{Side, View, WorkerCluster},
     telemetry::metrics::EntryPoint,
 };
 
@@ -19,13 +19,13 @@ const HTTP_PORT: u16 = 80;
 #[derive(Debug)]
 pub struct RouteTarget {
     /// The upstream that the request is sent to.
-    pub local: Rc<LocalCluster>,
+    pub serving: Rc<WorkerCluster>,
     /// The upstream whose routes were matched: the same, unless a route leads to another upstream.
-    pub matched: Rc<LocalCluster>,
+    pub route_owner: Rc<WorkerCluster>,
     /// The index in the routes of `matched`.
     pub route: Option<usize>,
     /// The index of `matched` in the configuration, for its routes; `None` for the service itself and unknown hosts.
-    pub index: Option<usize>,
+    pub route_owner_index: Option<usize>,
     /// The endpoint that the client dialled, where it dialled an address and the request names no upstream.
     pub pinned_endpoint: Option<SocketAddr>,
     /// Whether the client chose the address by a name in the request: then `deny_networks` and the proxy's own ports
@@ -47,7 +47,7 @@ pub fn entry_point<B>(connection: &Connection, request: &Request<B>) -> EntryPoi
 }
 
 /// The destination of bytes that are not HTTP. The outbound port has none, unless the connection was redirected.
-pub fn byte_stream_destination(connection: &Connection) -> Option<Rc<LocalCluster>> {
+pub fn byte_stream_destination(connection: &Connection) -> Option<Rc<WorkerCluster>> {
     let view = connection.worker.view();
     match &connection.side {
         Side::Inbound => Some(service(connection, &view)),
@@ -59,7 +59,7 @@ pub fn byte_stream_destination(connection: &Connection) -> Option<Rc<LocalCluste
 }
 
 /// The service: at `forward_to`, or at the original destination of a redirected connection.
-fn service(connection: &Connection, view: &View) -> Rc<LocalCluster> {
+fn service(connection: &Connection, view: &View) -> Rc<WorkerCluster> {
     match connection.original_destination {
         Some(address) => connection.worker.service_at(address, view),
         None => Rc::clone(&view.inbound),
@@ -98,10 +98,10 @@ pub fn by_name(view: &View, name: &str) -> Option<RouteTarget> {
     let index = view.by_name(name)?;
     let local = Rc::clone(&view.clusters[index]);
     Some(RouteTarget {
-        matched: Rc::clone(&local),
-        local,
+        route_owner: Rc::clone(&local),
+        serving: local,
         route: None,
-        index: Some(index),
+        route_owner_index: Some(index),
         pinned_endpoint: None,
         chosen_by_client: false,
     })
@@ -174,7 +174,7 @@ fn by_destination<B>(
     if let Some(index) = redirection::by_address(view, original) {
         let target = routed(view, index, request);
         // A route may lead to another upstream, which does not have this address.
-        let pinned = Rc::ptr_eq(&target.local, &target.matched).then_some(original);
+        let pinned = Rc::ptr_eq(&target.serving, &target.route_owner).then_some(original);
         return Ok(RouteTarget { pinned_endpoint: pinned, ..target });
     }
     let config = &view.snapshot.config;
@@ -189,9 +189,16 @@ fn by_destination<B>(
 }
 
 /// A target without routes, for what is not an upstream of the configuration.
-fn without_routes(local: Rc<LocalCluster>) -> RouteTarget {
+fn without_routes(local: Rc<WorkerCluster>) -> RouteTarget {
     let matched = Rc::clone(&local);
-    RouteTarget { local, matched, route: None, index: None, pinned_endpoint: None, chosen_by_client: false }
+    RouteTarget {
+        serving: local,
+        route_owner: matched,
+        route: None,
+        route_owner_index: None,
+        pinned_endpoint: None,
+        chosen_by_client: false,
+    }
 }
 
 fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget {
@@ -204,10 +211,10 @@ fn routed<B>(view: &View, index: usize, request: &Request<B>) -> RouteTarget {
     let to = route.and_then(|route| matched.cluster.route_to.get(route).copied().flatten());
     let local = to.and_then(|to| view.clusters.get(to)).unwrap_or(&matched);
     RouteTarget {
-        local: Rc::clone(local),
-        matched,
+        serving: Rc::clone(local),
+        route_owner: matched,
         route,
-        index: Some(index),
+        route_owner_index: Some(index),
         pinned_endpoint: None,
         chosen_by_client: false,
     }

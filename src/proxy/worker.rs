@@ -21,7 +21,7 @@ use crate::{
     durations::DurationCell,
     identity::{jwt::TokenCache, store::IdentityStore, trust::provider},
     model::{
-        LocalCluster, Side, Snapshot, View,
+        Side, Snapshot, View, WorkerCluster,
         unknown::{MAX_UNKNOWN_HOSTS, UnknownHost, UnknownHosts},
     },
     rng::Rng,
@@ -124,7 +124,7 @@ pub struct Worker {
     pub forwarded_timeout: LastNumber,
 }
 
-type ClusterCache<K> = HashMap<K, (Arc<UnknownHost>, Rc<LocalCluster>)>;
+type ClusterCache<K> = HashMap<K, (Arc<UnknownHost>, Rc<WorkerCluster>)>;
 
 /// This worker's clusters for destinations that are no configured upstream.
 #[derive(Debug, Default)]
@@ -137,20 +137,28 @@ struct UnknownCache {
 }
 
 impl UnknownCache {
-    fn all(&self) -> impl Iterator<Item = &Rc<LocalCluster>> {
+    fn all(&self) -> impl Iterator<Item = &Rc<WorkerCluster>> {
         let addresses = self.outbound.values().chain(self.inbound.values());
         self.hosts.values().chain(addresses).map(|(_, local)| local)
     }
 }
 
+/// A look-up of a host that no upstream names.
+struct Lookup<'a, K> {
+    key: &'a K,
+    /// The hosts of all workers.
+    table: &'a UnknownHosts,
+    config: &'a Arc<Config>,
+    /// This worker's duration histogram of such hosts.
+    durations: &'a Arc<DurationCell>,
+}
+
 /// Looks a key up in this worker's cache, else in the table of all workers, which decides about eviction.
 fn lookup_unknown<K: Clone + Eq + Hash>(
     cache: &mut ClusterCache<K>,
-    table: &UnknownHosts,
-    (key, host): (&K, impl FnOnce() -> HostPort),
-    config: &Arc<Config>,
-    durations: &Arc<DurationCell>,
-) -> Rc<LocalCluster> {
+    Lookup { key, table, config, durations }: Lookup<'_, K>,
+    host: impl FnOnce() -> HostPort,
+) -> Rc<WorkerCluster> {
     if let Some((shared, local)) = cache.get(key)
         && shared.is_current(config)
         && table.touch(shared)
@@ -164,7 +172,7 @@ fn lookup_unknown<K: Clone + Eq + Hash>(
     let shared = table.get(&host(), config);
     let old = cache.get(key).map(|(_, local)| Rc::clone(local));
     let old = old.filter(|old| Arc::ptr_eq(&old.upstream.shared, &shared.cluster.upstream));
-    let local = LocalCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
+    let local = WorkerCluster::new(&shared.cluster, old.as_ref(), || Arc::clone(durations));
     cache.insert(key.clone(), (shared, Rc::clone(&local)));
     local
 }
@@ -209,36 +217,27 @@ impl Worker {
     }
 
     /// The state for a host that no upstream names.
-    pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<LocalCluster> {
+    pub fn unknown_host(&self, host: &HostPort, config: &Arc<Config>) -> Rc<WorkerCluster> {
         let cache = &mut self.unknown.borrow_mut().hosts;
-        lookup_unknown(
-            cache,
-            &self.shared.unknown_hosts,
-            (host, || host.clone()),
-            config,
-            &self.reporter.other,
-        )
+        let (table, durations) = (&self.shared.unknown_hosts, &self.reporter.other);
+        lookup_unknown(cache, Lookup { key: host, table, config, durations }, || host.clone())
     }
 
     /// The state for an original destination of the service's redirected traffic that no upstream has.
-    pub fn unknown_address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<LocalCluster> {
+    pub fn unknown_address(&self, address: SocketAddr, config: &Arc<Config>) -> Rc<WorkerCluster> {
         let cache = &mut self.unknown.borrow_mut().outbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
-        lookup_unknown(cache, &self.shared.unknown_hosts, (&address, host), config, &self.reporter.other)
+        let (table, durations) = (&self.shared.unknown_hosts, &self.reporter.other);
+        lookup_unknown(cache, Lookup { key: &address, table, config, durations }, host)
     }
 
     /// The service at the original destination of redirected inbound traffic.
-    pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<LocalCluster> {
+    pub fn service_at(&self, address: SocketAddr, view: &View) -> Rc<WorkerCluster> {
         let cache = &mut self.unknown.borrow_mut().inbound;
         let host = || HostPort::new(address.ip().to_string(), address.port());
+        let (table, config) = (&self.shared.inbound_addresses, &view.snapshot.config);
         let durations = &view.inbound.destination.durations;
-        lookup_unknown(
-            cache,
-            &self.shared.inbound_addresses,
-            (&address, host),
-            &view.snapshot.config,
-            durations,
-        )
+        lookup_unknown(cache, Lookup { key: &address, table, config, durations }, host)
     }
 
     pub fn with_rng<T>(&self, draw: impl FnOnce(&mut Rng) -> T) -> T {
@@ -271,7 +270,7 @@ impl Worker {
         let view = self.view();
         let unknown = self.unknown.borrow();
         for local in view.clusters.iter().chain([&view.inbound]).chain(unknown.all()) {
-            let eviction = &local.upstream.shared.guards.eviction;
+            let eviction = &local.upstream.shared.policy_state.eviction;
             while eviction.is_requested() {
                 let known = local.upstream.known_endpoints();
                 let Some(endpoint) = known.iter().find(|it| it.pool.idle_count() > 0) else { break };

@@ -398,14 +398,15 @@ mod tests {
 
         #[test]
         fn an_attempt_never_outlasts_the_request(
-            client in prop::option::of(0u64..5000), timeout in 0u64..5000, begun in 0u64..6000,
-            attempt in 0u64..5000, auto: bool, more: bool, usual in prop::option::of(0u64..5000),
+            (client, usual) in (prop::option::of(0u64..5000), prop::option::of(0u64..5000)),
+            timeout in 0u64..5000, begun in 0u64..6000,
+            attempt in prop_oneof![Just(None), (0u64..5000).prop_map(Some)], more: bool,
         ) {
             let arrived = Instant::now();
             let ms = Duration::from_millis;
             let mut deadline = Deadline::from_client(arrived, client.map(ms));
             deadline.start(arrived, Some(ms(timeout)));
-            let attempt = if auto { AttemptTimeout::Auto } else { fixed(ms(attempt)) };
+            let attempt = attempt.map_or(AttemptTimeout::Auto, |attempt| fixed(ms(attempt)));
             let end = deadline.attempt(arrived + ms(begun), attempt, more, usual.map(ms));
             if let Some((at, _)) = deadline.at() {
                 prop_assert!(end.is_some_and(|(end, _)| end <= at));

@@ -140,6 +140,13 @@ impl EndpointOutcome {
     }
 }
 
+/// When an attempt began and ended.
+#[derive(Clone, Copy, Debug)]
+pub struct AttemptTimes {
+    pub began: Instant,
+    pub ended: Instant,
+}
+
 /// The change of an endpoint's state after an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndpointChange {
@@ -250,21 +257,22 @@ impl OutlierDetector {
             && self.lock().members.values().any(|member| member.present && member.health.awaits_probe(now))
     }
 
-    /// Records the outcome of an attempt that began at `began`. It locks only if the attempt failed or its endpoint is
+    /// Records the outcome of an attempt. It locks only if the attempt failed or its endpoint is
     /// absent. `random` from 0 to 1.
     pub fn report(
         &self,
         address: &SocketAddr,
         endpoint: &EndpointHealth,
         outcome: EndpointOutcome,
-        (began, now): (Instant, Instant),
+        times: AttemptTimes,
         random: f64,
     ) -> Option<EndpointChange> {
+        let now = times.ended;
         match outcome {
             EndpointOutcome::Neutral => None,
             EndpointOutcome::Success => {
                 endpoint.record_success();
-                if endpoint.is_absent() { self.restore(address, began) } else { None }
+                if endpoint.is_absent() { self.restore(address, times.began) } else { None }
             }
             EndpointOutcome::StaleConnection => {
                 endpoint.mark_suspected(now);
@@ -275,11 +283,11 @@ impl OutlierDetector {
                     endpoint.mark_suspected(now);
                 }
                 if endpoint.is_absent() {
-                    return self.record_absence(address, EndpointOutcome::Failure, (began, now));
+                    return self.record_absence(address, EndpointOutcome::Failure, times);
                 }
                 self.record_failure(address, endpoint, now, random).map(EndpointChange::Ejected)
             }
-            absence => self.record_absence(address, absence, (began, now)),
+            absence => self.record_absence(address, absence, times),
         }
     }
 
@@ -323,8 +331,9 @@ impl OutlierDetector {
         &self,
         address: &SocketAddr,
         outcome: EndpointOutcome,
-        (began, now): (Instant, Instant),
+        times: AttemptTimes,
     ) -> Option<EndpointChange> {
+        let AttemptTimes { began, ended: now } = times;
         let mut group = self.lock();
         let alone = !group
             .members

@@ -6,7 +6,7 @@ mod plan;
 mod tests;
 
 pub use decide::{
-    BodyState, FailedAttempt, MAX_RESENDS, Retry, RetryContext, RetryDecision, RetryPolicy, StopReason,
+    FailedAttempt, MAX_RESENDS, Replayability, Retry, RetryContext, RetryDecision, RetryPolicy, StopReason,
 };
 pub use plan::{
     Action, AttemptFailure, AttemptKind, Event, Finish, NextAttempt, RequestCopy, RequestTraits, RetryPlan,

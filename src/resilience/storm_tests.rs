@@ -9,7 +9,7 @@ use super::{
     breaker::{Breaker, BreakerSettings},
     budget::RetryBudget,
     classify::{AttemptOutcome, Health, OutcomeKind, RetryAdvice},
-    retry::{BodyState, FailedAttempt, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
+    retry::{FailedAttempt, Replayability, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
 };
 
 /// The outbound side of a sidecar, from one service to the next.
@@ -84,7 +84,7 @@ impl Chain {
                 attempts,
                 free_retry_used: false,
                 resends: 0,
-                body: BodyState::Unread,
+                body: Replayability::Unread,
                 is_committed: false,
             };
             let context = RetryContext {

@@ -174,8 +174,11 @@ async fn tick(shared: Arc<Shared>) {
         descriptors::refresh_limit();
         let snapshot = shared.snapshot.load_full();
         for cluster in &snapshot.clusters {
-            let guards = &cluster.upstream.guards;
-            guards.record_transition(&cluster.upstream.name, guards.breaker.tick(Instant::now().into_std()));
+            let policy_state = &cluster.upstream.policy_state;
+            policy_state.record_transition(
+                &cluster.upstream.name,
+                policy_state.breaker.tick(Instant::now().into_std()),
+            );
         }
         shared.unknown_hosts.drop_idle();
         shared.inbound_addresses.drop_idle();

@@ -12,7 +12,7 @@ use tokio::{
 
 use super::Proxy;
 use crate::{
-    config::{Config, Sources, confirmation_reasons, keys_needing_restart},
+    config::{Config, Revision, Sources, confirmation_reasons, keys_needing_restart},
     watch::WatchReason,
 };
 
@@ -116,7 +116,10 @@ pub fn apply(proxy: &Proxy, reloads: &Reloads, change: Change) -> ReloadOutcome 
     let before = Arc::clone(&proxy.shared.snapshot.load().config);
     if change.reason != WatchReason::Confirmed {
         let sources = reloads.state().sources;
-        let reasons = confirmation_reasons((&before, &sources), (config, &candidate.sources));
+        let reasons = confirmation_reasons(
+            Revision { config: &before, sources: &sources },
+            Revision { config, sources: &candidate.sources },
+        );
         if !reasons.is_empty() {
             return hold(reloads, &reasons);
         }

@@ -12,7 +12,7 @@ use tokio::{runtime::RuntimeMetrics, sync::Notify};
 
 use crate::net::alpn::ConnectionTls;
 
-/// The counters of the process; those of upstreams are in their guards.
+/// The counters of the process; those of upstreams are in their policy state.
 #[derive(Debug, Default)]
 pub struct Metrics {
     pub inbound: Arc<ConnectionCounters>,

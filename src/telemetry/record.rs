@@ -216,22 +216,28 @@ impl AttemptRecord {
     }
 }
 
+/// What is known of a request when its head has arrived.
+#[derive(Debug)]
+pub struct RequestStart {
+    pub entry_point: EntryPoint,
+    /// The client's address.
+    pub peer: SocketAddr,
+    pub method: Method,
+    pub version: Version,
+    pub context: TraceContext,
+    pub started_at: Instant,
+}
+
 impl RequestRecord {
     /// What its duration is counted under.
     pub fn duration_key(&self) -> SeriesKey {
         SeriesKey::new(&self.method, self.status.map_or(0, |status| status.as_u16()), error_type(self))
     }
 
-    pub fn new(
-        way: EntryPoint,
-        peer: SocketAddr,
-        method: Method,
-        version: Version,
-        context: TraceContext,
-        started: Instant,
-    ) -> Self {
+    pub fn new(start: RequestStart) -> Self {
+        let RequestStart { entry_point, peer, method, version, context, started_at } = start;
         Self {
-            entry_point: way,
+            entry_point,
             peer,
             tls: false,
             identity: None,
@@ -250,7 +256,7 @@ impl RequestRecord {
             fallback_cause: None,
             status: None,
             grpc_status: None,
-            started_at: started,
+            started_at,
             response_head_at: None,
             ended_at: None,
             end: RequestEnd::default(),

@@ -210,7 +210,7 @@ impl RequestRecord {
         }
     }
 
-    /// The effect on the guards: `breaker 7/20 failures`, an endpoint that was ejected.
+    /// The effect on the policy state: `breaker 7/20 failures`, an endpoint that was ejected.
     fn describe_guards(&self) -> Vec<String> {
         let mut clauses: Vec<String> = self
             .attempts
@@ -320,9 +320,9 @@ fn describe_stop(word: &str) -> &str {
         "not_retryable" => "`retry.on` does not list this",
         "suppressed" => "the upstream's sidecar advised against it (x-outrigger-retry)",
         "committed" => "the response had started",
-        "max_tries" => "`retry.max` is used up",
+        "max_attempts" => "`retry.max` is used up",
         "method" => "the method is not retried (`retry.methods`)",
-        "body_gone" => "the request's body is larger than `retry.body_limit`",
+        "body_not_kept" => "the request's body is larger than `retry.body_limit`",
         "deadline" => "no time was left before the deadline",
         "retry_after" => "the upstream's Retry-After is longer than the time left",
         "pushback" => "the upstream forbade it (grpc-retry-pushback-ms)",

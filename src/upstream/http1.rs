@@ -94,8 +94,8 @@ pub use self::client_connection::NoBodyReason;
 use super::{
     RequestBody,
     connect::{ConnectError, NewConnection, PeerVerification, connect},
-    guards::{ConnectionSlot, Guards},
     local::LocalEndpoint,
+    policy_state::{ConnectionSlot, PolicyState},
     pool::{ConnectionSettings, retire_at},
     stream::{IdleState, UpstreamIo},
 };
@@ -203,11 +203,11 @@ impl Http1Connection {
     pub async fn open(
         endpoint: &LocalEndpoint,
         settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
+        policy_state: &Arc<PolicyState>,
     ) -> Result<Self, ConnectError> {
         let address = endpoint.shared.address;
         settings.queued.set(true);
-        let slot = ConnectionSlot::acquire(guards).await;
+        let slot = ConnectionSlot::acquire(policy_state).await;
         settings.queued.set(false);
         let slot = slot?;
         let connected =

@@ -32,8 +32,8 @@ use self::waiters::Waiters;
 use super::{
     RequestBody,
     connect::{ConnectError, NewConnection, PeerVerification, connect},
-    guards::ConnectionSlot,
     local::LocalEndpoint,
+    policy_state::ConnectionSlot,
     pool::{ConnectionSettings, retire_at},
 };
 use crate::{
@@ -276,7 +276,7 @@ impl Http2Stream {
         mut request: Request<()>,
         body: RequestBody,
     ) -> Result<Response<()>, RequestError> {
-        prepare(&mut request, &body);
+        adapt_request(&mut request, &body);
         let ends = body.is_end_stream();
         let now = Instant::now();
         let sent = self.connection.sender.clone().send_request(request, ends);
@@ -357,7 +357,7 @@ impl Drop for Http2Stream {
 }
 
 /// Adapts a request to HTTP/2.
-fn prepare(request: &mut Request<()>, body: &RequestBody) {
+fn adapt_request(request: &mut Request<()>, body: &RequestBody) {
     let has_payload =
         !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
     let fields: &mut HeaderMap = request.headers_mut();

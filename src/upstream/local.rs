@@ -18,7 +18,7 @@ use crate::{
     config::Balance,
     resilience::{
         classify::Health,
-        outlier::{EndpointChange, EndpointHealth, EndpointOutcome},
+        outlier::{AttemptTimes, EndpointChange, EndpointHealth, EndpointOutcome},
     },
     rng::Rng,
 };
@@ -115,7 +115,7 @@ impl LocalUpstream {
             let local = |endpoint: &Arc<Endpoint>| {
                 let same = known.get(&Arc::as_ptr(endpoint)).map(|local| Rc::clone(local));
                 same.unwrap_or_else(|| {
-                    let health = self.shared.guards.outliers.endpoint(&endpoint.address);
+                    let health = self.shared.policy_state.outliers.endpoint(&endpoint.address);
                     Rc::new(LocalEndpoint::new(Arc::clone(endpoint), health, now))
                 })
             };
@@ -140,7 +140,7 @@ impl LocalUpstream {
         if let [only] = endpoints {
             return only.shared.is_healthy().then_some(0);
         }
-        if self.shared.guards.outliers.any_absent()
+        if self.shared.policy_state.outliers.any_absent()
             && let Some(index) = self.claim_probe(endpoints, wanted, now)
         {
             return Some(index);
@@ -248,19 +248,19 @@ impl LocalEndpoint {
         in_flight
     }
 
-    /// Reports the outcome of an attempt that began at `began` to outlier detection, and logs what it changed.
+    /// Reports the outcome of an attempt to outlier detection, and logs what it changed.
     /// `random` draws from 0 to 1.
     pub fn report(
         &self,
         upstream: &Upstream,
         evidence: EndpointOutcome,
-        (began, now): (Instant, Instant),
+        times: AttemptTimes,
         random: impl FnOnce() -> f64,
     ) -> Option<EndpointChange> {
         let (health, name, endpoint) = (self.health.as_ref()?, &*upstream.name, self.address());
         let random = if evidence.is_failure() { random() } else { 0.0 };
-        let outliers = &upstream.guards.outliers;
-        let change = outliers.report(&endpoint, health, evidence, (began, now), random)?;
+        let outliers = &upstream.policy_state.outliers;
+        let change = outliers.report(&endpoint, health, evidence, times, random)?;
         match &change {
             EndpointChange::Ejected(ejection) => {
                 tracing::warn!(
@@ -283,7 +283,7 @@ impl LocalEndpoint {
                 tracing::info!(upstream = name, %endpoint, "endpoint serves again");
                 // The breaker may have opened while the probe was in flight: with the endpoint restored, no further
                 // probe would offer a trial, and a serving endpoint would wait out `open_for`.
-                upstream.guards.offer_trial();
+                upstream.policy_state.offer_trial();
             }
             EndpointChange::StillAbsent => {}
         }

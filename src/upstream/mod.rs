@@ -6,7 +6,6 @@ pub mod connect;
 mod discovery_error;
 mod endpoint;
 pub mod eviction;
-pub mod guards;
 pub mod health;
 pub mod http1;
 pub mod http2;
@@ -16,6 +15,7 @@ pub mod local;
 #[cfg(test)]
 mod outage_tests;
 pub mod outcomes;
+pub mod policy_state;
 pub mod pool;
 pub mod reachability;
 pub mod stream;
@@ -30,7 +30,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{Notify, watch};
 
-use guards::Guards;
+use policy_state::PolicyState;
 
 /// The state of an upstream that all workers share and that outlives a reload of its settings.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub struct Upstream {
     endpoints: ArcSwap<EndpointSet>,
     generation: watch::Sender<u64>,
     refresh: Notify,
-    pub guards: Arc<Guards>,
+    pub policy_state: Arc<PolicyState>,
 }
 
 impl Upstream {
@@ -49,7 +49,7 @@ impl Upstream {
             endpoints: ArcSwap::from_pointee(EndpointSet::default()),
             generation: watch::Sender::new(0),
             refresh: Notify::new(),
-            guards: Guards::new(Instant::now()),
+            policy_state: PolicyState::new(Instant::now()),
         })
     }
 
@@ -63,10 +63,10 @@ impl Upstream {
         if !endpoint.is_healthy() {
             return EndpointState::Unhealthy;
         }
-        if self.guards.outliers.is_absent(&endpoint.address, now) {
+        if self.policy_state.outliers.is_absent(&endpoint.address, now) {
             return EndpointState::Absent;
         }
-        let health = self.guards.outliers.endpoint(&endpoint.address);
+        let health = self.policy_state.outliers.endpoint(&endpoint.address);
         let until = health.and_then(|health| health.ejected_until(now));
         until.map_or(EndpointState::Healthy, |until| EndpointState::Ejected { until })
     }
@@ -76,7 +76,7 @@ impl Upstream {
     pub fn publish(&self, endpoints: Vec<DiscoveredEndpoint>) {
         let next = self.endpoints.load().with_endpoints(endpoints);
         let addresses: Vec<SocketAddr> = next.endpoints.iter().map(|endpoint| endpoint.address).collect();
-        self.guards.outliers.update(&addresses, Instant::now());
+        self.policy_state.outliers.update(&addresses, Instant::now());
         self.replace(next);
     }
 

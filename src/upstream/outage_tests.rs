@@ -24,8 +24,8 @@ use crate::{
         backoff::RetryHint,
         breaker::{BreakerPermit, BreakerState},
         classify::{AttemptOutcome, ConnectFailure, Health, OutcomeKind, Reset, RetryAdvice},
-        outlier::{DueProbe, EndpointOutcome},
-        retry::{BodyState, FailedAttempt, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
+        outlier::{AttemptTimes, DueProbe, EndpointOutcome},
+        retry::{FailedAttempt, Replayability, RetryContext, RetryDecision, RetryPolicy, RetrySettings},
     },
     rng::Rng,
 };
@@ -216,7 +216,12 @@ fn a_request_balanced_by_hash_probes_no_other_endpoint() {
     };
     let homes: Vec<usize> = (0..300).map(|user| pick(&simulation, user)).collect();
     let gone = Rc::clone(&simulation.endpoints[0]);
-    gone.report(&simulation.upstream, EndpointOutcome::NoService, (simulation.at(), simulation.at()), || 0.5);
+    gone.report(
+        &simulation.upstream,
+        EndpointOutcome::NoService,
+        AttemptTimes { began: simulation.at(), ended: simulation.at() },
+        || 0.5,
+    );
     assert!(gone.is_absent());
     let mut probes = 0;
     for (user, home) in homes.into_iter().enumerate() {

@@ -19,12 +19,12 @@ use tokio::time::Instant;
 
 use super::{
     connect::{ConnectError, PeerVerification, TcpTimeouts, TlsTarget},
-    guards::Guards,
     http1::Http1Connection,
     http2::{Http2Stream, PingSettings, pool::Http2Pool},
     idle_connections::IdleConnections,
     idle_timeout::keep_alive_timeout,
     local::LocalEndpoint,
+    policy_state::PolicyState,
     stream::UpstreamIo,
 };
 use crate::{
@@ -114,13 +114,13 @@ impl Pool {
     pub async fn h1(
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
+        policy_state: &Arc<PolicyState>,
         now: Instant,
     ) -> Result<Lease, ConnectError> {
         if let Some(connection) = endpoint.pool.idle.pop(settings, now) {
             return Ok(Lease::H1 { connection, endpoint: Rc::clone(endpoint), reused: true });
         }
-        let opened = Box::pin(Http1Connection::open(endpoint, settings, guards)).await;
+        let opened = Box::pin(Http1Connection::open(endpoint, settings, policy_state)).await;
         let connection = opened.inspect_err(|error| {
             if matches!(error, ConnectError::Refused { .. } | ConnectError::Timeout { .. }) {
                 endpoint.pool.idle.record_connect_failure();

@@ -120,14 +120,14 @@ impl Reachability {
 
 /// Starts probing the absent endpoints of an upstream, until none is absent.
 pub fn watch_absent_endpoints(upstream: &Arc<Upstream>, control: &Handle) {
-    let absence = &upstream.guards.reachability;
+    let absence = &upstream.policy_state.reachability;
     absence.probe_due.notify_one();
     if absence.is_probing.swap(true, Ordering::AcqRel) {
         return;
     }
-    let (guards, upstream) = (Arc::clone(&upstream.guards), Arc::downgrade(upstream));
+    let (policy_state, upstream) = (Arc::clone(&upstream.policy_state), Arc::downgrade(upstream));
     control.spawn(async move {
-        let (outliers, absence) = (&guards.outliers, &guards.reachability);
+        let (outliers, absence) = (&policy_state.outliers, &policy_state.reachability);
         let mut refresh = Refresh::new(Instant::now());
         loop {
             // Do not probe for an upstream that was removed from the configuration.
@@ -145,7 +145,7 @@ pub fn watch_absent_endpoints(upstream: &Arc<Upstream>, control: &Handle) {
                         if let Some(upstream) = upstream.upgrade()
                             && outliers.awaits_probe(Instant::now().into_std())
                         {
-                            upstream.guards.offer_trial();
+                            upstream.policy_state.offer_trial();
                         }
                         continue;
                     }
@@ -166,7 +166,7 @@ pub fn watch_absent_endpoints(upstream: &Arc<Upstream>, control: &Handle) {
 }
 
 async fn probe(upstream: &Upstream) {
-    let outliers = &upstream.guards.outliers;
+    let outliers = &upstream.policy_state.outliers;
     let (mut probes, mut due) = (JoinSet::new(), false);
     for question in outliers.take_due_probes(MAX_CONCURRENT, Instant::now().into_std()) {
         match question {
@@ -177,14 +177,14 @@ async fn probe(upstream: &Upstream) {
         }
     }
     if due {
-        upstream.guards.offer_trial();
+        upstream.policy_state.offer_trial();
     }
     while let Some(result) = probes.join_next().await {
         if let Ok((address, accepted)) = result
             && outliers.record_connection_probe(&address, accepted, Instant::now().into_std())
         {
             tracing::debug!(upstream = &*upstream.name, endpoint = %address, "endpoint accepts connections again");
-            upstream.guards.offer_trial();
+            upstream.policy_state.offer_trial();
         }
     }
 }

@@ -30,11 +30,11 @@ impl DurationRows {
     pub fn of(shared: &Shared) -> Self {
         let snapshot = shared.snapshot.load();
         let mut rows = Self { server: Histograms::new(), client: BTreeMap::new() };
-        snapshot.inbound.upstream.guards.durations.add_to(&mut rows.server);
+        snapshot.inbound.upstream.policy_state.durations.add_to(&mut rows.server);
         shared.request_telemetry.refused_inbound.add_to(&mut rows.server);
         for cluster in &snapshot.clusters {
             let row = rows.client.entry((cluster.upstream.name.to_string(), address(&cluster.settings)));
-            cluster.upstream.guards.durations.add_to(row.or_default());
+            cluster.upstream.policy_state.durations.add_to(row.or_default());
         }
         for (name, durations) in
             [(OTHER, &shared.request_telemetry.other), (NONE, &shared.request_telemetry.refused_outbound)]

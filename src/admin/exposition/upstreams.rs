@@ -13,7 +13,7 @@ use crate::{
     proxy::worker::Shared,
     upstream::{
         EndpointState,
-        guards::{LabeledCounters, PolicyCounters},
+        policy_state::{LabeledCounters, PolicyCounters},
     },
 };
 
@@ -121,17 +121,17 @@ impl UpstreamRows {
 impl Row {
     fn add(&mut self, cluster: &Cluster, now: Instant) {
         let (upstream, policy) = (&cluster.upstream, &cluster.settings.policy);
-        let guards = &upstream.guards;
-        self.counts.absorb(&guards.counters);
+        let policy_state = &upstream.policy_state;
+        self.counts.absorb(&policy_state.counters);
         if policy.retry.is_some() {
-            let available = guards.budget.available(now);
+            let available = policy_state.budget.available(now);
             self.budget = Some(self.budget.map_or(available, |least| least.min(available)));
         }
         if cluster.has_breaker() {
-            self.breaker = self.breaker.max(Some(guards.breaker.state_report().state.gauge()));
+            self.breaker = self.breaker.max(Some(policy_state.breaker.state_report().state.gauge()));
         }
         if policy.limits.is_some() {
-            let in_flight = u64::from(guards.requests.in_flight());
+            let in_flight = u64::from(policy_state.requests.in_flight());
             self.in_flight = Some(self.in_flight.unwrap_or(0) + in_flight);
         }
         for endpoint in &upstream.endpoints().endpoints {

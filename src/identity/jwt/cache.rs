@@ -38,7 +38,8 @@ impl TokenCache {
     pub fn verify(
         &mut self,
         token: &str,
-        (settings, expected): (u64, &TokenRequirements),
+        settings: u64,
+        expected: &TokenRequirements,
         keys: &KeySet,
         now: u64,
     ) -> Result<Rc<Claims>, TokenError> {
@@ -89,11 +90,11 @@ mod tests {
         let signer = Signer::ed("d");
         let (keys, expected, token) = (keys(&signer), expected(), token(&signer, 0));
         let mut cache = TokenCache::default();
-        let first = cache.verify(&token, (1, &expected), &keys, NOW).unwrap();
-        let second = cache.verify(&token, (1, &expected), &keys, NOW).unwrap();
+        let first = cache.verify(&token, 1, &expected, &keys, NOW).unwrap();
+        let second = cache.verify(&token, 1, &expected, &keys, NOW).unwrap();
         assert!(Rc::ptr_eq(&first, &second));
-        assert_eq!(cache.verify(&token, (1, &expected), &keys, NOW + 90), Err(TokenError::Expired(30)));
-        assert!(cache.verify(&format!("{token}A"), (1, &expected), &keys, NOW).is_err());
+        assert_eq!(cache.verify(&token, 1, &expected, &keys, NOW + 90), Err(TokenError::Expired(30)));
+        assert!(cache.verify(&format!("{token}A"), 1, &expected, &keys, NOW).is_err());
     }
 
     #[test]
@@ -102,11 +103,11 @@ mod tests {
         let (old, expected, token) = (keys(&signer), expected(), token(&signer, 0));
         let new = keys(&Signer::ed("d"));
         let mut cache = TokenCache::default();
-        assert!(cache.verify(&token, (1, &expected), &old, NOW).is_ok());
-        assert_eq!(cache.verify(&token, (1, &expected), &new, NOW), Err(TokenError::Signature));
-        assert!(cache.verify(&token, (1, &expected), &old, NOW).is_ok());
+        assert!(cache.verify(&token, 1, &expected, &old, NOW).is_ok());
+        assert_eq!(cache.verify(&token, 1, &expected, &new, NOW), Err(TokenError::Signature));
+        assert!(cache.verify(&token, 1, &expected, &old, NOW).is_ok());
         let stricter = TokenRequirements { audiences: vec!["b".to_owned()], ..expected };
-        assert!(cache.verify(&token, (2, &stricter), &old, NOW).is_err());
+        assert!(cache.verify(&token, 2, &stricter, &old, NOW).is_err());
     }
 
     /// `cargo test --lib -- --ignored --nocapture a_hit_saves_a_signature`
@@ -122,7 +123,7 @@ mod tests {
             };
             let uncached = time(&mut || drop(verify(&token, &expected, &keys, NOW).unwrap()));
             let mut cache = TokenCache::default();
-            let cached = time(&mut || drop(cache.verify(&token, (1, &expected), &keys, NOW).unwrap()));
+            let cached = time(&mut || drop(cache.verify(&token, 1, &expected, &keys, NOW).unwrap()));
             println!("{:?}: {uncached} ns uncached, {cached} ns cached", signer.algorithm);
         }
     }
@@ -133,10 +134,10 @@ mod tests {
         let (keys, expected) = (keys(&signer), expected());
         let mut cache = TokenCache::default();
         let favourite = token(&signer, usize::MAX);
-        let first = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
+        let first = cache.verify(&favourite, 1, &expected, &keys, NOW).unwrap();
         for number in 0..3 * MAX_TOKENS {
-            cache.verify(&token(&signer, number), (1, &expected), &keys, NOW).unwrap();
-            let cached = cache.verify(&favourite, (1, &expected), &keys, NOW).unwrap();
+            cache.verify(&token(&signer, number), 1, &expected, &keys, NOW).unwrap();
+            let cached = cache.verify(&favourite, 1, &expected, &keys, NOW).unwrap();
             assert!(Rc::ptr_eq(&first, &cached));
             assert!(cache.young.len() <= MAX_TOKENS && cache.old.len() <= MAX_TOKENS);
         }

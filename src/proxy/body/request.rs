@@ -23,6 +23,7 @@ use crate::{
     http1::{self, framing::FramingError},
     http2,
     proxy::{connection, headers, interim::ContinueGate, progress::Progress},
+    resilience::retry::Replayability,
     upstream::{self, BodyError},
 };
 
@@ -127,17 +128,6 @@ pub type ClaimFields = Arc<[(HeaderName, String)]>;
 #[derive(Debug)]
 pub struct Replay(Option<Rc<RefCell<Source>>>);
 
-/// Whether a request's body can be sent again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replayable {
-    /// Nothing of it was read, or there is none.
-    Untouched,
-    /// Everything that was read is buffered.
-    Buffered,
-    /// More than the limit was read, and the buffer was dropped.
-    Discarded,
-}
-
 impl Replay {
     /// `limit`: the most bytes that are buffered for another attempt; 0 buffers none.
     pub fn new(source: ClientBody, limit: u64, claims: Option<ClaimFields>, progress: &Rc<Progress>) -> Self {
@@ -188,12 +178,12 @@ impl Replay {
         !kept.overflowed
     }
 
-    pub fn replayable(&self) -> Replayable {
+    pub fn replayability(&self) -> Replayability {
         match self.0.as_ref().map(|kept| kept.borrow()) {
-            None => Replayable::Untouched,
-            Some(kept) if !kept.touched => Replayable::Untouched,
-            Some(kept) if kept.overflowed => Replayable::Discarded,
-            Some(_) => Replayable::Buffered,
+            None => Replayability::Unread,
+            Some(kept) if !kept.touched => Replayability::Unread,
+            Some(kept) if kept.overflowed => Replayability::NotKept,
+            Some(_) => Replayability::Buffered,
         }
     }
 

@@ -20,7 +20,7 @@ use crate::{
     },
     proxy::{grpc::GrpcReporter, progress::Progress},
     telemetry::record::RequestEnd,
-    upstream::{BodyError, Lease, guards::RequestPermit, local::InFlight, pool::ResponseError},
+    upstream::{BodyError, Lease, local::InFlight, policy_state::RequestPermit, pool::ResponseError},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");

@@ -11,10 +11,10 @@ use tokio::{
 use super::{CLOSE_GRACE, Connection, ConnectionError, HEADER_TIMEOUT, protocol::PlaintextOptions};
 use crate::{
     config::Mtls,
-    model::LocalCluster,
+    model::WorkerCluster,
     proxy::{
-        connect::{self, ByteStreamGuard},
         detect::{DetectedProtocol, Detector, server_speaks_http},
+        dial::{self, ByteStreamGuard},
         redirection,
         worker::drain_phase,
     },
@@ -69,7 +69,7 @@ impl Connection {
     where
         S: AsyncRead + Unpin,
     {
-        let may_be_server = |destination: &&Rc<LocalCluster>| {
+        let may_be_server = |destination: &&Rc<WorkerCluster>| {
             mtls != Mtls::Strict && self.byte_stream_rules(destination, is_negotiated).allows_server_first()
         };
         let mut draining = pin!(self.wait_for_drain());
@@ -95,7 +95,7 @@ impl Connection {
             () = &mut draining => return Ok(FirstBytes::Draining),
             dialled = async {
                 sleep(silence).await;
-                Box::pin(connect::dial(self, destination)).await
+                Box::pin(dial::dial(self, destination)).await
             } => dialled,
         };
         let (io, in_use) = match dialled {

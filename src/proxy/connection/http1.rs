@@ -177,7 +177,7 @@ impl Connection {
             // Boxed, so that an idle connection does not hold the memory of a request.
             let exchange = self
                 .begin_exchange(connection, head)
-                .map(|pending| PooledFuture::new(self.exchange(connection, pending)));
+                .map(|pending| PooledFuture::new(self.serve_request(connection, pending)));
             let after = match exchange {
                 Ok(exchange) => exchange.await?,
                 Err(refused) => {
@@ -250,7 +250,7 @@ impl Connection {
 
     /// Serves one request, from its head to the last byte of its response.
     // Not an `async fn`, which would store its arguments twice.
-    fn exchange(
+    fn serve_request(
         self: &Rc<Self>,
         connection: &SharedConnection,
         mut pending: PendingRequest,
@@ -264,12 +264,12 @@ impl Connection {
             };
             // The rest of the body is not needed.
             drop(take(pending.request.body_mut()));
-            this.pass_on(&connection, response, &pending).await
+            this.write_response(&connection, response, &pending).await
         }
     }
 
     /// Writes a response and decides what happens to the connection.
-    async fn pass_on(
+    async fn write_response(
         self: &Rc<Self>,
         connection: &SharedConnection,
         mut response: Response<ResponseBody>,

@@ -17,13 +17,13 @@ use super::{
 use crate::{
     config::{Mtls, Protocol},
     http1::head::{write_field, write_fields, write_status_line},
-    model::{LocalCluster, Side},
+    model::{Side, WorkerCluster},
     net::io::{Io, Prefixed},
     proxy::{
         authorize,
         body::ResponseBody,
-        connect::{self, ByteStreamGuard},
         detect::{DetectedProtocol, Detector, RequestWatch},
+        dial::{self, ByteStreamGuard},
         error::{ErrorContext, ProxyError, respond},
         opaque::{ByteStreamRefusal, ByteStreamRules, ByteStreamVerdict},
         redirection,
@@ -41,7 +41,7 @@ const MAX_LINGER_BYTES: usize = 256 * 1024;
 #[derive(Clone, Copy)]
 pub(super) struct PlaintextOptions<'a> {
     /// The destination of bytes that are not HTTP; `None`: there is none.
-    pub destination: Option<&'a Rc<LocalCluster>>,
+    pub destination: Option<&'a Rc<WorkerCluster>>,
     pub mtls: Mtls,
     /// The client is a sidecar that negotiated a byte stream by ALPN.
     pub is_negotiated: bool,
@@ -135,7 +135,8 @@ impl Connection {
                     stream,
                     server,
                     destination,
-                    (verdict, ByteStreamOrigin { detected, is_negotiated }),
+                    verdict,
+                    ByteStreamOrigin { detected, is_negotiated },
                 ))
                 .await
             }
@@ -169,8 +170,9 @@ impl Connection {
         &self,
         stream: S,
         server: Option<Box<DialledServer>>,
-        destination: &LocalCluster,
-        (verdict, origin): (ByteStreamVerdict, ByteStreamOrigin),
+        destination: &WorkerCluster,
+        verdict: ByteStreamVerdict,
+        origin: ByteStreamOrigin,
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -185,24 +187,22 @@ impl Connection {
         };
         if let Some(server) = server {
             let DialledServer { io, guard: _in_use, received: said } = *server;
-            return self
-                .relay_byte_stream(stream, Prefixed::new(said, io), destination, (watch, origin))
-                .await;
+            return self.relay_byte_stream(stream, Prefixed::new(said, io), destination, watch, origin).await;
         }
         let bare = self.outbound_destination().is_some()
             && origin.detected == DetectedProtocol::Tls
             && redirection::is_tls_server(destination);
         let (upstream, _in_use) = match bare {
-            true => Box::pin(connect::dial_without_tls(self, destination)).await?,
-            false => Box::pin(connect::dial(self, destination)).await?,
+            true => Box::pin(dial::dial_without_tls(self, destination)).await?,
+            false => Box::pin(dial::dial(self, destination)).await?,
         };
-        self.relay_byte_stream(stream, upstream, destination, (watch, origin)).await
+        self.relay_byte_stream(stream, upstream, destination, watch, origin).await
     }
 
     /// The rules for byte streams on this connection.
     pub(super) fn byte_stream_rules(
         &self,
-        destination: &LocalCluster,
+        destination: &WorkerCluster,
         is_negotiated: bool,
     ) -> ByteStreamRules {
         let view = self.worker.view();
@@ -243,14 +243,14 @@ impl Connection {
     async fn refuse_byte_stream<S>(
         &self,
         mut stream: S,
-        destination: Option<&LocalCluster>,
+        destination: Option<&WorkerCluster>,
         error: ProxyError,
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         if let Some(destination) = destination {
-            destination.upstream.shared.guards.counters.rejected.increment(error.cause.word());
+            destination.upstream.shared.policy_state.counters.rejected.increment(error.cause.word());
         }
         // The log suppresses repetitions.
         tracing::warn!(peer = ?self.peer, "byte stream refused: {}", error.detail);
@@ -285,8 +285,9 @@ impl Connection {
         &self,
         stream: S,
         upstream: U,
-        to: &LocalCluster,
-        (watch, origin): (RequestWatch, ByteStreamOrigin),
+        to: &WorkerCluster,
+        watch: RequestWatch,
+        origin: ByteStreamOrigin,
     ) -> Result<(), ConnectionError>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -321,7 +322,7 @@ impl Connection {
             tunnel::TunnelEnd::Idle => Err(ConnectionError::Cut("no byte moved for tunnel_idle_timeout")),
             tunnel::TunnelEnd::MaxDuration => Err(ConnectionError::Cut("max_duration has elapsed")),
             tunnel::TunnelEnd::HiddenRequest(error) => {
-                to.upstream.shared.guards.counters.rejected.increment("malformed");
+                to.upstream.shared.policy_state.counters.rejected.increment("malformed");
                 tracing::warn!(peer = ?self.peer, "byte stream cut: {error}; {}", self.remedy());
                 Err(ConnectionError::Cut("the byte stream could be read as an HTTP request"))
             }
@@ -334,7 +335,7 @@ impl Connection {
         self: &Rc<Self>,
         mut stream: Box<dyn Io>,
         dialled: Option<(UpstreamIo, ByteStreamGuard)>,
-        to: &LocalCluster,
+        to: &WorkerCluster,
     ) -> Result<(), ConnectionError> {
         let mut detector = Detector::default();
         let idle = to.cluster.settings.policy.tunnel_idle_timeout.limit();
@@ -403,7 +404,8 @@ impl Connection {
                     stream,
                     server,
                     to,
-                    (verdict, ByteStreamOrigin { detected, is_negotiated: false }),
+                    verdict,
+                    ByteStreamOrigin { detected, is_negotiated: false },
                 ))
                 .await
             }

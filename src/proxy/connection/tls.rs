@@ -26,14 +26,15 @@ use crate::{
         tls::AlpnOffer,
         trust::{Role, VerifyError},
     },
-    model::{LocalCluster, Side},
+    model::{Side, WorkerCluster},
     net::{
         alpn::{ApplicationProtocol, ConnectionTls},
         io::{Prefixed, SharedTcp},
     },
     proxy::{
-        authorize, connect,
+        authorize,
         detect::{DetectedProtocol, RequestWatch},
+        dial,
         error::ProxyError,
         opaque::ByteStreamVerdict,
         target,
@@ -76,7 +77,7 @@ impl Connection {
         stream: SharedTcp,
         read_ahead: Bytes,
         mtls: Mtls,
-        destination: &Rc<LocalCluster>,
+        destination: &Rc<WorkerCluster>,
     ) -> Result<(), ConnectionError> {
         let worker = &self.worker;
         let counts = &worker.shared.identity.handshakes.inbound;
@@ -113,12 +114,13 @@ impl Connection {
         let stream = Box::new(stream);
         match speaks {
             _ if protocol == Protocol::Tcp => {
-                let (upstream, _in_use) = Box::pin(connect::dial(&inside, destination)).await?;
+                let (upstream, _in_use) = Box::pin(dial::dial(&inside, destination)).await?;
                 Box::pin(inside.relay_byte_stream(
                     stream,
                     upstream,
                     destination,
-                    (RequestWatch::off(), ByteStreamOrigin::default()),
+                    RequestWatch::off(),
+                    ByteStreamOrigin::default(),
                 ))
                 .await
             }

@@ -39,7 +39,8 @@ impl Upgrade {
             let allowed = authorize::check_upgrade(
                 connection,
                 &connection.worker.view(),
-                (&allowed_request.0, &allowed_request.1),
+                &allowed_request.0,
+                &allowed_request.1,
             );
             let reason = connection.refusal_by_current_config().or(allowed.err().map(ConnectionError::from));
             if let Some(reason) = reason {

@@ -18,7 +18,10 @@ use crate::{
     proxy::target,
     rng::Rng,
     runtime,
-    telemetry::{metrics::EntryPoint, record::RequestRecord},
+    telemetry::{
+        metrics::EntryPoint,
+        record::{RequestRecord, RequestStart},
+    },
     trace_context::{IncomingContext, TraceContext},
     upstream::{BodyError, DiscoveredEndpoint},
 };
@@ -58,14 +61,21 @@ async fn exchange(
     let worker = Worker::new(Arc::clone(&proxy.shared), 0);
     let view = worker.view();
     let target = target::by_name(&view, "up").unwrap();
-    target.local.upstream.shared.publish(vec![DiscoveredEndpoint { address, host: None, weight: 1 }]);
+    target.serving.upstream.shared.publish(vec![DiscoveredEndpoint { address, host: None, weight: 1 }]);
 
     let now = Instant::now();
     let progress = Rc::new(Progress::new(now));
     let trace = TraceContext::new(&IncomingContext::default(), &mut Rng::from_seed(1), |_| false);
     progress.open_record(
         &worker,
-        RequestRecord::new(EntryPoint::Host, address, Method::GET, Version::HTTP_11, trace, now),
+        RequestRecord::new(RequestStart {
+            entry_point: EntryPoint::Host,
+            peer: address,
+            method: Method::GET,
+            version: Version::HTTP_11,
+            context: trace,
+            started_at: now,
+        }),
     );
     let peer = HeaderValue::from_static("queue");
     let origin = Origin {

@@ -25,14 +25,14 @@ impl Fleet {
 
     /// An attempt that began and ended now.
     fn report(&self, index: usize, outcome: EndpointOutcome, now: Instant) -> Option<EndpointChange> {
-        self.late_report(index, outcome, (now, now))
+        self.late_report(index, outcome, AttemptTimes { began: now, ended: now })
     }
 
     fn late_report(
         &self,
         index: usize,
         outcome: EndpointOutcome,
-        times: (Instant, Instant),
+        times: AttemptTimes,
     ) -> Option<EndpointChange> {
         let address = &self.addresses[index];
         let endpoint = self.outliers.endpoint(address)?;
@@ -202,12 +202,18 @@ fn attempts_that_began_before_the_absence_are_ignored() {
     let now = Instant::now();
     let fleet = Fleet::new(2, OutlierSettings::default(), now);
     fleet.report(0, EndpointOutcome::Refused, now + S);
-    assert_eq!(fleet.late_report(0, EndpointOutcome::Success, (now, now + S * 2)), None);
+    assert_eq!(
+        fleet.late_report(0, EndpointOutcome::Success, AttemptTimes { began: now, ended: now + S * 2 }),
+        None
+    );
     assert_eq!(fleet.absent(), 1);
     // Many attempts that fail together move the next probe once.
     let next = fleet.outliers.next_probe_at();
     for _ in 0..50 {
-        assert_eq!(fleet.late_report(0, EndpointOutcome::Failure, (now, now + S * 2)), None);
+        assert_eq!(
+            fleet.late_report(0, EndpointOutcome::Failure, AttemptTimes { began: now, ended: now + S * 2 }),
+            None
+        );
         assert_eq!(fleet.report(0, EndpointOutcome::Refused, now + S), None);
     }
     assert_eq!(fleet.outliers.next_probe_at(), next);

@@ -15,11 +15,11 @@ use super::{
 
 /// Whether the request body can be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BodyState {
+pub enum Replayability {
     /// None of it has been read from the client yet, or there is none.
     Unread,
     /// All that has been read so far was kept.
-    Replayable,
+    Buffered,
     /// Part of it was sent and not kept: it exceeds `body_limit`.
     NotKept,
 }
@@ -36,7 +36,7 @@ pub struct FailedAttempt {
     pub free_retry_used: bool,
     /// Free retries of attempts that count as never sent.
     pub resends: u32,
-    pub body: BodyState,
+    pub body: Replayability,
     /// Response headers have been sent to the client.
     pub is_committed: bool,
 }
@@ -87,9 +87,9 @@ impl StopReason {
             Self::NotRetryable => "not_retryable",
             Self::Suppressed => "suppressed",
             Self::Committed => "committed",
-            Self::MaxAttempts => "max_tries",
+            Self::MaxAttempts => "max_attempts",
             Self::Method => "method",
-            Self::BodyNotKept => "body_gone",
+            Self::BodyNotKept => "body_not_kept",
             Self::Deadline => "deadline",
             Self::RetryAfter => "retry_after",
             Self::Pushback => "pushback",
@@ -193,11 +193,11 @@ impl RetryPolicy {
     /// Whether a request that certainly did not reach the service may go to another endpoint at once, as if that one
     /// had been chosen first. This spends neither an attempt nor budget. Only if this attempt found its endpoint
     /// `absent`, which happens once per endpoint: the balancer does not choose it afterwards.
-    pub fn may_switch_endpoint(&self, outcome: &AttemptOutcome, absent: bool, body: BodyState) -> bool {
+    pub fn may_switch_endpoint(&self, outcome: &AttemptOutcome, absent: bool, body: Replayability) -> bool {
         absent
             && self.has_attempt_left(1)
             && outcome.is_unprocessed()
-            && body != BodyState::NotKept
+            && body != Replayability::NotKept
             && self.is_retryable(outcome)
     }
 
@@ -265,7 +265,7 @@ impl RetryPolicy {
         if !may_send_twice {
             return Err(StopReason::Method);
         }
-        if attempt.body == BodyState::NotKept {
+        if attempt.body == Replayability::NotKept {
             return Err(StopReason::BodyNotKept);
         }
         Ok(free)

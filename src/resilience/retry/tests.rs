@@ -26,7 +26,7 @@ const METHODS: [Method; 9] = [
     Method::PATCH,
     Method::CONNECT,
 ];
-const BODIES: [BodyState; 3] = [BodyState::Unread, BodyState::Replayable, BodyState::NotKept];
+const BODIES: [Replayability; 3] = [Replayability::Unread, Replayability::Buffered, Replayability::NotKept];
 
 fn ample_budget() -> RetryBudget {
     let window = HumanDuration::from_secs(1);
@@ -51,7 +51,7 @@ fn first(policy: &RetryPolicy, method: &Method) -> FailedAttempt {
         attempts: 1,
         free_retry_used: false,
         resends: 0,
-        body: BodyState::Unread,
+        body: Replayability::Unread,
         is_committed: false,
     }
 }
@@ -91,7 +91,7 @@ fn may_be_sent_again(
             _ => false,
         };
     let on_request =
-        !attempt.is_committed && attempt.body != BodyState::NotKept && outcome.advice != RetryAdvice::No;
+        !attempt.is_committed && attempt.body != Replayability::NotKept && outcome.advice != RetryAdvice::No;
     on_request
         && match policy {
             None => unsent || (stale && !attempt.free_retry_used && (idempotent || unprocessed)),
@@ -228,7 +228,7 @@ fn stops_with_the_right_reason() {
     assert_eq!(reason(FailedAttempt { attempts: 3, ..get }, http(503), now), StopReason::MaxAttempts);
     assert_eq!(reason(post, http(503), now), StopReason::Method);
     assert_eq!(
-        reason(FailedAttempt { body: BodyState::NotKept, ..get }, http(503), now),
+        reason(FailedAttempt { body: Replayability::NotKept, ..get }, http(503), now),
         StopReason::BodyNotKept
     );
     let short_of_time = RetryContext { time_left: Some(Duration::from_millis(5)), ..now };
@@ -296,7 +296,7 @@ fn resends_an_unsent_request_for_free() {
         }
         let spent = FailedAttempt { resends: MAX_RESENDS, ..post };
         assert_eq!(off.decide(&spent, &outcome, &now), RetryDecision::Stop(StopReason::NotRetryable));
-        let gone = FailedAttempt { body: BodyState::NotKept, ..post };
+        let gone = FailedAttempt { body: Replayability::NotKept, ..post };
         assert_eq!(off.decide(&gone, &outcome, &now), RetryDecision::Stop(StopReason::BodyNotKept));
         let never = RetryPolicy::new(Some(RetrySettings { max: 0, ..RetrySettings::default() }));
         assert!(matches!(never.decide(&first(&never, &Method::GET), &outcome, &now), RetryDecision::Stop(_)));
@@ -326,18 +326,24 @@ fn switches_endpoint_only_for_unprocessed_requests_to_absent_endpoints() {
     let policy = RetryPolicy::new(Some(RetrySettings::default()));
     let refused = AttemptOutcome::new(OutcomeKind::Connect(ConnectFailure::Refused));
     let http = |advice| AttemptOutcome { kind: OutcomeKind::Http(StatusCode::SERVICE_UNAVAILABLE), advice };
-    assert!(policy.may_switch_endpoint(&refused, true, BodyState::Unread));
-    assert!(policy.may_switch_endpoint(&http(RetryAdvice::Elsewhere), true, BodyState::Replayable));
+    assert!(policy.may_switch_endpoint(&refused, true, Replayability::Unread));
+    assert!(policy.may_switch_endpoint(&http(RetryAdvice::Elsewhere), true, Replayability::Buffered));
     assert!(
-        !policy.may_switch_endpoint(&http(RetryAdvice::Elsewhere), false, BodyState::Replayable),
+        !policy.may_switch_endpoint(&http(RetryAdvice::Elsewhere), false, Replayability::Buffered),
         "its limits are full"
     );
-    assert!(!policy.may_switch_endpoint(&http(RetryAdvice::Elsewhere), true, BodyState::NotKept));
+    assert!(!policy.may_switch_endpoint(&http(RetryAdvice::Elsewhere), true, Replayability::NotKept));
     assert!(
-        !policy.may_switch_endpoint(&http(RetryAdvice::None), true, BodyState::Unread),
+        !policy.may_switch_endpoint(&http(RetryAdvice::None), true, Replayability::Unread),
         "it may have been processed"
     );
-    assert!(!RetryPolicy::new(None).may_switch_endpoint(&refused, true, BodyState::Unread), "retry = false");
+    assert!(
+        !RetryPolicy::new(None).may_switch_endpoint(&refused, true, Replayability::Unread),
+        "retry = false"
+    );
     let once = RetrySettings { max: 0, ..RetrySettings::default() };
-    assert!(!RetryPolicy::new(Some(once)).may_switch_endpoint(&refused, true, BodyState::Unread), "max = 0");
+    assert!(
+        !RetryPolicy::new(Some(once)).may_switch_endpoint(&refused, true, Replayability::Unread),
+        "max = 0"
+    );
 }

@@ -6,7 +6,10 @@ use crate::{
     cause::Cause,
     resilience::classify::{Reset, RetryAdvice},
     rng::Rng,
-    telemetry::{metrics::EntryPoint, record::LocalResponse},
+    telemetry::{
+        metrics::EntryPoint,
+        record::{LocalResponse, RequestStart},
+    },
     trace_context::{IncomingContext, TraceContext},
 };
 
@@ -20,7 +23,14 @@ pub fn record(status: u16) -> RequestRecord {
     let context = TraceContext::new(&IncomingContext::default(), &mut Rng::from_seed(1), |_| false);
     let peer = "127.0.0.1:40000".parse().unwrap();
     let now = Instant::now();
-    let record = RequestRecord::new(EntryPoint::Host, peer, Method::GET, Version::HTTP_11, context, now);
+    let record = RequestRecord::new(RequestStart {
+        entry_point: EntryPoint::Host,
+        peer,
+        method: Method::GET,
+        version: Version::HTTP_11,
+        context,
+        started_at: now,
+    });
     let status = StatusCode::from_u16(status).ok();
     RequestRecord { status, response_head_at: status.map(|_| now), ended_at: Some(now), ..record }
 }
@@ -108,7 +118,7 @@ fn a_refusal_says_its_detail_once() {
     let mut twice =
         refuse(with(record(502), &[(A, REFUSED), (B, REFUSED)]), Cause::ConnectRefused, "the same");
     twice.attempts.get_mut(1).unwrap().error = Some("the same".to_owned());
-    twice.retry_stopped = Some("max_tries");
+    twice.retry_stopped = Some("max_attempts");
     let why = "connect to 10.0.0.3:8080 refused, second attempt failed: connect to 10.0.0.4:8080 refused; \
                no further attempt: `retry.max` is used up";
     check(&twice, Verdict::Failed, "connect_refused", why);

@@ -26,8 +26,8 @@ use super::*;
 use crate::{
     config::PoolIdleTimeout,
     upstream::{
-        BodyError, connect::TcpTimeouts, guards::Guards, http2::PingSettings,
-        idle_connections::IdleConnections,
+        BodyError, connect::TcpTimeouts, http2::PingSettings, idle_connections::IdleConnections,
+        policy_state::PolicyState,
     },
 };
 
@@ -80,7 +80,7 @@ async fn streams(buffer_size: Option<u32>) -> (SharedTcp, TcpStream) {
 }
 
 async fn opened(io: UpstreamIo, tcp: SharedTcp) -> Http1Connection {
-    let slot = ConnectionSlot::acquire(&Guards::new(std::time::Instant::now())).await.unwrap();
+    let slot = ConnectionSlot::acquire(&PolicyState::new(std::time::Instant::now())).await.unwrap();
     let opened = ConnectionInner {
         connection: RefCell::new(ClientConnection::new(io)),
         tcp,

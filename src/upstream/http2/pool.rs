@@ -18,8 +18,8 @@ use crate::{
     identity::tls::ClientTls,
     upstream::{
         connect::{ConnectError, TlsTarget},
-        guards::{ConnectionSlot, Guards},
         local::LocalEndpoint,
+        policy_state::{ConnectionSlot, PolicyState},
         pool::{ConnectionSettings, Lease, matches_settings, uses_current_tls},
     },
 };
@@ -60,21 +60,21 @@ impl Http2Pool {
     pub async fn stream(
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
+        policy_state: &Arc<PolicyState>,
         upload: bool,
     ) -> Result<Lease, ConnectError> {
         let pool = &endpoint.pool.h2;
         if let Choice::Available(connection) = pool.choose(settings, upload) {
             return Ok(lease(connection, true));
         }
-        Box::pin(pool.wait(endpoint, settings, guards, upload)).await
+        Box::pin(pool.wait(endpoint, settings, policy_state, upload)).await
     }
 
     async fn wait(
         &self,
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
+        policy_state: &Arc<PolicyState>,
         mut upload: bool,
     ) -> Result<Lease, ConnectError> {
         let until = Instant::now() + settings.stream_wait;
@@ -90,7 +90,7 @@ impl Http2Pool {
             }
             let choice = self.choose(settings, upload);
             if dialled && !matches!(choice, Choice::Available(_)) {
-                waiter.pass_on();
+                waiter.notify_next();
             }
             let dial = match choice {
                 Choice::Available(connection) => return Ok(lease(connection, !dialled)),
@@ -106,7 +106,7 @@ impl Http2Pool {
                     let silent = connection.state.wire.last_received().is_none();
                     return if silent { Ok(lease(connection, false)) } else { Err(self.no_stream(settings)) };
                 }
-                Choice::Full => self.dial(endpoint, settings, guards),
+                Choice::Full => self.dial(endpoint, settings, policy_state),
             };
             settings.queued.set(true);
             changed.await;
@@ -165,7 +165,7 @@ impl Http2Pool {
         &self,
         endpoint: &Rc<LocalEndpoint>,
         settings: &ConnectionSettings,
-        guards: &Arc<Guards>,
+        policy_state: &Arc<PolicyState>,
     ) -> Rc<Dial> {
         let mut dials = self.dials.borrow_mut();
         if let Some(dial) = dials.iter().find(|dial| dial.tls == settings.tls) {
@@ -178,11 +178,11 @@ impl Http2Pool {
         });
         dials.push(Rc::clone(&dial));
         drop(dials);
-        let (settings, guards) = (settings.clone(), Arc::clone(guards));
+        let (settings, policy_state) = (settings.clone(), Arc::clone(policy_state));
         let guard = DialGuard { endpoint: Rc::clone(endpoint), dial: Rc::clone(&dial) };
         spawn_local(async move {
             let pool = &guard.endpoint.pool.h2;
-            let outcome = match ConnectionSlot::acquire(&guards).await {
+            let outcome = match ConnectionSlot::acquire(&policy_state).await {
                 Ok(slot) => {
                     guard.dial.connects.set(true);
                     Http2Connection::open(&guard.endpoint, &settings, slot, &pool.changed).await
@@ -292,12 +292,12 @@ mod tests {
             DiscoveredEndpoint { address: "127.0.0.1:1".parse().unwrap(), host: None, weight: 1 };
         let now = std::time::Instant::now();
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
-        let (pool, guards) = (&endpoint.pool.h2, Guards::new(now));
+        let (pool, policy_state) = (&endpoint.pool.h2, PolicyState::new(now));
         let client = Arc::new(ClientTls::new(UpstreamTls::default(), MinTls::default(), Arc::default()));
         let dial = |name: &'static str| {
             let name = Arc::new(name.try_into().unwrap());
             let target = TlsTarget { client: Arc::clone(&client), name };
-            pool.dial(&endpoint, &settings(Some(target)), &guards)
+            pool.dial(&endpoint, &settings(Some(target)), &policy_state)
         };
         let set = LocalSet::new();
         let _entered = set.enter();
@@ -318,13 +318,13 @@ mod tests {
             DiscoveredEndpoint { address: listener.local_addr().unwrap(), host: None, weight: 1 };
         let now = std::time::Instant::now();
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
-        let (guards, settings) = (Guards::new(now), settings(None));
+        let (policy_state, settings) = (PolicyState::new(now), settings(None));
         let run = async {
             let accepted = tokio::task::spawn_local(async move {
                 let (stream, _) = listener.accept().await.unwrap();
                 h2::server::handshake(stream).await.unwrap()
             });
-            let lease = Http2Pool::stream(&endpoint, &settings, &guards, false).await;
+            let lease = Http2Pool::stream(&endpoint, &settings, &policy_state, false).await;
             let Ok(Lease::H2 { mut stream, .. }) = lease else { panic!("a stream") };
             drop(accepted.await.unwrap());
             while !stream.connection.state.closed.get() {
@@ -346,9 +346,9 @@ mod tests {
         let endpoint = Rc::new(LocalEndpoint::new(Arc::new(Endpoint::new(discovered)), None, now));
         let pool = &endpoint.pool.h2;
         let settings = settings(None);
-        let guards = Guards::new(now);
+        let policy_state = PolicyState::new(now);
         let set = LocalSet::new();
-        let mut waiting = pin!(Http2Pool::stream(&endpoint, &settings, &guards, false));
+        let mut waiting = pin!(Http2Pool::stream(&endpoint, &settings, &policy_state, false));
         let polled = {
             let _tasks = set.enter();
             poll_fn(|cx| Poll::Ready(waiting.as_mut().poll(cx))).await

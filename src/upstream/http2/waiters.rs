@@ -43,7 +43,7 @@ impl Waiters {
 
 impl Waiter<'_> {
     /// The notification was of no use here: pass it on. Each request is notified at most once per freed stream.
-    pub fn pass_on(&self) {
+    pub fn notify_next(&self) {
         let waiters = self.0;
         if let Some(passes) = waiters.passes.get().checked_sub(1) {
             waiters.passes.set(passes);
@@ -90,16 +90,16 @@ mod tests {
         }
         waiters.notify_one();
         assert_eq!([notified(0), notified(1), notified(2)], [true, false, false]);
-        first.pass_on();
+        first.notify_next();
         assert_eq!([notified(0), notified(1), notified(2)], [false, true, false]);
-        second.pass_on();
+        second.notify_next();
         assert_eq!([notified(0), notified(1), notified(2)], [false, false, true]);
-        third.pass_on();
+        third.notify_next();
         assert_eq!([notified(0), notified(1), notified(2)], [false, false, false], "none is left");
         drop((second, third));
         waiters.notify_one();
         assert!(notified(0) || notified(1) || notified(2));
-        first.pass_on();
+        first.notify_next();
         assert!(pin!(waiters.notified()).poll(&mut cx).is_pending(), "it does not notify itself forever");
     }
 }

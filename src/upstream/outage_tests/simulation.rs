@@ -1,6 +1,7 @@
 //! The simulated replicas and their clients.
 
 use super::*;
+use crate::{resilience::outlier::AttemptTimes, upstream::policy_state::BreakerOutcome};
 
 pub(super) const MS: Duration = Duration::from_millis(1);
 pub(super) const LATENCY: Duration = Duration::from_millis(20);
@@ -68,7 +69,7 @@ impl Simulation {
             weight: 1,
         };
         upstream.publish(schedules.iter().enumerate().map(discovered).collect());
-        upstream.guards.configure(&Policy::default(), Instant::now());
+        upstream.policy_state.configure(&Policy::default(), Instant::now());
         let (local, mut rng) = (LocalUpstream::new(Arc::clone(&upstream), balance), Rng::from_seed(seed));
         Self {
             endpoints: local.endpoints(&mut rng),
@@ -126,20 +127,20 @@ impl Simulation {
 
     /// What the control thread does until that time.
     pub(super) fn probe_absent(&mut self, until: Duration) {
-        let guards = Arc::clone(&self.upstream.guards);
-        while let Some(at) = guards.outliers.next_probe_at().filter(|at| *at <= self.start + until) {
+        let policy_state = Arc::clone(&self.upstream.policy_state);
+        while let Some(at) = policy_state.outliers.next_probe_at().filter(|at| *at <= self.start + until) {
             self.now = self.now.max(at.saturating_duration_since(self.start));
-            for question in guards.outliers.take_due_probes(16, self.at().max(at)) {
+            for question in policy_state.outliers.take_due_probes(16, self.at().max(at)) {
                 let may_try = match question {
                     DueProbe::Request(_) => true,
                     DueProbe::Connection(address) => {
                         let index = usize::from(address.port()) - 1;
                         let accepts = self.mode(index, self.now) != Mode::Down;
-                        guards.outliers.record_connection_probe(&address, accepts, self.at())
+                        policy_state.outliers.record_connection_probe(&address, accepts, self.at())
                     }
                 };
                 if may_try {
-                    guards.breaker.allow_early_trial();
+                    policy_state.breaker.allow_early_trial();
                 }
             }
         }
@@ -153,15 +154,17 @@ impl Simulation {
     }
 
     pub(super) fn attempt(&mut self, mut request: SimulatedRequest) {
-        let (guards, now) = (Arc::clone(&self.upstream.guards), self.at());
+        let (policy_state, now) = (Arc::clone(&self.upstream.policy_state), self.at());
         if request.attempts == 1 && request.tried.is_empty() && request.waiting_since.is_none() {
-            guards.budget.deposit();
+            policy_state.budget.deposit();
         }
-        let admission = guards.breaker.admit(now);
-        guards.record_transition("up", admission.transition);
+        let admission = policy_state.breaker.admit(now);
+        policy_state.record_transition("up", admission.transition);
         let Ok(permit) = admission.permit else {
             let since = *request.waiting_since.get_or_insert(self.now);
-            if guards.reachability.is_unreachable() && self.now - since < self.retries.max_absence_wait() {
+            if policy_state.reachability.is_unreachable()
+                && self.now - since < self.retries.max_absence_wait()
+            {
                 return self.schedule(self.now + MS * 5, request);
             }
             return self.failed.push(self.now);
@@ -199,7 +202,7 @@ impl Simulation {
 
     pub(super) fn record_outcome(&mut self, mut request: SimulatedRequest, attempt: Attempt) {
         let Attempt { index, started, permit, outcome, _in_flight } = attempt;
-        let (guards, now) = (Arc::clone(&self.upstream.guards), self.at());
+        let (policy_state, now) = (Arc::clone(&self.upstream.policy_state), self.at());
         let endpoint = Rc::clone(&self.endpoints[index]);
         let health = outcome.health();
         if health == Health::Success {
@@ -209,9 +212,20 @@ impl Simulation {
         }
         let evidence = EndpointOutcome::new(&outcome, health, false);
         let random = self.rng.unit_f64();
-        endpoint.report(&self.upstream, evidence, (self.start + started, now), || random);
+        endpoint.report(
+            &self.upstream,
+            evidence,
+            AttemptTimes { began: self.start + started, ended: now },
+            || random,
+        );
         let blamed = self.local.health_for_breaker(&endpoint, health, now);
-        let transition = guards.report("up", permit, (blamed, evidence.makes_absent()), now, random);
+        let transition = policy_state.report(
+            "up",
+            permit,
+            BreakerOutcome { health: blamed, is_absence: evidence.makes_absent() },
+            now,
+            random,
+        );
         self.openings += u32::from(transition.is_some_and(|transition| transition.to == BreakerState::Open));
         if outcome.kind.is_response() {
             self.pooled[index] += 1;
@@ -223,7 +237,7 @@ impl Simulation {
             other != index && !request.tried.contains(&other) && endpoint.is_usable(now)
         };
         if !request.tried.contains(&index)
-            && self.retries.may_switch_endpoint(&outcome, endpoint.is_absent(), BodyState::Unread)
+            && self.retries.may_switch_endpoint(&outcome, endpoint.is_absent(), Replayability::Unread)
             && self.endpoints.iter().enumerate().any(another)
         {
             request.tried.push(index);
@@ -235,11 +249,16 @@ impl Simulation {
             attempts: request.attempts,
             free_retry_used: request.free_retry_used,
             resends: 0,
-            body: BodyState::Unread,
+            body: Replayability::Unread,
             is_committed: false,
         };
-        let moment =
-            RetryContext { now, time_left: None, hint: RetryHint::None, random, budget: &guards.budget };
+        let moment = RetryContext {
+            now,
+            time_left: None,
+            hint: RetryHint::None,
+            random,
+            budget: &policy_state.budget,
+        };
         match self.retries.decide(&failed, &outcome, &moment) {
             RetryDecision::Retry(retry) if retry.free => {
                 request.free_retry_used = true;

@@ -98,8 +98,19 @@ impl PseudoRandom {
     }
 }
 
-/// One request: a body of `size` in chunks; the failure comes after `after` bytes, while the body is being sent.
-fn one(random: &mut PseudoRandom, failure: Failure, size: usize, after: usize, chunked: bool, limit: usize) {
+/// One request whose first attempt fails.
+struct Case {
+    failure: Failure,
+    /// Of the request's body, in bytes.
+    size: usize,
+    /// The failure comes after so many bytes of the body, while the rest is being sent.
+    after: usize,
+    chunked: bool,
+    /// `retry.body_limit`, in bytes.
+    limit: usize,
+}
+
+fn run_case(random: &mut PseudoRandom, Case { failure, size, after, chunked, limit }: Case) {
     let what = format!("{failure:?} after {after} of {size} bytes, chunked: {chunked}, kept up to {limit}");
     let body: Vec<u8> = (0..size).map(|_| u8::try_from(random.below(256)).expect("a byte")).collect();
     let got = Arc::<Mutex<Got>>::default();
@@ -156,10 +167,16 @@ fn a_retried_body_is_byte_for_byte_the_clients() {
         for chunked in [false, true] {
             for size in [1, 2, 4096, 30_000] {
                 for after in [0, 1, size / 2, size] {
-                    one(&mut random, failure, size, after.min(size), chunked, 64 * 1024);
+                    run_case(
+                        &mut random,
+                        Case { failure, size, after: after.min(size), chunked, limit: 64 * 1024 },
+                    );
                 }
             }
-            one(&mut random, failure, 64 * 1024, 20_000, chunked, 64 * 1024);
+            run_case(
+                &mut random,
+                Case { failure, size: 64 * 1024, after: 20_000, chunked, limit: 64 * 1024 },
+            );
         }
     }
 }
@@ -171,7 +188,7 @@ fn a_body_beyond_the_replay_buffer_is_not_retried() {
     for failure in FAILURES {
         for chunked in [false, true] {
             for after in [0, 500, 1000, 1001, 5000, 20_000] {
-                one(&mut random, failure, 20_000, after, chunked, 1000);
+                run_case(&mut random, Case { failure, size: 20_000, after, chunked, limit: 1000 });
             }
         }
     }

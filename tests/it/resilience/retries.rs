@@ -152,7 +152,7 @@ fn a_buffered_body_is_retried_and_a_larger_one_is_not() {
         let seen = service.seen();
         assert_eq!(seen.len(), expected, "{length} bytes");
         let gone = u64::from(length > limit);
-        assert_eq!(retries(&proxy, "body_gone"), gone, "the reason can be seen");
+        assert_eq!(retries(&proxy, "body_not_kept"), gone, "the reason can be seen");
         assert!(
             seen.iter().all(|ReceivedRequest { body: got, .. }| got == body.as_bytes()),
             "each try is the whole body"

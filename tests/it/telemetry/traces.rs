@@ -193,7 +193,7 @@ fn a_span_of_a_rejected_request_has_its_cause() {
     let call = of(&spans, "lone", "INTERNAL")[0];
     assert_eq!(call.attribute("outrigger.cause"), "connect_refused");
     assert_eq!(call.attribute("error.type"), "connect_refused");
-    assert_eq!(call.attribute("outrigger.retry.stopped"), "max_tries");
+    assert_eq!(call.attribute("outrigger.retry.stopped"), "max_attempts");
     assert_eq!(of(&spans, "lone", "CLIENT").len(), 3);
     assert!(of(&spans, "lone", "CLIENT").iter().all(|one| one.attribute("error.type") == "connect_refused"));
 }
@@ -213,7 +213,7 @@ fn an_unbuffered_body_is_reported_as_the_reason_for_no_retry() {
     assert_eq!(RawClient::connect(proxy.outbound()).ask(request).status(), 503);
     let spans = rotel.wait_for(2);
     let call = of(&spans, "lone", "INTERNAL")[0];
-    assert_eq!(call.attribute("outrigger.retry.stopped"), "body_gone", "{spans:#?}");
+    assert_eq!(call.attribute("outrigger.retry.stopped"), "body_not_kept", "{spans:#?}");
     let why = "the request's body is larger than `retry.body_limit`";
     eventually("a line", || proxy.stdout().contains("\"why\""));
     assert!(proxy.stdout().contains(why), "{}", proxy.stdout());

@@ -71,13 +71,13 @@ fn a_body_in_one_byte_chunks_is_buffered_in_little_more_than_its_size() {
         }
         assert_eq!(reader.got.len(), LENGTH);
         let held = replay.0.as_ref().unwrap().borrow().buffer.allocated();
-        (held, replay.replayable())
+        (held, replay.replayability())
     };
     let (held, replayable) = buffer_with(LENGTH as u64, false);
-    assert!(held <= 2 * LENGTH + 1024 && replayable == Replayable::Buffered, "{held} bytes");
-    assert_eq!(buffer_with(LENGTH as u64 - 1, false), (0, Replayable::Discarded));
-    assert_eq!(buffer_with(LENGTH as u64, true), (0, Replayable::Discarded));
-    assert_eq!(buffer_with(0, false), (0, Replayable::Discarded));
+    assert!(held <= 2 * LENGTH + 1024 && replayable == Replayability::Buffered, "{held} bytes");
+    assert_eq!(buffer_with(LENGTH as u64 - 1, false), (0, Replayability::NotKept));
+    assert_eq!(buffer_with(LENGTH as u64, true), (0, Replayability::NotKept));
+    assert_eq!(buffer_with(0, false), (0, Replayability::NotKept));
 }
 
 /// The first error stays the cause, although later reads fail as well.
@@ -166,7 +166,7 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
                 }
             }
             Event::Retry => {
-                let gone = replay.replayable() == Replayable::Discarded;
+                let gone = replay.replayability() == Replayability::NotKept;
                 prop_assert_eq!(replay.take_over(), !gone);
                 if !gone {
                     attempts.push(Reader::new(replay.next_attempt(None)));
@@ -206,7 +206,7 @@ fn play(body: &[u8], chunked: bool, limit: u64, events: &[Event]) -> Result<Run,
     prop_assert_eq!(trailers.is_some(), chunked, "trailers are sent as well");
     let kept = body.len() as u64 <= limit;
     prop_assert_eq!(
-        replay.replayable() != Replayable::Discarded,
+        replay.replayability() != Replayability::NotKept,
         kept,
         "buffered up to the limit and no further"
     );

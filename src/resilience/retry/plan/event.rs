@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::super::{
     super::{backoff::RetryHint, budget::RetryBudget, classify::AttemptOutcome, rate::RateLimit},
-    decide::{BodyState, StopReason},
+    decide::{Replayability, StopReason},
 };
 
 /// What an attempt is for.
@@ -112,7 +112,7 @@ pub struct AttemptFailure {
     pub outcome: AttemptOutcome,
     pub hint: RetryHint,
     /// What there is of the request's body to send again.
-    pub body: BodyState,
+    pub body: Replayability,
     pub time_left: Option<Duration>,
     /// From 0 to 1, drawn for this outcome.
     pub random: f64,

@@ -27,7 +27,7 @@ use super::{
             rate::{RateKey, RateLimit, RateSettings},
         },
         RetryMethods, RetrySettings,
-        decide::BodyState,
+        decide::Replayability,
     },
     *,
 };
@@ -41,7 +41,7 @@ fn check_answer(event: &Event, action: &Action) {
         Event::Ready { time_left } if in_time(time_left) => assert_eq!(*action, Action::Admit),
         Event::Admitted => assert_eq!(*action, Action::Pick),
         Event::Picked { has_body: true } => assert!(matches!(action, Action::Send(_)), "{action:?}"),
-        Event::Failed(failed) if failed.body == BodyState::NotKept => {
+        Event::Failed(failed) if failed.body == Replayability::NotKept => {
             // That one of two loopback addresses refuses a connection is found out before the body matters.
             let is_sibling = failed.has_sibling && matches!(failed.outcome.kind, OutcomeKind::Connect(_));
             assert!(is_sibling || matches!(action, Action::Finish(_)), "{action:?} without a body");

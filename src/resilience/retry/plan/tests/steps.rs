@@ -1,6 +1,7 @@
 //! How an attempt is sent, hedged, judged and ended, and the rules that hold then.
 
 use super::*;
+use crate::resilience::outlier::AttemptTimes;
 
 impl World<'_> {
     /// What holds whenever a byte may go out.
@@ -52,7 +53,7 @@ impl World<'_> {
             &address(endpoint),
             &self.health[endpoint],
             evidence,
-            (self.start + began, now),
+            AttemptTimes { began: self.start + began, ended: now },
             random,
         );
         breaker.report(permit, outcome.health(), now, random);
@@ -76,7 +77,7 @@ impl World<'_> {
             endpoint,
             outcome,
             hint: scripted.hint,
-            body: if request.has_lost_body { BodyState::NotKept } else { BodyState::Replayable },
+            body: if request.has_lost_body { Replayability::NotKept } else { Replayability::Buffered },
             time_left,
             random,
             is_absent: self.health[endpoint].is_absent(),

@@ -44,9 +44,17 @@ const USUAL_PERCENTILE: u8 = 95;
 /// Attempts per second that may switch to another endpoint because the chosen one accepted no connection.
 const SWITCH_RATE: RateSettings = RateSettings { rate: 1000, burst: 1000, per: RateKey::Upstream };
 
+/// What an attempt says to the breaker.
+#[derive(Clone, Copy, Debug)]
+pub struct BreakerOutcome {
+    pub health: Health,
+    /// The attempt found its endpoint absent.
+    pub is_absence: bool,
+}
+
 /// The policy state of an upstream.
 #[derive(Debug)]
-pub struct Guards {
+pub struct PolicyState {
     pub breaker: Arc<Breaker>,
     /// Whether the breaker is open because the endpoints are absent: then it may close before its time is over.
     pub reachability: Reachability,
@@ -84,7 +92,7 @@ impl NotifyWaiter for QueuedWaker {
 
 /// A permit for one request in flight; dropping it releases it.
 #[derive(Debug)]
-pub struct RequestPermit(pub Arc<Guards>);
+pub struct RequestPermit(pub Arc<PolicyState>);
 
 impl Drop for RequestPermit {
     fn drop(&mut self) {
@@ -95,22 +103,22 @@ impl Drop for RequestPermit {
 /// A slot for one connection to an upstream; dropping it releases it.
 #[derive(Debug)]
 pub struct ConnectionSlot {
-    guards: Arc<Guards>,
+    policy_state: Arc<PolicyState>,
     /// How the connection is protected, once it is open.
     opened: Option<ConnectionTls>,
 }
 
 impl ConnectionSlot {
     /// Acquires a slot for one more connection. At the limit an idle connection is closed for it, if there is one.
-    pub async fn acquire(guards: &Arc<Guards>) -> Result<Self, ConnectError> {
-        if let Some(slot) = Self::try_take(guards) {
+    pub async fn acquire(policy_state: &Arc<PolicyState>) -> Result<Self, ConnectError> {
+        if let Some(slot) = Self::try_take(policy_state) {
             return Ok(slot);
         }
-        let request = guards.eviction.request();
+        let request = policy_state.eviction.request();
         let acquired = timeout(eviction::EVICTION_TIMEOUT, async {
             loop {
                 let freed = request.slot_freed();
-                if let Some(slot) = Self::try_take(guards) {
+                if let Some(slot) = Self::try_take(policy_state) {
                     return slot;
                 }
                 request.request_another();
@@ -119,22 +127,25 @@ impl ConnectionSlot {
         });
         Box::pin(acquired)
             .await
-            .map_err(|_| ConnectError::ConnectionLimit { limit: guards.connections.limit() })
+            .map_err(|_| ConnectError::ConnectionLimit { limit: policy_state.connections.limit() })
     }
 
     /// Whether a request needs this slot, and no other connection has been closed for it. If so, this one must be.
     pub fn claim_eviction(&self) -> bool {
-        self.guards.eviction.claim()
+        self.policy_state.eviction.claim()
     }
 
-    fn try_take(guards: &Arc<Guards>) -> Option<Self> {
-        guards.connections.try_acquire().then(|| Self { guards: Arc::clone(guards), opened: None })
+    fn try_take(policy_state: &Arc<PolicyState>) -> Option<Self> {
+        policy_state
+            .connections
+            .try_acquire()
+            .then(|| Self { policy_state: Arc::clone(policy_state), opened: None })
     }
 
     /// Counts the connection as open.
     #[must_use]
     pub fn mark_open(mut self, protection: ConnectionTls) -> Self {
-        self.guards.open[protection as usize].fetch_add(1, Ordering::Relaxed);
+        self.policy_state.open[protection as usize].fetch_add(1, Ordering::Relaxed);
         self.opened = Some(protection);
         self
     }
@@ -143,10 +154,10 @@ impl ConnectionSlot {
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         if let Some(protection) = self.opened {
-            self.guards.open[protection as usize].fetch_sub(1, Ordering::Relaxed);
+            self.policy_state.open[protection as usize].fetch_sub(1, Ordering::Relaxed);
         }
-        self.guards.connections.release();
-        self.guards.eviction.notify_slot_freed();
+        self.policy_state.connections.release();
+        self.policy_state.eviction.notify_slot_freed();
     }
 }
 
@@ -220,9 +231,9 @@ impl Default for PolicyCounters {
                 "not_retryable",
                 "suppressed",
                 "committed",
-                "max_tries",
+                "max_attempts",
                 "method",
-                "body_gone",
+                "body_not_kept",
                 "deadline",
                 "retry_after",
                 "pushback",
@@ -251,7 +262,7 @@ impl Default for PolicyCounters {
     }
 }
 
-impl Guards {
+impl PolicyState {
     /// The number of open connections by protection.
     pub fn open_connections(&self) -> [(ConnectionTls, i64); ConnectionTls::ALL.len()] {
         ConnectionTls::ALL.map(|tls| (tls, self.open[tls as usize].load(Ordering::Relaxed)))
@@ -354,12 +365,12 @@ impl Guards {
         &self,
         upstream: &str,
         permit: BreakerPermit,
-        (health, absent): (Health, bool),
+        outcome: BreakerOutcome,
         now: Instant,
         random: f64,
     ) -> Option<BreakerTransition> {
-        let transition = self.breaker.report(permit, health, now, random);
-        self.apply_transition(upstream, transition, absent);
+        let transition = self.breaker.report(permit, outcome.health, now, random);
+        self.apply_transition(upstream, transition, outcome.is_absence);
         if transition.is_some_and(|transition| transition.to == BreakerState::Open)
             && self.outliers.awaits_probe(now)
         {
