@@ -24,18 +24,18 @@
 //!            +------- finish_exchange: Reusable -----+
 //! ```
 //!
-//! No field stores the state; it follows from those of [`ClientConnection`], from whether [`Http1Connection::send`] is
-//! running, and from whether the upload task exists:
+//! The two directions proceed independently: the request is sent or not (`is_sent`), the response is at a
+//! `ResponseStage`. `ClientConnection::state` names the combinations:
 //!
-//! | state | meaning | `is_sent` | decoder | closed by |
+//! | state | meaning | `is_sent` | response | closed by |
 //! | --- | --- | --- | --- | --- |
-//! | IDLE | in the pool, `is_usable` | yes | complete | the endpoint, unsolicited bytes, expiry, eviction |
-//! | SENDING | `send` writes the request and reads the response head | no | complete | an error, a dropped `send` |
-//! | WAITING | `send` waits for the response head | yes | complete | an error, a dropped `send` |
-//! | UPLOADING | the response is read, a separate task writes the request | no | not complete | `abort`: the response is not read to its end, [`UPLOAD_STALL`], an upgrade |
-//! | UPLOAD ONLY | the same task writes the request, its response has ended | no | complete | the end of the request, an error, [`UPLOAD_STALL`] |
-//! | READING | the response body is read | yes | complete at its end | `abort`: it is not read to its end; `finish_exchange`: not reusable |
-//! | UPGRADED | the byte stream is handed out, `io` is `None` | yes | complete | its owner |
+//! | IDLE | in the pool | yes | ended | the endpoint, unsolicited bytes, expiry, eviction |
+//! | SENDING | `send` writes the request and reads the response head | no | head awaited | an error, a dropped `send` |
+//! | WAITING | `send` waits for the response head | yes | head awaited | an error, a dropped `send` |
+//! | UPLOADING | the response is read, a separate task writes the request | no | body | `abort`: the response is not read to its end, [`UPLOAD_STALL`], an upgrade |
+//! | UPLOAD ONLY | the same task writes the request, its response has ended | no | ended | the end of the request, an error, [`UPLOAD_STALL`] |
+//! | READING | the response body is read | yes | body | `abort`: it is not read to its end; `finish_exchange`: not reusable |
+//! | UPGRADED | the byte stream is handed out, `io` is `None` | | | its owner |
 //! | CLOSED | dropped; after `abort` `io` is `None` | | | |
 //!
 //! - `is_persistent` is false as soon as it is known that no other request follows. The exchange continues.
@@ -66,6 +66,8 @@
 mod client_connection;
 #[cfg(test)]
 mod conformance_tests;
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod tests;
 
@@ -292,12 +294,12 @@ impl Http1Connection {
 
     /// Whether the response body is known to be complete without reading on.
     pub fn is_end_stream(&self) -> bool {
-        self.inner.connection.borrow().decoder.is_complete()
+        self.inner.connection.borrow().response.has_ended()
     }
 
     /// The remaining length of the response body, if known.
     pub fn remaining_length(&self) -> Option<u64> {
-        self.inner.connection.borrow().decoder.remaining_length()
+        self.inner.connection.borrow().response.remaining_length()
     }
 
     /// The byte stream after an upgrade, and the bytes already received on it.
@@ -407,8 +409,8 @@ async fn upload(opened: Rc<ConnectionInner>) {
 impl Drop for Http1Connection {
     fn drop(&mut self) {
         let mut connection = self.inner.connection.borrow_mut();
-        if !connection.decoder.is_complete() {
-            // The response is not read any more, so the rest of the request is not sent either.
+        if !connection.response.has_ended() {
+            // The response is not read to its end, so the rest of the request is not sent either.
             connection.abort();
         }
     }

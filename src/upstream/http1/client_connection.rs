@@ -40,8 +40,7 @@ pub(super) struct ClientConnection {
     /// The body that is still to be sent.
     request: Option<OutgoingBody>,
     pub(super) read_buffer: ReadBuffer,
-    /// Of the response body.
-    pub(super) decoder: Decoder,
+    pub(super) response: ResponseStage,
     /// A byte of the response was received.
     pub(super) has_received_bytes: bool,
     /// A byte of the request may have been sent.
@@ -74,6 +73,50 @@ impl NoBodyReason {
     }
 }
 
+/// How far the response has been read. How far the request has been written is [`ClientConnection::is_sent`].
+#[derive(Debug)]
+pub(super) enum ResponseStage {
+    /// No request awaits a response.
+    Ended,
+    /// A request was started; its final response head was not read yet.
+    HeadAwaited,
+    /// The response body is read. It has ended when the decoder is complete.
+    Body(Decoder),
+}
+
+impl ResponseStage {
+    /// Whether nothing more of a response is to be read.
+    pub(super) const fn has_ended(&self) -> bool {
+        match self {
+            Self::Ended => true,
+            Self::HeadAwaited => false,
+            Self::Body(decoder) => decoder.is_complete(),
+        }
+    }
+
+    /// The remaining length of the response body, if known.
+    pub(super) const fn remaining_length(&self) -> Option<u64> {
+        match self {
+            Self::Ended => Some(0),
+            Self::HeadAwaited => None,
+            Self::Body(decoder) => decoder.remaining_length(),
+        }
+    }
+}
+
+/// The states of the diagram in the [parent module](super).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Idle,
+    Sending,
+    Waiting,
+    Uploading,
+    UploadOnly,
+    Reading,
+    /// Aborted, or handed out after an upgrade.
+    Gone,
+}
+
 /// A request body that is being sent.
 #[derive(Debug)]
 struct OutgoingBody {
@@ -90,7 +133,7 @@ impl ClientConnection {
             write_buffer: WriteBuffer::default(),
             request: None,
             read_buffer: ReadBuffer::default(),
-            decoder: Decoder::new(Framing::EMPTY),
+            response: ResponseStage::Ended,
             has_received_bytes: false,
             has_sent_bytes: false,
             unflushed: false,
@@ -102,6 +145,7 @@ impl ClientConnection {
     }
 
     pub(super) fn start_request(&mut self, head: OutgoingHead<'_>, body: RequestBody) -> Result<(), Error> {
+        debug_assert_eq!(self.state(), State::Idle, "a request was started in the middle of another one");
         (self.has_received_bytes, self.has_sent_bytes) = (false, false);
         let empty = body.is_end_stream();
         let framing = match content_length(head.fields).map_err(Error::Unsendable)? {
@@ -125,7 +169,25 @@ impl ClientConnection {
         } else if framing == Framing::Chunked {
             self.write_buffer.push_end(framing);
         }
+        self.response = ResponseStage::HeadAwaited;
         Ok(())
+    }
+
+    /// The state that the two directions are in together.
+    pub(super) fn state(&self) -> State {
+        if self.io.is_none() {
+            return State::Gone;
+        }
+        match (self.is_sent(), &self.response) {
+            (false, ResponseStage::HeadAwaited) => State::Sending,
+            (true, ResponseStage::HeadAwaited) => State::Waiting,
+            (sent, response) => match (sent, response.has_ended()) {
+                (false, false) => State::Uploading,
+                (false, true) => State::UploadOnly,
+                (true, false) => State::Reading,
+                (true, true) => State::Idle,
+            },
+        }
     }
 
     /// Whether the whole request was written and flushed.
@@ -144,7 +206,7 @@ impl ClientConnection {
     }
 
     pub(super) fn is_usable(&self) -> bool {
-        self.is_persistent && self.is_sent() && self.read_buffer.is_empty() && self.decoder.is_complete()
+        self.is_persistent && self.is_sent() && self.read_buffer.is_empty() && self.response.has_ended()
     }
 
     /// Writes as much of the request as possible. Ready when all of it is written and flushed.
@@ -204,7 +266,7 @@ impl ClientConnection {
             }
             let framing = Framing::of_response(method, head.status, head.version, &head.fields, head.present)
                 .inspect_err(|_| self.is_persistent = false)?;
-            self.decoder = Decoder::new(framing);
+            self.response = ResponseStage::Body(Decoder::new(framing));
             self.no_body_reason = NoBodyReason::of(method, head.status);
             // A message with two lengths may have been framed differently by another recipient (RFC 9112 §6.3).
             let ambiguous = framing == Framing::Chunked && head.present.has(Field::ContentLength);
@@ -218,8 +280,10 @@ impl ClientConnection {
     }
 
     pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let Some(io) = &mut self.io else { return Poll::Ready(None) };
-        let part = ready!(self.read_buffer.poll_body(io, cx, &mut self.decoder));
+        let (Some(io), ResponseStage::Body(decoder)) = (&mut self.io, &mut self.response) else {
+            return Poll::Ready(None);
+        };
+        let part = ready!(self.read_buffer.poll_body(io, cx, decoder));
         if part.is_err() {
             self.is_persistent = false;
         }

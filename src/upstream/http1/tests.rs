@@ -437,9 +437,9 @@ async fn a_408_on_a_reused_connection_is_not_a_response() {
 }
 
 /// A body of a known length, as its client sends it.
-struct Upload {
-    client: DuplexStream,
-    left: usize,
+pub(super) struct Upload {
+    pub client: DuplexStream,
+    pub left: usize,
 }
 
 impl Body for Upload {
