@@ -31,6 +31,9 @@ const RESERVED_SHARE: u64 = 16;
 const MIN_RESERVED: u64 = 4;
 const MAX_RESERVED: u64 = 32;
 
+/// `OPEN_MAX` of macOS, where the hard limit is "unlimited", but a soft limit above this is rejected.
+const MACOS_LIMIT: u64 = 10_240;
+
 /// The purpose of a new descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DescriptorPurpose {
@@ -62,8 +65,10 @@ impl DescriptorPurpose {
 /// Raises the soft limit to the hard one. Returns the soft limit before and after, if it changed.
 pub fn raise_limit() -> Option<(u64, u64)> {
     let inherited = *INHERITED.get_or_init(|| getrlimit(Resource::Nofile));
-    let raised_limit = Rlimit { current: inherited.maximum, maximum: inherited.maximum };
-    let raised = inherited.current != inherited.maximum && setrlimit(Resource::Nofile, raised_limit).is_ok();
+    let raise = |current| setrlimit(Resource::Nofile, Rlimit { current, ..inherited }).is_ok();
+    let is_lower = |limit| inherited.current.is_some_and(|current| current < limit);
+    let raised = inherited.current != inherited.maximum
+        && (raise(inherited.maximum) || is_lower(MACOS_LIMIT) && raise(Some(MACOS_LIMIT)));
     refresh_limit();
     raised.then(|| (inherited.current.unwrap_or(u64::MAX), limit()))
 }

@@ -7,6 +7,7 @@
 //!
 //! | module | contents |
 //! | --- | --- |
+//! | [`platform`] | what differs between Linux and other systems |
 //! | [`units`], [`rng`], [`redact`] | durations and sizes as the configuration writes them · random numbers · secrets out of texts |
 //! | [`descriptors`], [`watch`] | file descriptors and local ports · watched files |
 //! | [`cause`], [`header_names`], [`url_path`] | the stable words for failures · names of non-standard header fields · normal form of a path |
@@ -62,6 +63,7 @@ pub mod identity;
 pub mod kubernetes;
 pub mod model;
 pub mod net;
+pub mod platform;
 pub mod proxy;
 pub mod redact;
 pub mod redirect;

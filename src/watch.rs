@@ -2,7 +2,8 @@
 //!
 //! A change is read when its writer has closed the file ([`writers`]). An event only means "read again and compare". A
 //! slow poll finds changes that no event reports (network file systems, files that are mounted one by one, no watches
-//! left). Such a file counts as written when it has not changed for [`POLL_SETTLE`].
+//! left). Such a file counts as written when it has not changed for [`POLL_SETTLE`], as does every file where no event
+//! reports that its writer has closed it (macOS).
 
 mod writers;
 
@@ -20,10 +21,13 @@ use std::{
 pub use writers::FileObserver;
 use writers::FileStamp;
 
+use crate::platform;
+
 /// The poll interval without events.
 const POLL: Duration = Duration::from_secs(5);
-/// Writers take several steps: after an event, this long must pass without another.
-const SETTLE: Duration = Duration::from_millis(50);
+/// Writers take several steps: after an event, this long must pass without another. Longer where no event reports that a
+/// writer has finished.
+const SETTLE: Duration = if platform::REPORTS_CLOSED_FILES { Duration::from_millis(50) } else { POLL_SETTLE };
 /// The most events for which that wait starts again.
 const MAX_SETTLE_ROUNDS: u32 = 20;
 /// A file whose change is found by polling must stay unchanged for this long before it is read.

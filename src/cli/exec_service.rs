@@ -4,8 +4,9 @@
 use std::{ffi::OsString, os::unix::process::CommandExt, process::Command, process::ExitCode};
 
 use clap::Args;
+use rustix::process::{Pid, getppid};
 
-use crate::runtime::child::SpawnError;
+use crate::{platform, runtime::child::SpawnError};
 
 /// Exec the service of `outrigger run -- CMD`.
 #[derive(Args, Debug)]
@@ -33,18 +34,10 @@ pub fn run(args: &ExecServiceArgs) -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-/// Has this process killed when its parent is killed; false if the parent has ended already. The kernel drops this
-/// setting when a setuid program is executed.
-#[cfg(target_os = "linux")]
+/// Has this process killed when its parent is killed; false if the parent has ended already.
 fn end_with(parent: u32) -> bool {
-    use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
-    if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
+    if let Err(error) = platform::end_with_parent() {
         eprintln!("outrigger: the service keeps running if its sidecar is killed: {error}");
     }
     getppid().map(Pid::as_raw_pid).and_then(|pid| u32::try_from(pid).ok()) == Some(parent)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn end_with(_: u32) -> bool {
-    true
 }

@@ -129,7 +129,7 @@ fn parse_and_resolve(sources: &Sources, env: Env<'_>, problems: &mut Problems) -
 
 /// `OTEL_SERVICE_NAME`, then the host name, then OpenTelemetry's default.
 fn default_service_name(env: Env<'_>) -> String {
-    let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let host = || rustix::system::uname().nodename().to_str().map(str::to_owned).ok();
     let is_set = |name: &String| !name.trim().is_empty();
     env("OTEL_SERVICE_NAME")
         .filter(is_set)

@@ -17,6 +17,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::platform;
+
 /// A TCP stream that can be inspected while something else owns its reading and writing: the pool checks whether an
 /// idle connection is still alive.
 #[derive(Clone, Debug)]
@@ -36,7 +38,7 @@ impl SharedTcp {
 
     /// Bounds how long sent bytes may stay unacknowledged (RFC 5482). `None`: the kernel's default.
     pub fn set_user_timeout(&self, limit: Option<Duration>) {
-        let _ = SockRef::from(&*self.0).set_tcp_user_timeout(limit);
+        let _ = platform::set_user_timeout(&SockRef::from(&*self.0), limit);
     }
 
     /// Sets whether closing this stream resets the connection; a shutdown still ends it in an orderly way.

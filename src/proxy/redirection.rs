@@ -17,6 +17,7 @@ use super::{
 use crate::{
     config::{HostMatch, TlsMode, UnknownHostPolicy},
     model::{Side, View, WorkerCluster},
+    platform,
     proxy::worker::is_local_address,
     redirect::PROBE_PORT,
     telemetry::metrics::DetectionOutcome,
@@ -35,22 +36,12 @@ pub fn original_destination(stream: &TcpStream, side: &Side) -> Option<SocketAdd
     let original = match side {
         Side::Upstream(_) => return None,
         Side::Outbound if !local.ip().is_loopback() => return None,
-        Side::Inbound | Side::Outbound => original(stream, local)?,
+        Side::Inbound | Side::Outbound => {
+            platform::original_destination(&SockRef::from(stream), local).map(canonical)?
+        }
     };
     let is_local = || original.ip() == local.ip() || is_local_address(original.ip());
     (original != local && (*side == Side::Outbound || is_local())).then_some(original)
-}
-
-#[cfg(target_os = "linux")]
-fn original(stream: &TcpStream, local: SocketAddr) -> Option<SocketAddr> {
-    let socket = SockRef::from(stream);
-    let original = if local.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
-    original.ok()?.as_socket().map(canonical)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn original(_: &TcpStream, _: SocketAddr) -> Option<SocketAddr> {
-    None
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {

@@ -31,8 +31,8 @@ use crate::{
 };
 use splice::Pipe;
 
-/// A direction that has carried this many bytes is moved by `splice`, where both sides are plain TCP. That copies
-/// nothing, but takes two descriptors, and for few bytes more system calls.
+/// A direction that has carried this many bytes is moved by `splice`, where both sides are plain TCP (Linux). That
+/// copies nothing, but takes two descriptors, and for few bytes more system calls.
 const SPLICE_FROM: u64 = 256 * 1024;
 
 /// How a tunnel ended.
@@ -237,7 +237,7 @@ impl Flow {
                 && plain_tcp.is_some()
                 && noted.watch.borrow().is_over()
             {
-                // Keep copying if no descriptor is left.
+                // Else keep copying.
                 self.mode = Pipe::new().map_or(FlowMode::Copy, FlowMode::Splice);
             }
         }

@@ -7,8 +7,9 @@ use clap::ValueEnum;
 use super::{
     Plan, host,
     iptables::{self, Family},
-    text, verify,
+    nf_tables, text, verify,
 };
+use crate::platform;
 
 /// The mechanism that installs the rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -47,9 +48,10 @@ pub enum RedirectError {
         "the rules are installed, but a connection to {probe} did not reach port {port}: {source}. Does another program's rule take precedence (`nft list ruleset`)?"
     )]
     NotIntercepted { probe: SocketAddr, port: u16, source: io::Error },
-    #[error("redirection needs Linux")]
-    #[cfg(not(target_os = "linux"))]
-    Unsupported,
+    #[error(
+        "redirection needs Linux: this system has neither nf_tables nor iptables. Nothing was changed. Without redirection, set `http_proxy` for the service (`outrigger run -- CMD` does), or give an upstream a port of its own (`listen`)"
+    )]
+    NeedsLinux,
 }
 
 /// The network namespaces in which rules may be installed.
@@ -66,6 +68,7 @@ pub enum Scope {
 /// # Errors
 /// See [`RedirectError`]. If the kernel rejects the rules, nothing has changed.
 pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, RedirectError> {
+    check_system(platform::CAN_REDIRECT)?;
     check_scope(plan, scope, host::is_host_network())?;
     let used = choose(backend, || nftables(plan), || iptables::apply(plan))?;
     for probe in verify::probe_addresses() {
@@ -76,6 +79,10 @@ pub fn apply(plan: &Plan, backend: Backend, scope: Scope) -> Result<Backend, Red
         })?;
     }
     Ok(used)
+}
+
+fn check_system(can_redirect: bool) -> Result<(), RedirectError> {
+    if can_redirect { Ok(()) } else { Err(RedirectError::NeedsLinux) }
 }
 
 /// Rejects the host's network by default: there the rules would cut off remote logins.
@@ -93,6 +100,7 @@ fn check_scope(plan: &Plan, scope: Scope, is_host_network: io::Result<bool>) -> 
 /// # Errors
 /// See [`RedirectError`].
 pub fn clear(backend: Backend) -> Result<Backend, RedirectError> {
+    check_system(platform::CAN_REDIRECT)?;
     let used = choose(backend, nftables_clear, iptables::clear)?;
     if backend == Backend::Auto && used == Backend::Nftables && iptables::is_installed() {
         // An earlier version or another image may have used iptables.
@@ -133,32 +141,19 @@ fn choose(
     }
 }
 
-#[cfg(target_os = "linux")]
 fn nftables(plan: &Plan) -> Result<(), RedirectError> {
-    super::nf_tables::apply(plan).map_err(kernel_error)
+    nf_tables::apply(plan).map_err(kernel_error)
 }
 
-#[cfg(target_os = "linux")]
 fn nftables_clear() -> Result<(), RedirectError> {
-    super::nf_tables::clear().map_err(kernel_error)
+    nf_tables::clear().map_err(kernel_error)
 }
 
-#[cfg(target_os = "linux")]
 fn kernel_error(error: io::Error) -> RedirectError {
     match error.kind() {
         io::ErrorKind::PermissionDenied => RedirectError::NotAllowed,
         _ => RedirectError::Kernel(error),
     }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn nftables(_: &Plan) -> Result<(), RedirectError> {
-    Err(RedirectError::Unsupported)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn nftables_clear() -> Result<(), RedirectError> {
-    Err(RedirectError::Unsupported)
 }
 
 #[cfg(test)]
@@ -185,6 +180,15 @@ mod tests {
         assert!(check_scope(&plan, Scope::Namespace, Ok(false)).is_ok());
         for is_host in [Ok(true), Ok(false), Err(io::ErrorKind::NotFound.into())] {
             assert!(check_scope(&plan, Scope::Host, is_host).is_ok());
+        }
+    }
+
+    #[test]
+    fn other_systems_get_an_error_that_names_the_alternatives() {
+        assert!(check_system(true).is_ok());
+        let error = check_system(false).unwrap_err().to_string();
+        for part in ["needs Linux", "http_proxy", "listen", "Nothing was changed"] {
+            assert!(error.contains(part), "`{part}` is not in: {error}");
         }
     }
 

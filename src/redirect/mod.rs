@@ -14,7 +14,7 @@ mod host;
 mod iptables;
 #[cfg(target_os = "linux")]
 mod netlink;
-#[cfg(target_os = "linux")]
+#[cfg_attr(not(target_os = "linux"), path = "no_nf_tables.rs")]
 mod nf_tables;
 mod plan;
 mod text;

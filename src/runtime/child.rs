@@ -18,13 +18,10 @@ use tokio::{
     sync::watch,
 };
 
-use crate::descriptors;
+use crate::{descriptors, platform};
 
 /// The subcommand with which this program execs the service.
 pub const EXEC_COMMAND: &str = "exec-service";
-/// This program, even where its file has been replaced since it started.
-#[cfg(target_os = "linux")]
-const OWN_PROGRAM: &str = "/proc/self/exe";
 /// The search path where `PATH` is not set, as in `execvp`.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
@@ -187,19 +184,15 @@ pub fn leads_group() -> bool {
 
 /// This program, where the service is started through it.
 fn own_program(on_our_death: OnSidecarDeath) -> Option<&'static Path> {
-    #[cfg(target_os = "linux")]
-    {
-        let own = Path::new(OWN_PROGRAM);
-        if on_our_death == OnSidecarDeath::Kill {
-            if own.exists() {
-                return Some(own);
-            }
-            tracing::warn!("/proc is not mounted: the service keeps running if its sidecar is killed");
-        }
+    if on_our_death == OnSidecarDeath::Leave {
+        return None;
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = on_our_death;
-    None
+    let own = Path::new(platform::OWN_PROGRAM?);
+    if !own.exists() {
+        tracing::warn!("/proc is not mounted: the service keeps running if its sidecar is killed");
+        return None;
+    }
+    Some(own)
 }
 
 /// Checks that the program exists and is executable. Done before the fork, because a child could report it only by its

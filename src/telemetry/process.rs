@@ -61,6 +61,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
     fn this_process_uses_something() {
         let usage = usage().unwrap();
         assert!(usage.resident_bytes > 1 << 20, "{usage:?}");

@@ -16,6 +16,8 @@ use notify::{
     event::{AccessKind, AccessMode, CreateKind, ModifyKind},
 };
 
+use crate::platform;
+
 /// A file that was created but never written to counts as open for this long. A hard link causes the same event, but no
 /// close event.
 const CREATED: Duration = Duration::from_secs(5);
@@ -140,8 +142,11 @@ impl FileObserver {
         }
     }
 
-    /// A file that is open for writing, if any.
+    /// A file that is open for writing, if any; `None` where no event would report that it is closed.
     pub fn file_being_written(&self) -> Option<PathBuf> {
+        if !platform::REPORTS_CLOSED_FILES {
+            return None;
+        }
         let writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
         writers.being_written(Instant::now()).map(Path::to_owned)
     }

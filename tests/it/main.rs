@@ -1,5 +1,6 @@
-//! What a user sees: the real binary, real sockets, real peers.
+//! What a user sees: the real binary, real sockets, real peers, network namespaces. Only on Linux.
 
+#![cfg(target_os = "linux")]
 #![allow(
     clippy::disallowed_methods,
     reason = "here a thread may wait; what is forbidden is forbidden to workers"

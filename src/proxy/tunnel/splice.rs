@@ -6,13 +6,14 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
-
-use crate::{descriptors::DescriptorPurpose, net::io::SharedTcp};
+use crate::{
+    descriptors::DescriptorPurpose,
+    net::io::SharedTcp,
+    platform::{pipe, splice},
+};
 
 /// The default capacity of a pipe.
 const PIPE_CAPACITY: usize = 64 * 1024;
-const FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 
 /// The pipe between the two streams.
 #[derive(Debug)]
@@ -23,8 +24,9 @@ pub struct Pipe {
 }
 
 impl Pipe {
+    /// Fails where no descriptor is left, and where the system has no `splice`.
     pub fn new() -> io::Result<Self> {
-        let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let (read_end, write_end) = pipe()?;
         if !DescriptorPurpose::Dial.allows(&write_end) {
             return Err(rustix::io::Errno::MFILE.into());
         }
@@ -39,27 +41,13 @@ impl Pipe {
         to: &SharedTcp,
     ) -> Poll<io::Result<u64>> {
         while self.holds > 0 {
-            let count = ready!(to.poll_writing(cx, |tcp| Ok(splice(
-                &self.read_end,
-                None,
-                tcp,
-                None,
-                self.holds,
-                FLAGS
-            )?)))?;
+            let count = ready!(to.poll_writing(cx, |tcp| splice(&self.read_end, tcp, self.holds)))?;
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.holds -= count;
         }
-        let count = ready!(from.poll_reading(cx, |tcp| Ok(splice(
-            tcp,
-            None,
-            &self.write_end,
-            None,
-            PIPE_CAPACITY,
-            FLAGS
-        )?)))?;
+        let count = ready!(from.poll_reading(cx, |tcp| splice(tcp, &self.write_end, PIPE_CAPACITY)))?;
         self.holds = count;
         Poll::Ready(Ok(count as u64))
     }
