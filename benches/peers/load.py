@@ -12,7 +12,9 @@ import urllib.request
 
 # For h2load, whose connections send at once: few at a fixed rate.
 CLIENTS = 16
-# wrk's own output is rounded.
+# The limit for a counted round, in seconds.
+LONGEST = 300
+# wrk's own output is rounded, and it has no option for a number of requests.
 SCRIPT = """
 done = function(summary)
   local e = summary.errors
@@ -20,32 +22,50 @@ done = function(summary)
     summary.requests, summary.bytes, e.connect + e.read + e.write + e.status + e.timeout))
 end
 """
+# Its main thread sleeps until the time is over or it is interrupted.
+COUNTED = """
+local ffi = require("ffi")
+ffi.cdef("int getpid(void); int kill(int, int);")
+local left = %d
+response = function()
+  left = left - 1
+  if left == 0 then
+    wrk.thread:stop()
+    ffi.C.kill(ffi.C.getpid(), 2)
+  end
+end
+"""
 
 
-def wrk(stage, port, scenario, seconds):
-    """Completed requests, and bytes."""
+def wrk(stage, port, scenario, seconds, requests=0):
+    """Runs for `seconds`, or until `requests` are completed. Completed requests, and bytes."""
     script = stage.folder / "wrk.lua"
-    script.write_text(SCRIPT)
-    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script]
+    script.write_text(SCRIPT + (COUNTED % requests if requests else ""))
+    limit = LONGEST if requests else seconds
+    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{limit}s", "--timeout", "30s", "-s", script]
     command += [f"http://127.0.0.1:{port}{scenario.path}"]
     command += ["-H", f"Host: {scenario.host}"] if scenario.host else []
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads(said[said.rindex("{") :])
     if found["errors"]:
         raise SystemExit(f"not all answers were well:\n{said}")
+    if found["requests"] < requests:
+        raise SystemExit(f"{found['requests']} of {requests} requests in {limit} s:\n{said}")
     return found["requests"], found["bytes"]
 
 
-def h2load(stage, port, scenario, call, seconds, rate=0):
-    """Completed requests and, at a fixed rate, their sorted latencies in microseconds."""
+def h2load(stage, port, scenario, call, seconds, rate=0, requests=0):
+    """Runs for `seconds`, or until `requests` are completed. Completed requests and, at a fixed rate, their sorted
+    latencies in microseconds."""
     http2 = scenario.load == "h2load"
-    command = ["h2load", f"-c{CLIENTS}", f"-D{seconds}", *(["-m32", *call] if http2 else ["--h1"])]
+    command = ["h2load", f"-c{CLIENTS}", f"-n{requests}" if requests else f"-D{seconds}", *(["-m32", *call] if http2 else ["--h1"])]
     log = stage.folder / "h2load.log"
     log.unlink(missing_ok=True)
     if rate:
         command += [f"--rps={rate // CLIENTS}", f"--log-file={log}"]
     path = "/call.grpc" if http2 else scenario.path
-    said = subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], check=True, capture_output=True, text=True).stdout
+    command += [f"http://127.0.0.1:{port}{path}"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST).stdout
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", said)
     good, *bad = (int(count) for count in counts.groups())
     if any(bad) or ", 0 3xx, 0 4xx, 0 5xx" not in said:

@@ -1,6 +1,7 @@
 """One scenario: its processes, rounds and results. Every result is a list with one value for each round."""
 
 import collections
+import time
 
 import ends
 import load
@@ -53,24 +54,28 @@ class Bench:
 
     def turn(self, proxy, seconds):
         """At full load: requests and bytes."""
+        requests = self.scenario.requests * seconds // self.options.seconds if self.options.counted else 0
         if self.scenario.load == "h2load":
-            return load.h2load(self.stage, proxy.entry_port, self.scenario, self.call, seconds)[0], 0
-        return load.wrk(self.stage, proxy.entry_port, self.scenario, seconds)
+            turned = load.h2load(self.stage, proxy.entry_port, self.scenario, self.call, seconds, requests=requests)
+            return turned[0], 0
+        return load.wrk(self.stage, proxy.entry_port, self.scenario, seconds, requests)
 
     def saturated(self, proxy, found):
-        before = machine.cpu_seconds(proxy.pids)
+        before, began = machine.cpu_seconds(proxy.pids), time.monotonic()
         requests, moved = self.turn(proxy, self.options.seconds)
         cpu = machine.cpu_seconds(proxy.pids) - before
+        seconds = time.monotonic() - began if self.options.counted else self.options.seconds
         if self.scenario.load == "bytes":
             found["mb_per_cpu_second"].append(moved / 1e6 / cpu)
-            found["mb_per_second"].append(moved / 1e6 / self.options.seconds)
+            found["mb_per_second"].append(moved / 1e6 / seconds)
         else:
             found["cpu_us"].append(cpu / requests * 1e6)
-            found["per_second"].append(requests / self.options.seconds)
+            found["per_second"].append(requests / seconds)
 
     def at_rate(self, proxy, found):
-        before = machine.cpu_seconds(proxy.pids)
-        requests, micros = load.h2load(self.stage, proxy.entry_port, self.scenario, self.call, self.options.seconds, RATE)
+        before, seconds = machine.cpu_seconds(proxy.pids), self.options.seconds
+        counted = RATE * seconds if self.options.counted else 0
+        requests, micros = load.h2load(self.stage, proxy.entry_port, self.scenario, self.call, seconds, RATE, counted)
         found["rate_cpu_us"].append((machine.cpu_seconds(proxy.pids) - before) / requests * 1e6)
         found["p50_us"].append(micros[len(micros) // 2])
         found["p99_us"].append(micros[len(micros) * 99 // 100])

@@ -40,6 +40,7 @@ def arguments():
     options.add_argument("--proxies", type=names(PROXIES), default=list(PROXIES), metavar="PROXY,…")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=2, help="of each round")
+    options.add_argument("--counted", action="store_true", help="rounds of as many requests, however long they take, for a profile")
     options.add_argument("--binary", default=os.environ.get("OUTRIGGER_BIN", HERE / "target/measured/outrigger"))
     options.add_argument("--json", type=pathlib.Path, help="every round of every number")
     options.add_argument("--plots", type=pathlib.Path, help="a folder for an SVG of the ratios")
