@@ -32,7 +32,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && cp benches/hot.profdata "$profile" \
     && hot="-C profile-use=$profile" \
     && if ! echo 'fn main() {}' | rustc $hot --emit obj -o /tmp/hot.o -; then hot=; fi \
-    && RUSTFLAGS="-C target-feature=+crt-static $hot" cargo build --profile dist --locked --bin outrigger --target "$target" \
+    && RUSTC_WORKSPACE_WRAPPER=/build/benches/stable-names RUSTFLAGS="-C target-feature=+crt-static $hot" \
+       cargo build --profile dist --locked --bin outrigger --target "$target" \
     && mkdir -p /rootfs/tmp /rootfs/etc \
     && chmod 1777 /rootfs/tmp \
     && echo 'outrigger:x:4140:4140::/:/sbin/nologin' >/rootfs/etc/passwd \
