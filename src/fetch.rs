@@ -3,10 +3,14 @@
 //! HTTP/1.1, plaintext or over TLS, on the control thread; never through the proxy's own ports. Redirects are not
 //! followed: only the configured URL is requested. Connections are pooled for each server.
 //!
+//! The configuration chooses the URL, DNS chooses the address: a name must not lead to link-local addresses or the
+//! metadata service of a cloud, which hand out credentials (`src/fetch/connector.rs`).
+//!
 //! A server may close an idle connection just when a request is sent on it (RFC 9112 §9.3.1). The request is then sent
 //! again on another connection, whatever its method: each request of the proxy itself reads, asks for a token or
 //! exports spans, and a collector must accept spans that arrive twice (OTLP, "Duplicate Data").
 
+mod connection;
 mod connector;
 mod destination;
 #[cfg(test)]
@@ -21,9 +25,11 @@ use std::{
     collections::HashMap,
     error::Error,
     fmt, fs,
-    future::Future,
+    future::{Future, poll_fn},
     io,
+    net::IpAddr,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -33,17 +39,19 @@ use http::{Extensions, Request, Response, Uri, uri::Authority};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper_util::{
-    client::legacy::{self, Client},
+    client::legacy::{self, Client, connect::capture_connection},
     rt::{TokioExecutor, TokioTimer},
 };
 use rustls_pki_types::pem;
 use tokio::{task::yield_now, time::timeout};
 
 use self::{
-    connector::{ConnectionUsage, Connector},
+    connection::{ConnectionUsage, Exchange},
+    connector::Connector,
     destination::{Destination, prepare},
 };
 use crate::{
+    config::Network,
     dns::{DnsError, Resolver},
     redact,
 };
@@ -99,6 +107,11 @@ pub enum FetchError {
     Name(#[from] DnsError),
     #[error("{authority} cannot be reached: {source}")]
     Connect { authority: Authority, source: Arc<io::Error> },
+    #[error(
+        "{authority} resolved to {address}, in {network} (link-local or cloud metadata): a URL that is to reach it must \
+         contain the address instead of a name"
+    )]
+    Denied { authority: Authority, address: IpAddr, network: Network },
     #[error("TLS handshake with {authority} failed: {source}")]
     Tls { authority: Authority, source: Arc<io::Error> },
     #[error("{authority} sent no valid response: {source}")]
@@ -165,7 +178,8 @@ impl Fetcher {
     ) -> Result<Response<Bytes>, FetchError> {
         let (Destination { authority, .. }, request) = prepare(request)?;
         let exchange = async {
-            let (head, body) = self.send(&authority, request).await?.into_parts();
+            let (response, exchange) = self.send(&authority, request).await?;
+            let (head, body) = response.into_parts();
             let body = Limited::new(body, limits.max_body).collect().await.map_err(|error| {
                 let authority = authority.clone();
                 match error.downcast::<hyper::Error>() {
@@ -178,6 +192,9 @@ impl Fetcher {
                     }
                 }
             })?;
+            if let Some(exchange) = exchange {
+                exchange.finish();
+            }
             // The task that returns the connection to the pool runs before the next request of this task.
             yield_now().await;
             Ok(Response::from_parts(head, body.to_bytes()))
@@ -195,8 +212,8 @@ impl Fetcher {
         limit: Duration,
     ) -> Result<Response<ResponseStream>, FetchError> {
         let (Destination { authority, .. }, request) = prepare(request)?;
-        let response = within(limit, &authority, self.send(&authority, request)).await?;
-        Ok(response.map(ResponseStream))
+        let (response, exchange) = within(limit, &authority, self.send(&authority, request)).await?;
+        Ok(response.map(|body| ResponseStream { body, exchange }))
     }
 
     /// Sends a request, again if its connection had been closed by the server since its last response.
@@ -204,15 +221,23 @@ impl Fetcher {
         &self,
         to: &Authority,
         request: Request<Full<Bytes>>,
-    ) -> Result<Response<Incoming>, FetchError> {
+    ) -> Result<(Response<Incoming>, Option<Exchange>), FetchError> {
         let mut closed = 0;
         loop {
-            match self.client.request(request.clone()).await {
+            let mut request = request.clone();
+            let (connection, mut exchange) = (capture_connection(&mut request), None);
+            let mut response = pin!(self.client.request(request));
+            let outcome = poll_fn(|cx| {
+                let outcome = response.as_mut().poll(cx);
+                Exchange::track(&mut exchange, &connection);
+                outcome
+            });
+            match outcome.await {
                 Ok(response) => {
                     if let Some(usage) = response.extensions().get::<ConnectionUsage>() {
                         usage.record_response();
                     }
-                    return Ok(response);
+                    return Ok((response, exchange));
                 }
                 // No more than there can be in the pool, then a new connection.
                 Err(error) if closed < MAX_IDLE && is_stale_connection(&error) => closed += 1,
@@ -262,9 +287,12 @@ fn request_error(to: &Authority, error: legacy::Error) -> FetchError {
     }
 }
 
-/// The body of a streaming response. Dropping it before its end closes the connection.
+/// The body of a streaming response. Dropping it before its end resets the connection.
 #[derive(Debug)]
-pub struct ResponseStream(Incoming);
+pub struct ResponseStream {
+    body: Incoming,
+    exchange: Option<Exchange>,
+}
 
 impl ResponseStream {
     /// The next bytes; `None` at the end. Cancel-safe.
@@ -272,10 +300,13 @@ impl ResponseStream {
     /// # Errors
     /// If the connection is lost.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, hyper::Error> {
-        while let Some(frame) = self.0.frame().await {
+        while let Some(frame) = self.body.frame().await {
             if let Ok(bytes) = frame?.into_data() {
                 return Ok(Some(bytes));
             }
+        }
+        if let Some(exchange) = self.exchange.take() {
+            exchange.finish();
         }
         Ok(None)
     }

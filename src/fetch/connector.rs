@@ -1,39 +1,32 @@
 //! Connections to the servers that the proxy itself requests: by TCP to an address of the host, then TLS for `https`.
 //!
-//! The host is resolved for each new connection, and its addresses are tried in turn. No environment variable names a
-//! proxy for them.
+//! The host is resolved for each new connection, and its addresses are tried in turn, except those of [`DENIED`]. No
+//! environment variable names a proxy for them.
+//!
+//! A connection that is dropped before its response is complete is reset. `close` would leave what the server has not
+//! read to the kernel, which offers it to a server that reads nothing for minutes, with up to `net.ipv4.tcp_wmem` bytes.
 
 use std::{
     future::Future,
-    io::{self, IoSlice},
-    net::SocketAddr,
+    io,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, LazyLock, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
 
 use http::Uri;
-use hyper_util::{
-    client::legacy::connect::{Connected, Connection},
-    rt::TokioIo,
-};
+use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tower::Service;
 
-use super::{Destination, FetchError, roots};
-use crate::{descriptors, dns::Resolver};
+use super::{Destination, FetchError, connection::FetchConnection, roots};
+use crate::{config::Network, descriptors, dns::Resolver};
 
 /// TCP keep-alive: the idle time before the first probe, and the interval. It detects a server that has gone silently,
 /// although nothing more is sent to it.
@@ -42,6 +35,10 @@ const ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// Limit for a connection that its request no longer waits for: the client completes it for the pool if another
 /// connection becomes idle first. A request has a limit of its own.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+
+/// The networks that no name may lead to. Fixed, because `outbound.deny_networks` is for the requests of clients: it may
+/// contain the private network in which the identity provider or the collector is.
+static DENIED: LazyLock<Vec<Network>> = LazyLock::new(Network::denied_by_default);
 
 /// Connects to the server of a URL.
 #[derive(Clone)]
@@ -64,16 +61,22 @@ impl Connector {
     async fn connect(&self, to: &Destination) -> Result<FetchConnection, FetchError> {
         let tcp = self.connect_tcp(to).await?;
         if to.tls {
-            Ok(FetchConnection::new(self.secure(to, tcp).await?))
+            Ok(FetchConnection::tls(self.secure(to, tcp).await?))
         } else {
-            Ok(FetchConnection::new(tcp))
+            Ok(FetchConnection::plain(tcp))
         }
     }
 
     /// Connects to the first address that accepts.
     async fn connect_tcp(&self, to: &Destination) -> Result<TcpStream, FetchError> {
-        let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        let (mut refused, mut denied) = (None, None);
+        // An address in the URL is the choice of who wrote the configuration.
+        let is_name = to.host.parse::<IpAddr>().is_err();
         for ip in self.resolver.addresses(&to.host).await?.addresses {
+            if is_name && let Some(network) = Network::find(&DENIED, ip) {
+                denied = Some((ip, network));
+                continue;
+            }
             match descriptors::connect(SocketAddr::new(ip, to.port)).await {
                 Ok(stream) => {
                     // Without the options the connection still works.
@@ -82,10 +85,17 @@ impl Connector {
                     let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
                     return Ok(stream);
                 }
-                Err(error) => refused = error,
+                Err(error) => refused = Some(error),
             }
         }
-        Err(FetchError::Connect { authority: to.authority.clone(), source: Arc::new(refused) })
+        let authority = to.authority.clone();
+        Err(match (refused, denied) {
+            (None, Some((address, network))) => FetchError::Denied { authority, address, network },
+            (refused, _) => {
+                let none = || io::ErrorKind::AddrNotAvailable.into();
+                FetchError::Connect { authority, source: Arc::new(refused.unwrap_or_else(none)) }
+            }
+        })
     }
 
     async fn secure(&self, to: &Destination, tcp: TcpStream) -> Result<TlsStream<TcpStream>, FetchError> {
@@ -114,82 +124,5 @@ impl Service<Uri> for Connector {
             let connection = timeout(CONNECT_LIMIT, connector.connect(&to)).await.unwrap_or(Err(expired));
             connection.map(TokioIo::new)
         })
-    }
-}
-
-trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> ByteStream for S {}
-
-/// A connection to a server, with or without TLS.
-pub struct FetchConnection {
-    stream: Box<dyn ByteStream>,
-    usage: ConnectionUsage,
-}
-
-/// Whether a connection has carried a response. The client attaches it to responses and errors.
-#[derive(Clone, Default)]
-pub struct ConnectionUsage(Arc<AtomicBool>);
-
-impl ConnectionUsage {
-    pub fn record_response(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    pub fn had_response(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-impl FetchConnection {
-    fn new(stream: impl ByteStream + 'static) -> Self {
-        Self { stream: Box::new(stream), usage: ConnectionUsage::default() }
-    }
-}
-
-impl Connection for FetchConnection {
-    fn connected(&self) -> Connected {
-        Connected::new().extra(self.usage.clone())
-    }
-}
-
-impl AsyncRead for FetchConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for FetchConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    /// Sends TLS's `close_notify` if the socket accepts it now: a server that has stopped reading must not keep the
-    /// connection open.
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match Pin::new(&mut self.stream).poll_shutdown(cx) {
-            Poll::Pending => Poll::Ready(Ok(())),
-            finished => finished,
-        }
     }
 }

@@ -170,6 +170,48 @@ async fn addresses_are_tried_in_turn() {
     assert_eq!(server.connections(), 1);
 }
 
+/// On Linux, 0.0.0.0 leads to this host: without the check, the server would be reached.
+#[tokio::test]
+async fn no_name_leads_to_a_denied_address() {
+    let dns = TestDns::start().await;
+    let resolver = Resolver::with_name_server(dns.address, Duration::from_secs(3)).unwrap();
+    let fetcher = Fetcher::new(Arc::new(resolver));
+    let script = Script { responses: &[OK, OK], end: End::CloseOnRequest };
+    let server = TestServer::start(script).await;
+    let port = server.address.port();
+    let request = || get(&format!("http://issuer.test:{port}/"));
+    let refused = async || fetcher.fetch(request(), LIMITS).await.unwrap_err();
+
+    for (address, network) in [
+        ("0.0.0.0", "0.0.0.0/8"),
+        ("::ffff:0.0.0.0", "0.0.0.0/8"),
+        ("169.254.169.254", "169.254.0.0/16"),
+        ("64:ff9b::a9fe:a9fe", "169.254.0.0/16"),
+        ("fd00:ec2::254", "fd00:ec2::254/128"),
+    ] {
+        dns.addresses("issuer.test", 60, &[address]);
+        let error = refused().await;
+        assert!(matches!(error, FetchError::Denied { .. }), "{address}: {error}");
+        let start = format!("issuer.test:{port} resolved to {address}, in {network} ");
+        assert!(error.to_string().starts_with(&start), "{error}");
+    }
+    assert_eq!(server.connections(), 0);
+
+    // Its other addresses are used.
+    dns.addresses("issuer.test", 60, &["0.0.0.0", "127.0.0.1"]);
+    fetch_ok(&fetcher, request()).await;
+    // The answer changes: the open connection is used, and no new one is opened.
+    dns.addresses("issuer.test", 60, &["0.0.0.0"]);
+    fetch_ok(&fetcher, request()).await;
+    let error = refused().await;
+    assert!(matches!(error, FetchError::Denied { .. }), "{error}");
+    assert_eq!(server.connections(), 1);
+    // An address in the URL, and loopback by name, are what the configuration says.
+    fetch_ok(&fetcher, get(&format!("http://0.0.0.0:{port}/"))).await;
+    fetch_ok(&fetcher, get(&format!("http://localhost:{port}/"))).await;
+    assert_eq!(server.connections(), 3);
+}
+
 #[tokio::test]
 async fn an_unfinished_response_closes_its_connection() {
     let server = TestServer::start(Script { responses: &[ENDLESS], end: End::Wait }).await;
