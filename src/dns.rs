@@ -10,7 +10,7 @@ use std::time::Duration;
 pub use resolver::{AddressFamily, DNS_ENV, LOOKUP_LIMIT, MAX_TTL, MIN_TTL, ResolvedAddresses, Resolver};
 
 /// Why a name could not be resolved.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum DnsError {
     #[error("no such name: {name} ({reason})")]
     NotFound { name: String, reason: String },

@@ -1,6 +1,11 @@
 //! Hosts, ports, networks and listen addresses, as written in the configuration.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+};
 
 use crate::text_value;
 
@@ -41,7 +46,7 @@ pub enum AdminListen {
 /// An IP network: `169.254.0.0/16`, `fe80::/10`, or a single address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Network {
-    pub address: std::net::IpAddr,
+    pub address: IpAddr,
     pub prefix: u8,
 }
 
@@ -236,8 +241,8 @@ impl Network {
         .collect()
     }
 
-    pub fn contains(&self, ip: std::net::IpAddr) -> bool {
-        use std::net::IpAddr::{V4, V6};
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        use IpAddr::{V4, V6};
         match (self.address, ip) {
             (V4(network), V4(ip)) => {
                 let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
@@ -253,6 +258,12 @@ impl Network {
 }
 
 impl Network {
+    /// The first of `networks` that contains `ip`, or the IPv4 address inside it.
+    pub fn find(networks: &[Self], ip: IpAddr) -> Option<Self> {
+        let ip = unmapped(ip);
+        networks.iter().find(|network| network.contains(ip)).copied()
+    }
+
     /// Whether every address of the other network is in this one.
     pub fn covers(&self, other: &Self) -> bool {
         self.prefix <= other.prefix && self.contains(other.address)
@@ -265,7 +276,7 @@ impl FromStr for Network {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("`{text}` is not a network: write e.g. \"169.254.0.0/16\" or \"fe80::/10\"");
         let (address, prefix) = text.split_once('/').map_or((text, None), |(a, p)| (a, Some(p)));
-        let address: std::net::IpAddr = address.parse().map_err(|_| wrong())?;
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
         let longest = if address.is_ipv4() { 32 } else { 128 };
         let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| wrong())?;
         if prefix > longest { Err(wrong()) } else { Ok(Self { address, prefix }) }
@@ -276,6 +287,18 @@ impl fmt::Display for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.address, self.prefix)
     }
+}
+
+/// The IPv4 address inside an IPv6 one: mapped (`::ffff:a.b.c.d`) or NAT64 (RFC 6052 `64:ff9b::/96`, RFC 8215).
+fn unmapped(ip: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = ip else { return ip };
+    let nat64 = |v6: Ipv6Addr| {
+        let [a, b, c, d, e, f, high, low] = v6.segments();
+        let well_known = [a, b, c, d, e, f] == [0x64, 0xff9b, 0, 0, 0, 0];
+        let local_use = [a, b, c] == [0x64, 0xff9b, 1];
+        (well_known || local_use).then(|| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))
+    };
+    v6.to_ipv4_mapped().or_else(|| nat64(v6)).map_or(ip, IpAddr::V4)
 }
 
 text_value!(HostPort, "HostPort", "HOST:PORT", r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]*]+):[0-9]{1,5}");
@@ -298,3 +321,19 @@ text_value!(
     r"(?:\*(?:\.[^\s*]+)?|[^\s*/@]+)(?::[0-9]{1,5})?"
 );
 text_value!(Network, "Network", "an IP network, e.g. \"169.254.0.0/16\"", r"[0-9A-Fa-f:.]+(?:/[0-9]{1,3})?");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_addresses_are_recognised_in_every_notation() {
+        for text in
+            ["169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"]
+        {
+            let ip = unmapped(text.parse().unwrap());
+            assert_eq!(ip, IpAddr::from([169, 254, 169, 254]), "{text}");
+        }
+        assert_eq!(unmapped("2001:db8::1".parse().unwrap()), "2001:db8::1".parse::<IpAddr>().unwrap());
+    }
+}

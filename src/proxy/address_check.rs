@@ -1,6 +1,6 @@
 //! The addresses that a client must not reach by naming them.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::{error::ProxyError, target::RouteTarget};
 use crate::{
@@ -51,35 +51,6 @@ fn denial(shared: &Shared, snapshot: &Snapshot, cluster: &Cluster, address: Sock
     if !cluster.is_resolved {
         return None;
     }
-    let ip = unmapped(address.ip());
     let denied = &snapshot.config.outbound.deny_networks;
-    denied.iter().find(|network| network.contains(ip)).copied().map(Denial::Network)
-}
-
-/// The IPv4 address inside an IPv6 one: mapped (`::ffff:a.b.c.d`) or NAT64 (RFC 6052 `64:ff9b::/96`, RFC 8215).
-fn unmapped(ip: IpAddr) -> IpAddr {
-    let IpAddr::V6(v6) = ip else { return ip };
-    let nat64 = |v6: Ipv6Addr| {
-        let [a, b, c, d, e, f, high, low] = v6.segments();
-        let well_known = [a, b, c, d, e, f] == [0x64, 0xff9b, 0, 0, 0, 0];
-        let local_use = [a, b, c] == [0x64, 0xff9b, 1];
-        (well_known || local_use).then(|| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))
-    };
-    v6.to_ipv4_mapped().or_else(|| nat64(v6)).map_or(ip, IpAddr::V4)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn metadata_addresses_are_recognised_in_every_notation() {
-        for text in
-            ["169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"]
-        {
-            let ip = unmapped(text.parse().unwrap());
-            assert_eq!(ip, IpAddr::from([169, 254, 169, 254]), "{text}");
-        }
-        assert_eq!(unmapped("2001:db8::1".parse().unwrap()), "2001:db8::1".parse::<IpAddr>().unwrap());
-    }
+    Network::find(denied, address.ip()).map(Denial::Network)
 }

@@ -1,4 +1,4 @@
-//! OTLP over HTTP by the proxy's own small HTTP client. It bypasses the proxy, so exports are never traced themselves.
+//! OTLP over HTTP by the client of [`crate::fetch`]. It bypasses the proxy, so exports are never traced themselves.
 
 use std::{
     future::Future,
