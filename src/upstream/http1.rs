@@ -70,6 +70,8 @@ mod conformance_tests;
 mod state_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod upload_tests;
 
 use std::{
     cell::RefCell,

@@ -48,6 +48,8 @@ pub mod body;
 #[cfg(test)]
 mod conformance_tests;
 mod response_head;
+#[cfg(test)]
+mod response_head_tests;
 pub mod server_connection;
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,8 @@ use tokio::{
 
 use super::{
     client_connection::State,
-    tests::{Upload, body, connection, head},
+    tests::{body, connection, head},
+    upload_tests::Upload,
     *,
 };
 
