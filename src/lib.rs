@@ -31,7 +31,7 @@
 //!
 //! # The life of a request
 //!
-//! A worker accepts a connection ([`proxy::accept`]), detects its protocol ([`proxy::detect`]) and passes each request to
+//! A worker gets a connection ([`proxy::accept`]), detects its protocol ([`proxy::detect`]) and passes each request to
 //! [`proxy::request_handler`], which rejects ambiguous requests. [`proxy::target`] finds upstream and route.
 //! [`proxy::exchange`] admits the request (rate limit, requests in flight) and sends attempts until one succeeds or no
 //! further one is allowed. Each attempt takes a breaker permit, picks an endpoint, takes a connection, sends the request

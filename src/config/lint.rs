@@ -1,6 +1,7 @@
 //! Lint: warnings about what is valid but probably not intended, from the configuration alone.
 
 mod authorization;
+mod route;
 mod telemetry;
 
 use std::time::Duration;
@@ -49,6 +50,7 @@ pub(super) fn lint(config: &Config, root: &Node, problems: &mut Problems) {
             let effective = inherit(&table, split_policy_keys(node).0);
             let effective = Node { origin: node.origin, value: super::Value::Table(effective) };
             lints.policy(&route.policy, Some(&effective), Some(node));
+            lints.shared_state(node);
             let earlier = upstream.routes[..at].iter().any(|earlier| earlier.matches == route.matches);
             if earlier {
                 let help = "an earlier route has the same `match`; combine them";
@@ -350,6 +352,19 @@ mod tests {
                 "[[upstream]]\nname='a'\nroute = [{}, {timeout='1s'}]",
                 "x:3:14: warning: this route is never taken",
             ),
+            (
+                "[[upstream]]\nname='a'\nroute = [{breaker = {trial_requests = 7}}]",
+                "x:3:39: warning: `breaker.trial_requests` has no effect in a route",
+            ),
+            (
+                "[[upstream]]\nname='a'\nroute = [{limits={max_requests=3, max_pending=1, pending_timeout='1s'}}]",
+                "`limits.max_pending`, `limits.max_requests` has no effect in a route",
+            ),
+            (
+                "[[upstream]]\nname='a'\nroute = [{retry={max=1, budget={ratio=0.5}}}]",
+                "`retry.budget` has no effect",
+            ),
+            ("[[upstream]]\nname='a'\nroute = [{outlier=false}]", "`outlier` has no effect in a route"),
             ("[[upstream]]\nname='a'\nprotocol='tcp'\nroute = [{}]", "this route is never taken"),
             (
                 "[[inbound.allow]]\nidentity = ['spiffe://a/b']",
@@ -396,6 +411,7 @@ mod tests {
             "[defaults]\nattempt_timeout = '4s'",
             "[inbound]\nlisten = '0.0.0.0:4143'",
             "[defaults]\nretry = false",
+            "[[upstream]]\nname='a'\nroute = [{breaker=false, limits=false, retry={max=1}}]",
             "[telemetry]\naccess_log = 'off'",
             "[telemetry]\notlp = 'http://c:4318/v1/traces'",
             "[telemetry]\notlp = 'https://c/v1/traces'\nprotocol = 'http'",

@@ -22,9 +22,9 @@ pub struct RouteTarget {
     pub serving: Rc<WorkerCluster>,
     /// The upstream whose routes were matched: the same, unless a route leads to another upstream.
     pub route_owner: Rc<WorkerCluster>,
-    /// The index in the routes of `matched`.
+    /// The index in the routes of `route_owner`.
     pub route: Option<usize>,
-    /// The index of `matched` in the configuration, for its routes; `None` for the service itself and unknown hosts.
+    /// The index of `route_owner` in the configuration, for its routes; `None` for the service itself and unknown hosts.
     pub route_owner_index: Option<usize>,
     /// The endpoint that the client dialled, where it dialled an address and the request names no upstream.
     pub pinned_endpoint: Option<SocketAddr>,

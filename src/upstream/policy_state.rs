@@ -181,8 +181,9 @@ impl LabeledCounters {
         Self(words.iter().map(|word| (*word, AtomicU64::new(0))).collect())
     }
 
-    /// Increments the counter of a label; an unknown label is ignored.
+    /// Increments the counter of a label, which must be one of the set.
     pub fn increment(&self, word: &str) {
+        debug_assert!(self.0.iter().any(|(known, _)| *known == word), "`{word}` is not counted");
         if let Some((_, count)) = self.0.iter().find(|(known, _)| *known == word) {
             count.fetch_add(1, Ordering::Relaxed);
         }
@@ -249,6 +250,9 @@ impl Default for PolicyCounters {
                 "fault_injected",
                 "deadline",
                 "no_endpoint",
+                "dns_failure",
+                "dns_timeout",
+                "denied_network",
                 "not_allowed",
                 "jwt_invalid",
                 "auth_unavailable",
