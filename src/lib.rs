@@ -8,7 +8,7 @@
 //! | module | contents |
 //! | --- | --- |
 //! | [`platform`] | what differs between Linux and other systems |
-//! | [`units`], [`rng`], [`redact`] | durations and sizes as the configuration writes them · random numbers · secrets out of texts |
+//! | [`units`], [`unix_time`], [`delivery_id`], [`rng`], [`redact`] | durations and sizes as the configuration writes them · the time of day in milliseconds · IDs of deliveries · random numbers · secrets out of texts |
 //! | [`descriptors`], [`watch`] | file descriptors and local ports · watched files |
 //! | [`cause`], [`header_names`], [`url_path`] | the stable words for failures · names of non-standard header fields · normal form of a path |
 //! | [`net`] | the TCP stream, the timer of a connection, ALPN |
@@ -17,6 +17,7 @@
 //! | [`http1`], [`http2`] | the wire: heads, framing, bodies, buffers · bodies and the observer of frames |
 //! | [`resilience`] | the decisions: retry, budget, breaker, outlier detection, limits, hedging. State machines without clock, randomness or I/O |
 //! | [`authorization`] | `[[inbound.allow]]`: SPIFFE IDs, paths and claims against one request |
+//! | [`queue`] | durable deliveries: the store, on disk |
 //! | [`config`] | text to a checked configuration that knows which line set what |
 //! | [`fetch`], [`redirect`] | HTTP requests of the proxy itself · kernel rules that redirect a pod's traffic |
 //! | [`identity`] | certificates, trust, TLS, tokens |
@@ -50,6 +51,7 @@ pub mod authorization;
 pub mod cause;
 pub mod cli;
 pub mod config;
+pub mod delivery_id;
 pub mod descriptors;
 pub mod discovery;
 pub mod dns;
@@ -65,6 +67,7 @@ pub mod model;
 pub mod net;
 pub mod platform;
 pub mod proxy;
+pub mod queue;
 pub mod redact;
 pub mod redirect;
 pub mod resilience;
@@ -73,6 +76,7 @@ pub mod runtime;
 pub mod telemetry;
 pub mod trace_context;
 pub mod units;
+pub mod unix_time;
 pub mod upstream;
 pub mod url_path;
 pub mod watch;

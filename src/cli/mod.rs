@@ -12,6 +12,7 @@ mod explain;
 pub mod files;
 mod inject;
 mod man;
+mod queue;
 mod redirect;
 mod reload;
 mod run;
@@ -59,6 +60,7 @@ enum Command {
     Set(set::SetArgs),
     Drain(drain::DrainArgs),
     Reload(reload::ReloadArgs),
+    Queue(queue::QueueArgs),
     #[command(hide = true)]
     ExecService(exec_service::ExecServiceArgs),
     Redirect(redirect::RedirectArgs),
@@ -99,6 +101,7 @@ pub fn main() -> ExitCode {
         Command::Set(args) => set::run(args),
         Command::Drain(args) => drain::run(&args),
         Command::Reload(args) => reload::run(&args),
+        Command::Queue(args) => queue::run(&args),
         Command::ExecService(args) => exec_service::run(&args),
         Command::Redirect(args) => redirect::run(&args),
         Command::Inject(args) => inject::run(&args),

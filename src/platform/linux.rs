@@ -1,13 +1,16 @@
 //! Linux.
 
 use std::{
-    io,
+    fs::File,
+    io::{self, Read},
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
 use rustix::{
+    fs::{FallocateFlags, fallocate},
+    io::Errno,
     pipe::{PipeFlags, SpliceFlags, pipe_with},
     process::{Signal, set_parent_process_death_signal},
 };
@@ -49,4 +52,15 @@ pub fn splice(from: impl AsFd, to: impl AsFd, limit: usize) -> io::Result<usize>
 /// executed.
 pub fn end_with_parent() -> io::Result<()> {
     Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
+}
+
+/// Gives a file disk blocks for so many bytes.
+pub fn allocate(mut file: &File, length: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::empty(), 0, length) {
+        // A file system without it: write zeros.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            io::copy(&mut io::repeat(0).take(length), &mut file).map(drop)
+        }
+        other => Ok(other?),
+    }
 }

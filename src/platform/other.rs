@@ -1,7 +1,8 @@
 //! macOS and the BSDs: what they lack is reported as unsupported or left out.
 
 use std::{
-    io,
+    fs::File,
+    io::{self, Read},
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
@@ -41,4 +42,9 @@ pub fn splice(_: impl AsFd, _: impl AsFd, _: usize) -> io::Result<usize> {
 /// Fails: the service keeps running if its sidecar is killed.
 pub fn end_with_parent() -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Writes zeros, so that the file has disk blocks for so many bytes.
+pub fn allocate(mut file: &File, length: u64) -> io::Result<()> {
+    io::copy(&mut io::repeat(0).take(length), &mut file).map(drop)
 }

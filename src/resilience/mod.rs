@@ -23,6 +23,7 @@ pub mod http2_abuse;
 pub mod limit;
 pub mod observe;
 pub mod outlier;
+pub mod queue;
 pub mod rate;
 pub mod retry;
 pub mod window;

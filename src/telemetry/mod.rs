@@ -9,6 +9,6 @@ pub mod record;
 pub mod reporter;
 pub mod requests;
 pub mod spans;
-mod timestamp;
+pub mod timestamp;
 pub mod traces;
 pub mod verdict;

@@ -40,6 +40,7 @@ mod live_connections;
 mod load;
 mod metrics;
 mod opaque;
+mod queue;
 mod redirect;
 mod reload;
 mod resilience;
