@@ -33,15 +33,15 @@ where
 {
     /// A job that needs more space.
     pub(super) fn growing(new_bytes: usize, apply: F) -> Request<T> {
-        Self::new(apply, new_bytes as u64)
+        Self::with_reply(apply, new_bytes as u64)
     }
 
     /// A job that reads, changes or deletes.
     pub(super) fn neutral(apply: F) -> Request<T> {
-        Self::new(apply, 0)
+        Self::with_reply(apply, 0)
     }
 
-    fn new(apply: F, new_bytes: u64) -> Request<T> {
+    fn with_reply(apply: F, new_bytes: u64) -> Request<T> {
         let (reply, response) = oneshot::channel();
         (Box::new(Self { apply, new_bytes, result: None, reply }), response)
     }
