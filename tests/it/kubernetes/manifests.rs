@@ -210,6 +210,36 @@ fn the_first_apply_injects_the_example() {
     assert_eq!(place("ValidatingWebhookConfiguration"), objects.len() - 1);
 }
 
+/// Opted-in pods can be created while the webhook is rolled or its node is drained: one replica always responds, and a replica
+/// that ends has the time to let its connections go.
+#[test]
+fn the_webhook_is_available_while_it_is_rolled() {
+    if !has_tool(&["kubectl"]) {
+        return;
+    }
+    for part in ["", "webhook"] {
+        let objects = values(&build(&folder().join(part)));
+        let webhook = |kind: &str| {
+            let named = |object: &&Value| object["metadata"]["name"] == "outrigger-webhook";
+            of_kind(&objects, kind).into_iter().find(named).expect(kind)["spec"].clone()
+        };
+        let deployment = webhook("Deployment");
+        assert!(
+            deployment["replicas"].as_u64().is_some_and(|replicas| replicas >= 2),
+            "{part}: {deployment}"
+        );
+        assert_ne!(deployment["strategy"]["type"], "Recreate", "{part}");
+        assert_eq!(deployment["strategy"]["rollingUpdate"]["maxUnavailable"], 0, "{part}");
+        assert_eq!(webhook("PodDisruptionBudget")["minAvailable"], 1, "{part}");
+        let pod = &deployment["template"]["spec"];
+        // Ready only when it responds: a roll does not end a replica before that.
+        assert_eq!(pod["containers"][0]["readinessProbe"]["httpGet"]["path"], "/healthz", "{part}");
+        // After SIGTERM it responds for 5 s; the default is 30 s.
+        let grace = pod.get("terminationGracePeriodSeconds").map_or(Some(30), Value::as_u64);
+        assert!(grace.is_some_and(|seconds| seconds >= 10), "{part}: {pod}");
+    }
+}
+
 #[test]
 fn every_image_has_a_version_in_every_folder() {
     if !has_tool(&["kubectl"]) {
