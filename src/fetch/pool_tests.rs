@@ -2,7 +2,11 @@
 
 use std::{fs, net::SocketAddr};
 
-use tokio::{io::Interest, net::TcpListener, task::JoinSet};
+use tokio::{
+    io::Interest,
+    net::{TcpListener, TcpSocket},
+    task::JoinSet,
+};
 
 use super::{
     test_server::{End, OK, OK_IN_PIECES, Script, TestServer, tls_config},
@@ -163,7 +167,16 @@ async fn addresses_are_tried_in_turn() {
     let dns = TestDns::start().await;
     let resolver = Resolver::with_name_server(dns.address, Duration::from_secs(3)).unwrap();
     let fetcher = Fetcher::new(Arc::new(resolver));
-    let last = SocketAddr::from(([127, 0, 0, 3], 0));
+    // Bound and not listening: they refuse connections, and no other test's server gets their port.
+    let refusing = |address: [u8; 4], port| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((address, port).into()).unwrap();
+        socket
+    };
+    let first = refusing([127, 0, 0, 1], 0);
+    let port = first.local_addr().unwrap().port();
+    let _second = refusing([127, 0, 0, 2], port);
+    let last = SocketAddr::from(([127, 0, 0, 3], port));
     let server = TestServer::at(last, Script { responses: &[OK], end: End::Wait }).await;
     dns.addresses("issuer.test", 60, &["127.0.0.1", "127.0.0.2", "127.0.0.3"]);
     fetch_ok(&fetcher, get(&format!("http://issuer.test:{}/", server.address.port()))).await;
