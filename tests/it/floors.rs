@@ -12,7 +12,6 @@ const FLOORS: &[&[&str]] = &[
     &[
         "units",
         "unix_time",
-        "delivery_id",
         "rng",
         "redact",
         "descriptors",
@@ -22,7 +21,7 @@ const FLOORS: &[&[&str]] = &[
         "url_path",
         "net",
     ],
-    &["field_set", "trace_context", "dns"],
+    &["field_set", "trace_context", "dns", "delivery_id"],
     &["durations", "http1"],
     &["http2", "resilience", "authorization"],
     &["queue"],
