@@ -48,7 +48,7 @@ enum QueueCommand {
 
 #[derive(Args, Debug)]
 struct StoreArgs {
-    /// The directory of the store: `path` of [store]
+    /// The directory of the store: `path` of `[store]`
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
 }
@@ -97,7 +97,7 @@ struct ShowArgs {
     /// Print the bodies of request and response
     #[arg(long)]
     body: bool,
-    /// The key of an encrypted store: `key_file` of [store]
+    /// The key of an encrypted store: `key_file` of `[store]`
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
     #[command(flatten)]
