@@ -56,7 +56,7 @@ fn accepted(path: &Path) -> (f64, f64) {
 /// `cargo test --release --test it queue::rate:: -- --ignored --nocapture`
 #[test]
 #[ignore = "needs a release build and a quiet disk"]
-fn accepts_a_third_of_what_the_bare_disk_writes() {
+fn accepts_a_tenth_of_what_the_bare_disk_writes() {
     // Not in the temporary directory, which may be in memory.
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
     let bare = bare(directory.path());
