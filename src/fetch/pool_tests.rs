@@ -98,11 +98,7 @@ async fn a_request_on_a_new_connection_is_sent_once() {
     }
 }
 
-/// A server that closes each connection on its second request gets no third one on an old connection.
-#[tokio::test]
-async fn connections_that_are_stale_in_a_row_are_bounded() {
-    let server = TestServer::start(Script { responses: &[OK], end: End::CloseOnRequest }).await;
-    let fetcher = fetcher();
+async fn fetch_eight_at_once(fetcher: &Fetcher, server: &TestServer) {
     let mut requests = JoinSet::new();
     for _ in 0..8 {
         let (fetcher, url) = (fetcher.clone(), server.url());
@@ -111,6 +107,14 @@ async fn connections_that_are_stale_in_a_row_are_bounded() {
     while let Some(done) = requests.join_next().await {
         done.unwrap();
     }
+}
+
+/// A server that closes each connection on its second request gets no third one on an old connection.
+#[tokio::test]
+async fn connections_that_are_stale_in_a_row_are_bounded() {
+    let server = TestServer::start(Script { responses: &[OK], end: End::CloseOnRequest }).await;
+    let fetcher = fetcher();
+    fetch_eight_at_once(&fetcher, &server).await;
     server.wait_for_open(MAX_IDLE).await;
     fetch_ok(&fetcher, get(&server.url())).await;
 }
@@ -119,14 +123,7 @@ async fn connections_that_are_stale_in_a_row_are_bounded() {
 async fn idle_connections_are_bounded_and_time_out() {
     let server = TestServer::start(Script { responses: &[OK_IN_PIECES; 20], end: End::Wait }).await;
     let fetcher = fetcher();
-    let mut requests = JoinSet::new();
-    for _ in 0..8 {
-        let (fetcher, url) = (fetcher.clone(), server.url());
-        requests.spawn(async move { fetch_ok(&fetcher, get(&url)).await });
-    }
-    while let Some(done) = requests.join_next().await {
-        done.unwrap();
-    }
+    fetch_eight_at_once(&fetcher, &server).await;
     server.wait_for_open(MAX_IDLE).await;
     let before = server.connections();
     tokio::time::pause();

@@ -35,14 +35,8 @@ impl StoreDirectory {
             sync_directory(parent)?;
         }
         let directory = Self::lock(path, reserve)?;
-        // SQLite would create it readable for all; the log gets the mode of the database.
         let database = directory.database();
-        private()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&database)
-            .map_err(StoreError::file(&database))?;
+        create_database(&database)?;
         sync_directory(path)?;
         Ok(directory)
     }
@@ -109,12 +103,7 @@ impl StoreDirectory {
             let log_aside = self.path.join(format!("{DATABASE}.corrupt-{}-wal", now.0));
             fs::rename(&log, log_aside).map_err(StoreError::file(&log))?;
         }
-        private()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&database)
-            .map_err(StoreError::file(&database))?;
+        create_database(&database)?;
         sync_directory(&self.path)?;
         Ok(aside)
     }
@@ -138,6 +127,11 @@ impl StoreDirectory {
     pub fn release_reserve(&self) {
         let _ = fs::remove_file(self.path.join(RESERVE));
     }
+}
+
+/// Creates the file, which SQLite would create readable for all; the log gets its mode.
+fn create_database(path: &Path) -> Result<(), StoreError> {
+    private().write(true).create(true).truncate(false).open(path).map_err(StoreError::file(path)).map(drop)
 }
 
 /// Options for files that only this user reads.
