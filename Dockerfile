@@ -2,7 +2,9 @@
 #
 #     docker build .                            for this machine's processor
 #     docker build --platform linux/arm64 .     for another one, compiled here: amd64 or arm64
-FROM --platform=$BUILDPLATFORM rust:1-slim-bookworm AS build
+# The compiler that recorded the profile of hot code, of amd64 and arm64. To change it: `docker buildx imagetools inspect
+# rust:VERSION-slim-bookworm` shows the digest of the next one, `benches/release learn` records the profile with it.
+FROM --platform=$BUILDPLATFORM rust:1.95.0-slim-bookworm@sha256:d7482085ff5b415f84dba5647ae71606650bdef00db7aeb69f4b3d170c3e4082 AS build
 ARG TARGETARCH
 # To build for another architecture than the build machine's: its linker, its libc, and Rust's library for it.
 RUN case "${TARGETARCH:=$(dpkg --print-architecture)}" in \
@@ -32,7 +34,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && cp benches/hot.profdata "$profile" \
     && hot="-C profile-use=$profile" \
     && if ! echo 'fn main() {}' | rustc $hot --emit obj -o /tmp/hot.o -; then hot=; fi \
-    && RUSTC_WORKSPACE_WRAPPER=/build/benches/stable-names RUSTFLAGS="-C target-feature=+crt-static $hot" \
+    && RUSTC_WRAPPER=/build/benches/stable-names RUSTFLAGS="-C target-feature=+crt-static $hot" \
        cargo build --profile dist --locked --bin outrigger --target "$target" \
     && mkdir -p /rootfs/tmp /rootfs/etc \
     && chmod 1777 /rootfs/tmp \

@@ -166,6 +166,23 @@ fn files_named_in_the_documentation_exist() {
     assert!(named > 80, "only {named} were found: does the test read the pages correctly?");
 }
 
+/// The image's compiler reads the learned profile: it is the one that recorded it, and the base image cannot change unseen.
+#[test]
+fn the_image_is_built_by_the_compiler_that_recorded_the_profile() {
+    let root = source().parent().expect("the project").to_path_buf();
+    let read = |name: &str| fs::read_to_string(root.join(name)).expect("readable");
+    let measured: serde_json::Value = serde_json::from_str(&read("benches/instructions.json")).expect("JSON");
+    let version =
+        measured["rustc"].as_str().and_then(|rustc| rustc.strip_prefix("rustc ")).expect("a version");
+    let dockerfile = read("Dockerfile");
+    let base = dockerfile.lines().find(|line| line.starts_with("FROM ")).expect("a base image");
+    let pinned = format!(" rust:{version}-slim-bookworm@sha256:");
+    assert!(
+        base.contains(&pinned),
+        "the Dockerfile begins with `{base}`, but the profile is that of rustc {version}"
+    );
+}
+
 /// An engineer who knows Envoy, HAProxy or Linkerd understands names, comments and pages at first reading.
 #[test]
 fn source_and_documentation_use_the_common_vocabulary() {
