@@ -3,7 +3,12 @@
 //! A delivery is one stored request. Only an attempt that reached the service counts against `attempts`: while the service
 //! is away its queue is paused, and nothing is spent.
 
+mod lane;
+pub mod policy;
+pub mod scheduler;
 pub mod settings;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
